@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// How the experts' matrices and rows are laid out: small accessors that the GEMM drivers share.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.h"
+#include "switchgear/ops.h"
+
+namespace switchgear::cpu {
+
+inline char* offset(const TensorView& t, int64_t elements) { return t.as<char>() + elements * size_of(t.dtype); }
+inline char* row_of(const TensorView& t, int64_t row) { return offset(t, row * t.stride[0]); }
+inline char* at(const TensorView& t, int64_t row, int64_t column) {
+  return offset(t, row * t.stride[0] + column * t.stride[1]);
+}
+
+// [rows, cols] matrix of expert e as the B operand of a product.
+class ExpertMatrix {
+ public:
+  ExpertMatrix(const ExpertMatrices& m, int64_t e)
+      : data_(m.base != nullptr ? static_cast<const char*>(m.base[e]) : offset(m.packed, e * m.packed.stride[0])),
+        rows_(m.base != nullptr ? m.row_count[e] : m.packed.shape[1]),
+        row_stride_(m.packed.stride[1]),
+        column_stride_(m.packed.stride[2]),
+        dtype_(m.packed.dtype) {}
+
+  int64_t rows() const { return rows_; }
+
+  // B[n,k] = W[first + n, k]: x·Wᵀ
+  Matrix rows_from(int64_t first) const {
+    return {.data = data_ + first * row_stride_ * size_of(dtype_), .dtype = dtype_, .n_stride = row_stride_, .k_stride = column_stride_};
+  }
+  // B[n,k] = W[k, first + n]: x·W
+  Matrix columns_from(int64_t first) const {
+    return {.data = data_ + first * column_stride_ * size_of(dtype_), .dtype = dtype_, .n_stride = column_stride_, .k_stride = row_stride_};
+  }
+
+ private:
+  const char* data_;
+  int64_t rows_;
+  int64_t row_stride_, column_stride_;
+  DType dtype_;
+};
+
+// pointers[s] = row of slot s: x[token_indices[s]], or x[s] without indices; `count` slots.
+inline void fill_row_pointers(const void** pointers, const TensorView& x, const int32_t* token_indices, int64_t count) {
+  for (int64_t s = 0; s < count; ++s) pointers[s] = row_of(x, token_indices != nullptr ? token_indices[s] : s);
+}
+
+inline void fill_row_pointers(const void** pointers, const void* data, int64_t row_bytes, int64_t count) {
+  for (int64_t s = 0; s < count; ++s) pointers[s] = static_cast<const char*>(data) + s * row_bytes;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Memory of one thread for one product.
+struct ProductScratch {
+  void* packing;
+  float* c;
+
+  static constexpr int64_t kTileBytes = kMaxRows * kMaxPanel * 4;
+  static constexpr int64_t kBytes = kProductScratch + kTileBytes;
+  explicit ProductScratch(void* memory)
+      : packing(memory), c(reinterpret_cast<float*>(static_cast<char*>(memory) + kProductScratch)) {}
+};
+
+// A piece of one expert's product: rows [first_row, first_row + num_rows) of the slots, columns from `column`.
+struct Tile {
+  int64_t expert, column, first_row, num_rows;
+};
+
+// Tiles of `columns` wide column blocks and at most kMaxRows rows, expert by expert. `width(e)` is an expert's number of columns.
+template <typename Width, typename Emit>
+void for_each_tile(const int32_t* expert_offsets, int64_t num_experts, int64_t columns, Width&& width, Emit&& emit) {
+  for (int64_t e = 0; e < num_experts; ++e) {
+    for (int64_t row = expert_offsets[e]; row < expert_offsets[e + 1]; row += kMaxRows) {
+      const int64_t rows = std::min<int64_t>(kMaxRows, expert_offsets[e + 1] - row);
+      for (int64_t column = 0; column < width(e); column += columns) emit(Tile{e, column, row, rows});
+    }
+  }
+}
+
+}  // namespace switchgear::cpu

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// grouped_gemm: out[s] = x[r(s)]·weight[e(s)]ᵀ + bias[e(s)]; grouped_gemm_wgrad: its weight gradient.
+//
+//   x [R,C]   weight [E,N,C] or E matrices [N_e,C]   out [S,N]
+//   work 2·S·C·N flop; traffic: touched weights once per 240 rows, x from L2/L3, out once
+//   memory-bound below ~20 rows per expert in bfloat16 (2 flop per weight byte and row), compute-bound above
+#include <cstring>
+#include <vector>
+
+#include "experts.h"
+#include "ops.h"
+#include "threads.h"
+#include "weight_gradient.h"
+#include "workspace.h"
+
+namespace switchgear::cpu {
+
+void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
+  const Kernels& k = kernels();
+  const int num_threads = resolve_threads(exec.num_threads);
+  const int64_t num_slots = args.out.shape[0], width = args.out.shape[1], depth = args.x.shape[1], panel = k.panel;
+  const int64_t num_experts = args.weight.packed.shape[0];
+  const int32_t* const expert_offsets = args.expert_offsets.as<int32_t>();
+  const int64_t used_slots = expert_offsets[num_experts];
+
+  std::vector<Tile> tiles;
+  for_each_tile(expert_offsets, num_experts, panel, [&](int64_t) { return width; }, [&](Tile t) { tiles.push_back(t); });
+
+  const int64_t pointer_bytes = Workspace::padded(used_slots * static_cast<int64_t>(sizeof(void*)));
+  Workspace workspace(pointer_bytes + num_threads * ProductScratch::kBytes);
+  const void** const rows = workspace.take<const void*>(used_slots);
+  char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * ProductScratch::kBytes));
+  fill_row_pointers(rows, args.x, args.token_indices.as<int32_t>(), used_slots);
+
+  parallel_for(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
+    const Tile& tile = tiles[static_cast<size_t>(task)];
+    const ProductScratch scratch(memory + thread * ProductScratch::kBytes);
+    const ExpertMatrix matrix(args.weight, tile.expert);
+    const int64_t stored = std::min(panel, width - tile.column);
+    const int64_t columns = std::clamp<int64_t>(matrix.rows() - tile.column, 0, panel);  // the rest of `stored` is zero
+    k.multiply({.rows = rows + tile.first_row,
+                .row_dtype = args.x.dtype,
+                .num_rows = tile.num_rows,
+                .b = columns > 0 ? matrix.rows_from(tile.column) : Matrix{.dtype = args.x.dtype, .n_stride = 1},
+                .num_columns = columns,
+                .depth = columns > 0 ? depth : 0,
+                .c = scratch.c,
+                .scratch = scratch.packing});
+    for (int64_t m = 0; m < tile.num_rows; ++m) {
+      float* const c = scratch.c + m * panel;
+      if (args.bias.defined()) k.add_scaled_row(c, at(args.bias, tile.expert, tile.column), args.bias.dtype, 1.0f, columns);
+      k.store_row(at(args.out, tile.first_row + m, tile.column), args.out.dtype, c, stored);
+    }
+  });
+  for (int64_t s = used_slots; s < num_slots; ++s) {
+    std::memset(row_of(args.out, s), 0, static_cast<size_t>(width * size_of(args.out.dtype)));
+  }
+}
+
+void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec) {
+  const int32_t* const expert_offsets = args.expert_offsets.as<int32_t>();
+  const int64_t used_slots = expert_offsets[args.grad_weight.shape[0]];
+  const int64_t pointer_bytes = Workspace::padded(used_slots * static_cast<int64_t>(sizeof(void*)));
+  Workspace workspace(2 * pointer_bytes);
+  const void** const grad_rows = workspace.take<const void*>(used_slots);
+  const void** const x_rows = workspace.take<const void*>(used_slots);
+  fill_row_pointers(grad_rows, args.grad_out, nullptr, used_slots);
+  fill_row_pointers(x_rows, args.x, args.token_indices.as<int32_t>(), used_slots);
+  weight_gradient({.left = grad_rows,
+                   .right = x_rows,
+                   .dtype = args.x.dtype,
+                   .expert_offsets = expert_offsets,
+                   .gradient = args.grad_weight},
+                  resolve_threads(exec.num_threads));
+}
+
+}  // namespace switchgear::cpu

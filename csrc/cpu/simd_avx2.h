@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The vector vocabulary of kernels.inl for AVX2 with FMA and F16C.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace switchgear::cpu {
+namespace {
+
+using Floats = __m256;
+typedef int32_t Ints __attribute__((vector_size(32)));
+constexpr int kLanes = 8;
+constexpr int kPanelVectors = 2;  // 6 x 2 accumulators, 2 of B and 1 of A fill 16 registers
+constexpr bool kHasPairs = false;
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+inline Floats broadcast(float f) { return _mm256_set1_ps(f); }
+inline Floats broadcast_word(const void* p) {
+  float f;
+  std::memcpy(&f, p, 4);
+  return _mm256_set1_ps(f);
+}
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+
+inline __m128i load_bits16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline Floats load(const BFloat16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_bits16(p)), 16));
+}
+inline Floats load(const Float16* p) { return _mm256_cvtph_ps(load_bits16(p)); }
+inline void store_bits16(BFloat16* p, Ints v) {
+  const __m256i words = reinterpret_cast<__m256i>(v);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+inline void store(Float16* p, Floats v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline void transpose(Floats (&v)[kLanes]) {
+  Floats t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m256d a = _mm256_castps_pd(t[i + j]);
+      const __m256d b = _mm256_castps_pd(t[i + j + 2]);
+      v[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+      v[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    const Floats a = v[i], b = v[i + 4];
+    v[i] = _mm256_permute2f128_ps(a, b, 0x20);
+    v[i + 4] = _mm256_permute2f128_ps(a, b, 0x31);
+  }
+}
+
+}  // namespace
+}  // namespace switchgear::cpu

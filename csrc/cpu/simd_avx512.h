@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The vector vocabulary of kernels.inl for AVX-512 (F, BW, VL, DQ), and for AVX-512-BF16 where that is compiled in.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace switchgear::cpu {
+namespace {
+
+using Floats = __m512;
+typedef int32_t Ints __attribute__((vector_size(64)));
+constexpr int kLanes = 16;
+constexpr int kPanelVectors = 4;  // 6 x 4 accumulators, 4 of B and 1 of A: 29 of 32 registers
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline Floats broadcast(float f) { return _mm512_set1_ps(f); }
+inline Floats broadcast_word(const void* p) {
+  float f;
+  std::memcpy(&f, p, 4);
+  return _mm512_set1_ps(f);
+}
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+
+inline __m256i load_bits16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline Floats load(const BFloat16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_bits16(p)), 16));
+}
+inline Floats load(const Float16* p) { return _mm512_cvtph_ps(load_bits16(p)); }
+inline void store_bits16(BFloat16* p, Ints v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(v)));
+}
+inline void store(Float16* p, Floats v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+#ifdef __AVX512BF16__
+constexpr bool kHasPairs = true;
+// Adds a.low·b.low and a.high·b.high of each pair of bfloat16 to a float32 lane.
+inline Floats multiply_add_pairs(Floats a, Floats b, Floats c) {
+  return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+// Lane i holds the pair (low[i], high[i]).
+inline Floats load_pairs(const BFloat16* low, const BFloat16* high) {
+  const __m512i l = _mm512_cvtepu16_epi32(load_bits16(low));
+  const __m512i h = _mm512_cvtepu16_epi32(load_bits16(high));
+  return _mm512_castsi512_ps(_mm512_or_si512(l, _mm512_slli_epi32(h, 16)));
+}
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+inline void transpose(Floats (&v)[kLanes]) {
+  Floats t[16];
+  for (int i = 0; i < 16; i += 2) {  // 2x2 blocks of words
+    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // 4x4: v[i+j] holds column j of each 4-word lane for rows i..i+3
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(t[i + j]);
+      const __m512d b = _mm512_castps_pd(t[i + j + 2]);
+      v[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      v[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  for (int j = 0; j < 4; ++j) {  // 4x4 transpose of the 16-byte lanes
+    const Floats even_low = _mm512_shuffle_f32x4(v[j], v[j + 4], 0x88);
+    const Floats odd_low = _mm512_shuffle_f32x4(v[j], v[j + 4], 0xdd);
+    const Floats even_high = _mm512_shuffle_f32x4(v[j + 8], v[j + 12], 0x88);
+    const Floats odd_high = _mm512_shuffle_f32x4(v[j + 8], v[j + 12], 0xdd);
+    t[j] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    t[j + 8] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    t[j + 4] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    t[j + 12] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
+}  // namespace
+}  // namespace switchgear::cpu

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// out[t] = Σ_{slots s of t} weight[s] · (rows[s]·B_e + bias_e), experts ascending: the second projection with combine, and the
+// input gradient of the first.
+#pragma once
+#include "experts.h"
+
+namespace switchgear::cpu {
+
+struct TokenSumArgs {
+  const void* const* rows;  // [S]
+  DType row_dtype;
+  int64_t depth;
+  const ExpertMatrices* matrices;
+  bool transposed;            // B = the matrix itself (x·W) instead of its transpose (x·Wᵀ)
+  const TensorView* bias;     // [E, columns], undefined or null
+  const float* slot_weights;  // [S] or null
+  const int32_t* expert_offsets;
+  const int32_t* token_indices;
+  TensorView out;  // [T, columns]
+};
+
+void token_sum(const TokenSumArgs& args, int num_threads);
+
+}  // namespace switchgear::cpu

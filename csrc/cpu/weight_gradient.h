@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// gradient[e][m,n] = Σ_{s of e} left[s][m] · right[s][n]: the weight gradient, a product whose inner dimension is ragged.
+#pragma once
+#include "experts.h"
+
+namespace switchgear::cpu {
+
+struct WeightGradientArgs {
+  const void* const* left;   // [S] rows of `rows` elements
+  const void* const* right;  // [S] rows of `columns` elements
+  DType dtype;
+  const int32_t* expert_offsets;
+  TensorView gradient;  // [E, rows, columns], one unit stride
+};
+
+void weight_gradient(const WeightGradientArgs& args, int num_threads);
+
+}  // namespace switchgear::cpu

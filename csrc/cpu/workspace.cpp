@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "workspace.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <cassert>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace switchgear::cpu {
+namespace {
+
+constexpr int64_t kHugePage = int64_t{2} << 20;
+constexpr size_t kMaxIdle = 4;  // concurrent callers keep a block each; more are returned to the system
+
+struct Block {
+  char* data;
+  int64_t size;
+};
+
+struct Pool {
+  std::mutex mutex;
+  std::vector<Block> idle;
+};
+
+// Never destroyed: threads may still hold workspaces while the process exits.
+Pool& pool() {
+  static Pool* const instance = new Pool;
+  return *instance;
+}
+
+// A fork while another thread is in here must not leave the child with a locked pool.
+[[maybe_unused]] const int fork_handlers = pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); },
+                                                          [] { pool().mutex.unlock(); });
+
+void free_block(Block block) { ::operator delete(block.data, std::align_val_t{64}); }
+
+}  // namespace
+
+Workspace::Workspace(int64_t bytes) : size_(padded(bytes)) {
+  Pool& p = pool();
+  Block reuse{nullptr, 0};
+  {
+    const std::lock_guard lock(p.mutex);
+    auto best = p.idle.end();  // the smallest that fits, so that nested calls find their own blocks again
+    for (auto it = p.idle.begin(); it != p.idle.end(); ++it) {
+      if (it->size >= size_ && (best == p.idle.end() || it->size < best->size)) best = it;
+    }
+    if (best != p.idle.end()) {
+      reuse = *best;
+      p.idle.erase(best);
+    } else if (p.idle.size() == kMaxIdle) {  // outgrown: replace one rather than keep both
+      free_block(p.idle.back());
+      p.idle.pop_back();
+    }
+  }
+  if (reuse.data == nullptr) {
+    reuse.size = size_;
+    reuse.data = static_cast<char*>(::operator new(static_cast<size_t>(size_), std::align_val_t{64}));
+    advise_huge_pages(reuse.data, reuse.size);
+  }
+  block_ = reuse.data;
+  size_ = reuse.size;
+}
+
+Workspace::~Workspace() {
+  Pool& p = pool();
+  const std::lock_guard lock(p.mutex);
+  if (p.idle.size() < kMaxIdle) {
+    p.idle.push_back({block_, size_});
+  } else {
+    free_block({block_, size_});
+  }
+}
+
+void* Workspace::take_bytes(int64_t bytes) {
+  char* const data = block_ + used_;
+  used_ += padded(bytes);
+  assert(used_ <= size_);
+  return data;
+}
+
+void release_workspaces() {
+  Pool& p = pool();
+  const std::lock_guard lock(p.mutex);
+  for (const Block& block : p.idle) free_block(block);
+  p.idle.clear();
+}
+
+void advise_huge_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+}  // namespace switchgear::cpu

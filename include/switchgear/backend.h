@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// A backend is a table of functions, one per op. ops.cpp checks the arguments once and calls the table of the device.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "switchgear/ops.h"
+
+namespace switchgear {
+
+struct Backend {
+  const char* name;
+  void (*route)(const RouteArgs&, Execution);
+  void (*route_backward)(const RouteBackwardArgs&, Execution);
+  void (*plan)(const PlanArgs&, Execution);
+  void (*permute)(const PermuteArgs&, Execution);
+  void (*combine)(const CombineArgs&, Execution);
+  void (*combine_weight_backward)(const CombineBackwardArgs&, Execution);
+  void (*grouped_gemm)(const GroupedGemmArgs&, Execution);
+  void (*grouped_gemm_wgrad)(const GroupedGemmWgradArgs&, Execution);
+  void (*glu)(const GluArgs&, Execution);
+  void (*glu_backward)(const GluBackwardArgs&, Execution);
+  void (*moe_forward)(const MoeForwardArgs&, Execution);
+  void (*moe_backward)(const MoeBackwardArgs&, Execution);
+};
+
+const Backend& cpu_backend();
+
+// ISAs of the CPU backend, best last: "generic", "avx2", "avx512", "avx512bf16". `available` are those that were built and
+// that this machine can run. SWITCHGEAR_CPU_ISA, read at first use, forces one; set_cpu_isa does so afterwards.
+std::vector<std::string> available_cpu_isas();
+std::string cpu_isa();
+void set_cpu_isa(const std::string& isa);  // ValueError for one that is not available
+
+}  // namespace switchgear

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The ops of switchgear: one Args struct and one function each. This is the C++ API; Python binds exactly this.
+//
+//   T tokens · K top_k · E experts · H hidden_size · I intermediate_size · S = T·K slots
+//   N = 2I for gated experts, I for plain ones: the width of the first projection
+//
+// Formats, the same everywhere:
+//   topk_ids        [T,K]  int32    expert of each choice; -1 is an empty slot
+//   topk_weights    [T,K]  float32
+//   expert_offsets  [E+1]  int32    EXCLUSIVE: expert e owns the slots [expert_offsets[e], expert_offsets[e+1])
+//   token_indices   [S]    int32    slot -> token, ascending within an expert; -1 past expert_offsets[E]
+//   slot_indices    [T,K]  int32    (token, choice) -> slot, -1 where topk_ids is -1
+//
+// `float` below means float32, bfloat16 or float16; all `float` tensors of one call share their dtype unless a line says
+// otherwise. Sums run in float32 in a fixed order that does not depend on the number of rows or threads.
+// Every op checks its arguments before it writes (ValueError, TypeError), then writes all of its outputs.
+#pragma once
+#include <cstdint>
+
+#include "switchgear/tensor.h"
+
+namespace switchgear {
+
+// Threads an op may use; 0 means the OpenMP default (or the number of processors without OpenMP).
+struct Execution {
+  int num_threads = 0;
+};
+
+// ---- route -------------------------------------------------------------------------------------------------------------
+
+enum class ScoreFunction : uint8_t { kSoftmax, kSigmoid };
+enum class GroupScore : uint8_t { kMax, kTop2Sum };  // how a group of experts is ranked
+
+struct RouteOptions {
+  int64_t top_k = 1;
+  ScoreFunction score_function = ScoreFunction::kSoftmax;
+  bool normalize = false;       // divide the chosen scores by their sum + 1e-20
+  float scale = 1.0f;           // multiplies topk_weights last
+  int64_t num_groups = 1;       // experts are ranked inside the best `topk_groups` of `num_groups` equal groups
+  int64_t topk_groups = 1;
+  GroupScore group_score = GroupScore::kMax;
+};
+
+struct RouteArgs {
+  TensorView router_logits;   // [T,E] float, any bit pattern
+  TensorView selection_bias;  // [E] float32, optional: added for the choice, not for the weight
+  RouteOptions options;
+  TensorView topk_ids;      // out
+  TensorView topk_weights;  // out
+};
+void route(const RouteArgs& args, Execution exec = {});
+
+struct RouteBackwardArgs {
+  TensorView grad_topk_weights;  // [T,K] float32
+  TensorView router_logits;      // [T,E] float
+  TensorView topk_ids;           // [T,K]
+  RouteOptions options;
+  TensorView grad_router_logits;  // out [T,E], dtype of router_logits
+};
+void route_backward(const RouteBackwardArgs& args, Execution exec = {});
+
+// ---- plan --------------------------------------------------------------------------------------------------------------
+
+struct Plan {
+  TensorView expert_offsets;  // [E+1]
+  TensorView token_indices;   // [S]
+  TensorView slot_indices;    // [T,K]
+};
+
+struct PlanArgs {
+  TensorView topk_ids;  // [T,K]
+  Plan plan;            // out
+};
+void plan(const PlanArgs& args, Execution exec = {});
+
+// ---- permute, combine --------------------------------------------------------------------------------------------------
+
+// permuted_x[s] = x[token_indices[s]], times the slot's topk_weight where given; zero rows past expert_offsets[E]
+struct PermuteArgs {
+  TensorView x;  // [T,H] float
+  Plan plan;
+  TensorView topk_weights;  // [T,K] float32, optional
+  TensorView permuted_x;    // out [S,H]
+};
+void permute(const PermuteArgs& args, Execution exec = {});
+
+// y[t] = Σ_k topk_weights[t,k] · permuted_y[slot_indices[t,k]], k ascending; weights of 1 where absent
+struct CombineArgs {
+  TensorView permuted_y;  // [S,H] float
+  Plan plan;
+  TensorView topk_weights;  // [T,K] float32, optional
+  TensorView y;             // out [T,H]
+};
+void combine(const CombineArgs& args, Execution exec = {});
+
+// grad_topk_weights[t,k] = <grad_y[t], permuted_y[slot_indices[t,k]]>, 0 for empty slots
+struct CombineBackwardArgs {
+  TensorView grad_y;      // [T,H] float
+  TensorView permuted_y;  // [S,H] float
+  Plan plan;
+  TensorView grad_topk_weights;  // out [T,K] float32
+};
+void combine_weight_backward(const CombineBackwardArgs& args, Execution exec = {});
+
+// ---- experts' weights ----------------------------------------------------------------------------------------------------
+
+// One matrix [rows, cols] per expert. Two of the three strides of a matrix are the same for all experts; base pointers and
+// numbers of rows may differ. `packed` [E,rows,cols] is the common case; with `base` set, expert e is base[e], row_count[e].
+struct ExpertMatrices {
+  TensorView packed;                  // [E,rows,cols] float, any strides; with `base`: shape [E,max rows,cols] and data unused
+  const void* const* base = nullptr;  // [E]
+  const int64_t* row_count = nullptr;  // [E], each <= packed.shape[1]
+};
+
+// ---- grouped_gemm ------------------------------------------------------------------------------------------------------
+
+// out[s,n] = Σ_k x[r(s),k] · weight[e(s)][n,k] + bias[e(s),n];  r(s) = token_indices[s] where given, else s.
+// Columns past an expert's row_count and rows past expert_offsets[E] are zero.
+struct GroupedGemmArgs {
+  TensorView x;  // [R,C] float, rows contiguous
+  ExpertMatrices weight;  // [E,N,C]
+  TensorView bias;            // [E,N] float, optional
+  TensorView expert_offsets;  // [E+1]
+  TensorView token_indices;   // [S], optional
+  TensorView out;             // out [S,N]
+};
+void grouped_gemm(const GroupedGemmArgs& args, Execution exec = {});
+
+// grad_weight[e][n,c] = Σ_{s of e} grad_out[s,n] · x[r(s),c]; zero for experts without rows
+struct GroupedGemmWgradArgs {
+  TensorView grad_out;        // [S,N] float
+  TensorView x;               // [R,C] float
+  TensorView expert_offsets;  // [E+1]
+  TensorView token_indices;   // [S], optional
+  TensorView grad_weight;     // out [E,N,C], any strides
+};
+void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec = {});
+
+// ---- glu ---------------------------------------------------------------------------------------------------------------
+
+enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kSwigluOai };
+
+// a = act(gate) ⊙ up for gated experts, act(h) for plain ones.
+//   limit > 0   gate = min(gate, limit), up = clamp(up, -limit, limit) first
+//   kSwigluOai  (up + 1) · gate · sigmoid(alpha · gate), gpt-oss's gate (gated only)
+//   interleaved gate = h[:, 0::2], up = h[:, 1::2]; else gate = h[:, :I], up = h[:, I:]
+struct GluOptions {
+  Activation activation = Activation::kSilu;
+  bool gated = true;
+  bool interleaved = false;
+  float alpha = 1.702f;
+  float limit = 0.0f;
+};
+
+struct GluArgs {
+  TensorView h;  // [S,N] float
+  GluOptions options;
+  TensorView a;  // out [S,I]
+};
+void glu(const GluArgs& args, Execution exec = {});
+
+struct GluBackwardArgs {
+  TensorView grad_a;  // [S,I] float
+  TensorView h;       // [S,N] float
+  GluOptions options;
+  TensorView grad_h;  // out [S,N]
+};
+void glu_backward(const GluBackwardArgs& args, Execution exec = {});
+
+// ---- the whole layer ---------------------------------------------------------------------------------------------------
+
+struct ExpertWeights {
+  ExpertMatrices gate_up_proj;  // [E,N,H] float
+  ExpertMatrices down_proj;     // [E,H,I] float
+  TensorView gate_up_bias;      // [E,N] float, optional
+  TensorView down_bias;         // [E,H] float, optional
+};
+
+// y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu) · W_dᵀ + b_d), experts ascending
+struct MoeForwardArgs {
+  TensorView x;  // [T,H] float
+  ExpertWeights weights;
+  TensorView topk_ids;
+  TensorView topk_weights;
+  GluOptions options;
+  TensorView y;  // out [T,H]
+  TensorView h;  // out [S,N], optional: the pre-activation in slot order, which backward needs; zero rows at the tail
+};
+void moe_forward(const MoeForwardArgs& args, Execution exec = {});
+
+// Gradients; an output that is not defined is not computed.
+struct MoeBackwardArgs {
+  TensorView grad_y;  // [T,H] float
+  TensorView x;       // [T,H] float
+  TensorView h;       // [S,N] float, from moe_forward
+  ExpertWeights weights;
+  TensorView topk_ids;
+  TensorView topk_weights;
+  GluOptions options;
+  TensorView grad_x;             // out [T,H]
+  TensorView grad_gate_up_proj;  // out [E,N,H]
+  TensorView grad_down_proj;     // out [E,H,I]
+  TensorView grad_gate_up_bias;  // out [E,N]
+  TensorView grad_down_bias;     // out [E,H]
+  TensorView grad_topk_weights;  // out [T,K] float32
+};
+void moe_backward(const MoeBackwardArgs& args, Execution exec = {});
+
+}  // namespace switchgear

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What every op takes: a typed, strided view of memory that somebody else owns. No torch, no Python.
+#pragma once
+#include <array>
+#include <cstdint>
+#include <string>
+
+namespace switchgear {
+
+enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16, kInt32, kInt64 };
+
+constexpr int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+    case DType::kInt32: return 4;
+    case DType::kBFloat16:
+    case DType::kFloat16: return 2;
+    case DType::kInt64: return 8;
+  }
+  return 0;
+}
+
+const char* name_of(DType dtype);  // "float32", "bfloat16", …
+
+enum class DeviceType : uint8_t { kCPU, kCUDA };
+
+struct Device {
+  DeviceType type = DeviceType::kCPU;
+  int index = 0;
+};
+
+// Strides count elements, not bytes. A view with `data == nullptr` and `ndim == 0` stands for an absent argument.
+struct TensorView {
+  static constexpr int kMaxDims = 4;
+
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  Device device;
+  int ndim = 0;
+  std::array<int64_t, kMaxDims> shape{};
+  std::array<int64_t, kMaxDims> stride{};
+
+  bool defined() const { return ndim > 0; }
+  int64_t numel() const {
+    int64_t n = defined() ? 1 : 0;
+    for (int i = 0; i < ndim; ++i) n *= shape[i];
+    return n;
+  }
+  bool contiguous() const {
+    int64_t expected = 1;
+    for (int i = ndim - 1; i >= 0; --i) {
+      if (shape[i] != 1 && stride[i] != expected) return numel() == 0;
+      expected *= shape[i];
+    }
+    return true;
+  }
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+};
+
+// A contiguous view over `data`: what C++ callers, tests and benchmarks build.
+template <typename... Sizes>
+TensorView view(void* data, DType dtype, Sizes... sizes) {
+  TensorView v;
+  v.data = data;
+  v.dtype = dtype;
+  v.ndim = sizeof...(sizes);
+  v.shape = {static_cast<int64_t>(sizes)...};
+  int64_t stride = 1;
+  for (int i = v.ndim - 1; i >= 0; --i) {
+    v.stride[i] = stride;
+    stride *= v.shape[i];
+  }
+  return v;
+}
+
+std::string describe(const TensorView& tensor);  // "bfloat16[16, 64]", with strides where not contiguous
+
+}  // namespace switchgear
