@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "arrays.h"
+
+#include <algorithm>
+#include <array>
+#include <string>
+
+#include "dlpack.h"
+#include "switchgear/check.h"
+
+namespace py = pybind11;
+
+namespace switchgear {
+namespace {
+
+using namespace dlpack;
+
+const DLPackExchangeAPI* find_exchange_api(PyTypeObject* type) {
+  const py::handle handle(reinterpret_cast<PyObject*>(type));
+  if (!py::hasattr(handle, "__dlpack_c_exchange_api__")) return nullptr;
+  const py::object capsule = handle.attr("__dlpack_c_exchange_api__");
+  const void* pointer = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  if (pointer == nullptr) throw py::error_already_set();
+  const auto* api = static_cast<const DLPackExchangeAPI*>(pointer);
+  return api->version.major == 1 ? api : nullptr;
+}
+
+// The exchange API of a type, null where it has none. The first types seen are remembered, and kept alive for that.
+const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
+  struct Entry {
+    PyTypeObject* type;
+    const DLPackExchangeAPI* api;
+  };
+  static std::array<Entry, 8> cache{};
+  for (auto& entry : cache) {
+    if (entry.type == type) return entry.api;
+    if (entry.type == nullptr) {
+      const DLPackExchangeAPI* api = find_exchange_api(type);
+      Py_INCREF(type);
+      entry = {type, api};
+      return api;
+    }
+  }
+  return find_exchange_api(type);
+}
+
+// array.__dlpack__(max_version=(1, 0)), or array.__dlpack__() for producers older than that argument
+py::object request_capsule(const char* name, py::handle array) {
+  SWITCHGEAR_CHECK(TypeError, py::hasattr(array, "__dlpack__"), name, ": expected an array (with __dlpack__), got ",
+                   Py_TYPE(array.ptr())->tp_name);
+  const py::object method = array.attr("__dlpack__");
+  try {
+    try {
+      return method(py::arg("max_version") = py::make_tuple(1, 0));
+    } catch (py::error_already_set& error) {
+      if (!error.matches(PyExc_TypeError)) throw;
+    }
+    return method();
+  } catch (py::error_already_set& error) {  // a dtype or a kind of array that DLPack has no word for
+    if (!error.matches(PyExc_BufferError)) throw;
+    py::raise_from(error, PyExc_TypeError, join(name, ": expected an array that DLPack can describe").c_str());
+    throw py::error_already_set();
+  }
+}
+
+DType dtype_of(const char* name, DLDataType dtype) {
+  if (dtype.lanes == 1) {
+    if (dtype.code == kDLFloat && dtype.bits == 32) return DType::kFloat32;
+    if (dtype.code == kDLBfloat && dtype.bits == 16) return DType::kBFloat16;
+    if (dtype.code == kDLFloat && dtype.bits == 16) return DType::kFloat16;
+    if (dtype.code == kDLInt && dtype.bits == 32) return DType::kInt32;
+    if (dtype.code == kDLInt && dtype.bits == 64) return DType::kInt64;
+  }
+  constexpr std::array<const char*, 7> kKinds{"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+  const char* kind = dtype.code < kKinds.size() ? kKinds[dtype.code] : "unknown";
+  throw TypeError(join(name, ": expected float32, bfloat16, float16, int32 or int64, got ", kind, int{dtype.bits}));
+}
+
+Device device_of(const char* name, DLDevice device) {
+  switch (device.device_type) {
+    case kDLCPU:
+    case kDLCUDAHost: return {DeviceType::kCPU, 0};
+    case kDLCUDA:
+    case kDLCUDAManaged: return {DeviceType::kCUDA, device.device_id};
+    default: throw ValueError(join(name, ": expected a CPU or CUDA device, got DLPack device ", device.device_type));
+  }
+}
+
+TensorView view_of(const char* name, const DLTensor& tensor) {
+  constexpr int kMaxDims = TensorView::kMaxDims;
+  SWITCHGEAR_CHECK(ValueError, tensor.ndim >= 1 && tensor.ndim <= kMaxDims, name, ": expected 1 to ", kMaxDims,
+                   " dimensions, got ", tensor.ndim);
+  TensorView view = switchgear::view(nullptr, dtype_of(name, tensor.dtype));
+  view.device = device_of(name, tensor.device);
+  if (tensor.data != nullptr) view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  view.ndim = tensor.ndim;
+  int64_t compact = 1;
+  for (int i = tensor.ndim - 1; i >= 0; --i) {
+    view.shape[i] = tensor.shape[i];
+    view.stride[i] = tensor.strides != nullptr ? tensor.strides[i] : compact;
+    compact *= tensor.shape[i];
+  }
+  return view;
+}
+
+}  // namespace
+
+Arrays::Loaded Arrays::load(const char* name, py::handle array) {
+  if (const DLPackExchangeAPI* api = exchange_api(Py_TYPE(array.ptr()))) {
+    DLTensor tensor;
+    if (api->dltensor_from_py_object_no_sync(array.ptr(), &tensor) != 0) throw py::error_already_set();
+    return {view_of(name, tensor), false};
+  }
+  // The capsule's destructor releases the memory, since we leave it its name.
+  const py::object& capsule = capsules_.emplace_back(request_capsule(name, array));
+  if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
+    const auto* managed =
+        static_cast<const DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
+    SWITCHGEAR_CHECK(ValueError, managed->version.major == 1, name, ": expected DLPack 1, got version ",
+                     managed->version.major);
+    return {view_of(name, managed->dl_tensor), (managed->flags & kReadOnly) != 0};
+  }
+  const void* managed = PyCapsule_GetPointer(capsule.ptr(), "dltensor");
+  if (managed == nullptr) throw py::error_already_set();
+  return {view_of(name, static_cast<const DLManagedTensor*>(managed)->dl_tensor), false};
+}
+
+TensorView Arrays::out(const char* name, py::handle array) {
+  const Loaded loaded = load(name, array);
+  SWITCHGEAR_CHECK(ValueError, !loaded.read_only, name, ": expected a writable array, got a read-only ",
+                   describe(loaded.view));
+  return loaded.view;
+}
+
+ExpertMatrices Arrays::matrices(const char* name, py::handle weight) {
+  if (!py::isinstance<py::list>(weight) && !py::isinstance<py::tuple>(weight)) return {.packed = in(name, weight)};
+  return separate(name, py::reinterpret_borrow<py::sequence>(weight));
+}
+
+ExpertMatrices Arrays::separate(const char* name, py::sequence weights) {
+  SWITCHGEAR_CHECK(ValueError, weights.size() > 0, name, ": expected one matrix for each expert, got an empty list");
+  TensorView all;  // [E, most rows, C]
+  bool has_row_stride = false, has_column_stride = false;
+  for (size_t e = 0; e < weights.size(); ++e) {
+    const std::string item = join(name, '[', e, ']');
+    const TensorView matrix = in(item.c_str(), weights[e]);
+    SWITCHGEAR_CHECK(ValueError, matrix.ndim == 2, item, ": expected shape [N_e, C], got ", describe(matrix));
+    if (e == 0) {
+      all = {.dtype = matrix.dtype, .device = matrix.device, .ndim = 3};
+      all.shape = {static_cast<int64_t>(weights.size()), 0, matrix.shape[1]};
+    }
+    SWITCHGEAR_CHECK(TypeError, matrix.dtype == all.dtype, item, ": expected ", name_of(all.dtype), " like ", name,
+                     "[0], got ", describe(matrix));
+    SWITCHGEAR_CHECK(ValueError, matrix.device.type == all.device.type && matrix.device.index == all.device.index, item,
+                     ": expected the device of ", name, "[0], got ", describe(matrix));
+    SWITCHGEAR_CHECK(ValueError, matrix.shape[1] == all.shape[2], item, ": expected shape [N_e, C=", all.shape[2],
+                     "], got ", describe(matrix));
+    // Strides are those of the first expert that has any: a dimension of size 1 has none.
+    const auto same_stride = [&](int i, bool& known) {
+      if (matrix.numel() == 0 || matrix.shape[i] == 1) return true;
+      if (!known) all.stride[i + 1] = matrix.stride[i];
+      known = true;
+      return all.stride[i + 1] == matrix.stride[i];
+    };
+    const bool same = same_stride(0, has_row_stride) & same_stride(1, has_column_stride);
+    SWITCHGEAR_CHECK(ValueError, same, item, ": expected strides [", all.stride[1], ", ", all.stride[2],
+                     "] like the experts before, got [", matrix.stride[0], ", ", matrix.stride[1], ']');
+    all.shape[1] = std::max(all.shape[1], matrix.shape[0]);
+    base_.push_back(matrix.data);
+    row_count_.push_back(matrix.shape[0]);
+  }
+  return {.packed = all, .base = base_.data(), .row_count = row_count_.data()};
+}
+
+}  // namespace switchgear

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The words in which ops.cpp says what it expects. A Dim is a size that the tensors of a call share: the first tensor
+// that has it defines it, the others must agree. A Call sees every tensor of one call, so that it can compare them.
+#pragma once
+#include <array>
+#include <initializer_list>
+
+#include "switchgear/ops.h"
+
+namespace switchgear {
+
+struct Dim {
+  static constexpr int64_t kUnknown = -1;
+
+  const char* name;
+  int64_t minimum = 1;
+  int64_t size = kUnknown;
+};
+
+enum class Kind : uint8_t { kFloat, kFloat32, kInt32 };  // kFloat is one of three dtypes, the same throughout a call
+
+enum class Layout : uint8_t {
+  kContiguous,
+  kRows,      // the last dimension is contiguous, the others have any stride
+  kMatrices,  // [experts, rows, columns]: any strides, but the rows or the columns are contiguous
+};
+
+class Call {
+ public:
+  using Shape = std::initializer_list<Dim*>;
+
+  explicit Call(Execution exec);
+
+  void input(const char* name, const TensorView& tensor, Kind kind, Shape shape, Layout layout = Layout::kContiguous);
+  void input(const char* name, const ExpertMatrices& weight, Shape shape);
+  void output(const char* name, const TensorView& tensor, Kind kind, Shape shape, Layout layout = Layout::kContiguous);
+
+  // Comes after the last tensor: no output may share memory with another tensor.
+  void check_overlap() const;
+
+ private:
+  static constexpr int kMaxTensors = 16;  // moe_backward has 15
+
+  struct Entry {
+    const char* name = nullptr;
+    const TensorView* tensor = nullptr;
+    const ExpertMatrices* separate = nullptr;  // matrices with base pointers of their own, described by `tensor`
+    bool output = false;
+  };
+
+  void check_type(const char* name, const TensorView& tensor, Kind kind, Shape shape);
+
+  std::array<Entry, kMaxTensors> entries_;
+  int count_ = 0;
+  const char* float_name_ = nullptr;  // the first tensor of Kind::kFloat, and its dtype
+  DType float_dtype_ = DType::kFloat32;
+};
+
+// Contents: what an op follows as an index. These come last, since they read memory.
+void check_range(const char* name, const TensorView& indices, int64_t low, int64_t high);  // all in [low, high)
+void check_offsets(const char* name, const TensorView& expert_offsets, int64_t num_slots);
+
+}  // namespace switchgear

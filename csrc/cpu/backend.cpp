@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "switchgear/backend.h"
+
+#include <array>
+#include <atomic>
+#include <cstdlib>
+
+#include "kernels.h"
+#include "ops.h"
+#include "switchgear/check.h"
+
+namespace switchgear {
+namespace cpu {
+namespace {
+
+// Whether the processor has what the flags of an ISA's file allow, and the operating system saves its registers.
+#if defined(SWITCHGEAR_HAVE_AVX2)
+bool runs_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+#if defined(SWITCHGEAR_HAVE_AVX512)
+bool runs_avx512() {
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+#if defined(SWITCHGEAR_HAVE_AVX512BF16)
+bool runs_avx512bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+struct Isa {
+  const char* name;
+  bool (*runs)();
+  const Kernels& (*kernels)();
+};
+
+constexpr std::array kIsas{
+    Isa{"generic", [] { return true; }, kernels_generic},
+#if defined(SWITCHGEAR_HAVE_AVX2)
+    Isa{"avx2", runs_avx2, kernels_avx2},
+#endif
+#if defined(SWITCHGEAR_HAVE_AVX512)
+    Isa{"avx512", runs_avx512, kernels_avx512},
+#endif
+#if defined(SWITCHGEAR_HAVE_AVX512BF16)
+    Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16},
+#endif
+};
+
+std::atomic<const Kernels*> active{nullptr};
+
+const Kernels& find_isa(const std::string& name, const char* source) {
+  std::string available;
+  for (const Isa& isa : kIsas) {
+    if (!isa.runs()) continue;
+    if (name == isa.name) return isa.kernels();
+    available += available.empty() ? isa.name : join(", ", isa.name);
+  }
+  throw ValueError(join(source, ": expected one of ", available, ", got ", name));
+}
+
+const Kernels& first_use() {
+  const char* forced = std::getenv("SWITCHGEAR_CPU_ISA");
+  const bool is_forced = forced != nullptr && *forced != '\0';
+  const Kernels* chosen = &find_isa(is_forced ? forced : available_cpu_isas().back(), "SWITCHGEAR_CPU_ISA");
+  const Kernels* expected = nullptr;  // set_cpu_isa on another thread may have been faster
+  return active.compare_exchange_strong(expected, chosen) ? *chosen : *expected;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* table = active.load(std::memory_order_acquire);
+  return table != nullptr ? *table : first_use();
+}
+
+}  // namespace cpu
+
+std::vector<std::string> available_cpu_isas() {
+  std::vector<std::string> names;
+  for (const auto& isa : cpu::kIsas) {
+    if (isa.runs()) names.emplace_back(isa.name);
+  }
+  return names;
+}
+
+std::string cpu_isa() { return cpu::kernels().isa; }
+
+void set_cpu_isa(const std::string& isa) { cpu::active.store(&cpu::find_isa(isa, "isa"), std::memory_order_release); }
+
+const Backend& cpu_backend() {
+  cpu::kernels();  // a wrong SWITCHGEAR_CPU_ISA is an error before anything is written
+  static constexpr Backend kBackend{.name = "cpu",
+                                    .route = cpu::route,
+                                    .route_backward = cpu::route_backward,
+                                    .plan = cpu::plan,
+                                    .permute = cpu::permute,
+                                    .combine = cpu::combine,
+                                    .combine_weight_backward = cpu::combine_weight_backward,
+                                    .grouped_gemm = cpu::grouped_gemm,
+                                    .grouped_gemm_wgrad = cpu::grouped_gemm_wgrad,
+                                    .glu = cpu::glu,
+                                    .glu_backward = cpu::glu_backward,
+                                    .moe_forward = cpu::moe_forward,
+                                    .moe_backward = cpu::moe_backward};
+  return kBackend;
+}
+
+}  // namespace switchgear

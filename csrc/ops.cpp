@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Checks the arguments of each op once, against the shapes in ops.h, then calls the table of the device. Kernels trust.
+#include "switchgear/ops.h"
+
+#include <cmath>
+#include <limits>
+
+#include "checks.h"
+#include "switchgear/backend.h"
+#include "switchgear/check.h"
+
+namespace switchgear {
+namespace {
+
+using enum Kind;
+using enum Layout;
+
+// The one table there is so far: Call has refused tensors of other devices.
+const Backend& backend() { return cpu_backend(); }
+
+// S = T·K. Slots are numbered in int32.
+Dim slots(const Dim& T, const Dim& K) {
+  SWITCHGEAR_CHECK(ValueError, T.size <= std::numeric_limits<int32_t>::max() / K.size,
+                   "topk_ids: expected less than 2^31 slots, got ", T.size, " tokens with ", K.size, " choices each");
+  return {"S", 0, T.size * K.size};
+}
+
+// ---- plans, which pass through the hands of the caller ---
+
+// slot_indices [T,K], token_indices [S], expert_offsets [E+1]
+void plan_shapes(Call& call, const Plan& plan, Dim& T, Dim& K, Dim& S) {
+  Dim offsets{"E+1", 2};
+  call.input("slot_indices", plan.slot_indices, kInt32, {&T, &K});
+  S = slots(T, K);
+  call.input("token_indices", plan.token_indices, kInt32, {&S});
+  call.input("expert_offsets", plan.expert_offsets, kInt32, {&offsets});
+}
+
+// Slots past expert_offsets[E] belong to no expert, and nobody follows their token_indices.
+void check_tokens(const TensorView& token_indices, const TensorView& expert_offsets, int64_t num_tokens) {
+  TensorView used = token_indices;
+  used.shape[0] = expert_offsets.as<const int32_t>()[expert_offsets.shape[0] - 1];
+  check_range("token_indices", used, 0, num_tokens);
+}
+
+void check_plan(const Plan& plan, const Dim& T, const Dim& S) {
+  check_offsets("expert_offsets", plan.expert_offsets, S.size);
+  check_tokens(plan.token_indices, plan.expert_offsets, T.size);
+  check_range("slot_indices", plan.slot_indices, -1, S.size);
+}
+
+// ---- options ---
+
+void check_options(const RouteOptions& options, const Dim& E) {
+  const int64_t k = options.top_k, groups = options.num_groups, chosen = options.topk_groups;
+  SWITCHGEAR_CHECK(ValueError, k >= 1 && k <= E.size, "top_k: expected 1 to E=", E.size, ", got ", k);
+  SWITCHGEAR_CHECK(ValueError, groups >= 1 && E.size % groups == 0, "num_groups: expected a divisor of E=", E.size,
+                   ", got ", groups);
+  SWITCHGEAR_CHECK(ValueError, chosen >= 1 && chosen <= groups, "topk_groups: expected 1 to num_groups=", groups,
+                   ", got ", chosen);
+  SWITCHGEAR_CHECK(ValueError, chosen * (E.size / groups) >= k, "topk_groups: expected groups with at least top_k=", k,
+                   " experts, got ", chosen, " of ", E.size / groups, " each");
+  SWITCHGEAR_CHECK(ValueError, std::isfinite(options.scale), "scale: expected a finite number, got ", options.scale);
+}
+
+void check_options(const GluOptions& options) {
+  SWITCHGEAR_CHECK(ValueError, options.gated || options.activation != Activation::kSwigluOai,
+                   "activation: expected gated experts for swiglu_oai, got gated=False");
+  SWITCHGEAR_CHECK(ValueError, options.limit >= 0 && std::isfinite(options.limit),
+                   "limit: expected 0 (none) or a positive number, got ", options.limit);
+  SWITCHGEAR_CHECK(ValueError, std::isfinite(options.alpha), "alpha: expected a finite number, got ", options.alpha);
+}
+
+// I = N/2 for gated experts, N for plain ones
+Dim intermediate(const char* name, const GluOptions& options, const Dim& N) {
+  SWITCHGEAR_CHECK(ValueError, !options.gated || N.size % 2 == 0, name,
+                   ": expected an even N (gates and ups) for gated experts, got N=", N.size);
+  return {"I", 1, options.gated ? N.size / 2 : N.size};
+}
+
+// gate_up_proj [E,N,H], down_proj [E,H,I], gate_up_bias [E,N], down_bias [E,H]
+void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& options, Dim& E, Dim& H, Dim& I,
+                   Dim& N) {
+  call.input("gate_up_proj", weights.gate_up_proj, {&E, &N, &H});
+  I = intermediate("gate_up_proj", options, N);
+  call.input("down_proj", weights.down_proj, {&E, &H, &I});
+  if (weights.gate_up_bias.defined()) call.input("gate_up_bias", weights.gate_up_bias, kFloat, {&E, &N});
+  if (weights.down_bias.defined()) call.input("down_bias", weights.down_bias, kFloat, {&E, &H});
+}
+
+}  // namespace
+
+// ---- route ---
+
+void route(const RouteArgs& args, Execution exec) {
+  Call call(exec);
+  Dim T{"T", 0}, E{"E"}, K{"K", 1, args.options.top_k};
+  call.input("router_logits", args.router_logits, kFloat, {&T, &E}, kRows);
+  if (args.selection_bias.defined()) call.input("selection_bias", args.selection_bias, kFloat32, {&E});
+  call.output("topk_ids", args.topk_ids, kInt32, {&T, &K});
+  call.output("topk_weights", args.topk_weights, kFloat32, {&T, &K});
+  slots(T, K);
+  check_options(args.options, E);
+  call.check_overlap();
+  backend().route(args, exec);
+}
+
+void route_backward(const RouteBackwardArgs& args, Execution exec) {
+  Call call(exec);
+  Dim T{"T", 0}, E{"E"}, K{"K", 1, args.options.top_k};
+  call.input("router_logits", args.router_logits, kFloat, {&T, &E}, kRows);
+  call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
+  call.input("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K});
+  check_options(args.options, E);
+  call.output("grad_router_logits", args.grad_router_logits, kFloat, {&T, &E}, kRows);
+  call.check_overlap();
+  check_range("topk_ids", args.topk_ids, -1, E.size);
+  backend().route_backward(args, exec);
+}
+
+// ---- plan ---
+
+void plan(const PlanArgs& args, Execution exec) {
+  Call call(exec);
+  Dim T{"T", 0}, K{"K"}, offsets{"E+1", 2};
+  call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
+  Dim S = slots(T, K);
+  call.output("expert_offsets", args.plan.expert_offsets, kInt32, {&offsets});
+  call.output("token_indices", args.plan.token_indices, kInt32, {&S});
+  call.output("slot_indices", args.plan.slot_indices, kInt32, {&T, &K});
+  call.check_overlap();
+  check_range("topk_ids", args.topk_ids, -1, offsets.size - 1);
+  backend().plan(args, exec);
+}
+
+// ---- permute, combine ---
+
+void permute(const PermuteArgs& args, Execution exec) {
+  Call call(exec);
+  Dim T{"T", 0}, K{"K"}, S{"S", 0}, H{"H"};
+  call.input("x", args.x, kFloat, {&T, &H}, kRows);
+  plan_shapes(call, args.plan, T, K, S);
+  if (args.topk_weights.defined()) call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
+  call.output("permuted_x", args.permuted_x, kFloat, {&S, &H}, kRows);
+  call.check_overlap();
+  check_plan(args.plan, T, S);
+  backend().permute(args, exec);
+}
+
+void combine(const CombineArgs& args, Execution exec) {
+  Call call(exec);
+  Dim T{"T", 0}, K{"K"}, S{"S", 0}, H{"H"};
+  plan_shapes(call, args.plan, T, K, S);
+  call.input("permuted_y", args.permuted_y, kFloat, {&S, &H}, kRows);
+  if (args.topk_weights.defined()) call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
+  call.output("y", args.y, kFloat, {&T, &H}, kRows);
+  call.check_overlap();
+  check_plan(args.plan, T, S);
+  backend().combine(args, exec);
+}
+
+void combine_weight_backward(const CombineBackwardArgs& args, Execution exec) {
+  Call call(exec);
+  Dim T{"T", 0}, K{"K"}, S{"S", 0}, H{"H"};
+  call.input("grad_y", args.grad_y, kFloat, {&T, &H}, kRows);
+  plan_shapes(call, args.plan, T, K, S);
+  call.input("permuted_y", args.permuted_y, kFloat, {&S, &H}, kRows);
+  call.output("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K});
+  call.check_overlap();
+  check_plan(args.plan, T, S);
+  backend().combine_weight_backward(args, exec);
+}
+
+// ---- grouped_gemm ---
+
+void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
+  Call call(exec);
+  Dim R{"R", 0}, C{"C"}, E{"E"}, N{"N"}, S{"S", 0};
+  call.input("x", args.x, kFloat, {&R, &C}, kRows);
+  call.input("weight", args.weight, {&E, &N, &C});
+  if (args.bias.defined()) call.input("bias", args.bias, kFloat, {&E, &N});
+  Dim offsets{"E+1", 2, E.size + 1};
+  call.input("expert_offsets", args.expert_offsets, kInt32, {&offsets});
+  if (args.token_indices.defined()) call.input("token_indices", args.token_indices, kInt32, {&S});
+  call.output("out", args.out, kFloat, {args.token_indices.defined() ? &S : &R, &N}, kRows);
+  call.check_overlap();
+  check_offsets("expert_offsets", args.expert_offsets, args.out.shape[0]);
+  if (args.token_indices.defined()) check_tokens(args.token_indices, args.expert_offsets, R.size);
+  backend().grouped_gemm(args, exec);
+}
+
+void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec) {
+  Call call(exec);
+  Dim R{"R", 0}, C{"C"}, E{"E"}, N{"N"}, S{"S", 0};
+  call.input("x", args.x, kFloat, {&R, &C}, kRows);
+  if (args.token_indices.defined()) call.input("token_indices", args.token_indices, kInt32, {&S});
+  call.input("grad_out", args.grad_out, kFloat, {args.token_indices.defined() ? &S : &R, &N}, kRows);
+  call.output("grad_weight", args.grad_weight, kFloat, {&E, &N, &C}, kMatrices);
+  Dim offsets{"E+1", 2, E.size + 1};
+  call.input("expert_offsets", args.expert_offsets, kInt32, {&offsets});
+  call.check_overlap();
+  check_offsets("expert_offsets", args.expert_offsets, args.grad_out.shape[0]);
+  if (args.token_indices.defined()) check_tokens(args.token_indices, args.expert_offsets, R.size);
+  backend().grouped_gemm_wgrad(args, exec);
+}
+
+// ---- glu ---
+
+void glu(const GluArgs& args, Execution exec) {
+  Call call(exec);
+  Dim S{"S", 0}, N{"N"};
+  check_options(args.options);
+  call.input("h", args.h, kFloat, {&S, &N}, kRows);
+  Dim I = intermediate("h", args.options, N);
+  call.output("a", args.a, kFloat, {&S, &I}, kRows);
+  call.check_overlap();
+  backend().glu(args, exec);
+}
+
+void glu_backward(const GluBackwardArgs& args, Execution exec) {
+  Call call(exec);
+  Dim S{"S", 0}, N{"N"};
+  check_options(args.options);
+  call.input("h", args.h, kFloat, {&S, &N}, kRows);
+  Dim I = intermediate("h", args.options, N);
+  call.input("grad_a", args.grad_a, kFloat, {&S, &I}, kRows);
+  call.output("grad_h", args.grad_h, kFloat, {&S, &N}, kRows);
+  call.check_overlap();
+  backend().glu_backward(args, exec);
+}
+
+// ---- the whole layer ---
+
+void moe_forward(const MoeForwardArgs& args, Execution exec) {
+  Call call(exec);
+  Dim T{"T", 0}, K{"K"}, H{"H"}, E{"E"}, I{"I"}, N{"N"};
+  check_options(args.options);
+  call.input("x", args.x, kFloat, {&T, &H}, kRows);
+  weight_shapes(call, args.weights, args.options, E, H, I, N);
+  call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
+  call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
+  Dim S = slots(T, K);
+  call.output("y", args.y, kFloat, {&T, &H}, kRows);
+  if (args.h.defined()) call.output("h", args.h, kFloat, {&S, &N}, kRows);
+  call.check_overlap();
+  check_range("topk_ids", args.topk_ids, -1, E.size);
+  backend().moe_forward(args, exec);
+}
+
+void moe_backward(const MoeBackwardArgs& args, Execution exec) {
+  Call call(exec);
+  Dim T{"T", 0}, K{"K"}, H{"H"}, E{"E"}, I{"I"}, N{"N"};
+  check_options(args.options);
+  call.input("x", args.x, kFloat, {&T, &H}, kRows);
+  call.input("grad_y", args.grad_y, kFloat, {&T, &H}, kRows);
+  weight_shapes(call, args.weights, args.options, E, H, I, N);
+  call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
+  call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
+  Dim S = slots(T, K);
+  call.input("h", args.h, kFloat, {&S, &N}, kRows);
+  const auto output = [&](const char* name, const TensorView& grad, Kind kind, Call::Shape shape, Layout layout) {
+    if (grad.defined()) call.output(name, grad, kind, shape, layout);
+  };
+  output("grad_x", args.grad_x, kFloat, {&T, &H}, kRows);
+  output("grad_gate_up_proj", args.grad_gate_up_proj, kFloat, {&E, &N, &H}, kMatrices);
+  output("grad_down_proj", args.grad_down_proj, kFloat, {&E, &H, &I}, kMatrices);
+  output("grad_gate_up_bias", args.grad_gate_up_bias, kFloat, {&E, &N}, kContiguous);
+  output("grad_down_bias", args.grad_down_bias, kFloat, {&E, &H}, kContiguous);
+  output("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K}, kContiguous);
+  call.check_overlap();
+  check_range("topk_ids", args.topk_ids, -1, E.size);
+  backend().moe_backward(args, exec);
+}
+
+}  // namespace switchgear
