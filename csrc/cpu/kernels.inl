@@ -131,6 +131,7 @@ float dot_rows(const void* a, const void* b, DType dtype, int64_t n) {
 // What a panel is packed from, in words: word p of column n. One float32 of any source dtype, or a pair of bfloat16.
 template <typename T>
 struct FloatWords {
+  static Floats load_whole(const T* p) { return load(p); }
   static Floats load_along_k(const T* p, int64_t count) { return load_some(p, count); }
   static Floats load_along_n(const T* p, const T*, int64_t count) { return load_some(p, count); }
   static constexpr int kDepth = 1;  // k per word
@@ -139,8 +140,9 @@ struct FloatWords {
 #ifdef __AVX512BF16__
 struct PairWords {
   static constexpr int kDepth = 2;
+  static Floats load_whole(const BFloat16* p) { return _mm512_loadu_ps(p); }
   static Floats load_along_k(const BFloat16* p, int64_t count) {  // `count` elements of k, two a lane
-    if (count == 2 * kLanes) return _mm512_loadu_ps(p);
+    if (count == 2 * kLanes) return load_whole(p);
     BFloat16 lanes[2 * kLanes] = {};
     __builtin_memcpy(lanes, p, static_cast<size_t>(count) * 2);
     return _mm512_loadu_ps(lanes);
@@ -282,9 +284,81 @@ void multiply_rows(const void* const* rows, int64_t num_rows, int64_t offset, co
   }
 }
 
+// The same sums in the same order for up to kFewRows rows, where writing a panel and reading it again would cost more than
+// the multiplications: blocks of B are transposed in registers and used at once. B must run along k.
+constexpr int kFewRows = 4;
+
+template <int kRows, bool kPairs, typename Words, typename T>
+void multiply_few_rows(const void* const* rows, int64_t row_offset, const Matrix& b, int64_t num_columns, int64_t k_begin,
+                       int64_t depth, float* c, bool accumulate) {
+  constexpr int64_t kBlock = kLanes * Words::kDepth;
+  const T* const data = static_cast<const T*>(b.data) + k_begin;
+  for (int64_t n0 = 0; n0 < kPanel; n0 += kLanes) {
+    const int64_t valid = num_columns - n0 < kLanes ? num_columns - n0 : kLanes;
+    Floats acc[kRows];
+    for (int m = 0; m < kRows; ++m) acc[m] = accumulate ? load(c + m * kPanel + n0) : broadcast(0.0f);
+    const auto add_block = [&](int64_t k0, auto load_row, auto word_of, int words) {
+      Floats block[kLanes];
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; ++n) block[n] = load_row(n, k0);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        if (i >= words) break;
+#pragma GCC unroll 4
+        for (int m = 0; m < kRows; ++m) acc[m] = step<kPairs>(word_of(m, k0 / Words::kDepth + i), block[i], acc[m]);
+      }
+    };
+    const auto word_at = [&](int m, int64_t word) {
+      return broadcast_word(static_cast<const char*>(rows[m]) + row_offset + 4 * word);
+    };
+    int64_t k0 = 0;
+    if (valid == kLanes) {
+      const T* const first = data + n0 * b.n_stride;
+      for (; k0 + kBlock <= depth; k0 += kBlock) {
+        add_block(k0, [&](int n, int64_t k) { return Words::load_whole(first + n * b.n_stride + k); }, word_at, kLanes);
+      }
+    }
+    for (; k0 < depth; k0 += kBlock) {  // what is left of k, or of the columns
+      const int64_t count = depth - k0 < kBlock ? depth - k0 : kBlock;
+      const int64_t whole = k0 / Words::kDepth + count / Words::kDepth;
+      const auto load_row = [&](int n, int64_t k) {
+        return n < valid ? Words::load_along_k(data + (n0 + n) * b.n_stride + k, count) : broadcast(0.0f);
+      };
+      const auto word_or_half = [&](int m, int64_t word) {
+        if (word < whole) return word_at(m, word);
+        T lanes[4 / sizeof(T)] = {};  // an odd end of k: the last bfloat16 alone
+        __builtin_memcpy(lanes, static_cast<const char*>(rows[m]) + row_offset + 4 * word, sizeof(T));
+        return broadcast_word(lanes);
+      };
+      add_block(k0, load_row, word_or_half, static_cast<int>((count + Words::kDepth - 1) / Words::kDepth));
+    }
+    for (int m = 0; m < kRows; ++m) store(c + m * kPanel + n0, acc[m]);
+  }
+}
+
+template <bool kPairs, typename Words, typename T>
+void multiply_chunk(const Product& product, const void* const* rows, int64_t row_offset, int64_t k, int64_t depth) {
+  const Matrix& b = product.b;
+  const auto few = [&]<int kRows>() {
+    multiply_few_rows<kRows, kPairs, Words, T>(rows, row_offset, b, product.num_columns, k, depth, product.c, k > 0);
+  };
+  if (product.num_rows <= kFewRows && b.k_rows == nullptr && b.k_stride == 1 && b.n_stride != 1) {
+    switch (product.num_rows) {
+      case 1: return few.template operator()<1>();
+      case 2: return few.template operator()<2>();
+      case 3: return few.template operator()<3>();
+      case 4: return few.template operator()<4>();
+      default: return;
+    }
+  }
+  float* const panel = static_cast<float*>(product.scratch);
+  pack<Words, T>(panel, b, product.num_columns, k, depth);
+  multiply_rows<kPairs>(rows, product.num_rows, row_offset, panel, depth / Words::kDepth, depth % Words::kDepth != 0, product.c,
+                        k > 0);
+}
+
 void multiply(const Product& product) {
-  float* panel = static_cast<float*>(product.scratch);
-  float* widened = panel + kChunkWords * kMaxPanel;
   const bool pairs = kHasPairs && product.row_dtype == DType::kBFloat16 && product.b.dtype == DType::kBFloat16;
   const int64_t chunk = kChunkWords * (pairs ? 2 : 1);
 
@@ -292,26 +366,25 @@ void multiply(const Product& product) {
     const int64_t depth = product.depth - k < chunk ? product.depth - k : chunk;
 #ifdef __AVX512BF16__
     if (pairs) {
-      pack<PairWords, BFloat16>(panel, product.b, product.num_columns, k, depth);
-      multiply_rows<true>(product.rows, product.num_rows, k * 2, panel, depth / 2, depth % 2 != 0, product.c, k > 0);
+      multiply_chunk<true, PairWords, BFloat16>(product, product.rows, k * 2, k, depth);
       continue;
     }
 #endif
-    with_type(product.b.dtype, [&]<typename T>(const T*) {
-      pack<FloatWords<T>, T>(panel, product.b, product.num_columns, k, depth);
-    });
     const void* const* rows = product.rows;
-    int64_t offset = k * 4;
+    int64_t row_offset = k * 4;
     const void* widened_rows[kMaxRows];
     if (product.row_dtype != DType::kFloat32) {
+      float* const widened = static_cast<float*>(product.scratch) + kChunkWords * kMaxPanel;
       for (int64_t m = 0; m < product.num_rows; ++m) {
         load_row(widened + m * kChunkWords, static_cast<const char*>(product.rows[m]) + k * 2, product.row_dtype, depth);
         widened_rows[m] = widened + m * kChunkWords;
       }
       rows = widened_rows;
-      offset = 0;
+      row_offset = 0;
     }
-    multiply_rows<false>(rows, product.num_rows, offset, panel, depth, false, product.c, k > 0);
+    with_type(product.b.dtype, [&]<typename T>(const T*) {
+      multiply_chunk<false, FloatWords<T>, T>(product, rows, row_offset, k, depth);
+    });
   }
 }
 
@@ -494,7 +567,7 @@ double multiply_registers(int64_t iterations) {
   const Floats a = broadcast(one), b = broadcast(one);
   Floats acc[kChains];
 #pragma GCC unroll 32
-  for (int j = 0; j < kChains; ++j) acc[j] = broadcast(0.0f);
+  for (int j = 0; j < kChains; ++j) acc[j] = broadcast(static_cast<float>(j) * one);
   for (int64_t i = 0; i < iterations; ++i) {
 #pragma GCC unroll 32
     for (int j = 0; j < kChains; ++j) acc[j] = step<kPairs>(a, b, acc[j]);
