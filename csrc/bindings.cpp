@@ -292,6 +292,23 @@ PYBIND11_MODULE(_C, m) {
         "grad_down_bias"_a, "grad_topk_weights"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a,
         "num_threads"_a);
 
+  m.def(
+      "fma_rate",
+      [](std::string_view dtype, int num_threads) {
+        constexpr Names<DType, 3> kDTypes{
+            {{"float32", DType::kFloat32}, {"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16}}};
+        const py::gil_scoped_release release;
+        return multiply_rate(parse("dtype", kDTypes, dtype), {.num_threads = num_threads});
+      },
+      "Multiply-adds in registers, in flop/s.", "dtype"_a, "num_threads"_a = 0);
+  m.def(
+      "read_bandwidth",
+      [](int num_threads) {
+        const py::gil_scoped_release release;
+        return read_bandwidth({.num_threads = num_threads});
+      },
+      "Reading of memory, in bytes/s.", "num_threads"_a = 0);
+  m.def("release_workspaces", &release_workspaces, "Frees the temporary memory that ops keep between calls.");
   m.def("available_cpu_isas", &available_cpu_isas, "ISAs that were built and that this machine runs, best last.");
   m.def("cpu_isa", &cpu_isa, "The ISA in use.");
   m.def("set_cpu_isa", &set_cpu_isa, "Sets the ISA to use; ValueError for one that is not available.", "isa"_a);

@@ -32,4 +32,12 @@ std::vector<std::string> available_cpu_isas();
 std::string cpu_isa();
 void set_cpu_isa(const std::string& isa);  // ValueError for one that is not available
 
+// The CPU's ceilings, measured in about 50 ms each: multiply-adds in registers in flop/s (of the instruction that a dtype's
+// products use), and reading of memory in bytes/s.
+double multiply_rate(DType dtype, Execution exec = {});
+double read_bandwidth(Execution exec = {});
+
+// Gives the temporary memory that the CPU ops keep between calls back to the system.
+void release_workspaces();
+
 }  // namespace switchgear

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The ceilings of this machine, measured: what benchmarks divide by.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+
+#include "kernels.h"
+#include "switchgear/backend.h"
+#include "threads.h"
+#include "workspace.h"
+
+namespace switchgear {
+namespace {
+
+constexpr int kRepeats = 5;
+
+// The best rate of a few runs of `work` on all threads; work(thread) returns what it did.
+template <typename Work>
+double best_rate(int num_threads, Work&& work) {
+  double best = 0.0;
+  for (int repeat = 0; repeat < kRepeats; ++repeat) {
+    std::atomic<double> done{0.0};
+    const auto start = std::chrono::steady_clock::now();
+    cpu::parallel_for(num_threads, num_threads, [&](int64_t part, int) { done += work(part); });
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    best = std::max(best, done.load() / elapsed.count());
+  }
+  return best;
+}
+
+}  // namespace
+
+double multiply_rate(DType dtype, Execution exec) {
+  constexpr int64_t kIterations = 400'000;  // about 10 ms
+  return best_rate(cpu::resolve_threads(exec.num_threads),
+                   [&](int64_t) { return cpu::kernels().multiply_rate(dtype, kIterations); });
+}
+
+double read_bandwidth(Execution exec) {
+  constexpr int64_t kBytes = int64_t{512} << 20;  // far beyond the caches
+  const int num_threads = cpu::resolve_threads(exec.num_threads);
+  const int64_t part = kBytes / num_threads / 512 * 512;
+  cpu::Workspace workspace(kBytes);
+  char* const data = static_cast<char*>(workspace.take_bytes(kBytes));
+  std::memset(data, 1, kBytes);
+  std::atomic<uint64_t> sink{0};
+  return best_rate(num_threads, [&](int64_t thread) {
+    sink += cpu::kernels().read(data + thread * part, part);
+    return static_cast<double>(part);
+  });
+}
+
+void release_workspaces() { cpu::release_workspaces(); }
+
+}  // namespace switchgear
