@@ -25,12 +25,20 @@ inline float exp_f32(float x) {
   constexpr float kLowest = -0x1.5d589ep+6f;
   constexpr float kHighest = 89.0f;
   constexpr float kLog2E = 0x1.715476p+0f;
-  constexpr float kMagic = 0x1.8p+23f;  // adding it leaves no bits for a fraction
+  constexpr float kMagic = 0x1.8p+23f;      // adding it leaves no bits for a fraction
   constexpr float kLn2High = 0x1.62e4p-1f;  // 15 bits, n has at most 8
   constexpr float kLn2Low = 0x1.7f7d1cp-20f;
 
-  float c = x > kLowest ? x : kLowest;
-  c = c < kHighest ? c : kHighest;
+  // Clamps and the last selection work on the bits: gcc makes branches of comparisons of floats, since they may trap.
+  // As uint32, negative floats ascend with their magnitude and lie above all positive ones.
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  constexpr uint32_t kLowestBits = std::bit_cast<uint32_t>(kLowest);
+  constexpr int32_t kHighestBits = std::bit_cast<int32_t>(kHighest);
+  const uint32_t low = bits < kLowestBits ? bits : kLowestBits;
+  const int32_t high = static_cast<int32_t>(low) < kHighestBits ? static_cast<int32_t>(low) : kHighestBits;
+  const int32_t underflow = static_cast<int32_t>(low - bits) >> 31;  // -1 where x < kLowest, else 0
+  const float c = std::bit_cast<float>(high);
+
   const float n = (c * kLog2E + kMagic) - kMagic;
   const float r = (c - n * kLn2High) - n * kLn2Low;
   float q = 0x1.6ac74ep-10f;
@@ -41,10 +49,9 @@ inline float exp_f32(float x) {
   const float p = (q * (r * r) + r) + 1.0f;
   const int32_t i = static_cast<int32_t>(n);
   const int32_t half = i >> 1;  // i reaches 128, one more than an exponent holds
-  const float low = std::bit_cast<float>((half + 127) << 23);
-  const float high = std::bit_cast<float>((i - half + 127) << 23);
-  const float e = (p * low) * high;
-  return x < kLowest ? 0.0f : e;
+  const float scale = std::bit_cast<float>((half + 127) << 23);
+  const float rest = std::bit_cast<float>((i - half + 127) << 23);
+  return std::bit_cast<float>(std::bit_cast<int32_t>((p * scale) * rest) & ~underflow);
 }
 
 }  // namespace switchgear::cpu

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// route: router_logits [T,E] -> the K best experts of each token and their weights; and its gradient.
+//
+//   work about 25·T·E flop (one exponential per logit); traffic T·E·size + 8·T·K bytes; compute-bound
+//
+// Rows are independent. Logits are sanitised before anything else, so that any bit pattern gives K distinct experts.
+// A ranking is always the total order (value descending, index ascending). Every float operation is written out in its
+// order and nothing is fused: scores have the same bits on every backend, ISA and number of threads.
+#include <algorithm>
+#include <bit>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "exp.h"
+#include "kernels.h"
+#include "ops.h"
+#include "threads.h"
+
+namespace switchgear::cpu {
+namespace {
+
+constexpr float kFloatMax = std::numeric_limits<float>::max();
+constexpr int64_t kGrainLogits = 16384;  // about 50 µs of work; less is not worth waking a thread
+constexpr int64_t kMaxInsertion = 32;    // longest list kept sorted by insertion
+
+// NaN fails both comparisons of the first line.
+float sanitise(float v) {
+  v = v > -kFloatMax ? v : -kFloatMax;
+  return v < kFloatMax ? v : kFloatMax;
+}
+
+int64_t grain_rows(int64_t num_experts) { return std::max<int64_t>(1, kGrainLogits / num_experts); }
+
+float max_of(const float* values, int64_t n) {
+  constexpr int kLanes = 8;  // breaks the chain of dependent comparisons
+  float lanes[kLanes];
+  std::fill_n(lanes, kLanes, -kFloatMax);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lanes[j] = values[i + j] > lanes[j] ? values[i + j] : lanes[j];
+  }
+  for (; i < n; ++i) lanes[0] = std::max(lanes[0], values[i]);
+  return *std::max_element(lanes, lanes + kLanes);
+}
+
+// numerators[j] = exp(logits[j] - max), returns their sum
+double softmax_numerators(const float* logits, float* numerators, int64_t n) {
+  const float max = max_of(logits, n);
+  for (int64_t j = 0; j < n; ++j) numerators[j] = exp_f32(logits[j] - max);
+  double sum = 0.0;
+  for (int64_t j = 0; j < n; ++j) sum += numerators[j];
+  return sum;
+}
+
+float softmax_score(float numerator, double sum) { return static_cast<float>(numerator / sum); }
+
+void all_scores(ScoreFunction function, const float* logits, float* scores, int64_t n) {
+  if (function == ScoreFunction::kSigmoid) {
+    for (int64_t j = 0; j < n; ++j) scores[j] = 1.0f / (1.0f + exp_f32(-logits[j]));
+    return;
+  }
+  const double sum = softmax_numerators(logits, scores, n);
+  for (int64_t j = 0; j < n; ++j) scores[j] = softmax_score(scores[j], sum);
+}
+
+// The total order of rankings as one integer: a larger key is a larger value, or the same value and a lower index.
+int64_t key_of(float value, int64_t index) {
+  const int32_t bits = std::bit_cast<int32_t>(value + 0.0f);  // -0 becomes +0
+  const int64_t ordered = bits ^ ((bits >> 31) & 0x7fffffff);  // negative floats descend as integers: flip them
+  return (ordered << 32) | (~index & 0xffffffff);
+}
+int32_t index_of(int64_t key) { return static_cast<int32_t>(~key & 0xffffffff); }
+
+// Moves the `count` largest keys to the front, largest first.
+void select_best(int64_t* keys, int64_t num_keys, int64_t count) {
+  if (count > kMaxInsertion) {
+    if (count < num_keys) std::nth_element(keys, keys + count, keys + num_keys, std::greater<>());
+    std::sort(keys, keys + count, std::greater<>());
+    return;
+  }
+  int64_t size = 0;  // keys[0, size) is the sorted list; the key being looked at lies behind it
+  for (int64_t i = 0; i < num_keys; ++i) {
+    const int64_t key = keys[i];
+    if (size == count && key < keys[size - 1]) continue;
+    int64_t at = size < count ? size++ : size - 1;
+    for (; at > 0 && key > keys[at - 1]; --at) keys[at] = keys[at - 1];
+    keys[at] = key;
+  }
+}
+
+float group_score(const float* values, int64_t n, GroupScore kind) {
+  float best = values[0];
+  float second = 0.0f;  // a group of one has no second
+  for (int64_t j = 1; j < n; ++j) {
+    second = j == 1 ? std::min(best, values[j]) : std::max(second, std::min(best, values[j]));
+    best = std::max(best, values[j]);
+  }
+  return kind == GroupScore::kMax ? best : best + second;
+}
+
+// What one thread needs for its rows.
+struct Scratch {
+  Scratch(int64_t num_experts, int64_t num_groups)
+      : logits(num_experts), scores(num_experts), ranked(num_experts), keys(num_experts), group_keys(num_groups) {}
+
+  std::vector<float> logits;
+  std::vector<float> scores;
+  std::vector<float> ranked;
+  std::vector<int64_t> keys;
+  std::vector<int64_t> group_keys;
+};
+
+// Fills scratch.keys with the experts that may be chosen, returns their number.
+int64_t make_keys(const float* ranked, int64_t num_experts, const RouteOptions& options, Scratch& scratch) {
+  int64_t* keys = scratch.keys.data();
+  if (options.num_groups == 1) {
+    for (int64_t j = 0; j < num_experts; ++j) keys[j] = key_of(ranked[j], j);
+    return num_experts;
+  }
+  const int64_t size = num_experts / options.num_groups;
+  int64_t* groups = scratch.group_keys.data();
+  for (int64_t g = 0; g < options.num_groups; ++g) {
+    groups[g] = key_of(group_score(ranked + g * size, size, options.group_score), g);
+  }
+  select_best(groups, options.num_groups, options.topk_groups);
+  for (int64_t i = 0; i < options.topk_groups; ++i) {
+    const int64_t first = index_of(groups[i]) * size;
+    for (int64_t j = first; j < first + size; ++j) *keys++ = key_of(ranked[j], j);
+  }
+  return options.topk_groups * size;
+}
+
+// One row: scratch.logits holds the sanitised logits, `bias` is sanitised or null.
+void route_row(const RouteOptions& options, const float* bias, int64_t num_experts, Scratch& scratch, int32_t* topk_ids,
+               float* topk_weights) {
+  const bool by_logit = options.score_function == ScoreFunction::kSoftmax && bias == nullptr && options.num_groups == 1;
+  const float* logits = scratch.logits.data();
+  float* scores = scratch.scores.data();
+  const float* ranked = scores;
+  double sum = 1.0;
+  if (by_logit) {  // softmax is monotone: ranking logits avoids ties by rounding, and K divisions do instead of E
+    sum = softmax_numerators(logits, scores, num_experts);
+    ranked = logits;
+  } else {
+    all_scores(options.score_function, logits, scores, num_experts);
+  }
+  if (bias != nullptr) {
+    for (int64_t j = 0; j < num_experts; ++j) scratch.ranked[j] = scores[j] + bias[j];
+    ranked = scratch.ranked.data();
+  }
+
+  int64_t* keys = scratch.keys.data();
+  select_best(keys, make_keys(ranked, num_experts, options, scratch), options.top_k);
+  for (int64_t k = 0; k < options.top_k; ++k) topk_ids[k] = index_of(keys[k]);
+
+  double total = 0.0;
+  for (int64_t k = 0; k < options.top_k; ++k) {
+    const float score = scores[topk_ids[k]];
+    topk_weights[k] = by_logit ? softmax_score(score, sum) : score;
+    total += topk_weights[k];
+  }
+  total += 1e-20;
+  for (int64_t k = 0; k < options.top_k; ++k) {
+    if (options.normalize) topk_weights[k] = static_cast<float>(topk_weights[k] / total);
+    topk_weights[k] *= options.scale;
+  }
+}
+
+// Gradient of one row in float64; `scores` are those of route. Entries of non-finite logits are zeroed by the caller.
+//   w_k = p[id_k], s = Σ w_k + 1e-20, g_k = grad_topk_weights[k] · scale
+//   u_k = dL/dw_k = (g_k - (Σ g·w) / s) / s if normalised, else g_k;   U_j = Σ u_k over id_k = j
+//   softmax: grad[j] = p_j · (U_j - Σ_k u_k · w_k);   sigmoid: grad[j] = U_j · p_j · (1 - p_j)
+void route_backward_row(const RouteOptions& options, const float* scores, const int32_t* topk_ids,
+                        const float* grad_topk_weights, int64_t num_experts, int64_t top_k, double* grad) {
+  double total = 0.0;
+  double weighted = 0.0;
+  for (int64_t k = 0; k < top_k; ++k) {
+    if (topk_ids[k] < 0) continue;
+    const double weight = scores[topk_ids[k]];
+    total += weight;
+    weighted += static_cast<double>(grad_topk_weights[k]) * options.scale * weight;
+  }
+  total += 1e-20;
+
+  std::fill_n(grad, num_experts, 0.0);
+  double dot = 0.0;
+  for (int64_t k = 0; k < top_k; ++k) {
+    if (topk_ids[k] < 0) continue;
+    double u = static_cast<double>(grad_topk_weights[k]) * options.scale;
+    if (options.normalize) u = (u - weighted / total) / total;
+    grad[topk_ids[k]] += u;
+    dot += u * scores[topk_ids[k]];
+  }
+  if (options.score_function == ScoreFunction::kSoftmax) {
+    for (int64_t j = 0; j < num_experts; ++j) grad[j] = scores[j] * (grad[j] - dot);
+  } else {
+    for (int64_t j = 0; j < num_experts; ++j) grad[j] = grad[j] * scores[j] * (1.0 - scores[j]);
+  }
+}
+
+const char* row_of(const TensorView& tensor, int64_t row) {
+  return tensor.as<const char>() + row * tensor.stride[0] * size_of(tensor.dtype);
+}
+
+}  // namespace
+
+void route(const RouteArgs& args, Execution exec) {
+  const TensorView& input = args.router_logits;
+  const int64_t num_experts = input.shape[1];
+  const int64_t top_k = args.options.top_k;
+  std::vector<float> bias;
+  if (args.selection_bias.defined()) {
+    const float* values = args.selection_bias.as<const float>();
+    bias.assign(values, values + num_experts);
+    std::transform(bias.begin(), bias.end(), bias.begin(), sanitise);
+  }
+  parallel_for_ranges(resolve_threads(exec.num_threads), input.shape[0], grain_rows(num_experts),
+                      [&](int64_t begin, int64_t end, int) {
+    Scratch scratch(num_experts, args.options.num_groups);
+    float* logits = scratch.logits.data();
+    for (int64_t t = begin; t < end; ++t) {
+      kernels().load_row(logits, row_of(input, t), input.dtype, num_experts);
+      for (int64_t j = 0; j < num_experts; ++j) logits[j] = sanitise(logits[j]);
+      route_row(args.options, bias.empty() ? nullptr : bias.data(), num_experts, scratch,
+                args.topk_ids.as<int32_t>() + t * top_k, args.topk_weights.as<float>() + t * top_k);
+    }
+  });
+}
+
+void route_backward(const RouteBackwardArgs& args, Execution exec) {
+  const TensorView& input = args.router_logits;
+  const TensorView& output = args.grad_router_logits;
+  const int64_t num_experts = input.shape[1];
+  const int64_t top_k = args.topk_ids.shape[1];
+  parallel_for_ranges(resolve_threads(exec.num_threads), input.shape[0], grain_rows(num_experts),
+                      [&](int64_t begin, int64_t end, int) {
+    std::vector<float> logits(num_experts), sane(num_experts), scores(num_experts);
+    std::vector<double> grad(num_experts);
+    for (int64_t t = begin; t < end; ++t) {
+      kernels().load_row(logits.data(), row_of(input, t), input.dtype, num_experts);
+      std::transform(logits.begin(), logits.end(), sane.begin(), sanitise);
+      all_scores(args.options.score_function, sane.data(), scores.data(), num_experts);
+      route_backward_row(args.options, scores.data(), args.topk_ids.as<const int32_t>() + t * top_k,
+                         args.grad_topk_weights.as<const float>() + t * top_k, num_experts, top_k, grad.data());
+      for (int64_t j = 0; j < num_experts; ++j) {  // a sanitised logit is a constant
+        sane[j] = logits[j] == sane[j] ? static_cast<float>(grad[j]) : 0.0f;
+      }
+      kernels().store_row(const_cast<char*>(row_of(output, t)), output.dtype, sane.data(), num_experts);
+    }
+  });
+}
+
+}  // namespace switchgear::cpu
