@@ -98,6 +98,7 @@ TensorView view_of(const char* name, const DLTensor& tensor) {
   for (int i = tensor.ndim - 1; i >= 0; --i) {
     view.shape[i] = tensor.shape[i];
     view.stride[i] = tensor.strides != nullptr ? tensor.strides[i] : compact;
+    if (view.shape[i] == 1) view.stride[i] = 1;  // never used, and 1 fits every layout
     compact *= tensor.shape[i];
   }
   return view;
@@ -148,6 +149,7 @@ ExpertMatrices Arrays::separate(const char* name, py::sequence weights) {
     if (e == 0) {
       all = {.dtype = matrix.dtype, .device = matrix.device, .ndim = 3};
       all.shape = {static_cast<int64_t>(weights.size()), 0, matrix.shape[1]};
+      all.stride = {0, 1, 1};
     }
     SWITCHGEAR_CHECK(TypeError, matrix.dtype == all.dtype, item, ": expected ", name_of(all.dtype), " like ", name,
                      "[0], got ", describe(matrix));

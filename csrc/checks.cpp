@@ -40,7 +40,7 @@ void check_strides(const char* name, const TensorView& tensor, Layout layout) {
                        describe(tensor));
       break;
     case Layout::kMatrices:
-      SWITCHGEAR_CHECK(ValueError, unit_stride(tensor, last) || unit_stride(tensor, last - 1), name,
+      SWITCHGEAR_CHECK(ValueError, tensor.stride[last] == 1 || tensor.stride[last - 1] == 1, name,
                        ": expected a stride of 1 in one of the last two dimensions, got ", describe(tensor));
       break;
   }

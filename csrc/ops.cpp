@@ -84,8 +84,8 @@ void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& o
   call.input("gate_up_proj", weights.gate_up_proj, {&E, &N, &H});
   I = intermediate("gate_up_proj", options, N);
   call.input("down_proj", weights.down_proj, {&E, &H, &I});
-  if (weights.gate_up_bias.defined()) call.input("gate_up_bias", weights.gate_up_bias, kFloat, {&E, &N});
-  if (weights.down_bias.defined()) call.input("down_bias", weights.down_bias, kFloat, {&E, &H});
+  if (weights.gate_up_bias.defined()) call.input("gate_up_bias", weights.gate_up_bias, kFloat, {&E, &N}, kRows);
+  if (weights.down_bias.defined()) call.input("down_bias", weights.down_bias, kFloat, {&E, &H}, kRows);
 }
 
 }  // namespace
@@ -178,7 +178,7 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   Dim R{"R", 0}, C{"C"}, E{"E"}, N{"N"}, S{"S", 0};
   call.input("x", args.x, kFloat, {&R, &C}, kRows);
   call.input("weight", args.weight, {&E, &N, &C});
-  if (args.bias.defined()) call.input("bias", args.bias, kFloat, {&E, &N});
+  if (args.bias.defined()) call.input("bias", args.bias, kFloat, {&E, &N}, kRows);
   Dim offsets{"E+1", 2, E.size + 1};
   call.input("expert_offsets", args.expert_offsets, kInt32, {&offsets});
   if (args.token_indices.defined()) call.input("token_indices", args.token_indices, kInt32, {&S});
@@ -264,8 +264,8 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   output("grad_x", args.grad_x, kFloat, {&T, &H}, kRows);
   output("grad_gate_up_proj", args.grad_gate_up_proj, kFloat, {&E, &N, &H}, kMatrices);
   output("grad_down_proj", args.grad_down_proj, kFloat, {&E, &H, &I}, kMatrices);
-  output("grad_gate_up_bias", args.grad_gate_up_bias, kFloat, {&E, &N}, kContiguous);
-  output("grad_down_bias", args.grad_down_bias, kFloat, {&E, &H}, kContiguous);
+  output("grad_gate_up_bias", args.grad_gate_up_bias, kFloat, {&E, &N}, kRows);
+  output("grad_down_bias", args.grad_down_bias, kFloat, {&E, &H}, kRows);
   output("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K}, kContiguous);
   call.check_overlap();
   check_range("topk_ids", args.topk_ids, -1, E.size);

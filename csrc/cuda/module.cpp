@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// switchgear._cuda: what CUDA devices there are, and whether this build has code for them. Imports without a driver.
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "probe.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Without a driver there are no devices, which is no error.
+int device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();  // resets it
+  return 0;
+}
+
+void check(cudaError_t error, const char* call) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
+}
+
+int driver_version() {
+  int version = 0;  // stays 0 without a driver
+  check(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+  return version;
+}
+
+int runtime_version() {
+  int version = 0;
+  check(cudaRuntimeGetVersion(&version), "cudaRuntimeGetVersion");
+  return version;
+}
+
+py::dict device_info(int index) {
+  const int count = device_count();
+  if (index < 0 || index >= count) {
+    throw py::value_error("index: expected a device of " + std::to_string(count) + ", got " + std::to_string(index));
+  }
+  cudaDeviceProp properties;
+  switchgear::cuda::Probe probe;
+  {
+    const py::gil_scoped_release release;
+    check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+    probe = switchgear::cuda::probe(index);
+  }
+  py::dict info;
+  info["name"] = properties.name;
+  info["compute_capability"] = py::make_tuple(properties.major, properties.minor);
+  info["multiprocessors"] = properties.multiProcessorCount;
+  info["total_memory"] = properties.totalGlobalMem;
+  info["l2_cache"] = properties.l2CacheSize;
+  info["shared_memory_per_block"] = properties.sharedMemPerBlockOptin;
+  info["kernel_ok"] = probe.error == nullptr;
+  info["kernel_arch"] = probe.arch;
+  info["kernel_error"] = probe.error == nullptr ? py::object(py::none()) : py::str(probe.error);
+  return info;
+}
+
+py::list built_archs() { return py::str(SWITCHGEAR_CUDA_ARCHS).attr("split")(); }
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace py::literals;
+  m.doc() = "The CUDA devices of this machine, and what this build has for them.";
+  m.def("device_count", &device_count, "Number of CUDA devices; 0 without a driver.");
+  m.def("device_info", &device_info, "A device's properties, and whether a kernel of this build ran on it.", "index"_a);
+  m.def("driver_version", &driver_version, "CUDA version of the driver, e.g. 13000; 0 without a driver.");
+  m.def("runtime_version", &runtime_version, "CUDA version of the runtime inside this module.");
+  m.def("built_archs", &built_archs, "Architectures with machine code (sm_80) or PTX (compute_80) in this build.");
+}
