@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""switchgear: Mixture-of-Experts layers for PyTorch on hand-written kernels.
+
+Modules:    MoE (router, experts and shared experts), Router, Experts
+Functions:  moe (a whole layer of experts), and its stages: route, plan, permute, grouped_gemm, glu, combine
+Results:    Routing, Plan
+Models:     accelerate(model) puts the kernels under a Hugging Face model
+Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from switchgear.backends import backend, use_backend
+from switchgear.functional import Plan, Routing, combine, glu, grouped_gemm, moe, permute, plan, route
+from switchgear.ops import available_cpu_isas, cpu_isa, set_cpu_isa, version
+
+if TYPE_CHECKING:
+    from switchgear.integrations.transformers import accelerate
+
+__version__ = version
+
+__all__ = [
+    "Plan",
+    "Routing",
+    "__version__",
+    "accelerate",
+    "available_cpu_isas",
+    "backend",
+    "combine",
+    "cpu_isa",
+    "glu",
+    "grouped_gemm",
+    "moe",
+    "permute",
+    "plan",
+    "route",
+    "set_cpu_isa",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "accelerate":  # imports transformers, so only for those who ask
+        from switchgear.integrations.transformers import accelerate
+
+        return accelerate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""numpy, cupy and jax arrays in, arrays of the same library out: DLPack on both sides, no copies, no gradients."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
+    """Lets a function of tensors take any arrays with `__dlpack__`; the first argument decides."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if args and isinstance(args[0], torch.Tensor):
+            return function(*args, **kwargs)
+        first = next(iter(args or kwargs.values()), None)
+        if isinstance(first, torch.Tensor):
+            return function(*args, **kwargs)
+        if not hasattr(first, "__dlpack__"):
+            raise TypeError(
+                f"{function.__name__}: expected a torch.Tensor or an array with __dlpack__, got {type(first).__name__}"
+            )
+        with torch.no_grad():
+            result = function(*_map(to_torch, args), **_map(to_torch, kwargs))
+        return _map(lambda value: from_torch(value, like=first), result)
+
+    return wrapper
+
+
+def _map(change: Callable[[Any], Any], value: Any) -> Any:
+    """`change` applied to the leaves of nested tuples, lists and dicts."""
+    if isinstance(value, dict):
+        return {name: _map(change, item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items: Iterable[Any] = (_map(change, item) for item in value)
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return change(value)
+
+
+def to_torch(value: Any) -> Any:
+    """The array as a tensor over the same memory; a value that is no array, as it is."""
+    if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__"):
+        return value
+    try:
+        return torch.from_dlpack(value)
+    except BufferError:  # read-only memory, which older exporters refuse to share
+        return torch.from_dlpack(value.copy())
+
+
+def from_torch(value: Any, like: Any) -> Any:
+    """The tensor as an array of the library that `like` belongs to; a value that is no tensor, as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if hasattr(like, "__array_namespace__"):
+        namespace = like.__array_namespace__()
+    else:
+        namespace = importlib.import_module(type(like).__module__.partition(".")[0])
+    return namespace.from_dlpack(value.detach())

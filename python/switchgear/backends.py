@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which implementation runs an op.
+
+"native" runs the kernels wherever there are any; float64, and devices without kernels, go to the reference. "reference"
+runs reference.py for everything. The environment variable SWITCHGEAR_BACKEND sets the choice at import, use_backend
+changes it for a while. The choice belongs to the process: backward passes may run in threads of their own.
+
+A CUDA tensor that ends up in the reference says so once, as a RuntimeWarning; with SWITCHGEAR_STRICT=1 it is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+BACKENDS = ("native", "reference")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_backend = _checked(os.environ.get("SWITCHGEAR_BACKEND", "native"), "SWITCHGEAR_BACKEND")
+_warned_about: set[str] = set()
+
+
+def backend() -> str:
+    """The backend in use: "native" or "reference"."""
+    return _backend
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs the ops inside the block on the backend `name`, in all threads. ValueError for an unknown one."""
+    global _backend
+    before, _backend = _backend, _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def runs_natively(dtype: torch.dtype) -> bool:
+    """Whether the kernels of the CPU take an op on tensors of `dtype`."""
+    return _backend == "native" and dtype is not torch.float64
+
+
+def announce_reference(device: torch.device) -> None:
+    """Warns, once per type of device, that it has no kernels; RuntimeError if SWITCHGEAR_STRICT=1."""
+    if _backend == "reference" or device.type in _warned_about:
+        return
+    message = f"switchgear has no kernels for {device.type}: its ops run on the reference in plain torch, slowly"
+    if os.environ.get("SWITCHGEAR_STRICT") == "1":
+        raise RuntimeError(message)
+    _warned_about.add(device.type)
+    warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -1,0 +1,492 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The torch ops of switchgear: schema, fake implementation, and the call of the native module or of the reference.
+
+The only file that calls `_C`, and private to the package: an op knows no gradient, so the public functions of
+functional.py are the ones to use. Shapes and formats are those of include/switchgear/ops.h.
+
+Each op below is one function that allocates its outputs, in `allocate` (which also serves as the fake implementation),
+and one that passes them to `_C`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch  # first: it brings the OpenMP runtime that the native module then shares
+from torch import Tensor
+
+from switchgear import backends, reference
+
+try:
+    from switchgear import _C
+except ImportError as error:
+    raise ImportError(
+        "switchgear's native module `switchgear._C` is missing or does not load; build it with "
+        f"`pip install .` in a checkout of the repository ({error})"
+    ) from error
+
+available_cpu_isas = _C.available_cpu_isas
+cpu_isa = _C.cpu_isa
+set_cpu_isa = _C.set_cpu_isa
+version: str = _C.version
+
+_lib = torch.library.Library("switchgear", "DEF")
+
+
+def _loop_over_batch(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule of torch.vmap: one call per element, results stacked."""
+
+    def element(arg: Any, dim: Any, index: int) -> Any:
+        if isinstance(dim, (list, tuple)):
+            return [element(item, item_dim, index) for item, item_dim in zip(arg, dim, strict=True)]
+        return arg if dim is None else arg.select(dim, index)
+
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+        pairs = list(zip(args, in_dims, strict=True))
+        results = [op(*(element(arg, dim, index) for arg, dim in pairs)) for index in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
+
+
+def _register(schema: str, native: Callable[..., Any], allocate: Callable[..., Any]) -> Any:
+    """Defines the op and returns its overload, which is quicker to call than the packet."""
+    name = schema.partition("(")[0]
+    specification = getattr(reference, name)
+
+    def on_cpu(*args: Any) -> Any:
+        return native(*args) if backends.runs_natively(args[0].dtype) else in_torch(*args)
+
+    def elsewhere(*args: Any) -> Any:
+        backends.announce_reference(args[0].device)
+        return in_torch(*args)
+
+    def in_torch(*args: Any) -> Any:
+        with torch.autocast(args[0].device.type, enabled=False):  # or it would round every product in here
+            return specification(*args)
+
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _lib.impl(name, on_cpu, "CPU")
+    _lib.impl(name, elsewhere, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"switchgear::{name}", allocate, lib=_lib)
+    op = getattr(torch.ops.switchgear, name).default
+    torch.library.register_vmap(f"switchgear::{name}", _loop_over_batch(op), lib=_lib)
+    return op
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _matrix(name: str, tensor: Tensor, dims: int = 2) -> Tensor:
+    """`tensor`, once it is known to have the dimensions that the outputs' shapes are read from."""
+    if tensor.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(tensor.shape)}")
+    return tensor
+
+
+# ---- route -----------------------------------------------------------------------------------------------------------
+
+
+def _allocate_route(router_logits: Tensor, selection_bias: Tensor | None, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:
+    num_tokens = _matrix("router_logits", router_logits).shape[0]
+    if top_k < 1:
+        raise ValueError(f"top_k: expected at least 1, got {top_k}")
+    topk_ids = router_logits.new_empty(num_tokens, top_k, dtype=torch.int32)
+    return topk_ids, router_logits.new_empty(num_tokens, top_k, dtype=reference.weight_dtype(router_logits.dtype))
+
+
+def _route(
+    router_logits: Tensor,
+    selection_bias: Tensor | None,
+    top_k: int,
+    score_function: str,
+    normalize: bool,
+    scale: float,
+    num_groups: int,
+    topk_groups: int,
+    group_score: str,
+) -> tuple[Tensor, Tensor]:
+    outputs = _allocate_route(router_logits, selection_bias, top_k)
+    _C.route(
+        router_logits.contiguous(), _dense(selection_bias), *outputs, score_function, normalize, scale,
+        num_groups, topk_groups, group_score, torch.get_num_threads(),
+    )  # fmt: skip
+    return outputs
+
+
+route = _register(
+    "route(Tensor router_logits, Tensor? selection_bias, int top_k, str score_function, bool normalize, float scale, "
+    "int num_groups, int topk_groups, str group_score) -> (Tensor topk_ids, Tensor topk_weights)",
+    _route,
+    _allocate_route,
+)
+
+
+def _allocate_route_backward(grad_topk_weights: Tensor, router_logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(router_logits, memory_format=torch.contiguous_format)
+
+
+def _route_backward(
+    grad_topk_weights: Tensor,
+    router_logits: Tensor,
+    topk_ids: Tensor,
+    score_function: str,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    grad_router_logits = _allocate_route_backward(grad_topk_weights, router_logits)
+    _C.route_backward(
+        grad_topk_weights.contiguous(), router_logits.contiguous(), topk_ids.contiguous(), grad_router_logits,
+        score_function, normalize, scale, torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_router_logits
+
+
+route_backward = _register(
+    "route_backward(Tensor grad_topk_weights, Tensor router_logits, Tensor topk_ids, str score_function, "
+    "bool normalize, float scale) -> Tensor",
+    _route_backward,
+    _allocate_route_backward,
+)
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------------
+
+
+def _allocate_plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    num_tokens, top_k = _matrix("topk_ids", topk_ids).shape
+    if num_experts < 1:
+        raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+    return (
+        topk_ids.new_empty(num_experts + 1),
+        topk_ids.new_empty(num_tokens * top_k),
+        topk_ids.new_empty(num_tokens, top_k),
+    )
+
+
+def _plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _allocate_plan(topk_ids, num_experts)
+    _C.plan(topk_ids.contiguous(), *outputs, torch.get_num_threads())
+    return outputs
+
+
+plan = _register(
+    "plan(Tensor topk_ids, int num_experts) -> (Tensor expert_offsets, Tensor token_indices, Tensor slot_indices)",
+    _plan,
+    _allocate_plan,
+)
+
+
+# ---- permute, combine ------------------------------------------------------------------------------------------------
+
+
+def _allocate_permute(x: Tensor, expert_offsets: Tensor, token_indices: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(token_indices.shape[0], _matrix("x", x).shape[1])
+
+
+def _permute(
+    x: Tensor, expert_offsets: Tensor, token_indices: Tensor, slot_indices: Tensor, topk_weights: Tensor | None
+) -> Tensor:
+    permuted_x = _allocate_permute(x, expert_offsets, token_indices)
+    _C.permute(
+        x.contiguous(), expert_offsets.contiguous(), token_indices.contiguous(), slot_indices.contiguous(),
+        _dense(topk_weights), permuted_x, torch.get_num_threads(),
+    )  # fmt: skip
+    return permuted_x
+
+
+permute = _register(
+    "permute(Tensor x, Tensor expert_offsets, Tensor token_indices, Tensor slot_indices, Tensor? topk_weights) "
+    "-> Tensor",
+    _permute,
+    _allocate_permute,
+)
+
+
+def _allocate_combine(
+    permuted_y: Tensor, expert_offsets: Tensor, token_indices: Tensor, slot_indices: Tensor, *_: Any
+) -> Tensor:
+    return permuted_y.new_empty(slot_indices.shape[0], _matrix("permuted_y", permuted_y).shape[1])
+
+
+def _combine(
+    permuted_y: Tensor, expert_offsets: Tensor, token_indices: Tensor, slot_indices: Tensor, topk_weights: Tensor | None
+) -> Tensor:
+    y = _allocate_combine(permuted_y, expert_offsets, token_indices, slot_indices)
+    _C.combine(
+        permuted_y.contiguous(), expert_offsets.contiguous(), token_indices.contiguous(), slot_indices.contiguous(),
+        _dense(topk_weights), y, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+combine = _register(
+    "combine(Tensor permuted_y, Tensor expert_offsets, Tensor token_indices, Tensor slot_indices, "
+    "Tensor? topk_weights) -> Tensor",
+    _combine,
+    _allocate_combine,
+)
+
+
+def _allocate_combine_weight_backward(
+    grad_y: Tensor, permuted_y: Tensor, expert_offsets: Tensor, token_indices: Tensor, slot_indices: Tensor
+) -> Tensor:
+    return grad_y.new_empty(slot_indices.shape, dtype=reference.weight_dtype(grad_y.dtype))
+
+
+def _combine_weight_backward(
+    grad_y: Tensor, permuted_y: Tensor, expert_offsets: Tensor, token_indices: Tensor, slot_indices: Tensor
+) -> Tensor:
+    grad_topk_weights = _allocate_combine_weight_backward(
+        grad_y, permuted_y, expert_offsets, token_indices, slot_indices
+    )
+    _C.combine_weight_backward(
+        grad_y.contiguous(), permuted_y.contiguous(), expert_offsets.contiguous(), token_indices.contiguous(),
+        slot_indices.contiguous(), grad_topk_weights, torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_topk_weights
+
+
+combine_weight_backward = _register(
+    "combine_weight_backward(Tensor grad_y, Tensor permuted_y, Tensor expert_offsets, Tensor token_indices, "
+    "Tensor slot_indices) -> Tensor",
+    _combine_weight_backward,
+    _allocate_combine_weight_backward,
+)
+
+
+# ---- grouped_gemm ----------------------------------------------------------------------------------------------------
+
+
+def _is_packed(weight: Sequence[Tensor]) -> bool:
+    return len(weight) == 1 and weight[0].dim() == 3
+
+
+def _allocate_grouped_gemm(
+    x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, expert_offsets: Tensor, token_indices: Tensor | None
+) -> Tensor:
+    if not _is_packed(weight):
+        for matrix in weight:
+            _matrix("weight", matrix)
+    rows = x.shape[0] if token_indices is None else token_indices.shape[0]
+    return x.new_empty(rows, max(matrix.shape[-2] for matrix in weight))
+
+
+def _grouped_gemm(
+    x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, expert_offsets: Tensor, token_indices: Tensor | None
+) -> Tensor:
+    out = _allocate_grouped_gemm(x, weight, bias, expert_offsets, token_indices)
+    _C.grouped_gemm(
+        x.contiguous(), weight[0] if _is_packed(weight) else list(weight), _dense(bias), expert_offsets.contiguous(),
+        _dense(token_indices), out, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+grouped_gemm = _register(
+    "grouped_gemm(Tensor x, Tensor[] weight, Tensor? bias, Tensor expert_offsets, Tensor? token_indices) -> Tensor",
+    _grouped_gemm,
+    _allocate_grouped_gemm,
+)
+
+
+def _allocate_grouped_gemm_wgrad(
+    grad_out: Tensor, x: Tensor, expert_offsets: Tensor, token_indices: Tensor | None, transposed: bool
+) -> Tensor:
+    rows, columns = _matrix("grad_out", grad_out).shape[1], _matrix("x", x).shape[1]
+    return reference.empty_weight(grad_out, expert_offsets.shape[0] - 1, rows, columns, transposed)
+
+
+def _grouped_gemm_wgrad(
+    grad_out: Tensor, x: Tensor, expert_offsets: Tensor, token_indices: Tensor | None, transposed: bool
+) -> Tensor:
+    grad_weight = _allocate_grouped_gemm_wgrad(grad_out, x, expert_offsets, token_indices, transposed)
+    _C.grouped_gemm_wgrad(
+        grad_out.contiguous(), x.contiguous(), expert_offsets.contiguous(), _dense(token_indices), grad_weight,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_weight
+
+
+grouped_gemm_wgrad = _register(
+    "grouped_gemm_wgrad(Tensor grad_out, Tensor x, Tensor expert_offsets, Tensor? token_indices, bool transposed) "
+    "-> Tensor",
+    _grouped_gemm_wgrad,
+    _allocate_grouped_gemm_wgrad,
+)
+
+
+# ---- glu -------------------------------------------------------------------------------------------------------------
+
+
+def _allocate_glu(h: Tensor, activation: str, gated: bool, *_: Any) -> Tensor:
+    rows, width = _matrix("h", h).shape
+    return h.new_empty(rows, width // 2 if gated else width)
+
+
+def _glu(h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float) -> Tensor:
+    a = _allocate_glu(h, activation, gated)
+    _C.glu(h.contiguous(), a, activation, gated, interleaved, alpha, limit, torch.get_num_threads())
+    return a
+
+
+glu = _register(
+    "glu(Tensor h, str activation, bool gated, bool interleaved, float alpha, float limit) -> Tensor",
+    _glu,
+    _allocate_glu,
+)
+
+
+def _allocate_glu_backward(grad_a: Tensor, h: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
+
+
+def _glu_backward(
+    grad_a: Tensor, h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float
+) -> Tensor:
+    grad_h = _allocate_glu_backward(grad_a, h)
+    _C.glu_backward(
+        grad_a.contiguous(), h.contiguous(), grad_h, activation, gated, interleaved, alpha, limit,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_h
+
+
+glu_backward = _register(
+    "glu_backward(Tensor grad_a, Tensor h, str activation, bool gated, bool interleaved, float alpha, float limit) "
+    "-> Tensor",
+    _glu_backward,
+    _allocate_glu_backward,
+)
+
+
+# ---- the whole layer -------------------------------------------------------------------------------------------------
+
+_LAYER = (
+    "Tensor gate_up_proj, Tensor down_proj, Tensor? gate_up_bias, Tensor? down_bias, Tensor topk_ids, "
+    "Tensor topk_weights, str activation, bool gated, bool interleaved, float alpha, float limit"
+)
+
+
+def _allocate_moe_forward(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    save_h: bool,
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(_matrix("x", x), memory_format=torch.contiguous_format)
+    width = _matrix("gate_up_proj", gate_up_proj, 3).shape[1]
+    return y, x.new_empty(_matrix("topk_ids", topk_ids).numel() if save_h else 0, width)
+
+
+def _moe_forward(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    save_h: bool,
+) -> tuple[Tensor, Tensor]:
+    options = (activation, gated, interleaved, alpha, limit)
+    y, h = _allocate_moe_forward(
+        x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights, *options, save_h
+    )
+    _C.moe_forward(
+        x.contiguous(), gate_up_proj, down_proj, _dense(gate_up_bias), _dense(down_bias),
+        topk_ids.contiguous(), topk_weights.contiguous(), y, h if save_h else None, *options, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, h
+
+
+moe_forward = _register(
+    f"moe_forward(Tensor x, {_LAYER}, bool save_h) -> (Tensor y, Tensor h)", _moe_forward, _allocate_moe_forward
+)
+
+
+def _allocate_moe_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    h: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of weights have the strides of the weights, so that an optimizer sees one layout."""
+    tensors = (x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_weights)
+    weights = (False, True, True, False, False, False)
+    return tuple(
+        x.new_empty(0, dtype=x.dtype if tensor is None else tensor.dtype)
+        if tensor is None or not need
+        else torch.empty_like(tensor, memory_format=torch.preserve_format if is_weight else torch.contiguous_format)
+        for tensor, need, is_weight in zip(tensors, needs, weights, strict=True)
+    )
+
+
+def _moe_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    h: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    options = (activation, gated, interleaved, alpha, limit)
+    biases = (gate_up_bias, down_bias)
+    grads = _allocate_moe_backward(
+        grad_y, x, h, gate_up_proj, down_proj, *biases, topk_ids, topk_weights, *options, needs
+    )
+    present = (True, True, True, gate_up_bias is not None, down_bias is not None, True)
+    _C.moe_backward(
+        grad_y.contiguous(), x.contiguous(), h.contiguous(), gate_up_proj, down_proj,
+        _dense(gate_up_bias), _dense(down_bias), topk_ids.contiguous(), topk_weights.contiguous(),
+        *(grad if need and there else None for grad, need, there in zip(grads, needs, present, strict=True)),
+        *options, torch.get_num_threads(),
+    )  # fmt: skip
+    return grads
+
+
+moe_backward = _register(
+    f"moe_backward(Tensor grad_y, Tensor x, Tensor h, {_LAYER}, bool[] needs) -> (Tensor grad_x, "
+    "Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_gate_up_bias, Tensor grad_down_bias, "
+    "Tensor grad_topk_weights)",
+    _moe_backward,
+    _allocate_moe_backward,
+)
