@@ -13,7 +13,7 @@
 #include <cstring>
 #include <vector>
 
-#include "kernels.h"
+#include "experts.h"
 #include "ops.h"
 #include "threads.h"
 
@@ -22,18 +22,12 @@ namespace {
 
 constexpr int64_t kGrainBytes = 65536;  // about 10 µs of copying; less is not worth waking a thread
 
-const char* row_of(const TensorView& tensor, int64_t row) {
-  return tensor.as<const char>() + row * tensor.stride[0] * size_of(tensor.dtype);
-}
-char* mutable_row_of(const TensorView& tensor, int64_t row) {
-  return tensor.as<char>() + row * tensor.stride[0] * size_of(tensor.dtype);
-}
-
 int64_t grain_rows(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)); }
 
 }  // namespace
 
 void permute(const PermuteArgs& args, Execution exec) {
+  const Kernels& k = kernels();
   const TensorView& x = args.x;
   const int64_t num_slots = args.permuted_x.shape[0];
   const int64_t hidden_size = x.shape[1];
@@ -53,63 +47,67 @@ void permute(const PermuteArgs& args, Execution exec) {
     return found != end ? topk_weights[found - slot_indices] : 0.0f;
   };
 
-  parallel_for_ranges(resolve_threads(exec.num_threads), num_slots, grain_rows(row_bytes),
-                      [&](int64_t begin, int64_t end, int) {
+  const auto gather = [&](int64_t begin, int64_t end, int) {
     std::vector<float> scaled(topk_weights != nullptr ? hidden_size : 0);
     for (int64_t s = begin; s < end; ++s) {
-      char* out = mutable_row_of(args.permuted_x, s);
+      char* out = row_of(args.permuted_x, s);
       if (s >= num_used) {
         std::memset(out, 0, row_bytes);
       } else if (topk_weights == nullptr) {
         std::memcpy(out, row_of(x, token_indices[s]), row_bytes);
       } else {
         std::fill(scaled.begin(), scaled.end(), 0.0f);
-        kernels().add_scaled_row(scaled.data(), row_of(x, token_indices[s]), x.dtype, weight_of(s), hidden_size);
-        kernels().store_row(out, x.dtype, scaled.data(), hidden_size);
+        k.add_scaled_row(scaled.data(), row_of(x, token_indices[s]), x.dtype, weight_of(s), hidden_size);
+        k.store_row(out, x.dtype, scaled.data(), hidden_size);
       }
     }
-  });
+  };
+  parallel_for_ranges(resolve_threads(exec.num_threads), num_slots, grain_rows(row_bytes), gather);
 }
 
 void combine(const CombineArgs& args, Execution exec) {
+  const Kernels& k = kernels();
   const TensorView& input = args.permuted_y;
   const int64_t num_tokens = args.y.shape[0];
   const int64_t hidden_size = args.y.shape[1];
   const int64_t top_k = args.plan.slot_indices.shape[1];
   const int32_t* slot_indices = args.plan.slot_indices.as<const int32_t>();
   const float* topk_weights = args.topk_weights.as<const float>();
-  parallel_for_ranges(resolve_threads(exec.num_threads), num_tokens,
-                      grain_rows(hidden_size * top_k * size_of(input.dtype)), [&](int64_t begin, int64_t end, int) {
+  const auto sum_slots = [&](int64_t begin, int64_t end, int) {
     std::vector<float> sum(hidden_size);
     for (int64_t t = begin; t < end; ++t) {
       std::fill(sum.begin(), sum.end(), 0.0f);
       for (int64_t i = t * top_k; i < (t + 1) * top_k; ++i) {
         if (slot_indices[i] < 0) continue;
         const float weight = topk_weights != nullptr ? topk_weights[i] : 1.0f;
-        kernels().add_scaled_row(sum.data(), row_of(input, slot_indices[i]), input.dtype, weight, hidden_size);
+        k.add_scaled_row(sum.data(), row_of(input, slot_indices[i]), input.dtype, weight, hidden_size);
       }
-      kernels().store_row(mutable_row_of(args.y, t), input.dtype, sum.data(), hidden_size);
+      k.store_row(row_of(args.y, t), input.dtype, sum.data(), hidden_size);
     }
-  });
+  };
+  const int64_t grain = grain_rows(hidden_size * top_k * size_of(input.dtype));
+  parallel_for_ranges(resolve_threads(exec.num_threads), num_tokens, grain, sum_slots);
 }
 
 void combine_weight_backward(const CombineBackwardArgs& args, Execution exec) {
+  const Kernels& k = kernels();
   const TensorView& grad_y = args.grad_y;
   const int64_t hidden_size = grad_y.shape[1];
   const int64_t top_k = args.plan.slot_indices.shape[1];
   const int32_t* slot_indices = args.plan.slot_indices.as<const int32_t>();
   float* grad_topk_weights = args.grad_topk_weights.as<float>();
-  parallel_for_ranges(resolve_threads(exec.num_threads), grad_y.shape[0],
-                      grain_rows(hidden_size * top_k * size_of(grad_y.dtype)), [&](int64_t begin, int64_t end, int) {
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t i = t * top_k; i < (t + 1) * top_k; ++i) {
-        grad_topk_weights[i] = slot_indices[i] < 0 ? 0.0f
-                                                   : kernels().dot_rows(row_of(grad_y, t),
-                                                                        row_of(args.permuted_y, slot_indices[i]),
-                                                                        grad_y.dtype, hidden_size);
+  const auto dot = [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin * top_k; i < end * top_k; ++i) {
+      if (slot_indices[i] < 0) {
+        grad_topk_weights[i] = 0.0f;
+        continue;
       }
+      const char* slot_row = row_of(args.permuted_y, slot_indices[i]);
+      grad_topk_weights[i] = k.dot_rows(row_of(grad_y, i / top_k), slot_row, grad_y.dtype, hidden_size);
     }
-  });
+  };
+  const int64_t grain = grain_rows(hidden_size * top_k * size_of(grad_y.dtype));
+  parallel_for_ranges(resolve_threads(exec.num_threads), grad_y.shape[0], grain, dot);
 }
 
 }  // namespace switchgear::cpu

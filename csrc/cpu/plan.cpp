@@ -32,8 +32,7 @@ void plan(const PlanArgs& args, Execution exec) {
   int32_t* slot_indices = args.plan.slot_indices.as<int32_t>();
 
   const int num_threads = resolve_threads(exec.num_threads);
-  const int64_t num_chunks =
-      std::clamp<int64_t>(num_pairs / std::max(kMinChunkPairs, num_experts), 1, num_threads);
+  const int64_t num_chunks = std::clamp<int64_t>(num_pairs / std::max(kMinChunkPairs, num_experts), 1, num_threads);
   std::vector<int32_t> counters(num_chunks * num_experts);
   const auto first_token = [&](int64_t chunk) { return num_tokens * chunk / num_chunks; };
 

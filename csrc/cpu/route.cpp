@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "exp.h"
-#include "kernels.h"
+#include "experts.h"
 #include "ops.h"
 #include "threads.h"
 
@@ -66,7 +66,7 @@ void all_scores(ScoreFunction function, const float* logits, float* scores, int6
 
 // The total order of rankings as one integer: a larger key is a larger value, or the same value and a lower index.
 int64_t key_of(float value, int64_t index) {
-  const int32_t bits = std::bit_cast<int32_t>(value + 0.0f);  // -0 becomes +0
+  const int32_t bits = std::bit_cast<int32_t>(value + 0.0f);   // -0 becomes +0
   const int64_t ordered = bits ^ ((bits >> 31) & 0x7fffffff);  // negative floats descend as integers: flip them
   return (ordered << 32) | (~index & 0xffffffff);
 }
@@ -199,13 +199,10 @@ void route_backward_row(const RouteOptions& options, const float* scores, const 
   }
 }
 
-const char* row_of(const TensorView& tensor, int64_t row) {
-  return tensor.as<const char>() + row * tensor.stride[0] * size_of(tensor.dtype);
-}
-
 }  // namespace
 
 void route(const RouteArgs& args, Execution exec) {
+  const Kernels& k = kernels();
   const TensorView& input = args.router_logits;
   const int64_t num_experts = input.shape[1];
   const int64_t top_k = args.options.top_k;
@@ -215,30 +212,29 @@ void route(const RouteArgs& args, Execution exec) {
     bias.assign(values, values + num_experts);
     std::transform(bias.begin(), bias.end(), bias.begin(), sanitise);
   }
-  parallel_for_ranges(resolve_threads(exec.num_threads), input.shape[0], grain_rows(num_experts),
-                      [&](int64_t begin, int64_t end, int) {
+  const auto route_rows = [&](int64_t begin, int64_t end, int) {
     Scratch scratch(num_experts, args.options.num_groups);
     float* logits = scratch.logits.data();
     for (int64_t t = begin; t < end; ++t) {
-      kernels().load_row(logits, row_of(input, t), input.dtype, num_experts);
+      k.load_row(logits, row_of(input, t), input.dtype, num_experts);
       for (int64_t j = 0; j < num_experts; ++j) logits[j] = sanitise(logits[j]);
       route_row(args.options, bias.empty() ? nullptr : bias.data(), num_experts, scratch,
                 args.topk_ids.as<int32_t>() + t * top_k, args.topk_weights.as<float>() + t * top_k);
     }
-  });
+  };
+  parallel_for_ranges(resolve_threads(exec.num_threads), input.shape[0], grain_rows(num_experts), route_rows);
 }
 
 void route_backward(const RouteBackwardArgs& args, Execution exec) {
+  const Kernels& k = kernels();
   const TensorView& input = args.router_logits;
-  const TensorView& output = args.grad_router_logits;
   const int64_t num_experts = input.shape[1];
   const int64_t top_k = args.topk_ids.shape[1];
-  parallel_for_ranges(resolve_threads(exec.num_threads), input.shape[0], grain_rows(num_experts),
-                      [&](int64_t begin, int64_t end, int) {
+  const auto differentiate_rows = [&](int64_t begin, int64_t end, int) {
     std::vector<float> logits(num_experts), sane(num_experts), scores(num_experts);
     std::vector<double> grad(num_experts);
     for (int64_t t = begin; t < end; ++t) {
-      kernels().load_row(logits.data(), row_of(input, t), input.dtype, num_experts);
+      k.load_row(logits.data(), row_of(input, t), input.dtype, num_experts);
       std::transform(logits.begin(), logits.end(), sane.begin(), sanitise);
       all_scores(args.options.score_function, sane.data(), scores.data(), num_experts);
       route_backward_row(args.options, scores.data(), args.topk_ids.as<const int32_t>() + t * top_k,
@@ -246,9 +242,10 @@ void route_backward(const RouteBackwardArgs& args, Execution exec) {
       for (int64_t j = 0; j < num_experts; ++j) {  // a sanitised logit is a constant
         sane[j] = logits[j] == sane[j] ? static_cast<float>(grad[j]) : 0.0f;
       }
-      kernels().store_row(const_cast<char*>(row_of(output, t)), output.dtype, sane.data(), num_experts);
+      k.store_row(row_of(args.grad_router_logits, t), input.dtype, sane.data(), num_experts);
     }
-  });
+  };
+  parallel_for_ranges(resolve_threads(exec.num_threads), input.shape[0], grain_rows(num_experts), differentiate_rows);
 }
 
 }  // namespace switchgear::cpu
