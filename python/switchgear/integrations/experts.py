@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One layer of routed experts for a model of another library, on the fused kernel or around the model's own gate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+import switchgear
+from switchgear.integrations.gates import Gate
+
+
+class ExpertWeights(NamedTuple):
+    """Views of a model's parameters; never copies. N is 2I for gated experts, I for plain ones."""
+
+    gate_up_proj: Tensor  # [E, N, H]
+    down_proj: Tensor  # [E, H, I]
+    gate_up_bias: Tensor | None = None  # [E, N]
+    down_bias: Tensor | None = None  # [E, H]
+
+
+def run_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weights: ExpertWeights,
+    gate: Gate | None,
+    own_gate: Callable[[Tensor], Tensor],
+    post_norm: nn.Module | None = None,
+) -> Tensor:
+    """y[t] = sum_k topk_weights[t,k] * expert(x[t]), in the dtype of x.
+
+    Args:
+        x: [T, H]. topk_ids: [T, K] integers, -1 for an empty slot. topk_weights: [T, K] of any float dtype.
+        gate: the family to fuse, or None to call `own_gate` between two grouped GEMMs.
+        post_norm: applied to each expert's output before it is weighted; rules the fused kernel out.
+    """
+    if gate is not None and post_norm is None:
+        y = switchgear.moe(
+            x,
+            weights.gate_up_proj,
+            weights.down_proj,
+            topk_ids,
+            topk_weights,
+            gate_up_bias=weights.gate_up_bias,
+            down_bias=weights.down_bias,
+            **gate._asdict(),
+        )
+        return y.to(x.dtype)
+
+    plan = switchgear.plan(topk_ids, weights.gate_up_proj.shape[0])
+    h = project(x, weights.gate_up_proj, plan.expert_offsets, weights.gate_up_bias, plan.token_indices)
+    permuted_y = project(own_gate(h), weights.down_proj, plan.expert_offsets, weights.down_bias)
+    if post_norm is not None:
+        permuted_y = post_norm(permuted_y)
+    return switchgear.combine(permuted_y, plan, topk_weights).to(x.dtype)
+
+
+def project(
+    x: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    expert_offsets: Tensor,
+    bias: Tensor | None = None,
+    token_indices: Tensor | None = None,
+) -> Tensor:
+    """`switchgear.grouped_gemm` with x in the dtype of the weights, which a model may keep wider than activations."""
+    dtype = (weight if isinstance(weight, Tensor) else weight[0]).dtype
+    return switchgear.grouped_gemm(x.to(dtype), weight, expert_offsets, bias=bias, token_indices=token_indices)
+
+
+def not_plain(weights: Iterable[Any]) -> str | None:
+    """Why the kernels cannot read some weight, or None. A tensor subclass (torchao, DTensor) has a form of its own."""
+    for weight in weights:
+        plain = type(weight) in (Tensor, nn.Parameter, type(None))  # None is a bias that is not there
+        if not plain and not isinstance(weight, (FakeTensor, FunctionalTensor)):  # tracing: both stand for plain ones
+            return f"a weight is a {type(weight).__name__}, not a plain tensor"
+    return None
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """One warning per message and process: an experts module runs many times."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"switchgear: {message}", stacklevel=3)

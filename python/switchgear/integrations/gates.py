@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Recognises a model's gate: the function between an expert's two projections.
+
+A model class writes its gate as Python code. To hand it to a kernel, the code is called once on fixed numbers and its
+answer compared with every family that the kernels know:
+
+    {concatenated, interleaved} x {silu, gelu, gelu_tanh, relu, relu2} x {plain, clamped at a limit}, and swiglu_oai
+
+A gate that matches none (a softcap, a learnt activation, a random one) is left alone and runs as the model wrote it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda g: F.relu(g).square(),
+}
+
+
+class Gate(NamedTuple):
+    """Keyword arguments of `switchgear.glu` and `switchgear.moe` that reproduce a model's gate."""
+
+    activation: str
+    gated: bool = True
+    interleaved: bool = False
+    alpha: float = 1.702  # swiglu_oai alone reads it
+    limit: float | None = None
+
+
+def own_gate(module: Any) -> Callable[[Tensor], Tensor]:
+    """The gate as the model wrote it: [rows, 2I] -> [rows, I], or [rows, I] -> [rows, I] for ungated experts."""
+    activation: Callable[[Tensor], Tensor] = _activation(module)
+    if not getattr(module, "has_gate", True):
+        return activation
+    if hasattr(module, "_apply_gate"):
+        apply_gate: Callable[[Tensor], Tensor] = module._apply_gate
+        return apply_gate
+
+    def gated(h: Tensor) -> Tensor:
+        gate, up = h.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    return gated
+
+
+# torch.compile runs the function as it is and bakes the answer in.
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def gate_of(module: nn.Module) -> Gate | None:
+    """The family that the module's gate belongs to, or None. Asked anew when the activation or a number changes."""
+    key = (type(module), _activation(module), *_numbers(vars(module)))
+    if module not in _known or _known[module][0] != key:
+        # Fake tensors, tracing, autocast, grad mode and default devices belong to a thread; a fresh one has none.
+        with ThreadPoolExecutor(max_workers=1) as fresh:
+            _known[module] = key, fresh.submit(_recognise_module, module).result()
+    return _known[module][1]
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Gate | None]] = weakref.WeakKeyDictionary()
+
+
+def _activation(module: nn.Module) -> Any:
+    names = ("act_fn", "activation", "activation_fn", "act")
+    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
+
+
+def _numbers(attributes: dict[str, Any], named: Iterable[str] = ("",)) -> list[float]:
+    """Positive numbers among the attributes whose name contains one of `named`: what a limit or an alpha may be."""
+    return [
+        value
+        for name, value in attributes.items()
+        if type(value) in (int, float) and 0 < value < float("inf") and any(part in name for part in named)
+    ]
+
+
+def _recognise_module(module: nn.Module) -> Gate | None:
+    config = vars(getattr(module, "config", None) or object)
+    numbers = _numbers(vars(module)) + _numbers(dict(config), named=("alpha", "limit", "clamp"))
+    try:
+        return recognise(own_gate(module), gated=getattr(module, "has_gate", True), numbers=numbers)
+    except (RuntimeError, TypeError):  # a gate that wants another dtype, device or width is a gate we do not know
+        return None
+
+
+@torch.no_grad()
+def recognise(gate: Callable[[Tensor], Tensor], *, gated: bool = True, numbers: Iterable[float] = ()) -> Gate | None:
+    """Finds the family of `gate` by calling it once.
+
+    Args:
+        gate: [rows, 2I] -> [rows, I] where `gated`, else [rows, I] -> [rows, I].
+        numbers: candidates for `limit` and `alpha`; a clamp at any other number is not recognised.
+    """
+    h = _probe()
+    got = gate(h)
+    for family in _families(gated, sorted({float(number) for number in numbers})):
+        want, scale = _evaluate(family, h)
+        # Gates may compute in float32, whose half ulp is 2^-24; a dozen roundings stay below 2^-20 of the scale.
+        # The closest two families, gelu and gelu_tanh, are 2e-4 apart.
+        if got.shape == want.shape and bool(((got - want).abs() <= 2.0**-20 * scale).all()):
+            return family
+    return None
+
+
+def _probe() -> Tensor:
+    """[64, 128] float64, magnitudes 2^-8 to 2^17 of either sign: past float16's maximum, to meet any useful clamp."""
+    generator = torch.Generator().manual_seed(0)
+    exponent = torch.rand(64, 128, generator=generator, dtype=torch.float64) * 25 - 8
+    sign = torch.randint(0, 2, (64, 128), generator=generator, dtype=torch.float64) * 2 - 1
+    return sign * 2.0**exponent
+
+
+def _families(gated: bool, numbers: list[float]) -> Iterator[Gate]:
+    if not gated:
+        yield from (Gate(activation, gated=False) for activation in ACTIVATIONS)
+        return
+    limits = [None, *numbers]
+    for interleaved, limit in itertools.product((False, True), limits):
+        yield from (Gate(activation, True, interleaved, limit=limit) for activation in ACTIVATIONS)
+        yield from (Gate("swiglu_oai", True, interleaved, alpha, limit) for alpha in numbers)
+
+
+def _evaluate(family: Gate, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The family's value on h, and the magnitude that its rounding errors are relative to."""
+    if not family.gated:
+        a = ACTIVATIONS[family.activation](h)
+        return a, a.abs() + h.abs()
+    gate, up = (h[:, 0::2], h[:, 1::2]) if family.interleaved else h.chunk(2, dim=-1)
+    if family.limit is not None:
+        gate, up = gate.clamp(max=family.limit), up.clamp(-family.limit, family.limit)
+    if family.activation == "swiglu_oai":
+        a = (up + 1) * gate * torch.sigmoid(family.alpha * gate)
+    else:
+        a = ACTIVATIONS[family.activation](gate) * up
+    return a, a.abs() + gate.abs() * (1 + up.abs())

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Swaps the forward of one module instance for an entry of `undecorated.PATCHES`, after a trial."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from switchgear.integrations.experts import not_plain, warn_once
+from switchgear.integrations.undecorated import Patch, patch_of
+
+
+def swap_forward(module: nn.Module, trial: bool = True) -> Callable[[], None] | None:
+    """Swaps the forward and returns what undoes it; None, with a warning, if a trial disagrees with the class."""
+    if is_swapped(module):
+        return lambda: None  # an earlier swap stays with whoever made it
+    patch, before = patch_of(module), vars(module).get("forward")
+    assert patch is not None, f"{type(module).__name__} is not in the table"
+    if trial and (difference := _trial(module, patch)) is not None:
+        warn_once(f"{type(module).__name__} is left alone, it does not compute what switchgear expects: {difference}")
+        return None
+    module.forward = types.MethodType(_forward_of(patch), module)
+
+    def undo() -> None:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+    return undo
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether the instance runs a forward from the table."""
+    function = getattr(vars(module).get("forward"), "__func__", None)
+    return hasattr(function, "switchgear_patch")
+
+
+def _forward_of(patch: Patch) -> Callable[..., Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        weights = patch.weights(self)
+        if (reason := not_plain(tree_leaves(weights))) is not None:
+            warn_once(f"{type(self).__name__} keeps its own implementation: {reason}")
+            return type(self).forward(self, *args, **kwargs)
+        return patch.forward(self, weights, *args, **kwargs)
+
+    forward.switchgear_patch = patch  # type: ignore[attr-defined]
+    return forward
+
+
+@torch.no_grad()
+def _trial(module: nn.Module, patch: Patch) -> str | None:
+    """Runs the class's forward and the patch on the same random rows, without dropout; says how they differ."""
+    weights = patch.weights(module)
+    leaves = [leaf for leaf in tree_leaves(weights) if leaf is not None]
+    if not_plain(leaves) is not None or any(leaf.is_meta for leaf in leaves):
+        return None  # nothing to compare yet
+    training = {part: part.training for part in module.modules()}
+    arguments = patch.sample(module, torch.Generator().manual_seed(0))
+    try:
+        module.eval()
+        want = _result(type(module).forward(module, *arguments))
+        got = _result(patch.forward(module, weights, *arguments))
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        for part, was in training.items():
+            part.training = was
+    # A few roundings to the storage dtype, and sums of `length` float32 products whose order differs (a random walk of
+    # half ulps); another meaning differs by the value itself.
+    length = max(leaf.shape[-1] for leaf in leaves)
+    relative = 16 * torch.finfo(want.dtype).eps + 4 * length**0.5 * torch.finfo(torch.float32).eps
+    bound = relative * want.abs().max()
+    difference = (got - want).abs().max()
+    return f"difference {difference:.1e} of {want.abs().max():.1e}" if difference > bound else None
+
+
+def _result(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

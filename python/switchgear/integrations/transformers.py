@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""switchgear as an experts implementation of Hugging Face transformers.
+
+Importing this module registers the name "switchgear":
+
+    import switchgear.integrations.transformers
+    model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="switchgear")
+    model.set_experts_implementation("switchgear")  # or later
+
+transformers ignores the name on models whose experts lack its decorator (llama4, jetmoe, dbrx, ...) and refuses it on
+some wrappers. `accelerate(model)` reaches those too, and says what it replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ExpertsInterface
+
+from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts, warn_once
+from switchgear.integrations.gates import gate_of, own_gate
+from switchgear.integrations.swap import is_swapped, swap_forward
+from switchgear.integrations.undecorated import PATCHES, patch_of
+
+NAME = "switchgear"
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+
+
+def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The function that transformers calls in place of an experts module's forward.
+
+    Args:
+        module: an experts module whose class carries `use_experts_implementation`.
+        hidden_states: [T, H].
+        top_k_index: [T, K] int64. Ids >= `module.num_experts` are expert parallelism's sentinels: empty slots.
+        top_k_weights: [T, K] of any float dtype, not necessarily of sum 1.
+
+    Returns:
+        [T, H] in the dtype of `hidden_states`: the K results, weighted and summed.
+    """
+    weights = _weights(module)
+    if (reason := not_plain(weights)) is not None:
+        warn_once(f"{type(module).__name__} keeps its own implementation: {reason}")
+        return _decorated_forward(module)(module, hidden_states, top_k_index, top_k_weights)
+    return run_experts(
+        hidden_states,
+        torch.where(top_k_index < module.num_experts, top_k_index, -1),
+        top_k_weights,
+        weights,
+        gate_of(module),
+        own_gate(module),
+        module.post_expert_norm if module.has_post_expert_norm else None,
+    )
+
+
+def _weights(module: Any) -> ExpertWeights:
+    # Each attribute is read once: under a parametrisation (LoRA) every access computes the weight anew.
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    gate_up_proj, down_proj = getattr(module, name), module.down_proj
+    if module.is_transposed:
+        gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
+    if not module.has_bias:
+        return ExpertWeights(gate_up_proj, down_proj)
+    return ExpertWeights(gate_up_proj, down_proj, getattr(module, f"{name}_bias"), module.down_proj_bias)
+
+
+def _decorated_forward(module: Any) -> Callable[..., Tensor]:
+    """The forward that the class had before `use_experts_implementation` wrapped it."""
+    forward: Callable[..., Tensor] = type(module).forward.__wrapped__
+    return forward
+
+
+def _refuse_fp8(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+    raise NotImplementedError(f"switchgear has no kernels for {type(module).__name__}: {_FP8_ADVICE}")
+
+
+_FP8_ADVICE = (
+    'load FP8 checkpoints with FineGrainedFP8Config(dequantize=True) and experts_implementation="switchgear", '
+    'or keep FP8 with experts_implementation="grouped_mm"'
+)
+
+
+def register() -> None:
+    """Makes "switchgear" a valid `experts_implementation`. Importing this module has done so already."""
+    ExpertsInterface.register(NAME, experts)
+    try:
+        from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+    except ImportError:  # an older transformers, which has no such interface
+        return
+    FP8ExpertsInterface.register(NAME, _refuse_fp8)  # without it, the name passes at load and is a KeyError in forward
+
+
+register()
+
+
+# ---- accelerate ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One experts module that now runs on switchgear."""
+
+    name: str  # as in model.named_modules()
+    class_name: str
+    path: str  # what path_of says
+    replaced: str  # what was changed, in words
+    undo: Callable[[], None] = field(repr=False, compare=False)
+
+
+def accelerate(model: nn.Module) -> list[Replacement]:
+    """Puts every experts module of a loaded model on switchgear, also those that transformers would not dispatch.
+
+    Decorated modules get `experts_implementation="switchgear"` in their own config; modules of the classes in
+    `undecorated.PATCHES` get another `forward` on the instance. Parameters and state dict stay as they are.
+
+    Raises:
+        ValueError: the model has no experts module that switchgear knows.
+    """
+    replacements: list[Replacement] = []
+    earlier: dict[int, str | None] = {}  # modules of one model share a config
+    module: Any
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer.name}.") for outer in replacements):
+            continue  # a part of a module that was replaced as a whole
+        if _is_decorated(module) and not _is_fp8(module):
+            before = earlier.setdefault(id(module.config), module.config._experts_implementation)
+            replacements.append(_dispatch(name, module, before))
+        elif patch_of(module) is not None and (undo := _swap(module, replacements)) is not None:
+            replacements.append(Replacement(name, type(module).__name__, path_of(module), "forward", undo))
+    if not replacements:
+        raise ValueError(_nothing_found(model))
+    return replacements
+
+
+def restore(replacements: Iterable[Replacement]) -> None:
+    """Takes back what `accelerate` did."""
+    for replacement in reversed(list(replacements)):
+        replacement.undo()
+
+
+def path_of(module: Any) -> str:
+    """How an experts module runs: "moe" (fused), "grouped_gemm" (around the model's own gate), or why it does not."""
+    if (patch := patch_of(module)) is not None:
+        return patch.path(module) if is_swapped(module) else "not replaced: call switchgear.accelerate(model)"
+    if not _is_decorated(module):
+        return "not an experts module that switchgear knows"
+    if _is_fp8(module):
+        return f"FP8 experts: {_FP8_ADVICE}"
+    if module.config._experts_implementation != NAME:
+        return f"not replaced: experts_implementation is {module.config._experts_implementation!r}"
+    if (reason := not_plain(_weights(module))) is not None:
+        return f"eager: {reason}"
+    return "grouped_gemm" if gate_of(module) is None or module.has_post_expert_norm else "moe"
+
+
+def _is_decorated(module: nn.Module) -> bool:
+    return all(hasattr(module, flag) for flag in FLAGS)
+
+
+def _is_fp8(module: nn.Module) -> bool:
+    return any(base.__name__ == "FP8Experts" for base in type(module).__mro__)
+
+
+def _dispatch(name: str, module: Any, before: str | None) -> Replacement:
+    config = module.config
+    config._experts_implementation_internal = NAME  # the public setter would reach into sub-configs, too
+
+    def undo() -> None:
+        config._experts_implementation_internal = before
+
+    return Replacement(name, type(module).__name__, path_of(module), f"experts_implementation, was {before!r}", undo)
+
+
+def _swap(module: nn.Module, replacements: list[Replacement]) -> Callable[[], None] | None:
+    tried = any(replacement.class_name == type(module).__name__ for replacement in replacements)
+    return swap_forward(module, trial=not tried)  # one trial per class: it may read the weights of all its experts
+
+
+def _nothing_found(model: nn.Module) -> str:
+    fp8 = sorted({type(module).__name__ for module in model.modules() if _is_decorated(module) and _is_fp8(module)})
+    if fp8:
+        return f"model: {', '.join(fp8)} cannot run on switchgear; {_FP8_ADVICE}"
+    return (
+        f"model: expected routed experts, {type(model).__name__} has none that switchgear knows. Looked for modules "
+        f"with the attributes {', '.join(FLAGS)} (transformers' use_experts_implementation) and for the classes "
+        f"{', '.join(name.split('.')[-1] for name in PATCHES)}"
+    )
