@@ -4,6 +4,7 @@
 Modules:    MoE (router, experts and shared experts), Router, Experts
 Functions:  moe (a whole layer of experts), and its stages: route, plan, permute, grouped_gemm, glu, combine
 Results:    Routing, Plan
+Losses:     load_balancing_loss, z_loss
 Models:     accelerate(model) puts the kernels under a Hugging Face model
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
 """
@@ -13,8 +14,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from switchgear.backends import backend, use_backend
+from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, glu, grouped_gemm, moe, permute, plan, route
+from switchgear.modules import MoE
 from switchgear.ops import available_cpu_isas, cpu_isa, set_cpu_isa, version
+from switchgear.routing import Router, load_balancing_loss, z_loss
 
 if TYPE_CHECKING:
     from switchgear.integrations.transformers import accelerate
@@ -22,7 +26,10 @@ if TYPE_CHECKING:
 __version__ = version
 
 __all__ = [
+    "Experts",
+    "MoE",
     "Plan",
+    "Router",
     "Routing",
     "__version__",
     "accelerate",
@@ -32,12 +39,14 @@ __all__ = [
     "cpu_isa",
     "glu",
     "grouped_gemm",
+    "load_balancing_loss",
     "moe",
     "permute",
     "plan",
     "route",
     "set_cpu_isa",
     "use_backend",
+    "z_loss",
 ]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,7 +31,8 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
             )
         with torch.no_grad():
             result = function(*_map(to_torch, args), **_map(to_torch, kwargs))
-        return _map(lambda value: from_torch(value, like=first), result)
+        converted: R = _map(lambda value: from_torch(value, like=first), result)
+        return converted
 
     return wrapper
 
@@ -50,9 +52,9 @@ def to_torch(value: Any) -> Any:
     if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__"):
         return value
     try:
-        return torch.from_dlpack(value)
+        return from_dlpack(value)
     except BufferError:  # read-only memory, which older exporters refuse to share
-        return torch.from_dlpack(value.copy())
+        return from_dlpack(value.copy())
 
 
 def from_torch(value: Any, like: Any) -> Any:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from torch.nn.functional import pad
 from switchgear import ops, reference
 from switchgear.arrays import accepts_arrays
 
+T = TypeVar("T", Tensor, Tensor | None)
 _INT32 = torch.iinfo(torch.int32)
 
 
@@ -84,7 +85,11 @@ def _once(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
     """A backward pass: `function` of tensors, guarded by _Once where autograd records it (create_graph=True)."""
     if torch.compiler.is_compiling() or not _needs_autograd(*tensors):
         return function(*tensors)
-    return _Once.apply(function, *tensors)
+    return _apply(_Once, function, *tensors)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    return function.apply(*args)  # type: ignore[no-untyped-call]
 
 
 def _as_ids(name: str, ids: Tensor) -> Tensor:
@@ -95,7 +100,7 @@ def _as_ids(name: str, ids: Tensor) -> Tensor:
     return ids.clamp(_INT32.min, _INT32.max).to(torch.int32)  # saturates, lest a bad id wraps around into a good one
 
 
-def _as_weights(name: str, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _as_weights(name: str, weights: T, dtype: torch.dtype) -> T:
     """Weights of tokens in float32 (float64 beside float64 tensors), differentiably."""
     wanted = reference.weight_dtype(dtype)
     if weights is None or weights.dtype is wanted:
@@ -192,8 +197,10 @@ def route(
     if selection_bias is not None:
         selection_bias = _as_weights("selection_bias", selection_bias.detach(), torch.float32)
     options = (top_k, score_function, normalize, float(scale), num_groups, topk_groups, group_score)
-    run = _Route.apply if _needs_autograd(router_logits) else ops.route
-    topk_ids, topk_weights = run(router_logits, selection_bias, *options)
+    if _needs_autograd(router_logits):
+        topk_ids, topk_weights = _apply(_Route, router_logits, selection_bias, *options)
+    else:
+        topk_ids, topk_weights = ops.route(router_logits, selection_bias, *options)
     return Routing(topk_ids, topk_weights, router_logits, router_logits.shape[1])
 
 
@@ -263,7 +270,8 @@ def permute(x: Tensor, plan: Plan, topk_weights: Tensor | None = None) -> Tensor
     """
     topk_weights = _as_weights("topk_weights", topk_weights, x.dtype)
     if _needs_autograd(x, topk_weights):
-        return _Permute.apply(x, topk_weights, *plan)
+        permuted_x: Tensor = _apply(_Permute, x, topk_weights, *plan)
+        return permuted_x
     return ops.permute(x, *plan, topk_weights)
 
 
@@ -276,7 +284,8 @@ def combine(permuted_y: Tensor, plan: Plan, topk_weights: Tensor | None = None) 
     """
     topk_weights = _as_weights("topk_weights", topk_weights, permuted_y.dtype)
     if _needs_autograd(permuted_y, topk_weights):
-        return _Combine.apply(permuted_y, topk_weights, *plan)
+        y: Tensor = _apply(_Combine, permuted_y, topk_weights, *plan)
+        return y
     return ops.combine(permuted_y, *plan, topk_weights)
 
 
@@ -357,13 +366,14 @@ def grouped_gemm(
     Rows past expert_offsets[E], and columns past an expert's N_e, are zero. Float tensors share one dtype, which inside
     torch.autocast is autocast's. Differentiable in x, weight and bias; an expert without rows gets zeros.
     """
-    matrices = (weight,) if isinstance(weight, Tensor) else tuple(weight)
+    matrices = [weight] if isinstance(weight, Tensor) else list(weight)
     if not matrices:
         raise ValueError("weight: expected at least one matrix, got none")
     if torch.is_autocast_enabled(x.device.type):
         x, bias, *matrices = _autocast(x.device.type, x, bias, *matrices)
     if _needs_autograd(x, bias, *matrices):
-        return _GroupedGemm.apply(x, bias, expert_offsets, token_indices, *matrices)
+        out: Tensor = _apply(_GroupedGemm, x, bias, expert_offsets, token_indices, *matrices)
+        return out
     return ops.grouped_gemm(x, matrices, bias, expert_offsets, token_indices)
 
 
@@ -415,7 +425,7 @@ def glu(
     """
     rows = h if h.dim() == 2 else h.reshape(-1, h.shape[-1])
     options = (activation, gated, interleaved, float(alpha), _limit(limit))
-    a = (_Glu.apply if _needs_autograd(rows) else ops.glu)(rows, *options)
+    a: Tensor = _apply(_Glu, rows, *options) if _needs_autograd(rows) else ops.glu(rows, *options)
     return a if h.dim() == 2 else a.reshape(*h.shape[:-1], a.shape[-1])
 
 
@@ -509,7 +519,7 @@ def moe(
     tensors = (x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
     options = (activation, gated, interleaved, float(alpha), _limit(limit))
     if _needs_autograd(*tensors):
-        y, _ = _Moe.apply(*tensors, *options)
+        y: Tensor = _apply(_Moe, *tensors, *options)[0]
     else:
-        y, _ = ops.moe_forward(*tensors, *options, False)
+        y = ops.moe_forward(*tensors, *options, False)[0]
     return y if len(shape) == 2 else y.reshape(shape)

@@ -11,7 +11,7 @@ and one that passes them to `_C`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch  # first: it brings the OpenMP runtime that the native module then shares
 from torch import Tensor
@@ -31,7 +31,7 @@ cpu_isa = _C.cpu_isa
 set_cpu_isa = _C.set_cpu_isa
 version: str = _C.version
 
-_lib = torch.library.Library("switchgear", "DEF")
+_lib: Any = torch.library.Library("switchgear", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _loop_over_batch(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,8 +77,16 @@ def _register(schema: str, native: Callable[..., Any], allocate: Callable[..., A
     return op
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
+T = TypeVar("T", Tensor, Tensor | None)
+
+
+def _dense(tensor: T) -> T:
     return None if tensor is None else tensor.contiguous()
+
+
+def _rows(tensor: T) -> T:
+    """The kernels take any distance between rows, but rows must be contiguous."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _matrix(name: str, tensor: Tensor, dims: int = 2) -> Tensor:
@@ -112,13 +120,13 @@ def _route(
 ) -> tuple[Tensor, Tensor]:
     outputs = _allocate_route(router_logits, selection_bias, top_k)
     _C.route(
-        router_logits.contiguous(), _dense(selection_bias), *outputs, score_function, normalize, scale,
+        _rows(router_logits), _dense(selection_bias), *outputs, score_function, normalize, scale,
         num_groups, topk_groups, group_score, torch.get_num_threads(),
     )  # fmt: skip
     return outputs
 
 
-route = _register(
+route: Callable[..., tuple[Tensor, Tensor]] = _register(
     "route(Tensor router_logits, Tensor? selection_bias, int top_k, str score_function, bool normalize, float scale, "
     "int num_groups, int topk_groups, str group_score) -> (Tensor topk_ids, Tensor topk_weights)",
     _route,
@@ -140,13 +148,13 @@ def _route_backward(
 ) -> Tensor:
     grad_router_logits = _allocate_route_backward(grad_topk_weights, router_logits)
     _C.route_backward(
-        grad_topk_weights.contiguous(), router_logits.contiguous(), topk_ids.contiguous(), grad_router_logits,
+        grad_topk_weights.contiguous(), _rows(router_logits), topk_ids.contiguous(), grad_router_logits,
         score_function, normalize, scale, torch.get_num_threads(),
     )  # fmt: skip
     return grad_router_logits
 
 
-route_backward = _register(
+route_backward: Callable[..., Tensor] = _register(
     "route_backward(Tensor grad_topk_weights, Tensor router_logits, Tensor topk_ids, str score_function, "
     "bool normalize, float scale) -> Tensor",
     _route_backward,
@@ -174,7 +182,7 @@ def _plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return outputs
 
 
-plan = _register(
+plan: Callable[..., tuple[Tensor, Tensor, Tensor]] = _register(
     "plan(Tensor topk_ids, int num_experts) -> (Tensor expert_offsets, Tensor token_indices, Tensor slot_indices)",
     _plan,
     _allocate_plan,
@@ -193,13 +201,13 @@ def _permute(
 ) -> Tensor:
     permuted_x = _allocate_permute(x, expert_offsets, token_indices)
     _C.permute(
-        x.contiguous(), expert_offsets.contiguous(), token_indices.contiguous(), slot_indices.contiguous(),
+        _rows(x), expert_offsets.contiguous(), token_indices.contiguous(), slot_indices.contiguous(),
         _dense(topk_weights), permuted_x, torch.get_num_threads(),
     )  # fmt: skip
     return permuted_x
 
 
-permute = _register(
+permute: Callable[..., Tensor] = _register(
     "permute(Tensor x, Tensor expert_offsets, Tensor token_indices, Tensor slot_indices, Tensor? topk_weights) "
     "-> Tensor",
     _permute,
@@ -218,13 +226,13 @@ def _combine(
 ) -> Tensor:
     y = _allocate_combine(permuted_y, expert_offsets, token_indices, slot_indices)
     _C.combine(
-        permuted_y.contiguous(), expert_offsets.contiguous(), token_indices.contiguous(), slot_indices.contiguous(),
+        _rows(permuted_y), expert_offsets.contiguous(), token_indices.contiguous(), slot_indices.contiguous(),
         _dense(topk_weights), y, torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-combine = _register(
+combine: Callable[..., Tensor] = _register(
     "combine(Tensor permuted_y, Tensor expert_offsets, Tensor token_indices, Tensor slot_indices, "
     "Tensor? topk_weights) -> Tensor",
     _combine,
@@ -245,13 +253,13 @@ def _combine_weight_backward(
         grad_y, permuted_y, expert_offsets, token_indices, slot_indices
     )
     _C.combine_weight_backward(
-        grad_y.contiguous(), permuted_y.contiguous(), expert_offsets.contiguous(), token_indices.contiguous(),
+        _rows(grad_y), _rows(permuted_y), expert_offsets.contiguous(), token_indices.contiguous(),
         slot_indices.contiguous(), grad_topk_weights, torch.get_num_threads(),
     )  # fmt: skip
     return grad_topk_weights
 
 
-combine_weight_backward = _register(
+combine_weight_backward: Callable[..., Tensor] = _register(
     "combine_weight_backward(Tensor grad_y, Tensor permuted_y, Tensor expert_offsets, Tensor token_indices, "
     "Tensor slot_indices) -> Tensor",
     _combine_weight_backward,
@@ -281,13 +289,13 @@ def _grouped_gemm(
 ) -> Tensor:
     out = _allocate_grouped_gemm(x, weight, bias, expert_offsets, token_indices)
     _C.grouped_gemm(
-        x.contiguous(), weight[0] if _is_packed(weight) else list(weight), _dense(bias), expert_offsets.contiguous(),
+        _rows(x), weight[0] if _is_packed(weight) else list(weight), _rows(bias), expert_offsets.contiguous(),
         _dense(token_indices), out, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-grouped_gemm = _register(
+grouped_gemm: Callable[..., Tensor] = _register(
     "grouped_gemm(Tensor x, Tensor[] weight, Tensor? bias, Tensor expert_offsets, Tensor? token_indices) -> Tensor",
     _grouped_gemm,
     _allocate_grouped_gemm,
@@ -306,13 +314,13 @@ def _grouped_gemm_wgrad(
 ) -> Tensor:
     grad_weight = _allocate_grouped_gemm_wgrad(grad_out, x, expert_offsets, token_indices, transposed)
     _C.grouped_gemm_wgrad(
-        grad_out.contiguous(), x.contiguous(), expert_offsets.contiguous(), _dense(token_indices), grad_weight,
+        _rows(grad_out), _rows(x), expert_offsets.contiguous(), _dense(token_indices), grad_weight,
         torch.get_num_threads(),
     )  # fmt: skip
     return grad_weight
 
 
-grouped_gemm_wgrad = _register(
+grouped_gemm_wgrad: Callable[..., Tensor] = _register(
     "grouped_gemm_wgrad(Tensor grad_out, Tensor x, Tensor expert_offsets, Tensor? token_indices, bool transposed) "
     "-> Tensor",
     _grouped_gemm_wgrad,
@@ -330,11 +338,11 @@ def _allocate_glu(h: Tensor, activation: str, gated: bool, *_: Any) -> Tensor:
 
 def _glu(h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float) -> Tensor:
     a = _allocate_glu(h, activation, gated)
-    _C.glu(h.contiguous(), a, activation, gated, interleaved, alpha, limit, torch.get_num_threads())
+    _C.glu(_rows(h), a, activation, gated, interleaved, alpha, limit, torch.get_num_threads())
     return a
 
 
-glu = _register(
+glu: Callable[..., Tensor] = _register(
     "glu(Tensor h, str activation, bool gated, bool interleaved, float alpha, float limit) -> Tensor",
     _glu,
     _allocate_glu,
@@ -350,13 +358,13 @@ def _glu_backward(
 ) -> Tensor:
     grad_h = _allocate_glu_backward(grad_a, h)
     _C.glu_backward(
-        grad_a.contiguous(), h.contiguous(), grad_h, activation, gated, interleaved, alpha, limit,
+        _rows(grad_a), _rows(h), grad_h, activation, gated, interleaved, alpha, limit,
         torch.get_num_threads(),
     )  # fmt: skip
     return grad_h
 
 
-glu_backward = _register(
+glu_backward: Callable[..., Tensor] = _register(
     "glu_backward(Tensor grad_a, Tensor h, str activation, bool gated, bool interleaved, float alpha, float limit) "
     "-> Tensor",
     _glu_backward,
@@ -408,17 +416,16 @@ def _moe_forward(
     save_h: bool,
 ) -> tuple[Tensor, Tensor]:
     options = (activation, gated, interleaved, alpha, limit)
-    y, h = _allocate_moe_forward(
-        x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights, *options, save_h
-    )
+    layer = (gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
+    y, h = _allocate_moe_forward(x, *layer, *options, save_h)
     _C.moe_forward(
-        x.contiguous(), gate_up_proj, down_proj, _dense(gate_up_bias), _dense(down_bias),
+        _rows(x), gate_up_proj, down_proj, _rows(gate_up_bias), _rows(down_bias),
         topk_ids.contiguous(), topk_weights.contiguous(), y, h if save_h else None, *options, torch.get_num_threads(),
     )  # fmt: skip
     return y, h
 
 
-moe_forward = _register(
+moe_forward: Callable[..., tuple[Tensor, Tensor]] = _register(
     f"moe_forward(Tensor x, {_LAYER}, bool save_h) -> (Tensor y, Tensor h)", _moe_forward, _allocate_moe_forward
 )
 
@@ -469,21 +476,19 @@ def _moe_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     options = (activation, gated, interleaved, alpha, limit)
-    biases = (gate_up_bias, down_bias)
-    grads = _allocate_moe_backward(
-        grad_y, x, h, gate_up_proj, down_proj, *biases, topk_ids, topk_weights, *options, needs
-    )
+    layer = (gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
+    grads = _allocate_moe_backward(grad_y, x, h, *layer, *options, needs)
     present = (True, True, True, gate_up_bias is not None, down_bias is not None, True)
-    _C.moe_backward(
-        grad_y.contiguous(), x.contiguous(), h.contiguous(), gate_up_proj, down_proj,
-        _dense(gate_up_bias), _dense(down_bias), topk_ids.contiguous(), topk_weights.contiguous(),
-        *(grad if need and there else None for grad, need, there in zip(grads, needs, present, strict=True)),
-        *options, torch.get_num_threads(),
+    outputs: Any = (grad if need and there else None for grad, need, there in zip(grads, needs, present, strict=True))
+    _C.moe_backward(  # type: ignore[call-arg]
+        _rows(grad_y), _rows(x), _rows(h), gate_up_proj, down_proj,
+        _rows(gate_up_bias), _rows(down_bias), topk_ids.contiguous(), topk_weights.contiguous(),
+        *outputs, *options, torch.get_num_threads(),
     )  # fmt: skip
     return grads
 
 
-moe_backward = _register(
+moe_backward: Callable[..., tuple[Tensor, ...]] = _register(
     f"moe_backward(Tensor grad_y, Tensor x, Tensor h, {_LAYER}, bool[] needs) -> (Tensor grad_x, "
     "Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_gate_up_bias, Tensor grad_down_bias, "
     "Tensor grad_topk_weights)",

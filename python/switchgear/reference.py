@@ -119,6 +119,11 @@ def _keep_best_groups(values: Tensor, num_groups: int, topk_groups: int, group_s
     return groups.masked_fill(dropped[:, :, None], -math.inf).view(num_tokens, num_experts)
 
 
+def _check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
 def _check_route(router_logits: Tensor, top_k: int, score_function: str, num_groups: int, topk_groups: int) -> None:
     _check("router_logits", router_logits, (None, None))
     num_experts = router_logits.shape[1]
@@ -150,6 +155,7 @@ def route(
     """
     _check_route(router_logits, top_k, score_function, num_groups, topk_groups)
     check_choice("group_score", group_score, GROUP_SCORES)
+    _check_finite("scale", scale)
     _check("selection_bias", selection_bias, (router_logits.shape[1],))
     logits = sanitize(_wide(router_logits))
     score = scores(logits, score_function)
@@ -188,13 +194,14 @@ def route_backward(
     _check("grad_topk_weights", grad_topk_weights, (num_tokens, top_k), weight_dtype(router_logits.dtype))
     _check("topk_ids", topk_ids, (num_tokens, top_k), torch.int32)
     check_choice("score_function", score_function, SCORE_FUNCTIONS)
-    ids = topk_ids.long()
+    _check_finite("scale", scale)
+    ids, empty = topk_ids.clamp(min=0).long(), topk_ids < 0
     score = scores(sanitize(_wide(router_logits)), score_function).double()
-    chosen = score.gather(1, ids)
-    grad_chosen = grad_topk_weights.double() * scale
+    chosen = score.gather(1, ids).masked_fill(empty, 0)
+    grad_chosen = (grad_topk_weights.double() * scale).masked_fill(empty, 0)
     if normalize:
         total = _sum(chosen) + NORMALIZE_EPSILON
-        grad_chosen = (grad_chosen - _sum(grad_chosen * chosen) / total) / total
+        grad_chosen = ((grad_chosen - _sum(grad_chosen * chosen) / total) / total).masked_fill(empty, 0)
     grad_score = torch.zeros_like(score).scatter_add(1, ids, grad_chosen)
     if score_function == "softmax":
         grad_logits = score * (grad_score - _sum(grad_chosen * chosen))
@@ -307,7 +314,7 @@ def _rows(x: Tensor, token_indices: Tensor | None) -> Tensor:
     return _wide(x if token_indices is None else _gather_rows(x, token_indices))
 
 
-def _gemm(rows: Tensor, matrices: Sequence[Tensor], bias: Tensor | None, expert_offsets: Tensor) -> Tensor:
+def _gemm(rows: Tensor, matrices: Tensor | Sequence[Tensor], bias: Tensor | None, expert_offsets: Tensor) -> Tensor:
     """Each expert's rows times its matrix, transposed, in the wide dtype; zeros where there is nothing to multiply."""
     out = rows.new_zeros(rows.shape[0], max(matrix.shape[0] for matrix in matrices))
     for expert, slots in _segments(expert_offsets):
@@ -391,13 +398,20 @@ def _activate(gate: Tensor, activation: str, alpha: float) -> tuple[Tensor, Tens
     return gate * sigmoid, sigmoid * (1 + beta * gate * (1 - sigmoid))
 
 
-def _check_glu(h: Tensor, activation: str, gated: bool) -> None:
+def _check_options(activation: str, gated: bool, alpha: float, limit: float) -> None:
     check_choice("activation", activation, ACTIVATIONS)
-    _check("h", h, (None, None))
-    if gated and h.shape[1] % 2:
-        raise ValueError(f"h: expected an even number of columns for gated experts, got {list(h.shape)}")
     if activation == "swiglu_oai" and not gated:
-        raise ValueError("activation: swiglu_oai expected gated experts, got gated=False")
+        raise ValueError("activation: expected gated experts for swiglu_oai, got gated=False")
+    _check_finite("alpha", alpha)
+    _check_finite("limit", limit)
+    if limit < 0:
+        raise ValueError(f"limit: expected 0 (none) or a positive number, got {limit}")
+
+
+def _intermediate_size(name: str, width: int, gated: bool) -> int:
+    if gated and width % 2:
+        raise ValueError(f"{name}: expected an even N (gates and ups) for gated experts, got N={width}")
+    return width // 2 if gated else width
 
 
 def _halves(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -448,7 +462,9 @@ def glu(h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float
     swiglu_oai   gate · sigmoid(alpha · gate) ⊙ (up + 1), gpt-oss's gate (gated only)
     interleaved  gate = h[:, 0::2], up = h[:, 1::2]; otherwise gate = h[:, :I], up = h[:, I:]
     """
-    _check_glu(h, activation, gated)
+    _check_options(activation, gated, alpha, limit)
+    _check("h", h, (None, None))
+    _intermediate_size("h", h.shape[1], gated)
     return _glu(_wide(h), activation, gated, interleaved, alpha, limit).to(h.dtype)
 
 
@@ -456,8 +472,9 @@ def glu_backward(
     grad_a: Tensor, h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float
 ) -> Tensor:
     """grad_h [S,N] of grad_a [S,I]."""
-    _check_glu(h, activation, gated)
-    _check("grad_a", grad_a, (h.shape[0], h.shape[1] // (2 if gated else 1)), h.dtype)
+    _check_options(activation, gated, alpha, limit)
+    _check("h", h, (None, None))
+    _check("grad_a", grad_a, (h.shape[0], _intermediate_size("h", h.shape[1], gated)), h.dtype)
     return _glu_backward(_wide(grad_a), _wide(h), activation, gated, interleaved, alpha, limit).to(h.dtype)
 
 
@@ -474,17 +491,16 @@ def _check_layer(
     topk_weights: Tensor,
     activation: str,
     gated: bool,
+    alpha: float,
+    limit: float,
 ) -> None:
+    _check_options(activation, gated, alpha, limit)
     _check("x", x, (None, None))
     num_tokens, hidden_size = x.shape
     _check("gate_up_proj", gate_up_proj, (None, None, hidden_size), x.dtype)
     num_experts, width, _ = gate_up_proj.shape
-    if gated and width % 2:
-        raise ValueError(f"gate_up_proj: expected an even number of rows for gated experts, got {width}")
-    check_choice("activation", activation, ACTIVATIONS)
-    if activation == "swiglu_oai" and not gated:
-        raise ValueError("activation: swiglu_oai expected gated experts, got gated=False")
-    _check("down_proj", down_proj, (num_experts, hidden_size, width // 2 if gated else width), x.dtype)
+    intermediate_size = _intermediate_size("gate_up_proj", width, gated)
+    _check("down_proj", down_proj, (num_experts, hidden_size, intermediate_size), x.dtype)
     _check("gate_up_bias", gate_up_bias, (num_experts, width), x.dtype)
     _check("down_bias", down_bias, (num_experts, hidden_size), x.dtype)
     _check("topk_ids", topk_ids, (num_tokens, None), torch.int32)
@@ -510,7 +526,8 @@ def moe_forward(
 
     h is [0,N] unless save_h.
     """
-    _check_layer(x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights, activation, gated)
+    layer = (gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
+    _check_layer(x, *layer, activation, gated, alpha, limit)
     expert_offsets, token_indices, slot_indices = plan(topk_ids, gate_up_proj.shape[0])
     h = _gemm(_rows(x, token_indices), gate_up_proj, gate_up_bias, expert_offsets)
     a = _glu(h, activation, gated, interleaved, alpha, limit)
@@ -543,7 +560,8 @@ def moe_backward(
         x             Σ_k dh · W_gu       gate_up_proj  dhᵀ · x          gate_up_bias  Σ dh
         topk_weights  <da', a> + <dy,b_d> down_proj     (w · dy)ᵀ · a    down_bias     Σ w · dy
     """
-    _check_layer(x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights, activation, gated)
+    layer = (gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
+    _check_layer(x, *layer, activation, gated, alpha, limit)
     _check("grad_y", grad_y, x.shape, x.dtype)
     _check("h", h, (topk_ids.numel(), gate_up_proj.shape[1]), x.dtype)
     need_x, need_gate_up, need_down, need_gate_up_bias, need_down_bias, need_weights = needs

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Experts: the weights of all experts of a layer, under the names and in the layouts of Hugging Face."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.functional import moe
+from switchgear.reference import ACTIVATIONS, check_choice
+
+
+class Experts(nn.Module):
+    """E feed-forward networks with stacked weights: y = Σ_k w_k · (glu(x · W_guᵀ + b_gu) · W_dᵀ + b_d).
+
+    Args:
+        hidden_size, intermediate_size, num_experts: H, I, E.
+        activation: "silu", "gelu", "gelu_tanh", "relu", "relu2", or "swiglu_oai" (gated only).
+        gated: act(gate) ⊙ up; otherwise act(h), and the first projection is called up_proj.
+        bias: learned biases of both projections.
+        interleaved: gates and ups alternate in the rows of gate_up_proj, instead of gates first.
+        transposed: store the projections as [E,in,out] instead of [E,out,in].
+        alpha, limit: see `glu`.
+
+    Parameters (the checkpoints of Hugging Face load as they are):
+        gate_up_proj [E,2I,H] (up_proj [E,I,H] if not gated), down_proj [E,H,I]; transposed [E,H,2I] and [E,I,H]
+        gate_up_proj_bias [E,2I] (up_proj_bias [E,I]), down_proj_bias [E,H] if bias
+
+    Every parameter gets a gradient at every step, zero for experts without tokens.
+    """
+
+    down_proj: nn.Parameter
+    down_proj_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        *,
+        activation: str = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        interleaved: bool = False,
+        transposed: bool = False,
+        alpha: float = 1.702,
+        limit: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("activation", activation, ACTIVATIONS)
+        if not gated and (interleaved or activation == "swiglu_oai"):
+            raise ValueError(f"gated: expected True for {'interleaved' if interleaved else activation}, got False")
+        self.hidden_size, self.intermediate_size, self.num_experts = hidden_size, intermediate_size, num_experts
+        self.activation, self.gated, self.alpha, self.limit = activation, gated, alpha, limit
+        self.interleaved, self.transposed = interleaved, transposed
+        self._first = "gate_up_proj" if gated else "up_proj"
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+
+        def projection(size_in: int, size_out: int) -> nn.Parameter:
+            return parameter(size_in, size_out) if transposed else parameter(size_out, size_in)
+
+        width = 2 * intermediate_size if gated else intermediate_size
+        self.register_parameter(self._first, projection(hidden_size, width))
+        self.register_parameter("down_proj", projection(intermediate_size, hidden_size))
+        self.register_parameter(f"{self._first}_bias", parameter(width) if bias else None)
+        self.register_parameter("down_proj_bias", parameter(hidden_size) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises each expert as two torch.nn.Linear: uniform within ±1/√fan_in."""
+        for name, fan_in in ((self._first, self.hidden_size), ("down_proj", self.intermediate_size)):
+            for parameter in (getattr(self, name), getattr(self, f"{name}_bias")):
+                if parameter is not None:
+                    nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """hidden_states [..., H], topk_ids [..., K] (-1 for none) and topk_weights [..., K] -> [..., H]; see `moe`."""
+        # Each attribute is read once: under a parametrization every access makes the weight anew.
+        gate_up_proj: Tensor = getattr(self, self._first)
+        down_proj: Tensor = self.down_proj
+        if self.transposed:
+            gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
+        return moe(
+            hidden_states,
+            gate_up_proj,
+            down_proj,
+            topk_ids,
+            topk_weights,
+            activation=self.activation,
+            gated=self.gated,
+            interleaved=self.interleaved,
+            gate_up_bias=getattr(self, f"{self._first}_bias"),
+            down_bias=self.down_proj_bias,
+            alpha=self.alpha,
+            limit=self.limit,
+        )
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.hidden_size}, {self.intermediate_size}, num_experts={self.num_experts}", self.activation]
+        parts += ["gated" if self.gated else "plain"]
+        parts += [name for name in ("interleaved", "transposed") if getattr(self, name)]
+        if self.down_proj_bias is not None:
+            parts.append("bias")
+        if self.limit is not None:
+            parts.append(f"limit={self.limit}")
+        return ", ".join(parts)
