@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdio>
 #include <string>
 
 #include "dlpack.h"
@@ -44,23 +45,29 @@ const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
   return find_exchange_api(type);
 }
 
+// A dtype or a kind of array that its own library cannot export.
+[[noreturn]] void refuse(const char* name, py::error_already_set& error) {
+  py::raise_from(error, PyExc_TypeError, join(name, ": expected an array that DLPack can describe").c_str());
+  throw py::error_already_set();
+}
+
 // array.__dlpack__(max_version=(1, 0)), or array.__dlpack__() for producers older than that argument
 py::object request_capsule(const char* name, py::handle array) {
   SWITCHGEAR_CHECK(TypeError, py::hasattr(array, "__dlpack__"), name, ": expected an array (with __dlpack__), got ",
                    Py_TYPE(array.ptr())->tp_name);
-  const py::object method = array.attr("__dlpack__");
-  try {
-    try {
-      return method(py::arg("max_version") = py::make_tuple(1, 0));
-    } catch (py::error_already_set& error) {
-      if (!error.matches(PyExc_TypeError)) throw;
-    }
-    return method();
-  } catch (py::error_already_set& error) {  // a dtype or a kind of array that DLPack has no word for
-    if (!error.matches(PyExc_BufferError)) throw;
-    py::raise_from(error, PyExc_TypeError, join(name, ": expected an array that DLPack can describe").c_str());
-    throw py::error_already_set();
+  static PyObject* const method = PyUnicode_InternFromString("__dlpack__");
+  static PyObject* const keywords = py::make_tuple("max_version").release().ptr();
+  static PyObject* const version = py::make_tuple(1, 0).release().ptr();
+  PyObject* const arguments[] = {array.ptr(), version};
+  PyObject* capsule = PyObject_VectorcallMethod(method, arguments, 1, keywords);
+  if (capsule == nullptr && PyErr_ExceptionMatches(PyExc_TypeError)) {
+    PyErr_Clear();
+    capsule = PyObject_VectorcallMethod(method, arguments, 1, nullptr);
   }
+  if (capsule != nullptr) return py::reinterpret_steal<py::object>(capsule);
+  py::error_already_set error;
+  if (error.matches(PyExc_BufferError)) refuse(name, error);
+  throw error;
 }
 
 DType dtype_of(const char* name, DLDataType dtype) {
@@ -72,8 +79,9 @@ DType dtype_of(const char* name, DLDataType dtype) {
     if (dtype.code == kDLInt && dtype.bits == 64) return DType::kInt64;
   }
   constexpr std::array<const char*, 7> kKinds{"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
-  const char* kind = dtype.code < kKinds.size() ? kKinds[dtype.code] : "unknown";
-  throw TypeError(join(name, ": expected float32, bfloat16, float16, int32 or int64, got ", kind, int{dtype.bits}));
+  const std::string kind = dtype.code < kKinds.size() ? kKinds[dtype.code] : join("DLPack type ", int{dtype.code}, '/');
+  throw TypeError(join(name, ": expected float32, bfloat16, float16, int32 or int64, got ", kind, int{dtype.bits},
+                       dtype.lanes == 1 ? "" : " vectors"));
 }
 
 Device device_of(const char* name, DLDevice device) {
@@ -109,7 +117,10 @@ TensorView view_of(const char* name, const DLTensor& tensor) {
 Arrays::Loaded Arrays::load(const char* name, py::handle array) {
   if (const DLPackExchangeAPI* api = exchange_api(Py_TYPE(array.ptr()))) {
     DLTensor tensor;
-    if (api->dltensor_from_py_object_no_sync(array.ptr(), &tensor) != 0) throw py::error_already_set();
+    if (api->dltensor_from_py_object_no_sync(array.ptr(), &tensor) != 0) {
+      py::error_already_set error;
+      refuse(name, error);
+    }
     return {view_of(name, tensor), false};
   }
   // The capsule's destructor releases the memory, since we leave it its name.
@@ -143,8 +154,9 @@ ExpertMatrices Arrays::separate(const char* name, py::sequence weights) {
   TensorView all;  // [E, most rows, C]
   bool has_row_stride = false, has_column_stride = false;
   for (size_t e = 0; e < weights.size(); ++e) {
-    const std::string item = join(name, '[', e, ']');
-    const TensorView matrix = in(item.c_str(), weights[e]);
+    char item[64];
+    std::snprintf(item, sizeof(item), "%s[%zu]", name, e);
+    const TensorView matrix = in(item, weights[e]);
     SWITCHGEAR_CHECK(ValueError, matrix.ndim == 2, item, ": expected shape [N_e, C], got ", describe(matrix));
     if (e == 0) {
       all = {.dtype = matrix.dtype, .device = matrix.device, .ndim = 3};

@@ -247,7 +247,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace py::literals;
 
   m.doc() = "The native ops of switchgear. Arrays come through DLPack; outputs are passed in and written.";
-  py::register_exception_translator([](std::exception_ptr error) {
+  py::register_local_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);
     } catch (const ValueError& e) {
