@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# make demo                  train a small MoE model with each experts implementation, and compare them
+# make test                  the Python tests (PYTEST_ARGS=…) and the C++ tests
+# make bench                 time MoE layers at the shapes of real models (BENCH_ARGS=…)
+# make lint                  formatting, lint, types, stubs
+# make format                rewrite the sources as lint wants them
+# make sanitize              the C++ tests under the address, undefined-behaviour and thread sanitizers
+# make build                 editable install, for work on the package
+# make wheel                 dist/*.whl
+# make test-torch TORCH=2.8  the core tests on that wheel beside another release of torch
+# make clean                 remove what the targets above made, .venv included
+#
+# Each works on a fresh clone with Python >= 3.10 (and its venv), a C++20 compiler and make: what else it needs goes into
+# the active virtual environment, or into .venv where none is active.
+
+PYTHON ?= python3
+TORCH ?= 2.8
+VENV := $(or $(VIRTUAL_ENV),.venv)
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.switchgear-
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+TORCH_VENV := build/torch-$(TORCH)
+CORE_TESTS := $(foreach op,route plan permute grouped_gemm glu moe,tests/test_$(op).py)
+PACKAGE := pyproject.toml constraints.txt CMakeLists.txt $(shell find include csrc python -type f -not -name '*.pyc')
+CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help demo test bench lint format sanitize build wheel test-torch clean always
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+# ---- environment ---------------------------------------------------------------------------------------------------------
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The package with an extra. Others may install into an active environment too, so only .venv is trusted to be current.
+$(INSTALLED)%: $(PACKAGE) $(if $(VIRTUAL_ENV),always) | $(BIN)/python
+	$(PIP) '.[$*]'
+	@touch $@
+
+# cmake, ninja, ruff, mypy, …: packages that are named like their command
+$(BIN)/%: | $(BIN)/python
+	$(PIP) $*
+
+# ---- use -----------------------------------------------------------------------------------------------------------------
+
+demo: $(INSTALLED)demo
+	$(BIN)/switchgear demo $(DEMO_ARGS)
+
+bench: $(INSTALLED)bench
+	$(BIN)/switchgear bench $(BENCH_ARGS)
+
+# ---- tests ---------------------------------------------------------------------------------------------------------------
+
+run_preset = cmake --preset $(1) && cmake --build --preset $(1) && ctest --preset $(1)
+
+test: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(call run_preset,cpu)
+
+sanitize: $(BIN)/cmake $(BIN)/ninja
+	$(call run_preset,asan)
+	$(call run_preset,ubsan)
+	$(call run_preset,tsan)
+
+wheel: | $(BIN)/python
+	rm -rf dist
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+
+test-torch: wheel
+	$(PYTHON) -m venv --clear $(TORCH_VENV)
+	$(TORCH_VENV)/bin/python -m pip install --disable-pip-version-check 'torch==$(TORCH).*' pytest hypothesis 'numpy>=2.1' dist/*.whl
+	$(TORCH_VENV)/bin/python -m pytest $(CORE_TESTS) $(PYTEST_ARGS)
+
+# ---- work on the sources -------------------------------------------------------------------------------------------------
+
+build: $(BIN)/cmake $(BIN)/ninja
+	$(PIP) 'scikit-build-core>=0.11' 'pybind11>=3.0'
+	$(PIP) --no-build-isolation --config-settings=build-dir=build/dev --editable '.[test]'
+
+lint: $(INSTALLED)test $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+	$(BIN)/stubtest switchgear._C
+
+format: $(BIN)/ruff $(BIN)/clang-format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build dist .venv
