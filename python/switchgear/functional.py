@@ -110,6 +110,10 @@ def _as_weights(name: str, weights: T, dtype: torch.dtype) -> T:
     return weights.to(wanted)
 
 
+def _in_autocast(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which raises for meta
+
+
 def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype, where autocast is on; float64 stays as it is, as everywhere in torch."""
     dtype = torch.get_autocast_dtype(device_type)
@@ -369,7 +373,7 @@ def grouped_gemm(
     matrices = [weight] if isinstance(weight, Tensor) else list(weight)
     if not matrices:
         raise ValueError("weight: expected at least one matrix, got none")
-    if torch.is_autocast_enabled(x.device.type):
+    if _in_autocast(x.device.type):
         x, bias, *matrices = _autocast(x.device.type, x, bias, *matrices)
     if _needs_autograd(x, bias, *matrices):
         out: Tensor = _apply(_GroupedGemm, x, bias, expert_offsets, token_indices, *matrices)
@@ -503,7 +507,7 @@ def moe(
         ValueError: a shape, or an id that is out of range. TypeError: a dtype.
     """
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if _in_autocast(device_type):
         x, gate_up_proj, down_proj, gate_up_bias, down_bias = _autocast(
             device_type, x, gate_up_proj, down_proj, gate_up_bias, down_bias
         )
