@@ -47,9 +47,13 @@ def run_experts(
             weights.down_proj,
             topk_ids,
             topk_weights,
+            activation=gate.activation,
+            gated=gate.gated,
+            interleaved=gate.interleaved,
             gate_up_bias=weights.gate_up_bias,
             down_bias=weights.down_bias,
-            **gate._asdict(),
+            alpha=gate.alpha,
+            limit=gate.limit,
         )
         return y.to(x.dtype)
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Recognition of a model's gate."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import switchgear
+from switchgear.integrations.gates import ACTIVATIONS, Gate, gate_of, own_gate, recognise
+
+FAMILIES = [
+    *(Gate(activation, gated=False) for activation in ACTIVATIONS),
+    *(
+        Gate(activation, True, interleaved, limit=limit)
+        for activation, interleaved, limit in itertools.product(ACTIVATIONS, (False, True), (None, 7.0, 100.0))
+    ),
+    *(Gate("swiglu_oai", True, interleaved, 1.5, limit) for interleaved in (False, True) for limit in (None, 7.0)),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_each_family_is_told_from_all_others(family: Gate) -> None:
+    """The library's own glu plays the model's gate."""
+    numbers = (7.0, 100.0, 1.5, 64, 4096)
+    assert recognise(lambda h: switchgear.glu(h, **family._asdict()), gated=family.gated, numbers=numbers)._replace(
+        alpha=family.alpha
+    ) == family  # fmt: skip
+
+
+def silu_gate(h: Tensor) -> Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        lambda h: silu_gate(h) * 1.001,
+        lambda h: silu_gate(h.clamp(-5, 5)),  # a clamp at a number that is no attribute
+        lambda h: silu_gate(h.clamp(max=7.0)),  # at a known one, but of another form
+        lambda h: torch.tanh(silu_gate(h)),
+        lambda h: nn.functional.dropout(silu_gate(h), 0.1),
+        lambda h: silu_gate(h)[..., :3],
+        lambda h: silu_gate(h.bfloat16()).double(),
+    ],
+)
+def test_other_gates_are_left_alone(gate: object) -> None:
+    assert recognise(gate, numbers=(7.0,)) is None  # type: ignore[arg-type]
+
+
+def test_float32_inside_is_still_recognised() -> None:
+    assert recognise(lambda h: silu_gate(h.float()).double()) == Gate("silu")
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act_fn = nn.SiLU()
+        self.limit = 7.0
+
+    def _apply_gate(self, h: Tensor) -> Tensor:
+        gate, up = h.chunk(2, dim=-1)
+        return self.act_fn(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
+
+
+def test_changes_are_noticed() -> None:
+    module = Experts()
+    assert gate_of(module) == Gate("silu", limit=7.0)
+    module.limit = 9.0
+    assert gate_of(module) == Gate("silu", limit=9.0)
+    module.act_fn = nn.Tanh()
+    assert gate_of(module) is None
+    assert own_gate(module)(torch.ones(1, 4)).shape == (1, 2)
+
+
+def test_surroundings_do_not_matter() -> None:
+    state = torch.get_rng_state()
+    with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        assert gate_of(Experts()) == Gate("silu", limit=7.0)
+    with torch._subclasses.FakeTensorMode():
+        assert gate_of(Experts()) == Gate("silu", limit=7.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_gate_that_cannot_be_called_is_unknown() -> None:
+    module = Experts()
+    module.limit = None  # type: ignore[assignment]
+    module.act_fn = nn.Bilinear(1, 1, 1)
+    assert gate_of(module) is None

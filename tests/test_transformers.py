@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The drop-in for Hugging Face transformers. test_transformers_models.py compares every model type."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers", minversion="5.0", reason="the integration needs transformers >= 5")
+
+import switchgear
+from switchgear.integrations import swap
+from switchgear.integrations import transformers as integration
+from switchgear.integrations.compare import compare
+from switchgear.integrations.tiny_models import build, example_inputs
+from switchgear.integrations.transformers import accelerate, path_of, restore
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ExpertsInterface
+
+BFLOAT16 = torch.finfo(torch.bfloat16).eps
+
+
+def experts_of(model: nn.Module) -> Any:
+    """The first decorated experts module, on switchgear."""
+    accelerate(model)
+    return next(module for module in model.modules() if integration._is_decorated(module))
+
+
+def eager(module: Any, *args: Any) -> Any:
+    """What transformers' own loop over the experts gives."""
+    return type(module).forward.__wrapped__(module, *args)
+
+
+def choices(module: Any, num_tokens: int = 8, top_k: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Hidden states, ids and weights; the weights do not sum to 1."""
+    generator = torch.Generator().manual_seed(0)
+    weight = module.gate_up_proj if module.has_gate else module.up_proj
+    width = weight.shape[1 if module.is_transposed else 2]
+    x = torch.randn(num_tokens, width, generator=generator).to(dtype)
+    topk_weights, topk_ids = torch.rand(num_tokens, module.num_experts, generator=generator).topk(top_k, dim=-1)
+    return x, topk_ids, topk_weights.to(dtype)
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).abs().max() / want.abs().max())
+
+
+# ---- selecting it ----------------------------------------------------------------------------------------------------
+
+
+def test_name_is_registered() -> None:
+    assert "switchgear" in ExpertsInterface().valid_keys()
+    model = build("mixtral")
+    model.set_experts_implementation("switchgear")
+    assert path_of(model.model.layers[0].mlp.experts) == "moe"
+    model.set_experts_implementation("eager")
+    assert path_of(model.model.layers[0].mlp.experts) == "not replaced: experts_implementation is 'eager'"
+
+
+def test_fp8_experts_are_refused_with_advice() -> None:
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8", reason="no FP8 experts in this version")
+    function = fp8.FP8ExpertsInterface()["switchgear"]
+    with pytest.raises(NotImplementedError, match=r"dequantize=True.*grouped_mm"):
+        function(nn.Module(), None, None, None)
+
+
+def test_from_pretrained(tmp_path: Any) -> None:
+    build("mixtral").save_pretrained(tmp_path)
+    want = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+    got = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="switchgear")
+    assert path_of(got.model.layers[0].mlp.experts) == "moe"
+    inputs = example_inputs(got)
+    torch.testing.assert_close(got(**inputs).logits, want(**inputs).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "path"),
+    [
+        ("mixtral", "moe"), ("olmoe", "moe"), ("qwen3_moe", "moe"), ("deepseek_v3", "moe"), ("gpt_oss", "moe"),
+        ("nemotron_h", "moe"), ("aria", "moe"), ("deepseek_v4", "moe"), ("openai_privacy_filter", "moe"),
+        ("muse_spark", "grouped_gemm"), ("inkling2_text", "grouped_gemm"), ("llama4_text", "moe"),
+        ("dbrx", "grouped_gemm"), ("switch_transformers", "grouped_gemm"), ("nllb-moe", "grouped_gemm"),
+    ],
+)  # fmt: skip
+def test_path(model_type: str, path: str) -> None:
+    assert {replacement.path for replacement in accelerate(build(model_type))} == {path}
+
+
+# ---- what the function honours ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "inkling2_text", "nemotron_h"])
+def test_sentinels_are_empty_slots(model_type: str) -> None:
+    module = experts_of(build(model_type))
+    x, topk_ids, topk_weights = choices(module)
+    topk_weights.requires_grad_()
+    sentinels = torch.zeros_like(topk_ids, dtype=torch.bool)
+    sentinels[0] = sentinels[3:5, 1] = True  # one token has nothing but sentinels
+    y = module(x, topk_ids.masked_fill(sentinels, module.num_experts), topk_weights)
+    (grad,) = torch.autograd.grad(y.square().sum(), topk_weights)
+    want = eager(module, x, topk_ids, topk_weights.masked_fill(sentinels, 0))
+    assert relative(y, want) < 1e-5
+    assert not y[0].any()
+    assert not grad[sentinels].any()
+    assert grad[~sentinels].all()
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "muse_spark"])
+def test_no_tokens(model_type: str) -> None:
+    module = experts_of(build(model_type))
+    x, topk_ids, topk_weights = choices(module, num_tokens=0)
+    y = module(x.requires_grad_(), topk_ids, topk_weights)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in module.parameters(recurse=False))
+
+
+@pytest.mark.parametrize("router_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "inkling2_text", "muse_spark"])
+def test_bfloat16(model_type: str, router_dtype: torch.dtype) -> None:
+    module = experts_of(build(model_type)).bfloat16()
+    x, topk_ids, topk_weights = choices(module, dtype=torch.bfloat16)
+    y = module(x, topk_ids, topk_weights.to(router_dtype))
+    want = eager(copy.deepcopy(module).double(), x.double(), topk_ids, topk_weights.double())
+    assert y.dtype == torch.bfloat16
+    # Roundings on the way: h, the gate's value, each expert's output, a norm where there is one, and y. Each is half an
+    # ulp of its own, but an error in h reaches y through the gate's slope, about 1.
+    assert relative(y, want) < 5 * BFLOAT16
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "inkling2_text", "muse_spark"])
+def test_autocast(model_type: str) -> None:
+    module = experts_of(build(model_type))
+    x, topk_ids, topk_weights = choices(module)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x.requires_grad_(), topk_ids, topk_weights)
+    assert y.dtype == torch.float32  # as in transformers: the hidden states' dtype
+    assert relative(y, eager(module, x, topk_ids, topk_weights)) < 5 * BFLOAT16
+    y.sum().backward()
+    assert all(leaf.grad.dtype == torch.float32 for leaf in (x, module.down_proj))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "aria"])
+def test_weights_are_not_copied(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = experts_of(build(model_type))
+    weights = []
+    moe = switchgear.moe
+    monkeypatch.setattr(switchgear, "moe", lambda x, *args, **kwargs: weights.extend(args[:2]) or moe(x, *args, **kwargs))
+    module(*choices(module))
+    assert [weight.data_ptr() for weight in weights] == [module.gate_up_proj.data_ptr(), module.down_proj.data_ptr()]
+
+
+class LowRank(nn.Module):
+    """W + B·A, as LoRA on stacked experts. Counts how often the weight is computed."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        experts, rows, columns = weight.shape
+        self.a = nn.Parameter(torch.randn(experts, 2, columns) * 0.1)
+        self.b = nn.Parameter(torch.randn(experts, rows, 2) * 0.1)
+        self.count = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.count += 1
+        return weight + self.b @ self.a
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "inkling2_text"])
+def test_parametrised_weights(model_type: str) -> None:
+    module = experts_of(build(model_type))
+    for name in ("gate_up_proj", "down_proj"):
+        nn.utils.parametrize.register_parametrization(module, name, LowRank(getattr(module, name)))
+        module.parametrizations[name].original.requires_grad_(False)
+    parametrizations = [module.parametrizations[name][0] for name in ("gate_up_proj", "down_proj")]
+    arguments = choices(module)
+    for parametrization in parametrizations:
+        parametrization.count = 0
+    y = module(*arguments)
+    assert [parametrization.count for parametrization in parametrizations] == [1, 1]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.dim() == 3]
+    want = eager(module, *arguments)
+    assert relative(y, want) < 1e-5
+    for got, expected in zip(torch.autograd.grad(y.sum(), trained), torch.autograd.grad(want.sum(), trained)):
+        assert relative(got, expected) < 1e-5
+
+
+def test_peft_lora() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = build("mixtral")
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    model = peft.get_peft_model(model, config)
+    result = compare(model, example_inputs(model))
+    assert max(result.modules) < 1e-5
+    assert {replacement.path for replacement in result.replacements} == {"moe"}
+
+
+class Quantised(Tensor):
+    """Stands for a tensor subclass of a quantisation library."""
+
+
+def test_tensor_subclasses_keep_the_models_own_loop() -> None:
+    module = experts_of(build("mixtral"))
+    arguments = choices(module)
+    want = eager(module, *arguments)
+    module.down_proj = nn.Parameter(module.down_proj.detach().as_subclass(Quantised))
+    assert path_of(module) == "eager: a weight is a Quantised, not a plain tensor"
+    with pytest.warns(UserWarning, match="MixtralExperts keeps its own implementation: a weight is a Quantised"):
+        y = module(*arguments)
+    torch.testing.assert_close(y.as_subclass(Tensor), want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(*arguments)  # said once
+
+
+# ---- the model around it ---------------------------------------------------------------------------------------------
+
+
+def test_generate() -> None:
+    model = build("mixtral")
+    inputs = example_inputs(model)
+    want = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    model.set_experts_implementation("switchgear")
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), want)
+
+
+def test_checkpointing_with_router_loss() -> None:
+    def losses(implementation: str) -> tuple[float, float, Tensor]:
+        model = build("mixtral").train()
+        model.set_experts_implementation(implementation)
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        inputs = example_inputs(model)
+        output = model(**inputs, labels=inputs["input_ids"], output_router_logits=True)
+        output.loss.backward()
+        return output.loss.item(), output.aux_loss.item(), model.model.layers[0].mlp.experts.down_proj.grad
+
+    want, got = losses("eager"), losses("switchgear")
+    assert got[:2] == pytest.approx(want[:2], rel=1e-6)
+    assert relative(got[2], want[2]) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "inkling2_text"])
+def test_compile_without_a_graph_break(model_type: str) -> None:
+    """The model runs compiled before it ever ran eagerly, so its gate is recognised while tracing."""
+    torch._dynamo.reset()
+    model = build(model_type)
+    want = model(**example_inputs(model)).logits
+    accelerate(model)
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(**example_inputs(model)).logits
+    assert relative(got, want) < 1e-5
+    parameter = experts_of(model).down_proj
+    assert relative(*(torch.autograd.grad(y.sum(), parameter)[0] for y in (got, want))) < 1e-4
+
+
+def test_export() -> None:
+    model = build("mixtral")
+    model.set_experts_implementation("switchgear")
+    inputs = example_inputs(model)
+    program = torch.export.export(model, (), {**inputs, "use_cache": False}, strict=False)
+    assert "switchgear.moe_forward" in str(program.graph)
+    torch.testing.assert_close(program.module()(**inputs, use_cache=False).logits, model(**inputs).logits)
+
+
+def test_functional_call() -> None:
+    model = build("mixtral")
+    model.set_experts_implementation("switchgear")
+    doubled = {name: 2 * parameter.detach() for name, parameter in model.named_parameters() if "experts" in name}
+    inputs = example_inputs(model)
+    got = torch.func.functional_call(model, doubled, kwargs=inputs, args=()).logits
+    model.load_state_dict(doubled, strict=False)
+    torch.testing.assert_close(got, model(**inputs).logits)
+
+
+def test_meta_device() -> None:
+    with torch.device("meta"):
+        model = build("mixtral")
+        accelerate(model)
+        ids = torch.zeros(2, 12, dtype=torch.long)
+    assert model(ids).logits.shape == (2, 12, 256)
+    with torch.device("meta"):
+        assert len(accelerate(build("llama4_text"))) == 4  # nothing to try the swap on, so it is taken on trust
+
+
+# ---- accelerate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "llama4_text", "switch_transformers", "kimi_k25", "jetmoe"])
+def test_accelerate_and_restore(model_type: str) -> None:
+    model = build(model_type)
+    inputs = example_inputs(model)
+    keys, want = list(model.state_dict()), model(**inputs).logits
+    replacements = accelerate(model)
+    for replacement in replacements:
+        module = model.get_submodule(replacement.name)
+        assert type(module).__name__ == replacement.class_name
+        assert path_of(module) == replacement.path
+    assert list(model.state_dict()) == keys
+    assert relative(model(**inputs).logits, want) < 1e-5
+    restore(replacements)
+    assert all(path_of(model.get_submodule(r.name)).startswith("not replaced") for r in replacements)
+    assert torch.equal(model(**inputs).logits, want)
+
+
+def test_accelerate_twice_changes_nothing() -> None:
+    model = build("llama4_text")
+    first = accelerate(model)
+    forward = model.model.layers[0].feed_forward.forward
+    restore(accelerate(model))
+    assert model.model.layers[0].feed_forward.forward == forward
+    restore(first)
+    assert "forward" not in vars(model.model.layers[0].feed_forward)
+
+
+def test_accelerate_says_when_there_is_nothing() -> None:
+    with pytest.raises(ValueError, match=r"Linear has none that switchgear knows.*has_gate.*Llama4TextMoe"):
+        accelerate(nn.Linear(2, 2))
+
+
+def test_copies_run_their_own_weights() -> None:
+    model = build("llama4_text")
+    accelerate(model)
+    clone = copy.deepcopy(model)
+    nn.init.zeros_(clone.model.layers[0].feed_forward.experts.down_proj)
+    inputs = example_inputs(model)
+    assert relative(clone(**inputs).logits, model(**inputs).logits) > 1e-3
+
+
+def test_swap_is_refused_where_a_class_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama4_text")
+    moe = model.model.layers[0].feed_forward
+    forward = type(moe).forward
+    monkeypatch.setattr(type(moe), "forward", lambda self, x: (2 * forward(self, x)[0], forward(self, x)[1]))
+    with (
+        pytest.warns(UserWarning, match="Llama4TextMoe is left alone, it does not compute what switchgear expects"),
+        pytest.raises(ValueError, match="none that switchgear knows"),
+    ):
+        accelerate(model)
+
+
+def test_trial_leaves_the_mode_alone() -> None:
+    model = build("switch_transformers").train()
+    model.encoder.block[0].layer[0].eval()
+    before = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    accelerate(model)
+    assert [module.training for module in model.modules()] == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dropouts"),
+    [
+        ("switch_transformers", lambda experts: [expert.dropout for expert in experts.values()]),
+        ("nllb-moe", lambda experts: [experts.token_dropout]),
+    ],
+)
+def test_dropout_in_training(model_type: str, dropouts: Callable[[Any], list[nn.Dropout]]) -> None:
+    """With everything dropped there is nothing left (but the bias of nothing); with nothing dropped it is eager."""
+    model = build(model_type)
+    module: Any = model.get_submodule(accelerate(model)[0].name)
+    patch = swap.patch_of(module)
+    assert patch is not None
+    arguments = patch.sample(module, torch.Generator().manual_seed(0))
+    module.train()
+    for dropout in dropouts(module):
+        dropout.p = 1.0
+    assert not module(*arguments).any()
+    for dropout in dropouts(module):
+        dropout.p = 0.0
+    assert relative(module(*arguments), type(module).forward(module, *arguments)) < 1e-5
+
+
+def test_adapters_on_single_experts_are_not_bypassed() -> None:
+    """switch_transformers has one nn.Linear per expert; what wraps one must still be called."""
+    model = build("switch_transformers")
+    module: Any = model.get_submodule(accelerate(model)[0].name)
+    patch = swap.patch_of(module)
+    assert patch is not None
+    arguments = patch.sample(module, torch.Generator().manual_seed(0))
+    calls = []
+    handle = module["expert_0"].wi.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(UserWarning, match="SwitchTransformersExperts keeps its own implementation: a weight is a Linear"):
+        module(*arguments)
+    assert calls
+    handle.remove()
+    calls.clear()
+    module(*arguments)
+    assert not calls

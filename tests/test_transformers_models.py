@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every MoE type of the installed transformers on switchgear against transformers' own loop, forward and backward."""
+
+import pytest
+
+transformers = pytest.importorskip("transformers", minversion="5.0", reason="the integration needs transformers >= 5")
+
+from switchgear.integrations.compare import compare
+from switchgear.integrations.model_table import experts_classes
+from switchgear.integrations.tiny_configs import MODEL_TYPES
+from switchgear.integrations.tiny_models import build, example_inputs
+from switchgear.integrations.undecorated import NOT_EXPERTS
+
+# max |got - want| / max |want| in float32. The sums have 32 to 64 terms and a few follow each other, so a handful of
+# ulps (1.2e-7) is what rounding explains; a wrong gate, order or weight is off by more than 1e-3.
+BOUND = 1e-5
+
+# Their layers amplify a difference of one ulp in the hidden states a thousandfold, whoever computes the experts.
+AMPLIFYING = ("diffusion_gemma", "gemma4_text")
+
+seen: set[str] = set()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_model_agrees_with_transformers(model_type: str) -> None:
+    model = build(model_type)
+    result = compare(model, example_inputs(model))
+    seen.update(replacement.class_name for replacement in result.replacements)
+    assert {replacement.path for replacement in result.replacements} <= {"moe", "grouped_gemm"}
+    assert max(result.modules) <= BOUND
+    if model_type not in AMPLIFYING:
+        assert max(result.model) <= BOUND
+
+
+def test_every_experts_class_was_run() -> None:
+    if len(seen) < len(MODEL_TYPES) // 2:
+        pytest.skip("needs the models above to have run in this process")
+    known = seen | {name.split(".")[-1] for name in NOT_EXPERTS}
+    assert experts_classes() - known == set()
