@@ -288,52 +288,71 @@ void multiply_rows(const void* const* rows, int64_t num_rows, int64_t offset, co
 // the multiplications: blocks of B are transposed in registers and used at once. B must run along k.
 constexpr int kFewRows = 4;
 
+// c[m] += Σ over `num_blocks` blocks: kLanes columns of B, `stride` elements apart, times kLanes words of each row of A.
+template <int kRows, bool kPairs, typename Words, typename T>
+void add_blocks(float* c, const T* b, int64_t stride, const char* const* rows, int64_t num_blocks) {
+  Floats acc[kRows];
+  const char* a[kRows];
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m) {
+    acc[m] = load(c + m * kPanel);
+    a[m] = rows[m];
+  }
+  for (int64_t i = 0; i < num_blocks; ++i, b += kLanes * Words::kDepth) {
+    Floats block[kLanes];
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes; ++n) block[n] = Words::load_whole(b + n * stride);
+    transpose(block);
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) acc[m] = step<kPairs>(broadcast_word(a[m] + 4 * j), block[j], acc[m]);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < kRows; ++m) a[m] += 4 * kLanes;
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m) store(c + m * kPanel, acc[m]);
+}
+
+// The same for what is left: `columns` columns and `depth` elements, copied with zeros behind, so that nothing past the end
+// is read.
+template <int kRows, bool kPairs, typename Words, typename T>
+void add_partial_block(float* c, const T* b, int64_t stride, const char* const* rows, int64_t columns, int64_t depth) {
+  Floats block[kLanes];
+  for (int n = 0; n < kLanes; ++n) {
+    block[n] = n < columns ? Words::load_along_k(b + n * stride, depth) : broadcast(0.0f);
+  }
+  transpose(block);
+  float lanes[kLanes][kLanes];
+  for (int i = 0; i < kLanes; ++i) store(lanes[i], block[i]);
+  for (int m = 0; m < kRows; ++m) {
+    float words[kLanes] = {};
+    __builtin_memcpy(words, rows[m], static_cast<size_t>(depth) * 4 / Words::kDepth);
+    Floats acc = load(c + m * kPanel);
+    for (int i = 0; i * Words::kDepth < depth; ++i) acc = step<kPairs>(broadcast_word(words + i), load(lanes[i]), acc);
+    store(c + m * kPanel, acc);
+  }
+}
+
 template <int kRows, bool kPairs, typename Words, typename T>
 void multiply_few_rows(const void* const* rows, int64_t row_offset, const Matrix& b, int64_t num_columns, int64_t k_begin,
                        int64_t depth, float* c, bool accumulate) {
   constexpr int64_t kBlock = kLanes * Words::kDepth;
-  const T* const data = static_cast<const T*>(b.data) + k_begin;
-  for (int64_t n0 = 0; n0 < kPanel; n0 += kLanes) {
-    const int64_t valid = num_columns - n0 < kLanes ? num_columns - n0 : kLanes;
-    Floats acc[kRows];
-    for (int m = 0; m < kRows; ++m) acc[m] = accumulate ? load(c + m * kPanel + n0) : broadcast(0.0f);
-    const auto add_block = [&](int64_t k0, auto load_row, auto word_of, int words) {
-      Floats block[kLanes];
-#pragma GCC unroll 16
-      for (int n = 0; n < kLanes; ++n) block[n] = load_row(n, k0);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        if (i >= words) break;
-#pragma GCC unroll 4
-        for (int m = 0; m < kRows; ++m) acc[m] = step<kPairs>(word_of(m, k0 / Words::kDepth + i), block[i], acc[m]);
-      }
-    };
-    const auto word_at = [&](int m, int64_t word) {
-      return broadcast_word(static_cast<const char*>(rows[m]) + row_offset + 4 * word);
-    };
-    int64_t k0 = 0;
-    if (valid == kLanes) {
-      const T* const first = data + n0 * b.n_stride;
-      for (; k0 + kBlock <= depth; k0 += kBlock) {
-        add_block(k0, [&](int n, int64_t k) { return Words::load_whole(first + n * b.n_stride + k); }, word_at, kLanes);
-      }
+  if (!accumulate) __builtin_memset(c, 0, sizeof(float) * kPanel * kRows);
+  for (int64_t n = 0; n < num_columns; n += kLanes) {
+    const T* const block = static_cast<const T*>(b.data) + k_begin + n * b.n_stride;
+    const int64_t columns = num_columns - n < kLanes ? num_columns - n : kLanes;
+    const int64_t whole = columns == kLanes ? depth / kBlock : 0;
+    const char* a[kRows];
+    for (int m = 0; m < kRows; ++m) a[m] = static_cast<const char*>(rows[m]) + row_offset;
+    add_blocks<kRows, kPairs, Words>(c + n, block, b.n_stride, a, whole);
+    for (int64_t k = whole * kBlock; k < depth; k += kBlock) {
+      const char* rest[kRows];
+      for (int m = 0; m < kRows; ++m) rest[m] = a[m] + k * 4 / Words::kDepth;
+      const int64_t count = depth - k < kBlock ? depth - k : kBlock;
+      add_partial_block<kRows, kPairs, Words>(c + n, block + k, b.n_stride, rest, columns, count);
     }
-    for (; k0 < depth; k0 += kBlock) {  // what is left of k, or of the columns
-      const int64_t count = depth - k0 < kBlock ? depth - k0 : kBlock;
-      const int64_t whole = k0 / Words::kDepth + count / Words::kDepth;
-      const auto load_row = [&](int n, int64_t k) {
-        return n < valid ? Words::load_along_k(data + (n0 + n) * b.n_stride + k, count) : broadcast(0.0f);
-      };
-      const auto word_or_half = [&](int m, int64_t word) {
-        if (word < whole) return word_at(m, word);
-        T lanes[4 / sizeof(T)] = {};  // an odd end of k: the last bfloat16 alone
-        __builtin_memcpy(lanes, static_cast<const char*>(rows[m]) + row_offset + 4 * word, sizeof(T));
-        return broadcast_word(lanes);
-      };
-      add_block(k0, load_row, word_or_half, static_cast<int>((count + Words::kDepth - 1) / Words::kDepth));
-    }
-    for (int m = 0; m < kRows; ++m) store(c + m * kPanel + n0, acc[m]);
   }
 }
 
