@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -24,26 +25,35 @@ settings.register_profile(
 settings.load_profile("switchgear")
 
 
+@contextmanager
+def kernels_of(isa: str) -> Iterator[None]:
+    available = switchgear.available_cpu_isas()
+    if isa not in available:
+        pytest.skip(f"no {isa} kernels: this build on this processor has {', '.join(available)}")
+    before = switchgear.cpu_isa()
+    switchgear.set_cpu_isa(isa)
+    with switchgear.use_backend("native"):
+        yield
+    switchgear.set_cpu_isa(before)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels in use: for what is promised of them and not of the reference, which sums as torch does."""
+    with kernels_of(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=["reference", *ISAS])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the backend in use: "reference", or the instruction set of the kernels."""
-    if request.param == "reference":
-        with switchgear.use_backend("reference"):
-            yield "reference"
-        return
-    available = switchgear.available_cpu_isas()
-    if request.param not in available:
-        pytest.skip(f"no {request.param} kernels: this build on this processor has {', '.join(available)}")
-    before = switchgear.cpu_isa()
-    switchgear.set_cpu_isa(request.param)
-    with switchgear.use_backend("native"):
+    with switchgear.use_backend("reference") if request.param == "reference" else kernels_of(request.param):
         yield request.param
-    switchgear.set_cpu_isa(before)
 
 
 @pytest.fixture(autouse=True)
 def _alike_on_every_machine() -> None:
-    """One seed; and one thread, since small tensors spend most of their time waiting for the others. Tests that are about
-    threads set their number themselves."""
+    """One seed, and one thread: small tensors spend most of their time waiting for the others. Tests about threads set
+    their number themselves."""
     torch.manual_seed(0)
     torch.set_num_threads(1)

@@ -45,6 +45,18 @@ def _check(name: str, tensor: Tensor | None, shape: Sequence[int | None], dtype:
         raise ValueError(f"{name}: expected shape [{sizes}], got {list(tensor.shape)}")
 
 
+def _check_range(name: str, indices: Tensor, low: int, high: int) -> None:
+    """Every index is in [low, high)."""
+    if indices.numel() and bool(((indices < low) | (indices >= high)).any()):
+        smallest, largest = indices.aminmax()
+        raise ValueError(f"{name}: expected {low} to {high - 1}, got {int(smallest)} to {int(largest)}")
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
 def weight_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of topk_weights, and of every sum, beside tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -119,11 +131,6 @@ def _keep_best_groups(values: Tensor, num_groups: int, topk_groups: int, group_s
     return groups.masked_fill(dropped[:, :, None], -math.inf).view(num_tokens, num_experts)
 
 
-def _check_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-
-
 def _check_route(router_logits: Tensor, top_k: int, score_function: str, num_groups: int, topk_groups: int) -> None:
     _check("router_logits", router_logits, (None, None))
     num_experts = router_logits.shape[1]
@@ -195,6 +202,7 @@ def route_backward(
     _check("topk_ids", topk_ids, (num_tokens, top_k), torch.int32)
     check_choice("score_function", score_function, SCORE_FUNCTIONS)
     _check_finite("scale", scale)
+    _check_range("topk_ids", topk_ids, -1, router_logits.shape[1])
     ids, empty = topk_ids.clamp(min=0).long(), topk_ids < 0
     score = scores(sanitize(_wide(router_logits)), score_function).double()
     chosen = score.gather(1, ids).masked_fill(empty, 0)
@@ -221,8 +229,7 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     _check("topk_ids", topk_ids, (None, None), torch.int32)
     if num_experts < 1:
         raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
-    if bool(((topk_ids < -1) | (topk_ids >= num_experts)).any()):
-        raise ValueError(f"topk_ids: expected -1 or 0 to {num_experts - 1}, got {topk_ids.min()} to {topk_ids.max()}")
+    _check_range("topk_ids", topk_ids, -1, num_experts)
     num_tokens, top_k = topk_ids.shape
     num_slots = num_tokens * top_k
     empty = topk_ids < 0
@@ -238,10 +245,20 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return expert_offsets.to(torch.int32), token_indices.to(torch.int32), slot_indices.to(torch.int32)
 
 
+def _check_offsets(expert_offsets: Tensor, num_slots: int, token_indices: Tensor | None, num_tokens: int) -> None:
+    _check("expert_offsets", expert_offsets, (None,), torch.int32)
+    offsets = expert_offsets.tolist()
+    if len(offsets) < 2 or offsets[0] != 0 or offsets != sorted(offsets) or offsets[-1] > num_slots:
+        raise ValueError(f"expert_offsets: expected 0, then ascending numbers up to {num_slots}, got {offsets}")
+    if token_indices is not None:
+        _check("token_indices", token_indices, (num_slots,), torch.int32)
+        _check_range("token_indices", token_indices[: offsets[-1]], 0, num_tokens)
+
+
 def _check_plan(expert_offsets: Tensor, token_indices: Tensor, slot_indices: Tensor, num_tokens: int | None) -> None:
     _check("slot_indices", slot_indices, (num_tokens, None), torch.int32)
-    _check("token_indices", token_indices, (slot_indices.numel(),), torch.int32)
-    _check("expert_offsets", expert_offsets, (None,), torch.int32)
+    _check_offsets(expert_offsets, slot_indices.numel(), token_indices, slot_indices.shape[0])
+    _check_range("slot_indices", slot_indices, -1, slot_indices.numel())
 
 
 # ---- permute, combine ------------------------------------------------------------------------------------------------
@@ -354,7 +371,7 @@ def grouped_gemm(
     for matrix in weight:
         _check("weight", matrix, (*[None] * (matrix.dim() - 1), x.shape[1]), x.dtype)
     _check("bias", bias, (num_experts, max(matrix.shape[0] for matrix in matrices)), x.dtype)
-    _check("token_indices", token_indices, (None,), torch.int32)
+    _check_offsets(expert_offsets, len(x if token_indices is None else token_indices), token_indices, len(x))
     return _gemm(_rows(x, token_indices), list(matrices), bias, expert_offsets).to(x.dtype)
 
 
@@ -364,6 +381,7 @@ def grouped_gemm_wgrad(
     """grad_weight[e][n,c] = Σ_{s of e} grad_out[s,n] · x[r(s),c] as [E,N,C], whose memory is [E,C,N] if transposed."""
     _check("grad_out", grad_out, (x.shape[0] if token_indices is None else token_indices.shape[0], None))
     _check("x", x, (None, None), grad_out.dtype)
+    _check_offsets(expert_offsets, len(grad_out), token_indices, len(x))
     grad_weight = empty_weight(x, expert_offsets.shape[0] - 1, grad_out.shape[1], x.shape[1], transposed)
     return _wgrad(_wide(grad_out), _rows(x, token_indices), expert_offsets, grad_weight)
 

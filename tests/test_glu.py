@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: BSD-3-Clause
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import switchgear
+from switchgear import ops, reference, testing
+from switchgear.testing import GluOptions, assert_close, exact
+from test_moe import OPTIONS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options)))
+def test_glu(backend: str, options: GluOptions, dtype: torch.dtype) -> None:
+    for rows, width in ((0, 6), (1, 2), (5, 38), (3, 130)):
+        h = 3 * torch.randn(rows, width, dtype=torch.float64).to(dtype)
+        if rows:
+            h[0, :2] = 0
+        a = ops.glu(h, *options)
+        assert_close(a, testing.glu(exact(h), options).rounded(dtype))
+        grad_a = torch.randn(a.shape, dtype=torch.float64).to(dtype)
+        wanted = testing.glu_backward(exact(grad_a), h, options).rounded(dtype)
+        assert_close(ops.glu_backward(grad_a, h, *options), wanted, "gradient of h")
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_far_from_zero(backend: str, activation: str) -> None:
+    """Where exponentials over- and underflow, results stay finite and right."""
+    gate = torch.tensor([-1e4, -200.0, -88.5, -20.0, -1e-30, 1e-30, 20.0, 88.5, 200.0, 1e4])
+    h = torch.stack((gate, torch.ones_like(gate)), -1).reshape(1, -1)
+    options = GluOptions(activation, interleaved=True)
+    assert_close(ops.glu(h, *options), testing.glu(exact(h), options).rounded(torch.float32))
+    grad = ops.glu_backward(torch.ones(1, len(gate)), h, *options)
+    assert grad.isfinite().all()
+    torch.testing.assert_close(
+        grad.double(),
+        reference.glu_backward(torch.ones(1, len(gate)).double(), h.double(), *options),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_definitions() -> None:
+    """The reference against torch's own functions, and Hugging Face's formulas of the clamped gates."""
+    h = torch.randn(7, 12, dtype=torch.float64)
+    gate, up = h[:, :6], h[:, 6:]
+    glu = switchgear.glu
+    torch.testing.assert_close(glu(h), F.silu(gate) * up)
+    torch.testing.assert_close(glu(h, "gelu"), F.gelu(gate) * up)
+    torch.testing.assert_close(glu(h, "gelu_tanh"), F.gelu(gate, approximate="tanh") * up)
+    torch.testing.assert_close(glu(h, "relu"), F.relu(gate) * up)
+    torch.testing.assert_close(glu(h, "relu2", gated=False), F.relu(h).square())
+    torch.testing.assert_close(glu(h, "silu", interleaved=True), F.silu(h[:, 0::2]) * h[:, 1::2])
+    torch.testing.assert_close(glu(h, limit=0.5), F.silu(gate.clamp(max=0.5)) * up.clamp(-0.5, 0.5))
+    clamped = gate.clamp(max=0.7)
+    wanted = (up.clamp(-0.7, 0.7) + 1) * clamped * torch.sigmoid(1.702 * clamped)
+    torch.testing.assert_close(glu(h, "swiglu_oai", limit=0.7), wanted)
+
+
+def test_gradients_of_clamps_agree_with_torch() -> None:
+    h = torch.tensor([[0.5, 1.0, 2.0, -1.0, 1.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    switchgear.glu(h, limit=1.0).sum().backward()
+    twin = h.detach().requires_grad_()
+    (F.silu(twin[:, :3].clamp(max=1.0)) * twin[:, 3:].clamp(-1.0, 1.0)).sum().backward()
+    torch.testing.assert_close(h.grad, twin.grad)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options)))
+def test_gradcheck(options: GluOptions) -> None:
+    h = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    keywords = {**options._asdict(), "limit": options.limit or None}
+    assert torch.autograd.gradcheck(lambda h: switchgear.glu(h, **keywords), (h,))
+
+
+def test_leading_dimensions(backend: str) -> None:
+    h = torch.randn(2, 3, 8)
+    assert torch.equal(switchgear.glu(h), switchgear.glu(h.view(6, 8)).view(2, 3, 4))
+    assert torch.equal(switchgear.glu(h[0, 0]), switchgear.glu(h)[0, 0])
+
+
+def test_errors(backend: str) -> None:
+    with pytest.raises(ValueError, match="activation"):
+        switchgear.glu(torch.zeros(2, 4), "tanh")
+    with pytest.raises(ValueError, match="swiglu_oai"):
+        switchgear.glu(torch.zeros(2, 4), "swiglu_oai", gated=False)
+    with pytest.raises(ValueError, match=r"h: .*even"):
+        switchgear.glu(torch.zeros(2, 5))
+    with pytest.raises(TypeError, match="h"):
+        switchgear.glu(torch.zeros(2, 4, dtype=torch.int32))

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: BSD-3-Clause
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import switchgear
+from switchgear import ops, testing
+from switchgear.testing import CASES, Case, assert_close, exact, topk_ids_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def plan_of(case: Case) -> switchgear.Plan:
+    return switchgear.plan(topk_ids_of(case), case.num_experts)
+
+
+def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(backend: str, case: Case, dtype: torch.dtype) -> None:
+    """Both storage orders of the weight; rows in slot order, and rows of tokens."""
+    offsets, token_indices, _ = plan_of(case)
+    bias = draw(case.num_experts, case.intermediate_size, dtype=dtype)
+    for indices, transposed in ((None, False), (token_indices, True)):
+        x = draw(token_indices.numel() if indices is None else case.num_tokens, case.hidden_size, dtype=dtype)
+        weight = draw(case.num_experts, case.intermediate_size, case.hidden_size, dtype=dtype)
+        weight = weight.mT.contiguous().mT if transposed else weight
+        leaf, leaf_weight, leaf_bias = (t.detach().requires_grad_() for t in (x, weight, bias))
+        out = switchgear.grouped_gemm(leaf, leaf_weight, offsets, bias=leaf_bias, token_indices=indices)
+        assert_close(out.detach(), testing.gemm(exact(x), weight, bias, offsets, indices).rounded(dtype))
+        assert not out[int(offsets[-1]) :].any()
+
+        grad = draw(*out.shape, dtype=dtype)
+        out.backward(grad)
+        wanted = testing.wgrad(exact(grad), exact(x), offsets, indices).rounded(dtype)
+        assert_close(leaf_weight.grad, wanted, "gradient of weight")
+        assert leaf_weight.grad.stride() == torch.empty_like(weight).stride()
+        ones = exact(torch.ones(len(grad), 1))
+        wanted_bias = testing.wgrad(exact(grad), ones, offsets).rounded(dtype)
+        assert_close(leaf_bias.grad[..., None], wanted_bias, "gradient of bias")
+        grad_x = testing.gemm(exact(grad), weight.mT, None, offsets).rounded(dtype)
+        if indices is not None:  # a sum over the slots of a token, k ascending
+            grad_x = testing.combine(grad_x, (offsets, token_indices, _slots(indices, case)), None).rounded(dtype)
+        assert_close(leaf.grad, grad_x, "gradient of x")
+
+
+def _slots(token_indices: Tensor, case: Case) -> Tensor:
+    """slot_indices [T,K] up to the order of choices."""
+    slots: list[list[int]] = [[] for _ in range(case.num_tokens)]
+    for slot, token in enumerate(token_indices.tolist()):
+        if token >= 0:
+            slots[token].append(slot)
+    rows = [row + [-1] * (case.top_k - len(row)) for row in slots]
+    return torch.tensor(rows, dtype=torch.int32).reshape(case.num_tokens, case.top_k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_experts_of_different_heights(backend: str, dtype: torch.dtype) -> None:
+    """A list of matrices: the columns past an expert's height are zero, and so are their gradients."""
+    case = Case("ragged", 17, 2, 4, 23, 8)
+    offsets, token_indices, _ = plan_of(case)
+    heights = (5, 40, 1, 17)
+    x, bias = draw(17, 23, dtype=dtype), draw(4, 40, dtype=dtype)
+    weight = [draw(height, 23, dtype=dtype).requires_grad_() for height in heights]
+    leaf, leaf_bias = x.requires_grad_(), bias.requires_grad_()
+    out = switchgear.grouped_gemm(leaf, weight, offsets, bias=leaf_bias, token_indices=token_indices)
+    plain = [matrix.detach() for matrix in weight]
+    assert_close(
+        out.detach(), testing.gemm(exact(x.detach()), plain, bias.detach(), offsets, token_indices).rounded(dtype)
+    )
+    grad = draw(*out.shape, dtype=dtype)
+    out.backward(grad)
+    wanted = testing.wgrad(exact(grad), exact(x.detach()), offsets, token_indices).rounded(dtype)
+    for e, (height, matrix) in enumerate(zip(heights, weight, strict=True)):
+        assert_close(matrix.grad, testing.Bounded(wanted.value[e, :height], wanted.error[e, :height]))
+        assert not out[offsets[e] : offsets[e + 1], height:].any()
+        assert not leaf_bias.grad[e, height:].any()
+    assert leaf.grad.shape == x.shape
+
+
+def test_gradcheck() -> None:
+    case = Case("tiny", 5, 2, 4, 3, 2, "holes")
+    offsets, token_indices, _ = plan_of(case)
+    kind = {"dtype": torch.float64}
+    x, rows, weight, bias = (draw(*shape, **kind).requires_grad_() for shape in ((5, 3), (10, 3), (4, 2, 3), (4, 2)))
+    gemm = switchgear.grouped_gemm
+    check = torch.autograd.gradcheck
+    assert check(lambda x, w, b: gemm(x, w, offsets, bias=b), (rows, weight, bias))
+    assert check(lambda x, w, b: gemm(x, w, offsets, bias=b, token_indices=token_indices), (x, weight, bias))
+    ragged = [draw(height, 3, **kind).requires_grad_() for height in (1, 2, 2, 1)]
+    assert check(lambda x, b, *w: gemm(x, w, offsets, bias=b, token_indices=token_indices), (x, bias, *ragged))
+    equal = [draw(2, 3, **kind).requires_grad_() for _ in range(4)]
+    assert check(lambda x, *w: gemm(x, w, offsets), (rows, *equal))
+
+
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.booleans(),
+    st.integers(0, 5),
+)
+def test_small_integers_are_exact(
+    backend: str, counts: list[int], rows: int, columns: int, transposed: bool, tail: int
+) -> None:
+    """Products of small integers leave no room for tolerance: every shape, both storage orders, rows at the tail."""
+    offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    num_slots = int(offsets[-1]) + tail
+    x = torch.randint(-4, 5, (num_slots, columns)).float()
+    weight = torch.randint(-4, 5, (len(counts), rows, columns)).float()
+    weight = weight.mT.contiguous().mT if transposed else weight
+    out = switchgear.grouped_gemm(x, weight, offsets)
+    wanted = torch.zeros(num_slots, rows)
+    for e in range(len(counts)):
+        wanted[offsets[e] : offsets[e + 1]] = x[offsets[e] : offsets[e + 1]] @ weight[e].T
+    assert torch.equal(out, wanted)
+    grad_weight = ops.grouped_gemm_wgrad(out, x, offsets, None, transposed)
+    assert grad_weight.stride() == torch.empty_like(weight).stride()
+    for e in range(len(counts)):
+        segment = slice(int(offsets[e]), int(offsets[e + 1]))
+        assert torch.equal(grad_weight[e], wanted[segment].T @ x[segment])
+
+
+def test_autocast(backend: str) -> None:
+    case = Case("autocast", 6, 2, 3, 8, 4)
+    offsets, token_indices, _ = plan_of(case)
+    x, weight = torch.randn(6, 8), torch.randn(3, 4, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = switchgear.grouped_gemm(x, weight, offsets, token_indices=token_indices)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert weight.grad.dtype == torch.float32
+
+
+def test_errors(backend: str) -> None:
+    offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
+    x, weight = torch.zeros(4, 8), torch.zeros(2, 3, 8)
+    with pytest.raises(ValueError, match="weight"):
+        switchgear.grouped_gemm(x, torch.zeros(2, 3, 7), offsets)
+    with pytest.raises(ValueError, match=r"weight|expert_offsets"):
+        switchgear.grouped_gemm(x, torch.zeros(3, 3, 8), offsets)
+    with pytest.raises(TypeError, match="weight"):
+        switchgear.grouped_gemm(x, weight.bfloat16(), offsets)
+    with pytest.raises(ValueError, match="bias"):
+        switchgear.grouped_gemm(x, weight, offsets, bias=torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="weight"):
+        switchgear.grouped_gemm(x, [], offsets)
+    with pytest.raises(ValueError, match="expert_offsets"):
+        switchgear.grouped_gemm(x, weight, torch.tensor([0, 5, 4], dtype=torch.int32))
