@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The documents say what is so: their Python runs, and links, names, paths and make targets exist."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import switchgear  # registers the ops
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
+documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
+_SPAN = re.compile(r"`([^`\n]+)`")
+
+
+def prose(document: Path) -> str:
+    return _FENCE.sub("", document.read_text())
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors of a page's headings: lower case, words joined by hyphens, punctuation dropped."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", document.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@documents
+def test_python_blocks_run(document: Path) -> None:
+    """In order, in one namespace; errors have the line numbers of the document."""
+    text = document.read_text()
+    if "transformers" in "".join(block for language, block in _FENCE.findall(text) if language == "python"):
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    namespace: dict[str, object] = {}
+    for match in _FENCE.finditer(text):
+        if match[1] == "python":
+            line = text.count("\n", 0, match.start(2))
+            exec(compile("\n" * line + match[2], document, "exec"), namespace)
+
+
+@documents
+def test_links_resolve(document: Path) -> None:
+    broken = []
+    for link in _LINK.findall(prose(document)):
+        path, _, anchor = link.partition("#")
+        if path.startswith(("http://", "https://")):
+            continue
+        target = (document.parent / path).resolve() if path else document
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+@documents
+def test_names_exist(document: Path) -> None:
+    """`switchgear.a.b`, `path/to/file`, `make target` and `SWITCHGEAR_…` in the text."""
+    makefile = (ROOT / "Makefile").read_text()
+    files = [ROOT / "pyproject.toml", *ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("python/**/*.py")]
+    sources = "".join(path.read_text() for path in files)
+        path.read_text()
+        for path in [ROOT / "pyproject.toml", *ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("python/**/*.py")]
+    )
+    missing = []
+    for span in _SPAN.findall(prose(document)):
+        if name := re.match(r"switchgear((?:\._?[A-Za-z]\w*)+)", span):
+            exists = _has(name[1].removeprefix(".").split("."))
+        elif target := re.fullmatch(r"make ([\w-]+)( .*)?", span):
+            exists = re.search(rf"^{target[1]}:", makefile, re.MULTILINE) is not None
+        elif variable := re.match(r"SWITCHGEAR_[A-Z_]+", span):
+            exists = variable[0] in sources
+        elif re.fullmatch(r"[\w./-]+/[\w.-]*|[\w-]+\.(py|cpp|h|inl|toml|txt|md)", span):
+            exists = _is_file(span)
+        else:
+            continue
+        if not exists:
+            missing.append(span)
+    assert not missing
+
+
+def _has(names: list[str]) -> bool:
+    value: object = switchgear
+    for name in names:
+        if not hasattr(value, name):
+            try:
+                importlib.import_module(f"{getattr(value, '__name__', '')}.{name}")
+            except ImportError:
+                return False
+        value = getattr(value, name)
+    return True
+
+
+def _is_file(span: str) -> bool:
+    """From the root, or the end of the path of some file: `token_sum.cpp`, `cpu/token_sum.cpp`."""
+    if (ROOT / span).exists():
+        return True
+    folders = (ROOT / name for name in ("csrc", "include", "python", "tests", "bench", "docs", "examples"))
+    return any(path.as_posix().endswith(f"/{span}".rstrip("/")) for folder in folders for path in folder.rglob("*"))
+
+
+def test_architecture_lists_the_ops() -> None:
+    table = re.findall(r"^\| `(\w+)` \| \[", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("switchgear::")
+    }
+    gradients = {name for name in registered if name.endswith(("_backward", "_wgrad"))}
+    assert set(table) == registered - gradients
+    text = (ROOT / "docs/architecture.md").read_text()
+    assert all(f"`{name}`" in text for name in gradients)
+
+
+def test_help_of_make_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)) - {"help"}
+    command = ["make", "--no-print-directory", "help"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"^make ([a-z-]+)", text, re.MULTILINE)) == targets
+    )
+    assert set(re.findall(r"^make ([a-z-]+)", described.stdout, re.MULTILINE)) == targets
