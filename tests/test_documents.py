@@ -66,9 +66,6 @@ def test_names_exist(document: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     files = [ROOT / "pyproject.toml", *ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("python/**/*.py")]
     sources = "".join(path.read_text() for path in files)
-        path.read_text()
-        for path in [ROOT / "pyproject.toml", *ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("python/**/*.py")]
-    )
     missing = []
     for span in _SPAN.findall(prose(document)):
         if name := re.match(r"switchgear((?:\._?[A-Za-z]\w*)+)", span):
@@ -123,5 +120,3 @@ def test_help_of_make_lists_every_target() -> None:
     command = ["make", "--no-print-directory", "help"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert set(re.findall(r"^make ([a-z-]+)", text, re.MULTILINE)) == targets
-    )
-    assert set(re.findall(r"^make ([a-z-]+)", described.stdout, re.MULTILINE)) == targets
