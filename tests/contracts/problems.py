@@ -145,12 +145,21 @@ def sum_by(index: Tensor, rows: Tensor, size: int) -> Tensor:
     return rows.new_zeros(size, *rows.shape[1:]).index_add(0, index, rows)
 
 
-def forward(layer: Layer, options: GluOptions) -> Tensor:
-    """y [T,H] of a float64 layer, differentiable."""
+class Stages(NamedTuple):
+    """What a layer computes: h and a by slot, in the order of slots_of, and y by token."""
+
+    h: Tensor
+    a: Tensor
+    y: Tensor
+
+
+def stages(layer: Layer, options: GluOptions) -> Stages:
+    """The stages of a float64 layer, differentiable."""
     s = slots_of(layer.topk_ids)
-    a = activate(affine(layer.x[s.token], s.expert, layer.gate_up_proj, layer.gate_up_bias), options)
+    h = affine(layer.x[s.token], s.expert, layer.gate_up_proj, layer.gate_up_bias)
+    a = activate(h, options)
     z = affine(a, s.expert, layer.down_proj, layer.down_bias)
-    return sum_by(s.token, layer.topk_weights[s.token, s.choice, None] * z, len(layer.x))
+    return Stages(h, a, sum_by(s.token, layer.topk_weights[s.token, s.choice, None] * z, len(layer.x)))
 
 
 def equal_bits(a: Any, b: Any) -> bool:

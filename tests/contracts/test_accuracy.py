@@ -25,11 +25,11 @@ from problems import (
     activate,
     affine,
     counts,
-    forward,
     random_layer,
     random_options,
     slots_of,
     split,
+    stages,
     sum_by,
     times,
 )
@@ -103,16 +103,15 @@ def activation_error(h: Tensor, error_h: Tensor, options: GluOptions) -> Tensor:
 
 
 def forward_bound(layer: Layer, options: GluOptions, dtype: torch.dtype) -> Tensor:
-    """The bound on |y - forward(layer)| of a float64 layer computed in `dtype`."""
+    """The bound on |y - exact y| of a float64 layer computed in `dtype`."""
     s = slots_of(layer.topk_ids)
     v, tiny = ROUNDOFF[dtype], TINY[dtype]
     x, weight = layer.x[s.token], layer.topk_weights[s.token, s.choice, None].abs()
     hidden_size, intermediate_size = layer.down_proj.shape[1:]
+    h, a, y = stages(layer, options)
 
-    h = affine(x, s.expert, layer.gate_up_proj, layer.gate_up_bias)
     sizes = affine(x.abs(), s.expert, layer.gate_up_proj.abs(), absolute(layer.gate_up_bias))
     error_h = gamma(hidden_size + 1) * sizes + hidden_size * TINY[torch.float32]
-    a = activate(h, options)
     error_a = activation_error(h, error_h, options)
     error_a = error_a + v * (a.abs() + error_a) + tiny
 
@@ -124,7 +123,7 @@ def forward_bound(layer: Layer, options: GluOptions, dtype: torch.dtype) -> Tens
     num_tokens, top_k = layer.topk_ids.shape
     error_y = sum_by(s.token, weight * error_z, num_tokens)
     error_y = error_y + gamma(top_k + 1) * sum_by(s.token, weight * (z.abs() + error_z), num_tokens)
-    return error_y + v * (forward(layer, options).abs() + error_y) + tiny
+    return error_y + v * (y.abs() + error_y) + tiny
 
 
 def absolute(tensor: Tensor | None) -> Tensor | None:
@@ -133,14 +132,14 @@ def absolute(tensor: Tensor | None) -> Tensor | None:
 
 @functools.cache
 def forward_problems(seed: int) -> tuple[Layer, GluOptions, Tensor, Tensor]:
-    """100 problems of a random width, their y and its bound; every tenth call is two problems too deep for one panel."""
+    """100 problems of a random width, y and its bound; every tenth call is two problems too deep for one panel."""
     rng = np.random.default_rng(seed)
     long = seed % 10 == 9
     hidden_size, intermediate_size = (int(n) for n in rng.integers(1, [1200, 300] if long else [70, 50]))
     options = random_options(rng)
     layer = random_layer(rng, DTYPES[seed % 3], options, hidden_size, intermediate_size, 2 if long else 100)
     wide = layer.double()
-    return layer, options, forward(wide, options), forward_bound(wide, options, layer.x.dtype)
+    return layer, options, stages(wide, options).y, forward_bound(wide, options, layer.x.dtype)
 
 
 @counts(ci=2_000, full=20_000)

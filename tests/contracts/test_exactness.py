@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Integer problems equal float64, to the bit, forward and backward: see exact_problems.py."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from exact_problems import Problem, check, check_moe, keywords, leaves, solve, sparse_problem
+from problems import DTYPES, counts, random_layer, random_options
+from torch import Tensor
+
+import switchgear
+
+
+@functools.cache
+def fifty_problems(seed: int) -> Problem:
+    rng = np.random.default_rng([2, seed])
+    return sparse_problem(rng, DTYPES[seed % 3], *(int(n) for n in rng.integers(1, 70, 2)), 50)
+
+
+@functools.cache
+def dense_problem(seed: int) -> Problem:
+    """Long sums in float32: all terms count, and all sums stay below 2^24."""
+    rng = np.random.default_rng([3, seed])
+
+    def draw(name: str, *shape: int) -> np.ndarray:
+        return rng.integers(-1, 2, shape)
+
+    hidden_size, intermediate_size = (int(n) for n in rng.integers(1, [700, 200]))
+    options = random_options(rng, ("relu",))
+    layer = random_layer(rng, torch.float32, options, hidden_size, intermediate_size, 2, draw)
+    return solve(layer, options, torch.from_numpy(draw("grad_y", *layer.x.shape)).float())
+
+
+@counts(ci=500, full=5_000)
+def test_moe(backend: str, count: int) -> None:
+    for seed in range(count // 50):
+        check_moe(fifty_problems(seed), seed)
+
+
+@counts(ci=10, full=100)
+def test_moe_with_long_sums(backend: str, count: int) -> None:
+    for seed in range(count):
+        check_moe(dense_problem(seed), seed)
+
+
+@counts(ci=250, full=2_500)
+def test_stages(backend: str, count: int) -> None:
+    """The same problems stage by stage, experts as a list, and every other time with weights of 1 on the way in."""
+    for seed in range(count // 50):
+        problem = fifty_problems(seed)
+        layer = leaves(problem.layer)
+        plan = switchgear.plan(layer.topk_ids, len(layer.gate_up_proj))
+        rows = switchgear.permute(layer.x, plan, torch.ones_like(layer.topk_weights) if seed % 2 else None)
+        h = switchgear.grouped_gemm(rows, layer.gate_up_proj, plan.expert_offsets, bias=layer.gate_up_bias)
+        a = switchgear.glu(h, **keywords(problem.options))
+        z = switchgear.grouped_gemm(a, list(layer.down_proj), plan.expert_offsets, bias=layer.down_bias)
+        check(problem, layer, switchgear.combine(z, plan, layer.topk_weights), seed)
+
+
+@counts(ci=20, full=500)
+def test_grouped_gemm_of_unequal_matrices(backend: str, count: int) -> None:
+    """A list of matrices of different heights, gathered rows, long inner dimensions."""
+    for seed in range(count):
+        rng = np.random.default_rng([4, seed])
+        dtype, experts, tokens, depth = DTYPES[seed % 3], *(int(n) for n in rng.integers(1, [6, 40, 700]))
+        heights = rng.integers(1, 140, experts)
+        ids = torch.from_numpy(rng.integers(-1, experts, (tokens, 2)).astype(np.int32))
+        plan = switchgear.plan(ids, experts)
+
+        def integers(*shape: int, dtype: torch.dtype = dtype, rng: np.random.Generator = rng) -> Tensor:
+            return torch.from_numpy(rng.integers(-1, 2, shape)).to(dtype)
+
+        x, bias = integers(tokens, depth), integers(experts, int(heights.max()))
+        matrices = [integers(int(n), depth) for n in heights]
+        out = switchgear.grouped_gemm(x, matrices, plan.expert_offsets, bias=bias, token_indices=plan.token_indices)
+        wanted = torch.zeros(len(plan.token_indices), int(heights.max()), dtype=torch.float64)
+        offsets = plan.expert_offsets.tolist()
+        for e, matrix in enumerate(matrices):
+            rows = slice(offsets[e], offsets[e + 1])
+            gathered = x[plan.token_indices[rows].long()].double()
+            wanted[rows, : len(matrix)] = gathered @ matrix.double().T + bias[e, : len(matrix)].double()
+        assert torch.equal(out, wanted.to(dtype)), f"seed {seed}"
