@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Every MoE type of the installed transformers on switchgear against transformers' own loop, forward and backward."""
 
-import pytest
+from collections.abc import Iterator
 
-transformers = pytest.importorskip("transformers", minversion="5.0", reason="the integration needs transformers >= 5")
+import pytest
+import torch
 
 from switchgear.integrations.compare import compare
 from switchgear.integrations.model_table import experts_classes
@@ -15,10 +16,19 @@ from switchgear.integrations.undecorated import NOT_EXPERTS
 # ulps (1.2e-7) is what rounding explains; a wrong gate, order or weight is off by more than 1e-3.
 BOUND = 1e-5
 
-# Their layers amplify a difference of one ulp in the hidden states a thousandfold, whoever computes the experts.
-AMPLIFYING = ("diffusion_gemma", "gemma4_text")
+# With transformers' own loop, one ulp of noise in the embeddings moves the gradients of these by 1e-5 to 1e-2.
+AMPLIFYING = ("diffusion_gemma", "gemma4_text", "muse_spark")
 
 seen: set[str] = set()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For models this small, waking threads costs ten times what they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

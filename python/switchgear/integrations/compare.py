@@ -41,7 +41,7 @@ def compare(model: nn.Module, inputs: Mapping[str, Any]) -> Comparison:
     replacements = accelerate(model)
     restore(replacements)
     modules = {replacement.name: model.get_submodule(replacement.name) for replacement in replacements}
-    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    parameters = [parameter for module in modules.values() for parameter in _trained(module)]
     calls = _record(model, inputs, modules)
 
     def evaluate() -> list[list[Tensor | None]]:
@@ -98,7 +98,11 @@ def _evaluate_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     floating = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     for leaf in floating:
         leaf.requires_grad_()
-    return _evaluate(lambda: module(*args, **kwargs), [*module.parameters(), *floating])
+    return _evaluate(lambda: module(*args, **kwargs), [*_trained(module), *floating])
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _evaluate(run: Callable[[], Any], wanted: Iterable[Tensor]) -> list[Tensor | None]:
