@@ -516,9 +516,9 @@ inline Value activate(Activation activation, Floats x) {
       const Floats du2 = broadcast(1.5957691f) * (one + broadcast(0.134145f) * square);
       return {x * s, s + x * s * (one - s) * du2};
     }
-    case Activation::kRelu: return {max(x, zero), select(x > zero, one, zero)};
+    case Activation::kRelu: return {max(zero, x), select(x > zero, one, zero)};
     case Activation::kRelu2: {
-      const Floats r = max(x, zero);
+      const Floats r = max(zero, x);
       return {r * r, r + r};
     }
     default: {
