@@ -164,7 +164,9 @@ def test_leading_dimensions_and_types_of_routing(backend: str) -> None:
     layer = make_layer(Case("leading", 12, 2, 4, 16, 8), torch.float32)
     wanted = call(layer)
     deep = layer._replace(
-        x=layer.x.view(3, 4, 16), topk_ids=layer.topk_ids.long().view(3, 4, 2), topk_weights=layer.topk_weights.double()
+        x=layer.x.view(3, 4, 16),
+        topk_ids=layer.topk_ids.long().view(3, 4, 2),
+        topk_weights=layer.topk_weights.double().view(3, 4, 2),
     )
     assert torch.equal(call(deep), wanted.view(3, 4, 16))
     one = layer._replace(x=layer.x[0], topk_ids=layer.topk_ids[0], topk_weights=layer.topk_weights[0])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -49,6 +49,11 @@ def use_backend(name: str) -> Iterator[None]:
 def runs_natively(dtype: torch.dtype) -> bool:
     """Whether the kernels of the CPU take an op on tensors of `dtype`."""
     return _backend == "native" and dtype is not torch.float64
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Arithmetic in the dtypes that are written there. (torch.autocast does not take every device type.)"""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def announce_reference(device: torch.device) -> None:

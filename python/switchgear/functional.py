@@ -363,7 +363,8 @@ def grouped_gemm(
     Args:
         x: [S,C] in slot order; or [T,C] with token_indices [S] (Plan.token_indices), and then r(s) = token_indices[s].
         weight: [E,N,C], or E matrices [N_e,C] of different heights. Either of the last two dimensions may be the
-            contiguous one: transposed weights [E,C,N] come as `weight.mT`, without a copy.
+            contiguous one: transposed weights [E,C,N] come as `weight.mT`, without a copy. (Matrices of a list whose
+            strides differ are copied.)
         expert_offsets: [E+1] int32 (Plan.expert_offsets).
         bias: [E,N], N being the largest N_e.
 

@@ -65,7 +65,7 @@ def _register(schema: str, native: Callable[..., Any], allocate: Callable[..., A
         return in_torch(*args)
 
     def in_torch(*args: Any) -> Any:
-        with torch.autocast(args[0].device.type, enabled=False):  # or it would round every product in here
+        with backends.without_autocast(args[0].device):  # which would round every product in here
             return specification(*args)
 
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -274,6 +274,13 @@ def _is_packed(weight: Sequence[Tensor]) -> bool:
     return len(weight) == 1 and weight[0].dim() == 3
 
 
+def _alike(weight: Sequence[Tensor]) -> list[Tensor]:
+    """The kernels take one pair of strides for all matrices; where they differ, as contiguous copies."""
+    if all(matrix.stride() == weight[0].stride() for matrix in weight):
+        return list(weight)
+    return [matrix.clone(memory_format=torch.contiguous_format) for matrix in weight]
+
+
 def _allocate_grouped_gemm(
     x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, expert_offsets: Tensor, token_indices: Tensor | None
 ) -> Tensor:
@@ -289,7 +296,7 @@ def _grouped_gemm(
 ) -> Tensor:
     out = _allocate_grouped_gemm(x, weight, bias, expert_offsets, token_indices)
     _C.grouped_gemm(
-        _rows(x), weight[0] if _is_packed(weight) else list(weight), _rows(bias), expert_offsets.contiguous(),
+        _rows(x), weight[0] if _is_packed(weight) else _alike(weight), _rows(bias), expert_offsets.contiguous(),
         _dense(token_indices), out, torch.get_num_threads(),
     )  # fmt: skip
     return out

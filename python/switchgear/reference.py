@@ -172,7 +172,7 @@ def route(
         value = score if selection_bias is None else score + sanitize(selection_bias.to(score.dtype))
         if num_groups > 1:
             value = _keep_best_groups(value, num_groups, topk_groups, group_score)
-    topk_ids = value.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    topk_ids = value.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
     topk_weights = score.gather(1, topk_ids)
     if normalize:
         total = _sum(topk_weights) + NORMALIZE_EPSILON

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from switchgear.backends import without_autocast
 from switchgear.functional import Routing, route
 
 
@@ -86,7 +87,7 @@ class Router(nn.Module):
         if not self.float32:
             return F.linear(hidden_states, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.float()
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states.device):
             return F.linear(hidden_states.float(), self.weight.float(), bias)
 
     def forward(self, hidden_states: Tensor) -> Routing:

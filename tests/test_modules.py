@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: BSD-3-Clause
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import switchgear
+from switchgear import backends
+from switchgear.experts import Experts
+from switchgear.routing import Router, load_balancing_loss, z_loss
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"normalize": True},
+    "deepseek_v3": {
+        "score_function": "sigmoid", "normalize": True, "scale": 2.5, "selection_bias": True, "num_groups": 4,
+        "topk_groups": 2, "group_score": "top2_sum", "shared_intermediate_size": 10, "float32_router": True,
+    },
+    "gpt_oss": {
+        "activation": "swiglu_oai", "limit": 7.0, "bias": True, "interleaved": True, "transposed": True,
+        "router_bias": True,
+    },
+    "nemotron": {"activation": "relu2", "gated": False, "shared_intermediate_size": 12},
+    "switch": {"jitter": 0.01, "activation": "relu", "gated": False},
+}  # fmt: skip
+
+
+def build(variant: str, **changes: Any) -> switchgear.MoE:
+    top_k = 1 if variant == "switch" else 3
+    return switchgear.MoE(24, 10, 8, top_k, **{**VARIANTS[variant], **changes})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_and_backward(backend: str, variant: str) -> None:
+    moe = build(variant, return_routing=True).eval()
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    y, routing = moe(x)
+    (y.square().sum() + load_balancing_loss(routing.router_logits, routing.topk_ids)).backward()
+    grads = {name: p.grad for name, p in moe.named_parameters()}
+    assert y.shape == x.shape
+    assert all(grad is not None and grad.isfinite().all() for grad in (x.grad, *grads.values()))
+
+    twin = copy.deepcopy(moe).double()
+    for parameter in twin.parameters():
+        parameter.grad = None
+    x64 = x.detach().double().requires_grad_()
+    y64, routing64 = twin(x64)
+    (y64.square().sum() + load_balancing_loss(routing64.router_logits, routing64.topk_ids)).backward()
+    assert torch.equal(routing.topk_ids, routing64.topk_ids)
+    torch.testing.assert_close(y.double(), y64, rtol=1e-4, atol=1e-4)  # a smoke test; test_moe has the bounds
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(grads[name].double(), parameter.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_state_dict_names() -> None:
+    def names(variant: str) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(t.shape) for name, t in build(variant).state_dict().items()}
+
+    assert names("mixtral") == {
+        "gate.weight": (8, 24), "experts.gate_up_proj": (8, 20, 24), "experts.down_proj": (8, 24, 10),
+    }  # fmt: skip
+    assert names("deepseek_v3") == {
+        **names("mixtral"), "gate.e_score_correction_bias": (8,), "shared_experts.gate_proj.weight": (10, 24),
+        "shared_experts.up_proj.weight": (10, 24), "shared_experts.down_proj.weight": (24, 10),
+    }  # fmt: skip
+    assert names("gpt_oss") == {
+        "gate.weight": (8, 24), "gate.bias": (8,),
+        "experts.gate_up_proj": (8, 24, 20), "experts.down_proj": (8, 10, 24),
+        "experts.gate_up_proj_bias": (8, 20), "experts.down_proj_bias": (8, 24),
+    }  # fmt: skip
+    assert names("nemotron") == {
+        "gate.weight": (8, 24), "experts.up_proj": (8, 10, 24), "experts.down_proj": (8, 24, 10),
+        "shared_experts.up_proj.weight": (12, 24), "shared_experts.down_proj.weight": (24, 12),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_state_dict_round_trip(variant: str) -> None:
+    moe, other, x = build(variant).eval(), build(variant).eval(), torch.randn(4, 24)
+    file = io.BytesIO()
+    torch.save(moe.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(x), moe(x))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_meta_device(variant: str) -> None:
+    moe = build(variant, device="meta", dtype=torch.bfloat16)
+    assert all(t.is_meta for t in moe.state_dict().values())
+    assert moe(torch.empty(3, 24, device="meta", dtype=torch.bfloat16)).shape == (3, 24)
+    moe = moe.to_empty(device="cpu")
+    for module in moe.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert all(t.isfinite().all() for t in moe.state_dict().values())
+    assert moe(torch.randn(3, 24).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+def test_activation_checkpointing(backend: str, reentrant: bool) -> None:
+    moe = build("deepseek_v3")
+    x = torch.randn(6, 24, requires_grad=True)
+    plain = torch.autograd.grad(moe(x).square().sum(), [x, *moe.parameters()])
+    again = checkpoint(moe, x, use_reentrant=reentrant)
+    again.square().sum().backward()
+    assert torch.equal(x.grad, plain[0])
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(moe.parameters(), plain[1:], strict=True))
+
+
+def test_functional_call_and_ensembles(backend: str) -> None:
+    models = [build("mixtral") for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    x = torch.randn(5, 24)
+
+    def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(models[0], (parameters, buffers), (x,))
+
+    assert torch.equal(torch.func.vmap(run)(parameters, buffers), torch.stack([model(x) for model in models]))
+
+
+def test_non_leaf_weights(backend: str) -> None:
+    """As under LoRA: the weight is made anew at every access, and gradients reach what it is made of."""
+
+    class Low(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(8, 20, 2)), nn.Parameter(torch.zeros(8, 2, 24))
+            self.accesses = 0
+
+        def forward(self, weight: Tensor) -> Tensor:
+            self.accesses += 1
+            return weight + self.a @ self.b
+
+    moe, x = build("mixtral"), torch.randn(5, 24)
+    before = moe(x)
+    nn.utils.parametrize.register_parametrization(moe.experts, "gate_up_proj", adapter := Low())
+    adapter.accesses = 0
+    after = moe(x)
+    assert adapter.accesses == 1
+    assert torch.equal(after, before)
+    after.sum().backward()
+    assert adapter.b.grad.abs().sum() > 0
+
+
+def test_frozen_experts(backend: str) -> None:
+    moe, x = build("mixtral"), torch.randn(5, 24, requires_grad=True)
+    moe.experts.requires_grad_(False)
+    moe(x).sum().backward()
+    assert moe.experts.gate_up_proj.grad is None
+    assert moe.gate.weight.grad is not None
+    assert x.grad is not None
+
+
+def test_router_can_be_hooked() -> None:
+    moe = build("mixtral")
+    seen: list[switchgear.Routing] = []
+    moe.gate.register_forward_hook(lambda module, args, output: seen.append(output))
+    moe(torch.randn(2, 3, 24))
+    (routing,) = seen
+    assert routing.router_logits.shape == (6, 8)
+    assert routing.router_logits.requires_grad
+    assert routing.topk_ids.shape == routing.topk_weights.shape == (6, 3)
+
+
+def test_jitter_acts_in_training_alone() -> None:
+    router, x = Router(24, 8, 1, jitter=0.3), torch.randn(50, 24)
+    assert not torch.equal(router(x).router_logits, router(x).router_logits)
+    router.eval()
+    assert torch.equal(router(x).router_logits, torch.nn.functional.linear(x, router.weight))
+
+
+def test_float32_logits() -> None:
+    router = Router(24, 8, 2, float32=True, bias=True, dtype=torch.bfloat16)
+    x = torch.randn(5, 24).bfloat16()
+    wanted = torch.nn.functional.linear(x.float(), router.weight.float(), router.bias.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(router(x).router_logits, wanted)
+    assert Router(24, 8, 2, dtype=torch.bfloat16)(x).router_logits.dtype == torch.bfloat16
+
+
+def test_selection_bias_changes_the_choice_and_not_the_weights() -> None:
+    router, x = Router(24, 8, 2, score_function="sigmoid", selection_bias=True), torch.randn(20, 24)
+    before = router(x)
+    router.e_score_correction_bias[5] = 10.0
+    after = router(x)
+    assert (after.topk_ids[:, 0] == 5).all()
+    torch.testing.assert_close(after.topk_weights[:, 0], before.router_logits[:, 5].sigmoid())
+    assert router.bfloat16()(x.bfloat16()).topk_ids[0, 0] == 5
+
+
+def test_autocast(backend: str) -> None:
+    moe, x = build("deepseek_v3"), torch.randn(2, 4, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = moe(x)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in moe.parameters())
+
+
+def test_no_tokens(backend: str) -> None:
+    moe, x = build("deepseek_v3"), torch.zeros(2, 0, 24, requires_grad=True)
+    y = moe(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in moe.parameters())
+
+
+def test_training_reduces_the_loss(backend: str) -> None:
+    moe, x = build("mixtral"), torch.randn(64, 24)
+    target = torch.tanh(x @ torch.randn(24, 24) / 5)
+    optimizer = torch.optim.AdamW(moe.parameters(), 1e-2)
+    losses = []
+    for _ in range(40):
+        loss = (moe(x) - target).square().mean()
+        losses.append(float(loss))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_repr() -> None:
+    text = repr(build("gpt_oss"))
+    assert "Experts(24, 10, num_experts=8, swiglu_oai, gated, interleaved, transposed, bias, limit=7.0)" in text
+    assert "Router(24, num_experts=8, top_k=3, softmax)" in text
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="top_k"):
+        Router(24, 8, 9)
+    with pytest.raises(ValueError, match="jitter"):
+        Router(24, 8, 2, jitter=1.5)
+    with pytest.raises(ValueError, match="activation"):
+        Experts(24, 10, 8, activation="tanh")
+    with pytest.raises(ValueError, match="gated"):
+        Experts(24, 10, 8, activation="swiglu_oai", gated=False)
+
+
+# ---- losses --------------------------------------------------------------------------------------------------------
+
+
+def test_load_balancing_loss_agrees_with_hugging_face() -> None:
+    mixtral = pytest.importorskip(
+        "transformers.models.mixtral.modeling_mixtral", reason="transformers is not installed"
+    )
+    layers = tuple(torch.randn(2 * 6, 8) for _ in range(3))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    logits = torch.cat(layers)
+    ids = switchgear.route(logits, 2).topk_ids
+    wanted = mixtral.load_balancing_loss_func(layers, 8, 2)
+    torch.testing.assert_close(load_balancing_loss(logits, ids), wanted)
+    wanted = mixtral.load_balancing_loss_func(layers, 8, 2, mask)
+    torch.testing.assert_close(load_balancing_loss(logits, ids, mask.repeat(3, 1)), wanted)
+
+
+def test_balanced_load_gives_top_k() -> None:
+    ids = torch.arange(16, dtype=torch.int32).view(8, 2) % 8
+    torch.testing.assert_close(load_balancing_loss(torch.zeros(8, 8), ids), torch.tensor(2.0))
+    assert load_balancing_loss(torch.zeros(0, 8), ids[:0]) == 0
+    logits = torch.randn(3, 8, dtype=torch.bfloat16)
+    assert z_loss(logits).dtype == torch.float32
+    torch.testing.assert_close(z_loss(torch.zeros(3, 8)), torch.tensor(8.0).log().square())
+    assert z_loss(logits[:0]) == 0
+
+
+# ---- backends ------------------------------------------------------------------------------------------------------
+
+
+def test_use_backend() -> None:
+    before = switchgear.backend()
+    with switchgear.use_backend("reference"):
+        assert switchgear.backend() == "reference"
+        with switchgear.use_backend("native"):
+            assert switchgear.backend() == "native"
+        assert switchgear.backend() == "reference"
+    assert switchgear.backend() == before
+    with pytest.raises(ValueError, match="use_backend"), switchgear.use_backend("cuda"):
+        pass
+
+
+def test_devices_without_kernels_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_warned_about", set())
+    device = torch.device("cuda")
+    with switchgear.use_backend("native"):
+        with pytest.warns(RuntimeWarning, match="no kernels for cuda"):
+            backends.announce_reference(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            backends.announce_reference(device)
+        monkeypatch.setattr(backends, "_warned_about", set())
+        monkeypatch.setenv("SWITCHGEAR_STRICT", "1")
+        with pytest.raises(RuntimeError, match="no kernels for cuda"):
+            backends.announce_reference(device)
+    with switchgear.use_backend("reference"):
+        backends.announce_reference(device)
+
+
+def test_isa_is_a_name_from_the_list() -> None:
+    assert switchgear.cpu_isa() in switchgear.available_cpu_isas()
+    with pytest.raises(ValueError, match="isa"):
+        switchgear.set_cpu_isa("sse9")
