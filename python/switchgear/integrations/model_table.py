@@ -18,7 +18,7 @@ from torch import nn
 
 import switchgear
 from switchgear.integrations.compare import Comparison, compare
-from switchgear.integrations.gates import gate_of
+from switchgear.integrations.gates import Gate, gate_of
 from switchgear.integrations.tiny_configs import MODEL_TYPES
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.undecorated import NOT_EXPERTS, PATCHES, patch_of
@@ -42,16 +42,16 @@ REMARKS = {
 
 PAGE = """# Hugging Face model types
 
-Every model type of transformers {transformers} with routed experts, as a tiny random model in float32: run by transformers' own
-loop over the experts (`experts_implementation="eager"`), then by {backend} after
-`switchgear.accelerate(model)`, with the same weights and inputs.
+Every model type of transformers {transformers} with routed experts, as a tiny random model in float32: run by
+transformers' own loop over the experts (`experts_implementation="eager"`), then by {backend}
+after `switchgear.accelerate(model)`, with the same weights and inputs.
 
 - **path**: `moe` is the fused kernel; `grouped_gemm` runs the model's own gate between two grouped matrix products,
   because no kernel has that gate, or because something else stands in between. "patched" marks classes without
   transformers' decorator: they need `switchgear.accelerate(model)`, since transformers ignores
   `experts_implementation="switchgear"` there.
-- **experts**: max |ours − theirs| / max |theirs| over the experts modules, each fed the inputs that it had in the model:
-  output, and the worst gradient (of every parameter, the hidden states and the router's weights).
+- **experts**: max |ours - theirs| / max |theirs| over the experts modules, each fed the inputs that it had in the
+  model: output, and the worst gradient (of every parameter, the hidden states and the router's weights).
 - **model**: the same for the output of the whole model, and the gradients of the experts' parameters. Later layers
   amplify what earlier ones round.
 
@@ -88,11 +88,11 @@ def _gate(module: Any) -> str:
     patch = patch_of(module)
     if patch is not None and patch.gate is None:
         return "own"
-    gate = gate_of(module if patch is None else module.get_submodule(patch.gate))
+    gate: Gate | None = gate_of(module if patch is None else module.get_submodule(patch.gate))
     if gate is None:
         return "own"
     limit = f", limit {gate.limit:g}" if gate.limit is not None else ""
-    return gate.activation + limit + ", interleaved" * gate.interleaved + ", ungated" * (not gate.gated)
+    return f"{gate.activation}{limit}" + ", interleaved" * gate.interleaved + ", ungated" * (not gate.gated)
 
 
 def _remark(module: Any) -> str:
@@ -122,6 +122,6 @@ def table() -> str:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning)  # deprecations inside transformers' models
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     torch.set_num_threads(1)  # for models this small, waking threads costs ten times what they compute
     Path(sys.argv[1] if len(sys.argv) > 1 else "docs/model_types.md").write_text(table(), encoding="utf-8")
