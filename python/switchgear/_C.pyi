@@ -8,10 +8,10 @@ ValueError or TypeError, naming the argument, before it writes anything.
 from collections.abc import Sequence
 from typing import Any, Protocol, TypedDict
 
-class Array(Protocol):
+class _Array(Protocol):
     def __dlpack__(self) -> Any: ...
 
-class BuildInfo(TypedDict):
+class _BuildInfo(TypedDict):
     compiler: str
     flags: str
     isas: list[str]
@@ -23,12 +23,15 @@ version: str
 def available_cpu_isas() -> list[str]: ...
 def cpu_isa() -> str: ...
 def set_cpu_isa(isa: str) -> None: ...
-def build_info() -> BuildInfo: ...
+def build_info() -> _BuildInfo: ...
+def fma_rate(dtype: str, num_threads: int = 0) -> float: ...
+def read_bandwidth(num_threads: int = 0) -> float: ...
+def release_workspaces() -> None: ...
 def route(
-    router_logits: Array,
-    selection_bias: Array | None,
-    topk_ids: Array,
-    topk_weights: Array,
+    router_logits: _Array,
+    selection_bias: _Array | None,
+    topk_ids: _Array,
+    topk_weights: _Array,
     score_function: str,
     normalize: bool,
     scale: float,
@@ -38,69 +41,69 @@ def route(
     num_threads: int,
 ) -> None: ...
 def route_backward(
-    grad_topk_weights: Array,
-    router_logits: Array,
-    topk_ids: Array,
-    grad_router_logits: Array,
+    grad_topk_weights: _Array,
+    router_logits: _Array,
+    topk_ids: _Array,
+    grad_router_logits: _Array,
     score_function: str,
     normalize: bool,
     scale: float,
     num_threads: int,
 ) -> None: ...
 def plan(
-    topk_ids: Array,
-    expert_offsets: Array,
-    token_indices: Array,
-    slot_indices: Array,
+    topk_ids: _Array,
+    expert_offsets: _Array,
+    token_indices: _Array,
+    slot_indices: _Array,
     num_threads: int,
 ) -> None: ...
 def permute(
-    x: Array,
-    expert_offsets: Array,
-    token_indices: Array,
-    slot_indices: Array,
-    topk_weights: Array | None,
-    permuted_x: Array,
+    x: _Array,
+    expert_offsets: _Array,
+    token_indices: _Array,
+    slot_indices: _Array,
+    topk_weights: _Array | None,
+    permuted_x: _Array,
     num_threads: int,
 ) -> None: ...
 def combine(
-    permuted_y: Array,
-    expert_offsets: Array,
-    token_indices: Array,
-    slot_indices: Array,
-    topk_weights: Array | None,
-    y: Array,
+    permuted_y: _Array,
+    expert_offsets: _Array,
+    token_indices: _Array,
+    slot_indices: _Array,
+    topk_weights: _Array | None,
+    y: _Array,
     num_threads: int,
 ) -> None: ...
 def combine_weight_backward(
-    grad_y: Array,
-    permuted_y: Array,
-    expert_offsets: Array,
-    token_indices: Array,
-    slot_indices: Array,
-    grad_topk_weights: Array,
+    grad_y: _Array,
+    permuted_y: _Array,
+    expert_offsets: _Array,
+    token_indices: _Array,
+    slot_indices: _Array,
+    grad_topk_weights: _Array,
     num_threads: int,
 ) -> None: ...
 def grouped_gemm(
-    x: Array,
-    weight: Array | Sequence[Array],
-    bias: Array | None,
-    expert_offsets: Array,
-    token_indices: Array | None,
-    out: Array,
+    x: _Array,
+    weight: _Array | Sequence[_Array],
+    bias: _Array | None,
+    expert_offsets: _Array,
+    token_indices: _Array | None,
+    out: _Array,
     num_threads: int,
 ) -> None: ...
 def grouped_gemm_wgrad(
-    grad_out: Array,
-    x: Array,
-    expert_offsets: Array,
-    token_indices: Array | None,
-    grad_weight: Array,
+    grad_out: _Array,
+    x: _Array,
+    expert_offsets: _Array,
+    token_indices: _Array | None,
+    grad_weight: _Array,
     num_threads: int,
 ) -> None: ...
 def glu(
-    h: Array,
-    a: Array,
+    h: _Array,
+    a: _Array,
     activation: str,
     gated: bool,
     interleaved: bool,
@@ -109,9 +112,9 @@ def glu(
     num_threads: int,
 ) -> None: ...
 def glu_backward(
-    grad_a: Array,
-    h: Array,
-    grad_h: Array,
+    grad_a: _Array,
+    h: _Array,
+    grad_h: _Array,
     activation: str,
     gated: bool,
     interleaved: bool,
@@ -120,15 +123,15 @@ def glu_backward(
     num_threads: int,
 ) -> None: ...
 def moe_forward(
-    x: Array,
-    gate_up_proj: Array,
-    down_proj: Array,
-    gate_up_bias: Array | None,
-    down_bias: Array | None,
-    topk_ids: Array,
-    topk_weights: Array,
-    y: Array,
-    h: Array | None,
+    x: _Array,
+    gate_up_proj: _Array,
+    down_proj: _Array,
+    gate_up_bias: _Array | None,
+    down_bias: _Array | None,
+    topk_ids: _Array,
+    topk_weights: _Array,
+    y: _Array,
+    h: _Array | None,
     activation: str,
     gated: bool,
     interleaved: bool,
@@ -137,21 +140,21 @@ def moe_forward(
     num_threads: int,
 ) -> None: ...
 def moe_backward(
-    grad_y: Array,
-    x: Array,
-    h: Array,
-    gate_up_proj: Array,
-    down_proj: Array,
-    gate_up_bias: Array | None,
-    down_bias: Array | None,
-    topk_ids: Array,
-    topk_weights: Array,
-    grad_x: Array | None,
-    grad_gate_up_proj: Array | None,
-    grad_down_proj: Array | None,
-    grad_gate_up_bias: Array | None,
-    grad_down_bias: Array | None,
-    grad_topk_weights: Array | None,
+    grad_y: _Array,
+    x: _Array,
+    h: _Array,
+    gate_up_proj: _Array,
+    down_proj: _Array,
+    gate_up_bias: _Array | None,
+    down_bias: _Array | None,
+    topk_ids: _Array,
+    topk_weights: _Array,
+    grad_x: _Array | None,
+    grad_gate_up_proj: _Array | None,
+    grad_down_proj: _Array | None,
+    grad_gate_up_bias: _Array | None,
+    grad_down_bias: _Array | None,
+    grad_topk_weights: _Array | None,
     activation: str,
     gated: bool,
     interleaved: bool,
