@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // glu and its partial derivatives in float64, with bounds for a float32 evaluation.
 #pragma once
+#include <algorithm>
+
 #include "bounded.h"
 
 namespace switchgear::test {
@@ -68,7 +70,7 @@ inline Gate apply_gate(Bounded gate, Bounded up, const GluOptions& o) {
 }
 
 // Where gate and up of element i lie in a row of h.
-inline int64_t gate_column(const GluOptions& o, int64_t, int64_t i) { return o.gated && o.interleaved ? 2 * i : i; }
+inline int64_t gate_column(const GluOptions& o, int64_t i) { return o.gated && o.interleaved ? 2 * i : i; }
 inline int64_t up_column(const GluOptions& o, int64_t I, int64_t i) { return o.interleaved ? 2 * i + 1 : I + i; }
 
 inline std::vector<GluOptions> all_glu_options() {

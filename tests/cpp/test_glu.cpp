@@ -34,7 +34,7 @@ void for_each_problem(Body&& body) {
 }
 
 Gate gate_of(const Array& h, int64_t s, int64_t i, int64_t I, const GluOptions& o) {
-  return apply_gate({h(s, gate_column(o, I, i))}, {o.gated ? h(s, up_column(o, I, i)) : 0.0}, o);
+  return apply_gate({h(s, gate_column(o, i))}, {o.gated ? h(s, up_column(o, I, i)) : 0.0}, o);
 }
 
 // float16 overflows to infinity past 65504; where the bound crosses that, both are right.
@@ -51,7 +51,7 @@ TEST(glu_matches_reference) {
           for (int64_t s = 0; s < S; ++s) {
             for (int64_t i = 0; i < I; ++i) {
               const Bounded want = rounded(gate_of(h, s, i, I, o).a, dtype);
-              if (!may_overflow(want, dtype)) CHECK_CLOSE(got(s, i), want, "gate ", h(s, gate_column(o, I, i)));
+              if (!may_overflow(want, dtype)) CHECK_CLOSE(got(s, i), want, "gate ", h(s, gate_column(o, i)));
             }
           }
         });
@@ -75,7 +75,7 @@ TEST(glu_backward_matches_reference) {
       for (int64_t s = 0; s < S; ++s) {
         for (int64_t i = 0; i < I; ++i) {
           const Gate gate = gate_of(h, s, i, I, o);
-          check(s, gate_column(o, I, i), grad_a(s, i), gate.per_gate);
+          check(s, gate_column(o, i), grad_a(s, i), gate.per_gate);
           if (o.gated) check(s, up_column(o, I, i), grad_a(s, i), gate.per_up);
         }
       }
@@ -89,7 +89,7 @@ TEST(glu_keeps_nan) {
     note = describe(o);
     Array h(DType::kFloat32, {1, o.gated ? 4 : 2}), got(DType::kFloat32, {1, 2});
     h.fill([](int64_t) { return 0.5; });
-    h.set(NAN, 0, gate_column(o, 2, 1));
+    h.set(NAN, 0, gate_column(o, 1));
     for_each_isa(
         {&got}, [&](Execution exec) { glu({.h = h, .options = o, .a = got}, exec); },
         [&] {

@@ -102,7 +102,7 @@ Table h_table(const Layer& l) {  // [S,N], before rounding
 
 Gate gate_of(const Layer& l, const Bounded* h_row, int64_t i) {
   const GluOptions& o = l.options;
-  return apply_gate(h_row[gate_column(o, l.c.I, i)], o.gated ? h_row[up_column(o, l.c.I, i)] : Bounded{}, o);
+  return apply_gate(h_row[gate_column(o, i)], o.gated ? h_row[up_column(o, l.c.I, i)] : Bounded{}, o);
 }
 
 TEST(moe_forward_matches_reference) {
@@ -205,7 +205,7 @@ GradientTables reference_gradients(const Layer& l, const Array& h) {
         return one.result();
       };
       const Bounded grad_a = product(g.result(), weight);
-      grad_h[static_cast<size_t>(gate_column(l.options, I, i))] = rounded(product(grad_a, gate.per_gate), l.dtype);
+      grad_h[static_cast<size_t>(gate_column(l.options, i))] = rounded(product(grad_a, gate.per_gate), l.dtype);
       if (l.options.gated) {
         grad_h[static_cast<size_t>(up_column(l.options, I, i))] = rounded(product(grad_a, gate.per_up), l.dtype);
       }
@@ -240,7 +240,7 @@ TEST(moe_backward_matches_reference) {
   for_each_case([&](const Case& c) {
     const std::string name = note;
     for (const DType dtype : kFloatTypes) {
-      for (int i = 0; i < 2; ++i, ++variant) {
+      for (int i = 0; i < (c.H > 1000 ? 1 : 2); ++i, ++variant) {
         const GluOptions& o = all[variant * 7 % all.size()];
         const Layer l(c, dtype, o, variant % 3 != 0, variant % 2 == 0, 57 + variant);
         note = name + " " + name_of(dtype) + describe(o);
