@@ -45,9 +45,12 @@ const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
   return find_exchange_api(type);
 }
 
-// A dtype or a kind of array that its own library cannot export.
+// A dtype or a kind of array that its own library cannot export. The first line of its complaint says which.
 [[noreturn]] void refuse(const char* name, py::error_already_set& error) {
-  py::raise_from(error, PyExc_TypeError, join(name, ": expected an array that DLPack can describe").c_str());
+  std::string reason = py::str(error.value());
+  reason.resize(std::min(reason.find('\n'), reason.size()));
+  const std::string message = join(name, ": expected an array that DLPack describes, got: ", reason);
+  py::raise_from(error, PyExc_TypeError, message.c_str());
   throw py::error_already_set();
 }
 
