@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ExpertsInterface
 
 import switchgear
-from switchgear.integrations import transformers as integration
 from switchgear.integrations.tiny_models import build, example_inputs
-from switchgear.integrations.transformers import accelerate, path_of, restore
+from switchgear.integrations.transformers import accelerate, is_decorated, path_of, restore
 from switchgear.integrations.undecorated import patch_of
 
 BFLOAT16 = torch.finfo(torch.bfloat16).eps
@@ -33,7 +32,7 @@ def one_thread() -> Iterator[None]:
 def experts_of(model: nn.Module) -> Any:
     """The first decorated experts module, on switchgear."""
     accelerate(model)
-    return next(module for module in model.modules() if integration._is_decorated(module))
+    return next(module for module in model.modules() if is_decorated(module))
 
 
 def eager(module: Any, *args: Any) -> Any:
@@ -359,7 +358,7 @@ def test_accelerate_twice_changes_nothing() -> None:
 
 
 def test_accelerate_says_when_there_is_nothing() -> None:
-    with pytest.raises(ValueError, match=r"Linear has none that switchgear knows.*has_gate.*Llama4TextMoe"):
+    with pytest.raises(ValueError, match=r"Linear has none that switchgear knows.*is_transposed.*Llama4TextMoe"):
         accelerate(nn.Linear(2, 2))
 
 

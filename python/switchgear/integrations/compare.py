@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from switchgear.integrations.transformers import FLAGS, Replacement, accelerate, restore
+from switchgear.integrations.transformers import Replacement, accelerate, is_decorated, restore
 
 
 class Difference(NamedTuple):
@@ -36,7 +36,7 @@ def compare(model: nn.Module, inputs: Mapping[str, Any]) -> Comparison:
     """Runs the model and its experts modules both ways, in the mode and dtype that the model is in."""
     module: Any
     for module in model.modules():
-        if all(hasattr(module, flag) for flag in FLAGS):
+        if is_decorated(module):
             module.config._experts_implementation_internal = "eager"
     replacements = accelerate(model)
     restore(replacements)

@@ -27,7 +27,7 @@ from switchgear.integrations.swap import is_swapped, swap_forward
 from switchgear.integrations.undecorated import PATCHES, patch_of
 
 NAME = "switchgear"
-FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+MARKS = ("config", "is_transposed", "has_bias", "_apply_gate")  # of use_experts_implementation, since transformers 5.0
 
 
 def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -53,13 +53,13 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
         weights,
         gate_of(module),
         own_gate(module),
-        module.post_expert_norm if module.has_post_expert_norm else None,
+        module.post_expert_norm if _has_post_norm(module) else None,
     )
 
 
 def _weights(module: Any) -> ExpertWeights:
     # Each attribute is read once: under a parametrisation (LoRA) every access computes the weight anew.
-    name = "gate_up_proj" if module.has_gate else "up_proj"
+    name = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"  # transformers 5.0 has gated ones only
     gate_up_proj, down_proj = getattr(module, name), module.down_proj
     if module.is_transposed:
         gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
@@ -126,7 +126,7 @@ def accelerate(model: nn.Module) -> list[Replacement]:
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer.name}.") for outer in replacements):
             continue  # a part of a module that was replaced as a whole
-        if _is_decorated(module) and not _is_fp8(module):
+        if is_decorated(module) and not _is_fp8(module):
             before = earlier.setdefault(id(module.config), module.config._experts_implementation)
             replacements.append(_dispatch(name, module, before))
         elif patch_of(module) is not None and (undo := _swap(module, replacements)) is not None:
@@ -146,7 +146,7 @@ def path_of(module: Any) -> str:
     """How an experts module runs: "moe" (fused), "grouped_gemm" (around the model's own gate), or why it does not."""
     if (patch := patch_of(module)) is not None:
         return patch.path(module) if is_swapped(module) else "not replaced: call switchgear.accelerate(model)"
-    if not _is_decorated(module):
+    if not is_decorated(module):
         return "not an experts module that switchgear knows"
     if _is_fp8(module):
         return f"FP8 experts: {_FP8_ADVICE}"
@@ -154,11 +154,16 @@ def path_of(module: Any) -> str:
         return f"not replaced: experts_implementation is {module.config._experts_implementation!r}"
     if (reason := not_plain(_weights(module))) is not None:
         return f"eager: {reason}"
-    return "grouped_gemm" if gate_of(module) is None or module.has_post_expert_norm else "moe"
+    return "grouped_gemm" if gate_of(module) is None or _has_post_norm(module) else "moe"
 
 
-def _is_decorated(module: nn.Module) -> bool:
-    return all(hasattr(module, flag) for flag in FLAGS)
+def is_decorated(module: nn.Module) -> bool:
+    """Whether transformers' `use_experts_implementation` was put on the module's class."""
+    return all(hasattr(module, mark) for mark in MARKS)
+
+
+def _has_post_norm(module: nn.Module) -> bool:
+    return getattr(module, "has_post_expert_norm", False)
 
 
 def _is_fp8(module: nn.Module) -> bool:
@@ -181,11 +186,11 @@ def _swap(module: nn.Module, replacements: list[Replacement]) -> Callable[[], No
 
 
 def _nothing_found(model: nn.Module) -> str:
-    fp8 = sorted({type(module).__name__ for module in model.modules() if _is_decorated(module) and _is_fp8(module)})
+    fp8 = sorted({type(module).__name__ for module in model.modules() if is_decorated(module) and _is_fp8(module)})
     if fp8:
         return f"model: {', '.join(fp8)} cannot run on switchgear; {_FP8_ADVICE}"
     return (
         f"model: expected routed experts, {type(model).__name__} has none that switchgear knows. Looked for modules "
-        f"with the attributes {', '.join(FLAGS)} (transformers' use_experts_implementation) and for the classes "
+        f"with the attributes {', '.join(MARKS)} (transformers' use_experts_implementation) and for the classes "
         f"{', '.join(name.split('.')[-1] for name in PATCHES)}"
     )
