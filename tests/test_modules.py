@@ -219,7 +219,7 @@ def test_training_reduces_the_loss(backend: str) -> None:
     losses = []
     for _ in range(40):
         loss = (moe(x) - target).square().mean()
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

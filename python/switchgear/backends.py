@@ -51,9 +51,14 @@ def runs_natively(dtype: torch.dtype) -> bool:
     return _backend == "native" and dtype is not torch.float64
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Arithmetic in the dtypes that are written there. (torch.autocast does not take every device type.)"""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+def in_autocast(device_type: str) -> bool:
+    """Whether torch.autocast is on for a type of device."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which raises for meta
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Inside, arithmetic happens in the dtypes that the tensors have."""
+    return torch.autocast(device_type, enabled=False) if in_autocast(device_type) else nullcontext()
 
 
 def announce_reference(device: torch.device) -> None:

@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 
 from switchgear import ops, reference
 from switchgear.arrays import accepts_arrays
+from switchgear.backends import in_autocast
 
 T = TypeVar("T", Tensor, Tensor | None)
 _INT32 = torch.iinfo(torch.int32)
@@ -108,10 +109,6 @@ def _as_weights(name: str, weights: T, dtype: torch.dtype) -> T:
     if not weights.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {weights.dtype}")
     return weights.to(wanted)
-
-
-def _in_autocast(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which raises for meta
 
 
 def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -374,7 +371,7 @@ def grouped_gemm(
     matrices = [weight] if isinstance(weight, Tensor) else list(weight)
     if not matrices:
         raise ValueError("weight: expected at least one matrix, got none")
-    if _in_autocast(x.device.type):
+    if in_autocast(x.device.type):
         x, bias, *matrices = _autocast(x.device.type, x, bias, *matrices)
     if _needs_autograd(x, bias, *matrices):
         out: Tensor = _apply(_GroupedGemm, x, bias, expert_offsets, token_indices, *matrices)
@@ -508,7 +505,7 @@ def moe(
         ValueError: a shape, or an id that is out of range. TypeError: a dtype.
     """
     device_type = x.device.type
-    if _in_autocast(device_type):
+    if in_autocast(device_type):
         x, gate_up_proj, down_proj, gate_up_bias, down_bias = _autocast(
             device_type, x, gate_up_proj, down_proj, gate_up_bias, down_bias
         )

@@ -65,7 +65,7 @@ def _register(schema: str, native: Callable[..., Any], allocate: Callable[..., A
         return in_torch(*args)
 
     def in_torch(*args: Any) -> Any:
-        with backends.without_autocast(args[0].device):  # which would round every product in here
+        with backends.without_autocast(args[0].device.type):  # which would round every product in here
             return specification(*args)
 
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -172,12 +172,12 @@ def route(
         value = score if selection_bias is None else score + sanitize(selection_bias.to(score.dtype))
         if num_groups > 1:
             value = _keep_best_groups(value, num_groups, topk_groups, group_score)
-    topk_ids = value.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    topk_ids = value.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     topk_weights = score.gather(1, topk_ids)
     if normalize:
         total = _sum(topk_weights) + NORMALIZE_EPSILON
         topk_weights = (topk_weights.double() / total).to(score.dtype)
-    return topk_ids.to(torch.int32), topk_weights * scale
+    return topk_ids.to(torch.int32, memory_format=torch.contiguous_format), topk_weights * scale
 
 
 def route_backward(

@@ -87,7 +87,7 @@ class Router(nn.Module):
         if not self.float32:
             return F.linear(hidden_states, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.float()
-        with without_autocast(hidden_states.device):
+        with without_autocast(hidden_states.device.type):
             return F.linear(hidden_states.float(), self.weight.float(), bias)
 
     def forward(self, hidden_states: Tensor) -> Routing:
