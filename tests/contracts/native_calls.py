@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A good call of every op of `_C`, as a table, for tests that spoil, restride or repeat its arguments."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from switchgear import _C, reference
+from switchgear.reference import weight_dtype
+
+GLU = {"activation": "silu", "gated": True, "interleaved": False, "alpha": 1.5, "limit": 0.0}
+ROUTE = {"score_function": "softmax", "normalize": True, "scale": 1.0}
+PLAN = {"expert_offsets": "F int32", "token_indices": "S int32", "slot_indices": "TK int32"}
+WEIGHTS = {
+    "gate_up_proj": "ENH float matrices",
+    "down_proj": "EHI float matrices",
+    "gate_up_bias": "EN float rows",
+    "down_bias": "EH float rows",
+}
+CHOICES = {"topk_ids": "TK int32", "topk_weights": "TK float32"}
+
+
+class Op(NamedTuple):
+    """tensors: name -> sizes, dtype ("float" is one dtype for all), and what it may be: "rows" need contiguous rows,
+    "matrices" contiguous rows or columns, others are contiguous; "out" is written. The options follow the tensors."""
+
+    tensors: dict[str, str]
+    options: dict[str, Any]
+
+
+OPS = {
+    "route": Op(
+        {"router_logits": "TE float rows", "selection_bias": "E float32"}
+        | {name: spec + " out" for name, spec in CHOICES.items()},
+        ROUTE | {"num_groups": 1, "topk_groups": 1, "group_score": "max"},
+    ),
+    "route_backward": Op(
+        {
+            "grad_topk_weights": "TK float32",
+            "router_logits": "TE float rows",
+            "topk_ids": "TK int32",
+            "grad_router_logits": "TE float rows out",
+        },
+        ROUTE,
+    ),
+    "plan": Op({"topk_ids": "TK int32"} | {name: spec + " out" for name, spec in PLAN.items()}, {}),
+    "permute": Op(
+        {"x": "TH float rows", **PLAN, "topk_weights": "TK float32", "permuted_x": "SH float rows out"},
+        {},
+    ),
+    "combine": Op({"permuted_y": "SH float rows", **PLAN, "topk_weights": "TK float32", "y": "TH float rows out"}, {}),
+    "combine_weight_backward": Op(
+        {
+            "grad_y": "TH float rows",
+            "permuted_y": "SH float rows",
+            **PLAN,
+            "grad_topk_weights": "TK float32 out",
+        },
+        {},
+    ),
+    "grouped_gemm": Op(
+        {
+            "x": "TH float rows",
+            "weight": "ENH float matrices",
+            "bias": "EN float rows",
+            "expert_offsets": "F int32",
+            "token_indices": "S int32",
+            "out": "SN float rows out",
+        },
+        {},
+    ),
+    "grouped_gemm_wgrad": Op(
+        {
+            "grad_out": "SN float rows",
+            "x": "TH float rows",
+            "expert_offsets": "F int32",
+            "token_indices": "S int32",
+            "grad_weight": "ENH float matrices out",
+        },
+        {},
+    ),
+    "glu": Op({"h": "SN float rows", "a": "SI float rows out"}, GLU),
+    "glu_backward": Op({"grad_a": "SI float rows", "h": "SN float rows", "grad_h": "SN float rows out"}, GLU),
+    "moe_forward": Op(
+        {"x": "TH float rows", **WEIGHTS, **CHOICES, "y": "TH float rows out", "h": "SN float rows out"}, GLU
+    ),
+    "moe_backward": Op(
+        {
+            "grad_y": "TH float rows",
+            "x": "TH float rows",
+            "h": "SN float rows",
+            **WEIGHTS,
+            **CHOICES,
+            "grad_x": "TH float rows out",
+            **{f"grad_{name}": spec + " out" for name, spec in WEIGHTS.items()},
+            "grad_topk_weights": "TK float32 out",
+        },
+        GLU,
+    ),
+}
+
+
+class Spec(NamedTuple):
+    sizes: str
+    dtype: str
+    layout: str
+    out: bool
+
+
+def spec_of(op: str, name: str) -> Spec:
+    sizes, dtype, *flags = OPS[op].tensors[name].split()
+    layout = next((flag for flag in flags if flag != "out"), "contiguous")
+    return Spec(sizes, dtype, layout, "out" in flags)
+
+
+def outputs_of(op: str) -> list[str]:
+    return [name for name in OPS[op].tensors if spec_of(op, name).out]
+
+
+def is_optional(op: str, name: str) -> bool:
+    optional = {
+        "permute": {"topk_weights"},
+        "combine": {"topk_weights"},
+        "grouped_gemm": {"token_indices"},
+        "grouped_gemm_wgrad": {"token_indices"},
+        "moe_forward": {"h"},
+        "moe_backward": set(outputs_of("moe_backward")),
+    }
+    return name.endswith("bias") or name in optional.get(op, set())
+
+
+def sizes_of(T: int = 4, K: int = 2, E: int = 3, H: int = 5, I: int = 7) -> dict[str, int]:  # noqa: E741
+    """Sizes by letter; F is E + 1. The defaults are all different, so that no size can stand in for another."""
+    return {"T": T, "K": K, "E": E, "H": H, "I": I, "N": 2 * I, "S": T * K, "F": E + 1}
+
+
+def arguments(op: str, sizes: dict[str, int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """The arguments of a good call by name and in order, from torch's generator; outputs are poisoned."""
+    topk_ids = torch.randint(-1, sizes["E"], (sizes["T"], sizes["K"]), dtype=torch.int32)
+    if op == "route_backward":
+        topk_ids = torch.rand(sizes["T"], sizes["E"]).argsort(-1)[:, : sizes["K"]].int()
+    given = dict(zip(PLAN, reference.plan(topk_ids, sizes["E"]), strict=True)) | {"topk_ids": topk_ids}
+    dtypes = {"float": dtype, "float32": weight_dtype(dtype), "int32": torch.int32}
+    args: dict[str, Any] = {}
+    for name in OPS[op].tensors:
+        spec = spec_of(op, name)
+        shape = [sizes[letter] for letter in spec.sizes]
+        if spec.out:
+            args[name] = poison(torch.empty(shape, dtype=dtypes[spec.dtype]))
+        elif name in given:
+            args[name] = given[name]
+        else:
+            args[name] = torch.randn(shape).to(dtypes[spec.dtype])
+    return args | OPS[op].options | {"num_threads": 1}
+
+
+def memory(tensor: Tensor) -> Tensor:
+    """All bytes of the tensor's storage, writable."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+def poison(tensor: Tensor, byte: int = 0xA5) -> Tensor:
+    """The tensor, its memory filled with a byte: 0xA5 is a small negative number in every dtype, 0xFF a NaN or -1."""
+    memory(tensor).fill_(byte)
+    return tensor
+
+
+def call(op: str, args: dict[str, Any]) -> None:
+    getattr(_C, op)(*args.values())

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Spoiled arguments of the native ops: a ValueError or TypeError that names the argument, what was expected and what
+came; outputs keep every byte; and the next good call is right.
+
+The defects are made from the table of native_calls.py: each that makes sense, for each argument of each op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from native_calls import OPS, Spec, arguments, call, is_optional, memory, outputs_of, poison, sizes_of, spec_of
+from torch import Tensor
+
+SIZES = sizes_of()
+WRONG_DTYPES = {
+    "float": (torch.float64, torch.int32, torch.int64, torch.bool, torch.complex64),
+    "float32": (torch.bfloat16, torch.float64, torch.int32),
+    "int32": (torch.int64, torch.int16, torch.float32),
+}
+Defect = tuple[str, Callable[[Tensor], Any]]
+
+
+# ---- defects of one tensor -------------------------------------------------------------------------------------------
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same numbers, one byte further on."""
+    buffer = bytearray(1 + tensor.numel() * tensor.element_size())
+    flat = torch.frombuffer(buffer, dtype=tensor.dtype, offset=1, count=tensor.numel())
+    return flat.view(tensor.shape).copy_(tensor)
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.float().numpy().astype(np.float32) if tensor.is_floating_point() else tensor.numpy().copy()
+
+
+def read_only(tensor: Tensor) -> np.ndarray:
+    array = as_numpy(tensor)
+    array.setflags(write=False)
+    return array
+
+
+def every_second(tensor: Tensor, dim: int) -> Tensor:
+    """The same numbers with twice the stride along `dim`."""
+    return torch.stack((tensor, tensor), dim + 1).flatten(dim, dim + 1).unfold(dim, 1, 2).squeeze(-1)
+
+
+def without(dim: int) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.narrow(dim, 0, 0)
+
+
+def longer(dim: int) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: torch.cat((tensor, tensor.narrow(dim, 0, 1)), dim).contiguous()
+
+
+def retyped(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(dtype)
+
+
+def defects(op: str, name: str) -> Iterator[Defect]:
+    spec = spec_of(op, name)
+    last = len(spec.sizes) - 1
+    for dtype in WRONG_DTYPES[spec.dtype]:
+        yield str(dtype).removeprefix("torch."), retyped(dtype)
+    if spec.dtype == "float" and op != "route":
+        yield "bfloat16 beside float32", retyped(torch.bfloat16)
+    yield "one dimension more", lambda t: t.unsqueeze(0)
+    yield "one dimension less", lambda t: t.select(0, 0)
+    yield "five dimensions", lambda t: t.view(*[1] * (5 - t.dim()), *t.shape)
+    yield "no dimension", lambda t: t.flatten()[0]
+    yield "on meta", lambda t: t.to("meta")
+    yield "misaligned", misaligned
+    yield "a string", lambda t: "x"
+    yield "a number", lambda t: 3
+    yield "a list", lambda t: t.tolist()
+    if not is_optional(op, name):
+        yield "none", lambda t: None
+    yield "upside down", lambda t: as_numpy(t)[::-1]
+    yield "reversed", lambda t: as_numpy(t)[..., ::-1]
+    if spec.layout != "matrices":
+        yield "columns apart", lambda t: every_second(t, last)
+    if spec.layout == "matrices":
+        yield "no contiguous dimension", lambda t: every_second(every_second(t, 1), 2)
+    if spec.layout == "contiguous" and last:
+        yield "rows apart", lambda t: every_second(t, 0)
+    if spec.out:
+        yield "read only", read_only
+        yield "expanded", lambda t: t[:1].expand(t.shape)
+    if spec.out and last:
+        yield "overlapping", lambda t: t.as_strided(t.shape, (1,) * t.dim())
+    for dim, letter in enumerate(spec.sizes):
+        if is_shared(op, letter):
+            yield f"{letter} + 1", longer(dim)
+        if letter not in "TSF":
+            yield f"{letter} = 0", without(dim)
+
+
+def linked(letter: str) -> str:
+    """Sizes that follow from each other: S = T·K, F = E + 1, N = 2I."""
+    return next(group for group in ("TKS", "EF", "IN", "H") if letter in group)
+
+
+def is_shared(op: str, letter: str) -> bool:
+    """Whether another size depends on it, so that one tensor alone can't change it. Gathered rows may be any number."""
+    if op.startswith("grouped_gemm") and letter == "T":
+        return False
+    letters = "".join(spec_of(op, name).sizes for name in OPS[op].tensors)
+    return sum(letters.count(other) for other in linked(letter)) > 1
+
+
+def names_to_blame(op: str, name: str) -> set[str]:
+    """The argument, or one that shares a size or a dtype with it: the first that is read sets the standard."""
+    spec = spec_of(op, name)
+
+    def related(other: Spec) -> bool:
+        links = set(map(linked, spec.sizes)) & set(map(linked, other.sizes))
+        return bool(links) or spec.dtype == other.dtype == "float"
+
+    return {other for other in OPS[op].tensors if other == name or related(spec_of(op, other))}
+
+
+def check_refused(op: str, args: dict[str, Any], spoiled: dict[str, Any], blamed: set[str]) -> None:
+    """The call with some arguments exchanged raises, writes nothing, and leaves good calls good."""
+    outputs = outputs_of(op)
+    call(op, args)
+    wanted = {output: memory(args[output]).clone() for output in outputs}
+    for output in outputs:
+        poison(args[output])
+    exchanged = args | spoiled
+    before = {output: bytes_of(exchanged[output]) for output in outputs}
+
+    with pytest.raises((ValueError, TypeError)) as info:
+        call(op, exchanged)
+    assert info.type in (ValueError, TypeError)
+    message = str(info.value)
+    argument, _, rest = message.partition(": ")
+    assert argument.partition("[")[0] in blamed, message
+    assert rest.startswith("expected "), message
+    assert ", got" in rest, message
+    for output in outputs:
+        assert bytes_of(exchanged[output]) == before[output], f"{output} was written"
+
+    call(op, args)
+    for output in outputs:
+        assert torch.equal(memory(args[output]), wanted[output]), f"{output} differs after a refused call"
+
+
+def bytes_of(array: Any) -> bytes | None:
+    if isinstance(array, np.ndarray):
+        return array.tobytes()
+    if isinstance(array, Tensor) and array.device.type == "cpu":
+        return memory(array).numpy().tobytes()
+    return None
+
+
+TENSORS = [(op, name, defect) for op, parts in OPS.items() for name in parts.tensors for defect in defects(op, name)]
+
+
+@pytest.mark.parametrize(("op", "name", "defect"), TENSORS, ids=lambda v: v if isinstance(v, str) else v[0])
+def test_spoiled_tensor(op: str, name: str, defect: Defect) -> None:
+    args = arguments(op, SIZES)
+    check_refused(op, args, {name: defect[1](args[name])}, names_to_blame(op, name))
+
+
+# ---- two tensors, one memory -----------------------------------------------------------------------------------------
+
+PAIRS = [
+    (op, output, other)
+    for op, parts in OPS.items()
+    for output in outputs_of(op)
+    for other in parts.tensors
+    if other != output and "float" in spec_of(op, other).dtype and "float" in spec_of(op, output).dtype
+]
+
+
+@pytest.mark.parametrize(("op", "output", "other"), PAIRS)
+def test_shared_memory(op: str, output: str, other: str) -> None:
+    """An output over the whole of another argument, and one that reaches into its last element."""
+    args = arguments(op, SIZES)
+    a, b = args[output], args[other]
+    for first in (0, b.numel() - 1):
+        buffer = torch.empty(first + max(a.numel(), b.numel()))
+        shared = {
+            output: buffer[first : first + a.numel()].view(a.shape),
+            other: buffer[: b.numel()].view(b.shape).copy_(b),
+        }
+        check_refused(op, args, shared, {output, other})
+
+
+# ---- contents --------------------------------------------------------------------------------------------------------
+
+INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+OUT_OF_RANGE = {
+    "topk_ids": (-2, SIZES["E"], INT_MIN, INT_MAX),
+    "token_indices": (-1, SIZES["T"], INT_MIN, INT_MAX),
+    "slot_indices": (-2, SIZES["S"], INT_MIN, INT_MAX),
+}
+INDICES = [
+    (op, name, value)
+    for op, parts in OPS.items()
+    for name, values in OUT_OF_RANGE.items()
+    if name in parts.tensors and not spec_of(op, name).out
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("op", "name", "value"), INDICES)
+@pytest.mark.parametrize("position", ["first", "last"])
+def test_index_out_of_range(op: str, name: str, value: int, position: str) -> None:
+    args = arguments(op, SIZES)
+    indices = args[name].clone()
+    used = int(args["expert_offsets"][-1]) if name == "token_indices" else indices.numel()
+    indices.view(-1)[0 if position == "first" else used - 1] = value
+    check_refused(op, args, {name: indices}, {name})
+
+
+OFFSETS = (
+    [1, 2, 4, 5],
+    [0, 4, 2, 5],
+    [0, 2, 4, 9],
+    [0, -1, 4, 5],
+    [-1, 0, 2, 3],
+    [0, 2, INT_MAX, 5],
+    [0, 2, 4, INT_MAX],
+)
+
+
+@pytest.mark.parametrize("offsets", OFFSETS, ids=str)
+@pytest.mark.parametrize("op", [op for op, parts in OPS.items() if "expert_offsets" in parts.tensors and op != "plan"])
+def test_offsets(op: str, offsets: list[int]) -> None:
+    """Offsets that start after 0, decrease, exceed the slots, or are no numbers of slots at all."""
+    args = arguments(op, SIZES)
+    check_refused(op, args, {"expert_offsets": torch.tensor(offsets, dtype=torch.int32)}, {"expert_offsets"})
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "score_function": ("relu", "", "Softmax"),
+    "group_score": ("mean", ""),
+    "activation": ("swish", "", "SiLU"),
+    "scale": (float("nan"), float("inf"), 1e39),
+    "num_groups": (0, 2, 4, -1),
+    "topk_groups": (0, 2, -1),
+    "alpha": (float("nan"), float("inf")),
+    "limit": (-1.0, float("nan"), float("inf")),
+    "num_threads": (-1, 100_000),
+}
+OPTION_CASES = [
+    (op, name, value)
+    for op, parts in OPS.items()
+    for name in (*parts.options, "num_threads")
+    for value in WRONG_OPTIONS.get(name, ())
+]
+
+
+@pytest.mark.parametrize(("op", "name", "value"), OPTION_CASES)
+def test_wrong_option(op: str, name: str, value: Any) -> None:
+    check_refused(op, arguments(op, SIZES), {name: value}, {name})
+
+
+@pytest.mark.parametrize("op", [op for op, parts in OPS.items() if "activation" in parts.options])
+def test_gated_activation_of_plain_experts(op: str) -> None:
+    check_refused(op, arguments(op, SIZES), {"activation": "swiglu_oai", "gated": False}, {"activation"})
+
+
+# ---- lists of matrices -----------------------------------------------------------------------------------------------
+
+LISTS: dict[str, Callable[[list[Tensor]], Any]] = {
+    "empty": lambda m: [],
+    "one too few": lambda m: m[:-1],
+    "one too many": lambda m: [*m, m[0]],
+    "another depth": lambda m: [*m[:-1], m[-1][:, :-1].contiguous()],
+    "another dtype": lambda m: [*m[:-1], m[-1].half()],
+    "another stride": lambda m: [*m[:-1], m[-1].T.contiguous().T],
+    "a vector": lambda m: [*m[:-1], m[-1][0]],
+    "none": lambda m: [*m[:-1], None],
+    "too tall": lambda m: [*m[:-1], torch.cat((m[-1], m[-1]))],
+    "misaligned": lambda m: [*m[:-1], misaligned(m[-1])],
+    "a dict": lambda m: dict(enumerate(m)),
+}
+
+
+@pytest.mark.parametrize("defect", LISTS)
+def test_list_of_matrices(defect: str) -> None:
+    args = arguments("grouped_gemm", SIZES)
+    args["weight"] = list(args["weight"])
+    blamed = {"weight", "bias", "out", "expert_offsets"} if "too" in defect else {"weight", "x"}
+    check_refused("grouped_gemm", args, {"weight": LISTS[defect](args["weight"])}, blamed)
