@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The command line: `switchgear info | demo | bench`. Each command is a module with `add_arguments` and `run`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from .errors import CommandError
+
+COMMANDS = {
+    "info": "versions, backends, threads and OpenMP runtimes of this installation",
+    "demo": "train a small Hugging Face MoE model with every experts implementation and compare them",
+    "bench": "time MoE layers at the shapes of real models, against other implementations",
+}
+
+
+def _command(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    about = "Mixture-of-Experts layers on hand-written kernels."
+    parser = argparse.ArgumentParser(prog="switchgear", description=about)
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, text in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+        )  # fmt: skip
+        _command(name).add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong arguments or a missing package."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(_command(args.command).run(args))
+    except CommandError as error:
+        print(f"switchgear {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"switchgear {args.command}: interrupted", file=sys.stderr)
+        return 130

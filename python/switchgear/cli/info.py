@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`switchgear info`: what is installed, what runs here, and why something does not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from . import machine
+from .errors import optional
+
+ENVIRONMENT = (
+    "SWITCHGEAR_BACKEND", "SWITCHGEAR_CPU_ISA", "SWITCHGEAR_STRICT",
+    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "LD_PRELOAD",
+    "THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_backend() -> dict[str, Any]:
+    native, reason = optional("switchgear._C")
+    if native is None:
+        return {"available": False, "reason": f"the native module does not load ({reason})"}
+    build = dict(native.build_info())
+    return {
+        "available": True,
+        "isas_available": list(native.available_cpu_isas()),
+        "isa": native.cpu_isa(),
+        "build": build,
+    }
+
+
+def _cuda_backend() -> dict[str, Any]:
+    module, reason = optional("switchgear._cuda")
+    if module is None:
+        missing = "No module named" in reason or "cannot import name" in reason
+        why = "this build has no CUDA module: no CUDA compiler was found when it was built" if missing else reason
+        return {"available": False, "module": False, "reason": why}
+    info: dict[str, Any] = {"module": True, "archs": list(module.built_archs())}
+    try:
+        count = module.device_count()
+        info |= {"driver": module.driver_version(), "runtime": module.runtime_version()}
+        info["devices"] = [module.device_info(i) for i in range(count)]
+        info |= {"available": count > 0} | ({} if count else {"reason": "no CUDA device is visible"})
+    except Exception as error:  # no driver, or one older than the runtime: the module raises its own error
+        info |= {"available": False, "devices": [], "reason": str(error)}
+    return info
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `switchgear info` prints."""
+    cpu_backend = _cpu_backend()  # loaded first, so that its OpenMP runtime is in the process when that is looked at
+    cuda_backend = _cuda_backend()
+    runtimes = machine.openmp_runtimes()
+    warnings = []
+    if len(runtimes) > 1:
+        warnings.append(
+            f"{len(runtimes)} OpenMP runtimes are loaded: their thread pools compete for the same cores. "
+            "Import torch before other packages, or remove the package that brings its own copy."
+        )
+    if not cpu_backend["available"]:
+        warnings.append(f"no CPU kernels: {cpu_backend['reason']}; tensors go through the slow reference")
+    return {
+        "versions": {
+            "switchgear": _version("switchgear"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": _version("transformers"),
+            "compiler": cpu_backend.get("build", {}).get("compiler"),
+        },
+        "platform": platform.platform(),
+        "cpu": machine.cpu(),
+        "gpus": machine.gpus(),
+        "backends": {"cpu": cpu_backend, "cuda": cuda_backend},
+        "threads": {
+            "torch": torch.get_num_threads(),
+            "openmp_runtimes": runtimes,
+        },
+        "environment": machine.environment(ENVIRONMENT),
+        "warnings": warnings,
+    }
+
+
+def _gib(size: int | None) -> str:
+    return f"{size / 2**30:.1f} GiB" if size else "unknown"
+
+
+def _rows(info: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(section, [(name, value)]), in the order in which they are printed."""
+    cpu, cpu_backend, cuda_backend = info["cpu"], info["backends"]["cpu"], info["backends"]["cuda"]
+    l3 = f"{cpu['l3_bytes'] / 2**20:.0f} MiB" if cpu["l3_bytes"] else "unknown"
+    if cpu_backend["available"]:
+        forced = info["environment"].get("SWITCHGEAR_CPU_ISA")
+        build = {key: value for key, value in cpu_backend["build"].items() if key not in ("compiler", "cuda")}
+        native = [("native CPU", f"yes, {cpu_backend['isa']}" + (" (SWITCHGEAR_CPU_ISA)" if forced else ""))]
+        native += [("ISAs that run here", ", ".join(cpu_backend["isas_available"]))]
+        native += [(f"build: {key}", _text(value)) for key, value in build.items()]
+    else:
+        native = [("native CPU", f"no: {cpu_backend['reason']}")]
+    if cuda_backend["available"]:
+        names = ", ".join(str(device.get("name", device)) for device in cuda_backend["devices"])
+        cuda = f"yes: {names}; driver {cuda_backend['driver']}, runtime {cuda_backend['runtime']}"
+    else:
+        cuda = f"no: {cuda_backend['reason']}"
+    native += [("CUDA", cuda)]
+    if cuda_backend["module"]:
+        native += [("CUDA archs", ", ".join(cuda_backend["archs"]))]
+    return [
+        ("versions", [(name, value or "not installed") for name, value in info["versions"].items()]),
+        ("machine", [
+            ("platform", info["platform"]),
+            ("CPU", f"{cpu['model']}, {cpu['cores']} usable cores, L3 {l3}"),
+            ("CPU features", " ".join(cpu["features"]) or "unknown"),
+            ("memory", _gib(cpu["memory_bytes"])),
+            ("huge pages", cpu["transparent_huge_pages"] or "unknown"),
+            ("GPU", ", ".join(f"{g['name']} ({g['capability']})" for g in info["gpus"]) or "none that torch can use"),
+        ]),
+        ("backends", native),
+        ("threads", [
+            ("torch", str(info["threads"]["torch"])),
+            ("OpenMP runtimes", "\n".join(info["threads"]["openmp_runtimes"]) or "none found"),
+        ]),
+        ("environment", list(info["environment"].items())),
+    ]  # fmt: skip
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def run(args: argparse.Namespace) -> int:
+    info = collect()
+    if args.json:
+        print(json.dumps(info, indent=2, default=str))
+        return 0
+    for section, rows in _rows(info):
+        if rows:
+            print(section)
+        for name, value in rows:
+            first, *more = value.split("\n")
+            print(f"  {name:<20} {first}")
+            for line in more:
+                print(f"  {'':<20} {line}")
+    for warning in info["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    return 0
