@@ -54,23 +54,31 @@ const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
   throw py::error_already_set();
 }
 
-// array.__dlpack__(max_version=(1, 0)), or array.__dlpack__() for producers older than that argument
-py::object request_capsule(const char* name, py::handle array) {
-  SWITCHGEAR_CHECK(TypeError, py::hasattr(array, "__dlpack__"), name, ": expected an array (with __dlpack__), got ",
-                   Py_TYPE(array.ptr())->tp_name);
+// array.__dlpack__(max_version=(1, 0)), or array.__dlpack__() for producers older than that argument; null with an error set
+PyObject* call_dlpack(py::handle array) {
   static PyObject* const method = PyUnicode_InternFromString("__dlpack__");
   static PyObject* const keywords = py::make_tuple("max_version").release().ptr();
   static PyObject* const version = py::make_tuple(1, 0).release().ptr();
   PyObject* const arguments[] = {array.ptr(), version};
   PyObject* capsule = PyObject_VectorcallMethod(method, arguments, 1, keywords);
-  if (capsule == nullptr && PyErr_ExceptionMatches(PyExc_TypeError)) {
+  if (capsule != nullptr || !PyErr_ExceptionMatches(PyExc_TypeError)) return capsule;
+  PyErr_Clear();
+  return PyObject_VectorcallMethod(method, arguments, 1, nullptr);
+}
+
+py::object request_capsule(const char* name, py::handle array) {
+  SWITCHGEAR_CHECK(TypeError, py::hasattr(array, "__dlpack__"), name, ": expected an array (with __dlpack__), got ",
+                   Py_TYPE(array.ptr())->tp_name);
+  PyObject* capsule = call_dlpack(array);
+  if (capsule == nullptr) {
+    py::error_already_set error;
+    if (!error.matches(PyExc_BufferError) && !error.matches(PyExc_RuntimeError)) throw error;
+    // torch before 2.10 has no exchange API, and does not export a tensor that requires a gradient.
+    if (py::hasattr(array, "detach")) capsule = call_dlpack(array.attr("detach")());
     PyErr_Clear();
-    capsule = PyObject_VectorcallMethod(method, arguments, 1, nullptr);
+    if (capsule == nullptr) refuse(name, error);
   }
-  if (capsule != nullptr) return py::reinterpret_steal<py::object>(capsule);
-  py::error_already_set error;
-  if (error.matches(PyExc_BufferError)) refuse(name, error);
-  throw error;
+  return py::reinterpret_steal<py::object>(capsule);
 }
 
 DType dtype_of(const char* name, DLDataType dtype) {
