@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ExpertsInterface
 
 from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts, warn_once
@@ -152,7 +153,9 @@ def path_of(module: Any) -> str:
         return f"FP8 experts: {_FP8_ADVICE}"
     if module.config._experts_implementation != NAME:
         return f"not replaced: experts_implementation is {module.config._experts_implementation!r}"
-    if (reason := not_plain(_weights(module))) is not None:
+    # FSDP, tensor and expert parallelism hold DTensors between forwards, and plain local tensors inside.
+    local = (weight for weight in _weights(module) if not isinstance(weight, DTensor))
+    if (reason := not_plain(local)) is not None:
         return f"eager: {reason}"
     return "grouped_gemm" if gate_of(module) is None or _has_post_norm(module) else "moe"
 
