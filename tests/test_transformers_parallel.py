@@ -28,8 +28,8 @@ def tensor_parallel(path: Path) -> nn.Module:
 
 
 def expert_parallel(path: Path) -> nn.Module:
-    """Half of the experts each. Without gradients the ids of the other half arrive as sentinels, and the ranks' sums are
-    reduced; with gradients rows are exchanged, and a rank without any gets a dummy one."""
+    """Half of the experts each. Without gradients the ids of the other half arrive as sentinels, and the ranks' sums
+    are reduced; with gradients rows are exchanged, and a rank without any gets a dummy one."""
     return _load(path, parallel.DistributedConfig(tp_size=WORLD, ep_size=WORLD))
 
 
