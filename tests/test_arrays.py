@@ -90,7 +90,7 @@ def test_a_library_that_only_speaks_dlpack(backend: str) -> None:
     assert torch.equal(a.tensor, switchgear.glu(h))
 
 
-def test_jax(backend: str) -> None:
+def test_jax() -> None:
     jnp = pytest.importorskip("jax.numpy", reason="jax is not installed")
     h = torch.randn(3, 8)
     a = switchgear.glu(jnp.asarray(h.numpy()))

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.utils.dlpack import from_dlpack
+
+from switchgear.complaints import complain
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -17,20 +20,28 @@ R = TypeVar("R")
 
 def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
     """Lets a function of tensors take any arrays with `__dlpack__`; the first argument decides."""
+    first_name = next(iter(inspect.signature(function).parameters))
+
+    def run(*args: Any, **kwargs: Any) -> R:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            complain(function, args, kwargs)
+            raise
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        if args and isinstance(args[0], torch.Tensor):
-            return function(*args, **kwargs)
-        first = next(iter(args or kwargs.values()), None)
+        first = args[0] if args else kwargs.get(first_name)
         if isinstance(first, torch.Tensor):
-            return function(*args, **kwargs)
+            return run(*args, **kwargs)
         if not hasattr(first, "__dlpack__"):
             raise TypeError(
-                f"{function.__name__}: expected a torch.Tensor or an array with __dlpack__, got {type(first).__name__}"
+                f"{first_name}: expected a torch.Tensor or an array with __dlpack__, got {type(first).__name__}"
             )
         with torch.no_grad():
-            result = function(*_map(to_torch, args), **_map(to_torch, kwargs))
+            result = run(*_map(to_torch, args), **_map(to_torch, kwargs))
         converted: R = _map(lambda value: from_torch(value, like=first), result)
         return converted
 

@@ -98,7 +98,7 @@ def _as_ids(name: str, ids: Tensor) -> Tensor:
         return ids
     if ids.dtype is not torch.int64:
         raise TypeError(f"{name}: expected int32 or int64, got {ids.dtype}")
-    return ids.clamp(_INT32.min, _INT32.max).to(torch.int32)  # saturates, lest a bad id wraps around into a good one
+    return ids.clamp(_INT32.min, _INT32.max).int()  # saturates, lest a bad id wraps around into a good one
 
 
 def _as_weights(name: str, weights: T, dtype: torch.dtype) -> T:

@@ -52,6 +52,14 @@ def _loop_over_batch(op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
+def _check_devices(op: Any, args: Sequence[Any]) -> None:
+    device = args[0].device
+    for argument, value in zip(op._schema.arguments, args, strict=True):
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(tensor, Tensor) and tensor.device != device:
+                raise ValueError(f"{argument.name}: expected a tensor on {device}, got one on {tensor.device}")
+
+
 def _register(schema: str, native: Callable[..., Any], allocate: Callable[..., Any]) -> Any:
     """Defines the op and returns its overload, which is quicker to call than the packet."""
     name = schema.partition("(")[0]
@@ -64,6 +72,10 @@ def _register(schema: str, native: Callable[..., Any], allocate: Callable[..., A
         backends.announce_reference(args[0].device)
         return in_torch(*args)
 
+    def without_data(*args: Any) -> Any:  # meta tensors come here too, whatever the device of the others
+        _check_devices(op, args)
+        return allocate(*args)
+
     def in_torch(*args: Any) -> Any:
         with backends.without_autocast(args[0].device.type):  # which would round every product in here
             return specification(*args)
@@ -71,7 +83,7 @@ def _register(schema: str, native: Callable[..., Any], allocate: Callable[..., A
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, on_cpu, "CPU")
     _lib.impl(name, elsewhere, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"switchgear::{name}", allocate, lib=_lib)
+    torch.library.register_fake(f"switchgear::{name}", without_data, lib=_lib)
     op = getattr(torch.ops.switchgear, name).default
     torch.library.register_vmap(f"switchgear::{name}", _loop_over_batch(op), lib=_lib)
     return op

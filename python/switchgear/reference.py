@@ -34,7 +34,8 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _check(name: str, tensor: Tensor | None, shape: Sequence[int | None], dtype: torch.dtype | None = None) -> None:
-    """`tensor` has `shape` (None: any size) and `dtype` (None: any floating dtype). An absent tensor passes."""
+    """`tensor` has `shape` (None: any size) and `dtype` (None: any floating dtype); only its first size may be 0. An
+    absent tensor passes."""
     if tensor is None:
         return
     if tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point():
@@ -43,6 +44,8 @@ def _check(name: str, tensor: Tensor | None, shape: Sequence[int | None], dtype:
     if tensor.dim() != len(shape) or wanted != list(tensor.shape):
         sizes = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: expected shape [{sizes}], got {list(tensor.shape)}")
+    if 0 in tensor.shape[1:]:
+        raise ValueError(f"{name}: expected sizes of at least 1, got {list(tensor.shape)}")
 
 
 def _check_range(name: str, indices: Tensor, low: int, high: int) -> None:
