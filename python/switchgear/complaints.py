@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What was wrong with the arguments of a public function, found out once it has failed: good calls pay nothing."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+
+def complain(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """TypeError for an argument of another type than `function` declares; ValueError for tensors without dimensions, or
+    on different devices. Returns if there is none."""
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:  # too many or too few, about which Python has complained
+        return
+    hints = typing.get_type_hints(function)
+    first: tuple[str, torch.device] | None = None
+    for argument, value in bound.arguments.items():
+        for name, tensor in _tensors(argument, value, hints[argument]):
+            if tensor.dim() == 0:
+                raise ValueError(f"{name}: expected at least one dimension, got shape []")
+            first = first or (name, tensor.device)
+            if tensor.device != first[1]:
+                raise ValueError(f"{name}: expected a tensor on {first[1]} like {first[0]}, got one on {tensor.device}")
+
+
+def _tensors(name: str, value: Any, hint: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in an argument, once it is known to have the type of the hint."""
+    if _is_named_tuple(hint) and isinstance(value, tuple) and len(value) == len(hint._fields):
+        for field, item, item_hint in zip(hint._fields, value, typing.get_type_hints(hint).values(), strict=True):
+            yield from _tensors(field, item, item_hint)
+        return
+    if not _matches(value, hint):
+        raise TypeError(f"{name}: expected {_describe(hint)}, got {type(value).__name__}")
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield f"{name}[{index}]", item
+
+
+def _is_named_tuple(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, tuple)
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_matches(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is Sequence:
+        (item_hint,) = typing.get_args(hint)
+        return isinstance(value, (list, tuple)) and all(_matches(item, item_hint) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    """Torch's names and those of Python, as they are written in the signature."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(map(_describe, typing.get_args(hint)))
+    if typing.get_origin(hint) is Sequence:
+        return f"a list of {_describe(typing.get_args(hint)[0])}"
+    return "None" if hint is type(None) else str(hint.__name__)
