@@ -282,7 +282,7 @@ def test_float64_runs_on_the_reference() -> None:
         ({"limit": 0.0}, ValueError, "limit"),
         ({"limit": -1.0}, ValueError, "limit"),
         ({"alpha": float("nan")}, ValueError, "alpha"),
-        ({"x": [1.0]}, TypeError, "moe"),
+        ({"x": [1.0]}, TypeError, "x"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
