@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Programs with one bug each, to prove that a sanitizer build would report it: each is a test that passes only if the
+// report comes. Where the bug is in how the library is called, the report comes from the library's own code, so its files
+// were instrumented too.
+#pragma once
+#include <cstdio>
+#include <cstring>
+
+namespace switchgear::planted {
+
+struct Bug {
+  const char* name;
+  void (*run)();
+};
+
+// A value that the optimiser knows nothing about.
+template <typename T>
+[[gnu::noinline]] T opaque(T value) {
+  volatile T hidden = value;
+  return hidden;
+}
+
+template <typename Bugs>
+int run_named(const Bugs& bugs, int argc, char** argv) {
+  for (const Bug& bug : bugs) {
+    if (argc == 2 && std::strcmp(argv[1], bug.name) == 0) {
+      bug.run();
+      std::puts("the bug went unnoticed");
+      return 0;
+    }
+  }
+  std::puts("expected the name of a planted bug");
+  return 2;
+}
+
+}  // namespace switchgear::planted
