@@ -249,12 +249,12 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check_offsets(expert_offsets: Tensor, num_slots: int, token_indices: Tensor | None, num_tokens: int) -> None:
+    _check("token_indices", token_indices, (num_slots,), torch.int32)
     _check("expert_offsets", expert_offsets, (None,), torch.int32)
     offsets = expert_offsets.tolist()
     if len(offsets) < 2 or offsets[0] != 0 or offsets != sorted(offsets) or offsets[-1] > num_slots:
         raise ValueError(f"expert_offsets: expected 0, then ascending numbers up to {num_slots}, got {offsets}")
     if token_indices is not None:
-        _check("token_indices", token_indices, (num_slots,), torch.int32)
         _check_range("token_indices", token_indices[: offsets[-1]], 0, num_tokens)
 
 
