@@ -137,7 +137,7 @@ def test_inductor() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # inductor fuses the torch parts, in another order
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["draft", "strict"])
+@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
 def test_export(strict: bool) -> None:
     block, x = Block().eval(), torch.randn(2, 5, 12)
     for parameter in block.parameters():
