@@ -28,7 +28,7 @@ from .timing import interleave
 DEFAULT_SHAPES = "tiny,olmoe,qwen3-30b-a3b,mixtral-half"
 TOKENS = {"forward": (1, 16, 256, 2048), "train": (256, 2048)}  # of a run that names none
 QUICK_SHAPES, QUICK_TOKENS = "tiny,olmoe", {"forward": (1, 256), "train": (256,)}
-LONGEST_CASE = 12.0  # seconds of timing: more adds nothing
+LONGEST_CASE, LONGEST_QUICK_CASE = 12.0, 3.0  # seconds of timing: more adds nothing
 SLOWEST_CALL = 4.0  # seconds; a slower one would cost the other cases their time
 
 
@@ -150,7 +150,7 @@ def measure_all(
         assert weights is not None
         case = make_case(shape_name, SHAPES[shape_name], dtype, tokens, mode, args.skew, weights)
         with console.status(title) as status:
-            share = min(LONGEST_CASE, left / (len(plan) - i))
+            share = min(LONGEST_QUICK_CASE if args.quick else LONGEST_CASE, left / (len(plan) - i))
             rows, skipped = measure_case(case, peers, named, ceilings, share, status.update)
         results["results"] += rows
         results["skipped"] += skipped

@@ -17,8 +17,8 @@ import torch
 
 from . import demo_report, machine
 from .agreement import Check, check_gradients, check_logits, check_losses, loss_bounds
-from .corpus import load_corpus
-from .demo_models import FAMILIES
+from .corpus import batches, load_corpus
+from .demo_models import FAMILIES, check_implementation
 from .demo_processes import Client, workers
 from .demo_worker import Settings, Step
 from .errors import CommandError, at_least_two, positive, require
@@ -54,6 +54,11 @@ def run(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.implementations.split(",") if name.strip()]
     if not names or len(set(names)) < len(names) or TWIN in names:
         raise CommandError(f"--implementations: expected distinct names, got {args.implementations!r}")
+    for name in names:
+        check_implementation(name)
+    text = load_corpus(args.text)
+    for part in (text.train, text.held_out):
+        batches(part, 1, 1, max(args.sequence_length, PROMPT_LENGTH), 0)  # long enough?
     dtype = getattr(args, "dtype", "bfloat16" if machine.has_fast_bfloat16() else "float32")
     reference = next((name for name in ("grouped_mm", "eager") if name in names), names[0])
     settings = {
@@ -64,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         for name in (*names, TWIN)
     }  # fmt: skip
     results = compare(settings, names, reference, args.new_tokens)
-    results["text"] = load_corpus(args.text).source
+    results["text"] = text.source
     demo_report.write(results, Path(args.out))
     print(demo_report.verdict(results))
     print(f"report: {Path(args.out) / 'report.md'}")

@@ -40,21 +40,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 
 
+def check_implementation(name: str) -> None:
+    """CommandError for an experts implementation that transformers does not know."""
+    moe = require("transformers.integrations.moe")
+    require("switchgear.integrations.transformers")  # registers its name
+    known = ["eager", *moe.ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    if name not in known:
+        raise CommandError(f"--implementations: expected names of {', '.join(known)}; got {name!r}")
+
+
 def build_model(family: str, implementation: str, dtype: torch.dtype, seed: int) -> Any:
     """The model of `family` with random weights that depend on the seed alone, its experts run by `implementation`."""
+    check_implementation(implementation)
     transformers = require("transformers")
     transformers.logging.set_verbosity_error()
-    if implementation == "switchgear":
-        import switchgear.integrations.transformers  # noqa: F401  registers the name
     config = transformers.AutoConfig.for_model(family, **(COMMON | FAMILIES[family]))
     torch.manual_seed(seed)
-    try:
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, experts_implementation=implementation
-        )
-    except ValueError as error:
-        raise CommandError(f"--implementations: {error}") from None
-    return model
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=implementation)
 
 
 def experts_modules(model: torch.nn.Module) -> list[torch.nn.Module]:

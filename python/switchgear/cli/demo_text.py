@@ -77,8 +77,8 @@ def report(results: dict[str, Any], summary: Summary, verdict: str, warm_up: int
 
 {verdict}.
 
-- **Model**: {s["family"]}, {millions:.1f} M parameters, {share:.0%} of them in experts. {model["moe_layers"]} MoE layers
-  of {model["layers"]}, hidden size {model["hidden_size"]}, {model["num_experts"]} experts of width
+- **Model**: {s["family"]}, {millions:.1f} M parameters, {share:.0%} of them in experts. {model["moe_layers"]} MoE
+  layers of {model["layers"]}, hidden size {model["hidden_size"]}, {model["num_experts"]} experts of width
   {model["intermediate_size"]}, {model["top_k"]} per token. Weights and activations in {s["dtype"]}; a byte is a token.
 - **Training**: {s["steps"]} steps of {s["batch_size"]} x {s["sequence_length"]} bytes from {results["text"]};
   AdamW, peak learning rate {s["learning_rate"]:g}, seed {s["seed"]}.
@@ -90,10 +90,10 @@ def report(results: dict[str, Any], summary: Summary, verdict: str, warm_up: int
 
 ![time per step](speed.png)
 
-Medians over the steps after the first {warm_up}. A step is forward, backward and AdamW. *In experts* is wall-clock time:
-from the call of an experts module to its return, and in the backward pass from the complete gradient of its output to
-the complete gradients of its inputs, weight gradients included. Router, shared experts and optimizer are not in it.
-Peak memory is the largest resident size of the implementation's own process up to the end of training. The
+Medians over the steps after the first {warm_up}. A step is forward, backward and AdamW. *In experts* is wall-clock
+time: from the call of an experts module to its return, and in the backward pass from the complete gradient of its
+output to the complete gradients of its inputs, weight gradients included. Router, shared experts and optimizer are not
+in it. Peak memory is the largest resident size of the implementation's own process up to the end of training. The
 implementations took turns of a few steps, so that changes of the machine's speed hit all of them.
 
 ## Loss

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The command line. Speeds are never tested; that results agree, files are written and mistakes are named, is."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from switchgear.cli import machine, main
+from switchgear.cli.agreement import check_gradients, check_logits, check_losses, loss_bounds
+from switchgear.cli.bench_case import forward, make_case, make_inputs, make_weights, train
+from switchgear.cli.bench_verify import expected, relative_error, tolerance
+from switchgear.cli.corpus import batches, load_corpus
+from switchgear.cli.shapes import SHAPES, Shape, forward_flops, train_flops
+from switchgear.cli.timing import FEWEST_TURNS, interleave
+
+SMALL = Shape(32, 48, 4, 2, "of the tests")
+
+
+# ---- info ------------------------------------------------------------------------------------------------------------
+
+
+def test_info_prints_valid_json() -> None:
+    command = [sys.executable, "-m", "switchgear", "info", "--json"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    info = json.loads(output)
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["backends"]["cpu"]["isa"] in info["backends"]["cpu"]["isas_available"]
+    assert info["threads"]["torch"] >= 1
+    assert len(info["threads"]["openmp_runtimes"]) <= 1, info["warnings"]  # torch's and ours are the same one
+    assert info["backends"]["cuda"]["available"] or info["backends"]["cuda"]["reason"]
+
+
+def test_info_prints_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for word in ("versions", "machine", "backends", "threads", "native CPU", "CUDA", "huge pages", "OpenMP runtimes"):
+        assert word in text
+
+
+def test_openmp_runtimes_are_told_apart() -> None:
+    maps = """\
+7f00-7f01 r-xp 00000000 08:01 11 /opt/torch/lib/libgomp.so.1
+7f01-7f02 r--p 00001000 08:01 11 /opt/torch/lib/libgomp.so.1
+7f03-7f04 r-xp 00000000 08:01 12 /opt/sklearn.libs/libgomp-a34b3233.so.1.0.0
+7f05-7f06 r-xp 00000000 08:01 13 /opt/my folder/libiomp5.so
+7f07-7f08 r-xp 00000000 08:01 14 /opt/llvm/libomp.so.5 (deleted)
+7f09-7f0a r-xp 00000000 08:01 15 /opt/llvm/libomptarget.so
+7f0b-7f0c rw-p 00000000 00:00 0  [heap]
+7f0d-7f0e rw-p 00000000 00:00 0
+"""
+    names = [Path(path).name for path in machine.openmp_runtimes(maps)]
+    assert sorted(names) == [
+        "libgomp-a34b3233.so.1.0.0", "libgomp.so.1", "libiomp5.so", "libomp.so.5 (deleted)",
+    ]  # fmt: skip
+
+
+# ---- wrong arguments -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "command"),
+        (["train"], "invalid choice"),
+        (["info", "--jason"], "unrecognized arguments"),
+        (["demo", "--model", "gpt5"], "invalid choice"),
+        (["demo", "--steps", "0"], "positive integer"),
+        (["demo", "--sequence-length", "1"], "at least 2"),
+        (["bench", "--skew", "much"], "invalid choice"),
+    ],
+)
+def test_argparse_names_the_mistake(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "--shapes", "mixtrall"], "--shapes: expected a list of tiny"),
+        (["bench", "--dtype", "fp8"], "--dtype: expected"),
+        (["bench", "--mode", "backward"], "--mode: expected"),
+        (["bench", "--peers", "megablocks"], "--peers: expected"),
+        (["bench", "--tokens", "1,-2"], "--tokens: expected positive integers"),
+        (["bench", "--tokens", "many"], "--tokens: expected positive integers"),
+        (["bench", "--json", "/nowhere/results.json"], "--json: cannot write"),
+        (["demo", "--implementations", "eager,eager"], "--implementations: expected distinct names"),
+        (["demo", "--text", "/nowhere/text"], "--text: cannot read"),
+    ],
+)
+def test_commands_name_the_mistake(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib"])
+def test_a_missing_extra_says_what_to_install(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # import raises ImportError
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert 'pip install "switchgear[demo]"' in capsys.readouterr().err
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_demo_trains_and_agrees(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "report"
+    status = main([
+        "demo", "--model", "mixtral", "--steps", "3", "--batch-size", "1", "--sequence-length", "32",
+        "--new-tokens", "3", "--dtype", "float32", "--threads", "1", "--out", str(out),
+    ])  # fmt: skip
+    printed = capfd.readouterr().out
+    assert status == 0, printed
+    assert "AGREE" in printed
+    names = {path.name for path in out.iterdir()}
+    assert names == {"report.md", "results.json", "sample.txt", "losses.png", "speed.png", "expert_load.png"}
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["implementations"]) == {"eager", "grouped_mm", "switchgear"}
+    for run in results["implementations"].values():
+        assert len(run["losses"]) == 3
+        assert np.sum(run["steps"][0]["load"], axis=1) == pytest.approx(1.0)  # every choice went to some expert
+        for step in run["steps"]:
+            assert 0 < step["experts_forward"] + step["experts_backward"] < step["seconds"]
+        assert run["peak_memory"] > run["memory_before_training"] > 2**26
+    report = (out / "report.md").read_text()
+    for name in names - {"report.md", "results.json"}:
+        assert f"]({name})" in report
+    assert str(tmp_path) not in report
+
+
+def test_demo_refuses_an_unknown_implementation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--implementations", "fastest", "--threads", "1", "--out", str(tmp_path / "report")]) == 2
+    assert "fastest" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_corpus_is_the_same_every_time_and_keeps_text_apart(tmp_path: Path) -> None:
+    first, again = load_corpus(), load_corpus()
+    assert torch.equal(first.train, again.train)
+    assert torch.equal(first.held_out, again.held_out)
+    assert 0.01 < first.held_out.numel() / first.train.numel() < 0.2
+    file = tmp_path / "text"
+    file.write_bytes(bytes(range(256)) * 100)
+    own = load_corpus(str(file))
+    assert own.train.numel() + own.held_out.numel() == 25600
+    assert own.held_out.numel() == pytest.approx(25600 / 20, rel=0.1)
+    taken = batches(own.train, 2, 3, 5, seed=1)
+    assert taken.shape == (2, 3, 5)
+    assert torch.equal(taken, batches(own.train, 2, 3, 5, seed=1))
+    assert not torch.equal(taken, batches(own.train, 2, 3, 5, seed=2))
+
+
+class TestAgreement:
+    reference = np.linspace(5.0, 3.0, 20)
+    growing = 1e-6 * 2.0 ** np.arange(20)  # what rounding alone does
+    bounds = loss_bounds(reference, reference + growing, dtype="float32", layers=4, tokens=10**6)
+
+    def test_as_far_as_the_twin_agrees(self) -> None:
+        assert check_losses(
+            self.reference - 3 * self.growing, self.reference, self.reference + self.growing, self.bounds
+        ).agrees
+
+    def test_an_early_difference_does_not(self) -> None:
+        wrong = self.reference.copy()
+        wrong[2] += 1e-3
+        assert not check_losses(wrong, self.reference, self.reference + self.growing, self.bounds).agrees
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_loss_that_is_not_finite_does_not(self, value: float) -> None:
+        wrong = self.reference.copy()
+        wrong[7] = value
+        assert not check_losses(wrong, self.reference, self.reference + self.growing, self.bounds).agrees
+
+    def test_gradients(self) -> None:
+        norms = np.array([1.0, 2.0, 3.0])
+        twin = norms * (1 + 1e-6)
+        assert check_gradients(norms * (1 - 5e-6), norms, twin, dtype="float32").agrees
+        assert not check_gradients(norms * [1, 1.01, 1], norms, twin, dtype="float32").agrees
+
+    def test_logits(self) -> None:
+        logits = np.random.default_rng(0).standard_normal((8, 16))
+        twin = logits * (1 + 1e-6)
+        assert check_logits(logits * (1 + 3e-6), logits, twin, dtype="float32", layers=4).agrees
+        assert not check_logits(logits * 1.01, logits, twin, dtype="float32", layers=4).agrees
+
+
+def test_nudge_moves_every_weight_to_a_neighbour() -> None:
+    from switchgear.cli.demo_worker import nudge
+
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = torch.nn.Linear(64, 64, dtype=dtype)
+        before = layer.weight.detach().clone()
+        nudge(layer, seed=0)
+        bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
+        moved = layer.weight.detach().view(bits) - before.view(bits)
+        assert set(moved.unique().tolist()) == {-1, 1}
+
+
+# ---- bench -----------------------------------------------------------------------------------------------------------
+
+
+def test_bench_quick_writes_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {kind: tmp_path / f"bench.{kind}" for kind in ("json", "csv", "markdown", "png")}
+    status = main([
+        "bench", "--quick", "--shapes", "tiny", "--tokens", "1,5", "--dtype", "fp32", "--threads", "1",
+        "--json", str(files["json"]), "--csv", str(files["csv"]), "--markdown", str(files["markdown"]),
+        "--plot", str(files["png"]),
+    ])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert "tiny, T=5, fp32, train" in printed
+    results = json.loads(files["json"].read_text())
+    assert results["schema"] == "switchgear-bench/1"
+    assert results["ceilings"]["read"] > 1e8
+    rows = results["results"]
+    assert {row["peer"] for row in rows} >= {"switchgear", "hf_eager", "hf_grouped_mm", "hf_batched_mm"}
+    for row in rows:
+        assert not row["wrong"], row
+        assert row["repetitions"] >= FEWEST_TURNS
+        assert row["floor_ms"] / row["ms"] == pytest.approx(row["percent_of_ceiling"] / 100)
+    with files["csv"].open(newline="") as file:
+        assert [row["peer"] for row in csv.DictReader(file)] == [row["peer"] for row in rows]
+    assert files["markdown"].read_text().count("| tiny |") == 4  # T = 1 and 5, forward and train
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_leaves_out_what_does_not_fit_the_budget(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    assert (
+        main(["bench", "--quick", "--shapes", "tiny", "--budget", "1e-3", "--threads", "1", "--json", str(path)]) == 0
+    )
+    results = json.loads(path.read_text())
+    assert results["results"] == []
+    assert {entry["reason"] for entry in results["skipped"]} == {"the time of --budget is used up"}
+
+
+def test_bench_lists_its_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--list"]) == 0
+    text = capsys.readouterr().out
+    for name in (*SHAPES, "hf_grouped_mm", "zentorch"):
+        assert name in text
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_bench_tells_right_from_wrong(dtype: str, mode: str) -> None:
+    from switchgear.cli.peers import PEERS
+
+    case = make_case(
+        "small",
+        SMALL,
+        dtype,
+        24,
+        mode,
+        "none",
+        make_weights(SMALL, torch.bfloat16 if dtype == "bf16" else torch.float32),
+    )
+    want, limit = expected(case), tolerance(case)
+    for name in ("switchgear", "hf_eager", "hf_grouped_mm", "hf_batched_mm", "torch_loop", "hf_switchgear"):
+        assert relative_error(case, PEERS[name].make(case), want) < limit, name
+    right = PEERS["torch_loop"].make(case)
+    assert relative_error(case, lambda inputs: right(inputs) * 1.1, want) > limit
+    swapped = case.inputs[0].topk_ids_int64.flip(1)
+    assert relative_error(case, lambda inputs: right(inputs._replace(topk_ids_int64=swapped)), want) > limit
+
+
+def test_bench_drops_gradients_before_each_step() -> None:
+    case = make_case("small", SMALL, "fp32", 8, "train", "none", make_weights(SMALL, torch.float32))
+    from switchgear.cli.peers import PEERS
+
+    layer = PEERS["switchgear"].make(case)
+    first = train(layer, case, case.inputs[0])
+    kept = first.gate_up_proj.clone()
+    again = train(layer, case, case.inputs[0])
+    assert torch.equal(kept, again.gate_up_proj)  # not accumulated
+    assert not forward(layer, case.inputs[0]).requires_grad
+
+
+def test_zipf_skew_prefers_the_first_experts() -> None:
+    uniform, zipf = (make_inputs(SHAPES["olmoe"], torch.float32, 512, skew, 0) for skew in ("none", "zipf"))
+    for inputs in (uniform, zipf):
+        assert all(len(set(row)) == 8 for row in inputs.topk_ids.tolist())  # distinct experts
+    loads = [torch.bincount(inputs.topk_ids_int64.flatten(), minlength=64) for inputs in (uniform, zipf)]
+    assert loads[0].max() < 2 * loads[0].float().mean()
+    assert loads[1][0] > 4 * loads[1].float().mean()
+
+
+def test_flops() -> None:
+    assert forward_flops(SMALL, 10) == 10 * 2 * (2 * 32 * 96 + 2 * 48 * 32)
+    assert train_flops(SMALL, 10) == 3 * forward_flops(SMALL, 10)
+
+
+def test_interleaved_calls_take_turns() -> None:
+    called: list[str] = []
+    times = interleave({"a": lambda n: called.append(f"a{n}"), "b": lambda n: called.append(f"b{n}")}, 0.0)
+    turns = [name for i, name in enumerate(c[0] for c in called) if i == 0 or called[i - 1][0] != name]
+    assert turns == ["a", "b"] * FEWEST_TURNS
+    assert [c for c in called if c[0] == "a"] == [f"a{n}" for n in range(len(times["a"]) + FEWEST_TURNS)]
