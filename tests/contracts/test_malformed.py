@@ -65,12 +65,12 @@ OPTIONS["moe"] = OPTIONS["glu"]
 OPTIONAL = {"selection_bias", "bias", "gate_up_bias", "down_bias", "token_indices"}
 
 
-def good_arguments(function: str) -> dict[str, Any]:
-    topk_ids = torch.tensor([[0, 2], [1, 0], [2, -1], [2, 1]], dtype=torch.int32)
-    given = dict(zip(PLAN, switchgear.plan(topk_ids, E), strict=True)) | {"topk_ids": topk_ids}
+def good_arguments(function: str, sizes: dict[str, int] = SIZES) -> dict[str, Any]:
+    topk_ids = torch.arange(sizes["S"], dtype=torch.int32).view(sizes["T"], sizes["K"]) * 5 % (sizes["E"] + 1) - 1
+    given = dict(zip(PLAN, switchgear.plan(topk_ids, sizes["E"]), strict=True)) | {"topk_ids": topk_ids}
     args: dict[str, Any] = {}
     for name, spec in TENSORS[function].items():
-        shape = [SIZES[letter] for letter in spec.split()[0]]
+        shape = [sizes[letter] for letter in spec.split()[0]]
         args[name] = given[name] if name in given else torch.randn(shape)
     return args | OPTIONS.get(function, {})
 
@@ -171,13 +171,13 @@ WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
     "num_experts": (0, -1, 2.0, "3", None),
     "score_function": ("relu", "", 3, None),
     "group_score": ("mean", "", 1, None),
-    "normalize": ("yes", 0.5),
+    "normalize": ("yes",),
     "scale": (NAN, INF, "x", None),
     "num_groups": (0, 2, E + 1, -1, 1.0, "1"),
     "topk_groups": (0, 2, -1, "1"),
     "activation": ("swish", "", 1, None),
-    "gated": ("yes", 0.5),
-    "interleaved": ("yes", 0.5),
+    "gated": ("yes",),
+    "interleaved": ("yes",),
     "alpha": (NAN, INF, "x", None),
     "limit": (0.0, -1.0, NAN, INF, "x"),
 }
