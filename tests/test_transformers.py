@@ -3,7 +3,6 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,19 +13,10 @@ from transformers.integrations.moe import ExpertsInterface
 
 import switchgear
 from switchgear.integrations.tiny_models import build, example_inputs
-from switchgear.integrations.transformers import accelerate, is_decorated, path_of, restore
+from switchgear.integrations.transformers import accelerate, is_decorated, path_of
 from switchgear.integrations.undecorated import patch_of
 
 BFLOAT16 = torch.finfo(torch.bfloat16).eps
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For models this small, waking threads costs ten times what they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def experts_of(model: nn.Module) -> Any:
@@ -325,110 +315,3 @@ def test_meta_device() -> None:
     assert model(ids).logits.shape == (2, 12, 256)
     with torch.device("meta"):
         assert len(accelerate(build("llama4_text"))) == 4  # nothing to try the swap on, so it is taken on trust
-
-
-# ---- accelerate ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model_type", ["mixtral", "llama4_text", "switch_transformers", "kimi_k25", "jetmoe"])
-def test_accelerate_and_restore(model_type: str) -> None:
-    model = build(model_type)
-    inputs = example_inputs(model)
-    keys, want = list(model.state_dict()), model(**inputs).logits
-    replacements = accelerate(model)
-    for replacement in replacements:
-        module = model.get_submodule(replacement.name)
-        assert type(module).__name__ == replacement.class_name
-        assert path_of(module) == replacement.path
-    assert list(model.state_dict()) == keys
-    assert relative(model(**inputs).logits, want) < 1e-5
-    restore(replacements)
-    assert all(path_of(model.get_submodule(r.name)).startswith("not replaced") for r in replacements)
-    assert torch.equal(model(**inputs).logits, want)
-
-
-def test_accelerate_twice_changes_nothing() -> None:
-    model = build("llama4_text")
-    first = accelerate(model)
-    forward = model.model.layers[0].feed_forward.forward
-    restore(accelerate(model))
-    assert model.model.layers[0].feed_forward.forward == forward
-    restore(first)
-    assert "forward" not in vars(model.model.layers[0].feed_forward)
-
-
-def test_accelerate_says_when_there_is_nothing() -> None:
-    with pytest.raises(ValueError, match=r"Linear has none that switchgear knows.*is_transposed.*Llama4TextMoe"):
-        accelerate(nn.Linear(2, 2))
-
-
-def test_copies_run_their_own_weights() -> None:
-    model = build("llama4_text")
-    accelerate(model)
-    clone = copy.deepcopy(model)
-    nn.init.zeros_(clone.model.layers[0].feed_forward.experts.down_proj)
-    inputs = example_inputs(model)
-    assert relative(clone(**inputs).logits, model(**inputs).logits) > 1e-3
-
-
-def test_swap_is_refused_where_a_class_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("llama4_text")
-    moe = model.model.layers[0].feed_forward
-    forward = type(moe).forward
-    monkeypatch.setattr(type(moe), "forward", lambda self, x: (2 * forward(self, x)[0], forward(self, x)[1]))
-    with (
-        pytest.warns(UserWarning, match="Llama4TextMoe is left alone, it does not compute what switchgear expects"),
-        pytest.raises(ValueError, match="none that switchgear knows"),
-    ):
-        accelerate(model)
-
-
-def test_trial_leaves_the_mode_alone() -> None:
-    model = build("switch_transformers").train()
-    model.encoder.block[0].layer[0].eval()
-    before = [module.training for module in model.modules()]
-    state = torch.get_rng_state()
-    accelerate(model)
-    assert [module.training for module in model.modules()] == before
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "dropouts"),
-    [
-        ("switch_transformers", lambda experts: [expert.dropout for expert in experts.values()]),
-        ("nllb-moe", lambda experts: [experts.token_dropout]),
-    ],
-)
-def test_dropout_in_training(model_type: str, dropouts: Callable[[Any], list[nn.Dropout]]) -> None:
-    """With everything dropped there is nothing left (but the bias of nothing); with nothing dropped it is eager."""
-    model = build(model_type)
-    module: Any = model.get_submodule(accelerate(model)[0].name)
-    patch = patch_of(module)
-    assert patch is not None
-    arguments = patch.sample(module, torch.Generator().manual_seed(0))
-    module.train()
-    for dropout in dropouts(module):
-        dropout.p = 1.0
-    assert not module(*arguments).any()
-    for dropout in dropouts(module):
-        dropout.p = 0.0
-    assert relative(module(*arguments), type(module).forward(module, *arguments)) < 1e-5
-
-
-def test_adapters_on_single_experts_are_not_bypassed() -> None:
-    """switch_transformers has one nn.Linear per expert; what wraps one must still be called."""
-    model = build("switch_transformers")
-    module: Any = model.get_submodule(accelerate(model)[0].name)
-    patch = patch_of(module)
-    assert patch is not None
-    arguments = patch.sample(module, torch.Generator().manual_seed(0))
-    calls = []
-    handle = module["expert_0"].wi.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.warns(UserWarning, match="keeps its own implementation: a weight is a Linear"):
-        module(*arguments)
-    assert calls
-    handle.remove()
-    calls.clear()
-    module(*arguments)
-    assert not calls

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Every MoE type of the installed transformers on switchgear against transformers' own loop, forward and backward."""
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from switchgear.integrations.compare import compare
 from switchgear.integrations.model_table import experts_classes
@@ -20,15 +17,6 @@ BOUND = 1e-5
 AMPLIFYING = ("diffusion_gemma", "gemma4_text", "muse_spark")
 
 seen: set[str] = set()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For models this small, waking threads costs ten times what they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
