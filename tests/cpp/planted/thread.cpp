@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
+#include <atomic>
+#include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -10,10 +12,16 @@
 namespace switchgear::planted {
 namespace {
 
-// A counting sort whose chunks share their counters, on the library's own threads.
+// A counting sort whose chunks share their counters, on the library's own threads. Each chunk waits for the other to have
+// begun, without ordering anything, so that one thread cannot take both.
 void race_on_a_histogram() {
   std::vector<int> counts(4);
-  cpu::parallel_for(4, 4000, [&](int64_t i, int) { ++counts[static_cast<size_t>(i % 4)]; });
+  std::atomic<int> begun{0};
+  cpu::parallel_for(2, 2, [&](int64_t, int) {
+    begun.fetch_add(1, std::memory_order_relaxed);
+    while (begun.load(std::memory_order_relaxed) < 2) std::this_thread::yield();
+    for (size_t i = 0; i < 1000; ++i) ++counts[i % 4];
+  });
   std::printf("%d\n", counts[0]);
 }
 
