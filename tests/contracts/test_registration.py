@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Each torch op as torch wants it: schema, fake implementation (shapes, dtypes and strides), autograd registration and
+ahead-of-time dispatch with dynamic shapes, by torch's own checker, on random sizes, dtypes and layouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from native_calls import OPS, arguments, is_optional, sizes_of, spec_of
+from problems import DTYPES, counts
+from torch import Tensor
+
+from switchgear import ops
+
+
+def sample(op: str, seed: int) -> tuple[Any, ...]:
+    """Arguments of the torch op: inputs of the native one, in random sizes and layouts, some optional ones absent."""
+    rng = np.random.default_rng([13, seed])
+    torch.manual_seed(seed)
+    tokens, top_k, experts, hidden_size, intermediate_size = (
+        int(n) for n in rng.integers([0, 1, 1, 1, 1], [7, 4, 6, 20, 20])
+    )
+    sizes = sizes_of(tokens, min(top_k, experts), experts, hidden_size, intermediate_size)
+    args = arguments(op, sizes, DTYPES[seed % 3])
+    inputs: dict[str, Any] = {}
+    for name in OPS[op].tensors:
+        spec = spec_of(op, name)
+        if spec.out:
+            continue
+        tensor: Tensor = args[name]
+        if spec.layout == "matrices" and rng.integers(2):
+            tensor = tensor.mT.contiguous().mT
+        inputs[name] = None if is_optional(op, name) and rng.integers(3) == 0 and name != "token_indices" else tensor
+    tensors, options = list(inputs.values()), [args[name] for name in OPS[op].options]
+    match op:
+        case "route":
+            return *tensors, sizes["K"], *options
+        case "plan":
+            return *tensors, sizes["E"]
+        case "grouped_gemm":
+            x, weight, *rest = tensors
+            return x, [weight] if seed % 2 else list(weight), *rest
+        case "grouped_gemm_wgrad":
+            return *tensors, bool(seed % 2)
+        case "moe_forward":
+            return *tensors, *options, bool(seed % 2)
+        case "moe_backward":
+            return *tensors, *options, [bool(need) for need in rng.integers(0, 2, 6)]
+        case _:
+            return *tensors, *options
+
+
+@pytest.mark.parametrize("op", OPS)
+@counts(ci=2, full=20)
+def test_opcheck(op: str, count: int) -> None:
+    for seed in range(count):
+        torch.library.opcheck(getattr(ops, op), sample(op, seed))
