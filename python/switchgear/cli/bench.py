@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -156,6 +157,9 @@ def measure_all(
         results["skipped"] += skipped
         bench_tables.print_case(console, case, rows, skipped)
     bench_tables.print_skipped(console, [s for s in results["skipped"] if s["peer"] == "all"])
+    about["openmp_runtimes"] = [Path(path).name for path in machine.openmp_runtimes()]
+    if len(about["openmp_runtimes"]) > 1:  # a peer has brought its own, whose threads spin against the others'
+        console.print(f"[yellow]more than one OpenMP runtime is loaded: {', '.join(about['openmp_runtimes'])}[/]")
     return results
 
 

@@ -67,7 +67,7 @@ def print_case(console: Any, case: Case, rows: list[dict[str, Any]], skipped: li
         + (f"; at best {rows[0]['floor_ms']:.3f} ms, by {rows[0]['bound']}" if rows else "") + "[/]",
         highlight=False,
     )  # fmt: skip
-    table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, pad_edge=False)
+    table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("peer", no_wrap=True)
     for name in ("ms", "GFLOP/s", "GB/s", "ceiling", "x ours", "error", "calls"):
         table.add_column(name, justify="right", no_wrap=True)
