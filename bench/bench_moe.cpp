@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "bench.h"
+#include "gate.h"
+
+namespace switchgear::bench {
+namespace {
+
+struct Layer {
+  explicit Layer(const Case& c)
+      : c(c),
+        routed(c),
+        x(Tensor(c.dtype, c.T, c.H).random(1.0, 11)),
+        gate_up_proj(Tensor(c.dtype, c.E, c.N(), c.H).random(1.0 / std::sqrt(c.H), 12)),
+        down_proj(Tensor(c.dtype, c.E, c.H, c.I).random(1.0 / std::sqrt(c.I), 13)),
+        y(c.dtype, c.T, c.H) {}
+
+  ExpertWeights weights() const {
+    return {.gate_up_proj = {.packed = gate_up_proj}, .down_proj = {.packed = down_proj}};
+  }
+  double forward_flop() const { return 6.0 * static_cast<double>(c.S()) * static_cast<double>(c.H * c.I); }
+  double weight_bytes() const { return static_cast<double>(gate_up_proj.bytes() + down_proj.bytes()); }
+  double touched() const { return static_cast<double>(routed.experts_hit()) / static_cast<double>(c.E); }
+
+  void forward(const TensorView& h) {
+    moe_forward({.x = x,
+                 .weights = weights(),
+                 .topk_ids = routed.topk_ids,
+                 .topk_weights = routed.topk_weights,
+                 .y = y,
+                 .h = h},
+                c.exec);
+  }
+
+  // Some elements of the last token's result, from the definition.
+  bool verify_forward() const {
+    const int64_t t = c.T - 1;
+    std::vector<std::vector<test::Bounded>> a(static_cast<size_t>(c.K));
+    const auto expert = [&](int64_t k) { return static_cast<int64_t>(routed.topk_ids.as<int32_t>()[t * c.K + k]); };
+    for (int64_t k = 0; k < c.K; ++k) {
+      const auto h = [&](int64_t n) {
+        test::Sum sum;
+        const int64_t row = (expert(k) * c.N() + n) * c.H;
+        for (int64_t j = 0; j < c.H; ++j) sum.add({x[t * c.H + j]}, {gate_up_proj[row + j]});
+        return sum.result();
+      };
+      for (int64_t i = 0; i < c.I; ++i) {
+        a[static_cast<size_t>(k)].push_back(test::rounded(test::apply_gate(h(i), h(c.I + i), {}).a, c.dtype));
+      }
+    }
+    return sample(c.H, 64, [&](int64_t column) {
+      test::Sum sum;
+      for (int64_t k = 0; k < c.K; ++k) {
+        test::Sum out;
+        const int64_t row = (expert(k) * c.H + column) * c.I;
+        for (int64_t i = 0; i < c.I; ++i)
+          out.add(a[static_cast<size_t>(k)][static_cast<size_t>(i)], {down_proj[row + i]});
+        sum.add(out.result(), {routed.topk_weights[t * c.K + k]});
+      }
+      return test::close(y[t * c.H + column], test::rounded(sum.result(), c.dtype));
+    });
+  }
+
+  Case c;
+  Routed routed;
+  Tensor x, gate_up_proj, down_proj, y;
+};
+
+struct MoeForward : Layer {
+  static constexpr const char* kName = "moe_forward";
+  using Layer::Layer;
+
+  void run() { forward({}); }
+  bool verify() const { return verify_forward(); }
+  Work work() const {
+    return {forward_flop(), weight_bytes() * touched() + static_cast<double>(x.bytes() + y.bytes())};
+  }
+};
+
+// One step of training: forward and backward, all gradients.
+struct MoeTrain : Layer {
+  static constexpr const char* kName = "moe_train";
+  explicit MoeTrain(const Case& c)
+      : Layer(c),
+        h(c.dtype, c.S(), c.N()),
+        grad_y(Tensor(c.dtype, c.T, c.H).random(1.0, 14)),
+        grad_x(c.dtype, c.T, c.H),
+        grad_gate_up_proj(c.dtype, c.E, c.N(), c.H),
+        grad_down_proj(c.dtype, c.E, c.H, c.I),
+        grad_topk_weights(DType::kFloat32, c.T, c.K) {}
+
+  void run() {
+    forward(h);
+    moe_backward({.grad_y = grad_y,
+                  .x = x,
+                  .h = h,
+                  .weights = weights(),
+                  .topk_ids = routed.topk_ids,
+                  .topk_weights = routed.topk_weights,
+                  .grad_x = grad_x,
+                  .grad_gate_up_proj = grad_gate_up_proj,
+                  .grad_down_proj = grad_down_proj,
+                  .grad_topk_weights = grad_topk_weights},
+                 c.exec);
+  }
+  // The result, and that y is linear in topk_weights: Σ_k w · grad_w = <grad_y, y> for each token.
+  bool verify() const {
+    return verify_forward() && sample(c.T, 64, [&](int64_t t) {
+             double from_weights = 0.0, from_y = 0.0, magnitude = 0.0;
+             for (int64_t k = 0; k < c.K; ++k) {
+               from_weights += static_cast<double>(routed.topk_weights[t * c.K + k]) * grad_topk_weights[t * c.K + k];
+             }
+             for (int64_t n = 0; n < c.H; ++n) {
+               const double product = static_cast<double>(grad_y[t * c.H + n]) * y[t * c.H + n];
+               from_y += product;
+               magnitude += std::abs(product);
+             }
+             // y, a and h are rounded once each, so both sides are within a few units of the dtype
+             return std::abs(from_weights - from_y) <=
+                    8 * std::ldexp(magnitude, -std::min(test::mantissa_bits(c.dtype), 20));
+           });
+  }
+  // The forward, and for each of its products two more; gradients of the weights are written once.
+  Work work() const {
+    return {3 * forward_flop(),
+            weight_bytes() * (2 * touched() + 1) + 3.0 * static_cast<double>(x.bytes() + h.bytes())};
+  }
+
+  Tensor h, grad_y, grad_x, grad_gate_up_proj, grad_down_proj, grad_topk_weights;
+};
+
+}  // namespace
+}  // namespace switchgear::bench
+
+int main(int argc, char** argv) {
+  using namespace switchgear::bench;
+  return bench_main<MoeForward, MoeTrain>(argc, argv);
+}
