@@ -298,6 +298,13 @@ def test_zipf_skew_prefers_the_first_experts() -> None:
     assert loads[1][0] > 4 * loads[1].float().mean()
 
 
+def test_shapes_are_those_of_the_native_benches() -> None:
+    listed = json.loads((Path(__file__).parent.parent / "bench" / "shapes.json").read_text())
+    assert {row["name"]: (row["H"], row["I"], row["E"], row["K"]) for row in listed} == {
+        name: shape[:4] for name, shape in SHAPES.items()
+    }
+
+
 def test_flops() -> None:
     assert forward_flops(SMALL, 10) == 10 * 2 * (2 * 32 * 96 + 2 * 48 * 32)
     assert train_flops(SMALL, 10) == 3 * forward_flops(SMALL, 10)

@@ -22,6 +22,7 @@ from .bench_case import DTYPES, Case, Layer, forward, make_case, make_weights, t
 from .bench_verify import expected, relative_error, tolerance
 from .ceilings import floor_seconds, measure
 from .errors import CommandError, optional, positive, require
+from .info import ENVIRONMENT
 from .peers import PEERS, Skip
 from .shapes import SHAPES
 from .timing import interleave
@@ -118,6 +119,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
         "transformers": getattr(transformers, "__version__", None),
         "switchgear": native.version if native else f"reference only: {reason}",
         "isa": native.cpu_isa() if native else None,
+        "environment": machine.environment(ENVIRONMENT),
     }
 
 
