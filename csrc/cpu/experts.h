@@ -70,6 +70,9 @@ struct Tile {
   int64_t expert, column, first_row, num_rows;
 };
 
+// Neighbouring tiles that one task takes where there are enough of them: the stream of weights then goes on from tile to tile.
+constexpr int64_t kTileRun = 4;
+
 // Tiles of `columns` wide column blocks and at most kMaxRows rows, expert by expert. `width(e)` is an expert's number of columns.
 template <typename Width, typename Emit>
 void for_each_tile(const int32_t* expert_offsets, int64_t num_experts, int64_t columns, Width&& width, Emit&& emit) {

@@ -35,6 +35,7 @@ struct Product {
   int64_t num_columns;  // <= panel
   int64_t depth;
   float* c;             // [num_rows, panel]
+  const void* next = nullptr;  // where the caller's next product starts to read b, if known: a hint for few rows
   void* scratch;        // kProductScratch bytes, 64-byte aligned
 };
 constexpr int64_t kProductScratch = kChunkWords * 4 * (kMaxPanel + kMaxRows);

@@ -29,7 +29,13 @@ struct FirstProjection {
   TensorView a;             // [S,I]
   const Kernels& k;
 
-  void run(const Tile& tile, const ProductScratch (&scratch)[2]) const {
+  // The first weights that a tile reads.
+  const void* start(const Tile& tile) const {
+    const GateColumns columns = gate_columns(args.options, a.shape[1], tile.column, 1, k.panel);
+    return ExpertMatrix(args.weights.gate_up_proj, tile.expert).rows_from(columns.begin[0]).data;
+  }
+
+  void run(const Tile& tile, const void* next, const ProductScratch (&scratch)[2]) const {
     const int64_t intermediate_size = a.shape[1], panel = k.panel;
     const int64_t count = std::min(panel, intermediate_size - tile.column);
     const GateColumns columns = gate_columns(args.options, intermediate_size, tile.column, count, panel);
@@ -43,6 +49,7 @@ struct FirstProjection {
                   .num_columns = columns.count[i],
                   .depth = args.x.shape[1],
                   .c = scratch[i].c,
+                  .next = i == 0 && columns.count[1] > 0 ? matrix.rows_from(columns.begin[1]).data : next,
                   .scratch = scratch[i].packing});
     }
     for (int64_t m = 0; m < tile.num_rows; ++m) {
@@ -90,9 +97,14 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   for_each_tile(slots.expert_offsets, num_experts, k.panel, [&](int64_t) { return intermediate_size; },
                 [&](Tile t) { tiles.push_back(t); });
   const FirstProjection first{args, x_rows, view(a, args.x.dtype, num_slots, intermediate_size), k};
-  parallel_for(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
+  const auto num_tiles = static_cast<int64_t>(tiles.size());
+  const int64_t grain = std::clamp<int64_t>(num_tiles / (8 * num_threads), 1, kTileRun);
+  parallel_for_ranges(num_threads, num_tiles, grain, [&](int64_t begin, int64_t end, int thread) {
     char* const own = memory + 2 * thread * ProductScratch::kBytes;
-    first.run(tiles[static_cast<size_t>(task)], {ProductScratch(own), ProductScratch(own + ProductScratch::kBytes)});
+    for (int64_t i = begin; i < end; ++i) {
+      const void* const next = i + 1 < end ? first.start(tiles[static_cast<size_t>(i + 1)]) : nullptr;
+      first.run(tiles[static_cast<size_t>(i)], next, {ProductScratch(own), ProductScratch(own + ProductScratch::kBytes)});
+    }
   });
   if (args.h.defined()) {
     for (int64_t s = used_slots; s < num_slots; ++s) {

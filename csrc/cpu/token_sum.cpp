@@ -44,22 +44,33 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
     const int64_t first_token = task / column_blocks * chunk, last_token = std::min(num_tokens, first_token + chunk);
     std::fill(sums, sums + (last_token - first_token) * panel, 0.0f);
 
-    for (int64_t e = 0; e < num_experts; ++e) {
+    const auto first_slot = [&](int64_t e, int64_t token) {
       const int32_t* const begin = args.token_indices + args.expert_offsets[e];
       const int32_t* const end = args.token_indices + args.expert_offsets[e + 1];
-      if (begin == end) continue;
-      const int64_t first = std::lower_bound(begin, end, first_token) - args.token_indices;
-      const int64_t last = std::lower_bound(begin, end, last_token) - args.token_indices;
+      return std::lower_bound(begin, end, token) - args.token_indices;
+    };
+    const auto next_expert = [&](int64_t e) {  // the next one with rows of this task's tokens
+      while (++e < num_experts && first_slot(e, first_token) == first_slot(e, last_token)) {
+      }
+      return e;
+    };
+    const auto operand = [&](int64_t e) {
       const ExpertMatrix matrix(*args.matrices, e);
+      return args.transposed ? matrix.columns_from(column) : matrix.rows_from(column);
+    };
+    for (int64_t e = next_expert(-1), next; e < num_experts; e = next) {
+      next = next_expert(e);
+      const int64_t first = first_slot(e, first_token), last = first_slot(e, last_token);
       for (int64_t s = first; s < last; s += kMaxRows) {
         const int64_t rows = std::min<int64_t>(kMaxRows, last - s);
         k.multiply({.rows = args.rows + s,
                     .row_dtype = args.row_dtype,
                     .num_rows = rows,
-                    .b = args.transposed ? matrix.columns_from(column) : matrix.rows_from(column),
+                    .b = operand(e),
                     .num_columns = columns,
                     .depth = args.depth,
                     .c = scratch.c,
+                    .next = next < num_experts ? operand(next).data : nullptr,
                     .scratch = scratch.packing});
         for (int64_t m = 0; m < rows; ++m) {
           float* const c = scratch.c + m * panel;
