@@ -20,7 +20,7 @@ import torch
 from . import bench_tables, machine
 from .bench_case import DTYPES, Case, Layer, forward, make_case, make_weights, train
 from .bench_verify import expected, relative_error, tolerance
-from .ceilings import floor_seconds, measure
+from .ceilings import floor_seconds, measure, measure_again
 from .errors import CommandError, optional, positive, require
 from .info import ENVIRONMENT
 from .peers import PEERS, Skip
@@ -153,11 +153,14 @@ def measure_all(
         assert weights is not None
         case = make_case(shape_name, SHAPES[shape_name], dtype, tokens, mode, args.skew, weights)
         with console.status(title) as status:
+            measure_again(ceilings, dtype, args.threads)
             share = min(LONGEST_QUICK_CASE if args.quick else LONGEST_CASE, left / (len(plan) - i))
             rows, skipped = measure_case(case, peers, named, ceilings, share, status.update)
         results["results"] += rows
         results["skipped"] += skipped
         bench_tables.print_case(console, case, rows, skipped)
+    for row in results["results"]:
+        row |= against_ceilings(ceilings, row)  # with the ceilings as they are at the end
     bench_tables.print_skipped(console, [s for s in results["skipped"] if s["peer"] == "all"])
     about["openmp_runtimes"] = [Path(path).name for path in machine.openmp_runtimes()]
     if len(about["openmp_runtimes"]) > 1:  # a peer has brought its own, whose threads spin against the others'
@@ -175,7 +178,6 @@ def measure_case(
     layers: dict[str, Layer] = {}
     say(f"{case.name}: computing what is expected")
     want, limit, errors = expected(case), tolerance(case), {}
-    floor, bound = floor_seconds(ceilings, case.dtype_name, case.flops, case.weight_bytes)
     for name in peers:
         try:
             say(f"{case.name}: verifying {name}")
@@ -185,15 +187,15 @@ def measure_case(
             skipped.append({"case": case.name, "peer": name, "reason": str(reason)})
             continue
         if errors[name] > limit:
-            rows.append(row(case, name, [], errors[name], limit, floor, bound))
+            rows.append(result(case, name, [], errors[name], limit))
         else:
             layers[name] = layer
     say(f"{case.name}: timing {', '.join(layers)}")
     calls = {name: call_of(case, layer) for name, layer in layers.items()}
     times = interleave(calls, seconds - (perf_counter() - start))
     case.gate_up_proj.grad = case.down_proj.grad = None
-    rows += [row(case, name, taken, errors[name], limit, floor, bound) for name, taken in times.items()]
-    return rows, skipped
+    rows += [result(case, name, taken, errors[name], limit) for name, taken in times.items()]
+    return [row | against_ceilings(ceilings, row) for row in rows], skipped
 
 
 def prepare(case: Case, name: str, named: bool, ceilings: dict[str, Any]) -> Layer:
@@ -225,18 +227,25 @@ def call_of(case: Case, layer: Layer) -> Callable[[int], object]:
     return lambda number: forward(layer, case.inputs[number % len(case.inputs)])
 
 
-def row(
-    case: Case, peer: str, times: list[float], error: float, limit: float, floor: float, bound: str
-) -> dict[str, Any]:
-    """One result, as --json and --csv have it."""
+def result(case: Case, peer: str, times: list[float], error: float, limit: float) -> dict[str, Any]:
+    """One result, as --json and --csv have it; `times` is empty for a peer that is wrong."""
     seconds = median(times) if times else None
     return {
         "shape": case.shape_name, "hidden_size": case.shape.hidden_size,
         "intermediate_size": case.shape.intermediate_size, "num_experts": case.shape.num_experts,
         "top_k": case.shape.top_k, "tokens": case.tokens, "dtype": case.dtype_name, "mode": case.mode, "peer": peer,
         "ms": seconds and 1e3 * seconds, "best_ms": 1e3 * min(times) if times else None, "repetitions": len(times),
+        "flops": case.flops, "weight_bytes": case.weight_bytes, "touched_experts": case.touched_experts,
         "gflops": seconds and case.flops / seconds / 1e9, "gbytes_per_s": seconds and case.weight_bytes / seconds / 1e9,
-        "touched_experts": case.touched_experts, "floor_ms": 1e3 * floor, "bound": bound,
-        "percent_of_ceiling": seconds and 100 * floor / seconds,
         "relative_error": error, "error_limit": limit, "wrong": error > limit,
     }  # fmt: skip
+
+
+def against_ceilings(ceilings: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """The part of a result that depends on the ceilings."""
+    floor, bound = floor_seconds(ceilings, row["dtype"], row["flops"], row["weight_bytes"])
+    return {
+        "floor_ms": 1e3 * floor,
+        "bound": bound,
+        "percent_of_ceiling": row["ms"] and 1e5 * floor / row["ms"],
+    }

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Any
 
@@ -45,30 +45,46 @@ def torch_read_rates(seconds: float) -> dict[str, float]:
     }
 
 
-def measure(dtype_names: list[str], num_threads: int, seconds: float = 0.5) -> dict[str, Any]:
-    """{"read": best, "compute": {dtype: best}, and all candidates with their names}, in bytes/s and flop/s.
+def _native(dtype_names: Iterable[str], num_threads: int) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """The native probes: (read, compute by dtype), empty without the native module."""
+    native, _ = optional("switchgear._C")
+    if native is None:
+        return {}, {name: {} for name in dtype_names}
+    torch_names = {name: str(DTYPES[name]).removeprefix("torch.") for name in dtype_names}
+    compute = {name: {"switchgear, registers": native.fma_rate(torch_names[name], num_threads)} for name in dtype_names}
+    return {"switchgear, vector loads": native.read_bandwidth(num_threads)}, compute
 
-    The native probes are the reference where there are any: registers only for the multiply-adds, vector loads with
-    prefetch for reading. The best of all candidates counts, so no implementation of the run is above 100 % by much.
+
+def measure(dtype_names: list[str], num_threads: int, seconds: float = 0.5) -> dict[str, Any]:
+    """{"read": best, "compute": {dtype: best}, "candidates": all of them with their names}, in bytes/s and flop/s.
+
+    The native probes are multiply-adds in registers, and vector loads. The best of all candidates counts. Without the
+    native module the ceilings are torch's own rates, and "remark" says so.
     """
-    native, reason = optional("switchgear._C")
-    read = {}
-    if native is not None and hasattr(native, "read_bandwidth"):
-        read["switchgear, vector loads"] = float(native.read_bandwidth(num_threads))
-    else:
-        read |= torch_read_rates(seconds)
-    compute: dict[str, dict[str, float]] = {}
+    read, compute = _native(dtype_names, num_threads)
+    remark = "" if read else f"no native probes ({optional('switchgear._C')[1]}): the ceilings are torch's own rates"
     for name in dtype_names:
-        compute[name] = gemm_rates(DTYPES[name], seconds)
-        if native is not None and hasattr(native, "fma_rate"):
-            torch_name = str(DTYPES[name]).removeprefix("torch.")
-            compute[name]["switchgear, registers"] = float(native.fma_rate(torch_name, num_threads))
-    return {
-        "read": max(read.values()),
-        "compute": {name: max(rates.values()) for name, rates in compute.items()},
-        "candidates": {"read": read, "compute": compute},
-        "remark": "" if native is not None else f"no native probes ({reason}): the ceilings are torch's own rates",
-    }
+        compute[name] |= gemm_rates(DTYPES[name], seconds)
+    ceilings = {"candidates": {"read": read or torch_read_rates(seconds), "compute": compute}, "remark": remark}
+    return _with_best(ceilings)
+
+
+def measure_again(ceilings: dict[str, Any], dtype_name: str, num_threads: int) -> None:
+    """Raise `ceilings` if the native probes are faster now: a shared machine may have been slow when the run began."""
+    read, compute = _native([dtype_name], num_threads)
+    for known, now in (
+        (ceilings["candidates"]["read"], read),
+        (ceilings["candidates"]["compute"][dtype_name], compute[dtype_name]),
+    ):
+        known |= {name: max(rate, known[name]) for name, rate in now.items()}
+    _with_best(ceilings)
+
+
+def _with_best(ceilings: dict[str, Any]) -> dict[str, Any]:
+    candidates = ceilings["candidates"]
+    ceilings["read"] = max(candidates["read"].values())
+    ceilings["compute"] = {name: max(rates.values()) for name, rates in candidates["compute"].items()}
+    return ceilings
 
 
 def floor_seconds(ceilings: dict[str, Any], dtype_name: str, flops: float, weight_bytes: float) -> tuple[float, str]:
