@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "arrays.h"
+#include "cpu/workspace.h"
 #include "switchgear/backend.h"
 #include "switchgear/check.h"
 
@@ -308,7 +309,12 @@ PYBIND11_MODULE(_C, m) {
         return read_bandwidth({.num_threads = num_threads});
       },
       "Reading of memory, in bytes/s.", "num_threads"_a = 0);
-  m.def("release_workspaces", &release_workspaces, "Frees the temporary memory that ops keep between calls.");
+  m.def("release_workspaces", &release_workspaces, "Frees the memory that is kept between calls.");
+  py::class_<cpu::Buffer>(m, "Buffer", py::buffer_protocol(), "Bytes of a tensor, from memory that is kept and reused.")
+      .def(py::init<int64_t>(), "size"_a)
+      .def_buffer([](const cpu::Buffer& buffer) {
+        return py::buffer_info(static_cast<uint8_t*>(buffer.data()), static_cast<py::ssize_t>(buffer.size()));
+      });
   m.def("available_cpu_isas", &available_cpu_isas, "ISAs that were built and that this machine runs, best last.");
   m.def("cpu_isa", &cpu_isa, "The ISA in use.");
   m.def("set_cpu_isa", &set_cpu_isa, "Sets the ISA to use; ValueError for one that is not available.", "isa"_a);

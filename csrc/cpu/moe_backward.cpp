@@ -117,9 +117,6 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   const int64_t num_panels = ceil_div(intermediate_size, k.panel);
   const int64_t element = size_of(args.x.dtype);
   const auto pointers = num_slots * static_cast<int64_t>(sizeof(void*));
-  for (const TensorView* gradient : {&args.grad_gate_up_proj, &args.grad_down_proj}) {
-    if (gradient->defined()) advise_huge_pages(gradient->data, gradient->numel() * element);
-  }
 
   Workspace workspace(Slots::bytes(num_slots, num_experts) + 4 * Workspace::padded(pointers) +
                       Workspace::padded(num_slots * width * element) +

@@ -4,7 +4,9 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cassert>
+#include <iterator>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -22,7 +24,10 @@ struct Block {
 
 struct Pool {
   std::mutex mutex;
-  std::vector<Block> idle;
+  std::vector<Block> idle;  // workspaces
+
+  std::vector<Block> idle_buffers;  // oldest first
+  int64_t idle_bytes = 0, live_bytes = 0, most_live_bytes = 0;
 };
 
 // Never destroyed: threads may still hold workspaces while the process exits.
@@ -36,6 +41,12 @@ Pool& pool() {
                                                           [] { pool().mutex.unlock(); });
 
 void free_block(Block block) { ::operator delete(block.data, std::align_val_t{64}); }
+
+char* allocate(int64_t bytes) {
+  auto* const data = static_cast<char*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{64}));
+  advise_huge_pages(data, bytes);
+  return data;
+}
 
 }  // namespace
 
@@ -58,8 +69,7 @@ Workspace::Workspace(int64_t bytes) : size_(padded(bytes)) {
   }
   if (reuse.data == nullptr) {
     reuse.size = size_;
-    reuse.data = static_cast<char*>(::operator new(static_cast<size_t>(size_), std::align_val_t{64}));
-    advise_huge_pages(reuse.data, reuse.size);
+    reuse.data = allocate(size_);
   }
   block_ = reuse.data;
   size_ = reuse.size;
@@ -82,11 +92,52 @@ void* Workspace::take_bytes(int64_t bytes) {
   return data;
 }
 
+Buffer::Buffer(int64_t bytes) : size_(bytes) {
+  Pool& p = pool();
+  {
+    const std::lock_guard lock(p.mutex);
+    p.live_bytes += bytes;
+    p.most_live_bytes = std::max(p.most_live_bytes, p.live_bytes);
+    auto& idle = p.idle_buffers;
+    const auto same_size = std::find_if(idle.rbegin(), idle.rend(), [&](const Block& b) { return b.size == bytes; });
+    if (same_size != idle.rend()) {
+      data_ = same_size->data;
+      p.idle_bytes -= bytes;
+      idle.erase(std::next(same_size).base());
+      return;
+    }
+    while (!idle.empty() && p.idle_bytes + p.live_bytes > p.most_live_bytes) {
+      p.idle_bytes -= idle.front().size;
+      free_block(idle.front());
+      idle.erase(idle.begin());
+    }
+  }
+  try {
+    data_ = allocate(bytes);
+  } catch (...) {
+    const std::lock_guard lock(p.mutex);
+    p.live_bytes -= bytes;
+    throw;
+  }
+}
+
+Buffer::~Buffer() {
+  Pool& p = pool();
+  const std::lock_guard lock(p.mutex);
+  p.live_bytes -= size_;
+  p.idle_bytes += size_;
+  p.idle_buffers.push_back({data_, size_});
+}
+
 void release_workspaces() {
   Pool& p = pool();
   const std::lock_guard lock(p.mutex);
-  for (const Block& block : p.idle) free_block(block);
-  p.idle.clear();
+  for (auto* blocks : {&p.idle, &p.idle_buffers}) {
+    for (const Block& block : *blocks) free_block(block);
+    blocks->clear();
+  }
+  p.idle_bytes = 0;
+  p.most_live_bytes = p.live_bytes;
 }
 
 void advise_huge_pages(void* data, int64_t bytes) {

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Temporary memory of one call. Blocks are kept and reused, so that a training step does not fault the same pages in again
-// and again; release_workspaces() gives all idle ones back.
+// Memory that is kept and reused, so that a training step does not fault the same pages in again and again: the system hands
+// out a large block page by page, and zeroes each, which costs as much as half of the multiplications of a training step.
+// release_workspaces() gives all idle blocks back.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace switchgear::cpu {
 
+// Temporary memory of one call.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes);  // throws std::bad_alloc
@@ -27,6 +29,23 @@ class Workspace {
   char* block_;
   int64_t size_;
   int64_t used_ = 0;
+};
+
+// Memory of one tensor, a weight gradient. Blocks come back for tensors of exactly their size; idle and live ones together
+// never exceed what was live at once before.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes);  // throws std::bad_alloc
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  void* data() const { return data_; }
+  int64_t size() const { return size_; }
+
+ private:
+  char* data_;
+  int64_t size_;
 };
 
 void release_workspaces();

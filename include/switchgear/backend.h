@@ -37,7 +37,7 @@ void set_cpu_isa(const std::string& isa);  // ValueError for one that is not ava
 double multiply_rate(DType dtype, Execution exec = {});
 double read_bandwidth(Execution exec = {});
 
-// Gives the temporary memory that the CPU ops keep between calls back to the system.
+// Gives the memory that the CPU backend keeps between calls (temporary, and of freed gradients) back to the system.
 void release_workspaces();
 
 }  // namespace switchgear

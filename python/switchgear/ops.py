@@ -477,6 +477,20 @@ def _allocate_moe_backward(
     )
 
 
+_KEPT_BYTES = 1 << 20  # smaller tensors come from memory that malloc keeps anyway
+
+
+def _kept_like(tensor: Tensor) -> Tensor:
+    """torch.empty_like in memory that the native module keeps for the next tensor of this size. A weight gradient that
+    is allocated anew at each step has its pages faulted in and zeroed at each step."""
+    transposed = not tensor.is_contiguous()
+    dense = tensor.mT if transposed else tensor
+    if tensor.nbytes < _KEPT_BYTES or not dense.is_contiguous():
+        return torch.empty_like(tensor)
+    memory = torch.frombuffer(_C.Buffer(tensor.nbytes), dtype=tensor.dtype).view(dense.shape)
+    return memory.mT if transposed else memory
+
+
 def _moe_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -496,7 +510,10 @@ def _moe_backward(
 ) -> tuple[Tensor, ...]:
     options = (activation, gated, interleaved, alpha, limit)
     layer = (gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
-    grads = _allocate_moe_backward(grad_y, x, h, *layer, *options, needs)
+    small = (needs[0], False, False, *needs[3:])
+    grad_x, _, _, *rest = _allocate_moe_backward(grad_y, x, h, *layer, *options, small)
+    projections = (_kept_like(w) if need else x.new_empty(0) for w, need in zip((gate_up_proj, down_proj), needs[1:3], strict=True))
+    grads = (grad_x, *projections, *rest)
     present = (True, True, True, gate_up_bias is not None, down_bias is not None, True)
     outputs: Any = (grad if need and there else None for grad, need, there in zip(grads, needs, present, strict=True))
     _C.moe_backward(  # type: ignore[call-arg]
