@@ -29,11 +29,17 @@ class ExpertMatrix {
 
   // B[n,k] = W[first + n, k]: x·Wᵀ
   Matrix rows_from(int64_t first) const {
-    return {.data = data_ + first * row_stride_ * size_of(dtype_), .dtype = dtype_, .n_stride = row_stride_, .k_stride = column_stride_};
+    return {.data = data_ + first * row_stride_ * size_of(dtype_),
+            .dtype = dtype_,
+            .n_stride = row_stride_,
+            .k_stride = column_stride_};
   }
   // B[n,k] = W[k, first + n]: x·W
   Matrix columns_from(int64_t first) const {
-    return {.data = data_ + first * column_stride_ * size_of(dtype_), .dtype = dtype_, .n_stride = column_stride_, .k_stride = row_stride_};
+    return {.data = data_ + first * column_stride_ * size_of(dtype_),
+            .dtype = dtype_,
+            .n_stride = column_stride_,
+            .k_stride = row_stride_};
   }
 
  private:

@@ -32,8 +32,8 @@ struct GateUp {
 };
 
 // The two parts of one row of h as gate and up: the parts themselves, or shuffled into `row` where they are interleaved.
-inline GateUp split_gate(GateRow& row, float* part0, float* part1, const GluOptions& options, const GateColumns& columns,
-                         int64_t count) {
+inline GateUp split_gate(GateRow& row, float* part0, float* part1, const GluOptions& options,
+                         const GateColumns& columns, int64_t count) {
   if (!options.gated || !options.interleaved) return {part0, part1};
   const auto element = [&](int64_t i) { return i < columns.count[0] ? part0[i] : part1[i - columns.count[0]]; };
   for (int64_t j = 0; j < count; ++j) {
@@ -44,8 +44,8 @@ inline GateUp split_gate(GateRow& row, float* part0, float* part1, const GluOpti
 }
 
 // The inverse, after gate and up were overwritten in place.
-inline void merge_gate(float* part0, float* part1, const GateRow& row, const GluOptions& options, const GateColumns& columns,
-                       int64_t count) {
+inline void merge_gate(float* part0, float* part1, const GateRow& row, const GluOptions& options,
+                       const GateColumns& columns, int64_t count) {
   if (!options.gated || !options.interleaved) return;
   const auto element = [&](int64_t i) -> float& {
     return i < columns.count[0] ? part0[i] : part1[i - columns.count[0]];

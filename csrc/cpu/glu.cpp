@@ -39,32 +39,32 @@ void glu(const GluArgs& args, Execution exec) {
   const Kernels& k = kernels();
   for_each_block(args.a, args.options, resolve_threads(exec.num_threads),
                  [&](int64_t s, int64_t column, int64_t count, const GateColumns& columns) {
-    Parts h;
-    load_parts(k, h, args.h, s, columns);
-    GateRow shuffled;
-    const auto [gate, up] = split_gate(shuffled, h.part[0], h.part[1], args.options, columns, count);
-    float a[kMaxPanel];
-    k.glu_row(a, gate, up, args.options, count);
-    k.store_row(at(args.a, s, column), args.a.dtype, a, count);
-  });
+                   Parts h;
+                   load_parts(k, h, args.h, s, columns);
+                   GateRow shuffled;
+                   const auto [gate, up] = split_gate(shuffled, h.part[0], h.part[1], args.options, columns, count);
+                   float a[kMaxPanel];
+                   k.glu_row(a, gate, up, args.options, count);
+                   k.store_row(at(args.a, s, column), args.a.dtype, a, count);
+                 });
 }
 
 void glu_backward(const GluBackwardArgs& args, Execution exec) {
   const Kernels& k = kernels();
   for_each_block(args.grad_a, args.options, resolve_threads(exec.num_threads),
                  [&](int64_t s, int64_t column, int64_t count, const GateColumns& columns) {
-    Parts h;
-    load_parts(k, h, args.h, s, columns);
-    GateRow shuffled;
-    const auto [gate, up] = split_gate(shuffled, h.part[0], h.part[1], args.options, columns, count);
-    float a[kMaxPanel], grad_a[kMaxPanel];
-    k.load_row(grad_a, at(args.grad_a, s, column), args.grad_a.dtype, count);
-    k.glu_backward_row(a, gate, up, grad_a, gate, up, args.options, count);
-    merge_gate(h.part[0], h.part[1], shuffled, args.options, columns, count);
-    for (int i = 0; i < 2; ++i) {
-      k.store_row(at(args.grad_h, s, columns.begin[i]), args.grad_h.dtype, h.part[i], columns.count[i]);
-    }
-  });
+                   Parts h;
+                   load_parts(k, h, args.h, s, columns);
+                   GateRow shuffled;
+                   const auto [gate, up] = split_gate(shuffled, h.part[0], h.part[1], args.options, columns, count);
+                   float a[kMaxPanel], grad_a[kMaxPanel];
+                   k.load_row(grad_a, at(args.grad_a, s, column), args.grad_a.dtype, count);
+                   k.glu_backward_row(a, gate, up, grad_a, gate, up, args.options, count);
+                   merge_gate(h.part[0], h.part[1], shuffled, args.options, columns, count);
+                   for (int i = 0; i < 2; ++i) {
+                     k.store_row(at(args.grad_h, s, columns.begin[i]), args.grad_h.dtype, h.part[i], columns.count[i]);
+                   }
+                 });
 }
 
 }  // namespace switchgear::cpu

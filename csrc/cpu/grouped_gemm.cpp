@@ -24,7 +24,8 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   const int64_t used_slots = expert_offsets[num_experts];
 
   std::vector<Tile> tiles;
-  for_each_tile(expert_offsets, num_experts, panel, [&](int64_t) { return width; }, [&](Tile t) { tiles.push_back(t); });
+  for_each_tile(
+      expert_offsets, num_experts, panel, [&](int64_t) { return width; }, [&](Tile t) { tiles.push_back(t); });
 
   const int64_t pointer_bytes = Workspace::padded(used_slots * static_cast<int64_t>(sizeof(void*)));
   Workspace workspace(pointer_bytes + num_threads * ProductScratch::kBytes);
@@ -48,7 +49,8 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
                 .scratch = scratch.packing});
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       float* const c = scratch.c + m * panel;
-      if (args.bias.defined()) k.add_scaled_row(c, at(args.bias, tile.expert, tile.column), args.bias.dtype, 1.0f, columns);
+      if (args.bias.defined())
+        k.add_scaled_row(c, at(args.bias, tile.expert, tile.column), args.bias.dtype, 1.0f, columns);
       k.store_row(at(args.out, tile.first_row + m, tile.column), args.out.dtype, c, stored);
     }
   });

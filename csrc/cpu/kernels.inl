@@ -147,7 +147,8 @@ struct PairWords {
     __builtin_memcpy(lanes, p, static_cast<size_t>(count) * 2);
     return _mm512_loadu_ps(lanes);
   }
-  static Floats load_along_n(const BFloat16* low, const BFloat16* high, int64_t count) {  // null: zeros (an odd end of k)
+  static Floats load_along_n(const BFloat16* low, const BFloat16* high,
+                             int64_t count) {  // null: zeros (an odd end of k)
     BFloat16 l[kLanes] = {}, h[kLanes] = {};
     if (count == kLanes && high != nullptr) return load_pairs(low, high);
     __builtin_memcpy(l, low, static_cast<size_t>(count) * 2);
@@ -194,7 +195,8 @@ void pack(float* panel, const Matrix& b, int64_t num_columns, int64_t k_begin, i
       const T* high = whole ? k_row(k + Words::kDepth - 1) : nullptr;
       for (int64_t n0 = 0; n0 < kPanel; n0 += kLanes) {
         const int64_t valid = num_columns - n0 < kLanes ? num_columns - n0 : kLanes;
-        const Floats v = valid > 0 ? Words::load_along_n(low + n0, high != nullptr ? high + n0 : nullptr, valid) : broadcast(0.0f);
+        const Floats v =
+            valid > 0 ? Words::load_along_n(low + n0, high != nullptr ? high + n0 : nullptr, valid) : broadcast(0.0f);
         store(panel + p * kPanel + n0, v);
       }
     }
@@ -351,7 +353,8 @@ void add_partial_block(float* c, const T* b, int64_t stride, const char* const* 
 }
 
 template <int kRows, bool kPairs, typename Words, typename T>
-void multiply_few_rows(const Product& product, const void* const* rows, int64_t row_offset, int64_t k_begin, int64_t depth) {
+void multiply_few_rows(const Product& product, const void* const* rows, int64_t row_offset, int64_t k_begin,
+                       int64_t depth) {
   constexpr int64_t kBlock = kLanes * Words::kDepth;
   const Matrix& b = product.b;
   const int64_t num_columns = product.num_columns;
@@ -395,8 +398,8 @@ void multiply_chunk(const Product& product, const void* const* rows, int64_t row
   }
   float* const panel = static_cast<float*>(product.scratch);
   pack<Words, T>(panel, product.b, product.num_columns, k, depth);
-  multiply_rows<kPairs>(rows, product.num_rows, row_offset, panel, depth / Words::kDepth, depth % Words::kDepth != 0, product.c,
-                        k > 0);
+  multiply_rows<kPairs>(rows, product.num_rows, row_offset, panel, depth / Words::kDepth, depth % Words::kDepth != 0,
+                        product.c, k > 0);
 }
 
 void multiply(const Product& product) {
@@ -434,8 +437,8 @@ void multiply(const Product& product) {
 // ---- transpose -----------------------------------------------------------------------------------------------------------
 
 template <typename Words, typename T>
-void transpose_blocks(char* out, int64_t out_stride_bytes, const void* const* rows, int64_t num_rows, int64_t first_column,
-                      int64_t columns) {
+void transpose_blocks(char* out, int64_t out_stride_bytes, const void* const* rows, int64_t num_rows,
+                      int64_t first_column, int64_t columns) {
   constexpr int64_t kBlock = kLanes * Words::kDepth;
   for (int64_t s0 = 0; s0 < num_rows; s0 += kBlock) {
     const int64_t count = num_rows - s0 < kBlock ? num_rows - s0 : kBlock;
@@ -473,7 +476,8 @@ DType transpose_rows(void* out, int64_t out_stride, const void* const* rows, int
                      int64_t columns, DType dtype) {
 #ifdef __AVX512BF16__
   if (dtype == DType::kBFloat16) {
-    transpose_blocks<PairWords, BFloat16>(static_cast<char*>(out), out_stride * 2, rows, num_rows, first_column, columns);
+    transpose_blocks<PairWords, BFloat16>(static_cast<char*>(out), out_stride * 2, rows, num_rows, first_column,
+                                          columns);
     return DType::kBFloat16;
   }
 #endif
@@ -513,8 +517,9 @@ inline Floats normal_cdf(Floats x, Floats* density) {
   const Floats z = min(select(x < zero, -x, x) * broadcast(0.70710678f), broadcast(10.0f));
   const Floats t = one / multiply_add(z, broadcast(0.4f), one);
   Floats p = broadcast(-0.030429895f);
-  for (const float c : {0.202371179f, -0.508615623f, 0.559893062f, -0.29419631f, 0.277049659f, 0.128059535f, 0.215244239f,
-                        0.224915503f, 0.225708658f}) p = multiply_add(p, t, broadcast(c));
+  for (const float c : {0.202371179f, -0.508615623f, 0.559893062f, -0.29419631f, 0.277049659f, 0.128059535f,
+                        0.215244239f, 0.224915503f, 0.225708658f})
+    p = multiply_add(p, t, broadcast(c));
   const Floats gauss = exp(x * x * broadcast(-0.5f));
   *density = gauss * broadcast(0.39894228f);
   const Floats tail = broadcast(0.5f) * gauss * t * p;
@@ -589,8 +594,8 @@ void glu_row(float* a, const float* gate, const float* up, const GluOptions& opt
   });
 }
 
-void glu_backward_row(float* a, float* grad_gate, float* grad_up, const float* grad_a, const float* gate, const float* up,
-                      const GluOptions& options, int64_t n) {
+void glu_backward_row(float* a, float* grad_gate, float* grad_up, const float* grad_a, const float* gate,
+                      const float* up, const GluOptions& options, int64_t n) {
   for_vectors(n, [&](int64_t i, int64_t count) {
     const Floats u = options.gated ? load_some(up + i, count) : broadcast(0.0f);
     const Floats g = load_some(grad_a + i, count);

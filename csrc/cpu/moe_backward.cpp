@@ -52,7 +52,8 @@ struct ActivationBackward {
       const float weight = slots.weights[slot];
       const float* const g = scratch.c + m * panel;
       float part[2][kMaxPanel], a[kMaxPanel], scaled[kMaxPanel] = {};
-      for (int i = 0; i < 2; ++i) k.load_row(part[i], at(args.h, slot, columns.begin[i]), args.h.dtype, columns.count[i]);
+      for (int i = 0; i < 2; ++i)
+        k.load_row(part[i], at(args.h, slot, columns.begin[i]), args.h.dtype, columns.count[i]);
       GateRow shuffled;
       const auto [gate, up] = split_gate(shuffled, part[0], part[1], args.options, columns, count);
       k.add_scaled_row(scaled, g, DType::kFloat32, weight, count);
@@ -138,8 +139,9 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   fill_row_pointers(a_rows, weighted_a, intermediate_size * element, used_slots);
 
   std::vector<Tile> tiles;
-  for_each_tile(slots.expert_offsets, num_experts, k.panel, [&](int64_t) { return intermediate_size; },
-                [&](Tile t) { tiles.push_back(t); });
+  for_each_tile(
+      slots.expert_offsets, num_experts, k.panel, [&](int64_t) { return intermediate_size; },
+      [&](Tile t) { tiles.push_back(t); });
   const ActivationBackward stage{.args = args,
                                  .slots = slots,
                                  .grad_y_rows = grad_y_rows,

@@ -94,8 +94,9 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
 
   const Kernels& k = kernels();
   std::vector<Tile> tiles;
-  for_each_tile(slots.expert_offsets, num_experts, k.panel, [&](int64_t) { return intermediate_size; },
-                [&](Tile t) { tiles.push_back(t); });
+  for_each_tile(
+      slots.expert_offsets, num_experts, k.panel, [&](int64_t) { return intermediate_size; },
+      [&](Tile t) { tiles.push_back(t); });
   const FirstProjection first{args, x_rows, view(a, args.x.dtype, num_slots, intermediate_size), k};
   const auto num_tiles = static_cast<int64_t>(tiles.size());
   const int64_t grain = std::clamp<int64_t>(num_tiles / (8 * num_threads), 1, kTileRun);
@@ -103,7 +104,8 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
     char* const own = memory + 2 * thread * ProductScratch::kBytes;
     for (int64_t i = begin; i < end; ++i) {
       const void* const next = i + 1 < end ? first.start(tiles[static_cast<size_t>(i + 1)]) : nullptr;
-      first.run(tiles[static_cast<size_t>(i)], next, {ProductScratch(own), ProductScratch(own + ProductScratch::kBytes)});
+      first.run(tiles[static_cast<size_t>(i)], next,
+                {ProductScratch(own), ProductScratch(own + ProductScratch::kBytes)});
     }
   });
   if (args.h.defined()) {

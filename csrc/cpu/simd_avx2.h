@@ -15,8 +15,12 @@ constexpr int kLanes = 8;
 constexpr int kPanelVectors = 2;  // 6 x 2 accumulators, 2 of B and 1 of A fill 16 registers
 constexpr bool kHasPairs = false;
 
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }

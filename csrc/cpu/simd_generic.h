@@ -13,8 +13,12 @@ constexpr int kLanes = 4;
 constexpr int kPanelVectors = 2;  // 6 x 2 accumulators, 2 of B and 1 of A fill 16 registers
 constexpr bool kHasPairs = false;
 
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 inline float to_float(BFloat16 v) {
   const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;

@@ -18,8 +18,8 @@ struct Slots {
   }
 };
 
-inline Slots make_slots(Workspace& workspace, const TensorView& topk_ids, const TensorView& topk_weights, int64_t num_experts,
-                        Execution exec) {
+inline Slots make_slots(Workspace& workspace, const TensorView& topk_ids, const TensorView& topk_weights,
+                        int64_t num_experts, Execution exec) {
   const int64_t num_tokens = topk_ids.shape[0], top_k = topk_ids.shape[1], count = num_tokens * top_k;
   auto* const expert_offsets = workspace.take<int32_t>(num_experts + 1);
   auto* const token_indices = workspace.take<int32_t>(count);

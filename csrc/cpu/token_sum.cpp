@@ -16,8 +16,9 @@ constexpr int64_t kTokenChunk = 2048;
 
 // Tokens per task: all of a chunk, fewer where the column blocks alone would not fill the threads.
 int64_t tokens_per_task(int64_t num_tokens, int64_t column_blocks, int num_threads) {
-  const int64_t chunks = std::max<int64_t>(ceil_div(num_tokens, kTokenChunk),
-                                           std::min<int64_t>(ceil_div(2 * num_threads, column_blocks), ceil_div(num_tokens, 64)));
+  const int64_t chunks =
+      std::max<int64_t>(ceil_div(num_tokens, kTokenChunk),
+                        std::min<int64_t>(ceil_div(2 * num_threads, column_blocks), ceil_div(num_tokens, 64)));
   return ceil_div(num_tokens, std::max<int64_t>(chunks, 1));
 }
 
@@ -34,7 +35,8 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
 
   const int64_t accumulator_bytes = Workspace::padded(chunk * panel * 4);
   Workspace workspace(num_threads * (ProductScratch::kBytes + accumulator_bytes));
-  char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * (ProductScratch::kBytes + accumulator_bytes)));
+  char* const memory =
+      static_cast<char*>(workspace.take_bytes(num_threads * (ProductScratch::kBytes + accumulator_bytes)));
 
   parallel_for(num_threads, chunks * column_blocks, [&](int64_t task, int thread) {
     char* const own = memory + thread * (ProductScratch::kBytes + accumulator_bytes);
@@ -74,9 +76,11 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
                     .scratch = scratch.packing});
         for (int64_t m = 0; m < rows; ++m) {
           float* const c = scratch.c + m * panel;
-          if (args.bias != nullptr && args.bias->defined()) k.add_scaled_row(c, at(*args.bias, e, column), args.bias->dtype, 1.0f, columns);
+          if (args.bias != nullptr && args.bias->defined())
+            k.add_scaled_row(c, at(*args.bias, e, column), args.bias->dtype, 1.0f, columns);
           const float weight = args.slot_weights != nullptr ? args.slot_weights[s + m] : 1.0f;
-          k.add_scaled_row(sums + (args.token_indices[s + m] - first_token) * panel, c, DType::kFloat32, weight, columns);
+          k.add_scaled_row(sums + (args.token_indices[s + m] - first_token) * panel, c, DType::kFloat32, weight,
+                           columns);
         }
       }
     }

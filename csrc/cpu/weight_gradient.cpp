@@ -29,7 +29,7 @@ void weight_gradient(const WeightGradientArgs& args, int num_threads) {
   const int64_t num_experts = args.gradient.shape[0], panel = k.panel;
   int64_t rows = args.gradient.shape[1], columns = args.gradient.shape[2];
   int64_t row_stride = args.gradient.stride[1];
-  const void* const *left = args.left, *const *right = args.right;
+  const void *const *left = args.left, *const *right = args.right;
   if (args.gradient.stride[2] != 1 && columns > 1) {  // stored transposed: so is the product
     std::swap(rows, columns);
     std::swap(left, right);
@@ -54,14 +54,16 @@ void weight_gradient(const WeightGradientArgs& args, int num_threads) {
     char* const transposed = memory + thread * thread_bytes + ProductScratch::kBytes;
     const int64_t first = args.expert_offsets[tile.expert], slots = args.expert_offsets[tile.expert + 1] - first;
     const auto target = [&](int64_t row, int64_t column) {
-      return offset(args.gradient, tile.expert * args.gradient.stride[0] + (tile.first_row + row) * row_stride + column);
+      return offset(args.gradient,
+                    tile.expert * args.gradient.stride[0] + (tile.first_row + row) * row_stride + column);
     };
     if (slots == 0) {
       const auto bytes = static_cast<size_t>(columns * size_of(args.gradient.dtype));
       for (int64_t m = 0; m < tile.num_rows; ++m) std::memset(target(m, 0), 0, bytes);
       return;
     }
-    const DType row_dtype = k.transpose(transposed, slots, left + first, slots, tile.first_row, tile.num_rows, args.dtype);
+    const DType row_dtype =
+        k.transpose(transposed, slots, left + first, slots, tile.first_row, tile.num_rows, args.dtype);
     const void* transposed_rows[kMaxRows];
     fill_row_pointers(transposed_rows, transposed, slots * size_of(row_dtype), tile.num_rows);
 

@@ -37,8 +37,8 @@ Pool& pool() {
 }
 
 // A fork while another thread is in here must not leave the child with a locked pool.
-[[maybe_unused]] const int fork_handlers = pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); },
-                                                          [] { pool().mutex.unlock(); });
+[[maybe_unused]] const int fork_handlers =
+    pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
 
 void free_block(Block block) { ::operator delete(block.data, std::align_val_t{64}); }
 

@@ -24,7 +24,7 @@ std::string join(const Parts&... parts) {
 }  // namespace switchgear
 
 // SWITCHGEAR_CHECK(ValueError, condition, "argument: expected …, got ", what)
-#define SWITCHGEAR_CHECK(Error, condition, ...)                                     \
-  do {                                                                              \
-    if (!(condition)) throw ::switchgear::Error(::switchgear::join(__VA_ARGS__));   \
+#define SWITCHGEAR_CHECK(Error, condition, ...)                                   \
+  do {                                                                            \
+    if (!(condition)) throw ::switchgear::Error(::switchgear::join(__VA_ARGS__)); \
   } while (false)

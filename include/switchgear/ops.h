@@ -34,9 +34,9 @@ enum class GroupScore : uint8_t { kMax, kTop2Sum };  // how a group of experts i
 struct RouteOptions {
   int64_t top_k = 1;
   ScoreFunction score_function = ScoreFunction::kSoftmax;
-  bool normalize = false;       // divide the chosen scores by their sum + 1e-20
-  float scale = 1.0f;           // multiplies topk_weights last
-  int64_t num_groups = 1;       // experts are ranked inside the best `topk_groups` of `num_groups` equal groups
+  bool normalize = false;  // divide the chosen scores by their sum + 1e-20
+  float scale = 1.0f;      // multiplies topk_weights last
+  int64_t num_groups = 1;  // experts are ranked inside the best `topk_groups` of `num_groups` equal groups
   int64_t topk_groups = 1;
   GroupScore group_score = GroupScore::kMax;
 };
@@ -107,8 +107,8 @@ void combine_weight_backward(const CombineBackwardArgs& args, Execution exec = {
 // One matrix [rows, cols] per expert. Two of the three strides of a matrix are the same for all experts; base pointers and
 // numbers of rows may differ. `packed` [E,rows,cols] is the common case; with `base` set, expert e is base[e], row_count[e].
 struct ExpertMatrices {
-  TensorView packed;                  // [E,rows,cols] float, any strides; with `base`: shape [E,max rows,cols] and data unused
-  const void* const* base = nullptr;  // [E]
+  TensorView packed;  // [E,rows,cols] float, any strides; with `base`: shape [E,max rows,cols] and data unused
+  const void* const* base = nullptr;   // [E]
   const int64_t* row_count = nullptr;  // [E], each <= packed.shape[1]
 };
 
@@ -117,8 +117,8 @@ struct ExpertMatrices {
 // out[s,n] = Σ_k x[r(s),k] · weight[e(s)][n,k] + bias[e(s),n];  r(s) = token_indices[s] where given, else s.
 // Columns past an expert's row_count and rows past expert_offsets[E] are zero.
 struct GroupedGemmArgs {
-  TensorView x;  // [R,C] float, rows contiguous
-  ExpertMatrices weight;  // [E,N,C]
+  TensorView x;               // [R,C] float, rows contiguous
+  ExpertMatrices weight;      // [E,N,C]
   TensorView bias;            // [E,N] float, optional
   TensorView expert_offsets;  // [E+1]
   TensorView token_indices;   // [S], optional
