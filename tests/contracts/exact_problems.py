@@ -56,7 +56,11 @@ def sparse_integers(rng: np.random.Generator) -> Callable[..., np.ndarray]:
 
 
 def sparse_problem(
-    rng: np.random.Generator, dtype: torch.dtype, hidden_size: int, intermediate_size: int, problems: int
+    rng: np.random.Generator,
+    dtype: torch.dtype,
+    hidden_size: int,
+    intermediate_size: int,
+    problems: tuple[np.ndarray, int],
 ) -> Problem:
     options, draw = random_options(rng, ("relu",)), sparse_integers(rng)
     layer = random_layer(rng, dtype, options, hidden_size, intermediate_size, problems, draw)

@@ -64,12 +64,12 @@ def random_layer(
     options: GluOptions,
     hidden_size: int,
     intermediate_size: int,
-    problems: int,
+    problems: tuple[np.ndarray, int],
     draw: Callable[..., np.ndarray] | None = None,
 ) -> Layer:
-    """A layer of `problems` independent problems. `draw(name, *shape)` makes the numbers; by default they are normal
-    and scaled so that h and y are of order one. Biases are absent every other time, weights transposed likewise."""
-    ids, num_experts = random_ids(rng, problems)
+    """A layer of independent problems, from random_ids. `draw(name, *shape)` makes the numbers; by default they
+    are normal and scaled so that h and y are of order one. Every other layer lacks biases or has transposed weights."""
+    ids, num_experts = problems
     width = intermediate_size * (2 if options.gated else 1)
     scale = {"gate_up_proj": 2 / np.sqrt(hidden_size), "down_proj": 1 / np.sqrt(intermediate_size)}
     draw = draw or (lambda name, *shape: rng.standard_normal(shape, np.float32) * scale.get(name, 1.0))

@@ -25,6 +25,7 @@ from problems import (
     activate,
     affine,
     counts,
+    random_ids,
     random_layer,
     random_options,
     slots_of,
@@ -137,7 +138,9 @@ def forward_problems(seed: int) -> tuple[Layer, GluOptions, Tensor, Tensor]:
     long = seed % 10 == 9
     hidden_size, intermediate_size = (int(n) for n in rng.integers(1, [1200, 300] if long else [70, 50]))
     options = random_options(rng)
-    layer = random_layer(rng, DTYPES[seed % 3], options, hidden_size, intermediate_size, 2 if long else 100)
+    layer = random_layer(
+        rng, DTYPES[seed % 3], options, hidden_size, intermediate_size, random_ids(rng, 2 if long else 100)
+    )
     wide = layer.double()
     return layer, options, stages(wide, options).y, forward_bound(wide, options, layer.x.dtype)
 
@@ -162,7 +165,7 @@ def backward_problems(seed: int) -> tuple[Layer, GluOptions, Tensor, Tensor, dic
     rng = np.random.default_rng([1, seed])
     hidden_size, intermediate_size = (int(n) for n in rng.integers(1, [60, 40], 2))
     options = random_options(rng)
-    layer = random_layer(rng, DTYPES[seed % 3], options, hidden_size, intermediate_size, 50)
+    layer = random_layer(rng, DTYPES[seed % 3], options, hidden_size, intermediate_size, random_ids(rng, 50))
     slots = (layer.topk_ids >= 0).sum()
     h = torch.from_numpy(rng.standard_normal((layer.topk_ids.numel(), layer.gate_up_proj.shape[1]), np.float32))
     h[slots:] = 0

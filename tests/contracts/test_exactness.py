@@ -6,9 +6,10 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+import pytest
 import torch
 from exact_problems import Problem, check, check_moe, keywords, leaves, solve, sparse_problem
-from problems import DTYPES, counts, random_layer, random_options
+from problems import DTYPES, counts, random_ids, random_layer, random_options
 from torch import Tensor
 
 import switchgear
@@ -17,7 +18,7 @@ import switchgear
 @functools.cache
 def fifty_problems(seed: int) -> Problem:
     rng = np.random.default_rng([2, seed])
-    return sparse_problem(rng, DTYPES[seed % 3], *(int(n) for n in rng.integers(1, 70, 2)), 50)
+    return sparse_problem(rng, DTYPES[seed % 3], *(int(n) for n in rng.integers(1, 70, 2)), random_ids(rng, 50))
 
 
 @functools.cache
@@ -30,7 +31,7 @@ def dense_problem(seed: int) -> Problem:
 
     hidden_size, intermediate_size = (int(n) for n in rng.integers(1, [700, 200]))
     options = random_options(rng, ("relu",))
-    layer = random_layer(rng, torch.float32, options, hidden_size, intermediate_size, 2, draw)
+    layer = random_layer(rng, torch.float32, options, hidden_size, intermediate_size, random_ids(rng, 2), draw)
     return solve(layer, options, torch.from_numpy(draw("grad_y", *layer.x.shape)).float())
 
 
@@ -44,6 +45,17 @@ def test_moe(backend: str, count: int) -> None:
 def test_moe_with_long_sums(backend: str, count: int) -> None:
     for seed in range(count):
         check_moe(dense_problem(seed), seed)
+
+
+@pytest.mark.parametrize("pattern", ["first", "last", "skewed"])
+def test_imbalance(backend: str, pattern: str) -> None:
+    """700 tokens, most or all of them at one expert: several tiles of rows, and sums of 700 terms."""
+    rng = np.random.default_rng(14)
+    ranks = np.minimum(rng.zipf(2.0, (700, 2)), 5) - 1
+    ids = {"first": np.zeros((700, 2)), "last": np.full((700, 2), 4), "skewed": ranks}[pattern].astype(np.int32)
+    for dtype in DTYPES:
+        problem = sparse_problem(rng, dtype, 70, 40, (ids, 5))
+        check_moe(problem, 14)
 
 
 @counts(ci=250, full=2_500)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from problems import ACTIVATIONS, DTYPES, counts, random_layer, random_options
+from problems import ACTIVATIONS, DTYPES, counts, random_ids, random_layer, random_options
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -34,7 +34,7 @@ def test_moe(count: int) -> None:
         rng = np.random.default_rng([5, seed])
         options = random_options(rng, (tuple(ACTIVATIONS)[seed % len(ACTIVATIONS)],))
         hidden_size, intermediate_size = (int(n) for n in rng.integers(1, 8, 2))
-        layer = random_layer(rng, torch.float64, options, hidden_size, intermediate_size, 2)
+        layer = random_layer(rng, torch.float64, options, hidden_size, intermediate_size, random_ids(rng, 2))
         if seed % 5 == 4:  # all tokens at one expert
             layer = layer._replace(topk_ids=torch.full_like(layer.topk_ids, len(layer.gate_up_proj) - 1))
 
@@ -77,7 +77,9 @@ def test_stages(count: int) -> None:
     for seed in range(count):
         rng = np.random.default_rng([7, seed])
         options = random_options(rng)
-        layer = random_layer(rng, torch.float64, options, *(int(n) for n in rng.integers(1, 7, 2)), 2).double()
+        layer = random_layer(
+            rng, torch.float64, options, *(int(n) for n in rng.integers(1, 7, 2)), random_ids(rng, 2)
+        ).double()
         plan = switchgear.plan(layer.topk_ids, len(layer.gate_up_proj))
         slots = len(plan.token_indices)
         rows = torch.from_numpy(rng.standard_normal((slots, layer.x.shape[1])))

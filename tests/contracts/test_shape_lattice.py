@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from exact_problems import check_moe, sparse_problem
-from problems import DTYPES, counts
+from problems import DTYPES, counts, random_ids
 from torch import Tensor
 
 import switchgear
@@ -65,14 +65,16 @@ def test_widths(backend: str, count: int) -> None:
     for seed in range(count):
         rng = np.random.default_rng([10, seed])
         hidden_size, intermediate_size = (int(rng.permutation(257)[seed * step % 257]) + 1 for step in (1, 3))
-        check_moe(sparse_problem(rng, DTYPES[seed % 3], hidden_size, intermediate_size, 1), seed)
+        check_moe(sparse_problem(rng, DTYPES[seed % 3], hidden_size, intermediate_size, random_ids(rng, 1)), seed)
 
 
 @pytest.mark.parametrize("width", WIDE)
 def test_model_widths(backend: str, width: int) -> None:
     for seed, (hidden_size, intermediate_size) in enumerate([(width, 5), (5, width)]):
         rng = np.random.default_rng([11, width, seed])
-        check_moe(sparse_problem(rng, DTYPES[(width + seed) % 3], hidden_size, intermediate_size, 2), seed)
+        check_moe(
+            sparse_problem(rng, DTYPES[(width + seed) % 3], hidden_size, intermediate_size, random_ids(rng, 2)), seed
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
