@@ -310,6 +310,17 @@ def test_flops() -> None:
     assert train_flops(SMALL, 10) == 3 * forward_flops(SMALL, 10)
 
 
+def test_interleaved_calls_stop_far_beyond_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("switchgear.cli.timing.perf_counter", lambda: now[0])
+
+    def slow(_: int) -> None:
+        now[0] += 2.0
+
+    assert len(interleave({"a": slow}, 0.5)["a"]) == 1  # a second turn would end after three times a second
+    assert 45 <= len(interleave({"a": slow}, 100.0)["a"]) <= 50  # calls of two seconds
+
+
 def test_interleaved_calls_take_turns() -> None:
     called: list[str] = []
     times = interleave({"a": lambda n: called.append(f"a{n}"), "b": lambda n: called.append(f"b{n}")}, 0.0)

@@ -9,10 +9,13 @@ from time import perf_counter
 TURN_SECONDS = 0.02  # of timed calls in a turn
 LONG_SECONDS = 0.2  # a call as long as this has nothing to warm up
 FEWEST_TURNS, MOST_TURNS = 3, 50
+FAR_MORE = 3
 
 
 def interleave(calls: Mapping[str, Callable[[int], object]], budget: float) -> dict[str, list[float]]:
-    """Seconds per call of each entry, taken in turns A B C A B C … for about `budget` seconds, at least FEWEST_TURNS.
+    """Seconds per call of each entry, taken in turns A B C A B C … for about `budget` seconds.
+
+    There are at least FEWEST_TURNS, unless they would take far more than the budget.
 
     A turn is one call that is not timed (it brings back caches and wakes threads; long calls do without) and timed ones
     for TURN_SECONDS. Calls get a running number, by which they choose their inputs.
@@ -26,8 +29,14 @@ def interleave(calls: Mapping[str, Callable[[int], object]], budget: float) -> d
         numbers[name] += 1
         return perf_counter() - start
 
+    def another(turns: int, elapsed: float) -> bool:
+        if turns == 0:
+            return True
+        after = elapsed * (turns + 1) / turns
+        return after < (FAR_MORE * max(budget, 1.0) if turns < FEWEST_TURNS else budget) and turns < MOST_TURNS
+
     start, turns = perf_counter(), 0
-    while turns < FEWEST_TURNS or (turns < MOST_TURNS and (perf_counter() - start) * (turns + 1) / turns < budget):
+    while another(turns, perf_counter() - start):
         for name, taken in times.items():
             if not taken or taken[-1] < LONG_SECONDS:
                 timed(name)
