@@ -179,8 +179,7 @@ struct GradientTables {
 };
 
 GradientTables reference_gradients(const Layer& l, const Array& h) {
-  const auto [T, H, I, E, K] = std::array{l.c.T, l.c.H, l.c.I, l.c.E, l.c.K};
-  const int64_t N = l.N;
+  const int64_t T = l.c.T, H = l.c.H, I = l.c.I, E = l.c.E, K = l.c.K, N = l.N;
   const auto sums = [](int64_t count) { return std::vector<Sum>(static_cast<size_t>(count)); };
   auto x = sums(T * H), gate_up = sums(E * N * H), down = sums(E * H * I), gate_up_bias = sums(E * N),
        down_bias = sums(E * H);

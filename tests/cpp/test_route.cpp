@@ -299,7 +299,8 @@ double loss(const Problem& p, int64_t t, const std::vector<double>& logits, cons
 
 TEST(route_backward_matches_differences) {
   Random random(6);
-  for (const auto& [T, E, K] : {Sizes{0, 4, 2}, {1, 1, 1}, {6, 8, 2}, {5, 13, 13}, {3, 33, 6}}) {
+  for (const Sizes& sizes : {Sizes{0, 4, 2}, {1, 1, 1}, {6, 8, 2}, {5, 13, 13}, {3, 33, 6}}) {
+    const int64_t T = sizes.T, E = sizes.E, K = sizes.K;
     for (const DType dtype : kFloatTypes) {
       for_each_option(random, E, K, [&](const RouteOptions& o, const Array& bias) {
         Problem p{random_array(random, dtype, {T, E}, 2.0, 2), bias, o};

@@ -37,7 +37,11 @@ void heap_overflow_read() {
 
 void use_after_free() {
   std::vector<float> weight(8 * 8), y(8);
-  const float* x = std::vector<float>(8).data();
+  const float* x = nullptr;
+  {
+    const std::vector<float> row(8);
+    x = opaque(row.data());
+  }
   multiply(x, weight.data(), y.data(), 8, 8);
 }
 
