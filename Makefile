@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # make demo                  train a small MoE model with each experts implementation, and compare them
-# make test                  the Python tests (PYTEST_ARGS=…) and the C++ tests
+# make test                  the tests in Python and in C++, but for the slow ones (PYTEST_ARGS="-m slow": those alone)
 # make bench                 time MoE layers at the shapes of real models (BENCH_ARGS=…)
+# make bench-cpp             time single ops, in C++ (needs Google Benchmark; BENCH_ARGS=--benchmark_filter=…)
 # make lint                  formatting, lint, types, stubs
 # make format                rewrite the sources as lint wants them
 # make sanitize              the C++ tests under the address, undefined-behaviour and thread sanitizers
@@ -26,10 +27,13 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test bench lint format sanitize build wheel test-torch clean always
+.PHONY: help demo test bench bench-cpp lint format sanitize build wheel test-torch clean always
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
+
+build_preset = cmake --preset $(1) && cmake --build --preset $(1)
+run_preset = $(call build_preset,$(1)) && ctest --preset $(1)
 
 # ---- environment ---------------------------------------------------------------------------------------------------------
 
@@ -53,12 +57,15 @@ demo: $(INSTALLED)demo
 bench: $(INSTALLED)bench
 	$(BIN)/switchgear bench $(BENCH_ARGS)
 
+bench-cpp: $(BIN)/cmake $(BIN)/ninja
+	$(call build_preset,cpu)
+	@ls build/cpu/bench/bench_moe >/dev/null 2>&1 || { echo "Google Benchmark was not found: install libbenchmark-dev"; exit 1; }
+	for program in build/cpu/bench/bench_*; do [ ! -x $$program ] || $$program $(BENCH_ARGS) || exit 1; done
+
 # ---- tests ---------------------------------------------------------------------------------------------------------------
 
-run_preset = cmake --preset $(1) && cmake --build --preset $(1) && ctest --preset $(1)
-
 test: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 	$(call run_preset,cpu)
 
 sanitize: $(BIN)/cmake $(BIN)/ninja

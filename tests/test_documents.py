@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,17 +35,25 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@documents
-def test_python_blocks_run(document: Path) -> None:
-    """In order, in one namespace; errors have the line numbers of the document."""
+def script(document: Path) -> str:
+    """The Python of a document, each block at its line numbers."""
     text = document.read_text()
-    if "transformers" in "".join(block for language, block in _FENCE.findall(text) if language == "python"):
-        pytest.importorskip("transformers", reason="transformers is not installed")
-    namespace: dict[str, object] = {}
+    code = ""
     for match in _FENCE.finditer(text):
         if match[1] == "python":
-            line = text.count("\n", 0, match.start(2))
-            exec(compile("\n" * line + match[2], document, "exec"), namespace)
+            code += "\n" * (text.count("\n", 0, match.start(2)) - code.count("\n")) + match[2]
+    return code
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if script(path)], ids=lambda path: path.name)
+def test_python_blocks_run(document: Path, tmp_path: Path) -> None:
+    """In order, as one script in a process of its own."""
+    code = script(document)
+    if "transformers" in code:
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    (tmp_path / document.name).write_text(code)
+    run = subprocess.run([sys.executable, document.name], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @documents
