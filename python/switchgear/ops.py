@@ -512,7 +512,10 @@ def _moe_backward(
     layer = (gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
     small = (needs[0], False, False, *needs[3:])
     grad_x, _, _, *rest = _allocate_moe_backward(grad_y, x, h, *layer, *options, small)
-    projections = (_kept_like(w) if need else x.new_empty(0) for w, need in zip((gate_up_proj, down_proj), needs[1:3], strict=True))
+    projections = (
+        _kept_like(weight) if need else x.new_empty(0)
+        for weight, need in zip((gate_up_proj, down_proj), needs[1:3], strict=True)
+    )
     grads = (grad_x, *projections, *rest)
     present = (True, True, True, gate_up_bias is not None, down_bias is not None, True)
     outputs: Any = (grad if need and there else None for grad, need, there in zip(grads, needs, present, strict=True))
