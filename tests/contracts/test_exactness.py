@@ -13,6 +13,7 @@ from problems import DTYPES, counts, random_ids, random_layer, random_options
 from torch import Tensor
 
 import switchgear
+from switchgear import ops
 
 
 @functools.cache
@@ -95,3 +96,46 @@ def test_grouped_gemm_of_unequal_matrices(backend: str, count: int) -> None:
             gathered = x[plan.token_indices[rows].long()].double()
             wanted[rows, : len(matrix)] = gathered @ matrix.double().T + bias[e, : len(matrix)].double()
         assert torch.equal(out, wanted.to(dtype)), f"seed {seed}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_results_are_rounded_to_nearest_even(backend: str, dtype: torch.dtype) -> None:
+    """Sums and products of pairs of integers around the precision, ties included, by every op that stores floats."""
+    limit = int(2 / torch.finfo(dtype).eps)  # the first integer whose successor the dtype lacks
+    numbers = torch.cat((torch.arange(limit - 40, limit + 1), torch.arange(0, 60)))
+    a, b = (t.flatten().to(dtype) for t in torch.meshgrid(numbers, numbers, indexing="ij"))
+    pairs, minus = torch.stack((a, b), 1), torch.tensor([1.0, -1.0]).to(dtype)
+    ids, ones = torch.zeros(len(a), 1, dtype=torch.int32), torch.ones(len(a), 1)
+    offsets = torch.tensor([0, len(a)], dtype=torch.int32)
+
+    def rounded(exact: Tensor) -> Tensor:
+        return exact.to(dtype)
+
+    total, product = rounded(a.double() + b.double()), rounded(a.double() * b.double())
+    difference = rounded(b.double() - a.double())
+    assert (total.double() != a.double() + b.double()).any()
+
+    weight = torch.stack((torch.ones_like(minus), -minus))[None]  # [1, 2, 2]: the sum, and b - a
+    out = switchgear.grouped_gemm(pairs, weight, offsets)
+    assert torch.equal(out, torch.stack((total, difference), 1))
+    assert torch.equal(switchgear.glu(pairs, "relu"), product[:, None])
+
+    plan = switchgear.plan(ids, 1)
+    assert torch.equal(switchgear.permute(a[:, None], plan, b.float()[:, None]), product[:, None])
+    both = switchgear.plan(torch.zeros(len(a), 2, dtype=torch.int32), 1)
+    assert torch.equal(switchgear.combine(pairs.view(-1, 1), both), total[:, None])
+
+    # x passes relu as it is: y = a + b forward, and grad_x = the sum of a pair of gradients backward
+    x, eye, all_ones = pairs.clone().requires_grad_(), torch.eye(2)[None].to(dtype), torch.ones(1, 2, 2).to(dtype)
+    y = switchgear.moe(x, eye, all_ones, ids, ones, activation="relu", gated=False)
+    assert torch.equal(y, total[:, None].expand(-1, 2))
+    y.backward(pairs)
+    assert torch.equal(x.grad, total[:, None] * (pairs > 0))
+
+    # a weight gradient of two slots for each expert
+    experts = 200
+    left = torch.ones(2 * experts, 1).to(dtype)
+    grad = ops.grouped_gemm_wgrad(
+        left, pairs[:experts].reshape(-1, 1), torch.arange(0, 2 * experts + 1, 2, dtype=torch.int32), None, False
+    )
+    assert torch.equal(grad.flatten(), total[:experts])
