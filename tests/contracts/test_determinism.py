@@ -118,8 +118,8 @@ def test_a_token_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype, 
 @on_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_slot_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype) -> None:
-    """The same of the stages one by one."""
-    layer = layer_of(dtype)
+    """The same of the stages one by one, with inner dimensions of several packed chunks."""
+    layer = layer_of(dtype, Case("deep", 120, 2, 3, 1100, 530))
 
     def run(rows: Tensor) -> Tensor:
         x, gate_up, down, gate_up_bias, down_bias, ids, weights = tokens_of(layer, rows)
@@ -130,9 +130,9 @@ def test_a_slot_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype) -
         z = switchgear.grouped_gemm(switchgear.glu(h), down, plan.expert_offsets, bias=down_bias)
         return switchgear.combine(z, plan, weights)
 
-    whole = run(torch.arange(300))
-    for size in (1, 2, 5, 64, 241):
-        rows = torch.randperm(300)[:size]
+    whole = run(torch.arange(120))
+    for size in (1, 2, 5, 50):
+        rows = torch.randperm(120)[:size]
         assert equal_bits(run(rows), whole[rows]), f"a batch of {size}"
 
 
