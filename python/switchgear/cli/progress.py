@@ -29,6 +29,11 @@ def training_progress(
 
         def advance(name: str, taken: list[Any]) -> None:
             speed = tokens_per_step / median(step.seconds for step in taken[-5:])
-            bars.update(tasks[name], advance=1, loss=f"{taken[-1].loss:.3f}", speed=f"{speed:,.0f} tokens/s")
+            fields = {"loss": f"{taken[-1].loss:.3f}", "speed": f"{speed:,.0f} tokens/s"}
+            bars.update(tasks[name], advance=1, **fields)
+            if not bars.console.is_terminal and len(taken) % 10 == 0:  # bars don't move in a log
+                bars.console.print(
+                    f"{name}: step {len(taken)}, loss {fields['loss']}, {fields['speed']}", highlight=False
+                )
 
         yield advance
