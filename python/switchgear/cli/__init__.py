@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from .errors import CommandError
+from .common import CommandError
 
 COMMANDS = {
     "info": "versions, backends, threads and OpenMP runtimes of this installation",

@@ -21,7 +21,7 @@ from . import bench_tables, machine
 from .bench_case import DTYPES, Case, Layer, forward, make_case, make_weights, train
 from .bench_verify import expected, relative_error, tolerance
 from .ceilings import floor_seconds, measure, measure_again
-from .errors import CommandError, optional, positive, require
+from .common import CommandError, optional, positive, require
 from .info import ENVIRONMENT
 from .peers import PEERS, Skip
 from .shapes import SHAPES

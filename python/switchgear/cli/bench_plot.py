@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .bench_tables import OURS, cases_of, ceiling_lines
+from .common import threads
 from .plot_style import FAINT, GRID, colors, pyplot, save
 
 
@@ -46,7 +47,7 @@ def plot(results: dict[str, Any], path: str) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=len(peers), handletextpad=0.2, columnspacing=1.4)
     machine, lines = results["machine"], ceiling_lines(results["ceilings"])
     figure.supxlabel(
-        " · ".join([f"{machine['model']}, {machine['threads']} threads", *(line.split(" (")[0] for line in lines)]),
+        " · ".join([f"{machine['model']}, {threads(machine['threads'])}", *(line.split(" (")[0] for line in lines)]),
         fontsize=8, color=FAINT, x=0.01, ha="left",
     )  # fmt: skip
     save(figure, Path(path))

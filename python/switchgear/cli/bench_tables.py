@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from .bench_case import Case
-from .errors import require
+from .common import require, threads
 from .peers import PEERS
 from .shapes import SHAPES
 
@@ -29,7 +29,7 @@ def print_choices() -> None:
 
 def print_machine(console: Any, machine: dict[str, Any], ceilings: dict[str, Any]) -> None:
     console.print(
-        f"[bold]{machine['model']}[/], {machine['threads']} threads; torch {machine['torch']}, "
+        f"[bold]{machine['model']}[/], {threads(machine['threads'])}; torch {machine['torch']}, "
         f"transformers {machine['transformers'] or 'none'}, switchgear {machine['switchgear']} ({machine['isa']})",
         highlight=False,
     )
@@ -129,7 +129,7 @@ def markdown(results: dict[str, Any]) -> str:
     rule = ["---", "---:", "---", "---", "---:", "---:", "---:", "---:"]
     head = ["| " + " | ".join(cells) + " |" for cells in (header, rule)]
     note = (
-        f"{machine['model']}, {machine['threads']} threads, {machine['isa']}; torch {machine['torch']}, transformers "
+        f"{machine['model']}, {threads(machine['threads'])}, {machine['isa']}; torch {machine['torch']}, transformers "
         f"{machine['transformers']}, switchgear {machine['switchgear']}. "
         + "; ".join(ceiling_lines(results["ceilings"]))
         + "."

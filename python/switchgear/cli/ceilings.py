@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .bench_case import DTYPES
-from .errors import optional
+from .common import optional
 
 
 def _best(call: Callable[[], Any], seconds: float) -> float:

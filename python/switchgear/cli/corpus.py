@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .errors import CommandError
+from .common import CommandError
 
 HELD_OUT_EVERY = 20  # 5 %: every 20th file (or slice of a single file) is for validation
 MAX_BYTES = 16 * 2**20

@@ -17,11 +17,11 @@ import torch
 
 from . import demo_report, machine
 from .agreement import Check, check_gradients, check_logits, check_losses, loss_bounds
+from .common import CommandError, at_least_two, positive, require
 from .corpus import batches, load_corpus
 from .demo_models import FAMILIES, check_implementation
 from .demo_processes import Client, workers
 from .demo_worker import Settings, Step
-from .errors import CommandError, at_least_two, positive, require
 from .progress import training_progress
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "switchgear")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .errors import CommandError, require
+from .common import CommandError, require
 
 VOCABULARY = 256
 # What every family shares. Heads of 64 are what the large models have; two key/value heads keep attention cheap.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .common import threads
 from .plot_style import FAINT, colors, pyplot, save
 
 
@@ -110,7 +111,7 @@ def speed(summary: dict[str, dict[str, float]], results: dict[str, Any], path: P
     model, settings = results["model"], results["settings"]
     figure.suptitle(
         f"{settings['family']}, {model['parameters'] / 1e6:.0f} M parameters, {settings['dtype']}, "
-        f"{settings['threads']} threads · against {reference}",
+        f"{threads(settings['threads'])} · against {reference}",
         x=0.01, ha="left", fontsize=10, color=FAINT,
     )  # fmt: skip
     save(figure, path)

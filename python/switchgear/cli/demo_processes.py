@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from .common import CommandError
 from .demo_worker import Settings, Step, serve
-from .errors import CommandError
 
 
 class Client:

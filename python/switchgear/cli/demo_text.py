@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .common import threads
+
 Summary = dict[str, dict[str, float]]  # by implementation; see demo_report.summarise
 
 
@@ -82,7 +84,7 @@ def report(results: dict[str, Any], summary: Summary, verdict: str, warm_up: int
   {model["intermediate_size"]}, {model["top_k"]} per token. Weights and activations in {s["dtype"]}; a byte is a token.
 - **Training**: {s["steps"]} steps of {s["batch_size"]} x {s["sequence_length"]} bytes from {results["text"]};
   AdamW, peak learning rate {s["learning_rate"]:g}, seed {s["seed"]}.
-- **Machine**: {cpu["model"]}, {s["threads"]} threads, torch {cpu["torch"]}, transformers {cpu["transformers"]}.
+- **Machine**: {cpu["model"]}, {threads(s["threads"])}, torch {cpu["torch"]}, transformers {cpu["transformers"]}.
 
 ## Training speed
 

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from . import machine
+from .common import CommandError, require
 from .corpus import batches, load_corpus
 from .demo_clock import ExpertsClock
 from .demo_models import build_model, describe, experts_modules
-from .errors import CommandError, require
 
 
 class Settings(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import machine
-from .errors import optional
+from .common import optional
 
 ENVIRONMENT = (
     "SWITCHGEAR_BACKEND", "SWITCHGEAR_CPU_ISA", "SWITCHGEAR_STRICT",

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bench_case import Case, Inputs, Layer
-from .errors import optional
+from .common import optional
 
 BOTH = ("forward", "train")
 # batched_mm copies the weights of each slot, and its cost is that copy: beyond this many slots it tells nothing more.

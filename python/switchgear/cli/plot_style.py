@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import require
+from .common import require
 
 INK, FAINT, GRID = "#22303c", "#7a8791", "#e3e7ea"
 _KNOWN = {"eager": "#a9b4bd", "grouped_mm": "#3f7cac", "batched_mm": "#95b8d1", "switchgear": "#e4572e"}

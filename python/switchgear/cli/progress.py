@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
-from .errors import require
+from .common import require
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the commands share: errors that are printed as one line, optional packages, types of arguments."""
+"""What the commands share: errors that are printed as one line, optional packages, types of arguments, words."""
 
 from __future__ import annotations
 
@@ -44,3 +44,8 @@ def at_least_two(text: str) -> int:
     if value < 2:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 2, got {text}")
     return value
+
+
+def threads(count: int) -> str:
+    """In words."""
+    return f"{count} thread{'s' if count != 1 else ''}"
