@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "kernels.h"
 #include "switchgear/ops.h"
@@ -79,15 +80,16 @@ struct Tile {
 // Neighbouring tiles that one task takes where there are enough of them: the stream of weights then goes on from tile to tile.
 constexpr int64_t kTileRun = 4;
 
-// Tiles of `columns` wide column blocks and at most kMaxRows rows, expert by expert. `width(e)` is an expert's number of columns.
-template <typename Width, typename Emit>
-void for_each_tile(const int32_t* expert_offsets, int64_t num_experts, int64_t columns, Width&& width, Emit&& emit) {
+// Tiles of `panel` columns out of `width` and at most kMaxRows rows, expert by expert.
+inline std::vector<Tile> make_tiles(const int32_t* expert_offsets, int64_t num_experts, int64_t width, int64_t panel) {
+  std::vector<Tile> tiles;
   for (int64_t e = 0; e < num_experts; ++e) {
     for (int64_t row = expert_offsets[e]; row < expert_offsets[e + 1]; row += kMaxRows) {
       const int64_t rows = std::min<int64_t>(kMaxRows, expert_offsets[e + 1] - row);
-      for (int64_t column = 0; column < width(e); column += columns) emit(Tile{e, column, row, rows});
+      for (int64_t column = 0; column < width; column += panel) tiles.push_back({e, column, row, rows});
     }
   }
+  return tiles;
 }
 
 }  // namespace switchgear::cpu

@@ -23,9 +23,7 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   const int32_t* const expert_offsets = args.expert_offsets.as<int32_t>();
   const int64_t used_slots = expert_offsets[num_experts];
 
-  std::vector<Tile> tiles;
-  for_each_tile(
-      expert_offsets, num_experts, panel, [&](int64_t) { return width; }, [&](Tile t) { tiles.push_back(t); });
+  const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, width, panel);
 
   const int64_t pointer_bytes = Workspace::padded(used_slots * static_cast<int64_t>(sizeof(void*)));
   Workspace workspace(pointer_bytes + num_threads * ProductScratch::kBytes);

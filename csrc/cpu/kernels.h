@@ -23,8 +23,8 @@ struct Matrix {
 
 constexpr int kMaxPanel = 64;      // columns of the widest panel of any ISA
 constexpr int64_t kMaxRows = 240;  // rows of one product: 40 tiles of 6, so that C (60 KB) and a chunk of A stay in L2
-constexpr int64_t kChunkWords =
-    256;  // depth of a packed panel in 4-byte words: 64 columns · 256 · 4 = 64 KB, streamed from L2
+// Depth of a packed panel in 4-byte words. 64 columns · 1024 · 4 = 256 KB stay in L2, and weights are read in runs of 4 KB.
+constexpr int64_t kChunkWords = 1024;
 
 // c[m, n] = Σ_k rows[m][k] · b(n, k) for m < num_rows, n < num_columns; float32, k ascending for each element whatever the
 // other arguments are, so a row's result does not depend on its neighbours. Columns up to the panel's width become zero.
@@ -36,7 +36,7 @@ struct Product {
   int64_t num_columns;  // <= panel
   int64_t depth;
   float* c;                    // [num_rows, panel]
-  const void* next = nullptr;  // where the caller's next product starts to read b, if known: a hint for few rows
+  const void* next = nullptr;  // where the caller's next product starts to read b, if known: a hint
   void* scratch;               // kProductScratch bytes, 64-byte aligned
 };
 constexpr int64_t kProductScratch = kChunkWords * 4 * (kMaxPanel + kMaxRows);

@@ -158,29 +158,77 @@ struct PairWords {
 };
 #endif
 
+bool runs_along_k(const Matrix& b) { return b.k_rows == nullptr && b.k_stride == 1 && b.n_stride != 1; }
+
+// Reading kLanes columns at once is kLanes short streams, which the hardware prefetches badly: 15 GB/s a core where plain
+// reading gets 25. So each block also asks for the same number of lines of the columns that come next, in the order of
+// memory; they wait in L2 (kLanes columns are 64 KB at a depth of 2048 bfloat16).
+template <typename T>
+class Ahead {
+ public:
+  Ahead(const T* column, int64_t stride, int64_t depth) : column_(column), stride_(stride), depth_(depth) {}
+  template <int64_t kBlock>
+  void prefetch(int line) const {
+    __builtin_prefetch(column_ + k_ + line * kBlock, 0, 2);
+  }
+  template <int64_t kBlock>
+  void advance() {
+    k_ += kLanes * kBlock;
+    if (k_ < depth_) return;
+    k_ = 0;
+    column_ += stride_;
+  }
+
+ private:
+  const T* column_;
+  int64_t stride_, depth_, k_ = 0;
+};
+
 // panel[p][n] for k in [k_begin, k_begin + depth), words past num_columns zero.
 template <typename Words, typename T>
-void pack(float* panel, const Matrix& b, int64_t num_columns, int64_t k_begin, int64_t depth) {
+void pack(float* panel, const Product& product, int64_t k_begin, int64_t depth) {
+  const Matrix& b = product.b;
+  const int64_t num_columns = product.num_columns;
   const T* data = static_cast<const T*>(b.data);
   const int64_t words = (depth + Words::kDepth - 1) / Words::kDepth;
   const auto k_row = [&](int64_t k) {
     return b.k_rows != nullptr ? static_cast<const T*>(b.k_rows[k]) + b.n_begin : data + k * b.k_stride;
   };
 
-  if (b.k_rows == nullptr && b.k_stride == 1 && b.n_stride != 1) {  // k runs along memory: transpose blocks of words
+  if (runs_along_k(b)) {  // transpose blocks of words
     constexpr int64_t kBlock = kLanes * Words::kDepth;
     for (int64_t n0 = 0; n0 < kPanel; n0 += kLanes) {
       const int64_t valid = num_columns - n0 < kLanes ? num_columns - n0 : kLanes;
+      const T* const column = data + n0 * b.n_stride + k_begin;
+      const T* next = column;  // after the last columns: the next chunk, or the next product, or what is cached already
+      if (n0 + kLanes < num_columns) {
+        next += kLanes * b.n_stride;
+      } else if (k_begin + depth < product.depth) {
+        next = data + k_begin + depth;
+      } else if (product.next != nullptr) {
+        next = static_cast<const T*>(product.next);
+      }
+      Ahead<T> ahead(next, b.n_stride, depth);
       for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
         const int64_t count = depth - k0 < kBlock ? depth - k0 : kBlock;
+        const int64_t first = k0 / Words::kDepth;
         Floats block[kLanes];
+        if (valid == kLanes && count == kBlock) {
+#pragma GCC unroll 16
+          for (int n = 0; n < kLanes; ++n) {
+            block[n] = Words::load_whole(column + n * b.n_stride + k0);
+            ahead.template prefetch<kBlock>(n);
+          }
+          ahead.template advance<kBlock>();
+          transpose(block);
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) store(panel + (first + i) * kPanel + n0, block[i]);
+          continue;
+        }
         for (int n = 0; n < kLanes; ++n) {
-          const T* p = data + (n0 + n) * b.n_stride + k_begin + k0;
-          block[n] = n < valid ? Words::load_along_k(p, count) : broadcast(0.0f);
-          if (n < valid) __builtin_prefetch(p + kBlock * 8, 0, 0);
+          block[n] = n < valid ? Words::load_along_k(column + n * b.n_stride + k0, count) : broadcast(0.0f);
         }
         transpose(block);
-        const int64_t first = k0 / Words::kDepth;
         const int64_t rows = words - first < kLanes ? words - first : kLanes;
         for (int i = 0; i < rows; ++i) store(panel + (first + i) * kPanel + n0, block[i]);
       }
@@ -291,10 +339,6 @@ void multiply_rows(const void* const* rows, int64_t num_rows, int64_t offset, co
 constexpr int kFewRows = 4;
 
 // c[m] += Σ over `num_blocks` blocks: kLanes columns of B, `stride` elements apart, times kLanes words of each row of A.
-//
-// Reading kLanes columns at once is kLanes short streams, which the hardware prefetches badly: 15 GB/s a core where plain
-// reading gets 25. So each block also asks for the same number of lines of the columns that come next, in the order of
-// memory; they wait in L2 (kLanes columns are 64 KB at a depth of 2048 bfloat16).
 template <int kRows, bool kPairs, typename Words, typename T>
 void add_blocks(float* c, const T* b, const T* next, int64_t stride, const char* const* rows, int64_t num_blocks) {
   constexpr int64_t kBlock = kLanes * Words::kDepth;
@@ -305,20 +349,15 @@ void add_blocks(float* c, const T* b, const T* next, int64_t stride, const char*
     acc[m] = load(c + m * kPanel);
     a[m] = rows[m];
   }
-  const T* ahead_row = next;
-  int64_t ahead = 0;
+  Ahead<T> ahead(next, stride, num_blocks * kBlock);
   for (int64_t i = 0; i < num_blocks; ++i, b += kBlock) {
     Floats block[kLanes];
 #pragma GCC unroll 16
     for (int n = 0; n < kLanes; ++n) {
       block[n] = Words::load_whole(b + n * stride);
-      __builtin_prefetch(ahead_row + ahead + n * kBlock, 0, 2);
+      ahead.template prefetch<kBlock>(n);
     }
-    ahead += kLanes * kBlock;
-    if (ahead >= num_blocks * kBlock) {
-      ahead = 0;
-      ahead_row += stride;
-    }
+    ahead.template advance<kBlock>();
     transpose(block);
 #pragma GCC unroll 16
     for (int j = 0; j < kLanes; ++j) {
@@ -377,17 +416,14 @@ void multiply_few_rows(const Product& product, const void* const* rows, int64_t 
   }
 }
 
-bool reads_rows_of_b(const Product& product) {
-  const Matrix& b = product.b;
-  return product.num_rows <= kFewRows && b.k_rows == nullptr && b.k_stride == 1 && b.n_stride != 1;
-}
+bool is_few(const Product& product) { return product.num_rows <= kFewRows && runs_along_k(product.b); }
 
 template <bool kPairs, typename Words, typename T>
 void multiply_chunk(const Product& product, const void* const* rows, int64_t row_offset, int64_t k, int64_t depth) {
   const auto few = [&]<int kRows>() {
     multiply_few_rows<kRows, kPairs, Words, T>(product, rows, row_offset, k, depth);
   };
-  if (reads_rows_of_b(product)) {
+  if (is_few(product)) {
     switch (product.num_rows) {
       case 1: return few.template operator()<1>();
       case 2: return few.template operator()<2>();
@@ -397,7 +433,7 @@ void multiply_chunk(const Product& product, const void* const* rows, int64_t row
     }
   }
   float* const panel = static_cast<float*>(product.scratch);
-  pack<Words, T>(panel, product.b, product.num_columns, k, depth);
+  pack<Words, T>(panel, product, k, depth);
   multiply_rows<kPairs>(rows, product.num_rows, row_offset, panel, depth / Words::kDepth, depth % Words::kDepth != 0,
                         product.c, k > 0);
 }
@@ -405,7 +441,7 @@ void multiply_chunk(const Product& product, const void* const* rows, int64_t row
 void multiply(const Product& product) {
   const bool pairs = kHasPairs && product.row_dtype == DType::kBFloat16 && product.b.dtype == DType::kBFloat16;
   // Without a panel there is no reason to interrupt the streams of B, but for the memory of widened rows.
-  const int64_t words = reads_rows_of_b(product) ? kChunkWords * kMaxRows / kFewRows : kChunkWords;
+  const int64_t words = is_few(product) ? kChunkWords * kMaxRows / kFewRows : kChunkWords;
   const int64_t chunk = words * (pairs ? 2 : 1);
 
   for (int64_t k = 0; k < product.depth || k == 0; k += chunk) {

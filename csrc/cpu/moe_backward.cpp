@@ -138,10 +138,7 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   fill_row_pointers(grad_h_rows, grad_h, width * element, used_slots);
   fill_row_pointers(a_rows, weighted_a, intermediate_size * element, used_slots);
 
-  std::vector<Tile> tiles;
-  for_each_tile(
-      slots.expert_offsets, num_experts, k.panel, [&](int64_t) { return intermediate_size; },
-      [&](Tile t) { tiles.push_back(t); });
+  const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, k.panel);
   const ActivationBackward stage{.args = args,
                                  .slots = slots,
                                  .grad_y_rows = grad_y_rows,
@@ -161,7 +158,7 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
                .depth = width,
                .matrices = &args.weights.gate_up_proj,
                .transposed = true,
-               .bias = nullptr,
+               .bias = {},
                .slot_weights = nullptr,
                .expert_offsets = slots.expert_offsets,
                .token_indices = slots.token_indices,

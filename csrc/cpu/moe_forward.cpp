@@ -93,10 +93,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   fill_row_pointers(a_rows, a, row_bytes, used_slots);
 
   const Kernels& k = kernels();
-  std::vector<Tile> tiles;
-  for_each_tile(
-      slots.expert_offsets, num_experts, k.panel, [&](int64_t) { return intermediate_size; },
-      [&](Tile t) { tiles.push_back(t); });
+  const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, k.panel);
   const FirstProjection first{args, x_rows, view(a, args.x.dtype, num_slots, intermediate_size), k};
   const auto num_tiles = static_cast<int64_t>(tiles.size());
   const int64_t grain = std::clamp<int64_t>(num_tiles / (8 * num_threads), 1, kTileRun);
@@ -119,7 +116,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
              .depth = intermediate_size,
              .matrices = &args.weights.down_proj,
              .transposed = false,
-             .bias = &args.weights.down_bias,
+             .bias = args.weights.down_bias,
              .slot_weights = slots.weights,
              .expert_offsets = slots.expert_offsets,
              .token_indices = slots.token_indices,

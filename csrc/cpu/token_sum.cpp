@@ -76,8 +76,7 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
                     .scratch = scratch.packing});
         for (int64_t m = 0; m < rows; ++m) {
           float* const c = scratch.c + m * panel;
-          if (args.bias != nullptr && args.bias->defined())
-            k.add_scaled_row(c, at(*args.bias, e, column), args.bias->dtype, 1.0f, columns);
+          if (args.bias.defined()) k.add_scaled_row(c, at(args.bias, e, column), args.bias.dtype, 1.0f, columns);
           const float weight = args.slot_weights != nullptr ? args.slot_weights[s + m] : 1.0f;
           k.add_scaled_row(sums + (args.token_indices[s + m] - first_token) * panel, c, DType::kFloat32, weight,
                            columns);

@@ -12,7 +12,7 @@ struct TokenSumArgs {
   int64_t depth;
   const ExpertMatrices* matrices;
   bool transposed;            // B = the matrix itself (x·W) instead of its transpose (x·Wᵀ)
-  const TensorView* bias;     // [E, columns], undefined or null
+  TensorView bias;            // [E, columns] or undefined
   const float* slot_weights;  // [S] or null
   const int32_t* expert_offsets;
   const int32_t* token_indices;

@@ -50,8 +50,4 @@ class Buffer {
 
 void release_workspaces();
 
-// Asks for huge pages behind the whole 2 MB pages of a large fresh buffer: one page fault instead of 512. A hint: harmless
-// where memory is mapped already or the system has none.
-void advise_huge_pages(void* data, int64_t bytes);
-
 }  // namespace switchgear::cpu

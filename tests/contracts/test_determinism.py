@@ -119,7 +119,7 @@ def test_a_token_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_slot_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype) -> None:
     """The same of the stages one by one, with inner dimensions of several packed chunks."""
-    layer = layer_of(dtype, Case("deep", 120, 2, 5, 1100, 530))
+    layer = layer_of(dtype, Case("deep", 120, 2, 5, 2100, 1030))
 
     def run(rows: Tensor) -> Tensor:
         x, gate_up, down, gate_up_bias, down_bias, ids, weights = tokens_of(layer, rows)
