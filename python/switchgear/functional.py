@@ -117,6 +117,12 @@ def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(tensor if tensor is None or tensor.dtype is torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
+def _number(name: str, value: float) -> float:
+    if isinstance(value, (str, bytes)):  # which float() would read
+        raise TypeError(f"{name}: expected float, got {type(value).__name__}")
+    return float(value)
+
+
 def _limit(limit: float | None) -> float:
     if limit is None:
         return 0.0
@@ -197,7 +203,7 @@ def route(
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
     if selection_bias is not None:
         selection_bias = _as_weights("selection_bias", selection_bias.detach(), torch.float32)
-    options = (top_k, score_function, normalize, float(scale), num_groups, topk_groups, group_score)
+    options = (top_k, score_function, normalize, _number("scale", scale), num_groups, topk_groups, group_score)
     if _needs_autograd(router_logits):
         topk_ids, topk_weights = _apply(_Route, router_logits, selection_bias, *options)
     else:
@@ -426,7 +432,7 @@ def glu(
     Returns [..., I]. Source of gated units: arXiv:2002.05202.
     """
     rows = h if h.dim() == 2 else h.reshape(-1, h.shape[-1])
-    options = (activation, gated, interleaved, float(alpha), _limit(limit))
+    options = (activation, gated, interleaved, _number("alpha", alpha), _limit(limit))
     a: Tensor = _apply(_Glu, rows, *options) if _needs_autograd(rows) else ops.glu(rows, *options)
     return a if h.dim() == 2 else a.reshape(*h.shape[:-1], a.shape[-1])
 
@@ -519,7 +525,7 @@ def moe(
     topk_ids = _as_ids("topk_ids", topk_ids)
     topk_weights = _as_weights("topk_weights", topk_weights, x.dtype)
     tensors = (x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
-    options = (activation, gated, interleaved, float(alpha), _limit(limit))
+    options = (activation, gated, interleaved, _number("alpha", alpha), _limit(limit))
     if _needs_autograd(*tensors):
         y: Tensor = _apply(_Moe, *tensors, *options)[0]
     else:

@@ -172,13 +172,13 @@ WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
     "score_function": ("relu", "", 3, None),
     "group_score": ("mean", "", 1, None),
     "normalize": ("yes",),
-    "scale": (NAN, INF, "x", None),
+    "scale": (NAN, INF, "x", "2.5", None),
     "num_groups": (0, 2, E + 1, -1, 1.0, "1"),
     "topk_groups": (0, 2, -1, "1"),
     "activation": ("swish", "", 1, None),
     "gated": ("yes",),
     "interleaved": ("yes",),
-    "alpha": (NAN, INF, "x", None),
+    "alpha": (NAN, INF, "x", "2.5", None),
     "limit": (0.0, -1.0, NAN, INF, "x"),
 }
 OPTION_CASES = [(f, name, value) for f, options in OPTIONS.items() for name in options for value in WRONG_OPTIONS[name]]
