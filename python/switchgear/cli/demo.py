@@ -32,7 +32,7 @@ PROMPT_LENGTH, TEMPERATURE, GENERATION_ROUNDS = 128, 0.7, 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", choices=FAMILIES, default="olmoe", help="architecture of the model")
+    add("--model", choices=FAMILIES, default="mixtral", help="architecture of the model")
     add("--steps", type=positive, default=60, metavar="N", help="training steps")
     add("--text", metavar="FILE", help="train on this file instead of Python's standard library")
     dtype_help = "of weights and activations (default: bfloat16 if the CPU multiplies it, else float32)"
