@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The exponential of route, the same bits on every backend: a fixed sequence of float32 operations, each rounded to
-// nearest even, never fused. Files that include this are compiled with -ffp-contract=off.
+// nearest even, never fused. Host files that include this are compiled with -ffp-contract=off.
 //
 //   c = min(max(x, LOWEST), HIGHEST)
 //   n = (c · LOG2E + MAGIC) - MAGIC             nearest integer
@@ -15,13 +15,14 @@
 // 2^-30 <= |x| <= 89. exp(0) = 1. Results that would be subnormal are 0, so that flush-to-zero modes change nothing:
 // at LOWEST the result is the smallest normal number and a bit. Past 88.7228 the last product overflows to +Inf.
 #pragma once
-#include <bit>
 #include <cstdint>
+
+#include "../rounding.h"
 
 namespace switchgear::cpu {
 
-// x is not NaN. Branch-free, so that a loop over it becomes vector code.
-inline float exp_f32(float x) {
+// x is not NaN. Branch-free, so that a loop over it becomes vector code. __builtin_bit_cast: CUDA has no std::bit_cast.
+SWITCHGEAR_HOST_DEVICE inline float exp_f32(float x) {
   constexpr float kLowest = -0x1.5d589ep+6f;
   constexpr float kHighest = 89.0f;
   constexpr float kLog2E = 0x1.715476p+0f;
@@ -31,27 +32,28 @@ inline float exp_f32(float x) {
 
   // Clamps and the last selection work on the bits: gcc makes branches of comparisons of floats, since they may trap.
   // As uint32, negative floats ascend with their magnitude and lie above all positive ones.
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  constexpr uint32_t kLowestBits = std::bit_cast<uint32_t>(kLowest);
-  constexpr int32_t kHighestBits = std::bit_cast<int32_t>(kHighest);
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  constexpr uint32_t kLowestBits = __builtin_bit_cast(uint32_t, kLowest);
+  constexpr int32_t kHighestBits = __builtin_bit_cast(int32_t, kHighest);
   const uint32_t low = bits < kLowestBits ? bits : kLowestBits;
   const int32_t high = static_cast<int32_t>(low) < kHighestBits ? static_cast<int32_t>(low) : kHighestBits;
   const int32_t underflow = static_cast<int32_t>(low - bits) >> 31;  // -1 where x < kLowest, else 0
-  const float c = std::bit_cast<float>(high);
+  const float c = __builtin_bit_cast(float, high);
 
-  const float n = (c * kLog2E + kMagic) - kMagic;
-  const float r = (c - n * kLn2High) - n * kLn2Low;
+  const float n = add(add(multiply(c, kLog2E), kMagic), -kMagic);
+  const float r = add(add(c, -multiply(n, kLn2High)), -multiply(n, kLn2Low));
   float q = 0x1.6ac74ep-10f;
-  q = q * r + 0x1.123dep-7f;
-  q = q * r + 0x1.555858p-5f;
-  q = q * r + 0x1.55548cp-3f;
-  q = q * r + 0x1.fffffcp-2f;
-  const float p = (q * (r * r) + r) + 1.0f;
+  q = add(multiply(q, r), 0x1.123dep-7f);
+  q = add(multiply(q, r), 0x1.555858p-5f);
+  q = add(multiply(q, r), 0x1.55548cp-3f);
+  q = add(multiply(q, r), 0x1.fffffcp-2f);
+  const float p = add(add(multiply(q, multiply(r, r)), r), 1.0f);
   const int32_t i = static_cast<int32_t>(n);
   const int32_t half = i >> 1;  // i reaches 128, one more than an exponent holds
-  const float scale = std::bit_cast<float>((half + 127) << 23);
-  const float rest = std::bit_cast<float>((i - half + 127) << 23);
-  return std::bit_cast<float>(std::bit_cast<int32_t>((p * scale) * rest) & ~underflow);
+  const float scale = __builtin_bit_cast(float, (half + 127) << 23);
+  const float rest = __builtin_bit_cast(float, (i - half + 127) << 23);
+  const float e = multiply(multiply(p, scale), rest);
+  return __builtin_bit_cast(float, __builtin_bit_cast(int32_t, e) & ~underflow);
 }
 
 }  // namespace switchgear::cpu

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Single operations, each rounded to nearest even, that no compiler fuses: the arithmetic of route, whose results have the
+// same bits on every backend. Host files that use this are compiled with -ffp-contract=off.
+#pragma once
+
+#if defined(__CUDACC__)
+#define SWITCHGEAR_HOST_DEVICE __host__ __device__
+#else
+#define SWITCHGEAR_HOST_DEVICE
+#endif
+#if defined(__CUDA_ARCH__)
+#define SWITCHGEAR_ROUNDED(device_operation, operation) device_operation
+#else
+#define SWITCHGEAR_ROUNDED(device_operation, operation) operation
+#endif
+
+namespace switchgear {
+
+SWITCHGEAR_HOST_DEVICE inline float multiply(float a, float b) { return SWITCHGEAR_ROUNDED(__fmul_rn(a, b), a * b); }
+SWITCHGEAR_HOST_DEVICE inline double multiply(double a, double b) { return SWITCHGEAR_ROUNDED(__dmul_rn(a, b), a * b); }
+SWITCHGEAR_HOST_DEVICE inline float add(float a, float b) { return SWITCHGEAR_ROUNDED(__fadd_rn(a, b), a + b); }
+SWITCHGEAR_HOST_DEVICE inline double add(double a, double b) { return SWITCHGEAR_ROUNDED(__dadd_rn(a, b), a + b); }
+
+}  // namespace switchgear
