@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "registry.h"
 #include "switchgear/check.h"
 
 namespace switchgear {
@@ -19,6 +20,10 @@ std::string to_string(Call::Shape shape) {  // "[T=4, H]"
     text += dim->size == Dim::kUnknown ? std::string(dim->name) : join(dim->name, '=', dim->size);
   }
   return text + ']';
+}
+
+std::string to_string(Device device) {
+  return device.type == DeviceType::kCPU ? "the CPU" : join("cuda:", device.index);
 }
 
 // A dimension of size 1 has no stride to speak of.
@@ -121,10 +126,23 @@ Call::Call(Execution exec) {
                    "num_threads: expected 0 (the default) to ", kMaxThreads, ", got ", exec.num_threads);
 }
 
+void Call::check_device(const char* name, const TensorView& tensor) {
+  const Device device = tensor.device;
+  if (backend_ == nullptr) {  // the first tensor of the call
+    backend_ = find_backend(device.type);
+    SWITCHGEAR_CHECK(ValueError, backend_ != nullptr, name, ": expected a tensor in ",
+                     device.type == DeviceType::kCPU ? "device" : "host", " memory, got ", describe(tensor));
+    device_ = device;
+    first_name_ = name;
+  }
+  SWITCHGEAR_CHECK(ValueError, device.type == device_.type && device.index == device_.index, name,
+                   ": expected a tensor on ", to_string(device_), " like ", first_name_, ", got ", describe(tensor),
+                   device.type == DeviceType::kCPU ? " on the CPU" : "");
+}
+
 void Call::check_type(const char* name, const TensorView& tensor, Kind kind, Shape shape) {
   SWITCHGEAR_CHECK(ValueError, tensor.defined(), name, ": expected shape ", to_string(shape), ", got none");
-  SWITCHGEAR_CHECK(ValueError, tensor.device.type == DeviceType::kCPU, name, ": expected a tensor in host memory, got ",
-                   describe(tensor));
+  check_device(name, tensor);
   switch (kind) {
     case Kind::kInt32:
       SWITCHGEAR_CHECK(TypeError, tensor.dtype == DType::kInt32, name, ": expected int32, got ", describe(tensor));
@@ -208,6 +226,7 @@ void Call::check_overlap() const {
 }
 
 void check_range(const char* name, const TensorView& indices, int64_t low, int64_t high) {
+  if (!readable(indices)) return;
   const auto* values = indices.as<const int32_t>();
   const int64_t count = indices.numel();
   // One unsigned comparison and no branch, so that the loop is vectorised.
@@ -222,6 +241,7 @@ void check_range(const char* name, const TensorView& indices, int64_t low, int64
 }
 
 void check_offsets(const char* name, const TensorView& expert_offsets, int64_t num_slots) {
+  if (!readable(expert_offsets)) return;
   const auto* offsets = expert_offsets.as<const int32_t>();
   const int64_t last = expert_offsets.shape[0] - 1;
   SWITCHGEAR_CHECK(ValueError, offsets[0] == 0, name, ": expected 0 first, got ", offsets[0]);

@@ -5,7 +5,7 @@
 #include <array>
 #include <initializer_list>
 
-#include "switchgear/ops.h"
+#include "switchgear/backend.h"
 
 namespace switchgear {
 
@@ -35,6 +35,9 @@ class Call {
   void input(const char* name, const ExpertMatrices& weight, Shape shape);
   void output(const char* name, const TensorView& tensor, Kind kind, Shape shape, Layout layout = Layout::kContiguous);
 
+  // The table of the device that the tensors so far are on.
+  const Backend& backend() const { return *backend_; }
+
   // Comes after the last tensor: no output may share memory with another tensor.
   void check_overlap() const;
 
@@ -49,14 +52,20 @@ class Call {
   };
 
   void check_type(const char* name, const TensorView& tensor, Kind kind, Shape shape);
+  void check_device(const char* name, const TensorView& tensor);
 
+  const Backend* backend_ = nullptr;
+  Device device_;
+  const char* first_name_ = nullptr;  // the tensor that chose both
   std::array<Entry, kMaxTensors> entries_;
   int count_ = 0;
   const char* float_name_ = nullptr;  // the first tensor of Kind::kFloat, and its dtype
   DType float_dtype_ = DType::kFloat32;
 };
 
-// Contents: what an op follows as an index. These come last, since they read memory.
+// Contents: what an op follows as an index. These come last, since they read memory; that of a CUDA device is left unread,
+// and its kernels step over what is out of range.
+inline bool readable(const TensorView& tensor) { return tensor.device.type == DeviceType::kCPU; }
 void check_range(const char* name, const TensorView& indices, int64_t low, int64_t high);  // all in [low, high)
 void check_offsets(const char* name, const TensorView& expert_offsets, int64_t num_slots);
 

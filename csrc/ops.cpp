@@ -15,9 +15,6 @@ namespace {
 using enum Kind;
 using enum Layout;
 
-// The one table there is so far: Call has refused tensors of other devices.
-const Backend& backend() { return cpu_backend(); }
-
 // S = T·K. Slots are numbered in int32.
 Dim slots(const Dim& T, const Dim& K) {
   SWITCHGEAR_CHECK(ValueError, T.size <= std::numeric_limits<int32_t>::max() / K.size,
@@ -38,6 +35,7 @@ void plan_shapes(Call& call, const Plan& plan, Dim& T, Dim& K, Dim& S) {
 
 // Slots past expert_offsets[E] belong to no expert, and nobody follows their token_indices.
 void check_tokens(const TensorView& token_indices, const TensorView& expert_offsets, int64_t num_tokens) {
+  if (!readable(expert_offsets)) return;
   TensorView used = token_indices;
   used.shape[0] = expert_offsets.as<const int32_t>()[expert_offsets.shape[0] - 1];
   check_range("token_indices", used, 0, num_tokens);
@@ -102,7 +100,7 @@ void route(const RouteArgs& args, Execution exec) {
   slots(T, K);
   check_options(args.options, E);
   call.check_overlap();
-  backend().route(args, exec);
+  call.backend().route(args, exec);
 }
 
 void route_backward(const RouteBackwardArgs& args, Execution exec) {
@@ -115,7 +113,7 @@ void route_backward(const RouteBackwardArgs& args, Execution exec) {
   call.output("grad_router_logits", args.grad_router_logits, kFloat, {&T, &E}, kRows);
   call.check_overlap();
   check_range("topk_ids", args.topk_ids, -1, E.size);
-  backend().route_backward(args, exec);
+  call.backend().route_backward(args, exec);
 }
 
 // ---- plan ---
@@ -130,7 +128,7 @@ void plan(const PlanArgs& args, Execution exec) {
   call.output("slot_indices", args.plan.slot_indices, kInt32, {&T, &K});
   call.check_overlap();
   check_range("topk_ids", args.topk_ids, -1, offsets.size - 1);
-  backend().plan(args, exec);
+  call.backend().plan(args, exec);
 }
 
 // ---- permute, combine ---
@@ -144,7 +142,7 @@ void permute(const PermuteArgs& args, Execution exec) {
   call.output("permuted_x", args.permuted_x, kFloat, {&S, &H}, kRows);
   call.check_overlap();
   check_plan(args.plan, T, S);
-  backend().permute(args, exec);
+  call.backend().permute(args, exec);
 }
 
 void combine(const CombineArgs& args, Execution exec) {
@@ -156,7 +154,7 @@ void combine(const CombineArgs& args, Execution exec) {
   call.output("y", args.y, kFloat, {&T, &H}, kRows);
   call.check_overlap();
   check_plan(args.plan, T, S);
-  backend().combine(args, exec);
+  call.backend().combine(args, exec);
 }
 
 void combine_weight_backward(const CombineBackwardArgs& args, Execution exec) {
@@ -168,7 +166,7 @@ void combine_weight_backward(const CombineBackwardArgs& args, Execution exec) {
   call.output("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K});
   call.check_overlap();
   check_plan(args.plan, T, S);
-  backend().combine_weight_backward(args, exec);
+  call.backend().combine_weight_backward(args, exec);
 }
 
 // ---- grouped_gemm ---
@@ -186,7 +184,7 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   call.check_overlap();
   check_offsets("expert_offsets", args.expert_offsets, args.out.shape[0]);
   if (args.token_indices.defined()) check_tokens(args.token_indices, args.expert_offsets, R.size);
-  backend().grouped_gemm(args, exec);
+  call.backend().grouped_gemm(args, exec);
 }
 
 void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec) {
@@ -201,7 +199,7 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec) {
   call.check_overlap();
   check_offsets("expert_offsets", args.expert_offsets, args.grad_out.shape[0]);
   if (args.token_indices.defined()) check_tokens(args.token_indices, args.expert_offsets, R.size);
-  backend().grouped_gemm_wgrad(args, exec);
+  call.backend().grouped_gemm_wgrad(args, exec);
 }
 
 // ---- glu ---
@@ -214,7 +212,7 @@ void glu(const GluArgs& args, Execution exec) {
   Dim I = intermediate("h", args.options, N);
   call.output("a", args.a, kFloat, {&S, &I}, kRows);
   call.check_overlap();
-  backend().glu(args, exec);
+  call.backend().glu(args, exec);
 }
 
 void glu_backward(const GluBackwardArgs& args, Execution exec) {
@@ -226,7 +224,7 @@ void glu_backward(const GluBackwardArgs& args, Execution exec) {
   call.input("grad_a", args.grad_a, kFloat, {&S, &I}, kRows);
   call.output("grad_h", args.grad_h, kFloat, {&S, &N}, kRows);
   call.check_overlap();
-  backend().glu_backward(args, exec);
+  call.backend().glu_backward(args, exec);
 }
 
 // ---- the whole layer ---
@@ -244,7 +242,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   if (args.h.defined()) call.output("h", args.h, kFloat, {&S, &N}, kRows);
   call.check_overlap();
   check_range("topk_ids", args.topk_ids, -1, E.size);
-  backend().moe_forward(args, exec);
+  call.backend().moe_forward(args, exec);
 }
 
 void moe_backward(const MoeBackwardArgs& args, Execution exec) {
@@ -269,7 +267,7 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   output("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K}, kContiguous);
   call.check_overlap();
   check_range("topk_ids", args.topk_ids, -1, E.size);
-  backend().moe_backward(args, exec);
+  call.backend().moe_backward(args, exec);
 }
 
 }  // namespace switchgear

@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "ops.h"
+#include "registry.h"
 #include "switchgear/check.h"
 
 namespace switchgear {
@@ -92,6 +93,7 @@ void set_cpu_isa(const std::string& isa) { cpu::active.store(&cpu::find_isa(isa,
 const Backend& cpu_backend() {
   cpu::kernels();  // a wrong SWITCHGEAR_CPU_ISA is an error before anything is written
   static constexpr Backend kBackend{.name = "cpu",
+                                    .device = DeviceType::kCPU,
                                     .route = cpu::route,
                                     .route_backward = cpu::route_backward,
                                     .plan = cpu::plan,
@@ -106,5 +108,7 @@ const Backend& cpu_backend() {
                                     .moe_backward = cpu::moe_backward};
   return kBackend;
 }
+
+const Backend& default_backend() { return cpu_backend(); }
 
 }  // namespace switchgear

@@ -10,6 +10,7 @@ namespace switchgear {
 
 struct Backend {
   const char* name;
+  DeviceType device;
   void (*route)(const RouteArgs&, Execution);
   void (*route_backward)(const RouteBackwardArgs&, Execution);
   void (*plan)(const PlanArgs&, Execution);
@@ -24,7 +25,11 @@ struct Backend {
   void (*moe_backward)(const MoeBackwardArgs&, Execution);
 };
 
-const Backend& cpu_backend();
+const Backend& cpu_backend();   // in use without a call, in programs that link switchgear_core
+const Backend& cuda_backend();  // in libraries with CUDA kernels
+
+// From now on the ops on tensors of backend.device call this table.
+void register_backend(const Backend& backend);
 
 // ISAs of the CPU backend, best last: "generic", "avx2", "avx512", "avx512bf16". `available` are those that were built and
 // that this machine can run. SWITCHGEAR_CPU_ISA, read at first use, forces one; set_cpu_isa does so afterwards.

@@ -14,6 +14,10 @@
 // `float` below means float32, bfloat16 or float16; all `float` tensors of one call share their dtype unless a line says
 // otherwise. Sums run in float32 in a fixed order that does not depend on the number of rows or threads.
 // Every op checks its arguments before it writes (ValueError, TypeError), then writes all of its outputs.
+//
+// All tensors of a call are on one device, whose backend (backend.h) runs it. On a CUDA device an op returns when its work
+// is queued, and values in device memory are not checked, since reading them would wait for the device: ids outside [0,E)
+// count as empty slots there, and slots with indices outside of their range are skipped.
 #pragma once
 #include <cstdint>
 
@@ -21,9 +25,18 @@
 
 namespace switchgear {
 
-// Threads an op may use; 0 means the OpenMP default (or the number of processors without OpenMP).
+// Temporary memory of an op on a CUDA device, aligned to 256 bytes. It belongs to the op until the kernels that the op
+// queued have run, so a caller gives it away again in the order of the stream.
+struct Allocator {
+  void* (*allocate)(void* context, int64_t bytes) = nullptr;
+  void* context = nullptr;
+};
+
 struct Execution {
-  int num_threads = 0;
+  int num_threads = 0;  // CPU: threads an op may use; 0 means the OpenMP default (or the number of processors without)
+  void* stream = nullptr;   // CUDA: the cudaStream_t that the op is queued on; null is the default stream
+  Allocator allocator;      // CUDA: required by ops that need temporary memory
+  bool allow_tf32 = false;  // CUDA: float32 products may round their factors to TF32
 };
 
 // ---- route -------------------------------------------------------------------------------------------------------------

@@ -46,6 +46,11 @@ struct TensorView {
     for (int i = 0; i < ndim; ++i) n *= shape[i];
     return n;
   }
+  int64_t extent() const {  // bytes from the first element to the end of the last
+    int64_t last = 0;
+    for (int i = 0; i < ndim; ++i) last += (shape[i] - 1) * stride[i];
+    return numel() == 0 ? 0 : (last + 1) * size_of(dtype);
+  }
   bool contiguous() const {
     int64_t expected = 1;
     for (int i = ndim - 1; i >= 0; --i) {
