@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// One grouped GEMM, described for the host and the kernels alike. Two products make all of the layer:
+//
+//   Gemm    out[s,n] = Σ_k a[s,k] · b[e(s)][n,k] (+ bias[e(s),n])      rows grouped by expert: forward, input gradient
+//   Wgrad   out[e][m,n] = Σ_{s of e} a[s,m] · b[s,n]                   inner dimension grouped by expert: weight gradient
+//
+// `gemm` and `wgrad` pick the kernel: gemm_sm90 where sm90_takes says so, else the decode kernel, else the tiles of the table
+// below. Everything is plain data; pick_tile is a pure function, tested without a GPU.
+//
+// Order of the sums: gemm_sm80.cuh (all tiles of a dtype) and gemm_decode.cuh share one, k ascending through one float32
+// accumulator per element, 16 (tf32: 8) terms an instruction. So a row's bits do not depend on the tile that was picked.
+// gemm_sm90 has an order of its own, which must not depend on the tile either.
+#pragma once
+#include <cstdint>
+
+#include "switchgear/ops.h"
+
+namespace switchgear::cuda {
+
+// ---- operands ----------------------------------------------------------------------------------------------------------
+
+// One row per slot: row r(s) of `data`, r(s) = indices[s] where given, else s. A row outside [0, count) reads as zeros.
+struct Rows {
+  const void* data = nullptr;
+  int64_t stride = 0;  // elements from row to row; columns are contiguous
+  int64_t count = 0;
+  const int32_t* indices = nullptr;  // [S] on the device
+};
+
+// Where one expert's matrix lies, for experts with memory of their own.
+struct SeparateMatrix {
+  const void* data;
+  int64_t rows;  // rows past it are zeros and are not read
+};
+
+// Element (n, k) of expert e. One of the two strides is 1.
+struct ExpertOperand {
+  const void* data = nullptr;  // expert e at data + e * expert_stride …
+  int64_t expert_stride = 0;
+  const SeparateMatrix* separate = nullptr;  // … or, where given, at separate[e].data; [E] on the device
+  bool rows_are_n = true;                    // separate[e].rows bounds n; else k
+  int64_t n_stride = 0, k_stride = 1;
+  bool aligned = false;  // bases and the stride that is not 1 (experts' strides too) are multiples of 16 bytes
+
+  constexpr bool k_contiguous() const { return k_stride == 1; }
+};
+
+// ---- products ----------------------------------------------------------------------------------------------------------
+
+enum class Epilogue : uint8_t {
+  kStore,        // out [S,N]: the product plus bias
+  kGlu,          // h = the product plus bias, out [S,I] = glu(h); h [S,N] is stored where it is given
+  kGluBackward,  // g = the product (N = I): reads h and weights, writes out [S,width of h] = glu'(h, w·g), and where given
+                 // weighted_a [S,I] = w·glu(h) and weight_parts [S, weight_parts_of(I)] = parts of <g, glu(h)>
+};
+
+struct Gemm {
+  DType dtype = DType::kFloat32;
+  bool allow_tf32 = false;
+  Rows a;           // [S,C], gathered or in slot order
+  ExpertOperand b;  // [E][N,C]
+  const void* bias = nullptr;
+  int64_t bias_stride = 0;                  // [E,N]
+  const int32_t* expert_offsets = nullptr;  // [E+1] on the device
+  int64_t num_experts = 0;
+  int64_t num_slots =
+      0;  // S, the host's bound on expert_offsets[E]. Rows past expert_offsets[E] become zero in out and h
+  int64_t n = 0, c = 0;  // N and C
+
+  Epilogue epilogue = Epilogue::kStore;
+  void* out = nullptr;
+  int64_t out_stride = 0;
+  GluOptions options;  // of the two epilogues with a gate; n is N for kGlu, I for kGluBackward
+  void* h = nullptr;   // kGlu: out, optional. kGluBackward: in
+  int64_t h_stride = 0;
+  const float* slot_weights = nullptr;  // kGluBackward: [S]
+  void* weighted_a = nullptr;           // kGluBackward: [S,I], contiguous
+  float* weight_parts = nullptr;        // kGluBackward: [S, weight_parts_of(I)]
+};
+
+// Sums over 32 columns at a time, aligned to 32: eight columns in order, then ((0 + 1) + (2 + 3)) of the four eights. The
+// grouping is part of the contract: it keeps the gradient of topk_weights independent of the tile.
+constexpr int64_t kWeightPart = 32;
+constexpr int64_t weight_parts_of(int64_t intermediate_size) {
+  return (intermediate_size + kWeightPart - 1) / kWeightPart;
+}
+
+// a and b in slot order or gathered; s outside [0, S) is never followed. Experts without rows get zeros.
+struct Wgrad {
+  DType dtype = DType::kFloat32;
+  bool allow_tf32 = false;
+  Rows a, b;
+  const int32_t* expert_offsets = nullptr;
+  int64_t num_experts = 0, num_slots = 0;
+  int64_t m = 0, n = 0;  // widths of a and b
+  void* out = nullptr;   // [E,m,n], columns contiguous: where the gradient is stored transposed, a and b change places
+  int64_t out_expert_stride = 0, out_stride = 0;
+};
+
+// The width of `a`: I of kGlu, N otherwise.
+constexpr int64_t out_columns(const Gemm& g) { return g.epilogue == Epilogue::kGlu && g.options.gated ? g.n / 2 : g.n; }
+
+// ---- tiles -------------------------------------------------------------------------------------------------------------
+
+// How a product is cut: a block of `threads` computes [rows, columns] of out and takes depth_bytes of a and b at a time
+// through a ring of `stages` in shared memory.
+struct TileConfig {
+  int max_rows_per_expert;  // up to which mean this row of the table is picked
+  int rows, columns;
+  int warps_m, warps_n;
+  int depth_bytes;
+  int stages;
+
+  constexpr int threads() const { return 32 * warps_m * warps_n; }
+  constexpr int stage_bytes() const { return (rows + columns) * depth_bytes; }
+  // The ring, and in its place the float32 accumulators on their way to the epilogue.
+  constexpr int shared_bytes() const {
+    const int ring = stages * stage_bytes(), staged = rows * columns * 4;
+    return ring > staged ? ring : staged;
+  }
+};
+
+// Up to 16 rows weights bind: deep rings, little else. 64 rows of an expert keep the tensor cores of an A100 busy three
+// quarters of the time; 128 x 128 with 64 x 64 a warp reads 4 KB of shared memory per 64 cycles of mma (half of what it could).
+// Two blocks an SM overlap one's epilogue with the other's products.
+inline constexpr TileConfig kTiles[] = {
+    //  mean rows    tile       warps   depth  stages      shared memory
+    {16, 16, 128, 1, 4, 128, 4},         //     72 KB
+    {80, 64, 128, 2, 2, 64, 4},          //     48 KB
+    {0x7fffffff, 128, 128, 2, 2, 64, 4}  //    64 KB
+};
+enum class TileKind : uint8_t { k16, k64, k128 };  // index into kTiles
+
+// The tile for a mean number of rows per expert. `arch` is 10·major + minor. All tiles fit the 99 KB of a block of sm_86,
+// sm_89 and sm_120. Few columns or a short inner dimension are no reason for another tile: what is padded costs less than
+// the weights of a second config.
+constexpr TileKind pick_tile(int /*arch*/, DType /*dtype*/, int64_t rows_per_expert, int64_t /*n*/, int64_t /*c*/) {
+  int kind = 0;
+  while (rows_per_expert > kTiles[kind].max_rows_per_expert) ++kind;
+  return static_cast<TileKind>(kind);
+}
+
+// ---- launchers ---------------------------------------------------------------------------------------------------------
+
+void gemm(const Gemm& g, void* stream);
+void wgrad(const Wgrad& g, void* stream);
+
+bool sm90_takes(const Gemm& g);  // on the current device
+void gemm_sm90(const Gemm& g, void* stream);
+bool sm90_takes(const Wgrad& g);
+void wgrad_sm90(const Wgrad& g, void* stream);
+
+}  // namespace switchgear::cuda
