@@ -20,5 +20,7 @@ SWITCHGEAR_HOST_DEVICE inline float multiply(float a, float b) { return SWITCHGE
 SWITCHGEAR_HOST_DEVICE inline double multiply(double a, double b) { return SWITCHGEAR_ROUNDED(__dmul_rn(a, b), a * b); }
 SWITCHGEAR_HOST_DEVICE inline float add(float a, float b) { return SWITCHGEAR_ROUNDED(__fadd_rn(a, b), a + b); }
 SWITCHGEAR_HOST_DEVICE inline double add(double a, double b) { return SWITCHGEAR_ROUNDED(__dadd_rn(a, b), a + b); }
+SWITCHGEAR_HOST_DEVICE inline float divide(float a, float b) { return SWITCHGEAR_ROUNDED(__fdiv_rn(a, b), a / b); }
+SWITCHGEAR_HOST_DEVICE inline double divide(double a, double b) { return SWITCHGEAR_ROUNDED(__ddiv_rn(a, b), a / b); }
 
 }  // namespace switchgear
