@@ -336,7 +336,7 @@ void multiply_rows(const void* const* rows, int64_t num_rows, int64_t offset, co
 
 // The same sums in the same order for up to kFewRows rows, where writing a panel and reading it again would cost more than
 // the multiplications: blocks of B are transposed in registers and used at once. B must run along k.
-constexpr int kFewRows = 4;
+constexpr int kFewRows = kLanes >= 16 ? 8 : 4;  // with the kLanes vectors of a block they must fit into the registers
 
 // c[m] += Σ over `num_blocks` blocks: kLanes columns of B, `stride` elements apart, times kLanes words of each row of A.
 template <int kRows, bool kPairs, typename Words, typename T>
@@ -344,7 +344,7 @@ void add_blocks(float* c, const T* b, const T* next, int64_t stride, const char*
   constexpr int64_t kBlock = kLanes * Words::kDepth;
   Floats acc[kRows];
   const char* a[kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
     acc[m] = load(c + m * kPanel);
     a[m] = rows[m];
@@ -361,13 +361,13 @@ void add_blocks(float* c, const T* b, const T* next, int64_t stride, const char*
     transpose(block);
 #pragma GCC unroll 16
     for (int j = 0; j < kLanes; ++j) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) acc[m] = step<kPairs>(broadcast_word(a[m] + 4 * j), block[j], acc[m]);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) a[m] += 4 * kLanes;
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) store(c + m * kPanel, acc[m]);
 }
 
@@ -418,20 +418,18 @@ void multiply_few_rows(const Product& product, const void* const* rows, int64_t 
 
 bool is_few(const Product& product) { return product.num_rows <= kFewRows && runs_along_k(product.b); }
 
+template <int kRows, bool kPairs, typename Words, typename T>
+void multiply_few(const Product& product, const void* const* rows, int64_t row_offset, int64_t k, int64_t depth) {
+  if (product.num_rows == kRows) {
+    multiply_few_rows<kRows, kPairs, Words, T>(product, rows, row_offset, k, depth);
+  } else if constexpr (kRows > 1) {
+    multiply_few<kRows - 1, kPairs, Words, T>(product, rows, row_offset, k, depth);
+  }
+}
+
 template <bool kPairs, typename Words, typename T>
 void multiply_chunk(const Product& product, const void* const* rows, int64_t row_offset, int64_t k, int64_t depth) {
-  const auto few = [&]<int kRows>() {
-    multiply_few_rows<kRows, kPairs, Words, T>(product, rows, row_offset, k, depth);
-  };
-  if (is_few(product)) {
-    switch (product.num_rows) {
-      case 1: return few.template operator()<1>();
-      case 2: return few.template operator()<2>();
-      case 3: return few.template operator()<3>();
-      case 4: return few.template operator()<4>();
-      default: return;
-    }
-  }
+  if (is_few(product)) return multiply_few<kFewRows, kPairs, Words, T>(product, rows, row_offset, k, depth);
   float* const panel = static_cast<float*>(product.scratch);
   pack<Words, T>(panel, product, k, depth);
   multiply_rows<kPairs>(rows, product.num_rows, row_offset, panel, depth / Words::kDepth, depth % Words::kDepth != 0,
