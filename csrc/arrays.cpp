@@ -54,27 +54,42 @@ const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
   throw py::error_already_set();
 }
 
-// array.__dlpack__(max_version=(1, 0)), or array.__dlpack__() for producers older than that argument; null with an error set
-PyObject* call_dlpack(py::handle array) {
-  static PyObject* const method = PyUnicode_InternFromString("__dlpack__");
-  static PyObject* const keywords = py::make_tuple("max_version").release().ptr();
-  static PyObject* const version = py::make_tuple(1, 0).release().ptr();
-  PyObject* const arguments[] = {array.ptr(), version};
-  PyObject* capsule = PyObject_VectorcallMethod(method, arguments, 1, keywords);
-  if (capsule != nullptr || !PyErr_ExceptionMatches(PyExc_TypeError)) return capsule;
-  PyErr_Clear();
-  return PyObject_VectorcallMethod(method, arguments, 1, nullptr);
+// The `stream` of __dlpack__: for memory of a CUDA device that of the call, where 1 stands for the default stream.
+py::object ready_on(py::handle array, std::optional<uintptr_t> stream) {
+  if (!stream || !py::hasattr(array, "__dlpack_device__")) return py::none();
+  const auto device = array.attr("__dlpack_device__")().cast<py::tuple>();
+  const int type = py::int_(device[0]);  // of an IntEnum in many libraries
+  if (type != kDLCUDA && type != kDLCUDAManaged) return py::none();
+  return py::int_(*stream == 0 ? uintptr_t{1} : *stream);
 }
 
-py::object request_capsule(const char* name, py::handle array) {
+// array.__dlpack__(max_version=(1, 0), stream=…), without what a producer older than these arguments may not know; null with
+// an error set
+PyObject* call_dlpack(py::handle array, std::optional<uintptr_t> stream) {
+  static PyObject* const method = PyUnicode_InternFromString("__dlpack__");
+  static PyObject* const version_alone = py::make_tuple("max_version").release().ptr();
+  static PyObject* const stream_alone = py::make_tuple("stream").release().ptr();
+  static PyObject* const both = py::make_tuple("max_version", "stream").release().ptr();
+  static PyObject* const version = py::make_tuple(1, 0).release().ptr();
+  const py::object stream_argument = ready_on(array, stream);
+  const bool with_stream = !stream_argument.is_none();
+  PyObject* const arguments[] = {array.ptr(), version, stream_argument.ptr()};
+  PyObject* capsule = PyObject_VectorcallMethod(method, arguments, 1, with_stream ? both : version_alone);
+  if (capsule != nullptr || !PyErr_ExceptionMatches(PyExc_TypeError)) return capsule;
+  PyErr_Clear();
+  PyObject* const without_version[] = {array.ptr(), stream_argument.ptr()};
+  return PyObject_VectorcallMethod(method, without_version, 1, with_stream ? stream_alone : nullptr);
+}
+
+py::object request_capsule(const char* name, py::handle array, std::optional<uintptr_t> stream) {
   SWITCHGEAR_CHECK(TypeError, py::hasattr(array, "__dlpack__"), name, ": expected an array (with __dlpack__), got ",
                    Py_TYPE(array.ptr())->tp_name);
-  PyObject* capsule = call_dlpack(array);
+  PyObject* capsule = call_dlpack(array, stream);
   if (capsule == nullptr) {
     py::error_already_set error;
     if (!error.matches(PyExc_BufferError) && !error.matches(PyExc_RuntimeError)) throw error;
     // torch before 2.10 has no exchange API, and does not export a tensor that requires a gradient.
-    if (py::hasattr(array, "detach")) capsule = call_dlpack(array.attr("detach")());
+    if (py::hasattr(array, "detach")) capsule = call_dlpack(array.attr("detach")(), stream);
     PyErr_Clear();
     if (capsule == nullptr) refuse(name, error);
   }
@@ -125,27 +140,46 @@ TensorView view_of(const char* name, const DLTensor& tensor) {
 
 }  // namespace
 
-Arrays::Loaded Arrays::load(const char* name, py::handle array) {
+struct Arrays::Borrowed {
+  DLTensor tensor;
+  bool read_only = false;
+};
+
+Arrays::Borrowed Arrays::borrow(const char* name, py::handle array) {
   if (const DLPackExchangeAPI* api = exchange_api(Py_TYPE(array.ptr()))) {
-    DLTensor tensor;
-    if (api->dltensor_from_py_object_no_sync(array.ptr(), &tensor) != 0) {
+    Borrowed borrowed;
+    if (api->dltensor_from_py_object_no_sync(array.ptr(), &borrowed.tensor) != 0) {
       py::error_already_set error;
       refuse(name, error);
     }
-    return {view_of(name, tensor), false};
+    return borrowed;
   }
   // The capsule's destructor releases the memory, since we leave it its name.
-  const py::object& capsule = capsules_.emplace_back(request_capsule(name, array));
+  const py::object& capsule = capsules_.emplace_back(request_capsule(name, array, stream_));
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
     const auto* managed =
         static_cast<const DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
     SWITCHGEAR_CHECK(ValueError, managed->version.major == 1, name, ": expected DLPack 1, got version ",
                      managed->version.major);
-    return {view_of(name, managed->dl_tensor), (managed->flags & kReadOnly) != 0};
+    return {managed->dl_tensor, (managed->flags & kReadOnly) != 0};
   }
   const void* managed = PyCapsule_GetPointer(capsule.ptr(), "dltensor");
   if (managed == nullptr) throw py::error_already_set();
-  return {view_of(name, static_cast<const DLManagedTensor*>(managed)->dl_tensor), false};
+  return {static_cast<const DLManagedTensor*>(managed)->dl_tensor, false};
+}
+
+Arrays::Loaded Arrays::load(const char* name, py::handle array) {
+  const Borrowed borrowed = borrow(name, array);
+  return {view_of(name, borrowed.tensor), borrowed.read_only};
+}
+
+void* Arrays::memory(const char* name, py::handle array, int64_t bytes) {
+  const DLTensor tensor = borrow(name, array).tensor;
+  const bool flat = tensor.ndim == 1 && (tensor.strides == nullptr || tensor.strides[0] == 1);
+  const int64_t size = flat ? tensor.shape[0] * tensor.dtype.bits * tensor.dtype.lanes / 8 : 0;
+  SWITCHGEAR_CHECK(ValueError, flat && size >= bytes, name, ": expected a contiguous array of one dimension and ",
+                   bytes, " bytes, got ", tensor.ndim, " dimensions and ", size, " bytes");
+  return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
 
 TensorView Arrays::out(const char* name, py::handle array) {

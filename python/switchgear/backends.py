@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Which implementation runs an op.
 
-"native" runs the kernels wherever there are any; float64, and devices without kernels, go to the reference. "reference"
-runs reference.py for everything. The environment variable SWITCHGEAR_BACKEND sets the choice at import, use_backend
-changes it for a while. The choice belongs to the process: backward passes may run in threads of their own.
+"native" runs the kernels wherever there are any, on the CPU and on CUDA devices (cuda.py says on which); float64, and
+devices without kernels, go to the reference. "reference" runs reference.py for everything. The environment variable
+SWITCHGEAR_BACKEND sets the choice at import, use_backend changes it for a while. The choice belongs to the process:
+backward passes may run in threads of their own.
 
 A CUDA tensor that ends up in the reference says so once, as a RuntimeWarning; with SWITCHGEAR_STRICT=1 it is an error.
 """
@@ -47,7 +48,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def runs_natively(dtype: torch.dtype) -> bool:
-    """Whether the kernels of the CPU take an op on tensors of `dtype`."""
+    """Whether kernels take an op on tensors of `dtype`, where the device has any."""
     return _backend == "native" and dtype is not torch.float64
 
 
@@ -61,11 +62,13 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     return torch.autocast(device_type, enabled=False) if in_autocast(device_type) else nullcontext()
 
 
-def announce_reference(device: torch.device) -> None:
-    """Warns, once per type of device, that it has no kernels; RuntimeError if SWITCHGEAR_STRICT=1."""
+def announce_reference(device: torch.device, reason: str | None = None) -> None:
+    """Warns, once per type of device, that it has no kernels, and why; RuntimeError if SWITCHGEAR_STRICT=1."""
     if _backend == "reference" or device.type in _warned_about:
         return
     message = f"switchgear has no kernels for {device.type}: its ops run on the reference in plain torch, slowly"
+    if reason is not None:
+        message += f" ({reason})"
     if os.environ.get("SWITCHGEAR_STRICT") == "1":
         raise RuntimeError(message)
     _warned_about.add(device.type)

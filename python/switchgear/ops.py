@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The torch ops of switchgear: schema, fake implementation, and the call of the native module or of the reference.
 
-The only file that calls `_C`, and private to the package: an op knows no gradient, so the public functions of
-functional.py are the ones to use. Shapes and formats are those of include/switchgear/ops.h.
+The only file that calls the ops of `_C` and `_cuda`, and private to the package: an op knows no gradient, so the public
+functions of functional.py are the ones to use. Shapes and formats are those of include/switchgear/ops.h.
 
 Each op below is one function that allocates its outputs, in `allocate` (which also serves as the fake implementation),
-and one that passes them to `_C`.
+and one that passes them to a native module: `_C` for tensors on the CPU, `_cuda` for those on a CUDA device.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch  # first: it brings the OpenMP runtime that the native module then shares
 from torch import Tensor
 
-from switchgear import backends, reference
+from switchgear import backends, cuda, reference
 
 try:
     from switchgear import _C
@@ -30,6 +32,43 @@ available_cpu_isas = _C.available_cpu_isas
 cpu_isa = _C.cpu_isa
 set_cpu_isa = _C.set_cpu_isa
 version: str = _C.version
+
+
+class Kernels:
+    """What an op runs on: a native module, the last argument of its functions, and memory for gradients of weights."""
+
+    __slots__ = ("empty_weight", "execution", "module")
+
+    def __init__(
+        self, module: Any, execution: Callable[[], Any], empty_weight: Callable[[Tensor], Tensor] = torch.empty_like
+    ) -> None:
+        self.module = module
+        self.execution = execution
+        self.empty_weight = empty_weight
+
+
+_KEPT_BYTES = 1 << 20  # smaller tensors come from memory that malloc keeps anyway
+
+
+def _kept_like(tensor: Tensor) -> Tensor:
+    """torch.empty_like in memory that `_C` keeps for the next tensor of this size. A weight gradient that is allocated
+    anew at each step has its pages faulted in and zeroed at each step."""
+    transposed = not tensor.is_contiguous()
+    dense = tensor.mT if transposed else tensor
+    if tensor.nbytes < _KEPT_BYTES or not dense.is_contiguous():
+        return torch.empty_like(tensor)
+    memory = torch.frombuffer(_C.Buffer(tensor.nbytes), dtype=tensor.dtype).view(dense.shape)
+    return memory.mT if transposed else memory
+
+
+host = Kernels(_C, torch.get_num_threads, _kept_like)
+
+
+@functools.cache
+def _on_cuda(index: int) -> Kernels:
+    module = cuda.module()
+    return Kernels(module, cuda.Execution(module, index))
+
 
 _lib: Any = torch.library.Library("switchgear", "DEF")  # type: ignore[no-untyped-call]
 
@@ -65,8 +104,23 @@ def _register(schema: str, native: Callable[..., Any], allocate: Callable[..., A
     name = schema.partition("(")[0]
     specification = getattr(reference, name)
 
+    on_host = MethodType(native, host)  # quicker than to hand `host` on with the arguments
+
     def on_cpu(*args: Any) -> Any:
-        return native(*args) if backends.runs_natively(args[0].dtype) else in_torch(*args)
+        return on_host(*args) if backends.runs_natively(args[0].dtype) else in_torch(*args)
+
+    def on_cuda(*args: Any) -> Any:
+        device = args[0].device
+        if device.type != "cuda":  # another argument brought the call here
+            _check_devices(op, args)
+        if not backends.runs_natively(args[0].dtype):
+            return in_torch(*args)
+        reason = cuda.reason_against(device.index)
+        if reason is not None:
+            backends.announce_reference(device, reason)
+            return in_torch(*args)
+        with cuda.current(device.index):
+            return native(_on_cuda(device.index), *args)
 
     def elsewhere(*args: Any) -> Any:
         backends.announce_reference(args[0].device)
@@ -82,6 +136,7 @@ def _register(schema: str, native: Callable[..., Any], allocate: Callable[..., A
 
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, on_cpu, "CPU")
+    _lib.impl(name, on_cuda, "CUDA")
     _lib.impl(name, elsewhere, "CompositeExplicitAutograd")
     torch.library.register_fake(f"switchgear::{name}", without_data, lib=_lib)
     op = getattr(torch.ops.switchgear, name).default
@@ -120,6 +175,7 @@ def _allocate_route(router_logits: Tensor, selection_bias: Tensor | None, top_k:
 
 
 def _route(
+    kernels: Kernels,
     router_logits: Tensor,
     selection_bias: Tensor | None,
     top_k: int,
@@ -131,9 +187,9 @@ def _route(
     group_score: str,
 ) -> tuple[Tensor, Tensor]:
     outputs = _allocate_route(router_logits, selection_bias, top_k)
-    _C.route(
+    kernels.module.route(
         _rows(router_logits), _dense(selection_bias), *outputs, score_function, normalize, scale,
-        num_groups, topk_groups, group_score, torch.get_num_threads(),
+        num_groups, topk_groups, group_score, kernels.execution(),
     )  # fmt: skip
     return outputs
 
@@ -151,6 +207,7 @@ def _allocate_route_backward(grad_topk_weights: Tensor, router_logits: Tensor, *
 
 
 def _route_backward(
+    kernels: Kernels,
     grad_topk_weights: Tensor,
     router_logits: Tensor,
     topk_ids: Tensor,
@@ -159,9 +216,9 @@ def _route_backward(
     scale: float,
 ) -> Tensor:
     grad_router_logits = _allocate_route_backward(grad_topk_weights, router_logits)
-    _C.route_backward(
+    kernels.module.route_backward(
         grad_topk_weights.contiguous(), _rows(router_logits), topk_ids.contiguous(), grad_router_logits,
-        score_function, normalize, scale, torch.get_num_threads(),
+        score_function, normalize, scale, kernels.execution(),
     )  # fmt: skip
     return grad_router_logits
 
@@ -188,9 +245,9 @@ def _allocate_plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     )
 
 
-def _plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _plan(kernels: Kernels, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _allocate_plan(topk_ids, num_experts)
-    _C.plan(topk_ids.contiguous(), *outputs, torch.get_num_threads())
+    kernels.module.plan(topk_ids.contiguous(), *outputs, kernels.execution())
     return outputs
 
 
@@ -209,12 +266,17 @@ def _allocate_permute(x: Tensor, expert_offsets: Tensor, token_indices: Tensor, 
 
 
 def _permute(
-    x: Tensor, expert_offsets: Tensor, token_indices: Tensor, slot_indices: Tensor, topk_weights: Tensor | None
+    kernels: Kernels,
+    x: Tensor,
+    expert_offsets: Tensor,
+    token_indices: Tensor,
+    slot_indices: Tensor,
+    topk_weights: Tensor | None,
 ) -> Tensor:
     permuted_x = _allocate_permute(x, expert_offsets, token_indices)
-    _C.permute(
+    kernels.module.permute(
         _rows(x), expert_offsets.contiguous(), token_indices.contiguous(), slot_indices.contiguous(),
-        _dense(topk_weights), permuted_x, torch.get_num_threads(),
+        _dense(topk_weights), permuted_x, kernels.execution(),
     )  # fmt: skip
     return permuted_x
 
@@ -234,12 +296,17 @@ def _allocate_combine(
 
 
 def _combine(
-    permuted_y: Tensor, expert_offsets: Tensor, token_indices: Tensor, slot_indices: Tensor, topk_weights: Tensor | None
+    kernels: Kernels,
+    permuted_y: Tensor,
+    expert_offsets: Tensor,
+    token_indices: Tensor,
+    slot_indices: Tensor,
+    topk_weights: Tensor | None,
 ) -> Tensor:
     y = _allocate_combine(permuted_y, expert_offsets, token_indices, slot_indices)
-    _C.combine(
+    kernels.module.combine(
         _rows(permuted_y), expert_offsets.contiguous(), token_indices.contiguous(), slot_indices.contiguous(),
-        _dense(topk_weights), y, torch.get_num_threads(),
+        _dense(topk_weights), y, kernels.execution(),
     )  # fmt: skip
     return y
 
@@ -259,14 +326,19 @@ def _allocate_combine_weight_backward(
 
 
 def _combine_weight_backward(
-    grad_y: Tensor, permuted_y: Tensor, expert_offsets: Tensor, token_indices: Tensor, slot_indices: Tensor
+    kernels: Kernels,
+    grad_y: Tensor,
+    permuted_y: Tensor,
+    expert_offsets: Tensor,
+    token_indices: Tensor,
+    slot_indices: Tensor,
 ) -> Tensor:
     grad_topk_weights = _allocate_combine_weight_backward(
         grad_y, permuted_y, expert_offsets, token_indices, slot_indices
     )
-    _C.combine_weight_backward(
+    kernels.module.combine_weight_backward(
         _rows(grad_y), _rows(permuted_y), expert_offsets.contiguous(), token_indices.contiguous(),
-        slot_indices.contiguous(), grad_topk_weights, torch.get_num_threads(),
+        slot_indices.contiguous(), grad_topk_weights, kernels.execution(),
     )  # fmt: skip
     return grad_topk_weights
 
@@ -304,12 +376,17 @@ def _allocate_grouped_gemm(
 
 
 def _grouped_gemm(
-    x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, expert_offsets: Tensor, token_indices: Tensor | None
+    kernels: Kernels,
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+    token_indices: Tensor | None,
 ) -> Tensor:
     out = _allocate_grouped_gemm(x, weight, bias, expert_offsets, token_indices)
-    _C.grouped_gemm(
+    kernels.module.grouped_gemm(
         _rows(x), weight[0] if _is_packed(weight) else _alike(weight), _rows(bias), expert_offsets.contiguous(),
-        _dense(token_indices), out, torch.get_num_threads(),
+        _dense(token_indices), out, kernels.execution(),
     )  # fmt: skip
     return out
 
@@ -329,12 +406,17 @@ def _allocate_grouped_gemm_wgrad(
 
 
 def _grouped_gemm_wgrad(
-    grad_out: Tensor, x: Tensor, expert_offsets: Tensor, token_indices: Tensor | None, transposed: bool
+    kernels: Kernels,
+    grad_out: Tensor,
+    x: Tensor,
+    expert_offsets: Tensor,
+    token_indices: Tensor | None,
+    transposed: bool,
 ) -> Tensor:
     grad_weight = _allocate_grouped_gemm_wgrad(grad_out, x, expert_offsets, token_indices, transposed)
-    _C.grouped_gemm_wgrad(
+    kernels.module.grouped_gemm_wgrad(
         _rows(grad_out), _rows(x), expert_offsets.contiguous(), _dense(token_indices), grad_weight,
-        torch.get_num_threads(),
+        kernels.execution(),
     )  # fmt: skip
     return grad_weight
 
@@ -355,9 +437,11 @@ def _allocate_glu(h: Tensor, activation: str, gated: bool, *_: Any) -> Tensor:
     return h.new_empty(rows, width // 2 if gated else width)
 
 
-def _glu(h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float) -> Tensor:
+def _glu(
+    kernels: Kernels, h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float
+) -> Tensor:
     a = _allocate_glu(h, activation, gated)
-    _C.glu(_rows(h), a, activation, gated, interleaved, alpha, limit, torch.get_num_threads())
+    kernels.module.glu(_rows(h), a, activation, gated, interleaved, alpha, limit, kernels.execution())
     return a
 
 
@@ -373,12 +457,19 @@ def _allocate_glu_backward(grad_a: Tensor, h: Tensor, *_: Any) -> Tensor:
 
 
 def _glu_backward(
-    grad_a: Tensor, h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float
+    kernels: Kernels,
+    grad_a: Tensor,
+    h: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
 ) -> Tensor:
     grad_h = _allocate_glu_backward(grad_a, h)
-    _C.glu_backward(
+    kernels.module.glu_backward(
         _rows(grad_a), _rows(h), grad_h, activation, gated, interleaved, alpha, limit,
-        torch.get_num_threads(),
+        kernels.execution(),
     )  # fmt: skip
     return grad_h
 
@@ -420,6 +511,7 @@ def _allocate_moe_forward(
 
 
 def _moe_forward(
+    kernels: Kernels,
     x: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
@@ -437,9 +529,9 @@ def _moe_forward(
     options = (activation, gated, interleaved, alpha, limit)
     layer = (gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
     y, h = _allocate_moe_forward(x, *layer, *options, save_h)
-    _C.moe_forward(
+    kernels.module.moe_forward(
         _rows(x), gate_up_proj, down_proj, _rows(gate_up_bias), _rows(down_bias),
-        topk_ids.contiguous(), topk_weights.contiguous(), y, h if save_h else None, *options, torch.get_num_threads(),
+        topk_ids.contiguous(), topk_weights.contiguous(), y, h if save_h else None, *options, kernels.execution(),
     )  # fmt: skip
     return y, h
 
@@ -477,21 +569,8 @@ def _allocate_moe_backward(
     )
 
 
-_KEPT_BYTES = 1 << 20  # smaller tensors come from memory that malloc keeps anyway
-
-
-def _kept_like(tensor: Tensor) -> Tensor:
-    """torch.empty_like in memory that the native module keeps for the next tensor of this size. A weight gradient that
-    is allocated anew at each step has its pages faulted in and zeroed at each step."""
-    transposed = not tensor.is_contiguous()
-    dense = tensor.mT if transposed else tensor
-    if tensor.nbytes < _KEPT_BYTES or not dense.is_contiguous():
-        return torch.empty_like(tensor)
-    memory = torch.frombuffer(_C.Buffer(tensor.nbytes), dtype=tensor.dtype).view(dense.shape)
-    return memory.mT if transposed else memory
-
-
 def _moe_backward(
+    kernels: Kernels,
     grad_y: Tensor,
     x: Tensor,
     h: Tensor,
@@ -513,16 +592,16 @@ def _moe_backward(
     small = (needs[0], False, False, *needs[3:])
     grad_x, _, _, *rest = _allocate_moe_backward(grad_y, x, h, *layer, *options, small)
     projections = (
-        _kept_like(weight) if need else x.new_empty(0)
+        kernels.empty_weight(weight) if need else x.new_empty(0)
         for weight, need in zip((gate_up_proj, down_proj), needs[1:3], strict=True)
     )
     grads = (grad_x, *projections, *rest)
     present = (True, True, True, gate_up_bias is not None, down_bias is not None, True)
     outputs: Any = (grad if need and there else None for grad, need, there in zip(grads, needs, present, strict=True))
-    _C.moe_backward(  # type: ignore[call-arg]
+    kernels.module.moe_backward(
         _rows(grad_y), _rows(x), _rows(h), gate_up_proj, down_proj,
         _rows(gate_up_bias), _rows(down_bias), topk_ids.contiguous(), topk_weights.contiguous(),
-        *outputs, *options, torch.get_num_threads(),
+        *outputs, *options, kernels.execution(),
     )  # fmt: skip
     return grads
 

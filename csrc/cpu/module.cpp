@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What switchgear._C has beside the ops: its instruction sets, the machine's ceilings, memory, and how it was built.
+#include "module.h"
+
+#include <pybind11/stl.h>
+
+#include "names.h"
+#include "switchgear/backend.h"
+#include "workspace.h"
+
+namespace py = pybind11;
+
+namespace switchgear {
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = SWITCHGEAR_COMPILER;
+  info["flags"] = SWITCHGEAR_FLAGS;
+  info["isas"] = py::str(SWITCHGEAR_ISAS).attr("split")();
+  info["openmp"] = py::bool_(SWITCHGEAR_WITH_OPENMP);
+  info["cuda"] = py::bool_(SWITCHGEAR_WITH_CUDA);
+  return info;
+}
+
+}  // namespace
+
+void define_module(py::module_& m) {
+  using namespace py::literals;
+  m.def(
+      "fma_rate",
+      [](std::string_view dtype, int num_threads) {
+        constexpr Names<DType, 3> kDTypes{
+            {{"float32", DType::kFloat32}, {"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16}}};
+        const py::gil_scoped_release release;
+        return multiply_rate(parse("dtype", kDTypes, dtype), {.num_threads = num_threads});
+      },
+      "Multiply-adds in registers, in flop/s.", "dtype"_a, "num_threads"_a = 0);
+  m.def(
+      "read_bandwidth",
+      [](int num_threads) {
+        const py::gil_scoped_release release;
+        return read_bandwidth({.num_threads = num_threads});
+      },
+      "Reading of memory, in bytes/s.", "num_threads"_a = 0);
+  m.def("release_workspaces", &release_workspaces, "Frees the memory that is kept between calls.");
+  py::class_<cpu::Buffer>(m, "Buffer", py::buffer_protocol(), "Bytes of a tensor, from memory that is kept and reused.")
+      .def(py::init<int64_t>(), "size"_a)
+      .def_buffer([](const cpu::Buffer& buffer) {
+        return py::buffer_info(static_cast<uint8_t*>(buffer.data()), static_cast<py::ssize_t>(buffer.size()));
+      });
+  m.def("available_cpu_isas", &available_cpu_isas, "ISAs that were built and that this machine runs, best last.");
+  m.def("cpu_isa", &cpu_isa, "The ISA in use.");
+  m.def("set_cpu_isa", &set_cpu_isa, "Sets the ISA to use; ValueError for one that is not available.", "isa"_a);
+  m.def("build_info", &build_info, "How the module was built: compiler, flags, isas, openmp, cuda.");
+  m.attr("version") = SWITCHGEAR_VERSION;
+}
+
+}  // namespace switchgear

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Execution on a device, as Python gives it: Execution(stream, allocate, allow_tf32).
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "arrays.h"
+#include "switchgear/ops.h"
+
+namespace switchgear {
+
+// `allocate` takes a number of bytes and returns an array of that size on the device, whose memory is given away again in
+// the order of `stream`, as torch's allocator does.
+class DeviceExecution {
+ public:
+  DeviceExecution(uintptr_t stream, pybind11::function allocate, bool allow_tf32)
+      : stream_(stream), allocate_(std::move(allocate)), allow_tf32_(allow_tf32) {}
+
+  uintptr_t stream() const { return stream_; }
+  bool allow_tf32() const { return allow_tf32_; }
+  const pybind11::function& allocate() const { return allocate_; }
+
+ private:
+  uintptr_t stream_;
+  pybind11::function allocate_;
+  bool allow_tf32_;
+};
+
+// The temporary memory of one call, kept until the call has queued its kernels. Made and destroyed under the GIL.
+class TemporaryMemory {
+ public:
+  explicit TemporaryMemory(const DeviceExecution& execution) : execution_(execution) {}
+  TemporaryMemory(const TemporaryMemory&) = delete;
+
+  Execution execution();  // its allocator takes the GIL
+
+ private:
+  static void* allocate(void* self, int64_t bytes);
+
+  const DeviceExecution& execution_;
+  Arrays arrays_;
+  std::vector<pybind11::object> kept_;
+};
+
+void define_execution(pybind11::module_& m);
+
+}  // namespace switchgear

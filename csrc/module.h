@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// bindings.cpp is compiled into one Python module per backend: _C (csrc/cpu), _cuda (csrc/cuda) and, for tests, _simt
+// (tests/simt). What differs between them is here: the last argument of every op, and what a module has beside the ops.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include "arrays.h"
+#include "switchgear/ops.h"
+
+#if defined(SWITCHGEAR_DEVICE_MODULE)
+#include "execution.h"
+#endif
+
+namespace switchgear {
+
+// The functions that one module alone has: csrc/cpu/module.cpp, csrc/cuda/module.cpp, …
+void define_module(pybind11::module_& m);
+
+#if defined(SWITCHGEAR_DEVICE_MODULE)
+
+using ExecutionArgument = const DeviceExecution&;
+constexpr const char* kExecutionArgument = "execution";
+
+inline Arrays arrays_of(ExecutionArgument execution) { return Arrays(execution.stream()); }
+
+template <typename Args>
+void run(void (*op)(const Args&, Execution), const Args& args, ExecutionArgument execution) {
+  TemporaryMemory memory(execution);
+  const pybind11::gil_scoped_release release;
+  op(args, memory.execution());
+}
+
+#else
+
+using ExecutionArgument = int;
+constexpr const char* kExecutionArgument = "num_threads";
+
+inline Arrays arrays_of(ExecutionArgument) { return Arrays(); }
+
+template <typename Args>
+void run(void (*op)(const Args&, Execution), const Args& args, ExecutionArgument num_threads) {
+  const pybind11::gil_scoped_release release;
+  op(args, {.num_threads = num_threads});
+}
+
+#endif
+
+}  // namespace switchgear

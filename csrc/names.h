@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The words by which Python calls the values of an enum.
+#pragma once
+#include <array>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "switchgear/check.h"
+
+namespace switchgear {
+
+template <typename Enum, size_t n>
+using Names = std::array<std::pair<std::string_view, Enum>, n>;
+
+template <typename Enum, size_t n>
+Enum parse(const char* name, const Names<Enum, n>& names, std::string_view value) {
+  std::string expected;
+  for (const auto& [text, result] : names) {
+    if (text == value) return result;
+    if (!expected.empty()) expected += ", ";
+    expected += text;
+  }
+  throw ValueError(join(name, ": expected one of ", expected, ", got ", value));
+}
+
+}  // namespace switchgear

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""CUDA devices: whether this build has kernels for one, and with what an op runs there."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+OLDEST = (8, 0)  # compute capability: cp.async and the tensor cores' bfloat16 came with it
+
+
+@functools.cache
+def _load() -> tuple[Any, str | None]:
+    """The module `_cuda`, or None and why there is none. Loaded with the first CUDA tensor: it holds much code."""
+    try:
+        return importlib.import_module("switchgear._cuda"), None
+    except ModuleNotFoundError:
+        return None, "this build has no CUDA module, since no CUDA compiler (nvcc) was found when it was built"
+    except ImportError as error:
+        return None, f"the CUDA module does not load ({error})"
+
+
+def module() -> Any:
+    """`switchgear._cuda`. RuntimeError, saying why, where this build has none."""
+    loaded, reason = _load()
+    if loaded is None:
+        raise RuntimeError(f"switchgear: {reason}")
+    return loaded
+
+
+def has_code(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a device runs code for one of `archs`: machine code "sm_80" runs on its own generation from that minor
+    version on, PTX "compute_80" on anything later too, and either with an "a" on that very device."""
+    major, minor = capability
+    for arch in archs:
+        kind, _, version = arch.partition("_")
+        number = int(version.rstrip("af"))
+        built = divmod(number, 10)
+        if version.endswith("a"):
+            runs = capability == built
+        elif version.endswith("f") or kind == "sm":
+            runs = major == built[0] and minor >= built[1]
+        else:
+            runs = capability >= built
+        if runs:
+            return True
+    return False
+
+
+@functools.cache
+def reason_against(index: int) -> str | None:
+    """Why the ops on cuda:`index` have no kernels, or None where they have."""
+    loaded, reason = _load()
+    if loaded is None:
+        return reason
+    capability = torch.cuda.get_device_capability(index)
+    name = f"cuda:{index} ({torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]})"
+    if capability < OLDEST:
+        return f"{name} is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
+    archs = loaded.built_archs()
+    return None if has_code(archs, capability) else f"this build has code for {', '.join(archs)}, but not for {name}"
+
+
+def require(index: int = 0) -> None:
+    """RuntimeError, saying what is missing, unless the ops run on kernels on cuda:`index`."""
+    loaded = module()
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            raise RuntimeError(f"switchgear: CUDA was asked for, but torch {torch.__version__} is built without CUDA")
+        driver = loaded.driver_version()
+        what = "no CUDA device is visible" if driver else "there is no CUDA driver on this machine"
+        raise RuntimeError(f"switchgear: CUDA was asked for, but {what}")
+    reason = reason_against(index)
+    if reason is not None:
+        raise RuntimeError(f"switchgear: {reason}")
+
+
+def current(index: int) -> AbstractContextManager[object]:
+    """Inside, the device is torch's current one."""
+    return nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)
+
+
+def allow_tf32() -> bool:
+    """What torch allows its own float32 products on CUDA."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9; there the older name raises once this one was set
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
+
+
+class Execution:
+    """Makes the last argument of the functions of `_cuda`: torch's current stream, and memory of torch's allocator."""
+
+    def __init__(self, module: Any, index: int) -> None:
+        self._new = module.Execution
+        self._index = index
+        self._allocate = functools.partial(torch.empty, dtype=torch.uint8, device=torch.device("cuda", index))
+
+    def __call__(self) -> Any:
+        return self._new(torch.cuda.current_stream(self._index).cuda_stream, self._allocate, allow_tf32())
