@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kRowThreads) combine_kernel(CombineParams<T> p
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= p.num_tokens) return;
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.x * kVector;
-  for (int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kVector;
-       column < p.hidden_size; column += step) {
+  for (int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kVector; column < p.hidden_size;
+       column += step) {
 #ifdef PLANT_COMBINE_TAIL
     const int count = kVector;
 #else

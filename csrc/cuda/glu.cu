@@ -45,8 +45,7 @@ void glu_backward(const GluBackwardArgs& args, Execution exec) {
                               .num_rows = grad_a.shape[0],
                               .intermediate_size = grad_a.shape[1],
                               .options = args.options,
-                              .aligned = rows_aligned(grad_a) &&
-                                         gates_aligned(args.h, args.options, grad_a.shape[1]) &&
+                              .aligned = rows_aligned(grad_a) && gates_aligned(args.h, args.options, grad_a.shape[1]) &&
                                          gates_aligned(args.grad_h, args.options, grad_a.shape[1])};
     const RowBlocks blocks = row_blocks(grad_a.shape[0], vectors_of<T>(grad_a.shape[1]));
     launch(glu_backward_kernel<T>, blocks.grid, blocks.block, 0, exec.stream, params);

@@ -19,8 +19,8 @@ template <typename T>
 struct GluParams {
   const T* h;
   int64_t h_stride;
-  const T* grad_a;  // backward
-  T* out;           // a, or grad_h
+  const T* grad_a;        // backward
+  T* out;                 // a, or grad_h
   int64_t a_stride;       // of a, or grad_a
   int64_t grad_h_stride;  // backward
   int64_t num_rows, intermediate_size;

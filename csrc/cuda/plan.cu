@@ -60,7 +60,8 @@ void plan(const PlanArgs& args, void* workspace, void* stream) {
   }
   params.counts = static_cast<int32_t*>(workspace);
   params.totals = params.counts + num_experts * params.num_chunks;
-  const dim3 blocks(static_cast<unsigned>(params.num_chunks), static_cast<unsigned>(ceil_div(num_experts, kPlanWindow)));
+  const dim3 blocks(static_cast<unsigned>(params.num_chunks),
+                    static_cast<unsigned>(ceil_div(num_experts, kPlanWindow)));
   launch(plan_count_kernel, blocks, dim3(kPlanThreads), 0, stream, params);
   launch(plan_scan_kernel, dim3(static_cast<unsigned>(num_experts)), dim3(kPlanThreads), 0, stream, params);
   launch(plan_place_kernel, blocks, dim3(kPlanThreads), 0, stream, params);

@@ -85,8 +85,8 @@ __device__ inline bool in_window(int32_t id, int first, int size, int* index) {
   return id >= 0 && static_cast<uint32_t>(*index) < static_cast<uint32_t>(size);
 }
 
-__device__ inline void count_pairs(const PlanParams& p, PlanRange range, int first_thread, int step, int first, int size,
-                                   int32_t* counters) {
+__device__ inline void count_pairs(const PlanParams& p, PlanRange range, int first_thread, int step, int first,
+                                   int size, int32_t* counters) {
   for (int64_t i = range.begin + first_thread; i < range.end; i += step) {
     int index;
     if (in_window(p.topk_ids[i], first, size, &index)) atomicAdd(&counters[index], 1);
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_scan_kernel(PlanParams p) {
 
 // blockIdx.x: chunk, blockIdx.y: window
 __global__ void __launch_bounds__(kPlanThreads) plan_place_kernel(PlanParams p) {
-  SHARED_ARRAY(int32_t, next, kPlanWarps * kPlanWindow);  // [segment, expert]
+  SHARED_ARRAY(int32_t, next, kPlanWarps* kPlanWindow);  // [segment, expert]
   SHARED_ARRAY(int32_t, sums, kPlanWarps);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const int first = static_cast<int>(blockIdx.y) * kPlanWindow;
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_place_kernel(PlanParams p) 
 #ifdef PLANT_PLAN_COUNTERS
   if (false)
 #endif
-  __syncthreads();  // counters of all segments
+    __syncthreads();  // counters of all segments
 
 #pragma unroll
   for (int j = 0; j < kExpertsPerThread; ++j) {

@@ -1,0 +1,592 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// route: router_logits [T,E] -> the K best experts of each token and their weights; and its gradient.
+//
+//   work about 30·T·E instructions for the exponentials and, a choice, 5·E/L + 15 of each of the L lanes of a token
+//   traffic T·E·size + 8·T·K bytes; bound by instructions
+//
+// Up to 512 experts a token takes L = 4 … 32 lanes (route_kernel), each of which holds N = 8 or 16 consecutive logits in
+// registers as keys, integers in the order of the ranking; K times, the lanes agree on the largest key and, among equals, on
+// the lowest expert. More experts (route_wide_kernel): a warp a token, keys in shared memory, cut into 32 segments whose best
+// is known; a choice looks at the segments' best, then the whole warp looks for the next best of one segment. Rows too long
+// for shared memory use global memory instead.
+//
+// Numeric contract: the bits of csrc/cpu/route.cpp, for any bit pattern of logits. Every operation is rounded on its own
+// (rounding.h), and sums are in float64 in the order of experts, or of choices. A sum of exponentials is taken in parallel
+// where it is exact, because then the order does not matter: float32 terms that are multiples of 2^q have an exact sum below
+// 2^(q + 53). That is so while the logits of a row span less than about 16; a row beyond is added up one by one.
+#pragma once
+#include <cfloat>
+
+#include "../cpu/exp.h"
+#include "platform.cuh"
+#include "switchgear/ops.h"
+
+namespace switchgear::cuda {
+
+constexpr int kRouteThreads = 128;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// ---- groups of lanes -----------------------------------------------------------------------------------------------------
+
+// The same value in each of kLanes neighbouring lanes; all lanes of the warp take part.
+template <int kLanes>
+__device__ inline uint32_t max_over(uint32_t v) {
+  if constexpr (kLanes == 32) {
+    v = __reduce_max_sync(kAllLanes, v);
+  } else {
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      const uint32_t other = __shfl_xor_sync(kAllLanes, v, step);
+      v = other > v ? other : v;
+    }
+  }
+  return v;
+}
+
+template <int kLanes>
+__device__ inline uint32_t min_over(uint32_t v) {
+  return ~max_over<kLanes>(~v);
+}
+
+template <int kLanes>
+__device__ inline double sum_over(double v) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) v = add(v, __shfl_xor_sync(kAllLanes, v, step));
+  return v;
+}
+
+// ---- numbers -------------------------------------------------------------------------------------------------------------
+
+// NaN fails both comparisons of the first line.
+__device__ inline float sanitise(float v) {
+  v = v > -FLT_MAX ? v : -FLT_MAX;
+  return v < FLT_MAX ? v : FLT_MAX;
+}
+
+// Keys ascend with the value; -0 and 0 have the same. No number has kTaken, which loses against all.
+constexpr uint32_t kTaken = 0;
+
+__device__ inline uint32_t key_of(float v) {
+  const uint32_t bits = __float_as_uint(add(v, 0.0f));
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ inline float value_of(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+
+// Whether float64 sums of float32 numbers, the smallest of them but for zeros being `smallest`, are exact up to `sum`. The
+// numbers are multiples of 2^(exponent - 23), so sums below 2^(exponent + 30) are; half of that leaves room for `sum` itself
+// to be off.
+__device__ inline bool exact(double sum, uint32_t smallest_bits) {
+  const int64_t exponent = smallest_bits >> 23;  // of a normal number, plus 127
+  return sum < __builtin_bit_cast(double, (exponent - 127 + 29 + 1023) << 52);
+}
+
+// a / b, correctly rounded, for finite a and reciprocal = 1 / b, correctly rounded, without a division's branches: the second
+// remainder is exact, since the first correction leaves less than a unit in the last place; such a correction then rounds
+// correctly (Markstein 1990). Far from overflow and underflow, as all that comes from float32 is.
+__device__ inline double quotient(double a, double b, double reciprocal) {
+  double q = multiply(a, reciprocal);
+  q = fma(fma(-q, b, a), reciprocal, q);
+  return fma(fma(-q, b, a), reciprocal, q);
+}
+
+// float32(float64(numerator) / sum). The plain product is within 3 units in the last place of the quotient, so float32 rounds
+// both alike, unless the product is that close to the middle between two float32 numbers. Subnormal ones have other middles.
+__device__ inline float softmax_score(float numerator, double sum, double reciprocal) {
+  double q = multiply(static_cast<double>(numerator), reciprocal);
+  const uint32_t low = static_cast<uint32_t>(__builtin_bit_cast(uint64_t, q)) & 0x1fffffffu;
+  if (low - (0x10000000u - 4) <= 8 || q < 0x1p-126) q = quotient(static_cast<double>(numerator), sum, reciprocal);
+  return static_cast<float>(q);
+}
+
+__device__ inline float sigmoid_score(float logit) { return divide(1.0f, add(1.0f, cpu::exp_f32(-logit))); }
+
+// ---- rows ----------------------------------------------------------------------------------------------------------------
+
+struct RouteParams {
+  const void* router_logits;
+  int64_t row_stride;
+  const float* selection_bias;  // or null
+  int32_t* topk_ids;
+  float* topk_weights;
+  uint32_t* scratch;  // of the wide kernel, where rows are too long for shared memory, else null
+  int64_t num_tokens;
+  DType dtype;
+  ScoreFunction score_function;
+  GroupScore group_score;
+  bool normalize;
+  bool aligned;  // logits can be read 16 bytes at a time
+  float scale;
+  int num_experts, top_k, num_groups, topk_groups;
+
+  __device__ bool grouped() const { return num_groups > 1; }
+  // Softmax is monotone: ranking logits avoids ties by rounding, and K divisions do instead of E.
+  __device__ bool by_logit() const {
+    return score_function == ScoreFunction::kSoftmax && selection_bias == nullptr && !grouped();
+  }
+  __device__ bool softmax() const { return score_function == ScoreFunction::kSoftmax; }
+};
+
+__device__ inline float load_float(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+    case DType::kFloat16: return __half2float(static_cast<const __half*>(data)[i]);
+    default: return static_cast<const float*>(data)[i];
+  }
+}
+
+// What turns a sanitised logit of a row into its score.
+struct RowScale {
+  ScoreFunction function;
+  float max;
+  double sum, reciprocal;
+
+  __device__ float score(float logit) const {
+    if (function == ScoreFunction::kSigmoid) return sigmoid_score(logit);
+    return softmax_score(cpu::exp_f32(add(logit, -max)), sum, reciprocal);
+  }
+};
+
+__device__ inline RowScale row_scale(ScoreFunction function, float max, double sum) {
+  return {function, max, sum, divide(1.0, sum)};
+}
+
+// ---- groups of experts -----------------------------------------------------------------------------------------------------
+
+// Sets group_keys[g] to kTaken for the best groups. keys[e] are those of the ranking; both arrays are in memory of the lanes
+// of one token.
+template <int kLanes>
+__device__ inline void take_best_groups(const RouteParams& p, const uint32_t* keys, uint32_t* group_keys, int lane) {
+  const int size = p.num_experts / p.num_groups;
+  for (int g = lane; g < p.num_groups; g += kLanes) {
+    uint32_t best = kTaken, second = kTaken;
+    int j = g % size;  // lanes start at different banks
+    for (int i = 0; i < size; ++i) {
+      const uint32_t key = keys[g * size + j];
+      const uint32_t lower = key < best ? key : best;
+      best = key < best ? best : key;
+      second = lower > second ? lower : second;
+      j = j + 1 < size ? j + 1 : 0;
+    }
+    float score = value_of(best);
+    if (p.group_score == GroupScore::kTop2Sum) score = add(score, size > 1 ? value_of(second) : 0.0f);
+    group_keys[g] = key_of(score);
+  }
+  for (int i = 0; i < p.topk_groups; ++i) {  // a lane reads and writes only what it wrote
+    uint32_t best = kTaken, at = 0;
+    for (int g = lane; g < p.num_groups; g += kLanes) {
+      if (group_keys[g] > best) best = group_keys[g], at = g;
+    }
+    const uint32_t top = max_over<kLanes>(best);
+    at = min_over<kLanes>(best == top ? at : ~0u);
+    if (static_cast<int>(at % kLanes) == lane) group_keys[at] = kTaken;
+  }
+  __syncwarp();
+}
+
+// ---- weights -------------------------------------------------------------------------------------------------------------
+
+// The weights of chosen experts, by the lanes of the token; weights[K] is memory of theirs.
+template <int kLanes>
+__device__ inline void store_choices(const RouteParams& p, const RowScale& scale, int64_t token, bool active,
+                                     const int32_t* chosen, float* weights, int lane) {
+  for (int k = lane; k < p.top_k; k += kLanes) {
+    const float logit = sanitise(load_float(p.router_logits, p.dtype, token * p.row_stride + chosen[k]));
+    weights[k] = scale.score(logit);
+  }
+#ifndef PLANT_ROUTE_WEIGHTS
+  __syncwarp();
+#endif
+  double total = 0.0;
+  if (p.normalize) {
+    for (int k = 0; k < p.top_k; ++k) total = add(total, static_cast<double>(weights[k]));
+    total = add(total, 1e-20);
+  }
+  const double reciprocal = divide(1.0, total);
+  for (int k = lane; k < p.top_k; k += kLanes) {
+    float weight = weights[k];
+    if (p.normalize) weight = static_cast<float>(quotient(static_cast<double>(weight), total, reciprocal));
+    if (!active) continue;
+    p.topk_ids[token * p.top_k + k] = chosen[k];
+    p.topk_weights[token * p.top_k + k] = multiply(weight, p.scale);
+  }
+}
+
+// ---- up to kLanes · kPerLane experts -------------------------------------------------------------------------------------
+
+// Lane i has the experts [i · kPerLane, (i + 1) · kPerLane); logits past the last one are -Inf, whose exponential is 0.
+template <typename T, int kPerLane>
+__device__ inline void load_logits(float (&logits)[kPerLane], const T* row, int first, int num_experts, bool aligned) {
+  if (aligned && first + kPerLane <= num_experts) {
+    constexpr int kPerLoad = 16 / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < kPerLane; i += kPerLoad) {
+      const uint4 words = *reinterpret_cast<const uint4*>(row + first + i);
+      T values[kPerLoad];
+      memcpy(values, &words, 16);
+#pragma unroll
+      for (int j = 0; j < kPerLoad; ++j) logits[i + j] = sanitise(static_cast<float>(values[j]));
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    logits[i] = first + i < num_experts ? sanitise(static_cast<float>(row[first + i])) : -INFINITY;
+  }
+}
+
+template <int kPerLane>
+__device__ inline void load_logits(float (&logits)[kPerLane], const RouteParams& p, int64_t token, int first) {
+  const int64_t start = token * p.row_stride;
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return load_logits(logits, static_cast<const __nv_bfloat16*>(p.router_logits) + start, first, p.num_experts,
+                         p.aligned);
+    case DType::kFloat16:
+      return load_logits(logits, static_cast<const __half*>(p.router_logits) + start, first, p.num_experts, p.aligned);
+    default:
+      return load_logits(logits, static_cast<const float*>(p.router_logits) + start, first, p.num_experts, p.aligned);
+  }
+}
+
+// Σ exp(logit - max) over the lanes of a token, in float64, with the bits of a sum in the order of experts.
+template <int kLanes, int kPerLane>
+__device__ inline double sum_of_exponentials(const float (&logits)[kPerLane], float max) {
+  double sum = 0.0;
+  uint32_t smallest = 0x7f800000u;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const float e = cpu::exp_f32(add(logits[i], -max));
+    sum = add(sum, static_cast<double>(e));
+    const uint32_t bits = e > 0.0f ? __float_as_uint(e) : 0x7f800000u;
+    smallest = bits < smallest ? bits : smallest;
+  }
+  sum = sum_over<kLanes>(sum);
+  smallest = min_over<kLanes>(smallest);
+  if (__all_sync(kAllLanes, exact(sum, smallest))) return sum;
+  float e[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) e[i] = cpu::exp_f32(add(logits[i], -max));
+  sum = 0.0;
+#pragma unroll 1
+  for (int lane = 0; lane < kLanes; ++lane) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) sum = add(sum, static_cast<double>(__shfl_sync(kAllLanes, e[i], lane, kLanes)));
+  }
+  return sum;
+}
+
+// Dynamic shared memory: for each token of the block, words of chosen [K] and weights [K], and with groups keys [E] and
+// group_keys [G].
+inline int64_t route_words(int64_t top_k, int64_t num_experts, int64_t num_groups) {
+  return 2 * top_k + (num_groups > 1 ? num_experts + num_groups : 0);
+}
+
+template <int kLanes, int kPerLane>
+__global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteParams p) {
+  SHARED_DYN(uint32_t, shared);
+  const int lane = static_cast<int>(threadIdx.x) % kLanes, place = static_cast<int>(threadIdx.x) / kLanes;
+  const int first = lane * kPerLane;
+  int64_t token = static_cast<int64_t>(blockIdx.x) * (kRouteThreads / kLanes) + place;
+  const bool active = token < p.num_tokens;
+  if (!active) token = p.num_tokens - 1;  // lanes without a token repeat the last one, without storing it
+  const int words = 2 * p.top_k + (p.grouped() ? p.num_experts + p.num_groups : 0);
+  int32_t* const chosen = reinterpret_cast<int32_t*>(shared) + place * words;
+  float* const weights = reinterpret_cast<float*>(chosen + p.top_k);
+
+  uint32_t keys[kPerLane];
+  RowScale scale{p.score_function, 0.0f, 1.0, 1.0};
+  {
+    float logits[kPerLane];
+    load_logits(logits, p, token, first);
+    if (p.softmax()) {
+      uint32_t largest = kTaken;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const uint32_t key = key_of(logits[i]);
+        largest = key > largest ? key : largest;
+      }
+      const float max = value_of(max_over<kLanes>(largest));
+      scale = row_scale(p.score_function, max, sum_of_exponentials<kLanes>(logits, max));
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const bool present = first + i < p.num_experts;
+      float ranked = logits[i];
+      if (!p.by_logit()) ranked = scale.score(ranked);
+      if (p.selection_bias != nullptr && present) ranked = add(ranked, sanitise(p.selection_bias[first + i]));
+      keys[i] = present ? key_of(ranked) : kTaken;
+    }
+  }
+
+  if (p.grouped()) {
+    uint32_t* const all_keys = reinterpret_cast<uint32_t*>(weights + p.top_k);
+    uint32_t* const group_keys = all_keys + p.num_experts;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (first + i < p.num_experts) all_keys[first + i] = keys[i];
+    }
+#ifndef PLANT_ROUTE_KEYS
+    __syncwarp();
+#endif
+    take_best_groups<kLanes>(p, all_keys, group_keys, lane);
+    const int size = p.num_experts / p.num_groups;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (first + i < p.num_experts && group_keys[(first + i) / size] != kTaken) keys[i] = kTaken;
+    }
+  }
+
+  for (int k = 0; k < p.top_k; ++k) {
+    uint32_t best = kTaken;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) best = keys[i] > best ? keys[i] : best;
+    const uint32_t top = max_over<kLanes>(best);
+    uint32_t at = ~0u;  // the lowest expert of the lane that has it
+#pragma unroll
+    for (int i = kPerLane - 1; i >= 0; --i) at = keys[i] == top ? first + i : at;
+    at = min_over<kLanes>(at);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) keys[i] = static_cast<uint32_t>(first + i) == at ? kTaken : keys[i];
+    if (lane == 0) chosen[k] = static_cast<int32_t>(at);
+  }
+  __syncwarp();
+  store_choices<kLanes>(p, scale, token, active, chosen, weights, lane);
+}
+
+// ---- any number of experts -----------------------------------------------------------------------------------------------
+
+// The largest of a row's sanitised logits, and the sum of its exponentials with the bits of a sum in the order of experts; a
+// warp a row. logit(e) gives the sanitised logit.
+template <typename Logit>
+__device__ inline RowScale scale_of_row(ScoreFunction function, int num_experts, int lane, const Logit& logit) {
+  if (function == ScoreFunction::kSigmoid) return {function, 0.0f, 1.0, 1.0};
+  uint32_t largest = kTaken;
+  for (int e = lane; e < num_experts; e += 32) {
+    const uint32_t key = key_of(logit(e));
+    largest = key > largest ? key : largest;
+  }
+  const float max = value_of(max_over<32>(largest));
+  double sum = 0.0;
+  uint32_t smallest = 0x7f800000u;
+  for (int e = lane; e < num_experts; e += 32) {
+    const float value = cpu::exp_f32(add(logit(e), -max));
+    sum = add(sum, static_cast<double>(value));
+    const uint32_t bits = value > 0.0f ? __float_as_uint(value) : 0x7f800000u;
+    smallest = bits < smallest ? bits : smallest;
+  }
+  sum = sum_over<32>(sum);
+  if (exact(sum, min_over<32>(smallest))) return row_scale(function, max, sum);  // the same in all lanes
+  sum = 0.0;
+  for (int base = 0; base < num_experts; base += 32) {
+    const int e = base + lane;
+    const double value = e < num_experts ? cpu::exp_f32(add(logit(e), -max)) : 0.0;
+#pragma unroll 8
+    for (int i = 0; i < 32; ++i) sum = add(sum, __shfl_sync(kAllLanes, value, i));
+  }
+  return row_scale(function, max, sum);
+}
+
+// Words of memory of a row: keys [E], chosen [K], weights [K], group_keys [G].
+inline int64_t route_wide_words(int64_t top_k, int64_t num_experts, int64_t num_groups) {
+  return num_experts + 2 * top_k + num_groups;
+}
+
+// The largest key, and among equals the lowest expert, of those that the lanes have found.
+struct Best {
+  uint32_t key, expert;
+};
+
+__device__ inline Best best_over_warp(Best mine) {
+  const uint32_t top = max_over<32>(mine.key);
+  return {top, min_over<32>(mine.key == top ? mine.expert : ~0u)};
+}
+
+// A block is one warp; blocks walk the tokens.
+__global__ void __launch_bounds__(32) route_wide_kernel(RouteParams p) {
+  SHARED_DYN(uint32_t, shared);
+  const int lane = static_cast<int>(threadIdx.x), num_experts = p.num_experts;
+  const int64_t words = static_cast<int64_t>(num_experts) + 2 * p.top_k + p.num_groups;
+  uint32_t* const keys = p.scratch != nullptr ? p.scratch + blockIdx.x * words : shared;
+  int32_t* const chosen = reinterpret_cast<int32_t*>(keys + num_experts);
+  float* const weights = reinterpret_cast<float*>(chosen + p.top_k);
+  uint32_t* const group_keys = reinterpret_cast<uint32_t*>(weights + p.top_k);
+  const int segment = (num_experts + 31) / 32 | 1;  // odd: lanes that walk a segment each meet different banks
+
+  for (int64_t token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
+    const auto logit = [&](int e) { return sanitise(load_float(p.router_logits, p.dtype, token * p.row_stride + e)); };
+    const RowScale scale = scale_of_row(p.score_function, num_experts, lane, logit);
+    for (int e = lane; e < num_experts; e += 32) {
+      float ranked = logit(e);
+      if (!p.by_logit()) ranked = scale.score(ranked);
+      if (p.selection_bias != nullptr) ranked = add(ranked, sanitise(p.selection_bias[e]));
+      keys[e] = key_of(ranked);
+    }
+    __syncwarp();
+    if (p.grouped()) {
+      take_best_groups<32>(p, keys, group_keys, lane);
+      const int size = num_experts / p.num_groups;
+      for (int e = lane; e < num_experts; e += 32) {
+        if (group_keys[e / size] != kTaken) keys[e] = kTaken;
+      }
+      __syncwarp();
+    }
+
+    const int64_t begin = static_cast<int64_t>(lane) * segment;
+    Best mine{kTaken, 0};  // of this lane's segment
+    for (int64_t e = begin; e < begin + segment && e < num_experts; ++e) {
+      if (keys[e] > mine.key) mine = {keys[e], static_cast<uint32_t>(e)};
+    }
+    for (int k = 0; k < p.top_k; ++k) {
+      const Best best = best_over_warp(mine);
+      const int owner = static_cast<int>(best.expert) / segment;
+      __syncwarp();  // what other lanes read before
+      if (lane == 0) {
+        chosen[k] = static_cast<int32_t>(best.expert);
+        keys[best.expert] = kTaken;
+      }
+#ifndef PLANT_ROUTE_TAKEN
+      __syncwarp();
+#endif
+      Best found{kTaken, 0};
+      const int64_t from = static_cast<int64_t>(owner) * segment;
+      for (int64_t e = from + lane; e < from + segment && e < num_experts; e += 32) {
+        if (keys[e] > found.key) found = {keys[e], static_cast<uint32_t>(e)};
+      }
+      const Best next = best_over_warp(found);
+      if (lane == owner) mine = next;
+    }
+    __syncwarp();
+    store_choices<32>(p, scale, token, true, chosen, weights, lane);
+    __syncwarp();  // before the next token's keys
+  }
+}
+
+// ---- the gradient --------------------------------------------------------------------------------------------------------
+
+struct RouteBackwardParams {
+  const void* router_logits;
+  int64_t row_stride;
+  const int32_t* topk_ids;
+  const float* grad_topk_weights;
+  void* grad_router_logits;
+  int64_t grad_stride;
+  int64_t num_tokens;
+  DType dtype;
+  ScoreFunction score_function;
+  bool normalize;
+  float scale;
+  int num_experts, top_k;
+};
+
+__device__ inline void store_float(void* data, DType dtype, int64_t i, float v) {
+  switch (dtype) {
+    case DType::kBFloat16: static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(v); return;
+    case DType::kFloat16: static_cast<__half*>(data)[i] = __float2half_rn(v); return;
+    default: static_cast<float*>(data)[i] = v; return;
+  }
+}
+
+// A warp a token, in float64 until the end; the operations and their order are those of csrc/cpu/route.cpp:
+//   w_k = p[id_k], s = Σ w_k + 1e-20, g_k = grad_topk_weights[k] · scale
+//   u_k = dL/dw_k = (g_k - (Σ g·w) / s) / s if normalised, else g_k;   U_j = Σ u_k over id_k = j
+//   softmax: grad[j] = p_j · (U_j - Σ_k u_k · w_k);   sigmoid: grad[j] = U_j · p_j · (1 - p_j);   0 where sanitised
+// Lane i takes the choices i, i + 32, …; sums over choices go through all lanes in the order of choices.
+class RouteGradient {
+ public:
+  __device__ RouteGradient(const RouteBackwardParams& p, int64_t token, int lane) : p_(p), token_(token), lane_(lane) {
+    scale_ = scale_of_row(p.score_function, p.num_experts, lane, [&](int e) { return sanitise(raw_logit(e)); });
+    if (p.normalize) {
+      for (int base = 0; base < p.top_k; base += 32) {
+        const Choice mine = choice(base + lane);
+        total_ = add_lanes(total_, mine.weight);
+        weighted_ = add_lanes(weighted_, multiply(mine.grad, mine.weight));
+      }
+      total_ = add(total_, 1e-20);
+      shift_ = divide(weighted_, total_);
+      reciprocal_ = divide(1.0, total_);
+    }
+    for (int base = 0; base < p.top_k; base += 32) {
+      const Choice mine = choice(base + lane);
+      dot_ = add_lanes(dot_, multiply(grad_of_weight(mine), mine.weight));
+    }
+  }
+
+  // All experts as if they had not been chosen, then those that were once more.
+  __device__ void store() const {
+    for (int e = lane_; e < p_.num_experts; e += 32) store_expert(e, 0.0);
+#ifndef PLANT_ROUTE_GRADIENT
+    __syncwarp();
+#endif
+    for (int base = 0; base < p_.top_k; base += 32) {
+      const int mine = choice(base + lane_).expert;
+      bool first = mine >= 0;  // of the choices of this expert
+      double sum = 0.0;
+      for (int other_base = 0; other_base < p_.top_k; other_base += 32) {
+        const Choice other = choice(other_base + lane_);
+        const double grad = grad_of_weight(other);
+        for (int i = 0; i < 32; ++i) {
+          const bool same = __shfl_sync(kAllLanes, other.expert, i) == mine;
+          const double grad_i = __shfl_sync(kAllLanes, grad, i);
+          if (same) sum = add(sum, grad_i);
+          if (same && other_base + i < base + lane_) first = false;
+        }
+      }
+      if (first) store_expert(mine, sum);
+    }
+  }
+
+ private:
+  struct Choice {
+    int expert;           // -1 for empty slots and past the last choice: the rest is 0 then, which changes no sum
+    double grad, weight;  // g_k, w_k
+  };
+
+  __device__ Choice choice(int k) const {
+    if (k >= p_.top_k) return {-1, 0.0, 0.0};
+    const int64_t i = token_ * p_.top_k + k;
+    const int expert = p_.topk_ids[i];
+    if (expert < 0 || expert >= p_.num_experts) return {-1, 0.0, 0.0};
+    return {expert, multiply(static_cast<double>(p_.grad_topk_weights[i]), static_cast<double>(p_.scale)),
+            scale_.score(sanitise(raw_logit(expert)))};
+  }
+
+  __device__ double grad_of_weight(const Choice& c) const {
+    if (!p_.normalize || c.expert < 0) return c.grad;
+    const double shifted = add(c.grad, -shift_), q = quotient(shifted, total_, reciprocal_);
+    return q == q ? q : multiply(shifted, reciprocal_);  // infinities
+  }
+
+  // sum + the value of lane 0 + that of lane 1 + …
+  __device__ static double add_lanes(double sum, double value) {
+#pragma unroll 4
+    for (int i = 0; i < 32; ++i) sum = add(sum, __shfl_sync(kAllLanes, value, i));
+    return sum;
+  }
+
+  __device__ float raw_logit(int e) const { return load_float(p_.router_logits, p_.dtype, token_ * p_.row_stride + e); }
+
+  __device__ void store_expert(int e, double sum) const {
+    const float raw = raw_logit(e), logit = sanitise(raw);
+    const double score = scale_.score(logit);
+    const double grad = p_.score_function == ScoreFunction::kSoftmax ? multiply(score, add(sum, -dot_))
+                                                                     : multiply(multiply(sum, score), add(1.0, -score));
+    store_float(p_.grad_router_logits, p_.dtype, token_ * p_.grad_stride + e,
+                raw == logit ? static_cast<float>(grad) : 0.0f);
+  }
+
+  const RouteBackwardParams& p_;
+  int64_t token_;
+  int lane_;
+  RowScale scale_;
+  double total_ = 0.0, weighted_ = 0.0;    // s, Σ g·w
+  double shift_ = 0.0, reciprocal_ = 1.0;  // Σ g·w / s, 1 / s
+  double dot_ = 0.0;                       // Σ u·w
+};
+
+__global__ void __launch_bounds__(kRouteThreads) route_backward_kernel(RouteBackwardParams p) {
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * (kRouteThreads / 32) + threadIdx.x / 32;
+  if (token >= p.num_tokens) return;  // whole warps leave
+  RouteGradient(p, token, static_cast<int>(threadIdx.x % 32)).store();
+}
+
+}  // namespace switchgear::cuda
