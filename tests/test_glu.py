@@ -44,6 +44,14 @@ def test_far_from_zero(backend: str, activation: str) -> None:
     )
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_squares_of_gates_overflow(isa: str, activation: str) -> None:
+    """Slopes are 0 and 1 where x², which some formulas hold, is infinite (torch's own gelu gives NaN there)."""
+    h = torch.tensor([[-1e20, 1.0, 1e20, 1.0]])
+    grad = ops.glu_backward(torch.ones(1, 2), h, *GluOptions(activation, interleaved=True))
+    torch.testing.assert_close(grad[0, 0::2], torch.tensor([0.0, 1.0]), rtol=1e-6, atol=1e-6)
+
+
 def test_definitions() -> None:
     """The reference against torch's own functions, and Hugging Face's formulas of the clamped gates."""
     h = torch.randn(7, 12, dtype=torch.float64)

@@ -573,7 +573,7 @@ inline Value activate(Activation activation, Floats x) {
       return {x * cdf, cdf + x * density};
     }
     case Activation::kGeluTanh: {  // x·sigmoid(2u), u = √(2/π)·(x + 0.044715 x³): the same as (1 + tanh u)/2
-      const Floats square = x * x;
+      const Floats square = min(x * x, broadcast(400.0f));  // s is 0 or 1 beyond; the square of a huge x would overflow
       const Floats u2 = broadcast(1.5957691f) * x * (one + broadcast(0.044715f) * square);
       const Floats s = sigmoid(u2);
       const Floats du2 = broadcast(1.5957691f) * (one + broadcast(0.134145f) * square);

@@ -5,10 +5,12 @@
 #include <pybind11/stl.h>
 
 #include "names.h"
+#include "pages.h"
 #include "switchgear/backend.h"
 #include "workspace.h"
 
 namespace py = pybind11;
+using py::handle;
 
 namespace switchgear {
 namespace {
@@ -43,6 +45,23 @@ void define_module(py::module_& m) {
         return read_bandwidth({.num_threads = num_threads});
       },
       "Reading of memory, in bytes/s.", "num_threads"_a = 0);
+  m.def(
+      "advise_huge_pages",
+      [](handle tensor) {
+        Arrays arrays;
+        const TensorView view = arrays.in("tensor", tensor);
+        cpu::advise_huge_pages(view.data, view.extent());
+      },
+      "Asks for huge pages behind memory that is not in use yet.", "tensor"_a);
+  m.def(
+      "collapse_into_huge_pages",
+      [](handle tensor) {
+        Arrays arrays;
+        const TensorView view = arrays.in("tensor", tensor);
+        const py::gil_scoped_release release;
+        return cpu::collapse_into_huge_pages(view.data, view.extent());
+      },
+      "Moves memory onto huge pages; the bytes that then lie on them.", "tensor"_a);
   m.def("release_workspaces", &release_workspaces, "Frees the memory that is kept between calls.");
   py::class_<cpu::Buffer>(m, "Buffer", py::buffer_protocol(), "Bytes of a tensor, from memory that is kept and reused.")
       .def(py::init<int64_t>(), "size"_a)

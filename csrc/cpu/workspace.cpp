@@ -2,7 +2,6 @@
 #include "workspace.h"
 
 #include <pthread.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <cassert>
@@ -11,10 +10,11 @@
 #include <new>
 #include <vector>
 
+#include "pages.h"
+
 namespace switchgear::cpu {
 namespace {
 
-constexpr int64_t kHugePage = int64_t{2} << 20;
 constexpr size_t kMaxIdle = 4;  // concurrent callers keep a block each; more are returned to the system
 
 struct Block {
@@ -42,21 +42,9 @@ Pool& pool() {
 
 void free_block(Block block) { ::operator delete(block.data, std::align_val_t{64}); }
 
-// Asks for huge pages behind the whole 2 MB pages of a large fresh block: one page fault instead of 512. Only a hint.
-void advise_huge_pages(void* data, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const auto begin = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
 char* allocate(int64_t bytes) {
   auto* const data = static_cast<char*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{64}));
-  advise_huge_pages(data, bytes);
+  advise_huge_pages(data, bytes);  // one page fault instead of 512
   return data;
 }
 

@@ -58,7 +58,7 @@ __device__ inline CurvePoint activate(float x, float alpha) {
     return {x * cdf, cdf + x * density};
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     // x·sigmoid(2u) with u = √(2/π)·(x + 0.044715 x³), which is x·(1 + tanh u)/2
-    const float square = x * x;
+    const float square = fminf(x * x, 400.0f);  // s is 0 or 1 beyond; the square of a huge x would overflow
     const float s = sigmoid(1.5957691f * x * (1.0f + 0.044715f * square));
     const float slope_2u = 1.5957691f * (1.0f + 0.134145f * square);
     return {x * s, s + x * s * (1.0f - s) * slope_2u};

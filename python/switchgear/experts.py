@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.functional import moe
+from switchgear.pages import advise_huge_pages
 from switchgear.reference import ACTIVATIONS, check_choice
 
 
@@ -60,7 +61,9 @@ class Experts(nn.Module):
         self._first = "gate_up_proj" if gated else "up_proj"
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+            data = torch.empty(num_experts, *shape, device=device, dtype=dtype)
+            advise_huge_pages(data)
+            return nn.Parameter(data)
 
         def projection(size_in: int, size_out: int) -> nn.Parameter:
             return parameter(size_in, size_out) if transposed else parameter(size_out, size_in)

@@ -28,7 +28,9 @@ except ImportError as error:
         f"`pip install .` in a checkout of the repository ({error})"
     ) from error
 
+advise_huge_pages = _C.advise_huge_pages
 available_cpu_isas = _C.available_cpu_isas
+collapse_into_huge_pages = _C.collapse_into_huge_pages
 cpu_isa = _C.cpu_isa
 set_cpu_isa = _C.set_cpu_isa
 version: str = _C.version

@@ -47,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     skew_help = "none: experts are equally likely; zipf: expert e is 1/(e+1) times as likely"
     add("--skew", choices=("none", "zipf"), default="none", help=skew_help)
+    pages_help = "of the weights, for every peer: huge as after switchgear.use_huge_pages, or as torch allocates them"
+    add("--pages", choices=("huge", "default"), default="huge", help=pages_help)
     add("--quick", action="store_true", help="a few small cases, within a minute")
     add("--budget", type=float, metavar="SECONDS", help="time for the whole run (default: 540; quick: 45)")
     add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
@@ -115,7 +117,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": torch.__version__.split("+")[0],
         "transformers": getattr(transformers, "__version__", None),
         "switchgear": native.version if native else f"reference only: {reason}",
         "isa": native.cpu_isa() if native else None,
@@ -136,7 +138,7 @@ def measure_all(
     bench_tables.print_machine(console, about, ceilings)
     results: dict[str, Any] = {
         "schema": "switchgear-bench/1", "machine": about, "ceilings": ceilings,
-        "settings": {"skew": args.skew, "quick": args.quick, "budget_seconds": budget},
+        "settings": {"skew": args.skew, "pages": args.pages, "quick": args.quick, "budget_seconds": budget},
         "results": [], "skipped": [],
     }  # fmt: skip
     weights, weights_of = None, None
@@ -149,7 +151,8 @@ def measure_all(
         if weights_of != (shape_name, dtype):
             weights = None  # the old ones go before the new ones come
             with console.status(f"making the weights of {shape_name}"):
-                weights, weights_of = make_weights(SHAPES[shape_name], DTYPES[dtype]), (shape_name, dtype)
+                weights = make_weights(SHAPES[shape_name], DTYPES[dtype], huge_pages=args.pages == "huge")
+                weights_of = (shape_name, dtype)
         assert weights is not None
         case = make_case(shape_name, SHAPES[shape_name], dtype, tokens, mode, args.skew, weights)
         with console.status(title) as status:

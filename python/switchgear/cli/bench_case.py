@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from switchgear.pages import advise_huge_pages
+
 from .shapes import Shape, forward_flops, train_flops
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -62,17 +64,23 @@ class Case(NamedTuple):
         return self.touched_experts * one * (1 if self.mode == "forward" else 3)
 
 
-def make_weights(shape: Shape, dtype: torch.dtype) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+def make_weights(
+    shape: Shape, dtype: torch.dtype, huge_pages: bool = True
+) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     """gate_up_proj and down_proj, Gaussian with standard deviation 0.02.
 
     Random numbers are slow to make, and only their memory has to differ from expert to expert: each expert is a window
-    of one random pool, at an odd offset, so no two experts are equal.
+    of one random pool, at an odd offset, so no two experts are equal. They lie on huge pages, for all contestants alike,
+    unless `huge_pages` is false: then as torch allocates them.
     """
     size = 3 * shape.hidden_size * shape.intermediate_size
     generator = torch.Generator().manual_seed(0)
     pool = (torch.randn(size + 2 * 1021 * shape.num_experts, generator=generator) * 0.02).to(dtype)
     gate_up = torch.empty(shape.num_experts, 2 * shape.intermediate_size, shape.hidden_size, dtype=dtype)
     down = torch.empty(shape.num_experts, shape.hidden_size, shape.intermediate_size, dtype=dtype)
+    if huge_pages:
+        advise_huge_pages(gate_up)
+        advise_huge_pages(down)
     for expert in range(shape.num_experts):
         window = pool[2 * 1021 * expert + 1 :][:size] if expert else pool[:size]
         gate_up[expert] = window[: gate_up[0].numel()].view_as(gate_up[0])

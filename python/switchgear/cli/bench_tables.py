@@ -132,7 +132,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"{machine['model']}, {threads(machine['threads'])}, {machine['isa']}; torch {machine['torch']}, transformers "
         f"{machine['transformers']}, switchgear {machine['switchgear']}. "
         + "; ".join(ceiling_lines(results["ceilings"]))
-        + "."
+        + ("; weights on huge pages." if results["settings"]["pages"] == "huge" else ".")
     )
     return "\n".join([*head, *lines, "", note, ""])
 

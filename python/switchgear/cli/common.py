@@ -19,7 +19,7 @@ def require(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise CommandError(f'needs {package} ({error}); install it with: pip install "switchgear[demo]"') from None
+        raise CommandError(f"needs {package} ({error}); install it with: pip install {package}") from None
 
 
 def optional(module: str) -> tuple[ModuleType | None, str]:

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Huge pages move memory and nothing else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import switchgear
+from switchgear.pages import HUGE_PAGE
+
+PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+SIZE = 4 * HUGE_PAGE  # at least three whole huge pages, wherever it starts
+
+
+def huge_bytes(tensor: torch.Tensor) -> int:
+    """Bytes on huge pages in the mappings that the tensor's memory is part of."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(bound, 16) for bound in bounds.groups())
+            inside = begin < tensor.data_ptr() + tensor.nbytes and end > tensor.data_ptr()
+        elif inside and line.startswith("AnonHugePages:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the system gives no huge pages")
+def test_weights_move_onto_huge_pages() -> None:
+    weight = torch.arange(SIZE // 4, dtype=torch.float32)
+    address = weight.data_ptr()
+    moved = switchgear.use_huge_pages([weight])
+    if moved == 0:
+        pytest.skip("the kernel has no MADV_COLLAPSE (Linux 6.1), or no memory in one piece")
+    assert moved % HUGE_PAGE == 0 and moved <= SIZE
+    assert huge_bytes(weight) >= moved
+    assert weight.data_ptr() == address
+    assert torch.equal(weight, torch.arange(SIZE // 4, dtype=torch.float32))
+
+
+def test_modules_lend_parameters_and_buffers() -> None:
+    module = nn.Linear(8, 8)
+    module.weight = nn.Parameter(torch.ones(SIZE // 4).view(-1, 8))
+    module.register_buffer("table", torch.ones(SIZE // 4))
+    expected = sum(map(switchgear.use_huge_pages, ([module.weight], [module.table])))
+    assert switchgear.use_huge_pages(module) == expected
+    assert module.weight.requires_grad and (module.weight == 1).all()
+
+
+def test_what_is_small_or_elsewhere_is_left_alone() -> None:
+    meta = torch.empty(SIZE, device="meta")
+    assert switchgear.use_huge_pages([torch.ones(8), torch.empty(0), meta]) == 0
+    assert switchgear.use_huge_pages(nn.Identity()) == 0
+
+
+def test_views_and_strides() -> None:
+    weight = torch.ones(64, SIZE // 4 // 32)
+    for view in (weight.mT, weight[::2], weight[:, 1:]):
+        assert 0 <= switchgear.use_huge_pages([view]) <= view.untyped_storage().nbytes()
+
+
+def test_what_is_no_tensor_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"weights: expected a module or tensors, got int at 1"):
+        switchgear.use_huge_pages([torch.ones(2), 3])  # type: ignore[list-item]
+
+
+@pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the system gives no huge pages")
+def test_fresh_experts_lie_on_huge_pages() -> None:
+    experts = switchgear.Experts(512, 512, 16)
+    assert huge_bytes(experts.gate_up_proj) >= experts.gate_up_proj.nbytes - 2 * HUGE_PAGE
