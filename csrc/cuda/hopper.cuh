@@ -1,0 +1,397 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// PTX of sm_90a, one instruction a function as in ptx.cuh: mbarriers, TMA, wgmma. Kernels that call these are compiled for
+// sm_90a alone.
+#pragma once
+#include <cuda.h>  // CUtensorMap
+
+#include <type_traits>
+
+#include "ptx.cuh"
+#include "wgmma_widths.h"
+
+namespace switchgear::cuda::ptx {
+
+// ---- mbarrier: a phase ends when the expected arrivals have come and the expected bytes have landed -----------------------
+
+PTX void mbar_init(uint64_t* bar, int arrivals PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_u32(bar)), "r"(arrivals) : "memory");
+#else
+  simt::mbarrier_init(bar, static_cast<unsigned>(arrivals), at);
+#endif
+}
+
+// Before its memory is used for anything else.
+PTX void mbar_inval(uint64_t* bar PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(smem_u32(bar)) : "memory");
+#else
+  simt::mbarrier_invalidate(bar, at);
+#endif
+}
+
+PTX void mbar_arrive(uint64_t* bar PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_u32(bar)) : "memory");
+#else
+  simt::mbarrier_arrive(bar, 0, at);
+#endif
+}
+
+// Expects `bytes` more in this phase, then arrives.
+PTX void mbar_expect_tx(uint64_t* bar, uint32_t bytes PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_u32(bar)), "r"(bytes) : "memory");
+#else
+  simt::mbarrier_arrive(bar, bytes, at);
+#endif
+}
+
+// Arrives once all cp.async that this thread has issued have landed. Counts as one of the expected arrivals. The data is
+// written by the generic proxy: who feeds it to wgmma needs fence_proxy_async after the wait.
+PTX void cp_async_mbar_arrive(uint64_t* bar PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_u32(bar)) : "memory");
+#else
+  simt::cp_async_arrive(bar, at);
+#endif
+}
+
+// Whether the phase of this parity has ended. On a new barrier, phase 0 runs, and that of parity 1 counts as ended.
+PTX bool mbar_test_wait(uint64_t* bar, uint32_t parity PTX_AND_AT) {
+#if defined(__CUDACC__)
+  uint32_t ended;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(ended)
+      : "r"(smem_u32(bar)), "r"(parity)
+      : "memory");
+  return ended != 0;
+#else
+  return simt::mbarrier_test(bar, parity, at);
+#endif
+}
+
+PTX void mbar_wait(uint64_t* bar, uint32_t parity PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@!p bra again;\n"
+      "}" ::"r"(smem_u32(bar)),
+      "r"(parity)
+      : "memory");
+#else
+  simt::mbarrier_wait(bar, parity, at);
+#endif
+}
+
+// Makes this thread's mbar_init known to copies; then a barrier of the block for the other threads.
+PTX void fence_barrier_init() {
+#if defined(__CUDACC__)
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+  simt::mbarrier_init_fence();
+#endif
+}
+
+// Between ordinary accesses to shared memory and TMA's or wgmma's to the same.
+PTX void fence_proxy_async() {
+#if defined(__CUDACC__)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+  simt::proxy_fence(simt::Space::kShared);
+#endif
+}
+
+// The same for global memory that the running kernel itself has written.
+PTX void fence_proxy_async_global() {
+#if defined(__CUDACC__)
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+#else
+  simt::proxy_fence(simt::Space::kGlobal);
+#endif
+}
+
+// ---- TMA: boxes of a tensor, as its map tells; one thread issues ------------------------------------------------------------
+// The tile in shared memory begins at a multiple of 128 bytes, a swizzled one where the pattern does: 1024 bytes for 128B.
+// What lies outside of the tensor is read as zeros, counts as bytes, and is not written.
+
+PTX void tma_load_2d(void* shared, const CUtensorMap* map, uint64_t* bar, int x, int y PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
+          "r"(smem_u32(shared)),
+      "l"(map), "r"(smem_u32(bar)), "r"(x), "r"(y)
+      : "memory");
+#else
+  const int coordinates[] = {x, y};
+  simt::tma_load(shared, map, bar, coordinates, 2, at);
+#endif
+}
+
+PTX void tma_load_3d(void* shared, const CUtensorMap* map, uint64_t* bar, int x, int y, int z PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+      "[%2];" ::"r"(smem_u32(shared)),
+      "l"(map), "r"(smem_u32(bar)), "r"(x), "r"(y), "r"(z)
+      : "memory");
+#else
+  const int coordinates[] = {x, y, z};
+  simt::tma_load(shared, map, bar, coordinates, 3, at);
+#endif
+}
+
+// `bytes` in a row, without a map: a multiple of 16, as are both addresses.
+PTX void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* bar PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem_u32(shared)),
+      "l"(global), "r"(bytes), "r"(smem_u32(bar))
+      : "memory");
+#else
+  simt::bulk_load(shared, global, bytes, bar, at);
+#endif
+}
+
+// Stores come in groups: commit, then wait before the tile is written again (wait_read) or the result is used (wait).
+PTX void tma_store_2d(const CUtensorMap* map, const void* shared, int x, int y PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(smem_u32(shared)), "r"(x), "r"(y)
+               : "memory");
+#else
+  const int coordinates[] = {x, y};
+  simt::tma_store(map, shared, coordinates, 2, at);
+#endif
+}
+
+PTX void tma_store_3d(const CUtensorMap* map, const void* shared, int x, int y, int z PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+               "r"(smem_u32(shared)), "r"(x), "r"(y), "r"(z)
+               : "memory");
+#else
+  const int coordinates[] = {x, y, z};
+  simt::tma_store(map, shared, coordinates, 3, at);
+#endif
+}
+
+PTX void tma_store_commit(PTX_AT) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#else
+  simt::bulk_commit(at);
+#endif
+}
+
+template <int N>
+PTX void tma_store_wait_read(PTX_AT) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+#else
+  simt::bulk_wait(N, true, at);
+#endif
+}
+
+template <int N>
+PTX void tma_store_wait(PTX_AT) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+#else
+  simt::bulk_wait(N, false, at);
+#endif
+}
+
+PTX void prefetch_tensor_map([[maybe_unused]] const CUtensorMap* map) {
+#if defined(__CUDACC__)
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+#endif
+}
+
+// ---- wgmma: d += a · b by a warpgroup, d [64, N] in registers, depth 16 --------------------------------------------------------
+// Accumulator i of a thread: row 16 (warp % 4) + lane / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (lane % 4) + i % 2.
+
+// How a tile of 16-bit elements lies in shared memory: its start, the two strides in bytes, and the swizzle. With rows of
+// 128 bytes (64 elements) in the 128B swizzle, 8 of them make an atom of 1024 bytes:
+//   K-major    rows run along K; `stride` from 8 rows of M or N to the next; `leading` is not used. For the next 16 of
+//              the depth add 32 to the start.
+//   MN-major   rows run along M or N; `stride` from 8 of the depth to the next; `leading` from 64 of M or N to the next
+enum class Swizzle : uint64_t { kNone = 0, k128B = 1, k64B = 2, k32B = 3 };
+
+PTX uint64_t descriptor(uint32_t start, uint32_t leading, uint32_t stride, Swizzle swizzle) {
+  const auto field = [](uint32_t bytes) { return static_cast<uint64_t>((bytes & 0x3ffff) >> 4); };
+  return field(start) | field(leading) << 16 | field(stride) << 32 | static_cast<uint64_t>(swizzle) << 62;
+}
+
+// A K-major tile of rows of 128 bytes, row after row.
+PTX uint64_t desc_k128(uint32_t start) { return descriptor(start, 16, 1024, Swizzle::k128B); }
+
+// Before the first wgmma, and before the next one after registers of an operand or an accumulator were written or read.
+PTX void wgmma_fence(PTX_AT) {
+#if defined(__CUDACC__)
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+  simt::wgmma_fence(at);
+#endif
+}
+
+PTX void wgmma_commit(PTX_AT) {
+#if defined(__CUDACC__)
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+  simt::wgmma_commit(at);
+#endif
+}
+
+template <int N>
+PTX void wgmma_wait(PTX_AT) {
+#if defined(__CUDACC__)
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+#else
+  simt::wgmma_wait(N, at);
+#endif
+}
+
+// After the wait: keeps the compiler from moving uses of the accumulators, which to it are results of the wgmma itself,
+// before the wait.
+template <int N>
+PTX void wgmma_registers([[maybe_unused]] float (&d)[N]) {
+#if defined(__CUDACC__)
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+#endif
+}
+
+#if defined(__CUDACC__)
+// The text for one width and type: operands of shared memory, then with `a` in registers. The accumulators come first.
+#define WGMMA_SHARED(n, type, o0, o1, o2, o3, o4, ...)                                             \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " o2                                              \
+               ", 0;\n"                                                                            \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" WGMMA_TEXT_##n \
+               "}, " o0 ", " o1 ", p, 1, 1, " o3 ", " o4 ";\n}"                                    \
+               : WGMMA_REGISTERS_##n                                                               \
+               : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB));
+#define WGMMA_REGISTER(n, type, o0, o1, o2, o3, o4, o5, o6, ...)                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " o5                                              \
+               ", 0;\n"                                                                            \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" WGMMA_TEXT_##n \
+               "}, {" o0 ", " o1 ", " o2 ", " o3 "}, " o4 ", p, 1, 1, " o6 ";\n}"                  \
+               : WGMMA_REGISTERS_##n                                                               \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransposeB));
+#define WGMMA_SHARED_WIDTH(n, ...)                     \
+  if constexpr (N == n && std::is_same_v<T, __half>) { \
+    WGMMA_SHARED(n, "f16", __VA_ARGS__)                \
+  } else if constexpr (N == n) {                       \
+    WGMMA_SHARED(n, "bf16", __VA_ARGS__)               \
+  }
+#define WGMMA_REGISTER_WIDTH(n, ...)                   \
+  if constexpr (N == n && std::is_same_v<T, __half>) { \
+    WGMMA_REGISTER(n, "f16", __VA_ARGS__)              \
+  } else if constexpr (N == n) {                       \
+    WGMMA_REGISTER(n, "bf16", __VA_ARGS__)             \
+  }
+#else
+template <typename T>
+constexpr simt::Element element_of = std::is_same_v<T, __half> ? simt::Element::kF16 : simt::Element::kBf16;
+#endif
+
+// T: __nv_bfloat16 or __half; N: a multiple of 8, up to 256; transposed: the operand is MN-major. With accumulate = 0 the
+// old value of d does not count. Until the product is waited for, d and the tiles must not be touched.
+template <typename T, int N, bool kTransposeA = false, bool kTransposeB = false>
+PTX void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate PTX_AND_AT) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  static_assert(N % 8 == 0 && N >= 8 && N <= 256);
+#if defined(__CUDACC__)
+  WGMMA_WIDTHS(WGMMA_SHARED_WIDTH)
+#else
+  simt::wgmma(d, nullptr, a, b, accumulate != 0, {N, element_of<T>, kTransposeA, kTransposeB}, at);
+#endif
+}
+
+// The left operand in registers, each warp's 16 rows as the fragment of mma. They too must stay until the product is done.
+template <typename T, int N, bool kTransposeB = false>
+PTX void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate PTX_AND_AT) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  static_assert(N % 8 == 0 && N >= 8 && N <= 256);
+#if defined(__CUDACC__)
+  WGMMA_WIDTHS(WGMMA_REGISTER_WIDTH)
+#else
+  simt::wgmma(d, a, 0, b, accumulate != 0, {N, element_of<T>, false, kTransposeB}, at);
+#endif
+}
+
+#if defined(__CUDACC__)
+#undef WGMMA_SHARED
+#undef WGMMA_REGISTER
+#undef WGMMA_SHARED_WIDTH
+#undef WGMMA_REGISTER_WIDTH
+#endif
+
+// ---- the rest ---------------------------------------------------------------------------------------------------------------
+
+// Stores four 8x8 matrices from fragments: the inverse of ldmatrix_x4.
+PTX void stmatrix_x4(void* row, const uint32_t (&r)[4] PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_u32(row)), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#else
+  simt::stmatrix(r, 4, false, row, at);
+#endif
+}
+
+PTX void stmatrix_x4_trans(void* row, const uint32_t (&r)[4] PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_u32(row)), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#else
+  simt::stmatrix(r, 4, true, row, at);
+#endif
+}
+
+// True in one lane of a whole warp: which one is the hardware's choice.
+PTX bool elect_one(PTX_AT) {
+#if defined(__CUDACC__)
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(elected));
+  return elected != 0;
+#else
+  return simt::elect(at);
+#endif
+}
+
+// The number of registers per thread from here on, by a whole warpgroup: fewer for producers, more for consumers.
+template <int N>
+PTX void setmaxnreg_dec(PTX_AT) {
+#if defined(__CUDACC__)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+#else
+  simt::set_max_registers(N, at);
+#endif
+}
+
+template <int N>
+PTX void setmaxnreg_inc(PTX_AT) {
+#if defined(__CUDACC__)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+#else
+  simt::set_max_registers(N, at);
+#endif
+}
+
+}  // namespace switchgear::cuda::ptx

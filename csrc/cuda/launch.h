@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Launches: launch(kernel, grid, block, shared_bytes, stream, arguments…) checks the limits, asks for dynamic shared memory
+// above 48 KiB, and throws a std::runtime_error that names the kernel. The stream is the void* of Execution.
+#pragma once
+#include <cxxabi.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "platform.cuh"
+
+namespace switchgear::cuda {
+
+inline std::string kernel_name(const void* kernel) {
+  const char* symbol = nullptr;
+  if (cudaFuncGetName(&symbol, kernel) != cudaSuccess || symbol == nullptr) return "a kernel";
+  int status = 0;
+  char* readable = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
+  const std::string name = status == 0 ? readable : symbol;
+  std::free(readable);
+  return name.substr(0, name.find('('));
+}
+
+inline std::string launch_text(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+  const auto triple = [](dim3 size) {
+    return "(" + std::to_string(size.x) + ", " + std::to_string(size.y) + ", " + std::to_string(size.z) + ")";
+  };
+  return "launch of " + kernel_name(kernel) + " with grid " + triple(grid) + ", block " + triple(block) + ", " +
+         std::to_string(shared_bytes) + " bytes of shared memory: ";
+}
+
+[[noreturn]] inline void launch_failed(const std::string& what, const void* kernel, dim3 grid, dim3 block,
+                                       size_t shared_bytes) {
+  throw std::runtime_error(launch_text(kernel, grid, block, shared_bytes) + what);
+}
+
+// What every device of compute capability 8.0 and later has in common.
+inline void check_limits(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+  constexpr unsigned kMaxGridX = 0x7fffffff, kMaxGridYZ = 65535, kMaxThreads = 1024, kMaxBlockZ = 64;
+  const auto refuse = [&](const char* what) { launch_failed(what, kernel, grid, block, shared_bytes); };
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) refuse("the grid is empty");
+  if (grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) refuse("the grid is too large");
+  const auto threads = static_cast<unsigned long long>(block.x) * block.y * block.z;
+  if (threads == 0) refuse("the block is empty");
+  if (threads > kMaxThreads || block.z > kMaxBlockZ) refuse("the block is too large");
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_with(const cudaLaunchAttribute* attribute, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                 size_t shared_bytes, void* stream, Arguments&&... arguments) {
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  check_limits(address, grid, block, shared_bytes);
+  constexpr size_t kSharedWithoutAsking = 48 << 10;
+  if (shared_bytes > kSharedWithoutAsking) {
+    const cudaError_t error =
+        ::cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) launch_failed(cudaGetErrorString(error), address, grid, block, shared_bytes);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = const_cast<cudaLaunchAttribute*>(attribute);
+  config.numAttrs = attribute == nullptr ? 0 : 1;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  if (error != cudaSuccess) launch_failed(cudaGetErrorString(error), address, grid, block, shared_bytes);
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+            Arguments&&... arguments) {
+  launch_with(nullptr, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
+}
+
+// All blocks run at the same time, so that they may wait for each other; refused where the device cannot hold them.
+template <typename... Parameters, typename... Arguments>
+void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                        Arguments&&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  launch_with(&attribute, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
+}
+
+}  // namespace switchgear::cuda

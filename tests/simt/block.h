@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The state of threads, warps and blocks: what the parts of the runtime share. Internal.
+#pragma once
+#include <array>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "context.h"
+#include "race.h"
+#include "runtime.h"
+
+namespace simt {
+
+enum class State : uint8_t { kReady, kWaiting, kSpinning, kDone };
+
+// A copy by cp.async. Its group and an mbarrier may both wait for it.
+struct Copy {
+  char* to;
+  const char* from;
+  unsigned size, valid;  // bytes past `valid` are zeros
+  bool done = false;
+};
+using Copies = std::vector<std::shared_ptr<Copy>>;
+
+// Bulk stores that were committed together; empty once they were carried out.
+struct StoreGroup {
+  std::vector<std::function<void()>> stores;
+  uint32_t time;
+};
+
+struct Block;
+
+struct Fiber {
+  Indices indices;
+  unsigned linear = 0, lane = 0, warp = 0;
+  Block* block = nullptr;
+  Context context;
+  State state = State::kReady;
+  std::exception_ptr error;
+  const char* waits_for = "";
+  Location waits_at;
+  unsigned atomics_in_a_row = 0;
+
+  Copies open_copies;                     // cp.async since the last commit
+  std::deque<Copies> copy_groups;         // committed, the oldest first
+  std::deque<uint32_t> copy_group_times;  // the copy engine's times of those groups
+  race::Agent copy_engine;
+
+  std::vector<std::function<void()>> open_stores;  // bulk stores since the last commit
+  std::deque<StoreGroup> store_groups;
+  race::Agent store_reader, store_writer;
+
+  race::Actor actor;
+};
+
+// A named barrier; number 0 is __syncthreads'.
+struct Barrier {
+  unsigned arrived = 0, expected = 0;
+  bool whole_block = false;
+  std::vector<Fiber*> waiting;
+  Location first_at;
+  race::View view;
+};
+
+// The lanes that have arrived at a collective instruction, and their operands.
+struct Collective {
+  uint32_t arrived = 0, mask = 0;
+  const char* name = "";
+  std::array<void*, 32> operands{};
+  std::array<Fiber*, 32> fibers{};
+  Location at;
+};
+
+// Accumulators of a warp's wgmma that are in flight.
+struct Accumulators {
+  std::array<float*, 32> registers{};
+  std::vector<float> values;  // [32 lanes][columns / 2]
+  int pending = 0;
+};
+
+struct WarpProduct {
+  std::shared_ptr<Accumulators> accumulators;
+  std::function<void()> multiply;  // empty once done
+};
+
+struct Warp {
+  std::vector<Collective> collectives;  // with disjoint masks
+  std::vector<WarpProduct> open_products;
+  std::deque<std::vector<WarpProduct>> product_groups;
+  std::deque<uint32_t> product_group_times;
+  uint32_t finished_time = 0;
+  std::map<float*, std::vector<float>> finished_accumulators;  // as the hardware left them, by lane 0's registers
+  bool fenced = false;
+  size_t num_products = 0;
+  race::Agent tensor_core;
+};
+
+struct Mbarrier {
+  unsigned expected = 0, pending = 0;
+  int64_t transactions = 0;  // bytes still to come
+  uint32_t phase = 0;
+  int copies_in_flight = 0;
+  const Fiber* initialised_by = nullptr;
+  bool visible_to_copies = false;  // its initialisation was fenced
+  std::vector<Fiber*> waiting;
+  race::View arriving;
+  std::array<race::View, 2> completed;  // by parity
+  race::Agent copies;
+};
+
+struct SharedArray {
+  const void* key = nullptr;
+  char* memory = nullptr;
+  size_t size = 0;
+  uint32_t address = 0;
+};
+
+struct Block {
+  const Grid* grid = nullptr;
+  uint32_t device = 0;
+  uint32_t race_block = 0;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  unsigned live = 0;
+  std::array<Barrier, 16> barriers;
+  std::vector<SharedArray> shared;  // [0] is the dynamic shared memory
+  std::map<uint32_t, Mbarrier> mbarriers;
+  std::deque<std::function<void()>> pending;  // asynchronous operations that are under way
+  // Per warpgroup: what each wgmma was given, which must be the same in its four warps.
+  std::vector<std::vector<std::array<uint64_t, 4>>> warpgroup_products;
+};
+
+}  // namespace simt

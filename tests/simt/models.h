@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What instructions do: the second body of every wrapper in csrc/cuda/ptx.cuh and hopper.cuh, and of CUDA's own names in
+// simt.h. `at` is the line of the kernel.
+#pragma once
+#include <cstdint>
+
+#include "race.h"
+#include "runtime.h"
+
+// Values move between lanes inside such functions, which are no accesses of the kernel.
+#define SIMT_UNTRACKED __attribute__((no_sanitize("thread")))
+
+namespace simt {
+
+using race::Scope;
+using race::Space;
+
+// ---- shared memory (shared_memory.cpp) ------------------------------------------------------------------------------------
+
+void* dynamic_shared();
+void* static_shared(const void* key, size_t size, size_t alignment, Location at);  // one array per key and block
+uint32_t shared_address(const void* pointer, Location at);
+
+// ---- barriers and collectives (barriers.cpp) --------------------------------------------------------------------------------
+
+void block_barrier(Location at);
+void barrier_sync(unsigned id, unsigned num_threads, Location at);
+void barrier_arrive(unsigned id, unsigned num_threads, Location at);
+
+// Waits for the lanes in `mask`. The last one combines the operands of all, [32] by lane; the others' are null.
+using Combine = void (*)(void* const* operands, uint32_t mask);
+void collective(const char* name, uint32_t mask, void* operands, Combine combine, Location at);
+void warp_barrier(uint32_t mask, Location at);
+int lane_index();
+// A lane that was elected among all 32: the lowest, or any one in random order.
+bool elect(Location at);
+
+// ---- atomics, fences, polling (atomics.cpp) ---------------------------------------------------------------------------------
+
+void before_atomic(const void* location, size_t size, race::AtomicKind kind, Location at);
+void fence(Scope scope);
+void poll(Location at);  // before a load in a loop that waits
+void sleep(Location at);
+
+// ---- cp.async, ldmatrix, mma (cp_async.cpp, mma.cpp) --------------------------------------------------------------------------
+
+void cp_async(void* shared, const void* global, unsigned size, unsigned valid, Location at);
+void cp_async_commit(Location at);
+void cp_async_wait(unsigned groups_left, Location at);
+void cp_async_arrive(uint64_t* mbarrier, Location at);  // .noinc
+
+void ldmatrix(uint32_t* registers, int matrices, bool transposed, const void* row, Location at);
+void stmatrix(const uint32_t* registers, int matrices, bool transposed, void* row, Location at);
+
+enum class Element { kBf16, kF16, kTf32 };
+void mma(float* d, const uint32_t* a, const uint32_t* b, Element element, Location at);  // m16n8k16, m16n8k8 for tf32
+
+// ---- Hopper (mbarrier.cpp, tma.cpp, wgmma.cpp) --------------------------------------------------------------------------------
+
+void mbarrier_init(uint64_t* mbarrier, unsigned count, Location at);
+void mbarrier_invalidate(uint64_t* mbarrier, Location at);
+void mbarrier_arrive(uint64_t* mbarrier, unsigned bytes, Location at);  // expects `bytes` first
+void mbarrier_expect(uint64_t* mbarrier, unsigned bytes, Location at);  // without arriving
+bool mbarrier_test(uint64_t* mbarrier, unsigned parity, Location at);
+void mbarrier_wait(uint64_t* mbarrier, unsigned parity, Location at);
+void mbarrier_init_fence();
+void proxy_fence(Space space);
+
+// Coordinates count elements, the innermost dimension first.
+void tma_load(void* shared, const void* tensor_map, uint64_t* mbarrier, const int* coordinates, int rank, Location at);
+void tma_store(const void* tensor_map, const void* shared, const int* coordinates, int rank, Location at);
+void bulk_load(void* shared, const void* global, unsigned size, uint64_t* mbarrier, Location at);
+void bulk_commit(Location at);
+void bulk_wait(unsigned groups_left, bool reads_only, Location at);
+
+void wgmma_fence(Location at);
+// d[columns / 2] += a · b; `a` null: the left operand is in shared memory too.
+struct WgmmaShape {
+  int columns;
+  Element element;
+  bool a_transposed, b_transposed;
+};
+void wgmma(float* d, const uint32_t* a, uint64_t descriptor_a, uint64_t descriptor_b, bool accumulate, WgmmaShape shape,
+           Location at);
+void wgmma_commit(Location at);
+void wgmma_wait(unsigned groups_left, Location at);
+void set_max_registers(unsigned count, Location at);
+
+}  // namespace simt

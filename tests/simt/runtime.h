@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Runs CUDA kernels on the CPU: every GPU thread is a fiber with a stack of its own, scheduled in a chosen order on the
+// calling thread. This header has what tests and launchers see; simt.h adds CUDA's names, models.h the instructions.
+#pragma once
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace simt {
+
+using Location = std::source_location;
+
+// What a kernel did wrong, with its thread, file and line.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// What threadIdx, blockIdx, blockDim and gridDim read: those of the running thread.
+struct Indices {
+  uint3 thread{}, block{};
+  dim3 block_size, grid_size;
+};
+extern Indices indices;
+
+// ---- settings -----------------------------------------------------------------------------------------------------------
+
+// Which of the threads that can run goes on, and when asynchronous copies and products are carried out. Forward: lowest
+// first, and as late as possible. Reverse: highest first, and as early as possible. Random: either, and threads are also
+// interrupted at atomics.
+enum class Order { kForward, kReverse, kRandom };
+
+// Set from SWITCHGEAR_SIMT_ORDER=forward|reverse|random:SEED.
+struct Options {
+  Order order = Order::kForward;
+  uint64_t seed = 1;
+  int resident_blocks =
+      4;  // at most so many blocks of a grid at a time; cooperative grids and ranks are resident as a whole
+};
+Options& options();
+
+// The device that launchers see. SWITCHGEAR_SIMT_DEVICE=sm_80|sm_90 sets the first one.
+struct Device {
+  int major = 9, minor = 0;
+  int multiprocessors = 4;
+  int shared_memory_per_block = 232448;  // with the opt-in; 166912 on sm_80
+};
+Device& device();
+Device sm_80();
+Device sm_90();
+
+struct Statistics {
+  uint64_t blocks = 0, threads = 0, switches = 0;
+  uint64_t ldmatrix = 0, bank_conflicts = 0;  // matrices read by ldmatrix, and the extra cycles their rows cost
+};
+Statistics& statistics();
+
+// ---- launches -----------------------------------------------------------------------------------------------------------
+
+struct Grid {
+  dim3 grid, block;
+  size_t dynamic_shared = 0;
+  std::function<void()> kernel;  // called once by every thread
+  bool cooperative = false;      // all of its blocks are resident, or the launch fails
+};
+
+// Runs the grids to their end. More than one stand for one kernel on each of as many devices: all blocks are resident, and
+// only system scope reaches from one to another. Throws what the kernels did wrong.
+void run(const std::vector<Grid>& grids);
+
+// Keeps the arguments, converted to the kernel's parameters as a launch does.
+template <typename... Parameters, typename... Arguments>
+std::function<void()> bind_kernel(void (*kernel)(Parameters...), Arguments&&... arguments) {
+  return [kernel, values = std::tuple<std::remove_cvref_t<Parameters>...>(std::forward<Arguments>(arguments)...)] {
+    std::apply(kernel, values);
+  };
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared, Arguments&&... arguments) {
+  run({{grid, block, dynamic_shared, bind_kernel(kernel, std::forward<Arguments>(arguments)...)}});
+}
+
+// The function and line of an instruction, as addr2line tells them.
+std::string describe_code(const void* address);
+
+[[noreturn]] void fail(const std::string& message, Location at);
+
+}  // namespace simt

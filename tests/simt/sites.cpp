@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Places in the program as people read them: addresses of code are looked up with addr2line, at the time of a report.
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <map>
+#include <string>
+
+#include "race.h"
+#include "runtime.h"
+
+namespace simt {
+namespace {
+
+std::string output_of(const std::string& command) {
+  std::string output;
+  FILE* pipe = popen(command.c_str(), "r");
+  if (pipe == nullptr) return output;
+  char buffer[512];
+  while (const size_t count = std::fread(buffer, 1, sizeof buffer, pipe)) output.append(buffer, count);
+  pclose(pipe);
+  return output;
+}
+
+std::string without_directories(const std::string& path) { return path.substr(path.rfind('/') + 1); }
+
+}  // namespace
+
+std::string describe_code(const void* address) {
+  char text[64];
+  std::snprintf(text, sizeof text, "code at %p", address);
+  Dl_info info{};
+  if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return text;
+  const size_t offset =
+      static_cast<size_t>(static_cast<const char*>(address) - static_cast<const char*>(info.dli_fbase));
+  // The program itself is known to dladdr by argv[0], which may no longer lead to it.
+  char program[4096];
+  const ssize_t length = readlink("/proc/self/exe", program, sizeof program - 1);
+  std::string file = info.dli_fname;
+  if (length > 0 && access(file.c_str(), R_OK) != 0) file.assign(program, static_cast<size_t>(length));
+  char command[5000];
+  std::snprintf(command, sizeof command, "addr2line -f -i -C -e '%s' 0x%zx 2>/dev/null", file.c_str(), offset);
+  // Pairs of lines: function, then file:line; the innermost inlined call first.
+  const std::string output = output_of(command);
+  const size_t first = output.find('\n');
+  if (first == std::string::npos) return text;
+  const std::string function = output.substr(0, first);
+  std::string line = without_directories(output.substr(first + 1, output.find('\n', first + 1) - first - 1));
+  line = line.substr(0, line.find(" (discriminator"));
+  if (line.rfind("??", 0) == 0) return function.rfind("??", 0) == 0 ? text : function;
+  return line + " (" + function.substr(0, function.find('(')) + ")";
+}
+
+namespace race {
+namespace {
+
+// Sites of models are numbered, apart from every address of code.
+constexpr Site kNumbered = uint64_t{1} << 63;
+std::vector<std::string> lines;
+
+}  // namespace
+
+Site site_of(std::source_location at) {
+  static std::map<std::pair<const char*, uint32_t>, Site> known;
+  Site& site = known[{at.file_name(), at.line()}];
+  if (site == 0) {
+    lines.push_back(without_directories(at.file_name()) + ":" + std::to_string(at.line()));
+    site = kNumbered | (lines.size() - 1);
+  }
+  return site;
+}
+
+std::string describe_site(Site site) {
+  if (site & kNumbered) return lines[site & ~kNumbered];
+  // A return address: the call is before it.
+  return describe_code(reinterpret_cast<const char*>(site) - 1);
+}
+
+}  // namespace race
+}  // namespace simt

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The tensor map that TMA reads: our own fields in the 128 opaque bytes of a CUtensorMap. Internal.
+#pragma once
+#include <cstdint>
+
+namespace simt {
+
+constexpr int kMaxTensorRank = 5;
+
+struct TensorMap {
+  uint64_t mark;
+  char* start;
+  uint64_t size[kMaxTensorRank];        // in elements, the innermost dimension first
+  uint64_t stride[kMaxTensorRank - 1];  // in bytes, of the dimensions after the innermost
+  uint16_t box[kMaxTensorRank];
+  uint8_t rank, element_size, swizzle_bits, nan_fill;
+};
+static_assert(sizeof(TensorMap) <= 128);
+constexpr uint64_t kTensorMapMark = 0x7377'6974'6368'6d61;
+
+// Shared addresses of swizzled tiles: `bits` of the 16-byte column are exchanged with those of the 128-byte row.
+inline uint32_t swizzled(uint32_t address, int bits) {
+  const uint32_t mask = (1u << bits) - 1;
+  return address ^ (address >> 7 & mask) << 4;
+}
+
+}  // namespace simt
