@@ -41,6 +41,9 @@ class Routing(NamedTuple):
     topk_weights: Tensor  # [T,K] float32
     router_logits: Tensor  # [T,E]
     num_experts: int
+    scores: Tensor | None = None  # [T,E] float32 that the weights come from, where the policy had to compute them all
+    losses: dict[str, Tensor] = {}  # noqa: RUF012  float32 scalars by name; replaced as a whole, never written to
+    num_dropped: Tensor | None = None  # int64 scalar: choices that found no room; None where there is no limit
 
 
 class Plan(NamedTuple):

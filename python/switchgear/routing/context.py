@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a routing policy may look at besides the tokens themselves, and what the parts of a router are called with.
+
+    x [T,H] ──score──► router_logits [T,E] ──select──► Routing ──capacity──► Routing       balance: Routing ──► losses
+
+A policy is a combination of the four. Each part is any callable with the signature below: a function, a frozen
+dataclass, or an nn.Module where it has parameters or buffers (the router then owns it as a submodule). A part may also
+be given as a class or a functools.partial of one; the router calls that, so that layers share no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from switchgear.functional import Routing
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known about the T tokens of a call. Everything is optional: a policy names what it misses.
+
+    Attributes:
+        token_ids: [T] integers, the vocabulary ids (lookup and masked routing).
+        sequence_ids: [T] integers, equal for tokens of one sequence. They may have any value and any order.
+        num_sequences: if given, sequence_ids are known to lie in [0, num_sequences), and nothing is read back for that.
+        sequence_length: for sequences of equal length that follow each other; sequence_ids come first.
+        embedding: [T,D], or [B,D] with a row per sequence: a task, domain or instance.
+        importance: [T], of tokens that shall be spared (SkipBelow).
+        generator: of all random numbers; torch's default generator if absent.
+        group: a torch.distributed process group, over which counts are summed.
+        isolated: policies that let tokens compete let those of one sequence compete alone, whatever their own scope.
+        training: set by the router.
+    """
+
+    token_ids: Tensor | None = None
+    sequence_ids: Tensor | None = None
+    num_sequences: int | None = None
+    sequence_length: int | None = None
+    embedding: Tensor | None = None
+    importance: Tensor | None = None
+    generator: torch.Generator | None = None
+    group: Any = None
+    isolated: bool = False
+    training: bool = False
+
+    def require(self, name: str, user: str) -> Any:
+        """The attribute `name`. Raises ValueError, which names it and its user, where it is absent."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"{name}: {user} needs it, got None; pass it to the layer's forward")
+        return value
+
+
+NOTHING_KNOWN = Context()
+
+
+@runtime_checkable
+class Score(Protocol):
+    """x [T,H] -> router_logits [T,E]. A class is called as (hidden_size, num_experts, device=, dtype=)."""
+
+    def __call__(self, x: Tensor, context: Context, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Select(Protocol):
+    """router_logits [T,E] -> Routing: topk_ids [T,K] int32 with -1 for none, topk_weights [T,K] float32.
+
+    The only part with randomness. Selections keep three promises: they are total (any bits in the logits give ids in
+    range, distinct within a token), ties go to the lowest index, and the weights of empty choices are 0.
+
+    `bias` [E] float32, if given, is added to the scores for the choice alone and gets no gradient.
+    """
+
+    def __call__(self, router_logits: Tensor, context: Context, bias: Tensor | None = None, /) -> Routing: ...
+
+
+@runtime_checkable
+class Limit(Protocol):
+    """Routing -> Routing where no expert has more tokens than it can take (`capacity=`): some ids become -1 or another
+    expert. It adds to num_dropped. Attribute needs_scores (optional): it wants Routing.scores."""
+
+    def __call__(self, routing: Routing, context: Context, /) -> Routing: ...
+
+
+@runtime_checkable
+class Balance(Protocol):
+    """Routing -> a float32 scalar that the trainer adds to the loss; found in Routing.losses under `name` (an
+    attribute, else the name of the class or function). Called in training alone.
+
+    It sees the choice before the capacity limit (what the router wanted), with num_dropped of after it.
+
+    A controller has, instead or as well, after_step(tokens_per_expert, router): called by Router.after_step once per
+    optimizer step with the counts [E] int64 since the last one, summed over Context.group. A controller that works on
+    the selection bias (router.e_score_correction_bias) has an attribute needs_selection_bias = True.
+    """
+
+    def __call__(self, routing: Routing, context: Context, /) -> Tensor: ...
+
+
+def sequences(context: Context, num_tokens: int, device: torch.device) -> tuple[Tensor, int]:
+    """The sequence of each token, [T] int64 in [0, B), and B.
+
+    Raises ValueError where the context knows of none, or of another number of tokens.
+    """
+    if context.sequence_ids is not None:
+        ids = context.sequence_ids.reshape(-1).to(device)
+        if ids.shape[0] != num_tokens:
+            raise ValueError(f"sequence_ids: expected {num_tokens} tokens, got {ids.shape[0]}")
+        if context.num_sequences is not None:
+            return ids.long(), context.num_sequences
+        values, index = torch.unique(ids, return_inverse=True)
+        return index, values.shape[0]
+    length = context.require("sequence_length", "a policy per sequence")
+    if length < 1 or num_tokens % length:
+        raise ValueError(f"sequence_length: expected a divisor of {num_tokens} tokens, got {length}")
+    return torch.arange(num_tokens, device=device) // length, num_tokens // length
+
+
+def is_per_sequence(scope: str, context: Context) -> bool:
+    return context.isolated or scope == "sequence"
+
+
+def check_scope(scope: str) -> None:
+    if scope not in SCOPES:
+        raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+
+
+SCOPES: Sequence[str] = ("batch", "sequence")
