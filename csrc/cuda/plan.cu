@@ -14,7 +14,7 @@ namespace {
 // Up to here one block needs about as long as three launches.
 constexpr int64_t kSmallPairs = 8192;
 constexpr int64_t kMinChunkPairs = 2048;  // 8 steps a warp: about 128 blocks for 32768 tokens with 8 choices
-constexpr int64_t kMaxChunks = 4096;
+constexpr int64_t kMaxChunks = 1024;      // 8 steps of the scan
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -63,7 +63,8 @@ void plan(const PlanArgs& args, void* workspace, void* stream) {
   const dim3 blocks(static_cast<unsigned>(params.num_chunks),
                     static_cast<unsigned>(ceil_div(num_experts, kPlanWindow)));
   launch(plan_count_kernel, blocks, dim3(kPlanThreads), 0, stream, params);
-  launch(plan_scan_kernel, dim3(static_cast<unsigned>(num_experts)), dim3(kPlanThreads), 0, stream, params);
+  launch(plan_scan_kernel, dim3(static_cast<unsigned>(ceil_div(num_experts, kPlanWarps))), dim3(kPlanThreads), 0,
+         stream, params);
   launch(plan_place_kernel, blocks, dim3(kPlanThreads), 0, stream, params);
 }
 

@@ -8,7 +8,7 @@
 // Pairs are cut into chunks, a block each, and chunks into segments, a warp each; experts into windows whose counters fit in
 // shared memory, a row of blocks each.
 //   plan_count_kernel   counts each chunk's ids                                   -> counts [E, chunks]
-//   plan_scan_kernel    a block an expert: exclusive sums over its chunks, in place -> totals [E]
+//   plan_scan_kernel    a warp an expert: exclusive sums over its chunks, in place -> totals [E]
 //   plan_place_kernel   counts again, by segment; the first slot of (expert, chunk, segment) is a sum over smaller experts +
 //                       earlier chunks + earlier segments. A warp then walks its segment 32 pairs at a time: lanes with
 //                       the same expert find each other (match), so that a pair's slot is the expert's next slot + the
@@ -55,17 +55,21 @@ __device__ inline PlanRange segment_of(PlanRange chunk, int segment, int num_seg
   return {begin < chunk.end ? begin : chunk.end, begin + pairs < chunk.end ? begin + pairs : chunk.end};
 }
 
-// The sum of `value` over lower threads of the block, and over all of them. `sums` has an entry per warp.
-__device__ inline int32_t exclusive_sum(int32_t value, int32_t* sums, int32_t* total) {
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  const int num_warps = static_cast<int>(blockDim.x / 32);
-  int32_t inclusive = value;
+// The sum of `value` over the lanes up to this one.
+__device__ inline int32_t inclusive_sum(int32_t value) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const int32_t lower = __shfl_up_sync(0xffffffffu, inclusive, step);
-    if (lane >= step) inclusive += lower;
+    const int32_t lower = __shfl_up_sync(0xffffffffu, value, step);
+    if (static_cast<int>(threadIdx.x % 32) >= step) value += lower;
   }
-  if (lane == 31) sums[warp] = inclusive;
+  return value;
+}
+
+// The sum of `value` over lower threads of the block, and over all of them. `sums` has an entry per warp.
+__device__ inline int32_t exclusive_sum(int32_t value, int32_t* sums, int32_t* total) {
+  const int warp = static_cast<int>(threadIdx.x / 32), num_warps = static_cast<int>(blockDim.x / 32);
+  const int32_t inclusive = inclusive_sum(value);
+  if (threadIdx.x % 32 == 31) sums[warp] = inclusive;
 #ifndef PLANT_PLAN_SUMS
   __syncthreads();
 #endif
@@ -147,19 +151,34 @@ __global__ void __launch_bounds__(kPlanThreads) plan_count_kernel(PlanParams p) 
   }
 }
 
-// blockIdx.x: expert
+// A warp an expert, each lane kScanned chunks at a time.
 __global__ void __launch_bounds__(kPlanThreads) plan_scan_kernel(PlanParams p) {
-  SHARED_ARRAY(int32_t, sums, kPlanWarps);
-  int32_t* const counts = p.counts + static_cast<int64_t>(blockIdx.x) * p.num_chunks;
+  constexpr int kScanned = 4;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int expert = static_cast<int>(blockIdx.x) * kPlanWarps + static_cast<int>(threadIdx.x / 32);
+  if (expert >= p.num_experts) return;  // whole warps leave
+  int32_t* const counts = p.counts + static_cast<int64_t>(expert) * p.num_chunks;
   int32_t before = 0;
-  for (int base = 0; base < p.num_chunks; base += kPlanThreads) {
-    const int chunk = base + static_cast<int>(threadIdx.x);
-    int32_t total;
-    const int32_t lower = exclusive_sum(chunk < p.num_chunks ? counts[chunk] : 0, sums, &total);
-    if (chunk < p.num_chunks) counts[chunk] = before + lower;
-    before += total;
+  for (int first = 0; first < p.num_chunks; first += 32 * kScanned) {
+    int32_t values[kScanned];
+    int32_t own = 0;
+#pragma unroll
+    for (int j = 0; j < kScanned; ++j) {
+      const int chunk = first + lane * kScanned + j;
+      values[j] = chunk < p.num_chunks ? counts[chunk] : 0;
+      own += values[j];
+    }
+    const int32_t inclusive = inclusive_sum(own);
+    int32_t sum = before + inclusive - own;
+#pragma unroll
+    for (int j = 0; j < kScanned; ++j) {
+      const int chunk = first + lane * kScanned + j;
+      if (chunk < p.num_chunks) counts[chunk] = sum;
+      sum += values[j];
+    }
+    before += __shfl_sync(0xffffffffu, inclusive, 31);
   }
-  if (threadIdx.x == 0) p.totals[blockIdx.x] = before;
+  if (lane == 0) p.totals[expert] = before;
 }
 
 // blockIdx.x: chunk, blockIdx.y: window

@@ -93,12 +93,13 @@ class Random {
 // ---- arrays ------------------------------------------------------------------------------------------------------------
 
 // Memory that ends where its last element ends, so that the address sanitizer sees the first byte too far, and starts one
-// element after an aligned address, so that nothing may rely on alignment. Everything is 0xFF (NaN, -1) at first.
-// `padding` elements follow each row.
+// element (or `lead` of them) after an address that is aligned to 16 bytes, so that nothing may rely on alignment. Everything
+// is 0xFF (NaN, -1) at first. `padding` elements follow each row.
 class Array {
  public:
   Array() = default;
-  Array(DType dtype, std::vector<int64_t> shape, int64_t padding = 0) : padding_(padding) {
+  Array(DType dtype, std::vector<int64_t> shape, int64_t padding = 0, int64_t lead = 1)
+      : padding_(padding), lead_(lead) {
     view_.dtype = dtype;
     view_.ndim = static_cast<int>(shape.size());
     int64_t stride = 1;
@@ -107,14 +108,17 @@ class Array {
       view_.stride[i] = stride;
       stride = stride * shape[i] + (i == view_.ndim - 1 && i > 0 ? padding : 0);
     }
-    bytes_.assign(static_cast<size_t>((stride + 1) * size_of(dtype)), 0xff);
-    view_.data = bytes_.data() + size_of(dtype);
+    bytes_.assign(static_cast<size_t>((stride + lead) * size_of(dtype)), 0xff);
+    rebase();
   }
   Array(Array&&) = default;
   Array& operator=(Array&&) = default;
-  Array(const Array& other) : padding_(other.padding_), view_(other.view_), bytes_(other.bytes_) { rebase(); }
+  Array(const Array& other) : padding_(other.padding_), lead_(other.lead_), view_(other.view_), bytes_(other.bytes_) {
+    rebase();
+  }
   Array& operator=(const Array& other) {
     padding_ = other.padding_;
+    lead_ = other.lead_;
     view_ = other.view_;
     bytes_ = other.bytes_;
     rebase();
@@ -133,7 +137,7 @@ class Array {
   bool padding_holds(uint8_t byte) const {
     if (padding_ == 0) return true;
     const int64_t item = size_of(view_.dtype), width = view_.shape[view_.ndim - 1] * item, pad = padding_ * item;
-    for (int64_t p = item + width; p < static_cast<int64_t>(bytes_.size()); p += width + pad) {
+    for (int64_t p = lead_ * item + width; p < static_cast<int64_t>(bytes_.size()); p += width + pad) {
       for (int64_t i = 0; i < pad; ++i) {
         if (bytes_[static_cast<size_t>(p + i)] != byte) return false;
       }
@@ -184,17 +188,17 @@ class Array {
     return view_.as<char>() + offset * size_of(view_.dtype);
   }
   void rebase() {
-    if (!bytes_.empty()) view_.data = bytes_.data() + size_of(view_.dtype);
+    if (!bytes_.empty()) view_.data = bytes_.data() + lead_ * size_of(view_.dtype);
   }
 
-  int64_t padding_ = 0;
+  int64_t padding_ = 0, lead_ = 0;
   TensorView view_;
   std::vector<uint8_t> bytes_;
 };
 
 inline Array random_array(Random& random, DType dtype, std::vector<int64_t> shape, double scale = 1.0,
-                          int64_t padding = 0) {
-  Array array(dtype, std::move(shape), padding);
+                          int64_t padding = 0, int64_t lead = 1) {
+  Array array(dtype, std::move(shape), padding, lead);
   array.fill([&](int64_t) { return random.normal() * scale; });
   return array;
 }

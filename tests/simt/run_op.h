@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Calls an op of the CUDA backend as a caller on a device would: an allocator that gives poisoned memory of exactly the size
+// asked for, once.
+#pragma once
+#include <memory>
+
+#include "support.h"
+#include "cuda/ops.h"
+
+namespace switchgear::test {
+
+class OpMemory {
+ public:
+  explicit OpMemory(uint8_t poison) : poison_(poison) {}
+  Execution execution() { return {.allocator = {&OpMemory::allocate, this}}; }
+  int calls() const { return calls_; }
+
+ private:
+  static void* allocate(void* context, int64_t bytes) {
+    auto* self = static_cast<OpMemory*>(context);
+    ++self->calls_;
+    self->bytes_.reset(static_cast<uint8_t*>(std::aligned_alloc(256, static_cast<size_t>((bytes + 255) / 256 * 256))));
+    std::fill_n(self->bytes_.get(), bytes, self->poison_);
+    return self->bytes_.get();
+  }
+  struct Free {
+    void operator()(uint8_t* p) const { std::free(p); }
+  };
+
+  uint8_t poison_;
+  int calls_ = 0;
+  std::unique_ptr<uint8_t[], Free> bytes_;
+};
+
+// run(exec) writes all elements of `outputs` and nothing else: twice, over 0xFF and over 0x00, with the same bits.
+template <typename Run>
+void run_op(std::initializer_list<Array*> outputs, Run&& run) {
+  std::vector<Array> first;
+  for (const uint8_t poison : {0xff, 0x00}) {
+    for (Array* output : outputs) output->poison(poison);
+    OpMemory memory(poison);
+    run(memory.execution());
+    CHECK(memory.calls() <= 1, memory.calls(), " allocations");
+    for (Array* output : outputs) CHECK(output->padding_holds(poison), "wrote behind a row");
+    if (first.empty()) {
+      for (Array* output : outputs) first.push_back(*output);
+    }
+  }
+  for (size_t i = 0; i < first.size(); ++i) CHECK(same_bits(first[i], *outputs.begin()[i]), "output ", i);
+}
+
+// Shapes of memory: rows anywhere, and rows that start at multiples of 16 bytes.
+enum class Rows { kAnywhere, kAligned };
+
+inline Array make_rows(Rows rows, DType dtype, int64_t num_rows, int64_t width) {
+  if (rows == Rows::kAnywhere) return Array(dtype, {num_rows, width}, 3, 1);
+  const int64_t vector = 16 / size_of(dtype);
+  return Array(dtype, {num_rows, width}, (vector - width % vector) % vector, 0);
+}
+
+inline Array random_rows(Rows rows, Random& random, DType dtype, int64_t num_rows, int64_t width, double scale = 1.0) {
+  Array array = make_rows(rows, dtype, num_rows, width);
+  array.fill([&](int64_t) { return random.normal() * scale; });
+  return array;
+}
+
+}  // namespace switchgear::test
