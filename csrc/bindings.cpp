@@ -229,6 +229,7 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
     }
   });
 
+  define_module(m);  // first, since the signatures of the ops name its types
   m.def("route", &py_route, "Writes the top_k experts of each token and their weights.",  //
         "router_logits"_a, "selection_bias"_a, "topk_ids"_a, "topk_weights"_a, "score_function"_a, "normalize"_a,
         "scale"_a, "num_groups"_a, "topk_groups"_a, "group_score"_a, py::arg(kExecutionArgument));
@@ -264,5 +265,4 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
         "grad_down_bias"_a, "grad_topk_weights"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a,
         py::arg(kExecutionArgument));
 
-  define_module(m);
 }

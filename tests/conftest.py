@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Every test with a `backend` argument runs on the reference and on the kernels of each instruction set."""
+"""Every test with a `backend` argument runs on the reference, on the CPU's kernels of each instruction set, and on the CUDA
+kernels: natively where there is a device, and on the CPU where SWITCHGEAR_SIMT names a module that runs them there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import native_modules
 import switchgear
 
+SIMT_DEVICES = {"simt": "sm_80", "simt-sm90": "sm_90"} if native_modules.SIMT_PATH else {}
+CUDA = ["cuda"] if torch.cuda.is_available() else []
 ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 
 # Derandomised: a test that passes once passes always. The examples of a test may share the fixture that sets a backend.
@@ -44,10 +48,20 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=["reference", *ISAS])
+def _backend_named(name: str) -> AbstractContextManager[None]:
+    if name == "reference":
+        return switchgear.use_backend("reference")
+    if name in SIMT_DEVICES:
+        return native_modules.simt_kernels(SIMT_DEVICES[name])
+    return native_modules.cuda_kernels() if name == "cuda" else kernels_of(name)
+
+
+@pytest.fixture(params=["reference", *ISAS, *SIMT_DEVICES, *CUDA])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of the backend in use: "reference", or the instruction set of the kernels."""
-    with switchgear.use_backend("reference") if request.param == "reference" else kernels_of(request.param):
+    """The name of the backend in use: "reference", the instruction set of the kernels, "simt…" or "cuda"."""
+    if request.param == "cuda" and request.node.get_closest_marker("checks_values"):
+        pytest.skip("values in device memory are not checked")
+    with _backend_named(request.param):
         yield request.param
 
 

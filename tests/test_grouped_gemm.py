@@ -122,7 +122,8 @@ def test_small_integers_are_exact(
         wanted[offsets[e] : offsets[e + 1]] = x[offsets[e] : offsets[e + 1]] @ weight[e].T
     assert torch.equal(out, wanted)
     grad_weight = ops.grouped_gemm_wgrad(out, x, offsets, None, transposed)
-    assert grad_weight.stride() == torch.empty_like(weight).stride()
+    sizes = zip(weight.shape, grad_weight.stride(), torch.empty_like(weight).stride(), strict=True)
+    assert all(stride == like for size, stride, like in sizes if size > 1)
     for e in range(len(counts)):
         segment = slice(int(offsets[e]), int(offsets[e + 1]))
         assert torch.equal(grad_weight[e], wanted[segment].T @ x[segment])

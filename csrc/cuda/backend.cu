@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The table of the CUDA backend. Each op runs with the device of its tensors current, and leaves the thread's device as it
+// was.
+#include "switchgear/backend.h"
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+#include "ops.h"
+#include "switchgear/check.h"
+
+namespace switchgear {
+namespace cuda {
+namespace {
+
+void check(cudaError_t error, const char* call) {
+  if (error != cudaSuccess) throw std::runtime_error(join(call, ": ", cudaGetErrorString(error)));
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ == device) return;
+    check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = true;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// One tensor that every call of the op has; ops.cpp has checked that the others are on its device.
+const TensorView& tensor_of(const RouteArgs& args) { return args.router_logits; }
+const TensorView& tensor_of(const RouteBackwardArgs& args) { return args.router_logits; }
+const TensorView& tensor_of(const PlanArgs& args) { return args.topk_ids; }
+const TensorView& tensor_of(const PermuteArgs& args) { return args.x; }
+const TensorView& tensor_of(const CombineArgs& args) { return args.y; }
+const TensorView& tensor_of(const CombineBackwardArgs& args) { return args.grad_y; }
+const TensorView& tensor_of(const GroupedGemmArgs& args) { return args.x; }
+const TensorView& tensor_of(const GroupedGemmWgradArgs& args) { return args.x; }
+const TensorView& tensor_of(const GluArgs& args) { return args.h; }
+const TensorView& tensor_of(const GluBackwardArgs& args) { return args.h; }
+const TensorView& tensor_of(const MoeForwardArgs& args) { return args.x; }
+const TensorView& tensor_of(const MoeBackwardArgs& args) { return args.x; }
+
+template <typename Args, void (*op)(const Args&, Execution)>
+void on_its_device(const Args& args, Execution exec) {
+  const DeviceGuard guard(tensor_of(args).device.index);
+  op(args, exec);
+}
+
+}  // namespace
+}  // namespace cuda
+
+const Backend& cuda_backend() {
+  using namespace cuda;
+  static constexpr Backend kBackend{
+      .name = "cuda",
+      .device = DeviceType::kCUDA,
+      .route = on_its_device<RouteArgs, cuda::route>,
+      .route_backward = on_its_device<RouteBackwardArgs, cuda::route_backward>,
+      .plan = on_its_device<PlanArgs, cuda::plan>,
+      .permute = on_its_device<PermuteArgs, cuda::permute>,
+      .combine = on_its_device<CombineArgs, cuda::combine>,
+      .combine_weight_backward = on_its_device<CombineBackwardArgs, cuda::combine_weight_backward>,
+      .grouped_gemm = on_its_device<GroupedGemmArgs, cuda::grouped_gemm>,
+      .grouped_gemm_wgrad = on_its_device<GroupedGemmWgradArgs, cuda::grouped_gemm_wgrad>,
+      .glu = on_its_device<GluArgs, cuda::glu>,
+      .glu_backward = on_its_device<GluBackwardArgs, cuda::glu_backward>,
+      .moe_forward = on_its_device<MoeForwardArgs, cuda::moe_forward>,
+      .moe_backward = on_its_device<MoeBackwardArgs, cuda::moe_backward>};
+  return kBackend;
+}
+
+}  // namespace switchgear

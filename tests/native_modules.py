@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The CUDA kernels under the ops on CPU tensors, so that the shared tests run on them as they are.
+
+simt: the module _simt (tests/simt), which runs the kernels on the CPU; SWITCHGEAR_SIMT is its path.
+cuda: the module _cuda on a CUDA device. Each call copies the storages of its tensors there and back, so what tests say of
+strides, of memory behind rows and of elements that are not written holds there too.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from switchgear import cuda, ops
+
+SIMT_PATH = os.environ.get("SWITCHGEAR_SIMT")
+# 0.2 multiply-adds a nanosecond, a quarter of that under sanitizers: some seconds for one call.
+MOST_MULTIPLICATIONS = int(float(os.environ.get("SWITCHGEAR_SIMT_MULTIPLICATIONS", "3e8")))
+
+
+@contextmanager
+def ops_on(module: Any, execution: Callable[[], Any]) -> Iterator[None]:
+    """The ops on CPU tensors call `module` instead of `_C`."""
+    host = ops.host
+    before = host.module, host.execution, host.empty_weight
+    host.module, host.execution, host.empty_weight = module, execution, torch.empty_like
+    try:
+        yield
+    finally:
+        host.module, host.execution, host.empty_weight = before
+
+
+# ---- simt ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def load_simt() -> Any:
+    spec = importlib.util.spec_from_file_location("_simt", SIMT_PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def poisoned(size: int) -> Tensor:
+    """Temporary memory that holds NaN and -1 until a kernel writes it."""
+    return torch.full((size,), 0xFF, dtype=torch.uint8)
+
+
+def multiplications(name: str, args: tuple[Any, ...]) -> int:
+    """Of one call, where its products would take long."""
+    if name == "grouped_gemm":
+        return int(args[-2].numel()) * int(args[0].shape[1])
+    if name == "grouped_gemm_wgrad":
+        return int(args[0].numel()) * int(args[1].shape[1])
+    if name in ("moe_forward", "moe_backward"):
+        gate_up, topk_ids = (args[1], args[5]) if name == "moe_forward" else (args[3], args[7])
+        return int(topk_ids.numel()) * gate_up[0].numel() * (2 if name == "moe_forward" else 5)
+    return 0
+
+
+class Patient:
+    """A module whose calls skip the test that would take too long."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(self._module, name)
+
+        def call(*args: Any) -> None:
+            count = multiplications(name, args)
+            if count > MOST_MULTIPLICATIONS:
+                pytest.skip(f"{name} with {count / 1e9:.1f}e9 multiplications takes too long on simt")
+            op(*args)
+
+        return call
+
+
+@contextmanager
+def simt_kernels(device: str) -> Iterator[None]:
+    module = load_simt()
+    module.set_device(device)
+    with ops_on(Patient(module), lambda: module.Execution(0, poisoned, cuda.allow_tf32())):
+        yield
+
+
+# ---- cuda ------------------------------------------------------------------------------------------------------------
+
+
+class Copying:
+    """A module of a device whose calls take tensors of the CPU."""
+
+    def __init__(self, module: Any, device: str) -> None:
+        self._module, self._device = module, device
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        flat = torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage()).to(self._device)
+        whole = flat.view(torch.uint8)
+        moved = torch.empty(0, dtype=tensor.dtype, device=self._device).set_(
+            whole.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
+        )
+        return moved
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(self._module, name)
+
+        def call(*args: Any) -> None:
+            pairs: list[tuple[Tensor, Tensor]] = []
+
+            def there(value: Any) -> Any:
+                if isinstance(value, (list, tuple)):
+                    return [there(item) for item in value]
+                if not isinstance(value, Tensor):
+                    return value
+                pairs.append((value, self._there(value)))
+                return pairs[-1][1]
+
+            op(*(there(value) for value in args))
+            for here, moved in pairs:
+                memory = torch.empty(0, dtype=torch.uint8).set_(here.detach().untyped_storage())
+                result = torch.empty(0, dtype=torch.uint8, device=self._device).set_(moved.untyped_storage()).cpu()
+                if not torch.equal(memory, result):  # inputs come back as they went, and may be read-only
+                    memory.copy_(result)
+
+        return call
+
+
+@contextmanager
+def cuda_kernels() -> Iterator[None]:
+    cuda.require()
+    with ops_on(Copying(cuda.module(), "cuda:0"), cuda.Execution(cuda.module(), 0)):
+        yield
