@@ -213,7 +213,8 @@ __global__ void __launch_bounds__(kPlanThreads) plan_place_kernel(PlanParams p) 
     exclusive_sum(before, sums, &total_before);
     exclusive_sum(elsewhere, sums, &total_elsewhere);
   }
-  int32_t offset = total_before + exclusive_sum(inside, sums, &total_inside);
+  int32_t offset =
+      total_before + exclusive_sum(inside, sums, &total_inside);  // its barriers also wait for the counters
   const int32_t num_used = total_elsewhere + total_inside;
 #ifdef PLANT_PLAN_COUNTERS
   if (false)
@@ -254,7 +255,9 @@ __global__ void __launch_bounds__(kSmallThreads) plan_small_kernel(PlanParams p,
   if (warp < num_segments) {
     count_pairs(p, segment, thread % 32, 32, 0, p.num_experts, next + warp * p.num_experts);
   }
+#ifndef PLANT_PLAN_COUNTERS
   __syncthreads();
+#endif
 
   const int experts = (p.num_experts + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
   const int first = thread * experts;

@@ -16,10 +16,6 @@ constexpr int64_t kScratchBlocks = 1024;  // rows at a time that are too long fo
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-bool aligned(const TensorView& logits) {
-  return reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 && logits.stride[0] * size_of(logits.dtype) % 16 == 0;
-}
-
 template <int kLanes, int kPerLane>
 void route_in_registers(const RouteParams& params, void* stream) {
   constexpr int kTokens = kRouteThreads / kLanes;
@@ -53,7 +49,7 @@ void route(const RouteArgs& args, Execution exec) {
                            .score_function = options.score_function,
                            .group_score = options.group_score,
                            .normalize = options.normalize,
-                           .aligned = aligned(logits),
+                           .aligned = rows_aligned(logits),
                            .scale = options.scale,
                            .num_experts = static_cast<int>(logits.shape[1]),
                            .top_k = static_cast<int>(options.top_k),

@@ -10,95 +10,16 @@
 // is known; a choice looks at the segments' best, then the whole warp looks for the next best of one segment. Rows too long
 // for shared memory use global memory instead.
 //
-// Numeric contract: the bits of csrc/cpu/route.cpp, for any bit pattern of logits. Every operation is rounded on its own
-// (rounding.h), and sums are in float64 in the order of experts, or of choices. A sum of exponentials is taken in parallel
-// where it is exact, because then the order does not matter: float32 terms that are multiples of 2^q have an exact sum below
-// 2^(q + 53). That is so while the logits of a row span less than about 16; a row beyond is added up one by one.
+// Numeric contract: the bits of csrc/cpu/route.cpp, for any bit pattern of logits (score.cuh); the gradient in float64.
 #pragma once
-#include <cfloat>
-
-#include "../cpu/exp.h"
 #include "platform.cuh"
+#include "score.cuh"
 #include "switchgear/ops.h"
+#include "vector.cuh"
 
 namespace switchgear::cuda {
 
 constexpr int kRouteThreads = 128;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-// ---- groups of lanes -----------------------------------------------------------------------------------------------------
-
-// The same value in each of kLanes neighbouring lanes; all lanes of the warp take part.
-template <int kLanes>
-__device__ inline uint32_t max_over(uint32_t v) {
-  if constexpr (kLanes == 32) {
-    v = __reduce_max_sync(kAllLanes, v);
-  } else {
-#pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) {
-      const uint32_t other = __shfl_xor_sync(kAllLanes, v, step);
-      v = other > v ? other : v;
-    }
-  }
-  return v;
-}
-
-template <int kLanes>
-__device__ inline uint32_t min_over(uint32_t v) {
-  return ~max_over<kLanes>(~v);
-}
-
-template <int kLanes>
-__device__ inline double sum_over(double v) {
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) v = add(v, __shfl_xor_sync(kAllLanes, v, step));
-  return v;
-}
-
-// ---- numbers -------------------------------------------------------------------------------------------------------------
-
-// NaN fails both comparisons of the first line.
-__device__ inline float sanitise(float v) {
-  v = v > -FLT_MAX ? v : -FLT_MAX;
-  return v < FLT_MAX ? v : FLT_MAX;
-}
-
-// Keys ascend with the value; -0 and 0 have the same. No number has kTaken, which loses against all.
-constexpr uint32_t kTaken = 0;
-
-__device__ inline uint32_t key_of(float v) {
-  const uint32_t bits = __float_as_uint(add(v, 0.0f));
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ inline float value_of(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
-
-// Whether float64 sums of float32 numbers, the smallest of them but for zeros being `smallest`, are exact up to `sum`. The
-// numbers are multiples of 2^(exponent - 23), so sums below 2^(exponent + 30) are; half of that leaves room for `sum` itself
-// to be off.
-__device__ inline bool exact(double sum, uint32_t smallest_bits) {
-  const int64_t exponent = smallest_bits >> 23;  // of a normal number, plus 127
-  return sum < __builtin_bit_cast(double, (exponent - 127 + 29 + 1023) << 52);
-}
-
-// a / b, correctly rounded, for finite a and reciprocal = 1 / b, correctly rounded, without a division's branches: the second
-// remainder is exact, since the first correction leaves less than a unit in the last place; such a correction then rounds
-// correctly (Markstein 1990). Far from overflow and underflow, as all that comes from float32 is.
-__device__ inline double quotient(double a, double b, double reciprocal) {
-  double q = multiply(a, reciprocal);
-  q = fma(fma(-q, b, a), reciprocal, q);
-  return fma(fma(-q, b, a), reciprocal, q);
-}
-
-// float32(float64(numerator) / sum). The plain product is within 3 units in the last place of the quotient, so float32 rounds
-// both alike, unless the product is that close to the middle between two float32 numbers. Subnormal ones have other middles.
-__device__ inline float softmax_score(float numerator, double sum, double reciprocal) {
-  double q = multiply(static_cast<double>(numerator), reciprocal);
-  const uint32_t low = static_cast<uint32_t>(__builtin_bit_cast(uint64_t, q)) & 0x1fffffffu;
-  if (low - (0x10000000u - 4) <= 8 || q < 0x1p-126) q = quotient(static_cast<double>(numerator), sum, reciprocal);
-  return static_cast<float>(q);
-}
-
-__device__ inline float sigmoid_score(float logit) { return divide(1.0f, add(1.0f, cpu::exp_f32(-logit))); }
 
 // ---- rows ----------------------------------------------------------------------------------------------------------------
 
@@ -132,22 +53,6 @@ __device__ inline float load_float(const void* data, DType dtype, int64_t i) {
     case DType::kFloat16: return __half2float(static_cast<const __half*>(data)[i]);
     default: return static_cast<const float*>(data)[i];
   }
-}
-
-// What turns a sanitised logit of a row into its score.
-struct RowScale {
-  ScoreFunction function;
-  float max;
-  double sum, reciprocal;
-
-  __device__ float score(float logit) const {
-    if (function == ScoreFunction::kSigmoid) return sigmoid_score(logit);
-    return softmax_score(cpu::exp_f32(add(logit, -max)), sum, reciprocal);
-  }
-};
-
-__device__ inline RowScale row_scale(ScoreFunction function, float max, double sum) {
-  return {function, max, sum, divide(1.0, sum)};
 }
 
 // ---- groups of experts -----------------------------------------------------------------------------------------------------
@@ -216,21 +121,14 @@ __device__ inline void store_choices(const RouteParams& p, const RowScale& scale
 // Lane i has the experts [i · kPerLane, (i + 1) · kPerLane); logits past the last one are -Inf, whose exponential is 0.
 template <typename T, int kPerLane>
 __device__ inline void load_logits(float (&logits)[kPerLane], const T* row, int first, int num_experts, bool aligned) {
-  if (aligned && first + kPerLane <= num_experts) {
-    constexpr int kPerLoad = 16 / sizeof(T);
+  constexpr int kVector = kVectorSize<T>;
 #pragma unroll
-    for (int i = 0; i < kPerLane; i += kPerLoad) {
-      const uint4 words = *reinterpret_cast<const uint4*>(row + first + i);
-      T values[kPerLoad];
-      memcpy(values, &words, 16);
+  for (int i = 0; i < kPerLane; i += kVector) {
+    const int left = num_experts - first - i, count = left < kVector ? left : kVector;
+    float values[kVector];
+    unpack<T>(values, load_vector(row + first + i, count, aligned && count == kVector));
 #pragma unroll
-      for (int j = 0; j < kPerLoad; ++j) logits[i + j] = sanitise(static_cast<float>(values[j]));
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    logits[i] = first + i < num_experts ? sanitise(static_cast<float>(row[first + i])) : -INFINITY;
+    for (int j = 0; j < kVector; ++j) logits[i + j] = j < count ? sanitise(values[j]) : -INFINITY;
   }
 }
 
@@ -246,33 +144,6 @@ __device__ inline void load_logits(float (&logits)[kPerLane], const RouteParams&
     default:
       return load_logits(logits, static_cast<const float*>(p.router_logits) + start, first, p.num_experts, p.aligned);
   }
-}
-
-// Σ exp(logit - max) over the lanes of a token, in float64, with the bits of a sum in the order of experts.
-template <int kLanes, int kPerLane>
-__device__ inline double sum_of_exponentials(const float (&logits)[kPerLane], float max) {
-  double sum = 0.0;
-  uint32_t smallest = 0x7f800000u;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const float e = cpu::exp_f32(add(logits[i], -max));
-    sum = add(sum, static_cast<double>(e));
-    const uint32_t bits = e > 0.0f ? __float_as_uint(e) : 0x7f800000u;
-    smallest = bits < smallest ? bits : smallest;
-  }
-  sum = sum_over<kLanes>(sum);
-  smallest = min_over<kLanes>(smallest);
-  if (__all_sync(kAllLanes, exact(sum, smallest))) return sum;
-  float e[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) e[i] = cpu::exp_f32(add(logits[i], -max));
-  sum = 0.0;
-#pragma unroll 1
-  for (int lane = 0; lane < kLanes; ++lane) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) sum = add(sum, static_cast<double>(__shfl_sync(kAllLanes, e[i], lane, kLanes)));
-  }
-  return sum;
 }
 
 // Dynamic shared memory: for each token of the block, words of chosen [K] and weights [K], and with groups keys [E] and
@@ -354,37 +225,6 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteParams p) {
 }
 
 // ---- any number of experts -----------------------------------------------------------------------------------------------
-
-// The largest of a row's sanitised logits, and the sum of its exponentials with the bits of a sum in the order of experts; a
-// warp a row. logit(e) gives the sanitised logit.
-template <typename Logit>
-__device__ inline RowScale scale_of_row(ScoreFunction function, int num_experts, int lane, const Logit& logit) {
-  if (function == ScoreFunction::kSigmoid) return {function, 0.0f, 1.0, 1.0};
-  uint32_t largest = kTaken;
-  for (int e = lane; e < num_experts; e += 32) {
-    const uint32_t key = key_of(logit(e));
-    largest = key > largest ? key : largest;
-  }
-  const float max = value_of(max_over<32>(largest));
-  double sum = 0.0;
-  uint32_t smallest = 0x7f800000u;
-  for (int e = lane; e < num_experts; e += 32) {
-    const float value = cpu::exp_f32(add(logit(e), -max));
-    sum = add(sum, static_cast<double>(value));
-    const uint32_t bits = value > 0.0f ? __float_as_uint(value) : 0x7f800000u;
-    smallest = bits < smallest ? bits : smallest;
-  }
-  sum = sum_over<32>(sum);
-  if (exact(sum, min_over<32>(smallest))) return row_scale(function, max, sum);  // the same in all lanes
-  sum = 0.0;
-  for (int base = 0; base < num_experts; base += 32) {
-    const int e = base + lane;
-    const double value = e < num_experts ? cpu::exp_f32(add(logit(e), -max)) : 0.0;
-#pragma unroll 8
-    for (int i = 0; i < 32; ++i) sum = add(sum, __shfl_sync(kAllLanes, value, i));
-  }
-  return row_scale(function, max, sum);
-}
 
 // Words of memory of a row: keys [E], chosen [K], weights [K], group_keys [G].
 inline int64_t route_wide_words(int64_t top_k, int64_t num_experts, int64_t num_groups) {

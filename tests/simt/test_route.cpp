@@ -4,8 +4,9 @@
 
 #include "cases.h"
 #include "cpu/ops.h"
-#include "route.cuh"
+#include "launch.h"
 #include "run_op.h"
+#include "score.cuh"
 
 namespace switchgear::test {
 namespace {
@@ -31,7 +32,7 @@ TEST(quotients_are_correctly_rounded) {
     const uint64_t bits = random.bits();
     // Numerators of softmax in (0, 1], denominators in [1, 4096), some with all ones in the fraction; halfway cases arise
     // when a power of two divides.
-    const float e = std::bit_cast<float>(static_cast<uint32_t>(1 + bits % 126) << 23 | (random.bits() & 0x7fffff));
+    const float e = std::bit_cast<float>(static_cast<uint32_t>((1 + bits % 126) << 23 | (random.bits() & 0x7fffff)));
     uint64_t fraction = random.bits() & 0xfffffffffffff;
     if (i % 8 == 0) fraction |= 0xfffffffffff00;
     if (i % 8 == 1) fraction &= ~uint64_t{0xfffffff};
@@ -59,6 +60,54 @@ TEST(scores_are_right_at_halfway_points) {
       CHECK(cuda::softmax_score(e, near, 1.0 / near) == static_cast<float>(e / near));
     }
   }
+}
+
+// ---- sums of exponentials ------------------------------------------------------------------------------------------------
+
+// A warp; each token's lanes hold its logits, padded with -Inf.
+template <int kLanes, int kPerLane>
+__global__ void sums_in_registers(const float* rows, int num_experts, double* sums) {
+  const int lane = static_cast<int>(threadIdx.x) % kLanes, token = static_cast<int>(threadIdx.x) / kLanes;
+  float logits[kPerLane];
+  for (int i = 0; i < kPerLane; ++i) {
+    const int e = lane * kPerLane + i;
+    logits[i] = e < num_experts ? rows[token * num_experts + e] : -INFINITY;
+  }
+  const double sum = cuda::sum_of_exponentials<kLanes>(logits, 0.0f);
+  if (lane == 0) sums[token] = sum;
+}
+
+__global__ void sum_by_warp(const float* row, int num_experts, double* sum) {
+  const int lane = static_cast<int>(threadIdx.x);
+  const cuda::RowScale scale =
+      cuda::scale_of_row(ScoreFunction::kSoftmax, num_experts, lane, [&](int e) { return row[e]; });
+  if (lane == 0) *sum = scale.sum;
+}
+
+// Rows whose largest logit is 0. The wider they span, the more their sums depend on the order.
+TEST(sums_are_those_in_the_order_of_experts) {
+  Random random(9);
+  int64_t order_matters = 0;
+  for (int64_t i = 0; i < 60; ++i) {
+    const double spread = 4.0 + 0.5 * static_cast<double>(i);
+    const int num_experts = static_cast<int>(100 + random.below(29)), num_tokens = 4;
+    std::vector<float> rows(static_cast<size_t>(num_tokens * num_experts));
+    for (float& v : rows) v = static_cast<float>(-spread * (0.5 + 0.5 * random.unit()));
+    std::vector<double> got(num_tokens), by_warp(num_tokens);
+    for (int t = 0; t < num_tokens; ++t) rows[static_cast<size_t>(t * num_experts + t)] = 0.0f;
+    cuda::launch(sums_in_registers<8, 16>, dim3(1), dim3(32), 0, nullptr, rows.data(), num_experts, got.data());
+    for (int t = 0; t < num_tokens; ++t) {
+      const float* row = rows.data() + t * num_experts;
+      cuda::launch(sum_by_warp, dim3(1), dim3(32), 0, nullptr, row, num_experts, &by_warp[static_cast<size_t>(t)]);
+      double want = 0.0, reverse = 0.0;
+      for (int e = 0; e < num_experts; ++e) want += cpu::exp_f32(row[e]);
+      for (int e = num_experts - 1; e >= 0; --e) reverse += cpu::exp_f32(row[e]);
+      order_matters += want != reverse;
+      CHECK(got[static_cast<size_t>(t)] == want, "spread ", spread);
+      CHECK(by_warp[static_cast<size_t>(t)] == want, "spread ", spread);
+    }
+  }
+  CHECK(order_matters > 30, order_matters, " of 240 sums depend on the order");
 }
 
 // ---- route ---------------------------------------------------------------------------------------------------------------
