@@ -13,6 +13,7 @@
 #pragma once
 #include <cstdint>
 
+#include "platform.cuh"
 #include "switchgear/ops.h"
 
 namespace switchgear::cuda {
@@ -42,7 +43,7 @@ struct ExpertOperand {
   int64_t n_stride = 0, k_stride = 1;
   bool aligned = false;  // bases and the stride that is not 1 (experts' strides too) are multiples of 16 bytes
 
-  constexpr bool k_contiguous() const { return k_stride == 1; }
+  __host__ __device__ constexpr bool k_contiguous() const { return k_stride == 1; }
 };
 
 // ---- products ----------------------------------------------------------------------------------------------------------
@@ -74,14 +75,15 @@ struct Gemm {
   void* h = nullptr;   // kGlu: out, optional. kGluBackward: in
   int64_t h_stride = 0;
   const float* slot_weights = nullptr;  // kGluBackward: [S]
-  void* weighted_a = nullptr;           // kGluBackward: [S,I], contiguous
-  float* weight_parts = nullptr;        // kGluBackward: [S, weight_parts_of(I)]
+  void* weighted_a = nullptr;           // kGluBackward: [S,I], optional
+  int64_t weighted_a_stride = 0;
+  float* weight_parts = nullptr;  // kGluBackward: [S, weight_parts_of(I)], optional
 };
 
 // Sums over 32 columns at a time, aligned to 32: eight columns in order, then ((0 + 1) + (2 + 3)) of the four eights. The
 // grouping is part of the contract: it keeps the gradient of topk_weights independent of the tile.
 constexpr int64_t kWeightPart = 32;
-constexpr int64_t weight_parts_of(int64_t intermediate_size) {
+__host__ __device__ constexpr int64_t weight_parts_of(int64_t intermediate_size) {
   return (intermediate_size + kWeightPart - 1) / kWeightPart;
 }
 
@@ -98,7 +100,9 @@ struct Wgrad {
 };
 
 // The width of `a`: I of kGlu, N otherwise.
-constexpr int64_t out_columns(const Gemm& g) { return g.epilogue == Epilogue::kGlu && g.options.gated ? g.n / 2 : g.n; }
+__host__ __device__ constexpr int64_t out_columns(const Gemm& g) {
+  return g.epilogue == Epilogue::kGlu && g.options.gated ? g.n / 2 : g.n;
+}
 
 // ---- tiles -------------------------------------------------------------------------------------------------------------
 
@@ -110,6 +114,7 @@ struct TileConfig {
   int warps_m, warps_n;
   int depth_bytes;
   int stages;
+  int blocks;  // that registers and an A100's shared memory let run on a multiprocessor at the same time
 
   constexpr int threads() const { return 32 * warps_m * warps_n; }
   constexpr int stage_bytes() const { return (rows + columns) * depth_bytes; }
@@ -124,17 +129,17 @@ struct TileConfig {
 // quarters of the time; 128 x 128 with 64 x 64 a warp reads 4 KB of shared memory per 64 cycles of mma (half of what it could).
 // Two blocks an SM overlap one's epilogue with the other's products.
 inline constexpr TileConfig kTiles[] = {
-    //  mean rows    tile       warps   depth  stages      shared memory
-    {16, 16, 128, 1, 4, 128, 4},         //     72 KB
-    {80, 64, 128, 2, 2, 64, 4},          //     48 KB
-    {0x7fffffff, 128, 128, 2, 2, 64, 4}  //    64 KB
+    // mean rows     tile     warps  depth  stages, blocks; shared memory
+    {16, 16, 128, 1, 4, 128, 4, 2},         // 72 KB
+    {80, 64, 128, 2, 2, 64, 4, 3},          // 48 KB
+    {0x7fffffff, 128, 128, 2, 2, 64, 4, 2}  // 64 KB
 };
 enum class TileKind : uint8_t { k16, k64, k128 };  // index into kTiles
 
-// The tile for a mean number of rows per expert. `arch` is 10·major + minor. All tiles fit the 99 KB of a block of sm_86,
-// sm_89 and sm_120. Few columns or a short inner dimension are no reason for another tile: what is padded costs less than
-// the weights of a second config.
-constexpr TileKind pick_tile(int /*arch*/, DType /*dtype*/, int64_t rows_per_expert, int64_t /*n*/, int64_t /*c*/) {
+// The tile for a mean number of rows per expert, all that the host knows. Every tile fits the 99 KB that a block of sm_86, sm_89
+// and sm_120 may have, so the table serves all architectures. Few columns or a short inner dimension are no reason for
+// another tile: what is padded costs less than a second set of kernels.
+constexpr TileKind pick_tile(int64_t rows_per_expert) {
   int kind = 0;
   while (rows_per_expert > kTiles[kind].max_rows_per_expert) ++kind;
   return static_cast<TileKind>(kind);

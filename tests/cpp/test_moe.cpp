@@ -1,109 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include "cases.h"
-#include "gate.h"
+#include "layer.h"
 
 namespace switchgear::test {
 namespace {
-
-// A layer with everything that one call of moe_forward and moe_backward takes.
-struct Layer {
-  Layer(const Case& c, DType dtype, const GluOptions& o, bool biased, bool transposed, uint64_t seed)
-      : c(c), dtype(dtype), options(o), N(o.gated ? 2 * c.I : c.I), random(seed) {
-    ids = make_ids(random, c);
-    plan = reference_plan(ids, c.E);
-    topk_weights = random_array(random, DType::kFloat32, {c.T, c.K});
-    x = random_array(random, dtype, {c.T, c.H}, 1.0, 3);
-    grad_y = random_array(random, dtype, {c.T, c.H}, 1.0, 1);
-    // Variance 1 for h and y, so that activations work where they bend.
-    gate_up_proj = matrices(transposed, N, c.H);
-    down_proj = matrices(transposed, c.H, c.I);
-    if (biased) {
-      gate_up_bias = random_array(random, dtype, {c.E, N}, 1.0, 2);
-      down_bias = random_array(random, dtype, {c.E, c.H});
-    }
-    this->transposed = transposed;
-  }
-
-  Array matrices(bool swap, int64_t rows, int64_t columns) {
-    const double scale = 1.0 / std::sqrt(static_cast<double>(columns));
-    return random_array(random, dtype, {c.E, swap ? columns : rows, swap ? rows : columns}, scale);
-  }
-  TensorView matrices_of(const Array& array) const {
-    TensorView v = array;
-    if (transposed) std::swap(v.shape[1], v.shape[2]), std::swap(v.stride[1], v.stride[2]);
-    return v;
-  }
-  Bounded gate_up(int64_t e, int64_t n, int64_t k) const {
-    return {transposed ? gate_up_proj(e, k, n) : gate_up_proj(e, n, k)};
-  }
-  Bounded down(int64_t e, int64_t k, int64_t i) const { return {transposed ? down_proj(e, i, k) : down_proj(e, k, i)}; }
-  ExpertWeights weights() const {
-    return {.gate_up_proj = {.packed = matrices_of(gate_up_proj)},
-            .down_proj = {.packed = matrices_of(down_proj)},
-            .gate_up_bias = gate_up_bias,
-            .down_bias = down_bias};
-  }
-
-  Case c;
-  DType dtype;
-  GluOptions options;
-  int64_t N;
-  Random random;
-  bool transposed = false;
-  Array ids, topk_weights, x, grad_y, gate_up_proj, down_proj, gate_up_bias, down_bias;
-  PlanArrays plan{0, 1, 1};
-};
-
-// body(s, t, k, e) for each slot that is used
-template <typename Body>
-void for_each_slot(const Layer& l, Body&& body) {
-  for (int64_t t = 0; t < l.c.T; ++t) {
-    for (int64_t k = 0; k < l.c.K; ++k) {
-      if (l.ids.id(t, k) >= 0) body(l.plan.slot_indices.id(t, k), t, k, l.ids.id(t, k));
-    }
-  }
-}
-
-using Table = std::vector<Bounded>;
-
-void check_table(const Array& got, const Table& want, const char* name, bool transposed = false) {
-  const int64_t rows = got.view().ndim == 3 ? got.size(1) : 0,
-                columns = got.view().ndim == 3 ? got.size(2) : got.size(1);
-  for (int64_t i = 0; i < got.numel(); ++i) {
-    if (got.view().ndim == 2) {
-      CHECK_CLOSE(got(i / columns, i % columns), want[static_cast<size_t>(i)], name);
-    } else {  // want is [E, rows, columns] of the matrix, got may be stored with its last two dimensions swapped
-      const int64_t e = i / (rows * columns), r = i / columns % rows, column = i % columns;
-      const int64_t at = transposed ? (e * columns + column) * rows + r : i;
-      CHECK_CLOSE(got(e, r, column), want[static_cast<size_t>(at)], name);
-    }
-  }
-}
-
-void finish(Table& table, const std::vector<Sum>& sums, DType dtype, const std::vector<bool>& used, int64_t width) {
-  for (size_t i = 0; i < sums.size(); ++i) {  // what gets no slot is exactly 0
-    const bool any = used[i / static_cast<size_t>(width)];
-    table.push_back(!any ? Bounded{} : dtype == DType::kFloat32 ? sums[i].result() : rounded(sums[i].result(), dtype));
-  }
-}
-
-Table h_table(const Layer& l) {  // [S,N], before rounding
-  Table h(static_cast<size_t>(l.c.T * l.c.K * l.N));
-  for_each_slot(l, [&](int64_t s, int64_t t, int64_t, int64_t e) {
-    for (int64_t n = 0; n < l.N; ++n) {
-      Sum sum;
-      for (int64_t k = 0; k < l.c.H; ++k) sum.add({l.x(t, k)}, l.gate_up(e, n, k));
-      if (l.gate_up_bias.defined()) sum.add({l.gate_up_bias(e, n)});
-      h[static_cast<size_t>(s * l.N + n)] = sum.result();
-    }
-  });
-  return h;
-}
-
-Gate gate_of(const Layer& l, const Bounded* h_row, int64_t i) {
-  const GluOptions& o = l.options;
-  return apply_gate(h_row[gate_column(o, i)], o.gated ? h_row[up_column(o, l.c.I, i)] : Bounded{}, o);
-}
 
 TEST(moe_forward_matches_reference) {
   const std::vector<GluOptions> all = all_glu_options();
@@ -116,25 +15,7 @@ TEST(moe_forward_matches_reference) {
         const Layer l(c, dtype, o, variant % 2 == 0, variant % 3 == 0, 31 + variant);
         note = name + " " + name_of(dtype) + describe(o);
 
-        const Table h = h_table(l);
-        Table h_want;
-        for (const Bounded& v : h) h_want.push_back(v.error == 0 ? v : rounded(v, dtype));
-        std::vector<Sum> sums(static_cast<size_t>(c.T * c.H));
-        std::vector<bool> used(static_cast<size_t>(c.T));
-        for_each_slot(l, [&](int64_t s, int64_t t, int64_t k, int64_t e) {
-          Table a;
-          for (int64_t j = 0; j < c.I; ++j)
-            a.push_back(rounded(gate_of(l, &h[static_cast<size_t>(s * l.N)], j).a, dtype));
-          for (int64_t n = 0; n < c.H; ++n) {
-            Sum out;
-            for (int64_t j = 0; j < c.I; ++j) out.add(a[static_cast<size_t>(j)], l.down(e, n, j));
-            if (l.down_bias.defined()) out.add({l.down_bias(e, n)});
-            sums[static_cast<size_t>(t * c.H + n)].add(out.result(), {l.topk_weights(t, k)});
-          }
-          used[static_cast<size_t>(t)] = true;
-        });
-        Table y_want;
-        finish(y_want, sums, dtype, used, c.H);
+        const ForwardTables want = reference_forward(l, Slots::kExact);
 
         Array y(dtype, {c.T, c.H}, 2), h_got(dtype, {c.T * c.K, l.N}, 1), y_alone(dtype, {c.T, c.H});
         MoeForwardArgs args{.x = l.x,
@@ -147,8 +28,8 @@ TEST(moe_forward_matches_reference) {
         for_each_isa(
             {&y, &h_got}, [&](Execution exec) { moe_forward(args, exec); },
             [&] {
-              check_table(y, y_want, "y");
-              check_table(h_got, h_want, "h");
+              check_table(y, want.y, "y");
+              check_table(h_got, want.h, "h");
               MoeForwardArgs inference = args;
               inference.h = {};
               inference.y = y_alone;
@@ -158,79 +39,6 @@ TEST(moe_forward_matches_reference) {
       }
     }
   });
-}
-
-struct Gradients {
-  explicit Gradients(const Layer& l)
-      : x(l.dtype, {l.c.T, l.c.H}, 1),
-        gate_up_proj(l.dtype, shape_of(l.gate_up_proj)),
-        down_proj(l.dtype, shape_of(l.down_proj)),
-        gate_up_bias(l.dtype, {l.c.E, l.N}),
-        down_bias(l.dtype, {l.c.E, l.c.H}, 3),
-        topk_weights(DType::kFloat32, {l.c.T, l.c.K}) {}
-
-  static std::vector<int64_t> shape_of(const Array& array) { return {array.size(0), array.size(1), array.size(2)}; }
-
-  Array x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_weights;
-};
-
-struct GradientTables {
-  Table x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_weights;
-};
-
-GradientTables reference_gradients(const Layer& l, const Array& h) {
-  const int64_t T = l.c.T, H = l.c.H, I = l.c.I, E = l.c.E, K = l.c.K, N = l.N;
-  const auto sums = [](int64_t count) { return std::vector<Sum>(static_cast<size_t>(count)); };
-  auto x = sums(T * H), gate_up = sums(E * N * H), down = sums(E * H * I), gate_up_bias = sums(E * N),
-       down_bias = sums(E * H);
-  std::vector<bool> token_used(static_cast<size_t>(T)), expert_used(static_cast<size_t>(E));
-  GradientTables result;
-  result.topk_weights.resize(static_cast<size_t>(T * K));
-  for_each_slot(l, [&](int64_t s, int64_t t, int64_t k, int64_t e) {
-    token_used[static_cast<size_t>(t)] = expert_used[static_cast<size_t>(e)] = true;
-    const Bounded weight{l.topk_weights(t, k)};
-    Table row;
-    for (int64_t n = 0; n < N; ++n) row.push_back({h(s, n)});
-    Table grad_h(static_cast<size_t>(N));
-    Sum grad_weight;
-    for (int64_t i = 0; i < I; ++i) {
-      Sum g;
-      for (int64_t n = 0; n < H; ++n) g.add({l.grad_y(t, n)}, l.down(e, n, i));
-      const Gate gate = gate_of(l, row.data(), i);
-      grad_weight.add(g.result(), gate.a);
-      const auto product = [&](Bounded a, Bounded b) {
-        Sum one;
-        one.add(a, b);
-        return one.result();
-      };
-      const Bounded grad_a = product(g.result(), weight);
-      grad_h[static_cast<size_t>(gate_column(l.options, i))] = rounded(product(grad_a, gate.per_gate), l.dtype);
-      if (l.options.gated) {
-        grad_h[static_cast<size_t>(up_column(l.options, I, i))] = rounded(product(grad_a, gate.per_up), l.dtype);
-      }
-      const Bounded weighted_a = rounded(product(weight, gate.a), l.dtype);
-      for (int64_t n = 0; n < H; ++n) down[static_cast<size_t>((e * H + n) * I + i)].add({l.grad_y(t, n)}, weighted_a);
-    }
-    for (int64_t n = 0; n < H; ++n) {
-      if (l.down_bias.defined()) grad_weight.add({l.grad_y(t, n)}, {l.down_bias(e, n)});
-      down_bias[static_cast<size_t>(e * H + n)].add({l.grad_y(t, n)}, weight);
-    }
-    result.topk_weights[static_cast<size_t>(t * K + k)] = grad_weight.result();
-    for (int64_t n = 0; n < N; ++n) {
-      const Bounded grad = grad_h[static_cast<size_t>(n)];
-      gate_up_bias[static_cast<size_t>(e * N + n)].add(grad);
-      for (int64_t j = 0; j < H; ++j) {
-        x[static_cast<size_t>(t * H + j)].add(grad, l.gate_up(e, n, j));
-        gate_up[static_cast<size_t>((e * N + n) * H + j)].add(grad, {l.x(t, j)});
-      }
-    }
-  });
-  finish(result.x, x, l.dtype, token_used, H);
-  finish(result.gate_up_proj, gate_up, l.dtype, expert_used, N * H);
-  finish(result.down_proj, down, l.dtype, expert_used, H * I);
-  finish(result.gate_up_bias, gate_up_bias, l.dtype, expert_used, N);
-  finish(result.down_bias, down_bias, l.dtype, expert_used, H);
-  return result;
 }
 
 TEST(moe_backward_matches_reference) {
@@ -246,7 +54,7 @@ TEST(moe_backward_matches_reference) {
         Array h(dtype, {c.T * c.K, l.N}, 1);
         const Table h_values = h_table(l);
         h.fill([&](int64_t j) { return h_values[static_cast<size_t>(j)].value; });
-        const GradientTables want = reference_gradients(l, h);
+        const GradientTables want = reference_gradients(l, h, Slots::kExact);
 
         Gradients got(l);
         const MoeBackwardArgs args{.grad_y = l.grad_y,

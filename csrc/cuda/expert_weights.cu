@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "expert_weights.h"
+
+#include "launch.h"
+#include "switchgear/check.h"
+
+namespace switchgear::cuda {
+namespace {
+
+constexpr int kMaxSeparate = 512;  // 8 KB of parameters, of which a kernel may have 32,764 bytes
+
+struct SeparateList {
+  SeparateMatrix matrices[kMaxSeparate];
+};
+
+__global__ void __launch_bounds__(kMaxSeparate)
+    write_separate_kernel(const __grid_constant__ SeparateList list, SeparateMatrix* out) {
+  out[threadIdx.x] = list.matrices[threadIdx.x];
+}
+
+}  // namespace
+
+ExpertOperand operand_of(const ExpertMatrices& w, bool transposed, const SeparateMatrix* separate) {
+  const int64_t item = size_of(w.packed.dtype);
+  const int64_t wide_stride = w.packed.stride[2] == 1 ? w.packed.stride[1] : w.packed.stride[2];
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  ExpertOperand b;
+  b.rows_are_n = transposed;
+  b.n_stride = w.packed.stride[transposed ? 1 : 2];
+  b.k_stride = w.packed.stride[transposed ? 2 : 1];
+  b.aligned = wide_stride * item % 16 == 0;
+  if (w.base == nullptr) {
+    b.data = w.packed.data;
+    b.expert_stride = w.packed.stride[0];
+    b.aligned = b.aligned && aligned(b.data) && (w.packed.shape[0] == 1 || b.expert_stride * item % 16 == 0);
+    return b;
+  }
+  b.separate = separate;
+  for (int64_t e = 0; e < w.packed.shape[0]; ++e) {
+    b.aligned = b.aligned && (w.row_count[e] == 0 || aligned(w.base[e]));
+  }
+  return b;
+}
+
+void write_separate(const char* name, const ExpertMatrices& w, SeparateMatrix* separate, void* stream) {
+  const int64_t count = separate_count(w);
+  if (count == 0) return;
+  SWITCHGEAR_CHECK(ValueError, count <= kMaxSeparate, name, ": expected at most ", kMaxSeparate,
+                   " experts with matrices of their own on a CUDA device, got ", count);
+  SeparateList list{};
+  for (int64_t e = 0; e < count; ++e) list.matrices[e] = {w.base[e], w.row_count[e]};
+  launch(write_separate_kernel, dim3(1), dim3(static_cast<unsigned>(count)), 0, stream, list, separate);
+}
+
+}  // namespace switchgear::cuda

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// From the description of a product to the kernel of a tile: alignment, grid, launch.
+#pragma once
+#include <algorithm>
+
+#include "gemm_decode.cuh"
+#include "gemm_sm80.cuh"
+#include "gemm_sm80.h"
+#include "launch.h"
+
+namespace switchgear::cuda {
+
+// Whether rows of `stride` elements behind `data` start at multiples of 16 bytes.
+inline bool rows_aligned(const void* data, int64_t stride, DType dtype) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * size_of(dtype) % 16 == 0;
+}
+
+inline Alignment alignment_of(const Gemm& g) {
+  const bool gated_epilogue = g.epilogue != Epilogue::kStore && g.options.gated && !g.options.interleaved;
+  const int64_t size = g.epilogue == Epilogue::kGlu ? out_columns(g) : g.n;  // I, where there is a gate
+  const bool ups_aligned = !gated_epilogue || size * size_of(g.dtype) % 16 == 0;
+  const bool b_halves = g.epilogue == Epilogue::kGlu && !g.b.k_contiguous();  // chunks of b run along gates and ups
+  const bool out_halves = g.epilogue == Epilogue::kGluBackward;
+  return {.a = rows_aligned(g.a.data, g.a.stride, g.dtype),
+          .b = g.b.aligned && (!b_halves || ups_aligned),
+          .out = rows_aligned(g.out, g.out_stride, g.dtype) && (!out_halves || ups_aligned),
+          .h = rows_aligned(g.h, g.h_stride, g.dtype) && ups_aligned,
+          .weighted_a = rows_aligned(g.weighted_a, g.weighted_a_stride, g.dtype)};
+}
+
+inline Alignment alignment_of(const Wgrad& g) {
+  return {.a = rows_aligned(g.a.data, g.a.stride, g.dtype),
+          .b = rows_aligned(g.b.data, g.b.stride, g.dtype),
+          .out = rows_aligned(g.out, g.out_stride, g.dtype) && g.out_expert_stride * size_of(g.dtype) % 16 == 0};
+}
+
+// Blocks that run at the same time: more of them would start with an empty ring for nothing.
+inline int64_t resident_blocks(const TileConfig& tile) {
+  int device = 0, multiprocessors = 0, shared = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  constexpr int kReserved = 1024;  // of shared memory, per block
+  return std::max<int64_t>(1, static_cast<int64_t>(multiprocessors) * (shared / (tile.shared_bytes() + kReserved)));
+}
+
+template <typename Product, TileKind kKind, bool kBDepthMajor>
+void launch_gemm_tiles(const Gemm& g, void* stream) {
+  constexpr TileConfig kTile = kTiles[static_cast<int>(kKind)];
+  const bool gated = g.epilogue == Epilogue::kGlu && g.options.gated;
+  const int64_t width = gated ? kTile.columns / 2 : kTile.columns;
+  const int64_t column_tiles = (out_columns(g) + width - 1) / width;
+  const int64_t tiles = row_tile_bound(g.num_slots, g.num_experts, kTile.rows) * column_tiles;
+  const auto blocks = static_cast<unsigned>(std::min(tiles, resident_blocks(kTile)));
+  launch(gemm_kernel<Product, kKind, kBDepthMajor>, dim3(blocks), dim3(kTile.threads()),
+         static_cast<size_t>(kTile.shared_bytes()), stream, g, alignment_of(g));
+}
+
+// Few slots, and few of them on any expert most of the time; more than 16 read their expert's weights again, from L2.
+inline bool decode_takes(const Gemm& g) {
+  constexpr int64_t kMaxSlots = 128;
+  const Alignment aligned = alignment_of(g);
+  return size_of(g.dtype) == 2 && g.epilogue != Epilogue::kGluBackward && g.num_slots <= kMaxSlots &&
+         pick_tile(g.num_slots / g.num_experts) == TileKind::k16 && g.b.k_contiguous() && aligned.a && aligned.b;
+}
+
+template <typename T>
+void launch_decode(const Gemm& g, void* stream) {
+  const bool halves = g.epilogue == Epilogue::kGlu && g.options.gated && !g.options.interleaved;
+  const int64_t width = halves ? kDecodeColumns / 2 : kDecodeColumns, columns = halves ? g.n / 2 : g.n;
+  const int64_t groups = (columns + width - 1) / width;
+  const dim3 grid(static_cast<unsigned>((groups + kDecodeWarps - 1) / kDecodeWarps),
+                  static_cast<unsigned>(std::min(g.num_slots, g.num_experts) + 1));  // and the rows of nobody
+  launch(decode_kernel<T>, grid, dim3(32 * kDecodeWarps), 0, stream, g);
+}
+
+template <typename Product>
+void launch_gemm(const Gemm& g, void* stream) {
+  using T = typename Product::Element;
+  if constexpr (sizeof(T) == 2) {
+    if (decode_takes(g)) return launch_decode<T>(g, stream);
+  }
+  const auto launch_kind = [&]<TileKind kKind>() {
+    if (g.b.k_contiguous()) {
+      launch_gemm_tiles<Product, kKind, true>(g, stream);
+    } else {
+      launch_gemm_tiles<Product, kKind, false>(g, stream);
+    }
+  };
+  switch (pick_tile(g.num_slots / g.num_experts)) {
+    case TileKind::k16: return launch_kind.template operator()<TileKind::k16>();
+    case TileKind::k64: return launch_kind.template operator()<TileKind::k64>();
+    case TileKind::k128: return launch_kind.template operator()<TileKind::k128>();
+  }
+}
+
+// Slots of an expert are the inner dimension here, so the tile follows the size of a gradient instead: 64 rows where 128
+// would be half empty.
+template <typename Product>
+void launch_wgrad(const Wgrad& g, void* stream) {
+  const auto launch_kind = [&]<TileKind kKind>() {
+    constexpr TileConfig kTile = kTiles[static_cast<int>(kKind)];
+    const int64_t row_tiles = (g.m + kTile.rows - 1) / kTile.rows;
+    const int64_t column_tiles = (g.n + kTile.columns - 1) / kTile.columns;
+    launch(wgrad_kernel<Product, kKind>, dim3(static_cast<unsigned>(g.num_experts * row_tiles * column_tiles)),
+           dim3(kTile.threads()), static_cast<size_t>(kTile.shared_bytes()), stream, g, alignment_of(g));
+  };
+  if (g.m <= 64) {
+    launch_kind.template operator()<TileKind::k64>();
+  } else {
+    launch_kind.template operator()<TileKind::k128>();
+  }
+}
+
+}  // namespace switchgear::cuda

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// From global memory to a stage of the ring: tiles of `rows` rows (of out, or columns of b: whatever is not summed over) by
+// depth_bytes of the inner dimension, in chunks of 16 bytes by cp.async. Two layouts, after which dimension is contiguous in
+// global memory, since a chunk is contiguous in both memories:
+//
+//   DepthMajorTile   [rows][depth]: chunks run along the inner dimension     x, and weights [N,C] of x·Wᵀ
+//   RowMajorTile     [depth][rows]: chunks run across it                     weights of x·W, both operands of weight gradients
+//
+// Chunks are permuted by exclusive or so that the eight rows of a matrix of ldmatrix, and the columns that a warp writes,
+// lie in eight different groups of banks. Past an edge chunks are filled with zeros, by cp.async itself. Where addresses are
+// no multiples of 16 bytes the elements of a chunk are read one by one and stored at once; everything else stays the same.
+#pragma once
+#include "gemm.h"
+#include "ptx.cuh"
+#include "vector.cuh"
+
+namespace switchgear::cuda {
+
+constexpr int kChunkBytes = 16;
+
+// `count` elements at `from`, zeros behind; count <= 0: zeros, and `from` is not read.
+template <typename T>
+__device__ inline void copy_chunk(std::byte* to, const T* from, int32_t count, bool aligned) {
+  constexpr int kChunk = kChunkBytes / sizeof(T);
+#ifdef PLANT_GEMM_CHUNK_EDGE
+  const int valid = count <= 0 ? 0 : kChunk;
+#else
+  const int valid = count < 0 ? 0 : count < kChunk ? count : kChunk;
+#endif
+  if (aligned) {
+    ptx::cp_async16_zeros(to, from, valid * static_cast<int>(sizeof(T)));
+  } else {
+    const Words words = load_vector(from, valid, false);
+    *reinterpret_cast<uint4*>(to) = make_uint4(words.w[0], words.w[1], words.w[2], words.w[3]);
+  }
+}
+
+// Where the chunk `chunk` of a row of depth_bytes lies. Rows of 64 bytes share a line of 128 with their neighbour.
+template <int kDepthBytes>
+__device__ inline int depth_major_offset(int row, int chunk) {
+  static_assert(kDepthBytes == 64 || kDepthBytes == 128);
+#ifdef PLANT_GEMM_SWIZZLE
+  return row * kDepthBytes + chunk * kChunkBytes;
+#endif
+  if constexpr (kDepthBytes == 128) return row * 128 + ((chunk ^ (row & 7)) * kChunkBytes);
+  return row / 2 * 128 + (((row & 1) * 4 + (chunk ^ (row / 2 & 3))) * kChunkBytes);
+}
+
+// 16-bit elements go to ldmatrix.trans, eight depths at a time. float32 is read word by word, 4 depths x 8 rows a warp.
+template <typename T, int kRows>
+__device__ inline int row_major_offset(int depth, int chunk) {
+  const int permutation = sizeof(T) == 2 ? depth & 7 : (depth & 3) * 2;
+  return depth * kRows * static_cast<int>(sizeof(T)) + ((chunk ^ permutation) * kChunkBytes);
+}
+
+// A thread copies the same chunk of every kStep-th row.
+template <typename T, int kRows, int kDepthBytes, int kThreads>
+class DepthMajorTile {
+  static constexpr int kChunks = kDepthBytes / kChunkBytes;
+  static constexpr int kStep = kThreads / kChunks;
+  static constexpr int kPerThread = (kRows + kStep - 1) / kStep;
+  static_assert(kThreads % kChunks == 0);
+
+ public:
+  // Row i of the tile is row row_at(i) of `data`, or zeros where that is negative. Indices rather than addresses, since
+  // registers are scarce and a multiplication is not.
+  template <typename RowAt>
+  __device__ DepthMajorTile(const T* data, int64_t stride, const RowAt& row_at, int thread, bool aligned)
+      : data_(data), stride_(stride), first_row_(thread / kChunks), chunk_(thread % kChunks), aligned_(aligned) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const int row = first_row_ + i * kStep;
+      rows_[i] = row < kRows ? row_at(row) : -1;
+    }
+  }
+
+  // Depths [depth, …) up to `end`.
+  __device__ void load(std::byte* tile, int32_t depth, int32_t end) {
+    constexpr int kChunk = kChunkBytes / sizeof(T);
+    const int32_t at = depth + chunk_ * kChunk;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const int row = first_row_ + i * kStep;
+      if (kRows % kStep != 0 && row >= kRows) continue;
+      const bool used = rows_[i] >= 0 && at < end;
+      copy_chunk(tile + depth_major_offset<kDepthBytes>(row, chunk_), used ? data_ + rows_[i] * stride_ + at : data_,
+                 used ? end - at : 0, aligned_);
+    }
+  }
+
+ private:
+  const T* data_;
+  int64_t stride_;
+  int32_t rows_[kPerThread];
+  int first_row_, chunk_;
+  bool aligned_;
+};
+
+// A thread copies the same chunk of rows at every kStep-th depth. Depths may be gathered; the indices of the next stage
+// are read a stage ahead, so that no copy waits for them.
+template <typename T, int kRows, int kDepthBytes, int kThreads>
+class RowMajorTile {
+  static constexpr int kDepth = kDepthBytes / static_cast<int>(sizeof(T));
+  static constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(T));
+  static constexpr int kChunks = kRows / kChunk;
+  static constexpr int kStep = kThreads / kChunks;
+  static constexpr int kPerThread = kDepth / kStep;
+  static_assert(kThreads % kChunks == 0 && kDepth % kStep == 0 && kStep > 0);
+
+ public:
+  // Row r(d) of `rows` belongs to depth d. `first_column` and count: of the thread's chunk, see chunk_of.
+  __device__ RowMajorTile(const Rows& rows, int32_t first_column, int32_t count, int thread, bool aligned,
+                          int32_t begin, int32_t end)
+      : data_(static_cast<const T*>(rows.data) + (count > 0 ? first_column : 0)),
+        stride_(rows.stride),
+        num_rows_(static_cast<int32_t>(rows.count)),
+        indices_(rows.indices),
+        count_(count < 0        ? 0
+               : count < kChunk ? static_cast<int>(count)
+                                : kChunk),
+        first_depth_(thread / kChunks),
+        chunk_(thread % kChunks),
+        aligned_(aligned) {
+    read_indices(begin, end);
+  }
+
+  static __device__ int chunk_row(int thread) { return thread % kChunks * kChunk; }  // first row of a thread's chunks
+
+  __device__ void load(std::byte* tile, int32_t depth, int32_t end) {
+    int32_t row[kPerThread];
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) row[i] = indices_ != nullptr ? next_[i] : row_of(depth, end, i);
+    read_indices(depth + kDepth, end);
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      std::byte* const to = tile + row_major_offset<T, kRows>(first_depth_ + i * kStep, chunk_);
+      const bool inside = row[i] >= 0 && row[i] < num_rows_;
+      copy_chunk(to, inside ? data_ + row[i] * stride_ : data_, inside ? count_ : 0, aligned_);
+    }
+  }
+
+ private:
+  __device__ int32_t row_of(int32_t depth, int32_t end, int i) const {
+    const int32_t at = depth + first_depth_ + i * kStep;
+    return at < end ? at : -1;
+  }
+
+  __device__ void read_indices(int32_t depth, int32_t end) {
+    if (indices_ == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const int32_t at = row_of(depth, end, i);
+      next_[i] = at >= 0 ? indices_[at] : -1;
+    }
+  }
+
+  const T* data_;
+  int64_t stride_;
+  int32_t num_rows_;
+  const int32_t* indices_;
+  int32_t next_[kPerThread];
+  int count_, first_depth_, chunk_;
+  bool aligned_;
+};
+
+}  // namespace switchgear::cuda

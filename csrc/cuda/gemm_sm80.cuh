@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Grouped GEMMs on mma.sync: out[s,n] = Σ_k a[s,k] · b[e(s)][n,k] with an epilogue, and out[e][m,n] = Σ_{s of e} a[s,m] · b[s,n].
+//
+//   work 2·S·N·C flop; traffic (touched experts)·N·C weights once per band of 8 row tiles, a once per column tile from L2
+//   bound by weights below about 150 (A100) or 300 (H100) rows per expert, by the tensor cores above
+//
+// A block takes tiles one after the other (TileWalker). A ring of stages in shared memory is filled by cp.async, the rows of
+// a gathered on the way; ldmatrix (.trans where an operand is not contiguous along the inner dimension) feeds mma. Then the
+// float32 sums go through the ring's memory to the epilogue, which reads and writes whole vectors. Two blocks an SM: while one
+// is in its epilogue or waits for its first stage, the other multiplies. Weight gradients have a block per tile, since the
+// host knows them, and the slots of an expert as inner dimension.
+//
+// Numeric contract: one float32 accumulator per element; k ascends, 16 terms (tf32: 8) an instruction. Every tile of kTiles
+// and both layouts of b do this, and so does gemm_decode.cuh: the bits of a row depend neither on the other rows nor on
+// their number. tf32 rounds both factors to nearest first. No atomics.
+//
+// Floors (bf16, Mixtral 8x7B's layer, 4096 tokens, 2.9 TFLOP of first and second projection): 9.2 ms at the 312 TFLOP/s of an
+// A100; 2.9 ms at the 989 of an H100 (which takes gemm_sm90).
+#pragma once
+#include "gemm_epilogue.cuh"
+#include "gemm_load.cuh"
+
+namespace switchgear::cuda {
+
+// ---- products of a stage -------------------------------------------------------------------------------------------------
+
+template <TileKind kKind>
+struct Tile {
+  static constexpr TileConfig kConfig = kTiles[static_cast<int>(kKind)];
+  static constexpr int kRows = kConfig.rows, kColumns = kConfig.columns, kThreads = kConfig.threads();
+  static constexpr int kDepthBytes = kConfig.depth_bytes, kStages = kConfig.stages;
+  static constexpr int kWarpRows = kRows / kConfig.warps_m, kWarpColumns = kColumns / kConfig.warps_n;
+  static constexpr int kMmaRows = kWarpRows / 16, kMmaColumns = kWarpColumns / 8;
+  static constexpr int kABytes = kRows * kDepthBytes, kStageBytes = kConfig.stage_bytes();
+};
+
+// sums[i][j][v]: row 16 i + lane / 4 + 8 (v / 2), column 8 j + 2 (lane % 4) + v % 2 of the warp's part of the tile
+template <typename Tile>
+struct Sums {
+  float v[Tile::kMmaRows][Tile::kMmaColumns][4];
+};
+
+// Where a warp's part starts in the tile.
+template <typename Tile>
+struct WarpPlace {
+  int row, column, lane;
+  __device__ explicit WarpPlace(int thread)
+      : row(thread / 32 / Tile::kConfig.warps_n * Tile::kWarpRows),
+        column(thread / 32 % Tile::kConfig.warps_n * Tile::kWarpColumns),
+        lane(thread % 32) {}
+};
+
+// The operands of one step of 32 bytes of depth. Chunks 2·step and 2·step + 1 of depth-major tiles, or 16 (tf32: 8) depths.
+template <typename T, typename Tile, bool kDepthMajor>
+__device__ inline void load_a(uint32_t (&a)[4], const std::byte* tile, int row, int step, int lane) {
+  if constexpr (kDepthMajor) {
+    ptx::ldmatrix_x4(a, tile + depth_major_offset<Tile::kDepthBytes>(row + lane % 16, 2 * step + lane / 16));
+  } else if constexpr (sizeof(T) == 2) {
+    const int depth = 16 * step + lane % 8 + lane / 16 * 8;
+    ptx::ldmatrix_x4_trans(a, tile + row_major_offset<T, Tile::kRows>(depth, row / 8 + lane / 8 % 2));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = row + lane / 4 + 8 * (i & 1), depth = 8 * step + lane % 4 + 4 * (i >> 1);
+      a[i] = *reinterpret_cast<const uint32_t*>(tile + row_major_offset<T, Tile::kRows>(depth, at / 4) + at % 4 * 4);
+    }
+  }
+}
+
+// 16 columns: b[0], b[1] for the first eight, b[2], b[3] for the others.
+template <typename T, typename Tile, bool kDepthMajor>
+__device__ inline void load_b(uint32_t (&b)[4], const std::byte* tile, int column, int step, int lane) {
+  if constexpr (kDepthMajor) {
+    const int at = column + lane % 8 + lane / 16 * 8;
+    ptx::ldmatrix_x4(b, tile + depth_major_offset<Tile::kDepthBytes>(at, 2 * step + lane / 8 % 2));
+  } else if constexpr (sizeof(T) == 2) {
+    const int depth = 16 * step + lane % 16;
+    ptx::ldmatrix_x4_trans(b, tile + row_major_offset<T, Tile::kColumns>(depth, column / 8 + lane / 16));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = column + lane / 4 + 8 * (i >> 1), depth = 8 * step + lane % 4 + 4 * (i & 1);
+      b[i] = *reinterpret_cast<const uint32_t*>(tile + row_major_offset<T, Tile::kColumns>(depth, at / 4) + at % 4 * 4);
+    }
+  }
+}
+
+// How the factors of a dtype are multiplied: Element is what lies in memory.
+template <typename T>
+struct MmaProduct {
+  using Element = T;
+
+  static __device__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      ptx::mma_bf16(d, a, b);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      ptx::mma_f16(d, a, b);
+    } else {
+      ptx::mma_tf32(d, a, b);
+    }
+  }
+
+  static __device__ void round(uint32_t (&factors)[4]) {
+    if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) factors[i] = ptx::cvt_tf32(__uint_as_float(factors[i]));
+    }
+  }
+
+  template <typename Tile, bool kADepthMajor, bool kBDepthMajor>
+  static __device__ void multiply_stage(Sums<Tile>& sums, const std::byte* a_tile, const std::byte* b_tile,
+                                        const WarpPlace<Tile>& at) {
+#pragma unroll
+    for (int step = 0; step < Tile::kDepthBytes / 32; ++step) {
+      uint32_t a[Tile::kMmaRows][4], b[Tile::kMmaColumns / 2][4];
+#pragma unroll
+      for (int i = 0; i < Tile::kMmaRows; ++i) {
+        load_a<T, Tile, kADepthMajor>(a[i], a_tile, at.row + 16 * i, step, at.lane);
+        round(a[i]);
+      }
+#pragma unroll
+      for (int j = 0; j < Tile::kMmaColumns / 2; ++j) {
+        load_b<T, Tile, kBDepthMajor>(b[j], b_tile, at.column + 16 * j, step, at.lane);
+        round(b[j]);
+      }
+#pragma unroll
+      for (int i = 0; i < Tile::kMmaRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < Tile::kMmaColumns; ++j) {
+          const uint32_t columns[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
+          mma(sums.v[i][j], a[i], columns);
+        }
+      }
+    }
+  }
+};
+
+// ---- one tile ------------------------------------------------------------------------------------------------------------
+
+// sums = Σ over depths [begin, end) of what the loaders bring.
+template <typename Product, typename Tile, bool kADepthMajor, bool kBDepthMajor, typename LoadA, typename LoadB>
+__device__ inline void multiply_tile(Sums<Tile>& sums, LoadA& load_a, LoadB& load_b, int32_t begin, int32_t end,
+                                     std::byte* shared, int thread) {
+  constexpr int kDepth = Tile::kDepthBytes / static_cast<int>(sizeof(typename Product::Element));
+  const WarpPlace<Tile> at(thread);
+#pragma unroll
+  for (int i = 0; i < Tile::kMmaRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kMmaColumns; ++j) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) sums.v[i][j][v] = 0.0f;
+    }
+  }
+  int32_t next = begin;
+  const auto load_next = [&](int stage) {
+    if (next < end) {
+      load_a.load(shared + stage * Tile::kStageBytes, next, end);
+      load_b.load(shared + stage * Tile::kStageBytes + Tile::kABytes, next, end);
+    }
+    next += kDepth;
+    ptx::cp_async_commit();  // of nothing at the end, so that the count of groups goes on
+  };
+#pragma unroll
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) load_next(stage);
+  int stage = 0;
+  for (int32_t depth = begin; depth < end; depth += kDepth) {
+#ifdef PLANT_GEMM_WAIT
+    ptx::cp_async_wait<Tile::kStages - 1>();
+#else
+    ptx::cp_async_wait<Tile::kStages - 2>();
+#endif
+#ifndef PLANT_GEMM_BARRIER
+    __syncthreads();  // the stage has arrived for all, and all are done with the one that is filled next
+#endif
+    load_next(stage == 0 ? Tile::kStages - 1 : stage - 1);
+    const std::byte* const a = shared + stage * Tile::kStageBytes;
+    Product::template multiply_stage<Tile, kADepthMajor, kBDepthMajor>(sums, a, a + Tile::kABytes, at);
+    stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
+  }
+}
+
+// The accumulators of all warps into the ring's memory.
+template <typename Tile>
+__device__ inline StagedSums stage_sums(const Sums<Tile>& sums, std::byte* shared, int thread) {
+  const StagedSums staged(reinterpret_cast<float*>(shared), Tile::kColumns);
+  const WarpPlace<Tile> at(thread);
+  ptx::cp_async_wait<0>();
+#ifndef PLANT_GEMM_STAGE_BARRIER
+  __syncthreads();  // nobody reads the last stage any more
+#endif
+#pragma unroll
+  for (int i = 0; i < Tile::kMmaRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kMmaColumns; ++j) {
+      const int row = at.row + 16 * i + at.lane / 4, column = at.column + 8 * j + at.lane % 4 * 2;
+      staged.pair(row, column) = make_float2(sums.v[i][j][0], sums.v[i][j][1]);
+      staged.pair(row + 8, column) = make_float2(sums.v[i][j][2], sums.v[i][j][3]);
+    }
+  }
+  __syncthreads();
+  return staged;
+}
+
+// ---- kernels -------------------------------------------------------------------------------------------------------------
+
+// Expert e's matrix: where it starts, and how many of its rows (n or k, after rows_are_n) there are.
+template <typename T>
+struct ExpertMatrix {
+  const T* data;
+  int32_t n_end, k_end;
+
+  __device__ ExpertMatrix(const Gemm& g, int32_t e)
+      : n_end(static_cast<int32_t>(g.n)), k_end(static_cast<int32_t>(g.c)) {
+    const ExpertOperand& b = g.b;
+    if (b.separate == nullptr) {
+      data = static_cast<const T*>(b.data) + e * b.expert_stride;
+      return;
+    }
+    const SeparateMatrix matrix = b.separate[e];
+    data = static_cast<const T*>(matrix.data);
+    const auto rows = static_cast<int32_t>(matrix.rows);
+    if (b.rows_are_n) n_end = rows < n_end ? rows : n_end;
+    if (!b.rows_are_n) k_end = rows < k_end ? rows : k_end;
+  }
+};
+
+template <typename Product, TileKind kKind, bool kBDepthMajor>
+__global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.blocks)
+    gemm_kernel(const __grid_constant__ Gemm g, const Alignment aligned) {
+  using T = typename Product::Element;
+  using Tile = Tile<kKind>;
+  SHARED_DYN(std::byte, shared);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int out_width = out_tile_columns(g, Tile::kColumns);
+  TileWalker walker(g, Tile::kRows, static_cast<int32_t>((out_columns(g) + out_width - 1) / out_width));
+  RowTile tile;
+  for (int64_t index = blockIdx.x; walker.find(index, tile); index += gridDim.x) {
+    const bool nobody = tile.expert == g.num_experts;
+    const ExpertMatrix<T> matrix(g, nobody ? 0 : tile.expert);
+    const TileColumns columns = tile_columns(g, tile.column, Tile::kColumns);
+    const int32_t depth = nobody ? 0 : matrix.k_end;
+    const auto row_at = [&](int i) -> int32_t {
+#ifdef PLANT_GEMM_ROW_EDGE
+      const bool used = true;
+#else
+      const bool used = i < tile.rows && !nobody;
+#endif
+      if (!used) return -1;
+      const int32_t slot = tile.first_row + i, row = g.a.indices != nullptr ? g.a.indices[slot] : slot;
+      return row < g.a.count ? row : -1;
+    };
+    DepthMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(static_cast<const T*>(g.a.data),
+                                                                             g.a.stride, row_at, thread, aligned.a);
+    Sums<Tile> sums;
+    if constexpr (kBDepthMajor) {
+      const auto column_at = [&](int j) -> int32_t {
+        const int32_t column = columns.column(j);
+        return column < columns.end(j) && column < matrix.n_end ? column : -1;
+      };
+      DepthMajorTile<T, Tile::kColumns, Tile::kDepthBytes, Tile::kThreads> load_b(matrix.data, g.b.n_stride, column_at,
+                                                                                  thread, aligned.b);
+      multiply_tile<Product, Tile, true, true>(sums, load_a, load_b, 0, depth, shared, thread);
+    } else {
+      using LoadB = RowMajorTile<T, Tile::kColumns, Tile::kDepthBytes, Tile::kThreads>;
+      const int j = LoadB::chunk_row(thread);
+      const int32_t column = columns.column(j), end = columns.end(j);
+      LoadB load_b({.data = matrix.data, .stride = g.b.k_stride, .count = depth}, column,
+                   (end < matrix.n_end ? end : matrix.n_end) - column, thread, aligned.b, 0, depth);
+      multiply_tile<Product, Tile, true, false>(sums, load_a, load_b, 0, depth, shared, thread);
+    }
+    const StagedSums staged = stage_sums<Tile>(sums, shared, thread);
+    run_epilogue<T>(g, aligned, tile, matrix.n_end, staged, Tile::kRows, Tile::kColumns, thread, Tile::kThreads);
+    __syncthreads();  // the ring is free again
+  }
+}
+
+template <typename Product, TileKind kKind>
+__global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.blocks)
+    wgrad_kernel(const __grid_constant__ Wgrad g, const Alignment aligned) {
+  using T = typename Product::Element;
+  using Tile = Tile<kKind>;
+  using LoadA = RowMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads>;
+  using LoadB = RowMajorTile<T, Tile::kColumns, Tile::kDepthBytes, Tile::kThreads>;
+  SHARED_DYN(std::byte, shared);
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto row_tiles = static_cast<int32_t>((g.m + Tile::kRows - 1) / Tile::kRows);
+  const auto column_tiles = static_cast<int32_t>((g.n + Tile::kColumns - 1) / Tile::kColumns);
+  const int64_t tiles = static_cast<int64_t>(row_tiles) * column_tiles;
+  const auto expert = static_cast<int32_t>(blockIdx.x / tiles);
+  const TilePosition position = banded(blockIdx.x % tiles, row_tiles, column_tiles);
+  const int32_t first_row = position.row * Tile::kRows, first_column = position.column * Tile::kColumns;
+  const SlotRange slots =
+      slots_of(g.expert_offsets, expert, static_cast<int32_t>(g.num_experts), static_cast<int32_t>(g.num_slots));
+
+  const int32_t row = first_row + LoadA::chunk_row(thread), column = first_column + LoadB::chunk_row(thread);
+  LoadA load_a(g.a, row, static_cast<int32_t>(g.m) - row, thread, aligned.a, slots.begin, slots.end);
+  LoadB load_b(g.b, column, static_cast<int32_t>(g.n) - column, thread, aligned.b, slots.begin, slots.end);
+  Sums<Tile> sums;
+  multiply_tile<Product, Tile, false, false>(sums, load_a, load_b, slots.begin, slots.end, shared, thread);
+  const StagedSums staged = stage_sums<Tile>(sums, shared, thread);
+  T* const out = static_cast<T*>(g.out) + expert * g.out_expert_stride;
+  constexpr int kBlocks = Tile::kColumns / kBlock;
+  for (int i = thread; i < Tile::kRows * kBlocks; i += Tile::kThreads) {
+    const int64_t m = first_row + i / kBlocks, n = first_column + i % kBlocks * kBlock;
+    if (m >= g.m || n >= g.n) continue;
+    float values[kBlock];
+    staged.block(values, i / kBlocks, i % kBlocks * kBlock);
+    store_block(out + m * g.out_stride + n, values, static_cast<int>(g.n - n < kBlock ? g.n - n : kBlock), aligned.out);
+  }
+}
+
+}  // namespace switchgear::cuda

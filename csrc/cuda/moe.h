@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What moe_forward and moe_backward share: the plan that an op makes on its way.
+#pragma once
+#include "plan.h"
+#include "workspace.h"
+
+namespace switchgear::cuda {
+
+struct OwnPlan {
+  Plan plan;
+  std::byte* workspace;
+
+  OwnPlan(Workspace& memory, const TensorView& topk_ids, int64_t num_experts) {
+    const int64_t num_tokens = topk_ids.shape[0], top_k = topk_ids.shape[1], num_slots = num_tokens * top_k;
+    plan.expert_offsets = view(memory.take<int32_t>(num_experts + 1), DType::kInt32, num_experts + 1);
+    plan.token_indices = view(memory.take<int32_t>(num_slots), DType::kInt32, num_slots);
+    plan.slot_indices = view(memory.take<int32_t>(num_slots), DType::kInt32, num_tokens, top_k);
+    workspace = memory.take<std::byte>(plan_workspace_size(num_slots, num_experts));
+  }
+};
+
+// [rows, columns] whose rows start at multiples of 16 bytes.
+inline TensorView take_rows(Workspace& memory, DType dtype, int64_t rows, int64_t columns) {
+  const int64_t stride = (columns + 7) / 8 * 8;
+  TensorView result = view(memory.take<std::byte>(rows * stride * size_of(dtype)), dtype, rows, columns);
+  result.stride[0] = stride;
+  return result;
+}
+
+}  // namespace switchgear::cuda

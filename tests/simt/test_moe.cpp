@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "layer.h"
+#include "run_op.h"
+#include "runtime.h"
+
+namespace switchgear::test {
+namespace {
+
+// Beside the cases of all ops: experts with more rows than fit the small tiles, and sizes that are whole vectors.
+constexpr Case kLayerCases[] = {
+    {"vectors throughout", 24, 64, 32, 4, 2},
+    {"more than 16 rows", 60, 40, 72, 2, 1},
+    {"more than 80 rows", 100, 24, 40, 1, 1},
+    {"more than 80 rows, holes", 90, 48, 136, 2, 3, Ids::kEmptySlots},
+};
+
+template <typename Body>
+void for_each_layer(int per_dtype, Body&& body) {
+  simt::device() = simt::sm_80();
+  const std::vector<GluOptions> all = all_glu_options();
+  size_t variant = 0;
+  const auto run = [&](const Case& c) {
+    for (const DType dtype : kFloatTypes) {
+      for (int i = 0; i < (c.H > 1000 ? 1 : per_dtype); ++i, ++variant) {
+        const GluOptions& o = all[variant * 7 % all.size()];
+        const Layer l(c, dtype, o, variant % 2 == 0, variant % 3 == 0, 31 + variant, variant % 4 != 0);
+        note = join(c.name, " ", name_of(dtype), describe(o), l.transposed ? " transposed" : "",
+                    l.aligned ? " aligned" : "");
+        body(l);
+      }
+    }
+  };
+  for (const Case& c : kCases) run(c);
+  for (const Case& c : kLayerCases) run(c);
+}
+
+TEST(moe_forward_matches_reference) {
+  for_each_layer(3, [](const Layer& l) {
+    const Case& c = l.c;
+    const ForwardTables want = reference_forward(l, Slots::kRounded);
+    Array y = l.empty({c.T, c.H}, 2), h = l.empty({c.T * c.K, l.N}, 1), y_alone = l.empty({c.T, c.H}, 0);
+    MoeForwardArgs args{.x = l.x,
+                        .weights = l.weights(),
+                        .topk_ids = l.ids,
+                        .topk_weights = l.topk_weights,
+                        .options = l.options,
+                        .y = y,
+                        .h = h};
+    run_op({&y, &h}, [&](Execution exec) { cuda::moe_forward(args, exec); });
+    check_table(y, want.y, "y");
+    check_table(h, want.h, "h");
+    args.h = {};
+    args.y = y_alone;
+    OpMemory memory(0xff);
+    cuda::moe_forward(args, memory.execution());
+    CHECK(same_bits(y, y_alone), "saving h changes y");
+  });
+}
+
+TEST(moe_backward_matches_reference) {
+  for_each_layer(2, [](const Layer& l) {
+    Array h = l.empty({l.c.T * l.c.K, l.N}, 1);
+    const Table values = h_table(l);
+    h.fill([&](int64_t i) { return values[static_cast<size_t>(i)].value; });
+    const GradientTables want = reference_gradients(l, h, Slots::kRounded);
+    Gradients got(l);
+    const MoeBackwardArgs args{.grad_y = l.grad_y,
+                               .x = l.x,
+                               .h = h,
+                               .weights = l.weights(),
+                               .topk_ids = l.ids,
+                               .topk_weights = l.topk_weights,
+                               .options = l.options,
+                               .grad_x = got.x,
+                               .grad_gate_up_proj = l.matrices_of(got.gate_up_proj),
+                               .grad_down_proj = l.matrices_of(got.down_proj),
+                               .grad_gate_up_bias = got.gate_up_bias,
+                               .grad_down_bias = got.down_bias,
+                               .grad_topk_weights = got.topk_weights};
+    run_op({&got.x, &got.gate_up_proj, &got.down_proj, &got.gate_up_bias, &got.down_bias, &got.topk_weights},
+           [&](Execution exec) { cuda::moe_backward(args, exec); });
+    check_table(got.x, want.x, "grad_x");
+    check_table(got.gate_up_proj, want.gate_up_proj, "grad_gate_up_proj", l.transposed);
+    check_table(got.down_proj, want.down_proj, "grad_down_proj", l.transposed);
+    check_table(got.gate_up_bias, want.gate_up_bias, "grad_gate_up_bias");
+    check_table(got.down_bias, want.down_bias, "grad_down_bias");
+    check_table(got.topk_weights, want.topk_weights, "grad_topk_weights");
+
+    // Each gradient alone has the same bits.
+    Gradients alone(l);
+    const auto only = [&](TensorView MoeBackwardArgs::* field, const TensorView& output) {
+      MoeBackwardArgs one = args;
+      one.grad_x = one.grad_gate_up_proj = one.grad_down_proj = {};
+      one.grad_gate_up_bias = one.grad_down_bias = one.grad_topk_weights = {};
+      one.*field = output;
+      OpMemory memory(0xff);
+      cuda::moe_backward(one, memory.execution());
+    };
+    only(&MoeBackwardArgs::grad_x, alone.x);
+    only(&MoeBackwardArgs::grad_gate_up_proj, l.matrices_of(alone.gate_up_proj));
+    only(&MoeBackwardArgs::grad_down_proj, l.matrices_of(alone.down_proj));
+    only(&MoeBackwardArgs::grad_gate_up_bias, alone.gate_up_bias);
+    only(&MoeBackwardArgs::grad_down_bias, alone.down_bias);
+    only(&MoeBackwardArgs::grad_topk_weights, alone.topk_weights);
+    CHECK(same_bits(alone.x, got.x));
+    CHECK(same_bits(alone.gate_up_proj, got.gate_up_proj));
+    CHECK(same_bits(alone.down_proj, got.down_proj));
+    CHECK(same_bits(alone.gate_up_bias, got.gate_up_bias));
+    CHECK(same_bits(alone.down_bias, got.down_bias));
+    CHECK(same_bits(alone.topk_weights, got.topk_weights));
+  });
+}
+
+// A token's y and gradients do not depend on the tokens beside it, nor on the kernels that their number asks for.
+TEST(moe_tokens_do_not_depend_on_their_number) {
+  simt::device() = simt::sm_80();
+  const Case c{"batches", 150, 40, 40, 2, 1};
+  for (const DType dtype : kFloatTypes) {
+    const Layer l(c, dtype, {}, true, false, 3, true);
+    Array first_y, first_grad_x, first_weights;
+    for (const int64_t T : {150, 40, 9, 1}) {
+      note = join(name_of(dtype), " ", T, " tokens");
+      const auto some = [&](const TensorView& all) {
+        TensorView view = all;
+        view.shape[0] = T;
+        return view;
+      };
+      Array y = l.empty({T, c.H}, 0), h = l.empty({T, l.N}, 0), grad_x = l.empty({T, c.H}, 0);
+      Array weights(DType::kFloat32, {T, c.K});
+      OpMemory memory(0xff);
+      cuda::moe_forward({.x = some(l.x),
+                         .weights = l.weights(),
+                         .topk_ids = some(l.ids),
+                         .topk_weights = some(l.topk_weights),
+                         .options = l.options,
+                         .y = y,
+                         .h = h},
+                        memory.execution());
+      cuda::moe_backward({.grad_y = some(l.grad_y),
+                          .x = some(l.x),
+                          .h = h,
+                          .weights = l.weights(),
+                          .topk_ids = some(l.ids),
+                          .topk_weights = some(l.topk_weights),
+                          .options = l.options,
+                          .grad_x = grad_x,
+                          .grad_topk_weights = weights},
+                         memory.execution());
+      if (!first_y.defined()) first_y = y, first_grad_x = grad_x, first_weights = weights;
+      for (int64_t t = 0; t < T; ++t) {
+        for (int64_t i = 0; i < c.H; ++i) {
+          CHECK(y(t, i) == first_y(t, i), "y of token ", t);
+          CHECK(grad_x(t, i) == first_grad_x(t, i), "grad_x of token ", t);
+        }
+        CHECK(weights(t, 0) == first_weights(t, 0), "grad_topk_weights of token ", t);
+      }
+    }
+  }
+}
+
+// Ids outside of [0,E) are empty slots.
+TEST(moe_counts_ids_out_of_range_as_empty) {
+  simt::device() = simt::sm_80();
+  const Case c{"wild ids", 12, 24, 16, 3, 2, Ids::kEmptySlots};
+  const Layer l(c, DType::kBFloat16, {}, true, false, 8, true);
+  Array wild = l.ids;
+  wild.fill([&](int64_t i) {
+    const int32_t id = l.ids.id(i / c.K, i % c.K);
+    return id >= 0 ? id : i % 3 == 0 ? 3 : i % 3 == 1 ? -7 : 1 << 30;
+  });
+  Array y[2] = {l.empty({c.T, c.H}, 0), l.empty({c.T, c.H}, 0)};
+  for (int i = 0; i < 2; ++i) {
+    OpMemory memory(0xff);
+    cuda::moe_forward({.x = l.x,
+                       .weights = l.weights(),
+                       .topk_ids = i == 0 ? l.ids : wild,
+                       .topk_weights = l.topk_weights,
+                       .options = l.options,
+                       .y = y[i]},
+                      memory.execution());
+  }
+  CHECK(same_bits(y[0], y[1]));
+}
+
+}  // namespace
+}  // namespace switchgear::test
