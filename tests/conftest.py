@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Every test with a `backend` argument runs on the reference, on the CPU's kernels of each instruction set, and on the CUDA
-kernels: natively where there is a device, and on the CPU where SWITCHGEAR_SIMT names a module that runs them there."""
+"""Every test with a `backend` argument runs on the reference, on the CPU's kernels of each instruction set, and on the
+CUDA kernels: natively where there is a device, and on the CPU where SWITCHGEAR_SIMT names a module that runs them."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 """The CUDA kernels under the ops on CPU tensors, so that the shared tests run on them as they are.
 
 simt: the module _simt (tests/simt), which runs the kernels on the CPU; SWITCHGEAR_SIMT is its path.
-cuda: the module _cuda on a CUDA device. Each call copies the storages of its tensors there and back, so what tests say of
-strides, of memory behind rows and of elements that are not written holds there too.
+cuda: the module _cuda on a CUDA device. Each call copies the storages of its tensors there and back, so what tests say
+of strides, of memory behind rows and of elements that are not written holds there too.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import bench_tables, machine
+from . import bench_cuda, bench_model, bench_tables, machine
 from .bench_case import DTYPES, Case, Layer, forward, make_case, make_weights, train
 from .bench_verify import expected, relative_error, tolerance
 from .ceilings import floor_seconds, measure, measure_again
@@ -52,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="a few small cases, within a minute")
     add("--budget", type=float, metavar="SECONDS", help="time for the whole run (default: 540; quick: 45)")
     add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where the layers run (cuda: at shapes of GPU models)")
+    add("--model", action="store_true", help="predict what the CUDA kernels cost, beside published figures, and stop")
     add("--list", action="store_true", help="list shapes and peers, and stop")
     add("--json", metavar="FILE", help="write all results, with machine and ceilings")
     add("--csv", metavar="FILE", help="write one row per result")
@@ -81,6 +83,10 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         bench_tables.print_choices()
         return 0
+    if args.model:
+        return bench_model.run(args)
+    if args.device == "cuda":
+        return bench_cuda.run(args)
     require("rich")
     if args.plot:
         require("matplotlib")

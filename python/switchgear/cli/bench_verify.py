@@ -24,7 +24,7 @@ class Expected(NamedTuple):
 
 def _experts(case: Case, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """The layer's formula for a few tokens, expert by expert."""
-    y = torch.zeros(x.shape, dtype=torch.float64)
+    y = torch.zeros_like(x, dtype=torch.float64)
     for expert in torch.unique(ids).tolist():
         token, choice = (ids == expert).nonzero(as_tuple=True)
         gate, up = (x[token] @ case.gate_up_proj[expert].detach().double().T).chunk(2, -1)

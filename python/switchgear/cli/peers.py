@@ -62,6 +62,21 @@ def switchgear(case: Case) -> Layer:
     )
 
 
+@peer("switchgear_packed", modes=("forward",))
+def switchgear_packed(case: Case) -> Layer:
+    """switchgear.moe on weights in panels, as after pack_weights."""
+    from switchgear import moe, ops
+    from switchgear.packing import to_panels
+
+    panel = ops.panel(case.dtype)
+    if not panel or case.shape.intermediate_size % panel or case.shape.hidden_size % panel:
+        raise Skip(f"no panels of {case.dtype_name} at these sizes on {ops.cpu_isa()}")
+    gate_up_proj, down_proj = (to_panels(weight.detach(), panel) for weight in (case.gate_up_proj, case.down_proj))
+    return lambda inputs: moe(
+        inputs.x, gate_up_proj, down_proj, inputs.topk_ids, inputs.topk_weights, activation="silu", panel=panel
+    )
+
+
 # ---- Hugging Face ----------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +122,16 @@ def hf_batched_mm(case: Case) -> Layer:
     if case.tokens * case.shape.top_k > BATCHED_MM_SLOTS:
         raise Skip(f"copies the weights of all {case.tokens * case.shape.top_k} slots; up to {BATCHED_MM_SLOTS} only")
     return _hugging_face(case, "batched_mm")
+
+
+@peer("hf_sonicmoe", dtypes=("bf16",), default=False)
+def hf_sonicmoe(case: Case) -> Layer:
+    """SonicMoE through transformers, on CUDA devices only."""
+    if importlib.util.find_spec("sonicmoe") is None and importlib.util.find_spec("kernels") is None:
+        raise Skip("neither sonicmoe nor kernels is installed")
+    if case.gate_up_proj.device.type != "cuda":
+        raise Skip("runs on CUDA devices only")
+    return _hugging_face(case, "sonicmoe")
 
 
 @peer("hf_switchgear", default=False)

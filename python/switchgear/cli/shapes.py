@@ -23,6 +23,21 @@ SHAPES = {
     "gpt-oss-20b": Shape(2880, 2880, 32, 4, "gpt-oss-20b, with plain SwiGLU and without biases"),
 }
 
+# Layers that others have published figures for on GPUs, and the tokens of those figures (cli/published.py).
+GPU_SHAPES = {
+    "sonic-7b-n256": Shape(1536, 256, 128, 8, "SonicMoE's 7B model, finest experts"),
+    "sonic-30b-n256": Shape(4096, 256, 256, 16, "SonicMoE's 30B model, finest experts"),
+    "sonic-120b-n1024": Shape(4096, 1024, 128, 8, "SonicMoE's 120B model"),
+    "sonic-120b-n2048": Shape(4096, 2048, 64, 4, "SonicMoE's 120B model, coarsest experts"),
+    "qwen3-30b-a3b": SHAPES["qwen3-30b-a3b"],
+    "e512-k10": Shape(2048, 512, 512, 10, "512 narrow experts, as in Qwen3-Next"),
+    "mixtral-8x7b": Shape(4096, 14336, 8, 2, "Mixtral-8x7B"),
+}
+GPU_TOKENS = {
+    "sonic-7b-n256": 24576, "sonic-30b-n256": 32768, "sonic-120b-n1024": 32768, "sonic-120b-n2048": 32768,
+    "qwen3-30b-a3b": 32768, "e512-k10": 32768, "mixtral-8x7b": 8192,
+}  # fmt: skip
+
 
 def forward_flops(shape: Shape, tokens: int) -> int:
     """Three products of 2·H·I flop (gate, up, down) for each of the T·K slots."""

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The model of what the CUDA kernels cost. That it is right, only a GPU can say; that it counts the work of the kernels
+there are, and never promises more than the hardware has, is tested here."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from switchgear.cli import main
+from switchgear.cli.cost_model import (
+    GPUS,
+    LAUNCH_SECONDS,
+    TILES,
+    Gpu,
+    cycles_per_column,
+    gemm,
+    pick_tile,
+    predict,
+    routed,
+    wgrad,
+)
+from switchgear.cli.published import FIGURES
+from switchgear.cli.shapes import GPU_SHAPES, GPU_TOKENS, Shape, forward_flops
+
+SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+gpus = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+
+
+def test_tiles_of_sm80_are_those_of_the_kernels() -> None:
+    table = re.search(r"kTiles\[\] = \{(.*?)\n\};", (SOURCES / "gemm.h").read_text(), re.DOTALL)
+    assert table is not None
+    rows = [[int(number, 0) for number in row.split(",")] for row in re.findall(r"\{([^}]+)\}", table[1])]
+    picked = [(most, height, width, blocks) for most, height, width, *_, blocks in rows]
+    assert picked == [(tile.max_rows or 0x7FFFFFFF, tile.rows, tile.columns, tile.blocks) for tile in TILES["sm80"]]
+
+
+def test_tiles_of_sm90_are_those_of_the_kernels() -> None:
+    text = (SOURCES / "gemm_sm90.h").read_text()
+    table = re.search(r"kConfigs\[\] = \{(.*?)\n\};", text, re.DOTALL)
+    assert table is not None
+    rows = [[int(number, 0) for number in row.split(",")[:2]] for row in re.findall(r"\{([^}]+)\}", table[1])]
+    few = [(tile.max_rows, tile.rows) for tile in TILES["sm90"] if tile.max_rows is not None]
+    many = [(0x7FFFFFFF, tile.columns) for tile in TILES["sm90"] if tile.max_rows is None]
+    assert [tuple(row) for row in rows] == [*few, *many]
+    words = re.search(r"// 128: ([\d.]+), 192: ([\d.]+)\.", text)
+    assert words is not None
+    assert [round(cycles_per_column(width), 2) for width in (128, 192)] == [float(word) for word in words.groups()]
+
+
+@gpus
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+def test_all_work_is_counted_and_takes_at_least_the_time_of_the_hardware(gpu: Gpu, shape: str) -> None:
+    sizes, tokens = GPU_SHAPES[shape], GPU_TOKENS[shape]
+    for mode, times in (("forward", 1), ("backward", 2), ("train", 3)):
+        prediction = predict(gpu, sizes, tokens, mode)
+        flops = sum(kernel.flops for kernel in prediction.kernels)
+        assert flops == times * forward_flops(sizes, tokens)
+        assert prediction.seconds >= flops / (gpu.tensor_rate * gpu.sustained)
+        weights = 3 * 2 * sizes.num_experts * sizes.hidden_size * sizes.intermediate_size
+        assert prediction.seconds >= weights / gpu.bandwidth
+        for kernel in prediction.kernels:
+            assert kernel.seconds >= max(kernel.bytes / gpu.bandwidth, kernel.flops / gpu.tensor_rate)
+
+
+@gpus
+def test_decoding_is_bound_by_the_weights(gpu: Gpu) -> None:
+    sizes = GPU_SHAPES["qwen3-30b-a3b"]
+    prediction = predict(gpu, sizes, 1, "forward")
+    touched = 3 * 2 * sizes.top_k * sizes.hidden_size * sizes.intermediate_size
+    floor = touched / (gpu.bandwidth * gpu.sustained_bandwidth)
+    assert floor < prediction.seconds < floor + len(prediction.kernels) * 2 * LAUNCH_SECONDS
+
+
+@gpus
+def test_few_rows_are_padded(gpu: Gpu) -> None:
+    """17 rows need a larger tile than 16; empty experts cost nothing in a product, and zeros in a weight gradient."""
+    assert pick_tile(gpu, 16, 256).rows == 16 < pick_tile(gpu, 17, 256).rows
+    assert gemm(gpu, "", [100, 0, 28], 256, 128, 0).tiles == (2 + 1) * 2  # 64 x 128
+    assert gemm(gpu, "", [0, 0], 256, 128, 0).tiles == 0
+    assert gemm(gpu, "", [5], 256, 128, 0).flops == 2 * 5 * 256 * 128
+    assert wgrad(gpu, "", [0, 0], 64, 32).bytes == 2 * 2 * 64 * 32
+
+
+def test_routing_is_the_same_every_time() -> None:
+    shape = Shape(8, 8, 16, 3, "of the tests")
+    assert routed(shape, 100) == routed(shape, 100)
+    assert sum(routed(shape, 100)) == 300
+    skewed = routed(shape, 100, "zipf")
+    assert skewed[0] == max(skewed) > 300 / 16
+
+
+def test_published_figures_belong_to_a_shape() -> None:
+    assert {figure.shape for figure in FIGURES} <= set(GPU_SHAPES)
+    assert set(GPU_SHAPES) == set(GPU_TOKENS)
+    for figure in FIGURES:
+        assert figure.mode in ("forward", "backward", "train")
+        assert figure.source
+
+
+def test_bench_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.json"
+    assert main(["bench", "--model", "--shapes", "sonic-7b-n256", "--json", str(file)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("PREDICTIONS of a model, not measurements")
+    assert "predicted for H100" in text
+    assert "published, H100: SonicMoE 366 TFLOP/s" in text
+    results = json.loads(file.read_text())
+    assert {row["gpu"] for row in results["predictions"]} == {"A100", "H100"}
+    assert all(figure["source"] for figure in results["published"])
+
+
+def test_bench_model_names_the_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--model", "--shapes", "tiny"]) == 2
+    assert "--shapes: expected a list of sonic-7b-n256" in capsys.readouterr().err
