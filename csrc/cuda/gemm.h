@@ -131,7 +131,7 @@ struct TileConfig {
 inline constexpr TileConfig kTiles[] = {
     // mean rows     tile     warps  depth  stages, blocks; shared memory
     {16, 16, 128, 1, 4, 128, 4, 2},         // 72 KB
-    {80, 64, 128, 2, 2, 64, 4, 3},          // 48 KB
+    {80, 64, 128, 2, 2, 64, 4, 2},          // 48 KB
     {0x7fffffff, 128, 128, 2, 2, 64, 4, 2}  // 64 KB
 };
 enum class TileKind : uint8_t { k16, k64, k128 };  // index into kTiles

@@ -90,7 +90,7 @@ void launch_gemm(const Gemm& g, void* stream) {
   switch (pick_tile(g.num_slots / g.num_experts)) {
     case TileKind::k16: return launch_kind.template operator()<TileKind::k16>();
     case TileKind::k64: return launch_kind.template operator()<TileKind::k64>();
-    case TileKind::k128: return launch_kind.template operator()<TileKind::k128>();
+    case TileKind::k128: return launch_kind.template operator()<Product::kLargest>();
   }
 }
 
@@ -108,7 +108,7 @@ void launch_wgrad(const Wgrad& g, void* stream) {
   if (g.m <= 64) {
     launch_kind.template operator()<TileKind::k64>();
   } else {
-    launch_kind.template operator()<TileKind::k128>();
+    launch_kind.template operator()<Product::kLargest>();
   }
 }
 

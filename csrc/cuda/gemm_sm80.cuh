@@ -89,6 +89,7 @@ __device__ inline void load_b(uint32_t (&b)[4], const std::byte* tile, int colum
 template <typename T>
 struct MmaProduct {
   using Element = T;
+  static constexpr TileKind kLargest = TileKind::k128;
 
   static __device__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -110,8 +111,10 @@ struct MmaProduct {
   template <typename Tile, bool kADepthMajor, bool kBDepthMajor>
   static __device__ void multiply_stage(Sums<Tile>& sums, const std::byte* a_tile, const std::byte* b_tile,
                                         const WarpPlace<Tile>& at) {
-#pragma unroll
-    for (int step = 0; step < Tile::kDepthBytes / 32; ++step) {
+    constexpr int kSteps = Tile::kDepthBytes / 32;
+    constexpr int kUnroll = std::is_same_v<T, float> ? 1 : kSteps;  // words of tf32 need an address each
+#pragma unroll kUnroll
+    for (int step = 0; step < kSteps; ++step) {
       uint32_t a[Tile::kMmaRows][4], b[Tile::kMmaColumns / 2][4];
 #pragma unroll
       for (int i = 0; i < Tile::kMmaRows; ++i) {

@@ -375,6 +375,14 @@ PTX bool elect_one(PTX_AT) {
 #endif
 }
 
+// The same value, of which the compiler knows nothing any more: it will not copy a loop for every case of a switch in it.
+PTX int opaque(int value) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // The number of registers per thread from here on, by a whole warpgroup: fewer for producers, more for consumers.
 template <int N>
 PTX void setmaxnreg_dec(PTX_AT) {

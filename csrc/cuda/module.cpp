@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// switchgear._cuda: what CUDA devices there are, and whether this build has code for them. Imports without a driver.
-#include <cuda_runtime.h>
-#include <pybind11/pybind11.h>
+// What switchgear._cuda has beside the ops: which CUDA devices there are, and whether this build has code for them. Imports
+// without a driver.
+#include "module.h"
 
+#include <cuda_runtime.h>
+
+#include <stdexcept>
 #include <string>
 
 #include "probe.h"
+#include "registry.h"
 
 namespace py = pybind11;
 
+namespace switchgear {
 namespace {
 
 // Without a driver there are no devices, which is no error.
@@ -41,11 +46,11 @@ py::dict device_info(int index) {
     throw py::value_error("index: expected a device of " + std::to_string(count) + ", got " + std::to_string(index));
   }
   cudaDeviceProp properties;
-  switchgear::cuda::Probe probe;
+  cuda::Probe probe;
   {
     const py::gil_scoped_release release;
     check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
-    probe = switchgear::cuda::probe(index);
+    probe = cuda::probe(index);
   }
   py::dict info;
   info["name"] = properties.name;
@@ -64,12 +69,16 @@ py::list built_archs() { return py::str(SWITCHGEAR_CUDA_ARCHS).attr("split")(); 
 
 }  // namespace
 
-PYBIND11_MODULE(_cuda, m) {
+const Backend& default_backend() { return cuda_backend(); }
+
+void define_module(py::module_& m) {
   using namespace py::literals;
-  m.doc() = "The CUDA devices of this machine, and what this build has for them.";
+  define_execution(m);
   m.def("device_count", &device_count, "Number of CUDA devices; 0 without a driver.");
   m.def("device_info", &device_info, "A device's properties, and whether a kernel of this build ran on it.", "index"_a);
   m.def("driver_version", &driver_version, "CUDA version of the driver, e.g. 13000; 0 without a driver.");
   m.def("runtime_version", &runtime_version, "CUDA version of the runtime inside this module.");
   m.def("built_archs", &built_archs, "Architectures with machine code (sm_80) or PTX (compute_80) in this build.");
 }
+
+}  // namespace switchgear

@@ -24,7 +24,8 @@ struct Copy {
   char* to;
   const char* from;
   unsigned size, valid;  // bytes past `valid` are zeros
-  bool done = false;
+  bool landed = false;
+  bool awaited = false;  // by a wait of the thread's, or by an mbarrier
 };
 using Copies = std::vector<std::shared_ptr<Copy>>;
 

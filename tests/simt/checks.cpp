@@ -8,9 +8,9 @@ namespace simt {
 void check_thread_exit(const Fiber& fiber) {
   const auto refuse = [&](const char* what) { throw Error(describe(fiber) + " exits " + what); };
   bool copies_left = false;
-  for (const auto& copy : fiber.open_copies) copies_left |= !copy->done;
+  for (const auto& copy : fiber.open_copies) copies_left |= !copy->awaited;
   for (const Copies& group : fiber.copy_groups) {
-    for (const auto& copy : group) copies_left |= !copy->done;
+    for (const auto& copy : group) copies_left |= !copy->awaited;
   }
   if (copies_left) refuse("with cp.async that nobody waited for");
   bool stores_left = !fiber.open_stores.empty();

@@ -11,14 +11,18 @@ namespace simt {
 namespace {
 
 void carry_out(Copy& copy) {
-  if (copy.done) return;
-  copy.done = true;
+  if (copy.landed) return;
+  copy.landed = true;
   std::memcpy(copy.to, copy.from, copy.valid);
   std::memset(copy.to + copy.valid, 0, copy.size - copy.valid);
 }
 
 void carry_out(const Copies& copies) {
   for (const auto& copy : copies) carry_out(*copy);
+}
+
+void mark_awaited(const Copies& copies) {
+  for (const auto& copy : copies) copy->awaited = true;
 }
 
 }  // namespace
@@ -60,6 +64,7 @@ void cp_async_wait(unsigned groups_left, Location) {
   Fiber& fiber = running_fiber();
   while (fiber.copy_groups.size() > groups_left) {
     carry_out(fiber.copy_groups.front());
+    mark_awaited(fiber.copy_groups.front());
     learn(fiber.copy_engine, fiber.copy_group_times.front());
     fiber.copy_groups.pop_front();
     fiber.copy_group_times.pop_front();
@@ -73,6 +78,7 @@ void cp_async_arrive(uint64_t* mbarrier, Location at) {
   const uint32_t address = checked_mbarrier(mbarrier, at);
   Copies copies = fiber.open_copies;
   for (const Copies& group : fiber.copy_groups) copies.insert(copies.end(), group.begin(), group.end());
+  mark_awaited(copies);
   const race::Moment moment{block.race_block, fiber.copy_engine.slot, ++fiber.copy_engine.time};
   auto arrive = [&block, address, copies, moment, at] {
     carry_out(copies);

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include <algorithm>
+#include <string>
+
+#include "gemm_sm90.cuh"
+#include "launch.h"
+#include "tensor_map.h"
+
+namespace switchgear::cuda {
+namespace sm90 {
+namespace {
+
+// ---- what the kernels take -----------------------------------------------------------------------------------------------
+
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA device: ") + cudaGetErrorString(error));
+  return value;
+}
+
+bool on_hopper() { return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9; }
+
+// Vectors of 16 bytes: 8 elements.
+bool eights(int64_t elements) { return elements % 8 == 0; }
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+bool half_precision(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
+
+// A dimension of a tensor map, and coordinates of boxes that reach past it.
+bool fits_coordinate(int64_t size) { return size > 0 && size < int64_t{1} << 30; }
+
+bool takes_rows(const Rows& rows, int64_t columns) {
+  return aligned(rows.data) && eights(rows.stride) && rows.stride >= columns && fits_coordinate(rows.stride) &&
+         fits_coordinate(rows.count);
+}
+
+bool takes_weights(const Gemm& g) {
+  const ExpertOperand& b = g.b;
+  if (b.separate != nullptr || !aligned(b.data)) return false;
+  const int64_t unit = std::min(b.n_stride, b.k_stride), other = std::max(b.n_stride, b.k_stride);
+  return unit == 1 && eights(other) && other > 0 &&
+         (g.num_experts == 1 || (eights(b.expert_stride) && b.expert_stride > 0));
+}
+
+bool takes_epilogue(const Gemm& g) {
+  if (!aligned(g.out) || !eights(g.out_stride)) return false;
+  if (g.bias != nullptr && (!aligned(g.bias) || !eights(g.bias_stride))) return false;
+  if (g.epilogue == Epilogue::kStore) return true;
+  if (g.h != nullptr && (!aligned(g.h) || !eights(g.h_stride))) return false;
+  if (gate_halves(g)) return eights(g.n / 2);
+  return aligned(g.weighted_a);
+}
+
+// ---- tensor maps ---------------------------------------------------------------------------------------------------------
+
+CUtensorMap map_of_rows(const Rows& rows, DType dtype, int64_t columns, int box_rows) {
+  return make_tensor_map({rows.data, dtype, {columns, rows.count, 1}, {rows.stride, rows.stride}, box_rows});
+}
+
+// Boxes of 64 of the inner dimension and `box_rows` columns of b, or of 64 columns and 64 of the inner dimension.
+CUtensorMap map_of_weights(const Gemm& g, int box_rows) {
+  const ExpertOperand& b = g.b;
+  const int64_t row_stride = b.k_contiguous() ? b.n_stride : b.k_stride;
+  const int64_t expert_stride = g.num_experts == 1 ? row_stride : b.expert_stride;
+  if (b.k_contiguous()) {
+    return make_tensor_map({b.data, g.dtype, {g.c, g.n, g.num_experts}, {row_stride, expert_stride}, box_rows});
+  }
+  return make_tensor_map({b.data, g.dtype, {g.n, g.c, g.num_experts}, {row_stride, expert_stride}, kDepth});
+}
+
+// ---- launches ------------------------------------------------------------------------------------------------------------
+
+unsigned grid_for(int64_t tiles) {
+  return static_cast<unsigned>(std::min<int64_t>(tiles, device_attribute(cudaDevAttrMultiProcessorCount)));
+}
+
+template <typename T, Epilogue kEpilogue, typename C>
+void launch_gemm(const Gemm& g, void* stream) {
+  GemmParams params{};
+  params.weights = map_of_weights(g, gate_halves(g) ? C::kColumns / 2 : C::kColumns);
+  if (g.a.indices == nullptr) params.slots = map_of_rows(g.a, g.dtype, g.c, C::kSlots);
+  params.g = g;
+  const int64_t tiles = row_tile_bound(g.num_slots, g.num_experts, C::kSlots) * ((g.n + C::kColumns - 1) / C::kColumns);
+  launch(gemm_sm90_kernel<T, kEpilogue, C>, dim3(grid_for(tiles)), dim3(kThreads),
+         shared_bytes(C::kShape, C::kN, C::kStages), stream, params);
+}
+
+// Calls f.template operator()<Config>() for a row of the table.
+template <Shape kShape, int kIndex, bool kAlongN>
+using ConfigOf = Config<kShape, kConfigs[kIndex].n, kConfigs[kIndex].stages, kAlongN>;
+
+template <typename T, Epilogue kEpilogue, bool kAlongN>
+void launch_shape(const Gemm& g, void* stream) {
+  switch (pick_config(g)) {
+    case ConfigKind::kRows128: return launch_gemm<T, kEpilogue, ConfigOf<Shape::kRows, 2, kAlongN>>(g, stream);
+    default: break;
+  }
+  if constexpr (kEpilogue != Epilogue::kGluBackward) {
+    switch (pick_config(g)) {
+      case ConfigKind::kFewRows16: return launch_gemm<T, kEpilogue, ConfigOf<Shape::kFewRows, 0, kAlongN>>(g, stream);
+      case ConfigKind::kFewRows64: return launch_gemm<T, kEpilogue, ConfigOf<Shape::kFewRows, 1, kAlongN>>(g, stream);
+      default: return launch_gemm<T, kEpilogue, ConfigOf<Shape::kRows, 3, kAlongN>>(g, stream);
+    }
+  }
+}
+
+template <typename T, Epilogue kEpilogue>
+void launch_layout(const Gemm& g, void* stream) {
+  if (g.b.k_contiguous()) {
+    launch_shape<T, kEpilogue, false>(g, stream);
+  } else {
+    launch_shape<T, kEpilogue, true>(g, stream);
+  }
+}
+
+template <typename T>
+void launch_type(const Gemm& g, void* stream) {
+  switch (g.epilogue) {
+    case Epilogue::kStore: return launch_layout<T, Epilogue::kStore>(g, stream);
+    case Epilogue::kGlu: return launch_layout<T, Epilogue::kGlu>(g, stream);
+    case Epilogue::kGluBackward: return launch_layout<T, Epilogue::kGluBackward>(g, stream);
+  }
+}
+
+template <typename T, int kIndex>
+void launch_wgrad(const Wgrad& g, void* stream) {
+  using C = ConfigOf<Shape::kWgrad, kIndex, true>;
+  WgradParams params{};
+  params.a = map_of_rows(g.a, g.dtype, g.m, kDepth);
+  params.b = map_of_rows(g.b, g.dtype, g.n, kDepth);
+  params.g = g;
+  const int64_t tiles = g.num_experts * ((g.m + kP - 1) / kP) * ((g.n + C::kN - 1) / C::kN);
+  launch(wgrad_sm90_kernel<T, C>, dim3(grid_for(tiles)), dim3(kThreads), shared_bytes(C::kShape, C::kN, C::kStages),
+         stream, params);
+}
+
+template <typename T>
+void launch_type(const Wgrad& g, void* stream) {
+  if (wide_tiles(g.n)) return launch_wgrad<T, 3>(g, stream);
+  launch_wgrad<T, 2>(g, stream);
+}
+
+}  // namespace
+}  // namespace sm90
+
+using namespace sm90;
+
+bool sm90_takes(const Gemm& g) {
+  return half_precision(g.dtype) && g.num_experts > 0 && g.num_experts <= kMaxExperts && fits_coordinate(g.num_slots) && eights(g.n) && eights(g.c) &&
+         fits_coordinate(g.n) && fits_coordinate(g.c) && takes_rows(g.a, g.c) && takes_weights(g) &&
+         takes_epilogue(g) && on_hopper();
+}
+
+void gemm_sm90(const Gemm& g, void* stream) {
+  if (g.dtype == DType::kFloat16) return launch_type<__half>(g, stream);
+  launch_type<__nv_bfloat16>(g, stream);
+}
+
+bool sm90_takes(const Wgrad& g) {
+  return half_precision(g.dtype) && g.num_experts > 0 && g.num_experts <= kMaxExperts && fits_coordinate(g.num_slots) && eights(g.m) && eights(g.n) &&
+         fits_coordinate(g.m) && fits_coordinate(g.n) && takes_rows(g.a, g.m) && takes_rows(g.b, g.n) &&
+         aligned(g.out) && eights(g.out_stride) && eights(g.out_expert_stride) && on_hopper();
+}
+
+void wgrad_sm90(const Wgrad& g, void* stream) {
+  if (g.dtype == DType::kFloat16) return launch_type<__half>(g, stream);
+  launch_type<__nv_bfloat16>(g, stream);
+}
+
+}  // namespace switchgear::cuda

@@ -1,0 +1,553 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The two products of gemm.h on Hopper: TMA and cp.async fill a ring in shared memory, wgmma empties it.
+//
+//   gemm    out[s,n] = Σ_k a[s,k] · b[e(s)][n,k], rows of a gathered or in order;  2·S·N·C flop
+//   wgrad   out[e][m,n] = Σ_{s of e} a[s,m] · b[s,n];  2·S·M·N flop
+//   traffic 2(S·C + E_hit·N·C + S·N) bytes, wgrad 2(S·M + S·N + E·M·N); an H100 is bound by memory below ~300 rows an expert
+//
+// Roles. One block per SM, three warpgroups. The first one produces: its thread 0 issues TMA, all 128 threads copy gathered
+// rows by cp.async. The other two consume in ping-pong: each owns every other tile of its block, and while one stores its tile
+// the other multiplies. Fine-grained experts need that: with C = 256 a tile is four stages, which takes no longer than its
+// epilogue. (Both on one tile of 128 x 256 would read less from L2, but leave the tensor cores idle meanwhile.)
+//
+// Tiles. A tile is P·Qᵀ: P has 128 rows (two m64 instructions), Q has Config::kN.
+//   kRows     P = 128 slots, Q = 128 or 192 columns of out
+//   kFewRows  P = 128 columns of out, Q = 16 or 64 slots: the operands change places, because wgmma's m is 64 at least
+//   wgrad     P = 128 columns of a, Q = 128 or 192 columns of b; the inner dimension is the expert's slots
+// Where gate and up lie side by side, the weights of a tile are two boxes, one of each: a thread then holds both of a pair.
+//
+// Ring. A stage is 64 of the inner dimension: rows of 128 bytes, swizzled over 128 bytes. Full: one arrival with the bytes of
+// TMA, and where cp.async takes part one of each producer thread, made when its copies have landed. Empty: one arrival of each
+// consumer warp once its wgmma have been waited for. cp.async writes through the generic proxy, so whoever multiplies such a
+// stage executes fence.proxy.async first. A parity cannot tell a phase from the one after the next: a consumer may look at
+// the ring only after the other one has seen the last stage of the tile before, hence `turn`.
+//
+// Tails. TMA gives zeros outside of a tensor, cp.async where it is told to. Rows of the next expert in a tile of a gemm are
+// not stored. In wgrad they would be summed: an expert's last stage comes by cp.async, with zeros behind its rows. The rows
+// past expert_offsets[E] are the tiles of one more expert, without an inner dimension.
+//
+// Numeric contract: products accumulate in float32, k ascending in steps of 16 through one accumulator per element, in all
+// configs alike; k past C adds zeros. What is stored is rounded once. No atomics; nothing depends on the grid.
+//@TABLE@
+#pragma once
+#include "gemm_schedule.cuh"
+#include "gemm_sm90_epilogue.cuh"
+#include "hopper.cuh"
+
+namespace switchgear::cuda::sm90 {
+
+// ---- configs -------------------------------------------------------------------------------------------------------------
+
+enum class Shape : uint8_t { kRows, kFewRows, kWgrad };
+
+// kAlongN: the unit stride of the weights is n's, not k's. Such operands are "MN-major" in wgmma's terms.
+template <Shape kShapeOf, int kRowsOfQ, int kRingStages, bool kWeightsAlongN>
+struct Config {
+  static constexpr Shape kShape = kShapeOf;
+  static constexpr int kN = kRowsOfQ;
+  static constexpr int kStages = kRingStages;
+  static constexpr bool kAlongN = kWeightsAlongN;
+  static constexpr int kSlots = kShape == Shape::kFewRows ? kN : 128;    // of a tile of a gemm
+  static constexpr int kColumns = kShape == Shape::kFewRows ? 128 : kN;  // of b in a tile
+  // Registers of a thread: 504 for one producer and two consumers. Copying gathered rows wants more than 40.
+  static constexpr int kConsumerRegisters = kN > 128 ? 232 : 224;
+  static constexpr int kProducerRegisters = 504 - 2 * kConsumerRegisters;
+  static constexpr bool kPAlongM = kShape == Shape::kWgrad || (kShape == Shape::kFewRows && kAlongN);
+  static constexpr bool kQAlongN = kShape == Shape::kWgrad || (kShape == Shape::kRows && kAlongN);
+};
+
+constexpr int kProducers = 128, kConsumers = 2;
+constexpr int kThreads = kProducers + kConsumers * 128;
+constexpr int kP = 128;
+constexpr int kDepth = 64;                       // of the inner dimension in a stage
+constexpr int kRowBytes = 128;                   // of an operand in a stage
+constexpr int kBlockBytes = kDepth * kRowBytes;  // 64 rows
+constexpr int kScratchPitch = kP + 4;            // floats; keeps the lanes that write a column in different banks
+
+constexpr int stage_bytes(int n) { return (kP + n) * kRowBytes; }
+// Where a tile of kFewRows changes its rows for its columns, for each consumer.
+constexpr int scratch_bytes(Shape shape, int n) {
+  return shape == Shape::kFewRows ? kConsumers * n * kScratchPitch * 4 : 0;
+}
+// 1024: the stages begin at a multiple of the swizzle's pattern.
+constexpr int shared_bytes(Shape shape, int n, int stages) {
+  const int first_tiles = shape == Shape::kWgrad ? 0 : (kMaxExperts + 2) * 4;
+  return 1024 + stages * stage_bytes(n) + scratch_bytes(shape, n) + (2 * stages + kConsumers) * 8 + first_tiles;
+}
+
+// Tensor maps of the operands that TMA loads.
+struct GemmParams {
+  CUtensorMap weights, slots;
+  Gemm g;
+};
+struct WgradParams {
+  CUtensorMap a, b;
+  Wgrad g;
+};
+
+// ---- the ring ------------------------------------------------------------------------------------------------------------
+
+// `position` counts the stages of a block's tiles one after the other.
+template <typename C>
+struct Ring {
+  static constexpr int kStageBytes = stage_bytes(C::kN), kScratchBytes = scratch_bytes(C::kShape, C::kN);
+
+  unsigned char* stages;
+  uint64_t* full;
+  uint64_t* empty;
+  uint64_t* turn;  // [consumer]: the other one has seen the last stage of its tile
+
+  __device__ explicit Ring(unsigned char* memory) {
+    const uint32_t address = ptx::smem_u32(memory);
+    stages = memory + ((address + 1023u) / 1024u * 1024u - address);
+    full = reinterpret_cast<uint64_t*>(stages + C::kStages * kStageBytes + kScratchBytes);
+    empty = full + C::kStages;
+    turn = empty + C::kStages;
+  }
+
+  __device__ void init(bool copies) const {
+    for (int s = 0; s < C::kStages; ++s) {
+      ptx::mbar_init(full + s, copies ? 1 + kProducers : 1);
+      ptx::mbar_init(empty + s, 4);
+    }
+    for (int c = 0; c < kConsumers; ++c) ptx::mbar_init(turn + c, 4);
+    ptx::fence_barrier_init();
+  }
+  __device__ float* scratch(int consumer) const {
+    return reinterpret_cast<float*>(stages + C::kStages * kStageBytes) + consumer * C::kN * kScratchPitch;
+  }
+  __device__ int32_t* first_tiles() const { return reinterpret_cast<int32_t*>(turn + kConsumers); }
+  __device__ static uint32_t index(uint32_t position) { return position % C::kStages; }
+  __device__ static uint32_t parity(uint32_t position) { return position / C::kStages & 1; }
+  __device__ unsigned char* p(uint32_t position) const { return stages + index(position) * kStageBytes; }
+  __device__ unsigned char* q(uint32_t position) const { return p(position) + kP * kRowBytes; }
+};
+
+// ---- tiles of a gemm ----------------------------------------------------------------------------------------------------
+
+// As TileWalker (gemm_schedule.cuh) numbers them, found by bisection in a table in shared memory instead of a walk with state:
+// the registers of a consumer are full of accumulators.
+template <typename C>
+struct GemmTiles {
+  const Gemm& g;
+  int32_t* first_tile;  // [E+2]: of each expert, of the rows of nobody, and past the last
+  int32_t columns;
+
+  __device__ GemmTiles(const Gemm& gemm, int32_t* shared)
+      : g(gemm), first_tile(shared), columns(static_cast<int32_t>((gemm.n + C::kColumns - 1) / C::kColumns)) {}
+
+  __device__ SlotRange slots(int32_t expert) const {
+    return slots_of(g.expert_offsets, expert, static_cast<int32_t>(g.num_experts), static_cast<int32_t>(g.num_slots));
+  }
+  __device__ static int32_t rows(SlotRange slots) { return (slots.end - slots.begin + C::kSlots - 1) / C::kSlots; }
+
+  // By one warp, before a barrier of the block.
+  __device__ void count() const {
+    const auto num_experts = static_cast<int32_t>(g.num_experts);
+    const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+    int32_t before = 0;
+    for (int32_t expert = lane; expert - lane <= num_experts; expert += 32) {
+      const int32_t tiles = expert <= num_experts ? rows(slots(expert)) * columns : 0;
+      int32_t through = tiles;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int32_t below = __shfl_up_sync(0xffffffffu, through, step);
+        if (lane >= step) through += below;
+      }
+      if (expert <= num_experts) first_tile[expert] = before + through - tiles;
+      before += __shfl_sync(0xffffffffu, through, 31);
+    }
+    if (lane == 0) first_tile[num_experts + 1] = before;
+  }
+
+  __device__ int32_t size() const { return first_tile[g.num_experts + 1]; }
+
+  __device__ RowTile operator[](int32_t t) const {
+    int32_t expert = 0, last = static_cast<int32_t>(g.num_experts);
+    while (expert < last) {  // the last one that begins at t or before
+      const int32_t middle = (expert + last + 1) / 2;
+      const bool behind = first_tile[middle] > t;
+      expert = behind ? expert : middle;
+      last = behind ? middle - 1 : last;
+    }
+    const SlotRange range = slots(expert);
+    const TilePosition position = banded(t - first_tile[expert], rows(range), columns);
+    const int32_t first_row = range.begin + position.row * C::kSlots, rest = range.end - first_row;
+    return {expert, first_row, rest < C::kSlots ? rest : C::kSlots, position.column};
+  }
+};
+
+// ---- producer ------------------------------------------------------------------------------------------------------------
+
+// Row r(s) of an operand; -1 for rows that do not exist.
+__device__ inline int32_t source_row(const Rows& rows, int32_t slot) {
+  const int32_t row = rows.indices != nullptr ? rows.indices[slot] : slot;
+  return row >= 0 && row < rows.count ? row : -1;
+}
+
+// Copies rows thread/8, thread/8 + 16, … of 64 columns from `column` on, swizzled; a thread copies 16 bytes of each. Zeros for
+// rows of -1 and columns from `width` on.
+template <typename T, int kCount>
+__device__ inline void copy_rows(unsigned char* to, const Rows& from, const int32_t (&rows)[kCount], int column, int width) {
+  const int chunk = static_cast<int>(threadIdx.x) % 8, first = static_cast<int>(threadIdx.x) / 8;
+  column += chunk * 8;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int r = first + 16 * i;
+    const bool inside = rows[i] >= 0 && column < width;
+    const int64_t offset = static_cast<int64_t>(rows[i]) * static_cast<int32_t>(from.stride) + column;
+    const T* const source = static_cast<const T*>(from.data) + (inside ? offset : 0);
+    ptx::cp_async16(to + r * kRowBytes + (chunk ^ r % 8) * 16, source, inside);
+  }
+}
+
+// One stage of the weights of a tile.
+template <typename C>
+__device__ inline void load_weights(unsigned char* to, const GemmParams& params, uint64_t* full, const RowTile& tile,
+                                    int k) {
+  const bool pairs = gate_halves(params.g);
+  const int first = tile.column * (pairs ? C::kColumns / 2 : C::kColumns);
+  const int second = static_cast<int>(params.g.n / 2) + first;  // the ups, of pairs
+  if constexpr (C::kAlongN) {
+#pragma unroll
+    for (int i = 0; i < C::kColumns / 64; ++i) {  // pairs: C::kColumns is 128
+      const int n = pairs && i > 0 ? second : first + 64 * i;
+      ptx::tma_load_3d(to + i * kBlockBytes, &params.weights, full, n, k, tile.expert);
+    }
+  } else {
+    ptx::tma_load_3d(to, &params.weights, full, k, first, tile.expert);
+    if (pairs) ptx::tma_load_3d(to + C::kColumns / 2 * kRowBytes, &params.weights, full, k, second, tile.expert);
+  }
+}
+
+template <typename C>
+__device__ inline int num_stages_of(const Gemm& g, const RowTile& tile) {
+  return tile.expert == g.num_experts ? 0 : static_cast<int>((g.c + kDepth - 1) / kDepth);
+}
+
+template <typename T, typename C>
+__device__ inline void produce(const GemmParams& params, const Ring<C>& ring, const GemmTiles<C>& tiles) {
+  const Gemm& g = params.g;
+  const bool gather = g.a.indices != nullptr;
+  if (!gather && threadIdx.x != 0) return;
+  constexpr int kWeightBytes = C::kColumns * kRowBytes, kSlotBytes = C::kSlots * kRowBytes;
+  const int bytes = kWeightBytes + (gather ? 0 : kSlotBytes);
+  uint32_t position = 0;
+  const int32_t num_tiles = tiles.size();
+  for (auto t = static_cast<int32_t>(blockIdx.x); t < num_tiles; t += static_cast<int32_t>(gridDim.x)) {
+    const RowTile tile = tiles[t];
+    int32_t rows[C::kSlots / 16] = {};
+    if (gather) {
+#pragma unroll
+      for (int i = 0; i < C::kSlots / 16; ++i) {
+        const int r = static_cast<int>(threadIdx.x) / 8 + 16 * i;
+        rows[i] = r < tile.rows ? source_row(g.a, tile.first_row + r) : -1;
+      }
+    }
+    const int num_stages = num_stages_of<C>(g, tile);
+    for (int stage = 0; stage < num_stages; ++stage, ++position) {
+      uint64_t* const full = ring.full + ring.index(position);
+      unsigned char* const to_weights = C::kShape == Shape::kFewRows ? ring.p(position) : ring.q(position);
+      unsigned char* const to_slots = C::kShape == Shape::kFewRows ? ring.q(position) : ring.p(position);
+#ifndef PLANT_SM90_EMPTY_WAIT
+      ptx::mbar_wait(ring.empty + ring.index(position), ring.parity(position) ^ 1);
+#endif
+      if (threadIdx.x == 0) {
+#ifdef PLANT_SM90_HALF_BYTES
+        ptx::mbar_expect_tx(full, bytes / 2);
+#else
+        ptx::mbar_expect_tx(full, bytes);
+#endif
+        load_weights<C>(to_weights, params, full, tile, stage * kDepth);
+        if (!gather) ptx::tma_load_3d(to_slots, &params.slots, full, stage * kDepth, tile.first_row, 0);
+      }
+      if (gather) {
+        copy_rows<T>(to_slots, g.a, rows, stage * kDepth, static_cast<int>(g.c));
+        ptx::cp_async_mbar_arrive(full);
+      }
+    }
+  }
+}
+
+// ---- consumers -----------------------------------------------------------------------------------------------------------
+
+// Frees a stage: all lanes have waited for the warp's last reads.
+__device__ inline void release(uint64_t* empty) {
+  if (threadIdx.x % 32 == 0) ptx::mbar_arrive(empty);
+}
+
+// Sixteen of the inner dimension of an operand: 32 bytes of each row, or 16 rows where it runs along m or n. Blocks of 64 rows
+// follow each other either way.
+template <bool kAlong>
+__device__ inline uint64_t operand(uint32_t start, int sixteen) {
+  if constexpr (kAlong) {
+    return ptx::descriptor(start + 16 * sixteen * kRowBytes, kBlockBytes, 8 * kRowBytes, ptx::Swizzle::k128B);
+  } else {
+    return ptx::desc_k128(start + 32 * sixteen);
+  }
+}
+
+// acc = P·Qᵀ over the stages from `position` on; `copied(stage)`: whether cp.async wrote it. `next` is the turn of the other.
+template <typename T, typename C, typename Copied>
+__device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, uint32_t position, int num_stages,
+                                uint64_t* next, const Copied& copied) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int j = 0; j < C::kN / 2; ++j) acc[i][j] = 0.0f;
+  }
+  for (int stage = 0; stage < num_stages; ++stage, ++position) {
+#ifdef PLANT_SM90_WRONG_PHASE
+    ptx::mbar_wait(ring.full + ring.index(position), ring.parity(position) ^ 1);
+#else
+    ptx::mbar_wait(ring.full + ring.index(position), ring.parity(position));
+#endif
+#ifndef PLANT_SM90_PROXY_FENCE
+    if (copied(stage)) ptx::fence_proxy_async();
+#endif
+    const uint32_t p = ptx::smem_u32(ring.p(position)), q = ptx::smem_u32(ring.q(position));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kDepth / 16; ++k) {
+      const uint64_t q_tile = operand<C::kQAlongN>(q, k);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        ptx::wgmma<T, C::kN, C::kPAlongM, C::kQAlongN>(acc[i], operand<C::kPAlongM>(p + i * kBlockBytes, k), q_tile, 1);
+      }
+    }
+    ptx::wgmma_commit();
+#ifdef PLANT_SM90_EARLY_RELEASE
+    release(ring.empty + ring.index(position));
+#else
+    if (stage > 0) {  // the products of the stage before; this one's go on
+      ptx::wgmma_wait<1>();
+      release(ring.empty + ring.index(position - 1));
+    }
+#endif
+  }
+  if (threadIdx.x % 32 == 0) ptx::mbar_arrive(next);
+  ptx::wgmma_wait<0>();
+#ifndef PLANT_SM90_EARLY_RELEASE
+  if (num_stages > 0) release(ring.empty + ring.index(position - 1));
+#endif
+  ptx::wgmma_registers(acc[0]);
+  ptx::wgmma_registers(acc[1]);
+}
+
+// The accumulators of kFewRows are columns x slots; they change places on their way through scratch memory.
+template <typename T, Epilogue kEpilogue, typename C>
+__device__ inline void finish_few_rows(const Gemm& g, const RowTile& tile, const Accumulators<C::kN>& acc,
+                                       float* scratch, int consumer) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int column = row_of_thread(i);
+#pragma unroll
+    for (int j = 0; j < C::kN / 4; ++j) {
+      const int slot = j / 2 * 8 + thread % 4 * 2 + j % 2;
+      scratch[slot * kScratchPitch + column] = acc[i / 2][j / 2 * 4 + i % 2 * 2 + j % 2];
+    }
+  }
+#ifndef PLANT_SM90_SCRATCH_BARRIER
+  ptx::bar_sync(1 + consumer, 128);
+#endif
+#pragma unroll 1
+  for (int first = 0; first < C::kN; first += 32) {  // a quad per slot
+    const int r = first + thread / 4;
+    finish_row<kEpilogue, T>(g, tile, r, SharedRuns{scratch + (r < C::kN ? r : 0) * kScratchPitch});
+  }
+  ptx::bar_sync(1 + consumer, 128);  // before the next tile goes there
+}
+
+template <typename T, Epilogue kEpilogue, typename C>
+__device__ inline void finish(const Gemm& g, const RowTile& tile, Accumulators<C::kN>& acc, const Ring<C>& ring,
+                              int consumer) {
+  if constexpr (C::kShape == Shape::kFewRows) {
+    finish_few_rows<T, kEpilogue, C>(g, tile, acc, ring.scratch(consumer), consumer);
+  } else {
+    const int rows = ptx::opaque(4);  // else the loop is unrolled all the same
+#pragma unroll 1
+    for (int i = 0; i < rows; ++i) {
+      finish_row<kEpilogue, T>(g, tile, row_of_thread(i), QuadRuns<C::kN>{acc[0]});
+      next_row<C::kN>(acc);
+    }
+  }
+}
+
+// Waits for a consumer's n-th turn, which comes after n arrivals of the other one; the first's first after none.
+template <typename C>
+__device__ inline void wait_for_turn(const Ring<C>& ring, int consumer, uint32_t n) {
+#ifndef PLANT_SM90_TURN
+  ptx::mbar_wait(ring.turn + consumer, consumer == 0 ? (n & 1) ^ 1 : n & 1);
+#endif
+}
+
+template <typename T, Epilogue kEpilogue, typename C>
+__device__ inline void consume(const GemmParams& params, const Ring<C>& ring, const GemmTiles<C>& tiles) {
+  const Gemm& g = params.g;
+  const int consumer = static_cast<int>(threadIdx.x) / 128 - 1;
+  const bool gather = g.a.indices != nullptr;
+  uint32_t position = 0, count = 0;
+  const int32_t num_tiles = tiles.size();
+  for (auto t = static_cast<int32_t>(blockIdx.x); t < num_tiles; t += static_cast<int32_t>(gridDim.x), ++count) {
+    const RowTile tile = tiles[t];
+    const int num_stages = num_stages_of<C>(g, tile);
+    if (count % kConsumers == static_cast<uint32_t>(consumer)) {
+      Accumulators<C::kN> acc;
+      wait_for_turn(ring, consumer, count / kConsumers);
+      multiply<T>(acc, ring, position, num_stages, ring.turn + (1 - consumer), [&](int) { return gather; });
+      finish<T, kEpilogue>(g, tile, acc, ring, consumer);
+    }
+    position += static_cast<uint32_t>(num_stages);
+  }
+}
+
+template <typename T, Epilogue kEpilogue, typename C>
+__global__ void __launch_bounds__(kThreads, 1) gemm_sm90_kernel(const __grid_constant__ GemmParams params) {
+  SHARED_DYN(unsigned char, memory);
+  const Ring<C> ring(memory);
+  const GemmTiles<C> tiles(params.g, ring.first_tiles());
+  if (threadIdx.x == 0) ring.init(params.g.a.indices != nullptr);
+  if (threadIdx.x < 32) tiles.count();
+  __syncthreads();
+  if (threadIdx.x < kProducers) {
+    ptx::setmaxnreg_dec<C::kProducerRegisters>();
+    produce<T>(params, ring, tiles);
+  } else {
+    ptx::setmaxnreg_inc<C::kConsumerRegisters>();
+    consume<T, kEpilogue>(params, ring, tiles);
+  }
+}
+
+// ---- weight gradient -----------------------------------------------------------------------------------------------------
+
+// A tile of one expert's gradient, and the slots that it sums over.
+struct WgradTile {
+  int32_t expert;
+  TilePosition position;
+  SlotRange slots;
+
+  __device__ int num_stages() const { return (slots.end - slots.begin + kDepth - 1) / kDepth; }
+  // Whether a stage reaches past the expert's slots.
+  __device__ bool has_tail(int stage) const { return slots.begin + (stage + 1) * kDepth > slots.end; }
+};
+
+template <typename C>
+struct WgradTiles {
+  const Wgrad& g;
+  int32_t rows, columns;  // tiles of one expert
+
+  __device__ explicit WgradTiles(const Wgrad& wgrad)
+      : g(wgrad),
+        rows(static_cast<int32_t>((wgrad.m + kP - 1) / kP)),
+        columns(static_cast<int32_t>((wgrad.n + C::kN - 1) / C::kN)) {}
+  __device__ int32_t size() const { return static_cast<int32_t>(g.num_experts) * rows * columns; }
+  __device__ WgradTile operator[](int32_t t) const {
+    const int32_t each = rows * columns, expert = t / each;
+    return {expert, banded(t - expert * each, rows, columns),
+            slots_of(g.expert_offsets, expert, static_cast<int32_t>(g.num_experts), static_cast<int32_t>(g.num_slots))};
+  }
+};
+
+// 64 slots of kWidth columns of one operand, in blocks of 64 columns.
+template <typename T, int kWidth>
+__device__ inline void load_slots(unsigned char* to, const CUtensorMap* map, uint64_t* full, const Rows& rows,
+                                  int column, int width, int32_t first, int32_t end, bool by_row) {
+  if (!by_row) {
+    if (threadIdx.x != 0) return;
+#pragma unroll
+    for (int i = 0; i < kWidth / 64; ++i) {
+      ptx::tma_load_3d(to + i * kBlockBytes, map, full, column + 64 * i, first, 0);
+    }
+    return;
+  }
+  int32_t source[kDepth / 16];
+#pragma unroll
+  for (int i = 0; i < kDepth / 16; ++i) {
+    const int32_t slot = first + static_cast<int>(threadIdx.x) / 8 + 16 * i;
+    source[i] = slot < end ? source_row(rows, slot) : -1;
+  }
+#pragma unroll
+  for (int i = 0; i < kWidth / 64; ++i) copy_rows<T>(to + i * kBlockBytes, rows, source, column + 64 * i, width);
+}
+
+template <typename T, typename C>
+__device__ inline void produce(const WgradParams& params, const Ring<C>& ring, const WgradTiles<C>& tiles) {
+  const Wgrad& g = params.g;
+  const bool gather_a = g.a.indices != nullptr, gather_b = g.b.indices != nullptr;
+  uint32_t position = 0;
+  for (auto t = static_cast<int32_t>(blockIdx.x); t < tiles.size(); t += static_cast<int32_t>(gridDim.x)) {
+    const WgradTile tile = tiles[t];
+    for (int stage = 0; stage < tile.num_stages(); ++stage, ++position) {
+      uint64_t* const full = ring.full + ring.index(position);
+#ifdef PLANT_SM90_TAIL_ROWS
+      const bool tail = false;
+#else
+      const bool tail = tile.has_tail(stage);
+#endif
+      const bool copy_a = tail || gather_a, copy_b = tail || gather_b;
+      const int32_t first = tile.slots.begin + stage * kDepth, end = tile.slots.end;
+      ptx::mbar_wait(ring.empty + ring.index(position), ring.parity(position) ^ 1);
+      if (threadIdx.x == 0) ptx::mbar_expect_tx(full, ((copy_a ? 0 : kP) + (copy_b ? 0 : C::kN)) * kRowBytes);
+      load_slots<T, kP>(ring.p(position), &params.a, full, g.a, tile.position.row * kP, static_cast<int>(g.m), first, end, copy_a);
+      load_slots<T, C::kN>(ring.q(position), &params.b, full, g.b, tile.position.column * C::kN, static_cast<int>(g.n), first, end,
+                           copy_b);
+      ptx::cp_async_mbar_arrive(full);
+    }
+  }
+}
+
+template <typename T, typename C>
+__device__ inline void finish(const Wgrad& g, const WgradTile& tile, Accumulators<C::kN>& acc) {
+#pragma unroll 1
+  for (int i = 0; i < 4; ++i) {
+    const int64_t m = static_cast<int64_t>(tile.position.row) * kP + row_of_thread(i);
+    T* const out = static_cast<T*>(g.out) + tile.expert * g.out_expert_stride + m * g.out_stride;
+    const QuadRuns<C::kN> runs{acc[0]};
+#pragma unroll
+    for (int r = 0; r < runs.kRuns; ++r) {
+      float values[8];
+      runs.get(r, values);
+      const int64_t column = static_cast<int64_t>(tile.position.column) * C::kN + 32 * r + lane_column();
+      if (m < g.m && column < g.n) store_run(out + column, values);
+    }
+    next_row<C::kN>(acc);
+  }
+}
+
+template <typename T, typename C>
+__device__ inline void consume(const WgradParams& params, const Ring<C>& ring, const WgradTiles<C>& tiles) {
+  const Wgrad& g = params.g;
+  const int consumer = static_cast<int>(threadIdx.x) / 128 - 1;
+  const bool gather = g.a.indices != nullptr || g.b.indices != nullptr;
+  uint32_t position = 0, count = 0;
+  for (auto t = static_cast<int32_t>(blockIdx.x); t < tiles.size(); t += static_cast<int32_t>(gridDim.x), ++count) {
+    const WgradTile tile = tiles[t];
+    if (count % kConsumers == static_cast<uint32_t>(consumer)) {
+      Accumulators<C::kN> acc;
+      wait_for_turn(ring, consumer, count / kConsumers);
+      multiply<T>(acc, ring, position, tile.num_stages(), ring.turn + (1 - consumer),
+                  [&](int stage) { return gather || tile.has_tail(stage); });
+      finish<T, C>(g, tile, acc);
+    }
+    position += static_cast<uint32_t>(tile.num_stages());
+  }
+}
+
+template <typename T, typename C>
+__global__ void __launch_bounds__(kThreads, 1) wgrad_sm90_kernel(const __grid_constant__ WgradParams params) {
+  SHARED_DYN(unsigned char, memory);
+  const Ring<C> ring(memory);
+  if (threadIdx.x == 0) ring.init(true);
+  __syncthreads();
+  const WgradTiles<C> tiles(params.g);
+  if (threadIdx.x < kProducers) {
+    ptx::setmaxnreg_dec<C::kProducerRegisters>();
+    produce<T>(params, ring, tiles);
+  } else {
+    ptx::setmaxnreg_inc<C::kConsumerRegisters>();
+    consume<T>(params, ring, tiles);
+  }
+}
+
+}  // namespace switchgear::cuda::sm90

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The epilogues of gemm_sm90.cuh: from the accumulators of a wgmma to rows in memory, for sizes and strides that are
+// multiples of 8 elements. What they compute is in gemm.h; formats of h are those of ops.h.
+//
+// A thread takes runs of eight neighbouring columns: 16 bytes of a row, 64 bytes a quad. The lanes of a quad hold two columns
+// each of every block of eight, so four shuffles a block make runs of them. About 1 shuffle and 3 selects per element, under
+// the products of the other consumer; every store fills whole sectors.
+//
+// Numeric contract: float32, rounded once when stored; a comes from the h that was not rounded.
+#pragma once
+#include "gemm_epilogue.cuh"
+#include "gemm_sm90.h"
+#include "hopper.cuh"
+
+namespace switchgear::cuda::sm90 {
+
+// Rows 64·i + 16·warp + lane/4 (+ 8), columns 8·j + 2·(lane % 4) (+ 1): element [i][4·j (+ 2) (+ 1)].
+template <int kN>
+using Accumulators = float[2][kN / 2];
+
+// Row i of the four that a thread has in a tile of 128.
+__device__ inline int row_of_thread(int i) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  return 64 * (i / 2) + 16 * (thread / 32) + thread % 32 / 4 + 8 * (i % 2);
+}
+
+// Moves the accumulators of a thread's next row to where those of its first one are. Registers have no index at run time, and
+// an epilogue unrolled over the rows is four times as long.
+template <int kN>
+__device__ inline void next_row(Accumulators<kN>& acc) {
+#pragma unroll
+  for (int j = 0; j < kN / 2; j += 4) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      acc[0][j + c] = acc[0][j + 2 + c];
+      acc[0][j + 2 + c] = acc[1][j + c];
+      acc[1][j + c] = acc[1][j + 2 + c];
+    }
+  }
+}
+
+// Of the first run of this thread.
+__device__ inline int lane_column() { return static_cast<int>(threadIdx.x) % 4 * 8; }
+
+// The runs of a thread: columns 32·g + 8·(lane % 4) of one row of its tile, one at a time, for registers are scarce.
+
+// Of the first row of accumulators. Four blocks of eight columns, a pair of each a lane -> a block a lane: lane i gives its
+// pair of block j to lane j, where it becomes columns 2i and 2i + 1. All lanes of a warp call it together.
+template <int kN>
+struct QuadRuns {
+  static constexpr int kRuns = kN / 32;
+  const float (&acc)[kN / 2];
+
+  __device__ void get(int g, float (&run)[8]) const {
+    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      float v[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) v[j] = acc[4 * (4 * g + j) + c];
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {  // the 2 x 2 blocks of a 4 x 4 matrix, transposed
+        const float other = __shfl_xor_sync(0xffffffffu, odd ? v[j] : v[j + 1], 1);
+        v[j] = odd ? other : v[j];
+        v[j + 1] = odd ? v[j + 1] : other;
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {  // and those off its diagonal exchanged
+        const float other = __shfl_xor_sync(0xffffffffu, high ? v[j] : v[j + 2], 2);
+        v[j] = high ? other : v[j];
+        v[j + 2] = high ? v[j + 2] : other;
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) run[2 * j + c] = v[j];
+    }
+  }
+};
+
+// Of a row of 128 columns in shared memory, at a multiple of 16 bytes.
+struct SharedRuns {
+  static constexpr int kRuns = 4;
+  const float* row;
+
+  __device__ void get(int g, float (&run)[8]) const {
+    const float4* const from = reinterpret_cast<const float4*>(row + 32 * g + lane_column());
+    const float4 low = from[0], high = from[1];
+    const float all[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) run[i] = all[i];
+  }
+};
+
+template <typename T>
+__device__ inline void load_run(float (&values)[8], const T* from) {
+  unpack<T>(values, load_vector(from, 8, true));
+}
+
+template <typename T>
+__device__ inline void store_run(T* to, const float (&values)[8]) {
+  store_vector(to, pack<T>(values), 8, true);
+}
+
+template <typename T>
+__device__ inline void add_bias(float (&values)[8], const Gemm& g, int expert, int column) {
+  if (g.bias == nullptr || expert == g.num_experts) return;
+  float bias[8];
+  load_run(bias, static_cast<const T*>(g.bias) + static_cast<int64_t>(expert) * g.bias_stride + column);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values[i] += bias[i];
+}
+
+// ---- one row -------------------------------------------------------------------------------------------------------------
+// Called by all lanes of a warp; lanes with `stored` false have no row and take part in shuffles alone.
+
+// The activation is decided run by run. Were it known to be the same for all, the compiler would make a copy of the whole
+// epilogue for each.
+template <typename Body>
+__device__ inline void with_activation_of(const Gemm& g, const Body& body) {
+  with_activation(static_cast<Activation>(ptx::opaque(static_cast<int>(g.options.activation))), body);
+}
+
+template <typename T, typename Runs>
+__device__ inline void store_row(const Gemm& g, const RowTile& tile, int64_t slot, bool stored, const Runs& runs) {
+  T* const out = static_cast<T*>(g.out) + slot * g.out_stride;
+#pragma unroll
+  for (int r = 0; r < Runs::kRuns; ++r) {
+    float values[8];
+    runs.get(r, values);
+    const int column = tile.column * (32 * Runs::kRuns) + 32 * r + lane_column();
+    if (!stored || column >= static_cast<int>(g.n)) continue;
+    add_bias<T>(values, g, tile.expert, column);
+    store_run(out + column, values);
+  }
+}
+
+// h, where wanted, and a = glu(h). Runs r and r + kRuns / 2 of a row are taken together. Side by side they are eight gates and
+// their ups, since the first half of such a tile's columns are gates; interleaved they are four pairs each; of plain experts,
+// gates that have nothing to do with each other.
+template <typename T, typename Runs>
+__device__ inline void glu_row(const Gemm& g, const RowTile& tile, int64_t slot, bool stored, const Runs& runs) {
+  constexpr int kPairs = Runs::kRuns / 2;
+  const bool gated = g.options.gated, interleaved = gated && g.options.interleaved, halves = gated && !interleaved;
+  const int tile_width = (halves ? 32 : 64) * kPairs, n = static_cast<int>(g.n);  // columns of the first projection from tile to tile
+  const int apart = halves ? n / 2 : 32 * kPairs;     // from the first run to the second
+  T* const out = static_cast<T*>(g.out) + slot * g.out_stride;
+  T* const h = static_cast<T*>(g.h) + slot * g.h_stride;
+#pragma unroll
+  for (int r = 0; r < kPairs; ++r) {
+    float first[8], second[8];
+    runs.get(r, first);
+    runs.get(r + kPairs, second);
+    const int column = tile.column * tile_width + 32 * r + lane_column();
+    const bool has_first = stored && column < (halves ? apart : n), has_second = stored && column + apart < n;
+    if (has_first) add_bias<T>(first, g, tile.expert, column);
+    if (has_second) add_bias<T>(second, g, tile.expert, column + apart);
+    if (has_first && g.h != nullptr) store_run(h + column, first);
+    if (has_second && g.h != nullptr) store_run(h + column + apart, second);
+    GateBlock gates;
+    if (interleaved) {
+      split(gates, first, second);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        gates.gate[i] = first[i];
+        gates.up[i] = second[i];
+      }
+    }
+#pragma unroll 1
+    for (int part = 0; part < (gated ? 1 : 2); ++part) {
+      float a[8];
+      with_activation_of(g, [&]<Activation kActivation>() {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) a[i] = gate_value<kActivation>(g.options, gates.gate[i], gates.up[i]);
+      });
+      if (!interleaved) {
+        if (part == 0 ? has_first : has_second) store_run(out + column + part * apart, a);
+      } else {
+        const Words words = pack<T>(a);  // four of a each
+        if (has_first) *reinterpret_cast<uint2*>(out + column / 2) = make_uint2(words.w[0], words.w[1]);
+        if (has_second) *reinterpret_cast<uint2*>(out + (column + apart) / 2) = make_uint2(words.w[2], words.w[3]);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) gates.gate[i] = second[i];
+    }
+  }
+}
+
+// grad_h, w·a and parts of <g, a> from the runs g, the gradient of one slot's a without its weight.
+template <typename T, typename Runs>
+__device__ inline void glu_backward_row(const Gemm& g, const RowTile& tile, int64_t slot, bool stored, const Runs& runs) {
+  const bool gated = g.options.gated, interleaved = gated && g.options.interleaved;
+  const int step = interleaved ? 2 : 1;                    // columns of h per column of a
+  const int n = static_cast<int>(g.n), second = interleaved ? 8 : n;           // from the first eight columns of h to the other eight
+  const int first_column = tile.column * (32 * Runs::kRuns) + lane_column();
+  const T* const h = static_cast<const T*>(g.h) + slot * g.h_stride + step * first_column;
+  T* const grad_h = static_cast<T*>(g.out) + slot * g.out_stride + step * first_column;
+  Words packed[Runs::kRuns][2] = {};
+#pragma unroll
+  for (int r = 0; r < Runs::kRuns; ++r) {  // all loads before the first use
+    if (!stored || first_column + 32 * r >= n) continue;
+    packed[r][0] = load_vector(h + step * 32 * r, 8, true);
+    if (gated) packed[r][1] = load_vector(h + step * 32 * r + second, 8, true);
+  }
+  const float weight = stored ? g.slot_weights[slot] : 0.0f;
+#pragma unroll
+  for (int r = 0; r < Runs::kRuns; ++r) {
+    const int column = first_column + 32 * r;
+    const bool used = stored && column < n;
+    float product[8], part = 0.0f;
+    GateBlock gates;
+    runs.get(r, product);
+    unpack<T>(gates.gate, packed[r][0]);
+    unpack<T>(gates.up, packed[r][1]);
+    if (interleaved) {
+      const GateBlock pairs = gates;
+      split(gates, pairs.gate, pairs.up);
+    }
+    with_activation_of(g, [&]<Activation kActivation>() {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const GateGradient d = gate_gradient<kActivation>(g.options, gates.gate[i], gates.up[i]);
+        part = fmaf(product[i], d.a, part);
+        gates.gate[i] = weight * product[i] * d.per_gate;
+        gates.up[i] = weight * product[i] * d.per_up;
+        product[i] = weight * d.a;
+      }
+    });
+    part = used ? part : 0.0f;
+    part += __shfl_xor_sync(0xffffffffu, part, 1);
+    part += __shfl_xor_sync(0xffffffffu, part, 2);
+    if (!used) continue;
+    if (interleaved) {
+      const GateBlock parts = gates;
+      merge(gates.gate, gates.up, parts);
+    }
+    store_run(grad_h + step * 32 * r, gates.gate);
+    if (gated) store_run(grad_h + step * 32 * r + second, gates.up);
+    if (g.weighted_a != nullptr) store_run(static_cast<T*>(g.weighted_a) + slot * g.n + column, product);
+    if (g.weight_parts != nullptr && threadIdx.x % 4 == 0) {
+      g.weight_parts[slot * weight_parts_of(g.n) + column / kWeightPart] = part;
+    }
+  }
+}
+
+// Row `r` of a tile of a gemm; rows behind the expert's last are not stored.
+template <Epilogue kEpilogue, typename T, typename Runs>
+__device__ inline void finish_row(const Gemm& g, const RowTile& tile, int r, const Runs& runs) {
+  const int64_t slot = static_cast<int64_t>(tile.first_row) + r;
+#ifdef PLANT_SM90_ROW_PREDICATE
+  const bool stored = slot < g.num_slots;
+#else
+  const bool stored = r < tile.rows;
+#endif
+  if constexpr (kEpilogue == Epilogue::kStore) {
+    store_row<T>(g, tile, slot, stored, runs);
+  } else if constexpr (kEpilogue == Epilogue::kGlu) {
+    glu_row<T>(g, tile, slot, stored, runs);
+  } else {
+    glu_backward_row<T>(g, tile, slot, stored && tile.expert < g.num_experts, runs);
+  }
+}
+
+}  // namespace switchgear::cuda::sm90
