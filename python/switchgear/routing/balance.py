@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Losses that keep the load of experts equal and the logits small. Float32, differentiable in router_logits."""
+"""Losses that keep the load of experts equal and the logits small: functions of tensors. Float32, differentiable.
+
+Losses as options of a router, with their coefficients: losses.py. T tokens, E experts, K choices of each token.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from switchgear.functional import Routing
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def load_balancing_loss(router_logits: Tensor, topk_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -38,3 +45,214 @@ def z_loss(router_logits: Tensor) -> Tensor:
     """
     squares = router_logits.float().logsumexp(-1).square()
     return squares.sum() / max(squares.numel(), 1)
+
+
+def count_tokens(topk_ids: Tensor, num_experts: int) -> Tensor:
+    """tokens_per_expert [E] int64: the choices of topk_ids [T,K] that fell on each expert; holes (-1) count nowhere."""
+    shifted = topk_ids.flatten().long() + 1  # a hole goes to place 0
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_ids.device)
+    return counts.scatter_add_(0, shifted, torch.ones_like(shifted))[1:]
+
+
+def max_violation(tokens_per_expert: Tensor) -> Tensor:
+    """MaxVio = (max_e n_e - mean n) / mean n of tokens_per_expert [..., E], [...] float32; 0 where the load is even
+    (arXiv:2408.15664). No tokens give 0."""
+    counts = tokens_per_expert.float()
+    mean = counts.mean(-1)
+    return (counts.amax(-1) - mean) / mean.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def router_probabilities(routing: Routing, score_function: str | None = None) -> Tensor:
+    """The probabilities [T,E] float32 that losses speak of: rows sum to 1.
+
+    score_function: "softmax" of the logits; "sigmoid" of the logits, divided by its sum (DeepSeek-V3,
+    arXiv:2412.19437); None: routing.scores divided by its sum where the router tells it, else the softmax.
+    """
+    if score_function not in (None, "softmax", "sigmoid"):
+        raise ValueError(f"score_function: expected 'softmax', 'sigmoid' or None, got {score_function!r}")
+    logits = routing.router_logits
+    logits = logits if logits.dtype is torch.float64 else logits.float()
+    if score_function == "sigmoid":
+        scores = logits.sigmoid()
+    elif score_function is None and routing.scores is not None:
+        scores = routing.scores
+    else:
+        return logits.softmax(-1)
+    return scores / scores.sum(-1, keepdim=True).clamp(min=_TINY)
+
+
+# ---- how even the load is --------------------------------------------------------------------------------------------
+
+
+def switch_loss(probabilities: Tensor, tokens_per_expert: Tensor, num_tokens: Tensor | int) -> Tensor:
+    """E · Σ_e f_e · P_e, with f_e = tokens_per_expert[e] / num_tokens and P_e the mean of probabilities [T,E].
+
+    The counts may come from more than these T tokens: those of all processes and of all micro-batches of a step
+    (arXiv:2501.11873). Switch Transformer, arXiv:2101.03961, equation 4. Returns a scalar, 0 without tokens.
+    """
+    fraction = tokens_per_expert.to(probabilities.dtype) / torch.as_tensor(num_tokens).clamp(min=1)
+    return probabilities.shape[1] * (fraction * _mean(probabilities)).sum()
+
+
+def sequence_switch_loss(probabilities: Tensor, topk_ids: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+    """The mean over sequences of each one's switch_loss (the sequence-wise loss of arXiv:2412.19437).
+
+    probabilities [T,E], topk_ids [T,K], sequence_ids [T] in [0, num_sequences). Sequences without tokens count 0.
+    """
+    num_experts = probabilities.shape[1]
+    sequence_ids = sequence_ids.long()
+    tokens = probabilities.new_zeros(num_sequences).index_add(0, sequence_ids, probabilities.new_ones(len(topk_ids)))
+    cells = sequence_ids[:, None] * (num_experts + 1) + topk_ids.long() + 1
+    counts = probabilities.new_zeros(num_sequences * (num_experts + 1))
+    counts = counts.scatter_add(0, cells.flatten(), counts.new_ones(cells.numel())).view(num_sequences, -1)[:, 1:]
+    totals = probabilities.new_zeros(num_sequences, num_experts).index_add(0, sequence_ids, probabilities)
+    tokens = tokens.clamp(min=1)[:, None]
+    return num_experts * (counts / tokens * (totals / tokens)).sum() / max(num_sequences, 1)
+
+
+def device_loss(probabilities: Tensor, topk_ids: Tensor, groups: Tensor) -> Tensor:
+    """Σ_g f'_g · P'_g over groups of experts, one per device (DeepSeekMoE, arXiv:2401.06066).
+
+    f'_g is the mean over the group's experts of f_e = E / (K·T) · tokens_per_expert[e], P'_g the sum of their mean
+    probabilities. probabilities [T,E], topk_ids [T,K], groups [E]: the group of each expert. 1 where the load is even.
+    """
+    num_tokens, num_experts = probabilities.shape
+    counts = count_tokens(topk_ids, num_experts).to(probabilities.dtype)
+    fraction = counts * num_experts / max(topk_ids.shape[1] * num_tokens, 1)
+    groups = groups.long()
+    sums = torch.stack((fraction, _mean(probabilities), torch.ones_like(fraction)))
+    fraction, mass, size = torch.zeros_like(sums).index_add(1, groups, sums)  # groups are at most experts
+    loss: Tensor = (fraction / size.clamp(min=1) * mass).sum()
+    return loss
+
+
+def null_aware_switch_loss(
+    probabilities: Tensor, tokens_per_expert: Tensor, num_tokens: Tensor | int, num_null: int
+) -> Tensor:
+    """switch_loss over E experts whose last `num_null` are null experts, which share their load evenly: they are
+    interchangeable, so that nothing prefers one to another (AdaMoE, arXiv:2406.13233)."""
+    load = tokens_per_expert.to(probabilities.dtype)
+    if num_null:
+        null = load[-num_null:]
+        load = torch.cat((load[:-num_null], null.mean().expand_as(null)))
+    return switch_loss(probabilities, load, num_tokens)
+
+
+def parameter_penalty(probabilities: Tensor, topk_ids: Tensor, widths: Tensor) -> Tensor:
+    """E · Σ_e M_e · P_e, with M_e = widths[e] · the share of tokens that chose e (HMoE, arXiv:2408.10681).
+
+    Wide experts are made to earn their cost. probabilities [T,E], topk_ids [T,K], widths [E] in any unit.
+    """
+    load = count_tokens(topk_ids, probabilities.shape[1]) * widths.to(probabilities.dtype)
+    return switch_loss(probabilities, load, probabilities.shape[0])
+
+
+def squared_variation(values: Tensor) -> Tensor:
+    """CV² = variance / mean² of values [N], with the variance of the N values themselves; 0 where all are equal."""
+    mean = values.mean()
+    return (values - mean).square().mean() / mean.square().clamp(min=_TINY)
+
+
+def importance_loss(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> Tensor:
+    """CV² of the experts' total weights (Shazeer et al., arXiv:1701.06538)."""
+    return squared_variation(_total_weights(topk_ids, topk_weights, num_experts))
+
+
+def smooth_load(router_logits: Tensor, top_k: int, noise_std: float = 1.0) -> Tensor:
+    """[E]: how many tokens would choose each expert if its logit alone were drawn again with noise of `noise_std`.
+
+    Σ_t Φ((z[t,e] - k-th largest of the others) / noise_std), differentiable where counts are not
+    (arXiv:1701.06538). router_logits [T,E].
+    """
+    logits = router_logits if router_logits.dtype is torch.float64 else router_logits.float()
+    if top_k >= logits.shape[1]:
+        return torch.ones_like(logits).sum(0)
+    best = logits.topk(top_k + 1, dim=-1).values
+    last_in, first_out = best[:, top_k - 1, None], best[:, top_k, None]
+    threshold = torch.where(logits >= last_in, first_out, last_in)
+    load: Tensor = torch.special.ndtr((logits - threshold) / noise_std).sum(0)
+    return load
+
+
+# ---- how sure the router is ------------------------------------------------------------------------------------------
+
+
+def entropy_loss(probabilities: Tensor) -> Tensor:
+    """mean_t -Σ_e p log p: low where each token is sure of its experts (arXiv:2403.07652)."""
+    return _entropy(probabilities).sum() / max(len(probabilities), 1)
+
+
+def batch_entropy_loss(probabilities: Tensor) -> Tensor:
+    """-H(mean_t p): low where the experts are used alike over the batch (sigma-MoE, arXiv:2310.10837)."""
+    return -_entropy(_mean(probabilities))
+
+
+# ---- where tokens go -------------------------------------------------------------------------------------------------
+
+
+def locality_loss(probabilities: Tensor, is_local: Tensor) -> Tensor:
+    """-log of the mean probability of local experts: 0 where every token stays (LocMoE, arXiv:2401.13920).
+
+    With D the mean of probabilities [T,E] and D_local its part on the experts of this node (is_local [E] bool),
+    normalised, this is KL(D_local || D). The paper writes the divergence the other way around, which is infinite as
+    soon as one token leaves the node. 0 without tokens.
+    """
+    share = (_mean(probabilities) * is_local).sum()
+    return -share.clamp(min=_TINY).log() * float(len(probabilities) > 0)
+
+
+def cluster_variance_loss(probabilities: Tensor, groups: Tensor) -> Tensor:
+    """The share of the variance of a token's probabilities that lies within clusters of experts, averaged over tokens.
+
+    0 where the experts of a cluster are as likely as each other and clusters differ, 1 where only the experts within
+    clusters differ (MoEC, arXiv:2207.09094; that the two variances are compared is the paper's, the quotient is
+    unverified). probabilities [T,E], groups [E]: the cluster of each expert.
+    """
+    groups = groups.long()
+    size = torch.zeros_like(probabilities[:1]).index_add(1, groups, torch.ones_like(probabilities[:1]))
+    center = torch.zeros_like(probabilities).index_add(1, groups, probabilities) / size.clamp(min=1)
+    center = center.index_select(1, groups)
+    within = (probabilities - center).square().sum(-1)
+    between = (center - probabilities.mean(-1, keepdim=True)).square().sum(-1)
+    return (within / (within + between).clamp(min=_TINY)).sum() / max(len(probabilities), 1)
+
+
+def localized_balance_loss(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    expert_types: Tensor,
+    sequence_types: Tensor,
+    sequence_ids: Tensor,
+    delta: float = 0.1,
+) -> Tensor:
+    """var(Z) / mean(Z) of Z[e,s] = I[e,s] · Q[e,s] (LoRAMoE, arXiv:2312.09979).
+
+    Q is the weight that the tokens of sequence s give to expert e; I is 1 + delta where the types of expert and
+    sequence agree and 1 - delta elsewhere. (The published code divides by mean².)
+
+    Args: topk_ids, topk_weights [T,K]; expert_types [E]; sequence_types [B]; sequence_ids [T] in [0, B). delta
+    unverified.
+    """
+    num_experts, num_sequences = len(expert_types), len(sequence_types)
+    cells = sequence_ids.long()[:, None] * (num_experts + 1) + topk_ids.long() + 1
+    weight = topk_weights.new_zeros(num_sequences * (num_experts + 1))
+    weight = weight.scatter_add(0, cells.flatten(), topk_weights.flatten()).view(num_sequences, -1)[:, 1:]
+    agrees = sequence_types[:, None] == expert_types
+    z = weight * torch.where(agrees, 1 + delta, 1 - delta)
+    return z.var(correction=0) / z.mean().clamp(min=_TINY)
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _mean(probabilities: Tensor) -> Tensor:
+    return probabilities.sum(0) / max(len(probabilities), 1)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return -(probabilities * probabilities.clamp(min=_TINY).log()).sum(-1)  # its gradient is finite at 0
+
+
+def _total_weights(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> Tensor:
+    totals = topk_weights.new_zeros(num_experts + 1)
+    return totals.scatter_add(0, topk_ids.flatten().long() + 1, topk_weights.flatten())[1:]

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Router: logits → scores → selection, with the policies of the literature as options."""
+"""Router: score, selection, capacity and balance as one module, with the policies of the literature as options."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +15,21 @@ from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
 from switchgear.functional import Routing, route
+from switchgear.routing.balance import count_tokens
+from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select
+from switchgear.routing.ranking import scores_of
+from switchgear.routing.scores import Uniform
+from switchgear.routing.selection import TopK
 
 
 class Router(nn.Module):
     """Linear router: router_logits = x · weightᵀ, then `route`. Returns the Routing: a hook sees all of it.
 
+        router = Router(2048, 64, 8, normalize=True)
+        router = Router(2048, 64, select=ExpertChoice(2.0, scope="sequence"), balance=[z_loss_of_routing])
+
     Args:
-        hidden_size, num_experts, top_k: H, E, K.
+        hidden_size, num_experts, top_k: H, E, K. No top_k with `select`.
         score_function: "softmax" or "sigmoid".
         normalize: divide the chosen scores by their sum (norm_topk_prob).
         scale: multiplies the weights last (routed_scaling_factor).
@@ -28,19 +40,31 @@ class Router(nn.Module):
             Transformer, arXiv:2101.03961).
         float32: compute the logits in float32, whatever the dtype of the model and of autocast.
         bias: a learned bias [E] of the logits (gpt-oss).
+        score: makes the logits instead of the linear layer (see `Score`); excludes jitter, float32 and bias.
+        select: makes the choice instead of `route` (see `Select`); excludes the options from score_function on up to
+            group_score, other than selection_bias.
+        capacity: limits the tokens of an expert (see `Limit`); none are dropped if None.
+        balance: losses and controllers (see `Balance`), called in training alone.
+        isolation: "sequence": policies under which tokens compete let those of a sequence compete alone. Sequences are
+            those of the Context, or the rows of hidden_states [B,S,H].
 
-    Parameters: weight [E,H], bias [E]. Errors: ValueError for an option out of range.
+    score, select, and the items of balance may be classes or functools.partial objects, of which the router makes its
+    own: score is called with (hidden_size, num_experts, device=, dtype=), the others without arguments.
+
+    Parameters: weight [E,H], bias [E]; with `score` those of the submodule score. Errors: ValueError for an option out
+    of range, or one that another excludes.
     """
 
-    weight: nn.Parameter
+    weight: nn.Parameter | None
     bias: nn.Parameter | None
     e_score_correction_bias: Tensor | None
+    tokens_per_expert: Tensor | None
 
     def __init__(
         self,
         hidden_size: int,
         num_experts: int,
-        top_k: int,
+        top_k: int | None = None,
         *,
         score_function: str = "softmax",
         normalize: bool = False,
@@ -52,61 +76,183 @@ class Router(nn.Module):
         jitter: float = 0.0,
         float32: bool = False,
         bias: bool = False,
+        score: Score | Callable[..., Any] | None = None,
+        select: Select | Callable[..., Any] | None = None,
+        capacity: Limit | None = None,
+        balance: Sequence[Balance | Callable[..., Any]] = (),
+        isolation: str = "batch",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
+        if select is not None:
+            _exclude("select", top_k=top_k is not None, score_function=score_function != "softmax", normalize=normalize,
+                     scale=scale != 1, num_groups=num_groups != 1, topk_groups=topk_groups != 1,
+                     group_score=group_score != "max")  # fmt: skip
+        elif top_k is None or not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
+        if score is not None:
+            _exclude("score", jitter=jitter != 0, float32=float32, bias=bias)
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter: expected a number in [0, 1), got {jitter}")
+        if isolation not in SCOPES:
+            raise ValueError(f"isolation: expected one of {', '.join(SCOPES)}, got {isolation!r}")
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.score_function, self.normalize, self.scale = score_function, normalize, scale
         self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score
-        self.jitter, self.float32 = jitter, float32
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
+        self.jitter, self.float32, self.isolation = jitter, float32, isolation
+        self.select = _made(select)
+        if score is None and not getattr(self.select, "uses_logits", True):
+            score = Uniform
+        self.score = _made(score, hidden_size, num_experts, device=device, dtype=dtype)
+        self.capacity = _made(capacity)
+        self.balance: list[Any] = [_made(item) for item in balance]
+        modules = [item for item in self.balance if isinstance(item, nn.Module)]
+        self.balance_modules = nn.ModuleList(modules) if modules else None
+        self.overrides: list[Callable[[Select], Select]] = []
+        self.weight = self.bias = None
+        if self.score is None:
+            self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
+        selection_bias = selection_bias or any(getattr(b, "needs_selection_bias", False) for b in self.balance)
         correction = torch.empty(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("e_score_correction_bias", correction)
+        self._controllers = [item for item in self.balance if hasattr(item, "after_step")]
+        counts = torch.zeros(num_experts, device=device, dtype=torch.int64) if self._controllers else None
+        self.register_buffer("tokens_per_expert", counts, persistent=False)
+        self._group: Any = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises as torch.nn.Linear does; the correction bias becomes zero."""
+        """Initialises as torch.nn.Linear does; the correction bias becomes zero. (A score initialises itself.)"""
         bound = 1 / math.sqrt(self.hidden_size)
-        nn.init.uniform_(self.weight, -bound, bound)
+        if self.weight is not None:
+            nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
-        if self.e_score_correction_bias is not None:
-            nn.init.zeros_(self.e_score_correction_bias)
+        for buffer in (self.e_score_correction_bias, self.tokens_per_expert):
+            if buffer is not None:
+                nn.init.zeros_(buffer)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
+    def logits(self, hidden_states: Tensor, context: Context = NOTHING_KNOWN) -> Tensor:
         """router_logits [T,E] of hidden_states [T,H]."""
+        if self.score is not None:
+            logits: Tensor = self.score(hidden_states, context)
+            return logits
+        assert self.weight is not None
         if self.jitter and self.training:
-            noise = torch.empty_like(hidden_states).uniform_(1 - self.jitter, 1 + self.jitter)
-            hidden_states = hidden_states * noise
+            noise = torch.empty_like(hidden_states)
+            hidden_states = hidden_states * noise.uniform_(
+                1 - self.jitter, 1 + self.jitter, generator=context.generator
+            )
         if not self.float32:
             return F.linear(hidden_states, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.float()
         with without_autocast(hidden_states.device.type):
             return F.linear(hidden_states.float(), self.weight.float(), bias)
 
-    def forward(self, hidden_states: Tensor) -> Routing:
+    def selection(self) -> Select:
+        """What makes the choice: `select` or the options of `route`, inside of the `overrides`, the last one
+        outermost."""
+        select: Select = self.select if self.select is not None else self._top_k()
+        for override in self.overrides:
+            select = override(select)
+        return select
+
+    def _top_k(self) -> TopK:
+        assert self.top_k is not None
+        return TopK(
+            self.top_k, self.score_function, self.normalize, self.scale, self.num_groups, self.topk_groups,
+            self.group_score,
+        )  # fmt: skip
+
+    def forward(self, hidden_states: Tensor, context: Context = NOTHING_KNOWN) -> Routing:
         """Routing of hidden_states [..., H], leading dimensions flattened to T."""
-        return route(
-            self.logits(hidden_states.reshape(-1, self.hidden_size)),
-            self.top_k,
-            score_function=self.score_function,
-            normalize=self.normalize,
-            scale=self.scale,
-            selection_bias=self.e_score_correction_bias,
-            num_groups=self.num_groups,
-            topk_groups=self.topk_groups,
-            group_score=self.group_score,
-        )
+        rows = hidden_states.reshape(-1, self.hidden_size)
+        if self.select is None and self.capacity is None and not self.balance and not self.overrides:
+            return route(
+                self.logits(rows, context),
+                self.top_k,  # type: ignore[arg-type]
+                score_function=self.score_function,
+                normalize=self.normalize,
+                scale=self.scale,
+                selection_bias=self.e_score_correction_bias,
+                num_groups=self.num_groups,
+                topk_groups=self.topk_groups,
+                group_score=self.group_score,
+            )
+        context = self._complete(context, hidden_states)
+        select = self.selection()
+        routing = select(self.logits(rows, context), context, self.e_score_correction_bias)
+        wanted = routing
+        if self.capacity is not None:
+            if routing.scores is None and getattr(self.capacity, "needs_scores", False):
+                function = getattr(select, "score_function", "softmax")
+                routing = routing._replace(scores=scores_of(routing.router_logits, function))
+            routing = self.capacity(routing, context)
+        if self.training and self.balance:
+            self._count(wanted, context)
+            routing = routing._replace(losses=self._losses(wanted._replace(num_dropped=routing.num_dropped), context))
+        return routing
+
+    def _complete(self, context: Context, hidden_states: Tensor) -> Context:
+        """The context with what the router knows."""
+        length = context.sequence_length
+        if length is None and context.sequence_ids is None and hidden_states.dim() > 2:
+            length = hidden_states.shape[-2]
+        isolated = context.isolated or self.isolation == "sequence"
+        return replace(context, sequence_length=length, isolated=isolated, training=self.training)
+
+    def _losses(self, routing: Routing, context: Context) -> dict[str, Tensor]:
+        losses = dict(routing.losses)
+        for item in self.balance:
+            if not callable(item):
+                continue  # a controller that has no loss
+            name = str(getattr(item, "name", None) or getattr(item, "__name__", type(item).__name__))
+            loss = item(routing, context)
+            losses[name] = losses[name] + loss if name in losses else loss
+        return losses
+
+    def _count(self, routing: Routing, context: Context) -> None:
+        if self.tokens_per_expert is not None:
+            self._group = context.group
+            self.tokens_per_expert += count_tokens(routing.topk_ids, self.num_experts)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Call once per optimizer step: hands the controllers the counts since the last call, summed over the process
+        group of the last Context. Routers without controllers do nothing."""
+        if self.tokens_per_expert is None:
+            return
+        counts = self.tokens_per_expert.clone()
+        if self._group is not None:
+            torch.distributed.all_reduce(counts, group=self._group)
+        for controller in self._controllers:
+            controller.after_step(counts, self)
+        self.tokens_per_expert.zero_()
 
     def extra_repr(self) -> str:
-        parts = [f"{self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}", self.score_function]
+        parts = [f"{self.hidden_size}, num_experts={self.num_experts}"]
+        if self.select is None:
+            parts += [f"top_k={self.top_k}", self.score_function]
         if self.num_groups > 1:
             parts.append(f"groups={self.topk_groups}/{self.num_groups}")
         parts += [name for name in ("normalize", "float32") if getattr(self, name)]
+        for name in ("score", "select", "capacity"):
+            part = getattr(self, name)
+            if part is not None and not isinstance(part, nn.Module):
+                parts.append(f"{name}={part}")
+        if self.isolation != "batch":
+            parts.append(f"isolation={self.isolation}")
         return ", ".join(parts)
+
+
+def _made(part: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a class or a partial makes; anything else as it is."""
+    return part(*args, **kwargs) if isinstance(part, (type, functools.partial)) else part
+
+
+def _exclude(by: str, **options: bool) -> None:
+    given = [name for name, differs in options.items() if differs]
+    if given:
+        raise ValueError(f"{given[0]}: expected none beside {by}=, which decides it; got {', '.join(given)}")

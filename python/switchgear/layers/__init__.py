@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Compositions: layers made of the router, the experts and the grouped matrix products, one paper each."""
+
+from switchgear.layers.cartesian import CartesianMoE
+from switchgear.layers.heterogeneous import HeterogeneousExperts
+from switchgear.layers.merged import MergedExperts
+from switchgear.layers.monet import Monet, MonetExperts, MonetRouter, MonetRouting
+from switchgear.layers.multi_head import MultiHeadMoE
+from switchgear.layers.shared import GatedSharedExperts
+from switchgear.layers.soft import SoftMoE, per_conv_tokens
+from switchgear.layers.stratified import StratifiedMoE
+from switchgear.layers.virtual import VirtualExperts, with_virtual
+
+__all__ = [
+    "CartesianMoE",
+    "GatedSharedExperts",
+    "HeterogeneousExperts",
+    "MergedExperts",
+    "Monet",
+    "MonetExperts",
+    "MonetRouter",
+    "MonetRouting",
+    "MultiHeadMoE",
+    "SoftMoE",
+    "StratifiedMoE",
+    "VirtualExperts",
+    "per_conv_tokens",
+    "with_virtual",
+]

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the compositions share: the losses of the layers inside, and the context of pieces of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def losses_of(*layers: nn.Module) -> dict[str, Tensor]:
+    """The balance losses of the layers' last forward; losses of the same name are added."""
+    losses: dict[str, Tensor] = {}
+    for layer in layers:
+        for name, loss in getattr(layer, "losses", {}).items():
+            losses[name] = losses[name] + loss if name in losses else loss
+    return losses
+
+
+def repeat_context(context: dict[str, object], times: int) -> dict[str, object]:
+    """The context of `times` pieces for each token, in the order of the tokens."""
+    repeated = dict(context)
+    for name in ("token_ids", "sequence_ids"):
+        value = context.get(name)
+        if isinstance(value, Tensor):
+            repeated[name] = value.flatten().repeat_interleave(times)
+    if isinstance(context.get("sequence_length"), int):
+        repeated["sequence_length"] = context["sequence_length"] * times  # type: ignore[operator]
+    embedding = context.get("embedding")
+    if isinstance(embedding, Tensor) and embedding.dim() > 2:  # one for each token
+        repeated["embedding"] = embedding.flatten(0, -2).repeat_interleave(times, 0)
+    return repeated
+
+
+def first_choice(topk_ids: Tensor, num_experts: int) -> Tensor:
+    """[E] int64: tokens whose first choice is each expert."""
+    first = topk_ids[:, 0].long() + 1
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_ids.device)
+    return counts.scatter_add_(0, first, torch.ones_like(first))[1:]

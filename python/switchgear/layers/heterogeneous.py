@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""HeterogeneousExperts: experts of different widths, without padding, on the kernels of equal ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.experts import Experts
+
+
+class HeterogeneousExperts(nn.Module):
+    """Experts of different intermediate sizes (HMoE, arXiv:2408.10681).
+
+        experts = HeterogeneousExperts(256, [72, 88, 104, 120, 136, 152, 168, 184])
+        y = experts(x, routing.topk_ids, routing.topk_weights)
+
+    The units of an intermediate layer are summed, so that an expert of width I_e is the sum of I_e / u slices of width
+    u. All slices lie in one packed tensor, and a token that chose expert e is sent to each of its slices: the work is
+    Σ I_e over the chosen experts, with no padding. Equal widths have one slice each, and give Experts' result bit for
+    bit.
+
+    Args:
+        hidden_size: H. intermediate_sizes: I_e of each expert.
+        unit: u, a divisor of all widths; their greatest common divisor by default. Kernels work best from 16 on.
+        activation, gated, interleaved, transposed, alpha, limit: options of Experts (each slice would
+            add a bias).
+
+    Parameters: those of Experts(H, u, Σ I_e / u), under `slices`; `weights_of(e)` gives one expert's.
+    """
+
+    first_slice: Tensor
+    num_slices: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_sizes: Sequence[int],
+        *,
+        unit: int | None = None,
+        activation: str = "silu",
+        gated: bool = True,
+        interleaved: bool = False,
+        transposed: bool = False,
+        alpha: float = 1.702,
+        limit: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not intermediate_sizes or min(intermediate_sizes) < 1:
+            raise ValueError(f"intermediate_sizes: expected positive widths, got {list(intermediate_sizes)}")
+        unit = math.gcd(*intermediate_sizes) if unit is None else unit
+        if unit < 1 or any(width % unit for width in intermediate_sizes):
+            raise ValueError(f"unit: expected a divisor of {list(intermediate_sizes)}, got {unit}")
+        self.hidden_size, self.intermediate_sizes, self.unit = hidden_size, tuple(intermediate_sizes), unit
+        self.num_experts = len(self.intermediate_sizes)
+        self._counts = [width // unit for width in self.intermediate_sizes]
+        self.most_slices = max(self._counts)
+        self.slices = Experts(
+            hidden_size, unit, sum(self._counts),
+            activation=activation, gated=gated, interleaved=interleaved, transposed=transposed, alpha=alpha,
+            limit=limit, device=device, dtype=dtype,
+        )  # fmt: skip
+        for name in ("first_slice", "num_slices"):
+            self.register_buffer(
+                name, torch.empty(self.num_experts, dtype=torch.int32, device=device), persistent=False
+            )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each expert as two torch.nn.Linear: within ±1/√H, and ±1/√I_e for the second. Fills the buffers, too."""
+        self.slices.reset_parameters()
+        counts = torch.tensor(self._counts, dtype=torch.int32)
+        self.num_slices.copy_(counts)
+        self.first_slice.copy_(counts.cumsum(0) - counts)
+        shrink = (1 / counts.double().sqrt()).repeat_interleave(counts)  # within ±1/√u so far
+        with torch.no_grad():
+            self.slices.down_proj.mul_(shrink.to(self.slices.down_proj)[:, None, None])
+
+    def slice_ids(self, topk_ids: Tensor) -> Tensor:
+        """[T, K·most_slices] int32: the slices of the chosen experts [T,K], -1 for none."""
+        chosen = topk_ids.clamp(min=0)
+        place = torch.arange(self.most_slices, dtype=torch.int32, device=topk_ids.device)
+        inside = (place < self.num_slices[chosen][..., None]) & (topk_ids >= 0)[..., None]
+        return torch.where(inside, self.first_slice[chosen][..., None] + place, -1).flatten(-2)
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """hidden_states [..., H], topk_ids and topk_weights [..., K] -> [..., H]."""
+        weights = topk_weights[..., None].expand(*topk_weights.shape, self.most_slices).flatten(-2)
+        y: Tensor = self.slices(hidden_states, self.slice_ids(topk_ids), weights)
+        return y
+
+    def weights_of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """One expert's projections: gate and up [2·I_e,H] (gates first; [I_e,H] if not gated) and down [H,I_e]."""
+        first, count = int(self.first_slice[expert]), int(self.num_slices[expert])
+        slices = self.slices
+        gate_up, down = (
+            parameter[first : first + count].mT if slices.transposed else parameter[first : first + count]
+            for parameter in (slices.get_parameter(slices._first), slices.down_proj)
+        )
+        if slices.gated:
+            gate, up = (gate_up[:, 0::2], gate_up[:, 1::2]) if slices.interleaved else gate_up.chunk(2, 1)
+            gate_up = torch.cat((gate.flatten(0, 1), up.flatten(0, 1)))
+        else:
+            gate_up = gate_up.flatten(0, 1)
+        return gate_up, down.transpose(0, 1).flatten(1)
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, {list(self.intermediate_sizes)}, unit={self.unit}"

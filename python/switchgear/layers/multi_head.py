@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""MultiHeadMoE: the pieces of a token are routed each on its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.layers.common import losses_of, repeat_context
+
+
+class MultiHeadMoE(nn.Module):
+    """y = W_merge · concat_h moe(x_h), with x_1 … x_heads the pieces of W_head · x (MH-MoE, arXiv:2411.16205).
+
+        layer = MultiHeadMoE(switchgear.MoE(64, 96, num_experts=16, top_k=2), 256, heads=4)
+
+    Args:
+        moe: a layer of hidden size hidden_size / heads; it sees T · heads rows.
+        hidden_size, heads: H and the number of pieces.
+
+    Parameters: head_proj.weight [H,H], merge_proj.weight [H,H], and those of moe. Equal FLOPs to a layer without heads
+    need a smaller intermediate_size: the two projections cost 4·H² of them (how the paper shrinks it is unverified).
+    ValueError: hidden_size is no multiple of heads.
+    """
+
+    def __init__(
+        self,
+        moe: nn.Module,
+        hidden_size: int,
+        heads: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or hidden_size % heads:
+            raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")
+        self.heads = heads
+        self.head_proj = nn.Linear(hidden_size, hidden_size, bias=False, device=device, dtype=dtype)
+        self.moe = moe
+        self.merge_proj = nn.Linear(hidden_size, hidden_size, bias=False, device=device, dtype=dtype)
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """The balance losses of the last forward."""
+        return losses_of(self.moe)
+
+    def forward(self, hidden_states: Tensor, **context: object) -> Tensor:
+        """[..., H] -> [..., H]. token_ids and sequence_ids, if given, are those of the whole tokens."""
+        pieces = self.head_proj(hidden_states).unflatten(-1, (self.heads, -1))
+        y: Tensor = self.moe(pieces, **repeat_context(context, self.heads))
+        merged: Tensor = self.merge_proj(y.flatten(-2))
+        return merged

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""SoftMoE: experts see mixtures of tokens, so that nothing is discrete and no expert is idle."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from switchgear.backends import without_autocast
+
+
+def per_conv_tokens(features: Tensor) -> Tensor:
+    """Tokens [B, height·width, C] of a feature map [B,C,height,width]: one per position, which is what makes SoftMoE
+    work in reinforcement learning (PerConv of arXiv:2410.01930)."""
+    return features.flatten(2).mT
+
+
+class SoftMoE(nn.Module):
+    """Y = C · experts(Dᵀ · X): D is a softmax over the tokens, C over the slots of all experts, of the same logits.
+
+    Soft MoE, arXiv:2308.00951; arXiv:2410.01930 for reinforcement learning.
+
+        layer = SoftMoE(switchgear.Experts(256, 128, num_experts=8), slots=4)
+
+    Args:
+        experts: a module of Experts' interface, with hidden_size and num_experts. Its weights are used for exactly
+            `slots` rows each, in one grouped GEMM.
+        slots: rows of each expert and sequence.
+        normalize: logits = (x / |x|) · (scale · φ / |φ|) with a learned scale, instead of x · φ.
+
+    Parameters: phi [E·slots,H]; scale [] if normalize. Sequences do not see each other; within a sequence every token
+    sees every other one, so that this is no layer for causal models.
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        *,
+        slots: int = 1,
+        normalize: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if slots < 1:
+            raise ValueError(f"slots: expected at least 1, got {slots}")
+        self.experts, self.slots, self.normalize = experts, slots, normalize
+        self.hidden_size, self.num_experts = int(experts.hidden_size), int(experts.num_experts)  # type: ignore[arg-type]
+        rows = self.num_experts * slots
+        self.phi = nn.Parameter(torch.empty(rows, self.hidden_size, device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.empty((), device=device, dtype=dtype)) if normalize else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """φ is normal with variance 1/H, scale is 1."""
+        nn.init.normal_(self.phi, std=1 / math.sqrt(self.hidden_size))
+        if self.scale is not None:
+            nn.init.ones_(self.scale)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[..., T, E·slots], float32 at least."""
+        with without_autocast(hidden_states.device.type):
+            wide = torch.promote_types(hidden_states.dtype, torch.float32)
+            x, phi = hidden_states.to(wide), self.phi.to(wide)
+            if self.scale is not None:
+                x, phi = F.normalize(x, dim=-1), F.normalize(phi, dim=-1) * self.scale
+            return F.linear(x, phi)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """hidden_states [..., T, H] -> [..., T, H]; leading dimensions are sequences.
+
+        mask [..., T]: False for padding, which sends nothing to the slots and gets zeros.
+        """
+        logits = self.logits(hidden_states)
+        if mask is not None:
+            mask = mask.bool()[..., None]
+            dispatch = logits.masked_fill(~mask, -torch.inf).softmax(-2).nan_to_num()  # a sequence of padding alone
+        else:
+            dispatch = logits.softmax(-2)
+        combine = logits.softmax(-1)
+        dtype = hidden_states.dtype
+        slots = dispatch.to(dtype).mT @ hidden_states  # [..., E·slots, H]
+        ids = torch.arange(self.num_experts, dtype=torch.int32, device=slots.device).repeat_interleave(self.slots)
+        ids = ids.expand(slots.shape[:-1]).reshape(-1, 1)
+        y: Tensor = self.experts(slots.reshape(-1, self.hidden_size), ids, torch.ones_like(ids, dtype=torch.float32))
+        y = combine.to(y.dtype) @ y.view(slots.shape)
+        return y if mask is None else y * mask

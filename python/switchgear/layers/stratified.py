@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""StratifiedMoE: a gate for each stratum of experts, and as many experts in a row as a token turns out to need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from switchgear.experts import Experts
+from switchgear.functional import route
+from switchgear.layers.common import first_choice
+from switchgear.routing.balance import switch_loss
+
+
+class StratifiedMoE(nn.Module):
+    """Strata of experts: the gate of stratum i sees the experts of strata i and above (SMoE, arXiv:2305.02176).
+
+    A token starts at the first gate. The gate of stratum i sends it through experts, with a norm before and a residual
+    around them; the best of them lies in some stratum j >= i, and the gate of stratum j + 1 is next. After the last
+    stratum it leaves (equations 4 to 7). Every token passes the last stratum exactly once, and each at most once.
+
+        layer = StratifiedMoE(256, 128, strata=[2, 2, 4], top_k=2)
+
+    Args:
+        hidden_size, intermediate_size: H, I. strata: the number of experts of each stratum; E is their sum.
+        top_k: experts of a pass; those of other strata than the best expert's take part as well.
+        normalize: divide their scores by their sum. aux_loss: coefficient of the balance loss, the mean of the gates'.
+        activation, gated, bias: options of Experts.
+
+    Parameters: norms.{i}.weight and bias [H], gates.{i} [E_i,H] with E_i the experts that stratum i sees, and those of
+    experts. The layer has norm and residual inside: it stands for both and the MoE of a block. One pass runs for each
+    stratum, on the tokens that are there.
+    """
+
+    stratum_of: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        strata: Sequence[int],
+        *,
+        top_k: int = 1,
+        normalize: bool = False,
+        aux_loss: float = 0.01,
+        activation: str = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not strata or min(strata) < 1:
+            raise ValueError(f"strata: expected at least one expert in each, got {list(strata)}")
+        if not 1 <= top_k <= strata[-1]:
+            raise ValueError(f"top_k: expected 1 to {strata[-1]} (experts of the last stratum), got {top_k}")
+        self.strata, self.top_k, self.normalize, self.aux_loss = list(strata), top_k, normalize, aux_loss
+        num_experts = sum(strata)
+        self.first_expert = [0, *accumulate(strata)][:-1]
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size, device=device, dtype=dtype) for _ in strata)
+        self.gates = nn.ParameterList(
+            nn.Parameter(torch.empty(num_experts - first, hidden_size, device=device, dtype=dtype))
+            for first in self.first_expert
+        )
+        self.experts = Experts(
+            hidden_size, intermediate_size, num_experts,
+            activation=activation, gated=gated, bias=bias, device=device, dtype=dtype,
+        )  # fmt: skip
+        stratum_of = torch.empty(num_experts, dtype=torch.int64, device=device)
+        self.register_buffer("stratum_of", stratum_of, persistent=False)
+        self.losses: dict[str, Tensor] = {}
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gates as torch.nn.Linear. Fills the buffer, too."""
+        self.stratum_of.copy_(torch.arange(len(self.strata)).repeat_interleave(torch.tensor(self.strata)))
+        for gate in self.gates:
+            bound = 1 / math.sqrt(gate.shape[1])
+            nn.init.uniform_(gate, -bound, bound)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        position = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # the stratum whose gate is next
+        losses = []
+        for stratum, first in enumerate(self.first_expert):
+            here = position == stratum
+            normed = self.norms[stratum](x)
+            logits = F.linear(normed, self.gates[stratum])
+            ids, weights, _, num_visible = route(logits, self.top_k, normalize=self.normalize)[:4]
+            if self.aux_loss:
+                losses.append(_gate_loss(logits, ids, here, num_visible))
+            ids = torch.where(here[:, None], ids + first, -1)
+            x = x + self.experts(normed, ids, weights)  # zeros where a token is elsewhere
+            position = torch.where(here, self.stratum_of[ids[:, 0].clamp(min=0)] + 1, position)
+        self.losses = {"stratified": self.aux_loss * torch.stack(losses).mean()} if losses else {}
+        return x.view(hidden_states.shape)
+
+
+def _gate_loss(logits: Tensor, ids: Tensor, here: Tensor, num_experts: int) -> Tensor:
+    """E_i · Σ_e f_e · p_e over the tokens at this gate, f of first choices (equations 8 to 10)."""
+    probabilities = logits.float().softmax(-1) * here[:, None]
+    counts = first_choice(torch.where(here[:, None], ids, -1), num_experts)
+    tokens = here.sum().clamp(min=1)
+    return switch_loss(probabilities, counts, tokens) * (len(here) / tokens)

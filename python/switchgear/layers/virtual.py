@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Virtual experts beside the real ones: they do nothing, return their input, or return a constant, for free."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class VirtualExperts(nn.Module):
+    """E real experts, then `null` that add nothing, `copy` that return x, and `constant` that return a learned vector.
+
+    The ids of a router over E + null + copy + constant experts run in this order. Null experts: AdaMoE,
+    arXiv:2406.13233; zero, copy and constant experts: MoE++, arXiv:2410.07348 (whose constant experts also mix x in, here
+    a copy expert's part).
+
+        experts = VirtualExperts(switchgear.Experts(256, 128, 16), null=16)
+        router = switchgear.Router(256, experts.num_experts, top_k=4)
+
+    Args:
+        experts: a module of Experts' interface: hidden_size, num_experts, forward(x, topk_ids, topk_weights).
+        renormalize: divide the weights by the sum of those of experts that are not null (AdaMoE); a token whose choices
+            are all null gets exact zeros.
+
+    Parameters: constants [constant,H], zeros at first, and those of experts. A virtual expert is no slot of the plan.
+    """
+
+    def __init__(
+        self, experts: nn.Module, *, null: int = 0, copy: int = 0, constant: int = 0, renormalize: bool = True
+    ) -> None:
+        super().__init__()
+        if min(null, copy, constant) < 0:
+            raise ValueError(f"null, copy, constant: expected none negative, got {null}, {copy}, {constant}")
+        self.experts, self.renormalize = experts, renormalize
+        self.null, self.copy, self.constant = null, copy, constant
+        self.hidden_size, self.num_real = int(experts.hidden_size), int(experts.num_experts)  # type: ignore[arg-type]
+        self.num_experts = self.num_real + null + copy + constant
+        like = next(experts.parameters())
+        vectors = torch.zeros(constant, self.hidden_size, dtype=like.dtype, device=like.device)
+        self.constants = nn.Parameter(vectors) if constant else None
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """hidden_states [..., H], topk_ids and topk_weights [..., K] -> [..., H]."""
+        first_copy = self.num_real + self.null
+        first_constant = first_copy + self.copy
+        is_real = topk_ids < self.num_real  # holes too
+        if self.renormalize and self.null:
+            counted = (topk_ids >= 0) & (is_real | (topk_ids >= first_copy))
+            topk_weights = topk_weights.masked_fill(~counted, 0)
+            total = topk_weights.sum(-1, keepdim=True)
+            topk_weights = topk_weights / torch.where(total == 0, torch.ones_like(total), total)
+        y: Tensor = self.experts(hidden_states, topk_ids.masked_fill(~is_real, -1), topk_weights)
+        if self.copy:
+            copied = (topk_ids >= first_copy) & (topk_ids < first_constant)
+            y = y + hidden_states * topk_weights.masked_fill(~copied, 0).sum(-1, keepdim=True).to(y.dtype)
+        if self.constants is not None:
+            which = (topk_ids - first_constant).clamp(min=-1).long() + 1
+            weight = topk_weights.new_zeros(*topk_ids.shape[:-1], self.constant + 1)
+            weight = weight.scatter_add(-1, which, topk_weights)[..., 1:]
+            y = y + weight.to(y.dtype) @ self.constants.to(y.dtype)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"null={self.null}, copy={self.copy}, constant={self.constant}, num_experts={self.num_experts}"
+
+
+def with_virtual(
+    experts: nn.Module, *, null: int = 0, copy: int = 0, constant: int = 0, renormalize: bool = True
+) -> VirtualExperts:
+    """The experts and virtual ones beside them; see VirtualExperts."""
+    return VirtualExperts(experts, null=null, copy=copy, constant=constant, renormalize=renormalize)

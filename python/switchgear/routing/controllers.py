@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Balance without a loss: small controllers that Router.after_step calls once per optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.functional import Routing
+from switchgear.reference import check_choice
+from switchgear.routing.context import Context
+
+RULES = ("sign", "proportional")
+
+
+@dataclass(frozen=True)
+class LossFreeBias:
+    """Moves the selection bias of experts with too few tokens up and of the others down (arXiv:2408.15664).
+
+    After a step with n_e tokens on expert e, bias_e += rate · sign(mean(n) - n_e), or with rule "proportional"
+    rate · (mean(n) - n_e) / mean(n). The bias takes part in the choice and not in the weights; it has no gradient.
+
+        moe = switchgear.MoE(256, 128, 16, 4, score_function="sigmoid", balance=[LossFreeBias(1e-3)])
+        …; optimizer.step(); moe.gate.after_step()
+    """
+
+    rate: float = 1e-3
+    rule: str = "sign"
+    needs_selection_bias: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_choice("rule", self.rule, RULES)
+
+    @torch.no_grad()
+    def after_step(self, tokens_per_expert: Tensor, router: Any) -> None:
+        """tokens_per_expert [E] of the step, of all processes."""
+        counts = tokens_per_expert.float()
+        mean = counts.mean()
+        error = mean - counts
+        error = error.sign() if self.rule == "sign" else error / mean.clamp(min=1)
+        router.e_score_correction_bias.add_(error, alpha=self.rate)
+
+
+class AdaptiveCoefficient(nn.Module):
+    """A coefficient of a loss that follows the share of dropped tokens (Skywork-MoE, arXiv:2406.06563).
+
+    Per layer and step: α ← beta · α + (1 - beta) · min(xi · drop_rate, alpha_max).
+
+        SwitchLoss(AdaptiveCoefficient())                # with a capacity: nothing is dropped without one
+
+    Args: xi, alpha_max, beta. initial: α of the first step (unverified).
+    Buffers: value [] float32, in the state dict.
+    """
+
+    value: Tensor
+
+    def __init__(
+        self, xi: float = 0.2, alpha_max: float = 0.01, beta: float = 0.99, initial: float | None = None
+    ) -> None:
+        super().__init__()
+        self.xi, self.alpha_max, self.beta = xi, alpha_max, beta
+        self.register_buffer("value", torch.tensor(alpha_max if initial is None else initial, dtype=torch.float32))
+        self._seen: Tensor | None = None  # [2]: dropped choices and all choices of the step
+
+    def forward(self, routing: Routing) -> Tensor:
+        """The coefficient now; counts what `routing` dropped."""
+        choices = (routing.topk_ids >= 0).sum()  # what the router wanted
+        dropped = torch.zeros_like(choices) if routing.num_dropped is None else routing.num_dropped
+        seen = torch.stack((dropped.to(choices.device), choices))
+        self._seen = seen if self._seen is None else self._seen + seen
+        return self.value
+
+    def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
+        """One step of the rule, with the drops of the forward passes since the last one."""
+        if self._seen is not None:
+            self.update(self._seen[0] / self._seen[1].clamp(min=1))
+        self._seen = None
+
+    @torch.no_grad()
+    def update(self, drop_rate: Tensor | float) -> None:
+        """One step of the rule. drop_rate: dropped choices as a share of all."""
+        wanted = (self.xi * torch.as_tensor(drop_rate, dtype=torch.float32)).clamp(max=self.alpha_max)
+        self.value.copy_(self.beta * self.value + (1 - self.beta) * wanted.to(self.value.device))
+
+    def extra_repr(self) -> str:
+        return f"xi={self.xi}, alpha_max={self.alpha_max}, beta={self.beta}"
+
+
+class RunningCap(nn.Module):
+    """A selection whose experts pause while they are ahead: one whose running total of weights exceeds the mean by more
+    than `margin` is closed (Deep Mixture of Experts, arXiv:1312.4314).
+
+        switchgear.MoE(256, 128, 16, 16, select=RunningCap(Dense(), margin=100.0))
+
+    A closed expert has the lowest logit, hence weight 0 under a softmax, and the others' weights sum to 1. Totals
+    grow in training alone, by whole calls: a call's tokens all see the totals from before it. It is meant for early
+    training; set `margin` to infinity afterwards.
+
+    Buffers: totals [E] float32, in the state dict.
+    """
+
+    totals: Tensor
+
+    def __init__(self, select: Any, margin: float, num_experts: int) -> None:
+        super().__init__()
+        self.select, self.margin = select, margin
+        self.register_buffer("totals", torch.zeros(num_experts))
+
+    def forward(self, router_logits: Tensor, context: Context, bias: Tensor | None = None) -> Routing:
+        if not context.training:
+            return self.select(router_logits, context, bias)  # type: ignore[no-any-return]
+        closed = self.totals - self.totals.mean() > self.margin
+        lowest = torch.finfo(router_logits.dtype).min
+        routing: Routing = self.select(router_logits.masked_fill(closed, lowest), context, bias)
+        ids, weights = routing.topk_ids, routing.topk_weights.detach()
+        totals = self.totals.new_zeros(len(self.totals) + 1)
+        totals = totals.scatter_add(0, ids.flatten().long() + 1, weights.flatten().to(totals.dtype))
+        self.totals += totals[1:]
+        return routing
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}"
+
+
+class ClusterDropout(nn.Module):
+    """Closes a random part of each cluster of experts, the same one for `interval` training calls (MoEC,
+    arXiv:2207.09094).
+
+    Args:
+        groups [E]: the cluster of each expert. rate: the share that is closed; round((1 - rate) · n) of n stay, at
+            least one. interval: calls between two draws.
+        select: the selection behind it; closed experts have the lowest logit.
+
+    A draw uses Context.generator. Nothing is closed in evaluation. Buffers: closed [E] bool, in the state dict.
+    """
+
+    groups: Tensor
+    closed: Tensor
+    kept: Tensor
+
+    def __init__(self, select: Any, groups: Sequence[int] | Tensor, rate: float = 0.5, interval: int = 250) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"rate: expected a number in [0, 1), got {rate}")
+        if interval < 1:
+            raise ValueError(f"interval: expected at least 1, got {interval}")
+        self.select, self.rate, self.interval = select, rate, interval
+        groups = torch.as_tensor(groups).long()
+        self.register_buffer("groups", groups, persistent=False)
+        self.register_buffer("closed", torch.zeros(len(groups), dtype=torch.bool))
+        sizes = torch.bincount(groups)
+        kept = ((1 - rate) * sizes.double() + 0.5).floor().long().clamp(min=1)
+        self.register_buffer("kept", kept[groups], persistent=False)
+        self._calls = 0
+
+    def draw(self, generator: torch.Generator | None = None) -> None:
+        """Draws the closed experts anew."""
+        noise = torch.rand(len(self.groups), generator=generator, device=generator.device if generator else None)
+        noise = noise.to(self.groups.device)
+        same = self.groups[:, None] == self.groups
+        rank = (same & (noise < noise[:, None])).sum(1)  # the expert's place in its cluster
+        self.closed.copy_(rank >= self.kept)
+
+    def forward(self, router_logits: Tensor, context: Context, bias: Tensor | None = None) -> Routing:
+        if context.training:
+            if self._calls % self.interval == 0:
+                self.draw(context.generator)
+            self._calls += 1
+            router_logits = router_logits.masked_fill(self.closed, torch.finfo(router_logits.dtype).min)
+        routing: Routing = self.select(router_logits, context, bias)
+        return routing
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}, interval={self.interval}"

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Expert choice: each expert takes its best tokens, so that all have equally many."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from switchgear.functional import Routing, route
+from switchgear.reference import check_choice
+from switchgear.routing.context import NOTHING_KNOWN, Context, check_scope, is_per_sequence, sequences
+from switchgear.routing.pairs import from_pairs
+from switchgear.routing.ranking import choose, finite, positions, scores_of, uniform
+
+
+def token_rows(context: Context, num_tokens: int, per_sequence: bool, device: torch.device) -> Tensor:
+    """The tokens that compete with each other, [B,L] int64: a row per sequence, or a single one. -1 past the last token
+    of a shorter sequence. (Only for sequences of unequal lengths is L read back.)"""
+    tokens = torch.arange(num_tokens, device=device)
+    if not per_sequence:
+        return tokens[None]
+    sequence, count = sequences(context, num_tokens, device)
+    if context.sequence_ids is None:
+        return tokens.view(count, -1)
+    column, sizes = positions(sequence, count)
+    length = int(sizes.max()) if num_tokens else 0
+    rows = torch.full((count * length,), -1, dtype=torch.int64, device=device)
+    return rows.scatter(0, sequence * length + column, tokens).view(count, length)
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """Each expert takes the tokens of its k largest scores, k = max(1, ⌊capacity_factor · T / E⌋) (arXiv:2202.09368).
+
+    Args:
+        capacity_factor: the average number of experts of a token.
+        tokens_per_expert: k itself, instead (pMoE, arXiv:2306.04073: the patches that an expert takes of an image).
+        scope: "batch", or "sequence": the tokens of a sequence compete among themselves, T being its length. Only then
+            is a token independent of other sequences (arXiv:2410.22884 steals prompts where it is not).
+        weights: "score", the softmax over the experts, or "softmax_over_tokens": over the logits of the tokens that an
+            expert took, by which it then also chooses (pMoE).
+        max_experts_per_token: a cap b. Scores are first replaced by the solution A of max ⟨S, A⟩ + λ·H(A) with
+            Σ_t A = k, Σ_e A <= b, 0 <= A <= 1 (Dykstra's projections; λ = 0.001 and 100 iterations are unverified), and
+            what still exceeds the cap goes to no one. Without it the largest number is read back (see from_pairs).
+        ties: "index", to the lowest token, or "random".
+        evaluation: which token is taken depends on later ones, so that a decoder cannot do this; with evaluation = n
+            the router takes the n best experts of each token in evaluation. None: as in training.
+    """
+
+    capacity_factor: float = 2.0
+    tokens_per_expert: int | None = None
+    scope: str = "batch"
+    weights: str = "score"
+    max_experts_per_token: int | None = None
+    ties: str = "index"
+    evaluation: int | None = None
+    cap_lambda: float = 1e-3
+    cap_iterations: int = 100
+
+    def __post_init__(self) -> None:
+        check_scope(self.scope)
+        check_choice("weights", self.weights, ("score", "softmax_over_tokens"))
+        check_choice("ties", self.ties, ("index", "random"))
+        if not self.capacity_factor > 0:
+            raise ValueError(f"capacity_factor: expected a positive number, got {self.capacity_factor}")
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        router_logits = router_logits.reshape(-1, router_logits.shape[-1])
+        if self.evaluation is not None and not context.training:
+            return route(router_logits, self.evaluation, selection_bias=bias)
+        num_tokens, num_experts = router_logits.shape
+        by_score = self.weights == "score"
+        scores = scores_of(router_logits, "softmax") if by_score else finite(router_logits)
+        values = scores.detach() if bias is None else scores.detach() + finite(bias)
+        rows = token_rows(context, num_tokens, is_per_sequence(self.scope, context), router_logits.device)
+        num_rows, length = rows.shape
+        padded = context.sequence_ids is not None and num_rows * length != num_tokens
+        sizes = (rows >= 0).sum(1) if padded else None
+        if num_tokens == 0:
+            return Routing(
+                router_logits.new_zeros(0, 1, dtype=torch.int32), scores[:, :1], router_logits, num_experts, scores
+            )
+        by_expert = self._by_expert(values, rows, sizes)
+        count = self._count(length, num_experts)
+        column = self._best(by_expert, count, context).view(num_rows, num_experts, count)
+        token = rows[:, None, :].expand(-1, num_experts, -1).gather(2, column.long())
+        if sizes is not None:
+            limits = self._counts(sizes, num_experts)
+            token = token.masked_fill(torch.arange(count, device=token.device) >= limits[:, None, None], -1)
+        expert = torch.arange(num_experts, device=token.device)[:, None].expand(num_rows, -1, count)
+        taken = token >= 0
+        weight = scores.flatten()[(token.clamp(min=0) * num_experts + expert).flatten()].view(token.shape)
+        if not by_score:
+            weight = weight.masked_fill(~taken, -math.inf).softmax(-1)
+        token, expert, weight = token.flatten(), expert.flatten(), weight.flatten()
+        if self.max_experts_per_token is not None:
+            chosen = by_expert.view(num_rows, num_experts, length).gather(2, column.long()).flatten()
+            token = self._cap(token, chosen, num_tokens)
+        ids, weights = from_pairs(token, expert, weight, num_tokens, num_experts, self.max_experts_per_token)
+        return Routing(ids, weights, router_logits, num_experts, scores if by_score else None)
+
+    def _count(self, length: int, num_experts: int) -> int:
+        wanted = self.tokens_per_expert or max(1, math.floor(length * self.capacity_factor / num_experts))
+        return min(wanted, length)
+
+    def _counts(self, sizes: Tensor, num_experts: int) -> Tensor:
+        """_count of each of the sequences."""
+        if self.tokens_per_expert is not None:
+            return sizes.clamp(max=self.tokens_per_expert)
+        wanted = (sizes.double() * self.capacity_factor / num_experts).floor().long()
+        return wanted.clamp(min=1).minimum(sizes)
+
+    def _by_expert(self, values: Tensor, rows: Tensor, sizes: Tensor | None) -> Tensor:
+        """values [T,E] -> [B·E,L], what each expert chooses by; the lowest number where there is no token."""
+        lowest = torch.finfo(values.dtype).min
+        if sizes is None:
+            table = values.view(*rows.shape, -1).mT
+        else:
+            table = values[rows.clamp(min=0)].masked_fill((rows < 0)[:, :, None], lowest).mT
+        if self.max_experts_per_token is not None:
+            each = self._counts((rows >= 0).sum(1), table.shape[1]).to(table.dtype)
+            table = _capped_plan(
+                table, rows >= 0, each, self.max_experts_per_token, self.cap_lambda, self.cap_iterations
+            )
+            table = table.masked_fill((rows < 0)[:, None, :], lowest)
+        return table.reshape(-1, rows.shape[1]).contiguous()
+
+    def _best(self, by_expert: Tensor, count: int, context: Context) -> Tensor:
+        if self.ties == "index":
+            return choose(by_expert, count)
+        shuffled = uniform((by_expert.shape[1],), context, by_expert.device).argsort()
+        return shuffled[choose(by_expert[:, shuffled], count).long()]
+
+    def _cap(self, token: Tensor, chosen: Tensor, num_tokens: int) -> Tensor:
+        """-1 for the pairs that are not among the max_experts_per_token best of their token."""
+        assert self.max_experts_per_token is not None
+        order = chosen.sort(descending=True, stable=True).indices
+        place, _ = positions(token[order], num_tokens)
+        keep = torch.empty_like(place).scatter(0, order, place) < self.max_experts_per_token
+        return token.masked_fill(~keep, -1)
+
+
+def _capped_plan(
+    scores: Tensor, real: Tensor, tokens_per_expert: Tensor, cap: int, entropy: float, iterations: int
+) -> Tensor:
+    """log A [B,E,L] of the entropy-regularised assignment of scores [B,E,L] (real [B,L]: which tokens there are), by
+    Dykstra's alternating projections in the geometry of the relative entropy, in the logarithm."""
+    plan = (scores / entropy).masked_fill(~real[:, None, :], -math.inf)
+    row_mass, log_cap = tokens_per_expert.log()[:, None, None], math.log(cap)
+    kept_token = torch.zeros_like(plan[:, :1])  # Dykstra's corrections of the two inequalities
+    kept_one = torch.zeros_like(plan)
+    for _ in range(iterations):
+        plan = plan - plan.logsumexp(2, keepdim=True) + row_mass
+        corrected = plan + kept_token
+        excess = (corrected.logsumexp(1, keepdim=True) - log_cap).clamp(min=0)
+        plan = corrected - excess
+        kept_token = excess
+        corrected = plan + kept_one
+        plan = corrected.clamp(max=0)
+        kept_one = (corrected - plan).nan_to_num(nan=0.0)
+    return plan

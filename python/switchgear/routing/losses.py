@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The losses of balance.py as options of a router: small objects with a coefficient, called with (routing, context).
+
+    switchgear.MoE(256, 128, 16, 2, balance=[SwitchLoss(1e-2), ZLoss(1e-3)])
+
+A router calls them in training; the trainer adds the sum of moe.losses to its loss. `name` is the key there. A function
+(routing, context) -> scalar does as well as any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from switchgear.functional import Routing
+from switchgear.routing import balance
+from switchgear.routing.balance import count_tokens, router_probabilities
+from switchgear.routing.context import Context, sequences
+
+if TYPE_CHECKING:
+    from switchgear.routing.controllers import AdaptiveCoefficient
+
+BALANCE_SCOPES = ("micro", "sequence", "global")
+
+
+class SwitchLoss(nn.Module):
+    """coefficient · E · Σ_e f_e · P_e (Switch Transformer, arXiv:2101.03961).
+
+    Args:
+        coefficient: α; an AdaptiveCoefficient follows the share of dropped tokens (arXiv:2406.06563).
+        scope: which tokens f_e, the share of tokens that chose expert e, is counted over. "micro": those of the call.
+            "sequence": each sequence alone, the losses averaged (DeepSeek-V3, arXiv:2412.19437). "global": those of all
+            processes of Context.group, or of the default group where there is one (arXiv:2501.11873). P_e, which
+            carries the gradient, is the mean probability of the call's tokens (of the sequence's) in every scope.
+        accumulate: with scope "global", count over all calls since the last Router.after_step as well: over the
+            micro-batches of a step.
+        per_choice: divide by K, so that an even load gives α for any K (DeepSeekMoE, arXiv:2401.06066, equation 12).
+        score_function: of the probabilities; see router_probabilities.
+        num_null: the last experts that are null experts and share one load (AdaMoE, arXiv:2406.13233).
+
+    The counts come before any capacity limit. Even load: α·K, or α with per_choice.
+    """
+
+    def __init__(
+        self,
+        coefficient: float | AdaptiveCoefficient = 1e-2,
+        scope: str = "micro",
+        *,
+        accumulate: bool = False,
+        per_choice: bool = False,
+        score_function: str | None = None,
+        num_null: int = 0,
+        name: str = "switch",
+    ) -> None:
+        super().__init__()
+        if scope not in BALANCE_SCOPES:
+            raise ValueError(f"scope: expected one of {', '.join(BALANCE_SCOPES)}, got {scope!r}")
+        if accumulate and scope != "global":
+            raise ValueError(f"accumulate: expected scope 'global' with it, got {scope!r}")
+        self.coefficient, self.scope, self.accumulate, self.per_choice = coefficient, scope, accumulate, per_choice
+        self.score_function, self.num_null, self.name = score_function, num_null, name
+        self._counts: Tensor | None = None  # [E+1]: tokens per expert, tokens; since the last step
+
+    def forward(self, routing: Routing, context: Context) -> Tensor:
+        probabilities = router_probabilities(routing, self.score_function)
+        num_tokens = probabilities.shape[0]
+        if self.scope == "sequence":
+            ids, num_sequences = sequences(context, num_tokens, probabilities.device)
+            loss = balance.sequence_switch_loss(probabilities, routing.topk_ids, ids, num_sequences)
+        else:
+            counts = count_tokens(routing.topk_ids, routing.num_experts)
+            counts = torch.cat((counts, counts.new_full((1,), num_tokens)))
+            if self.scope == "global":
+                counts = self._gather(counts, context.group)
+            loss = balance.null_aware_switch_loss(probabilities, counts[:-1], counts[-1], self.num_null)
+        if self.per_choice:
+            loss = loss / routing.topk_ids.shape[1]
+        coefficient = self.coefficient(routing) if isinstance(self.coefficient, nn.Module) else self.coefficient
+        weighted: Tensor = loss * coefficient
+        return weighted
+
+    def _gather(self, counts: Tensor, group: Any) -> Tensor:
+        if group is not None or (dist.is_available() and dist.is_initialized()):
+            dist.all_reduce(counts, group=group)
+        if self.accumulate:
+            counts = counts if self._counts is None else counts + self._counts
+            self._counts = counts
+        return counts
+
+    def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
+        """Forgets the counts of the step."""
+        self._counts = None
+        if isinstance(self.coefficient, nn.Module):
+            self.coefficient.after_step(tokens_per_expert, router)
+
+    def extra_repr(self) -> str:
+        coefficient = "" if isinstance(self.coefficient, nn.Module) else f"{self.coefficient}, "
+        return (
+            f"{coefficient}scope={self.scope!r}" + ", per_choice" * self.per_choice + ", accumulate" * self.accumulate
+        )
+
+
+class NullAwareSwitchLoss(SwitchLoss):
+    """SwitchLoss over E real and `num_null` null experts, which share one load (AdaMoE, arXiv:2406.13233).
+
+    The coefficient 1e-4 is that of the published Mixtral configuration.
+    """
+
+    def __init__(self, coefficient: float = 1e-4, *, num_null: int, **options: Any) -> None:
+        super().__init__(coefficient, num_null=num_null, **options)
+
+
+@dataclass(frozen=True)
+class ZLoss:
+    """coefficient · mean_t (log Σ_e exp z_te)², of the logits (ST-MoE, arXiv:2202.08906; OpenMoE, arXiv:2402.01739)."""
+
+    coefficient: float = 1e-3
+    name: ClassVar[str] = "z"
+
+    def __call__(self, routing: Routing, context: Context) -> Tensor:
+        return self.coefficient * balance.z_loss(routing.router_logits)
+
+
+@dataclass(frozen=True)
+class ImportanceLoad:
+    """importance · CV²(total weights) + load · CV²(smooth load) (arXiv:1701.06538; LLaMA-MoE, arXiv:2406.16554).
+
+    noise_std: of the noise in the smooth load, in units of logits.
+    """
+
+    importance: float = 1e-2
+    load: float = 1e-2
+    noise_std: float = 1.0
+    name: ClassVar[str] = "importance_load"
+
+    def __call__(self, routing: Routing, context: Context) -> Tensor:
+        ids, weights, logits, num_experts = routing[:4]
+        loss = self.importance * balance.importance_loss(ids, weights, num_experts)
+        smooth = balance.smooth_load(logits, min(ids.shape[1], num_experts), self.noise_std)
+        return loss + self.load * balance.squared_variation(smooth)
+
+
+@dataclass(frozen=True)
+class EntropyLoss:
+    """coefficient · mean_t H(p_t): makes routers that choose as many experts as they like sure of few
+    (arXiv:2403.07652)."""
+
+    coefficient: float = 1e-4
+    score_function: str | None = None
+    name: ClassVar[str] = "entropy"
+
+    def __call__(self, routing: Routing, context: Context) -> Tensor:
+        return self.coefficient * balance.entropy_loss(router_probabilities(routing, self.score_function))
+
+
+@dataclass(frozen=True)
+class BatchEntropy:
+    """-coefficient · H(mean_t softmax(z_t)): spreads the batch over the experts (sigma-MoE, arXiv:2310.10837).
+
+    The softmax is of the logits, whatever the scores are.
+    """
+
+    coefficient: float = 1e-3
+    score_function: str | None = "softmax"
+    name: ClassVar[str] = "batch_entropy"
+
+    def __call__(self, routing: Routing, context: Context) -> Tensor:
+        return self.coefficient * balance.batch_entropy_loss(router_probabilities(routing, self.score_function))
+
+
+class _PerExpert(nn.Module):
+    """A loss with a fixed vector over the experts, which follows the router to its device."""
+
+    vector: Tensor
+
+    def __init__(self, vector: Sequence[Any] | Tensor, coefficient: float, score_function: str | None) -> None:
+        super().__init__()
+        self._given = torch.as_tensor(vector).detach().cpu()
+        self.register_buffer("vector", self._given.clone(), persistent=False)
+        self.coefficient, self.score_function = coefficient, score_function
+
+    def reset_parameters(self) -> None:
+        """The vector as it was given, after to_empty."""
+        self.vector.copy_(self._given)
+
+    def _probabilities(self, routing: Routing) -> Tensor:
+        if self.vector.shape != (routing.num_experts,):
+            raise ValueError(f"{self.name}: expected {routing.num_experts} experts, got {self.vector.numel()}")
+        return router_probabilities(routing, self.score_function)
+
+
+class ParamPenalty(_PerExpert):
+    """coefficient · E · Σ_e M_e · P_e, M_e the share of tokens on expert e times its width (HMoE, arXiv:2408.10681).
+
+    widths [E]: intermediate sizes in any unit; only their ratios matter beside the coefficient.
+    """
+
+    name = "parameters"
+
+    def __init__(
+        self, widths: Sequence[float] | Tensor, coefficient: float = 1e-2, score_function: str | None = None
+    ) -> None:
+        super().__init__(torch.as_tensor(widths, dtype=torch.float32), coefficient, score_function)
+
+    def forward(self, routing: Routing, context: Context) -> Tensor:
+        probabilities = self._probabilities(routing)
+        return self.coefficient * balance.parameter_penalty(probabilities, routing.topk_ids, self.vector)
+
+
+class DeviceBalance(_PerExpert):
+    """coefficient · Σ_g f'_g · P'_g over groups of experts, one per device (DeepSeekMoE, arXiv:2401.06066).
+
+    groups [E]: the device of each expert, from 0. coefficient: 0.05 is that of the 145B model (unverified).
+    """
+
+    name = "device"
+
+    def __init__(
+        self, groups: Sequence[int] | Tensor, coefficient: float = 0.05, score_function: str | None = None
+    ) -> None:
+        super().__init__(groups, coefficient, score_function)
+
+    def forward(self, routing: Routing, context: Context) -> Tensor:
+        return self.coefficient * balance.device_loss(self._probabilities(routing), routing.topk_ids, self.vector)
+
+
+class LocalityLoss(_PerExpert):
+    """coefficient · -log(mean probability of the experts of this node) (LocMoE, arXiv:2401.13920; see locality_loss).
+
+    placement [E]: the node of each expert. node: this process's own. coefficient: the paper's μ (unverified).
+    """
+
+    name = "locality"
+
+    def __init__(
+        self,
+        placement: Sequence[int] | Tensor,
+        node: int,
+        coefficient: float = 1e-2,
+        score_function: str | None = None,
+    ) -> None:
+        super().__init__(torch.as_tensor(placement) == node, coefficient, score_function)
+
+    def forward(self, routing: Routing, context: Context) -> Tensor:
+        return self.coefficient * balance.locality_loss(self._probabilities(routing), self.vector)
+
+
+class ClusterVariance(_PerExpert):
+    """coefficient · the share of a token's variance that lies within clusters (MoEC, arXiv:2207.09094; see
+    cluster_variance_loss).
+
+    groups [E]: the cluster of each expert, from 0. coefficient unverified.
+    """
+
+    name = "clusters"
+
+    def __init__(
+        self, groups: Sequence[int] | Tensor, coefficient: float = 1.0, score_function: str | None = None
+    ) -> None:
+        super().__init__(groups, coefficient, score_function)
+
+    def forward(self, routing: Routing, context: Context) -> Tensor:
+        return self.coefficient * balance.cluster_variance_loss(self._probabilities(routing), self.vector)
+
+
+class LocalizedBalance(_PerExpert):
+    """coefficient · var(Z) / mean(Z), Z the weights of experts and sequences, more of them where their types agree
+    (LoRAMoE, arXiv:2312.09979).
+
+    expert_types [E]. The types of the sequences [B] come as Context.embedding: integers [B]. delta, coefficient: 0.1
+    (unverified).
+    """
+
+    name = "localized"
+
+    def __init__(self, expert_types: Sequence[int] | Tensor, delta: float = 0.1, coefficient: float = 0.1) -> None:
+        super().__init__(expert_types, coefficient, None)
+        self.delta = delta
+
+    def forward(self, routing: Routing, context: Context) -> Tensor:
+        types = context.require("embedding", "LocalizedBalance").reshape(-1)
+        ids, num_sequences = sequences(context, routing.topk_ids.shape[0], routing.topk_ids.device)
+        if len(types) != num_sequences:
+            raise ValueError(f"embedding: expected a type for each of {num_sequences} sequences, got {len(types)}")
+        choice = routing.topk_ids, routing.topk_weights
+        loss = balance.localized_balance_loss(*choice, self.vector, types, ids, self.delta)
+        return self.coefficient * loss

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which experts a token may have: masked selections, and the table that leaves no choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.functional import Routing
+from switchgear.reference import check_choice
+from switchgear.routing.context import NOTHING_KNOWN, Context, Select
+from switchgear.routing.ranking import keep_choices, uniform
+
+Mask = Callable[[Tensor, Context], Tensor | None]
+"""(router_logits [T,E], context) -> bool, broadcastable to [T,E], true where the expert may be chosen; None for all."""
+
+
+class Masked(nn.Module):
+    """Another selection among the experts that a mask allows. The others have probability zero, no gradient and no
+    token. A token with fewer than K experts to choose from has empty choices, and so has one for which a selection bias
+    lifts a hidden expert over the others."""
+
+    def __init__(self, select: Select, mask: Mask) -> None:
+        super().__init__()
+        self.select, self.mask = select, mask
+
+    def forward(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        router_logits = router_logits.reshape(-1, router_logits.shape[-1])
+        allowed = self.mask(router_logits, context)
+        if allowed is None:
+            return self.select(router_logits, context, bias)
+        allowed = allowed.expand(router_logits.shape)
+        # not -Inf: a softmax over a row of these is still a number
+        masked = router_logits.masked_fill(~allowed, torch.finfo(router_logits.dtype).min)
+        if bias is not None:  # which must not lift an expert that is hidden from all
+            bias = bias.masked_fill(~allowed.any(0), -torch.inf)
+        routing = self.select(masked, context, bias)
+        permitted = allowed.gather(1, routing.topk_ids.clamp(min=0).long())
+        return keep_choices(routing, permitted & (routing.topk_ids >= 0))
+
+    def extra_repr(self) -> str:
+        return ", ".join(repr(part) for part in (self.select, self.mask) if not isinstance(part, nn.Module))
+
+
+@dataclass(frozen=True)
+class ExpertDropout:
+    """A mask that in training hides each expert with probability `rate` from each token, or with level = "batch" from
+    all of them (sigma-MoE, arXiv:2310.10837: 0.05)."""
+
+    rate: float
+    level: str = "token"
+
+    def __post_init__(self) -> None:
+        check_choice("level", self.level, ("token", "batch"))
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"rate: expected a number in [0, 1], got {self.rate}")
+
+    def __call__(self, router_logits: Tensor, context: Context) -> Tensor | None:
+        if not context.training or not self.rate:
+            return None
+        num_tokens, num_experts = router_logits.shape
+        shape = (num_tokens if self.level == "token" else 1, num_experts)
+        return uniform(shape, context, router_logits.device) >= self.rate
+
+
+class TokenIdMask(nn.Module):
+    """A mask by vocabulary id: `visible` [V,E] bool, a buffer. Needs Context.token_ids (MaskMoE, arXiv:2407.09816)."""
+
+    visible: Tensor
+
+    def __init__(self, visible: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("visible", visible.bool())
+
+    @classmethod
+    def of_frequencies(
+        cls,
+        counts: Tensor,
+        num_experts: int,
+        *,
+        frequent_from: float,
+        rare_experts: int = 1,
+        frequent_experts: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> TokenIdMask:
+        """Random experts for each id: rare_experts for ids that the corpus has less than frequent_from times (the
+        paper's threshold is unverified), frequent_experts (all if None) for the others. counts [V]."""
+        order = torch.rand(counts.shape[0], num_experts, generator=generator).argsort(1)
+        sizes = torch.where(counts.cpu() < frequent_from, rare_experts, frequent_experts or num_experts)
+        return cls(order < sizes[:, None])
+
+    def forward(self, router_logits: Tensor, context: Context) -> Tensor:
+        token_ids: Tensor = context.require("token_ids", "TokenIdMask")
+        return self.visible[token_ids.reshape(-1)]
+
+
+class Lookup(nn.Module):
+    """Routing by a table: the experts table[token_ids] (-1 for none), all with the same weight (Mixture of Word
+    Experts, arXiv:2311.10768; Hash Layers, arXiv:2106.04426). Takes nothing but the shape from the logits: see
+    scores.Uniform.
+
+    table: [V] or [V,K] integers, a buffer. weight: 1/K if None. Needs Context.token_ids.
+    """
+
+    table: Tensor
+    uses_logits = False
+
+    def __init__(self, table: Tensor, weight: float | None = None) -> None:
+        super().__init__()
+        self.register_buffer("table", (table if table.dim() == 2 else table[:, None]).to(torch.int32))
+        self.weight = 1 / self.table.shape[1] if weight is None else weight
+
+    @classmethod
+    def hashed(
+        cls, vocabulary_size: int, num_experts: int, top_k: int = 1, generator: torch.Generator | None = None
+    ) -> Lookup:
+        """A random table, each id having top_k different experts."""
+        if top_k == 1:
+            return cls(torch.randint(num_experts, (vocabulary_size,), generator=generator))
+        return cls(torch.rand(vocabulary_size, num_experts, generator=generator).argsort(1)[:, :top_k])
+
+    def forward(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        token_ids: Tensor = context.require("token_ids", "Lookup")
+        ids = self.table[token_ids.reshape(-1)]
+        weights = torch.where(ids < 0, 0.0, self.weight).to(torch.float32)
+        return Routing(ids, weights, router_logits, router_logits.shape[-1])

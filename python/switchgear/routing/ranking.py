@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The steps that selections are made of. They run on the ops route and plan, so that any ranking is total, ties go to
+the lowest index, and no loop over experts is needed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from switchgear import ops, reference
+from switchgear.functional import Routing
+from switchgear.routing.context import Context
+
+SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrt_softplus")
+
+
+def scores_of(router_logits: Tensor, score_function: str) -> Tensor:
+    """Scores [T,E] of router_logits, float32 (float64 for float64), differentiable and finite for any logits: "softmax"
+    over the experts, "sigmoid" of each, or "sqrt_softplus" √log(1 + exp z) of each."""
+    logits = finite(router_logits)
+    if score_function == "softmax":
+        return logits.softmax(-1)
+    if score_function == "sigmoid":
+        return logits.sigmoid()
+    reference.check_choice("score_function", score_function, SCORE_FUNCTIONS)
+    softplus = F.softplus(logits)
+    return softplus.clamp(min=torch.finfo(softplus.dtype).tiny).sqrt()  # the root has no slope at 0
+
+
+def finite(values: Tensor) -> Tensor:
+    """In float32 (or float64), NaN and -Inf as the lowest finite number, +Inf as the highest; these get no gradient."""
+    return reference.sanitize(values.to(reference.weight_dtype(values.dtype)))
+
+
+def normalized(weights: Tensor) -> Tensor:
+    """Each row divided by its sum."""
+    return weights / (weights.sum(-1, keepdim=True) + reference.NORMALIZE_EPSILON)
+
+
+def choose(values: Tensor, count: int) -> Tensor:
+    """The ids [R,count] int32 of the largest values [R,N] of each row: value descending, then index ascending."""
+    topk_ids, _ = ops.route(values.detach(), None, count, "softmax", False, 1.0, 1, 1, "max")
+    return topk_ids
+
+
+def positions(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """How many earlier elements of groups [P] (integers, -1 for none) have the same one: [P] int64, and how many there
+    are of each: [num_groups] int64. A stable counting sort."""
+    offsets, _, slots = ops.plan(groups.to(torch.int32).view(-1, 1), num_groups)
+    wide = offsets.long()
+    return slots.view(-1) - wide[groups.clamp(min=0).long()], wide.diff()
+
+
+def ranks(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """The rank [P] int64 of each of values [P] in its group, 0 for the largest; ties to the lowest index."""
+    order = finite(values.detach()).sort(descending=True, stable=True).indices
+    in_order, _ = positions(groups[order], num_groups)
+    return torch.empty_like(in_order).scatter(0, order, in_order)
+
+
+def keep_choices(routing: Routing, keep: Tensor) -> Routing:
+    """The routing with empty choices where keep [T,K] is false."""
+    return routing._replace(
+        topk_ids=routing.topk_ids.masked_fill(~keep, -1), topk_weights=routing.topk_weights.masked_fill(~keep, 0)
+    )
+
+
+def trim(routing: Routing) -> Routing:
+    """Without the trailing columns that are empty for all tokens. On the CPU alone: elsewhere their number would have
+    to be read back, and in a compiled graph it would be a shape that depends on data."""
+    ids = routing.topk_ids
+    if (
+        ids.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        return routing
+    used = int((ids >= 0).any(0).sum()) if ids.shape[0] else 1
+    return routing._replace(topk_ids=ids[:, : max(used, 1)], topk_weights=routing.topk_weights[:, : max(used, 1)])
+
+
+def uniform(shape: tuple[int, ...], context: Context, device: torch.device) -> Tensor:
+    """Float32 random numbers in [0, 1)."""
+    return torch.rand(shape, generator=context.generator, device=device)
+
+
+def gumbel(shape: tuple[int, ...], context: Context, device: torch.device) -> Tensor:
+    """-log(-log u), float32: adding it to log-probabilities and taking the largest draws from them."""
+    tiny = torch.finfo(torch.float32).tiny
+    return -torch.empty(shape, device=device).exponential_(generator=context.generator).clamp(min=tiny).log()

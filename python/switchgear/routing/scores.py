@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Scores: modules that make router_logits [T,E] of x [T,H]. Most take (hidden_size, num_experts), then options by name;
+`Router(score=partial(Cosine, dim=16))` builds one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from switchgear.backends import without_autocast
+from switchgear.reference import check_choice
+from switchgear.routing.context import Context
+
+INPUT_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "normalize": lambda x: F.normalize(x, dim=-1),
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+}
+
+
+def zscore(router_logits: Tensor, lam: float = 1.0, eps: float = 1e-6) -> Tensor:
+    """lam · (z - mean z) / std z over the experts, in float32; std is that of the population, and eps is added to
+    it."""
+    logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()
+    centred = logits - logits.mean(-1, keepdim=True)
+    deviation = (centred.square().mean(-1, keepdim=True) + eps**2).sqrt()
+    return lam * centred / deviation
+
+
+def init_uniform(parameter: Tensor, fan_in: int) -> None:
+    nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+
+class Linear(nn.Module):
+    """router_logits = M(x) · weightᵀ + bias, the score of most models.
+
+    Args:
+        bias: a learned bias [E]. float32: compute in float32, whatever the dtype of model and autocast.
+        jitter: in training the input is multiplied by uniform noise in [1 - jitter, 1 + jitter] (arXiv:2101.03961).
+        noise: learned Gaussian noise on the logits in training, randn · softplus(x · noise_weightᵀ) (arXiv:1701.06538).
+        normalize: "zscore" normalises the logits of each token to mean 0 and standard deviation lam (Skywork-MoE,
+            arXiv:2406.06563, lam = 1).
+        input_transform: M, a function or "tanh", "sigmoid", "normalize", "layer_norm" (bounded, as the theory of
+            softmax gates wants it, arXiv:2310.14188); the identity if None.
+        equal_rows: the rows of weight are scaled to their mean norm, so that no expert is ahead (sigma-MoE,
+            arXiv:2310.10837).
+        init_std: standard deviation of the initial weight; if None it is that of torch.nn.Linear.
+
+    Parameters: weight [E,H], bias [E], noise_weight [E,H].
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    noise_weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        bias: bool = False,
+        float32: bool = False,
+        jitter: float = 0.0,
+        noise: bool = False,
+        normalize: str | None = None,
+        lam: float = 1.0,
+        input_transform: str | Callable[[Tensor], Tensor] | None = None,
+        equal_rows: bool = False,
+        init_std: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if normalize is not None:
+            check_choice("normalize", normalize, ("zscore",))
+        if isinstance(input_transform, str):
+            check_choice("input_transform", input_transform, tuple(INPUT_TRANSFORMS))
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter: expected a number in [0, 1), got {jitter}")
+        self.hidden_size, self.num_experts = hidden_size, num_experts
+        self.float32, self.jitter, self.normalize, self.lam = float32, jitter, normalize, lam
+        self.input_transform, self.equal_rows, self.init_std = input_transform, equal_rows, init_std
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
+        self.noise_weight = nn.Parameter(torch.empty_like(self.weight)) if noise else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The weight as torch.nn.Linear does, or normal with init_std; without noise at first."""
+        if self.init_std is None:
+            init_uniform(self.weight, self.hidden_size)
+        else:
+            nn.init.normal_(self.weight, std=self.init_std)
+        if self.bias is not None:
+            init_uniform(self.bias, self.hidden_size)
+        if self.noise_weight is not None:
+            nn.init.zeros_(self.noise_weight)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T,H] -> router_logits [T,E]."""
+        if isinstance(self.input_transform, str):
+            x = INPUT_TRANSFORMS[self.input_transform](x)
+        elif self.input_transform is not None:
+            x = self.input_transform(x)
+        if self.jitter and self.training:
+            noise = torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter, generator=context.generator)
+            x = x * noise
+        weight: Tensor = self.weight
+        bias = self.bias
+        if self.equal_rows:
+            norms = weight.norm(dim=1, keepdim=True)
+            weight = weight * (norms.mean() / norms.clamp(min=torch.finfo(norms.dtype).tiny))
+        if self.float32:
+            with without_autocast(x.device.type):
+                logits = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        else:
+            logits = F.linear(x, weight, bias)
+        if self.noise_weight is not None and self.training:
+            deviation = F.softplus(F.linear(x, self.noise_weight)).to(logits.dtype)
+            logits = logits + deviation * torch.empty_like(logits).normal_(generator=context.generator)
+        return logits if self.normalize is None else zscore(logits, self.lam)
+
+    def extra_repr(self) -> str:
+        flags = [name for name in ("float32", "jitter", "normalize", "equal_rows") if getattr(self, name)]
+        return ", ".join([f"{self.hidden_size}, num_experts={self.num_experts}", *flags])
+
+
+class Cosine(nn.Module):
+    """cos(P x, e) / tau with expert embeddings e in a space of `dim` dimensions, so that tokens do not collapse onto
+    the experts (X-MoE, arXiv:2204.09179).
+
+    Args:
+        dim: E/2 if None, as in the paper; its published code has 16.
+        tau: the temperature, learned (as its logarithm) if learn_tau, never below min_tau.
+        normalize_input: False divides by the norm of e alone, as the published code does.
+        perturb: added to both norms (perturbed cosine of LibMoE, arXiv:2411.00918).
+
+    Parameters: projection [dim,H], embeddings [E,dim], log_tau scalar.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        dim: int | None = None,
+        tau: float = 0.07,
+        learn_tau: bool = True,
+        min_tau: float = 0.01,
+        normalize_input: bool = True,
+        perturb: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not tau > 0:
+            raise ValueError(f"tau: expected a positive number, got {tau}")
+        self.hidden_size, self.num_experts, self.dim = hidden_size, num_experts, dim or max(num_experts // 2, 1)
+        self.tau, self.min_tau, self.normalize_input, self.perturb = tau, min_tau, normalize_input, perturb
+        self.projection = nn.Parameter(torch.empty(self.dim, hidden_size, device=device, dtype=dtype))
+        self.embeddings = nn.Parameter(torch.empty(num_experts, self.dim, device=device, dtype=dtype))
+        self.log_tau = nn.Parameter(torch.empty((), device=device, dtype=torch.float32), requires_grad=learn_tau)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init_uniform(self.projection, self.hidden_size)
+        nn.init.normal_(self.embeddings, std=self.dim**-0.5)
+        nn.init.constant_(self.log_tau, math.log(self.tau))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T,H] -> router_logits [T,E] float32."""
+        low = F.linear(x, self.projection)
+        low, embeddings = (value if value.dtype == torch.float64 else value.float() for value in (low, self.embeddings))
+        with without_autocast(x.device.type):
+            embeddings = embeddings / (embeddings.norm(dim=-1, keepdim=True) + self.perturb).clamp(min=1e-12)
+            if self.normalize_input:
+                low = low / (low.norm(dim=-1, keepdim=True) + self.perturb).clamp(min=1e-12)
+            return F.linear(low, embeddings) / self.log_tau.exp().clamp(min=self.min_tau).to(low.dtype)
+
+
+class GroupedAvgPool(nn.Module):
+    """The mean of x over each of E slices of its features: orthogonal, fixed, without a product (LocMoE,
+    arXiv:2401.13920). hidden_size is a multiple of num_experts. No parameters."""
+
+    def __init__(self, hidden_size: int, num_experts: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        if hidden_size % num_experts:
+            raise ValueError(f"hidden_size: expected a multiple of {num_experts} experts, got {hidden_size}")
+        self.num_experts = num_experts
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T,H] -> router_logits [T,E]."""
+        return x.view(x.shape[0], self.num_experts, -1).mean(-1)
+
+
+class Uniform(nn.Module):
+    """Zeros, in no memory: for selections that look at no logits (Lookup, Random). No parameters."""
+
+    def __init__(self, hidden_size: int, num_experts: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T,H] -> router_logits [T,E], a single 0 expanded."""
+        return x.new_zeros(1, 1).expand(x.shape[0], self.num_experts)
+
+
+class SwitchMixture(nn.Module):
+    """log softmax over groups + log softmax inside each group, of two linear routers: a softmax of it is the product of
+    both, which a Grouped selection with group_score = "sum" takes apart again (SAM, arXiv:2110.07431).
+
+    Parameters: switch.weight [G,H], mixture.weight [E,H].
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        num_groups: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_experts % num_groups:
+            raise ValueError(f"num_groups: expected a divisor of {num_experts} experts, got {num_groups}")
+        self.num_groups = num_groups
+        self.switch = nn.Linear(hidden_size, num_groups, bias=False, device=device, dtype=dtype)
+        self.mixture = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T,H] -> router_logits [T,E], float32."""
+        group = self.switch(x).float().log_softmax(-1)
+        inside = self.mixture(x).float().view(x.shape[0], self.num_groups, -1).log_softmax(-1)
+        logits: Tensor = (group[:, :, None] + inside).flatten(1)
+        return logits
+
+
+class Sum(nn.Module):
+    """The sum of several scores."""
+
+    def __init__(self, *scores: nn.Module) -> None:
+        super().__init__()
+        self.scores = nn.ModuleList(scores)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T,H] -> router_logits [T,E]."""
+        first, *others = (score(x, context) for score in self.scores)
+        total: Tensor = sum(others, first)
+        return total

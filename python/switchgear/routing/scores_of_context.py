@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Scores of something larger than a token: a task, an instance, a sequence. All of its tokens go the same way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from switchgear.routing.context import Context, Score, sequences
+
+
+class FromEmbedding(nn.Module):
+    """Logits of the embedding of a task or instance, one row for each token or sequence (Context.embedding), so that
+    all tokens of it go the same way (task-level MoE, arXiv:2205.12701).
+
+    dim: D of the embedding. Parameters: weight [E,D], bias [E] if bias.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        dim: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, num_experts, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T,H] -> router_logits [T,E]."""
+        embedding = context.require("embedding", "FromEmbedding")
+        logits: Tensor = self.linear(embedding)
+        return per_token(logits, context, x)
+
+
+def per_token(rows: Tensor, context: Context, x: Tensor) -> Tensor:
+    """rows [B,E] or [T,E] -> [T,E]: the row of each token's sequence. A single row is for all tokens."""
+    if rows.dim() == 1 or rows.shape[0] == 1:
+        return rows.reshape(1, -1).expand(x.shape[0], -1)
+    if rows.shape[0] == x.shape[0]:
+        return rows
+    index, count = sequences(context, x.shape[0], x.device)
+    if count != rows.shape[0]:
+        raise ValueError(f"embedding: expected {x.shape[0]} rows (tokens) or {count} (sequences), got {rows.shape[0]}")
+    return rows[index]
+
+
+class PerSequence(nn.Module):
+    """Another score of the mean of x over each sequence: one decision for all of its tokens."""
+
+    def __init__(self, score: Score) -> None:
+        super().__init__()
+        self.score = score
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T,H] -> router_logits [T,E]."""
+        index, count = sequences(context, x.shape[0], x.device)
+        wide = x if x.dtype == torch.float64 else x.float()
+        total = wide.new_zeros(count, x.shape[1]).index_add(0, index, wide)
+        size = wide.new_zeros(count).index_add(0, index, torch.ones_like(wide[:, 0]))
+        mean = (total / size.clamp(min=1)[:, None]).to(x.dtype)
+        return self.score(mean, context)[index]
+
+
+class ClusterPrior(nn.Module):
+    """weight · cos(embedding, centroid) / tau: the instance's nearness to clusters of the corpus, one for each expert,
+    to add to another score (Intuition-MoR1E, arXiv:2404.08985; its form is unverified). Needs Context.embedding.
+
+    centroids: [E,D], a buffer.
+    """
+
+    centroids: Tensor
+
+    def __init__(self, centroids: Tensor, *, weight: float = 1.0, tau: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("centroids", centroids)
+        self.weight, self.tau = weight, tau
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T,H] -> router_logits [T,E]."""
+        embedding = context.require("embedding", "ClusterPrior")
+        near = F.linear(F.normalize(embedding, dim=-1), F.normalize(self.centroids, dim=-1).to(embedding.dtype))
+        return per_token(self.weight / self.tau * near, context, x)

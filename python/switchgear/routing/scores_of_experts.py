@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Scores by what is known of each expert: its first activation, its weights, its cluster, its domain, its gate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from switchgear.backends import without_autocast
+from switchgear.reference import check_choice
+from switchgear.routing.context import Context
+from switchgear.routing.scores import init_uniform
+
+
+class ActivationNorm(nn.Module):
+    """‖W_e x‖₂: each expert's own first activation decides, there is no router (Autonomy-of-Experts, arXiv:2501.13074).
+
+    d_low: rows of each expert's projection. Parameters: down [E,d_low,H], the low-rank factor of the experts' gates.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        d_low: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.down = nn.Parameter(torch.empty(num_experts, d_low, hidden_size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init_uniform(self.down, self.hidden_size)
+
+    def activations(self, x: Tensor) -> Tensor:
+        """x [T,H] -> [T,E,d_low]."""
+        return F.linear(x, self.down.flatten(0, 1)).view(x.shape[0], *self.down.shape[:2])
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T,H] -> router_logits [T,E]."""
+        return norms(self.activations(x))
+
+
+def norms(activations: Tensor) -> Tensor:
+    """The norm over the last dimension, in float32, with a gradient of zero (not NaN) at zero."""
+    wide = activations if activations.dtype == torch.float64 else activations.float()
+    norm: Tensor = torch.linalg.vector_norm(wide, dim=-1)
+    return norm
+
+
+class SparsityAware(nn.Module):
+    """Prefers the experts whose hidden activations will be sparse (MoE-X, arXiv:2503.07639). With the columns of an
+    expert's first projection taken as Gaussian, a pre-activation is N(mu, sigma²), mu = Σ_d x_d·mean_d and
+    sigma² = Σ_d x_d²·var_d; the logit is scale · Φ(-mu/sigma), the share of neurons that a ReLU silences (sign and
+    normalisation are unverified).
+
+    The MoE layer binds it to its experts, whose weights it reads at each call; gradients reach them. No parameters.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, *, scale: float = 1.0, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self._experts: tuple[Any, ...] = ()  # in a tuple, so that they do not become a submodule
+
+    def bind(self, experts: Any) -> None:
+        """Reads the first projection of `experts` (switchgear.Experts; of gated ones, the gate) from now on."""
+        self._experts = (experts,)
+
+    def _first_projection(self) -> Tensor:
+        if not self._experts:
+            raise ValueError("score: SparsityAware must be bound to experts; see SparsityAware.bind")
+        experts = self._experts[0]
+        weight: Tensor = experts.gate_up_proj if experts.gated else experts.up_proj
+        weight = weight.mT if experts.transposed else weight
+        if experts.gated:
+            weight = weight[:, 0::2] if experts.interleaved else weight[:, : weight.shape[1] // 2]
+        return weight
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T,H] -> router_logits [T,E] float32."""
+        weight = self._first_projection()
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with without_autocast(x.device.type):
+            mean = weight.to(wide).mean(1)
+            variance = weight.to(wide).var(1, correction=0)
+            mu = F.linear(x.to(wide), mean)
+            sigma = (F.linear(x.to(wide).square(), variance) + torch.finfo(wide).tiny).sqrt()
+            silent: Tensor = torch.special.ndtr(-mu / sigma)
+            return self.scale * silent
+
+
+class Gaussian(nn.Module):
+    """log N(x; mean_e, L_e L_eᵀ): experts as clusters (Gaussian-gated mixtures, arXiv:2104.02640).
+
+    covariance: "diagonal" or "full". Parameters: mean [E,H]; log_std [E,H], and lower [E,H,H] if full, of which the
+    part below the diagonal counts.
+    """
+
+    lower: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        covariance: str = "diagonal",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("covariance", covariance, ("diagonal", "full"))
+        self.hidden_size, self.num_experts = hidden_size, num_experts
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+
+        self.mean, self.log_std = parameter(hidden_size), parameter(hidden_size)
+        self.lower = parameter(hidden_size, hidden_size) if covariance == "full" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.mean)
+        nn.init.zeros_(self.log_std)
+        if self.lower is not None:
+            nn.init.zeros_(self.lower)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T,H] -> router_logits [T,E] float32."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with without_autocast(x.device.type):
+            x, mean, log_std = x.to(wide), self.mean.to(wide), self.log_std.to(wide)
+            constant = -log_std.sum(-1) - 0.5 * self.hidden_size * math.log(2 * math.pi)
+            if self.lower is not None:
+                factor = self.lower.to(wide).tril(-1) + torch.diag_embed(log_std.exp())
+                centred = (x[None] - mean[:, None]).mT  # [E,H,T]
+                squares = torch.linalg.solve_triangular(factor, centred, upper=False).square().sum(1).T
+            else:  # Σ (x - m)² / s² as three products, so that nothing is [T,E,H]
+                precision = (-2 * log_std).exp()
+                squares = F.linear(x.square(), precision) - 2 * F.linear(x, precision * mean)
+                squares = squares + (precision * mean.square()).sum(-1)
+            logits: Tensor = constant - 0.5 * squares
+            return logits
+
+
+class Domain(nn.Module):
+    """x · e with e = P_r(d): expert embeddings projected from domain embeddings d [E,D] by a small SwiGLU network, so
+    that a new expert needs no new router (Nexus, arXiv:2408.15901).
+
+    Parameters: gate [I,D], up [I,D], down [H,I]. Buffer: domain_embeddings [E,D].
+    """
+
+    domain_embeddings: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        domain_embeddings: Tensor,
+        intermediate_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if domain_embeddings.shape[0] != num_experts:
+            raise ValueError(f"domain_embeddings: expected {num_experts} rows, got {domain_embeddings.shape[0]}")
+        size, width = domain_embeddings.shape[1], intermediate_size or hidden_size
+        self.register_buffer("domain_embeddings", domain_embeddings.to(device=device, dtype=dtype or torch.float32))
+
+        def linear(size_in: int, size_out: int) -> nn.Linear:
+            return nn.Linear(size_in, size_out, bias=False, device=device, dtype=dtype)
+
+        self.gate, self.up, self.down = linear(size, width), linear(size, width), linear(width, hidden_size)
+
+    def expert_embeddings(self) -> Tensor:
+        """[E,H]"""
+        d = self.domain_embeddings
+        e: Tensor = self.down(F.silu(self.gate(d)) * self.up(d))
+        return e
+
+    def add_expert(self, domain_embedding: Tensor) -> None:
+        """One more expert at the end; the logits of the others stay as they are."""
+        row = domain_embedding.reshape(1, -1).to(self.domain_embeddings)
+        self.domain_embeddings = torch.cat((self.domain_embeddings, row))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T,H] -> router_logits [T,E]."""
+        return F.linear(x, self.expert_embeddings())
+
+
+class PosthocGate(nn.Module):
+    """LN(gate) · LN(x) / √H, the layer norms without parameters: gates of adapters that were trained apart from each
+    other become comparable (PHATGOOSE, arXiv:2402.05859). Parameters: gates [E,H]."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.gates = nn.Parameter(torch.zeros(num_experts, hidden_size, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T,H] -> router_logits [T,E]."""
+        size = x.shape[-1:]
+        return F.linear(F.layer_norm(x, size), F.layer_norm(self.gates, size)) / math.sqrt(size[0])

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Selections that look at one token at a time: the best k, by mass, by threshold, in groups, by rank, all.
+
+Each is called as (router_logits [T,E], context, bias) and returns a Routing; see `Select` in context.py. Common
+options: score_function "softmax", "sigmoid" or "sqrt_softplus"; normalize divides the weights of the chosen by their
+sum; scale multiplies the weights last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from switchgear.functional import Routing, route
+from switchgear.reference import check_choice
+from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_per_sequence, sequences
+from switchgear.routing.ranking import choose, finite, keep_choices, normalized, ranks, scores_of, trim
+
+
+def _rows(router_logits: Tensor) -> Tensor:
+    return router_logits if router_logits.dim() == 2 else router_logits.reshape(-1, router_logits.shape[-1])
+
+
+def take(
+    router_logits: Tensor, scores: Tensor, topk_ids: Tensor, *, normalize: bool = False, scale: float = 1.0
+) -> Routing:
+    """The Routing that weighs the experts topk_ids [T,K] by their scores [T,E]."""
+    weights = scores.gather(1, topk_ids.long())
+    if normalize:
+        weights = normalized(weights)
+    return Routing(topk_ids, weights * scale, router_logits, router_logits.shape[1], scores)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The top_k best experts. Softmax and sigmoid run in one native call, with the options of `switchgear.route`;
+    "sqrt_softplus" has no groups."""
+
+    top_k: int
+    score_function: str = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+    num_groups: int = 1
+    topk_groups: int = 1
+    group_score: str = "max"
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        if self.score_function != "sqrt_softplus":
+            return route(
+                router_logits, self.top_k, score_function=self.score_function, normalize=self.normalize,
+                scale=self.scale, selection_bias=bias, num_groups=self.num_groups, topk_groups=self.topk_groups,
+                group_score=self.group_score,
+            )  # fmt: skip
+        if self.num_groups != 1:
+            raise ValueError(f"num_groups: expected 1 for sqrt_softplus, got {self.num_groups}")
+        router_logits = _rows(router_logits)
+        scores = scores_of(router_logits, self.score_function)
+        ids = choose(finite(router_logits) if bias is None else scores + finite(bias), self.top_k)
+        return take(router_logits, scores, ids, normalize=self.normalize, scale=self.scale)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every expert, in ascending order, weighed by its score. The bias changes nothing."""
+
+    score_function: str = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        router_logits = _rows(router_logits)
+        scores = scores_of(router_logits, self.score_function)
+        weights = (normalized(scores) if self.normalize else scores) * self.scale
+        num_tokens, num_experts = router_logits.shape
+        ids = torch.arange(num_experts, dtype=torch.int32, device=router_logits.device)
+        return Routing(ids.expand(num_tokens, -1), weights, router_logits, num_experts, scores)
+
+
+@dataclass(frozen=True)
+class RankK:
+    """The experts of these ranks, 0 for the best: RankK((2,)) takes the third one alone (Self-Contrast,
+    arXiv:2405.14507, for the weak forward pass). RankK((0, 1)) is TopK(2)."""
+
+    ranks: Sequence[int]
+    score_function: str = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        if not self.ranks or min(self.ranks) < 0:
+            raise ValueError(f"ranks: expected at least one, from 0 on, got {list(self.ranks)}")
+        best = TopK(max(self.ranks) + 1, self.score_function)(router_logits, context, bias)
+        columns = torch.tensor(list(self.ranks), device=best.topk_ids.device)
+        weights = best.topk_weights.index_select(1, columns)
+        weights = (normalized(weights) if self.normalize else weights) * self.scale
+        return best._replace(topk_ids=best.topk_ids.index_select(1, columns), topk_weights=weights)
+
+
+@dataclass(frozen=True)
+class TopP:
+    """The fewest experts whose probabilities add up to p, the one that crosses p included; the weights are the
+    probabilities themselves (arXiv:2403.07652, p = 0.4). p = 0 is top-1, p >= 1 all experts.
+
+    max_experts: at most so many; K of the result. Without it K is E, on the CPU less the columns that nobody uses.
+    """
+
+    p: float = 0.4
+    max_experts: int | None = None
+    normalize: bool = False
+    scale: float = 1.0
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        if not self.p >= 0:
+            raise ValueError(f"p: expected a number of at least 0, got {self.p}")
+        num_experts = router_logits.shape[-1]
+        best = route(router_logits, min(self.max_experts or num_experts, num_experts), selection_bias=bias)
+        mass = best.topk_weights.detach()
+        keep = (mass.cumsum(-1) - mass < self.p) | (self.p >= 1)
+        keep[:, 0] = True
+        return trim(_weighed(keep_choices(best, keep), self.normalize, self.scale))
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The experts whose score is at least `threshold`, but no fewer than min_experts and no more than max_experts
+    (LaDiMo, arXiv:2408.04278; the choice of the threshold is unverified, `calibrate` hits an average number)."""
+
+    threshold: float
+    min_experts: int = 1
+    max_experts: int | None = None
+    score_function: str = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        num_experts = router_logits.shape[-1]
+        if not 0 <= self.min_experts <= num_experts:
+            raise ValueError(f"min_experts: expected 0 to {num_experts}, got {self.min_experts}")
+        count = min(self.max_experts or num_experts, num_experts)
+        best = TopK(count, self.score_function)(router_logits, context, bias)
+        keep = best.topk_weights.detach() >= self.threshold
+        keep[:, : self.min_experts] = True
+        return trim(_weighed(keep_choices(best, keep), self.normalize, self.scale))
+
+    @staticmethod
+    def calibrate(
+        router_logits: Tensor, experts_per_token: float, *, min_experts: int = 1, score_function: str = "softmax"
+    ) -> float:
+        """The threshold under which these tokens [T,E] use experts_per_token experts on average."""
+        scores = scores_of(_rows(router_logits.detach()), score_function)
+        free = scores.sort(-1, descending=True).values[:, min_experts:].flatten().sort(descending=True).values
+        wanted = round(scores.shape[0] * (experts_per_token - min_experts))
+        if not 0 <= wanted <= free.numel():
+            raise ValueError(f"experts_per_token: expected {min_experts} to {scores.shape[1]}, got {experts_per_token}")
+        return float(free[wanted - 1]) if wanted else math.inf
+
+
+def _weighed(routing: Routing, normalize: bool, scale: float) -> Routing:
+    if not normalize and scale == 1:
+        return routing
+    weights = normalized(routing.topk_weights) if normalize else routing.topk_weights
+    return routing._replace(topk_weights=weights * scale)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """The top_k best experts of the best topk_groups of num_groups equal groups of consecutive experts.
+
+    A group ranks by "sum", the probability of the group (the switch router of SAM, arXiv:2110.07431: softmax over all
+    experts is that of the group times that inside it); by the "max" or the sum of its two best, "top2_sum", of its
+    scores (DeepSeek-V2 and -V3), which are native. With topk_groups = 1 all experts of a token are on one device.
+    """
+
+    top_k: int
+    num_groups: int
+    topk_groups: int = 1
+    group_score: str = "sum"
+    score_function: str = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        check_choice("group_score", self.group_score, ("sum", "max", "top2_sum"))
+        options = (self.top_k, self.score_function, self.normalize, self.scale, self.num_groups, self.topk_groups)
+        if self.group_score != "sum":
+            return TopK(*options, self.group_score)(router_logits, context, bias)
+        router_logits = _rows(router_logits)
+        num_tokens, num_experts = router_logits.shape
+        if self.num_groups < 1 or num_experts % self.num_groups:
+            raise ValueError(f"num_groups: expected a divisor of {num_experts} experts, got {self.num_groups}")
+        size = num_experts // self.num_groups
+        if not 1 <= self.top_k <= self.topk_groups * size:
+            raise ValueError(f"top_k: expected 1 to {self.topk_groups * size} (eligible experts), got {self.top_k}")
+        scores = scores_of(router_logits, self.score_function)
+        values = scores.detach() if bias is None else scores.detach() + finite(bias)
+        groups = choose(values.view(num_tokens, self.num_groups, size).sum(-1), self.topk_groups)
+        kept = torch.zeros(num_tokens, self.num_groups, dtype=torch.bool, device=values.device)
+        kept = kept.scatter(1, groups.long(), True).repeat_interleave(size, 1)
+        ids = choose(values.masked_fill(~kept, -math.inf), self.top_k)
+        return take(router_logits, scores, ids, normalize=self.normalize, scale=self.scale)
+
+
+@dataclass(frozen=True)
+class SkipBelow:
+    """Another selection without the experts that add little: those whose weight is below `ratio` times the token's
+    largest. The others' weights are scaled up to the same sum (arXiv:2402.14800, with the median ratio of a layer,
+    which `calibrate` measures). ratio = 0 skips nothing, ratio = 1 leaves the best.
+
+    protect: this share of the tokens, those of the largest Context.importance, skips nothing (arXiv:2410.06270: 0.02).
+    """
+
+    select: Select
+    ratio: float
+    protect: float = 0.0
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        routing = self.select(router_logits, context, bias)
+        weights = routing.topk_weights
+        keep = weights.detach() >= self.ratio * weights.detach().amax(-1, keepdim=True)
+        if self.protect:
+            importance = context.require("importance", "SkipBelow(protect=)").reshape(-1)
+            keep = keep | within_fraction(importance, self.protect, context, context.isolated)[:, None]
+        kept = keep_choices(routing, keep & (routing.topk_ids >= 0))
+        missing = weights.sum(-1, keepdim=True) / (kept.topk_weights.sum(-1, keepdim=True) + 1e-20)
+        return trim(_left_aligned(kept._replace(topk_weights=kept.topk_weights * missing)))
+
+    @staticmethod
+    def calibrate(routing: Routing) -> float:
+        """The median of (second weight / first weight)."""
+        best = routing.topk_weights.detach().sort(-1, descending=True).values
+        return float((best[:, 1] / best[:, 0]).median())
+
+
+def _left_aligned(routing: Routing) -> Routing:
+    """With the holes behind the choices, whose order stays."""
+    order = (routing.topk_ids < 0).to(torch.int8).sort(dim=-1, stable=True).indices
+    return routing._replace(
+        topk_ids=routing.topk_ids.gather(1, order), topk_weights=routing.topk_weights.gather(1, order)
+    )
+
+
+def within_fraction(values: Tensor, fraction: float, context: Context, per_sequence: bool) -> Tensor:
+    """Whether a token is among the round(fraction · n) of the largest values [T], n being the tokens of the batch or,
+    if per_sequence, of its sequence."""
+    num_tokens = values.shape[0]
+    if per_sequence:
+        sequence, count = sequences(context, num_tokens, values.device)
+        sizes = torch.zeros(count, dtype=torch.int64, device=values.device)
+        sizes = sizes.scatter_add(0, sequence, torch.ones_like(sequence))
+        limits = (sizes.double() * fraction).round().long()[sequence]
+        return ranks(values, sequence, count) < limits
+    everyone = torch.zeros(num_tokens, dtype=torch.int64, device=values.device)
+    return ranks(values, everyone, 1) < round(fraction * num_tokens)
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """In training, tokens that the router is unsure of go to all experts, weighed by their probabilities; the others
+    are left to another selection, and evaluation is that selection alone (GW-MoE, arXiv:2406.12375).
+
+    A token is unsure if the entropy of its probabilities is at least entropy_above (in nats); at most max_fraction of
+    the tokens of the batch or sequence (scope) are, those of the largest entropy. (The authors' Switch code multiplies
+    the input of the experts where the paper means the output; this is the paper.)
+    """
+
+    select: Select
+    entropy_above: float
+    max_fraction: float = 0.05
+    scope: str = "batch"
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        routing = self.select(router_logits, context, bias)
+        if not context.training:
+            return routing
+        probabilities = scores_of(routing.router_logits, "softmax")
+        detached = probabilities.detach()
+        entropy = torch.special.entr(detached).sum(-1)
+        unsure = (entropy >= self.entropy_above) & within_fraction(
+            entropy, self.max_fraction, context, is_per_sequence(self.scope, context)
+        )
+        num_experts = probabilities.shape[1]
+        missing = num_experts - routing.topk_ids.shape[1]
+        everyone = torch.arange(num_experts, dtype=torch.int32, device=probabilities.device)
+        ids = torch.nn.functional.pad(routing.topk_ids, (0, missing), value=-1)
+        weights = torch.nn.functional.pad(routing.topk_weights, (0, missing))
+        return trim(
+            routing._replace(
+                topk_ids=torch.where(unsure[:, None], everyone, ids),
+                topk_weights=torch.where(unsure[:, None], probabilities, weights),
+                scores=probabilities,
+            )
+        )

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Selections that draw: sampled top-k, SparseMixer, Gumbel softmax, random experts. Draws come from
+Context.generator."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switchgear.functional import Routing, _apply
+from switchgear.reference import check_choice
+from switchgear.routing.context import NOTHING_KNOWN, Context, sequences
+from switchgear.routing.ranking import choose, finite, gumbel, scores_of, uniform
+from switchgear.routing.selection import Dense, take
+
+LEVELS = ("token", "sequence", "batch")
+
+
+def _draws_per_token(level: str, context: Context, num_tokens: int, device: torch.device) -> tuple[int, Tensor | None]:
+    """How many draws a level needs, and which of them each token gets (None: its own)."""
+    if level == "token":
+        return num_tokens, None
+    if level == "batch":
+        return 1, torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    sequence, count = sequences(context, num_tokens, device)
+    return count, sequence
+
+
+@dataclass(frozen=True)
+class SampledTopK:
+    """With probability p_sample a token's top_k experts are drawn from the router's probabilities, without replacement;
+    otherwise they are the best (knowledge augmentation, arXiv:2502.12947: top_k = E - 1, p_sample = 0.05)."""
+
+    top_k: int
+    p_sample: float = 0.05
+    score_function: str = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        router_logits = router_logits.reshape(-1, router_logits.shape[-1])
+        num_tokens, device = router_logits.shape[0], router_logits.device
+        scores = scores_of(router_logits, self.score_function)
+        softmax = self.score_function == "softmax"
+        odds = finite(router_logits.detach()) if softmax else scores.detach().log()
+        values = odds if bias is None else scores.detach() + finite(bias)
+        if self.p_sample:
+            drawn = odds + gumbel(tuple(odds.shape), context, device)
+            values = torch.where(uniform((num_tokens, 1), context, device) < self.p_sample, drawn, values)
+        ids = choose(values, self.top_k)
+        return take(router_logits, scores, ids, normalize=self.normalize, scale=self.scale)
+
+
+class _Multiplier(torch.autograd.Function):
+    """w · factor, whose gradient with respect to the logits is that of log p_i times (grad · w): see SparseMixer."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, probabilities: Tensor, chosen: Tensor, factor: Tensor) -> Tensor:
+        return probabilities.gather(1, chosen) * factor
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, probabilities, chosen, _ = inputs
+        ctx.save_for_backward(probabilities, chosen)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        probabilities, chosen = ctx.saved_tensors
+        value = grad * probabilities.gather(1, chosen)
+        return (-probabilities * value).scatter_add(1, chosen, value), None, None, None
+
+
+@dataclass(frozen=True)
+class SparseMixer:
+    """Experts drawn one after the other, with a gradient for the draw (SparseMixer-v2 of GRIN, arXiv:2409.12136).
+
+    For each of top_k slots: experts with (max - z) / max(|z|, max) > 2·jitter are out; one of the others is drawn from
+    their softmax p in training, and the best one taken in evaluation; its weight is p_i, and it is out of the later
+    slots.
+
+    In training the weight is p_i, or p_i / 3 with probability 3/4 unless i is the best; and the gradient of the logits
+    is (δ_i - p) · p_i · grad. On average over both this is ∇ Σ_i p_i · (L_i(p_i) - L_i(0)) with the differences by
+    Heun's third-order rule, exact for losses L_i that are cubic in the weight (for the best expert, linear).
+    """
+
+    top_k: int = 2
+    jitter: float = 0.01
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        router_logits = router_logits.reshape(-1, router_logits.shape[-1])
+        if not 1 <= self.top_k <= router_logits.shape[1]:
+            raise ValueError(f"top_k: expected 1 to {router_logits.shape[1]} (num_experts), got {self.top_k}")
+        logits = finite(router_logits)
+        fixed = logits.detach()
+        device = logits.device
+        taken = torch.zeros_like(fixed, dtype=torch.bool)
+        ids, weights = [], []
+        for _ in range(self.top_k):
+            free = fixed.masked_fill(taken, -math.inf)
+            best_value = free.amax(-1, keepdim=True)
+            far = (best_value - fixed) / fixed.abs().maximum(best_value) > 2 * self.jitter
+            out = taken | (far & (fixed != best_value))
+            odds = fixed.masked_fill(out, -math.inf)
+            best = choose(odds, 1).long()
+            if context.training:
+                drawn = choose(odds + gumbel(tuple(odds.shape), context, device), 1).long()
+                exact = (drawn == best) | (uniform((odds.shape[0], 1), context, device) > 0.75)
+                factor = torch.where(exact, 1.0, 1 / 3).to(odds.dtype)
+                weights.append(_apply(_Multiplier, logits, odds.softmax(-1), drawn, factor))
+            else:
+                drawn = best
+                weights.append(logits.masked_fill(out, -math.inf).softmax(-1).gather(1, drawn))
+            taken = taken.scatter(1, drawn, True)
+            ids.append(drawn)
+        return Routing(torch.cat(ids, 1).to(torch.int32), torch.cat(weights, 1), router_logits, router_logits.shape[1])
+
+
+@dataclass(frozen=True)
+class GumbelSoftmax:
+    """All experts, weighed by softmax((z + g) / tau) with Gumbel noise g; without noise in evaluation, or with the mean
+    of `samples` draws (GG MoE, arXiv:2502.03608; tau is unverified).
+
+    hard: the best expert of (z + g) alone, with weight 1; the gradient is that of its soft weight (straight-through).
+    With level = "sequence" one choice for each sequence (task-level MoE, arXiv:2205.12701), with "batch" one for all.
+    """
+
+    tau: float = 1.0
+    hard: bool = False
+    samples: int = 0
+    level: str = "token"
+
+    def __post_init__(self) -> None:
+        check_choice("level", self.level, LEVELS)
+        if not self.tau > 0:
+            raise ValueError(f"tau: expected a positive number, got {self.tau}")
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        router_logits = router_logits.reshape(-1, router_logits.shape[-1])
+        logits = finite(router_logits)
+        num_tokens, num_experts = logits.shape
+        draws = 1 if context.training else self.samples
+        total: Tensor | None = None
+        for _ in range(draws):
+            count, index = _draws_per_token(self.level, context, num_tokens, logits.device)
+            noise = gumbel((count, num_experts), context, logits.device)
+            soft = ((logits + (noise if index is None else noise[index])) / self.tau).softmax(-1)
+            total = soft if total is None else total + soft
+        soft = (logits / self.tau).softmax(-1) if total is None else total / draws
+        if self.hard:
+            ids = choose(soft if total is not None else logits, 1)
+            chosen = soft.gather(1, ids.long())
+            return Routing(ids, chosen + (1 - chosen).detach(), router_logits, num_experts, soft)
+        everyone = torch.arange(num_experts, dtype=torch.int32, device=logits.device).expand(num_tokens, -1)
+        return Routing(everyone, soft, router_logits, num_experts, soft)
+
+
+@dataclass(frozen=True)
+class Random:
+    """top_k experts drawn uniformly, each with weight 1/top_k, one draw for each token, sequence, or the whole batch
+    (THOR, arXiv:2110.04260, where top_k = 1). In evaluation another draw, or with evaluation = "ensemble" the mean of
+    all experts. Takes nothing but the shape from the logits: see scores.Uniform."""
+
+    top_k: int = 1
+    level: str = "token"
+    evaluation: str = "random"
+
+    uses_logits = False
+
+    def __post_init__(self) -> None:
+        check_choice("level", self.level, LEVELS)
+        check_choice("evaluation", self.evaluation, ("random", "ensemble"))
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        router_logits = router_logits.reshape(-1, router_logits.shape[-1])
+        num_tokens, num_experts = router_logits.shape
+        device = router_logits.device
+        if self.evaluation == "ensemble" and not context.training:
+            everyone = Dense()(router_logits)
+            weights = torch.full_like(everyone.topk_weights, 1 / num_experts, requires_grad=False)
+            return everyone._replace(topk_weights=weights, scores=None)
+        count, index = _draws_per_token(self.level, context, num_tokens, device)
+        ids = choose(uniform((count, num_experts), context, device), self.top_k)
+        ids = ids if index is None else ids[index]
+        weights = torch.full(ids.shape, 1 / self.top_k, device=device)
+        return Routing(ids, weights, router_logits, num_experts)

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Losses against their formulas as plain loops, their gradients, and what each paper promises of its own."""
+
+from __future__ import annotations
+
+import math
+import socket
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, multiprocessing, nn
+from torch import distributed as dist
+
+import switchgear
+from switchgear.functional import Routing
+from switchgear.routing import balance, losses
+from switchgear.routing.auxiliary import (
+    GradientConflict,
+    consistency_loss,
+    gradient_conflict_loss,
+    gradient_conflicts,
+)
+from switchgear.routing.context import NOTHING_KNOWN, Context
+
+T, E, K = 12, 6, 2
+
+
+def routing(logits: Tensor, top_k: int = K) -> Routing:
+    return switchgear.route(logits, top_k)
+
+
+def counts_of(ids: Tensor) -> list[int]:
+    return [int((ids == e).sum()) for e in range(E)]
+
+
+@pytest.fixture
+def p() -> Tensor:
+    return torch.randn(T, E, dtype=torch.float64).softmax(-1)
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)]).int()
+    ids[3, 1] = ids[7, 0] = -1
+    return ids
+
+
+# ---- the formulas ----------------------------------------------------------------------------------------------------
+
+
+def test_counts_skip_holes(ids: Tensor) -> None:
+    counts = balance.count_tokens(ids, E)
+    assert counts.tolist() == counts_of(ids)
+    assert counts.sum() == T * K - 2
+    assert balance.count_tokens(ids[:0], E).tolist() == [0] * E
+
+
+def test_switch_loss(p: Tensor, ids: Tensor) -> None:
+    counts = balance.count_tokens(ids, E)
+    wanted = E * sum(counts_of(ids)[e] / T * sum(p[t, e] for t in range(T)) / T for e in range(E))
+    torch.testing.assert_close(balance.switch_loss(p, counts, T), wanted)
+    logits = torch.randn(T, E)
+    routed = routing(logits)
+    ours = balance.switch_loss(logits.softmax(-1), balance.count_tokens(routed.topk_ids, E), T)
+    torch.testing.assert_close(ours, switchgear.load_balancing_loss(logits, routed.topk_ids))
+    assert balance.switch_loss(p[:0], counts * 0, 0) == 0
+
+
+def test_sequence_loss_is_the_mean_of_the_sequences(p: Tensor, ids: Tensor) -> None:
+    sequence = torch.tensor([2, 0, 2, 2, 0, 0, 2, 0, 0, 0, 2, 2])  # sequence 1 is empty
+    parts = []
+    for s in range(3):
+        mine = sequence == s
+        parts.append(balance.switch_loss(p[mine], balance.count_tokens(ids[mine], E), int(mine.sum())))
+    wanted = torch.stack(parts).mean()
+    torch.testing.assert_close(balance.sequence_switch_loss(p, ids, sequence, 3), wanted)
+
+
+def test_device_loss(p: Tensor, ids: Tensor) -> None:
+    groups = torch.tensor([0, 1, 0, 2, 2, 2])
+    wanted = torch.zeros((), dtype=torch.float64)
+    for g in range(3):
+        mine = [e for e in range(E) if groups[e] == g]
+        f = sum(E / (K * T) * counts_of(ids)[e] for e in mine) / len(mine)
+        wanted = wanted + f * sum(p[:, e].mean() for e in mine)
+    torch.testing.assert_close(balance.device_loss(p, ids, groups), wanted)
+    even = torch.arange(2 * E, dtype=torch.int32).view(E, 2) % E
+    torch.testing.assert_close(balance.device_loss(torch.full((E, E), 1 / E), even, groups), torch.tensor(1.0))
+
+
+def test_null_experts_share_one_load(p: Tensor, ids: Tensor) -> None:
+    counts = balance.count_tokens(ids, E)
+    assert torch.equal(balance.null_aware_switch_loss(p, counts, T, 0), balance.switch_loss(p, counts, T))
+    shared = counts.double()
+    shared[4:] = shared[4:].mean()
+    torch.testing.assert_close(balance.null_aware_switch_loss(p, counts, T, 2), balance.switch_loss(p, shared, T))
+    swapped = counts[[0, 1, 2, 3, 5, 4]]  # the real experts' terms stay, and so does everything else
+    assert torch.equal(
+        balance.null_aware_switch_loss(p, swapped, T, 2), balance.null_aware_switch_loss(p, counts, T, 2)
+    )
+
+
+def test_parameter_penalty(p: Tensor, ids: Tensor) -> None:
+    widths = torch.tensor([1.0, 1, 2, 4, 8, 3])
+    wanted = E * sum(counts_of(ids)[e] / T * widths[e] * p[:, e].mean() for e in range(E))
+    torch.testing.assert_close(balance.parameter_penalty(p, ids, widths), wanted)
+    counts = balance.count_tokens(ids, E)
+    equal = balance.parameter_penalty(p, ids, torch.full((E,), 5.0))
+    torch.testing.assert_close(equal, 5 * balance.switch_loss(p, counts, T))
+
+
+def test_importance_and_load(ids: Tensor) -> None:
+    weights = torch.rand(T, K)
+    importance = torch.tensor([weights[ids == e].sum() for e in range(E)])
+    wanted = importance.var(correction=0) / importance.mean() ** 2
+    torch.testing.assert_close(balance.importance_loss(ids, weights, E), wanted)
+    assert balance.squared_variation(torch.full((5,), 3.0)) == 0
+
+    logits = torch.randn(T, E, dtype=torch.float64)
+    load = torch.zeros(E, dtype=torch.float64)
+    for t in range(T):
+        for e in range(E):
+            others = torch.cat((logits[t, :e], logits[t, e + 1 :])).sort(descending=True).values
+            z = (logits[t, e] - others[K - 1]) / 0.7
+            load[e] += 0.5 * (1 + math.erf(z / math.sqrt(2)))
+    torch.testing.assert_close(balance.smooth_load(logits, K, 0.7), load)
+    assert balance.smooth_load(logits, E).tolist() == [T] * E
+    hard = balance.smooth_load(logits, K, 1e-9)
+    assert torch.equal(hard.long(), balance.count_tokens(logits.topk(K).indices.int(), E))
+
+
+def test_entropies(p: Tensor) -> None:
+    wanted = -sum(p[t, e] * p[t, e].log() for t in range(T) for e in range(E)) / T
+    torch.testing.assert_close(balance.entropy_loss(p), wanted)
+    mean = p.mean(0)
+    torch.testing.assert_close(balance.batch_entropy_loss(p), (mean * mean.log()).sum())
+    one_hot = torch.eye(E, requires_grad=True)
+    (grad,) = torch.autograd.grad(balance.entropy_loss(one_hot), one_hot)
+    assert grad.isfinite().all()
+
+
+def test_locality(p: Tensor) -> None:
+    local = torch.tensor([True, False, True, False, False, False])
+    everything = p.mean(0)
+    inside = everything * local / (everything * local).sum()
+    divergence = (inside[local] * (inside[local] / everything[local]).log()).sum()
+    torch.testing.assert_close(balance.locality_loss(p, local), divergence)
+    stays = p * local / (p * local).sum(-1, keepdim=True)
+    assert balance.locality_loss(stays, local).abs() < 1e-12
+    assert balance.locality_loss(p[:0], local) == 0
+
+
+def test_cluster_variance() -> None:
+    groups = torch.tensor([0, 0, 1, 1, 2, 2])
+    alike = torch.tensor([[0.3, 0.3, 0.1, 0.1, 0.1, 0.1], [0.05, 0.05, 0.05, 0.05, 0.4, 0.4]])
+    within = torch.tensor([[0.3, 0.1, 0.3, 0.1, 0.1, 0.1]])
+    assert balance.cluster_variance_loss(alike, groups).abs() < 1e-6
+    a = within[0]
+    centers = a.view(3, 2).mean(1, keepdim=True).expand(3, 2).flatten()
+    wanted = (a - centers).square().sum() / (a - a.mean()).square().sum()
+    torch.testing.assert_close(balance.cluster_variance_loss(within, groups), wanted)
+    assert balance.cluster_variance_loss(torch.full((3, E), 1 / E), groups) == 0
+
+
+def test_localized_balance() -> None:
+    expert_types, sequence_types = torch.tensor([0, 0, 1]), torch.tensor([0, 1])
+    ids = torch.arange(3).repeat(4, 1).int()  # dense: every expert, two tokens in each of two sequences
+    sequence = torch.tensor([0, 1, 1, 0])
+    weights = torch.rand(4, 3).double()
+    z = torch.zeros(2, 3, dtype=torch.float64)
+    for t in range(4):
+        for e in range(3):
+            z[sequence[t], e] += weights[t, e] * (1.1 if expert_types[e] == sequence_types[sequence[t]] else 0.9)
+    loss = balance.localized_balance_loss(ids, weights, expert_types, sequence_types, sequence, 0.1)
+    torch.testing.assert_close(loss, z.var(correction=0) / z.mean())
+    even = torch.where(expert_types == sequence_types[sequence][:, None], 1 / 1.1, 1 / 0.9)
+    even = balance.localized_balance_loss(ids, even, expert_types, sequence_types, sequence, 0.1)
+    assert even.abs() < 1e-12
+
+
+def test_gradients_in_float64(ids: Tensor) -> None:
+    logits = torch.randn(T, E, dtype=torch.float64, requires_grad=True)
+    groups, sequence = torch.tensor([0, 1, 0, 2, 2, 2]), torch.arange(T) % 3
+    counts = balance.count_tokens(ids, E)
+    types = torch.tensor([0, 1, 1])
+
+    def all_of_them(logits: Tensor) -> tuple[Tensor, ...]:
+        p = logits.softmax(-1)
+        weights = p.gather(1, ids.clamp(min=0).long())
+        return (
+            balance.switch_loss(p, counts, T),
+            balance.sequence_switch_loss(p, ids, sequence, 3),
+            balance.device_loss(p, ids, groups),
+            balance.parameter_penalty(p, ids, torch.arange(E) + 1.0),
+            balance.importance_loss(ids, weights, E),
+            balance.squared_variation(balance.smooth_load(logits, K)),
+            balance.entropy_loss(p),
+            balance.batch_entropy_loss(p),
+            balance.locality_loss(p, groups == 2),
+            balance.cluster_variance_loss(p, groups),
+            balance.localized_balance_loss(ids, weights, groups, types, sequence),
+        )
+
+    assert torch.autograd.gradcheck(all_of_them, (logits,))
+
+
+def test_probabilities() -> None:
+    logits = torch.randn(T, E)
+    plain = routing(logits)
+    torch.testing.assert_close(balance.router_probabilities(plain), logits.softmax(-1))
+    told = plain._replace(scores=logits.sigmoid())
+    wanted = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    torch.testing.assert_close(balance.router_probabilities(told), wanted)
+    torch.testing.assert_close(balance.router_probabilities(plain, "sigmoid"), wanted)
+    torch.testing.assert_close(balance.router_probabilities(told, "softmax"), logits.softmax(-1))
+    with pytest.raises(ValueError, match="score_function"):
+        balance.router_probabilities(plain, "relu")
+
+
+def test_max_violation() -> None:
+    assert balance.max_violation(torch.tensor([[4, 4], [6, 2], [0, 0]])).tolist() == [0, 0.5, 0]
+
+
+# ---- as options of a router ------------------------------------------------------------------------------------------
+
+
+def test_uniform_routing_costs_the_coefficient() -> None:
+    """L_aux = α for top-1, and for any K with per_choice."""
+    for top_k in (1, 3):
+        ids = torch.arange(E * top_k, dtype=torch.int32).view(E, top_k) % E
+        even = Routing(ids, torch.ones(E, top_k), torch.zeros(E, E), E)
+        torch.testing.assert_close(losses.SwitchLoss(1e-2)(even, NOTHING_KNOWN), torch.tensor(1e-2 * top_k))
+        loss = losses.SwitchLoss(1e-2, per_choice=True)(even, NOTHING_KNOWN)
+        torch.testing.assert_close(loss, torch.tensor(1e-2))
+
+
+def test_sequence_scope_is_stricter_than_the_batch_on_skewed_domains() -> None:
+    """Each sequence uses half of the experts, evenly; together they use all."""
+    logits = torch.full((40, 4), -9.0)
+    logits[torch.arange(20), torch.arange(20) % 2] = 9.0
+    logits[torch.arange(20, 40), 2 + torch.arange(20) % 2] = 9.0
+    routed, context = routing(logits, 1), Context(sequence_length=20)
+    batch = losses.SwitchLoss(1.0)(routed, context)
+    sequence = losses.SwitchLoss(1.0, "sequence")(routed, context)
+    torch.testing.assert_close(batch, torch.tensor(1.0))
+    torch.testing.assert_close(sequence, torch.tensor(2.0))
+
+
+def test_micro_batches_of_a_step_are_counted_together() -> None:
+    logits = torch.randn(4, 10, E)
+    loss = losses.SwitchLoss(1.0, "global", accumulate=True)
+    for step in range(2):
+        for m in range(4):
+            seen = torch.cat(list(logits[: m + 1]))
+            counts = balance.count_tokens(routing(seen).topk_ids, E)
+            wanted = balance.switch_loss(logits[m].softmax(-1), counts, len(seen))
+            torch.testing.assert_close(loss(routing(logits[m]), NOTHING_KNOWN), wanted)
+        loss.after_step(counts, nn.Identity())
+    assert step == 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "better"),
+    [
+        (losses.SwitchLoss(1.0), lambda r: -balance.max_violation(balance.count_tokens(r.topk_ids, E))),
+        (losses.ZLoss(1.0), lambda r: -r.router_logits.float().logsumexp(-1).abs().mean()),
+        (losses.EntropyLoss(1.0), lambda r: -balance.entropy_loss(r.router_logits.softmax(-1))),
+        (losses.LocalityLoss([0, 0, 0, 1, 1, 1], 1, 1.0), lambda r: (r.topk_ids >= 3).float().mean()),
+        (losses.ParamPenalty([8, 8, 8, 1, 1, 1], 1.0), lambda r: (r.topk_ids >= 3).float().mean()),
+    ],
+    ids=["switch", "z", "entropy", "locality", "parameters"],
+)
+def test_descending_a_loss_does_what_it_is_for(loss: Any, better: Any) -> None:
+    router, x = switchgear.Router(16, E, K), torch.randn(200, 16) + 1
+    nn.init.normal_(router.weight, std=0.5)
+    before = better(router(x))
+    optimizer = torch.optim.Adam(router.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss(router(x), NOTHING_KNOWN).backward()
+        optimizer.step()
+    assert better(router(x)) > before + 0.1
+
+
+# ---- two processes (5) -----------------------------------------------------------------------------------------------
+
+
+def _half(rank: int, port: int, logits: Tensor, queue: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    loss = losses.SwitchLoss(1.0, "global")(routing(logits[rank]), NOTHING_KNOWN)
+    queue.put((rank, loss.item()))
+    dist.destroy_process_group()
+
+
+def test_global_counts_of_two_processes() -> None:
+    """The mean of the losses of two halves is the loss of the whole."""
+    logits = torch.randn(2, 16, E)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=_half, args=(rank, port, logits, queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = dict(queue.get() for _ in processes)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    whole = losses.SwitchLoss(1.0)(routing(logits.flatten(0, 1)), NOTHING_KNOWN)
+    assert (found[0] + found[1]) / 2 == pytest.approx(whole.item(), rel=1e-6)
+    assert found[0] != pytest.approx(losses.SwitchLoss(1.0)(routing(logits[0]), NOTHING_KNOWN).item(), rel=1e-4)
+
+
+# ---- losses of a trainer (18, 21) ------------------------------------------------------------------------------------
+
+
+def test_consistency_is_symmetric_and_zero_for_equal_passes() -> None:
+    a, b = torch.randn(2, 4, 9), torch.randn(2, 4, 9)
+    p, q = a.softmax(-1), b.softmax(-1)
+    wanted = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).mean()
+    torch.testing.assert_close(consistency_loss(a, b), wanted)
+    torch.testing.assert_close(consistency_loss(a, b), consistency_loss(b, a))
+    assert consistency_loss(a, a) == 0
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    spoilt = torch.where(mask[..., None] > 0, b, 100 * b)
+    torch.testing.assert_close(consistency_loss(a, b, mask), consistency_loss(a, spoilt, mask))
+
+
+def test_two_opposite_tokens_conflict(backend: str) -> None:
+    """Expert 0 has two tokens that agree and one that contradicts them; expert 1 has one; expert 2 none."""
+    ids = torch.tensor([[0, 1], [0, -1], [0, -1]], dtype=torch.int32)
+    grad = torch.randn(8)
+    grad_y = torch.stack((grad, 2 * grad, -0.5 * grad))
+    logits = torch.randn(3, 3, requires_grad=True)
+    routed = Routing(ids, torch.full((3, 2), 0.5), logits, 3)
+    conflicts = gradient_conflicts(grad_y, routed)
+    assert conflicts.tolist() == [[False, False], [False, False], [True, False]]
+    loss = gradient_conflict_loss(routed, conflicts)
+    (grad_logits,) = torch.autograd.grad(loss, logits)
+    assert grad_logits[2, 0] > 0  # descent lowers the logit of expert 0
+    assert not grad_logits[:2].any()
+    aligned = gradient_conflicts(grad.expand(3, 8), routed)
+    assert not aligned.any()
+    assert gradient_conflict_loss(routed, aligned) == 0
+
+
+def test_conflicts_are_cosines_with_the_mean() -> None:
+    routed, grad_y = routing(torch.randn(40, 5), 2), torch.randn(40, 8)
+    rows = routed.topk_weights[..., None] * grad_y[:, None]
+    wanted = torch.zeros(40, 2, dtype=torch.bool)
+    for e in range(5):
+        mine = routed.topk_ids == e
+        if mine.any():
+            wanted[mine] = torch.cosine_similarity(rows[mine], rows[mine].mean(0), dim=-1) < 0.1
+    assert 0 < wanted.sum() < 80
+    assert torch.equal(gradient_conflicts(grad_y, routed, 0.1), wanted)
+
+
+def test_gradient_conflict_trains() -> None:
+    """Two tasks with opposite targets for nearby inputs: fewer choices conflict with the loss than without."""
+
+    def rate(coefficient: float) -> float:
+        torch.manual_seed(0)
+        moe = switchgear.MoE(8, 16, 4, 1, return_routing=True)
+        stgc, optimizer = GradientConflict(), torch.optim.Adam(moe.parameters(), 3e-3)
+        x = torch.randn(64, 8)
+        x[:, 0] = torch.where(torch.arange(64) % 2 == 0, 0.5, -0.5)
+        target = torch.where(torch.arange(64)[:, None] % 2 == 0, 1.0, -1.0).expand(64, 8)
+        found = 0.0
+        for step in range(120):
+            y, routed = moe(x)
+            loss = (y - target).square().mean()
+            extra, conflicts = stgc(loss, y, routed)
+            found += conflicts.float().mean().item() if step >= 20 else 0
+            optimizer.zero_grad()
+            (loss + coefficient * extra).backward()
+            optimizer.step()
+        return found / 100
+
+    assert rate(0.1) < rate(0.0)

@@ -1,0 +1,514 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Compositions against plain float64 loops: outputs, and the gradients of the input and of every parameter."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import switchgear
+from switchgear.experts import Experts
+from switchgear.layers import (
+    CartesianMoE,
+    GatedSharedExperts,
+    HeterogeneousExperts,
+    MergedExperts,
+    Monet,
+    MonetExperts,
+    MonetRouter,
+    MultiHeadMoE,
+    SoftMoE,
+    StratifiedMoE,
+    VirtualExperts,
+    per_conv_tokens,
+    with_virtual,
+)
+
+H = 16
+
+
+def expert(experts: Experts, number: int, x: Tensor) -> Tensor:
+    """One gated silu expert."""
+    gate, up = (x @ experts.gate_up_proj[number].T).chunk(2, -1)
+    return (F.silu(gate) * up) @ experts.down_proj[number].T
+
+
+def mixture(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    rows = []
+    for row, choice, weight in zip(x, ids.tolist(), weights, strict=True):
+        terms = [weight[k] * expert(experts, e, row) for k, e in enumerate(choice) if e >= 0]
+        rows.append(torch.stack(terms).sum(0) if terms else torch.zeros_like(row))
+    return torch.stack(rows)
+
+
+def same_as_loop(module: nn.Module, loop: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> None:
+    """The float32 module against the loop over its float64 twin."""
+    twin = copy.deepcopy(module).double()
+    x = x.requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    y, y64 = module(x), loop(twin, x64)
+    torch.testing.assert_close(y.double(), y64, rtol=1e-4, atol=1e-5)
+    direction = torch.randn_like(y)
+    named = dict(module.named_parameters())
+    grads = torch.autograd.grad((y * direction).sum(), [x, *named.values()])
+    grads64 = torch.autograd.grad(
+        (y64 * direction.double()).sum(), [x64, *twin.parameters()], allow_unused=True, materialize_grads=True
+    )
+    for name, grad, grad64 in zip(["x", *named], grads, grads64, strict=True):
+        torch.testing.assert_close(grad.double(), grad64, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def moe(**changes: object) -> switchgear.MoE:
+    options = {"hidden_size": H, "intermediate_size": 12, "num_experts": 6, "top_k": 2, **changes}
+    return switchgear.MoE(**options)
+
+
+def moe_loop(layer: switchgear.MoE, x: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    p = (rows @ layer.gate.weight.T).softmax(-1)
+    weights, ids = p.topk(layer.gate.top_k)
+    return mixture(layer.experts, rows, ids, weights).view(x.shape)
+
+
+# ---- multi-head (28) -------------------------------------------------------------------------------------------------
+
+
+def test_multi_head_is_a_loop_over_pieces(backend: str) -> None:
+    layer = MultiHeadMoE(moe(hidden_size=H // 4), H, heads=4)
+
+    def loop(layer: MultiHeadMoE, x: Tensor) -> Tensor:
+        pieces = (x @ layer.head_proj.weight.T).chunk(4, -1)
+        outputs = [moe_loop(layer.moe, piece) for piece in pieces]
+        return torch.cat(outputs, -1) @ layer.merge_proj.weight.T
+
+    same_as_loop(layer, loop, torch.randn(2, 5, H))
+
+
+def test_one_head_without_projections_is_the_layer() -> None:
+    inner = moe()
+    layer = MultiHeadMoE(inner, H, heads=1)
+    with torch.no_grad():
+        layer.head_proj.weight.copy_(torch.eye(H))
+        layer.merge_proj.weight.copy_(torch.eye(H))
+    x = torch.randn(7, H)
+    torch.testing.assert_close(layer(x), inner(x))
+    with pytest.raises(ValueError, match="heads"):
+        MultiHeadMoE(inner, H, heads=3)
+
+
+# ---- Cartesian (27) --------------------------------------------------------------------------------------------------
+
+
+def test_cartesian_is_two_layers(backend: str) -> None:
+    layer = CartesianMoE(moe(), moe(num_experts=4), H)
+
+    def loop(layer: CartesianMoE, x: Tensor) -> Tensor:
+        inner = x + moe_loop(layer.first, x)
+        return moe_loop(layer.second, F.layer_norm(inner, (H,), layer.norm.weight, layer.norm.bias))
+
+    same_as_loop(layer, loop, torch.randn(9, H))
+
+
+def test_cartesian_products_grow_with_the_sum() -> None:
+    def size(a: int, b: int) -> int:
+        return sum(p.numel() for p in CartesianMoE(moe(num_experts=a), moe(num_experts=b), H).parameters())
+
+    each = sum(p[0].numel() for p in moe().experts.parameters()) + H  # an expert and its row of the router
+    assert size(8, 8) - size(4, 8) == size(8, 8) - size(8, 4) == 4 * each
+
+
+def test_disabling_a_first_expert_changes_its_tokens_alone() -> None:
+    layer, x = CartesianMoE(moe(return_routing=False), moe(), H).eval(), torch.randn(40, H)
+    seen = []
+    layer.first.gate.register_forward_hook(lambda module, args, output: seen.append(output.topk_ids))
+    before = layer(x)
+    with torch.no_grad():
+        layer.first.experts.down_proj[3].zero_()
+    after = layer(x)
+    uses = (seen[0] == 3).any(1)
+    assert 0 < uses.sum() < len(x)
+    assert torch.equal(before[~uses], after[~uses])
+    assert (before[uses] != after[uses]).any(1).all()
+
+
+# ---- Soft MoE (31) ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_soft_moe_is_the_published_formula(backend: str, normalize: bool) -> None:
+    layer = SoftMoE(Experts(H, 12, 5), slots=3, normalize=normalize)
+
+    def loop(layer: SoftMoE, x: Tensor) -> Tensor:
+        outputs = []
+        for sequence in x:
+            phi, rows = layer.phi, sequence
+            if normalize:
+                rows = sequence / sequence.norm(dim=-1, keepdim=True)
+                phi = layer.scale * phi / phi.norm(dim=-1, keepdim=True)
+            logits = rows @ phi.T
+            dispatch, combine = logits.exp() / logits.exp().sum(0), logits.exp() / logits.exp().sum(1, keepdim=True)
+            torch.testing.assert_close(dispatch.sum(0), torch.ones_like(dispatch[0]))
+            torch.testing.assert_close(combine.sum(1), torch.ones_like(combine[:, 0]))
+            slots = dispatch.T @ sequence
+            outputs.append(combine @ torch.stack([expert(layer.experts, s // 3, slot) for s, slot in enumerate(slots)]))
+        return torch.stack(outputs)
+
+    same_as_loop(layer, loop, torch.randn(2, 7, H))
+
+
+def test_soft_moe_permutes_with_its_tokens_and_skips_padding() -> None:
+    layer, x, order = SoftMoE(Experts(H, 12, 1)), torch.randn(9, H), torch.randperm(9)
+    torch.testing.assert_close(layer(x[order]), layer(x)[order])
+    mask = torch.tensor([True] * 6 + [False] * 3)
+    y = layer(x, mask)
+    torch.testing.assert_close(y[:6], layer(x[:6]))
+    assert not y[6:].any()
+    assert not layer(x, torch.zeros(9, dtype=torch.bool)).any()
+
+
+def test_tokens_of_a_feature_map() -> None:
+    features = torch.arange(2 * 3 * 2 * 2).view(2, 3, 2, 2)
+    tokens = per_conv_tokens(features)
+    assert tokens.shape == (2, 4, 3)
+    assert torch.equal(tokens[1, 2], features[1, :, 1, 0])
+
+
+# ---- strata (29) -----------------------------------------------------------------------------------------------------
+
+
+def strata_loop(layer: StratifiedMoE, x: Tensor, passes: list[list[int]] | None = None) -> Tensor:
+    stratum_of = [s for s, count in enumerate(layer.strata) for _ in range(count)]
+    rows = []
+    for row in x:
+        stratum, visited = 0, []
+        while stratum < len(layer.strata):
+            first = layer.first_expert[stratum]
+            normed = F.layer_norm(row, (H,), layer.norms[stratum].weight, layer.norms[stratum].bias)
+            weights, ids = (normed @ layer.gates[stratum].T).softmax(-1).topk(layer.top_k)
+            row = row + sum(
+                w * expert(layer.experts, first + int(e), normed) for w, e in zip(weights, ids, strict=True)
+            )
+            stratum = stratum_of[first + int(ids[0])] + 1
+            visited.append(stratum - 1)
+        rows.append(row)
+        if passes is not None:
+            passes.append(visited)
+    return torch.stack(rows)
+
+
+def test_strata_are_a_walk(backend: str) -> None:
+    layer = StratifiedMoE(H, 12, [2, 2, 3], top_k=2)
+    same_as_loop(layer, strata_loop, torch.randn(25, H))
+    assert 0 < layer.losses["stratified"] < 0.2
+
+
+def test_every_token_leaves_through_the_last_stratum() -> None:
+    layer, passes = StratifiedMoE(H, 12, [2, 2, 3]), []
+    strata_loop(layer, torch.randn(60, H), passes)
+    assert all(visited[-1] == 2 and visited.count(2) == 1 and len(visited) <= 3 for visited in passes)
+    assert len({len(visited) for visited in passes}) == 3
+
+
+def test_a_single_stratum_is_norm_and_layer_and_residual() -> None:
+    layer, inner, x = StratifiedMoE(H, 12, [6], top_k=2, aux_loss=1.0), moe(return_routing=True), torch.randn(11, H)
+    inner.experts.load_state_dict(layer.experts.state_dict())
+    with torch.no_grad():
+        inner.gate.weight.copy_(layer.gates[0])
+    y, routing = inner(layer.norms[0](x))
+    assert torch.equal(layer(x), x + y)
+    wanted = switchgear.load_balancing_loss(routing.router_logits, routing.topk_ids[:, :1])
+    torch.testing.assert_close(layer.losses["stratified"], wanted)
+
+
+# ---- widths (9) ------------------------------------------------------------------------------------------------------
+
+WIDTHS = [4, 12, 8, 20]
+
+
+@pytest.mark.parametrize("options", [{}, {"transposed": True}, {"interleaved": True}, {"gated": False}], ids=str)
+def test_different_widths_are_a_loop_of_linear_layers(backend: str, options: dict[str, bool]) -> None:
+    experts = HeterogeneousExperts(H, WIDTHS, activation="relu" if "gated" in options else "silu", **options)
+    ids = torch.tensor([[0, 1], [3, 2], [2, -1], [-1, -1], [1, 3]], dtype=torch.int32)
+    weights = torch.rand(5, 2)
+
+    class Bound(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = experts
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.experts(x, ids, weights)
+
+    def loop(module: Bound, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for t, choice in enumerate(ids.tolist()):
+            for k, e in enumerate(choice):
+                if e < 0:
+                    continue
+                gate_up, down = module.experts.weights_of(e)
+                assert down.shape == (H, WIDTHS[e])
+                h = x[t] @ gate_up.T
+                a = h.relu() if "gated" in options else F.silu(h[: WIDTHS[e]]) * h[WIDTHS[e] :]
+                y = y.index_add(0, torch.tensor([t]), weights[t, k].double() * (a @ down.T)[None])
+        return y
+
+    same_as_loop(Bound(), loop, torch.randn(5, H))
+
+
+def test_widths_cost_no_padding() -> None:
+    experts = HeterogeneousExperts(H, WIDTHS)
+    ids = torch.tensor([[0, 1], [3, 2], [2, -1]])
+    rows = (experts.slice_ids(ids) >= 0).sum() * experts.unit
+    assert rows == sum(WIDTHS[e] for e in ids.flatten().tolist() if e >= 0)
+    assert sum(p.numel() for p in experts.parameters()) == 3 * H * sum(WIDTHS)
+
+
+def test_equal_widths_are_the_experts_bit_for_bit(backend: str) -> None:
+    equal, plain = HeterogeneousExperts(H, [12] * 6), Experts(H, 12, 6)
+    plain.load_state_dict(equal.slices.state_dict())
+    routing = switchgear.route(torch.randn(9, 6), 2)
+    x = torch.randn(9, H)
+    assert torch.equal(equal(x, *routing[:2]), plain(x, *routing[:2]))
+
+
+def test_widths_and_units() -> None:
+    assert HeterogeneousExperts(H, WIDTHS).unit == 4
+    with pytest.raises(ValueError, match="unit"):
+        HeterogeneousExperts(H, WIDTHS, unit=8)
+    with pytest.raises(ValueError, match="intermediate_sizes"):
+        HeterogeneousExperts(H, [])
+
+
+# ---- virtual experts (8) ---------------------------------------------------------------------------------------------
+
+
+def test_virtual_experts_are_a_loop(backend: str) -> None:
+    experts = with_virtual(Experts(H, 12, 4), null=2, copy=2, constant=3)
+    nn.init.normal_(experts.constants)
+    ids = torch.stack([torch.randperm(11)[:5] for _ in range(30)]).int()
+    ids[7] = torch.tensor([4, 5, -1, -1, -1])  # nulls alone
+    weights = torch.rand(30, 5)
+
+    class Bound(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = experts
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.experts(x, ids, weights)
+
+    def loop(module: Bound, x: Tensor) -> Tensor:
+        layer, rows = module.experts, []
+        for row, choice, weight in zip(x, ids.tolist(), weights.double(), strict=True):
+            kept = [k for k, e in enumerate(choice) if e >= 0 and e not in (4, 5)]
+            total = sum(weight[k] for k in kept)
+            y = 0 * row
+            for k in kept:
+                e = choice[k]
+                output = expert(layer.experts, e, row) if e < 4 else row if e < 8 else layer.constants[e - 8]
+                y = y + weight[k] / total * output
+            rows.append(y)
+        return torch.stack(rows)
+
+    same_as_loop(Bound(), loop, torch.randn(30, H))
+    assert not experts(torch.randn(30, H), ids, weights)[7].any()
+
+
+def test_no_virtual_experts_change_nothing() -> None:
+    plain, x, routing = Experts(H, 12, 4), torch.randn(9, H), switchgear.route(torch.randn(9, 4), 2)
+    assert torch.equal(with_virtual(plain)(x, *routing[:2]), plain(x, *routing[:2]))
+    assert VirtualExperts(plain, null=3).num_experts == 7
+
+
+def test_null_experts_leave_k_e_over_e_plus_m_true_ones() -> None:
+    routing = switchgear.route(torch.randn(20_000, 24), 4)
+    true = (routing.topk_ids < 16).sum(1).float().mean()
+    assert true.item() == pytest.approx(4 * 16 / 24, rel=0.01)
+
+
+# ---- shared experts behind a gate ------------------------------------------------------------------------------------
+
+
+def test_gated_shared_experts() -> None:
+    layer, x = GatedSharedExperts(H, 12), torch.randn(5, H)
+    torch.testing.assert_close(layer(x), layer.experts(x) * (x @ layer.gate.weight.T).sigmoid())
+    whole = moe()
+    whole.shared_experts = layer
+    torch.testing.assert_close(whole(x) - layer(x), moe_loop(whole, x))
+
+
+# ---- merging (49) ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_merged_experts_are_one_average_expert(backend: str, pooling: str) -> None:
+    layer = MergedExperts(switchgear.Router(H, 6, 3), Experts(H, 12, 6), pooling=pooling)
+    if pooling == "attention":
+        nn.init.normal_(layer.attention.weight)
+
+    def loop(layer: MergedExperts, x: Tensor) -> Tensor:
+        outputs = []
+        for sequence in x:
+            share = torch.full((len(sequence), 1), 1 / len(sequence), dtype=x.dtype)
+            if pooling == "attention":
+                share = (sequence @ layer.attention.weight.T).softmax(0)
+            weights, ids = ((share * sequence).sum(0) @ layer.router.weight.T).softmax(-1).topk(3)
+            gate_up = sum(w * layer.experts.gate_up_proj[e] for w, e in zip(weights, ids, strict=True))
+            down = sum(w * layer.experts.down_proj[e] for w, e in zip(weights, ids, strict=True))
+            gate, up = (sequence @ gate_up.T).chunk(2, -1)
+            outputs.append((F.silu(gate) * up) @ down.T)
+        return torch.stack(outputs)
+
+    same_as_loop(layer, loop, torch.randn(3, 5, H))
+
+
+def test_merging_linear_experts_is_their_mixture() -> None:
+    """relu of a positive bias this large is the identity: the experts are affine."""
+    experts = Experts(H, 12, 4, activation="relu", gated=False, bias=True)
+    router = switchgear.Router(H, 4, 4)  # normalised: all four
+    nn.init.zeros_(experts.down_proj_bias)
+    with torch.no_grad():
+        experts.up_proj_bias.fill_(1e3)
+        experts.down_proj.copy_(experts.down_proj[:1].expand(4, -1, -1))  # linear in what differs
+    layer, x = MergedExperts(router, experts), torch.randn(2, 5, H)
+    routing = router(x.mean(1))
+    each = routing.topk_ids.repeat_interleave(5, 0), routing.topk_weights.repeat_interleave(5, 0)
+    torch.testing.assert_close(layer(x), experts(x.view(-1, H), *each).view(x.shape), rtol=1e-3, atol=1e-2)
+
+
+def test_one_merged_expert_carries_the_weight_inside() -> None:
+    layer, x = MergedExperts(switchgear.Router(H, 6, 1), Experts(H, 12, 6)), torch.randn(2, 5, H)
+    routing = layer.router(x.mean(1))
+    for b in range(2):
+        weight, e = routing.topk_weights[b, 0], int(routing.topk_ids[b, 0])
+        gate, up = (weight * (x[b] @ layer.experts.gate_up_proj[e].T)).chunk(2, -1)
+        torch.testing.assert_close(layer(x)[b], weight * (F.silu(gate) * up) @ layer.experts.down_proj[e].T)
+
+
+def test_tasks_are_merged_once_each() -> None:
+    layer, x = MergedExperts(switchgear.Router(H, 6, 2), Experts(H, 12, 6)), torch.randn(10, H)
+    tasks = torch.tensor([0, 2, 0, 2, 2, 0, 2, 0, 0, 2])  # task 1 has no tokens
+    y = layer(x, tasks, 3)
+    for task in (0, 2):
+        torch.testing.assert_close(y[tasks == task], layer(x[None, tasks == task])[0])
+    with pytest.raises(ValueError, match="hidden_states"):
+        layer(x)
+
+
+# ---- Monet (30) ------------------------------------------------------------------------------------------------------
+
+
+def monet_loop(layer: Monet, x: Tensor, disabled: tuple[tuple[int, int], ...] = ()) -> Tensor:
+    first, second = layer.router(x)
+    experts, n = layer.experts, layer.experts.sqrt_n
+    y = torch.zeros_like(x)
+    for i in range(n):
+        for j in range(n):
+            if (i, j) in disabled:
+                continue
+            g = (first[:, :, i] * second[:, :, j]).sum(1, keepdim=True)
+            if experts.mode == "horizontal":
+                a = (x @ experts.up[i].T + experts.up_bias[i]).relu().square()
+                out = a @ experts.down[j] + experts.down_bias[j]
+            else:
+                a1 = x @ experts.up1[i].T + experts.up_bias1[i]
+                a = torch.cat((a1, x @ experts.up2[j].T + experts.up_bias2[j]), -1).relu().square()
+                upper, lower = (
+                    a @ experts.down1[i] + experts.down_bias1[i],
+                    a @ experts.down2[j] + experts.down_bias2[j],
+                )
+                out = torch.cat((upper, lower), -1)
+            y = y + g * out
+    return y
+
+
+@pytest.mark.parametrize("mode", ["horizontal", "vertical"])
+def test_monet_is_the_sum_over_all_experts(mode: str) -> None:
+    layer = Monet(H, 4, 6, heads=3, top_k=1, mode=mode)
+    for name, parameter in layer.experts.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter)
+    same_as_loop(layer, monet_loop, torch.randn(10, H))
+
+
+@pytest.mark.parametrize("mode", ["horizontal", "vertical"])
+def test_a_disabled_monet_expert_takes_exactly_its_term_away(mode: str) -> None:
+    layer, x = Monet(H, 4, 6, heads=3, top_k=1, mode=mode).double().eval(), torch.randn(10, H).double()
+    for name, parameter in layer.experts.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter)
+    pairs = ((0, 1), (2, 1), (2, 3))
+    layer.experts.disable(torch.tensor(pairs))
+    wanted = monet_loop(layer, x, pairs)
+    torch.testing.assert_close(
+        layer(x),
+        wanted,
+    )
+    assert not torch.allclose(wanted, monet_loop(layer, x))
+    with pytest.raises(ValueError, match="pairs"):
+        layer.experts.disable(torch.tensor([[0, 4]]))
+
+
+def test_monet_parameters_grow_with_the_root_of_the_experts() -> None:
+    sizes = [sum(p.numel() for p in MonetExperts(H, n, 4, device="meta").parameters()) for n in (64, 128, 512)]
+    assert sizes == [sizes[0], 2 * sizes[0], 8 * sizes[0]]
+
+
+def test_monet_gates() -> None:
+    router = MonetRouter(H, 64, 2, top_k=8)
+    first, second = router(torch.randn(4000, H))
+    for gate in (first, second):
+        torch.testing.assert_close(gate.sum(-1), torch.ones(4000, 2))
+    assert (first > 0).sum(-1).float().mean().item() == pytest.approx(8, rel=0.05)
+    assert (second > 0).any(-1).all()
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "multi_head": lambda **o: MultiHeadMoE(moe(hidden_size=H // 2, **o), H, 2, **o),
+    "cartesian": lambda **o: CartesianMoE(moe(**o), moe(**o), H, **o),
+    "soft": lambda **o: SoftMoE(Experts(H, 12, 4, **o), slots=2, **o),
+    "stratified": lambda **o: StratifiedMoE(H, 12, [2, 3], **o),
+    "monet": lambda **o: Monet(H, 8, 4, 2, top_k=3, **o),
+    "merged": lambda **o: MergedExperts(switchgear.Router(H, 4, 2, **o), Experts(H, 12, 4, **o)),
+    "shared": lambda **o: GatedSharedExperts(H, 12, **o),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_round_trip_meta_and_bfloat16(name: str) -> None:
+    layer, other, x = LAYERS[name]().eval(), LAYERS[name]().eval(), torch.randn(2, 6, H)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), other(x))
+    empty = LAYERS[name](device="meta", dtype=torch.bfloat16)
+    assert all(t.is_meta for t in empty.parameters())
+    real = empty.to_empty(device="cpu").eval()
+    for module in real.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    y = real(x.bfloat16())
+    assert y.dtype is torch.bfloat16
+    assert y.shape == x.shape
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_training_reduces_the_loss(name: str) -> None:
+    layer, x = LAYERS[name](), torch.randn(4, 16, H)
+    target = torch.tanh(x @ torch.randn(H, H) / math.sqrt(H))
+    optimizer = torch.optim.AdamW(layer.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        loss = (layer(x) - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
