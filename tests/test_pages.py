@@ -59,7 +59,8 @@ def test_what_is_small_or_elsewhere_is_left_alone() -> None:
 
 def test_views_and_strides() -> None:
     weight = torch.ones(64, SIZE // 4 // 32)
-    for view in (weight.mT, weight[::2], weight[:, 1:]):
+    others = (weight.to(torch.int8).repeat(4, 1), weight.double(), weight.view(2, 2, 2, 2, 4, -1))
+    for view in (weight.mT, weight[::2], weight[:, 1:], *others):
         assert 0 <= switchgear.use_huge_pages([view]) <= view.untyped_storage().nbytes()
 
 

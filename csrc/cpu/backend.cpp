@@ -86,6 +86,11 @@ std::vector<std::string> available_cpu_isas() {
   return names;
 }
 
+int64_t cpu_panel(DType dtype) {
+  const cpu::Kernels& k = cpu::kernels();
+  return dtype == DType::kFloat32 || (dtype == DType::kBFloat16 && k.has_pairs) ? k.panel : 0;
+}
+
 std::string cpu_isa() { return cpu::kernels().isa; }
 
 void set_cpu_isa(const std::string& isa) { cpu::active.store(&cpu::find_isa(isa, "isa"), std::memory_order_release); }
@@ -105,7 +110,8 @@ const Backend& cpu_backend() {
                                     .glu = cpu::glu,
                                     .glu_backward = cpu::glu_backward,
                                     .moe_forward = cpu::moe_forward,
-                                    .moe_backward = cpu::moe_backward};
+                                    .moe_backward = cpu::moe_backward,
+                                    .panel = cpu_panel};
   return kBackend;
 }
 

@@ -14,6 +14,7 @@ namespace switchgear::cpu {
 namespace {
 
 constexpr int kPanel = kLanes * kPanelVectors;
+constexpr int kAheadWords = 2048;  // 8 KB: how far ahead weights in panels are prefetched
 constexpr int kRowTile = 6;
 static_assert(kPanel <= kMaxPanel && kMaxRows % kRowTile == 0);
 
@@ -158,7 +159,7 @@ struct PairWords {
 };
 #endif
 
-bool runs_along_k(const Matrix& b) { return b.k_rows == nullptr && b.k_stride == 1 && b.n_stride != 1; }
+bool runs_along_k(const Matrix& b) { return !b.in_panels && b.k_rows == nullptr && b.k_stride == 1 && b.n_stride != 1; }
 
 // Reading kLanes columns at once is kLanes short streams, which the hardware prefetches badly: 15 GB/s a core where plain
 // reading gets 25. So each block also asks for the same number of lines of the columns that come next, in the order of
@@ -274,8 +275,9 @@ inline Floats step(Floats a, Floats b, Floats c) {
   return multiply_add(a, b, c);
 }
 
-// kRows rows of C from `words` words at byte `offset` of each row of A; `half_word` adds one trailing bfloat16.
-template <int kRows, bool kPairs>
+// kRows rows of C from `words` words at byte `offset` of each row of A; `half_word` adds one trailing bfloat16. kAhead: the
+// panel comes from memory.
+template <int kRows, bool kPairs, bool kAhead>
 void multiply_tile(const void* const* rows, int64_t offset, const float* panel, int64_t words, bool half_word, float* c,
                    bool accumulate) {
   const char* a[kRows];
@@ -291,7 +293,10 @@ void multiply_tile(const void* const* rows, int64_t offset, const float* panel, 
   for (int64_t p = 0; p < words; ++p, panel += kPanel) {
     Floats b[kPanelVectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < kPanelVectors; ++j) b[j] = load(panel + j * kLanes);
+    for (int j = 0; j < kPanelVectors; ++j) {
+      b[j] = load(panel + j * kLanes);
+      if (kAhead) __builtin_prefetch(panel + j * kLanes + kAheadWords, 0, 3);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const Floats word = broadcast_word(a[i] + 4 * p);
@@ -314,15 +319,15 @@ void multiply_tile(const void* const* rows, int64_t offset, const float* panel, 
   }
 }
 
-template <bool kPairs>
+template <bool kPairs, bool kAhead>
 void multiply_rows(const void* const* rows, int64_t num_rows, int64_t offset, const float* panel, int64_t words,
                    bool half_word, float* c, bool accumulate) {
   int64_t m = 0;
   for (; m + kRowTile <= num_rows; m += kRowTile) {
-    multiply_tile<kRowTile, kPairs>(rows + m, offset, panel, words, half_word, c + m * kPanel, accumulate);
+    multiply_tile<kRowTile, kPairs, kAhead>(rows + m, offset, panel, words, half_word, c + m * kPanel, accumulate);
   }
   const auto rest = [&]<int kRows>() {
-    multiply_tile<kRows, kPairs>(rows + m, offset, panel, words, half_word, c + m * kPanel, accumulate);
+    multiply_tile<kRows, kPairs, kAhead>(rows + m, offset, panel, words, half_word, c + m * kPanel, accumulate);
   };
   switch (num_rows - m) {
     case 1: return rest.template operator()<1>();
@@ -430,9 +435,15 @@ void multiply_few(const Product& product, const void* const* rows, int64_t row_o
 template <bool kPairs, typename Words, typename T>
 void multiply_chunk(const Product& product, const void* const* rows, int64_t row_offset, int64_t k, int64_t depth) {
   if (is_few(product)) return multiply_few<kFewRows, kPairs, Words, T>(product, rows, row_offset, k, depth);
+  if (product.b.in_panels) {
+    const float* const words = static_cast<const float*>(product.b.data) + k / Words::kDepth * kPanel;
+    multiply_rows<kPairs, true>(rows, product.num_rows, row_offset, words, depth / Words::kDepth, false, product.c,
+                                k > 0);
+    return;
+  }
   float* const panel = static_cast<float*>(product.scratch);
   pack<Words, T>(panel, product, k, depth);
-  multiply_rows<kPairs>(rows, product.num_rows, row_offset, panel, depth / Words::kDepth, depth % Words::kDepth != 0,
+  multiply_rows<kPairs, false>(rows, product.num_rows, row_offset, panel, depth / Words::kDepth, depth % Words::kDepth != 0,
                         product.c, k > 0);
 }
 
@@ -688,6 +699,7 @@ constexpr Kernels make_table(const char* isa) {
   return {
       .isa = isa,
       .panel = kPanel,
+      .has_pairs = kHasPairs,
       .multiply = multiply,
       .transpose = transpose_rows,
       .load_row = load_row,

@@ -15,6 +15,9 @@ using py::handle;
 namespace switchgear {
 namespace {
 
+constexpr Names<DType, 3> kFloats{
+    {{"float32", DType::kFloat32}, {"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16}}};
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = SWITCHGEAR_COMPILER;
@@ -32,10 +35,8 @@ void define_module(py::module_& m) {
   m.def(
       "fma_rate",
       [](std::string_view dtype, int num_threads) {
-        constexpr Names<DType, 3> kDTypes{
-            {{"float32", DType::kFloat32}, {"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16}}};
         const py::gil_scoped_release release;
-        return multiply_rate(parse("dtype", kDTypes, dtype), {.num_threads = num_threads});
+        return multiply_rate(parse("dtype", kFloats, dtype), {.num_threads = num_threads});
       },
       "Multiply-adds in registers, in flop/s.", "dtype"_a, "num_threads"_a = 0);
   m.def(
@@ -62,6 +63,10 @@ void define_module(py::module_& m) {
         return cpu::collapse_into_huge_pages(view.data, view.extent());
       },
       "Moves memory onto huge pages; the bytes that then lie on them.", "tensor"_a);
+  m.def(
+      "panel",
+      [](std::string_view dtype) { return cpu_panel(parse("dtype", kFloats, dtype)); },
+      "Rows of a panel of weights of this dtype on the ISA in use; 0 where it has none.", "dtype"_a);
   m.def("release_workspaces", &release_workspaces, "Frees the memory that is kept between calls.");
   py::class_<cpu::Buffer>(m, "Buffer", py::buffer_protocol(), "Bytes of a tensor, from memory that is kept and reused.")
       .def(py::init<int64_t>(), "size"_a)

@@ -57,7 +57,7 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
       return e;
     };
     const auto operand = [&](int64_t e) {
-      const ExpertMatrix matrix(*args.matrices, e);
+      const ExpertMatrix matrix(*args.matrices, e, args.panel);
       return args.transposed ? matrix.columns_from(column) : matrix.rows_from(column);
     };
     for (int64_t e = next_expert(-1), next; e < num_experts; e = next) {

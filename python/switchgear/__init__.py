@@ -5,7 +5,8 @@ Modules:    MoE (router, experts and shared experts), Router, Experts
 Functions:  moe (a whole layer of experts), and its stages: route, plan, permute, grouped_gemm, glu, combine
 Results:    Routing, Plan
 Losses:     load_balancing_loss, z_loss
-Models:     accelerate(model) puts the kernels under a Hugging Face model; use_huge_pages(model) speeds up decoding on CPUs
+Models:     accelerate(model) puts the kernels under a Hugging Face model; pack_weights(model) and
+            use_huge_pages(model) make inference faster on CPUs
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
 """
 
@@ -18,6 +19,7 @@ from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, glu, grouped_gemm, moe, permute, plan, route
 from switchgear.modules import MoE
 from switchgear.ops import available_cpu_isas, cpu_isa, set_cpu_isa, version
+from switchgear.packing import pack_weights, unpack_weights
 from switchgear.pages import use_huge_pages
 from switchgear.routing import Router, load_balancing_loss, z_loss
 
@@ -42,10 +44,12 @@ __all__ = [
     "grouped_gemm",
     "load_balancing_loss",
     "moe",
+    "pack_weights",
     "permute",
     "plan",
     "route",
     "set_cpu_isa",
+    "unpack_weights",
     "use_backend",
     "use_huge_pages",
     "z_loss",

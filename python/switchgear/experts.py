@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.functional import moe
+from switchgear.packing import FINDERS, Layout, pack_weights, panels_of, unpack_weights
 from switchgear.pages import advise_huge_pages
 from switchgear.reference import ACTIVATIONS, check_choice
 
@@ -84,11 +85,15 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden_states [..., H], topk_ids [..., K] (-1 for none) and topk_weights [..., K] -> [..., H]; see `moe`."""
-        # Each attribute is read once: under a parametrization every access makes the weight anew.
-        gate_up_proj: Tensor = getattr(self, self._first)
-        down_proj: Tensor = self.down_proj
-        if self.transposed:
-            gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
+        panels = panels_of(self)
+        if panels is None:
+            # Each attribute is read once: under a parametrization every access makes the weight anew.
+            gate_up_proj: Tensor = getattr(self, self._first)
+            down_proj: Tensor = self.down_proj
+            if self.transposed:
+                gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
+        else:
+            gate_up_proj, down_proj = panels.first, panels.second
         return moe(
             hidden_states,
             gate_up_proj,
@@ -102,7 +107,18 @@ class Experts(nn.Module):
             down_bias=self.down_proj_bias,
             alpha=self.alpha,
             limit=self.limit,
+            panel=0 if panels is None else panels.panel,
         )
+
+    def pack_(self) -> Experts:
+        """Stores the projections in the order in which the CPU's kernels read them; see `pack_weights`."""
+        pack_weights(self)
+        return self
+
+    def unpack_(self) -> Experts:
+        """Takes pack_ back."""
+        unpack_weights(self)
+        return self
 
     def extra_repr(self) -> str:
         parts = [f"{self.hidden_size}, {self.intermediate_size}, num_experts={self.num_experts}", self.activation]
@@ -113,3 +129,12 @@ class Experts(nn.Module):
         if self.limit is not None:
             parts.append(f"limit={self.limit}")
         return ", ".join(parts)
+
+
+def _layout_of(module: nn.Module) -> Layout | None:
+    if not isinstance(module, Experts):
+        return None
+    return Layout((module._first, "down_proj"), module.transposed, module.gated and not module.interleaved)
+
+
+FINDERS.append(_layout_of)

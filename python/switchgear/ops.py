@@ -32,6 +32,13 @@ advise_huge_pages = _C.advise_huge_pages
 available_cpu_isas = _C.available_cpu_isas
 collapse_into_huge_pages = _C.collapse_into_huge_pages
 cpu_isa = _C.cpu_isa
+
+
+def panel(dtype: torch.dtype) -> int:
+    """Rows of a panel of weights on the CPU's instruction set in use, see packing.py; 0 where there are none."""
+    return _C.panel(str(dtype).removeprefix("torch.")) if dtype in (torch.float32, torch.bfloat16) else 0
+
+
 set_cpu_isa = _C.set_cpu_isa
 version: str = _C.version
 
@@ -95,7 +102,7 @@ def _loop_over_batch(op: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check_devices(op: Any, args: Sequence[Any]) -> None:
     device = args[0].device
-    for argument, value in zip(op._schema.arguments, args, strict=True):
+    for argument, value in zip(op._schema.arguments, args, strict=False):
         for tensor in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(tensor, Tensor) and tensor.device != device:
                 raise ValueError(f"{argument.name}: expected a tensor on {device}, got one on {tensor.device}")
@@ -506,6 +513,7 @@ def _allocate_moe_forward(
     alpha: float,
     limit: float,
     save_h: bool,
+    panel: int = 0,
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(_matrix("x", x), memory_format=torch.contiguous_format)
     width = _matrix("gate_up_proj", gate_up_proj, 3).shape[1]
@@ -527,6 +535,7 @@ def _moe_forward(
     alpha: float,
     limit: float,
     save_h: bool,
+    panel: int = 0,
 ) -> tuple[Tensor, Tensor]:
     options = (activation, gated, interleaved, alpha, limit)
     layer = (gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
@@ -534,12 +543,15 @@ def _moe_forward(
     kernels.module.moe_forward(
         _rows(x), gate_up_proj, down_proj, _rows(gate_up_bias), _rows(down_bias),
         topk_ids.contiguous(), topk_weights.contiguous(), y, h if save_h else None, *options, kernels.execution(),
+        panel,
     )  # fmt: skip
     return y, h
 
 
 moe_forward: Callable[..., tuple[Tensor, Tensor]] = _register(
-    f"moe_forward(Tensor x, {_LAYER}, bool save_h) -> (Tensor y, Tensor h)", _moe_forward, _allocate_moe_forward
+    f"moe_forward(Tensor x, {_LAYER}, bool save_h, int panel=0) -> (Tensor y, Tensor h)",
+    _moe_forward,
+    _allocate_moe_forward,
 )
 
 

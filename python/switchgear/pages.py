@@ -19,6 +19,12 @@ def _in_memory(tensor: Tensor) -> bool:
     return plain and tensor.device.type == "cpu" and tensor.nbytes >= HUGE_PAGE
 
 
+def _words(tensor: Tensor) -> Tensor:
+    """The whole storage of a tensor of any shape and dtype."""
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.int32).set_(storage, 0, (storage.nbytes() // 4,), (1,))
+
+
 def use_huge_pages(weights: nn.Module | Iterable[Tensor]) -> int:
     """Moves weights onto huge pages, where they are: addresses and contents stay.
 
@@ -36,10 +42,10 @@ def use_huge_pages(weights: nn.Module | Iterable[Tensor]) -> int:
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"weights: expected a module or tensors, got {type(tensor).__name__} at {index}")
-    return sum(ops.collapse_into_huge_pages(tensor.detach()) for tensor in tensors if _in_memory(tensor))
+    return sum(ops.collapse_into_huge_pages(_words(tensor)) for tensor in tensors if _in_memory(tensor))
 
 
 def advise_huge_pages(tensor: Tensor) -> None:
     """Asks for huge pages behind a tensor that nothing was written to yet, which costs nothing."""
     if _in_memory(tensor):
-        ops.advise_huge_pages(tensor.detach())
+        ops.advise_huge_pages(_words(tensor))

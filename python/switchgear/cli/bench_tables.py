@@ -109,9 +109,12 @@ def markdown(results: dict[str, Any]) -> str:
         hugging_face = min(
             (timed[name] for name in BASELINES if name in timed), key=lambda row: row["ms"], default=None
         )
-        others = min((row for name, row in timed.items() if name != OURS), key=lambda row: row["ms"], default=None)
+        packed = timed.get(f"{OURS}_packed")
+        rest = (row for name, row in timed.items() if not name.startswith(OURS))
+        others = min(rest, key=lambda row: row["ms"], default=None)
         cells = [rows[0]["shape"], f"{rows[0]['tokens']:,}", rows[0]["dtype"], rows[0]["mode"]]
         cells += [f"{ours['ms']:.2f}", f"{ours['percent_of_ceiling']:.0f} %"] if ours else ["-", "-"]
+        cells += [f"{packed['ms']:.2f}, {packed['percent_of_ceiling']:.0f} %"] if packed else ["-"]
         for row in (hugging_face, others):
             ratio = row["ms"] / ours["ms"] if row and ours else None
             cells.append(f"{row['ms']:.2f} ({row['peer']})" + (f", {ratio:.1f}x" if ratio else "") if row else "-")
@@ -123,10 +126,11 @@ def markdown(results: dict[str, Any]) -> str:
         "mode",
         "switchgear, ms",
         "of ceiling",
+        "packed, ms",
         "best of transformers, ms",
         "best other, ms",
     ]
-    rule = ["---", "---:", "---", "---", "---:", "---:", "---:", "---:"]
+    rule = ["---", "---:", "---", "---", "---:", "---:", "---:", "---:", "---:"]
     head = ["| " + " | ".join(cells) + " |" for cells in (header, rule)]
     note = (
         f"{machine['model']}, {threads(machine['threads'])}, {machine['isa']}; torch {machine['torch']}, transformers "

@@ -26,6 +26,7 @@ from switchgear.integrations.experts import ExpertWeights, not_plain, run_expert
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, swap_forward
 from switchgear.integrations.undecorated import PATCHES, patch_of
+from switchgear.packing import FINDERS, Layout, panels_of
 
 NAME = "switchgear"
 MARKS = ("config", "is_transposed", "has_bias", "_apply_gate")  # of use_experts_implementation, since transformers 5.0
@@ -55,15 +56,22 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
         gate_of(module),
         own_gate(module),
         module.post_expert_norm if _has_post_norm(module) else None,
+        0 if (panels := panels_of(module)) is None else panels.panel,
     )
 
 
+def _first(module: Any) -> str:
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"  # transformers 5.0 has gated ones only
+
+
 def _weights(module: Any) -> ExpertWeights:
-    # Each attribute is read once: under a parametrisation (LoRA) every access computes the weight anew.
-    name = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"  # transformers 5.0 has gated ones only
-    gate_up_proj, down_proj = getattr(module, name), module.down_proj
-    if module.is_transposed:
-        gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
+    name = _first(module)
+    if (panels := panels_of(module)) is not None:
+        gate_up_proj, down_proj = panels.first, panels.second
+    else:  # each attribute is read once: under a parametrisation (LoRA) every access computes the weight anew
+        gate_up_proj, down_proj = getattr(module, name), module.down_proj
+        if module.is_transposed:
+            gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
     if not module.has_bias:
         return ExpertWeights(gate_up_proj, down_proj)
     return ExpertWeights(gate_up_proj, down_proj, getattr(module, f"{name}_bias"), module.down_proj_bias)
@@ -158,6 +166,18 @@ def path_of(module: Any) -> str:
     if (reason := not_plain(local)) is not None:
         return f"eager: {reason}"
     return "grouped_gemm" if gate_of(module) is None or _has_post_norm(module) else "moe"
+
+
+def _layout_of(module: Any) -> Layout | None:
+    """What `switchgear.pack_weights` may pack: decorated modules on the fused kernel."""
+    if not is_decorated(module) or path_of(module) != "moe":
+        return None
+    gate = gate_of(module)
+    assert gate is not None
+    return Layout((_first(module), "down_proj"), module.is_transposed, gate.gated and not gate.interleaved)
+
+
+FINDERS.append(_layout_of)
 
 
 def is_decorated(module: nn.Module) -> bool:
