@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """switchgear: Mixture-of-Experts layers for PyTorch on hand-written kernels.
 
-Modules:    MoE (router, experts and shared experts), Router, Experts
+Modules:    MoE (router, experts and shared experts), Router, Experts; layers composed of them in switchgear.layers
+Routing:    scores, selections, capacities and losses in switchgear.routing; whole policies of papers in switchgear.presets
 Functions:  moe (a whole layer of experts), and its stages: route, plan, permute, grouped_gemm, glu, combine
 Results:    Routing, Plan
-Losses:     load_balancing_loss, z_loss
+Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) of routers with a balance
 Models:     accelerate(model) puts the kernels under a Hugging Face model; pack_weights(model) and
             use_huge_pages(model) make inference faster on CPUs
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
@@ -14,14 +15,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from switchgear import layers, presets, routing
 from switchgear.backends import backend, use_backend
 from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, glu, grouped_gemm, moe, permute, plan, route
-from switchgear.modules import MoE
+from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.ops import available_cpu_isas, cpu_isa, set_cpu_isa, version
 from switchgear.packing import pack_weights, unpack_weights
 from switchgear.pages import use_huge_pages
-from switchgear.routing import Router, load_balancing_loss, z_loss
+from switchgear.routing import Context, Router, load_balancing_loss, z_loss
 
 if TYPE_CHECKING:
     from switchgear.integrations.transformers import accelerate
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = version
 
 __all__ = [
+    "Context",
     "Experts",
     "MoE",
     "Plan",
@@ -36,18 +39,23 @@ __all__ = [
     "Routing",
     "__version__",
     "accelerate",
+    "after_step",
     "available_cpu_isas",
     "backend",
+    "balance_loss",
     "combine",
     "cpu_isa",
     "glu",
     "grouped_gemm",
+    "layers",
     "load_balancing_loss",
     "moe",
     "pack_weights",
     "permute",
     "plan",
+    "presets",
     "route",
+    "routing",
     "set_cpu_isa",
     "unpack_weights",
     "use_backend",

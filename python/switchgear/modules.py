@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""MoE: a router, experts and shared experts as one torch.nn.Module."""
+"""MoE: a router, experts and shared experts as one torch.nn.Module; balance_loss and after_step of a whole model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,50 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.experts import Experts
-from switchgear.functional import Routing, glu
-from switchgear.routing.context import Balance, Context, Limit, Score, Select
+from switchgear.functional import Routing
+from switchgear.layers.common import WithLosses
+from switchgear.layers.heterogeneous import HeterogeneousExperts
+from switchgear.layers.shared import GatedSharedExperts, SharedExperts
+from switchgear.layers.virtual import VirtualExperts
+from switchgear.routing.context import Balance, Limit, Score, Select, context_of
 from switchgear.routing.router import Router
 
 
-class SharedExperts(nn.Module):
-    """A dense feed-forward network that every token passes through (arXiv:2401.06066): down(act(gate(x)) ⊙ up(x)).
-
-    Parameters: gate_proj.weight [I,H] if gated, up_proj.weight [I,H], down_proj.weight [H,I]; their biases if bias.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        activation: str = "silu",
-        gated: bool = True,
-        bias: bool = False,
-        alpha: float = 1.702,
-        limit: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.activation, self.gated, self.alpha, self.limit = activation, gated, alpha, limit
-
-        def linear(size_in: int, size_out: int) -> nn.Linear:
-            return nn.Linear(size_in, size_out, bias=bias, device=device, dtype=dtype)
-
-        self.gate_proj = linear(hidden_size, intermediate_size) if gated else None
-        self.up_proj = linear(hidden_size, intermediate_size)
-        self.down_proj = linear(intermediate_size, hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., H] -> [..., H]"""
-        h: Tensor = self.up_proj(hidden_states)
-        if self.gate_proj is not None:
-            h = torch.cat((self.gate_proj(hidden_states), h), -1)
-        y: Tensor = self.down_proj(glu(h, self.activation, gated=self.gated, alpha=self.alpha, limit=self.limit))
-        return y
-
-
-class MoE(nn.Module):
+class MoE(WithLosses):
     """A Mixture-of-Experts layer: y = Σ_k w_k · expert_k(x) + shared_experts(x).
 
         moe = MoE(hidden_size=2048, intermediate_size=1024, num_experts=64, top_k=8)
@@ -67,13 +34,20 @@ class MoE(nn.Module):
         score, select, capacity, balance, isolation: parts of Router, for other policies than the best k experts.
         activation, gated, bias, interleaved, transposed, alpha, limit: options of Experts.
         shared_intermediate_size: width of the shared experts; 0 for none. They have the activation of the experts.
+        num_shared_experts: the same in units of intermediate_size, instead.
+        shared_gate: the shared experts are weighed by sigmoid(w · x) (Qwen2-MoE, arXiv:2407.10671).
+        widths: [E], the ratios of the experts' widths; intermediate_size is then their mean, and each width an integer
+            (HMoE, arXiv:2408.10681). No bias, which every slice of an expert would add.
+        null_experts, copy_experts, constant_experts: so many more experts for the router to choose, which cost nothing:
+            they add nothing, x, or a learned vector; see VirtualExperts.
         return_routing: forward returns (y, Routing), for losses such as load_balancing_loss(routing.router_logits,
             routing.topk_ids).
 
     Attribute `losses`: those of the router's balance, by name, of the last forward in training; see balance_loss.
 
     Submodules and keys of the state dict: gate (Router: gate.weight, gate.e_score_correction_bias), experts (Experts:
-    experts.gate_up_proj, experts.down_proj), shared_experts (shared_experts.gate_proj.weight, …).
+    experts.gate_up_proj, experts.down_proj), shared_experts (shared_experts.gate_proj.weight, …). With shared_gate,
+    widths or virtual experts they are one level deeper: shared_experts.experts, experts.slices, experts.experts.
     """
 
     def __init__(
@@ -95,7 +69,7 @@ class MoE(nn.Module):
         router_bias: bool = False,
         score: Score | Callable[..., Any] | None = None,
         select: Select | Callable[..., Any] | None = None,
-        capacity: Limit | None = None,
+        capacity: Limit | Callable[..., Any] | None = None,
         balance: Sequence[Balance | Callable[..., Any]] = (),
         isolation: str = "batch",
         activation: str = "silu",
@@ -106,16 +80,22 @@ class MoE(nn.Module):
         alpha: float = 1.702,
         limit: float | None = None,
         shared_intermediate_size: int = 0,
+        num_shared_experts: int = 0,
+        shared_gate: bool = False,
+        widths: Sequence[int] | None = None,
+        null_experts: int = 0,
+        copy_experts: int = 0,
+        constant_experts: int = 0,
         return_routing: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.return_routing = return_routing
-        self.losses: dict[str, Tensor] = {}
+        virtual: dict[str, Any] = {"null": null_experts, "copy": copy_experts, "constant": constant_experts}
         self.gate = Router(
             hidden_size,
-            num_experts,
+            num_experts + sum(virtual.values()),
             top_k,
             score_function=score_function,
             normalize=normalize,
@@ -135,35 +115,30 @@ class MoE(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.experts = Experts(
-            hidden_size,
-            intermediate_size,
-            num_experts,
-            activation=activation,
-            gated=gated,
-            bias=bias,
-            interleaved=interleaved,
-            transposed=transposed,
-            alpha=alpha,
-            limit=limit,
-            device=device,
-            dtype=dtype,
-        )
+        layout: dict[str, Any] = {"interleaved": interleaved, "transposed": transposed}
+        options: dict[str, Any] = {
+            "activation": activation, "gated": gated, "alpha": alpha, "limit": limit, "device": device, "dtype": dtype,
+        }  # fmt: skip
+        experts: nn.Module
+        if widths is None:
+            experts = Experts(hidden_size, intermediate_size, num_experts, bias=bias, **layout, **options)
+        elif bias:
+            raise ValueError("bias: expected False beside widths=, got True")
+        else:
+            sizes = _sizes(intermediate_size, num_experts, widths)
+            experts = HeterogeneousExperts(hidden_size, sizes, **layout, **options)
         if hasattr(self.gate.score, "bind"):  # a score of the experts' own weights
-            self.gate.score.bind(self.experts)
-        self.shared_experts = None
-        if shared_intermediate_size:
-            self.shared_experts = SharedExperts(
-                hidden_size,
-                shared_intermediate_size,
-                activation=activation,
-                gated=gated,
-                bias=bias,
-                alpha=alpha,
-                limit=limit,
-                device=device,
-                dtype=dtype,
+            self.gate.score.bind(experts)
+        self.experts = VirtualExperts(experts, **virtual) if any(virtual.values()) else experts
+        if shared_intermediate_size and num_shared_experts:
+            raise ValueError(
+                f"num_shared_experts: expected 0 beside shared_intermediate_size, got {num_shared_experts}"
             )
+        width = shared_intermediate_size or num_shared_experts * intermediate_size
+        if shared_gate and not width:
+            raise ValueError("shared_gate: expected shared experts with it, got none")
+        shared = GatedSharedExperts if shared_gate else SharedExperts
+        self.shared_experts = shared(hidden_size, width, bias=bias, **options) if width else None
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor | tuple[Tensor, Routing]:
         """hidden_states [..., H] -> y [..., H], or (y, Routing) with return_routing.
@@ -171,7 +146,7 @@ class MoE(nn.Module):
         Keyword arguments are attributes of Context: token_ids and sequence_ids [...], embedding [..., D], generator, ….
         """
         if context:
-            routing: Routing = self.gate(hidden_states, _context(**context))
+            routing: Routing = self.gate(hidden_states, context_of(**context))
         else:
             routing = self.gate(hidden_states)
         if routing.losses or self.losses:
@@ -182,19 +157,18 @@ class MoE(nn.Module):
             y = y + self.shared_experts(hidden_states)
         return (y, routing) if self.return_routing else y
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "losses": {}}  # they belong to a graph, which is neither copied nor saved
 
-
-def _context(**values: Any) -> Context:
-    """A Context, whose tensors may have the leading dimensions of hidden_states."""
-    for name in ("token_ids", "sequence_ids", "importance"):
-        if isinstance(values.get(name), Tensor):
-            values[name] = values[name].reshape(-1)
-    embedding = values.get("embedding")
-    if isinstance(embedding, Tensor) and embedding.dim() > 2:
-        values["embedding"] = embedding.reshape(-1, embedding.shape[-1])
-    return Context(**values)
+def _sizes(intermediate_size: int, num_experts: int, widths: Sequence[int]) -> list[int]:
+    """The widths of the experts: in the ratios `widths`, intermediate_size on average."""
+    if len(widths) != num_experts or min(widths) < 1:
+        raise ValueError(f"widths: expected {num_experts} positive numbers, got {list(widths)}")
+    total = intermediate_size * num_experts
+    if any(width * total % sum(widths) for width in widths):
+        unit = sum(widths) // math.gcd(num_experts, sum(widths))
+        raise ValueError(
+            f"intermediate_size: expected a multiple of {unit} for the widths {list(widths)}, got {intermediate_size}"
+        )
+    return [width * total // sum(widths) for width in widths]
 
 
 def balance_loss(model: nn.Module) -> Tensor | float:
@@ -202,7 +176,8 @@ def balance_loss(model: nn.Module) -> Tensor | float:
     there are none."""
     total: Tensor | float = 0.0
     for module in model.modules():
-        for loss in getattr(module, "losses", {}).values() if isinstance(module, MoE) else ():
+        losses = vars(module).get("losses")  # compositions have a property of that name: the losses of layers inside
+        for loss in losses.values() if isinstance(losses, dict) else ():
             total = total + loss
     return total
 

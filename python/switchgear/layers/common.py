@@ -1,10 +1,26 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the compositions share: the losses of the layers inside, and the context of pieces of tokens."""
+"""What layers share: the losses of the last forward, also of layers inside, and the context of pieces of tokens."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+
+class WithLosses(nn.Module):
+    """A layer that keeps the balance losses of its last forward, by name. They belong to a graph, which is neither
+    copied nor saved with the layer."""
+
+    losses: dict[str, Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "losses": {}}
 
 
 def losses_of(*layers: nn.Module) -> dict[str, Tensor]:

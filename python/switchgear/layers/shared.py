@@ -1,12 +1,50 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Shared experts behind a gate of their own."""
+"""Shared experts: what all tokens pass through, with and without a gate of their own."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.modules import SharedExperts
+from switchgear.functional import glu
+
+
+class SharedExperts(nn.Module):
+    """A dense feed-forward network that every token passes through (arXiv:2401.06066): down(act(gate(x)) ⊙ up(x)).
+
+    Parameters: gate_proj.weight [I,H] if gated, up_proj.weight [I,H], down_proj.weight [H,I]; their biases if bias.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        alpha: float = 1.702,
+        limit: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation, self.gated, self.alpha, self.limit = activation, gated, alpha, limit
+
+        def linear(size_in: int, size_out: int) -> nn.Linear:
+            return nn.Linear(size_in, size_out, bias=bias, device=device, dtype=dtype)
+
+        self.gate_proj = linear(hidden_size, intermediate_size) if gated else None
+        self.up_proj = linear(hidden_size, intermediate_size)
+        self.down_proj = linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., H] -> [..., H]"""
+        h: Tensor = self.up_proj(hidden_states)
+        if self.gate_proj is not None:
+            h = torch.cat((self.gate_proj(hidden_states), h), -1)
+        y: Tensor = self.down_proj(glu(h, self.activation, gated=self.gated, alpha=self.alpha, limit=self.limit))
+        return y
 
 
 class GatedSharedExperts(nn.Module):
@@ -23,14 +61,17 @@ class GatedSharedExperts(nn.Module):
         activation: str = "silu",
         gated: bool = True,
         bias: bool = False,
+        alpha: float = 1.702,
+        limit: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
         self.experts = SharedExperts(
-            hidden_size, intermediate_size, activation=activation, gated=gated, bias=bias, device=device, dtype=dtype
-        )
+            hidden_size, intermediate_size, activation=activation, gated=gated, bias=bias, alpha=alpha, limit=limit,
+            device=device, dtype=dtype,
+        )  # fmt: skip
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., H]"""

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from switchgear.experts import Experts
 from switchgear.functional import route
-from switchgear.layers.common import first_choice
+from switchgear.layers.common import WithLosses, first_choice
 from switchgear.routing.balance import switch_loss
 
 
-class StratifiedMoE(nn.Module):
+class StratifiedMoE(WithLosses):
     """Strata of experts: the gate of stratum i sees the experts of strata i and above (SMoE, arXiv:2305.02176).
 
     A token starts at the first gate. The gate of stratum i sends it through experts, with a norm before and a residual
@@ -73,7 +73,6 @@ class StratifiedMoE(nn.Module):
         )  # fmt: skip
         stratum_of = torch.empty(num_experts, dtype=torch.int64, device=device)
         self.register_buffer("stratum_of", stratum_of, persistent=False)
-        self.losses: dict[str, Tensor] = {}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

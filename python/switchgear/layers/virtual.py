@@ -11,8 +11,8 @@ class VirtualExperts(nn.Module):
     """E real experts, then `null` that add nothing, `copy` that return x, and `constant` that return a learned vector.
 
     The ids of a router over E + null + copy + constant experts run in this order. Null experts: AdaMoE,
-    arXiv:2406.13233; zero, copy and constant experts: MoE++, arXiv:2410.07348 (whose constant experts also mix x in, here
-    a copy expert's part).
+    arXiv:2406.13233; zero, copy and constant experts: MoE++, arXiv:2410.07348 (whose constant experts also mix x in,
+    here a copy expert's part).
 
         experts = VirtualExperts(switchgear.Experts(256, 128, 16), null=16)
         router = switchgear.Router(256, experts.num_experts, top_k=4)

@@ -1,55 +1,91 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Who goes where. A router is a score, a selection, a capacity limit and balance; see context.py for how they are called.
+"""Who goes where. A router is a score, a selection, a capacity limit and balance; see context.py for how they are
+called, and docs/routing.md for tables of all of them.
 
 Scores:      Linear, Cosine, GroupedAvgPool, SwitchMixture, Uniform, Sum; of experts ActivationNorm, SparsityAware,
              Gaussian, Domain, PosthocGate; of something larger than a token FromEmbedding, PerSequence, ClusterPrior
 Selections:  TopK, TopP, Threshold, Grouped, RankK, Dense, SkipBelow, Broadcast; ExpertChoice, BalancedAssignment;
-             SampledTopK, SparseMixer, GumbelSoftmax, Random; Masked with TokenIdMask or ExpertDropout; Lookup
+             SampledTopK, NoisyTopK, SparseMixer, GumbelSoftmax, Random; Lookup; RunningCap;
+             Masked with TokenIdMask, ExpertDropout or ClusterDropout
 Capacity:    Dropless, Capacity
+Losses:      SwitchLoss, NullAwareSwitchLoss, ZLoss, ImportanceLoad, EntropyLoss, BatchEntropy, ParamPenalty,
+             DeviceBalance, LocalityLoss, ClusterVariance, LocalizedBalance
+Controllers: LossFreeBias, AdaptiveCoefficient
+For a trainer: GradientConflict, consistency_loss, load_balancing_loss, z_loss, max_violation
 """
 
 from switchgear.routing.assignment import BalancedAssignment
-from switchgear.routing.balance import load_balancing_loss, z_loss
-from switchgear.routing.capacity import Capacity, Dropless
+from switchgear.routing.auxiliary import GradientConflict, consistency_loss
+from switchgear.routing.balance import load_balancing_loss, max_violation, z_loss
+from switchgear.routing.capacity import Capacity, Dropless, min_capacity
 from switchgear.routing.context import Balance, Context, Limit, Score, Select
+from switchgear.routing.controllers import AdaptiveCoefficient, LossFreeBias, RunningCap
 from switchgear.routing.expert_choice import ExpertChoice
-from switchgear.routing.masks import ExpertDropout, Lookup, Masked, TokenIdMask
+from switchgear.routing.losses import (
+    BatchEntropy,
+    ClusterVariance,
+    DeviceBalance,
+    EntropyLoss,
+    ImportanceLoad,
+    LocalityLoss,
+    LocalizedBalance,
+    NullAwareSwitchLoss,
+    ParamPenalty,
+    SwitchLoss,
+    ZLoss,
+)
+from switchgear.routing.masks import ClusterDropout, ExpertDropout, Lookup, Masked, TokenIdMask
 from switchgear.routing.pairs import from_pairs
 from switchgear.routing.router import Router
 from switchgear.routing.scores import Cosine, GroupedAvgPool, Linear, Sum, SwitchMixture, Uniform
 from switchgear.routing.scores_of_context import ClusterPrior, FromEmbedding, PerSequence
 from switchgear.routing.scores_of_experts import ActivationNorm, Domain, Gaussian, PosthocGate, SparsityAware
 from switchgear.routing.selection import Broadcast, Dense, Grouped, RankK, SkipBelow, Threshold, TopK, TopP
-from switchgear.routing.stochastic import GumbelSoftmax, Random, SampledTopK, SparseMixer
+from switchgear.routing.stochastic import GumbelSoftmax, NoisyTopK, Random, SampledTopK, SparseMixer
 
 __all__ = [
     "ActivationNorm",
+    "AdaptiveCoefficient",
     "Balance",
     "BalancedAssignment",
+    "BatchEntropy",
     "Broadcast",
     "Capacity",
+    "ClusterDropout",
     "ClusterPrior",
+    "ClusterVariance",
     "Context",
     "Cosine",
     "Dense",
+    "DeviceBalance",
     "Domain",
     "Dropless",
+    "EntropyLoss",
     "ExpertChoice",
     "ExpertDropout",
     "FromEmbedding",
     "Gaussian",
+    "GradientConflict",
     "Grouped",
     "GroupedAvgPool",
     "GumbelSoftmax",
+    "ImportanceLoad",
     "Limit",
     "Linear",
+    "LocalityLoss",
+    "LocalizedBalance",
     "Lookup",
+    "LossFreeBias",
     "Masked",
+    "NoisyTopK",
+    "NullAwareSwitchLoss",
+    "ParamPenalty",
     "PerSequence",
     "PosthocGate",
     "Random",
     "RankK",
     "Router",
+    "RunningCap",
     "SampledTopK",
     "Score",
     "Select",
@@ -57,13 +93,18 @@ __all__ = [
     "SparseMixer",
     "SparsityAware",
     "Sum",
+    "SwitchLoss",
     "SwitchMixture",
     "Threshold",
     "TokenIdMask",
     "TopK",
     "TopP",
     "Uniform",
+    "ZLoss",
+    "consistency_loss",
     "from_pairs",
     "load_balancing_loss",
+    "max_violation",
+    "min_capacity",
     "z_loss",
 ]

@@ -18,6 +18,19 @@ DROPS = ("order", "choice", "score", "reverse", "random")
 OVERFLOWS = ("drop", "reroute")
 
 
+def min_capacity(delta: float, hidden_size: int, num_experts: int) -> float:
+    """1 / (E · erfc(√(H·δ² / (2 - δ²)))), the lower bound that LocMoE puts on the capacity of an expert
+    (arXiv:2401.13920).
+
+    delta: the paper's δ, a threshold of the similarity of tokens and experts, about 0.03 as measured there. The units
+    of the bound are unverified. ValueError unless 0 < δ < √2.
+    """
+    if not 0 < delta < math.sqrt(2):
+        raise ValueError(f"delta: expected a number between 0 and √2, got {delta}")
+    tail = math.erfc(math.sqrt(hidden_size * delta**2 / (2 - delta**2)))
+    return 1 / (num_experts * tail) if tail else math.inf
+
+
 @dataclass(frozen=True)
 class Dropless:
     """Experts take every token that chose them (arXiv:2303.06182, dynamic gating). No token depends on another one."""

@@ -5,11 +5,13 @@
 
 A policy is a combination of the four. Each part is any callable with the signature below: a function, a frozen
 dataclass, or an nn.Module where it has parameters or buffers (the router then owns it as a submodule). A part may also
-be given as a class or a functools.partial of one; the router calls that, so that layers share no state.
+be given as a class or a functools.partial of one; the router calls that, so that layers share no state; see `made`.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -59,6 +61,17 @@ class Context:
 NOTHING_KNOWN = Context()
 
 
+def context_of(**values: Any) -> Context:
+    """A Context, whose tensors may have the leading dimensions of hidden_states."""
+    for name in ("token_ids", "sequence_ids", "importance"):
+        if isinstance(values.get(name), Tensor):
+            values[name] = values[name].reshape(-1)
+    embedding = values.get("embedding")
+    if isinstance(embedding, Tensor) and embedding.dim() > 2:
+        values["embedding"] = embedding.reshape(-1, embedding.shape[-1])
+    return Context(**values)
+
+
 @runtime_checkable
 class Score(Protocol):
     """x [T,H] -> router_logits [T,E]. A class is called as (hidden_size, num_experts, device=, dtype=)."""
@@ -100,6 +113,29 @@ class Balance(Protocol):
     """
 
     def __call__(self, routing: Routing, context: Context, /) -> Tensor: ...
+
+
+def made(part: Any, *args: Any, num_experts: int | None = None, **kwargs: Any) -> Any:
+    """What a class or a functools.partial makes, called with args and kwargs, and with num_experts where it takes that
+    and has none yet; anything else as it is."""
+    if not isinstance(part, (type, functools.partial)):
+        return part
+    if num_experts is not None and "num_experts" in inspect.signature(part).parameters:
+        given = part.keywords if isinstance(part, functools.partial) else {}
+        kwargs = {"num_experts": given.get("num_experts") or num_experts, **kwargs}
+    return part(*args, **kwargs)
+
+
+def groups_of(groups: int | Sequence[int] | Tensor, num_experts: int | None) -> Tensor:
+    """The group of each expert, [E] int64 on the CPU. groups: that, or the number of groups: equal ones of consecutive
+    experts, or as equal as may be."""
+    if not isinstance(groups, int):
+        return torch.as_tensor(groups).detach().cpu().long()
+    if num_experts is None:
+        raise ValueError("groups: expected the group of each expert, or num_experts beside their number; got neither")
+    if not 1 <= groups <= num_experts:
+        raise ValueError(f"groups: expected 1 to {num_experts} (num_experts), got {groups}")
+    return torch.arange(num_experts) * groups // num_experts
 
 
 def sequences(context: Context, num_tokens: int, device: torch.device) -> tuple[Tensor, int]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from switchgear.functional import Routing
 from switchgear.reference import check_choice
-from switchgear.routing.context import Context
+from switchgear.routing.context import Context, made
 
 RULES = ("sign", "proportional")
 
@@ -63,8 +62,13 @@ class AdaptiveCoefficient(nn.Module):
     ) -> None:
         super().__init__()
         self.xi, self.alpha_max, self.beta = xi, alpha_max, beta
-        self.register_buffer("value", torch.tensor(alpha_max if initial is None else initial, dtype=torch.float32))
+        self.initial = alpha_max if initial is None else initial
+        self.register_buffer("value", torch.tensor(self.initial, dtype=torch.float32))
         self._seen: Tensor | None = None  # [2]: dropped choices and all choices of the step
+
+    def reset_parameters(self) -> None:
+        """Back to the first step."""
+        nn.init.constant_(self.value, self.initial)
 
     def forward(self, routing: Routing) -> Tensor:
         """The coefficient now; counts what `routing` dropped."""
@@ -94,11 +98,13 @@ class RunningCap(nn.Module):
     """A selection whose experts pause while they are ahead: one whose running total of weights exceeds the mean by more
     than `margin` is closed (Deep Mixture of Experts, arXiv:1312.4314).
 
-        switchgear.MoE(256, 128, 16, 16, select=RunningCap(Dense(), margin=100.0))
+        switchgear.MoE(256, 128, 16, select=partial(RunningCap, Dense(), margin=100.0))
 
     A closed expert has the lowest logit, hence weight 0 under a softmax, and the others' weights sum to 1. Totals
-    grow in training alone, by whole calls: a call's tokens all see the totals from before it. It is meant for early
-    training; set `margin` to infinity afterwards.
+    grow in training alone, by whole calls (the second one of activation checkpointing included): a call's tokens all
+    see the totals from before it. It is meant for early training; set `margin` to infinity afterwards.
+
+    Args: select: the selection behind it. margin: in tokens. num_experts: E, which a router tells its parts.
 
     Buffers: totals [E] float32, in the state dict.
     """
@@ -107,8 +113,14 @@ class RunningCap(nn.Module):
 
     def __init__(self, select: Any, margin: float, num_experts: int) -> None:
         super().__init__()
-        self.select, self.margin = select, margin
+        if not margin >= 0:
+            raise ValueError(f"margin: expected a number of at least 0, got {margin}")
+        self.select, self.margin = made(select, num_experts=num_experts), margin
         self.register_buffer("totals", torch.zeros(num_experts))
+
+    def reset_parameters(self) -> None:
+        """No totals yet."""
+        nn.init.zeros_(self.totals)
 
     def forward(self, router_logits: Tensor, context: Context, bias: Tensor | None = None) -> Routing:
         if not context.training:
@@ -124,55 +136,3 @@ class RunningCap(nn.Module):
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}"
-
-
-class ClusterDropout(nn.Module):
-    """Closes a random part of each cluster of experts, the same one for `interval` training calls (MoEC,
-    arXiv:2207.09094).
-
-    Args:
-        groups [E]: the cluster of each expert. rate: the share that is closed; round((1 - rate) · n) of n stay, at
-            least one. interval: calls between two draws.
-        select: the selection behind it; closed experts have the lowest logit.
-
-    A draw uses Context.generator. Nothing is closed in evaluation. Buffers: closed [E] bool, in the state dict.
-    """
-
-    groups: Tensor
-    closed: Tensor
-    kept: Tensor
-
-    def __init__(self, select: Any, groups: Sequence[int] | Tensor, rate: float = 0.5, interval: int = 250) -> None:
-        super().__init__()
-        if not 0 <= rate < 1:
-            raise ValueError(f"rate: expected a number in [0, 1), got {rate}")
-        if interval < 1:
-            raise ValueError(f"interval: expected at least 1, got {interval}")
-        self.select, self.rate, self.interval = select, rate, interval
-        groups = torch.as_tensor(groups).long()
-        self.register_buffer("groups", groups, persistent=False)
-        self.register_buffer("closed", torch.zeros(len(groups), dtype=torch.bool))
-        sizes = torch.bincount(groups)
-        kept = ((1 - rate) * sizes.double() + 0.5).floor().long().clamp(min=1)
-        self.register_buffer("kept", kept[groups], persistent=False)
-        self._calls = 0
-
-    def draw(self, generator: torch.Generator | None = None) -> None:
-        """Draws the closed experts anew."""
-        noise = torch.rand(len(self.groups), generator=generator, device=generator.device if generator else None)
-        noise = noise.to(self.groups.device)
-        same = self.groups[:, None] == self.groups
-        rank = (same & (noise < noise[:, None])).sum(1)  # the expert's place in its cluster
-        self.closed.copy_(rank >= self.kept)
-
-    def forward(self, router_logits: Tensor, context: Context, bias: Tensor | None = None) -> Routing:
-        if context.training:
-            if self._calls % self.interval == 0:
-                self.draw(context.generator)
-            self._calls += 1
-            router_logits = router_logits.masked_fill(self.closed, torch.finfo(router_logits.dtype).min)
-        routing: Routing = self.select(router_logits, context, bias)
-        return routing
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate}, interval={self.interval}"

@@ -44,7 +44,9 @@ class ExpertChoice:
             expert took, by which it then also chooses (pMoE).
         max_experts_per_token: a cap b. Scores are first replaced by the solution A of max ⟨S, A⟩ + λ·H(A) with
             Σ_t A = k, Σ_e A <= b, 0 <= A <= 1 (Dykstra's projections; λ = 0.001 and 100 iterations are unverified), and
-            what still exceeds the cap goes to no one. Without it the largest number is read back (see from_pairs).
+            what still exceeds the cap goes to no one. With cap_iterations = 0 it is but a cut: a token keeps its b
+            best. Without a cap the largest number of experts of a token is read back (see from_pairs).
+        scale: multiplies the weights.
         ties: "index", to the lowest token, or "random".
         evaluation: which token is taken depends on later ones, so that a decoder cannot do this; with evaluation = n
             the router takes the n best experts of each token in evaluation. None: as in training.
@@ -55,6 +57,7 @@ class ExpertChoice:
     scope: str = "batch"
     weights: str = "score"
     max_experts_per_token: int | None = None
+    scale: float = 1.0
     ties: str = "index"
     evaluation: int | None = None
     cap_lambda: float = 1e-3
@@ -66,6 +69,10 @@ class ExpertChoice:
         check_choice("ties", self.ties, ("index", "random"))
         if not self.capacity_factor > 0:
             raise ValueError(f"capacity_factor: expected a positive number, got {self.capacity_factor}")
+        for name in ("tokens_per_expert", "max_experts_per_token", "evaluation"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
@@ -100,7 +107,7 @@ class ExpertChoice:
             chosen = by_expert.view(num_rows, num_experts, length).gather(2, column.long()).flatten()
             token = self._cap(token, chosen, num_tokens)
         ids, weights = from_pairs(token, expert, weight, num_tokens, num_experts, self.max_experts_per_token)
-        return Routing(ids, weights, router_logits, num_experts, scores if by_score else None)
+        return Routing(ids, weights * self.scale, router_logits, num_experts, scores if by_score else None)
 
     def _count(self, length: int, num_experts: int) -> int:
         wanted = self.tokens_per_expert or max(1, math.floor(length * self.capacity_factor / num_experts))
@@ -120,7 +127,7 @@ class ExpertChoice:
             table = values.view(*rows.shape, -1).mT
         else:
             table = values[rows.clamp(min=0)].masked_fill((rows < 0)[:, :, None], lowest).mT
-        if self.max_experts_per_token is not None:
+        if self.max_experts_per_token is not None and self.cap_iterations:
             each = self._counts((rows >= 0).sum(1), table.shape[1]).to(table.dtype)
             table = _capped_plan(
                 table, rows >= 0, each, self.max_experts_per_token, self.cap_lambda, self.cap_iterations

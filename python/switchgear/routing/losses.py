@@ -9,7 +9,7 @@ A router calls them in training; the trainer adds the sum of moe.losses to its l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from switchgear.functional import Routing
+from switchgear.reference import check_choice
 from switchgear.routing import balance
 from switchgear.routing.balance import count_tokens, router_probabilities
-from switchgear.routing.context import Context, sequences
+from switchgear.routing.context import Context, groups_of, made, sequences
 
 if TYPE_CHECKING:
     from switchgear.routing.controllers import AdaptiveCoefficient
@@ -32,7 +33,8 @@ class SwitchLoss(nn.Module):
     """coefficient · E · Σ_e f_e · P_e (Switch Transformer, arXiv:2101.03961).
 
     Args:
-        coefficient: α; an AdaptiveCoefficient follows the share of dropped tokens (arXiv:2406.06563).
+        coefficient: α; an AdaptiveCoefficient (or a partial that makes one) follows the share of dropped tokens
+            (arXiv:2406.06563).
         scope: which tokens f_e, the share of tokens that chose expert e, is counted over. "micro": those of the call.
             "sequence": each sequence alone, the losses averaged (DeepSeek-V3, arXiv:2412.19437). "global": those of all
             processes of Context.group, or of the default group where there is one (arXiv:2501.11873). P_e, which
@@ -48,7 +50,7 @@ class SwitchLoss(nn.Module):
 
     def __init__(
         self,
-        coefficient: float | AdaptiveCoefficient = 1e-2,
+        coefficient: float | AdaptiveCoefficient | Callable[[], AdaptiveCoefficient] = 1e-2,
         scope: str = "micro",
         *,
         accumulate: bool = False,
@@ -58,11 +60,11 @@ class SwitchLoss(nn.Module):
         name: str = "switch",
     ) -> None:
         super().__init__()
-        if scope not in BALANCE_SCOPES:
-            raise ValueError(f"scope: expected one of {', '.join(BALANCE_SCOPES)}, got {scope!r}")
+        check_choice("scope", scope, BALANCE_SCOPES)
         if accumulate and scope != "global":
             raise ValueError(f"accumulate: expected scope 'global' with it, got {scope!r}")
-        self.coefficient, self.scope, self.accumulate, self.per_choice = coefficient, scope, accumulate, per_choice
+        self.coefficient = made(coefficient)
+        self.scope, self.accumulate, self.per_choice = scope, accumulate, per_choice
         self.score_function, self.num_null, self.name = score_function, num_null, name
         self._counts: Tensor | None = None  # [E+1]: tokens per expert, tokens; since the last step
 
@@ -80,8 +82,8 @@ class SwitchLoss(nn.Module):
             loss = balance.null_aware_switch_loss(probabilities, counts[:-1], counts[-1], self.num_null)
         if self.per_choice:
             loss = loss / routing.topk_ids.shape[1]
-        coefficient = self.coefficient(routing) if isinstance(self.coefficient, nn.Module) else self.coefficient
-        weighted: Tensor = loss * coefficient
+        coefficient: Any = self.coefficient
+        weighted: Tensor = loss * (coefficient(routing) if isinstance(coefficient, nn.Module) else coefficient)
         return weighted
 
     def _gather(self, counts: Tensor, group: Any) -> Tensor:
@@ -95,8 +97,9 @@ class SwitchLoss(nn.Module):
     def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
         """Forgets the counts of the step."""
         self._counts = None
-        if isinstance(self.coefficient, nn.Module):
-            self.coefficient.after_step(tokens_per_expert, router)
+        coefficient: Any = self.coefficient
+        if isinstance(coefficient, nn.Module):
+            coefficient.after_step(tokens_per_expert, router)  # type: ignore[operator]
 
     def extra_repr(self) -> str:
         coefficient = "" if isinstance(self.coefficient, nn.Module) else f"{self.coefficient}, "
@@ -215,15 +218,20 @@ class ParamPenalty(_PerExpert):
 class DeviceBalance(_PerExpert):
     """coefficient · Σ_g f'_g · P'_g over groups of experts, one per device (DeepSeekMoE, arXiv:2401.06066).
 
-    groups [E]: the device of each expert, from 0. coefficient: 0.05 is that of the 145B model (unverified).
+    groups: the device of each expert [E], from 0; or the number of devices, each with equally many consecutive experts.
+    coefficient: 0.05 is that of the 145B model (unverified). num_experts: E, if groups is a number.
     """
 
     name = "device"
 
     def __init__(
-        self, groups: Sequence[int] | Tensor, coefficient: float = 0.05, score_function: str | None = None
+        self,
+        groups: int | Sequence[int] | Tensor,
+        coefficient: float = 0.05,
+        score_function: str | None = None,
+        num_experts: int | None = None,
     ) -> None:
-        super().__init__(groups, coefficient, score_function)
+        super().__init__(groups_of(groups, num_experts), coefficient, score_function)
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
         return self.coefficient * balance.device_loss(self._probabilities(routing), routing.topk_ids, self.vector)
@@ -232,19 +240,21 @@ class DeviceBalance(_PerExpert):
 class LocalityLoss(_PerExpert):
     """coefficient · -log(mean probability of the experts of this node) (LocMoE, arXiv:2401.13920; see locality_loss).
 
-    placement [E]: the node of each expert. node: this process's own. coefficient: the paper's μ (unverified).
+    placement: the node of each expert [E]; or the number of nodes, each with equally many consecutive experts. node:
+    this process's own. coefficient: the paper's μ (unverified). num_experts: E, if placement is a number.
     """
 
     name = "locality"
 
     def __init__(
         self,
-        placement: Sequence[int] | Tensor,
+        placement: int | Sequence[int] | Tensor,
         node: int,
         coefficient: float = 1e-2,
         score_function: str | None = None,
+        num_experts: int | None = None,
     ) -> None:
-        super().__init__(torch.as_tensor(placement) == node, coefficient, score_function)
+        super().__init__(groups_of(placement, num_experts) == node, coefficient, score_function)
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
         return self.coefficient * balance.locality_loss(self._probabilities(routing), self.vector)
@@ -254,15 +264,20 @@ class ClusterVariance(_PerExpert):
     """coefficient · the share of a token's variance that lies within clusters (MoEC, arXiv:2207.09094; see
     cluster_variance_loss).
 
-    groups [E]: the cluster of each expert, from 0. coefficient unverified.
+    groups: the cluster of each expert [E], from 0; or the number of clusters, equal and of consecutive experts.
+    coefficient unverified. num_experts: E, if groups is a number.
     """
 
     name = "clusters"
 
     def __init__(
-        self, groups: Sequence[int] | Tensor, coefficient: float = 1.0, score_function: str | None = None
+        self,
+        groups: int | Sequence[int] | Tensor,
+        coefficient: float = 1.0,
+        score_function: str | None = None,
+        num_experts: int | None = None,
     ) -> None:
-        super().__init__(groups, coefficient, score_function)
+        super().__init__(groups_of(groups, num_experts), coefficient, score_function)
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
         return self.coefficient * balance.cluster_variance_loss(self._probabilities(routing), self.vector)

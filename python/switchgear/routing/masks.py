@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from switchgear.functional import Routing
 from switchgear.reference import check_choice
-from switchgear.routing.context import NOTHING_KNOWN, Context, Select
+from switchgear.routing.context import NOTHING_KNOWN, Context, Select, groups_of, made
 from switchgear.routing.ranking import keep_choices, uniform
 
 Mask = Callable[[Tensor, Context], Tensor | None]
@@ -21,17 +22,27 @@ Mask = Callable[[Tensor, Context], Tensor | None]
 class Masked(nn.Module):
     """Another selection among the experts that a mask allows. The others have probability zero, no gradient and no
     token. A token with fewer than K experts to choose from has empty choices, and so has one for which a selection bias
-    lifts a hidden expert over the others."""
+    lifts a hidden expert over the others.
 
-    def __init__(self, select: Select, mask: Mask) -> None:
+        switchgear.MoE(256, 128, 16, select=partial(Masked, TopK(2), partial(ClusterDropout, 4)))
+
+    Args: select, mask: objects, or classes and partials of which it makes its own, with num_experts= where they take
+    it.
+    """
+
+    def __init__(
+        self, select: Select | Callable[..., Any], mask: Mask | Callable[..., Any], num_experts: int | None = None
+    ) -> None:
         super().__init__()
-        self.select, self.mask = select, mask
+        self.select = made(select, num_experts=num_experts)
+        self.mask = made(mask, num_experts=num_experts)
 
     def forward(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
         allowed = self.mask(router_logits, context)
         if allowed is None:
-            return self.select(router_logits, context, bias)
+            unmasked: Routing = self.select(router_logits, context, bias)
+            return unmasked
         allowed = allowed.expand(router_logits.shape)
         # not -Inf: a softmax over a row of these is still a number
         masked = router_logits.masked_fill(~allowed, torch.finfo(router_logits.dtype).min)
@@ -64,6 +75,73 @@ class ExpertDropout:
         num_tokens, num_experts = router_logits.shape
         shape = (num_tokens if self.level == "token" else 1, num_experts)
         return uniform(shape, context, router_logits.device) >= self.rate
+
+
+class ClusterDropout(nn.Module):
+    """A mask that in training closes a random part of each cluster of experts, the same one for `interval` optimizer
+    steps; Router.after_step counts them (MoEC, arXiv:2207.09094).
+
+    Args:
+        groups: the cluster of each expert [E], from 0; or the number of clusters, equal and of consecutive experts.
+        rate: the share that is closed; round((1 - rate) · n) of n stay, at least one.
+        interval: steps between two draws. Draws are those of torch's default generator.
+        num_experts: E, if groups is a number.
+
+    Buffers: closed [E] bool, step [] int64, in the state dict; groups, kept [E].
+    """
+
+    groups: Tensor
+    kept: Tensor
+    closed: Tensor
+    step: Tensor
+
+    def __init__(
+        self,
+        groups: int | Sequence[int] | Tensor,
+        rate: float = 0.5,
+        interval: int = 250,
+        num_experts: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"rate: expected a number in [0, 1), got {rate}")
+        if interval < 1:
+            raise ValueError(f"interval: expected at least 1, got {interval}")
+        self.rate, self.interval = rate, interval
+        self._groups = groups_of(groups, num_experts)
+        self.register_buffer("groups", self._groups.clone(), persistent=False)
+        self.register_buffer("kept", torch.empty_like(self._groups), persistent=False)
+        self.register_buffer("closed", torch.empty(len(self._groups), dtype=torch.bool))
+        self.register_buffer("step", torch.empty((), dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The groups as they were given, and a first draw."""
+        sizes = torch.bincount(self._groups)
+        kept = ((1 - self.rate) * sizes.double() + 0.5).floor().long().clamp(min=1)
+        self.groups.copy_(self._groups)
+        self.kept.copy_(kept[self._groups])
+        self.step.zero_()
+        self.closed.copy_(self._draw())
+
+    def _draw(self) -> Tensor:
+        noise = torch.rand(self.groups.shape, device=self.groups.device)
+        same = self.groups[:, None] == self.groups
+        rank = (same & (noise < noise[:, None])).sum(1)  # the expert's place in its cluster
+        return rank >= self.kept
+
+    @torch.no_grad()
+    def after_step(self, tokens_per_expert: Tensor, router: Any) -> None:
+        """Draws anew if it is time."""
+        self.step += 1
+        self.closed.copy_(torch.where(self.step % self.interval == 0, self._draw(), self.closed))
+
+    def forward(self, router_logits: Tensor, context: Context) -> Tensor | None:
+        """[1,E] in training."""
+        return ~self.closed[None] if context.training else None
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}, interval={self.interval}"
 
 
 class TokenIdMask(nn.Module):

@@ -25,17 +25,19 @@ def from_pairs(
             twice.
         weight: [P] float32; the result is differentiable in it.
         max_experts_per_token: K'. If absent it is the largest number of experts of a token (at least 1), which is read
-            back from the device. Of a token with more experts, the lowest ones stay.
+            back from the device; in a compiled graph, or of tensors without values, it is E. Of a token with more
+            experts, the lowest ones stay.
     """
     _, order, _ = ops.plan(expert.to(torch.int32).masked_fill(token < 0, -1).view(-1, 1), num_experts)
     order = order.long()  # pairs in the order of experts, -1 past the last one
     in_order = order.clamp(min=0)
     token = token[in_order].masked_fill(order < 0, -1)
     column, per_token = positions(token, num_tokens)  # each token's pairs, still in the order of experts
-    if max_experts_per_token is None:
+    width = max_experts_per_token
+    if width is None and (torch.compiler.is_compiling() or token.is_meta):
+        width = num_experts
+    elif width is None:
         width = max(int(per_token.max()), 1) if num_tokens else 1
-    else:
-        width = max_experts_per_token
     target = token * width + column
     target = torch.where((token >= 0) & (column < width), target, num_tokens * width)
     size = num_tokens * width + 1  # the last place takes what is left out

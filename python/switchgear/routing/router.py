@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from switchgear.backends import without_autocast
 from switchgear.functional import Routing, route
 from switchgear.routing.balance import count_tokens
-from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select
+from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select, made
 from switchgear.routing.ranking import scores_of
 from switchgear.routing.scores import Uniform
 from switchgear.routing.selection import TopK
@@ -26,7 +25,7 @@ class Router(nn.Module):
     """Linear router: router_logits = x · weightᵀ, then `route`. Returns the Routing: a hook sees all of it.
 
         router = Router(2048, 64, 8, normalize=True)
-        router = Router(2048, 64, select=ExpertChoice(2.0, scope="sequence"), balance=[z_loss_of_routing])
+        router = Router(2048, 64, select=ExpertChoice(2.0, scope="sequence"), balance=[ZLoss(1e-3)])
 
     Args:
         hidden_size, num_experts, top_k: H, E, K. No top_k with `select`.
@@ -48,8 +47,9 @@ class Router(nn.Module):
         isolation: "sequence": policies under which tokens compete let those of a sequence compete alone. Sequences are
             those of the Context, or the rows of hidden_states [B,S,H].
 
-    score, select, and the items of balance may be classes or functools.partial objects, of which the router makes its
-    own: score is called with (hidden_size, num_experts, device=, dtype=), the others without arguments.
+    score, select, capacity, and the items of balance may be classes or functools.partial objects, of which the router
+    makes its own: score is called with (hidden_size, num_experts, device=, dtype=), the others without arguments, or
+    with num_experts= where they take it. Objects that are modules move to `device`.
 
     Parameters: weight [E,H], bias [E]; with `score` those of the submodule score. Errors: ValueError for an option out
     of range, or one that another excludes.
@@ -78,7 +78,7 @@ class Router(nn.Module):
         bias: bool = False,
         score: Score | Callable[..., Any] | None = None,
         select: Select | Callable[..., Any] | None = None,
-        capacity: Limit | None = None,
+        capacity: Limit | Callable[..., Any] | None = None,
         balance: Sequence[Balance | Callable[..., Any]] = (),
         isolation: str = "batch",
         device: torch.device | str | None = None,
@@ -101,12 +101,12 @@ class Router(nn.Module):
         self.score_function, self.normalize, self.scale = score_function, normalize, scale
         self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score
         self.jitter, self.float32, self.isolation = jitter, float32, isolation
-        self.select = _made(select)
+        self.select = _part(select, num_experts, device)
         if score is None and not getattr(self.select, "uses_logits", True):
             score = Uniform
-        self.score = _made(score, hidden_size, num_experts, device=device, dtype=dtype)
-        self.capacity = _made(capacity)
-        self.balance: list[Any] = [_made(item) for item in balance]
+        self.score = made(score, hidden_size, num_experts, device=device, dtype=dtype)
+        self.capacity = _part(capacity, num_experts, device)
+        self.balance: list[Any] = [_part(item, num_experts, device) for item in balance]
         modules = [item for item in self.balance if isinstance(item, nn.Module)]
         self.balance_modules = nn.ModuleList(modules) if modules else None
         self.overrides: list[Callable[[Select], Select]] = []
@@ -117,7 +117,8 @@ class Router(nn.Module):
         selection_bias = selection_bias or any(getattr(b, "needs_selection_bias", False) for b in self.balance)
         correction = torch.empty(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("e_score_correction_bias", correction)
-        self._controllers = [item for item in self.balance if hasattr(item, "after_step")]
+        parts = [*self.balance, *(self.select.modules() if isinstance(self.select, nn.Module) else ())]
+        self._controllers = [part for part in parts if hasattr(part, "after_step")]
         counts = torch.zeros(num_experts, device=device, dtype=torch.int64) if self._controllers else None
         self.register_buffer("tokens_per_expert", counts, persistent=False)
         self._group: Any = None
@@ -169,9 +170,20 @@ class Router(nn.Module):
     def forward(self, hidden_states: Tensor, context: Context = NOTHING_KNOWN) -> Routing:
         """Routing of hidden_states [..., H], leading dimensions flattened to T."""
         rows = hidden_states.reshape(-1, self.hidden_size)
-        if self.select is None and self.capacity is None and not self.balance and not self.overrides:
+        if self.score is not None or not self._is_plain():
+            context = self.complete(context, hidden_states)
+        return self.decide(self.logits(rows, context), context)
+
+    def _is_plain(self) -> bool:
+        """Whether `route` is all there is to do with the logits."""
+        return self.select is None and self.capacity is None and not self.balance and not self.overrides
+
+    def decide(self, router_logits: Tensor, context: Context = NOTHING_KNOWN) -> Routing:
+        """Routing of router_logits [T,E], whatever made them: selection, capacity limit and losses. The context is one
+        that `complete` returned."""
+        if self._is_plain():
             return route(
-                self.logits(rows, context),
+                router_logits,
                 self.top_k,  # type: ignore[arg-type]
                 score_function=self.score_function,
                 normalize=self.normalize,
@@ -181,9 +193,8 @@ class Router(nn.Module):
                 topk_groups=self.topk_groups,
                 group_score=self.group_score,
             )
-        context = self._complete(context, hidden_states)
         select = self.selection()
-        routing = select(self.logits(rows, context), context, self.e_score_correction_bias)
+        routing = select(router_logits, context, self.e_score_correction_bias)
         wanted = routing
         if self.capacity is not None:
             if routing.scores is None and getattr(self.capacity, "needs_scores", False):
@@ -195,8 +206,8 @@ class Router(nn.Module):
             routing = routing._replace(losses=self._losses(wanted._replace(num_dropped=routing.num_dropped), context))
         return routing
 
-    def _complete(self, context: Context, hidden_states: Tensor) -> Context:
-        """The context with what the router knows."""
+    def complete(self, context: Context, hidden_states: Tensor) -> Context:
+        """The context with what the router knows: its mode, its isolation, and the length of hidden_states [B,S,H]."""
         length = context.sequence_length
         if length is None and context.sequence_ids is None and hidden_states.dim() > 2:
             length = hidden_states.shape[-2]
@@ -247,9 +258,10 @@ class Router(nn.Module):
         return ", ".join(parts)
 
 
-def _made(part: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a class or a partial makes; anything else as it is."""
-    return part(*args, **kwargs) if isinstance(part, (type, functools.partial)) else part
+def _part(part: Any, num_experts: int, device: torch.device | str | None) -> Any:
+    """The part as the router owns it, on its device."""
+    part = made(part, num_experts=num_experts)
+    return part.to(device) if isinstance(part, nn.Module) and device is not None else part
 
 
 def _exclude(by: str, **options: bool) -> None:

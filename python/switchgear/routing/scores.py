@@ -51,6 +51,7 @@ class Linear(nn.Module):
         equal_rows: the rows of weight are scaled to their mean norm, so that no expert is ahead (sigma-MoE,
             arXiv:2310.10837).
         init_std: standard deviation of the initial weight; if None it is that of torch.nn.Linear.
+        orthogonal: gain of an initial weight with orthogonal rows (BASE Layers, arXiv:2103.16716: 0.1), instead.
 
     Parameters: weight [E,H], bias [E], noise_weight [E,H].
     """
@@ -73,6 +74,7 @@ class Linear(nn.Module):
         input_transform: str | Callable[[Tensor], Tensor] | None = None,
         equal_rows: bool = False,
         init_std: float | None = None,
+        orthogonal: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -85,18 +87,24 @@ class Linear(nn.Module):
             raise ValueError(f"jitter: expected a number in [0, 1), got {jitter}")
         self.hidden_size, self.num_experts = hidden_size, num_experts
         self.float32, self.jitter, self.normalize, self.lam = float32, jitter, normalize, lam
-        self.input_transform, self.equal_rows, self.init_std = input_transform, equal_rows, init_std
+        self.input_transform, self.equal_rows = input_transform, equal_rows
+        self.init_std, self.orthogonal = init_std, orthogonal
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
         self.noise_weight = nn.Parameter(torch.empty_like(self.weight)) if noise else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The weight as torch.nn.Linear does, or normal with init_std; without noise at first."""
-        if self.init_std is None:
-            init_uniform(self.weight, self.hidden_size)
-        else:
+        """The weight as torch.nn.Linear does, normal, or orthogonal; without noise at first."""
+        if self.orthogonal is not None:
+            if not self.weight.is_meta:
+                wide = torch.empty(self.weight.shape, device=self.weight.device)  # no half precision in its QR
+                with torch.no_grad():
+                    self.weight.copy_(nn.init.orthogonal_(wide, self.orthogonal))
+        elif self.init_std is not None:
             nn.init.normal_(self.weight, std=self.init_std)
+        else:
+            init_uniform(self.weight, self.hidden_size)
         if self.bias is not None:
             init_uniform(self.bias, self.hidden_size)
         if self.noise_weight is not None:

@@ -72,7 +72,11 @@ class SparsityAware(nn.Module):
         self._experts: tuple[Any, ...] = ()  # in a tuple, so that they do not become a submodule
 
     def bind(self, experts: Any) -> None:
-        """Reads the first projection of `experts` (switchgear.Experts; of gated ones, the gate) from now on."""
+        """Reads the first projection of `experts` (switchgear.Experts; of gated ones, the gate) from now on.
+
+        ValueError: other experts."""
+        if not hasattr(experts, "down_proj"):
+            raise ValueError(f"score: SparsityAware reads the weights of Experts, got {type(experts).__name__}")
         self._experts = (experts,)
 
     def _first_projection(self) -> Tensor:

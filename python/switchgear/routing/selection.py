@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from switchgear.functional import Routing, route
 from switchgear.reference import check_choice
@@ -118,9 +119,10 @@ class TopP:
             raise ValueError(f"p: expected a number of at least 0, got {self.p}")
         num_experts = router_logits.shape[-1]
         best = route(router_logits, min(self.max_experts or num_experts, num_experts), selection_bias=bias)
-        mass = best.topk_weights.detach()
-        keep = (mass.cumsum(-1) - mass < self.p) | (self.p >= 1)
-        keep[:, 0] = True
+        before = best.topk_weights.detach().cumsum(-1)[
+            :, :-1
+        ]  # the probability of the experts ahead, from the second on
+        keep = F.pad((before < self.p) | (self.p >= 1), (1, 0), value=True)
         return trim(_weighed(keep_choices(best, keep), self.normalize, self.scale))
 
 
@@ -285,8 +287,8 @@ class Broadcast:
         num_experts = probabilities.shape[1]
         missing = num_experts - routing.topk_ids.shape[1]
         everyone = torch.arange(num_experts, dtype=torch.int32, device=probabilities.device)
-        ids = torch.nn.functional.pad(routing.topk_ids, (0, missing), value=-1)
-        weights = torch.nn.functional.pad(routing.topk_weights, (0, missing))
+        ids = F.pad(routing.topk_ids, (0, missing), value=-1)
+        weights = F.pad(routing.topk_weights, (0, missing))
         return trim(
             routing._replace(
                 topk_ids=torch.where(unsure[:, None], everyone, ids),

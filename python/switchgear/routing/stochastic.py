@@ -55,6 +55,28 @@ class SampledTopK:
         return take(router_logits, scores, ids, normalize=self.normalize, scale=self.scale)
 
 
+@dataclass(frozen=True)
+class NoisyTopK:
+    """The top_k best experts of the logits plus, in training, uniform noise in [0, noise), which the weights do not see
+    (Towards Understanding Mixture of Experts, arXiv:2208.02813: noise = 1, top_k = 1): a small change of the router
+    then changes the expected output a little."""
+
+    top_k: int = 1
+    noise: float = 1.0
+    score_function: str = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        router_logits = router_logits.reshape(-1, router_logits.shape[-1])
+        scores = scores_of(router_logits, self.score_function)
+        values = finite(router_logits.detach()) if bias is None else scores.detach() + finite(bias)
+        if context.training:
+            values = values + self.noise * uniform(tuple(values.shape), context, values.device)
+        ids = choose(values, self.top_k)
+        return take(router_logits, scores, ids, normalize=self.normalize, scale=self.scale)
+
+
 class _Multiplier(torch.autograd.Function):
     """w · factor, whose gradient with respect to the logits is that of log p_i times (grad · w): see SparseMixer."""
 

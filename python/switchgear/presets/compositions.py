@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Papers whose layer is made of several. Their dicts name what builds it as "layer": a function of (hidden_size,
+intermediate_size, num_experts) and the other options; see presets.build."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from switchgear.experts import Experts
+from switchgear.layers import (
+    AutonomousMoE,
+    CartesianMoE,
+    MergedExperts,
+    Monet,
+    MultiHeadMoE,
+    SoftMoE,
+    StratifiedMoE,
+)
+from switchgear.modules import MoE
+from switchgear.routing import Dense, Router, RunningCap, SwitchLoss, TopK
+
+Options = dict[str, Any]
+
+
+def _device(options: Options) -> Options:
+    return {name: options[name] for name in ("device", "dtype") if name in options}
+
+
+def autonomous_moe(hidden_size: int, intermediate_size: int, num_experts: int, **options: Any) -> AutonomousMoE:
+    """AutonomousMoE; d_low, if not given, makes its parameters as many as those of gated experts of
+    intermediate_size."""
+    if options.get("d_low") is None:  # E · (d_low·(H + I) + 2·H·I) = E · 3·H·I
+        product = hidden_size * intermediate_size
+        options["d_low"] = max(round(product / (hidden_size + intermediate_size)), 1)
+    return AutonomousMoE(hidden_size, intermediate_size, num_experts, **options)
+
+
+def autonomy_of_experts(*, top_k: int = 2, d_low: int | None = None, balance: float = 1e-2) -> Options:
+    """Experts choose their tokens by the norm of their own first activation, which they then go on with.
+
+    Paper: Autonomy-of-Experts Models, arXiv:2501.13074
+    Example: presets.build(64, 32, 8, **presets.autonomy_of_experts())(x)
+
+    d_low: rank of the first projection; if None, as many parameters as the layer with a router. The coefficient is
+    unverified.
+    """
+    return {"layer": autonomous_moe, "top_k": top_k, "d_low": d_low, "balance": [partial(SwitchLoss, balance)]}
+
+
+def stacked(
+    hidden_size: int, intermediate_size: int, num_experts: int, *, depth: int = 2, **options: Any
+) -> nn.Sequential:
+    """`depth` MoE layers of these options in a row."""
+    if depth < 1:
+        raise ValueError(f"depth: expected at least 1, got {depth}")
+    return nn.Sequential(*(MoE(hidden_size, intermediate_size, num_experts, **options) for _ in range(depth)))
+
+
+def deep_mixture(*, margin: float = 100.0, depth: int = 2) -> Options:
+    """Two layers of experts in a row, all of them at work; those that are ahead by a margin pause.
+
+    Paper: Learning Factored Representations in a Deep Mixture of Experts, arXiv:1312.4314
+    Example: presets.build(64, 32, 4, **presets.deep_mixture())(x)
+
+    For the first part of the training: margin (unverified), in tokens, is an attribute of each layer's gate.select.
+    """
+    return {"layer": stacked, "depth": depth, "select": partial(RunningCap, Dense(), margin)}
+
+
+def cartesian_moe(hidden_size: int, intermediate_size: int, num_experts: int, **options: Any) -> CartesianMoE:
+    """CartesianMoE of two MoE layers, each of half the width."""
+    if intermediate_size % 2:
+        raise ValueError(f"intermediate_size: expected an even number, for two halves, got {intermediate_size}")
+    first, second = (MoE(hidden_size, intermediate_size // 2, num_experts, **options) for _ in range(2))
+    return CartesianMoE(first, second, hidden_size, **_device(options))
+
+
+def cartesian(*, top_k: int = 2, num_shared_experts: int = 1, balance: float = 1e-2) -> Options:
+    """Two layers of experts in a row: E · E pairs that share halves, with parameters of 2·E half-size experts.
+
+    Paper: CartesianMoE: Boosting Knowledge Sharing among Experts via Cartesian Product Routing in Mixture-of-Experts, arXiv:2410.16077
+    Example: presets.build(64, 32, 8, **presets.cartesian())(x)
+
+    top_k, the shared experts and the coefficient are unverified.
+    """  # noqa: E501
+    return {
+        "layer": cartesian_moe,
+        "select": TopK(top_k),
+        "num_shared_experts": num_shared_experts,
+        "balance": [partial(SwitchLoss, balance)],
+    }
+
+
+def multi_head_moe(
+    hidden_size: int, intermediate_size: int, num_experts: int, *, heads: int, **options: Any
+) -> MultiHeadMoE:
+    """MultiHeadMoE of an MoE of hidden_size / heads."""
+    if heads < 1 or hidden_size % heads:
+        raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")
+    moe = MoE(hidden_size // heads, intermediate_size, num_experts, **options)
+    return MultiHeadMoE(moe, hidden_size, heads, **_device(options))
+
+
+def multi_head(*, heads: int = 4, top_k: int = 2, balance: float = 1e-2) -> Options:
+    """Pieces of a token are routed each on its own.
+
+    Paper: MH-MoE: Multi-Head Mixture-of-Experts, arXiv:2411.16205
+    Example: presets.build(64, 32, 8, **presets.multi_head())(x)
+
+    How the paper shrinks intermediate_size to equal FLOPs is unverified and left to the caller; so are the constants.
+    """
+    return {
+        "layer": multi_head_moe,
+        "heads": heads,
+        "select": TopK(top_k),
+        "balance": [partial(SwitchLoss, balance)],
+    }
+
+
+def stratified_moe(
+    hidden_size: int, intermediate_size: int, num_experts: int, *, strata: Sequence[int] | None = None, **options: Any
+) -> StratifiedMoE:
+    """StratifiedMoE; strata, if not given, are a quarter, a quarter and a half of the experts."""
+    if strata is None:
+        strata = [num_experts // 4, num_experts // 4, num_experts - 2 * (num_experts // 4)]
+    if sum(strata) != num_experts:
+        raise ValueError(f"strata: expected {num_experts} experts in all, got {list(strata)}")
+    return StratifiedMoE(hidden_size, intermediate_size, strata, **options)
+
+
+def stratified(*, strata: Sequence[int] | None = None, top_k: int = 1, balance: float = 1e-2) -> Options:
+    """Strata of experts: a token that an early stratum keeps goes on to the next gate, so that hard ones get more.
+
+    Paper: Towards Being Parameter-Efficient: A Stratified Sparsely Activated Transformer with Dynamic Capacity, arXiv:2305.02176
+    Example: presets.build(64, 32, 8, **presets.stratified())(x)
+
+    Norm and residual are inside. The default strata (E/4, E/4, E/2) are unverified.
+    """  # noqa: E501
+    return {"layer": stratified_moe, "strata": strata, "top_k": top_k, "aux_loss": balance}
+
+
+def monet_layer(hidden_size: int, intermediate_size: int, num_experts: int, **options: Any) -> Monet:
+    """Monet: num_experts must be a square n²; intermediate_size is the width of one expert."""
+    root = math.isqrt(num_experts)
+    if root * root != num_experts:
+        raise ValueError(f"num_experts: expected a square, got {num_experts}")
+    return Monet(hidden_size, root, intermediate_size, **options)
+
+
+def monet(*, heads: int = 8, top_k: int = 32, mode: str = "vertical") -> Options:
+    """n² experts from 2·n halves: parameters and work grow with n.
+
+    Paper: Monet: Mixture of Monosemantic Experts for Transformers, arXiv:2412.04139
+    Example: presets.build(64, 8, 64**2, **presets.monet())(x)
+
+    512² experts of width 8 there, with one router for four layers: give Monet(router=) that of another.
+    """
+    return {"layer": monet_layer, "heads": heads, "top_k": top_k, "mode": mode}
+
+
+def soft_layer(
+    hidden_size: int, intermediate_size: int, num_experts: int, *, slots: int, normalize: bool, **options: Any
+) -> SoftMoE:
+    """SoftMoE of Experts."""
+    experts = Experts(hidden_size, intermediate_size, num_experts, **options)
+    return SoftMoE(experts, slots=slots, normalize=normalize, **_device(options))
+
+
+def soft_moe(*, slots: int = 1, normalize: bool = True) -> Options:
+    """Experts see mixtures of the tokens of a sequence, and tokens mixtures of what they return.
+
+    Paper: Don't flatten, tokenize! Unlocking the key to SoftMoE's efficacy in deep RL, arXiv:2410.01930
+    Example: presets.build(64, 32, 8, **presets.soft_moe())(x)
+
+    layers.per_conv_tokens makes a token of each position of a feature map, which is what the paper found to matter.
+    """
+    return {"layer": soft_layer, "slots": slots, "normalize": normalize}
+
+
+def merged_experts(
+    hidden_size: int, intermediate_size: int, num_experts: int, *, top_k: int, pooling: str, **options: Any
+) -> MergedExperts:
+    """MergedExperts of a Router and Experts."""
+    router = Router(hidden_size, num_experts, top_k, **_device(options))
+    return MergedExperts(router, Experts(hidden_size, intermediate_size, num_experts, **options), pooling=pooling)
+
+
+def merged(*, top_k: int = 2, pooling: str = "mean") -> Options:
+    """The weights of a sequence's experts are averaged once, and one expert runs.
+
+    Paper: Merging Experts into One: Improving Computational Efficiency of Mixture of Experts, arXiv:2310.09832
+    Example: presets.build(64, 32, 8, **presets.merged())(x)
+
+    pooling = "attention" is its token-level variant (form unverified).
+    """
+    return {"layer": merged_experts, "top_k": top_k, "pooling": pooling}

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Routing of known models, under the parameter names of Hugging Face where a checkpoint has them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from switchgear.routing import Linear, LossFreeBias, SparseMixer, SwitchLoss
+
+
+def mixtral(*, top_k: int = 2) -> dict[str, Any]:
+    """The best two experts, weighed by a softmax over them.
+
+    Paper: Mixtral of Experts, arXiv:2401.04088
+    Example: MoE(64, 32, 8, **presets.mixtral())(x)
+    """
+    return {"top_k": top_k, "normalize": True}
+
+
+def qwen3(*, top_k: int = 8) -> dict[str, Any]:
+    """The best eight experts, normalised.
+
+    Paper: Qwen3 Technical Report, arXiv:2505.09388
+    Example: MoE(64, 32, 16, **presets.qwen3())(x)
+    """
+    return {"top_k": top_k, "normalize": True}
+
+
+def deepseek_v3(
+    *,
+    top_k: int = 8,
+    num_groups: int = 8,
+    topk_groups: int = 4,
+    scale: float = 2.5,
+    rate: float = 1e-3,
+    balance: float = 1e-4,
+) -> dict[str, Any]:
+    """Sigmoid scores, experts of the best groups alone, a shared expert; balanced by a bias, and a little by a loss per
+    sequence.
+
+    Paper: DeepSeek-V3 Technical Report, arXiv:2412.19437
+    Example: MoE(64, 32, 32, **presets.deepseek_v3())(x)
+    """
+    return {
+        "top_k": top_k,
+        "score_function": "sigmoid",
+        "normalize": True,
+        "scale": scale,
+        "num_groups": num_groups,
+        "topk_groups": topk_groups,
+        "group_score": "top2_sum",
+        "float32_router": True,
+        "num_shared_experts": 1,
+        "balance": [
+            LossFreeBias(rate),
+            partial(SwitchLoss, balance, "sequence", per_choice=True, score_function="sigmoid"),
+        ],
+    }
+
+
+def gpt_oss(*, top_k: int = 4) -> dict[str, Any]:
+    """The best four experts, weighed by a softmax over them; biases everywhere and a clamped activation.
+
+    Paper: gpt-oss-120b & gpt-oss-20b Model Card, arXiv:2508.10925
+    Example: MoE(64, 32, 8, **presets.gpt_oss())(x)
+    """
+    return {
+        "top_k": top_k,
+        "normalize": True,
+        "router_bias": True,
+        "activation": "swiglu_oai",
+        "limit": 7.0,
+        "bias": True,
+        "interleaved": True,
+        "transposed": True,
+    }
+
+
+def phimoe(*, jitter: float = 0.01, input_jitter: float = 0.01) -> dict[str, Any]:
+    """The router of Phi-3.5-MoE: SparseMixer over two experts.
+
+    Paper: Phi-3 Technical Report: A Highly Capable Language Model Locally on Your Phone, arXiv:2404.14219
+    Example: MoE(64, 32, 16, **presets.phimoe())(x)
+    """
+    return {"score": partial(Linear, jitter=input_jitter), "select": SparseMixer(2, jitter)}

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""docs/presets.md, from the docstrings of the presets and from what they return."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from switchgear import presets
+
+_PAPER = re.compile(r"^Paper: (?P<title>.+), arXiv:(?P<arxiv>\d{4}\.\d{4,5})$", re.MULTILINE)
+_EXAMPLE = re.compile(r"^Example: (?P<example>.+)$", re.MULTILINE)
+
+HEADER = """# Presets
+
+A paper is a dict of options. What each preset sets, and what to call:
+
+- `switchgear.MoE(2048, 1024, 64, **switchgear.presets.expert_choice())` for most of them;
+- `switchgear.presets.build(2048, 1024, 64, **switchgear.presets.multi_head())` for all, compositions of layers
+included.
+
+In the examples, x is [2,12,64], `token_ids` [2,12] are vocabulary ids and `task` [2,24] an embedding of each sequence.
+Losses of a `balance` are added by the trainer: `loss + switchgear.balance_loss(model)`; presets with a controller or an
+interval want `switchgear.after_step(model)` after each step of the optimizer. The parts, and how to write one of your
+own: [routing.md](routing.md). The docstrings say more, and which constants are unverified: those could not be confirmed
+in the paper and are arguments.
+
+This page is generated: `python -m switchgear.presets > docs/presets.md`.
+
+| preset | paper | sets | example |
+|---|---|---|---|
+"""
+
+
+class Entry(NamedTuple):
+    name: str
+    summary: str
+    title: str
+    arxiv: str
+    example: str
+
+
+def entries() -> list[Entry]:
+    """All presets, by name. ValueError: a docstring without its lines "Paper: …, arXiv:…" and "Example: …"."""
+    found = []
+    for name in presets.__all__:
+        if name == "build":
+            continue
+        text = inspect.getdoc(getattr(presets, name)) or ""
+        paper, example = _PAPER.search(text), _EXAMPLE.search(text)
+        if paper is None or example is None:
+            raise ValueError(f"{name}: expected lines 'Paper: …, arXiv:…' and 'Example: …' in its docstring")
+        summary = " ".join(text.split("\n\n")[0].split())
+        found.append(Entry(name, summary, paper["title"], paper["arxiv"], example["example"]))
+    return found
+
+
+def options_of(entry: Entry) -> dict[str, Any]:
+    """What the preset returns, with the arguments of its example."""
+    for node in ast.walk(ast.parse(entry.example, mode="eval")):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == entry.name:
+            options: dict[str, Any] = eval(ast.unparse(node), {"presets": presets, "torch": torch})
+            return options
+    raise ValueError(f"{entry.name}: expected presets.{entry.name}(…) in its example, got {entry.example!r}")
+
+
+def written(value: Any) -> str:
+    """A value as one would write it: the first argument, and what differs from its default."""
+    if isinstance(value, functools.partial):
+        positional = [written(item) for item in value.args]
+        named = [f"{name}={written(item)}" for name, item in value.keywords.items() if item is not None]
+        if not positional and not named:
+            return _name(value.func)
+        return f"{_name(value.func)}({', '.join(positional + named)})"
+    if is_dataclass(value) and not isinstance(value, type):
+        parts: list[str] = []
+        for place, field in enumerate(fields(value)):
+            item = getattr(value, field.name)
+            if place and field.default is not MISSING and item == field.default:
+                continue
+            parts.append(written(item) if place == len(parts) else f"{field.name}={written(item)}")
+        return f"{type(value).__name__}({', '.join(parts)})"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={written(item)}" for name, item in value.items() if item is not None)
+    if isinstance(value, list):
+        return f"[{', '.join(map(written, value))}]"
+    if isinstance(value, Tensor):
+        return "counts" if value.dim() == 1 else "table"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return _name(value) if callable(value) else repr(value)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__qualname__", function))
+
+
+def page() -> str:
+    """The Markdown of docs/presets.md."""
+    rows = []
+    for entry in entries():
+        paper = f"[{entry.title}](https://arxiv.org/abs/{entry.arxiv})"
+        cells = (f"`{entry.name}`", f"{entry.summary} {paper}", f"`{written(options_of(entry))}`", f"`{entry.example}`")
+        rows.append(f"| {' | '.join(cells)} |\n")
+    return HEADER + "".join(rows)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Papers about what the router's logits are made of."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from switchgear.routing import (
+    BatchEntropy,
+    Cosine,
+    ExpertDropout,
+    FromEmbedding,
+    GroupedAvgPool,
+    GumbelSoftmax,
+    Linear,
+    LocalityLoss,
+    Masked,
+    SwitchLoss,
+    TopK,
+)
+
+
+def xmoe(*, top_k: int = 1, dim: int | None = None, tau: float = 0.07, balance: float = 1e-2) -> dict[str, Any]:
+    """Cosines with expert embeddings in a space of few dimensions, over a learned temperature.
+
+    Paper: On the Representation Collapse of Sparse Mixture of Experts, arXiv:2204.09179
+    Example: MoE(64, 32, 8, **presets.xmoe())(x)
+
+    dim is E/2 if None. The initial tau and the coefficient are unverified.
+    """
+    return {
+        "score": partial(Cosine, dim=dim, tau=tau),
+        "select": TopK(top_k),
+        "balance": [partial(SwitchLoss, balance)],
+    }
+
+
+def sigma_moe(*, top_k: int = 4, expert_dropout: float = 0.05, entropy: float = 1e-3) -> dict[str, Any]:
+    """Sigmoid scores, which do not compete; in training an expert is hidden from a token now and then; the batch
+    spreads over the experts by a loss of its entropy.
+
+    Paper: Approximating Two-Layer Feedforward Networks for Efficient Transformers, arXiv:2310.10837
+    Example: MoE(64, 32, 8, **presets.sigma_moe(), activation="relu", gated=False)(x)
+
+    Its experts are narrow ReLU networks without a gate.
+    """
+    return {
+        "score": partial(Linear, equal_rows=True),
+        "select": partial(Masked, TopK(top_k, "sigmoid"), ExpertDropout(expert_dropout)),
+        "balance": [BatchEntropy(entropy)],
+    }
+
+
+def locmoe(
+    *, top_k: int = 1, num_nodes: int = 2, node: int = 0, locality: float = 1e-2, balance: float = 1e-2
+) -> dict[str, Any]:
+    """The means of slices of x as logits, orthogonal and without a product; a loss that keeps tokens on this node.
+
+    Paper: LocMoE: A Low-overhead MoE for Large Language Model Training, arXiv:2401.13920
+    Example: MoE(64, 32, 8, **presets.locmoe())(x)
+
+    num_nodes: of equally many consecutive experts each; node: this process's. locality is the paper's μ (unverified),
+    top_k is unverified. routing.min_capacity is its bound.
+    """
+    return {
+        "score": GroupedAvgPool,
+        "select": TopK(top_k),
+        "balance": [partial(SwitchLoss, balance), partial(LocalityLoss, num_nodes, node, locality)],
+    }
+
+
+def bounded_gate(*, top_k: int = 2, transform: str = "tanh") -> dict[str, Any]:
+    """The router sees a bounded transform of x: with x itself, vanishing experts make estimates slow.
+
+    Paper: A General Theory for Softmax Gating Multinomial Logistic Mixture of Experts, arXiv:2310.14188
+    Example: MoE(64, 32, 8, **presets.bounded_gate())(x)
+
+    The transform is unverified: "tanh", "sigmoid", "normalize" or "layer_norm".
+    """
+    return {"score": partial(Linear, input_transform=transform), "select": TopK(top_k)}
+
+
+def task_level(*, dim: int, tau: float = 1.0) -> dict[str, Any]:
+    """The embedding of a task decides for all of its tokens: one expert, straight through a Gumbel softmax.
+
+    Paper: Eliciting and Understanding Cross-Task Skills with Task-Level Mixture-of-Experts, arXiv:2205.12701
+    Example: MoE(64, 32, 8, **presets.task_level(dim=24))(x, embedding=task)
+
+    dim: of the embedding [B,dim], one for each sequence. tau is unverified.
+    """
+    return {
+        "score": partial(FromEmbedding, dim=dim),
+        "select": GumbelSoftmax(tau, hard=True, level="sequence"),
+    }

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every preset: its example runs and trains, its layers share nothing, and the page of presets is current."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import switchgear
+from switchgear import presets
+from switchgear.presets.page import Entry, entries, options_of, page, written
+from switchgear.routing import Router
+
+ENTRIES = entries()
+each = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+
+# Options of MoE alone; the presets without them are those of a Router too.
+OF_EXPERTS = {"layer", "num_shared_experts", "widths", "null_experts", "activation", "gated", "return_routing",
+              "float32_router", "router_bias", "limit", "bias", "interleaved", "transposed"}  # fmt: skip
+
+
+class Recorder:
+    """Stands for MoE and build in an example: keeps the layer that is built, and calls it with what the example has."""
+
+    def __init__(self, **common: Any) -> None:
+        self.common, self.layers = common, []
+
+    def __call__(self, *sizes: Any, **options: Any) -> Any:
+        self.layers.append(presets.build(*sizes, **options, **self.common))
+        return self.layers[-1]
+
+
+class Presets:
+    def __init__(self, build: Recorder) -> None:
+        self.build = build
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(presets, name)
+
+
+def run(entry: Entry, layer: nn.Module | None = None, **common: Any) -> Any:
+    """Output and layer of the entry's example, which is built unless a layer is given."""
+    record = Recorder(**common) if layer is None else (lambda *sizes, **options: layer)
+    generator, dtype = torch.Generator().manual_seed(1), common.get("dtype", torch.float32)
+    names = {
+        "MoE": record, "presets": Presets(record), "torch": torch,
+        "x": torch.randn(2, 12, 64, generator=generator).to(dtype),
+        "token_ids": torch.randint(100, (2, 12), generator=generator),
+        "task": torch.randn(2, 24, generator=generator).to(dtype),
+    }  # fmt: skip
+    y = eval(entry.example, names)
+    y = y[0] if isinstance(y, tuple) else y
+    return y, record.layers[-1] if isinstance(record, Recorder) else layer
+
+
+def tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def test_page_is_current() -> None:
+    """python -m switchgear.presets > docs/presets.md"""
+    assert (Path(__file__).parents[1] / "docs/presets.md").read_text() == page()
+
+
+def test_names_are_sorted_and_complete() -> None:
+    assert presets.__all__ == sorted(presets.__all__)
+    assert len(ENTRIES) == len(presets.__all__) - 1
+    assert len({entry.arxiv for entry in ENTRIES}) == len(ENTRIES)
+
+
+@each
+def test_example_runs_and_trains(entry: Entry) -> None:
+    y, layer = run(entry)
+    assert y.shape == (2, 12, 64)
+    assert y.isfinite().all()
+    loss = y.square().mean() + switchgear.balance_loss(layer)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+    experts = [p for name, p in layer.named_parameters() if "gate" not in name.split(".")[0]]
+    assert any(p.grad is not None and p.grad.any() for p in experts)
+    switchgear.after_step(layer)
+    layer.eval()
+    before = getattr(layer, "losses", {})
+    assert run(entry, layer)[0].isfinite().all()
+    assert before is not None
+
+
+@each
+def test_layers_of_one_dict_share_nothing(entry: Entry) -> None:
+    options = options_of(entry)
+    sizes = {"hmoe": (64, 32, 8), "moec": (64, 32, 64), "monet": (64, 8, 64**2)}.get(entry.name, (64, 32, 32))
+    one, other = presets.build(*sizes, **options), presets.build(*sizes, **options)
+    assert not {id(module) for module in one.modules()} & {id(module) for module in other.modules()}
+    assert not {t.data_ptr() for t in tensors(one) if t.numel()} & {t.data_ptr() for t in tensors(other) if t.numel()}
+
+
+@each
+def test_presets_of_routing_are_those_of_a_router(entry: Entry) -> None:
+    options = options_of(entry)
+    if OF_EXPERTS & set(options):
+        return
+    router = Router(64, 64, **options)
+    assert router.num_experts == 64
+
+
+@each
+def test_round_trip_copy_and_evaluation(entry: Entry) -> None:
+    """State dicts and deep copies give the same outputs; evaluation draws nothing, but for random experts."""
+    _, layer = run(entry)
+    _, other = run(entry)
+    layer.eval()
+    other.eval()
+    other.load_state_dict(layer.state_dict())
+    torch.manual_seed(3)
+    y = run(entry, layer)[0]
+    for twin in (other, copy.deepcopy(layer)):
+        torch.manual_seed(3)
+        assert torch.equal(run(entry, twin)[0], y)
+    if entry.name != "thor":
+        torch.manual_seed(4)
+        assert torch.equal(run(entry, layer)[0], y)
+
+
+@each
+def test_bfloat16_and_autocast(entry: Entry) -> None:
+    y, layer = run(entry, dtype=torch.bfloat16)
+    assert y.dtype is torch.bfloat16
+    assert y.isfinite().all()
+    _, layer = run(entry)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = run(entry, layer)
+        loss = y.float().square().mean() + switchgear.balance_loss(layer)
+    assert y.isfinite().all()
+    loss.backward()
+    assert all(p.grad is None or p.grad.dtype is torch.float32 for p in layer.parameters())
+
+
+@each
+def test_meta_device(entry: Entry) -> None:
+    """Layers are made without memory; reset_parameters and a state dict fill them."""
+    options = options_of(entry)
+    sizes = {"hmoe": (64, 32, 8), "moec": (64, 32, 64), "monet": (64, 8, 64**2)}.get(entry.name, (64, 32, 32))
+    layer, real = presets.build(*sizes, **options, device="meta"), presets.build(*sizes, **options)
+    assert all(t.is_meta for t in tensors(layer))
+    layer.to_empty(device="cpu")
+    for t in tensors(layer):
+        t.data.fill_(7)
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    layer.load_state_dict(real.state_dict())
+    for t, wanted in zip(tensors(layer), tensors(real), strict=True):
+        assert torch.equal(t, wanted)
+
+
+def test_what_is_written() -> None:
+    part = functools.partial(switchgear.routing.Linear, jitter=0.5, bias=None)
+    assert written({"score": part, "capacity": None, "top_k": 2}) == "score=Linear(jitter=0.5), top_k=2"
+    assert written(switchgear.routing.TopK(2, scale=2.5)) == "TopK(2, scale=2.5)"
+    assert written([switchgear.routing.TopP(), Router]) == "[TopP(0.4), Router]"
+
+
+def test_bad_arguments_are_named() -> None:
+    for match, wrong in {
+        "widths": lambda: presets.hmoe(widths="odd"),
+        "intermediate_size: expected a multiple of 16": lambda: switchgear.MoE(64, 40, 8, **presets.hmoe()),
+        "heads": lambda: presets.build(64, 32, 8, **presets.multi_head(heads=5)),
+        "strata": lambda: presets.build(64, 32, 8, **presets.stratified(strata=[1, 2])),
+        "num_experts: expected a square": lambda: presets.build(64, 32, 8, **presets.monet()),
+        "intermediate_size: expected an even": lambda: presets.build(64, 31, 8, **presets.cartesian()),
+        "depth": lambda: presets.build(64, 32, 8, **presets.deep_mixture(depth=0)),
+        "num_shared_experts": lambda: switchgear.MoE(64, 32, 8, 2, num_shared_experts=1, shared_intermediate_size=2),
+        "shared_gate": lambda: switchgear.MoE(64, 32, 8, 2, shared_gate=True),
+        "bias": lambda: switchgear.MoE(64, 32, 2, 2, widths=[1, 3], bias=True),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            wrong()
