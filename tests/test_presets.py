@@ -181,3 +181,38 @@ def test_bad_arguments_are_named() -> None:
     }.items():
         with pytest.raises(ValueError, match=match):
             wrong()
+
+
+def short(entry: Entry) -> Entry:
+    """With few iterations of the auction, which a graph holds one by one."""
+    return entry._replace(example=entry.example.replace("base_layer()", "base_layer(max_iterations=3)"))
+
+
+@each
+def test_compiles_without_a_break(entry: Entry) -> None:
+    """One graph, also of policies that draw, and the results of eager mode."""
+    torch.compiler.reset()
+    _, layer = run(short(entry))
+    torch.manual_seed(5)
+    wanted, _ = run(entry, layer)
+    torch.manual_seed(5)
+    y, _ = run(entry, torch.compile(layer, fullgraph=True, backend="aot_eager"))
+    assert torch.equal(y, wanted)
+    y.square().sum().backward()
+
+
+@each
+def test_nothing_waits_for_the_device(entry: Entry) -> None:
+    """Tensors without values go through: no decision of the host depends on one. (With values, expert choice without a
+    cap reads back the largest number of experts of a token.)"""
+    record = Recorder(device="meta")
+    names = {
+        "MoE": record, "presets": Presets(record), "torch": torch, "x": torch.empty(2, 12, 64, device="meta"),
+        "token_ids": torch.empty(2, 12, dtype=torch.int64, device="meta"), "task": torch.empty(2, 24, device="meta"),
+    }  # fmt: skip
+    y = eval(short(entry).example, names)
+    y = y[0] if isinstance(y, tuple) else y
+    (y.square().sum() + switchgear.balance_loss(record.layers[-1])).backward()
+    switchgear.after_step(record.layers[-1])
+    assert y.is_meta
+    assert y.shape == (2, 12, 64)

@@ -2,7 +2,7 @@
 """switchgear: Mixture-of-Experts layers for PyTorch on hand-written kernels.
 
 Modules:    MoE (router, experts and shared experts), Router, Experts; layers composed of them in switchgear.layers
-Routing:    scores, selections, capacities and losses in switchgear.routing; whole policies of papers in switchgear.presets
+Routing:    scores, selections, capacities and losses in switchgear.routing; policies of papers in switchgear.presets
 Functions:  moe (a whole layer of experts), and its stages: route, plan, permute, grouped_gemm, glu, combine
 Results:    Routing, Plan
 Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) of routers with a balance
