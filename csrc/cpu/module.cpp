@@ -47,6 +47,17 @@ void define_module(py::module_& m) {
       },
       "Reading of memory, in bytes/s.", "num_threads"_a = 0);
   m.def(
+      "read",
+      [](const std::vector<py::object>& tensors, int num_threads) {
+        Arrays arrays;
+        std::vector<TensorView> views;
+        for (const py::object& tensor : tensors) views.push_back(arrays.in("tensors", tensor));
+        const py::gil_scoped_release release;
+        read(views, {.num_threads = num_threads});
+      },
+      "Reads the memory of tensors once, by vector loads: the floor of what must read them.", "tensors"_a,
+      "num_threads"_a = 0);
+  m.def(
       "advise_huge_pages",
       [](handle tensor) {
         Arrays arrays;
@@ -64,8 +75,7 @@ void define_module(py::module_& m) {
       },
       "Moves memory onto huge pages; the bytes that then lie on them.", "tensor"_a);
   m.def(
-      "panel",
-      [](std::string_view dtype) { return cpu_panel(parse("dtype", kFloats, dtype)); },
+      "panel", [](std::string_view dtype) { return cpu_panel(parse("dtype", kFloats, dtype)); },
       "Rows of a panel of weights of this dtype on the ISA in use; 0 where it has none.", "dtype"_a);
   m.def("release_workspaces", &release_workspaces, "Frees the memory that is kept between calls.");
   py::class_<cpu::Buffer>(m, "Buffer", py::buffer_protocol(), "Bytes of a tensor, from memory that is kept and reused.")

@@ -51,6 +51,17 @@ double read_bandwidth(Execution exec) {
   });
 }
 
+void read(const std::vector<TensorView>& tensors, Execution exec) {
+  const int num_threads = cpu::resolve_threads(exec.num_threads);
+  std::atomic<uint64_t> sink{0};  // keeps the loads alive
+  const int64_t parts = static_cast<int64_t>(tensors.size()) * num_threads;
+  cpu::parallel_for(num_threads, parts, [&](int64_t i, int) {
+    const TensorView& tensor = tensors[static_cast<size_t>(i / num_threads)];
+    const int64_t part = tensor.extent() / num_threads;
+    sink += cpu::kernels().read(static_cast<const char*>(tensor.data) + i % num_threads * part, part);
+  });
+}
+
 void release_workspaces() { cpu::release_workspaces(); }
 
 }  // namespace switchgear

@@ -23,7 +23,8 @@ struct Backend {
   void (*glu_backward)(const GluBackwardArgs&, Execution);
   void (*moe_forward)(const MoeForwardArgs&, Execution);
   void (*moe_backward)(const MoeBackwardArgs&, Execution);
-  int64_t (*panel)(DType) = nullptr;  // rows of a panel of weights (ExpertWeights), 0 for dtypes without; null: no panels
+  int64_t (*panel)(DType) =
+      nullptr;  // rows of a panel of weights (ExpertWeights), 0 for dtypes without; null: no panels
 };
 
 const Backend& cpu_backend();   // in use without a call, in programs that link switchgear_core
@@ -45,6 +46,9 @@ int64_t cpu_panel(DType dtype);
 // products use), and reading of memory in bytes/s.
 double multiply_rate(DType dtype, Execution exec = {});
 double read_bandwidth(Execution exec = {});
+
+// Reads the memory of tensors once, by vector loads on all threads: the least that a layer does that uses them as weights.
+void read(const std::vector<TensorView>& tensors, Execution exec = {});
 
 // Gives the memory that the CPU backend keeps between calls (temporary, and of freed gradients) back to the system.
 void release_workspaces();

@@ -12,11 +12,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.pages import advise_huge_pages
+from switchgear.pages import advise_huge_pages, use_huge_pages
 
 from .shapes import Shape, forward_flops, train_flops
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+class Format(NamedTuple):
+    """What the weights of a case are stored in."""
+
+    dtype: torch.dtype  # of x, y, and of the weights before they are quantised
+    weight_bytes: float  # of an element, without scales
+    arithmetic: str  # the fastest multiply-adds for it: a name that the native probe knows
+    modes: tuple[str, ...]
+
+
+FORMATS = {
+    "bf16": Format(torch.bfloat16, 2.0, "bfloat16", ("forward", "train")),
+    "fp32": Format(torch.float32, 4.0, "float32", ("forward", "train")),
+    "int8": Format(torch.bfloat16, 1.0, "int8", ("forward",)),
+    "int4": Format(torch.bfloat16, 0.5, "int8", ("forward",)),
+}
 DECODE_TOKENS = 16  # up to here the weights decide, and they must come from memory as they do in a model of many layers
 ROUTINGS = 4  # different ones, used in turn, so that the experts of a call are no longer cached
 
@@ -39,10 +54,26 @@ class Case(NamedTuple):
     down_proj: torch.nn.Parameter  # [E,H,I]
     inputs: list[Inputs]
     grad_y: Tensor  # [T,H]
+    pages: str = "huge"  # or "default"
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.dtype_name]
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype_name]
+        return self.format.dtype
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """gate_up_proj and down_proj, for those who pack or quantise them."""
+        return [self.gate_up_proj.detach(), self.down_proj.detach()]
+
+    def on_its_pages(self, weight: Tensor) -> Tensor:
+        """A peer's own copy of weights, moved onto the pages on which all weights of this case lie."""
+        if self.pages == "huge":
+            use_huge_pages([weight])
+        return weight
 
     @property
     def name(self) -> str:
@@ -53,14 +84,19 @@ class Case(NamedTuple):
         return (forward_flops if self.mode == "forward" else train_flops)(self.shape, self.tokens)
 
     @property
+    def touched(self) -> list[list[int]]:
+        """The experts with at least one token, for each routing."""
+        return [torch.unique(inputs.topk_ids).tolist() for inputs in self.inputs]
+
+    @property
     def touched_experts(self) -> float:
-        """Experts with at least one token, the mean over the routings."""
-        return float(sum(torch.unique(inputs.topk_ids).numel() for inputs in self.inputs) / len(self.inputs))
+        """How many they are, the mean over the routings."""
+        return sum(map(len, self.touched)) / len(self.inputs)
 
     @property
     def weight_bytes(self) -> float:
         """Bytes of expert weights that a call must move: read once; in training read twice, their gradient written."""
-        one = 3 * self.shape.hidden_size * self.shape.intermediate_size * self.dtype.itemsize
+        one = 3 * self.shape.hidden_size * self.shape.intermediate_size * self.format.weight_bytes
         return self.touched_experts * one * (1 if self.mode == "forward" else 3)
 
 
@@ -70,8 +106,8 @@ def make_weights(
     """gate_up_proj and down_proj, Gaussian with standard deviation 0.02.
 
     Random numbers are slow to make, and only their memory has to differ from expert to expert: each expert is a window
-    of one random pool, at an odd offset, so no two experts are equal. They lie on huge pages, for all contestants alike,
-    unless `huge_pages` is false: then as torch allocates them.
+    of one random pool, at an odd offset, so no two experts are equal. They lie on huge pages, for all contestants
+    alike, unless `huge_pages` is false: then as torch allocates them.
     """
     size = 3 * shape.hidden_size * shape.intermediate_size
     generator = torch.Generator().manual_seed(0)
@@ -88,11 +124,11 @@ def make_weights(
     return torch.nn.Parameter(gate_up), torch.nn.Parameter(down)
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype, tokens: int, skew: str, seed: int) -> Inputs:
-    """Random tokens and a routing. With skew "zipf" expert e is 1/(e+1) times as likely as expert 0, else all are."""
+def make_inputs(shape: Shape, dtype: torch.dtype, tokens: int, routing: str, seed: int) -> Inputs:
+    """Random tokens and a routing: "balanced", or "zipf", where expert e is 1/(e+1) times as likely as expert 0."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, shape.hidden_size, generator=generator).to(dtype)
-    popularity = 1.0 / torch.arange(1, shape.num_experts + 1) if skew == "zipf" else torch.ones(shape.num_experts)
+    popularity = 1.0 / torch.arange(1, shape.num_experts + 1) if routing == "zipf" else torch.ones(shape.num_experts)
     # top-k of log p + Gumbel noise draws k experts without replacement, with probabilities p
     noise = -torch.empty(tokens, shape.num_experts).exponential_(generator=generator).log()
     topk_ids = (popularity.log() + noise).topk(shape.top_k, -1).indices
@@ -101,14 +137,14 @@ def make_inputs(shape: Shape, dtype: torch.dtype, tokens: int, skew: str, seed: 
 
 
 def make_case(
-    shape_name: str, shape: Shape, dtype_name: str, tokens: int, mode: str, skew: str,
-    weights: tuple[torch.nn.Parameter, torch.nn.Parameter],
+    shape_name: str, shape: Shape, dtype_name: str, tokens: int, mode: str, routing: str,
+    weights: tuple[torch.nn.Parameter, torch.nn.Parameter], pages: str = "huge",
 ) -> Case:  # fmt: skip
-    dtype = DTYPES[dtype_name]
+    dtype = FORMATS[dtype_name].dtype
     count = ROUTINGS if tokens <= DECODE_TOKENS else 1
-    inputs = [make_inputs(shape, dtype, tokens, skew, seed) for seed in range(count)]
+    inputs = [make_inputs(shape, dtype, tokens, routing, seed) for seed in range(count)]
     grad_y = torch.randn(tokens, shape.hidden_size, generator=torch.Generator().manual_seed(99)).to(dtype)
-    return Case(shape_name, shape, dtype_name, tokens, mode, *weights, inputs, grad_y)
+    return Case(shape_name, shape, dtype_name, tokens, mode, *weights, inputs, grad_y, pages)
 
 
 Layer = Callable[[Inputs], Tensor]

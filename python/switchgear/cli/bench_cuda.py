@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = require("rich.console").Console()
     shapes = choose("shapes", args.shapes or ",".join(GPU_SHAPES), GPU_SHAPES)
-    modes = choose("mode", args.mode, ("forward", "train"))
+    modes = choose("modes", args.modes, ("forward", "train"))
     peers = choose("peers", args.peers or ",".join(DEFAULT_PEERS), PEERS_HERE)
     outputs = open_outputs(args)
     end = perf_counter() + (args.budget or 240.0)
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         if perf_counter() > end:
             results["skipped"].append({"case": f"{name}, T={tokens}, {mode}", "peer": "all", "reason": "--budget"})
             continue
-        case = make_case(name, GPU_SHAPES[name], tokens, mode, args.skew)
+        case = make_case(name, GPU_SHAPES[name], tokens, mode, args.routing)
         rows, skipped = measure_case(case, peers)
         results["results"] += rows
         results["skipped"] += skipped
@@ -94,7 +94,7 @@ def describe() -> dict[str, Any]:
     return about
 
 
-def make_case(name: str, shape: Shape, tokens: int, mode: str, skew: str) -> Case:
+def make_case(name: str, shape: Shape, tokens: int, mode: str, routing: str) -> Case:
     dtype, device = torch.bfloat16, torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
 
@@ -105,7 +105,7 @@ def make_case(name: str, shape: Shape, tokens: int, mode: str, skew: str) -> Cas
         return torch.nn.Parameter(data)
 
     weights = weight(2 * shape.intermediate_size, shape.hidden_size), weight(shape.hidden_size, shape.intermediate_size)
-    inputs = Inputs(*(tensor.to(device) for tensor in make_inputs(shape, dtype, tokens, skew, seed=0)))
+    inputs = Inputs(*(tensor.to(device) for tensor in make_inputs(shape, dtype, tokens, routing, seed=0)))
     grad_y = torch.randn(tokens, shape.hidden_size, generator=generator, device=device).to(dtype)
     return Case(name, shape, "bf16", tokens, mode, *weights, [inputs], grad_y)
 

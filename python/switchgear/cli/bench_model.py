@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for name in names:
         for mode in MODES:
-            predictions = [predict(gpu, GPU_SHAPES[name], GPU_TOKENS[name], mode, args.skew) for gpu in GPUS]
+            predictions = [predict(gpu, GPU_SHAPES[name], GPU_TOKENS[name], mode, args.routing) for gpu in GPUS]
             print_case(console, name, mode, predictions)
             rows += [row_of(name, mode, prediction) for prediction in predictions]
     if args.json:

@@ -1,54 +1,75 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The picture of a benchmark: how close each peer comes to the machine's ceiling in each case."""
+"""The pictures of a benchmark: the time of a call over the number of tokens, a picture per shape, with the floor."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from .bench_tables import OURS, cases_of, ceiling_lines
+from .bench_tables import OURS, is_ours
 from .common import threads
-from .plot_style import FAINT, GRID, colors, pyplot, save
+from .plot_style import FAINT, GRID, INK, colors, pyplot, save
+
+PANEL = ("mode", "dtype", "allocator", "routing")
 
 
-def plot(results: dict[str, Any], path: str) -> None:
-    """A row per case, a dot per peer on the scale from 0 to 100 % of the ceiling; panels by mode and dtype."""
+def plot(results: dict[str, Any], folder: str) -> None:
+    """Write `folder`/<shape>.svg for each shape of the results."""
+    rows = [row for row in results["results"] if row["ms"]]
+    palette = colors(list(dict.fromkeys(row["peer"] for row in rows)))
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        _plot_shape(shape, [row for row in rows if row["shape"] == shape], palette, results["machine"], Path(folder))
+
+
+def _plot_shape(
+    shape: str, rows: list[dict[str, Any]], palette: dict[str, str], machine: dict[str, Any], folder: Path
+) -> None:
     plt = pyplot()
-    cases = [[row for row in rows if row["ms"]] for rows in cases_of(results)]
-    cases = [rows for rows in cases if rows]
-    peers = list(dict.fromkeys(row["peer"] for rows in cases for row in rows))
-    palette = colors(peers)
-    kinds = list(dict.fromkeys((rows[0]["mode"], rows[0]["dtype"]) for rows in cases)) or [("", "")]
-    panels = {kind: [rows for rows in cases if (rows[0]["mode"], rows[0]["dtype"]) == kind] for kind in kinds}
-    tallest = max(len(rows) for rows in panels.values())
-    figure, axes = plt.subplots(
-        1, len(kinds), figsize=(1.5 + 4.6 * len(kinds), 1.9 + 0.34 * tallest), sharex=True, squeeze=False
-    )
-    for axis, ((mode, dtype), panel) in zip(axes[0], panels.items(), strict=True):
-        heights = range(tallest - 1, tallest - 1 - len(panel), -1)  # from the top
-        for y, rows in zip(heights, panel, strict=True):
-            values = [row["percent_of_ceiling"] for row in rows]
-            axis.plot([min(values), max(values)], [y, y], color=GRID, linewidth=3, zorder=1, solid_capstyle="round")
-            for row in rows:
-                ours = row["peer"] == OURS
-                axis.scatter(row["percent_of_ceiling"], y, s=75 if ours else 40, color=palette[row["peer"]],
-                             zorder=3 if ours else 2, edgecolor="white", linewidth=0.8)  # fmt: skip
-        axis.set_yticks(heights, [f"{rows[0]['shape']}  T={rows[0]['tokens']:,}" for rows in panel])
-        axis.set_ylim(-0.7, tallest - 0.3)
-        axis.set_title(f"{mode}, {dtype}")
-        axis.set_xlabel("% of the ceiling (memory or arithmetic)")
-        axis.grid(axis="y", visible=False)
-        axis.tick_params(axis="y", length=0)
-        axis.axvline(100, color=FAINT, linewidth=0.8, linestyle="--")
-        axis.set_xlim(
-            0, max(105, *(row["percent_of_ceiling"] * 1.05 for rows in cases for row in rows)) if cases else 105
-        )
-    handles = [plt.Line2D([], [], marker="o", linestyle="", color=palette[name], label=name) for name in peers]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(peers), handletextpad=0.2, columnspacing=1.4)
-    machine, lines = results["machine"], ceiling_lines(results["ceilings"])
-    figure.supxlabel(
-        " · ".join([f"{machine['model']}, {threads(machine['threads'])}", *(line.split(" (")[0] for line in lines)]),
-        fontsize=8, color=FAINT, x=0.01, ha="left",
-    )  # fmt: skip
-    save(figure, Path(path))
+    panels = list(dict.fromkeys(tuple(row[name] for name in PANEL) for row in rows))
+    across = min(len(panels), 3)
+    down = -(-len(panels) // across)
+    figure, axes = plt.subplots(down, across, figsize=(4.2 * across, 1.0 + 3.3 * down), squeeze=False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        _plot_panel(axis, [row for row in rows if tuple(row[name] for name in PANEL) == panel], palette)
+        mode, dtype, allocator, routing = panel
+        extras = [routing if routing != "balanced" else "", "tuned allocator" if allocator == "tuned" else ""]
+        axis.set_title(", ".join([mode, dtype, *filter(None, extras)]))
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    present = [name for name in palette if any(row["peer"] == name for row in rows)]
+    handles = [_line(plt, name, palette) for name in sorted(present, key=lambda name: (not is_ours(name), name))]
+    handles.append(plt.Line2D([], [], color=INK, linewidth=1, linestyle=":", label="floor"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * across), fontsize=8)
+    figure.suptitle(f"{shape}: time of a call over tokens", x=0.01, ha="left", fontsize=11)
+    figure.supxlabel(f"{machine['model']}, {threads(machine['threads'])}, {machine['isa']}", fontsize=8, color=FAINT)
+    path = folder / f"{shape}.svg"
+    save(figure, path)
     print(f"wrote {path}")
+
+
+def _line(plt: Any, name: str, palette: dict[str, str]) -> Any:
+    return plt.Line2D([], [], color=palette[name], label=name, **_style(name))
+
+
+def _style(name: str) -> dict[str, Any]:
+    ours = is_ours(name)
+    return {"marker": "o", "markersize": 5 if ours else 3.5, "linewidth": 2 if ours else 1.1,
+            "linestyle": "-" if name == OURS or not ours else "--"}  # fmt: skip
+
+
+def _plot_panel(axis: Any, rows: list[dict[str, Any]], palette: dict[str, str]) -> None:
+    """Both axes logarithmic; below the floor the panel is grey."""
+    floors = dict(sorted((row["tokens"], row["floor_ms"]) for row in rows))
+    axis.plot(list(floors), list(floors.values()), color=INK, linewidth=1, linestyle=":", zorder=1)
+    for name in dict.fromkeys(row["peer"] for row in rows):
+        points = sorted((row["tokens"], row["ms"]) for row in rows if row["peer"] == name)
+        axis.plot(*zip(*points, strict=True), color=palette[name], zorder=3 if is_ours(name) else 2, **_style(name))
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    bottom = min(floors.values()) / 2
+    axis.fill_between(list(floors), list(floors.values()), bottom, color=GRID, zorder=0)
+    axis.set_ylim(bottom=bottom)
+    axis.set_xticks(list(floors), [f"{tokens:,}" for tokens in floors])
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("ms")
+    axis.minorticks_off()

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import csv
-import json
+from collections.abc import Sequence
 from typing import Any
 
-from .bench_case import Case
+from . import bench_results
+from .bench_results import cases_of
+from .bench_targets import Verdict, judge
 from .common import require, threads
 from .peers import PEERS
 from .shapes import SHAPES
@@ -23,8 +25,8 @@ def print_choices() -> None:
         print(f"  {name:<17} {sizes}: {shape.model}")
     print("peers")
     for name, peer in PEERS.items():
-        extra = "" if peer.default else "  [only if named, or with --peers all]"
-        print(f"  {name:<17} {peer.about} {'/'.join(peer.dtypes)}, {'/'.join(peer.modes)}{extra}")
+        extra = "" if peer.default else "  [only if named, or with --peers]"
+        print(f"  {name:<18} {peer.about} {'/'.join(peer.dtypes)}, {'/'.join(peer.modes)}{extra}")
 
 
 def print_machine(console: Any, machine: dict[str, Any], ceilings: dict[str, Any]) -> None:
@@ -48,39 +50,39 @@ def ceiling_lines(ceilings: dict[str, Any]) -> list[str]:
         for dtype, rate in ceilings["compute"].items()
     ]
     lines += [f"ceiling of reading: {ceilings['read'] / 1e9:,.1f} GB/s ({named(ceilings['candidates']['read'])})"]
-    return lines + ([ceilings["remark"]] if ceilings["remark"] else [])  # fmt: skip
+    return lines + ([ceilings["remark"]] if ceilings["remark"] else [])
 
 
-def ratio_to_ours(rows: list[dict[str, Any]], row: dict[str, Any]) -> float | None:
-    """How many times as long as switchgear this row took."""
-    ours = next((r["ms"] for r in rows if r["peer"] == OURS), None)
-    return row["ms"] / ours if ours and row["ms"] else None
+def is_ours(peer: str) -> bool:
+    return peer.startswith(OURS)
 
 
-def print_case(console: Any, case: Case, rows: list[dict[str, Any]], skipped: list[dict[str, str]]) -> None:
-    """One table, the fastest first. "x ours" is the time in multiples of switchgear's."""
-    shape = case.shape
-    console.print(f"\n[bold]{case.name}[/]", highlight=False)
-    console.print(
-        f"[dim]H {shape.hidden_size}, I {shape.intermediate_size}, E {shape.num_experts}, K {shape.top_k}; "
-        f"{case.touched_experts:.0f} experts touched"
-        + (f"; at best {rows[0]['floor_ms']:.3f} ms, by {rows[0]['bound']}" if rows else "") + "[/]",
-        highlight=False,
-    )  # fmt: skip
+def print_case(console: Any, title: str, rows: list[dict[str, Any]], skipped: list[dict[str, str]]) -> None:
+    """One table, the fastest first. "x ours" is the time in multiples of that of switchgear on plain weights."""
+    console.print(f"\n[bold]{title}[/]", highlight=False)
+    if rows:
+        row = rows[0]
+        console.print(
+            f"[dim]H {row['hidden_size']}, I {row['intermediate_size']}, E {row['num_experts']}, K {row['top_k']}; "
+            f"{row['touched_experts']:.0f} experts touched, read in {row['read_ms']:.3f} ms; registers "
+            f"{row['multiply_rate'] / 1e9:,.0f} GFLOP/s; at best {row['floor_ms']:.3f} ms, by {row['bound']}[/]",
+            highlight=False,
+        )  # fmt: skip
+    ours = next((row["ms"] for row in rows if is_ours(row["peer"])), None)
     table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("peer", no_wrap=True)
-    for name in ("ms", "GFLOP/s", "GB/s", "ceiling", "x ours", "error", "calls"):
+    for name in ("ms", "GFLOP/s", "GB/s", "floor", "x ours", "error", "calls"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in sorted(rows, key=lambda row: row["ms"] or float("inf")):
         error = f"{row['relative_error']:.0e}"
         if row["wrong"]:
-            table.add_row(row["peer"], "not timed", "", "", "", "", f"[red]{error} > {row['error_limit']:.0e}[/]", "")
+            table.add_row(row["peer"], "wrong", "", "", "", "", f"[red]{error} > {row['error_limit']:.0e}[/]", "")
             continue
-        ratio = ratio_to_ours(rows, row)
+        ratio = f"{row['ms'] / ours:.2f}" if ours else ""
         table.add_row(
             row["peer"], f"{row['ms']:.3f}", f"{row['gflops']:,.0f}", f"{row['gbytes_per_s']:.1f}",
-            f"{row['percent_of_ceiling']:.0f} %", f"{ratio:.2f}" if ratio else "", error, str(row["repetitions"]),
-            style="bold" if row["peer"] == OURS else None,
+            f"{row['percent_of_floor']:.0f} %", ratio, error, str(row["repetitions"]),
+            style="bold" if is_ours(row["peer"]) else None,
         )  # fmt: skip
     console.print(table)
     print_skipped(console, skipped)
@@ -92,53 +94,88 @@ def print_skipped(console: Any, skipped: list[dict[str, str]]) -> None:
         console.print(f"  [dim]{what}: {entry['reason']}[/]", highlight=False)
 
 
-def cases_of(results: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """The rows, case by case, in the order of the run."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in results["results"]:
-        groups.setdefault((row["shape"], row["dtype"], row["mode"], row["tokens"]), []).append(row)
-    return list(groups.values())
+def print_verdicts(console: Any, results: dict[str, Any]) -> None:
+    """The targets of the cases that were measured, those that do not hold last."""
+    verdicts = judge(cases_of(results))
+    if not verdicts:
+        return
+    table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("case", "at least", "reached", "holds"):
+        table.add_column(name, no_wrap=name == "holds")
+    for verdict in sorted(verdicts, key=lambda verdict: not verdict.holds):
+        table.add_row(verdict.case, verdict.target, verdict.reached, "yes" if verdict.holds else "[red]no[/]")
+    console.print("\n[bold]targets[/]", table)
+
+
+# ---- Markdown --------------------------------------------------------------------------------------------------------
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """A table with a row per case: switchgear, the best of transformers, the best of all others."""
-    machine, lines = results["machine"], []
-    for rows in cases_of(results):
+    """The cases, the machine, and the targets of those cases that have any."""
+    parts = [case_table(cases_of(results)), note(results)]
+    verdicts = judge(cases_of(results))
+    if verdicts:
+        parts.append(target_table(verdicts))
+    return "\n".join(parts)
+
+
+def _table(header: Sequence[str], rule: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)) + "\n"
+
+
+def case_table(cases: list[list[dict[str, Any]]]) -> str:
+    """A row per case: switchgear on plain and on packed weights, the best of transformers, the best of all others."""
+    header = ["shape", "tokens", "dtype", "mode", "switchgear, ms", "of floor", "packed, ms", "of floor",
+              "transformers, ms", "best other, ms"]  # fmt: skip
+    rule = ["---", "---:", "---", "---", "---:", "---:", "---:", "---:", "---:", "---:"]
+    lines = []
+    for rows in cases:
         timed = {row["peer"]: row for row in rows if row["ms"]}
-        ours = timed.get(OURS)
-        hugging_face = min(
-            (timed[name] for name in BASELINES if name in timed), key=lambda row: row["ms"], default=None
-        )
+        plain = next((timed[n] for n in (OURS, f"{OURS}_int8", f"{OURS}_int4") if n in timed), None)
         packed = timed.get(f"{OURS}_packed")
-        rest = (row for name, row in timed.items() if not name.startswith(OURS))
-        others = min(rest, key=lambda row: row["ms"], default=None)
-        cells = [rows[0]["shape"], f"{rows[0]['tokens']:,}", rows[0]["dtype"], rows[0]["mode"]]
-        cells += [f"{ours['ms']:.2f}", f"{ours['percent_of_ceiling']:.0f} %"] if ours else ["-", "-"]
-        cells += [f"{packed['ms']:.2f}, {packed['percent_of_ceiling']:.0f} %"] if packed else ["-"]
-        for row in (hugging_face, others):
-            ratio = row["ms"] / ours["ms"] if row and ours else None
-            cells.append(f"{row['ms']:.2f} ({row['peer']})" + (f", {ratio:.1f}x" if ratio else "") if row else "-")
-        lines.append("| " + " | ".join(cells) + " |")
-    header = [
-        "shape",
-        "tokens",
-        "dtype",
-        "mode",
-        "switchgear, ms",
-        "of ceiling",
-        "packed, ms",
-        "best of transformers, ms",
-        "best other, ms",
-    ]
-    rule = ["---", "---:", "---", "---", "---:", "---:", "---:", "---:", "---:"]
-    head = ["| " + " | ".join(cells) + " |" for cells in (header, rule)]
-    note = (
+        best = min((row for row in (plain, packed) if row), key=lambda row: row["ms"], default=None)
+        hugging_face = _fastest([timed[name] for name in BASELINES if name in timed])
+        other = _fastest([row for name, row in timed.items() if not is_ours(name) and not name.startswith("hf_")])
+        row = rows[0]
+        extras = [row["mode"], row["routing"] if row["routing"] != "balanced" else "",
+                  "tuned allocator" if row["allocator"] == "tuned" else ""]  # fmt: skip
+        cells = [row["shape"], f"{row['tokens']:,}", row["dtype"], ", ".join(filter(None, extras))]
+        for mine in (plain, packed):
+            cells += [f"{mine['ms']:.2f}", f"{mine['percent_of_floor']:.0f} %"] if mine else ["", ""]
+        cells += [_against(hugging_face, plain, ""), _against(other, best, other["peer"] if other else "")]
+        lines.append(cells)
+    return _table(header, rule, lines)
+
+
+def _fastest(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return min(rows, key=lambda row: row["ms"], default=None)
+
+
+def _against(theirs: dict[str, Any] | None, ours: dict[str, Any] | None, name: str) -> str:
+    if theirs is None:
+        return ""
+    ratio = f", {theirs['ms'] / ours['ms']:.2f}x" if ours else ""
+    return f"{theirs['ms']:.2f}" + (f" ({name})" if name else "") + ratio
+
+
+def target_table(verdicts: Sequence[Verdict]) -> str:
+    lines = [[v.case, v.target, v.reached, "yes" if v.holds else "**no**"] for v in verdicts]
+    return _table(["case", "at least", "reached", "holds"], ["---"] * 4, lines)
+
+
+def note(results: dict[str, Any]) -> str:
+    """The machine, in a sentence."""
+    machine = results["machine"]
+    pages = {row["pages"] for row in results["results"]}
+    return (
         f"{machine['model']}, {threads(machine['threads'])}, {machine['isa']}; torch {machine['torch']}, transformers "
         f"{machine['transformers']}, switchgear {machine['switchgear']}. "
         + "; ".join(ceiling_lines(results["ceilings"]))
-        + ("; weights on huge pages." if results["settings"]["pages"] == "huge" else ".")
+        + ("; weights on huge pages.\n" if pages == {"huge"} else ".\n")
     )
-    return "\n".join([*head, *lines, "", note, ""])
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def write(results: dict[str, Any], outputs: dict[str, str]) -> None:
@@ -149,13 +186,13 @@ def write(results: dict[str, Any], outputs: dict[str, str]) -> None:
 
             plot(results, path)
             continue
-        with open(path, "w", newline="") as file:
-            if kind == "json":
-                json.dump(results, file, indent=1)
-                file.write("\n")
-            elif kind == "markdown":
+        if kind == "json":
+            bench_results.save(results, path)
+        elif kind == "markdown":
+            with open(path, "w") as file:
                 file.write(markdown(results))
-            else:
+        else:
+            with open(path, "w", newline="") as file:
                 rows = results["results"]
                 table = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["shape"])
                 table.writeheader()

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from .bench_case import DTYPES
+from .bench_case import FORMATS, Case
 from .common import optional
 
 
@@ -50,9 +51,16 @@ def _native(dtype_names: Iterable[str], num_threads: int) -> tuple[dict[str, flo
     native, _ = optional("switchgear._C")
     if native is None:
         return {}, {name: {} for name in dtype_names}
-    torch_names = {name: str(DTYPES[name]).removeprefix("torch.") for name in dtype_names}
-    compute = {name: {"switchgear, registers": native.fma_rate(torch_names[name], num_threads)} for name in dtype_names}
+    compute = {name: {"switchgear, registers": multiply_rate(native, name, num_threads)} for name in dtype_names}
     return {"switchgear, vector loads": native.read_bandwidth(num_threads)}, compute
+
+
+def multiply_rate(native: Any, dtype_name: str, num_threads: int) -> float:
+    """The native probe of multiply-adds in registers, in flop/s."""
+    arithmetic = FORMATS[dtype_name].arithmetic
+    if arithmetic == "int8":
+        return float(native.int8_rate(num_threads))
+    return float(native.fma_rate(arithmetic, num_threads))
 
 
 def measure(dtype_names: list[str], num_threads: int, seconds: float = 0.5) -> dict[str, Any]:
@@ -64,20 +72,9 @@ def measure(dtype_names: list[str], num_threads: int, seconds: float = 0.5) -> d
     read, compute = _native(dtype_names, num_threads)
     remark = "" if read else f"no native probes ({optional('switchgear._C')[1]}): the ceilings are torch's own rates"
     for name in dtype_names:
-        compute[name] |= gemm_rates(DTYPES[name], seconds)
+        compute[name] |= gemm_rates(FORMATS[name].dtype, seconds)
     ceilings = {"candidates": {"read": read or torch_read_rates(seconds), "compute": compute}, "remark": remark}
     return _with_best(ceilings)
-
-
-def measure_again(ceilings: dict[str, Any], dtype_name: str, num_threads: int) -> None:
-    """Raise `ceilings` if the native probes are faster now: a shared machine may have been slow when the run began."""
-    read, compute = _native([dtype_name], num_threads)
-    for known, now in (
-        (ceilings["candidates"]["read"], read),
-        (ceilings["candidates"]["compute"][dtype_name], compute[dtype_name]),
-    ):
-        known |= {name: max(rate, known[name]) for name, rate in now.items()}
-    _with_best(ceilings)
 
 
 def _with_best(ceilings: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +84,31 @@ def _with_best(ceilings: dict[str, Any]) -> dict[str, Any]:
     return ceilings
 
 
-def floor_seconds(ceilings: dict[str, Any], dtype_name: str, flops: float, weight_bytes: float) -> tuple[float, str]:
-    """The least time for a case, and what binds it: "compute" or "memory"."""
-    compute, memory = flops / ceilings["compute"][dtype_name], weight_bytes / ceilings["read"]
-    return max(compute, memory), "compute" if compute >= memory else "memory"
+# ---- in the turns of a case ------------------------------------------------------------------------------------------
+
+
+def multiply_probe(case: Case) -> Callable[[], float]:
+    """flop/s on all threads now: multiply-adds in registers; without the native module, dense products."""
+    native, _ = optional("switchgear._C")
+    if native is not None:
+        return lambda: multiply_rate(native, case.dtype_name, torch.get_num_threads())
+    return lambda: max(gemm_rates(case.dtype, 0.0).values())
+
+
+def read_probe(case: Case) -> Callable[[int], object]:
+    """Reads the weights of the experts that a routing touches, once: the least that any layer does."""
+    weights = case.weights
+    if case.format.weight_bytes != case.dtype.itemsize:  # quantised: as many bytes on the same pages
+        weights = [quantised_stand_in(case, weight) for weight in weights]
+    parts = [[weight[expert] for expert in experts for weight in weights] for experts in case.touched]
+    native, _ = optional("switchgear._C")
+    if native is not None:
+        return lambda number: native.read(parts[number % len(parts)], torch.get_num_threads())
+    return lambda number: [part.view(torch.int16).sum() for part in parts[number % len(parts)]]
+
+
+def quantised_stand_in(case: Case, weight: Tensor) -> Tensor:
+    """[E, bytes] of what the quantised weight takes, written once so that the memory is there."""
+    num_experts, size = weight.shape[0], weight[0].numel()
+    data = torch.empty(num_experts, int(size * case.format.weight_bytes), dtype=torch.uint8)
+    return case.on_its_pages(data.fill_(1))

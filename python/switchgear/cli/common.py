@@ -30,6 +30,14 @@ def optional(module: str) -> tuple[ModuleType | None, str]:
         return None, f"{type(error).__name__}: {error}"
 
 
+def console() -> Any:
+    """A console of rich that does not fold tables where its output goes into a file."""
+    made = require("rich.console").Console()
+    if not made.is_terminal:
+        made.width = 140
+    return made
+
+
 def positive(text: str) -> int:
     """A type of argparse."""
     value = int(text)

@@ -159,10 +159,10 @@ def backward_kernels(gpu: Gpu, shape: Shape, counts: Sequence[int]) -> list[Kern
     ]
 
 
-def routed(shape: Shape, tokens: int, skew: str = "none") -> list[int]:
+def routed(shape: Shape, tokens: int, routing: str = "balanced") -> list[int]:
     """Slots of each expert in one random routing, the same every time."""
     small = shape._replace(hidden_size=1)
-    ids = make_inputs(small, torch.bfloat16, tokens, skew, seed=0).topk_ids_int64
+    ids = make_inputs(small, torch.bfloat16, tokens, routing, seed=0).topk_ids_int64
     counts: list[int] = torch.bincount(ids.flatten(), minlength=shape.num_experts).tolist()
     return counts
 
@@ -174,9 +174,9 @@ class Prediction(NamedTuple):
     tflops: float  # of useful flop
 
 
-def predict(gpu: Gpu, shape: Shape, tokens: int, mode: str, skew: str = "none") -> Prediction:
+def predict(gpu: Gpu, shape: Shape, tokens: int, mode: str, routing: str = "balanced") -> Prediction:
     """mode: "forward", "backward" or "train" (both, with h saved)."""
-    counts = routed(shape, tokens, skew)
+    counts = routed(shape, tokens, routing)
     kernels: list[Kernel] = []
     if mode in ("forward", "train"):
         kernels += forward_kernels(gpu, shape, counts, save_h=mode == "train")

@@ -41,6 +41,12 @@ def transparent_huge_pages() -> str | None:
     return found.group(1) if found else None
 
 
+def free_memory_bytes() -> int | None:
+    """What programs may still take without swapping."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo") or "")
+    return int(found.group(1)) * 1024 if found else None
+
+
 def peak_memory_bytes() -> int | None:
     """The largest resident size that this process had.
 
