@@ -270,7 +270,7 @@ def bench_row(peer: str, ms: float | None, **changes: Any) -> dict[str, Any]:
 
 def bench_results_of(*rows: dict[str, Any], model: str = "a CPU") -> dict[str, Any]:
     machine = {"model": model, "threads": 2, "isa": "avx512", "torch": "2.13", "transformers": "5", "switchgear": "0.1"}
-    ceilings: dict[str, Any] = {"compute": {}, "read": 1e9, "candidates": {"compute": {}, "read": {}}, "remark": ""}
+    ceilings: dict[str, Any] = {"compute": {}, "read": 1e9, "candidates": {"compute": {}, "read": {}}}
     return {"schema": SCHEMA, "machine": machine, "ceilings": ceilings, "results": list(rows), "skipped": []}
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+import switchgear
+
 from . import bench_cuda, bench_model, bench_results, bench_tables, machine
 from .bench_case import FORMATS
 from .bench_worker import Task, run_case
@@ -112,7 +114,7 @@ def plan(args: argparse.Namespace) -> list[Task]:
     """The cases of a run; their seconds are shared out when they begin."""
     everyone = args.peers in (ALL_PEERS, "all")
     named = args.peers is not None and not everyone
-    dtypes = default_dtypes(everyone) if args.dtypes is None else choose("dtypes", args.dtypes, FORMATS)
+    dtypes = default_dtypes() if args.dtypes is None else choose("dtypes", args.dtypes, FORMATS)
     shapes = choose("shapes", args.shapes or (QUICK_SHAPES if args.quick else DEFAULT_SHAPES), SHAPES)
     modes = choose("modes", args.modes, TOKENS)
     peers = choose("peers", args.peers, PEERS) if named else [n for n, p in PEERS.items() if p.default or everyone]
@@ -125,10 +127,10 @@ def plan(args: argparse.Namespace) -> list[Task]:
     ]  # fmt: skip
 
 
-def default_dtypes(everyone: bool) -> list[str]:
+def default_dtypes() -> list[str]:
     if not machine.has_fast_bfloat16():
         return ["fp32"]
-    return list(FORMATS) if everyone else ["bf16", "fp32"]
+    return ["bf16", "fp32"]
 
 
 def tokens_of(args: argparse.Namespace, mode: str, everyone: bool) -> Sequence[int]:
@@ -156,7 +158,6 @@ def open_outputs(args: argparse.Namespace) -> dict[str, str]:
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
-    native, reason = optional("switchgear._C")
     transformers, _ = optional("transformers")
     return machine.cpu() | {
         "threads": threads,
@@ -164,8 +165,8 @@ def describe_machine(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__.split("+")[0],
         "transformers": getattr(transformers, "__version__", None),
-        "switchgear": native.version if native else f"reference only: {reason}",
-        "isa": native.cpu_isa() if native else None,
+        "switchgear": switchgear.__version__,
+        "isa": switchgear.cpu_isa(),
         "environment": machine.environment(ENVIRONMENT),
     }
 

@@ -49,8 +49,7 @@ def ceiling_lines(ceilings: dict[str, Any]) -> list[str]:
         f"ceiling {dtype}: {rate / 1e9:,.0f} GFLOP/s ({named(ceilings['candidates']['compute'][dtype])})"
         for dtype, rate in ceilings["compute"].items()
     ]
-    lines += [f"ceiling of reading: {ceilings['read'] / 1e9:,.1f} GB/s ({named(ceilings['candidates']['read'])})"]
-    return lines + ([ceilings["remark"]] if ceilings["remark"] else [])
+    return [*lines, f"ceiling of reading: {ceilings['read'] / 1e9:,.1f} GB/s ({named(ceilings['candidates']['read'])})"]
 
 
 def is_ours(peer: str) -> bool:

@@ -23,7 +23,7 @@ import torch
 from . import machine
 from .bench_case import FORMATS, Case, Layer, forward, make_case, make_weights, train
 from .bench_verify import expected, relative_error, tolerance
-from .ceilings import multiply_probe, read_probe
+from .ceilings import multiply_rate, read_probe
 from .common import CommandError
 from .peers import PEERS, Skip, look_in_folder
 from .shapes import SHAPES
@@ -159,8 +159,8 @@ def measure(task: Task, say: Callable[[str], None]) -> Measured:
             wrong.append(name)
     say(f"{task.title}: timing {', '.join(layers)}")
     rates: list[float] = []
-    multiply = multiply_probe(case)
-    calls: dict[str, Callable[[int], object]] = {READ: read, MULTIPLY: lambda _: rates.append(multiply())}
+    calls: dict[str, Callable[[int], object]] = {READ: read}
+    calls[MULTIPLY] = lambda _: rates.append(multiply_rate(case.dtype_name, task.threads))
     calls |= {name: call_of(case, layer) for name, layer in layers.items()}
     times = interleave(calls, task.seconds - (perf_counter() - start))
     passes = 1 if case.mode == "forward" else 3  # over the weights: read twice, their gradients written

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from switchgear import _C
+
 from . import machine
 from .common import optional
 
@@ -34,16 +36,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_backend() -> dict[str, Any]:
-    native, reason = optional("switchgear._C")
-    if native is None:
-        return {"available": False, "reason": f"the native module does not load ({reason})"}
-    build = dict(native.build_info())
-    return {
-        "available": True,
-        "isas_available": list(native.available_cpu_isas()),
-        "isa": native.cpu_isa(),
-        "build": build,
-    }
+    return {"isas_available": _C.available_cpu_isas(), "isa": _C.cpu_isa(), "build": dict(_C.build_info())}
 
 
 def _cuda_backend() -> dict[str, Any]:
@@ -65,7 +58,7 @@ def _cuda_backend() -> dict[str, Any]:
 
 def collect() -> dict[str, Any]:
     """Everything that `switchgear info` prints."""
-    cpu_backend = _cpu_backend()  # loaded first, so that its OpenMP runtime is in the process when that is looked at
+    cpu_backend = _cpu_backend()
     cuda_backend = _cuda_backend()
     runtimes = machine.openmp_runtimes()
     warnings = []
@@ -74,15 +67,13 @@ def collect() -> dict[str, Any]:
             f"{len(runtimes)} OpenMP runtimes are loaded: their thread pools compete for the same cores. "
             "Import torch before other packages, or remove the package that brings its own copy."
         )
-    if not cpu_backend["available"]:
-        warnings.append(f"no CPU kernels: {cpu_backend['reason']}; tensors go through the slow reference")
     return {
         "versions": {
             "switchgear": _version("switchgear"),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": _version("transformers"),
-            "compiler": cpu_backend.get("build", {}).get("compiler"),
+            "compiler": cpu_backend["build"]["compiler"],
         },
         "platform": platform.platform(),
         "cpu": machine.cpu(),
@@ -105,14 +96,11 @@ def _rows(info: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """(section, [(name, value)]), in the order in which they are printed."""
     cpu, cpu_backend, cuda_backend = info["cpu"], info["backends"]["cpu"], info["backends"]["cuda"]
     l3 = f"{cpu['l3_bytes'] / 2**20:.0f} MiB" if cpu["l3_bytes"] else "unknown"
-    if cpu_backend["available"]:
-        forced = info["environment"].get("SWITCHGEAR_CPU_ISA")
-        build = {key: value for key, value in cpu_backend["build"].items() if key not in ("compiler", "cuda")}
-        native = [("native CPU", f"yes, {cpu_backend['isa']}" + (" (SWITCHGEAR_CPU_ISA)" if forced else ""))]
-        native += [("ISAs that run here", ", ".join(cpu_backend["isas_available"]))]
-        native += [(f"build: {key}", _text(value)) for key, value in build.items()]
-    else:
-        native = [("native CPU", f"no: {cpu_backend['reason']}")]
+    forced = info["environment"].get("SWITCHGEAR_CPU_ISA")
+    build = {key: value for key, value in cpu_backend["build"].items() if key not in ("compiler", "cuda")}
+    native = [("native CPU", cpu_backend["isa"] + (" (SWITCHGEAR_CPU_ISA)" if forced else ""))]
+    native += [("ISAs that run here", ", ".join(cpu_backend["isas_available"]))]
+    native += [(f"build: {key}", _text(value)) for key, value in build.items()]
     if cuda_backend["available"]:
         names = ", ".join(str(device.get("name", device)) for device in cuda_backend["devices"])
         cuda = f"yes: {names}; driver {cuda_backend['driver']}, runtime {cuda_backend['runtime']}"

@@ -60,20 +60,26 @@ def own_gate(module: Any) -> Callable[[Tensor], Tensor]:
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def gate_of(module: nn.Module) -> Gate | None:
     """The family that the module's gate belongs to, or None. Asked anew when the activation or a number changes."""
-    key = (type(module), _activation(module), *_numbers(vars(module)))
-    if module not in _known or _known[module][0] != key:
+    numbers = [
+        value for value in vars(module).values() if type(value) in (int, float)
+    ]  # at each call: no more than needed
+    key = (type(module), _activation(module), numbers)
+    known = _known.get(module)
+    if known is None or known[0] != key:
         # Fake tensors, tracing, autocast, grad mode and default devices belong to a thread; a fresh one has none.
         with ThreadPoolExecutor(max_workers=1) as fresh:
-            _known[module] = key, fresh.submit(_recognise_module, module).result()
-    return _known[module][1]
+            known = _known[module] = key, fresh.submit(_recognise_module, module).result()
+    return known[1]
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Gate | None]] = weakref.WeakKeyDictionary()
 
 
 def _activation(module: nn.Module) -> Any:
-    names = ("act_fn", "activation", "activation_fn", "act")
-    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
+    for name in ("act_fn", "activation", "activation_fn", "act"):
+        if (activation := getattr(module, name, None)) is not None:
+            return activation
+    return None
 
 
 def _numbers(attributes: dict[str, Any], named: Iterable[str] = ("",)) -> list[float]:

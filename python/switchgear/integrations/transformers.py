@@ -50,7 +50,8 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
         return _decorated_forward(module)(module, hidden_states, top_k_index, top_k_weights)
     return run_experts(
         hidden_states,
-        torch.where(top_k_index < module.num_experts, top_k_index, -1),
+        # int32 first: one conversion less in moe. (Ids that do not fit do not occur: they index a router's logits.)
+        torch.where(top_k_index < module.num_experts, top_k_index, -1).int(),
         top_k_weights,
         weights,
         gate_of(module),
