@@ -6,6 +6,11 @@
 # make lint                  formatting, lint, types, stubs
 # make format                rewrite the sources as lint wants them
 # make sanitize              the C++ tests under the address, undefined-behaviour and thread sanitizers
+# make simt                  the CUDA kernels on the CPU, under sanitizers and a race detector (needs headers of CUDA)
+# make simt-planted          that bugs planted in them are seen
+# make cuda-checks           what nvcc made of them: registers, spills, instructions (needs nvcc)
+# make gpu                   on a machine with a GPU: conformance, tests, compute-sanitizer, benchmark (GPU_ARGS=--dry-run)
+# make nvcc                  CUDA's compiler from NVIDIA's wheels, into the environment
 # make build                 editable install, for work on the package
 # make wheel                 dist/*.whl
 # make test-torch TORCH=2.8  the core tests on that wheel beside another release of torch
@@ -27,7 +32,8 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test bench bench-cpp lint format sanitize build wheel test-torch clean always
+.PHONY: help demo test bench bench-cpp lint format sanitize simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build \
+        wheel test-torch clean always
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -73,6 +79,30 @@ sanitize: $(BIN)/cmake $(BIN)/ninja
 	$(call run_preset,ubsan)
 	$(call run_preset,tsan)
 
+# ---- CUDA ----------------------------------------------------------------------------------------------------------------
+
+simt: simt-asan simt-race
+
+# The C++ tests, in every order of threads by themselves; then the shared tests on the module _simt, in each order.
+simt-asan simt-race: simt-%: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja
+	$(call run_preset,simt-$*)
+	$(BIN)/python tests/simt/shared.py $* build/simt-$* -- -q $(CORE_TESTS) $(PYTEST_ARGS)
+
+simt-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja
+	for kind in asan race; do cmake --preset simt-$$kind && cmake --build --preset simt-$$kind --target simt_plants || exit 1; done
+	$(BIN)/python tests/simt/planted.py asan=build/simt-asan race=build/simt-race
+
+cuda-checks: $(INSTALLED)test
+	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(BIN)/python -m pytest -q tests/test_cuda_build.py tests/test_cuda.py tests/simt/test_ptx.py $(PYTEST_ARGS)
+
+gpu: | $(BIN)/python
+	$(BIN)/python tests/gpu/run.py $(GPU_ARGS)
+
+nvcc: | $(BIN)/python
+	$(PIP) nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
+	$(BIN)/python tests/gpu/nvcc_links.py
+
 wheel: | $(BIN)/python
 	rm -rf dist
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
@@ -93,7 +123,8 @@ lint: $(INSTALLED)test $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
-	$(BIN)/stubtest --allowlist .ci/stubtest-allowlist --ignore-unused-allowlist switchgear._C
+	$(BIN)/stubtest --allowlist .ci/stubtest-allowlist --ignore-unused-allowlist switchgear._C \
+	  $$($(BIN)/python -c 'import importlib.util as u; print("switchgear._cuda" if u.find_spec("switchgear._cuda") else "")')
 
 format: $(BIN)/ruff $(BIN)/clang-format
 	$(BIN)/ruff check --fix

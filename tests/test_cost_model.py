@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from switchgear.cli import main
+from switchgear.cli.bench_model import best_published
 from switchgear.cli.cost_model import (
     GPUS,
     LAUNCH_SECONDS,
@@ -108,9 +109,27 @@ def test_bench_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert text.startswith("PREDICTIONS of a model, not measurements")
     assert "predicted for H100" in text
     assert "published, H100: SonicMoE 366 TFLOP/s" in text
+    assert "366 (SonicMoE, H100)" in text
     results = json.loads(file.read_text())
     assert {row["gpu"] for row in results["predictions"]} == {"A100", "H100"}
     assert all(figure["source"] for figure in results["published"])
+
+
+def test_the_model_is_near_what_the_best_tuned_kernels_reach() -> None:
+    """SonicMoE has the same structure on the same card. A prediction far from it would be a mistake of the model's, or
+    a promise that nobody keeps."""
+    figures = [figure for figure in FIGURES if figure.who == "SonicMoE"]
+    assert len(figures) == 8
+    for figure in figures:
+        predicted = predict(GPUS[1], GPU_SHAPES[figure.shape], GPU_TOKENS[figure.shape], figure.mode).tflops
+        assert 0.8 < predicted / figure.tflops < 1.3, figure
+
+
+def test_the_best_figure_is_the_fastest() -> None:
+    best = best_published("sonic-7b-n256", "forward")
+    assert best is not None
+    assert (best.who, best.tflops) == ("SonicMoE", 366)
+    assert best_published("e512-k10", "backward") is None
 
 
 def test_bench_model_names_the_mistake(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .common import CommandError, require
 from .cost_model import GPUS, Kernel, Prediction, predict
-from .published import FIGURES
+from .published import FIGURES, Figure
 from .shapes import GPU_SHAPES, GPU_TOKENS, Shape
 
 MODES = ("forward", "backward")
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
             predictions = [predict(gpu, GPU_SHAPES[name], GPU_TOKENS[name], mode, args.routing) for gpu in GPUS]
             print_case(console, name, mode, predictions)
             rows += [row_of(name, mode, prediction) for prediction in predictions]
+    print_summary(console, rows)
     if args.json:
         with open(args.json, "w") as file:
             figures = [figure._asdict() for figure in FIGURES if figure.shape in names]
@@ -63,6 +64,26 @@ def print_case(console: Any, name: str, mode: str, predictions: list[Prediction]
         if (figure.shape, figure.mode) == (name, mode):
             console.print(f"  published, {figure.gpu}: {figure.who} {figure.tflops:.0f} TFLOP/s ({figure.source})",
                           highlight=False, soft_wrap=True)  # fmt: skip
+
+
+def best_published(name: str, mode: str) -> Figure | None:
+    """The fastest of the figures for a shape and mode, on whatever card."""
+    figures = [figure for figure in FIGURES if (figure.shape, figure.mode) == (name, mode)]
+    return max(figures, key=lambda figure: figure.tflops, default=None)
+
+
+def print_summary(console: Any, rows: list[dict[str, Any]]) -> None:
+    """All shapes on one page: predictions, and the best that somebody has published."""
+    table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("predicted, TFLOP/s", no_wrap=True)
+    for gpu in GPUS:
+        table.add_column(gpu.name, justify="right", no_wrap=True)
+    table.add_column("best published", no_wrap=True)
+    for name, mode in dict.fromkeys((row["shape"], row["mode"]) for row in rows):
+        predicted = [f"{row['predicted_tflops']:.0f}" for row in rows if (row["shape"], row["mode"]) == (name, mode)]
+        best = best_published(name, mode)
+        table.add_row(f"{name}, {mode}", *predicted, f"{best.tflops:.0f} ({best.who}, {best.gpu})" if best else "")
+    console.print(table)
 
 
 def cells(kernel: Kernel) -> tuple[str, ...]:

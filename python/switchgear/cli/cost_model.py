@@ -13,6 +13,7 @@ ran: `sustained` is what well-tuned dense products of others reach, and the larg
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -159,12 +160,12 @@ def backward_kernels(gpu: Gpu, shape: Shape, counts: Sequence[int]) -> list[Kern
     ]
 
 
-def routed(shape: Shape, tokens: int, routing: str = "balanced") -> list[int]:
+@functools.cache
+def routed(shape: Shape, tokens: int, routing: str = "balanced") -> tuple[int, ...]:
     """Slots of each expert in one random routing, the same every time."""
     small = shape._replace(hidden_size=1)
     ids = make_inputs(small, torch.bfloat16, tokens, routing, seed=0).topk_ids_int64
-    counts: list[int] = torch.bincount(ids.flatten(), minlength=shape.num_experts).tolist()
-    return counts
+    return tuple(torch.bincount(ids.flatten(), minlength=shape.num_experts).tolist())
 
 
 class Prediction(NamedTuple):

@@ -56,3 +56,26 @@ FIGURES = (
     Figure("mixtral-8x7b", "backward", "TransformerEngine", 452, "H200", _LIGER_CUTE),
     Figure("mixtral-8x7b", "backward", "LigerCute", 406, "H200", _LIGER_CUTE),
 )
+
+
+class OpFigure(NamedTuple):
+    op: str
+    case: str  # as bench_cuda_ops.py names it
+    who: str
+    text: str
+    gpu: str
+    source: str
+
+
+OP_FIGURES = (
+    OpFigure("route", "softmax T=16384 E=128 K=8", "FreeToken", "12.4 us", "H100", "FreeToken pull request 319"),
+    OpFigure("route", "softmax T=1 E=128 K=8", "FreeToken", "2.2 us", "H100", "FreeToken pull request 319"),
+    OpFigure("route", "softmax T=8192 E=256 K=8", "SGLang", "13.9 us", "H100", "SGLang pull request 29771"),
+    OpFigure("route", "sigmoid T=8192 E=512 K=8", "SGLang", "21.2 us", "H100", "SGLang pull request 29771"),
+    OpFigure("grouped_gemm", "M=8192 K=5120 N=8192 E=16", "torch._grouped_mm", "1.31 ms, 525 TFLOP/s", "H100",
+             "torchao pull request 2490"),
+    OpFigure("grouped_gemm", "M=65536 K=2048 N=1536 E=128", "CUTLASS, SM90 cooperative", "160 TFLOP/s", "H100",
+             "grouped_gemm pull request 37"),
+    OpFigure("permute", "T=4096 K=8 E=128 H=7168", "TileOPs", "0.220 ms, 2.40 TB/s", "H200",
+             "TileOPs pull request 2125"),
+)  # fmt: skip

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Timing on a GPU: by events, in turns, each call after a write of more than the L2 cache holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from time import perf_counter
+from typing import Any
+
+import torch
+
+FLUSHED_BYTES = 256 << 20  # more than the L2 of any GPU
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
+CASE_SECONDS = 4.0
+
+
+def timer() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def in_turns(calls: Mapping[str, Callable[[], object]], seconds: float = CASE_SECONDS) -> dict[str, list[float]]:
+    """Milliseconds of each call, by turns."""
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start, rounds = perf_counter(), 0
+    while calls and (rounds <= FEWEST_ROUNDS or (rounds <= MOST_ROUNDS and perf_counter() - start < seconds)):
+        events = {}
+        for name, call in calls.items():
+            flushed.zero_()
+            begin, finish = timer(), timer()
+            begin.record()
+            call()
+            finish.record()
+            events[name] = (begin, finish)
+        torch.cuda.synchronize()
+        if rounds > 0:  # the first round warms up
+            for name, (begin, finish) in events.items():
+                times[name].append(begin.elapsed_time(finish))
+        rounds += 1
+    return times
+
+
+def best_seconds(call: Callable[[], object]) -> float:
+    """The fastest of half a second's calls: a ceiling is not a median."""
+    return min(in_turns({"": call}, 0.5)[""]) / 1e3
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Bytes that a call holds at most, beyond what was there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated() - before)

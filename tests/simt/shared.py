@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Runs the shared tests on the CUDA kernels in a build tree of tests/simt, once in every order of threads.
+
+    shared.py asan|race|plain build/simt-asan -- tests/test_plan.py …
+
+What follows -- goes to pytest. An order that fails does not keep the others from running.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ORDERS = ("forward", "reverse", "random:1")
+
+
+def environment(kind: str, build: Path) -> dict[str, str]:
+    modules = sorted(build.glob("tests/simt/module/_simt*.so"))
+    if len(modules) != 1:
+        raise SystemExit(f"{build}: expected one module _simt, found {len(modules)}")
+    variables = {**os.environ, "SWITCHGEAR_SIMT": str(modules[0].resolve())}
+    if kind == "asan":  # Python is not instrumented, so the runtime must be loaded before it; leaks are Python's
+        compiler = os.environ.get("CXX", "c++")
+        runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
+        variables["LD_PRELOAD"] = str(Path(runtime.stdout.strip()).resolve())
+        variables["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
+        variables["UBSAN_OPTIONS"] = "print_stacktrace=1"
+    return variables
+
+
+def main(arguments: list[str]) -> int:
+    kind, build, separator, *pytest = arguments
+    if kind not in ("plain", "asan", "race") or separator != "--":
+        raise SystemExit(__doc__)
+    failed = []
+    for order in ORDERS:
+        command = [sys.executable, "-m", "pytest", "-k", "simt", *pytest]
+        print(f"==== {kind}, {order}: {' '.join(command[1:])}", flush=True)
+        start = time.monotonic()
+        variables = {**environment(kind, Path(build)), "SWITCHGEAR_SIMT_ORDER": order}
+        if subprocess.run(command, env=variables, check=False).returncode != 0:
+            failed.append(order)
+        print(f"==== {kind}, {order}: {time.monotonic() - start:.0f} s", flush=True)
+    if failed:
+        print(f"{kind}: failed in {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

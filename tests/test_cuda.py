@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""CUDA where there may be none: imports work without a driver, and whoever asks for CUDA is told what is missing.
+
+What the kernels compute is tested elsewhere, by the shared tests (conftest.py says on what they run).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import switchgear
+from switchgear import cuda, ops
+from switchgear.cli import info, main
+
+HAS_MODULE = importlib.util.find_spec("switchgear._cuda") is not None
+HAS_DEVICE = torch.cuda.is_available()
+no_device = pytest.mark.skipif(HAS_DEVICE, reason="there is a CUDA device here")
+needs_module = pytest.mark.skipif(not HAS_MODULE, reason="built without a CUDA module: no nvcc, or SWITCHGEAR_CUDA=OFF")
+
+
+@pytest.fixture
+def forget() -> Any:
+    """What cuda.py remembers of this machine is forgotten, before and after."""
+    caches = (cuda._load, cuda.reason_against, ops._on_cuda)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def fake_module(driver: int = 13000, archs: tuple[str, ...] = ("sm_80", "compute_80", "sm_90a")) -> Any:
+    return SimpleNamespace(driver_version=lambda: driver, built_archs=lambda: list(archs))
+
+
+# ---- imports ---------------------------------------------------------------------------------------------------------
+
+
+def test_importing_loads_no_cuda_module() -> None:
+    """It holds much code, which most processes do not need."""
+    code = "import sys, switchgear; print('switchgear._cuda' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@needs_module
+@no_device
+def test_the_module_imports_and_answers_without_a_device() -> None:
+    module = cuda.module()
+    assert module.device_count() == 0
+    assert module.runtime_version() >= 12000
+    assert module.driver_version() >= 0
+    assert "sm_80" in module.built_archs()
+    with pytest.raises(ValueError, match="index: expected a device of 0, got 0"):
+        module.device_info(0)
+
+
+@needs_module
+@no_device
+def test_an_op_on_tensors_of_the_cpu_is_refused() -> None:
+    module = cuda.module()
+    execution = module.Execution(0, lambda size: torch.empty(size, dtype=torch.uint8))
+    outputs = torch.full((3,), 7, dtype=torch.int32), torch.full((4,), 7, dtype=torch.int32)
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        module.plan(torch.zeros(2, 2, dtype=torch.int32), *outputs, torch.empty(2, 2, dtype=torch.int32), execution)
+    assert "topk_ids" in str(raised.value) or "CUDA" in str(raised.value)
+    assert all((output == 7).all() for output in outputs)
+
+
+# ---- who asks --------------------------------------------------------------------------------------------------------
+
+
+@no_device
+def test_require_says_what_is_missing() -> None:
+    with pytest.raises(RuntimeError, match=r"^switchgear: .*CUDA"):
+        cuda.require()
+
+
+def test_require_without_a_module(forget: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(cuda.importlib, "import_module", load)
+    for ask in (cuda.require, cuda.module):
+        with pytest.raises(RuntimeError, match="no CUDA module, since no CUDA compiler"):
+            ask()
+
+
+def test_require_with_a_module_that_does_not_load(forget: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        raise ImportError("libsomething.so: cannot open shared object file")
+
+    monkeypatch.setattr(cuda.importlib, "import_module", load)
+    with pytest.raises(RuntimeError, match=r"does not load \(libsomething\.so"):
+        cuda.require()
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "driver", "message"),
+    [
+        (None, 13000, "torch .* is built without CUDA"),
+        ("13.0", 0, "there is no CUDA driver on this machine"),
+        ("13.0", 13000, "no CUDA device is visible"),
+    ],
+)
+def test_require_without_a_device(
+    forget: None, monkeypatch: pytest.MonkeyPatch, torch_cuda: str | None, driver: int, message: str
+) -> None:
+    monkeypatch.setattr(cuda.importlib, "import_module", lambda name: fake_module(driver))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    with pytest.raises(RuntimeError, match=message):
+        cuda.require()
+
+
+@pytest.mark.parametrize(
+    ("capability", "message"),
+    [((7, 5), "older than compute capability 8.0"), ((12, 1), "code for sm_90a, but not for cuda:0"), ((9, 0), None)],
+)
+def test_require_with_a_device(
+    forget: None, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], message: str | None
+) -> None:
+    monkeypatch.setattr(cuda.importlib, "import_module", lambda name: fake_module(archs=("sm_90a",)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+    if message is None:
+        cuda.require()
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            cuda.require()
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("sm_80", (8, 0), True), ("sm_80", (8, 9), True), ("sm_80", (9, 0), False), ("sm_80", (7, 5), False),
+        ("sm_89", (8, 6), False), ("compute_80", (8, 6), True), ("compute_80", (12, 0), True),
+        ("compute_120", (10, 0), False), ("sm_90a", (9, 0), True), ("sm_90a", (10, 0), False),
+        ("sm_100a", (10, 0), True), ("sm_100a", (10, 3), False), ("sm_100f", (10, 3), True),
+        ("sm_100f", (12, 0), False), ("compute_90a", (10, 0), False), ("", (8, 0), False),
+    ],
+)  # fmt: skip
+def test_has_code(archs: str, capability: tuple[int, int], runs: bool) -> None:
+    assert cuda.has_code(archs.split(), capability) == runs
+
+
+def test_this_build_has_code_for_everything_from_ampere_on() -> None:
+    archs = [
+        "sm_80",
+        "compute_80",
+        "sm_90a",
+        "sm_100a",
+        "sm_120",
+        "compute_120",
+    ]  # tests/test_cuda_build.py: the module has these
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)):
+        assert cuda.has_code(archs, capability), capability
+
+
+# ---- ops -------------------------------------------------------------------------------------------------------------
+
+
+def test_use_backend_knows_no_cuda() -> None:
+    """The device of the tensors decides, not the backend."""
+    with pytest.raises(ValueError, match="use_backend: expected one of native, reference, got 'cuda'"):
+        switchgear.use_backend("cuda").__enter__()
+
+
+@pytest.mark.parametrize("device", ["cuda", "meta"])
+def test_shapes_are_known_without_a_device(device: str) -> None:
+    """Fake tensors stand for tensors on a device that is not here, as torch.compile and torch.export use them."""
+    tokens, hidden, width, experts, top_k = 5, 16, 8, 4, 2
+    with FakeTensorMode() if device == "cuda" else warnings.catch_warnings():
+        x = torch.empty(tokens, hidden, device=device, dtype=torch.bfloat16)
+        gate_up_proj = torch.empty(experts, 2 * width, hidden, device=device, dtype=torch.bfloat16)
+        down_proj = torch.empty(experts, hidden, width, device=device, dtype=torch.bfloat16)
+        routing = switchgear.route(torch.empty(tokens, experts, device=device), top_k=top_k)
+        y = switchgear.moe(x, gate_up_proj, down_proj, routing.topk_ids, routing.topk_weights)
+        plan = switchgear.plan(routing.topk_ids, experts)
+        rows = switchgear.permute(x, plan)
+    assert (y.shape, y.dtype, y.device.type) == (x.shape, torch.bfloat16, device)
+    assert (rows.shape, rows.device.type) == ((tokens * top_k, hidden), device)
+    assert plan.expert_offsets.shape == (experts + 1,)
+    assert {tensor.device.type for tensor in (*routing[:2], *plan)} == {device}
+
+
+def test_tensors_on_different_devices_are_named() -> None:
+    with FakeTensorMode(), pytest.raises((ValueError, RuntimeError)) as raised:
+        switchgear.moe(
+            torch.empty(5, 16, device="cuda"), torch.empty(4, 16, 16), torch.empty(4, 16, 8, device="cuda"),
+            torch.zeros(5, 2, device="cuda", dtype=torch.int32), torch.ones(5, 2, device="cuda"),
+        )  # fmt: skip
+    assert "gate_up_proj: expected a tensor on cuda:0 like x, got one on cpu" in str(raised.value)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+@no_device
+def test_bench_on_cuda_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--device", "cuda"]) == 2
+    error = capsys.readouterr().err
+    assert "--device cuda: switchgear: " in error
+    assert "CUDA" in error
+
+
+@no_device
+def test_info_says_why_not() -> None:
+    command = [sys.executable, "-m", "switchgear", "info", "--json"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["backends"]["cuda"]
+    assert found["available"] is False
+    assert found["module"] is HAS_MODULE
+    assert found["reason"]
+    assert found["reason"] == ("no CUDA device is visible" if HAS_MODULE else found["reason"])
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (None, "no CUDA device is visible"),
+        (RuntimeError("cudaDriverGetVersion: the driver is too old"), "cudaDriverGetVersion: the driver is too old"),
+    ],
+)
+def test_info_with_a_module_and_no_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failure: Exception | None, reason: str
+) -> None:
+    def driver_version() -> int:
+        if failure is not None:
+            raise failure
+        return 0
+
+    module = fake_module()
+    module.device_count, module.driver_version, module.runtime_version = (lambda: 0), driver_version, (lambda: 13000)
+    real = info.optional
+    monkeypatch.setattr(info, "optional", lambda name: (module, "") if name == "switchgear._cuda" else real(name))
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert f"no: {reason}" in text
+    assert "sm_80, compute_80, sm_90a" in text
