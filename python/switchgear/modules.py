@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from switchgear.layers.shared import GatedSharedExperts, SharedExperts
 from switchgear.layers.virtual import VirtualExperts
 from switchgear.routing.context import Balance, Limit, Score, Select, context_of
 from switchgear.routing.router import Router
+
+if TYPE_CHECKING:
+    from switchgear.parallel import ExpertParallel
 
 
 class MoE(WithLosses):
@@ -42,6 +46,8 @@ class MoE(WithLosses):
             they add nothing, x, or a learned vector; see VirtualExperts.
         return_routing: forward returns (y, Routing), for losses such as load_balancing_loss(routing.router_logits,
             routing.topk_ids).
+        parallel: distribute the experts over these ranks (switchgear.parallel.ExpertParallel). All else is the same on
+            every rank, for DistributedDataParallel or FSDP to take care of.
 
     Attribute `losses`: those of the router's balance, by name, of the last forward in training; see balance_loss.
 
@@ -87,6 +93,7 @@ class MoE(WithLosses):
         copy_experts: int = 0,
         constant_experts: int = 0,
         return_routing: bool = False,
+        parallel: ExpertParallel | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -120,8 +127,12 @@ class MoE(WithLosses):
             "activation": activation, "gated": gated, "alpha": alpha, "limit": limit, "device": device, "dtype": dtype,
         }  # fmt: skip
         experts: nn.Module
+        if parallel is not None and (widths is not None or hasattr(self.gate.score, "bind")):
+            what = "widths" if widths is not None else "a score of the experts' own weights"
+            raise ValueError(f"parallel: expected None beside {what}, got {parallel}")
         if widths is None:
-            experts = Experts(hidden_size, intermediate_size, num_experts, bias=bias, **layout, **options)
+            experts_class = _experts_class(parallel)
+            experts = experts_class(hidden_size, intermediate_size, num_experts, bias=bias, **layout, **options)
         elif bias:
             raise ValueError("bias: expected False beside widths=, got True")
         else:
@@ -169,6 +180,14 @@ def _sizes(intermediate_size: int, num_experts: int, widths: Sequence[int]) -> l
             f"intermediate_size: expected a multiple of {unit} for the widths {list(widths)}, got {intermediate_size}"
         )
     return [width * total // sum(widths) for width in widths]
+
+
+def _experts_class(parallel: ExpertParallel | None) -> Callable[..., Experts]:
+    if parallel is None:
+        return Experts
+    from switchgear.parallel import ParallelExperts  # imports torch.distributed, which others do not need
+
+    return functools.partial(ParallelExperts, parallel=parallel)
 
 
 def balance_loss(model: nn.Module) -> Tensor | float:

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Experts distributed over processes: torch.distributed carries the rows, and failures are the same error everywhere.
+
+parallel = switchgear.parallel.ExpertParallel()                 # after torch.distributed.init_process_group
+moe = switchgear.MoE(2048, 1024, 64, 8, parallel=parallel)      # each rank has its share of the 64 experts
+"""
+
+from switchgear.parallel.errors import ExpertParallelError, Failure
+from switchgear.parallel.experts import ParallelExperts, expert_parameters
+from switchgear.parallel.group import ExpertParallel
+from switchgear.parallel.placement import Placement, place_experts
+
+__all__ = [
+    "ExpertParallel",
+    "ExpertParallelError",
+    "Failure",
+    "ParallelExperts",
+    "Placement",
+    "expert_parameters",
+    "place_experts",
+]

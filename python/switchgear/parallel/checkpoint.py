@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Checkpoints of distributed experts, by torch.distributed.checkpoint: written by any number of ranks, read by any.
+
+Each expert is an entry of its own: row e of "layer.experts.gate_up_proj" is called "layer.experts.gate_up_proj[e]".
+So a checkpoint knows nothing of ranks, and a rank reads and writes its experts alone, in place. Layers without
+`parallel` are stored in the same way. `load_whole` gives the layout of Hugging Face back, [E, ...] under plain names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.distributed.tensor import DTensor
+
+from switchgear.experts import Experts
+from switchgear.parallel.experts import ParallelExperts
+
+_ENTRY = re.compile(r"(.*)\[(\d+)\]")
+
+
+def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
+    """What `save` writes and `load` fills: tensors that share memory with the model's and the optimizer's, experts one
+    by one. The optimizer's state is called "optimizer/<parameter>/<name>"; all of it must be tensors.
+
+    Raises:
+        ValueError: experts that are DTensors, in panels, or an optimizer whose state is not there yet.
+    """
+    experts = {f"{prefix}.{name}".lstrip("."): _ids(module) for prefix, module in model.named_modules()
+               if isinstance(module, Experts) for name, _ in module.named_parameters(recurse=False)}  # fmt: skip
+    entries: dict[str, Tensor] = {}
+
+    def add(name: str, tensor: Tensor, ids: tuple[int, ...] | None) -> None:
+        tensor = tensor.detach()
+        if ids is None:
+            entries[name] = tensor
+            return
+        if isinstance(tensor, DTensor) or len(tensor) != len(ids):
+            what = "a DTensor" if isinstance(tensor, DTensor) else f"shape {list(tensor.shape)}"
+            raise ValueError(f"{name}: expected the plain weights of {len(ids)} experts, got {what}")
+        entries.update({f"{name}[{expert}]": tensor[number] for number, expert in enumerate(ids)})
+
+    for name, tensor in model.state_dict().items():
+        add(name, tensor, experts.get(name))
+    if optimizer is not None:
+        for name, parameter in model.named_parameters():
+            state = optimizer.state.get(parameter)
+            if parameter.requires_grad and not state:
+                raise ValueError(f"optimizer: expected a state of {name}, got none; see init_optimizer")
+            for key, value in (state or {}).items():
+                whole = not isinstance(value, Tensor) or value.shape != parameter.shape
+                add(f"optimizer/{name}/{key}", value, None if whole else experts.get(name))
+    return entries
+
+
+def init_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the state of a new optimizer, for `load` to fill: a step with gradients and a learning rate of zero."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(optimizer.state.get(parameter) for parameter in parameters):
+        return
+    grads = [parameter.grad for parameter in parameters]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+
+
+def save(
+    model: nn.Module, path: str | Path, optimizer: torch.optim.Optimizer | None = None, *,
+    process_group: dist.ProcessGroup | None = None,
+) -> None:  # fmt: skip
+    """Writes a checkpoint into the folder `path`; every rank of process_group takes part. Copies are written once."""
+    alone = not dist.is_initialized()
+    save_tensors(state_dict(model, optimizer), checkpoint_id=path, process_group=process_group, no_dist=alone)
+
+
+def load(
+    model: nn.Module, path: str | Path, optimizer: torch.optim.Optimizer | None = None, *,
+    process_group: dist.ProcessGroup | None = None,
+) -> None:  # fmt: skip
+    """Reads a checkpoint of the same model, in place, whatever the number of ranks that wrote it.
+
+    Raises:
+        ValueError: a tensor that is missing, left over, or of another shape or dtype; nothing has been read then.
+    """
+    if optimizer is not None:
+        init_optimizer(optimizer)
+    wanted = state_dict(model, optimizer)
+    _check(wanted, _metadata(path), _names(model))
+    load_tensors(wanted, checkpoint_id=path, process_group=process_group, no_dist=not dist.is_initialized())
+
+
+def load_whole(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, without the optimizer's, on this process, in Hugging Face's layout: experts stacked
+    to [E, ...] under their names. For load_state_dict of a model without `parallel`."""
+    kept = {name: entry for name, entry in _metadata(path).items() if not name.startswith("optimizer/")}
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in kept.items()}
+    load_tensors(tensors, checkpoint_id=path, no_dist=True)
+    whole: dict[str, Tensor] = {}
+    parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        found = _ENTRY.fullmatch(name)
+        if found is None:
+            whole[name] = tensor
+        else:
+            parts[found[1]][int(found[2])] = tensor
+    for name, experts in parts.items():
+        if sorted(experts) != list(range(len(experts))):
+            missing = min(set(range(max(experts))) - set(experts))
+            raise ValueError(f"{name}[{missing}]: expected in the checkpoint, got experts {sorted(experts)}")
+        whole[name] = torch.stack([experts[expert] for expert in range(len(experts))])
+    return whole
+
+
+def _ids(module: Experts) -> tuple[int, ...]:
+    """The experts that a module has, by their numbers in the whole layer."""
+    if isinstance(module, ParallelExperts):
+        return module.placement.experts_of_rank[module.parallel.rank]
+    return tuple(range(module.num_experts))
+
+
+def _names(model: nn.Module) -> dict[str, int]:
+    """Of each distributed parameter, the number of experts that a checkpoint must have."""
+    return {
+        f"{prefix}.{name}".lstrip("."): module.num_experts
+        for prefix, module in model.named_modules() if isinstance(module, Experts)
+        for name, _ in module.named_parameters(recurse=False)
+    }  # fmt: skip
+
+
+def _metadata(path: str | Path) -> dict[str, Any]:
+    return dict(FileSystemReader(path).read_metadata().state_dict_metadata)
+
+
+def _check(wanted: dict[str, Tensor], stored: dict[str, Any], experts: dict[str, int]) -> None:
+    for name, tensor in wanted.items():
+        if name not in stored:
+            raise ValueError(f"{name}: expected in the checkpoint, got none")
+        entry = stored[name]
+        if tuple(entry.size) != tuple(tensor.shape) or entry.properties.dtype is not tensor.dtype:
+            raise ValueError(
+                f"{name}: expected {tensor.dtype} {list(tensor.shape)}, got {entry.properties.dtype} {list(entry.size)}"
+            )
+    for name in stored:
+        found = _ENTRY.fullmatch(name)
+        if found is not None and int(found[2]) >= experts.get(found[1].split("/")[-1], 0):
+            known = found[1] if "/" not in found[1] else found[1].split("/")[1]
+            if int(found[2]) >= experts.get(known, 0):
+                raise ValueError(f"{name}: expected {experts.get(known, 0)} experts, got one more")
+        elif found is None and not name.startswith("optimizer/") and name not in wanted:
+            raise ValueError(f"{name}: expected none in the checkpoint, got {list(stored[name].size)}")

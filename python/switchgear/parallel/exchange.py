@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""exchange: tokens to their experts' ranks, through the experts, and back, in chunks that hide communication.
+
+    agree      one all-to-all of headers (header.py): whether all mean the same, and the sizes
+    dispatch   one all-to-all of pairs, and one of rows for each chunk, all started at once
+    experts    of a chunk as soon as its rows are there, while later chunks arrive and earlier results leave
+    combine    one all-to-all of results for each chunk; then each token's rows are added, ranks ascending
+
+Backward is the same with grad_y on the way in and grad_x on the way out, and weight gradients at the end (local.py).
+
+Bytes that leave a rank, forward: 8·LENGTH for each other rank, 8 for each pair (expert and weight), and H·size for
+each row twice; backward: the headers, H·size for each row twice, 4 for each pair. No padding. `invariant` returns a
+row for each pair instead of one for each token, so that each token's sum runs over its experts in their order, as in
+one process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from switchgear import ops
+from switchgear.parallel import header, layout, local
+from switchgear.parallel.cost import choose_chunks
+from switchgear.parallel.transport import Work, _Done
+
+if TYPE_CHECKING:
+    from switchgear.parallel.group import ExpertParallel
+
+
+class Copy(NamedTuple):
+    """An expert of this rank that other ranks have too."""
+
+    number: int  # here
+    ranks: tuple[int, ...]  # all of them, ascending
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the ranks of a layer have in common, and this rank's part of it."""
+
+    parallel: ExpertParallel
+    number: int
+    num_experts: int
+    num_local: int
+    rank_of: Tensor  # [E]: see Placement.routes
+    local_of: Tensor
+    placement_digest: int
+    has_copies: bool  # whether any expert is on several ranks
+    copies: tuple[Copy, ...]  # those of them that are here
+    options: local.Options
+    extra: object = None  # whatever else must agree
+
+
+class Event(NamedTuple):
+    """A stretch of time for the timeline, in seconds of time.monotonic()."""
+
+    lane: str  # "link" or "experts"
+    name: str
+    begin: float
+    end: float
+
+
+@dataclass
+class Record:
+    """What an exchange did: bytes sent to other ranks by kind, seconds spent waiting, and events if they are wanted."""
+
+    bytes: Counter[str] = field(default_factory=Counter)
+    waited: float = 0.0
+    events: list[Event] | None = None
+
+    def clear(self) -> None:
+        self.bytes.clear()
+        self.waited = 0.0
+        if self.events is not None:
+            self.events = []
+
+    @contextmanager
+    def event(self, lane: str, name: str) -> Any:
+        begin = time.monotonic()
+        yield
+        if self.events is not None:
+            self.events.append(Event(lane, name, begin, time.monotonic()))
+
+
+class _Link:
+    """Starts and awaits the transfers of one exchange, and counts them."""
+
+    def __init__(self, parallel: ExpertParallel, device: torch.device) -> None:
+        self.parallel, self.record = parallel, parallel.record
+        self.transport = parallel.transport_for(device)
+        self._alone = parallel.size == 1
+
+    def start(
+        self, kind: str, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]
+    ) -> Work:
+        row = input.shape[1:].numel() * input.element_size()
+        rank = self.parallel.rank
+        self.record.bytes[kind] += (sum(input_rows) - input_rows[rank]) * row
+        if self._alone:
+            output.copy_(input)
+            return _Done()
+        work = self.transport.all_to_all(output, input, output_rows, input_rows)
+        if self.record.events is not None:
+            work = _Timed(work, kind, self.record.events)
+        return work
+
+    def wait(self, work: Work) -> None:
+        begin = time.monotonic()
+        self.parallel.peers.wait(work)
+        self.record.waited += time.monotonic() - begin
+
+
+class _Timed:
+    """Puts a transfer on the timeline when its end is noticed (or where a throttled link has it)."""
+
+    def __init__(self, work: Work, name: str, events: list[Event]) -> None:
+        self._work, self._name, self._events, self._begin = work, name, events, time.monotonic()
+
+    def wait_for(self, seconds: float) -> bool:
+        done = self._work.wait_for(seconds)
+        if done:
+            begin = getattr(self._work, "started", self._begin)
+            self._events.append(Event("link", self._name, begin, getattr(self._work, "ready_at", time.monotonic())))
+        return done
+
+
+@dataclass
+class Saved:
+    """What backward needs of forward."""
+
+    sending: layout.Sending
+    receiving: layout.Receiving
+    x: Tensor  # [R,H] all rows that arrived
+    pair_weights: Tensor  # [P] of the pairs that arrived
+    h: list[Tensor]
+    num_tokens: int
+    top_k: int
+
+
+def _terms(
+    layer: Layer, dtype: torch.dtype, hidden_size: int, top_k: int, gradients: int, backward: bool
+) -> header.Terms:
+    parallel = layer.parallel
+    if dtype not in header.DTYPES:
+        raise TypeError(f"hidden_states: expected one of {', '.join(map(str, header.DTYPES))}, got {dtype}")
+    return header.Terms(
+        header.MAGIC, parallel.peers.step, layer.number, int(backward), header.DTYPES.index(dtype), hidden_size,
+        layer.num_experts, top_k, header.digest((tuple(layer.options), layer.extra)), layer.placement_digest, gradients,
+        int(parallel.invariant), parallel.num_chunks or 0,
+    )  # fmt: skip
+
+
+def _agree(
+    link: _Link, terms: header.Terms, num_tokens: int, pairs: list[int], rows: list[list[int]], phase: str
+) -> list[header.Sizes]:
+    """Sizes of each source; the error on which all agree if they do not mean the same."""
+    parallel = link.parallel
+    parallel.peers.enter(phase)
+    sent = header.encode(terms, num_tokens, pairs, rows)
+    received = torch.empty_like(sent)
+    ones = [1] * parallel.size
+    control = _Link(parallel, torch.device("cpu"))
+    control.wait(control.start("header", received, sent, ones, ones))
+    all_terms, sizes = header.decode(received)
+    failure = header.disagreement(all_terms)
+    if failure is not None:
+        parallel.peers.fail(failure)
+    return sizes
+
+
+def forward(
+    layer: Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gradients: int,
+    weights: local.Weights | None, module: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Saved | None]:  # fmt: skip
+    """y [T,H] of x [T,H], topk_ids [T,K] int32 and topk_weights [T,K] float32.
+
+    weights: of the local experts, and what backward needs is saved; None: `module(x, ids, weights)` runs them.
+    """
+    parallel = layer.parallel
+    peers, record = parallel.peers, parallel.record
+    link = _Link(parallel, x.device)
+    num_tokens, top_k = topk_ids.shape
+    each = parallel.invariant
+    _check_ids(topk_ids, layer.num_experts)
+    choice = layout.choose(topk_ids, layer.rank_of, layer.local_of, parallel.size)
+    terms = _terms(layer, x.dtype, x.shape[1], top_k, gradients, False)
+    sizes = _agree(link, terms, num_tokens, choice.pairs, choice.rows, "agree")
+    num_chunks = parallel.num_chunks or choose_chunks(
+        max(size.num_tokens for size in sizes), top_k, parallel.size, x.shape[1] * x.element_size(), parallel.link
+    )
+
+    peers.enter("dispatch")
+    sending = layout.plan_sending(choice, topk_ids, num_chunks)
+    arriving = layout.merge_pieces([[size.rows[piece] for size in sizes] for piece in range(layout.PIECES)], num_chunks)
+    pairs_in = [size.pairs for size in sizes]
+    own_weights = topk_weights.detach().flatten()[sending.pair_choices]
+    # Weights of float64 tensors are float64: two columns of int32 each.
+    columns = own_weights.contiguous().view(torch.int32).view(len(own_weights), own_weights.element_size() // 4)
+    pairs_out = torch.cat((sending.pair_codes[:, None], columns), 1)
+    pairs = pairs_out.new_empty(sum(pairs_in), pairs_out.shape[1])
+    pairs_work = link.start("pairs", pairs, pairs_out, pairs_in, sending.pairs)
+    rows_out = x.detach()[sending.row_tokens]
+    buffer = x.new_empty(sum(map(sum, arriving)), x.shape[1])
+    works = _start_chunks(link, "dispatch", buffer, rows_out, arriving, sending.rows)
+    link.wait(pairs_work)
+    receiving = layout.plan_receiving(arriving, pairs_in, pairs[:, 0].contiguous(), layer.num_local)
+    pair_weights = pairs[:, 1:].contiguous().view(topk_weights.dtype).view(-1)
+
+    returning_rows, returned_rows = (
+        (receiving.pairs_of_chunk, sending.pairs_of_chunk) if each else (arriving, sending.rows)
+    )
+    results = _result_buffer(x, sending, each)
+    place, hs = 0, []
+    back: list[Work] = []
+    for c in range(num_chunks):
+        link.wait(works[c])
+        if c == 0:
+            peers.enter("experts")
+        chunk = local.chunk_of(receiving, c)
+        rows = buffer[chunk.rows]
+        with record.event("experts", f"experts {c}"):
+            if weights is not None:
+                returned, h = local.forward(rows, chunk, pair_weights, weights, layer.options, each)
+                hs.append(h)
+            elif not len(rows):
+                returned = rows
+            else:
+                returned = _through_module(module, rows, chunk, receiving, pairs, pair_weights, each)
+        count = sum(returned_rows[c])
+        target = results[place : place + count]
+        place += count
+        back.append(link.start("combine", target, returned.contiguous(), returned_rows[c], returning_rows[c]))
+    peers.enter("combine")
+    for work in back:
+        link.wait(work)
+    with record.event("experts", "sum"):
+        y = _sum_results(results, sending, topk_weights.detach(), each)
+    saved = None if weights is None else Saved(sending, receiving, buffer, pair_weights, hs, num_tokens, top_k)
+    return y, saved
+
+
+def backward(
+    layer: Layer, grad_y: Tensor, saved: Saved, weights: local.Weights, gradients: int, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, topk_weights and the four Weights; `needs` in this order."""
+    parallel = layer.parallel
+    peers, record = parallel.peers, parallel.record
+    link = _Link(parallel, grad_y.device)
+    each = parallel.invariant
+    sending, receiving = saved.sending, saved.receiving
+    num_chunks = len(sending.rows)
+    terms = _terms(layer, grad_y.dtype, grad_y.shape[1], saved.top_k, gradients, True)
+    nothing = [[0] * parallel.size for _ in range(layout.PIECES)]
+    _agree(link, terms, saved.num_tokens, [0] * parallel.size, nothing, "backward agree")
+
+    peers.enter("backward dispatch")
+    rows_out = grad_y[sending.row_tokens]
+    buffer = torch.empty_like(saved.x)
+    works = _start_chunks(link, "dispatch", buffer, rows_out, receiving.rows, sending.rows)
+    num_pairs = len(receiving.slot_pairs)
+    intermediate = weights.down_proj.shape[2]
+    grad_h = buffer.new_empty(num_pairs, weights.gate_up_proj.shape[1])
+    weighted_a = buffer.new_empty(num_pairs, intermediate)
+    grad_pairs = saved.pair_weights.new_empty(num_pairs)
+    returning_rows, returned_rows = (
+        (receiving.pairs_of_chunk, sending.pairs_of_chunk) if each else (receiving.rows, sending.rows)
+    )
+    results = _result_buffer(grad_y, sending, each)
+    place = 0
+    back: list[Work] = []
+    for c in range(num_chunks):
+        link.wait(works[c])
+        if c == 0:
+            peers.enter("backward experts")
+        chunk = local.chunk_of(receiving, c)
+        with record.event("experts", f"backward {c}"):
+            returned, grad_slots, dh, wa = local.backward(
+                buffer[chunk.rows], saved.h[c], chunk, saved.pair_weights, weights, layer.options, each
+            )
+            grad_pairs[chunk.slot_pairs] = grad_slots.to(grad_pairs.dtype)
+            grad_h[chunk.all_slots], weighted_a[chunk.all_slots] = dh, wa
+            saved.h[c] = dh.new_empty(0)  # not needed again
+        if needs[0]:
+            count = sum(returned_rows[c])
+            target = results[place : place + count]
+            place += count
+            back.append(link.start("combine", target, returned.contiguous(), returned_rows[c], returning_rows[c]))
+    grad_choices = grad_pairs.new_empty(sum(sending.pairs))
+    if needs[1]:
+        back.append(link.start("weights", grad_choices[:, None], grad_pairs[:, None], sending.pairs, receiving.pairs))
+    with record.event("experts", "weight gradients"):
+        grads = list(local.wgrad(
+            saved.x, buffer, grad_h, weighted_a, receiving, saved.pair_weights, weights, tuple(needs[2:])
+        ))  # fmt: skip
+    grads = _sum_copies(link, layer, grads)
+    if parallel.average_gradients and parallel.size > 1:
+        for grad in grads:
+            if grad is not None:
+                grad /= parallel.size
+    peers.enter("backward combine")
+    for work in back:
+        link.wait(work)
+    grad_x = grad_weights = None
+    with record.event("experts", "sum"):
+        if needs[0]:
+            grad_x = _sum_results(results, sending, None, each)
+        if needs[1]:
+            flat = grad_choices.new_zeros(saved.num_tokens * saved.top_k)
+            flat[sending.pair_choices] = grad_choices
+            grad_weights = flat.view(saved.num_tokens, saved.top_k)
+    return grad_x, grad_weights, *grads
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _check_ids(topk_ids: Tensor, num_experts: int) -> None:
+    if topk_ids.numel():
+        low, high = torch.stack(topk_ids.aminmax()).tolist()
+        if low < -1 or high >= num_experts:
+            raise ValueError(f"topk_ids: expected -1 to {num_experts - 1}, got {low if low < -1 else high}")
+
+
+def _start_chunks(
+    link: _Link, kind: str, output: Tensor, input: Tensor, output_rows: list[list[int]], input_rows: list[list[int]]
+) -> list[Work]:
+    """One transfer for each chunk; chunks follow each other in both tensors."""
+    works = []
+    begin_out = begin_in = 0
+    for rows_out, rows_in in zip(output_rows, input_rows, strict=True):
+        end_out, end_in = begin_out + sum(rows_out), begin_in + sum(rows_in)
+        works.append(link.start(kind, output[begin_out:end_out], input[begin_in:end_in], rows_out, rows_in))
+        begin_out, begin_in = end_out, end_in
+    return works
+
+
+def _result_buffer(like: Tensor, sending: layout.Sending, each: bool) -> Tensor:
+    """Of as many rows as `combine` wants to see, though only the first ones are used: the others are never touched."""
+    table = sending.pair_table if each else sending.row_table
+    return like.new_empty(table.numel(), like.shape[1])
+
+
+def _sum_results(results: Tensor, sending: layout.Sending, weights: Tensor | None, each: bool) -> Tensor:
+    """Each token's sum over its returned rows: ranks ascending, or (each) experts ascending, with their weights."""
+    table = sending.pair_table if each else sending.row_table
+    if weights is not None:
+        weights = weights.gather(1, sending.choice_order).contiguous() if each else None
+    # Only the table counts for combine; the other parts of a plan just have to be valid.
+    offsets = torch.zeros(2, dtype=torch.int32, device=table.device)
+    indices = torch.full((table.numel(),), -1, dtype=torch.int32, device=table.device)
+    return ops.combine(results, offsets, indices, table.contiguous(), weights)
+
+
+def _through_module(
+    module: Callable[[Tensor, Tensor, Tensor], Tensor], rows: Tensor, chunk: local.Chunk,
+    receiving: layout.Receiving, pairs: Tensor, pair_weights: Tensor, each: bool,
+) -> Tensor:  # fmt: skip
+    """The experts as their module runs them. each: one token for each pair, with a weight of 1."""
+    experts = (pairs[:, 0] % layout._FIRST).int()
+    if not each:
+        ids = torch.where(chunk.row_table >= 0, experts[chunk.row_pairs], -1)
+        return module(rows, ids.int(), pair_weights[chunk.row_pairs])
+    slots = chunk.returned_slots[:, 0].long()
+    ids = experts[chunk.slot_pairs[slots]][:, None]
+    return module(rows[chunk.slot_rows[slots].long()], ids, torch.ones_like(ids, dtype=pair_weights.dtype))
+
+
+def _sum_copies(link: _Link, layer: Layer, grads: list[Tensor | None]) -> list[Tensor | None]:
+    """Adds up the gradients of replicated experts over their copies, ranks ascending: the same bits on each."""
+    if not layer.has_copies:
+        return grads
+    rank, size = layer.parallel.rank, layer.parallel.size
+    to_rank = [[place for place, copy in enumerate(layer.copies) if r in copy.ranks and r != rank] for r in range(size)]
+    counts = [len(places) for places in to_rank]
+    order = torch.tensor([place for places in to_rank for place in places], dtype=torch.int64)
+    numbers = torch.tensor([copy.number for copy in layer.copies], dtype=torch.int64)
+    for grad in grads:
+        if grad is None:
+            continue
+        mine = grad[numbers].flatten(1).contiguous()
+        others = mine.new_empty(sum(counts), mine.shape[1])
+        link.wait(link.start("copies", others, mine[order], counts, counts))
+        for place, copy in enumerate(layer.copies):
+            parts = [
+                mine[place] if r == rank else others[sum(counts[:r]) + to_rank[r].index(place)] for r in copy.ranks
+            ]
+            total = parts[0].clone()
+            for part in parts[1:]:
+                total += part
+            grad[copy.number] = total.view_as(grad[copy.number])
+    return grads

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""ParallelExperts: the experts of a layer, distributed over ranks, behind the interface of Experts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.backends import in_autocast
+from switchgear.experts import Experts
+from switchgear.functional import _apply, _as_ids, _as_weights, _autocast, _limit, _needs_autograd
+from switchgear.packing import panels_of
+from switchgear.parallel import exchange
+from switchgear.parallel.group import ExpertParallel
+from switchgear.parallel.local import Options, Weights
+from switchgear.parallel.placement import Placement
+
+
+class _Exchange(torch.autograd.Function):
+    """exchange.forward and exchange.backward; inputs: x, topk_weights, the four Weights, then what has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, topk_weights: Tensor, *rest: Any) -> Tensor:
+        *weights, topk_ids, layer = rest
+        ctx.layer = layer
+        needs = ctx.needs_input_grad[:6]
+        ctx.gradients = sum(int(need) << i for i, need in enumerate(needs))
+        with layer.parallel.peers.exchange():
+            y, ctx.saved = exchange.forward(layer, x, topk_ids, topk_weights, ctx.gradients, Weights(*weights), _absent)
+        ctx.save_for_backward(*weights)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        weights = Weights(*ctx.saved_tensors)
+        saved, ctx.saved = ctx.saved, None
+        if saved is None:
+            raise RuntimeError("switchgear: gradients can be taken once, and not of a graph that was kept for later")
+        with ctx.layer.parallel.peers.exchange():
+            grads = exchange.backward(
+                ctx.layer, grad_y.contiguous(), saved, weights, ctx.gradients, ctx.needs_input_grad[:6]
+            )
+        return *grads, None, None
+
+
+def _absent(*_: Tensor) -> Tensor:
+    raise AssertionError("experts with weights need no module")
+
+
+def make_layer(
+    parallel: ExpertParallel, placement: Placement, options: Options, number: int | None = None, extra: object = None
+) -> exchange.Layer:
+    """What an exchange has to know about a layer whose experts lie so."""
+    mine = placement.experts_of_rank[parallel.rank]
+    rank_of, local_of = placement.routes(parallel.rank)
+    copies = (
+        exchange.Copy(number, placement.owners[e]) for number, e in enumerate(mine) if len(placement.owners[e]) > 1
+    )
+    return exchange.Layer(
+        parallel=parallel,
+        number=parallel.next_layer() if number is None else number,
+        num_experts=placement.num_experts,
+        num_local=len(mine),
+        rank_of=rank_of,
+        local_of=local_of,
+        placement_digest=placement.digest(),
+        has_copies=bool(placement.replicated),
+        copies=tuple(copies),
+        options=options,
+        extra=extra,
+    )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def exchange_moe(
+    layer: exchange.Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: Weights | None, module: Any
+) -> Tensor:
+    """Like switchgear.moe, with global topk_ids and with the weights of the local experts. Without gradients, `module`
+    (x, local ids, weights) -> y runs them, unless it is None.
+
+    Inside torch.autocast all tensors are cast to its dtype.
+    """
+    shape = x.shape
+    x = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    if in_autocast(x.device.type):
+        (x,) = _autocast(x.device.type, x)
+        if weights is not None:
+            weights = Weights(*_autocast(x.device.type, *weights))
+    topk_ids = _as_ids("topk_ids", topk_ids.reshape(-1, topk_ids.shape[-1]))
+    topk_weights = _as_weights("topk_weights", topk_weights.reshape(topk_ids.shape), x.dtype)
+    if len(topk_ids) != len(x):
+        raise ValueError(f"topk_ids: expected {len(x)} rows as x has, got {len(topk_ids)}")
+    if weights is not None and _needs_autograd(x, topk_weights, *weights):
+        y: Tensor = _apply(_Exchange, x, topk_weights, *weights, topk_ids, layer)
+    else:
+        with torch.no_grad(), layer.parallel.peers.exchange():
+            given = None if module is not None else weights
+            y, _ = exchange.forward(layer, x, topk_ids, topk_weights, -1, given, module)
+    return y if len(shape) == 2 else y.reshape(shape)
+
+
+class ParallelExperts(Experts):
+    """The experts of this rank, as Experts has them; forward takes tokens of this rank and ids of all experts.
+
+    Made by MoE(..., parallel=…). The parameters are those of the local experts; `placement` says which they are. The
+    same seed gives an expert the same initial weights whatever the number of ranks. Every parameter gets a gradient at
+    every step, on every rank.
+    """
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, num_experts: int, *, parallel: ExpertParallel, **options: Any
+    ) -> None:
+        self.placement = parallel.placement(num_experts)
+        self._mine = self.placement.experts_of_rank[parallel.rank]
+        super().__init__(hidden_size, intermediate_size, len(self._mine), **options)
+        self.num_experts = num_experts  # of all ranks: what a router and what wraps this module have to know
+        self.parallel = parallel
+        extra = (hidden_size, intermediate_size, self.down_proj_bias is not None)
+        self._layer = make_layer(parallel, self.placement, self._options(), extra=extra)
+
+    def _options(self) -> Options:
+        return Options(self.activation, self.gated, self.interleaved, float(self.alpha), _limit(self.limit))
+
+    def reset_parameters(self) -> None:
+        """As Experts does, expert by expert: all ranks draw the numbers of all experts, and keep theirs."""
+        number_of = {expert: number for number, expert in enumerate(self._mine)}
+        for name, fan_in in ((self._first, self.hidden_size), ("down_proj", self.intermediate_size)):
+            for parameter in (getattr(self, name), getattr(self, f"{name}_bias")):
+                if parameter is None:
+                    continue
+                other = torch.empty(parameter.shape[1:], device=parameter.device, dtype=parameter.dtype)
+                for expert in range(self.placement.num_experts):
+                    target = parameter[number_of[expert]] if expert in number_of else other
+                    nn.init.uniform_(target, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """hidden_states [..., H], topk_ids [..., K] (of all experts; -1 for none) and topk_weights [..., K] -> [...,
+        H]."""
+        weights = None
+        if panels_of(self) is None:
+            first: Tensor = getattr(self, self._first)
+            second: Tensor = self.down_proj
+            if self.transposed:
+                first, second = first.mT, second.mT
+            weights = Weights(first, second, getattr(self, f"{self._first}_bias"), self.down_proj_bias)
+        y: Tensor = exchange_moe(self._layer, hidden_states, topk_ids, topk_weights, weights, super().forward)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {len(self._mine)} of them here, {self.parallel}"
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are distributed: by name, as in model.named_parameters().
+
+    Their gradients are complete, so wrappers that reduce gradients have to leave them alone:
+
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, expert_parameters(model))
+        fully_shard(model, ignored_params=set(expert_parameters(model).values()))
+    """
+    found = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, ParallelExperts):
+            for name, parameter in module.named_parameters(prefix):
+                found[name] = parameter
+    return found

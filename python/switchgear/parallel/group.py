@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""ExpertParallel: the ranks among which experts are distributed, and what they have agreed on."""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore
+
+from switchgear.parallel import transport as transports
+from switchgear.parallel.cost import CHUNKS, Link
+from switchgear.parallel.exchange import Record
+from switchgear.parallel.peers import Peers
+from switchgear.parallel.placement import Placement
+
+_alive: weakref.WeakSet[ExpertParallel] = weakref.WeakSet()
+_made: dict[str, int] = {}
+
+
+class ExpertParallel:
+    """Experts distributed over the ranks of a process group: `MoE(..., parallel=ExpertParallel(group))`.
+
+    One object serves all layers of a model. Its constructor is collective, as is every forward and every backward of
+    its layers: ranks with no tokens, or with no experts, take part.
+
+    Args:
+        group: of torch.distributed, or some of its ranks (after a failure, those that are left); all if None. Without
+            torch.distributed: this process alone.
+        timeout: seconds after which a rank that others wait for has stalled. Includes connecting, here.
+        num_chunks: 1, 2, 4 or 8: pieces in which rows travel, so that experts work on one while others are on their
+            way; chosen for each call by the number of tokens if None.
+        invariant: outputs and gradients have the same bits for any number of ranks, in float32 on the CPU. Then every
+            choice of a token has a row on the way back, instead of one for all choices on a rank.
+        average_gradients: divide the gradients of experts by the number of ranks, as DistributedDataParallel does with
+            those of everything else: right for a loss that is a mean over the tokens of a rank. Else they are sums.
+        placement: which rank holds which experts, for layers with so many; consecutive ones if None.
+        transport: of tensors on the CPU: "auto" or "gloo". Others travel by the group's own backend.
+        host: the address of this machine for the other ranks, if what is found is wrong.
+        link: speed of the connections, for choosing the number of chunks.
+
+    Raises:
+        ExpertParallelError: a rank did not come, or left; see there. From then on this object is of no use.
+        ValueError: an option out of range.
+
+    Attribute `record`: bytes sent to other ranks, by kind, and seconds spent waiting.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | Sequence[int] | None = None,
+        *,
+        timeout: float = 120.0,
+        num_chunks: int | None = None,
+        invariant: bool = False,
+        average_gradients: bool = True,
+        placement: Placement | None = None,
+        transport: str = "auto",
+        host: str | None = None,
+        link: Link | None = None,
+    ) -> None:
+        if num_chunks is not None and num_chunks not in CHUNKS:
+            raise ValueError(f"num_chunks: expected one of {', '.join(map(str, CHUNKS))}, got {num_chunks}")
+        if not timeout > 0:
+            raise ValueError(f"timeout: expected a positive number of seconds, got {timeout}")
+        if transport not in TRANSPORTS:
+            raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
+        self.timeout, self.num_chunks, self.invariant = timeout, num_chunks, invariant
+        self.average_gradients, self.link = average_gradients, link or Link()
+        self.record = Record()
+        self.group = None if isinstance(group, Sequence) else group
+        self._num_layers = 0
+        store: Any = None
+        if group is None and not dist.is_initialized():
+            self.rank, self.size = 0, 1
+            store = HashStore()
+        else:
+            ranks = list(group) if isinstance(group, Sequence) else dist.get_process_group_ranks(group)
+            if dist.get_rank() not in ranks:
+                raise ValueError(f"group: expected one with this process (rank {dist.get_rank()}), got ranks {ranks}")
+            self.rank, self.size = ranks.index(dist.get_rank()), len(ranks)
+            store = _store_of(ranks)
+        if placement is not None and placement.num_ranks != self.size:
+            raise ValueError(f"placement: expected {self.size} ranks, got {placement.num_ranks}")
+        self._placement = placement
+        self.peers = Peers(self.rank, self.size, PrefixStore("peers", store), timeout, host)
+        self._transports: dict[str, transports.Transport] = {}
+        if self.size > 1:
+            self._transports["cpu"] = TRANSPORTS[transport](self, PrefixStore("data", store))
+        self.peers.on_failure.append(self._abort)
+        _alive.add(self)
+
+    def placement(self, num_experts: int) -> Placement:
+        """Of the experts of a layer with so many."""
+        if self._placement is not None and self._placement.num_experts == num_experts:
+            return self._placement
+        return Placement.contiguous(num_experts, self.size)
+
+    def next_layer(self) -> int:
+        """A number for one more layer; layers are made in the same order everywhere."""
+        self._num_layers += 1
+        return self._num_layers - 1
+
+    def transport_for(self, device: torch.device) -> transports.Transport:
+        if device.type not in self._transports:
+            self._transports[device.type] = transports.GroupTransport(self.group)
+        return self._transports[device.type]
+
+    def throttle(self, bandwidth: float, latency: float = 0.0) -> None:
+        """Slows the data of this rank down to a link of so many bytes/s, for measurements on one machine."""
+        for device, below in self._transports.items():
+            self._transports[device] = transports.ThrottledTransport(below, self.rank, bandwidth, latency)
+
+    def close(self) -> None:
+        """Leaves the group: connections and threads end. Ranks that still need this one raise ExpertParallelError."""
+        self.peers.close()
+        for transport in self._transports.values():
+            transport.close()
+        self._transports.clear()
+        _alive.discard(self)
+
+    def __enter__(self) -> ExpertParallel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
+        return self  # the copy of a layer talks to the same ranks
+
+    def __reduce__(self) -> Any:
+        raise TypeError("ExpertParallel: expected a state dict to be saved, not the module: connections cannot be")
+
+    def __repr__(self) -> str:
+        return f"ExpertParallel(rank {self.rank} of {self.size})"
+
+    def _abort(self) -> None:
+        for transport in list(self._transports.values()):
+            transport.abort()
+
+
+def _gloo(parallel: ExpertParallel, store: Any) -> transports.Transport:
+    return transports.GlooTransport(parallel.rank, parallel.size, store, parallel.timeout)
+
+
+TRANSPORTS = {"auto": _gloo, "gloo": _gloo}
+
+
+def _store_of(ranks: list[int]) -> Any:
+    """A part of torch.distributed's store for the n-th ExpertParallel of these ranks."""
+    name = "switchgear/" + ",".join(map(str, ranks))
+    _made[name] = number = _made.get(name, -1) + 1
+    store = dist.distributed_c10d._get_default_store()
+    return PrefixStore(f"{name}/{number}", store)
+
+
+@atexit.register
+def _close_all() -> None:
+    for parallel in list(_alive):
+        parallel.close()

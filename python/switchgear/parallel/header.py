@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What ranks tell each other before data moves: one row of numbers to each rank, of which all but the sizes must agree.
+
+Every rank sees what every rank was called with, and finds the odd one out by the same rule. So all raise the same
+error, before a byte of data is sent, and without another message.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from switchgear.parallel.errors import Failure
+from switchgear.parallel.layout import PIECES
+
+MAGIC = 0x73774570_0001  # and the version of this format
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Terms(NamedTuple):
+    """What must be the same on all ranks, in the order in which it is compared."""
+
+    magic: int
+    exchange: int  # its number: the order of layers and of forward and backward
+    layer: int
+    backward: int
+    dtype: int
+    hidden_size: int
+    num_experts: int
+    top_k: int
+    options: int  # digest of the experts' options
+    placement: int  # digest
+    gradients: int  # bits: of what gradients are wanted; -1: none are recorded
+    invariant: int
+    num_chunks: int  # 0: automatic
+
+
+def digest(value: object) -> int:
+    return zlib.crc32(repr(value).encode())
+
+
+def _show(name: str, value: int) -> str:
+    if name == "dtype":
+        return str(DTYPES[value]) if 0 <= value < len(DTYPES) else str(value)
+    if name == "backward":
+        return "backward" if value else "forward"
+    if name == "gradients":
+        return "none recorded" if value < 0 else f"for inputs {bin(value)}"
+    return f"{value:#x}" if name in ("options", "placement", "magic") else str(value)
+
+
+class Sizes(NamedTuple):
+    num_tokens: int  # of the sender, for choosing the number of chunks
+    pairs: int
+    rows: list[int]  # [PIECES]
+
+
+NUM_TERMS = len(Terms._fields)
+LENGTH = NUM_TERMS + 2 + PIECES
+
+
+def encode(terms: Terms, num_tokens: int, pairs: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
+    """[W, LENGTH] int64; pairs [W] and rows [PIECES][W] are those for each rank."""
+    return torch.tensor([[*terms, num_tokens, pairs[r], *(piece[r] for piece in rows)] for r in range(len(pairs))])
+
+
+def decode(received: Tensor) -> tuple[list[Terms], list[Sizes]]:
+    lines = received.tolist()
+    terms = [Terms(*line[:NUM_TERMS]) for line in lines]
+    return terms, [Sizes(line[NUM_TERMS], line[NUM_TERMS + 1], line[NUM_TERMS + 2 :]) for line in lines]
+
+
+def disagreement(terms: Sequence[Terms]) -> Failure | None:
+    """The first field that differs, and the lowest rank that differs from most (from the lowest, where there is no
+    most)."""
+    for index, name in enumerate(Terms._fields):
+        values = [line[index] for line in terms]
+        if len(set(values)) == 1:
+            continue
+        counts = Counter(values)
+        usual = max(values, key=lambda value: (counts[value], -values.index(value)))
+        rank = next(r for r, value in enumerate(values) if value != usual)
+        reason = f"{name}: expected {_show(name, usual)} as most ranks have, got {_show(name, values[rank])}"
+        phase = "backward agree" if terms[rank].backward else "agree"
+        return Failure(rank, "disagrees", phase, terms[rank].exchange, reason)
+    return None

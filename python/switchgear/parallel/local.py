@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a rank's experts compute for the rows of one chunk, stage by stage, and for all chunks at the end.
+
+    forward    h = x·W_guᵀ   a = glu(h)   y = a·W_dᵀ        one returned row a row: Σ over its pairs w·y, or each y as
+    it is backward   g = dy·W_d    dw = ⟨g, a⟩   dh = glu'(h, w·g)  dx = dh·W_gu        returned like y, with weights
+    of 1 at the end dW_gu = Σ dhᵀ·x   dW_d = Σ dyᵀ·(w·a)          over all chunks in the order (expert, source, token)
+
+Weight gradients wait until the last rows of dx are on their way, and hide them. They are sums in the order of the
+tokens of all ranks, whatever the number of chunks: one process that has all tokens computes the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from switchgear import ops, reference
+from switchgear.parallel.layout import Receiving
+
+
+class Weights(NamedTuple):
+    """Of a rank's experts; N is 2I for gated experts."""
+
+    gate_up_proj: Tensor  # [E,N,H]
+    down_proj: Tensor  # [E,H,I]
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """Those of glu, as the ops take them."""
+
+    activation: str = "silu"
+    gated: bool = True
+    interleaved: bool = False
+    alpha: float = 1.702
+    limit: float = 0.0
+
+    def __iter__(self) -> Any:
+        return iter((self.activation, self.gated, self.interleaved, self.alpha, self.limit))
+
+
+class Chunk(NamedTuple):
+    """The part of a Receiving that belongs to one chunk."""
+
+    rows: slice
+    slots: slice
+    offsets: Tensor
+    slot_rows: Tensor
+    slot_pairs: Tensor
+    row_table: Tensor
+    row_pairs: Tensor
+    returned_slots: Tensor
+    all_slots: Tensor
+
+
+def chunk_of(plan: Receiving, c: int) -> Chunk:
+    rows = slice(plan.row_starts[c], plan.row_starts[c + 1])
+    slots = slice(plan.slot_starts[c], plan.slot_starts[c + 1])
+    return Chunk(
+        rows, slots, plan.expert_offsets[c], plan.slot_rows[slots], plan.slot_pairs[slots], plan.row_table[rows],
+        plan.row_pairs[rows], plan.returned_slots[slots], plan.all_slots[slots],
+    )  # fmt: skip
+
+
+def sum_rows(rows: Tensor, table: Tensor, weights: Tensor | None) -> Tensor:
+    """[R,H]: Σ_j weights[r,j] · rows[table[r,j]] over the entries that are not -1, j ascending, rounded once.
+
+    Unlike `combine`, the table may have more entries than there are rows: most tokens have few experts on a rank.
+    """
+    wide = reference.weight_dtype(rows.dtype)
+    total = rows[table[:, 0].long()].to(wide)  # every row has at least one pair
+    if weights is not None:
+        total *= weights[:, :1]
+    for j in range(1, table.shape[1]):
+        here = (table[:, j] >= 0).nonzero().squeeze(1)
+        terms = rows[table[here, j].long()].to(wide)
+        if weights is not None:
+            terms *= weights[here, j, None]
+        total.index_add_(0, here, terms)  # no row twice, so there is no order to choose
+    return total.to(rows.dtype)
+
+
+def forward(x: Tensor, chunk: Chunk, pair_weights: Tensor, weights: Weights, options: Options, each: bool) -> Any:
+    """x [R,H] -> the rows to return, and h [P,N]. each: a row for each pair, not weighted."""
+    if not len(x):
+        return x, x.new_empty(0, weights.gate_up_proj.shape[1])
+    h = ops.grouped_gemm(x, [weights.gate_up_proj], weights.gate_up_bias, chunk.offsets, chunk.slot_rows)
+    y = ops.grouped_gemm(ops.glu(h, *options), [weights.down_proj], weights.down_bias, chunk.offsets, None)
+    return _returned(y, chunk, None if each else pair_weights[chunk.row_pairs], each), h
+
+
+def backward(
+    grad_y: Tensor, h: Tensor, chunk: Chunk, pair_weights: Tensor, weights: Weights, options: Options, each: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """grad_y [R,H] -> the rows of grad_x to return, the weights' gradients [P], and dh [P,N] and w·a [P,I] for
+    `wgrad`."""
+    if not len(grad_y):
+        return grad_y, pair_weights[:0], h, grad_y.new_empty(0, weights.down_proj.shape[2])
+    a = ops.glu(h, *options)
+    g = ops.grouped_gemm(grad_y, [weights.down_proj.mT], None, chunk.offsets, chunk.slot_rows)
+    grad_weights = _dot_rows(g, a)
+    if weights.down_bias is not None:
+        expert = torch.repeat_interleave(chunk.offsets.diff())
+        grad_weights += _dot_rows(grad_y[chunk.slot_rows.long()], weights.down_bias[expert])
+    w = pair_weights[chunk.slot_pairs][:, None]
+    grad_h = ops.glu_backward((g * w).to(g.dtype), h, *options)
+    grad_x = ops.grouped_gemm(grad_h, [weights.gate_up_proj.mT], None, chunk.offsets, None)
+    return _returned(grad_x, chunk, None, each), grad_weights, grad_h, (a * w).to(a.dtype)
+
+
+def wgrad(
+    x: Tensor, grad_y: Tensor, grad_h: Tensor, weighted_a: Tensor, plan: Receiving, pair_weights: Tensor,
+    weights: Weights, needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of the Weights that are needed. grad_h and weighted_a are in the order (expert, source, token); x and
+    grad_y are the buffers of all rows."""
+    if not weights.gate_up_proj.shape[0]:  # a rank without experts
+        return tuple(torch.empty_like(w) if w is not None and need else None
+                     for w, need in zip(weights, needs, strict=True))  # fmt: skip
+    offsets, rows = plan.all_offsets, plan.all_rows
+    grads: list[Tensor | None] = [None] * 4
+    if needs[0]:
+        grads[0] = ops.grouped_gemm_wgrad(grad_h, x, offsets, rows, _is_transposed(weights.gate_up_proj))
+    if needs[1]:  # transposed: rows of grad_y are gathered, those of a are not
+        transposed = ops.grouped_gemm_wgrad(weighted_a, grad_y, offsets, rows, not _is_transposed(weights.down_proj))
+        grads[1] = transposed.mT
+    if needs[2]:
+        ones = grad_h.new_ones(len(grad_h), 1)
+        grads[2] = ops.grouped_gemm_wgrad(grad_h, ones, offsets, None, False).squeeze(-1)
+    if needs[3]:
+        w = torch.empty_like(pair_weights)
+        w[plan.all_slots] = pair_weights[plan.slot_pairs]
+        grads[3] = ops.grouped_gemm_wgrad(w[:, None].to(x.dtype), grad_y, offsets, rows, False).squeeze(1)
+    return tuple(grads)
+
+
+def _returned(rows: Tensor, chunk: Chunk, weights: Tensor | None, each: bool) -> Tensor:
+    if each:
+        return rows[chunk.returned_slots[:, 0].long()]
+    return sum_rows(rows, chunk.row_table, weights)
+
+
+def _dot_rows(a: Tensor, b: Tensor) -> Tensor:
+    """[P] ⟨a[p], b[p]⟩ in float32 (float64 for float64): combine_weight_backward of one slot a token."""
+    count = len(a)
+    index = torch.arange(count, dtype=torch.int32, device=a.device)
+    offsets = torch.tensor([0, count], dtype=torch.int32, device=a.device)
+    return ops.combine_weight_backward(a, b, offsets, index, index[:, None]).squeeze(1)
+
+
+def _is_transposed(weight: Tensor) -> bool:
+    return weight.stride(-2) == 1 and weight.stride(-1) != 1

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which rank holds which experts."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Placement:
+    """experts_of_rank[r]: the experts of rank r, in ascending order. A rank may have none; an expert may be on several.
+
+    Raises:
+        ValueError: an expert without a rank, twice on one rank, or out of order.
+    """
+
+    num_experts: int
+    experts_of_rank: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        for rank, experts in enumerate(self.experts_of_rank):
+            if list(experts) != sorted(set(experts)):
+                raise ValueError(f"experts_of_rank: expected ascending ids on rank {rank}, got {list(experts)}")
+        placed = {expert for experts in self.experts_of_rank for expert in experts}
+        if placed != set(range(self.num_experts)):
+            wrong = sorted(placed ^ set(range(self.num_experts)))
+            raise ValueError(f"experts_of_rank: expected each of {self.num_experts} experts, wrong are {wrong[:8]}")
+
+    @classmethod
+    def contiguous(cls, num_experts: int, num_ranks: int) -> Placement:
+        """Consecutive experts; the first num_experts % num_ranks ranks have one more than the others."""
+        share, more = divmod(num_experts, num_ranks)
+        starts = [rank * share + min(rank, more) for rank in range(num_ranks + 1)]
+        ranks = (tuple(range(starts[rank], starts[rank + 1])) for rank in range(num_ranks))
+        return cls(num_experts, tuple(ranks))
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.experts_of_rank)
+
+    @cached_property
+    def owners(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each expert, in ascending order."""
+        owners: list[list[int]] = [[] for _ in range(self.num_experts)]
+        for rank, experts in enumerate(self.experts_of_rank):
+            for expert in experts:
+                owners[expert].append(rank)
+        return tuple(map(tuple, owners))
+
+    @cached_property
+    def replicated(self) -> tuple[int, ...]:
+        """The experts with more than one rank."""
+        return tuple(expert for expert, ranks in enumerate(self.owners) if len(ranks) > 1)
+
+    def routes(self, source: int) -> tuple[Tensor, Tensor]:
+        """For tokens of rank `source`: the rank [E] that each expert is reached on, and its number there [E].
+
+        Of a replicated expert, that is the own copy, or else one that depends on `source` alone, so that sources spread
+        over the copies and a token's way does not depend on its batch.
+        """
+        chosen = []
+        for ranks in self.owners:
+            chosen.append(source if source in ranks else ranks[source % len(ranks)])
+        local = [self.experts_of_rank[rank].index(expert) for expert, rank in enumerate(chosen)]
+        return torch.tensor(chosen), torch.tensor(local)
+
+    def digest(self) -> int:
+        """A number that differs where placements do."""
+        return zlib.crc32(repr((self.num_experts, self.experts_of_rank)).encode())
+
+    def load_of_rank(self, load: Sequence[float] | Tensor) -> list[float]:
+        """The load of each rank where that of an expert is spread evenly over its copies."""
+        values = [float(value) for value in load]
+        return [sum(values[e] / len(self.owners[e]) for e in experts) for experts in self.experts_of_rank]
+
+
+def place_experts(load: Sequence[float] | Tensor, num_ranks: int, *, num_replicas: int = 0) -> Placement:
+    """A placement that balances the load, with at most ⌈(E + num_replicas) / num_ranks⌉ experts on a rank.
+
+    Greedy (arXiv:2303.06182): a further copy goes to the expert with the largest load per copy, num_replicas times;
+    then copies go in order of their load to the rank with the least load that has room. Deterministic; ties go to the
+    lowest number.
+
+    Args:
+        load: [E] tokens of each expert, or a trace of topk_ids [T,K] of which they are counted (then ids reach from 0
+            to the largest one seen).
+        num_replicas: copies beyond one per expert.
+
+    Raises:
+        ValueError: more copies than there are places for different ranks, or a negative load.
+    """
+    counts = load if isinstance(load, Tensor) else torch.tensor(list(load), dtype=torch.float64)
+    if counts.dim() == 2:
+        counts = torch.bincount(counts[counts >= 0].flatten().long())
+    loads = [float(value) for value in counts]
+    num_experts = len(loads)
+    if min(loads, default=0.0) < 0:
+        raise ValueError(f"load: expected numbers of tokens, got {min(loads)}")
+    if not 0 <= num_replicas <= num_experts * (num_ranks - 1):
+        most = num_experts * (num_ranks - 1)
+        raise ValueError(f"num_replicas: expected 0 to {most} (one copy of an expert a rank), got {num_replicas}")
+    copies = [1] * num_experts
+    for _ in range(num_replicas):
+        candidates = [e for e in range(num_experts) if copies[e] < num_ranks]
+        copies[max(candidates, key=lambda e: (loads[e] / copies[e], -e))] += 1
+    room = -(-(num_experts + num_replicas) // num_ranks)
+    ranks: list[set[int]] = [set() for _ in range(num_ranks)]
+    totals = [0.0] * num_ranks
+    # Experts with the most copies first among equals: they are the hardest to find different ranks for.
+    for expert in sorted(range(num_experts), key=lambda e: (-loads[e] / copies[e], -copies[e], e)):
+        for _ in range(copies[expert]):
+            free = [r for r in range(num_ranks) if len(ranks[r]) < room and expert not in ranks[r]]
+            if not free:  # every rank with room has it: a rank without it makes room by giving away another expert
+                free = [_make_room(ranks, totals, loads, copies, expert, room)]
+            best = min(free, key=lambda r: (totals[r], r))
+            ranks[best].add(expert)
+            totals[best] += loads[expert] / copies[expert]
+    return Placement(num_experts, tuple(tuple(sorted(experts)) for experts in ranks))
+
+
+def _make_room(
+    ranks: list[set[int]], totals: list[float], loads: list[float], copies: list[int], expert: int, room: int
+) -> int:
+    """Moves the lightest possible expert from a full rank without `expert` to one with room; returns the rank."""
+    moves = [
+        (loads[other] / copies[other], other, giver, taker)
+        for giver, held in enumerate(ranks) if expert not in held
+        for taker, taken in enumerate(ranks) if len(taken) < room
+        for other in held - taken
+    ]  # fmt: skip
+    share, other, giver, taker = min(moves)
+    ranks[giver].remove(other)
+    ranks[taker].add(other)
+    totals[giver] -= share
+    totals[taker] += share
+    return giver

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Processes that are started once and run one function after another: importing torch takes longer than most tests."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+CTX = mp.get_context("forkserver")  # imports once, and forks before any thread is started
+CTX.set_forkserver_preload(["torch.distributed", "switchgear.parallel"])
+
+
+class Pool:
+    """`size` ranks of a torch.distributed job, whose store lives in this process: it survives every rank."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self._store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        self._pipes, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = CTX.Pipe()
+            process = CTX.Process(target=_worker, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self.processes.append(process)
+
+    def start(self, function: Callable[..., Any], *args: Any) -> None:
+        """function(rank, *args) on every rank."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+
+    def results(self, ranks: Sequence[int] | None = None, timeout: float = 60.0) -> list[Any]:
+        """What the ranks returned. AssertionError, with its traceback, for what one of them raised, and for a hang."""
+        end = time.monotonic() + timeout
+        results: list[Any] = []
+        errors: list[str] = []
+        for rank in range(self.size) if ranks is None else ranks:
+            if not self._pipes[rank].poll(max(0.0, end - time.monotonic())):
+                raise AssertionError(f"rank {rank} did not finish within {timeout} s")
+            try:
+                done, value = self._pipes[rank].recv()
+            except EOFError:
+                raise AssertionError(f"rank {rank} is gone") from None
+            results.append(value)
+            if not done:
+                errors.append(f"rank {rank}:\n{value}")
+        # When one rank fails, the others say that it did.
+        errors.sort(key=lambda text: "ExpertParallelError" in text)
+        assert not errors, errors[0]
+        return results
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+        self.start(function, *args)
+        return self.results(timeout=timeout)
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+
+
+_groups: dict[int, Any] = {}
+
+
+def subgroup(size: int) -> Any:
+    """In a worker: the first `size` ranks."""
+    return _groups[size]
+
+
+def _worker(rank: int, size: int, port: int, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    for count in range(1, size + 1):
+        _groups[count] = dist.new_group(list(range(count)))
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        torch.manual_seed(0)
+        try:
+            answer = (True, function(rank, *args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Ranks that do not mean the same find it out before any row is sent, and raise the same error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from parallel_pool import Pool
+
+import switchgear
+from switchgear.parallel import ExpertParallel, ExpertParallelError, Failure, Placement, header
+
+DEFECTS = {
+    "dtype": "dtype: expected torch.float32 as most ranks have, got torch.bfloat16",
+    "hidden_size": "hidden_size: expected 16 as most ranks have, got 24",
+    "intermediate_size": "options: expected",
+    "num_experts": "num_experts: expected 8 as most ranks have, got 9",
+    "top_k": "top_k: expected 2 as most ranks have, got 3",
+    "activation": "options: expected",
+    "bias": "options: expected",
+    "placement": "placement: expected",
+    "no_grad": "gradients: expected for inputs",
+    "frozen": "gradients: expected for inputs",
+    "invariant": "invariant: expected 0 as most ranks have, got 1",
+    "num_chunks": "num_chunks: expected 0 as most ranks have, got 2",
+    "layer": "layer: expected 0 as most ranks have, got 1",
+    "backward": "backward: expected forward as most ranks have, got backward",
+}
+
+
+def defective(rank: int, culprit: int, defect: str) -> tuple[Failure, str, dict[str, int]]:
+    odd = rank == culprit
+    placement = Placement(8, ((0,), (1,), (2,), (3, 4, 5, 6, 7))) if odd and defect == "placement" else None
+    with ExpertParallel(
+        timeout=20,
+        invariant=odd and defect == "invariant",
+        num_chunks=2 if odd and defect == "num_chunks" else None,
+        placement=placement,
+    ) as parallel:
+        shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 12, "num_experts": 8, "top_k": 2}
+        other = {"hidden_size": 24, "intermediate_size": 20, "num_experts": 9, "top_k": 3}
+        if odd and defect in other:
+            shape[defect] = other[defect]
+        options: dict[str, Any] = {"bias": odd and defect == "bias"}
+        if odd and defect == "dtype":
+            options["dtype"] = torch.bfloat16
+        if odd and defect == "activation":
+            options["activation"] = "gelu"
+        first = switchgear.MoE(**shape, **options, parallel=parallel)
+        second = switchgear.MoE(**shape, **options, parallel=parallel)
+        x = torch.randn(6, shape["hidden_size"], dtype=options.get("dtype"))
+        y = None
+        if defect == "backward":
+            y = first(x)
+            parallel.record.clear()
+        if odd and defect == "frozen":
+            first.experts.down_proj.requires_grad_(False)
+        layer = second if odd and defect == "layer" else first
+        with pytest.raises(ExpertParallelError) as error, torch.set_grad_enabled(not (odd and defect == "no_grad")):
+            y.sum().backward() if odd and y is not None else layer(x)
+        return error.value.failure, str(error.value), dict(parallel.record.bytes)
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_all_ranks_raise_the_same(pool: Pool, defect: str) -> None:
+    """56 mismatches: 14 kinds, on each rank."""
+    for culprit in range(4):
+        answers = pool.run(defective, culprit, defect)
+        failure, message, _ = answers[0]
+        assert failure.rank == culprit
+        assert failure.kind == "disagrees"
+        assert failure.phase == ("backward agree" if defect == "backward" else "agree")
+        assert failure.reason.startswith(DEFECTS[defect])
+        assert all(answer[:2] == (failure, message) for answer in answers)
+        assert all(set(answer[2]) == {"header"} for answer in answers), "rows were sent"
+
+
+def terms(**changes: int) -> header.Terms:
+    return header.Terms(*range(len(header.Terms._fields)))._replace(**changes)
+
+
+@pytest.mark.parametrize("name", header.Terms._fields)
+def test_every_term_is_compared(name: str) -> None:
+    for odd in range(3):
+        lines = [terms(**({name: 77} if rank == odd else {})) for rank in range(3)]
+        failure = header.disagreement(lines)
+        assert failure is not None
+        assert failure.rank == odd
+        assert failure.reason.startswith(f"{name}: expected")
+
+
+def test_two_halves_blame_the_one_without_the_lowest_rank() -> None:
+    failure = header.disagreement([terms(), terms(top_k=3), terms(top_k=3), terms()])
+    assert failure is not None
+    assert failure.rank == 1
+    assert header.disagreement([terms()] * 4) is None
+
+
+def test_headers_survive_the_wire() -> None:
+    sent = header.encode(terms(), 5, [1, 2], [[r, 10 * r] for r in range(8)])
+    received, sizes = header.decode(sent)
+    assert received == [terms()] * 2
+    assert sizes[1] == header.Sizes(5, 2, [10 * r for r in range(8)])

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A layer on several processes computes what one process computes with the tokens of all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from parallel_pool import Pool, subgroup
+from torch import Tensor
+
+import switchgear
+from switchgear.parallel import ExpertParallel, Placement
+from switchgear.parallel.header import LENGTH
+from switchgear.testing import U32, C
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, and the number of tokens of each rank."""
+
+    tokens: tuple[int, ...] = (13, 40, 1, 22)
+    num_experts: int = 6
+    top_k: int = 3
+    ranks: tuple[tuple[int, ...], ...] | None = None  # experts of each rank
+    num_chunks: int | None = None
+    invariant: bool = False
+    holes: bool = False
+    layer: tuple[tuple[str, Any], ...] = ()
+    dtype: torch.dtype = torch.float32
+    hidden_size: int = 24
+    transport: str = "auto"
+
+    @property
+    def size(self) -> int:
+        return len(self.tokens)
+
+
+def make(case: Case, parallel: ExpertParallel | None) -> switchgear.MoE:
+    torch.manual_seed(1)
+    return switchgear.MoE(
+        case.hidden_size, 20, case.num_experts, case.top_k, parallel=parallel, dtype=case.dtype, **dict(case.layer)
+    )
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor]:
+    """x and grad_y of all ranks' tokens, small enough for float32 sums to cancel."""
+    torch.manual_seed(2)
+    x = torch.randn(2, sum(case.tokens), case.hidden_size, dtype=torch.float64)
+    return x[0].to(case.dtype), x[1].to(case.dtype)
+
+
+def experts_forward(moe: switchgear.MoE, all_x: Tensor, case: Case, mine: slice) -> Tensor:
+    """Routes the tokens of all ranks, since the bits of torch's matmul depend on the number of rows."""
+    routing = moe.gate(all_x)
+    ids = routing.topk_ids[mine]
+    if case.holes:  # a third of the choices, depending on the token alone
+        ids = ids.masked_fill((all_x[mine, : case.top_k] * 1000).long() % 3 == 0, -1)
+    return moe.experts(all_x[mine], ids, routing.topk_weights[mine])
+
+
+def compare(rank: int, case: Case) -> dict[str, int]:
+    """On each rank; bytes sent, by kind."""
+    if rank >= case.size:
+        return {}
+    group = subgroup(case.size)
+    placement = None if case.ranks is None else Placement(case.num_experts, case.ranks)
+    options = {"num_chunks": case.num_chunks, "invariant": case.invariant, "placement": placement}
+    with ExpertParallel(group, timeout=20, average_gradients=False, transport=case.transport, **options) as parallel:
+        moe, whole = make(case, parallel), make(case, None)
+        placement = parallel.placement(case.num_experts)
+        all_x, all_grad = inputs(case)
+        begin = sum(case.tokens[:rank])
+        mine = slice(begin, begin + case.tokens[rank])
+        x, want_x = all_x.clone().requires_grad_(), all_x.clone().requires_grad_()
+        want = experts_forward(whole, want_x, case, slice(None))
+        with torch.no_grad():
+            y = experts_forward(moe, x, case, mine)
+        check(y, want[mine], case, "y without gradients")
+        parallel.record.clear()
+        y = experts_forward(moe, x, case, mine)
+        sent_forward = Counter(parallel.record.bytes)
+        check(y, want[mine], case, "y")
+        y.backward(all_grad[mine])
+        want.backward(all_grad)
+        check(x.grad[mine], want_x.grad[mine], case, "grad x")
+        experts = list(placement.experts_of_rank[rank])
+        for (name, parameter), wanted in zip(moe.experts.named_parameters(), whole.experts.parameters(), strict=True):
+            assert parameter.grad is not None, name
+            check(parameter.grad, wanted.grad[experts], case, f"grad {name}", sums=len(all_x))
+        gate = moe.gate.weight.grad
+        assert gate is not None
+        dist.all_reduce(gate, group=group)
+        check(gate, whole.gate.weight.grad, case, "grad gate", exact=False, sums=len(all_x))
+        check_bytes(rank, case, placement, whole.gate(all_x).topk_ids, sent_forward, parallel.record.bytes)
+    return dict(sent_forward)
+
+
+def check(got: Tensor, want: Tensor, case: Case, name: str, exact: bool | None = None, sums: int = 1) -> None:
+    """Bit-equal where the order of sums is the same; otherwise within what reordering top_k (or all tokens') terms of
+    magnitude 1 can change. Results are of order 1; bfloat16 also rounds each returned row."""
+    exact = case.invariant and case.dtype is torch.float32 and case.ranks is None if exact is None else exact
+    if exact:
+        assert torch.equal(got, want), f"{name}: {(got - want).abs().max()}"
+        return
+    unit = U32 if case.dtype is torch.float32 else torch.finfo(case.dtype).eps
+    size = want.abs().max().item() + 1 if want.numel() else 1.0
+    bound = C * unit * size * (case.top_k + case.hidden_size + sums)
+    distance = (got - want).abs().max().item() if want.numel() else 0.0
+    assert distance <= bound, f"{name}: {distance} > {bound}"
+
+
+def check_bytes(
+    rank: int, case: Case, placement: Placement, topk_ids: Tensor, forward: Counter[str], both: Counter[str]
+) -> None:
+    """What leaves a rank is the floor and the headers: counted from the routing alone, token by token."""
+    if case.holes or (case.ranks is not None and placement.replicated):
+        return  # choices are not those of the router, or a source has its own copies
+    owner = [placement.owners[e][0] for e in range(case.num_experts)]
+    size = torch.finfo(case.dtype).bits // 8
+    source = [r for r, count in enumerate(case.tokens) for _ in range(count)]
+    rows = [(s, r) for s, ids in zip(source, topk_ids.tolist(), strict=True) for r in {owner[e] for e in ids}]
+    pairs = [(s, owner[e]) for s, ids in zip(source, topk_ids.tolist(), strict=True) for e in ids]
+    away = [s for s, r in rows if s == rank != r]
+    hosted = [s for s, r in (pairs if case.invariant else rows) if s != rank == r]
+    floor = {
+        "header": 8 * LENGTH * (case.size - 1),
+        "pairs": 8 * len([s for s, r in pairs if s == rank != r]),
+        "dispatch": len(away) * case.hidden_size * size,
+        "combine": len(hosted) * case.hidden_size * size,
+    }
+    assert {kind: forward[kind] for kind in floor} == floor
+    assert set(forward) == set(floor)
+    backward = both - forward
+    assert backward["dispatch"] == floor["dispatch"]
+    assert backward["combine"] == floor["combine"]
+    assert backward["header"] == floor["header"]
+    assert backward["weights"] == 4 * len([s for s, r in pairs if s != rank == r])
+
+
+SIZES = [Case((50,)), Case((20, 31)), Case()]
+
+
+@pytest.mark.parametrize("case", SIZES, ids=lambda case: f"ep{case.size}")
+@pytest.mark.parametrize("invariant", [False, True], ids=["sum", "invariant"])
+@pytest.mark.parametrize("num_chunks", [1, 4, None])
+def test_sizes_and_chunks(pool: Pool, case: Case, invariant: bool, num_chunks: int | None) -> None:
+    pool.run(compare, replace(case, invariant=invariant, num_chunks=num_chunks))
+
+
+SHARDS = {
+    "uneven": ((0, 1, 2), (3,), (4,), (5,)),
+    "scattered": ((1, 5), (0,), (2, 3), (4,)),
+    "rank-without-experts": ((0, 1, 2), (), (3, 4, 5), ()),
+    "all-on-one": ((), (), (0, 1, 2, 3, 4, 5), ()),
+    "replicated": ((0, 1, 3), (1, 2), (1, 3, 4), (0, 5)),
+}
+
+
+@pytest.mark.parametrize("ranks", SHARDS.values(), ids=SHARDS.keys())
+@pytest.mark.parametrize("invariant", [False, True], ids=["sum", "invariant"])
+def test_shards(pool: Pool, ranks: tuple[tuple[int, ...], ...], invariant: bool) -> None:
+    pool.run(compare, Case(ranks=ranks, invariant=invariant, num_chunks=2))
+
+
+def test_fewer_experts_than_ranks(pool: Pool) -> None:
+    pool.run(compare, Case(num_experts=3, top_k=2, invariant=True))
+    pool.run(compare, Case(num_experts=1, top_k=1))
+
+
+LAYERS = {
+    "gpt-oss": {"bias": True, "interleaved": True, "transposed": True, "activation": "swiglu_oai", "limit": 7.0},
+    "plain": {"gated": False, "activation": "relu2", "bias": True},
+    "transposed": {"transposed": True},
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_options(pool: Pool, layer: dict[str, Any]) -> None:
+    pool.run(compare, Case(layer=tuple(layer.items()), num_chunks=2, holes=True))
+    pool.run(compare, Case(layer=tuple(layer.items()), num_chunks=2, invariant=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(pool: Pool, dtype: torch.dtype) -> None:
+    pool.run(compare, Case(dtype=dtype, num_chunks=2))
+
+
+def zero_tokens(rank: int) -> int:
+    """All 15 non-empty sets of ranks without tokens, with and without overlap."""
+    count = 0
+    for num_absent in (1, 2, 3, 4):
+        for absent in combinations(range(4), num_absent):
+            tokens = tuple(0 if r in absent else 5 + 3 * r for r in range(4))
+            for num_chunks in (1, 4):
+                compare(rank, Case(tokens, num_chunks=num_chunks, invariant=True))
+                count += 1
+    return count
+
+
+def test_ranks_without_tokens(pool: Pool) -> None:
+    assert pool.run(zero_tokens, timeout=120) == [30] * 4

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A rank is killed, stopped, raises or leaves, in every phase, with and without overlap: all others raise the same
+error, in time, and can go on without it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from parallel_pool import Pool
+
+import switchgear
+from switchgear.parallel import ExpertParallel, ExpertParallelError
+from switchgear.parallel.errors import PHASES
+
+FAULTS = ("kill", "stop", "raise", "exit")
+KIND = {"kill": "died", "stop": "stalled", "raise": "raised", "exit": "died"}
+TIMEOUT = 2.0
+AIR = 0.5  # seconds
+
+
+def misbehave(fault: str) -> None:
+    if fault == "raise":
+        raise ArithmeticError("planted")
+    if fault == "exit":
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+
+
+def step(parallel: ExpertParallel) -> None:
+    torch.manual_seed(0)
+    moe = switchgear.MoE(16, 8, 8, 2, parallel=parallel)
+    moe(torch.randn(40, 16)).square().sum().backward()
+
+
+def resources() -> tuple[int, int]:
+    """Open files, and threads that Python knows. (torch keeps some of its own for later.)"""
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+def trial(rank: int, culprit: int, fault: str, phase: str, num_chunks: int) -> dict[str, Any]:
+    """On every rank. What survivors saw, and that they can go on; the culprit may never return."""
+    parallel = ExpertParallel(timeout=TIMEOUT, num_chunks=num_chunks)
+    step(parallel)
+    before = resources()
+    enter = parallel.peers.enter
+
+    def planted(name: str) -> None:
+        enter(name)
+        if name == phase:
+            misbehave(fault)
+
+    if rank == culprit:
+        parallel.peers.enter = planted  # type: ignore[method-assign]
+    begin = time.monotonic()
+    seen: dict[str, Any] = {}
+    try:
+        step(parallel)
+        step(parallel)  # a rank that already had all of the last phase notices here
+    except ExpertParallelError as error:
+        seen = {"failure": error.failure, "message": str(error)}
+    except ArithmeticError:
+        seen = {"own": True}
+    seen["seconds"] = time.monotonic() - begin
+    with pytest.raises(ExpertParallelError):  # it stays failed
+        parallel.peers.check()
+    parallel.close()
+    seen["grown"] = resources()[0] - before[0] > 0 or resources()[1] > before[1]
+    left = [r for r in range(4) if r != culprit]
+    if rank in left:
+        with ExpertParallel(left, timeout=20, num_chunks=num_chunks) as again:
+            step(again)
+    return seen
+
+
+def run_trial(culprit: int, fault: str, phase: str, num_chunks: int) -> None:
+    pool = Pool(4)
+    try:
+        pool.run(_ready)
+        pool.start(trial, culprit, fault, phase, num_chunks)
+        left = [r for r in range(4) if r != culprit]
+        seen = pool.results(left, timeout=TIMEOUT + 15)
+        if fault == "raise":
+            assert pool.results([culprit], timeout=5)[0]["own"]
+    finally:
+        pool.close()
+    failures = {entry["failure"] for entry in seen}
+    assert len(failures) == 1, failures
+    failure = failures.pop()
+    assert (failure.rank, failure.kind, failure.phase) == (culprit, KIND[fault], phase)
+    assert len({entry["message"] for entry in seen}) == 1
+    limit = TIMEOUT + AIR if fault == "stop" else 1.0
+    assert max(entry["seconds"] for entry in seen) < limit
+    assert not any(entry["grown"] for entry in seen)
+
+
+def _ready(rank: int) -> int:
+    return rank
+
+
+SOME = [
+    (1, "kill", "agree", 1), (0, "kill", "experts", 4), (3, "kill", "backward combine", 4),
+    (2, "stop", "dispatch", 1), (0, "stop", "combine", 4),
+    (3, "raise", "experts", 4), (0, "raise", "backward dispatch", 1),
+    (1, "exit", "combine", 1), (0, "exit", "backward experts", 4),
+]  # fmt: skip
+ALL = [case for case in product(range(4), FAULTS, PHASES, (1, 4)) if case not in SOME]
+
+
+@pytest.mark.parametrize(("culprit", "fault", "phase", "num_chunks"), SOME)
+def test_faults(culprit: int, fault: str, phase: str, num_chunks: int) -> None:
+    run_trial(culprit, fault, phase, num_chunks)
+
+
+@pytest.mark.slow  # 247 trials of 1 to 4 seconds
+@pytest.mark.parametrize(("culprit", "fault", "phase", "num_chunks"), ALL)
+def test_all_faults(culprit: int, fault: str, phase: str, num_chunks: int) -> None:
+    run_trial(culprit, fault, phase, num_chunks)
+
+
+# ---- without a fault in the exchange ---------------------------------------------------------------------------------
+
+
+def leave_early(rank: int) -> str:
+    parallel = ExpertParallel(timeout=10)
+    step(parallel)
+    if rank == 2:
+        parallel.close()
+        return "left"
+    with pytest.raises(ExpertParallelError) as error:
+        step(parallel)
+    parallel.close()
+    return str(error.value)
+
+
+def test_a_rank_that_leaves_is_named(pool: Pool) -> None:
+    answers = pool.run(leave_early)
+    assert answers[0] == answers[1] == answers[3]
+    assert answers[0].startswith("rank 2 exited in phase 'agree'")
+
+
+def busy(rank: int) -> str:
+    parallel = ExpertParallel(timeout=1.0)
+    step(parallel)
+    if rank == 1:
+        time.sleep(2.5)  # in Python, where the process still answers
+    with pytest.raises(ExpertParallelError) as error:
+        step(parallel)
+    parallel.close()
+    return str(error.value)
+
+
+def test_a_rank_that_does_something_else_has_stalled(pool: Pool) -> None:
+    """It answers, so the others blame the one that is furthest behind; and it raises the same when it comes back."""
+    answers = pool.run(busy)
+    assert set(answers) == {"rank 1 stalled in phase 'between layers' of exchange 2: it did not get there in time"}
+
+
+def never_connects(rank: int) -> str:
+    if rank == 3:
+        return ""
+    with pytest.raises(ExpertParallelError) as error:
+        ExpertParallel(timeout=1.0)
+    return str(error.value)
+
+
+def test_a_rank_that_never_comes(pool: Pool) -> None:
+    answers = pool.run(never_connects)
+    assert answers[0] == answers[1] == answers[2]
+    assert answers[0].startswith("rank 3 stalled in phase 'connect'")
+    pool.run(_catch_up)
+
+
+def _catch_up(rank: int) -> None:
+    """The rank that did not come counts one ExpertParallel less than the others."""
+    if rank == 3:
+        with pytest.raises(ExpertParallelError):
+            ExpertParallel(timeout=0.1)
+
+
+def bad_ids(rank: int) -> str:
+    with ExpertParallel(timeout=10) as parallel:
+        moe = switchgear.MoE(16, 8, 8, 2, parallel=parallel)
+        x, ids, weights = torch.randn(5, 16), torch.zeros(5, 2, dtype=torch.int32), torch.ones(5, 2)
+        if rank == 1:
+            ids[3, 1] = 8
+        with pytest.raises((ExpertParallelError, ValueError)) as error:
+            moe.experts(x, ids, weights)
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+def test_bad_input_on_one_rank(pool: Pool) -> None:
+    answers = pool.run(bad_ids)
+    assert answers[1] == "ValueError: topk_ids: expected -1 to 7, got 8"
+    assert answers[0] == answers[2] == answers[3]
+    assert "rank 1 raised" in answers[0]
+    assert "topk_ids: expected -1 to 7, got 8" in answers[0]

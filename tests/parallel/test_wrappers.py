@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""DistributedDataParallel and FSDP2 around layers whose experts are distributed: the gradients of one process."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+import torch.distributed as dist
+from parallel_pool import Pool
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import switchgear
+from switchgear.parallel import ExpertParallel, expert_parameters
+
+HIDDEN = 24
+
+
+def make(parallel: ExpertParallel | None) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Linear(HIDDEN, HIDDEN),
+        switchgear.MoE(HIDDEN, 20, 6, 2, parallel=parallel, normalize=True, shared_intermediate_size=8),
+        switchgear.MoE(HIDDEN, 12, 5, 2, parallel=parallel),
+    )
+
+
+def wrapped(model: nn.Module, wrapper: str) -> nn.Module:
+    experts = expert_parameters(model)
+    if wrapper == "ddp":
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, experts)
+        return DistributedDataParallel(model)
+    return fully_shard(model, ignored_params=set(experts.values()))
+
+
+def full(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def compare(rank: int, wrapper: str, absent: tuple[int, ...], num_chunks: int) -> None:
+    tokens = [0 if r in absent else 6 + r for r in range(4)]
+    with ExpertParallel(timeout=20, num_chunks=num_chunks, invariant=True) as parallel:
+        model, whole = make(parallel), make(None)
+        placements = {name: module.placement for name, module in model.named_modules() if hasattr(module, "placement")}
+        outer = wrapped(model, wrapper)
+        torch.manual_seed(4)
+        x = torch.randn(sum(tokens), HIDDEN)
+        mine = x[sum(tokens[:rank]) : sum(tokens[: rank + 1])]
+        y, want = outer(mine), whole(x)
+        limit = want.detach().abs().amax().item() if len(want) else 0.0
+        bound = 1e-5 * max(1.0, limit)  # three layers of sums of 24, one of them torch's
+        assert len(mine) == 0 or (y - want[sum(tokens[:rank]) : sum(tokens[: rank + 1])]).abs().max() < bound
+        y.square().sum().backward()
+        (want.square().sum() / 4).backward()  # the mean over ranks
+        wanted = dict(whole.named_parameters())
+        for name, parameter in model.named_parameters():
+            grad, want_grad = full(parameter.grad), wanted[name].grad
+            layer = name.rpartition(".")[0]
+            if layer in placements:
+                want_grad = want_grad[list(placements[layer].experts_of_rank[rank])]
+            size = max(1.0, float(want_grad.abs().max()) if want_grad.numel() else 0.0)
+            difference = float((grad - want_grad).abs().max()) if grad.numel() else 0.0
+            assert difference < 2e-5 * size, f"{name}: {difference} of {size}"
+
+
+def all_subsets(rank: int, wrapper: str) -> int:
+    sets = [absent for count in range(5) for absent in combinations(range(4), count)]
+    for absent in sets:
+        compare(rank, wrapper, absent, 2 if len(absent) % 2 else 1)
+    dist.barrier()
+    return len(sets)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_gradients_with_and_without_tokens(pool: Pool, wrapper: str) -> None:
+    """All 16 sets of ranks without tokens."""
+    assert pool.run(all_subsets, wrapper, timeout=120) == [16] * 4
