@@ -15,7 +15,7 @@ from parallel_pool import Pool, subgroup
 from torch import Tensor
 
 import switchgear
-from switchgear.parallel import ExpertParallel, Placement
+from switchgear.parallel import ExpertParallel, ExpertParallelError, Placement
 from switchgear.parallel.header import LENGTH
 from switchgear.testing import U32, C
 
@@ -205,3 +205,53 @@ def zero_tokens(rank: int) -> int:
 
 def test_ranks_without_tokens(pool: Pool) -> None:
     assert pool.run(zero_tokens, timeout=120) == [30] * 4
+
+
+def shared_tokens(rank: int, num_tokens: int) -> tuple[int, int]:
+    """Ranks 0 and 1 hold the same tokens, and so do 2 and 3. Rows sent with and without knowing that."""
+    sent = []
+    torch.manual_seed(2)
+    x, grad = torch.randn(2, 2 * num_tokens, 24)
+    half = rank // 2
+    mine = slice(half * num_tokens, (half + 1) * num_tokens)
+    twins = [2 * half, 2 * half + 1]
+    for tp_group in (None, twins):
+        with ExpertParallel(timeout=20, tp_group=tp_group, invariant=True) as parallel:
+            case = Case((1,) * 4)
+            moe, whole = make(case, parallel), make(case, None)
+            own, want_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+            y, want = experts_forward(moe, own, case, mine), experts_forward(whole, want_x, case, slice(None))
+            assert torch.equal(y, want[mine])
+            y.backward(grad[mine])
+            want.backward(grad)
+            assert torch.equal(own.grad[mine], want_x.grad[mine])
+            experts = list(parallel.placement(case.num_experts).experts_of_rank[rank])
+            for parameter, wanted in zip(moe.experts.parameters(), whole.experts.parameters(), strict=True):
+                mean = wanted.grad[experts] / 2  # over two sets of tokens, however many ranks hold them
+                if tp_group is None:  # every token came twice: the same numbers, in sums of twice as many terms
+                    torch.testing.assert_close(parameter.grad, mean, rtol=1e-5, atol=1e-6)
+                else:
+                    assert torch.equal(parameter.grad, mean)
+            sent.append(parallel.record.bytes["dispatch"])
+    return sent[0], sent[1]
+
+
+def test_tensor_parallel_ranks_send_each_token_once(pool: Pool) -> None:
+    before, after = (sum(column) for column in zip(*pool.run(shared_tokens, 31), strict=True))
+    assert after < 0.6 * before  # half of the tokens, but for those that had a rank without communication
+    pool.run(shared_tokens, 1)
+
+
+def unequal_tokens(rank: int) -> str:
+    with ExpertParallel(timeout=20, tp_group=[rank // 2 * 2, rank // 2 * 2 + 1]) as parallel:
+        moe = make(Case(), parallel)
+        with pytest.raises(ExpertParallelError) as error:
+            moe(torch.randn(6 if rank == 3 else 5, 24))
+    return str(error.value)
+
+
+def test_shared_tokens_must_be_as_many(pool: Pool) -> None:
+    answers = pool.run(unequal_tokens)
+    assert len(set(answers)) == 1
+    assert "rank 3 disagrees" in answers[0]
+    assert "num_tokens: expected 5 as on rank 2, which holds the same tokens, got 6" in answers[0]

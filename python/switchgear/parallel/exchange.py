@@ -141,7 +141,8 @@ class Saved:
     x: Tensor  # [R,H] all rows that arrived
     pair_weights: Tensor  # [P] of the pairs that arrived
     h: list[Tensor]
-    num_tokens: int
+    all_tokens: int
+    num_tokens: int  # of this rank's part of them
     top_k: int
 
 
@@ -153,7 +154,8 @@ def _terms(
         raise TypeError(f"hidden_states: expected one of {', '.join(map(str, header.DTYPES))}, got {dtype}")
     return header.Terms(
         header.MAGIC, parallel.peers.step, layer.number, int(backward), header.DTYPES.index(dtype), hidden_size,
-        layer.num_experts, top_k, header.digest((tuple(layer.options), layer.extra)), layer.placement_digest, gradients,
+        layer.num_experts, top_k, header.digest((tuple(layer.options), layer.extra)), layer.placement_digest,
+        parallel.sharing_digest, gradients,
         int(parallel.invariant), parallel.num_chunks or 0,
     )  # fmt: skip
 
@@ -170,7 +172,7 @@ def _agree(
     control = _Link(parallel, torch.device("cpu"))
     control.wait(control.start("header", received, sent, ones, ones))
     all_terms, sizes = header.decode(received)
-    failure = header.disagreement(all_terms)
+    failure = header.disagreement(all_terms) or header.unequal_tokens(all_terms, sizes, parallel.twins)
     if failure is not None:
         parallel.peers.fail(failure)
     return sizes
@@ -187,12 +189,15 @@ def forward(
     parallel = layer.parallel
     peers, record = parallel.peers, parallel.record
     link = _Link(parallel, x.device)
-    num_tokens, top_k = topk_ids.shape
+    all_tokens, top_k = topk_ids.shape
     each = parallel.invariant
     _check_ids(topk_ids, layer.num_experts)
+    part = _part(parallel, all_tokens)  # ranks that hold the same tokens share the work
+    x, topk_ids, topk_weights = x[part], topk_ids[part], topk_weights[part]
+    num_tokens = len(topk_ids)
     choice = layout.choose(topk_ids, layer.rank_of, layer.local_of, parallel.size)
     terms = _terms(layer, x.dtype, x.shape[1], top_k, gradients, False)
-    sizes = _agree(link, terms, num_tokens, choice.pairs, choice.rows, "agree")
+    sizes = _agree(link, terms, all_tokens, choice.pairs, choice.rows, "agree")
     num_chunks = parallel.num_chunks or choose_chunks(
         max(size.num_tokens for size in sizes), top_k, parallel.size, x.shape[1] * x.element_size(), parallel.link
     )
@@ -243,7 +248,10 @@ def forward(
         link.wait(work)
     with record.event("experts", "sum"):
         y = _sum_results(results, sending, topk_weights.detach(), each)
-    saved = None if weights is None else Saved(sending, receiving, buffer, pair_weights, hs, num_tokens, top_k)
+    y = _join_parts(link, y, all_tokens)
+    saved = (
+        None if weights is None else Saved(sending, receiving, buffer, pair_weights, hs, all_tokens, num_tokens, top_k)
+    )
     return y, saved
 
 
@@ -259,10 +267,10 @@ def backward(
     num_chunks = len(sending.rows)
     terms = _terms(layer, grad_y.dtype, grad_y.shape[1], saved.top_k, gradients, True)
     nothing = [[0] * parallel.size for _ in range(layout.PIECES)]
-    _agree(link, terms, saved.num_tokens, [0] * parallel.size, nothing, "backward agree")
+    _agree(link, terms, saved.all_tokens, [0] * parallel.size, nothing, "backward agree")
 
     peers.enter("backward dispatch")
-    rows_out = grad_y[sending.row_tokens]
+    rows_out = grad_y[_part(parallel, saved.all_tokens)][sending.row_tokens]
     buffer = torch.empty_like(saved.x)
     works = _start_chunks(link, "dispatch", buffer, rows_out, receiving.rows, sending.rows)
     num_pairs = len(receiving.slot_pairs)
@@ -304,7 +312,7 @@ def backward(
     if parallel.average_gradients and parallel.size > 1:
         for grad in grads:
             if grad is not None:
-                grad /= parallel.size
+                grad /= len(parallel.twins)
     peers.enter("backward combine")
     for work in back:
         link.wait(work)
@@ -316,10 +324,36 @@ def backward(
             flat = grad_choices.new_zeros(saved.num_tokens * saved.top_k)
             flat[sending.pair_choices] = grad_choices
             grad_weights = flat.view(saved.num_tokens, saved.top_k)
+    grad_x, grad_weights = (
+        None if grad is None else _join_parts(link, grad, saved.all_tokens) for grad in (grad_x, grad_weights)
+    )
     return grad_x, grad_weights, *grads
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _part(parallel: ExpertParallel, num_tokens: int, rank: int | None = None) -> slice:
+    """The tokens that this rank (or another that holds the same ones) sends: an equal share, in order."""
+    ranks = parallel.own_twins
+    number = ranks.index(parallel.rank if rank is None else rank)
+    return slice(num_tokens * number // len(ranks), num_tokens * (number + 1) // len(ranks))
+
+
+def _join_parts(link: _Link, part: Tensor, num_tokens: int) -> Tensor:
+    """All tokens' rows, of the parts of the ranks that hold the same tokens."""
+    parallel = link.parallel
+    if len(parallel.twins) == parallel.size:
+        return part
+    whole = part.new_empty(num_tokens, part.shape[1])
+    lengths = [0] * parallel.size
+    for rank in parallel.own_twins:
+        own = _part(parallel, num_tokens, rank)
+        lengths[rank] = own.stop - own.start
+    to_each = [len(part) if rank in parallel.own_twins else 0 for rank in range(parallel.size)]
+    copies = part.repeat(len(parallel.own_twins), 1)
+    link.wait(link.start("join", whole, copies, lengths, to_each))
+    return whole
 
 
 def _check_ids(topk_ids: Tensor, num_experts: int) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 from switchgear.parallel import transport as transports
 from switchgear.parallel.cost import CHUNKS, Link
 from switchgear.parallel.exchange import Record
+from switchgear.parallel.header import digest
 from switchgear.parallel.peers import Peers
 from switchgear.parallel.placement import Placement
 
@@ -40,6 +42,9 @@ class ExpertParallel:
             those of everything else: right for a loss that is a mean over the tokens of a rank. Else they are sums.
         placement: which rank holds which experts, for layers with so many; consecutive ones if None.
         transport: of tensors on the CPU: "auto" or "gloo". Others travel by the group's own backend.
+        tp_group: the ranks, all of them in group, that hold the same tokens as this one (tensor parallelism). Each
+            sends its share of them alone and gets the results of all (arXiv:2303.06318). Inputs and gradients of
+            outputs are the same on these ranks, and so are outputs and gradients of inputs.
         host: the address of this machine for the other ranks, if what is found is wrong.
         link: speed of the connections, for choosing the number of chunks.
 
@@ -60,6 +65,7 @@ class ExpertParallel:
         average_gradients: bool = True,
         placement: Placement | None = None,
         transport: str = "auto",
+        tp_group: dist.ProcessGroup | Sequence[int] | None = None,
         host: str | None = None,
         link: Link | None = None,
     ) -> None:
@@ -75,11 +81,12 @@ class ExpertParallel:
         self.group = None if isinstance(group, Sequence) else group
         self._num_layers = 0
         store: Any = None
+        ranks = [0]
         if group is None and not dist.is_initialized():
             self.rank, self.size = 0, 1
             store = HashStore()
         else:
-            ranks = list(group) if isinstance(group, Sequence) else dist.get_process_group_ranks(group)
+            ranks = _ranks_of(group)
             if dist.get_rank() not in ranks:
                 raise ValueError(f"group: expected one with this process (rank {dist.get_rank()}), got ranks {ranks}")
             self.rank, self.size = ranks.index(dist.get_rank()), len(ranks)
@@ -88,11 +95,28 @@ class ExpertParallel:
             raise ValueError(f"placement: expected {self.size} ranks, got {placement.num_ranks}")
         self._placement = placement
         self.peers = Peers(self.rank, self.size, PrefixStore("peers", store), timeout, host)
+        self.twins = self._find_twins(ranks, tp_group, PrefixStore("tokens", store))
+        self.own_twins = next(twins for twins in self.twins if self.rank in twins)
+        self.sharing_digest = digest(self.twins)
         self._transports: dict[str, transports.Transport] = {}
         if self.size > 1:
             self._transports["cpu"] = TRANSPORTS[transport](self, PrefixStore("data", store))
         self.peers.on_failure.append(self._abort)
         _alive.add(self)
+
+    def _find_twins(self, ranks: list[int], tp_group: Any, store: Any) -> tuple[tuple[int, ...], ...]:
+        """All sets of ranks (in the group) that hold the same tokens."""
+        own = [self.rank]
+        if tp_group is not None:
+            twins = _ranks_of(tp_group)
+            if not set(twins) <= set(ranks) or dist.get_rank() not in twins:
+                raise ValueError(f"tp_group: expected ranks of {ranks}, this one too, got {twins}")
+            own = sorted(ranks.index(rank) for rank in twins)
+        store.set(f"twins/{self.rank}", json.dumps(own))
+        found = [tuple(json.loads(store.get(f"twins/{rank}"))) for rank in range(self.size)]
+        if any(found[rank] != found[twins[0]] for twins in found for rank in twins):
+            raise ValueError(f"tp_group: expected the same ranks on each of them, got {found}")
+        return tuple(sorted(set(found)))
 
     def placement(self, num_experts: int) -> Placement:
         """Of the experts of a layer with so many."""
@@ -148,6 +172,10 @@ def _gloo(parallel: ExpertParallel, store: Any) -> transports.Transport:
 
 
 TRANSPORTS = {"auto": _gloo, "gloo": _gloo}
+
+
+def _ranks_of(group: Any) -> list[int]:
+    return list(group) if isinstance(group, Sequence) else dist.get_process_group_ranks(group)
 
 
 def _store_of(ranks: list[int]) -> Any:

@@ -35,6 +35,7 @@ class Terms(NamedTuple):
     top_k: int
     options: int  # digest of the experts' options
     placement: int  # digest
+    sharing: int  # digest: which ranks hold the same tokens
     gradients: int  # bits: of what gradients are wanted; -1: none are recorded
     invariant: int
     num_chunks: int  # 0: automatic
@@ -51,11 +52,11 @@ def _show(name: str, value: int) -> str:
         return "backward" if value else "forward"
     if name == "gradients":
         return "none recorded" if value < 0 else f"for inputs {bin(value)}"
-    return f"{value:#x}" if name in ("options", "placement", "magic") else str(value)
+    return f"{value:#x}" if name in ("options", "placement", "sharing", "magic") else str(value)
 
 
 class Sizes(NamedTuple):
-    num_tokens: int  # of the sender, for choosing the number of chunks
+    num_tokens: int  # of the sender, for choosing the number of chunks; equal on ranks that hold the same tokens
     pairs: int
     rows: list[int]  # [PIECES]
 
@@ -88,4 +89,16 @@ def disagreement(terms: Sequence[Terms]) -> Failure | None:
         reason = f"{name}: expected {_show(name, usual)} as most ranks have, got {_show(name, values[rank])}"
         phase = "backward agree" if terms[rank].backward else "agree"
         return Failure(rank, "disagrees", phase, terms[rank].exchange, reason)
+    return None
+
+
+def unequal_tokens(terms: Sequence[Terms], sizes: Sequence[Sizes], twins: Sequence[Sequence[int]]) -> Failure | None:
+    """The first rank that has another number of tokens than the lowest of those that hold the same ones."""
+    for ranks in twins:
+        for rank in ranks[1:]:
+            want, got = sizes[ranks[0]].num_tokens, sizes[rank].num_tokens
+            if want != got:
+                reason = f"num_tokens: expected {want} as on rank {ranks[0]}, which holds the same tokens, got {got}"
+                phase = "backward agree" if terms[rank].backward else "agree"
+                return Failure(rank, "disagrees", phase, terms[rank].exchange, reason)
     return None
