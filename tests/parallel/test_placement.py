@@ -52,7 +52,8 @@ def test_a_trace_is_balanced_better_than_by_number() -> None:
         return max(placement.load_of_rank(load)) * 8 / float(load.sum())
 
     assert worst(Placement.contiguous(64, 8)) > 2.0
-    assert worst(place_experts(trace, 8)) == float(load.max()) * 8 / float(load.sum())  # one expert's own
+    # One expert has 1.27 times the mean by itself, and its rank has to take seven more; copies help.
+    assert worst(place_experts(trace, 8)) < 1.5
     assert worst(place_experts(trace, 8, num_replicas=8)) < 1.02
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line: `switchgear info | demo | bench`. Each command is a module with `add_arguments` and `run`."""
+"""The command line: `switchgear info | demo | bench | plan-parallel`, each a module with `add_arguments` and `run`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ COMMANDS = {
     "info": "versions, backends, threads and OpenMP runtimes of this installation",
     "demo": "train a small Hugging Face MoE model with every experts implementation and compare them",
     "bench": "time MoE layers at the shapes of real models, against other implementations",
+    "plan-parallel": "predict bytes, waiting and memory of experts distributed over many ranks",
 }
 
 
 def _command(name: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{name}")
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
 
 
 def build_parser() -> argparse.ArgumentParser:
