@@ -145,7 +145,9 @@ def test_other_kernels_refuse_panels(isa: str) -> None:
     packs(torch.bfloat16)  # only AVX-512-BF16 reads pairs of bfloat16
     experts = make_experts(torch.bfloat16).pack_()
     switchgear.set_cpu_isa("generic")
-    with pytest.raises(ValueError, match="panel: expected 0, the layout of bfloat16 weights on this backend now, got 64"):
+    with pytest.raises(
+        ValueError, match="panel: expected 0, the layout of bfloat16 weights on this backend now, got 64"
+    ):
         experts(*inputs(torch.bfloat16, 4))
 
 

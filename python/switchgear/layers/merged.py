@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from switchgear.experts import Experts
 from switchgear.functional import moe
+from switchgear.reference import weight_dtype
 
 
 class MergedExperts(nn.Module):
@@ -89,7 +90,8 @@ class MergedExperts(nn.Module):
         """[B,H], one vector for each sequence; zeros for one without tokens."""
         weight = torch.ones_like(rows[:, :1])
         if self.attention is not None:
-            score = self.attention(rows).float()
+            score = self.attention(rows)
+            score = score.to(weight_dtype(score.dtype))
             highest = score.new_full((num_sequences, 1), -torch.inf)
             highest = highest.scatter_reduce(0, sequence_ids[:, None], score.detach(), "amax")
             weight = (score - highest[sequence_ids]).exp().to(rows.dtype)

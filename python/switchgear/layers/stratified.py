@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from switchgear.experts import Experts
 from switchgear.functional import route
 from switchgear.layers.common import WithLosses, first_choice
+from switchgear.reference import weight_dtype
 from switchgear.routing.balance import switch_loss
 
 
@@ -103,7 +104,7 @@ class StratifiedMoE(WithLosses):
 
 def _gate_loss(logits: Tensor, ids: Tensor, here: Tensor, num_experts: int) -> Tensor:
     """E_i · Σ_e f_e · p_e over the tokens at this gate, f of first choices (equations 8 to 10)."""
-    probabilities = logits.float().softmax(-1) * here[:, None]
+    probabilities = logits.to(weight_dtype(logits.dtype)).softmax(-1) * here[:, None]
     counts = first_choice(torch.where(here[:, None], ids, -1), num_experts)
     tokens = here.sum().clamp(min=1)
     return switch_loss(probabilities, counts, tokens) * (len(here) / tokens)

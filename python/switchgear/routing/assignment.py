@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from switchgear.functional import Routing, route
-from switchgear.routing.context import NOTHING_KNOWN, Context, check_scope, is_per_sequence, sequences
+from switchgear.reference import check_choice
+from switchgear.routing.context import NOTHING_KNOWN, Context, check_at_least, check_scope, is_per_sequence, sequences
 from switchgear.routing.ranking import SCORE_FUNCTIONS, choose, positions, scores_of
 
 
@@ -40,12 +41,10 @@ class BalancedAssignment:
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
-        if isinstance(self.eps, str) and self.eps != "auto":
+        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
+        check_at_least("max_iterations", self.max_iterations, 1)
+        if self.eps != "auto" and (isinstance(self.eps, str) or not self.eps > 0):
             raise ValueError(f"eps: expected a positive number or 'auto', got {self.eps!r}")
-        if self.score_function not in SCORE_FUNCTIONS:
-            raise ValueError(
-                f"score_function: expected one of {', '.join(SCORE_FUNCTIONS)}, got {self.score_function!r}"
-            )
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
@@ -80,7 +79,7 @@ def assign(
     step = (spread / 50).clamp(min=1e-4) if eps == "auto" else torch.full_like(spread, float(eps))
     places = _places(sequence, num_sequences, num_experts).flatten()  # of (sequence, expert)
     highest = 1e4 * float(torch.finfo(values.dtype).max ** 0.5)  # above any price
-    price = torch.where(places > 0, 0.0, highest).to(values.dtype)
+    price = values.new_full(places.shape, highest).masked_fill(places > 0, 0)
     shop = torch.full_like(sequence, -1)  # the (sequence, expert) where a token has a place
     paid = torch.zeros_like(values[:, 0])
     for _ in range(max_iterations):

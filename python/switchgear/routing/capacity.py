@@ -76,6 +76,8 @@ class Capacity:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
+        if self.expand is not None and not self.expand >= 1:
+            raise ValueError(f"expand: expected a number of at least 1, got {self.expand}")
 
     def __call__(self, routing: Routing, context: Context) -> Routing:
         ids = routing.topk_ids

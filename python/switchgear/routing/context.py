@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from switchgear.functional import Routing
+from switchgear.reference import check_choice
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,12 @@ def is_per_sequence(scope: str, context: Context) -> bool:
 
 
 def check_scope(scope: str) -> None:
-    if scope not in SCOPES:
-        raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+    check_choice("scope", scope, SCOPES)
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 SCOPES: Sequence[str] = ("batch", "sequence")

@@ -30,7 +30,12 @@ def scores_of(router_logits: Tensor, score_function: str) -> Tensor:
 
 def finite(values: Tensor) -> Tensor:
     """In float32 (or float64), NaN and -Inf as the lowest finite number, +Inf as the highest; these get no gradient."""
-    return reference.sanitize(values.to(reference.weight_dtype(values.dtype)))
+    return reference.sanitize(wide(values))
+
+
+def wide(values: Tensor) -> Tensor:
+    """In float32; float64 stays."""
+    return values.to(reference.weight_dtype(values.dtype))
 
 
 def normalized(weights: Tensor) -> Tensor:

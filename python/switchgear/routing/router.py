@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
 from switchgear.functional import Routing, route
+from switchgear.reference import check_choice
 from switchgear.routing.balance import count_tokens
 from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select, made
-from switchgear.routing.ranking import scores_of
+from switchgear.routing.ranking import scores_of, wide
 from switchgear.routing.scores import Uniform
 from switchgear.routing.selection import TopK
 
@@ -95,8 +96,7 @@ class Router(nn.Module):
             _exclude("score", jitter=jitter != 0, float32=float32, bias=bias)
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter: expected a number in [0, 1), got {jitter}")
-        if isolation not in SCOPES:
-            raise ValueError(f"isolation: expected one of {', '.join(SCOPES)}, got {isolation!r}")
+        check_choice("isolation", isolation, SCOPES)
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.score_function, self.normalize, self.scale = score_function, normalize, scale
         self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score
@@ -148,9 +148,9 @@ class Router(nn.Module):
             )
         if not self.float32:
             return F.linear(hidden_states, self.weight, self.bias)
-        bias = None if self.bias is None else self.bias.float()
+        bias = None if self.bias is None else wide(self.bias)
         with without_autocast(hidden_states.device.type):
-            return F.linear(hidden_states.float(), self.weight.float(), bias)
+            return F.linear(wide(hidden_states), wide(self.weight), bias)
 
     def selection(self) -> Select:
         """What makes the choice: `select` or the options of `route`, inside of the `overrides`, the last one

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from switchgear.backends import without_autocast
 from switchgear.reference import check_choice
 from switchgear.routing.context import Context
+from switchgear.routing.ranking import wide
 
 INPUT_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -27,7 +28,7 @@ INPUT_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
 def zscore(router_logits: Tensor, lam: float = 1.0, eps: float = 1e-6) -> Tensor:
     """lam · (z - mean z) / std z over the experts, in float32; std is that of the population, and eps is added to
     it."""
-    logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()
+    logits = wide(router_logits)
     centred = logits - logits.mean(-1, keepdim=True)
     deviation = (centred.square().mean(-1, keepdim=True) + eps**2).sqrt()
     return lam * centred / deviation
@@ -126,7 +127,7 @@ class Linear(nn.Module):
             weight = weight * (norms.mean() / norms.clamp(min=torch.finfo(norms.dtype).tiny))
         if self.float32:
             with without_autocast(x.device.type):
-                logits = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+                logits = F.linear(wide(x), wide(weight), None if bias is None else wide(bias))
         else:
             logits = F.linear(x, weight, bias)
         if self.noise_weight is not None and self.training:
@@ -184,7 +185,7 @@ class Cosine(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E] float32."""
         low = F.linear(x, self.projection)
-        low, embeddings = (value if value.dtype == torch.float64 else value.float() for value in (low, self.embeddings))
+        low, embeddings = wide(low), wide(self.embeddings)
         with without_autocast(x.device.type):
             embeddings = embeddings / (embeddings.norm(dim=-1, keepdim=True) + self.perturb).clamp(min=1e-12)
             if self.normalize_input:
@@ -236,7 +237,7 @@ class SwitchMixture(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_experts % num_groups:
+        if num_groups < 1 or num_experts % num_groups:
             raise ValueError(f"num_groups: expected a divisor of {num_experts} experts, got {num_groups}")
         self.num_groups = num_groups
         self.switch = nn.Linear(hidden_size, num_groups, bias=False, device=device, dtype=dtype)
@@ -244,8 +245,8 @@ class SwitchMixture(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E], float32."""
-        group = self.switch(x).float().log_softmax(-1)
-        inside = self.mixture(x).float().view(x.shape[0], self.num_groups, -1).log_softmax(-1)
+        group = wide(self.switch(x)).log_softmax(-1)
+        inside = wide(self.mixture(x)).view(x.shape[0], self.num_groups, -1).log_softmax(-1)
         logits: Tensor = (group[:, :, None] + inside).flatten(1)
         return logits
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.routing.context import Context, Score, sequences
+from switchgear.routing.context import Context, Score, check_at_least, sequences
 
 
 class FromEmbedding(nn.Module):
@@ -28,6 +28,7 @@ class FromEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_at_least("dim", dim, 1)
         self.linear = nn.Linear(dim, num_experts, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -77,6 +78,8 @@ class ClusterPrior(nn.Module):
 
     def __init__(self, centroids: Tensor, *, weight: float = 1.0, tau: float = 1.0) -> None:
         super().__init__()
+        if not tau > 0:
+            raise ValueError(f"tau: expected a positive number, got {tau}")
         self.register_buffer("centroids", centroids)
         self.weight, self.tau = weight, tau
 

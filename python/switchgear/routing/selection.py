@@ -17,9 +17,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from switchgear.functional import Routing, route
-from switchgear.reference import check_choice
-from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_per_sequence, sequences
-from switchgear.routing.ranking import choose, finite, keep_choices, normalized, ranks, scores_of, trim
+from switchgear.reference import GROUP_SCORES, check_choice
+from switchgear.routing.context import (
+    NOTHING_KNOWN,
+    Context,
+    Select,
+    check_at_least,
+    check_scope,
+    is_per_sequence,
+    sequences,
+)
+from switchgear.routing.ranking import (
+    SCORE_FUNCTIONS,
+    choose,
+    finite,
+    keep_choices,
+    normalized,
+    ranks,
+    scores_of,
+    trim,
+)
 
 
 def _rows(router_logits: Tensor) -> Tensor:
@@ -49,6 +66,13 @@ class TopK:
     topk_groups: int = 1
     group_score: str = "max"
 
+    def __post_init__(self) -> None:
+        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
+        check_choice("group_score", self.group_score, GROUP_SCORES)
+        check_at_least("top_k", self.top_k, 1)
+        if self.score_function == "sqrt_softplus" and self.num_groups != 1:
+            raise ValueError(f"num_groups: expected 1 for sqrt_softplus, got {self.num_groups}")
+
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         if self.score_function != "sqrt_softplus":
             return route(
@@ -56,8 +80,6 @@ class TopK:
                 scale=self.scale, selection_bias=bias, num_groups=self.num_groups, topk_groups=self.topk_groups,
                 group_score=self.group_score,
             )  # fmt: skip
-        if self.num_groups != 1:
-            raise ValueError(f"num_groups: expected 1 for sqrt_softplus, got {self.num_groups}")
         router_logits = _rows(router_logits)
         scores = scores_of(router_logits, self.score_function)
         ids = choose(finite(router_logits) if bias is None else scores + finite(bias), self.top_k)
@@ -71,6 +93,9 @@ class Dense:
     score_function: str = "softmax"
     normalize: bool = False
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = _rows(router_logits)
@@ -91,9 +116,12 @@ class RankK:
     normalize: bool = False
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
+        if not self.ranks or min(self.ranks) < 0 or len(set(self.ranks)) < len(self.ranks):
+            raise ValueError(f"ranks: expected different ones, from 0 on, got {list(self.ranks)}")
+
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        if not self.ranks or min(self.ranks) < 0:
-            raise ValueError(f"ranks: expected at least one, from 0 on, got {list(self.ranks)}")
         best = TopK(max(self.ranks) + 1, self.score_function)(router_logits, context, bias)
         columns = torch.tensor(list(self.ranks), device=best.topk_ids.device)
         weights = best.topk_weights.index_select(1, columns)
@@ -114,9 +142,13 @@ class TopP:
     normalize: bool = False
     scale: float = 1.0
 
-    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+    def __post_init__(self) -> None:
         if not self.p >= 0:
             raise ValueError(f"p: expected a number of at least 0, got {self.p}")
+        if self.max_experts is not None:
+            check_at_least("max_experts", self.max_experts, 1)
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         num_experts = router_logits.shape[-1]
         best = route(router_logits, min(self.max_experts or num_experts, num_experts), selection_bias=bias)
         before = best.topk_weights.detach().cumsum(-1)[
@@ -138,9 +170,15 @@ class Threshold:
     normalize: bool = False
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
+        check_at_least("min_experts", self.min_experts, 0)
+        if self.max_experts is not None:
+            check_at_least("max_experts", self.max_experts, max(self.min_experts, 1))
+
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         num_experts = router_logits.shape[-1]
-        if not 0 <= self.min_experts <= num_experts:
+        if self.min_experts > num_experts:
             raise ValueError(f"min_experts: expected 0 to {num_experts}, got {self.min_experts}")
         count = min(self.max_experts or num_experts, num_experts)
         best = TopK(count, self.score_function)(router_logits, context, bias)
@@ -185,8 +223,13 @@ class Grouped:
     normalize: bool = False
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_choice("group_score", self.group_score, ("sum", *GROUP_SCORES))
+        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
+        if not 1 <= self.topk_groups <= self.num_groups:
+            raise ValueError(f"topk_groups: expected 1 to {self.num_groups} (num_groups), got {self.topk_groups}")
+
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        check_choice("group_score", self.group_score, ("sum", "max", "top2_sum"))
         options = (self.top_k, self.score_function, self.normalize, self.scale, self.num_groups, self.topk_groups)
         if self.group_score != "sum":
             return TopK(*options, self.group_score)(router_logits, context, bias)
@@ -218,6 +261,11 @@ class SkipBelow:
     select: Select
     ratio: float
     protect: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("ratio", "protect"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         routing = self.select(router_logits, context, bias)
@@ -273,6 +321,11 @@ class Broadcast:
     entropy_above: float
     max_fraction: float = 0.05
     scope: str = "batch"
+
+    def __post_init__(self) -> None:
+        check_scope(self.scope)
+        if not 0 <= self.max_fraction <= 1:
+            raise ValueError(f"max_fraction: expected a number in [0, 1], got {self.max_fraction}")
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         routing = self.select(router_logits, context, bias)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from switchgear.functional import Routing, _apply
 from switchgear.reference import check_choice
-from switchgear.routing.context import NOTHING_KNOWN, Context, sequences
-from switchgear.routing.ranking import choose, finite, gumbel, scores_of, uniform
+from switchgear.routing.context import NOTHING_KNOWN, Context, check_at_least, sequences
+from switchgear.routing.ranking import SCORE_FUNCTIONS, choose, finite, gumbel, scores_of, uniform
 from switchgear.routing.selection import Dense, take
 
 LEVELS = ("token", "sequence", "batch")
@@ -41,6 +41,12 @@ class SampledTopK:
     normalize: bool = False
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_at_least("top_k", self.top_k, 1)
+        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
+        if not 0 <= self.p_sample <= 1:
+            raise ValueError(f"p_sample: expected a number in [0, 1], got {self.p_sample}")
+
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
         num_tokens, device = router_logits.shape[0], router_logits.device
@@ -66,6 +72,12 @@ class NoisyTopK:
     score_function: str = "softmax"
     normalize: bool = False
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_at_least("top_k", self.top_k, 1)
+        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
+        if not self.noise >= 0:
+            raise ValueError(f"noise: expected a number of at least 0, got {self.noise}")
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
@@ -114,6 +126,11 @@ class SparseMixer:
     top_k: int = 2
     jitter: float = 0.01
 
+    def __post_init__(self) -> None:
+        check_at_least("top_k", self.top_k, 1)
+        if not self.jitter >= 0:
+            raise ValueError(f"jitter: expected a number of at least 0, got {self.jitter}")
+
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
         if not 1 <= self.top_k <= router_logits.shape[1]:
@@ -158,6 +175,7 @@ class GumbelSoftmax:
     level: str = "token"
 
     def __post_init__(self) -> None:
+        check_at_least("samples", self.samples, 0)
         check_choice("level", self.level, LEVELS)
         if not self.tau > 0:
             raise ValueError(f"tau: expected a positive number, got {self.tau}")
@@ -195,6 +213,7 @@ class Random:
     uses_logits = False
 
     def __post_init__(self) -> None:
+        check_at_least("top_k", self.top_k, 1)
         check_choice("level", self.level, LEVELS)
         check_choice("evaluation", self.evaluation, ("random", "ensemble"))
 

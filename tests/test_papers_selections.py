@@ -1,0 +1,736 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Papers about which experts a token gets, each against a float64 loop, and by what it promises."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import switchgear
+from loops import assert_agrees, best, expert, mixture, switch_loss
+from switchgear import presets
+from switchgear.functional import Routing
+from switchgear.routing import (
+    BalancedAssignment,
+    Broadcast,
+    Context,
+    ExpertChoice,
+    Grouped,
+    GumbelSoftmax,
+    Lookup,
+    Masked,
+    Random,
+    RankK,
+    SampledTopK,
+    SkipBelow,
+    SparseMixer,
+    Threshold,
+    TokenIdMask,
+    TopK,
+    TopP,
+    consistency_loss,
+)
+from switchgear.routing.context import NOTHING_KNOWN
+
+H, I, E = 16, 12, 8  # noqa: E741
+TRAINING = Context(training=True)
+
+
+def layer_of(options: dict[str, Any], **changes: Any) -> Any:
+    return presets.build(H, I, E, **{**options, **changes})
+
+
+def linear(layer: Any, x: Tensor) -> Tensor:
+    """Logits of the router's linear layer."""
+    gate = layer.gate
+    return x @ (gate.weight if gate.score is None else gate.score.weight).T
+
+
+def counts_of(ids: Tensor, num_experts: int = E) -> list[int]:
+    return [int((ids == e).sum()) for e in range(num_experts)]
+
+
+# ---- Switch ----------------------------------------------------------------------------------------------------------
+
+
+def test_switch_transformer_is_a_loop_with_buffers(backend: str) -> None:
+    layer = layer_of(presets.switch(capacity_factor=1.0, jitter=0.0, balance=0.1))
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        p = linear(layer, x).softmax(-1)
+        ids = [best(row, 1) for row in p]
+        room, kept = [math.ceil(len(x) / E)] * E, []
+        for (e,) in ids:
+            kept.append([e] if room[e] > 0 else [-1])
+            room[e] -= 1
+        assert [-1] in kept
+        return mixture(layer.experts, x, kept, p.amax(-1, keepdim=True)), 0.1 * switch_loss(p, ids)
+
+    assert_agrees(layer, loop, torch.randn(30, H))
+
+
+def test_switch_transformer_keeps_the_first_and_passes_the_others_through() -> None:
+    layer = layer_of(presets.switch(capacity_factor=1.25, jitter=0.0), return_routing=True)
+    x = torch.randn(100, H)
+    y, routing = layer(x)
+    wanted = linear(layer, x).argmax(-1)
+    capacity = math.ceil(1.25 * 100 / E)
+    for e in range(E):
+        mine = (wanted == e).nonzero().flatten()
+        kept = (routing.topk_ids[:, 0] == e).nonzero().flatten()
+        assert torch.equal(kept, mine[:capacity])
+    dropped = routing.topk_ids[:, 0] < 0
+    assert routing.num_dropped == dropped.sum() > 0
+    assert not y[dropped].any()
+    assert torch.equal((x + y)[dropped], x[dropped])
+    even = torch.zeros(E, H).index_fill(0, torch.arange(0), 0)
+    with torch.no_grad():
+        layer.gate.score.weight.zero_()
+    assert layer(even)[1].num_dropped == E - math.ceil(1.25)  # ties: all to expert 0
+
+
+def test_switch_transformer_costs_alpha_under_a_uniform_load() -> None:
+    ids = torch.arange(4 * E, dtype=torch.int32)[:, None] % E
+    routing = Routing(ids, torch.ones(4 * E, 1), torch.zeros(4 * E, E), E)
+    loss = switchgear.MoE(H, I, E, **presets.switch(balance=0.25)).gate.balance[0]
+    assert loss(routing, NOTHING_KNOWN) == 0.25
+
+
+def test_gshard_finds_places_for_first_choices_first(backend: str) -> None:
+    layer = layer_of(presets.gshard(balance=0.1))
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        p = linear(layer, x).softmax(-1)
+        ids = [best(row, 2) for row in p]
+        room, kept = [math.ceil(2 * len(x) / E)] * E, [[-1, -1] for _ in ids]
+        for k in range(2):
+            for t, choice in enumerate(ids):
+                if room[choice[k]] > 0:
+                    kept[t][k] = choice[k]
+                room[choice[k]] -= 1
+        weights = [p[t, choice] / p[t, choice].sum() for t, choice in enumerate(ids)]
+        return mixture(layer.experts, x, kept, weights), 0.1 * switch_loss(p, ids)
+
+    assert_agrees(layer, loop, torch.randn(30, H))
+
+
+# ---- expert choice ---------------------------------------------------------------------------------------------------
+
+
+def chosen_tokens(scores: Tensor, count: int) -> list[list[int]]:
+    """The tokens of each expert: the `count` largest of its column, ties to the lowest token."""
+    return [best(scores[:, e], count) for e in range(scores.shape[1])]
+
+
+def pairs_to_rows(tokens: list[list[int]], scores: Tensor) -> tuple[list[list[int]], list[list[Tensor]]]:
+    ids: list[list[int]] = [[] for _ in scores]
+    weights: list[list[Tensor]] = [[] for _ in scores]
+    for e, column in enumerate(tokens):
+        for t in column:
+            ids[t].append(e)
+            weights[t].append(scores[t, e])
+    return ids, weights
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_expert_choice_is_a_loop_over_experts(backend: str, scope: str) -> None:
+    layer = layer_of(presets.expert_choice(scope=scope))
+
+    def loop(layer: Any, x: Tensor) -> Tensor:
+        outputs = []
+        for rows in x if scope == "sequence" else [x.reshape(-1, H)]:
+            s = linear(layer, rows).softmax(-1)
+            ids, weights = pairs_to_rows(chosen_tokens(s, 2 * len(rows) // E), s)
+            outputs.append(mixture(layer.experts, rows, ids, weights))
+        return torch.cat(outputs).view(x.shape)
+
+    assert_agrees(layer, loop, torch.randn(3, 16, H))
+
+
+def test_expert_choice_fills_every_expert_alike(backend: str) -> None:
+    logits = torch.randn(40, E)
+    routing = ExpertChoice(2.0)(logits)
+    assert counts_of(routing.topk_ids) == [10] * E
+    wanted = logits.softmax(-1).T.topk(10).indices
+    for e in range(E):
+        assert set(wanted[e].tolist()) == set((routing.topk_ids == e).any(1).nonzero().flatten().tolist())
+    for row in routing.topk_ids.tolist():
+        chosen = [e for e in row if e >= 0]
+        assert chosen == sorted(set(chosen))
+
+
+def test_expert_choice_gives_ties_to_the_lowest_token() -> None:
+    routing = ExpertChoice(1.0)(torch.zeros(24, 4))
+    assert (routing.topk_ids[:6] >= 0).all()
+    assert (routing.topk_ids[6:] < 0).all()
+    drawn = ExpertChoice(1.0, ties="random")(torch.zeros(24, 4), Context(generator=torch.Generator().manual_seed(1)))
+    assert counts_of(drawn.topk_ids, 4) == [6] * 4
+    assert not torch.equal((drawn.topk_ids >= 0).any(1), (routing.topk_ids >= 0).any(1))
+
+
+def test_expert_choice_gradients() -> None:
+    logits = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
+    for select in (ExpertChoice(2.0), ExpertChoice(tokens_per_expert=3, weights="softmax_over_tokens")):
+        assert torch.autograd.gradcheck(lambda z, select=select: select(z).topk_weights, (logits,))
+
+
+@pytest.mark.parametrize("iterations", [0, 100])
+def test_expert_choice_caps_the_experts_of_a_token(iterations: int) -> None:
+    logits = torch.randn(64, E)
+    logits[:6] += 20 * torch.rand(6, 1)  # tokens that all experts want: of equal columns, softmax makes equal scores
+    logits[:6] = 0
+    for cap in (1, 2, 3):
+        select = ExpertChoice(2.0, max_experts_per_token=cap, cap_iterations=iterations)
+        routing = select(logits)
+        assert routing.topk_ids.shape[1] == cap
+        load = torch.tensor(counts_of(routing.topk_ids))
+        assert (load <= 16).all()
+        if iterations and cap > 2:  # the assignment finds other tokens for full ones' experts
+            assert load.sum() >= 0.9 * 16 * E
+
+
+def test_expert_choice_with_room_for_all_caps_nothing() -> None:
+    logits = torch.randn(32, E)
+    free, capped = ExpertChoice(2.0)(logits), ExpertChoice(2.0, max_experts_per_token=E, cap_iterations=0)(logits)
+    width = free.topk_ids.shape[1]
+    assert torch.equal(capped.topk_ids[:, :width], free.topk_ids)
+    assert (capped.topk_ids[:, width:] < 0).all()
+
+
+def test_expert_choice_falls_back_for_decoders() -> None:
+    layer, x = layer_of(presets.expert_choice(evaluation=2), return_routing=True).eval(), torch.randn(9, H)
+    routing, alone = layer(x)[1], layer(x[3:4])[1]
+    assert torch.equal(routing.topk_ids, switchgear.route(linear(layer, x), 2).topk_ids)
+    assert torch.equal(alone.topk_ids[0], routing.topk_ids[3])
+
+
+def test_expert_choice_of_ragged_sequences_is_that_of_each() -> None:
+    logits = torch.randn(23, E)
+    sequence = torch.tensor([5] * 9 + [2] * 14)[torch.randperm(23)]
+    routing = ExpertChoice(2.0, scope="sequence")(logits, Context(sequence_ids=sequence))
+    for s in (2, 5):
+        mine = sequence == s
+        alone = ExpertChoice(2.0)(logits[mine])
+        width = alone.topk_ids.shape[1]
+        assert torch.equal(routing.topk_ids[mine][:, :width], alone.topk_ids)
+        torch.testing.assert_close(routing.topk_weights[mine][:, :width], alone.topk_weights)
+        assert (routing.topk_ids[mine][:, width:] < 0).all()
+
+
+def test_pmoe_averages_the_best_patches_of_each_sample(backend: str) -> None:
+    layer = layer_of(presets.pmoe(patches=3), activation="relu", gated=False)
+
+    def loop(layer: Any, x: Tensor) -> Tensor:
+        outputs = []
+        for sample in x:
+            z = linear(layer, sample)
+            y = torch.zeros_like(sample)
+            for e in range(E):
+                patches = best(z[:, e], 3)
+                share = z[patches, e].softmax(0)
+                for g, t in zip(share, patches, strict=True):
+                    one_hot = torch.eye(len(sample), dtype=x.dtype)[t][:, None]
+                    y = y + one_hot * (g / 3 * expert(layer.experts, e, sample[t]))
+            outputs.append(y)
+        return torch.stack(outputs)
+
+    assert_agrees(layer, loop, torch.randn(3, 7, H))
+
+
+def test_pmoe_of_all_patches_is_a_dense_mixture() -> None:
+    logits = torch.randn(2 * 6, E)
+    select = ExpertChoice(tokens_per_expert=6, scope="sequence", weights="softmax_over_tokens", scale=1 / 6)
+    routing = select(logits, Context(sequence_length=6))
+    assert torch.equal(routing.topk_ids, torch.arange(E, dtype=torch.int32).expand(12, E))
+    torch.testing.assert_close(routing.topk_weights, logits.view(2, 6, E).softmax(1).view(12, E) / 6)
+    for patches in (1, 4):
+        select = ExpertChoice(tokens_per_expert=patches, scope="sequence", weights="softmax_over_tokens")
+        ids = select(logits, Context(sequence_length=6)).topk_ids.view(2, -1)
+        assert all(counts_of(sample) == [patches] * E for sample in ids)
+
+
+# ---- BASE ------------------------------------------------------------------------------------------------------------
+
+
+def test_base_layer_weighs_the_assigned_expert_by_a_sigmoid(backend: str) -> None:
+    layer = layer_of(presets.base_layer())
+    assigned: list[int] = []
+
+    def loop(layer: Any, x: Tensor) -> Tensor:
+        z = linear(layer, x)
+        if not assigned:  # the assignment itself is tested below
+            assigned.extend(BalancedAssignment()(z.detach().float(), TRAINING).topk_ids[:, 0].tolist())
+        return mixture(layer.experts, x, [[e] for e in assigned], z.sigmoid()[range(len(x)), assigned][:, None])
+
+    assert_agrees(layer, loop, torch.randn(40, H))
+    weight = layer.gate.score.weight
+    torch.testing.assert_close(weight @ weight.T, 0.01 * torch.eye(E))
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(64, 8), (96, 12), (256, 16), (512, 16)])
+def test_base_layer_is_near_the_optimum(backend: str, num_tokens: int, num_experts: int) -> None:
+    optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
+    logits = torch.randn(num_tokens, num_experts)
+    ids = BalancedAssignment(max_iterations=2000)(logits, TRAINING).topk_ids[:, 0].long()
+    assert counts_of(ids, num_experts) == [num_tokens // num_experts] * num_experts
+    places = logits.double().repeat_interleave(num_tokens // num_experts, 1)
+    rows, columns = optimize.linear_sum_assignment(places.numpy(), maximize=True)
+    optimum = float(places[rows, columns].sum())
+    eps = max(float(logits.max() - logits.min()) / 50, 1e-4)
+    found = float(logits.double().gather(1, ids[:, None]).sum())
+    assert optimum - num_tokens * eps <= found <= optimum + 1e-6
+    room, greedy = [num_tokens // num_experts] * num_experts, 0.0
+    for row in logits.double():
+        e = best(row, 1, [e for e in range(num_experts) if room[e]])[0]
+        room[e] -= 1
+        greedy += float(row[e])
+    assert found >= greedy
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf, -math.inf])
+def test_base_layer_ends_on_any_logits(value: float) -> None:
+    logits = torch.full((24, 4), value)
+    assert counts_of(BalancedAssignment()(logits, TRAINING).topk_ids, 4) == [6] * 4
+    logits = torch.randn(26, 4).masked_fill(torch.rand(26, 4) < 0.3, value)
+    assert counts_of(BalancedAssignment()(logits, TRAINING).topk_ids, 4) == [7, 7, 6, 6]
+
+
+def test_base_layer_takes_the_best_expert_in_evaluation() -> None:
+    layer, x = layer_of(presets.base_layer(), return_routing=True).eval(), torch.randn(30, H)
+    assert torch.equal(layer(x)[1].topk_ids[:, 0].long(), linear(layer, x).argmax(-1))
+
+
+# ---- top-p -----------------------------------------------------------------------------------------------------------
+
+
+def test_dynamic_top_p_is_a_loop_to_the_boundary(backend: str) -> None:
+    layer = layer_of(presets.dynamic_top_p(balance=0.1, entropy=0.1))
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        p = linear(layer, x).softmax(-1)
+        ids = []
+        for row in p:
+            chosen, total = [], 0.0
+            for e in best(row, E):
+                chosen.append(e)
+                total += float(row[e].detach())
+                if total >= 0.4:
+                    break
+            ids.append(chosen)
+        entropy = -sum(q * q.log() for row in p for q in row) / len(x)
+        y = mixture(layer.experts, x, ids, [p[t, choice] for t, choice in enumerate(ids)])
+        return y, 0.1 * switch_loss(p, ids) + 0.1 * entropy
+
+    assert_agrees(layer, loop, 3 * torch.randn(20, H))
+
+
+def test_dynamic_top_p_between_one_expert_and_all(backend: str) -> None:
+    logits = torch.randn(300, E)
+    assert torch.equal(TopP(0.0)(logits).topk_ids, switchgear.route(logits, 1).topk_ids)
+    for p in (1.0, 1.5):
+        assert torch.equal(TopP(p)(logits).topk_ids, switchgear.route(logits, E).topk_ids)
+    means = [(TopP(p)(logits).topk_ids >= 0).sum(1).float().mean().item() for p in torch.linspace(0, 1, 11)]
+    assert means == sorted(means)
+    best_first = torch.sort(logits.softmax(-1), dim=-1, descending=True, stable=True)
+    for p in (0.2, 0.4, 0.8):
+        routing = TopP(p)(logits)
+        before = best_first.values.cumsum(-1) < p  # an expert follows as long as those ahead have less than p
+        wanted = torch.cat((torch.ones(300, 1, dtype=torch.bool), before[:, :-1]), 1)[:, : routing.topk_ids.shape[1]]
+        assert torch.equal(routing.topk_ids >= 0, wanted)
+        assert torch.equal(routing.topk_ids[wanted].long(), best_first.indices[:, : wanted.shape[1]][wanted])
+        torch.testing.assert_close(routing.topk_weights[wanted], best_first.values[:, : wanted.shape[1]][wanted])
+    assert (TopP(0.9, max_experts=3)(logits).topk_ids >= 0).sum(1).max() == 3
+
+
+def test_dynamic_top_p_keeps_the_expert_that_meets_p_exactly() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    for p, count in {0.5: 1, 0.500001: 2, 0.75: 2, 0.750001: 3, 0.875: 3}.items():
+        assert (TopP(p)(logits).topk_ids >= 0).sum() == count
+
+
+def test_dynamic_top_p_gradients() -> None:
+    logits = torch.randn(9, E, dtype=torch.float64, requires_grad=True)
+    for select in (TopP(0.6), TopP(0.6, normalize=True, scale=2.0), Threshold(0.15, normalize=True)):
+        assert torch.autograd.gradcheck(lambda z, select=select: select(z).topk_weights, (logits,))
+
+
+# ---- GRIN ------------------------------------------------------------------------------------------------------------
+
+
+def test_grin_in_evaluation_is_the_router_of_phimoe(backend: str) -> None:
+    phimoe = pytest.importorskip("transformers.models.phimoe.modeling_phimoe", reason="transformers is not installed")
+    for logits in (torch.randn(50, 16), 0.01 * torch.randn(50, 16) + 1, torch.randn(50, 16) * 20):
+        weights, ids = phimoe.sparsemixer(logits, jitter_eps=0.01, training=False)
+        routing = SparseMixer(2, 0.01)(logits)
+        assert torch.equal(routing.topk_ids.long(), ids)
+        torch.testing.assert_close(routing.topk_weights, weights)
+
+
+def masked_softmax(row: Tensor, taken: list[int], jitter: float) -> Tensor:
+    """Softmax over the experts near the best one that is not taken."""
+    top = max(float(z) for e, z in enumerate(row) if e not in taken)
+    out = [e in taken or (top - float(z)) / max(abs(float(z)), top) > 2 * jitter for e, z in enumerate(row)]
+    return row.masked_fill(torch.tensor(out), -math.inf).softmax(-1)
+
+
+def test_grin_gradient_is_the_published_one() -> None:
+    logits = (1 + 0.05 * torch.randn(200, 6, dtype=torch.float64)).requires_grad_()
+    routing = SparseMixer(2, 0.02)(logits, TRAINING)
+    direction = torch.randn(200, 2, dtype=torch.float64)
+    (grad,) = torch.autograd.grad((routing.topk_weights * direction).sum(), logits)
+    thirds = 0
+    for t, row in enumerate(logits.detach()):
+        wanted, taken = torch.zeros(6, dtype=torch.float64), []
+        for k, e in enumerate(routing.topk_ids[t].tolist()):
+            p = masked_softmax(row, taken, 0.02)
+            factor = float(routing.topk_weights[t, k].detach() / p[e])
+            assert factor == pytest.approx(1) or factor == pytest.approx(1 / 3)
+            if factor < 0.5:
+                assert e != int(p.argmax())
+                thirds += 1
+            w = direction[t, k] * p[e]
+            wanted = wanted - p * w
+            wanted[e] += w
+            taken.append(e)
+        torch.testing.assert_close(grad[t], wanted)
+    assert thirds > 20
+
+
+def test_grin_draws_from_the_masked_softmax() -> None:
+    logits = torch.tensor([1.0, 1.01, 0.98, 0.5]).expand(20_000, 4)
+    generator = torch.Generator().manual_seed(5)
+    context = Context(training=True, generator=generator)
+    routing = SparseMixer(1, 0.02)(logits, context)
+    shares = torch.bincount(routing.topk_ids.flatten().long(), minlength=4) / 20_000
+    torch.testing.assert_close(shares, masked_softmax(logits[0], [], 0.02), atol=0.01, rtol=0)
+    generator.manual_seed(5)
+    again = SparseMixer(1, 0.02)(logits, context)
+    assert torch.equal(again.topk_ids, routing.topk_ids)
+    assert torch.equal(again.topk_weights, routing.topk_weights)
+
+
+def test_grin_without_jitter_takes_the_best() -> None:
+    logits = torch.randn(40, E)
+    for context in (TRAINING, NOTHING_KNOWN):
+        routing = SparseMixer(2, 0.0)(logits, context)
+        assert torch.equal(routing.topk_ids, switchgear.route(logits, 2).topk_ids)
+        torch.testing.assert_close(routing.topk_weights, torch.ones(40, 2))
+
+
+def test_grin_layer_trains_through_the_estimate() -> None:
+    layer = layer_of(presets.grin(jitter=0.5))
+    layer(torch.randn(30, H)).square().sum().backward()
+    assert layer.gate.weight.grad.any()
+    assert set(layer.losses) == {"switch"}
+
+
+# ---- SAM -------------------------------------------------------------------------------------------------------------
+
+
+def test_sam_is_a_loop_of_two_routers(backend: str) -> None:
+    layer = layer_of(presets.sam(num_groups=4, top_k=2, balance=0.1))
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        groups = (x @ layer.gate.score.switch.weight.T).softmax(-1)
+        inside = (x @ layer.gate.score.mixture.weight.T).view(len(x), 4, 2).softmax(-1)
+        p = (groups[:, :, None] * inside).flatten(1)
+        ids, weights = [], []
+        for t in range(len(x)):
+            g = best(groups[t], 1)[0]
+            ids.append([2 * g + k for k in best(inside[t, g], 2)])
+            weights.append([groups[t, g] * inside[t, g, e - 2 * g] for e in ids[-1]])
+        loss = 0
+        for g in range(4):
+            load = sum(E / (2 * len(x)) * sum(e in choice for choice in ids) for e in (2 * g, 2 * g + 1)) / 2
+            loss = loss + load * p[:, 2 * g : 2 * g + 2].sum(1).mean()
+        return mixture(layer.experts, x, ids, weights), 0.1 * loss
+
+    assert_agrees(layer, loop, torch.randn(20, H))
+
+
+def test_sam_sends_a_token_to_one_group() -> None:
+    logits = torch.randn(100, 12)
+    routing = Grouped(3, 4)(logits)
+    groups = routing.topk_ids // 3
+    assert (groups == groups[:, :1]).all()
+    one = Grouped(3, 1)(logits)
+    assert torch.equal(one.topk_ids, TopK(3)(logits).topk_ids)
+    p = logits.softmax(-1)
+    group = p.view(100, 4, 3).sum(-1).argmax(-1)
+    masked = p.masked_fill(torch.arange(12) // 3 != group[:, None], -1)
+    torch.testing.assert_close(routing.topk_weights, masked.topk(3).values)
+    native = Grouped(3, 4, 2, "top2_sum")(logits)
+    assert torch.equal(native.topk_ids, TopK(3, num_groups=4, topk_groups=2, group_score="top2_sum")(logits).topk_ids)
+
+
+# ---- MaskMoE ---------------------------------------------------------------------------------------------------------
+
+COUNTS = torch.tensor([1, 100, 3, 50, 2, 60])
+
+
+def test_maskmoe_is_a_loop_over_visible_experts(backend: str) -> None:
+    layer = layer_of(presets.maskmoe(COUNTS, frequent_from=50, rare_experts=2, top_k=2, balance=0.1))
+    token_ids = torch.randint(len(COUNTS), (20,))
+    visible = layer.gate.select.mask.visible
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        z = linear(layer, x)
+        p = torch.stack([row.masked_fill(~visible[v], -math.inf).softmax(-1) for row, v in zip(z, token_ids)])  # noqa: B905
+        ids = [best(row, 2, visible[v].nonzero().flatten().tolist()) for row, v in zip(p, token_ids, strict=True)]
+        y = mixture(layer.experts, x, ids, [p[t, choice] for t, choice in enumerate(ids)])
+        return y, 0.1 * switch_loss(p, ids)
+
+    assert_agrees(layer, loop, torch.randn(20, H), token_ids=token_ids)
+    assert visible.sum(1).tolist() == [2, E, 2, E, 2, E]
+
+
+def test_maskmoe_sends_a_rare_id_to_its_expert_in_every_batch() -> None:
+    layer = layer_of(presets.maskmoe(COUNTS, frequent_from=50), return_routing=True)
+    (own,) = layer.gate.select.mask.visible[2].nonzero().flatten().tolist()
+    for _ in range(3):
+        x, token_ids = torch.randn(30, H), torch.randint(len(COUNTS), (30,))
+        routing = layer(x, token_ids=token_ids)[1]
+        rare = token_ids == 2
+        assert (routing.topk_ids[rare] == own).all()
+        torch.testing.assert_close(routing.topk_weights[rare], torch.ones(int(rare.sum()), 1))
+        logits = routing.router_logits
+        hidden = ~layer.gate.select.mask.visible[token_ids]
+        assert not logits.softmax(-1)[hidden].any()
+        (grad,) = torch.autograd.grad(routing.topk_weights.sum(), layer.gate.weight)
+        assert grad.isfinite().all()
+    with pytest.raises(ValueError, match="token_ids"):
+        layer(x)
+
+
+def test_maskmoe_that_hides_nothing_is_top_k() -> None:
+    mask, logits = TokenIdMask(torch.ones(5, E)), torch.randn(9, E)
+    masked = Masked(TopK(2), mask)(logits, Context(token_ids=torch.randint(5, (9,))))
+    plain = TopK(2)(logits)
+    assert torch.equal(masked.topk_ids, plain.topk_ids)
+    assert torch.equal(masked.topk_weights, plain.topk_weights)
+
+
+# ---- word experts ----------------------------------------------------------------------------------------------------
+
+
+def test_word_experts_are_a_table(backend: str) -> None:
+    layer = layer_of(presets.word_experts(vocabulary_size=30, top_k=2))
+    token_ids, table = torch.randint(30, (2, 10)), layer.gate.select.table
+
+    def loop(layer: Any, x: Tensor) -> Tensor:
+        ids = [table[v].tolist() for v in token_ids.flatten()]
+        return mixture(layer.experts, x.flatten(0, 1), ids, [[0.5, 0.5]] * 20).view(x.shape)
+
+    assert_agrees(layer, loop, torch.randn(2, 10, H), token_ids=token_ids)
+    assert not [*layer.gate.parameters()]
+
+
+def test_word_experts_by_the_ten_thousands() -> None:
+    """Many more experts than tokens: the plan has a slot for each token, and experts without one no gradient."""
+    layer = switchgear.MoE(8, 1, 32_768, **presets.word_experts(vocabulary_size=100), return_routing=True)
+    token_ids, x = torch.randint(100, (64,)), torch.randn(64, 8)
+    y, routing = layer(x, token_ids=token_ids)
+    plan = switchgear.plan(routing.topk_ids, routing.num_experts)
+    assert plan.token_indices.shape == (64,)
+    y.sum().backward()
+    touched = layer.gate.select.table[token_ids].unique().long()
+    assert set(layer.experts.down_proj.grad.flatten(1).any(1).nonzero().flatten().tolist()) <= set(touched.tolist())
+    assert layer.experts.down_proj.grad[touched].any()
+    holes = Lookup(torch.tensor([[0, -1], [3, 1]]))(torch.zeros(2, 4), Context(token_ids=torch.tensor([0, 1])))
+    assert holes.topk_weights.tolist() == [[0.5, 0.0], [0.5, 0.5]]
+
+
+# ---- THOR ------------------------------------------------------------------------------------------------------------
+
+
+def test_thor_draws_every_expert_alike() -> None:
+    draws = 8000
+    ids = Random(1)(torch.empty(draws, E), TRAINING).topk_ids.flatten().long()
+    expected, deviation = draws / E, math.sqrt(draws / E * (1 - 1 / E))
+    assert (torch.bincount(ids, minlength=E) - expected).abs().max() < 4 * deviation
+    context = Context(training=True, sequence_length=5)
+    for level, groups in {"batch": 1, "sequence": 8}.items():
+        chosen = Random(1, level)(torch.empty(40, E), context).topk_ids.view(groups, -1)
+        assert (chosen == chosen[:, :1]).all()
+
+
+def test_thor_is_the_drawn_expert_or_the_mean_of_all(backend: str) -> None:
+    layer = layer_of(presets.thor(evaluation="ensemble"), return_routing=True)
+    x = torch.randn(6, H)
+    y, routing = layer(x)
+    e = int(routing.topk_ids[0, 0])
+    torch.testing.assert_close(y, expert(layer.experts, e, x), rtol=1e-4, atol=1e-6)
+    assert not [*layer.gate.parameters()]  # no router
+
+    def mean(layer: Any, x: Tensor) -> Tensor:
+        return torch.stack([expert(layer.experts, e, x) for e in range(E)]).mean(0)
+
+    assert_agrees(layer.eval(), mean, x)
+
+
+def test_thor_passes_agree_by_a_loss() -> None:
+    layer, head = layer_of(presets.thor()), torch.nn.Linear(H, 10)
+    x = torch.randn(2, 9, H)
+    first, second = head(layer(x)), head(layer(x))
+    loss = consistency_loss(first, second)
+    assert loss >= 0
+    assert consistency_loss(first, first) == 0
+    torch.testing.assert_close(loss, consistency_loss(second, first))
+    loss.backward()
+    assert head.weight.grad.isfinite().all()
+
+
+# ---- GW-MoE ----------------------------------------------------------------------------------------------------------
+
+
+def test_gw_moe_broadcasts_uncertain_tokens(backend: str) -> None:
+    layer = layer_of(presets.gw_moe(top_k=2, max_fraction=0.25))
+
+    def loop(layer: Any, x: Tensor) -> Tensor:
+        p = linear(layer, x).softmax(-1)
+        entropy = torch.stack([-sum(q * q.log() for q in row) for row in p])
+        unsure = best(entropy, 5)
+        ids = [list(range(E)) if t in unsure else best(row, 2) for t, row in enumerate(p)]
+        return mixture(layer.experts, x, ids, [p[t, choice] for t, choice in enumerate(ids)])
+
+    assert_agrees(layer, loop, torch.randn(20, H))
+
+
+def test_gw_moe_thresholds() -> None:
+    logits, plain = torch.randn(40, E), TopK(2)(torch.zeros(1, E))
+    never, always = Broadcast(TopK(2), math.inf, 1.0), Broadcast(TopK(2), 0.0, 1.0)
+    plain = TopK(2)(logits)
+    assert torch.equal(never(logits, TRAINING).topk_ids, plain.topk_ids)
+    dense = always(logits, TRAINING)
+    assert torch.equal(dense.topk_ids, torch.arange(E, dtype=torch.int32).expand(40, E))
+    torch.testing.assert_close(dense.topk_weights, logits.softmax(-1))
+    assert torch.equal(always(logits, NOTHING_KNOWN).topk_ids, plain.topk_ids)
+    some = Broadcast(TopK(2), 0.0, 0.1)(logits, TRAINING)
+    assert (some.topk_ids >= 0).sum() == 40 * 2 + 4 * (E - 2)  # FLOPs grow by fraction · (E - k) / k
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    cut = float(entropy.median())
+    chosen = (Broadcast(TopK(2), cut, 1.0)(logits, TRAINING).topk_ids >= 0).sum(1) == E
+    assert torch.equal(chosen, entropy >= cut)
+
+
+# ---- GG MoE ----------------------------------------------------------------------------------------------------------
+
+
+def test_gumbel_gate_without_noise_is_a_softmax_mixture(backend: str) -> None:
+    layer = layer_of(presets.gumbel_gate(tau=0.5)).eval()
+
+    def loop(layer: Any, x: Tensor) -> Tensor:
+        g = (linear(layer, x) / 0.5).softmax(-1)
+        return mixture(layer.experts, x, [list(range(E))] * len(x), g)
+
+    assert_agrees(layer, loop, torch.randn(12, H))
+    x = torch.randn(5, H)
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_gumbel_gate_sums_to_one_and_is_straight_through() -> None:
+    logits = torch.randn(4000, E, dtype=torch.float64, requires_grad=True)
+    for context in (TRAINING, NOTHING_KNOWN):
+        for samples in (0, 3):
+            torch.testing.assert_close(
+                GumbelSoftmax(0.7, samples=samples)(logits, context).topk_weights.sum(1),
+                torch.ones(4000, dtype=torch.float64),
+            )
+    generator = torch.Generator().manual_seed(2)
+    context = Context(training=True, generator=generator)
+    soft = GumbelSoftmax(0.7)(logits, context)
+    generator.manual_seed(2)
+    hard = GumbelSoftmax(0.7, hard=True)(logits, context)
+    assert torch.equal(hard.topk_ids[:, 0].long(), soft.topk_weights.argmax(1))
+    assert (hard.topk_weights == 1).all()
+    chosen = soft.topk_weights.gather(1, hard.topk_ids.long())
+    (grad,) = torch.autograd.grad(hard.topk_weights.sum(), logits)
+    (wanted,) = torch.autograd.grad(chosen.sum(), logits)
+    torch.testing.assert_close(grad, wanted)
+    drawn = torch.bincount(
+        GumbelSoftmax(hard=True)(logits[:1].expand(20_000, E), TRAINING).topk_ids.flatten().long(), minlength=E
+    )
+    torch.testing.assert_close(drawn / 20_000, logits[0].softmax(-1).float(), atol=0.015, rtol=0)
+
+
+# ---- selections of papers without a preset ---------------------------------------------------------------------------
+
+
+def test_ladimo_threshold_hits_an_average_number() -> None:
+    logits = torch.randn(500, E)
+    threshold = Threshold.calibrate(logits, 2.5)
+    routing = Threshold(threshold)(logits)
+    assert (routing.topk_ids >= 0).sum() == 1250
+    p = logits.softmax(-1)
+    extra = (p >= threshold).sum(1).clamp(min=1)
+    assert torch.equal((routing.topk_ids >= 0).sum(1), extra)
+    assert (Threshold(2.0, min_experts=0)(logits).topk_ids < 0).all()
+    assert (Threshold(0.0, max_experts=3)(logits).topk_ids >= 0).sum(1).eq(3).all()
+
+
+def test_self_contrast_takes_ranks() -> None:
+    logits = torch.randn(30, E)
+    order = logits.argsort(1, descending=True)
+    assert torch.equal(RankK((2,))(logits).topk_ids[:, 0].long(), order[:, 2])
+    two, plain = RankK((0, 1))(logits), TopK(2)(logits)
+    assert torch.equal(two.topk_ids, plain.topk_ids)
+    assert torch.equal(two.topk_weights, plain.topk_weights)
+
+
+def test_expert_skipping_between_nothing_and_all_but_the_best() -> None:
+    logits = torch.randn(60, E)
+    plain = TopK(2, normalize=True)(logits)
+    never = SkipBelow(TopK(2, normalize=True), 0.0)(logits)
+    assert torch.equal(never.topk_ids, plain.topk_ids)
+    torch.testing.assert_close(never.topk_weights, plain.topk_weights)
+    assert torch.equal(SkipBelow(TopK(2), 1.0)(logits).topk_ids[:, 0], plain.topk_ids[:, 0])
+    beta = SkipBelow.calibrate(plain)
+    half = SkipBelow(TopK(2, normalize=True), beta)(logits)
+    assert 25 <= (half.topk_ids < 0).sum() <= 35
+    torch.testing.assert_close(half.topk_weights.sum(1), torch.ones(60))
+    importance = torch.randn(60)
+    spared = SkipBelow(TopK(2), 1.0, protect=0.1)(logits, Context(importance=importance)).topk_ids
+    assert torch.equal((spared >= 0).all(1).nonzero().flatten(), importance.topk(6).indices.sort().values)
+
+
+def test_knowledge_augmentation_samples_without_replacement() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(20_000, 4)
+    ids = SampledTopK(2, p_sample=1.0)(logits, TRAINING).topk_ids.long()
+    assert (ids[:, 0] != ids[:, 1]).all()
+    p = logits[0].softmax(-1)
+    first = torch.bincount(ids[:, 0], minlength=4) / 20_000
+    torch.testing.assert_close(first, p, atol=0.015, rtol=0)
+    second = torch.tensor([sum(float(p[i] * p[j] / (1 - p[i])) for i in range(4) if i != j) for j in range(4)])
+    torch.testing.assert_close(torch.bincount(ids[:, 1], minlength=4) / 20_000, second, atol=0.015, rtol=0)
+    some = SampledTopK(2, p_sample=0.05)(torch.randn(1, 8).expand(4000, 8), TRAINING).topk_ids
+    assert 0 < (some != some.mode(0).values).any(1).float().mean() < 0.06
+    assert torch.equal(SampledTopK(2, p_sample=0.0)(logits).topk_ids, TopK(2)(logits).topk_ids)
+
+
+def test_deepseek_v3_chooses_within_groups_by_bias(backend: str) -> None:
+    layer = presets.build(H, I, 16, **presets.deepseek_v3(top_k=3, num_groups=4, topk_groups=2, balance=0.1))
+    with torch.no_grad():
+        layer.gate.e_score_correction_bias.copy_(0.3 * torch.randn(16))
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        rows = x.reshape(-1, H)
+        s = (rows @ layer.gate.weight.T).sigmoid()
+        biased = s + layer.gate.e_score_correction_bias
+        ids, weights = [], []
+        for score, value in zip(s, biased, strict=True):
+            group = torch.stack([value[4 * g : 4 * g + 4].topk(2).values.sum() for g in range(4)])
+            allowed = [e for g in best(group, 2) for e in range(4 * g, 4 * g + 4)]
+            ids.append(best(value, 3, sorted(allowed)))
+            weights.append(2.5 * score[ids[-1]] / score[ids[-1]].sum())
+        shared = layer.shared_experts
+        h = torch.nn.functional.silu(rows @ shared.gate_proj.weight.T) * (rows @ shared.up_proj.weight.T)
+        y = mixture(layer.experts, rows, ids, weights) + h @ shared.down_proj.weight.T
+        p = s / s.sum(-1, keepdim=True)
+        losses = [switch_loss(p[b * 6 : b * 6 + 6], ids[b * 6 : b * 6 + 6]) / 3 for b in range(3)]
+        return y.view(x.shape), 0.1 * sum(losses) / 3
+
+    assert_agrees(layer, loop, torch.randn(3, 6, H))
