@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Losses that keep the load of experts equal and the logits small: functions of tensors. Float32, differentiable.
+"""Losses that keep the load of experts equal and the logits small: functions of tensors, differentiable, in float32
+(float64 for float64).
 
 Losses as options of a router, with their coefficients: losses.py. T tokens, E experts, K choices of each token.
 """
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from switchgear.functional import Routing
+from switchgear.routing.ranking import wide
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -25,7 +27,7 @@ def load_balancing_loss(router_logits: Tensor, topk_ids: Tensor, attention_mask:
     Returns a float32 scalar; K where the load is even. Zero tokens give 0.
     """
     num_experts = router_logits.shape[-1]
-    probabilities = router_logits.float().softmax(-1)
+    probabilities = wide(router_logits).softmax(-1)
     chosen = torch.zeros_like(probabilities).scatter_add(
         1, topk_ids.clamp(min=0).long(), (topk_ids >= 0).to(probabilities.dtype)
     )
@@ -43,7 +45,7 @@ def z_loss(router_logits: Tensor) -> Tensor:
 
     router_logits [T,E]. Returns a float32 scalar; zero tokens give 0.
     """
-    squares = router_logits.float().logsumexp(-1).square()
+    squares = wide(router_logits).logsumexp(-1).square()
     return squares.sum() / max(squares.numel(), 1)
 
 
@@ -70,8 +72,7 @@ def router_probabilities(routing: Routing, score_function: str | None = None) ->
     """
     if score_function not in (None, "softmax", "sigmoid"):
         raise ValueError(f"score_function: expected 'softmax', 'sigmoid' or None, got {score_function!r}")
-    logits = routing.router_logits
-    logits = logits if logits.dtype is torch.float64 else logits.float()
+    logits = wide(routing.router_logits)
     if score_function == "sigmoid":
         scores = logits.sigmoid()
     elif score_function is None and routing.scores is not None:
@@ -164,7 +165,7 @@ def smooth_load(router_logits: Tensor, top_k: int, noise_std: float = 1.0) -> Te
     Σ_t Φ((z[t,e] - k-th largest of the others) / noise_std), differentiable where counts are not
     (arXiv:1701.06538). router_logits [T,E].
     """
-    logits = router_logits if router_logits.dtype is torch.float64 else router_logits.float()
+    logits = wide(router_logits)
     if top_k >= logits.shape[1]:
         return torch.ones_like(logits).sum(0)
     best = logits.topk(top_k + 1, dim=-1).values

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Papers about experts that have too many tokens: who is dropped, who is rerouted, and whom a stranger's tokens
+hurt."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import switchgear
+from loops import assert_agrees, best, mixture
+from switchgear import presets
+from switchgear.functional import Routing
+from switchgear.routing import Capacity, Context, Dropless, ExpertChoice, TopK
+from switchgear.routing.context import NOTHING_KNOWN
+
+H, I, E, K = 16, 12, 8, 2  # noqa: E741
+
+
+def layer_of(options: dict[str, Any], **changes: Any) -> Any:
+    return presets.build(H, I, E, **{**options, **changes})
+
+
+def counts_of(ids: Tensor, num_experts: int = E) -> list[int]:
+    return [int((ids == e).sum()) for e in range(num_experts)]
+
+
+def routing_of(logits: Tensor, top_k: int = K) -> Routing:
+    return TopK(top_k)(logits)._replace(scores=logits.softmax(-1))
+
+
+def skewed(num_tokens: int = 40) -> Tensor:
+    return torch.randn(num_tokens, E) + torch.linspace(2, -2, E)
+
+
+def precedence(routing: Routing, drop: str) -> list[tuple[int, int]]:
+    """The choices (token, place), those that find a place first in front."""
+    choices = [(t, k) for t in range(len(routing.topk_ids)) for k in range(routing.topk_ids.shape[1])]
+    w = routing.topk_weights
+    keys = {
+        "order": lambda c: c,
+        "choice": lambda c: (c[1], c[0]),
+        "reverse": lambda c: (-c[0], -c[1]),
+        "score": lambda c: (-float(w[c]), c),
+    }
+    return sorted(choices, key=keys[drop])
+
+
+def limited(routing: Routing, capacity: int, drop: str) -> tuple[list[list[int]], list[int]]:
+    """The ids that stay, and the room that is left."""
+    ids = routing.topk_ids.tolist()
+    room = [capacity] * routing.num_experts
+    for t, k in precedence(routing, drop):
+        e = ids[t][k]
+        if e >= 0 and room[e] > 0:
+            room[e] -= 1
+        else:
+            ids[t][k] = -1
+    return ids, room
+
+
+@pytest.mark.parametrize("drop", ["order", "choice", "reverse", "score"])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
+def test_capacity_aware_inference_drops_as_a_loop_does(backend: str, drop: str, factor: float) -> None:
+    routing = routing_of(skewed())
+    routing.topk_ids[3, 1] = routing.topk_ids[7, 0] = -1  # holes take no place
+    out = Capacity(factor, drop)(routing, NOTHING_KNOWN)
+    wanted, _ = limited(routing, math.ceil(factor * K * 40 / E), drop)
+    assert out.topk_ids.tolist() == wanted
+    kept = out.topk_ids >= 0
+    assert torch.equal(out.topk_weights, routing.topk_weights * kept)
+    assert out.num_dropped == (routing.topk_ids >= 0).sum() - kept.sum() > 0
+    per_sequence = Capacity(factor, drop, scope="sequence")(routing, Context(sequence_length=20))
+    for s in range(2):
+        mine = slice(20 * s, 20 * s + 20)
+        part = routing._replace(topk_ids=routing.topk_ids[mine], topk_weights=routing.topk_weights[mine])
+        assert per_sequence.topk_ids[mine].tolist() == limited(part, math.ceil(factor * K * 20 / E), drop)[0]
+
+
+@pytest.mark.parametrize("expand", [None, 2.0])
+@pytest.mark.parametrize("drop", ["order", "score", "random"])
+def test_capacity_aware_inference_reroutes_to_whoever_has_room(drop: str, expand: float | None) -> None:
+    logits = skewed()
+    routing = routing_of(logits)
+    capacity = math.ceil(1.1 * K * 40 / E)
+    out = Capacity(1.1, drop, "reroute", expand=expand)(routing, NOTHING_KNOWN)
+    load = counts_of(out.topk_ids)
+    assert max(load) <= capacity
+    candidates = E if expand is None else math.ceil(K * expand)
+    for t, row in enumerate(out.topk_ids.tolist()):
+        chosen = [e for e in row if e >= 0]
+        assert len(set(chosen)) == len(chosen)
+        allowed = best(logits[t], candidates)
+        assert set(chosen) <= set(allowed)
+        if len(chosen) < K:  # then each candidate is full, or has the token
+            assert all(load[e] == capacity or e in chosen for e in allowed)
+    dropped = (out.topk_ids < 0).sum()
+    assert out.num_dropped == dropped
+    plain = Capacity(1.1, drop)(routing, NOTHING_KNOWN)
+    assert dropped < (plain.topk_ids < 0).sum()
+    stays = plain.topk_ids >= 0
+    if drop != "random":
+        assert torch.equal(out.topk_ids[stays], plain.topk_ids[stays])  # who has a place keeps it
+    moved = (out.topk_ids != routing.topk_ids) & (out.topk_ids >= 0)
+    p = logits.softmax(-1)
+    wanted = p.gather(1, out.topk_ids.clamp(min=0).long())
+    torch.testing.assert_close(out.topk_weights[moved], wanted[moved])
+
+
+def test_capacity_aware_inference_rerouting_is_a_loop_in_order_of_scores() -> None:
+    """Rounds over the candidates; in each, tokens with lost choices offer one to their next candidate."""
+    logits = skewed()
+    routing = routing_of(logits)
+    p, capacity = logits.softmax(-1), math.ceil(K * 40 / E)
+    ids, room = limited(routing, capacity, "score")
+    weights = routing.topk_weights.tolist()
+    original = routing.topk_ids.tolist()
+    others = [[e for e in best(row, E) if e not in original[t]] for t, row in enumerate(logits)]
+    for place in range(E - K):
+        offers = [(t, ids[t].index(-1)) for t in range(40) if -1 in ids[t]]
+        for t, k in sorted(offers, key=lambda c: (-weights[c[0]][c[1]], c[0])):
+            e = others[t][place]
+            if room[e] > 0:
+                room[e] -= 1
+                ids[t][k] = e
+    out = Capacity(1.0, "score", "reroute")(routing, NOTHING_KNOWN)
+    assert out.topk_ids.tolist() == ids
+    assert (out.topk_weights[out.topk_ids >= 0] > 0).all()
+    assert p.shape == (40, E)
+
+
+@pytest.mark.parametrize("overflow", ["drop", "reroute"])
+def test_capacity_aware_inference_layer_is_a_loop(backend: str, overflow: str) -> None:
+    """Forward and gradients of the whole layer in evaluation, for the choice of the router."""
+    layer = layer_of(presets.capacity_aware(gamma=1.0, overflow=overflow), return_routing=True).eval()
+    x = torch.randn(30, H) + 1
+    ids = layer(x)[1].topk_ids.tolist()
+    assert max(counts_of(torch.tensor(ids))) <= math.ceil(K * 30 / E)
+
+    def loop(layer: Any, x: Tensor) -> Tensor:
+        p = (x @ layer.gate.weight.T).softmax(-1)
+        return mixture(layer.experts, x, ids, [[p[t, e] for e in choice] for t, choice in enumerate(ids)])
+
+    assert_agrees(layer, loop, x)
+
+
+def test_capacity_aware_inference_without_a_limit_is_top_k() -> None:
+    layer, x = layer_of(presets.capacity_aware(gamma=1.0), return_routing=True), torch.randn(30, H)
+    assert layer(x)[1].num_dropped == 0  # in training
+    routing = routing_of(skewed())
+    assert torch.equal(Capacity(math.inf)(routing, NOTHING_KNOWN).topk_ids, routing.topk_ids)
+    alone = layer.eval()(x[:1])[1]  # one token always has room
+    assert torch.equal(alone.topk_ids, switchgear.route(x[:1] @ layer.gate.weight.T, 2).topk_ids)
+
+
+def test_capacity_aware_inference_lowers_the_largest_load() -> None:
+    """The time of a layer in expert parallelism goes with max load / mean load."""
+    routing = routing_of(skewed(400))
+    before = max(counts_of(routing.topk_ids)) / (K * 400 / E)
+    after = max(counts_of(Capacity(1.25, "score")(routing, NOTHING_KNOWN).topk_ids)) / (K * 400 / E)
+    assert before > 2 > 1.26 > after
+
+
+def test_towards_moe_deployment_dropless_is_a_capacity_of_all_tokens() -> None:
+    routing = routing_of(skewed())
+    everyone = Capacity(E / K)(routing, NOTHING_KNOWN)  # C = T
+    assert torch.equal(Dropless()(routing, NOTHING_KNOWN).topk_ids, everyone.topk_ids)
+    assert everyone.num_dropped == 0
+    plan = switchgear.plan(routing.topk_ids, E)
+    assert len(plan.token_indices) == 40 * K  # rows of work: T·K, not E·C
+
+
+def test_openmoe_drops_towards_the_end_of_a_sequence() -> None:
+    """Later positions lose more in order of arrival, all alike at random."""
+    logits = torch.randn(64, 128, E) + torch.linspace(1, -1, E)
+    routing = routing_of(logits.flatten(0, 1))
+    context = Context(sequence_length=128, generator=torch.Generator().manual_seed(1))
+
+    def rates(drop: str) -> Tensor:
+        out = Capacity(1.0, drop, scope="sequence")(routing, context)
+        return (out.topk_ids < 0).float().view(64, 8, 16 * K).mean((0, 2))  # by eighths of a sequence
+
+    order, reverse, random = rates("order"), rates("reverse"), rates("random")
+    assert (order.diff() >= 0).all()
+    assert order[-1] > 0.3
+    assert order[0] == 0
+    assert reverse[0] > 0.3
+    assert reverse[-1] == 0
+    assert random.max() - random.min() < 0.05
+
+
+def test_openmoe_layer_has_both_losses(backend: str) -> None:
+    layer = layer_of(presets.openmoe(capacity_factor=8.0, balance=0.1, z=0.05))
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        logits = x @ layer.gate.weight.T
+        p = logits.softmax(-1)
+        ids = [best(row, 2) for row in p]
+        load = [sum(e in choice for choice in ids) / len(x) for e in range(E)]
+        z = sum(torch.log(sum(v.exp() for v in row)) ** 2 for row in logits) / len(x)
+        y = mixture(layer.experts, x, ids, [p[t, choice] for t, choice in enumerate(ids)])
+        return y, 0.1 * E * sum(load[e] * p[:, e].mean() for e in range(E)) + 0.05 * z
+
+    assert_agrees(layer, loop, torch.randn(20, H))
+
+
+# ---- buffer overflow, stolen prompts ---------------------------------------------------------------------------------
+
+
+def attacked(layer: Any, victim: Tensor, stranger: Tensor) -> Tensor:
+    """The victim's output [S,H], a stranger's sequence coming first in the batch."""
+    return layer(torch.stack((stranger, victim)))[1]
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_buffer_overflow_pushes_a_victim_out_of_a_shared_buffer(isa: str, scope: str) -> None:
+    """The stranger sends tokens like the victim's. With capacity in order of arrival over the batch they take its
+    places; within sequences, or without a capacity, nothing that the stranger does changes a bit."""
+    victim, harmless = torch.randn(10, H), torch.randn(10, H)
+    overflow = victim[-1:].expand(10, H).contiguous()
+    options = {"top_k": 1, "capacity": Capacity(1.0, scope=scope)}
+    layer = switchgear.MoE(H, I, E, **options).eval()
+    same = torch.equal(attacked(layer, victim, harmless), attacked(layer, victim, overflow))
+    assert same == (scope == "sequence")
+    safe = layer_of(presets.batch_independent(top_k=1)).eval()
+    safe.load_state_dict(layer.state_dict())
+    assert torch.equal(attacked(safe, victim, harmless), attacked(safe, victim, overflow))
+    plain = switchgear.MoE(H, I, E, top_k=1).eval()  # the default
+    plain.load_state_dict(layer.state_dict())
+    assert torch.equal(attacked(plain, victim, harmless), attacked(plain, victim, overflow))
+
+
+@pytest.mark.parametrize("drop", ["order", "choice", "score", "reverse"])
+@pytest.mark.parametrize("overflow", ["drop", "reroute"])
+def test_buffer_overflow_isolated_routers_are_independent_bit_for_bit(drop: str, overflow: str) -> None:
+    layer = switchgear.MoE(H, I, E, 2, capacity=Capacity(1.0, drop, overflow), isolation="sequence").eval()
+    victim = torch.randn(12, H)
+    wanted = attacked(layer, victim, torch.randn(12, H))
+    for stranger in (torch.randn(12, H), torch.zeros(12, H), victim[-1:].expand(12, H)):
+        assert torch.equal(attacked(layer, victim, stranger), wanted)
+
+
+def test_stealing_user_prompts_by_ties_needs_a_shared_batch(isa: str) -> None:
+    """Expert choice over the batch takes one of two equal tokens. The stranger guesses the victim's token: of a right
+    guess, who comes first in the batch has the place and the other has not, which the stranger sees in its own
+    output."""
+    select = ExpertChoice(tokens_per_expert=1)
+    layer = switchgear.MoE(H, I, 2, select=select, score=lambda x, context: torch.stack((x[:, 0], -x[:, 0]), 1)).eval()
+    prompt = torch.randn(4, H)
+    prompt[:, 0] = torch.tensor([0.1, -0.2, 2.0, 0.3])  # expert 0 wants the third token most
+    right, wrong = prompt[2:3], prompt[2:3].clone()
+    wrong[0, 0] = 1.5
+
+    def seen(layer: Any, guess: Tensor) -> bool:
+        """Whether the stranger's token, behind the victim's, got an output."""
+        batch = torch.cat((prompt, guess, torch.zeros(3, H)))
+        return bool(layer(batch.view(2, 4, H))[1, 0].any())
+
+    higher = right.clone()
+    higher[0, 0] = 2.5
+    assert [seen(layer, guess) for guess in (wrong, right, higher)] == [False, False, True]
+    first = torch.cat((right, torch.zeros(3, H), prompt)).view(2, 4, H)
+    assert layer(first)[0, 0].any()  # in front of the victim's, an equal token wins
+    assert not layer(first)[1, 2].any()  # and the victim's is dropped: so the guess was right
+
+    safe = layer_of(presets.isolated_expert_choice(), score=lambda x, context: x[:, :E]).eval()
+
+    def batch(guess: Tensor, prompt: Tensor) -> Tensor:
+        return safe(torch.cat((guess, torch.zeros(3, H), prompt)).view(2, 4, H))
+
+    for guess in (wrong, higher):
+        assert torch.equal(batch(guess, prompt)[1], batch(right, prompt)[1])  # whatever the guess is
+    assert torch.equal(batch(right, prompt)[0], batch(right, torch.zeros(4, H))[0])  # and whatever the victim says
+
+
+def test_stealing_user_prompts_ties_follow_the_order_within_a_sequence() -> None:
+    select, logits = ExpertChoice(1.0, scope="sequence", ties="index"), torch.zeros(12, 3)
+    routing = select(logits, Context(sequence_length=6))
+    kept = (routing.topk_ids >= 0).any(1).view(2, 6)
+    assert kept.tolist() == [[True, True, False, False, False, False]] * 2
+    swapped = select(logits, Context(sequence_ids=torch.tensor([1] * 6 + [0] * 6)))
+    assert torch.equal(swapped.topk_ids, routing.topk_ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("factor", {"factor": 0.0}),
+        ("factor", {"factor": math.nan}),
+        ("evaluation_factor", {"evaluation_factor": -1.0}),
+        ("drop", {"drop": "last"}),
+        ("overflow", {"overflow": "queue"}),
+        ("scope", {"scope": "token"}),
+        ("expand", {"expand": 0.5}),
+    ],
+)
+def test_bad_options_of_capacities_are_named(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=name):
+        Capacity(**options)
