@@ -39,12 +39,12 @@ def hmoe(*, widths: str = "arithmetic", top_k: int = 2, penalty: float = 1e-2, e
     Example: MoE(64, 32, 8, **presets.hmoe())(x)
 
     widths: "arithmetic" 9, 11 … 23, "geometric" 1, 2 … 128, or "hybrid" 1, 1, 1, 1, 2, 2, 4, 4; intermediate_size is
-    their mean. The coefficient of the entropy loss is unverified. With select=TopP(0.6) instead it is the paper's other
-    variant.
+    their mean. penalty: the coefficient for widths whose mean is 1. The coefficient of the entropy loss is unverified.
+    With select=TopP(0.6) instead it is the paper's other variant.
     """
     check_choice("widths", widths, tuple(WIDTHS))
     ratios = WIDTHS[widths]
-    losses = [partial(ParamPenalty, [8 * width / sum(ratios) for width in ratios], penalty), EntropyLoss(entropy)]
+    losses = [partial(ParamPenalty, ratios, penalty * 8 / sum(ratios)), EntropyLoss(entropy)]
     return {"select": TopK(top_k), "balance": losses, "widths": ratios}
 
 

@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Papers about balance, as whole layers: against float64 loops, and by what each promises. The losses alone, as
+formulas: test_balance.py."""
+
+from __future__ import annotations
+
+import copy
+import math
+import socket
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, multiprocessing, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+
+import switchgear
+from loops import assert_agrees, best, expert, mixture, switch_loss
+from switchgear import presets
+from switchgear.functional import Routing
+from switchgear.layers import HeterogeneousExperts
+from switchgear.routing import (
+    ClusterDropout,
+    Dense,
+    GradientConflict,
+    LossFreeBias,
+    Masked,
+    NullAwareSwitchLoss,
+    RunningCap,
+    SwitchLoss,
+    TopK,
+    max_violation,
+)
+from switchgear.routing.balance import count_tokens
+from switchgear.routing.context import NOTHING_KNOWN, Context
+
+H, I, E = 16, 12, 8  # noqa: E741
+
+
+def layer_of(options: dict[str, Any], **changes: Any) -> Any:
+    return presets.build(H, I, E, **{**options, **changes})
+
+
+def chosen(p: Tensor, count: int) -> tuple[list[list[int]], list[Tensor]]:
+    ids = [best(row, count) for row in p]
+    return ids, [p[t, choice] for t, choice in enumerate(ids)]
+
+
+def feed_forward(module: Any, x: Tensor) -> Tensor:
+    hidden = F.silu(x @ module.gate_proj.weight.T) * (x @ module.up_proj.weight.T)
+    return hidden @ module.down_proj.weight.T
+
+
+# ---- loss-free balancing ---------------------------------------------------------------------------------------------
+
+
+def test_loss_free_balancing_chooses_by_the_bias_alone(backend: str) -> None:
+    layer = layer_of(presets.loss_free(top_k=3))
+    with torch.no_grad():
+        layer.gate.e_score_correction_bias.copy_(torch.randn(E))
+
+    def loop(layer: Any, x: Tensor) -> Tensor:
+        s = (x @ layer.gate.weight.T).sigmoid()
+        ids = [best(row, 3) for row in s + layer.gate.e_score_correction_bias]
+        return mixture(layer.experts, x, ids, [s[t, choice] for t, choice in enumerate(ids)])
+
+    assert_agrees(layer, loop, torch.randn(20, H))
+    assert layer.losses == {}
+
+
+def test_loss_free_balancing_leaves_gradients_alone() -> None:
+    """For the same choice the gradient of the logits is the same, with and without a bias."""
+    logits = torch.randn(20, E, requires_grad=True)
+    bias = torch.full((E,), 0.7)  # moves all experts alike
+    plain, biased = (TopK(3, "sigmoid")(logits, NOTHING_KNOWN, b) for b in (None, bias))
+    assert torch.equal(plain.topk_ids, biased.topk_ids)
+    grads = [torch.autograd.grad(r.topk_weights.square().sum(), logits)[0] for r in (plain, biased)]
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("rule", ["sign", "proportional"])
+def test_loss_free_balancing_evens_a_skewed_router(rule: str) -> None:
+    layer = layer_of(presets.loss_free(top_k=2, rate=0.003 if rule == "sign" else 0.01, rule=rule), return_routing=True)
+    x = torch.randn(512, H) + 1
+    counts = count_tokens(layer(x)[1].topk_ids, E)
+    layer.gate.tokens_per_expert.zero_()
+    assert max_violation(counts) > 0.5
+    for _ in range(300):
+        routing = layer(x)[1]
+        switchgear.after_step(layer)
+    assert max_violation(count_tokens(routing.topk_ids, E)) < 0.1
+    again = layer_of(presets.loss_free(top_k=2), return_routing=True)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x)[1].topk_ids, layer(x)[1].topk_ids)
+
+
+def test_loss_free_balancing_moves_by_the_rate() -> None:
+    router = switchgear.Router(H, 4, 1, balance=[LossFreeBias(0.25)])
+    router.tokens_per_expert.copy_(torch.tensor([10, 2, 4, 0]))
+    router.after_step()
+    assert router.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.25]
+    assert not router.tokens_per_expert.any()
+    with pytest.raises(ValueError, match="rule"):
+        LossFreeBias(rule="cubic")
+
+
+def _bias_of(rank: int, port: int, x: Tensor, state: dict[str, Tensor], queue: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    router = switchgear.Router(H, E, 2, balance=[LossFreeBias(0.1, "proportional")])
+    router.load_state_dict(state)
+    router(x[rank], Context(group=dist.group.WORLD))
+    router.after_step()
+    queue.put((rank, router.e_score_correction_bias.tolist()))
+    dist.destroy_process_group()
+
+
+def test_loss_free_balancing_counts_over_processes() -> None:
+    whole = switchgear.Router(H, E, 2, balance=[LossFreeBias(0.1, "proportional")])
+    state, x = copy.deepcopy(whole.state_dict()), torch.randn(2, 30, H)
+    whole(x.flatten(0, 1))
+    whole.after_step()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=_bias_of, args=(rank, port, x, state, queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = dict(queue.get() for _ in processes)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    for rank in range(2):
+        torch.testing.assert_close(torch.tensor(found[rank]), whole.e_score_correction_bias)
+
+
+# ---- global balance --------------------------------------------------------------------------------------------------
+
+
+def test_demons_in_the_detail_counts_over_the_micro_batches_of_a_step(backend: str) -> None:
+    layer = layer_of(presets.global_balance(balance=0.1))
+    first, second = torch.randn(20, H), torch.randn(12, H)
+    layer(first)
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        def p_of(x: Tensor) -> Tensor:
+            return (x @ layer.gate.weight.T).softmax(-1)
+
+        p = p_of(x)
+        ids, weights = chosen(p, 2)
+        seen = ids + chosen(p_of(first.double()), 2)[0]
+        loss = sum(sum(e in choice for choice in seen) / 32 * p[:, e].mean() for e in range(E))
+        return mixture(layer.experts, x, ids, weights), 0.1 * E * loss
+
+    before = layer.gate.balance[0]._counts.clone()
+    layer.gate.balance[0].register_forward_pre_hook(partial(_restore, before))  # each forward is the second one
+    assert_agrees(layer, loop, second)
+    switchgear.after_step(layer)
+    assert layer.gate.balance[0]._counts is None  # a new step begins without the counts of the old one
+
+
+def _restore(counts: Tensor, module: Any, args: Any) -> None:
+    module._counts = counts.clone()
+
+
+# ---- clusters of experts ---------------------------------------------------------------------------------------------
+
+
+def test_moec_is_a_loop_over_what_its_clusters_leave_open(backend: str) -> None:
+    options = presets.moec(num_clusters=4, clusters=0.1, dropout=0.5, balance=0.1)
+    layer = layer_of(options, capacity=None)
+    closed = layer.gate.select.mask.closed.clone()
+    assert closed.view(4, 2).sum(1).tolist() == [1] * 4
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        score = layer.gate.score
+        rows = []
+        for row in x:
+            low = score.projection @ row
+            rows.append(torch.stack([low @ e / (low.norm() * e.norm()) for e in score.embeddings]))
+        p = (torch.stack(rows) / score.log_tau.exp()).masked_fill(closed, -math.inf).softmax(-1)
+        ids, weights = chosen(p, 1)
+        share = 0
+        for row in p:
+            within = sum((row[e] - row[e - e % 2 : e - e % 2 + 2].mean()) ** 2 for e in range(E))
+            between = sum((row[e - e % 2 : e - e % 2 + 2].mean() - 1 / E) ** 2 for e in range(E))
+            share = share + within / (within + between) / len(x)
+        return mixture(layer.experts, x, ids, weights), 0.1 * switch_loss(p, ids) + 0.1 * share
+
+    assert_agrees(layer, loop, torch.randn(20, H))
+
+
+def test_moec_closes_the_same_experts_for_an_interval() -> None:
+    layer = presets.build(H, I, 24, **presets.moec(num_clusters=3, dropout=0.25, interval=4), return_routing=True)
+    mask, seen = layer.gate.select.mask, []
+    for _ in range(12):
+        ids = layer(torch.randn(200, H))[1].topk_ids
+        closed = mask.closed.nonzero().flatten()
+        assert not torch.isin(ids, closed).any()
+        assert mask.closed.view(3, 8).sum(1).tolist() == [2, 2, 2]  # round(0.75 · 8) stay
+        seen.append(tuple(closed.tolist()))
+        switchgear.after_step(layer)
+    assert [seen[k] == seen[k + 1] for k in range(11)] == [(k + 1) % 4 != 0 for k in range(11)]
+    again = presets.build(H, I, 24, **presets.moec(num_clusters=3))
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.gate.select.mask.closed, mask.closed)
+    ids = layer.eval()(torch.randn(2000, H))[1].topk_ids
+    assert torch.isin(mask.closed.nonzero().flatten(), ids).any()  # all are open in evaluation
+    for name, wrong in {"rate": {"rate": 1.0}, "interval": {"interval": 0}, "groups": {"num_experts": None}}.items():
+        with pytest.raises(ValueError, match=name):
+            ClusterDropout(**{"groups": 3, "num_experts": 24, **wrong})
+
+
+# ---- token gradient conflict -----------------------------------------------------------------------------------------
+
+
+def test_gradient_conflict_is_a_loop_over_token_gradients(backend: str) -> None:
+    layer, x = layer_of(presets.gradient_conflict()), torch.randn(20, H)
+    target = torch.randn(20, H)
+    y, routing = layer(x)
+    loss = (y - target).square().sum()
+    found = GradientConflict(0.1)(loss, y, routing)
+    grad_y = 2 * (y - target).detach().double()
+    p = (x.double() @ layer.gate.weight.detach().double().T).softmax(-1)
+    terms = []
+    for e in range(E):
+        mine = [(t, k) for t in range(20) for k in range(2) if routing.topk_ids[t, k] == e]
+        if mine:
+            mean = torch.stack([p[t, e] * grad_y[t] for t, _ in mine]).mean(0)
+        for t, k in mine:
+            cosine = torch.cosine_similarity(grad_y[t], mean, dim=0)
+            assert bool(found.conflicts[t, k]) == bool(cosine < 0.1)
+            if cosine < 0.1:
+                z = x[t].double() @ layer.gate.weight.double().T
+                terms.append(-(-z).log_softmax(-1)[e])
+    wanted = torch.stack(terms).mean()
+    torch.testing.assert_close(found.loss.double(), wanted, rtol=1e-5, atol=0)
+    (grad,) = torch.autograd.grad(found.loss, layer.gate.weight, retain_graph=True)
+    (grad64,) = torch.autograd.grad(wanted, layer.gate.weight)
+    torch.testing.assert_close(grad, grad64, rtol=1e-4, atol=1e-6)
+
+
+# ---- DeepSeekMoE -----------------------------------------------------------------------------------------------------
+
+
+def test_deepseek_moe_is_a_loop_with_shared_experts(backend: str) -> None:
+    layer = layer_of(presets.deepseek_moe(top_k=3, balance=0.1, num_devices=4, device_balance=0.2))
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        p = (x @ layer.gate.weight.T).softmax(-1)
+        ids, weights = chosen(p, 3)
+        f = [E / (3 * len(x)) * sum(e in choice for choice in ids) for e in range(E)]
+        experts = sum(f[e] * p[:, e].mean() for e in range(E))
+        devices = sum((f[e] + f[e + 1]) / 2 * (p[:, e].mean() + p[:, e + 1].mean()) for e in range(0, E, 2))
+        shared = feed_forward(layer.shared_experts, x)
+        return mixture(layer.experts, x, ids, weights) + shared, 0.1 * experts + 0.2 * devices
+
+    assert_agrees(layer, loop, torch.randn(20, H))
+    assert layer.shared_experts.up_proj.weight.shape == (2 * I, H)
+
+
+def test_deepseek_moe_without_routed_weight_is_its_shared_experts() -> None:
+    layer, x = layer_of(presets.deepseek_moe(top_k=3)).eval(), torch.randn(9, H)
+    layer.gate.select = lambda z, context, bias=None: TopK(3, scale=0.0)(z, context, bias)
+    assert torch.equal(layer(x), layer.shared_experts(x))
+
+
+def test_deepseek_moe_slices_of_a_network_are_the_network() -> None:
+    """m experts of an m-th of the width, all chosen with weight 1."""
+    whole, slices = switchgear.layers.SharedExperts(H, 24), switchgear.Experts(H, 6, 4)
+    with torch.no_grad():
+        gate, up = (p.weight.view(4, 6, H) for p in (whole.gate_proj, whole.up_proj))
+        slices.gate_up_proj.copy_(torch.cat((gate, up), 1))
+        slices.down_proj.copy_(whole.down_proj.weight.view(H, 4, 6).transpose(0, 1))
+    x, ids = torch.randn(5, H), torch.arange(4, dtype=torch.int32).expand(5, 4)
+    torch.testing.assert_close(slices(x, ids, torch.ones(5, 4)), whole(x))
+
+
+# ---- null experts ----------------------------------------------------------------------------------------------------
+
+
+def test_adamoe_is_a_loop_with_null_experts(backend: str) -> None:
+    layer = layer_of(presets.adamoe(top_k=4, null_experts=6, balance=0.1))
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        p = (x @ layer.gate.weight.T).softmax(-1)
+        ids, weights = chosen(p, 4)
+        true = [[e if e < E else -1 for e in choice] for choice in ids]
+        sums = [
+            sum(w for w, e in zip(ws, choice, strict=True) if e >= 0) for ws, choice in zip(weights, true, strict=True)
+        ]
+        scaled = [ws / s if torch.is_tensor(s) else ws for ws, s in zip(weights, sums, strict=True)]
+        load = [sum(e in choice for choice in ids) / len(x) for e in range(E + 6)]
+        load[E:] = [sum(load[E:]) / 6] * 6
+        loss = (E + 6) * sum(load[e] * p[:, e].mean() for e in range(E + 6))
+        return mixture(layer.experts.experts, x, true, scaled), 0.1 * loss
+
+    assert_agrees(layer, loop, torch.randn(30, H))
+
+
+def test_adamoe_tokens_of_null_experts_alone_are_zeros_and_plans_hold_true_pairs() -> None:
+    layer = layer_of(presets.adamoe(top_k=2, null_experts=6), return_routing=True)
+    x = torch.randn(200, H)
+    y, routing = layer(x)
+    true = routing.topk_ids < E
+    none = ~true.any(1)
+    assert none.any()
+    assert not y[none].any()
+    plan = switchgear.plan(routing.topk_ids.masked_fill(~true, -1), E)
+    assert plan.expert_offsets[-1] == true.sum()
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+    assert NullAwareSwitchLoss(num_null=6).coefficient == 1e-4
+
+
+# ---- heterogeneous experts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("widths", "mean"), [("arithmetic", 32), ("geometric", 255), ("hybrid", 8)])
+def test_hmoe_is_a_loop_of_widths_with_a_penalty(widths: str, mean: int) -> None:
+    layer = presets.build(H, mean, 8, **presets.hmoe(widths=widths, penalty=0.1, entropy=0.1))
+    sizes = list(layer.experts.intermediate_sizes)
+    assert isinstance(layer.experts, HeterogeneousExperts)
+    assert sum(sizes) == 8 * mean
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        p = (x @ layer.gate.weight.T).softmax(-1)
+        ids, weights = chosen(p, 2)
+        rows = []
+        for row, choice, weight in zip(x, ids, weights, strict=True):
+            y = torch.zeros_like(row)
+            for e, w in zip(choice, weight, strict=True):
+                gate_up, down = layer.experts.weights_of(e)
+                gate, up = (gate_up @ row).chunk(2)
+                y = y + w * (down @ (F.silu(gate) * up))
+            rows.append(y)
+        load = [sum(e in choice for choice in ids) / len(x) * sizes[e] / mean for e in range(8)]
+        entropy = -sum(q * q.log() for row in p for q in row) / len(x)
+        return torch.stack(rows), 0.1 * 8 * sum(load[e] * p[:, e].mean() for e in range(8)) + 0.1 * entropy
+
+    assert_agrees(layer, loop, torch.randn(12, H), length=2 * max(sizes) + 64)
+
+
+# ---- a deep mixture --------------------------------------------------------------------------------------------------
+
+
+def test_deep_mixture_is_two_dense_layers(backend: str) -> None:
+    layer = presets.build(H, I, 3, **presets.deep_mixture())
+
+    def loop(layer: Any, x: Tensor) -> Tensor:
+        for moe in layer:
+            p = (x @ moe.gate.weight.T).softmax(-1)
+            x = sum(p[:, e : e + 1] * expert(moe.experts, e, x) for e in range(3))
+        return x
+
+    assert_agrees(layer, loop, torch.randn(15, H))
+
+
+class Only(nn.Module):
+    """Sends every token to one expert."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, router_logits: Tensor, context: Context, bias: Tensor | None = None) -> Routing:
+        ids = torch.full((len(router_logits), 1), self.number, dtype=torch.int32)
+        return Routing(ids, torch.ones(len(ids), 1), router_logits, router_logits.shape[1])
+
+
+def test_deep_mixture_uses_pairs_of_experts() -> None:
+    """E1 · E2 combinations: each pair of chosen experts is another function."""
+    layer = presets.build(H, I, 3, **presets.deep_mixture()).eval()
+    x, outputs = torch.randn(1, H), []
+    for i in range(3):
+        for j in range(3):
+            layer[0].gate.select, layer[1].gate.select = Only(i), Only(j)
+            outputs.append(layer(x))
+    assert len({tuple(y.flatten().tolist()) for y in outputs}) == 9
+
+
+def test_deep_mixture_closes_experts_that_are_ahead() -> None:
+    select = RunningCap(Dense(), margin=5.0, num_experts=4)
+    select.totals.copy_(torch.tensor([20.0, 2.0, 1.0, 1.0]))  # mean 6: the first is ahead by 14
+    logits = torch.randn(10, 4)
+    routing = select(logits, Context(training=True))
+    assert not routing.topk_weights[:, 0].any()
+    torch.testing.assert_close(routing.topk_weights.sum(1), torch.ones(10))
+    torch.testing.assert_close(select.totals, torch.tensor([20.0, 2, 1, 1]) + routing.topk_weights.sum(0))
+    torch.testing.assert_close(select(logits, NOTHING_KNOWN).topk_weights, logits.softmax(-1))
+    for _ in range(200):  # everyone has had its turn: no total is ahead by more than the margin and one call
+        select(logits, Context(training=True))
+    assert select.totals.max() - select.totals.mean() < 5 + 10 + 14
+    with pytest.raises(ValueError, match="margin"):
+        RunningCap(Dense(), -1.0, 4)
+
+
+# ---- compositions from their presets ---------------------------------------------------------------------------------
+
+
+def test_compositions_of_presets_are_their_loops(backend: str) -> None:
+    """The layers themselves, one by one: test_papers_layers.py."""
+
+    def mixed(moe: Any, x: Tensor) -> Any:
+        rows = x.reshape(-1, x.shape[-1])
+        p = (rows @ moe.gate.weight.T).softmax(-1)
+        ids, weights = chosen(p, 2)
+        y = mixture(moe.experts, rows, ids, weights)
+        if moe.shared_experts is not None:
+            y = y + feed_forward(moe.shared_experts, rows)
+        return y.view(x.shape), 0.1 * switch_loss(p, ids)
+
+    def cartesian(layer: Any, x: Tensor) -> Any:
+        first, loss = mixed(layer.first, x)
+        second, more = mixed(layer.second, F.layer_norm(x + first, (H,), layer.norm.weight, layer.norm.bias))
+        return second, loss + more
+
+    def multi_head(layer: Any, x: Tensor) -> Any:
+        pieces = (x @ layer.head_proj.weight.T).view(-1, 4)
+        y, loss = mixed(layer.moe, pieces)
+        return y.view(x.shape) @ layer.merge_proj.weight.T, loss
+
+    assert_agrees(layer_of(presets.cartesian(balance=0.1)), cartesian, torch.randn(9, H))
+    assert_agrees(layer_of(presets.multi_head(heads=4, balance=0.1)), multi_head, torch.randn(9, H))
+
+
+def test_a_balance_of_a_function_and_of_objects_adds_up() -> None:
+    def constant(routing: Any, context: Any) -> Tensor:
+        return torch.tensor(2.0)
+
+    moe = switchgear.MoE(H, I, E, 2, balance=[constant, constant, partial(SwitchLoss, 0.5)])
+    moe(torch.randn(5, H))
+    assert set(moe.losses) == {"constant", "switch"}
+    assert moe.losses["constant"] == 4
+    torch.testing.assert_close(switchgear.balance_loss(nn.Sequential(moe, moe)), 4 + moe.losses["switch"])
+    moe.eval()(torch.randn(5, H))
+    assert moe.losses == {}
+
+
+def test_masks_given_as_partials_know_the_number_of_experts() -> None:
+    moe = switchgear.MoE(H, I, E, select=partial(Masked, TopK(2), partial(ClusterDropout, 2, 0.5)))
+    assert moe.gate.select.mask.closed.view(2, 4).sum(1).tolist() == [2, 2]
