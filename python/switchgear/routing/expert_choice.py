@@ -82,14 +82,14 @@ class ExpertChoice:
         by_score = self.weights == "score"
         scores = scores_of(router_logits, "softmax") if by_score else finite(router_logits)
         values = scores.detach() if bias is None else scores.detach() + finite(bias)
-        rows = token_rows(context, num_tokens, is_per_sequence(self.scope, context), router_logits.device)
-        num_rows, length = rows.shape
-        padded = context.sequence_ids is not None and num_rows * length != num_tokens
-        sizes = (rows >= 0).sum(1) if padded else None
         if num_tokens == 0:
             return Routing(
                 router_logits.new_zeros(0, 1, dtype=torch.int32), scores[:, :1], router_logits, num_experts, scores
             )
+        rows = token_rows(context, num_tokens, is_per_sequence(self.scope, context), router_logits.device)
+        num_rows, length = rows.shape
+        padded = context.sequence_ids is not None and num_rows * length != num_tokens
+        sizes = (rows >= 0).sum(1) if padded else None
         by_expert = self._by_expert(values, rows, sizes)
         count = self._count(length, num_experts)
         column = self._best(by_expert, count, context).view(num_rows, num_experts, count)

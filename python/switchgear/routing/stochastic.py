@@ -136,7 +136,7 @@ class SparseMixer:
         if not 1 <= self.top_k <= router_logits.shape[1]:
             raise ValueError(f"top_k: expected 1 to {router_logits.shape[1]} (num_experts), got {self.top_k}")
         logits = finite(router_logits)
-        fixed = logits.detach()
+        fixed = logits.detach().clamp(min=torch.finfo(logits.dtype).min / 2)  # above what stands for "taken"
         device = logits.device
         taken = torch.zeros_like(fixed, dtype=torch.bool)
         ids, weights = [], []

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What all selections, capacities and losses keep to, whatever the logits, the shape and the device."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import switchgear
+from switchgear import routing
+from switchgear.functional import Routing
+from switchgear.routing import (
+    BalancedAssignment,
+    Broadcast,
+    Capacity,
+    ClusterDropout,
+    Context,
+    Dense,
+    ExpertChoice,
+    ExpertDropout,
+    Grouped,
+    GumbelSoftmax,
+    Lookup,
+    Masked,
+    NoisyTopK,
+    Random,
+    RankK,
+    Router,
+    RunningCap,
+    SampledTopK,
+    SkipBelow,
+    SparseMixer,
+    Threshold,
+    TokenIdMask,
+    TopK,
+    TopP,
+)
+
+T, E = 24, 8
+
+SELECTIONS: dict[str, Any] = {
+    "top_k": TopK(3),
+    "sigmoid": TopK(3, "sigmoid", normalize=True, scale=2.5),
+    "sqrt_softplus": TopK(3, "sqrt_softplus"),
+    "groups": TopK(3, num_groups=4, topk_groups=2),
+    "sum_of_groups": Grouped(2, 4),
+    "rank": RankK((2, 0)),
+    "dense": Dense(),
+    "top_p": TopP(0.6),
+    "threshold": Threshold(0.15),
+    "skip": SkipBelow(TopK(3), 0.5),
+    "broadcast": Broadcast(TopK(2), 0.0, 0.2),
+    "expert_choice": ExpertChoice(2.0),
+    "expert_choice_cap": ExpertChoice(2.0, max_experts_per_token=2),
+    "expert_choice_tokens": ExpertChoice(tokens_per_expert=3, weights="softmax_over_tokens", scope="sequence"),
+    "assignment": BalancedAssignment(),
+    "assignment_of_sequences": BalancedAssignment(scope="sequence"),
+    "sampled": SampledTopK(3, 0.5),
+    "noisy": NoisyTopK(2),
+    "sparse_mixer": SparseMixer(2, 0.3),
+    "gumbel": GumbelSoftmax(),
+    "gumbel_hard": GumbelSoftmax(hard=True),
+    "random": Random(2),
+    "lookup": Lookup(torch.tensor([[0, 3], [7, -1], [2, 5]])),
+    "masked": Masked(TopK(2), TokenIdMask(torch.eye(3, E) + torch.eye(3, E).roll(1, 1))),
+    "dropout": Masked(TopK(2), ExpertDropout(0.4)),
+    "cluster_dropout": Masked(TopK(2), ClusterDropout(2, num_experts=E)),
+    "running_cap": RunningCap(TopK(2), 3.0, E),
+}
+selections = pytest.mark.parametrize("name", SELECTIONS)
+CAPACITIES = {
+    "order": Capacity(0.75),
+    "choice": Capacity(0.75, "choice"),
+    "reverse": Capacity(0.75, "reverse", scope="sequence"),
+    "random": Capacity(0.75, "random"),
+    "score": Capacity(0.75, "score"),
+    "reroute": Capacity(0.75, "score", "reroute"),
+    "reroute_in_sequences": Capacity(0.75, "order", "reroute", scope="sequence"),
+}
+
+LOGITS = {
+    "normal": lambda: torch.randn(T, E),
+    "ties": lambda: torch.zeros(T, E),
+    "nan": lambda: torch.full((T, E), torch.nan),
+    "inf": lambda: torch.full((T, E), torch.inf),
+    "minus_inf": lambda: torch.full((T, E), -torch.inf),
+    "anything": lambda: torch.tensor([0.0, -0.0, 1.0, 1e38, -1e38, torch.nan, torch.inf, -torch.inf])[
+        torch.randint(8, (T, E))
+    ],
+    "half": lambda: torch.randn(T, E).half(),
+    "bfloat16": lambda: torch.randn(T, E).bfloat16(),
+    "double": lambda: torch.randn(T, E).double(),
+}
+
+
+def context_of(num_tokens: int = T, training: bool = True, seed: int = 0) -> Context:
+    return Context(
+        token_ids=torch.arange(num_tokens) % 3,
+        sequence_length=max(num_tokens // 2, 1),
+        generator=torch.Generator().manual_seed(seed),
+        training=training,
+    )
+
+
+def check(routing: Routing, num_tokens: int, wide: bool = False) -> None:
+    ids, weights = routing.topk_ids, routing.topk_weights
+    assert ids.dtype is torch.int32
+    assert weights.dtype is (torch.float64 if wide else torch.float32)
+    assert ids.shape == weights.shape
+    assert ids.shape[0] == num_tokens
+    assert ((ids >= -1) & (ids < E)).all()
+    for row in ids.tolist():
+        chosen = [e for e in row if e >= 0]
+        assert len(set(chosen)) == len(chosen)
+    assert weights.isfinite().all()
+    assert not weights[ids < 0].any()
+    assert routing.num_experts == E
+    switchgear.plan(ids, E)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("values", LOGITS)
+@selections
+def test_selections_are_total(name: str, values: str, training: bool) -> None:
+    logits = LOGITS[values]().requires_grad_()
+    select = copy.deepcopy(SELECTIONS[name])
+    result = select(logits, context_of(training=training))
+    check(result, T, wide=values == "double" and name not in ("random", "lookup"))
+    if result.topk_weights.requires_grad:
+        (grad,) = torch.autograd.grad(result.topk_weights.sum(), logits, allow_unused=True, materialize_grads=True)
+        assert grad.isfinite().all()
+        assert grad.dtype is logits.dtype
+
+
+@pytest.mark.parametrize("limit", CAPACITIES)
+@selections
+def test_every_capacity_goes_with_every_selection(name: str, limit: str) -> None:
+    """An expert has at most its share, choices are dropped or move, and what is lost is counted."""
+    router = Router(
+        16, E, select=copy.deepcopy(SELECTIONS[name]), capacity=CAPACITIES[limit], balance=[routing.SwitchLoss()]
+    )
+    context = context_of()
+    result = router(torch.randn(T, 16), context)
+    check(result, T)
+    sequences = 2 if CAPACITIES[limit].scope == "sequence" else 1
+    for ids in result.topk_ids.view(sequences, -1):
+        most = int(torch.bincount(ids[ids >= 0].long(), minlength=E).max())
+        width = result.topk_ids.shape[1]
+        assert most <= -(-(0.75 * width * T / sequences) // E)
+    assert result.num_dropped >= 0
+    assert result.losses["switch"].isfinite()
+
+
+@selections
+def test_no_tokens_and_leading_dimensions(name: str) -> None:
+    select = copy.deepcopy(SELECTIONS[name])
+    check(select(torch.zeros(0, E), context_of(0)), 0)
+    flat, nested = (
+        copy.deepcopy(select)(logits, context_of())
+        for logits in (torch.arange(T * E).sin().view(T, E), torch.arange(T * E).sin().view(2, T // 2, E))
+    )
+    assert torch.equal(flat.topk_ids, nested.topk_ids)
+    for limit in CAPACITIES.values():
+        empty = TopK(2)(torch.zeros(0, E))._replace(scores=torch.zeros(0, E))
+        assert limit(empty, context_of(0)).num_dropped == 0
+
+
+@selections
+def test_one_expert(name: str) -> None:
+    made: dict[str, Any] = {
+        "top_k": TopK(1), "sigmoid": TopK(1, "sigmoid"), "sqrt_softplus": TopK(1, "sqrt_softplus"), "groups": TopK(1),
+        "sum_of_groups": Grouped(1, 1), "rank": RankK((0,)), "sampled": SampledTopK(1), "noisy": NoisyTopK(1),
+        "skip": SkipBelow(TopK(1), 0.5), "broadcast": Broadcast(TopK(1), 0.0), "sparse_mixer": SparseMixer(1),
+        "random": Random(1), "lookup": Lookup(torch.zeros(3, dtype=torch.int64)),
+        "masked": Masked(TopK(1), TokenIdMask(torch.ones(3, 1))), "dropout": Masked(TopK(1), ExpertDropout(0.4)),
+        "cluster_dropout": Masked(TopK(1), ClusterDropout(1, num_experts=1)),
+        "running_cap": RunningCap(TopK(1), 3.0, 1),
+    }  # fmt: skip
+    moe = switchgear.MoE(16, 12, 1, select=made.get(name, SELECTIONS[name]))
+    y = moe(torch.randn(6, 16), token_ids=torch.arange(6) % 3, sequence_length=3)
+    assert y.isfinite().all()
+    y.sum().backward()
+
+
+@selections
+def test_a_generator_decides_all_draws(name: str) -> None:
+    logits = torch.randn(T, E)
+    results = []
+    for seed in (1, 1):
+        torch.manual_seed(99 + len(results))
+        results.append(copy.deepcopy(SELECTIONS[name])(logits, context_of(seed=seed)))
+    assert torch.equal(results[0].topk_ids, results[1].topk_ids)
+    assert torch.equal(results[0].topk_weights, results[1].topk_weights)
+
+
+@selections
+def test_selections_and_capacities_are_copied_and_pickled(name: str) -> None:
+    logits, select = torch.randn(T, E), SELECTIONS[name]
+    wanted = copy.deepcopy(select)(logits, context_of())
+    again = pickle.loads(pickle.dumps(select))(logits, context_of())
+    assert torch.equal(again.topk_ids, wanted.topk_ids)
+    assert repr(select)
+    for limit in CAPACITIES.values():
+        assert pickle.loads(pickle.dumps(limit)) == limit
+
+
+@selections
+def test_a_bias_changes_the_choice_and_gets_no_gradient(name: str) -> None:
+    """+100 for expert 5 puts it into every choice that scores make; weights are those of the scores."""
+    if name in ("dense", "gumbel", "gumbel_hard", "random", "lookup", "masked", "dropout", "cluster_dropout",
+                "sparse_mixer", "running_cap", "assignment", "assignment_of_sequences", "expert_choice",
+                "expert_choice_cap", "expert_choice_tokens", "sampled", "broadcast", "skip"):  # fmt: skip
+        return  # choices by other things than scores alone
+    logits, bias = torch.randn(T, E, requires_grad=True), torch.zeros(E).index_fill(0, torch.tensor([5]), 100.0)
+    context = context_of(training=False)
+    with_bias = SELECTIONS[name](logits, context, bias.requires_grad_())
+    assert (with_bias.topk_ids == 5).any(1).all()
+    weight = with_bias.topk_weights[with_bias.topk_ids == 5]
+    assert not weight.grad_fn or torch.autograd.grad(weight.sum(), bias, allow_unused=True)[0] is None
+
+
+@pytest.mark.parametrize("isolation", ["batch", "sequence"])
+def test_isolation_reaches_every_part(isolation: str) -> None:
+    """With it, no part of a policy sees another sequence; without it, at least one does."""
+    parts: dict[str, dict[str, Any]] = {
+        "capacity": {"top_k": 2, "capacity": Capacity(0.5)},
+        "reroute": {"top_k": 2, "capacity": Capacity(1.0, "score", "reroute")},
+        "expert_choice": {"select": ExpertChoice(1.0)},
+        "assignment": {"select": BalancedAssignment(balanced_in_evaluation=True)},
+    }
+    for options in parts.values():
+        router = Router(16, E, isolation=isolation, **options).eval()
+        victim, same = torch.randn(12, 16), []
+        for stranger in (torch.zeros(12, 16), victim.roll(1, 0), torch.randn(12, 16)):
+            result = router(torch.stack((stranger, victim)))
+            ids = result.topk_ids.view(2, 12, -1)[1].sort(1, descending=True).values[:, :2].tolist()
+            weights = result.topk_weights.view(2, 12, -1)[1].sum(1).tolist()
+            same.append((ids, weights))
+        assert (same[0] == same[1] == same[2]) == (isolation == "sequence")
+
+
+def test_sequences_by_ids_of_any_value_are_those_by_length() -> None:
+    logits = torch.randn(T, E)
+    result = TopK(2)(logits)._replace(scores=logits.softmax(-1))
+    contexts = [
+        Context(sequence_length=12),
+        Context(sequence_ids=torch.tensor([7] * 12 + [-3] * 12)),
+        Context(sequence_ids=torch.tensor([1] * 12 + [0] * 12), num_sequences=3),
+    ]
+    for limit in (Capacity(0.75, scope="sequence"), Capacity(0.75, "score", "reroute", "sequence")):
+        ids = [limit(result, context).topk_ids for context in contexts]
+        assert torch.equal(ids[0], ids[1])
+        assert torch.equal(ids[0], ids[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("top_k", partial(TopK, 0)),
+        ("score_function", partial(TopK, 2, "tanh")),
+        ("num_groups", partial(TopK, 2, "sqrt_softplus", num_groups=2)),
+        ("group_score", partial(TopK, 2, group_score="mean")),
+        ("group_score", partial(Grouped, 2, 4, group_score="mean")),
+        ("topk_groups", partial(Grouped, 2, 4, 5)),
+        ("ranks", partial(RankK, ())),
+        ("ranks", partial(RankK, (1, 1))),
+        ("p", partial(TopP, -0.1)),
+        ("p", partial(TopP, float("nan"))),
+        ("max_experts", partial(TopP, 0.4, 0)),
+        ("min_experts", partial(Threshold, 0.1, -1)),
+        ("max_experts", partial(Threshold, 0.1, 3, 2)),
+        ("score_function", partial(Dense, "tanh")),
+        ("ratio", partial(SkipBelow, TopK(2), 1.5)),
+        ("protect", partial(SkipBelow, TopK(2), 0.5, -1.0)),
+        ("max_fraction", partial(Broadcast, TopK(2), 1.0, 2.0)),
+        ("scope", partial(Broadcast, TopK(2), 1.0, scope="token")),
+        ("capacity_factor", partial(ExpertChoice, 0.0)),
+        ("tokens_per_expert", partial(ExpertChoice, tokens_per_expert=0)),
+        ("max_experts_per_token", partial(ExpertChoice, max_experts_per_token=0)),
+        ("evaluation", partial(ExpertChoice, evaluation=0)),
+        ("weights", partial(ExpertChoice, weights="none")),
+        ("ties", partial(ExpertChoice, ties="first")),
+        ("scope", partial(ExpertChoice, scope="world")),
+        ("eps", partial(BalancedAssignment, "small")),
+        ("eps", partial(BalancedAssignment, 0.0)),
+        ("max_iterations", partial(BalancedAssignment, max_iterations=0)),
+        ("score_function", partial(BalancedAssignment, score_function="tanh")),
+        ("p_sample", partial(SampledTopK, 2, 1.5)),
+        ("noise", partial(NoisyTopK, 1, -1.0)),
+        ("jitter", partial(SparseMixer, 2, -0.1)),
+        ("tau", partial(GumbelSoftmax, 0.0)),
+        ("samples", partial(GumbelSoftmax, samples=-1)),
+        ("level", partial(GumbelSoftmax, level="world")),
+        ("level", partial(Random, level="world")),
+        ("evaluation", partial(Random, evaluation="none")),
+        ("rate", partial(ExpertDropout, 1.5)),
+        ("level", partial(ExpertDropout, 0.5, "world")),
+        ("scope", partial(routing.SwitchLoss, scope="world")),
+        ("accumulate", partial(routing.SwitchLoss, accumulate=True)),
+        ("groups", partial(routing.DeviceBalance, 9, num_experts=8)),
+        ("groups", partial(routing.DeviceBalance, 2)),
+        ("top_k", partial(Router, 16, E)),
+        ("top_k", partial(Router, 16, E, 2, select=TopK(2))),
+        ("normalize", partial(Router, 16, E, normalize=True, select=TopK(2))),
+        ("jitter", partial(Router, 16, E, 2, jitter=0.1, score=routing.Linear)),
+        ("isolation", partial(Router, 16, E, 2, isolation="token")),
+    ],
+)
+def test_bad_options_are_named(name: str, make: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        make()
+
+
+def test_options_that_exceed_the_experts_are_named() -> None:
+    logits = torch.randn(4, E)
+    for name, select in {
+        "top_k": TopK(E + 1), "num_groups": Grouped(1, 3), "min_experts": Threshold(0.1, E + 1),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=name):
+            select(logits)
+    with pytest.raises(ValueError, match="top_k"):
+        Grouped(3, 4)(logits)
+    with pytest.raises(ValueError, match="top_k"):
+        SparseMixer(E + 1)(logits)
+    limit = Capacity(1.0, scope="sequence")
+    for name, context in {
+        "sequence_length: .* got None": Context(), "sequence_length: expected a divisor": Context(sequence_length=3),
+        "sequence_ids": Context(sequence_ids=torch.zeros(3)),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=name):
+            limit(TopK(1)(logits), context)
+
+
+def test_everything_exported_is_on_the_page() -> None:
+    text = (Path(__file__).parents[1] / "docs/routing.md").read_text()
+    internal = {"Score", "Select", "Limit", "Balance", "max_violation", "min_capacity", "load_balancing_loss", "z_loss"}
+    missing = [name for name in routing.__all__ if name not in internal and name not in text]
+    assert not missing
+
+
+def a_score(x: Tensor, context: Context) -> Tensor:
+    return x[:, :E]
+
+
+def test_functions_are_parts() -> None:
+    moe = switchgear.MoE(16, 12, E, score=a_score, select=lambda z, context, bias=None: switchgear.route(z, 2))
+    x = torch.randn(2, 5, 16)
+    assert moe(x).shape == x.shape
+    assert isinstance(a_score, routing.Score)
