@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Why mixtures learn what one network cannot: the cluster task of "Towards Understanding Mixture of Experts in Deep
+Learning" (arXiv:2208.02813).
+
+An example has four patches of 50 numbers: the feature y·v_k of its cluster k with the label y = ±1, the cluster's
+centre c_k, the feature of another cluster with a random sign, and noise. What is the label in one cluster must be
+ignored in another: a router finds the clusters, and each expert has an easy task. Experts are two-layer convolutional
+networks with an activation z³ (nonlinear) or z (linear).
+
+The authors have 100.0 % for the nonlinear mixture, 92.9 % for the linear one, 79.6 % and 68.3 % for single networks of
+either kind. Here the single networks are alike: sums of α³ and γ³, or of α and γ, have the sign of the larger one,
+which is the other cluster's feature for 70 % of the examples and wrong for half of these, so that neither can exceed 65
+% by much.
+
+    python examples/cluster_task.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import torch
+from torch import Tensor, nn
+
+import switchgear
+from switchgear import presets
+
+PATCHES, SIZE, CLUSTERS = 4, 50, 4
+
+
+def examples(number: int, generator: torch.Generator, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [N,4,50], labels ±1 [N], clusters [N]; vectors [8,50]: features and centres, orthonormal."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(number, 1, generator=generator)
+
+    def signs() -> Tensor:
+        return torch.randint(2, (number, 1), generator=generator) * 2.0 - 1
+
+    cluster = torch.randint(CLUSTERS, (number,), generator=generator)
+    other = (cluster + torch.randint(1, CLUSTERS, (number,), generator=generator)) % CLUSTERS
+    label = signs()
+    feature = label * uniform(0.5, 2) * vectors[cluster]
+    centre = uniform(1, 2) * vectors[CLUSTERS + cluster]
+    confuser = signs() * uniform(0.5, 3) * vectors[other]
+    noise = torch.randn(number, SIZE, generator=generator) / math.sqrt(SIZE)
+    patches = torch.stack((feature, centre, confuser, noise), 1)
+    order = torch.rand(number, PATCHES, generator=generator).argsort(1)
+    return patches[torch.arange(number)[:, None], order], label[:, 0], cluster
+
+
+class Mixture(nn.Module):
+    """Σ over filters and patches of activation(w · patch), by the filters of the expert that the router chose for the
+    sum of the patches, weighed by its probability. One expert without a router is a single network."""
+
+    def __init__(self, num_experts: int, filters: int, nonlinear: bool) -> None:
+        super().__init__()
+        self.nonlinear = nonlinear
+        self.gate = switchgear.Router(SIZE, num_experts, **presets.cluster_task())
+        self.filters = nn.Parameter(0.02 * torch.randn(num_experts, filters, SIZE))
+        nn.init.zeros_(self.gate.weight)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, switchgear.Routing]:
+        """x [N,4,50] -> scores [N], Routing of N examples."""
+        routing = self.gate(x.sum(1))
+        plan = switchgear.plan(routing.topk_ids.repeat_interleave(PATCHES, 0), routing.num_experts)
+        h = switchgear.grouped_gemm(
+            x.flatten(0, 1), self.filters, plan.expert_offsets, token_indices=plan.token_indices
+        )
+        a = h**3 if self.nonlinear else h
+        y = switchgear.combine(a.sum(1, keepdim=True), plan).view(len(x), PATCHES).sum(1)
+        return y * routing.topk_weights[:, 0], routing
+
+
+def train(model: Mixture, x: Tensor, labels: Tensor, steps: int, rate: float, router_rate: float = 0.1) -> None:
+    """Gradient descent; the gradient of each expert is normalised."""
+    for _ in range(steps):
+        scores, _ = model(x)
+        nn.functional.softplus(-labels * scores).mean().backward()
+        with torch.no_grad():
+            grad = model.filters.grad
+            norms = grad.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None]
+            model.filters -= rate * grad / norms
+            model.gate.weight -= router_rate * model.gate.weight.grad
+        model.zero_grad()
+
+
+def dispatch_entropy(routing: switchgear.Routing, clusters: Tensor) -> float:
+    """H(cluster | expert) in nats: 0 where each expert sees one cluster."""
+    counts = torch.zeros(routing.num_experts, CLUSTERS)
+    counts.index_put_((routing.topk_ids[:, 0].long(), clusters), torch.ones(len(clusters)), accumulate=True)
+    inside = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    return float((torch.special.entr(inside).sum(1) * counts.sum(1)).sum() / len(clusters))
+
+
+def main(number: int = 2000, steps: int = 600, rate: float = 0.01, seed: int = 0) -> dict[str, float]:
+    """Test accuracies of the four models, and the entropy of the nonlinear mixture's dispatch."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.linalg.qr(torch.randn(SIZE, 2 * CLUSTERS, generator=generator)).Q.T
+    x, labels, _ = examples(number, generator, vectors)
+    test_x, test_labels, test_clusters = examples(4000, generator, vectors)
+    found = {}
+    for name, num_experts, nonlinear in (
+        ("mixture, nonlinear", 8, True),
+        ("mixture, linear", 8, False),
+        ("single, nonlinear", 1, True),
+        ("single, linear", 1, False),
+    ):
+        torch.manual_seed(seed)
+        model = Mixture(num_experts, 128 // num_experts, nonlinear)
+        train(model, x, labels, steps, rate)
+        with torch.no_grad():
+            scores, routing = model.eval()(test_x)
+        found[name] = float((scores.sign() == test_labels).float().mean())
+        entropy = dispatch_entropy(routing, test_clusters)
+        print(f"{name:20} accuracy {100 * found[name]:5.1f} %, H(cluster | expert) {entropy:.3f}", flush=True)
+        if name == "mixture, nonlinear":
+            found["entropy"] = entropy
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--number", type=int, default=2000, help="examples for training")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--rate", type=float, default=0.01, help="of the experts")
+    parser.add_argument("--seed", type=int, default=0)
+    main(**vars(parser.parse_args()))
