@@ -372,8 +372,9 @@ def test_grin_in_evaluation_is_the_router_of_phimoe(backend: str) -> None:
 
 def masked_softmax(row: Tensor, taken: list[int], jitter: float) -> Tensor:
     """Softmax over the experts near the best one that is not taken."""
-    top = max(float(z) for e, z in enumerate(row) if e not in taken)
-    out = [e in taken or (top - float(z)) / max(abs(float(z)), top) > 2 * jitter for e, z in enumerate(row)]
+    values = row.detach().tolist()
+    top = max(z for e, z in enumerate(values) if e not in taken)
+    out = [e in taken or (z != top and (top - z) / max(abs(z), top) > 2 * jitter) for e, z in enumerate(values)]
     return row.masked_fill(torch.tensor(out), -math.inf).softmax(-1)
 
 
@@ -419,6 +420,24 @@ def test_grin_without_jitter_takes_the_best() -> None:
         routing = SparseMixer(2, 0.0)(logits, context)
         assert torch.equal(routing.topk_ids, switchgear.route(logits, 2).topk_ids)
         torch.testing.assert_close(routing.topk_weights, torch.ones(40, 2))
+
+
+def test_grin_in_evaluation_is_a_loop_of_masked_softmaxes(backend: str) -> None:
+    layer = layer_of(presets.grin(jitter=0.3)).eval()
+
+    def loop(layer: Any, x: Tensor) -> Tensor:
+        ids, weights = [], []
+        for row in linear(layer, x):
+            taken: list[int] = []
+            weights.append([])
+            for _ in range(2):
+                p = masked_softmax(row, taken, 0.3)
+                taken.append(best(p, 1)[0])
+                weights[-1].append(p[taken[-1]])
+            ids.append(taken)
+        return mixture(layer.experts, x, ids, weights)
+
+    assert_agrees(layer, loop, torch.randn(20, H))
 
 
 def test_grin_layer_trains_through_the_estimate() -> None:
