@@ -101,14 +101,14 @@ def main(number: int = 2000, steps: int = 600, rate: float = 0.01, seed: int = 0
     x, labels, _ = examples(number, generator, vectors)
     test_x, test_labels, test_clusters = examples(4000, generator, vectors)
     found = {}
-    for name, num_experts, nonlinear in (
-        ("mixture, nonlinear", 8, True),
-        ("mixture, linear", 8, False),
-        ("single, nonlinear", 1, True),
-        ("single, linear", 1, False),
+    for name, num_experts, filters, nonlinear in (
+        ("mixture, nonlinear", 8, 16, True),
+        ("mixture, linear", 8, 16, False),
+        ("single, nonlinear", 1, 64, True),  # four times the work of the mixture for each example
+        ("single, linear", 1, 64, False),
     ):
         torch.manual_seed(seed)
-        model = Mixture(num_experts, 128 // num_experts, nonlinear)
+        model = Mixture(num_experts, filters, nonlinear)
         train(model, x, labels, steps, rate)
         with torch.no_grad():
             scores, routing = model.eval()(test_x)
