@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import switchgear
 from switchgear import presets
@@ -50,7 +51,7 @@ def run(entry: Entry, layer: nn.Module | None = None, **common: Any) -> Any:
     generator, dtype = torch.Generator().manual_seed(1), common.get("dtype", torch.float32)
     names = {
         "MoE": record, "presets": Presets(record), "torch": torch,
-        "x": torch.randn(2, 12, 64, generator=generator).to(dtype),
+        "x": common.pop("x", torch.randn(2, 12, 64, generator=generator).to(dtype)),
         "token_ids": torch.randint(100, (2, 12), generator=generator),
         "task": torch.randn(2, 24, generator=generator).to(dtype),
     }  # fmt: skip
@@ -216,3 +217,45 @@ def test_nothing_waits_for_the_device(entry: Entry) -> None:
     switchgear.after_step(record.layers[-1])
     assert y.is_meta
     assert y.shape == (2, 12, 64)
+
+
+@each
+def test_training_reduces_the_loss(entry: Entry) -> None:
+    """Of a small regression, with the preset's own losses and controllers."""
+    torch.manual_seed(0)
+    _, layer = run(entry)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 12, 64, generator=generator)
+    target = torch.tanh(x @ torch.randn(64, 64, generator=generator) / 8)
+    optimizer = torch.optim.Adam(layer.parameters(), 5e-3)
+    losses = []
+    for _ in range(40):
+        y = run(entry, layer, x=x)[0]
+        loss = (y - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        (loss + switchgear.balance_loss(layer)).backward()
+        optimizer.step()
+        switchgear.after_step(layer)
+    assert sum(losses[-5:]) / 5 < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["switch", "skywork", "loss_free", "expert_choice", "grin", "hmoe", "adamoe", "openmoe"]
+)
+def test_activation_checkpointing_gives_the_same_gradients(name: str) -> None:
+    """Also those of the balance losses, which leave the checkpoint as attributes of the layer."""
+    (entry,) = (entry for entry in ENTRIES if entry.name == name)
+    _, layer = run(entry)
+    x = torch.randn(2, 12, 64)
+
+    def grads(forward: Any) -> list[Tensor]:
+        twin = copy.deepcopy(layer)
+        torch.manual_seed(7)
+        y = forward(twin)
+        loss = y.square().mean() + switchgear.balance_loss(twin)
+        return list(torch.autograd.grad(loss, list(twin.parameters())))
+
+    plain = grads(lambda twin: twin(x))
+    again = grads(lambda twin: checkpoint(twin, x, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
