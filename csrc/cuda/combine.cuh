@@ -12,6 +12,10 @@
 //
 // Numeric contract: float32 sums in an order that depends on K and H alone (a lane's vectors ascending, then lane i with
 // lane i ^ 16, 8, …), rounded once. Slots out of range are stepped over; their weights' gradients are 0.
+//
+// Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
+//   combine_kernel: 56 registers
+//   combine_weight_backward_kernel: 40 registers
 #pragma once
 #include "vector.cuh"
 
@@ -61,8 +65,9 @@ __device__ inline void combine_vector(const CombineParams<T>& p, int64_t token, 
   store_vector(p.y + token * p.y_stride + column, pack<T>(sum), count, whole);
 }
 
+// 4 blocks an SM: else nvcc may spill registers to make room for a fifth.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads) combine_kernel(CombineParams<T> p) {
+__global__ void __launch_bounds__(kRowThreads, 4) combine_kernel(CombineParams<T> p) {
   constexpr int kVector = kVectorSize<T>;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= p.num_tokens) return;

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
+// Resources, at most (registers a thread; tests/test_cuda_build.py reads this):
+//   write_separate_kernel: 16 registers
 #include "expert_weights.h"
 
 #include "launch.h"

@@ -18,6 +18,9 @@
 //
 // Floors (bf16, Qwen3-30B-A3B's layer, one token, 8 experts, 75 MB of weights): 37 us at the 2.0 TB/s of an A100, 23 us at the
 // 3.35 of an H100.
+//
+// Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
+//   decode_kernel: 128 registers
 #pragma once
 #include "gemm_epilogue.cuh"
 #include "gemm_sm80.cuh"
@@ -161,8 +164,9 @@ __device__ inline void store_decoded(const Gemm& g, const T* bias, int32_t bias_
   }
 }
 
+// 4 blocks an SM are more than enough; left alone, nvcc may spill registers to make room for a fifth.
 template <typename T>
-__global__ void __launch_bounds__(32 * kDecodeWarps) decode_kernel(const __grid_constant__ Gemm g) {
+__global__ void __launch_bounds__(32 * kDecodeWarps, 4) decode_kernel(const __grid_constant__ Gemm g) {
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const auto group = static_cast<int32_t>(blockIdx.x * kDecodeWarps) + warp;
   const TileColumns tile = tile_columns(g, group, kDecodeColumns);

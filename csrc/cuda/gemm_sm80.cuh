@@ -16,6 +16,10 @@
 //
 // Floors (bf16, Mixtral 8x7B's layer, 4096 tokens, 2.9 TFLOP of first and second projection): 9.2 ms at the 312 TFLOP/s of an
 // A100; 2.9 ms at the 989 of an H100 (which takes gemm_sm90).
+//
+// Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
+//   gemm_kernel: 255 registers
+//   wgrad_kernel: 232 registers
 #pragma once
 #include "gemm_epilogue.cuh"
 #include "gemm_load.cuh"

@@ -28,7 +28,12 @@
 //
 // Numeric contract: products accumulate in float32, k ascending in steps of 16 through one accumulator per element, in all
 // configs alike; k past C adds zeros. What is stored is rounded once. No atomics; nothing depends on the grid.
-//@TABLE@
+//
+// Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
+//   gemm_sm90_kernel: 168 registers, 8 of local memory
+//   wgrad_sm90_kernel: 168 registers
+// Producers and consumers exchange them for 40 and 232. The words of local memory are read once a row of a tile of 192
+// columns with a gate, never between the products.
 #pragma once
 #include "gemm_schedule.cuh"
 #include "gemm_sm90_epilogue.cuh"
@@ -49,8 +54,8 @@ struct Config {
   static constexpr bool kAlongN = kWeightsAlongN;
   static constexpr int kSlots = kShape == Shape::kFewRows ? kN : 128;    // of a tile of a gemm
   static constexpr int kColumns = kShape == Shape::kFewRows ? 128 : kN;  // of b in a tile
-  // Registers of a thread: 504 for one producer and two consumers. Copying gathered rows wants more than 40.
-  static constexpr int kConsumerRegisters = kN > 128 ? 232 : 224;
+  // Registers of a thread: 504 for one producer and two consumers.
+  static constexpr int kConsumerRegisters = 232;
   static constexpr int kProducerRegisters = 504 - 2 * kConsumerRegisters;
   static constexpr bool kPAlongM = kShape == Shape::kWgrad || (kShape == Shape::kFewRows && kAlongN);
   static constexpr bool kQAlongN = kShape == Shape::kWgrad || (kShape == Shape::kRows && kAlongN);
@@ -188,14 +193,16 @@ __device__ inline int32_t source_row(const Rows& rows, int32_t slot) {
 // Copies rows thread/8, thread/8 + 16, … of 64 columns from `column` on, swizzled; a thread copies 16 bytes of each. Zeros for
 // rows of -1 and columns from `width` on.
 template <typename T, int kCount>
-__device__ inline void copy_rows(unsigned char* to, const Rows& from, const int32_t (&rows)[kCount], int column, int width) {
+__device__ inline void copy_rows(unsigned char* to, const Rows& from, const int32_t (&rows)[kCount], int column,
+                                 int width) {
   const int chunk = static_cast<int>(threadIdx.x) % 8, first = static_cast<int>(threadIdx.x) / 8;
   column += chunk * 8;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int r = first + 16 * i;
-    const bool inside = rows[i] >= 0 && column < width;
-    const int64_t offset = static_cast<int64_t>(rows[i]) * static_cast<int32_t>(from.stride) + column;
+    const int row = ptx::opaque(rows[i]);  // or all offsets would be kept, in twice the registers
+    const bool inside = row >= 0 && column < width;
+    const int64_t offset = static_cast<int64_t>(row) * static_cast<int32_t>(from.stride) + column;
     const T* const source = static_cast<const T*>(from.data) + (inside ? offset : 0);
     ptx::cp_async16(to + r * kRowBytes + (chunk ^ r % 8) * 16, source, inside);
   }
@@ -271,6 +278,8 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
 
 // ---- consumers -----------------------------------------------------------------------------------------------------------
 
+__device__ inline int this_consumer() { return this_thread() / 128 - 1; }
+
 // Frees a stage: all lanes have waited for the warp's last reads.
 __device__ inline void release(uint64_t* empty) {
   if (threadIdx.x % 32 == 0) ptx::mbar_arrive(empty);
@@ -287,10 +296,10 @@ __device__ inline uint64_t operand(uint32_t start, int sixteen) {
   }
 }
 
-// acc = P·Qᵀ over the stages from `position` on; `copied(stage)`: whether cp.async wrote it. `next` is the turn of the other.
+// acc = P·Qᵀ over the stages from `position` on; `copied(stage)`: whether cp.async wrote it. Then it is the other's turn.
 template <typename T, typename C, typename Copied>
 __device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, uint32_t position, int num_stages,
-                                uint64_t* next, const Copied& copied) {
+                                const Copied& copied) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -325,7 +334,7 @@ __device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, u
     }
 #endif
   }
-  if (threadIdx.x % 32 == 0) ptx::mbar_arrive(next);
+  if (threadIdx.x % 32 == 0) ptx::mbar_arrive(ring.turn + (1 - this_consumer()));
   ptx::wgmma_wait<0>();
 #ifndef PLANT_SM90_EARLY_RELEASE
   if (num_stages > 0) release(ring.empty + ring.index(position - 1));
@@ -365,11 +374,10 @@ __device__ inline void finish(const Gemm& g, const RowTile& tile, Accumulators<C
   if constexpr (C::kShape == Shape::kFewRows) {
     finish_few_rows<T, kEpilogue, C>(g, tile, acc, ring.scratch(consumer), consumer);
   } else {
-    const int rows = ptx::opaque(4);  // else the loop is unrolled all the same
 #pragma unroll 1
-    for (int i = 0; i < rows; ++i) {
-      finish_row<kEpilogue, T>(g, tile, row_of_thread(i), QuadRuns<C::kN>{acc[0]});
-      next_row<C::kN>(acc);
+    for (int i = 0; i < ptx::opaque(4); ++i) {  // else the loop is unrolled all the same
+      const RowTile here{ptx::opaque(tile.expert), tile.first_row, tile.rows, tile.column};  // no pointers kept
+      finish_row<kEpilogue, T>(g, here, row_of_thread(i), QuadRuns<C::kN>{acc});
     }
   }
 }
@@ -385,20 +393,17 @@ __device__ inline void wait_for_turn(const Ring<C>& ring, int consumer, uint32_t
 template <typename T, Epilogue kEpilogue, typename C>
 __device__ inline void consume(const GemmParams& params, const Ring<C>& ring, const GemmTiles<C>& tiles) {
   const Gemm& g = params.g;
-  const int consumer = static_cast<int>(threadIdx.x) / 128 - 1;
   const bool gather = g.a.indices != nullptr;
-  uint32_t position = 0, count = 0;
-  const int32_t num_tiles = tiles.size();
-  for (auto t = static_cast<int32_t>(blockIdx.x); t < num_tiles; t += static_cast<int32_t>(gridDim.x), ++count) {
-    const RowTile tile = tiles[t];
-    const int num_stages = num_stages_of<C>(g, tile);
-    if (count % kConsumers == static_cast<uint32_t>(consumer)) {
-      Accumulators<C::kN> acc;
-      wait_for_turn(ring, consumer, count / kConsumers);
-      multiply<T>(acc, ring, position, num_stages, ring.turn + (1 - consumer), [&](int) { return gather; });
-      finish<T, kEpilogue>(g, tile, acc, ring, consumer);
-    }
-    position += static_cast<uint32_t>(num_stages);
+  const auto stride = static_cast<int32_t>(gridDim.x);
+  for (auto t = static_cast<int32_t>(blockIdx.x) + this_consumer() * stride; t < tiles.size();
+       t += kConsumers * stride) {
+    // Tiles without an inner dimension come last, so the stages before a tile are those of `count` whole ones.
+    const auto count = static_cast<uint32_t>(t / stride);
+    const int num_stages = num_stages_of<C>(g, tiles[t]);
+    Accumulators<C::kN> acc;
+    wait_for_turn(ring, this_consumer(), count / kConsumers);
+    multiply<T>(acc, ring, count * static_cast<uint32_t>(num_stages), num_stages, [&](int) { return gather; });
+    finish<T, kEpilogue>(g, tiles[ptx::opaque(t)], acc, ring, this_consumer());  // found again, not kept
   }
 }
 
@@ -435,16 +440,14 @@ struct WgradTile {
 template <typename C>
 struct WgradTiles {
   const Wgrad& g;
-  int32_t rows, columns;  // tiles of one expert
 
-  __device__ explicit WgradTiles(const Wgrad& wgrad)
-      : g(wgrad),
-        rows(static_cast<int32_t>((wgrad.m + kP - 1) / kP)),
-        columns(static_cast<int32_t>((wgrad.n + C::kN - 1) / C::kN)) {}
-  __device__ int32_t size() const { return static_cast<int32_t>(g.num_experts) * rows * columns; }
+  // Tiles of one expert.
+  __device__ int32_t rows() const { return (static_cast<int32_t>(g.m) + kP - 1) / kP; }
+  __device__ int32_t columns() const { return (static_cast<int32_t>(g.n) + C::kN - 1) / C::kN; }
+  __device__ int32_t size() const { return static_cast<int32_t>(g.num_experts) * rows() * columns(); }
   __device__ WgradTile operator[](int32_t t) const {
-    const int32_t each = rows * columns, expert = t / each;
-    return {expert, banded(t - expert * each, rows, columns),
+    const int32_t each = rows() * columns(), expert = t / each;
+    return {expert, banded(t - expert * each, rows(), columns()),
             slots_of(g.expert_offsets, expert, static_cast<int32_t>(g.num_experts), static_cast<int32_t>(g.num_slots))};
   }
 };
@@ -489,9 +492,10 @@ __device__ inline void produce(const WgradParams& params, const Ring<C>& ring, c
       const int32_t first = tile.slots.begin + stage * kDepth, end = tile.slots.end;
       ptx::mbar_wait(ring.empty + ring.index(position), ring.parity(position) ^ 1);
       if (threadIdx.x == 0) ptx::mbar_expect_tx(full, ((copy_a ? 0 : kP) + (copy_b ? 0 : C::kN)) * kRowBytes);
-      load_slots<T, kP>(ring.p(position), &params.a, full, g.a, tile.position.row * kP, static_cast<int>(g.m), first, end, copy_a);
-      load_slots<T, C::kN>(ring.q(position), &params.b, full, g.b, tile.position.column * C::kN, static_cast<int>(g.n), first, end,
-                           copy_b);
+      load_slots<T, kP>(ring.p(position), &params.a, full, g.a, tile.position.row * kP, static_cast<int>(g.m), first,
+                        end, copy_a);
+      load_slots<T, C::kN>(ring.q(position), &params.b, full, g.b, tile.position.column * C::kN, static_cast<int>(g.n),
+                           first, end, copy_b);
       ptx::cp_async_mbar_arrive(full);
     }
   }
@@ -503,7 +507,7 @@ __device__ inline void finish(const Wgrad& g, const WgradTile& tile, Accumulator
   for (int i = 0; i < 4; ++i) {
     const int64_t m = static_cast<int64_t>(tile.position.row) * kP + row_of_thread(i);
     T* const out = static_cast<T*>(g.out) + tile.expert * g.out_expert_stride + m * g.out_stride;
-    const QuadRuns<C::kN> runs{acc[0]};
+    const QuadRuns<C::kN> runs{acc};
 #pragma unroll
     for (int r = 0; r < runs.kRuns; ++r) {
       float values[8];
@@ -511,7 +515,6 @@ __device__ inline void finish(const Wgrad& g, const WgradTile& tile, Accumulator
       const int64_t column = static_cast<int64_t>(tile.position.column) * C::kN + 32 * r + lane_column();
       if (m < g.m && column < g.n) store_run(out + column, values);
     }
-    next_row<C::kN>(acc);
   }
 }
 
@@ -526,9 +529,8 @@ __device__ inline void consume(const WgradParams& params, const Ring<C>& ring, c
     if (count % kConsumers == static_cast<uint32_t>(consumer)) {
       Accumulators<C::kN> acc;
       wait_for_turn(ring, consumer, count / kConsumers);
-      multiply<T>(acc, ring, position, tile.num_stages(), ring.turn + (1 - consumer),
-                  [&](int stage) { return gather || tile.has_tail(stage); });
-      finish<T, C>(g, tile, acc);
+      multiply<T>(acc, ring, position, tile.num_stages(), [&](int stage) { return gather || tile.has_tail(stage); });
+      finish<T, C>(g, tiles[ptx::opaque(t)], acc);
     }
     position += static_cast<uint32_t>(tile.num_stages());
   }
@@ -540,7 +542,7 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_sm90_kernel(const __grid_co
   const Ring<C> ring(memory);
   if (threadIdx.x == 0) ring.init(true);
   __syncthreads();
-  const WgradTiles<C> tiles(params.g);
+  const WgradTiles<C> tiles{params.g};
   if (threadIdx.x < kProducers) {
     ptx::setmaxnreg_dec<C::kProducerRegisters>();
     produce<T>(params, ring, tiles);

@@ -18,41 +18,34 @@ namespace switchgear::cuda::sm90 {
 template <int kN>
 using Accumulators = float[2][kN / 2];
 
+// threadIdx.x, of which nothing is computed ahead and kept: beside 192 accumulators a thread has 40 registers for all else.
+__device__ inline int this_thread() { return ptx::opaque(static_cast<int>(threadIdx.x)); }
+
 // Row i of the four that a thread has in a tile of 128.
 __device__ inline int row_of_thread(int i) {
-  const int thread = static_cast<int>(threadIdx.x) % 128;
+  const int thread = this_thread() % 128;
   return 64 * (i / 2) + 16 * (thread / 32) + thread % 32 / 4 + 8 * (i % 2);
 }
 
-// Moves the accumulators of a thread's next row to where those of its first one are. Registers have no index at run time, and
-// an epilogue unrolled over the rows is four times as long.
-template <int kN>
-__device__ inline void next_row(Accumulators<kN>& acc) {
-#pragma unroll
-  for (int j = 0; j < kN / 2; j += 4) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      acc[0][j + c] = acc[0][j + 2 + c];
-      acc[0][j + 2 + c] = acc[1][j + c];
-      acc[1][j + c] = acc[1][j + 2 + c];
-    }
-  }
-}
-
 // Of the first run of this thread.
-__device__ inline int lane_column() { return static_cast<int>(threadIdx.x) % 4 * 8; }
+__device__ inline int lane_column() { return this_thread() % 4 * 8; }
 
 // The runs of a thread: columns 32·g + 8·(lane % 4) of one row of its tile, one at a time, for registers are scarce.
 
 // Of the first row of accumulators. Four blocks of eight columns, a pair of each a lane -> a block a lane: lane i gives its
 // pair of block j to lane j, where it becomes columns 2i and 2i + 1. All lanes of a warp call it together.
+//
+// A run is taken once: the accumulators of the thread's next row then move to where its were. Registers have no index at run
+// time, and an epilogue unrolled over the rows is four times as long.
 template <int kN>
 struct QuadRuns {
   static constexpr int kRuns = kN / 32;
-  const float (&acc)[kN / 2];
+  Accumulators<kN>& rows;
 
   __device__ void get(int g, float (&run)[8]) const {
-    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+    float (&acc)[kN / 2] = rows[0];
+    const int thread = this_thread();
+    const bool odd = thread & 1, high = thread & 2;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       float v[4];
@@ -72,6 +65,15 @@ struct QuadRuns {
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) run[2 * j + c] = v[j];
+    }
+#pragma unroll
+    for (int j = 16 * g; j < 16 * g + 16; j += 4) {  // one by one, or the compiler would hold both rows for a while
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        ptx::move(rows[0][j + c], rows[0][j + 2 + c]);
+        ptx::move(rows[0][j + 2 + c], rows[1][j + c]);
+        ptx::move(rows[1][j + c], rows[1][j + 2 + c]);
+      }
     }
   }
 };
@@ -120,7 +122,7 @@ __device__ inline void with_activation_of(const Gemm& g, const Body& body) {
 }
 
 template <typename T, typename Runs>
-__device__ inline void store_row(const Gemm& g, const RowTile& tile, int64_t slot, bool stored, const Runs& runs) {
+__device__ inline void store_row(const Gemm& g, const RowTile& tile, int32_t slot, bool stored, const Runs& runs) {
   T* const out = static_cast<T*>(g.out) + slot * g.out_stride;
 #pragma unroll
   for (int r = 0; r < Runs::kRuns; ++r) {
@@ -137,15 +139,16 @@ __device__ inline void store_row(const Gemm& g, const RowTile& tile, int64_t slo
 // their ups, since the first half of such a tile's columns are gates; interleaved they are four pairs each; of plain experts,
 // gates that have nothing to do with each other.
 template <typename T, typename Runs>
-__device__ inline void glu_row(const Gemm& g, const RowTile& tile, int64_t slot, bool stored, const Runs& runs) {
+__device__ inline void glu_row(const Gemm& g, const RowTile& tile, int32_t slot, bool stored, const Runs& runs) {
   constexpr int kPairs = Runs::kRuns / 2;
-  const bool gated = g.options.gated, interleaved = gated && g.options.interleaved, halves = gated && !interleaved;
-  const int tile_width = (halves ? 32 : 64) * kPairs, n = static_cast<int>(g.n);  // columns of the first projection from tile to tile
-  const int apart = halves ? n / 2 : 32 * kPairs;     // from the first run to the second
-  T* const out = static_cast<T*>(g.out) + slot * g.out_stride;
-  T* const h = static_cast<T*>(g.h) + slot * g.h_stride;
 #pragma unroll
   for (int r = 0; r < kPairs; ++r) {
+    // `opaque`: computed again for each run, not kept in registers.
+    const bool gated = ptx::opaque(g.options.gated), interleaved = gated && g.options.interleaved;
+    const bool halves = gated && !interleaved;
+    const int n = ptx::opaque(static_cast<int>(g.n));
+    const int tile_width = (halves ? 32 : 64) * kPairs;  // columns of the first projection from tile to tile
+    const int apart = halves ? n / 2 : 32 * kPairs;      // from the first run to the second
     float first[8], second[8];
     runs.get(r, first);
     runs.get(r + kPairs, second);
@@ -153,8 +156,11 @@ __device__ inline void glu_row(const Gemm& g, const RowTile& tile, int64_t slot,
     const bool has_first = stored && column < (halves ? apart : n), has_second = stored && column + apart < n;
     if (has_first) add_bias<T>(first, g, tile.expert, column);
     if (has_second) add_bias<T>(second, g, tile.expert, column + apart);
-    if (has_first && g.h != nullptr) store_run(h + column, first);
-    if (has_second && g.h != nullptr) store_run(h + column + apart, second);
+    if (g.h != nullptr) {
+      T* const h = static_cast<T*>(g.h) + int64_t{ptx::opaque(slot)} * g.h_stride + column;
+      if (has_first) store_run(h, first);
+      if (has_second) store_run(h + apart, second);
+    }
     GateBlock gates;
     if (interleaved) {
       split(gates, first, second);
@@ -167,30 +173,32 @@ __device__ inline void glu_row(const Gemm& g, const RowTile& tile, int64_t slot,
     }
 #pragma unroll 1
     for (int part = 0; part < (gated ? 1 : 2); ++part) {
-      float a[8];
       with_activation_of(g, [&]<Activation kActivation>() {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) a[i] = gate_value<kActivation>(g.options, gates.gate[i], gates.up[i]);
+        for (int i = 0; i < 8; ++i) gates.gate[i] = gate_value<kActivation>(g.options, gates.gate[i], gates.up[i]);
       });
+      T* const out = static_cast<T*>(g.out) + int64_t{ptx::opaque(slot)} * g.out_stride;
       if (!interleaved) {
-        if (part == 0 ? has_first : has_second) store_run(out + column + part * apart, a);
+        if (part == 0 ? has_first : has_second) store_run(out + column + part * apart, gates.gate);
       } else {
-        const Words words = pack<T>(a);  // four of a each
+        const Words words = pack<T>(gates.gate);  // four of a each
         if (has_first) *reinterpret_cast<uint2*>(out + column / 2) = make_uint2(words.w[0], words.w[1]);
         if (has_second) *reinterpret_cast<uint2*>(out + (column + apart) / 2) = make_uint2(words.w[2], words.w[3]);
       }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) gates.gate[i] = second[i];
+      for (int i = 0; i < 8; ++i) gates.gate[i] = gates.up[i];
     }
   }
 }
 
 // grad_h, w·a and parts of <g, a> from the runs g, the gradient of one slot's a without its weight.
 template <typename T, typename Runs>
-__device__ inline void glu_backward_row(const Gemm& g, const RowTile& tile, int64_t slot, bool stored, const Runs& runs) {
+__device__ inline void glu_backward_row(const Gemm& g, const RowTile& tile, int32_t slot, bool stored,
+                                        const Runs& runs) {
   const bool gated = g.options.gated, interleaved = gated && g.options.interleaved;
-  const int step = interleaved ? 2 : 1;                    // columns of h per column of a
-  const int n = static_cast<int>(g.n), second = interleaved ? 8 : n;           // from the first eight columns of h to the other eight
+  const int step = interleaved ? 2 : 1;  // columns of h per column of a
+  const int n = static_cast<int>(g.n),
+            second = interleaved ? 8 : n;  // from the first eight columns of h to the other eight
   const int first_column = tile.column * (32 * Runs::kRuns) + lane_column();
   const T* const h = static_cast<const T*>(g.h) + slot * g.h_stride + step * first_column;
   T* const grad_h = static_cast<T*>(g.out) + slot * g.out_stride + step * first_column;
@@ -245,7 +253,7 @@ __device__ inline void glu_backward_row(const Gemm& g, const RowTile& tile, int6
 // Row `r` of a tile of a gemm; rows behind the expert's last are not stored.
 template <Epilogue kEpilogue, typename T, typename Runs>
 __device__ inline void finish_row(const Gemm& g, const RowTile& tile, int r, const Runs& runs) {
-  const int64_t slot = static_cast<int64_t>(tile.first_row) + r;
+  const int32_t slot = tile.first_row + r;
 #ifdef PLANT_SM90_ROW_PREDICATE
   const bool stored = slot < g.num_slots;
 #else

@@ -9,6 +9,10 @@
 // where they are interleaved; one for plain experts). The activation is switched once per thread.
 //
 // Numeric contract: float32 inside, each element rounded once.
+//
+// Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
+//   glu_kernel: 48 registers
+//   glu_backward_kernel: 64 registers
 #pragma once
 #include "gate.cuh"
 #include "vector.cuh"

@@ -383,6 +383,15 @@ PTX int opaque(int value) {
   return value;
 }
 
+// to = from, at this place in the order of instructions: the compiler puts no copy elsewhere.
+PTX void move(float& to, float from) {
+#if defined(__CUDACC__)
+  asm volatile("mov.f32 %0, %1;" : "=f"(to) : "f"(from));
+#else
+  to = from;
+#endif
+}
+
 // The number of registers per thread from here on, by a whole warpgroup: fewer for producers, more for consumers.
 template <int N>
 PTX void setmaxnreg_dec(PTX_AT) {

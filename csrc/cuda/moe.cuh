@@ -8,6 +8,11 @@
 //
 // Numeric contract: float32, in orders that depend on the widths alone (on an expert's rows for bias_gradient_kernel: rows
 // i, i + 8, … by one thread, then the eight sums in order). No atomics. Slots out of range are stepped over.
+//
+// Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
+//   slot_weights_kernel: 16 registers
+//   weight_gradient_kernel: 40 registers
+//   bias_gradient_kernel: 48 registers, 1024 bytes of shared memory
 #pragma once
 #include "gemm_schedule.cuh"
 #include "vector.cuh"

@@ -17,6 +17,12 @@
 //
 // The sort is stable, so slots are in the order (expert, token, choice) however pairs are cut: bit-exact, deterministic. Ids
 // outside [0,E) are empty slots. No host synchronisation and no memory that has to be zero before.
+//
+// Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
+//   plan_count_kernel: 40 registers, 4096 bytes of shared memory
+//   plan_scan_kernel: 32 registers
+//   plan_place_kernel: 56 registers, 33792 bytes of shared memory
+//   plan_small_kernel: 40 registers, 1024 bytes of shared memory
 #pragma once
 #include "platform.cuh"
 

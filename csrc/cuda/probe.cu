@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
+// Resources, at most (registers a thread; tests/test_cuda_build.py reads this):
+//   probe_kernel: 8 registers
 #include "probe.h"
 
 #include <cuda_runtime.h>

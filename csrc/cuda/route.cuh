@@ -11,6 +11,11 @@
 // for shared memory use global memory instead.
 //
 // Numeric contract: the bits of csrc/cpu/route.cpp, for any bit pattern of logits (score.cuh); the gradient in float64.
+//
+// Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
+//   route_kernel: 80 registers
+//   route_wide_kernel: 80 registers
+//   route_backward_kernel: 48 registers
 #pragma once
 #include "platform.cuh"
 #include "score.cuh"

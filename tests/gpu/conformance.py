@@ -61,7 +61,8 @@ def device(build: Path) -> dict[str, list[str]]:
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
     capability = run(*query).splitlines()[0].strip().replace(".", "")
     hopper = capability == "90"
-    flags = ["-arch=sm_90a", "-DHOPPER"] if hopper else [f"-arch=sm_{capability}"]
+    kind = "90a" if hopper else capability
+    flags = ["-gencode", f"arch=compute_{kind},code=sm_{kind}", *(["-DHOPPER"] if hopper else [])]
     includes = [f"-I{ROOT / folder}" for folder in ("csrc/cuda", "csrc", "include", "tests/simt")]
     program = build / "conformance"
     run("nvcc", "-std=c++20", *flags, *includes, ROOT / "tests/gpu/conformance.cu", "-o", program)

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What nvcc and ptxas made of the CUDA kernels, read from the module as it is installed; no GPU is needed.
+
+Each kernel's file states its resources: `//   <kernel>: <registers> registers[, <bytes> bytes of shared memory][,
+<bytes> of local memory]`, the most that any of its instances takes on any architecture. Shared memory is the static
+one; the dynamic one follows from the tables of tiles, which the launchers hand to the runtime.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import machine_code
+from machine_code import Instruction, Kernel, opcode
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "csrc" / "cuda"
+REASON = machine_code.missing()
+needs_module = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+MACHINE_CODE = {"sm_80", "sm_90a", "sm_100a", "sm_120"}  # and PTX for what lies between and for what comes
+PTX = {"sm_80", "sm_120"}
+
+# ---- what is stated --------------------------------------------------------------------------------------------------
+
+
+class Stated(NamedTuple):
+    file: str
+    registers: int
+    shared: int
+    local: int
+
+
+LINE = re.compile(
+    r"^//   (\w+_kernel): (\d+) registers(?:, (\d+) bytes of shared memory)?(?:, (\d+) of local memory)?$", re.MULTILINE
+)
+
+
+@functools.cache
+def stated() -> dict[str, Stated]:
+    table = {}
+    for file in sorted(SOURCES.glob("*.cu*")):
+        for name, *numbers in LINE.findall(file.read_text()):
+            assert name not in table, f"{name} is stated twice"
+            table[name] = Stated(file.name, *(int(number or 0) for number in numbers))
+    return table
+
+
+# ---- what is built ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def kernels() -> list[Kernel]:
+    path = machine_code.module_path()
+    assert path is not None
+    return machine_code.parse_resources(machine_code.dump(path, "--dump-resource-usage"))
+
+
+@functools.cache
+def instructions(arch: str) -> dict[str, list[Instruction]]:
+    path = machine_code.module_path()
+    assert path is not None
+    return machine_code.parse_instructions(machine_code.dump(path, "--dump-sass", "--gpu-architecture", arch))
+
+
+# ---- the rules -------------------------------------------------------------------------------------------------------
+# Functions of what was read, so that they can be shown what they must complain about.
+
+
+def over_resources(kernel: Kernel, limits: Stated | None) -> str | None:
+    """What a kernel takes beyond what its file states."""
+    if limits is None:
+        return f"{kernel.name} is stated nowhere in csrc/cuda"
+    for what in ("registers", "shared", "local"):
+        if getattr(kernel, what) > getattr(limits, what):
+            return (
+                f"{kernel.name} ({kernel.arch}, {kernel.symbol}): {getattr(kernel, what)} {what}, "
+                f"{limits.file} states {getattr(limits, what)}"
+            )
+    return None
+
+
+def loops(code: list[Instruction]) -> list[range]:
+    """Of indices of instructions: from the target of each backward jump to the jump."""
+    index = {address: i for i, (address, _) in enumerate(code)}
+    found = []
+    for i, (address, text) in enumerate(code):
+        target = re.search(r"\bBRA(?:\.\w+)* (?:!?U?P\w+, )?(0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            found.append(range(index[int(target[1], 16)], i + 1))
+    return found
+
+
+def serialised(code: list[Instruction]) -> bool:
+    """Whether wgmma wait for each other: ptxas then ends a group after each, where the source ends one after eight."""
+    products = [text for _, text in code if opcode(text).startswith("HGMMA")]
+    return sum("gsb0" in text for text in products) * 8 > len(products)
+
+
+def local_memory_between_products(code: list[Instruction], product: str) -> bool:
+    """Whether the innermost loop around the products touches local memory more than once a stage."""
+    around = [i for i, (_, text) in enumerate(code) if opcode(text).startswith(product)]
+    loop = min((loop for loop in loops(code) if around[0] in loop and around[-1] in loop), key=len, default=None)
+    assert loop is not None, "the products are in no loop"
+    return any(opcode(code[i][1]).startswith(("LDL", "STL")) for i in loop)
+
+
+class Promise(NamedTuple):
+    kernel: str  # a name
+    instance: str  # of the instances that this is about, a part of the symbol
+    archs: tuple[str, ...]
+    has: tuple[str, ...]  # beginnings of opcodes that every instance has
+    has_not: tuple[str, ...] = ()
+
+
+EVERYWHERE = tuple(sorted(MACHINE_CODE))
+PROMISES = [
+    *(
+        Promise(kernel, f"MmaProductI{symbol}", EVERYWHERE, (product, "LDGSTS", *matrices), ("HGMMA",))
+        for kernel in ("gemm_kernel", "wgrad_kernel")
+        for symbol, product, matrices in (
+            ("13__nv_bfloat16", "HMMA.16816.F32.BF16", ("LDSM",)),
+            ("6__half", "HMMA.16816.F32", ("LDSM",)),
+            ("f", "HMMA.1688.F32.TF32", ()),  # ldmatrix transposes 16-bit elements alone
+        )
+    ),
+    Promise("gemm_kernel", "FmaProduct", EVERYWHERE, ("FFMA", "LDGSTS"), ("HMMA",)),
+    Promise("wgrad_kernel", "FmaProduct", EVERYWHERE, ("FFMA", "LDGSTS"), ("HMMA",)),
+    Promise("decode_kernel", "", EVERYWHERE, ("HMMA.16816.F32", "LDG.E.EF.128", "SHFL.BFLY"), ("LDGSTS", "BAR")),
+    Promise("gemm_sm90_kernel", "", ("sm_90a",),
+            ("HGMMA.64x", "UTMALDG.3D", "LDGSTS", "SYNCS", "USETMAXREG"), ("HMMA",)),
+    Promise("wgrad_sm90_kernel", "", ("sm_90a",),
+            ("HGMMA.64x", "UTMALDG.3D", "LDGSTS", "SYNCS", "USETMAXREG"), ("HMMA",)),
+    *(Promise(kernel, "", EVERYWHERE, ("LDG.E.128", "STG.E.128"))
+      for kernel in ("permute_kernel", "combine_kernel", "glu_kernel", "glu_backward_kernel")),
+]  # fmt: skip
+
+
+def broken(promise: Promise, code: list[Instruction]) -> list[str]:
+    """The opcodes that are missing, and those that are there and must not be."""
+    present = {opcode(text) for _, text in code}
+    missing = [want for want in promise.has if not any(name.startswith(want) for name in present)]
+    return missing + [f"not {name}" for name in sorted(present) if promise.has_not and name.startswith(promise.has_not)]
+
+
+# ---- on the module ---------------------------------------------------------------------------------------------------
+
+
+@needs_module
+def test_architectures() -> None:
+    path = machine_code.module_path()
+    assert path is not None
+    for option, kind, want in (("--list-elf", "cubin", MACHINE_CODE), ("--list-ptx", "ptx", PTX)):
+        found = set(re.findall(rf"\.(sm_\w+)\.{kind}", machine_code.dump(path, option)))
+        assert found == want
+    archs = set(importlib.import_module("switchgear._cuda").built_archs())
+    assert archs == MACHINE_CODE | {arch.replace("sm", "compute") for arch in PTX}
+
+
+@needs_module
+def test_resources_are_within_what_each_file_states() -> None:
+    complaints = [over_resources(kernel, stated().get(kernel.name)) for kernel in kernels()]
+    assert [text for text in complaints if text] == []
+
+
+@needs_module
+def test_every_kernel_is_there_for_every_architecture() -> None:
+    for name in stated():
+        hopper_only = name.endswith("_sm90_kernel")
+        archs = {kernel.arch for kernel in kernels() if kernel.name == name}
+        assert archs == ({"sm_90a"} if hopper_only else MACHINE_CODE), name
+
+
+@needs_module
+def test_statements_are_not_generous() -> None:
+    """A limit far above what is taken would let a kernel grow unseen. Registers come in eights."""
+    for name, limits in stated().items():
+        instances = [kernel for kernel in kernels() if kernel.name == name]
+        assert limits.registers < max(kernel.registers for kernel in instances) + 16, name
+        assert limits.shared == max(kernel.shared for kernel in instances), name
+        assert limits.local < max(kernel.local for kernel in instances) + 8, name
+
+
+@needs_module
+@pytest.mark.parametrize("arch", sorted(MACHINE_CODE))
+def test_instructions(arch: str) -> None:
+    code = instructions(arch)
+    names = {kernel.symbol: kernel.name for kernel in kernels() if kernel.arch == arch}
+    assert set(names) <= set(code)
+    for promise in PROMISES:
+        if arch not in promise.archs:
+            continue
+        symbols = [symbol for symbol, name in names.items() if name == promise.kernel and promise.instance in symbol]
+        assert symbols, f"no instance of {promise.kernel} {promise.instance}"
+        for symbol in symbols:
+            assert broken(promise, code[symbol]) == [], symbol
+    for symbol, name in names.items():
+        floats = [text for _, text in code[symbol] if re.match(r"(ATOM|RED)\w*(\.\w+)*\.F(16|32|64)", opcode(text))]
+        assert floats == [], f"{name} adds floats by atomics: sums would depend on the order of threads"
+
+
+@needs_module
+def test_wgmma_are_not_serialised_and_nothing_is_spilled_between_them() -> None:
+    code = instructions("sm_90a")
+    hopper = [kernel for kernel in kernels() if kernel.name.endswith("_sm90_kernel")]
+    assert len(hopper) >= 8
+    for kernel in hopper:
+        assert not serialised(code[kernel.symbol]), kernel.symbol
+        assert not local_memory_between_products(code[kernel.symbol], "HGMMA"), kernel.symbol
+
+
+# ---- without the module ----------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_of_the_sources_states_its_resources() -> None:
+    found = {}
+    for file in sorted(SOURCES.glob("*.cu*")):
+        for name in re.findall(r"\b__global__ void(?: __launch_bounds__\([^\n]*?\))?\s+(\w+)\(", file.read_text()):
+            found[name] = file.name
+    assert len(found) > 15
+    assert {name: limits.file for name, limits in stated().items()} == found
+
+
+@pytest.mark.parametrize(("file", "pattern", "size"), [
+    ("gemm.h", r"\{(?:0x)?\w+, (\d+), (\d+), \d+, \d+, (\d+), (\d+), \d+\},?\s*// (\d+) KB",
+     lambda rows, columns, depth, stages: max(stages * (rows + columns) * depth, rows * columns * 4)),
+])  # fmt: skip
+def test_shared_memory_of_tiles_is_what_the_table_says(file: str, pattern: str, size: object) -> None:
+    rows = re.findall(pattern, (SOURCES / file).read_text())
+    assert len(rows) == 3
+    for *numbers, kilobytes in rows:
+        assert callable(size)
+        assert size(*map(int, numbers)) == int(kilobytes) << 10
+        assert int(kilobytes) <= 99  # what sm_86, sm_89 and sm_120 give a block
+
+
+# ---- the rules see what they are for ---------------------------------------------------------------------------------
+
+PLANTED = """
+#include <cstdint>
+
+__device__ void multiply(float (&d)[4], uint64_t a, uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, 1, 1, 1, 0, 0;"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b));
+}
+__device__ void wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// Adds to the sums while wgmma still work on them where kTouch: ptxas then waits after each.
+template <bool kTouch>
+__global__ void wgmma_kernel(float* out, uint64_t a, uint64_t b, int stages) {
+  float d[4] = {};
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      multiply(d, a + i, b + i);
+      if (kTouch) d[0] += 1.0f;
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    wait();
+  }
+  for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = d[i];
+}
+template __global__ void wgmma_kernel<false>(float*, uint64_t, uint64_t, int);
+template __global__ void wgmma_kernel<true>(float*, uint64_t, uint64_t, int);
+
+// 128 values a thread in 32 registers.
+__global__ void __launch_bounds__(1024, 2) spill_kernel(float* out, const float* in) {
+  float v[128], sum = 0;
+  for (int i = 0; i < 128; ++i) v[i] = in[threadIdx.x + i * 1024];
+  __syncthreads();
+  for (int i = 0; i < 128; ++i) sum += v[i] * v[127 - i];
+  for (int i = 0; i < 128; ++i) out[threadIdx.x + i * 1024] = v[i] * sum;
+}
+
+__global__ void __launch_bounds__(128) atomic_kernel(float* out) { atomicAdd(out, 1.0f); }
+"""
+
+
+@needs_nvcc
+@pytest.mark.skipif(not machine_code.has_tools(), reason=machine_code.MISSING_TOOLS)
+def test_the_rules_see_what_is_planted(tmp_path: Path) -> None:
+    (tmp_path / "planted.cu").write_text(PLANTED)
+    command = ["nvcc", "-arch=sm_90a", "-cubin", "planted.cu", "-o", "planted.cubin"]
+    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "serialized" in built.stdout + built.stderr  # as ptxas says it
+    cubin = tmp_path / "planted.cubin"
+    found = machine_code.parse_resources(machine_code.dump(cubin, "--dump-resource-usage"))
+    code = machine_code.parse_instructions(machine_code.dump(cubin, "--dump-sass"))
+    assert sorted(kernel.name for kernel in found) == ["atomic_kernel", "spill_kernel", "wgmma_kernel", "wgmma_kernel"]
+    for kernel in found:
+        limits = Stated("planted.cu", 64, 0, 0)
+        assert (over_resources(kernel, limits) is not None) == (kernel.name == "spill_kernel")
+        assert over_resources(kernel, None) is not None
+        if kernel.name == "wgmma_kernel":
+            assert serialised(code[kernel.symbol]) == ("ILb1E" in kernel.symbol)
+            assert not local_memory_between_products(code[kernel.symbol], "HGMMA")
+            promise = Promise("wgmma_kernel", "", ("sm_90a",), ("HGMMA.64x8x16",), ("HMMA",))
+            assert broken(promise, code[kernel.symbol]) == []
+            assert broken(promise._replace(has=("UTMALDG",)), code[kernel.symbol]) == ["UTMALDG"]
+            assert broken(promise._replace(has_not=("HGMMA",)), code[kernel.symbol])[0].startswith("not HGMMA")
+    spilling = next(code[kernel.symbol] for kernel in found if kernel.name == "spill_kernel")
+    assert any(opcode(text).startswith("STL") for _, text in spilling)
+    atomic = next(code[kernel.symbol] for kernel in found if kernel.name == "atomic_kernel")
+    assert any(re.match(r"(ATOM|RED)\w*(\.\w+)*\.F32", opcode(text)) for _, text in atomic)
