@@ -105,13 +105,16 @@ def test_sigma_moe_is_a_loop_of_sigmoids(backend: str) -> None:
     layer = layer_of(presets.sigma_moe(expert_dropout=0.0, entropy=0.1), activation="relu", gated=False)
 
     def loop(layer: Any, x: Tensor) -> Any:
-        weight = layer.gate.score.weight
-        norms = torch.stack([row.norm() for row in weight])
-        logits = x @ torch.stack([row / row.norm() * norms.mean() for row in weight]).T
+        logits = x @ layer.gate.score.weight.T
         mean = logits.softmax(-1).mean(0)
         return top_k_loop(layer, x, logits, 4, logits.sigmoid()), 0.1 * sum(p * p.log() for p in mean)
 
     assert_agrees(layer, loop, torch.randn(20, H))
+
+
+def test_sigma_moe_begins_with_experts_of_one_norm() -> None:
+    norms = layer_of(presets.sigma_moe()).gate.score.weight.norm(dim=1)
+    torch.testing.assert_close(norms, norms[:1].expand(E))
 
 
 def test_sigma_moe_never_chooses_a_hidden_expert() -> None:

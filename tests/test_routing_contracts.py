@@ -349,6 +349,31 @@ def a_score(x: Tensor, context: Context) -> Tensor:
     return x[:, :E]
 
 
+def test_modules_inside_of_dataclasses_belong_to_the_router() -> None:
+    """Their buffers are saved and moved, their controllers called, and partials in fields are made."""
+    visible = torch.ones(5, E).index_fill(1, torch.tensor([2]), 0.0)
+    mask = partial(Masked, TopK(2), TokenIdMask(visible))
+    select = Broadcast(partial(Masked, mask, partial(ClusterDropout, 2, 0.5, 1)), 99.0)
+    router = Router(16, E, select=select)
+    names = {name for name in router.state_dict() if name.startswith("select")}
+    assert names == {
+        "select_modules.0.mask.closed",
+        "select_modules.0.mask.step",
+        "select_modules.0.select.mask.visible",
+    }
+    x, token_ids = torch.randn(9, 16), torch.randint(5, (9,))
+    ids = router(x, Context(token_ids=token_ids)).topk_ids
+    closed = router.select.select.mask.closed.clone()
+    assert not torch.isin(ids, closed.nonzero().flatten()).any()
+    assert not (ids == 2).any()
+    for _ in range(20):
+        router.after_step()
+    assert router.select.select.mask.step == 20
+    twin = copy.deepcopy(router)
+    assert twin.select.select is twin.select_modules[0]
+    assert twin.select.select is not router.select.select
+
+
 def test_functions_are_parts() -> None:
     moe = switchgear.MoE(16, 12, E, score=a_score, select=lambda z, context, bias=None: switchgear.route(z, 2))
     x = torch.randn(2, 5, 16)

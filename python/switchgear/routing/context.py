@@ -13,11 +13,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchgear.functional import Routing
 from switchgear.reference import check_choice
@@ -118,13 +118,28 @@ class Balance(Protocol):
 
 def made(part: Any, *args: Any, num_experts: int | None = None, **kwargs: Any) -> Any:
     """What a class or a functools.partial makes, called with args and kwargs, and with num_experts where it takes that
-    and has none yet; anything else as it is."""
+    and has none yet; a dataclass with what such fields of it make; anything else as it is."""
     if not isinstance(part, (type, functools.partial)):
-        return part
+        inner = {name: value for name, value in _fields(part) if isinstance(value, (type, functools.partial))}
+        if not inner:
+            return part
+        return replace(part, **{name: made(value, num_experts=num_experts) for name, value in inner.items()})
     if num_experts is not None and "num_experts" in inspect.signature(part).parameters:
         given = part.keywords if isinstance(part, functools.partial) else {}
         kwargs = {"num_experts": given.get("num_experts") or num_experts, **kwargs}
     return part(*args, **kwargs)
+
+
+def _fields(part: Any) -> list[tuple[str, Any]]:
+    is_part = is_dataclass(part) and not isinstance(part, type)
+    return [(field.name, getattr(part, field.name)) for field in fields(part)] if is_part else []
+
+
+def modules_in(part: Any) -> list[nn.Module]:
+    """The modules that a part consists of: itself, or those in the fields of a dataclass (Broadcast(Masked(…)))."""
+    if isinstance(part, nn.Module):
+        return [part]
+    return [module for _, value in _fields(part) for module in modules_in(value)]
 
 
 def groups_of(groups: int | Sequence[int] | Tensor, num_experts: int | None) -> Tensor:

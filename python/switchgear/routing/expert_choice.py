@@ -43,8 +43,8 @@ class ExpertChoice:
         weights: "score", the softmax over the experts, or "softmax_over_tokens": over the logits of the tokens that an
             expert took, by which it then also chooses (pMoE).
         max_experts_per_token: a cap b. Scores are first replaced by the solution A of max ⟨S, A⟩ + λ·H(A) with
-            Σ_t A = k, Σ_e A <= b, 0 <= A <= 1 (Dykstra's projections; λ = 0.001 and 100 iterations are unverified), and
-            what still exceeds the cap goes to no one. With cap_iterations = 0 it is but a cut: a token keeps its b
+            Σ_t A = k, Σ_e A <= b, 0 <= A <= 1, by cap_iterations rounds (λ = cap_lambda = 0.001 is unverified), and
+            what then still exceeds the cap goes to no one. With cap_iterations = 0 it is but a cut: a token keeps its b
             best. Without a cap the largest number of experts of a token is read back (see from_pairs).
         scale: multiplies the weights.
         ties: "index", to the lowest token, or "random".
@@ -61,7 +61,7 @@ class ExpertChoice:
     ties: str = "index"
     evaluation: int | None = None
     cap_lambda: float = 1e-3
-    cap_iterations: int = 100
+    cap_iterations: int = 30
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
@@ -69,6 +69,8 @@ class ExpertChoice:
         check_choice("ties", self.ties, ("index", "random"))
         if not self.capacity_factor > 0:
             raise ValueError(f"capacity_factor: expected a positive number, got {self.capacity_factor}")
+        if not self.cap_lambda > 0:
+            raise ValueError(f"cap_lambda: expected a positive number, got {self.cap_lambda}")
         for name in ("tokens_per_expert", "max_experts_per_token", "evaluation"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -127,11 +129,10 @@ class ExpertChoice:
             table = values.view(*rows.shape, -1).mT
         else:
             table = values[rows.clamp(min=0)].masked_fill((rows < 0)[:, :, None], lowest).mT
-        if self.max_experts_per_token is not None and self.cap_iterations:
+        cap = self.max_experts_per_token
+        if cap is not None and cap < table.shape[1] and self.cap_iterations:
             each = self._counts((rows >= 0).sum(1), table.shape[1]).to(table.dtype)
-            table = _capped_plan(
-                table, rows >= 0, each, self.max_experts_per_token, self.cap_lambda, self.cap_iterations
-            )
+            table = _capped_plan(table, rows >= 0, each, cap, self.cap_lambda, self.cap_iterations)
             table = table.masked_fill((rows < 0)[:, None, :], lowest)
         return table.reshape(-1, rows.shape[1]).contiguous()
 
@@ -153,19 +154,31 @@ class ExpertChoice:
 def _capped_plan(
     scores: Tensor, real: Tensor, tokens_per_expert: Tensor, cap: int, entropy: float, iterations: int
 ) -> Tensor:
-    """log A [B,E,L] of the entropy-regularised assignment of scores [B,E,L] (real [B,L]: which tokens there are), by
-    Dykstra's alternating projections in the geometry of the relative entropy, in the logarithm."""
-    plan = (scores / entropy).masked_fill(~real[:, None, :], -math.inf)
-    row_mass, log_cap = tokens_per_expert.log()[:, None, None], math.log(cap)
-    kept_token = torch.zeros_like(plan[:, :1])  # Dykstra's corrections of the two inequalities
-    kept_one = torch.zeros_like(plan)
+    """log A [B,E,L], up to values above 0 for 1, of the entropy-regularised assignment of scores [B,E,L] (real [B,L]:
+    which tokens there are) to experts that take tokens_per_expert [B] and tokens that take at most `cap` < E.
+
+    A = min(1, exp(S/λ + price_e - price_t)); each round makes the sums of the experts exact and then those of the
+    tokens, which is coordinate ascent on the dual problem.
+    """
+    worth = (scores / entropy).masked_fill(~real[:, None, :], -math.inf)
+    of_expert, of_token = torch.zeros_like(worth[:, :, :1]), torch.zeros_like(worth[:, :1])
+    each, most = tokens_per_expert[:, None, None], torch.full_like(worth[:1, :1, :1], cap)
     for _ in range(iterations):
-        plan = plan - plan.logsumexp(2, keepdim=True) + row_mass
-        corrected = plan + kept_token
-        excess = (corrected.logsumexp(1, keepdim=True) - log_cap).clamp(min=0)
-        plan = corrected - excess
-        kept_token = excess
-        corrected = plan + kept_one
-        plan = corrected.clamp(max=0)
-        kept_one = (corrected - plan).nan_to_num(nan=0.0)
-    return plan
+        of_expert = _price(worth - of_token, each)
+        of_token = (-_price((worth + of_expert).mT, most)).clamp(min=0).mT
+    of_expert = _price(worth - of_token, each)
+    return worth + of_expert - of_token
+
+
+def _price(values: Tensor, total: Tensor) -> Tensor:
+    """p [...,1] such that Σ min(1, exp(values + p)) over the last dimension is `total`, which is less than its size.
+
+    If the j largest become 1, the others have to sum to total - j; the first j for which none of them exceeds 1 is the
+    solution. Rows of -inf give inf.
+    """
+    descending = values.sort(-1, descending=True).values
+    rest = descending.flip(-1).logcumsumexp(-1).flip(-1)  # of the elements from j on
+    left = total - torch.arange(values.shape[-1], dtype=values.dtype, device=values.device)
+    price = left.clamp(min=torch.finfo(values.dtype).tiny).log() - rest
+    first = ((descending + price <= 0) & (left > 0)).to(torch.int8).argmax(-1, keepdim=True)
+    return price.gather(-1, first)

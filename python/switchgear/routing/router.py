@@ -16,7 +16,7 @@ from switchgear.backends import without_autocast
 from switchgear.functional import Routing, route
 from switchgear.reference import check_choice
 from switchgear.routing.balance import count_tokens
-from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select, made
+from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select, made, modules_in
 from switchgear.routing.ranking import scores_of, wide
 from switchgear.routing.scores import Uniform
 from switchgear.routing.selection import TopK
@@ -107,8 +107,8 @@ class Router(nn.Module):
         self.score = made(score, hidden_size, num_experts, device=device, dtype=dtype)
         self.capacity = _part(capacity, num_experts, device)
         self.balance: list[Any] = [_part(item, num_experts, device) for item in balance]
-        modules = [item for item in self.balance if isinstance(item, nn.Module)]
-        self.balance_modules = nn.ModuleList(modules) if modules else None
+        self.balance_modules = _registered(self.balance)
+        self.select_modules = None if isinstance(self.select, nn.Module) else _registered([self.select])
         self.overrides: list[Callable[[Select], Select]] = []
         self.weight = self.bias = None
         if self.score is None:
@@ -117,8 +117,8 @@ class Router(nn.Module):
         selection_bias = selection_bias or any(getattr(b, "needs_selection_bias", False) for b in self.balance)
         correction = torch.empty(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("e_score_correction_bias", correction)
-        parts = [*self.balance, *(self.select.modules() if isinstance(self.select, nn.Module) else ())]
-        self._controllers = [part for part in parts if hasattr(part, "after_step")]
+        inside = [module for part in modules_in(self.select) for module in part.modules()]
+        self._controllers = [part for part in (*self.balance, *inside) if hasattr(part, "after_step")]
         counts = torch.zeros(num_experts, device=device, dtype=torch.int64) if self._controllers else None
         self.register_buffer("tokens_per_expert", counts, persistent=False)
         self._group: Any = None
@@ -261,7 +261,16 @@ class Router(nn.Module):
 def _part(part: Any, num_experts: int, device: torch.device | str | None) -> Any:
     """The part as the router owns it, on its device."""
     part = made(part, num_experts=num_experts)
-    return part.to(device) if isinstance(part, nn.Module) and device is not None else part
+    if device is not None:
+        for module in modules_in(part):
+            module.to(device)
+    return part
+
+
+def _registered(parts: Sequence[Any]) -> nn.ModuleList | None:
+    """The modules in the parts, for a router to own; None without any."""
+    modules = [module for part in parts for module in modules_in(part)]
+    return nn.ModuleList(modules) if modules else None
 
 
 def _exclude(by: str, **options: bool) -> None:

@@ -49,7 +49,7 @@ class Linear(nn.Module):
             arXiv:2406.06563, lam = 1).
         input_transform: M, a function or "tanh", "sigmoid", "normalize", "layer_norm" (bounded, as the theory of
             softmax gates wants it, arXiv:2310.14188); the identity if None.
-        equal_rows: the rows of weight are scaled to their mean norm, so that no expert is ahead (sigma-MoE,
+        equal_rows: the rows of the initial weight are scaled to their mean norm, so that no expert is ahead (sigma-MoE,
             arXiv:2310.10837).
         init_std: standard deviation of the initial weight; if None it is that of torch.nn.Linear.
         orthogonal: gain of an initial weight with orthogonal rows (BASE Layers, arXiv:2103.16716: 0.1), instead.
@@ -106,6 +106,10 @@ class Linear(nn.Module):
             nn.init.normal_(self.weight, std=self.init_std)
         else:
             init_uniform(self.weight, self.hidden_size)
+        if self.equal_rows:
+            with torch.no_grad():
+                norms = self.weight.norm(dim=1, keepdim=True)
+                self.weight.mul_(norms.mean() / norms.clamp(min=torch.finfo(norms.dtype).tiny))
         if self.bias is not None:
             init_uniform(self.bias, self.hidden_size)
         if self.noise_weight is not None:
@@ -120,11 +124,7 @@ class Linear(nn.Module):
         if self.jitter and self.training:
             noise = torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter, generator=context.generator)
             x = x * noise
-        weight: Tensor = self.weight
-        bias = self.bias
-        if self.equal_rows:
-            norms = weight.norm(dim=1, keepdim=True)
-            weight = weight * (norms.mean() / norms.clamp(min=torch.finfo(norms.dtype).tiny))
+        weight, bias = self.weight, self.bias
         if self.float32:
             with without_autocast(x.device.type):
                 logits = F.linear(wide(x), wide(weight), None if bias is None else wide(bias))
