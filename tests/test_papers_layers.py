@@ -429,6 +429,23 @@ def test_monet_parameters_grow_with_the_root_of_the_experts() -> None:
     assert sizes == [sizes[0], 2 * sizes[0], 8 * sizes[0]]
 
 
+def test_monet_gates_are_softmaxes_of_what_exceeds_a_quantile() -> None:
+    """The threshold is one of logits normalised for each head; the softmax is of the logits themselves."""
+    router, x = MonetRouter(H, 16, 2, top_k=3).double(), torch.randn(40, H).double()
+    first, second = router(x)
+    threshold = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - 3 / 16)).double()
+    for g, gate in enumerate((first, second)):
+        for h in range(2):
+            z = x @ router.weight.view(2, 2, 16, H)[g, h].T
+            normal = (z - z.mean()) / (z.var(correction=0) + 1e-5).sqrt()
+            for t in range(40):
+                kept = normal[t] >= normal[t].max().clamp(max=threshold)
+                torch.testing.assert_close(gate[t, h], z[t].masked_fill(~kept, -torch.inf).softmax(-1))
+    for _ in range(200):  # evaluation normalises by what training saw
+        router(x)
+    torch.testing.assert_close(router.eval()(x).first, first, rtol=1e-6, atol=1e-9)
+
+
 def test_monet_gates() -> None:
     router = MonetRouter(H, 64, 2, top_k=8)
     first, second = router(torch.randn(4000, H))

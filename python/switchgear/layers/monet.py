@@ -25,12 +25,12 @@ class MonetRouting(NamedTuple):
 class MonetRouter(nn.Module):
     """Two gates per head; each keeps about `top_k` of n experts, by a threshold instead of a sort (arXiv:2412.04139).
 
-    The logits of each head and gate are normalised over the batch (batch norm without parameters); those above
-    Φ⁻¹(1 - top_k / n), or the largest if none is, go through a softmax and the others get 0. The layers of a group may
-    share one router.
+    The logits of each head and gate are normalised over the tokens and experts (batch norm without parameters, a
+    channel for each head). Where that exceeds Φ⁻¹(1 - top_k / n), or is the largest if none does, the logits themselves
+    go through a softmax, and the others get 0. The layers of a group may share one router.
 
     Args: hidden_size, sqrt_n, heads: H, n and the number of heads. top_k: 32 of 512 in the paper.
-    Parameters: weight [2·heads·n,H]. Buffers: running_mean, running_var [2·heads·n], which evaluation normalises by.
+    Parameters: weight [2·heads·n,H]. Buffers: running_mean, running_var [2·heads], which evaluation normalises by.
     """
 
     running_mean: Tensor
@@ -55,7 +55,7 @@ class MonetRouter(nn.Module):
         self.threshold = NormalDist().inv_cdf(1 - top_k / sqrt_n)
         self.weight = nn.Parameter(torch.empty(2 * heads * sqrt_n, hidden_size, device=device, dtype=dtype))
         for name in ("running_mean", "running_var"):
-            self.register_buffer(name, torch.empty(len(self.weight), device=device, dtype=torch.float32))
+            self.register_buffer(name, torch.empty(2 * heads, device=device, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -68,19 +68,21 @@ class MonetRouter(nn.Module):
     def forward(self, hidden_states: Tensor) -> MonetRouting:
         """[..., H] -> MonetRouting of T tokens."""
         logits = nn.functional.linear(hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight)
-        logits = self._normalize(logits.to(weight_dtype(logits.dtype))).view(len(logits), 2, self.heads, self.sqrt_n)
-        cutoff = logits.amax(-1, keepdim=True).clamp(max=self.threshold)
-        first, second = logits.masked_fill(logits < cutoff, -torch.inf).softmax(-1).unbind(1)
+        logits = logits.to(weight_dtype(logits.dtype)).view(len(logits), 2 * self.heads, self.sqrt_n)
+        normalized = self._normalize(logits.detach())
+        cutoff = normalized.amax(-1, keepdim=True).clamp(max=self.threshold)
+        gates = logits.masked_fill(normalized < cutoff, -torch.inf).softmax(-1)
+        first, second = gates.view(len(logits), 2, self.heads, self.sqrt_n).unbind(1)
         return MonetRouting(first, second)
 
     def _normalize(self, logits: Tensor) -> Tensor:
         mean, var = self.running_mean.to(logits.dtype), self.running_var.to(logits.dtype)
         if self.training and len(logits):
-            var, mean = torch.var_mean(logits, 0, correction=0)
+            var, mean = torch.var_mean(logits, (0, 2), correction=0)
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
                 self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
-        return (logits - mean) / (var + self.eps).sqrt()
+        return (logits - mean[:, None]) / (var + self.eps).sqrt()[:, None]
 
 
 class MonetExperts(nn.Module):
