@@ -130,7 +130,7 @@ class ExpertChoice:
         else:
             table = values[rows.clamp(min=0)].masked_fill((rows < 0)[:, :, None], lowest).mT
         cap = self.max_experts_per_token
-        if cap is not None and cap < table.shape[1] and self.cap_iterations:
+        if cap is not None and self.cap_iterations:
             each = self._counts((rows >= 0).sum(1), table.shape[1]).to(table.dtype)
             table = _capped_plan(table, rows >= 0, each, cap, self.cap_lambda, self.cap_iterations)
             table = table.masked_fill((rows < 0)[:, None, :], lowest)
@@ -155,13 +155,15 @@ def _capped_plan(
     scores: Tensor, real: Tensor, tokens_per_expert: Tensor, cap: int, entropy: float, iterations: int
 ) -> Tensor:
     """log A [B,E,L], up to values above 0 for 1, of the entropy-regularised assignment of scores [B,E,L] (real [B,L]:
-    which tokens there are) to experts that take tokens_per_expert [B] and tokens that take at most `cap` < E.
+    which tokens there are) to experts that take tokens_per_expert [B] and tokens that take at most `cap`.
 
     A = min(1, exp(S/λ + price_e - price_t)); each round makes the sums of the experts exact and then those of the
     tokens, which is coordinate ascent on the dual problem.
     """
     worth = (scores / entropy).masked_fill(~real[:, None, :], -math.inf)
     of_expert, of_token = torch.zeros_like(worth[:, :, :1]), torch.zeros_like(worth[:, :1])
+    if cap >= scores.shape[1]:  # no token can have more
+        return worth
     each, most = tokens_per_expert[:, None, None], torch.full_like(worth[:1, :1, :1], cap)
     for _ in range(iterations):
         of_expert = _price(worth - of_token, each)
