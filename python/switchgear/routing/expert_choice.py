@@ -173,7 +173,7 @@ def _capped_plan(
 
 
 def _price(values: Tensor, total: Tensor) -> Tensor:
-    """p [...,1] such that Σ min(1, exp(values + p)) over the last dimension is `total`, which is less than its size.
+    """p [...,1] such that Σ min(1, exp(values + p)) over the last dimension is `total`, at most its size.
 
     If the j largest become 1, the others have to sum to total - j; the first j for which none of them exceeds 1 is the
     solution. Rows of -inf give inf.
