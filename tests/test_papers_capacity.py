@@ -15,7 +15,7 @@ import switchgear
 from loops import assert_agrees, best, mixture
 from switchgear import presets
 from switchgear.functional import Routing
-from switchgear.routing import Capacity, Context, Dropless, ExpertChoice, TopK
+from switchgear.routing import Capacity, Context, Dropless, ExpertChoice, Masked, SkipBelow, TopK
 from switchgear.routing.context import NOTHING_KNOWN
 
 H, I, E, K = 16, 12, 8, 2  # noqa: E741
@@ -131,6 +131,19 @@ def test_capacity_aware_inference_rerouting_is_a_loop_in_order_of_scores() -> No
     assert out.topk_ids.tolist() == ids
     assert (out.topk_weights[out.topk_ids >= 0] > 0).all()
     assert p.shape == (40, E)
+
+
+def test_capacity_aware_inference_reroutes_by_the_scores_of_the_selection_inside() -> None:
+    """The new weight is that of the expert itself: of sigmoids, also where another selection wraps them."""
+    select = SkipBelow(Masked(TopK(2, "sigmoid"), lambda z, context: None), 0.0)
+    router = switchgear.Router(H, E, select=select, capacity=Capacity(1.0, "order", "reroute"))
+    x = torch.randn(40, H)
+    routing = router(x)
+    kept = routing.topk_ids >= 0
+    wanted = (x @ router.weight.T).sigmoid().gather(1, routing.topk_ids.clamp(min=0).long())
+    torch.testing.assert_close(routing.topk_weights[kept], wanted[kept])
+    plain = TopK(2, "sigmoid")(x @ router.weight.T).topk_ids
+    assert ((routing.topk_ids != plain) & kept).any()
 
 
 @pytest.mark.parametrize("overflow", ["drop", "reroute"])

@@ -170,36 +170,39 @@ class Router(nn.Module):
     def forward(self, hidden_states: Tensor, context: Context = NOTHING_KNOWN) -> Routing:
         """Routing of hidden_states [..., H], leading dimensions flattened to T."""
         rows = hidden_states.reshape(-1, self.hidden_size)
-        if self.score is not None or not self._is_plain():
-            context = self.complete(context, hidden_states)
+        if self.score is None and self._is_plain():
+            return self._route(self.logits(rows, context))
+        context = self.complete(context, hidden_states)
         return self.decide(self.logits(rows, context), context)
 
     def _is_plain(self) -> bool:
         """Whether `route` is all there is to do with the logits."""
         return self.select is None and self.capacity is None and not self.balance and not self.overrides
 
+    def _route(self, router_logits: Tensor) -> Routing:
+        return route(
+            router_logits,
+            self.top_k,  # type: ignore[arg-type]
+            score_function=self.score_function,
+            normalize=self.normalize,
+            scale=self.scale,
+            selection_bias=self.e_score_correction_bias,
+            num_groups=self.num_groups,
+            topk_groups=self.topk_groups,
+            group_score=self.group_score,
+        )
+
     def decide(self, router_logits: Tensor, context: Context = NOTHING_KNOWN) -> Routing:
         """Routing of router_logits [T,E], whatever made them: selection, capacity limit and losses. The context is one
         that `complete` returned."""
         if self._is_plain():
-            return route(
-                router_logits,
-                self.top_k,  # type: ignore[arg-type]
-                score_function=self.score_function,
-                normalize=self.normalize,
-                scale=self.scale,
-                selection_bias=self.e_score_correction_bias,
-                num_groups=self.num_groups,
-                topk_groups=self.topk_groups,
-                group_score=self.group_score,
-            )
+            return self._route(router_logits)
         select = self.selection()
         routing = select(router_logits, context, self.e_score_correction_bias)
         wanted = routing
         if self.capacity is not None:
             if routing.scores is None and getattr(self.capacity, "needs_scores", False):
-                function = getattr(select, "score_function", "softmax")
-                routing = routing._replace(scores=scores_of(routing.router_logits, function))
+                routing = routing._replace(scores=scores_of(routing.router_logits, _score_function(select)))
             routing = self.capacity(routing, context)
         if self.training and self.balance:
             self._count(wanted, context)
@@ -256,6 +259,13 @@ class Router(nn.Module):
         if self.isolation != "batch":
             parts.append(f"isolation={self.isolation}")
         return ", ".join(parts)
+
+
+def _score_function(select: Any) -> str:
+    """That of a selection, or of the one inside of it (Masked, SkipBelow, …)."""
+    while not hasattr(select, "score_function") and hasattr(select, "select"):
+        select = select.select
+    return str(getattr(select, "score_function", "softmax"))
 
 
 def _part(part: Any, num_experts: int, device: torch.device | str | None) -> Any:
