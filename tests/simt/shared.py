@@ -15,17 +15,19 @@ from pathlib import Path
 ORDERS = ("forward", "reverse", "random:1")
 
 
+def compilers_library(name: str) -> str:
+    command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def environment(kind: str, build: Path) -> dict[str, str]:
     modules = sorted(build.glob("tests/simt/module/_simt*.so"))
     if len(modules) != 1:
         raise SystemExit(f"{build}: expected one module _simt, found {len(modules)}")
     variables = {**os.environ, "SWITCHGEAR_SIMT": str(modules[0].resolve())}
     if kind == "asan":  # Python is not instrumented, so the runtime must be loaded before it; leaks are Python's
-        compiler = os.environ.get("CXX", "c++")
-        runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
-        variables["LD_PRELOAD"] = str(Path(runtime.stdout.strip()).resolve())
-        variables["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
-        variables["UBSAN_OPTIONS"] = "print_stacktrace=1"
+        variables["LD_PRELOAD"] = " ".join(compilers_library(name) for name in ("libasan.so", "libstdc++.so"))
+        variables["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0:malloc_context_size=1"
     return variables
 
 
