@@ -29,6 +29,7 @@ from switchgear.layers import (
     per_conv_tokens,
     with_virtual,
 )
+from switchgear.routing import ExpertChoice, Lookup
 
 H = 16
 
@@ -57,6 +58,28 @@ def test_multi_head_moe_is_a_loop_over_pieces(backend: str) -> None:
         return torch.cat(outputs, -1) @ layer.merge_proj.weight.T
 
     assert_agrees(layer, loop, torch.randn(2, 5, H))
+
+
+def test_multi_head_moe_keeps_pieces_of_a_sequence_together() -> None:
+    """Policies per sequence see the pieces of a whole sequence, and context of tokens is that of their pieces."""
+    select = ExpertChoice(1.0, scope="sequence")
+    layer = MultiHeadMoE(moe(hidden_size=H // 4, num_experts=4, top_k=None, select=select), H, heads=4)
+    seen = []
+    layer.moe.gate.register_forward_hook(lambda module, args, output: seen.append(output.topk_ids))
+    x = torch.randn(2, 6, H)
+    layer(x)
+    for ids in seen[0].view(2, -1):
+        assert [int((ids == e).sum()) for e in range(4)] == [6] * 4  # of 24 pieces
+    layer(x, sequence_ids=torch.tensor([[0] * 6, [1] * 6]))
+    layer(x, sequence_length=6)
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+    lookup = MultiHeadMoE(moe(hidden_size=H // 4, top_k=None, select=Lookup(torch.arange(6))), H, heads=4)
+    lookup.moe.gate.register_forward_hook(lambda module, args, output: seen.append(output.topk_ids))
+    lookup(x, token_ids=torch.arange(12).view(2, 6) % 6)
+    assert seen[3].flatten().tolist() == [t % 6 for t in range(12) for _ in range(4)]
+    assert layer(torch.randn(5, H), sequence_length=5).shape == (5, H)
+    assert lookup(torch.randn(0, H), token_ids=torch.zeros(0, dtype=torch.int64)).shape == (0, H)
 
 
 def test_multi_head_moe_with_one_head_is_the_layer() -> None:

@@ -35,7 +35,7 @@ def losses_of(*layers: nn.Module) -> dict[str, Tensor]:
 def repeat_context(context: dict[str, object], times: int) -> dict[str, object]:
     """The context of `times` pieces for each token, in the order of the tokens."""
     repeated = dict(context)
-    for name in ("token_ids", "sequence_ids"):
+    for name in ("token_ids", "sequence_ids", "importance"):
         value = context.get(name)
         if isinstance(value, Tensor):
             repeated[name] = value.flatten().repeat_interleave(times)

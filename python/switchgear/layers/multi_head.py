@@ -48,6 +48,7 @@ class MultiHeadMoE(nn.Module):
     def forward(self, hidden_states: Tensor, **context: object) -> Tensor:
         """[..., H] -> [..., H]. token_ids and sequence_ids, if given, are those of the whole tokens."""
         pieces = self.head_proj(hidden_states).unflatten(-1, (self.heads, -1))
+        pieces = pieces.flatten(-3, -2)  # [..., S·heads, H/heads]: a sequence of pieces is one sequence
         y: Tensor = self.moe(pieces, **repeat_context(context, self.heads))
-        merged: Tensor = self.merge_proj(y.flatten(-2))
+        merged: Tensor = self.merge_proj(y.reshape(hidden_states.shape))
         return merged
