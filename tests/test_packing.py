@@ -80,7 +80,8 @@ def test_state_dict_stays_plain(transposed: bool) -> None:
     experts.pack_()
     assert experts.gate_up_proj.numel() == 0
     after = experts.state_dict()
-    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
     x, ids, weights = inputs(torch.float32, 4)
     y = experts(x, ids, weights)
@@ -100,7 +101,8 @@ def test_unpacked_experts_train_again() -> None:
     experts = make_experts(torch.float32).pack_().unpack_().requires_grad_()
     x, ids, weights = inputs(torch.float32, 4)
     experts(x, ids, weights).sum().backward()
-    assert experts.gate_up_proj.grad is not None and experts.gate_up_proj.grad.abs().sum() > 0
+    assert experts.gate_up_proj.grad is not None
+    assert experts.gate_up_proj.grad.abs().sum() > 0
 
 
 def test_a_whole_layer() -> None:
@@ -145,9 +147,7 @@ def test_other_kernels_refuse_panels(isa: str) -> None:
     packs(torch.bfloat16)  # only AVX-512-BF16 reads pairs of bfloat16
     experts = make_experts(torch.bfloat16).pack_()
     switchgear.set_cpu_isa("generic")
-    with pytest.raises(
-        ValueError, match="panel: expected 0, the layout of bfloat16 weights on this backend now, got 64"
-    ):
+    with pytest.raises(ValueError, match="panel: expected 0, the layout of bfloat16 weights on this backend now"):
         experts(*inputs(torch.bfloat16, 4))
 
 

@@ -36,7 +36,8 @@ def test_weights_move_onto_huge_pages() -> None:
     moved = switchgear.use_huge_pages([weight])
     if moved == 0:
         pytest.skip("the kernel has no MADV_COLLAPSE (Linux 6.1), or no memory in one piece")
-    assert moved % HUGE_PAGE == 0 and moved <= SIZE
+    assert moved % HUGE_PAGE == 0
+    assert moved <= SIZE
     assert huge_bytes(weight) >= moved
     assert weight.data_ptr() == address
     assert torch.equal(weight, torch.arange(SIZE // 4, dtype=torch.float32))
@@ -48,7 +49,8 @@ def test_modules_lend_parameters_and_buffers() -> None:
     module.register_buffer("table", torch.ones(SIZE // 4))
     expected = sum(map(switchgear.use_huge_pages, ([module.weight], [module.table])))
     assert switchgear.use_huge_pages(module) == expected
-    assert module.weight.requires_grad and (module.weight == 1).all()
+    assert module.weight.requires_grad
+    assert (module.weight == 1).all()
 
 
 def test_what_is_small_or_elsewhere_is_left_alone() -> None:

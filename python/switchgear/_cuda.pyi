@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The ops of `_C` on CUDA devices, which CUDA devices there are, and what this build has for them. Only there if nvcc was
-at build time; imports without a driver.
+"""The ops of `_C` on CUDA devices, which CUDA devices there are, and what this build has for them. Only there if nvcc
+was at build time; imports without a driver.
 
 Ops are queued on a stream and return. Values in device memory are not checked: ids out of range count as empty slots.
 """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Weights in panels: the order in which the kernels of the CPU read them, for inference.
 
-Weights in torch's order are transposed in registers, or copied into panels, at each call. Panels are read as they are, at the
-rate of memory, and lie on huge pages. A panel is `panel` rows of a projection [E,N,C] stored as [C/d, panel, d], d elements
-in 4 bytes; which panels there are depends on dtype and instruction set.
+Weights in torch's order are transposed in registers, or copied into panels, at each call. Panels are read as they are,
+at the rate of memory, and lie on huge pages. A panel is `panel` rows of a projection [E,N,C] stored as [C/d, panel, d],
+d elements in 4 bytes; which panels there are depends on dtype and instruction set.
 """
 
 from __future__ import annotations
@@ -50,14 +50,15 @@ def pack_weights(model: nn.Module) -> int:
     """Stores the experts' projections in the order in which the kernels of the CPU read them; for inference.
 
     Decoding then reads weights at the rate of memory, and medium batches save what copying panels costs. The state dict
-    keeps the plain weights under their names, loading packs, `unpack_weights` takes it all back. Meanwhile the parameters
-    themselves are empty, so they cannot train, move to another device or change dtype. While a projection is packed it is
-    in memory twice.
+    keeps the plain weights under their names, loading packs, `unpack_weights` takes it all back. Meanwhile the
+    parameters themselves are empty, so they cannot train, move to another device or change dtype. While a projection is
+    packed it is in memory twice.
 
     Args:
         model: has `Experts`, or experts of transformers that run on the fused kernel (`accelerate`).
 
-    Returns the number of experts modules that are in panels now. Modules whose sizes do not divide into panels stay plain.
+    Returns the number of experts modules that are in panels now. Modules whose sizes do not divide into panels stay
+    plain.
 
     Raises:
         ValueError: there is nothing to pack, with the reason.
@@ -137,8 +138,8 @@ def _pack(module: nn.Module, layout: Layout) -> None:
         packed.append(to_panels(data.mT if layout.transposed else data, panel))
         weight.data = data.new_empty(0)
     if "_switchgear_panels" not in vars(module):  # the hooks do nothing while a module is plain
-        module.register_state_dict_post_hook(_save_plain)
-        module.register_load_state_dict_pre_hook(_load_plain)
+        module.register_state_dict_post_hook(_save_plain)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_pre_hook(_load_plain)  # type: ignore[no-untyped-call]
     module._switchgear_panels = Panels(panel, layout, *packed)  # type: ignore[assignment]
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Huge pages for weights on the CPU. Linux gives 2 MB pages to programs that ask; with 4 KB pages every weight that a token
-reads also costs walks of the page tables."""
+"""Huge pages for weights on the CPU. Linux gives 2 MB pages to programs that ask; with 4 KB pages every weight that a
+token reads also costs walks of the page tables."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def _words(tensor: Tensor) -> Tensor:
 def use_huge_pages(weights: nn.Module | Iterable[Tensor]) -> int:
     """Moves weights onto huge pages, where they are: addresses and contents stay.
 
-    Decoding reads each weight once per token; on a machine whose memory is fast this makes it up to 1.5 times faster. It
-    takes about a second per GB, once, so call it after a model is loaded. Linux 6.1 or newer.
+    Decoding reads each weight once per token; on a machine whose memory is fast this makes it up to 1.5 times faster.
+    It takes about a second per GB, once, so call it after a model is loaded. Linux 6.1 or newer.
 
     Args:
-        weights: a module, for its parameters and buffers, or tensors. What is smaller than 2 MB, or not in the memory of
-            the CPU, is left alone.
+        weights: a module, for its parameters and buffers, or tensors. What is smaller than 2 MB, or not in the memory
+            of the CPU, is left alone.
 
     Returns:
         The bytes that now lie on huge pages: 0 where the system has none to give.
