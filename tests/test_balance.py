@@ -357,6 +357,15 @@ def test_conflicts_are_cosines_with_the_mean() -> None:
     assert torch.equal(gradient_conflicts(grad_y, routed, 0.1), wanted)
 
 
+def test_conflicts_of_negative_weights_are_of_the_gradient_that_arrives() -> None:
+    """A token of weight -1 with the opposite gradient agrees."""
+    grad = torch.randn(8)
+    weights = torch.tensor([[1.0], [-1.0], [1.0], [1.0]])
+    routed = Routing(torch.zeros(4, 1, dtype=torch.int32), weights, torch.randn(4, 2), 2)
+    conflicts = gradient_conflicts(torch.stack((grad, -grad, grad, -grad)), routed)
+    assert conflicts.flatten().tolist() == [False, False, False, True]
+
+
 def test_gradient_conflict_trains() -> None:
     """Two tasks with opposite targets for nearby inputs: fewer choices conflict with the loss than without."""
 

@@ -306,6 +306,8 @@ def test_base_layer_is_near_the_optimum(backend: str, num_tokens: int, num_exper
     eps = max(float(logits.max() - logits.min()) / 50, 1e-4)
     found = float(logits.double().gather(1, ids[:, None]).sum())
     assert optimum - num_tokens * eps <= found <= optimum + 1e-6
+    early = BalancedAssignment()(logits, TRAINING).topk_ids.long()  # the default number of iterations
+    assert float(logits.double().gather(1, early).sum()) > optimum - 2 * num_tokens * eps
     room, greedy = [num_tokens // num_experts] * num_experts, 0.0
     for row in logits.double():
         e = best(row, 1, [e for e in range(num_experts) if room[e]])[0]
@@ -430,7 +432,12 @@ def test_grin_draws_from_the_masked_softmax() -> None:
     context = Context(training=True, generator=generator)
     routing = SparseMixer(1, 0.02)(logits, context)
     shares = torch.bincount(routing.topk_ids.flatten().long(), minlength=4) / 20_000
-    torch.testing.assert_close(shares, masked_softmax(logits[0], [], 0.02), atol=0.01, rtol=0)
+    p = masked_softmax(logits[0], [], 0.02)
+    torch.testing.assert_close(shares, p, atol=0.01, rtol=0)
+    factor = routing.topk_weights / p[routing.topk_ids.long()]
+    others = factor[routing.topk_ids != 1]  # the best one is always at its full weight
+    assert (factor[routing.topk_ids == 1] == 1).all()
+    assert (others < 0.5).float().mean().item() == pytest.approx(0.75, abs=0.02)
     generator.manual_seed(5)
     again = SparseMixer(1, 0.02)(logits, context)
     assert torch.equal(again.topk_ids, routing.topk_ids)

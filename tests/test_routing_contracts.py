@@ -349,6 +349,21 @@ def a_score(x: Tensor, context: Context) -> Tensor:
     return x[:, :E]
 
 
+def test_pairs_become_rows() -> None:
+    """A token's experts in ascending order; those over the bound go, and so do pairs without a token."""
+    token, expert = torch.tensor([2, 0, 2, -1, 2, 0]), torch.tensor([5, 1, 0, 3, 3, 0])
+    weight = torch.arange(6.0).requires_grad_()
+    ids, weights = routing.from_pairs(token, expert, weight, 4, E)
+    assert ids.tolist() == [[0, 1, -1], [-1, -1, -1], [0, 3, 5], [-1, -1, -1]]
+    assert weights.tolist() == [[5, 1, 0], [0, 0, 0], [2, 4, 0], [0, 0, 0]]
+    ids, weights = routing.from_pairs(token, expert, weight, 4, E, max_experts_per_token=2)
+    assert ids.tolist() == [[0, 1], [-1, -1], [0, 3], [-1, -1]]
+    (grad,) = torch.autograd.grad(weights.sum(), weight)
+    assert grad.tolist() == [0, 1, 1, 0, 1, 1]
+    ids, _ = routing.from_pairs(token[:0], expert[:0], weight[:0], 2, E)
+    assert ids.tolist() == [[-1], [-1]]
+
+
 def test_modules_inside_of_dataclasses_belong_to_the_router() -> None:
     """Their buffers are saved and moved, their controllers called, and partials in fields are made."""
     visible = torch.ones(5, E).index_fill(1, torch.tensor([2]), 0.0)
