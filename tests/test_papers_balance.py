@@ -22,6 +22,8 @@ from switchgear import presets
 from switchgear.functional import Routing
 from switchgear.layers import HeterogeneousExperts
 from switchgear.routing import (
+    AdaptiveCoefficient,
+    Capacity,
     ClusterDropout,
     Dense,
     GradientConflict,
@@ -106,20 +108,27 @@ def test_loss_free_balancing_moves_by_the_rate() -> None:
         LossFreeBias(rule="cubic")
 
 
+def controlled() -> switchgear.Router:
+    coefficient = partial(AdaptiveCoefficient, xi=0.01, beta=0.5)
+    balance = [LossFreeBias(0.1, "proportional"), partial(SwitchLoss, coefficient)]
+    return switchgear.Router(H, E, 2, capacity=Capacity(1.0, scope="sequence"), balance=balance)
+
+
 def _bias_of(rank: int, port: int, x: Tensor, state: dict[str, Tensor], queue: Any) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    router = switchgear.Router(H, E, 2, balance=[LossFreeBias(0.1, "proportional")])
+    router = controlled()
     router.load_state_dict(state)
     router(x[rank], Context(group=dist.group.WORLD))
     router.after_step()
-    queue.put((rank, router.e_score_correction_bias.tolist()))
+    queue.put((rank, router.e_score_correction_bias.tolist(), float(router.balance[1].coefficient.value)))
     dist.destroy_process_group()
 
 
-def test_loss_free_balancing_counts_over_processes() -> None:
-    whole = switchgear.Router(H, E, 2, balance=[LossFreeBias(0.1, "proportional")])
-    state, x = copy.deepcopy(whole.state_dict()), torch.randn(2, 30, H)
-    whole(x.flatten(0, 1))
+def test_loss_free_balancing_and_skywork_count_over_processes() -> None:
+    """A sequence in each of two processes moves bias and coefficient as both in one process do."""
+    whole = controlled()
+    state, x = copy.deepcopy(whole.state_dict()), torch.randn(2, 1, 30, H)
+    assert whole(x.flatten(0, 1)).num_dropped > 0
     whole.after_step()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -129,12 +138,13 @@ def test_loss_free_balancing_counts_over_processes() -> None:
     processes = [context.Process(target=_bias_of, args=(rank, port, x, state, queue)) for rank in range(2)]
     for process in processes:
         process.start()
-    found = dict(queue.get() for _ in processes)
+    found = [queue.get() for _ in processes]
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    for rank in range(2):
-        torch.testing.assert_close(torch.tensor(found[rank]), whole.e_score_correction_bias)
+    for _, bias, coefficient in found:
+        torch.testing.assert_close(torch.tensor(bias), whole.e_score_correction_bias)
+        assert coefficient == pytest.approx(float(whole.balance[1].coefficient.value))
 
 
 # ---- global balance --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from switchgear.functional import Routing
 from switchgear.reference import check_choice
@@ -79,9 +80,14 @@ class AdaptiveCoefficient(nn.Module):
         return self.value
 
     def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
-        """One step of the rule, with the drops of the forward passes since the last one."""
-        if self._seen is not None:
-            self.update(self._seen[0] / self._seen[1].clamp(min=1))
+        """One step of the rule, with the drops of the forward passes since the last one, over all processes of the
+        group of the router's last Context."""
+        seen, group = self._seen, getattr(router, "_group", None)
+        if group is not None:
+            seen = torch.zeros(2, dtype=torch.int64, device=self.value.device) if seen is None else seen
+            dist.all_reduce(seen, group=group)
+        if seen is not None:
+            self.update(seen[0] / seen[1].clamp(min=1))
         self._seen = None
 
     @torch.no_grad()
