@@ -9,7 +9,7 @@
 # make simt                  the CUDA kernels on the CPU, under sanitizers and a race detector (needs headers of CUDA)
 # make simt-planted          that bugs planted in them are seen
 # make cuda-checks           what nvcc made of them: registers, spills, instructions (needs nvcc)
-# make gpu                   on a machine with a GPU: conformance, tests, compute-sanitizer, benchmark (GPU_ARGS=--dry-run)
+# make gpu                  on a machine with a GPU: conformance, tests, compute-sanitizer, benchmark (GPU_ARGS=--dry-run)
 # make nvcc                  CUDA's compiler from NVIDIA's wheels, into the environment
 # make build                 editable install, for work on the package
 # make wheel                 dist/*.whl
@@ -96,8 +96,9 @@ cuda-checks: $(INSTALLED)test
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python -m pytest -q tests/test_cuda_build.py tests/test_cuda.py tests/simt/test_ptx.py $(PYTEST_ARGS)
 
-gpu: | $(BIN)/python
-	$(BIN)/python tests/gpu/run.py $(GPU_ARGS)
+# With the Python that is there, which may have torch for its card already; what is missing goes into its environment.
+gpu:
+	$(if $(VIRTUAL_ENV),$(BIN)/python,$(PYTHON)) tests/gpu/run.py $(GPU_ARGS)
 
 nvcc: | $(BIN)/python
 	$(PIP) nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl

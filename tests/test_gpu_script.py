@@ -43,7 +43,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is installed, on an H100."""
-    replies = {"compute_cap": "9.0", "name": "NVIDIA H100 80GB HBM3", "import torch": ""}
+    replies = {"compute_cap": "9.0", "name": "NVIDIA H100 80GB HBM3", "import ": ""}
     monkeypatch.setattr(
         run, "answers",
         lambda *command: next((reply for word, reply in replies.items() if word in " ".join(command)), None),
@@ -147,6 +147,12 @@ def test_stages_are_named(capsys: pytest.CaptureFixture[str], bare: None) -> Non
 def test_files_that_the_script_names_exist() -> None:
     for name in (*run.CORE_TESTS, "tests/gpu/conformance.py", "tests/gpu/conformance.cu", "tests/gpu/nvcc_links.py"):
         assert (run.ROOT / name).exists()
+
+
+def test_few_calls_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    few_calls = load("few_calls")
+    assert few_calls.main(["--device", "cpu"]) == 0
+    assert "all agree with the reference" in capsys.readouterr().out
 
 
 # ---- conformance -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every op, forward and backward, on a few small shapes that reach all kernels: what compute-sanitizer runs.
+
+    few_calls.py [--device cuda]
+
+Results are compared with the reference, so that a sanitizer's silence is about calls that did something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import switchgear
+
+
+class Shape(NamedTuple):
+    """Multiples of 8 take TMA on sm_90; others take the kernels of sm_80."""
+
+    tokens: int
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+
+
+SHAPES = (
+    Shape(1, 128, 64, 8, 2),  # decoding
+    Shape(24, 128, 64, 8, 2),  # few rows an expert
+    Shape(300, 136, 72, 4, 2),  # tiles of 64 and 128 rows, with tails
+    Shape(40, 50, 33, 5, 3),  # no vectors
+)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Roundings of h, a, y and of their gradients, half a unit in the last place each, and what sums make of them.
+TOLERANCE = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8, torch.float32: 2.0**-9}  # float32: perhaps with tf32
+
+
+def layer(shape: Shape, dtype: torch.dtype, device: str, activation: str, backend: str) -> list[Tensor]:
+    """y and all gradients of a layer whose tensors are the same for every backend."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*size: int, scale: float = 1.0) -> Tensor:
+        values = (torch.randn(size, generator=generator) * scale).to(dtype)
+        return values.to(device).requires_grad_()
+
+    x = leaf(shape.tokens, shape.hidden_size)
+    gate_up = leaf(shape.num_experts, 2 * shape.intermediate_size, shape.hidden_size, scale=0.1)
+    down = leaf(shape.num_experts, shape.hidden_size, shape.intermediate_size, scale=0.1)
+    logits = torch.randn(shape.tokens, shape.num_experts, generator=generator).to(device).requires_grad_()
+    grad_y = torch.randn(shape.tokens, shape.hidden_size, generator=generator).to(dtype).to(device)
+    with switchgear.use_backend(backend):
+        routing = switchgear.route(logits, shape.top_k, normalize=True)
+        y = switchgear.moe(x, gate_up, down, routing.topk_ids, routing.topk_weights, activation=activation)
+        torch.autograd.backward(y, grad_y)
+    grads = [tensor.grad for tensor in (x, gate_up, down, logits)]
+    return [y.detach(), *(grad for grad in grads if grad is not None)]
+
+
+def stages(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
+    """The same layer, stage by stage."""
+    generator = torch.Generator().manual_seed(1)
+
+    def values(*size: int) -> Tensor:
+        return (torch.randn(size, generator=generator) * 0.3).to(dtype).to(device)
+
+    x, weight = values(shape.tokens, shape.hidden_size), values(shape.num_experts, 40, shape.hidden_size)
+    logits = torch.randn(shape.tokens, shape.num_experts, generator=generator).to(device)
+    with switchgear.use_backend(backend), torch.no_grad():
+        routing = switchgear.route(logits, shape.top_k, score_function="sigmoid")
+        plan = switchgear.plan(routing.topk_ids, shape.num_experts)
+        rows = switchgear.permute(x, plan)
+        a = switchgear.glu(switchgear.grouped_gemm(rows, weight, plan.expert_offsets))
+        return [rows, a, switchgear.combine(rows, plan, routing.topk_weights)]
+
+
+def distance(got: list[Tensor], want: list[Tensor]) -> float:
+    """The largest relative error, root mean square."""
+
+    def one(a: Tensor, b: Tensor) -> float:
+        return float((a.double() - b.double()).square().mean().sqrt() / (b.double().square().mean().sqrt() + 1e-30))
+
+    return max(one(a, b) for a, b in zip(got, want, strict=True))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args(arguments).device
+    wrong = 0
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            activation = "silu" if dtype is not torch.float16 else "gelu_tanh"
+            pairs = {
+                "layer": [layer(shape, dtype, device, activation, name) for name in ("native", "reference")],
+                "stages": [stages(shape, dtype, device, name) for name in ("native", "reference")],
+            }
+            for name, (got, want) in pairs.items():
+                error = distance(got, want)
+                wrong += not error <= TOLERANCE[dtype]
+                print(f"{name:<7} {str(dtype).removeprefix('torch.'):<9} {tuple(shape)}: {error:.1e}", flush=True)
+    print("all agree with the reference" if not wrong else f"{wrong} results differ from the reference")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
