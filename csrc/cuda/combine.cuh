@@ -74,11 +74,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) combine_kernel(CombineParams<T
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.x * kVector;
   for (int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kVector; column < p.hidden_size;
        column += step) {
-#ifdef PLANT_COMBINE_TAIL
-    const int count = kVector;
-#else
     const int count = static_cast<int>(p.hidden_size - column < kVector ? p.hidden_size - column : kVector);
-#endif
     combine_vector(p, token, column, count, p.aligned && count == kVector);
   }
 }

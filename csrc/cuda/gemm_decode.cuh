@@ -109,10 +109,8 @@ __device__ inline void multiply_rows(float (&sums)[2][4], const T* const (&rows)
         b[j] = ahead[i][j];
         ahead[i][j] = load_weights(columns[j], at + kAhead * kStepDepth + own, depth);
       }
-#ifndef PLANT_DECODE_TRANSPOSE
       transpose_quad(b[0].w);
       transpose_quad(b[1].w);
-#endif
       transpose_quad(a[0].w);
       transpose_quad(a[1].w);
 #pragma unroll

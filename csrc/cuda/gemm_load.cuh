@@ -22,11 +22,7 @@ constexpr int kChunkBytes = 16;
 template <typename T>
 __device__ inline void copy_chunk(std::byte* to, const T* from, int32_t count, bool aligned) {
   constexpr int kChunk = kChunkBytes / sizeof(T);
-#ifdef PLANT_GEMM_CHUNK_EDGE
-  const int valid = count <= 0 ? 0 : kChunk;
-#else
   const int valid = count < 0 ? 0 : count < kChunk ? count : kChunk;
-#endif
   if (aligned) {
     ptx::cp_async16_zeros(to, from, valid * static_cast<int>(sizeof(T)));
   } else {
@@ -39,9 +35,6 @@ __device__ inline void copy_chunk(std::byte* to, const T* from, int32_t count, b
 template <int kDepthBytes>
 __device__ inline int depth_major_offset(int row, int chunk) {
   static_assert(kDepthBytes == 64 || kDepthBytes == 128);
-#ifdef PLANT_GEMM_SWIZZLE
-  return row * kDepthBytes + chunk * kChunkBytes;
-#endif
   if constexpr (kDepthBytes == 128) return row * 128 + ((chunk ^ (row & 7)) * kChunkBytes);
   return row / 2 * 128 + (((row & 1) * 4 + (chunk ^ (row / 2 & 3))) * kChunkBytes);
 }

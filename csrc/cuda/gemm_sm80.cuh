@@ -171,14 +171,8 @@ __device__ inline void multiply_tile(Sums<Tile>& sums, LoadA& load_a, LoadB& loa
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) load_next(stage);
   int stage = 0;
   for (int32_t depth = begin; depth < end; depth += kDepth) {
-#ifdef PLANT_GEMM_WAIT
-    ptx::cp_async_wait<Tile::kStages - 1>();
-#else
     ptx::cp_async_wait<Tile::kStages - 2>();
-#endif
-#ifndef PLANT_GEMM_BARRIER
     __syncthreads();  // the stage has arrived for all, and all are done with the one that is filled next
-#endif
     load_next(stage == 0 ? Tile::kStages - 1 : stage - 1);
     const std::byte* const a = shared + stage * Tile::kStageBytes;
     Product::template multiply_stage<Tile, kADepthMajor, kBDepthMajor>(sums, a, a + Tile::kABytes, at);
@@ -192,9 +186,7 @@ __device__ inline StagedSums stage_sums(const Sums<Tile>& sums, std::byte* share
   const StagedSums staged(reinterpret_cast<float*>(shared), Tile::kColumns);
   const WarpPlace<Tile> at(thread);
   ptx::cp_async_wait<0>();
-#ifndef PLANT_GEMM_STAGE_BARRIER
   __syncthreads();  // nobody reads the last stage any more
-#endif
 #pragma unroll
   for (int i = 0; i < Tile::kMmaRows; ++i) {
 #pragma unroll
@@ -247,11 +239,7 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
     const TileColumns columns = tile_columns(g, tile.column, Tile::kColumns);
     const int32_t depth = nobody ? 0 : matrix.k_end;
     const auto row_at = [&](int i) -> int32_t {
-#ifdef PLANT_GEMM_ROW_EDGE
-      const bool used = true;
-#else
       const bool used = i < tile.rows && !nobody;
-#endif
       if (!used) return -1;
       const int32_t slot = tile.first_row + i, row = g.a.indices != nullptr ? g.a.indices[slot] : slot;
       return row < g.a.count ? row : -1;

@@ -49,7 +49,7 @@ bool takes_epilogue(const Gemm& g) {
   if (g.epilogue == Epilogue::kStore) return true;
   if (g.h != nullptr && (!aligned(g.h) || !eights(g.h_stride))) return false;
   if (gate_halves(g)) return eights(g.n / 2);
-  return aligned(g.weighted_a);
+  return aligned(g.weighted_a) && eights(g.weighted_a_stride);
 }
 
 // ---- tensor maps ---------------------------------------------------------------------------------------------------------
@@ -147,9 +147,9 @@ void launch_type(const Wgrad& g, void* stream) {
 using namespace sm90;
 
 bool sm90_takes(const Gemm& g) {
-  return half_precision(g.dtype) && g.num_experts > 0 && g.num_experts <= kMaxExperts && fits_coordinate(g.num_slots) && eights(g.n) && eights(g.c) &&
-         fits_coordinate(g.n) && fits_coordinate(g.c) && takes_rows(g.a, g.c) && takes_weights(g) &&
-         takes_epilogue(g) && on_hopper();
+  return half_precision(g.dtype) && g.num_experts > 0 && g.num_experts <= kMaxExperts && fits_coordinate(g.num_slots) &&
+         eights(g.n) && eights(g.c) && fits_coordinate(g.n) && fits_coordinate(g.c) && takes_rows(g.a, g.c) &&
+         takes_weights(g) && takes_epilogue(g) && on_hopper();
 }
 
 void gemm_sm90(const Gemm& g, void* stream) {
@@ -158,9 +158,9 @@ void gemm_sm90(const Gemm& g, void* stream) {
 }
 
 bool sm90_takes(const Wgrad& g) {
-  return half_precision(g.dtype) && g.num_experts > 0 && g.num_experts <= kMaxExperts && fits_coordinate(g.num_slots) && eights(g.m) && eights(g.n) &&
-         fits_coordinate(g.m) && fits_coordinate(g.n) && takes_rows(g.a, g.m) && takes_rows(g.b, g.n) &&
-         aligned(g.out) && eights(g.out_stride) && eights(g.out_expert_stride) && on_hopper();
+  return half_precision(g.dtype) && g.num_experts > 0 && g.num_experts <= kMaxExperts && fits_coordinate(g.num_slots) &&
+         eights(g.m) && eights(g.n) && fits_coordinate(g.m) && fits_coordinate(g.n) && takes_rows(g.a, g.m) &&
+         takes_rows(g.b, g.n) && aligned(g.out) && eights(g.out_stride) && eights(g.out_expert_stride) && on_hopper();
 }
 
 void wgrad_sm90(const Wgrad& g, void* stream) {

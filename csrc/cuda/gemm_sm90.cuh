@@ -256,15 +256,9 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
       uint64_t* const full = ring.full + ring.index(position);
       unsigned char* const to_weights = C::kShape == Shape::kFewRows ? ring.p(position) : ring.q(position);
       unsigned char* const to_slots = C::kShape == Shape::kFewRows ? ring.q(position) : ring.p(position);
-#ifndef PLANT_SM90_EMPTY_WAIT
       ptx::mbar_wait(ring.empty + ring.index(position), ring.parity(position) ^ 1);
-#endif
       if (threadIdx.x == 0) {
-#ifdef PLANT_SM90_HALF_BYTES
-        ptx::mbar_expect_tx(full, bytes / 2);
-#else
         ptx::mbar_expect_tx(full, bytes);
-#endif
         load_weights<C>(to_weights, params, full, tile, stage * kDepth);
         if (!gather) ptx::tma_load_3d(to_slots, &params.slots, full, stage * kDepth, tile.first_row, 0);
       }
@@ -306,14 +300,8 @@ __device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, u
     for (int j = 0; j < C::kN / 2; ++j) acc[i][j] = 0.0f;
   }
   for (int stage = 0; stage < num_stages; ++stage, ++position) {
-#ifdef PLANT_SM90_WRONG_PHASE
-    ptx::mbar_wait(ring.full + ring.index(position), ring.parity(position) ^ 1);
-#else
     ptx::mbar_wait(ring.full + ring.index(position), ring.parity(position));
-#endif
-#ifndef PLANT_SM90_PROXY_FENCE
     if (copied(stage)) ptx::fence_proxy_async();
-#endif
     const uint32_t p = ptx::smem_u32(ring.p(position)), q = ptx::smem_u32(ring.q(position));
     ptx::wgmma_fence();
 #pragma unroll
@@ -325,20 +313,14 @@ __device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, u
       }
     }
     ptx::wgmma_commit();
-#ifdef PLANT_SM90_EARLY_RELEASE
-    release(ring.empty + ring.index(position));
-#else
     if (stage > 0) {  // the products of the stage before; this one's go on
       ptx::wgmma_wait<1>();
       release(ring.empty + ring.index(position - 1));
     }
-#endif
   }
   if (threadIdx.x % 32 == 0) ptx::mbar_arrive(ring.turn + (1 - this_consumer()));
   ptx::wgmma_wait<0>();
-#ifndef PLANT_SM90_EARLY_RELEASE
   if (num_stages > 0) release(ring.empty + ring.index(position - 1));
-#endif
   ptx::wgmma_registers(acc[0]);
   ptx::wgmma_registers(acc[1]);
 }
@@ -357,9 +339,7 @@ __device__ inline void finish_few_rows(const Gemm& g, const RowTile& tile, const
       scratch[slot * kScratchPitch + column] = acc[i / 2][j / 2 * 4 + i % 2 * 2 + j % 2];
     }
   }
-#ifndef PLANT_SM90_SCRATCH_BARRIER
   ptx::bar_sync(1 + consumer, 128);
-#endif
 #pragma unroll 1
   for (int first = 0; first < C::kN; first += 32) {  // a quad per slot
     const int r = first + thread / 4;
@@ -385,9 +365,7 @@ __device__ inline void finish(const Gemm& g, const RowTile& tile, Accumulators<C
 // Waits for a consumer's n-th turn, which comes after n arrivals of the other one; the first's first after none.
 template <typename C>
 __device__ inline void wait_for_turn(const Ring<C>& ring, int consumer, uint32_t n) {
-#ifndef PLANT_SM90_TURN
   ptx::mbar_wait(ring.turn + consumer, consumer == 0 ? (n & 1) ^ 1 : n & 1);
-#endif
 }
 
 template <typename T, Epilogue kEpilogue, typename C>
@@ -483,11 +461,7 @@ __device__ inline void produce(const WgradParams& params, const Ring<C>& ring, c
     const WgradTile tile = tiles[t];
     for (int stage = 0; stage < tile.num_stages(); ++stage, ++position) {
       uint64_t* const full = ring.full + ring.index(position);
-#ifdef PLANT_SM90_TAIL_ROWS
-      const bool tail = false;
-#else
       const bool tail = tile.has_tail(stage);
-#endif
       const bool copy_a = tail || gather_a, copy_b = tail || gather_b;
       const int32_t first = tile.slots.begin + stage * kDepth, end = tile.slots.end;
       ptx::mbar_wait(ring.empty + ring.index(position), ring.parity(position) ^ 1);

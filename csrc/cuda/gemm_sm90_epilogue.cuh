@@ -243,7 +243,9 @@ __device__ inline void glu_backward_row(const Gemm& g, const RowTile& tile, int3
     }
     store_run(grad_h + step * 32 * r, gates.gate);
     if (gated) store_run(grad_h + step * 32 * r + second, gates.up);
-    if (g.weighted_a != nullptr) store_run(static_cast<T*>(g.weighted_a) + slot * g.n + column, product);
+    if (g.weighted_a != nullptr) {
+      store_run(static_cast<T*>(g.weighted_a) + slot * g.weighted_a_stride + column, product);
+    }
     if (g.weight_parts != nullptr && threadIdx.x % 4 == 0) {
       g.weight_parts[slot * weight_parts_of(g.n) + column / kWeightPart] = part;
     }
@@ -254,11 +256,7 @@ __device__ inline void glu_backward_row(const Gemm& g, const RowTile& tile, int3
 template <Epilogue kEpilogue, typename T, typename Runs>
 __device__ inline void finish_row(const Gemm& g, const RowTile& tile, int r, const Runs& runs) {
   const int32_t slot = tile.first_row + r;
-#ifdef PLANT_SM90_ROW_PREDICATE
-  const bool stored = slot < g.num_slots;
-#else
   const bool stored = r < tile.rows;
-#endif
   if constexpr (kEpilogue == Epilogue::kStore) {
     store_row<T>(g, tile, slot, stored, runs);
   } else if constexpr (kEpilogue == Epilogue::kGlu) {

@@ -18,8 +18,10 @@ inline std::string kernel_name(const void* kernel) {
   if (cudaFuncGetName(&symbol, kernel) != cudaSuccess || symbol == nullptr) return "a kernel";
   int status = 0;
   char* readable = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
-  const std::string name = status == 0 ? readable : symbol;
+  std::string name = status == 0 ? readable : symbol;
   std::free(readable);
+  const std::string anonymous = "(anonymous namespace)::";
+  for (size_t at = 0; (at = name.find(anonymous)) != std::string::npos;) name.erase(at, anonymous.size());
   return name.substr(0, name.find('('));
 }
 

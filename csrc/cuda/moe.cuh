@@ -99,9 +99,7 @@ __global__ void __launch_bounds__(kBiasColumns* kBiasRows) bias_gradient_kernel(
     sum = fmaf(p.slot_weights != nullptr ? p.slot_weights[slot] : 1.0f, value, sum);
   }
   sums[y * kBiasColumns + x] = sum;
-#ifndef PLANT_MOE_BIAS_BARRIER
   __syncthreads();
-#endif
   if (y > 0 || column >= p.width) return;
   float total = 0.0f;
 #pragma unroll

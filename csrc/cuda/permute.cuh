@@ -95,9 +95,7 @@ __global__ void __launch_bounds__(kRowThreads) permute_kernel(PermuteParams<T> p
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
   const int64_t first_slot = static_cast<int64_t>(blockIdx.x - p.token_blocks) * num_threads;
   tokens[thread] = first_slot + thread < p.num_slots ? unclaimed_token(p, first_slot + thread) : kClaimed;
-#ifndef PLANT_PERMUTE_BARRIER
   __syncthreads();
-#endif
   for (int i = 0; i < num_threads; ++i) {
     const int32_t token = tokens[i];
     if (token == kClaimed) continue;

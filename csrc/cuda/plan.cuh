@@ -76,9 +76,7 @@ __device__ inline int32_t exclusive_sum(int32_t value, int32_t* sums, int32_t* t
   const int warp = static_cast<int>(threadIdx.x / 32), num_warps = static_cast<int>(blockDim.x / 32);
   const int32_t inclusive = inclusive_sum(value);
   if (threadIdx.x % 32 == 31) sums[warp] = inclusive;
-#ifndef PLANT_PLAN_SUMS
   __syncthreads();
-#endif
   int32_t before = 0, all = 0;
   for (int w = 0; w < num_warps; ++w) {
     before += w < warp ? sums[w] : 0;
@@ -115,9 +113,7 @@ __device__ inline void place_pairs(const PlanParams& p, PlanRange segment, int f
     const int rank = __popc(peers & ((1u << lane) - 1));
     int32_t slot = -1;
     if (mine) slot = next[index] + rank;
-#ifndef PLANT_PLAN_READ_BEFORE_WRITE
     __syncwarp();
-#endif
     if (mine && rank == 0) next[index] += __popc(peers);
     __syncwarp();
     if (mine) p.token_indices[slot] = static_cast<int32_t>(static_cast<uint32_t>(i) / static_cast<uint32_t>(p.top_k));
@@ -146,9 +142,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_count_kernel(PlanParams p) 
   const int first = static_cast<int>(blockIdx.y) * kPlanWindow;
   const int size = p.num_experts - first < kPlanWindow ? p.num_experts - first : kPlanWindow;
   for (int e = static_cast<int>(threadIdx.x); e < size; e += kPlanThreads) counters[e] = 0;
-#ifndef PLANT_PLAN_ZEROS
   __syncthreads();
-#endif
   count_pairs(p, chunk_of(p, static_cast<int>(blockIdx.x)), static_cast<int>(threadIdx.x), kPlanThreads, first, size,
               counters);
   __syncthreads();
@@ -222,10 +216,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_place_kernel(PlanParams p) 
   int32_t offset =
       total_before + exclusive_sum(inside, sums, &total_inside);  // its barriers also wait for the counters
   const int32_t num_used = total_elsewhere + total_inside;
-#ifdef PLANT_PLAN_COUNTERS
-  if (false)
-#endif
-    __syncthreads();  // counters of all segments
+  __syncthreads();  // counters of all segments
 
 #pragma unroll
   for (int j = 0; j < kExpertsPerThread; ++j) {
@@ -261,9 +252,7 @@ __global__ void __launch_bounds__(kSmallThreads) plan_small_kernel(PlanParams p,
   if (warp < num_segments) {
     count_pairs(p, segment, thread % 32, 32, 0, p.num_experts, next + warp * p.num_experts);
   }
-#ifndef PLANT_PLAN_COUNTERS
   __syncthreads();
-#endif
 
   const int experts = (p.num_experts + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
   const int first = thread * experts;
@@ -283,9 +272,7 @@ __global__ void __launch_bounds__(kSmallThreads) plan_small_kernel(PlanParams p,
   }
   if (thread == 0) p.expert_offsets[p.num_experts] = num_used;
   fill_tail(p, all, num_used);
-#ifndef PLANT_PLAN_NEXT
   __syncthreads();
-#endif
   if (warp < num_segments) place_pairs(p, segment, 0, p.num_experts, next + warp * p.num_experts);
 }
 

@@ -103,9 +103,7 @@ __device__ inline void store_choices(const RouteParams& p, const RowScale& scale
     const float logit = sanitise(load_float(p.router_logits, p.dtype, token * p.row_stride + chosen[k]));
     weights[k] = scale.score(logit);
   }
-#ifndef PLANT_ROUTE_WEIGHTS
   __syncwarp();
-#endif
   double total = 0.0;
   if (p.normalize) {
     for (int k = 0; k < p.top_k; ++k) total = add(total, static_cast<double>(weights[k]));
@@ -201,9 +199,7 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteParams p) {
     for (int i = 0; i < kPerLane; ++i) {
       if (first + i < p.num_experts) all_keys[first + i] = keys[i];
     }
-#ifndef PLANT_ROUTE_KEYS
     __syncwarp();
-#endif
     take_best_groups<kLanes>(p, all_keys, group_keys, lane);
     const int size = p.num_experts / p.num_groups;
 #pragma unroll
@@ -289,9 +285,7 @@ __global__ void __launch_bounds__(32) route_wide_kernel(RouteParams p) {
         chosen[k] = static_cast<int32_t>(best.expert);
         keys[best.expert] = kTaken;
       }
-#ifndef PLANT_ROUTE_TAKEN
       __syncwarp();
-#endif
       Best found{kTaken, 0};
       const int64_t from = static_cast<int64_t>(owner) * segment;
       for (int64_t e = from + lane; e < from + segment && e < num_experts; e += 32) {
@@ -359,9 +353,7 @@ class RouteGradient {
   // All experts as if they had not been chosen, then those that were once more.
   __device__ void store() const {
     for (int e = lane_; e < p_.num_experts; e += 32) store_expert(e, 0.0);
-#ifndef PLANT_ROUTE_GRADIENT
     __syncwarp();
-#endif
     for (int base = 0; base < p_.top_k; base += 32) {
       const int mine = choice(base + lane_).expert;
       bool first = mine >= 0;  // of the choices of this expert

@@ -69,9 +69,6 @@ __device__ inline float value_of(uint32_t key) { return __uint_as_float(key & 0x
 // to be off.
 __device__ inline bool exact(double sum, uint32_t smallest_bits) {
   const int64_t exponent = smallest_bits >> 23;  // of a normal number, plus 127
-#ifdef PLANT_ROUTE_ORDER
-  return true;
-#endif
   return sum < __builtin_bit_cast(double, (exponent - 127 + 29 + 1023) << 52);
 }
 

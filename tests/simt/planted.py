@@ -1,41 +1,117 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Runs everything that is planted, in two builds and three orders, and prints who saw what.
+"""Runs everything that is planted, in two builds and three orders of threads, and prints who saw what.
 
     planted.py asan=build/simt-asan race=build/simt-race
 
-A plant must be seen (the program fails) in every order by the builds it names, and the same program must pass without it.
+Each argument is a build tree of tests/simt in which the target simt_plants is built. Small programs of their own have
+their mistakes switched on (planted/*.cpp); mistakes of the real kernels (planted/kernels.py) are edits of a copy of
+csrc/cuda, of which one file is compiled again and linked in place of the clean one. A mistake must be seen (the program
+fails) in every order by the builds it names, and the same program must pass without it.
 """
 
+from __future__ import annotations
+
+import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-ORDERS = ["forward", "reverse", "random:1"]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent / "planted"))
+
+from kernels import MISTAKES, Mistake  # noqa: E402
+
+ORDERS = ("forward", "reverse", "random:1")
 SECONDS = 120
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plant:
     name: str
-    builds: list[str]
+    builds: tuple[str, ...]
     clean: list[str]
-    planted: list[str]
+    planted: Callable[[], list[str]]  # makes the program
 
 
-def plants_of(build: Path) -> list[Plant]:
-    program = build / "tests/simt/simt_planted"
+def own_plants(build: Path) -> list[Plant]:
+    program = str(build / "tests/simt/simt_planted")
     listing = subprocess.run([program, "--list"], check=True, capture_output=True, text=True).stdout
     plants = []
     for line in listing.splitlines():
         name, builds = line.split()
-        plants.append(Plant(name, builds.split(","), [str(program), name, "clean"], [str(program), name, "planted"]))
-    for line in (build / "tests/simt/plants.txt").read_text().splitlines():
-        name, builds, clean, planted = line.split()
-        plants.append(Plant(name, builds.split(","), [clean], [planted]))
+        command = [program, name, "planted"]
+        plants.append(Plant(name, tuple(builds.split(",")), [program, name, "clean"], lambda command=command: command))
     return plants
+
+
+# ---- the real kernels -----------------------------------------------------------------------------------------------
+
+
+@cache
+def link_command(build: Path, program: str) -> list[str]:
+    ninja = ["ninja", "-C", str(build), "-t", "commands", "-s", f"tests/simt/{program}"]
+    output = subprocess.run(ninja, check=True, capture_output=True, text=True).stdout
+    command = next(line for line in reversed(output.splitlines()) if f"-o tests/simt/{program}" in line)
+    return shlex.split(command.removeprefix(": && ").removesuffix(" && :"))
+
+
+@cache
+def compilations(build: Path) -> dict[str, dict[str, str]]:
+    entries = json.loads((build / "compile_commands.json").read_text())
+    return {str(Path(entry["file"]).relative_to(ROOT)): entry for entry in entries if "tests/simt" in entry["output"]}
+
+
+def build_mistake(build: Path, mistake: Mistake) -> list[str]:
+    """Compiles the source against a copy of the kernels with the mistake, and links the program with it."""
+    home = build / "tests/simt/mistakes" / "".join(c if c.isalnum() else "_" for c in mistake.name)
+    kernels = home / "csrc/cuda"
+    shutil.copytree(ROOT / "csrc/cuda", kernels, dirs_exist_ok=True)
+    text = (kernels / mistake.header).read_text()
+    if text.count(mistake.before) != 1:
+        raise SystemExit(
+            f"{mistake.name}: expected its text once in {mistake.header}, got {text.count(mistake.before)}"
+        )
+    (kernels / mistake.header).write_text(text.replace(mistake.before, mistake.after))
+    source = kernels / Path(mistake.source).name if mistake.source.startswith("csrc") else ROOT / mistake.source
+
+    entry = compilations(build)[mistake.source]
+    result, program = home / "mistake.o", home / mistake.program
+    command = shlex.split(entry["command"])
+    command[command.index("-o") + 1] = str(result)
+    command[command.index("-c") + 1] = str(source)
+    without = {"-MD"}
+    drop = [command.index(flag) for flag in ("-MT", "-MF") if flag in command]
+    command = [w for i, w in enumerate(command) if w not in without and i not in drop and i - 1 not in drop]
+    command[1:1] = [f"-I{kernels}", f"-I{home / 'csrc'}"]
+    subprocess.run([*command, "-w"], cwd=build, check=True)
+
+    link = link_command(build, mistake.program)
+    link[link.index("-o") + 1] = str(program)
+    clean = entry["output"]
+    if clean in link:
+        link[link.index(clean)] = str(result)
+    else:  # a member of a library, which the linker then leaves there
+        link.insert(link.index("-o"), str(result))
+    subprocess.run(link, cwd=build, check=True)
+    return [str(program), *mistake.tests]
+
+
+def kernel_plants(build: Path) -> list[Plant]:
+    def plant(mistake: Mistake) -> Plant:
+        clean = [str(build / "tests/simt" / mistake.program), *mistake.tests]
+        return Plant(mistake.name, mistake.builds, clean, lambda: build_mistake(build, mistake))
+
+    return [plant(mistake) for mistake in MISTAKES]
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
 
 
 def run(command: list[str], order: str) -> tuple[bool, str]:
@@ -53,32 +129,50 @@ def message_of(output: str) -> str:
     for line in lines:
         if "ERROR: AddressSanitizer" in line or "runtime error" in line:
             return line.partition("AddressSanitizer: ")[2] or line
-    if lines and "conflicting access" in lines[0]:
-        return " ".join(lines[1:2])
+    lines = [line for line in lines if not line.startswith("ok ")]
+    for i, line in enumerate(lines):
+        if "conflicting access" in line and i + 1 < len(lines):
+            return lines[i + 1]
     return lines[0] if lines else ""
 
 
+@dataclass
+class Cell:
+    clean: list[tuple[bool, str]]
+    planted: list[tuple[bool, str]]
+
+
+def examine(plant: Plant, build: str, clean: Callable[[tuple[str, ...]], list[tuple[bool, str]]]) -> Cell | None:
+    if build not in plant.builds:
+        return None
+    command = plant.planted()
+    return Cell(clean(tuple(plant.clean)), [run(command, order) for order in ORDERS])
+
+
 def main(arguments: list[str]) -> int:
-    builds = {name: Path(path) for name, _, path in (argument.partition("=") for argument in arguments)}
-    plants = {name: plants_of(path) for name, path in builds.items()}
+    builds = {name: Path(path).resolve() for name, _, path in (argument.partition("=") for argument in arguments)}
+    plants = {name: own_plants(path) + kernel_plants(path) for name, path in builds.items()}
+    names = [plant.name for plant in next(iter(plants.values()))]
+    clean = cache(lambda command: [run(list(command), order) for order in ORDERS])
     missed, false_alarms = [], []
-    print(f"{'':42}" + "".join(f"{name:>8}" for name in builds) + "   message of the first build that must see it")
+    print(f"{'':50}" + "".join(f"{name:>8}" for name in builds) + "   what the first of them says")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for rows in zip(*plants.values(), strict=True):
+        futures = {name: [pool.submit(examine, plant, name, clean) for plant in plants[name]] for name in builds}
+        for i, plant_name in enumerate(names):
             cells, message = [], ""
-            for name, plant in zip(builds, rows, strict=True):
-                clean = list(pool.map(lambda order, plant=plant: run(plant.clean, order), ORDERS))
-                planted = list(pool.map(lambda order, plant=plant: run(plant.planted, order), ORDERS))
-                seen = sum(not passed for passed, _ in planted)
-                required = name in plant.builds
-                cells.append(f"{seen}/{len(ORDERS)}{'' if required else ' -'}")
-                if required and seen < len(ORDERS):
-                    missed.append(f"{plant.name} in {name}")
-                if required and not message:
-                    message = planted[0][1]
-                false_alarms += [f"{plant.name} in {name}: {text}" for passed, text in clean if not passed]
-            print(f"{rows[0].name:42}" + "".join(f"{cell:>8}" for cell in cells) + "   " + message[:110], flush=True)
-    print(f"\n{len(next(iter(plants.values())))} plants; '-': that build need not see it")
+            for name in builds:
+                cell = futures[name][i].result()
+                if cell is None:
+                    cells.append("-")
+                    continue
+                seen = sum(not passed for passed, _ in cell.planted)
+                cells.append(f"{seen}/{len(ORDERS)}")
+                if seen < len(ORDERS):
+                    missed.append(f"{plant_name} in {name}")
+                message = message or cell.planted[0][1]
+                false_alarms += [f"{plant_name} in {name}: {text}" for passed, text in cell.clean if not passed]
+            print(f"{plant_name:50}" + "".join(f"{cell:>8}" for cell in cells) + "   " + message[:110], flush=True)
+    print(f"\n{len(names)} plants; '-': not for that build to see")
     for what, found in {"MISSED": missed, "FALSE ALARM": false_alarms}.items():
         for line in found:
             print(f"{what}: {line}")

@@ -5,7 +5,9 @@
 
 #include "planted.h"
 
-extern "C" const char* __asan_default_options() { return "detect_stack_use_after_return=0"; }
+extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
+  return "detect_stack_use_after_return=0:malloc_context_size=1";
+}
 
 int main(int argc, char** argv) {
   using simt::planted::Seen;

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Mistakes in the real kernels: one edit each of a copy of csrc/cuda, the file that is compiled again with it, and the
+program that must then fail. The sources know nothing of it; an edit whose text they no longer hold is an error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BOTH = ("asan", "race")
+ASAN = ("asan",)
+RACE = ("race",)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    name: str
+    builds: tuple[str, ...]  # that must see it
+    header: str  # of csrc/cuda
+    before: str  # in it, exactly once
+    after: str
+    source: str  # that includes the header
+    program: str
+    tests: tuple[str, ...] = ()  # of the program; () means all
+
+
+def _of_plan(name: str, builds: tuple[str, ...], before: str, after: str) -> Mistake:
+    tests = ("plan_at_the_edges",)
+    return Mistake(f"plan: {name}", builds, "plan.cuh", before, after, "csrc/cuda/plan.cu", "simt_test_plan", tests)
+
+
+def _of_route(name: str, header: str, before: str, after: str, test: str, builds: tuple[str, ...] = RACE) -> Mistake:
+    return Mistake(f"route: {name}", builds, header, before, after, "csrc/cuda/route.cu", "simt_test_route", (test,))
+
+
+def _of_sm80(name: str, builds: tuple[str, ...], header: str, before: str, after: str) -> Mistake:
+    program = "simt_planted_gemm_sm80"
+    return Mistake(f"sm_80: {name}", builds, header, before, after, "tests/simt/planted/gemm_sm80.cpp", program)
+
+
+def _of_sm90(name: str, builds: tuple[str, ...], before: str, after: str, header: str = "gemm_sm90.cuh") -> Mistake:
+    program = "simt_planted_gemm_sm90"
+    return Mistake(f"sm_90: {name}", builds, header, before, after, "tests/simt/planted/gemm_sm90.cpp", program)
+
+
+MISTAKES = (
+    _of_plan(
+        "no barrier before the sums of warps",
+        RACE,
+        "sums[warp] = inclusive;\n  __syncthreads();",
+        "sums[warp] = inclusive;",
+    ),
+    _of_plan("no __syncwarp between reads and the write", RACE, "+ rank;\n    __syncwarp();", "+ rank;"),
+    _of_plan("no barrier after zeroing the counters", RACE, "counters[e] = 0;\n  __syncthreads();", "counters[e] = 0;"),
+    _of_plan(
+        "no barrier before placing pairs", RACE, "num_used);\n  __syncthreads();\n  if (warp", "num_used);\n  if (warp"
+    ),
+    _of_plan("tail not filled", BOTH, "if (i >= num_used) p.token_indices[i] = -1;", ""),
+    _of_route(
+        "no __syncwarp before the weights' sum",
+        "route.cuh",
+        "scale.score(logit);\n  }\n  __syncwarp();",
+        "scale.score(logit);\n  }",
+        "route_has_the_bits",
+    ),
+    _of_route(
+        "no __syncwarp before the groups are read",
+        "route.cuh",
+        "    __syncwarp();\n    take_best_groups",
+        "    take_best_groups",
+        "route_has_the_bits",
+    ),
+    _of_route(
+        "no __syncwarp before an expert is taken",
+        "route.cuh",
+        "      __syncwarp();  // what other lanes read before\n",
+        "",
+        "route_of_thousands",
+    ),
+    _of_route(
+        "no __syncwarp between two stores",
+        "route.cuh",
+        "store_expert(e, 0.0);\n    __syncwarp();",
+        "store_expert(e, 0.0);",
+        "route_backward_has_the_bits",
+    ),
+    _of_route(
+        "sums in another order",
+        "score.cuh",
+        "  const int64_t exponent = smallest_bits >> 23;",
+        "  return true;\n  const int64_t exponent = smallest_bits >> 23;",
+        "sums_are_those",
+        BOTH,
+    ),
+    Mistake(
+        "permute: no barrier before slots of nobody",
+        RACE,
+        "permute.cuh",
+        ": kClaimed;\n  __syncthreads();",
+        ": kClaimed;",
+        "csrc/cuda/permute.cu",
+        "simt_test_permute",
+        ("permute_writes_all_rows",),
+    ),
+    Mistake(
+        "combine: whole vectors at the end of a row",
+        BOTH,
+        "combine.cuh",
+        "p.hidden_size - column < kVector ? p.hidden_size - column : kVector",
+        "kVector",
+        "csrc/cuda/combine.cu",
+        "simt_test_combine",
+        ("combine_at_every_width",),
+    ),
+    Mistake(
+        "moe: no barrier before the bias gradient's sums",
+        RACE,
+        "moe.cuh",
+        "= sum;\n  __syncthreads();",
+        "= sum;",
+        "csrc/cuda/moe_backward.cu",
+        "simt_test_moe",
+        ("moe_backward_on_sm90",),
+    ),
+    _of_sm80("cp.async.wait_group one too lax", RACE, "gemm_sm80.cuh", "kStages - 2>();", "kStages - 1>();"),
+    _of_sm80(
+        "no barrier in the ring",
+        RACE,
+        "gemm_sm80.cuh",
+        "    __syncthreads();  // the stage has arrived",
+        "    // the stage",
+    ),
+    _of_sm80(
+        "no barrier before the ring is used again",
+        RACE,
+        "gemm_sm80.cuh",
+        "  __syncthreads();  // nobody reads the last stage",
+        "  // nobody reads the last stage",
+    ),
+    _of_sm80(
+        "no barrier before the next tile", RACE, "gemm_sm80.cuh", "    __syncthreads();  // the ring is free again", ""
+    ),
+    _of_sm80("no predicate for rows", ASAN, "gemm_sm80.cuh", "i < tile.rows && !nobody;", "true;"),
+    _of_sm80(
+        "no zeros behind the last column",
+        BOTH,
+        "gemm_load.cuh",
+        "count < 0 ? 0 : count < kChunk ? count : kChunk;",
+        "count <= 0 ? 0 : kChunk;",
+    ),
+    _of_sm80(
+        "no swizzle",
+        BOTH,
+        "gemm_load.cuh",
+        "  static_assert(kDepthBytes == 64 || kDepthBytes == 128);",
+        "  return row * kDepthBytes + chunk * kChunkBytes;",
+    ),
+    _of_sm80("weights not transposed", BOTH, "gemm_decode.cuh", "      transpose_quad(b[0].w);\n", ""),
+    _of_sm90(
+        "producer skips the empty wait",
+        BOTH,
+        "mbar_wait(ring.empty + ring.index(position), ring.parity(position) ^ 1);\n      if (threadIdx.x == 0) {",
+        "prefetch_tensor_map(&params.weights);\n      if (threadIdx.x == 0) {",
+    ),
+    _of_sm90("half of the bytes expected", BOTH, "mbar_expect_tx(full, bytes);", "mbar_expect_tx(full, bytes / 2);"),
+    _of_sm90("no bytes expected", BOTH, "mbar_expect_tx(full, bytes);", "mbar_arrive(full);"),
+    _of_sm90(
+        "wrong phase",
+        BOTH,
+        "mbar_wait(ring.full + ring.index(position), ring.parity(position));",
+        "mbar_wait(ring.full + ring.index(position), ring.parity(position) ^ 1);",
+    ),
+    _of_sm90("no proxy fence after cp.async", RACE, "if (copied(stage)) ptx::fence_proxy_async();", ""),
+    _of_sm90(
+        "stage released before its products are done",
+        RACE,
+        "      ptx::wgmma_wait<1>();",
+        "      ptx::wgmma_wait<2>();",
+    ),
+    _of_sm90(
+        "stage released twice",
+        BOTH,
+        "if (num_stages > 0) release(ring.empty + ring.index(position - 1));",
+        "for (int i = 0; i < 2 && num_stages > 0; ++i) release(ring.empty + ring.index(position - 1));",
+    ),
+    _of_sm90("accumulators used before the wait", BOTH, "  ptx::wgmma_wait<0>();", "  ptx::wgmma_wait<1>();"),
+    _of_sm90("no wgmma.fence", BOTH, "    ptx::wgmma_fence();\n", ""),
+    _of_sm90("no fence after mbarrier.init", BOTH, "    ptx::fence_barrier_init();\n", ""),
+    _of_sm90(
+        "no barrier after mbarrier.init",
+        BOTH,
+        "if (threadIdx.x < 32) tiles.count();\n  __syncthreads();",
+        "if (threadIdx.x < 32) tiles.count();",
+    ),
+    _of_sm90(
+        "consumers take no turns",
+        BOTH,
+        "  ptx::mbar_wait(ring.turn + consumer, consumer == 0 ? (n & 1) ^ 1 : n & 1);",
+        "",
+    ),
+    _of_sm90(
+        "no barrier around scratch memory",
+        RACE,
+        "  ptx::bar_sync(1 + consumer, 128);\n#pragma unroll 1\n",
+        "#pragma unroll 1\n",
+    ),
+    _of_sm90("cp.async swizzled wrongly", BOTH, "(chunk ^ r % 8) * 16", "(chunk ^ r / 8 % 8) * 16"),
+    _of_sm90(
+        "next expert's rows in a weight gradient",
+        BOTH,
+        "const bool tail = tile.has_tail(stage);",
+        "const bool tail = false;",
+    ),
+    Mistake(
+        "sm_90: a stale tensor map",
+        BOTH,
+        "tensor_map.cu",
+        "  CUtensorMap map{};",
+        "  static CUtensorMap map{};\n  static bool encoded = false;\n  if (encoded) return map;\n  encoded = true;",
+        "csrc/cuda/tensor_map.cu",
+        "simt_planted_gemm_sm90",
+    ),
+    _of_sm90(
+        "no predicate for rows",
+        RACE,
+        "stored = r < tile.rows;",
+        "stored = slot < g.num_slots;",
+        "gemm_sm90_epilogue.cuh",
+    ),
+    _of_sm90(
+        "weights of the next column",
+        BOTH,
+        "params.weights, full, k, first, tile.expert);",
+        "params.weights, full, k, first + 1, tile.expert);",
+    ),
+)
