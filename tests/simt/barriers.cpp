@@ -6,8 +6,10 @@
 namespace simt {
 namespace {
 
+bool same_text(const char* a, const char* b) { return a == b || std::string_view(a) == b; }
+
 bool same_place(const Location& a, const Location& b) {
-  return a.line() == b.line() && a.column() == b.column() && std::string_view(a.file_name()) == b.file_name();
+  return a.line() == b.line() && a.column() == b.column() && same_text(a.file_name(), b.file_name());
 }
 
 // Everyone who waited has seen what everyone who arrived had done.
@@ -89,7 +91,7 @@ namespace {
 Collective& find_collective(Warp& warp, const char* name, uint32_t mask, Location at) {
   for (Collective& other : warp.collectives) {
     if (!(other.mask & mask)) continue;
-    if (other.mask != mask || std::string_view(other.name) != name || !same_place(other.at, at)) {
+    if (other.mask != mask || !same_text(other.name, name) || !same_place(other.at, at)) {
       char text[200];
       std::snprintf(text, sizeof text, "%s with mask 0x%08x, but lanes of it wait in %s with mask 0x%08x at %s", name,
                     mask, other.name, other.mask, describe(other.at).c_str());

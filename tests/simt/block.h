@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "context.h"
@@ -16,6 +17,25 @@
 #include "runtime.h"
 
 namespace simt {
+
+// First in, first out, without memory of its own while empty: every thread has some.
+template <typename T>
+class Queue {
+ public:
+  void push_back(T value) { values_.push_back(std::move(value)); }
+  void pop_front() { values_.erase(values_.begin()); }
+  T& front() { return values_.front(); }
+  T& operator[](size_t i) { return values_[i]; }
+  size_t size() const { return values_.size(); }
+  bool empty() const { return values_.empty(); }
+  auto begin() { return values_.begin(); }
+  auto end() { return values_.end(); }
+  auto begin() const { return values_.begin(); }
+  auto end() const { return values_.end(); }
+
+ private:
+  std::vector<T> values_;
+};
 
 enum class State : uint8_t { kReady, kWaiting, kSpinning, kDone };
 
@@ -48,13 +68,13 @@ struct Fiber {
   Location waits_at;
   unsigned atomics_in_a_row = 0;
 
-  Copies open_copies;                     // cp.async since the last commit
-  std::deque<Copies> copy_groups;         // committed, the oldest first
-  std::deque<uint32_t> copy_group_times;  // the copy engine's times of those groups
+  Copies open_copies;                // cp.async since the last commit
+  Queue<Copies> copy_groups;         // committed, the oldest first
+  Queue<uint32_t> copy_group_times;  // the copy engine's times of those groups
   race::Agent copy_engine;
 
   std::vector<std::function<void()>> open_stores;  // bulk stores since the last commit
-  std::deque<StoreGroup> store_groups;
+  Queue<StoreGroup> store_groups;
   race::Agent store_reader, store_writer;
 
   race::Actor actor;
@@ -93,8 +113,8 @@ struct WarpProduct {
 struct Warp {
   std::vector<Collective> collectives;  // with disjoint masks
   std::vector<WarpProduct> open_products;
-  std::deque<std::vector<WarpProduct>> product_groups;
-  std::deque<uint32_t> product_group_times;
+  Queue<std::vector<WarpProduct>> product_groups;
+  Queue<uint32_t> product_group_times;
   uint32_t finished_time = 0;
   std::map<float*, std::vector<float>> finished_accumulators;  // as the hardware left them, by lane 0's registers
   bool fenced = false;

@@ -42,8 +42,8 @@ Stack take_stack() {
   return {static_cast<char*>(memory) + page, kStackSize};
 }
 
-void give_stack(Stack stack) {
-  if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(stack.bottom, stack.size);
+void give_stack(Stack stack, bool unwound) {
+  if (unwound && __asan_unpoison_memory_region) __asan_unpoison_memory_region(stack.bottom, stack.size);
   free_stacks().push_back(stack);
 }
 

@@ -17,8 +17,8 @@ struct Stack {
   char* bottom = nullptr;
   size_t size = 0;
 };
-Stack take_stack();  // with a page below it that must not be touched
-void give_stack(Stack stack);
+Stack take_stack();                          // with a page below it that must not be touched
+void give_stack(Stack stack, bool unwound);  // unwound: frames were left without their epilogues
 
 // A suspended computation. One without a stack of its own stands for the thread that called.
 struct Context {

@@ -7,13 +7,13 @@
 #include "runtime.h"
 
 // The statement throws, and its message has the text.
-#define CHECK_FAILS(text, ...)                                                        \
-  do {                                                                                \
-    std::string message = "nothing was thrown";                                       \
-    try {                                                                             \
-      __VA_ARGS__;                                                                    \
-    } catch (const std::exception& error) {                                           \
-      message = error.what();                                                         \
-    }                                                                                 \
+#define CHECK_FAILS(text, ...)                                                            \
+  do {                                                                                    \
+    std::string message = "nothing was thrown";                                           \
+    try {                                                                                 \
+      __VA_ARGS__;                                                                        \
+    } catch (const std::exception& error) {                                               \
+      message = error.what();                                                             \
+    }                                                                                     \
     CHECK(message.find(text) != std::string::npos, "expected ", text, ", got ", message); \
   } while (false)

@@ -50,18 +50,21 @@ T wrapping_sum(T a, T b) {
 }  // namespace simt
 
 // The three forms of each: at device, block and system scope. All are relaxed.
-#define SIMT_ATOMIC(name, update)                                                                                      \
-  template <typename T>                                                                                                \
-  T name(T* location, std::type_identity_t<T> value, SIMT_AT) {                                                        \
-    return simt::atomic_update(location, [=](T old) { return static_cast<T>(update); }, {}, simt::Scope::kDevice, at); \
-  }                                                                                                                    \
-  template <typename T>                                                                                                \
-  T name##_block(T* location, std::type_identity_t<T> value, SIMT_AT) {                                                \
-    return simt::atomic_update(location, [=](T old) { return static_cast<T>(update); }, {}, simt::Scope::kBlock, at);  \
-  }                                                                                                                    \
-  template <typename T>                                                                                                \
-  T name##_system(T* location, std::type_identity_t<T> value, SIMT_AT) {                                               \
-    return simt::atomic_update(location, [=](T old) { return static_cast<T>(update); }, {}, simt::Scope::kSystem, at); \
+#define SIMT_ATOMIC(name, update)                                                                                \
+  template <typename T>                                                                                          \
+  T name(T* location, std::type_identity_t<T> value, SIMT_AT) {                                                  \
+    return simt::atomic_update(                                                                                  \
+        location, [=]([[maybe_unused]] T old) { return static_cast<T>(update); }, {}, simt::Scope::kDevice, at); \
+  }                                                                                                              \
+  template <typename T>                                                                                          \
+  T name##_block(T* location, std::type_identity_t<T> value, SIMT_AT) {                                          \
+    return simt::atomic_update(                                                                                  \
+        location, [=]([[maybe_unused]] T old) { return static_cast<T>(update); }, {}, simt::Scope::kBlock, at);  \
+  }                                                                                                              \
+  template <typename T>                                                                                          \
+  T name##_system(T* location, std::type_identity_t<T> value, SIMT_AT) {                                         \
+    return simt::atomic_update(                                                                                  \
+        location, [=]([[maybe_unused]] T old) { return static_cast<T>(update); }, {}, simt::Scope::kSystem, at); \
   }
 SIMT_ATOMIC(atomicAdd, simt::wrapping_sum(old, value))
 SIMT_ATOMIC(atomicSub, old - value)

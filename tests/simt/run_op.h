@@ -4,8 +4,9 @@
 #pragma once
 #include <memory>
 
-#include "support.h"
 #include "cuda/ops.h"
+#include "runtime.h"
+#include "support.h"
 
 namespace switchgear::test {
 
@@ -47,6 +48,16 @@ void run_op(std::initializer_list<Array*> outputs, Run&& run) {
     }
   }
   for (size_t i = 0; i < first.size(); ++i) CHECK(same_bits(first[i], *outputs.begin()[i]), "output ", i);
+}
+
+// Whether this program runs the variant of a test with this number. Under sanitizers each of the three orders of threads runs
+// every third one, so that together they run all.
+inline bool takes_variant(int64_t variant) {
+#if defined(SIMT_PLAIN)
+  return variant >= 0;
+#else
+  return variant % 3 == static_cast<int64_t>(simt::options().order);
+#endif
 }
 
 // Shapes of memory: rows anywhere, and rows that start at multiples of 16 bytes.

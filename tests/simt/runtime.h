@@ -60,6 +60,7 @@ Device sm_90();
 
 struct Statistics {
   uint64_t blocks = 0, threads = 0, switches = 0;
+  uint64_t wgmma = 0;                         // issued, by warps
   uint64_t ldmatrix = 0, bank_conflicts = 0;  // matrices read by ldmatrix, and the extra cycles their rows cost
 };
 Statistics& statistics();
@@ -92,6 +93,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic
 
 // The function and line of an instruction, as addr2line tells them.
 std::string describe_code(const void* address);
+std::string function_name(const void* address);  // without its parameters
 
 [[noreturn]] void fail(const std::string& message, Location at);
 

@@ -17,10 +17,18 @@ namespace {
 
 std::map<const void*, int> dynamic_shared_limits;  // by kernel, where raised
 std::vector<cudaStream_t> streams;
+std::vector<int> devices;  // that were current at each of them
 cudaError_t last_error = cudaSuccess;
 int current_device = 0;
+int waits = 0;
 
 constexpr int kSharedWithoutOptIn = 48 << 10;
+constexpr int kNumDevices = 2;  // alike
+
+void write_down(cudaStream_t stream) {
+  streams.push_back(stream);
+  devices.push_back(current_device);
+}
 
 cudaError_t remember(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -45,7 +53,13 @@ int blocks_per_multiprocessor(uint64_t threads, size_t dynamic_shared) {
 }  // namespace
 
 std::vector<void*> used_streams() { return {streams.begin(), streams.end()}; }
-void forget_streams() { streams.clear(); }
+std::vector<int> used_devices() { return devices; }
+int host_waits() { return waits; }
+void forget_streams() {
+  waits = 0;
+  streams.clear();
+  devices.clear();
+}
 
 cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 grid = config.gridDim, block = config.blockDim;
@@ -61,7 +75,7 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
     const int resident = device().multiprocessors * blocks_per_multiprocessor(threads, config.dynamicSmemBytes);
     if (blocks > static_cast<uint64_t>(resident)) return remember(cudaErrorCooperativeLaunchTooLarge);
   }
-  streams.push_back(config.stream);
+  write_down(config.stream);
   return cudaSuccess;
 }
 
@@ -149,12 +163,12 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-  if (device != 0) return remember(cudaErrorInvalidDevice);
+  if (device < 0 || device >= kNumDevices) return remember(cudaErrorInvalidDevice);
   current_device = device;
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = kNumDevices;
   return cudaSuccess;
 }
 
@@ -204,7 +218,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 cudaError_t cudaFuncGetName(const char** name, const void* kernel) {
   static std::map<const void*, std::string> names;
   std::string& text = names[kernel];
-  if (text.empty()) text = describe_code(kernel);
+  if (text.empty()) text = function_name(kernel);
   *name = text.c_str();
   return cudaSuccess;
 }
@@ -217,14 +231,14 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 }
 
 cudaError_t cudaMemsetAsync(void* start, int value, size_t size, cudaStream_t stream) {
-  streams.push_back(stream);
+  write_down(stream);
   std::memset(start, value, size);
   return cudaSuccess;
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind, cudaStream_t stream) {
   if (kind != cudaMemcpyDeviceToDevice) return remember(cudaErrorInvalidMemcpyDirection);
-  streams.push_back(stream);
+  write_down(stream);
   std::memcpy(to, from, size);
   return cudaSuccess;
 }
@@ -235,8 +249,14 @@ cudaError_t cudaGetLastError() {
   return error;
 }
 cudaError_t cudaPeekAtLastError() { return last_error; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  ++waits;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() {
+  ++waits;
+  return cudaSuccess;
+}
 
 const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {

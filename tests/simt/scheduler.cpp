@@ -20,7 +20,7 @@ namespace {
 
 struct Aborted {};  // thrown into the fibers that are left when one has failed
 
-constexpr int kMaxIdleRounds = 2000;  // of polling by every thread, before that is called a livelock
+constexpr size_t kMaxIdlePolls = 500;  // of every thread, on average, before that is called a livelock
 
 struct Scheduler {
   Context host;
@@ -29,8 +29,7 @@ struct Scheduler {
   std::vector<Fiber*> spinning;
   std::vector<std::unique_ptr<Block>> blocks;  // resident
   bool aborting = false;
-  bool progress = false;
-  int idle_rounds = 0;
+  size_t idle_polls = 0;  // since something changed
   uint64_t random_state = 1;
 };
 Scheduler scheduler;
@@ -118,7 +117,7 @@ void start_block(const PendingBlock& pending) {
 
 void release_block(Block& block) {
   free_shared(block);
-  for (Fiber& fiber : block.fibers) give_stack(fiber.context.stack);
+  for (Fiber& fiber : block.fibers) give_stack(fiber.context.stack, scheduler.aborting);
 }
 
 void carry_out(Block& block, size_t index) {
@@ -180,12 +179,18 @@ void poll_again() {
   scheduler.spinning.clear();
 }
 
+size_t num_live_threads() {
+  size_t count = 0;
+  for (const auto& block : scheduler.blocks) count += block->live;
+  return count;
+}
+
 // Waiting threads by what they wait for.
 std::string describe_waiting() {
   std::map<std::string, std::pair<int, std::string>> groups;
   for (const auto& block : scheduler.blocks) {
     for (const Fiber& fiber : block->fibers) {
-      if (fiber.state == State::kDone || fiber.state == State::kReady) continue;
+      if (fiber.state == State::kDone) continue;
       auto& [count, first] = groups[std::string(fiber.waits_for) + " at " + describe(fiber.waits_at)];
       if (count++ == 0) first = describe(fiber);
     }
@@ -201,13 +206,11 @@ void step() {
   if (scheduler.ready.empty()) {
     if (carry_out_one()) return;
     if (scheduler.spinning.empty()) throw Error("deadlock: no thread can run" + describe_waiting());
-    scheduler.idle_rounds = scheduler.progress ? 0 : scheduler.idle_rounds + 1;
-    scheduler.progress = false;
-    if (scheduler.idle_rounds > kMaxIdleRounds) {
-      throw Error("livelock: every thread waits or polls, and nothing changes" + describe_waiting());
-    }
     poll_again();
     return;
+  }
+  if (scheduler.idle_polls > kMaxIdlePolls * num_live_threads()) {
+    throw Error("livelock: every thread waits or polls, and nothing changes" + describe_waiting());
   }
   if (options().order == Order::kRandom && random_number() % 16 == 0) {
     carry_out_one();
@@ -295,6 +298,7 @@ void spin(Location at) {
   fiber.waits_for = "a loop that polls";
   fiber.waits_at = at;
   fiber.atomics_in_a_row = 0;
+  ++scheduler.idle_polls;
   scheduler.spinning.push_back(&fiber);
   switch_to_host(fiber);
 }
@@ -321,7 +325,7 @@ bool carry_out_early() {
 
 void carry_out_later(Block& block, std::function<void()> operation) { block.pending.push_back(std::move(operation)); }
 
-void note_progress() { scheduler.progress = true; }
+void note_progress() { scheduler.idle_polls = 0; }
 
 std::string describe(const Fiber& fiber) {
   const auto triple = [](uint3 index) {
@@ -350,7 +354,7 @@ void run(const std::vector<Grid>& grids) {
   if (scheduler.random_state == 0) scheduler.random_state = 1;
   scheduler.ready.clear();
   scheduler.spinning.clear();
-  scheduler.idle_rounds = 0;
+  scheduler.idle_polls = 0;
 
   const std::vector<PendingBlock> blocks = blocks_in_order(grids);
   const bool all_resident = grids.size() > 1 || (!grids.empty() && grids[0].cooperative);

@@ -25,13 +25,26 @@ std::string output_of(const std::string& command) {
 
 std::string without_directories(const std::string& path) { return path.substr(path.rfind('/') + 1); }
 
-}  // namespace
-
-std::string describe_code(const void* address) {
+std::string text_of(const void* address) {
   char text[64];
   std::snprintf(text, sizeof text, "code at %p", address);
+  return text;
+}
+
+// Empty where addr2line does not know.
+struct Place {
+  std::string function, line;
+};
+
+std::string without_parameters(std::string function) {
+  const std::string anonymous = "(anonymous namespace)::";
+  for (size_t at = 0; (at = function.find(anonymous)) != std::string::npos;) function.erase(at, anonymous.size());
+  return function.substr(0, function.find('('));
+}
+
+Place look_up(const void* address) {
   Dl_info info{};
-  if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return text;
+  if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return {};
   const size_t offset =
       static_cast<size_t>(static_cast<const char*>(address) - static_cast<const char*>(info.dli_fbase));
   // The program itself is known to dladdr by argv[0], which may no longer lead to it.
@@ -44,13 +57,22 @@ std::string describe_code(const void* address) {
   // Pairs of lines: function, then file:line; the innermost inlined call first.
   const std::string output = output_of(command);
   const size_t first = output.find('\n');
-  if (first == std::string::npos) return text;
-  const std::string function = output.substr(0, first);
+  if (first == std::string::npos) return {};
+  const std::string function = without_parameters(output.substr(0, first));
   std::string line = without_directories(output.substr(first + 1, output.find('\n', first + 1) - first - 1));
   line = line.substr(0, line.find(" (discriminator"));
-  if (line.rfind("??", 0) == 0) return function.rfind("??", 0) == 0 ? text : function;
-  return line + " (" + function.substr(0, function.find('(')) + ")";
+  return {function.rfind("??", 0) == 0 ? "" : function, line.rfind("??", 0) == 0 ? "" : line};
 }
+
+}  // namespace
+
+std::string describe_code(const void* address) {
+  const auto [function, line] = look_up(address);
+  if (function.empty()) return text_of(address);
+  return line.empty() ? function : line + " (" + function + ")";
+}
+
+std::string function_name(const void* address) { return look_up(address).function; }
 
 namespace race {
 namespace {

@@ -27,11 +27,13 @@ struct Problem {
 
 template <typename Body>
 void for_each_problem(Body&& body) {
+  int variant = 0;
   for_each_case([&](const Case& c) {
     const std::string name = note;
     for (const DType dtype : kFloatTypes) {
       for (const Rows rows : {Rows::kAnywhere, Rows::kAligned}) {
         note = join(name, " ", name_of(dtype), rows == Rows::kAligned ? " aligned" : "");
+        if (!takes_variant(variant++)) continue;
         Problem p(c, dtype, rows, 7);
         body(c, dtype, p);
       }
@@ -94,12 +96,14 @@ TEST(combine_weight_backward_matches_reference) {
 // Every tail, K below and above the number of rows in flight, and rows of several blocks of columns; the same bits wherever
 // rows lie.
 TEST(combine_at_every_width) {
+  int variant = 0;
   for (const int64_t H : {1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 255, 256, 257, 2057, 4104}) {
     for (const int64_t K : {1, 4, 5, 9}) {
       if (H > 300 && K == 4) continue;
       const Case c{"widths", 3, H, 0, 10, K};
       for (const DType dtype : kFloatTypes) {
         note = join("H=", H, " K=", K, " ", name_of(dtype));
+        if (!takes_variant(variant++)) continue;
         Problem aligned(c, dtype, Rows::kAligned, 5), anywhere(c, dtype, Rows::kAnywhere, 5);
         run_combine(aligned, true);
         run_combine(anywhere, true);

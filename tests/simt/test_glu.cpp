@@ -21,11 +21,13 @@ void fill_h(Array& h, Random& random) {
 template <typename Body>
 void for_each_problem(Body&& body) {
   Random random(21);
+  int variant = 0;
   for (const auto& [S, I] : kSizes) {
     for (const DType dtype : kFloatTypes) {
       for (const GluOptions& o : all_glu_options()) {
         for (const Rows rows : {Rows::kAnywhere, Rows::kAligned}) {
           note = join("S=", S, " I=", I, " ", name_of(dtype), describe(o), rows == Rows::kAligned ? " aligned" : "");
+          if (!takes_variant(variant++)) continue;
           Array h = make_rows(rows, dtype, S, o.gated ? 2 * I : I);
           fill_h(h, random);
           body(S, I, dtype, o, rows, h, random);

@@ -82,8 +82,9 @@ TEST(votes) {
   for (int lane = 0; lane < 32; ++lane) {
     unsigned same = 0;
     for (int i = lane % 5; i < 32; i += 5) same |= 1u << i;
-    const unsigned expected[] = {0xffe00000u, 1,   0,          same,     0xffffffffu, static_cast<unsigned>(-5),
-                                 static_cast<unsigned>(-9), 0xffffffffu, 0x1eu, ~0xfu, 1};
+    const unsigned expected[] = {
+        0xffe00000u, 1,     0,     same, 0xffffffffu, static_cast<unsigned>(-5), static_cast<unsigned>(-9),
+        0xffffffffu, 0x1eu, ~0xfu, 1};
     for (int i = 0; i < 11; ++i) CHECK(out[11 * lane + i] == expected[i], "lane ", lane, ", result ", i);
   }
 }
@@ -136,7 +137,8 @@ TEST(single_values) {
   CHECK(__umulhi(0x80000000u, 6u) == 3);
   CHECK(max(1.0f, __uint_as_float(0x7fc00000u)) == 1.0f);
   CHECK(ptx::cvt_tf32(1.0f) == 0x3f800000u && ptx::cvt_tf32(__uint_as_float(0x3f801000u)) == 0x3f802000u);
-  CHECK(ptx::cvt_tf32(__uint_as_float(0xbf801000u)) == 0xbf802000u && ptx::cvt_tf32(__uint_as_float(0x3f800fffu)) == 0x3f800000u);
+  CHECK(ptx::cvt_tf32(__uint_as_float(0xbf801000u)) == 0xbf802000u &&
+        ptx::cvt_tf32(__uint_as_float(0x3f800fffu)) == 0x3f800000u);
   CHECK(ptx::cvt_tf32(__uint_as_float(0x7f800000u)) == 0x7f800000u);
 }
 

@@ -12,11 +12,14 @@ using namespace switchgear::cuda;
 
 namespace {
 
-#define CHECK_RACES(text, ...)                                     \
-  if (simt::race::enabled) {                                       \
-    CHECK_FAILS(text, __VA_ARGS__);                                \
-  } else {                                                         \
-    try { __VA_ARGS__; } catch (const std::exception&) {}          \
+#define CHECK_RACES(text, ...)        \
+  if (simt::race::enabled) {          \
+    CHECK_FAILS(text, __VA_ARGS__);   \
+  } else {                            \
+    try {                             \
+      __VA_ARGS__;                    \
+    } catch (const std::exception&) { \
+    }                                 \
   }
 
 // ---- counters -------------------------------------------------------------------------------------------------------------
@@ -49,8 +52,9 @@ __global__ void sequence_kernel(int* data, uint32_t* flag, int* out, bool broken
       ptx::atom_add_relaxed_gpu(flag, 1);
     }
   } else {
-    while (ptx::ld_acquire_gpu(flag) != 2) {
+    while (ptx::ld_relaxed_gpu(flag) != 2) {
     }
+    ptx::ld_acquire_gpu(flag);
     *out = *data;
   }
 }
@@ -66,7 +70,8 @@ TEST(release_sequences) {
 // ---- fences -----------------------------------------------------------------------------------------------------------------
 
 enum class Kind { kVolatile, kRelaxed };
-__global__ void fenced_flag_kernel(int* data, uint32_t* flag, int* out, Kind kind, bool fence_before, bool fence_after) {
+__global__ void fenced_flag_kernel(int* data, uint32_t* flag, int* out, Kind kind, bool fence_before,
+                                   bool fence_after) {
   if (blockIdx.x == 0) {
     *data = 5;
     if (fence_before) __threadfence();
@@ -88,7 +93,8 @@ TEST(fences_around_relaxed_and_volatile_flags) {
       int data = 0, out = 0;
       uint32_t flag = 0;
       const auto run = [&] {
-        launch_cooperative(fenced_flag_kernel, 2, 1, 0, nullptr, &data, &flag, &out, kind, (fences & 1) != 0, (fences & 2) != 0);
+        launch_cooperative(fenced_flag_kernel, 2, 1, 0, nullptr, &data, &flag, &out, kind, (fences & 1) != 0,
+                           (fences & 2) != 0);
       };
       if (fences == 3) {
         run();
@@ -210,10 +216,12 @@ TEST(four_ranks_exchange) {
     peers.window[rank] = windows[rank].data();
     peers.flags[rank] = flags[rank].data();
   }
-  for (int rank = 0; rank < 4; ++rank) grids.push_back({4, 32, 0, simt::bind_kernel(all_to_all_kernel, peers, rank, outs[rank].data())});
+  for (int rank = 0; rank < 4; ++rank)
+    grids.push_back({4, 32, 0, simt::bind_kernel(all_to_all_kernel, peers, rank, outs[rank].data())});
   simt::run(grids);
   for (int rank = 0; rank < 4; ++rank) {
-    for (int i = 0; i < 128; ++i) CHECK(outs[rank][i] == 1000 * (i / 32) + 32 * rank + i % 32, "rank ", rank, ", i ", i);
+    for (int i = 0; i < 128; ++i)
+      CHECK(outs[rank][i] == 1000 * (i / 32) + 32 * rank + i % 32, "rank ", rank, ", i ", i);
   }
 }
 

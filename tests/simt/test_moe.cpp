@@ -14,6 +14,37 @@ constexpr Case kLayerCases[] = {
     {"more than 80 rows, holes", 90, 48, 136, 2, 3, Ids::kEmptySlots},
 };
 
+// Whole vectors everywhere: what sm_90's kernels take. Each kind of tile, several tiles a block, and an empty expert.
+constexpr Case kHopperLayers[] = {
+    {"up to 16 rows", 20, 72, 40, 4, 2},
+    {"up to 64 rows", 40, 64, 136, 3, 2, Ids::kEvenExperts},
+    {"more than 64 rows", 100, 136, 72, 1, 1},
+    {"more than 64 rows, holes", 60, 24, 200, 2, 4, Ids::kEmptySlots},
+    {"nothing chosen", 5, 16, 24, 3, 2, Ids::kNone},
+};
+
+// Layers with 16-bit types on sm_90, each kind of gate in at least two of them.
+template <typename Body>
+void for_each_hopper_layer(Body&& body) {
+  simt::device() = simt::sm_90();
+  simt::device().multiprocessors = 2;
+  const std::vector<GluOptions> all = all_glu_options();
+  size_t variant = 0;
+  for (const Case& c : kHopperLayers) {
+    for (size_t i = 0; i < (c.ids == Ids::kNone ? 2 : 13); ++i, ++variant) {
+      const GluOptions& o = all[variant * 5 % all.size()];
+      const DType dtype = variant % 2 == 0 ? DType::kBFloat16 : DType::kFloat16;
+      note = join("sm_90 ", c.name, " ", name_of(dtype), describe(o), variant % 3 == 0 ? " transposed" : "");
+      if (!takes_variant(static_cast<int64_t>(variant))) continue;
+      const Layer l(c, dtype, o, variant % 4 != 0, variant % 3 == 0, 31 + variant, true);
+      const uint64_t before = simt::statistics().wgmma;
+      body(l);
+      CHECK((simt::statistics().wgmma > before) == (c.ids != Ids::kNone));
+    }
+  }
+  simt::device() = simt::sm_90();
+}
+
 template <typename Body>
 void for_each_layer(int per_dtype, Body&& body) {
   simt::device() = simt::sm_80();
@@ -23,6 +54,7 @@ void for_each_layer(int per_dtype, Body&& body) {
     for (const DType dtype : kFloatTypes) {
       for (int i = 0; i < (c.H > 1000 ? 1 : per_dtype); ++i, ++variant) {
         const GluOptions& o = all[variant * 7 % all.size()];
+        if (!takes_variant(static_cast<int64_t>(variant))) continue;
         const Layer l(c, dtype, o, variant % 2 == 0, variant % 3 == 0, 31 + variant, variant % 4 != 0);
         note = join(c.name, " ", name_of(dtype), describe(o), l.transposed ? " transposed" : "",
                     l.aligned ? " aligned" : "");
@@ -34,82 +66,82 @@ void for_each_layer(int per_dtype, Body&& body) {
   for (const Case& c : kLayerCases) run(c);
 }
 
-TEST(moe_forward_matches_reference) {
-  for_each_layer(3, [](const Layer& l) {
-    const Case& c = l.c;
-    const ForwardTables want = reference_forward(l, Slots::kRounded);
-    Array y = l.empty({c.T, c.H}, 2), h = l.empty({c.T * c.K, l.N}, 1), y_alone = l.empty({c.T, c.H}, 0);
-    MoeForwardArgs args{.x = l.x,
-                        .weights = l.weights(),
-                        .topk_ids = l.ids,
-                        .topk_weights = l.topk_weights,
-                        .options = l.options,
-                        .y = y,
-                        .h = h};
-    run_op({&y, &h}, [&](Execution exec) { cuda::moe_forward(args, exec); });
-    check_table(y, want.y, "y");
-    check_table(h, want.h, "h");
-    args.h = {};
-    args.y = y_alone;
+void check_forward(const Layer& l) {
+  const Case& c = l.c;
+  const ForwardTables want = reference_forward(l, Slots::kRounded);
+  Array y = l.empty({c.T, c.H}, 2), h = l.empty({c.T * c.K, l.N}, 1), y_alone = l.empty({c.T, c.H}, 0);
+  MoeForwardArgs args{.x = l.x,
+                      .weights = l.weights(),
+                      .topk_ids = l.ids,
+                      .topk_weights = l.topk_weights,
+                      .options = l.options,
+                      .y = y,
+                      .h = h};
+  run_op({&y, &h}, [&](Execution exec) { cuda::moe_forward(args, exec); });
+  check_table(y, want.y, "y");
+  check_table(h, want.h, "h");
+  args.h = {};
+  args.y = y_alone;
+  OpMemory memory(0xff);
+  cuda::moe_forward(args, memory.execution());
+  CHECK(same_bits(y, y_alone), "saving h changes y");
+}
+TEST(moe_forward_matches_reference) { for_each_layer(3, check_forward); }
+TEST(moe_forward_on_sm90_matches_reference) { for_each_hopper_layer(check_forward); }
+
+void check_backward(const Layer& l) {
+  Array h = l.empty({l.c.T * l.c.K, l.N}, 1);
+  const Table values = h_table(l);
+  h.fill([&](int64_t i) { return values[static_cast<size_t>(i)].value; });
+  const GradientTables want = reference_gradients(l, h, Slots::kRounded);
+  Gradients got(l);
+  const MoeBackwardArgs args{.grad_y = l.grad_y,
+                             .x = l.x,
+                             .h = h,
+                             .weights = l.weights(),
+                             .topk_ids = l.ids,
+                             .topk_weights = l.topk_weights,
+                             .options = l.options,
+                             .grad_x = got.x,
+                             .grad_gate_up_proj = l.matrices_of(got.gate_up_proj),
+                             .grad_down_proj = l.matrices_of(got.down_proj),
+                             .grad_gate_up_bias = got.gate_up_bias,
+                             .grad_down_bias = got.down_bias,
+                             .grad_topk_weights = got.topk_weights};
+  run_op({&got.x, &got.gate_up_proj, &got.down_proj, &got.gate_up_bias, &got.down_bias, &got.topk_weights},
+         [&](Execution exec) { cuda::moe_backward(args, exec); });
+  check_table(got.x, want.x, "grad_x");
+  check_table(got.gate_up_proj, want.gate_up_proj, "grad_gate_up_proj", l.transposed);
+  check_table(got.down_proj, want.down_proj, "grad_down_proj", l.transposed);
+  check_table(got.gate_up_bias, want.gate_up_bias, "grad_gate_up_bias");
+  check_table(got.down_bias, want.down_bias, "grad_down_bias");
+  check_table(got.topk_weights, want.topk_weights, "grad_topk_weights");
+
+  // Each gradient alone has the same bits.
+  Gradients alone(l);
+  const auto only = [&](TensorView MoeBackwardArgs::* field, const TensorView& output) {
+    MoeBackwardArgs one = args;
+    one.grad_x = one.grad_gate_up_proj = one.grad_down_proj = {};
+    one.grad_gate_up_bias = one.grad_down_bias = one.grad_topk_weights = {};
+    one.*field = output;
     OpMemory memory(0xff);
-    cuda::moe_forward(args, memory.execution());
-    CHECK(same_bits(y, y_alone), "saving h changes y");
-  });
+    cuda::moe_backward(one, memory.execution());
+  };
+  only(&MoeBackwardArgs::grad_x, alone.x);
+  only(&MoeBackwardArgs::grad_gate_up_proj, l.matrices_of(alone.gate_up_proj));
+  only(&MoeBackwardArgs::grad_down_proj, l.matrices_of(alone.down_proj));
+  only(&MoeBackwardArgs::grad_gate_up_bias, alone.gate_up_bias);
+  only(&MoeBackwardArgs::grad_down_bias, alone.down_bias);
+  only(&MoeBackwardArgs::grad_topk_weights, alone.topk_weights);
+  CHECK(same_bits(alone.x, got.x));
+  CHECK(same_bits(alone.gate_up_proj, got.gate_up_proj));
+  CHECK(same_bits(alone.down_proj, got.down_proj));
+  CHECK(same_bits(alone.gate_up_bias, got.gate_up_bias));
+  CHECK(same_bits(alone.down_bias, got.down_bias));
+  CHECK(same_bits(alone.topk_weights, got.topk_weights));
 }
-
-TEST(moe_backward_matches_reference) {
-  for_each_layer(2, [](const Layer& l) {
-    Array h = l.empty({l.c.T * l.c.K, l.N}, 1);
-    const Table values = h_table(l);
-    h.fill([&](int64_t i) { return values[static_cast<size_t>(i)].value; });
-    const GradientTables want = reference_gradients(l, h, Slots::kRounded);
-    Gradients got(l);
-    const MoeBackwardArgs args{.grad_y = l.grad_y,
-                               .x = l.x,
-                               .h = h,
-                               .weights = l.weights(),
-                               .topk_ids = l.ids,
-                               .topk_weights = l.topk_weights,
-                               .options = l.options,
-                               .grad_x = got.x,
-                               .grad_gate_up_proj = l.matrices_of(got.gate_up_proj),
-                               .grad_down_proj = l.matrices_of(got.down_proj),
-                               .grad_gate_up_bias = got.gate_up_bias,
-                               .grad_down_bias = got.down_bias,
-                               .grad_topk_weights = got.topk_weights};
-    run_op({&got.x, &got.gate_up_proj, &got.down_proj, &got.gate_up_bias, &got.down_bias, &got.topk_weights},
-           [&](Execution exec) { cuda::moe_backward(args, exec); });
-    check_table(got.x, want.x, "grad_x");
-    check_table(got.gate_up_proj, want.gate_up_proj, "grad_gate_up_proj", l.transposed);
-    check_table(got.down_proj, want.down_proj, "grad_down_proj", l.transposed);
-    check_table(got.gate_up_bias, want.gate_up_bias, "grad_gate_up_bias");
-    check_table(got.down_bias, want.down_bias, "grad_down_bias");
-    check_table(got.topk_weights, want.topk_weights, "grad_topk_weights");
-
-    // Each gradient alone has the same bits.
-    Gradients alone(l);
-    const auto only = [&](TensorView MoeBackwardArgs::* field, const TensorView& output) {
-      MoeBackwardArgs one = args;
-      one.grad_x = one.grad_gate_up_proj = one.grad_down_proj = {};
-      one.grad_gate_up_bias = one.grad_down_bias = one.grad_topk_weights = {};
-      one.*field = output;
-      OpMemory memory(0xff);
-      cuda::moe_backward(one, memory.execution());
-    };
-    only(&MoeBackwardArgs::grad_x, alone.x);
-    only(&MoeBackwardArgs::grad_gate_up_proj, l.matrices_of(alone.gate_up_proj));
-    only(&MoeBackwardArgs::grad_down_proj, l.matrices_of(alone.down_proj));
-    only(&MoeBackwardArgs::grad_gate_up_bias, alone.gate_up_bias);
-    only(&MoeBackwardArgs::grad_down_bias, alone.down_bias);
-    only(&MoeBackwardArgs::grad_topk_weights, alone.topk_weights);
-    CHECK(same_bits(alone.x, got.x));
-    CHECK(same_bits(alone.gate_up_proj, got.gate_up_proj));
-    CHECK(same_bits(alone.down_proj, got.down_proj));
-    CHECK(same_bits(alone.gate_up_bias, got.gate_up_bias));
-    CHECK(same_bits(alone.down_bias, got.down_bias));
-    CHECK(same_bits(alone.topk_weights, got.topk_weights));
-  });
-}
+TEST(moe_backward_matches_reference) { for_each_layer(2, check_backward); }
+TEST(moe_backward_on_sm90_matches_reference) { for_each_hopper_layer(check_backward); }
 
 // A token's y and gradients do not depend on the tokens beside it, nor on the kernels that their number asks for.
 TEST(moe_tokens_do_not_depend_on_their_number) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "cases.h"
+#include "race.h"
 #include "run_op.h"
 
 namespace switchgear::test {
@@ -74,6 +75,8 @@ TEST(permute_at_every_width) {
 }
 
 // A plan of a caller's own: rows that no token leads to follow token_indices, and nothing is read or written out of range.
+// Which row a slot gets that two tokens lead to is nobody's promise, so that there are none; and under the race detector no
+// claimed slot names another token.
 TEST(permute_writes_all_rows_of_any_plan) {
   const int64_t T = 6, K = 3, H = 40, S = T * K;
   for (int64_t seed = 0; seed < 40; ++seed) {
@@ -84,7 +87,17 @@ TEST(permute_writes_all_rows_of_any_plan) {
       return random.below(4) == 0 ? static_cast<int32_t>(random.bits()) : static_cast<int32_t>(random.below(n + 1) - 1);
     };
     plan.token_indices.fill([&](int64_t) { return wild(T); });
-    plan.slot_indices.fill([&](int64_t) { return wild(S); });
+    std::vector<int32_t> slots(static_cast<size_t>(S));
+    for (int32_t s = 0; s < S; ++s) slots[static_cast<size_t>(s)] = s;
+    for (size_t i = slots.size(); i > 1; --i) std::swap(slots[i - 1], slots[static_cast<size_t>(random.below(i))]);
+    constexpr int32_t kOutside[] = {INT32_MIN, -2, -1, S, S + 1, INT32_MAX};
+    plan.slot_indices.fill([&](int64_t i) {
+      return random.below(3) == 0 ? kOutside[random.below(std::ssize(kOutside))] : slots[static_cast<size_t>(i)];
+    });
+    for (int64_t i = 0; i < S && simt::race::enabled; ++i) {
+      const int32_t slot = plan.slot_indices.id(i / K, i % K);
+      if (slot >= 0 && slot < S) plan.token_indices.set_id(static_cast<int32_t>(i / K), slot);
+    }
     const int32_t used = wild(S);
     plan.expert_offsets.fill([&](int64_t e) { return e == 2 ? used : 0; });
     const Array x = random_rows(Rows::kAligned, random, DType::kFloat32, T, H);

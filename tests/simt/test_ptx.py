@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The PTX that nvcc makes of each wrapper in csrc/cuda/ptx.cuh and hopper.cuh, which no test on the CPU executes.
 
-Registers are written as what they hold: p0 is the kernel's first parameter, p1[8] what lies 8 bytes behind the second one,
-and a result as where it is stored. So a swapped operand shows.
+Registers are written as what they hold: p0 is the kernel's first parameter, p1[8] what lies 8 bytes behind the second
+one, and a result as where it is stored. So a swapped operand shows.
 """
 
 import re
@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
-# ---- reading PTX ---------------------------------------------------------------------------------------------------------
+# ---- reading PTX ----------------------------------------------------------------------------------------------------
 
 ASM = re.compile(r"// begin inline asm\n(.*?)// end inline asm", re.DOTALL)
 REGISTER = r"%(?:rd|rs|r|f|fd|p)\d+"
@@ -90,7 +90,7 @@ def compile_kernels(tmp: Path, *flags: str) -> dict[str, Kernel]:
     return {name: Kernel(name, body) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-# ---- what is expected ------------------------------------------------------------------------------------------------------
+# ---- what is expected -----------------------------------------------------------------------------------------------
 
 AMPERE = {
     "smem_u32": "",

@@ -168,6 +168,7 @@ constexpr Sizes kSizes[] = {{0, 8, 2},   {1, 1, 1},   {3, 2, 2},    {5, 5, 5},  
                             {5, 129, 3}, {9, 256, 8}, {3, 257, 40}, {5, 512, 10}, {3, 513, 64}, {2, 1024, 8}};
 
 TEST(route_has_the_bits_of_the_cpu) {
+  int variant = 0;
   Random random(3);
   for (const auto& [T, E, K] : kSizes) {
     for (const DType dtype : kFloatTypes) {
@@ -175,8 +176,9 @@ TEST(route_has_the_bits_of_the_cpu) {
         note = join("T=", T, " ", name_of(dtype), rows == Rows::kAligned ? " aligned" : "");
         const Array logits = random_rows(rows, random, dtype, T, E, 2.0);
         const bool all = dtype == DType::kFloat32 && rows == Rows::kAligned && E < 1000;
-        for_each_option(random, E, K, all ? kAllOptions : kSomeOptions,
-                        [&](const RouteOptions& o, const Array& bias) { check_route(logits, bias, o); });
+        for_each_option(random, E, K, all ? kAllOptions : kSomeOptions, [&](const RouteOptions& o, const Array& bias) {
+          if (takes_variant(variant++)) check_route(logits, bias, o);
+        });
       }
     }
   }

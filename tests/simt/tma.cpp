@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "api.h"
 #include "mbarrier.h"
 #include "models.h"
 #include "shared_memory.h"
@@ -119,6 +120,15 @@ void check_device(Location at) {
   if (device().major < 9) fail("this instruction needs sm_90", at);
 }
 
+}  // namespace
+
+uint64_t& tma_bytes() {
+  static uint64_t bytes = 0;
+  return bytes;
+}
+
+namespace {
+
 // Lands now or later, and tells the mbarrier.
 void track(uint32_t mbarrier, uint32_t time, int64_t bytes, std::function<void()> land, Location at) {
   Block& block = running_block();
@@ -145,6 +155,7 @@ void tma_load(void* shared, const void* tensor_map, uint64_t* mbarrier, const in
   auto rows = rows_of_box(map, coordinates, address);
   touch_as(agent, shared, box_bytes(map), kAsyncWrite, at);
   for (const BoxRow& row : rows) {
+    tma_bytes() += row.valid;
     check_accessible(row.global, row.valid, "TMA, global memory", at);
     touch_as(agent, row.global, row.valid, in_global(kAsyncRead), at);
   }

@@ -207,6 +207,7 @@ void check_same_in_warpgroup(Block& block, Warp& warp, unsigned warp_index, cons
 }
 
 void issue(void* const* all, uint32_t) {
+  ++statistics().wgmma;
   Block& block = running_block();
   Warp& warp = running_warp();
   const auto of = [&](int lane) -> const WgmmaOperands& { return *static_cast<const WgmmaOperands*>(all[lane]); };

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The grouped GEMMs of gemm_sm90.cuh: which tile is picked, every tile in every layout, and what they leave to sm_80's kernels.
+#include "api.h"
+#include "gemm_problem.h"
+#include "gemm_sm90.h"
+
+namespace switchgear::test {
+namespace {
+
+using cuda::Epilogue;
+using cuda::Gemm;
+using cuda::sm90::ConfigKind;
+
+// ---- picking a tile -------------------------------------------------------------------------------------------------------
+
+Gemm gemm_of(int64_t num_slots, int64_t num_experts, int64_t n, Epilogue epilogue = Epilogue::kStore) {
+  Gemm g{.num_experts = num_experts, .num_slots = num_slots, .n = n, .c = 64, .epilogue = epilogue};
+  g.b.n_stride = 64;
+  g.b.k_stride = 1;
+  return g;
+}
+
+TEST(sm90_tiles_follow_the_rows_of_an_expert) {
+  CHECK(cuda::sm90::pick_config(gemm_of(1, 1, 256)) == ConfigKind::kFewRows16);
+  CHECK(cuda::sm90::pick_config(gemm_of(16, 1, 256)) == ConfigKind::kFewRows16);
+  CHECK(cuda::sm90::pick_config(gemm_of(17, 1, 256)) == ConfigKind::kFewRows64);
+  CHECK(cuda::sm90::pick_config(gemm_of(64, 1, 256)) == ConfigKind::kFewRows64);
+  CHECK(cuda::sm90::pick_config(gemm_of(65, 1, 256)) == ConfigKind::kRows128);
+  CHECK(cuda::sm90::pick_config(gemm_of(8 * 64, 8, 256)) == ConfigKind::kFewRows64);
+  CHECK(cuda::sm90::pick_config(gemm_of(8 * 64 + 1, 8, 256)) == ConfigKind::kRows128);
+  CHECK(cuda::sm90::pick_config(gemm_of(int64_t{1} << 29, 128, 1536)) == ConfigKind::kRows192);
+  // The backward epilogue has no registers for anything else.
+  for (const int64_t slots : {1, 64, 100000}) {
+    CHECK(cuda::sm90::pick_config(gemm_of(slots, 1, 1536, Epilogue::kGluBackward)) == ConfigKind::kRows128);
+  }
+}
+
+TEST(sm90_tiles_are_wide_where_the_last_one_is_not_mostly_empty) {
+  for (const int64_t n : {192, 320, 384, 576, 768, 1536, 2048, 4096}) CHECK(cuda::sm90::wide_tiles(n), "n ", n);
+  for (const int64_t n : {8, 64, 128, 200, 256}) CHECK(!cuda::sm90::wide_tiles(n), "n ", n);
+  Gemm pairs = gemm_of(1000, 1, 1536, Epilogue::kGlu);
+  CHECK(cuda::sm90::pick_config(pairs) == ConfigKind::kRows192);
+  std::swap(pairs.b.n_stride, pairs.b.k_stride);  // 96 columns of each are no whole blocks
+  CHECK(cuda::sm90::pick_config(pairs) == ConfigKind::kRows128);
+  pairs.options.interleaved = true;
+  CHECK(cuda::sm90::pick_config(pairs) == ConfigKind::kRows192);
+}
+
+// ---- products -------------------------------------------------------------------------------------------------------------
+
+uint64_t products_of_wgmma() { return simt::statistics().wgmma; }
+
+// Runs with a number of multiprocessors that gives a block several tiles, or one.
+template <typename Check>
+void on_hopper(const GemmProblem& p, int multiprocessors, bool takes, Check&& check) {
+  simt::device() = simt::sm_90();
+  simt::device().multiprocessors = multiprocessors;
+  note = join(describe(p), " on ", multiprocessors, " multiprocessors");
+  const uint64_t before = products_of_wgmma();
+  check(p);
+  CHECK((products_of_wgmma() > before) == takes, "wgmma is ", takes ? "not used" : "used");
+  simt::device() = simt::sm_90();
+}
+
+struct HopperCase {
+  Case c;  // I is N, H is C
+  bool has_products = true;
+};
+constexpr HopperCase kHopperCases[] = {
+    {{"one row", 1, 8, 8, 1, 1}},
+    {{"up to 16 rows", 25, 72, 136, 2, 1}},
+    {{"up to 16 rows, most experts empty", 6, 64, 128, 40, 2}},
+    {{"up to 16 rows, a ring that wraps", 16, 712, 136, 1, 1}},
+    {{"up to 64 rows", 70, 200, 264, 2, 1, Ids::kDuplicates}},
+    {{"up to 64 rows, all to one", 50, 40, 128, 3, 1, Ids::kOneExpert}},
+    {{"128 columns", 129, 136, 136, 1, 1}},
+    {{"128 columns, a ring that wraps", 66, 456, 128, 1, 1}},
+    {{"128 columns, several tiles an expert", 300, 72, 256, 2, 1}},
+    {{"128 columns, holes", 120, 64, 72, 2, 3, Ids::kEmptySlots}},
+    {{"192 columns", 80, 136, 200, 1, 1}},
+    {{"192 columns, some empty", 220, 8, 384, 3, 1, Ids::kLastExpert}},
+    {{"nothing chosen", 11, 16, 24, 3, 2, Ids::kNone}, false},
+    {{"no tokens", 0, 16, 8, 4, 2}, false},
+};
+
+template <typename Check>
+void for_each_hopper_problem(Check&& check) {
+  int variant = 0;
+  for (const HopperCase& hopper : kHopperCases) {
+    for (const Storage storage : {Storage::kPacked, Storage::kTransposed}) {
+      for (const bool gather : {false, true}) {
+        const GemmProblem p{hopper.c,        kPrecisions[2 + variant / 2 % 2], storage, Rows::kAligned, gather,
+                            variant % 3 != 0};
+        const int multiprocessors = variant % 3 == 0 ? 1 : 3;
+        if (takes_variant(variant++)) on_hopper(p, multiprocessors, hopper.has_products, check);
+      }
+    }
+    ++variant;
+  }
+}
+
+TEST(sm90_grouped_gemm_matches_reference) { for_each_hopper_problem(check_forward); }
+TEST(sm90_grouped_gemm_wgrad_matches_reference) { for_each_hopper_problem(check_wgrad); }
+
+// Sizes, strides and addresses that TMA cannot describe, and float32: the kernels of sm_80 take these, with the same result.
+TEST(sm90_leaves_the_rest_to_sm80) {
+  const Case odd_depth{"odd depth", 20, 67, 64, 2, 1}, odd_columns{"odd columns", 20, 64, 43, 2, 1};
+  const Case even{"whole vectors", 20, 64, 64, 2, 1};
+  const auto check = [](const GemmProblem& p) {
+    on_hopper(p, 3, false, check_forward);
+    if (p.storage != Storage::kSeparate) on_hopper(p, 3, false, check_wgrad);
+  };
+  check({odd_depth, kPrecisions[2], Storage::kPacked, Rows::kAligned, true, false});
+  check({odd_columns, kPrecisions[3], Storage::kPacked, Rows::kAligned, false, true});
+  check({even, kPrecisions[2], Storage::kPacked, Rows::kAnywhere, true, true});
+  check({even, kPrecisions[0], Storage::kPacked, Rows::kAligned, false, true});
+  check({even, kPrecisions[1], Storage::kTransposed, Rows::kAligned, true, false});
+  check({even, kPrecisions[2], Storage::kSeparate, Rows::kAligned, true, false});
+}
+
+// Decoding: up to 16 tokens, the weights of each touched expert are read once, and no others.
+TEST(sm90_reads_touched_experts_once) {
+  simt::device() = simt::sm_90();
+  for (const int64_t T : {1, 5, 16}) {
+    const Case c{"decoding", T, 72, 136, 9, 2};
+    Random random(3);
+    const PlanArrays plan = reference_plan(make_ids(random, c), c.E);
+    const Array x = random_rows(Rows::kAligned, random, DType::kBFloat16, T, c.H);
+    const Weights weights(random, Rows::kAligned, DType::kBFloat16, c.E, c.I, c.H, Storage::kPacked);
+    Array got = make_rows(Rows::kAligned, DType::kBFloat16, T * c.K, c.I);
+    uint64_t touched = 0;
+    for (int64_t e = 0; e < c.E; ++e) touched += plan.expert_offsets.id(e + 1) > plan.expert_offsets.id(e);
+    const uint64_t before = simt::tma_bytes();
+    OpMemory memory(0xff);
+    cuda::grouped_gemm({.x = x,
+                        .weight = weights.matrices(),
+                        .expert_offsets = plan.expert_offsets,
+                        .token_indices = plan.token_indices,
+                        .out = got},
+                       memory.execution());
+    CHECK(simt::tma_bytes() - before == touched * static_cast<uint64_t>(c.I * c.H) * 2, T, " tokens");
+  }
+}
+
+// A row's bits do not depend on the rows beside it, nor on the tile that their number asks for.
+TEST(sm90_rows_do_not_depend_on_their_number) {
+  simt::device() = simt::sm_90();
+  const DType dtype = DType::kBFloat16;
+  const int64_t C = 328;
+  for (const int64_t N : {136, 192}) {
+    for (const Storage storage : {Storage::kPacked, Storage::kTransposed}) {
+      Random random(5);
+      const Weights weights(random, Rows::kAligned, dtype, 1, N, C, storage);
+      const Array all = random_rows(Rows::kAligned, random, dtype, 140, C);
+      Array first;
+      for (const int64_t S : {140, 70, 40, 17, 3, 1}) {
+        note = join("N ", N, " ", kStorageNames[static_cast<int>(storage)], " ", S, " rows");
+        TensorView x = all;
+        x.shape[0] = S;
+        Array offsets(DType::kInt32, {2});
+        offsets.fill([&](int64_t i) { return i * S; });
+        Array got = make_rows(Rows::kAligned, dtype, S, N);
+        OpMemory memory(0xff);
+        cuda::grouped_gemm({.x = x, .weight = weights.matrices(), .expert_offsets = offsets, .out = got},
+                           memory.execution());
+        if (!first.defined()) first = got;
+        for (int64_t s = 0; s < S; ++s) {
+          for (int64_t n = 0; n < N; ++n) CHECK(got(s, n) == first(s, n), "row ", s, " column ", n);
+        }
+      }
+    }
+  }
+}
+
+// Offsets and indices are values in device memory, which nobody checks: whatever they are, no access is out of range.
+TEST(sm90_survives_any_plan) {
+  simt::device() = simt::sm_90();
+  for (int64_t seed = 0; seed < 12; ++seed) {
+    if (!takes_variant(seed)) continue;
+    note = join("seed ", seed);
+    Random random(static_cast<uint64_t>(seed));
+    const int64_t T = 9, S = seed % 2 == 0 ? 20 : 300, E = 3, N = 24, C = 40;
+    const auto wild = [&](int64_t n) {
+      return random.below(3) == 0 ? static_cast<int32_t>(random.bits()) : static_cast<int32_t>(random.below(n + 1));
+    };
+    const Array offsets = wild_offsets(E, [&] { return wild(S); });
+    Array indices(DType::kInt32, {S});
+    indices.fill([&](int64_t) { return wild(T); });
+    const Array x = random_rows(Rows::kAligned, random, DType::kBFloat16, T, C);
+    const Array grad = random_rows(Rows::kAligned, random, DType::kBFloat16, S, N);
+    const Weights weights(random, Rows::kAligned, DType::kBFloat16, E, N, C, Storage::kPacked);
+    Array got = make_rows(Rows::kAligned, DType::kBFloat16, S, N), gradient(DType::kBFloat16, {E, N, C});
+    OpMemory memory(0xff);
+    cuda::grouped_gemm(
+        {.x = x, .weight = weights.matrices(), .expert_offsets = offsets, .token_indices = indices, .out = got},
+        memory.execution());
+    cuda::grouped_gemm_wgrad(
+        {.grad_out = grad, .x = x, .expert_offsets = offsets, .token_indices = indices, .grad_weight = gradient},
+        memory.execution());
+    for (int64_t i = 0; i < E * N * C; ++i) CHECK(std::isfinite(gradient(i / (N * C), i / C % N, i % C)));
+  }
+}
+
+}  // namespace
+}  // namespace switchgear::test

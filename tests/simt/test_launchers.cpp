@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What every op of the backend's table promises its caller, whatever it computes: all work is queued on the stream given, on
+// the device of the tensors, without waiting for it; temporary memory comes from the allocator, once, in the size that the
+// arguments alone decide; with that, an op can be captured in a CUDA graph.
+#include "api.h"
+#include "layer.h"
+#include "run_op.h"
+#include "switchgear/backend.h"
+
+namespace switchgear::test {
+namespace {
+
+TensorView on_device(TensorView v) {
+  v.device = {DeviceType::kCUDA, 1};
+  return v;
+}
+
+// Everything that a layer of the ops takes, on the second device.
+struct Operands {
+  explicit Operands(const Layer& l)
+      : l(l),
+        logits(l.empty({l.c.T, l.c.E}, 0)),
+        h(l.empty({l.c.T * l.c.K, l.N}, 0)),
+        a(l.empty({l.c.T * l.c.K, l.c.I}, 0)),
+        rows(l.empty({l.c.T * l.c.K, l.c.H}, 0)),
+        y(l.empty({l.c.T, l.c.H}, 0)),
+        gradients(l) {
+    for (Array* array : {&logits, &h, &a, &rows}) array->fill([](int64_t i) { return static_cast<double>(i % 5); });
+  }
+  Plan plan() const {
+    return {on_device(l.plan.expert_offsets), on_device(l.plan.token_indices), on_device(l.plan.slot_indices)};
+  }
+  ExpertWeights weights() const {
+    ExpertWeights weights = l.weights();
+    for (TensorView* v : {&weights.gate_up_proj.packed, &weights.down_proj.packed}) *v = on_device(*v);
+    return weights;
+  }
+
+  const Layer& l;
+  Array logits, h, a, rows, y;
+  Gradients gradients;
+};
+
+struct Seen {
+  int allocations = 0;
+  int64_t bytes = 0;
+};
+
+Seen check_op(const char* name, const std::function<void(Execution)>& op) {
+  note = name;
+  int stream = 0;
+  Seen seen;
+  std::vector<std::unique_ptr<uint8_t[]>> memory;
+  struct Context {
+    Seen* seen;
+    std::vector<std::unique_ptr<uint8_t[]>>* memory;
+  } context{&seen, &memory};
+  const auto allocate = [](void* opaque, int64_t bytes) -> void* {
+    auto& [seen, memory] = *static_cast<Context*>(opaque);
+    ++seen->allocations;
+    seen->bytes = bytes;
+    memory->push_back(std::make_unique<uint8_t[]>(static_cast<size_t>(bytes) + 256));
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory->back().get()) + 255) / 256 * 256);
+  };
+  simt::forget_streams();
+  op({.stream = &stream, .allocator = {allocate, &context}});
+  CHECK(!simt::used_streams().empty(), "nothing was queued");
+  for (const void* used : simt::used_streams()) CHECK(used == &stream, "queued on another stream");
+  for (const int device : simt::used_devices()) CHECK(device == 1, "queued on device ", device);
+  CHECK(simt::host_waits() == 0, "waits for the device");
+  CHECK(seen.allocations <= 1, seen.allocations, " allocations");
+  int current = -1;
+  cudaGetDevice(&current);
+  CHECK(current == 0, "left device ", current, " current");
+  return seen;
+}
+
+TEST(ops_are_queued_where_and_as_their_caller_says) {
+  const Backend& ops = cuda_backend();
+  for (const simt::Device& device : {simt::sm_80(), simt::sm_90()}) {
+    simt::device() = device;
+    const Layer l({"layer", 40, 72, 40, 4, 2}, DType::kBFloat16, {}, false, false, 3, true);
+    const Operands o(l);
+    const TensorView x = on_device(l.x), ids = on_device(l.ids), weights = on_device(l.topk_weights);
+    Array new_ids = l.ids, new_weights = l.topk_weights;
+    PlanArrays new_plan = l.plan;
+    const Plan plan{on_device(new_plan.expert_offsets), on_device(new_plan.token_indices),
+                    on_device(new_plan.slot_indices)};
+    const RouteOptions route{.top_k = l.c.K};
+    check_op("route", [&](Execution e) {
+      ops.route({.router_logits = on_device(o.logits),
+                 .options = route,
+                 .topk_ids = on_device(new_ids),
+                 .topk_weights = on_device(new_weights)},
+                e);
+    });
+    check_op("route_backward", [&](Execution e) {
+      Array grad = o.logits;
+      ops.route_backward({.grad_topk_weights = weights,
+                          .router_logits = on_device(o.logits),
+                          .topk_ids = ids,
+                          .options = route,
+                          .grad_router_logits = on_device(grad)},
+                         e);
+    });
+    check_op("plan", [&](Execution e) { ops.plan({.topk_ids = ids, .plan = plan}, e); });
+    check_op("permute", [&](Execution e) {
+      ops.permute({.x = x, .plan = o.plan(), .topk_weights = weights, .permuted_x = on_device(o.rows)}, e);
+    });
+    check_op("combine", [&](Execution e) {
+      ops.combine({.permuted_y = on_device(o.rows), .plan = o.plan(), .topk_weights = weights, .y = on_device(o.y)}, e);
+    });
+    check_op("combine_weight_backward", [&](Execution e) {
+      ops.combine_weight_backward({.grad_y = on_device(l.grad_y),
+                                   .permuted_y = on_device(o.rows),
+                                   .plan = o.plan(),
+                                   .grad_topk_weights = on_device(new_weights)},
+                                  e);
+    });
+    check_op("grouped_gemm", [&](Execution e) {
+      ops.grouped_gemm({.x = x,
+                        .weight = o.weights().gate_up_proj,
+                        .expert_offsets = o.plan().expert_offsets,
+                        .token_indices = o.plan().token_indices,
+                        .out = on_device(o.h)},
+                       e);
+    });
+    check_op("grouped_gemm_wgrad", [&](Execution e) {
+      ops.grouped_gemm_wgrad({.grad_out = on_device(o.h),
+                              .x = x,
+                              .expert_offsets = o.plan().expert_offsets,
+                              .token_indices = o.plan().token_indices,
+                              .grad_weight = on_device(o.gradients.gate_up_proj)},
+                             e);
+    });
+    check_op("glu", [&](Execution e) { ops.glu({.h = on_device(o.h), .options = l.options, .a = on_device(o.a)}, e); });
+    check_op("glu_backward", [&](Execution e) {
+      Array grad = o.h;
+      ops.glu_backward({.grad_a = on_device(o.a), .h = on_device(o.h), .options = l.options, .grad_h = on_device(grad)},
+                       e);
+    });
+    // Temporary memory: what moe_forward.cu and moe_backward.cu say, in rows of whole vectors, each array to 256 bytes.
+    const int64_t S = l.c.T * l.c.K, up = 256;
+    const auto padded = [&](int64_t bytes) { return (bytes + up - 1) / up * up; };
+    const int64_t own_plan = padded((l.c.E + 1) * 4) + 2 * padded(S * 4);
+    const Seen forward = check_op("moe_forward", [&](Execution e) {
+      ops.moe_forward({.x = x,
+                       .weights = o.weights(),
+                       .topk_ids = ids,
+                       .topk_weights = weights,
+                       .options = l.options,
+                       .y = on_device(o.y),
+                       .h = on_device(o.h)},
+                      e);
+    });
+    CHECK(forward.bytes == own_plan + padded(S * l.c.I * 2) + padded(S * l.c.H * 2), forward.bytes, " bytes");
+    const Seen backward = check_op("moe_backward", [&](Execution e) {
+      ops.moe_backward({.grad_y = on_device(l.grad_y),
+                        .x = x,
+                        .h = on_device(o.h),
+                        .weights = o.weights(),
+                        .topk_ids = ids,
+                        .topk_weights = weights,
+                        .options = l.options,
+                        .grad_x = on_device(o.gradients.x),
+                        .grad_gate_up_proj = on_device(o.gradients.gate_up_proj),
+                        .grad_down_proj = on_device(o.gradients.down_proj),
+                        .grad_topk_weights = on_device(new_weights)},
+                       e);
+    });
+    CHECK(backward.bytes == own_plan + padded(S * 4) + padded(S * ((l.c.I + 31) / 32) * 4) + padded(S * l.N * 2) +
+                                padded(S * std::max(l.c.I, l.c.H) * 2),
+          backward.bytes, " bytes");
+  }
+  simt::device() = simt::sm_90();
+}
+
+}  // namespace
+}  // namespace switchgear::test
