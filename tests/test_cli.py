@@ -225,7 +225,7 @@ def test_bench_quick_writes_all_files(tmp_path: Path, capsys: pytest.CaptureFixt
     status = main([
         "bench", "--quick", "--shapes", "tiny", "--tokens", "1,5", "--dtypes", "fp32", "--threads", "1",
         "--json", str(files["json"]), "--csv", str(files["csv"]), "--markdown", str(files["markdown"]),
-        "--plot", str(tmp_path / "pictures"),
+        "--plot", str(tmp_path / "pictures"), "--budget", "600",
     ])  # fmt: skip
     printed = capsys.readouterr().out
     assert status == 0, printed
@@ -263,7 +263,8 @@ def bench_row(peer: str, ms: float | None, **changes: Any) -> dict[str, Any]:
         "dtype": "bf16", "mode": "forward", "routing": "balanced", "pages": "huge", "allocator": "default",
         "touched_experts": 8.0, "multiply_rate": 1e12, "read_ms": 1.0, "floor_ms": 1.0, "bound": "memory", "peer": peer,
         "ms": ms, "percent_of_floor": ms and 100 / ms, "gflops": ms and 1.0, "gbytes_per_s": ms and 1.0,
-        "relative_error": 1e-3, "error_limit": 1e-2, "repetitions": 3, "wrong": ms is None,
+        "relative_error": 1e-3, "error_limit": 1e-2, "repetitions": 3, "turns": 3, "quiet_turns": 3,
+        "wrong": ms is None,
     }  # fmt: skip
     return row | changes
 
@@ -405,12 +406,13 @@ def test_flops() -> None:
 def test_interleaved_calls_stop_far_beyond_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("switchgear.cli.timing.perf_counter", lambda: now[0])
+    monkeypatch.setattr("switchgear.cli.timing.wait_for_quiet", lambda longest: None)
 
     def slow(_: int) -> None:
         now[0] += 2.0
 
-    assert len(interleave({"a": slow}, 0.5)["a"]) == 1  # a second turn would end after three times a second
-    assert 45 <= len(interleave({"a": slow}, 100.0)["a"]) <= 50  # calls of two seconds
+    assert len(interleave({"a": slow}, 0.5)["a"].seconds) == 1  # a second turn would end after three times a second
+    assert 25 <= len(interleave({"a": slow}, 61.0)["a"].seconds) <= 30  # calls of two seconds
 
 
 def test_interleaved_calls_take_turns() -> None:
@@ -418,4 +420,21 @@ def test_interleaved_calls_take_turns() -> None:
     times = interleave({"a": lambda n: called.append(f"a{n}"), "b": lambda n: called.append(f"b{n}")}, 0.0)
     turns = [name for i, name in enumerate(c[0] for c in called) if i == 0 or called[i - 1][0] != name]
     assert turns == ["a", "b"] * FEWEST_TURNS
-    assert [c for c in called if c[0] == "a"] == [f"a{n}" for n in range(len(times["a"]) + FEWEST_TURNS)]
+    calls = [c for c in called if c[0] == "a"]
+    assert calls == [f"a{n}" for n in range(len(calls))]
+    assert times["a"].turns == FEWEST_TURNS
+
+
+def test_turns_that_others_disturb_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, elsewhere, calls = [0.0], [0.0], [0]
+    monkeypatch.setattr("switchgear.cli.timing.perf_counter", lambda: now[0])
+    monkeypatch.setattr("switchgear.cli.timing.busy_seconds_elsewhere", lambda: elsewhere[0])
+    monkeypatch.setattr("switchgear.cli.timing.wait_for_quiet", lambda longest: None)
+
+    def call(_: int) -> None:
+        calls[0] += 1
+        disturbed = calls[0] == 2  # the first is not timed: this is the first turn's
+        now[0] += 3.0 if disturbed else 1.0
+        elsewhere[0] += 2.0 if disturbed else 0.0
+
+    assert interleave({"a": call}, 4.5)["a"] == ([1.0, 1.0], 2, 3)

@@ -22,7 +22,21 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
     """Lets a function of tensors take any arrays with `__dlpack__`; the first argument decides."""
     first_name = next(iter(inspect.signature(function).parameters))
 
-    def run(*args: Any, **kwargs: Any) -> R:
+    def on_arrays(first: Any, *args: Any, **kwargs: Any) -> R:
+        if not hasattr(first, "__dlpack__"):
+            raise TypeError(
+                f"{first_name}: expected a torch.Tensor or an array with __dlpack__, got {type(first).__name__}"
+            )
+        with torch.no_grad():
+            result = wrapper(*_map(to_torch, args), **_map(to_torch, kwargs))
+        converted: R = _map(lambda value: from_torch(value, like=first), result)
+        return converted
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0] if args else kwargs.get(first_name)
+        if not isinstance(first, torch.Tensor):
+            return on_arrays(first, *args, **kwargs)
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         try:
@@ -30,20 +44,6 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
         except Exception:
             complain(function, args, kwargs)
             raise
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = args[0] if args else kwargs.get(first_name)
-        if isinstance(first, torch.Tensor):
-            return run(*args, **kwargs)
-        if not hasattr(first, "__dlpack__"):
-            raise TypeError(
-                f"{first_name}: expected a torch.Tensor or an array with __dlpack__, got {type(first).__name__}"
-            )
-        with torch.no_grad():
-            result = run(*_map(to_torch, args), **_map(to_torch, kwargs))
-        converted: R = _map(lambda value: from_torch(value, like=first), result)
-        return converted
 
     return wrapper
 

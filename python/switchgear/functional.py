@@ -533,10 +533,12 @@ def moe(
     topk_weights = _as_weights("topk_weights", topk_weights, x.dtype)
     tensors = (x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
     options = (activation, gated, interleaved, _number("alpha", alpha), _limit(limit))
-    if panel and _needs_autograd(*tensors):
-        raise ValueError(f"panel: expected 0 where gradients are recorded (panels are for inference), got {panel}")
     if _needs_autograd(*tensors):
+        if panel:
+            raise ValueError(f"panel: expected 0 where gradients are recorded (panels are for inference), got {panel}")
         y: Tensor = _apply(_Moe, *tensors, *options)[0]
+    elif ops.needs_no_dispatch(*tensors):
+        y = ops.moe_forward_on_host(*tensors, *options, panel=panel)
     else:
         y = ops.moe_forward(*tensors, *options, False, panel)[0]
     return y if len(shape) == 2 else y.reshape(shape)

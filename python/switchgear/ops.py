@@ -16,7 +16,7 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch  # first: it brings the OpenMP runtime that the native module then shares
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchgear import backends, cuda, reference
 
@@ -553,6 +553,44 @@ moe_forward: Callable[..., tuple[Tensor, Tensor]] = _register(
     _moe_forward,
     _allocate_moe_forward,
 )
+
+
+# Torch's dispatcher costs a call more than its kernel's binding does: 5 µs, and many times that where a model has
+# emptied the caches since the last call, as in decoding. So the layer goes past it, where it would only hand the call
+# on.
+_PLAIN = (Tensor, nn.Parameter)
+_dispatch_modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
+_is_profiling: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+
+
+def needs_no_dispatch(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether all are plain tensors for the CPU's kernels, and nobody traces, profiles or redirects their ops."""
+    if torch.compiler.is_compiling() or _dispatch_modes() or _is_tracing() or _is_profiling():
+        return False
+    for tensor in (x, *others):
+        if tensor is not None and not (type(tensor) in _PLAIN and tensor.is_cpu):
+            return False
+    return backends.runs_natively(x.dtype)
+
+
+def moe_forward_on_host(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *options: Any,
+    panel: int,
+) -> Tensor:
+    """y of moe_forward, for tensors that need no dispatch."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    host.module.moe_forward(
+        _rows(x), gate_up_proj, down_proj, _rows(gate_up_bias), _rows(down_bias),
+        topk_ids.contiguous(), topk_weights.contiguous(), y, None, *options, host.execution(), panel,
+    )  # fmt: skip
+    return y
 
 
 def _allocate_moe_backward(

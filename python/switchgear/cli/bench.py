@@ -197,8 +197,8 @@ def measure_all(tasks: list[Task], args: argparse.Namespace) -> dict[str, Any]:
             results["skipped"].append({"case": task.title, "peer": "all", "reason": reason})
             continue
         with screen.status(task.title) as status:
-            seconds = min(longest, left / (len(tasks) - i)) - START_SECONDS
-            measured = run_case(task._replace(seconds=max(1.0, seconds)), status.update)
+            seconds = max(1.0, min(longest, left / (len(tasks) - i) - START_SECONDS))
+            measured = run_case(task._replace(seconds=seconds), status.update)
         results["results"] += measured.rows
         results["skipped"] += measured.skipped
         bench_tables.print_case(screen, task.title, measured.rows, measured.skipped)

@@ -70,17 +70,18 @@ def print_case(console: Any, title: str, rows: list[dict[str, Any]], skipped: li
     ours = next((row["ms"] for row in rows if is_ours(row["peer"])), None)
     table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("peer", no_wrap=True)
-    for name in ("ms", "GFLOP/s", "GB/s", "floor", "x ours", "error", "calls"):
+    for name in ("ms", "GFLOP/s", "GB/s", "floor", "x ours", "error", "calls", "quiet"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in sorted(rows, key=lambda row: row["ms"] or float("inf")):
         error = f"{row['relative_error']:.0e}"
         if row["wrong"]:
-            table.add_row(row["peer"], "wrong", "", "", "", "", f"[red]{error} > {row['error_limit']:.0e}[/]", "")
+            table.add_row(row["peer"], "wrong", "", "", "", "", f"[red]{error} > {row['error_limit']:.0e}[/]", "", "")
             continue
         ratio = f"{row['ms'] / ours:.2f}" if ours else ""
         table.add_row(
             row["peer"], f"{row['ms']:.3f}", f"{row['gflops']:,.0f}", f"{row['gbytes_per_s']:.1f}",
             f"{row['percent_of_floor']:.0f} %", ratio, error, str(row["repetitions"]),
+            f"{row['quiet_turns']}/{row['turns']}",
             style="bold" if is_ours(row["peer"]) else None,
         )  # fmt: skip
     console.print(table)

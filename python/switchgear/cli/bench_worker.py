@@ -27,7 +27,7 @@ from .ceilings import multiply_rate, read_probe
 from .common import CommandError
 from .peers import PEERS, Skip, look_in_folder
 from .shapes import SHAPES
-from .timing import interleave
+from .timing import Timed, interleave
 
 # What makes glibc keep freed memory, and torch ask for huge pages: page faults are half of a training step without it.
 TUNED = {
@@ -164,11 +164,11 @@ def measure(task: Task, say: Callable[[str], None]) -> Measured:
     calls |= {name: call_of(case, layer) for name, layer in layers.items()}
     times = interleave(calls, task.seconds - (perf_counter() - start))
     passes = 1 if case.mode == "forward" else 3  # over the weights: read twice, their gradients written
-    ceilings = {"multiply_rate": median(rates), "read_ms": 1e3 * passes * median(times.pop(READ))}
+    ceilings = {"multiply_rate": median(rates), "read_ms": 1e3 * passes * median(times.pop(READ).seconds)}
     del times[MULTIPLY]
     about = _about(task, case) | ceilings | floor(case, ceilings)
-    rows = [about | _result(about, name, taken, errors[name], limit) for name, taken in times.items()]
-    rows += [about | _result(about, name, [], errors[name], limit) for name in wrong]
+    rows = [about | _result(about, name, timed, errors[name], limit) for name, timed in times.items()]
+    rows += [about | _result(about, name, Timed([], 0, 0), errors[name], limit) for name in wrong]
     return Measured(rows, skipped, [Path(path).name for path in machine.openmp_runtimes()])
 
 
@@ -217,12 +217,14 @@ def _about(task: Task, case: Case) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _result(about: dict[str, Any], peer: str, times: list[float], error: float, limit: float) -> dict[str, Any]:
-    """The columns of one peer; `times` is empty for one that is wrong."""
+def _result(about: dict[str, Any], peer: str, timed: Timed, error: float, limit: float) -> dict[str, Any]:
+    """The columns of one peer; nothing was timed for one that is wrong."""
+    times = timed.seconds
     seconds = median(times) if times else None
     return {
         "peer": peer, "ms": seconds and 1e3 * seconds, "best_ms": 1e3 * min(times) if times else None,
-        "repetitions": len(times), "gflops": seconds and about["flops"] / seconds / 1e9,
+        "repetitions": len(times), "turns": timed.turns, "quiet_turns": timed.quiet_turns,
+        "gflops": seconds and about["flops"] / seconds / 1e9,
         "gbytes_per_s": seconds and about["weight_bytes"] / seconds / 1e9,
         "percent_of_floor": seconds and about["floor_ms"] / seconds / 10,
         "relative_error": error, "error_limit": limit, "wrong": error > limit,

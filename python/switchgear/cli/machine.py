@@ -41,6 +41,17 @@ def transparent_huge_pages() -> str | None:
     return found.group(1) if found else None
 
 
+def busy_seconds_elsewhere() -> float:
+    """Seconds that cores have spent on anything but this process since they started, those that the host took away
+    included. Only differences mean something, to a hundredth of a second; 0 where the system does not say."""
+    found = re.search(r"cpu +([\d ]+)", _read("/proc/stat") or "")
+    if found is None:
+        return 0.0
+    ticks = [int(field) for field in found.group(1).split()[:8]]  # the last two are parts of the first two
+    own = os.times()
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK") - own.user - own.system
+
+
 def free_memory_bytes() -> int | None:
     """What programs may still take without swapping."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo") or "")

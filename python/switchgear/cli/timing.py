@@ -1,26 +1,42 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Timing on a machine whose speed drifts: everyone takes turns, and medians are compared."""
+"""Timing on a machine that others use too and whose speed drifts: everyone takes turns, and medians are compared.
+
+A turn begins when other processes leave the cores alone, if they do within a while, and counts if they did throughout.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from time import perf_counter
+from time import perf_counter, sleep
+from typing import NamedTuple
 
-TURN_SECONDS = 0.02  # of timed calls in a turn
+from .machine import busy_seconds_elsewhere
+
+TURN_SECONDS = 0.05  # of timed calls in a turn
 LONG_SECONDS = 0.2  # a call as long as this has nothing to warm up
-FEWEST_TURNS, MOST_TURNS = 3, 50
+FEWEST_TURNS, MOST_TURNS = 3, 30
+FEWEST_QUIET = 2  # turns; with fewer, all count
 FAR_MORE = 3
+QUIET, STIRRED = 0.2, 0.1  # cores in use by others: below the first a turn begins, above the second it does not count
+TICK = 0.011  # seconds, by which the system's clock of busy cores is inexact
+GLANCE = 0.05  # seconds of looking whether others are busy
 
 
-def interleave(calls: Mapping[str, Callable[[int], object]], budget: float) -> dict[str, list[float]]:
-    """Seconds per call of each entry, taken in turns A B C A B C … for about `budget` seconds.
+class Timed(NamedTuple):
+    seconds: list[float]  # of each call that counts
+    quiet_turns: int
+    turns: int
+
+
+def interleave(calls: Mapping[str, Callable[[int], object]], budget: float) -> dict[str, Timed]:
+    """Times of each entry, taken in turns A B C A B C … for about `budget` seconds.
 
     There are at least FEWEST_TURNS, unless they would take far more than the budget.
 
     A turn is one call that is not timed (it brings back caches and wakes threads; long calls do without) and timed ones
     for TURN_SECONDS. Calls get a running number, by which they choose their inputs.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    turns: dict[str, list[tuple[list[float], bool]]] = {name: [] for name in calls}
     numbers = dict.fromkeys(calls, 0)
 
     def timed(name: str) -> float:
@@ -29,20 +45,39 @@ def interleave(calls: Mapping[str, Callable[[int], object]], budget: float) -> d
         numbers[name] += 1
         return perf_counter() - start
 
-    def another(turns: int, elapsed: float) -> bool:
-        if turns == 0:
+    def another(rounds: int, elapsed: float) -> bool:
+        if rounds == 0:
             return True
-        after = elapsed * (turns + 1) / turns
-        return after < (FAR_MORE * max(budget, 1.0) if turns < FEWEST_TURNS else budget) and turns < MOST_TURNS
+        after = elapsed * (rounds + 1) / rounds
+        return after < (FAR_MORE * max(budget, 1.0) if rounds < FEWEST_TURNS else budget) and rounds < MOST_TURNS
 
-    start, turns = perf_counter(), 0
-    while another(turns, perf_counter() - start):
-        for name, taken in times.items():
-            if not taken or taken[-1] < LONG_SECONDS:
+    start, rounds = perf_counter(), 0
+    while another(rounds, perf_counter() - start):
+        for name, taken in turns.items():
+            wait_for_quiet(budget / 10 / len(calls))
+            if not taken or taken[-1][0][-1] < LONG_SECONDS:
                 timed(name)
-            spent = 0.0
-            while spent < TURN_SECONDS:
-                taken.append(timed(name))
-                spent += taken[-1]
-        turns += 1
-    return times
+            times: list[float] = []
+            before, began = busy_seconds_elsewhere(), perf_counter()
+            while sum(times) < TURN_SECONDS:
+                times.append(timed(name))
+            stirred = busy_seconds_elsewhere() - before > STIRRED * (perf_counter() - began) + TICK
+            taken.append((times, not stirred))
+        rounds += 1
+    return {name: _counted(taken) for name, taken in turns.items()}
+
+
+def wait_for_quiet(longest: float) -> None:
+    """Return once other processes use little of the cores, or after `longest` seconds."""
+    end = perf_counter() + longest
+    while perf_counter() < end:
+        before = busy_seconds_elsewhere()
+        sleep(GLANCE)
+        if busy_seconds_elsewhere() - before <= QUIET * GLANCE + TICK:
+            return
+
+
+def _counted(taken: list[tuple[list[float], bool]]) -> Timed:
+    quiet = [times for times, is_quiet in taken if is_quiet]
+    counted = quiet if len(quiet) >= FEWEST_QUIET else [times for times, _ in taken]
+    return Timed([seconds for times in counted for seconds in times], len(quiet), len(taken))
