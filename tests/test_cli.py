@@ -19,6 +19,7 @@ import torch
 from switchgear.cli import machine, main
 from switchgear.cli.agreement import check_gradients, check_logits, check_losses, loss_bounds
 from switchgear.cli.bench_case import forward, make_case, make_inputs, make_weights, train
+from switchgear.cli.bench_markdown import fill
 from switchgear.cli.bench_results import SCHEMA, merge
 from switchgear.cli.bench_targets import Verdict, judge
 from switchgear.cli.bench_verify import expected, relative_error, tolerance
@@ -261,7 +262,8 @@ def bench_row(peer: str, ms: float | None, **changes: Any) -> dict[str, Any]:
     row = {
         "shape": "olmoe", "hidden_size": 2048, "intermediate_size": 1024, "num_experts": 64, "top_k": 8, "tokens": 1,
         "dtype": "bf16", "mode": "forward", "routing": "balanced", "pages": "huge", "allocator": "default",
-        "touched_experts": 8.0, "multiply_rate": 1e12, "read_ms": 1.0, "floor_ms": 1.0, "bound": "memory", "peer": peer,
+        "touched_experts": 8.0, "weight_bytes": 1e8,
+        "multiply_rate": 1e12, "read_ms": 1.0, "floor_ms": 1.0, "bound": "memory", "peer": peer,
         "ms": ms, "percent_of_floor": ms and 100 / ms, "gflops": ms and 1.0, "gbytes_per_s": ms and 1.0,
         "relative_error": 1e-3, "error_limit": 1e-2, "repetitions": 3, "turns": 3, "quiet_turns": 3,
         "wrong": ms is None,
@@ -313,6 +315,19 @@ def test_bench_makes_tables_of_a_file(tmp_path: Path) -> None:
     assert main(["bench", "--from", str(source), "--markdown", str(table)]) == 0
     assert "| olmoe | 1 | bf16 | forward | 2.00 | 50 % |  |  | 7.00, 3.50x |  |" in table.read_text()
     assert "3x hf_grouped_mm" in table.read_text()
+
+
+def test_tables_go_where_a_document_wants_them() -> None:
+    results = bench_results_of(bench_row("switchgear", 2.0), bench_row("hf_grouped_mm", 7.0))
+    text = "before\n<!-- bench:summary -->\nold\n<!-- /bench:summary -->\nafter\n"
+    filled = fill(text, results)
+    assert "old" not in filled
+    assert "| olmoe | bf16 | 2.0 ms, 50 %, **3.5x** |  |  |" in filled
+    assert filled.startswith("before\n<!-- bench:summary -->\n|")
+    assert filled.endswith("|\n<!-- /bench:summary -->\nafter\n")
+    assert fill(filled, results) == filled
+    with pytest.raises(CommandError, match="the document wants 'everything'"):
+        fill(text.replace("summary", "everything"), results)
 
 
 def test_a_case_runs_in_the_environment_of_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,8 +435,7 @@ def test_interleaved_calls_take_turns() -> None:
     times = interleave({"a": lambda n: called.append(f"a{n}"), "b": lambda n: called.append(f"b{n}")}, 0.0)
     turns = [name for i, name in enumerate(c[0] for c in called) if i == 0 or called[i - 1][0] != name]
     assert turns == ["a", "b"] * FEWEST_TURNS
-    calls = [c for c in called if c[0] == "a"]
-    assert calls == [f"a{n}" for n in range(len(calls))]
+    assert [c for c in called if c[0] == "a"] == [f"a{n}" for n in range(sum(c[0] == "a" for c in called))]
     assert times["a"].turns == FEWEST_TURNS
 
 

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--json", metavar="FILE", help="write all results, with machine and ceilings, beside those that the file has")
     add("--csv", metavar="FILE", help="write one row per result")
-    add("--markdown", metavar="FILE", help="write a table of the cases, and one of the targets")
+    add("--markdown", metavar="FILE", help="write tables, or fill in those of a document")
     add("--plot", metavar="DIR", help="write a picture per shape: time over tokens, with the floor")
 
 

@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What `switchgear bench` prints and writes: tables, JSON, CSV, Markdown."""
+"""What `switchgear bench` prints, and the files that it writes."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
 from typing import Any
 
-from . import bench_results
+from . import bench_markdown, bench_results
 from .bench_results import cases_of
-from .bench_targets import Verdict, judge
+from .bench_targets import is_ours, judge
 from .common import require, threads
 from .peers import PEERS
 from .shapes import SHAPES
-
-OURS = "switchgear"
-BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what a user of transformers has today
 
 
 def print_choices() -> None:
@@ -35,25 +31,8 @@ def print_machine(console: Any, machine: dict[str, Any], ceilings: dict[str, Any
         f"transformers {machine['transformers'] or 'none'}, switchgear {machine['switchgear']} ({machine['isa']})",
         highlight=False,
     )
-    for line in ceiling_lines(ceilings):
+    for line in bench_markdown.ceiling_lines(ceilings):
         console.print(line, highlight=False)
-
-
-def ceiling_lines(ceilings: dict[str, Any]) -> list[str]:
-    """The ceilings and where they come from, in words."""
-
-    def named(rates: dict[str, float]) -> str:
-        return ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in sorted(rates.items(), key=lambda item: -item[1]))
-
-    lines = [
-        f"ceiling {dtype}: {rate / 1e9:,.0f} GFLOP/s ({named(ceilings['candidates']['compute'][dtype])})"
-        for dtype, rate in ceilings["compute"].items()
-    ]
-    return [*lines, f"ceiling of reading: {ceilings['read'] / 1e9:,.1f} GB/s ({named(ceilings['candidates']['read'])})"]
-
-
-def is_ours(peer: str) -> bool:
-    return peer.startswith(OURS)
 
 
 def print_case(console: Any, title: str, rows: list[dict[str, Any]], skipped: list[dict[str, str]]) -> None:
@@ -107,74 +86,6 @@ def print_verdicts(console: Any, results: dict[str, Any]) -> None:
     console.print("\n[bold]targets[/]", table)
 
 
-# ---- Markdown --------------------------------------------------------------------------------------------------------
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The cases, the machine, and the targets of those cases that have any."""
-    parts = [case_table(cases_of(results)), note(results)]
-    verdicts = judge(cases_of(results))
-    if verdicts:
-        parts.append(target_table(verdicts))
-    return "\n".join(parts)
-
-
-def _table(header: Sequence[str], rule: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)) + "\n"
-
-
-def case_table(cases: list[list[dict[str, Any]]]) -> str:
-    """A row per case: switchgear on plain and on packed weights, the best of transformers, the best of all others."""
-    header = ["shape", "tokens", "dtype", "mode", "switchgear, ms", "of floor", "packed, ms", "of floor",
-              "transformers, ms", "best other, ms"]  # fmt: skip
-    rule = ["---", "---:", "---", "---", "---:", "---:", "---:", "---:", "---:", "---:"]
-    lines = []
-    for rows in cases:
-        timed = {row["peer"]: row for row in rows if row["ms"]}
-        plain = next((timed[n] for n in (OURS, f"{OURS}_int8", f"{OURS}_int4") if n in timed), None)
-        packed = timed.get(f"{OURS}_packed")
-        best = min((row for row in (plain, packed) if row), key=lambda row: row["ms"], default=None)
-        hugging_face = _fastest([timed[name] for name in BASELINES if name in timed])
-        other = _fastest([row for name, row in timed.items() if not is_ours(name) and not name.startswith("hf_")])
-        row = rows[0]
-        extras = [row["mode"], row["routing"] if row["routing"] != "balanced" else "",
-                  "tuned allocator" if row["allocator"] == "tuned" else ""]  # fmt: skip
-        cells = [row["shape"], f"{row['tokens']:,}", row["dtype"], ", ".join(filter(None, extras))]
-        for mine in (plain, packed):
-            cells += [f"{mine['ms']:.2f}", f"{mine['percent_of_floor']:.0f} %"] if mine else ["", ""]
-        cells += [_against(hugging_face, plain, ""), _against(other, best, other["peer"] if other else "")]
-        lines.append(cells)
-    return _table(header, rule, lines)
-
-
-def _fastest(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    return min(rows, key=lambda row: row["ms"], default=None)
-
-
-def _against(theirs: dict[str, Any] | None, ours: dict[str, Any] | None, name: str) -> str:
-    if theirs is None:
-        return ""
-    ratio = f", {theirs['ms'] / ours['ms']:.2f}x" if ours else ""
-    return f"{theirs['ms']:.2f}" + (f" ({name})" if name else "") + ratio
-
-
-def target_table(verdicts: Sequence[Verdict]) -> str:
-    lines = [[v.case, v.target, v.reached, "yes" if v.holds else "**no**"] for v in verdicts]
-    return _table(["case", "at least", "reached", "holds"], ["---"] * 4, lines)
-
-
-def note(results: dict[str, Any]) -> str:
-    """The machine, in a sentence."""
-    machine = results["machine"]
-    pages = {row["pages"] for row in results["results"]}
-    return (
-        f"{machine['model']}, {threads(machine['threads'])}, {machine['isa']}; torch {machine['torch']}, transformers "
-        f"{machine['transformers']}, switchgear {machine['switchgear']}. "
-        + "; ".join(ceiling_lines(results["ceilings"]))
-        + ("; weights on huge pages.\n" if pages == {"huge"} else ".\n")
-    )
-
-
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -189,8 +100,7 @@ def write(results: dict[str, Any], outputs: dict[str, str]) -> None:
         if kind == "json":
             bench_results.save(results, path)
         elif kind == "markdown":
-            with open(path, "w") as file:
-                file.write(markdown(results))
+            bench_markdown.write(results, path)
         else:
             with open(path, "w", newline="") as file:
                 rows = results["results"]

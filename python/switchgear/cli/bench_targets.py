@@ -12,6 +12,12 @@ from typing import Any, NamedTuple
 
 OURS = ("switchgear", "switchgear_packed", "switchgear_int8", "switchgear_int4")
 PLAIN = ("switchgear",)
+
+
+def is_ours(peer: str) -> bool:
+    return peer.startswith(PLAIN)
+
+
 HF_DEFAULT = ("hf_grouped_mm",)
 TORCH = ("hf_grouped_mm", "torch_grouped_mm", "torch_loop")
 FASTEST_FP32 = ("vllm", "zentorch")

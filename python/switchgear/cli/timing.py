@@ -58,9 +58,10 @@ def interleave(calls: Mapping[str, Callable[[int], object]], budget: float) -> d
             if not taken or taken[-1][0][-1] < LONG_SECONDS:
                 timed(name)
             times: list[float] = []
-            before, began = busy_seconds_elsewhere(), perf_counter()
-            while sum(times) < TURN_SECONDS:
+            before, began, spent = busy_seconds_elsewhere(), perf_counter(), 0.0
+            while spent < TURN_SECONDS:
                 times.append(timed(name))
+                spent += times[-1]
             stirred = busy_seconds_elsewhere() - before > STIRRED * (perf_counter() - began) + TICK
             taken.append((times, not stirred))
         rounds += 1
