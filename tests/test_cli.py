@@ -20,7 +20,7 @@ from switchgear.cli import machine, main
 from switchgear.cli.agreement import check_gradients, check_logits, check_losses, loss_bounds
 from switchgear.cli.bench_case import forward, make_case, make_inputs, make_weights, train
 from switchgear.cli.bench_markdown import fill
-from switchgear.cli.bench_results import SCHEMA, merge
+from switchgear.cli.bench_results import SCHEMA, load, merge
 from switchgear.cli.bench_targets import Verdict, judge
 from switchgear.cli.bench_verify import expected, relative_error, tolerance
 from switchgear.cli.bench_worker import Task, run_case
@@ -328,6 +328,14 @@ def test_tables_go_where_a_document_wants_them() -> None:
     assert fill(filled, results) == filled
     with pytest.raises(CommandError, match="the document wants 'everything'"):
         fill(text.replace("summary", "everything"), results)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/performance.md"])
+def test_tables_of_documents_are_those_of_the_results(document: str) -> None:
+    root = Path(__file__).parent.parent
+    results = load(str(root / "bench" / "results" / "cpu-avx512bf16.json"), "--from")
+    text = (root / document).read_text()
+    assert fill(text, results) == text
 
 
 def test_a_case_runs_in_the_environment_of_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
