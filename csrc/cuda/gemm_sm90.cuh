@@ -299,6 +299,9 @@ __device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, u
 #pragma unroll
     for (int j = 0; j < C::kN / 2; ++j) acc[i][j] = 0.0f;
   }
+  // All lanes have seen this turn before one of them gives it on, or the phase they wait for could pass them by. Products bring
+  // lanes together too, but an expert without rows has none.
+  if (num_stages == 0) __syncwarp();
   for (int stage = 0; stage < num_stages; ++stage, ++position) {
     ptx::mbar_wait(ring.full + ring.index(position), ring.parity(position));
     if (copied(stage)) ptx::fence_proxy_async();

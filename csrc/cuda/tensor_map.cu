@@ -4,6 +4,9 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
+#include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -34,14 +37,21 @@ CUtensorMap make_tensor_map(const TensorMapArgs& args) {
                                      2 * static_cast<cuuint64_t>(args.stride[1])};
   const cuuint32_t box[] = {64, static_cast<cuuint32_t>(args.box_rows), 1};
   const cuuint32_t element_stride[] = {1, 1, 1};
-  CUtensorMap map{};
+  // The driver takes a map at a multiple of 64 bytes only, and g++ does not always give that to returned values.
+  std::byte memory[sizeof(CUtensorMap) + 64];
+  void* place = memory;
+  size_t space = sizeof memory;
+  std::align(64, sizeof(CUtensorMap), place, space);
   const CUresult result =
-      encode(&map, args.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-             3, const_cast<void*>(args.data), size, stride_bytes, box, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode(static_cast<CUtensorMap*>(place),
+             args.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
+             const_cast<void*>(args.data), size, stride_bytes, box, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled failed with error " + std::to_string(static_cast<int>(result)));
   }
+  CUtensorMap map;
+  std::memcpy(&map, place, sizeof map);
   return map;
 }
 
