@@ -19,7 +19,7 @@ import torch
 
 import switchgear
 
-from . import bench_cuda, bench_model, bench_results, bench_tables, machine
+from . import bench_cuda, bench_model, bench_parallel, bench_results, bench_tables, machine
 from .bench_case import FORMATS
 from .bench_worker import Task, run_case
 from .ceilings import measure
@@ -68,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the layers run (cuda: at shapes of GPU models)")
     add("--model", action="store_true", help="predict what the CUDA kernels cost, beside published figures, and stop")
+    add("--parallel", type=positive, metavar="N", help="experts distributed over N processes; see docs/parallel.md")
+    add("--bandwidth", type=float, metavar="MB/s", help="of their links (default: as fast as the experts; 0: unlimited)")
     add("--list", action="store_true", help="list shapes and peers, and stop")
     add(
         "--from", dest="source", metavar="FILE", help="measure nothing: tables and pictures of the results in this file"
@@ -93,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.model:
         return bench_model.run(args)
+    if args.parallel:
+        return bench_parallel.run(args)
     if args.device == "cuda":
         return bench_cuda.run(args)
     require("rich")

@@ -8,8 +8,11 @@ So a checkpoint knows nothing of ranks, and a rank reads and writes its experts 
 
 from __future__ import annotations
 
+import contextlib
 import re
+import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +87,8 @@ def save(
     process_group: dist.ProcessGroup | None = None,
 ) -> None:  # fmt: skip
     """Writes a checkpoint into the folder `path`; every rank of process_group takes part. Copies are written once."""
-    alone = not dist.is_initialized()
-    save_tensors(state_dict(model, optimizer), checkpoint_id=path, process_group=process_group, no_dist=alone)
+    with _quietly_alone() as alone:
+        save_tensors(state_dict(model, optimizer), checkpoint_id=path, process_group=process_group, no_dist=alone)
 
 
 def load(
@@ -101,7 +104,8 @@ def load(
         init_optimizer(optimizer)
     wanted = state_dict(model, optimizer)
     _check(wanted, _metadata(path), _names(model))
-    load_tensors(wanted, checkpoint_id=path, process_group=process_group, no_dist=not dist.is_initialized())
+    with _quietly_alone() as alone:
+        load_tensors(wanted, checkpoint_id=path, process_group=process_group, no_dist=alone)
 
 
 def load_whole(path: str | Path) -> dict[str, Tensor]:
@@ -109,7 +113,8 @@ def load_whole(path: str | Path) -> dict[str, Tensor]:
     to [E, ...] under their names. For load_state_dict of a model without `parallel`."""
     kept = {name: entry for name, entry in _metadata(path).items() if not name.startswith("optimizer/")}
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in kept.items()}
-    load_tensors(tensors, checkpoint_id=path, no_dist=True)
+    with _quietly_alone():
+        load_tensors(tensors, checkpoint_id=path, no_dist=True)
     whole: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
@@ -124,6 +129,14 @@ def load_whole(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{name}[{missing}]: expected in the checkpoint, got experts {sorted(experts)}")
         whole[name] = torch.stack([experts[expert] for expert in range(len(experts))])
     return whole
+
+
+@contextlib.contextmanager
+def _quietly_alone() -> Iterator[bool]:
+    """Whether this process is the only one; torch need not warn of what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield not dist.is_initialized()
 
 
 def _ids(module: Experts) -> tuple[int, ...]:
