@@ -148,9 +148,9 @@ SIZES = [Case((50,)), Case((20, 31)), Case()]
 
 @pytest.mark.parametrize("case", SIZES, ids=lambda case: f"ep{case.size}")
 @pytest.mark.parametrize("invariant", [False, True], ids=["sum", "invariant"])
-@pytest.mark.parametrize("num_chunks", [1, 4, None])
-def test_sizes_and_chunks(pool: Pool, case: Case, invariant: bool, num_chunks: int | None) -> None:
-    pool.run(compare, replace(case, invariant=invariant, num_chunks=num_chunks))
+@pytest.mark.parametrize(("num_chunks", "transport"), [(1, "gloo"), (4, "gloo"), (4, "shared_memory"), (None, "auto")])
+def test_sizes_and_chunks(pool: Pool, case: Case, invariant: bool, num_chunks: int | None, transport: str) -> None:
+    pool.run(compare, replace(case, invariant=invariant, num_chunks=num_chunks, transport=transport))
 
 
 SHARDS = {

@@ -44,9 +44,9 @@ def resources() -> tuple[int, int]:
     return len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
-def trial(rank: int, culprit: int, fault: str, phase: str, num_chunks: int) -> dict[str, Any]:
+def trial(rank: int, culprit: int, fault: str, phase: str, num_chunks: int, transport: str) -> dict[str, Any]:
     """On every rank. What survivors saw, and that they can go on; the culprit may never return."""
-    parallel = ExpertParallel(timeout=TIMEOUT, num_chunks=num_chunks)
+    parallel = ExpertParallel(timeout=TIMEOUT, num_chunks=num_chunks, transport=transport)
     step(parallel)
     before = resources()
     enter = parallel.peers.enter
@@ -74,16 +74,16 @@ def trial(rank: int, culprit: int, fault: str, phase: str, num_chunks: int) -> d
     seen["grown"] = resources()[0] - before[0] > 0 or resources()[1] > before[1]
     left = [r for r in range(4) if r != culprit]
     if rank in left:
-        with ExpertParallel(left, timeout=20, num_chunks=num_chunks) as again:
+        with ExpertParallel(left, timeout=20, transport=transport) as again:
             step(again)
     return seen
 
 
-def run_trial(culprit: int, fault: str, phase: str, num_chunks: int) -> None:
+def run_trial(culprit: int, fault: str, phase: str, num_chunks: int, transport: str) -> None:
     pool = Pool(4)
     try:
         pool.run(_ready)
-        pool.start(trial, culprit, fault, phase, num_chunks)
+        pool.start(trial, culprit, fault, phase, num_chunks, transport)
         left = [r for r in range(4) if r != culprit]
         seen = pool.results(left, timeout=TIMEOUT + 15)
         if fault == "raise":
@@ -110,18 +110,21 @@ SOME = [
     (3, "raise", "experts", 4), (0, "raise", "backward dispatch", 1),
     (1, "exit", "combine", 1), (0, "exit", "backward experts", 4),
 ]  # fmt: skip
+transports = pytest.mark.parametrize("transport", ["gloo", "shared_memory"])
 ALL = [case for case in product(range(4), FAULTS, PHASES, (1, 4)) if case not in SOME]
 
 
+@transports
 @pytest.mark.parametrize(("culprit", "fault", "phase", "num_chunks"), SOME)
-def test_faults(culprit: int, fault: str, phase: str, num_chunks: int) -> None:
-    run_trial(culprit, fault, phase, num_chunks)
+def test_faults(culprit: int, fault: str, phase: str, num_chunks: int, transport: str) -> None:
+    run_trial(culprit, fault, phase, num_chunks, transport)
 
 
-@pytest.mark.slow  # 247 trials of 1 to 4 seconds
+@pytest.mark.slow  # 2 · 247 trials of 1 to 4 seconds
+@transports
 @pytest.mark.parametrize(("culprit", "fault", "phase", "num_chunks"), ALL)
-def test_all_faults(culprit: int, fault: str, phase: str, num_chunks: int) -> None:
-    run_trial(culprit, fault, phase, num_chunks)
+def test_all_faults(culprit: int, fault: str, phase: str, num_chunks: int, transport: str) -> None:
+    run_trial(culprit, fault, phase, num_chunks, transport)
 
 
 # ---- without a fault in the exchange ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore
 
+from switchgear.parallel import shared_memory
 from switchgear.parallel import transport as transports
 from switchgear.parallel.cost import CHUNKS, Link
 from switchgear.parallel.exchange import Record
@@ -41,7 +42,8 @@ class ExpertParallel:
         average_gradients: divide the gradients of experts by the number of ranks, as DistributedDataParallel does with
             those of everything else: right for a loss that is a mean over the tokens of a rank. Else they are sums.
         placement: which rank holds which experts, for layers with so many; consecutive ones if None.
-        transport: of tensors on the CPU: "auto" or "gloo". Others travel by the group's own backend.
+        transport: of tensors on the CPU: "gloo"; "shared_memory", for ranks of one machine; or "auto", the latter where
+            it is possible. Others travel by the group's own backend.
         tp_group: the ranks, all of them in group, that hold the same tokens as this one (tensor parallelism). Each
             sends its share of them alone and gets the results of all (arXiv:2303.06318). Inputs and gradients of
             outputs are the same on these ranks, and so are outputs and gradients of inputs.
@@ -136,7 +138,8 @@ class ExpertParallel:
 
     def throttle(self, bandwidth: float, latency: float = 0.0) -> None:
         """Slows the data of this rank down to a link of so many bytes/s, for measurements on one machine."""
-        for device, below in self._transports.items():
+        for device, transport in self._transports.items():
+            below = transport.below if isinstance(transport, transports.ThrottledTransport) else transport
             self._transports[device] = transports.ThrottledTransport(below, self.rank, bandwidth, latency)
 
     def close(self) -> None:
@@ -167,11 +170,26 @@ class ExpertParallel:
             transport.abort()
 
 
+def _shared_memory(parallel: ExpertParallel, store: Any) -> transports.Transport:
+    if not shared_memory.available():
+        raise ValueError("transport: expected 'gloo' or 'auto', shared_memory needs Linux on x86-64")
+    if len(set(parallel.peers.hosts)) > 1:
+        raise ValueError(
+            f"transport: expected 'gloo' or 'auto', ranks are on {len(set(parallel.peers.hosts))} machines"
+        )
+    return shared_memory.SharedMemoryTransport(parallel.rank, parallel.size, store)
+
+
+def _auto(parallel: ExpertParallel, store: Any) -> transports.Transport:
+    alone = shared_memory.available() and len(set(parallel.peers.hosts)) == 1
+    return (_shared_memory if alone else _gloo)(parallel, store)
+
+
 def _gloo(parallel: ExpertParallel, store: Any) -> transports.Transport:
     return transports.GlooTransport(parallel.rank, parallel.size, store, parallel.timeout)
 
 
-TRANSPORTS = {"auto": _gloo, "gloo": _gloo}
+TRANSPORTS = {"auto": _auto, "gloo": _gloo, "shared_memory": _shared_memory}
 
 
 def _ranks_of(group: Any) -> list[int]:

@@ -122,7 +122,7 @@ class ThrottledTransport:
     """
 
     def __init__(self, below: Transport, rank: int, bandwidth: float, latency: float = 0.0) -> None:
-        self._below, self._rank, self.bandwidth, self.latency = below, rank, bandwidth, latency
+        self.below, self._rank, self.bandwidth, self.latency = below, rank, bandwidth, latency
         self._free_at = 0.0
 
     def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
@@ -130,13 +130,13 @@ class ThrottledTransport:
         rows = max(sum(counts) - counts[self._rank] for counts in (output_rows, input_rows))
         start = max(time.monotonic(), self._free_at)
         self._free_at = start + self.latency + rows * row_bytes / self.bandwidth
-        return _ThrottledWork(self._below.all_to_all(output, input, output_rows, input_rows), start, self._free_at)
+        return _ThrottledWork(self.below.all_to_all(output, input, output_rows, input_rows), start, self._free_at)
 
     def abort(self) -> None:
-        self._below.abort()
+        self.below.abort()
 
     def close(self) -> None:
-        self._below.close()
+        self.below.close()
 
 
 class _ThrottledWork:

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Rows between processes of one machine, through memory that they share: one copy in, one copy out, no system calls.
+
+Every rank has blocks, which it writes and the others read, and a board that all map says what lies in which block:
+
+    board[source][slot] = [number + 1, file, capacity, offsets of each rank's rows [W+1], number + 1 of each reader [W]]
+
+A sender fills a block, then the entry, and its first word last: that is the flag. A reader that sees the flag copies
+its rows and leaves its mark; a block is used again when all have. Flags are plain stores and loads, so this is for
+processors that keep their order (x86-64). Blocks and board have no names: what a killed process leaves behind is
+nothing. Nobody waits here: Peers does, and sees who is gone.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SLOTS = 64  # transfers of one rank that may be under way; an exchange has at most 8 · 2 + 4
+_SMALLEST = 1 << 16
+_DRAIN_SECONDS = 10.0
+_SPINS = 100  # looks at a flag, with the processor offered to others in between, before sleeping
+
+
+def available() -> bool:
+    return platform.machine() in ("x86_64", "AMD64") and hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
+
+
+class _Block:
+    """Shared memory: of this process if `file` is not given."""
+
+    def __init__(self, capacity: int, path: str | None = None) -> None:
+        self.capacity = capacity
+        if path is None:
+            self.file = os.memfd_create("switchgear-rows")
+            os.ftruncate(self.file, capacity)
+            self.map = mmap.mmap(self.file, capacity)
+        else:
+            file = os.open(path, os.O_RDWR)
+            self.map = mmap.mmap(file, capacity)
+            os.close(file)
+            self.file = -1
+        self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
+
+    def close(self) -> None:
+        if self.file >= 0:
+            os.close(self.file)  # the mapping goes with the last tensor that looks at it
+
+
+class SharedMemoryTransport:
+    """See Transport. store: for the first meeting; every rank must be on this machine."""
+
+    def __init__(self, rank: int, size: int, store: Any) -> None:
+        self._rank, self._size = rank, size
+        self._entry = 3 + (size + 1) + size  # words
+        length = size * SLOTS * self._entry * 8
+        store.set(f"process/{rank}", str(os.getpid()))
+        self._processes = [int(store.get(f"process/{r}")) for r in range(size)]
+        if rank == 0:
+            self._board_block = _Block(length)
+            store.set("board", str(self._board_block.file))
+        else:
+            self._board_block = _Block(length, self._path(0, int(store.get("board"))))
+        self._words = memoryview(self._board_block.map).cast("q")
+        store.set(f"mapped/{rank}", "")
+        for r in range(size):
+            store.get(f"mapped/{r}")
+        self._number = 0
+        self._free: list[_Block] = []
+        self._used: list[tuple[int, _Block]] = []
+        self._theirs: dict[tuple[int, int], _Block] = {}
+        self.aborted = False
+
+    def all_to_all(
+        self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]
+    ) -> _SharedWork:
+        number = self._number
+        self._number += 1
+        row = input.shape[1:].numel() * input.element_size()
+        self._reclaim()
+        offsets = [0]
+        for rank, rows in enumerate(input_rows):  # own rows do not pass
+            offsets.append(offsets[-1] + (rows if rank != self._rank else 0) * row)
+        block = self._take(offsets[-1])
+        begin_in = begin_out = 0
+        for rank, rows in enumerate(input_rows):
+            part = input[begin_in : begin_in + rows]
+            if rank == self._rank:
+                begin_out = sum(output_rows[:rank])
+                output[begin_out : begin_out + rows] = part
+            elif rows:
+                block.bytes[offsets[rank] : offsets[rank + 1]] = _bytes_of(part)
+            begin_in += rows
+        self._used.append((number, block))
+        at = self._at(self._rank, number)
+        if any(self._words[at + 3 + self._size + 1 + r] < self._words[at] for r in self._others()):
+            raise RuntimeError(f"more than {SLOTS} transfers are under way")
+        self._words[at + 1], self._words[at + 2] = block.file, block.capacity
+        for index, offset in enumerate(offsets):
+            self._words[at + 3 + index] = offset
+        self._words[at] = number + 1  # the flag
+        return _SharedWork(self, number, output, output_rows, row)
+
+    def receive(self, source: int, number: int, target: Tensor) -> bool:
+        """Copies the rows of `source` into target, if they are there."""
+        at = self._at(source, number)
+        if self._words[at] != number + 1:
+            return False
+        if len(target):
+            begin = self._words[at + 3 + self._rank]
+            key = (source, self._words[at + 1])
+            if key not in self._theirs:
+                self._theirs[key] = _Block(self._words[at + 2], self._path(*key))
+            into = _bytes_of(target)
+            into.copy_(self._theirs[key].bytes[begin : begin + len(into)])
+        self._words[at + 3 + self._size + 1 + self._rank] = number + 1
+        return True
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def close(self) -> None:
+        """Waits until the others have what was sent to them, since it goes with the files; not for long, and not after
+        a failure."""
+        end = time.monotonic() + _DRAIN_SECONDS
+        while self._used and not self.aborted and time.monotonic() < end:
+            self._reclaim()
+            time.sleep(1e-3 if self._used else 0)
+        self._words.release()
+        for block in (*self._free, *(block for _, block in self._used), *self._theirs.values(), self._board_block):
+            block.close()
+        self._free, self._used, self._theirs = [], [], {}
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self._size) if rank != self._rank]
+
+    def _at(self, source: int, number: int) -> int:
+        return (source * SLOTS + number % SLOTS) * self._entry
+
+    def _path(self, rank: int, file: int) -> str:
+        return f"/proc/{self._processes[rank]}/fd/{file}"
+
+    def _reclaim(self) -> None:
+        """Takes back blocks that all readers have marked."""
+        kept = []
+        for number, block in self._used:
+            marks = self._at(self._rank, number) + 3 + self._size + 1
+            if all(self._words[marks + r] >= number + 1 for r in self._others()):
+                self._free.append(block)
+            else:
+                kept.append((number, block))
+        self._used = kept
+
+    def _take(self, size: int) -> _Block:
+        fitting = [block for block in self._free if block.capacity >= size]
+        if not fitting:
+            return _Block(max(_SMALLEST, 1 << (size - 1).bit_length() if size else 0))
+        block = min(fitting, key=lambda block: block.capacity)
+        self._free.remove(block)
+        return block
+
+
+class _SharedWork:
+    def __init__(
+        self, transport: SharedMemoryTransport, number: int, output: Tensor, output_rows: Sequence[int], row: int
+    ) -> None:
+        self._transport, self._number = transport, number
+        self._pending: list[tuple[int, Tensor]] = []
+        begin = 0
+        for source, rows in enumerate(output_rows):
+            if source != transport._rank:
+                self._pending.append((source, output[begin : begin + rows]))
+            begin += rows
+
+    def wait_for(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        spins = 0
+        while True:
+            if self._transport.aborted:
+                raise RuntimeError("aborted")
+            before = len(self._pending)
+            self._pending = [
+                (source, target)
+                for source, target in self._pending
+                if not self._transport.receive(source, self._number, target)
+            ]
+            if not self._pending:
+                return True
+            if len(self._pending) == before:
+                spins += 1
+                if time.monotonic() > end:
+                    return False
+                if spins < _SPINS:
+                    os.sched_yield()
+                else:
+                    time.sleep(min(1e-3, 2e-5 * (spins - _SPINS + 1)))
+
+
+def _bytes_of(rows: Tensor) -> Tensor:
+    return rows.reshape(-1).view(torch.uint8)
