@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import switchgear
 from switchgear.parallel import ExpertParallel, expert_parameters
@@ -80,3 +81,69 @@ def all_subsets(rank: int, wrapper: str) -> int:
 def test_gradients_with_and_without_tokens(pool: Pool, wrapper: str) -> None:
     """All 16 sets of ranks without tokens."""
     assert pool.run(all_subsets, wrapper, timeout=120) == [16] * 4
+
+
+def checkpointed(rank: int) -> None:
+    """Rows are sent again where forward is recomputed, with the same results; they are not kept meanwhile."""
+    with ExpertParallel(timeout=20) as parallel:
+        moe = make(parallel)[1]
+        torch.manual_seed(rank)
+        x, grad_y = torch.randn(2, 9 + rank, HIDDEN)
+        grads = []
+        kept: list[tuple[int, ...]] = []
+        for how in (None, False, True):
+            moe.zero_grad()
+            leaf = x.clone().requires_grad_()
+            if how is None:
+                with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+                    y = moe(leaf)
+            else:
+                y = checkpoint(moe, leaf, use_reentrant=how)
+            y.backward(grad_y)
+            grads.append([leaf.grad, *(parameter.grad.clone() for parameter in moe.parameters())])
+        assert any(shape[1:] == (40,) for shape in kept)  # h goes by way of autograd
+    for other in grads[1:]:  # the bits of torch's products depend on where its tensors lie
+        torch.testing.assert_close(other, grads[0], rtol=1e-5, atol=1e-6)
+        names = ["x", *dict(moe.named_parameters())]
+        changed = [n for n, a, b in zip(names, grads[0], other, strict=True) if not torch.equal(a, b)]
+        assert not [name for name in changed if name.startswith("experts")], changed
+
+
+def test_checkpointing(pool: Pool) -> None:
+    pool.run(checkpointed)
+
+
+def autocast(rank: int) -> None:
+    with ExpertParallel(timeout=20) as parallel:
+        moe, whole = make(parallel)[1], make(None)[1]
+        torch.manual_seed(7)
+        x = torch.randn(12, HIDDEN)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, want = moe(x), whole(x)
+        assert y.dtype is torch.bfloat16
+        torch.testing.assert_close(y, want, rtol=0.05, atol=0.02)  # a few roundings to 8 bits
+        y.float().square().sum().backward()
+        assert all(parameter.grad.dtype is torch.float32 for parameter in moe.parameters())
+
+
+def test_autocast(pool: Pool) -> None:
+    pool.run(autocast)
+
+
+def virtual(rank: int) -> None:
+    """Null, copy and constant experts are computed where the tokens are."""
+    with ExpertParallel(timeout=20, invariant=True) as parallel:
+        layers = []
+        for group in (parallel, None):
+            torch.manual_seed(3)
+            layers.append(
+                switchgear.MoE(HIDDEN, 8, 6, 3, null_experts=2, copy_experts=1, constant_experts=1, parallel=group)
+            )
+        x = torch.randn(20, HIDDEN)
+        assert torch.equal(layers[0](x), layers[1](x))
+        with pytest.raises(ValueError, match="parallel: expected None beside widths"):
+            switchgear.MoE(HIDDEN, 8, 2, 1, widths=[1, 3], parallel=parallel)
+
+
+def test_virtual_experts(pool: Pool) -> None:
+    pool.run(virtual)

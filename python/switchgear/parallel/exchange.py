@@ -132,18 +132,15 @@ class _Timed:
         return done
 
 
-@dataclass
-class Saved:
-    """What backward needs of forward."""
+class Saved(NamedTuple):
+    """What backward needs of forward: which rows went where, and what was in them (apart, for autograd to keep)."""
 
     sending: layout.Sending
     receiving: layout.Receiving
-    x: Tensor  # [R,H] all rows that arrived
-    pair_weights: Tensor  # [P] of the pairs that arrived
-    h: list[Tensor]
     all_tokens: int
     num_tokens: int  # of this rank's part of them
     top_k: int
+    tensors: tuple[Tensor, ...]  # x [R,H] all rows that arrived, weights [P] of the pairs, and h of each chunk
 
 
 def _terms(
@@ -249,9 +246,9 @@ def forward(
     with record.event("experts", "sum"):
         y = _sum_results(results, sending, topk_weights.detach(), each)
     y = _join_parts(link, y, all_tokens)
-    saved = (
-        None if weights is None else Saved(sending, receiving, buffer, pair_weights, hs, all_tokens, num_tokens, top_k)
-    )
+    saved = None
+    if weights is not None:
+        saved = Saved(sending, receiving, all_tokens, num_tokens, top_k, (buffer, pair_weights, *hs))
     return y, saved
 
 
@@ -264,6 +261,7 @@ def backward(
     link = _Link(parallel, grad_y.device)
     each = parallel.invariant
     sending, receiving = saved.sending, saved.receiving
+    x, pair_weights, *hs = saved.tensors
     num_chunks = len(sending.rows)
     terms = _terms(layer, grad_y.dtype, grad_y.shape[1], saved.top_k, gradients, True)
     nothing = [[0] * parallel.size for _ in range(layout.PIECES)]
@@ -271,13 +269,13 @@ def backward(
 
     peers.enter("backward dispatch")
     rows_out = grad_y[_part(parallel, saved.all_tokens)][sending.row_tokens]
-    buffer = torch.empty_like(saved.x)
+    buffer = torch.empty_like(x)
     works = _start_chunks(link, "dispatch", buffer, rows_out, receiving.rows, sending.rows)
     num_pairs = len(receiving.slot_pairs)
     intermediate = weights.down_proj.shape[2]
     grad_h = buffer.new_empty(num_pairs, weights.gate_up_proj.shape[1])
     weighted_a = buffer.new_empty(num_pairs, intermediate)
-    grad_pairs = saved.pair_weights.new_empty(num_pairs)
+    grad_pairs = pair_weights.new_empty(num_pairs)
     returning_rows, returned_rows = (
         (receiving.pairs_of_chunk, sending.pairs_of_chunk) if each else (receiving.rows, sending.rows)
     )
@@ -291,11 +289,10 @@ def backward(
         chunk = local.chunk_of(receiving, c)
         with record.event("experts", f"backward {c}"):
             returned, grad_slots, dh, wa = local.backward(
-                buffer[chunk.rows], saved.h[c], chunk, saved.pair_weights, weights, layer.options, each
+                buffer[chunk.rows], hs[c], chunk, pair_weights, weights, layer.options, each
             )
             grad_pairs[chunk.slot_pairs] = grad_slots.to(grad_pairs.dtype)
             grad_h[chunk.all_slots], weighted_a[chunk.all_slots] = dh, wa
-            saved.h[c] = dh.new_empty(0)  # not needed again
         if needs[0]:
             count = sum(returned_rows[c])
             target = results[place : place + count]
@@ -305,9 +302,7 @@ def backward(
     if needs[1]:
         back.append(link.start("weights", grad_choices[:, None], grad_pairs[:, None], sending.pairs, receiving.pairs))
     with record.event("experts", "weight gradients"):
-        grads = list(local.wgrad(
-            saved.x, buffer, grad_h, weighted_a, receiving, saved.pair_weights, weights, tuple(needs[2:])
-        ))  # fmt: skip
+        grads = list(local.wgrad(x, buffer, grad_h, weighted_a, receiving, pair_weights, weights, tuple(needs[2:])))
     grads = _sum_copies(link, layer, grads)
     if parallel.average_gradients and parallel.size > 1:
         for grad in grads:

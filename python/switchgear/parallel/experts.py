@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from switchgear.backends import in_autocast
 from switchgear.experts import Experts
@@ -29,16 +30,18 @@ class _Exchange(torch.autograd.Function):
         needs = ctx.needs_input_grad[:6]
         ctx.gradients = sum(int(need) << i for i, need in enumerate(needs))
         with layer.parallel.peers.exchange():
-            y, ctx.saved = exchange.forward(layer, x, topk_ids, topk_weights, ctx.gradients, Weights(*weights), _absent)
-        ctx.save_for_backward(*weights)
+            y, saved = exchange.forward(layer, x, topk_ids, topk_weights, ctx.gradients, Weights(*weights), _absent)
+        assert saved is not None
+        # Rows by way of autograd, so that checkpointing and hooks see them; the plan is small.
+        ctx.save_for_backward(*weights, *saved.tensors)
+        ctx.saved = saved._replace(tensors=())
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> Any:
-        weights = Weights(*ctx.saved_tensors)
-        saved, ctx.saved = ctx.saved, None
-        if saved is None:
-            raise RuntimeError("switchgear: gradients can be taken once, and not of a graph that was kept for later")
+        tensors = ctx.saved_tensors
+        weights, saved = Weights(*tensors[:4]), ctx.saved._replace(tensors=tensors[4:])
         with ctx.layer.parallel.peers.exchange():
             grads = exchange.backward(
                 ctx.layer, grad_y.contiguous(), saved, weights, ctx.gradients, ctx.needs_input_grad[:6]

@@ -42,6 +42,11 @@ def _of_sm90(name: str, builds: tuple[str, ...], before: str, after: str, header
     return Mistake(f"sm_90: {name}", builds, header, before, after, "tests/simt/planted/gemm_sm90.cpp", program)
 
 
+def _of_exchange(name: str, before: str, after: str, builds: tuple[str, ...] = RACE) -> Mistake:
+    program = "simt_test_exchange"
+    return Mistake(f"exchange: {name}", builds, "exchange.cuh", before, after, "tests/simt/test_exchange.cpp", program)
+
+
 MISTAKES = (
     _of_plan(
         "no barrier before the sums of warps",
@@ -120,6 +125,14 @@ MISTAKES = (
         "csrc/cuda/moe_backward.cu",
         "simt_test_moe",
         ("moe_backward_on_sm90",),
+    ),
+    _of_exchange("blocks counted without release", "atom_add_acq_rel_gpu", "atom_add_relaxed_gpu"),
+    _of_exchange("flag without release", "st_release_sys(p.arrived_there", "st_relaxed_sys(p.arrived_there"),
+    _of_exchange("flag for this device alone", "st_release_sys(p.arrived_there", "st_release_gpu(p.arrived_there"),
+    _of_exchange(
+        "window written before it is read",
+        "  if (!own && !block_reaches(p.read_here + target, p.number, p, target)) return;\n",
+        "",
     ),
     _of_sm80("cp.async.wait_group one too lax", RACE, "gemm_sm80.cuh", "kStages - 2>();", "kStages - 1>();"),
     _of_sm80(
