@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the layers run (cuda: at shapes of GPU models)")
     add("--model", action="store_true", help="predict what the CUDA kernels cost, beside published figures, and stop")
     add("--parallel", type=positive, metavar="N", help="experts distributed over N processes; see docs/parallel.md")
-    add("--bandwidth", type=float, metavar="MB/s", help="of their links (default: as fast as the experts; 0: unlimited)")
+    add("--bandwidth", type=float, metavar="MB/s", help="of their links (default: that of the experts; 0: no limit)")
     add("--list", action="store_true", help="list shapes and peers, and stop")
     add(
         "--from", dest="source", metavar="FILE", help="measure nothing: tables and pictures of the results in this file"
