@@ -17,6 +17,7 @@ from torch import Tensor
 import switchgear
 from switchgear.parallel import ExpertParallel, ExpertParallelError, Placement
 from switchgear.parallel.header import LENGTH
+from switchgear.parallel.transport import GroupTransport
 from switchgear.testing import U32, C
 
 
@@ -71,7 +72,11 @@ def compare(rank: int, case: Case) -> dict[str, int]:
     group = subgroup(case.size)
     placement = None if case.ranks is None else Placement(case.num_experts, case.ranks)
     options = {"num_chunks": case.num_chunks, "invariant": case.invariant, "placement": placement}
-    with ExpertParallel(group, timeout=20, average_gradients=False, transport=case.transport, **options) as parallel:
+    by_group = case.transport == "group"  # what other devices use
+    transport = "auto" if by_group else case.transport
+    with ExpertParallel(group, timeout=20, average_gradients=False, transport=transport, **options) as parallel:
+        if by_group and case.size > 1:
+            parallel._transports["cpu"] = GroupTransport(group)
         moe, whole = make(case, parallel), make(case, None)
         placement = parallel.placement(case.num_experts)
         all_x, all_grad = inputs(case)
@@ -148,7 +153,9 @@ SIZES = [Case((50,)), Case((20, 31)), Case()]
 
 @pytest.mark.parametrize("case", SIZES, ids=lambda case: f"ep{case.size}")
 @pytest.mark.parametrize("invariant", [False, True], ids=["sum", "invariant"])
-@pytest.mark.parametrize(("num_chunks", "transport"), [(1, "gloo"), (4, "gloo"), (4, "shared_memory"), (None, "auto")])
+@pytest.mark.parametrize(
+    ("num_chunks", "transport"), [(1, "gloo"), (4, "gloo"), (4, "shared_memory"), (None, "auto"), (2, "group")]
+)
 def test_sizes_and_chunks(pool: Pool, case: Case, invariant: bool, num_chunks: int | None, transport: str) -> None:
     pool.run(compare, replace(case, invariant=invariant, num_chunks=num_chunks, transport=transport))
 
