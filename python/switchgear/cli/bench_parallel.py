@@ -178,11 +178,13 @@ def measure(parallel: ExpertParallel, task: Task) -> dict[str, Any]:
     first = "switchgear, 1 chunk"
     step(first)
     bandwidth = task.bandwidth
-    if bandwidth is None:  # as fast as the experts, which transfers that take processor time slow down: hence twice
-        for _ in range(2):
-            taken = [step(first) for _ in range(3)]
+    if bandwidth is None:  # as fast as the experts once they are warm, and not slowed down by faster transfers
+        for name in VARIANTS:
+            step(name)
+        for _ in range(3):
+            taken = [step(first) for _ in range(2)]
             sent = max(_gather(parallel, sum(taken[0].sent[kind] for kind in ("dispatch", "combine"))))
-            bandwidth = sent / max(_gather(parallel, median(each.experts for each in taken)))
+            bandwidth = sent / max(_gather(parallel, min(each.experts for each in taken)))
             parallel.throttle(bandwidth)
     elif bandwidth:
         parallel.throttle(bandwidth)
