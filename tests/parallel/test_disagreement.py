@@ -30,11 +30,12 @@ DEFECTS = {
 }
 
 
-def defective(rank: int, culprit: int, defect: str) -> tuple[Failure, str, dict[str, int]]:
+def defective(rank: int, culprit: int, defect: str, transport: str) -> tuple[Failure, str, dict[str, int]]:
     odd = rank == culprit
     placement = Placement(8, ((0,), (1,), (2,), (3, 4, 5, 6, 7))) if odd and defect == "placement" else None
     with ExpertParallel(
         timeout=20,
+        transport=transport,
         invariant=odd and defect == "invariant",
         num_chunks=2 if odd and defect == "num_chunks" else None,
         placement=placement,
@@ -63,11 +64,12 @@ def defective(rank: int, culprit: int, defect: str) -> tuple[Failure, str, dict[
         return error.value.failure, str(error.value), dict(parallel.record.bytes)
 
 
+@pytest.mark.parametrize("transport", ["gloo", "shared_memory"])
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_all_ranks_raise_the_same(pool: Pool, defect: str) -> None:
+def test_all_ranks_raise_the_same(pool: Pool, defect: str, transport: str) -> None:
     """56 mismatches: 14 kinds, on each rank."""
     for culprit in range(4):
-        answers = pool.run(defective, culprit, defect)
+        answers = pool.run(defective, culprit, defect, transport)
         failure, message, _ = answers[0]
         assert failure.rank == culprit
         assert failure.kind == "disagrees"

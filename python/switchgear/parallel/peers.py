@@ -178,8 +178,13 @@ class Peers:
             self.waiting = False
 
     def fail(self, failure: Failure) -> None:
-        """Adopts a failure that every rank has found by itself, and raises it."""
-        self._adopt(failure)
+        """Adopts a failure that every rank finds by itself, and raises it. Nothing is aborted, and this rank has done
+        its part: the others may still be reading what they find it in."""
+        self.done = self.step
+        with self._lock:
+            if self.failure is None:
+                self.failure = failure
+        self._decided.set()
         self.check()
 
     def report(self, failure: Failure) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 SLOTS = 64  # transfers of one rank that may be under way; an exchange has at most 8 · 2 + 4
 _SMALLEST = 1 << 16
-_DRAIN_SECONDS = 10.0
+_DRAIN_SECONDS = 2.0
 _SPINS = 100  # looks at a flag, with the processor offered to others in between, before sleeping
 
 
