@@ -14,6 +14,10 @@ import switchgear
 from switchgear.parallel import ExpertParallel
 
 
+# of shared memory: how many transfers are under way at once, and of what size, depends on who is late
+LATE_BLOCKS = 8
+
+
 def resident_bytes() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -41,7 +45,7 @@ def steps(rank: int, count: int, transport: str) -> dict[str, int]:
 @pytest.mark.parametrize("transport", ["gloo", "shared_memory"])
 def test_some_steps(pool: Pool, transport: str) -> None:
     for grown in pool.run(steps, 200, transport, timeout=120):
-        assert grown["files"] <= 2  # a block of shared memory may be made late
+        assert grown["files"] <= LATE_BLOCKS
         assert grown["threads"] == 0
 
 
@@ -50,5 +54,5 @@ def test_some_steps(pool: Pool, transport: str) -> None:
 def test_ten_thousand_steps(pool: Pool, transport: str) -> None:
     for grown in pool.run(steps, 10_000, transport, timeout=900):
         assert grown["bytes"] < 2**20
-        assert grown["files"] <= 2
+        assert grown["files"] <= LATE_BLOCKS
         assert grown["threads"] == 0
