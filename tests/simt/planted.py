@@ -84,6 +84,7 @@ def build_mistake(build: Path, mistake: Mistake) -> list[str]:
     entry = compilations(build)[mistake.source]
     result, program = home / "mistake.o", home / mistake.program
     command = shlex.split(entry["command"])
+    clean = command[command.index("-o") + 1]
     command[command.index("-o") + 1] = str(result)
     command[command.index("-c") + 1] = str(source)
     without = {"-MD"}
@@ -94,7 +95,6 @@ def build_mistake(build: Path, mistake: Mistake) -> list[str]:
 
     link = link_command(build, mistake.program)
     link[link.index("-o") + 1] = str(program)
-    clean = entry["output"]
     if clean in link:
         link[link.index(clean)] = str(result)
     else:  # a member of a library, which the linker then leaves there
