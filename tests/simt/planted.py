@@ -55,11 +55,11 @@ def own_plants(build: Path) -> list[Plant]:
 
 
 @cache
-def link_command(build: Path, program: str) -> list[str]:
+def link_command(build: Path, program: str) -> tuple[str, ...]:
     ninja = ["ninja", "-C", str(build), "-t", "commands", "-s", f"tests/simt/{program}"]
     output = subprocess.run(ninja, check=True, capture_output=True, text=True).stdout
     command = next(line for line in reversed(output.splitlines()) if f"-o tests/simt/{program}" in line)
-    return shlex.split(command.removeprefix(": && ").removesuffix(" && :"))
+    return tuple(shlex.split(command.removeprefix(": && ").removesuffix(" && :")))
 
 
 @cache
@@ -93,7 +93,7 @@ def build_mistake(build: Path, mistake: Mistake) -> list[str]:
     command[1:1] = [f"-I{kernels}", f"-I{home / 'csrc'}"]
     subprocess.run([*command, "-w"], cwd=build, check=True)
 
-    link = link_command(build, mistake.program)
+    link = list(link_command(build, mistake.program))
     link[link.index("-o") + 1] = str(program)
     if clean in link:
         link[link.index(clean)] = str(result)
