@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,7 +122,10 @@ def run(command: list[str], order: str) -> tuple[bool, str]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return False, f"no end after {SECONDS} s"
-    return done.returncode == 0, message_of(done.stdout + done.stderr)
+    message = message_of(done.stdout + done.stderr)
+    if not message and done.returncode < 0:
+        message = f"killed by {signal.Signals(-done.returncode).name}"
+    return done.returncode == 0, message
 
 
 def message_of(output: str) -> str:

@@ -28,8 +28,8 @@ def _of_plan(name: str, builds: tuple[str, ...], before: str, after: str) -> Mis
     return Mistake(f"plan: {name}", builds, "plan.cuh", before, after, "csrc/cuda/plan.cu", "simt_test_plan", tests)
 
 
-def _of_route(name: str, header: str, before: str, after: str, test: str, builds: tuple[str, ...] = RACE) -> Mistake:
-    return Mistake(f"route: {name}", builds, header, before, after, "csrc/cuda/route.cu", "simt_test_route", (test,))
+def _of_route(name: str, header: str, before: str, after: str, test: str) -> Mistake:
+    return Mistake(f"route: {name}", RACE, header, before, after, "csrc/cuda/route.cu", "simt_test_route", (test,))
 
 
 def _of_sm80(name: str, builds: tuple[str, ...], header: str, before: str, after: str) -> Mistake:
@@ -88,13 +88,15 @@ MISTAKES = (
         "store_expert(e, 0.0);",
         "route_backward_has_the_bits",
     ),
-    _of_route(
-        "sums in another order",
+    Mistake(
+        "route: sums in another order",
+        BOTH,
         "score.cuh",
         "  const int64_t exponent = smallest_bits >> 23;",
         "  return true;\n  const int64_t exponent = smallest_bits >> 23;",
-        "sums_are_those",
-        BOTH,
+        "tests/simt/test_route.cpp",
+        "simt_test_route",
+        ("sums_are_those",),
     ),
     Mistake(
         "permute: no barrier before slots of nobody",
