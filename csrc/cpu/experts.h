@@ -80,16 +80,19 @@ struct Tile {
   int64_t expert, column, first_row, num_rows;
 };
 
-// Neighbouring tiles that one task takes where there are enough of them: the stream of weights then goes on from tile to tile.
-constexpr int64_t kTileRun = 4;
+// Rows of the pieces, nearly equal, in which one product after the other takes `count` rows.
+inline int64_t piece_rows(int64_t count) { return ceil_div(count, std::max<int64_t>(ceil_div(count, kMaxRows), 1)); }
 
-// Tiles of `panel` columns out of `width` and at most kMaxRows rows, expert by expert.
+// Tiles of `panel` columns out of `width` and at most kMaxRows rows, expert by expert and column by column, so that a panel
+// that serves several pieces of rows comes from memory once.
 inline std::vector<Tile> make_tiles(const int32_t* expert_offsets, int64_t num_experts, int64_t width, int64_t panel) {
   std::vector<Tile> tiles;
   for (int64_t e = 0; e < num_experts; ++e) {
-    for (int64_t row = expert_offsets[e]; row < expert_offsets[e + 1]; row += kMaxRows) {
-      const int64_t rows = std::min<int64_t>(kMaxRows, expert_offsets[e + 1] - row);
-      for (int64_t column = 0; column < width; column += panel) tiles.push_back({e, column, row, rows});
+    const int64_t end = expert_offsets[e + 1], piece = piece_rows(end - expert_offsets[e]);
+    for (int64_t column = 0; column < width; column += panel) {
+      for (int64_t row = expert_offsets[e]; row < end; row += piece) {
+        tiles.push_back({e, column, row, std::min(piece, end - row)});
+      }
     }
   }
   return tiles;

@@ -38,13 +38,16 @@ struct Product {
   int64_t depth;
   float* c;                    // [num_rows, panel]
   const void* next = nullptr;  // where the caller's next product starts to read b, if known: a hint
+  int64_t next_width = 0;      // bytes to ask for of each row there, where n runs along memory; 0: as many as of this b
   void* scratch;               // kProductScratch bytes, 64-byte aligned
+  int64_t row_begin = 0;       // k of `rows` that meets the first k of b
+  bool accumulate = false;     // adds to c
 };
 constexpr int64_t kProductScratch = kChunkWords * 4 * (kMaxPanel + kMaxRows);
 
 struct Kernels {
   const char* isa;
-  int panel;  // columns per product
+  int panel;       // columns per product
   bool has_pairs;  // multiplies pairs of bfloat16
 
   void (*multiply)(const Product&);

@@ -21,6 +21,7 @@
 #include "threads.h"
 #include "token_sum.h"
 #include "weight_gradient.h"
+#include "wide_product.h"
 
 namespace switchgear::cpu {
 namespace {
@@ -33,24 +34,39 @@ struct ActivationBackward {
   TensorView weighted_a;           // [S,I]
   float* weight_parts;             // [S, panels of I]
   int64_t num_panels;
+  int64_t wide;  // columns of a tile
   const Kernels& k;
 
-  void run(const Tile& tile, const ProductScratch& scratch) const {
+  Matrix operand(const Tile& tile) const {
+    return ExpertMatrix(args.weights.down_proj, tile.expert).columns_from(tile.column);
+  }
+
+  void run(const Tile& tile, const void* next, const WideScratch& scratch) const {
+    const int64_t width = std::min(wide, weighted_a.shape[1] - tile.column);
+    multiply_wide(k, {.rows = grad_y_rows + tile.first_row,
+                      .row_dtype = args.grad_y.dtype,
+                      .num_rows = tile.num_rows,
+                      .b = operand(tile),
+                      .num_columns = width,
+                      .depth = args.grad_y.shape[1],
+                      .c = scratch.c,
+                      .next = next,
+                      .scratch = scratch.packing});
+    for (int64_t column = 0; column < width; column += k.panel) {
+      finish({tile.expert, tile.column + column, tile.first_row, tile.num_rows}, scratch.c + column * tile.num_rows);
+    }
+  }
+
+ private:
+  // One panel of columns: `c` is g.
+  void finish(const Tile& tile, const float* c) const {
     const int64_t intermediate_size = weighted_a.shape[1], panel = k.panel;
     const int64_t count = std::min(panel, intermediate_size - tile.column);
     const GateColumns columns = gate_columns(args.options, intermediate_size, tile.column, count, panel);
-    k.multiply({.rows = grad_y_rows + tile.first_row,
-                .row_dtype = args.grad_y.dtype,
-                .num_rows = tile.num_rows,
-                .b = ExpertMatrix(args.weights.down_proj, tile.expert).columns_from(tile.column),
-                .num_columns = count,
-                .depth = args.grad_y.shape[1],
-                .c = scratch.c,
-                .scratch = scratch.packing});
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       const int64_t slot = tile.first_row + m;
       const float weight = slots.weights[slot];
-      const float* const g = scratch.c + m * panel;
+      const float* const g = c + m * panel;
       float part[2][kMaxPanel], a[kMaxPanel], scaled[kMaxPanel] = {};
       for (int i = 0; i < 2; ++i)
         k.load_row(part[i], at(args.h, slot, columns.begin[i]), args.h.dtype, columns.count[i]);
@@ -122,7 +138,7 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   Workspace workspace(Slots::bytes(num_slots, num_experts) + 4 * Workspace::padded(pointers) +
                       Workspace::padded(num_slots * width * element) +
                       Workspace::padded(num_slots * intermediate_size * element) +
-                      Workspace::padded(num_slots * num_panels * 4) + num_threads * ProductScratch::kBytes);
+                      Workspace::padded(num_slots * num_panels * 4) + num_threads * WideScratch::kBytes);
   const Slots slots = make_slots(workspace, args.topk_ids, args.topk_weights, num_experts, exec);
   const int64_t used_slots = slots.expert_offsets[num_experts];
   const void** const x_rows = workspace.take<const void*>(num_slots);
@@ -132,13 +148,14 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   char* const grad_h = static_cast<char*>(workspace.take_bytes(num_slots * width * element));
   char* const weighted_a = static_cast<char*>(workspace.take_bytes(num_slots * intermediate_size * element));
   float* const weight_parts = workspace.take<float>(num_slots * num_panels);
-  char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * ProductScratch::kBytes));
+  char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * WideScratch::kBytes));
   fill_row_pointers(x_rows, args.x, slots.token_indices, used_slots);
   fill_row_pointers(grad_y_rows, args.grad_y, slots.token_indices, used_slots);
   fill_row_pointers(grad_h_rows, grad_h, width * element, used_slots);
   fill_row_pointers(a_rows, weighted_a, intermediate_size * element, used_slots);
 
-  const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, k.panel);
+  const int64_t wide = wide_columns(intermediate_size, num_experts, k.panel, num_threads);
+  const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, wide);
   const ActivationBackward stage{.args = args,
                                  .slots = slots,
                                  .grad_y_rows = grad_y_rows,
@@ -146,9 +163,11 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
                                  .weighted_a = view(weighted_a, args.x.dtype, num_slots, intermediate_size),
                                  .weight_parts = weight_parts,
                                  .num_panels = num_panels,
+                                 .wide = wide,
                                  .k = k};
-  parallel_for(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
-    stage.run(tiles[static_cast<size_t>(task)], ProductScratch(memory + thread * ProductScratch::kBytes));
+  parallel_for_ahead(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int64_t next, int thread) {
+    stage.run(tiles[static_cast<size_t>(i)], next >= 0 ? stage.operand(tiles[static_cast<size_t>(next)]).data : nullptr,
+              WideScratch(memory + thread * WideScratch::kBytes));
   });
 
   if (args.grad_topk_weights.defined()) sum_weight_gradient(stage, num_threads);

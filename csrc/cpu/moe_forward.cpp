@@ -95,15 +95,10 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   const Kernels& k = kernels();
   const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, k.panel);
   const FirstProjection first{args, x_rows, view(a, args.x.dtype, num_slots, intermediate_size), k};
-  const auto num_tiles = static_cast<int64_t>(tiles.size());
-  const int64_t grain = std::clamp<int64_t>(num_tiles / (8 * num_threads), 1, kTileRun);
-  parallel_for_ranges(num_threads, num_tiles, grain, [&](int64_t begin, int64_t end, int thread) {
+  parallel_for_ahead(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int64_t next, int thread) {
     char* const own = memory + 2 * thread * ProductScratch::kBytes;
-    for (int64_t i = begin; i < end; ++i) {
-      const void* const next = i + 1 < end ? first.start(tiles[static_cast<size_t>(i + 1)]) : nullptr;
-      first.run(tiles[static_cast<size_t>(i)], next,
-                {ProductScratch(own), ProductScratch(own + ProductScratch::kBytes)});
-    }
+    first.run(tiles[static_cast<size_t>(i)], next >= 0 ? first.start(tiles[static_cast<size_t>(next)]) : nullptr,
+              {ProductScratch(own), ProductScratch(own + ProductScratch::kBytes)});
   });
   if (args.h.defined()) {
     for (int64_t s = used_slots; s < num_slots; ++s) {

@@ -55,6 +55,17 @@ inline Floats load_pairs(const BFloat16* low, const BFloat16* high) {
   const __m512i h = _mm512_cvtepu16_epi32(load_bits16(high));
   return _mm512_castsi512_ps(_mm512_or_si512(l, _mm512_slli_epi32(h, 16)));
 }
+// The same for 32 lanes: word i of 32 low ones beside word i of 32 high ones.
+inline void load_two_pairs(Floats (&pairs)[2], const BFloat16* low, const BFloat16* high) {
+  const __m512i l = _mm512_loadu_si512(low), h = _mm512_loadu_si512(high);
+  const __m512i first =
+      _mm512_add_epi16(_mm512_set1_epi32(0x00200000),
+                       _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                          _mm512_set1_epi32(0x00010001)));
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  pairs[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(l, first, h));
+  pairs[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(l, second, h));
+}
 #else
 constexpr bool kHasPairs = false;
 #endif

@@ -7,17 +7,18 @@
 #include "token_sum.h"
 
 #include "threads.h"
+#include "wide_product.h"
 #include "workspace.h"
 
 namespace switchgear::cpu {
 namespace {
 
-constexpr int64_t kTokenChunk = 2048;
+constexpr int64_t kTokenChunk = 2048, kWideTokenChunk = 512;
 
 // Tokens per task: all of a chunk, fewer where the column blocks alone would not fill the threads.
-int64_t tokens_per_task(int64_t num_tokens, int64_t column_blocks, int num_threads) {
+int64_t tokens_per_task(int64_t num_tokens, int64_t most, int64_t column_blocks, int num_threads) {
   const int64_t chunks =
-      std::max<int64_t>(ceil_div(num_tokens, kTokenChunk),
+      std::max<int64_t>(ceil_div(num_tokens, most),
                         std::min<int64_t>(ceil_div(2 * num_threads, column_blocks), ceil_div(num_tokens, 64)));
   return ceil_div(num_tokens, std::max<int64_t>(chunks, 1));
 }
@@ -29,62 +30,84 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
   const int64_t num_tokens = args.out.shape[0], width = args.out.shape[1], panel = k.panel;
   const int64_t num_experts = args.matrices->packed.shape[0];
   if (num_tokens == 0 || width == 0) return;
-  const int64_t column_blocks = ceil_div(width, panel);
-  const int64_t chunk = tokens_per_task(num_tokens, column_blocks, num_threads);
+  const int64_t wide =
+      args.transposed ? wide_columns(width, ceil_div(num_tokens, kWideTokenChunk), panel, num_threads) : panel;
+  const int64_t column_blocks = ceil_div(width, wide);
+  const int64_t most_tokens = args.transposed ? kWideTokenChunk : kTokenChunk;
+  const int64_t chunk = tokens_per_task(num_tokens, most_tokens, column_blocks, num_threads);
   const int64_t chunks = ceil_div(num_tokens, chunk);
 
-  const int64_t accumulator_bytes = Workspace::padded(chunk * panel * 4);
-  Workspace workspace(num_threads * (ProductScratch::kBytes + accumulator_bytes));
+  const int64_t accumulator_bytes = Workspace::padded(chunk * wide * 4);
+  Workspace workspace(num_threads * (WideScratch::kBytes + accumulator_bytes));
   char* const memory =
-      static_cast<char*>(workspace.take_bytes(num_threads * (ProductScratch::kBytes + accumulator_bytes)));
+      static_cast<char*>(workspace.take_bytes(num_threads * (WideScratch::kBytes + accumulator_bytes)));
 
-  parallel_for(num_threads, chunks * column_blocks, [&](int64_t task, int thread) {
-    char* const own = memory + thread * (ProductScratch::kBytes + accumulator_bytes);
-    const ProductScratch scratch(own);
-    float* const sums = reinterpret_cast<float*>(own + ProductScratch::kBytes);
-    const int64_t column = task % column_blocks * panel, columns = std::min(panel, width - column);
-    const int64_t first_token = task / column_blocks * chunk, last_token = std::min(num_tokens, first_token + chunk);
-    std::fill(sums, sums + (last_token - first_token) * panel, 0.0f);
+  struct Block {
+    int64_t column, columns, first_token, last_token;
+  };
+  const auto block_of = [&](int64_t task) {
+    const int64_t column = task % column_blocks * wide, first_token = task / column_blocks * chunk;
+    return Block{column, std::min(wide, width - column), first_token, std::min(num_tokens, first_token + chunk)};
+  };
+  const auto first_slot = [&](int64_t e, int64_t token) {
+    const int32_t* const begin = args.token_indices + args.expert_offsets[e];
+    const int32_t* const end = args.token_indices + args.expert_offsets[e + 1];
+    return std::lower_bound(begin, end, token) - args.token_indices;
+  };
+  const auto next_expert = [&](const Block& block, int64_t e) {  // the next one with rows of its tokens
+    while (++e < num_experts && first_slot(e, block.first_token) == first_slot(e, block.last_token)) {
+    }
+    return e;
+  };
+  const auto operand = [&](const Block& block, int64_t e) {
+    const ExpertMatrix matrix(*args.matrices, e, args.panel);
+    return args.transposed ? matrix.columns_from(block.column) : matrix.rows_from(block.column);
+  };
+  const auto start = [&](const Block& block, int64_t e) { return e < num_experts ? operand(block, e).data : nullptr; };
 
-    const auto first_slot = [&](int64_t e, int64_t token) {
-      const int32_t* const begin = args.token_indices + args.expert_offsets[e];
-      const int32_t* const end = args.token_indices + args.expert_offsets[e + 1];
-      return std::lower_bound(begin, end, token) - args.token_indices;
-    };
-    const auto next_expert = [&](int64_t e) {  // the next one with rows of this task's tokens
-      while (++e < num_experts && first_slot(e, first_token) == first_slot(e, last_token)) {
+  parallel_for_ahead(num_threads, chunks * column_blocks, [&](int64_t task, int64_t next_task, int thread) {
+    char* const own = memory + thread * (WideScratch::kBytes + accumulator_bytes);
+    const WideScratch scratch(own);
+    float* const sums = reinterpret_cast<float*>(own + WideScratch::kBytes);
+    const Block block = block_of(task);
+    const auto [column, columns, first_token, last_token] = block;
+    std::fill(sums, sums + (last_token - first_token) * wide, 0.0f);
+    for (int64_t e = next_expert(block, -1), next; e < num_experts; e = next) {
+      next = next_expert(block, e);
+      const int64_t first = first_slot(e, first_token), last = first_slot(e, last_token),
+                    piece = piece_rows(last - first);
+      const void* next_start = start(block, next);
+      if (next == num_experts && next_task >= 0) {
+        const Block next_block = block_of(next_task);
+        next_start = start(next_block, next_expert(next_block, -1));
       }
-      return e;
-    };
-    const auto operand = [&](int64_t e) {
-      const ExpertMatrix matrix(*args.matrices, e, args.panel);
-      return args.transposed ? matrix.columns_from(column) : matrix.rows_from(column);
-    };
-    for (int64_t e = next_expert(-1), next; e < num_experts; e = next) {
-      next = next_expert(e);
-      const int64_t first = first_slot(e, first_token), last = first_slot(e, last_token);
-      for (int64_t s = first; s < last; s += kMaxRows) {
-        const int64_t rows = std::min<int64_t>(kMaxRows, last - s);
-        k.multiply({.rows = args.rows + s,
-                    .row_dtype = args.row_dtype,
-                    .num_rows = rows,
-                    .b = operand(e),
-                    .num_columns = columns,
-                    .depth = args.depth,
-                    .c = scratch.c,
-                    .next = next < num_experts ? operand(next).data : nullptr,
-                    .scratch = scratch.packing});
-        for (int64_t m = 0; m < rows; ++m) {
-          float* const c = scratch.c + m * panel;
-          if (args.bias.defined()) k.add_scaled_row(c, at(args.bias, e, column), args.bias.dtype, 1.0f, columns);
-          const float weight = args.slot_weights != nullptr ? args.slot_weights[s + m] : 1.0f;
-          k.add_scaled_row(sums + (args.token_indices[s + m] - first_token) * panel, c, DType::kFloat32, weight,
-                           columns);
+      for (int64_t s = first; s < last; s += piece) {
+        const int64_t rows = std::min(piece, last - s);
+        multiply_wide(k, {.rows = args.rows + s,
+                          .row_dtype = args.row_dtype,
+                          .num_rows = rows,
+                          .b = operand(block, e),
+                          .num_columns = columns,
+                          .depth = args.depth,
+                          .c = scratch.c,
+                          .next = s + piece < last ? operand(block, e).data : next_start,
+                          .scratch = scratch.packing});
+        for (int64_t first_column = 0; first_column < columns; first_column += panel) {
+          const int64_t count = std::min(panel, columns - first_column);
+          for (int64_t m = 0; m < rows; ++m) {
+            float* const c = scratch.c + first_column * rows + m * panel;
+            float* const sum = sums + (args.token_indices[s + m] - first_token) * wide + first_column;
+            if (args.bias.defined()) {
+              k.add_scaled_row(c, at(args.bias, e, column + first_column), args.bias.dtype, 1.0f, count);
+            }
+            k.add_scaled_row(sum, c, DType::kFloat32, args.slot_weights != nullptr ? args.slot_weights[s + m] : 1.0f,
+                             count);
+          }
         }
       }
     }
     for (int64_t t = first_token; t < last_token; ++t) {
-      k.store_row(at(args.out, t, column), args.out.dtype, sums + (t - first_token) * panel, columns);
+      k.store_row(at(args.out, t, column), args.out.dtype, sums + (t - first_token) * wide, columns);
     }
   });
 }

@@ -1,0 +1,467 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// multiply: C[m,n] = Σ_k A[m,k]·B[n,k], up to kMaxRows rows and one panel of columns. Included by kernels.inl.
+//
+//   work 2·M·N·K flop; B is packed once per product, A is read in place (rows are pointers: gathering is free)
+//   A step of the inner loop loads kPanelVectors vectors of B and broadcasts one word of each of 6 rows of A:
+//   24 multiply-adds for 4 vector loads and 6 broadcasts with AVX-512, so the multiply-add pipes bind, not the loads.
+//   A word is one float32, or with AVX-512-BF16 a pair of bfloat16 neighbours in k (vdpbf16ps). Other dtypes are widened to
+//   float32 as they are packed. Each element of C has one accumulator and k ascends: results do not depend on M, N or tiles.
+//
+// The depth is cut into chunks of 4 KB a row. While a chunk is multiplied, the one that comes next, in this product or in the
+// caller's next, is prefetched into L2: evenly, so that memory never waits for arithmetic and arithmetic never for memory.
+#pragma once
+
+namespace switchgear::cpu {
+namespace {
+
+constexpr int kPanel = kLanes * kPanelVectors;
+constexpr int kRowTile = 6;
+constexpr int64_t kLine = 64;
+constexpr int64_t kPanelsAhead = 8 << 10;  // how far ahead weights in panels are prefetched
+constexpr int kLinesPerWord = kPanel * 4 < kLine ? 1 : kPanel * 4 / kLine;  // of B in one word of depth
+static_assert(kPanel <= kMaxPanel);
+
+// ---- prefetching ---------------------------------------------------------------------------------------------------------
+
+// Walks over rows of memory, line by line.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const void* data, int64_t stride, int64_t width)
+      : line_(static_cast<const char*>(data)), row_end_(line_ + width), skip_(stride - width), stride_(stride) {}
+
+  template <int kLines>
+  void prefetch() {
+    if (row_end_ - line_ > kLines * kLine) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLines; ++i) __builtin_prefetch(line_ + i * kLine, 0, 2);
+      line_ += kLines * kLine;
+      return;
+    }
+    for (int i = 0; i < kLines; ++i) prefetch_line();
+  }
+  void prefetch_line() {
+    __builtin_prefetch(line_, 0, 2);
+    line_ += kLine;
+    const bool at_end = line_ >= row_end_;
+    line_ = at_end ? row_end_ + skip_ : line_;
+    row_end_ = at_end ? row_end_ + stride_ : row_end_;
+  }
+
+ private:
+  static constexpr char kNothing[kLine] = {};
+  const char* line_ = kNothing;
+  const char* row_end_ = kNothing + kLine;
+  int64_t skip_ = -kLine, stride_ = 0;
+};
+
+// ---- packing -------------------------------------------------------------------------------------------------------------
+
+// What a panel is packed from, in words: word p of column n. One float32 of any source dtype, or a pair of bfloat16.
+template <typename T>
+struct FloatWords {
+  static constexpr int kDepth = 1;  // k per word
+  static Floats load_whole(const T* p) { return load(p); }
+  static Floats load_along_k(const T* p, int64_t count) { return load_some(p, count); }
+  static Floats load_along_n(const T* p, const T*, int64_t count) { return load_some(p, count); }
+  static void load_two_along_n(Floats (&words)[2], const T* p, const T*) {
+    words[0] = load(p);
+    words[1] = load(p + kLanes);
+  }
+};
+
+#ifdef __AVX512BF16__
+struct PairWords {
+  static constexpr int kDepth = 2;
+  static Floats load_whole(const BFloat16* p) { return _mm512_loadu_ps(p); }
+  static Floats load_along_k(const BFloat16* p, int64_t count) {  // `count` elements of k, two a lane
+    if (count == 2 * kLanes) return load_whole(p);
+    BFloat16 lanes[2 * kLanes] = {};
+    __builtin_memcpy(lanes, p, static_cast<size_t>(count) * 2);
+    return _mm512_loadu_ps(lanes);
+  }
+  static Floats load_along_n(const BFloat16* low, const BFloat16* high,
+                             int64_t count) {  // null: zeros (an odd end of k)
+    BFloat16 l[kLanes] = {}, h[kLanes] = {};
+    if (count == kLanes && high != nullptr) return load_pairs(low, high);
+    __builtin_memcpy(l, low, static_cast<size_t>(count) * 2);
+    if (high != nullptr) __builtin_memcpy(h, high, static_cast<size_t>(count) * 2);
+    return load_pairs(l, h);
+  }
+  static void load_two_along_n(Floats (&words)[2], const BFloat16* low, const BFloat16* high) {
+    load_two_pairs(words, low, high);
+  }
+};
+#endif
+
+bool runs_along_k(const Matrix& b) { return !b.in_panels && b.k_rows == nullptr && b.k_stride == 1 && b.n_stride != 1; }
+
+// panel[p][n] from columns that run along k, blocks of words transposed in registers. Asks for `lines` lines per word.
+template <typename Words, typename T>
+void pack_along_k(float* panel, const T* data, int64_t stride, int64_t num_columns, int64_t depth, int64_t lines,
+                  Ahead& ahead) {
+  constexpr int64_t kBlock = kLanes * Words::kDepth;
+  const int64_t words = (depth + Words::kDepth - 1) / Words::kDepth;
+  for (int64_t n0 = 0; n0 < kPanel; n0 += kLanes) {
+    const int64_t valid = num_columns - n0 < kLanes ? num_columns - n0 : kLanes;
+    for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
+      const int64_t count = depth - k0 < kBlock ? depth - k0 : kBlock;
+      const T* const column = data + n0 * stride + k0;
+      float* const target = panel + k0 / Words::kDepth * kPanel + n0;
+      for (int64_t i = 0; i < lines; ++i) ahead.prefetch<kLanes / kPanelVectors>();
+      Floats block[kLanes];
+      if (valid == kLanes && count == kBlock) {
+#pragma GCC unroll 16
+        for (int n = 0; n < kLanes; ++n) block[n] = Words::load_whole(column + n * stride);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(target + i * kPanel, block[i]);
+        continue;
+      }
+      for (int n = 0; n < kLanes; ++n) {
+        block[n] = n < valid ? Words::load_along_k(column + n * stride, count) : broadcast(0.0f);
+      }
+      transpose(block);
+      const int64_t rest = words - k0 / Words::kDepth, rows = rest < kLanes ? rest : kLanes;
+      for (int i = 0; i < rows; ++i) store(target + i * kPanel, block[i]);
+    }
+  }
+}
+
+// The same where n runs along memory; row(k) is where the columns of k start.
+template <typename Words, typename Row>
+void pack_along_n(float* panel, int64_t num_columns, int64_t depth, int64_t lines, Ahead& ahead, Row&& row) {
+  for (int64_t k = 0; k < depth; k += Words::kDepth, panel += kPanel) {
+    const auto* const low = row(k);
+    const auto* high = low;
+    if (Words::kDepth > 1) high = k + 1 < depth ? row(k + 1) : nullptr;
+    for (int64_t i = 0; i < lines; ++i) ahead.prefetch_line();
+    if (num_columns == kPanel && high != nullptr) {
+#pragma GCC unroll 8
+      for (int n0 = 0; n0 < kPanel; n0 += 2 * kLanes) {
+        Floats words[2];
+        Words::load_two_along_n(words, low + n0, high + n0);
+        store(panel + n0, words[0]);
+        store(panel + n0 + kLanes, words[1]);
+      }
+      continue;
+    }
+    for (int64_t n0 = 0; n0 < kPanel; n0 += kLanes) {
+      const int64_t valid = num_columns - n0 < kLanes ? num_columns - n0 : kLanes;
+      store(panel + n0,
+            valid > 0 ? Words::load_along_n(low + n0, high != nullptr ? high + n0 : nullptr, valid) : broadcast(0.0f));
+    }
+  }
+}
+
+// Any other strides, element by element.
+template <typename Words, typename T>
+void pack_elements(float* panel, const Matrix& b, int64_t num_columns, int64_t k_begin, int64_t depth) {
+  const T* const data = static_cast<const T*>(b.data);
+  for (int64_t p = 0; p * Words::kDepth < depth; ++p) {
+    for (int64_t n = 0; n < kPanel; ++n) {
+      T lanes[kLanes * Words::kDepth] = {};
+      for (int64_t i = 0; i < Words::kDepth; ++i) {
+        const int64_t k = p * Words::kDepth + i;
+        if (n < num_columns && k < depth) lanes[i] = data[n * b.n_stride + (k_begin + k) * b.k_stride];
+      }
+      float word[kLanes];
+      store(word, Words::load_along_k(lanes, kLanes * Words::kDepth));
+      panel[p * kPanel + n] = word[0];
+    }
+  }
+}
+
+// panel[p][n] for k in [k_begin, k_begin + depth), words past num_columns zero.
+template <typename Words, typename T>
+void pack(float* panel, const Product& product, int64_t k_begin, int64_t depth, int64_t lines, Ahead& ahead) {
+  const Matrix& b = product.b;
+  const T* const data = static_cast<const T*>(b.data);
+  if (runs_along_k(b)) {
+    pack_along_k<Words>(panel, data + k_begin, b.n_stride, product.num_columns, depth, lines, ahead);
+  } else if (b.k_rows != nullptr) {
+    pack_along_n<Words>(panel, product.num_columns, depth, 0, ahead,
+                        [&](int64_t k) { return static_cast<const T*>(b.k_rows[k_begin + k]) + b.n_begin; });
+  } else if (b.n_stride == 1) {
+    pack_along_n<Words>(panel, product.num_columns, depth, lines, ahead,
+                        [&](int64_t k) { return data + (k_begin + k) * b.k_stride; });
+  } else {
+    pack_elements<Words, T>(panel, b, product.num_columns, k_begin, depth);
+  }
+}
+
+// ---- many rows -----------------------------------------------------------------------------------------------------------
+
+template <bool kPairs>
+inline Floats step(Floats a, Floats b, Floats c) {
+#ifdef __AVX512BF16__
+  if constexpr (kPairs) return multiply_add_pairs(a, b, c);
+#endif
+  return multiply_add(a, b, c);
+}
+
+// A chunk of the depth of a product: `words` words of each row from byte `offset`; half_word: one bfloat16 more.
+struct Chunk {
+  const void* const* rows;
+  int64_t offset;
+  const float* panel;
+  int64_t words;
+  bool half_word;
+  bool accumulate;
+};
+
+// kRows rows of C from row m on. Asks for kLines lines a step.
+template <int kRows, bool kPairs, int kLines>
+void multiply_tile(const Chunk& chunk, int64_t m, float* c, Ahead& ahead_of_all) {
+  const char* a[kRows];
+  Floats acc[kRows][kPanelVectors];
+  c += m * kPanel;
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    a[i] = static_cast<const char*>(chunk.rows[m + i]) + chunk.offset;
+#pragma GCC unroll 8
+    for (int j = 0; j < kPanelVectors; ++j) {
+      acc[i][j] = chunk.accumulate ? load(c + i * kPanel + j * kLanes) : broadcast(0.0f);
+    }
+  }
+  const float* panel = chunk.panel;
+  Ahead ahead = ahead_of_all;
+  for (int64_t p = 0; p < chunk.words; ++p, panel += kPanel) {
+    Floats b[kPanelVectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < kPanelVectors; ++j) b[j] = load(panel + j * kLanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < kLines; ++j) ahead.prefetch_line();
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Floats word = broadcast_word(a[i] + 4 * p);
+#pragma GCC unroll 8
+      for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = step<kPairs>(word, b[j], acc[i][j]);
+    }
+  }
+  if (kLines > 0) ahead_of_all = ahead;
+  if (kPairs && chunk.half_word) {
+    for (int i = 0; i < kRows; ++i) {
+      BFloat16 pair[2] = {};
+      __builtin_memcpy(pair, a[i] + 4 * chunk.words, 2);
+      const Floats word = broadcast_word(pair);
+      for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = step<kPairs>(word, load(panel + j * kLanes), acc[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kPanelVectors; ++j) store(c + i * kPanel + j * kLanes, acc[i][j]);
+  }
+}
+
+template <int kRows, bool kPairs, int kLines>
+void multiply_tile_of(int64_t rows, const Chunk& chunk, int64_t m, float* c, Ahead& ahead) {
+  if (rows == kRows) return multiply_tile<kRows, kPairs, kLines>(chunk, m, c, ahead);
+  if constexpr (kRows > 1) multiply_tile_of<kRows - 1, kPairs, kLines>(rows, chunk, m, c, ahead);
+}
+
+int64_t num_row_tiles(int64_t num_rows) { return (num_rows + kRowTile - 1) / kRowTile; }
+
+// All rows, in tiles of nearly equal height. The first `asking` tiles ask for kLines lines a step.
+template <bool kPairs, int kLines>
+void multiply_rows(const Chunk& chunk, int64_t num_rows, float* c, int64_t asking, Ahead& ahead) {
+  const int64_t tiles = num_row_tiles(num_rows);
+  for (int64_t t = 0, m = 0; t < tiles; ++t) {
+    const int64_t rows = (num_rows - m) / (tiles - t);
+    if (t < asking) {
+      multiply_tile_of<kRowTile, kPairs, kLines>(rows, chunk, m, c, ahead);
+    } else {
+      multiply_tile_of<kRowTile, kPairs, 0>(rows, chunk, m, c, ahead);
+    }
+    m += rows;
+  }
+}
+
+// ---- few rows ------------------------------------------------------------------------------------------------------------
+
+// The same sums in the same order for up to kFewRows rows, where writing a panel and reading it again would cost more than
+// the multiplications: blocks of B are transposed in registers and used at once. B must run along k.
+constexpr int kFewRows = kLanes >= 16 ? 8 : 4;  // with the kLanes vectors of a block they must fit into the registers
+
+// c[m] += Σ over `num_blocks` blocks: kLanes columns of B, `stride` elements apart, times kLanes words of each row of A.
+template <int kRows, bool kPairs, typename Words, typename T>
+void add_blocks(float* c, const T* b, int64_t stride, const char* const (&rows)[kRows], int64_t num_blocks,
+                Ahead ahead) {
+  constexpr int64_t kBlock = kLanes * Words::kDepth;
+  Floats acc[kRows];
+  const char* a[kRows];
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
+    acc[m] = load(c + m * kPanel);
+    a[m] = rows[m];
+  }
+  for (int64_t i = 0; i < num_blocks; ++i, b += kBlock) {
+    Floats block[kLanes];
+    ahead.prefetch<kLanes * 4 * kLanes / kLine>();
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes; ++n) block[n] = Words::load_whole(b + n * stride);
+    transpose(block);
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) acc[m] = step<kPairs>(broadcast_word(a[m] + 4 * j), block[j], acc[m]);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) a[m] += 4 * kLanes;
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) store(c + m * kPanel, acc[m]);
+}
+
+// What does not fill a block: `columns` columns and `depth` elements, copied with zeros behind, so that nothing past the end
+// is read.
+template <int kRows, bool kPairs, typename Words, typename T>
+void add_partial_block(float* c, const T* b, int64_t stride, const char* const (&rows)[kRows], int64_t offset,
+                       int64_t columns, int64_t depth) {
+  Floats block[kLanes];
+  for (int n = 0; n < kLanes; ++n) {
+    block[n] = n < columns ? Words::load_along_k(b + n * stride, depth) : broadcast(0.0f);
+  }
+  transpose(block);
+  float lanes[kLanes][kLanes];
+  for (int i = 0; i < kLanes; ++i) store(lanes[i], block[i]);
+  for (int m = 0; m < kRows; ++m) {
+    float words[kLanes] = {};
+    __builtin_memcpy(words, rows[m] + offset, static_cast<size_t>(depth) * 4 / Words::kDepth);
+    Floats acc = load(c + m * kPanel);
+    for (int i = 0; i * Words::kDepth < depth; ++i) acc = step<kPairs>(broadcast_word(words + i), load(lanes[i]), acc);
+    store(c + m * kPanel, acc);
+  }
+}
+
+template <int kRows, bool kPairs, typename Words, typename T>
+void add_few_rows(const Product& product, const void* const* rows, int64_t row_offset, int64_t k_begin, int64_t depth) {
+  constexpr int64_t kBlock = kLanes * Words::kDepth;
+  const int64_t stride = product.b.n_stride, num_columns = product.num_columns;
+  const T* const b = static_cast<const T*>(product.b.data) + k_begin;
+  const char* a[kRows];
+  for (int m = 0; m < kRows; ++m) a[m] = static_cast<const char*>(rows[m]) + row_offset;
+  for (int64_t n = 0; n < num_columns; n += kLanes) {
+    const T* const column = b + n * stride;
+    const int64_t columns = num_columns - n < kLanes ? num_columns - n : kLanes;
+    const int64_t whole = columns == kLanes ? depth / kBlock : 0;
+    const T* const next = n + kLanes < num_columns ? column + kLanes * stride : static_cast<const T*>(product.next);
+    constexpr int64_t kElement = sizeof(T);
+    Ahead ahead = next != nullptr ? Ahead(next, stride * kElement, depth * kElement) : Ahead();
+    add_blocks<kRows, kPairs, Words>(product.c + n, column, stride, a, whole, ahead);
+    for (int64_t k = whole * kBlock; k < depth; k += kBlock) {
+      add_partial_block<kRows, kPairs, Words>(product.c + n, column + k, stride, a, k * 4 / Words::kDepth, columns,
+                                              depth - k < kBlock ? depth - k : kBlock);
+    }
+  }
+}
+
+template <int kRows, bool kPairs, typename Words, typename T>
+void multiply_few(const Product& product, const void* const* rows, int64_t row_offset, int64_t k, int64_t depth) {
+  if (product.num_rows == kRows) {
+    add_few_rows<kRows, kPairs, Words, T>(product, rows, row_offset, k, depth);
+  } else if constexpr (kRows > 1) {
+    multiply_few<kRows - 1, kPairs, Words, T>(product, rows, row_offset, k, depth);
+  }
+}
+
+bool is_few(const Product& product) { return product.num_rows <= kFewRows && runs_along_k(product.b); }
+
+// ---- the whole -----------------------------------------------------------------------------------------------------------
+
+// The chunk of depth from `begin` on, or the first one of the caller's next product.
+Ahead ahead_of(const Product& product, int64_t begin, int64_t chunk) {
+  const Matrix& b = product.b;
+  if (b.k_rows != nullptr || (b.k_stride != 1 && b.n_stride != 1)) return {};
+  const int64_t element = b.dtype == DType::kFloat32 ? 4 : 2;
+  const char* data = static_cast<const char*>(b.data);
+  if (begin >= product.depth) {
+    if (product.next == nullptr) return {};
+    data = static_cast<const char*>(product.next);
+    begin = 0;
+  }
+  const int64_t depth = product.depth - begin < chunk ? product.depth - begin : chunk;
+  if (runs_along_k(b)) return {data + begin * element, b.n_stride * element, depth * element};
+  const bool is_next = data != b.data;
+  const int64_t width = is_next && product.next_width > 0 ? product.next_width : product.num_columns * element;
+  return {data + begin * b.k_stride * element, b.k_stride * element, width};
+}
+
+// Rows of A as the kernels read them: words from byte `offset` on.
+struct Rows {
+  const void* const* rows;
+  int64_t offset;
+};
+
+// The rows themselves, or [k, k + depth) of them widened to float32 into the product's scratch.
+Rows rows_from(const Product& product, bool pairs, int64_t k, int64_t depth, const void* (&widened_rows)[kMaxRows]) {
+  k += product.row_begin;
+  if (product.row_dtype == DType::kFloat32) return {product.rows, k * 4};
+  if (pairs) return {product.rows, k * 2};
+  float* const widened = static_cast<float*>(product.scratch) + kChunkWords * kMaxPanel;
+  for (int64_t m = 0; m < product.num_rows; ++m) {
+    load_row(widened + m * depth, static_cast<const char*>(product.rows[m]) + k * 2, product.row_dtype, depth);
+    widened_rows[m] = widened + m * depth;
+  }
+  return {widened_rows, 0};
+}
+
+template <bool kPairs, typename Words, typename T>
+void multiply_words(const Product& product) {
+  constexpr int64_t kChunk = kChunkWords * Words::kDepth;
+  const void* widened_rows[kMaxRows];
+  const int64_t depth = product.depth;
+  const auto length = [&](int64_t k, int64_t most) { return depth - k < most ? depth - k : most; };
+
+  if (is_few(product) || depth == 0) {
+    if (!product.accumulate) {
+      __builtin_memset(product.c, 0, sizeof(float) * kPanel * static_cast<size_t>(product.num_rows));
+    }
+    const int64_t most = kPairs || product.row_dtype == DType::kFloat32 ? depth : kMaxRows / kFewRows * kChunkWords;
+    for (int64_t k = 0; k < depth; k += most) {
+      const auto [rows, offset] = rows_from(product, kPairs, k, length(k, most), widened_rows);
+      multiply_few<kFewRows, kPairs, Words, T>(product, rows, offset, k, length(k, most));
+    }
+    return;
+  }
+  if (product.b.in_panels) {  // in memory in the order in which they are read, and so is what comes next
+    const char* const data = static_cast<const char*>(product.b.data);
+    Ahead ahead(data + kPanelsAhead, 0, int64_t{1} << 40);
+    const Chunk chunk{.rows = product.rows,
+                      .offset = 0,
+                      .panel = reinterpret_cast<const float*>(data),
+                      .words = depth / Words::kDepth,
+                      .half_word = false,
+                      .accumulate = false};
+    return multiply_rows<kPairs, kLinesPerWord>(chunk, product.num_rows, product.c, 1, ahead);
+  }
+
+  float* const panel = static_cast<float*>(product.scratch);
+  const int64_t tiles = num_row_tiles(product.num_rows), asking = tiles < kLinesPerWord ? tiles : kLinesPerWord;
+  for (int64_t k = 0; k < depth; k += kChunk) {
+    const int64_t count = length(k, kChunk);
+    Ahead ahead = ahead_of(product, k + kChunk, kChunk);
+    pack<Words, T>(panel, product, k, count, kLinesPerWord - asking, ahead);
+    const auto [rows, offset] = rows_from(product, kPairs, k, count, widened_rows);
+    const Chunk chunk{.rows = rows,
+                      .offset = offset,
+                      .panel = panel,
+                      .words = count / Words::kDepth,
+                      .half_word = count % Words::kDepth != 0,
+                      .accumulate = product.accumulate || k > 0};
+    multiply_rows<kPairs, 1>(chunk, product.num_rows, product.c, asking, ahead);
+  }
+}
+
+void multiply(const Product& product) {
+#ifdef __AVX512BF16__
+  if (product.row_dtype == DType::kBFloat16 && product.b.dtype == DType::kBFloat16) {
+    return multiply_words<true, PairWords, BFloat16>(product);
+  }
+#endif
+  with_type(product.b.dtype, [&]<typename T>(const T*) { multiply_words<false, FloatWords<T>, T>(product); });
+}
+
+}  // namespace
+}  // namespace switchgear::cpu

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Products whose B runs along n, x·W: several panels of columns at once.
+//
+// One panel takes 128 bytes of each row of W, and rows lie a page apart. Read panel by panel, each page is walked to once per
+// panel, and memory delivers two lines of each row it opens. So up to 512 columns advance together through slices of the
+// depth: rows are read in runs of 1 KB, and their pages stay in the TLB for all panels. The order of each sum is the same.
+#pragma once
+#include <algorithm>
+
+#include "experts.h"
+
+namespace switchgear::cpu {
+
+constexpr int64_t kWideColumns = 512;
+constexpr int64_t kSliceDepth = 256;
+
+// Memory of one thread; c holds panel after panel, [num_rows, panel] each.
+struct WideScratch {
+  void* packing;
+  float* c;
+
+  static constexpr int64_t kBytes = kProductScratch + kMaxRows * kWideColumns * 4;
+  explicit WideScratch(char* memory) : packing(memory), c(reinterpret_cast<float*>(memory + kProductScratch)) {}
+};
+
+// Columns of one wide product: fewer where there would not be enough products for the threads.
+inline int64_t wide_columns(int64_t width, int64_t num_products, int64_t panel, int num_threads) {
+  int64_t wide = kWideColumns;
+  while (wide > panel && num_products * ceil_div(width, wide) < 4 * num_threads) wide /= 2;
+  return wide;
+}
+
+// `product` with any number of columns up to kWideColumns.
+inline void multiply_wide(const Kernels& k, const Product& product) {
+  const int64_t panels = ceil_div(product.num_columns, k.panel), element = size_of(product.b.dtype);
+  const int64_t slice = product.b.n_stride == 1 ? kSliceDepth : std::max<int64_t>(product.depth, 1);
+  const char* const data = static_cast<const char*>(product.b.data);
+  for (int64_t begin = 0; begin < product.depth || begin == 0; begin += slice) {
+    for (int64_t j = 0; j < panels; ++j) {
+      Product part = product;
+      part.b.data = data + (begin * product.b.k_stride + j * k.panel * product.b.n_stride) * element;
+      part.num_columns = std::min<int64_t>(k.panel, product.num_columns - j * k.panel);
+      part.row_begin = begin;
+      part.depth = std::min(slice, product.depth - begin);
+      part.accumulate = begin > 0;
+      part.c = product.c + j * product.num_rows * k.panel;
+      // Each panel asks for its share of the rows of the next slice.
+      const bool is_last = begin + slice >= product.depth;
+      const char* const next =
+          is_last ? static_cast<const char*>(product.next) : data + (begin + slice) * product.b.k_stride * element;
+      part.next = next != nullptr ? next + j * slice / panels * product.b.k_stride * element : nullptr;
+      part.next_width = product.num_columns * element;
+      k.multiply(part);
+    }
+  }
+}
+
+}  // namespace switchgear::cpu
