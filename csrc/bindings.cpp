@@ -10,6 +10,7 @@
 #include "arrays.h"
 #include "module.h"
 #include "names.h"
+#include "registry.h"
 #include "switchgear/check.h"
 
 namespace py = pybind11;
@@ -21,6 +22,8 @@ namespace {
 constexpr Names<ScoreFunction, 2> kScoreFunctions{
     {{"softmax", ScoreFunction::kSoftmax}, {"sigmoid", ScoreFunction::kSigmoid}}};
 constexpr Names<GroupScore, 2> kGroupScores{{{"max", GroupScore::kMax}, {"top2_sum", GroupScore::kTop2Sum}}};
+constexpr Names<Drop, 4> kDrops{
+    {{"order", Drop::kOrder}, {"reverse", Drop::kReverse}, {"choice", Drop::kChoice}, {"priority", Drop::kPriority}}};
 constexpr Names<Activation, 6> kActivations{{{"silu", Activation::kSilu},
                                              {"gelu", Activation::kGelu},
                                              {"gelu_tanh", Activation::kGeluTanh},
@@ -68,6 +71,61 @@ void py_route_backward(handle grad_topk_weights, handle router_logits, handle to
                          .grad_router_logits = arrays.out("grad_router_logits", grad_router_logits)};
   args.options.top_k = args.topk_ids.shape[1];
   run(route_backward, args, execution);
+}
+
+// ---- routing policies ---
+
+void py_route_dynamic(handle router_logits, handle selection_bias, handle topk_ids, handle topk_weights,
+                      int64_t min_experts, std::string_view score_function, double top_p, float threshold,
+                      bool normalize, float scale, ExecutionArgument execution) {
+  Arrays arrays = arrays_of(execution);
+  const RouteDynamicArgs args{.router_logits = arrays.in("router_logits", router_logits),
+                              .selection_bias = arrays.in_or_none("selection_bias", selection_bias),
+                              .options = {.score_function = parse("score_function", kScoreFunctions, score_function),
+                                          .min_experts = min_experts,
+                                          .top_p = top_p,
+                                          .threshold = threshold,
+                                          .normalize = normalize,
+                                          .scale = scale},
+                              .topk_ids = arrays.out("topk_ids", topk_ids),
+                              .topk_weights = arrays.out("topk_weights", topk_weights)};
+  run(route_dynamic, args, execution);
+}
+
+void py_column_topk(handle values, handle sequence_ids, handle limits, handle topk_ids, ExecutionArgument execution) {
+  Arrays arrays = arrays_of(execution);
+  const ColumnTopkArgs args{.values = arrays.in("values", values),
+                            .sequence_ids = arrays.in_or_none("sequence_ids", sequence_ids),
+                            .limits = arrays.in("limits", limits),
+                            .topk_ids = arrays.out("topk_ids", topk_ids)};
+  run(column_topk, args, execution);
+}
+
+void py_fit_capacity(handle topk_ids, handle priorities, handle scores, handle sequence_ids, handle limits,
+                     handle kept_ids, int64_t num_experts, std::string_view drop, int64_t candidates,
+                     ExecutionArgument execution) {
+  Arrays arrays = arrays_of(execution);
+  const FitCapacityArgs args{
+      .topk_ids = arrays.in("topk_ids", topk_ids),
+      .priorities = arrays.in_or_none("priorities", priorities),
+      .scores = arrays.in_or_none("scores", scores),
+      .sequence_ids = arrays.in_or_none("sequence_ids", sequence_ids),
+      .limits = arrays.in("limits", limits),
+      .options = {.num_experts = num_experts, .drop = parse("drop", kDrops, drop), .candidates = candidates},
+      .kept_ids = arrays.out("kept_ids", kept_ids)};
+  run(fit_capacity, args, execution);
+}
+
+void py_assign_balanced(handle values, handle sequence_ids, handle expert_ids, int64_t num_sequences, double eps,
+                        int64_t max_iterations, ExecutionArgument execution) {
+  Arrays arrays = arrays_of(execution);
+  const AssignBalancedArgs args{.values = arrays.in("values", values),
+                                .sequence_ids = arrays.in_or_none("sequence_ids", sequence_ids),
+                                .num_sequences = num_sequences,
+                                .eps = eps,
+                                .max_iterations = max_iterations,
+                                .expert_ids = arrays.out("expert_ids", expert_ids)};
+  run(assign_balanced, args, execution);
 }
 
 // ---- plan ---
@@ -180,12 +238,12 @@ void py_moe_forward(handle x, handle gate_up_proj, handle down_proj, handle gate
                     bool interleaved, float alpha, float limit, ExecutionArgument execution, int64_t panel) {
   Arrays arrays = arrays_of(execution);
   MoeForwardArgs args{.x = arrays.in("x", x),
-                            .weights = weights_in(arrays, gate_up_proj, down_proj, gate_up_bias, down_bias),
-                            .topk_ids = arrays.in("topk_ids", topk_ids),
-                            .topk_weights = arrays.in("topk_weights", topk_weights),
-                            .options = glu_options(activation, gated, interleaved, alpha, limit),
-                            .y = arrays.out("y", y),
-                            .h = arrays.out_or_none("h", h)};
+                      .weights = weights_in(arrays, gate_up_proj, down_proj, gate_up_bias, down_bias),
+                      .topk_ids = arrays.in("topk_ids", topk_ids),
+                      .topk_weights = arrays.in("topk_weights", topk_weights),
+                      .options = glu_options(activation, gated, interleaved, alpha, limit),
+                      .y = arrays.out("y", y),
+                      .h = arrays.out_or_none("h", h)};
   args.weights.panel = panel;
   run(moe_forward, args, execution);
 }
@@ -237,6 +295,26 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
   m.def("route_backward", &py_route_backward, "Writes the gradient of router_logits.",  //
         "grad_topk_weights"_a, "router_logits"_a, "topk_ids"_a, "grad_router_logits"_a, "score_function"_a,
         "normalize"_a, "scale"_a, py::arg(kExecutionArgument));
+  const Backend& backend = default_backend();  // what it lacks is composed of other ops, in Python
+  if (backend.route_dynamic != nullptr) {
+    m.def("route_dynamic", &py_route_dynamic, "Writes as many experts as each token needs, and their weights.",  //
+          "router_logits"_a, "selection_bias"_a, "topk_ids"_a, "topk_weights"_a, "min_experts"_a, "score_function"_a,
+          "top_p"_a, "threshold"_a, "normalize"_a, "scale"_a, py::arg(kExecutionArgument));
+  }
+  if (backend.column_topk != nullptr) {
+    m.def("column_topk", &py_column_topk, "Writes the experts that take each token as one of their best.",  //
+          "values"_a, "sequence_ids"_a, "limits"_a, "topk_ids"_a, py::arg(kExecutionArgument));
+  }
+  if (backend.fit_capacity != nullptr) {
+    m.def("fit_capacity", &py_fit_capacity, "Writes the choices that find a place.",  //
+          "topk_ids"_a, "priorities"_a, "scores"_a, "sequence_ids"_a, "limits"_a, "kept_ids"_a, "num_experts"_a,
+          "drop"_a, "candidates"_a, py::arg(kExecutionArgument));
+  }
+  if (backend.assign_balanced != nullptr) {
+    m.def("assign_balanced", &py_assign_balanced, "Writes an expert for each token, equally many tokens for each.",  //
+          "values"_a, "sequence_ids"_a, "expert_ids"_a, "num_sequences"_a, "eps"_a, "max_iterations"_a,
+          py::arg(kExecutionArgument));
+  }
   m.def("plan", &py_plan, "Writes the slots of topk_ids in the order (expert, token, choice).",  //
         "topk_ids"_a, "expert_offsets"_a, "token_indices"_a, "slot_indices"_a, py::arg(kExecutionArgument));
   m.def("permute", &py_permute, "Writes the rows of x in slot order.",  //
@@ -266,5 +344,4 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
         "topk_weights"_a, "grad_x"_a, "grad_gate_up_proj"_a, "grad_down_proj"_a, "grad_gate_up_bias"_a,
         "grad_down_bias"_a, "grad_topk_weights"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a,
         py::arg(kExecutionArgument));
-
 }

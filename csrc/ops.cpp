@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 #include <utility>
 
 #include "checks.h"
@@ -21,6 +22,14 @@ Dim slots(const Dim& T, const Dim& K) {
   SWITCHGEAR_CHECK(ValueError, T.size <= std::numeric_limits<int32_t>::max() / K.size,
                    "topk_ids: expected less than 2^31 slots, got ", T.size, " tokens with ", K.size, " choices each");
   return {"S", 0, T.size * K.size};
+}
+
+// The kernel of an op that not every backend has.
+template <typename Kernel>
+Kernel kernel_of(const Call& call, Kernel kernel) {
+  if (kernel == nullptr)
+    throw std::runtime_error(join("the backend ", call.backend().name, " has no kernel for this op"));
+  return kernel;
 }
 
 // ---- plans, which pass through the hands of the caller ---
@@ -46,6 +55,11 @@ void check_plan(const Plan& plan, const Dim& T, const Dim& S) {
   check_offsets("expert_offsets", plan.expert_offsets, S.size);
   check_tokens(plan.token_indices, plan.expert_offsets, T.size);
   check_range("slot_indices", plan.slot_indices, -1, S.size);
+}
+
+void check_sequences(const TensorView& sequence_ids, const TensorView& limits, const Dim& B) {
+  if (sequence_ids.defined()) check_range("sequence_ids", sequence_ids, 0, B.size);
+  check_range("limits", limits, 0, std::numeric_limits<int32_t>::max());
 }
 
 // ---- options ---
@@ -91,15 +105,19 @@ void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& o
 void check_panels(const MoeForwardArgs& args, const Backend& backend, const Dim& I) {
   const ExpertWeights& weights = args.weights;
   if (weights.panel == 0) return;
-  const int64_t expected = backend.panel != nullptr ? backend.panel(args.x.dtype) : 0, depth = 4 / size_of(args.x.dtype);
-  SWITCHGEAR_CHECK(ValueError, weights.panel == expected, "panel: expected 0", expected > 0 ? join(" or ", expected) : "",
-                   ", the layout of ", name_of(args.x.dtype), " weights on this backend now, got ", weights.panel);
-  for (const auto& [name, matrices] : {std::pair("gate_up_proj", &weights.gate_up_proj),
-                                       std::pair("down_proj", &weights.down_proj)}) {
+  const int64_t expected = backend.panel != nullptr ? backend.panel(args.x.dtype) : 0,
+                depth = 4 / size_of(args.x.dtype);
+  SWITCHGEAR_CHECK(ValueError, weights.panel == expected, "panel: expected 0",
+                   expected > 0 ? join(" or ", expected) : "", ", the layout of ", name_of(args.x.dtype),
+                   " weights on this backend now, got ", weights.panel);
+  for (const auto& [name, matrices] :
+       {std::pair("gate_up_proj", &weights.gate_up_proj), std::pair("down_proj", &weights.down_proj)}) {
     const TensorView& m = matrices->packed;
-    SWITCHGEAR_CHECK(ValueError, matrices->base == nullptr && m.contiguous() && m.shape[1] % expected == 0 &&
-                     m.shape[2] % depth == 0, name, ": expected panels of ", expected, " rows and an inner dimension of ",
-                     depth, "'s multiples, contiguous, got ", describe(m));
+    SWITCHGEAR_CHECK(
+        ValueError,
+        matrices->base == nullptr && m.contiguous() && m.shape[1] % expected == 0 && m.shape[2] % depth == 0, name,
+        ": expected panels of ", expected, " rows and an inner dimension of ", depth, "'s multiples, contiguous, got ",
+        describe(m));
   }
   SWITCHGEAR_CHECK(ValueError, !args.options.gated || args.options.interleaved || I.size % expected == 0,
                    "gate_up_proj: expected panels of ", expected, " gates, got I=", I.size);
@@ -133,6 +151,76 @@ void route_backward(const RouteBackwardArgs& args, Execution exec) {
   call.check_overlap();
   check_range("topk_ids", args.topk_ids, -1, E.size);
   call.backend().route_backward(args, exec);
+}
+
+// ---- routing policies ---
+
+void route_dynamic(const RouteDynamicArgs& args, Execution exec) {
+  Call call(exec);
+  const RouteDynamicOptions& options = args.options;
+  Dim T{"T", 0}, E{"E"}, M{"M"};
+  call.input("router_logits", args.router_logits, kFloat, {&T, &E}, kRows);
+  if (args.selection_bias.defined()) call.input("selection_bias", args.selection_bias, kFloat32, {&E});
+  call.output("topk_ids", args.topk_ids, kInt32, {&T, &M});
+  call.output("topk_weights", args.topk_weights, kFloat32, {&T, &M});
+  slots(T, M);
+  SWITCHGEAR_CHECK(ValueError, M.size <= E.size, "topk_ids: expected at most E=", E.size, " experts a token, got ",
+                   M.size);
+  SWITCHGEAR_CHECK(ValueError, options.min_experts >= 0 && options.min_experts <= M.size,
+                   "min_experts: expected 0 to M=", M.size, ", got ", options.min_experts);
+  SWITCHGEAR_CHECK(ValueError, options.top_p >= 0, "top_p: expected at least 0, got ", options.top_p);
+  SWITCHGEAR_CHECK(ValueError, !std::isnan(options.threshold), "threshold: expected a number, got ", options.threshold);
+  SWITCHGEAR_CHECK(ValueError, std::isfinite(options.scale), "scale: expected a finite number, got ", options.scale);
+  call.check_overlap();
+  kernel_of(call, call.backend().route_dynamic)(args, exec);
+}
+
+void column_topk(const ColumnTopkArgs& args, Execution exec) {
+  Call call(exec);
+  Dim T{"T", 0}, E{"E"}, B{"B"};
+  call.input("values", args.values, kFloat, {&T, &E}, kRows);
+  if (args.sequence_ids.defined()) call.input("sequence_ids", args.sequence_ids, kInt32, {&T});
+  call.input("limits", args.limits, kInt32, {&B});
+  call.output("topk_ids", args.topk_ids, kInt32, {&T, &E});
+  slots(T, E);
+  call.check_overlap();
+  check_sequences(args.sequence_ids, args.limits, B);
+  kernel_of(call, call.backend().column_topk)(args, exec);
+}
+
+void fit_capacity(const FitCapacityArgs& args, Execution exec) {
+  Call call(exec);
+  const FitCapacityOptions& options = args.options;
+  Dim T{"T", 0}, K{"K"}, E{"E", 1, options.num_experts}, B{"B"};
+  SWITCHGEAR_CHECK(ValueError, E.size >= 1, "num_experts: expected at least 1, got ", E.size);
+  call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
+  if (options.drop == Drop::kPriority) call.input("priorities", args.priorities, kFloat32, {&T, &K});
+  if (args.scores.defined()) call.input("scores", args.scores, kFloat32, {&T, &E});
+  if (args.sequence_ids.defined()) call.input("sequence_ids", args.sequence_ids, kInt32, {&T});
+  call.input("limits", args.limits, kInt32, {&B});
+  call.output("kept_ids", args.kept_ids, kInt32, {&T, &K});
+  slots(T, K);
+  call.check_overlap();
+  check_range("topk_ids", args.topk_ids, -1, E.size);
+  check_sequences(args.sequence_ids, args.limits, B);
+  kernel_of(call, call.backend().fit_capacity)(args, exec);
+}
+
+void assign_balanced(const AssignBalancedArgs& args, Execution exec) {
+  Call call(exec);
+  Dim T{"T", 0}, E{"E"};
+  SWITCHGEAR_CHECK(ValueError, args.num_sequences >= 1 && args.num_sequences <= std::numeric_limits<int32_t>::max(),
+                   "num_sequences: expected at least 1, got ", args.num_sequences);
+  SWITCHGEAR_CHECK(ValueError, std::isfinite(args.eps), "eps: expected a finite number, got ", args.eps);
+  SWITCHGEAR_CHECK(ValueError, args.max_iterations >= 0, "max_iterations: expected at least 0, got ",
+                   args.max_iterations);
+  call.input("values", args.values, kFloat32, {&T, &E});
+  if (args.sequence_ids.defined()) call.input("sequence_ids", args.sequence_ids, kInt32, {&T});
+  call.output("expert_ids", args.expert_ids, kInt32, {&T});
+  slots(T, E);
+  call.check_overlap();
+  if (args.sequence_ids.defined()) check_range("sequence_ids", args.sequence_ids, 0, args.num_sequences);
+  kernel_of(call, call.backend().assign_balanced)(args, exec);
 }
 
 // ---- plan ---

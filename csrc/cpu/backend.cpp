@@ -111,6 +111,10 @@ const Backend& cpu_backend() {
                                     .glu_backward = cpu::glu_backward,
                                     .moe_forward = cpu::moe_forward,
                                     .moe_backward = cpu::moe_backward,
+                                    .route_dynamic = cpu::route_dynamic,
+                                    .column_topk = cpu::column_topk,
+                                    .fit_capacity = cpu::fit_capacity,
+                                    .assign_balanced = cpu::assign_balanced,
                                     .panel = cpu_panel};
   return kBackend;
 }

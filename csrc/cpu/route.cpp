@@ -7,87 +7,16 @@
 // A ranking is always the total order (value descending, index ascending). Every float operation is written out in its
 // order and nothing is fused: scores have the same bits on every backend, ISA and number of threads.
 #include <algorithm>
-#include <bit>
-#include <functional>
-#include <limits>
 #include <vector>
 
-#include "exp.h"
 #include "experts.h"
 #include "ops.h"
+#include "ranking.h"
+#include "scores.h"
 #include "threads.h"
 
 namespace switchgear::cpu {
 namespace {
-
-constexpr float kFloatMax = std::numeric_limits<float>::max();
-constexpr int64_t kGrainLogits = 16384;  // about 50 µs of work; less is not worth waking a thread
-constexpr int64_t kMaxInsertion = 32;    // longest list kept sorted by insertion
-
-// NaN fails both comparisons of the first line.
-float sanitise(float v) {
-  v = v > -kFloatMax ? v : -kFloatMax;
-  return v < kFloatMax ? v : kFloatMax;
-}
-
-int64_t grain_rows(int64_t num_experts) { return std::max<int64_t>(1, kGrainLogits / num_experts); }
-
-float max_of(const float* values, int64_t n) {
-  constexpr int kLanes = 8;  // breaks the chain of dependent comparisons
-  float lanes[kLanes];
-  std::fill_n(lanes, kLanes, -kFloatMax);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) lanes[j] = values[i + j] > lanes[j] ? values[i + j] : lanes[j];
-  }
-  for (; i < n; ++i) lanes[0] = std::max(lanes[0], values[i]);
-  return *std::max_element(lanes, lanes + kLanes);
-}
-
-// numerators[j] = exp(logits[j] - max), returns their sum
-double softmax_numerators(const float* logits, float* numerators, int64_t n) {
-  const float max = max_of(logits, n);
-  for (int64_t j = 0; j < n; ++j) numerators[j] = exp_f32(logits[j] - max);
-  double sum = 0.0;
-  for (int64_t j = 0; j < n; ++j) sum += numerators[j];
-  return sum;
-}
-
-float softmax_score(float numerator, double sum) { return static_cast<float>(numerator / sum); }
-
-void all_scores(ScoreFunction function, const float* logits, float* scores, int64_t n) {
-  if (function == ScoreFunction::kSigmoid) {
-    for (int64_t j = 0; j < n; ++j) scores[j] = 1.0f / (1.0f + exp_f32(-logits[j]));
-    return;
-  }
-  const double sum = softmax_numerators(logits, scores, n);
-  for (int64_t j = 0; j < n; ++j) scores[j] = softmax_score(scores[j], sum);
-}
-
-// The total order of rankings as one integer: a larger key is a larger value, or the same value and a lower index.
-int64_t key_of(float value, int64_t index) {
-  const int32_t bits = std::bit_cast<int32_t>(value + 0.0f);   // -0 becomes +0
-  const int64_t ordered = bits ^ ((bits >> 31) & 0x7fffffff);  // negative floats descend as integers: flip them
-  return (ordered << 32) | (~index & 0xffffffff);
-}
-int32_t index_of(int64_t key) { return static_cast<int32_t>(~key & 0xffffffff); }
-
-// Moves the `count` largest keys to the front, largest first.
-void select_best(int64_t* keys, int64_t num_keys, int64_t count) {
-  if (count > kMaxInsertion) {
-    if (count < num_keys) std::nth_element(keys, keys + count, keys + num_keys, std::greater<>());
-    std::sort(keys, keys + count, std::greater<>());
-    return;
-  }
-  int64_t size = 0;  // keys[0, size) is the sorted list; the key being looked at lies behind it
-  for (int64_t i = 0; i < num_keys; ++i) {
-    const int64_t key = keys[i];
-    if (size == count && key < keys[size - 1]) continue;
-    int64_t at = size < count ? size++ : size - 1;
-    for (; at > 0 && key > keys[at - 1]; --at) keys[at] = keys[at - 1];
-    keys[at] = key;
-  }
-}
 
 float group_score(const float* values, int64_t n, GroupScore kind) {
   float best = values[0];
@@ -154,17 +83,11 @@ void route_row(const RouteOptions& options, const float* bias, int64_t num_exper
   select_best(keys, make_keys(ranked, num_experts, options, scratch), options.top_k);
   for (int64_t k = 0; k < options.top_k; ++k) topk_ids[k] = index_of(keys[k]);
 
-  double total = 0.0;
   for (int64_t k = 0; k < options.top_k; ++k) {
     const float score = scores[topk_ids[k]];
     topk_weights[k] = by_logit ? softmax_score(score, sum) : score;
-    total += topk_weights[k];
   }
-  total += 1e-20;
-  for (int64_t k = 0; k < options.top_k; ++k) {
-    if (options.normalize) topk_weights[k] = static_cast<float>(topk_weights[k] / total);
-    topk_weights[k] *= options.scale;
-  }
+  finish_weights(topk_weights, options.top_k, options.normalize, options.scale);
 }
 
 // Gradient of one row in float64; `scores` are those of route. Entries of non-finite logits are zeroed by the caller.

@@ -23,6 +23,11 @@ struct Backend {
   void (*glu_backward)(const GluBackwardArgs&, Execution);
   void (*moe_forward)(const MoeForwardArgs&, Execution);
   void (*moe_backward)(const MoeBackwardArgs&, Execution);
+  // Null where a backend has no kernels for them: then they are composed of other ops.
+  void (*route_dynamic)(const RouteDynamicArgs&, Execution) = nullptr;
+  void (*column_topk)(const ColumnTopkArgs&, Execution) = nullptr;
+  void (*fit_capacity)(const FitCapacityArgs&, Execution) = nullptr;
+  void (*assign_balanced)(const AssignBalancedArgs&, Execution) = nullptr;
   int64_t (*panel)(DType) =
       nullptr;  // rows of a panel of weights (ExpertWeights), 0 for dtypes without; null: no panels
 };

@@ -72,6 +72,82 @@ struct RouteBackwardArgs {
 };
 void route_backward(const RouteBackwardArgs& args, Execution exec = {});
 
+// ---- routing policies --------------------------------------------------------------------------------------------------
+// Values, scores and priorities may have any bits: NaN and -Inf rank last, +Inf first, and ties go to the lowest index.
+// Where tokens compete, those of one sequence (sequence_ids [T] in [0,B); all are one sequence where absent) do so alone.
+
+// For each token the fewest experts, the best first, that have a share of `top_p` of the scores together; without those whose
+// score is below `threshold`, but at least min_experts and at most M. Choices and weights are otherwise those of route.
+struct RouteDynamicOptions {
+  ScoreFunction score_function = ScoreFunction::kSoftmax;
+  int64_t min_experts = 1;  // <= M
+  double top_p = 1e30;
+  float threshold = 0.0f;
+  bool normalize = false;
+  float scale = 1.0f;
+};
+
+struct RouteDynamicArgs {
+  TensorView router_logits;   // [T,E] float, any bit pattern
+  TensorView selection_bias;  // [E] float32, optional
+  RouteDynamicOptions options;
+  TensorView topk_ids;      // out [T,M], -1 behind the last choice
+  TensorView topk_weights;  // out [T,M] float32, 0 there
+};
+void route_dynamic(const RouteDynamicArgs& args, Execution exec = {});
+
+// Expert choice: topk_ids[t] lists the columns e for which values[t,e] is among the limits[b] largest of its sequence b and
+// column, ascending, then -1.
+struct ColumnTopkArgs {
+  TensorView values;        // [T,E] float, any bit pattern
+  TensorView sequence_ids;  // [T] int32, optional
+  TensorView limits;        // [B] int32, >= 0
+  TensorView topk_ids;      // out [T,E]
+};
+void column_topk(const ColumnTopkArgs& args, Execution exec = {});
+
+// Which choices keep their place where an expert has too many.
+enum class Drop : uint8_t {
+  kOrder,     // the first tokens, of a token the first choices
+  kReverse,   // the last ones
+  kChoice,    // all tokens' first choices before the second ones
+  kPriority,  // those of the highest priority, ties by order
+};
+
+struct FitCapacityOptions {
+  int64_t num_experts = 1;
+  Drop drop = Drop::kOrder;
+  int64_t candidates = 0;  // how many experts a token may go to in all; see scores
+};
+
+// An expert takes at most limits[b] choices of the tokens of sequence b; kept_ids is topk_ids with -1 for the others.
+// With `scores`, a token offers what it lost to its best other experts one after the other, and takes the place of -1 there:
+// in round r each token with lost choices offers the first of them to its r-th best expert that it has not chosen, which
+// accepts by precedence while it has room; there are candidates - K rounds.
+struct FitCapacityArgs {
+  TensorView topk_ids;      // [T,K]
+  TensorView priorities;    // [T,K] float32, with kPriority
+  TensorView scores;        // [T,E] float32, optional
+  TensorView sequence_ids;  // [T] int32, optional
+  TensorView limits;        // [B] int32, >= 0
+  FitCapacityOptions options;
+  TensorView kept_ids;  // out [T,K]
+};
+void fit_capacity(const FitCapacityArgs& args, Execution exec = {});
+
+// One expert for each token, equally many tokens of a sequence for each expert (the first experts one more), and a total of
+// values that is within T·eps of the largest if the auction ends within max_iterations. NaN and infinities count as a
+// little less, or more, than the finite values of the sequence.
+struct AssignBalancedArgs {
+  TensorView values;          // [T,E] float32, any bit pattern
+  TensorView sequence_ids;    // [T] int32, optional
+  int64_t num_sequences = 1;  // B
+  double eps = -1.0;          // negative: (max - min) / 50 of the sequence's values, at least 1e-4
+  int64_t max_iterations = 100;
+  TensorView expert_ids;  // out [T] int32
+};
+void assign_balanced(const AssignBalancedArgs& args, Execution exec = {});
+
 // ---- plan --------------------------------------------------------------------------------------------------------------
 
 struct Plan {

@@ -17,6 +17,7 @@ where a gradient or a forward-mode tangent asks for it. Gradients can be taken o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -211,6 +212,69 @@ def route(
         topk_ids, topk_weights = _apply(_Route, router_logits, selection_bias, *options)
     else:
         topk_ids, topk_weights = ops.route(router_logits, selection_bias, *options)
+    return Routing(topk_ids, topk_weights, router_logits, router_logits.shape[1])
+
+
+class _RouteDynamic(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(router_logits: Tensor, selection_bias: Tensor | None, *options: Any) -> Any:
+        return ops.route_dynamic(router_logits, selection_bias, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        router_logits, _, _, _, ctx.score_function, _, _, ctx.normalize, ctx.scale = inputs
+        topk_ids, _ = output
+        ctx.mark_non_differentiable(topk_ids)
+        ctx.save_for_backward(router_logits, topk_ids)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any, grad_topk_weights: Tensor) -> Any:
+        return _Route.backward(ctx, _, grad_topk_weights)  # that of the same choice, with as many inputs
+
+
+@accepts_arrays
+def route_dynamic(
+    router_logits: Tensor,
+    *,
+    top_p: float = math.inf,
+    threshold: float = 0.0,
+    min_experts: int = 1,
+    max_experts: int | None = None,
+    score_function: str = "softmax",
+    normalize: bool = False,
+    scale: float = 1.0,
+    selection_bias: Tensor | None = None,
+) -> Routing:
+    """Chooses as many experts as each token needs: the fewest, the best first, whose scores add up to top_p
+    (arXiv:2403.07652), without those whose score is below threshold (arXiv:2408.04278).
+
+    Args:
+        router_logits: [..., E], as for `route`, which the other options are also those of.
+        top_p: a share of the scores; the expert that reaches it is chosen too. From 1 on under softmax, all are.
+        threshold: of the score itself.
+        min_experts, max_experts: bounds of their number, whatever the scores. K of the Routing is max_experts, by
+            default E; behind a token's last expert are -1 and weights of 0.
+
+    Raises:
+        ValueError: an option out of range. TypeError: a dtype that is not floating.
+    """
+    if router_logits.dim() != 2:
+        router_logits = router_logits.reshape(-1, router_logits.shape[-1])
+    if selection_bias is not None:
+        selection_bias = _as_weights("selection_bias", selection_bias.detach(), torch.float32)
+    top_p = _number("top_p", top_p)
+    if score_function == "softmax" and top_p >= 1:
+        top_p = math.inf  # whatever the probabilities add up to
+    count = router_logits.shape[1] if max_experts is None else max_experts
+    options = (
+        count, min_experts, score_function, top_p, _number("threshold", threshold), normalize, _number("scale", scale)
+    )  # fmt: skip
+    if _needs_autograd(router_logits):
+        topk_ids, topk_weights = _apply(_RouteDynamic, router_logits, selection_bias, *options)
+    else:
+        topk_ids, topk_weights = ops.route_dynamic(router_logits, selection_bias, *options)
     return Routing(topk_ids, topk_weights, router_logits, router_logits.shape[1])
 
 

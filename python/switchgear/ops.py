@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch  # first: it brings the OpenMP runtime that the native module then shares
 from torch import Tensor, nn
 
-from switchgear import backends, cuda, reference
+from switchgear import backends, cuda, reference, reference_policies
 
 try:
     from switchgear import _C
@@ -108,15 +108,21 @@ def _check_devices(op: Any, args: Sequence[Any]) -> None:
                 raise ValueError(f"{argument.name}: expected a tensor on {device}, got one on {tensor.device}")
 
 
-def _register(schema: str, native: Callable[..., Any], allocate: Callable[..., Any]) -> Any:
-    """Defines the op and returns its overload, which is quicker to call than the packet."""
+def _register(
+    schema: str, native: Callable[..., Any], allocate: Callable[..., Any], specified_in: ModuleType = reference
+) -> Any:
+    """Defines the op and returns its overload, which is quicker to call than the packet. An op of reference_policies
+    that a native module lacks runs as its specification says."""
     name = schema.partition("(")[0]
-    specification = getattr(reference, name)
+    specification = getattr(specified_in, name)
+    is_everywhere = specified_in is reference
 
     on_host = MethodType(native, host)  # quicker than to hand `host` on with the arguments
 
     def on_cpu(*args: Any) -> Any:
-        return on_host(*args) if backends.runs_natively(args[0].dtype) else in_torch(*args)
+        if backends.runs_natively(args[0].dtype) and (is_everywhere or hasattr(host.module, name)):
+            return on_host(*args)
+        return in_torch(*args)
 
     def on_cuda(*args: Any) -> Any:
         device = args[0].device
@@ -128,8 +134,11 @@ def _register(schema: str, native: Callable[..., Any], allocate: Callable[..., A
         if reason is not None:
             backends.announce_reference(device, reason)
             return in_torch(*args)
+        kernels = _on_cuda(device.index)
+        if not (is_everywhere or hasattr(kernels.module, name)):
+            return in_torch(*args)
         with cuda.current(device.index):
-            return native(_on_cuda(device.index), *args)
+            return native(kernels, *args)
 
     def elsewhere(*args: Any) -> Any:
         backends.announce_reference(args[0].device)
@@ -237,6 +246,108 @@ route_backward: Callable[..., Tensor] = _register(
     "bool normalize, float scale) -> Tensor",
     _route_backward,
     _allocate_route_backward,
+)
+
+
+# ---- routing policies ------------------------------------------------------------------------------------------------
+
+
+def _allocate_route_dynamic(
+    router_logits: Tensor, selection_bias: Tensor | None, max_experts: int, *_: Any
+) -> tuple[Tensor, Tensor]:
+    num_tokens, num_experts = _matrix("router_logits", router_logits).shape
+    if not 1 <= max_experts <= num_experts:
+        raise ValueError(f"max_experts: expected 1 to {num_experts}, got {max_experts}")
+    topk_ids = router_logits.new_empty(num_tokens, max_experts, dtype=torch.int32)
+    return topk_ids, router_logits.new_empty(num_tokens, max_experts, dtype=reference.weight_dtype(router_logits.dtype))
+
+
+def _route_dynamic(
+    kernels: Kernels, router_logits: Tensor, selection_bias: Tensor | None, max_experts: int, *options: Any
+) -> tuple[Tensor, Tensor]:
+    outputs = _allocate_route_dynamic(router_logits, selection_bias, max_experts)
+    kernels.module.route_dynamic(_rows(router_logits), _dense(selection_bias), *outputs, *options, kernels.execution())
+    return outputs
+
+
+route_dynamic: Callable[..., tuple[Tensor, Tensor]] = _register(
+    "route_dynamic(Tensor router_logits, Tensor? selection_bias, int max_experts, int min_experts, str score_function, "
+    "float top_p, float threshold, bool normalize, float scale) -> (Tensor topk_ids, Tensor topk_weights)",
+    _route_dynamic,
+    _allocate_route_dynamic,
+    reference_policies,
+)
+
+
+def _allocate_column_topk(values: Tensor, *_: Any) -> Tensor:
+    return values.new_empty(_matrix("values", values).shape, dtype=torch.int32)
+
+
+def _column_topk(kernels: Kernels, values: Tensor, sequence_ids: Tensor | None, limits: Tensor) -> Tensor:
+    topk_ids = _allocate_column_topk(values)
+    kernels.module.column_topk(_rows(values), _dense(sequence_ids), limits.contiguous(), topk_ids, kernels.execution())
+    return topk_ids
+
+
+column_topk: Callable[..., Tensor] = _register(
+    "column_topk(Tensor values, Tensor? sequence_ids, Tensor limits) -> Tensor",
+    _column_topk,
+    _allocate_column_topk,
+    reference_policies,
+)
+
+
+def _allocate_fit_capacity(topk_ids: Tensor, *_: Any) -> Tensor:
+    return topk_ids.new_empty(_matrix("topk_ids", topk_ids).shape)
+
+
+def _fit_capacity(
+    kernels: Kernels,
+    topk_ids: Tensor,
+    priorities: Tensor | None,
+    scores: Tensor | None,
+    sequence_ids: Tensor | None,
+    limits: Tensor,
+    num_experts: int,
+    drop: str,
+    candidates: int,
+) -> Tensor:
+    kept_ids = _allocate_fit_capacity(topk_ids)
+    kernels.module.fit_capacity(
+        topk_ids.contiguous(), _dense(priorities), _dense(scores), _dense(sequence_ids), limits.contiguous(), kept_ids,
+        num_experts, drop, candidates, kernels.execution(),
+    )  # fmt: skip
+    return kept_ids
+
+
+fit_capacity: Callable[..., Tensor] = _register(
+    "fit_capacity(Tensor topk_ids, Tensor? priorities, Tensor? scores, Tensor? sequence_ids, Tensor limits, "
+    "int num_experts, str drop, int candidates) -> Tensor",
+    _fit_capacity,
+    _allocate_fit_capacity,
+    reference_policies,
+)
+
+
+def _allocate_assign_balanced(values: Tensor, *_: Any) -> Tensor:
+    return values.new_empty(_matrix("values", values).shape[:1], dtype=torch.int32)
+
+
+def _assign_balanced(
+    kernels: Kernels, values: Tensor, sequence_ids: Tensor | None, num_sequences: int, eps: float, max_iterations: int
+) -> Tensor:
+    expert_ids = _allocate_assign_balanced(values)
+    kernels.module.assign_balanced(
+        values.contiguous(), _dense(sequence_ids), expert_ids, num_sequences, eps, max_iterations, kernels.execution()
+    )
+    return expert_ids
+
+
+assign_balanced: Callable[..., Tensor] = _register(
+    "assign_balanced(Tensor values, Tensor? sequence_ids, int num_sequences, float eps, int max_iterations) -> Tensor",
+    _assign_balanced,
+    _allocate_assign_balanced,
+    reference_policies,
 )
 
 

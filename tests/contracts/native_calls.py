@@ -46,6 +46,36 @@ OPS = {
         },
         ROUTE,
     ),
+    "route_dynamic": Op(
+        {"router_logits": "TE float rows", "selection_bias": "E float32"}
+        | {name: spec + " out" for name, spec in CHOICES.items()},
+        {
+            "min_experts": 1,
+            "score_function": "softmax",
+            "top_p": 0.5,
+            "threshold": 0.1,
+            "normalize": True,
+            "scale": 1.0,
+        },
+    ),
+    "column_topk": Op(
+        {"values": "TE float rows", "sequence_ids": "T int32", "limits": "B int32", "topk_ids": "TE int32 out"}, {}
+    ),
+    "fit_capacity": Op(
+        {
+            "topk_ids": "TK int32",
+            "priorities": "TK float32",
+            "scores": "TE float32",
+            "sequence_ids": "T int32",
+            "limits": "B int32",
+            "kept_ids": "TK int32 out",
+        },
+        {"num_experts": 3, "drop": "priority", "candidates": 3},
+    ),
+    "assign_balanced": Op(
+        {"values": "TE float32", "sequence_ids": "T int32", "expert_ids": "T int32 out"},
+        {"num_sequences": 2, "eps": -1.0, "max_iterations": 5},
+    ),
     "plan": Op({"topk_ids": "TK int32"} | {name: spec + " out" for name, spec in PLAN.items()}, {}),
     "permute": Op(
         {"x": "TH float rows", **PLAN, "topk_weights": "TK float32", "permuted_x": "SH float rows out"},
@@ -122,6 +152,9 @@ def outputs_of(op: str) -> list[str]:
 
 def is_optional(op: str, name: str) -> bool:
     optional = {
+        "column_topk": {"sequence_ids"},
+        "fit_capacity": {"scores", "sequence_ids"},
+        "assign_balanced": {"sequence_ids"},
         "permute": {"topk_weights"},
         "combine": {"topk_weights"},
         "grouped_gemm": {"token_indices"},
@@ -133,8 +166,8 @@ def is_optional(op: str, name: str) -> bool:
 
 
 def sizes_of(T: int = 4, K: int = 2, E: int = 3, H: int = 5, I: int = 7) -> dict[str, int]:  # noqa: E741
-    """Sizes by letter; F is E + 1. The defaults are all different, so that no size can stand in for another."""
-    return {"T": T, "K": K, "E": E, "H": H, "I": I, "N": 2 * I, "S": T * K, "F": E + 1}
+    """Sizes by letter; F is E + 1, B is 2. The defaults are all different, so that no size can stand in for another."""
+    return {"T": T, "K": K, "E": E, "H": H, "I": I, "N": 2 * I, "S": T * K, "F": E + 1, "B": 2}
 
 
 def arguments(op: str, sizes: dict[str, int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -143,6 +176,8 @@ def arguments(op: str, sizes: dict[str, int], dtype: torch.dtype = torch.float32
     if op == "route_backward":
         topk_ids = torch.rand(sizes["T"], sizes["E"]).argsort(-1)[:, : sizes["K"]].int()
     given = dict(zip(PLAN, reference.plan(topk_ids, sizes["E"]), strict=True)) | {"topk_ids": topk_ids}
+    given["sequence_ids"] = torch.randint(sizes["B"], (sizes["T"],), dtype=torch.int32)
+    given["limits"] = torch.randint(sizes["T"] + 1, (sizes["B"],), dtype=torch.int32)
     dtypes = {"float": dtype, "float32": weight_dtype(dtype), "int32": torch.int32}
     args: dict[str, Any] = {}
     for name in OPS[op].tensors:
@@ -154,7 +189,10 @@ def arguments(op: str, sizes: dict[str, int], dtype: torch.dtype = torch.float32
             args[name] = given[name]
         else:
             args[name] = torch.randn(shape).to(dtypes[spec.dtype])
-    return args | OPS[op].options | {"num_threads": 1}
+    options = OPS[op].options
+    if "num_experts" in options:
+        options = options | {"num_experts": sizes["E"], "candidates": sizes["E"]}
+    return args | options | {"num_threads": 1}
 
 
 def memory(tensor: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def defects(op: str, name: str) -> Iterator[Defect]:
     last = len(spec.sizes) - 1
     for dtype in WRONG_DTYPES[spec.dtype]:
         yield str(dtype).removeprefix("torch."), retyped(dtype)
-    if spec.dtype == "float" and op != "route":
+    if spec.dtype == "float" and sum(spec_of(op, other).dtype == "float" for other in OPS[op].tensors) > 1:
         yield "bfloat16 beside float32", retyped(torch.bfloat16)
     yield "one dimension more", lambda t: t.unsqueeze(0)
     yield "one dimension less", lambda t: t.select(0, 0)
@@ -102,7 +102,7 @@ def defects(op: str, name: str) -> Iterator[Defect]:
 
 def linked(letter: str) -> str:
     """Sizes that follow from each other: S = T·K, F = E + 1, N = 2I."""
-    return next(group for group in ("TKS", "EF", "IN", "H") if letter in group)
+    return next(group for group in ("TKS", "EF", "IN", "H", "B") if letter in group)
 
 
 def is_shared(op: str, letter: str) -> bool:
@@ -199,6 +199,8 @@ OUT_OF_RANGE = {
     "topk_ids": (-2, SIZES["E"], INT_MIN, INT_MAX),
     "token_indices": (-1, SIZES["T"], INT_MIN, INT_MAX),
     "slot_indices": (-2, SIZES["S"], INT_MIN, INT_MAX),
+    "sequence_ids": (-1, SIZES["B"], INT_MIN, INT_MAX),
+    "limits": (-1, INT_MIN, INT_MAX),
 }
 INDICES = [
     (op, name, value)
@@ -249,6 +251,14 @@ WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
     "topk_groups": (0, 2, -1),
     "alpha": (float("nan"), float("inf")),
     "limit": (-1.0, float("nan"), float("inf")),
+    "min_experts": (-1, 3),
+    "top_p": (-0.5, float("nan")),
+    "threshold": (float("nan"),),
+    "drop": ("score", ""),
+    "num_experts": (0, -1),
+    "num_sequences": (0, -1, 2**31),
+    "eps": (float("nan"), float("inf")),
+    "max_iterations": (-1,),
     "num_threads": (-1, 100_000),
 }
 OPTION_CASES = [

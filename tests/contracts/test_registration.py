@@ -36,7 +36,7 @@ def sample(op: str, seed: int) -> tuple[Any, ...]:
         inputs[name] = None if is_optional(op, name) and rng.integers(3) == 0 and name != "token_indices" else tensor
     tensors, options = list(inputs.values()), [args[name] for name in OPS[op].options]
     match op:
-        case "route":
+        case "route" | "route_dynamic":
             return *tensors, sizes["K"], *options
         case "plan":
             return *tensors, sizes["E"]

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// route_dynamic: as many experts as a token needs: those that reach a mass together, or a score each.
+//
+//   work about 25·T·E flop as in route; traffic T·E·size + 8·T·M bytes; compute-bound
+//
+// The experts of a token come off a heap, the best first, until the mass is reached or the scores are too low. So a token
+// with few experts never sorts the others.
+#include <algorithm>
+#include <vector>
+
+#include "experts.h"
+#include "kernels.h"
+#include "ops.h"
+#include "ranking.h"
+#include "scores.h"
+#include "threads.h"
+
+namespace switchgear::cpu {
+namespace {
+
+struct Row {
+  explicit Row(int64_t num_experts) : logits(num_experts), scores(num_experts), keys(num_experts) {}
+  std::vector<float> logits, scores;
+  std::vector<int64_t> keys;
+};
+
+// Writes the choices of one row of logits and returns their number.
+int64_t choose(const RouteDynamicOptions& options, const std::vector<float>& bias, Row& row, int64_t max_experts,
+               int32_t* topk_ids, float* topk_weights) {
+  const auto num_experts = static_cast<int64_t>(row.logits.size());
+  all_scores(options.score_function, row.logits.data(), row.scores.data(), num_experts);
+  const bool by_logit = options.score_function == ScoreFunction::kSoftmax && bias.empty();
+  for (int64_t j = 0; j < num_experts; ++j) {
+    row.keys[j] = key_of(by_logit ? row.logits[j] : bias.empty() ? row.scores[j] : row.scores[j] + bias[j], j);
+  }
+  std::make_heap(row.keys.begin(), row.keys.end());
+  int64_t count = 0;
+  double mass = 0.0;  // of all better experts, those left out by the threshold included
+  for (int64_t rank = 0; rank < max_experts; ++rank) {
+    if (rank >= options.min_experts && !(mass < options.top_p)) break;
+    std::pop_heap(row.keys.begin(), row.keys.end() - rank);
+    const int32_t expert = index_of(row.keys[num_experts - 1 - rank]);
+    const float score = row.scores[expert];
+    mass += score;
+    if (rank >= options.min_experts && !(score >= options.threshold)) {
+      if (bias.empty()) break;  // the scores descend
+      continue;
+    }
+    topk_ids[count] = expert;
+    topk_weights[count++] = score;
+  }
+  return count;
+}
+
+}  // namespace
+
+void route_dynamic(const RouteDynamicArgs& args, Execution exec) {
+  const Kernels& k = kernels();
+  const TensorView& input = args.router_logits;
+  const RouteDynamicOptions& options = args.options;
+  const int64_t num_experts = input.shape[1], max_experts = args.topk_ids.shape[1];
+  std::vector<float> bias;
+  if (args.selection_bias.defined()) {
+    const float* values = args.selection_bias.as<const float>();
+    bias.assign(values, values + num_experts);
+    std::transform(bias.begin(), bias.end(), bias.begin(), sanitise);
+  }
+  const auto route_rows = [&](int64_t begin, int64_t end, int) {
+    Row row(num_experts);
+    for (int64_t t = begin; t < end; ++t) {
+      k.load_row(row.logits.data(), row_of(input, t), input.dtype, num_experts);
+      std::transform(row.logits.begin(), row.logits.end(), row.logits.begin(), sanitise);
+      int32_t* ids = args.topk_ids.as<int32_t>() + t * max_experts;
+      float* weights = args.topk_weights.as<float>() + t * max_experts;
+      const int64_t count = choose(options, bias, row, max_experts, ids, weights);
+      std::fill(ids + count, ids + max_experts, -1);
+      std::fill(weights + count, weights + max_experts, 0.0f);
+      finish_weights(weights, count, options.normalize, options.scale);
+    }
+  };
+  parallel_for_ranges(resolve_threads(exec.num_threads), input.shape[0], grain_rows(num_experts), route_rows);
+}
+
+}  // namespace switchgear::cpu

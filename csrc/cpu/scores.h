@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Scores of one row of sanitised logits. Every operation is written out in its order: files that include this are compiled
+// with -ffp-contract=off.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "exp.h"
+#include "ranking.h"
+#include "switchgear/ops.h"
+
+namespace switchgear::cpu {
+
+constexpr int64_t kGrainLogits = 16384;  // about 50 µs of work; less is not worth waking a thread
+inline int64_t grain_rows(int64_t num_experts) { return std::max<int64_t>(1, kGrainLogits / num_experts); }
+
+inline float max_of(const float* values, int64_t n) {
+  constexpr int kLanes = 8;  // breaks the chain of dependent comparisons
+  float lanes[kLanes];
+  std::fill_n(lanes, kLanes, -kFloatMax);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lanes[j] = values[i + j] > lanes[j] ? values[i + j] : lanes[j];
+  }
+  for (; i < n; ++i) lanes[0] = std::max(lanes[0], values[i]);
+  return *std::max_element(lanes, lanes + kLanes);
+}
+
+// numerators[j] = exp(logits[j] - max), returns their sum
+inline double softmax_numerators(const float* logits, float* numerators, int64_t n) {
+  const float max = max_of(logits, n);
+  for (int64_t j = 0; j < n; ++j) numerators[j] = exp_f32(logits[j] - max);
+  double sum = 0.0;
+  for (int64_t j = 0; j < n; ++j) sum += numerators[j];
+  return sum;
+}
+
+inline float softmax_score(float numerator, double sum) { return static_cast<float>(numerator / sum); }
+
+inline void all_scores(ScoreFunction function, const float* logits, float* scores, int64_t n) {
+  if (function == ScoreFunction::kSigmoid) {
+    for (int64_t j = 0; j < n; ++j) scores[j] = 1.0f / (1.0f + exp_f32(-logits[j]));
+    return;
+  }
+  const double sum = softmax_numerators(logits, scores, n);
+  for (int64_t j = 0; j < n; ++j) scores[j] = softmax_score(scores[j], sum);
+}
+
+// Divides the weights of the chosen by their sum, and multiplies them.
+inline void finish_weights(float* weights, int64_t count, bool normalize, float scale) {
+  double total = 0.0;
+  for (int64_t k = 0; k < count; ++k) total += weights[k];
+  total += 1e-20;
+  for (int64_t k = 0; k < count; ++k) {
+    if (normalize) weights[k] = static_cast<float>(weights[k] / total);
+    weights[k] *= scale;
+  }
+}
+
+}  // namespace switchgear::cpu

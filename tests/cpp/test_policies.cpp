@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The ops of routing policies against their definitions, by full sorts and one offer after the other. Compiled with
+// -ffp-contract=off, since bids are expected to have the same bits.
+#include <cfloat>
+#include <numeric>
+
+#include "cases.h"
+#include "cpu/ranking.h"
+
+namespace switchgear::test {
+namespace {
+
+struct Sizes {
+  int64_t T, E, K, B;
+};
+constexpr Sizes kSizes[] = {{0, 4, 2, 1},   {1, 1, 1, 1},    {5, 3, 2, 2},   {64, 8, 2, 1},
+                            {37, 33, 5, 4}, {300, 60, 6, 3}, {900, 17, 3, 1}};
+
+float sane(float v) { return std::isnan(v) || v < -FLT_MAX ? -FLT_MAX : std::min(v, FLT_MAX); }
+
+// Few distinct values, what is not finite, or any bits: kinds 1 to 3.
+Array wild_array(Random& random, std::vector<int64_t> shape, int64_t kind) {
+  Array array(DType::kFloat32, std::move(shape));
+  const float specials[] = {NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, 0.0f, -0.0f, 1e-42f};
+  array.fill([&](int64_t) {
+    switch (kind) {
+      case 1: return static_cast<float>(random.below(3)) - 1.0f;
+      case 2: return random.below(3) == 0 ? specials[random.below(std::ssize(specials))] : random.normal();
+      case 3: return std::bit_cast<float>(static_cast<uint32_t>(random.bits()));
+      default: return random.normal();
+    }
+  });
+  return array;
+}
+
+Array random_ids(Random& random, std::vector<int64_t> shape, int64_t low, int64_t high) {
+  Array array(DType::kInt32, std::move(shape));
+  array.fill([&](int64_t) { return low + random.below(high - low); });
+  return array;
+}
+
+// body(sizes, kind, random) for every combination, named in `note`.
+template <typename Body>
+void for_each_size(Body&& body) {
+  for (const Sizes& s : kSizes) {
+    for (int64_t kind = 0; kind < 4; ++kind) {
+      note = join("T=", s.T, " E=", s.E, " kind ", kind);
+      Random random(static_cast<uint64_t>(s.T * 7 + kind));
+      body(s, kind, random);
+    }
+  }
+  note.clear();
+}
+
+std::vector<int64_t> tokens_of(const Array& sequence_ids, int64_t b) {
+  std::vector<int64_t> tokens;
+  for (int64_t t = 0; t < sequence_ids.size(0); ++t) {
+    if (sequence_ids.id(t) == b) tokens.push_back(t);
+  }
+  return tokens;
+}
+
+// ---- column_topk -------------------------------------------------------------------------------------------------------
+
+TEST(column_topk_matches_full_sorts) {
+  for_each_size([](const Sizes& s, int64_t kind, Random& random) {
+    const Array values = wild_array(random, {s.T, s.E}, kind), sequence_ids = random_ids(random, {s.T}, 0, s.B);
+    const Array limits = random_ids(random, {s.B}, 0, s.T / s.B + 2);
+    std::vector<std::vector<int32_t>> taken(static_cast<size_t>(s.T));
+    for (int32_t e = 0; e < s.E; ++e) {
+      for (int64_t b = 0; b < s.B; ++b) {
+        std::vector<int64_t> tokens = tokens_of(sequence_ids, b);
+        std::stable_sort(tokens.begin(), tokens.end(),
+                         [&](int64_t i, int64_t j) { return sane(values(i, e)) > sane(values(j, e)); });
+        for (int64_t i = 0; i < std::min<int64_t>(std::ssize(tokens), limits.id(b)); ++i) {
+          taken[static_cast<size_t>(tokens[static_cast<size_t>(i)])].push_back(e);
+        }
+      }
+    }
+    Array got(DType::kInt32, {s.T, s.E});
+    const auto call = [&](Execution exec) {
+      column_topk({.values = values, .sequence_ids = sequence_ids, .limits = limits, .topk_ids = got}, exec);
+    };
+    for_each_isa({&got}, call, [&] {
+      for (int64_t t = 0; t < s.T; ++t) {
+        for (int64_t i = 0; i < s.E; ++i) {
+          const std::vector<int32_t>& row = taken[static_cast<size_t>(t)];
+          CHECK(got.id(t, i) == (i < std::ssize(row) ? row[static_cast<size_t>(i)] : -1), "token ", t);
+        }
+      }
+    });
+  });
+}
+
+// ---- route_dynamic -----------------------------------------------------------------------------------------------------
+
+// The prefix of route's choice that has the mass, or the scores.
+TEST(route_dynamic_is_a_prefix_of_route) {
+  for_each_size([](const Sizes& s, int64_t kind, Random& random) {
+    const Array logits = wild_array(random, {s.T, s.E}, kind);
+    for (const ScoreFunction function : {ScoreFunction::kSoftmax, ScoreFunction::kSigmoid}) {
+      const RouteDynamicOptions o{.score_function = function,
+                                  .min_experts = random.below(s.E),
+                                  .top_p = random.unit(),
+                                  .threshold = static_cast<float>(random.unit() / 4)};
+      Array ids(DType::kInt32, {s.T, s.E}), weights(DType::kFloat32, {s.T, s.E});
+      Array all_ids = ids, all_weights = weights;
+      route({.router_logits = logits,
+             .options = {.top_k = s.E, .score_function = function},
+             .topk_ids = all_ids,
+             .topk_weights = all_weights});
+      const auto call = [&](Execution exec) {
+        route_dynamic({.router_logits = logits, .options = o, .topk_ids = ids, .topk_weights = weights}, exec);
+      };
+      for_each_isa({&ids, &weights}, call, [&] {
+        for (int64_t t = 0; t < s.T; ++t) {
+          double mass = 0.0;
+          for (int64_t k = 0; k < s.E; ++k) {
+            const bool kept = k < o.min_experts || (mass < o.top_p && all_weights(t, k) >= o.threshold);
+            mass += all_weights(t, k);
+            CHECK(ids.id(t, k) == (kept ? all_ids.id(t, k) : -1), "rank ", k);
+            CHECK(weights(t, k) == (kept ? all_weights(t, k) : 0.0f), "rank ", k);
+          }
+        }
+      });
+    }
+  });
+}
+
+// ---- fit_capacity ------------------------------------------------------------------------------------------------------
+
+struct Capacity {
+  const Array& ids;
+  const Array& priorities;
+  const Array& scores;
+  const Array& sequence_ids;
+  const Array& limits;
+  FitCapacityOptions options;
+
+  bool before(int64_t i, int64_t j) const {
+    const int64_t K = ids.size(1);
+    switch (options.drop) {
+      case Drop::kOrder: return i < j;
+      case Drop::kReverse: return i > j;
+      case Drop::kChoice: return std::pair(i % K, i / K) < std::pair(j % K, j / K);
+      case Drop::kPriority: break;
+    }
+    const float a = sane(priorities(i / K, i % K)), b = sane(priorities(j / K, j % K));
+    return a != b ? a > b : i < j;
+  }
+
+  // One offer (choice, expert) after the other.
+  void accept(std::vector<std::pair<int64_t, int32_t>> offers, std::vector<int64_t>& taken, Array& kept) const {
+    const int64_t K = ids.size(1);
+    std::sort(offers.begin(), offers.end(), [&](const auto& a, const auto& b) { return before(a.first, b.first); });
+    for (const auto& [choice, expert] : offers) {
+      const int64_t b = sequence_ids.id(choice / K);
+      int64_t& count = taken[static_cast<size_t>(b * options.num_experts + expert)];
+      if (count >= limits.id(b)) continue;
+      ++count;
+      kept.set_id(expert, choice / K, choice % K);
+    }
+  }
+
+  Array run(bool reroute) const {
+    const int64_t T = ids.size(0), K = ids.size(1), E = options.num_experts;
+    std::vector<int64_t> taken(static_cast<size_t>(limits.size(0) * E));
+    Array kept(DType::kInt32, {T, K});
+    std::vector<std::pair<int64_t, int32_t>> offers;
+    for (int64_t i = 0; i < T * K; ++i) {
+      if (ids.id(i / K, i % K) >= 0) offers.emplace_back(i, ids.id(i / K, i % K));
+    }
+    accept(offers, taken, kept);
+    for (int64_t round = 0; reroute && round < options.candidates - K; ++round) {
+      offers.clear();
+      for (int64_t t = 0; t < T; ++t) {
+        std::vector<int32_t> others;
+        for (int32_t e = 0; e < E; ++e) {
+          bool had = false;
+          for (int64_t k = 0; k < K; ++k) had |= ids.id(t, k) == e;
+          if (!had) others.push_back(e);
+        }
+        std::stable_sort(others.begin(), others.end(),
+                         [&](int32_t a, int32_t b) { return sane(scores(t, a)) > sane(scores(t, b)); });
+        for (int64_t k = 0; k < K && round < std::ssize(others); ++k) {
+          if (ids.id(t, k) < 0 || kept.id(t, k) >= 0) continue;
+          offers.emplace_back(t * K + k, others[static_cast<size_t>(round)]);
+          break;
+        }
+      }
+      accept(offers, taken, kept);
+    }
+    return kept;
+  }
+};
+
+TEST(fit_capacity_matches_one_offer_after_the_other) {
+  for_each_size([](const Sizes& s, int64_t kind, Random& random) {
+    if (s.T > 100) return;
+    const Array ids = make_ids(random, {"", s.T, 1, 1, s.E, s.K});
+    const Array priorities = wild_array(random, {s.T, s.K}, kind), scores = wild_array(random, {s.T, s.E}, kind);
+    const Array sequence_ids = random_ids(random, {s.T}, 0, s.B);
+    const Array limits = random_ids(random, {s.B}, 0, 2 * s.T * s.K / (s.E * s.B) + 2);
+    for (const Drop drop : {Drop::kOrder, Drop::kReverse, Drop::kChoice, Drop::kPriority}) {
+      for (const bool reroute : {false, true}) {
+        const FitCapacityOptions options{.num_experts = s.E, .drop = drop, .candidates = s.E - random.below(2)};
+        const Array want = Capacity{ids, priorities, scores, sequence_ids, limits, options}.run(reroute);
+        Array got(DType::kInt32, {s.T, s.K});
+        const auto call = [&](Execution exec) {
+          fit_capacity({.topk_ids = ids,
+                        .priorities = priorities,
+                        .scores = reroute ? scores.view() : TensorView{},
+                        .sequence_ids = sequence_ids,
+                        .limits = limits,
+                        .options = options,
+                        .kept_ids = got},
+                       exec);
+        };
+        for_each_isa({&got}, call, [&] { CHECK(same_bits(got, want), static_cast<int>(drop), reroute); });
+      }
+    }
+  });
+}
+
+// ---- assign_balanced ---------------------------------------------------------------------------------------------------
+
+TEST(assign_balanced_fills_every_place) {
+  for_each_size([](const Sizes& s, int64_t kind, Random& random) {
+    const Array values = wild_array(random, {s.T, s.E}, kind), sequence_ids = random_ids(random, {s.T}, 0, s.B);
+    for (const int64_t iterations : {0, 3, 100}) {
+      Array got(DType::kInt32, {s.T});
+      const auto call = [&](Execution exec) {
+        assign_balanced({.values = values,
+                         .sequence_ids = sequence_ids,
+                         .num_sequences = s.B,
+                         .max_iterations = iterations,
+                         .expert_ids = got},
+                        exec);
+      };
+      for_each_isa({&got}, call, [&] {
+        for (int64_t b = 0; b < s.B; ++b) {
+          const std::vector<int64_t> tokens = tokens_of(sequence_ids, b);
+          std::vector<int64_t> loads(static_cast<size_t>(s.E));
+          for (const int64_t t : tokens) ++loads[static_cast<size_t>(got.id(t))];
+          for (int64_t e = 0; e < s.E; ++e) {
+            CHECK(loads[static_cast<size_t>(e)] == std::ssize(tokens) / s.E + (e < std::ssize(tokens) % s.E));
+          }
+        }
+      });
+    }
+  });
+}
+
+// No exchange of two tokens gains more than 2·eps once the auction has ended: what eps-complementary slackness implies.
+TEST(assign_balanced_is_stable) {
+  Random random(3);
+  const int64_t T = 60, E = 6;
+  const double eps = 0.01;
+  const Array values = random_array(random, DType::kFloat32, {T, E});
+  Array got(DType::kInt32, {T});
+  assign_balanced({.values = values, .eps = eps, .max_iterations = 100'000, .expert_ids = got});
+  for (int64_t i = 0; i < T; ++i) {
+    for (int64_t j = 0; j < T; ++j) {
+      const int32_t a = got.id(i), b = got.id(j);
+      CHECK(values(i, b) + values(j, a) <= values(i, a) + values(j, b) + 2 * eps + 1e-5);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace switchgear::test
