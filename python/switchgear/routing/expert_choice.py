@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from switchgear import ops
 from switchgear.functional import Routing, route
 from switchgear.reference import check_choice
 from switchgear.routing.context import NOTHING_KNOWN, Context, check_scope, is_per_sequence, sequences
-from switchgear.routing.pairs import from_pairs
 from switchgear.routing.ranking import choose, finite, positions, scores_of, uniform
 
 
@@ -88,67 +88,78 @@ class ExpertChoice:
             return Routing(
                 router_logits.new_zeros(0, 1, dtype=torch.int32), scores[:, :1], router_logits, num_experts, scores
             )
-        rows = token_rows(context, num_tokens, is_per_sequence(self.scope, context), router_logits.device)
-        num_rows, length = rows.shape
-        padded = context.sequence_ids is not None and num_rows * length != num_tokens
-        sizes = (rows >= 0).sum(1) if padded else None
-        by_expert = self._by_expert(values, rows, sizes)
-        count = self._count(length, num_experts)
-        column = self._best(by_expert, count, context).view(num_rows, num_experts, count)
-        token = rows[:, None, :].expand(-1, num_experts, -1).gather(2, column.long())
-        if sizes is not None:
-            limits = self._counts(sizes, num_experts)
-            token = token.masked_fill(torch.arange(count, device=token.device) >= limits[:, None, None], -1)
-        expert = torch.arange(num_experts, device=token.device)[:, None].expand(num_rows, -1, count)
-        taken = token >= 0
-        weight = scores.flatten()[(token.clamp(min=0) * num_experts + expert).flatten()].view(token.shape)
+        sequence, limits = self._limits(context, num_tokens, num_experts, router_logits.device)
+        if self.max_experts_per_token is not None and self.cap_iterations:
+            values = self._capped(values, context, limits)
+        taken = self._best(values, sequence, limits, context)
+        ids = taken if self.max_experts_per_token is None else self._cap(taken, values)
+        width = max(int((ids >= 0).sum(1).max()), 1) if self.max_experts_per_token is None else ids.shape[1]
+        ids = ids[:, :width]
         if not by_score:
-            weight = weight.masked_fill(~taken, -math.inf).softmax(-1)
-        token, expert, weight = token.flatten(), expert.flatten(), weight.flatten()
-        if self.max_experts_per_token is not None:
-            chosen = by_expert.view(num_rows, num_experts, length).gather(2, column.long()).flatten()
-            token = self._cap(token, chosen, num_tokens)
-        ids, weights = from_pairs(token, expert, weight, num_tokens, num_experts, self.max_experts_per_token)
-        return Routing(ids, weights * self.scale, router_logits, num_experts, scores if by_score else None)
+            scores = _softmax_over_tokens(scores, taken, sequence, limits.shape[0])
+        weights = scores.gather(1, ids.clamp(min=0).long()).masked_fill(ids < 0, 0) * self.scale
+        return Routing(ids, weights, router_logits, num_experts, scores if by_score else None)
 
-    def _count(self, length: int, num_experts: int) -> int:
-        wanted = self.tokens_per_expert or max(1, math.floor(length * self.capacity_factor / num_experts))
-        return min(wanted, length)
-
-    def _counts(self, sizes: Tensor, num_experts: int) -> Tensor:
-        """_count of each of the sequences."""
-        if self.tokens_per_expert is not None:
-            return sizes.clamp(max=self.tokens_per_expert)
-        wanted = (sizes.double() * self.capacity_factor / num_experts).floor().long()
-        return wanted.clamp(min=1).minimum(sizes)
-
-    def _by_expert(self, values: Tensor, rows: Tensor, sizes: Tensor | None) -> Tensor:
-        """values [T,E] -> [B·E,L], what each expert chooses by; the lowest number where there is no token."""
-        lowest = torch.finfo(values.dtype).min
-        if sizes is None:
-            table = values.view(*rows.shape, -1).mT
+    def _limits(
+        self, context: Context, num_tokens: int, num_experts: int, device: torch.device
+    ) -> tuple[Tensor | None, Tensor]:
+        """The sequence of each token [T] int32, None where all tokens compete, and k of each sequence [B] int32."""
+        if not is_per_sequence(self.scope, context):
+            sequence, sizes = None, torch.full((1,), num_tokens, dtype=torch.int64, device=device)
         else:
-            table = values[rows.clamp(min=0)].masked_fill((rows < 0)[:, :, None], lowest).mT
-        cap = self.max_experts_per_token
-        if cap is not None and self.cap_iterations:
-            each = self._counts((rows >= 0).sum(1), table.shape[1]).to(table.dtype)
-            table = _capped_plan(table, rows >= 0, each, cap, self.cap_lambda, self.cap_iterations)
-            table = table.masked_fill((rows < 0)[:, None, :], lowest)
-        return table.reshape(-1, rows.shape[1]).contiguous()
+            sequence, count = sequences(context, num_tokens, device)
+            sizes = torch.zeros(count, dtype=torch.int64, device=device)
+            sizes = sizes.scatter_add(0, sequence, torch.ones_like(sequence))
+            sequence = sequence.to(torch.int32)
+        if self.tokens_per_expert is not None:
+            wanted = torch.full_like(sizes, self.tokens_per_expert)
+        else:
+            wanted = (sizes.double() * self.capacity_factor / num_experts).floor().long().clamp(min=1)
+        return sequence, wanted.minimum(sizes).to(torch.int32)
 
-    def _best(self, by_expert: Tensor, count: int, context: Context) -> Tensor:
+    def _best(self, values: Tensor, sequence: Tensor | None, limits: Tensor, context: Context) -> Tensor:
         if self.ties == "index":
-            return choose(by_expert, count)
-        shuffled = uniform((by_expert.shape[1],), context, by_expert.device).argsort()
-        return shuffled[choose(by_expert[:, shuffled], count).long()]
+            return ops.column_topk(values, sequence, limits)
+        shuffled = uniform((values.shape[0],), context, values.device).argsort()
+        ids = ops.column_topk(values[shuffled], None if sequence is None else sequence[shuffled], limits)
+        return torch.empty_like(ids).index_copy(0, shuffled, ids)
 
-    def _cap(self, token: Tensor, chosen: Tensor, num_tokens: int) -> Tensor:
-        """-1 for the pairs that are not among the max_experts_per_token best of their token."""
+    def _cap(self, ids: Tensor, values: Tensor) -> Tensor:
+        """The max_experts_per_token best of each token's experts, in ascending order."""
         assert self.max_experts_per_token is not None
-        order = chosen.sort(descending=True, stable=True).indices
-        place, _ = positions(token[order], num_tokens)
-        keep = torch.empty_like(place).scatter(0, order, place) < self.max_experts_per_token
-        return token.masked_fill(~keep, -1)
+        worth = values.gather(1, ids.clamp(min=0).long()).masked_fill(ids < 0, torch.finfo(values.dtype).min)
+        best = choose(worth, min(self.max_experts_per_token, ids.shape[1]))
+        return ids.gather(1, best.sort(1).values.long())
+
+    def _capped(self, values: Tensor, context: Context, limits: Tensor) -> Tensor:
+        """What experts choose by under a cap, [T,E]."""
+        num_tokens, num_experts = values.shape
+        rows = token_rows(context, num_tokens, is_per_sequence(self.scope, context), values.device)
+        real = rows >= 0
+        assert self.max_experts_per_token is not None
+        plan = _capped_plan(
+            values[rows.clamp(min=0)].mT, real, limits.to(values.dtype), self.max_experts_per_token, self.cap_lambda,
+            self.cap_iterations,
+        )  # fmt: skip
+        target = torch.where(real, rows, num_tokens).flatten()  # the last row takes what is no token
+        result = values.new_zeros(num_tokens + 1, num_experts)
+        return result.index_copy(0, target, plan.mT.reshape(-1, num_experts))[:-1]
+
+
+def _softmax_over_tokens(logits: Tensor, ids: Tensor, sequence: Tensor | None, num_sequences: int) -> Tensor:
+    """For each expert and sequence, softmax of logits [T,E] over the tokens that it took (ids [T,K]); 0 for others."""
+    taken = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
+    taken = taken.scatter(1, torch.where(ids < 0, logits.shape[1], ids).long(), True)[:, :-1]
+    logits = logits.masked_fill(~taken, -math.inf)
+    if sequence is None:
+        return logits.softmax(0)
+    index = sequence.long()[:, None].expand_as(logits)
+    highest = logits.detach().new_full((num_sequences, logits.shape[1]), -math.inf)
+    highest = highest.scatter_reduce(0, index, logits.detach(), "amax").gather(0, index)
+    powers = (logits - highest).masked_fill(~taken, -math.inf).exp()
+    return powers / torch.zeros_like(logits[:1]).expand(num_sequences, -1).scatter_add(0, index, powers).gather(
+        0, index
+    )
 
 
 def _capped_plan(

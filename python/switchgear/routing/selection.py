@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from switchgear.functional import Routing, route
+from switchgear.functional import Routing, route, route_dynamic
 from switchgear.reference import GROUP_SCORES, check_choice
 from switchgear.routing.context import (
     NOTHING_KNOWN,
@@ -150,12 +150,12 @@ class TopP:
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         num_experts = router_logits.shape[-1]
-        best = route(router_logits, min(self.max_experts or num_experts, num_experts), selection_bias=bias)
-        before = best.topk_weights.detach().cumsum(-1)[
-            :, :-1
-        ]  # the probability of the experts ahead, from the second on
-        keep = F.pad((before < self.p) | (self.p >= 1), (1, 0), value=True)
-        return trim(_weighed(keep_choices(best, keep), self.normalize, self.scale))
+        return trim(
+            route_dynamic(
+                router_logits, top_p=self.p, max_experts=min(self.max_experts or num_experts, num_experts),
+                normalize=self.normalize, scale=self.scale, selection_bias=bias,
+            )
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,10 +181,17 @@ class Threshold:
         if self.min_experts > num_experts:
             raise ValueError(f"min_experts: expected 0 to {num_experts}, got {self.min_experts}")
         count = min(self.max_experts or num_experts, num_experts)
+        if self.score_function != "sqrt_softplus":
+            return trim(
+                route_dynamic(
+                    router_logits, threshold=self.threshold, min_experts=self.min_experts, max_experts=count,
+                    score_function=self.score_function, normalize=self.normalize, scale=self.scale, selection_bias=bias,
+                )
+            )  # fmt: skip
         best = TopK(count, self.score_function)(router_logits, context, bias)
         keep = best.topk_weights.detach() >= self.threshold
         keep[:, : self.min_experts] = True
-        return trim(_weighed(keep_choices(best, keep), self.normalize, self.scale))
+        return trim(left_aligned(_weighed(keep_choices(best, keep), self.normalize, self.scale)))
 
     @staticmethod
     def calibrate(
@@ -276,7 +283,7 @@ class SkipBelow:
             keep = keep | within_fraction(importance, self.protect, context, context.isolated)[:, None]
         kept = keep_choices(routing, keep & (routing.topk_ids >= 0))
         missing = weights.sum(-1, keepdim=True) / (kept.topk_weights.sum(-1, keepdim=True) + 1e-20)
-        return trim(_left_aligned(kept._replace(topk_weights=kept.topk_weights * missing)))
+        return trim(left_aligned(kept._replace(topk_weights=kept.topk_weights * missing)))
 
     @staticmethod
     def calibrate(routing: Routing) -> float:
@@ -285,7 +292,7 @@ class SkipBelow:
         return float((best[:, 1] / best[:, 0]).median())
 
 
-def _left_aligned(routing: Routing) -> Routing:
+def left_aligned(routing: Routing) -> Routing:
     """With the holes behind the choices, whose order stays."""
     order = (routing.topk_ids < 0).to(torch.int8).sort(dim=-1, stable=True).indices
     return routing._replace(
