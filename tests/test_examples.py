@@ -63,6 +63,11 @@ def test_train_parallel_has_the_losses_of_one_process(tmp_path: Path) -> None:
     assert {name: tensor.shape for name, tensor in four.items()} == {name: tensor.shape for name, tensor in one.items()}
 
 
+def test_trace_routing_shows_what_the_router_learned() -> None:
+    before, after = load("trace_routing")["main"]()
+    assert after > before + 0.1
+
+
 def test_each_example_is_tested() -> None:
-    tested = {"train_parallel", "train_layer", "numpy_routing", "custom_pieces", "mixtral", "cluster_task"}
+    tested = {"train_parallel", "train_layer", "numpy_routing", "custom_pieces", "mixtral", "cluster_task", "trace_routing"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested

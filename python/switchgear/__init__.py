@@ -8,6 +8,7 @@ Results:    Routing, Plan
 Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) of routers with a balance
 Models:     accelerate(model) puts the kernels under a Hugging Face model; pack_weights(model) and
             use_huge_pages(model) make inference faster on CPUs
+Looking:    RoutingTrace records what routers do, override(model, …) changes what they choose for a while
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
 """
 
@@ -23,7 +24,8 @@ from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.ops import available_cpu_isas, cpu_isa, set_cpu_isa, version
 from switchgear.packing import pack_weights, unpack_weights
 from switchgear.pages import use_huge_pages
-from switchgear.routing import Context, Router, load_balancing_loss, z_loss
+from switchgear.routing import Context, Router, load_balancing_loss, override, z_loss
+from switchgear.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from switchgear.integrations.transformers import accelerate
@@ -37,6 +39,7 @@ __all__ = [
     "Plan",
     "Router",
     "Routing",
+    "RoutingTrace",
     "__version__",
     "accelerate",
     "after_step",
@@ -50,6 +53,7 @@ __all__ = [
     "layers",
     "load_balancing_loss",
     "moe",
+    "override",
     "pack_weights",
     "permute",
     "plan",

@@ -15,6 +15,7 @@ bounds allow for it. Nothing is tuned: a bound that fails is a bug in a kernel o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -337,3 +338,26 @@ def assert_close(actual: Tensor, wanted: Bounded, name: str = "result") -> None:
             f"{name}: {int((excess > 0).sum())} of {actual.numel()} elements out of bounds, worst at {index}: "
             f"expected {want:.9g} ± {error:.3g}, got {float(actual[index]):.9g}"
         )
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def assert_batch_invariant(layer: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """AssertionError unless what the layer makes of each sequence of x [B,S,H] has the same bits alone, in another place
+    of the batch, among other sequences, and among copies of itself, which want the same experts."""
+    with torch.no_grad():
+        for index, sequence in enumerate(x):
+            alone = layer(sequence[None])[0]
+            copies = x.clone()
+            copies[:] = sequence
+            batches = {"the batch": (x, index), "the batch reversed": (x.flip(0), len(x) - 1 - index)}
+            batches["copies of itself"] = (copies, len(x) - 1)
+            for name, (batch, place) in batches.items():
+                together = layer(batch)[place]
+                if not torch.equal(together, alone):
+                    difference = float((together - alone).abs().max())
+                    raise AssertionError(
+                        f"sequence {index}: expected the bits that it has alone, got a difference of {difference:.3g} "
+                        f"in {name}"
+                    )

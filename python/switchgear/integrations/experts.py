@@ -24,6 +24,17 @@ class ExpertWeights(NamedTuple):
     down_bias: Tensor | None = None  # [E, H]
 
 
+# What sees, and may change, the choice of each layer of experts: (topk_ids, topk_weights, num_experts) -> ids, weights.
+on_choice: list[Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = []
+
+
+def chosen(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """What the experts get of a choice that the model made; see choices.py."""
+    for function in on_choice:
+        topk_ids, topk_weights = function(topk_ids, topk_weights, num_experts)
+    return topk_ids, topk_weights
+
+
 def run_experts(
     x: Tensor,
     topk_ids: Tensor,
@@ -42,6 +53,7 @@ def run_experts(
         panel: of weights in panels, see `switchgear.pack_weights`; needs a gate.
         post_norm: applied to each expert's output before it is weighted; rules the fused kernel out.
     """
+    topk_ids, topk_weights = chosen(topk_ids, topk_weights, weights.gate_up_proj.shape[0])
     if gate is not None and post_norm is None:
         y = switchgear.moe(
             x,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear.integrations import samples
-from switchgear.integrations.experts import ExpertWeights, project, run_experts
+from switchgear.integrations.experts import ExpertWeights, chosen, project, run_experts
 from switchgear.integrations.gates import gate_of, own_gate
 
 
@@ -27,6 +27,7 @@ class Patch(NamedTuple):
     weights: Callable[[Any], Sequence[Any]]  # read once per forward
     forward: Callable[..., Any]  # (module, weights, *arguments of the class's forward)
     sample: Callable[[Any, torch.Generator], tuple[Any, ...]]  # arguments for a trial
+    has_choice: bool = True  # whether forward passes its choice through `chosen`
     gate: str | None = None  # the submodule ("" is the module itself) with a gate that may be fused
 
     def path(self, module: nn.Module) -> str:
@@ -84,6 +85,7 @@ def _jetmoe_linear(module: Any, weights: Sequence[Tensor], inputs: Tensor, exper
 def _dbrx(module: Any, weights: Sequence[Tensor], hidden_states: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
     x = hidden_states.reshape(-1, module.hidden_size)
     w1, v1, w2 = (weight.view(module.num_experts, module.ffn_hidden_size, module.hidden_size) for weight in weights)
+    ids, topk_weights = chosen(ids, topk_weights, module.num_experts)
     plan = switchgear.plan(ids, module.num_experts)
     gate = project(x, w1, plan.expert_offsets, token_indices=plan.token_indices)
     up = project(x, v1, plan.expert_offsets, token_indices=plan.token_indices)
@@ -135,8 +137,9 @@ def _run_dense(module: Any, weights: Sequence[_Linears], x: Tensor, plan: switch
 def _switch(
     module: Any, weights: Sequence[_Linears], hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor
 ) -> Tensor:
-    chosen, ids = selected_experts.max(dim=-1)  # one-hot [T, 1, E]; zeros for a token past its expert's capacity
-    plan = switchgear.plan(torch.where(chosen > 0, ids, -1), module.num_experts)
+    taken, ids = selected_experts.max(dim=-1)  # one-hot [T, 1, E]; zeros for a token past its expert's capacity
+    ids, routing_weights = chosen(torch.where(taken > 0, ids, -1), routing_weights, module.num_experts)
+    plan = switchgear.plan(ids, module.num_experts)
     permuted_y = _run_dense(module, weights, hidden_states, plan)
     return switchgear.combine(permuted_y, plan, routing_weights).to(hidden_states.dtype)
 
@@ -149,6 +152,7 @@ def _nllb(
     # checkpoints get, and what we return. Ids repeat within a token; summing their weights leaves two distinct ones.
     by_expert = router_probs.new_zeros(len(router_probs), module.num_experts).scatter_add(1, router_mask, router_probs)
     topk_weights, topk_ids = by_expert.topk(min(2, module.num_experts), dim=-1)
+    topk_ids, topk_weights = chosen(topk_ids, topk_weights, module.num_experts)
     plan = switchgear.plan(topk_ids, module.num_experts)
     permuted_y = _run_dense(module, weights, hidden_states, plan)
     kept = 1 - module.moe_token_dropout
@@ -176,7 +180,7 @@ PATCHES: dict[str, Patch] = {
     "jetmoe.JetMoeMoE": Patch(
         lambda m: ExpertWeights(m.input_linear.weight, m.output_linear.weight), _jetmoe, samples.jetmoe, gate=""
     ),
-    "jetmoe.JetMoeParallelExperts": Patch(lambda m: (m.weight,), _jetmoe_linear, samples.jetmoe_linear),
+    "jetmoe.JetMoeParallelExperts": Patch(lambda m: (m.weight,), _jetmoe_linear, samples.jetmoe_linear, has_choice=False),
     "llama4.Llama4TextMoe": Patch(
         lambda m: ExpertWeights(m.experts.gate_up_proj.mT, m.experts.down_proj.mT),
         _llama4, samples.llama4, gate="experts",
@@ -188,7 +192,7 @@ PATCHES: dict[str, Patch] = {
     "nllb_moe.NllbMoeExperts": Patch(_dense_experts("fc1", "fc2"), _nllb, samples.nllb),
     "step3p7.Step3p7Experts": Patch(_stacked, _step3p7, samples.topk, gate=""),
     "switch_transformers.SwitchTransformersExperts": Patch(_dense_experts("wi", "wo"), _switch, samples.switch),
-    "vitpose_backbone.VitPoseNaiveMoe": Patch(lambda m: (_linears(list(m)),), _vitpose, samples.vitpose),
+    "vitpose_backbone.VitPoseNaiveMoe": Patch(lambda m: (_linears(list(m)),), _vitpose, samples.vitpose, has_choice=False),
 }  # fmt: skip
 
 # Named here so that their absence above is a decision.

@@ -11,6 +11,7 @@ Capacity:    Dropless, Capacity
 Losses:      SwitchLoss, NullAwareSwitchLoss, ZLoss, ImportanceLoad, EntropyLoss, BatchEntropy, ParamPenalty,
              DeviceBalance, LocalityLoss, ClusterVariance, LocalizedBalance
 Controllers: LossFreeBias, AdaptiveCoefficient
+For a while: override(model, …), Router.intervene
 For a trainer: GradientConflict, consistency_loss, load_balancing_loss, z_loss, max_violation
 """
 
@@ -21,6 +22,7 @@ from switchgear.routing.capacity import Capacity, Dropless, min_capacity
 from switchgear.routing.context import Balance, Context, Limit, Score, Select
 from switchgear.routing.controllers import AdaptiveCoefficient, LossFreeBias, RunningCap
 from switchgear.routing.expert_choice import ExpertChoice
+from switchgear.routing.interventions import override
 from switchgear.routing.losses import (
     BatchEntropy,
     ClusterVariance,
@@ -106,5 +108,6 @@ __all__ = [
     "load_balancing_loss",
     "max_violation",
     "min_capacity",
+    "override",
     "z_loss",
 ]

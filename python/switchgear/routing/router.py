@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from switchgear.functional import Routing, route
 from switchgear.reference import check_choice
 from switchgear.routing.balance import count_tokens
 from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select, made, modules_in
+from switchgear.routing.interventions import Change, PerExpert, intervene
 from switchgear.routing.ranking import scores_of, wide
 from switchgear.routing.scores import Uniform
 from switchgear.routing.selection import TopK
@@ -159,6 +161,24 @@ class Router(nn.Module):
         for override in self.overrides:
             select = override(select)
         return select
+
+    @contextmanager
+    def intervene(
+        self,
+        *,
+        disable: Collection[int] = (),
+        force: Collection[int] = (),
+        bias: PerExpert | None = None,
+        gain: PerExpert | None = None,
+    ) -> Iterator[None]:
+        """Inside the block, experts are disabled, forced, favoured or amplified; see `Change`. Blocks may be nested.
+
+            with moe.gate.intervene(disable=[3], gain={5: 2.0}):
+                y = moe(x)
+
+        Raises ValueError for an expert that does not exist, and where options contradict each other.
+        """
+        yield from intervene(self, Change(disable, force, bias, gain))
 
     def _top_k(self) -> TopK:
         assert self.top_k is not None

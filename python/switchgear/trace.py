@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""RoutingTrace: which experts the tokens of a model go to, layer by layer and token id by token id, as it runs.
+
+Sums alone are kept, on the device of the model, so a trace may run over any number of batches; nothing is read back
+before it is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from os import PathLike
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.functional import Routing
+from switchgear.routing.router import Router
+
+_FORMAT = 1  # of files
+
+
+class LayerTrace:
+    """Sums over the tokens that a layer has seen. E experts.
+
+    Attributes:
+        tokens_per_expert: [E] int64, choices of each expert that it served.
+        weight_per_expert: [E] float64, the sum of their weights.
+        entropy: float64 scalar, the sum over tokens of the entropy in nats of the router's softmax; NaN where its logits
+            are not seen (Hugging Face models).
+        max_violation: float64 scalar, the sum over calls of max load / mean load - 1 (arXiv:2408.15664).
+        num_dropped: int64 scalar, choices that found no room.
+        num_tokens, num_calls: how many there were.
+    """
+
+    def __init__(self, num_experts: int, device: torch.device | str = "cpu") -> None:
+        self.num_experts = num_experts
+        self.num_tokens = self.num_calls = 0
+        self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.weight_per_expert = torch.zeros(num_experts, dtype=torch.float64, device=device)
+        self.entropy = torch.zeros((), dtype=torch.float64, device=device)
+        self.max_violation = torch.zeros((), dtype=torch.float64, device=device)
+        self.num_dropped = torch.zeros((), dtype=torch.int64, device=device)
+        self.pairs = _Counts()
+
+    def add(
+        self,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        router_logits: Tensor | None = None,
+        num_dropped: Tensor | None = None,
+        token_ids: Tensor | None = None,
+    ) -> None:
+        """One call: topk_ids and topk_weights [T,K], -1 for none; router_logits [T,E]; token_ids [T]."""
+        experts = torch.where(topk_ids < 0, self.num_experts, topk_ids).long().flatten()
+        counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=topk_ids.device)
+        counts = counts.scatter_add(0, experts, torch.ones_like(experts))[:-1]
+        weights = torch.zeros(self.num_experts + 1, dtype=torch.float64, device=topk_ids.device)
+        weights = weights.scatter_add(0, experts, topk_weights.detach().double().flatten())[:-1]
+        self.tokens_per_expert = self.tokens_per_expert + counts
+        self.weight_per_expert = self.weight_per_expert + weights
+        mean = counts.double().mean()
+        self.max_violation = self.max_violation + torch.where(mean > 0, counts.max() / mean - 1, 0)
+        if router_logits is None:
+            self.entropy = self.entropy + torch.nan
+        else:
+            self.entropy = self.entropy + _entropy(router_logits.detach())
+        if num_dropped is not None:
+            self.num_dropped = self.num_dropped + num_dropped
+        self.num_tokens += topk_ids.shape[0]
+        self.num_calls += 1
+        if token_ids is not None:
+            keys = token_ids[:, None].long() * self.num_experts + topk_ids
+            self.pairs.add(keys[topk_ids >= 0])
+
+    def tokens_by_id(self) -> dict[int, Tensor]:
+        """For each token id, how often each expert served it, [E] int64. Empty unless the trace had token ids."""
+        keys, counts = self.pairs.total()
+        result: dict[int, Tensor] = {}
+        for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
+            row = result.setdefault(key // self.num_experts, torch.zeros(self.num_experts, dtype=torch.int64))
+            row[key % self.num_experts] = count
+        return result
+
+    def state(self) -> dict[str, Any]:
+        keys, counts = self.pairs.total()
+        tensors = {name: getattr(self, name).cpu() for name in _SUMS}
+        return {**tensors, "pairs": keys.cpu(), "counts": counts.cpu(), "sizes": [self.num_tokens, self.num_calls]}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> LayerTrace:
+        layer = cls(len(state["tokens_per_expert"]))
+        for name in _SUMS:
+            setattr(layer, name, state[name])
+        layer.num_tokens, layer.num_calls = state["sizes"]
+        layer.pairs.parts = [(state["pairs"], state["counts"])]
+        return layer
+
+
+_SUMS = ("tokens_per_expert", "weight_per_expert", "entropy", "max_violation", "num_dropped")
+
+
+class _Counts:
+    """How often each key came. Parts are merged as they grow, so that memory is that of the distinct keys."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, keys: Tensor) -> None:
+        self.parts.append(torch.unique(keys, return_counts=True))
+        if len(self.parts) > 16:
+            self.total()
+
+    def total(self) -> tuple[Tensor, Tensor]:
+        if not self.parts:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        keys, index = torch.unique(torch.cat([keys for keys, _ in self.parts]), return_inverse=True)
+        counts = torch.zeros_like(keys).scatter_add(0, index, torch.cat([counts for _, counts in self.parts]))
+        self.parts = [(keys, counts)]
+        return keys, counts
+
+
+def _entropy(router_logits: Tensor) -> Tensor:
+    """The sum over tokens; a row without finite logits counts as 0."""
+    log_p = router_logits.float().log_softmax(-1)
+    return torch.special.entr(log_p.exp()).nan_to_num().sum(dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """A layer in a few numbers."""
+
+    name: str
+    num_experts: int
+    num_tokens: int
+    experts_per_token: float  # choices that were served
+    mean_weight: float  # of a choice
+    busiest: int  # the expert with the largest load
+    max_violation: float  # of all calls together: max load / mean load - 1
+    mean_max_violation: float  # the mean over calls
+    never_used: int  # experts without a token
+    load_entropy: float  # of the shares of the load, by log E: 1 is balanced
+    router_entropy: float  # mean over tokens, by log E; NaN where the logits are not seen
+    dropped: float  # share of the choices that found no room
+
+
+class RoutingTrace:
+    """Records what the routers of a model do while it runs.
+
+        with RoutingTrace(model) as trace:
+            for batch in batches:
+                model(batch)
+        print(trace)
+        trace.layers["layers.0.mlp.gate"].tokens_per_expert
+
+    Works on switchgear's routers, and on Hugging Face models whose experts run on switchgear
+    (experts_implementation="switchgear", or accelerate). It may be entered again, and then goes on adding.
+
+    Args:
+        model: any module with such layers. None for a trace that was loaded.
+        by_token_id: also count which experts serve which token id. The ids are the model's argument input_ids or
+            token_ids, or else its first integer tensor; calls whose layers see another number of tokens have none.
+        layers: names of the modules to record; all if None.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+
+    def __init__(
+        self, model: nn.Module | None = None, *, by_token_id: bool = False, layers: Collection[str] | None = None
+    ) -> None:
+        self.layers: dict[str, LayerTrace] = {}
+        self.by_token_id = by_token_id
+        self._model = model
+        self._routers: dict[str, Router] = {}
+        self._foreign: dict[str, nn.Module] = {}
+        self._token_ids: Tensor | None = None
+        self._hooks = ExitStack()
+        if model is None:
+            return
+        self._routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+        if not self._routers:
+            self._foreign = _hugging_face_experts(model)
+        found = {**self._routers, **self._foreign}
+        if not found:
+            raise ValueError("model: expected one with routers, or with experts that run on switchgear, got none")
+        if layers is not None:
+            missing = sorted(set(layers) - set(found))
+            if missing:
+                raise ValueError(f"layers: expected some of {', '.join(found)}; got {missing[0]}")
+            self._routers = {name: module for name, module in self._routers.items() if name in set(layers)}
+            self._foreign = {name: module for name, module in self._foreign.items() if name in set(layers)}
+
+    # ---- recording ---------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> RoutingTrace:
+        if self._model is None:
+            raise ValueError("model: expected one to record, got a trace that was loaded")
+        if self.by_token_id:
+            self._hooks.callback(self._model.register_forward_pre_hook(self._remember, with_kwargs=True).remove)
+        for name, router in self._routers.items():
+            self._hooks.callback(router.register_forward_hook(self._hook(name)).remove)
+        if self._foreign:
+            from switchgear.integrations.choices import on_choice
+
+            self._hooks.enter_context(on_choice(self._foreign, self._see))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._token_ids = None
+        self._hooks.close()
+
+    def reset(self) -> None:
+        """Forgets what was recorded."""
+        self.layers.clear()
+
+    def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = [kwargs.get("input_ids"), kwargs.get("token_ids")]
+        for value in (*named, *args):
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                self._token_ids = value.reshape(-1)
+                return
+        self._token_ids = None
+
+    def _hook(self, name: str) -> Any:
+        def record(router: nn.Module, inputs: Any, routing: Routing) -> None:
+            self._layer(name, routing.num_experts, routing.topk_ids).add(
+                routing.topk_ids, routing.topk_weights, routing.router_logits, routing.num_dropped,
+                self._ids_for(routing.topk_ids),
+            )  # fmt: skip
+
+        return record
+
+    def _see(self, name: str, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+        rows = topk_ids.reshape(-1, topk_ids.shape[-1])
+        rows = rows.masked_fill((rows < 0) | (rows >= num_experts), -1)
+        layer = self._layer(name, num_experts, rows)
+        layer.add(rows, topk_weights.reshape(rows.shape), token_ids=self._ids_for(rows))
+        return topk_ids, topk_weights
+
+    def _layer(self, name: str, num_experts: int, like: Tensor) -> LayerTrace:
+        if name not in self.layers:
+            self.layers[name] = LayerTrace(num_experts, like.device)
+        return self.layers[name]
+
+    def _ids_for(self, rows: Tensor) -> Tensor | None:
+        ids = self._token_ids
+        return None if ids is None or ids.shape[0] != rows.shape[0] else ids.to(rows.device)
+
+    # ---- looking -----------------------------------------------------------------------------------------------------
+
+    def summary(self) -> list[LayerSummary]:
+        """Each layer in a few numbers, in the order in which they first ran."""
+        return [_summary(name, layer) for name, layer in self.layers.items()]
+
+    def __str__(self) -> str:
+        rows = self.summary()
+        width = max([5, *(len(row.name) for row in rows)])
+        lines = [f"{'layer':<{width}}  tokens  experts  per token  busiest  max violation  unused  entropy  dropped"]
+        lines += [
+            f"{row.name:<{width}}  {row.num_tokens:6}  {row.num_experts:7}  {row.experts_per_token:9.2f}  {row.busiest:7}"
+            f"  {row.max_violation:13.2f}  {row.never_used:6}  {row.router_entropy:7.2f}  {row.dropped:7.1%}"
+            for row in rows
+        ]
+        return "\n".join(lines)
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Any:
+        """A picture of the load, a row per layer: each expert's load by the mean load. Returns matplotlib's figure, and
+        writes it to `path` if given. Needs matplotlib."""
+        if not self.layers:
+            raise ValueError("trace: expected one that has recorded something, got an empty one")
+        from matplotlib.figure import Figure
+
+        width = max(layer.num_experts for layer in self.layers.values())
+        image = torch.full((len(self.layers), width), torch.nan, dtype=torch.float64)
+        for row, layer in enumerate(self.layers.values()):
+            counts = layer.tokens_per_expert.cpu().double()
+            image[row, : layer.num_experts] = counts / counts.mean().clamp(min=1e-12)
+        figure = Figure(figsize=(min(4 + width / 8, 16), 1.5 + 0.3 * len(self.layers)), layout="constrained")
+        axes = figure.subplots()
+        shown = axes.imshow(image.numpy(), aspect="auto", interpolation="nearest", vmin=0, cmap="viridis")
+        axes.set_yticks(range(len(self.layers)), list(self.layers))
+        axes.set_xlabel("expert")
+        figure.colorbar(shown, ax=axes, label="load by mean load")
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes what was recorded, on the CPU, with torch.save; for `load`."""
+        layers = {name: layer.state() for name, layer in self.layers.items()}
+        torch.save({"format": _FORMAT, "by_token_id": self.by_token_id, "layers": layers}, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> RoutingTrace:
+        """A trace as it was saved, to look at. ValueError for a file of another kind."""
+        data = torch.load(path, weights_only=True)
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise ValueError(f"path: expected a file of RoutingTrace.save, got {path}")
+        trace = cls(by_token_id=data["by_token_id"])
+        trace.layers = {name: LayerTrace.of_state(state) for name, state in data["layers"].items()}
+        return trace
+
+
+def _hugging_face_experts(model: nn.Module) -> dict[str, nn.Module]:
+    try:
+        from switchgear.integrations.choices import experts_of
+    except ImportError:  # no transformers
+        return {}
+    return experts_of(model)
+
+
+def _summary(name: str, layer: LayerTrace) -> LayerSummary:
+    counts = layer.tokens_per_expert.cpu().double()
+    total, tokens = float(counts.sum()), max(layer.num_tokens, 1)
+    log_experts = float(torch.tensor(float(max(layer.num_experts, 2))).log())
+    dropped = int(layer.num_dropped)
+    return LayerSummary(
+        name=name,
+        num_experts=layer.num_experts,
+        num_tokens=layer.num_tokens,
+        experts_per_token=total / tokens,
+        mean_weight=float(layer.weight_per_expert.sum()) / max(total, 1.0),
+        busiest=int(counts.argmax()),
+        max_violation=float(counts.max() / counts.mean() - 1) if total else 0.0,
+        mean_max_violation=float(layer.max_violation) / max(layer.num_calls, 1),
+        never_used=int((counts == 0).sum()),
+        load_entropy=float(torch.special.entr(counts / max(total, 1.0)).sum()) / log_experts,
+        router_entropy=float(layer.entropy) / tokens / log_experts,
+        dropped=dropped / max(total + dropped, 1.0),
+    )

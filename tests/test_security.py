@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Two published attacks through tokens that compete for experts: they succeed where a batch shares a capacity or an
+expert's choice, and fail against the defaults and against isolation="sequence", bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from switchgear import MoE
+from switchgear.routing import BalancedAssignment, Capacity, ExpertChoice
+from switchgear.testing import assert_batch_invariant
+
+H, E, LENGTH = 16, 4, 6
+
+
+def layer(**options: Any) -> MoE:
+    torch.manual_seed(1)
+    return MoE(H, 24, E, **options).eval()
+
+
+# ---- buffer overflow (arXiv:2402.05526) ------------------------------------------------------------------------------
+
+
+def victims_output(moe: MoE, attackers: Tensor, victim: Tensor) -> Tensor:
+    """What the victim gets in the last place of a batch [B,LENGTH,H]."""
+    with torch.no_grad():
+        y: Tensor = moe(torch.cat((attackers, victim[None])))
+    return y[-1]
+
+
+def overflow(moe: MoE) -> bool:
+    """The attack: sequences that go to the victim's experts and fill them first. Whether it changes what the victim gets,
+    against a batch of harmless neighbours."""
+    victim, harmless = torch.randn(LENGTH, H), torch.randn(5, LENGTH, H)
+    attackers = victim.expand(5, -1, -1)
+    return not torch.equal(victims_output(moe, attackers, victim), victims_output(moe, harmless, victim))
+
+
+@pytest.mark.parametrize("drop", ["order", "choice", "score", "random"])
+@pytest.mark.parametrize("overflowing", ["drop", "reroute"])
+def test_overflow_succeeds_where_a_batch_shares_the_capacity(drop: str, overflowing: str) -> None:
+    assert overflow(layer(top_k=2, capacity=Capacity(1.0, drop=drop, overflow=overflowing)))
+
+
+def test_overflow_erases_the_victim() -> None:
+    """Enough attackers take every place of the victim's experts: all its choices are dropped, its output is zero."""
+    victim = torch.randn(LENGTH, H)
+    moe = layer(top_k=1, capacity=Capacity(0.5))
+    assert not victims_output(moe, victim.expand(40, -1, -1), victim).any()
+    assert victims_output(layer(top_k=1), victim.expand(40, -1, -1), victim).all()
+
+
+def test_overflow_fails_against_the_default() -> None:
+    assert not overflow(layer(top_k=2))
+
+
+@pytest.mark.parametrize("drop", ["order", "choice", "score", "reverse"])
+@pytest.mark.parametrize("overflowing", ["drop", "reroute"])
+@pytest.mark.parametrize("how", ["isolation", "scope"])
+def test_overflow_fails_against_isolation(drop: str, overflowing: str, how: str) -> None:
+    options: dict[str, Any] = {"drop": drop, "overflow": overflowing}
+    if how == "scope":
+        assert not overflow(layer(top_k=2, capacity=Capacity(1.0, scope="sequence", **options)))
+    else:
+        assert not overflow(layer(top_k=2, capacity=Capacity(1.0, **options), isolation="sequence"))
+
+
+# ---- stealing prompts (arXiv:2410.22884) -----------------------------------------------------------------------------
+
+VOCABULARY = 24
+
+
+class Service:
+    """A model that serves a batch of two sequences: the victim's, one secret token, and the attacker's. An expert takes
+    the one best token of the batch, or of a sequence. Embeddings are public."""
+
+    def __init__(self, secret: int, **options: Any) -> None:
+        torch.manual_seed(2)
+        self.embedding = torch.randn(VOCABULARY, H)
+        self.moe = MoE(H, 24, E, select=ExpertChoice(tokens_per_expert=1, **options)).eval()
+        self.secret = secret
+
+    def __call__(self, probe: int, attacker_first: bool) -> Tensor:
+        """What the attacker gets for a probe [H], in one of the places of the batch."""
+        tokens = [probe, self.secret] if attacker_first else [self.secret, probe]
+        with torch.no_grad():
+            y: Tensor = self.moe(self.embedding[torch.tensor(tokens)].view(2, 1, H))
+        return y[0 if attacker_first else 1, 0]
+
+
+def stolen(service: Service) -> list[int]:
+    """The attack: an expert's score for a guess equals its score for the secret only if the guess is right. Then the tie
+    goes to the first place in the batch, so that what the attacker gets depends on its own place. All guesses that do."""
+    return [guess for guess in range(VOCABULARY) if not torch.equal(service(guess, True), service(guess, False))]
+
+
+@pytest.mark.parametrize("secret", range(VOCABULARY))
+def test_ties_reveal_the_secret_where_a_batch_competes(secret: int) -> None:
+    assert stolen(Service(secret)) == [secret]
+
+
+def test_ties_reveal_nothing_under_isolation() -> None:
+    """What the attacker gets has the same bits whatever the secret is, so no attack of any kind can find it."""
+    answers = {
+        (probe, place): Service(0, scope="sequence")(probe, place) for probe in range(VOCABULARY) for place in (0, 1)
+    }
+    for secret in range(VOCABULARY):
+        service = Service(secret, scope="sequence")
+        assert stolen(service) == []
+        for (probe, place), answer in answers.items():
+            assert torch.equal(service(probe, bool(place)), answer)
+
+
+def test_isolation_overrides_the_scope_of_a_selection() -> None:
+    torch.manual_seed(2)
+    moe = MoE(H, 24, E, select=ExpertChoice(tokens_per_expert=1), isolation="sequence").eval()
+    assert_batch_invariant(moe, torch.randn(4, LENGTH, H))
+
+
+# ---- a property, for any layer ---------------------------------------------------------------------------------------
+
+INDEPENDENT: dict[str, dict[str, Any]] = {
+    "default": {"top_k": 2},
+    "capacity": {"top_k": 2, "capacity": Capacity(1.0), "isolation": "sequence"},
+    "capacity, rerouting": {"top_k": 2, "capacity": Capacity(0.8, "score", "reroute"), "isolation": "sequence"},
+    "expert choice": {"select": ExpertChoice(2.0), "isolation": "sequence"},
+    "expert choice, capped": {"select": ExpertChoice(2.0, max_experts_per_token=2), "isolation": "sequence"},
+    "pMoE": {"select": ExpertChoice(tokens_per_expert=3, weights="softmax_over_tokens"), "isolation": "sequence"},
+    "balanced": {"select": BalancedAssignment(balanced_in_evaluation=True), "isolation": "sequence"},
+}
+DEPENDENT = {name: {**options, "isolation": "batch"} for name, options in INDEPENDENT.items() if name != "default"}
+
+
+@pytest.mark.parametrize("policy", INDEPENDENT)
+def test_independent_of_the_batch(policy: str) -> None:
+    assert_batch_invariant(layer(**INDEPENDENT[policy]), torch.randn(5, LENGTH, H))
+
+
+@pytest.mark.parametrize("policy", DEPENDENT)
+def test_dependent_on_the_batch_unless_isolated(policy: str) -> None:
+    with pytest.raises(AssertionError, match="sequence"):
+        assert_batch_invariant(layer(**DEPENDENT[policy]), torch.randn(5, LENGTH, H))
+
+
+@pytest.mark.parametrize("policy", INDEPENDENT)
+def test_independent_of_ragged_neighbours(policy: str) -> None:
+    """Sequences of different lengths, interleaved, named by sequence_ids."""
+    moe = layer(**INDEPENDENT[policy])
+    x, ids = torch.randn(20, H), torch.tensor([7, 7, 2, 7, 2, 2, 2, 9, 7, 7, 2, 9, 2, 2, 7, 2, 2, 9, 2, 7])
+    with torch.no_grad():
+        together = moe(x, sequence_ids=ids)
+        for sequence in (2, 7, 9):
+            alone = moe(x[ids == sequence], sequence_ids=ids[ids == sequence])
+            assert torch.equal(together[ids == sequence], alone)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""RoutingTrace counts what the routers did, and changes nothing."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_interventions import olmoe  # noqa: F401  a fixture
+from torch import Tensor, nn
+
+import switchgear
+from switchgear import MoE, RoutingTrace
+from switchgear.routing import Capacity, TopP
+
+E, H, K = 8, 16, 2
+
+
+class Model(nn.Module):
+    """Two layers of different numbers of experts above an embedding."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, H)
+        self.first = MoE(H, 12, E, **{"top_k": K, **options})
+        self.second = MoE(H, 12, 4, 1)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        y: Tensor = self.embedding(input_ids)
+        return self.second(self.first(y))
+
+
+def batches() -> list[Tensor]:
+    return [torch.randint(30, (2, 9)), torch.randint(30, (3, 5)), torch.randint(30, (1, 1))]
+
+
+def test_sums_are_those_of_the_routings() -> None:
+    model, seen, inputs = Model(), [], batches()
+    model.first.gate.register_forward_hook(lambda module, args, routing: seen.append(routing))
+    plain = [model(batch) for batch in inputs]
+    seen.clear()
+    with RoutingTrace(model, by_token_id=True) as trace:
+        traced = [model(batch) for batch in inputs]
+    assert all(torch.equal(a, b) for a, b in zip(plain, traced, strict=True))
+    layer = trace.layers["first.gate"]
+    ids = torch.cat([routing.topk_ids for routing in seen])
+    weights = torch.cat([routing.topk_weights for routing in seen]).double()
+    assert torch.equal(layer.tokens_per_expert, torch.bincount(ids.flatten(), minlength=E))
+    wanted = torch.zeros(E, dtype=torch.float64).index_add(0, ids.flatten(), weights.flatten().detach())
+    torch.testing.assert_close(layer.weight_per_expert, wanted)
+    assert (layer.num_tokens, layer.num_calls, int(layer.num_dropped)) == (34, 3, 0)
+    p = torch.cat([routing.router_logits for routing in seen]).double().softmax(-1)
+    torch.testing.assert_close(float(layer.entropy), float(torch.special.entr(p).detach().sum()), rtol=1e-5, atol=0)
+    violations = [
+        float(counts.max() / counts.double().mean() - 1)
+        for counts in (torch.bincount(routing.topk_ids.flatten(), minlength=E) for routing in seen)
+    ]
+    torch.testing.assert_close(float(layer.max_violation), sum(violations))
+
+    by_id = layer.tokens_by_id()
+    tokens = torch.cat([batch.flatten() for batch in inputs])
+    assert set(by_id) == set(tokens.tolist())
+    for token, counts in by_id.items():
+        assert torch.equal(counts, torch.bincount(ids[tokens == token].flatten(), minlength=E))
+
+
+def test_nothing_is_left_behind() -> None:
+    model = Model()
+    with RoutingTrace(model, by_token_id=True) as trace:
+        model(batches()[0])
+    model(batches()[0])
+    assert trace.layers["first.gate"].num_calls == 1
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with trace:  # again, on top
+        model(batches()[0])
+    assert trace.layers["first.gate"].num_calls == 2
+    trace.reset()
+    assert trace.summary() == []
+
+
+def test_drops_and_empty_choices() -> None:
+    model = Model(top_k=None, select=TopP(0.5), capacity=Capacity(0.5))
+    with RoutingTrace(model) as trace:
+        model(torch.randint(30, (4, 20)))
+    layer, summary = trace.layers["first.gate"], trace.summary()[0]
+    dropped = int(layer.num_dropped)
+    assert dropped > 0
+    assert summary.dropped == dropped / (dropped + int(layer.tokens_per_expert.sum()))
+
+
+def test_summary_of_a_known_trace() -> None:
+    layer = switchgear.trace.LayerTrace(4)
+    layer.add(torch.tensor([[0, 1], [0, -1]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.zeros(2, 4))
+    trace = RoutingTrace()
+    trace.layers["a"] = layer
+    (row,) = trace.summary()
+    assert (row.busiest, row.never_used, row.experts_per_token) == (0, 2, 1.5)
+    assert math.isclose(row.router_entropy, 1.0, rel_tol=1e-6)  # uniform logits: log E
+    assert math.isclose(row.max_violation, 2 / 0.75 - 1)
+    assert math.isclose(row.mean_weight, 2 / 3)
+    share = torch.tensor([2 / 3, 1 / 3])
+    assert math.isclose(row.load_entropy, float(torch.special.entr(share).sum()) / math.log(4), rel_tol=1e-6)
+    assert "a " in str(trace)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    model = Model()
+    with RoutingTrace(model, by_token_id=True) as trace:
+        for batch in batches():
+            model(batch)
+    trace.save(tmp_path / "trace.pt")
+    loaded = RoutingTrace.load(tmp_path / "trace.pt")
+    assert loaded.summary() == trace.summary()
+    for name, layer in trace.layers.items():
+        other = loaded.layers[name].tokens_by_id()
+        assert all(torch.equal(counts, other[token]) for token, counts in layer.tokens_by_id().items())
+    with pytest.raises(ValueError, match="loaded"), loaded:
+        pass
+    torch.save({"format": 0}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="expected a file of RoutingTrace"):
+        RoutingTrace.load(tmp_path / "other.pt")
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    model = Model()
+    with pytest.raises(ValueError, match="empty"):
+        RoutingTrace(model).plot()
+    with RoutingTrace(model) as trace:
+        model(batches()[0])
+    trace.plot(tmp_path / "load.png")
+    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_errors_and_layers() -> None:
+    with pytest.raises(ValueError, match="model: expected"):
+        RoutingTrace(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="layers: expected some of first.gate, second.gate"):
+        RoutingTrace(Model(), layers=["third"])
+    model = Model()
+    with RoutingTrace(model, layers=["second.gate"]) as trace:
+        model(batches()[0])
+    assert list(trace.layers) == ["second.gate"]
+
+
+def test_many_calls_keep_distinct_pairs_alone() -> None:
+    layer = switchgear.trace.LayerTrace(E)
+    for _ in range(100):
+        layer.add(torch.randint(E, (50, K)), torch.rand(50, K), token_ids=torch.randint(5, (50,)))
+    assert sum(len(keys) for keys, _ in layer.pairs.parts) <= 17 * 5 * E
+    assert sum(int(counts.sum()) for counts in layer.tokens_by_id().values()) == 100 * 50 * K
+
+
+@pytest.mark.parametrize("how", ["name", "accelerate"])
+def test_hugging_face(olmoe: Any, how: str) -> None:  # noqa: F811
+    seen: list[Tensor] = []
+    if how == "accelerate":
+        olmoe.config._experts_implementation = "eager"
+        switchgear.accelerate(olmoe)
+    for layer in olmoe.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    ids = torch.randint(50, (2, 7))
+    with torch.no_grad(), RoutingTrace(olmoe, by_token_id=True) as trace:
+        olmoe(input_ids=ids)
+    assert list(trace.layers) == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    for layer, chosen in zip(trace.layers.values(), seen, strict=True):
+        assert torch.equal(layer.tokens_per_expert, torch.bincount(chosen.flatten(), minlength=E))
+        assert set(layer.tokens_by_id()) == set(ids.flatten().tolist())
+    assert math.isnan(trace.summary()[0].router_entropy)
+
+
+def test_modules_with_a_forward_of_their_own() -> None:
+    """Llama 4 has experts that transformers does not dispatch: accelerate swaps the forward of the block around them."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+
+    config = transformers.Llama4TextConfig(hidden_size=16, intermediate_size=8, num_local_experts=4)
+    block = nn.Sequential(Llama4TextMoe(config))
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    switchgear.accelerate(block)
+    with torch.no_grad(), RoutingTrace(block) as trace:
+        block(torch.randn(1, 6, 16))
+    (layer,) = trace.layers.values()
+    assert int(layer.tokens_per_expert.sum()) == 6 * config.num_experts_per_tok
