@@ -178,8 +178,7 @@ def test_override_errors() -> None:
     with pytest.raises(ValueError, match="model: expected"), switchgear.override(nn.Linear(2, 2), disable=[0]):
         pass
     with pytest.raises(ValueError, match="layers: expected some of gate"):
-        with switchgear.override(layer(top_k=2), disable=[0], layers=["router"]):
-            pass
+        switchgear.override(layer(top_k=2), disable=[0], layers=["router"]).__enter__()
 
 
 # ---- Hugging Face models ---------------------------------------------------------------------------------------------

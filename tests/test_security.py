@@ -33,8 +33,8 @@ def victims_output(moe: MoE, attackers: Tensor, victim: Tensor) -> Tensor:
 
 
 def overflow(moe: MoE) -> bool:
-    """The attack: sequences that go to the victim's experts and fill them first. Whether it changes what the victim gets,
-    against a batch of harmless neighbours."""
+    """The attack: sequences that go to the victim's experts and fill them first. Whether it changes what the victim
+    gets, against a batch of harmless neighbours."""
     victim, harmless = torch.randn(LENGTH, H), torch.randn(5, LENGTH, H)
     attackers = victim.expand(5, -1, -1)
     return not torch.equal(victims_output(moe, attackers, victim), victims_output(moe, harmless, victim))
@@ -93,8 +93,9 @@ class Service:
 
 
 def stolen(service: Service) -> list[int]:
-    """The attack: an expert's score for a guess equals its score for the secret only if the guess is right. Then the tie
-    goes to the first place in the batch, so that what the attacker gets depends on its own place. All guesses that do."""
+    """The attack: an expert's score for a guess equals its score for the secret only if the guess is right. Then the
+    tie goes to the first place in the batch, so that what the attacker gets depends on its own place. All guesses that
+    do."""
     return [guess for guess in range(VOCABULARY) if not torch.equal(service(guess, True), service(guess, False))]
 
 

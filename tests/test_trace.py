@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_interventions import olmoe  # noqa: F401  a fixture
 from torch import Tensor, nn
 
 import switchgear
 from switchgear import MoE, RoutingTrace
 from switchgear.routing import Capacity, TopP
+from test_interventions import olmoe  # noqa: F401  a fixture
 
 E, H, K = 8, 16, 2
 
@@ -138,7 +138,7 @@ def test_plot(tmp_path: Path) -> None:
 def test_errors_and_layers() -> None:
     with pytest.raises(ValueError, match="model: expected"):
         RoutingTrace(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="layers: expected some of first.gate, second.gate"):
+    with pytest.raises(ValueError, match=r"layers: expected some of first\.gate, second\.gate"):
         RoutingTrace(Model(), layers=["third"])
     model = Model()
     with RoutingTrace(model, layers=["second.gate"]) as trace:
@@ -173,7 +173,8 @@ def test_hugging_face(olmoe: Any, how: str) -> None:  # noqa: F811
 
 
 def test_modules_with_a_forward_of_their_own() -> None:
-    """Llama 4 has experts that transformers does not dispatch: accelerate swaps the forward of the block around them."""
+    """Llama 4 has experts that transformers does not dispatch: accelerate swaps the forward of the block around
+    them."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 

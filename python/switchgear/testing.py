@@ -344,8 +344,8 @@ def assert_close(actual: Tensor, wanted: Bounded, name: str = "result") -> None:
 
 
 def assert_batch_invariant(layer: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    """AssertionError unless what the layer makes of each sequence of x [B,S,H] has the same bits alone, in another place
-    of the batch, among other sequences, and among copies of itself, which want the same experts."""
+    """AssertionError unless what the layer makes of each sequence of x [B,S,H] has the same bits alone, in another
+    place of the batch, among other sequences, and among copies of itself, which want the same experts."""
     with torch.no_grad():
         for index, sequence in enumerate(x):
             alone = layer(sequence[None])[0]

@@ -29,8 +29,8 @@ class LayerTrace:
     Attributes:
         tokens_per_expert: [E] int64, choices of each expert that it served.
         weight_per_expert: [E] float64, the sum of their weights.
-        entropy: float64 scalar, the sum over tokens of the entropy in nats of the router's softmax; NaN where its logits
-            are not seen (Hugging Face models).
+        entropy: float64 scalar, the sum over tokens of the entropy in nats of the router's softmax; NaN where its
+            logits are not seen (Hugging Face models).
         max_violation: float64 scalar, the sum over calls of max load / mean load - 1 (arXiv:2408.15664).
         num_dropped: int64 scalar, choices that found no room.
         num_tokens, num_calls: how many there were.
@@ -126,7 +126,8 @@ class _Counts:
 def _entropy(router_logits: Tensor) -> Tensor:
     """The sum over tokens; a row without finite logits counts as 0."""
     log_p = router_logits.float().log_softmax(-1)
-    return torch.special.entr(log_p.exp()).nan_to_num().sum(dtype=torch.float64)
+    entropy: Tensor = torch.special.entr(log_p.exp())
+    return entropy.nan_to_num().sum(dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -261,12 +262,11 @@ class RoutingTrace:
     def __str__(self) -> str:
         rows = self.summary()
         width = max([5, *(len(row.name) for row in rows)])
-        lines = [f"{'layer':<{width}}  tokens  experts  per token  busiest  max violation  unused  entropy  dropped"]
-        lines += [
-            f"{row.name:<{width}}  {row.num_tokens:6}  {row.num_experts:7}  {row.experts_per_token:9.2f}  {row.busiest:7}"
-            f"  {row.max_violation:13.2f}  {row.never_used:6}  {row.router_entropy:7.2f}  {row.dropped:7.1%}"
-            for row in rows
-        ]
+        lines = [f"{'layer':<{width}}   tokens  experts  per token  busiest  max violation  unused  entropy  dropped"]
+        for row in rows:
+            sizes = f"{row.num_tokens:7}  {row.num_experts:7}  {row.experts_per_token:9.2f}  {row.busiest:7}"
+            balance = f"{row.max_violation:13.2f}  {row.never_used:6}  {row.router_entropy:7.2f}  {row.dropped:7.1%}"
+            lines.append(f"{row.name:<{width}}  {sizes}  {balance}")
         return "\n".join(lines)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:

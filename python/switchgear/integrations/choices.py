@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,7 +23,8 @@ def experts_of(model: nn.Module) -> dict[str, nn.Module]:
 
     def runs_here(module: nn.Module) -> bool:
         if is_decorated(module):
-            return bool(module.config._experts_implementation == NAME)
+            config: Any = module.config
+            return bool(config._experts_implementation == NAME)
         patch = patch_of(module)
         return is_swapped(module) and patch is not None and patch.has_choice
 
@@ -31,8 +33,8 @@ def experts_of(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def on_choice(modules: Mapping[str, nn.Module], function: OnChoice) -> Iterator[None]:
-    """Inside the block, function(name, topk_ids [T,K], topk_weights [T,K], num_experts) sees what the experts of each of
-    `modules` get, and returns what they shall get. Ids are -1 where there is none."""
+    """Inside the block, function(name, topk_ids [T,K], topk_weights [T,K], num_experts) sees what the experts of
+    each of `modules` get, and returns what they shall get. Ids are -1 where there is none."""
     current: list[str] = []
 
     def enter(name: str) -> Callable[..., None]:

@@ -180,7 +180,9 @@ PATCHES: dict[str, Patch] = {
     "jetmoe.JetMoeMoE": Patch(
         lambda m: ExpertWeights(m.input_linear.weight, m.output_linear.weight), _jetmoe, samples.jetmoe, gate=""
     ),
-    "jetmoe.JetMoeParallelExperts": Patch(lambda m: (m.weight,), _jetmoe_linear, samples.jetmoe_linear, has_choice=False),
+    "jetmoe.JetMoeParallelExperts": Patch(
+        lambda m: (m.weight,), _jetmoe_linear, samples.jetmoe_linear, has_choice=False
+    ),
     "llama4.Llama4TextMoe": Patch(
         lambda m: ExpertWeights(m.experts.gate_up_proj.mT, m.experts.down_proj.mT),
         _llama4, samples.llama4, gate="experts",
@@ -192,7 +194,9 @@ PATCHES: dict[str, Patch] = {
     "nllb_moe.NllbMoeExperts": Patch(_dense_experts("fc1", "fc2"), _nllb, samples.nllb),
     "step3p7.Step3p7Experts": Patch(_stacked, _step3p7, samples.topk, gate=""),
     "switch_transformers.SwitchTransformersExperts": Patch(_dense_experts("wi", "wo"), _switch, samples.switch),
-    "vitpose_backbone.VitPoseNaiveMoe": Patch(lambda m: (_linears(list(m)),), _vitpose, samples.vitpose, has_choice=False),
+    "vitpose_backbone.VitPoseNaiveMoe": Patch(
+        lambda m: (_linears(list(m)),), _vitpose, samples.vitpose, has_choice=False
+    ),
 }  # fmt: skip
 
 # Named here so that their absence above is a decision.

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from switchgear.functional import Routing
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
-from switchgear.routing.ranking import keep_choices
 
 if TYPE_CHECKING:
     from switchgear.routing.router import Router
@@ -36,8 +35,8 @@ class Change:
         bias: added to the scores for the choice alone, not to the weights.
         gain: multiplies the weights of an expert, after everything else.
 
-    bias and gain are numbers by expert, or [E]. A selection that ignores its bias (Dense, Random, Lookup) cannot force or
-    favour experts, and one where experts choose tokens (ExpertChoice) gives a forced expert its places first.
+    bias and gain are numbers by expert, or [E]. A selection that ignores its bias (Dense, Random, Lookup) cannot force
+    or favour experts, and where experts choose tokens (ExpertChoice) a forced expert has no more places than others.
     """
 
     disable: Collection[int] = ()
@@ -52,8 +51,7 @@ class Change:
             if (
                 given is None
                 or isinstance(given, Tensor)
-                or name in ("bias", "gain")
-                and not isinstance(given, Mapping)
+                or (name in ("bias", "gain") and not isinstance(given, Mapping))
             ):
                 if given is not None and tuple(torch.as_tensor(given).shape) != (num_experts,):
                     raise ValueError(
@@ -80,8 +78,8 @@ class Change:
         return values
 
     def edit(self, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-        """A choice that was made without the change, [T,K]: without the disabled experts, and with the gains. Ids outside
-        [0, E) are empty choices."""
+        """A choice that was made without the change, [T,K]: without the disabled experts, and with the gains. Ids
+        outside [0, E) are empty choices."""
         real = (topk_ids >= 0) & (topk_ids < num_experts)
         index = topk_ids.clamp(0, num_experts - 1).long()
         if self.disable:
