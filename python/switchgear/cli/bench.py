@@ -19,7 +19,7 @@ import torch
 
 import switchgear
 
-from . import bench_cuda, bench_model, bench_parallel, bench_results, bench_tables, machine
+from . import bench_cuda, bench_model, bench_parallel, bench_results, bench_routers, bench_tables, machine
 from .bench_case import FORMATS
 from .bench_worker import Task, run_case
 from .ceilings import measure
@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", action="store_true", help="predict what the CUDA kernels cost, beside published figures, and stop")
     add("--parallel", type=positive, metavar="N", help="experts distributed over N processes; see docs/parallel.md")
     add("--bandwidth", type=float, metavar="MB/s", help="of their links (default: that of the experts; 0: no limit)")
+    add("--routers", action="store_true", help="what routing policies cost, by the layer and by plain torch, and stop")
     add("--list", action="store_true", help="list shapes and peers, and stop")
     add(
         "--from", dest="source", metavar="FILE", help="measure nothing: tables and pictures of the results in this file"
@@ -97,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         return bench_model.run(args)
     if args.parallel:
         return bench_parallel.run(args)
+    if args.routers:
+        return bench_routers.run(args)
     if args.device == "cuda":
         return bench_cuda.run(args)
     require("rich")

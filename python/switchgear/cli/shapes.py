@@ -23,6 +23,12 @@ SHAPES = {
     "gpt-oss-20b": Shape(2880, 2880, 32, 4, "gpt-oss-20b, with plain SwiGLU and without biases"),
 }
 
+# Layers whose routers `bench --routers` times.
+ROUTER_SHAPES = {
+    "olmoe": SHAPES["olmoe"],
+    "deepseek-v3": Shape(7168, 2048, 256, 8, "DeepSeek-V3, without its shared expert"),
+}
+
 # Layers that others have published figures for on GPUs, and the tokens of those figures (cli/published.py).
 GPU_SHAPES = {
     "sonic-7b-n256": Shape(1536, 256, 128, 8, "SonicMoE's 7B model, finest experts"),
