@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Single operations, each rounded to nearest even, that no compiler fuses: the arithmetic of route, whose results have the
-// same bits on every backend. Host files that use this are compiled with -ffp-contract=off.
+// same bits on every backend. Host files that use this are compiled with -ffp-contract=off; `static`, since some are compiled
+// for one ISA alone.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -16,11 +17,21 @@
 
 namespace switchgear {
 
-SWITCHGEAR_HOST_DEVICE inline float multiply(float a, float b) { return SWITCHGEAR_ROUNDED(__fmul_rn(a, b), a * b); }
-SWITCHGEAR_HOST_DEVICE inline double multiply(double a, double b) { return SWITCHGEAR_ROUNDED(__dmul_rn(a, b), a * b); }
-SWITCHGEAR_HOST_DEVICE inline float add(float a, float b) { return SWITCHGEAR_ROUNDED(__fadd_rn(a, b), a + b); }
-SWITCHGEAR_HOST_DEVICE inline double add(double a, double b) { return SWITCHGEAR_ROUNDED(__dadd_rn(a, b), a + b); }
-SWITCHGEAR_HOST_DEVICE inline float divide(float a, float b) { return SWITCHGEAR_ROUNDED(__fdiv_rn(a, b), a / b); }
-SWITCHGEAR_HOST_DEVICE inline double divide(double a, double b) { return SWITCHGEAR_ROUNDED(__ddiv_rn(a, b), a / b); }
+SWITCHGEAR_HOST_DEVICE static inline float multiply(float a, float b) {
+  return SWITCHGEAR_ROUNDED(__fmul_rn(a, b), a * b);
+}
+SWITCHGEAR_HOST_DEVICE static inline double multiply(double a, double b) {
+  return SWITCHGEAR_ROUNDED(__dmul_rn(a, b), a * b);
+}
+SWITCHGEAR_HOST_DEVICE static inline float add(float a, float b) { return SWITCHGEAR_ROUNDED(__fadd_rn(a, b), a + b); }
+SWITCHGEAR_HOST_DEVICE static inline double add(double a, double b) {
+  return SWITCHGEAR_ROUNDED(__dadd_rn(a, b), a + b);
+}
+SWITCHGEAR_HOST_DEVICE static inline float divide(float a, float b) {
+  return SWITCHGEAR_ROUNDED(__fdiv_rn(a, b), a / b);
+}
+SWITCHGEAR_HOST_DEVICE static inline double divide(double a, double b) {
+  return SWITCHGEAR_ROUNDED(__ddiv_rn(a, b), a / b);
+}
 
 }  // namespace switchgear

@@ -22,7 +22,7 @@
 namespace switchgear::cpu {
 
 // x is not NaN. Branch-free, so that a loop over it becomes vector code. __builtin_bit_cast: CUDA has no std::bit_cast.
-SWITCHGEAR_HOST_DEVICE inline float exp_f32(float x) {
+SWITCHGEAR_HOST_DEVICE static inline float exp_f32(float x) {
   constexpr float kLowest = -0x1.5d589ep+6f;
   constexpr float kHighest = 89.0f;
   constexpr float kLog2E = 0x1.715476p+0f;

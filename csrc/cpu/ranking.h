@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The order of every ranking: value descending, index ascending. It is total, whatever bits the values have.
+//
+// `static`, since rows.inl is compiled for each ISA: no function of one may be merged into another.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -13,26 +15,25 @@ constexpr float kFloatMax = std::numeric_limits<float>::max();
 constexpr int64_t kMaxInsertion = 32;  // longest list kept sorted by insertion
 
 // NaN and -Inf become the lowest number, +Inf the highest. NaN fails the comparison of the first line.
-inline float sanitise(float v) {
+static inline float sanitise(float v) {
   v = v > -kFloatMax ? v : -kFloatMax;
   return v < kFloatMax ? v : kFloatMax;
 }
 
 // An integer for each float but NaN, in their order.
-inline int32_t ordered(float value) {
+static inline int32_t ordered(float value) {
   const int32_t bits = std::bit_cast<int32_t>(value + 0.0f);  // -0 becomes +0
   return bits ^ ((bits >> 31) & 0x7fffffff);                  // negative floats descend as integers: flip them
 }
 
+static inline float unordered(int32_t key) { return std::bit_cast<float>(key ^ ((key >> 31) & 0x7fffffff)); }
+
 // The order as one integer: a larger key is a larger value, or the same value and a lower index.
-inline int64_t key_of(float value, int64_t index) {
+static inline int64_t key_of(float value, int64_t index) {
   return (static_cast<int64_t>(ordered(value)) << 32) | (~index & 0xffffffff);
 }
-inline float value_of(int64_t key) {
-  const auto bits = static_cast<int32_t>(key >> 32);
-  return std::bit_cast<float>(bits ^ ((bits >> 31) & 0x7fffffff));
-}
-inline int32_t index_of(int64_t key) { return static_cast<int32_t>(~key & 0xffffffff); }
+static inline float value_of(int64_t key) { return unordered(static_cast<int32_t>(key >> 32)); }
+static inline int32_t index_of(int64_t key) { return static_cast<int32_t>(~key & 0xffffffff); }
 
 // Moves the `count` largest keys to the front, largest first.
 inline void select_best(int64_t* keys, int64_t num_keys, int64_t count) {

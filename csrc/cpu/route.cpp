@@ -3,7 +3,7 @@
 //
 //   work about 25·T·E flop (one exponential per logit); traffic T·E·size + 8·T·K bytes; compute-bound
 //
-// Rows are independent. Logits are sanitised before anything else, so that any bit pattern gives K distinct experts.
+// Rows are independent; what is done to all logits of a row is in rows.inl, and a block of rows is taken at a time. Logits are sanitised before anything else, so that any bit pattern gives K distinct experts.
 // A ranking is always the total order (value descending, index ascending). Every float operation is written out in its
 // order and nothing is fused: scores have the same bits on every backend, ISA and number of threads.
 #include <algorithm>
@@ -12,6 +12,7 @@
 #include "experts.h"
 #include "ops.h"
 #include "ranking.h"
+#include "rows.h"
 #include "scores.h"
 #include "threads.h"
 
@@ -28,10 +29,14 @@ float group_score(const float* values, int64_t n, GroupScore kind) {
   return kind == GroupScore::kMax ? best : best + second;
 }
 
-// What one thread needs for its rows.
+// What one thread needs for a block of rows.
 struct Scratch {
   Scratch(int64_t num_experts, int64_t num_groups)
-      : logits(num_experts), scores(num_experts), ranked(num_experts), keys(num_experts), group_keys(num_groups) {}
+      : logits(kRowBlock * num_experts),
+        scores(kRowBlock * num_experts),
+        ranked(num_experts),
+        keys(ceil_div(num_experts, kKeyLanes) * kKeyLanes),
+        group_keys(num_groups) {}
 
   std::vector<float> logits;
   std::vector<float> scores;
@@ -40,53 +45,37 @@ struct Scratch {
   std::vector<int64_t> group_keys;
 };
 
-// Fills scratch.keys with the experts that may be chosen, returns their number.
-int64_t make_keys(const float* ranked, int64_t num_experts, const RouteOptions& options, Scratch& scratch) {
-  int64_t* keys = scratch.keys.data();
-  if (options.num_groups == 1) {
-    for (int64_t j = 0; j < num_experts; ++j) keys[j] = key_of(ranked[j], j);
-    return num_experts;
-  }
+// Takes the experts that may not be chosen, those outside of the best groups, out of scratch.keys.
+void keep_best_groups(const float* ranked, int64_t num_experts, const RouteOptions& options, Scratch& scratch) {
   const int64_t size = num_experts / options.num_groups;
   int64_t* groups = scratch.group_keys.data();
   for (int64_t g = 0; g < options.num_groups; ++g) {
     groups[g] = key_of(group_score(ranked + g * size, size, options.group_score), g);
   }
   select_best(groups, options.num_groups, options.topk_groups);
+  std::sort(groups, groups + options.topk_groups, [](int64_t a, int64_t b) { return index_of(a) < index_of(b); });
+  int64_t first = 0;  // of the experts behind the last group that stays
   for (int64_t i = 0; i < options.topk_groups; ++i) {
-    const int64_t first = index_of(groups[i]) * size;
-    for (int64_t j = first; j < first + size; ++j) *keys++ = key_of(ranked[j], j);
+    const int64_t begin = index_of(groups[i]) * size;
+    std::fill(scratch.keys.begin() + first, scratch.keys.begin() + begin, kNoKey);
+    first = begin + size;
   }
-  return options.topk_groups * size;
+  std::fill(scratch.keys.begin() + first, scratch.keys.begin() + num_experts, kNoKey);
 }
 
-// One row: scratch.logits holds the sanitised logits, `bias` is sanitised or null.
-void route_row(const RouteOptions& options, const float* bias, int64_t num_experts, Scratch& scratch, int32_t* topk_ids,
-               float* topk_weights) {
-  const bool by_logit = options.score_function == ScoreFunction::kSoftmax && bias == nullptr && options.num_groups == 1;
-  const float* logits = scratch.logits.data();
-  float* scores = scratch.scores.data();
-  const float* ranked = scores;
-  double sum = 1.0;
-  if (by_logit) {  // softmax is monotone: ranking logits avoids ties by rounding, and K divisions do instead of E
-    sum = softmax_numerators(logits, scores, num_experts);
-    ranked = logits;
-  } else {
-    all_scores(options.score_function, logits, scores, num_experts);
-  }
-  if (bias != nullptr) {
-    for (int64_t j = 0; j < num_experts; ++j) scratch.ranked[j] = scores[j] + bias[j];
-    ranked = scratch.ranked.data();
-  }
-
+// One row: `ranked` are its logits or scores. Softmax weights are scores / sum.
+void route_row(const RouteOptions& options, const RowKernels& rows, const float* ranked, const float* scores,
+               double sum, int64_t num_experts, Scratch& scratch, int32_t* topk_ids, float* topk_weights) {
   int64_t* keys = scratch.keys.data();
-  select_best(keys, make_keys(ranked, num_experts, options, scratch), options.top_k);
-  for (int64_t k = 0; k < options.top_k; ++k) topk_ids[k] = index_of(keys[k]);
-
-  for (int64_t k = 0; k < options.top_k; ++k) {
-    const float score = scores[topk_ids[k]];
-    topk_weights[k] = by_logit ? softmax_score(score, sum) : score;
+  rows.make_keys(ranked, keys, num_experts);
+  if (options.num_groups > 1) keep_best_groups(ranked, num_experts, options, scratch);
+  if (rows.has_extract && options.top_k <= kMaxExtracted) {
+    rows.extract_best(keys, num_experts, options.top_k, topk_ids);
+  } else {
+    select_best(keys, num_experts, options.top_k);
+    for (int64_t k = 0; k < options.top_k; ++k) topk_ids[k] = index_of(keys[k]);
   }
+  for (int64_t k = 0; k < options.top_k; ++k) topk_weights[k] = static_cast<float>(scores[topk_ids[k]] / sum);
   finish_weights(topk_weights, options.top_k, options.normalize, options.scale);
 }
 
@@ -135,17 +124,40 @@ void route(const RouteArgs& args, Execution exec) {
     bias.assign(values, values + num_experts);
     std::transform(bias.begin(), bias.end(), bias.begin(), sanitise);
   }
+  // Softmax is monotone: ranking logits avoids ties by rounding, and K divisions do instead of E.
+  const bool by_logit =
+      args.options.score_function == ScoreFunction::kSoftmax && bias.empty() && args.options.num_groups == 1;
+  const RowKernels& rows = row_kernels();
   const auto route_rows = [&](int64_t begin, int64_t end, int) {
     Scratch scratch(num_experts, args.options.num_groups);
-    float* logits = scratch.logits.data();
-    for (int64_t t = begin; t < end; ++t) {
-      k.load_row(logits, row_of(input, t), input.dtype, num_experts);
-      for (int64_t j = 0; j < num_experts; ++j) logits[j] = sanitise(logits[j]);
-      route_row(args.options, bias.empty() ? nullptr : bias.data(), num_experts, scratch,
-                args.topk_ids.as<int32_t>() + t * top_k, args.topk_weights.as<float>() + t * top_k);
+    float *logits = scratch.logits.data(), *scores = scratch.scores.data();
+    for (int64_t first = begin; first < end; first += kRowBlock) {
+      const int64_t count = std::min(kRowBlock, end - first);
+      double sums[kRowBlock] = {1.0, 1.0, 1.0, 1.0};
+      for (int64_t r = 0; r < count; ++r) {
+        k.load_row(logits + r * num_experts, row_of(input, first + r), input.dtype, num_experts);
+      }
+      rows.sanitise(logits, count * num_experts);
+      if (by_logit) {
+        rows.softmax_numerators(logits, scores, sums, num_experts, count);
+      } else {
+        rows.scores(args.options.score_function, logits, scores, num_experts, count);
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        const float* score = scores + r * num_experts;
+        const float* ranked = by_logit ? logits + r * num_experts : score;
+        if (!bias.empty()) {
+          for (int64_t j = 0; j < num_experts; ++j) scratch.ranked[j] = score[j] + bias[j];
+          ranked = scratch.ranked.data();
+        }
+        const int64_t first_choice = (first + r) * top_k;
+        route_row(args.options, rows, ranked, score, sums[r], num_experts, scratch,
+                  args.topk_ids.as<int32_t>() + first_choice, args.topk_weights.as<float>() + first_choice);
+      }
     }
   };
-  parallel_for_ranges(resolve_threads(exec.num_threads), input.shape[0], grain_rows(num_experts), route_rows);
+  const int64_t grain = ceil_div(grain_rows(num_experts), kRowBlock) * kRowBlock;
+  parallel_for_ranges(resolve_threads(exec.num_threads), input.shape[0], grain, route_rows);
 }
 
 void route_backward(const RouteBackwardArgs& args, Execution exec) {
@@ -153,13 +165,15 @@ void route_backward(const RouteBackwardArgs& args, Execution exec) {
   const TensorView& input = args.router_logits;
   const int64_t num_experts = input.shape[1];
   const int64_t top_k = args.topk_ids.shape[1];
+  const RowKernels& rows = row_kernels();
   const auto differentiate_rows = [&](int64_t begin, int64_t end, int) {
     std::vector<float> logits(num_experts), sane(num_experts), scores(num_experts);
     std::vector<double> grad(num_experts);
     for (int64_t t = begin; t < end; ++t) {
       k.load_row(logits.data(), row_of(input, t), input.dtype, num_experts);
-      std::transform(logits.begin(), logits.end(), sane.begin(), sanitise);
-      all_scores(args.options.score_function, sane.data(), scores.data(), num_experts);
+      sane = logits;
+      rows.sanitise(sane.data(), num_experts);
+      rows.scores(args.options.score_function, sane.data(), scores.data(), num_experts, 1);
       route_backward_row(args.options, scores.data(), args.topk_ids.as<const int32_t>() + t * top_k,
                          args.grad_topk_weights.as<const float>() + t * top_k, num_experts, top_k, grad.data());
       for (int64_t j = 0; j < num_experts; ++j) {  // a sanitised logit is a constant

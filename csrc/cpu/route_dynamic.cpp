@@ -12,6 +12,7 @@
 #include "kernels.h"
 #include "ops.h"
 #include "ranking.h"
+#include "rows.h"
 #include "scores.h"
 #include "threads.h"
 
@@ -28,7 +29,7 @@ struct Row {
 int64_t choose(const RouteDynamicOptions& options, const std::vector<float>& bias, Row& row, int64_t max_experts,
                int32_t* topk_ids, float* topk_weights) {
   const auto num_experts = static_cast<int64_t>(row.logits.size());
-  all_scores(options.score_function, row.logits.data(), row.scores.data(), num_experts);
+  row_kernels().scores(options.score_function, row.logits.data(), row.scores.data(), num_experts, 1);
   const bool by_logit = options.score_function == ScoreFunction::kSoftmax && bias.empty();
   for (int64_t j = 0; j < num_experts; ++j) {
     row.keys[j] = key_of(by_logit ? row.logits[j] : bias.empty() ? row.scores[j] : row.scores[j] + bias[j], j);
@@ -69,7 +70,7 @@ void route_dynamic(const RouteDynamicArgs& args, Execution exec) {
     Row row(num_experts);
     for (int64_t t = begin; t < end; ++t) {
       k.load_row(row.logits.data(), row_of(input, t), input.dtype, num_experts);
-      std::transform(row.logits.begin(), row.logits.end(), row.logits.begin(), sanitise);
+      row_kernels().sanitise(row.logits.data(), num_experts);
       int32_t* ids = args.topk_ids.as<int32_t>() + t * max_experts;
       float* weights = args.topk_weights.as<float>() + t * max_experts;
       const int64_t count = choose(options, bias, row, max_experts, ids, weights);

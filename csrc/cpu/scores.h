@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Scores of one row of sanitised logits. Every operation is written out in its order: files that include this are compiled
-// with -ffp-contract=off.
+// What the routing ops share beside rows.h. Every operation is written out in its order: files that include this are
+// compiled with -ffp-contract=off.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 
-#include "exp.h"
 #include "ranking.h"
-#include "switchgear/ops.h"
 
 namespace switchgear::cpu {
 
@@ -24,26 +22,6 @@ inline float max_of(const float* values, int64_t n) {
   }
   for (; i < n; ++i) lanes[0] = std::max(lanes[0], values[i]);
   return *std::max_element(lanes, lanes + kLanes);
-}
-
-// numerators[j] = exp(logits[j] - max), returns their sum
-inline double softmax_numerators(const float* logits, float* numerators, int64_t n) {
-  const float max = max_of(logits, n);
-  for (int64_t j = 0; j < n; ++j) numerators[j] = exp_f32(logits[j] - max);
-  double sum = 0.0;
-  for (int64_t j = 0; j < n; ++j) sum += numerators[j];
-  return sum;
-}
-
-inline float softmax_score(float numerator, double sum) { return static_cast<float>(numerator / sum); }
-
-inline void all_scores(ScoreFunction function, const float* logits, float* scores, int64_t n) {
-  if (function == ScoreFunction::kSigmoid) {
-    for (int64_t j = 0; j < n; ++j) scores[j] = 1.0f / (1.0f + exp_f32(-logits[j]));
-    return;
-  }
-  const double sum = softmax_numerators(logits, scores, n);
-  for (int64_t j = 0; j < n; ++j) scores[j] = softmax_score(scores[j], sum);
 }
 
 // Divides the weights of the chosen by their sum, and multiplies them.
