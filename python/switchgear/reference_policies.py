@@ -260,7 +260,7 @@ def assign_balanced(
     sizes = _sizes(sequence, num_sequences)[:, None]
     places = (sizes // num_experts + (expert < sizes % num_experts)).flatten()  # of (sequence, expert), a shop
     never_paid = 1e4 * torch.finfo(values.dtype).max ** 0.5
-    price = torch.where(places > 0, 0.0, never_paid).to(values.dtype)
+    price = values.new_full(places.shape, never_paid).masked_fill(places > 0, 0)
     none = num_sequences * num_experts
     shop = torch.full_like(sequence, none)  # where a token has a place
     paid = torch.zeros_like(values[:, 0])

@@ -94,7 +94,7 @@ class ExpertChoice:
         taken = self._best(values, sequence, limits, context)
         ids = taken if self.max_experts_per_token is None else self._cap(taken, values)
         width = max(int((ids >= 0).sum(1).max()), 1) if self.max_experts_per_token is None else ids.shape[1]
-        ids = ids[:, :width]
+        ids = ids[:, :width].contiguous()
         if not by_score:
             scores = _softmax_over_tokens(scores, taken, sequence, limits.shape[0])
         weights = scores.gather(1, ids.clamp(min=0).long()).masked_fill(ids < 0, 0) * self.scale
