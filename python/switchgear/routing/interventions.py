@@ -109,8 +109,6 @@ class Changed:
     select: Select
     change: Change = field(default_factory=Change)
 
-    score_function = property(lambda self: getattr(self.select, "score_function", "softmax"))
-
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         num_experts = router_logits.shape[-1]
         extra = self.change.choice_bias(num_experts, router_logits.device)
