@@ -231,7 +231,12 @@ class _RouteDynamic(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Any, grad_topk_weights: Tensor) -> Any:
-        return _Route.backward(ctx, _, grad_topk_weights)  # that of the same choice, with as many inputs
+        options = (ctx.score_function, ctx.normalize, ctx.scale)
+
+        def grad(*tensors: Any) -> Any:
+            return ops.route_backward(*tensors, *options)
+
+        return _once(grad, grad_topk_weights, *ctx.saved_tensors), *[None] * 8
 
 
 @accepts_arrays

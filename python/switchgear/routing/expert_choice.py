@@ -45,7 +45,7 @@ class ExpertChoice:
         max_experts_per_token: a cap b. Scores are first replaced by the solution A of max ⟨S, A⟩ + λ·H(A) with
             Σ_t A = k, Σ_e A <= b, 0 <= A <= 1, by cap_iterations rounds (λ = cap_lambda = 0.001 is unverified), and
             what then still exceeds the cap goes to no one. With cap_iterations = 0 it is but a cut: a token keeps its b
-            best. Without a cap the largest number of experts of a token is read back (see from_pairs).
+            best. Without a cap the largest number of experts of a token is read back; it is E in a compiled graph.
         scale: multiplies the weights.
         ties: "index", to the lowest token, or "random".
         evaluation: which token is taken depends on later ones, so that a decoder cannot do this; with evaluation = n
@@ -93,8 +93,8 @@ class ExpertChoice:
             values = self._capped(values, context, limits)
         taken = self._best(values, sequence, limits, context)
         ids = taken if self.max_experts_per_token is None else self._cap(taken, values)
-        width = max(int((ids >= 0).sum(1).max()), 1) if self.max_experts_per_token is None else ids.shape[1]
-        ids = ids[:, :width].contiguous()
+        if self.max_experts_per_token is None and not (torch.compiler.is_compiling() or ids.is_meta):
+            ids = ids[:, : max(int((ids >= 0).sum(1).max()), 1)].contiguous()
         if not by_score:
             scores = _softmax_over_tokens(scores, taken, sequence, limits.shape[0])
         weights = scores.gather(1, ids.clamp(min=0).long()).masked_fill(ids < 0, 0) * self.scale
