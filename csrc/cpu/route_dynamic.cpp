@@ -40,7 +40,8 @@ int64_t choose(const RouteDynamicOptions& options, const std::vector<float>& bia
   for (int64_t rank = 0; rank < max_experts; ++rank) {
     if (rank >= options.min_experts && !(mass < options.top_p)) break;
     std::pop_heap(row.keys.begin(), row.keys.end() - rank);
-    const int32_t expert = index_of(row.keys[num_experts - 1 - rank]);
+    const int64_t best = row.keys[num_experts - 1 - rank];
+    const int32_t expert = index_of(best);
     const float score = row.scores[expert];
     mass += score;
     if (rank >= options.min_experts && !(score >= options.threshold)) {

@@ -57,7 +57,7 @@ class BalancedAssignment:
             sequence, count = None, 1
             if is_per_sequence(self.scope, context):
                 sequence, count = sequences(context, num_tokens, values.device)
-                sequence = sequence.to(torch.int32)
+                sequence, count = sequence.to(torch.int32), max(count, 1)  # no tokens have no sequences
             eps = -1.0 if isinstance(self.eps, str) else self.eps
             ids = ops.assign_balanced(values, sequence, count, eps, self.max_iterations)[:, None]
         else:
