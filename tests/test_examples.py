@@ -69,5 +69,13 @@ def test_trace_routing_shows_what_the_router_learned() -> None:
 
 
 def test_each_example_is_tested() -> None:
-    tested = {"train_parallel", "train_layer", "numpy_routing", "custom_pieces", "mixtral", "cluster_task", "trace_routing"}
+    tested = {
+        "train_parallel",
+        "train_layer",
+        "numpy_routing",
+        "custom_pieces",
+        "mixtral",
+        "cluster_task",
+        "trace_routing",
+    }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
