@@ -19,8 +19,8 @@ import torch
 from switchgear.cli import machine, main
 from switchgear.cli.agreement import check_gradients, check_logits, check_losses, loss_bounds
 from switchgear.cli.bench_case import forward, make_case, make_inputs, make_weights, train
-from switchgear.cli.bench_markdown import fill
-from switchgear.cli.bench_results import SCHEMA, load, merge
+from switchgear.cli.bench_markdown import fill, whole
+from switchgear.cli.bench_results import SCHEMA, load, merge, undisturbed
 from switchgear.cli.bench_targets import Verdict, judge
 from switchgear.cli.bench_verify import expected, relative_error, tolerance
 from switchgear.cli.bench_worker import Task, run_case
@@ -305,6 +305,14 @@ def test_results_of_runs_share_a_file() -> None:
     ]  # fmt: skip
     with pytest.raises(CommandError, match=r"results\.json is of model a CPU, this run of another"):
         merge(earlier, bench_results_of(model="another"), "results.json")
+
+
+def test_no_target_is_judged_by_a_case_that_others_disturbed_throughout() -> None:
+    results = bench_results_of(bench_row("switchgear", 2.0), bench_row("sglang", 1.5, quiet_turns=0))
+    assert undisturbed(results) == []
+    assert "| forward, disturbed |" in whole(results)
+    results["results"][1]["quiet_turns"] = 1
+    assert undisturbed(results) == [results["results"]]
 
 
 def test_bench_makes_tables_of_a_file(tmp_path: Path) -> None:

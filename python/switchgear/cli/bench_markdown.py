@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .bench_results import cases_of
+from .bench_results import cases_of, is_undisturbed, undisturbed
 from .bench_targets import OURS, is_ours, judge
 from .common import CommandError, threads
 
@@ -91,7 +91,8 @@ def case_table(results: dict[str, Any]) -> str:
         other = _fastest([row for name, row in timed.items() if not is_ours(name) and not name.startswith("hf_")])
         row = rows[0]
         extras = [row["mode"], row["routing"] if row["routing"] != "balanced" else "",
-                  "tuned allocator" if row["allocator"] == "tuned" else ""]  # fmt: skip
+                  "tuned allocator" if row["allocator"] == "tuned" else "",
+                  "" if is_undisturbed(rows) else "disturbed"]  # fmt: skip
         cells = [row["shape"], f"{row['tokens']:,}", row["dtype"], ", ".join(filter(None, extras))]
         for mine in (plain, packed):
             cells += [f"{mine['ms']:.2f}", f"{mine['percent_of_floor']:.0f} %"] if mine else ["", ""]
@@ -115,7 +116,7 @@ def _against(theirs: Row | None, ours: Row | None, name: str) -> str:
 def summary_table(results: dict[str, Any]) -> str:
     """A row per shape and dtype: milliseconds, part of the floor, time of transformers' default over it."""
     found: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
-    for rows in cases_of(results):
+    for rows in undisturbed(results):
         row = rows[0]
         timed = {r["peer"]: r for r in rows if r["ms"]}
         if (row["allocator"], row["routing"]) != ("default", "balanced") or not {"switchgear", BASELINES[0]} <= set(
@@ -134,7 +135,7 @@ def summary_table(results: dict[str, Any]) -> str:
 
 def target_table(results: dict[str, Any]) -> str:
     """A row per target and case, in the order of the targets."""
-    verdicts = judge(cases_of(results))
+    verdicts = judge(undisturbed(results))
     lines = [[v.case, v.target, v.reached, "yes" if v.holds else "**no**"] for v in verdicts]
     return _table(["case", "at least", "reached", "holds"], ["---"] * 4, lines)
 

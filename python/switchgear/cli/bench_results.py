@@ -53,6 +53,16 @@ def cases_of(results: dict[str, Any]) -> list[list[dict[str, Any]]]:
     return list(groups.values())
 
 
+def is_undisturbed(rows: list[dict[str, Any]]) -> bool:
+    """Whether every peer of a case that was timed had a turn without other processes."""
+    return all(row["quiet_turns"] for row in rows if row["ms"])
+
+
+def undisturbed(results: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The cases that say something."""
+    return [rows for rows in cases_of(results) if is_undisturbed(rows)]
+
+
 def _case(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in CASE)
 

@@ -7,7 +7,7 @@ import csv
 from typing import Any
 
 from . import bench_markdown, bench_results
-from .bench_results import cases_of
+from .bench_results import undisturbed
 from .bench_targets import is_ours, judge
 from .common import require, threads
 from .peers import PEERS
@@ -75,7 +75,7 @@ def print_skipped(console: Any, skipped: list[dict[str, str]]) -> None:
 
 def print_verdicts(console: Any, results: dict[str, Any]) -> None:
     """The targets of the cases that were measured, those that do not hold last."""
-    verdicts = judge(cases_of(results))
+    verdicts = judge(undisturbed(results))
     if not verdicts:
         return
     table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0))
