@@ -15,7 +15,8 @@ struct Pages {
 
 Pages whole_pages(const void* data, int64_t bytes) {
   const auto begin = reinterpret_cast<uintptr_t>(data);
-  return {(begin + kHugePage - 1) / kHugePage * kHugePage, (begin + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage};
+  return {(begin + kHugePage - 1) / kHugePage * kHugePage,
+          (begin + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage};
 }
 
 }  // namespace
@@ -34,7 +35,8 @@ int64_t collapse_into_huge_pages(void* data, int64_t bytes) {
   advise_huge_pages(data, bytes);
   int64_t collapsed = 0;
   const auto [begin, end] = whole_pages(data, bytes);
-  for (uintptr_t page = begin; page < end; page += kHugePage) {  // one by one: a page that cannot does not stop the others
+  for (uintptr_t page = begin; page < end;
+       page += kHugePage) {  // one by one: a page that cannot does not stop the others
     if (madvise(reinterpret_cast<void*>(page), kHugePage, kCollapse) == 0) collapsed += kHugePage;
   }
   return collapsed;

@@ -13,7 +13,6 @@ from parallel_pool import Pool
 import switchgear
 from switchgear.parallel import ExpertParallel
 
-
 # of shared memory: how many transfers are under way at once, and of what size, depends on who is late
 LATE_BLOCKS = 8
 
