@@ -32,7 +32,7 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test bench bench-cpp lint format sanitize simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build \
+.PHONY: help tools demo test bench bench-cpp lint format sanitize simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build \
         wheel test-torch clean always
 
 help:
@@ -54,6 +54,12 @@ $(INSTALLED)%: $(PACKAGE) $(if $(VIRTUAL_ENV),always) | $(BIN)/python
 # cmake, ninja, ruff, mypy, …: packages that are named like their command
 $(BIN)/%: | $(BIN)/python
 	$(PIP) $*
+
+$(BIN)/pybind11-config: | $(BIN)/python
+	$(PIP) 'pybind11>=3.0'
+
+# All that the targets below would install, once and not by several of them at a time.
+tools: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy
 
 # ---- use -----------------------------------------------------------------------------------------------------------------
 
@@ -83,13 +89,18 @@ sanitize: $(BIN)/cmake $(BIN)/ninja
 
 simt: simt-asan simt-race
 
-# The C++ tests, in every order of threads by themselves; then the shared tests on the module _simt, in each order.
-simt-asan simt-race: simt-%: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja
-	$(call run_preset,simt-$*)
-	$(BIN)/python tests/simt/shared.py $* build/simt-$* -- -q $(CORE_TESTS) $(PYTEST_ARGS)
+SIMT_ORDERS ?= forward reverse random:1
+space := $(subst ,, )
+simt_python = -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
-simt-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja
-	for kind in asan race; do cmake --preset simt-$$kind && cmake --build --preset simt-$$kind --target simt_plants || exit 1; done
+# The C++ tests, in every order of threads by themselves; then the shared tests on the module _simt, in each order.
+simt-asan simt-race: simt-%: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
+	cmake --preset simt-$* $(simt_python) && cmake --build --preset simt-$*
+	ctest --preset simt-$* --tests-regex '_($(subst $(space),|,$(subst :,_,$(strip $(SIMT_ORDERS)))))$$'
+	SIMT_ORDERS='$(SIMT_ORDERS)' $(BIN)/python tests/simt/shared.py $* build/simt-$* -- -q $(CORE_TESTS) $(PYTEST_ARGS)
+
+simt-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
+	for kind in asan race; do cmake --preset simt-$$kind $(simt_python) && cmake --build --preset simt-$$kind --target simt_plants || exit 1; done
 	$(BIN)/python tests/simt/planted.py asan=build/simt-asan race=build/simt-race
 
 cuda-checks: $(INSTALLED)test

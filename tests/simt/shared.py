@@ -3,7 +3,8 @@
 
     shared.py asan|race|plain build/simt-asan -- tests/test_plan.py …
 
-What follows -- goes to pytest. An order that fails does not keep the others from running.
+What follows -- goes to pytest. An order that fails does not keep the others from running. SIMT_ORDERS names some of the
+orders, with spaces between them.
 """
 
 import os
@@ -36,7 +37,8 @@ def main(arguments: list[str]) -> int:
     if kind not in ("plain", "asan", "race") or separator != "--":
         raise SystemExit(__doc__)
     failed = []
-    for order in ORDERS:
+    orders = os.environ.get("SIMT_ORDERS", "").split() or ORDERS
+    for order in orders:
         command = [sys.executable, "-m", "pytest", "-k", "simt", *pytest]
         print(f"==== {kind}, {order}: {' '.join(command[1:])}", flush=True)
         start = time.monotonic()
