@@ -130,6 +130,7 @@ def summary_table(results: dict[str, Any]) -> str:
         found.setdefault((row["shape"], row["dtype"]), {})[row["mode"], row["tokens"]] = cell
     header = ["shape", "dtype", *(f"{mode}, {tokens} token{'s' if tokens > 1 else ''}" for mode, tokens in SUMMARY)]
     lines = [[*key, *(cells.get(column, "") for column in SUMMARY)] for key, cells in found.items()]
+    lines = [line for line in lines if any(line[2:])]
     return _table(header, ["---"] * len(header), lines)
 
 
