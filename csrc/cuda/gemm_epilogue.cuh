@@ -119,7 +119,9 @@ class StagedSums {
   }
 
  private:
-  __device__ int place(int row, int column) const { return row * columns_ + (column ^ (row & 3) * kBlock); }
+  __device__ int place(int row, int column) const {
+    return row * columns_ + (column ^ (row & 3) * kBlock);  // in shared memory
+  }
 
   float* data_;
   int columns_;
