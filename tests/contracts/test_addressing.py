@@ -144,10 +144,8 @@ def narrow_offsets_on_device(source: str) -> list[str]:
     suspicious = []
     for line in code:
         products = re.findall(r"\b(\w+) \* (\w+)\b(?!::|\.|->)", line)
-        both = [(a, b) for a, b in products if a in names and b in names]
-        if any(
-            (re.search(row, a) and re.search(width, b)) or (re.search(row, b) and re.search(width, a)) for a, b in both
-        ):
+        pairs = [(a, b) for x, y in products if x in names and y in names for a, b in ((x, y), (y, x))]
+        if any(re.search(row, a) and re.search(width, b) for a, b in pairs):
             suspicious.append(line.strip())
     return suspicious
 
