@@ -27,6 +27,14 @@ constexpr int64_t kMaxRows = 240;  // rows of one product: 40 tiles of 6, so tha
 // Depth of a packed panel in 4-byte words. 64 columns · 1024 · 4 = 256 KB stay in L2, and weights are read in runs of 4 KB.
 constexpr int64_t kChunkWords = 1024;
 
+// Where the rows of a finished product go, `stride` elements apart, rounded; past the caches if they are more than those hold.
+struct Sink {
+  void* data = nullptr;
+  int64_t stride = 0;
+  DType dtype = DType::kFloat32;
+  bool past_caches = false;
+};
+
 // c[m, n] = Σ_k rows[m][k] · b(n, k) for m < num_rows, n < num_columns; float32, k ascending for each element whatever the
 // other arguments are, so a row's result does not depend on its neighbours. Columns up to the panel's width become zero.
 struct Product {
@@ -42,6 +50,7 @@ struct Product {
   void* scratch;               // kProductScratch bytes, 64-byte aligned
   int64_t row_begin = 0;       // k of `rows` that meets the first k of b
   bool accumulate = false;     // adds to c
+  Sink sink = {};              // also stores the rows here
 };
 constexpr int64_t kProductScratch = kChunkWords * 4 * (kMaxPanel + kMaxRows);
 

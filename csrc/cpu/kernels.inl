@@ -6,6 +6,8 @@
 namespace switchgear::cpu {
 namespace {
 
+constexpr int kPanel = kLanes * kPanelVectors;
+
 // ---- vectors -------------------------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -22,6 +24,9 @@ inline Floats min(Floats a, Floats b) { return select(a < b, a, b); }  // b wher
 inline Floats max(Floats a, Floats b) { return select(a > b, a, b); }
 
 inline void store(BFloat16* p, Floats v) {  // round to nearest even; NaN stays NaN
+#ifdef __AVX512BF16__
+  if (!has_subnormals(v)) return store_normals(p, v);
+#endif
   const Ints bits = bits_of(v);
   const Ints rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
   const Ints quiet_nan = ((bits >> 16) & 0xffff) | 0x40;
@@ -90,6 +95,24 @@ void store_row(void* out, DType dtype, const float* row, int64_t n) {
     T* p = static_cast<T*>(out);
     for_vectors(n, [&](int64_t i, int64_t count) { store_some(p + i, load_some(row + i, count), count); });
   });
+}
+
+// One line of memory past the caches: nobody reads it soon, and a store would first fetch what it overwrites.
+template <typename T>
+inline void stream_line(T* p, const float* row) {
+#ifdef __AVX512BF16__
+  if constexpr (sizeof(T) == sizeof(BFloat16) && !__is_same(T, Float16)) {
+    const Floats low = load(row), high = load(row + kLanes);
+    if (!(has_subnormals(low) | has_subnormals(high))) return stream_normals(p, low, high);
+  }
+#endif
+  constexpr int kElements = 64 / sizeof(T);
+  alignas(64) T line[kElements];
+  for (int i = 0; i < kElements; i += kLanes) store(line + i, load(row + i));
+  constexpr int kFloats = 64 / sizeof(float);
+  for (int i = 0; i < kFloats; i += kLanes) {
+    stream(reinterpret_cast<float*>(p) + i, load(reinterpret_cast<const float*>(line) + i));
+  }
 }
 
 void add_scaled_row(float* accumulator, const void* row, DType dtype, float scale, int64_t n) {

@@ -4,6 +4,8 @@
 //   x [T,H]   gate_up_proj [E,N,H]   down_proj [E,H,I]   y [T,H]   h [S,N] where training asks for it
 //   work 2·S·H·(N + I) flop (6·S·H·I for gated experts); traffic: touched weights once per 240 rows of an expert
 //   memory-bound below ~20 rows per expert in bfloat16, compute-bound above
+//   reached on 2 cores of Zen 5 in bfloat16: 72 % of the floor with 64 rows per expert, 59 % with 32 (packing a panel costs as
+//   much as multiplying 11 rows with it), 81-84 % of a plain read of the weights with one or two
 //
 // 1. Tiles (expert, panel of `a`, rows): gate and up products of gathered rows of x (pointers, no copy), then bias, glu and
 //    rounding while the tile is in L1/L2. Only a [S,I] reaches memory, and h if it is to be saved.

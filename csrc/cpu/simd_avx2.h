@@ -24,6 +24,8 @@ struct Float16 {
 
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+inline void stream(float* p, Floats v) { _mm256_stream_ps(p, v); }
+inline void finish_streams() { _mm_sfence(); }
 inline Floats broadcast(float f) { return _mm256_set1_ps(f); }
 inline Floats broadcast_word(const void* p) {
   float f;

@@ -23,6 +23,8 @@ struct Float16 {
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline void stream(float* p, Floats v) { _mm512_stream_ps(p, v); }
+inline void finish_streams() { _mm_sfence(); }
 inline Floats broadcast(float f) { return _mm512_set1_ps(f); }
 inline Floats broadcast_word(const void* p) {
   float f;
@@ -44,6 +46,16 @@ inline void store(Float16* p, Floats v) {
 }
 
 #ifdef __AVX512BF16__
+// The processor's own rounding to bfloat16 takes subnormal numbers for zero.
+inline bool has_subnormals(Floats v) { return _mm512_fpclass_ps_mask(v, 0x20) != 0; }
+inline void store_normals(BFloat16* p, Floats v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+}
+
+inline void stream_normals(BFloat16* p, Floats low, Floats high) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+}
+
 constexpr bool kHasPairs = true;
 // Adds a.low·b.low and a.high·b.high of each pair of bfloat16 to a float32 lane.
 inline Floats multiply_add_pairs(Floats a, Floats b, Floats c) {

@@ -73,6 +73,8 @@ inline Floats load(const float* p) {
   return v;
 }
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+inline void stream(float* p, Floats v) { store(p, v); }
+inline void finish_streams() {}
 inline Floats broadcast(float f) { return Floats{f, f, f, f}; }
 inline Floats broadcast_word(const void* p) {
   float f;

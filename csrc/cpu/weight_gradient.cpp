@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // weight_gradient: work 2·S·M·N flop; traffic: E·M·N elements written once, rows read from L2/L3.
-// With 64 rows per expert the writes cost as much as the multiplications; below that they bind.
+// With 64 rows per expert the writes cost as much as the multiplications; below that they bind. Of the multiplications' floor
+// it reaches 61 % with 64 slots per expert (OLMoE, 512 tokens, 2 cores of Zen 5) and 48 % with 32 (Qwen3-30B-A3B).
+// Tiles of 6 rows are rounded and written as they are finished, past the caches where the gradient is larger than those.
 //
 // A task is a block of rows of one expert's gradient. It transposes its part of `left` once, so that the block becomes an
 // ordinary product with the slots as inner dimension, and walks the columns panel by panel. Experts without rows get zeros.
@@ -15,6 +17,8 @@
 
 namespace switchgear::cpu {
 namespace {
+
+constexpr int64_t kCachedBytes = 16 << 20;  // what an optimizer may still find in a cache afterwards
 
 // Rows of a block: enough to pay for packing `right` (24 and more), few enough that the transposed block stays in L2.
 int64_t block_rows(int64_t slots) {
@@ -37,6 +41,7 @@ void weight_gradient(const WeightGradientArgs& args, int num_threads) {
   }
   if (num_experts == 0 || rows == 0 || columns == 0) return;
 
+  const bool is_large = num_experts * rows * columns * size_of(args.gradient.dtype) > kCachedBytes;
   std::vector<Tile> tiles;
   int64_t transposed_bytes = 0;
   for (int64_t e = 0; e < num_experts; ++e) {
@@ -76,10 +81,8 @@ void weight_gradient(const WeightGradientArgs& args, int num_threads) {
                   .num_columns = count,
                   .depth = slots,
                   .c = scratch.c,
-                  .scratch = scratch.packing});
-      for (int64_t m = 0; m < tile.num_rows; ++m) {
-        k.store_row(target(m, column), args.gradient.dtype, scratch.c + m * panel, count);
-      }
+                  .scratch = scratch.packing,
+                  .sink = {target(0, column), row_stride, args.gradient.dtype, is_large}});
     }
   });
 }
