@@ -173,6 +173,8 @@ def measure(parallel: ExpertParallel, task: Task) -> dict[str, Any]:
         record = parallel.record
         events = list(record.events or [])
         link = sum(event.end - event.begin for event in events if event.lane == "link" and event.name != "header")
+        if parallel.num_chunks is None:
+            events += _between(events, begin, begin + seconds)
         return Step(seconds, record.waited, seconds - record.waited, link, dict(record.bytes), events, begin)
 
     first = "switchgear, 1 chunk"
@@ -196,6 +198,12 @@ def measure(parallel: ExpertParallel, task: Task) -> dict[str, Any]:
             taken.append(step(name))
     rows, pairs = count(list(ids), experts.placement)
     return {"bandwidth": bandwidth, "rows": rows.tolist(), "pairs": pairs.tolist(), "steps": steps}
+
+
+def _between(events: list[Event], begin: float, end: float) -> list[Event]:
+    """The times without a transfer, which nobody has measured by themselves: experts and what is around them."""
+    edges = [begin, *(edge for event in events for edge in (event.begin, event.end)), end]
+    return [Event("experts", "experts", edges[i], edges[i + 1]) for i in range(0, len(edges), 2)]
 
 
 def _gather(parallel: ExpertParallel, value: float) -> list[float]:
