@@ -103,11 +103,13 @@ DType dtype_of(const char* name, DLDataType dtype) {
     if (dtype.code == kDLFloat && dtype.bits == 16) return DType::kFloat16;
     if (dtype.code == kDLInt && dtype.bits == 32) return DType::kInt32;
     if (dtype.code == kDLInt && dtype.bits == 64) return DType::kInt64;
+    if (dtype.code == kDLInt && dtype.bits == 8) return DType::kInt8;
+    if (dtype.code == kDLUInt && dtype.bits == 8) return DType::kUInt8;
   }
   constexpr std::array<const char*, 7> kKinds{"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
   const std::string kind = dtype.code < kKinds.size() ? kKinds[dtype.code] : join("DLPack type ", int{dtype.code}, '/');
-  throw TypeError(join(name, ": expected float32, bfloat16, float16, int32 or int64, got ", kind, int{dtype.bits},
-                       dtype.lanes == 1 ? "" : " vectors"));
+  throw TypeError(join(name, ": expected float32, bfloat16, float16, int32, int64, int8 or uint8, got ", kind,
+                       int{dtype.bits}, dtype.lanes == 1 ? "" : " vectors"));
 }
 
 Device device_of(const char* name, DLDevice device) {

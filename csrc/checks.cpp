@@ -147,6 +147,12 @@ void Call::check_type(const char* name, const TensorView& tensor, Kind kind, Sha
     case Kind::kInt32:
       SWITCHGEAR_CHECK(TypeError, tensor.dtype == DType::kInt32, name, ": expected int32, got ", describe(tensor));
       break;
+    case Kind::kUInt8:
+      SWITCHGEAR_CHECK(TypeError, tensor.dtype == DType::kUInt8, name, ": expected uint8, got ", describe(tensor));
+      break;
+    case Kind::kInt8:
+      SWITCHGEAR_CHECK(TypeError, tensor.dtype == DType::kInt8, name, ": expected int8, got ", describe(tensor));
+      break;
     case Kind::kFloat32:
       SWITCHGEAR_CHECK(TypeError, tensor.dtype == DType::kFloat32, name, ": expected float32, got ", describe(tensor));
       break;

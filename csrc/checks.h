@@ -17,7 +17,13 @@ struct Dim {
   int64_t size = kUnknown;
 };
 
-enum class Kind : uint8_t { kFloat, kFloat32, kInt32 };  // kFloat is one of three dtypes, the same throughout a call
+enum class Kind : uint8_t {
+  kFloat,
+  kFloat32,
+  kInt32,
+  kInt8,
+  kUInt8
+};  // kFloat is one of three dtypes, the same throughout a call
 
 enum class Layout : uint8_t {
   kContiguous,
@@ -42,7 +48,7 @@ class Call {
   void check_overlap() const;
 
  private:
-  static constexpr int kMaxTensors = 16;  // moe_backward has 15
+  static constexpr int kMaxTensors = 20;  // quantized_moe_forward has 15 and up to 4 more
 
   struct Entry {
     const char* name = nullptr;

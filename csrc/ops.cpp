@@ -2,6 +2,7 @@
 // Checks the arguments of each op once, against the shapes in ops.h, then calls the table of the device. Kernels trust.
 #include "switchgear/ops.h"
 
+#include <array>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -100,6 +101,33 @@ void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& o
   if (weights.gate_up_bias.defined()) call.input("gate_up_bias", weights.gate_up_bias, kFloat, {&E, &N}, kRows);
   if (weights.down_bias.defined()) call.input("down_bias", weights.down_bias, kFloat, {&E, &H}, kRows);
 }
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The storage of QuantizedMatrices, whose sizes follow from rows, cols and format.
+void quantized_input(Call& call, const std::array<const char*, 4>& names, const QuantizedMatrices& m, Dim& E) {
+  SWITCHGEAR_CHECK(ValueError, m.bits == 8 || m.bits == 4, "bits: expected 8 or 4, got ", m.bits);
+  const bool is_power = m.group_size >= 16 && (m.group_size & (m.group_size - 1)) == 0;
+  SWITCHGEAR_CHECK(ValueError, m.group_size == 0 || is_power,
+                   "group_size: expected 0 (the whole row) or a power of two from 16 on, got ", m.group_size);
+  // Sums of cols products of a byte with at most 127 stay within int32.
+  constexpr int64_t kMaxColumns = int64_t{1} << 16;
+  SWITCHGEAR_CHECK(ValueError, m.cols <= kMaxColumns, names[0], ": expected at most ", kMaxColumns, " columns, got ",
+                   m.cols);
+  Dim blocks{"blocks", 1, m.parts * divide_up(m.rows / m.parts, 16)};
+  Dim words{"words", 1, divide_up(m.cols, 8) * (m.bits == 8 ? 2 : 1)};
+  Dim groups{"groups", 1, m.group_size == 0 ? 1 : divide_up(m.cols, m.group_size)};
+  Dim word_bytes{"64", 1, 64}, block_rows{"16", 1, 16};
+  call.input(names[0], m.values, kUInt8, {&E, &blocks, &words, &word_bytes});
+  call.input(names[1], m.scales, kInt8, {&E, &blocks, &groups, &block_rows});
+  call.input(names[2], m.row_scales, kFloat32, {&E, &blocks, &block_rows});
+  if (m.zeros.defined()) call.input(names[3], m.zeros, kUInt8, {&E, &blocks, &groups, &block_rows});
+}
+
+constexpr std::array kWeightNames{"weight", "weight_scales", "weight_row_scales", "weight_zeros"};
+constexpr std::array kGateUpNames{"gate_up_proj", "gate_up_proj_scales", "gate_up_proj_row_scales",
+                                  "gate_up_proj_zeros"};
+constexpr std::array kDownNames{"down_proj", "down_proj_scales", "down_proj_row_scales", "down_proj_zeros"};
 
 // Panels are the layout of one dtype on one ISA; see ExpertWeights.
 void check_panels(const MoeForwardArgs& args, const Backend& backend, const Dim& I) {
@@ -376,6 +404,55 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   call.check_overlap();
   check_range("topk_ids", args.topk_ids, -1, E.size);
   call.backend().moe_backward(args, exec);
+}
+
+// ---- quantised weights ---
+
+void quantized_grouped_gemm(const QuantizedGroupedGemmArgs& args, Execution exec) {
+  Call call(exec);
+  const QuantizedMatrices& weight = args.weight;
+  Dim R{"R", 0}, E{"E"}, N{"N", 1, weight.rows}, C{"C", 1, weight.cols}, S{"S", 0};
+  SWITCHGEAR_CHECK(ValueError, weight.parts >= 1 && weight.rows >= 1 && weight.rows % weight.parts == 0,
+                   "parts: expected a divisor of N=", weight.rows, ", got ", weight.parts);
+  call.input("x", args.x, kFloat, {&R, args.transposed ? &N : &C}, kRows);
+  quantized_input(call, kWeightNames, weight, E);
+  SWITCHGEAR_CHECK(ValueError, !args.transposed || !args.bias.defined(), "bias: expected none for a transposed weight");
+  if (args.bias.defined()) call.input("bias", args.bias, kFloat, {&E, &N}, kRows);
+  Dim offsets{"E+1", 2, E.size + 1};
+  call.input("expert_offsets", args.expert_offsets, kInt32, {&offsets});
+  if (args.token_indices.defined()) call.input("token_indices", args.token_indices, kInt32, {&S});
+  call.output("out", args.out, kFloat, {args.token_indices.defined() ? &S : &R, args.transposed ? &C : &N}, kRows);
+  call.check_overlap();
+  check_offsets("expert_offsets", args.expert_offsets, args.out.shape[0]);
+  if (args.token_indices.defined()) check_tokens(args.token_indices, args.expert_offsets, R.size);
+  kernel_of(call, call.backend().quantized_grouped_gemm)(args, exec);
+}
+
+void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec) {
+  Call call(exec);
+  Dim T{"T", 0}, K{"K"}, H{"H"}, E{"E"}, N{"N", 1, args.gate_up_proj.rows};
+  check_options(args.options);
+  call.input("x", args.x, kFloat, {&T, &H}, kRows);
+  const Dim I = intermediate("gate_up_proj", args.options, N);
+  const int64_t parts = args.options.gated && !args.options.interleaved ? 2 : 1;
+  const auto check_sizes = [](const char* name, const QuantizedMatrices& m, int64_t rows, int64_t cols, int64_t parts) {
+    SWITCHGEAR_CHECK(ValueError, m.rows == rows && m.cols == cols && m.parts == parts, name, ": expected matrices [",
+                     rows, ", ", cols, "] in ", parts, " parts, got [", m.rows, ", ", m.cols, "] in ", m.parts);
+  };
+  check_sizes("gate_up_proj", args.gate_up_proj, N.size, H.size, parts);
+  check_sizes("down_proj", args.down_proj, H.size, I.size, 1);
+  quantized_input(call, kGateUpNames, args.gate_up_proj, E);
+  quantized_input(call, kDownNames, args.down_proj, E);
+  if (args.gate_up_bias.defined()) call.input("gate_up_bias", args.gate_up_bias, kFloat, {&E, &N}, kRows);
+  if (args.down_bias.defined()) call.input("down_bias", args.down_bias, kFloat, {&E, &H}, kRows);
+  call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
+  call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
+  Dim S = slots(T, K);
+  call.output("y", args.y, kFloat, {&T, &H}, kRows);
+  if (args.h.defined()) call.output("h", args.h, kFloat, {&S, &N}, kRows);
+  call.check_overlap();
+  check_range("topk_ids", args.topk_ids, -1, E.size);
+  kernel_of(call, call.backend().quantized_moe_forward)(args, exec);
 }
 
 }  // namespace switchgear

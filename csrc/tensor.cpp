@@ -21,6 +21,8 @@ const char* name_of(DType dtype) {
     case DType::kFloat16: return "float16";
     case DType::kInt32: return "int32";
     case DType::kInt64: return "int64";
+    case DType::kInt8: return "int8";
+    case DType::kUInt8: return "uint8";
   }
   return "unknown";
 }

@@ -7,12 +7,24 @@
 
 #include "kernels.h"
 #include "ops.h"
+#include "quantized/kernels.h"
 #include "registry.h"
 #include "switchgear/check.h"
+
+#if defined(SWITCHGEAR_HAVE_AVXVNNI)
+#include <cpuid.h>
+#endif
 
 namespace switchgear {
 namespace cpu {
 namespace {
+
+#if defined(SWITCHGEAR_HAVE_AVXVNNI)
+bool supports_avxvnni() {  // leaf 7.1, which __builtin_cpu_supports knows in recent compilers alone
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
+}
+#endif
 
 // Whether the processor has what the flags of an ISA's file allow, and the operating system saves its registers.
 #if defined(SWITCHGEAR_HAVE_AVX2)
@@ -20,61 +32,77 @@ bool runs_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 #endif
+#if defined(SWITCHGEAR_HAVE_AVXVNNI)
+bool runs_avxvnni() { return runs_avx2() && supports_avxvnni(); }
+#endif
 #if defined(SWITCHGEAR_HAVE_AVX512)
 bool runs_avx512() {
   return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 #endif
+#if defined(SWITCHGEAR_HAVE_AVX512VNNI)
+bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#endif
 #if defined(SWITCHGEAR_HAVE_AVX512BF16)
-bool runs_avx512bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool runs_avx512bf16() { return runs_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 struct Isa {
   const char* name;
   bool (*runs)();
   const Kernels& (*kernels)();
+  const QuantizedKernels& (*quantized)();
 };
 
 constexpr std::array kIsas{
-    Isa{"generic", [] { return true; }, kernels_generic},
+    Isa{"generic", [] { return true; }, kernels_generic, quantized_generic},
 #if defined(SWITCHGEAR_HAVE_AVX2)
-    Isa{"avx2", runs_avx2, kernels_avx2},
+    Isa{"avx2", runs_avx2, kernels_avx2, quantized_avx2},
+#endif
+#if defined(SWITCHGEAR_HAVE_AVXVNNI)
+    Isa{"avxvnni", runs_avxvnni, kernels_avx2, quantized_avxvnni},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512)
-    Isa{"avx512", runs_avx512, kernels_avx512},
+    Isa{"avx512", runs_avx512, kernels_avx512, quantized_avx512},
+#endif
+#if defined(SWITCHGEAR_HAVE_AVX512VNNI)
+    Isa{"avx512vnni", runs_avx512vnni, kernels_avx512, quantized_avx512vnni},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512BF16)
-    Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16},
+    Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, quantized_avx512vnni},
 #endif
 };
 
-std::atomic<const Kernels*> active{nullptr};
+std::atomic<const Isa*> active{nullptr};
 
-const Kernels& find_isa(const std::string& name, const char* source) {
+const Isa& find_isa(const std::string& name, const char* source) {
   std::string available;
   for (const Isa& isa : kIsas) {
     if (!isa.runs()) continue;
-    if (name == isa.name) return isa.kernels();
+    if (name == isa.name) return isa;
     available += available.empty() ? isa.name : join(", ", isa.name);
   }
   throw ValueError(join(source, ": expected one of ", available, ", got ", name));
 }
 
-const Kernels& first_use() {
+const Isa& first_use() {
   const char* forced = std::getenv("SWITCHGEAR_CPU_ISA");
   const bool is_forced = forced != nullptr && *forced != '\0';
-  const Kernels* chosen = &find_isa(is_forced ? forced : available_cpu_isas().back(), "SWITCHGEAR_CPU_ISA");
-  const Kernels* expected = nullptr;  // set_cpu_isa on another thread may have been faster
+  const Isa* chosen = &find_isa(is_forced ? forced : available_cpu_isas().back(), "SWITCHGEAR_CPU_ISA");
+  const Isa* expected = nullptr;  // set_cpu_isa on another thread may have been faster
   return active.compare_exchange_strong(expected, chosen) ? *chosen : *expected;
+}
+
+const Isa& isa_in_use() {
+  const Isa* isa = active.load(std::memory_order_acquire);
+  return isa != nullptr ? *isa : first_use();
 }
 
 }  // namespace
 
-const Kernels& kernels() {
-  const Kernels* table = active.load(std::memory_order_acquire);
-  return table != nullptr ? *table : first_use();
-}
+const Kernels& kernels() { return isa_in_use().kernels(); }
+const QuantizedKernels& quantized_kernels() { return isa_in_use().quantized(); }
 
 }  // namespace cpu
 
@@ -91,7 +119,7 @@ int64_t cpu_panel(DType dtype) {
   return dtype == DType::kFloat32 || (dtype == DType::kBFloat16 && k.has_pairs) ? k.panel : 0;
 }
 
-std::string cpu_isa() { return cpu::kernels().isa; }
+std::string cpu_isa() { return cpu::isa_in_use().name; }
 
 void set_cpu_isa(const std::string& isa) { cpu::active.store(&cpu::find_isa(isa, "isa"), std::memory_order_release); }
 
@@ -115,6 +143,8 @@ const Backend& cpu_backend() {
                                     .column_topk = cpu::column_topk,
                                     .fit_capacity = cpu::fit_capacity,
                                     .assign_balanced = cpu::assign_balanced,
+                                    .quantized_grouped_gemm = cpu::quantized_grouped_gemm,
+                                    .quantized_moe_forward = cpu::quantized_moe_forward,
                                     .panel = cpu_panel};
   return kBackend;
 }

@@ -21,5 +21,7 @@ void glu(const GluArgs& args, Execution exec);
 void glu_backward(const GluBackwardArgs& args, Execution exec);
 void moe_forward(const MoeForwardArgs& args, Execution exec);
 void moe_backward(const MoeBackwardArgs& args, Execution exec);
+void quantized_grouped_gemm(const QuantizedGroupedGemmArgs& args, Execution exec);
+void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec);
 
 }  // namespace switchgear::cpu

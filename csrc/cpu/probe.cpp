@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "quantized/kernels.h"
 #include "switchgear/backend.h"
 #include "threads.h"
 #include "workspace.h"
@@ -35,6 +36,12 @@ double multiply_rate(DType dtype, Execution exec) {
   constexpr int64_t kIterations = 400'000;  // about 10 ms
   return best_rate(cpu::resolve_threads(exec.num_threads),
                    [&](int64_t) { return cpu::kernels().multiply_rate(dtype, kIterations); });
+}
+
+double quantized_multiply_rate(Execution exec) {
+  constexpr int64_t kIterations = 400'000;
+  return best_rate(cpu::resolve_threads(exec.num_threads),
+                   [&](int64_t) { return cpu::quantized_kernels().multiply_rate(kIterations); });
 }
 
 double read_bandwidth(Execution exec) {

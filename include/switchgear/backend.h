@@ -28,6 +28,8 @@ struct Backend {
   void (*column_topk)(const ColumnTopkArgs&, Execution) = nullptr;
   void (*fit_capacity)(const FitCapacityArgs&, Execution) = nullptr;
   void (*assign_balanced)(const AssignBalancedArgs&, Execution) = nullptr;
+  void (*quantized_grouped_gemm)(const QuantizedGroupedGemmArgs&, Execution) = nullptr;
+  void (*quantized_moe_forward)(const QuantizedMoeForwardArgs&, Execution) = nullptr;
   int64_t (*panel)(DType) =
       nullptr;  // rows of a panel of weights (ExpertWeights), 0 for dtypes without; null: no panels
 };
@@ -38,8 +40,9 @@ const Backend& cuda_backend();  // in libraries with CUDA kernels
 // From now on the ops on tensors of backend.device call this table.
 void register_backend(const Backend& backend);
 
-// ISAs of the CPU backend, best last: "generic", "avx2", "avx512", "avx512bf16". `available` are those that were built and
-// that this machine can run. SWITCHGEAR_CPU_ISA, read at first use, forces one; set_cpu_isa does so afterwards.
+// ISAs of the CPU backend, best last: "generic", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16" (the two with VNNI
+// differ from the one before in quantised weights alone). `available` are those that were built and that this machine can run.
+// SWITCHGEAR_CPU_ISA, read at first use, forces one; set_cpu_isa does so afterwards.
 std::vector<std::string> available_cpu_isas();
 std::string cpu_isa();
 void set_cpu_isa(const std::string& isa);  // ValueError for one that is not available
@@ -50,6 +53,7 @@ int64_t cpu_panel(DType dtype);
 // The CPU's ceilings, measured in about 50 ms each: multiply-adds in registers in flop/s (of the instruction that a dtype's
 // products use), and reading of memory in bytes/s.
 double multiply_rate(DType dtype, Execution exec = {});
+double quantized_multiply_rate(Execution exec = {});  // of int8, in operations/s
 double read_bandwidth(Execution exec = {});
 
 // Reads the memory of tensors once, by vector loads on all threads: the least that a layer does that uses them as weights.

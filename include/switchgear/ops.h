@@ -299,4 +299,52 @@ struct MoeBackwardArgs {
 };
 void moe_backward(const MoeBackwardArgs& args, Execution exec = {});
 
+// ---- quantised weights -----------------------------------------------------------------------------------------------------
+
+// One matrix [rows, cols] per expert in `bits` = 8 or 4 bits, with a scale (and a zero) for each group of `group_size`
+// neighbouring columns of a row (the last group may be shorter), and a scale for each row:
+//   w = row_scale · scale · (q - zero · 2^(bits-8)), zero = 128 where there are none (symmetric weights)
+//
+// Storage: `parts` equal shares of the rows (2 where all gates precede all ups, else 1), each in B blocks of 16 rows, the last
+// one padded; a block is W words of 16 rows x 4 columns, columns padded to a multiple of 8 with any q:
+//   8 bits  byte 4·r + j of word w is q[r, 4·w + j]                                       W = ⌈cols / 8⌉ · 2
+//   4 bits  byte 4·r + j of word w is q[r, 8·w + j] | q[r, 8·w + 4 + j] << 4              W = ⌈cols / 8⌉
+struct QuantizedMatrices {
+  TensorView values;      // [E, parts·B, W, 64] uint8
+  TensorView scales;      // [E, parts·B, G, 16] int8, G = ⌈cols / group_size⌉
+  TensorView row_scales;  // [E, parts·B, 16] float32
+  TensorView zeros;       // [E, parts·B, G, 16] uint8, optional
+  int64_t rows = 0, cols = 0, parts = 1;
+  int64_t bits = 8;
+  int64_t group_size = 0;  // a power of two from 16 on, or 0: the whole row
+};
+
+// grouped_gemm with quantised weights. Each row of x is rounded to int8, with the scale max |row| / 127, and multiplied in
+// integers; `transposed`, which gradients need, multiplies in float with weights that are rounded to the dtype of x.
+struct QuantizedGroupedGemmArgs {
+  TensorView x;              // [R,C] float, rows contiguous; transposed: [R,N]
+  QuantizedMatrices weight;  // [E,N,C]
+  TensorView bias;           // [E,N] float, optional; none if transposed
+  TensorView expert_offsets;
+  TensorView token_indices;  // [S], optional
+  bool transposed = false;   // out[s] = x[r(s)]·W instead of x[r(s)]·Wᵀ
+  TensorView out;            // out [S,N]; transposed: [S,C]
+};
+void quantized_grouped_gemm(const QuantizedGroupedGemmArgs& args, Execution exec = {});
+
+// moe_forward with quantised weights: x and a are rounded to int8, row by row, as in quantized_grouped_gemm.
+struct QuantizedMoeForwardArgs {
+  TensorView x;                    // [T,H] float
+  QuantizedMatrices gate_up_proj;  // [E,N,H]; parts 2 for gates that are not interleaved
+  QuantizedMatrices down_proj;     // [E,H,I]
+  TensorView gate_up_bias;         // [E,N] float, optional
+  TensorView down_bias;            // [E,H] float, optional
+  TensorView topk_ids;
+  TensorView topk_weights;
+  GluOptions options;
+  TensorView y;  // out [T,H]
+  TensorView h;  // out [S,N], optional
+};
+void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec = {});
+
 }  // namespace switchgear

@@ -7,7 +7,7 @@
 
 namespace switchgear {
 
-enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16, kInt32, kInt64 };
+enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16, kInt32, kInt64, kInt8, kUInt8 };
 
 constexpr int64_t size_of(DType dtype) {
   switch (dtype) {
@@ -16,6 +16,8 @@ constexpr int64_t size_of(DType dtype) {
     case DType::kBFloat16:
     case DType::kFloat16: return 2;
     case DType::kInt64: return 8;
+    case DType::kInt8:
+    case DType::kUInt8: return 1;
   }
   return 0;
 }

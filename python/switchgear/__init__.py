@@ -9,6 +9,7 @@ Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(mode
 Models:     accelerate(model) puts the kernels under a Hugging Face model; pack_weights(model) and
             use_huge_pages(model) make inference faster on CPUs
 Looking:    RoutingTrace records what routers do, override(model, …) changes what they choose for a while
+Compression: compress.quantize(model, "int8" | "int4"), compress.dequantize, compress.add_lora
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from switchgear import layers, presets, routing
+from switchgear import compress, layers, presets, routing
 from switchgear.backends import backend, use_backend
 from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, glu, grouped_gemm, moe, permute, plan, route
@@ -47,6 +48,7 @@ __all__ = [
     "backend",
     "balance_loss",
     "combine",
+    "compress",
     "cpu_isa",
     "glu",
     "grouped_gemm",

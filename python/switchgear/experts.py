@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from switchgear.compress.formats import Format, format_of, quantized_moe, quantized_of
+from switchgear.compress.lora import lora_forward, lora_of
 from switchgear.functional import moe
 from switchgear.packing import FINDERS, Layout, pack_weights, panels_of, unpack_weights
 from switchgear.pages import advise_huge_pages
@@ -31,6 +34,8 @@ class Experts(nn.Module):
         gate_up_proj_bias [E,2I] (up_proj_bias [E,I]), down_proj_bias [E,H] if bias
 
     Every parameter gets a gradient at every step, zero for experts without tokens.
+
+    Weights of 8 or 4 bits, and adapters: switchgear.compress.
     """
 
     down_proj: nn.Parameter
@@ -85,6 +90,21 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden_states [..., H], topk_ids [..., K] (-1 for none) and topk_weights [..., K] -> [..., H]; see `moe`."""
+        quantized, lora = quantized_of(self), lora_of(self)
+        options: dict[str, Any] = {
+            "activation": self.activation,
+            "gated": self.gated,
+            "interleaved": self.interleaved,
+            "gate_up_bias": getattr(self, f"{self._first}_bias"),
+            "down_bias": self.down_proj_bias,
+            "alpha": self.alpha,
+            "limit": self.limit,
+        }
+        if quantized is not None:
+            matrices = quantized.matrices(self)
+            if lora is not None:
+                return lora_forward(self, lora, matrices, hidden_states, topk_ids, topk_weights)
+            return quantized_moe(hidden_states, *matrices, topk_ids, topk_weights, **options)
         panels = panels_of(self)
         if panels is None:
             # Each attribute is read once: under a parametrization every access makes the weight anew.
@@ -92,6 +112,8 @@ class Experts(nn.Module):
             down_proj: Tensor = self.down_proj
             if self.transposed:
                 gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
+            if lora is not None:
+                return lora_forward(self, lora, (gate_up_proj, down_proj), hidden_states, topk_ids, topk_weights)
         else:
             gate_up_proj, down_proj = panels.first, panels.second
         return moe(
@@ -100,15 +122,14 @@ class Experts(nn.Module):
             down_proj,
             topk_ids,
             topk_weights,
-            activation=self.activation,
-            gated=self.gated,
-            interleaved=self.interleaved,
-            gate_up_bias=getattr(self, f"{self._first}_bias"),
-            down_bias=self.down_proj_bias,
-            alpha=self.alpha,
-            limit=self.limit,
             panel=0 if panels is None else panels.panel,
+            **options,
         )
+
+    @property
+    def format(self) -> Format | None:
+        """The format of quantised weights, None for plain ones; see switchgear.compress."""
+        return format_of(self)
 
     def pack_(self) -> Experts:
         """Stores the projections in the order in which the CPU's kernels read them; see `pack_weights`."""
@@ -128,11 +149,13 @@ class Experts(nn.Module):
             parts.append("bias")
         if self.limit is not None:
             parts.append(f"limit={self.limit}")
+        if self.format is not None:
+            parts.append(str(self.format))
         return ", ".join(parts)
 
 
 def _layout_of(module: nn.Module) -> Layout | None:
-    if not isinstance(module, Experts):
+    if not isinstance(module, Experts) or module.format is not None:
         return None
     return Layout((module._first, "down_proj"), module.transposed, module.gated and not module.interleaved)
 

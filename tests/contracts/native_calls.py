@@ -11,6 +11,7 @@ from torch import Tensor
 from switchgear import _C, reference
 from switchgear.reference import weight_dtype
 
+BYTES = {"int8": torch.int8, "uint8": torch.uint8}
 GLU = {"activation": "silu", "gated": True, "interleaved": False, "alpha": 1.5, "limit": 0.0}
 ROUTE = {"score_function": "softmax", "normalize": True, "scale": 1.0}
 PLAN = {"expert_offsets": "F int32", "token_indices": "S int32", "slot_indices": "TK int32"}
@@ -20,12 +21,26 @@ WEIGHTS = {
     "gate_up_bias": "EN float rows",
     "down_bias": "EH float rows",
 }
+# Of 4 bits in groups of 16, in blocks: N rows are A, H rows D of them; H columns are W words and G groups, I V and J.
+QUANTIZED = {"bits": 4, "group_size": 16}
+
+
+def quantized(name: str, blocks: str, words: str, groups: str) -> dict[str, str]:
+    return {
+        name: f"E{blocks}{words}Q uint8",
+        f"{name}_scales": f"E{blocks}{groups}R int8",
+        f"{name}_row_scales": f"E{blocks}R float32",
+        f"{name}_zeros": f"E{blocks}{groups}R uint8",
+    }
+
+
 CHOICES = {"topk_ids": "TK int32", "topk_weights": "TK float32"}
 
 
 class Op(NamedTuple):
     """tensors: name -> sizes, dtype ("float" is one dtype for all), and what it may be: "rows" need contiguous rows,
-    "matrices" contiguous rows or columns, others are contiguous; "out" is written. The options follow the tensors."""
+    "matrices" contiguous rows or columns, others are contiguous; "out" is written. The options follow the tensors; those
+    that are the letter of a size have its value."""
 
     tensors: dict[str, str]
     options: dict[str, Any]
@@ -130,6 +145,30 @@ OPS = {
         },
         GLU,
     ),
+    "quantized_grouped_gemm": Op(
+        {
+            "x": "TH float rows",
+            **quantized("weight", "A", "W", "G"),
+            "bias": "EN float rows",
+            "expert_offsets": "F int32",
+            "token_indices": "S int32",
+            "out": "SN float rows out",
+        },
+        {"rows": "N", "columns": "H", "parts": 2, **QUANTIZED, "transposed": False},
+    ),
+    "quantized_moe_forward": Op(
+        {
+            "x": "TH float rows",
+            **quantized("gate_up_proj", "A", "W", "G"),
+            **quantized("down_proj", "D", "V", "J"),
+            "gate_up_bias": "EN float rows",
+            "down_bias": "EH float rows",
+            **CHOICES,
+            "y": "TH float rows out",
+            "h": "SN float rows out",
+        },
+        {"intermediate_size": "I", **QUANTIZED, **GLU},
+    ),
 }
 
 
@@ -159,15 +198,20 @@ def is_optional(op: str, name: str) -> bool:
         "combine": {"topk_weights"},
         "grouped_gemm": {"token_indices"},
         "grouped_gemm_wgrad": {"token_indices"},
+        "quantized_grouped_gemm": {"token_indices"},
         "moe_forward": {"h"},
+        "quantized_moe_forward": {"h"},
         "moe_backward": set(outputs_of("moe_backward")),
     }
-    return name.endswith("bias") or name in optional.get(op, set())
+    return name.endswith(("bias", "_zeros")) or name in optional.get(op, set())
 
 
 def sizes_of(T: int = 4, K: int = 2, E: int = 3, H: int = 5, I: int = 7) -> dict[str, int]:  # noqa: E741
     """Sizes by letter; F is E + 1, B is 2. The defaults are all different, so that no size can stand in for another."""
-    return {"T": T, "K": K, "E": E, "H": H, "I": I, "N": 2 * I, "S": T * K, "F": E + 1, "B": 2}
+    sizes = {"T": T, "K": K, "E": E, "H": H, "I": I, "N": 2 * I, "S": T * K, "F": E + 1, "B": 2, "Q": 64, "R": 16}
+    blocks = {"A": 2 * -(-I // 16), "D": -(-H // 16)}
+    words = {"W": -(-H // 8), "V": -(-I // 8), "G": -(-H // 16), "J": -(-I // 16)}
+    return sizes | blocks | words
 
 
 def arguments(op: str, sizes: dict[str, int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -187,9 +231,12 @@ def arguments(op: str, sizes: dict[str, int], dtype: torch.dtype = torch.float32
             args[name] = poison(torch.empty(shape, dtype=dtypes[spec.dtype]))
         elif name in given:
             args[name] = given[name]
+        elif spec.dtype in BYTES:
+            args[name] = torch.randint(0, 128, shape, dtype=BYTES[spec.dtype])
         else:
-            args[name] = torch.randn(shape).to(dtypes[spec.dtype])
-    options = OPS[op].options
+            size = 0.001 if name.endswith("row_scales") else 1.0  # of what multiplies two bytes
+            args[name] = (size * torch.randn(shape)).to(dtypes[spec.dtype])
+    options = {name: sizes.get(value, value) for name, value in OPS[op].options.items()}
     if "num_experts" in options:
         options = options | {"num_experts": sizes["E"], "candidates": sizes["E"]}
     return args | options | {"num_threads": 1}

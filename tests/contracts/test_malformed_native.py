@@ -21,6 +21,8 @@ WRONG_DTYPES = {
     "float": (torch.float64, torch.int32, torch.int64, torch.bool, torch.complex64),
     "float32": (torch.bfloat16, torch.float64, torch.int32),
     "int32": (torch.int64, torch.int16, torch.float32),
+    "int8": (torch.uint8, torch.int32, torch.float32),
+    "uint8": (torch.int8, torch.int32, torch.float32),
 }
 Defect = tuple[str, Callable[[Tensor], Any]]
 
@@ -74,7 +76,8 @@ def defects(op: str, name: str) -> Iterator[Defect]:
     yield "five dimensions", lambda t: t.view(*[1] * (5 - t.dim()), *t.shape)
     yield "no dimension", lambda t: t.flatten()[0]
     yield "on meta", lambda t: t.to("meta")
-    yield "misaligned", misaligned
+    if "int8" not in spec.dtype:
+        yield "misaligned", misaligned
     yield "a string", lambda t: "x"
     yield "a number", lambda t: 3
     yield "a list", lambda t: t.tolist()
@@ -102,12 +105,12 @@ def defects(op: str, name: str) -> Iterator[Defect]:
 
 def linked(letter: str) -> str:
     """Sizes that follow from each other: S = T·K, F = E + 1, N = 2I."""
-    return next(group for group in ("TKS", "EF", "IN", "H", "B") if letter in group)
+    return next(group for group in ("TKS", "EF", "IN", "H", *"ABDWVGJQR") if letter in group)
 
 
 def is_shared(op: str, letter: str) -> bool:
     """Whether another size depends on it, so that one tensor alone can't change it. Gathered rows may be any number."""
-    if op.startswith("grouped_gemm") and letter == "T":
+    if "grouped_gemm" in op and letter == "T":
         return False
     letters = "".join(spec_of(op, name).sizes for name in OPS[op].tensors)
     return sum(letters.count(other) for other in linked(letter)) > 1
@@ -259,6 +262,9 @@ WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
     "num_sequences": (0, -1, 2**31),
     "eps": (float("nan"), float("inf")),
     "max_iterations": (-1,),
+    "parts": (0, -1, 4),
+    "bits": (0, 3, 16),
+    "group_size": (-16, 8, 24),
     "num_threads": (-1, 100_000),
 }
 OPTION_CASES = [

@@ -45,7 +45,7 @@ def sample(op: str, seed: int) -> tuple[Any, ...]:
             return x, [weight] if seed % 2 else list(weight), *rest
         case "grouped_gemm_wgrad":
             return *tensors, bool(seed % 2)
-        case "moe_forward":
+        case "moe_forward" | "quantized_moe_forward":
             return *tensors, *options, bool(seed % 2)
         case "moe_backward":
             return *tensors, *options, [bool(need) for need in rng.integers(0, 2, 6)]

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 import switchgear
+from switchgear.compress.formats import QuantizedExperts, quantized_moe
 from switchgear.integrations.gates import Gate
 
 
@@ -78,6 +79,29 @@ def run_experts(
     if post_norm is not None:
         permuted_y = post_norm(permuted_y)
     return switchgear.combine(permuted_y, plan, topk_weights).to(x.dtype)
+
+
+def run_quantized(
+    module: Any, quantized: QuantizedExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate: Gate | None
+) -> Tensor:
+    """The same for a module that `switchgear.compress.quantize` changed, which it does to fused ones alone."""
+    assert gate is not None
+    biases = (getattr(module, f"{name}_bias", None) for name in quantized.names)
+    gate_up_bias, down_bias = biases if getattr(module, "has_bias", False) else (None, None)
+    y = quantized_moe(
+        x,
+        *quantized.matrices(module),
+        topk_ids,
+        topk_weights,
+        activation=gate.activation,
+        gated=gate.gated,
+        interleaved=gate.interleaved,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        alpha=gate.alpha,
+        limit=gate.limit,
+    )
+    return y.to(x.dtype)
 
 
 def project(

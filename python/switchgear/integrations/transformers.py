@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ExpertsInterface
 
-from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts, warn_once
+from switchgear.compress.formats import quantized_of
+from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts, run_quantized, warn_once
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, swap_forward
 from switchgear.integrations.undecorated import PATCHES, patch_of
@@ -44,14 +45,17 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     Returns:
         [T, H] in the dtype of `hidden_states`: the K results, weighted and summed.
     """
+    # int32 first: one conversion less in moe. (Ids that do not fit do not occur: they index a router's logits.)
+    ids = torch.where(top_k_index < module.num_experts, top_k_index, -1).int()
+    if (quantized := quantized_of(module)) is not None:
+        return run_quantized(module, quantized, hidden_states, ids, top_k_weights, gate_of(module))
     weights = _weights(module)
     if (reason := not_plain(weights)) is not None:
         warn_once(f"{type(module).__name__} keeps its own implementation: {reason}")
         return _decorated_forward(module)(module, hidden_states, top_k_index, top_k_weights)
     return run_experts(
         hidden_states,
-        # int32 first: one conversion less in moe. (Ids that do not fit do not occur: they index a router's logits.)
-        torch.where(top_k_index < module.num_experts, top_k_index, -1).int(),
+        ids,
         top_k_weights,
         weights,
         gate_of(module),
@@ -162,6 +166,8 @@ def path_of(module: Any) -> str:
         return f"FP8 experts: {_FP8_ADVICE}"
     if module.config._experts_implementation != NAME:
         return f"not replaced: experts_implementation is {module.config._experts_implementation!r}"
+    if quantized_of(module) is not None:
+        return "moe"
     # FSDP, tensor and expert parallelism hold DTensors between forwards, and plain local tensors inside.
     local = (weight for weight in _weights(module) if not isinstance(weight, DTensor))
     if (reason := not_plain(local)) is not None:
@@ -171,7 +177,7 @@ def path_of(module: Any) -> str:
 
 def _layout_of(module: Any) -> Layout | None:
     """What `switchgear.pack_weights` may pack: decorated modules on the fused kernel."""
-    if not is_decorated(module) or path_of(module) != "moe":
+    if not is_decorated(module) or quantized_of(module) is not None or path_of(module) != "moe":
         return None
     gate = gate_of(module)
     assert gate is not None

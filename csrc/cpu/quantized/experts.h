@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Where the blocks of quantised experts lie, and the activations that meet them.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/experts.h"
+#include "cpu/quantized/kernels.h"
+#include "cpu/workspace.h"
+
+namespace switchgear::cpu {
+
+// The matrix of expert e.
+class QuantizedMatrix {
+ public:
+  QuantizedMatrix(const QuantizedMatrices& m, int64_t e) : m_(m), first_block_(e * m.values.shape[1]) {}
+
+  int64_t part_rows() const { return m_.rows / m_.parts; }
+
+  // The blocks from row `row` on: of any row that starts a block, `row % part_rows() % 16 == 0`.
+  QuantizedPanel from(int64_t row) const {
+    const int64_t part = row / part_rows(), blocks = m_.values.shape[1] / m_.parts;
+    const int64_t block = first_block_ + part * blocks + row % part_rows() / kBlockRows;
+    const int64_t words = m_.values.shape[2] * 8 / m_.bits, groups = m_.scales.shape[2];
+    return {.values = m_.values.as<const uint8_t>() + block * m_.values.shape[2] * m_.values.shape[3],
+            .scales = m_.scales.as<const int8_t>() + block * groups * kBlockRows,
+            .row_scales = m_.row_scales.as<const float>() + block * kBlockRows,
+            .zeros = m_.zeros.defined() ? m_.zeros.as<const uint8_t>() + block * groups * kBlockRows : nullptr,
+            .words = words,
+            .group_words = groups == 1 ? words : m_.group_size / 4,
+            .groups = groups,
+            .bits = static_cast<int>(m_.bits)};
+  }
+
+ private:
+  const QuantizedMatrices& m_;
+  int64_t first_block_;
+};
+
+// Rows in int8 that meet `weight`, in the workspace.
+inline int64_t quantized_stride(const QuantizedMatrices& weight) {
+  return Workspace::padded(ceil_div(weight.cols, 8) * 8);
+}
+
+inline int64_t quantized_bytes(int64_t num_rows, const QuantizedMatrices& weight) {
+  return Workspace::padded(num_rows * quantized_stride(weight)) + Workspace::padded(num_rows * 4) +
+         Workspace::padded(num_rows * weight.scales.shape[2] * 4);
+}
+
+// Quantises `num_rows` rows; rows[r] is at data + r · row_bytes.
+QuantizedRows quantize_rows(Workspace& workspace, const void* data, int64_t row_bytes, DType dtype, int64_t num_rows,
+                            const QuantizedMatrices& weight, int num_threads);
+
+}  // namespace switchgear::cpu

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The table that each ISA fills for weights in 8 or 4 bits: see kernels.inl, and QuantizedMatrices in ops.h for the format.
+#pragma once
+#include <cstdint>
+
+#include "switchgear/ops.h"
+
+namespace switchgear::cpu {
+
+constexpr int64_t kBlockRows = 16;       // rows of a weight that are stored together
+constexpr int64_t kQuantizedPanel = 64;  // columns of one product: four blocks
+
+// Activations in int8: row r is scales[r] · values[r·stride + k], k < words · 4, zeros behind the last column.
+struct QuantizedRows {
+  int8_t* values;
+  int64_t stride;        // bytes, a multiple of 64
+  float* scales;         // [rows]
+  int32_t* corrections;  // [rows, groups]: factor · Σ values over each group of the weights
+};
+
+// The blocks that make up to 64 rows of a weight, as columns of a product.
+struct QuantizedPanel {
+  const uint8_t* values;  // blocks follow each other
+  const int8_t* scales;
+  const float* row_scales;
+  const uint8_t* zeros;  // null for symmetric weights
+  int64_t words;         // 4 columns of the weight each, even
+  int64_t group_words;
+  int64_t groups;
+  int bits;
+};
+
+// c[m, n] = rows.scales[r] · row_scale[n] · Σ_groups scale[n] · Σ_k value[r, k] · (q[n, k] - zero[n]), r = indices[m] (m where
+// null), for n < ⌈num_columns / 16⌉ · 16. The inner sums are exact, those over the groups float32 with ascending groups.
+struct QuantizedProduct {
+  QuantizedRows rows;
+  const int32_t* indices;
+  int64_t num_rows;
+  QuantizedPanel b;
+  int64_t num_columns;            // <= kQuantizedPanel
+  float* c;                       // [num_rows, kQuantizedPanel]
+  const uint8_t* next = nullptr;  // what the caller's next product starts to read: a hint
+};
+
+struct QuantizedKernels {
+  void (*multiply)(const QuantizedProduct&);
+
+  // Row r of `out` from n elements: scale = max |row| / 127, values = round(row / scale), ties to even. A row smaller than
+  // 2^-100 is zero; one with an infinity or a NaN gets a NaN for its scale. `group`: columns of a group.
+  void (*quantize_row)(const QuantizedRows& out, int64_t r, const void* row, DType dtype, int64_t n, int64_t group,
+                       int64_t groups, int32_t factor);
+
+  // out[i, j] = element (first_row + i, first_column + j) of the weight that starts at `b`, in float32: all 16 rows of a block
+  // and `columns` <= 64 columns. first_row and first_column are multiples of 16.
+  void (*dequantize)(float* out, int64_t out_stride, const QuantizedPanel& b, int64_t first_row, int64_t first_column,
+                     int64_t columns);
+
+  double (*multiply_rate)(int64_t iterations);  // as in Kernels, in operations of int8
+};
+
+const QuantizedKernels& quantized_kernels();  // of the ISA in use
+
+const QuantizedKernels& quantized_generic();
+const QuantizedKernels& quantized_avx2();
+const QuantizedKernels& quantized_avxvnni();
+const QuantizedKernels& quantized_avx512();
+const QuantizedKernels& quantized_avx512vnni();
+
+}  // namespace switchgear::cpu

@@ -1,0 +1,359 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Products of int8 activations with weights of 8 or 4 bits, once for all ISAs: included after simd_<isa>.h and dot.h.
+//
+// multiply: C[m,n] = s_m · s_n · Σ_g (s_ng · Σ_{k in g} a[m,k]·(q[n,k] - z)), z = 128 or 8, or z_ng where there are zeros
+//   work 2·M·N·K operations; traffic: values once per 240 rows, K bytes a column at 8 bits and K/2 at 4, and the scales
+//   A step loads 64 bytes of each of four blocks (16 columns x 4 of k) and broadcasts 4 bytes of each of 6 rows: 24 dot
+//   instructions for 4 loads and 6 broadcasts, so the multipliers bind. 4-bit values are unpacked in registers: the low halves
+//   of 64 bytes are one such load, the high halves the next.
+//   The unsigned operand is the weight, so z is no instruction: accumulators start at -z·Σ a, which quantize_row left.
+//   Groups end in 24 conversions and multiply-adds on C, which stays in L1.
+// Sums inside a group are exact integers; those over the groups float32, ascending, so results do not depend on tiles.
+#pragma once
+
+namespace switchgear::cpu {
+namespace {
+
+constexpr int kRowTile = 6;
+constexpr int kPanelVectors8 = kLanes == 16 ? 4 : 2;  // of the registers of one tile: 6 accumulators each
+constexpr int kBlockVectors = kBlockRows / kLanes;
+constexpr int64_t kWordBytes = 4 * kBlockRows;  // of a block
+
+inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
+
+// What a tile of kRows x kVectors vectors of columns has at hand. Pointers to weights are those of each vector's lanes.
+template <int kRows, int kVectors>
+struct Tile {
+  const int8_t* a[kRows];
+  const int32_t* corrections[kRows];
+  float scale[kRows];
+  const uint8_t* values[kVectors];
+  const int8_t* scales[kVectors];
+  const uint8_t* zeros[kVectors];
+  const float* row_scales;
+  float* c;
+
+  // From row m and vector `first` of the panel on.
+  Tile(const QuantizedProduct& p, int64_t m, int64_t first)
+      : row_scales(p.b.row_scales + first * kLanes), c(p.c + m * kQuantizedPanel + first * kLanes) {
+    const QuantizedPanel& b = p.b;
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t r = p.indices != nullptr ? p.indices[m + i] : m + i;
+      a[i] = p.rows.values + r * p.rows.stride;
+      corrections[i] = p.rows.corrections + r * b.groups;
+      scale[i] = p.rows.scales[r];
+    }
+    for (int j = 0; j < kVectors; ++j) {
+      const int64_t block = (first + j) / kBlockVectors, column = (first + j) % kBlockVectors * kLanes;
+      values[j] = b.values + block * (b.words * kWordBytes * b.bits / 8) + column * 4;
+      scales[j] = b.scales + block * b.groups * kBlockRows + column;
+      zeros[j] = b.zeros != nullptr ? b.zeros + block * b.groups * kBlockRows + column : nullptr;
+    }
+  }
+
+  Ints start(int i, int64_t g) const { return broadcast_ints(zeros[0] == nullptr ? corrections[i][g] : 0); }
+};
+
+// The words of 4 columns that 64 bytes hold: one at 8 bits, two at 4.
+template <int kBits>
+constexpr int kHalves = 8 / kBits;
+
+template <int kBits>
+inline Weights weights_at(const uint8_t* bytes, int half) {
+  const Ints v = load_ints(bytes);
+  if constexpr (kBits == 8) return as_weights(v);
+  return as_weights((half == 0 ? v : v >> 4) & 0x0f0f0f0f);
+}
+
+// totals += sums · scale, and -scale · zero times the sums of activations where there are zeros
+template <int kBits, int kRows, int kVectors>
+inline void end_group(const Tile<kRows, kVectors>& t, const Ints (&sum)[kRows][kVectors], int64_t g,
+                      Floats (&total)[kRows][kVectors]) {
+#pragma GCC unroll 8
+  for (int j = 0; j < kVectors; ++j) {
+    const Floats scale = widen(t.scales[j] + g * kBlockRows);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) total[i][j] = multiply_add(to_floats(sum[i][j]), scale, total[i][j]);
+    if (t.zeros[0] != nullptr) {
+      constexpr float kUnit = kBits == 8 ? -1.0f : -1.0f / 16;
+      const Floats offset = scale * widen(t.zeros[j] + g * kBlockRows) * broadcast(kUnit);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        total[i][j] = multiply_add(to_floats(broadcast_ints(t.corrections[i][g])), offset, total[i][j]);
+      }
+    }
+  }
+}
+
+template <int kRows, int kVectors>
+inline void store_scaled(const Tile<kRows, kVectors>& t, const Floats (&total)[kRows][kVectors]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) {
+      const Floats scale = load(t.row_scales + j * kLanes) * broadcast(t.scale[i]);
+      store(t.c + i * kQuantizedPanel + j * kLanes, total[i][j] * scale);
+    }
+  }
+}
+
+// kRows rows times kVectors vectors of columns: every load of weights and of activations is used kRows and kVectors times.
+// `ahead` is a block that is wanted soon.
+template <int kBits, int kRows, int kVectors>
+void multiply_tile(const QuantizedProduct& p, int64_t m, int64_t first, const uint8_t* ahead) {
+  const Tile<kRows, kVectors> t(p, m, first);
+  const QuantizedPanel& b = p.b;
+  Floats total[kRows][kVectors] = {};
+  for (int64_t g = 0; g < b.groups; ++g) {
+    Ints sum[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = t.start(i, g);
+    }
+    const int64_t begin = g * b.group_words, end = begin + b.group_words < b.words ? begin + b.group_words : b.words;
+    for (int64_t word = begin; word < end; word += kHalves<kBits>) {
+      __builtin_prefetch(ahead + word / kHalves<kBits> * kWordBytes, 0, 2);
+#pragma GCC unroll 2
+      for (int half = 0; half < kHalves<kBits>; ++half) {
+        Weights w[kVectors];
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) {
+          w[j] = weights_at<kBits>(t.values[j] + word / kHalves<kBits> * kWordBytes, half);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+          const Activations a = as_activations(word_at(t.a[i] + 4 * (word + half)));
+#pragma GCC unroll 8
+          for (int j = 0; j < kVectors; ++j) sum[i][j] = dot(sum[i][j], w[j], a);
+        }
+      }
+    }
+    end_group<kBits>(t, sum, g, total);
+  }
+  store_scaled(t, total);
+}
+
+// The same for up to kFewRows rows, which only read weights: one block after the other, so in the order of memory, with
+// several chains of sums along k to hide the latency of dot (integers: the order does not matter).
+constexpr int kFewRows = 6;
+constexpr int kChains = kLanes == 16 ? 4 : 1;
+constexpr int64_t kAheadBytes = 4096;  // prefetched
+
+template <int kBits, int kRows>
+void multiply_block(const QuantizedProduct& p, int64_t block) {
+  const Tile<kRows, kBlockVectors> t(p, 0, block * kBlockVectors);
+  const QuantizedPanel& b = p.b;
+  Floats total[kRows][kBlockVectors] = {};
+  for (int64_t g = 0; g < b.groups; ++g) {
+    Ints sum[kChains][kRows][kBlockVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kBlockVectors; ++j) {
+        sum[0][i][j] = t.start(i, g);
+#pragma GCC unroll 8
+        for (int chain = 1; chain < kChains; ++chain) sum[chain][i][j] = Ints{};
+      }
+    }
+    const int64_t begin = g * b.group_words, end = begin + b.group_words < b.words ? begin + b.group_words : b.words;
+    const auto add_word = [&](int64_t word, int half, Ints(&chain)[kRows][kBlockVectors]) {
+      const int64_t at = word / kHalves<kBits> * kWordBytes;
+      if (half == 0) __builtin_prefetch(t.values[0] + at + kAheadBytes, 0, 3);
+      Weights w[kBlockVectors];
+#pragma GCC unroll 8
+      for (int j = 0; j < kBlockVectors; ++j) w[j] = weights_at<kBits>(t.values[j] + at, half);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const Activations a = as_activations(word_at(t.a[i] + 4 * (word + half)));
+#pragma GCC unroll 8
+        for (int j = 0; j < kBlockVectors; ++j) chain[i][j] = dot(chain[i][j], w[j], a);
+      }
+    };
+    int64_t word = begin;
+    for (; word + 4 <= end; word += 4) {
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) {
+        const int half = n % kHalves<kBits>;
+        add_word(word + n - half, half, sum[n % kChains]);
+      }
+    }
+    for (; word < end; word += 2) {  // the number of words is even
+      add_word(word, 0, sum[0]);
+      kBits == 8 ? add_word(word + 1, 0, sum[0]) : add_word(word, 1, sum[0]);
+    }
+#pragma GCC unroll 8
+    for (int chain = 1; chain < kChains; ++chain) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kBlockVectors; ++j) sum[0][i][j] += sum[chain][i][j];
+      }
+    }
+    end_group<kBits>(t, sum[0], g, total);
+  }
+  store_scaled(t, total);
+}
+
+// function<n>() for n = count <= kFewRows
+template <typename Function, int kCount = kFewRows>
+inline void with_count(int64_t count, Function&& function) {
+  if (count == kCount) {
+    function.template operator()<kCount>();
+  } else if constexpr (kCount > 1) {
+    with_count<Function, kCount - 1>(count, static_cast<Function&&>(function));
+  }
+}
+
+// All rows, from vector `first` of the panel on. The first passes over the words ask for the blocks of the next panel, which
+// follows in memory, one each; later ones for what is there already.
+template <int kBits, int kVectors>
+void multiply_rows(const QuantizedProduct& p, int64_t first, int64_t blocks) {
+  const int64_t tiles = (p.num_rows + kRowTile - 1) / kRowTile;
+  const auto ahead = [&](int64_t m) {
+    const int64_t pass = first / kVectors * tiles + m / kRowTile;
+    return p.b.values + (pass < blocks ? blocks + pass : 0) * (p.b.words * kWordBytes * kBits / 8);
+  };
+  int64_t m = 0;
+  for (; m + kRowTile <= p.num_rows; m += kRowTile) multiply_tile<kBits, kRowTile, kVectors>(p, m, first, ahead(m));
+  with_count(p.num_rows - m, [&]<int kRows>() { multiply_tile<kBits, kRows, kVectors>(p, m, first, ahead(m)); });
+}
+
+template <int kBits>
+void multiply_bits(const QuantizedProduct& p) {
+  const int64_t blocks = (p.num_columns + kBlockRows - 1) / kBlockRows, vectors = blocks * kBlockVectors;
+  if (p.num_rows <= kFewRows) {
+    return with_count(p.num_rows, [&]<int kRows>() {
+      for (int64_t block = 0; block < blocks; ++block) multiply_block<kBits, kRows>(p, block);
+    });
+  }
+  int64_t first = 0;
+  // With several groups, sums and totals share the registers.
+  constexpr int kVectors = kBits == 8 ? kPanelVectors8 : 2;
+  for (; first + kVectors <= vectors; first += kVectors) multiply_rows<kBits, kVectors>(p, first, blocks);
+  for (; first < vectors; ++first) multiply_rows<kBits, 1>(p, first, blocks);
+}
+
+void multiply(const QuantizedProduct& p) { p.b.bits == 8 ? multiply_bits<8>(p) : multiply_bits<4>(p); }
+
+// ---- rows ----------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+inline Floats load_some(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  T lanes[kLanes] = {};
+  __builtin_memcpy(lanes, p, static_cast<size_t>(n) * sizeof(T));
+  return load(lanes);
+}
+
+template <typename T>
+void quantize_values(const QuantizedRows& out, int64_t r, const T* row, int64_t n) {
+  Ints largest = {};  // of the magnitudes' bits, which order as the numbers do, NaN last
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Ints bits = reinterpret_cast<Ints>(load_some(row + i, n - i)) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits = largest[i] > bits ? largest[i] : bits;
+  float magnitude;
+  __builtin_memcpy(&magnitude, &bits, 4);
+  const bool finite = bits < 0x7f800000, zero = magnitude < 0x1p-100f || !finite;
+  out.scales[r] = finite ? (zero ? 0.0f : magnitude / 127.0f) : __builtin_nanf("");
+
+  int8_t* const values = out.values + r * out.stride;
+  const Floats inverse = broadcast(zero ? 0.0f : 127.0f / magnitude);
+  const Floats shift = broadcast(0x1.8p23f);  // rounds to an integer in the low bits
+  for (int64_t i = 0; i < n; i += kLanes) {
+    Floats x = load_some(row + i, n - i);
+    if (!finite) x = broadcast(0.0f);
+    const Ints rounded = reinterpret_cast<Ints>(x * inverse + shift) - reinterpret_cast<Ints>(shift);
+    int8_t bytes[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) bytes[lane] = static_cast<int8_t>(rounded[lane]);
+    __builtin_memcpy(values + i, bytes, kLanes);
+  }
+  const int64_t written = (n + kLanes - 1) / kLanes * kLanes;
+  if (written < out.stride) __builtin_memset(values + written, 0, static_cast<size_t>(out.stride - written));
+}
+
+void quantize_row(const QuantizedRows& out, int64_t r, const void* row, DType dtype, int64_t n, int64_t group,
+                  int64_t groups, int32_t factor) {
+  switch (dtype) {
+    case DType::kBFloat16: quantize_values(out, r, static_cast<const BFloat16*>(row), n); break;
+    case DType::kFloat16: quantize_values(out, r, static_cast<const Float16*>(row), n); break;
+    default: quantize_values(out, r, static_cast<const float*>(row), n);
+  }
+  const int8_t* const values = out.values + r * out.stride;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t end = (g + 1) * group < n ? (g + 1) * group : n;
+    int32_t sum = 0;
+    for (int64_t k = g * group; k < end; ++k) sum += values[k];
+    out.corrections[r * groups + g] = factor * sum;
+  }
+}
+
+// ---- dequantize ----------------------------------------------------------------------------------------------------------
+
+template <int kBits>
+void dequantize_bits(float* out, int64_t out_stride, const QuantizedPanel& b, int64_t first_row, int64_t first_column,
+                     int64_t columns) {
+  const int64_t block = first_row / kBlockRows, group = b.group_words * 4;
+  const uint8_t* const values = b.values + block * (b.words * kWordBytes * kBits / 8);
+  for (int64_t row = 0; row < kBlockRows; ++row) {
+    float* const target = out + row * out_stride;
+    for (int64_t begin = 0, end; begin < columns; begin = end) {  // the columns of one group, at most 64
+      const int64_t g = (first_column + begin) / group;
+      end = (g + 1) * group - first_column < columns ? (g + 1) * group - first_column : columns;
+      uint8_t q[kQuantizedPanel];
+      for (int64_t i = begin; i < end; i += 4) {  // word by word
+        const int64_t word = (first_column + i) / 4;
+        const uint8_t* const p = values + (kBits == 8 ? word : word / 2) * kWordBytes + row * 4;
+        for (int j = 0; j < 4; ++j) {
+          q[i - begin + j] = kBits == 8 ? p[j] : static_cast<uint8_t>(word % 2 == 0 ? p[j] & 15 : p[j] >> 4);
+        }
+      }
+      const int64_t at = (block * b.groups + g) * kBlockRows + row;
+      const float scale = b.row_scales[first_row + row] * static_cast<float>(b.scales[at]);
+      const float zero = static_cast<float>(b.zeros == nullptr ? 128 : b.zeros[at]) * (kBits == 8 ? 1.0f : 1.0f / 16);
+      for (int64_t i = begin; i < end; ++i) target[i] = (static_cast<float>(q[i - begin]) - zero) * scale;
+    }
+  }
+}
+
+void dequantize(float* out, int64_t out_stride, const QuantizedPanel& b, int64_t first_row, int64_t first_column,
+                int64_t columns) {
+  if (b.bits == 8) {
+    dequantize_bits<8>(out, out_stride, b, first_row, first_column, columns);
+  } else {
+    dequantize_bits<4>(out, out_stride, b, first_row, first_column, columns);
+  }
+}
+
+// ---- probe ---------------------------------------------------------------------------------------------------------------
+
+double multiply_rate(int64_t iterations) {
+  constexpr int kSums = kRowTile * kPanelVectors8;
+  volatile int32_t one = 0x01010101;
+  const Weights w = as_weights(broadcast_ints(one));
+  const Activations a = as_activations(one);
+  Ints sum[kSums];
+#pragma GCC unroll 32
+  for (int j = 0; j < kSums; ++j) sum[j] = broadcast_ints(j * one);
+  for (int64_t i = 0; i < iterations; ++i) {
+#pragma GCC unroll 32
+    for (int j = 0; j < kSums; ++j) sum[j] = dot(sum[j], w, a);
+  }
+  volatile int32_t sink = 0;
+#pragma GCC unroll 32
+  for (int j = 0; j < kSums; ++j) sink = sink + sum[j][0];
+  return static_cast<double>(iterations) * kSums * kLanes * 8;
+}
+
+constexpr QuantizedKernels kTable = {
+    .multiply = multiply,
+    .quantize_row = quantize_row,
+    .dequantize = dequantize,
+    .multiply_rate = multiply_rate,
+};
+
+}  // namespace
+}  // namespace switchgear::cpu
