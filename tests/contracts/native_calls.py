@@ -39,7 +39,7 @@ CHOICES = {"topk_ids": "TK int32", "topk_weights": "TK float32"}
 
 class Op(NamedTuple):
     """tensors: name -> sizes, dtype ("float" is one dtype for all), and what it may be: "rows" need contiguous rows,
-    "matrices" contiguous rows or columns, others are contiguous; "out" is written. The options follow the tensors; those
+    "matrices" contiguous rows or columns, others are contiguous; "out" is written. Options follow the tensors; those
     that are the letter of a size have its value."""
 
     tensors: dict[str, str]

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from switchgear.compress import Format
+
 from ..bench_case import Case, Layer
 from .registry import Skip, peer
 
@@ -30,3 +34,32 @@ def switchgear_packed(case: Case) -> Layer:
     return lambda inputs: moe(
         inputs.x, gate_up_proj, down_proj, inputs.topk_ids, inputs.topk_weights, activation="silu", panel=panel
     )
+
+
+def _quantized(case: Case, format: Format) -> Layer:
+    from switchgear.compress.formats import QuantizedMatrix, quantized_moe
+    from switchgear.compress.quantize import quantized_weight
+
+    def matrix(weight: Tensor, parts: int) -> QuantizedMatrix:
+        blocks = quantized_weight(weight, parts, format)
+        for tensor in blocks:
+            if tensor is not None:
+                case.on_its_pages(tensor)
+        return QuantizedMatrix(blocks, weight.shape[1], weight.shape[2], parts, format)
+
+    first, second = (matrix(weight, parts) for weight, parts in zip(case.weights, (2, 1), strict=True))
+    return lambda inputs: quantized_moe(
+        inputs.x, first, second, inputs.topk_ids, inputs.topk_weights, activation="silu"
+    )
+
+
+@peer("switchgear_int8", dtypes=("int8",), modes=("forward",))
+def switchgear_int8(case: Case) -> Layer:
+    """switchgear.compress.quantize(…, "int8")."""
+    return _quantized(case, Format("int8"))
+
+
+@peer("switchgear_int4", dtypes=("int4",), modes=("forward",))
+def switchgear_int4(case: Case) -> Layer:
+    """switchgear.compress.quantize(…, "int4", symmetric=False): 4.5 bits, as q4_0 and q4_K of ggml."""
+    return _quantized(case, Format("int4", symmetric=False))
