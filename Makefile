@@ -9,7 +9,8 @@
 # make simt                  the CUDA kernels on the CPU, under sanitizers and a race detector (needs headers of CUDA)
 # make simt-planted          that bugs planted in them are seen
 # make cuda-checks           what nvcc made of them: registers, spills, instructions (needs nvcc)
-# make gpu                  on a machine with a GPU: conformance, tests, compute-sanitizer, benchmark (GPU_ARGS=--dry-run)
+# make gpu                   on a machine with a GPU: conformance, tests, compute-sanitizer, benchmark (GPU_ARGS=--dry-run)
+# make tools                 what the other targets need, installed at once (before `make -j`)
 # make nvcc                  CUDA's compiler from NVIDIA's wheels, into the environment
 # make build                 editable install, for work on the package
 # make wheel                 dist/*.whl
