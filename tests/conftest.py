@@ -5,16 +5,13 @@ CUDA kernels: natively where there is a device, and on the CPU where SWITCHGEAR_
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import native_modules
-import switchgear
+from backends_in_use import SIMT_DEVICES, backend_named, kernels_of
 
-SIMT_DEVICES = {"simt": "sm_80", "simt-sm90": "sm_90"} if native_modules.SIMT_PATH else {}
 CUDA = ["cuda"] if torch.cuda.is_available() else []
 ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 
@@ -29,18 +26,6 @@ settings.register_profile(
 settings.load_profile("switchgear")
 
 
-@contextmanager
-def kernels_of(isa: str) -> Iterator[None]:
-    available = switchgear.available_cpu_isas()
-    if isa not in available:
-        pytest.skip(f"no {isa} kernels: this build on this processor has {', '.join(available)}")
-    before = switchgear.cpu_isa()
-    switchgear.set_cpu_isa(isa)
-    with switchgear.use_backend("native"):
-        yield
-    switchgear.set_cpu_isa(before)
-
-
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels in use: for what is promised of them and not of the reference, which sums as torch does."""
@@ -48,20 +33,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def _backend_named(name: str) -> AbstractContextManager[None]:
-    if name == "reference":
-        return switchgear.use_backend("reference")
-    if name in SIMT_DEVICES:
-        return native_modules.simt_kernels(SIMT_DEVICES[name])
-    return native_modules.cuda_kernels() if name == "cuda" else kernels_of(name)
-
-
 @pytest.fixture(params=["reference", *ISAS, *SIMT_DEVICES, *CUDA])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the backend in use: "reference", the instruction set of the kernels, "simt…" or "cuda"."""
     if request.param == "cuda" and request.node.get_closest_marker("checks_values"):
         pytest.skip("values in device memory are not checked")
-    with _backend_named(request.param):
+    with backend_named(request.param):
         yield request.param
 
 

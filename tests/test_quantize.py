@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import conftest
 import switchgear
+from backends_in_use import backend_named, kernels_of
 from switchgear import compress, ops, reference, testing
 from switchgear import reference_quantized as rq
 from switchgear.compress import Format
@@ -36,13 +36,13 @@ KERNELS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
 
 @pytest.fixture(params=KERNELS)
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    with conftest.kernels_of(request.param):
+    with kernels_of(request.param):
         yield request.param
 
 
 @pytest.fixture(params=["reference", *KERNELS])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with conftest._backend_named(request.param):
+    with backend_named(request.param):
         yield request.param
 
 
@@ -339,6 +339,7 @@ def test_module(kind: dict[str, bool], dtype: str) -> None:
     for duplicate in (copy.deepcopy(moe), pickle.loads(pickle.dumps(moe))):
         assert torch.equal(duplicate(x), y)
     with torch.no_grad():
+        torch.compiler.reset()  # there is a limit of graphs of one function in a process
         assert torch.equal(torch.compile(moe, fullgraph=True, backend="eager")(x), y)
 
     assert compress.dequantize(moe) == 1

@@ -286,8 +286,8 @@ void quantize_row(const QuantizedRows& out, int64_t r, const void* row, DType dt
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t end = (g + 1) * group < n ? (g + 1) * group : n;
     int32_t sum = 0;
-    for (int64_t k = g * group; k < end; ++k) sum += values[k];
-    out.corrections[r * groups + g] = factor * sum;
+    for (int64_t k = g * group; k < end; ++k) sum += factor * values[k];
+    out.corrections[r * groups + g] = sum;
   }
 }
 
@@ -337,7 +337,7 @@ double multiply_rate(int64_t iterations) {
   const Activations a = as_activations(one);
   Ints sum[kSums];
 #pragma GCC unroll 32
-  for (int j = 0; j < kSums; ++j) sum[j] = broadcast_ints(j * one);
+  for (int j = 0; j < kSums; ++j) sum[j] = broadcast_ints(one + j);
   for (int64_t i = 0; i < iterations; ++i) {
 #pragma GCC unroll 32
     for (int j = 0; j < kSums; ++j) sum[j] = dot(sum[j], w, a);

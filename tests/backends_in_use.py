@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Backends by name, for as long as a test runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+
+import native_modules
+import switchgear
+
+SIMT_DEVICES = {"simt": "sm_80", "simt-sm90": "sm_90"} if native_modules.SIMT_PATH else {}
+
+
+@contextmanager
+def kernels_of(isa: str) -> Iterator[None]:
+    available = switchgear.available_cpu_isas()
+    if isa not in available:
+        pytest.skip(f"no {isa} kernels: this build on this processor has {', '.join(available)}")
+    before = switchgear.cpu_isa()
+    switchgear.set_cpu_isa(isa)
+    with switchgear.use_backend("native"):
+        yield
+    switchgear.set_cpu_isa(before)
+
+
+def backend_named(name: str) -> AbstractContextManager[None]:
+    if name == "reference":
+        return switchgear.use_backend("reference")
+    if name in SIMT_DEVICES:
+        return native_modules.simt_kernels(SIMT_DEVICES[name])
+    return native_modules.cuda_kernels() if name == "cuda" else kernels_of(name)
