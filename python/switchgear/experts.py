@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from switchgear.functional import moe
 from switchgear.packing import FINDERS, Layout, pack_weights, panels_of, unpack_weights
 from switchgear.pages import advise_huge_pages
 from switchgear.reference import ACTIVATIONS, check_choice
+
+if TYPE_CHECKING:
+    from switchgear.parallel import ExpertParallel
 
 
 class Experts(nn.Module):
@@ -152,6 +157,15 @@ class Experts(nn.Module):
         if self.format is not None:
             parts.append(str(self.format))
         return ", ".join(parts)
+
+
+def experts_class(parallel: ExpertParallel | None) -> Callable[..., Experts]:
+    """Experts, or what makes those that are distributed over the ranks of `parallel`."""
+    if parallel is None:
+        return Experts
+    from switchgear.parallel import ParallelExperts  # imports torch.distributed, which others do not need
+
+    return functools.partial(ParallelExperts, parallel=parallel)
 
 
 def _layout_of(module: nn.Module) -> Layout | None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.experts import Experts
+from switchgear.experts import experts_class
 from switchgear.functional import Routing
 from switchgear.layers.common import WithLosses
 from switchgear.layers.heterogeneous import HeterogeneousExperts
@@ -127,17 +126,16 @@ class MoE(WithLosses):
             "activation": activation, "gated": gated, "alpha": alpha, "limit": limit, "device": device, "dtype": dtype,
         }  # fmt: skip
         experts: nn.Module
-        if parallel is not None and (widths is not None or hasattr(self.gate.score, "bind")):
-            what = "widths" if widths is not None else "a score of the experts' own weights"
-            raise ValueError(f"parallel: expected None beside {what}, got {parallel}")
+        if parallel is not None and hasattr(self.gate.score, "bind"):
+            raise ValueError(f"parallel: expected None beside a score of the experts' own weights, got {parallel}")
         if widths is None:
-            experts_class = _experts_class(parallel)
-            experts = experts_class(hidden_size, intermediate_size, num_experts, bias=bias, **layout, **options)
+            make_experts = experts_class(parallel)
+            experts = make_experts(hidden_size, intermediate_size, num_experts, bias=bias, **layout, **options)
         elif bias:
             raise ValueError("bias: expected False beside widths=, got True")
         else:
             sizes = _sizes(intermediate_size, num_experts, widths)
-            experts = HeterogeneousExperts(hidden_size, sizes, **layout, **options)
+            experts = HeterogeneousExperts(hidden_size, sizes, parallel=parallel, **layout, **options)
         if hasattr(self.gate.score, "bind"):  # a score of the experts' own weights
             self.gate.score.bind(experts)
         self.experts = VirtualExperts(experts, **virtual) if any(virtual.values()) else experts
@@ -180,14 +178,6 @@ def _sizes(intermediate_size: int, num_experts: int, widths: Sequence[int]) -> l
             f"intermediate_size: expected a multiple of {unit} for the widths {list(widths)}, got {intermediate_size}"
         )
     return [width * total // sum(widths) for width in widths]
-
-
-def _experts_class(parallel: ExpertParallel | None) -> Callable[..., Experts]:
-    if parallel is None:
-        return Experts
-    from switchgear.parallel import ParallelExperts  # imports torch.distributed, which others do not need
-
-    return functools.partial(ParallelExperts, parallel=parallel)
 
 
 def balance_loss(model: nn.Module) -> Tensor | float:

@@ -29,6 +29,11 @@ def test_copies_are_reached_near_and_spread() -> None:
     assert placement.routes(3)[1].tolist() == [0, 0, 0]
 
 
+def test_repeated_experts_stay_together() -> None:
+    placement = Placement(3, ((0, 2), (1, 2), ())).repeat([2, 1, 3])
+    assert placement == Placement(6, ((0, 1, 3, 4, 5), (2, 3, 4, 5), ()))
+
+
 @given(
     load=st.lists(st.integers(0, 1000), min_size=1, max_size=24),
     num_ranks=st.integers(1, 6),

@@ -128,22 +128,3 @@ def autocast(rank: int) -> None:
 
 def test_autocast(pool: Pool) -> None:
     pool.run(autocast)
-
-
-def virtual(rank: int) -> None:
-    """Null, copy and constant experts are computed where the tokens are."""
-    with ExpertParallel(timeout=20, invariant=True) as parallel:
-        layers = []
-        for group in (parallel, None):
-            torch.manual_seed(3)
-            layers.append(
-                switchgear.MoE(HIDDEN, 8, 6, 3, null_experts=2, copy_experts=1, constant_experts=1, parallel=group)
-            )
-        x = torch.randn(20, HIDDEN)
-        assert torch.equal(layers[0](x), layers[1](x))
-        with pytest.raises(ValueError, match="parallel: expected None beside widths"):
-            switchgear.MoE(HIDDEN, 8, 2, 1, widths=[1, 3], parallel=parallel)
-
-
-def test_virtual_experts(pool: Pool) -> None:
-    pool.run(virtual)

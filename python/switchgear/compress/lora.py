@@ -28,7 +28,7 @@ def add_lora(
     """Adds adapters to both projections of every expert, and freezes the projections, plain or quantised.
 
     Args:
-        experts: a module `Experts`.
+        experts: a module `Experts` of this process alone.
         rank: r of the adapters A [E,r,in] (Kaiming-uniform) and B [E,out,r] (zeros, so that nothing changes at first).
         alpha: the adapters count alpha / rank; by default rank.
         dtype: of the adapters, which is that of activations; by default that of the weights.
@@ -36,10 +36,12 @@ def add_lora(
     Returns the adapters, for an optimizer. Their keys in the state dict are gate_up_proj_lora_A, ….
 
     Raises:
-        ValueError: a rank below 1, or experts that have adapters already.
+        ValueError: a rank below 1, or experts that have adapters already or are distributed over processes.
     """
     if rank < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}")
+    if (parallel := getattr(experts, "parallel", None)) is not None:
+        raise ValueError(f"experts: expected all of them in this process, got those of {parallel}")
     if lora_of(experts) is not None:
         raise ValueError("experts: expected none with adapters already")
     experts.unpack_()

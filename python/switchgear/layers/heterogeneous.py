@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.experts import Experts
+from switchgear.experts import experts_class
+
+if TYPE_CHECKING:
+    from switchgear.parallel import ExpertParallel
 
 
 class HeterogeneousExperts(nn.Module):
@@ -28,6 +32,8 @@ class HeterogeneousExperts(nn.Module):
         unit: u, a divisor of all widths; their greatest common divisor by default. Kernels work best from 16 on.
         activation, gated, interleaved, transposed, alpha, limit: options of Experts (each slice would
             add a bias).
+        parallel: distribute the experts over these ranks (switchgear.parallel.ExpertParallel): all slices of an expert
+            on one, so that a token is still sent once.
 
     Parameters: those of Experts(H, u, Σ I_e / u), under `slices`; `weights_of(e)` gives one expert's.
     """
@@ -47,6 +53,7 @@ class HeterogeneousExperts(nn.Module):
         transposed: bool = False,
         alpha: float = 1.702,
         limit: float | None = None,
+        parallel: ExpertParallel | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -60,11 +67,16 @@ class HeterogeneousExperts(nn.Module):
         self.num_experts = len(self.intermediate_sizes)
         self._counts = [width // unit for width in self.intermediate_sizes]
         self.most_slices = max(self._counts)
-        self.slices = Experts(
-            hidden_size, unit, sum(self._counts),
-            activation=activation, gated=gated, interleaved=interleaved, transposed=transposed, alpha=alpha,
-            limit=limit, device=device, dtype=dtype,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "activation": activation, "gated": gated, "interleaved": interleaved, "transposed": transposed,
+            "alpha": alpha, "limit": limit, "device": device, "dtype": dtype,
+        }  # fmt: skip
+        self._local = list(range(sum(self._counts)))  # slices
+        if parallel is not None:
+            placement = parallel.placement(self.num_experts).repeat(self._counts)
+            self._local = list(placement.experts_of_rank[parallel.rank])
+            options |= {"parallel": parallel, "placement": placement}
+        self.slices = experts_class(parallel)(hidden_size, unit, sum(self._counts), **options)
         for name in ("first_slice", "num_slices"):
             self.register_buffer(
                 name, torch.empty(self.num_experts, dtype=torch.int32, device=device), persistent=False
@@ -77,7 +89,7 @@ class HeterogeneousExperts(nn.Module):
         counts = torch.tensor(self._counts, dtype=torch.int32)
         self.num_slices.copy_(counts)
         self.first_slice.copy_(counts.cumsum(0) - counts)
-        shrink = (1 / counts.double().sqrt()).repeat_interleave(counts)  # within ±1/√u so far
+        shrink = (1 / counts.double().sqrt()).repeat_interleave(counts)[self._local]  # within ±1/√u so far
         with torch.no_grad():
             self.slices.down_proj.mul_(shrink.to(self.slices.down_proj)[:, None, None])
 
@@ -95,8 +107,15 @@ class HeterogeneousExperts(nn.Module):
         return y
 
     def weights_of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """One expert's projections: gate and up [2·I_e,H] (gates first; [I_e,H] if not gated) and down [H,I_e]."""
+        """One expert's projections: gate and up [2·I_e,H] (gates first; [I_e,H] if not gated) and down [H,I_e].
+
+        Raises:
+            ValueError: it is on another rank.
+        """
         first, count = int(self.first_slice[expert]), int(self.num_slices[expert])
+        if first not in self._local:
+            raise ValueError(f"expert: expected one of this rank, got {expert}")
+        first = self._local.index(first)
         slices = self.slices
         gate_up, down = (
             parameter[first : first + count].mT if slices.transposed else parameter[first : first + count]

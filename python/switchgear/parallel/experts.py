@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from switchgear.backends import in_autocast
+from switchgear.compress.formats import quantized_of
 from switchgear.experts import Experts
 from switchgear.functional import _apply, _as_ids, _as_weights, _autocast, _limit, _needs_autograd
 from switchgear.packing import panels_of
@@ -82,7 +83,7 @@ def exchange_moe(
     layer: exchange.Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: Weights | None, module: Any
 ) -> Tensor:
     """Like switchgear.moe, with global topk_ids and with the weights of the local experts. Without gradients, `module`
-    (x, local ids, weights) -> y runs them, unless it is None.
+    (x, local ids, weights) -> y runs them, unless it is None. weights None: the module alone can, without gradients.
 
     Inside torch.autocast all tensors are cast to its dtype.
     """
@@ -99,7 +100,11 @@ def exchange_moe(
     if weights is not None and _needs_autograd(x, topk_weights, *weights):
         y: Tensor = _apply(_Exchange, x, topk_weights, *weights, topk_ids, layer)
     else:
+        wanted = weights is None and _needs_autograd(x, topk_weights)
         with torch.no_grad(), layer.parallel.peers.exchange():
+            if wanted:
+                what = "distributed experts that are quantized or in panels"
+                raise ValueError(f"hidden_states: expected no gradients to be recorded with {what}")
             given = None if module is not None else weights
             y, _ = exchange.forward(layer, x, topk_ids, topk_weights, -1, given, module)
     return y if len(shape) == 2 else y.reshape(shape)
@@ -110,13 +115,14 @@ class ParallelExperts(Experts):
 
     Made by MoE(..., parallel=…). The parameters are those of the local experts; `placement` says which they are. The
     same seed gives an expert the same initial weights whatever the number of ranks. Every parameter gets a gradient at
-    every step, on every rank.
+    every step, on every rank. Quantized experts and those in panels are for inference.
     """
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, num_experts: int, *, parallel: ExpertParallel, **options: Any
-    ) -> None:
-        self.placement = parallel.placement(num_experts)
+        self, hidden_size: int, intermediate_size: int, num_experts: int, *, parallel: ExpertParallel,
+        placement: Placement | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        self.placement = placement or parallel.placement(num_experts)
         self._mine = self.placement.experts_of_rank[parallel.rank]
         super().__init__(hidden_size, intermediate_size, len(self._mine), **options)
         self.num_experts = num_experts  # of all ranks: what a router and what wraps this module have to know
@@ -143,7 +149,7 @@ class ParallelExperts(Experts):
         """hidden_states [..., H], topk_ids [..., K] (of all experts; -1 for none) and topk_weights [..., K] -> [...,
         H]."""
         weights = None
-        if panels_of(self) is None:
+        if panels_of(self) is None and quantized_of(self) is None:
             first: Tensor = getattr(self, self._first)
             second: Tensor = self.down_proj
             if self.transposed:

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -69,6 +70,12 @@ class Placement:
             chosen.append(source if source in ranks else ranks[source % len(ranks)])
         local = [self.experts_of_rank[rank].index(expert) for expert, rank in enumerate(chosen)]
         return torch.tensor(chosen), torch.tensor(local)
+
+    def repeat(self, counts: Sequence[int]) -> Placement:
+        """Of counts[e] consecutive experts in place of each expert e, all on the ranks of e."""
+        starts = [0, *accumulate(counts)]
+        ranks = (tuple(i for e in experts for i in range(starts[e], starts[e + 1])) for experts in self.experts_of_rank)
+        return Placement(starts[-1], tuple(ranks))
 
     def digest(self) -> int:
         """A number that differs where placements do."""

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Layers with more than plain experts, distributed: what one process computes, or an error that says why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from parallel_pool import Pool
+from torch import Tensor
+
+import switchgear
+from switchgear.compress import add_lora, quantize
+from switchgear.layers import HeterogeneousExperts
+from switchgear.packing import pack_weights
+from switchgear.parallel import ExpertParallel, Placement, checkpoint
+from switchgear.routing import SparsityAware
+
+HIDDEN, TOKENS = 64, 20
+
+
+def both(parallel: ExpertParallel, options: dict[str, Any], experts: int = 6) -> list[switchgear.MoE]:
+    """A layer on all ranks, and the same on this one alone."""
+    layers = []
+    for group in (parallel, None):
+        torch.manual_seed(3)
+        layers.append(switchgear.MoE(HIDDEN, 64, experts, 2, parallel=group, **options))
+    return layers
+
+
+def tokens(rank: int) -> Tensor:
+    torch.manual_seed(rank)
+    return torch.randn(TOKENS + rank, HIDDEN)
+
+
+# ---- experts of several widths --------------------------------------------------------------------------------------
+
+WIDTHS = [1, 3, 2, 5, 1, 4]
+PLACED = ((0, 2), (), (1, 3, 4), (5,))
+
+
+def widths(rank: int, options: dict[str, Any], ranks: Any) -> tuple[int, int]:
+    """Everything is that of one process, bit for bit; the rows that were sent, and those of plain experts."""
+    placement = None if ranks is None else Placement(6, ranks)
+    with ExpertParallel(timeout=20, invariant=True, average_gradients=False, placement=placement) as parallel:
+        moe, whole = both(parallel, options | {"widths": WIDTHS})
+        experts, reference = moe.experts, whole.experts
+        assert isinstance(experts, HeterogeneousExperts)
+        assert isinstance(reference, HeterogeneousExperts)
+        xs = [tokens(r) for r in range(4)]
+        begin = sum(map(len, xs[:rank]))
+        x, all_x = xs[rank].requires_grad_(), torch.cat(xs).detach().requires_grad_()
+        routing = whole.gate(all_x.detach())  # of all tokens: the bits of torch's matmul depend on their number
+        ids, weights = routing.topk_ids, routing.topk_weights.detach()
+        mine = slice(begin, begin + len(x))
+        y, want = experts(x, ids[mine], weights[mine]), reference(all_x, ids, weights)
+        assert torch.equal(y, want[mine])
+        sent = parallel.record.bytes["dispatch"]
+        y.square().sum().backward()
+        want.square().sum().backward()
+        assert torch.equal(x.grad, all_x.grad[mine])
+        local = experts.slices.placement.experts_of_rank[rank]
+        for got, expected in zip(experts.parameters(), reference.parameters(), strict=True):
+            assert torch.equal(got, expected[list(local)])
+            assert torch.equal(got.grad, expected.grad[list(local)])
+        held = parallel.placement(6).experts_of_rank[rank]
+        for expert in range(6):
+            if expert in held:
+                assert all(map(torch.equal, experts.weights_of(expert), reference.weights_of(expert)))
+            else:
+                with pytest.raises(ValueError, match=f"expert: expected one of this rank, got {expert}"):
+                    experts.weights_of(expert)
+        parallel.record.clear()
+        both(parallel, {})[0].experts(x, ids[mine], weights[mine])
+        return sent, parallel.record.bytes["dispatch"]
+
+
+@pytest.mark.parametrize("options", [{}, {"transposed": True, "interleaved": True}], ids=["plain", "transposed"])
+@pytest.mark.parametrize("ranks", [None, PLACED], ids=["contiguous", "placed"])
+def test_experts_of_several_widths(pool: Pool, options: dict[str, Any], ranks: Any) -> None:
+    for sent, plain in pool.run(widths, options, ranks):
+        assert sent == plain  # a token is sent once to a rank, into however many slices it goes there
+
+
+def widths_in_a_checkpoint(rank: int, path: str) -> None:
+    with ExpertParallel(timeout=20, invariant=True) as parallel:
+        moe, whole = both(parallel, {"widths": WIDTHS})
+        checkpoint.save(moe, path)
+        with torch.no_grad():
+            for parameter in moe.parameters():
+                parameter.zero_()
+        checkpoint.load(moe, path)
+        entries = checkpoint.load_whole(path)
+        assert all(torch.equal(entries[name], tensor) for name, tensor in whole.state_dict().items())
+        assert torch.equal(moe(tokens(rank)), whole(tokens(rank)))
+
+
+def test_checkpoint_of_several_widths(pool: Pool, tmp_path: Any) -> None:
+    pool.run(widths_in_a_checkpoint, str(tmp_path))
+
+
+# ---- virtual experts -------------------------------------------------------------------------------------------------
+
+
+def virtual(rank: int) -> None:
+    """Null, copy and constant experts are computed where the tokens are."""
+    options = {"null_experts": 2, "copy_experts": 1, "constant_experts": 1}
+    with ExpertParallel(timeout=20, invariant=True) as parallel:
+        for more in ({}, {"widths": WIDTHS}):
+            moe, whole = both(parallel, options | more)
+            assert torch.equal(moe(tokens(rank)), whole(tokens(rank)))
+
+
+def test_virtual_experts(pool: Pool) -> None:
+    pool.run(virtual)
+
+
+# ---- weights that are not plain --------------------------------------------------------------------------------------
+
+
+def stored(rank: int, how: str) -> None:
+    """Inference as in one process; where gradients are recorded, all ranks say that there are none to be had."""
+    with ExpertParallel(timeout=20, invariant=True) as parallel:
+        moe, whole = both(parallel, {})
+        for layer in (moe, whole):
+            if how == "panels":
+                pack_weights(layer)
+            else:
+                quantize(layer, how)
+        x = tokens(rank)
+        with torch.no_grad():
+            assert torch.equal(moe(x), whole(x))
+        dist.barrier()  # or the failure of a fast rank would reach a slow one in the exchange before
+        with pytest.raises((ValueError, switchgear.parallel.ExpertParallelError)) as error:
+            moe(x)
+        assert "hidden_states: expected no gradients to be recorded with" in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["int8", "int4", "panels"])
+def test_experts_that_are_not_plain(pool: Pool, how: str) -> None:
+    pool.run(stored, how)
+
+
+def test_what_cannot_be_distributed_says_so() -> None:
+    with ExpertParallel() as parallel:
+        moe = switchgear.MoE(HIDDEN, 8, 4, 1, parallel=parallel)
+        with pytest.raises(ValueError, match="experts: expected all of them in this process, got those of ExpertPara"):
+            add_lora(moe.experts, 2)
+        with pytest.raises(ValueError, match="parallel: expected None beside a score of the experts' own weights"):
+            switchgear.MoE(HIDDEN, 8, 4, 1, parallel=parallel, score=SparsityAware(HIDDEN, 4))
