@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,22 +11,31 @@ import torch
 
 from switchgear import plan
 from switchgear.cli import bench_routers, main, plain_routers
-from switchgear.cli.bench_routers import Policy, policies, same
+from switchgear.cli.bench_routers import same
+from switchgear.cli.router_policies import Policy, policies
 from switchgear.cli.shapes import ROUTER_SHAPES, Shape
 
 pytest.importorskip("rich", reason="rich is not installed")
 
 SMALL = Shape(16, 8, 16, 4, "a small one")
-POLICIES = {policy.name: policy for policy in policies(SMALL)}
+DRAWS = plain_routers.Draws()
+DRAWS.shared = True
+POLICIES = {policy.name: policy for policy in policies(SMALL, 512, DRAWS)}
+BLIND = ("random", "lookup by token id")  # to logits
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_are_those_of_plain_torch(name: str) -> None:
     policy = POLICIES[name]
     logits = torch.randn(512, SMALL.num_experts)
-    ours, theirs = policy.ours(logits), policy.plain(logits)
+    DRAWS.generator.manual_seed(3)
+    ours = policy.ours(logits)
+    DRAWS.generator.manual_seed(3)
+    theirs = policy.plain(logits)
     assert same(ours, theirs, SMALL.num_experts)
-    assert not same(ours, policy.plain(logits.roll(1, 0)), SMALL.num_experts)
+    if name not in BLIND:
+        DRAWS.generator.manual_seed(3)
+        assert not same(ours, policy.plain(logits.roll(1, 0)), SMALL.num_experts)
     other_weights = theirs[0], theirs[1] * 1.01
     assert not same(ours, other_weights, SMALL.num_experts)
 
@@ -45,18 +55,36 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(bench_routers, "TOKENS", 512)
     monkeypatch.setattr(bench_routers, "SECONDS", 0.0)
     monkeypatch.setattr(bench_routers, "MOST_BYTES", 3 * 16 * 8 * 16)  # a slice of the layer
-    path = tmp_path / "routers.md"
-    arguments = ["bench", "--routers", "--shapes", "olmoe", "--threads", "1", "--markdown", str(path)]
-    assert main(arguments) == 0
+    page, file = tmp_path / "routers.md", tmp_path / "routers.json"
+    page.write_text("# Costs\n\n<!-- bench:routers -->\nold\n<!-- /bench:routers -->\n\nThe end.\n")
+    arguments = ["bench", "--routers", "--shapes", "olmoe", "--threads", "1", "--markdown", str(page)]
+    assert main([*arguments, "--json", str(file)]) == 0
     assert "balanced assignment" in capsys.readouterr().out
-    table = path.read_text()
-    assert table.startswith("olmoe: E = 16, K = 4, T = 512; the layer takes")
-    assert all(f"| {name} |" in table for name in POLICIES)
+    text = page.read_text()
+    assert text.startswith(
+        "# Costs\n\n<!-- bench:routers -->\nolmoe: H = 16, I = 8, E = 16, K = 4, T = 512; the layer takes"
+    )
+    assert text.endswith("<!-- /bench:routers -->\n\nThe end.\n")
+    assert "of the 16 experts take for" in text
+    assert all(f"| {name} |" in text for name in POLICIES)
+
+    (measured,) = json.loads(file.read_text())["shapes"]
+    assert measured["parts"] * measured["timed_tokens"] == 512
+    again = tmp_path / "again.md"
+    assert main(["bench", "--routers", "--from", str(file), "--markdown", str(again)]) == 0
+    assert again.read_text() in text
 
     wrong = Policy("wrong", POLICIES["top-k"].ours, POLICIES["rank-k"].plain)
-    monkeypatch.setattr(bench_routers, "policies", lambda shape: [wrong])
+    monkeypatch.setattr(bench_routers, "policies", lambda *_: [wrong])
     assert main(arguments) == 1
-    assert "| NO |" in path.read_text()
+    assert "| NO |" in page.read_text()
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "other.json"
+    file.write_text('{"schema": "switchgear-bench/2"}')
+    assert main(["bench", "--routers", "--from", str(file)]) == 2
+    assert "--from: expected a file of switchgear-bench-routers/1" in capsys.readouterr().err
 
 
 def test_unknown_shape(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if args.parallel:
         return bench_parallel.run(args)
     if args.routers:
-        return bench_routers.run(args)
+        return bench_routers.run(args, describe_machine(args.threads))
     if args.device == "cuda":
         return bench_cuda.run(args)
     require("rich")

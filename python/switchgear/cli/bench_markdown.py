@@ -35,16 +35,16 @@ def whole(results: dict[str, Any]) -> str:
 def fill(text: str, results: dict[str, Any]) -> str:
     """The text with its tables made anew. CommandError for a table that there is not."""
 
-    def table(found: re.Match[str]) -> str:
+    def block(found: re.Match[str]) -> str:
         name = found.group(1)
         if name not in BLOCKS:
             raise CommandError(f"--markdown: expected tables of {', '.join(BLOCKS)}; the document wants {name!r}")
         return f"<!-- bench:{name} -->\n{BLOCKS[name](results)}<!-- /bench:{name} -->"
 
-    return re.sub(r"<!-- bench:(\w+) -->\n.*?<!-- /bench:\1 -->", table, text, flags=re.DOTALL)
+    return re.sub(r"<!-- bench:(\w+) -->\n.*?<!-- /bench:\1 -->", block, text, flags=re.DOTALL)
 
 
-def _table(header: Sequence[str], rule: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rule: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)) + "\n"
 
 
@@ -99,7 +99,7 @@ def case_table(results: dict[str, Any]) -> str:
         best = _fastest([mine for mine in (plain, packed) if mine])
         cells += [_against(hugging_face, plain, ""), _against(other, best, other["peer"] if other else "")]
         lines.append(cells)
-    return _table(header, rule, lines)
+    return table(header, rule, lines)
 
 
 def _fastest(rows: list[Row]) -> Row | None:
@@ -131,14 +131,14 @@ def summary_table(results: dict[str, Any]) -> str:
     header = ["shape", "dtype", *(f"{mode}, {tokens} token{'s' if tokens > 1 else ''}" for mode, tokens in SUMMARY)]
     lines = [[*key, *(cells.get(column, "") for column in SUMMARY)] for key, cells in found.items()]
     lines = [line for line in lines if any(line[2:])]
-    return _table(header, ["---"] * len(header), lines)
+    return table(header, ["---"] * len(header), lines)
 
 
 def target_table(results: dict[str, Any]) -> str:
     """A row per target and case, in the order of the targets."""
     verdicts = judge(undisturbed(results))
     lines = [[v.case, v.target, v.reached, "yes" if v.holds else "**no**"] for v in verdicts]
-    return _table(["case", "at least", "reached", "holds"], ["---"] * 4, lines)
+    return table(["case", "at least", "reached", "holds"], ["---"] * 4, lines)
 
 
 def pictures(results: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ CASE = ("shape", "dtype", "mode", "tokens", "routing", "pages", "allocator")  # 
 SAME = ("model", "threads", "isa", "torch", "transformers")  # what must agree where runs share a file
 
 
-def load(path: str, option: str) -> dict[str, Any]:
+def load(path: str, option: str, schema: str = SCHEMA) -> dict[str, Any]:
     """Results of an earlier run. CommandError where there are none."""
     try:
         results = json.loads(Path(path).read_text())
@@ -22,23 +22,27 @@ def load(path: str, option: str) -> dict[str, Any]:
         raise CommandError(f"{option}: cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise CommandError(f"{option}: {path} is not JSON: {error}") from None
-    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
-        raise CommandError(f"{option}: expected a file of {SCHEMA}, got {path}")
+    if not isinstance(results, dict) or results.get("schema") != schema:
+        raise CommandError(f"{option}: expected a file of {schema}, got {path}")
     return results
 
 
 def merge(earlier: dict[str, Any], later: dict[str, Any], path: str) -> dict[str, Any]:
     """Both runs; the later one's cases replace those of the earlier. CommandError where they don't compare."""
-    for name in SAME:
-        if earlier["machine"].get(name) != later["machine"].get(name):
-            raise CommandError(
-                f"--json: {path} is of {name} {earlier['machine'].get(name)}, this run of {later['machine'].get(name)}"
-            )
+    check_same_machine(earlier, later, path)
     again = {_case(row) for row in later["results"]}
     titles = {entry["case"] for entry in later["skipped"]}
     rows = [row for row in earlier["results"] if _case(row) not in again] + later["results"]
     skipped = [entry for entry in earlier["skipped"] if entry["case"] not in titles] + later["skipped"]
     return later | {"results": sorted(rows, key=_order), "skipped": skipped}
+
+
+def check_same_machine(earlier: dict[str, Any], later: dict[str, Any], path: str) -> None:
+    for name in SAME:
+        if earlier["machine"].get(name) != later["machine"].get(name):
+            raise CommandError(
+                f"--json: {path} is of {name} {earlier['machine'].get(name)}, this run of {later['machine'].get(name)}"
+            )
 
 
 def save(results: dict[str, Any], path: str) -> None:

@@ -1,176 +1,190 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`switchgear bench --routers`: what routing policies cost, by the layer that they route for and by plain torch.
 
-Each policy's choice and plan are timed from the same logits as the same policy in torch ops (plain_routers.py), in
-turns, after both were found equal. The layer is the experts' forward in the dtype that this CPU is fast at, for the
-shape's own top_k. Where its weights would be large, a slice of it is timed: fewer experts and as many fewer tokens, so
-that each expert has as many rows and the layer costs in proportion.
+Each policy's choice and plan are timed from the same logits as the same policy in torch ops (router_policies.py), in
+turns with it and with the layer, after both were found equal. The layer is the experts' forward in the dtype that this
+CPU is fast at, for the shape's own top_k, checked against float64. Where its weights would be large, a slice of it is
+timed, and the tables say so: fewer experts and as many fewer tokens, so that each expert has as many rows and the layer
+costs in proportion.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from switchgear import moe, plan
+from switchgear import plan
 from switchgear.functional import Routing
-from switchgear.routing import (
-    BalancedAssignment,
-    Capacity,
-    Context,
-    Dense,
-    ExpertChoice,
-    Grouped,
-    RankK,
-    SkipBelow,
-    Threshold,
-    TopK,
-    TopP,
-)
 
-from . import machine, plain_routers
-from .bench_case import make_inputs, make_weights
+from . import bench_results, machine, plain_routers
+from .bench_case import Case, Layer, forward, make_case, make_weights
+from .bench_markdown import table
+from .bench_verify import expected, relative_error, tolerance
 from .common import CommandError, console, require, threads
-from .shapes import ROUTER_SHAPES, Shape
+from .peers.ours import switchgear
+from .router_policies import Policy, policies
+from .shapes import ROUTER_SHAPES, Shape, forward_flops
 from .timing import interleave
 
-TOKENS, SEQUENCE = 2048, 256
+TOKENS = 2048
 MOST_BYTES = 1 << 30  # of weights
-SECONDS = 1.0  # for each pair of contestants
-CONTEXT = Context(training=True, sequence_length=SEQUENCE)
+SECONDS = 1.0  # for each policy
+SCHEMA = "switchgear-bench-routers/1"
 
 
-class Policy(NamedTuple):
-    """ours: logits [T,E] -> Routing. plain: the same in torch ops, -> topk_ids and topk_weights [T,K'] of any order and
-    width. limit: of the cost, in percent of the layer."""
-
-    name: str
-    ours: Callable[[Tensor], Routing]
-    plain: Callable[[Tensor], tuple[Tensor, Tensor]]
-    limit: float = 10.0
-
-
-def policies(shape: Shape) -> list[Policy]:
-    k, experts = shape.top_k, shape.num_experts
-    p = plain_routers
-
-    def limited(**options: Any) -> Callable[[Tensor], Routing]:
-        limit = Capacity(1.25, **options)
-        return lambda logits: limit(TopK(k)(logits, CONTEXT), CONTEXT)
-
-    def selected(select: Any) -> Callable[[Tensor], Routing]:
-        return lambda logits: select(logits, CONTEXT)
-
-    return [
-        Policy("top-k", selected(TopK(k)), lambda z: p.top_k(z, k), 3.0),
-        Policy("top-k, normalised", selected(TopK(k, normalize=True)), lambda z: p.top_k(z, k, normalize=True), 3.0),
-        Policy(
-            "top-k, sigmoid in groups", selected(TopK(k, "sigmoid", True, 2.5, 8, 4, "top2_sum")),
-            lambda z: p.deepseek(z, k, 8, 4, 2.5), 3.0,
-        ),
-        Policy("group of top-k", selected(Grouped(k, 8, 2)), lambda z: p.grouped(z, k, 8, 2)),
-        Policy("top-p", selected(TopP(0.4)), lambda z: p.top_p(z, 0.4)),
-        Policy("threshold", selected(Threshold(2 / experts)), lambda z: p.threshold(z, 2 / experts)),
-        Policy("skip below", selected(SkipBelow(TopK(k), 0.5)), lambda z: p.skip_below(z, k, 0.5)),
-        Policy("rank-k", selected(RankK((2,))), lambda z: p.rank_k(z, 2)),
-        Policy("dense", selected(Dense()), p.dense),
-        Policy("expert choice", selected(ExpertChoice(float(k))), lambda z: p.expert_choice(z, k, len(z))),
-        Policy(
-            "expert choice, by sequence", selected(ExpertChoice(float(k), scope="sequence")),
-            lambda z: p.expert_choice(z, k, SEQUENCE),
-        ),
-        Policy("capacity, by order", limited(), lambda z: p.capacity(z, k, 1.25, "order")),
-        Policy("capacity, by score", limited(drop="score"), lambda z: p.capacity(z, k, 1.25, "score")),
-        Policy(
-            "capacity, by sequence", limited(drop="score", scope="sequence"),
-            lambda z: p.capacity(z, k, 1.25, "score", SEQUENCE),
-        ),
-        Policy("capacity, rerouted", limited(overflow="reroute"), lambda z: p.rerouted(z, k, 1.25)),
-        Policy("balanced assignment", selected(BalancedAssignment()), p.balanced_assignment),
-    ]  # fmt: skip
-
-
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
+    """about: the machine, for --json."""
     require("rich")
-    torch.set_num_threads(args.threads)
     names = [name.strip() for name in (args.shapes or ",".join(ROUTER_SHAPES)).split(",")]
     unknown = [name for name in names if name not in ROUTER_SHAPES]
     if unknown:
         raise CommandError(
             f"--shapes: expected a list of {', '.join(ROUTER_SHAPES)} with --routers, got {unknown[0]!r}"
         )
-    dtype = torch.bfloat16 if machine.has_fast_bfloat16() else torch.float32
-    text, fails = "", 0
-    for name in names:
-        shape = ROUTER_SHAPES[name]
-        layer = layer_seconds(shape, dtype)
-        rows = [row_of(policy, shape, layer) for policy in policies(shape)]
-        took = f"the layer takes {layer * 1e3:.0f} ms in {str(dtype).removeprefix('torch.')}, {threads(args.threads)}"
-        title = f"{name}: E = {shape.num_experts}, K = {shape.top_k}, T = {TOKENS}; {took}"
-        show(title, rows)
-        text += markdown(title, rows)
-        fails += sum(row["equal"] is False for row in rows)
+    if args.source:
+        results = bench_results.load(args.source, "--from", SCHEMA)
+        for measured in results["shapes"]:
+            show(measured, results["machine"])
+    else:
+        results = {"schema": SCHEMA, "machine": about, "shapes": _earlier(args.json, about, names)}
+        torch.set_num_threads(args.threads)
+        dtype = "bf16" if machine.has_fast_bfloat16() else "fp32"
+        for name in names:
+            results["shapes"].append(measure(name, ROUTER_SHAPES[name], dtype))
+            show(results["shapes"][-1], about)
+            if args.json:
+                bench_results.save(results, args.json)
+    results["shapes"].sort(key=lambda measured: list(ROUTER_SHAPES).index(measured["shape"]))
+    if args.json:
+        bench_results.save(results, args.json)
     if args.markdown:
-        with open(args.markdown, "w") as file:
-            file.write(text)
+        _write(args.markdown, results)
         print(f"wrote {args.markdown}")
-    return 1 if fails else 0
+    wrong = sum(not row["equal"] for measured in results["shapes"] for row in measured["results"])
+    return 1 if wrong else 0
 
 
-def layer_seconds(shape: Shape, dtype: torch.dtype) -> float:
-    """The median of the experts' forward at TOKENS tokens."""
-    part = 1
-    while 3 * shape.hidden_size * shape.intermediate_size * shape.num_experts // part * dtype.itemsize > MOST_BYTES:
-        part *= 2
-    slice_ = shape._replace(num_experts=shape.num_experts // part)
-    weights = make_weights(slice_, dtype)
-    inputs = make_inputs(slice_, dtype, TOKENS // part, "balanced", 0)
-
-    def call(_: int) -> Tensor:
-        return moe(inputs.x, *weights, inputs.topk_ids, inputs.topk_weights)
-
-    with torch.no_grad():
-        return median(interleave({"layer": call}, 2 * SECONDS)["layer"].seconds) * part
+def _earlier(path: str | None, about: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """The other shapes of a file of the same machine."""
+    if path is None or not Path(path).exists() or not Path(path).stat().st_size:
+        return []
+    earlier = bench_results.load(path, "--json", SCHEMA)
+    bench_results.check_same_machine(earlier, {"machine": about}, path)
+    return [measured for measured in earlier["shapes"] if measured["shape"] not in names]
 
 
-def row_of(policy: Policy, shape: Shape, layer: float) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(TOKENS, shape.num_experts, generator=generator)
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Slice(NamedTuple):
+    """A layer that fits: 1/parts of the experts and of the tokens."""
+
+    parts: int
+    case: Case
+    layer: Layer
+
+
+def slice_of(shape: Shape, dtype: str) -> Slice:
+    """RuntimeError: the layer is wrong."""
+    parts, item = 1, {"bf16": 2, "fp32": 4}[dtype]
+    while 3 * shape.hidden_size * shape.intermediate_size * shape.num_experts // parts * item > MOST_BYTES:
+        parts *= 2
+    part = shape._replace(num_experts=shape.num_experts // parts)
+    weights = make_weights(part, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    case = make_case("", part, dtype, TOKENS // parts, "forward", "balanced", weights)
+    layer = switchgear(case)
+    error = relative_error(case, layer, expected(case))
+    if error > tolerance(case):
+        raise RuntimeError(f"the layer is wrong: its relative error is {error:.1e}, at most {tolerance(case):.1e}")
+    return Slice(parts, case, layer)
+
+
+def measure(name: str, shape: Shape, dtype: str) -> dict[str, Any]:
+    part = slice_of(shape, dtype)
+    draws = plain_routers.Draws()
+    logits = torch.randn(TOKENS, shape.num_experts, generator=torch.Generator().manual_seed(0))
+    rows, layer = [], []
+    for policy in policies(shape, TOKENS, draws):
+        row, seconds = row_of(policy, logits, part, draws)
+        rows.append(row)
+        layer += seconds
+    ms = median(layer) * part.parts * 1e3
+    return {
+        "shape": name, **shape._asdict(), "tokens": TOKENS, "dtype": dtype, "layer_ms": ms,
+        "gflops": forward_flops(shape, TOKENS) / ms / 1e6, "parts": part.parts,
+        "timed_experts": part.case.shape.num_experts, "timed_tokens": part.case.tokens, "results": rows,
+    }  # fmt: skip
+
+
+def row_of(
+    policy: Policy, logits: Tensor, part: Slice, draws: plain_routers.Draws
+) -> tuple[dict[str, Any], list[float]]:
+    """The columns, and the seconds of the slice of the layer."""
+    num_experts = logits.shape[1]
 
     def ours(_: int) -> object:
-        routing = policy.ours(logits)
-        return plan(routing.topk_ids, shape.num_experts)
+        return plan(policy.ours(logits).topk_ids, num_experts)
 
     def plain(_: int) -> object:
-        return plain_routers.plan(policy.plain(logits)[0], shape.num_experts)
+        return plain_routers.plan(policy.plain(logits)[0], num_experts)
+
+    def layer(_: int) -> Tensor:
+        return forward(part.layer, part.case.inputs[0])
 
     with torch.no_grad():
-        equal = same(policy.ours(logits), policy.plain(logits), shape.num_experts)
-        times = interleave({"ours": ours, "plain": plain}, SECONDS)
-    seconds, theirs = median(times["ours"].seconds), median(times["plain"].seconds)
+        equal = agree(policy, logits, draws)
+        times = interleave({"layer": layer, "ours": ours, "plain": plain}, SECONDS)
+    seconds, theirs, whole = (median(times[name].seconds) for name in ("ours", "plain", "layer"))
     return {
-        "policy": policy.name, "us": seconds * 1e6, "percent": 100 * seconds / layer, "limit": policy.limit,
-        "torch_us": theirs * 1e6, "ratio": theirs / seconds, "equal": equal,
-    }  # fmt: skip
+        "policy": policy.name, "us": seconds * 1e6, "percent": 100 * seconds / (whole * part.parts),
+        "limit": policy.limit, "torch_us": theirs * 1e6, "ratio": theirs / seconds, "equal": equal,
+        "quiet_turns": min(timed.quiet_turns for timed in times.values()),
+    }, times["layer"].seconds  # fmt: skip
+
+
+def agree(policy: Policy, logits: Tensor, draws: plain_routers.Draws) -> bool:
+    """Whether both sides choose and weigh alike, of the same random numbers."""
+    draws.shared = True
+    draws.generator.manual_seed(0)
+    routing = policy.ours(logits)
+    draws.generator.manual_seed(0)
+    theirs = policy.plain(logits)
+    draws.shared = False
+    return same(routing, theirs, logits.shape[1])
 
 
 def same(routing: Routing, theirs: tuple[Tensor, Tensor], num_experts: int) -> bool:
     """Whether both weigh the same experts by the same numbers, up to the roundings of another softmax."""
     tables = []
     for ids, weights in ((routing.topk_ids, routing.topk_weights), theirs):
-        table = torch.zeros(len(ids), num_experts + 1)
+        dense = torch.zeros(len(ids), num_experts + 1)
         index = torch.where(ids < 0, num_experts, ids).long()
-        tables.append((table.scatter(1, index, weights.float()), table.scatter(1, index, 1.0)))
+        tables.append((dense.scatter(1, index, weights.float()), dense.scatter(1, index, 1.0)))
     (ours, taken), (other, wanted) = tables
     return torch.equal(taken[:, :-1], wanted[:, :-1]) and torch.allclose(ours[:, :-1], other[:, :-1], 1e-4, 1e-7)
 
 
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
 HEADER = ("policy", "µs", "of the layer", "at most", "torch, µs", "torch / ours", "equal")
+
+
+def title(measured: dict[str, Any], about: dict[str, Any]) -> str:
+    """What the rows are of, and how the layer was timed."""
+    m = measured
+    layer = f"the layer takes {m['layer_ms']:,.0f} ms in {m['dtype']} ({m['gflops']:,.0f} GFLOP/s)"
+    if m["parts"] > 1:
+        layer += (
+            f", {m['parts']} times what {m['timed_experts']} of the {m['num_experts']} experts take for "
+            f"{m['timed_tokens']:,} of the {m['tokens']:,} tokens"
+        )
+    sizes = f"H = {m['hidden_size']}, I = {m['intermediate_size']}, E = {m['num_experts']}, K = {m['top_k']}"
+    return f"{m['shape']}: {sizes}, T = {m['tokens']}; {layer}; {threads(about['threads'])}"
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -181,15 +195,30 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    table = require("rich.table").Table(title=title)
+def show(measured: dict[str, Any], about: dict[str, Any]) -> None:
+    shown = require("rich.table").Table(title=title(measured, about))
     for index, name in enumerate(HEADER):
-        table.add_column(name, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*cells(row))
-    console().print(table)
+        shown.add_column(name, justify="right" if index else "left")
+    for row in measured["results"]:
+        shown.add_row(*cells(row))
+    console().print(shown)
 
 
-def markdown(title: str, rows: list[dict[str, Any]]) -> str:
-    lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *map(cells, rows)]
-    return f"{title}.\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
+def markdown(results: dict[str, Any]) -> str:
+    about, text = results["machine"], ""
+    for measured in results["shapes"]:
+        rule = ["---", *["---:"] * (len(HEADER) - 1)]
+        text += f"{title(measured, about)}.\n\n{table(HEADER, rule, [cells(row) for row in measured['results']])}\n"
+    return f"{text}{about['model']}, {about['isa']}, torch {about['torch']}, switchgear {about['switchgear']}.\n"
+
+
+def _write(path: str, results: dict[str, Any]) -> None:
+    """Into a file of its own, or between the lines of a document that want it."""
+    begin, end = "<!-- bench:routers -->\n", "<!-- /bench:routers -->"
+    file = Path(path)
+    text = file.read_text() if file.exists() else ""
+    if begin not in text:
+        file.write_text(markdown(results))
+        return
+    before, _, rest = text.partition(begin)
+    file.write_text(before + begin + markdown(results) + end + rest.partition(end)[2])

@@ -11,8 +11,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from switchgear import reference_policies
+from switchgear.routing import Context, ranking
 
 
 def plan(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,7 +22,7 @@ def plan(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     flat = torch.where(ids < 0, num_experts, ids).flatten().long()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=num_experts + 1)[:-1]
-    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    offsets = F.pad(counts.cumsum(0), (1, 0))
     slots = torch.empty_like(order).scatter(0, order, torch.arange(len(order))).view_as(ids).masked_fill(ids < 0, -1)
     return offsets, order // ids.shape[1], slots
 
@@ -87,6 +89,102 @@ def rank_k(logits: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def dense(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(logits.shape[1]).expand_as(logits), logits.softmax(-1, dtype=torch.float32)
+
+
+def sqrt_softplus(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    ids = logits.topk(k).indices
+    return ids, F.softplus(logits.float()).sqrt().gather(1, ids)
+
+
+def masked(logits: Tensor, k: int, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    weights, ids = logits.masked_fill(~allowed, -torch.inf).softmax(-1, dtype=torch.float32).topk(k)
+    return _kept(ids, weights, weights > 0)
+
+
+def lookup(table: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    ids = table[token_ids]
+    return ids, torch.full(ids.shape, 1 / ids.shape[1])
+
+
+def broadcast(logits: Tensor, k: int, fraction: float) -> tuple[Tensor, Tensor]:
+    scores = logits.softmax(-1, dtype=torch.float32)
+    weights, ids = scores.topk(k)
+    entropy = -(scores * scores.log()).sum(-1)
+    unsure = torch.zeros_like(entropy, dtype=torch.bool)
+    unsure[entropy.topk(round(fraction * len(entropy))).indices] = True
+    everyone, missing = torch.arange(scores.shape[1]).expand_as(scores), scores.shape[1] - k
+    ids = torch.where(unsure[:, None], everyone, F.pad(ids, (0, missing), value=-1))
+    return ids, torch.where(unsure[:, None], scores, F.pad(weights, (0, missing)))
+
+
+def running_cap(logits: Tensor, k: int, totals: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Adds the weights to totals [E]."""
+    ahead = totals - totals.mean() > margin
+    ids, weights = top_k(logits.masked_fill(ahead, torch.finfo(logits.dtype).min), k)
+    totals += torch.zeros_like(totals).index_add(0, ids.flatten(), weights.flatten())
+    return ids, weights
+
+
+# ---- draws -----------------------------------------------------------------------------------------------------------
+
+
+class Draws:
+    """Random numbers as one draws them in torch; or, `shared`, the very ones that switchgear draws, to compare."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator()
+        self.shared = False
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator)
+
+    def gumbel(self, logits: Tensor) -> Tensor:
+        if self.shared:
+            return ranking.gumbel(tuple(logits.shape), Context(generator=self.generator), logits.device)
+        return -torch.empty_like(logits).exponential_(generator=self.generator).log()
+
+    def one_of(self, logits: Tensor) -> Tensor:
+        """[T,1], by the softmax of logits [T,E]."""
+        if self.shared:
+            return ranking.draw(logits.softmax(-1), Context(generator=self.generator))
+        return (logits + self.gumbel(logits)).argmax(-1, keepdim=True)
+
+
+def noisy_top_k(logits: Tensor, k: int, draws: Draws) -> tuple[Tensor, Tensor]:
+    ids = (logits + draws.uniform(*logits.shape)).topk(k).indices
+    return ids, logits.softmax(-1, dtype=torch.float32).gather(1, ids)
+
+
+def sampled_top_k(logits: Tensor, k: int, share: float, draws: Draws) -> tuple[Tensor, Tensor]:
+    drawn = logits + draws.gumbel(logits)
+    ids = torch.where(draws.uniform(len(logits), 1) < share, drawn, logits).topk(k).indices
+    return ids, logits.softmax(-1, dtype=torch.float32).gather(1, ids)
+
+
+def gumbel_softmax(logits: Tensor, draws: Draws, hard: bool = False) -> tuple[Tensor, Tensor]:
+    weights = (logits + draws.gumbel(logits)).softmax(-1)
+    if hard:
+        ids = weights.argmax(-1, keepdim=True)
+        return ids, torch.ones(ids.shape)
+    return torch.arange(logits.shape[1]).expand_as(logits), weights
+
+
+def sparse_mixer(logits: Tensor, k: int, jitter: float, draws: Draws) -> tuple[Tensor, Tensor]:
+    ids, weights, open_logits = [], [], logits
+    for _ in range(k):
+        best, argmax = open_logits.max(-1, keepdim=True)
+        near = open_logits.masked_fill((best - logits) / logits.abs().maximum(best) > 2 * jitter, -torch.inf)
+        drawn = draws.one_of(near)
+        exact = (drawn == argmax) | (draws.uniform(len(logits), 1) > 0.75)
+        weights.append(near.softmax(-1).gather(1, drawn) * torch.where(exact, 1.0, 1 / 3))
+        ids.append(drawn)
+        open_logits = open_logits.scatter(1, drawn, -torch.inf)
+    return torch.cat(ids, 1), torch.cat(weights, 1)
+
+
+def random(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(logits.shape[1], (len(logits), 1), generator=draws.generator)
+    return ids, torch.ones(len(logits), 1)
 
 
 # ---- experts choose, or have room ------------------------------------------------------------------------------------

@@ -91,6 +91,18 @@ def uniform(shape: tuple[int, ...], context: Context, device: torch.device) -> T
 
 
 def gumbel(shape: tuple[int, ...], context: Context, device: torch.device) -> Tensor:
-    """-log(-log u), float32: adding it to log-probabilities and taking the largest draws from them."""
-    tiny = torch.finfo(torch.float32).tiny
-    return -torch.empty(shape, device=device).exponential_(generator=context.generator).clamp(min=tiny).log()
+    """-log(-log u), float32: adding it to log-probabilities and taking the largest draws from them.
+
+    From uniform numbers of 24 bits, which torch draws several times faster than exponential ones; 1 - u, for u the
+    finer where the result is large. u = 0 stands for the middle of what is below 2^-24.
+    """
+    waiting = uniform(shape, context, device).neg_().log1p_().neg_().clamp_(min=2.0**-25)
+    return waiting.log_().neg_()
+
+
+def draw(probabilities: Tensor, context: Context) -> Tensor:
+    """An id [R,1] int64 for each row of probabilities [R,N] of any sum, none of probability 0: where a uniform number
+    falls into their cumulative sum."""
+    up_to = probabilities.cumsum(-1)
+    point = uniform((probabilities.shape[0], 1), context, probabilities.device) * up_to[:, -1:]
+    return (up_to <= point).sum(-1, keepdim=True).clamp(max=probabilities.shape[1] - 1)

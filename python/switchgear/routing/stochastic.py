@@ -14,7 +14,7 @@ from torch import Tensor
 from switchgear.functional import Routing, _apply
 from switchgear.reference import check_choice
 from switchgear.routing.context import NOTHING_KNOWN, Context, check_at_least, sequences
-from switchgear.routing.ranking import SCORE_FUNCTIONS, choose, finite, gumbel, scores_of, uniform
+from switchgear.routing.ranking import SCORE_FUNCTIONS, choose, draw, finite, gumbel, scores_of, uniform
 from switchgear.routing.selection import Dense, take
 
 LEVELS = ("token", "sequence", "batch")
@@ -148,10 +148,11 @@ class SparseMixer:
             odds = fixed.masked_fill(out, -math.inf)
             best = choose(odds, 1).long()
             if context.training:
-                drawn = choose(odds + gumbel(tuple(odds.shape), context, device), 1).long()
-                exact = (drawn == best) | (uniform((odds.shape[0], 1), context, device) > 0.75)
-                factor = torch.where(exact, 1.0, 1 / 3).to(odds.dtype)
-                weights.append(_apply(_Multiplier, logits, odds.softmax(-1), drawn, factor))
+                probabilities = odds.softmax(-1)
+                drawn = draw(probabilities, context)
+                exact = (drawn == best) | (uniform((len(drawn), 1), context, device) > 0.75)
+                factor = torch.where(exact, 1.0, 1 / 3).to(probabilities.dtype)
+                weights.append(_apply(_Multiplier, logits, probabilities, drawn, factor))
             else:
                 drawn = best
                 weights.append(logits.masked_fill(out, -math.inf).softmax(-1).gather(1, drawn))
@@ -226,7 +227,10 @@ class Random:
             weights = torch.full_like(everyone.topk_weights, 1 / num_experts, requires_grad=False)
             return everyone._replace(topk_weights=weights, scores=None)
         count, index = _draws_per_token(self.level, context, num_tokens, device)
-        ids = choose(uniform((count, num_experts), context, device), self.top_k)
+        if self.top_k == 1:
+            ids = torch.randint(num_experts, (count, 1), generator=context.generator, dtype=torch.int32, device=device)
+        else:
+            ids = choose(uniform((count, num_experts), context, device), self.top_k)
         ids = ids if index is None else ids[index]
         weights = torch.full(ids.shape, 1 / self.top_k, device=device)
         return Routing(ids, weights, router_logits, num_experts)
