@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
-from switchgear import presets
+from switchgear import diagnostics, presets
 
 PATCHES, SIZE, CLUSTERS = 4, 50, 4
 
@@ -86,12 +86,11 @@ def train(model: Mixture, x: Tensor, labels: Tensor, steps: int, rate: float, ro
         model.zero_grad()
 
 
-def dispatch_entropy(routing: switchgear.Routing, clusters: Tensor) -> float:
+def entropy_of_dispatch(routing: switchgear.Routing, clusters: Tensor) -> float:
     """H(cluster | expert) in nats: 0 where each expert sees one cluster."""
     counts = torch.zeros(routing.num_experts, CLUSTERS)
     counts.index_put_((routing.topk_ids[:, 0].long(), clusters), torch.ones(len(clusters)), accumulate=True)
-    inside = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    return float((torch.special.entr(inside).sum(1) * counts.sum(1)).sum() / len(clusters))
+    return diagnostics.dispatch_entropy(counts)
 
 
 def main(number: int = 2000, steps: int = 600, rate: float = 0.01, seed: int = 0) -> dict[str, float]:
@@ -113,7 +112,7 @@ def main(number: int = 2000, steps: int = 600, rate: float = 0.01, seed: int = 0
         with torch.no_grad():
             scores, routing = model.eval()(test_x)
         found[name] = float((scores.sign() == test_labels).float().mean())
-        entropy = dispatch_entropy(routing, test_clusters)
+        entropy = entropy_of_dispatch(routing, test_clusters)
         print(f"{name:20} accuracy {100 * found[name]:5.1f} %, H(cluster | expert) {entropy:.3f}", flush=True)
         if name == "mixture, nonlinear":
             found["entropy"] = entropy

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import switchgear
+from flops import count_flops
 from loops import assert_agrees, expert, mixture
 from switchgear.experts import Experts
 from switchgear.layers import (
@@ -94,6 +95,29 @@ def test_multi_head_moe_with_one_head_is_the_layer() -> None:
         MultiHeadMoE(inner, H, heads=3)
 
 
+@pytest.mark.parametrize(("heads", "top_k"), [(2, 2), (4, 1), (4, 3)])
+def test_multi_head_moe_has_the_flops_of_the_layer_without_heads(heads: int, top_k: int) -> None:
+    """The projections' 4·H² operations a token are those of 2·H/(3·K) of the I columns of K gated experts: with so many
+    fewer, forward and training cost as much, counted product by product; and h times as many rows go to experts."""
+    hidden, width = 72, 60
+    shrunk = width - 2 * hidden // (3 * top_k)
+    plain = moe(hidden_size=hidden, intermediate_size=width, top_k=top_k)
+    inner = moe(hidden_size=hidden // heads, intermediate_size=shrunk, top_k=top_k)
+    layer = MultiHeadMoE(inner, hidden, heads)
+    x = torch.randn(30, hidden, requires_grad=True)
+    wanted = 30 * (2 * hidden * 6 + top_k * 6 * hidden * width)  # the router, and three projections
+    for module in (plain, layer):
+        assert count_flops(lambda module=module: module(x)) == wanted
+        assert count_flops(lambda module=module: module(x).sum().backward()) == 3 * wanted
+    wide = MultiHeadMoE(moe(hidden_size=hidden // heads, intermediate_size=width, top_k=top_k), hidden, heads)
+    assert count_flops(lambda: wide(x)) == wanted + 30 * 4 * hidden**2
+
+
+def test_multi_head_moe_gradients() -> None:
+    layer = MultiHeadMoE(moe(hidden_size=H // 4), H, heads=4).double()
+    assert torch.autograd.gradcheck(layer, (torch.randn(3, H, dtype=torch.float64, requires_grad=True),))
+
+
 # ---- Cartesian -------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +186,17 @@ def test_soft_moe_permutes_with_its_tokens_and_skips_padding() -> None:
     torch.testing.assert_close(y[:6], layer(x[:6]))
     assert not y[6:].any()
     assert not layer(x, torch.zeros(9, dtype=torch.bool)).any()
+
+
+def test_soft_moe_weights_sum_to_one() -> None:
+    """Of equal tokens every slot is that token: its dispatch sums to 1. With equal experts every token then gets their
+    output: its combination sums to 1."""
+    layer = SoftMoE(Experts(H, 12, 5), slots=3)
+    with torch.no_grad():
+        for parameter in layer.experts.parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter))
+    token = torch.randn(H)
+    torch.testing.assert_close(layer(token.expand(7, H)), expert(layer.experts, 0, token).expand(7, H))
 
 
 def test_soft_moe_makes_tokens_of_a_feature_map() -> None:
@@ -381,6 +416,22 @@ def test_meo_of_one_expert_carries_the_weight_inside() -> None:
         weight, e = routing.topk_weights[b, 0], int(routing.topk_ids[b, 0])
         gate, up = (weight * (x[b] @ layer.experts.gate_up_proj[e].T)).chunk(2, -1)
         torch.testing.assert_close(layer(x)[b], weight * (F.silu(gate) * up) @ layer.experts.down_proj[e].T)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_meo_costs_one_network_and_the_merge(top_k: int) -> None:
+    """Of B sequences of L tokens: one gated network of L tokens and K averaged experts' weights for each, and a router
+    that sees one row; the mixture costs K networks. So K = 4 is under half the price from L = 4 on, here 33 / 98."""
+    batch, length = 3, 32
+    layer = MergedExperts(switchgear.Router(H, 6, top_k), Experts(H, 12, 6))
+    x, weights = torch.randn(batch, length, H), 3 * H * 12
+    network, merge, router = 2 * batch * length * weights, 2 * batch * top_k * weights, 2 * batch * H * 6
+    with torch.no_grad():
+        merged = count_flops(lambda: layer(x))
+        mixture_of_experts = count_flops(lambda: moe(top_k=top_k)(x))
+    assert merged == network + merge + router
+    assert mixture_of_experts == top_k * network + length * router
+    assert top_k == 1 or merged < 0.6 * mixture_of_experts
 
 
 def test_meo_merges_each_task_once() -> None:

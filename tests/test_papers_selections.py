@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+import resource
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ import switchgear
 from loops import assert_agrees, best, expert, mixture, switch_loss
 from switchgear import presets
 from switchgear.functional import Routing
+from switchgear.parallel.cost import count as traffic
+from switchgear.parallel.placement import Placement
 from switchgear.routing import (
     BalancedAssignment,
     Broadcast,
@@ -477,6 +481,28 @@ def test_grin_layer_trains_through_the_estimate() -> None:
     assert set(layer.losses) == {"switch"}
 
 
+def test_grin_in_training_is_a_loop_of_what_it_drew(backend: str) -> None:
+    """The estimate's value is factor · p, and its gradient that of p, for the experts and factors that were drawn."""
+    layer = layer_of(presets.grin(jitter=0.5, balance=0.1), return_routing=True)
+    generator = torch.Generator()
+    layer.register_forward_pre_hook(lambda module, args: generator.manual_seed(4) and None)
+    x = torch.randn(20, H)
+    routing = layer(x, generator=generator)[1]
+    assert (routing.topk_ids[:, 0].long() != linear(layer, x).argmax(1)).any()
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        ids, weights, z = routing.topk_ids.tolist(), [], linear(layer, x)
+        for t, choice in enumerate(ids):
+            weights.append([])
+            for k, e in enumerate(choice):
+                p = masked_softmax(z[t], choice[:k], 0.5)[e]
+                factor = 1 if routing.topk_weights[t, k] / p > 0.5 else 1 / 3
+                weights[-1].append(p + (factor - 1) * p.detach())
+        return mixture(layer.experts, x, ids, weights), 0.1 * switch_loss(z.softmax(-1), ids)
+
+    assert_agrees(layer, loop, x, generator=generator)
+
+
 # ---- SAM -------------------------------------------------------------------------------------------------------------
 
 
@@ -514,6 +540,22 @@ def test_sam_sends_a_token_to_one_group() -> None:
     torch.testing.assert_close(routing.topk_weights, masked.topk(3).values)
     native = Grouped(3, 4, 2, "top2_sum")(logits)
     assert torch.equal(native.topk_ids, TopK(3, num_groups=4, topk_groups=2, group_score="top2_sum")(logits).topk_ids)
+
+
+def test_sam_sends_a_token_to_one_other_rank_at_most() -> None:
+    """Groups are ranks: of the rows that an exchange sends, a token has one, where flat top-k has up to K."""
+    placement = Placement.contiguous(12, 4)
+    logits = [torch.randn(50, 12) for _ in range(4)]  # of the tokens of each rank
+
+    def remote(select: Any) -> int:
+        ids = [select(z).topk_ids for z in logits]
+        rows = traffic(ids, placement).rows
+        copies = sum(len({e // 3 for e in row} - {rank}) for rank in range(4) for row in ids[rank].tolist())
+        assert int(rows.sum() - rows.diagonal().sum()) == copies
+        return copies
+
+    assert remote(Grouped(3, 4)) <= 200 < remote(TopK(3))
+    assert remote(Grouped(3, 4, 2)) <= 400
 
 
 # ---- MaskMoE ---------------------------------------------------------------------------------------------------------
@@ -555,6 +597,20 @@ def test_maskmoe_sends_a_rare_id_to_its_expert_in_every_batch() -> None:
         layer(x)
 
 
+def test_maskmoe_hides_from_gradients_too() -> None:
+    """A hidden expert has probability 0 and gradient 0, whatever is done with the weights, the losses included."""
+    layer = layer_of(presets.maskmoe(COUNTS, frequent_from=50, rare_experts=3, top_k=2, balance=0.1))
+    token_ids = torch.randint(len(COUNTS), (30,))
+    hidden = ~layer.gate.select.mask.visible[token_ids]
+    logits = torch.randn(30, E, requires_grad=True)
+    context = Context(token_ids=token_ids, training=True)
+    routing = layer.gate.select(logits, context)
+    loss = (routing.topk_weights * torch.randn(30, 2)).sum() + layer.gate.balance[0](routing, context)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert not grad[hidden].any()
+    assert grad[~hidden].any()
+
+
 def test_maskmoe_that_hides_nothing_is_top_k() -> None:
     mask, logits = TokenIdMask(torch.ones(5, E)), torch.randn(9, E)
     masked = Masked(TopK(2), mask)(logits, Context(token_ids=torch.randint(5, (9,))))
@@ -591,6 +647,38 @@ def test_word_experts_by_the_ten_thousands() -> None:
     assert layer.experts.down_proj.grad[touched].any()
     holes = Lookup(torch.tensor([[0, -1], [3, 1]]))(torch.zeros(2, 4), Context(token_ids=torch.tensor([0, 1])))
     assert holes.topk_weights.tolist() == [[0.5, 0.0], [0.5, 0.5]]
+
+
+def pages_touched(call: Any) -> int:
+    """Pages of memory that the call touches for the first time."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs mmap of memory without reservation")
+def test_word_experts_cost_their_tokens_and_not_their_number(isa: str) -> None:
+    """O(T): 32 tokens read the weights of 32 experts, whether there are 1024 or 32,768 of them, in memory of which each
+    page that is read is one that was never touched before. All experts would be thirty-two times as many."""
+    tokens, width, page = 32, 32, mmap.PAGESIZE
+    x, pages = torch.randn(tokens, 64), {}
+    of_an_expert = 2 + math.ceil(2 * width * 64 * 4 / page) + math.ceil(64 * width * 4 / page)
+    for num_experts in (1024, 32_768):
+        table = (torch.arange(tokens) * (num_experts // tokens)).int()[:, None]
+        select = Lookup(table)
+        layer = switchgear.MoE(64, width, num_experts, select=select, device="meta").eval()
+        for name, parameter in list(layer.experts.named_parameters()):
+            memory = mmap.mmap(-1, parameter.numel() * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+            untouched = torch.frombuffer(memory, dtype=torch.float32).view(parameter.shape)
+            setattr(layer.experts, name, torch.nn.Parameter(untouched, requires_grad=False))
+        select.table = table
+        with torch.no_grad():
+            routing = layer.gate(x, Context(token_ids=torch.arange(tokens)))
+            assert routing.router_logits.untyped_storage().nbytes() < 100  # no [T,E]
+            pages[num_experts] = pages_touched(lambda layer=layer: layer(x, token_ids=torch.arange(tokens)))
+    offsets = math.ceil(32_769 * 4 / page)  # the plan has one for each expert, and its counters are as many
+    assert pages[32_768] < tokens * of_an_expert + 16 * offsets
+    assert pages[32_768] < 32_768 * of_an_expert / 32
 
 
 # ---- THOR ------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import switchgear
@@ -73,6 +74,19 @@ def test_names_are_sorted_and_complete() -> None:
     assert presets.__all__ == sorted(presets.__all__)
     assert len(ENTRIES) == len(presets.__all__) - 1
     assert len({entry.arxiv for entry in ENTRIES}) == len(ENTRIES)
+
+
+# Papers whose router, balance, capacity or layer is a preset of its own.
+PAPERS = """
+    2101.03961 2202.09368 2401.06066 2408.15664 2501.11873 2103.16716 2403.07652 2406.13233 2408.10681 2204.09179
+    2310.10837 2409.12136 2406.06563 2401.13920 2110.07431 2407.09816 2311.10768 2110.04260 2406.12375 2207.09094
+    2406.19905 2503.07639 2501.13074 2310.14188 2502.03608 1312.4314 2410.16077 2411.16205 2305.02176 2412.04139
+    2410.01930 2208.02813 2306.04073 2205.12701 2402.01739 2503.05066 2310.09832 2402.05526 2410.22884
+"""
+
+
+def test_each_paper_has_a_preset() -> None:
+    assert set(PAPERS.split()) <= {entry.arxiv for entry in ENTRIES}
 
 
 @each
@@ -217,6 +231,39 @@ def test_nothing_waits_for_the_device(entry: Entry) -> None:
     switchgear.after_step(record.layers[-1])
     assert y.is_meta
     assert y.shape == (2, 12, 64)
+
+
+class Counting(TorchDispatchMode):
+    """How many ops there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+@each
+def test_no_loop_over_experts(entry: Entry) -> None:
+    """Forward, backward and losses are as many ops for many experts as for a few."""
+    sizes = {"monet": ((64, 8, 64**2), (64, 8, 128**2)), "hmoe": ((64, 32, 8), (64, 32, 8)),
+             "moec": ((64, 32, 64), (64, 32, 128))}.get(entry.name, ((64, 32, 32), (64, 32, 64)))  # fmt: skip
+    numbers = []
+    for size in sizes:
+        layer = presets.build(*size, **options_of(entry))
+        call = entry.example.removesuffix("[0]").rpartition(")(")[2].removesuffix(")")
+        names = {
+            "x": torch.randn(2, 12, 64, requires_grad=True), "token_ids": torch.randint(100, (2, 12)),
+            "task": torch.randn(2, 24),
+        }  # fmt: skip
+        with Counting() as counting:
+            y = eval(f"layer({call})", {"layer": layer, **names})
+            y = y[0] if isinstance(y, tuple) else y
+            (y.square().sum() + switchgear.balance_loss(layer)).backward()
+        numbers.append(counting.number)
+    assert numbers[0] == numbers[1]
 
 
 @each

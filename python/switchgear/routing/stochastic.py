@@ -151,7 +151,7 @@ class SparseMixer:
                 probabilities = odds.softmax(-1)
                 drawn = draw(probabilities, context)
                 exact = (drawn == best) | (uniform((len(drawn), 1), context, device) > 0.75)
-                factor = torch.where(exact, 1.0, 1 / 3).to(probabilities.dtype)
+                factor = torch.where(exact, 1.0, probabilities.new_full((), 1 / 3))
                 weights.append(_apply(_Multiplier, logits, probabilities, drawn, factor))
             else:
                 drawn = best

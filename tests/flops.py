@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Floating-point operations of a call, counted by torch's own counter at every product: those of torch's ops by its
+formulas, those of switchgear's by the pairs (token, expert) that there really are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def _of_pairs(topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> int:
+    """A multiply and an add for each weight of each pair's expert."""
+    return 2 * int((topk_ids >= 0).sum()) * (gate_up_proj[0].numel() + down_proj[0].numel())
+
+
+def _moe_forward(*args: Any, **_: Any) -> int:
+    _, gate_up_proj, down_proj, _, _, topk_ids, *_ = args
+    return _of_pairs(topk_ids, gate_up_proj, down_proj)
+
+
+def _moe_backward(*args: Any, **_: Any) -> int:
+    """Each product has two gradients, of its input and of its weight."""
+    _, _, _, gate_up_proj, down_proj, _, _, topk_ids, *_ = args
+    return 2 * _of_pairs(topk_ids, gate_up_proj, down_proj)
+
+
+def _embedding_bag(weight: Tensor, indices: Tensor, *_: Any, **__: Any) -> int:
+    """The weighted sum of rows."""
+    return 2 * indices.numel() * weight.shape[1]
+
+
+_FORMULAS = {
+    torch.ops.switchgear.moe_forward: _moe_forward,
+    torch.ops.switchgear.moe_backward: _moe_backward,
+    torch.ops.aten._embedding_bag: _embedding_bag,
+    torch.ops.aten._embedding_bag_forward_only: _embedding_bag,
+}
+for formula in _FORMULAS.values():
+    formula._get_raw = True  # type: ignore[attr-defined]  # of the tensors, not of their shapes
+
+
+def count_flops(call: Callable[[], Any]) -> int:
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    with counter:
+        call()
+    return int(counter.get_total_flops())
