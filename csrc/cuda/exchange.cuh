@@ -1,138 +1,140 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// exchange: all-to-all of rows between the GPUs of one machine that map each other's memory, in chunks. One cooperative
-// kernel on each of W ranks; it ends when this rank has all rows that are sent to it.
+// exchange: all-to-all between ranks of one machine that map each other's memory. One cooperative kernel on each of W ranks; it
+// ends when this rank has sent everything and has received everything that is sent to it.
 //
-//   rows [T, vectors]        this rank's; row_tokens lists the row of each send, in the order (chunk, target)
-//   windows[r]               in the memory of rank r, written by this rank: its rows for r, in the order of chunks
-//   received [R, vectors]    in the order (chunk, source)
-//   traffic                  each row read and written twice, once over the link; bound by the link
+//   rows, received   in the order of ranks: bytes send_begin[r] … send_begin[r + 1] go to rank r, and those of rank r arrive at
+//                    receive_begin[r] … receive_begin[r + 1]; any sizes and alignments
+//   segment          of each rank, which all map: Flags, then a window for each source, of kSlots slots of slot_bytes
+//   traffic          each byte read and written twice, once over the link; bound by the link
 //
-// A lane is one (this rank, other rank) pair in one direction, and has kBlocks blocks, which share the rows of each chunk.
-// Sending lanes push rows into the target's window. A block that is done with its part of a chunk counts (acquire and
-// release), and the one that counts last raises the chunk's flag in the target's memory (release, system): what the other
-// blocks wrote is behind it, since counting also acquires. Receiving lanes wait for the flags of their source (acquire,
-// system), copy its rows out of the window, and the last block to finish says in the source's memory that the window has been
-// read. Before it writes to a window, a sending lane waits for that, from the exchange before.
+// A lane is one (this rank, other rank) pair in one direction, and has kLaneBlocks blocks, which share the bytes of each piece.
+// What goes from one rank to another is cut into pieces of slot_bytes, which both number alike, from the first exchange on, since
+// both know the sizes. A sending lane waits until the slot of a piece has been read, writes it into the target's window, and a
+// block that is done counts (acquire and release); the one that counts last raises `arrived` in the target's segment (release,
+// system): what the other blocks wrote is behind it, since counting also acquires. A receiving lane waits for that (acquire,
+// system), copies the piece out, and the last block to finish raises `read` in the source's segment. With two slots one piece
+// is written while another is read.
 //
-// Flags and counts only grow, with the number of the exchange, so nothing is reset, and an old flag is never taken for a new
-// one. Every chunk has flags of its own: chunks may complete in any order.
+// Flags and counts only grow, with the number of the piece, so nothing is reset, and an old flag is never taken for a new one.
+// A count belongs to a slot: a block may be a piece ahead of the other one of its lane, but not two, since a slot is free only
+// when all blocks have read it.
 //
-// A rank that is gone raises no flags. After `patience` polls of one flag the kernel ends with *stalled = that rank + 1, and
-// the host asks who is still there. Nothing traps, so the context lives on.
+// A rank that is gone raises no flags. Whoever finds that out sets *stop, in memory of the host, and the kernel ends. Nothing
+// traps, so the context lives on.
 //
-// Numeric contract: copies of rows of whole 16-byte vectors, aligned to them.
+// Numeric contract: a copy.
 #pragma once
-#include "vector.cuh"
-
+#include "platform.cuh"
 #include "ptx.cuh"
 
 namespace switchgear::cuda {
 
 constexpr int kMaxRanks = 16;  // of one machine
-constexpr int kExchangeThreads = 128;
+constexpr int kExchangeThreads = 256;
 constexpr int kLaneBlocks = 2;  // of each lane
+constexpr int kSlots = 2;       // of each window
 
-using Vector = uint4;
+struct Flags {                        // all zero at first
+  uint32_t arrived[kMaxRanks];        // [s]: pieces of rank s, raised by it
+  uint32_t read[kMaxRanks];           // [t]: pieces of this rank that t has read, raised by t
+  uint32_t sent[kMaxRanks][kSlots];   // blocks of this rank
+  uint32_t taken[kMaxRanks][kSlots];  // blocks of this rank
+};
+constexpr int64_t kFlagBytes = 512;
+static_assert(sizeof(Flags) <= kFlagBytes);
 
 struct ExchangeParams {
-  int rank, num_ranks, num_chunks;
-  uint32_t number;  // of this exchange, from 0 on
-  int vectors;      // of a row
-  const Vector* rows;
-  const int32_t* row_tokens;
-  const int32_t* send_counts;     // [num_chunks, W] rows for each target
-  const int32_t* receive_counts;  // [num_chunks, W] rows of each source
-  Vector* received;
+  int rank, num_ranks;
+  int64_t slot_bytes;  // a multiple of 16
+  const unsigned char* rows;
+  unsigned char* received;
+  int64_t send_begin[kMaxRanks + 1], receive_begin[kMaxRanks + 1];
+  uint32_t first_sent[kMaxRanks], first_received[kMaxRanks];  // numbers of the first pieces
+  unsigned char* segments[kMaxRanks];                         // [r]: that of rank r, as it is mapped here
+  const uint32_t* stop;
 
-  Vector* windows[kMaxRanks];          // [r]: of this rank, in the memory of r
-  const Vector* inboxes[kMaxRanks];    // [s]: the window of s, here
-  uint32_t* arrived_there[kMaxRanks];  // [r]: [num_chunks] flags of this rank, in the memory of r
-  const uint32_t* arrived_here;        // [W, num_chunks]
-  uint32_t* read_there[kMaxRanks];     // [s]: how many exchanges this rank has read, in the memory of s
-  const uint32_t* read_here;           // [W]
-  uint32_t* sent;                      // [W, num_chunks] counts of blocks, of this device
-  uint32_t* taken;                     // [W] counts of blocks
-  uint32_t* stalled;                   // 0, or the rank that was waited for in vain, plus 1
-  int64_t patience;                    // polls
+  __device__ Flags& flags(int r) const { return *reinterpret_cast<Flags*>(segments[r]); }
+  __device__ unsigned char* slot(int target, int source, uint32_t piece) const {
+    return segments[target] + kFlagBytes + (int64_t{source} * kSlots + piece % kSlots) * slot_bytes;
+  }
 };
 
-// Whether *flag reaches `value`. One thread.
-__device__ inline bool reaches(const uint32_t* flag, uint32_t value, const ExchangeParams& p, int whom) {
-  for (int64_t polls = 0; polls < p.patience; ++polls) {
-    if (static_cast<int32_t>(ptx::ld_acquire_sys(flag) - value) >= 0) return true;
-    if (ptx::ld_relaxed_gpu(p.stalled) != 0) return false;
+// Waits until *flag is at least `value`; false where it is told to stop. One thread.
+__device__ inline bool reaches(const uint32_t* flag, uint32_t value, const uint32_t* stop) {
+  while (static_cast<int32_t>(ptx::ld_acquire_sys(flag) - value) < 0) {
+    if (ptx::ld_relaxed_sys(stop) != 0) return false;
   }
-  ptx::st_relaxed_gpu(p.stalled, static_cast<uint32_t>(whom) + 1);
-  return false;
+  return true;
 }
 
-// Whether *flag reaches `value`, for all threads of the block.
-__device__ inline bool block_reaches(const uint32_t* flag, uint32_t value, const ExchangeParams& p, int whom) {
+// The same for all threads of the block.
+__device__ inline bool block_reaches(const uint32_t* flag, uint32_t value, const uint32_t* stop) {
   SHARED_VALUE(bool, reached);
-  if (threadIdx.x == 0) reached = reaches(flag, value, p, whom);
+  if (threadIdx.x == 0) reached = reaches(flag, value, stop);
   __syncthreads();
   const bool result = reached;
   __syncthreads();
   return result;
 }
 
-// Counts this block; whether it is the last of its lane. All threads, after what they wrote; the answer is for thread 0.
-__device__ inline bool counts_last(uint32_t* count, uint32_t number) {
+// Counts this block; whether it is the last of its lane. All threads, after what they did; the answer is for thread 0.
+__device__ inline bool counts_last(uint32_t* counts, uint32_t piece) {
   __syncthreads();
   if (threadIdx.x != 0) return false;
-  return ptx::atom_add_acq_rel_gpu(count, 1) + 1 == (number + 1) * kLaneBlocks;
+  return ptx::atom_add_acq_rel_gpu(counts + piece % kSlots, 1) + 1 == (piece / kSlots + 1) * kLaneBlocks;
 }
 
-__device__ inline void copy_row(Vector* to, const Vector* from, int vectors) {
-  for (int v = static_cast<int>(threadIdx.x); v < vectors; v += static_cast<int>(blockDim.x)) to[v] = from[v];
+template <typename Unit>
+__device__ inline int64_t copy_units(unsigned char* to, const unsigned char* from, int64_t bytes, int64_t thread) {
+  const int64_t count = bytes / static_cast<int64_t>(sizeof(Unit)), step = int64_t{kLaneBlocks} * blockDim.x;
+#pragma unroll 4
+  for (int64_t i = thread; i < count; i += step) {
+    reinterpret_cast<Unit*>(to)[i] = reinterpret_cast<const Unit*>(from)[i];
+  }
+  return count * static_cast<int64_t>(sizeof(Unit));
 }
 
-__device__ inline int64_t sum_of(const int32_t* counts, int64_t begin, int64_t end, int64_t step = 1) {
-  int64_t total = 0;
-  for (int64_t i = begin; i < end; i += step) total += counts[i];
-  return total;
+// All threads of all blocks of a lane.
+__device__ inline void copy(unsigned char* to, const unsigned char* from, int64_t bytes, int block) {
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+  const int64_t thread = int64_t{block} * blockDim.x + threadIdx.x;
+  int64_t done = 0;
+  if (bits % 16 == 0) {
+    done = copy_units<uint4>(to, from, bytes, thread);
+  } else if (bits % 4 == 0) {
+    done = copy_units<uint32_t>(to, from, bytes, thread);
+  }
+  copy_units<unsigned char>(to + done, from + done, bytes - done, thread);
+}
+
+__device__ inline int64_t piece_bytes(const ExchangeParams& p, int64_t at, int64_t end) {
+  return end - at < p.slot_bytes ? end - at : p.slot_bytes;
 }
 
 __device__ inline void exchange_send(const ExchangeParams& p, int target, int block) {
-  const int W = p.num_ranks;
-  const bool own = target == p.rank;
-  if (!own && !block_reaches(p.read_here + target, p.number, p, target)) return;
-  int64_t place = 0;  // in the window
-  for (int chunk = 0; chunk < p.num_chunks; ++chunk) {
-    const int32_t* const counts = p.send_counts + chunk * W;
-    const int64_t first = sum_of(p.send_counts, 0, chunk * W + target);
-    // Rows of this rank for itself go where they are received.
-    Vector* const to = own ? p.received + sum_of(p.receive_counts, 0, chunk * W + target) * p.vectors
-                           : p.windows[target] + place * p.vectors;
-    for (int row = block; row < counts[target]; row += kLaneBlocks) {
-      copy_row(to + int64_t{row} * p.vectors, p.rows + int64_t{p.row_tokens[first + row]} * p.vectors, p.vectors);
-    }
-    place += counts[target];
-    if (own) continue;
-    if (counts_last(p.sent + target * p.num_chunks + chunk, p.number)) {
-      ptx::st_release_sys(p.arrived_there[target] + chunk, p.number + 1);
-    }
+  const int64_t begin = p.send_begin[target], end = p.send_begin[target + 1];
+  if (target == p.rank) return copy(p.received + p.receive_begin[target], p.rows + begin, end - begin, block);
+  Flags& own = p.flags(p.rank);
+  uint32_t piece = p.first_sent[target];
+  for (int64_t at = begin; at < end; at += p.slot_bytes, ++piece) {
+    if (!block_reaches(own.read + target, piece + 1 - kSlots, p.stop)) return;
+    copy(p.slot(target, p.rank, piece), p.rows + at, piece_bytes(p, at, end), block);
+    if (counts_last(own.sent[target], piece)) ptx::st_release_sys(p.flags(target).arrived + p.rank, piece + 1);
   }
 }
 
 __device__ inline void exchange_receive(const ExchangeParams& p, int source, int block) {
-  const int W = p.num_ranks;
-  int64_t place = 0;
-  for (int chunk = 0; chunk < p.num_chunks; ++chunk) {
-    const uint32_t* const flag = p.arrived_here + source * p.num_chunks + chunk;
-    if (!block_reaches(flag, p.number + 1, p, source)) return;
-    const int32_t count = p.receive_counts[chunk * W + source];
-    Vector* const to = p.received + sum_of(p.receive_counts, 0, chunk * W + source) * p.vectors;
-    const Vector* const from = p.inboxes[source] + place * p.vectors;
-    for (int row = block; row < count; row += kLaneBlocks) {
-      copy_row(to + int64_t{row} * p.vectors, from + int64_t{row} * p.vectors, p.vectors);
-    }
-    place += count;
+  Flags& own = p.flags(p.rank);
+  const int64_t end = p.receive_begin[source + 1];
+  uint32_t piece = p.first_received[source];
+  for (int64_t at = p.receive_begin[source]; at < end; at += p.slot_bytes, ++piece) {
+    if (!block_reaches(own.arrived + source, piece + 1, p.stop)) return;
+    copy(p.received + at, p.slot(p.rank, source, piece), piece_bytes(p, at, end), block);
+    if (counts_last(own.taken[source], piece)) ptx::st_release_sys(p.flags(source).read + p.rank, piece + 1);
   }
-  if (counts_last(p.taken + source, p.number)) ptx::st_release_sys(p.read_there[source], p.number + 1);
 }
 
-inline int exchange_blocks(int num_ranks) { return 2 * num_ranks * kLaneBlocks; }
+constexpr int exchange_blocks(int num_ranks) { return 2 * num_ranks * kLaneBlocks; }
 
 // blockIdx.x: the sending lanes, then the receiving ones. Each rank begins with another target, lest all send to one.
 __device__ inline void exchange(const ExchangeParams& p) {
@@ -144,7 +146,5 @@ __device__ inline void exchange(const ExchangeParams& p) {
     exchange_receive(p, other, block);
   }
 }
-
-__global__ void __launch_bounds__(kExchangeThreads) exchange_kernel(ExchangeParams p) { exchange(p); }
 
 }  // namespace switchgear::cuda

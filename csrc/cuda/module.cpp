@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "exchange_binding.h"
 #include "probe.h"
 #include "registry.h"
 
@@ -74,6 +75,7 @@ const Backend& default_backend() { return cuda_backend(); }
 void define_module(py::module_& m) {
   using namespace py::literals;
   define_execution(m);
+  define_exchange(m);
   m.def("device_count", &device_count, "Number of CUDA devices; 0 without a driver.");
   m.def("device_info", &device_info, "A device's properties, and whether a kernel of this build ran on it.", "index"_a);
   m.def("driver_version", &driver_version, "CUDA version of the driver, e.g. 13000; 0 without a driver.");

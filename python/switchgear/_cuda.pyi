@@ -39,6 +39,26 @@ class Execution:
 
     def __init__(self, stream: int, allocate: Callable[[int], _Array], allow_tf32: bool = False) -> None: ...
 
+def exchange_segment_bytes(num_ranks: int, slot_bytes: int) -> int:
+    """Of the memory of a rank that all map: zero at first."""
+
+def exchange(
+    rows: _Array,
+    received: _Array,
+    send_bytes: Sequence[int],
+    receive_bytes: Sequence[int],
+    first_sent: Sequence[int],
+    first_received: Sequence[int],
+    segments: Sequence[int],
+    rank: int,
+    slot_bytes: int,
+    stop: int,
+    execution: Execution,
+) -> None:
+    """Sends send_bytes[r] of rows to each rank r, in order, and receives receive_bytes[r] from it, through the ranks'
+    segments (addresses in this process). first_sent and first_received [W]: pieces of slot_bytes of all calls before.
+    A word at the address `stop` that is not zero ends the kernel."""
+
 def route(
     router_logits: _Array,
     selection_bias: _Array | None,

@@ -12,8 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_pool import Pool, subgroup
+from peer_memory_on_cpu import make_parallel
 from torch import Tensor
 
+import native_modules
 import switchgear
 from switchgear.parallel import ExpertParallel, ExpertParallelError, Placement
 from switchgear.parallel.header import LENGTH
@@ -74,7 +76,7 @@ def compare(rank: int, case: Case) -> dict[str, int]:
     options = {"num_chunks": case.num_chunks, "invariant": case.invariant, "placement": placement}
     by_group = case.transport == "group"  # what other devices use
     transport = "auto" if by_group else case.transport
-    with ExpertParallel(group, timeout=20, average_gradients=False, transport=transport, **options) as parallel:
+    with make_parallel(group, transport, timeout=20, average_gradients=False, **options) as parallel:
         if by_group and case.size > 1:
             parallel._transports["cpu"] = GroupTransport(group)
         moe, whole = make(case, parallel), make(case, None)
@@ -154,7 +156,16 @@ SIZES = [Case((50,)), Case((20, 31)), Case()]
 @pytest.mark.parametrize("case", SIZES, ids=lambda case: f"ep{case.size}")
 @pytest.mark.parametrize("invariant", [False, True], ids=["sum", "invariant"])
 @pytest.mark.parametrize(
-    ("num_chunks", "transport"), [(1, "gloo"), (4, "gloo"), (4, "shared_memory"), (None, "auto"), (2, "group")]
+    ("num_chunks", "transport"),
+    [
+        (1, "gloo"),
+        (4, "gloo"),
+        (4, "shared_memory"),
+        (None, "auto"),
+        (2, "group"),
+        (1, "peer_memory"),
+        (8, "peer_memory"),
+    ],
 )
 def test_sizes_and_chunks(pool: Pool, case: Case, invariant: bool, num_chunks: int | None, transport: str) -> None:
     pool.run(compare, replace(case, invariant=invariant, num_chunks=num_chunks, transport=transport))
@@ -262,3 +273,14 @@ def test_shared_tokens_must_be_as_many(pool: Pool) -> None:
     assert len(set(answers)) == 1
     assert "rank 3 disagrees" in answers[0]
     assert "num_tokens: expected 5 as on rank 2, which holds the same tokens, got 6" in answers[0]
+
+
+# ---- peer memory -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(native_modules.SIMT_PATH is None, reason="SWITCHGEAR_SIMT names no module with the CUDA kernels")
+@pytest.mark.parametrize("case", SIZES[1:], ids=lambda case: f"ep{case.size}")
+def test_exchange_kernel_on_simt(pool: Pool, case: Case) -> None:
+    """Several processes, each of which runs the kernel of its rank on the CPU."""
+    pool.run(compare, replace(case, num_chunks=2, transport="peer_memory_simt"), timeout=300)
+    pool.run(compare, replace(case, num_chunks=1, invariant=True, transport="peer_memory_simt"), timeout=300)

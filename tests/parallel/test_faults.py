@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from parallel_pool import Pool
+from peer_memory_on_cpu import make_parallel
 
 import switchgear
 from switchgear.parallel import ExpertParallel, ExpertParallelError
@@ -46,7 +47,7 @@ def resources() -> tuple[int, int]:
 
 def trial(rank: int, culprit: int, fault: str, phase: str, num_chunks: int, transport: str) -> dict[str, Any]:
     """On every rank. What survivors saw, and that they can go on; the culprit may never return."""
-    parallel = ExpertParallel(timeout=TIMEOUT, num_chunks=num_chunks, transport=transport)
+    parallel = make_parallel(None, transport, timeout=TIMEOUT, num_chunks=num_chunks)
     step(parallel)
     before = resources()
     enter = parallel.peers.enter
@@ -74,7 +75,7 @@ def trial(rank: int, culprit: int, fault: str, phase: str, num_chunks: int, tran
     seen["grown"] = resources()[0] - before[0] > 0 or resources()[1] > before[1]
     left = [r for r in range(4) if r != culprit]
     if rank in left:
-        with ExpertParallel(left, timeout=20, transport=transport) as again:
+        with make_parallel(left, transport, timeout=20) as again:
             step(again)
     return seen
 
@@ -118,6 +119,11 @@ ALL = [case for case in product(range(4), FAULTS, PHASES, (1, 4)) if case not in
 @pytest.mark.parametrize(("culprit", "fault", "phase", "num_chunks"), SOME)
 def test_faults(culprit: int, fault: str, phase: str, num_chunks: int, transport: str) -> None:
     run_trial(culprit, fault, phase, num_chunks, transport)
+
+
+@pytest.mark.parametrize(("culprit", "fault", "phase", "num_chunks"), SOME[1:7:2])
+def test_faults_with_peer_memory(culprit: int, fault: str, phase: str, num_chunks: int) -> None:
+    run_trial(culprit, fault, phase, num_chunks, "peer_memory")
 
 
 @pytest.mark.slow  # 2 · 247 trials of 1 to 4 seconds

@@ -45,6 +45,7 @@ struct Options {
   uint64_t seed = 1;
   int resident_blocks =
       4;  // at most so many blocks of a grid at a time; cooperative grids and ranks are resident as a whole
+  bool other_processes = false;  // write to what the grids poll: that nothing changes here is no livelock
 };
 Options& options();
 

@@ -4,6 +4,8 @@
 // can run poll, and nothing changes for long, a livelock.
 #include "scheduler.h"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -210,6 +212,11 @@ void step() {
     return;
   }
   if (scheduler.idle_polls > kMaxIdlePolls * num_live_threads()) {
+    if (options().other_processes) {
+      note_progress();
+      sched_yield();
+      return;
+    }
     throw Error("livelock: every thread waits or polls, and nothing changes" + describe_waiting());
   }
   if (options().order == Order::kRandom && random_number() % 16 == 0) {

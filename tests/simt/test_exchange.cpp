@@ -1,8 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Ranks that exchange rows through each other's memory: a grid of each is resident, and only flags tell when.
+// Ranks that send to each other through memory that all of them map: a grid of each is resident, and only flags tell when. And
+// the launcher, in several processes.
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <memory>
 #include <vector>
 
+#include "cuda/exchange.h"
 #include "exchange.cuh"
 #include "expect.h"
 #include "support.h"
@@ -11,119 +17,115 @@ namespace switchgear::test {
 namespace {
 
 using cuda::ExchangeParams;
-using cuda::Vector;
+using Bytes = std::vector<unsigned char>;
 
-uint32_t word_of(int source, int target, uint32_t number, int64_t row, int vector) {
-  return ((number * 8u + static_cast<uint32_t>(source)) * 8u + static_cast<uint32_t>(target)) * 4096u +
-         static_cast<uint32_t>(row) * 16u + static_cast<uint32_t>(vector);
+unsigned char byte_of(int source, int target, uint32_t number, int64_t i) {
+  return static_cast<unsigned char>(((number * 8 + static_cast<uint32_t>(source)) * 8 + static_cast<uint32_t>(target)) *
+                                        31 +
+                                    static_cast<uint32_t>(i) * 7 + static_cast<uint32_t>(i >> 8));
 }
 
-// The memory of one rank: every array has exactly the size that it needs, so that the address sanitizer sees its ends.
-struct Rank {
-  std::vector<std::unique_ptr<Vector[]>> inboxes;  // [s]
-  std::vector<std::unique_ptr<uint32_t[]>> arrived_rows;
-  std::unique_ptr<uint32_t[]> arrived, read, sent, taken;
-  uint32_t stalled = 0;
+// What a rank sends and receives in one exchange; memory of exactly the size that it needs, so that the address sanitizer sees
+// its ends, and rows that do not start at a multiple of 16 bytes where `shift` says so.
+struct Traffic {
+  Traffic(int rank, uint32_t number, const std::vector<int64_t>& bytes, int W, int shift)
+      : rank(rank), number(number), W(W), shift(static_cast<size_t>(shift)) {
+    for (int r = 0; r < W; ++r) {
+      send_bytes.push_back(bytes[static_cast<size_t>(rank * W + r)]);
+      receive_bytes.push_back(bytes[static_cast<size_t>(r * W + rank)]);
+    }
+    rows.assign(this->shift, 0xee);
+    for (int t = 0; t < W; ++t) {
+      for (int64_t i = 0; i < send_bytes[static_cast<size_t>(t)]; ++i) rows.push_back(byte_of(rank, t, number, i));
+    }
+    rows.shrink_to_fit();
+    int64_t total = shift;
+    for (const int64_t count : receive_bytes) total += count;
+    received.assign(static_cast<size_t>(total), 0xee);
+  }
+
+  // The first byte that is wrong, in words; empty if none is.
+  std::string wrong() const {
+    size_t at = shift;
+    for (int s = 0; s < W; ++s) {
+      for (int64_t i = 0; i < receive_bytes[static_cast<size_t>(s)]; ++i, ++at) {
+        if (received[at] != byte_of(s, rank, number, i)) return join("rank ", rank, " source ", s, " byte ", i);
+      }
+    }
+    return "";
+  }
+
+  int rank;
+  uint32_t number;
+  int W;
+  size_t shift;
+  std::vector<int64_t> send_bytes, receive_bytes;
+  Bytes rows, received;
 };
 
-struct Exchange {  // of one rank
-  std::vector<Vector> rows, received;
-  std::vector<int32_t> row_tokens, send_counts, receive_counts;
-  ExchangeParams params{};
-};
+// How many pieces each pair of ranks has exchanged so far.
+void count_pieces(std::vector<uint32_t>& pieces, const std::vector<int64_t>& bytes, int64_t slot_bytes) {
+  for (size_t r = 0; r < bytes.size(); ++r)
+    pieces[r] += static_cast<uint32_t>((bytes[r] + slot_bytes - 1) / slot_bytes);
+}
 
 class Machine {
  public:
-  Machine(int num_ranks, int num_chunks, int vectors, int window_rows)
-      : W(num_ranks), C(num_chunks), vectors_(vectors), ranks_(static_cast<size_t>(num_ranks)) {
-    for (Rank& rank : ranks_) {
-      for (int s = 0; s < W; ++s) rank.inboxes.push_back(std::make_unique<Vector[]>(size_t(window_rows * vectors)));
-      rank.arrived = std::make_unique<uint32_t[]>(size_t(W * C));
-      rank.read = std::make_unique<uint32_t[]>(size_t(W));
-      rank.sent = std::make_unique<uint32_t[]>(size_t(W * C));
-      rank.taken = std::make_unique<uint32_t[]>(size_t(W));
+  Machine(int num_ranks, int64_t slot_bytes, uint32_t first = 0) : W(num_ranks), slot_bytes_(slot_bytes) {
+    const auto size = static_cast<size_t>(cuda::exchange_segment_bytes(W, slot_bytes));
+    for (int r = 0; r < W; ++r) {
+      segments_.emplace_back(static_cast<unsigned char*>(std::aligned_alloc(16, size)));
+      std::fill_n(segments_.back().get(), size, 0);
+      sent_.emplace_back(static_cast<size_t>(W), first);
+      received_.emplace_back(static_cast<size_t>(W), first);
+      auto& flags = *reinterpret_cast<cuda::Flags*>(segments_.back().get());
+      for (int o = 0; o < W; ++o) {  // as after so many pieces
+        flags.arrived[o] = flags.read[o] = first;
+        for (int slot = 0; slot < cuda::kSlots; ++slot) {
+          flags.sent[o][slot] = flags.taken[o][slot] = first / cuda::kSlots * cuda::kLaneBlocks;
+        }
+      }
     }
   }
 
-  // counts[c][s][t]; the exchange of every rank. Tokens lie in reverse order, so that gathering shows.
-  std::vector<Exchange> make(uint32_t number, const std::vector<int>& counts, int64_t patience = 1 << 24) {
-    std::vector<Exchange> made(static_cast<size_t>(W));
-    const auto count = [&](int c, int s, int t) { return counts[static_cast<size_t>((c * W + s) * W + t)]; };
-    for (int r = 0; r < W; ++r) {
-      Exchange& e = made[static_cast<size_t>(r)];
-      std::vector<int64_t> place(static_cast<size_t>(W));
-      int total = 0, incoming = 0;
-      for (int c = 0; c < C; ++c) {
-        for (int o = 0; o < W; ++o) {
-          e.send_counts.push_back(count(c, r, o));
-          e.receive_counts.push_back(count(c, o, r));
-          total += count(c, r, o);
-          incoming += count(c, o, r);
-        }
-      }
-      e.rows.resize(static_cast<size_t>(total * vectors_));
-      e.received.assign(static_cast<size_t>(incoming * vectors_), Vector{~0u, ~0u, ~0u, ~0u});
-      for (int c = 0; c < C; ++c) {
-        for (int t = 0; t < W; ++t) {
-          for (int i = 0; i < count(c, r, t); ++i) {
-            const int token = total - 1 - static_cast<int>(e.row_tokens.size());
-            e.row_tokens.push_back(token);
-            for (int v = 0; v < vectors_; ++v) {
-              const uint32_t w = word_of(r, t, number, place[static_cast<size_t>(t)], v);
-              e.rows[static_cast<size_t>(token * vectors_ + v)] = Vector{w, ~w, w ^ 0x5555u, w + 1};
-            }
-            ++place[static_cast<size_t>(t)];
-          }
-        }
-      }
-      Rank& own = ranks_[static_cast<size_t>(r)];
-      ExchangeParams& p = e.params;
-      p.rank = r, p.num_ranks = W, p.num_chunks = C, p.number = number, p.vectors = vectors_;
-      p.rows = e.rows.data(), p.row_tokens = e.row_tokens.data();
-      p.send_counts = e.send_counts.data(), p.receive_counts = e.receive_counts.data(), p.received = e.received.data();
-      for (int o = 0; o < W; ++o) {
-        Rank& other = ranks_[static_cast<size_t>(o)];
-        p.windows[o] = other.inboxes[static_cast<size_t>(r)].get();
-        p.inboxes[o] = own.inboxes[static_cast<size_t>(o)].get();
-        p.arrived_there[o] = other.arrived.get() + r * C;
-        p.read_there[o] = other.read.get() + r;
-      }
-      p.arrived_here = own.arrived.get(), p.read_here = own.read.get();
-      p.sent = own.sent.get(), p.taken = own.taken.get(), p.stalled = &own.stalled, p.patience = patience;
-    }
+  std::vector<Traffic> make(const std::vector<int64_t>& bytes, int shift) {
+    std::vector<Traffic> made;
+    for (int r = 0; r < W; ++r) made.emplace_back(r, number_, bytes, W, shift);
+    ++number_;
     return made;
   }
 
-  void check(const std::vector<Exchange>& made) {
-    for (int r = 0; r < W; ++r) {
-      const Exchange& e = made[static_cast<size_t>(r)];
-      CHECK(ranks_[static_cast<size_t>(r)].stalled == 0, "rank ", r, " waited in vain");
-      std::vector<int64_t> place(static_cast<size_t>(W));
-      size_t at = 0;
-      for (int c = 0; c < C; ++c) {
-        for (int s = 0; s < W; ++s) {
-          for (int i = 0; i < e.receive_counts[static_cast<size_t>(c * W + s)]; ++i) {
-            for (int v = 0; v < vectors_; ++v, ++at) {
-              const uint32_t w = word_of(s, r, e.params.number, place[static_cast<size_t>(s)], v);
-              const Vector got = e.received[at];
-              CHECK(got.x == w && got.y == ~w && got.z == (w ^ 0x5555u) && got.w == w + 1, "rank ", r, " source ", s,
-                    " chunk ", c, " row ", i);
-            }
-            ++place[static_cast<size_t>(s)];
-          }
-        }
-      }
+  ExchangeParams params(Traffic& traffic) {
+    const auto r = static_cast<size_t>(traffic.rank);
+    ExchangeParams p{};
+    p.rank = traffic.rank, p.num_ranks = W, p.slot_bytes = slot_bytes_;
+    p.rows = traffic.rows.data() + traffic.shift, p.received = traffic.received.data() + traffic.shift;
+    for (size_t o = 0; o < static_cast<size_t>(W); ++o) {
+      p.send_begin[o + 1] = p.send_begin[o] + traffic.send_bytes[o];
+      p.receive_begin[o + 1] = p.receive_begin[o] + traffic.receive_bytes[o];
+      p.first_sent[o] = sent_[r][o], p.first_received[o] = received_[r][o];
+      p.segments[o] = segments_[o].get();
     }
+    p.stop = &stop;
+    count_pieces(sent_[r], traffic.send_bytes, slot_bytes_);
+    count_pieces(received_[r], traffic.receive_bytes, slot_bytes_);
+    return p;
   }
 
-  uint32_t stalled(int rank) const { return ranks_[static_cast<size_t>(rank)].stalled; }
-
-  const int W, C;
+  const int W;
+  uint32_t stop = 0;
 
  private:
-  int vectors_;
-  std::vector<Rank> ranks_;
+  struct Free {
+    void operator()(unsigned char* p) const { std::free(p); }
+  };
+  int64_t slot_bytes_;
+  uint32_t number_ = 0;
+  std::vector<std::unique_ptr<unsigned char, Free>> segments_;
+  std::vector<std::vector<uint32_t>> sent_, received_;
 };
+
+__global__ void exchange_once(ExchangeParams params) { cuda::exchange(params); }
 
 // Two exchanges in one kernel: a rank may be in the second while another is in the first.
 __global__ void exchange_twice(ExchangeParams first, ExchangeParams second) {
@@ -131,65 +133,171 @@ __global__ void exchange_twice(ExchangeParams first, ExchangeParams second) {
   cuda::exchange(second);
 }
 
+__global__ void stop_later(uint32_t* stop, int polls) {
+  for (int i = 0; i < polls; ++i) cuda::ptx::ld_relaxed_sys(stop);
+  cuda::ptx::st_relaxed_sys(stop, 1);
+}
+
 dim3 blocks(int num_ranks) { return dim3(static_cast<unsigned>(cuda::exchange_blocks(num_ranks))); }
 
-std::vector<int> random_counts(Random& random, int num_ranks, int num_chunks, int most) {
-  std::vector<int> counts;
-  for (int i = 0; i < num_chunks * num_ranks * num_ranks; ++i) {
-    counts.push_back(random.below(4) == 0 ? 0 : static_cast<int>(random.below(most + 1)));
+std::vector<int64_t> random_bytes(Random& random, int num_ranks, int64_t most, int64_t unit) {
+  std::vector<int64_t> bytes;
+  for (int i = 0; i < num_ranks * num_ranks; ++i) {
+    bytes.push_back(
+        random.below(4) == 0 ? 0 : static_cast<int64_t>(random.below(static_cast<int>(most / unit) + 1)) * unit);
   }
-  return counts;
+  return bytes;
 }
 
 constexpr unsigned kThreads = 32;  // of a block: fewer fibers
 
-TEST(exchange_of_four_ranks) {
-  for (int trial = 0; trial < 6; ++trial) {
-    Random random(static_cast<uint64_t>(trial));
-    const int W = trial == 0 ? 2 : trial == 1 ? 3 : 4, C = 1 + trial % 4, most = 5;
-    Machine machine(W, C, trial % 2 == 0 ? 3 : 40, C * most);
-    for (uint32_t number = 0; number < 6; number += 2) {
-      note = join("trial ", trial, " exchange ", number);
-      auto first = machine.make(number, random_counts(random, W, C, most));
-      auto second = machine.make(number + 1, random_counts(random, W, C, most));
-      std::vector<simt::Grid> grids;
-      for (int r = 0; r < W; ++r) {
-        const auto i = static_cast<size_t>(r);
-        grids.push_back({blocks(W), kThreads, 0, simt::bind_kernel(exchange_twice, first[i].params, second[i].params)});
-      }
-      simt::run(grids);
-      machine.check(first);
-      machine.check(second);
+void exchange_often(Machine& machine, Random& random, int64_t most, int64_t unit, int shift) {
+  for (int round = 0; round < 3; ++round) {
+    auto first = machine.make(random_bytes(random, machine.W, most, unit), shift);
+    auto second = machine.make(random_bytes(random, machine.W, most, unit), shift);
+    std::vector<simt::Grid> grids;
+    for (int r = 0; r < machine.W; ++r) {
+      const auto i = static_cast<size_t>(r);
+      const ExchangeParams p = machine.params(first[i]), q = machine.params(second[i]);
+      grids.push_back({blocks(machine.W), kThreads, 0, simt::bind_kernel(exchange_twice, p, q)});
+    }
+    simt::run(grids);
+    for (const auto* made : {&first, &second}) {
+      for (const Traffic& traffic : *made) CHECK(traffic.wrong().empty(), "round ", round, " ", traffic.wrong());
     }
   }
 }
 
-TEST(exchange_without_rows) {
-  Machine machine(4, 2, 1, 1);
-  for (uint32_t number = 0; number < 2; ++number) {
-    auto made = machine.make(number, std::vector<int>(2 * 4 * 4, 0));
-    std::vector<simt::Grid> grids;
-    for (const Exchange& e : made)
-      grids.push_back({blocks(4), kThreads, 0, simt::bind_kernel(cuda::exchange_kernel, e.params)});
-    simt::run(grids);
-    machine.check(made);
+// Up to eight pieces a pair, of rows in vectors of 16 bytes, of words, of anything.
+TEST(exchange_of_four_ranks) {
+  for (int trial = 0; trial < 6; ++trial) {
+    note = join("trial ", trial);
+    Random random(static_cast<uint64_t>(trial));
+    const int unit = trial % 3 == 0 ? 16 : trial % 3 == 1 ? 4 : 1;
+    const int64_t slot_bytes = trial < 3 ? 64 : 1040;
+    Machine machine(trial == 0 ? 2 : trial == 1 ? 3 : 4, slot_bytes);
+    exchange_often(machine, random, trial < 3 ? 8 * slot_bytes : 2 * slot_bytes, unit, unit == 16 ? 0 : unit);
   }
 }
 
-// Rank 2 never starts: the others end and name it, or one that itself waited for it.
+// The numbers of pieces begin anew after 2^32.
+TEST(exchange_after_many_pieces) {
+  Machine machine(3, 32, 0xfffffffcu);
+  Random random(1);
+  exchange_often(machine, random, 96, 16, 0);
+}
+
+TEST(exchange_without_rows) {
+  Machine machine(4, 16);
+  for (int round = 0; round < 2; ++round) {
+    auto made = machine.make(std::vector<int64_t>(16, 0), 0);
+    std::vector<simt::Grid> grids;
+    for (Traffic& traffic : made)
+      grids.push_back({blocks(4), kThreads, 0, simt::bind_kernel(exchange_once, machine.params(traffic))});
+    simt::run(grids);
+  }
+}
+
+// Rank 2 never starts: the others end when they are told to.
 TEST(exchange_with_a_rank_that_is_gone) {
-  Machine machine(4, 2, 2, 8);
-  auto made = machine.make(0, std::vector<int>(2 * 4 * 4, 3), 2000);
+  Machine machine(4, 32);
+  auto made = machine.make(std::vector<int64_t>(16, 80), 0);
   std::vector<simt::Grid> grids;
   for (int r = 0; r < 4; ++r) {
     if (r == 2) continue;
     grids.push_back(
-        {blocks(4), kThreads, 0, simt::bind_kernel(cuda::exchange_kernel, made[static_cast<size_t>(r)].params)});
+        {blocks(4), kThreads, 0, simt::bind_kernel(exchange_once, machine.params(made[static_cast<size_t>(r)]))});
   }
+  grids.push_back({1, 1, 0, simt::bind_kernel(stop_later, &machine.stop, 300)});
   simt::run(grids);
-  for (int r = 0; r < 4; ++r) {
-    if (r != 2) CHECK(machine.stalled(r) == 3, "rank ", r, " says ", machine.stalled(r));
+}
+
+// ---- the launcher --------------------------------------------------------------------------------------------------------
+
+// One rank in a process of its own, the others in theirs. 0 if all was right.
+int run_rank(int rank, int W, int64_t slot_bytes, const std::vector<uintptr_t>& segments, const uint32_t* stop) {
+  simt::options().other_processes = true;
+  std::vector<uint32_t> sent(static_cast<size_t>(W)), received(static_cast<size_t>(W));
+  for (uint32_t number = 0; number < 4; ++number) {
+    Random random(number);
+    Traffic traffic(rank, number, random_bytes(random, W, 3 * slot_bytes, 4), W, 4);
+    cuda::exchange({.rank = rank,
+                    .rows = traffic.rows.data() + traffic.shift,
+                    .received = traffic.received.data() + traffic.shift,
+                    .send_bytes = traffic.send_bytes,
+                    .receive_bytes = traffic.receive_bytes,
+                    .first_sent = sent,
+                    .first_received = received,
+                    .segments = segments,
+                    .slot_bytes = slot_bytes,
+                    .stop = stop},
+                   {});
+    count_pieces(sent, traffic.send_bytes, slot_bytes);
+    count_pieces(received, traffic.receive_bytes, slot_bytes);
+    if (!traffic.wrong().empty()) {
+      std::fprintf(stderr, "%s\n", traffic.wrong().c_str());
+      return 1;
+    }
   }
+  return 0;
+}
+
+TEST(exchange_between_processes) {
+  const int W = 3;
+  const int64_t slot_bytes = 1024;
+  const auto size = static_cast<size_t>(cuda::exchange_segment_bytes(W, slot_bytes));
+  std::vector<uintptr_t> segments;
+  for (int r = 0; r <= W; ++r) {  // the last one for `stop`
+    void* const memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    CHECK(memory != MAP_FAILED, "mmap");
+    segments.push_back(reinterpret_cast<uintptr_t>(memory));
+  }
+  const auto* const stop = reinterpret_cast<const uint32_t*>(segments.back());
+  segments.pop_back();
+  std::vector<pid_t> processes;
+  for (int r = 0; r < W; ++r) {
+    const pid_t process = fork();
+    if (process == 0) {
+      int status = 2;
+      try {
+        status = run_rank(r, W, slot_bytes, segments, stop);
+      } catch (const std::exception& error) {
+        std::fprintf(stderr, "rank %d: %s\n", r, error.what());
+      }
+      _exit(status);
+    }
+    processes.push_back(process);
+  }
+  for (const pid_t process : processes) {
+    int status = 0;
+    waitpid(process, &status, 0);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "a process ended with status ", status);
+  }
+}
+
+TEST(launcher_names_what_does_not_fit) {
+  uint32_t stop = 0;
+  const cuda::ExchangeArgs good{.send_bytes = {0, 16},
+                                .receive_bytes = {0, 16},
+                                .first_sent = {0, 0},
+                                .first_received = {0, 0},
+                                .segments = {0, 0},
+                                .slot_bytes = 16,
+                                .stop = &stop};
+  const auto with = [&](auto change) {
+    cuda::ExchangeArgs args = good;
+    change(args);
+    return args;
+  };
+  const auto refuses = [](const cuda::ExchangeArgs& args, const char* expected) {
+    CHECK_FAILS(expected, cuda::exchange(args, {}));
+  };
+  refuses(with([](auto& a) { a.slot_bytes = 24; }), "slot_bytes: expected a positive multiple of 16, got 24");
+  refuses(with([](auto& a) { a.rank = 2; }), "rank: expected 0 to 1, got 2");
+  refuses(with([](auto& a) { a.send_bytes = {1}; }), "send_bytes: expected 2 values, got 1");
+  refuses(with([](auto& a) { a.receive_bytes = {0, -1}; }), "receive_bytes: expected none negative, got -1");
+  refuses(with([](auto& a) { a.send_bytes = {8, 0}; }), "receive_bytes: expected 8 of the rank itself");
+  refuses(with([](auto& a) { a.segments.clear(); }), "segments: expected 1 to 16 ranks, got 0");
 }
 
 }  // namespace

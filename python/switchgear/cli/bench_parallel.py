@@ -9,7 +9,8 @@ from the experts; --bandwidth 0 leaves them alone.
     sent      bytes that leave a rank, counted where they are sent; floor: what has to (a row for each rank that has an
               expert of the token, in and out, and its choices). The difference is the headers, or the run fails.
     waiting   seconds in which a rank has nothing to do but to wait; hidden: the share of the link's time that is not
-    predicted by the model of plan-parallel, from the experts' and the link's own times
+    predicted by the model of plan-parallel, from bytes and bandwidth, and of the experts two numbers: their time in one
+              chunk, and what each chunk more costs them, of which the largest number of chunks tells
 """
 
 from __future__ import annotations
@@ -286,6 +287,7 @@ def summarise(task: Task, answers: list[dict[str, Any]]) -> dict[str, Any]:
     row = task.shape.hidden_size * task.dtype.itemsize
     bandwidth = float(answers[0]["bandwidth"])
     traffic = Traffic(torch.tensor(answers[0]["rows"]), torch.tensor(answers[0]["pairs"]))
+    overhead = chunk_overhead(answers)
     variants = []
     for name, chunks in VARIANTS.items():
 
@@ -302,27 +304,41 @@ def summarise(task: Task, answers: list[dict[str, Any]]) -> dict[str, Any]:
             "hidden": max(0.0, 1 - middle("waited") / link) if link else 1.0,
             "sent_bytes": max(sent), "floor_bytes": max(floors),
             "at_floor": all(s == f + headers for s, f in zip(sent, floors, strict=True)),
-            "predicted_ms": _predicted(task, answers, traffic, chunks, bandwidth) if chunks and bandwidth else None,
+            "predicted_ms": _predicted(task, answers, traffic, chunks, bandwidth, overhead)
+            if chunks and bandwidth else None,
         })  # fmt: skip
     timelines = {name: [answer["steps"][name][-1] for answer in answers] for name in VARIANTS}
     gflop = size * forward_flops(task.shape, task.tokens) * (3 if train else 1) / 1e9
     return {"mode": task.mode, "tokens": task.tokens, "threads": task.threads, "bandwidth": bandwidth,
-            "skew": task.skew, "gflop": gflop, "variants": variants, "timelines": timelines}  # fmt: skip
+            "skew": task.skew, "gflop": gflop, "chunk_overhead_ms": 1e3 * overhead, "variants": variants,
+            "timelines": timelines}  # fmt: skip
 
 
-def _predicted(task: Task, answers: list[dict[str, Any]], traffic: Traffic, chunks: int, bandwidth: float) -> float:
-    """Milliseconds of a step by cost.pipeline: the link from bytes and bandwidth, experts from a step of one chunk.
+def _experts_seconds(answers: list[dict[str, Any]], name: str) -> float:
+    return max(float(median(step.experts for step in answer["steps"][name])) for answer in answers)
 
-    Backward's experts take twice as long as forward's, half of it for weight gradients. What is measured in more chunks
-    beyond this is what more, smaller products cost."""
+
+def chunk_overhead(answers: list[dict[str, Any]]) -> float:
+    """Seconds that one more chunk of a step costs the experts: its products are smaller, and more messages pass."""
+    (few, one), *_, (many, eight) = ((chunks, name) for name, chunks in VARIANTS.items() if chunks)
+    return max(0.0, (_experts_seconds(answers, eight) - _experts_seconds(answers, one)) / (many - few))
+
+
+def _predicted(
+    task: Task, answers: list[dict[str, Any]], traffic: Traffic, chunks: int, bandwidth: float, overhead: float
+) -> float:
+    """Milliseconds of a step by cost.pipeline. Backward's experts take twice as long as forward's, half of it for
+    weight gradients; a chunk costs the same in both."""
     away = traffic.rows - torch.diag(traffic.rows.diagonal())
     most = int(torch.maximum(away.sum(1), away.sum(0)).max())
     seconds = most * task.shape.hidden_size * task.dtype.itemsize / bandwidth
-    experts = max(median(step.experts for step in answer["steps"]["switchgear, 1 chunk"]) for answer in answers)
+    experts = _experts_seconds(answers, "switchgear, 1 chunk") - overhead
     if task.mode == "forward":
-        return 1e3 * pipeline(seconds, experts, seconds, chunks).seconds
-    forward = pipeline(seconds, experts / 3, seconds, chunks)
-    return 1e3 * (forward.seconds + pipeline(seconds, experts / 3, seconds, chunks, tail=experts / 3).seconds)
+        return 1e3 * pipeline(seconds, experts, seconds, chunks, overhead=overhead).seconds
+    third, half = experts / 3, overhead / 2
+    forward = pipeline(seconds, third, seconds, chunks, overhead=half)
+    backward = pipeline(seconds, third, seconds, chunks, tail=third, overhead=half)
+    return 1e3 * (forward.seconds + backward.seconds)
 
 
 def print_case(result: dict[str, Any]) -> None:
@@ -340,6 +356,7 @@ def print_case(result: dict[str, Any]) -> None:
                       f"{v['waiting_ms']:.0f}", f"{v['hidden']:.0%}", f"{v['sent_bytes'] / 1e6:.3f}",
                       f"{v['floor_bytes'] / 1e6:.3f}" + ("" if v["at_floor"] or not v["chunks"] else " !"))  # fmt: skip
     out.print(table)
+    out.print(f"one more chunk costs the experts {result['chunk_overhead_ms']:.2f} ms", highlight=False)
 
 
 def plot(result: dict[str, Any], folder: str) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore
 
-from switchgear.parallel import shared_memory
+from switchgear.parallel import peer_memory, shared_memory
 from switchgear.parallel import transport as transports
 from switchgear.parallel.cost import CHUNKS, Link
 from switchgear.parallel.exchange import Record
@@ -43,7 +43,9 @@ class ExpertParallel:
             those of everything else: right for a loss that is a mean over the tokens of a rank. Else they are sums.
         placement: which rank holds which experts, for layers with so many; consecutive ones if None.
         transport: of tensors on the CPU: "gloo"; "shared_memory", for ranks of one machine; or "auto", the latter where
-            it is possible. Others travel by the group's own backend.
+            it is possible.
+        device_transport: of tensors on other devices: "group", its own backend; or "peer_memory", a kernel that writes
+            into the memory of the other GPUs of this machine. Neither has run on GPUs yet.
         tp_group: the ranks, all of them in group, that hold the same tokens as this one (tensor parallelism). Each
             sends its share of them alone and gets the results of all (arXiv:2303.06318). Inputs and gradients of
             outputs are the same on these ranks, and so are outputs and gradients of inputs.
@@ -67,6 +69,7 @@ class ExpertParallel:
         average_gradients: bool = True,
         placement: Placement | None = None,
         transport: str = "auto",
+        device_transport: str = "group",
         tp_group: dist.ProcessGroup | Sequence[int] | None = None,
         host: str | None = None,
         link: Link | None = None,
@@ -77,6 +80,8 @@ class ExpertParallel:
             raise ValueError(f"timeout: expected a positive number of seconds, got {timeout}")
         if transport not in TRANSPORTS:
             raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
+        if device_transport not in ("group", "peer_memory"):
+            raise ValueError(f"device_transport: expected group or peer_memory, got {device_transport!r}")
         self.timeout, self.num_chunks, self.invariant = timeout, num_chunks, invariant
         self.average_gradients, self.link = average_gradients, link or Link()
         self.record = Record()
@@ -100,6 +105,7 @@ class ExpertParallel:
         self.twins = self._find_twins(ranks, tp_group, PrefixStore("tokens", store))
         self.own_twins = next(twins for twins in self.twins if self.rank in twins)
         self.sharing_digest = digest(self.twins)
+        self._device_transport, self._device_store = device_transport, PrefixStore("devices", store)
         self._transports: dict[str, transports.Transport] = {}
         if self.size > 1:
             self._transports["cpu"] = TRANSPORTS[transport](self, PrefixStore("data", store))
@@ -133,8 +139,19 @@ class ExpertParallel:
 
     def transport_for(self, device: torch.device) -> transports.Transport:
         if device.type not in self._transports:
-            self._transports[device.type] = transports.GroupTransport(self.group)
+            if self._device_transport == "peer_memory":
+                self._check_one_machine("device_transport", "group")
+                there = peer_memory.CudaDevice(device)
+                made = peer_memory.PeerMemoryTransport(self.rank, self.size, self._device_store, there)
+                self._transports[device.type] = made
+            else:
+                self._transports[device.type] = transports.GroupTransport(self.group)
         return self._transports[device.type]
+
+    def _check_one_machine(self, name: str, others: str) -> None:
+        machines = len(set(self.peers.hosts))
+        if machines > 1:
+            raise ValueError(f"{name}: expected {others}, ranks are on {machines} machines")
 
     def throttle(self, bandwidth: float, latency: float = 0.0) -> None:
         """Slows the data of this rank down to a link of so many bytes/s, for measurements on one machine."""
@@ -173,10 +190,7 @@ class ExpertParallel:
 def _shared_memory(parallel: ExpertParallel, store: Any) -> transports.Transport:
     if not shared_memory.available():
         raise ValueError("transport: expected 'gloo' or 'auto', shared_memory needs Linux on x86-64")
-    if len(set(parallel.peers.hosts)) > 1:
-        raise ValueError(
-            f"transport: expected 'gloo' or 'auto', ranks are on {len(set(parallel.peers.hosts))} machines"
-        )
+    parallel._check_one_machine("transport", "'gloo' or 'auto'")
     return shared_memory.SharedMemoryTransport(parallel.rank, parallel.size, store)
 
 

@@ -39,6 +39,7 @@ class Choice:
 def choose(topk_ids: Tensor, rank_of: Tensor, local_of: Tensor, num_ranks: int) -> Choice:
     """topk_ids [T,K] (-1 for none); rank_of and local_of [E] as Placement.routes has them."""
     num_tokens = topk_ids.shape[0]
+    rank_of, local_of = rank_of.to(topk_ids.device), local_of.to(topk_ids.device)
     valid = topk_ids >= 0
     ids = topk_ids.clamp(min=0).long()
     ranks = torch.where(valid, rank_of[ids], num_ranks)

@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -46,14 +46,30 @@ class _Done:
         return True
 
 
+def poll(has_ended: Callable[[], bool], seconds: float) -> bool:
+    """Waits at most so long; whether it has ended."""
+    end = time.monotonic() + seconds
+    pause = 1e-5
+    while not has_ended():
+        if time.monotonic() > end:
+            return False
+        time.sleep(pause)
+        pause = min(1e-3, 1.5 * pause)
+    return True
+
+
 class _TorchWork:
     """A torch.distributed Work, which keeps its tensors alive."""
 
     def __init__(self, work: Any, *tensors: Tensor) -> None:
         self._work, self._tensors = work, tensors
+        self._on_cpu = all(map(on_cpu, tensors))
 
     def wait_for(self, seconds: float) -> bool:
-        if not self._work.is_completed():
+        if not self._on_cpu:  # NCCL's own wait lets the stream wait, not the host, which would never hear of a failure
+            if not poll(self._work.is_completed, seconds):
+                return False
+        elif not self._work.is_completed():
             try:
                 self._work.wait(timedelta(seconds=seconds))
             except RuntimeError:  # a timeout of this call, or the end of the work

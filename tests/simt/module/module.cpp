@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "cuda/exchange_binding.h"
 #include "names.h"
 #include "registry.h"
 #include "runtime.h"
@@ -29,6 +30,7 @@ void define_module(py::module_& m) {
       {{"forward", simt::Order::kForward}, {"reverse", simt::Order::kReverse}, {"random", simt::Order::kRandom}}};
 
   define_execution(m);
+  define_exchange(m);
   m.def(
       "set_device",
       [](std::string_view name) {
@@ -43,6 +45,9 @@ void define_module(py::module_& m) {
         simt::options().seed = seed;
       },
       "Which of the threads that can run goes on.", "order"_a, "seed"_a = 1);
+  m.def(
+      "set_other_processes", [](bool there) { simt::options().other_processes = there; },
+      "Whether other processes write to what kernels poll.", "there"_a);
 }
 
 }  // namespace switchgear

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
+//   exchange_kernel: 64 registers, 1 bytes of shared memory
+#include "exchange.cuh"
+
+#include "exchange.h"
+#include "launch.h"
+#include "switchgear/check.h"
+
+namespace switchgear::cuda {
+namespace {
+
+__global__ void __launch_bounds__(kExchangeThreads) exchange_kernel(ExchangeParams p) { exchange(p); }
+
+void check_segments(int64_t num_ranks, int64_t slot_bytes) {
+  SWITCHGEAR_CHECK(ValueError, num_ranks >= 1 && num_ranks <= kMaxRanks, "segments: expected 1 to ", kMaxRanks,
+                   " ranks, got ", num_ranks);
+  SWITCHGEAR_CHECK(ValueError, slot_bytes > 0 && slot_bytes % 16 == 0,
+                   "slot_bytes: expected a positive multiple of 16, got ", slot_bytes);
+}
+
+template <typename T>
+void check_length(const char* name, const std::vector<T>& values, size_t num_ranks) {
+  SWITCHGEAR_CHECK(ValueError, values.size() == num_ranks, name, ": expected ", num_ranks, " values, got ",
+                   values.size());
+}
+
+void add_up(const char* name, const std::vector<int64_t>& bytes, int64_t* begin) {
+  begin[0] = 0;
+  for (size_t r = 0; r < bytes.size(); ++r) {
+    SWITCHGEAR_CHECK(ValueError, bytes[r] >= 0, name, ": expected none negative, got ", bytes[r]);
+    begin[r + 1] = begin[r] + bytes[r];
+  }
+}
+
+}  // namespace
+
+int64_t exchange_segment_bytes(int64_t num_ranks, int64_t slot_bytes) {
+  check_segments(num_ranks, slot_bytes);
+  return kFlagBytes + num_ranks * kSlots * slot_bytes;
+}
+
+void exchange(const ExchangeArgs& args, Execution exec) {
+  const size_t num_ranks = args.segments.size();
+  check_segments(static_cast<int64_t>(num_ranks), args.slot_bytes);
+  check_length("send_bytes", args.send_bytes, num_ranks);
+  check_length("receive_bytes", args.receive_bytes, num_ranks);
+  check_length("first_sent", args.first_sent, num_ranks);
+  check_length("first_received", args.first_received, num_ranks);
+  SWITCHGEAR_CHECK(ValueError, args.rank >= 0 && static_cast<size_t>(args.rank) < num_ranks, "rank: expected 0 to ",
+                   num_ranks - 1, ", got ", args.rank);
+  const auto own = static_cast<size_t>(args.rank);
+  SWITCHGEAR_CHECK(ValueError, args.send_bytes[own] == args.receive_bytes[own], "receive_bytes: expected ",
+                   args.send_bytes[own], " of the rank itself, as it sends, got ", args.receive_bytes[own]);
+  ExchangeParams params{};
+  params.rank = args.rank, params.num_ranks = static_cast<int>(num_ranks), params.slot_bytes = args.slot_bytes;
+  params.rows = static_cast<const unsigned char*>(args.rows);
+  params.received = static_cast<unsigned char*>(args.received);
+  add_up("send_bytes", args.send_bytes, params.send_begin);
+  add_up("receive_bytes", args.receive_bytes, params.receive_begin);
+  for (size_t r = 0; r < num_ranks; ++r) {
+    params.first_sent[r] = args.first_sent[r], params.first_received[r] = args.first_received[r];
+    params.segments[r] = reinterpret_cast<unsigned char*>(args.segments[r]);
+  }
+  params.stop = args.stop;
+  launch_cooperative(exchange_kernel, static_cast<unsigned>(exchange_blocks(params.num_ranks)), kExchangeThreads, 0,
+                     exec.stream, params);
+}
+
+}  // namespace switchgear::cuda

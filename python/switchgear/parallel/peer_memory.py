@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Rows between GPUs of one machine, by a kernel that writes into the others' memory: csrc/cuda/exchange.cuh.
+
+Each rank has a segment that all map (CUDA IPC, by torch's own means of sharing tensors): flags, and a window for each
+source. A transfer is one kernel on a stream of its own, which ends when all rows are there. What goes from one rank to
+another is cut into pieces that both sides number alike, so windows have one size whatever comes.
+
+Nobody waits here: Peers does, and sees who is gone. `abort` sets a word in pinned memory that every kernel looks at.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from switchgear import cuda
+from switchgear.parallel.transport import Work, poll
+
+SLOT_BYTES = 1 << 20
+_DRAIN_SECONDS = 2.0
+_READ_AT = 4 * 16  # of the words `read` in a segment's Flags
+
+
+class Device(Protocol):
+    """Where segments lie, and what runs the kernel; CUDA's, but for tests."""
+
+    def allocate(self, size: int) -> Tensor: ...  # uint8, zeros
+    def share(self, segment: Tensor) -> str: ...
+    def open(self, shared: str) -> Tensor: ...
+    def stop_word(self) -> Tensor: ...  # [1] int32, zero; host and kernels see it
+
+    def segment_bytes(self, num_ranks: int, slot_bytes: int) -> int: ...
+    def exchange(self, *args: Any, tensors: Sequence[Tensor]) -> Callable[[], bool]:
+        """Starts the kernel, once `tensors` are ready; returns a function that says whether it has ended."""
+        ...
+
+
+class CudaDevice:
+    """A CUDA device, with a stream for transfers."""
+
+    def __init__(self, device: torch.device) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        cuda.require(index)
+        self._device, self._index = torch.device("cuda", index), index
+        self._module = cuda.module()
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._execution = cuda.Execution(self._module, index)
+
+    def allocate(self, size: int) -> Tensor:
+        segment = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        torch.cuda.synchronize(self._device)  # zero before anybody else writes
+        return segment
+
+    def share(self, segment: Tensor) -> str:
+        _, *handles = segment.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
+        return json.dumps([handle.hex() if isinstance(handle, bytes) else handle for handle in handles])
+
+    def open(self, shared: str) -> Tensor:
+        handles = [bytes.fromhex(handle) if isinstance(handle, str) else handle for handle in json.loads(shared)]
+        # Opened on this device, whatever the other one: that is what lets kernels of this one write there.
+        storage = torch.UntypedStorage._new_shared_cuda(self._index, *handles)
+        return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
+
+    def stop_word(self) -> Tensor:
+        return torch.zeros(1, dtype=torch.int32, pin_memory=True)
+
+    def segment_bytes(self, num_ranks: int, slot_bytes: int) -> int:
+        return int(self._module.exchange_segment_bytes(num_ranks, slot_bytes))
+
+    def exchange(self, *args: Any, tensors: Sequence[Tensor]) -> Callable[[], bool]:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._module.exchange(*args, self._execution())
+            ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ended.record(self._stream)
+        for tensor in tensors:
+            tensor.record_stream(self._stream)
+        return ended.query
+
+
+class PeerMemoryTransport:
+    """See Transport. store: for the first meeting; every rank must be on this machine."""
+
+    def __init__(self, rank: int, size: int, store: Any, device: Device, slot_bytes: int = SLOT_BYTES) -> None:
+        self._rank, self._size, self._device, self._slot_bytes = rank, size, device, slot_bytes
+        own = device.allocate(device.segment_bytes(size, slot_bytes))
+        store.set(f"segment/{rank}", device.share(own))
+        self._segments = [own if r == rank else device.open(store.get(f"segment/{r}").decode()) for r in range(size)]
+        store.set(f"mapped/{rank}", "")
+        for r in range(size):
+            store.get(f"mapped/{r}")
+        self._stop = device.stop_word()
+        self._sent, self._received = [0] * size, [0] * size  # pieces
+        self._under_way: list[Callable[[], bool]] = []
+
+    def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
+        row = input.shape[1:].numel() * input.element_size()
+        send_bytes, receive_bytes = ([rows * row for rows in counts] for counts in (input_rows, output_rows))
+        ended = self._device.exchange(
+            _bytes_of(input), _bytes_of(output), send_bytes, receive_bytes, self._sent, self._received,
+            [segment.data_ptr() for segment in self._segments], self._rank, self._slot_bytes, self._stop.data_ptr(),
+            tensors=(input, output),
+        )  # fmt: skip
+        self._sent, self._received = (
+            [(count + -(-size // self._slot_bytes)) % 2**32 for count, size in zip(counts, sizes, strict=True)]
+            for counts, sizes in ((self._sent, send_bytes), (self._received, receive_bytes))
+        )
+        self._under_way = [*(other for other in self._under_way if not other()), ended]
+        return _KernelWork(ended, self._stop, input, output)
+
+    def abort(self) -> None:
+        self._stop.fill_(1)
+
+    def close(self) -> None:
+        """Waits until the others have read what was sent to them, and so write to nothing here any more. Not for long,
+        and not after a failure."""
+        end = time.monotonic() + _DRAIN_SECONDS
+        while time.monotonic() < end and not all(ended() for ended in self._under_way):
+            time.sleep(1e-3)
+        others = [r for r in range(self._size) if r != self._rank]
+        while time.monotonic() < end and not int(self._stop):
+            read = self._segments[self._rank][_READ_AT:][: 4 * self._size].cpu().view(torch.int32).tolist()
+            if all((read[r] - self._sent[r]) % 2**32 == 0 for r in others):
+                break
+            time.sleep(1e-3)
+        self._segments, self._under_way = [], []
+
+
+class _KernelWork:
+    def __init__(self, ended: Callable[[], bool], stop: Tensor, *tensors: Tensor) -> None:
+        self._ended, self._stop, self._tensors = ended, stop, tensors
+
+    def wait_for(self, seconds: float) -> bool:
+        if not poll(self._ended, seconds):
+            return False
+        if int(self._stop):
+            raise RuntimeError("aborted")
+        self._tensors = ()
+        return True
+
+
+def _bytes_of(rows: Tensor) -> Tensor:
+    return rows.detach().reshape(-1).view(torch.uint8)
