@@ -9,8 +9,8 @@ from the experts; --bandwidth 0 leaves them alone.
     sent      bytes that leave a rank, counted where they are sent; floor: what has to (a row for each rank that has an
               expert of the token, in and out, and its choices). The difference is the headers, or the run fails.
     waiting   seconds in which a rank has nothing to do but to wait; hidden: the share of the link's time that is not
-    predicted by the model of plan-parallel, from bytes and bandwidth, and of the experts two numbers: their time in one
-              chunk, and what each chunk more costs them, of which the largest number of chunks tells
+    predicted by the model of plan-parallel, from bytes and bandwidth, and of the experts their time in one chunk (in
+              training with its parts), and what each chunk more costs them, of which the largest number of chunks tells
 """
 
 from __future__ import annotations
@@ -327,18 +327,25 @@ def chunk_overhead(answers: list[dict[str, Any]]) -> float:
 def _predicted(
     task: Task, answers: list[dict[str, Any]], traffic: Traffic, chunks: int, bandwidth: float, overhead: float
 ) -> float:
-    """Milliseconds of a step by cost.pipeline. Backward's experts take twice as long as forward's, half of it for
-    weight gradients; a chunk costs the same in both."""
+    """Milliseconds of a step by cost.pipeline. A chunk costs the same in forward and in backward."""
     away = traffic.rows - torch.diag(traffic.rows.diagonal())
     most = int(torch.maximum(away.sum(1), away.sum(0)).max())
     seconds = most * task.shape.hidden_size * task.dtype.itemsize / bandwidth
     experts = _experts_seconds(answers, "switchgear, 1 chunk") - overhead
     if task.mode == "forward":
         return 1e3 * pipeline(seconds, experts, seconds, chunks, overhead=overhead).seconds
-    third, half = experts / 3, overhead / 2
-    forward = pipeline(seconds, third, seconds, chunks, overhead=half)
-    backward = pipeline(seconds, third, seconds, chunks, tail=third, overhead=half)
+    step = answers[0]["steps"]["switchgear, 1 chunk"][-1]
+    parts = [experts * _share(step, name) for name in ("experts", "backward", "weight gradients")]
+    forward = pipeline(seconds, parts[0], seconds, chunks, overhead=overhead / 2)
+    backward = pipeline(seconds, parts[1], seconds, chunks, tail=parts[2], overhead=overhead / 2)
     return 1e3 * (forward.seconds + backward.seconds)
+
+
+def _share(step: Step, name: str) -> float:
+    """Of a step's time in the experts, in events whose names begin so; what is around them goes with them."""
+    spent = [(event.name, event.end - event.begin) for event in step.events if event.lane == "experts"]
+    whole = sum(seconds for part, seconds in spent if part != "sum")
+    return sum(seconds for part, seconds in spent if part.startswith(name)) / whole
 
 
 def print_case(result: dict[str, Any]) -> None:
