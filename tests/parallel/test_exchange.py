@@ -278,9 +278,22 @@ def test_shared_tokens_must_be_as_many(pool: Pool) -> None:
 # ---- peer memory -----------------------------------------------------------------------------------------------------
 
 
+ODD = (
+    Case((0, 5, 0, 9), hidden_size=23),
+    Case((0, 0)),
+    Case(dtype=torch.bfloat16, hidden_size=23),  # rows of 46 bytes
+    Case(ranks=SHARDS["replicated"]),
+)
+
+
+def test_peer_memory_with_rows_of_any_size(pool: Pool) -> None:
+    for case in ODD:
+        pool.run(compare, replace(case, num_chunks=2, transport="peer_memory"))
+
+
 @pytest.mark.skipif(native_modules.SIMT_PATH is None, reason="SWITCHGEAR_SIMT names no module with the CUDA kernels")
-@pytest.mark.parametrize("case", SIZES[1:], ids=lambda case: f"ep{case.size}")
+@pytest.mark.parametrize("case", [*SIZES[1:], *ODD], ids=lambda case: f"{case.tokens}-{case.hidden_size}")
 def test_exchange_kernel_on_simt(pool: Pool, case: Case) -> None:
     """Several processes, each of which runs the kernel of its rank on the CPU."""
-    pool.run(compare, replace(case, num_chunks=2, transport="peer_memory_simt"), timeout=300)
-    pool.run(compare, replace(case, num_chunks=1, invariant=True, transport="peer_memory_simt"), timeout=300)
+    for invariant in (False, True):
+        pool.run(compare, replace(case, num_chunks=2, invariant=invariant, transport="peer_memory_simt"), timeout=300)
