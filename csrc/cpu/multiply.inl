@@ -28,6 +28,11 @@ class Ahead {
   Ahead() = default;
   Ahead(const void* data, int64_t stride, int64_t width)
       : line_(static_cast<const char*>(data)), row_end_(line_ + width), skip_(stride - width), stride_(stride) {}
+  // `width` bytes, and then `most` of what starts at `next`.
+  Ahead(const void* data, int64_t width, const void* next, int64_t most) : Ahead(data, 0, width) {
+    skip_ = static_cast<const char*>(next) - row_end_;
+    stride_ = skip_ + most;
+  }
 
   template <int kLines>
   void prefetch() {
@@ -446,9 +451,10 @@ void multiply_words(const Product& product) {
     if (product.sink.data != nullptr) store_rows(product.sink, product.c, 0, product.num_rows, product.num_columns);
     return;
   }
-  if (product.b.in_panels) {  // in memory in the order in which they are read, and so is what comes next
+  if (product.b.in_panels) {  // in memory in the order in which they are read
     const char* const data = static_cast<const char*>(product.b.data);
-    Ahead ahead(data + kPanelsAhead, 0, int64_t{1} << 40);
+    const int64_t bytes = depth / Words::kDepth * kPanel * 4, first = bytes < kPanelsAhead ? bytes : kPanelsAhead;
+    Ahead ahead(data + first, bytes - first, product.next != nullptr ? product.next : data, 2 * kPanelsAhead);
     const Chunk chunk{.rows = product.rows,
                       .offset = 0,
                       .panel = reinterpret_cast<const float*>(data),

@@ -54,8 +54,13 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
     const int32_t* const end = args.token_indices + args.expert_offsets[e + 1];
     return std::lower_bound(begin, end, token) - args.token_indices;
   };
-  const auto next_expert = [&](const Block& block, int64_t e) {  // the next one with rows of its tokens
-    while (++e < num_experts && first_slot(e, block.first_token) == first_slot(e, block.last_token)) {
+  const auto has_rows = [&](const Block& block, int64_t e) {
+    // Most experts of a short batch are empty, which takes no search to see.
+    return args.expert_offsets[e] < args.expert_offsets[e + 1] &&
+           first_slot(e, block.first_token) < first_slot(e, block.last_token);
+  };
+  const auto next_expert = [&](const Block& block, int64_t e) {
+    while (++e < num_experts && !has_rows(block, e)) {
     }
     return e;
   };
