@@ -142,6 +142,9 @@ PROMISES = [
             ("HGMMA.64x", "UTMALDG.3D", "LDGSTS", "SYNCS", "USETMAXREG"), ("HMMA",)),
     *(Promise(kernel, "", EVERYWHERE, ("LDG.E.128", "STG.E.128"))
       for kernel in ("permute_kernel", "combine_kernel", "glu_kernel", "glu_backward_kernel")),
+    # flags that reach other GPUs, with nothing stale in L1 behind an acquire
+    Promise("exchange_kernel", "", EVERYWHERE,
+            ("LDG.E.128", "STG.E.128", "LDG.E.STRONG.SYS", "CCTL.IVALL", "MEMBAR.ALL.SYS", "STG.E.STRONG.SYS")),
 ]  # fmt: skip
 
 
