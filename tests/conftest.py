@@ -4,6 +4,8 @@ CUDA kernels: natively where there is a device, and on the CPU where SWITCHGEAR_
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from backends_in_use import SIMT_DEVICES, backend_named, kernels_of
 
+ORDERS = ("forward", "reverse", "random:1")
 CUDA = ["cuda"] if torch.cuda.is_available() else []
 ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 
@@ -40,6 +43,23 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("values in device memory are not checked")
     with backend_named(request.param):
         yield request.param
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On simt, of the tests marked `in_turns` each order of threads runs a third, on one device."""
+    order = os.environ.get("SWITCHGEAR_SIMT_ORDER")
+    if order not in ORDERS:
+        return
+
+    def has_its_turn(item: pytest.Item) -> bool:
+        name = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        if name not in SIMT_DEVICES or not item.get_closest_marker("in_turns"):
+            return True
+        return name == "simt" and zlib.crc32(item.name.encode()) % len(ORDERS) == ORDERS.index(order)
+
+    others = [item for item in items if not has_its_turn(item)]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if has_its_turn(item)]
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from switchgear import ops, reference, reference_policies
 from switchgear.functional import route_dynamic
 from test_route import KINDS, logits_of
 
+pytestmark = pytest.mark.in_turns
+
 SHAPES = ((1, 1), (7, 3), (40, 8), (33, 17), (64, 60))  # T, E
 SEQUENCES = ("one", "in order", "mixed", "some empty")
 
@@ -221,7 +223,8 @@ def test_fit_capacity_keeps_duplicates_apart(backend: str) -> None:
 @pytest.mark.parametrize("order", SEQUENCES)
 @pytest.mark.parametrize("eps", [-1.0, 1e-3])
 def test_assign_balanced_is_balanced(backend: str, kind: str, order: str, eps: float) -> None:
-    for (num_tokens, num_experts), iterations in itertools.product(SHAPES, (0, 1, 5, 200)):
+    most = 15 if backend == "simt" else 200  # some kinds go on to the last iteration
+    for (num_tokens, num_experts), iterations in itertools.product(SHAPES, (0, 1, 5, most)):
         values = logits_of(kind, num_tokens, num_experts)
         sequence_ids, count = sequences(order, num_tokens)
         expert = ops.assign_balanced(values, sequence_ids, count, eps, iterations)

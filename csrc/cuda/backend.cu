@@ -39,6 +39,10 @@ class DeviceGuard {
 // One tensor that every call of the op has; ops.cpp has checked that the others are on its device.
 const TensorView& tensor_of(const RouteArgs& args) { return args.router_logits; }
 const TensorView& tensor_of(const RouteBackwardArgs& args) { return args.router_logits; }
+const TensorView& tensor_of(const RouteDynamicArgs& args) { return args.router_logits; }
+const TensorView& tensor_of(const ColumnTopkArgs& args) { return args.values; }
+const TensorView& tensor_of(const FitCapacityArgs& args) { return args.topk_ids; }
+const TensorView& tensor_of(const AssignBalancedArgs& args) { return args.values; }
 const TensorView& tensor_of(const PlanArgs& args) { return args.topk_ids; }
 const TensorView& tensor_of(const PermuteArgs& args) { return args.x; }
 const TensorView& tensor_of(const CombineArgs& args) { return args.y; }
@@ -75,7 +79,11 @@ const Backend& cuda_backend() {
       .glu = on_its_device<GluArgs, cuda::glu>,
       .glu_backward = on_its_device<GluBackwardArgs, cuda::glu_backward>,
       .moe_forward = on_its_device<MoeForwardArgs, cuda::moe_forward>,
-      .moe_backward = on_its_device<MoeBackwardArgs, cuda::moe_backward>};
+      .moe_backward = on_its_device<MoeBackwardArgs, cuda::moe_backward>,
+      .route_dynamic = on_its_device<RouteDynamicArgs, cuda::route_dynamic>,
+      .column_topk = on_its_device<ColumnTopkArgs, cuda::column_topk>,
+      .fit_capacity = on_its_device<FitCapacityArgs, cuda::fit_capacity>,
+      .assign_balanced = on_its_device<AssignBalancedArgs, cuda::assign_balanced>};
   return kBackend;
 }
 

@@ -25,6 +25,7 @@
 //   plan_small_kernel: 40 registers, 1024 bytes of shared memory
 #pragma once
 #include "platform.cuh"
+#include "scan.cuh"
 
 namespace switchgear::cuda {
 
@@ -59,32 +60,6 @@ __device__ inline PlanRange segment_of(PlanRange chunk, int segment, int num_seg
   const int64_t pairs = (chunk.end - chunk.begin + 32 * num_segments - 1) / (32 * num_segments) * 32;
   const int64_t begin = chunk.begin + segment * pairs;
   return {begin < chunk.end ? begin : chunk.end, begin + pairs < chunk.end ? begin + pairs : chunk.end};
-}
-
-// The sum of `value` over the lanes up to this one.
-__device__ inline int32_t inclusive_sum(int32_t value) {
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int32_t lower = __shfl_up_sync(0xffffffffu, value, step);
-    if (static_cast<int>(threadIdx.x % 32) >= step) value += lower;
-  }
-  return value;
-}
-
-// The sum of `value` over lower threads of the block, and over all of them. `sums` has an entry per warp.
-__device__ inline int32_t exclusive_sum(int32_t value, int32_t* sums, int32_t* total) {
-  const int warp = static_cast<int>(threadIdx.x / 32), num_warps = static_cast<int>(blockDim.x / 32);
-  const int32_t inclusive = inclusive_sum(value);
-  if (threadIdx.x % 32 == 31) sums[warp] = inclusive;
-  __syncthreads();
-  int32_t before = 0, all = 0;
-  for (int w = 0; w < num_warps; ++w) {
-    before += w < warp ? sums[w] : 0;
-    all += sums[w];
-  }
-  __syncthreads();  // `sums` may be used again
-  *total = all;
-  return before + inclusive - value;
 }
 
 // Whether an id belongs to the window of `size` experts from `first` on; its index there.

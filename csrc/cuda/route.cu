@@ -1,18 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "route.cuh"
 
-#include <algorithm>
-
 #include "launch.h"
 #include "ops.h"
-#include "workspace.h"
+#include "warp_rows.h"
 
 namespace switchgear::cuda {
 namespace {
-
-constexpr int64_t kSharedBytes = 98304;  // what every architecture since sm_80 lets a block have
-constexpr int64_t kMaxWideBlocks = 1 << 16;
-constexpr int64_t kScratchBlocks = 1024;  // rows at a time that are too long for shared memory
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -25,12 +19,10 @@ void route_in_registers(const RouteParams& params, void* stream) {
 }
 
 void route_wide(RouteParams params, const Execution& exec) {
-  const int64_t bytes = 4 * route_wide_words(params.top_k, params.num_experts, params.num_groups);
-  const bool in_shared = bytes <= kSharedBytes;
-  const int64_t blocks = std::min(params.num_tokens, in_shared ? kMaxWideBlocks : kScratchBlocks);
-  if (!in_shared) params.scratch = reinterpret_cast<uint32_t*>(allocate(exec, blocks * bytes));
-  launch(route_wide_kernel, dim3(static_cast<unsigned>(blocks)), dim3(32), in_shared ? static_cast<size_t>(bytes) : 0,
-         exec.stream, params);
+  const WarpRows rows(params.num_tokens, route_wide_words(params.top_k, params.num_experts, params.num_groups));
+  params.scratch = reinterpret_cast<uint32_t*>(allocate(exec, 4 * rows.scratch_words()));
+  launch(route_wide_kernel, dim3(static_cast<unsigned>(rows.blocks)), dim3(32), rows.shared_bytes(), exec.stream,
+         params);
 }
 
 }  // namespace

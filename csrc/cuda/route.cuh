@@ -6,9 +6,8 @@
 //
 // Up to 512 experts a token takes L = 4 … 32 lanes (route_kernel), each of which holds N = 8 or 16 consecutive logits in
 // registers as keys, integers in the order of the ranking; K times, the lanes agree on the largest key and, among equals, on
-// the lowest expert. More experts (route_wide_kernel): a warp a token, keys in shared memory, cut into 32 segments whose best
-// is known; a choice looks at the segments' best, then the whole warp looks for the next best of one segment. Rows too long
-// for shared memory use global memory instead.
+// the lowest expert. More experts (route_wide_kernel): a warp a token, keys in shared memory, from which the best comes
+// off one after the other (ranking.cuh). Rows too long for shared memory use global memory instead.
 //
 // Numeric contract: the bits of csrc/cpu/route.cpp, for any bit pattern of logits (score.cuh); the gradient in float64.
 //
@@ -18,6 +17,7 @@
 //   route_backward_kernel: 48 registers
 #pragma once
 #include "platform.cuh"
+#include "ranking.cuh"
 #include "score.cuh"
 #include "switchgear/ops.h"
 #include "vector.cuh"
@@ -51,14 +51,6 @@ struct RouteParams {
   }
   __device__ bool softmax() const { return score_function == ScoreFunction::kSoftmax; }
 };
-
-__device__ inline float load_float(const void* data, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
-    case DType::kFloat16: return __half2float(static_cast<const __half*>(data)[i]);
-    default: return static_cast<const float*>(data)[i];
-  }
-}
 
 // ---- groups of experts -----------------------------------------------------------------------------------------------------
 
@@ -232,16 +224,6 @@ inline int64_t route_wide_words(int64_t top_k, int64_t num_experts, int64_t num_
   return num_experts + 2 * top_k + num_groups;
 }
 
-// The largest key, and among equals the lowest expert, of those that the lanes have found.
-struct Best {
-  uint32_t key, expert;
-};
-
-__device__ inline Best best_over_warp(Best mine) {
-  const uint32_t top = max_over<32>(mine.key);
-  return {top, min_over<32>(mine.key == top ? mine.expert : ~0u)};
-}
-
 // A block is one warp; blocks walk the tokens.
 __global__ void __launch_bounds__(32) route_wide_kernel(RouteParams p) {
   SHARED_DYN(uint32_t, shared);
@@ -251,7 +233,6 @@ __global__ void __launch_bounds__(32) route_wide_kernel(RouteParams p) {
   int32_t* const chosen = reinterpret_cast<int32_t*>(keys + num_experts);
   float* const weights = reinterpret_cast<float*>(chosen + p.top_k);
   uint32_t* const group_keys = reinterpret_cast<uint32_t*>(weights + p.top_k);
-  const int segment = (num_experts + 31) / 32 | 1;  // odd: lanes that walk a segment each meet different banks
 
   for (int64_t token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
     const auto logit = [&](int e) { return sanitise(load_float(p.router_logits, p.dtype, token * p.row_stride + e)); };
@@ -272,27 +253,10 @@ __global__ void __launch_bounds__(32) route_wide_kernel(RouteParams p) {
       __syncwarp();
     }
 
-    const int64_t begin = static_cast<int64_t>(lane) * segment;
-    Best mine{kTaken, 0};  // of this lane's segment
-    for (int64_t e = begin; e < begin + segment && e < num_experts; ++e) {
-      if (keys[e] > mine.key) mine = {keys[e], static_cast<uint32_t>(e)};
-    }
+    Ranking ranking(keys, num_experts, lane);
     for (int k = 0; k < p.top_k; ++k) {
-      const Best best = best_over_warp(mine);
-      const int owner = static_cast<int>(best.expert) / segment;
-      __syncwarp();  // what other lanes read before
-      if (lane == 0) {
-        chosen[k] = static_cast<int32_t>(best.expert);
-        keys[best.expert] = kTaken;
-      }
-      __syncwarp();
-      Best found{kTaken, 0};
-      const int64_t from = static_cast<int64_t>(owner) * segment;
-      for (int64_t e = from + lane; e < from + segment && e < num_experts; e += 32) {
-        if (keys[e] > found.key) found = {keys[e], static_cast<uint32_t>(e)};
-      }
-      const Best next = best_over_warp(found);
-      if (lane == owner) mine = next;
+      const Best best = ranking.take();
+      if (lane == 0) chosen[k] = static_cast<int32_t>(best.expert);
     }
     __syncwarp();
     store_choices<32>(p, scale, token, true, chosen, weights, lane);

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 BUILD = "build/gpu"  # of conformance; relative to ROOT, as all paths in commands
-OPS = ("route", "plan", "permute", "grouped_gemm", "glu", "moe")
+OPS = ("route", "policy_ops", "plan", "permute", "grouped_gemm", "glu", "moe")
 CORE_TESTS = [f"tests/test_{op}.py" for op in OPS]
 # compute-sanitizer slows kernels down up to a hundred times, so it gets a few calls of every op.
 TOOLS = {"memcheck": ["--leak-check", "no"], "racecheck": [], "synccheck": [], "initcheck": []}

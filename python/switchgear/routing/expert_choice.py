@@ -45,7 +45,8 @@ class ExpertChoice:
         max_experts_per_token: a cap b. Scores are first replaced by the solution A of max ⟨S, A⟩ + λ·H(A) with
             Σ_t A = k, Σ_e A <= b, 0 <= A <= 1, by cap_iterations rounds (λ = cap_lambda = 0.001 is unverified), and
             what then still exceeds the cap goes to no one. With cap_iterations = 0 it is but a cut: a token keeps its b
-            best. Without a cap the largest number of experts of a token is read back; it is E in a compiled graph.
+            best. Without a cap the largest number of experts of a token is read back; it is E in a compiled or captured
+            graph.
         scale: multiplies the weights.
         ties: "index", to the lowest token, or "random".
         evaluation: which token is taken depends on later ones, so that a decoder cannot do this; with evaluation = n
@@ -93,7 +94,7 @@ class ExpertChoice:
             values = self._capped(values, context, limits)
         taken = self._best(values, sequence, limits, context)
         ids = taken if self.max_experts_per_token is None else self._cap(taken, values)
-        if self.max_experts_per_token is None and not (torch.compiler.is_compiling() or ids.is_meta):
+        if self.max_experts_per_token is None and not _must_not_read(ids):
             ids = ids[:, : max(int((ids >= 0).sum(1).max()), 1)].contiguous()
         if not by_score:
             scores = _softmax_over_tokens(scores, taken, sequence, limits.shape[0])
@@ -144,6 +145,13 @@ class ExpertChoice:
         target = torch.where(real, rows, num_tokens).flatten()  # the last row takes what is no token
         result = values.new_zeros(num_tokens + 1, num_experts)
         return result.index_copy(0, target, plan.mT.reshape(-1, num_experts))[:-1]
+
+
+def _must_not_read(tensor: Tensor) -> bool:
+    """Whether a graph is compiled or captured, which a value on the host would end."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return True
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _softmax_over_tokens(logits: Tensor, ids: Tensor, sequence: Tensor | None, num_sequences: int) -> Tensor:

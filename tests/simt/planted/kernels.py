@@ -32,6 +32,11 @@ def _of_route(name: str, header: str, before: str, after: str, test: str) -> Mis
     return Mistake(f"route: {name}", RACE, header, before, after, "csrc/cuda/route.cu", "simt_test_route", (test,))
 
 
+def _of_policies(name: str, builds: tuple[str, ...], header: str, before: str, after: str, op: str) -> Mistake:
+    program = "simt_test_policies"
+    return Mistake(f"{op}: {name}", builds, header, before, after, f"csrc/cuda/{op}.cu", program, (op,))
+
+
 def _of_sm80(name: str, builds: tuple[str, ...], header: str, before: str, after: str) -> Mistake:
     program = "simt_planted_gemm_sm80"
     return Mistake(f"sm_80: {name}", builds, header, before, after, "tests/simt/planted/gemm_sm80.cpp", program)
@@ -76,8 +81,8 @@ MISTAKES = (
     ),
     _of_route(
         "no __syncwarp before an expert is taken",
-        "route.cuh",
-        "      __syncwarp();  // what other lanes read before\n",
+        "ranking.cuh",
+        "    __syncwarp();  // what other lanes read before\n",
         "",
         "route_of_thousands",
     ),
@@ -97,6 +102,33 @@ MISTAKES = (
         "tests/simt/test_route.cpp",
         "simt_test_route",
         ("sums_are_those",),
+    ),
+    _of_policies(
+        "no barrier before the next digit is counted",
+        RACE,
+        "select.cuh",
+        "    __syncthreads();  // cuts, and bins that are empty again\n",
+        "",
+        "column_topk",
+    ),
+    _of_policies(
+        "ties go to the last token", BOTH, "select.cuh", "(((1u << place_bits) - 1) - place)", "place", "column_topk"
+    ),
+    _of_policies(
+        "places are not counted",
+        ASAN,
+        "fit_capacity.cuh",
+        "room[e] -= min(cuts.size[e], room[e]);",
+        "room[e] -= 0;",
+        "fit_capacity",
+    ),
+    _of_policies(
+        "no barrier before the prices",
+        RACE,
+        "assign_balanced.cuh",
+        "    __syncthreads();\n    waiting = num_waiting;",
+        "    waiting = num_waiting;",
+        "assign_balanced",
     ),
     Mistake(
         "permute: no barrier before slots of nobody",

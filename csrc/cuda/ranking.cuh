@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The experts of a row, the best one first: a warp a row, keys (score.cuh) in memory of the warp. They are cut into 32 segments
+// whose best is known: to take an expert, lanes agree on the best segment, then all of them look for its next best. That is
+// about E/32 + 30 instructions of a lane.
+#pragma once
+#include "platform.cuh"
+#include "score.cuh"
+#include "switchgear/tensor.h"
+
+namespace switchgear::cuda {
+
+__device__ inline float load_float(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+    case DType::kFloat16: return __half2float(static_cast<const __half*>(data)[i]);
+    default: return static_cast<const float*>(data)[i];
+  }
+}
+
+// The largest key, and among equals the lowest expert, of those that the lanes have found.
+struct Best {
+  uint32_t key, expert;
+};
+
+__device__ inline Best best_over_warp(Best mine) {
+  const uint32_t top = max_over<32>(mine.key);
+  return {top, min_over<32>(mine.key == top ? mine.expert : ~0u)};
+}
+
+class Ranking {
+ public:
+  // keys[E] were written by the lanes.
+  __device__ Ranking(uint32_t* keys, int num_experts, int lane)
+      : keys_(keys), num_experts_(num_experts), lane_(lane), segment_((num_experts + 31) / 32 | 1) {
+    __syncwarp();
+    const int64_t begin = static_cast<int64_t>(lane) * segment_;
+    for (int64_t e = begin; e < begin + segment_ && e < num_experts; ++e) {
+      if (keys[e] > mine_.key) mine_ = {keys[e], static_cast<uint32_t>(e)};
+    }
+  }
+
+  // The best expert that is left, the same in all lanes; its key is kTaken if none is.
+  __device__ Best take() {
+    const Best best = best_over_warp(mine_);
+    const int owner = static_cast<int>(best.expert) / segment_;
+    __syncwarp();  // what other lanes read before
+    if (lane_ == 0) keys_[best.expert] = kTaken;
+    __syncwarp();
+    Best found{kTaken, 0};
+    const int64_t from = static_cast<int64_t>(owner) * segment_;
+    for (int64_t e = from + lane_; e < from + segment_ && e < num_experts_; e += 32) {
+      if (keys_[e] > found.key) found = {keys_[e], static_cast<uint32_t>(e)};
+    }
+    const Best next = best_over_warp(found);
+    if (lane_ == owner) mine_ = next;
+    return best;
+  }
+
+ private:
+  uint32_t* keys_;
+  int num_experts_, lane_;
+  int segment_;  // odd: lanes that walk a segment each meet different banks
+  Best mine_{kTaken, 0};
+};
+
+}  // namespace switchgear::cuda

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The best of many without a sort: the cut is a key that those taken reach and no other does, found digit by digit.
+//
+// Keys are integers of up to 64 bits, of which no two are equal: a value, if there is one, above the place of its item, so that
+// ties go to the lowest place (key_at). In each step, keys that begin with the digits found so far are counted by their next
+// digit; the bin in which the last one taken lies gives that digit. Where all of a bin are taken the digits below stay 0: ties
+// alone need those of the place.
+#pragma once
+#include "platform.cuh"
+#include "scan.cuh"
+#include "score.cuh"
+
+namespace switchgear::cuda {
+
+// Places are below 2^place_bits.
+__device__ inline uint64_t key_at(uint32_t key, uint32_t place, int place_bits) {
+  return (static_cast<uint64_t>(key) << place_bits) | (((1u << place_bits) - 1) - place);
+}
+
+// Whether `key` has the digits of `prefix` above those of `digit_bits` bits at `shift`.
+__device__ inline bool begins_with(uint64_t key, uint64_t prefix, int shift, int digit_bits) {
+  return key >> shift >> digit_bits == prefix >> shift >> digit_bits;
+}
+
+// ---- by a block, in one list or in several of the same length -------------------------------------------------------------
+
+constexpr int kBins = 256;
+constexpr int kBinStride = kBins + 1;  // the same bin of neighbouring columns is in neighbouring banks
+
+template <int kColumns>
+struct Selection {  // in shared memory
+  uint64_t cut[kColumns];
+  int32_t rest[kColumns];  // how many are still to be taken of the keys that begin like the cut; 0 once it is found
+  int32_t num_open;        // columns whose cut is not found
+  int32_t histogram[kColumns * kBinStride];
+};
+
+// s.cut[c], for the `count` largest of the keys key(i, c), i < n; 0 < count < n. All threads of the block, a multiple of 32 and
+// of kColumns; neighbours take neighbouring columns. Keys have up to `bits` bits.
+template <int kColumns, typename Key>
+__device__ inline void find_cuts(Selection<kColumns>& s, int32_t n, int32_t count, int bits, const Key& key) {
+  constexpr int kDigit = 8, kBinsOfLane = kBins / 32;
+  const int thread = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
+  const int lane = thread % 32, column = thread % kColumns;
+  __syncthreads();  // what was found before has been read
+  if (thread < kColumns) {
+    s.cut[thread] = 0;
+    s.rest[thread] = count;
+  }
+  if (thread == 0) s.num_open = kColumns;
+  for (int i = thread; i < kColumns * kBinStride; i += num_threads) s.histogram[i] = 0;
+  __syncthreads();
+  for (int shift = (bits - 1) / kDigit * kDigit; shift >= 0 && s.num_open > 0; shift -= kDigit) {
+    if (s.rest[column] > 0) {
+      const uint64_t prefix = s.cut[column];
+      for (int32_t i = thread / kColumns; i < n; i += num_threads / kColumns) {
+        const uint64_t k = key(i, column);
+        if (begins_with(k, prefix, shift, kDigit)) {
+          atomicAdd(&s.histogram[column * kBinStride + static_cast<int>(k >> shift & (kBins - 1))], 1);
+        }
+      }
+    }
+    __syncthreads();                                                  // all are counted
+    for (int c = thread / 32; c < kColumns; c += num_threads / 32) {  // a warp a column, lower lanes have higher bins
+      int32_t* const bins = s.histogram + c * kBinStride + kBins - (lane + 1) * kBinsOfLane;
+      const int32_t rest = s.rest[c];
+      int32_t own = 0;
+      for (int j = 0; j < kBinsOfLane; ++j) own += bins[j];
+      const int32_t before = inclusive_sum(own) - own;
+      __syncwarp();                                 // what other lanes read
+      if (before < rest && rest <= before + own) {  // one lane, unless the cut is found
+        int32_t left = rest - before;
+        int j = kBinsOfLane - 1;
+        while (left > bins[j]) left -= bins[j--];
+        const bool found = left == bins[j];
+        s.cut[c] |= static_cast<uint64_t>(kBins - (lane + 1) * kBinsOfLane + j) << shift;
+        s.rest[c] = found ? 0 : left;
+        if (found) atomicSub(&s.num_open, 1);
+      }
+      for (int j = 0; j < kBinsOfLane; ++j) bins[j] = 0;
+    }
+    __syncthreads();  // cuts, and bins that are empty again
+  }
+}
+
+// ---- by a block, in many lists at once -----------------------------------------------------------------------------------
+
+constexpr int kGroupBins = 16;
+constexpr int kGroupWords = 4 + kGroupBins;  // of memory, for each group
+
+struct GroupCuts {  // memory of the block
+  __device__ GroupCuts(uint32_t* words, int num_groups)
+      : num_groups(num_groups),
+        cut(reinterpret_cast<uint64_t*>(words)),
+        rest(reinterpret_cast<int32_t*>(cut + num_groups)),
+        size(rest + num_groups),
+        counters(size + num_groups) {}
+
+  int num_groups;
+  uint64_t* cut;
+  int32_t* rest;      // as in Selection
+  int32_t* size;      // of each group
+  int32_t* counters;  // [kGroupBins, num_groups]
+};
+
+// cut[g] for the limit(g) largest keys of each group, and its size; every key reaches the cut where there is room for all. The
+// group of an item is negative if it is in none. A thread of the block asks for the items thread, thread + blockDim.x, …
+template <typename Group, typename Key, typename Limit>
+__device__ inline void find_group_cuts(const GroupCuts& m, int32_t num_items, int bits, const Group& group,
+                                       const Key& key, const Limit& limit) {
+  constexpr int kDigit = 4;
+  SHARED_VALUE(int32_t, num_open);
+  const int thread = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
+  __syncthreads();  // what was found before has been read
+  if (thread == 0) num_open = 0;
+  for (int g = thread; g < m.num_groups; g += num_threads) m.size[g] = 0;
+  __syncthreads();
+  for (int32_t i = thread; i < num_items; i += num_threads) {
+    if (const int g = group(i); g >= 0) atomicAdd(&m.size[g], 1);
+  }
+  __syncthreads();
+  for (int g = thread; g < m.num_groups; g += num_threads) {
+    const int32_t most = limit(g);
+    const bool too_many = m.size[g] > most;
+    m.cut[g] = too_many && most == 0 ? ~uint64_t{0} : 0;
+    m.rest[g] = too_many ? most : 0;
+    if (m.rest[g] == 0) continue;
+    atomicAdd(&num_open, 1);
+    for (int bin = 0; bin < kGroupBins; ++bin) m.counters[bin * m.num_groups + g] = 0;
+  }
+  __syncthreads();
+  for (int shift = (bits - 1) / kDigit * kDigit; shift >= 0 && num_open > 0; shift -= kDigit) {
+    for (int32_t i = thread; i < num_items; i += num_threads) {
+      const int g = group(i);
+      if (g < 0 || m.rest[g] == 0) continue;
+      const uint64_t k = key(i);
+      if (!begins_with(k, m.cut[g], shift, kDigit)) continue;
+      atomicAdd(&m.counters[static_cast<int>(k >> shift & (kGroupBins - 1)) * m.num_groups + g], 1);
+    }
+    __syncthreads();
+    for (int g = thread; g < m.num_groups; g += num_threads) {
+      int32_t left = m.rest[g];
+      if (left == 0) continue;
+      int digit = -1;
+      bool found = false;
+      for (int bin = kGroupBins - 1; bin >= 0; --bin) {
+        int32_t& counter = m.counters[bin * m.num_groups + g];
+        if (digit < 0 && left <= counter) {
+          digit = bin;
+          found = left == counter;
+        }
+        if (digit < 0) left -= counter;
+        counter = 0;
+      }
+      m.cut[g] |= static_cast<uint64_t>(digit) << shift;
+      m.rest[g] = found ? 0 : left;
+      if (found) atomicSub(&num_open, 1);
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace switchgear::cuda

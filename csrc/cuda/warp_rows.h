@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Where blocks of one warp, which walk the rows, keep the words of a row: in shared memory, or in global memory where that is
+// too little.
+#pragma once
+#include <algorithm>
+
+#include "workspace.h"
+
+namespace switchgear::cuda {
+
+constexpr int64_t kSharedBytes = 98304;  // what every architecture since sm_80 lets a block have
+
+struct WarpRows {
+  static constexpr int64_t kMaxBlocks = 1 << 16;
+  static constexpr int64_t kScratchBlocks = 1024;  // rows at a time that are too long for shared memory
+
+  WarpRows(int64_t num_rows, int64_t words_of_row)
+      : bytes(4 * words_of_row), blocks(std::min(num_rows, in_shared() ? kMaxBlocks : kScratchBlocks)) {}
+
+  bool in_shared() const { return bytes <= kSharedBytes; }
+  size_t shared_bytes() const { return in_shared() ? static_cast<size_t>(bytes) : 0; }
+  int64_t scratch_words() const { return in_shared() ? 0 : blocks * bytes / 4; }
+
+  int64_t bytes;
+  int64_t blocks;
+};
+
+}  // namespace switchgear::cuda
