@@ -115,11 +115,11 @@ MISTAKES = (
         "ties go to the last token", BOTH, "select.cuh", "(((1u << place_bits) - 1) - place)", "place", "column_topk"
     ),
     _of_policies(
-        "places are not counted",
+        "a token goes to an expert twice",
         ASAN,
         "fit_capacity.cuh",
-        "room[e] -= min(cuts.size[e], room[e]);",
-        "room[e] -= 0;",
+        "keys[p.topk_ids[i]] = kTaken;",
+        ";",
         "fit_capacity",
     ),
     _of_policies(
