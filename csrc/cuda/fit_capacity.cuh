@@ -13,7 +13,8 @@
 //   capacity_candidates_kernel   a warp a token that has lost choices: its next 32 best experts (ranking.cuh)
 //   reroute_kernel               a block a sequence, round by round: a token offers its next expert the first of its lost
 //                                choices; experts with too many offers find their cuts, all of them at once. Tokens that
-//                                have nothing left to offer leave the list of those that wait.
+//                                have nothing left to offer leave the list of those that wait. It ends when nobody waits or
+//                                no expert has room.
 //
 // Integers alone: the choices of csrc/cpu/fit_capacity.cpp. Ids and sequences out of range are empty choices.
 //
@@ -189,6 +190,11 @@ __global__ void __launch_bounds__(kRerouteThreads, 1) reroute_kernel(FitCapacity
       end - begin, [&](int32_t i) { return p.sequence_offsets != nullptr ? p.tokens[begin + i] : i; },
       [&](int32_t token) { return p.first_lost(token) >= 0; });
   for (int round = 0; round < rounds && count > 0; ++round) {
+    bool has_room = false;
+    for (int e = thread; e < p.num_experts; e += num_threads) has_room |= room[e] > 0;
+    int32_t total;
+    exclusive_sum(has_room, sums, &total);
+    if (total == 0) break;
     for (int32_t i = thread; i < count; i += num_threads) {
       const int32_t expert = candidate(waiting[i], round);
       offered[i] = expert >= 0 && room[expert] > 0 ? expert : -1;

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import switchgear
+from switchgear import ops
 
 
 class Shape(NamedTuple):
@@ -77,6 +78,25 @@ def stages(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> list[
         return [rows, a, switchgear.combine(rows, plan, routing.topk_weights)]
 
 
+def policies(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
+    """What the ops of routing policies choose, of few distinct logits in two sequences."""
+    generator = torch.Generator().manual_seed(2)
+    logits = (torch.randn(shape.tokens, shape.num_experts, generator=generator) * 3).round().to(dtype).to(device)
+    sequence = (torch.arange(shape.tokens, device=device) % 2).int()
+    limits = torch.full((2,), max(shape.tokens // 4, 1), dtype=torch.int32, device=device)
+    with switchgear.use_backend(backend), torch.no_grad():
+        some = switchgear.functional.route_dynamic(logits, top_p=0.6, max_experts=shape.top_k)
+        scores = logits.float()
+        kept = [
+            ops.fit_capacity(
+                some.topk_ids, some.topk_weights, scores, sequence, limits, shape.num_experts, drop, shape.num_experts
+            )
+            for drop in ("choice", "priority")
+        ]
+        taken = ops.column_topk(logits, sequence, limits)
+        return [some.topk_ids, some.topk_weights, taken, *kept, ops.assign_balanced(scores, sequence, 2, -1.0, 20)]
+
+
 def distance(got: list[Tensor], want: list[Tensor]) -> float:
     """The largest relative error, root mean square."""
 
@@ -97,11 +117,12 @@ def main(arguments: list[str] | None = None) -> int:
             pairs = {
                 "layer": [layer(shape, dtype, device, activation, name) for name in ("native", "reference")],
                 "stages": [stages(shape, dtype, device, name) for name in ("native", "reference")],
+                "policies": [policies(shape, dtype, device, name) for name in ("native", "reference")],
             }
             for name, (got, want) in pairs.items():
                 error = distance(got, want)
                 wrong += not error <= TOLERANCE[dtype]
-                print(f"{name:<7} {str(dtype).removeprefix('torch.'):<9} {tuple(shape)}: {error:.1e}", flush=True)
+                print(f"{name:<8} {str(dtype).removeprefix('torch.'):<9} {tuple(shape)}: {error:.1e}", flush=True)
     print("all agree with the reference" if not wrong else f"{wrong} results differ from the reference")
     return 1 if wrong else 0
 
