@@ -13,7 +13,7 @@
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   route_kernel: 80 registers
-//   route_wide_kernel: 80 registers
+//   route_wide_kernel: 96 registers
 //   route_backward_kernel: 48 registers
 #pragma once
 #include "platform.cuh"
