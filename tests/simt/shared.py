@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Runs the shared tests on the CUDA kernels in a build tree of tests/simt, once in every order of threads.
 
-    shared.py asan|race|plain build/simt-asan -- tests/test_plan.py …
+    shared.py asan|race|plain build/simt-asan -- tests/test_plan.py … [-- tests/test_papers_scores.py …]
 
-What follows -- goes to pytest. An order that fails does not keep the others from running. SIMT_ORDERS names some of the
-orders, with spaces between them.
+What follows -- goes to pytest, what follows another one in the first order alone. An order that fails does not keep the
+others from running. SIMT_ORDERS names some of the orders, with spaces between them.
+
+papers.txt has tests of whole layers, one for each kind of score, selection and capacity, which CI runs in one order.
+All of them in all orders take ten minutes:
+
+    shared.py race build/simt-race -- -q tests/test_papers_*.py tests/test_policy_ops.py
 """
 
 import os
@@ -44,9 +49,12 @@ def main(arguments: list[str]) -> int:
     if kind not in ("plain", "asan", "race") or separator != "--":
         raise SystemExit(__doc__)
     failed = []
+    split = pytest.index("--") if "--" in pytest else len(pytest)
+    everywhere, first = pytest[:split], pytest[split + 1 :]
     orders = os.environ.get("SIMT_ORDERS", "").split() or ORDERS
     for order in orders:
-        command = [sys.executable, "-m", "pytest", "--capture=sys", "-k", "simt", *pytest]  # reports go past Python
+        tests = everywhere + first if order == orders[0] else everywhere
+        command = [sys.executable, "-m", "pytest", "--capture=sys", "-k", "simt", *tests]  # reports go past Python
         print(f"==== {kind}, {order}: {' '.join(command[1:])}", flush=True)
         start = time.monotonic()
         variables = {**environment(kind, Path(build)), "SWITCHGEAR_SIMT_ORDER": order}
