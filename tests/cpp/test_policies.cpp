@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The ops of routing policies against their definitions, by full sorts and one offer after the other. Compiled with
 // -ffp-contract=off, since bids are expected to have the same bits.
+#include <array>
 #include <cfloat>
 #include <numeric>
 
@@ -18,13 +19,13 @@ constexpr Sizes kSizes[] = {{0, 4, 2, 1},   {1, 1, 1, 1},    {5, 3, 2, 2},   {64
 
 float sane(float v) { return std::isnan(v) || v < -FLT_MAX ? -FLT_MAX : std::min(v, FLT_MAX); }
 
-// Few distinct values, what is not finite, or any bits: kinds 1 to 3.
+// Few distinct values, zeros of both signs among them; what is not finite; or any bits: kinds 1 to 3.
 Array wild_array(Random& random, std::vector<int64_t> shape, int64_t kind) {
   Array array(DType::kFloat32, std::move(shape));
   const float specials[] = {NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, 0.0f, -0.0f, 1e-42f};
   array.fill([&](int64_t) {
     switch (kind) {
-      case 1: return static_cast<float>(random.below(3)) - 1.0f;
+      case 1: return std::array{-1.0f, -0.0f, 0.0f, 1.0f}[static_cast<size_t>(random.below(4))];
       case 2: return random.below(3) == 0 ? specials[random.below(std::ssize(specials))] : random.normal();
       case 3: return std::bit_cast<float>(static_cast<uint32_t>(random.bits()));
       default: return random.normal();
@@ -197,7 +198,10 @@ struct Capacity {
 TEST(fit_capacity_matches_one_offer_after_the_other) {
   for_each_size([](const Sizes& s, int64_t kind, Random& random) {
     if (s.T > 100) return;
-    const Array ids = make_ids(random, {"", s.T, 1, 1, s.E, s.K});
+    Array ids = make_ids(random, {"", s.T, 1, 1, s.E, s.K});
+    for (int64_t i = 0; i < s.T * s.K; ++i) {
+      if (random.below(5) == 0) ids.set_id(-1, i / s.K, i % s.K);
+    }
     const Array priorities = wild_array(random, {s.T, s.K}, kind), scores = wild_array(random, {s.T, s.E}, kind);
     const Array sequence_ids = random_ids(random, {s.T}, 0, s.B);
     const Array limits = random_ids(random, {s.B}, 0, 2 * s.T * s.K / (s.E * s.B) + 2);
