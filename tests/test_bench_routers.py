@@ -66,7 +66,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     )
     assert text.endswith("<!-- /bench:routers -->\n\nThe end.\n")
     assert "of the 16 experts take for" in text
-    assert all(f"| {name} |" in text for name in POLICIES)
+    assert all(f"\n| {name} " in text for name in POLICIES)
 
     (measured,) = json.loads(file.read_text())["shapes"]
     assert measured["parts"] * measured["timed_tokens"] == 512

@@ -201,6 +201,30 @@ def expert_choice(logits: Tensor, factor: int, length: int) -> tuple[Tensor, Ten
     return _trimmed(*_kept(ids, scores.gather(1, ids), taken.gather(1, ids)))
 
 
+def capped_expert_choice(logits: Tensor, factor: int, cap: int, rounds: int = 30) -> tuple[Tensor, Tensor]:
+    """With at most `cap` experts of a token, by prices of experts and of tokens in turn; each from a sort."""
+
+    def price(values: Tensor, total: int) -> Tensor:
+        descending = values.sort(-1, descending=True).values
+        rest = descending.flip(-1).logcumsumexp(-1).flip(-1)
+        left = total - torch.arange(values.shape[-1])
+        found = left.clamp(min=1e-30).log() - rest
+        first = ((descending + found <= 0) & (left > 0)).to(torch.int8).argmax(-1, keepdim=True)
+        return found.gather(-1, first)
+
+    num_tokens, num_experts = logits.shape
+    scores = logits.softmax(-1, dtype=torch.float32)
+    each = max(num_tokens * factor // num_experts, 1)
+    worth, of_token = scores.T / 1e-3, torch.zeros(1, num_tokens)
+    for _ in range(rounds):
+        of_expert = price(worth - of_token, each)
+        of_token = (-price((worth + of_expert).T, cap)).clamp(min=0).T
+    worth = worth + price(worth - of_token, each) - of_token
+    taken = torch.zeros(num_experts, num_tokens, dtype=torch.bool).scatter(1, worth.topk(each).indices, True).T
+    best = worth.T.masked_fill(~taken, -torch.inf).topk(cap).indices
+    return _kept(best, scores.gather(1, best), taken.gather(1, best))
+
+
 def capacity(logits: Tensor, k: int, factor: float, drop: str, length: int | None = None) -> tuple[Tensor, Tensor]:
     num_experts, length = logits.shape[1], length or len(logits)
     ids, weights = top_k(logits, k)

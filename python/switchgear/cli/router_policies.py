@@ -100,6 +100,8 @@ def policies(shape: Shape, num_tokens: int, draws: plain.Draws) -> list[Policy]:
         Policy("expert choice", selected(ExpertChoice(float(k))), lambda z: plain.expert_choice(z, k, len(z))),
         Policy("expert choice, by sequence", selected(ExpertChoice(float(k), scope="sequence")),
                lambda z: plain.expert_choice(z, k, SEQUENCE)),
+        Policy("expert choice, capped", selected(ExpertChoice(float(k), max_experts_per_token=k + 2)),
+               lambda z: plain.capped_expert_choice(z, k, k + 2)),
         Policy("capacity, by order", limited(), capacity("order")),
         Policy("capacity, by score", limited(drop="score"), capacity("score")),
         Policy("capacity, by sequence", limited(drop="score", scope="sequence"), capacity("score", SEQUENCE)),

@@ -19,7 +19,8 @@ class MultiHeadMoE(nn.Module):
         hidden_size, heads: H and the number of pieces.
 
     Parameters: head_proj.weight [H,H], merge_proj.weight [H,H], and those of moe. Equal FLOPs to a layer without heads
-    need a smaller intermediate_size: the two projections cost 4·H² of them (how the paper shrinks it is unverified).
+    need an intermediate_size that is smaller by 2·H / (3·K), for gated experts: the two projections cost 4·H² a token,
+    a column of K experts 6·K·H (how the paper shrinks it is unverified).
     ValueError: hidden_size is no multiple of heads.
     """
 

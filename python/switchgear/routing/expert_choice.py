@@ -138,9 +138,11 @@ class ExpertChoice:
         rows = token_rows(context, num_tokens, is_per_sequence(self.scope, context), values.device)
         real = rows >= 0
         assert self.max_experts_per_token is not None
+        length = rows.shape[1]
+        largest = self.tokens_per_expert or max(math.floor(length * self.capacity_factor / num_experts), 1)
         plan = _capped_plan(
-            values[rows.clamp(min=0)].mT, real, limits.to(values.dtype), self.max_experts_per_token, self.cap_lambda,
-            self.cap_iterations,
+            values[rows.clamp(min=0)].mT, real, limits.to(values.dtype), min(largest, length),
+            self.max_experts_per_token, self.cap_lambda, self.cap_iterations,
         )  # fmt: skip
         target = torch.where(real, rows, num_tokens).flatten()  # the last row takes what is no token
         result = values.new_zeros(num_tokens + 1, num_experts)
@@ -171,10 +173,11 @@ def _softmax_over_tokens(logits: Tensor, ids: Tensor, sequence: Tensor | None, n
 
 
 def _capped_plan(
-    scores: Tensor, real: Tensor, tokens_per_expert: Tensor, cap: int, entropy: float, iterations: int
+    scores: Tensor, real: Tensor, tokens_per_expert: Tensor, largest: int, cap: int, entropy: float, iterations: int
 ) -> Tensor:
     """log A [B,E,L], up to values above 0 for 1, of the entropy-regularised assignment of scores [B,E,L] (real [B,L]:
-    which tokens there are) to experts that take tokens_per_expert [B] and tokens that take at most `cap`.
+    which tokens there are) to experts that take tokens_per_expert [B], at most `largest`, and tokens that take at most
+    `cap`.
 
     A = min(1, exp(S/λ + price_e - price_t)); each round makes the sums of the experts exact and then those of the
     tokens, which is coordinate ascent on the dual problem.
@@ -185,21 +188,23 @@ def _capped_plan(
         return worth
     each, most = tokens_per_expert[:, None, None], torch.full_like(worth[:1, :1, :1], cap)
     for _ in range(iterations):
-        of_expert = _price(worth - of_token, each)
-        of_token = (-_price((worth + of_expert).mT, most)).clamp(min=0).mT
-    of_expert = _price(worth - of_token, each)
+        of_expert = _price(worth - of_token, each, largest)
+        of_token = (-_price((worth + of_expert).mT.contiguous(), most, cap)).clamp(min=0).mT
+    of_expert = _price(worth - of_token, each, largest)
     return worth + of_expert - of_token
 
 
-def _price(values: Tensor, total: Tensor) -> Tensor:
-    """p [...,1] such that Σ min(1, exp(values + p)) over the last dimension is `total`, at most its size.
+def _price(values: Tensor, total: Tensor, largest: int) -> Tensor:
+    """p [...,1] such that Σ min(1, exp(values + p)) over the last dimension is `total`, at most `largest` and its size.
 
     If the j largest become 1, the others have to sum to total - j; the first j for which none of them exceeds 1 is the
-    solution. Rows of -inf give inf.
+    solution. j < total, so that only the `largest` best have to be sorted. Rows of -inf give inf.
     """
-    descending = values.sort(-1, descending=True).values
-    rest = descending.flip(-1).logcumsumexp(-1).flip(-1)  # of the elements from j on
-    left = total - torch.arange(values.shape[-1], dtype=values.dtype, device=values.device)
+    descending, best = values.topk(min(largest, values.shape[-1]), -1)
+    others = values.scatter(-1, best, -math.inf).logsumexp(-1, keepdim=True)
+    ascending = torch.cat((others, descending.flip(-1)), -1)
+    rest = ascending.logcumsumexp(-1)[..., 1:].flip(-1)  # of the elements from j on
+    left = total - torch.arange(descending.shape[-1], dtype=values.dtype, device=values.device)
     price = left.clamp(min=torch.finfo(values.dtype).tiny).log() - rest
     first = ((descending + price <= 0) & (left > 0)).to(torch.int8).argmax(-1, keepdim=True)
     return price.gather(-1, first)
