@@ -39,7 +39,7 @@ struct QuantizedProduct {
   QuantizedPanel b;
   int64_t num_columns;            // <= kQuantizedPanel
   float* c;                       // [num_rows, kQuantizedPanel]
-  const uint8_t* next = nullptr;  // what the caller's next product starts to read: a hint
+  const uint8_t* next = nullptr;  // where the caller's next product starts to read, if known: a hint
 };
 
 struct QuantizedKernels {

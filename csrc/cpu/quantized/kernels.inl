@@ -140,10 +140,12 @@ constexpr int kFewRows = 6;
 constexpr int kChains = kLanes == 16 ? 4 : 1;
 constexpr int64_t kAheadBytes = 4096;  // prefetched
 
+// `next`: what is read after this block.
 template <int kBits, int kRows>
-void multiply_block(const QuantizedProduct& p, int64_t block) {
+void multiply_block(const QuantizedProduct& p, int64_t block, const uint8_t* next) {
   const Tile<kRows, kBlockVectors> t(p, 0, block * kBlockVectors);
   const QuantizedPanel& b = p.b;
+  const int64_t bytes = b.words * kWordBytes * kBits / 8, gap = next - (t.values[0] + bytes);
   Floats total[kRows][kBlockVectors] = {};
   for (int64_t g = 0; g < b.groups; ++g) {
     Ints sum[kChains][kRows][kBlockVectors];
@@ -159,7 +161,10 @@ void multiply_block(const QuantizedProduct& p, int64_t block) {
     const int64_t begin = g * b.group_words, end = begin + b.group_words < b.words ? begin + b.group_words : b.words;
     const auto add_word = [&](int64_t word, int half, Ints(&chain)[kRows][kBlockVectors]) {
       const int64_t at = word / kHalves<kBits> * kWordBytes;
-      if (half == 0) __builtin_prefetch(t.values[0] + at + kAheadBytes, 0, 3);
+      if (half == 0) {
+        const int64_t ahead = at + kAheadBytes;
+        __builtin_prefetch(t.values[0] + ahead + (ahead < bytes ? 0 : gap), 0, 3);
+      }
       Weights w[kBlockVectors];
 #pragma GCC unroll 8
       for (int j = 0; j < kBlockVectors; ++j) w[j] = weights_at<kBits>(t.values[j] + at, half);
@@ -224,7 +229,10 @@ void multiply_bits(const QuantizedProduct& p) {
   const int64_t blocks = (p.num_columns + kBlockRows - 1) / kBlockRows, vectors = blocks * kBlockVectors;
   if (p.num_rows <= kFewRows) {
     return with_count(p.num_rows, [&]<int kRows>() {
-      for (int64_t block = 0; block < blocks; ++block) multiply_block<kBits, kRows>(p, block);
+      for (int64_t block = 0; block < blocks; ++block) {
+        const uint8_t* const following = p.b.values + (block + 1) * (p.b.words * kWordBytes * kBits / 8);
+        multiply_block<kBits, kRows>(p, block, block + 1 == blocks && p.next != nullptr ? p.next : following);
+      }
     });
   }
   int64_t first = 0;

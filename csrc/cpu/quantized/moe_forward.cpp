@@ -33,7 +33,13 @@ struct FirstProjection {
   const Kernels& k;
   const QuantizedKernels& q;
 
-  void run(const Tile& tile, float* c) const {
+  // The first weights that a tile reads.
+  const uint8_t* start(const Tile& tile) const {
+    const GateColumns columns = gate_columns(args.options, a.shape[1], tile.column, 1, kPanel);
+    return QuantizedMatrix(args.gate_up_proj, tile.expert).from(columns.begin[0]).values;
+  }
+
+  void run(const Tile& tile, const uint8_t* next, float* c) const {
     const int64_t intermediate_size = a.shape[1];
     const int64_t count = std::min(kPanel, intermediate_size - tile.column);
     const GateColumns columns = gate_columns(args.options, intermediate_size, tile.column, count, kPanel);
@@ -45,7 +51,8 @@ struct FirstProjection {
                   .num_rows = tile.num_rows,
                   .b = matrix.from(columns.begin[i]),
                   .num_columns = columns.count[i],
-                  .c = c + i * kTile});
+                  .c = c + i * kTile,
+                  .next = i == 0 && columns.count[1] > 0 ? matrix.from(columns.begin[1]).values : next});
     }
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       float* const part[2] = {c + m * kPanel, c + kTile + m * kPanel};
@@ -73,16 +80,47 @@ struct SecondProjection {
   const Kernels& k;
   const QuantizedKernels& q;
 
-  // Columns [column, column + 64) of the tokens [first_token, last_token); `sums` has a row of 64 for each.
-  void run(int64_t column, int64_t first_token, int64_t last_token, float* sums, float* c) const {
+  // Columns [column, column + 64) of the tokens [first_token, last_token).
+  struct Block {
+    int64_t column, first_token, last_token;
+  };
+  struct Range {  // slots
+    int64_t first, last;
+  };
+
+  Range slots_of(const Block& block, int64_t e) const {
+    const int32_t* const begin = slots.token_indices + slots.expert_offsets[e];
+    const int32_t* const end = slots.token_indices + slots.expert_offsets[e + 1];
+    if (begin == end) return {};
+    return {std::lower_bound(begin, end, block.first_token) - slots.token_indices,
+            std::lower_bound(begin, end, block.last_token) - slots.token_indices};
+  }
+
+  int64_t next_expert(const Block& block, int64_t e) const {  // the next one with rows of its tokens
+    const int64_t num_experts = args.down_proj.values.shape[0];
+    for (++e; e < num_experts; ++e) {
+      const auto [first, last] = slots_of(block, e);
+      if (first < last) break;
+    }
+    return e;
+  }
+
+  // The weights that a block reads after those of expert e; null: none.
+  const uint8_t* start_after(const Block& block, int64_t e) const {
+    const int64_t next = next_expert(block, e);
+    if (next == args.down_proj.values.shape[0]) return nullptr;
+    return QuantizedMatrix(args.down_proj, next).from(block.column).values;
+  }
+
+  // `next`: what is read after this block; `sums` has a row of 64 for each token.
+  void run(const Block& block, const uint8_t* next, float* sums, float* c) const {
+    const auto [column, first_token, last_token] = block;
     const int64_t num_experts = args.down_proj.values.shape[0];
     const int64_t columns = std::min(kPanel, args.y.shape[1] - column);
     std::fill(sums, sums + (last_token - first_token) * kPanel, 0.0f);
-    for (int64_t e = 0; e < num_experts; ++e) {
-      const int32_t* const begin = slots.token_indices + slots.expert_offsets[e];
-      const int32_t* const end = slots.token_indices + slots.expert_offsets[e + 1];
-      const int64_t first = std::lower_bound(begin, end, first_token) - slots.token_indices;
-      const int64_t last = std::lower_bound(begin, end, last_token) - slots.token_indices;
+    for (int64_t e = next_expert(block, -1); e < num_experts; e = next_expert(block, e)) {
+      const auto [first, last] = slots_of(block, e);
+      const uint8_t* const following = start_after(block, e);
       for (int64_t s = first; s < last; s += kMaxRows) {
         const int64_t rows = std::min<int64_t>(kMaxRows, last - s);
         const QuantizedRows from{a.values + s * a.stride, a.stride, a.scales + s,
@@ -92,7 +130,8 @@ struct SecondProjection {
                     .num_rows = rows,
                     .b = QuantizedMatrix(args.down_proj, e).from(column),
                     .num_columns = columns,
-                    .c = c});
+                    .c = c,
+                    .next = following != nullptr ? following : next});
         for (int64_t m = 0; m < rows; ++m) {
           float* const row = c + m * kPanel;
           if (args.down_bias.defined()) {
@@ -146,8 +185,10 @@ void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec) 
     // taken before the rows of a, whose number is known only now
     memory = static_cast<float*>(workspace.take_bytes(num_threads * thread_floats * 4));
     const auto num_tiles = static_cast<int64_t>(tiles.size());
-    parallel_for(num_threads, num_tiles,
-                 [&](int64_t i, int thread) { first.run(tiles[static_cast<size_t>(i)], own(thread)); });
+    parallel_for_ahead(num_threads, num_tiles, [&](int64_t i, int64_t next, int thread) {
+      const uint8_t* const start = next >= 0 ? first.start(tiles[static_cast<size_t>(next)]) : nullptr;
+      first.run(tiles[static_cast<size_t>(i)], start, own(thread));
+    });
     return quantize_rows(workspace, a, row_bytes, args.x.dtype, used_slots, args.down_proj, num_threads);
   }();
   if (args.h.defined()) {
@@ -158,11 +199,16 @@ void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec) 
   if (num_tokens == 0) return;
 
   const SecondProjection second{args, quantized_a, slots, k, q};
-  parallel_for(num_threads, ceil_div(num_tokens, chunk) * column_blocks, [&](int64_t task, int thread) {
+  const auto block_of = [&](int64_t task) {
     const int64_t first_token = task / column_blocks * chunk;
-    second.run(task % column_blocks * kPanel, first_token, std::min(num_tokens, first_token + chunk),
-               own(thread) + 2 * kTile, own(thread));
-  });
+    return SecondProjection::Block{task % column_blocks * kPanel, first_token,
+                                   std::min(num_tokens, first_token + chunk)};
+  };
+  parallel_for_ahead(num_threads, ceil_div(num_tokens, chunk) * column_blocks,
+                     [&](int64_t task, int64_t next, int thread) {
+                       const uint8_t* const start = next >= 0 ? second.start_after(block_of(next), -1) : nullptr;
+                       second.run(block_of(task), start, own(thread) + 2 * kTile, own(thread));
+                     });
 }
 
 }  // namespace switchgear::cpu
