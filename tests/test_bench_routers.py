@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from switchgear import plan
-from switchgear.cli import bench_routers, main, plain_routers
+from switchgear.cli import bench_routers, main, plain_routers, timing
 from switchgear.cli.bench_routers import same
 from switchgear.cli.router_policies import Policy, policies
 from switchgear.cli.shapes import ROUTER_SHAPES, Shape
@@ -54,6 +54,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setitem(ROUTER_SHAPES, "olmoe", SMALL)
     monkeypatch.setattr(bench_routers, "TOKENS", 512)
     monkeypatch.setattr(bench_routers, "SECONDS", 0.0)
+    monkeypatch.setattr(bench_routers, "TRIES", 1)
+    monkeypatch.setattr(timing, "TURN_SECONDS", 1e-9)
     monkeypatch.setattr(bench_routers, "MOST_BYTES", 3 * 16 * 8 * 16)  # a slice of the layer
     page, file = tmp_path / "routers.md", tmp_path / "routers.json"
     page.write_text("# Costs\n\n<!-- bench:routers -->\nold\n<!-- /bench:routers -->\n\nThe end.\n")
