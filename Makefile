@@ -124,7 +124,7 @@ wheel: | $(BIN)/python
 
 test-torch: wheel
 	$(PYTHON) -m venv --clear $(TORCH_VENV)
-	$(TORCH_VENV)/bin/python -m pip install --disable-pip-version-check 'torch==$(TORCH).*' pytest hypothesis 'numpy>=2.1' dist/*.whl
+	$(TORCH_VENV)/bin/python -m pip install --disable-pip-version-check 'torch==$(TORCH).*' 'pytest>=8.2' hypothesis scipy 'numpy>=2.1' dist/*.whl
 	$(TORCH_VENV)/bin/python -m pytest $(CORE_TESTS) $(PYTEST_ARGS)
 
 # ---- work on the sources -------------------------------------------------------------------------------------------------

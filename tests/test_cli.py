@@ -330,7 +330,7 @@ def test_tables_go_where_a_document_wants_them() -> None:
     text = "before\n<!-- bench:summary -->\nold\n<!-- /bench:summary -->\nafter\n"
     filled = fill(text, results)
     assert "old" not in filled
-    assert "| olmoe | bf16 | 2.0 ms, 50 %, **3.5x** |  |  |" in filled
+    assert "| olmoe | bf16 | 2.00 ms, 50 %, **3.5x** |  |  |" in filled
     assert filled.startswith("before\n<!-- bench:summary -->\n|")
     assert filled.endswith("|\n<!-- /bench:summary -->\nafter\n")
     assert fill(filled, results) == filled

@@ -7,6 +7,7 @@ between them is replaced. A new file, or one without such lines, gets the machin
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,11 +96,17 @@ def case_table(results: dict[str, Any]) -> str:
                   "" if is_undisturbed(rows) else "disturbed"]  # fmt: skip
         cells = [row["shape"], f"{row['tokens']:,}", row["dtype"], ", ".join(filter(None, extras))]
         for mine in (plain, packed):
-            cells += [f"{mine['ms']:.2f}", f"{mine['percent_of_floor']:.0f} %"] if mine else ["", ""]
+            cells += [_milliseconds(mine), f"{mine['percent_of_floor']:.0f} %"] if mine else ["", ""]
         best = _fastest([mine for mine in (plain, packed) if mine])
         cells += [_against(hugging_face, plain, ""), _against(other, best, other["peer"] if other else "")]
         lines.append(cells)
     return table(header, rule, lines)
+
+
+def _milliseconds(row: Row) -> str:
+    """Three digits at least: 0.0297, 2.90, 1,307."""
+    ms = float(row["ms"])
+    return f"{ms:,.{max(2 - math.floor(math.log10(ms)), 0)}f}"
 
 
 def _fastest(rows: list[Row]) -> Row | None:
@@ -110,7 +117,7 @@ def _against(theirs: Row | None, ours: Row | None, name: str) -> str:
     if theirs is None:
         return ""
     ratio = f", {theirs['ms'] / ours['ms']:.2f}x" if ours else ""
-    return f"{theirs['ms']:.2f}" + (f" ({name})" if name else "") + ratio
+    return _milliseconds(theirs) + (f" ({name})" if name else "") + ratio
 
 
 def summary_table(results: dict[str, Any]) -> str:
@@ -124,7 +131,7 @@ def summary_table(results: dict[str, Any]) -> str:
         ):
             continue
         ours, theirs = timed["switchgear"], timed[BASELINES[0]]
-        cell = f"{ours['ms']:.1f} ms, {ours['percent_of_floor']:.0f} %, **{theirs['ms'] / ours['ms']:.1f}x**"
+        cell = f"{_milliseconds(ours)} ms, {ours['percent_of_floor']:.0f} %, **{theirs['ms'] / ours['ms']:.1f}x**"
         if (packed := timed.get("switchgear_packed")) is not None:
             cell += f"; packed **{theirs['ms'] / packed['ms']:.1f}x**"
         found.setdefault((row["shape"], row["dtype"]), {})[row["mode"], row["tokens"]] = cell
