@@ -128,6 +128,19 @@ void py_assign_balanced(handle values, handle sequence_ids, handle expert_ids, i
   run(assign_balanced, args, execution);
 }
 
+void py_assign_capped(handle values, handle sequence_ids, handle limits, handle assignment, int64_t cap, double entropy,
+                      int64_t iterations, ExecutionArgument execution) {
+  Arrays arrays = arrays_of(execution);
+  const AssignCappedArgs args{.values = arrays.in("values", values),
+                              .sequence_ids = arrays.in_or_none("sequence_ids", sequence_ids),
+                              .limits = arrays.in("limits", limits),
+                              .cap = cap,
+                              .entropy = entropy,
+                              .iterations = iterations,
+                              .assignment = arrays.out("assignment", assignment)};
+  run(assign_capped, args, execution);
+}
+
 // ---- plan ---
 
 void py_plan(handle topk_ids, handle expert_offsets, handle token_indices, handle slot_indices,
@@ -387,6 +400,11 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
   if (backend.assign_balanced != nullptr) {
     m.def("assign_balanced", &py_assign_balanced, "Writes an expert for each token, equally many tokens for each.",  //
           "values"_a, "sequence_ids"_a, "expert_ids"_a, "num_sequences"_a, "eps"_a, "max_iterations"_a,
+          py::arg(kExecutionArgument));
+  }
+  if (backend.assign_capped != nullptr) {
+    m.def("assign_capped", &py_assign_capped, "Writes what experts choose by where tokens have a cap.",  //
+          "values"_a, "sequence_ids"_a, "limits"_a, "assignment"_a, "cap"_a, "entropy"_a, "iterations"_a,
           py::arg(kExecutionArgument));
   }
   m.def("plan", &py_plan, "Writes the slots of topk_ids in the order (expert, token, choice).",  //

@@ -251,6 +251,23 @@ void assign_balanced(const AssignBalancedArgs& args, Execution exec) {
   kernel_of(call, call.backend().assign_balanced)(args, exec);
 }
 
+void assign_capped(const AssignCappedArgs& args, Execution exec) {
+  Call call(exec);
+  Dim T{"T", 0}, E{"E"}, B{"B"};
+  SWITCHGEAR_CHECK(ValueError, args.cap >= 1, "cap: expected at least 1, got ", args.cap);
+  SWITCHGEAR_CHECK(ValueError, std::isfinite(args.entropy) && args.entropy > 0,
+                   "entropy: expected a positive number, got ", args.entropy);
+  SWITCHGEAR_CHECK(ValueError, args.iterations >= 0, "iterations: expected at least 0, got ", args.iterations);
+  call.input("values", args.values, kFloat, {&T, &E}, kRows);
+  if (args.sequence_ids.defined()) call.input("sequence_ids", args.sequence_ids, kInt32, {&T});
+  call.input("limits", args.limits, kInt32, {&B});
+  call.output("assignment", args.assignment, kFloat32, {&T, &E});
+  slots(T, E);
+  call.check_overlap();
+  check_sequences(args.sequence_ids, args.limits, B);
+  kernel_of(call, call.backend().assign_capped)(args, exec);
+}
+
 // ---- plan ---
 
 void plan(const PlanArgs& args, Execution exec) {

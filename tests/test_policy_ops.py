@@ -249,6 +249,60 @@ def test_assign_balanced_is_near_the_best(backend: str, num_tokens: int, num_exp
     assert best - num_tokens * 1e-2 - 1e-3 <= total <= best + 1e-3
 
 
+# ---- assign_capped ---------------------------------------------------------------------------------------------------
+
+
+def capped_limits(sequence_ids: Tensor | None, count: int, num_tokens: int, num_experts: int, each: int) -> Tensor:
+    owner = torch.zeros(num_tokens, dtype=torch.int64) if sequence_ids is None else sequence_ids.long()
+    return (torch.bincount(owner, minlength=count) * each // num_experts).clamp(min=1).int()
+
+
+@pytest.mark.parametrize("order", SEQUENCES)
+@pytest.mark.parametrize("entropy", [1.0, 1e-2, 1e-3])
+def test_assign_capped_against_float64(backend: str, order: str, entropy: float) -> None:
+    """A round subtracts the charges of experts and of tokens from numbers of about 1 / entropy, and finds either anew:
+    four roundings to float32. A price moves by no more than the values that it is made of do, so they only add up."""
+    rounds = 10
+    for (num_tokens, num_experts), cap in itertools.product((*SHAPES, (700, 16)), (1, 3, 6)):
+        values = (torch.randn(num_tokens, num_experts) * 2).softmax(-1)
+        sequence_ids, count = sequences(order, num_tokens)
+        limits = capped_limits(sequence_ids, count, num_tokens, num_experts, min(cap, num_experts))
+        assignment = ops.assign_capped(values, sequence_ids, limits, cap, entropy, rounds)
+        wanted = on_reference("assign_capped", values.double(), sequence_ids, limits, cap, entropy, rounds)
+        assert assignment.dtype == torch.float32
+        assert wanted.dtype == torch.float64
+        largest = max(float(wanted.abs().max()), 1 / entropy)
+        torch.testing.assert_close(assignment.double(), wanted, rtol=0, atol=4 * (rounds + 1) * largest * 2**-24)
+
+
+def test_assign_capped_fills_experts(backend: str) -> None:
+    """The last prices are those of experts: each has its limit, to the precision of exp of a float32 near 1 / λ."""
+    values, limits = (torch.randn(600, 20) * 2).softmax(-1), torch.tensor([90], dtype=torch.int32)
+    assignment = ops.assign_capped(values, None, limits, 4, 1e-3, 30)
+    columns = assignment.double().exp().clamp(max=1).sum(0)
+    torch.testing.assert_close(columns, torch.full_like(columns, 90), rtol=1000 * 2**-23, atol=0)
+    assert float(assignment.double().exp().clamp(max=1).sum(1).max()) < 4.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", SEQUENCES)
+def test_assign_capped_of_any_values(backend: str, kind: str, order: str) -> None:
+    """Numbers for numbers of any bits, and alike for tokens alike."""
+    for num_tokens, num_experts in SHAPES:
+        values = logits_of(kind, num_tokens, num_experts)
+        sequence_ids, count = sequences(order, num_tokens)
+        limits = torch.randint(0, num_tokens + 3, (count,), dtype=torch.int32)
+        assignment = ops.assign_capped(values, sequence_ids, limits, 2, 1e-3, 5)
+        assert assignment.shape == values.shape
+        assert not assignment.isnan().any()
+
+
+def test_assign_capped_without_a_cap(backend: str) -> None:
+    values, limits = torch.randn(33, 17), torch.tensor([4], dtype=torch.int32)
+    for cap in (17, 18):
+        assert torch.equal(ops.assign_capped(values, None, limits, cap, 0.25, 5), values * 4)
+
+
 # ---- all -------------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +313,7 @@ def test_no_tokens(backend: str) -> None:
     assert route_dynamic(none, top_p=0.4).topk_ids.shape == (0, 4)
     assert ops.fit_capacity(ids, None, None, None, limits, 4, "order", 0).shape == (0, 2)
     assert ops.assign_balanced(none, None, 1, -1.0, 10).shape == (0,)
+    assert ops.assign_capped(none, None, limits, 2, 1e-3, 10).shape == (0, 4)
 
 
 @pytest.mark.checks_values
@@ -278,6 +333,12 @@ def test_no_tokens(backend: str) -> None:
         ("assign_balanced", {"max_iterations": -1}, "max_iterations"),
         ("assign_balanced", {"sequence_ids": [0, 1, 0, 0]}, "sequence_ids"),
         ("assign_balanced", {"eps": math.nan}, "eps"),
+        ("assign_capped", {"limits": [-1]}, "limits"),
+        ("assign_capped", {"sequence_ids": [0, 1, 0, 0]}, "sequence_ids"),
+        ("assign_capped", {"cap": 0}, "cap"),
+        ("assign_capped", {"entropy": 0.0}, "entropy"),
+        ("assign_capped", {"entropy": math.inf}, "entropy"),
+        ("assign_capped", {"iterations": -1}, "iterations"),
         ("route_dynamic", {"max_experts": 9}, "max_experts"),
         ("route_dynamic", {"min_experts": 9}, "min_experts"),
         ("route_dynamic", {"top_p": -0.1}, "top_p"),
@@ -295,6 +356,10 @@ def test_errors(backend: str, op: str, changes: dict[str, Any], message: str) ->
         },
         "assign_balanced": {
             "values": torch.zeros(4, 8), "sequence_ids": None, "num_sequences": 1, "eps": -1.0, "max_iterations": 9,
+        },
+        "assign_capped": {
+            "values": torch.zeros(4, 8), "sequence_ids": None, "limits": [1], "cap": 2, "entropy": 1e-3,
+            "iterations": 3,
         },
         "route_dynamic": {
             "router_logits": torch.zeros(4, 8), "selection_bias": None, "max_experts": 8, "min_experts": 1,
@@ -320,6 +385,7 @@ def test_threads_change_nothing(isa: str, threads: int) -> None:
             *route_dynamic(logits, top_p=0.5)[:2],
             ops.fit_capacity(ids, None, logits, sequence_ids, limits, 60, "choice", 60),
             ops.assign_balanced(logits, sequence_ids, count, -1.0, 50),
+            ops.assign_capped(logits, sequence_ids, limits, 3, 1e-2, 10),
         ]
 
     wanted = results()

@@ -143,6 +143,7 @@ const Backend& cpu_backend() {
                                     .column_topk = cpu::column_topk,
                                     .fit_capacity = cpu::fit_capacity,
                                     .assign_balanced = cpu::assign_balanced,
+                                    .assign_capped = cpu::assign_capped,
                                     .quantized_grouped_gemm = cpu::quantized_grouped_gemm,
                                     .quantized_moe_forward = cpu::quantized_moe_forward,
                                     .panel = cpu_panel};

@@ -13,6 +13,12 @@ constexpr int64_t kKeyLanes = 32;      // keys are padded to a multiple, with kN
 constexpr int64_t kMaxExtracted = 16;  // from here on sorting is faster
 constexpr int64_t kNoKey = INT64_MIN;  // below every key
 
+// Of a row: how many values are at least a bound, and the largest of the others.
+struct Reaching {
+  int64_t count;
+  float next;
+};
+
 struct RowKernels {
   void (*sanitise)(float* values, int64_t n);
 
@@ -25,6 +31,10 @@ struct RowKernels {
   void (*make_keys)(const float* values, int64_t* keys, int64_t n);
   // The indices of the `count` largest keys, largest first; takes them out of the padded keys.
   void (*extract_best)(int64_t* keys, int64_t n, int64_t count, int32_t* indices);
+  // Of n < 2^31 values; `next` is NaN where there are no others.
+  Reaching (*reaching)(const float* values, int64_t n, float bound);
+  // Σ exp(values[j] - highest) over the values that are not above it.
+  double (*sum_of_powers)(const float* values, int64_t n, float highest);
   bool has_extract;  // whether the ISA compares vectors of 64-bit integers
 };
 

@@ -83,12 +83,52 @@ void extract_best_keys(int64_t* keys, int64_t n, int64_t count, int32_t* indices
   }
 }
 
+// The sign of value - bound says it: comparisons of floats are not made vectors of.
+Reaching reaching(const float* values, int64_t n, float bound) {
+  int32_t below = 0, next = INT32_MIN;  // which is below all keys
+  for (int64_t j = 0; j < n; ++j) {
+    const int32_t sign = std::bit_cast<int32_t>(values[j] - bound) >> 31;  // -1 below the bound
+    const int32_t key = (ordered(values[j]) & sign) | (INT32_MIN & ~sign);
+    below += sign;
+    next = key > next ? key : next;
+  }
+  return {n + below, unordered(next)};
+}
+
+double sum_of_powers(const float* values, int64_t n, float highest) {
+  constexpr int64_t kBlock = 512;
+  constexpr int64_t kLanes = 16;
+  constexpr int32_t kNothing = std::bit_cast<int32_t>(-kFloatMax);  // exp of it is 0
+  float powers[kBlock];
+  double sum = 0.0;
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t count = n - first < kBlock ? n - first : kBlock;
+    for (int64_t j = 0; j < count; ++j) {
+      const int32_t bits = std::bit_cast<int32_t>(values[first + j] - highest);
+      powers[j] = exp_f32(std::bit_cast<float>(bits > 0 ? kNothing : bits));
+    }
+    int64_t padded = count;
+    for (; padded % kLanes != 0; ++padded) powers[padded] = 0.0f;
+    float lanes[kLanes] = {};
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      for (int64_t l = 0; l < kLanes; ++l) lanes[l] += powers[j + l];
+    }
+    for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+      for (int64_t l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+    }
+    sum += lanes[0];
+  }
+  return sum;
+}
+
 constexpr RowKernels make_row_table(bool has_extract) {
   return {.sanitise = sanitise_row,
           .softmax_numerators = softmax_numerators,
           .scores = scores_of_rows,
           .make_keys = make_row_keys,
           .extract_best = extract_best_keys,
+          .reaching = reaching,
+          .sum_of_powers = sum_of_powers,
           .has_extract = has_extract};
 }
 

@@ -28,6 +28,7 @@ struct Backend {
   void (*column_topk)(const ColumnTopkArgs&, Execution) = nullptr;
   void (*fit_capacity)(const FitCapacityArgs&, Execution) = nullptr;
   void (*assign_balanced)(const AssignBalancedArgs&, Execution) = nullptr;
+  void (*assign_capped)(const AssignCappedArgs&, Execution) = nullptr;
   void (*quantized_grouped_gemm)(const QuantizedGroupedGemmArgs&, Execution) = nullptr;
   void (*quantized_moe_forward)(const QuantizedMoeForwardArgs&, Execution) = nullptr;
   int64_t (*panel)(DType) =

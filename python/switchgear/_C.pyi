@@ -96,6 +96,16 @@ def assign_balanced(
     max_iterations: int,
     num_threads: int,
 ) -> None: ...
+def assign_capped(
+    values: _Array,
+    sequence_ids: _Array | None,
+    limits: _Array,
+    assignment: _Array,
+    cap: int,
+    entropy: float,
+    iterations: int,
+    num_threads: int,
+) -> None: ...
 def plan(
     topk_ids: _Array,
     expert_offsets: _Array,

@@ -351,6 +351,38 @@ assign_balanced: Callable[..., Tensor] = _register(
 )
 
 
+def _allocate_assign_capped(values: Tensor, *_: Any) -> Tensor:
+    return values.new_empty(_matrix("values", values).shape, dtype=reference.weight_dtype(values.dtype))
+
+
+def _assign_capped(
+    kernels: Kernels,
+    values: Tensor,
+    sequence_ids: Tensor | None,
+    limits: Tensor,
+    cap: int,
+    entropy: float,
+    iterations: int,
+    longest: int | None = None,
+    largest: int | None = None,
+) -> Tensor:
+    assignment = _allocate_assign_capped(values)
+    kernels.module.assign_capped(
+        _rows(values), _dense(sequence_ids), limits.contiguous(), assignment, cap, entropy, iterations,
+        kernels.execution(),
+    )  # fmt: skip
+    return assignment
+
+
+assign_capped: Callable[..., Tensor] = _register(
+    "assign_capped(Tensor values, Tensor? sequence_ids, Tensor limits, int cap, float entropy, int iterations, "
+    "int? longest=None, int? largest=None) -> Tensor",
+    _assign_capped,
+    _allocate_assign_capped,
+    reference_policies,
+)
+
+
 # ---- plan ------------------------------------------------------------------------------------------------------------
 
 

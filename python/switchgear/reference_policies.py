@@ -303,3 +303,77 @@ def _bounded(values: Tensor, sequence: Tensor, num_sequences: int) -> tuple[Tens
     top = torch.where(high >= low, high + spread + 1, 1)[sequence][:, None]
     bottom = torch.where(high >= low, low - spread - 1, 0)[sequence][:, None]
     return torch.where(is_finite, values, torch.where(values > 0, top, bottom)), spread
+
+
+# ---- assign_capped ---------------------------------------------------------------------------------------------------
+
+
+def assign_capped(
+    values: Tensor,
+    sequence_ids: Tensor | None,
+    limits: Tensor,
+    cap: int,
+    entropy: float,
+    iterations: int,
+    longest: int | None = None,
+    largest: int | None = None,
+) -> Tensor:
+    """log A [T,E], up to values above 0 for 1, of the assignment A that is max ⟨S, A⟩ + entropy · H(A) with
+    Σ_t A = limits[b] of each sequence b, Σ_e A <= cap, 0 <= A <= 1; S is values [T,E], limits [B] int32. float32, or
+    float64 of such values. With cap >= E it is S / entropy.
+
+    A = min(1, exp(S / entropy + price_e - price_t)). Each of the iterations makes the sums of the experts exact and
+    then those of the tokens, which is coordinate ascent on the dual problem; those of the experts are made exact once
+    more. A limit above the length of a sequence is that length. What is not finite, or has a magnitude above the root
+    of the largest number after the division, counts as plus or minus this root; NaN as the lowest.
+
+    longest and largest, no less than the tokens of a sequence and than a limit, save that they are read back.
+    """
+    _check("values", values, (None, None))
+    num_tokens, num_experts = values.shape
+    _check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
+    _check("limits", limits, (None,), torch.int32)
+    if cap < 1:
+        raise ValueError(f"cap: expected at least 1, got {cap}")
+    if not 0 < entropy < math.inf:
+        raise ValueError(f"entropy: expected a positive number, got {entropy}")
+    if iterations < 0:
+        raise ValueError(f"iterations: expected at least 0, got {iterations}")
+    _check_contents("sequence_ids", sequence_ids, 0, limits.shape[0])
+    _check_contents("limits", limits, 0, 2**31 - 1)
+    huge = torch.finfo(_wide(values).dtype).max ** 0.5
+    worth = (sanitize(_wide(values)) / entropy).clamp(-huge, huge)
+    if cap >= num_experts or num_tokens == 0:  # no token can have more
+        return worth
+    sequence = _sequences(sequence_ids, num_tokens, values.device)
+    sizes = _sizes(sequence, limits.shape[0])
+    longest = num_tokens if sequence_ids is None else int(sizes.max()) if longest is None else longest
+    tokens = torch.arange(num_tokens, device=values.device)
+    at = sequence * longest + _places(sequence, tokens, limits.shape[0])  # in [B,longest], whose rest is no token
+    padded = worth.new_full((limits.shape[0] * longest, num_experts), -math.inf).index_copy(0, at, worth)
+    plan = padded.view(-1, longest, num_experts).mT
+    each = limits.minimum(sizes).to(worth.dtype)[:, None, None]
+    most = torch.full_like(each[:1], cap)
+    largest = min(int(limits.max()) if largest is None else largest, longest)
+    of_token = torch.zeros_like(plan[:, :1])
+    for _ in range(iterations):
+        of_expert = _price(plan - of_token, each, largest)
+        of_token = (-_price((plan + of_expert).mT.contiguous(), most, cap)).clamp(min=0).mT
+    of_expert = _price(plan - of_token, each, largest)
+    return (plan + of_expert - of_token).mT.reshape(-1, num_experts)[at]
+
+
+def _price(values: Tensor, total: Tensor, largest: int) -> Tensor:
+    """p [...,1] such that Σ min(1, exp(values + p)) over the last dimension is `total`, at most `largest` and its size.
+
+    If the j largest become 1, the others have to sum to total - j; the first j for which none of them exceeds 1 is the
+    solution. j < total, so that only the `largest` best have to be sorted. Rows of -inf give inf.
+    """
+    descending, best = values.topk(min(max(largest, 1), values.shape[-1]), -1)
+    others = values.scatter(-1, best, -math.inf).logsumexp(-1, keepdim=True)
+    ascending = torch.cat((others, descending.flip(-1)), -1)
+    rest = ascending.logcumsumexp(-1)[..., 1:].flip(-1)  # of the elements from j on
+    left = total - torch.arange(descending.shape[-1], dtype=values.dtype, device=values.device)
+    price = left.clamp(min=torch.finfo(values.dtype).tiny).log() - rest
+    first = ((descending + price <= 0) & (left > 0)).to(torch.int8).argmax(-1, keepdim=True)
+    return price.gather(-1, first)

@@ -91,6 +91,10 @@ OPS = {
         {"values": "TE float32", "sequence_ids": "T int32", "expert_ids": "T int32 out"},
         {"num_sequences": 2, "eps": -1.0, "max_iterations": 5},
     ),
+    "assign_capped": Op(
+        {"values": "TE float rows", "sequence_ids": "T int32", "limits": "B int32", "assignment": "TE float32 out"},
+        {"cap": 2, "entropy": 1e-3, "iterations": 5},
+    ),
     "plan": Op({"topk_ids": "TK int32"} | {name: spec + " out" for name, spec in PLAN.items()}, {}),
     "permute": Op(
         {"x": "TH float rows", **PLAN, "topk_weights": "TK float32", "permuted_x": "SH float rows out"},
@@ -194,6 +198,7 @@ def is_optional(op: str, name: str) -> bool:
         "column_topk": {"sequence_ids"},
         "fit_capacity": {"scores", "sequence_ids"},
         "assign_balanced": {"sequence_ids"},
+        "assign_capped": {"sequence_ids"},
         "permute": {"topk_weights"},
         "combine": {"topk_weights"},
         "grouped_gemm": {"token_indices"},

@@ -13,22 +13,7 @@ from switchgear import ops
 from switchgear.functional import Routing, route
 from switchgear.reference import check_choice
 from switchgear.routing.context import NOTHING_KNOWN, Context, check_scope, is_per_sequence, sequences
-from switchgear.routing.ranking import choose, finite, positions, scores_of, uniform
-
-
-def token_rows(context: Context, num_tokens: int, per_sequence: bool, device: torch.device) -> Tensor:
-    """The tokens that compete with each other, [B,L] int64: a row per sequence, or a single one. -1 past the last token
-    of a shorter sequence. (Only for sequences of unequal lengths is L read back.)"""
-    tokens = torch.arange(num_tokens, device=device)
-    if not per_sequence:
-        return tokens[None]
-    sequence, count = sequences(context, num_tokens, device)
-    if context.sequence_ids is None:
-        return tokens.view(count, -1)
-    column, sizes = positions(sequence, count)
-    length = int(sizes.max()) if num_tokens else 0
-    rows = torch.full((count * length,), -1, dtype=torch.int64, device=device)
-    return rows.scatter(0, sequence * length + column, tokens).view(count, length)
+from switchgear.routing.ranking import choose, finite, scores_of, uniform
 
 
 @dataclass(frozen=True)
@@ -91,7 +76,7 @@ class ExpertChoice:
             )
         sequence, limits = self._limits(context, num_tokens, num_experts, router_logits.device)
         if self.max_experts_per_token is not None and self.cap_iterations:
-            values = self._capped(values, context, limits)
+            values = self._capped(values, sequence, limits, context)
         taken = self._best(values, sequence, limits, context)
         ids = taken if self.max_experts_per_token is None else self._cap(taken, values)
         if self.max_experts_per_token is None and not _must_not_read(ids):
@@ -132,21 +117,20 @@ class ExpertChoice:
         best = choose(worth, min(self.max_experts_per_token, ids.shape[1]))
         return ids.gather(1, best.sort(1).values.long())
 
-    def _capped(self, values: Tensor, context: Context, limits: Tensor) -> Tensor:
-        """What experts choose by under a cap, [T,E]."""
-        num_tokens, num_experts = values.shape
-        rows = token_rows(context, num_tokens, is_per_sequence(self.scope, context), values.device)
-        real = rows >= 0
+    def _capped(self, values: Tensor, sequence: Tensor | None, limits: Tensor, context: Context) -> Tensor:
+        """What experts choose by under a cap, [T,E]. Only of sequences of unequal lengths is the longest read back."""
         assert self.max_experts_per_token is not None
-        length = rows.shape[1]
-        largest = self.tokens_per_expert or max(math.floor(length * self.capacity_factor / num_experts), 1)
-        plan = _capped_plan(
-            values[rows.clamp(min=0)].mT, real, limits.to(values.dtype), min(largest, length),
-            self.max_experts_per_token, self.cap_lambda, self.cap_iterations,
+        if sequence is None:
+            longest = values.shape[0]
+        elif context.sequence_ids is None:
+            longest = values.shape[0] // limits.shape[0]
+        else:
+            longest = int(torch.bincount(sequence).max())
+        largest = self.tokens_per_expert or max(math.floor(longest * self.capacity_factor / values.shape[1]), 1)
+        return ops.assign_capped(
+            values, sequence, limits, self.max_experts_per_token, self.cap_lambda, self.cap_iterations, longest,
+            min(largest, longest),
         )  # fmt: skip
-        target = torch.where(real, rows, num_tokens).flatten()  # the last row takes what is no token
-        result = values.new_zeros(num_tokens + 1, num_experts)
-        return result.index_copy(0, target, plan.mT.reshape(-1, num_experts))[:-1]
 
 
 def _must_not_read(tensor: Tensor) -> bool:
@@ -170,41 +154,3 @@ def _softmax_over_tokens(logits: Tensor, ids: Tensor, sequence: Tensor | None, n
     return powers / torch.zeros_like(logits[:1]).expand(num_sequences, -1).scatter_add(0, index, powers).gather(
         0, index
     )
-
-
-def _capped_plan(
-    scores: Tensor, real: Tensor, tokens_per_expert: Tensor, largest: int, cap: int, entropy: float, iterations: int
-) -> Tensor:
-    """log A [B,E,L], up to values above 0 for 1, of the entropy-regularised assignment of scores [B,E,L] (real [B,L]:
-    which tokens there are) to experts that take tokens_per_expert [B], at most `largest`, and tokens that take at most
-    `cap`.
-
-    A = min(1, exp(S/λ + price_e - price_t)); each round makes the sums of the experts exact and then those of the
-    tokens, which is coordinate ascent on the dual problem.
-    """
-    worth = (scores / entropy).masked_fill(~real[:, None, :], -math.inf)
-    of_expert, of_token = torch.zeros_like(worth[:, :, :1]), torch.zeros_like(worth[:, :1])
-    if cap >= scores.shape[1]:  # no token can have more
-        return worth
-    each, most = tokens_per_expert[:, None, None], torch.full_like(worth[:1, :1, :1], cap)
-    for _ in range(iterations):
-        of_expert = _price(worth - of_token, each, largest)
-        of_token = (-_price((worth + of_expert).mT.contiguous(), most, cap)).clamp(min=0).mT
-    of_expert = _price(worth - of_token, each, largest)
-    return worth + of_expert - of_token
-
-
-def _price(values: Tensor, total: Tensor, largest: int) -> Tensor:
-    """p [...,1] such that Σ min(1, exp(values + p)) over the last dimension is `total`, at most `largest` and its size.
-
-    If the j largest become 1, the others have to sum to total - j; the first j for which none of them exceeds 1 is the
-    solution. j < total, so that only the `largest` best have to be sorted. Rows of -inf give inf.
-    """
-    descending, best = values.topk(min(largest, values.shape[-1]), -1)
-    others = values.scatter(-1, best, -math.inf).logsumexp(-1, keepdim=True)
-    ascending = torch.cat((others, descending.flip(-1)), -1)
-    rest = ascending.logcumsumexp(-1)[..., 1:].flip(-1)  # of the elements from j on
-    left = total - torch.arange(descending.shape[-1], dtype=values.dtype, device=values.device)
-    price = left.clamp(min=torch.finfo(values.dtype).tiny).log() - rest
-    first = ((descending + price <= 0) & (left > 0)).to(torch.int8).argmax(-1, keepdim=True)
-    return price.gather(-1, first)

@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// assign_capped: what experts choose by where a token may have no more than `cap` of them.
+//
+//   work 2·iterations + 1 prices of each of T·E values, 3 to 6 passes each, one exponential an element and pass; the values
+//   of a sequence twice in memory, mostly in L2; bound by instructions
+//
+//   log A = S/λ - charge_e - charge_t: the charges of experts make Σ_t min(1, A) = limits[b], then those of tokens, which are
+//   not negative, make Σ_e min(1, A) <= cap, `iterations` times in turn; and those of experts once more at the end
+//
+// A charge c of a row v is the solution of Σ min(1, exp(v - c)) = total. In exp(-c) this sum is concave and piecewise linear,
+// so Newton's method comes to the solution from one side and ends at it exactly, when no more values reach 1: with j of them
+// there, c = log Σ_others exp(v) - log(total - j). It starts at the charge of the round before. Exponentials are taken from
+// the largest of the others, so that values may lie any distance apart.
+//
+// Values are kept by token and by expert of a sequence, so that both kinds of rows are contiguous. Every row has a fixed order
+// of sums (rows.inl), so threads and ISAs change nothing: float32 for up to 512 values, float64 for the rest. What is not
+// finite, or too large for a difference, counts as ±1.8e19.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "experts.h"
+#include "grouping.h"
+#include "kernels.h"
+#include "ops.h"
+#include "ranking.h"
+#include "rows.h"
+#include "scores.h"
+#include "threads.h"
+
+namespace switchgear::cpu {
+namespace {
+
+const float kHuge = static_cast<float>(std::sqrt(static_cast<double>(kFloatMax)));
+constexpr double kTiny = std::numeric_limits<float>::min();  // stands for a total of 0, which has no logarithm
+constexpr float kUnknown = std::numeric_limits<float>::infinity();
+constexpr int64_t kTransposed = 16;  // tokens and experts of a square
+
+// The lowest charge found in (low, high] that leaves fewer than `total` values at 1: at most 1 above those that do not, if
+// the range is not beyond the precision of float32. `low` leaves too many, or is below all values.
+float first_charge(const RowKernels& k, const float* values, int64_t n, double total, float low, float high) {
+  while (high - low > 1.0f) {
+    const float middle = low + (high - low) / 2;
+    if (middle <= low || middle >= high) break;
+    (k.reaching(values, n, middle).count < total ? high : low) = middle;
+  }
+  return high;
+}
+
+// The charge c >= lowest of a row of n values, 0 < total <= n. `start` is near it, or kUnknown.
+float charge_of(const RowKernels& k, const float* values, int64_t n, double total, float lowest, float start) {
+  float charge = start;
+  Reaching at{};
+  if (start == kUnknown) {
+    const auto [low, high] = std::minmax_element(values, values + n);
+    charge = first_charge(k, values, n, total, *low, std::nextafter(*high, kUnknown));
+  } else if (at = k.reaching(values, n, start); at.count >= total) {
+    float low = start, step = 1.0f;
+    for (; k.reaching(values, n, charge).count >= total; step *= 2) {
+      low = charge;
+      charge += step;
+    }
+    charge = first_charge(k, values, n, total, low, charge);
+  }
+  at = k.reaching(values, n, charge);
+  for (bool from_above = false;; from_above = true) {  // the first step may go up, all others go down
+    charge = static_cast<float>(at.next + std::log(k.sum_of_powers(values, n, at.next)) - std::log(total - at.count));
+    if (charge <= lowest) return lowest;
+    const Reaching next = k.reaching(values, n, charge);
+    if (next.count == at.count || next.count >= total || (from_above && next.count < at.count)) return charge;
+    at = next;
+  }
+}
+
+struct Assignment {
+  explicit Assignment(const AssignCappedArgs& args, int num_threads)
+      : args(args),
+        num_threads(num_threads),
+        num_tokens(args.values.shape[0]),
+        num_experts(args.values.shape[1]),
+        num_sequences(args.limits.shape[0]),
+        sequences(by_sequence(args.sequence_ids.defined() ? args.sequence_ids.as<const int32_t>() : nullptr, num_tokens,
+                              num_sequences)),
+        sequence(num_tokens),
+        by_token(num_tokens * num_experts) {
+    for (int64_t b = 0; b < num_sequences; ++b) {
+      std::fill(sequence.begin() + sequences.offsets[b], sequence.begin() + sequences.offsets[b + 1], b);
+    }
+  }
+
+  int64_t grain() const { return grain_rows(num_experts); }
+
+  // S/λ, tokens in the order of their sequences.
+  void read() {
+    const Kernels& kernels = cpu::kernels();
+    parallel_for_ranges(num_threads, num_tokens, grain(), [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        float* row = by_token.data() + i * num_experts;
+        kernels.load_row(row, row_of(args.values, sequences.members[i]), args.values.dtype, num_experts);
+        for (int64_t e = 0; e < num_experts; ++e) {
+          row[e] = std::clamp(sanitise(row[e]) / static_cast<float>(args.entropy), -kHuge, kHuge);
+        }
+      }
+    });
+  }
+
+  // The same by expert: sequence b has E rows of its length from offsets[b]·E on.
+  void transpose() {
+    by_expert.resize(num_tokens * num_experts);
+    of_expert.assign(num_sequences * num_experts, kUnknown);
+    of_token.assign(num_tokens, 0.0f);
+    const int64_t blocks = ceil_div(num_experts, kTransposed);
+    parallel_for(num_threads, num_sequences * blocks, [&](int64_t task, int) {
+      const int64_t b = task / blocks, first = task % blocks * kTransposed, n = sequences.size(b);
+      const int64_t last = std::min(first + kTransposed, num_experts), begin = sequences.offsets[b];
+      const float* from = by_token.data() + begin * num_experts;
+      float* to = by_expert.data() + begin * num_experts;
+      for (int64_t i = 0; i < n; i += kTransposed) {
+        for (int64_t e = first; e < last; ++e) {
+          for (int64_t t = i; t < std::min(i + kTransposed, n); ++t) to[e * n + t] = from[t * num_experts + e];
+        }
+      }
+    });
+  }
+
+  void charge_experts() {
+    const int32_t* limits = args.limits.as<const int32_t>();
+    parallel_for_ranges(num_threads, num_sequences * num_experts, 1, [&](int64_t row, int64_t, int) {
+      const int64_t b = row / num_experts, e = row % num_experts, n = sequences.size(b);
+      if (n == 0) return;
+      const int64_t begin = sequences.offsets[b];
+      const float* values = by_expert.data() + begin * num_experts + e * n;
+      std::vector<float> charged(n);
+      for (int64_t i = 0; i < n; ++i) charged[i] = values[i] - of_token[begin + i];
+      const double total = std::max(static_cast<double>(std::min<int64_t>(limits[b], n)), kTiny);
+      of_expert[row] = charge_of(rows, charged.data(), n, total, -kUnknown, of_expert[row]);
+    });
+  }
+
+  // writes(token, its row without what experts charge)
+  template <typename Body>
+  void for_each_token(Body&& body) {
+    parallel_for_ranges(num_threads, num_tokens, grain(), [&](int64_t begin, int64_t end, int) {
+      std::vector<float> charged(num_experts);
+      for (int64_t i = begin; i < end; ++i) {
+        const float *values = by_token.data() + i * num_experts, *charges = &of_expert[sequence[i] * num_experts];
+        for (int64_t e = 0; e < num_experts; ++e) charged[e] = values[e] - charges[e];
+        body(i, charged);
+      }
+    });
+  }
+
+  void charge_tokens() {
+    const auto cap = static_cast<double>(args.cap);
+    for_each_token([&](int64_t i, const std::vector<float>& charged) {
+      of_token[i] = charge_of(rows, charged.data(), num_experts, cap, 0.0f, of_token[i]);
+    });
+  }
+
+  void write() {
+    for_each_token([&](int64_t i, const std::vector<float>& charged) {
+      float* out = args.assignment.as<float>() + sequences.members[i] * num_experts;
+      for (int64_t e = 0; e < num_experts; ++e) out[e] = charged[e] - of_token[i];
+    });
+  }
+
+  const AssignCappedArgs& args;
+  const RowKernels& rows = row_kernels();
+  int num_threads;
+  int64_t num_tokens, num_experts, num_sequences;
+  Grouping sequences;
+  std::vector<int64_t> sequence;  // of token members[i]
+  std::vector<float> by_token, by_expert;
+  std::vector<float> of_expert, of_token;  // charges
+};
+
+}  // namespace
+
+void assign_capped(const AssignCappedArgs& args, Execution exec) {
+  Assignment a(args, resolve_threads(exec.num_threads));
+  a.read();
+  a.transpose();
+  if (args.cap >= a.num_experts) {  // no token can have more
+    std::fill(a.of_expert.begin(), a.of_expert.end(), 0.0f);
+  } else {
+    for (int64_t i = 0; i < args.iterations; ++i) {
+      a.charge_experts();
+      a.charge_tokens();
+    }
+    a.charge_experts();
+  }
+  a.write();
+}
+
+}  // namespace switchgear::cpu
