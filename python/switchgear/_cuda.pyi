@@ -82,6 +82,43 @@ def route_backward(
     scale: float,
     execution: Execution,
 ) -> None: ...
+def route_dynamic(
+    router_logits: _Array,
+    selection_bias: _Array | None,
+    topk_ids: _Array,
+    topk_weights: _Array,
+    min_experts: int,
+    score_function: str,
+    top_p: float,
+    threshold: float,
+    normalize: bool,
+    scale: float,
+    execution: Execution,
+) -> None: ...
+def column_topk(
+    values: _Array, sequence_ids: _Array | None, limits: _Array, topk_ids: _Array, execution: Execution
+) -> None: ...
+def fit_capacity(
+    topk_ids: _Array,
+    priorities: _Array | None,
+    scores: _Array | None,
+    sequence_ids: _Array | None,
+    limits: _Array,
+    kept_ids: _Array,
+    num_experts: int,
+    drop: str,
+    candidates: int,
+    execution: Execution,
+) -> None: ...
+def assign_balanced(
+    values: _Array,
+    sequence_ids: _Array | None,
+    expert_ids: _Array,
+    num_sequences: int,
+    eps: float,
+    max_iterations: int,
+    execution: Execution,
+) -> None: ...
 def plan(
     topk_ids: _Array,
     expert_offsets: _Array,
