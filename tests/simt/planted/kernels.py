@@ -23,9 +23,9 @@ class Mistake:
     tests: tuple[str, ...] = ()  # of the program; () means all
 
 
-def _of_plan(name: str, builds: tuple[str, ...], before: str, after: str) -> Mistake:
+def _of_plan(name: str, builds: tuple[str, ...], before: str, after: str, header: str = "plan.cuh") -> Mistake:
     tests = ("plan_at_the_edges",)
-    return Mistake(f"plan: {name}", builds, "plan.cuh", before, after, "csrc/cuda/plan.cu", "simt_test_plan", tests)
+    return Mistake(f"plan: {name}", builds, header, before, after, "csrc/cuda/plan.cu", "simt_test_plan", tests)
 
 
 def _of_route(name: str, header: str, before: str, after: str, test: str) -> Mistake:
@@ -58,6 +58,7 @@ MISTAKES = (
         RACE,
         "sums[warp] = inclusive;\n  __syncthreads();",
         "sums[warp] = inclusive;",
+        "scan.cuh",
     ),
     _of_plan("no __syncwarp between reads and the write", RACE, "+ rank;\n    __syncwarp();", "+ rank;"),
     _of_plan("no barrier after zeroing the counters", RACE, "counters[e] = 0;\n  __syncthreads();", "counters[e] = 0;"),

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The mistakes that planted.py puts into the kernels still fit them: known in a second, before anything is built."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "planted"))
+
+from kernels import MISTAKES, Mistake
+
+KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_a_mistake_edits_one_place(mistake: Mistake) -> None:
+    assert (KERNELS / mistake.header).read_text().count(mistake.before) == 1
+    assert mistake.before != mistake.after
