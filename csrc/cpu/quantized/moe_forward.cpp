@@ -105,11 +105,10 @@ struct SecondProjection {
     return e;
   }
 
-  // The weights that a block reads after those of expert e; null: none.
-  const uint8_t* start_after(const Block& block, int64_t e) const {
-    const int64_t next = next_expert(block, e);
-    if (next == args.down_proj.values.shape[0]) return nullptr;
-    return QuantizedMatrix(args.down_proj, next).from(block.column).values;
+  // The weights of expert e that a block reads; null past the last expert.
+  const uint8_t* start(const Block& block, int64_t e) const {
+    if (e == args.down_proj.values.shape[0]) return nullptr;
+    return QuantizedMatrix(args.down_proj, e).from(block.column).values;
   }
 
   // `next`: what is read after this block; `sums` has a row of 64 for each token.
@@ -118,9 +117,9 @@ struct SecondProjection {
     const int64_t num_experts = args.down_proj.values.shape[0];
     const int64_t columns = std::min(kPanel, args.y.shape[1] - column);
     std::fill(sums, sums + (last_token - first_token) * kPanel, 0.0f);
-    for (int64_t e = next_expert(block, -1); e < num_experts; e = next_expert(block, e)) {
+    for (int64_t e = next_expert(block, -1), after; e < num_experts; e = after) {
+      after = next_expert(block, e);
       const auto [first, last] = slots_of(block, e);
-      const uint8_t* const following = start_after(block, e);
       for (int64_t s = first; s < last; s += kMaxRows) {
         const int64_t rows = std::min<int64_t>(kMaxRows, last - s);
         const QuantizedRows from{a.values + s * a.stride, a.stride, a.scales + s,
@@ -131,7 +130,7 @@ struct SecondProjection {
                     .b = QuantizedMatrix(args.down_proj, e).from(column),
                     .num_columns = columns,
                     .c = c,
-                    .next = following != nullptr ? following : next});
+                    .next = after < num_experts ? start(block, after) : next});
         for (int64_t m = 0; m < rows; ++m) {
           float* const row = c + m * kPanel;
           if (args.down_bias.defined()) {
@@ -206,7 +205,8 @@ void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec) 
   };
   parallel_for_ahead(num_threads, ceil_div(num_tokens, chunk) * column_blocks,
                      [&](int64_t task, int64_t next, int thread) {
-                       const uint8_t* const start = next >= 0 ? second.start_after(block_of(next), -1) : nullptr;
+                       const uint8_t* start = nullptr;
+                       if (next >= 0) start = second.start(block_of(next), second.next_expert(block_of(next), -1));
                        second.run(block_of(task), start, own(thread) + 2 * kTile, own(thread));
                      });
 }
