@@ -248,16 +248,15 @@ ExpertWeights weights_in(Arrays& arrays, handle gate_up_proj, handle down_proj, 
 
 void py_moe_forward(handle x, handle gate_up_proj, handle down_proj, handle gate_up_bias, handle down_bias,
                     handle topk_ids, handle topk_weights, handle y, handle h, std::string_view activation, bool gated,
-                    bool interleaved, float alpha, float limit, ExecutionArgument execution, int64_t panel) {
+                    bool interleaved, float alpha, float limit, ExecutionArgument execution) {
   Arrays arrays = arrays_of(execution);
-  MoeForwardArgs args{.x = arrays.in("x", x),
-                      .weights = weights_in(arrays, gate_up_proj, down_proj, gate_up_bias, down_bias),
-                      .topk_ids = arrays.in("topk_ids", topk_ids),
-                      .topk_weights = arrays.in("topk_weights", topk_weights),
-                      .options = glu_options(activation, gated, interleaved, alpha, limit),
-                      .y = arrays.out("y", y),
-                      .h = arrays.out_or_none("h", h)};
-  args.weights.panel = panel;
+  const MoeForwardArgs args{.x = arrays.in("x", x),
+                            .weights = weights_in(arrays, gate_up_proj, down_proj, gate_up_bias, down_bias),
+                            .topk_ids = arrays.in("topk_ids", topk_ids),
+                            .topk_weights = arrays.in("topk_weights", topk_weights),
+                            .options = glu_options(activation, gated, interleaved, alpha, limit),
+                            .y = arrays.out("y", y),
+                            .h = arrays.out_or_none("h", h)};
   run(moe_forward, args, execution);
 }
 
@@ -429,8 +428,7 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
         py::arg(kExecutionArgument));
   m.def("moe_forward", &py_moe_forward, "Writes the output of the whole expert layer, and h where given.",  //
         "x"_a, "gate_up_proj"_a, "down_proj"_a, "gate_up_bias"_a, "down_bias"_a, "topk_ids"_a, "topk_weights"_a, "y"_a,
-        "h"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a, py::arg(kExecutionArgument),
-        "panel"_a = 0);
+        "h"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a, py::arg(kExecutionArgument));
   m.def("moe_backward", &py_moe_backward, "Writes those gradients of moe_forward that are given.",  //
         "grad_y"_a, "x"_a, "h"_a, "gate_up_proj"_a, "down_proj"_a, "gate_up_bias"_a, "down_bias"_a, "topk_ids"_a,
         "topk_weights"_a, "grad_x"_a, "grad_gate_up_proj"_a, "grad_down_proj"_a, "grad_gate_up_bias"_a,

@@ -129,28 +129,6 @@ constexpr std::array kGateUpNames{"gate_up_proj", "gate_up_proj_scales", "gate_u
                                   "gate_up_proj_zeros"};
 constexpr std::array kDownNames{"down_proj", "down_proj_scales", "down_proj_row_scales", "down_proj_zeros"};
 
-// Panels are the layout of one dtype on one ISA; see ExpertWeights.
-void check_panels(const MoeForwardArgs& args, const Backend& backend, const Dim& I) {
-  const ExpertWeights& weights = args.weights;
-  if (weights.panel == 0) return;
-  const int64_t expected = backend.panel != nullptr ? backend.panel(args.x.dtype) : 0,
-                depth = 4 / size_of(args.x.dtype);
-  SWITCHGEAR_CHECK(ValueError, weights.panel == expected, "panel: expected 0",
-                   expected > 0 ? join(" or ", expected) : "", ", the layout of ", name_of(args.x.dtype),
-                   " weights on this backend now, got ", weights.panel);
-  for (const auto& [name, matrices] :
-       {std::pair("gate_up_proj", &weights.gate_up_proj), std::pair("down_proj", &weights.down_proj)}) {
-    const TensorView& m = matrices->packed;
-    SWITCHGEAR_CHECK(
-        ValueError,
-        matrices->base == nullptr && m.contiguous() && m.shape[1] % expected == 0 && m.shape[2] % depth == 0, name,
-        ": expected panels of ", expected, " rows and an inner dimension of ", depth, "'s multiples, contiguous, got ",
-        describe(m));
-  }
-  SWITCHGEAR_CHECK(ValueError, !args.options.gated || args.options.interleaved || I.size % expected == 0,
-                   "gate_up_proj: expected panels of ", expected, " gates, got I=", I.size);
-}
-
 }  // namespace
 
 // ---- route ---
@@ -392,7 +370,6 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   Dim S = slots(T, K);
   call.output("y", args.y, kFloat, {&T, &H}, kRows);
   if (args.h.defined()) call.output("h", args.h, kFloat, {&S, &N}, kRows);
-  check_panels(args, call.backend(), I);
   call.check_overlap();
   check_range("topk_ids", args.topk_ids, -1, E.size);
   call.backend().moe_forward(args, exec);

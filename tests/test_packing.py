@@ -1,175 +1,229 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Weights in panels give the bits of plain weights."""
+"""Transposed weights whose inner dimension is contiguous: same values, same bits, other strides."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import switchgear
-from switchgear import ops, reference
-from switchgear.packing import panels_of, to_panels
+from switchgear.compress import quantize
 
-SIZES = (70, 128, 5, 2)  # H, I, E, K: H is no multiple of a cache line
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make_experts(dtype: torch.dtype, hidden_size: int = 128, **options: bool) -> switchgear.Experts:
-    experts = switchgear.Experts(hidden_size, 64, 5, dtype=dtype, **options).requires_grad_(False)  # type: ignore[arg-type]
+def make_experts(dtype: torch.dtype = torch.float32, **options: Any) -> switchgear.Experts:
+    experts = switchgear.Experts(70, 33, 5, dtype=dtype, **{"transposed": True} | options)
     for parameter in experts.parameters():
-        parameter.normal_(std=0.1)
+        nn.init.normal_(parameter, std=0.1)
     return experts
 
 
-def inputs(dtype: torch.dtype, num_tokens: int, hidden_size: int = 128) -> tuple[torch.Tensor, ...]:
+def inputs(dtype: torch.dtype, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     ids = torch.rand(num_tokens, 5).argsort(-1)[:, :2].int()
-    return torch.randn(num_tokens, hidden_size).to(dtype), ids, torch.rand(num_tokens, 2)
+    return torch.randn(num_tokens, 70).to(dtype), ids, torch.rand(num_tokens, 2)
 
 
-def packs(dtype: torch.dtype) -> None:
-    if ops.panel(dtype) == 0:
-        pytest.skip(f"{switchgear.cpu_isa()} has no panels of {dtype}")
+def projections(experts: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in experts.parameters() if parameter.dim() == 3]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def is_packed(experts: nn.Module) -> bool:
+    packed = {weight.mT.is_contiguous() for weight in projections(experts)}
+    assert packed == {not weight.is_contiguous() for weight in projections(experts)}
+    return packed == {True}
+
+
+def results(experts: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> list[Tensor]:
+    """y, and what flows back to x, topk_weights and the parameters."""
+    leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_(), *experts.parameters()]
+    y = experts(leaves[0], ids, leaves[1])
+    grad_y = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bias": True}, {"gated": False}, {"interleaved": True}, {"transposed": True}],
-    ids=lambda options: "-".join(options) or "plain",
+    [{}, {"bias": True}, {"gated": False}, {"interleaved": True}],
+    ids=lambda options: "-".join(options) or "gated",
 )
 def test_same_bits(isa: str, options: dict[str, bool], dtype: torch.dtype) -> None:
-    packs(dtype)
     experts = make_experts(dtype, **options)
     packed = copy.deepcopy(experts).pack_()
-    assert panels_of(packed) is not None
+    assert is_packed(packed)
+    assert not is_packed(experts)
     for num_tokens in (0, 1, 3, 16, 70, 700):  # all kinds of tiles, and experts beyond the rows of one product
         x, ids, weights = inputs(dtype, num_tokens)
-        assert torch.equal(packed(x, ids, weights), experts(x, ids, weights)), num_tokens
-    wide = make_experts(dtype, 4480 // 64 * 64)  # several chunks of depth
-    x, ids, weights = inputs(dtype, 9, 4480 // 64 * 64)
-    y = wide(x, ids, weights)
-    assert torch.equal(wide.pack_()(x, ids, weights), y)
+        with torch.no_grad():
+            assert torch.equal(packed(x, ids, weights), experts(x, ids, weights)), num_tokens
+        assert all(map(torch.equal, results(packed, x, ids, weights), results(experts, x, ids, weights))), num_tokens
 
 
-def test_panels_and_their_inverse() -> None:
-    weight = torch.randn(3, 8, 6)
-    for plain in (weight, weight.bfloat16(), weight.mT.contiguous().mT):
-        packed = to_panels(plain, 4)
-        depth = 4 // plain.element_size()
-        assert packed.flatten()[: 4 * depth].equal(plain[0, :4, :depth].flatten())
-        assert reference.from_panels(packed, 4).equal(plain)
-    with pytest.raises(ValueError, match="panel"):
-        reference.from_panels(weight, 3)
+def test_parameters_stay_what_they_are() -> None:
+    experts = make_experts(bias=True)
+    experts.down_proj.requires_grad_(False)
+    before = dict(experts.named_parameters())
+    values = {name: parameter.detach().clone() for name, parameter in before.items()}
+    for change, packed in ((switchgear.pack_weights, True), (switchgear.unpack_weights, False)):
+        assert change(experts) == 1
+        assert change(experts) == 0
+        assert is_packed(experts) is packed
+        assert all(parameter is before[name] for name, parameter in experts.named_parameters())
+        assert all(torch.equal(parameter, values[name]) for name, parameter in before.items())
+        assert [name for name, parameter in before.items() if not parameter.requires_grad] == ["down_proj"]
 
 
-def test_reference_takes_panels(isa: str) -> None:
-    packs(torch.float32)
-    experts = make_experts(torch.float32).pack_()
-    x, ids, weights = inputs(torch.float32, 9)
-    y = experts(x, ids, weights)
-    with switchgear.use_backend("reference"):
-        torch.testing.assert_close(experts(x, ids, weights), y)
+def test_state_dict_and_copies(tmp_path: Path) -> None:
+    experts, packed = make_experts(bias=True), make_experts(bias=True).pack_()
+    packed.load_state_dict(experts.state_dict())
+    assert is_packed(packed)
+    torch.save(packed.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt")
+    assert list(state) == list(experts.state_dict())
+    assert all(torch.equal(state[name], weight) for name, weight in experts.state_dict().items())
+    other = make_experts(bias=True)
+    other.load_state_dict(state)
+    assert not is_packed(other)
+
+    call = inputs(torch.float32, 9)
+    y = experts(*call)
+    assert torch.equal(other(*call), y)
+    for duplicate in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert is_packed(duplicate)
+        assert torch.equal(duplicate(*call), y)
+    assert is_packed(packed.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_state_dict_stays_plain(transposed: bool) -> None:
-    experts = make_experts(torch.float32, transposed=transposed)
-    before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
+def test_safetensors_takes_unpacked_weights() -> None:
+    save = pytest.importorskip("safetensors.torch", reason="safetensors is not installed").save
+    experts = make_experts().pack_()
+    with pytest.raises(ValueError, match="non contiguous"):
+        save(experts.state_dict())
+    save(experts.unpack_().state_dict())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_training_goes_on(fused: bool) -> None:
+    """Also where there are gradients from before, and a state of the optimizer unless it is fused."""
+    experts, packed = make_experts(), make_experts()
+    packed.load_state_dict(experts.state_dict())
+    modules = (experts, packed)
+    for module in modules:
+        module(*inputs(torch.float32, 3)).sum().backward()
+    optimizers = [torch.optim.AdamW(module.parameters(), lr=0.01, fused=fused) for module in modules]
+    for step in range(4):
+        if step == (0 if fused else 2):
+            packed.pack_()
+        call = inputs(torch.float32, 20)
+        for module, optimizer in zip(modules, optimizers, strict=True):
+            optimizer.zero_grad(set_to_none=False)
+            module(*call).square().sum().backward()
+            optimizer.step()
+    assert is_packed(packed)
+    for got, expected in zip(packed.parameters(), experts.parameters(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_tied_weights_stay_tied() -> None:
+    """One parameter in two modules, and two parameters in the same memory."""
+    first, second, third = make_experts(), make_experts(), make_experts()
+    second.down_proj = first.down_proj
+    third.down_proj.data = first.down_proj.data
+    model = nn.ModuleList([first, second, third])
+    for change in (switchgear.pack_weights, switchgear.unpack_weights):
+        assert change(model) == 3
+        assert second.down_proj is first.down_proj
+        assert third.down_proj.data_ptr() == first.down_proj.data_ptr()
+        assert third.down_proj.stride() == first.down_proj.stride()
+        assert len({weight.data_ptr() for weight in projections(model)}) == 4
+
+
+def test_other_orders_are_left_alone() -> None:
+    ordinary = switchgear.MoE(70, 33, 5, 2)
+    strides = [weight.stride() for weight in projections(ordinary)]
+    assert switchgear.pack_weights(ordinary) == switchgear.unpack_weights(ordinary) == 0
+    assert ordinary.experts.pack_().unpack_() is ordinary.experts
+    assert [weight.stride() for weight in projections(ordinary)] == strides
+
+    one = switchgear.Experts(1, 1, 3, transposed=True)  # each order is both
+    assert switchgear.pack_weights(one) == 0
+
+    mixed = nn.ModuleList([make_experts(), make_experts(device="meta"), nn.Linear(2, 2)])
+    assert switchgear.pack_weights(mixed) == 1
+    assert mixed[1].down_proj.is_contiguous()
+
+
+def test_compiled(backend: str) -> None:
+    if backend.startswith(("simt", "cuda")):
+        pytest.skip("weights are laid anew for the CPU")
+    experts = make_experts()
+    call = inputs(torch.float32, 7)
+    compiled = torch.compile(experts, fullgraph=True, backend="eager")
+    y = compiled(*call)
     experts.pack_()
-    assert experts.gate_up_proj.numel() == 0
-    after = experts.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-
-    x, ids, weights = inputs(torch.float32, 4)
-    y = experts(x, ids, weights)
-    other = make_experts(torch.float32, transposed=transposed).pack_()
-    other.load_state_dict(after)
-    assert torch.equal(other(x, ids, weights), y)
-    for duplicate in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
-        assert torch.equal(duplicate(x, ids, weights), y)
-        assert torch.equal(duplicate.unpack_()(x, ids, weights), y)
-        assert torch.equal(duplicate.state_dict()["gate_up_proj"], before["gate_up_proj"])
-
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        other.load_state_dict({name: tensor[:, :32] for name, tensor in after.items()})
-
-
-def test_unpacked_experts_train_again() -> None:
-    experts = make_experts(torch.float32).pack_().unpack_().requires_grad_()
-    x, ids, weights = inputs(torch.float32, 4)
-    experts(x, ids, weights).sum().backward()
-    assert experts.gate_up_proj.grad is not None
-    assert experts.gate_up_proj.grad.abs().sum() > 0
-
-
-def test_a_whole_layer() -> None:
-    moe = switchgear.MoE(128, 64, 8, 2).requires_grad_(False)
-    x = torch.randn(7, 128)
-    y = moe(x)
-    assert switchgear.pack_weights(moe) == 1
-    assert switchgear.pack_weights(moe) == 1  # again: nothing to do
-    assert torch.equal(moe(x), y)
-    assert torch.equal(torch.compile(moe, fullgraph=True, backend="eager")(x), y)
-    assert switchgear.unpack_weights(moe) == 1
-    assert switchgear.unpack_weights(moe) == 0
-    assert torch.equal(moe(x), y)
+    torch.testing.assert_close(compiled(*call), y)
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="model: expected experts that can be packed; Linear has no experts"):
-        switchgear.pack_weights(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="do not divide into panels"):
-        switchgear.pack_weights(switchgear.Experts(128, 63, 2))
-    with pytest.raises(ValueError, match=r"no panels of torch\.float16"):
-        switchgear.pack_weights(switchgear.Experts(128, 64, 2, dtype=torch.float16))
+    for model, reason in (
+        (nn.Linear(2, 2), "Linear has no experts that run on the fused kernel"),
+        (make_experts(device="meta"), "gate_up_proj is on meta, and this order is for the CPU"),
+    ):
+        with pytest.raises(ValueError, match=f"model: expected experts that can be packed; {reason}"):
+            switchgear.pack_weights(model)
+        assert switchgear.unpack_weights(model) == 0
 
-    experts = make_experts(torch.float32).pack_()
-    x, ids, weights = inputs(torch.float32, 4)
-    with pytest.raises(ValueError, match="panel: expected 0 where gradients are recorded"):
-        experts(x.requires_grad_(), ids, weights)
-    with pytest.raises(TypeError, match="gate_up_proj"):
-        experts(x.detach().bfloat16(), ids, weights)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), pytest.raises(TypeError, match=r"cannot be cast"):
-        experts(x, ids, weights)
-    gate_up_proj, down_proj = torch.randn(2, 128, 32), torch.randn(2, 32, 64)
-    for panel in (1, -64, 63):
-        with torch.no_grad(), pytest.raises(ValueError, match="panel: expected 0 or"):
-            switchgear.moe(x[:, :32], gate_up_proj, down_proj, ids.clamp(max=1), weights, panel=panel)
-    panel = ops.panel(torch.float32)
-    with torch.no_grad(), pytest.raises(ValueError, match="gate_up_proj: expected panels"):
-        switchgear.moe(x[:, :32], gate_up_proj[:, :-2], down_proj[:, :, 1:], ids.clamp(max=1), weights, panel=panel)
+    quantized = make_experts()
+    quantize(quantized, "int8")
+    with pytest.raises(ValueError, match="has no experts that run"):
+        quantized.pack_()
+
+    computed = make_experts()
+    parametrize.register_parametrization(computed, "down_proj", nn.Identity())
+    with pytest.raises(ValueError, match="down_proj is computed, no plain parameter"):
+        computed.pack_()
+    assert computed.gate_up_proj.is_contiguous()
 
 
-def test_other_kernels_refuse_panels(isa: str) -> None:
-    packs(torch.bfloat16)  # only AVX-512-BF16 reads pairs of bfloat16
-    experts = make_experts(torch.bfloat16).pack_()
-    switchgear.set_cpu_isa("generic")
-    with pytest.raises(ValueError, match="panel: expected 0, the layout of bfloat16 weights on this backend now"):
-        experts(*inputs(torch.bfloat16, 4))
+def test_quantized_from_packed_weights() -> None:
+    experts = make_experts()
+    packed = copy.deepcopy(experts).pack_()
+    for module in (experts, packed):
+        quantize(module, "int8")
+    state = packed.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in experts.state_dict().items())
 
 
-def test_a_model_of_transformers() -> None:
+def test_a_model_of_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    for kind in ("Mixtral", "GptOss"):
-        config = getattr(transformers, f"{kind}Config")(
-            vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=32, num_local_experts=4, max_position_embeddings=64, pad_token_id=0,
-            eos_token_id=None, bos_token_id=None,
-        )  # fmt: skip
-        model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().requires_grad_(False)
-        switchgear.accelerate(model)
-        prompt = torch.arange(1, 9)[None]
-        logits, before = model(prompt).logits, {name: w.clone() for name, w in model.state_dict().items()}
-        text = model.generate(prompt, max_new_tokens=6, do_sample=False)
-        assert switchgear.pack_weights(model) == 2
-        assert torch.equal(model(prompt).logits, logits)
-        assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), text)
-        assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
-        model.set_experts_implementation("eager")  # cannot read panels, and must not read something else
-        with pytest.raises((RuntimeError, IndexError)):
-            model(prompt)
-        switchgear.unpack_weights(model)
-        torch.testing.assert_close(model(prompt).logits, logits)
+    config = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, num_local_experts=4, max_position_embeddings=64, pad_token_id=0,
+        eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config).eval().requires_grad_(False)
+    switchgear.accelerate(model)
+    prompt = torch.arange(1, 9)[None]
+    logits, before = model(prompt).logits, {name: w.clone() for name, w in model.state_dict().items()}
+    text = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    assert switchgear.pack_weights(model) == 2
+    assert torch.equal(model(prompt).logits, logits)
+    assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), text)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+    model.save_pretrained(tmp_path)
+    loaded = transformers.GptOssForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], w) for name, w in before.items())
+    model.set_experts_implementation("eager")  # which reads any strides, too
+    torch.testing.assert_close(model(prompt).logits, logits)
+    assert switchgear.unpack_weights(model) == 2  # whoever runs the experts now
+    model.set_experts_implementation("switchgear")
+    assert torch.equal(model(prompt).logits, logits)

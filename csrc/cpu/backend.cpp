@@ -114,11 +114,6 @@ std::vector<std::string> available_cpu_isas() {
   return names;
 }
 
-int64_t cpu_panel(DType dtype) {
-  const cpu::Kernels& k = cpu::kernels();
-  return dtype == DType::kFloat32 || (dtype == DType::kBFloat16 && k.has_pairs) ? k.panel : 0;
-}
-
 std::string cpu_isa() { return cpu::isa_in_use().name; }
 
 void set_cpu_isa(const std::string& isa) { cpu::active.store(&cpu::find_isa(isa, "isa"), std::memory_order_release); }
@@ -145,8 +140,7 @@ const Backend& cpu_backend() {
                                     .assign_balanced = cpu::assign_balanced,
                                     .assign_capped = cpu::assign_capped,
                                     .quantized_grouped_gemm = cpu::quantized_grouped_gemm,
-                                    .quantized_moe_forward = cpu::quantized_moe_forward,
-                                    .panel = cpu_panel};
+                                    .quantized_moe_forward = cpu::quantized_moe_forward};
   return kBackend;
 }
 

@@ -19,23 +19,21 @@ inline char* at(const TensorView& t, int64_t row, int64_t column) {
 // [rows, cols] matrix of expert e as the B operand of a product.
 class ExpertMatrix {
  public:
-  ExpertMatrix(const ExpertMatrices& m, int64_t e, int64_t panel = 0)
+  ExpertMatrix(const ExpertMatrices& m, int64_t e)
       : data_(m.base != nullptr ? static_cast<const char*>(m.base[e]) : offset(m.packed, e * m.packed.stride[0])),
         rows_(m.base != nullptr ? m.row_count[e] : m.packed.shape[1]),
         row_stride_(m.packed.stride[1]),
         column_stride_(m.packed.stride[2]),
-        dtype_(m.packed.dtype),
-        in_panels_(panel > 0) {}
+        dtype_(m.packed.dtype) {}
 
   int64_t rows() const { return rows_; }
 
-  // B[n,k] = W[first + n, k]: x·Wᵀ. In panels, `first` starts one: it has the memory of the rows it is made of.
+  // B[n,k] = W[first + n, k]: x·Wᵀ
   Matrix rows_from(int64_t first) const {
     return {.data = data_ + first * row_stride_ * size_of(dtype_),
             .dtype = dtype_,
             .n_stride = row_stride_,
-            .k_stride = column_stride_,
-            .in_panels = in_panels_};
+            .k_stride = column_stride_};
   }
   // B[n,k] = W[k, first + n]: x·W
   Matrix columns_from(int64_t first) const {
@@ -50,7 +48,6 @@ class ExpertMatrix {
   int64_t rows_;
   int64_t row_stride_, column_stride_;
   DType dtype_;
-  bool in_panels_;
 };
 
 // pointers[s] = row of slot s: x[token_indices[s]], or x[s] without indices; `count` slots.

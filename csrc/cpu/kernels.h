@@ -19,7 +19,6 @@ struct Matrix {
   int64_t k_stride = 0;
   const void* const* k_rows = nullptr;
   int64_t n_begin = 0;
-  bool in_panels = false;  // `data` is a panel in the order in which multiply reads it (ExpertWeights::panel)
 };
 
 constexpr int kMaxPanel = 64;      // columns of the widest panel of any ISA
@@ -56,8 +55,7 @@ constexpr int64_t kProductScratch = kChunkWords * 4 * (kMaxPanel + kMaxRows);
 
 struct Kernels {
   const char* isa;
-  int panel;       // columns per product
-  bool has_pairs;  // multiplies pairs of bfloat16
+  int panel;  // columns per product
 
   void (*multiply)(const Product&);
 

@@ -366,7 +366,6 @@ constexpr Kernels make_table(const char* isa) {
   return {
       .isa = isa,
       .panel = kPanel,
-      .has_pairs = kHasPairs,
       .multiply = multiply,
       .transpose = transpose_rows,
       .load_row = load_row,

@@ -74,9 +74,6 @@ void define_module(py::module_& m) {
         return cpu::collapse_into_huge_pages(view.data, view.extent());
       },
       "Moves memory onto huge pages; the bytes that then lie on them.", "tensor"_a);
-  m.def(
-      "panel", [](std::string_view dtype) { return cpu_panel(parse("dtype", kFloats, dtype)); },
-      "Rows of a panel of weights of this dtype on the ISA in use; 0 where it has none.", "dtype"_a);
   m.def("release_workspaces", &release_workspaces, "Frees the memory that is kept between calls.");
   py::class_<cpu::Buffer>(m, "Buffer", py::buffer_protocol(), "Bytes of a tensor, from memory that is kept and reused.")
       .def(py::init<int64_t>(), "size"_a)

@@ -41,7 +41,7 @@ struct FirstProjection {
     const int64_t intermediate_size = a.shape[1], panel = k.panel;
     const int64_t count = std::min(panel, intermediate_size - tile.column);
     const GateColumns columns = gate_columns(args.options, intermediate_size, tile.column, count, panel);
-    const ExpertMatrix matrix(args.weights.gate_up_proj, tile.expert, args.weights.panel);
+    const ExpertMatrix matrix(args.weights.gate_up_proj, tile.expert);
     for (int i = 0; i < 2; ++i) {
       if (columns.count[i] == 0) continue;
       k.multiply({.rows = rows + tile.first_row,
@@ -112,7 +112,6 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
              .row_dtype = args.x.dtype,
              .depth = intermediate_size,
              .matrices = &args.weights.down_proj,
-             .panel = args.weights.panel,
              .transposed = false,
              .bias = args.weights.down_bias,
              .slot_weights = slots.weights,

@@ -16,7 +16,6 @@ namespace {
 
 constexpr int kRowTile = 6;
 constexpr int64_t kLine = 64;
-constexpr int64_t kPanelsAhead = 8 << 10;  // how far ahead weights in panels are prefetched
 constexpr int kLinesPerWord = kPanel * 4 < kLine ? 1 : kPanel * 4 / kLine;  // of B in one word of depth
 static_assert(kPanel <= kMaxPanel);
 
@@ -28,11 +27,6 @@ class Ahead {
   Ahead() = default;
   Ahead(const void* data, int64_t stride, int64_t width)
       : line_(static_cast<const char*>(data)), row_end_(line_ + width), skip_(stride - width), stride_(stride) {}
-  // `width` bytes, and then `most` of what starts at `next`.
-  Ahead(const void* data, int64_t width, const void* next, int64_t most) : Ahead(data, 0, width) {
-    skip_ = static_cast<const char*>(next) - row_end_;
-    stride_ = skip_ + most;
-  }
 
   template <int kLines>
   void prefetch() {
@@ -98,7 +92,7 @@ struct PairWords {
 };
 #endif
 
-bool runs_along_k(const Matrix& b) { return !b.in_panels && b.k_rows == nullptr && b.k_stride == 1 && b.n_stride != 1; }
+bool runs_along_k(const Matrix& b) { return b.k_rows == nullptr && b.k_stride == 1 && b.n_stride != 1; }
 
 // panel[p][n] from columns that run along k, blocks of words transposed in registers. Asks for `lines` lines per word.
 template <typename Words, typename T>
@@ -285,8 +279,8 @@ void store_rows(const Sink& sink, const float* c, int64_t m, int64_t num_rows, i
   });
 }
 
-// All rows, in tiles of nearly equal height. The first `asking` tiles ask for kLines lines a step.
-template <bool kPairs, int kLines>
+// All rows, in tiles of nearly equal height. The first `asking` tiles ask for a line a step.
+template <bool kPairs>
 void multiply_rows(const Chunk& chunk, const Product& product, int64_t asking, Ahead& ahead) {
   const int64_t num_rows = product.num_rows;
   float* const c = product.c;
@@ -294,7 +288,7 @@ void multiply_rows(const Chunk& chunk, const Product& product, int64_t asking, A
   for (int64_t t = 0, m = 0; t < tiles; ++t) {
     const int64_t rows = (num_rows - m) / (tiles - t);
     if (t < asking) {
-      multiply_tile_of<kRowTile, kPairs, kLines>(rows, chunk, m, c, ahead);
+      multiply_tile_of<kRowTile, kPairs, 1>(rows, chunk, m, c, ahead);
     } else {
       multiply_tile_of<kRowTile, kPairs, 0>(rows, chunk, m, c, ahead);
     }
@@ -451,19 +445,6 @@ void multiply_words(const Product& product) {
     if (product.sink.data != nullptr) store_rows(product.sink, product.c, 0, product.num_rows, product.num_columns);
     return;
   }
-  if (product.b.in_panels) {  // in memory in the order in which they are read
-    const char* const data = static_cast<const char*>(product.b.data);
-    const int64_t bytes = depth / Words::kDepth * kPanel * 4, first = bytes < kPanelsAhead ? bytes : kPanelsAhead;
-    Ahead ahead(data + first, bytes - first, product.next != nullptr ? product.next : data, 2 * kPanelsAhead);
-    const Chunk chunk{.rows = product.rows,
-                      .offset = 0,
-                      .panel = reinterpret_cast<const float*>(data),
-                      .words = depth / Words::kDepth,
-                      .half_word = false,
-                      .accumulate = false,
-                      .is_last = true};
-    return multiply_rows<kPairs, kLinesPerWord>(chunk, product, 1, ahead);
-  }
 
   float* const panel = static_cast<float*>(product.scratch);
   const int64_t tiles = num_row_tiles(product.num_rows), asking = tiles < kLinesPerWord ? tiles : kLinesPerWord;
@@ -479,7 +460,7 @@ void multiply_words(const Product& product) {
                       .half_word = count % Words::kDepth != 0,
                       .accumulate = product.accumulate || k > 0,
                       .is_last = k + kChunk >= depth};
-    multiply_rows<kPairs, 1>(chunk, product, asking, ahead);
+    multiply_rows<kPairs>(chunk, product, asking, ahead);
   }
 }
 

@@ -11,7 +11,6 @@ struct TokenSumArgs {
   DType row_dtype;
   int64_t depth;
   const ExpertMatrices* matrices;
-  int64_t panel = 0;          // of the matrices, see ExpertWeights
   bool transposed;            // B = the matrix itself (x·W) instead of its transpose (x·Wᵀ)
   TensorView bias;            // [E, columns] or undefined
   const float* slot_weights;  // [S] or null

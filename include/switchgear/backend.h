@@ -31,8 +31,6 @@ struct Backend {
   void (*assign_capped)(const AssignCappedArgs&, Execution) = nullptr;
   void (*quantized_grouped_gemm)(const QuantizedGroupedGemmArgs&, Execution) = nullptr;
   void (*quantized_moe_forward)(const QuantizedMoeForwardArgs&, Execution) = nullptr;
-  int64_t (*panel)(DType) =
-      nullptr;  // rows of a panel of weights (ExpertWeights), 0 for dtypes without; null: no panels
 };
 
 const Backend& cpu_backend();   // in use without a call, in programs that link switchgear_core
@@ -47,9 +45,6 @@ void register_backend(const Backend& backend);
 std::vector<std::string> available_cpu_isas();
 std::string cpu_isa();
 void set_cpu_isa(const std::string& isa);  // ValueError for one that is not available
-
-// Rows of a panel of weights (ExpertWeights::panel) on the ISA in use; 0 where it reads weights of this dtype in another form.
-int64_t cpu_panel(DType dtype);
 
 // The CPU's ceilings, measured in about 50 ms each: multiply-adds in registers in flop/s (of the instruction that a dtype's
 // products use), and reading of memory in bytes/s.

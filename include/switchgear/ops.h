@@ -276,10 +276,6 @@ struct ExpertWeights {
   ExpertMatrices down_proj;     // [E,H,I] float
   TensorView gate_up_bias;      // [E,N] float, optional
   TensorView down_bias;         // [E,H] float, optional
-  // Above 0 (inference on the CPU alone) both projections are in panels, the order in which the kernels read: each run of
-  // `panel` rows of a matrix [rows, cols] is stored as [cols/d, panel, d], d elements in 4 bytes. Contiguous otherwise; rows
-  // (and I of gates beside ups) are multiples of `panel`, cols of d. It must be cpu_panel(dtype) of the ISA in use.
-  int64_t panel = 0;
 };
 
 // y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu) · W_dᵀ + b_d), experts ascending

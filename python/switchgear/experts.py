@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from switchgear.compress.formats import Format, format_of, quantized_moe, quantized_of
 from switchgear.compress.lora import lora_forward, lora_of
 from switchgear.functional import moe
-from switchgear.packing import FINDERS, Layout, pack_weights, panels_of, unpack_weights
+from switchgear.packing import FINDERS, Layout, pack_weights, unpack_weights
 from switchgear.pages import advise_huge_pages
 from switchgear.reference import ACTIVATIONS, check_choice
 
@@ -110,26 +110,14 @@ class Experts(nn.Module):
             if lora is not None:
                 return lora_forward(self, lora, matrices, hidden_states, topk_ids, topk_weights)
             return quantized_moe(hidden_states, *matrices, topk_ids, topk_weights, **options)
-        panels = panels_of(self)
-        if panels is None:
-            # Each attribute is read once: under a parametrization every access makes the weight anew.
-            gate_up_proj: Tensor = getattr(self, self._first)
-            down_proj: Tensor = self.down_proj
-            if self.transposed:
-                gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
-            if lora is not None:
-                return lora_forward(self, lora, (gate_up_proj, down_proj), hidden_states, topk_ids, topk_weights)
-        else:
-            gate_up_proj, down_proj = panels.first, panels.second
-        return moe(
-            hidden_states,
-            gate_up_proj,
-            down_proj,
-            topk_ids,
-            topk_weights,
-            panel=0 if panels is None else panels.panel,
-            **options,
-        )
+        # Each attribute is read once: under a parametrization every access makes the weight anew.
+        gate_up_proj: Tensor = getattr(self, self._first)
+        down_proj: Tensor = self.down_proj
+        if self.transposed:
+            gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
+        if lora is not None:
+            return lora_forward(self, lora, (gate_up_proj, down_proj), hidden_states, topk_ids, topk_weights)
+        return moe(hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, **options)
 
     @property
     def format(self) -> Format | None:
@@ -137,7 +125,7 @@ class Experts(nn.Module):
         return format_of(self)
 
     def pack_(self) -> Experts:
-        """Stores the projections in the order in which the CPU's kernels read them; see `pack_weights`."""
+        """Lays transposed projections in the order that the CPU reads best, see `pack_weights`; no change to others."""
         pack_weights(self)
         return self
 

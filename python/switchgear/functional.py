@@ -560,7 +560,6 @@ def moe(
     down_bias: Tensor | None = None,
     alpha: float = 1.702,
     limit: float | None = None,
-    panel: int = 0,
 ) -> Tensor:
     """A layer of experts: y[t] = Σ_k topk_weights[t,k] · (glu(x[t] · W_guᵀ + b_gu) · W_dᵀ + b_d).
 
@@ -574,7 +573,6 @@ def moe(
         topk_weights: [..., K], any floating dtype; used in float32, of any sign and sum.
         activation, gated, interleaved, alpha, limit: see glu.
         gate_up_bias, down_bias: [E,N] and [E,H].
-        panel: above 0, the projections are in panels of so many rows, for inference; see `pack_weights`.
 
     Returns y like x. Float tensors share x's dtype; inside torch.autocast all are cast to its dtype, which y then has.
 
@@ -586,8 +584,6 @@ def moe(
     """
     device_type = x.device.type
     if in_autocast(device_type):
-        if panel and gate_up_proj.dtype is not torch.get_autocast_dtype(device_type):
-            raise TypeError(f"gate_up_proj: panels of {gate_up_proj.dtype} cannot be cast by torch.autocast")
         x, gate_up_proj, down_proj, gate_up_bias, down_bias = _autocast(
             device_type, x, gate_up_proj, down_proj, gate_up_bias, down_bias
         )
@@ -603,11 +599,9 @@ def moe(
     tensors = (x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
     options = (activation, gated, interleaved, _number("alpha", alpha), _limit(limit))
     if _needs_autograd(*tensors):
-        if panel:
-            raise ValueError(f"panel: expected 0 where gradients are recorded (panels are for inference), got {panel}")
         y: Tensor = _apply(_Moe, *tensors, *options)[0]
     elif ops.needs_no_dispatch(*tensors):
-        y = ops.moe_forward_on_host(*tensors, *options, panel=panel)
+        y = ops.moe_forward_on_host(*tensors, *options)
     else:
-        y = ops.moe_forward(*tensors, *options, False, panel)[0]
+        y = ops.moe_forward(*tensors, *options, False)[0]
     return y if len(shape) == 2 else y.reshape(shape)

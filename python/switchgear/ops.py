@@ -33,12 +33,6 @@ available_cpu_isas = _C.available_cpu_isas
 collapse_into_huge_pages = _C.collapse_into_huge_pages
 cpu_isa = _C.cpu_isa
 
-
-def panel(dtype: torch.dtype) -> int:
-    """Rows of a panel of weights on the CPU's instruction set in use, see packing.py; 0 where there are none."""
-    return _C.panel(str(dtype).removeprefix("torch.")) if dtype in (torch.float32, torch.bfloat16) else 0
-
-
 set_cpu_isa = _C.set_cpu_isa
 version: str = _C.version
 
@@ -656,7 +650,6 @@ def _allocate_moe_forward(
     alpha: float,
     limit: float,
     save_h: bool,
-    panel: int = 0,
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(_matrix("x", x), memory_format=torch.contiguous_format)
     width = _matrix("gate_up_proj", gate_up_proj, 3).shape[1]
@@ -678,7 +671,6 @@ def _moe_forward(
     alpha: float,
     limit: float,
     save_h: bool,
-    panel: int = 0,
 ) -> tuple[Tensor, Tensor]:
     options = (activation, gated, interleaved, alpha, limit)
     layer = (gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
@@ -686,13 +678,12 @@ def _moe_forward(
     kernels.module.moe_forward(
         _rows(x), gate_up_proj, down_proj, _rows(gate_up_bias), _rows(down_bias),
         topk_ids.contiguous(), topk_weights.contiguous(), y, h if save_h else None, *options, kernels.execution(),
-        panel,
     )  # fmt: skip
     return y, h
 
 
 moe_forward: Callable[..., tuple[Tensor, Tensor]] = _register(
-    f"moe_forward(Tensor x, {_LAYER}, bool save_h, int panel=0) -> (Tensor y, Tensor h)",
+    f"moe_forward(Tensor x, {_LAYER}, bool save_h) -> (Tensor y, Tensor h)",
     _moe_forward,
     _allocate_moe_forward,
 )
@@ -725,13 +716,12 @@ def moe_forward_on_host(
     topk_ids: Tensor,
     topk_weights: Tensor,
     *options: Any,
-    panel: int,
 ) -> Tensor:
     """y of moe_forward, for tensors that need no dispatch."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     host.module.moe_forward(
         _rows(x), gate_up_proj, down_proj, _rows(gate_up_bias), _rows(down_bias),
-        topk_ids.contiguous(), topk_weights.contiguous(), y, None, *options, host.execution(), panel,
+        topk_ids.contiguous(), topk_weights.contiguous(), y, None, *options, host.execution(),
     )  # fmt: skip
     return y
 

@@ -528,16 +528,6 @@ def _check_layer(
     _check("topk_weights", topk_weights, topk_ids.shape, weight_dtype(x.dtype))
 
 
-def from_panels(weight: Tensor, panel: int) -> Tensor:
-    """[E,N,C] whose runs of `panel` rows are stored as [C/d, panel, d], d elements in 4 bytes, in the plain order."""
-    num_experts, rows, columns = weight.shape
-    depth = 4 // weight.element_size()
-    if panel < 1 or depth == 0 or rows % panel or columns % depth:
-        raise ValueError(f"panel: expected a divisor of N={rows} and 4-byte words along C={columns}, got {panel}")
-    stored = weight.reshape(num_experts, rows // panel, columns // depth, panel, depth)
-    return stored.transpose(2, 3).reshape(weight.shape)
-
-
 def moe_forward(
     x: Tensor,
     gate_up_proj: Tensor,
@@ -552,14 +542,11 @@ def moe_forward(
     alpha: float,
     limit: float,
     save_h: bool,
-    panel: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu) · W_dᵀ + b_d), and h [S,N] = x·W_guᵀ + b_gu in slot order.
 
-    h is [0,N] unless save_h. With `panel` the projections are in panels.
+    h is [0,N] unless save_h.
     """
-    if panel:
-        gate_up_proj, down_proj = from_panels(gate_up_proj, panel), from_panels(down_proj, panel)
     layer = (gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
     _check_layer(x, *layer, activation, gated, alpha, limit)
     expert_offsets, token_indices, slot_indices = plan(topk_ids, gate_up_proj.shape[0])

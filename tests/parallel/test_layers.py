@@ -14,7 +14,6 @@ from torch import Tensor
 import switchgear
 from switchgear.compress import add_lora, quantize
 from switchgear.layers import HeterogeneousExperts
-from switchgear.packing import pack_weights
 from switchgear.parallel import ExpertParallel, Placement, checkpoint
 from switchgear.routing import SparsityAware
 
@@ -125,10 +124,7 @@ def stored(rank: int, how: str) -> None:
     with ExpertParallel(timeout=20, invariant=True) as parallel:
         moe, whole = both(parallel, {})
         for layer in (moe, whole):
-            if how == "panels":
-                pack_weights(layer)
-            else:
-                quantize(layer, how)
+            quantize(layer, how)
         x = tokens(rank)
         with torch.no_grad():
             assert torch.equal(moe(x), whole(x))
@@ -138,7 +134,7 @@ def stored(rank: int, how: str) -> None:
         assert "hidden_states: expected no gradients to be recorded with" in str(error.value)
 
 
-@pytest.mark.parametrize("how", ["int8", "int4", "panels"])
+@pytest.mark.parametrize("how", ["int8", "int4"])
 def test_experts_that_are_not_plain(pool: Pool, how: str) -> None:
     pool.run(stored, how)
 

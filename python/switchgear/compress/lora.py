@@ -44,7 +44,6 @@ def add_lora(
         raise ValueError(f"experts: expected all of them in this process, got those of {parallel}")
     if lora_of(experts) is not None:
         raise ValueError("experts: expected none with adapters already")
-    experts.unpack_()
     quantized = quantized_of(experts)
     names = (experts._first, "down_proj")
     width = experts.intermediate_size * (2 if experts.gated else 1)

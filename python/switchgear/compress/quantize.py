@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.compress.formats import Format, QuantizedExperts, QuantizedMatrix, quantized_of
-from switchgear.packing import FINDERS, Layout, unpack_weights
+from switchgear.packing import FINDERS, Layout
 from switchgear.pages import advise_huge_pages
 from switchgear.reference_quantized import Quantized, from_blocks, to_blocks
 from switchgear.reference_quantized import dequantize as dequantize_levels
@@ -46,7 +46,6 @@ def quantize(model: nn.Module, dtype: str, *, group_size: int | None = None, sym
                 raise ValueError(f"model: expected plain weights, got {present.format}; dequantize it first")
             found += 1
         elif (layout := next((layout for find in FINDERS if (layout := find(module)) is not None), None)) is not None:
-            unpack_weights(module)
             _quantize_module(module, layout, format)
             found += 1
     if not found:

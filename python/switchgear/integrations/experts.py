@@ -44,14 +44,12 @@ def run_experts(
     gate: Gate | None,
     own_gate: Callable[[Tensor], Tensor],
     post_norm: nn.Module | None = None,
-    panel: int = 0,
 ) -> Tensor:
     """y[t] = sum_k topk_weights[t,k] * expert(x[t]), in the dtype of x.
 
     Args:
         x: [T, H]. topk_ids: [T, K] integers, -1 for an empty slot. topk_weights: [T, K] of any float dtype.
         gate: the family to fuse, or None to call `own_gate` between two grouped GEMMs.
-        panel: of weights in panels, see `switchgear.pack_weights`; needs a gate.
         post_norm: applied to each expert's output before it is weighted; rules the fused kernel out.
     """
     topk_ids, topk_weights = chosen(topk_ids, topk_weights, weights.gate_up_proj.shape[0])
@@ -69,7 +67,6 @@ def run_experts(
             down_bias=weights.down_bias,
             alpha=gate.alpha,
             limit=gate.limit,
-            panel=panel,
         )
         return y.to(x.dtype)
 

@@ -27,7 +27,7 @@ from switchgear.integrations.experts import ExpertWeights, not_plain, run_expert
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, swap_forward
 from switchgear.integrations.undecorated import PATCHES, patch_of
-from switchgear.packing import FINDERS, Layout, panels_of
+from switchgear.packing import FINDERS, Layout
 
 NAME = "switchgear"
 MARKS = ("config", "is_transposed", "has_bias", "_apply_gate")  # of use_experts_implementation, since transformers 5.0
@@ -61,7 +61,6 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
         gate_of(module),
         own_gate(module),
         module.post_expert_norm if _has_post_norm(module) else None,
-        0 if (panels := panels_of(module)) is None else panels.panel,
     )
 
 
@@ -71,12 +70,10 @@ def _first(module: Any) -> str:
 
 def _weights(module: Any) -> ExpertWeights:
     name = _first(module)
-    if (panels := panels_of(module)) is not None:
-        gate_up_proj, down_proj = panels.first, panels.second
-    else:  # each attribute is read once: under a parametrisation (LoRA) every access computes the weight anew
-        gate_up_proj, down_proj = getattr(module, name), module.down_proj
-        if module.is_transposed:
-            gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
+    # Each attribute is read once: under a parametrisation (LoRA) every access computes the weight anew.
+    gate_up_proj, down_proj = getattr(module, name), module.down_proj
+    if module.is_transposed:
+        gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
     if not module.has_bias:
         return ExpertWeights(gate_up_proj, down_proj)
     return ExpertWeights(gate_up_proj, down_proj, getattr(module, f"{name}_bias"), module.down_proj_bias)
@@ -176,7 +173,7 @@ def path_of(module: Any) -> str:
 
 
 def _layout_of(module: Any) -> Layout | None:
-    """What `switchgear.pack_weights` may pack: decorated modules on the fused kernel."""
+    """For packing and quantisation: decorated modules on the fused kernel."""
     if not is_decorated(module) or quantized_of(module) is not None or path_of(module) != "moe":
         return None
     gate = gate_of(module)

@@ -35,7 +35,7 @@ def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
     by one. The optimizer's state is called "optimizer/<parameter>/<name>"; all of it must be tensors.
 
     Raises:
-        ValueError: experts that are DTensors, in panels, or an optimizer whose state is not there yet.
+        ValueError: experts that are DTensors, or an optimizer whose state is not there yet.
     """
     experts = {f"{prefix}.{name}".lstrip("."): _ids(module) for prefix, module in model.named_modules()
                if isinstance(module, Experts) for name, _ in module.named_parameters(recurse=False)}  # fmt: skip

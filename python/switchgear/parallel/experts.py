@@ -14,7 +14,6 @@ from switchgear.backends import in_autocast
 from switchgear.compress.formats import quantized_of
 from switchgear.experts import Experts
 from switchgear.functional import _apply, _as_ids, _as_weights, _autocast, _limit, _needs_autograd
-from switchgear.packing import panels_of
 from switchgear.parallel import exchange
 from switchgear.parallel.group import ExpertParallel
 from switchgear.parallel.local import Options, Weights
@@ -103,7 +102,7 @@ def exchange_moe(
         wanted = weights is None and _needs_autograd(x, topk_weights)
         with torch.no_grad(), layer.parallel.peers.exchange():
             if wanted:
-                what = "distributed experts that are quantized or in panels"
+                what = "quantized experts that are distributed"
                 raise ValueError(f"hidden_states: expected no gradients to be recorded with {what}")
             given = None if module is not None else weights
             y, _ = exchange.forward(layer, x, topk_ids, topk_weights, -1, given, module)
@@ -115,7 +114,7 @@ class ParallelExperts(Experts):
 
     Made by MoE(..., parallel=…). The parameters are those of the local experts; `placement` says which they are. The
     same seed gives an expert the same initial weights whatever the number of ranks. Every parameter gets a gradient at
-    every step, on every rank. Quantized experts and those in panels are for inference.
+    every step, on every rank. Quantized experts are for inference.
     """
 
     def __init__(
@@ -149,7 +148,7 @@ class ParallelExperts(Experts):
         """hidden_states [..., H], topk_ids [..., K] (of all experts; -1 for none) and topk_weights [..., K] -> [...,
         H]."""
         weights = None
-        if panels_of(self) is None and quantized_of(self) is None:
+        if quantized_of(self) is None:
             first: Tensor = getattr(self, self._first)
             second: Tensor = self.down_proj
             if self.transposed:
