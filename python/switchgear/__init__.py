@@ -6,8 +6,8 @@ Routing:    scores, selections, capacities and losses in switchgear.routing; pol
 Functions:  moe (a whole layer of experts), and its stages: route, plan, permute, grouped_gemm, glu, combine
 Results:    Routing, Plan
 Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) of routers with a balance
-Models:     accelerate(model) puts the kernels under a Hugging Face model; pack_weights(model) and
-            use_huge_pages(model) make inference faster on CPUs
+Models:     accelerate(model) puts the kernels under a Hugging Face model; use_huge_pages(model) and pack_weights(model)
+            (of weights that are stored transposed) make it faster on CPUs
 Looking:    RoutingTrace records what routers do, override(model, …) changes what they choose for a while
 Compression: compress.quantize(model, "int8" | "int4"), compress.dequantize, compress.add_lora
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .bench_results import cases_of, is_undisturbed, undisturbed
-from .bench_targets import OURS, is_ours, judge
+from .bench_targets import OURS, PACKED, is_ours, judge
 from .common import CommandError, threads
 
 BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what a user of transformers has today
@@ -79,15 +79,17 @@ def machine_note(results: dict[str, Any]) -> str:
 
 
 def case_table(results: dict[str, Any]) -> str:
-    """A row per case: switchgear on plain and on packed weights, transformers' default, the best of all others."""
-    header = ["shape", "tokens", "weights", "mode", "switchgear, ms", "of floor", "packed, ms", "of floor",
+    """A row per case: switchgear (on packed weights too, where they were measured), transformers' default, the best of
+    all others."""
+    packed_columns = ["packed, ms", "of floor"] if any(row["peer"] == PACKED for row in results["results"]) else []
+    header = ["shape", "tokens", "weights", "mode", "switchgear, ms", "of floor", *packed_columns,
               "transformers, ms", "best other, ms"]  # fmt: skip
-    rule = ["---", "---:", "---", "---", "---:", "---:", "---:", "---:", "---:", "---:"]
+    rule = ["---", "---:", "---", "---", *["---:"] * (len(header) - 4)]
     lines = []
     for rows in cases_of(results):
         timed = {row["peer"]: row for row in rows if row["ms"]}
-        plain = next((timed[name] for name in OURS if name in timed and name != "switchgear_packed"), None)
-        packed = timed.get("switchgear_packed")
+        plain = next((timed[name] for name in OURS if name in timed and name != PACKED), None)
+        packed = timed.get(PACKED)
         hugging_face = _fastest([timed[name] for name in BASELINES if name in timed])
         other = _fastest([row for name, row in timed.items() if not is_ours(name) and not name.startswith("hf_")])
         row = rows[0]
@@ -95,7 +97,7 @@ def case_table(results: dict[str, Any]) -> str:
                   "tuned allocator" if row["allocator"] == "tuned" else "",
                   "" if is_undisturbed(rows) else "disturbed"]  # fmt: skip
         cells = [row["shape"], f"{row['tokens']:,}", row["dtype"], ", ".join(filter(None, extras))]
-        for mine in (plain, packed):
+        for mine in (plain, packed) if packed_columns else (plain,):
             cells += [_milliseconds(mine), f"{mine['percent_of_floor']:.0f} %"] if mine else ["", ""]
         best = _fastest([mine for mine in (plain, packed) if mine])
         cells += [_against(hugging_face, plain, ""), _against(other, best, other["peer"] if other else "")]
@@ -132,8 +134,6 @@ def summary_table(results: dict[str, Any]) -> str:
             continue
         ours, theirs = timed["switchgear"], timed[BASELINES[0]]
         cell = f"{_milliseconds(ours)} ms, {ours['percent_of_floor']:.0f} %, **{theirs['ms'] / ours['ms']:.1f}x**"
-        if (packed := timed.get("switchgear_packed")) is not None:
-            cell += f"; packed **{theirs['ms'] / packed['ms']:.1f}x**"
         found.setdefault((row["shape"], row["dtype"]), {})[row["mode"], row["tokens"]] = cell
     header = ["shape", "dtype", *(f"{mode}, {tokens} token{'s' if tokens > 1 else ''}" for mode, tokens in SUMMARY)]
     lines = [[*key, *(cells.get(column, "") for column in SUMMARY)] for key, cells in found.items()]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What switchgear's CPU kernels are meant to reach, and whether a run reached it.
 
-Ratios are a peer's time over ours in one run: 2 means that the peer takes twice as long. In forward, ours is the faster
-of plain and packed weights, as most peers pack theirs; where it says plain, that one.
+Ratios are a peer's time over ours in one run: 2 means that the peer takes twice as long. Earlier versions had a second
+layout of weights; in their results ours is the faster of the two, and where it says plain, that one.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-OURS = ("switchgear", "switchgear_packed", "switchgear_int8", "switchgear_int4")
 PLAIN = ("switchgear",)
+PACKED = "switchgear_packed"  # in results of earlier versions
+OURS = (*PLAIN, PACKED, "switchgear_int8", "switchgear_int4")
 
 
 def is_ours(peer: str) -> bool:
