@@ -132,6 +132,18 @@ def test_training_goes_on(fused: bool) -> None:
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_inference_mode(made: bool, packed: bool) -> None:
+    """Experts are made, and packed, in inference mode or outside of it."""
+    with torch.inference_mode(made):
+        experts = make_experts()
+    with torch.inference_mode(packed):
+        assert is_packed(experts.pack_())
+    if not made:
+        results(experts, *inputs(torch.float32, 3))
+
+
 def test_tied_weights_stay_tied() -> None:
     """One parameter in two modules, and two parameters in the same memory."""
     first, second, third = make_experts(), make_experts(), make_experts()

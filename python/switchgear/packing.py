@@ -106,11 +106,12 @@ def _lay(module: nn.Module, names: tuple[str, str], packed: bool, copies: _Copie
         parameter = module._parameters.get(name)
         if type(parameter) is not nn.Parameter:
             continue
-        weight = parameter.data.mT if packed else parameter.data
-        if not weight.is_contiguous():
-            copy = copies.of(weight)
-            parameter.data = copy.mT if packed else copy
-            if parameter.grad is not None:
-                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
-            changed = True
+        with torch.inference_mode(parameter.is_inference()):  # what can train can do so wherever it was laid
+            weight = parameter.data.mT if packed else parameter.data
+            if not weight.is_contiguous():
+                copy = copies.of(weight)
+                parameter.data = copy.mT if packed else copy
+                if parameter.grad is not None:
+                    parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+                changed = True
     return changed

@@ -100,6 +100,34 @@ def test_checkpoint_of_several_widths(pool: Pool, tmp_path: Any) -> None:
     pool.run(widths_in_a_checkpoint, str(tmp_path))
 
 
+# ---- packed weights --------------------------------------------------------------------------------------------------
+
+
+def packed_weights(rank: int, path: str) -> None:
+    """They train and are saved as in one process, and as weights in their own order."""
+    with ExpertParallel(timeout=20, invariant=True) as parallel:
+        moe, whole = both(parallel, {"transposed": True})
+        plain = both(parallel, {"transposed": True})[0]
+        assert switchgear.pack_weights(moe) == 1
+        for layer in (moe, plain):
+            layer(tokens(rank)).square().sum().backward()
+        for got, expected in zip(moe.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(got.grad, expected.grad)
+        checkpoint.save(moe, path)
+        with torch.no_grad():
+            for parameter in moe.parameters():
+                parameter.zero_()
+        checkpoint.load(moe, path)
+        assert moe.experts.down_proj.mT.is_contiguous()
+        entries = checkpoint.load_whole(path)
+        assert all(torch.equal(entries[name], tensor) for name, tensor in whole.state_dict().items())
+        assert torch.equal(moe(tokens(rank)), whole(tokens(rank)))
+
+
+def test_packed_weights(pool: Pool, tmp_path: Any) -> None:
+    pool.run(packed_weights, str(tmp_path))
+
+
 # ---- virtual experts -------------------------------------------------------------------------------------------------
 
 
