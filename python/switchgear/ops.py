@@ -936,3 +936,14 @@ quantized_moe_forward: Callable[..., tuple[Tensor, Tensor]] = _register(
     _allocate_quantized_moe_forward,
     reference_quantized,
 )
+
+
+def quantized_moe_forward_on_host(x: Tensor, *args: Any) -> Tensor:
+    """y of quantized_moe_forward without save_h, for tensors that need no dispatch."""
+    *weights, gate_up_bias, down_bias, topk_ids, topk_weights = args[:12]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    host.module.quantized_moe_forward(
+        _rows(x), *weights, _rows(gate_up_bias), _rows(down_bias), topk_ids.contiguous(), topk_weights.contiguous(),
+        y, None, *args[12:], host.execution(),
+    )  # fmt: skip
+    return y

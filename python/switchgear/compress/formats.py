@@ -256,17 +256,24 @@ def quantized_moe(
     if in_autocast(device_type) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(device_type))
     shape = x.shape
-    x = x.reshape(-1, shape[-1])
-    topk_ids = _as_ids("topk_ids", topk_ids.reshape(-1, topk_ids.shape[-1]))
-    topk_weights = _as_weights("topk_weights", topk_weights.reshape(-1, topk_weights.shape[-1]), x.dtype)
-    biases = (None if bias is None else bias.to(x.dtype) for bias in (gate_up_bias, down_bias))
-    tensors = (x, *gate_up_proj.weight, *down_proj.weight, *biases, topk_ids, topk_weights)
+    if len(shape) != 2:
+        x = x.reshape(-1, shape[-1])
+    if topk_ids.dim() != 2:
+        topk_ids = topk_ids.reshape(-1, topk_ids.shape[-1])
+    if topk_weights.dim() != 2:
+        topk_weights = topk_weights.reshape(-1, topk_weights.shape[-1])
+    topk_ids = _as_ids("topk_ids", topk_ids)
+    topk_weights = _as_weights("topk_weights", topk_weights, x.dtype)
+    biases = [None if bias is None else bias.to(x.dtype) for bias in (gate_up_bias, down_bias)]
+    others = (*gate_up_proj.weight, *down_proj.weight, *biases, topk_ids, topk_weights)
     options = (activation, gated, interleaved, _number("alpha", alpha), _limit(limit))
     format, intermediate_size = gate_up_proj.format, down_proj.columns
-    if _needs_autograd(*tensors):
+    sizes = (intermediate_size, format.bits, format.columns_per_scale)
+    if _needs_autograd(x, *others):
         matrices = (tuple(gate_up_proj[1:]), tuple(down_proj[1:]))
-        y: Tensor = _apply(_QuantizedMoe, *tensors, intermediate_size, matrices, options)[0]
+        y: Tensor = _apply(_QuantizedMoe, x, *others, intermediate_size, matrices, options)[0]
+    elif ops.needs_no_dispatch(x, *others):
+        y = ops.quantized_moe_forward_on_host(x, *others, *sizes, *options)
     else:
-        sizes = (intermediate_size, format.bits, format.columns_per_scale)
-        y = ops.quantized_moe_forward(*tensors, *sizes, *options, False)[0]
-    return y.reshape(shape)
+        y = ops.quantized_moe_forward(x, *others, *sizes, *options, False)[0]
+    return y if len(shape) == 2 else y.reshape(shape)
