@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 namespace switchgear::cpu {
 
@@ -49,6 +50,28 @@ void parallel_for_ahead(int num_threads, int64_t count, Task&& task) {
     for (int64_t i = take(), next; i < count; i = next) {
       next = take();
       task(i, next < count ? next : -1, thread);
+    }
+  });
+}
+
+// The same for tasks that read on where the one before them ends: a thread has a contiguous share of the indices, in their
+// order, and takes from the others' shares when it is through with its own.
+template <typename Task>
+void parallel_for_shares(int num_threads, int64_t count, Task&& task) {
+  num_threads = static_cast<int>(count < num_threads ? count : num_threads);
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Share> shares(static_cast<size_t>(num_threads));
+  for (int i = 0; i < num_threads; ++i) {
+    shares[static_cast<size_t>(i)].next.store(count * i / num_threads, std::memory_order_relaxed);
+    shares[static_cast<size_t>(i)].end = count * (i + 1) / num_threads;
+  }
+  parallel_for(num_threads, num_threads, [&](int64_t first, int thread) {
+    for (int64_t i = 0; i < num_threads; ++i) {
+      Share& share = shares[static_cast<size_t>((first + i) % num_threads)];
+      for (int64_t at; (at = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) task(at, thread);
     }
   });
 }

@@ -30,6 +30,8 @@ struct QuantizedPanel {
   int bits;
 };
 
+constexpr int64_t kFewRows = 6;  // products of up to so many rows only wait for the weights
+
 // c[m, n] = rows.scales[r] · row_scale[n] · Σ_groups scale[n] · Σ_k value[r, k] · (q[n, k] - zero[n]), r = indices[m] (m where
 // null), for n < ⌈num_columns / 16⌉ · 16. The inner sums are exact, those over the groups float32 with ascending groups.
 struct QuantizedProduct {
@@ -37,13 +39,16 @@ struct QuantizedProduct {
   const int32_t* indices;
   int64_t num_rows;
   QuantizedPanel b;
-  int64_t num_columns;            // <= kQuantizedPanel
-  float* c;                       // [num_rows, kQuantizedPanel]
-  const uint8_t* next = nullptr;  // where the caller's next product starts to read, if known: a hint
+  int64_t num_columns;  // <= kQuantizedPanel, or any number for up to kFewRows rows
+  float* c;             // [num_rows, c_stride]
+  int64_t c_stride = kQuantizedPanel;
 };
 
 struct QuantizedKernels {
   void (*multiply)(const QuantizedProduct&);
+
+  // Two products of the same few rows and with as many columns each, whose weights are read in turns.
+  void (*multiply_pair)(const QuantizedProduct& first, const QuantizedProduct& second);
 
   // Row r of `out` from n elements: scale = max |row| / 127, values = round(row / scale), ties to even. A row smaller than
   // 2^-100 is zero; one with an infinity or a NaN gets a NaN for its scale. `group`: columns of a group.

@@ -32,10 +32,11 @@ struct Tile {
   const uint8_t* zeros[kVectors];
   const float* row_scales;
   float* c;
+  int64_t c_stride;
 
   // From row m and vector `first` of the panel on.
   Tile(const QuantizedProduct& p, int64_t m, int64_t first)
-      : row_scales(p.b.row_scales + first * kLanes), c(p.c + m * kQuantizedPanel + first * kLanes) {
+      : row_scales(p.b.row_scales + first * kLanes), c(p.c + m * p.c_stride + first * kLanes), c_stride(p.c_stride) {
     const QuantizedPanel& b = p.b;
     for (int i = 0; i < kRows; ++i) {
       const int64_t r = p.indices != nullptr ? p.indices[m + i] : m + i;
@@ -92,7 +93,7 @@ inline void store_scaled(const Tile<kRows, kVectors>& t, const Floats (&total)[k
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
       const Floats scale = load(t.row_scales + j * kLanes) * broadcast(t.scale[i]);
-      store(t.c + i * kQuantizedPanel + j * kLanes, total[i][j] * scale);
+      store(t.c + i * t.c_stride + j * kLanes, total[i][j] * scale);
     }
   }
 }
@@ -134,45 +135,51 @@ void multiply_tile(const QuantizedProduct& p, int64_t m, int64_t first, const ui
   store_scaled(t, total);
 }
 
-// The same for up to kFewRows rows, which only read weights: one block after the other, so in the order of memory, with
-// several chains of sums along k to hide the latency of dot (integers: the order does not matter).
-constexpr int kFewRows = 6;
-constexpr int kChains = kLanes == 16 ? 4 : 1;
-constexpr int64_t kAheadBytes = 4096;  // prefetched
+// The same for few rows, which wait for memory. It delivers the most to one or two streams of loads that go on for long, and
+// without a prefetch of ours: blocks follow each other in memory, and two sequences of blocks, gates and ups say, are read
+// in turns. Several sums for the same element hide the latency of dot (integers: the order does not matter).
+template <int kRows>
+constexpr int kStreams = kLanes == 16 || kRows == 1 ? 2 : 1;  // side by side
 
-// `next`: what is read after this block.
-template <int kBits, int kRows>
-void multiply_block(const QuantizedProduct& p, int64_t block, const uint8_t* next) {
-  const Tile<kRows, kBlockVectors> t(p, 0, block * kBlockVectors);
-  const QuantizedPanel& b = p.b;
-  const int64_t bytes = b.words * kWordBytes * kBits / 8, gap = next - (t.values[0] + bytes);
-  Floats total[kRows][kBlockVectors] = {};
+template <int kBits, int kRows, int kSide>
+void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const QuantizedPanel& b) {
+  constexpr int kFree = 4 / (kRows * kSide * kBlockVectors), kChains = kFree > 1 ? kFree : 1;
+  Floats total[kSide][kRows][kBlockVectors] = {};
   for (int64_t g = 0; g < b.groups; ++g) {
-    Ints sum[kChains][kRows][kBlockVectors];
+    Ints sum[kSide][kChains][kRows][kBlockVectors];
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
+    for (int side = 0; side < kSide; ++side) {
 #pragma GCC unroll 8
-      for (int j = 0; j < kBlockVectors; ++j) {
-        sum[0][i][j] = t.start(i, g);
+      for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-        for (int chain = 1; chain < kChains; ++chain) sum[chain][i][j] = Ints{};
+        for (int j = 0; j < kBlockVectors; ++j) {
+          sum[side][0][i][j] = t[side].start(i, g);
+#pragma GCC unroll 8
+          for (int chain = 1; chain < kChains; ++chain) sum[side][chain][i][j] = Ints{};
+        }
       }
     }
     const int64_t begin = g * b.group_words, end = begin + b.group_words < b.words ? begin + b.group_words : b.words;
-    const auto add_word = [&](int64_t word, int half, Ints(&chain)[kRows][kBlockVectors]) {
-      const int64_t at = word / kHalves<kBits> * kWordBytes;
-      if (half == 0) {
-        const int64_t ahead = at + kAheadBytes;
-        __builtin_prefetch(t.values[0] + ahead + (ahead < bytes ? 0 : gap), 0, 3);
-      }
-      Weights w[kBlockVectors];
+    const auto add_word = [&](int64_t word, int half, int chain) {
+      Weights w[kSide][kBlockVectors];
 #pragma GCC unroll 8
-      for (int j = 0; j < kBlockVectors; ++j) w[j] = weights_at<kBits>(t.values[j] + at, half);
+      for (int side = 0; side < kSide; ++side) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kBlockVectors; ++j) {
+          w[side][j] = weights_at<kBits>(t[side].values[j] + word / kHalves<kBits> * kWordBytes, half);
+        }
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const Activations a = as_activations(word_at(t.a[i] + 4 * (word + half)));
+        const Activations a = as_activations(word_at(t[0].a[i] + 4 * (word + half)));
 #pragma GCC unroll 8
-        for (int j = 0; j < kBlockVectors; ++j) chain[i][j] = dot(chain[i][j], w[j], a);
+        for (int side = 0; side < kSide; ++side) {
+#pragma GCC unroll 8
+          for (int j = 0; j < kBlockVectors; ++j) {
+            Ints& s = sum[side][chain][i][j];
+            s = dot(s, w[side][j], a);
+          }
+        }
       }
     };
     int64_t word = begin;
@@ -180,24 +187,28 @@ void multiply_block(const QuantizedProduct& p, int64_t block, const uint8_t* nex
 #pragma GCC unroll 4
       for (int n = 0; n < 4; ++n) {
         const int half = n % kHalves<kBits>;
-        add_word(word + n - half, half, sum[n % kChains]);
+        add_word(word + n - half, half, n % kChains);
       }
     }
     for (; word < end; word += 2) {  // the number of words is even
-      add_word(word, 0, sum[0]);
-      kBits == 8 ? add_word(word + 1, 0, sum[0]) : add_word(word, 1, sum[0]);
+      add_word(word, 0, 0);
+      kBits == 8 ? add_word(word + 1, 0, 0) : add_word(word, 1, 0);
     }
 #pragma GCC unroll 8
-    for (int chain = 1; chain < kChains; ++chain) {
+    for (int side = 0; side < kSide; ++side) {
 #pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
+      for (int chain = 1; chain < kChains; ++chain) {
 #pragma GCC unroll 8
-        for (int j = 0; j < kBlockVectors; ++j) sum[0][i][j] += sum[chain][i][j];
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+          for (int j = 0; j < kBlockVectors; ++j) sum[side][0][i][j] += sum[side][chain][i][j];
+        }
       }
+      end_group<kBits>(t[side], sum[side][0], g, total[side]);
     }
-    end_group<kBits>(t, sum[0], g, total);
   }
-  store_scaled(t, total);
+#pragma GCC unroll 8
+  for (int side = 0; side < kSide; ++side) store_scaled(t[side], total[side]);
 }
 
 // function<n>() for n = count <= kFewRows
@@ -224,17 +235,43 @@ void multiply_rows(const QuantizedProduct& p, int64_t first, int64_t blocks) {
   with_count(p.num_rows - m, [&]<int kRows>() { multiply_tile<kBits, kRows, kVectors>(p, m, first, ahead(m)); });
 }
 
+inline int64_t blocks_of(int64_t num_columns) { return (num_columns + kBlockRows - 1) / kBlockRows; }
+
+template <int kBits>
+void multiply_pair_bits(const QuantizedProduct& first, const QuantizedProduct& second) {
+  with_count(first.num_rows, [&]<int kRows>() {
+    using Block = Tile<kRows, kBlockVectors>;
+    const int64_t blocks = blocks_of(first.num_columns);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t at = block * kBlockVectors;
+      if constexpr (kStreams<kRows> == 2) {
+        multiply_block<kBits, kRows, 2>({Block(first, 0, at), Block(second, 0, at)}, first.b);
+      } else {
+        multiply_block<kBits, kRows, 1>({Block(first, 0, at)}, first.b);
+        multiply_block<kBits, kRows, 1>({Block(second, 0, at)}, second.b);
+      }
+    }
+  });
+}
+
+// As the pair of its halves, which share a block where the number of blocks is odd.
+template <int kBits>
+void multiply_few(const QuantizedProduct& p) {
+  const int64_t blocks = blocks_of(p.num_columns), half = (blocks + 1) / 2, skipped = blocks - half;
+  QuantizedProduct first = p, second = p;
+  first.num_columns = second.num_columns = half * kBlockRows;
+  second.b.values += skipped * (p.b.words * kWordBytes * kBits / 8);
+  second.b.scales += skipped * p.b.groups * kBlockRows;
+  second.b.row_scales += skipped * kBlockRows;
+  if (p.b.zeros != nullptr) second.b.zeros += skipped * p.b.groups * kBlockRows;
+  second.c += skipped * kBlockRows;
+  multiply_pair_bits<kBits>(first, second);
+}
+
 template <int kBits>
 void multiply_bits(const QuantizedProduct& p) {
-  const int64_t blocks = (p.num_columns + kBlockRows - 1) / kBlockRows, vectors = blocks * kBlockVectors;
-  if (p.num_rows <= kFewRows) {
-    return with_count(p.num_rows, [&]<int kRows>() {
-      for (int64_t block = 0; block < blocks; ++block) {
-        const uint8_t* const following = p.b.values + (block + 1) * (p.b.words * kWordBytes * kBits / 8);
-        multiply_block<kBits, kRows>(p, block, block + 1 == blocks && p.next != nullptr ? p.next : following);
-      }
-    });
-  }
+  if (p.num_rows <= kFewRows) return multiply_few<kBits>(p);
+  const int64_t blocks = blocks_of(p.num_columns), vectors = blocks * kBlockVectors;
   int64_t first = 0;
   // With several groups, sums and totals share the registers.
   constexpr int kVectors = kBits == 8 ? kPanelVectors8 : 2;
@@ -243,6 +280,10 @@ void multiply_bits(const QuantizedProduct& p) {
 }
 
 void multiply(const QuantizedProduct& p) { p.b.bits == 8 ? multiply_bits<8>(p) : multiply_bits<4>(p); }
+
+void multiply_pair(const QuantizedProduct& first, const QuantizedProduct& second) {
+  first.b.bits == 8 ? multiply_pair_bits<8>(first, second) : multiply_pair_bits<4>(first, second);
+}
 
 // ---- rows ----------------------------------------------------------------------------------------------------------------
 
@@ -358,6 +399,7 @@ double multiply_rate(int64_t iterations) {
 
 constexpr QuantizedKernels kTable = {
     .multiply = multiply,
+    .multiply_pair = multiply_pair,
     .quantize_row = quantize_row,
     .dequantize = dequantize,
     .multiply_rate = multiply_rate,

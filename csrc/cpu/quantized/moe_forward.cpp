@@ -23,7 +23,23 @@ namespace switchgear::cpu {
 namespace {
 
 constexpr int64_t kPanel = kQuantizedPanel;
-constexpr int64_t kTile = kMaxRows * kPanel;  // floats of one product
+constexpr int64_t kTile = kMaxRows * kPanel;        // floats of one product
+constexpr int64_t kLongest = kTile / kFewRows;      // columns of one product of few rows
+constexpr int64_t kRunBytes = int64_t{1} << 20;     // of weights, of one task with few rows: some 20 µs
+constexpr int64_t kSumsBytes = int64_t{512} << 10;  // of the sums of one task: half of a thread's L2
+
+inline int64_t in_panels(int64_t columns) { return ceil_div(columns, kPanel) * kPanel; }
+
+// c = rows · b[..., column, column + columns)ᵀ, in products that the kernel takes.
+void multiply_columns(const QuantizedKernels& q, QuantizedProduct product, const QuantizedMatrix& matrix,
+                      int64_t column, int64_t columns) {
+  const int64_t step = product.num_rows <= kFewRows ? columns : kPanel;
+  for (int64_t begin = 0; begin < columns; begin += step, product.c += step) {
+    product.b = matrix.from(column + begin);
+    product.num_columns = std::min(step, columns - begin);
+    q.multiply(product);
+  }
+}
 
 struct FirstProjection {
   const QuantizedMoeForwardArgs& args;
@@ -33,43 +49,66 @@ struct FirstProjection {
   const Kernels& k;
   const QuantizedKernels& q;
 
-  // The first weights that a tile reads.
-  const uint8_t* start(const Tile& tile) const {
-    const GateColumns columns = gate_columns(args.options, a.shape[1], tile.column, 1, kPanel);
-    return QuantizedMatrix(args.gate_up_proj, tile.expert).from(columns.begin[0]).values;
+  // `columns` of a from tile.column on; c: two of kTile floats.
+  void run(const Tile& tile, int64_t columns, float* c) const {
+    columns = std::min(columns, a.shape[1] - tile.column);
+    const int64_t step = tile.num_rows <= kFewRows ? columns : kPanel;
+    for (int64_t j = 0; j < columns; j += step) {
+      multiply({tile.expert, tile.column + j, tile.first_row, tile.num_rows}, std::min(step, columns - j), c);
+    }
   }
 
-  void run(const Tile& tile, const uint8_t* next, float* c) const {
-    const int64_t intermediate_size = a.shape[1];
-    const int64_t count = std::min(kPanel, intermediate_size - tile.column);
-    const GateColumns columns = gate_columns(args.options, intermediate_size, tile.column, count, kPanel);
+  void multiply(const Tile& tile, int64_t columns, float* c) const {
+    const bool apart = args.options.gated && !args.options.interleaved;  // gates and ups are columns of their own
+    const int64_t width = args.options.gated && !apart ? 2 * columns : columns, stride = in_panels(width);
+    const int64_t column = args.options.gated && !apart ? 2 * tile.column : tile.column;
     const QuantizedMatrix matrix(args.gate_up_proj, tile.expert);
-    for (int i = 0; i < 2; ++i) {
-      if (columns.count[i] == 0) continue;
-      q.multiply({.rows = x,
-                  .indices = token_indices + tile.first_row,
-                  .num_rows = tile.num_rows,
-                  .b = matrix.from(columns.begin[i]),
-                  .num_columns = columns.count[i],
-                  .c = c + i * kTile,
-                  .next = i == 0 && columns.count[1] > 0 ? matrix.from(columns.begin[1]).values : next});
+    QuantizedProduct product{.rows = x,
+                             .indices = token_indices + tile.first_row,
+                             .num_rows = tile.num_rows,
+                             .b = matrix.from(column),
+                             .num_columns = width,
+                             .c = c,
+                             .c_stride = stride};
+    if (apart) {
+      QuantizedProduct ups = product;
+      ups.c = c + kTile;
+      if (tile.num_rows <= kFewRows) {
+        ups.b = matrix.from(a.shape[1] + column);
+        q.multiply_pair(product, ups);
+      } else {
+        multiply_columns(q, product, matrix, column, width);
+        multiply_columns(q, ups, matrix, a.shape[1] + column, width);
+      }
+    } else {
+      multiply_columns(q, product, matrix, column, width);
     }
     for (int64_t m = 0; m < tile.num_rows; ++m) {
-      float* const part[2] = {c + m * kPanel, c + kTile + m * kPanel};
-      const int64_t slot = tile.first_row + m;
-      for (int i = 0; i < 2; ++i) {
-        if (args.gate_up_bias.defined()) {
-          const void* const bias = at(args.gate_up_bias, tile.expert, columns.begin[i]);
-          k.add_scaled_row(part[i], bias, args.gate_up_bias.dtype, 1.0f, columns.count[i]);
-        }
-        if (args.h.defined()) k.store_row(at(args.h, slot, columns.begin[i]), args.h.dtype, part[i], columns.count[i]);
+      for (int64_t j = 0; j < columns; j += kPanel) {
+        float* const row = c + m * stride + (apart ? j : j * (width / columns));
+        finish(tile.expert, tile.first_row + m, tile.column + j, std::min(kPanel, columns - j), row,
+               apart ? row + kTile : row + kPanel);
       }
-      GateRow shuffled;
-      const auto [gate, up] = split_gate(shuffled, part[0], part[1], args.options, columns, count);
-      float activated[kPanel];
-      k.glu_row(activated, gate, up, args.options, count);
-      k.store_row(at(a, slot, tile.column), a.dtype, activated, count);
     }
+  }
+
+  // Up to 64 columns of one row, whose products are part0 and part1.
+  void finish(int64_t expert, int64_t slot, int64_t column, int64_t count, float* part0, float* part1) const {
+    const GateColumns columns = gate_columns(args.options, a.shape[1], column, count, kPanel);
+    float* const part[2] = {part0, part1};
+    for (int i = 0; i < 2; ++i) {
+      if (columns.count[i] == 0) continue;
+      if (args.gate_up_bias.defined()) {
+        const void* const bias = at(args.gate_up_bias, expert, columns.begin[i]);
+        k.add_scaled_row(part[i], bias, args.gate_up_bias.dtype, 1.0f, columns.count[i]);
+      }
+      if (args.h.defined()) k.store_row(at(args.h, slot, columns.begin[i]), args.h.dtype, part[i], columns.count[i]);
+    }
+    GateRow shuffled;
+    const auto [gate, up] = split_gate(shuffled, part0, part1, args.options, columns, count);
+    float activated[kPanel];
+    k.glu_row(activated, gate, up, args.options, count);
+    k.store_row(at(a, slot, column), a.dtype, activated, count);
   }
 };
 
@@ -80,9 +119,9 @@ struct SecondProjection {
   const Kernels& k;
   const QuantizedKernels& q;
 
-  // Columns [column, column + 64) of the tokens [first_token, last_token).
+  // Columns [column, column + columns) of the tokens [first_token, last_token).
   struct Block {
-    int64_t column, first_token, last_token;
+    int64_t column, columns, first_token, last_token;
   };
   struct Range {  // slots
     int64_t first, last;
@@ -96,56 +135,82 @@ struct SecondProjection {
             std::lower_bound(begin, end, block.last_token) - slots.token_indices};
   }
 
-  int64_t next_expert(const Block& block, int64_t e) const {  // the next one with rows of its tokens
-    const int64_t num_experts = args.down_proj.values.shape[0];
-    for (++e; e < num_experts; ++e) {
-      const auto [first, last] = slots_of(block, e);
-      if (first < last) break;
-    }
-    return e;
-  }
-
-  // The weights of expert e that a block reads; null past the last expert.
-  const uint8_t* start(const Block& block, int64_t e) const {
-    if (e == args.down_proj.values.shape[0]) return nullptr;
-    return QuantizedMatrix(args.down_proj, e).from(block.column).values;
-  }
-
-  // `next`: what is read after this block; `sums` has a row of 64 for each token.
-  void run(const Block& block, const uint8_t* next, float* sums, float* c) const {
-    const auto [column, first_token, last_token] = block;
-    const int64_t num_experts = args.down_proj.values.shape[0];
-    const int64_t columns = std::min(kPanel, args.y.shape[1] - column);
-    std::fill(sums, sums + (last_token - first_token) * kPanel, 0.0f);
-    for (int64_t e = next_expert(block, -1), after; e < num_experts; e = after) {
-      after = next_expert(block, e);
+  // `sums` has a row of in_panels(columns) for each token, c kTile floats.
+  void run(const Block& block, float* sums, float* c) const {
+    const int64_t stride = in_panels(block.columns);
+    std::fill(sums, sums + (block.last_token - block.first_token) * stride, 0.0f);
+    for (int64_t e = 0; e < args.down_proj.values.shape[0]; ++e) {
       const auto [first, last] = slots_of(block, e);
       for (int64_t s = first; s < last; s += kMaxRows) {
-        const int64_t rows = std::min<int64_t>(kMaxRows, last - s);
-        const QuantizedRows from{a.values + s * a.stride, a.stride, a.scales + s,
-                                 a.corrections + s * args.down_proj.scales.shape[2]};
-        q.multiply({.rows = from,
-                    .indices = nullptr,
-                    .num_rows = rows,
-                    .b = QuantizedMatrix(args.down_proj, e).from(column),
-                    .num_columns = columns,
-                    .c = c,
-                    .next = after < num_experts ? start(block, after) : next});
-        for (int64_t m = 0; m < rows; ++m) {
-          float* const row = c + m * kPanel;
-          if (args.down_bias.defined()) {
-            k.add_scaled_row(row, at(args.down_bias, e, column), args.down_bias.dtype, 1.0f, columns);
-          }
-          k.add_scaled_row(sums + (slots.token_indices[s + m] - first_token) * kPanel, row, DType::kFloat32,
-                           slots.weights[s + m], columns);
+        const int64_t rows = std::min<int64_t>(kMaxRows, last - s), step = rows <= kFewRows ? block.columns : kPanel;
+        for (int64_t column = 0; column < block.columns; column += step) {
+          add(block, e, s, rows, column, std::min(step, block.columns - column), sums + column, stride, c);
         }
       }
     }
-    for (int64_t t = first_token; t < last_token; ++t) {
-      k.store_row(at(args.y, t, column), args.y.dtype, sums + (t - first_token) * kPanel, columns);
+    for (int64_t t = block.first_token; t < block.last_token; ++t) {
+      const float* const row = sums + (t - block.first_token) * stride;
+      k.store_row(at(args.y, t, block.column), args.y.dtype, row, block.columns);
+    }
+  }
+
+  // The weighted products of slots [s, s + rows), which expert e has, with `columns` from block.column + column on.
+  void add(const Block& block, int64_t e, int64_t s, int64_t rows, int64_t column, int64_t columns, float* sums,
+           int64_t sums_stride, float* c) const {
+    const int64_t stride = in_panels(columns);
+    const QuantizedRows from{a.values + s * a.stride, a.stride, a.scales + s,
+                             a.corrections + s * args.down_proj.scales.shape[2]};
+    q.multiply({.rows = from,
+                .indices = nullptr,
+                .num_rows = rows,
+                .b = QuantizedMatrix(args.down_proj, e).from(block.column + column),
+                .num_columns = columns,
+                .c = c,
+                .c_stride = stride});
+    for (int64_t m = 0; m < rows; ++m) {
+      float* const row = c + m * stride;
+      if (args.down_bias.defined()) {
+        const void* const bias = at(args.down_bias, e, block.column + column);
+        k.add_scaled_row(row, bias, args.down_bias.dtype, 1.0f, columns);
+      }
+      k.add_scaled_row(sums + (slots.token_indices[s + m] - block.first_token) * sums_stride, row, DType::kFloat32,
+                       slots.weights[s + m], columns);
     }
   }
 };
+
+// How the projections are cut into tasks: columns of each, and tokens of the second one's.
+struct Cut {
+  bool few_rows;  // tasks are long, read weights in the order of memory, and belong to threads; otherwise whoever is free
+  int64_t first_columns, second_columns, tokens;
+};
+
+Cut cut(const QuantizedMoeForwardArgs& args, const int32_t* expert_offsets, int num_threads) {
+  const int64_t num_experts = args.down_proj.values.shape[0], num_tokens = args.x.shape[0];
+  const int64_t hidden_size = args.x.shape[1], intermediate_size = args.down_proj.cols;
+  int64_t active = 0;
+  for (int64_t e = 0; e < num_experts; ++e) active += expert_offsets[e + 1] > expert_offsets[e];
+  if (active > 0 && expert_offsets[num_experts] <= kFewRows * active && num_tokens * kPanel * 4 <= kSumsBytes) {
+    // Pieces of an expert, a few for each thread; columns of y, whose sums must fit.
+    const auto columns = [](int64_t size, int64_t pieces, int64_t most) {
+      return std::max(kPanel, std::min(in_panels(ceil_div(size, pieces)), most / kPanel * kPanel));
+    };
+    const int64_t bytes = args.gate_up_proj.rows * args.gate_up_proj.cols * args.gate_up_proj.bits / 8;
+    const int64_t pieces = std::max(ceil_div(bytes, kRunBytes), ceil_div(4 * num_threads, active));
+    return {true, columns(intermediate_size, pieces, kLongest),
+            columns(hidden_size, 2 * num_threads, std::min(kLongest, kSumsBytes / 4 / num_tokens)), num_tokens};
+  }
+  // 64 columns for some 2048 tokens, fewer where columns alone would not fill the threads
+  const int64_t chunks = std::max<int64_t>(
+      {ceil_div(num_tokens, 2048), 1,
+       std::min<int64_t>(ceil_div(2 * num_threads, ceil_div(hidden_size, kPanel)), ceil_div(num_tokens, 64))});
+  return {false, kPanel, kPanel, std::max<int64_t>(ceil_div(num_tokens, chunks), 1)};
+}
+
+template <typename Task>
+void run_tasks(bool in_shares, int num_threads, int64_t count, Task&& task) {
+  in_shares ? parallel_for_shares(num_threads, count, task) : parallel_for(num_threads, count, task);
+}
 
 }  // namespace
 
@@ -157,39 +222,30 @@ void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec) 
   const int64_t num_slots = args.topk_ids.shape[0] * args.topk_ids.shape[1];
   const int64_t row_bytes = intermediate_size * size_of(args.x.dtype);
 
-  // A task of the second projection: 64 columns for some 2048 tokens, fewer where columns alone would not fill the threads.
-  const int64_t column_blocks = ceil_div(hidden_size, kPanel);
-  const int64_t chunks =
-      std::max<int64_t>({ceil_div(num_tokens, 2048), 1,
-                         std::min<int64_t>(ceil_div(2 * num_threads, column_blocks), ceil_div(num_tokens, 64))});
-  const int64_t chunk = std::max<int64_t>(ceil_div(num_tokens, chunks), 1);
-  const int64_t thread_floats = 2 * kTile + chunk * kPanel;
-
-  Workspace workspace(Slots::bytes(num_slots, num_experts) + quantized_bytes(num_tokens, args.gate_up_proj) +
-                      Workspace::padded(num_slots * row_bytes) + quantized_bytes(num_slots, args.down_proj) +
-                      Workspace::padded(num_threads * thread_floats * 4));
-  const Slots slots = make_slots(workspace, args.topk_ids, args.topk_weights, num_experts, exec);
+  const int64_t slot_bytes = Slots::bytes(num_slots, num_experts);
+  Workspace plan_workspace(slot_bytes);
+  const Slots slots = make_slots(plan_workspace, args.topk_ids, args.topk_weights, num_experts, exec);
   const int64_t used_slots = slots.expert_offsets[num_experts];
+  const Cut sizes = cut(args, slots.expert_offsets, num_threads);
+
+  const int64_t thread_floats = 2 * kTile + sizes.tokens * sizes.second_columns;
+  Workspace workspace(quantized_bytes(num_tokens, args.gate_up_proj) + Workspace::padded(num_slots * row_bytes) +
+                      quantized_bytes(num_slots, args.down_proj) +
+                      Workspace::padded(num_threads * thread_floats * 4));
   const Kernels& k = kernels();
   const QuantizedKernels& q = quantized_kernels();
+  auto* const memory = static_cast<float*>(workspace.take_bytes(num_threads * thread_floats * 4));
+  const auto own = [&](int thread) { return memory + thread * thread_floats; };
   const QuantizedRows x = quantize_rows(workspace, args.x.data, args.x.stride[0] * size_of(args.x.dtype), args.x.dtype,
                                         num_tokens, args.gate_up_proj, num_threads);
   char* const a = static_cast<char*>(workspace.take_bytes(num_slots * row_bytes));
 
-  const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, kPanel);
+  const std::vector<Tile> tiles =
+      make_tiles(slots.expert_offsets, num_experts, intermediate_size, sizes.first_columns);
   const FirstProjection first{args, x, slots.token_indices, view(a, args.x.dtype, num_slots, intermediate_size), k, q};
-  float* memory = nullptr;
-  const auto own = [&](int thread) { return memory + thread * thread_floats; };
-  const QuantizedRows quantized_a = [&] {
-    // taken before the rows of a, whose number is known only now
-    memory = static_cast<float*>(workspace.take_bytes(num_threads * thread_floats * 4));
-    const auto num_tiles = static_cast<int64_t>(tiles.size());
-    parallel_for_ahead(num_threads, num_tiles, [&](int64_t i, int64_t next, int thread) {
-      const uint8_t* const start = next >= 0 ? first.start(tiles[static_cast<size_t>(next)]) : nullptr;
-      first.run(tiles[static_cast<size_t>(i)], start, own(thread));
-    });
-    return quantize_rows(workspace, a, row_bytes, args.x.dtype, used_slots, args.down_proj, num_threads);
-  }();
+  run_tasks(sizes.few_rows, num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
+    first.run(tiles[static_cast<size_t>(i)], sizes.first_columns, own(thread));
+  });
   if (args.h.defined()) {
     for (int64_t s = used_slots; s < num_slots; ++s) {
       std::memset(row_of(args.h, s), 0, static_cast<size_t>(args.h.shape[1] * size_of(args.h.dtype)));
@@ -197,18 +253,18 @@ void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec) 
   }
   if (num_tokens == 0) return;
 
+  const QuantizedRows quantized_a =
+      quantize_rows(workspace, a, row_bytes, args.x.dtype, used_slots, args.down_proj, num_threads);
   const SecondProjection second{args, quantized_a, slots, k, q};
-  const auto block_of = [&](int64_t task) {
-    const int64_t first_token = task / column_blocks * chunk;
-    return SecondProjection::Block{task % column_blocks * kPanel, first_token,
-                                   std::min(num_tokens, first_token + chunk)};
-  };
-  parallel_for_ahead(num_threads, ceil_div(num_tokens, chunk) * column_blocks,
-                     [&](int64_t task, int64_t next, int thread) {
-                       const uint8_t* start = nullptr;
-                       if (next >= 0) start = second.start(block_of(next), second.next_expert(block_of(next), -1));
-                       second.run(block_of(task), start, own(thread) + 2 * kTile, own(thread));
-                     });
+  const int64_t column_blocks = ceil_div(hidden_size, sizes.second_columns);
+  run_tasks(sizes.few_rows, num_threads, ceil_div(num_tokens, sizes.tokens) * column_blocks,
+            [&](int64_t task, int thread) {
+              const int64_t column = task % column_blocks * sizes.second_columns;
+              const int64_t token = task / column_blocks * sizes.tokens;
+              second.run({column, std::min(sizes.second_columns, hidden_size - column), token,
+                          std::min(num_tokens, token + sizes.tokens)},
+                         own(thread) + 2 * kTile, own(thread));
+            });
 }
 
 }  // namespace switchgear::cpu
