@@ -181,7 +181,8 @@ struct SecondProjection {
 
 // How the projections are cut into tasks: columns of each, and tokens of the second one's.
 struct Cut {
-  bool few_rows;  // tasks are long, read weights in the order of memory, and belong to threads; otherwise whoever is free
+  bool
+      few_rows;  // tasks are long, read weights in the order of memory, and belong to threads; otherwise whoever is free
   int64_t first_columns, second_columns, tokens;
 };
 
@@ -230,8 +231,7 @@ void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec) 
 
   const int64_t thread_floats = 2 * kTile + sizes.tokens * sizes.second_columns;
   Workspace workspace(quantized_bytes(num_tokens, args.gate_up_proj) + Workspace::padded(num_slots * row_bytes) +
-                      quantized_bytes(num_slots, args.down_proj) +
-                      Workspace::padded(num_threads * thread_floats * 4));
+                      quantized_bytes(num_slots, args.down_proj) + Workspace::padded(num_threads * thread_floats * 4));
   const Kernels& k = kernels();
   const QuantizedKernels& q = quantized_kernels();
   auto* const memory = static_cast<float*>(workspace.take_bytes(num_threads * thread_floats * 4));
@@ -240,12 +240,10 @@ void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec) 
                                         num_tokens, args.gate_up_proj, num_threads);
   char* const a = static_cast<char*>(workspace.take_bytes(num_slots * row_bytes));
 
-  const std::vector<Tile> tiles =
-      make_tiles(slots.expert_offsets, num_experts, intermediate_size, sizes.first_columns);
+  const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, sizes.first_columns);
   const FirstProjection first{args, x, slots.token_indices, view(a, args.x.dtype, num_slots, intermediate_size), k, q};
-  run_tasks(sizes.few_rows, num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
-    first.run(tiles[static_cast<size_t>(i)], sizes.first_columns, own(thread));
-  });
+  run_tasks(sizes.few_rows, num_threads, static_cast<int64_t>(tiles.size()),
+            [&](int64_t i, int thread) { first.run(tiles[static_cast<size_t>(i)], sizes.first_columns, own(thread)); });
   if (args.h.defined()) {
     for (int64_t s = used_slots; s < num_slots; ++s) {
       std::memset(row_of(args.h, s), 0, static_cast<size_t>(args.h.shape[1] * size_of(args.h.dtype)));
