@@ -265,14 +265,15 @@ def quantized_moe(
     topk_ids = _as_ids("topk_ids", topk_ids)
     topk_weights = _as_weights("topk_weights", topk_weights, x.dtype)
     biases = [None if bias is None else bias.to(x.dtype) for bias in (gate_up_bias, down_bias)]
-    others = (*gate_up_proj.weight, *down_proj.weight, *biases, topk_ids, topk_weights)
+    gate_up, down = gate_up_proj.weight, down_proj.weight
+    others = (*gate_up, *down, *biases, topk_ids, topk_weights)
     options = (activation, gated, interleaved, _number("alpha", alpha), _limit(limit))
     format, intermediate_size = gate_up_proj.format, down_proj.columns
     sizes = (intermediate_size, format.bits, format.columns_per_scale)
-    if _needs_autograd(x, *others):
+    if _needs_autograd(x, *biases, topk_weights):  # weights have no gradient
         matrices = (tuple(gate_up_proj[1:]), tuple(down_proj[1:]))
         y: Tensor = _apply(_QuantizedMoe, x, *others, intermediate_size, matrices, options)[0]
-    elif ops.needs_no_dispatch(x, *others):
+    elif ops.needs_no_dispatch(x, gate_up.values, down.values, *biases, topk_ids, topk_weights):
         y = ops.quantized_moe_forward_on_host(x, *others, *sizes, *options)
     else:
         y = ops.quantized_moe_forward(x, *others, *sizes, *options, False)[0]
