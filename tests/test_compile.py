@@ -130,10 +130,13 @@ def test_compile(dynamic: bool) -> None:
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
 def test_inductor() -> None:
+    # Code from torch's cache may call ops as another version declares them: a graph's key does not hold their schemas.
     torch.compiler.reset()
     block, x = switchgear.MoE(12, 6, 4, 2), torch.randn(2, 5, 12)
     compiled = torch.compile(block, fullgraph=True, backend="inductor")
-    for a, b in zip(results(compiled, x, [*block.parameters()]), results(block, x, [*block.parameters()]), strict=True):
+    with torch._inductor.config.patch(force_disable_caches=True):
+        found = results(compiled, x, [*block.parameters()])
+    for a, b in zip(found, results(block, x, [*block.parameters()]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # inductor fuses the torch parts, in another order
 
 
