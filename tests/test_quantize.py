@@ -135,15 +135,17 @@ def test_storage(format: Format, parts: int, columns: int) -> None:
 def product_bound(
     x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None, offsets: Tensor, indices: Tensor | None
 ) -> Bounded:
-    """The integers are exact, so only the float operations count: two for each group, the row's scale, the bias."""
+    """The integers are exact, so only the float operations count: two for each group and for each block of activations,
+    the row's scale, the bias."""
     format = matrix.format
     weight = rq.from_blocks(matrix.weight, matrix.rows, matrix.columns, format.bits, matrix.parts)
-    values, row_scales = rq.quantize_rows(x)
-    if indices is not None:
-        values, row_scales = reference._gather_rows(values, indices), reference._gather_rows(row_scales, indices)
     size = format.columns_per_scale or matrix.columns
+    block = rq.activation_block(format.columns_per_scale, matrix.columns)
+    values, x_scales = rq.quantize_rows(x, block)
+    if indices is not None:
+        values, x_scales = reference._gather_rows(values, indices), reference._gather_rows(x_scales, indices)
     value = torch.zeros(len(values), matrix.rows, dtype=torch.float64)
-    total, num_terms = value.clone(), 2 * weight.scales.shape[-1] + 5
+    total, num_terms = value.clone(), 2 * (weight.scales.shape[-1] + x_scales.shape[-1]) + 5
     for expert, slots in reference._segments(offsets):
         for group, begin in enumerate(range(0, matrix.columns, size)):
             a = values[slots, begin : begin + size].double()
@@ -155,8 +157,8 @@ def product_bound(
                 zero = weight.zeros[expert, :, group].double() * 2.0 ** (format.bits - 8)
                 terms = [(a @ q.mT) * scale, a.sum(-1, keepdim=True) * -scale * zero]
             for term in terms:
-                value[slots] += term * row_scales[slots, None].double()
-                total[slots] += term.abs() * row_scales[slots, None].double()
+                value[slots] += term * x_scales[slots, begin // block, None].double()
+                total[slots] += term.abs() * x_scales[slots, begin // block, None].double()
         if bias is not None:
             value[slots] += bias[expert].double()
             total[slots] += bias[expert].double().abs()

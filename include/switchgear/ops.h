@@ -328,8 +328,11 @@ struct QuantizedMatrices {
   int64_t group_size = 0;  // a power of two from 16 on, or 0: the whole row
 };
 
-// grouped_gemm with quantised weights. Each row of x is rounded to int8, with the scale max |row| / 127, and multiplied in
-// integers; `transposed`, which gradients need, multiplies in float with weights that are rounded to the dtype of x.
+// Columns of activations that share a scale where weights have groups: so many, or a larger group.
+inline constexpr int64_t kActivationBlock = 256;
+
+// grouped_gemm with quantised weights. Each row of x is rounded to int8, with the scale max |block| / 127 of each block of
+// columns (the whole row where group_size is 0), and multiplied in integers; `transposed`, which gradients need, multiplies in float with weights that are rounded to the dtype of x.
 struct QuantizedGroupedGemmArgs {
   TensorView x;              // [R,C] float, rows contiguous; transposed: [R,N]
   QuantizedMatrices weight;  // [E,N,C]
@@ -341,7 +344,7 @@ struct QuantizedGroupedGemmArgs {
 };
 void quantized_grouped_gemm(const QuantizedGroupedGemmArgs& args, Execution exec = {});
 
-// moe_forward with quantised weights: x and a are rounded to int8, row by row, as in quantized_grouped_gemm.
+// moe_forward with quantised weights: x and a are rounded to int8 as in quantized_grouped_gemm.
 struct QuantizedMoeForwardArgs {
   TensorView x;                    // [T,H] float
   QuantizedMatrices gate_up_proj;  // [E,N,H]; parts 2 for gates that are not interleaved

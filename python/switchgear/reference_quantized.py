@@ -28,7 +28,8 @@ from switchgear.reference import (
 )
 
 BLOCK_ROWS = 16
-SMALLEST = 2.0**-100  # rows of activations below are zero: their scale has no inverse
+ACTIVATION_BLOCK = 256  # columns of activations that share a scale, where weights have groups that are not larger
+SMALLEST = 2.0**-100  # blocks of activations below are zero: their scale has no inverse
 
 
 class Levels(NamedTuple):
@@ -220,18 +221,26 @@ def from_blocks(weight: Quantized, rows: int, columns: int, bits: int, parts: in
 # ---- ops -------------------------------------------------------------------------------------------------------------
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [R,C] as int8 [R,C] and scales [R] float32: x ≈ scales · values, with the largest magnitude of a row at 127.
+def activation_block(group_size: int, columns: int) -> int:
+    """Columns of activations that share a scale: the whole row where weights have no groups."""
+    return max(group_size, ACTIVATION_BLOCK) if group_size else columns
 
-    Rows whose largest magnitude is below 2^-100 are zero; those with an infinity or a NaN have a NaN for their scale.
+
+def quantize_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """x [R,C] as int8 [R,C] and scales [R,B] float32, one for each `block` columns: x ≈ scales · values, with the
+    largest magnitude of a block at 127.
+
+    Blocks whose largest magnitude is below 2^-100 are zero; those with an infinity or a NaN have a NaN for their scale.
     """
-    x = x.float()
+    columns = x.shape[1]
+    count = _divide_up(columns, block)
+    x = torch.nn.functional.pad(x.float(), (0, count * block - columns)).view(-1, count, block)
     largest = x.abs().amax(-1)
     finite = largest.isfinite()
     inverse = torch.where(finite & (largest >= SMALLEST), torch.full_like(largest, 127) / largest, 0)  # one rounding
-    values = (torch.where(finite[:, None], x, 0) * inverse[:, None]).round().to(torch.int8)
+    values = (torch.where(finite[..., None], x, 0) * inverse[..., None]).round().to(torch.int8)
     scales = torch.where(largest < SMALLEST, 0, largest / 127)
-    return values, torch.where(finite, scales, torch.nan)
+    return values.flatten(1)[:, :columns], torch.where(finite, scales, torch.nan)
 
 
 def _product(
@@ -243,11 +252,12 @@ def _product(
     token_indices: Tensor | None,
 ) -> Tensor:
     """[S,N] float32: rows of x in int8 times each expert's matrix. Sums are exact in a group, float32 over groups."""
-    values, row_scales = quantize_rows(x)
-    if token_indices is not None:
-        values, row_scales = _gather_rows(values, token_indices), _gather_rows(row_scales, token_indices)
     _, rows, columns = levels.q.shape
     size = group_size or columns
+    block = activation_block(group_size, columns)
+    values, x_scales = quantize_rows(x, block)
+    if token_indices is not None:
+        values, x_scales = _gather_rows(values, token_indices), _gather_rows(x_scales, token_indices)
     out = torch.zeros(values.shape[0], rows, device=x.device)
     for expert, slots in _segments(expert_offsets):
         total = torch.zeros(slots.stop - slots.start, rows, device=x.device)
@@ -261,7 +271,10 @@ def _product(
                 zero = levels.zeros[expert, :, group].float() * 2.0 ** (bits - 8)
                 total = total + (a @ q.mT).float() * scale
                 total = total - a.sum(-1, keepdim=True).float() * (scale * zero)
-        out[slots] = total * (levels.row_scales[expert] * row_scales[slots, None])
+            if begin + size >= columns or (begin + size) % block == 0:
+                out[slots] += total * x_scales[slots, begin // block, None]
+                total = torch.zeros_like(total)
+        out[slots] *= levels.row_scales[expert]
     return out
 
 
@@ -308,8 +321,8 @@ def quantized_grouped_gemm(
 ) -> Tensor:
     """grouped_gemm with a weight [E,N,C] = [E,rows,columns] of 8 or 4 bits: out[s] = x[r(s)] · Wᵀ + bias, [S,N].
 
-    Each row of x is rounded to int8. With `transposed`, which gradients need, out[s] = x[r(s)] · W, [S,C], in the float
-    dtype of x, to which the weight is rounded; there is no bias.
+    Each row of x is rounded to int8, in blocks of columns (see quantize_rows). With `transposed`, which gradients need,
+    out[s] = x[r(s)] · W, [S,C], in the float dtype of x, to which the weight is rounded; there is no bias.
     """
     weight = Quantized(values, scales, row_scales, zeros)
     _check("x", x, (None, rows if transposed else columns))
@@ -359,7 +372,7 @@ def quantized_moe_forward(
 ) -> tuple[Tensor, Tensor]:
     """moe_forward with quantised weights: y [T,H], and h [S,N] in slot order (empty unless save_h).
 
-    x is rounded to int8 row by row, and so is a = glu(h), once it is rounded to the dtype of x.
+    x is rounded to int8 (see quantize_rows), and so is a = glu(h), once it is rounded to the dtype of x.
     """
     num_experts, hidden_size = gate_up_values.shape[0], x.shape[-1]
     width = 2 * intermediate_size if gated else intermediate_size

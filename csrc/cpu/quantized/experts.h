@@ -10,6 +10,12 @@
 
 namespace switchgear::cpu {
 
+// Columns that share a scale of the weights, and of the activations: blocks of some groups.
+inline int64_t group_columns(const QuantizedMatrices& m) { return m.group_size == 0 ? m.cols : m.group_size; }
+inline int64_t block_columns(const QuantizedMatrices& m) {
+  return m.group_size == 0 ? m.cols : std::max(m.group_size, kActivationBlock);
+}
+
 // The matrix of expert e.
 class QuantizedMatrix {
  public:
@@ -29,6 +35,7 @@ class QuantizedMatrix {
             .words = words,
             .group_words = groups == 1 ? words : m_.group_size / 4,
             .groups = groups,
+            .block_groups = block_columns(m_) / group_columns(m_),
             .bits = static_cast<int>(m_.bits)};
   }
 
@@ -43,7 +50,8 @@ inline int64_t quantized_stride(const QuantizedMatrices& weight) {
 }
 
 inline int64_t quantized_bytes(int64_t num_rows, const QuantizedMatrices& weight) {
-  return Workspace::padded(num_rows * quantized_stride(weight)) + Workspace::padded(num_rows * 4) +
+  return Workspace::padded(num_rows * quantized_stride(weight)) +
+         Workspace::padded(num_rows * ceil_div(weight.cols, block_columns(weight)) * 4) +
          Workspace::padded(num_rows * weight.scales.shape[2] * 4);
 }
 

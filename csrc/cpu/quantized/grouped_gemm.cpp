@@ -43,9 +43,7 @@ void multiply_in_integers(const QuantizedGroupedGemmArgs& args, int num_threads)
     const int64_t column = task / num_tiles * part_rows + tile.column,
                   columns = std::min(kPanel, part_rows - tile.column);
     const int64_t first = args.token_indices.defined() ? 0 : tile.first_row;
-    const QuantizedRows from{x.values + first * x.stride, x.stride, x.scales + first,
-                             x.corrections + first * args.weight.scales.shape[2]};
-    q.multiply({.rows = from,
+    q.multiply({.rows = x.from(first),
                 .indices = args.token_indices.defined() ? args.token_indices.as<int32_t>() + tile.first_row : nullptr,
                 .num_rows = tile.num_rows,
                 .b = QuantizedMatrix(args.weight, tile.expert).from(column),

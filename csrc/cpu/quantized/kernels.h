@@ -10,12 +10,18 @@ namespace switchgear::cpu {
 constexpr int64_t kBlockRows = 16;       // rows of a weight that are stored together
 constexpr int64_t kQuantizedPanel = 64;  // columns of one product: four blocks
 
-// Activations in int8: row r is scales[r] · values[r·stride + k], k < words · 4, zeros behind the last column.
+// Activations in int8, in blocks of columns that share a scale: block b of row r is scales[r, b] · values[r·stride + k], zeros
+// behind the last column.
 struct QuantizedRows {
   int8_t* values;
   int64_t stride;        // bytes, a multiple of 64
-  float* scales;         // [rows]
+  float* scales;         // [rows, blocks]
   int32_t* corrections;  // [rows, groups]: factor · Σ values over each group of the weights
+  int64_t blocks, groups;
+
+  QuantizedRows from(int64_t row) const {
+    return {values + row * stride, stride, scales + row * blocks, corrections + row * groups, blocks, groups};
+  }
 };
 
 // The blocks that make up to 64 rows of a weight, as columns of a product.
@@ -27,13 +33,14 @@ struct QuantizedPanel {
   int64_t words;         // 4 columns of the weight each, even
   int64_t group_words;
   int64_t groups;
+  int64_t block_groups;  // that share a scale of the activations
   int bits;
 };
 
 constexpr int64_t kFewRows = 6;  // products of up to so many rows only wait for the weights
 
-// c[m, n] = rows.scales[r] · row_scale[n] · Σ_groups scale[n] · Σ_k value[r, k] · (q[n, k] - zero[n]), r = indices[m] (m where
-// null), for n < ⌈num_columns / 16⌉ · 16. The inner sums are exact, those over the groups float32 with ascending groups.
+// c[m, n] = row_scale[n] · Σ_blocks rows.scales[r, b] · Σ_groups scale[n] · Σ_k value[r, k] · (q[n, k] - zero[n]), r = indices[m]
+// (m where null), for n < ⌈num_columns / 16⌉ · 16. The inner sums are exact, the others float32 in ascending order.
 struct QuantizedProduct {
   QuantizedRows rows;
   const int32_t* indices;
@@ -50,10 +57,11 @@ struct QuantizedKernels {
   // Two products of the same few rows and with as many columns each, whose weights are read in turns.
   void (*multiply_pair)(const QuantizedProduct& first, const QuantizedProduct& second);
 
-  // Row r of `out` from n elements: scale = max |row| / 127, values = round(row / scale), ties to even. A row smaller than
-  // 2^-100 is zero; one with an infinity or a NaN gets a NaN for its scale. `group`: columns of a group.
-  void (*quantize_row)(const QuantizedRows& out, int64_t r, const void* row, DType dtype, int64_t n, int64_t group,
-                       int64_t groups, int32_t factor);
+  // Row r of `out` from n elements, `block` by block: scale = max |elements| / 127, values = round(elements / scale), ties to
+  // even. A block smaller than 2^-100 is zero; one with an infinity or a NaN gets a NaN for its scale. `group`: columns of a
+  // group, whose values make a correction.
+  void (*quantize_row)(const QuantizedRows& out, int64_t r, const void* row, DType dtype, int64_t n, int64_t block,
+                       int64_t group, int32_t factor);
 
   // out[i, j] = element (first_row + i, first_column + j) of the weight that starts at `b`, in float32: all 16 rows of a block
   // and `columns` <= 64 columns. first_row and first_column are multiples of 16.

@@ -15,7 +15,8 @@ namespace switchgear::cpu {
 namespace {
 
 constexpr int kRowTile = 6;
-constexpr int kPanelVectors8 = kLanes == 16 ? 4 : 2;  // of the registers of one tile: 6 accumulators each
+constexpr int kTileVectors8 = kLanes == 16 ? 4 : 2;  // of the registers of one tile: 6 sums each
+constexpr int kTileVectors4 = 2;                     // with several groups, sums and totals share the registers
 constexpr int kBlockVectors = kBlockRows / kLanes;
 constexpr int64_t kWordBytes = 4 * kBlockRows;  // of a block
 
@@ -26,7 +27,7 @@ template <int kRows, int kVectors>
 struct Tile {
   const int8_t* a[kRows];
   const int32_t* corrections[kRows];
-  float scale[kRows];
+  const float* activation_scales[kRows];
   const uint8_t* values[kVectors];
   const int8_t* scales[kVectors];
   const uint8_t* zeros[kVectors];
@@ -42,7 +43,7 @@ struct Tile {
       const int64_t r = p.indices != nullptr ? p.indices[m + i] : m + i;
       a[i] = p.rows.values + r * p.rows.stride;
       corrections[i] = p.rows.corrections + r * b.groups;
-      scale[i] = p.rows.scales[r];
+      activation_scales[i] = p.rows.scales + r * p.rows.blocks;
     }
     for (int j = 0; j < kVectors; ++j) {
       const int64_t block = (first + j) / kBlockVectors, column = (first + j) % kBlockVectors * kLanes;
@@ -73,12 +74,12 @@ inline void end_group(const Tile<kRows, kVectors>& t, const Ints (&sum)[kRows][k
 #pragma GCC unroll 8
   for (int j = 0; j < kVectors; ++j) {
     const Floats scale = widen(t.scales[j] + g * kBlockRows);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) total[i][j] = multiply_add(to_floats(sum[i][j]), scale, total[i][j]);
     if (t.zeros[0] != nullptr) {
       constexpr float kUnit = kBits == 8 ? -1.0f : -1.0f / 16;
       const Floats offset = scale * widen(t.zeros[j] + g * kBlockRows) * broadcast(kUnit);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
         total[i][j] = multiply_add(to_floats(broadcast_ints(t.corrections[i][g])), offset, total[i][j]);
       }
@@ -86,53 +87,63 @@ inline void end_group(const Tile<kRows, kVectors>& t, const Ints (&sum)[kRows][k
   }
 }
 
+// c += total · scale of the activations, from the first block on, and c *= scales of the rows of weights after the last
 template <int kRows, int kVectors>
-inline void store_scaled(const Tile<kRows, kVectors>& t, const Floats (&total)[kRows][kVectors]) {
-#pragma GCC unroll 8
+inline void end_block(const Tile<kRows, kVectors>& t, const Floats (&total)[kRows][kVectors], int64_t block,
+                      bool is_last) {
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
+    const Floats scale = broadcast(t.activation_scales[i][block]);
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
-      const Floats scale = load(t.row_scales + j * kLanes) * broadcast(t.scale[i]);
-      store(t.c + i * t.c_stride + j * kLanes, total[i][j] * scale);
+      float* const c = t.c + i * t.c_stride + j * kLanes;
+      Floats sum = block == 0 ? total[i][j] * scale : multiply_add(total[i][j], scale, load(c));
+      if (is_last) sum = sum * load(t.row_scales + j * kLanes);
+      store(c, sum);
     }
   }
 }
 
 // kRows rows times kVectors vectors of columns: every load of weights and of activations is used kRows and kVectors times.
-// `ahead` is a block that is wanted soon.
-template <int kBits, int kRows, int kVectors>
-void multiply_tile(const QuantizedProduct& p, int64_t m, int64_t first, const uint8_t* ahead) {
+// The blocks at `ahead` are wanted soon.
+template <int kBits, int kRows, int kVectors, int kAhead>
+void multiply_tile(const QuantizedProduct& p, int64_t m, int64_t first, const uint8_t* const (&ahead)[kAhead]) {
   const Tile<kRows, kVectors> t(p, m, first);
   const QuantizedPanel& b = p.b;
-  Floats total[kRows][kVectors] = {};
-  for (int64_t g = 0; g < b.groups; ++g) {
-    Ints sum[kRows][kVectors];
+  for (int64_t block = 0, last = 0; last < b.groups; ++block) {
+    last = (block + 1) * b.block_groups < b.groups ? (block + 1) * b.block_groups : b.groups;
+    Floats total[kRows][kVectors] = {};
+    for (int64_t g = block * b.block_groups; g < last; ++g) {
+      Ints sum[kRows][kVectors];
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = t.start(i, g);
-    }
-    const int64_t begin = g * b.group_words, end = begin + b.group_words < b.words ? begin + b.group_words : b.words;
-    for (int64_t word = begin; word < end; word += kHalves<kBits>) {
-      __builtin_prefetch(ahead + word / kHalves<kBits> * kWordBytes, 0, 2);
-#pragma GCC unroll 2
-      for (int half = 0; half < kHalves<kBits>; ++half) {
-        Weights w[kVectors];
-#pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) {
-          w[j] = weights_at<kBits>(t.values[j] + word / kHalves<kBits> * kWordBytes, half);
+        for (int j = 0; j < kVectors; ++j) sum[i][j] = t.start(i, g);
+      }
+      const int64_t begin = g * b.group_words, end = begin + b.group_words < b.words ? begin + b.group_words : b.words;
+      for (int64_t word = begin; word < end; word += kHalves<kBits>) {
+        for (const uint8_t* const wanted : ahead) {
+          __builtin_prefetch(wanted + word / kHalves<kBits> * kWordBytes, 0, 2);
         }
+#pragma GCC unroll 2
+        for (int half = 0; half < kHalves<kBits>; ++half) {
+          Weights w[kVectors];
 #pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-          const Activations a = as_activations(word_at(t.a[i] + 4 * (word + half)));
+          for (int j = 0; j < kVectors; ++j) {
+            w[j] = weights_at<kBits>(t.values[j] + word / kHalves<kBits> * kWordBytes, half);
+          }
+#pragma GCC unroll 16
+          for (int i = 0; i < kRows; ++i) {
+            const Activations a = as_activations(word_at(t.a[i] + 4 * (word + half)));
 #pragma GCC unroll 8
-          for (int j = 0; j < kVectors; ++j) sum[i][j] = dot(sum[i][j], w[j], a);
+            for (int j = 0; j < kVectors; ++j) sum[i][j] = dot(sum[i][j], w[j], a);
+          }
         }
       }
+      end_group<kBits>(t, sum, g, total);
     }
-    end_group<kBits>(t, sum, g, total);
+    end_block(t, total, block, last == b.groups);
   }
-  store_scaled(t, total);
 }
 
 // The same for few rows, which wait for memory. It delivers the most to one or two streams of loads that go on for long, and
@@ -144,139 +155,152 @@ constexpr int kStreams = kLanes == 16 || kRows == 1 ? 2 : 1;  // side by side
 template <int kBits, int kRows, int kSide>
 void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const QuantizedPanel& b) {
   constexpr int kFree = 4 / (kRows * kSide * kBlockVectors), kChains = kFree > 1 ? kFree : 1;
-  Floats total[kSide][kRows][kBlockVectors] = {};
-  for (int64_t g = 0; g < b.groups; ++g) {
-    Ints sum[kSide][kChains][kRows][kBlockVectors];
-#pragma GCC unroll 8
-    for (int side = 0; side < kSide; ++side) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-        for (int j = 0; j < kBlockVectors; ++j) {
-          sum[side][0][i][j] = t[side].start(i, g);
-#pragma GCC unroll 8
-          for (int chain = 1; chain < kChains; ++chain) sum[side][chain][i][j] = Ints{};
-        }
-      }
-    }
-    const int64_t begin = g * b.group_words, end = begin + b.group_words < b.words ? begin + b.group_words : b.words;
-    const auto add_word = [&](int64_t word, int half, int chain) {
-      Weights w[kSide][kBlockVectors];
+  for (int64_t block = 0, last = 0; last < b.groups; ++block) {
+    last = (block + 1) * b.block_groups < b.groups ? (block + 1) * b.block_groups : b.groups;
+    Floats total[kSide][kRows][kBlockVectors] = {};
+    for (int64_t g = block * b.block_groups; g < last; ++g) {
+      Ints sum[kSide][kChains][kRows][kBlockVectors];
 #pragma GCC unroll 8
       for (int side = 0; side < kSide; ++side) {
 #pragma GCC unroll 8
-        for (int j = 0; j < kBlockVectors; ++j) {
-          w[side][j] = weights_at<kBits>(t[side].values[j] + word / kHalves<kBits> * kWordBytes, half);
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+          for (int j = 0; j < kBlockVectors; ++j) {
+            sum[side][0][i][j] = t[side].start(i, g);
+#pragma GCC unroll 8
+            for (int chain = 1; chain < kChains; ++chain) sum[side][chain][i][j] = Ints{};
+          }
         }
       }
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        const Activations a = as_activations(word_at(t[0].a[i] + 4 * (word + half)));
+      const int64_t begin = g * b.group_words, end = begin + b.group_words < b.words ? begin + b.group_words : b.words;
+      const auto add_word = [&](int64_t word, int half, int chain) {
+        Weights w[kSide][kBlockVectors];
 #pragma GCC unroll 8
         for (int side = 0; side < kSide; ++side) {
 #pragma GCC unroll 8
           for (int j = 0; j < kBlockVectors; ++j) {
-            Ints& s = sum[side][chain][i][j];
-            s = dot(s, w[side][j], a);
+            w[side][j] = weights_at<kBits>(t[side].values[j] + word / kHalves<kBits> * kWordBytes, half);
           }
         }
-      }
-    };
-    int64_t word = begin;
-    for (; word + 4 <= end; word += 4) {
-#pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) {
-        const int half = n % kHalves<kBits>;
-        add_word(word + n - half, half, n % kChains);
-      }
-    }
-    for (; word < end; word += 2) {  // the number of words is even
-      add_word(word, 0, 0);
-      kBits == 8 ? add_word(word + 1, 0, 0) : add_word(word, 1, 0);
-    }
-#pragma GCC unroll 8
-    for (int side = 0; side < kSide; ++side) {
-#pragma GCC unroll 8
-      for (int chain = 1; chain < kChains; ++chain) {
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
+          const Activations a = as_activations(word_at(t[0].a[i] + 4 * (word + half)));
 #pragma GCC unroll 8
-          for (int j = 0; j < kBlockVectors; ++j) sum[side][0][i][j] += sum[side][chain][i][j];
+          for (int side = 0; side < kSide; ++side) {
+#pragma GCC unroll 8
+            for (int j = 0; j < kBlockVectors; ++j) {
+              Ints& s = sum[side][chain][i][j];
+              s = dot(s, w[side][j], a);
+            }
+          }
+        }
+      };
+      int64_t word = begin;
+      for (; word + 4 <= end; word += 4) {
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) {
+          const int half = n % kHalves<kBits>;
+          add_word(word + n - half, half, n % kChains);
         }
       }
-      end_group<kBits>(t[side], sum[side][0], g, total[side]);
-    }
-  }
+      for (; word < end; word += 2) {  // the number of words is even
+        add_word(word, 0, 0);
+        kBits == 8 ? add_word(word + 1, 0, 0) : add_word(word, 1, 0);
+      }
 #pragma GCC unroll 8
-  for (int side = 0; side < kSide; ++side) store_scaled(t[side], total[side]);
-}
-
-// function<n>() for n = count <= kFewRows
-template <typename Function, int kCount = kFewRows>
-inline void with_count(int64_t count, Function&& function) {
-  if (count == kCount) {
-    function.template operator()<kCount>();
-  } else if constexpr (kCount > 1) {
-    with_count<Function, kCount - 1>(count, static_cast<Function&&>(function));
+      for (int side = 0; side < kSide; ++side) {
+#pragma GCC unroll 8
+        for (int chain = 1; chain < kChains; ++chain) {
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+            for (int j = 0; j < kBlockVectors; ++j) sum[side][0][i][j] += sum[side][chain][i][j];
+          }
+        }
+        end_group<kBits>(t[side], sum[side][0], g, total[side]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int side = 0; side < kSide; ++side) end_block(t[side], total[side], block, last == b.groups);
   }
 }
 
-// All rows, from vector `first` of the panel on. The first passes over the words ask for the blocks of the next panel, which
-// follows in memory, one each; later ones for what is there already.
-template <int kBits, int kVectors>
+// function<n>() for n = count, kLeast <= count <= kMost
+template <int kLeast, int kMost, typename Function>
+inline void with_count(int64_t count, Function&& function) {
+  if (kLeast == kMost || count == kMost) {
+    function.template operator()<kMost>();
+  } else if constexpr (kLeast < kMost) {
+    with_count<kLeast, kMost - 1>(count, static_cast<Function&&>(function));
+  }
+}
+
+// More than kFewRows rows, from vector `first` of the panel on, in tiles of nearly equal heights: a low one would have too few
+// sums to hide the latency of dot. Each pass over the words asks for kAhead blocks of the next panel, which follows in
+// memory, until all are there.
+template <int kBits, int kVectors, int kAhead>
 void multiply_rows(const QuantizedProduct& p, int64_t first, int64_t blocks) {
-  const int64_t tiles = (p.num_rows + kRowTile - 1) / kRowTile;
-  const auto ahead = [&](int64_t m) {
-    const int64_t pass = first / kVectors * tiles + m / kRowTile;
-    return p.b.values + (pass < blocks ? blocks + pass : 0) * (p.b.words * kWordBytes * kBits / 8);
-  };
-  int64_t m = 0;
-  for (; m + kRowTile <= p.num_rows; m += kRowTile) multiply_tile<kBits, kRowTile, kVectors>(p, m, first, ahead(m));
-  with_count(p.num_rows - m, [&]<int kRows>() { multiply_tile<kBits, kRows, kVectors>(p, m, first, ahead(m)); });
+  const int64_t tiles = (p.num_rows + kRowTile - 1) / kRowTile, block_bytes = p.b.words * kWordBytes * kBits / 8;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const uint8_t* ahead[kAhead];
+    for (int n = 0; n < kAhead; ++n) {
+      const int64_t block = (first / kVectors * tiles + i) * kAhead + n;
+      ahead[n] = p.b.values + (block < blocks ? blocks + block : 0) * block_bytes;
+    }
+    const int64_t m = p.num_rows * i / tiles, end = p.num_rows * (i + 1) / tiles;
+    with_count<kRowTile / 2, kRowTile>(
+        end - m, [&]<int kRows>() { multiply_tile<kBits, kRows, kVectors, kAhead>(p, m, first, ahead); });
+  }
 }
 
 inline int64_t blocks_of(int64_t num_columns) { return (num_columns + kBlockRows - 1) / kBlockRows; }
 
+template <int kBits, int kRows>
+void multiply_two(const Tile<kRows, kBlockVectors>& one, const Tile<kRows, kBlockVectors>& other,
+                  const QuantizedPanel& b) {
+  if constexpr (kStreams<kRows> == 2) {
+    multiply_block<kBits, kRows, 2>({one, other}, b);
+  } else {
+    multiply_block<kBits, kRows, 1>({one}, b);
+    multiply_block<kBits, kRows, 1>({other}, b);
+  }
+}
+
 template <int kBits>
 void multiply_pair_bits(const QuantizedProduct& first, const QuantizedProduct& second) {
-  with_count(first.num_rows, [&]<int kRows>() {
+  with_count<1, kFewRows>(first.num_rows, [&]<int kRows>() {
     using Block = Tile<kRows, kBlockVectors>;
-    const int64_t blocks = blocks_of(first.num_columns);
-    for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t block = 0; block < blocks_of(first.num_columns); ++block) {
       const int64_t at = block * kBlockVectors;
-      if constexpr (kStreams<kRows> == 2) {
-        multiply_block<kBits, kRows, 2>({Block(first, 0, at), Block(second, 0, at)}, first.b);
-      } else {
-        multiply_block<kBits, kRows, 1>({Block(first, 0, at)}, first.b);
-        multiply_block<kBits, kRows, 1>({Block(second, 0, at)}, second.b);
-      }
+      multiply_two<kBits, kRows>(Block(first, 0, at), Block(second, 0, at), first.b);
     }
   });
 }
 
-// As the pair of its halves, which share a block where the number of blocks is odd.
 template <int kBits>
-void multiply_few(const QuantizedProduct& p) {
-  const int64_t blocks = blocks_of(p.num_columns), half = (blocks + 1) / 2, skipped = blocks - half;
-  QuantizedProduct first = p, second = p;
-  first.num_columns = second.num_columns = half * kBlockRows;
-  second.b.values += skipped * (p.b.words * kWordBytes * kBits / 8);
-  second.b.scales += skipped * p.b.groups * kBlockRows;
-  second.b.row_scales += skipped * kBlockRows;
-  if (p.b.zeros != nullptr) second.b.zeros += skipped * p.b.groups * kBlockRows;
-  second.c += skipped * kBlockRows;
-  multiply_pair_bits<kBits>(first, second);
+void multiply_few(const QuantizedProduct& p) {  // as the pair of its halves
+  with_count<1, kFewRows>(p.num_rows, [&]<int kRows>() {
+    using Block = Tile<kRows, kBlockVectors>;
+    const int64_t blocks = blocks_of(p.num_columns), half = blocks / 2;
+    for (int64_t block = 0; block < half; ++block) {
+      multiply_two<kBits, kRows>(Block(p, 0, block * kBlockVectors), Block(p, 0, (half + block) * kBlockVectors), p.b);
+    }
+    if (blocks % 2 != 0) multiply_block<kBits, kRows, 1>({Block(p, 0, (blocks - 1) * kBlockVectors)}, p.b);
+  });
 }
 
 template <int kBits>
 void multiply_bits(const QuantizedProduct& p) {
   if (p.num_rows <= kFewRows) return multiply_few<kBits>(p);
+  constexpr int kVectors = kBits == 8 ? kTileVectors8 : kTileVectors4;
   const int64_t blocks = blocks_of(p.num_columns), vectors = blocks * kBlockVectors;
+  const bool few_passes = p.num_rows * (vectors / kVectors) <= (blocks - 1) * kRowTile;
   int64_t first = 0;
-  // With several groups, sums and totals share the registers.
-  constexpr int kVectors = kBits == 8 ? kPanelVectors8 : 2;
-  for (; first + kVectors <= vectors; first += kVectors) multiply_rows<kBits, kVectors>(p, first, blocks);
-  for (; first < vectors; ++first) multiply_rows<kBits, 1>(p, first, blocks);
+  for (; first + kVectors <= vectors; first += kVectors) {
+    few_passes ? multiply_rows<kBits, kVectors, 2>(p, first, blocks)
+               : multiply_rows<kBits, kVectors, 1>(p, first, blocks);
+  }
+  for (; first < vectors; ++first) multiply_rows<kBits, 1, 1>(p, first, blocks);
 }
 
 void multiply(const QuantizedProduct& p) { p.b.bits == 8 ? multiply_bits<8>(p) : multiply_bits<4>(p); }
@@ -296,47 +320,50 @@ inline Floats load_some(const T* p, int64_t n) {
 }
 
 template <typename T>
-void quantize_values(const QuantizedRows& out, int64_t r, const T* row, int64_t n) {
-  Ints largest = {};  // of the magnitudes' bits, which order as the numbers do, NaN last
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Ints bits = reinterpret_cast<Ints>(load_some(row + i, n - i)) & 0x7fffffff;
-    largest = bits > largest ? bits : largest;
-  }
-  int32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits = largest[i] > bits ? largest[i] : bits;
-  float magnitude;
-  __builtin_memcpy(&magnitude, &bits, 4);
-  const bool finite = bits < 0x7f800000, zero = magnitude < 0x1p-100f || !finite;
-  out.scales[r] = finite ? (zero ? 0.0f : magnitude / 127.0f) : __builtin_nanf("");
-
+void quantize_values(const QuantizedRows& out, int64_t r, const T* row, int64_t n, int64_t block) {
   int8_t* const values = out.values + r * out.stride;
-  const Floats inverse = broadcast(zero ? 0.0f : 127.0f / magnitude);
-  const Floats shift = broadcast(0x1.8p23f);  // rounds to an integer in the low bits
-  for (int64_t i = 0; i < n; i += kLanes) {
-    Floats x = load_some(row + i, n - i);
-    if (!finite) x = broadcast(0.0f);
-    const Ints rounded = reinterpret_cast<Ints>(x * inverse + shift) - reinterpret_cast<Ints>(shift);
-    int8_t bytes[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) bytes[lane] = static_cast<int8_t>(rounded[lane]);
-    __builtin_memcpy(values + i, bytes, kLanes);
+  for (int64_t first = 0, b = 0; first < n; first += block, ++b) {
+    const int64_t end = first + block < n ? first + block : n;
+    Ints largest = {};  // of the magnitudes' bits, which order as the numbers do, NaN last
+    for (int64_t i = first; i < end; i += kLanes) {
+      const Ints bits = reinterpret_cast<Ints>(load_some(row + i, end - i)) & 0x7fffffff;
+      largest = bits > largest ? bits : largest;
+    }
+    int32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits = largest[i] > bits ? largest[i] : bits;
+    float magnitude;
+    __builtin_memcpy(&magnitude, &bits, 4);
+    const bool finite = bits < 0x7f800000, zero = magnitude < 0x1p-100f || !finite;
+    out.scales[r * out.blocks + b] = finite ? (zero ? 0.0f : magnitude / 127.0f) : __builtin_nanf("");
+
+    const Floats inverse = broadcast(zero ? 0.0f : 127.0f / magnitude);
+    const Floats shift = broadcast(0x1.8p23f);  // rounds to an integer in the low bits
+    for (int64_t i = first; i < end; i += kLanes) {
+      Floats x = load_some(row + i, end - i);
+      if (!finite) x = broadcast(0.0f);
+      const Ints rounded = reinterpret_cast<Ints>(x * inverse + shift) - reinterpret_cast<Ints>(shift);
+      int8_t bytes[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) bytes[lane] = static_cast<int8_t>(rounded[lane]);
+      __builtin_memcpy(values + i, bytes, kLanes);
+    }
   }
   const int64_t written = (n + kLanes - 1) / kLanes * kLanes;
   if (written < out.stride) __builtin_memset(values + written, 0, static_cast<size_t>(out.stride - written));
 }
 
-void quantize_row(const QuantizedRows& out, int64_t r, const void* row, DType dtype, int64_t n, int64_t group,
-                  int64_t groups, int32_t factor) {
+void quantize_row(const QuantizedRows& out, int64_t r, const void* row, DType dtype, int64_t n, int64_t block,
+                  int64_t group, int32_t factor) {
   switch (dtype) {
-    case DType::kBFloat16: quantize_values(out, r, static_cast<const BFloat16*>(row), n); break;
-    case DType::kFloat16: quantize_values(out, r, static_cast<const Float16*>(row), n); break;
-    default: quantize_values(out, r, static_cast<const float*>(row), n);
+    case DType::kBFloat16: quantize_values(out, r, static_cast<const BFloat16*>(row), n, block); break;
+    case DType::kFloat16: quantize_values(out, r, static_cast<const Float16*>(row), n, block); break;
+    default: quantize_values(out, r, static_cast<const float*>(row), n, block);
   }
   const int8_t* const values = out.values + r * out.stride;
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t g = 0; g < out.groups; ++g) {
     const int64_t end = (g + 1) * group < n ? (g + 1) * group : n;
     int32_t sum = 0;
     for (int64_t k = g * group; k < end; ++k) sum += factor * values[k];
-    out.corrections[r * groups + g] = sum;
+    out.corrections[r * out.groups + g] = sum;
   }
 }
 
@@ -380,7 +407,7 @@ void dequantize(float* out, int64_t out_stride, const QuantizedPanel& b, int64_t
 // ---- probe ---------------------------------------------------------------------------------------------------------------
 
 double multiply_rate(int64_t iterations) {
-  constexpr int kSums = kRowTile * kPanelVectors8;
+  constexpr int kSums = kRowTile * kTileVectors8;
   volatile int32_t one = 0x01010101;
   const Weights w = as_weights(broadcast_ints(one));
   const Activations a = as_activations(one);

@@ -158,9 +158,7 @@ struct SecondProjection {
   void add(const Block& block, int64_t e, int64_t s, int64_t rows, int64_t column, int64_t columns, float* sums,
            int64_t sums_stride, float* c) const {
     const int64_t stride = in_panels(columns);
-    const QuantizedRows from{a.values + s * a.stride, a.stride, a.scales + s,
-                             a.corrections + s * args.down_proj.scales.shape[2]};
-    q.multiply({.rows = from,
+    q.multiply({.rows = a.from(s),
                 .indices = nullptr,
                 .num_rows = rows,
                 .b = QuantizedMatrix(args.down_proj, e).from(block.column + column),
