@@ -10,6 +10,7 @@ Weights are symmetric where all zeros are 128, which is then not stored. group_s
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -56,8 +57,10 @@ def _divide_up(a: int, b: int) -> int:
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
-# Shares of the range that scales are tried for: a group loses less where its extremes are clipped a little.
+# Shares of the range that scales are tried for: a group loses less where its extremes are clipped a little. With zeros
+# each end is clipped by a share of its own.
 _SHARES = (1.1, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+_SHARES_OF_ENDS = tuple(itertools.product((1.03, 0.95, 0.87, 0.79), repeat=2))
 _STEPS = 2  # of least squares from each of them
 
 
@@ -129,9 +132,12 @@ def _fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
     weights = present.to(w.dtype)
     count = weights.sum(-1, keepdim=True)
     best_scale, best_zero, best_error = start, half, torch.full_like(start, torch.inf)
-    for share in _SHARES:
-        scale = start * share
-        zero = half if symmetric else _round_zero(-(low + (1 - share) / 2 * (high - low)) * _inverse(scale), bits)
+    for low_share, high_share in zip(_SHARES, _SHARES, strict=True) if symmetric else _SHARES_OF_ENDS:
+        if symmetric:
+            scale, zero = start * low_share, half
+        else:
+            scale = (high * high_share - low * low_share) / top
+            zero = _round_zero(-low * low_share * _inverse(scale), bits)
         for _ in range(_STEPS):
             levels = _levels(w, scale, zero, bits, symmetric)
             if not symmetric:  # the line w = scale · (q - zero) through all (q, w)
