@@ -49,6 +49,8 @@ struct QuantizedProduct {
   int64_t num_columns;  // <= kQuantizedPanel, or any number for up to kFewRows rows
   float* c;             // [num_rows, c_stride]
   int64_t c_stride = kQuantizedPanel;
+  const uint8_t* next =
+      nullptr;  // the values of the next product of this thread, as wide, for more than kFewRows rows: a hint
 };
 
 struct QuantizedKernels {

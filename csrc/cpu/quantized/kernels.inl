@@ -236,8 +236,7 @@ inline void with_count(int64_t count, Function&& function) {
 }
 
 // More than kFewRows rows, from vector `first` of the panel on, in tiles of nearly equal heights: a low one would have too few
-// sums to hide the latency of dot. Each pass over the words asks for kAhead blocks of the next panel, which follows in
-// memory, until all are there.
+// sums to hide the latency of dot. Each pass over the words asks for kAhead blocks of what comes next, until all are there.
 template <int kBits, int kVectors, int kAhead>
 void multiply_rows(const QuantizedProduct& p, int64_t first, int64_t blocks) {
   const int64_t tiles = (p.num_rows + kRowTile - 1) / kRowTile, block_bytes = p.b.words * kWordBytes * kBits / 8;
@@ -245,7 +244,7 @@ void multiply_rows(const QuantizedProduct& p, int64_t first, int64_t blocks) {
     const uint8_t* ahead[kAhead];
     for (int n = 0; n < kAhead; ++n) {
       const int64_t block = (first / kVectors * tiles + i) * kAhead + n;
-      ahead[n] = p.b.values + (block < blocks ? blocks + block : 0) * block_bytes;
+      ahead[n] = p.next != nullptr && block < blocks ? p.next + block * block_bytes : p.b.values;
     }
     const int64_t m = p.num_rows * i / tiles, end = p.num_rows * (i + 1) / tiles;
     with_count<kRowTile / 2, kRowTile>(

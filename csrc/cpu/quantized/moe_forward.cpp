@@ -30,13 +30,14 @@ constexpr int64_t kSumsBytes = int64_t{512} << 10;  // of the sums of one task: 
 
 inline int64_t in_panels(int64_t columns) { return ceil_div(columns, kPanel) * kPanel; }
 
-// c = rows · b[..., column, column + columns)ᵀ, in products that the kernel takes.
+// c = rows · b[..., column, column + columns)ᵀ, in products that the kernel takes. `next`: what is multiplied with afterwards.
 void multiply_columns(const QuantizedKernels& q, QuantizedProduct product, const QuantizedMatrix& matrix,
-                      int64_t column, int64_t columns) {
+                      int64_t column, int64_t columns, const uint8_t* next) {
   const int64_t step = product.num_rows <= kFewRows ? columns : kPanel;
   for (int64_t begin = 0; begin < columns; begin += step, product.c += step) {
     product.b = matrix.from(column + begin);
     product.num_columns = std::min(step, columns - begin);
+    product.next = begin + step < columns ? matrix.from(column + begin + step).values : next;
     q.multiply(product);
   }
 }
@@ -49,19 +50,29 @@ struct FirstProjection {
   const Kernels& k;
   const QuantizedKernels& q;
 
-  // `columns` of a from tile.column on; c: two of kTile floats.
-  void run(const Tile& tile, int64_t columns, float* c) const {
+  int64_t first_column(const Tile& tile) const {  // of the products
+    return args.options.gated && args.options.interleaved ? 2 * tile.column : tile.column;
+  }
+  const uint8_t* start(const Tile& tile) const {
+    return QuantizedMatrix(args.gate_up_proj, tile.expert).from(first_column(tile)).values;
+  }
+
+  // `columns` of a from tile.column on; `next`: what the thread multiplies with afterwards; c: two of kTile floats.
+  void run(const Tile& tile, int64_t columns, const uint8_t* next, float* c) const {
     columns = std::min(columns, a.shape[1] - tile.column);
     const int64_t step = tile.num_rows <= kFewRows ? columns : kPanel;
     for (int64_t j = 0; j < columns; j += step) {
-      multiply({tile.expert, tile.column + j, tile.first_row, tile.num_rows}, std::min(step, columns - j), c);
+      Tile piece = tile, after = tile;
+      piece.column += j;
+      after.column += j + step;
+      multiply(piece, std::min(step, columns - j), j + step < columns ? start(after) : next, c);
     }
   }
 
-  void multiply(const Tile& tile, int64_t columns, float* c) const {
+  void multiply(const Tile& tile, int64_t columns, const uint8_t* next, float* c) const {
     const bool apart = args.options.gated && !args.options.interleaved;  // gates and ups are columns of their own
     const int64_t width = args.options.gated && !apart ? 2 * columns : columns, stride = in_panels(width);
-    const int64_t column = args.options.gated && !apart ? 2 * tile.column : tile.column;
+    const int64_t column = first_column(tile);
     const QuantizedMatrix matrix(args.gate_up_proj, tile.expert);
     QuantizedProduct product{.rows = x,
                              .indices = token_indices + tile.first_row,
@@ -72,16 +83,16 @@ struct FirstProjection {
                              .c_stride = stride};
     if (apart) {
       QuantizedProduct ups = product;
+      ups.b = matrix.from(a.shape[1] + column);
       ups.c = c + kTile;
       if (tile.num_rows <= kFewRows) {
-        ups.b = matrix.from(a.shape[1] + column);
         q.multiply_pair(product, ups);
       } else {
-        multiply_columns(q, product, matrix, column, width);
-        multiply_columns(q, ups, matrix, a.shape[1] + column, width);
+        multiply_columns(q, product, matrix, column, width, ups.b.values);
+        multiply_columns(q, ups, matrix, a.shape[1] + column, width, next);
       }
     } else {
-      multiply_columns(q, product, matrix, column, width);
+      multiply_columns(q, product, matrix, column, width, next);
     }
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       for (int64_t j = 0; j < columns; j += kPanel) {
@@ -135,16 +146,34 @@ struct SecondProjection {
             std::lower_bound(begin, end, block.last_token) - slots.token_indices};
   }
 
+  int64_t next_expert(const Block& block, int64_t e) const {  // the next one with rows of its tokens
+    const int64_t num_experts = args.down_proj.values.shape[0];
+    for (++e; e < num_experts; ++e) {
+      const auto [first, last] = slots_of(block, e);
+      if (first < last) break;
+    }
+    return e;
+  }
+
   // `sums` has a row of in_panels(columns) for each token, c kTile floats.
   void run(const Block& block, float* sums, float* c) const {
-    const int64_t stride = in_panels(block.columns);
+    const int64_t num_experts = args.down_proj.values.shape[0], stride = in_panels(block.columns);
     std::fill(sums, sums + (block.last_token - block.first_token) * stride, 0.0f);
-    for (int64_t e = 0; e < args.down_proj.values.shape[0]; ++e) {
+    for (int64_t e = next_expert(block, -1), after; e < num_experts; e = after) {
+      after = next_expert(block, e);
       const auto [first, last] = slots_of(block, e);
       for (int64_t s = first; s < last; s += kMaxRows) {
         const int64_t rows = std::min<int64_t>(kMaxRows, last - s), step = rows <= kFewRows ? block.columns : kPanel;
         for (int64_t column = 0; column < block.columns; column += step) {
-          add(block, e, s, rows, column, std::min(step, block.columns - column), sums + column, stride, c);
+          // With several products, the next one is of the next columns, the next rows, or the next expert.
+          const bool more_columns = column + step < block.columns, more_rows = s + kMaxRows < last;
+          const int64_t expert = more_columns || more_rows ? e : after;
+          const uint8_t* const next = expert < num_experts
+                                          ? QuantizedMatrix(args.down_proj, expert)
+                                                .from(block.column + (more_columns ? column + step : 0))
+                                                .values
+                                          : nullptr;
+          add(block, e, {s, s + rows}, column, std::min(step, block.columns - column), next, sums + column, c);
         }
       }
     }
@@ -154,33 +183,33 @@ struct SecondProjection {
     }
   }
 
-  // The weighted products of slots [s, s + rows), which expert e has, with `columns` from block.column + column on.
-  void add(const Block& block, int64_t e, int64_t s, int64_t rows, int64_t column, int64_t columns, float* sums,
-           int64_t sums_stride, float* c) const {
-    const int64_t stride = in_panels(columns);
-    q.multiply({.rows = a.from(s),
+  // The weighted products of some slots of expert e, with `columns` from block.column + column on.
+  void add(const Block& block, int64_t e, Range range, int64_t column, int64_t columns, const uint8_t* next,
+           float* sums, float* c) const {
+    const int64_t rows = range.last - range.first, stride = in_panels(columns), sums_stride = in_panels(block.columns);
+    q.multiply({.rows = a.from(range.first),
                 .indices = nullptr,
                 .num_rows = rows,
                 .b = QuantizedMatrix(args.down_proj, e).from(block.column + column),
                 .num_columns = columns,
                 .c = c,
-                .c_stride = stride});
+                .c_stride = stride,
+                .next = next});
     for (int64_t m = 0; m < rows; ++m) {
+      const int64_t slot = range.first + m;
       float* const row = c + m * stride;
       if (args.down_bias.defined()) {
         const void* const bias = at(args.down_bias, e, block.column + column);
         k.add_scaled_row(row, bias, args.down_bias.dtype, 1.0f, columns);
       }
-      k.add_scaled_row(sums + (slots.token_indices[s + m] - block.first_token) * sums_stride, row, DType::kFloat32,
-                       slots.weights[s + m], columns);
+      k.add_scaled_row(sums + (slots.token_indices[slot] - block.first_token) * sums_stride, row, DType::kFloat32,
+                       slots.weights[slot], columns);
     }
   }
 };
 
 // How the projections are cut into tasks: columns of each, and tokens of the second one's.
 struct Cut {
-  bool
-      few_rows;  // tasks are long, read weights in the order of memory, and belong to threads; otherwise whoever is free
   int64_t first_columns, second_columns, tokens;
 };
 
@@ -189,6 +218,7 @@ Cut cut(const QuantizedMoeForwardArgs& args, const int32_t* expert_offsets, int 
   const int64_t hidden_size = args.x.shape[1], intermediate_size = args.down_proj.cols;
   int64_t active = 0;
   for (int64_t e = 0; e < num_experts; ++e) active += expert_offsets[e + 1] > expert_offsets[e];
+  // With few rows tasks are long, since they read weights in the order of memory.
   if (active > 0 && expert_offsets[num_experts] <= kFewRows * active && num_tokens * kPanel * 4 <= kSumsBytes) {
     // Pieces of an expert, a few for each thread; columns of y, whose sums must fit.
     const auto columns = [](int64_t size, int64_t pieces, int64_t most) {
@@ -196,19 +226,14 @@ Cut cut(const QuantizedMoeForwardArgs& args, const int32_t* expert_offsets, int 
     };
     const int64_t bytes = args.gate_up_proj.rows * args.gate_up_proj.cols * args.gate_up_proj.bits / 8;
     const int64_t pieces = std::max(ceil_div(bytes, kRunBytes), ceil_div(4 * num_threads, active));
-    return {true, columns(intermediate_size, pieces, kLongest),
+    return {columns(intermediate_size, pieces, kLongest),
             columns(hidden_size, 2 * num_threads, std::min(kLongest, kSumsBytes / 4 / num_tokens)), num_tokens};
   }
   // 64 columns for some 2048 tokens, fewer where columns alone would not fill the threads
   const int64_t chunks = std::max<int64_t>(
       {ceil_div(num_tokens, 2048), 1,
        std::min<int64_t>(ceil_div(2 * num_threads, ceil_div(hidden_size, kPanel)), ceil_div(num_tokens, 64))});
-  return {false, kPanel, kPanel, std::max<int64_t>(ceil_div(num_tokens, chunks), 1)};
-}
-
-template <typename Task>
-void run_tasks(bool in_shares, int num_threads, int64_t count, Task&& task) {
-  in_shares ? parallel_for_shares(num_threads, count, task) : parallel_for(num_threads, count, task);
+  return {kPanel, kPanel, std::max<int64_t>(ceil_div(num_tokens, chunks), 1)};
 }
 
 }  // namespace
@@ -240,8 +265,11 @@ void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec) 
 
   const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, sizes.first_columns);
   const FirstProjection first{args, x, slots.token_indices, view(a, args.x.dtype, num_slots, intermediate_size), k, q};
-  run_tasks(sizes.few_rows, num_threads, static_cast<int64_t>(tiles.size()),
-            [&](int64_t i, int thread) { first.run(tiles[static_cast<size_t>(i)], sizes.first_columns, own(thread)); });
+  parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
+    const auto at = static_cast<size_t>(i);
+    const uint8_t* const next = at + 1 < tiles.size() ? first.start(tiles[at + 1]) : nullptr;
+    first.run(tiles[at], sizes.first_columns, next, own(thread));
+  });
   if (args.h.defined()) {
     for (int64_t s = used_slots; s < num_slots; ++s) {
       std::memset(row_of(args.h, s), 0, static_cast<size_t>(args.h.shape[1] * size_of(args.h.dtype)));
@@ -253,14 +281,13 @@ void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec) 
       quantize_rows(workspace, a, row_bytes, args.x.dtype, used_slots, args.down_proj, num_threads);
   const SecondProjection second{args, quantized_a, slots, k, q};
   const int64_t column_blocks = ceil_div(hidden_size, sizes.second_columns);
-  run_tasks(sizes.few_rows, num_threads, ceil_div(num_tokens, sizes.tokens) * column_blocks,
-            [&](int64_t task, int thread) {
-              const int64_t column = task % column_blocks * sizes.second_columns;
-              const int64_t token = task / column_blocks * sizes.tokens;
-              second.run({column, std::min(sizes.second_columns, hidden_size - column), token,
-                          std::min(num_tokens, token + sizes.tokens)},
-                         own(thread) + 2 * kTile, own(thread));
-            });
+  parallel_for_shares(num_threads, ceil_div(num_tokens, sizes.tokens) * column_blocks, [&](int64_t task, int thread) {
+    const int64_t column = task % column_blocks * sizes.second_columns;
+    const int64_t token = task / column_blocks * sizes.tokens;
+    second.run({column, std::min(sizes.second_columns, hidden_size - column), token,
+                std::min(num_tokens, token + sizes.tokens)},
+               own(thread) + 2 * kTile, own(thread));
+  });
 }
 
 }  // namespace switchgear::cpu
