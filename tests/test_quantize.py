@@ -7,10 +7,12 @@ import copy
 import math
 import pickle
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import switchgear
 from backends_in_use import backend_named, kernels_of
@@ -230,6 +232,33 @@ def test_batch_invariant_and_deterministic(kernels: str) -> None:
             assert torch.equal(ops.quantized_moe_forward(*some, *rest)[0], whole[0][:count])
 
 
+def test_activations_have_a_scale_for_256_columns(backend: str) -> None:
+    """Large activations in one block leave the others as precise as they were; without groups the row has one scale."""
+    x, weight = torch.randn(8, 600), torch.randn(1, 20, 600)
+    weight[..., 256:512] = 0
+    large, offsets = x.clone(), torch.tensor([0, 8], dtype=torch.int32)
+    large[:, 256:512] *= 1e4
+    for format in (Format("int4"), Format("int4", 16, symmetric=False), Format("int8", 64)):
+        matrix = quantized(weight, format)
+        assert torch.equal(call(large, matrix, None, offsets, None), call(x, matrix, None, offsets, None))
+    matrix = quantized(weight, Format("int8"))
+    assert not torch.equal(call(large, matrix, None, offsets, None), call(x, matrix, None, offsets, None))
+
+
+def test_one_expert_with_many_rows_among_those_with_one(kernels: str) -> None:
+    """Tokens on average have few rows for an expert, so columns are cut for reading; a token's bits stay the same."""
+    layer = make_layer(Case("popular", 23, 1, 4, 200, 300))
+    layer = layer._replace(topk_ids=torch.tensor([0] * 20 + [1, 2, 3], dtype=torch.int32)[:, None])
+    for format, options in ((Format("int8"), GluOptions()), (Format("int4"), GluOptions(interleaved=True))):
+        matrices = quantized_layer(layer, options, format)
+        args = (300, format.bits, format.columns_per_scale, *options, False)
+        weights = (*matrices[0].weight, *matrices[1].weight, None, None)
+        whole = ops.quantized_moe_forward(layer.x, *weights, *layer[5:], *args)[0]
+        for t in (0, 19, 21):
+            one = (tensor[t : t + 1] for tensor in layer[5:])
+            assert torch.equal(ops.quantized_moe_forward(layer.x[t : t + 1], *weights, *one, *args)[0][0], whole[t])
+
+
 # ---- the whole layer -------------------------------------------------------------------------------------------------
 
 OPTIONS = (
@@ -298,6 +327,35 @@ def test_layer_options(backend: str, options: GluOptions) -> None:
     layer = make_layer(Case("options", 11, 2, 3, 34, 19, "holes"), gated=options.gated, bias=True)
     for format in (Format("int8"), Format("int4", 16, symmetric=False)):
         check_layer(layer, options, format)
+
+
+class Names(TorchDispatchMode):
+    """The ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_past_the_dispatcher() -> None:
+    """Plain tensors need no dispatch; who looks on sees the op all the same, and gets the same numbers."""
+    layer = make_layer(Case("dispatch", 5, 2, 3, 40, 24))
+    matrices = quantized_layer(layer, GluOptions(), Format("int8"))
+
+    def run() -> Tensor:
+        return compress.formats.quantized_moe(layer.x, *matrices, *layer[5:])
+
+    y, op = run(), "switchgear.quantized_moe_forward.default"
+    with Names() as seen:
+        assert torch.equal(run(), y)
+    assert op in seen.names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assert torch.equal(run(), y)
+    assert any(event.key == op.removesuffix(".default").replace(".", "::") for event in profile.key_averages())
 
 
 def test_error_is_that_of_the_format() -> None:

@@ -58,17 +58,23 @@ struct Weight {
   Array values, scales, row_scales, zeros;
 };
 
-// A row in int8: round(v · (127 / max)), as float32 has it.
+// A row in int8, `block` columns at a time: round(v · (127 / max)), as float32 has it.
 struct IntegerRow {
-  IntegerRow(const Array& x, int64_t row) {
-    float largest = 0.0f;
-    for (int64_t k = 0; k < x.size(1); ++k) largest = std::max(largest, std::abs(x(row, k)));
-    const float inverse = largest < 0x1p-100f ? 0.0f : 127.0f / largest;
-    scale = largest < 0x1p-100f ? 0.0 : static_cast<double>(largest / 127.0f);
-    for (int64_t k = 0; k < x.size(1); ++k) values.push_back(static_cast<int>(std::nearbyint(x(row, k) * inverse)));
+  IntegerRow(const Array& x, int64_t row, int64_t block) : block(block) {
+    for (int64_t first = 0; first < x.size(1); first += block) {
+      const int64_t last = std::min(first + block, x.size(1));
+      float largest = 0.0f;
+      for (int64_t k = first; k < last; ++k) largest = std::max(largest, std::abs(x(row, k)));
+      const float inverse = largest < 0x1p-100f ? 0.0f : 127.0f / largest;
+      scales.push_back(largest < 0x1p-100f ? 0.0 : static_cast<double>(largest / 127.0f));
+      for (int64_t k = first; k < last; ++k) values.push_back(static_cast<int>(std::nearbyint(x(row, k) * inverse)));
+    }
   }
+  double operator()(int64_t k) const { return values[static_cast<size_t>(k)] * scales[static_cast<size_t>(k / block)]; }
+
+  int64_t block;
   std::vector<int> values;
-  double scale;
+  std::vector<double> scales;
 };
 
 constexpr double kUnit = 0x1p-24;
@@ -98,17 +104,18 @@ TEST(grouped_gemm_is_what_the_bytes_say) {
           [&] {
             for (int64_t e = 0; e < c.E; ++e) {
               for (int64_t s = plan.expert_offsets.id(e); s < plan.expert_offsets.id(e + 1); ++s) {
-                const IntegerRow row(x, plan.token_indices.id(s));
+                const int64_t block = f.group_size == 0 ? c.H : std::max(f.group_size, kActivationBlock);
+                const IntegerRow row(x, plan.token_indices.id(s), block);
                 for (int64_t n = 0; n < N; ++n) {
                   double sum = 0.0, size = 0.0;
                   for (int64_t k = 0; k < c.H; ++k) {
-                    const double a = row.values[static_cast<size_t>(k)], w = weight.scale(e, n, k);
+                    const double a = row(k), w = weight.scale(e, n, k);
                     sum += a * w * (weight.q(e, n, k) - weight.zero(e, n, k));
                     size += std::abs(a * w) * (weight.q(e, n, k) + weight.zero(e, n, k));
                   }
-                  const double wanted = sum * row.scale + bias(e, n);
-                  const double bound = 2 * kUnit * (2 * static_cast<double>(weight.groups) + 6) *
-                                           (size * row.scale + std::abs(bias(e, n))) +
+                  const double wanted = sum + bias(e, n);
+                  const auto num_terms = static_cast<double>(2 * (weight.groups + std::ssize(row.scales)) + 5);
+                  const double bound = 2 * kUnit * num_terms * (size + std::abs(bias(e, n))) +
                                        std::ldexp(std::abs(wanted), -mantissa_bits(dtype)) + 1e-7;
                   CHECK(std::abs(out(s, n) - wanted) <= bound, "[", s, ", ", n, "] is ", out(s, n), ", not ", wanted);
                 }
