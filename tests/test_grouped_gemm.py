@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import switchgear
-from switchgear import ops, testing
+from switchgear import _C, ops, testing
 from switchgear.testing import CASES, Case, assert_close, exact, topk_ids_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -155,3 +155,32 @@ def test_errors(backend: str) -> None:
         switchgear.grouped_gemm(x, [], offsets)
     with pytest.raises(ValueError, match="expert_offsets"):
         switchgear.grouped_gemm(x, weight, torch.tensor([0, 5, 4], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weight_gradient_of_many_slots(isa: str, dtype: torch.dtype) -> None:
+    """More slots than a panel holds (1024, in bfloat16 2048): sums wait between chunks. Their number is odd."""
+    offsets = torch.tensor([0, 2053, 2053, 3078], dtype=torch.int32)
+    grad, x = draw(3078, 50, dtype=dtype), draw(3078, 67, dtype=dtype)
+    wanted = testing.wgrad(exact(grad), exact(x), offsets).rounded(dtype)
+    for transposed in (False, True):
+        assert_close(ops.grouped_gemm_wgrad(grad, x, offsets, None, transposed), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [2112, 2080, 2056])  # whole panels; whole lines; neither
+def test_weight_gradient_past_the_caches(isa: str, columns: int, dtype: torch.dtype) -> None:
+    """One beyond 16 MB is written past the caches: the bits are those of its parts, which are not, in every place, also
+    of what rounds to subnormal numbers; and so on memory that does not begin at a line."""
+    offsets = torch.tensor([0, 3, 3, 8, 9], dtype=torch.int32)
+    grad, x = draw(9, 2053, dtype=dtype), draw(9, columns, dtype=dtype)
+    x[:, 64:128] *= 1e-20
+    grad[:, ::7] *= 1e-19
+    whole = ops.grouped_gemm_wgrad(grad, x, offsets, None, False)
+    assert whole.nbytes > 1 << 24
+    for first in range(0, columns, 352):
+        part = ops.grouped_gemm_wgrad(grad, x[:, first : first + 352].contiguous(), offsets, None, False)
+        assert torch.equal(whole[:, :, first : first + 352], part)
+    shifted = torch.empty(whole.numel() + 1, dtype=dtype)[1:].view(whole.shape)
+    _C.grouped_gemm_wgrad(grad, x, offsets, None, shifted, 1)
+    assert torch.equal(shifted, whole)

@@ -26,14 +26,6 @@ constexpr int64_t kMaxRows = 240;  // rows of one product: 40 tiles of 6, so tha
 // Depth of a packed panel in 4-byte words. 64 columns · 1024 · 4 = 256 KB stay in L2, and weights are read in runs of 4 KB.
 constexpr int64_t kChunkWords = 1024;
 
-// Where the rows of a finished product go, `stride` elements apart, rounded; past the caches if they are more than those hold.
-struct Sink {
-  void* data = nullptr;
-  int64_t stride = 0;
-  DType dtype = DType::kFloat32;
-  bool past_caches = false;
-};
-
 // c[m, n] = Σ_k rows[m][k] · b(n, k) for m < num_rows, n < num_columns; float32, k ascending for each element whatever the
 // other arguments are, so a row's result does not depend on its neighbours. Columns up to the panel's width become zero.
 struct Product {
@@ -49,9 +41,25 @@ struct Product {
   void* scratch;               // kProductScratch bytes, 64-byte aligned
   int64_t row_begin = 0;       // k of `rows` that meets the first k of b
   bool accumulate = false;     // adds to c
-  Sink sink = {};              // also stores the rows here
 };
 constexpr int64_t kProductScratch = kChunkWords * 4 * (kMaxPanel + kMaxRows);
+
+// out[m, n] = Σ_s left[m][s] · right[s][first_column + n] for m < num_rows, n < num_columns: a panel of columns of a block of a
+// weight gradient, rounded to `dtype`. s ascends for each element, as the inner index of a Product does.
+struct GradientPanel {
+  const float* left;  // [num_rows, words] as `transpose` makes them
+  int64_t num_rows;
+  const void* const* right;  // [num_slots]
+  int64_t num_slots;
+  DType dtype;
+  int64_t first_column, num_columns;  // <= panel
+  void* out;                          // on a line of memory, and so each row of it, if past_caches
+  int64_t out_stride;                 // elements
+  bool past_caches;
+  float* packing;  // kChunkWords · panel, 64-byte aligned
+  float*
+      carried;  // [num_rows, panel]: sums between chunks of kChunkWords words of slots; unused where there is only one
+};
 
 struct Kernels {
   const char* isa;
@@ -59,10 +67,11 @@ struct Kernels {
 
   void (*multiply)(const Product&);
 
-  // out[c][s] = rows[s][c] for c < columns, s < num_rows: the transpose that the weight gradient multiplies with. `out` has
-  // bfloat16 elements where dtype is bfloat16 and the ISA multiplies bfloat16, else float32; returns which.
-  DType (*transpose)(void* out, int64_t out_stride, const void* const* rows, int64_t num_rows, int64_t first_column,
-                     int64_t columns, DType dtype);
+  // out[c][w], c < columns, w < words: the transpose of `left` that gradient_panel multiplies with. A word is a slot in float32,
+  // words = num_rows, or where this ISA multiplies pairs of bfloat16 two slots of them, words = ⌈num_rows/2⌉.
+  void (*transpose)(float* out, const void* const* rows, int64_t num_rows, int64_t first_column, int64_t columns,
+                    DType dtype);
+  void (*gradient_panel)(const GradientPanel&);
 
   // Rows of any float dtype, n elements each. Stores round to nearest, ties to even.
   void (*load_row)(float* out, const void* row, DType dtype, int64_t n);

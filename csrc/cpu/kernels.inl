@@ -97,24 +97,6 @@ void store_row(void* out, DType dtype, const float* row, int64_t n) {
   });
 }
 
-// One line of memory past the caches: nobody reads it soon, and a store would first fetch what it overwrites.
-template <typename T>
-inline void stream_line(T* p, const float* row) {
-#ifdef __AVX512BF16__
-  if constexpr (sizeof(T) == sizeof(BFloat16) && !__is_same(T, Float16)) {
-    const Floats low = load(row), high = load(row + kLanes);
-    if (!(has_subnormals(low) | has_subnormals(high))) return stream_normals(p, low, high);
-  }
-#endif
-  constexpr int kElements = 64 / sizeof(T);
-  alignas(64) T line[kElements];
-  for (int i = 0; i < kElements; i += kLanes) store(line + i, load(row + i));
-  constexpr int kFloats = 64 / sizeof(float);
-  for (int i = 0; i < kFloats; i += kLanes) {
-    stream(reinterpret_cast<float*>(p) + i, load(reinterpret_cast<const float*>(line) + i));
-  }
-}
-
 void add_scaled_row(float* accumulator, const void* row, DType dtype, float scale, int64_t n) {
   const Floats factor = broadcast(scale);
   with_type(dtype, [&]<typename T>(const T*) {
@@ -142,62 +124,10 @@ float dot_rows(const void* a, const void* b, DType dtype, int64_t n) {
 }  // namespace switchgear::cpu
 
 #include "multiply.inl"
+#include "weight_gradient.inl"
 
 namespace switchgear::cpu {
 namespace {
-
-// ---- transpose -----------------------------------------------------------------------------------------------------------
-
-template <typename Words, typename T>
-void transpose_blocks(char* out, int64_t out_stride_bytes, const void* const* rows, int64_t num_rows,
-                      int64_t first_column, int64_t columns) {
-  constexpr int64_t kBlock = kLanes * Words::kDepth;
-  for (int64_t s0 = 0; s0 < num_rows; s0 += kBlock) {
-    const int64_t count = num_rows - s0 < kBlock ? num_rows - s0 : kBlock;
-    const int64_t bytes = count * (4 / Words::kDepth);
-    for (int64_t c0 = 0; c0 < columns; c0 += kLanes) {
-      const int64_t valid = columns - c0 < kLanes ? columns - c0 : kLanes;
-      Floats block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t s = s0 + i * Words::kDepth;
-        if (s >= num_rows) {
-          block[i] = broadcast(0.0f);
-          continue;
-        }
-        const T* low = static_cast<const T*>(rows[s]) + first_column + c0;
-        const int64_t last = s + Words::kDepth - 1;
-        const T* high = last < num_rows ? static_cast<const T*>(rows[last]) + first_column + c0 : nullptr;
-        block[i] = Words::load_along_n(low, high, valid);
-      }
-      transpose(block);
-      char* target = out + c0 * out_stride_bytes + s0 * (4 / Words::kDepth);
-      for (int64_t c = 0; c < valid; ++c, target += out_stride_bytes) {
-        if (count == kBlock) {
-          store(reinterpret_cast<float*>(target), block[c]);
-        } else {
-          float lanes[kLanes];
-          store(lanes, block[c]);
-          __builtin_memcpy(target, lanes, static_cast<size_t>(bytes));
-        }
-      }
-    }
-  }
-}
-
-DType transpose_rows(void* out, int64_t out_stride, const void* const* rows, int64_t num_rows, int64_t first_column,
-                     int64_t columns, DType dtype) {
-#ifdef __AVX512BF16__
-  if (dtype == DType::kBFloat16) {
-    transpose_blocks<PairWords, BFloat16>(static_cast<char*>(out), out_stride * 2, rows, num_rows, first_column,
-                                          columns);
-    return DType::kBFloat16;
-  }
-#endif
-  with_type(dtype, [&]<typename T>(const T*) {
-    transpose_blocks<FloatWords<T>, T>(static_cast<char*>(out), out_stride * 4, rows, num_rows, first_column, columns);
-  });
-  return DType::kFloat32;
-}
 
 // ---- activations ---------------------------------------------------------------------------------------------------------
 
@@ -368,6 +298,7 @@ constexpr Kernels make_table(const char* isa) {
       .panel = kPanel,
       .multiply = multiply,
       .transpose = transpose_rows,
+      .gradient_panel = gradient_panel,
       .load_row = load_row,
       .store_row = store_row,
       .add_scaled_row = add_scaled_row,

@@ -206,7 +206,6 @@ struct Chunk {
   int64_t words;
   bool half_word;
   bool accumulate;
-  bool is_last;
 };
 
 // kRows rows of C from row m on. Asks for kLines lines a step.
@@ -262,23 +261,6 @@ void multiply_tile_of(int64_t rows, const Chunk& chunk, int64_t m, float* c, Ahe
 
 int64_t num_row_tiles(int64_t num_rows) { return (num_rows + kRowTile - 1) / kRowTile; }
 
-// `num_rows` rows of c from row m on to where they go.
-void store_rows(const Sink& sink, const float* c, int64_t m, int64_t num_rows, int64_t n) {
-  with_type(sink.dtype, [&]<typename T>(const T*) {
-    constexpr int64_t kElements = kLine / sizeof(T);
-    for (; num_rows > 0; --num_rows, ++m) {
-      T* const p = static_cast<T*>(sink.data) + m * sink.stride;
-      const float* const row = c + m * kPanel;
-      int64_t i = 0;
-      if (sink.past_caches && reinterpret_cast<uintptr_t>(p) % kLine == 0) {
-        for (; i + kElements <= n; i += kElements) stream_line(p + i, row + i);
-      }
-      for (; i + kLanes <= n; i += kLanes) store(p + i, load(row + i));
-      if (i < n) store(p + i, load(row + i), n - i);
-    }
-  });
-}
-
 // All rows, in tiles of nearly equal height. The first `asking` tiles ask for a line a step.
 template <bool kPairs>
 void multiply_rows(const Chunk& chunk, const Product& product, int64_t asking, Ahead& ahead) {
@@ -292,7 +274,6 @@ void multiply_rows(const Chunk& chunk, const Product& product, int64_t asking, A
     } else {
       multiply_tile_of<kRowTile, kPairs, 0>(rows, chunk, m, c, ahead);
     }
-    if (chunk.is_last && product.sink.data != nullptr) store_rows(product.sink, c, m, rows, product.num_columns);
     m += rows;
   }
 }
@@ -442,7 +423,6 @@ void multiply_words(const Product& product) {
       const auto [rows, offset] = rows_from(product, kPairs, k, length(k, most), widened_rows);
       multiply_few<kFewRows, kPairs, Words, T>(product, rows, offset, k, length(k, most));
     }
-    if (product.sink.data != nullptr) store_rows(product.sink, product.c, 0, product.num_rows, product.num_columns);
     return;
   }
 
@@ -458,24 +438,18 @@ void multiply_words(const Product& product) {
                       .panel = panel,
                       .words = count / Words::kDepth,
                       .half_word = count % Words::kDepth != 0,
-                      .accumulate = product.accumulate || k > 0,
-                      .is_last = k + kChunk >= depth};
+                      .accumulate = product.accumulate || k > 0};
     multiply_rows<kPairs>(chunk, product, asking, ahead);
   }
 }
 
-void multiply_any(const Product& product) {
+void multiply(const Product& product) {
 #ifdef __AVX512BF16__
   if (product.row_dtype == DType::kBFloat16 && product.b.dtype == DType::kBFloat16) {
     return multiply_words<true, PairWords, BFloat16>(product);
   }
 #endif
   with_type(product.b.dtype, [&]<typename T>(const T*) { multiply_words<false, FloatWords<T>, T>(product); });
-}
-
-void multiply(const Product& product) {
-  multiply_any(product);
-  if (product.sink.past_caches) finish_streams();
 }
 
 }  // namespace

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // weight_gradient: work 2·S·M·N flop; traffic: E·M·N elements written once, rows read from L2/L3.
-// With 64 rows per expert the writes cost as much as the multiplications; below that they bind. Of the multiplications' floor
-// it reaches 61 % with 64 slots per expert (OLMoE, 512 tokens, 2 cores of Zen 5) and 48 % with 32 (Qwen3-30B-A3B).
-// Tiles of 6 rows are rounded and written as they are finished, past the caches where the gradient is larger than those.
+// With 64 slots per expert the writes take as long as the multiplications on a memory of 20 GB/s; below that they bind. Of the
+// multiplications' floor it reaches 88 to 91 % with 64 slots per expert (OLMoE, 512 tokens, 2 cores of Zen 5, bfloat16 and
+// float32) and 84 % with 32 (Qwen3-30B-A3B).
 //
-// A task is a block of rows of one expert's gradient. It transposes its part of `left` once, so that the block becomes an
-// ordinary product with the slots as inner dimension, and walks the columns panel by panel. Experts without rows get zeros.
+// A task is a block of rows of one expert's gradient. It transposes its part of `left` once, and walks the columns panel by
+// panel with the slots as inner dimension (weight_gradient.inl). Experts without slots get zeros.
 #include "weight_gradient.h"
 
 #include <cstring>
@@ -19,18 +19,22 @@ namespace switchgear::cpu {
 namespace {
 
 constexpr int64_t kCachedBytes = 16 << 20;  // what an optimizer may still find in a cache afterwards
+constexpr int64_t kBlockBytes = 256 << 10;  // of a transposed block, which stays in L2
+constexpr int64_t kMostRows = 2048, kFewestRows = 48;
+constexpr int64_t kPackingBytes = kChunkWords * kMaxPanel * 4;
 
-// Rows of a block: enough to pay for packing `right` (24 and more), few enough that the transposed block stays in L2.
-int64_t block_rows(int64_t slots) {
-  constexpr int64_t kBytes = 512 << 10;
-  return std::clamp<int64_t>(kBytes / (4 * std::max<int64_t>(slots, 1)) / 6 * 6, 48, kMaxRows);
+// Rows of a block: as many as stay in L2, since each block packs `right` anew, which costs as much as multiplying 5 rows;
+// nearly equal ones.
+int64_t block_rows(int64_t rows, int64_t slots) {
+  const int64_t most = std::clamp(kBlockBytes / (4 * std::max<int64_t>(slots, 1)), kFewestRows, kMostRows);
+  return ceil_div(rows, ceil_div(rows, most));
 }
 
 }  // namespace
 
 void weight_gradient(const WeightGradientArgs& args, int num_threads) {
   const Kernels& k = kernels();
-  const int64_t num_experts = args.gradient.shape[0], panel = k.panel;
+  const int64_t num_experts = args.gradient.shape[0], panel = k.panel, element = size_of(args.gradient.dtype);
   int64_t rows = args.gradient.shape[1], columns = args.gradient.shape[2];
   int64_t row_stride = args.gradient.stride[1];
   const void *const *left = args.left, *const *right = args.right;
@@ -41,48 +45,51 @@ void weight_gradient(const WeightGradientArgs& args, int num_threads) {
   }
   if (num_experts == 0 || rows == 0 || columns == 0) return;
 
-  const bool is_large = num_experts * rows * columns * size_of(args.gradient.dtype) > kCachedBytes;
+  const auto is_whole_lines = [](int64_t bytes) { return bytes % 64 == 0; };
+  const bool past_caches = num_experts * rows * columns * element > kCachedBytes &&
+                           is_whole_lines(static_cast<int64_t>(reinterpret_cast<uintptr_t>(args.gradient.data))) &&
+                           is_whole_lines(args.gradient.stride[0] * element) && is_whole_lines(row_stride * element);
   std::vector<Tile> tiles;
-  int64_t transposed_bytes = 0;
+  int64_t left_bytes = 0, carried_bytes = 0;
   for (int64_t e = 0; e < num_experts; ++e) {
-    const int64_t slots = args.expert_offsets[e + 1] - args.expert_offsets[e], block = block_rows(slots);
-    transposed_bytes = std::max(transposed_bytes, Workspace::padded(block * slots * 4));
+    const int64_t slots = args.expert_offsets[e + 1] - args.expert_offsets[e], block = block_rows(rows, slots);
+    left_bytes = std::max(left_bytes, Workspace::padded(block * slots * 4));
+    if (slots > kChunkWords) carried_bytes = std::max(carried_bytes, block * panel * 4);
     for (int64_t row = 0; row < rows; row += block) tiles.push_back({e, 0, row, std::min(block, rows - row)});
   }
-  const int64_t thread_bytes = ProductScratch::kBytes + transposed_bytes;
+  const int64_t thread_bytes = kPackingBytes + left_bytes + carried_bytes;
   Workspace workspace(num_threads * thread_bytes);
   char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * thread_bytes));
 
   parallel_for(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
     const Tile& tile = tiles[static_cast<size_t>(task)];
-    const ProductScratch scratch(memory + thread * thread_bytes);
-    char* const transposed = memory + thread * thread_bytes + ProductScratch::kBytes;
+    char* const own = memory + thread * thread_bytes;
+    float* const transposed = reinterpret_cast<float*>(own + kPackingBytes);
     const int64_t first = args.expert_offsets[tile.expert], slots = args.expert_offsets[tile.expert + 1] - first;
-    const auto target = [&](int64_t row, int64_t column) {
-      return offset(args.gradient,
-                    tile.expert * args.gradient.stride[0] + (tile.first_row + row) * row_stride + column);
-    };
+    char* const out = offset(args.gradient, tile.expert * args.gradient.stride[0] + tile.first_row * row_stride);
     if (slots == 0) {
-      const auto bytes = static_cast<size_t>(columns * size_of(args.gradient.dtype));
-      for (int64_t m = 0; m < tile.num_rows; ++m) std::memset(target(m, 0), 0, bytes);
+      const auto bytes = static_cast<size_t>(columns * element);
+      if (row_stride == columns) {
+        std::memset(out, 0, bytes * static_cast<size_t>(tile.num_rows));
+      } else {
+        for (int64_t m = 0; m < tile.num_rows; ++m) std::memset(out + m * row_stride * element, 0, bytes);
+      }
       return;
     }
-    const DType row_dtype =
-        k.transpose(transposed, slots, left + first, slots, tile.first_row, tile.num_rows, args.dtype);
-    const void* transposed_rows[kMaxRows];
-    fill_row_pointers(transposed_rows, transposed, slots * size_of(row_dtype), tile.num_rows);
-
+    k.transpose(transposed, left + first, slots, tile.first_row, tile.num_rows, args.dtype);
     for (int64_t column = 0; column < columns; column += panel) {
-      const int64_t count = std::min(panel, columns - column);
-      k.multiply({.rows = transposed_rows,
-                  .row_dtype = row_dtype,
-                  .num_rows = tile.num_rows,
-                  .b = {.dtype = args.dtype, .k_rows = right + first, .n_begin = column},
-                  .num_columns = count,
-                  .depth = slots,
-                  .c = scratch.c,
-                  .scratch = scratch.packing,
-                  .sink = {target(0, column), row_stride, args.gradient.dtype, is_large}});
+      k.gradient_panel({.left = transposed,
+                        .num_rows = tile.num_rows,
+                        .right = right + first,
+                        .num_slots = slots,
+                        .dtype = args.dtype,
+                        .first_column = column,
+                        .num_columns = std::min(panel, columns - column),
+                        .out = out + column * element,
+                        .out_stride = row_stride,
+                        .past_caches = past_caches,
+                        .packing = reinterpret_cast<float*>(own),
+                        .carried = reinterpret_cast<float*>(own + kPackingBytes + left_bytes)});
     }
   });
 }

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The vector side of weight_gradient.cpp: a block of columns of `left` transposed, and its product with a panel of columns of
+// `right`. Included by kernels.inl after multiply.inl, whose words and packing it shares.
+//
+//   work 2·M·N·S flop and M·N elements written, S short: 64 slots are 32 words of bfloat16, 384 cycles of multiply-adds a
+//   tile, where storing 24 accumulators to a buffer and reading that again took 250. So a finished tile is rounded in
+//   registers and each row of it leaves as whole lines. Tiles alone reach 93 % of the multiply-adds at 32 and at 64 slots.
+//
+// The order of each sum is that of multiply.inl: one accumulator, slots ascending, whatever the block and the panel.
+#pragma once
+
+namespace switchgear::cpu {
+namespace {
+
+// ---- transposing `left` --------------------------------------------------------------------------------------------------
+
+// out[c][w] = word w of column first_column + c: slot w, or the pair of slots 2w and 2w + 1; zero after the last slot.
+template <typename Words, typename T>
+void transpose_words(float* out, int64_t words, const void* const* rows, int64_t num_rows, int64_t first_column,
+                     int64_t columns) {
+  for (int64_t w0 = 0; w0 < words; w0 += kLanes) {
+    const int64_t count = words - w0 < kLanes ? words - w0 : kLanes;
+    for (int64_t c0 = 0; c0 < columns; c0 += kLanes) {
+      const int64_t valid = columns - c0 < kLanes ? columns - c0 : kLanes;
+      Floats block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        if (i >= count) {
+          block[i] = broadcast(0.0f);
+          continue;
+        }
+        const int64_t slot = (w0 + i) * Words::kDepth, last = slot + Words::kDepth - 1;
+        const T* const low = static_cast<const T*>(rows[slot]) + first_column + c0;
+        const T* const high = last < num_rows ? static_cast<const T*>(rows[last]) + first_column + c0 : nullptr;
+        block[i] = Words::load_along_n(low, high, valid);
+      }
+      transpose(block);
+      float* target = out + c0 * words + w0;
+      for (int64_t c = 0; c < valid; ++c, target += words) store_some(target, block[c], count);
+    }
+  }
+}
+
+// ---- leaving the registers -----------------------------------------------------------------------------------------------
+
+// A row of a tile to memory, rounded; past the caches in whole lines that nobody reads soon. A store would first
+// fetch what it overwrites.
+template <typename T>
+inline void leave(T* p, const Floats (&row)[kPanelVectors], int64_t columns, bool past_caches) {
+  constexpr int kPerLine = kLine / sizeof(T) / kLanes;  // vectors that make a line
+  if (past_caches && columns == kPanel && kPanelVectors % kPerLine == 0) {
+#pragma GCC unroll 4
+    for (int j = 0; j + kPerLine <= kPanelVectors; j += kPerLine) {
+      T* const target = p + j * kLanes;
+      if constexpr (sizeof(T) == sizeof(float)) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kPerLine; ++i) stream(target + i * kLanes, row[j + i]);
+      } else {
+#ifdef __AVX512BF16__
+        if (__is_same(T, BFloat16)) {  // vdpbf16ps, which made these sums, leaves no subnormal ones
+          stream_normals(reinterpret_cast<BFloat16*>(target), row[j], row[j + 1]);
+          continue;
+        }
+#endif
+        alignas(kLine) T line[kLine / sizeof(T)];
+        for (int i = 0; i < kPerLine; ++i) store(line + i * kLanes, row[j + i]);
+        constexpr int kFloats = kLine / sizeof(float);
+        for (int i = 0; i < kFloats; i += kLanes) {
+          stream(reinterpret_cast<float*>(target) + i, load(reinterpret_cast<const float*>(line) + i));
+        }
+      }
+    }
+    return;
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kPanelVectors; ++j) {
+    const int64_t count = columns - j * kLanes;
+    if (count > 0) store_some(p + j * kLanes, row[j], count < kLanes ? count : kLanes);
+  }
+}
+
+// ---- tiles ---------------------------------------------------------------------------------------------------------------
+
+// A chunk of the slots: `words` words of `left` from `left` on, and the packed panel of `right`.
+struct SlotChunk {
+  const float* left;
+  int64_t left_stride;
+  const float* panel;
+  int64_t words;
+  bool is_first, is_last;
+};
+
+// kRows rows of the panel. Between chunks the sums wait in `carried`.
+template <int kRows, bool kPairs, typename T>
+void gradient_tile(const SlotChunk& chunk, const GradientPanel& to, int64_t m) {
+  const float* a[kRows];
+  Floats acc[kRows][kPanelVectors];
+  float* const carried = to.carried + m * kPanel;
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    a[i] = chunk.left + (m + i) * chunk.left_stride;
+#pragma GCC unroll 8
+    for (int j = 0; j < kPanelVectors; ++j) {
+      acc[i][j] = chunk.is_first ? broadcast(0.0f) : load(carried + i * kPanel + j * kLanes);
+    }
+  }
+  const float* panel = chunk.panel;
+  for (int64_t p = 0; p < chunk.words; ++p, panel += kPanel) {
+    Floats b[kPanelVectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < kPanelVectors; ++j) b[j] = load(panel + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Floats word = broadcast_word(a[i] + p);
+#pragma GCC unroll 8
+      for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = step<kPairs>(word, b[j], acc[i][j]);
+    }
+  }
+  if (!chunk.is_last) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kPanelVectors; ++j) store(carried + i * kPanel + j * kLanes, acc[i][j]);
+    }
+    return;
+  }
+  T* const out = static_cast<T*>(to.out) + m * to.out_stride;
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) leave(out + i * to.out_stride, acc[i], to.num_columns, to.past_caches);
+}
+
+template <int kRows, bool kPairs, typename T>
+void gradient_tile_of(int64_t rows, const SlotChunk& chunk, const GradientPanel& to, int64_t m) {
+  if (rows == kRows) return gradient_tile<kRows, kPairs, T>(chunk, to, m);
+  if constexpr (kRows > 1) gradient_tile_of<kRows - 1, kPairs, T>(rows, chunk, to, m);
+}
+
+template <bool kPairs, typename Words, typename T>
+void gradient_panel_words(const GradientPanel& product) {
+  const int64_t words = (product.num_slots + Words::kDepth - 1) / Words::kDepth,
+                tiles = num_row_tiles(product.num_rows);
+  for (int64_t w = 0; w < words; w += kChunkWords) {
+    const int64_t count = words - w < kChunkWords ? words - w : kChunkWords, slot = w * Words::kDepth;
+    const int64_t rest = product.num_slots - slot, depth = count * Words::kDepth < rest ? count * Words::kDepth : rest;
+    Ahead nothing;
+    pack_along_n<Words>(product.packing, product.num_columns, depth, 0, nothing, [&](int64_t s) {
+      return static_cast<const T*>(product.right[slot + s]) + product.first_column;
+    });
+    const SlotChunk chunk{.left = product.left + w,
+                          .left_stride = words,
+                          .panel = product.packing,
+                          .words = count,
+                          .is_first = w == 0,
+                          .is_last = w + count == words};
+    for (int64_t t = 0, m = 0; t < tiles; ++t) {
+      const int64_t rows = (product.num_rows - m) / (tiles - t);
+      gradient_tile_of<kRowTile, kPairs, T>(rows, chunk, product, m);
+      m += rows;
+    }
+  }
+}
+
+// with_words(dtype, f): f.operator()<kPairs, Words, T>(), with what this ISA multiplies rows of the dtype as.
+template <typename Function>
+void with_words(DType dtype, Function&& function) {
+#ifdef __AVX512BF16__
+  if (dtype == DType::kBFloat16) return function.template operator()<true, PairWords, BFloat16>();
+#endif
+  with_type(dtype, [&]<typename T>(const T*) { function.template operator()<false, FloatWords<T>, T>(); });
+}
+
+// ---- what the table holds ------------------------------------------------------------------------------------------------
+
+void transpose_rows(float* out, const void* const* rows, int64_t num_rows, int64_t first_column, int64_t columns,
+                    DType dtype) {
+  with_words(dtype, [&]<bool kPairs, typename Words, typename T>() {
+    const int64_t words = (num_rows + Words::kDepth - 1) / Words::kDepth;
+    transpose_words<Words, T>(out, words, rows, num_rows, first_column, columns);
+  });
+}
+
+void gradient_panel(const GradientPanel& product) {
+  with_words(product.dtype,
+             [&]<bool kPairs, typename Words, typename T>() { gradient_panel_words<kPairs, Words, T>(product); });
+  if (product.past_caches) finish_streams();
+}
+
+}  // namespace
+}  // namespace switchgear::cpu
