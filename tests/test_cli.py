@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -463,6 +464,25 @@ def test_interleaved_calls_take_turns() -> None:
     assert turns == ["a", "b"] * FEWEST_TURNS
     assert [c for c in called if c[0] == "a"] == [f"a{n}" for n in range(sum(c[0] == "a" for c in called))]
     assert times["a"].turns == FEWEST_TURNS
+
+
+def test_no_peer_pays_for_the_memory_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the calls are, the one that frees what another peer has left is not timed."""
+    now, held = [0.0], [""]
+    monkeypatch.setattr("switchgear.cli.timing.perf_counter", lambda: now[0])
+    monkeypatch.setattr("switchgear.cli.timing.wait_for_quiet", lambda longest: None)
+
+    def training(name: str) -> Callable[[int], None]:
+        def call(_: int) -> None:
+            now[0] += 1.0 + {"": 0.0, "kept": 0.0, "freed": 0.5}[held[0]]
+            held[0] = name
+
+        return call
+
+    calls = {name: training(name) for name in ("kept", "freed")}
+    times = interleave(calls, 20.0, leaves_memory=True)
+    assert set(times["kept"].seconds) == {1.0}
+    assert set(times["freed"].seconds) == {1.5}
 
 
 def test_turns_that_others_disturb_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

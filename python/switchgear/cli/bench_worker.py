@@ -162,7 +162,8 @@ def measure(task: Task, say: Callable[[str], None]) -> Measured:
     calls: dict[str, Callable[[int], object]] = {READ: read}
     calls[MULTIPLY] = lambda _: rates.append(multiply_rate(case.dtype_name, task.threads))
     calls |= {name: call_of(case, layer) for name, layer in layers.items()}
-    times = interleave(calls, max(task.seconds - (perf_counter() - start), task.seconds / 2))
+    seconds = max(task.seconds - (perf_counter() - start), task.seconds / 2)
+    times = interleave(calls, seconds, leaves_memory=case.mode == "train")  # the gradients of the weights
     passes = 1 if case.mode == "forward" else 3  # over the weights: read twice, their gradients written
     ceilings = {"multiply_rate": median(rates), "read_ms": 1e3 * passes * median(times.pop(READ).seconds)}
     del times[MULTIPLY]

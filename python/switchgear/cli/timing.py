@@ -28,13 +28,16 @@ class Timed(NamedTuple):
     turns: int
 
 
-def interleave(calls: Mapping[str, Callable[[int], object]], budget: float) -> dict[str, Timed]:
+def interleave(
+    calls: Mapping[str, Callable[[int], object]], budget: float, *, leaves_memory: bool = False
+) -> dict[str, Timed]:
     """Times of each entry, taken in turns A B C A B C … for about `budget` seconds.
 
     There are at least FEWEST_TURNS, unless they would take far more than the budget.
 
     A turn is one call that is not timed (it brings back caches and wakes threads; long calls do without) and timed ones
-    for TURN_SECONDS. Calls get a running number, by which they choose their inputs.
+    for TURN_SECONDS. Calls get a running number, by which they choose their inputs. With `leaves_memory`, a call frees
+    what the one before has left, so the first of a turn, which frees another entry's, is never timed.
     """
     turns: dict[str, list[tuple[list[float], bool]]] = {name: [] for name in calls}
     numbers = dict.fromkeys(calls, 0)
@@ -55,7 +58,7 @@ def interleave(calls: Mapping[str, Callable[[int], object]], budget: float) -> d
     while another(rounds, perf_counter() - start):
         for name, taken in turns.items():
             wait_for_quiet(budget / 10 / len(calls))
-            if not taken or taken[-1][0][-1] < LONG_SECONDS:
+            if leaves_memory or not taken or taken[-1][0][-1] < LONG_SECONDS:
                 timed(name)
             times: list[float] = []
             before, began, spent = busy_seconds_elsewhere(), perf_counter(), 0.0
