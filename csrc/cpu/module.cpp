@@ -75,6 +75,7 @@ void define_module(py::module_& m) {
       },
       "Moves memory onto huge pages; the bytes that then lie on them.", "tensor"_a);
   m.def("release_workspaces", &release_workspaces, "Frees the memory that is kept between calls.");
+  m.def("kept_bytes", &cpu::kept_bytes, "Bytes that are kept for the next tensors of a Buffer.");
   py::class_<cpu::Buffer>(m, "Buffer", py::buffer_protocol(), "Bytes of a tensor, from memory that is kept and reused.")
       .def(py::init<int64_t>(), "size"_a)
       .def_buffer([](const cpu::Buffer& buffer) {

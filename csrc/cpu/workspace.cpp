@@ -129,6 +129,12 @@ Buffer::~Buffer() {
   p.idle_buffers.push_back({data_, size_});
 }
 
+int64_t kept_bytes() {
+  Pool& p = pool();
+  const std::lock_guard lock(p.mutex);
+  return p.idle_bytes;
+}
+
 void release_workspaces() {
   Pool& p = pool();
   const std::lock_guard lock(p.mutex);

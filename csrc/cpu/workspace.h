@@ -48,6 +48,7 @@ class Buffer {
   int64_t size_;
 };
 
+int64_t kept_bytes();  // of the buffers that wait for a tensor
 void release_workspaces();
 
 }  // namespace switchgear::cpu
