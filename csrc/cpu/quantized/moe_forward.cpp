@@ -4,7 +4,7 @@
 //   work 6·S·H·I operations for gated experts; traffic: touched weights once per 240 rows of an expert, 1 or 1/2 byte each,
 //   and 2/group_size bytes for a scale of 4 bits
 //   memory-bound below ~20 rows per expert at 8 bits, compute-bound above
-//   reached on 2 cores of Zen 5: 8 bits 94-97 % of a plain read of the weights at one token (of 50 MB; half of what is missing
+//   reached on 2 cores of Zen 5: 8 bits 90-96 % of a plain read of the weights at one token (of 50 MB; most of what is missing
 //   is the call from Python), 79 % of the dots at 64 rows per expert; 4 bits 88 and 56 %
 //
 // 1. x [T,H] in int8, each token once.
