@@ -23,10 +23,14 @@ struct WideScratch {
   explicit WideScratch(char* memory) : packing(memory), c(reinterpret_cast<float*>(memory + kProductScratch)) {}
 };
 
-// Columns of one wide product: fewer where there would not be enough products for the threads.
+// Columns of one wide product: fewer where there would not be enough products for the threads. Blocks of a single product
+// are equally long.
 inline int64_t wide_columns(int64_t width, int64_t num_products, int64_t panel, int num_threads) {
+  const auto is_balanced = [&](int64_t tasks) {
+    return tasks >= 4 * num_threads || (num_products == 1 && tasks % num_threads == 0);
+  };
   int64_t wide = kWideColumns;
-  while (wide > panel && num_products * ceil_div(width, wide) < 4 * num_threads) wide /= 2;
+  while (wide > panel && !is_balanced(num_products * ceil_div(width, wide))) wide /= 2;
   return wide;
 }
 
