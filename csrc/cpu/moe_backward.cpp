@@ -53,38 +53,36 @@ struct ActivationBackward {
                       .c = scratch.c,
                       .next = next,
                       .scratch = scratch.packing});
-    for (int64_t column = 0; column < width; column += k.panel) {
-      finish({tile.expert, tile.column + column, tile.first_row, tile.num_rows}, scratch.c + column * tile.num_rows);
+    // Row by row, so that those of h and of the results are read and written in runs.
+    for (int64_t m = 0; m < tile.num_rows; ++m) {
+      for (int64_t column = 0; column < width; column += k.panel) {
+        finish(tile.first_row + m, tile.column + column, scratch.c + column * tile.num_rows + m * k.panel);
+      }
     }
   }
 
  private:
-  // One panel of columns: `c` is g.
-  void finish(const Tile& tile, const float* c) const {
-    const int64_t intermediate_size = weighted_a.shape[1], panel = k.panel;
-    const int64_t count = std::min(panel, intermediate_size - tile.column);
-    const GateColumns columns = gate_columns(args.options, intermediate_size, tile.column, count, panel);
-    for (int64_t m = 0; m < tile.num_rows; ++m) {
-      const int64_t slot = tile.first_row + m;
-      const float weight = slots.weights[slot];
-      const float* const g = c + m * panel;
-      float part[2][kMaxPanel], a[kMaxPanel], scaled[kMaxPanel] = {};
-      for (int i = 0; i < 2; ++i)
-        k.load_row(part[i], at(args.h, slot, columns.begin[i]), args.h.dtype, columns.count[i]);
-      GateRow shuffled;
-      const auto [gate, up] = split_gate(shuffled, part[0], part[1], args.options, columns, count);
-      k.add_scaled_row(scaled, g, DType::kFloat32, weight, count);
-      k.glu_backward_row(a, gate, up, scaled, gate, up, args.options, count);
-      merge_gate(part[0], part[1], shuffled, args.options, columns, count);
+  // One panel of columns of one slot: `g` is that of the product.
+  void finish(int64_t slot, int64_t column, const float* g) const {
+    const int64_t intermediate_size = weighted_a.shape[1];
+    const int64_t count = std::min<int64_t>(k.panel, intermediate_size - column);
+    const GateColumns columns = gate_columns(args.options, intermediate_size, column, count, k.panel);
+    const float weight = slots.weights[slot];
+    float part[2][kMaxPanel], a[kMaxPanel], scaled[kMaxPanel] = {};
+    for (int i = 0; i < 2; ++i) k.load_row(part[i], at(args.h, slot, columns.begin[i]), args.h.dtype, columns.count[i]);
+    GateRow shuffled;
+    const auto [gate, up] = split_gate(shuffled, part[0], part[1], args.options, columns, count);
+    k.add_scaled_row(scaled, g, DType::kFloat32, weight, count);
+    k.glu_backward_row(a, gate, up, scaled, gate, up, args.options, count);
+    merge_gate(part[0], part[1], shuffled, args.options, columns, count);
 
-      weight_parts[slot * num_panels + tile.column / panel] = k.dot_rows(g, a, DType::kFloat32, count);
-      for (int i = 0; i < 2; ++i) {
-        k.store_row(at(grad_h, slot, columns.begin[i]), grad_h.dtype, part[i], columns.count[i]);
-      }
-      std::fill(scaled, scaled + count, 0.0f);
-      k.add_scaled_row(scaled, a, DType::kFloat32, weight, count);
-      k.store_row(at(weighted_a, slot, tile.column), weighted_a.dtype, scaled, count);
+    weight_parts[slot * num_panels + column / k.panel] = k.dot_rows(g, a, DType::kFloat32, count);
+    for (int i = 0; i < 2; ++i) {
+      k.store_row(at(grad_h, slot, columns.begin[i]), grad_h.dtype, part[i], columns.count[i]);
     }
+    std::fill(scaled, scaled + count, 0.0f);
+    k.add_scaled_row(scaled, a, DType::kFloat32, weight, count);
+    k.store_row(at(weighted_a, slot, column), weighted_a.dtype, scaled, count);
   }
 };
 
