@@ -68,6 +68,10 @@ struct ActivationBackward {
     const int64_t count = std::min<int64_t>(k.panel, intermediate_size - column);
     const GateColumns columns = gate_columns(args.options, intermediate_size, column, count, k.panel);
     const float weight = slots.weights[slot];
+    for (int i = 0; i < 2; ++i) {  // hardware starts anew at each row
+      const char* const ahead = at(args.h, std::min(slot + 2, args.h.shape[0] - 1), columns.begin[i]);
+      for (int64_t b = 0; b < columns.count[i] * size_of(args.h.dtype); b += 64) __builtin_prefetch(ahead + b);
+    }
     float part[2][kMaxPanel], a[kMaxPanel], scaled[kMaxPanel] = {};
     for (int i = 0; i < 2; ++i) k.load_row(part[i], at(args.h, slot, columns.begin[i]), args.h.dtype, columns.count[i]);
     GateRow shuffled;
