@@ -3,7 +3,7 @@
 //
 // A task owns a panel of output columns for a chunk of tokens and walks all experts in order, so the sum over a token's slots
 // needs no atomics, no [S, columns] buffer and no barrier, and its order is the same for any number of threads. Its
-// accumulators (chunk · panel float32, at most 512 KB) stay in L2.
+// accumulators (chunk · columns float32: 512 KB for a panel, 1 MB for 512 columns of x·W) stay near.
 #include "token_sum.h"
 
 #include "threads.h"
