@@ -37,14 +37,14 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
     const ExpertMatrix matrix(args.weight, tile.expert);
     const int64_t stored = std::min(panel, width - tile.column);
     const int64_t columns = std::clamp<int64_t>(matrix.rows() - tile.column, 0, panel);  // the rest of `stored` is zero
-    k.multiply({.rows = rows + tile.first_row,
-                .row_dtype = args.x.dtype,
-                .num_rows = tile.num_rows,
-                .b = columns > 0 ? matrix.rows_from(tile.column) : Matrix{.dtype = args.x.dtype, .n_stride = 1},
-                .num_columns = columns,
-                .depth = columns > 0 ? depth : 0,
-                .c = scratch.c,
-                .scratch = scratch.packing});
+    k.dot_products({.rows = rows + tile.first_row,
+                    .row_dtype = args.x.dtype,
+                    .num_rows = tile.num_rows,
+                    .b = columns > 0 ? matrix.rows_from(tile.column) : Matrix{.dtype = args.x.dtype, .n_stride = 1},
+                    .num_columns = columns,
+                    .depth = columns > 0 ? depth : 0,
+                    .c = scratch.c,
+                    .scratch = scratch.packing});
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       float* const c = scratch.c + m * panel;
       if (args.bias.defined())

@@ -42,7 +42,8 @@ struct Product {
   int64_t row_begin = 0;       // k of `rows` that meets the first k of b
   bool accumulate = false;     // adds to c
 };
-constexpr int64_t kProductScratch = kChunkWords * 4 * (kMaxPanel + kMaxRows);
+constexpr int64_t kScratchRow = kChunkWords + 16;  // words; rows a page apart would share sets of L1
+constexpr int64_t kProductScratch = kScratchRow * 4 * (kMaxPanel + kMaxRows);
 
 // out[m, n] = Σ_s left[m][s] · right[s][first_column + n] for m < num_rows, n < num_columns: a panel of columns of a block of a
 // weight gradient, rounded to `dtype`. s ascends for each element, as the inner index of a Product does.
@@ -65,7 +66,8 @@ struct Kernels {
   const char* isa;
   int panel;  // columns per product
 
-  void (*multiply)(const Product&);
+  void (*multiply)(const Product&);      // k ascends in one accumulator
+  void (*dot_products)(const Product&);  // lanes along k; without row_begin, accumulate, next_width, sink
 
   // out[c][w], c < columns, w < words: the transpose of `left` that gradient_panel multiplies with. A word is a slot in float32,
   // words = num_rows, or where this ISA multiplies pairs of bfloat16 two slots of them, words = ⌈num_rows/2⌉.

@@ -126,6 +126,8 @@ float dot_rows(const void* a, const void* b, DType dtype, int64_t n) {
 #include "multiply.inl"
 #include "weight_gradient.inl"
 
+#include "dot_products.inl"
+
 namespace switchgear::cpu {
 namespace {
 
@@ -297,6 +299,7 @@ constexpr Kernels make_table(const char* isa) {
       .isa = isa,
       .panel = kPanel,
       .multiply = multiply,
+      .dot_products = dot_products,
       .transpose = transpose_rows,
       .gradient_panel = gradient_panel,
       .load_row = load_row,

@@ -44,15 +44,15 @@ struct FirstProjection {
     const ExpertMatrix matrix(args.weights.gate_up_proj, tile.expert);
     for (int i = 0; i < 2; ++i) {
       if (columns.count[i] == 0) continue;
-      k.multiply({.rows = rows + tile.first_row,
-                  .row_dtype = args.x.dtype,
-                  .num_rows = tile.num_rows,
-                  .b = matrix.rows_from(columns.begin[i]),
-                  .num_columns = columns.count[i],
-                  .depth = args.x.shape[1],
-                  .c = scratch[i].c,
-                  .next = i == 0 && columns.count[1] > 0 ? matrix.rows_from(columns.begin[1]).data : next,
-                  .scratch = scratch[i].packing});
+      k.dot_products({.rows = rows + tile.first_row,
+                      .row_dtype = args.x.dtype,
+                      .num_rows = tile.num_rows,
+                      .b = matrix.rows_from(columns.begin[i]),
+                      .num_columns = columns.count[i],
+                      .depth = args.x.shape[1],
+                      .c = scratch[i].c,
+                      .next = i == 0 && columns.count[1] > 0 ? matrix.rows_from(columns.begin[1]).data : next,
+                      .scratch = scratch[i].packing});
     }
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       float* const part[2] = {scratch[0].c + m * panel, scratch[1].c + m * panel};

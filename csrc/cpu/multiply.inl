@@ -58,6 +58,8 @@ class Ahead {
 // What a panel is packed from, in words: word p of column n. One float32 of any source dtype, or a pair of bfloat16.
 template <typename T>
 struct FloatWords {
+  using Element = T;
+  using Packed = FloatWords<float>;
   static constexpr int kDepth = 1;  // k per word
   static Floats load_whole(const T* p) { return load(p); }
   static Floats load_along_k(const T* p, int64_t count) { return load_some(p, count); }
@@ -70,6 +72,8 @@ struct FloatWords {
 
 #ifdef __AVX512BF16__
 struct PairWords {
+  using Element = BFloat16;
+  using Packed = PairWords;
   static constexpr int kDepth = 2;
   static Floats load_whole(const BFloat16* p) { return _mm512_loadu_ps(p); }
   static Floats load_along_k(const BFloat16* p, int64_t count) {  // `count` elements of k, two a lane
@@ -399,10 +403,11 @@ Rows rows_from(const Product& product, bool pairs, int64_t k, int64_t depth, con
   k += product.row_begin;
   if (product.row_dtype == DType::kFloat32) return {product.rows, k * 4};
   if (pairs) return {product.rows, k * 2};
-  float* const widened = static_cast<float*>(product.scratch) + kChunkWords * kMaxPanel;
+  float* const widened = static_cast<float*>(product.scratch) + kScratchRow * kMaxPanel;
   for (int64_t m = 0; m < product.num_rows; ++m) {
-    load_row(widened + m * depth, static_cast<const char*>(product.rows[m]) + k * 2, product.row_dtype, depth);
-    widened_rows[m] = widened + m * depth;
+    float* const row = widened + m * (depth + kScratchRow - kChunkWords);
+    load_row(row, static_cast<const char*>(product.rows[m]) + k * 2, product.row_dtype, depth);
+    widened_rows[m] = row;
   }
   return {widened_rows, 0};
 }

@@ -13,6 +13,7 @@ using Floats = __m256;
 typedef int32_t Ints __attribute__((vector_size(32)));
 constexpr int kLanes = 8;
 constexpr int kPanelVectors = 2;  // 6 x 2 accumulators, 2 of B and 1 of A fill 16 registers
+constexpr int kDotColumns = 2;    // of a tile of dot_products
 constexpr bool kHasPairs = false;
 
 struct BFloat16 {
@@ -67,6 +68,15 @@ inline void transpose(Floats (&v)[kLanes]) {
     v[i] = _mm256_permute2f128_ps(a, b, 0x20);
     v[i + 4] = _mm256_permute2f128_ps(a, b, 0x31);
   }
+}
+
+// p[j] += the sum of the lanes of v[j].
+inline void add_sums(float* p, const Floats (&v)[kDotColumns]) {
+  const Floats two = _mm256_add_ps(_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
+  const __m128 one = _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
+  const __m128 sums = _mm_add_ps(one, _mm_movehl_ps(one, one));
+  p[0] += _mm_cvtss_f32(sums);
+  p[1] += _mm_cvtss_f32(_mm_movehdup_ps(sums));
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ using Floats = __m512;
 typedef int32_t Ints __attribute__((vector_size(64)));
 constexpr int kLanes = 16;
 constexpr int kPanelVectors = 4;  // 6 x 4 accumulators, 4 of B and 1 of A: 29 of 32 registers
+constexpr int kDotColumns = 4;    // of a tile of dot_products
 
 struct BFloat16 {
   uint16_t bits;
@@ -107,6 +108,19 @@ inline void transpose(Floats (&v)[kLanes]) {
     t[j + 12] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
   }
   for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
+// p[j] += the sum of the lanes of v[j].
+inline void add_sums(float* p, const Floats (&v)[kDotColumns]) {
+  const auto add_pairs = [](Floats a, Floats b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  };
+  const __m512d low = _mm512_castps_pd(add_pairs(v[0], v[1])), high = _mm512_castps_pd(add_pairs(v[2], v[3]));
+  const Floats four =
+      _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
+  _mm_storeu_ps(p, _mm_add_ps(_mm_loadu_ps(p), sums));
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
 constexpr int kPanelVectors = 2;  // 6 x 2 accumulators, 2 of B and 1 of A fill 16 registers
+constexpr int kDotColumns = 2;    // of a tile of dot_products
 constexpr bool kHasPairs = false;
 
 struct BFloat16 {
@@ -100,6 +101,11 @@ inline void transpose(Floats (&v)[kLanes]) {
       v[j][i] = t;
     }
   }
+}
+
+// p[j] += the sum of the lanes of v[j].
+inline void add_sums(float* p, const Floats (&v)[kDotColumns]) {
+  for (int j = 0; j < kDotColumns; ++j) p[j] += (v[j][0] + v[j][2]) + (v[j][1] + v[j][3]);
 }
 
 }  // namespace

@@ -88,15 +88,16 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
       }
       for (int64_t s = first; s < last; s += piece) {
         const int64_t rows = std::min(piece, last - s);
-        multiply_wide(k, {.rows = args.rows + s,
-                          .row_dtype = args.row_dtype,
-                          .num_rows = rows,
-                          .b = operand(block, e),
-                          .num_columns = columns,
-                          .depth = args.depth,
-                          .c = scratch.c,
-                          .next = s + piece < last ? operand(block, e).data : next_start,
-                          .scratch = scratch.packing});
+        const Product product{.rows = args.rows + s,
+                              .row_dtype = args.row_dtype,
+                              .num_rows = rows,
+                              .b = operand(block, e),
+                              .num_columns = columns,
+                              .depth = args.depth,
+                              .c = scratch.c,
+                              .next = s + piece < last ? operand(block, e).data : next_start,
+                              .scratch = scratch.packing};
+        args.transposed ? multiply_wide(k, product) : k.dot_products(product);
         for (int64_t first_column = 0; first_column < columns; first_column += panel) {
           const int64_t count = std::min(panel, columns - first_column);
           for (int64_t m = 0; m < rows; ++m) {

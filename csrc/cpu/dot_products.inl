@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// dot_products: C[m,n] = Σ_k A[m,k]·B[n,k] for rows of A and B that both run along k, up to kMaxRows rows and one panel of
+// columns. Included by kernels.inl after multiply.inl.
+//
+//   work 2·M·N·K flop; neither operand is packed, rows of A are pointers (gathering is free)
+//   The lanes of a vector are neighbours in k. A step loads kDotColumns vectors of B and 6 of A and multiplies each with each:
+//   with AVX-512 24 multiply-adds for 10 loads, so that the multiply-add pipes bind. A word is one float32, or with
+//   AVX-512-BF16 a pair of bfloat16 (vdpbf16ps); other dtypes are widened to float32, in registers where A is a single tile.
+//   One row is multiplied as fast as B arrives from memory: 96-98 % of a plain read. Many rows: 88-91 % of the multiply-adds.
+//
+// Order of each sum: chunks of kChunkWords words ascend; in a chunk lane l adds words l, l + kLanes, …; then lanes are added up
+// pairwise. It depends on the depth alone: not on M, N, tiles or how B lies in memory, so a row's result does not depend on
+// its neighbours. B that runs along n is transposed into the scratch, chunk by chunk.
+//
+// While it multiplies, it asks for what comes next: of a single tile the next rows of B, into L1; else the next chunk or the
+// caller's next panel, spread over all tiles, into L2.
+#pragma once
+
+namespace switchgear::cpu {
+namespace {
+
+template <typename Words>
+using Element = typename Words::Element;
+
+enum class Asks { kNothing, kOneRow, kTwoRows, kColumns };
+
+// Rows [0, kRows) and columns [0, kDotColumns) of C += a chunk of `depth`. Asks for one or two rows of whatever comes next,
+// into L2, or for the next columns of B from ahead[0] on, into L1.
+template <int kRows, Asks kAsks, typename Words>
+void add_dot_tile(float* c, const void* const* rows, int64_t offset, const Element<Words>* b, int64_t stride,
+                  int64_t depth, const char* const (&ahead)[2]) {
+  constexpr int64_t kStep = kLanes * Words::kDepth, kBytes = kStep * sizeof(Element<Words>);
+  const char *first = ahead[0], *second = ahead[1];
+  Floats acc[kRows][kDotColumns];
+  const char* a[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    a[i] = static_cast<const char*>(rows[i]) + offset;
+#pragma GCC unroll 8
+    for (int j = 0; j < kDotColumns; ++j) acc[i][j] = broadcast(0.0f);
+  }
+  int64_t k = 0;
+  for (; k + kStep <= depth; k += kStep, b += kStep, first += kBytes, second += kBytes) {
+    Floats column[kDotColumns];
+#pragma GCC unroll 8
+    for (int j = 0; j < kDotColumns; ++j) column[j] = Words::load_whole(b + j * stride);
+    if constexpr (kAsks == Asks::kColumns) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kDotColumns; ++j) {
+        __builtin_prefetch(reinterpret_cast<const Element<Words>*>(first) + j * stride, 0, 3);
+      }
+    }
+    if constexpr (kAsks == Asks::kOneRow || kAsks == Asks::kTwoRows) __builtin_prefetch(first, 0, 2);
+    if constexpr (kAsks == Asks::kTwoRows) __builtin_prefetch(second, 0, 2);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Floats row = load(reinterpret_cast<const float*>(a[i] + k * (4 / Words::kDepth)));
+#pragma GCC unroll 8
+      for (int j = 0; j < kDotColumns; ++j) acc[i][j] = step<Words::kDepth == 2>(row, column[j], acc[i][j]);
+    }
+  }
+  if (k < depth) {
+    Floats column[kDotColumns];
+#pragma GCC unroll 8
+    for (int j = 0; j < kDotColumns; ++j) column[j] = Words::load_along_k(b + j * stride, depth - k);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      float words[kLanes] = {};
+      __builtin_memcpy(words, a[i] + k * (4 / Words::kDepth), static_cast<size_t>(depth - k) * 4 / Words::kDepth);
+      const Floats row = load(words);
+#pragma GCC unroll 8
+      for (int j = 0; j < kDotColumns; ++j) acc[i][j] = step<Words::kDepth == 2>(row, column[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) add_sums(c + i * kPanel, acc[i]);
+}
+
+// The same for `columns` < kDotColumns, each one multiplied by itself: there are at most three in a matrix.
+template <int kRows, typename Words>
+void add_dot_columns(float* c, const void* const* rows, int64_t offset, const Element<Words>* b, int64_t stride,
+                     int64_t depth, int64_t columns) {
+  for (int64_t n = 0; n < columns; ++n) {
+    float sums[kRows * kPanel] = {};
+    for (int i = 0; i < kRows; ++i) sums[i * kPanel] = c[i * kPanel + n];
+    add_dot_tile<kRows, Asks::kNothing, Words>(sums, rows, offset, b + n * stride, 0, depth, {});
+    for (int i = 0; i < kRows; ++i) c[i * kPanel + n] = sums[i * kPanel];
+  }
+}
+
+// Shares `rows` of memory, `stride` bytes apart, out evenly among `tiles` tiles of C that ask for them.
+struct Asking {
+  const char* row = nullptr;
+  int64_t stride = 0, rows = 0, tiles = 1;
+  int64_t due = 0;
+
+  const char* take() {  // the next row if it is due
+    if (due < tiles) return nullptr;
+    due -= tiles;
+    const char* const taken = row;
+    row += stride;
+    return taken;
+  }
+};
+
+// A chunk of B that all row tiles are multiplied with.
+template <typename T>
+struct DotChunk {
+  const T* b;
+  int64_t stride, num_columns, depth;
+};
+
+// kRows rows of C += those of A times a chunk; `next_rows` of A, as many, are multiplied next.
+template <int kRows, typename Words>
+void add_dot_rows(float* c, const Rows& a, const void* const* next_rows, const DotChunk<Element<Words>>& chunk,
+                  Asking& next_b) {
+  const auto [rows, offset] = a;
+  const auto [b, stride, num_columns, depth] = chunk;
+  const int64_t tiles = num_columns / kDotColumns;
+  int64_t row = 0, due = 0;  // of next_rows
+  int64_t n = 0;
+  for (; n + kDotColumns <= num_columns; n += kDotColumns) {
+    const char* ahead[2] = {};
+    int asks = 0;
+    if (next_rows != nullptr && (due += kRows) >= tiles) {
+      due -= tiles;
+      ahead[asks++] = static_cast<const char*>(next_rows[row++]) + offset;
+    }
+    next_b.due += next_b.rows;
+    while (asks < 2 && next_b.due >= next_b.tiles) ahead[asks++] = next_b.take();
+    const auto* const column = b + n * stride;
+    switch (asks) {
+      case 0: add_dot_tile<kRows, Asks::kNothing, Words>(c + n, rows, offset, column, stride, depth, ahead); break;
+      case 1: add_dot_tile<kRows, Asks::kOneRow, Words>(c + n, rows, offset, column, stride, depth, ahead); break;
+      default: add_dot_tile<kRows, Asks::kTwoRows, Words>(c + n, rows, offset, column, stride, depth, ahead);
+    }
+  }
+  if (n < num_columns) {
+    add_dot_columns<kRows, Words>(c + n, rows, offset, b + n * stride, stride, depth, num_columns - n);
+  }
+}
+
+// All of a single tile, whose B is read once: column by column over the whole depth, as rows of B lie in memory.
+template <int kRows, typename Words>
+void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words>* b, int64_t depth) {
+  using T = Element<Words>;
+  constexpr int64_t kChunk = kChunkWords * Words::kDepth;
+  constexpr Asks kAsks = kRows > 1 ? Asks::kColumns : Asks::kNothing;  // the processor foresees the loads of one row
+  const int64_t stride = product.b.n_stride, num_columns = product.num_columns;
+  const T* const next = product.next != nullptr ? static_cast<const T*>(product.next) : b;
+  for (int64_t n = 0; n < num_columns; n += kDotColumns) {
+    const T* const column = b + n * stride;
+    const T* const next_column = n + kDotColumns < num_columns ? column + kDotColumns * stride : next;
+    float* const c = product.c + n;
+    for (int64_t k = 0; k < depth; k += kChunk) {
+      const int64_t count = depth - k < kChunk ? depth - k : kChunk, at = a.offset + k * (4 / Words::kDepth);
+      if (num_columns - n < kDotColumns) {
+        add_dot_columns<kRows, Words>(c, a.rows, at, column + k, stride, count, num_columns - n);
+      } else {
+        const T* const ahead = k + kChunk < depth ? column + k + kChunk : next_column;
+        add_dot_tile<kRows, kAsks, Words>(c, a.rows, at, column + k, stride, count,
+                                          {reinterpret_cast<const char*>(ahead), nullptr});
+      }
+    }
+  }
+}
+
+// function(number) with 1 <= number <= kMost as a constant
+template <int kMost, typename Function>
+void with_constant(int64_t number, Function&& function) {
+  if (number == kMost) return function.template operator()<kMost>();
+  if constexpr (kMost > 1) with_constant<kMost - 1>(number, function);
+}
+
+// ---- B as rows -----------------------------------------------------------------------------------------------------------
+
+// out[n] = the words of B's row n for k in [k_begin, k_begin + depth), kScratchRow words apart.
+template <typename Words>
+void pack_rows(float* out, const Matrix& b, int64_t num_columns, int64_t k_begin, int64_t depth) {
+  using T = Element<Words>;
+  const T* const data = static_cast<const T*>(b.data) + k_begin * b.k_stride;
+  if (b.n_stride == 1 && b.k_stride != 1) {
+    const void* k_rows[kChunkWords * Words::kDepth];
+    for (int64_t k = 0; k < depth; ++k) k_rows[k] = data + k * b.k_stride;
+    transpose_words<Words, T>(out, kScratchRow, k_rows, depth, 0, num_columns);
+    return;
+  }
+  constexpr int64_t kStep = kLanes * Words::kDepth;
+  for (int64_t n = 0; n < num_columns; ++n, out += kScratchRow) {
+    const T* const row = data + n * b.n_stride;
+    for (int64_t k = 0; k < depth; k += kStep) {
+      const int64_t count = depth - k < kStep ? depth - k : kStep;
+      if (b.k_stride == 1) {
+        store(out + k / Words::kDepth, Words::load_along_k(row + k, count));
+        continue;
+      }
+      T lanes[kStep] = {};
+      for (int64_t i = 0; i < count; ++i) lanes[i] = row[(k + i) * b.k_stride];
+      store(out + k / Words::kDepth, Words::load_along_k(lanes, count));
+    }
+  }
+}
+
+// ---- the whole -----------------------------------------------------------------------------------------------------------
+
+// All rows, in tiles of nearly equal height, times a chunk of B; `next`: the rows of B that come next, laid out like these.
+template <typename Words>
+void add_dot_chunk(const Product& product, const Rows& a, const DotChunk<Element<Words>>& chunk, const void* next) {
+  const int64_t tiles = num_row_tiles(product.num_rows);
+  Asking next_b;
+  if (next != nullptr) {
+    next_b = {.row = static_cast<const char*>(next),
+              .stride = chunk.stride * static_cast<int64_t>(sizeof(Element<Words>)),
+              .rows = chunk.num_columns,
+              .tiles = tiles * (chunk.num_columns / kDotColumns)};
+  }
+  for (int64_t t = 0, m = 0, count; t < tiles; ++t, m += count) {
+    count = (product.num_rows - m) / (tiles - t);
+    with_constant<kRowTile>(count, [&]<int kRows>() {  // tiles grow, if at all, so that there are kRows behind this one
+      const void* const* const next_rows = t + 1 < tiles ? a.rows + m + kRows : nullptr;
+      add_dot_rows<kRows, Words>(product.c + m * kPanel, {a.rows + m, a.offset}, next_rows, chunk, next_b);
+    });
+  }
+}
+
+template <typename Words>
+void dot_products_of(const Product& product) {
+  using T = Element<Words>;
+  using Packed = typename Words::Packed;
+  constexpr bool kPairs = Words::kDepth == 2;
+  constexpr int64_t kChunk = kChunkWords * Words::kDepth;
+  const Matrix& b = product.b;
+  const T* const data = static_cast<const T*>(b.data);
+  const int64_t depth = product.depth, num_columns = product.num_columns;
+  const auto length = [&](int64_t k, int64_t most) { return depth - k < most ? depth - k : most; };
+  const void* widened_rows[kMaxRows];
+
+  __builtin_memset(product.c, 0, sizeof(float) * kPanel * static_cast<size_t>(product.num_rows));
+  if (b.k_stride == 1 && product.num_rows <= kRowTile) {
+    const int64_t most = kPairs || product.row_dtype == DType::kFloat32 ? kChunk * depth : kMaxRows / kRowTile * kChunk;
+    for (int64_t k = 0; k < depth; k += most) {
+      const Rows rows = rows_from(product, kPairs, k, length(k, most), widened_rows);
+      with_constant<kRowTile>(product.num_rows, [&]<int kRows>() {
+        add_few_dot_rows<kRows, Words>(product, rows, data + k, length(k, most));
+      });
+    }
+    return;
+  }
+  constexpr bool kIsWord = __is_same(Words, Packed);
+  float* const packed = static_cast<float*>(product.scratch);
+  for (int64_t k = 0; k < depth; k += kChunk) {
+    const int64_t count = length(k, kChunk);
+    const Rows rows = rows_from(product, kPairs, k, count, widened_rows);
+    if constexpr (kIsWord) {
+      if (b.k_stride == 1) {
+        const void* const next = k + kChunk < depth ? data + k + kChunk : product.next;
+        add_dot_chunk<Words>(product, rows, {data + k, b.n_stride, num_columns, count}, next);
+        continue;
+      }
+    }
+    pack_rows<Words>(packed, b, num_columns, k, count);
+    add_dot_chunk<Packed>(
+        product, rows,
+        {reinterpret_cast<const Element<Packed>*>(packed), kScratchRow * Words::kDepth, num_columns, count}, nullptr);
+  }
+}
+
+void dot_products(const Product& product) {
+#ifdef __AVX512BF16__
+  if (product.row_dtype == DType::kBFloat16 && product.b.dtype == DType::kBFloat16) {
+    return dot_products_of<PairWords>(product);
+  }
+#endif
+  with_type(product.b.dtype, [&]<typename T>(const T*) { dot_products_of<FloatWords<T>>(product); });
+}
+
+}  // namespace
+}  // namespace switchgear::cpu
