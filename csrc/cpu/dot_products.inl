@@ -88,14 +88,13 @@ void add_dot_columns(float* c, const void* const* rows, int64_t offset, const El
   }
 }
 
-// Shares `rows` of memory, `stride` bytes apart, out evenly among `tiles` tiles of C that ask for them.
+// Rows of memory, `stride` bytes apart, that `tiles` tiles of C ask for, evenly.
 struct Asking {
   const char* row = nullptr;
   int64_t stride = 0, rows = 0, tiles = 1;
   int64_t due = 0;
 
-  const char* take() {  // the next row if it is due
-    if (due < tiles) return nullptr;
+  const char* take() {
     due -= tiles;
     const char* const taken = row;
     row += stride;
@@ -145,7 +144,7 @@ template <int kRows, typename Words>
 void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words>* b, int64_t depth) {
   using T = Element<Words>;
   constexpr int64_t kChunk = kChunkWords * Words::kDepth;
-  constexpr Asks kAsks = kRows > 1 ? Asks::kColumns : Asks::kNothing;  // the processor foresees the loads of one row
+  constexpr Asks kAsks = kRows > 1 ? Asks::kColumns : Asks::kNothing;  // the processor foresees what one row reads,
   const int64_t stride = product.b.n_stride, num_columns = product.num_columns;
   const T* const next = product.next != nullptr ? static_cast<const T*>(product.next) : b;
   for (int64_t n = 0; n < num_columns; n += kDotColumns) {
@@ -158,8 +157,12 @@ void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words
         add_dot_columns<kRows, Words>(c, a.rows, at, column + k, stride, count, num_columns - n);
       } else {
         const T* const ahead = k + kChunk < depth ? column + k + kChunk : next_column;
-        add_dot_tile<kRows, kAsks, Words>(c, a.rows, at, column + k, stride, count,
-                                          {reinterpret_cast<const char*>(ahead), nullptr});
+        const char* const asked[2] = {reinterpret_cast<const char*>(ahead), nullptr};
+        if (kRows > 1 || ahead != next) {
+          add_dot_tile<kRows, kAsks, Words>(c, a.rows, at, column + k, stride, count, asked);
+        } else {  // but not where it goes on
+          add_dot_tile<kRows, Asks::kColumns, Words>(c, a.rows, at, column + k, stride, count, asked);
+        }
       }
     }
   }

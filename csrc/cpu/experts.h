@@ -61,6 +61,24 @@ inline void fill_row_pointers(const void** pointers, const void* data, int64_t r
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Whether every expert's rows fit into one tile: then reading the weights is nearly all of the work.
+inline bool has_few_rows(const int32_t* expert_offsets, int64_t num_experts) {
+  for (int64_t e = 0; e < num_experts; ++e) {
+    if (expert_offsets[e + 1] - expert_offsets[e] > kTileRows) return false;
+  }
+  return true;
+}
+
+// From one row to the next in memory of our own: an odd number of cache lines. Rows a power of two apart share a few sets of
+// L1, and those of a tile would evict each other.
+constexpr int64_t spread_row_bytes(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
+
+inline TensorView spread_view(void* data, DType dtype, int64_t rows, int64_t columns) {
+  TensorView v = view(data, dtype, rows, columns);
+  v.stride[0] = spread_row_bytes(columns * size_of(dtype)) / size_of(dtype);
+  return v;
+}
+
 // Memory of one thread for one product.
 struct ProductScratch {
   void* packing;

@@ -31,7 +31,8 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * ProductScratch::kBytes));
   fill_row_pointers(rows, args.x, args.token_indices.as<int32_t>(), used_slots);
 
-  parallel_for(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
+  const auto operand = [&](const Tile& tile) { return ExpertMatrix(args.weight, tile.expert).rows_from(tile.column); };
+  parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
     const Tile& tile = tiles[static_cast<size_t>(task)];
     const ProductScratch scratch(memory + thread * ProductScratch::kBytes);
     const ExpertMatrix matrix(args.weight, tile.expert);
@@ -40,10 +41,11 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
     k.dot_products({.rows = rows + tile.first_row,
                     .row_dtype = args.x.dtype,
                     .num_rows = tile.num_rows,
-                    .b = columns > 0 ? matrix.rows_from(tile.column) : Matrix{.dtype = args.x.dtype, .n_stride = 1},
+                    .b = columns > 0 ? operand(tile) : Matrix{.dtype = args.x.dtype, .n_stride = 1},
                     .num_columns = columns,
                     .depth = columns > 0 ? depth : 0,
                     .c = scratch.c,
+                    .next = &tile != &tiles.back() ? operand((&tile)[1]).data : nullptr,
                     .scratch = scratch.packing});
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       float* const c = scratch.c + m * panel;

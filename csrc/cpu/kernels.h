@@ -10,18 +10,16 @@
 
 namespace switchgear::cpu {
 
-// One operand of a matrix product: element (n, k) is data[n·n_stride + k·k_stride], strides in elements, one of them 1;
-// with `k_rows`, element (n, k) is k_rows[k][n_begin + n] (rows gathered through pointers).
+// One operand of a matrix product: element (n, k) is data[n·n_stride + k·k_stride], strides in elements, one of them 1.
 struct Matrix {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
   int64_t n_stride = 0;
   int64_t k_stride = 0;
-  const void* const* k_rows = nullptr;
-  int64_t n_begin = 0;
 };
 
 constexpr int kMaxPanel = 64;      // columns of the widest panel of any ISA
+constexpr int64_t kTileRows = 6;   // rows of a tile of any ISA
 constexpr int64_t kMaxRows = 240;  // rows of one product: 40 tiles of 6, so that C (60 KB) and a chunk of A stay in L2
 // Depth of a packed panel in 4-byte words. 64 columns · 1024 · 4 = 256 KB stay in L2, and weights are read in runs of 4 KB.
 constexpr int64_t kChunkWords = 1024;
@@ -67,7 +65,7 @@ struct Kernels {
   int panel;  // columns per product
 
   void (*multiply)(const Product&);      // k ascends in one accumulator
-  void (*dot_products)(const Product&);  // lanes along k; without row_begin, accumulate, next_width, sink
+  void (*dot_products)(const Product&);  // lanes along k; without row_begin, accumulate, next_width
 
   // out[c][w], c < columns, w < words: the transpose of `left` that gradient_panel multiplies with. A word is a slot in float32,
   // words = num_rows, or where this ISA multiplies pairs of bfloat16 two slots of them, words = ⌈num_rows/2⌉.

@@ -14,7 +14,7 @@
 namespace switchgear::cpu {
 namespace {
 
-constexpr int kRowTile = 6;
+constexpr int kRowTile = kTileRows;
 constexpr int64_t kLine = 64;
 constexpr int kLinesPerWord = kPanel * 4 < kLine ? 1 : kPanel * 4 / kLine;  // of B in one word of depth
 static_assert(kPanel <= kMaxPanel);
@@ -96,7 +96,7 @@ struct PairWords {
 };
 #endif
 
-bool runs_along_k(const Matrix& b) { return b.k_rows == nullptr && b.k_stride == 1 && b.n_stride != 1; }
+bool runs_along_k(const Matrix& b) { return b.k_stride == 1 && b.n_stride != 1; }
 
 // panel[p][n] from columns that run along k, blocks of words transposed in registers. Asks for `lines` lines per word.
 template <typename Words, typename T>
@@ -181,9 +181,6 @@ void pack(float* panel, const Product& product, int64_t k_begin, int64_t depth, 
   const T* const data = static_cast<const T*>(b.data);
   if (runs_along_k(b)) {
     pack_along_k<Words>(panel, data + k_begin, b.n_stride, product.num_columns, depth, lines, ahead);
-  } else if (b.k_rows != nullptr) {
-    pack_along_n<Words>(panel, product.num_columns, depth, 0, ahead,
-                        [&](int64_t k) { return static_cast<const T*>(b.k_rows[k_begin + k]) + b.n_begin; });
   } else if (b.n_stride == 1) {
     pack_along_n<Words>(panel, product.num_columns, depth, lines, ahead,
                         [&](int64_t k) { return data + (k_begin + k) * b.k_stride; });
@@ -282,102 +279,12 @@ void multiply_rows(const Chunk& chunk, const Product& product, int64_t asking, A
   }
 }
 
-// ---- few rows ------------------------------------------------------------------------------------------------------------
-
-// The same sums in the same order for up to kFewRows rows, where writing a panel and reading it again would cost more than
-// the multiplications: blocks of B are transposed in registers and used at once. B must run along k.
-constexpr int kFewRows = kLanes >= 16 ? 8 : 4;  // with the kLanes vectors of a block they must fit into the registers
-
-// c[m] += Σ over `num_blocks` blocks: kLanes columns of B, `stride` elements apart, times kLanes words of each row of A.
-template <int kRows, bool kPairs, typename Words, typename T>
-void add_blocks(float* c, const T* b, int64_t stride, const char* const (&rows)[kRows], int64_t num_blocks,
-                Ahead ahead) {
-  constexpr int64_t kBlock = kLanes * Words::kDepth;
-  Floats acc[kRows];
-  const char* a[kRows];
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
-    acc[m] = load(c + m * kPanel);
-    a[m] = rows[m];
-  }
-  for (int64_t i = 0; i < num_blocks; ++i, b += kBlock) {
-    Floats block[kLanes];
-    ahead.prefetch<kLanes * 4 * kLanes / kLine>();
-#pragma GCC unroll 16
-    for (int n = 0; n < kLanes; ++n) block[n] = Words::load_whole(b + n * stride);
-    transpose(block);
-#pragma GCC unroll 16
-    for (int j = 0; j < kLanes; ++j) {
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) acc[m] = step<kPairs>(broadcast_word(a[m] + 4 * j), block[j], acc[m]);
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) a[m] += 4 * kLanes;
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) store(c + m * kPanel, acc[m]);
-}
-
-// What does not fill a block: `columns` columns and `depth` elements, copied with zeros behind, so that nothing past the end
-// is read.
-template <int kRows, bool kPairs, typename Words, typename T>
-void add_partial_block(float* c, const T* b, int64_t stride, const char* const (&rows)[kRows], int64_t offset,
-                       int64_t columns, int64_t depth) {
-  Floats block[kLanes];
-  for (int n = 0; n < kLanes; ++n) {
-    block[n] = n < columns ? Words::load_along_k(b + n * stride, depth) : broadcast(0.0f);
-  }
-  transpose(block);
-  float lanes[kLanes][kLanes];
-  for (int i = 0; i < kLanes; ++i) store(lanes[i], block[i]);
-  for (int m = 0; m < kRows; ++m) {
-    float words[kLanes] = {};
-    __builtin_memcpy(words, rows[m] + offset, static_cast<size_t>(depth) * 4 / Words::kDepth);
-    Floats acc = load(c + m * kPanel);
-    for (int i = 0; i * Words::kDepth < depth; ++i) acc = step<kPairs>(broadcast_word(words + i), load(lanes[i]), acc);
-    store(c + m * kPanel, acc);
-  }
-}
-
-template <int kRows, bool kPairs, typename Words, typename T>
-void add_few_rows(const Product& product, const void* const* rows, int64_t row_offset, int64_t k_begin, int64_t depth) {
-  constexpr int64_t kBlock = kLanes * Words::kDepth;
-  const int64_t stride = product.b.n_stride, num_columns = product.num_columns;
-  const T* const b = static_cast<const T*>(product.b.data) + k_begin;
-  const char* a[kRows];
-  for (int m = 0; m < kRows; ++m) a[m] = static_cast<const char*>(rows[m]) + row_offset;
-  for (int64_t n = 0; n < num_columns; n += kLanes) {
-    const T* const column = b + n * stride;
-    const int64_t columns = num_columns - n < kLanes ? num_columns - n : kLanes;
-    const int64_t whole = columns == kLanes ? depth / kBlock : 0;
-    const T* const next = n + kLanes < num_columns ? column + kLanes * stride : static_cast<const T*>(product.next);
-    constexpr int64_t kElement = sizeof(T);
-    Ahead ahead = next != nullptr ? Ahead(next, stride * kElement, depth * kElement) : Ahead();
-    add_blocks<kRows, kPairs, Words>(product.c + n, column, stride, a, whole, ahead);
-    for (int64_t k = whole * kBlock; k < depth; k += kBlock) {
-      add_partial_block<kRows, kPairs, Words>(product.c + n, column + k, stride, a, k * 4 / Words::kDepth, columns,
-                                              depth - k < kBlock ? depth - k : kBlock);
-    }
-  }
-}
-
-template <int kRows, bool kPairs, typename Words, typename T>
-void multiply_few(const Product& product, const void* const* rows, int64_t row_offset, int64_t k, int64_t depth) {
-  if (product.num_rows == kRows) {
-    add_few_rows<kRows, kPairs, Words, T>(product, rows, row_offset, k, depth);
-  } else if constexpr (kRows > 1) {
-    multiply_few<kRows - 1, kPairs, Words, T>(product, rows, row_offset, k, depth);
-  }
-}
-
-bool is_few(const Product& product) { return product.num_rows <= kFewRows && runs_along_k(product.b); }
-
 // ---- the whole -----------------------------------------------------------------------------------------------------------
 
 // The chunk of depth from `begin` on, or the first one of the caller's next product.
 Ahead ahead_of(const Product& product, int64_t begin, int64_t chunk) {
   const Matrix& b = product.b;
-  if (b.k_rows != nullptr || (b.k_stride != 1 && b.n_stride != 1)) return {};
+  if (b.k_stride != 1 && b.n_stride != 1) return {};
   const int64_t element = b.dtype == DType::kFloat32 ? 4 : 2;
   const char* data = static_cast<const char*>(b.data);
   if (begin >= product.depth) {
@@ -419,14 +326,9 @@ void multiply_words(const Product& product) {
   const int64_t depth = product.depth;
   const auto length = [&](int64_t k, int64_t most) { return depth - k < most ? depth - k : most; };
 
-  if (is_few(product) || depth == 0) {
+  if (depth == 0) {
     if (!product.accumulate) {
       __builtin_memset(product.c, 0, sizeof(float) * kPanel * static_cast<size_t>(product.num_rows));
-    }
-    const int64_t most = kPairs || product.row_dtype == DType::kFloat32 ? depth : kMaxRows / kFewRows * kChunkWords;
-    for (int64_t k = 0; k < depth; k += most) {
-      const auto [rows, offset] = rows_from(product, kPairs, k, length(k, most), widened_rows);
-      multiply_few<kFewRows, kPairs, Words, T>(product, rows, offset, k, length(k, most));
     }
     return;
   }

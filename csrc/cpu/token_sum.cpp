@@ -30,8 +30,9 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
   const int64_t num_tokens = args.out.shape[0], width = args.out.shape[1], panel = k.panel;
   const int64_t num_experts = args.matrices->packed.shape[0];
   if (num_tokens == 0 || width == 0) return;
-  const int64_t wide =
-      args.transposed ? wide_columns(width, ceil_div(num_tokens, kWideTokenChunk), panel, num_threads) : panel;
+  const int64_t wide = args.transposed ? wide_columns(width, ceil_div(num_tokens, kWideTokenChunk), panel, num_threads)
+                       : has_few_rows(args.expert_offsets, num_experts) ? 2 * panel  // longer runs of memory
+                                                                        : panel;
   const int64_t column_blocks = ceil_div(width, wide);
   const int64_t most_tokens = args.transposed ? kWideTokenChunk : kTokenChunk;
   const int64_t chunk = tokens_per_task(num_tokens, most_tokens, column_blocks, num_threads);
@@ -70,7 +71,7 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
   };
   const auto start = [&](const Block& block, int64_t e) { return e < num_experts ? operand(block, e).data : nullptr; };
 
-  parallel_for_ahead(num_threads, chunks * column_blocks, [&](int64_t task, int64_t next_task, int thread) {
+  parallel_for_shares(num_threads, chunks * column_blocks, [&](int64_t task, int thread) {
     char* const own = memory + thread * (WideScratch::kBytes + accumulator_bytes);
     const WideScratch scratch(own);
     float* const sums = reinterpret_cast<float*>(own + WideScratch::kBytes);
@@ -82,8 +83,8 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
       const int64_t first = first_slot(e, first_token), last = first_slot(e, last_token),
                     piece = piece_rows(last - first);
       const void* next_start = start(block, next);
-      if (next == num_experts && next_task >= 0) {
-        const Block next_block = block_of(next_task);
+      if (next == num_experts && task + 1 < chunks * column_blocks) {
+        const Block next_block = block_of(task + 1);
         next_start = start(next_block, next_expert(next_block, -1));
       }
       for (int64_t s = first; s < last; s += piece) {
@@ -97,7 +98,7 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
                               .c = scratch.c,
                               .next = s + piece < last ? operand(block, e).data : next_start,
                               .scratch = scratch.packing};
-        args.transposed ? multiply_wide(k, product) : k.dot_products(product);
+        args.transposed ? multiply_wide(k, product) : dot_products_wide(k, product);
         for (int64_t first_column = 0; first_column < columns; first_column += panel) {
           const int64_t count = std::min(panel, columns - first_column);
           for (int64_t m = 0; m < rows; ++m) {

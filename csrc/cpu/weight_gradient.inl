@@ -14,10 +14,12 @@ namespace {
 
 // ---- transposing `left` --------------------------------------------------------------------------------------------------
 
-// out[c][w] = word w of column first_column + c: slot w, or the pair of slots 2w and 2w + 1; zero after the last slot.
+// out[c][w] = word w of column first_column + c: slot w, or the pair of slots 2w and 2w + 1; zero after the last slot. Rows of
+// `out` are `stride` words apart.
 template <typename Words, typename T>
-void transpose_words(float* out, int64_t words, const void* const* rows, int64_t num_rows, int64_t first_column,
+void transpose_words(float* out, int64_t stride, const void* const* rows, int64_t num_rows, int64_t first_column,
                      int64_t columns) {
+  const int64_t words = (num_rows + Words::kDepth - 1) / Words::kDepth;
   for (int64_t w0 = 0; w0 < words; w0 += kLanes) {
     const int64_t count = words - w0 < kLanes ? words - w0 : kLanes;
     for (int64_t c0 = 0; c0 < columns; c0 += kLanes) {
@@ -34,8 +36,8 @@ void transpose_words(float* out, int64_t words, const void* const* rows, int64_t
         block[i] = Words::load_along_n(low, high, valid);
       }
       transpose(block);
-      float* target = out + c0 * words + w0;
-      for (int64_t c = 0; c < valid; ++c, target += words) store_some(target, block[c], count);
+      float* target = out + c0 * stride + w0;
+      for (int64_t c = 0; c < valid; ++c, target += stride) store_some(target, block[c], count);
     }
   }
 }
