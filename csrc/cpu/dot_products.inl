@@ -30,7 +30,10 @@ template <int kRows, Asks kAsks, typename Words>
 void add_dot_tile(float* c, const void* const* rows, int64_t offset, const Element<Words>* b, int64_t stride,
                   int64_t depth, const char* const (&ahead)[2]) {
   constexpr int64_t kStep = kLanes * Words::kDepth, kBytes = kStep * sizeof(Element<Words>);
+  constexpr int kLines = kDotColumns * kBytes > kLine ? kDotColumns * kBytes / kLine : 1;  // of B in a step
   const char *first = ahead[0], *second = ahead[1];
+  const int64_t row_bytes = depth * sizeof(Element<Words>), to_next_row = stride * sizeof(Element<Words>) - row_bytes;
+  const char* row_end = first + row_bytes;
   Floats acc[kRows][kDotColumns];
   const char* a[kRows];
 #pragma GCC unroll 8
@@ -40,18 +43,27 @@ void add_dot_tile(float* c, const void* const* rows, int64_t offset, const Eleme
     for (int j = 0; j < kDotColumns; ++j) acc[i][j] = broadcast(0.0f);
   }
   int64_t k = 0;
-  for (; k + kStep <= depth; k += kStep, b += kStep, first += kBytes, second += kBytes) {
+  for (; k + kStep <= depth; k += kStep, b += kStep) {
     Floats column[kDotColumns];
 #pragma GCC unroll 8
     for (int j = 0; j < kDotColumns; ++j) column[j] = Words::load_whole(b + j * stride);
-    if constexpr (kAsks == Asks::kColumns) {
+    if constexpr (kAsks == Asks::kColumns) {  // row by row: one stream, which the processor reads ahead
 #pragma GCC unroll 8
-      for (int j = 0; j < kDotColumns; ++j) {
-        __builtin_prefetch(reinterpret_cast<const Element<Words>*>(first) + j * stride, 0, 3);
+      for (int i = 0; i < kLines; ++i) __builtin_prefetch(first + i * kLine, 0, 3);
+      first += kLines * kLine;
+      if (first >= row_end) {
+        first = row_end + to_next_row;
+        row_end = first + row_bytes;
       }
     }
-    if constexpr (kAsks == Asks::kOneRow || kAsks == Asks::kTwoRows) __builtin_prefetch(first, 0, 2);
-    if constexpr (kAsks == Asks::kTwoRows) __builtin_prefetch(second, 0, 2);
+    if constexpr (kAsks == Asks::kOneRow || kAsks == Asks::kTwoRows) {
+      __builtin_prefetch(first, 0, 2);
+      first += kBytes;
+    }
+    if constexpr (kAsks == Asks::kTwoRows) {
+      __builtin_prefetch(second, 0, 2);
+      second += kBytes;
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const Floats row = load(reinterpret_cast<const float*>(a[i] + k * (4 / Words::kDepth)));
@@ -144,7 +156,6 @@ template <int kRows, typename Words>
 void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words>* b, int64_t depth) {
   using T = Element<Words>;
   constexpr int64_t kChunk = kChunkWords * Words::kDepth;
-  constexpr Asks kAsks = kRows > 1 ? Asks::kColumns : Asks::kNothing;  // the processor foresees what one row reads,
   const int64_t stride = product.b.n_stride, num_columns = product.num_columns;
   const T* const next = product.next != nullptr ? static_cast<const T*>(product.next) : b;
   for (int64_t n = 0; n < num_columns; n += kDotColumns) {
@@ -158,11 +169,7 @@ void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words
       } else {
         const T* const ahead = k + kChunk < depth ? column + k + kChunk : next_column;
         const char* const asked[2] = {reinterpret_cast<const char*>(ahead), nullptr};
-        if (kRows > 1 || ahead != next) {
-          add_dot_tile<kRows, kAsks, Words>(c, a.rows, at, column + k, stride, count, asked);
-        } else {  // but not where it goes on
-          add_dot_tile<kRows, Asks::kColumns, Words>(c, a.rows, at, column + k, stride, count, asked);
-        }
+        add_dot_tile<kRows, Asks::kColumns, Words>(c, a.rows, at, column + k, stride, count, asked);
       }
     }
   }
