@@ -194,14 +194,15 @@ void py_combine_weight_backward(handle grad_y, handle permuted_y, handle expert_
 // ---- grouped_gemm ---
 
 void py_grouped_gemm(handle x, handle weight, handle bias, handle expert_offsets, handle token_indices, handle out,
-                     ExecutionArgument execution) {
+                     ExecutionArgument execution, bool input_gradient) {
   Arrays arrays = arrays_of(execution);
   const GroupedGemmArgs args{.x = arrays.in("x", x),
                              .weight = arrays.matrices("weight", weight),
                              .bias = arrays.in_or_none("bias", bias),
                              .expert_offsets = arrays.in("expert_offsets", expert_offsets),
                              .token_indices = arrays.in_or_none("token_indices", token_indices),
-                             .out = arrays.out("out", out)};
+                             .out = arrays.out("out", out),
+                             .input_gradient = input_gradient};
   run(grouped_gemm, args, execution);
 }
 
@@ -418,7 +419,8 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
         "grad_y"_a, "permuted_y"_a, "expert_offsets"_a, "token_indices"_a, "slot_indices"_a, "grad_topk_weights"_a,
         py::arg(kExecutionArgument));
   m.def("grouped_gemm", &py_grouped_gemm, "Writes the product of each row with its expert's weight.",  //
-        "x"_a, "weight"_a, "bias"_a, "expert_offsets"_a, "token_indices"_a, "out"_a, py::arg(kExecutionArgument));
+        "x"_a, "weight"_a, "bias"_a, "expert_offsets"_a, "token_indices"_a, "out"_a, py::arg(kExecutionArgument),
+        "input_gradient"_a = false);
   m.def("grouped_gemm_wgrad", &py_grouped_gemm_wgrad, "Writes the gradient of grouped_gemm's weight.",  //
         "grad_out"_a, "x"_a, "expert_offsets"_a, "token_indices"_a, "grad_weight"_a, py::arg(kExecutionArgument));
   m.def("glu", &py_glu, "Writes the activation of h.",  //

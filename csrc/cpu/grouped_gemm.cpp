@@ -38,15 +38,16 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
     const ExpertMatrix matrix(args.weight, tile.expert);
     const int64_t stored = std::min(panel, width - tile.column);
     const int64_t columns = std::clamp<int64_t>(matrix.rows() - tile.column, 0, panel);  // the rest of `stored` is zero
-    k.dot_products({.rows = rows + tile.first_row,
-                    .row_dtype = args.x.dtype,
-                    .num_rows = tile.num_rows,
-                    .b = columns > 0 ? operand(tile) : Matrix{.dtype = args.x.dtype, .n_stride = 1},
-                    .num_columns = columns,
-                    .depth = columns > 0 ? depth : 0,
-                    .c = scratch.c,
-                    .next = &tile != &tiles.back() ? operand((&tile)[1]).data : nullptr,
-                    .scratch = scratch.packing});
+    const auto multiply = args.input_gradient ? k.multiply : k.dot_products;
+    multiply({.rows = rows + tile.first_row,
+              .row_dtype = args.x.dtype,
+              .num_rows = tile.num_rows,
+              .b = columns > 0 ? operand(tile) : Matrix{.dtype = args.x.dtype, .n_stride = 1},
+              .num_columns = columns,
+              .depth = columns > 0 ? depth : 0,
+              .c = scratch.c,
+              .next = &tile != &tiles.back() ? operand((&tile)[1]).data : nullptr,
+              .scratch = scratch.packing});
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       float* const c = scratch.c + m * panel;
       if (args.bias.defined())

@@ -219,12 +219,13 @@ struct ExpertMatrices {
 // out[s,n] = Σ_k x[r(s),k] · weight[e(s)][n,k] + bias[e(s),n];  r(s) = token_indices[s] where given, else s.
 // Columns past an expert's row_count and rows past expert_offsets[E] are zero.
 struct GroupedGemmArgs {
-  TensorView x;               // [R,C] float, rows contiguous
-  ExpertMatrices weight;      // [E,N,C]
-  TensorView bias;            // [E,N] float, optional
-  TensorView expert_offsets;  // [E+1]
-  TensorView token_indices;   // [S], optional
-  TensorView out;             // out [S,N]
+  TensorView x;                 // [R,C] float, rows contiguous
+  ExpertMatrices weight;        // [E,N,C]
+  TensorView bias;              // [E,N] float, optional
+  TensorView expert_offsets;    // [E+1]
+  TensorView token_indices;     // [S], optional
+  TensorView out;               // out [S,N]
+  bool input_gradient = false;  // adds up in the order in which moe_backward does, not moe_forward
 };
 void grouped_gemm(const GroupedGemmArgs& args, Execution exec = {});
 

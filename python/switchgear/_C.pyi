@@ -148,6 +148,7 @@ def grouped_gemm(
     token_indices: _Array | None,
     out: _Array,
     num_threads: int,
+    input_gradient: bool = False,
 ) -> None: ...
 def grouped_gemm_wgrad(
     grad_out: _Array,

@@ -161,6 +161,7 @@ def grouped_gemm(
     token_indices: _Array | None,
     out: _Array,
     execution: Execution,
+    input_gradient: bool = False,
 ) -> None: ...
 def grouped_gemm_wgrad(
     grad_out: _Array,

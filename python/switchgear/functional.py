@@ -386,7 +386,7 @@ def _grouped_gemm_grads(needs: Sequence[bool], grad_out: Tensor, *saved: Any) ->
     grad_weight: list[Tensor | None] = [None] * len(weight)
     if need_x:
         transposes = [_heighten(matrix, grad_out.shape[1]).mT for matrix in weight]
-        grad_x = ops.grouped_gemm(grad_out, transposes, None, expert_offsets, None)
+        grad_x = ops.grouped_gemm(grad_out, transposes, None, expert_offsets, None, True)
         if token_indices is not None:  # a row of x may own several slots; those at the tail add their zeros to row 0
             total = torch.zeros(x.shape, dtype=reference.weight_dtype(x.dtype), device=x.device)
             if x.shape[0]:

@@ -512,7 +512,12 @@ def _alike(weight: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _allocate_grouped_gemm(
-    x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, expert_offsets: Tensor, token_indices: Tensor | None
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+    token_indices: Tensor | None,
+    input_gradient: bool = False,
 ) -> Tensor:
     if not _is_packed(weight):
         for matrix in weight:
@@ -528,17 +533,19 @@ def _grouped_gemm(
     bias: Tensor | None,
     expert_offsets: Tensor,
     token_indices: Tensor | None,
+    input_gradient: bool = False,
 ) -> Tensor:
     out = _allocate_grouped_gemm(x, weight, bias, expert_offsets, token_indices)
     kernels.module.grouped_gemm(
         _rows(x), weight[0] if _is_packed(weight) else _alike(weight), _rows(bias), expert_offsets.contiguous(),
-        _dense(token_indices), out, kernels.execution(),
+        _dense(token_indices), out, kernels.execution(), input_gradient,
     )  # fmt: skip
     return out
 
 
 grouped_gemm: Callable[..., Tensor] = _register(
-    "grouped_gemm(Tensor x, Tensor[] weight, Tensor? bias, Tensor expert_offsets, Tensor? token_indices) -> Tensor",
+    "grouped_gemm(Tensor x, Tensor[] weight, Tensor? bias, Tensor expert_offsets, Tensor? token_indices, "
+    "bool input_gradient=False) -> Tensor",
     _grouped_gemm,
     _allocate_grouped_gemm,
 )

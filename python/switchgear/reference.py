@@ -360,11 +360,17 @@ def _sum_rows(rows: Tensor, expert_offsets: Tensor, like: Tensor) -> Tensor:
 
 
 def grouped_gemm(
-    x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, expert_offsets: Tensor, token_indices: Tensor | None
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+    token_indices: Tensor | None,
+    input_gradient: bool = False,
 ) -> Tensor:
     """out[s,n] = Σ_c x[r(s),c] · weight[e(s)][n,c] + bias[e(s),n], with r(s) = token_indices[s] where given, else s.
 
-    x [R,C]; weight: one packed [E,N,C], or E matrices [N_e,C]; bias [E,N]. out [S,N], N the widest.
+    x [R,C]; weight: one packed [E,N,C], or E matrices [N_e,C]; bias [E,N]. out [S,N], N the widest. `input_gradient`: a
+    kernel adds up in the order in which its moe_backward does, instead of its moe_forward.
     """
     _check("x", x, (None, None))
     num_experts = expert_offsets.shape[0] - 1

@@ -102,14 +102,14 @@ def backward(
     if not len(grad_y):
         return grad_y, pair_weights[:0], h, grad_y.new_empty(0, weights.down_proj.shape[2])
     a = ops.glu(h, *options)
-    g = ops.grouped_gemm(grad_y, [weights.down_proj.mT], None, chunk.offsets, chunk.slot_rows)
+    g = ops.grouped_gemm(grad_y, [weights.down_proj.mT], None, chunk.offsets, chunk.slot_rows, True)
     grad_weights = _dot_rows(g, a)
     if weights.down_bias is not None:
         expert = torch.repeat_interleave(chunk.offsets.diff())
         grad_weights += _dot_rows(grad_y[chunk.slot_rows.long()], weights.down_bias[expert])
     w = pair_weights[chunk.slot_pairs][:, None]
     grad_h = ops.glu_backward((g * w).to(g.dtype), h, *options)
-    grad_x = ops.grouped_gemm(grad_h, [weights.gate_up_proj.mT], None, chunk.offsets, None)
+    grad_x = ops.grouped_gemm(grad_h, [weights.gate_up_proj.mT], None, chunk.offsets, None, True)
     return _returned(grad_x, chunk, None, each), grad_weights, grad_h, (a * w).to(a.dtype)
 
 
