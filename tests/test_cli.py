@@ -326,16 +326,6 @@ def test_bench_makes_tables_of_a_file(tmp_path: Path) -> None:
     assert "3x hf_grouped_mm" in table.read_text()
 
 
-def test_results_of_two_layouts_of_weights_have_columns_of_both(tmp_path: Path) -> None:
-    """Those of earlier versions."""
-    source, table = tmp_path / "results.json", tmp_path / "table.md"
-    rows = [bench_row("switchgear", 2.0), bench_row("switchgear_packed", 1.0), bench_row("sglang", 1.5)]
-    source.write_text(json.dumps(bench_results_of(*rows, bench_row("switchgear", 4.0, tokens=16))))
-    assert main(["bench", "--from", str(source), "--markdown", str(table)]) == 0
-    assert "| olmoe | 1 | bf16 | forward | 2.00 | 50 % | 1.00 | 100 % |  | 1.50 (sglang), 1.50x |" in table.read_text()
-    assert "| olmoe | 16 | bf16 | forward | 4.00 | 25 % |  |  |  |  |" in table.read_text()
-
-
 def test_tables_go_where_a_document_wants_them() -> None:
     results = bench_results_of(bench_row("switchgear", 2.0), bench_row("hf_grouped_mm", 7.0))
     text = "before\n<!-- bench:summary -->\nold\n<!-- /bench:summary -->\nafter\n"

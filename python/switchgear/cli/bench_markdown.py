@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .bench_results import cases_of, is_undisturbed, undisturbed
-from .bench_targets import OURS, PACKED, is_ours, judge
+from .bench_targets import is_ours, judge
 from .common import CommandError, threads
 
 BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what a user of transformers has today
@@ -79,17 +79,13 @@ def machine_note(results: dict[str, Any]) -> str:
 
 
 def case_table(results: dict[str, Any]) -> str:
-    """A row per case: switchgear (on packed weights too, where they were measured), transformers' default, the best of
-    all others."""
-    packed_columns = ["packed, ms", "of floor"] if any(row["peer"] == PACKED for row in results["results"]) else []
-    header = ["shape", "tokens", "weights", "mode", "switchgear, ms", "of floor", *packed_columns,
-              "transformers, ms", "best other, ms"]  # fmt: skip
+    """A row per case: switchgear, transformers' default, the best of all others."""
+    header = ["shape", "tokens", "weights", "mode", "switchgear, ms", "of floor", "transformers, ms", "best other, ms"]
     rule = ["---", "---:", "---", "---", *["---:"] * (len(header) - 4)]
     lines = []
     for rows in cases_of(results):
         timed = {row["peer"]: row for row in rows if row["ms"]}
-        plain = next((timed[name] for name in OURS if name in timed and name != PACKED), None)
-        packed = timed.get(PACKED)
+        ours = _fastest([row for name, row in timed.items() if is_ours(name)])
         hugging_face = _fastest([timed[name] for name in BASELINES if name in timed])
         other = _fastest([row for name, row in timed.items() if not is_ours(name) and not name.startswith("hf_")])
         row = rows[0]
@@ -97,10 +93,8 @@ def case_table(results: dict[str, Any]) -> str:
                   "tuned allocator" if row["allocator"] == "tuned" else "",
                   "" if is_undisturbed(rows) else "disturbed"]  # fmt: skip
         cells = [row["shape"], f"{row['tokens']:,}", row["dtype"], ", ".join(filter(None, extras))]
-        for mine in (plain, packed) if packed_columns else (plain,):
-            cells += [_milliseconds(mine), f"{mine['percent_of_floor']:.0f} %"] if mine else ["", ""]
-        best = _fastest([mine for mine in (plain, packed) if mine])
-        cells += [_against(hugging_face, plain, ""), _against(other, best, other["peer"] if other else "")]
+        cells += [_milliseconds(ours), f"{ours['percent_of_floor']:.0f} %"] if ours else ["", ""]
+        cells += [_against(hugging_face, ours, ""), _against(other, ours, other["peer"] if other else "")]
         lines.append(cells)
     return table(header, rule, lines)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .bench_targets import PLAIN, is_ours
+from .bench_targets import is_ours
 from .common import threads
 from .plot_style import FAINT, GRID, INK, colors, pyplot, save
 
@@ -53,8 +53,7 @@ def _line(plt: Any, name: str, palette: dict[str, str]) -> Any:
 
 def _style(name: str) -> dict[str, Any]:
     ours = is_ours(name)
-    return {"marker": "o", "markersize": 5 if ours else 3.5, "linewidth": 2 if ours else 1.1,
-            "linestyle": "-" if name in PLAIN or not ours else "--"}  # fmt: skip
+    return {"marker": "o", "markersize": 5 if ours else 3.5, "linewidth": 2 if ours else 1.1}
 
 
 def _plot_panel(axis: Any, rows: list[dict[str, Any]], palette: dict[str, str]) -> None:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What switchgear's CPU kernels are meant to reach, and whether a run reached it.
 
-Ratios are a peer's time over ours in one run: 2 means that the peer takes twice as long. Earlier versions had a second
-layout of weights; in their results ours is the faster of the two, and where it says plain, that one.
+Ratios are a peer's time over ours in one run: 2 means that the peer takes twice as long.
 """
 
 from __future__ import annotations
@@ -10,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-PLAIN = ("switchgear",)
-PACKED = "switchgear_packed"  # in results of earlier versions
-OURS = (*PLAIN, PACKED, "switchgear_int8", "switchgear_int4")
+OURS = ("switchgear", "switchgear_int8", "switchgear_int4")
 
 
 def is_ours(peer: str) -> bool:
-    return peer.startswith(PLAIN)
+    return peer in OURS
 
 
 HF_DEFAULT = ("hf_grouped_mm",)
@@ -34,7 +31,6 @@ class Target(NamedTuple):
     than: tuple[str, ...] | str  # a ratio to the best of these peers; or a part of the "floor" or of the "read"
     shapes: tuple[str, ...] = ANY_SHAPE
     allocator: str = "default"
-    ours: tuple[str, ...] = OURS
 
     def covers(self, row: dict[str, Any]) -> bool:
         return (
@@ -60,7 +56,7 @@ TARGETS = (
     Target("fp32", "forward", DECODE, 1.0, FASTEST_FP32),
     Target("fp32", "forward", DECODE, 0.95, "read", MODELS),
     Target("fp32", "forward", (256, 2048), 1.1, FASTEST_FP32),
-    Target("fp32", "forward", (256, 2048), 2.5, TORCH, ours=PLAIN),
+    Target("fp32", "forward", (256, 2048), 2.5, TORCH),
     Target("fp32", "forward", LONG, 0.92, "floor"),
     Target("bf16", "train", (512, 512), 2.2, HF_DEFAULT, FEW_TOKENS),
     Target("bf16", "train", (512, 512), 1.5, HF_DEFAULT, FEW_TOKENS, "tuned"),
@@ -100,7 +96,7 @@ def _fastest(timed: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str
 
 
 def _verdict(target: Target, timed: dict[str, dict[str, Any]]) -> Verdict | None:
-    ours = _fastest(timed, target.ours)
+    ours = _fastest(timed, OURS)
     if ours is None:
         return None
     case = f"{ours['shape']}, T={ours['tokens']}, {ours['dtype']}, {ours['mode']}"
