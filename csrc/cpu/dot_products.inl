@@ -24,68 +24,73 @@ using Element = typename Words::Element;
 
 enum class Asks { kNothing, kOneRow, kTwoRows, kColumns };
 
-// Rows [0, kRows) and columns [0, kDotColumns) of C += a chunk of `depth`. Asks for one or two rows of whatever comes next,
-// into L2, or for the next columns of B from ahead[0] on, into L1.
+// Rows [0, kRows) and columns [0, kDotColumns) of C += the products of `depth`, chunk by chunk. Asks for one or two rows of
+// whatever comes next, into L2, or for the next columns of B from ahead[0] on, into L1.
 template <int kRows, Asks kAsks, typename Words>
 void add_dot_tile(float* c, const void* const* rows, int64_t offset, const Element<Words>* b, int64_t stride,
                   int64_t depth, const char* const (&ahead)[2]) {
   constexpr int64_t kStep = kLanes * Words::kDepth, kBytes = kStep * sizeof(Element<Words>);
+  constexpr int64_t kChunk = kChunkWords * Words::kDepth;
   constexpr int kLines = kDotColumns * kBytes > kLine ? kDotColumns * kBytes / kLine : 1;  // of B in a step
   const char *first = ahead[0], *second = ahead[1];
   const int64_t row_bytes = depth * sizeof(Element<Words>), to_next_row = stride * sizeof(Element<Words>) - row_bytes;
   const char* row_end = first + row_bytes;
-  Floats acc[kRows][kDotColumns];
   const char* a[kRows];
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-    a[i] = static_cast<const char*>(rows[i]) + offset;
+  for (int i = 0; i < kRows; ++i) a[i] = static_cast<const char*>(rows[i]) + offset;
+  for (int64_t k = 0; k < depth;) {
+    Floats acc[kRows][kDotColumns];
 #pragma GCC unroll 8
-    for (int j = 0; j < kDotColumns; ++j) acc[i][j] = broadcast(0.0f);
-  }
-  int64_t k = 0;
-  for (; k + kStep <= depth; k += kStep, b += kStep) {
-    Floats column[kDotColumns];
+    for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kDotColumns; ++j) column[j] = Words::load_whole(b + j * stride);
-    if constexpr (kAsks == Asks::kColumns) {  // row by row: one stream, which the processor reads ahead
+      for (int j = 0; j < kDotColumns; ++j) acc[i][j] = broadcast(0.0f);
+    }
+    const int64_t end = depth - k < kChunk ? depth : k + kChunk;
+    for (; k + kStep <= end; k += kStep, b += kStep) {
+      Floats column[kDotColumns];
 #pragma GCC unroll 8
-      for (int i = 0; i < kLines; ++i) __builtin_prefetch(first + i * kLine, 0, 3);
-      first += kLines * kLine;
-      if (first >= row_end) {
-        first = row_end + to_next_row;
-        row_end = first + row_bytes;
+      for (int j = 0; j < kDotColumns; ++j) column[j] = Words::load_whole(b + j * stride);
+      if constexpr (kAsks == Asks::kColumns) {  // row by row: one stream, which the processor reads ahead
+#pragma GCC unroll 8
+        for (int i = 0; i < kLines; ++i) __builtin_prefetch(first + i * kLine, 0, 3);
+        first += kLines * kLine;
+        if (first >= row_end) {
+          first = row_end + to_next_row;
+          row_end = first + row_bytes;
+        }
+      }
+      if constexpr (kAsks == Asks::kOneRow || kAsks == Asks::kTwoRows) {
+        __builtin_prefetch(first, 0, 2);
+        first += kBytes;
+      }
+      if constexpr (kAsks == Asks::kTwoRows) {
+        __builtin_prefetch(second, 0, 2);
+        second += kBytes;
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const Floats row = load(reinterpret_cast<const float*>(a[i] + k * (4 / Words::kDepth)));
+#pragma GCC unroll 8
+        for (int j = 0; j < kDotColumns; ++j) acc[i][j] = step<Words::kDepth == 2>(row, column[j], acc[i][j]);
       }
     }
-    if constexpr (kAsks == Asks::kOneRow || kAsks == Asks::kTwoRows) {
-      __builtin_prefetch(first, 0, 2);
-      first += kBytes;
-    }
-    if constexpr (kAsks == Asks::kTwoRows) {
-      __builtin_prefetch(second, 0, 2);
-      second += kBytes;
+    if (k < end) {
+      Floats column[kDotColumns];
+#pragma GCC unroll 8
+      for (int j = 0; j < kDotColumns; ++j) column[j] = Words::load_along_k(b + j * stride, end - k);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        float words[kLanes] = {};
+        __builtin_memcpy(words, a[i] + k * (4 / Words::kDepth), static_cast<size_t>(end - k) * 4 / Words::kDepth);
+        const Floats row = load(words);
+#pragma GCC unroll 8
+        for (int j = 0; j < kDotColumns; ++j) acc[i][j] = step<Words::kDepth == 2>(row, column[j], acc[i][j]);
+      }
+      k = end;
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const Floats row = load(reinterpret_cast<const float*>(a[i] + k * (4 / Words::kDepth)));
-#pragma GCC unroll 8
-      for (int j = 0; j < kDotColumns; ++j) acc[i][j] = step<Words::kDepth == 2>(row, column[j], acc[i][j]);
-    }
+    for (int i = 0; i < kRows; ++i) add_sums(c + i * kPanel, acc[i]);
   }
-  if (k < depth) {
-    Floats column[kDotColumns];
-#pragma GCC unroll 8
-    for (int j = 0; j < kDotColumns; ++j) column[j] = Words::load_along_k(b + j * stride, depth - k);
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      float words[kLanes] = {};
-      __builtin_memcpy(words, a[i] + k * (4 / Words::kDepth), static_cast<size_t>(depth - k) * 4 / Words::kDepth);
-      const Floats row = load(words);
-#pragma GCC unroll 8
-      for (int j = 0; j < kDotColumns; ++j) acc[i][j] = step<Words::kDepth == 2>(row, column[j], acc[i][j]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) add_sums(c + i * kPanel, acc[i]);
 }
 
 // The same for `columns` < kDotColumns, each one multiplied by itself: there are at most three in a matrix.
@@ -154,24 +159,17 @@ void add_dot_rows(float* c, const Rows& a, const void* const* next_rows, const D
 // All of a single tile, whose B is read once: column by column over the whole depth, as rows of B lie in memory.
 template <int kRows, typename Words>
 void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words>* b, int64_t depth) {
-  using T = Element<Words>;
-  constexpr int64_t kChunk = kChunkWords * Words::kDepth;
   const int64_t stride = product.b.n_stride, num_columns = product.num_columns;
-  const T* const next = product.next != nullptr ? static_cast<const T*>(product.next) : b;
-  for (int64_t n = 0; n < num_columns; n += kDotColumns) {
-    const T* const column = b + n * stride;
-    const T* const next_column = n + kDotColumns < num_columns ? column + kDotColumns * stride : next;
-    float* const c = product.c + n;
-    for (int64_t k = 0; k < depth; k += kChunk) {
-      const int64_t count = depth - k < kChunk ? depth - k : kChunk, at = a.offset + k * (4 / Words::kDepth);
-      if (num_columns - n < kDotColumns) {
-        add_dot_columns<kRows, Words>(c, a.rows, at, column + k, stride, count, num_columns - n);
-      } else {
-        const T* const ahead = k + kChunk < depth ? column + k + kChunk : next_column;
-        const char* const asked[2] = {reinterpret_cast<const char*>(ahead), nullptr};
-        add_dot_tile<kRows, Asks::kColumns, Words>(c, a.rows, at, column + k, stride, count, asked);
-      }
-    }
+  const void* const next = product.next != nullptr ? product.next : b;
+  int64_t n = 0;
+  for (; n + kDotColumns <= num_columns; n += kDotColumns) {
+    const auto* const column = b + n * stride;
+    const void* const ahead = n + kDotColumns < num_columns ? column + kDotColumns * stride : next;
+    add_dot_tile<kRows, Asks::kColumns, Words>(product.c + n, a.rows, a.offset, column, stride, depth,
+                                               {static_cast<const char*>(ahead), nullptr});
+  }
+  if (n < num_columns) {
+    add_dot_columns<kRows, Words>(product.c + n, a.rows, a.offset, b + n * stride, stride, depth, num_columns - n);
   }
 }
 
