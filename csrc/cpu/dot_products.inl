@@ -34,7 +34,8 @@ void add_dot_tile(float* c, const void* const* rows, int64_t offset, const Eleme
   constexpr int kLines = kDotColumns * kBytes > kLine ? kDotColumns * kBytes / kLine : 1;  // of B in a step
   const char *first = ahead[0], *second = ahead[1];
   const int64_t row_bytes = depth * sizeof(Element<Words>), to_next_row = stride * sizeof(Element<Words>) - row_bytes;
-  const char* row_end = first + row_bytes;
+  const char* row_end = nullptr;
+  if constexpr (kAsks == Asks::kColumns) row_end = first + row_bytes;
   const char* a[kRows];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) a[i] = static_cast<const char*>(rows[i]) + offset;

@@ -4,8 +4,8 @@
 //   x [T,H]   gate_up_proj [E,N,H]   down_proj [E,H,I]   y [T,H]   h [S,N] where training asks for it
 //   work 2·S·H·(N + I) flop (6·S·H·I for gated experts); traffic: touched weights once per 240 rows of an expert
 //   memory-bound below ~20 rows per expert in bfloat16, compute-bound above
-//   reached on 2 cores of Zen 5 in bfloat16: 93 % of a plain read of the weights with one row per expert, 80 % with two to
-//   four; 77 to 79 % of the multiply-adds with 64 to 256 rows. Products take 95 % of the time, of which fetching weights from
+//   reached on 2 cores of Zen 5 in bfloat16: 90 to 95 % of a plain read of the weights with one row per expert, 90 % with
+//   two; 77 to 79 % of the multiply-adds with 64 to 256 rows. Products take 95 % of the time, of which fetching weights from
 //   memory into L2 costs a tenth beside the multiplications; bias, glu and rounding take the rest.
 //
 // 1. Tiles (expert, panel of `a`, rows): gate and up products of gathered rows of x (pointers, no copy), then bias, glu and
