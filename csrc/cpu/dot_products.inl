@@ -19,9 +19,6 @@
 namespace switchgear::cpu {
 namespace {
 
-template <typename Words>
-using Element = typename Words::Element;
-
 enum class Asks { kNothing, kOneRow, kTwoRows, kColumns };
 
 // Rows [0, kRows) and columns [0, kDotColumns) of C += the products of `depth`, chunk by chunk. Asks for one or two rows of
@@ -174,13 +171,6 @@ void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words
   }
 }
 
-// function(number) with 1 <= number <= kMost as a constant
-template <int kMost, typename Function>
-void with_constant(int64_t number, Function&& function) {
-  if (number == kMost) return function.template operator()<kMost>();
-  if constexpr (kMost > 1) with_constant<kMost - 1>(number, function);
-}
-
 // ---- B as rows -----------------------------------------------------------------------------------------------------------
 
 // out[n] = the words of B's row n for k in [k_begin, k_begin + depth), kScratchRow words apart.
@@ -191,7 +181,7 @@ void pack_rows(float* out, const Matrix& b, int64_t num_columns, int64_t k_begin
   if (b.n_stride == 1 && b.k_stride != 1) {
     const void* k_rows[kChunkWords * Words::kDepth];
     for (int64_t k = 0; k < depth; ++k) k_rows[k] = data + k * b.k_stride;
-    transpose_words<Words, T>(out, kScratchRow, k_rows, depth, 0, num_columns);
+    transpose_words<Words>(out, kScratchRow, k_rows, depth, 0, num_columns);
     return;
   }
   constexpr int64_t kStep = kLanes * Words::kDepth;
@@ -225,10 +215,11 @@ void add_dot_chunk(const Product& product, const Rows& a, const DotChunk<Element
   }
   for (int64_t t = 0, m = 0, count; t < tiles; ++t, m += count) {
     count = (product.num_rows - m) / (tiles - t);
-    with_constant<kRowTile>(count, [&]<int kRows>() {  // tiles grow, if at all, so that there are kRows behind this one
-      const void* const* const next_rows = t + 1 < tiles ? a.rows + m + kRows : nullptr;
-      add_dot_rows<kRows, Words>(product.c + m * kPanel, {a.rows + m, a.offset}, next_rows, chunk, next_b);
-    });
+    with_constant<kTileRows>(
+        count, [&]<int kRows>() {  // tiles grow, if at all, so that there are kRows behind this one
+          const void* const* const next_rows = t + 1 < tiles ? a.rows + m + kRows : nullptr;
+          add_dot_rows<kRows, Words>(product.c + m * kPanel, {a.rows + m, a.offset}, next_rows, chunk, next_b);
+        });
   }
 }
 
@@ -245,11 +236,11 @@ void dot_products_of(const Product& product) {
   const void* widened_rows[kMaxRows];
 
   __builtin_memset(product.c, 0, sizeof(float) * kPanel * static_cast<size_t>(product.num_rows));
-  if (b.k_stride == 1 && product.num_rows <= kRowTile) {
-    const int64_t most = kPairs || product.row_dtype == DType::kFloat32 ? kChunk * depth : kMaxRows / kRowTile * kChunk;
+  if (b.k_stride == 1 && product.num_rows <= kTileRows) {
+    const int64_t most = kPairs || product.b.dtype == DType::kFloat32 ? kChunk * depth : kMaxRows / kTileRows * kChunk;
     for (int64_t k = 0; k < depth; k += most) {
       const Rows rows = rows_from(product, kPairs, k, length(k, most), widened_rows);
-      with_constant<kRowTile>(product.num_rows, [&]<int kRows>() {
+      with_constant<kTileRows>(product.num_rows, [&]<int kRows>() {
         add_few_dot_rows<kRows, Words>(product, rows, data + k, length(k, most));
       });
     }
@@ -275,12 +266,7 @@ void dot_products_of(const Product& product) {
 }
 
 void dot_products(const Product& product) {
-#ifdef __AVX512BF16__
-  if (product.row_dtype == DType::kBFloat16 && product.b.dtype == DType::kBFloat16) {
-    return dot_products_of<PairWords>(product);
-  }
-#endif
-  with_type(product.b.dtype, [&]<typename T>(const T*) { dot_products_of<FloatWords<T>>(product); });
+  with_words(product.b.dtype, [&]<typename Words>() { dot_products_of<Words>(product); });
 }
 
 }  // namespace

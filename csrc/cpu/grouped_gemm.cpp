@@ -40,7 +40,6 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
     const int64_t columns = std::clamp<int64_t>(matrix.rows() - tile.column, 0, panel);  // the rest of `stored` is zero
     const auto multiply = args.input_gradient ? k.multiply : k.dot_products;
     multiply({.rows = rows + tile.first_row,
-              .row_dtype = args.x.dtype,
               .num_rows = tile.num_rows,
               .b = columns > 0 ? operand(tile) : Matrix{.dtype = args.x.dtype, .n_stride = 1},
               .num_columns = columns,

@@ -19,7 +19,7 @@ struct Matrix {
 };
 
 constexpr int kMaxPanel = 64;      // columns of the widest panel of any ISA
-constexpr int64_t kTileRows = 6;   // rows of a tile of any ISA
+constexpr int kTileRows = 6;       // rows of a tile of any ISA
 constexpr int64_t kMaxRows = 240;  // rows of one product: 40 tiles of 6, so that C (60 KB) and a chunk of A stay in L2
 // Depth of a packed panel in 4-byte words. 64 columns · 1024 · 4 = 256 KB stay in L2, and weights are read in runs of 4 KB.
 constexpr int64_t kChunkWords = 1024;
@@ -27,9 +27,8 @@ constexpr int64_t kChunkWords = 1024;
 // c[m, n] = Σ_k rows[m][k] · b(n, k) for m < num_rows, n < num_columns; float32, k ascending for each element whatever the
 // other arguments are, so a row's result does not depend on its neighbours. Columns up to the panel's width become zero.
 struct Product {
-  const void* const* rows;
-  DType row_dtype;
-  int64_t num_rows;  // <= kMaxRows
+  const void* const* rows;  // of the dtype of b
+  int64_t num_rows;         // <= kMaxRows
   Matrix b;
   int64_t num_columns;  // <= panel
   int64_t depth;
@@ -56,8 +55,7 @@ struct GradientPanel {
   int64_t out_stride;                 // elements
   bool past_caches;
   float* packing;  // kChunkWords · panel, 64-byte aligned
-  float*
-      carried;  // [num_rows, panel]: sums between chunks of kChunkWords words of slots; unused where there is only one
+  float* carried;  // [num_rows, panel]: sums between chunks of kChunkWords words of slots; unused where one holds all
 };
 
 struct Kernels {

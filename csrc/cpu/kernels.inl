@@ -81,6 +81,13 @@ inline auto with_type(DType dtype, Function&& function) {
   }
 }
 
+// function(number) with 1 <= number <= kMost as a constant
+template <int kMost, typename Function>
+inline void with_constant(int64_t number, Function&& function) {
+  if (number == kMost) return function.template operator()<kMost>();
+  if constexpr (kMost > 1) with_constant<kMost - 1>(number, function);
+}
+
 // ---- rows ----------------------------------------------------------------------------------------------------------------
 
 void load_row(float* out, const void* row, DType dtype, int64_t n) {
@@ -125,7 +132,7 @@ float dot_rows(const void* a, const void* b, DType dtype, int64_t n) {
 
 #include "multiply.inl"
 #include "weight_gradient.inl"
-
+// uses transpose_words of the one before
 #include "dot_products.inl"
 
 namespace switchgear::cpu {
@@ -254,7 +261,7 @@ void glu_backward_row(float* a, float* grad_gate, float* grad_up, const float* g
 
 template <bool kPairs>
 double multiply_registers(int64_t iterations) {
-  constexpr int kChains = kRowTile * kPanelVectors;
+  constexpr int kChains = kTileRows * kPanelVectors;
   volatile float one = 1.0f;
   const Floats a = broadcast(one), b = broadcast(one);
   Floats acc[kChains];

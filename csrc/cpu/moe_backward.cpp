@@ -45,7 +45,6 @@ struct ActivationBackward {
   void run(const Tile& tile, const void* next, const WideScratch& scratch) const {
     const int64_t width = std::min(wide, weighted_a.shape[1] - tile.column);
     multiply_wide(k, {.rows = grad_y_rows + tile.first_row,
-                      .row_dtype = args.grad_y.dtype,
                       .num_rows = tile.num_rows,
                       .b = operand(tile),
                       .num_columns = width,
@@ -168,15 +167,15 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
                                  .num_panels = num_panels,
                                  .wide = wide,
                                  .k = k};
-  parallel_for_ahead(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int64_t next, int thread) {
-    stage.run(tiles[static_cast<size_t>(i)], next >= 0 ? stage.operand(tiles[static_cast<size_t>(next)]).data : nullptr,
+  parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
+    const Tile* const tile = &tiles[static_cast<size_t>(i)];
+    stage.run(*tile, tile != &tiles.back() ? stage.operand(tile[1]).data : nullptr,
               WideScratch(memory + thread * WideScratch::kBytes));
   });
 
   if (args.grad_topk_weights.defined()) sum_weight_gradient(stage, num_threads);
   if (args.grad_x.defined()) {
     token_sum({.rows = grad_h_rows,
-               .row_dtype = args.x.dtype,
                .depth = width,
                .matrices = &args.weights.gate_up_proj,
                .transposed = true,

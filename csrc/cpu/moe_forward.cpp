@@ -48,7 +48,6 @@ struct FirstProjection {
     for (int i = 0; i < 2; ++i) {
       if (columns.count[i] == 0) continue;
       k.dot_products({.rows = rows + tile.first_row,
-                      .row_dtype = args.x.dtype,
                       .num_rows = tile.num_rows,
                       .b = matrix.rows_from(columns.begin[i]),
                       .num_columns = columns.count[i],
@@ -122,7 +121,6 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   }
 
   token_sum({.rows = a_rows,
-             .row_dtype = args.x.dtype,
              .depth = intermediate_size,
              .matrices = &args.weights.down_proj,
              .transposed = false,

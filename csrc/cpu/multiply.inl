@@ -14,7 +14,6 @@
 namespace switchgear::cpu {
 namespace {
 
-constexpr int kRowTile = kTileRows;
 constexpr int64_t kLine = 64;
 constexpr int kLinesPerWord = kPanel * 4 < kLine ? 1 : kPanel * 4 / kLine;  // of B in one word of depth
 static_assert(kPanel <= kMaxPanel);
@@ -96,19 +95,31 @@ struct PairWords {
 };
 #endif
 
+template <typename Words>
+using Element = typename Words::Element;
+
+// function.operator()<Words>() with what this ISA multiplies numbers of the dtype as
+template <typename Function>
+inline void with_words(DType dtype, Function&& function) {
+#ifdef __AVX512BF16__
+  if (dtype == DType::kBFloat16) return function.template operator()<PairWords>();
+#endif
+  with_type(dtype, [&]<typename T>(const T*) { function.template operator()<FloatWords<T>>(); });
+}
+
 bool runs_along_k(const Matrix& b) { return b.k_stride == 1 && b.n_stride != 1; }
 
 // panel[p][n] from columns that run along k, blocks of words transposed in registers. Asks for `lines` lines per word.
-template <typename Words, typename T>
-void pack_along_k(float* panel, const T* data, int64_t stride, int64_t num_columns, int64_t depth, int64_t lines,
-                  Ahead& ahead) {
+template <typename Words>
+void pack_along_k(float* panel, const Element<Words>* data, int64_t stride, int64_t num_columns, int64_t depth,
+                  int64_t lines, Ahead& ahead) {
   constexpr int64_t kBlock = kLanes * Words::kDepth;
   const int64_t words = (depth + Words::kDepth - 1) / Words::kDepth;
   for (int64_t n0 = 0; n0 < kPanel; n0 += kLanes) {
     const int64_t valid = num_columns - n0 < kLanes ? num_columns - n0 : kLanes;
     for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
       const int64_t count = depth - k0 < kBlock ? depth - k0 : kBlock;
-      const T* const column = data + n0 * stride + k0;
+      const auto* const column = data + n0 * stride + k0;
       float* const target = panel + k0 / Words::kDepth * kPanel + n0;
       for (int64_t i = 0; i < lines; ++i) ahead.prefetch<kLanes / kPanelVectors>();
       Floats block[kLanes];
@@ -157,8 +168,9 @@ void pack_along_n(float* panel, int64_t num_columns, int64_t depth, int64_t line
 }
 
 // Any other strides, element by element.
-template <typename Words, typename T>
+template <typename Words>
 void pack_elements(float* panel, const Matrix& b, int64_t num_columns, int64_t k_begin, int64_t depth) {
+  using T = Element<Words>;
   const T* const data = static_cast<const T*>(b.data);
   for (int64_t p = 0; p * Words::kDepth < depth; ++p) {
     for (int64_t n = 0; n < kPanel; ++n) {
@@ -175,17 +187,17 @@ void pack_elements(float* panel, const Matrix& b, int64_t num_columns, int64_t k
 }
 
 // panel[p][n] for k in [k_begin, k_begin + depth), words past num_columns zero.
-template <typename Words, typename T>
+template <typename Words>
 void pack(float* panel, const Product& product, int64_t k_begin, int64_t depth, int64_t lines, Ahead& ahead) {
   const Matrix& b = product.b;
-  const T* const data = static_cast<const T*>(b.data);
+  const auto* const data = static_cast<const Element<Words>*>(b.data);
   if (runs_along_k(b)) {
     pack_along_k<Words>(panel, data + k_begin, b.n_stride, product.num_columns, depth, lines, ahead);
   } else if (b.n_stride == 1) {
     pack_along_n<Words>(panel, product.num_columns, depth, lines, ahead,
                         [&](int64_t k) { return data + (k_begin + k) * b.k_stride; });
   } else {
-    pack_elements<Words, T>(panel, b, product.num_columns, k_begin, depth);
+    pack_elements<Words>(panel, b, product.num_columns, k_begin, depth);
   }
 }
 
@@ -254,13 +266,7 @@ void multiply_tile(const Chunk& chunk, int64_t m, float* c, Ahead& ahead_of_all)
   }
 }
 
-template <int kRows, bool kPairs, int kLines>
-void multiply_tile_of(int64_t rows, const Chunk& chunk, int64_t m, float* c, Ahead& ahead) {
-  if (rows == kRows) return multiply_tile<kRows, kPairs, kLines>(chunk, m, c, ahead);
-  if constexpr (kRows > 1) multiply_tile_of<kRows - 1, kPairs, kLines>(rows, chunk, m, c, ahead);
-}
-
-int64_t num_row_tiles(int64_t num_rows) { return (num_rows + kRowTile - 1) / kRowTile; }
+int64_t num_row_tiles(int64_t num_rows) { return (num_rows + kTileRows - 1) / kTileRows; }
 
 // All rows, in tiles of nearly equal height. The first `asking` tiles ask for a line a step.
 template <bool kPairs>
@@ -270,11 +276,13 @@ void multiply_rows(const Chunk& chunk, const Product& product, int64_t asking, A
   const int64_t tiles = num_row_tiles(num_rows);
   for (int64_t t = 0, m = 0; t < tiles; ++t) {
     const int64_t rows = (num_rows - m) / (tiles - t);
-    if (t < asking) {
-      multiply_tile_of<kRowTile, kPairs, 1>(rows, chunk, m, c, ahead);
-    } else {
-      multiply_tile_of<kRowTile, kPairs, 0>(rows, chunk, m, c, ahead);
-    }
+    with_constant<kTileRows>(rows, [&]<int kRows>() {
+      if (t < asking) {
+        multiply_tile<kRows, kPairs, 1>(chunk, m, c, ahead);
+      } else {
+        multiply_tile<kRows, kPairs, 0>(chunk, m, c, ahead);
+      }
+    });
     m += rows;
   }
 }
@@ -308,19 +316,20 @@ struct Rows {
 // The rows themselves, or [k, k + depth) of them widened to float32 into the product's scratch.
 Rows rows_from(const Product& product, bool pairs, int64_t k, int64_t depth, const void* (&widened_rows)[kMaxRows]) {
   k += product.row_begin;
-  if (product.row_dtype == DType::kFloat32) return {product.rows, k * 4};
+  if (product.b.dtype == DType::kFloat32) return {product.rows, k * 4};
   if (pairs) return {product.rows, k * 2};
   float* const widened = static_cast<float*>(product.scratch) + kScratchRow * kMaxPanel;
   for (int64_t m = 0; m < product.num_rows; ++m) {
     float* const row = widened + m * (depth + kScratchRow - kChunkWords);
-    load_row(row, static_cast<const char*>(product.rows[m]) + k * 2, product.row_dtype, depth);
+    load_row(row, static_cast<const char*>(product.rows[m]) + k * 2, product.b.dtype, depth);
     widened_rows[m] = row;
   }
   return {widened_rows, 0};
 }
 
-template <bool kPairs, typename Words, typename T>
+template <typename Words>
 void multiply_words(const Product& product) {
+  constexpr bool kPairs = Words::kDepth == 2;
   constexpr int64_t kChunk = kChunkWords * Words::kDepth;
   const void* widened_rows[kMaxRows];
   const int64_t depth = product.depth;
@@ -338,7 +347,7 @@ void multiply_words(const Product& product) {
   for (int64_t k = 0; k < depth; k += kChunk) {
     const int64_t count = length(k, kChunk);
     Ahead ahead = ahead_of(product, k + kChunk, kChunk);
-    pack<Words, T>(panel, product, k, count, kLinesPerWord - asking, ahead);
+    pack<Words>(panel, product, k, count, kLinesPerWord - asking, ahead);
     const auto [rows, offset] = rows_from(product, kPairs, k, count, widened_rows);
     const Chunk chunk{.rows = rows,
                       .offset = offset,
@@ -351,12 +360,7 @@ void multiply_words(const Product& product) {
 }
 
 void multiply(const Product& product) {
-#ifdef __AVX512BF16__
-  if (product.row_dtype == DType::kBFloat16 && product.b.dtype == DType::kBFloat16) {
-    return multiply_words<true, PairWords, BFloat16>(product);
-  }
-#endif
-  with_type(product.b.dtype, [&]<typename T>(const T*) { multiply_words<false, FloatWords<T>, T>(product); });
+  with_words(product.b.dtype, [&]<typename Words>() { multiply_words<Words>(product); });
 }
 
 }  // namespace

@@ -40,20 +40,6 @@ void parallel_for(int num_threads, int64_t count, Task&& task) {
       &context);
 }
 
-// The same for tasks that prefetch: task(index, next, thread), where `next` is what this thread does afterwards; -1: nothing.
-template <typename Task>
-void parallel_for_ahead(int num_threads, int64_t count, Task&& task) {
-  num_threads = static_cast<int>(count < num_threads ? count : num_threads);
-  std::atomic<int64_t> shared{0};
-  parallel_for(num_threads, num_threads, [&](int64_t, int thread) {
-    const auto take = [&] { return shared.fetch_add(1, std::memory_order_relaxed); };
-    for (int64_t i = take(), next; i < count; i = next) {
-      next = take();
-      task(i, next < count ? next : -1, thread);
-    }
-  });
-}
-
 // The same for tasks that read on where the one before them ends: a thread has a contiguous share of the indices, in their
 // order, and takes from the others' shares when it is through with its own.
 template <typename Task>

@@ -90,7 +90,6 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
       for (int64_t s = first; s < last; s += piece) {
         const int64_t rows = std::min(piece, last - s);
         const Product product{.rows = args.rows + s,
-                              .row_dtype = args.row_dtype,
                               .num_rows = rows,
                               .b = operand(block, e),
                               .num_columns = columns,

@@ -8,7 +8,6 @@ namespace switchgear::cpu {
 
 struct TokenSumArgs {
   const void* const* rows;  // [S]
-  DType row_dtype;
   int64_t depth;
   const ExpertMatrices* matrices;
   bool transposed;            // B = the matrix itself (x·W) instead of its transpose (x·Wᵀ)

@@ -16,9 +16,10 @@ namespace {
 
 // out[c][w] = word w of column first_column + c: slot w, or the pair of slots 2w and 2w + 1; zero after the last slot. Rows of
 // `out` are `stride` words apart.
-template <typename Words, typename T>
+template <typename Words>
 void transpose_words(float* out, int64_t stride, const void* const* rows, int64_t num_rows, int64_t first_column,
                      int64_t columns) {
+  using T = Element<Words>;
   const int64_t words = (num_rows + Words::kDepth - 1) / Words::kDepth;
   for (int64_t w0 = 0; w0 < words; w0 += kLanes) {
     const int64_t count = words - w0 < kLanes ? words - w0 : kLanes;
@@ -92,8 +93,9 @@ struct SlotChunk {
 };
 
 // kRows rows of the panel. Between chunks the sums wait in `carried`.
-template <int kRows, bool kPairs, typename T>
+template <int kRows, typename Words>
 void gradient_tile(const SlotChunk& chunk, const GradientPanel& to, int64_t m) {
+  using T = Element<Words>;
   const float* a[kRows];
   Floats acc[kRows][kPanelVectors];
   float* const carried = to.carried + m * kPanel;
@@ -114,7 +116,7 @@ void gradient_tile(const SlotChunk& chunk, const GradientPanel& to, int64_t m) {
     for (int i = 0; i < kRows; ++i) {
       const Floats word = broadcast_word(a[i] + p);
 #pragma GCC unroll 8
-      for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = step<kPairs>(word, b[j], acc[i][j]);
+      for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = step<Words::kDepth == 2>(word, b[j], acc[i][j]);
     }
   }
   if (!chunk.is_last) {
@@ -130,13 +132,7 @@ void gradient_tile(const SlotChunk& chunk, const GradientPanel& to, int64_t m) {
   for (int i = 0; i < kRows; ++i) leave(out + i * to.out_stride, acc[i], to.num_columns, to.past_caches);
 }
 
-template <int kRows, bool kPairs, typename T>
-void gradient_tile_of(int64_t rows, const SlotChunk& chunk, const GradientPanel& to, int64_t m) {
-  if (rows == kRows) return gradient_tile<kRows, kPairs, T>(chunk, to, m);
-  if constexpr (kRows > 1) gradient_tile_of<kRows - 1, kPairs, T>(rows, chunk, to, m);
-}
-
-template <bool kPairs, typename Words, typename T>
+template <typename Words>
 void gradient_panel_words(const GradientPanel& product) {
   const int64_t words = (product.num_slots + Words::kDepth - 1) / Words::kDepth,
                 tiles = num_row_tiles(product.num_rows);
@@ -145,7 +141,7 @@ void gradient_panel_words(const GradientPanel& product) {
     const int64_t rest = product.num_slots - slot, depth = count * Words::kDepth < rest ? count * Words::kDepth : rest;
     Ahead nothing;
     pack_along_n<Words>(product.packing, product.num_columns, depth, 0, nothing, [&](int64_t s) {
-      return static_cast<const T*>(product.right[slot + s]) + product.first_column;
+      return static_cast<const Element<Words>*>(product.right[slot + s]) + product.first_column;
     });
     const SlotChunk chunk{.left = product.left + w,
                           .left_stride = words,
@@ -155,34 +151,24 @@ void gradient_panel_words(const GradientPanel& product) {
                           .is_last = w + count == words};
     for (int64_t t = 0, m = 0; t < tiles; ++t) {
       const int64_t rows = (product.num_rows - m) / (tiles - t);
-      gradient_tile_of<kRowTile, kPairs, T>(rows, chunk, product, m);
+      with_constant<kTileRows>(rows, [&]<int kRows>() { gradient_tile<kRows, Words>(chunk, product, m); });
       m += rows;
     }
   }
-}
-
-// with_words(dtype, f): f.operator()<kPairs, Words, T>(), with what this ISA multiplies rows of the dtype as.
-template <typename Function>
-void with_words(DType dtype, Function&& function) {
-#ifdef __AVX512BF16__
-  if (dtype == DType::kBFloat16) return function.template operator()<true, PairWords, BFloat16>();
-#endif
-  with_type(dtype, [&]<typename T>(const T*) { function.template operator()<false, FloatWords<T>, T>(); });
 }
 
 // ---- what the table holds ------------------------------------------------------------------------------------------------
 
 void transpose_rows(float* out, const void* const* rows, int64_t num_rows, int64_t first_column, int64_t columns,
                     DType dtype) {
-  with_words(dtype, [&]<bool kPairs, typename Words, typename T>() {
+  with_words(dtype, [&]<typename Words>() {
     const int64_t words = (num_rows + Words::kDepth - 1) / Words::kDepth;
-    transpose_words<Words, T>(out, words, rows, num_rows, first_column, columns);
+    transpose_words<Words>(out, words, rows, num_rows, first_column, columns);
   });
 }
 
 void gradient_panel(const GradientPanel& product) {
-  with_words(product.dtype,
-             [&]<bool kPairs, typename Words, typename T>() { gradient_panel_words<kPairs, Words, T>(product); });
+  with_words(product.dtype, [&]<typename Words>() { gradient_panel_words<Words>(product); });
   if (product.past_caches) finish_streams();
 }
 

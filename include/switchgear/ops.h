@@ -333,7 +333,8 @@ struct QuantizedMatrices {
 inline constexpr int64_t kActivationBlock = 256;
 
 // grouped_gemm with quantised weights. Each row of x is rounded to int8, with the scale max |block| / 127 of each block of
-// columns (the whole row where group_size is 0), and multiplied in integers; `transposed`, which gradients need, multiplies in float with weights that are rounded to the dtype of x.
+// columns (the whole row where group_size is 0), and multiplied in integers; `transposed`, which gradients need, multiplies in
+// float with weights that are rounded to the dtype of x.
 struct QuantizedGroupedGemmArgs {
   TensorView x;              // [R,C] float, rows contiguous; transposed: [R,N]
   QuantizedMatrices weight;  // [E,N,C]

@@ -545,6 +545,17 @@ class _Moe(torch.autograd.Function):
         return *grad_inputs, None, grad_weights, *[None] * 5
 
 
+def _rows_of(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T,H], topk_ids and topk_weights [T,K] as the kernels take them, from any leading dimensions."""
+    if x.dim() != 2:  # a reshape that changes nothing would cost a microsecond
+        x = x.reshape(-1, x.shape[-1])
+    if topk_ids.dim() != 2:
+        topk_ids = topk_ids.reshape(-1, topk_ids.shape[-1])
+    if topk_weights.dim() != 2:
+        topk_weights = topk_weights.reshape(-1, topk_weights.shape[-1])
+    return x, _as_ids("topk_ids", topk_ids), _as_weights("topk_weights", topk_weights, x.dtype)
+
+
 @accepts_arrays
 def moe(
     x: Tensor,
@@ -588,14 +599,7 @@ def moe(
             device_type, x, gate_up_proj, down_proj, gate_up_bias, down_bias
         )
     shape = x.shape
-    if len(shape) != 2:
-        x = x.reshape(-1, shape[-1])
-    if topk_ids.dim() != 2:
-        topk_ids = topk_ids.reshape(-1, topk_ids.shape[-1])
-    if topk_weights.dim() != 2:
-        topk_weights = topk_weights.reshape(-1, topk_weights.shape[-1])
-    topk_ids = _as_ids("topk_ids", topk_ids)
-    topk_weights = _as_weights("topk_weights", topk_weights, x.dtype)
+    x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
     tensors = (x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
     options = (activation, gated, interleaved, _number("alpha", alpha), _limit(limit))
     if _needs_autograd(*tensors):

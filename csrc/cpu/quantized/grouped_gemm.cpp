@@ -106,7 +106,6 @@ void multiply_transposed(const QuantizedGroupedGemmArgs& args, int num_threads) 
     for (int64_t column = 0; column < columns; column += k.panel) {
       const int64_t count = std::min<int64_t>(k.panel, columns - column);
       k.multiply({.rows = rows + tile.first_row,
-                  .row_dtype = dtype,
                   .num_rows = tile.num_rows,
                   .b = {.data = panel + column * size_of(dtype), .dtype = dtype, .n_stride = 1, .k_stride = kPanel},
                   .num_columns = count,

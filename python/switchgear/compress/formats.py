@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from switchgear import ops, reference
 from switchgear.backends import in_autocast
-from switchgear.functional import _apply, _as_ids, _as_weights, _limit, _needs_autograd, _number, _once
+from switchgear.functional import _apply, _limit, _needs_autograd, _number, _once, _rows_of
 from switchgear.reference_quantized import Quantized
 
 BITS = {"int8": 8, "int4": 4}
@@ -256,14 +256,7 @@ def quantized_moe(
     if in_autocast(device_type) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(device_type))
     shape = x.shape
-    if len(shape) != 2:
-        x = x.reshape(-1, shape[-1])
-    if topk_ids.dim() != 2:
-        topk_ids = topk_ids.reshape(-1, topk_ids.shape[-1])
-    if topk_weights.dim() != 2:
-        topk_weights = topk_weights.reshape(-1, topk_weights.shape[-1])
-    topk_ids = _as_ids("topk_ids", topk_ids)
-    topk_weights = _as_weights("topk_weights", topk_weights, x.dtype)
+    x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
     biases = [None if bias is None else bias.to(x.dtype) for bias in (gate_up_bias, down_bias)]
     gate_up, down = gate_up_proj.weight, down_proj.weight
     others = (*gate_up, *down, *biases, topk_ids, topk_weights)
