@@ -6,7 +6,8 @@
 //   The lanes of a vector are neighbours in k. A step loads kDotColumns vectors of B and 6 of A and multiplies each with each:
 //   with AVX-512 24 multiply-adds for 10 loads, so that the multiply-add pipes bind. A word is one float32, or with
 //   AVX-512-BF16 a pair of bfloat16 (vdpbf16ps); other dtypes are widened to float32, in registers where A is a single tile.
-//   One row is multiplied as fast as B arrives from memory: 96-98 % of a plain read. Many rows: 88-91 % of the multiply-adds.
+//   One or two rows read B from memory at 92-99 % of a plain read; many rows reach 88-91 % of the multiply-adds, 77-84 % where
+//   B arrives from memory meanwhile.
 //
 // Order of each sum: chunks of kChunkWords words ascend; in a chunk lane l adds words l, l + kLanes, …; then lanes are added up
 // pairwise. It depends on the depth alone: not on M, N, tiles or how B lies in memory, so a row's result does not depend on
