@@ -19,8 +19,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import switchgear
-from switchgear import cuda, ops
+from switchgear import cuda
 from switchgear.cli import info, main
+from switchgear.ops import native
 
 HAS_MODULE = importlib.util.find_spec("switchgear._cuda") is not None
 HAS_DEVICE = torch.cuda.is_available()
@@ -31,7 +32,7 @@ needs_module = pytest.mark.skipif(not HAS_MODULE, reason="built without a CUDA m
 @pytest.fixture
 def forget() -> Any:
     """What cuda.py remembers of this machine is forgotten, before and after."""
-    caches = (cuda._load, cuda.reason_against, ops._on_cuda)
+    caches = (cuda._load, cuda.reason_against, native._on_cuda)
     for cache in caches:
         cache.cache_clear()
     yield

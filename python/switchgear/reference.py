@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Every op of switchgear in plain torch: the specification, and the backend "reference".
 
-The signatures are those of the torch ops in ops.py, and the formats those of include/switchgear/ops.h. Any floating
+The signatures are those of the torch ops in ops/, and the formats those of include/switchgear/ops.h. Any floating
 dtype works on any device. Sums run in float32 (float64 for float64) and are rounded to the dtype of the inputs once, at
 the end. Gradients are written out as formulas rather than left to autograd, so that a gradcheck in float64 proves the
 formulas that the kernels implement.

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The torch ops of switchgear: schema, fake implementation, and the call of the native module or of the reference.
+
+Nothing else calls the ops of `_C` and `_cuda`. Private to switchgear: an op knows no gradient, so the public functions
+of functional.py are the ones to use. Shapes and formats are those of include/switchgear/ops.h.
+
+Each op is one function that allocates its outputs, in `allocate` (which also serves as the fake implementation), and
+one that passes them to a native module: `_C` for tensors on the CPU, `_cuda` for those on a CUDA device.
+
+native.py        the native modules
+registration.py  how an op is defined
+routing.py       who goes where: route and the ops of routing policies
+stages.py        what becomes of it, in steps: plan, permute, grouped_gemm, glu, combine
+layer.py         the same in one op: moe_forward
+quantized.py     with weights of 8 or 4 bits
+"""
+
+from switchgear.ops.layer import moe_backward, moe_forward, moe_forward_on_host, needs_no_dispatch
+from switchgear.ops.native import (
+    Kernels,
+    advise_huge_pages,
+    available_cpu_isas,
+    collapse_into_huge_pages,
+    cpu_isa,
+    host,
+    set_cpu_isa,
+    version,
+)
+from switchgear.ops.quantized import quantized_grouped_gemm, quantized_moe_forward, quantized_moe_forward_on_host
+from switchgear.ops.routing import (
+    assign_balanced,
+    assign_capped,
+    column_topk,
+    fit_capacity,
+    route,
+    route_backward,
+    route_dynamic,
+)
+from switchgear.ops.stages import (
+    combine,
+    combine_weight_backward,
+    glu,
+    glu_backward,
+    grouped_gemm,
+    grouped_gemm_wgrad,
+    permute,
+    plan,
+)
+
+__all__ = [
+    "Kernels",
+    "advise_huge_pages",
+    "assign_balanced",
+    "assign_capped",
+    "available_cpu_isas",
+    "collapse_into_huge_pages",
+    "column_topk",
+    "combine",
+    "combine_weight_backward",
+    "cpu_isa",
+    "fit_capacity",
+    "glu",
+    "glu_backward",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "host",
+    "moe_backward",
+    "moe_forward",
+    "moe_forward_on_host",
+    "needs_no_dispatch",
+    "permute",
+    "plan",
+    "quantized_grouped_gemm",
+    "quantized_moe_forward",
+    "quantized_moe_forward_on_host",
+    "route",
+    "route_backward",
+    "route_dynamic",
+    "set_cpu_isa",
+    "version",
+]

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What an op runs on: the native modules, each with the stream or the number of threads that its functions take."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch  # first: it brings the OpenMP runtime that the native module then shares
+from torch import Tensor
+
+from switchgear import cuda
+
+try:
+    from switchgear import _C
+except ImportError as error:
+    raise ImportError(
+        "switchgear's native module `switchgear._C` is missing or does not load; build it with "
+        f"`pip install .` in a checkout of the repository ({error})"
+    ) from error
+
+advise_huge_pages = _C.advise_huge_pages
+available_cpu_isas = _C.available_cpu_isas
+collapse_into_huge_pages = _C.collapse_into_huge_pages
+cpu_isa = _C.cpu_isa
+set_cpu_isa = _C.set_cpu_isa
+version: str = _C.version
+
+
+class Kernels:
+    """What an op runs on: a native module, the last argument of its functions, and memory for gradients of weights."""
+
+    __slots__ = ("empty_weight", "execution", "module")
+
+    def __init__(
+        self, module: Any, execution: Callable[[], Any], empty_weight: Callable[[Tensor], Tensor] = torch.empty_like
+    ) -> None:
+        self.module = module
+        self.execution = execution
+        self.empty_weight = empty_weight
+
+
+_KEPT_BYTES = 1 << 20  # smaller tensors come from memory that malloc keeps anyway
+
+
+def _kept_like(tensor: Tensor) -> Tensor:
+    """torch.empty_like in memory that `_C` keeps for the next tensor of this size. A weight gradient that is allocated
+    anew at each step has its pages faulted in and zeroed at each step."""
+    transposed = not tensor.is_contiguous()
+    dense = tensor.mT if transposed else tensor
+    if tensor.nbytes < _KEPT_BYTES or not dense.is_contiguous():
+        return torch.empty_like(tensor)
+    memory = torch.frombuffer(_C.Buffer(tensor.nbytes), dtype=tensor.dtype).view(dense.shape)
+    return memory.mT if transposed else memory
+
+
+host = Kernels(_C, torch.get_num_threads, _kept_like)
+
+
+@functools.cache
+def _on_cuda(index: int) -> Kernels:
+    module = cuda.module()
+    return Kernels(module, cuda.Execution(module, index))

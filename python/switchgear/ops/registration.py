@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How an op is defined: its schema, where each device runs it, its shapes without data, and torch.vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import MethodType, ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from switchgear import backends, cuda, reference
+from switchgear.ops.native import _on_cuda, host
+
+_lib: Any = torch.library.Library("switchgear", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _loop_over_batch(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule of torch.vmap: one call per element, results stacked."""
+
+    def element(arg: Any, dim: Any, index: int) -> Any:
+        if isinstance(dim, (list, tuple)):
+            return [element(item, item_dim, index) for item, item_dim in zip(arg, dim, strict=True)]
+        return arg if dim is None else arg.select(dim, index)
+
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+        pairs = list(zip(args, in_dims, strict=True))
+        results = [op(*(element(arg, dim, index) for arg, dim in pairs)) for index in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
+
+
+def _check_devices(op: Any, args: Sequence[Any]) -> None:
+    device = args[0].device
+    for argument, value in zip(op._schema.arguments, args, strict=False):
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(tensor, Tensor) and tensor.device != device:
+                raise ValueError(f"{argument.name}: expected a tensor on {device}, got one on {tensor.device}")
+
+
+def _register(
+    schema: str, native: Callable[..., Any], allocate: Callable[..., Any], specified_in: ModuleType = reference
+) -> Any:
+    """Defines the op and returns its overload, which is quicker to call than the packet. An op of another
+    module than reference that a native module lacks runs as its specification says."""
+    name = schema.partition("(")[0]
+    specification = getattr(specified_in, name)
+    is_everywhere = specified_in is reference
+
+    on_host = MethodType(native, host)  # quicker than to hand `host` on with the arguments
+
+    def on_cpu(*args: Any) -> Any:
+        if backends.runs_natively(args[0].dtype) and (is_everywhere or hasattr(host.module, name)):
+            return on_host(*args)
+        return in_torch(*args)
+
+    def on_cuda(*args: Any) -> Any:
+        device = args[0].device
+        if device.type != "cuda":  # another argument brought the call here
+            _check_devices(op, args)
+        if not backends.runs_natively(args[0].dtype):
+            return in_torch(*args)
+        reason = cuda.reason_against(device.index)
+        if reason is not None:
+            backends.announce_reference(device, reason)
+            return in_torch(*args)
+        kernels = _on_cuda(device.index)
+        if not (is_everywhere or hasattr(kernels.module, name)):
+            return in_torch(*args)
+        with cuda.current(device.index):
+            return native(kernels, *args)
+
+    def elsewhere(*args: Any) -> Any:
+        backends.announce_reference(args[0].device)
+        return in_torch(*args)
+
+    def without_data(*args: Any) -> Any:  # meta tensors come here too, whatever the device of the others
+        _check_devices(op, args)
+        return allocate(*args)
+
+    def in_torch(*args: Any) -> Any:
+        with backends.without_autocast(args[0].device.type):  # which would round every product in here
+            return specification(*args)
+
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _lib.impl(name, on_cpu, "CPU")
+    _lib.impl(name, on_cuda, "CUDA")
+    _lib.impl(name, elsewhere, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"switchgear::{name}", without_data, lib=_lib)
+    op = getattr(torch.ops.switchgear, name).default
+    torch.library.register_vmap(f"switchgear::{name}", _loop_over_batch(op), lib=_lib)
+    return op
+
+
+# ---- arguments, as the kernels take them -----------------------------------------------------------------------------
+
+T = TypeVar("T", Tensor, Tensor | None)
+
+
+def _dense(tensor: T) -> T:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _rows(tensor: T) -> T:
+    """The kernels take any distance between rows, but rows must be contiguous."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _matrix(name: str, tensor: Tensor, dims: int = 2) -> Tensor:
+    """`tensor`, once it is known to have the dimensions that the outputs' shapes are read from."""
+    if tensor.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(tensor.shape)}")
+    return tensor
