@@ -64,11 +64,14 @@ float charge_of(const RowKernels& k, const float* values, int64_t n, double tota
     charge = first_charge(k, values, n, total, low, charge);
   }
   at = k.reaching(values, n, charge);
-  for (bool from_above = false;; from_above = true) {  // the first step may go up, all others go down
+  for (float last = kUnknown;; last = charge) {
     charge = static_cast<float>(at.next + std::log(k.sum_of_powers(values, n, at.next)) - std::log(total - at.count));
+    // The first step may go up, all others go down: up only where rounding made `last` one of m equal values, with which
+    // `charge` has m times the error.
+    if (charge > last) return last;
     if (charge <= lowest) return lowest;
     const Reaching next = k.reaching(values, n, charge);
-    if (next.count == at.count || next.count >= total || (from_above && next.count < at.count)) return charge;
+    if (next.count == at.count || next.count >= total) return charge;
     at = next;
   }
 }

@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <numeric>
 
+#include "bounded.h"
 #include "cases.h"
 #include "cpu/ranking.h"
 
@@ -268,6 +269,148 @@ TEST(assign_balanced_is_stable) {
       const int32_t a = got.id(i), b = got.id(j);
       CHECK(values(i, b) + values(j, a) <= values(i, a) + values(j, b) + 2 * eps + 1e-5);
     }
+  }
+}
+
+// ---- assign_capped -----------------------------------------------------------------------------------------------------
+
+// The c with Σ min(1, exp(v - c)) = total <= v.size(): with the j largest at 1, for the first j where no other exceeds 1.
+double charge_by_sorting(std::vector<double> v, double total) {
+  std::sort(v.begin(), v.end());
+  std::vector<double> rest;  // log Σ exp(v) of the smallest so many
+  for (const double value : v) {
+    const double before = rest.empty() ? -INFINITY : rest.back(), most = std::max(before, value);
+    rest.push_back(most + std::log(std::exp(before - most) + std::exp(value - most)));
+  }
+  for (double j = 0.0;; ++j) {
+    const double charge = rest.back() - std::log(total - j);
+    if (v.back() <= charge || v.size() == 1 || j + 1 >= total) return charge;
+    v.pop_back();
+    rest.pop_back();
+  }
+}
+
+// log A of one sequence in float64 where cap < E, and how far from it float32 may be.
+struct Capped {
+  static constexpr int kRounds = 3;
+  std::vector<std::vector<double>> log_a;  // of each token
+  double largest = 0.0;                    // magnitude of a value or a charge
+
+  Capped(const Array& values, const std::vector<int64_t>& tokens, double total, int64_t cap, double entropy) {
+    const auto num_experts = static_cast<size_t>(values.size(1));
+    std::vector<std::vector<double>> worth;
+    for (const int64_t t : tokens) {
+      worth.emplace_back();
+      for (int64_t e = 0; e < values.size(1); ++e) worth.back().push_back(noted(values(t, e) / entropy));
+    }
+    std::vector<double> of_expert(num_experts), of_token(tokens.size());
+    for (int round = 0; !tokens.empty() && round <= kRounds; ++round) {
+      for (size_t e = 0; e < num_experts; ++e) {
+        std::vector<double> charged;
+        for (size_t i = 0; i < tokens.size(); ++i) charged.push_back(worth[i][e] - of_token[i]);
+        of_expert[e] = noted(charge_by_sorting(charged, total));
+      }
+      for (size_t i = 0; i < tokens.size() && round < kRounds; ++i) {
+        std::vector<double> charged;
+        for (size_t e = 0; e < num_experts; ++e) charged.push_back(worth[i][e] - of_expert[e]);
+        of_token[i] = noted(std::max(0.0, charge_by_sorting(charged, static_cast<double>(cap))));
+      }
+    }
+    log_a = worth;
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      for (size_t e = 0; e < num_experts; ++e) log_a[i][e] -= of_expert[e] + of_token[i];
+    }
+  }
+
+  double noted(double v) {
+    largest = std::max(largest, std::abs(v));
+    return v;
+  }
+
+  // A charge is made of differences, which are rounded, and is rounded itself; neither moves it by more than the numbers
+  // move. Its sum of powers has 32 + 4 additions in a row, an ulp of exp, and rounded exponents, of which the mean is at
+  // most log n: below 48 roundings in all.
+  double error_of_charge() const { return kUnit * ((2 + 1) * largest + 48); }
+  double error_of_differences() const { return kUnit * (2 + 3) * largest; }
+  // An element has the charges of a token, after 2·kRounds that each add their error, and of an expert, after one more.
+  double error() const { return (4 * kRounds + 1) * error_of_charge() + error_of_differences(); }
+  // Of a sum over an expert's tokens, relative to it: the last charge made it exact.
+  double error_of_sum() const { return std::expm1(error_of_charge() + error_of_differences()); }
+};
+
+TEST(assign_capped_matches_full_sorts) {
+  for_each_size([](const Sizes& s, int64_t kind, Random& random) {
+    if (kind > 1) return;
+    const Array values = wild_array(random, {s.T, s.E}, kind), sequence_ids = random_ids(random, {s.T}, 0, s.B);
+    const Array limits = random_ids(random, {s.B}, 0, s.T / s.B + 2);
+    for (const int64_t cap : {2, 3}) {
+      const double entropy = cap == 2 ? 0x1p-10 : 1.0;
+      if (cap >= s.E) continue;
+      Array got(DType::kFloat32, {s.T, s.E}), first;
+      const auto call = [&](Execution exec) {
+        assign_capped({.values = values,
+                       .sequence_ids = sequence_ids,
+                       .limits = limits,
+                       .cap = cap,
+                       .entropy = entropy,
+                       .iterations = Capped::kRounds,
+                       .assignment = got},
+                      exec);
+      };
+      for_each_isa({&got}, call, [&] {
+        if (!first.defined()) first = got;
+        CHECK(same_bits(got, first));
+      });
+      for (int64_t b = 0; b < s.B; ++b) {
+        const std::vector<int64_t> tokens = tokens_of(sequence_ids, b);
+        const auto limit = static_cast<double>(std::min<int64_t>(limits.id(b), std::ssize(tokens)));
+        const double total = std::max<double>(limit, FLT_MIN);  // 0 has no logarithm
+        const Capped want(values, tokens, total, cap, entropy);
+        for (int64_t e = 0; e < s.E; ++e) {
+          double sum = 0.0;
+          for (size_t i = 0; i < tokens.size(); ++i) {
+            sum += std::min(1.0, std::exp(static_cast<double>(got(tokens[i], e))));
+            CHECK_CLOSE(got(tokens[i], e), (Bounded{want.log_a[i][static_cast<size_t>(e)], want.error()}), "token ",
+                        tokens[i], " λ ", entropy, " cap ", cap);
+          }
+          CHECK(tokens.empty() || std::abs(sum - total) <= want.error_of_sum() * total, "expert ", e, ": ", sum, " of ",
+                total);
+        }
+      }
+    }
+  });
+}
+
+TEST(assign_capped_of_any_values_is_finite) {
+  for_each_size([](const Sizes& s, int64_t kind, Random& random) {
+    const Array values = wild_array(random, {s.T, s.E}, kind), sequence_ids = random_ids(random, {s.T}, 0, s.B);
+    const Array limits = random_ids(random, {s.B}, 0, s.T / s.B + 2);
+    Array got(DType::kFloat32, {s.T, s.E});
+    const auto call = [&](Execution exec) {
+      assign_capped({.values = values,
+                     .sequence_ids = sequence_ids,
+                     .limits = limits,
+                     .iterations = Capped::kRounds,
+                     .assignment = got},
+                    exec);
+    };
+    for_each_isa({&got}, call, [&] {
+      for (int64_t i = 0; i < s.T * s.E; ++i) CHECK(std::isfinite(got(i / s.E, i % s.E)), "element ", i);
+    });
+  });
+}
+
+TEST(assign_capped_without_a_cap_divides) {
+  Random random(4);
+  for (const DType dtype : kFloatTypes) {
+    const Array values = random_array(random, dtype, {33, 17}, 1.0, 3), limits = random_ids(random, {1}, 4, 5);
+    Array got(DType::kFloat32, {33, 17});
+    const auto call = [&](Execution exec) {
+      assign_capped({.values = values, .limits = limits, .cap = 17, .entropy = 0.25, .assignment = got}, exec);
+    };
+    for_each_isa({&got}, call, [&] {
+      for (int64_t i = 0; i < got.numel(); ++i) CHECK(got(i / 17, i % 17) == 4 * values(i / 17, i % 17), "element ", i);
+    });
   }
 }
 

@@ -74,6 +74,15 @@ MISTAKES = (
             "price[shop] = value_of(*std::min_element(held.begin(), held.end()));", "price[shop] = 0.0f;"),
     Mistake("leftover tokens to full experts", "assign_balanced.cpp",
             "while (std::ssize(holders[first + e]) == places[first + e]) ++e;", ""),
+    Mistake("a charge m times as wrong", "assign_capped.cpp", "if (charge > last) return last;",
+            "if (charge > last) return charge;"),
+    Mistake("the first j that comes", "assign_capped.cpp", "if (next.count == at.count || next.count >= total)",
+            "if (true)"),
+    Mistake("tokens are paid", "assign_capped.cpp", "num_experts, cap, 0.0f,", "num_experts, cap, -1.0f,"),
+    Mistake("the limit of the first sequence", "assign_capped.cpp", "limits[b], n)", "limits[0], n)"),
+    Mistake("tokens are charged last", "assign_capped.cpp", "    }\n    a.charge_experts();\n", "    }\n"),
+    Mistake("tokens in the order of sequences", "assign_capped.cpp", "as<float>() + sequences.members[i] *",
+            "as<float>() + i *"),
 )  # fmt: skip
 
 
