@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -10,6 +11,14 @@ import pytest
 
 import native_modules
 import switchgear
+
+# The instruction sets of this architecture. Those with VNNI and neondot differ from others in quantised weights alone.
+if platform.machine() in ("aarch64", "arm64"):
+    ISAS = ("generic", "neon")
+    QUANTIZED_ISAS = ("generic", "neon", "neondot")
+else:
+    ISAS = ("generic", "avx2", "avx512", "avx512bf16")
+    QUANTIZED_ISAS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
 
 SIMT_DEVICES = {"simt": "sm_80", "simt-sm90": "sm_90"} if native_modules.SIMT_PATH else {}
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from backends_in_use import SIMT_DEVICES, backend_named, kernels_of
+from backends_in_use import ISAS, SIMT_DEVICES, backend_named, kernels_of
 
 ORDERS = ("forward", "reverse", "random:1")
 CUDA = ["cuda"] if torch.cuda.is_available() else []
-ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 
 # Derandomised: a test that passes once passes always. The examples of a test may share the fixture that sets a backend.
 settings.register_profile(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import switchgear
-from backends_in_use import backend_named, kernels_of
+from backends_in_use import QUANTIZED_ISAS, backend_named, kernels_of
 from switchgear import compress, ops, reference, testing
 from switchgear import reference_quantized as rq
 from switchgear.compress import Format
@@ -32,17 +32,15 @@ FORMATS = (
     Format("int4", 16, symmetric=False),
     Format("int4", 128),
 )
-# The two with VNNI have kernels of their own for quantised weights alone.
-KERNELS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=QUANTIZED_ISAS)
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     with kernels_of(request.param):
         yield request.param
 
 
-@pytest.fixture(params=["reference", *KERNELS])
+@pytest.fixture(params=["reference", *QUANTIZED_ISAS])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with backend_named(request.param):
         yield request.param

@@ -14,6 +14,10 @@
 #if defined(SWITCHGEAR_HAVE_AVXVNNI)
 #include <cpuid.h>
 #endif
+#if defined(SWITCHGEAR_HAVE_NEONDOT)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace switchgear {
 namespace cpu {
@@ -47,6 +51,9 @@ bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512v
 #if defined(SWITCHGEAR_HAVE_AVX512BF16)
 bool runs_avx512bf16() { return runs_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
+#if defined(SWITCHGEAR_HAVE_NEONDOT)
+bool runs_neondot() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+#endif
 
 struct Isa {
   const char* name;
@@ -71,6 +78,12 @@ constexpr std::array kIsas{
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512BF16)
     Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, quantized_avx512vnni},
+#endif
+#if defined(SWITCHGEAR_HAVE_NEON)
+    Isa{"neon", [] { return true; }, kernels_neon, quantized_neon},
+#endif
+#if defined(SWITCHGEAR_HAVE_NEONDOT)
+    Isa{"neondot", runs_neondot, kernels_neon, quantized_neondot},
 #endif
 };
 

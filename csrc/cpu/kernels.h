@@ -97,5 +97,6 @@ const Kernels& kernels_generic();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx512bf16();
+const Kernels& kernels_neon();
 
 }  // namespace switchgear::cpu

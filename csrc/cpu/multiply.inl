@@ -203,8 +203,8 @@ void pack(float* panel, const Product& product, int64_t k_begin, int64_t depth, 
 
 // ---- many rows -----------------------------------------------------------------------------------------------------------
 
-template <bool kPairs>
-inline Floats step(Floats a, Floats b, Floats c) {
+template <bool kPairs, typename A>  // a vector, or a word for all lanes
+inline Floats step(A a, Floats b, Floats c) {
 #ifdef __AVX512BF16__
   if constexpr (kPairs) return multiply_add_pairs(a, b, c);
 #endif
@@ -245,7 +245,7 @@ void multiply_tile(const Chunk& chunk, int64_t m, float* c, Ahead& ahead_of_all)
     for (int j = 0; j < kLines; ++j) ahead.prefetch_line();
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const Floats word = broadcast_word(a[i] + 4 * p);
+      const auto word = broadcast_word(a[i] + 4 * p);
 #pragma GCC unroll 8
       for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = step<kPairs>(word, b[j], acc[i][j]);
     }
@@ -255,7 +255,7 @@ void multiply_tile(const Chunk& chunk, int64_t m, float* c, Ahead& ahead_of_all)
     for (int i = 0; i < kRows; ++i) {
       BFloat16 pair[2] = {};
       __builtin_memcpy(pair, a[i] + 4 * chunk.words, 2);
-      const Floats word = broadcast_word(pair);
+      const auto word = broadcast_word(pair);
       for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = step<kPairs>(word, load(panel + j * kLanes), acc[i][j]);
     }
   }

@@ -114,7 +114,7 @@ void gradient_tile(const SlotChunk& chunk, const GradientPanel& to, int64_t m) {
     for (int j = 0; j < kPanelVectors; ++j) b[j] = load(panel + j * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const Floats word = broadcast_word(a[i] + p);
+      const auto word = broadcast_word(a[i] + p);
 #pragma GCC unroll 8
       for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = step<Words::kDepth == 2>(word, b[j], acc[i][j]);
     }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from backends_in_use import ISAS
 from switchgear.testing import GluOptions, Layer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +31,7 @@ def counts(ci: int, full: int) -> pytest.MarkDecorator:
 
 
 # Tests of bits alone: torch's own, which the reference inherits, depend on shapes and strides.
-on_kernels = pytest.mark.parametrize("backend", ["generic", "avx2", "avx512", "avx512bf16"], indirect=True)
+on_kernels = pytest.mark.parametrize("backend", ISAS, indirect=True)
 
 
 # ---- random layers ---------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_fresh_memory_holds_nothing_that_matters() -> None:
     """glibc fills what malloc returns with the bytes of MALLOC_PERTURB_, the memory of std::vector included."""
     command = [sys.executable, "-c", "import test_memory; print(test_memory.digest())"]
     here = os.path.dirname(os.path.abspath(__file__))
-    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (here, os.path.dirname(here), os.environ.get("PYTHONPATH"))))
     digests = set()
     for perturb in ("0", "165"):
         env = os.environ | {"MALLOC_PERTURB_": perturb, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

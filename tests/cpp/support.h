@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <string>
@@ -221,22 +222,30 @@ inline bool same_bits(const Array& a, const Array& b) {
 
 // ---- ISAs and threads --------------------------------------------------------------------------------------------------
 
-constexpr int kThreadCounts[] = {1, 2, 3, 5};
+// SWITCHGEAR_QUICK=1, for emulators: two threads alone, and the ISAs that an architecture has of its own.
+inline bool is_quick() { return std::getenv("SWITCHGEAR_QUICK") != nullptr; }
+inline std::vector<int> thread_counts() { return is_quick() ? std::vector{2} : std::vector{1, 2, 3, 5}; }
+inline std::vector<std::string> isas_to_test() {
+  std::vector<std::string> isas = available_cpu_isas();
+  if (is_quick() && isas.size() > 1) isas.erase(isas.begin());  // generic
+  return isas;
+}
 
 // run(exec) writes `outputs`. For each ISA: all thread counts give the bits of the first, although the outputs held 0xFF in
 // one run and 0x00 in the next, so every element is written; then check() compares the outputs with the reference.
-// The ISAs with VNNI have kernels of their own for quantised weights alone.
+// The ISAs with VNNI, and neondot, have kernels of their own for quantised weights alone.
 enum class Isas { kFloat, kAll };
 
 template <typename Run, typename Check>
 void for_each_isa(std::initializer_list<Array*> outputs, Run&& run, Check&& check, Isas isas = Isas::kFloat) {
   const std::string before = cpu_isa(), case_note = note;
-  for (const std::string& isa : available_cpu_isas()) {
-    if (isas == Isas::kFloat && isa.find("vnni") != std::string::npos) continue;
+  for (const std::string& isa : isas_to_test()) {
+    const bool is_quantised = isa.ends_with("vnni") || isa.ends_with("dot");
+    if (isas == Isas::kFloat && is_quantised) continue;
     set_cpu_isa(isa);
     note = case_note + " " + isa;
     std::vector<Array> first;
-    for (const int threads : kThreadCounts) {
+    for (const int threads : thread_counts()) {
       const auto poison = static_cast<uint8_t>(threads % 2 == 0 ? 0x00 : 0xff);
       for (Array* output : outputs) output->poison(poison);
       run(Execution{threads});

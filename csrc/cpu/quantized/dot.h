@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // dot: to each int32 lane, the sum of four products of an unsigned byte (a weight) with a signed one (an activation). Included
 // after simd_<isa>.h. VNNI has an instruction for it; without, bytes become 16-bit numbers, so that no product saturates.
+// NEON multiplies bytes of one kind alone: there 128 is taken off weights of 8 bits, which sums make up for from the start.
 #pragma once
 
 namespace switchgear::cpu {
@@ -33,6 +34,15 @@ inline Floats widen(const int8_t* p) {
 inline Floats widen(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+#elif defined(SWITCHGEAR_NEON)
+inline Floats widen(const int8_t* p) {
+  const int8x8_t bytes = vcreate_s8(static_cast<uint32_t>(word_at(p)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
+}
+inline Floats widen(const uint8_t* p) {
+  const uint8x8_t bytes = vcreate_u8(static_cast<uint32_t>(word_at(reinterpret_cast<const int8_t*>(p))));
+  return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))));
+}
 #else
 template <typename Byte>
 inline Floats widen(const Byte* p) {
@@ -40,6 +50,13 @@ inline Floats widen(const Byte* p) {
   for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(p[i]);
   return v;
 }
+#endif
+
+// What as_weights expects to have been taken off weights of 8 bits.
+#if defined(SWITCHGEAR_NEON)
+constexpr int kWeightOffset = 128;
+#else
+constexpr int kWeightOffset = 0;
 #endif
 
 #if defined(__AVX512VNNI__)
@@ -62,7 +79,27 @@ inline Ints dot(Ints sum, Weights w, Activations a) {
   return reinterpret_cast<Ints>(_mm256_dpbusd_avx_epi32(reinterpret_cast<__m256i>(sum), w, a));
 }
 
-#elif defined(__AVX2__)
+#elif defined(SWITCHGEAR_NEON)
+
+using Weights = int8x16_t;
+inline Weights as_weights(Ints bytes) { return reinterpret_cast<int8x16_t>(bytes); }
+
+#if defined(__ARM_FEATURE_DOTPROD)
+using Activations = int8x8_t;  // of which the first four count
+inline Activations as_activations(int32_t word) { return vcreate_s8(static_cast<uint32_t>(word)); }
+inline Ints dot(Ints sum, Weights w, Activations a) {
+  return reinterpret_cast<Ints>(vdotq_lane_s32(reinterpret_cast<int32x4_t>(sum), w, a, 0));
+}
+#else
+using Activations = int8x16_t;
+inline Activations as_activations(int32_t word) { return vreinterpretq_s8_s32(vdupq_n_s32(word)); }
+inline Ints dot(Ints sum, Weights w, Activations a) {  // products are at most 128·127: two of them fit into 16 bits
+  const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(a)), high = vmull_high_s8(w, a);
+  return reinterpret_cast<Ints>(vpadalq_s16(reinterpret_cast<int32x4_t>(sum), vpaddq_s16(low, high)));
+}
+#endif
+
+#else
 
 struct Weights {
   Ints even, odd;  // bytes 0 and 2 of each word as 16-bit numbers, and 1 and 3
@@ -77,35 +114,16 @@ inline Activations as_activations(int32_t word) {
 inline Ints multiply_halves(Ints a, Ints b) {  // a.low·b.low + a.high·b.high
 #if defined(__AVX512BW__)
   return reinterpret_cast<Ints>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#else
+#elif defined(__AVX2__)
   return reinterpret_cast<Ints>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  typedef int16_t Halves __attribute__((vector_size(sizeof(Ints))));  // that hold each product: at most 255·127
+  const Ints products = reinterpret_cast<Ints>(reinterpret_cast<Halves>(a) * reinterpret_cast<Halves>(b));
+  return (products << 16 >> 16) + (products >> 16);
 #endif
 }
 inline Ints dot(Ints sum, Weights w, Activations a) {
   return sum + multiply_halves(w.even, a.even) + multiply_halves(w.odd, a.odd);
-}
-
-#else
-
-using Weights = Ints;
-struct Activations {
-  int32_t byte[4];
-};
-inline Weights as_weights(Ints bytes) { return bytes; }
-inline Activations as_activations(int32_t word) {
-  Activations a;
-  int8_t bytes[4];
-  __builtin_memcpy(bytes, &word, 4);
-  for (int i = 0; i < 4; ++i) a.byte[i] = bytes[i];
-  return a;
-}
-inline Ints dot(Ints sum, Weights w, Activations a) {
-  uint8_t bytes[4 * kLanes];
-  __builtin_memcpy(bytes, &w, sizeof bytes);
-  for (int lane = 0; lane < kLanes; ++lane) {
-    for (int i = 0; i < 4; ++i) sum[lane] += bytes[4 * lane + i] * a.byte[i];
-  }
-  return sum;
 }
 
 #endif

@@ -17,8 +17,8 @@ namespace switchgear::cpu {
 namespace {
 
 constexpr int kRowTile = 6;
-constexpr int kTileVectors8 = kLanes == 16 ? 4 : 2;  // of the registers of one tile: 6 sums each
-constexpr int kTileVectors4 = 2;                     // with several groups, sums and totals share the registers
+constexpr int kTileVectors8 = kPanelVectors;  // of the registers of one tile: 6 sums each
+constexpr int kTileVectors4 = 2;              // with several groups, sums and totals share the registers
 constexpr int kBlockVectors = kBlockRows / kLanes;
 constexpr int64_t kWordBytes = 4 * kBlockRows;  // of a block
 
@@ -55,7 +55,13 @@ struct Tile {
     }
   }
 
-  Ints start(int i, int64_t g) const { return broadcast_ints(zeros[0] == nullptr ? corrections[i][g] : 0); }
+  // Of a sum: -z·Σ a where weights are symmetric, and what makes up for kWeightOffset, which is z of 8 bits.
+  template <int kBits>
+  Ints start(int i, int64_t g) const {
+    constexpr int kOffset = kBits == 8 ? kWeightOffset : 0;
+    if constexpr (kOffset != 0) return broadcast_ints(zeros[0] == nullptr ? 0 : kOffset * corrections[i][g]);
+    return broadcast_ints(zeros[0] == nullptr ? corrections[i][g] : 0);
+  }
 };
 
 // The words of 4 columns that 64 bytes hold: one at 8 bits, two at 4.
@@ -65,7 +71,7 @@ constexpr int kHalves = 8 / kBits;
 template <int kBits>
 inline Weights weights_at(const uint8_t* bytes, int half) {
   const Ints v = load_ints(bytes);
-  if constexpr (kBits == 8) return as_weights(v);
+  if constexpr (kBits == 8) return as_weights(kWeightOffset == 0 ? v : v ^ static_cast<int32_t>(0x80808080));
   return as_weights((half == 0 ? v : v >> 4) & 0x0f0f0f0f);
 }
 
@@ -120,7 +126,7 @@ void multiply_tile(const QuantizedProduct& p, int64_t m, int64_t first, const ui
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) sum[i][j] = t.start(i, g);
+        for (int j = 0; j < kVectors; ++j) sum[i][j] = t.template start<kBits>(i, g);
       }
       const int64_t begin = g * b.group_words, end = begin + b.group_words < b.words ? begin + b.group_words : b.words;
       for (int64_t word = begin; word < end; word += kHalves<kBits>) {
@@ -174,7 +180,7 @@ void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const Quantize
         for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
           for (int j = 0; j < kBlockVectors; ++j) {
-            sum[side][0][i][j] = t[side].start(i, g);
+            sum[side][0][i][j] = t[side].template start<kBits>(i, g);
 #pragma GCC unroll 8
             for (int chain = 1; chain < kChains; ++chain) sum[side][chain][i][j] = Ints{};
           }

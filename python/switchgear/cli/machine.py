@@ -14,7 +14,10 @@ import torch
 
 # libgomp-<hash>.so.1 is how wheels rename their private copy: a second runtime all the same.
 _OPENMP = re.compile(r"/lib(gomp|iomp5|omp)(?:-[0-9a-f]+)?\.so[^/]*$")
-_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+_FLAGS = (
+    *("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"),
+    *("asimd", "asimddp", "bf16", "sve"),
+)
 
 
 def _read(path: str) -> str | None:
