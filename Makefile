@@ -6,6 +6,7 @@
 # make lint                  formatting, lint, types, stubs
 # make format                rewrite the sources as lint wants them
 # make sanitize              the C++ tests under the address, undefined-behaviour and thread sanitizers
+# make neon                  the C++ tests for 64-bit Arm, under qemu (needs a cross compiler; NEON_TESTS="permute glu": those alone)
 # make simt                  the CUDA kernels on the CPU, under sanitizers and a race detector (needs headers of CUDA)
 # make simt-planted          that bugs planted in them are seen
 # make cuda-checks           what nvcc made of them: registers, spills, instructions (needs nvcc)
@@ -33,12 +34,13 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help tools demo test bench bench-cpp lint format sanitize simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build \
+.PHONY: help tools demo test bench bench-cpp lint format sanitize neon simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build \
         wheel test-torch clean always
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
+space := $(subst ,, )
 build_preset = cmake --preset $(1) && cmake --build --preset $(1)
 run_preset = $(call build_preset,$(1)) && ctest --preset $(1)
 
@@ -86,12 +88,20 @@ sanitize: $(BIN)/cmake $(BIN)/ninja
 	$(call run_preset,ubsan)
 	$(call run_preset,tsan)
 
+# What `make test` runs on an Arm machine, emulated. NEON_QUICK=1: without the generic kernels, and on two threads alone.
+NEON_TESTS ?=
+
+neon: $(BIN)/cmake $(BIN)/ninja
+	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "no cross compiler for Arm was found: install g++-aarch64-linux-gnu"; exit 1; }
+	@command -v qemu-aarch64 >/dev/null || { echo "no emulator of Arm was found: install qemu-user"; exit 1; }
+	$(call build_preset,neon) $(if $(NEON_TESTS),--target $(addprefix test_,$(NEON_TESTS)))
+	$(if $(NEON_QUICK),SWITCHGEAR_QUICK=1) ctest --preset neon $(if $(NEON_TESTS),--tests-regex '^($(subst $(space),|,$(strip $(NEON_TESTS))))$$')
+
 # ---- CUDA ----------------------------------------------------------------------------------------------------------------
 
 simt: simt-asan simt-race
 
 SIMT_ORDERS ?= forward reverse random:1
-space := $(subst ,, )
 simt_python = -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
 # The C++ tests, in every order of threads by themselves; then the shared tests on the module _simt, in each order; and once
