@@ -180,11 +180,19 @@ void run(benchmark::State& state, const Case& c) {
   state.counters["%read"] = {100 * work.bytes / ceiling.read_rate, kRate};
 }
 
+// Whether an op has cases of a dtype: all but those that name the only one.
+template <typename Op>
+constexpr bool takes(DType dtype) {
+  if constexpr (requires { Op::kOnly; }) return dtype == Op::kOnly;
+  return true;
+}
+
 template <typename Op>
 void register_cases(int all_threads) {
   for (const Shape& shape : shapes()) {
     for (const int64_t T : shape.T) {
       for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
+        if (!takes<Op>(dtype)) continue;
         for (int threads = 1; threads <= all_threads; threads += std::max(1, all_threads - 1)) {
           const Case c{T, shape.H, shape.I, shape.E, shape.K, dtype, {threads}};
           const std::string name =

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "bench.h"
 #include "gate.h"
+#include "switchgear/compact.h"
 
 namespace switchgear::bench {
 namespace {
@@ -76,6 +77,50 @@ struct MoeForward : Layer {
   }
 };
 
+// Bytes of compact weights: see switchgear/compact.h.
+class Compact {
+ public:
+  explicit Compact(const TensorView& weight) : weight_(weight) {
+    for (int64_t room = 0, needed; row_bytes() != compact_row_bytes(weight.shape[2], room); room = needed) {
+      bytes_.resize(static_cast<size_t>(weight.shape[0] * weight.shape[1] * compact_row_bytes(weight.shape[2], room)));
+      needed = pack_compact(weight, rows());
+    }
+  }
+  TensorView rows() const {
+    return view(const_cast<uint8_t*>(bytes_.data()), DType::kUInt8, weight_.shape[0], weight_.shape[1], row_bytes());
+  }
+  int64_t row_bytes() const { return static_cast<int64_t>(bytes_.size()) / (weight_.shape[0] * weight_.shape[1]); }
+  double size() const { return static_cast<double>(bytes_.size()); }
+
+ private:
+  TensorView weight_;
+  std::vector<uint8_t> bytes_;
+};
+
+struct CompactMoeForward : Layer {
+  static constexpr const char* kName = "moe_forward/compact";
+  static constexpr DType kOnly = DType::kBFloat16;
+  explicit CompactMoeForward(const Case& c)
+      : Layer(c), compact_gate_up_proj(gate_up_proj), compact_down_proj(down_proj) {}
+
+  void run() {
+    moe_forward({.x = x,
+                 .weights = {.gate_up_proj = {.packed = compact_gate_up_proj.rows()},
+                             .down_proj = {.packed = compact_down_proj.rows()}},
+                 .topk_ids = routed.topk_ids,
+                 .topk_weights = routed.topk_weights,
+                 .y = y},
+                c.exec);
+  }
+  bool verify() const { return verify_forward(); }
+  Work work() const {
+    return {forward_flop(), (compact_gate_up_proj.size() + compact_down_proj.size()) * touched() +
+                                static_cast<double>(x.bytes() + y.bytes())};
+  }
+
+  Compact compact_gate_up_proj, compact_down_proj;
+};
+
 // One step of training: forward and backward, all gradients.
 struct MoeTrain : Layer {
   static constexpr const char* kName = "moe_train";
@@ -133,5 +178,5 @@ struct MoeTrain : Layer {
 
 int main(int argc, char** argv) {
   using namespace switchgear::bench;
-  return bench_main<MoeForward, MoeTrain>(argc, argv);
+  return bench_main<MoeForward, CompactMoeForward, MoeTrain>(argc, argv);
 }

@@ -5,6 +5,7 @@
 
 #include "registry.h"
 #include "switchgear/check.h"
+#include "switchgear/compact.h"
 
 namespace switchgear {
 namespace {
@@ -208,6 +209,24 @@ void Call::input(const char* name, const ExpertMatrices& weight, Shape shape) {
     if (rows > 0) check_pointer(name, weight.base[e], weight.packed.dtype);
   }
   entries_[count_++] = {.name = name, .tensor = &weight.packed, .separate = &weight};
+}
+
+void Call::input_or_compact(const char* name, const ExpertMatrices& weight, Shape shape) {
+  const TensorView& rows = weight.packed;
+  if (weight.base != nullptr || rows.dtype != DType::kUInt8) return input(name, weight, shape);
+  const int64_t cols = shape.begin()[2]->size;
+  Dim bytes{"bytes"};
+  input(name, rows, Kind::kUInt8, {shape.begin()[0], shape.begin()[1], &bytes});
+  SWITCHGEAR_CHECK(ValueError, rows.device.type == DeviceType::kCPU, name,
+                   ": expected float weights on this device, got compact ones: ", describe(rows));
+  SWITCHGEAR_CHECK(TypeError, float_dtype_ == DType::kBFloat16, name, ": expected ", name_of(float_dtype_), " like ",
+                   float_name_, ", got compact bfloat16: ", describe(rows));
+  SWITCHGEAR_CHECK(ValueError, cols <= kMaxCompactColumns, name, ": expected at most ", kMaxCompactColumns,
+                   " columns of compact weights, got ", cols);
+  const int64_t records = (cols + kCompactRecord - 1) / kCompactRecord * kCompactRecordBytes;
+  SWITCHGEAR_CHECK(ValueError, bytes.size % kCompactHeader == 0 && bytes.size >= records + kCompactHeader, name,
+                   ": expected compact rows of ", records, " bytes for ", cols, " columns and a multiple of ",
+                   kCompactHeader, " for a header, got ", describe(rows));
 }
 
 void Call::check_overlap() const {

@@ -93,11 +93,14 @@ Dim intermediate(const char* name, const GluOptions& options, const Dim& N) {
 }
 
 // gate_up_proj [E,N,H], down_proj [E,H,I], gate_up_bias [E,N], down_bias [E,H]
-void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& options, Dim& E, Dim& H, Dim& I,
-                   Dim& N) {
-  call.input("gate_up_proj", weights.gate_up_proj, {&E, &N, &H});
+void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& options, bool compact_too, Dim& E,
+                   Dim& H, Dim& I, Dim& N) {
+  const auto input = [&](const char* name, const ExpertMatrices& weight, Call::Shape shape) {
+    compact_too ? call.input_or_compact(name, weight, shape) : call.input(name, weight, shape);
+  };
+  input("gate_up_proj", weights.gate_up_proj, {&E, &N, &H});
   I = intermediate("gate_up_proj", options, N);
-  call.input("down_proj", weights.down_proj, {&E, &H, &I});
+  input("down_proj", weights.down_proj, {&E, &H, &I});
   if (weights.gate_up_bias.defined()) call.input("gate_up_bias", weights.gate_up_bias, kFloat, {&E, &N}, kRows);
   if (weights.down_bias.defined()) call.input("down_bias", weights.down_bias, kFloat, {&E, &H}, kRows);
 }
@@ -305,7 +308,8 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   Call call(exec);
   Dim R{"R", 0}, C{"C"}, E{"E"}, N{"N"}, S{"S", 0};
   call.input("x", args.x, kFloat, {&R, &C}, kRows);
-  call.input("weight", args.weight, {&E, &N, &C});
+  args.input_gradient ? call.input("weight", args.weight, {&E, &N, &C})
+                      : call.input_or_compact("weight", args.weight, {&E, &N, &C});
   if (args.bias.defined()) call.input("bias", args.bias, kFloat, {&E, &N}, kRows);
   Dim offsets{"E+1", 2, E.size + 1};
   call.input("expert_offsets", args.expert_offsets, kInt32, {&offsets});
@@ -364,7 +368,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   Dim T{"T", 0}, K{"K"}, H{"H"}, E{"E"}, I{"I"}, N{"N"};
   check_options(args.options);
   call.input("x", args.x, kFloat, {&T, &H}, kRows);
-  weight_shapes(call, args.weights, args.options, E, H, I, N);
+  weight_shapes(call, args.weights, args.options, true, E, H, I, N);
   call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
   call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
   Dim S = slots(T, K);
@@ -381,7 +385,7 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   check_options(args.options);
   call.input("x", args.x, kFloat, {&T, &H}, kRows);
   call.input("grad_y", args.grad_y, kFloat, {&T, &H}, kRows);
-  weight_shapes(call, args.weights, args.options, E, H, I, N);
+  weight_shapes(call, args.weights, args.options, false, E, H, I, N);
   call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
   call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
   Dim S = slots(T, K);

@@ -129,6 +129,15 @@ def test_small_integers_are_exact(
         assert torch.equal(grad_weight[e], wanted[segment].T @ x[segment])
 
 
+def test_rows_that_share_memory(isa: str) -> None:
+    """Expanded weights have strides of 0."""
+    weight = draw(1, 1, 40, dtype=torch.float32).expand(3, 70, 40)
+    for rows in (1, 30):
+        x, offsets = draw(rows, 40, dtype=torch.float32), torch.tensor([0, 0, rows, rows], dtype=torch.int32)
+        wanted = switchgear.grouped_gemm(x, weight.contiguous(), offsets)
+        assert torch.equal(switchgear.grouped_gemm(x, weight, offsets), wanted)
+
+
 def test_autocast(backend: str) -> None:
     case = Case("autocast", 6, 2, 3, 8, 4)
     offsets, token_indices, _ = plan_of(case)

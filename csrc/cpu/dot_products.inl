@@ -6,57 +6,77 @@
 //   The lanes of a vector are neighbours in k. A step loads kDotColumns vectors of B and 6 of A and multiplies each with each:
 //   with AVX-512 24 multiply-adds for 10 loads, so that the multiply-add pipes bind. A word is one float32, or with
 //   AVX-512-BF16 a pair of bfloat16 (vdpbf16ps); other dtypes are widened to float32, in registers where A is a single tile.
-//   One or two rows read B from memory at 92-99 % of a plain read; many rows reach 88-91 % of the multiply-adds, 77-84 % where
-//   B arrives from memory meanwhile.
+//   Up to 6 rows, a single tile, wait for memory and read B column by column; many rows reach 88-91 % of the multiply-adds,
+//   77-84 % where B arrives from memory meanwhile.
 //
 // Order of each sum: chunks of kChunkWords words ascend; in a chunk lane l adds words l, l + kLanes, …; then lanes are added up
 // pairwise. It depends on the depth alone: not on M, N, tiles or how B lies in memory, so a row's result does not depend on
 // its neighbours. B that runs along n is transposed into the scratch, chunk by chunk.
 //
-// While it multiplies, it asks for what comes next: of a single tile the next rows of B, into L1; else the next chunk or the
-// caller's next panel, spread over all tiles, into L2.
+// While it multiplies, it asks for what comes next: a single tile for rows of B a little further on, into L1; others for the next
+// chunk or the caller's next panel, spread over all tiles, into L2.
 #pragma once
 
 namespace switchgear::cpu {
 namespace {
 
-enum class Asks { kNothing, kOneRow, kTwoRows, kColumns };
+// C[i,j] += the sum of the lanes of acc[i][j], in the order of add_sums whatever is summed beside it.
+template <int kRows, int kColumns>
+inline void add_lanes(float* c, const Floats (&acc)[kRows][kColumns]) {
+  if constexpr (kColumns == kDotColumns) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) add_sums(c + i * kPanel, acc[i]);
+  } else {
+    constexpr int kCount = kRows * kColumns;
+#pragma GCC unroll 8
+    for (int first = 0; first < kCount; first += kDotColumns) {  // so many at once
+      float sums[kDotColumns] = {};
+      Floats some[kDotColumns];
+#pragma GCC unroll 8
+      for (int n = 0; n < kDotColumns; ++n) {
+        const int at = first + n < kCount ? first + n : first;
+        some[n] = acc[at / kColumns][at % kColumns];
+      }
+      add_sums(sums, some);
+#pragma GCC unroll 8
+      for (int n = 0; n < kDotColumns; ++n) {
+        const int at = first + n;
+        if (at < kCount) c[at / kColumns * kPanel + at % kColumns] += sums[n];
+      }
+    }
+  }
+}
 
-// Rows [0, kRows) and columns [0, kDotColumns) of C += the products of `depth`, chunk by chunk. Asks for one or two rows of
-// whatever comes next, into L2, or for the next columns of B from ahead[0] on, into L1.
-template <int kRows, Asks kAsks, typename Words>
-void add_dot_tile(float* c, const void* const* rows, int64_t offset, const Element<Words>* b, int64_t stride,
-                  int64_t depth, const char* const (&ahead)[2]) {
+enum class Asks { kNothing, kOneRow, kTwoRows, kSoon };
+
+// Rows [0, kRows) and columns [0, kColumns) of C += the products of `depth`, chunk by chunk. Asks for one or two rows of
+// whatever comes next, into L2, or for kColumns rows that come soon, into L1.
+template <int kRows, int kColumns, Asks kAsks, typename Words>
+void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stride, int64_t depth,
+                  const char* const (&ahead)[2]) {
   constexpr int64_t kStep = kLanes * Words::kDepth, kBytes = kStep * sizeof(Element<Words>);
   constexpr int64_t kChunk = kChunkWords * Words::kDepth;
-  constexpr int kLines = kDotColumns * kBytes > kLine ? kDotColumns * kBytes / kLine : 1;  // of B in a step
   const char *first = ahead[0], *second = ahead[1];
-  const int64_t row_bytes = depth * sizeof(Element<Words>), to_next_row = stride * sizeof(Element<Words>) - row_bytes;
-  const char* row_end = nullptr;
-  if constexpr (kAsks == Asks::kColumns) row_end = first + row_bytes;
-  const char* a[kRows];
+  const char* rows[kRows];
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) a[i] = static_cast<const char*>(rows[i]) + offset;
+  for (int i = 0; i < kRows; ++i) rows[i] = static_cast<const char*>(a.rows[i]) + a.offset;
   for (int64_t k = 0; k < depth;) {
-    Floats acc[kRows][kDotColumns];
+    Floats acc[kRows][kColumns];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-      for (int j = 0; j < kDotColumns; ++j) acc[i][j] = broadcast(0.0f);
+      for (int j = 0; j < kColumns; ++j) acc[i][j] = broadcast(0.0f);
     }
     const int64_t end = depth - k < kChunk ? depth : k + kChunk;
+#pragma GCC unroll 2
     for (; k + kStep <= end; k += kStep, b += kStep) {
-      Floats column[kDotColumns];
+      Floats column[kColumns];
 #pragma GCC unroll 8
-      for (int j = 0; j < kDotColumns; ++j) column[j] = Words::load_whole(b + j * stride);
-      if constexpr (kAsks == Asks::kColumns) {  // row by row: one stream, which the processor reads ahead
+      for (int j = 0; j < kColumns; ++j) column[j] = Words::load_whole(b + j * stride);
+      if constexpr (kAsks == Asks::kSoon) {
 #pragma GCC unroll 8
-        for (int i = 0; i < kLines; ++i) __builtin_prefetch(first + i * kLine, 0, 3);
-        first += kLines * kLine;
-        if (first >= row_end) {
-          first = row_end + to_next_row;
-          row_end = first + row_bytes;
-        }
+        for (int64_t i = 0; i < kColumns * kBytes; i += kLine) __builtin_prefetch(first + i, 0, 3);
+        first += kColumns * kBytes;
       }
       if constexpr (kAsks == Asks::kOneRow || kAsks == Asks::kTwoRows) {
         __builtin_prefetch(first, 0, 2);
@@ -68,39 +88,26 @@ void add_dot_tile(float* c, const void* const* rows, int64_t offset, const Eleme
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const Floats row = load(reinterpret_cast<const float*>(a[i] + k * (4 / Words::kDepth)));
+        const Floats row = load(reinterpret_cast<const float*>(rows[i] + k * (4 / Words::kDepth)));
 #pragma GCC unroll 8
-        for (int j = 0; j < kDotColumns; ++j) acc[i][j] = step<Words::kDepth == 2>(row, column[j], acc[i][j]);
+        for (int j = 0; j < kColumns; ++j) acc[i][j] = step<Words::kDepth == 2>(row, column[j], acc[i][j]);
       }
     }
     if (k < end) {
-      Floats column[kDotColumns];
+      Floats column[kColumns];
 #pragma GCC unroll 8
-      for (int j = 0; j < kDotColumns; ++j) column[j] = Words::load_along_k(b + j * stride, end - k);
+      for (int j = 0; j < kColumns; ++j) column[j] = Words::load_along_k(b + j * stride, end - k);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         float words[kLanes] = {};
-        __builtin_memcpy(words, a[i] + k * (4 / Words::kDepth), static_cast<size_t>(end - k) * 4 / Words::kDepth);
+        __builtin_memcpy(words, rows[i] + k * (4 / Words::kDepth), static_cast<size_t>(end - k) * 4 / Words::kDepth);
         const Floats row = load(words);
 #pragma GCC unroll 8
-        for (int j = 0; j < kDotColumns; ++j) acc[i][j] = step<Words::kDepth == 2>(row, column[j], acc[i][j]);
+        for (int j = 0; j < kColumns; ++j) acc[i][j] = step<Words::kDepth == 2>(row, column[j], acc[i][j]);
       }
       k = end;
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) add_sums(c + i * kPanel, acc[i]);
-  }
-}
-
-// The same for `columns` < kDotColumns, each one multiplied by itself: there are at most three in a matrix.
-template <int kRows, typename Words>
-void add_dot_columns(float* c, const void* const* rows, int64_t offset, const Element<Words>* b, int64_t stride,
-                     int64_t depth, int64_t columns) {
-  for (int64_t n = 0; n < columns; ++n) {
-    float sums[kRows * kPanel] = {};
-    for (int i = 0; i < kRows; ++i) sums[i * kPanel] = c[i * kPanel + n];
-    add_dot_tile<kRows, Asks::kNothing, Words>(sums, rows, offset, b + n * stride, 0, depth, {});
-    for (int i = 0; i < kRows; ++i) c[i * kPanel + n] = sums[i * kPanel];
+    add_lanes(c, acc);
   }
 }
 
@@ -129,7 +136,6 @@ struct DotChunk {
 template <int kRows, typename Words>
 void add_dot_rows(float* c, const Rows& a, const void* const* next_rows, const DotChunk<Element<Words>>& chunk,
                   Asking& next_b) {
-  const auto [rows, offset] = a;
   const auto [b, stride, num_columns, depth] = chunk;
   const int64_t tiles = num_columns / kDotColumns;
   int64_t row = 0, due = 0;  // of next_rows
@@ -139,37 +145,73 @@ void add_dot_rows(float* c, const Rows& a, const void* const* next_rows, const D
     int asks = 0;
     if (next_rows != nullptr && (due += kRows) >= tiles) {
       due -= tiles;
-      ahead[asks++] = static_cast<const char*>(next_rows[row++]) + offset;
+      ahead[asks++] = static_cast<const char*>(next_rows[row++]) + a.offset;
     }
     next_b.due += next_b.rows;
     while (asks < 2 && next_b.due >= next_b.tiles) ahead[asks++] = next_b.take();
     const auto* const column = b + n * stride;
     switch (asks) {
-      case 0: add_dot_tile<kRows, Asks::kNothing, Words>(c + n, rows, offset, column, stride, depth, ahead); break;
-      case 1: add_dot_tile<kRows, Asks::kOneRow, Words>(c + n, rows, offset, column, stride, depth, ahead); break;
-      default: add_dot_tile<kRows, Asks::kTwoRows, Words>(c + n, rows, offset, column, stride, depth, ahead);
+      case 0: add_dot_tile<kRows, kDotColumns, Asks::kNothing, Words>(c + n, a, column, stride, depth, ahead); break;
+      case 1: add_dot_tile<kRows, kDotColumns, Asks::kOneRow, Words>(c + n, a, column, stride, depth, ahead); break;
+      default: add_dot_tile<kRows, kDotColumns, Asks::kTwoRows, Words>(c + n, a, column, stride, depth, ahead);
     }
   }
-  if (n < num_columns) {
-    add_dot_columns<kRows, Words>(c + n, rows, offset, b + n * stride, stride, depth, num_columns - n);
+  for (; n < num_columns; ++n) {
+    add_dot_tile<kRows, 1, Asks::kNothing, Words>(c + n, a, b + n * stride, stride, depth, {});
   }
 }
 
-// All of a single tile, whose B is read once: column by column over the whole depth, as rows of B lie in memory.
+// Rows of B that a single tile of A reads one after the other, as they lie in memory, and where it asks for more: kLead bytes
+// further on, in time for memory and not yet forgotten by L1. Behind the last row come those of the next product.
+constexpr int64_t kLead = 8192;
+
+struct RowsOfB {
+  const char* data;
+  int64_t stride, count, lead;  // lead: rows; equal rows may have a stride of 0
+  const char* next;
+
+  RowsOfB(const Product& product, const void* b, int64_t row_bytes)
+      : data(static_cast<const char*>(b)),
+        stride(row_bytes),
+        count(product.num_columns),
+        lead(row_bytes > 0 ? (kLead + row_bytes - 1) / row_bytes : 1),
+        next(product.next != nullptr ? static_cast<const char*>(product.next) : data) {}
+
+  const char* row(int64_t n) const { return data + n * stride; }
+  const char* ahead_of(int64_t n) const {
+    return n + lead < count ? row(n + lead) : next + (n + lead - count) * stride;
+  }
+};
+
+// Columns that a single tile walks along at a time. Memory delivers one row of B faster than several, but what is near waits for
+// the chain of one column's sums: the more so the shorter vectors are.
+template <int kRows, typename Words>
+constexpr int kFewColumns = kLanes * Words::kDepth * sizeof(Element<Words>) < 32 ? kDotColumns
+                            : kRows == 1                                         ? 1
+                                                                                 : 2;
+constexpr int64_t kShortRow = 1024;  // bytes: the start and the end of shorter ones cost more than memory
+
+// tile.operator()<kColumns>(n) for all columns, kFew at a time, those of short rows kDotColumns.
+template <int kFew, typename Tile>
+void for_columns(const RowsOfB& rows, Tile&& tile) {
+  int64_t n = 0;
+  const auto walk = [&]<int kColumns>() {
+    for (; n + kColumns <= rows.count; n += kColumns) tile.template operator()<kColumns>(n);
+  };
+  if (rows.stride <= kShortRow) walk.template operator()<kDotColumns>();
+  walk.template operator()<kFew>();
+  walk.template operator()<1>();
+}
+
+// All of a single tile, whose B is read once.
 template <int kRows, typename Words>
 void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words>* b, int64_t depth) {
-  const int64_t stride = product.b.n_stride, num_columns = product.num_columns;
-  const void* const next = product.next != nullptr ? product.next : b;
-  int64_t n = 0;
-  for (; n + kDotColumns <= num_columns; n += kDotColumns) {
-    const auto* const column = b + n * stride;
-    const void* const ahead = n + kDotColumns < num_columns ? column + kDotColumns * stride : next;
-    add_dot_tile<kRows, Asks::kColumns, Words>(product.c + n, a.rows, a.offset, column, stride, depth,
-                                               {static_cast<const char*>(ahead), nullptr});
-  }
-  if (n < num_columns) {
-    add_dot_columns<kRows, Words>(product.c + n, a.rows, a.offset, b + n * stride, stride, depth, num_columns - n);
-  }
+  const int64_t stride = product.b.n_stride;
+  const RowsOfB rows(product, b, stride * static_cast<int64_t>(sizeof(*b)));
+  for_columns<kFewColumns<kRows, Words>>(rows, [&]<int kColumns>(int64_t n) {
+    add_dot_tile<kRows, kColumns, Asks::kSoon, Words>(product.c + n, a, b + n * stride, stride, depth,
+                                                      {rows.ahead_of(n), nullptr});
+  });
 }
 
 // ---- B as rows -----------------------------------------------------------------------------------------------------------
@@ -203,14 +245,16 @@ void pack_rows(float* out, const Matrix& b, int64_t num_columns, int64_t k_begin
 
 // ---- the whole -----------------------------------------------------------------------------------------------------------
 
-// All rows, in tiles of nearly equal height, times a chunk of B; `next`: the rows of B that come next, laid out like these.
+// All rows, in tiles of nearly equal height, times a chunk of B; `next`: the rows of B that come next, as many, `next_stride`
+// bytes apart.
 template <typename Words>
-void add_dot_chunk(const Product& product, const Rows& a, const DotChunk<Element<Words>>& chunk, const void* next) {
+void add_dot_chunk(const Product& product, const Rows& a, const DotChunk<Element<Words>>& chunk, const void* next,
+                   int64_t next_stride) {
   const int64_t tiles = num_row_tiles(product.num_rows);
   Asking next_b;
   if (next != nullptr) {
     next_b = {.row = static_cast<const char*>(next),
-              .stride = chunk.stride * static_cast<int64_t>(sizeof(Element<Words>)),
+              .stride = next_stride,
               .rows = chunk.num_columns,
               .tiles = tiles * (chunk.num_columns / kDotColumns)};
   }
@@ -229,7 +273,7 @@ void dot_products_of(const Product& product) {
   using T = Element<Words>;
   using Packed = typename Words::Packed;
   constexpr bool kPairs = Words::kDepth == 2;
-  constexpr int64_t kChunk = kChunkWords * Words::kDepth;
+  constexpr int64_t kChunk = kChunkWords * Words::kDepth, kBytes = sizeof(T);
   const Matrix& b = product.b;
   const T* const data = static_cast<const T*>(b.data);
   const int64_t depth = product.depth, num_columns = product.num_columns;
@@ -240,7 +284,7 @@ void dot_products_of(const Product& product) {
   if (b.k_stride == 1 && product.num_rows <= kTileRows) {
     const int64_t most = kPairs || product.b.dtype == DType::kFloat32 ? kChunk * depth : kMaxRows / kTileRows * kChunk;
     for (int64_t k = 0; k < depth; k += most) {
-      const Rows rows = rows_from(product, kPairs, k, length(k, most), widened_rows);
+      const Rows rows = rows_from(product, b.dtype, kPairs, k, length(k, most), widened_rows);
       with_constant<kTileRows>(product.num_rows, [&]<int kRows>() {
         add_few_dot_rows<kRows, Words>(product, rows, data + k, length(k, most));
       });
@@ -251,23 +295,20 @@ void dot_products_of(const Product& product) {
   float* const packed = static_cast<float*>(product.scratch);
   for (int64_t k = 0; k < depth; k += kChunk) {
     const int64_t count = length(k, kChunk);
-    const Rows rows = rows_from(product, kPairs, k, count, widened_rows);
+    const Rows rows = rows_from(product, b.dtype, kPairs, k, count, widened_rows);
     if constexpr (kIsWord) {
       if (b.k_stride == 1) {
         const void* const next = k + kChunk < depth ? data + k + kChunk : product.next;
-        add_dot_chunk<Words>(product, rows, {data + k, b.n_stride, num_columns, count}, next);
+        add_dot_chunk<Words>(product, rows, {data + k, b.n_stride, num_columns, count}, next, b.n_stride * kBytes);
         continue;
       }
     }
     pack_rows<Words>(packed, b, num_columns, k, count);
     add_dot_chunk<Packed>(
         product, rows,
-        {reinterpret_cast<const Element<Packed>*>(packed), kScratchRow * Words::kDepth, num_columns, count}, nullptr);
+        {reinterpret_cast<const Element<Packed>*>(packed), kScratchRow * Words::kDepth, num_columns, count}, nullptr,
+        0);
   }
-}
-
-void dot_products(const Product& product) {
-  with_words(product.b.dtype, [&]<typename Words>() { dot_products_of<Words>(product); });
 }
 
 }  // namespace

@@ -22,7 +22,8 @@ class ExpertMatrix {
   ExpertMatrix(const ExpertMatrices& m, int64_t e)
       : data_(m.base != nullptr ? static_cast<const char*>(m.base[e]) : offset(m.packed, e * m.packed.stride[0])),
         rows_(m.base != nullptr ? m.row_count[e] : m.packed.shape[1]),
-        row_stride_(m.packed.stride[1]),
+        // a single row has any stride, but that of compact rows is also their size
+        row_stride_(m.packed.dtype == DType::kUInt8 ? m.packed.shape[2] : m.packed.stride[1]),
         column_stride_(m.packed.stride[2]),
         dtype_(m.packed.dtype) {}
 

@@ -10,7 +10,8 @@
 
 namespace switchgear::cpu {
 
-// One operand of a matrix product: element (n, k) is data[n·n_stride + k·k_stride], strides in elements, one of them 1.
+// One operand of a matrix product: element (n, k) is data[n·n_stride + k·k_stride], strides in elements, one of them 1. Of
+// dtype kUInt8 it is compact (compact.h): n_stride bytes are a row of bfloat16, whose number is the depth of the product.
 struct Matrix {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -27,7 +28,7 @@ constexpr int64_t kChunkWords = 1024;
 // c[m, n] = Σ_k rows[m][k] · b(n, k) for m < num_rows, n < num_columns; float32, k ascending for each element whatever the
 // other arguments are, so a row's result does not depend on its neighbours. Columns up to the panel's width become zero.
 struct Product {
-  const void* const* rows;  // of the dtype of b
+  const void* const* rows;  // of the dtype of b, bfloat16 where it is compact
   int64_t num_rows;         // <= kMaxRows
   Matrix b;
   int64_t num_columns;  // <= panel
@@ -62,7 +63,7 @@ struct Kernels {
   const char* isa;
   int panel;  // columns per product
 
-  void (*multiply)(const Product&);      // k ascends in one accumulator
+  void (*multiply)(const Product&);      // k ascends in one accumulator; not with compact b
   void (*dot_products)(const Product&);  // lanes along k; without row_begin, accumulate, next_width
 
   // out[c][w], c < columns, w < words: the transpose of `left` that gradient_panel multiplies with. A word is a slot in float32,

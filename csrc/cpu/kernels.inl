@@ -133,10 +133,18 @@ float dot_rows(const void* a, const void* b, DType dtype, int64_t n) {
 #include "multiply.inl"
 #include "weight_gradient.inl"
 // uses transpose_words of the one before
+#include "compact_record.h"
 #include "dot_products.inl"
+// and all of the above
+#include "compact_products.inl"
 
 namespace switchgear::cpu {
 namespace {
+
+void dot_products(const Product& product) {
+  if (product.b.dtype == DType::kUInt8) return compact_products(product);
+  with_words(product.b.dtype, [&]<typename Words>() { dot_products_of<Words>(product); });
+}
 
 // ---- activations ---------------------------------------------------------------------------------------------------------
 

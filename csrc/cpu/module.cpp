@@ -7,6 +7,7 @@
 #include "names.h"
 #include "pages.h"
 #include "switchgear/backend.h"
+#include "switchgear/compact.h"
 #include "workspace.h"
 
 namespace py = pybind11;
@@ -74,6 +75,25 @@ void define_module(py::module_& m) {
         return cpu::collapse_into_huge_pages(view.data, view.extent());
       },
       "Moves memory onto huge pages; the bytes that then lie on them.", "tensor"_a);
+  m.def(
+      "pack_compact",
+      [](py::handle weight, py::handle compact, int num_threads) {
+        Arrays arrays;
+        const TensorView from = arrays.in("weight", weight), to = arrays.out("compact", compact);
+        const py::gil_scoped_release release;
+        return pack_compact(from, to, {.num_threads = num_threads});
+      },
+      "Writes bfloat16 weights [E,N,C] as compact ones, both contiguous; the largest number of exceptions in a row.",
+      "weight"_a, "compact"_a, "num_threads"_a = 0);
+  m.def(
+      "expand_compact",
+      [](py::handle compact, py::handle weight, int num_threads) {
+        Arrays arrays;
+        const TensorView from = arrays.in("compact", compact), to = arrays.out("weight", weight);
+        const py::gil_scoped_release release;
+        expand_compact(from, to, {.num_threads = num_threads});
+      },
+      "Writes compact weights as bfloat16, both contiguous.", "compact"_a, "weight"_a, "num_threads"_a = 0);
   m.def("release_workspaces", &release_workspaces, "Frees the memory that is kept between calls.");
   m.def("kept_bytes", &cpu::kept_bytes, "Bytes that are kept for the next tensors of a Buffer.");
   py::class_<cpu::Buffer>(m, "Buffer", py::buffer_protocol(), "Bytes of a tensor, from memory that is kept and reused.")

@@ -98,6 +98,12 @@ struct PairWords {
 template <typename Words>
 using Element = typename Words::Element;
 
+#ifdef __AVX512BF16__
+using BFloat16Words = PairWords;
+#else
+using BFloat16Words = FloatWords<BFloat16>;
+#endif
+
 // function.operator()<Words>() with what this ISA multiplies numbers of the dtype as
 template <typename Function>
 inline void with_words(DType dtype, Function&& function) {
@@ -313,15 +319,16 @@ struct Rows {
   int64_t offset;
 };
 
-// The rows themselves, or [k, k + depth) of them widened to float32 into the product's scratch.
-Rows rows_from(const Product& product, bool pairs, int64_t k, int64_t depth, const void* (&widened_rows)[kMaxRows]) {
+// The rows, of `dtype`, themselves, or [k, k + depth) of them widened to float32 into the product's scratch.
+Rows rows_from(const Product& product, DType dtype, bool pairs, int64_t k, int64_t depth,
+               const void* (&widened_rows)[kMaxRows]) {
   k += product.row_begin;
-  if (product.b.dtype == DType::kFloat32) return {product.rows, k * 4};
+  if (dtype == DType::kFloat32) return {product.rows, k * 4};
   if (pairs) return {product.rows, k * 2};
   float* const widened = static_cast<float*>(product.scratch) + kScratchRow * kMaxPanel;
   for (int64_t m = 0; m < product.num_rows; ++m) {
     float* const row = widened + m * (depth + kScratchRow - kChunkWords);
-    load_row(row, static_cast<const char*>(product.rows[m]) + k * 2, product.b.dtype, depth);
+    load_row(row, static_cast<const char*>(product.rows[m]) + k * 2, dtype, depth);
     widened_rows[m] = row;
   }
   return {widened_rows, 0};
@@ -348,7 +355,7 @@ void multiply_words(const Product& product) {
     const int64_t count = length(k, kChunk);
     Ahead ahead = ahead_of(product, k + kChunk, kChunk);
     pack<Words>(panel, product, k, count, kLinesPerWord - asking, ahead);
-    const auto [rows, offset] = rows_from(product, kPairs, k, count, widened_rows);
+    const auto [rows, offset] = rows_from(product, product.b.dtype, kPairs, k, count, widened_rows);
     const Chunk chunk{.rows = rows,
                       .offset = offset,
                       .panel = panel,

@@ -209,7 +209,8 @@ void combine_weight_backward(const CombineBackwardArgs& args, Execution exec = {
 // One matrix [rows, cols] per expert. Two of the three strides of a matrix are the same for all experts; base pointers and
 // numbers of rows may differ. `packed` [E,rows,cols] is the common case; with `base` set, expert e is base[e], row_count[e].
 struct ExpertMatrices {
-  TensorView packed;  // [E,rows,cols] float, any strides; with `base`: shape [E,max rows,cols] and data unused
+  TensorView
+      packed;  // [E,rows,cols] float, any strides; with `base`: shape [E,max rows,cols] and data unused; or compact.h
   const void* const* base = nullptr;   // [E]
   const int64_t* row_count = nullptr;  // [E], each <= packed.shape[1]
 };
@@ -220,7 +221,7 @@ struct ExpertMatrices {
 // Columns past an expert's row_count and rows past expert_offsets[E] are zero.
 struct GroupedGemmArgs {
   TensorView x;                 // [R,C] float, rows contiguous
-  ExpertMatrices weight;        // [E,N,C]
+  ExpertMatrices weight;        // [E,N,C]; compact for x in bfloat16, but not with input_gradient
   TensorView bias;              // [E,N] float, optional
   TensorView expert_offsets;    // [E+1]
   TensorView token_indices;     // [S], optional
@@ -273,8 +274,8 @@ void glu_backward(const GluBackwardArgs& args, Execution exec = {});
 // ---- the whole layer ---------------------------------------------------------------------------------------------------
 
 struct ExpertWeights {
-  ExpertMatrices gate_up_proj;  // [E,N,H] float
-  ExpertMatrices down_proj;     // [E,H,I] float
+  ExpertMatrices gate_up_proj;  // [E,N,H] float; in moe_forward with x in bfloat16 also compact
+  ExpertMatrices down_proj;     // [E,H,I], likewise
   TensorView gate_up_bias;      // [E,N] float, optional
   TensorView down_bias;         // [E,H] float, optional
 };

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// How rows of compact weights are read: the format of switchgear/compact.h.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "switchgear/compact.h"
+
+namespace switchgear::cpu {
+
+// A row: its header, then its records.
+struct CompactRow {
+  const uint8_t* data;
+  int64_t header;  // bytes
+
+  const uint8_t* exponents() const { return data; }
+  const uint8_t* record(int64_t r) const { return data + header + r * kCompactRecordBytes; }
+};
+
+// Bytes of the header where rows have `row_bytes` bytes and `cols` elements.
+inline int64_t compact_header(int64_t row_bytes, int64_t cols) {
+  return row_bytes - (cols + kCompactRecord - 1) / kCompactRecord * kCompactRecordBytes;
+}
+
+// Where element i of a record has its byte, in each half of 64.
+inline int64_t compact_place(int64_t i) { return i % 32 / 8 * 16 + i / 32 % 2 * 8 + i % 8; }
+
+// The elements of a row whose exponents have no code, by column. Whatever the bytes are, no other memory is touched.
+class CompactExceptions {
+ public:
+  CompactExceptions() = default;
+  explicit CompactExceptions(const CompactRow& row) : next_(row.data + kFirst) {
+    uint16_t count;
+    std::memcpy(&count, row.data + kCount, sizeof count);
+    end_ = next_ + std::min<int64_t>(count, room(row.header)) * kBytes;
+  }
+
+  static int64_t room(int64_t header) { return (header - kFirst) / kBytes; }
+
+  // The record that has the next one; kNone behind the last.
+  static constexpr int64_t kNone = INT64_MAX;
+  int64_t record() const { return next_ == end_ ? kNone : column() / kCompactRecord; }
+
+  void skip_to(int64_t first_record) {
+    while (record() < first_record) next_ += kBytes;
+  }
+  // set(i, bits) for each element of a record that has one.
+  template <typename Set>
+  void apply(int64_t of_record, Set&& set) {
+    for (; record() == of_record; next_ += kBytes) {
+      uint16_t bits;
+      std::memcpy(&bits, next_ + 2, sizeof bits);
+      set(column() % kCompactRecord, bits);
+    }
+  }
+
+  static constexpr int64_t kCount = 16, kFirst = 20, kBytes = 4;  // in the header
+
+ private:
+  int64_t column() const {
+    uint16_t value;
+    std::memcpy(&value, next_, sizeof value);
+    return value;
+  }
+  const uint8_t* next_ = nullptr;
+  const uint8_t* end_ = nullptr;
+};
+
+}  // namespace switchgear::cpu

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// dot_products whose B is compact (compact.h): weights are unpacked between memory and multiplication. Included by kernels.inl
+// after dot_products.inl.
+//
+//   work 2·M·N·K flop; traffic 1.5 bytes a weight and 64 a row, instead of 2 a weight
+//   A step of few rows takes a record of 128 weights: with AVX-512 from memory into registers, where they are multiplied, at 22
+//   operations a record beside the products, so that memory binds: 1.2 times a plain read of the bfloat16 with one or two rows of
+//   A, 1.05 with 6. A second tile of rows finds the row of B in L1.
+//   More rows: a chunk of B is unpacked into the scratch, as a transposed one would be, and multiplied from there.
+//
+// Weights have their exact bits and sums the order of dot_products, so results have the bits of plain weights.
+#pragma once
+
+namespace switchgear::cpu {
+namespace {
+
+using Words = BFloat16Words;
+constexpr bool kPairs = Words::kDepth == 2;
+constexpr int64_t kCompactChunk = kChunkWords * Words::kDepth;  // elements
+static_assert(kCompactChunk % kCompactRecord == 0);
+constexpr int64_t kCompactRows = 10;  // up to so many, unpacking B for each tile is quicker than by way of the scratch
+
+// Where the next exceptions are in kColumns rows.
+template <int kColumns>
+class NextExceptions {
+ public:
+  NextExceptions(const CompactRow& b, int64_t stride) {
+    for (int j = 0; j < kColumns; ++j) rows_[j] = CompactExceptions({b.data + j * stride, b.header});
+    find();
+  }
+  int64_t record() const { return record_; }
+  void apply(UnpackedRecord (&records)[kColumns]) {
+    for (int j = 0; j < kColumns; ++j) {
+      rows_[j].apply(record_, [&](int64_t i, uint16_t bits) { records[j].set(i, bits); });
+    }
+    find();
+  }
+
+ private:
+  void find() {
+    record_ = CompactExceptions::kNone;
+    for (const auto& row : rows_) record_ = row.record() < record_ ? row.record() : record_;
+  }
+
+  int64_t record_;
+  CompactExceptions rows_[kColumns];
+};
+
+// acc[i][j] += the products of `parts` vectors of words[i] and of records[j].
+template <int kRows, int kColumns>
+inline void add_record(Floats (&acc)[kRows][kColumns], const float* const (&words)[kRows],
+                       const UnpackedRecord (&records)[kColumns], int parts) {
+#pragma GCC unroll 32
+  for (int part = 0; part < kRecordParts; ++part) {
+    if (part == parts) break;
+    Floats column[kColumns];
+#pragma GCC unroll 8
+    for (int j = 0; j < kColumns; ++j) column[j] = records[j].words(part);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Floats row = load(words[i] + part * kLanes);
+#pragma GCC unroll 8
+      for (int j = 0; j < kColumns; ++j) acc[i][j] = step<kPairs>(row, column[j], acc[i][j]);
+    }
+  }
+}
+
+// kRows rows and kColumns columns of C += the products with rows of B, `stride` bytes apart. Asks for kColumns rows from `ahead`
+// on, into L1.
+template <int kRows, int kColumns>
+void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stride, int64_t depth, const char* ahead) {
+  constexpr int64_t kAsked = kColumns * kCompactRecordBytes, kRecordWords = kCompactRecord / Words::kDepth;
+  const int64_t whole = depth / kCompactRecord, rest = depth % kCompactRecord;
+  const Exponents exponents(b.exponents());
+  NextExceptions<kColumns> exceptions(b, stride);
+  const float* words[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    words[i] = reinterpret_cast<const float*>(static_cast<const char*>(a.rows[i]) + a.offset);
+  }
+  Floats acc[kRows][kColumns];
+  const auto unpack = [&](UnpackedRecord(&records)[kColumns], int64_t r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kColumns; ++j) records[j].unpack(b.record(r) + j * stride, exponents);
+    if (r == exceptions.record()) exceptions.apply(records);
+  };
+
+  for (int64_t i = 0; i < kColumns * b.header; i += kLine) __builtin_prefetch(ahead + i, 0, 3);
+  ahead += kColumns * b.header;
+  for (int64_t r = 0; r < whole || (r == whole && rest > 0);) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kColumns; ++j) acc[i][j] = broadcast(0.0f);
+    }
+    const int64_t chunk_end = r + kCompactChunk / kCompactRecord;
+    for (; r < whole && r < chunk_end; ++r) {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kAsked; i += kLine) __builtin_prefetch(ahead + i, 0, 3);
+      ahead += kAsked;
+      UnpackedRecord records[kColumns];
+      unpack(records, r);
+      add_record(acc, words, records, kRecordParts);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) words[i] += kRecordWords;
+    }
+    if (r == whole && rest > 0 && r < chunk_end) {
+      UnpackedRecord records[kColumns];
+      unpack(records, r++);
+      for (auto& record : records) record.clear_from(rest);
+      float padded[kRows][kRecordWords] = {};
+      for (int i = 0; i < kRows; ++i) {
+        __builtin_memcpy(padded[i], words[i], static_cast<size_t>(rest) * 4 / Words::kDepth);
+        words[i] = padded[i];
+      }
+      const int64_t step_depth = kCompactRecord / kRecordParts;
+      add_record(acc, words, records, static_cast<int>((rest + step_depth - 1) / step_depth));
+    }
+    add_lanes(c, acc);
+  }
+}
+
+// All columns of a few tiles of rows, which find a row of B in L1 once the first one has read it.
+template <int kFew>
+void add_compact_columns(const Product& product, const Rows& a, const CompactRow& b) {
+  const RowsOfB rows(product, b.data, product.b.n_stride);
+  const int64_t tiles = num_row_tiles(product.num_rows);
+  for_columns<kFew>(rows, [&]<int kColumns>(int64_t n) {
+    const CompactRow row{b.data + n * rows.stride, b.header};
+    for (int64_t t = 0, m = 0, count; t < tiles; ++t, m += count) {
+      count = (product.num_rows - m) / (tiles - t);
+      const char* const ahead = t == 0 ? rows.ahead_of(n) : rows.row(n);
+      with_constant<kTileRows>(count, [&]<int kRows>() {
+        add_compact_tile<kRows, kColumns>(product.c + m * kPanel + n, {a.rows + m, a.offset}, row, rows.stride,
+                                          product.depth, ahead);
+      });
+    }
+  });
+}
+
+// out[n] = the words of B's row n for k in [k_begin, k_begin + depth), kScratchRow words apart: as pack_rows.
+void unpack_rows(float* out, const Matrix& b, int64_t header, int64_t num_columns, int64_t k_begin, int64_t depth) {
+  const int64_t first = k_begin / kCompactRecord;
+  for (int64_t n = 0; n < num_columns; ++n, out += kScratchRow) {
+    const CompactRow row{static_cast<const uint8_t*>(b.data) + n * b.n_stride, header};
+    const Exponents exponents(row.exponents());
+    CompactExceptions exceptions(row);
+    exceptions.skip_to(first);
+    for (int64_t k = 0; k < depth; k += kCompactRecord) {
+      const int64_t r = first + k / kCompactRecord;
+      UnpackedRecord record;
+      record.unpack(row.record(r), exponents);
+      exceptions.apply(r, [&](int64_t i, uint16_t bits) { record.set(i, bits); });
+      if (depth - k < kCompactRecord) record.clear_from(depth - k);
+#pragma GCC unroll 32
+      for (int part = 0; part < kRecordParts; ++part) {
+        store(out + k / Words::kDepth + part * kLanes, record.words(part));
+      }
+    }
+  }
+}
+
+void compact_products(const Product& product) {
+  using Packed = typename Words::Packed;
+  const int64_t depth = product.depth, num_columns = product.num_columns;
+  const CompactRow b{static_cast<const uint8_t*>(product.b.data), compact_header(product.b.n_stride, depth)};
+  const void* widened_rows[kMaxRows];
+
+  __builtin_memset(product.c, 0, sizeof(float) * kPanel * static_cast<size_t>(product.num_rows));
+  if (product.num_rows <= kCompactRows) {
+    const Rows rows = rows_from(product, DType::kBFloat16, kPairs, 0, depth, widened_rows);
+    product.num_rows == 1 ? add_compact_columns<kFewColumns<1, Words>>(product, rows, b)
+                          : add_compact_columns<kFewColumns<2, Words>>(product, rows, b);
+    return;
+  }
+  float* const unpacked = static_cast<float*>(product.scratch);
+  const auto* const next_product = static_cast<const uint8_t*>(product.next);
+  for (int64_t k = 0; k < depth; k += kCompactChunk) {
+    const int64_t count = depth - k < kCompactChunk ? depth - k : kCompactChunk;
+    const Rows rows = rows_from(product, DType::kBFloat16, kPairs, k, count, widened_rows);
+    unpack_rows(unpacked, product.b, b.header, num_columns, k, count);
+    const uint8_t* const next =
+        k + kCompactChunk < depth ? b.record((k + kCompactChunk) / kCompactRecord) : next_product;
+    add_dot_chunk<Packed>(
+        product, rows,
+        {reinterpret_cast<const Element<Packed>*>(unpacked), kScratchRow * Words::kDepth, num_columns, count}, next,
+        product.b.n_stride);
+  }
+}
+
+}  // namespace
+}  // namespace switchgear::cpu

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Compact weights: bfloat16 in three quarters of its memory, without loss, for moe_forward and grouped_gemm on the CPU.
+//
+// Trained weights use few of the 256 exponents: the 16 that most elements of an expert have get codes of 4 bits. In place of a
+// tensor [E,rows,cols] there is one [E,rows,bytes] of uint8, contiguous; a row is a header of 64 bytes or a multiple, then
+// ⌈cols/128⌉ records of 192:
+//   header  byte i < 16: the exponent of code i, ascending, the same in all rows of an expert
+//           bytes 16, 17: n, the number of elements with another exponent; from byte 20 on n times column, bits (uint16 each),
+//           columns ascending
+//   record  byte 64·h + p(i): sign and fraction of element 64·h + i, with p(i) = i % 32 / 8 · 16 + i / 32 · 8 + i % 8
+//           byte 128 + p(i): the codes of elements i (low bits) and 64 + i
+#pragma once
+#include "switchgear/ops.h"
+
+namespace switchgear {
+
+inline constexpr int64_t kCompactRecord = 128, kCompactRecordBytes = 192, kCompactHeader = 64;
+inline constexpr int64_t kMaxCompactColumns = 32768;
+
+// Bytes of a row whose header has room for `exceptions` elements with other exponents.
+int64_t compact_row_bytes(int64_t cols, int64_t exceptions);
+
+// Writes `weight` [E,rows,cols] bfloat16 as `compact` [E,rows,bytes] uint8, both contiguous. Returns how many exceptions a row
+// has at most: `compact` is complete only if its headers have room for so many.
+int64_t pack_compact(const TensorView& weight, const TensorView& compact, Execution exec = {});
+
+// The inverse.
+void expand_compact(const TensorView& compact, const TensorView& weight, Execution exec = {});
+
+}  // namespace switchgear
