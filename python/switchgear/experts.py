@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.compress.formats import Format, format_of, quantized_moe, quantized_of
+from switchgear.compress.compact import compact as compress_compact
+from switchgear.compress.compact import compact_of, compressed_of, expand
+from switchgear.compress.formats import Format, QuantizedExperts, format_of
 from switchgear.compress.lora import lora_forward, lora_of
 from switchgear.functional import moe
 from switchgear.packing import FINDERS, Layout, pack_weights, unpack_weights
@@ -95,7 +97,7 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden_states [..., H], topk_ids [..., K] (-1 for none) and topk_weights [..., K] -> [..., H]; see `moe`."""
-        quantized, lora = quantized_of(self), lora_of(self)
+        compressed, lora = compressed_of(self), lora_of(self)
         options: dict[str, Any] = {
             "activation": self.activation,
             "gated": self.gated,
@@ -105,11 +107,13 @@ class Experts(nn.Module):
             "alpha": self.alpha,
             "limit": self.limit,
         }
-        if quantized is not None:
-            matrices = quantized.matrices(self)
-            if lora is not None:
-                return lora_forward(self, lora, matrices, hidden_states, topk_ids, topk_weights)
-            return quantized_moe(hidden_states, *matrices, topk_ids, topk_weights, **options)
+        if compressed is not None:
+            if lora is None:
+                return compressed.moe(self, hidden_states, topk_ids, topk_weights, **options)
+            weights: Any = (
+                compressed.matrices(self) if isinstance(compressed, QuantizedExperts) else compressed.weights(self)
+            )
+            return lora_forward(self, lora, weights, hidden_states, topk_ids, topk_weights)
         # Each attribute is read once: under a parametrization every access makes the weight anew.
         gate_up_proj: Tensor = getattr(self, self._first)
         down_proj: Tensor = self.down_proj
@@ -124,13 +128,17 @@ class Experts(nn.Module):
         """The format of quantised weights, None for plain ones; see switchgear.compress."""
         return format_of(self)
 
-    def pack_(self) -> Experts:
-        """Lays transposed projections in the order that the CPU reads best, see `pack_weights`; no change to others."""
-        pack_weights(self)
+    def pack_(self, *, compact: bool = False) -> Experts:
+        """Lays transposed projections in the order that the CPU reads best, see `pack_weights`; no change to others.
+
+        compact: also store bfloat16 in 12 bits without loss, which speeds up decoding: see `compress.compact`.
+        """
+        compress_compact(self) if compact else pack_weights(self)
         return self
 
     def unpack_(self) -> Experts:
         """Takes pack_ back."""
+        expand(self)
         unpack_weights(self)
         return self
 
@@ -144,6 +152,8 @@ class Experts(nn.Module):
             parts.append(f"limit={self.limit}")
         if self.format is not None:
             parts.append(str(self.format))
+        if compact_of(self) is not None:
+            parts.append("compact")
         return ", ".join(parts)
 
 
@@ -157,7 +167,7 @@ def experts_class(parallel: ExpertParallel | None) -> Callable[..., Experts]:
 
 
 def _layout_of(module: nn.Module) -> Layout | None:
-    if not isinstance(module, Experts) or module.format is not None:
+    if not isinstance(module, Experts) or compressed_of(module) is not None:
         return None
     return Layout((module._first, "down_proj"), module.transposed, module.gated and not module.interleaved)
 

@@ -19,6 +19,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from switchgear import reference_compact
+
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2_sum")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai")
@@ -370,9 +372,12 @@ def grouped_gemm(
     """out[s,n] = Σ_c x[r(s),c] · weight[e(s)][n,c] + bias[e(s),n], with r(s) = token_indices[s] where given, else s.
 
     x [R,C]; weight: one packed [E,N,C], or E matrices [N_e,C]; bias [E,N]. out [S,N], N the widest. `input_gradient`: a
-    kernel adds up in the order in which its moe_backward does, instead of its moe_forward.
+    kernel adds up in the order in which its moe_backward does, instead of its moe_forward; otherwise a packed weight
+    may be compact.
     """
     _check("x", x, (None, None))
+    if not input_gradient:
+        weight = [reference_compact.plain(matrix, x.shape[1]) for matrix in weight]
     num_experts = expert_offsets.shape[0] - 1
     matrices = weight[0] if len(weight) == 1 and weight[0].dim() == 3 else weight
     if len(matrices) != num_experts:
@@ -551,8 +556,10 @@ def moe_forward(
 ) -> tuple[Tensor, Tensor]:
     """y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu) · W_dᵀ + b_d), and h [S,N] = x·W_guᵀ + b_gu in slot order.
 
-    h is [0,N] unless save_h.
+    h is [0,N] unless save_h. Projections may be compact (reference_compact) where x is bfloat16.
     """
+    gate_up_proj = reference_compact.plain(gate_up_proj, x.shape[1])
+    down_proj = reference_compact.plain(down_proj, _intermediate_size("gate_up_proj", gate_up_proj.shape[1], gated))
     layer = (gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
     _check_layer(x, *layer, activation, gated, alpha, limit)
     expert_offsets, token_indices, slot_indices = plan(topk_ids, gate_up_proj.shape[0])

@@ -80,6 +80,10 @@ class QuantizedExperts:
         """The two projections of `module`."""
         return self._matrix(module, 0, self.parts), self._matrix(module, 1, 1)
 
+    def moe(self, module: nn.Module, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, **options: Any) -> Tensor:
+        """switchgear.moe with the projections of `module`."""
+        return quantized_moe(x, *self.matrices(module), topk_ids, topk_weights, **options)
+
     def _matrix(self, module: nn.Module, index: int, parts: int) -> QuantizedMatrix:
         name = self.names[index]
         row_scales: Tensor = getattr(module, f"{name}_row_scales")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.compress.compact import compact_of
 from switchgear.compress.formats import Format, QuantizedExperts, QuantizedMatrix, quantized_of
 from switchgear.packing import FINDERS, Layout
 from switchgear.pages import advise_huge_pages
@@ -40,6 +41,8 @@ def quantize(model: nn.Module, dtype: str, *, group_size: int | None = None, sym
     format = Format(dtype, group_size, symmetric)
     found = 0
     for module in model.modules():
+        if compact_of(module) is not None:
+            raise ValueError("model: expected plain weights, got compact ones; expand them first")
         present = quantized_of(module)
         if present is not None:
             if present.format != format:

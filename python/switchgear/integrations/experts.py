@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 import switchgear
-from switchgear.compress.formats import QuantizedExperts, quantized_moe
 from switchgear.integrations.gates import Gate
 
 
@@ -78,16 +77,16 @@ def run_experts(
     return switchgear.combine(permuted_y, plan, topk_weights).to(x.dtype)
 
 
-def run_quantized(
-    module: Any, quantized: QuantizedExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate: Gate | None
+def run_compressed(
+    module: Any, compressed: Any, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate: Gate | None
 ) -> Tensor:
-    """The same for a module that `switchgear.compress.quantize` changed, which it does to fused ones alone."""
+    """The same for a module that `switchgear.compress` changed, which it does to fused ones alone."""
     assert gate is not None
-    biases = (getattr(module, f"{name}_bias", None) for name in quantized.names)
+    biases = (getattr(module, f"{name}_bias", None) for name in compressed.names)
     gate_up_bias, down_bias = biases if getattr(module, "has_bias", False) else (None, None)
-    y = quantized_moe(
+    y: Tensor = compressed.moe(
+        module,
         x,
-        *quantized.matrices(module),
         topk_ids,
         topk_weights,
         activation=gate.activation,

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ExpertsInterface
 
-from switchgear.compress.formats import quantized_of
-from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts, run_quantized, warn_once
+from switchgear.compress.compact import compressed_of
+from switchgear.integrations.experts import ExpertWeights, not_plain, run_compressed, run_experts, warn_once
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, swap_forward
 from switchgear.integrations.undecorated import PATCHES, patch_of
@@ -47,8 +47,8 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     """
     # int32 first: one conversion less in moe. (Ids that do not fit do not occur: they index a router's logits.)
     ids = torch.where(top_k_index < module.num_experts, top_k_index, -1).int()
-    if (quantized := quantized_of(module)) is not None:
-        return run_quantized(module, quantized, hidden_states, ids, top_k_weights, gate_of(module))
+    if (compressed := compressed_of(module)) is not None:
+        return run_compressed(module, compressed, hidden_states, ids, top_k_weights, gate_of(module))
     weights = _weights(module)
     if (reason := not_plain(weights)) is not None:
         warn_once(f"{type(module).__name__} keeps its own implementation: {reason}")
@@ -163,7 +163,7 @@ def path_of(module: Any) -> str:
         return f"FP8 experts: {_FP8_ADVICE}"
     if module.config._experts_implementation != NAME:
         return f"not replaced: experts_implementation is {module.config._experts_implementation!r}"
-    if quantized_of(module) is not None:
+    if compressed_of(module) is not None:
         return "moe"
     # FSDP, tensor and expert parallelism hold DTensors between forwards, and plain local tensors inside.
     local = (weight for weight in _weights(module) if not isinstance(weight, DTensor))
@@ -174,7 +174,7 @@ def path_of(module: Any) -> str:
 
 def _layout_of(module: Any) -> Layout | None:
     """For packing and quantisation: decorated modules on the fused kernel."""
-    if not is_decorated(module) or quantized_of(module) is not None or path_of(module) != "moe":
+    if not is_decorated(module) or compressed_of(module) is not None or path_of(module) != "moe":
         return None
     gate = gate_of(module)
     assert gate is not None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from switchgear.backends import in_autocast
-from switchgear.compress.formats import quantized_of
+from switchgear.compress.compact import compressed_of
 from switchgear.experts import Experts
 from switchgear.functional import _apply, _as_ids, _as_weights, _autocast, _limit, _needs_autograd
 from switchgear.parallel import exchange
@@ -102,7 +102,7 @@ def exchange_moe(
         wanted = weights is None and _needs_autograd(x, topk_weights)
         with torch.no_grad(), layer.parallel.peers.exchange():
             if wanted:
-                what = "quantized experts that are distributed"
+                what = "compressed experts that are distributed"
                 raise ValueError(f"hidden_states: expected no gradients to be recorded with {what}")
             given = None if module is not None else weights
             y, _ = exchange.forward(layer, x, topk_ids, topk_weights, -1, given, module)
@@ -114,7 +114,7 @@ class ParallelExperts(Experts):
 
     Made by MoE(..., parallel=…). The parameters are those of the local experts; `placement` says which they are. The
     same seed gives an expert the same initial weights whatever the number of ranks. Every parameter gets a gradient at
-    every step, on every rank. Quantized experts are for inference.
+    every step, on every rank. Compressed experts are for inference.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class ParallelExperts(Experts):
         """hidden_states [..., H], topk_ids [..., K] (of all experts; -1 for none) and topk_weights [..., K] -> [...,
         H]."""
         weights = None
-        if quantized_of(self) is None:
+        if compressed_of(self) is None:
             first: Tensor = getattr(self, self._first)
             second: Tensor = self.down_proj
             if self.transposed:

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Compact weights: what the format holds, results with the bits of plain weights, and modules."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import switchgear
+from switchgear import compress, reference_compact
+from switchgear.compress.compact import compact_moe, compact_of, compacted, expanded
+
+H, I, E, K = 512, 384, 5, 2  # noqa: E741
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int16)
+
+
+def any_bits(*shape: int) -> Tensor:
+    """Every pattern: infinities, NaN with payloads, subnormals, both zeros."""
+    return torch.randint(-(2**15), 2**15, shape).to(torch.int16).view(torch.bfloat16)
+
+
+def wide(*shape: int) -> Tensor:
+    """Finite, but of so many magnitudes that a tenth of them are exceptions."""
+    return (torch.randn(shape) * torch.exp2(torch.randint(-12, 1, shape).float())).bfloat16()
+
+
+def sparse(*shape: int) -> Tensor:
+    """Half of them zeros, of either sign."""
+    return (torch.randn(shape) * torch.randint(0, 2, shape)).bfloat16()
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+KINDS = (normal, wide, sparse)
+
+
+def make_experts(**options: Any) -> switchgear.Experts:
+    experts = switchgear.Experts(H, I, E, **{"dtype": torch.bfloat16} | options)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return experts
+
+
+def inputs(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.rand(num_tokens, E).argsort(-1)[:, :K].int()
+    return torch.randn(num_tokens, H).to(dtype), ids, torch.rand(num_tokens, K)
+
+
+# ---- the format ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [*KINDS, any_bits], ids=lambda make: make.__name__)
+@given(experts=st.integers(1, 3), rows=st.integers(1, 5), columns=st.integers(1, 400))
+def test_nothing_is_lost(make: Any, experts: int, rows: int, columns: int) -> None:
+    weight = make(experts, rows, columns)
+    stored = compacted(weight)
+    assert torch.equal(stored, reference_compact.compact(weight))
+    assert torch.equal(bits(expanded(stored, columns)), bits(weight))
+    assert torch.equal(bits(reference_compact.expand(stored, columns)), bits(weight))
+
+
+def test_bytes() -> None:
+    """12 bits and a header of 64 bytes a row, as long as rows have few exceptions."""
+    weight = (torch.randn(2, 16, 2048) * 0.02).bfloat16()
+    assert compacted(weight).shape == (2, 16, 64 + 2048 * 3 // 2)
+    sixteen = torch.randint(1 << 14, (16 << 7) + (1 << 14), (1, 4, 256)).to(torch.int16).view(torch.bfloat16)
+    stored = compacted(sixteen)
+    assert stored.shape == (1, 4, 64 + 256 * 3 // 2)
+    assert stored[..., :16].tolist() == [[list(range(128, 144))] * 4]
+    assert not stored[..., 16:64].any()
+
+
+def test_exceptions_by_hand() -> None:
+    weight = torch.ones(1, 2, 130, dtype=torch.bfloat16) * torch.exp2(torch.arange(130) % 16).bfloat16()
+    weight[0, 1, 7], weight[0, 1, 129] = -3e38, 0.0
+    header = compacted(weight)[0, :, :64]
+    assert header[0, 16:].tolist() == [0] * 48
+    expected = torch.tensor([2, 7, int(bits(weight[0, 1, 7])), 129, 0]).to(torch.int16)
+    assert header[1, 16:18].view(torch.int16) == expected[:1]
+    assert torch.equal(header[1, 20:28].view(torch.int16), expected[1:])
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("kind", ["forward", "grouped_gemm"])
+def test_same_bits(isa: str, make: Any, kind: str) -> None:
+    """All kinds of tiles, experts beyond the rows of a product, rows longer than a chunk, panels that are not full."""
+    for hidden_size, intermediate_size in ((300, 200), (2200, 70), (1, 1)):
+        gate_up = make(E, 2 * intermediate_size, hidden_size)
+        down = make(E, hidden_size, intermediate_size)
+        stored = compacted(gate_up), compacted(down)
+        for num_tokens in (0, 1, 3, 16, 70, 700 if hidden_size == 300 else 24):
+            x = torch.randn(num_tokens, hidden_size).bfloat16()
+            ids = torch.rand(num_tokens, E).argsort(-1)[:, :K].int()
+            if kind == "forward":
+                call = ids, torch.rand(num_tokens, K)
+                y = switchgear.moe(x, gate_up, down, *call)
+                got = compact_moe(x, *stored, (hidden_size, intermediate_size), *call)
+            else:
+                plan = switchgear.plan(ids, E)
+                y, got = (
+                    switchgear.grouped_gemm(x, weight, plan.expert_offsets, token_indices=plan.token_indices)
+                    for weight in (gate_up, stored[0])
+                )
+            assert torch.equal(bits(got), bits(y)), (hidden_size, num_tokens)
+
+
+def test_infinities_and_nan(isa: str) -> None:
+    experts = make_experts()
+    with torch.no_grad():
+        experts.gate_up_proj[0, 0, 0], experts.gate_up_proj[1, 3, 5] = float("inf"), float("nan")
+    call = inputs(40)
+    y = experts(*call)
+    compress.compact(experts)
+    assert torch.equal(y.isnan(), experts(*call).isnan())
+    assert torch.equal(y.nan_to_num(), experts(*call).nan_to_num())
+
+
+def test_any_bytes_are_read_safely(isa: str) -> None:
+    """Rows that nobody packed name exceptions without number, at columns beyond the end and out of order."""
+    for _ in range(20):
+        rows = torch.randint(0, 256, (E, 2 * I, 64 + reference_compact.records_bytes(H))).to(torch.uint8)
+        down = torch.randint(0, 256, (E, H, 128 + reference_compact.records_bytes(I))).to(torch.uint8)
+        for num_tokens in (2, 50):
+            y = compact_moe(inputs(num_tokens)[0], rows, down, (H, I), *inputs(num_tokens)[1:])
+            assert y.shape == (num_tokens, H)
+
+
+# ---- modules ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": True}, {"gated": False}, {"interleaved": True}, {"transposed": True}],
+    ids=lambda options: "-".join(options) or "gated",
+)
+def test_experts(backend: str, options: dict[str, bool]) -> None:
+    if backend.startswith(("simt", "cuda")):
+        pytest.skip("compact is for the CPU, and refuses weights on other devices")
+    experts = make_experts(**options)
+    packed = copy.deepcopy(experts).pack_(compact=True)
+    assert compact_of(packed) is not None
+    assert "compact" in repr(packed)
+    assert [name for name, _ in packed.named_parameters()] == [n for n, _ in experts.named_parameters() if "bias" in n]
+    for num_tokens in (0, 1, 20):
+        call = inputs(num_tokens)
+        with torch.no_grad():
+            assert torch.equal(packed(*call), experts(*call))
+        shaped = call[0].view(num_tokens, 1, H), call[1].view(num_tokens, 1, K), call[2].view(num_tokens, 1, K)
+        with torch.no_grad():
+            assert torch.equal(packed(*shaped), experts(*call).view(num_tokens, 1, H))
+    before = dict(experts.named_parameters())
+    assert compact_of(packed.unpack_()) is None
+    assert [name for name, _ in packed.named_parameters()] == list(before)
+    assert all(torch.equal(weight, before[name]) for name, weight in packed.named_parameters())
+    assert not packed._non_persistent_buffers_set
+
+
+def test_gradients_reach_activations() -> None:
+    experts = make_experts(bias=True)
+    packed = copy.deepcopy(experts).pack_(compact=True)
+    results = []
+    for module in (experts, packed):
+        torch.manual_seed(0)
+        x, ids, weights = inputs(9)
+        leaves = [x.requires_grad_(), weights.requires_grad_(), module.gate_up_proj_bias, module.down_proj_bias]
+        results.append(torch.autograd.grad(module(x, ids, weights).square().sum(), leaves))
+    assert all(map(torch.equal, *results))
+
+
+def test_state_dict_is_plain(tmp_path: Path) -> None:
+    experts = make_experts(bias=True, transposed=True)
+    model = nn.Sequential(copy.deepcopy(experts))
+    assert compress.compact(model) == 1
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt")
+    assert sorted(state) == sorted(f"0.{name}" for name in experts.state_dict())
+    assert all(torch.equal(state[f"0.{name}"], weight) for name, weight in experts.state_dict().items())
+
+    other = nn.Sequential(make_experts(bias=True, transposed=True))
+    assert compress.compact(other) == 1
+    other.load_state_dict(state)
+    call = inputs(4)
+    with torch.no_grad():
+        y = experts(*call)
+        for module in (model[0], other[0], copy.deepcopy(model)[0], pickle.loads(pickle.dumps(model))[0]):
+            assert torch.equal(module(*call), y)
+    del state["0.down_proj"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.down_proj"'):
+        other.load_state_dict(state)
+    other.load_state_dict(state, strict=False)
+    state["0.gate_up_proj"] = state["0.gate_up_proj"][:, :-1]
+    with pytest.raises(ValueError, match=r"0.gate_up_proj: expected shape \[5, 512, 768\], got \[5, 511, 768\]"):
+        other.load_state_dict(state, strict=False)
+
+
+def test_autocast_and_other_dtypes() -> None:
+    experts = make_experts()
+    packed = copy.deepcopy(experts).pack_(compact=True)
+    x, ids, weights = inputs(5, torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(x, ids, weights), experts(x, ids, weights))
+    with pytest.raises(TypeError, match="gate_up_proj: expected"):
+        packed(x, ids, weights)
+
+
+def test_compiled() -> None:
+    packed = make_experts().pack_(compact=True)
+    call = inputs(7)
+    compiled = torch.compile(packed, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(*call), packed(*call))
+
+
+def test_with_adapters() -> None:
+    """compact after add_lora; the adapters learn, the projections are frozen before and after."""
+    experts = make_experts()
+    adapters = compress.add_lora(experts, 4)
+    call = inputs(6)
+    y = experts(*call)
+    compress.compact(experts)
+    torch.testing.assert_close(experts(*call), y)
+    experts(*call).sum().backward()
+    assert all(adapter.grad is not None for adapter in adapters)
+    compress.expand(experts)
+    assert not experts.down_proj.requires_grad
+
+
+def test_errors() -> None:
+    for model, reason in (
+        (nn.Linear(2, 2), "Linear has no experts that run on the fused kernel"),
+        (make_experts(dtype=torch.float32), r"gate_up_proj is torch.float32, not torch.bfloat16"),
+        (make_experts(device="meta"), "gate_up_proj is on meta, and compact weights are for the CPU"),
+        (switchgear.Experts(64, 64, 2, dtype=torch.bfloat16), "gate_up_proj would still take 200% of its bytes"),
+    ):
+        with pytest.raises(ValueError, match=f"model: expected experts that can be compact; {reason}"):
+            compress.compact(model)
+        assert compress.expand(model) == 0
+    with pytest.raises(TypeError, match=r"weight: expected torch\.bfloat16, got torch\.float32"):
+        reference_compact.compact(torch.zeros(1, 1, 1))
+    with pytest.raises(ValueError, match="weight: expected at most 32768 columns, got 32769"):
+        reference_compact.compact(torch.zeros(1, 1, 32769, dtype=torch.bfloat16))
+
+    packed = make_experts().pack_(compact=True)
+    assert compress.compact(packed) == 1
+    with pytest.raises(ValueError, match="expected plain weights, got compact ones; expand them first"):
+        compress.quantize(packed, "int8")
+    with pytest.raises(ValueError, match="expected plain or quantised projections, got compact ones"):
+        compress.add_lora(packed, 2)
+
+    x, ids, weights = inputs(3)
+    gate_up, down = compact_of(packed).rows(packed)  # type: ignore[union-attr]
+    for bad, reason in (
+        (gate_up[:, :, :-1].contiguous(), "gate_up_proj: expected compact rows of 768 bytes for 512 columns"),
+        (gate_up[:, :, :768].contiguous(), "gate_up_proj: expected compact rows of 768 bytes for 512 columns"),
+        (gate_up.mT, "gate_up_proj: expected"),
+    ):
+        y = torch.full_like(x, 7)
+        with pytest.raises(ValueError, match=reason):
+            switchgear.ops.host.module.moe_forward(
+                x, bad, down, None, None, ids, weights, y, None, "silu", True, False, 1.702, 0.0,
+                switchgear.ops.host.execution(),
+            )  # fmt: skip
+        assert bool((y == 7).all())
+    with pytest.raises(TypeError, match="gate_up_proj: expected float32 like x, got compact bfloat16"):
+        switchgear.moe(x.float(), gate_up, down, ids, weights)
+
+
+def test_a_model_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, num_local_experts=4, max_position_embeddings=64, pad_token_id=0,
+        eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    switchgear.accelerate(model)
+    prompt = torch.arange(1, 9)[None]
+    logits, before = model(prompt).logits, {name: w.clone() for name, w in model.state_dict().items()}
+    text = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    switchgear.pack_weights(model)
+    assert compress.compact(model) == 2
+    assert torch.equal(model(prompt).logits, logits)
+    assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), text)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+    model.save_pretrained(tmp_path)
+    loaded = transformers.GptOssForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], w) for name, w in before.items())
+    assert compress.expand(model) == 2
+    assert torch.equal(model(prompt).logits, logits)
