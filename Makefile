@@ -104,15 +104,15 @@ simt: simt-asan simt-race
 SIMT_ORDERS ?= forward reverse random:1
 # Of the race detector, which takes longest and sees a race in any order that has it.
 RACE_ORDERS ?= $(SIMT_ORDERS)
-simt-race: SIMT_ORDERS := $(RACE_ORDERS)
+simt_orders = $(if $(filter race,$*),$(RACE_ORDERS),$(SIMT_ORDERS))
 simt_python = -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
 # The C++ tests, in every order of threads by themselves; then the shared tests on the module _simt, in each order; and once
 # layers of papers, and the exchange of several processes.
 simt-asan simt-race: simt-%: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
 	cmake --preset simt-$* $(simt_python) && cmake --build --preset simt-$*
-	ctest --preset simt-$* --tests-regex '_($(subst $(space),|,$(subst :,_,$(strip $(SIMT_ORDERS)))))$$'
-	SIMT_ORDERS='$(SIMT_ORDERS)' $(BIN)/python tests/simt/shared.py $* build/simt-$* -- -q $(CORE_TESTS) $(PYTEST_ARGS) -- @tests/simt/papers.txt
+	ctest --preset simt-$* --tests-regex '_($(subst $(space),|,$(subst :,_,$(strip $(simt_orders)))))$$'
+	SIMT_ORDERS='$(simt_orders)' $(BIN)/python tests/simt/shared.py $* build/simt-$* -- -q $(CORE_TESTS) $(PYTEST_ARGS) -- @tests/simt/papers.txt
 	$(if $(filter race,$*),SIMT_ORDERS=forward $(BIN)/python tests/simt/shared.py race build/simt-race -- -q tests/parallel/test_exchange.py)
 
 simt-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
