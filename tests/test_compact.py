@@ -261,6 +261,8 @@ def test_errors() -> None:
         compress.add_lora(packed, 2)
 
     x, ids, weights = inputs(3)
+    with pytest.raises(ValueError, match=r"x: expected shape \[..., 512\], got \[3, 511\]"):
+        packed(x[:, :-1], ids, weights)
     gate_up, down = compact_of(packed).rows(packed)  # type: ignore[union-attr]
     for bad, reason in (
         (gate_up[:, :, :-1].contiguous(), "gate_up_proj: expected compact rows of 768 bytes for 512 columns"),

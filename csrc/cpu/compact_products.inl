@@ -8,7 +8,8 @@
 //   A, 1.05 with 6. A second tile of rows finds the row of B in L1.
 //   More rows: a chunk of B is unpacked into the scratch, as a transposed one would be, and multiplied from there.
 //
-// Weights have their exact bits and sums the order of dot_products, so results have the bits of plain weights.
+// Weights have their exact bits and sums the order of dot_products, so results have the bits of plain weights (but which NaN a
+// NaN is).
 #pragma once
 
 namespace switchgear::cpu {

@@ -209,8 +209,7 @@ void combine_weight_backward(const CombineBackwardArgs& args, Execution exec = {
 // One matrix [rows, cols] per expert. Two of the three strides of a matrix are the same for all experts; base pointers and
 // numbers of rows may differ. `packed` [E,rows,cols] is the common case; with `base` set, expert e is base[e], row_count[e].
 struct ExpertMatrices {
-  TensorView
-      packed;  // [E,rows,cols] float, any strides; with `base`: shape [E,max rows,cols] and data unused; or compact.h
+  TensorView packed;  // [E,rows,cols] float, any strides, or as compact.h; with `base`: [E,max rows,cols], data unused
   const void* const* base = nullptr;   // [E]
   const int64_t* row_count = nullptr;  // [E], each <= packed.shape[1]
 };

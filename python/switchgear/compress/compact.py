@@ -139,8 +139,11 @@ def compact_moe(
 ) -> Tensor:
     """switchgear.moe with compact weights, whose numbers of columns are H and I; x is bfloat16.
 
-    Inside torch.autocast x is cast to its dtype, as in moe.
+    Inside torch.autocast x is cast to its dtype, as in moe. ValueError for an x of another H, which rows of bytes do
+    not show.
     """
+    if x.shape[-1] != columns[0]:
+        raise ValueError(f"x: expected shape [..., {columns[0]}], got {list(x.shape)}")
     device_type = x.device.type
     dtype = x.dtype
     if in_autocast(device_type) and dtype is not torch.float64:
