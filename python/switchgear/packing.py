@@ -27,6 +27,11 @@ class Layout(NamedTuple):
 FINDERS: list[Callable[[nn.Module], Layout | None]] = []  # each knows a kind of module
 
 
+def layout_of(module: nn.Module) -> Layout | None:
+    """How a module holds plain projections that the fused kernel reads; None where it has none."""
+    return next((layout for find in FINDERS if (layout := find(module)) is not None), None)
+
+
 def pack_weights(model: nn.Module) -> int:
     """Lays experts' transposed projections [E,in,out] so that the inner dimension is contiguous in memory.
 
@@ -48,7 +53,7 @@ def pack_weights(model: nn.Module) -> int:
     reason = f"{type(model).__name__} has no experts that run on the fused kernel"
     found, changed, copies = False, 0, _Copies()
     for module in model.modules():
-        layout = next((layout for find in FINDERS if (layout := find(module)) is not None), None)
+        layout = layout_of(module)
         if layout is None:
             continue
         if (obstacle := _obstacle(module, layout)) is not None:

@@ -13,7 +13,7 @@ from switchgear import ops, reference_compact
 from switchgear.backends import in_autocast
 from switchgear.compress.formats import QuantizedExperts, quantized_of
 from switchgear.functional import _limit, _needs_autograd, _number, _rows_of, moe
-from switchgear.packing import FINDERS, Layout
+from switchgear.packing import Layout, layout_of
 from switchgear.pages import advise_huge_pages
 
 WORTH = 0.9  # of the plain bytes: above that compact weights are not worth their name
@@ -71,7 +71,7 @@ def compact(model: nn.Module) -> int:
     for module in model.modules():
         if compact_of(module) is not None:
             found += 1
-        elif (layout := next((layout for find in FINDERS if (layout := find(module)) is not None), None)) is not None:
+        elif (layout := layout_of(module)) is not None:
             obstacle = _compact_module(module, layout)
             found += obstacle is None
             reason = obstacle or reason

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from switchgear.compress.compact import compact_of
 from switchgear.compress.formats import Format, QuantizedExperts, QuantizedMatrix, quantized_of
-from switchgear.packing import FINDERS, Layout
+from switchgear.packing import Layout, layout_of
 from switchgear.pages import advise_huge_pages
 from switchgear.reference_quantized import Quantized, from_blocks, to_blocks
 from switchgear.reference_quantized import dequantize as dequantize_levels
@@ -48,7 +48,7 @@ def quantize(model: nn.Module, dtype: str, *, group_size: int | None = None, sym
             if present.format != format:
                 raise ValueError(f"model: expected plain weights, got {present.format}; dequantize it first")
             found += 1
-        elif (layout := next((layout for find in FINDERS if (layout := find(module)) is not None), None)) is not None:
+        elif (layout := layout_of(module)) is not None:
             _quantize_module(module, layout, format)
             found += 1
     if not found:
