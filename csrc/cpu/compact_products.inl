@@ -67,10 +67,12 @@ inline void add_record(Floats (&acc)[kRows][kColumns], const float* const (&word
 }
 
 // kRows rows and kColumns columns of C += the products with rows of B, `stride` bytes apart. Asks for kColumns rows from `ahead`
-// on, into L1.
-template <int kRows, int kColumns>
+// on, as add_dot_tile does: a line of each record of a stream.
+template <int kRows, int kColumns, Asks kAsks>
 void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stride, int64_t depth, const char* ahead) {
-  constexpr int64_t kAsked = kColumns * kCompactRecordBytes, kRecordWords = kCompactRecord / Words::kDepth;
+  constexpr int64_t kAsked = kColumns * kCompactRecordBytes,
+                    kAskedStep = kAsks == Asks::kStream ? kCompactRecordBytes : kLine;
+  constexpr int64_t kRecordWords = kCompactRecord / Words::kDepth;
   const int64_t whole = depth / kCompactRecord, rest = depth % kCompactRecord;
   const Exponents exponents(b.exponents());
   NextExceptions<kColumns> exceptions(b, stride);
@@ -86,7 +88,7 @@ void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stri
     if (r == exceptions.record()) exceptions.apply(records);
   };
 
-  for (int64_t i = 0; i < kColumns * b.header; i += kLine) __builtin_prefetch(ahead + i, 0, 3);
+  for (int64_t i = 0; i < kColumns * b.header; i += kLine) __builtin_prefetch(ahead + i, 0, 2);
   ahead += kColumns * b.header;
   for (int64_t r = 0; r < whole || (r == whole && rest > 0);) {
 #pragma GCC unroll 8
@@ -97,7 +99,7 @@ void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stri
     const int64_t chunk_end = r + kCompactChunk / kCompactRecord;
     for (; r < whole && r < chunk_end; ++r) {
 #pragma GCC unroll 8
-      for (int64_t i = 0; i < kAsked; i += kLine) __builtin_prefetch(ahead + i, 0, 3);
+      for (int64_t i = 0; i < kAsked; i += kAskedStep) __builtin_prefetch(ahead + i, 0, 2);
       ahead += kAsked;
       UnpackedRecord records[kColumns];
       unpack(records, r);
@@ -122,9 +124,9 @@ void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stri
 }
 
 // All columns of a few tiles of rows, which find a row of B in L1 once the first one has read it.
-template <int kFew>
+template <int kFew, Asks kAsks>
 void add_compact_columns(const Product& product, const Rows& a, const CompactRow& b) {
-  const RowsOfB rows(product, b.data, product.b.n_stride);
+  const RowsOfB rows(product, b.data, product.b.n_stride, lead_of(kAsks));
   const int64_t tiles = num_row_tiles(product.num_rows);
   for_columns<kFew>(rows, [&]<int kColumns>(int64_t n) {
     const CompactRow row{b.data + n * rows.stride, b.header};
@@ -132,8 +134,8 @@ void add_compact_columns(const Product& product, const Rows& a, const CompactRow
       count = (product.num_rows - m) / (tiles - t);
       const char* const ahead = t == 0 ? rows.ahead_of(n) : rows.row(n);
       with_constant<kTileRows>(count, [&]<int kRows>() {
-        add_compact_tile<kRows, kColumns>(product.c + m * kPanel + n, {a.rows + m, a.offset}, row, rows.stride,
-                                          product.depth, ahead);
+        add_compact_tile<kRows, kColumns, kAsks>(product.c + m * kPanel + n, {a.rows + m, a.offset}, row, rows.stride,
+                                                 product.depth, ahead);
       });
     }
   });
@@ -170,8 +172,15 @@ void compact_products(const Product& product) {
   __builtin_memset(product.c, 0, sizeof(float) * kPanel * static_cast<size_t>(product.num_rows));
   if (product.num_rows <= kCompactRows) {
     const Rows rows = rows_from(product, DType::kBFloat16, kPairs, 0, depth, widened_rows);
-    product.num_rows == 1 ? add_compact_columns<kFewColumns<1, Words>>(product, rows, b)
-                          : add_compact_columns<kFewColumns<2, Words>>(product, rows, b);
+    if (kIsNarrow<Words>) {
+      add_compact_columns<kDotColumns, Asks::kLater>(product, rows, b);
+    } else if (product.num_rows <= 2) {
+      add_compact_columns<1, Asks::kStream>(product, rows, b);
+    } else if (product.num_rows * depth * 4 / Words::kDepth <= kFitting / 2) {
+      add_compact_columns<1, Asks::kLater>(product, rows, b);
+    } else {
+      add_compact_columns<2, Asks::kLater>(product, rows, b);
+    }
     return;
   }
   float* const unpacked = static_cast<float*>(product.scratch);

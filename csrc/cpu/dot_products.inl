@@ -47,10 +47,12 @@ inline void add_lanes(float* c, const Floats (&acc)[kRows][kColumns]) {
   }
 }
 
-enum class Asks { kNothing, kOneRow, kTwoRows, kSoon };
+constexpr int64_t kStreamBytes = 256;  // of a stream, one line is asked for
+enum class Asks { kNothing, kOneRow, kTwoRows, kLater, kStream };
 
 // Rows [0, kRows) and columns [0, kColumns) of C += the products of `depth`, chunk by chunk. Asks for one or two rows of
-// whatever comes next, into L2, or for kColumns rows that come soon, into L1.
+// whatever comes next, into L2, or for kColumns rows that lie one after the other: those that come soon into L1, later ones into
+// L2, every line of them or a few, which the processor takes for the start of a stream.
 template <int kRows, int kColumns, Asks kAsks, typename Words>
 void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stride, int64_t depth,
                   const char* const (&ahead)[2]) {
@@ -68,14 +70,13 @@ void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stri
       for (int j = 0; j < kColumns; ++j) acc[i][j] = broadcast(0.0f);
     }
     const int64_t end = depth - k < kChunk ? depth : k + kChunk;
-#pragma GCC unroll 2
-    for (; k + kStep <= end; k += kStep, b += kStep) {
+    const auto advance = [&] {
       Floats column[kColumns];
 #pragma GCC unroll 8
       for (int j = 0; j < kColumns; ++j) column[j] = Words::load_whole(b + j * stride);
-      if constexpr (kAsks == Asks::kSoon) {
+      if constexpr (kAsks == Asks::kLater) {
 #pragma GCC unroll 8
-        for (int64_t i = 0; i < kColumns * kBytes; i += kLine) __builtin_prefetch(first + i, 0, 3);
+        for (int64_t i = 0; i < kColumns * kBytes; i += kLine) __builtin_prefetch(first + i, 0, 2);
         first += kColumns * kBytes;
       }
       if constexpr (kAsks == Asks::kOneRow || kAsks == Asks::kTwoRows) {
@@ -92,7 +93,20 @@ void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stri
 #pragma GCC unroll 8
         for (int j = 0; j < kColumns; ++j) acc[i][j] = step<Words::kDepth == 2>(row, column[j], acc[i][j]);
       }
+      k += kStep;
+      b += kStep;
+    };
+    if constexpr (kAsks == Asks::kStream) {
+      constexpr int64_t kSteps = kStreamBytes / kBytes;
+      while (k + kSteps * kStep <= end) {
+        __builtin_prefetch(first, 0, 2);
+        first += kStreamBytes;
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kSteps; ++i) advance();
+      }
     }
+#pragma GCC unroll 2
+    while (k + kStep <= end) advance();
     if (k < end) {
       Floats column[kColumns];
 #pragma GCC unroll 8
@@ -161,20 +175,18 @@ void add_dot_rows(float* c, const Rows& a, const void* const* next_rows, const D
   }
 }
 
-// Rows of B that a single tile of A reads one after the other, as they lie in memory, and where it asks for more: kLead bytes
-// further on, in time for memory and not yet forgotten by L1. Behind the last row come those of the next product.
-constexpr int64_t kLead = 8192;
-
+// Rows of B that a single tile of A reads one after the other, as they lie in memory, and where it asks for more: `lead` bytes
+// further on. Behind the last row come those of the next product.
 struct RowsOfB {
   const char* data;
   int64_t stride, count, lead;  // lead: rows; equal rows may have a stride of 0
   const char* next;
 
-  RowsOfB(const Product& product, const void* b, int64_t row_bytes)
+  RowsOfB(const Product& product, const void* b, int64_t row_bytes, int64_t lead_bytes)
       : data(static_cast<const char*>(b)),
         stride(row_bytes),
         count(product.num_columns),
-        lead(row_bytes > 0 ? (kLead + row_bytes - 1) / row_bytes : 1),
+        lead(row_bytes > 0 ? (lead_bytes + row_bytes - 1) / row_bytes : 1),
         next(product.next != nullptr ? static_cast<const char*>(product.next) : data) {}
 
   const char* row(int64_t n) const { return data + n * stride; }
@@ -183,35 +195,40 @@ struct RowsOfB {
   }
 };
 
-// Columns that a single tile walks along at a time. Memory delivers one row of B faster than several, but what is near waits for
-// the chain of one column's sums: the more so the shorter vectors are.
-template <int kRows, typename Words>
-constexpr int kFewColumns = kLanes * Words::kDepth * sizeof(Element<Words>) < 32 ? kDotColumns
-                            : kRows == 1                                         ? 1
-                                                                                 : 2;
-constexpr int64_t kShortRow = 1024;  // bytes: the start and the end of shorter ones cost more than memory
+// How a single tile walks over B. Memory delivers a single stream fastest, so that one column at a time is best where rows are
+// long; what is near waits for the chain of its sums, and short rows for their starts and ends, so these take kDotColumns.
+// While rows of A stay in L1, B is asked for in time for memory and not yet forgotten by L1; where they crowd it, well ahead and
+// into L2: lines of A that come from there then don't wait behind lines from memory. Where they don't fit, kDotColumns columns
+// share what is read of them.
+constexpr int64_t kShortRow = 1024, kFitting = 24576;  // bytes: of a row of B, of rows of A
+template <typename Words>  // vectors of so few bytes that the chain of one column's sums takes longer than memory
+constexpr bool kIsNarrow = kLanes * Words::kDepth * sizeof(Element<Words>) < 32;
+constexpr int64_t lead_of(Asks asks) { return asks == Asks::kLater ? 32768 : 8192; }
 
-// tile.operator()<kColumns>(n) for all columns, kFew at a time, those of short rows kDotColumns.
-template <int kFew, typename Tile>
+// tile.operator()<kColumns>(n) for all columns of `rows`.
+template <int kColumns, typename Tile>
 void for_columns(const RowsOfB& rows, Tile&& tile) {
   int64_t n = 0;
-  const auto walk = [&]<int kColumns>() {
-    for (; n + kColumns <= rows.count; n += kColumns) tile.template operator()<kColumns>(n);
-  };
-  if (rows.stride <= kShortRow) walk.template operator()<kDotColumns>();
-  walk.template operator()<kFew>();
-  walk.template operator()<1>();
+  for (; n + kColumns <= rows.count; n += kColumns) tile.template operator()<kColumns>(n);
+  for (; n < rows.count; ++n) tile.template operator()<1>(n);
 }
 
 // All of a single tile, whose B is read once.
 template <int kRows, typename Words>
 void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words>* b, int64_t depth) {
+  constexpr int64_t kElement = sizeof(*b);
   const int64_t stride = product.b.n_stride;
-  const RowsOfB rows(product, b, stride * static_cast<int64_t>(sizeof(*b)));
-  for_columns<kFewColumns<kRows, Words>>(rows, [&]<int kColumns>(int64_t n) {
-    add_dot_tile<kRows, kColumns, Asks::kSoon, Words>(product.c + n, a, b + n * stride, stride, depth,
-                                                      {rows.ahead_of(n), nullptr});
-  });
+  const auto walk = [&]<int kColumns, Asks kAsks>() {
+    const RowsOfB rows(product, b, stride * kElement, lead_of(kAsks));
+    for_columns<kColumns>(rows, [&]<int kCount>(int64_t n) {
+      add_dot_tile<kRows, kCount, kAsks, Words>(product.c + n, a, b + n * stride, stride, depth,
+                                                {rows.ahead_of(n), nullptr});
+    });
+  };
+  if (kIsNarrow<Words> || stride * kElement <= kShortRow || kRows * depth * 4 / Words::kDepth > kFitting) {
+    return walk.template operator()<kDotColumns, Asks::kLater>();
+  }
+  walk.template operator()<1, kRows <= 2 ? Asks::kStream : Asks::kLater>();
 }
 
 // ---- B as rows -----------------------------------------------------------------------------------------------------------
