@@ -67,11 +67,11 @@ inline void add_record(Floats (&acc)[kRows][kColumns], const float* const (&word
 }
 
 // kRows rows and kColumns columns of C += the products with rows of B, `stride` bytes apart. Asks for kColumns rows from `ahead`
-// on, as add_dot_tile does: a line of each record of a stream.
+// on, as add_dot_tile does; of kSomeLines, a line of each record.
 template <int kRows, int kColumns, Asks kAsks>
 void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stride, int64_t depth, const char* ahead) {
   constexpr int64_t kAsked = kColumns * kCompactRecordBytes,
-                    kAskedStep = kAsks == Asks::kStream ? kCompactRecordBytes : kLine;
+                    kAskedStep = kAsks == Asks::kSomeLines ? kCompactRecordBytes : kLine;
   constexpr int64_t kRecordWords = kCompactRecord / Words::kDepth;
   const int64_t whole = depth / kCompactRecord, rest = depth % kCompactRecord;
   const Exponents exponents(b.exponents());
@@ -172,14 +172,14 @@ void compact_products(const Product& product) {
   __builtin_memset(product.c, 0, sizeof(float) * kPanel * static_cast<size_t>(product.num_rows));
   if (product.num_rows <= kCompactRows) {
     const Rows rows = rows_from(product, DType::kBFloat16, kPairs, 0, depth, widened_rows);
-    if (kIsNarrow<Words>) {
-      add_compact_columns<kDotColumns, Asks::kLater>(product, rows, b);
+    if (kIsNarrow<Words> || product.b.n_stride <= kShortRow) {
+      add_compact_columns<kDotColumns, Asks::kEveryLine>(product, rows, b);
     } else if (product.num_rows <= 2) {
-      add_compact_columns<1, Asks::kStream>(product, rows, b);
+      add_compact_columns<1, Asks::kSomeLines>(product, rows, b);
     } else if (product.num_rows * depth * 4 / Words::kDepth <= kFitting / 2) {
-      add_compact_columns<1, Asks::kLater>(product, rows, b);
+      add_compact_columns<1, Asks::kEveryLine>(product, rows, b);
     } else {
-      add_compact_columns<2, Asks::kLater>(product, rows, b);
+      add_compact_columns<2, Asks::kEveryLine>(product, rows, b);
     }
     return;
   }

@@ -13,8 +13,8 @@
 // pairwise. It depends on the depth alone: not on M, N, tiles or how B lies in memory, so a row's result does not depend on
 // its neighbours. B that runs along n is transposed into the scratch, chunk by chunk.
 //
-// While it multiplies, it asks for what comes next: a single tile for rows of B a little further on, into L1; others for the next
-// chunk or the caller's next panel, spread over all tiles, into L2.
+// While it multiplies, it asks for what comes next, into L2: a single tile for what lies ahead in the stream of B; others for the
+// next chunk or the caller's next panel, spread over all tiles.
 #pragma once
 
 namespace switchgear::cpu {
@@ -47,12 +47,12 @@ inline void add_lanes(float* c, const Floats (&acc)[kRows][kColumns]) {
   }
 }
 
-constexpr int64_t kStreamBytes = 256;  // of a stream, one line is asked for
-enum class Asks { kNothing, kOneRow, kTwoRows, kLater, kStream };
+// What a tile asks for: one or two rows somewhere, or kColumns rows that lie one after the other, of which it names every line,
+// or one in kAskedBytes.
+enum class Asks { kNothing, kOneRow, kTwoRows, kEveryLine, kSomeLines };
+constexpr int64_t kAskedBytes = 256;
 
-// Rows [0, kRows) and columns [0, kColumns) of C += the products of `depth`, chunk by chunk. Asks for one or two rows of
-// whatever comes next, into L2, or for kColumns rows that lie one after the other: those that come soon into L1, later ones into
-// L2, every line of them or a few, which the processor takes for the start of a stream.
+// Rows [0, kRows) and columns [0, kColumns) of C += the products of `depth`, chunk by chunk. Asks for what is `ahead`.
 template <int kRows, int kColumns, Asks kAsks, typename Words>
 void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stride, int64_t depth,
                   const char* const (&ahead)[2]) {
@@ -74,7 +74,7 @@ void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stri
       Floats column[kColumns];
 #pragma GCC unroll 8
       for (int j = 0; j < kColumns; ++j) column[j] = Words::load_whole(b + j * stride);
-      if constexpr (kAsks == Asks::kLater) {
+      if constexpr (kAsks == Asks::kEveryLine) {
 #pragma GCC unroll 8
         for (int64_t i = 0; i < kColumns * kBytes; i += kLine) __builtin_prefetch(first + i, 0, 2);
         first += kColumns * kBytes;
@@ -96,11 +96,11 @@ void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stri
       k += kStep;
       b += kStep;
     };
-    if constexpr (kAsks == Asks::kStream) {
-      constexpr int64_t kSteps = kStreamBytes / kBytes;
+    if constexpr (kAsks == Asks::kSomeLines) {
+      constexpr int64_t kSteps = kAskedBytes / kBytes;
       while (k + kSteps * kStep <= end) {
         __builtin_prefetch(first, 0, 2);
-        first += kStreamBytes;
+        first += kAskedBytes;
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kSteps; ++i) advance();
       }
@@ -195,15 +195,15 @@ struct RowsOfB {
   }
 };
 
-// How a single tile walks over B. Memory delivers a single stream fastest, so that one column at a time is best where rows are
-// long; what is near waits for the chain of its sums, and short rows for their starts and ends, so these take kDotColumns.
-// While rows of A stay in L1, B is asked for in time for memory and not yet forgotten by L1; where they crowd it, well ahead and
-// into L2: lines of A that come from there then don't wait behind lines from memory. Where they don't fit, kDotColumns columns
-// share what is read of them.
-constexpr int64_t kShortRow = 1024, kFitting = 24576;  // bytes: of a row of B, of rows of A
-template <typename Words>  // vectors of so few bytes that the chain of one column's sums takes longer than memory
+// How a single tile walks over B. Memory delivers a single stream fastest, so one column at a time is best where rows are long;
+// short rows wait for their starts and ends, and narrow vectors for the chain of one column's sums: these take kDotColumns.
+// Up to two rows of A stay in L1, and a line here and there is enough: the processor fetches the stream between them by itself.
+// More rows come from L2 part of the time, and must not wait in L1's miss buffers behind lines from memory: so all of B is asked for
+// well ahead. Where rows of A exceed L1, kDotColumns columns share what is read of them.
+constexpr int64_t kShortRow = 1024, kFitting = 24576;  // bytes: of a row of B, of all rows of A
+template <typename Words>
 constexpr bool kIsNarrow = kLanes * Words::kDepth * sizeof(Element<Words>) < 32;
-constexpr int64_t lead_of(Asks asks) { return asks == Asks::kLater ? 32768 : 8192; }
+constexpr int64_t lead_of(Asks asks) { return asks == Asks::kEveryLine ? 32768 : 8192; }  // bytes
 
 // tile.operator()<kColumns>(n) for all columns of `rows`.
 template <int kColumns, typename Tile>
@@ -226,9 +226,9 @@ void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words
     });
   };
   if (kIsNarrow<Words> || stride * kElement <= kShortRow || kRows * depth * 4 / Words::kDepth > kFitting) {
-    return walk.template operator()<kDotColumns, Asks::kLater>();
+    return walk.template operator()<kDotColumns, Asks::kEveryLine>();
   }
-  walk.template operator()<1, kRows <= 2 ? Asks::kStream : Asks::kLater>();
+  walk.template operator()<1, kRows <= 2 ? Asks::kSomeLines : Asks::kEveryLine>();
 }
 
 // ---- B as rows -----------------------------------------------------------------------------------------------------------

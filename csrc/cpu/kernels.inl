@@ -294,7 +294,7 @@ uint64_t read_bytes(const void* data, int64_t bytes) {
   Ints total[8] = {};
   constexpr int kPart = sizeof(Ints);
   for (int64_t i = 0; i + 512 <= bytes; i += 512) {
-    for (int j = 0; j < 512; j += kStreamBytes) __builtin_prefetch(p + i + j + lead_of(Asks::kStream), 0, 2);
+    for (int j = 0; j < 512; j += kAskedBytes) __builtin_prefetch(p + i + j + lead_of(Asks::kSomeLines), 0, 2);
 #pragma GCC unroll 32
     for (int k = 0; k < 512 / kPart; ++k) {
       Ints v;

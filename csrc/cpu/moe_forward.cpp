@@ -4,9 +4,9 @@
 //   x [T,H]   gate_up_proj [E,N,H]   down_proj [E,H,I]   y [T,H]   h [S,N] where training asks for it
 //   work 2·S·H·(N + I) flop (6·S·H·I for gated experts); traffic: touched weights once per 240 rows of an expert
 //   memory-bound below ~20 rows per expert in bfloat16, compute-bound above
-//   reached on 2 cores of Zen 5 in bfloat16: 93 to 97 % of a plain read of the weights with one or two rows per expert, 117
-//   to 123 % on compact weights; 76 to 80 % of the multiply-adds with 64 to 256 rows. Products take 95 % of the time, of which fetching weights from
-//   memory into L2 costs a tenth beside the multiplications; bias, glu and rounding take the rest.
+//   reached in bfloat16 on 2 cores: 93 to 97 % of a plain read of the weights with one or two rows per expert, 117 to 127 % on
+//   compact weights (Zen 4 and Zen 5); 76 to 80 % of the multiply-adds with 64 to 256 rows (Zen 5). Products take 95 % of the
+//   time, of which fetching weights from memory into L2 costs a tenth beside the multiplications; bias, glu and rounding the rest.
 //
 // 1. Tiles (expert, panel of `a`, rows): gate and up products of gathered rows of x (pointers, no copy), then bias, glu and
 //    rounding while the tile is in L1/L2. Only a [S,I] reaches memory, and h if it is to be saved.
@@ -26,10 +26,12 @@
 namespace switchgear::cpu {
 namespace {
 
+constexpr int64_t kManyRows = 12;  // of an expert, above which a copy of x with rows spread over L1 pays for itself
+
 struct FirstProjection {
   const MoeForwardArgs& args;
   const void* const* rows;  // [S] gathered rows of x
-  TensorView a;             // [S,I]
+  TensorView a;             // [S,I], rows spread
   const Kernels& k;
 
   // The first weights that a tile reads.
@@ -81,23 +83,32 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   const int64_t width = args.weights.gate_up_proj.packed.shape[1];
   const int64_t intermediate_size = args.options.gated ? width / 2 : width;
   const int64_t num_slots = args.topk_ids.shape[0] * args.topk_ids.shape[1];
-  const int64_t row_bytes = intermediate_size * size_of(args.x.dtype);
+  const int64_t row_bytes = spread_row_bytes(intermediate_size * size_of(args.x.dtype));
+  const int64_t x_bytes = args.x.shape[1] * size_of(args.x.dtype), spread_bytes = spread_row_bytes(x_bytes);
+  const bool spreads_x = num_slots > kManyRows * num_experts && x_bytes % 128 == 0;
+  const int64_t spread_tokens = spreads_x ? args.x.shape[0] : 0;
   const auto pointers = num_slots * static_cast<int64_t>(sizeof(void*));
 
-  Workspace workspace(Slots::bytes(num_slots, num_experts) + 2 * Workspace::padded(pointers) +
-                      Workspace::padded(num_slots * row_bytes) + 2 * num_threads * ProductScratch::kBytes);
+  Workspace workspace(Slots::bytes(num_slots, num_experts) + 2 * Workspace::padded(pointers) + num_slots * row_bytes +
+                      spread_tokens * spread_bytes + 2 * num_threads * ProductScratch::kBytes);
   const Slots slots = make_slots(workspace, args.topk_ids, args.topk_weights, num_experts, exec);
   const int64_t used_slots = slots.expert_offsets[num_experts];
   const void** const x_rows = workspace.take<const void*>(num_slots);
   const void** const a_rows = workspace.take<const void*>(num_slots);
   char* const a = static_cast<char*>(workspace.take_bytes(num_slots * row_bytes));
+  char* const x = static_cast<char*>(workspace.take_bytes(spread_tokens * spread_bytes));
   char* const memory = static_cast<char*>(workspace.take_bytes(2 * num_threads * ProductScratch::kBytes));
-  fill_row_pointers(x_rows, args.x, slots.token_indices, used_slots);
+  parallel_for_ranges(num_threads, spread_tokens, 64, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t)
+      std::memcpy(x + t * spread_bytes, row_of(args.x, t), static_cast<size_t>(x_bytes));
+  });
+  fill_row_pointers(x_rows, spreads_x ? spread_view(x, args.x.dtype, spread_tokens, args.x.shape[1]) : args.x,
+                    slots.token_indices, used_slots);
   fill_row_pointers(a_rows, a, row_bytes, used_slots);
 
   const Kernels& k = kernels();
   const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, k.panel);
-  const FirstProjection first{args, x_rows, view(a, args.x.dtype, num_slots, intermediate_size), k};
+  const FirstProjection first{args, x_rows, spread_view(a, args.x.dtype, num_slots, intermediate_size), k};
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
     char* const own = memory + 2 * thread * ProductScratch::kBytes;
     const Tile* const tile = &tiles[static_cast<size_t>(i)];

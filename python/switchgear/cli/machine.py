@@ -83,6 +83,13 @@ def _first(pattern: str, text: str | None) -> str | None:
     return found.group(1).strip() if found else None
 
 
+def _model(cpuinfo: str | None) -> str:
+    """The processor's name; on x86 with family and model, since virtual machines call different ones the same."""
+    name = _first(r"^model name\s*:(.*)$", cpuinfo) or platform.processor() or platform.machine()
+    family, model = _first(r"^cpu family\s*:(.*)$", cpuinfo), _first(r"^model\s*:(.*)$", cpuinfo)
+    return f"{name} (family {family}, model {model})" if family and model else name
+
+
 def cpu() -> dict[str, Any]:
     """Model, usable cores, instruction sets of interest, last-level cache and memory."""
     cpuinfo = _read("/proc/cpuinfo")
@@ -91,7 +98,7 @@ def cpu() -> dict[str, Any]:
     memory = _first(r"^MemTotal:\s+(\d+) kB", _read("/proc/meminfo"))
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "model": _first(r"^model name\s*:(.*)$", cpuinfo) or platform.processor() or platform.machine(),
+        "model": _model(cpuinfo),
         "architecture": platform.machine(),
         "cores": affinity,
         "features": [flag for flag in _FLAGS if flag in flags],
