@@ -223,7 +223,7 @@ void Call::input_or_compact(const char* name, const ExpertMatrices& weight, Shap
                    float_name_, ", got compact bfloat16: ", describe(rows));
   SWITCHGEAR_CHECK(ValueError, cols <= kMaxCompactColumns, name, ": expected at most ", kMaxCompactColumns,
                    " columns of compact weights, got ", cols);
-  const int64_t records = (cols + kCompactRecord - 1) / kCompactRecord * kCompactRecordBytes;
+  const int64_t records = compact_records_bytes(cols);
   SWITCHGEAR_CHECK(ValueError, bytes.size % kCompactHeader == 0 && bytes.size >= records + kCompactHeader, name,
                    ": expected compact rows of ", records, " bytes for ", cols, " columns and a multiple of ",
                    kCompactHeader, " for a header, got ", describe(rows));

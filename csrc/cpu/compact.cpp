@@ -105,8 +105,7 @@ void check_shapes(const TensorView& weight, const TensorView& compact) {
 
 int64_t compact_row_bytes(int64_t cols, int64_t exceptions) {
   const int64_t header = CompactExceptions::kFirst + exceptions * CompactExceptions::kBytes;
-  return (header + kCompactHeader - 1) / kCompactHeader * kCompactHeader +
-         (cols + kCompactRecord - 1) / kCompactRecord * kCompactRecordBytes;
+  return (header + kCompactHeader - 1) / kCompactHeader * kCompactHeader + compact_records_bytes(cols);
 }
 
 int64_t pack_compact(const TensorView& weight, const TensorView& compact, Execution exec) {

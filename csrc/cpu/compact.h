@@ -20,7 +20,7 @@ struct CompactRow {
 
 // Bytes of the header where rows have `row_bytes` bytes and `cols` elements.
 inline int64_t compact_header(int64_t row_bytes, int64_t cols) {
-  return row_bytes - (cols + kCompactRecord - 1) / kCompactRecord * kCompactRecordBytes;
+  return row_bytes - compact_records_bytes(cols);
 }
 
 // Where element i of a record has its byte, in each half of 64.

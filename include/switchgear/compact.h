@@ -17,6 +17,11 @@ namespace switchgear {
 inline constexpr int64_t kCompactRecord = 128, kCompactRecordBytes = 192, kCompactHeader = 64;
 inline constexpr int64_t kMaxCompactColumns = 32768;
 
+// Bytes of the records of a row.
+constexpr int64_t compact_records_bytes(int64_t cols) {
+  return (cols + kCompactRecord - 1) / kCompactRecord * kCompactRecordBytes;
+}
+
 // Bytes of a row whose header has room for `exceptions` elements with other exponents.
 int64_t compact_row_bytes(int64_t cols, int64_t exceptions);
 
