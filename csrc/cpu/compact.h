@@ -19,9 +19,7 @@ struct CompactRow {
 };
 
 // Bytes of the header where rows have `row_bytes` bytes and `cols` elements.
-inline int64_t compact_header(int64_t row_bytes, int64_t cols) {
-  return row_bytes - compact_records_bytes(cols);
-}
+inline int64_t compact_header(int64_t row_bytes, int64_t cols) { return row_bytes - compact_records_bytes(cols); }
 
 // Where element i of a record has its byte, in each half of 64.
 inline int64_t compact_place(int64_t i) { return i % 32 / 8 * 16 + i / 32 % 2 * 8 + i % 8; }
