@@ -180,10 +180,10 @@ void run(benchmark::State& state, const Case& c) {
   state.counters["%read"] = {100 * work.bytes / ceiling.read_rate, kRate};
 }
 
-// Whether an op has cases of a dtype: all but those that name the only one.
+// Whether an op has cases of a dtype: of all but the one that it names.
 template <typename Op>
 constexpr bool takes(DType dtype) {
-  if constexpr (requires { Op::kOnly; }) return dtype == Op::kOnly;
+  if constexpr (requires { Op::kNot; }) return dtype != Op::kNot;
   return true;
 }
 

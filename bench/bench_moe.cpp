@@ -81,8 +81,10 @@ struct MoeForward : Layer {
 class Compact {
  public:
   explicit Compact(const TensorView& weight) : weight_(weight) {
-    for (int64_t room = 0, needed; row_bytes() != compact_row_bytes(weight.shape[2], room); room = needed) {
-      bytes_.resize(static_cast<size_t>(weight.shape[0] * weight.shape[1] * compact_row_bytes(weight.shape[2], room)));
+    for (int64_t room = 0, needed; row_bytes() != compact_row_bytes(weight.shape[2], room, weight.dtype);
+         room = needed) {
+      bytes_.resize(static_cast<size_t>(weight.shape[0] * weight.shape[1] *
+                                        compact_row_bytes(weight.shape[2], room, weight.dtype)));
       needed = pack_compact(weight, rows());
     }
   }
@@ -99,7 +101,7 @@ class Compact {
 
 struct CompactMoeForward : Layer {
   static constexpr const char* kName = "moe_forward/compact";
-  static constexpr DType kOnly = DType::kBFloat16;
+  static constexpr DType kNot = DType::kFloat16;
   explicit CompactMoeForward(const Case& c)
       : Layer(c), compact_gate_up_proj(gate_up_proj), compact_down_proj(down_proj) {}
 

@@ -219,11 +219,15 @@ void Call::input_or_compact(const char* name, const ExpertMatrices& weight, Shap
   input(name, rows, Kind::kUInt8, {shape.begin()[0], shape.begin()[1], &bytes});
   SWITCHGEAR_CHECK(ValueError, rows.device.type == DeviceType::kCPU, name,
                    ": expected float weights on this device, got compact ones: ", describe(rows));
-  SWITCHGEAR_CHECK(TypeError, float_dtype_ == DType::kBFloat16, name, ": expected ", name_of(float_dtype_), " like ",
-                   float_name_, ", got compact bfloat16: ", describe(rows));
+  SWITCHGEAR_CHECK(TypeError, float_dtype_ == DType::kBFloat16 || float_dtype_ == DType::kFloat32, name, ": expected ",
+                   name_of(float_dtype_), " like ", float_name_, ", got compact weights: ", describe(rows));
   SWITCHGEAR_CHECK(ValueError, cols <= kMaxCompactColumns, name, ": expected at most ", kMaxCompactColumns,
                    " columns of compact weights, got ", cols);
-  const int64_t records = compact_records_bytes(cols);
+  const int element = rows.numel() > 0 ? rows.as<uint8_t>()[kCompactElementBytes] : 2;
+  SWITCHGEAR_CHECK(TypeError, element == 2 || element == size_of(float_dtype_), name, ": expected compact ",
+                   name_of(float_dtype_), " like ", float_name_, ", got compact elements of ", element,
+                   " bytes: ", describe(rows));
+  const int64_t records = compact_records_bytes(cols, element == 4 ? DType::kFloat32 : DType::kBFloat16);
   SWITCHGEAR_CHECK(ValueError, bytes.size % kCompactHeader == 0 && bytes.size >= records + kCompactHeader, name,
                    ": expected compact rows of ", records, " bytes for ", cols, " columns and a multiple of ",
                    kCompactHeader, " for a header, got ", describe(rows));

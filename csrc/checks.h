@@ -39,7 +39,7 @@ class Call {
 
   void input(const char* name, const TensorView& tensor, Kind kind, Shape shape, Layout layout = Layout::kContiguous);
   void input(const char* name, const ExpertMatrices& weight, Shape shape);
-  // The same, or compact for x in bfloat16, once x has been checked; of `shape` the last is known then.
+  // The same, or compact for x in bfloat16 or float32, once x has been checked; of `shape` the last is known then.
   void input_or_compact(const char* name, const ExpertMatrices& weight, Shape shape);
   void output(const char* name, const TensorView& tensor, Kind kind, Shape shape, Layout layout = Layout::kContiguous);
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +17,53 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear import compress, reference_compact
-from switchgear.compress.compact import compact_moe, compact_of, compacted, expanded
+from switchgear.compress.compact import CompactMatrix, compact_moe, compact_of, compacted
 
 H, I, E, K = 512, 384, 5, 2  # noqa: E741
 
+BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+dtypes = pytest.mark.parametrize("dtype", BITS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+# float32 that are bfloat16 numbers have a form of their own
+weights_of = pytest.mark.parametrize("of_kind", ["bfloat16", "float32", "low"], indirect=True)
+
 
 def bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.int16)
+    return tensor.view(BITS[tensor.dtype])
 
 
 def any_bits(*shape: int) -> Tensor:
-    """Every pattern: infinities, NaN with payloads, subnormals, both zeros."""
-    return torch.randint(-(2**15), 2**15, shape).to(torch.int16).view(torch.bfloat16)
+    """Every pattern of the upper half: infinities, NaN with payloads, subnormals, both zeros."""
+    return torch.randint(-(2**31), 2**31, shape).to(torch.int32).view(torch.float32)
 
 
 def wide(*shape: int) -> Tensor:
     """Finite, but of so many magnitudes that a tenth of them are exceptions."""
-    return (torch.randn(shape) * torch.exp2(torch.randint(-12, 1, shape).float())).bfloat16()
+    return torch.randn(shape) * torch.exp2(torch.randint(-12, 1, shape).float())
 
 
 def sparse(*shape: int) -> Tensor:
     """Half of them zeros, of either sign."""
-    return (torch.randn(shape) * torch.randint(0, 2, shape)).bfloat16()
+    return torch.randn(shape) * torch.randint(0, 2, shape)
 
 
 def normal(*shape: int) -> Tensor:
-    return torch.randn(shape).bfloat16()
+    return torch.randn(shape)
 
 
 KINDS = (normal, wide, sparse)
+
+
+def upper_half(weight: Tensor) -> Tensor:
+    """The bfloat16 that is the upper half of float32; every pattern has one that is it."""
+    return (weight.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+@pytest.fixture
+def of_kind(request: pytest.FixtureRequest) -> Callable[[Tensor], Tensor]:
+    def low(weight: Tensor) -> Tensor:
+        return weight.view(torch.int32).bitwise_and(-(1 << 16)).view(torch.float32)
+
+    return {"bfloat16": upper_half, "float32": lambda weight: weight, "low": low}[request.param]
 
 
 def make_experts(**options: Any) -> switchgear.Experts:
@@ -62,79 +81,88 @@ def inputs(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor
 # ---- the format ------------------------------------------------------------------------------------------------------
 
 
+@weights_of
 @pytest.mark.parametrize("make", [*KINDS, any_bits], ids=lambda make: make.__name__)
 @given(experts=st.integers(1, 3), rows=st.integers(1, 5), columns=st.integers(1, 400))
-def test_nothing_is_lost(make: Any, experts: int, rows: int, columns: int) -> None:
-    weight = make(experts, rows, columns)
-    stored = compacted(weight)
-    assert torch.equal(stored, reference_compact.compact(weight))
-    assert torch.equal(bits(expanded(stored, columns)), bits(weight))
-    assert torch.equal(bits(reference_compact.expand(stored, columns)), bits(weight))
+def test_nothing_is_lost(of_kind: Any, make: Any, experts: int, rows: int, columns: int) -> None:
+    weight = of_kind(make(experts, rows, columns))
+    matrix = compacted(weight)
+    assert torch.equal(matrix.rows, reference_compact.compact(weight))
+    assert torch.equal(bits(matrix.weight()), bits(weight))
+    assert torch.equal(bits(reference_compact.plain(matrix.rows, columns, weight.dtype)), bits(weight))
 
 
 def test_bytes() -> None:
-    """12 bits and a header of 64 bytes a row, as long as rows have few exceptions."""
-    weight = (torch.randn(2, 16, 2048) * 0.02).bfloat16()
-    assert compacted(weight).shape == (2, 16, 64 + 2048 * 3 // 2)
+    """12 or 28 bits and a header of 64 bytes a row, as long as rows have few exceptions."""
+    weight = torch.randn(2, 16, 2048) * 0.02
+    assert compacted(weight.bfloat16()).rows.shape == (2, 16, 64 + 2048 * 3 // 2)
+    assert compacted(weight.bfloat16().float()).rows.shape == (2, 16, 64 + 2048 * 3 // 2)
+    assert compacted(weight).rows.shape == (2, 16, 64 + 2048 * 7 // 2)
     sixteen = torch.randint(1 << 14, (16 << 7) + (1 << 14), (1, 4, 256)).to(torch.int16).view(torch.bfloat16)
-    stored = compacted(sixteen)
+    stored = compacted(sixteen).rows
     assert stored.shape == (1, 4, 64 + 256 * 3 // 2)
     assert stored[..., :16].tolist() == [[list(range(128, 144))] * 4]
-    assert not stored[..., 16:64].any()
+    assert stored[..., 18].eq(2).all()
+    assert not stored[..., [16, 17, *range(19, 64)]].any()
 
 
 def test_exceptions_by_hand() -> None:
     weight = torch.ones(1, 2, 130, dtype=torch.bfloat16) * torch.exp2(torch.arange(130) % 16).bfloat16()
     weight[0, 1, 7], weight[0, 1, 129] = -3e38, 0.0
-    header = compacted(weight)[0, :, :64]
-    assert header[0, 16:].tolist() == [0] * 48
+    header = compacted(weight).rows[0, :, :64]
+    assert header[0, 16:].tolist() == [0, 0, 2] + [0] * 45
     expected = torch.tensor([2, 7, int(bits(weight[0, 1, 7])), 129, 0]).to(torch.int16)
     assert header[1, 16:18].view(torch.int16) == expected[:1]
     assert torch.equal(header[1, 20:28].view(torch.int16), expected[1:])
 
 
+@weights_of
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("kind", ["forward", "grouped_gemm"])
-def test_same_bits(isa: str, make: Any, kind: str) -> None:
+def test_same_bits(isa: str, of_kind: Any, make: Any, kind: str) -> None:
     """All kinds of tiles, experts beyond the rows of a product, rows longer than a chunk, panels that are not full."""
     for hidden_size, intermediate_size in ((300, 200), (2200, 70), (1, 1)):
-        gate_up = make(E, 2 * intermediate_size, hidden_size)
-        down = make(E, hidden_size, intermediate_size)
+        gate_up = of_kind(make(E, 2 * intermediate_size, hidden_size))
+        down = of_kind(make(E, hidden_size, intermediate_size))
         stored = compacted(gate_up), compacted(down)
         for num_tokens in (0, 1, 3, 16, 70, 700 if hidden_size == 300 else 24):
-            x = torch.randn(num_tokens, hidden_size).bfloat16()
+            x = torch.randn(num_tokens, hidden_size).to(down.dtype)
             ids = torch.rand(num_tokens, E).argsort(-1)[:, :K].int()
             if kind == "forward":
                 call = ids, torch.rand(num_tokens, K)
                 y = switchgear.moe(x, gate_up, down, *call)
-                got = compact_moe(x, *stored, (hidden_size, intermediate_size), *call)
+                got = compact_moe(x, *stored, *call)
             else:
                 plan = switchgear.plan(ids, E)
                 y, got = (
                     switchgear.grouped_gemm(x, weight, plan.expert_offsets, token_indices=plan.token_indices)
-                    for weight in (gate_up, stored[0])
+                    for weight in (gate_up, stored[0].rows)
                 )
             assert torch.equal(bits(got), bits(y)), (hidden_size, num_tokens)
 
 
-def test_infinities_and_nan(isa: str) -> None:
-    experts = make_experts()
+@dtypes
+def test_infinities_and_nan(isa: str, dtype: torch.dtype) -> None:
+    experts = make_experts(dtype=dtype)
     with torch.no_grad():
         experts.gate_up_proj[0, 0, 0], experts.gate_up_proj[1, 3, 5] = float("inf"), float("nan")
-    call = inputs(40)
+    call = inputs(40, dtype)
     y = experts(*call)
     compress.compact(experts)
     assert torch.equal(y.isnan(), experts(*call).isnan())
     assert torch.equal(y.nan_to_num(), experts(*call).nan_to_num())
 
 
-def test_any_bytes_are_read_safely(isa: str) -> None:
+@dtypes
+def test_any_bytes_are_read_safely(isa: str, dtype: torch.dtype) -> None:
     """Rows that nobody packed name exceptions without number, at columns beyond the end and out of order."""
     for _ in range(20):
-        rows = torch.randint(0, 256, (E, 2 * I, 64 + reference_compact.records_bytes(H))).to(torch.uint8)
-        down = torch.randint(0, 256, (E, H, 128 + reference_compact.records_bytes(I))).to(torch.uint8)
+        rows = torch.randint(0, 256, (E, 2 * I, 64 + reference_compact.records_bytes(H, dtype))).to(torch.uint8)
+        down = torch.randint(0, 256, (E, H, 128 + reference_compact.records_bytes(I, dtype))).to(torch.uint8)
+        rows[0, 0, 18] = down[0, 0, 18] = dtype.itemsize  # the only byte that is checked
         for num_tokens in (2, 50):
-            y = compact_moe(inputs(num_tokens)[0], rows, down, (H, I), *inputs(num_tokens)[1:])
+            weights = CompactMatrix(rows, H, dtype, dtype), CompactMatrix(down, I, dtype, dtype)
+            y = compact_moe(inputs(num_tokens, dtype)[0], *weights, *inputs(num_tokens)[1:])
             assert y.shape == (num_tokens, H)
 
 
@@ -143,10 +171,10 @@ def test_any_bytes_are_read_safely(isa: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bias": True}, {"gated": False}, {"interleaved": True}, {"transposed": True}],
+    [{}, {"bias": True}, {"gated": False}, {"interleaved": True}, {"transposed": True}, {"dtype": torch.float32}],
     ids=lambda options: "-".join(options) or "gated",
 )
-def test_experts(backend: str, options: dict[str, bool]) -> None:
+def test_experts(backend: str, options: dict[str, Any]) -> None:
     if backend.startswith(("simt", "cuda")):
         pytest.skip("compact is for the CPU, and refuses weights on other devices")
     experts = make_experts(**options)
@@ -155,7 +183,7 @@ def test_experts(backend: str, options: dict[str, bool]) -> None:
     assert "compact" in repr(packed)
     assert [name for name, _ in packed.named_parameters()] == [n for n, _ in experts.named_parameters() if "bias" in n]
     for num_tokens in (0, 1, 20):
-        call = inputs(num_tokens)
+        call = inputs(num_tokens, experts.down_proj.dtype)
         with torch.no_grad():
             assert torch.equal(packed(*call), experts(*call))
         shaped = call[0].view(num_tokens, 1, H), call[1].view(num_tokens, 1, K), call[2].view(num_tokens, 1, K)
@@ -206,6 +234,23 @@ def test_state_dict_is_plain(tmp_path: Path) -> None:
         other.load_state_dict(state, strict=False)
 
 
+def test_checkpoints_in_bfloat16_loaded_as_float32() -> None:
+    """Each projection takes the form that it can, also when others are loaded."""
+    experts = make_experts(dtype=torch.float32)
+    with torch.no_grad():
+        experts.gate_up_proj.copy_(experts.gate_up_proj.bfloat16())
+    packed = copy.deepcopy(experts).pack_(compact=True)
+    call = inputs(3, torch.float32)
+    for stored in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        assert compact_of(packed).stored == stored  # type: ignore[union-attr]
+        with torch.no_grad():
+            assert torch.equal(packed(*call), experts(*call))
+            experts.gate_up_proj.add_(1e-5)
+            experts.down_proj.copy_(experts.down_proj.bfloat16())
+        packed.load_state_dict(experts.state_dict())
+    assert torch.equal(packed.unpack_().down_proj, experts.down_proj)
+
+
 def test_autocast_and_other_dtypes() -> None:
     experts = make_experts()
     packed = copy.deepcopy(experts).pack_(compact=True)
@@ -214,6 +259,9 @@ def test_autocast_and_other_dtypes() -> None:
         assert torch.equal(packed(x, ids, weights), experts(x, ids, weights))
     with pytest.raises(TypeError, match="gate_up_proj: expected"):
         packed(x, ids, weights)
+    packed = copy.deepcopy(experts.float()).pack_(compact=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(x, ids, weights), experts(x, ids, weights))
 
 
 def test_compiled() -> None:
@@ -239,17 +287,20 @@ def test_with_adapters() -> None:
 
 
 def test_errors() -> None:
+    mixed = make_experts()
+    mixed.down_proj = nn.Parameter(mixed.down_proj.float())
     for model, reason in (
         (nn.Linear(2, 2), "Linear has no experts that run on the fused kernel"),
-        (make_experts(dtype=torch.float32), r"gate_up_proj is torch.float32, not torch.bfloat16"),
+        (make_experts(dtype=torch.float16), r"gate_up_proj is torch.float16, not torch.bfloat16 or torch.float32"),
+        (mixed, r"gate_up_proj is torch.bfloat16, and down_proj torch.float32"),
         (make_experts(device="meta"), "gate_up_proj is on meta, and compact weights are for the CPU"),
         (switchgear.Experts(64, 64, 2, dtype=torch.bfloat16), "gate_up_proj would still take 200% of its bytes"),
     ):
         with pytest.raises(ValueError, match=f"model: expected experts that can be compact; {reason}"):
             compress.compact(model)
         assert compress.expand(model) == 0
-    with pytest.raises(TypeError, match=r"weight: expected torch\.bfloat16, got torch\.float32"):
-        reference_compact.compact(torch.zeros(1, 1, 1))
+    with pytest.raises(TypeError, match=r"weight: expected torch\.bfloat16 or torch\.float32, got torch\.float16"):
+        reference_compact.compact(torch.zeros(1, 1, 1, dtype=torch.float16))
     with pytest.raises(ValueError, match="weight: expected at most 32768 columns, got 32769"):
         reference_compact.compact(torch.zeros(1, 1, 32769, dtype=torch.bfloat16))
 
@@ -263,7 +314,7 @@ def test_errors() -> None:
     x, ids, weights = inputs(3)
     with pytest.raises(ValueError, match=r"x: expected shape \[..., 512\], got \[3, 511\]"):
         packed(x[:, :-1], ids, weights)
-    gate_up, down = compact_of(packed).rows(packed)  # type: ignore[union-attr]
+    gate_up, down = (matrix.rows for matrix in compact_of(packed).matrices(packed))  # type: ignore[union-attr]
     for bad, reason in (
         (gate_up[:, :, :-1].contiguous(), "gate_up_proj: expected compact rows of 768 bytes for 512 columns"),
         (gate_up[:, :, :768].contiguous(), "gate_up_proj: expected compact rows of 768 bytes for 512 columns"),
@@ -276,8 +327,17 @@ def test_errors() -> None:
                 switchgear.ops.host.execution(),
             )  # fmt: skip
         assert bool((y == 7).all())
-    with pytest.raises(TypeError, match="gate_up_proj: expected float32 like x, got compact bfloat16"):
-        switchgear.moe(x.float(), gate_up, down, ids, weights)
+    with pytest.raises(TypeError, match="gate_up_proj: expected float16 like x, got compact weights"):
+        switchgear.moe(x.half(), gate_up, down, ids, weights)
+    floats = [reference_compact.compact(torch.full((1, 4, 512), 0.1)) for _ in range(2)]
+    with pytest.raises(
+        TypeError, match="gate_up_proj: expected compact bfloat16 like x, got compact elements of 4 bytes"
+    ):
+        switchgear.moe(x, *floats, ids, weights)
+    with pytest.raises(
+        TypeError, match="compact: expected compact bfloat16 like weight, got compact elements of 4 bytes"
+    ):
+        CompactMatrix(floats[0], 512, torch.bfloat16, torch.bfloat16).weight()
 
 
 def test_a_model_of_transformers(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Between bfloat16 and compact rows: once when weights are packed, and when they are saved; so in plain C++.
+// Between weights and compact rows: once when weights are packed, and when they are saved; so in plain C++.
 #include "compact.h"
 
 #include <array>
@@ -15,12 +15,16 @@ using namespace cpu;
 
 constexpr int kCodes = 16;
 
-int exponent_of(uint16_t bits) { return bits >> 7 & 0xff; }
+uint16_t upper_half(uint16_t bits) { return bits; }
+uint16_t upper_half(uint32_t bits) { return static_cast<uint16_t>(bits >> 16); }
+
+int exponent_of(uint16_t upper) { return upper >> 7 & 0xff; }
 
 // The exponents that most elements have, ascending; of two as frequent, the lower one.
-std::array<uint8_t, kCodes> frequent_exponents(const uint16_t* elements, int64_t count) {
+template <typename Bits>
+std::array<uint8_t, kCodes> frequent_exponents(const Bits* elements, int64_t count) {
   std::array<int64_t, 256> counts{};
-  for (int64_t i = 0; i < count; ++i) ++counts[exponent_of(elements[i])];
+  for (int64_t i = 0; i < count; ++i) ++counts[exponent_of(upper_half(elements[i]))];
   std::array<uint8_t, 256> order;
   for (int e = 0; e < 256; ++e) order[e] = static_cast<uint8_t>(e);
   std::stable_sort(order.begin(), order.end(), [&](uint8_t a, uint8_t b) { return counts[a] > counts[b]; });
@@ -40,28 +44,48 @@ struct Codes {
   }
 };
 
+// Elements as bits: uint16_t of bfloat16, uint32_t of float32.
+template <typename Bits>
+constexpr bool kHasHalves = sizeof(Bits) == 4;
+template <typename Bits>
+constexpr DType kDType = kHasHalves<Bits> ? DType::kFloat32 : DType::kBFloat16;
+
+// Where a record has what is said of the upper half of element i.
+template <typename Bits>
+int64_t place_of(int64_t i) {
+  return kHasHalves<Bits> ? compact_place_of_halves(i) : i;
+}
+
 // Returns the number of exceptions, of which those that find room are written.
-int64_t pack_row(uint8_t* out, int64_t header, const uint16_t* row, int64_t cols, const Codes& codes) {
+template <typename Bits>
+int64_t pack_row(uint8_t* out, int64_t header, const Bits* row, int64_t cols, const Codes& codes) {
+  constexpr int64_t kRecordBytes = compact_record_bytes(kDType<Bits>);
   std::memset(out, 0, static_cast<size_t>(header));
   std::memcpy(out, codes.exponents.data(), kCodes);
+  out[kCompactElementBytes] = sizeof(Bits);
   const int64_t room = CompactExceptions::room(header);
   uint8_t* record = out + header;
   uint8_t* exception = out + CompactExceptions::kFirst;
   int64_t exceptions = 0;
-  for (int64_t first = 0; first < cols; first += kCompactRecord, record += kCompactRecordBytes) {
-    std::memset(record, 0, kCompactRecordBytes);
+  for (int64_t first = 0; first < cols; first += kCompactRecord, record += kRecordBytes) {
+    std::memset(record, 0, kRecordBytes);
     const int64_t count = std::min(kCompactRecord, cols - first);
     for (int64_t i = 0; i < count; ++i) {
-      const uint16_t bits = row[first + i];
-      const int code = codes.code[exponent_of(bits)];
-      const int64_t half = i / 64, place = compact_place(i);
-      record[64 * half + place] = static_cast<uint8_t>((bits >> 8 & 0x80) | (bits & 0x7f));
+      const Bits bits = row[first + i];
+      const uint16_t upper = upper_half(bits);
+      const int code = codes.code[exponent_of(upper)];
+      const int64_t at = place_of<Bits>(i), half = at / 64, place = compact_place(at);
+      record[64 * half + place] = static_cast<uint8_t>((upper >> 8 & 0x80) | (upper & 0x7f));
       record[128 + place] |= static_cast<uint8_t>(std::max(code, 0) << 4 * half);
+      if constexpr (kHasHalves<Bits>) {
+        const auto lower = static_cast<uint16_t>(bits);
+        std::memcpy(record + kLowerHalves + 2 * at, &lower, 2);
+      }
       if (code >= 0) continue;
       if (exceptions++ < room) {
         const auto column = static_cast<uint16_t>(first + i);
         std::memcpy(exception, &column, 2);
-        std::memcpy(exception + 2, &bits, 2);
+        std::memcpy(exception + 2, &upper, 2);
         exception += CompactExceptions::kBytes;
       }
     }
@@ -71,26 +95,38 @@ int64_t pack_row(uint8_t* out, int64_t header, const uint16_t* row, int64_t cols
   return exceptions;
 }
 
-void expand_row(uint16_t* out, const CompactRow& row, int64_t cols) {
+template <typename Bits>
+void expand_row(Bits* out, const CompactRow& row, int64_t cols) {
   CompactExceptions exceptions(row);
+  const uint8_t* record = row.records();
   for (int64_t r = 0, first = 0; first < cols; ++r, first += kCompactRecord) {
-    const uint8_t* const record = row.record(r);
-    uint16_t elements[kCompactRecord];
+    uint16_t upper[kCompactRecord];
     for (int64_t i = 0; i < kCompactRecord; ++i) {
-      const int64_t half = i / 64, place = compact_place(i);
+      const int64_t at = place_of<Bits>(i), half = at / 64, place = compact_place(at);
       const int byte = record[64 * half + place], code = record[128 + place] >> 4 * half & 0xf;
-      elements[i] = static_cast<uint16_t>((byte & 0x80) << 8 | row.exponents()[code] << 7 | (byte & 0x7f));
+      upper[i] = static_cast<uint16_t>((byte & 0x80) << 8 | row.exponents()[code] << 7 | (byte & 0x7f));
     }
-    exceptions.apply(r, [&](int64_t i, uint16_t bits) { elements[i] = bits; });
-    std::memcpy(out + first, elements, static_cast<size_t>(std::min(kCompactRecord, cols - first)) * 2);
+    exceptions.apply(r, [&](int64_t i, uint16_t bits) { upper[i] = bits; });
+    for (int64_t i = 0; i < std::min(kCompactRecord, cols - first); ++i) {
+      Bits bits = upper[i];
+      if constexpr (kHasHalves<Bits>) {
+        uint16_t lower;
+        std::memcpy(&lower, record + kLowerHalves + 2 * place_of<Bits>(i), 2);
+        bits = bits << 16 | lower;
+      }
+      out[first + i] = bits;
+    }
+    record += compact_record_bytes(kDType<Bits>);
   }
 }
 
-// weight [E,N,C] bfloat16, compact [E,N,B] uint8, both contiguous
+// weight [E,N,C] bfloat16 or float32, compact [E,N,B] uint8, both contiguous
 void check_shapes(const TensorView& weight, const TensorView& compact) {
-  SWITCHGEAR_CHECK(ValueError, weight.dtype == DType::kBFloat16 && weight.ndim == 3 && weight.contiguous(),
-                   "weight: expected contiguous bfloat16 [E, N, C], got ", describe(weight));
-  const int64_t cols = weight.shape[2], header = compact_header(compact.shape[2], cols);
+  SWITCHGEAR_CHECK(
+      ValueError,
+      (weight.dtype == DType::kBFloat16 || weight.dtype == DType::kFloat32) && weight.ndim == 3 && weight.contiguous(),
+      "weight: expected contiguous bfloat16 or float32 [E, N, C], got ", describe(weight));
+  const int64_t cols = weight.shape[2], header = compact_header(compact.shape[2], cols, weight.dtype);
   SWITCHGEAR_CHECK(ValueError, cols <= kMaxCompactColumns, "weight: expected at most ", kMaxCompactColumns,
                    " columns, got ", describe(weight));
   SWITCHGEAR_CHECK(ValueError,
@@ -101,36 +137,50 @@ void check_shapes(const TensorView& weight, const TensorView& compact) {
                    describe(compact));
 }
 
+// function(tag) with an element's bits
+template <typename Function>
+auto with_bits(DType dtype, Function&& function) {
+  return dtype == DType::kFloat32 ? function(uint32_t{}) : function(uint16_t{});
+}
+
 }  // namespace
 
-int64_t compact_row_bytes(int64_t cols, int64_t exceptions) {
+int64_t compact_row_bytes(int64_t cols, int64_t exceptions, DType dtype) {
   const int64_t header = CompactExceptions::kFirst + exceptions * CompactExceptions::kBytes;
-  return (header + kCompactHeader - 1) / kCompactHeader * kCompactHeader + compact_records_bytes(cols);
+  return (header + kCompactHeader - 1) / kCompactHeader * kCompactHeader + compact_records_bytes(cols, dtype);
 }
 
 int64_t pack_compact(const TensorView& weight, const TensorView& compact, Execution exec) {
   check_shapes(weight, compact);
   const int64_t num_experts = weight.shape[0], rows = weight.shape[1], cols = weight.shape[2];
-  const int64_t row_bytes = compact.shape[2], header = compact_header(row_bytes, cols);
+  const int64_t row_bytes = compact.shape[2], header = compact_header(row_bytes, cols, weight.dtype);
   std::vector<int64_t> most(static_cast<size_t>(num_experts), 0);  // exceptions in a row, by expert
-  parallel_for_shares(resolve_threads(exec.num_threads), num_experts, [&](int64_t e, int) {
-    const uint16_t* const matrix = weight.as<uint16_t>() + e * rows * cols;
-    const Codes codes(frequent_exponents(matrix, rows * cols));
-    for (int64_t n = 0; n < rows; ++n) {
-      uint8_t* const out = compact.as<uint8_t>() + (e * rows + n) * row_bytes;
-      int64_t& known = most[static_cast<size_t>(e)];
-      known = std::max(known, pack_row(out, header, matrix + n * cols, cols, codes));
-    }
+  with_bits(weight.dtype, [&]<typename Bits>(Bits) {
+    parallel_for_shares(resolve_threads(exec.num_threads), num_experts, [&](int64_t e, int) {
+      const Bits* const matrix = weight.as<Bits>() + e * rows * cols;
+      const Codes codes(frequent_exponents(matrix, rows * cols));
+      for (int64_t n = 0; n < rows; ++n) {
+        uint8_t* const out = compact.as<uint8_t>() + (e * rows + n) * row_bytes;
+        int64_t& known = most[static_cast<size_t>(e)];
+        known = std::max(known, pack_row(out, header, matrix + n * cols, cols, codes));
+      }
+    });
   });
   return most.empty() ? 0 : *std::max_element(most.begin(), most.end());
 }
 
 void expand_compact(const TensorView& compact, const TensorView& weight, Execution exec) {
   check_shapes(weight, compact);
+  SWITCHGEAR_CHECK(TypeError,
+                   compact.numel() == 0 || compact.as<uint8_t>()[kCompactElementBytes] == size_of(weight.dtype),
+                   "compact: expected compact ", name_of(weight.dtype), " like weight, got compact elements of ",
+                   int{compact.as<uint8_t>()[kCompactElementBytes]}, " bytes");
   const int64_t rows = weight.shape[0] * weight.shape[1], cols = weight.shape[2], row_bytes = compact.shape[2];
-  const int64_t header = compact_header(row_bytes, cols);
-  parallel_for_shares(resolve_threads(exec.num_threads), rows, [&](int64_t n, int) {
-    expand_row(weight.as<uint16_t>() + n * cols, {compact.as<uint8_t>() + n * row_bytes, header}, cols);
+  const int64_t header = compact_header(row_bytes, cols, weight.dtype);
+  with_bits(weight.dtype, [&]<typename Bits>(Bits) {
+    parallel_for_shares(resolve_threads(exec.num_threads), rows, [&](int64_t n, int) {
+      expand_row(weight.as<Bits>() + n * cols, {compact.as<uint8_t>() + n * row_bytes, header}, cols);
+    });
   });
 }
 

@@ -9,20 +9,27 @@
 
 namespace switchgear::cpu {
 
-// A row: its header, then its records.
+// A row: its header, then its records. Bytes.
 struct CompactRow {
   const uint8_t* data;
-  int64_t header;  // bytes
+  int64_t header;
 
   const uint8_t* exponents() const { return data; }
-  const uint8_t* record(int64_t r) const { return data + header + r * kCompactRecordBytes; }
+  const uint8_t* records() const { return data + header; }
 };
 
 // Bytes of the header where rows have `row_bytes` bytes and `cols` elements.
-inline int64_t compact_header(int64_t row_bytes, int64_t cols) { return row_bytes - compact_records_bytes(cols); }
+inline int64_t compact_header(int64_t row_bytes, int64_t cols, DType dtype) {
+  return row_bytes - compact_records_bytes(cols, dtype);
+}
 
-// Where element i of a record has its byte, in each half of 64.
+// Where a record of bfloat16 has the byte of element i, in each half of 64.
 inline int64_t compact_place(int64_t i) { return i % 32 / 8 * 16 + i / 32 % 2 * 8 + i % 8; }
+
+// Where a record of float32 has the halves of element i: interleaving lower and upper ones within 16-byte lanes leaves elements
+// in order, 16 at a time.
+constexpr int64_t compact_place_of_halves(int64_t i) { return i / 32 * 32 + i % 16 / 4 * 8 + i % 32 / 16 * 4 + i % 4; }
+constexpr int64_t kLowerHalves = compact_record_bytes(DType::kBFloat16);  // where they are in a record of float32
 
 // The elements of a row whose exponents have no code, by column. Whatever the bytes are, no other memory is touched.
 class CompactExceptions {

@@ -2,10 +2,10 @@
 // dot_products whose B is compact (compact.h): weights are unpacked between memory and multiplication. Included by kernels.inl
 // after dot_products.inl.
 //
-//   work 2·M·N·K flop; traffic 1.5 bytes a weight and 64 a row, instead of 2 a weight
+//   work 2·M·N·K flop; traffic 1.5 bytes a bfloat16 and 64 a row, instead of 2; 3.5 bytes a float32, instead of 4
 //   A step of few rows takes a record of 128 weights: with AVX-512 from memory into registers, where they are multiplied, at 22
-//   operations a record beside the products, so that memory binds: 1.2 times a plain read of the bfloat16 with one or two rows of
-//   A, 1.05 with 6. A second tile of rows finds the row of B in L1.
+//   operations a record of bfloat16 beside the products, 38 of float32, so that memory binds: 1.2 times a plain read of the
+//   bfloat16 with one or two rows of A, 1.05 with 6. A second tile of rows finds the row of B in L1.
 //   More rows: a chunk of B is unpacked into the scratch, as a transposed one would be, and multiplied from there.
 //
 // Weights have their exact bits and sums the order of dot_products, so results have the bits of plain weights (but which NaN a
@@ -15,10 +15,6 @@
 namespace switchgear::cpu {
 namespace {
 
-using Words = BFloat16Words;
-constexpr bool kPairs = Words::kDepth == 2;
-constexpr int64_t kCompactChunk = kChunkWords * Words::kDepth;  // elements
-static_assert(kCompactChunk % kCompactRecord == 0);
 constexpr int64_t kCompactRows = 10;  // up to so many, unpacking B for each tile is quicker than by way of the scratch
 
 // Where the next exceptions are in kColumns rows.
@@ -30,7 +26,8 @@ class NextExceptions {
     find();
   }
   int64_t record() const { return record_; }
-  void apply(UnpackedRecord (&records)[kColumns]) {
+  template <typename Record>
+  void apply(Record (&records)[kColumns]) {
     for (int j = 0; j < kColumns; ++j) {
       rows_[j].apply(record_, [&](int64_t i, uint16_t bits) { records[j].set(i, bits); });
     }
@@ -48,11 +45,11 @@ class NextExceptions {
 };
 
 // acc[i][j] += the products of `parts` vectors of words[i] and of records[j].
-template <int kRows, int kColumns>
+template <typename Record, int kRows, int kColumns>
 inline void add_record(Floats (&acc)[kRows][kColumns], const float* const (&words)[kRows],
-                       const UnpackedRecord (&records)[kColumns], int parts) {
+                       const Record (&records)[kColumns], int parts) {
 #pragma GCC unroll 32
-  for (int part = 0; part < kRecordParts; ++part) {
+  for (int part = 0; part < Record::kParts; ++part) {
     if (part == parts) break;
     Floats column[kColumns];
 #pragma GCC unroll 8
@@ -61,18 +58,17 @@ inline void add_record(Floats (&acc)[kRows][kColumns], const float* const (&word
     for (int i = 0; i < kRows; ++i) {
       const Floats row = load(words[i] + part * kLanes);
 #pragma GCC unroll 8
-      for (int j = 0; j < kColumns; ++j) acc[i][j] = step<kPairs>(row, column[j], acc[i][j]);
+      for (int j = 0; j < kColumns; ++j) acc[i][j] = step<Record::Words::kDepth == 2>(row, column[j], acc[i][j]);
     }
   }
 }
 
 // kRows rows and kColumns columns of C += the products with rows of B, `stride` bytes apart. Asks for kColumns rows from `ahead`
-// on, as add_dot_tile does; of kSomeLines, a line of each record.
-template <int kRows, int kColumns, Asks kAsks>
+// on, as add_dot_tile does; of kSomeLines, one in kAskedBytes.
+template <typename Record, int kRows, int kColumns, Asks kAsks>
 void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stride, int64_t depth, const char* ahead) {
-  constexpr int64_t kAsked = kColumns * kCompactRecordBytes,
-                    kAskedStep = kAsks == Asks::kSomeLines ? kCompactRecordBytes : kLine;
-  constexpr int64_t kRecordWords = kCompactRecord / Words::kDepth;
+  constexpr int64_t kAsked = kColumns * Record::kBytes, kAskedStep = kAsks == Asks::kSomeLines ? kAskedBytes : kLine;
+  constexpr int64_t kDepth = Record::Words::kDepth, kRecordWords = kCompactRecord / kDepth;
   const int64_t whole = depth / kCompactRecord, rest = depth % kCompactRecord;
   const Exponents exponents(b.exponents());
   NextExceptions<kColumns> exceptions(b, stride);
@@ -82,10 +78,12 @@ void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stri
     words[i] = reinterpret_cast<const float*>(static_cast<const char*>(a.rows[i]) + a.offset);
   }
   Floats acc[kRows][kColumns];
-  const auto unpack = [&](UnpackedRecord(&records)[kColumns], int64_t r) {
+  const uint8_t* next = b.records();
+  const auto unpack = [&](Record(&records)[kColumns], int64_t r) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kColumns; ++j) records[j].unpack(b.record(r) + j * stride, exponents);
+    for (int j = 0; j < kColumns; ++j) records[j].unpack(next + j * stride, exponents);
     if (r == exceptions.record()) exceptions.apply(records);
+    next += Record::kBytes;
   };
 
   for (int64_t i = 0; i < kColumns * b.header; i += kLine) __builtin_prefetch(ahead + i, 0, 2);
@@ -96,27 +94,26 @@ void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stri
 #pragma GCC unroll 8
       for (int j = 0; j < kColumns; ++j) acc[i][j] = broadcast(0.0f);
     }
-    const int64_t chunk_end = r + kCompactChunk / kCompactRecord;
+    const int64_t chunk_end = r + kChunkWords / kRecordWords;
     for (; r < whole && r < chunk_end; ++r) {
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kAsked; i += kAskedStep) __builtin_prefetch(ahead + i, 0, 2);
       ahead += kAsked;
-      UnpackedRecord records[kColumns];
+      Record records[kColumns];
       unpack(records, r);
-      add_record(acc, words, records, kRecordParts);
+      add_record(acc, words, records, Record::kParts);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) words[i] += kRecordWords;
     }
-    if (r == whole && rest > 0 && r < chunk_end) {
-      UnpackedRecord records[kColumns];
+    if (r == whole && rest > 0 && r < chunk_end) {  // behind its end a row has finite numbers, for zeros of A
+      Record records[kColumns];
       unpack(records, r++);
-      for (auto& record : records) record.clear_from(rest);
       float padded[kRows][kRecordWords] = {};
       for (int i = 0; i < kRows; ++i) {
-        __builtin_memcpy(padded[i], words[i], static_cast<size_t>(rest) * 4 / Words::kDepth);
+        __builtin_memcpy(padded[i], words[i], static_cast<size_t>(rest * 4 / kDepth));
         words[i] = padded[i];
       }
-      const int64_t step_depth = kCompactRecord / kRecordParts;
+      const int64_t step_depth = kCompactRecord / Record::kParts;
       add_record(acc, words, records, static_cast<int>((rest + step_depth - 1) / step_depth));
     }
     add_lanes(c, acc);
@@ -124,7 +121,7 @@ void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stri
 }
 
 // All columns of a few tiles of rows, which find a row of B in L1 once the first one has read it.
-template <int kFew, Asks kAsks>
+template <typename Record, int kFew, Asks kAsks>
 void add_compact_columns(const Product& product, const Rows& a, const CompactRow& b) {
   const RowsOfB rows(product, b.data, product.b.n_stride, lead_of(kAsks));
   const int64_t tiles = num_row_tiles(product.num_rows);
@@ -134,14 +131,15 @@ void add_compact_columns(const Product& product, const Rows& a, const CompactRow
       count = (product.num_rows - m) / (tiles - t);
       const char* const ahead = t == 0 ? rows.ahead_of(n) : rows.row(n);
       with_constant<kTileRows>(count, [&]<int kRows>() {
-        add_compact_tile<kRows, kColumns, kAsks>(product.c + m * kPanel + n, {a.rows + m, a.offset}, row, rows.stride,
-                                                 product.depth, ahead);
+        add_compact_tile<Record, kRows, kColumns, kAsks>(product.c + m * kPanel + n, {a.rows + m, a.offset}, row,
+                                                         rows.stride, product.depth, ahead);
       });
     }
   });
 }
 
 // out[n] = the words of B's row n for k in [k_begin, k_begin + depth), kScratchRow words apart: as pack_rows.
+template <typename Record>
 void unpack_rows(float* out, const Matrix& b, int64_t header, int64_t num_columns, int64_t k_begin, int64_t depth) {
   const int64_t first = k_begin / kCompactRecord;
   for (int64_t n = 0; n < num_columns; ++n, out += kScratchRow) {
@@ -149,53 +147,63 @@ void unpack_rows(float* out, const Matrix& b, int64_t header, int64_t num_column
     const Exponents exponents(row.exponents());
     CompactExceptions exceptions(row);
     exceptions.skip_to(first);
-    for (int64_t k = 0; k < depth; k += kCompactRecord) {
-      const int64_t r = first + k / kCompactRecord;
-      UnpackedRecord record;
-      record.unpack(row.record(r), exponents);
+    for (int64_t k = 0, r = first; k < depth; k += kCompactRecord, ++r) {
+      Record record;
+      record.unpack(row.records() + r * Record::kBytes, exponents);
       exceptions.apply(r, [&](int64_t i, uint16_t bits) { record.set(i, bits); });
-      if (depth - k < kCompactRecord) record.clear_from(depth - k);
 #pragma GCC unroll 32
-      for (int part = 0; part < kRecordParts; ++part) {
-        store(out + k / Words::kDepth + part * kLanes, record.words(part));
+      for (int part = 0; part < Record::kParts; ++part) {
+        store(out + k / Record::Words::kDepth + part * kLanes, record.words(part));
       }
     }
   }
 }
 
-void compact_products(const Product& product) {
+template <typename Record>
+void compact_products_of(const Product& product) {
+  using Words = typename Record::Words;
   using Packed = typename Words::Packed;
+  constexpr bool kPairs = Words::kDepth == 2;
+  constexpr int64_t kChunk = kChunkWords * Words::kDepth;
+  static_assert(kChunk % kCompactRecord == 0);
   const int64_t depth = product.depth, num_columns = product.num_columns;
-  const CompactRow b{static_cast<const uint8_t*>(product.b.data), compact_header(product.b.n_stride, depth)};
+  const CompactRow b{static_cast<const uint8_t*>(product.b.data),
+                     compact_header(product.b.n_stride, depth, Record::kDType)};
   const void* widened_rows[kMaxRows];
 
   __builtin_memset(product.c, 0, sizeof(float) * kPanel * static_cast<size_t>(product.num_rows));
   if (product.num_rows <= kCompactRows) {
-    const Rows rows = rows_from(product, DType::kBFloat16, kPairs, 0, depth, widened_rows);
+    const Rows rows = rows_from(product, product.b.dtype, kPairs, 0, depth, widened_rows);
     if (kIsNarrow<Words> || product.b.n_stride <= kShortRow) {
-      add_compact_columns<kDotColumns, Asks::kEveryLine>(product, rows, b);
+      add_compact_columns<Record, kDotColumns, Asks::kEveryLine>(product, rows, b);
     } else if (product.num_rows <= 2) {
-      add_compact_columns<1, Asks::kSomeLines>(product, rows, b);
+      add_compact_columns<Record, 1, Asks::kSomeLines>(product, rows, b);
     } else if (product.num_rows * depth * 4 / Words::kDepth <= kFitting / 2) {
-      add_compact_columns<1, Asks::kEveryLine>(product, rows, b);
+      add_compact_columns<Record, 1, Asks::kEveryLine>(product, rows, b);
     } else {
-      add_compact_columns<2, Asks::kEveryLine>(product, rows, b);
+      add_compact_columns<Record, 2, Asks::kEveryLine>(product, rows, b);
     }
     return;
   }
   float* const unpacked = static_cast<float*>(product.scratch);
   const auto* const next_product = static_cast<const uint8_t*>(product.next);
-  for (int64_t k = 0; k < depth; k += kCompactChunk) {
-    const int64_t count = depth - k < kCompactChunk ? depth - k : kCompactChunk;
-    const Rows rows = rows_from(product, DType::kBFloat16, kPairs, k, count, widened_rows);
-    unpack_rows(unpacked, product.b, b.header, num_columns, k, count);
+  for (int64_t k = 0; k < depth; k += kChunk) {
+    const int64_t count = depth - k < kChunk ? depth - k : kChunk;
+    const Rows rows = rows_from(product, product.b.dtype, kPairs, k, count, widened_rows);
+    unpack_rows<Record>(unpacked, product.b, b.header, num_columns, k, count);
     const uint8_t* const next =
-        k + kCompactChunk < depth ? b.record((k + kCompactChunk) / kCompactRecord) : next_product;
+        k + kChunk < depth ? b.records() + (k + kChunk) / kCompactRecord * Record::kBytes : next_product;
     add_dot_chunk<Packed>(
         product, rows,
         {reinterpret_cast<const Element<Packed>*>(unpacked), kScratchRow * Words::kDepth, num_columns, count}, next,
         product.b.n_stride);
   }
+}
+
+void compact_products(const Product& product) {
+  if (product.b.compact_bytes == 4) return compact_products_of<UnpackedFloat>(product);
+  if (product.b.dtype == DType::kFloat32) return compact_products_of<WidenedBFloat16>(product);
+  compact_products_of<UnpackedBFloat16>(product);
 }
 
 }  // namespace

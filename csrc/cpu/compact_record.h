@@ -1,20 +1,29 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A record of compact weights becomes 128 bfloat16: for AVX-512, AVX2, and any processor. Included by kernels.inl.
+// A record of compact weights becomes 128 bfloat16 or float32: for AVX-512, AVX2, and any processor. Included by kernels.inl.
 //
 // An element's byte is its sign and fraction; a code chooses one of 16 exponents e. Of the two bytes of a bfloat16 the upper is
 // sign | e >> 1, the lower (e & 1) << 7 | fraction: each a lookup of the code in a table of 16 bytes, merged with a part of the
-// element's byte. Elements lie where interleaving lower and upper bytes within 16-byte lanes leaves them in order.
+// element's byte. Elements lie where interleaving lower and upper bytes within 16-byte lanes leaves them in order; and so do the
+// halves of float32, whose upper ones are a record of bfloat16.
 //
+//   Words, kDType, kBytes       what it is multiplied as (multiply.inl), its elements, its length in memory
 //   unpack(record, exponents)   all elements
-//   set(i, bits), clear_from(i) one of them; zeros from one on
-//   words(part)                 kLanes words (multiply.inl) of part [0, kRecordParts)
+//   set(i, bits)                one of them, or its upper half
+//   words(part)                 kLanes words of part [0, kParts); widened(part): of bfloat16, as float32
 #pragma once
 #include "compact.h"
 
 namespace switchgear::cpu {
 namespace {
 
-constexpr int kRecordParts = kCompactRecord / (kLanes * BFloat16Words::kDepth);
+template <typename WordsOf, DType kOf>
+struct RecordOf {
+  using Words = WordsOf;
+  static constexpr DType kDType = kOf;
+  static constexpr int64_t kBytes = compact_record_bytes(kOf);
+  static constexpr int kParts = kCompactRecord / (kLanes * Words::kDepth);
+};
+using BFloat16Record = RecordOf<BFloat16Words, DType::kBFloat16>;
 
 #if defined(__AVX512BW__)
 
@@ -28,7 +37,7 @@ struct Exponents {
   }
 };
 
-struct UnpackedRecord {
+struct UnpackedBFloat16 : BFloat16Record {
   __m512i quarters[4];  // in registers, once loops over them are unrolled
 
   void unpack(const uint8_t* record, const Exponents& exponents) {
@@ -52,36 +61,34 @@ struct UnpackedRecord {
       quarters[q] = _mm512_mask_set1_epi16(quarters[q], mask, static_cast<int16_t>(bits));
     }
   }
-  void clear_from(int64_t i) {
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) {
-      const int64_t kept = i - 32 * q;
-      const __mmask32 mask = kept >= 32 ? ~__mmask32{0} : kept <= 0 ? 0 : (__mmask32{1} << kept) - 1;
-      quarters[q] = _mm512_maskz_mov_epi16(mask, quarters[q]);
-    }
+  Floats widened(int part) const {
+    const __m256i eighth =
+        part % 2 == 0 ? _mm512_castsi512_si256(quarters[part / 2]) : _mm512_extracti64x4_epi64(quarters[part / 2], 1);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(eighth), 16));
   }
   Floats words(int part) const {
 #ifdef __AVX512BF16__
     return _mm512_castsi512_ps(quarters[part]);
 #else
-    const __m256i eighth =
-        part % 2 == 0 ? _mm512_castsi512_si256(quarters[part / 2]) : _mm512_extracti64x4_epi64(quarters[part / 2], 1);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(eighth), 16));
+    return widened(part);
 #endif
   }
 };
 
+inline Floats join_halves(const UnpackedBFloat16& upper, const uint8_t* lower, int part) {
+  const __m512i low = _mm512_loadu_si512(lower + part / 2 * 64), high = upper.quarters[part / 2];
+  return _mm512_castsi512_ps(part % 2 == 0 ? _mm512_unpacklo_epi16(low, high) : _mm512_unpackhi_epi16(low, high));
+}
+
 #else
 
 // By way of memory.
-struct UnpackedElements {
+struct UnpackedElements : BFloat16Record {
   alignas(64) BFloat16 elements[kCompactRecord];
 
   void set(int64_t i, uint16_t bits) { elements[i].bits = bits; }
-  void clear_from(int64_t i) {
-    for (; i < kCompactRecord; ++i) elements[i].bits = 0;
-  }
-  Floats words(int part) const { return BFloat16Words::load_whole(elements + kCompactRecord / kRecordParts * part); }
+  Floats widened(int part) const { return load(elements + kLanes * part); }
+  Floats words(int part) const { return widened(part); }
 };
 
 #if defined(__AVX2__)
@@ -96,7 +103,7 @@ struct Exponents {
   }
 };
 
-struct UnpackedRecord : UnpackedElements {
+struct UnpackedBFloat16 : UnpackedElements {
   void unpack(const uint8_t* record, const Exponents& exponents) {
     const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x80)), low_code = _mm256_set1_epi8(0x0f);
 #pragma GCC unroll 4
@@ -118,6 +125,13 @@ struct UnpackedRecord : UnpackedElements {
   }
 };
 
+inline Floats join_halves(const UnpackedBFloat16& upper, const uint8_t* lower, int part) {
+  const int at = part / 4 * 32 + part % 2 * 16;
+  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lower + 2 * at));
+  const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(upper.elements + at));
+  return _mm256_castsi256_ps(part % 4 < 2 ? _mm256_unpacklo_epi16(low, high) : _mm256_unpackhi_epi16(low, high));
+}
+
 #else
 
 struct Exponents {
@@ -126,7 +140,7 @@ struct Exponents {
   explicit Exponents(const uint8_t* exponents) { __builtin_memcpy(of_code, exponents, sizeof of_code); }
 };
 
-struct UnpackedRecord : UnpackedElements {
+struct UnpackedBFloat16 : UnpackedElements {
   void unpack(const uint8_t* record, const Exponents& exponents) {
     for (int i = 0; i < kCompactRecord; ++i) {
       const int half = i / 64, place = static_cast<int>(compact_place(i));
@@ -136,8 +150,41 @@ struct UnpackedRecord : UnpackedElements {
   }
 };
 
+inline Floats join_halves(const UnpackedBFloat16& upper, const uint8_t* lower, int part) {
+  uint32_t words[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const int64_t at = compact_place_of_halves(kLanes * part + i);
+    uint16_t low;
+    __builtin_memcpy(&low, lower + 2 * at, 2);
+    words[i] = static_cast<uint32_t>(upper.elements[at].bits) << 16 | low;
+  }
+  Floats v;
+  __builtin_memcpy(&v, words, sizeof v);
+  return v;
+}
+
 #endif
 #endif
 
+// bfloat16 that is multiplied with float32.
+struct WidenedBFloat16 : RecordOf<FloatWords<float>, DType::kBFloat16> {
+  UnpackedBFloat16 elements;
+
+  void unpack(const uint8_t* record, const Exponents& exponents) { elements.unpack(record, exponents); }
+  void set(int64_t i, uint16_t bits) { elements.set(i, bits); }
+  Floats words(int part) const { return elements.widened(part); }
+};
+
+struct UnpackedFloat : RecordOf<FloatWords<float>, DType::kFloat32> {
+  UnpackedBFloat16 upper;
+  const uint8_t* lower;
+
+  void unpack(const uint8_t* record, const Exponents& exponents) {
+    upper.unpack(record, exponents);
+    lower = record + kLowerHalves;
+  }
+  void set(int64_t i, uint16_t bits) { upper.set(compact_place_of_halves(i), bits); }
+  Floats words(int part) const { return join_halves(upper, lower, part); }
+};
 }  // namespace
 }  // namespace switchgear::cpu

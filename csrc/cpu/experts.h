@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "switchgear/compact.h"
 #include "switchgear/ops.h"
 
 namespace switchgear::cpu {
@@ -16,29 +17,33 @@ inline char* at(const TensorView& t, int64_t row, int64_t column) {
   return offset(t, row * t.stride[0] + column * t.stride[1]);
 }
 
-// [rows, cols] matrix of expert e as the B operand of a product.
+// [rows, cols] matrix of expert e as the B operand of a product with rows of `dtype`: its own, or that of its elements where it
+// is compact.
 class ExpertMatrix {
  public:
-  ExpertMatrix(const ExpertMatrices& m, int64_t e)
+  ExpertMatrix(const ExpertMatrices& m, int64_t e, DType dtype)
       : data_(m.base != nullptr ? static_cast<const char*>(m.base[e]) : offset(m.packed, e * m.packed.stride[0])),
         rows_(m.base != nullptr ? m.row_count[e] : m.packed.shape[1]),
         // a single row has any stride, but that of compact rows is also their size
         row_stride_(m.packed.dtype == DType::kUInt8 ? m.packed.shape[2] : m.packed.stride[1]),
         column_stride_(m.packed.stride[2]),
-        dtype_(m.packed.dtype) {}
+        dtype_(dtype),
+        stored_(m.packed.dtype),
+        compact_bytes_(stored_ == DType::kUInt8 ? m.packed.as<uint8_t>()[kCompactElementBytes] : 0) {}
 
   int64_t rows() const { return rows_; }
 
   // B[n,k] = W[first + n, k]: x·Wᵀ
   Matrix rows_from(int64_t first) const {
-    return {.data = data_ + first * row_stride_ * size_of(dtype_),
+    return {.data = data_ + first * row_stride_ * size_of(stored_),
             .dtype = dtype_,
             .n_stride = row_stride_,
-            .k_stride = column_stride_};
+            .k_stride = column_stride_,
+            .compact_bytes = compact_bytes_};
   }
   // B[n,k] = W[k, first + n]: x·W
   Matrix columns_from(int64_t first) const {
-    return {.data = data_ + first * column_stride_ * size_of(dtype_),
+    return {.data = data_ + first * column_stride_ * size_of(stored_),
             .dtype = dtype_,
             .n_stride = column_stride_,
             .k_stride = row_stride_};
@@ -48,7 +53,8 @@ class ExpertMatrix {
   const char* data_;
   int64_t rows_;
   int64_t row_stride_, column_stride_;
-  DType dtype_;
+  DType dtype_, stored_;
+  int compact_bytes_;
 };
 
 // pointers[s] = row of slot s: x[token_indices[s]], or x[s] without indices; `count` slots.

@@ -31,13 +31,14 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * ProductScratch::kBytes));
   fill_row_pointers(rows, args.x, args.token_indices.as<int32_t>(), used_slots);
 
-  const auto operand = [&](const Tile& tile) { return ExpertMatrix(args.weight, tile.expert).rows_from(tile.column); };
+  const auto matrix_of = [&](const Tile& tile) { return ExpertMatrix(args.weight, tile.expert, args.x.dtype); };
+  const auto operand = [&](const Tile& tile) { return matrix_of(tile).rows_from(tile.column); };
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
     const Tile& tile = tiles[static_cast<size_t>(task)];
     const ProductScratch scratch(memory + thread * ProductScratch::kBytes);
-    const ExpertMatrix matrix(args.weight, tile.expert);
     const int64_t stored = std::min(panel, width - tile.column);
-    const int64_t columns = std::clamp<int64_t>(matrix.rows() - tile.column, 0, panel);  // the rest of `stored` is zero
+    const int64_t columns =
+        std::clamp<int64_t>(matrix_of(tile).rows() - tile.column, 0, panel);  // the rest of `stored` is zero
     const auto multiply = args.input_gradient ? k.multiply : k.dot_products;
     multiply({.rows = rows + tile.first_row,
               .num_rows = tile.num_rows,

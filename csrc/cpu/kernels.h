@@ -10,13 +10,16 @@
 
 namespace switchgear::cpu {
 
-// One operand of a matrix product: element (n, k) is data[n·n_stride + k·k_stride], strides in elements, one of them 1. Of
-// dtype kUInt8 it is compact (compact.h): n_stride bytes are a row of bfloat16, whose number is the depth of the product.
+// One operand of a matrix product: element (n, k) is data[n·n_stride + k·k_stride], strides in elements, one of them 1. If it
+// is compact (compact.h), n_stride bytes are a row of elements, whose number is the depth of the product.
 struct Matrix {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
   int64_t n_stride = 0;
   int64_t k_stride = 0;
+  int compact_bytes = 0;  // of an element of compact rows, 2 or 4; 0 if it isn't compact
+
+  int64_t row_bytes() const { return compact_bytes > 0 ? n_stride : n_stride * size_of(dtype); }  // from n to n + 1
 };
 
 constexpr int kMaxPanel = 64;      // columns of the widest panel of any ISA
@@ -28,7 +31,7 @@ constexpr int64_t kChunkWords = 1024;
 // c[m, n] = Σ_k rows[m][k] · b(n, k) for m < num_rows, n < num_columns; float32, k ascending for each element whatever the
 // other arguments are, so a row's result does not depend on its neighbours. Columns up to the panel's width become zero.
 struct Product {
-  const void* const* rows;  // of the dtype of b, bfloat16 where it is compact
+  const void* const* rows;  // of the dtype of b
   int64_t num_rows;         // <= kMaxRows
   Matrix b;
   int64_t num_columns;  // <= panel

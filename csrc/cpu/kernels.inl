@@ -142,7 +142,7 @@ namespace switchgear::cpu {
 namespace {
 
 void dot_products(const Product& product) {
-  if (product.b.dtype == DType::kUInt8) return compact_products(product);
+  if (product.b.compact_bytes > 0) return compact_products(product);
   with_words(product.b.dtype, [&]<typename Words>() { dot_products_of<Words>(product); });
 }
 

@@ -83,7 +83,7 @@ void define_module(py::module_& m) {
         const py::gil_scoped_release release;
         return pack_compact(from, to, {.num_threads = num_threads});
       },
-      "Writes bfloat16 weights [E,N,C] as compact ones, both contiguous; the largest number of exceptions in a row.",
+      "Writes weights [E,N,C] as compact ones, both contiguous; the largest number of exceptions in a row.",
       "weight"_a, "compact"_a, "num_threads"_a = 0);
   m.def(
       "expand_compact",
@@ -93,7 +93,7 @@ void define_module(py::module_& m) {
         const py::gil_scoped_release release;
         expand_compact(from, to, {.num_threads = num_threads});
       },
-      "Writes compact weights as bfloat16, both contiguous.", "compact"_a, "weight"_a, "num_threads"_a = 0);
+      "Writes compact weights as plain ones, both contiguous.", "compact"_a, "weight"_a, "num_threads"_a = 0);
   m.def("release_workspaces", &release_workspaces, "Frees the memory that is kept between calls.");
   m.def("kept_bytes", &cpu::kept_bytes, "Bytes that are kept for the next tensors of a Buffer.");
   py::class_<cpu::Buffer>(m, "Buffer", py::buffer_protocol(), "Bytes of a tensor, from memory that is kept and reused.")

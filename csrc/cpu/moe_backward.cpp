@@ -39,7 +39,7 @@ struct ActivationBackward {
   const Kernels& k;
 
   Matrix operand(const Tile& tile) const {
-    return ExpertMatrix(args.weights.down_proj, tile.expert).columns_from(tile.column);
+    return ExpertMatrix(args.weights.down_proj, tile.expert, args.grad_y.dtype).columns_from(tile.column);
   }
 
   void run(const Tile& tile, const void* next, const WideScratch& scratch) const {

@@ -37,14 +37,14 @@ struct FirstProjection {
   // The first weights that a tile reads.
   const void* start(const Tile& tile) const {
     const GateColumns columns = gate_columns(args.options, a.shape[1], tile.column, 1, k.panel);
-    return ExpertMatrix(args.weights.gate_up_proj, tile.expert).rows_from(columns.begin[0]).data;
+    return ExpertMatrix(args.weights.gate_up_proj, tile.expert, args.x.dtype).rows_from(columns.begin[0]).data;
   }
 
   void run(const Tile& tile, const void* next, const ProductScratch (&scratch)[2]) const {
     const int64_t intermediate_size = a.shape[1], panel = k.panel;
     const int64_t count = std::min(panel, intermediate_size - tile.column);
     const GateColumns columns = gate_columns(args.options, intermediate_size, tile.column, count, panel);
-    const ExpertMatrix matrix(args.weights.gate_up_proj, tile.expert);
+    const ExpertMatrix matrix(args.weights.gate_up_proj, tile.expert, args.x.dtype);
     for (int i = 0; i < 2; ++i) {
       if (columns.count[i] == 0) continue;
       k.dot_products({.rows = rows + tile.first_row,

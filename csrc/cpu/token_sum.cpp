@@ -66,7 +66,7 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
     return e;
   };
   const auto operand = [&](const Block& block, int64_t e) {
-    const ExpertMatrix matrix(*args.matrices, e);
+    const ExpertMatrix matrix(*args.matrices, e, args.out.dtype);
     return args.transposed ? matrix.columns_from(block.column) : matrix.rows_from(block.column);
   };
   const auto start = [&](const Block& block, int64_t e) { return e < num_experts ? operand(block, e).data : nullptr; };

@@ -61,7 +61,7 @@ inline void multiply_wide(const Kernels& k, const Product& product) {
 
 // dot_products of any number of columns up to kWideColumns.
 inline void dot_products_wide(const Kernels& k, const Product& product) {
-  const int64_t panel_bytes = k.panel * product.b.n_stride * size_of(product.b.dtype);
+  const int64_t panel_bytes = k.panel * product.b.row_bytes();
   const char* data = static_cast<const char*>(product.b.data);
   for (int64_t column = 0; column < product.num_columns; column += k.panel, data += panel_bytes) {
     Product part = product;

@@ -220,7 +220,7 @@ struct ExpertMatrices {
 // Columns past an expert's row_count and rows past expert_offsets[E] are zero.
 struct GroupedGemmArgs {
   TensorView x;                 // [R,C] float, rows contiguous
-  ExpertMatrices weight;        // [E,N,C]; compact for x in bfloat16, but not with input_gradient
+  ExpertMatrices weight;        // [E,N,C]; compact for x in bfloat16 or float32, but not with input_gradient
   TensorView bias;              // [E,N] float, optional
   TensorView expert_offsets;    // [E+1]
   TensorView token_indices;     // [S], optional
@@ -273,7 +273,7 @@ void glu_backward(const GluBackwardArgs& args, Execution exec = {});
 // ---- the whole layer ---------------------------------------------------------------------------------------------------
 
 struct ExpertWeights {
-  ExpertMatrices gate_up_proj;  // [E,N,H] float; in moe_forward with x in bfloat16 also compact
+  ExpertMatrices gate_up_proj;  // [E,N,H] float; in moe_forward with x in bfloat16 or float32 also compact
   ExpertMatrices down_proj;     // [E,H,I], likewise
   TensorView gate_up_bias;      // [E,N] float, optional
   TensorView down_bias;         // [E,H] float, optional

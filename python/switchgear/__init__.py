@@ -9,8 +9,8 @@ Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(mode
 Models:     accelerate(model) puts the kernels under a Hugging Face model; use_huge_pages(model) and pack_weights(model)
             (of weights that are stored transposed) make it faster on CPUs
 Looking:    RoutingTrace records what routers do, override(model, …) changes what they choose for a while
-Compression: compress.compact(model), bfloat16 in 12 bits without loss; compress.quantize(model, "int8" | "int4");
-            compress.expand and compress.dequantize, their inverses; compress.add_lora
+Compression: compress.compact(model), weights in 4 bits fewer each, without loss; compress.quantize(model, "int8" or
+            "int4"); compress.expand and compress.dequantize, their inverses; compress.add_lora
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
 """
 

@@ -131,7 +131,7 @@ class Experts(nn.Module):
     def pack_(self, *, compact: bool = False) -> Experts:
         """Lays transposed projections in the order that the CPU reads best, see `pack_weights`; no change to others.
 
-        compact: also store bfloat16 in 12 bits without loss, which speeds up decoding: see `compress.compact`.
+        compact: also store weights in 4 bits fewer each, without loss, for faster decoding: see `compress.compact`.
         """
         compress_compact(self) if compact else pack_weights(self)
         return self

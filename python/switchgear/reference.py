@@ -377,7 +377,7 @@ def grouped_gemm(
     """
     _check("x", x, (None, None))
     if not input_gradient:
-        weight = [reference_compact.plain(matrix, x.shape[1]) for matrix in weight]
+        weight = [reference_compact.plain(matrix, x.shape[1], x.dtype) for matrix in weight]
     num_experts = expert_offsets.shape[0] - 1
     matrices = weight[0] if len(weight) == 1 and weight[0].dim() == 3 else weight
     if len(matrices) != num_experts:
@@ -556,10 +556,11 @@ def moe_forward(
 ) -> tuple[Tensor, Tensor]:
     """y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu) · W_dᵀ + b_d), and h [S,N] = x·W_guᵀ + b_gu in slot order.
 
-    h is [0,N] unless save_h. Projections may be compact (reference_compact) where x is bfloat16.
+    h is [0,N] unless save_h. Projections may be compact (reference_compact) where x is bfloat16 or float32.
     """
-    gate_up_proj = reference_compact.plain(gate_up_proj, x.shape[1])
-    down_proj = reference_compact.plain(down_proj, _intermediate_size("gate_up_proj", gate_up_proj.shape[1], gated))
+    gate_up_proj = reference_compact.plain(gate_up_proj, x.shape[1], x.dtype)
+    intermediate_size = _intermediate_size("gate_up_proj", gate_up_proj.shape[1], gated)
+    down_proj = reference_compact.plain(down_proj, intermediate_size, x.dtype)
     layer = (gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
     _check_layer(x, *layer, activation, gated, alpha, limit)
     expert_offsets, token_indices, slot_indices = plan(topk_ids, gate_up_proj.shape[0])

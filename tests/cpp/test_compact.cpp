@@ -8,16 +8,19 @@ namespace {
 
 Array packed(const Array& weight) {
   for (int64_t room = 0;;) {
-    Array rows(DType::kUInt8, {weight.size(0), weight.size(1), compact_row_bytes(weight.size(2), room)});
+    const auto row_bytes = [&](int64_t exceptions) {
+      return compact_row_bytes(weight.size(2), exceptions, weight.view().dtype);
+    };
+    Array rows(DType::kUInt8, {weight.size(0), weight.size(1), row_bytes(room)});
     const int64_t needed = pack_compact(weight, rows, {2});
-    if (compact_row_bytes(weight.size(2), needed) <= rows.size(2)) return rows;
+    if (row_bytes(needed) <= rows.size(2)) return rows;
     room = needed;
   }
 }
 
 // Weights of which some have exponents without a code.
-Array weight_of(Random& random, int64_t E, int64_t rows, int64_t cols) {
-  Array weight(DType::kBFloat16, {E, rows, cols});
+Array weight_of(Random& random, DType dtype, int64_t E, int64_t rows, int64_t cols) {
+  Array weight(dtype, {E, rows, cols});
   const double scale = 1.0 / std::sqrt(static_cast<double>(cols));
   weight.fill([&](int64_t) {
     return std::ldexp(random.normal() * scale, random.below(20) == 0 ? -static_cast<int>(random.below(60)) : 0);
@@ -25,19 +28,38 @@ Array weight_of(Random& random, int64_t E, int64_t rows, int64_t cols) {
   return weight;
 }
 
+// x and weights. float32 that are bfloat16 numbers are stored as these.
+struct Kind {
+  const char* name;
+  DType dtype, stored;
+};
+constexpr Kind kKinds[] = {{"bfloat16", DType::kBFloat16, DType::kBFloat16},
+                           {"float32", DType::kFloat32, DType::kFloat32},
+                           {"float32 of bfloat16", DType::kFloat32, DType::kBFloat16}};
+
+Array converted(const Array& weight, DType dtype) {
+  Array out(dtype, {weight.size(0), weight.size(1), weight.size(2)});
+  const int64_t rows = weight.size(1), cols = weight.size(2);
+  out.fill([&](int64_t i) { return weight(i / (rows * cols), i / cols % rows, i % cols); });
+  return out;
+}
+
 TEST(compact_weights_expand_to_what_they_were) {
   Random random(1);
-  for (const int64_t cols : {1, 31, 64, 127, 128, 129, 300, 2048, 2200}) {
-    note = "columns " + std::to_string(cols);
-    Array weight = weight_of(random, 3, 5, cols), again(DType::kBFloat16, {3, 5, cols});
-    if (cols == 129) {  // every pattern of bits
-      for (int64_t i = 0; i < weight.numel(); ++i) {
-        const auto bits = static_cast<uint16_t>(random.bits());
-        std::memcpy(weight.view().as<char>() + 2 * i, &bits, 2);
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
+    for (const int64_t cols : {1, 31, 64, 127, 128, 129, 300, 2048, 2200}) {
+      note = std::string(name_of(dtype)) + ", columns " + std::to_string(cols);
+      Array weight = weight_of(random, dtype, 3, 5, cols), again(dtype, {3, 5, cols});
+      if (cols == 129) {  // any pattern of bits
+        for (int64_t i = 0; i < weight.numel(); ++i) {
+          const auto bits = static_cast<uint32_t>(random.bits());
+          const int64_t size = size_of(dtype);
+          std::memcpy(weight.view().as<char>() + size * i, &bits, static_cast<size_t>(size));
+        }
       }
+      expand_compact(packed(weight), again, {2});
+      CHECK(same_bits(weight, again), "expanded");
     }
-    expand_compact(packed(weight), again, {2});
-    CHECK(same_bits(weight, again), "expanded");
   }
 }
 
@@ -45,13 +67,15 @@ TEST(compact_weights_give_the_bits_of_plain_ones) {
   Random random(2);
   const std::vector<GluOptions> all = all_glu_options();
   size_t variant = 0;
-  const auto check = [&](const Case& c) {
+  const auto check = [&](const Case& c, const Kind& kind) {
     const GluOptions& o = all[++variant * 7 % all.size()];
-    note = std::string(c.name) + describe(o);
-    Layer l(c, DType::kBFloat16, o, variant % 2 == 0, false, 83 + variant);
-    l.gate_up_proj = weight_of(random, c.E, l.N, c.H);
-    l.down_proj = weight_of(random, c.E, c.H, c.I);
-    const Array gate_up = packed(l.gate_up_proj), down = packed(l.down_proj);
+    note = std::string(c.name) + describe(o) + ", " + kind.name;
+    Layer l(c, kind.dtype, o, variant % 2 == 0, false, 83 + variant);
+    const Array first = weight_of(random, kind.stored, c.E, l.N, c.H);
+    const Array second = weight_of(random, kind.stored, c.E, c.H, c.I);
+    l.gate_up_proj = converted(first, kind.dtype);
+    l.down_proj = converted(second, kind.dtype);
+    const Array gate_up = packed(first), down = packed(second);
     Array y(l.dtype, {c.T, c.H}, 2), plain(l.dtype, {c.T, c.H});
     MoeForwardArgs args{
         .x = l.x, .weights = l.weights(), .topk_ids = l.ids, .topk_weights = l.topk_weights, .options = o, .y = plain};
@@ -66,23 +90,29 @@ TEST(compact_weights_give_the_bits_of_plain_ones) {
           CHECK(same_bits(y, plain), "compact weights change y");
         });
   };
-  for_each_case(check);
-  check({"more than a chunk of columns", 9, 2200, 10, 2, 1});
-  check({"many tokens and chunks", 40, 2200, 10, 2, 1});
+  for (const Kind& kind : kKinds) {
+    const auto check_kind = [&](const Case& c) { check(c, kind); };
+    for_each_case(check_kind);
+    check_kind({"more than a chunk of columns", 9, 2200, 10, 2, 1});
+    check_kind({"many tokens and chunks", 40, 2200, 10, 2, 1});
+  }
 }
 
 TEST(any_bytes_stay_within_their_rows) {
   Random random(3);
   const Case c{"random bytes", 30, 200, 70, 3, 2};
-  const Layer l(c, DType::kBFloat16, {}, false, false, 5);
-  const auto bytes = [&](int64_t rows, int64_t cols) {
-    Array array(DType::kUInt8, {c.E, rows, compact_row_bytes(cols, 0)});
-    for (int64_t i = 0; i < array.numel(); ++i) array.view().as<uint8_t>()[i] = static_cast<uint8_t>(random.bits());
-    return array;
-  };
   for (int round = 0; round < 20; ++round) {
+    const auto [_, dtype, stored] = kKinds[round % 3];
+    const Layer l(c, dtype, {}, false, false, 5);
+    const auto bytes = [&](int64_t rows, int64_t cols) {
+      Array array(DType::kUInt8, {c.E, rows, compact_row_bytes(cols, 0, stored)});
+      uint8_t* const data = array.view().as<uint8_t>();
+      for (int64_t i = 0; i < array.numel(); ++i) data[i] = static_cast<uint8_t>(random.bits());
+      data[kCompactElementBytes] = static_cast<uint8_t>(size_of(stored));  // the only byte that is checked
+      return array;
+    };
     const Array gate_up = bytes(l.N, c.H), down = bytes(c.H, c.I);
-    Array y(l.dtype, {round % 2 == 0 ? c.T : 1, c.H}), weight(DType::kBFloat16, {c.E, c.H, c.I});
+    Array y(dtype, {round % 4 < 2 ? c.T : 1, c.H}), weight(stored, {c.E, c.H, c.I});
     TensorView x = l.x, ids = l.ids, topk_weights = l.topk_weights;
     x.shape[0] = ids.shape[0] = topk_weights.shape[0] = y.size(0);
     const MoeForwardArgs args{.x = x,

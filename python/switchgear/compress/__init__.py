@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Experts with fewer bits.
 
-compact(model), bfloat16 in 12 bits without loss, and its inverse expand; quantize(model, "int8" | "int4") and its
-inverse dequantize; Format, and format_of(module); add_lora(experts, rank).
+compact(model), weights in 4 bits fewer each, without loss, and its inverse expand; quantize(model, "int8" | "int4") and
+its inverse dequantize; Format, and format_of(module); add_lora(experts, rank).
 """
 
 from __future__ import annotations

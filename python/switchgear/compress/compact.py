@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Experts whose bfloat16 weights take 12 bits instead of 16, without loss: see reference_compact for the format."""
+"""Experts whose weights take fewer bits each, without loss: see reference_compact for the format."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,25 @@ from switchgear.functional import _limit, _needs_autograd, _number, _rows_of, mo
 from switchgear.packing import Layout, layout_of
 from switchgear.pages import advise_huge_pages
 
-WORTH = 0.9  # of the plain bytes: above that compact weights are not worth their name
+WORTH = 0.95  # of the plain bytes: above that compact weights are not worth their name
+
+
+class CompactMatrix(NamedTuple):
+    """A weight [E,N,C] and what its bytes do not show."""
+
+    rows: Tensor  # [E,N,B] uint8
+    columns: int  # C
+    dtype: torch.dtype  # of the weight
+    stored: torch.dtype  # of the elements in the rows: bfloat16, too, for float32 whose lower halves are zero
+
+    def weight(self) -> Tensor:
+        """The weight itself."""
+        if not self.rows.is_cpu or torch.compiler.is_compiling():
+            return reference_compact.expand(self.rows, self.columns, self.stored).to(self.dtype)
+        weight = torch.empty(*self.rows.shape[:-1], self.columns, dtype=self.stored)
+        advise_huge_pages(weight)
+        ops.host.module.expand_compact(self.rows.contiguous(), weight, torch.get_num_threads())
+        return weight.to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -26,21 +45,26 @@ class CompactExperts:
     names: tuple[str, str]
     transposed: bool  # the parameters were [E,in,out]
     columns: tuple[int, int]  # H and I
+    dtype: torch.dtype  # of the parameters
+    stored: tuple[torch.dtype, torch.dtype]  # of the elements
     trained: tuple[bool, bool]  # whether they asked for gradients
 
-    def rows(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        """Both projections of `module` as they are stored."""
-        first, second = (getattr(module, f"{name}_compact") for name in self.names)
-        return first, second
+    def matrices(self, module: nn.Module) -> tuple[CompactMatrix, CompactMatrix]:
+        """The two projections of `module`, [E,out,in]."""
+        return self._matrix(module, 0), self._matrix(module, 1)
 
     def weights(self, module: nn.Module) -> tuple[Tensor, Tensor]:
         """Both projections as they were, [E,out,in]."""
-        first, second = map(expanded, self.rows(module), self.columns)
-        return first, second
+        first, second = self.matrices(module)
+        return first.weight(), second.weight()
 
     def moe(self, module: nn.Module, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, **options: Any) -> Tensor:
         """switchgear.moe with the projections of `module`."""
-        return compact_moe(x, *self.rows(module), self.columns, topk_ids, topk_weights, **options)
+        return compact_moe(x, *self.matrices(module), topk_ids, topk_weights, **options)
+
+    def _matrix(self, module: nn.Module, index: int) -> CompactMatrix:
+        rows: Tensor = getattr(module, f"{self.names[index]}_compact")
+        return CompactMatrix(rows, self.columns[index], self.dtype, self.stored[index])
 
 
 def compact_of(module: nn.Module) -> CompactExperts | None:
@@ -49,13 +73,14 @@ def compact_of(module: nn.Module) -> CompactExperts | None:
 
 
 def compact(model: nn.Module) -> int:
-    """Stores the experts' bfloat16 projections in 12 bits a weight instead of 16, without loss, for decoding on a CPU.
+    """Stores the experts' projections in fewer bits a weight, without loss, for decoding on a CPU.
 
-    Generating text waits for weights from memory, and these are a quarter less: with few tokens per expert a layer
-    takes up to a quarter less time, with many it takes a tenth longer. Results have the same bits. The parameters of
-    the projections go; in their place are buffers `<name>_compact`. State dicts hold, and take, the plain weights under
-    their own names, so checkpoints know nothing of it. Where gradients are asked for, or on another device, a call
-    expands the weights for its duration.
+    bfloat16 takes 12 bits instead of 16; float32 28 instead of 32, or 12 where all of a projection are bfloat16
+    numbers, as in a bfloat16 checkpoint that was loaded as float32. Generating text waits for weights from memory: with
+    few tokens per expert a layer takes that much less time, with many it takes up to a tenth longer. Results have the
+    same bits. The parameters of the projections go; in their place are buffers `<name>_compact`. State dicts hold, and
+    take, the plain weights under their own names, so checkpoints know nothing of it. Where gradients are asked for, or
+    on another device, a call expands the weights for its duration.
 
     Args:
         model: has `Experts`, or experts of transformers that run on the fused kernel (`accelerate`).
@@ -63,8 +88,8 @@ def compact(model: nn.Module) -> int:
     Returns the number of experts modules whose weights are compact now.
 
     Raises:
-        ValueError: the model has no such experts with bfloat16 parameters of which this saves a tenth; the message says
-            why those there are stay as they are.
+        ValueError: the model has no such experts with bfloat16 or float32 parameters of which this saves a twentieth;
+            the message says why those there are stay as they are.
     """
     reason = f"{type(model).__name__} has no experts that run on the fused kernel"
     found = 0
@@ -95,37 +120,26 @@ def expand(model: nn.Module) -> int:
     return changed
 
 
-def compacted(weight: Tensor) -> Tensor:
-    """Compact rows [E,N,B] uint8 of a weight [E,N,C] bfloat16 on the CPU, as reference_compact.compact makes them."""
+def compacted(weight: Tensor) -> CompactMatrix:
+    """A weight [E,N,C], bfloat16 or float32, on the CPU, with rows as reference_compact.compact makes them."""
     weight = weight.detach().contiguous()
+    elements = reference_compact.elements_of(weight)
     num_experts, rows, columns = weight.shape
+    records = reference_compact.records_bytes(columns, elements.dtype)
     header = reference_compact.header_bytes(0)
     while True:  # twice where the first headers have no room for the exceptions of some row
-        out = torch.empty(
-            num_experts, rows, header + reference_compact.records_bytes(columns), dtype=torch.uint8, device="cpu"
-        )
+        out = torch.empty(num_experts, rows, header + records, dtype=torch.uint8, device="cpu")
         advise_huge_pages(out)
-        needed = reference_compact.header_bytes(ops.host.module.pack_compact(weight, out, torch.get_num_threads()))
+        needed = reference_compact.header_bytes(ops.host.module.pack_compact(elements, out, torch.get_num_threads()))
         if needed <= header:
-            return out
+            return CompactMatrix(out, columns, weight.dtype, elements.dtype)
         header = needed
-
-
-def expanded(rows: Tensor, columns: int) -> Tensor:
-    """The weight [E,N,C] bfloat16 of compact rows, as reference_compact.expand."""
-    if not rows.is_cpu or torch.compiler.is_compiling():
-        return reference_compact.expand(rows, columns)
-    weight = torch.empty(*rows.shape[:-1], columns, dtype=torch.bfloat16)
-    advise_huge_pages(weight)
-    ops.host.module.expand_compact(rows.contiguous(), weight, torch.get_num_threads())
-    return weight
 
 
 def compact_moe(
     x: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    columns: tuple[int, int],
+    gate_up_proj: CompactMatrix,
+    down_proj: CompactMatrix,
     topk_ids: Tensor,
     topk_weights: Tensor,
     *,
@@ -137,28 +151,27 @@ def compact_moe(
     alpha: float = 1.702,
     limit: float | None = None,
 ) -> Tensor:
-    """switchgear.moe with compact weights, whose numbers of columns are H and I; x is bfloat16.
+    """switchgear.moe with compact weights of x's dtype.
 
     Inside torch.autocast x is cast to its dtype, as in moe. ValueError for an x of another H, which rows of bytes do
     not show.
     """
-    if x.shape[-1] != columns[0]:
-        raise ValueError(f"x: expected shape [..., {columns[0]}], got {list(x.shape)}")
+    if x.shape[-1] != gate_up_proj.columns:
+        raise ValueError(f"x: expected shape [..., {gate_up_proj.columns}], got {list(x.shape)}")
     device_type = x.device.type
     dtype = x.dtype
     if in_autocast(device_type) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-    reads_compact = dtype is torch.bfloat16 and x.is_cpu
+    reads_compact = dtype is gate_up_proj.dtype and x.is_cpu
     if not reads_compact or _needs_autograd(x, gate_up_bias, down_bias, topk_weights):
-        weights = expanded(gate_up_proj, columns[0]), expanded(down_proj, columns[1])
         return moe(
-            x, *weights, topk_ids, topk_weights, activation=activation, gated=gated, interleaved=interleaved,
-            gate_up_bias=gate_up_bias, down_bias=down_bias, alpha=alpha, limit=limit,
+            x, gate_up_proj.weight(), down_proj.weight(), topk_ids, topk_weights, activation=activation, gated=gated,
+            interleaved=interleaved, gate_up_bias=gate_up_bias, down_bias=down_bias, alpha=alpha, limit=limit,
         )  # fmt: skip
     shape = x.shape
     x, topk_ids, topk_weights = _rows_of(x.to(dtype), topk_ids, topk_weights)
     biases = [None if bias is None else bias.to(dtype) for bias in (gate_up_bias, down_bias)]
-    others = (gate_up_proj, down_proj, *biases, topk_ids, topk_weights)
+    others = (gate_up_proj.rows, down_proj.rows, *biases, topk_ids, topk_weights)
     options = (activation, gated, interleaved, _number("alpha", alpha), _limit(limit))
     if ops.needs_no_dispatch(x, *others):
         y = ops.moe_forward_on_host(x, *others, *options)  # type: ignore[arg-type]
@@ -169,32 +182,39 @@ def compact_moe(
 
 def _compact_module(module: nn.Module, layout: Layout) -> str | None:
     """Makes a module's projections compact, or says why not."""
-    rows, columns, trained = [], [], []
+    matrices, trained = [], []
     for name in layout.names:
         weight = module._parameters.get(name)  # under a parametrization the attribute is none, but is made of one
         if type(weight) is not nn.Parameter:
             return f"{name} is {'computed' if weight is None else f'a {type(weight).__name__}'}, no plain parameter"
-        if weight.dtype is not torch.bfloat16:
-            return f"{name} is {weight.dtype}, not torch.bfloat16"
+        if weight.dtype not in reference_compact.RECORD_BYTES:
+            return f"{name} is {weight.dtype}, not torch.bfloat16 or torch.float32"
         if not weight.is_cpu:
             return f"{name} is on {weight.device}, and compact weights are for the CPU"
         view = weight.mT if layout.transposed else weight
         if view.shape[-1] > reference_compact.MAX_COLUMNS:
             return f"{name} has {view.shape[-1]} columns, more than {reference_compact.MAX_COLUMNS}"
-        rows.append(compacted(view))
-        columns.append(view.shape[-1])
+        matrices.append(compacted(view))
         trained.append(weight.requires_grad)
-        if (part := rows[-1].nbytes / weight.nbytes) > WORTH:
+        if (part := matrices[-1].rows.nbytes / weight.nbytes) > WORTH:
             return f"{name} would still take {part:.0%} of its bytes"
-    for name, tensor in zip(layout.names, rows, strict=True):
+    first, second = matrices
+    if first.dtype is not second.dtype:
+        return f"{layout.names[0]} is {first.dtype}, and {layout.names[1]} {second.dtype}"
+    for name, matrix in zip(layout.names, matrices, strict=True):
         module.register_parameter(name, None)
-        module.register_buffer(f"{name}_compact", tensor, persistent=False)
+        module.register_buffer(f"{name}_compact", matrix.rows, persistent=False)
     if "_switchgear_compact" not in vars(module):  # the hooks do nothing while a module is plain
         hooked: Any = module
         hooked.register_state_dict_post_hook(_save_plain)
         hooked.register_load_state_dict_pre_hook(_load_plain)
     module._switchgear_compact = CompactExperts(  # type: ignore[assignment]
-        layout.names, layout.transposed, (columns[0], columns[1]), (trained[0], trained[1])
+        names=layout.names,
+        transposed=layout.transposed,
+        columns=(first.columns, second.columns),
+        dtype=first.dtype,
+        stored=(first.stored, second.stored),
+        trained=(trained[0], trained[1]),
     )
     return None
 
@@ -210,18 +230,22 @@ def _load_plain(
 ) -> None:
     if (state := compact_of(module)) is None:
         return
-    for name, columns, now in zip(state.names, state.columns, state.rows(module), strict=True):
+    stored = list(state.stored)
+    for i, (name, now) in enumerate(zip(state.names, state.matrices(module), strict=True)):
         weight = state_dict.pop(prefix + name, None)
         if weight is None:
             if strict:
                 missing.append(prefix + name)
             continue
         view = weight.mT if state.transposed else weight
-        expected = (*now.shape[:2], columns)
+        expected = (*now.rows.shape[:2], now.columns)
         if tuple(view.shape) != expected:
             shape = (expected[0], *reversed(expected[1:])) if state.transposed else expected
             raise ValueError(f"{prefix}{name}: expected shape {list(shape)}, got {list(weight.shape)}")
-        setattr(module, f"{name}_compact", compacted(view.to(torch.bfloat16)))
+        loaded = compacted(view.to(state.dtype))
+        setattr(module, f"{name}_compact", loaded.rows)
+        stored[i] = loaded.stored
+    module._switchgear_compact = dataclasses.replace(state, stored=(stored[0], stored[1]))  # type: ignore[assignment]
 
 
 def compressed_of(module: nn.Module) -> QuantizedExperts | CompactExperts | None:
