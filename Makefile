@@ -85,7 +85,6 @@ test: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja
 
 sanitize: $(BIN)/cmake $(BIN)/ninja
 	$(call run_preset,asan)
-	$(call run_preset,ubsan)
 	$(call run_preset,tsan)
 
 # What `make test` runs on an Arm machine, emulated. NEON_QUICK=1: without the generic kernels, and on two threads alone.
@@ -102,9 +101,9 @@ neon: $(BIN)/cmake $(BIN)/ninja
 simt: simt-asan simt-race
 
 SIMT_ORDERS ?= forward reverse random:1
-# Of the race detector, which takes longest and sees a race in any order that has it.
+ASAN_ORDERS ?= $(SIMT_ORDERS)
 RACE_ORDERS ?= $(SIMT_ORDERS)
-simt_orders = $(if $(filter race,$*),$(RACE_ORDERS),$(SIMT_ORDERS))
+simt_orders = $(if $(filter race,$*),$(RACE_ORDERS),$(ASAN_ORDERS))
 simt_python = -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
 # The C++ tests, in every order of threads by themselves; then the shared tests on the module _simt, in each order; and once

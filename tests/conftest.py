@@ -45,16 +45,17 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On simt, of the tests marked `in_turns` each order of threads runs a third, on one device."""
+    """On simt, of the tests marked `in_turns` each of the orders of threads that are run takes its part, on one device."""
     order = os.environ.get("SWITCHGEAR_SIMT_ORDER")
-    if order not in ORDERS:
+    orders = os.environ.get("SIMT_ORDERS", "").split() or ORDERS
+    if order not in orders:
         return
 
     def has_its_turn(item: pytest.Item) -> bool:
         name = getattr(item, "callspec", None) and item.callspec.params.get("backend")
         if name not in SIMT_DEVICES or not item.get_closest_marker("in_turns"):
             return True
-        return name == "simt" and zlib.crc32(item.name.encode()) % len(ORDERS) == ORDERS.index(order)
+        return name == "simt" and zlib.crc32(item.name.encode()) % len(orders) == orders.index(order)
 
     others = [item for item in items if not has_its_turn(item)]
     config.hook.pytest_deselected(items=others)
