@@ -16,6 +16,7 @@ namespace switchgear::cpu {
 namespace {
 
 constexpr int64_t kCompactRows = 10;  // up to so many, unpacking B for each tile is quicker than by way of the scratch
+constexpr int64_t kCompactFitting = 16384;  // bytes of rows of A beside which one column at a time is best
 
 // Where the next exceptions are in kColumns rows.
 template <int kColumns>
@@ -174,15 +175,9 @@ void compact_products_of(const Product& product) {
   __builtin_memset(product.c, 0, sizeof(float) * kPanel * static_cast<size_t>(product.num_rows));
   if (product.num_rows <= kCompactRows) {
     const Rows rows = rows_from(product, product.b.dtype, kPairs, 0, depth, widened_rows);
-    if (kIsNarrow<Words> || product.b.n_stride <= kShortRow) {
-      add_compact_columns<Record, kDotColumns, Asks::kEveryLine>(product, rows, b);
-    } else if (product.num_rows <= 2) {
-      add_compact_columns<Record, 1, Asks::kSomeLines>(product, rows, b);
-    } else if (product.num_rows * depth * 4 / Words::kDepth <= kFitting / 2) {
-      add_compact_columns<Record, 1, Asks::kEveryLine>(product, rows, b);
-    } else {
-      add_compact_columns<Record, 2, Asks::kEveryLine>(product, rows, b);
-    }
+    choose_walk<Words>(
+        product.num_rows, depth * 4 / Words::kDepth, product.b.n_stride, kCompactFitting,
+        [&]<int kColumns, Asks kAsks>() { add_compact_columns<Record, kColumns, kAsks>(product, rows, b); });
     return;
   }
   float* const unpacked = static_cast<float*>(product.scratch);

@@ -205,6 +205,16 @@ template <typename Words>
 constexpr bool kIsNarrow = kLanes * Words::kDepth * sizeof(Element<Words>) < 32;
 constexpr int64_t lead_of(Asks asks) { return asks == Asks::kEveryLine ? 32768 : 8192; }  // bytes
 
+// walk.operator()<columns at a time, Asks>() for num_rows rows of `a_bytes` each; those of B have `b_bytes`.
+template <typename Words, typename Walk>
+void choose_walk(int64_t num_rows, int64_t a_bytes, int64_t b_bytes, int64_t fitting, Walk&& walk) {
+  if (kIsNarrow<Words> || b_bytes <= kShortRow || num_rows * a_bytes > fitting) {
+    return walk.template operator()<kDotColumns, Asks::kEveryLine>();
+  }
+  if (num_rows <= 2) return walk.template operator()<1, Asks::kSomeLines>();
+  walk.template operator()<1, Asks::kEveryLine>();
+}
+
 // tile.operator()<kColumns>(n) for all columns of `rows`.
 template <int kColumns, typename Tile>
 void for_columns(const RowsOfB& rows, Tile&& tile) {
@@ -218,17 +228,14 @@ template <int kRows, typename Words>
 void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words>* b, int64_t depth) {
   constexpr int64_t kElement = sizeof(*b);
   const int64_t stride = product.b.n_stride;
-  const auto walk = [&]<int kColumns, Asks kAsks>() {
+  const int64_t a_bytes = depth * 4 / Words::kDepth;
+  choose_walk<Words>(kRows, a_bytes, stride * kElement, kFitting, [&]<int kColumns, Asks kAsks>() {
     const RowsOfB rows(product, b, stride * kElement, lead_of(kAsks));
     for_columns<kColumns>(rows, [&]<int kCount>(int64_t n) {
       add_dot_tile<kRows, kCount, kAsks, Words>(product.c + n, a, b + n * stride, stride, depth,
                                                 {rows.ahead_of(n), nullptr});
     });
-  };
-  if (kIsNarrow<Words> || stride * kElement <= kShortRow || kRows * depth * 4 / Words::kDepth > kFitting) {
-    return walk.template operator()<kDotColumns, Asks::kEveryLine>();
-  }
-  walk.template operator()<1, kRows <= 2 ? Asks::kSomeLines : Asks::kEveryLine>();
+  });
 }
 
 // ---- B as rows -----------------------------------------------------------------------------------------------------------
