@@ -11,8 +11,12 @@
 #include "registry.h"
 #include "switchgear/check.h"
 
-#if defined(SWITCHGEAR_HAVE_AVXVNNI)
+#if defined(SWITCHGEAR_HAVE_AVXVNNI) || defined(SWITCHGEAR_HAVE_AMX)
 #include <cpuid.h>
+#endif
+#if defined(SWITCHGEAR_HAVE_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #if defined(SWITCHGEAR_HAVE_NEONDOT)
 #include <asm/hwcap.h>
@@ -27,6 +31,21 @@ namespace {
 bool supports_avxvnni() {  // leaf 7.1, which __builtin_cpu_supports knows in recent compilers alone
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
+}
+#endif
+
+#if defined(SWITCHGEAR_HAVE_AMX)
+// AMX-TILE and AMX-BF16 of leaf 7; and Linux, which saves the 8 KB of tiles for processes alone that have asked for them.
+bool grants_tiles() {
+#if defined(SWITCHGEAR_AMX_EMULATED)
+  return true;
+#else
+  constexpr unsigned kTiles = 1u << 24 | 1u << 22;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kTiles) == kTiles &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#endif
 }
 #endif
 
@@ -51,6 +70,12 @@ bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512v
 #if defined(SWITCHGEAR_HAVE_AVX512BF16)
 bool runs_avx512bf16() { return runs_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
+#if defined(SWITCHGEAR_HAVE_AMX)
+bool runs_amx() {
+  static const bool granted = runs_avx512bf16() && grants_tiles();
+  return granted;
+}
+#endif
 #if defined(SWITCHGEAR_HAVE_NEONDOT)
 bool runs_neondot() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
 #endif
@@ -60,6 +85,7 @@ struct Isa {
   bool (*runs)();
   const Kernels& (*kernels)();
   const QuantizedKernels& (*quantized)();
+  bool by_name_alone = false;  // has never run on its processor, and is not chosen unless asked for
 };
 
 constexpr std::array kIsas{
@@ -78,6 +104,9 @@ constexpr std::array kIsas{
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512BF16)
     Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, quantized_avx512vnni},
+#endif
+#if defined(SWITCHGEAR_HAVE_AMX)
+    Isa{"amx", runs_amx, kernels_amx, quantized_avx512vnni, true},
 #endif
 #if defined(SWITCHGEAR_HAVE_NEON)
     Isa{"neon", [] { return true; }, kernels_neon, quantized_neon},
@@ -99,10 +128,18 @@ const Isa& find_isa(const std::string& name, const char* source) {
   throw ValueError(join(source, ": expected one of ", available, ", got ", name));
 }
 
+const Isa& best_isa() {
+  const Isa* best = &kIsas[0];
+  for (const Isa& isa : kIsas) {
+    if (!isa.by_name_alone && isa.runs()) best = &isa;
+  }
+  return *best;
+}
+
 const Isa& first_use() {
   const char* forced = std::getenv("SWITCHGEAR_CPU_ISA");
   const bool is_forced = forced != nullptr && *forced != '\0';
-  const Isa* chosen = &find_isa(is_forced ? forced : available_cpu_isas().back(), "SWITCHGEAR_CPU_ISA");
+  const Isa* chosen = is_forced ? &find_isa(forced, "SWITCHGEAR_CPU_ISA") : &best_isa();
   const Isa* expected = nullptr;  // set_cpu_isa on another thread may have been faster
   return active.compare_exchange_strong(expected, chosen) ? *chosen : *expected;
 }

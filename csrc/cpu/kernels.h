@@ -68,6 +68,9 @@ struct Kernels {
 
   void (*multiply)(const Product&);      // k ascends in one accumulator; not with compact b
   void (*dot_products)(const Product&);  // lanes along k; without row_begin, accumulate, next_width
+  // Rows of b into the scratch, for k in [k_begin, k_begin + depth), at most kChunkWords words from a multiple of as many:
+  // kScratchRow words apart, zeros up to a whole vector. For an ISA that reads rows along k alone.
+  void (*pack_chunk)(const Product&, int64_t k_begin, int64_t depth);
 
   // out[c][w], c < columns, w < words: the transpose of `left` that gradient_panel multiplies with. A word is a slot in float32,
   // words = num_rows, or where this ISA multiplies pairs of bfloat16 two slots of them, words = ⌈num_rows/2⌉.
@@ -101,6 +104,7 @@ const Kernels& kernels_generic();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx512bf16();
+const Kernels& kernels_amx();
 const Kernels& kernels_neon();
 
 }  // namespace switchgear::cpu

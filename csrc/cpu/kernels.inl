@@ -146,6 +146,22 @@ void dot_products(const Product& product) {
   with_words(product.b.dtype, [&]<typename Words>() { dot_products_of<Words>(product); });
 }
 
+void pack_chunk(const Product& product, int64_t k_begin, int64_t depth) {
+  const Matrix& b = product.b;
+  float* const out = static_cast<float*>(product.scratch);
+  if (b.dtype == DType::kUInt8) {
+    const int64_t header = compact_header(b.n_stride, product.depth);
+    return unpack_rows(out, b, header, product.num_columns, k_begin, depth);
+  }
+  with_words(b.dtype, [&]<typename Words>() {
+    pack_rows<Words>(out, b, product.num_columns, k_begin, depth);
+    const int64_t words = (depth + Words::kDepth - 1) / Words::kDepth, missing = (kLanes - words % kLanes) % kLanes;
+    for (int64_t n = 0; n < product.num_columns; ++n) {
+      __builtin_memset(out + n * kScratchRow + words, 0, static_cast<size_t>(missing) * 4);
+    }
+  });
+}
+
 // ---- activations ---------------------------------------------------------------------------------------------------------
 
 // 2^f on [-1/2, 1/2] by a Chebyshev fit of degree 6 (relative error 2e-9), scaled by the exponent bits. Arguments are clamped
@@ -315,6 +331,7 @@ constexpr Kernels make_table(const char* isa) {
       .panel = kPanel,
       .multiply = multiply,
       .dot_products = dot_products,
+      .pack_chunk = pack_chunk,
       .transpose = transpose_rows,
       .gradient_panel = gradient_panel,
       .load_row = load_row,

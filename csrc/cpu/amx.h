@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The instructions of AMX that kernels_amx.cpp uses, with the numbers of tiles as template arguments.
+//
+//   tile_configure(config)      gives the 8 tiles of this thread their shapes
+//   tile_release()              gives them back: without shapes they cost the system nothing at a switch of threads
+//   tile_zero<t>()
+//   tile_load<t>(p, stride)     rows from p on, `stride` bytes apart
+//   tile_store<t>(p, stride)
+//   tile_multiply<c, a, b>()    TDPBF16PS: c[m][n] += Σ_k a[m][k]·b[k][n], a word of a or b being two neighbours of k
+//
+// Written as assembly: the compilers' intrinsics take numbers of tiles as they are spelled, and GCC's do not say that they touch
+// memory. With SWITCHGEAR_AMX_EMULATED the same functions are C++ (tests/cpp/amx_emulation.h).
+#pragma once
+#include <cstdint>
+
+namespace switchgear::cpu {
+namespace {
+
+constexpr int kNumTiles = 8;
+
+struct TileConfig {  // the operand of LDTILECFG
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+}  // namespace
+}  // namespace switchgear::cpu
+
+#if defined(SWITCHGEAR_AMX_EMULATED)
+#include "amx_emulation.h"
+#else
+
+namespace switchgear::cpu {
+namespace {
+
+inline void tile_configure(const TileConfig& config) { asm volatile("ldtilecfg %0" : : "m"(config) : "memory"); }
+inline void tile_release() { asm volatile("tilerelease" : : : "memory"); }
+
+template <int kTile>
+inline void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
+}
+template <int kTile>
+inline void tile_load(const void* p, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(kTile) : "memory");
+}
+template <int kTile>
+inline void tile_store(void* p, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(kTile) : "memory");
+}
+template <int kC, int kA, int kB>
+inline void tile_multiply() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+}
+
+}  // namespace
+}  // namespace switchgear::cpu
+
+#endif

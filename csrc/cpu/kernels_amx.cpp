@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// dot_products of bfloat16 by AMX: C[m,n] = Σ_k A[m,k]·B[n,k], up to kMaxRows rows and one panel of columns. Everything else,
+// float32, float16 and the backward products included, is that of avx512bf16.
+//
+//   work 2·M·N·K flop; traffic: B once; rows of A are pointers (gathering is free), and come from L2 or L3
+//   TDPBF16PS adds 16 rows of 32 k times 32 k of 16 rows to 16 x 16 sums: 16384 flop in 16 cycles, as Intel states. 2 x 2 tiles of
+//   sums take two tiles of each operand a step, 4 loads of 8 cycles beside 64 of multiplications, so that these bind, not loads.
+//   A core multiplies M flop for each byte of B and 1024 in a cycle: where B comes from memory at 4 bytes a cycle, memory binds up
+//   to 256 rows. Where it comes from L2 multiplications do, and transposing A beside them: 64 shuffles for 16 rows and 32 k, which
+//   are multiplied with 4 tiles of B in as many cycles, so that half of the ceiling is what this scheme can reach.
+//   By counting alone: this has been compiled and run in emulation, never on a processor with AMX, and nothing of it is timed.
+//
+// Rows of B along k are the first operand, read where they lie. Rows of A are the second one, whose rows are pairs of k: 16 rows at
+// a time are transposed, a chunk of the depth at once, and serve all columns of the panel. So sums come out as Cᵀ; they are
+// transposed behind the last chunk. B that runs along n, or is compact, is unpacked into the scratch, chunk by chunk, and read
+// there. The last columns of a panel are computed together with those before them, twice if need be; rows of A that are not
+// there, and what is missing of the last 32 k, are zeros.
+//
+// Order of each sum: for each 32 k, ascending, even and odd k are summed apart, from zero, by fused multiply-adds; their sum is
+// added to C. It depends on the depth alone: not on M, N, chunks, or how B lies in memory, so a row's result does not depend on
+// its neighbours. All is float32, rounded to nearest even; subnormal operands and results count as zeros.
+//
+// Tiles are configured and released once a product: so no tile is live in anyone else's code, and others, like torch's oneDNN,
+// which asks for the configuration before it relies on it, may configure their own. A load of 64 bytes and a wait for the tiles, beside
+// reading 64 rows of weights.
+#include "amx.h"
+
+#include "compact.h"
+#include "kernels.h"
+#include "simd_avx512.h"
+
+namespace switchgear::cpu {
+namespace {
+
+constexpr int kPanel = 64;
+constexpr int kTile = 16;                       // columns of C, and rows of it, in a tile
+constexpr int64_t kStep = 32, kStepBytes = 64;  // k of a tile, and bytes of each row of it
+constexpr int64_t kTileFloats = kTile * kTile, kTileBytes = kTileFloats * 4;
+constexpr int64_t kChunk = 2 * kChunkWords;  // k
+constexpr int64_t kLine = 64;
+static_assert(kChunk % kStep == 0 && kPanel <= kMaxPanel && kMaxRows % kTile == 0);
+
+int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
+int64_t tiles_of(int64_t n, int64_t in_a_tile) { return (n + in_a_tile - 1) / in_a_tile; }
+
+// The tiles: sums of rows g and columns b, g and b in {0, 1}, in 2g + b; then two of B and two of A.
+template <int kG, int kB>
+constexpr int kSums = 2 * kG + kB;
+constexpr int kFirstB = 4, kFirstA = 6;
+
+TileConfig shapes(int64_t columns) {
+  TileConfig config;
+  for (int t = 0; t < kNumTiles; ++t) {
+    config.rows[t] = t < kFirstA ? static_cast<uint8_t>(columns) : kTile;
+    config.row_bytes[t] = kStepBytes;
+  }
+  return config;
+}
+
+// body.operator()<g, b>() for each tile of sums
+template <int kRows, int kColumns, typename Body>
+inline void for_sums(Body&& body) {
+  body.template operator()<0, 0>();
+  if constexpr (kColumns > 1) body.template operator()<0, 1>();
+  if constexpr (kRows > 1) body.template operator()<1, 0>();
+  if constexpr (kRows > 1 && kColumns > 1) body.template operator()<1, 1>();
+}
+
+// ---- what comes next -----------------------------------------------------------------------------------------------------
+
+// Rows of memory that are asked for, line by line.
+struct Ahead {
+  const char* row = nullptr;
+  int64_t rows = 0, stride = 0, width = 0, at = 0;
+
+  int64_t lines() const { return rows * tiles_of(width, kLine); }
+  void ask(int64_t count) {
+    for (; count > 0 && rows > 0; --count) {
+      __builtin_prefetch(row + at, 0, 2);
+      at += kLine;
+      if (at < width) continue;
+      at = 0;
+      row += stride;
+      --rows;
+    }
+  }
+};
+
+// The chunk of B from k on, or the first one of the caller's next product.
+Ahead ahead_of(const Product& product, int64_t k) {
+  const Matrix& b = product.b;
+  const char* data = static_cast<const char*>(b.data);
+  if (k >= product.depth) {
+    data = static_cast<const char*>(product.next);
+    k = 0;
+  }
+  if (data == nullptr) return {};
+  const int64_t count = at_most(product.depth - k, kChunk), rows = product.num_columns;
+  if (b.dtype == DType::kUInt8) {
+    const CompactRow row{reinterpret_cast<const uint8_t*>(data), compact_header(b.n_stride, product.depth)};
+    return {reinterpret_cast<const char*>(row.record(k / kCompactRecord)), rows, b.n_stride,
+            compact_records_bytes(count)};
+  }
+  if (b.k_stride != 1) return {};
+  return {data + 2 * k, rows, 2 * b.n_stride, 2 * count};
+}
+
+// ---- a chunk -------------------------------------------------------------------------------------------------------------
+
+// Some steps of all rows of B.
+struct Steps {
+  const char* b;
+  int64_t stride, count;
+};
+
+struct Chunk {
+  Steps parts[2];  // where B lies, then what has been padded
+  const float* a;  // [groups of 16 rows][steps of both], tiles
+  int64_t steps;
+  bool is_first;
+
+  const float* a_of(int64_t group) const { return a + group * steps * kTileFloats; }
+};
+
+// a[s] = pairs of k x rows of A, of k from k_begin + 32 s on; zeros for rows and k that are not there.
+void transpose_rows(float* a, const void* const* rows, int64_t num_rows, int64_t k_begin, int64_t depth) {
+  for (int64_t k = 0; k < depth; k += kStep, a += kTileFloats) {
+    const int64_t bytes = 2 * at_most(depth - k, kStep);
+    Floats words[kTile];
+#pragma GCC unroll 16
+    for (int m = 0; m < kTile; ++m) {
+      words[m] = broadcast(0.0f);
+      if (m >= num_rows) continue;
+      const char* const row = static_cast<const char*>(rows[m]) + 2 * (k_begin + k);
+      if (bytes == kStepBytes) {
+        words[m] = load(reinterpret_cast<const float*>(row));
+        continue;
+      }
+      float padded[kTile] = {};
+      __builtin_memcpy(padded, row, static_cast<size_t>(bytes));
+      words[m] = load(padded);
+    }
+    transpose(words);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTile; ++i) store(a + i * kTile, words[i]);
+  }
+}
+
+// Sums of kRows tiles of rows of A and kColumns of rows of B += a chunk. sums[g] is where those of tile g of rows are, tile beside tile
+// in rows of a panel; columns[b] is the first row of B of a tile. Asks for `lines` lines a step.
+template <int kRows, int kColumns>
+void add_tiles(float* const (&sums)[2], const float* const (&a)[2], const int64_t (&columns)[2], const Chunk& chunk,
+               Ahead& ahead, int64_t lines) {
+  constexpr int64_t kSumStride = kPanel * 4;
+  for_sums<kRows, kColumns>([&]<int kG, int kB>() {
+    chunk.is_first ? tile_zero<kSums<kG, kB>>() : tile_load<kSums<kG, kB>>(sums[kG] + kB * kTile, kSumStride);
+  });
+  int64_t step = 0;
+  for (const auto& [b, stride, count] : chunk.parts) {
+    const char* const rows[2] = {b + columns[0] * stride, b + columns[1] * stride};
+    for (int64_t i = 0; i < count; ++i, ++step) {
+      tile_load<kFirstB>(rows[0] + i * kStepBytes, stride);
+      if (kColumns > 1) tile_load<kFirstB + 1>(rows[1] + i * kStepBytes, stride);
+      tile_load<kFirstA>(a[0] + step * kTileFloats, kStepBytes);
+      if (kRows > 1) tile_load<kFirstA + 1>(a[1] + step * kTileFloats, kStepBytes);
+      for_sums<kRows, kColumns>([&]<int kG, int kB>() { tile_multiply<kSums<kG, kB>, kFirstB + kB, kFirstA + kG>(); });
+      ahead.ask(lines);
+    }
+  }
+  for_sums<kRows, kColumns>([&]<int kG, int kB>() { tile_store<kSums<kG, kB>>(sums[kG] + kB * kTile, kSumStride); });
+}
+
+// ---- the whole -----------------------------------------------------------------------------------------------------------
+
+class TileProduct {
+ public:
+  explicit TileProduct(const Product& product)
+      : p_(product),
+        columns_(at_most(product.num_columns, kTile)),
+        groups_(tiles_of(product.num_rows, kTile)),
+        blocks_(tiles_of(product.num_columns, kTile)),
+        scratch_(static_cast<float*>(product.scratch)) {}
+
+  void run() {
+    tile_configure(shapes(columns_));
+    for (int64_t k = 0; k < p_.depth; k += kChunk) add(chunk_from(k), ahead_of(p_, k + kChunk));
+    tile_release();
+    for (int64_t g = 0; g < groups_; ++g) finish(g);
+  }
+
+ private:
+  // [packed B | tiles of A | sums of the last rows]
+  float* a() const { return scratch_ + kScratchRow * kMaxPanel; }
+  static_assert(kMaxRows * kChunkWords + kTile * kPanel <= kScratchRow * kMaxRows);
+
+  int64_t rows_of(int64_t group) const { return at_most(p_.num_rows - group * kTile, kTile); }
+  // Where tile `block` of columns starts. The last one ends with the columns, and so shares some with the one before.
+  int64_t first_column(int64_t block) const { return at_most(block * kTile, p_.num_columns - columns_); }
+  // 16 rows of C hold the sums of these rows until they are finished; fewer do not, and have room of their own.
+  float* sums_of(int64_t group) const {
+    return rows_of(group) == kTile ? p_.c + group * kTile * kPanel : a() + kMaxRows * kChunkWords;
+  }
+
+  Chunk chunk_from(int64_t k) const {
+    const Matrix& b = p_.b;
+    const int64_t count = at_most(p_.depth - k, kChunk);
+    const bool in_place = b.dtype != DType::kUInt8 && b.k_stride == 1;
+    const int64_t packed_from = in_place ? count / kStep * kStep : 0;
+    if (packed_from < count) kernels_avx512bf16().pack_chunk(p_, k + packed_from, count - packed_from);
+    const Chunk chunk{
+        .parts = {{static_cast<const char*>(b.data) + 2 * k, 2 * b.n_stride, packed_from / kStep},
+                  {reinterpret_cast<const char*>(scratch_), kScratchRow * 4, tiles_of(count - packed_from, kStep)}},
+        .a = a(),
+        .steps = tiles_of(count, kStep),
+        .is_first = k == 0};
+    for (int64_t g = 0; g < groups_; ++g) {
+      transpose_rows(a() + g * chunk.steps * kTileFloats, p_.rows + g * kTile, rows_of(g), k, count);
+    }
+    return chunk;
+  }
+
+  void add(const Chunk& chunk, Ahead ahead) const {
+    const int64_t steps = tiles_of(groups_, 2) * tiles_of(blocks_, 2) * chunk.steps,
+                  lines = tiles_of(ahead.lines(), steps);
+    for (int64_t g = 0; g < groups_; g += 2) {
+      const int64_t rows = at_most(groups_ - g, 2), second = g + rows - 1;
+      for (int64_t j = 0; j < blocks_; j += 2) {
+        float* const sums[2] = {sums_of(g) + j * kTile, sums_of(second) + j * kTile};
+        const auto add_some = [&]<int kRows, int kColumns>() {
+          add_tiles<kRows, kColumns>(sums, {chunk.a_of(g), chunk.a_of(second)}, {first_column(j), first_column(j + 1)},
+                                     chunk, ahead, lines);
+        };
+        const bool two_columns = blocks_ - j > 1;
+        if (rows > 1) {
+          two_columns ? add_some.template operator()<2, 2>() : add_some.template operator()<2, 1>();
+        } else {
+          two_columns ? add_some.template operator()<1, 2>() : add_some.template operator()<1, 1>();
+        }
+      }
+    }
+  }
+
+  // Rows of C from the sums, whose tiles are Cᵀ. Where both are the same memory a tile is written behind what is still to be read.
+  void finish(int64_t group) const {
+    const float* const sums = sums_of(group);
+    float* const c = p_.c + group * kTile * kPanel;
+    for (int64_t j = 0; j < blocks_; ++j) {
+      Floats tile[kTile];
+#pragma GCC unroll 16
+      for (int n = 0; n < kTile; ++n) tile[n] = n < columns_ ? load(sums + n * kPanel + j * kTile) : broadcast(0.0f);
+      transpose(tile);
+      for (int64_t m = 0; m < rows_of(group); ++m) store(c + m * kPanel + first_column(j), tile[m]);
+    }
+    const auto rest = static_cast<size_t>(kPanel - p_.num_columns) * 4;
+    for (int64_t m = 0; m < rows_of(group); ++m) __builtin_memset(c + m * kPanel + p_.num_columns, 0, rest);
+  }
+
+  const Product& p_;
+  const int64_t columns_, groups_, blocks_;  // of a tile; tiles of rows, tiles of columns
+  float* const scratch_;
+};
+
+void dot_products(const Product& product) {
+  const bool is_bfloat16 = product.b.dtype == DType::kBFloat16 || product.b.dtype == DType::kUInt8;
+  if (!is_bfloat16 || product.depth == 0 || product.num_columns == 0) return kernels_avx512bf16().dot_products(product);
+  TileProduct(product).run();
+}
+
+// As many flop in registers as 16 x 16 sums take in four tiles.
+double multiply_rate(DType dtype, int64_t iterations) {
+  if (dtype != DType::kBFloat16) return kernels_avx512bf16().multiply_rate(dtype, iterations);
+  tile_configure(shapes(kTile));  // of zeros
+  for (int64_t i = 0; i < iterations; ++i) {
+    for_sums<2, 2>([]<int kG, int kB>() { tile_multiply<kSums<kG, kB>, kFirstB + kB, kFirstA + kG>(); });
+  }
+  tile_release();
+  return static_cast<double>(iterations) * 4 * kTile * kTile * kStep * 2;
+}
+
+}  // namespace
+
+const Kernels& kernels_amx() {
+  static const Kernels table = [] {
+    Kernels own = kernels_avx512bf16();
+    own.isa = "amx";
+    own.dot_products = dot_products;
+    own.multiply_rate = multiply_rate;
+    return own;
+  }();
+  return table;
+}
+
+}  // namespace switchgear::cpu
