@@ -68,8 +68,8 @@ struct Kernels {
 
   void (*multiply)(const Product&);      // k ascends in one accumulator; not with compact b
   void (*dot_products)(const Product&);  // lanes along k; without row_begin, accumulate, next_width
-  // Rows of b into the scratch, for k in [k_begin, k_begin + depth), at most kChunkWords words from a multiple of as many:
-  // kScratchRow words apart, zeros up to a whole vector. For an ISA that reads rows along k alone.
+  // Rows of b into the scratch, for k in [k_begin, k_begin + depth) and at most kChunkWords words: kScratchRow words apart, zeros
+  // up to a whole vector. Compact ones from the start of a record on. For an ISA that reads rows along k alone.
   void (*pack_chunk)(const Product&, int64_t k_begin, int64_t depth);
 
   // out[c][w], c < columns, w < words: the transpose of `left` that gradient_panel multiplies with. A word is a slot in float32,
@@ -92,7 +92,8 @@ struct Kernels {
   void (*glu_backward_row)(float* a, float* grad_gate, float* grad_up, const float* grad_a, const float* gate,
                            const float* up, const GluOptions& options, int64_t n);
 
-  // Probes of the machine's ceilings: runs `iterations` · 24 multiply-adds of a vector in registers, returns the flops done;
+  // Probes of the machine's ceilings: runs `iterations` · 24 multiply-adds of a vector in registers, or · 4 of tiles, returns the
+  // flops done;
   // sums `bytes` bytes (a multiple of 512).
   double (*multiply_rate)(DType dtype, int64_t iterations);
   uint64_t (*read)(const void* data, int64_t bytes);

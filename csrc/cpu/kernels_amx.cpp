@@ -3,26 +3,26 @@
 // float32, float16 and the backward products included, is that of avx512bf16.
 //
 //   work 2·M·N·K flop; traffic: B once; rows of A are pointers (gathering is free), and come from L2 or L3
-//   TDPBF16PS adds 16 rows of 32 k times 32 k of 16 rows to 16 x 16 sums: 16384 flop in 16 cycles, as Intel states. 2 x 2 tiles of
-//   sums take two tiles of each operand a step, 4 loads of 8 cycles beside 64 of multiplications, so that these bind, not loads.
-//   A core multiplies M flop for each byte of B and 1024 in a cycle: where B comes from memory at 4 bytes a cycle, memory binds up
-//   to 256 rows. Where it comes from L2 multiplications do, and transposing A beside them: 64 shuffles for 16 rows and 32 k, which
-//   are multiplied with 4 tiles of B in as many cycles, so that half of the ceiling is what this scheme can reach.
-//   By counting alone: this has been compiled and run in emulation, never on a processor with AMX, and nothing of it is timed.
+//   TDPBF16PS adds products of 16 rows and 16 columns over 32 k: 16384 flop in 16 cycles, as Intel states. A step of 2 x 2 tiles of
+//   sums takes two tiles of each operand, 4 loads of 8 cycles beside 64 of multiplications. Of a slice of 512 k, 32 rows of A stay
+//   in L1 (32 KB of 48) for both halves of the panel: so L2 delivers 2 KB of B and half as much of A a step, 48 bytes a cycle.
+//   A core does M flop for each byte of B, 1024 in a cycle: where memory delivers 4 bytes of B in a cycle it binds up to 256 rows.
+//   Where B comes from L2 multiplications bind, and transposing A beside them: 64 shuffles for 16 rows and 32 k, which meet 4 tiles
+//   of B in as many cycles, so that this scheme can reach half of the ceiling.
+//   All this is counted: the kernels are compiled, their instructions checked in the module, and they run in emulation. They have
+//   never run on a processor with AMX, and nothing of them is timed.
 //
-// Rows of B along k are the first operand, read where they lie. Rows of A are the second one, whose rows are pairs of k: 16 rows at
-// a time are transposed, a chunk of the depth at once, and serve all columns of the panel. So sums come out as Cᵀ; they are
-// transposed behind the last chunk. B that runs along n, or is compact, is unpacked into the scratch, chunk by chunk, and read
-// there. The last columns of a panel are computed together with those before them, twice if need be; rows of A that are not
-// there, and what is missing of the last 32 k, are zeros.
+// Rows of B along k are the first operand, read where they lie. Rows of A are the second one, which has pairs of k for rows: a
+// chunk of the depth of 16 rows is transposed at a time and serves the whole panel. So sums come out as Cᵀ, and are transposed
+// behind the last chunk. B that runs along n, or is compact, is unpacked into the scratch, chunk by chunk, and read there. The
+// last columns of a panel share a tile with some before them; rows of A that are not there and what the last 32 k lack are zeros.
 //
-// Order of each sum: for each 32 k, ascending, even and odd k are summed apart, from zero, by fused multiply-adds; their sum is
-// added to C. It depends on the depth alone: not on M, N, chunks, or how B lies in memory, so a row's result does not depend on
+// Order of each sum: for each 32 k, ascending, even and odd k are summed apart, from zero, by fused multiply-adds; the sum of both
+// is added to C. It depends on the depth alone: not on M, N, chunks, or how B lies in memory, so a row's result does not depend on
 // its neighbours. All is float32, rounded to nearest even; subnormal operands and results count as zeros.
 //
-// Tiles are configured and released once a product: so no tile is live in anyone else's code, and others, like torch's oneDNN,
-// which asks for the configuration before it relies on it, may configure their own. A load of 64 bytes and a wait for the tiles, beside
-// reading 64 rows of weights.
+// Tiles are configured and released once a product, beside reading up to 64 rows of B: a load of 64 bytes, and the end of what is
+// in flight. So no tile is live in anyone else's code, and others, like torch's oneDNN, may configure their own.
 #include "amx.h"
 
 #include "compact.h"
@@ -35,8 +35,9 @@ namespace {
 constexpr int kPanel = 64;
 constexpr int kTile = 16;                       // columns of C, and rows of it, in a tile
 constexpr int64_t kStep = 32, kStepBytes = 64;  // k of a tile, and bytes of each row of it
-constexpr int64_t kTileFloats = kTile * kTile, kTileBytes = kTileFloats * 4;
+constexpr int64_t kTileFloats = kTile * kTile;
 constexpr int64_t kChunk = 2 * kChunkWords;  // k
+constexpr int64_t kSliceSteps = 512 / kStep;
 constexpr int64_t kLine = 64;
 static_assert(kChunk % kStep == 0 && kPanel <= kMaxPanel && kMaxRows % kTile == 0);
 
@@ -107,19 +108,11 @@ Ahead ahead_of(const Product& product, int64_t k) {
 
 // ---- a chunk -------------------------------------------------------------------------------------------------------------
 
-// Some steps of all rows of B.
+// Some steps of all rows of B, and where they are in tiles of A: [groups of 16 rows][all steps of the chunk].
 struct Steps {
   const char* b;
-  int64_t stride, count;
-};
-
-struct Chunk {
-  Steps parts[2];  // where B lies, then what has been padded
-  const float* a;  // [groups of 16 rows][steps of both], tiles
-  int64_t steps;
-  bool is_first;
-
-  const float* a_of(int64_t group) const { return a + group * steps * kTileFloats; }
+  int64_t stride, count, first;
+  bool adds;  // to sums that are there
 };
 
 // a[s] = pairs of k x rows of A, of k from k_begin + 32 s on; zeros for rows and k that are not there.
@@ -146,26 +139,24 @@ void transpose_rows(float* a, const void* const* rows, int64_t num_rows, int64_t
   }
 }
 
-// Sums of kRows tiles of rows of A and kColumns of rows of B += a chunk. sums[g] is where those of tile g of rows are, tile beside tile
-// in rows of a panel; columns[b] is the first row of B of a tile. Asks for `lines` lines a step.
+// Sums of kRows tiles of rows of A and kColumns of rows of B += products. sums[g] is where those of tile g of rows are, tile beside
+// tile in rows of a panel; a[g] its tiles of A; columns[b] the first row of B in a tile. Asks for `lines` lines a step.
 template <int kRows, int kColumns>
-void add_tiles(float* const (&sums)[2], const float* const (&a)[2], const int64_t (&columns)[2], const Chunk& chunk,
+void add_tiles(float* const (&sums)[2], const float* const (&a)[2], const int64_t (&columns)[2], const Steps& steps,
                Ahead& ahead, int64_t lines) {
   constexpr int64_t kSumStride = kPanel * 4;
   for_sums<kRows, kColumns>([&]<int kG, int kB>() {
-    chunk.is_first ? tile_zero<kSums<kG, kB>>() : tile_load<kSums<kG, kB>>(sums[kG] + kB * kTile, kSumStride);
+    steps.adds ? tile_load<kSums<kG, kB>>(sums[kG] + kB * kTile, kSumStride) : tile_zero<kSums<kG, kB>>();
   });
-  int64_t step = 0;
-  for (const auto& [b, stride, count] : chunk.parts) {
-    const char* const rows[2] = {b + columns[0] * stride, b + columns[1] * stride};
-    for (int64_t i = 0; i < count; ++i, ++step) {
-      tile_load<kFirstB>(rows[0] + i * kStepBytes, stride);
-      if (kColumns > 1) tile_load<kFirstB + 1>(rows[1] + i * kStepBytes, stride);
-      tile_load<kFirstA>(a[0] + step * kTileFloats, kStepBytes);
-      if (kRows > 1) tile_load<kFirstA + 1>(a[1] + step * kTileFloats, kStepBytes);
-      for_sums<kRows, kColumns>([&]<int kG, int kB>() { tile_multiply<kSums<kG, kB>, kFirstB + kB, kFirstA + kG>(); });
-      ahead.ask(lines);
-    }
+  const int64_t stride = steps.stride;
+  const char* const b[2] = {steps.b + columns[0] * stride, steps.b + columns[1] * stride};
+  for (int64_t i = 0; i < steps.count; ++i) {
+    tile_load<kFirstB>(b[0] + i * kStepBytes, stride);
+    if (kColumns > 1) tile_load<kFirstB + 1>(b[1] + i * kStepBytes, stride);
+    tile_load<kFirstA>(a[0] + (steps.first + i) * kTileFloats, kStepBytes);
+    if (kRows > 1) tile_load<kFirstA + 1>(a[1] + (steps.first + i) * kTileFloats, kStepBytes);
+    for_sums<kRows, kColumns>([&]<int kG, int kB>() { tile_multiply<kSums<kG, kB>, kFirstB + kB, kFirstA + kG>(); });
+    ahead.ask(lines);
   }
   for_sums<kRows, kColumns>([&]<int kG, int kB>() { tile_store<kSums<kG, kB>>(sums[kG] + kB * kTile, kSumStride); });
 }
@@ -183,7 +174,7 @@ class TileProduct {
 
   void run() {
     tile_configure(shapes(columns_));
-    for (int64_t k = 0; k < p_.depth; k += kChunk) add(chunk_from(k), ahead_of(p_, k + kChunk));
+    for (int64_t k = 0; k < p_.depth; k += kChunk) add_chunk(k, at_most(p_.depth - k, kChunk));
     tile_release();
     for (int64_t g = 0; g < groups_; ++g) finish(g);
   }
@@ -201,46 +192,42 @@ class TileProduct {
     return rows_of(group) == kTile ? p_.c + group * kTile * kPanel : a() + kMaxRows * kChunkWords;
   }
 
-  Chunk chunk_from(int64_t k) const {
+  void add_chunk(int64_t k, int64_t depth) const {
     const Matrix& b = p_.b;
-    const int64_t count = at_most(p_.depth - k, kChunk);
     const bool in_place = b.dtype != DType::kUInt8 && b.k_stride == 1;
-    const int64_t packed_from = in_place ? count / kStep * kStep : 0;
-    if (packed_from < count) kernels_avx512bf16().pack_chunk(p_, k + packed_from, count - packed_from);
-    const Chunk chunk{
-        .parts = {{static_cast<const char*>(b.data) + 2 * k, 2 * b.n_stride, packed_from / kStep},
-                  {reinterpret_cast<const char*>(scratch_), kScratchRow * 4, tiles_of(count - packed_from, kStep)}},
-        .a = a(),
-        .steps = tiles_of(count, kStep),
-        .is_first = k == 0};
+    const int64_t steps = tiles_of(depth, kStep),
+                  whole = in_place ? depth / kStep : 0;  // of which B is read where it lies
+    if (whole < steps) kernels_avx512bf16().pack_chunk(p_, k + whole * kStep, depth - whole * kStep);
     for (int64_t g = 0; g < groups_; ++g) {
-      transpose_rows(a() + g * chunk.steps * kTileFloats, p_.rows + g * kTile, rows_of(g), k, count);
+      transpose_rows(a() + g * steps * kTileFloats, p_.rows + g * kTile, rows_of(g), k, depth);
     }
-    return chunk;
-  }
-
-  void add(const Chunk& chunk, Ahead ahead) const {
-    const int64_t steps = tiles_of(groups_, 2) * tiles_of(blocks_, 2) * chunk.steps,
-                  lines = tiles_of(ahead.lines(), steps);
-    for (int64_t g = 0; g < groups_; g += 2) {
-      const int64_t rows = at_most(groups_ - g, 2), second = g + rows - 1;
-      for (int64_t j = 0; j < blocks_; j += 2) {
-        float* const sums[2] = {sums_of(g) + j * kTile, sums_of(second) + j * kTile};
-        const auto add_some = [&]<int kRows, int kColumns>() {
-          add_tiles<kRows, kColumns>(sums, {chunk.a_of(g), chunk.a_of(second)}, {first_column(j), first_column(j + 1)},
-                                     chunk, ahead, lines);
-        };
-        const bool two_columns = blocks_ - j > 1;
-        if (rows > 1) {
-          two_columns ? add_some.template operator()<2, 2>() : add_some.template operator()<2, 1>();
-        } else {
-          two_columns ? add_some.template operator()<1, 2>() : add_some.template operator()<1, 1>();
-        }
-      }
+    Ahead ahead = ahead_of(p_, k + kChunk);
+    const int64_t lines = tiles_of(ahead.lines(), steps * tiles_of(groups_, 2) * tiles_of(blocks_, 2));
+    for (int64_t s = 0, count; s < steps; s += count) {
+      count = at_most((s < whole ? whole : steps) - s, kSliceSteps);
+      const char* const rows = s < whole ? static_cast<const char*>(b.data) + 2 * k + s * kStepBytes
+                                         : reinterpret_cast<const char*>(scratch_) + (s - whole) * kStepBytes;
+      const Steps slice{rows, s < whole ? 2 * b.n_stride : kScratchRow * 4, count, s, k + s > 0};
+      for (int64_t g = 0; g < groups_; g += 2) add_rows(g, steps, slice, ahead, lines);
     }
   }
 
-  // Rows of C from the sums, whose tiles are Cᵀ. Where both are the same memory a tile is written behind what is still to be read.
+  // Two tiles of rows, or one where there is no other, times all columns.
+  void add_rows(int64_t group, int64_t chunk_steps, const Steps& steps, Ahead& ahead, int64_t lines) const {
+    const bool two_rows = groups_ - group > 1;
+    const int64_t other = two_rows ? group + 1 : group;
+    const float* const tiles[2] = {a() + group * chunk_steps * kTileFloats, a() + other * chunk_steps * kTileFloats};
+    for (int64_t j = 0; j < blocks_; j += 2) {
+      const bool two_columns = blocks_ - j > 1;
+      float* const sums[2] = {sums_of(group) + j * kTile, sums_of(other) + j * kTile};
+      const int64_t columns[2] = {first_column(j), first_column(j + 1)};
+      const auto add = two_rows ? (two_columns ? add_tiles<2, 2> : add_tiles<2, 1>)
+                                : (two_columns ? add_tiles<1, 2> : add_tiles<1, 1>);
+      add(sums, tiles, columns, steps, ahead, lines);
+    }
+  }
+
+  // Rows of C from the sums, whose tiles are Cᵀ. Where both are the same memory, no tile is written before it has been read.
   void finish(int64_t group) const {
     const float* const sums = sums_of(group);
     float* const c = p_.c + group * kTile * kPanel;

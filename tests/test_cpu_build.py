@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The instructions of AMX in the module as it is built, read by objdump; no processor that has them is needed.
+
+Emulation (tests/cpp/amx_emulation.h) runs everything but the assembly in csrc/cpu/amx.h. So what is checked is that the
+instructions are there, that each tile has its role, and that nothing else touches tiles.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+import pytest
+
+from switchgear import _C
+
+PRODUCTS = {("tmm6", "tmm4", "tmm0"), ("tmm6", "tmm5", "tmm1"), ("tmm7", "tmm4", "tmm2"), ("tmm7", "tmm5", "tmm3")}
+SUMS, OPERANDS = {"tmm0", "tmm1", "tmm2", "tmm3"}, {"tmm4", "tmm5", "tmm6", "tmm7"}
+TILES_OF: dict[str, set[str]] = {
+    "ldtilecfg": set(), "tilerelease": set(), "tilezero": SUMS, "tilestored": SUMS,
+    "tileloadd": SUMS | OPERANDS, "tdpbf16ps": SUMS | OPERANDS,
+}  # fmt: skip
+
+Instruction = tuple[str, list[str]]  # mnemonic, its registers of tiles in order
+
+
+def instructions_on_tiles(text: str) -> list[Instruction]:
+    """Of what objdump writes: `1234:  tdpbf16ps %tmm6,%tmm4,%tmm0`, in AT&T's order of operands."""
+    lines = re.findall(r"^\s*[0-9a-f]+:\s+((?:tile|tdp|tcmm)\w*|\w+tilecfg)\b(.*)$", text, re.MULTILINE)
+    return [(mnemonic, re.findall(r"tmm\d", operands)) for mnemonic, operands in lines]
+
+
+def broken(code: Sequence[Instruction]) -> list[str]:
+    """What is missing, and what must not be there."""
+    present = {mnemonic for mnemonic, _ in code}
+    products = {tuple(tiles) for mnemonic, tiles in code if mnemonic == "tdpbf16ps"}
+    complaints = [f"no {mnemonic}" for mnemonic in sorted(TILES_OF.keys() - present)]
+    complaints += [f"no tdpbf16ps {' '.join(roles)}" for roles in sorted(PRODUCTS - products)]
+    for mnemonic, tiles in code:
+        fits = tuple(tiles) in PRODUCTS if mnemonic == "tdpbf16ps" else set(tiles) <= TILES_OF.get(mnemonic, set())
+        if mnemonic not in TILES_OF or not fits:
+            complaints.append(f"not {mnemonic} {' '.join(tiles)}")
+    return complaints
+
+
+@pytest.mark.skipif("amx" not in _C.build_info()["isas"], reason="built without the kernels for AMX")
+def test_instructions_on_tiles() -> None:
+    program = shutil.which("objdump") or shutil.which("llvm-objdump")
+    if program is None:
+        pytest.skip("neither objdump nor llvm-objdump is installed")
+    command = [program, "--disassemble", "--no-show-raw-insn", _C.__file__]
+    code = instructions_on_tiles(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert broken(code) == []
+
+
+def test_the_rules_see_what_is_planted() -> None:
+    good = [("ldtilecfg", []), ("tilezero", ["tmm0"]), ("tileloadd", ["tmm4"]), ("tilestored", ["tmm3"])]
+    good += [("tdpbf16ps", list(roles)) for roles in PRODUCTS] + [("tilerelease", [])]
+    assert broken(good) == []
+    assert broken(good[:-1]) == ["no tilerelease"]
+    assert broken([one for one in good if "tmm7" not in one[1]]) == [
+        "no tdpbf16ps tmm7 tmm4 tmm2",
+        "no tdpbf16ps tmm7 tmm5 tmm3",
+    ]
+    assert broken([*good, ("tdpbf16ps", ["tmm4", "tmm6", "tmm0"])]) == ["not tdpbf16ps tmm4 tmm6 tmm0"]
+    assert broken([*good, ("tilestored", ["tmm6"])]) == ["not tilestored tmm6"]
+    assert broken([*good, ("sttilecfg", [])]) == ["not sttilecfg "]
+    assert broken([*good, ("tdpbssd", ["tmm6", "tmm4", "tmm0"])]) == ["not tdpbssd tmm6 tmm4 tmm0"]
+    written = "  10:\ttdpbf16ps %tmm6,%tmm4,%tmm0\n  15:\tcall 20 <tiles>\n  1a:\ttileloadd (%rdi,%rsi,1),%tmm5\n"
+    assert instructions_on_tiles(written) == [("tdpbf16ps", ["tmm6", "tmm4", "tmm0"]), ("tileloadd", ["tmm5"])]
