@@ -12,8 +12,8 @@ import pytest
 import native_modules
 import switchgear
 
-# The instruction sets of this architecture. Those with VNNI and neondot differ from others in quantised weights alone, and amx
-# from avx512bf16 in forward products of bfloat16 alone.
+# The instruction sets of this architecture. Those with VNNI and neondot differ from others in quantised weights alone,
+# and amx from avx512bf16 in forward products of bfloat16 alone.
 if platform.machine() in ("aarch64", "arm64"):
     ISAS = ("generic", "neon")
     QUANTIZED_ISAS = ("generic", "neon", "neondot")
