@@ -45,7 +45,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On simt, of the tests marked `in_turns` each of the orders of threads that are run takes its part, on one device."""
+    """On simt, of the tests marked `in_turns` each order of threads that is run takes its part, on one device."""
     order = os.environ.get("SWITCHGEAR_SIMT_ORDER")
     orders = os.environ.get("SIMT_ORDERS", "").split() or ORDERS
     if order not in orders:

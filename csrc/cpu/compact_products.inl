@@ -139,11 +139,13 @@ void add_compact_columns(const Product& product, const Rows& a, const CompactRow
   });
 }
 
-// out[n] = the words of B's row n for k in [k_begin, k_begin + depth), kScratchRow words apart: as pack_rows.
+// The words of B's rows for k in [k_begin, k_begin + depth) into the scratch, kScratchRow words apart: as pack_rows.
 template <typename Record>
-void unpack_rows(float* out, const Matrix& b, int64_t header, int64_t num_columns, int64_t k_begin, int64_t depth) {
-  const int64_t first = k_begin / kCompactRecord;
-  for (int64_t n = 0; n < num_columns; ++n, out += kScratchRow) {
+void unpack_rows(const Product& product, int64_t k_begin, int64_t depth) {
+  const Matrix& b = product.b;
+  const int64_t first = k_begin / kCompactRecord, header = compact_header(b.n_stride, product.depth, Record::kDType);
+  float* out = static_cast<float*>(product.scratch);
+  for (int64_t n = 0; n < product.num_columns; ++n, out += kScratchRow) {
     const CompactRow row{static_cast<const uint8_t*>(b.data) + n * b.n_stride, header};
     const Exponents exponents(row.exponents());
     CompactExceptions exceptions(row);
@@ -180,25 +182,33 @@ void compact_products_of(const Product& product) {
         [&]<int kColumns, Asks kAsks>() { add_compact_columns<Record, kColumns, kAsks>(product, rows, b); });
     return;
   }
-  float* const unpacked = static_cast<float*>(product.scratch);
+  const auto* const unpacked = static_cast<const Element<Packed>*>(product.scratch);
   const auto* const next_product = static_cast<const uint8_t*>(product.next);
   for (int64_t k = 0; k < depth; k += kChunk) {
     const int64_t count = depth - k < kChunk ? depth - k : kChunk;
     const Rows rows = rows_from(product, product.b.dtype, kPairs, k, count, widened_rows);
-    unpack_rows<Record>(unpacked, product.b, b.header, num_columns, k, count);
+    unpack_rows<Record>(product, k, count);
     const uint8_t* const next =
         k + kChunk < depth ? b.records() + (k + kChunk) / kCompactRecord * Record::kBytes : next_product;
-    add_dot_chunk<Packed>(
-        product, rows,
-        {reinterpret_cast<const Element<Packed>*>(unpacked), kScratchRow * Words::kDepth, num_columns, count}, next,
-        product.b.n_stride);
+    add_dot_chunk<Packed>(product, rows, {unpacked, kScratchRow * Words::kDepth, num_columns, count}, next,
+                          product.b.n_stride);
   }
 }
 
+// function.operator()<Record>() with what the rows of compact `b` hold
+template <typename Function>
+void with_record(const Matrix& b, Function&& function) {
+  if (b.compact_bytes == 4) return function.template operator()<UnpackedFloat>();
+  if (b.dtype == DType::kFloat32) return function.template operator()<WidenedBFloat16>();
+  function.template operator()<UnpackedBFloat16>();
+}
+
 void compact_products(const Product& product) {
-  if (product.b.compact_bytes == 4) return compact_products_of<UnpackedFloat>(product);
-  if (product.b.dtype == DType::kFloat32) return compact_products_of<WidenedBFloat16>(product);
-  compact_products_of<UnpackedBFloat16>(product);
+  with_record(product.b, [&]<typename Record>() { compact_products_of<Record>(product); });
+}
+
+void unpack_chunk(const Product& product, int64_t k_begin, int64_t depth) {
+  with_record(product.b, [&]<typename Record>() { unpack_rows<Record>(product, k_begin, depth); });
 }
 
 }  // namespace

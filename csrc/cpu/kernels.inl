@@ -148,11 +148,8 @@ void dot_products(const Product& product) {
 
 void pack_chunk(const Product& product, int64_t k_begin, int64_t depth) {
   const Matrix& b = product.b;
+  if (b.compact_bytes > 0) return unpack_chunk(product, k_begin, depth);
   float* const out = static_cast<float*>(product.scratch);
-  if (b.dtype == DType::kUInt8) {
-    const int64_t header = compact_header(b.n_stride, product.depth);
-    return unpack_rows(out, b, header, product.num_columns, k_begin, depth);
-  }
   with_words(b.dtype, [&]<typename Words>() {
     pack_rows<Words>(out, b, product.num_columns, k_begin, depth);
     const int64_t words = (depth + Words::kDepth - 1) / Words::kDepth, missing = (kLanes - words % kLanes) % kLanes;
@@ -165,8 +162,10 @@ void pack_chunk(const Product& product, int64_t k_begin, int64_t depth) {
 // ---- activations ---------------------------------------------------------------------------------------------------------
 
 // 2^f on [-1/2, 1/2] by a Chebyshev fit of degree 6 (relative error 2e-9), scaled by the exponent bits. Arguments are clamped
-// to where the result is normal: e^-87.3 = 2^-126. NaN stays NaN.
-inline Floats exp(Floats x) {
+// to where the result is normal: e^-87.3 = 2^-126. NaN stays NaN: its bits are not added to, which may overflow.
+inline Floats exp(Floats argument) {
+  const Ints is_number = argument == argument;
+  Floats x = select(is_number, argument, broadcast(0.0f));
   const Floats lowest = broadcast(-87.33654f), highest = broadcast(88.72283f);
   x = select(x < lowest, lowest, x);
   x = select(x > highest, highest, x);
@@ -180,7 +179,7 @@ inline Floats exp(Floats x) {
   for (const float c : {0x1.5f44f1p-10f, 0x1.3b2dfdp-7f, 0x1.c6aed6p-5f, 0x1.ebfbdap-3f, 0x1.62e430p-1f, 1.0f}) {
     r = multiply_add(r, f, broadcast(c));
   }
-  return from_bits(bits_of(r) + (bits_of(shifted) << 23));
+  return select(is_number, from_bits(bits_of(r) + (bits_of(shifted) << 23)), argument);
 }
 
 inline Floats sigmoid(Floats x) { return broadcast(1.0f) / (broadcast(1.0f) + exp(-x)); }

@@ -97,10 +97,9 @@ Ahead ahead_of(const Product& product, int64_t k) {
   }
   if (data == nullptr) return {};
   const int64_t count = at_most(product.depth - k, kChunk), rows = product.num_columns;
-  if (b.dtype == DType::kUInt8) {
-    const CompactRow row{reinterpret_cast<const uint8_t*>(data), compact_header(b.n_stride, product.depth)};
-    return {reinterpret_cast<const char*>(row.record(k / kCompactRecord)), rows, b.n_stride,
-            compact_records_bytes(count)};
+  if (b.compact_bytes > 0) {
+    const int64_t records = compact_header(b.n_stride, product.depth, b.dtype) + compact_records_bytes(k, b.dtype);
+    return {data + records, rows, b.n_stride, compact_records_bytes(count, b.dtype)};
   }
   if (b.k_stride != 1) return {};
   return {data + 2 * k, rows, 2 * b.n_stride, 2 * count};
@@ -194,7 +193,7 @@ class TileProduct {
 
   void add_chunk(int64_t k, int64_t depth) const {
     const Matrix& b = p_.b;
-    const bool in_place = b.dtype != DType::kUInt8 && b.k_stride == 1;
+    const bool in_place = b.compact_bytes == 0 && b.k_stride == 1;
     const int64_t steps = tiles_of(depth, kStep),
                   whole = in_place ? depth / kStep : 0;  // of which B is read where it lies
     if (whole < steps) kernels_avx512bf16().pack_chunk(p_, k + whole * kStep, depth - whole * kStep);
@@ -248,8 +247,8 @@ class TileProduct {
 };
 
 void dot_products(const Product& product) {
-  const bool is_bfloat16 = product.b.dtype == DType::kBFloat16 || product.b.dtype == DType::kUInt8;
-  if (!is_bfloat16 || product.depth == 0 || product.num_columns == 0) return kernels_avx512bf16().dot_products(product);
+  if (product.b.dtype != DType::kBFloat16 || product.depth == 0 || product.num_columns == 0)
+    return kernels_avx512bf16().dot_products(product);
   TileProduct(product).run();
 }
 

@@ -83,8 +83,8 @@ void define_module(py::module_& m) {
         const py::gil_scoped_release release;
         return pack_compact(from, to, {.num_threads = num_threads});
       },
-      "Writes weights [E,N,C] as compact ones, both contiguous; the largest number of exceptions in a row.",
-      "weight"_a, "compact"_a, "num_threads"_a = 0);
+      "Writes weights [E,N,C] as compact ones, both contiguous; the largest number of exceptions in a row.", "weight"_a,
+      "compact"_a, "num_threads"_a = 0);
   m.def(
       "expand_compact",
       [](py::handle compact, py::handle weight, int num_threads) {

@@ -63,10 +63,10 @@ Weights spaced(const Array& b) {  // neither runs along memory
 }
 Weights compact(const Array& b) {
   TensorView matrix = view(b.view().data, DType::kBFloat16, 1, b.size(0), b.size(1));
-  const int64_t row = compact_row_bytes(b.size(1), b.size(1));
+  const int64_t row = compact_row_bytes(b.size(1), b.size(1), DType::kBFloat16);
   Weights w{" compact", Array(DType::kUInt8, {1, b.size(0), row}), {}};
   pack_compact(matrix, w.array, {1});
-  w.matrix = {w.array.view().data, DType::kUInt8, row, 1};
+  w.matrix = {w.array.view().data, DType::kBFloat16, row, 1, 2};
   return w;
 }
 
