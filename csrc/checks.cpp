@@ -223,7 +223,7 @@ void Call::input_or_compact(const char* name, const ExpertMatrices& weight, Shap
                    name_of(float_dtype_), " like ", float_name_, ", got compact weights: ", describe(rows));
   SWITCHGEAR_CHECK(ValueError, cols <= kMaxCompactColumns, name, ": expected at most ", kMaxCompactColumns,
                    " columns of compact weights, got ", cols);
-  const int element = rows.numel() > 0 ? rows.as<uint8_t>()[kCompactElementBytes] : 2;
+  const int64_t element = rows.numel() > 0 ? rows.as<uint8_t>()[kCompactElementBytes] : 2;
   SWITCHGEAR_CHECK(TypeError, element == 2 || element == size_of(float_dtype_), name, ": expected compact ",
                    name_of(float_dtype_), " like ", float_name_, ", got compact elements of ", element,
                    " bytes: ", describe(rows));
