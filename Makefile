@@ -34,7 +34,7 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help tools demo test bench bench-cpp lint format sanitize neon simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build \
+.PHONY: help tools demo test bench bench-cpp lint format sanitize asan tsan neon simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build \
         wheel test-torch clean always
 
 help:
@@ -83,9 +83,10 @@ test: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 	$(call run_preset,cpu)
 
-sanitize: $(BIN)/cmake $(BIN)/ninja
-	$(call run_preset,asan)
-	$(call run_preset,tsan)
+sanitize: asan tsan
+
+asan tsan: $(BIN)/cmake $(BIN)/ninja
+	$(call run_preset,$@)
 
 # What `make test` runs on an Arm machine, emulated. NEON_QUICK=1: without the generic kernels, and on two threads alone.
 NEON_TESTS ?=

@@ -125,13 +125,14 @@ void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stri
 template <typename Record, int kFew, Asks kAsks>
 void add_compact_columns(const Product& product, const Rows& a, const CompactRow& b) {
   const RowsOfB rows(product, b.data, product.b.n_stride, lead_of(kAsks));
+  constexpr int kMost = kAsks == Asks::kSomeLines ? 2 : kTileRows;  // rows of a tile: see choose_walk
   const int64_t tiles = num_row_tiles(product.num_rows);
   for_columns<kFew>(rows, [&]<int kColumns>(int64_t n) {
     const CompactRow row{b.data + n * rows.stride, b.header};
     for (int64_t t = 0, m = 0, count; t < tiles; ++t, m += count) {
       count = (product.num_rows - m) / (tiles - t);
       const char* const ahead = t == 0 ? rows.ahead_of(n) : rows.row(n);
-      with_constant<kTileRows>(count, [&]<int kRows>() {
+      with_constant<kMost>(count, [&]<int kRows>() {
         add_compact_tile<Record, kRows, kColumns, kAsks>(product.c + m * kPanel + n, {a.rows + m, a.offset}, row,
                                                          rows.stride, product.depth, ahead);
       });
