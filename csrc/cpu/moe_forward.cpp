@@ -4,7 +4,7 @@
 //   x [T,H]   gate_up_proj [E,N,H]   down_proj [E,H,I]   y [T,H]   h [S,N] where training asks for it
 //   work 2·S·H·(N + I) flop (6·S·H·I for gated experts); traffic: touched weights once per 240 rows of an expert
 //   memory-bound below ~20 rows per expert in bfloat16, compute-bound above
-//   reached in bfloat16 on 2 cores: 91 to 100 % of a plain read of the weights with one or two rows per expert, 105 to 127 % on
+//   reached in bfloat16 on 2 cores: 91 to 100 % of a plain read of the weights with one or two rows per expert, 105 to 130 % on
 //   compact weights (Zen 4 and Zen 5); of the multiply-adds with 64 to 256 rows 76 to 80 % (Zen 5), 79 to 90 % (Zen 4). Products take 95 % of the
 //   time, of which fetching weights from memory into L2 costs a tenth beside the multiplications; bias, glu and rounding the rest.
 //
