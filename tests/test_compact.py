@@ -251,7 +251,7 @@ def test_checkpoints_in_bfloat16_loaded_as_float32() -> None:
     assert torch.equal(packed.unpack_().down_proj, experts.down_proj)
 
 
-def test_autocast_and_other_dtypes() -> None:
+def test_autocast_and_other_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = make_experts()
     packed = copy.deepcopy(experts).pack_(compact=True)
     x, ids, weights = inputs(5, torch.float32)
@@ -259,9 +259,19 @@ def test_autocast_and_other_dtypes() -> None:
         assert torch.equal(packed(x, ids, weights), experts(x, ids, weights))
     with pytest.raises(TypeError, match="gate_up_proj: expected"):
         packed(x, ids, weights)
-    packed = copy.deepcopy(experts.float()).pack_(compact=True)
+    low = experts.float()  # whose rows hold bfloat16, and are read as they are
+    packed = copy.deepcopy(low).pack_(compact=True)
+    monkeypatch.setattr(CompactMatrix, "weight", None)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(packed(x, ids, weights), experts(x, ids, weights))
+        assert torch.equal(packed(x, ids, weights), low(x, ids, weights))
+    monkeypatch.undo()
+    with torch.no_grad():
+        low.gate_up_proj.add_(1e-4)
+        packed = copy.deepcopy(low).pack_(compact=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(packed(x, ids, weights), low(x, ids, weights))
+    with pytest.raises(TypeError, match="gate_up_proj: expected"):
+        packed(x.bfloat16(), ids, weights)
 
 
 def test_compiled() -> None:

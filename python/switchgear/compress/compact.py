@@ -78,9 +78,11 @@ def compact(model: nn.Module) -> int:
     bfloat16 takes 12 bits instead of 16; float32 28 instead of 32, or 12 where all of a projection are bfloat16
     numbers, as in a bfloat16 checkpoint that was loaded as float32. Generating text waits for weights from memory: with
     few tokens per expert a layer takes up to that much less time, with many it takes longer, mostly by 0 to 17 %.
-    Results have the same bits. The parameters of the projections go; in their place are buffers `<name>_compact`. State dicts hold, and
-    take, the plain weights under their own names, so checkpoints know nothing of it. Where gradients are asked for, or
-    on another device, a call expands the weights for its duration.
+    Results have the same bits.
+
+    The parameters of the projections go; in their place are buffers `<name>_compact`. State dicts hold, and take, the
+    plain weights under their own names, so checkpoints know nothing of it. Where gradients are asked for, or on another
+    device, a call expands the weights for its duration.
 
     Args:
         model: has `Experts`, or experts of transformers that run on the fused kernel (`accelerate`).
@@ -160,9 +162,10 @@ def compact_moe(
         raise ValueError(f"x: expected shape [..., {gate_up_proj.columns}], got {list(x.shape)}")
     device_type = x.device.type
     dtype = x.dtype
-    if in_autocast(device_type) and dtype is not torch.float64:
+    reads_compact = x.is_cpu and dtype is gate_up_proj.dtype
+    if in_autocast(device_type) and dtype is not torch.float64:  # where rows may hold what weights would be cast to
         dtype = torch.get_autocast_dtype(device_type)
-    reads_compact = dtype is gate_up_proj.dtype and x.is_cpu
+        reads_compact = x.is_cpu and (dtype is gate_up_proj.dtype or dtype is gate_up_proj.stored is down_proj.stored)
     if not reads_compact or _needs_autograd(x, gate_up_bias, down_bias, topk_weights):
         return moe(
             x, gate_up_proj.weight(), down_proj.weight(), topk_ids, topk_weights, activation=activation, gated=gated,
