@@ -6,6 +6,7 @@
 #include "registry.h"
 #include "switchgear/check.h"
 #include "switchgear/compact.h"
+#include "switchgear/panels.h"
 
 namespace switchgear {
 namespace {
@@ -231,6 +232,26 @@ void Call::input_or_compact(const char* name, const ExpertMatrices& weight, Shap
   SWITCHGEAR_CHECK(ValueError, bytes.size % kCompactHeader == 0 && bytes.size >= records + kCompactHeader, name,
                    ": expected compact rows of ", records, " bytes for ", cols, " columns and a multiple of ",
                    kCompactHeader, " for a header, got ", describe(rows));
+}
+
+void Call::input_in_panels(const char* name, const ExpertMatrices& weight, Shape shape) {
+  const TensorView& panels = weight.packed;
+  SWITCHGEAR_CHECK(ValueError, panels.device.type == DeviceType::kCPU, name,
+                   ": expected float weights on this device, got panels: ", describe(panels));
+  const auto [rows, vector_bytes] = panel_layout(float_dtype_);
+  Dim& N = *shape.begin()[1];
+  const int64_t cols = shape.begin()[2]->size;
+  SWITCHGEAR_CHECK(ValueError, rows > 0 && cols % kPanelColumns == 0, name, ": expected float weights ",
+                   rows > 0 ? join("for ", cols, " columns, no multiple of ", kPanelColumns) : "with this ISA",
+                   ", got panels: ", describe(panels));
+  Dim count{"panels", 1, N.size == Dim::kUnknown ? Dim::kUnknown : N.size / rows};
+  Dim vectors{"vectors", 1, rows * cols * size_of(float_dtype_) / vector_bytes}, bytes{"bytes", 1, vector_bytes};
+  input(name, panels, Kind::kUInt8, {shape.begin()[0], &count, &vectors, &bytes});
+  check_pointer(name, panels.data, float_dtype_);
+  const int64_t all = count.size * rows;
+  SWITCHGEAR_CHECK(ValueError, N.size == Dim::kUnknown || N.size == all, name, ": expected panels of ", N.size,
+                   " rows, got ", all, ": ", describe(panels));
+  N.size = all;
 }
 
 void Call::check_overlap() const {

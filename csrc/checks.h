@@ -41,6 +41,8 @@ class Call {
   void input(const char* name, const ExpertMatrices& weight, Shape shape);
   // The same, or compact for x in bfloat16 or float32, once x has been checked; of `shape` the last is known then.
   void input_or_compact(const char* name, const ExpertMatrices& weight, Shape shape);
+  // In panels, likewise.
+  void input_in_panels(const char* name, const ExpertMatrices& weight, Shape shape);
   void output(const char* name, const TensorView& tensor, Kind kind, Shape shape, Layout layout = Layout::kContiguous);
 
   // The table of the device that the tensors so far are on.

@@ -11,6 +11,7 @@
 #include "checks.h"
 #include "switchgear/backend.h"
 #include "switchgear/check.h"
+#include "switchgear/panels.h"
 
 namespace switchgear {
 namespace {
@@ -92,14 +93,21 @@ Dim intermediate(const char* name, const GluOptions& options, const Dim& N) {
   return {"I", 1, options.gated ? N.size / 2 : N.size};
 }
 
-// gate_up_proj [E,N,H], down_proj [E,H,I], gate_up_bias [E,N], down_bias [E,H]
-void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& options, bool compact_too, Dim& E,
-                   Dim& H, Dim& I, Dim& N) {
+// gate_up_proj [E,N,H], down_proj [E,H,I], gate_up_bias [E,N], down_bias [E,H]; stored_too: compact or in panels, too
+void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& options, bool stored_too, Dim& E, Dim& H,
+                   Dim& I, Dim& N) {
   const auto input = [&](const char* name, const ExpertMatrices& weight, Call::Shape shape) {
-    compact_too ? call.input_or_compact(name, weight, shape) : call.input(name, weight, shape);
+    if (!stored_too) return call.input(name, weight, shape);
+    is_in_panels(weight.packed) ? call.input_in_panels(name, weight, shape)
+                                : call.input_or_compact(name, weight, shape);
   };
   input("gate_up_proj", weights.gate_up_proj, {&E, &N, &H});
   I = intermediate("gate_up_proj", options, N);
+  if (stored_too && options.gated && !options.interleaved && is_in_panels(weights.gate_up_proj.packed)) {
+    const int64_t rows = N.size / weights.gate_up_proj.packed.shape[1];
+    SWITCHGEAR_CHECK(ValueError, I.size % rows == 0, "gate_up_proj: expected I of panels, a multiple of ", rows,
+                     ", got ", I.size);
+  }
   input("down_proj", weights.down_proj, {&E, &H, &I});
   if (weights.gate_up_bias.defined()) call.input("gate_up_bias", weights.gate_up_bias, kFloat, {&E, &N}, kRows);
   if (weights.down_bias.defined()) call.input("down_bias", weights.down_bias, kFloat, {&E, &H}, kRows);

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear import compress, reference_compact
-from switchgear.compress.compact import CompactMatrix, compact_moe, compact_of, compacted
+from switchgear.compress.compact import CompactMatrix, compacted
+from switchgear.stored import stored_moe, stored_of
 
 H, I, E, K = 512, 384, 5, 2  # noqa: E741
 
@@ -87,19 +88,19 @@ def inputs(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor
 def test_nothing_is_lost(of_kind: Any, make: Any, experts: int, rows: int, columns: int) -> None:
     weight = of_kind(make(experts, rows, columns))
     matrix = compacted(weight)
-    assert torch.equal(matrix.rows, reference_compact.compact(weight))
+    assert torch.equal(matrix.data, reference_compact.compact(weight))
     assert torch.equal(bits(matrix.weight()), bits(weight))
-    assert torch.equal(bits(reference_compact.plain(matrix.rows, columns, weight.dtype)), bits(weight))
+    assert torch.equal(bits(reference_compact.plain(matrix.data, columns, weight.dtype)), bits(weight))
 
 
 def test_bytes() -> None:
     """12 or 28 bits and a header of 64 bytes a row, as long as rows have few exceptions."""
     weight = torch.randn(2, 16, 2048) * 0.02
-    assert compacted(weight.bfloat16()).rows.shape == (2, 16, 64 + 2048 * 3 // 2)
-    assert compacted(weight.bfloat16().float()).rows.shape == (2, 16, 64 + 2048 * 3 // 2)
-    assert compacted(weight).rows.shape == (2, 16, 64 + 2048 * 7 // 2)
+    assert compacted(weight.bfloat16()).data.shape == (2, 16, 64 + 2048 * 3 // 2)
+    assert compacted(weight.bfloat16().float()).data.shape == (2, 16, 64 + 2048 * 3 // 2)
+    assert compacted(weight).data.shape == (2, 16, 64 + 2048 * 7 // 2)
     sixteen = torch.randint(1 << 14, (16 << 7) + (1 << 14), (1, 4, 256)).to(torch.int16).view(torch.bfloat16)
-    stored = compacted(sixteen).rows
+    stored = compacted(sixteen).data
     assert stored.shape == (1, 4, 64 + 256 * 3 // 2)
     assert stored[..., :16].tolist() == [[list(range(128, 144))] * 4]
     assert stored[..., 18].eq(2).all()
@@ -109,7 +110,7 @@ def test_bytes() -> None:
 def test_exceptions_by_hand() -> None:
     weight = torch.ones(1, 2, 130, dtype=torch.bfloat16) * torch.exp2(torch.arange(130) % 16).bfloat16()
     weight[0, 1, 7], weight[0, 1, 129] = -3e38, 0.0
-    header = compacted(weight).rows[0, :, :64]
+    header = compacted(weight).data[0, :, :64]
     assert header[0, 16:].tolist() == [0, 0, 2] + [0] * 45
     expected = torch.tensor([2, 7, int(bits(weight[0, 1, 7])), 129, 0]).to(torch.int16)
     assert header[1, 16:18].view(torch.int16) == expected[:1]
@@ -131,12 +132,12 @@ def test_same_bits(isa: str, of_kind: Any, make: Any, kind: str) -> None:
             if kind == "forward":
                 call = ids, torch.rand(num_tokens, K)
                 y = switchgear.moe(x, gate_up, down, *call)
-                got = compact_moe(x, *stored, *call)
+                got = stored_moe(x, *stored, *call)
             else:
                 plan = switchgear.plan(ids, E)
                 y, got = (
                     switchgear.grouped_gemm(x, weight, plan.expert_offsets, token_indices=plan.token_indices)
-                    for weight in (gate_up, stored[0].rows)
+                    for weight in (gate_up, stored[0].data)
                 )
             assert torch.equal(bits(got), bits(y)), (hidden_size, num_tokens)
 
@@ -162,7 +163,7 @@ def test_any_bytes_are_read_safely(isa: str, dtype: torch.dtype) -> None:
         rows[0, 0, 18] = down[0, 0, 18] = dtype.itemsize  # the only byte that is checked
         for num_tokens in (2, 50):
             weights = CompactMatrix(rows, H, dtype, dtype), CompactMatrix(down, I, dtype, dtype)
-            y = compact_moe(inputs(num_tokens, dtype)[0], *weights, *inputs(num_tokens)[1:])
+            y = stored_moe(inputs(num_tokens, dtype)[0], *weights, *inputs(num_tokens)[1:])
             assert y.shape == (num_tokens, H)
 
 
@@ -179,7 +180,7 @@ def test_experts(backend: str, options: dict[str, Any]) -> None:
         pytest.skip("compact is for the CPU, and refuses weights on other devices")
     experts = make_experts(**options)
     packed = copy.deepcopy(experts).pack_(compact=True)
-    assert compact_of(packed) is not None
+    assert stored_of(packed) is not None
     assert "compact" in repr(packed)
     assert [name for name, _ in packed.named_parameters()] == [n for n, _ in experts.named_parameters() if "bias" in n]
     for num_tokens in (0, 1, 20):
@@ -190,7 +191,7 @@ def test_experts(backend: str, options: dict[str, Any]) -> None:
         with torch.no_grad():
             assert torch.equal(packed(*shaped), experts(*call).view(num_tokens, 1, H))
     before = dict(experts.named_parameters())
-    assert compact_of(packed.unpack_()) is None
+    assert stored_of(packed.unpack_()) is None
     assert [name for name, _ in packed.named_parameters()] == list(before)
     assert all(torch.equal(weight, before[name]) for name, weight in packed.named_parameters())
     assert not packed._non_persistent_buffers_set
@@ -242,7 +243,7 @@ def test_checkpoints_in_bfloat16_loaded_as_float32() -> None:
     packed = copy.deepcopy(experts).pack_(compact=True)
     call = inputs(3, torch.float32)
     for stored in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
-        assert compact_of(packed).stored == stored  # type: ignore[union-attr]
+        assert tuple(kind.stored for kind in stored_of(packed).kinds) == stored  # type: ignore[union-attr]
         with torch.no_grad():
             assert torch.equal(packed(*call), experts(*call))
             experts.gate_up_proj.add_(1e-5)
@@ -306,7 +307,9 @@ def test_errors() -> None:
         (make_experts(device="meta"), "gate_up_proj is on meta, and compact weights are for the CPU"),
         (switchgear.Experts(64, 64, 2, dtype=torch.bfloat16), "gate_up_proj would still take 200% of its bytes"),
     ):
-        with pytest.raises(ValueError, match=f"model: expected experts that can be compact; {reason}"):
+        with pytest.raises(
+            ValueError, match=f"model: expected experts that can be stored as compact weights; {reason}"
+        ):
             compress.compact(model)
         assert compress.expand(model) == 0
     with pytest.raises(TypeError, match=r"weight: expected torch\.bfloat16 or torch\.float32, got torch\.float16"):
@@ -316,15 +319,15 @@ def test_errors() -> None:
 
     packed = make_experts().pack_(compact=True)
     assert compress.compact(packed) == 1
-    with pytest.raises(ValueError, match="expected plain weights, got compact ones; expand them first"):
+    with pytest.raises(ValueError, match="expected plain weights, got compact weights; take that back first"):
         compress.quantize(packed, "int8")
-    with pytest.raises(ValueError, match="expected plain or quantised projections, got compact ones"):
+    with pytest.raises(ValueError, match="expected plain or quantised projections, got compact weights"):
         compress.add_lora(packed, 2)
 
     x, ids, weights = inputs(3)
     with pytest.raises(ValueError, match=r"x: expected shape \[..., 512\], got \[3, 511\]"):
         packed(x[:, :-1], ids, weights)
-    gate_up, down = (matrix.rows for matrix in compact_of(packed).matrices(packed))  # type: ignore[union-attr]
+    gate_up, down = (matrix.data for matrix in stored_of(packed).matrices(packed))  # type: ignore[union-attr]
     for bad, reason in (
         (gate_up[:, :, :-1].contiguous(), "gate_up_proj: expected compact rows of 768 bytes for 512 columns"),
         (gate_up[:, :, :768].contiguous(), "gate_up_proj: expected compact rows of 768 bytes for 512 columns"),

@@ -10,6 +10,7 @@
 #include "quantized/kernels.h"
 #include "registry.h"
 #include "switchgear/check.h"
+#include "switchgear/panels.h"
 
 #if defined(SWITCHGEAR_HAVE_AVXVNNI) || defined(SWITCHGEAR_HAVE_AMX)
 #include <cpuid.h>
@@ -167,6 +168,12 @@ std::vector<std::string> available_cpu_isas() {
 std::string cpu_isa() { return cpu::isa_in_use().name; }
 
 void set_cpu_isa(const std::string& isa) { cpu::active.store(&cpu::find_isa(isa, "isa"), std::memory_order_release); }
+
+PanelLayout panel_layout(DType dtype) {
+  const cpu::Kernels& k = cpu::kernels();
+  const int64_t bytes = k.panel_vector_bytes(dtype);
+  return {bytes > 0 ? k.panel : 0, bytes};
+}
 
 const Backend& cpu_backend() {
   cpu::kernels();  // a wrong SWITCHGEAR_CPU_ISA is an error before anything is written

@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "switchgear/compact.h"
 #include "switchgear/ops.h"
+#include "switchgear/panels.h"
 
 namespace switchgear::cpu {
 
@@ -18,18 +19,22 @@ inline char* at(const TensorView& t, int64_t row, int64_t column) {
 }
 
 // [rows, cols] matrix of expert e as the B operand of a product with rows of `dtype`: its own, or that of its elements where it
-// is compact.
+// is compact or in panels.
 class ExpertMatrix {
  public:
   ExpertMatrix(const ExpertMatrices& m, int64_t e, DType dtype)
       : data_(m.base != nullptr ? static_cast<const char*>(m.base[e]) : offset(m.packed, e * m.packed.stride[0])),
-        rows_(m.base != nullptr ? m.row_count[e] : m.packed.shape[1]),
-        // a single row has any stride, but that of compact rows is also their size
-        row_stride_(m.packed.dtype == DType::kUInt8 ? m.packed.shape[2] : m.packed.stride[1]),
+        rows_(m.base != nullptr ? m.row_count[e] : rows_of(m)),
+        row_stride_(row_stride_of(m)),
         column_stride_(m.packed.stride[2]),
         dtype_(dtype),
         stored_(m.packed.dtype),
-        compact_bytes_(stored_ == DType::kUInt8 ? m.packed.as<uint8_t>()[kCompactElementBytes] : 0) {}
+        in_panels_(is_in_panels(m.packed)),
+        compact_bytes_(stored_ == DType::kUInt8 && !in_panels_ ? m.packed.as<uint8_t>()[kCompactElementBytes] : 0) {}
+
+  static int64_t rows_of(const ExpertMatrices& m) {
+    return is_in_panels(m.packed) ? m.packed.shape[1] * kernels().panel : m.packed.shape[1];
+  }
 
   int64_t rows() const { return rows_; }
 
@@ -39,7 +44,8 @@ class ExpertMatrix {
             .dtype = dtype_,
             .n_stride = row_stride_,
             .k_stride = column_stride_,
-            .compact_bytes = compact_bytes_};
+            .compact_bytes = compact_bytes_,
+            .in_panels = in_panels_};
   }
   // B[n,k] = W[k, first + n]: x·W
   Matrix columns_from(int64_t first) const {
@@ -50,10 +56,17 @@ class ExpertMatrix {
   }
 
  private:
+  static int64_t row_stride_of(const ExpertMatrices& m) {
+    if (is_in_panels(m.packed)) return m.packed.shape[2] * m.packed.shape[3] / kernels().panel;
+    // a single row has any stride, but that of compact rows is also their size
+    return m.packed.dtype == DType::kUInt8 ? m.packed.shape[2] : m.packed.stride[1];
+  }
+
   const char* data_;
   int64_t rows_;
   int64_t row_stride_, column_stride_;
   DType dtype_, stored_;
+  bool in_panels_;
   int compact_bytes_;
 };
 

@@ -11,15 +11,18 @@
 namespace switchgear::cpu {
 
 // One operand of a matrix product: element (n, k) is data[n·n_stride + k·k_stride], strides in elements, one of them 1. If it
-// is compact (compact.h), n_stride bytes are a row of elements, whose number is the depth of the product.
+// is compact (compact.h) or in panels (panels.h), n_stride bytes are a row of elements, whose number is the depth of the product.
 struct Matrix {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
   int64_t n_stride = 0;
   int64_t k_stride = 0;
   int compact_bytes = 0;  // of an element of compact rows, 2 or 4; 0 if it isn't compact
+  bool in_panels = false;
 
-  int64_t row_bytes() const { return compact_bytes > 0 ? n_stride : n_stride * size_of(dtype); }  // from n to n + 1
+  int64_t row_bytes() const {  // from n to n + 1
+    return compact_bytes > 0 || in_panels ? n_stride : n_stride * size_of(dtype);
+  }
 };
 
 constexpr int kMaxPanel = 64;      // columns of the widest panel of any ISA
@@ -31,7 +34,7 @@ constexpr int64_t kChunkWords = 1024;
 // c[m, n] = Σ_k rows[m][k] · b(n, k) for m < num_rows, n < num_columns; float32, k ascending for each element whatever the
 // other arguments are, so a row's result does not depend on its neighbours. Columns up to the panel's width become zero.
 struct Product {
-  const void* const* rows;  // of the dtype of b
+  const void* const* rows;  // of the dtype of b; as store_sorted makes them where b is in panels
   int64_t num_rows;         // <= kMaxRows
   Matrix b;
   int64_t num_columns;  // <= panel
@@ -71,6 +74,12 @@ struct Kernels {
   // Rows of b into the scratch, for k in [k_begin, k_begin + depth) and at most kChunkWords words: kScratchRow words apart, zeros
   // up to a whole vector. Compact ones from the start of a record on. For an ISA that reads rows along k alone.
   void (*pack_chunk)(const Product&, int64_t k_begin, int64_t depth);
+
+  // Bytes of a vector of b in panels (panel_products.inl), 0 where this ISA knows none. Rows of A that meet them: their bytes, for
+  // `depth` elements of `dtype`, and elements [first, first + n) of them, rounded to it: up to a panel, from a multiple of it on.
+  int64_t (*panel_vector_bytes)(DType dtype);
+  int64_t (*sorted_row_bytes)(DType dtype, int64_t depth);
+  void (*store_sorted)(void* row, DType dtype, int64_t depth, int64_t first, const float* values, int64_t n);
 
   // out[c][w], c < columns, w < words: the transpose of `left` that gradient_panel multiplies with. A word is a slot in float32,
   // words = num_rows, or where this ISA multiplies pairs of bfloat16 two slots of them, words = ⌈num_rows/2⌉.

@@ -137,12 +137,14 @@ float dot_rows(const void* a, const void* b, DType dtype, int64_t n) {
 #include "dot_products.inl"
 // and all of the above
 #include "compact_products.inl"
+#include "panel_products.inl"
 
 namespace switchgear::cpu {
 namespace {
 
 void dot_products(const Product& product) {
   if (product.b.compact_bytes > 0) return compact_products(product);
+  if (product.b.in_panels) return panel_products(product);
   with_words(product.b.dtype, [&]<typename Words>() { dot_products_of<Words>(product); });
 }
 
@@ -331,6 +333,9 @@ constexpr Kernels make_table(const char* isa) {
       .multiply = multiply,
       .dot_products = dot_products,
       .pack_chunk = pack_chunk,
+      .panel_vector_bytes = panel_vector_bytes,
+      .sorted_row_bytes = sorted_row_bytes,
+      .store_sorted = store_sorted,
       .transpose = transpose_rows,
       .gradient_panel = gradient_panel,
       .load_row = load_row,

@@ -270,6 +270,7 @@ const Kernels& kernels_amx() {
     Kernels own = kernels_avx512bf16();
     own.isa = "amx";
     own.dot_products = dot_products;
+    own.panel_vector_bytes = [](DType) -> int64_t { return 0; };
     own.multiply_rate = multiply_rate;
     return own;
   }();

@@ -8,6 +8,7 @@
 #include "pages.h"
 #include "switchgear/backend.h"
 #include "switchgear/compact.h"
+#include "switchgear/panels.h"
 #include "workspace.h"
 
 namespace py = pybind11;
@@ -94,6 +95,14 @@ void define_module(py::module_& m) {
         expand_compact(from, to, {.num_threads = num_threads});
       },
       "Writes compact weights as plain ones, both contiguous.", "compact"_a, "weight"_a, "num_threads"_a = 0);
+  m.def(
+      "panel_layout",
+      [](std::string_view dtype) {
+        const PanelLayout layout = panel_layout(parse("dtype", kFloats, dtype));
+        return std::pair(layout.rows, layout.vector_bytes);
+      },
+      "Of the ISA in use: rows of a weight in a panel, and bytes of a vector of it; zeros where it knows no panels.",
+      "dtype"_a);
   m.def("release_workspaces", &release_workspaces, "Frees the memory that is kept between calls.");
   m.def("kept_bytes", &cpu::kept_bytes, "Bytes that are kept for the next tensors of a Buffer.");
   py::class_<cpu::Buffer>(m, "Buffer", py::buffer_protocol(), "Bytes of a tensor, from memory that is kept and reused.")

@@ -8,11 +8,13 @@
 //   compact weights (Zen 4 and Zen 5); of the multiply-adds with 64 to 256 rows 76 to 80 % (Zen 5), 79 to 90 % (Zen 4). Products take 95 % of the
 //   time, of which fetching weights from memory into L2 costs a tenth beside the multiplications; bias, glu and rounding the rest.
 //
+// Weights in panels (panels.h) meet rows that are sorted alike: x is copied once, `a` is stored so.
 // 1. Tiles (expert, panel of `a`, rows): gate and up products of gathered rows of x (pointers, no copy), then bias, glu and
 //    rounding while the tile is in L1/L2. Only a [S,I] reaches memory, and h if it is to be saved.
 // 2. token_sum: the second projection, weighted and summed per token where it is computed.
 // Accumulates in float32; a and h are rounded once to the dtype of x, y once. Deterministic, and a token's result does not
 // depend on the other tokens.
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -28,10 +30,21 @@ namespace {
 
 constexpr int64_t kManyRows = 12;  // of an expert, above which a copy of x with rows spread over L1 pays for itself
 
+// A row as weights in panels meet it.
+void sort_row(const Kernels& k, void* out, const void* row, DType dtype, int64_t depth) {
+  float values[kMaxPanel];
+  for (int64_t first = 0; first < depth; first += kMaxPanel) {
+    const int64_t count = std::min<int64_t>(kMaxPanel, depth - first);
+    k.load_row(values, static_cast<const char*>(row) + first * size_of(dtype), dtype, count);
+    k.store_sorted(out, dtype, depth, first, values, count);
+  }
+}
+
 struct FirstProjection {
   const MoeForwardArgs& args;
   const void* const* rows;  // [S] gathered rows of x
   TensorView a;             // [S,I], rows spread
+  bool sorts_a;
   const Kernels& k;
 
   // The first weights that a tile reads.
@@ -70,7 +83,11 @@ struct FirstProjection {
       const auto [gate, up] = split_gate(shuffled, part[0], part[1], args.options, columns, count);
       float activated[kMaxPanel];
       k.glu_row(activated, gate, up, args.options, count);
-      k.store_row(at(a, slot, tile.column), a.dtype, activated, count);
+      if (sorts_a) {
+        k.store_sorted(row_of(a, slot), a.dtype, intermediate_size, tile.column, activated, count);
+      } else {
+        k.store_row(at(a, slot, tile.column), a.dtype, activated, count);
+      }
     }
   }
 };
@@ -78,37 +95,53 @@ struct FirstProjection {
 }  // namespace
 
 void moe_forward(const MoeForwardArgs& args, Execution exec) {
+  const Kernels& k = kernels();
   const int num_threads = resolve_threads(exec.num_threads);
+  const DType dtype = args.x.dtype;
   const int64_t num_experts = args.weights.gate_up_proj.packed.shape[0];
-  const int64_t width = args.weights.gate_up_proj.packed.shape[1];
+  const int64_t width = ExpertMatrix::rows_of(args.weights.gate_up_proj);
   const int64_t intermediate_size = args.options.gated ? width / 2 : width;
+  const int64_t num_tokens = args.x.shape[0], hidden_size = args.x.shape[1];
   const int64_t num_slots = args.topk_ids.shape[0] * args.topk_ids.shape[1];
-  const int64_t row_bytes = spread_row_bytes(intermediate_size * size_of(args.x.dtype));
-  const int64_t x_bytes = args.x.shape[1] * size_of(args.x.dtype), spread_bytes = spread_row_bytes(x_bytes);
-  const bool spreads_x = num_slots > kManyRows * num_experts && x_bytes % 128 == 0;
-  const int64_t spread_tokens = spreads_x ? args.x.shape[0] : 0;
+  const bool sorts_x = is_in_panels(args.weights.gate_up_proj.packed);
+  const bool sorts_a = is_in_panels(args.weights.down_proj.packed);
+  const bool spreads_x = !sorts_x && num_slots > kManyRows * num_experts && hidden_size * size_of(dtype) % 128 == 0;
+  const auto row_bytes = [&](bool sorted, int64_t depth) {
+    return spread_row_bytes(sorted ? k.sorted_row_bytes(dtype, depth) : depth * size_of(dtype));
+  };
+  const int64_t x_bytes = row_bytes(sorts_x, hidden_size), a_bytes = row_bytes(sorts_a, intermediate_size);
+  const int64_t copied_tokens = spreads_x || sorts_x ? num_tokens : 0;
   const auto pointers = num_slots * static_cast<int64_t>(sizeof(void*));
 
-  Workspace workspace(Slots::bytes(num_slots, num_experts) + 2 * Workspace::padded(pointers) + num_slots * row_bytes +
-                      spread_tokens * spread_bytes + 2 * num_threads * ProductScratch::kBytes);
+  Workspace workspace(Slots::bytes(num_slots, num_experts) + 2 * Workspace::padded(pointers) + num_slots * a_bytes +
+                      copied_tokens * x_bytes + 2 * num_threads * ProductScratch::kBytes);
   const Slots slots = make_slots(workspace, args.topk_ids, args.topk_weights, num_experts, exec);
   const int64_t used_slots = slots.expert_offsets[num_experts];
   const void** const x_rows = workspace.take<const void*>(num_slots);
   const void** const a_rows = workspace.take<const void*>(num_slots);
-  char* const a = static_cast<char*>(workspace.take_bytes(num_slots * row_bytes));
-  char* const x = static_cast<char*>(workspace.take_bytes(spread_tokens * spread_bytes));
+  TensorView a = view(workspace.take_bytes(num_slots * a_bytes), dtype, num_slots, intermediate_size);
+  a.stride[0] = a_bytes / size_of(dtype);
+  TensorView x = args.x;
+  if (copied_tokens > 0) {
+    x = view(workspace.take_bytes(num_tokens * x_bytes), dtype, num_tokens, hidden_size);
+    x.stride[0] = x_bytes / size_of(dtype);
+    parallel_for_ranges(num_threads, num_tokens, 16, [&](int64_t begin, int64_t end, int) {
+      for (int64_t t = begin; t < end; ++t) {
+        const void* const row = row_of(args.x, t);
+        if (sorts_x) {
+          sort_row(k, row_of(x, t), row, dtype, hidden_size);
+        } else {
+          std::memcpy(row_of(x, t), row, static_cast<size_t>(hidden_size * size_of(dtype)));
+        }
+      }
+    });
+  }
   char* const memory = static_cast<char*>(workspace.take_bytes(2 * num_threads * ProductScratch::kBytes));
-  parallel_for_ranges(num_threads, spread_tokens, 64, [&](int64_t begin, int64_t end, int) {
-    for (int64_t t = begin; t < end; ++t)
-      std::memcpy(x + t * spread_bytes, row_of(args.x, t), static_cast<size_t>(x_bytes));
-  });
-  fill_row_pointers(x_rows, spreads_x ? spread_view(x, args.x.dtype, spread_tokens, args.x.shape[1]) : args.x,
-                    slots.token_indices, used_slots);
-  fill_row_pointers(a_rows, a, row_bytes, used_slots);
+  fill_row_pointers(x_rows, x, slots.token_indices, used_slots);
+  fill_row_pointers(a_rows, a, nullptr, used_slots);
 
-  const Kernels& k = kernels();
   const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, k.panel);
-  const FirstProjection first{args, x_rows, spread_view(a, args.x.dtype, num_slots, intermediate_size), k};
+  const FirstProjection first{args, x_rows, a, sorts_a, k};
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
     char* const own = memory + 2 * thread * ProductScratch::kBytes;
     const Tile* const tile = &tiles[static_cast<size_t>(i)];

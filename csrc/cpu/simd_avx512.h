@@ -14,6 +14,7 @@ typedef int32_t Ints __attribute__((vector_size(64)));
 constexpr int kLanes = 16;
 constexpr int kPanelVectors = 4;  // 6 x 4 accumulators, 4 of B and 1 of A: 29 of 32 registers
 constexpr int kDotColumns = 4;    // of a tile of dot_products
+constexpr int kSumOrder[kLanes] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};  // of add_sums
 
 struct BFloat16 {
   uint16_t bits;

@@ -209,7 +209,8 @@ void combine_weight_backward(const CombineBackwardArgs& args, Execution exec = {
 // One matrix [rows, cols] per expert. Two of the three strides of a matrix are the same for all experts; base pointers and
 // numbers of rows may differ. `packed` [E,rows,cols] is the common case; with `base` set, expert e is base[e], row_count[e].
 struct ExpertMatrices {
-  TensorView packed;  // [E,rows,cols] float, any strides, or as compact.h; with `base`: [E,max rows,cols], data unused
+  // [E,rows,cols] float, any strides, or as compact.h or panels.h say; with `base`: [E,max rows,cols], data unused
+  TensorView packed;
   const void* const* base = nullptr;   // [E]
   const int64_t* row_count = nullptr;  // [E], each <= packed.shape[1]
 };
@@ -273,7 +274,7 @@ void glu_backward(const GluBackwardArgs& args, Execution exec = {});
 // ---- the whole layer ---------------------------------------------------------------------------------------------------
 
 struct ExpertWeights {
-  ExpertMatrices gate_up_proj;  // [E,N,H] float; in moe_forward with x in bfloat16 or float32 also compact
+  ExpertMatrices gate_up_proj;  // [E,N,H] float; in moe_forward also in panels, or compact for bfloat16 and float32
   ExpertMatrices down_proj;     // [E,H,I], likewise
   TensorView gate_up_bias;      // [E,N] float, optional
   TensorView down_bias;         // [E,H] float, optional

@@ -6,8 +6,8 @@ Routing:    scores, selections, capacities and losses in switchgear.routing; pol
 Functions:  moe (a whole layer of experts), and its stages: route, plan, permute, grouped_gemm, glu, combine
 Results:    Routing, Plan
 Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) of routers with a balance
-Models:     accelerate(model) puts the kernels under a Hugging Face model; use_huge_pages(model) and pack_weights(model)
-            (of weights that are stored transposed) make it faster on CPUs
+Models:     accelerate(model) puts the kernels under a Hugging Face model; use_huge_pages(model), pack_weights(model)
+            (of weights that are stored transposed) and pack_panels(model) (for inference) make it faster on CPUs
 Looking:    RoutingTrace records what routers do, override(model, …) changes what they choose for a while
 Compression: compress.compact(model), weights in 4 bits fewer each, without loss; compress.quantize(model, "int8" or
             "int4"); compress.expand and compress.dequantize, their inverses; compress.add_lora
@@ -26,6 +26,7 @@ from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.ops import available_cpu_isas, cpu_isa, set_cpu_isa, version
 from switchgear.packing import pack_weights, unpack_weights
 from switchgear.pages import use_huge_pages
+from switchgear.panels import pack_panels, unpack_panels
 from switchgear.routing import Context, Router, load_balancing_loss, override, z_loss
 from switchgear.trace import RoutingTrace
 
@@ -57,6 +58,7 @@ __all__ = [
     "load_balancing_loss",
     "moe",
     "override",
+    "pack_panels",
     "pack_weights",
     "permute",
     "plan",
@@ -64,6 +66,7 @@ __all__ = [
     "route",
     "routing",
     "set_cpu_isa",
+    "unpack_panels",
     "unpack_weights",
     "use_backend",
     "use_huge_pages",

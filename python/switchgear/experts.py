@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.compress.compact import compact as compress_compact
-from switchgear.compress.compact import compact_of, compressed_of, expand
+from switchgear.compress.compact import expand
 from switchgear.compress.formats import Format, QuantizedExperts, format_of
 from switchgear.compress.lora import lora_forward, lora_of
 from switchgear.functional import moe
 from switchgear.packing import FINDERS, Layout, pack_weights, unpack_weights
 from switchgear.pages import advise_huge_pages
+from switchgear.panels import pack_panels, unpack_panels
 from switchgear.reference import ACTIVATIONS, check_choice
+from switchgear.stored import compressed_of, stored_of
 
 if TYPE_CHECKING:
     from switchgear.parallel import ExpertParallel
@@ -128,18 +130,21 @@ class Experts(nn.Module):
         """The format of quantised weights, None for plain ones; see switchgear.compress."""
         return format_of(self)
 
-    def pack_(self, *, compact: bool = False) -> Experts:
+    def pack_(self, *, panels: bool = False, compact: bool = False) -> Experts:
         """Lays transposed projections in the order that the CPU reads best, see `pack_weights`; no change to others.
 
-        compact: also store weights in 4 bits fewer each, without loss, for faster decoding: see `compress.compact`.
+        panels: lay all projections for inference instead: see `pack_panels`.
+        compact: store them in 4 bits fewer each instead, without loss, for decoding: see `compress.compact`.
         """
-        compress_compact(self) if compact else pack_weights(self)
+        if panels and compact:
+            raise ValueError("panels: expected either panels or compact, got both")
+        (pack_panels if panels else compress_compact if compact else pack_weights)(self)
         return self
 
     def unpack_(self) -> Experts:
         """Takes pack_ back."""
-        expand(self)
-        unpack_weights(self)
+        for take_back in (expand, unpack_panels, unpack_weights):
+            take_back(self)
         return self
 
     def extra_repr(self) -> str:
@@ -152,8 +157,8 @@ class Experts(nn.Module):
             parts.append(f"limit={self.limit}")
         if self.format is not None:
             parts.append(str(self.format))
-        if compact_of(self) is not None:
-            parts.append("compact")
+        if (stored := stored_of(self)) is not None:
+            parts.append(stored.form.name)
         return ", ".join(parts)
 
 

@@ -19,7 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from switchgear import reference_compact
+from switchgear import reference_compact, reference_panels
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2_sum")
@@ -539,6 +539,13 @@ def _check_layer(
     _check("topk_weights", topk_weights, topk_ids.shape, weight_dtype(x.dtype))
 
 
+def _plain(weight: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """A weight of `dtype` that may be in panels or compact."""
+    if weight.dim() == 4:
+        return reference_panels.plain(weight, columns, dtype)
+    return reference_compact.plain(weight, columns, dtype)
+
+
 def moe_forward(
     x: Tensor,
     gate_up_proj: Tensor,
@@ -556,11 +563,12 @@ def moe_forward(
 ) -> tuple[Tensor, Tensor]:
     """y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu) · W_dᵀ + b_d), and h [S,N] = x·W_guᵀ + b_gu in slot order.
 
-    h is [0,N] unless save_h. Projections may be compact (reference_compact) where x is bfloat16 or float32.
+    h is [0,N] unless save_h. Projections may be in panels (reference_panels), or compact (reference_compact) where x is
+    bfloat16 or float32.
     """
-    gate_up_proj = reference_compact.plain(gate_up_proj, x.shape[1], x.dtype)
+    gate_up_proj = _plain(gate_up_proj, x.shape[1], x.dtype)
     intermediate_size = _intermediate_size("gate_up_proj", gate_up_proj.shape[1], gated)
-    down_proj = reference_compact.plain(down_proj, intermediate_size, x.dtype)
+    down_proj = _plain(down_proj, intermediate_size, x.dtype)
     layer = (gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
     _check_layer(x, *layer, activation, gated, alpha, limit)
     expert_offsets, token_indices, slot_indices = plan(topk_ids, gate_up_proj.shape[0])

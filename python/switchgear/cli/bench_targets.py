@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-OURS = ("switchgear", "switchgear_compact", "switchgear_int8", "switchgear_int4")
+OURS = ("switchgear", "switchgear_panels", "switchgear_compact", "switchgear_int8", "switchgear_int4")
 
 
 def is_ours(peer: str) -> bool:
@@ -101,7 +101,8 @@ def _verdict(target: Target, timed: dict[str, dict[str, Any]]) -> Verdict | None
         return None
     case = f"{ours['shape']}, T={ours['tokens']}, {ours['dtype']}, {ours['mode']}"
     case += ", tuned allocator" if target.allocator == "tuned" else ""
-    case += ", compact" if ours["peer"] == "switchgear_compact" else ""
+    form = ours["peer"].removeprefix("switchgear")
+    case += f", {form[1:]}" if form in ("_panels", "_compact") else ""
     if isinstance(target.than, str):
         reached = (ours["floor_ms"] if target.than == "floor" else ours["read_ms"]) / ours["ms"]
         of = "the floor" if target.than == "floor" else "the read of the touched weights"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.compress.compact import compact_of
 from switchgear.compress.formats import QuantizedMatrix, quantized_grouped_gemm, quantized_of
 from switchgear.functional import combine, glu, grouped_gemm, plan
+from switchgear.stored import stored_of
 
 if TYPE_CHECKING:
     from switchgear.experts import Experts
@@ -37,7 +37,8 @@ def add_lora(
     Returns the adapters, for an optimizer. Their keys in the state dict are gate_up_proj_lora_A, ….
 
     Raises:
-        ValueError: a rank below 1, or experts that have adapters already, are compact, or distributed over processes.
+        ValueError: a rank below 1, or experts that have adapters already, are compact or in panels, or distributed over
+            processes.
     """
     if rank < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}")
@@ -45,8 +46,10 @@ def add_lora(
         raise ValueError(f"experts: expected all of them in this process, got those of {parallel}")
     if lora_of(experts) is not None:
         raise ValueError("experts: expected none with adapters already")
-    if compact_of(experts) is not None:
-        raise ValueError("experts: expected plain or quantised projections, got compact ones; expand them first")
+    if (stored := stored_of(experts)) is not None:
+        raise ValueError(
+            f"experts: expected plain or quantised projections, got {stored.form.noun}; take that back first"
+        )
     quantized = quantized_of(experts)
     names = (experts._first, "down_proj")
     width = experts.intermediate_size * (2 if experts.gated else 1)

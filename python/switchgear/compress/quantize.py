@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.compress.compact import compact_of
 from switchgear.compress.formats import Format, QuantizedExperts, QuantizedMatrix, quantized_of
 from switchgear.packing import Layout, layout_of
 from switchgear.pages import advise_huge_pages
 from switchgear.reference_quantized import Quantized, from_blocks, to_blocks
 from switchgear.reference_quantized import dequantize as dequantize_levels
 from switchgear.reference_quantized import quantize as quantize_levels
+from switchgear.stored import stored_of
 
 
 def quantize(model: nn.Module, dtype: str, *, group_size: int | None = None, symmetric: bool = True) -> int:
@@ -41,8 +41,8 @@ def quantize(model: nn.Module, dtype: str, *, group_size: int | None = None, sym
     format = Format(dtype, group_size, symmetric)
     found = 0
     for module in model.modules():
-        if compact_of(module) is not None:
-            raise ValueError("model: expected plain weights, got compact ones; expand them first")
+        if (stored := stored_of(module)) is not None:
+            raise ValueError(f"model: expected plain weights, got {stored.form.noun}; take that back first")
         present = quantized_of(module)
         if present is not None:
             if present.format != format:

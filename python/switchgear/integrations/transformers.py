@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ExpertsInterface
 
-from switchgear.compress.compact import compressed_of
 from switchgear.integrations.experts import ExpertWeights, not_plain, run_compressed, run_experts, warn_once
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, swap_forward
 from switchgear.integrations.undecorated import PATCHES, patch_of
 from switchgear.packing import FINDERS, Layout
+from switchgear.stored import compressed_of
 
 NAME = "switchgear"
 MARKS = ("config", "is_transposed", "has_bias", "_apply_gate")  # of use_experts_implementation, since transformers 5.0

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from switchgear.backends import in_autocast
-from switchgear.compress.compact import compressed_of
 from switchgear.experts import Experts
 from switchgear.functional import _apply, _as_ids, _as_weights, _autocast, _limit, _needs_autograd
 from switchgear.parallel import exchange
 from switchgear.parallel.group import ExpertParallel
 from switchgear.parallel.local import Options, Weights
 from switchgear.parallel.placement import Placement
+from switchgear.stored import compressed_of
 
 
 class _Exchange(torch.autograd.Function):

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from switchgear.compress import Format
+from switchgear.stored import StoredMatrix
 
 from ..bench_case import Case, Layer
 from .registry import peer
@@ -24,12 +27,26 @@ def switchgear(case: Case) -> Layer:
 @peer("switchgear_compact", dtypes=("bf16", "fp32"), modes=("forward",))
 def switchgear_compact(case: Case) -> Layer:
     """switchgear.compress.compact: the same weights, bit for bit, in 4 bits fewer each."""
-    from switchgear.compress.compact import compact_moe, compacted
+    from switchgear.compress.compact import compacted
 
-    first, second = map(compacted, case.weights)
+    return _stored(case, compacted)
+
+
+@peer("switchgear_panels", dtypes=("bf16", "fp32"), modes=("forward",))
+def switchgear_panels(case: Case) -> Layer:
+    """switchgear.pack_panels: the same weights, in the order in which the kernels read them."""
+    from switchgear.panels import in_panels
+
+    return _stored(case, in_panels)
+
+
+def _stored(case: Case, stored: Callable[[Tensor], StoredMatrix]) -> Layer:
+    from switchgear.stored import stored_moe
+
+    first, second = map(stored, case.weights)
     for matrix in (first, second):
-        case.on_its_pages(matrix.rows)
-    return lambda inputs: compact_moe(inputs.x, first, second, inputs.topk_ids, inputs.topk_weights, activation="silu")
+        case.on_its_pages(matrix.data)
+    return lambda inputs: stored_moe(inputs.x, first, second, inputs.topk_ids, inputs.topk_weights, activation="silu")
 
 
 def _quantized(case: Case, format: Format) -> Layer:

@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// dot_products whose B was packed in panels, and whose rows of A are sorted alike. Included by kernels.inl after dot_products.inl.
+//
+//   work 2·M·N·K flop; traffic: B once, as one stream; A once for each panel, from L2
+//   The lanes of a vector are neighbours in n, and one word of A meets all of them. A step of AVX-512 loads 2 vectors of B for each
+//   of 2 lanes of dot_products and broadcasts 2 words of each of 6 rows: 24 multiply-adds for 16 loads. A block of B (16 KB)
+//   stays in L1 for all rows, so that memory has L2 to itself. Few rows need one word of A for 64 bytes of B, and wait for memory.
+//
+// Sums have the bits of dot_products. There, lane l of an accumulator adds words l, l + kLanes, … of a chunk, and add_sums adds
+// lanes up in pairs. Here one accumulator holds what lane l of kLanes columns held; kSumOrder lists lanes so that neighbours
+// make add_sums' pairs, and pairs theirs.
+//
+// A chunk of up to kChunkWords words has as many words in each lane, its steps. Position p is lane kSumOrder[p]; kClasses positions
+// make a set. The order of words:
+//   row of A     [chunk][set][step][class]
+//   panel of B   [chunk][set][group][step][class][column of the group]
+#pragma once
+
+namespace switchgear::cpu {
+namespace {
+
+constexpr int kWide = 2;                        // vectors of B that share the broadcast words: a group
+constexpr int kGroups = kPanelVectors / kWide;  // in a panel
+constexpr int kClasses =
+    kPanelVectors / kWide;  // lanes at a time: kTileRows · kPanelVectors accumulators, as everywhere
+constexpr int kSets = kLanes / kClasses;
+constexpr int kSumLevels = __builtin_ctz(kSets);  // of sums of sets that wait for their neighbours
+static_assert(kWide * kGroups == kPanelVectors && (kSets & (kSets - 1)) == 0);
+static_assert(kSumLevels * kMaxRows * kPanel * 4 <= kProductScratch);
+
+// ---- rows of A -----------------------------------------------------------------------------------------------------------
+
+constexpr int64_t steps_of(int64_t words) { return (words + kLanes - 1) / kLanes; }
+
+int64_t panel_vector_bytes(DType dtype) {
+  int64_t bytes = 0;
+  with_words(dtype, [&]<typename Words>() { bytes = kLanes * Words::kDepth * sizeof(Element<Words>); });
+  return bytes;
+}
+
+int64_t sorted_row_bytes(DType dtype, int64_t depth) {
+  const int64_t words = dtype == DType::kBFloat16 && kHasPairs ? (depth + 1) / 2 : depth;
+  return steps_of(words) * kLanes * 4;
+}
+
+void store_sorted(void* out, DType dtype, int64_t depth, int64_t first, const float* values, int64_t n) {
+  const bool pairs = dtype == DType::kBFloat16 && kHasPairs;
+  const int64_t per_word = pairs ? 2 : 1, total = (depth + per_word - 1) / per_word;
+  float rounded[kMaxPanel] = {}, widened[kMaxPanel] = {};
+  store_row(rounded, dtype, values, n);
+  if (!pairs) load_row(widened, rounded, dtype, n);
+  const float* const words = pairs ? rounded : widened;
+  const int64_t begin = first / per_word, chunk = begin / kChunkWords * kChunkWords;
+  const int64_t steps = steps_of(total - chunk < kChunkWords ? total - chunk : kChunkWords);
+  for (int64_t i = 0; i * per_word < n; i += kLanes) {
+    float* const row = static_cast<float*>(out) + chunk + (begin - chunk + i) / kLanes * kClasses;
+    for (int p = 0; p < kLanes; ++p) row[p / kClasses * steps * kClasses + p % kClasses] = words[i + kSumOrder[p]];
+  }
+}
+
+// ---- multiplying ---------------------------------------------------------------------------------------------------------
+
+// Parts of a chunk of a panel that lie one after the other; a part has the columns of a group and kClasses lanes.
+template <typename T>
+struct PartsOfB {
+  const T* data;
+  int64_t steps;  // of a part
+  int first, end;
+};
+constexpr int kParts = kSets * kGroups;
+
+// kRows rows of C += the products of rows of A, whose chunk is at word `offset`, and parts of B. A part's sums are added to those of
+// other sets that wait for them, and wait themselves, or behind the last set are added to C. Sums of a level are kMaxRows rows
+// behind those of the one before. Asks for kLines lines a step.
+template <int kRows, typename Words, int kLines>
+void add_parts(float* c, float* waiting, const void* const* a_rows, int64_t offset,
+               const PartsOfB<Element<Words>>& parts, const char* ahead) {
+  constexpr int64_t kVector = kLanes * Words::kDepth;
+  const float* rows[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) rows[i] = static_cast<const float*>(a_rows[i]) + offset;
+  const auto* block = parts.data;
+  for (int part = parts.first; part < parts.end; ++part) {
+    const int set = part / kGroups;
+    const int64_t column = part % kGroups * kWide * kLanes, set_words = parts.steps * kClasses;
+    Floats acc[kRows][kClasses][kWide];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kPanelVectors; ++j) acc[i][j / kWide][j % kWide] = broadcast(0.0f);
+    }
+    for (int64_t word = set * set_words; word < (set + 1) * set_words; word += kClasses) {
+      Floats b[kClasses][kWide];
+#pragma GCC unroll 4
+      for (int j = 0; j < kPanelVectors; ++j) b[j / kWide][j % kWide] = Words::load_whole(block + j * kVector);
+      block += kPanelVectors * kVector;
+#pragma GCC unroll 4
+      for (int j = 0; j < kLines; ++j) __builtin_prefetch(ahead + j * kLine, 0, 2);
+      ahead += kLines * kLine;
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+        for (int j = 0; j < kClasses; ++j) {
+          const auto a = broadcast_word(rows[i] + word + j);
+#pragma GCC unroll 2
+          for (int v = 0; v < kWide; ++v) acc[i][j][v] = step<Words::kDepth == 2>(a, b[j][v], acc[i][j][v]);
+        }
+      }
+    }
+    if constexpr (kClasses == 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kWide; ++v) acc[i][0][v] = acc[i][0][v] + acc[i][1][v];
+      }
+    }
+    float* sums = waiting + column;
+    int level = 0;
+    for (; set >> level & 1; ++level, sums += kMaxRows * kPanel) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kWide; ++v) acc[i][0][v] = acc[i][0][v] + load(sums + i * kPanel + v * kLanes);
+      }
+    }
+    const bool is_last = level == kSumLevels;
+    if (is_last) sums = c + column;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kWide; ++v) {
+        float* const target = sums + i * kPanel + v * kLanes;
+        store(target, is_last ? load(target) + acc[i][0][v] : acc[i][0][v]);
+      }
+    }
+  }
+}
+
+// Asks for `bytes` of each of `count` rows, from byte `offset` on: too short pieces for the processor to see a stream in them.
+inline void ask_for_rows(const void* const* rows, int64_t count, int64_t offset, int64_t bytes) {
+  for (int64_t i = 0; i < count; ++i) {
+    const char* const row = static_cast<const char*>(rows[i]) + offset;
+    for (int64_t byte = 0; byte < bytes; byte += kLine) __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
+template <typename Words>
+void panel_products_of(const Product& product) {
+  using T = Element<Words>;
+  constexpr int64_t kStep = kLanes * Words::kDepth, kChunk = kChunkWords * Words::kDepth;
+  constexpr int64_t kStepBytes = kStep * kPanelVectors * sizeof(T);
+  constexpr int kLines = kStepBytes < kLine ? 1 : kStepBytes / kLine;
+  constexpr int64_t kNear = 16384, kLead = 32768;  // bytes: of parts that stay in L1, and ahead of them
+  const int64_t tiles = num_row_tiles(product.num_rows);
+  // A single tile is fed by the processor's own prefetching. Others share asking for what they read, a line or two a step.
+  const int lines = tiles == 1 ? 0 : tiles < kLines ? 2 : 1;
+  const int64_t asking = tiles == 1 ? 0 : kLines / lines;
+  const T* data = static_cast<const T*>(product.b.data);
+  const char* const end = reinterpret_cast<const char*>(data + product.depth * kPanel);
+  float* const waiting = static_cast<float*>(product.scratch);
+
+  __builtin_memset(product.c, 0, sizeof(float) * kPanel * static_cast<size_t>(product.num_rows));
+  for (int64_t k = 0; k < product.depth; k += kChunk) {
+    const int64_t steps = (product.depth - k < kChunk ? product.depth - k : kChunk) / kStep;
+    const int64_t offset = k / Words::kDepth, near = kNear / (steps * kStepBytes);
+    const int together = tiles == 1 || near > kParts ? kParts : near < 1 ? 1 : static_cast<int>(near);
+    for (int part = 0, last; part < kParts; part = last) {
+      last = part + together < kParts ? part + together : kParts;
+      const PartsOfB<T> parts{.data = data, .steps = steps, .first = part, .end = last};
+      const int64_t set_bytes = 4 * steps * kClasses, sets = (last - part + kGroups - 1) / kGroups;
+      const char* ahead = reinterpret_cast<const char*>(data) + kLead;
+      if (ahead >= end && product.next != nullptr) ahead = static_cast<const char*>(product.next) + (ahead - end);
+      for (int64_t t = 0, m = 0, count; t < tiles; ++t, m += count) {
+        count = (product.num_rows - m) / (tiles - t);
+        if (part % kGroups == 0 && t + 1 < tiles) {  // the first time that rows are read here
+          ask_for_rows(product.rows + m + count, count, 4 * offset + part / kGroups * set_bytes, sets * set_bytes);
+        }
+        const int asked = t < asking ? lines : 0;
+        with_constant<kTileRows>(count, [&]<int kRows>() {
+          with_constant<3>(asked + 1, [&]<int kAsked>() {
+            add_parts<kRows, Words, kAsked - 1>(product.c + m * kPanel, waiting + m * kPanel, product.rows + m, offset,
+                                                parts, ahead);
+          });
+        });
+        ahead += asked * (last - part) * steps * kLine;
+      }
+      data += (last - part) * steps * kStep * kPanelVectors;
+    }
+  }
+}
+
+void panel_products(const Product& product) {
+  with_words(product.b.dtype, [&]<typename Words>() { panel_products_of<Words>(product); });
+}
+
+}  // namespace
+}  // namespace switchgear::cpu
