@@ -177,10 +177,15 @@ void panel_products_of(const Product& product) {
         }
         const int asked = t < asking ? lines : 0;
         with_constant<kTileRows>(count, [&]<int kRows>() {
-          with_constant<3>(asked + 1, [&]<int kAsked>() {
-            add_parts<kRows, Words, kAsked - 1>(product.c + m * kPanel, waiting + m * kPanel, product.rows + m, offset,
-                                                parts, ahead);
-          });
+          const auto add = [&]<int kAsked>() {
+            add_parts<kRows, Words, kAsked>(product.c + m * kPanel, waiting + m * kPanel, product.rows + m, offset,
+                                            parts, ahead);
+          };
+          if constexpr (kRows >= kTileRows / 2) {  // fewer rows are a single tile
+            if (asked == 2) return add.template operator()<2>();
+            if (asked == 1) return add.template operator()<1>();
+          }
+          add.template operator()<0>();
         });
         ahead += asked * (last - part) * steps * kLine;
       }
