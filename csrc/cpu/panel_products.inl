@@ -19,18 +19,15 @@
 namespace switchgear::cpu {
 namespace {
 
-constexpr int kWide = 2;                        // vectors of B that share the broadcast words: a group
-constexpr int kGroups = kPanelVectors / kWide;  // in a panel
-constexpr int kClasses =
-    kPanelVectors / kWide;  // lanes at a time: kTileRows · kPanelVectors accumulators, as everywhere
+constexpr int kWide = 2;                         // vectors of B that share the broadcast words: a group
+constexpr int kGroups = kPanelVectors / kWide;   // in a panel
+constexpr int kClasses = kPanelVectors / kWide;  // lanes at a time, so that accumulators are as many as everywhere
 constexpr int kSets = kLanes / kClasses;
 constexpr int kSumLevels = __builtin_ctz(kSets);  // of sums of sets that wait for their neighbours
 static_assert(kWide * kGroups == kPanelVectors && (kSets & (kSets - 1)) == 0);
 static_assert(kSumLevels * kMaxRows * kPanel * 4 <= kProductScratch);
 
 // ---- rows of A -----------------------------------------------------------------------------------------------------------
-
-constexpr int64_t steps_of(int64_t words) { return (words + kLanes - 1) / kLanes; }
 
 int64_t panel_vector_bytes(DType dtype) {
   int64_t bytes = 0;
@@ -39,19 +36,18 @@ int64_t panel_vector_bytes(DType dtype) {
 }
 
 int64_t sorted_row_bytes(DType dtype, int64_t depth) {
-  const int64_t words = dtype == DType::kBFloat16 && kHasPairs ? (depth + 1) / 2 : depth;
-  return steps_of(words) * kLanes * 4;
+  return 4 * (dtype == DType::kBFloat16 && kHasPairs ? depth / 2 : depth);
 }
 
 void store_sorted(void* out, DType dtype, int64_t depth, int64_t first, const float* values, int64_t n) {
   const bool pairs = dtype == DType::kBFloat16 && kHasPairs;
-  const int64_t per_word = pairs ? 2 : 1, total = (depth + per_word - 1) / per_word;
+  const int64_t per_word = pairs ? 2 : 1, total = depth / per_word;
   float rounded[kMaxPanel] = {}, widened[kMaxPanel] = {};
   store_row(rounded, dtype, values, n);
   if (!pairs) load_row(widened, rounded, dtype, n);
   const float* const words = pairs ? rounded : widened;
   const int64_t begin = first / per_word, chunk = begin / kChunkWords * kChunkWords;
-  const int64_t steps = steps_of(total - chunk < kChunkWords ? total - chunk : kChunkWords);
+  const int64_t steps = (total - chunk < kChunkWords ? total - chunk : kChunkWords) / kLanes;
   for (int64_t i = 0; i * per_word < n; i += kLanes) {
     float* const row = static_cast<float*>(out) + chunk + (begin - chunk + i) / kLanes * kClasses;
     for (int p = 0; p < kLanes; ++p) row[p / kClasses * steps * kClasses + p % kClasses] = words[i + kSumOrder[p]];
@@ -150,11 +146,14 @@ void panel_products_of(const Product& product) {
   constexpr int64_t kStep = kLanes * Words::kDepth, kChunk = kChunkWords * Words::kDepth;
   constexpr int64_t kStepBytes = kStep * kPanelVectors * sizeof(T);
   constexpr int kLines = kStepBytes < kLine ? 1 : kStepBytes / kLine;
+  constexpr int kGuidedRows = 2;                   // of tiles that are alone
   constexpr int64_t kNear = 16384, kLead = 32768;  // bytes: of parts that stay in L1, and ahead of them
   const int64_t tiles = num_row_tiles(product.num_rows);
-  // A single tile is fed by the processor's own prefetching. Others share asking for what they read, a line or two a step.
-  const int lines = tiles == 1 ? 0 : tiles < kLines ? 2 : 1;
-  const int64_t asking = tiles == 1 ? 0 : kLines / lines;
+  // The processor's own prefetching feeds a single tile: up to two rows tell it in time where the stream goes on. Several tiles
+  // share asking for what they read, a line or two a step.
+  const bool is_guided = tiles > 1 || product.num_rows <= kGuidedRows;
+  const int lines = !is_guided ? 0 : tiles > 1 && tiles < kLines ? 2 : 1;
+  const int64_t asking = is_guided ? kLines / lines : 0;
   const T* data = static_cast<const T*>(product.b.data);
   const char* const end = reinterpret_cast<const char*>(data + product.depth * kPanel);
   float* const waiting = static_cast<float*>(product.scratch);
@@ -181,11 +180,11 @@ void panel_products_of(const Product& product) {
             add_parts<kRows, Words, kAsked>(product.c + m * kPanel, waiting + m * kPanel, product.rows + m, offset,
                                             parts, ahead);
           };
-          if constexpr (kRows >= kTileRows / 2) {  // fewer rows are a single tile
-            if (asked == 2) return add.template operator()<2>();
-            if (asked == 1) return add.template operator()<1>();
+          if constexpr (kRows <= kGuidedRows) {
+            add.template operator()<1>();
+          } else {
+            with_constant<3>(asked + 1, [&]<int kCount>() { add.template operator()<kCount - 1>(); });
           }
-          add.template operator()<0>();
         });
         ahead += asked * (last - part) * steps * kLine;
       }

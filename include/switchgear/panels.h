@@ -10,7 +10,7 @@ namespace switchgear {
 
 struct PanelLayout {
   int64_t rows;          // of a weight, in a panel; 0 where the ISA in use knows no panels
-  int64_t vector_bytes;  // of a vector that holds a word of `rows / vectors of a word` of them
+  int64_t vector_bytes;  // of a vector of the kernels: a word of each of some rows
 };
 
 inline constexpr int64_t kPanelColumns = 32;  // words of all lanes of any ISA, of pairs of elements
