@@ -67,10 +67,10 @@ constexpr int kParts = kSets * kGroups;
 
 // kRows rows of C += the products of rows of A, whose chunk is at word `offset`, and parts of B. A part's sums are added to those of
 // other sets that wait for them, and wait themselves, or behind the last set are added to C. Sums of a level are kMaxRows rows
-// behind those of the one before. Asks for kLines lines a step.
+// behind those of the one before. Asks for kLines lines a step, `ahead_step` bytes after those of the step before.
 template <int kRows, typename Words, int kLines>
 void add_parts(float* c, float* waiting, const void* const* a_rows, int64_t offset,
-               const PartsOfB<Element<Words>>& parts, const char* ahead) {
+               const PartsOfB<Element<Words>>& parts, const char* ahead, int64_t ahead_step) {
   constexpr int64_t kVector = kLanes * Words::kDepth;
   const float* rows[kRows];
 #pragma GCC unroll 8
@@ -92,7 +92,7 @@ void add_parts(float* c, float* waiting, const void* const* a_rows, int64_t offs
       block += kPanelVectors * kVector;
 #pragma GCC unroll 4
       for (int j = 0; j < kLines; ++j) __builtin_prefetch(ahead + j * kLine, 0, 2);
-      ahead += kLines * kLine;
+      ahead += ahead_step;
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
@@ -149,10 +149,11 @@ void panel_products_of(const Product& product) {
   constexpr int kGuidedRows = 2;                   // of tiles that are alone
   constexpr int64_t kNear = 16384, kLead = 32768;  // bytes: of parts that stay in L1, and ahead of them
   const int64_t tiles = num_row_tiles(product.num_rows);
-  // The processor's own prefetching feeds a single tile: up to two rows tell it in time where the stream goes on. Several tiles
-  // share asking for what they read, a line or two a step.
+  // The processor's own prefetching feeds a single tile: one or two rows lead it by a line a step to where the stream goes on.
+  // Several tiles share asking for all that they read, a line or two a step.
   const bool is_guided = tiles > 1 || product.num_rows <= kGuidedRows;
   const int lines = !is_guided ? 0 : tiles > 1 && tiles < kLines ? 2 : 1;
+  const int64_t ahead_step = tiles == 1 ? kStepBytes : lines * kLine;
   const int64_t asking = is_guided ? kLines / lines : 0;
   const T* data = static_cast<const T*>(product.b.data);
   const char* const end = reinterpret_cast<const char*>(data + product.depth * kPanel);
@@ -162,7 +163,7 @@ void panel_products_of(const Product& product) {
   for (int64_t k = 0; k < product.depth; k += kChunk) {
     const int64_t steps = (product.depth - k < kChunk ? product.depth - k : kChunk) / kStep;
     const int64_t offset = k / Words::kDepth, near = kNear / (steps * kStepBytes);
-    const int together = tiles == 1 || near > kParts ? kParts : near < 1 ? 1 : static_cast<int>(near);
+    const int together = near > kParts ? kParts : near < 1 ? 1 : static_cast<int>(near);
     for (int part = 0, last; part < kParts; part = last) {
       last = part + together < kParts ? part + together : kParts;
       const PartsOfB<T> parts{.data = data, .steps = steps, .first = part, .end = last};
@@ -178,7 +179,7 @@ void panel_products_of(const Product& product) {
         with_constant<kTileRows>(count, [&]<int kRows>() {
           const auto add = [&]<int kAsked>() {
             add_parts<kRows, Words, kAsked>(product.c + m * kPanel, waiting + m * kPanel, product.rows + m, offset,
-                                            parts, ahead);
+                                            parts, ahead, ahead_step);
           };
           if constexpr (kRows <= kGuidedRows) {
             add.template operator()<1>();
@@ -186,7 +187,7 @@ void panel_products_of(const Product& product) {
             with_constant<3>(asked + 1, [&]<int kCount>() { add.template operator()<kCount - 1>(); });
           }
         });
-        ahead += asked * (last - part) * steps * kLine;
+        if (asked > 0) ahead += (last - part) * steps * ahead_step;
       }
       data += (last - part) * steps * kStep * kPanelVectors;
     }

@@ -51,7 +51,7 @@ def pack_panels(model: nn.Module) -> int:
     """Lays the experts' projections in the order in which the CPU's kernels read them, for inference.
 
     One word of an activation then serves many weights, and weights are one stream of memory. With 2 to 64 tokens per
-    expert a layer takes up to a fifth less time, with many about as long, with a single one 3 to 10 % longer. Results
+    expert a layer takes up to a fifth less time, with many about as long, with a single one up to 5 % longer. Results
     have the same bits, and weights the same number of bytes.
 
     The parameters of the projections go; in their place are buffers `<name>_panels`. State dicts hold, and take, the
