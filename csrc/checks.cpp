@@ -236,9 +236,9 @@ void Call::input_or_compact(const char* name, const ExpertMatrices& weight, Shap
 
 void Call::input_in_panels(const char* name, const ExpertMatrices& weight, Shape shape) {
   const TensorView& panels = weight.packed;
-  SWITCHGEAR_CHECK(ValueError, panels.device.type == DeviceType::kCPU, name,
+  SWITCHGEAR_CHECK(ValueError, backend_->panel_layout != nullptr, name,
                    ": expected float weights on this device, got panels: ", describe(panels));
-  const auto [rows, vector_bytes] = panel_layout(float_dtype_);
+  const auto [rows, vector_bytes] = backend_->panel_layout(float_dtype_);
   Dim& N = *shape.begin()[1];
   const int64_t cols = shape.begin()[2]->size;
   SWITCHGEAR_CHECK(ValueError, rows > 0 && cols % kPanelColumns == 0, name, ": expected float weights ",

@@ -10,7 +10,6 @@
 #include "quantized/kernels.h"
 #include "registry.h"
 #include "switchgear/check.h"
-#include "switchgear/panels.h"
 
 #if defined(SWITCHGEAR_HAVE_AVXVNNI) || defined(SWITCHGEAR_HAVE_AMX)
 #include <cpuid.h>
@@ -197,7 +196,8 @@ const Backend& cpu_backend() {
                                     .assign_balanced = cpu::assign_balanced,
                                     .assign_capped = cpu::assign_capped,
                                     .quantized_grouped_gemm = cpu::quantized_grouped_gemm,
-                                    .quantized_moe_forward = cpu::quantized_moe_forward};
+                                    .quantized_moe_forward = cpu::quantized_moe_forward,
+                                    .panel_layout = panel_layout};
   return kBackend;
 }
 

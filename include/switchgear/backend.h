@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "switchgear/ops.h"
+#include "switchgear/panels.h"
 
 namespace switchgear {
 
@@ -31,6 +32,7 @@ struct Backend {
   void (*assign_capped)(const AssignCappedArgs&, Execution) = nullptr;
   void (*quantized_grouped_gemm)(const QuantizedGroupedGemmArgs&, Execution) = nullptr;
   void (*quantized_moe_forward)(const QuantizedMoeForwardArgs&, Execution) = nullptr;
+  PanelLayout (*panel_layout)(DType) = nullptr;  // null: no weights in panels
 };
 
 const Backend& cpu_backend();   // in use without a call, in programs that link switchgear_core
