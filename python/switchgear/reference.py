@@ -541,7 +541,7 @@ def _check_layer(
 
 def _plain(weight: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """A weight of `dtype` that may be in panels or compact."""
-    if weight.dim() == 4:
+    if weight.dim() == 4 and weight.dtype is torch.uint8:
         return reference_panels.plain(weight, columns, dtype)
     return reference_compact.plain(weight, columns, dtype)
 

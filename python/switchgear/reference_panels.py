@@ -36,7 +36,10 @@ class PanelLayout(NamedTuple):
     def lanes(self, dtype: torch.dtype) -> tuple[int, ...]:
         """The kernel's lanes in the order of their sums. A vector has a word of each of as many rows."""
         per_word = 2 if self.vector_bytes == 64 and dtype is torch.bfloat16 else 1  # AVX-512-BF16 multiplies pairs
-        return _LANES[self.rows, self.vector_bytes // (per_word * dtype.itemsize)]
+        lanes = _LANES.get((self.rows, self.vector_bytes // (per_word * dtype.itemsize)))
+        if lanes is None:
+            raise ValueError(f"weight: expected panels of {dtype} for a known ISA, got {self}")
+        return lanes
 
 
 def shape_of(weight: Tensor, layout: PanelLayout) -> tuple[int, int, int, int]:

@@ -35,7 +35,7 @@ def _allocate_moe_forward(
     save_h: bool,
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(_matrix("x", x), memory_format=torch.contiguous_format)
-    if gate_up_proj.dim() == 4:  # in panels, which the kernel checks
+    if gate_up_proj.dim() == 4 and gate_up_proj.dtype is torch.uint8:  # in panels, which the kernel checks
         width = gate_up_proj.numel() // max(gate_up_proj.shape[0] * x.shape[1] * x.itemsize, 1)
     else:
         width = _matrix("gate_up_proj", gate_up_proj, 3).shape[1]
