@@ -185,6 +185,12 @@ def test_state_dict_is_plain(tmp_path: Path) -> None:
             assert torch.equal(module[0](*call), y)
     for module in copies:
         assert switchgear.unpack_panels(module) == 1
+    bad = {name: weight + 1 for name, weight in state.items()}
+    bad["0.down_proj"] = bad["0.down_proj"][:, :-1]
+    with pytest.raises(ValueError, match=r"0.down_proj: expected shape"):  # and nothing was loaded of the others
+        other.load_state_dict(bad)
+    with torch.no_grad():
+        assert torch.equal(other[0].gate_up_proj_panels, model[0].gate_up_proj_panels)
     state["0.gate_up_proj"] = state["0.gate_up_proj"][:, :-1]
     with pytest.raises(ValueError, match=r"0.gate_up_proj: expected shape \[5, 128, 384\], got \[5, 127, 384\]"):
         other.load_state_dict(state)

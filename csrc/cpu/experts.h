@@ -93,12 +93,6 @@ inline bool has_few_rows(const int32_t* expert_offsets, int64_t num_experts) {
 // L1, and those of a tile would evict each other.
 constexpr int64_t spread_row_bytes(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 
-inline TensorView spread_view(void* data, DType dtype, int64_t rows, int64_t columns) {
-  TensorView v = view(data, dtype, rows, columns);
-  v.stride[0] = spread_row_bytes(columns * size_of(dtype)) / size_of(dtype);
-  return v;
-}
-
 // Memory of one thread for one product.
 struct ProductScratch {
   void* packing;

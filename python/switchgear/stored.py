@@ -55,13 +55,17 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredExperts:
-    """What became of a module's projections: parameters `names` went, buffers `<name>_<form>` came."""
+    """What became of a module's projections: parameters went, buffers `<name>_<form>` came."""
 
     form: Form
-    names: tuple[str, str]
     layout: Layout
     kinds: tuple[StoredMatrix, StoredMatrix]  # without data
     trained: tuple[bool, bool]  # whether the parameters asked for gradients
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The parameters that went."""
+        return self.layout.names
 
     @property
     def transposed(self) -> bool:
@@ -206,7 +210,6 @@ def _store_module(module: nn.Module, layout: Layout, form: Form) -> str | None:
     nothing = torch.empty(0, dtype=torch.uint8)
     state = StoredExperts(
         form=form,
-        names=layout.names,
         layout=layout,
         kinds=(first.with_data(nothing), second.with_data(nothing)),
         trained=(trained[0], trained[1]),
@@ -233,7 +236,7 @@ def _load_plain(
 ) -> None:
     if (state := stored_of(module)) is None:
         return
-    kinds = list(state.kinds)
+    loaded: dict[int, StoredMatrix] = {}  # all of it, before anything changes
     for index, (name, now) in enumerate(zip(state.names, state.matrices(module), strict=True)):
         weight = state_dict.pop(prefix + name, None)
         if weight is None:
@@ -245,9 +248,12 @@ def _load_plain(
         if list(view.shape) != expected:
             shape = [expected[0], *reversed(expected[1:])] if state.transposed else expected
             raise ValueError(f"{prefix}{name}: expected shape {shape}, got {list(weight.shape)}")
-        loaded = _stored(state.form, state.layout, index, name, weight.to(state.kinds[index].dtype))
-        if isinstance(loaded, str):
-            raise ValueError(f"{prefix}{name}: expected a weight that can be stored as {state.form.noun}; {loaded}")
-        setattr(module, state.buffer(index), loaded.data)
-        kinds[index] = loaded.with_data(state.kinds[index].data)
+        matrix = _stored(state.form, state.layout, index, name, weight.to(state.kinds[index].dtype))
+        if isinstance(matrix, str):
+            raise ValueError(f"{prefix}{name}: expected a weight that can be stored as {state.form.noun}; {matrix}")
+        loaded[index] = matrix
+    kinds = list(state.kinds)
+    for index, matrix in loaded.items():
+        setattr(module, state.buffer(index), matrix.data)
+        kinds[index] = matrix.with_data(kinds[index].data)
     module._switchgear_stored = dataclasses.replace(state, kinds=(kinds[0], kinds[1]))  # type: ignore[assignment]
