@@ -85,7 +85,6 @@ struct Isa {
   bool (*runs)();
   const Kernels& (*kernels)();
   const QuantizedKernels& (*quantized)();
-  bool by_name_alone = false;  // has never run on its processor, and is not chosen unless asked for
 };
 
 constexpr std::array kIsas{
@@ -106,7 +105,7 @@ constexpr std::array kIsas{
     Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, quantized_avx512vnni},
 #endif
 #if defined(SWITCHGEAR_HAVE_AMX)
-    Isa{"amx", runs_amx, kernels_amx, quantized_avx512vnni, true},
+    Isa{"amx", runs_amx, kernels_amx, quantized_avx512vnni},
 #endif
 #if defined(SWITCHGEAR_HAVE_NEON)
     Isa{"neon", [] { return true; }, kernels_neon, quantized_neon},
@@ -131,7 +130,7 @@ const Isa& find_isa(const std::string& name, const char* source) {
 const Isa& best_isa() {
   const Isa* best = &kIsas[0];
   for (const Isa& isa : kIsas) {
-    if (!isa.by_name_alone && isa.runs()) best = &isa;
+    if (isa.runs()) best = &isa;
   }
   return *best;
 }

@@ -109,18 +109,30 @@ struct Tile {
   int64_t expert, column, first_row, num_rows;
 };
 
-// Rows of the pieces, nearly equal, in which one product after the other takes `count` rows.
-inline int64_t piece_rows(int64_t count) { return ceil_div(count, std::max<int64_t>(ceil_div(count, kMaxRows), 1)); }
+// Rows of the pieces, nearly equal and of whole blocks, in which one product after the other takes `count` rows.
+inline int64_t piece_rows(int64_t count, int64_t most_rows) {
+  const int64_t pieces = std::max<int64_t>(ceil_div(count, most_rows), 1);
+  return ceil_div(ceil_div(count, pieces), kGatheredRows) * kGatheredRows;
+}
 
-// Tiles of `panel` columns out of `width` and at most kMaxRows rows, expert by expert and column by column, so that a panel
-// that serves several pieces of rows comes from memory once.
-inline std::vector<Tile> make_tiles(const int32_t* expert_offsets, int64_t num_experts, int64_t width, int64_t panel) {
+// What comes first in the order of an expert's tiles: all pieces of rows of a panel, which then comes from memory once, or all
+// panels of a piece, whose rows are gathered once.
+enum class TileOrder { kPanels, kRows };
+
+// Tiles of `panel` columns out of `width` and at most `most_rows` rows, expert by expert.
+inline std::vector<Tile> make_tiles(const int32_t* expert_offsets, int64_t num_experts, int64_t width, int64_t panel,
+                                    int64_t most_rows, TileOrder order = TileOrder::kPanels) {
   std::vector<Tile> tiles;
   for (int64_t e = 0; e < num_experts; ++e) {
-    const int64_t end = expert_offsets[e + 1], piece = piece_rows(end - expert_offsets[e]);
-    for (int64_t column = 0; column < width; column += panel) {
-      for (int64_t row = expert_offsets[e]; row < end; row += piece) {
-        tiles.push_back({e, column, row, std::min(piece, end - row)});
+    const int64_t begin = expert_offsets[e], end = expert_offsets[e + 1];
+    if (begin == end) continue;
+    const int64_t piece = piece_rows(end - begin, most_rows),
+                  rows_at_once = order == TileOrder::kRows ? piece : end - begin;
+    for (int64_t first = begin; first < end; first += rows_at_once) {
+      for (int64_t column = 0; column < width; column += panel) {
+        for (int64_t row = first; row < std::min(end, first + rows_at_once); row += piece) {
+          tiles.push_back({e, column, row, std::min(piece, end - row)});
+        }
       }
     }
   }

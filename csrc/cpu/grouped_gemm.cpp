@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "experts.h"
+#include "gathered.h"
 #include "ops.h"
 #include "threads.h"
 #include "weight_gradient.h"
@@ -23,12 +24,17 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   const int32_t* const expert_offsets = args.expert_offsets.as<int32_t>();
   const int64_t used_slots = expert_offsets[num_experts];
 
-  const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, width, panel);
+  const int64_t gathered_bytes = args.input_gradient ? 0 : GatheredRows::bytes(k, args.x.dtype, depth);
+  const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, width, panel, k.most_rows,
+                                             gathered_bytes > 0 ? TileOrder::kRows : TileOrder::kPanels);
 
   const int64_t pointer_bytes = Workspace::padded(used_slots * static_cast<int64_t>(sizeof(void*)));
-  Workspace workspace(pointer_bytes + num_threads * ProductScratch::kBytes);
+  Workspace workspace(pointer_bytes + num_threads * (ProductScratch::kBytes + gathered_bytes));
   const void** const rows = workspace.take<const void*>(used_slots);
   char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * ProductScratch::kBytes));
+  char* const gathered_memory = static_cast<char*>(workspace.take_bytes(num_threads * gathered_bytes));
+  std::vector<GatheredRows> gathered;
+  for (int i = 0; i < num_threads; ++i) gathered.emplace_back(gathered_memory + i * gathered_bytes);
   fill_row_pointers(rows, args.x, args.token_indices.as<int32_t>(), used_slots);
 
   const auto matrix_of = [&](const Tile& tile) { return ExpertMatrix(args.weight, tile.expert, args.x.dtype); };
@@ -47,7 +53,10 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
               .depth = columns > 0 ? depth : 0,
               .c = scratch.c,
               .next = &tile != &tiles.back() ? operand((&tile)[1]).data : nullptr,
-              .scratch = scratch.packing});
+              .scratch = scratch.packing,
+              .gathered = gathered_bytes > 0 && columns > 0
+                              ? gathered[static_cast<size_t>(thread)].of(tile, k, rows, args.x.dtype, depth)
+                              : nullptr});
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       float* const c = scratch.c + m * panel;
       if (args.bias.defined())

@@ -25,9 +25,10 @@ struct Matrix {
   }
 };
 
-constexpr int kMaxPanel = 64;      // columns of the widest panel of any ISA
-constexpr int kTileRows = 6;       // rows of a tile of any ISA
-constexpr int64_t kMaxRows = 240;  // rows of one product: 40 tiles of 6, so that C (60 KB) and a chunk of A stay in L2
+constexpr int kMaxPanel = 64;          // columns of the widest panel of any ISA
+constexpr int kTileRows = 6;           // rows of a tile of any ISA
+constexpr int64_t kMaxRows = 384;      // rows of one product of any ISA
+constexpr int64_t kGatheredRows = 16;  // of a block of rows that are gathered for a product
 // Depth of a packed panel in 4-byte words. 64 columns · 1024 · 4 = 256 KB stay in L2, and weights are read in runs of 4 KB.
 constexpr int64_t kChunkWords = 1024;
 
@@ -45,7 +46,9 @@ struct Product {
   void* scratch;               // kProductScratch bytes, 64-byte aligned
   int64_t row_begin = 0;       // k of `rows` that meets the first k of b
   bool accumulate = false;     // adds to c
+  const void* gathered = nullptr;  // the same rows as gather_rows makes them, block after block: read in their place
 };
+constexpr int64_t kLeftPadding = 31;
 constexpr int64_t kScratchRow = kChunkWords + 16;  // words; rows a page apart would share sets of L1
 constexpr int64_t kProductScratch = kScratchRow * 4 * (kMaxPanel + kMaxRows);
 
@@ -67,10 +70,16 @@ struct GradientPanel {
 
 struct Kernels {
   const char* isa;
-  int panel;  // columns per product
+  int panel;          // columns per product
+  int64_t most_rows;  // of a product, <= kMaxRows
 
   void (*multiply)(const Product&);      // k ascends in one accumulator; not with compact b
   void (*dot_products)(const Product&);  // lanes along k; without row_begin, accumulate, next_width
+  // Rows that many dot_products share, in blocks of kGatheredRows: bytes of a block, 0 where rows are best read where they lie, and
+  // elements [first, first + count) of up to a block of rows: rows[m] is where element `first` is, a multiple of kMaxPanel. What
+  // the block lacks is zero.
+  int64_t (*gathered_bytes)(DType dtype, int64_t depth);
+  void (*gather_rows)(void* block, const void* const* rows, int64_t num_rows, int64_t first, int64_t count);
   // Rows of b into the scratch, for k in [k_begin, k_begin + depth) and at most kChunkWords words: kScratchRow words apart, zeros
   // up to a whole vector. Compact ones from the start of a record on. For an ISA that reads rows along k alone.
   void (*pack_chunk)(const Product&, int64_t k_begin, int64_t depth);
@@ -82,7 +91,8 @@ struct Kernels {
   void (*store_sorted)(void* row, DType dtype, int64_t depth, int64_t first, const float* values, int64_t n);
 
   // out[c][w], c < columns, w < words: the transpose of `left` that gradient_panel multiplies with. A word is a slot in float32,
-  // words = num_rows, or where this ISA multiplies pairs of bfloat16 two slots of them, words = ⌈num_rows/2⌉.
+  // words = num_rows, or where this ISA multiplies pairs of bfloat16 two slots of them, words = ⌈num_rows/2⌉, with tiles up to a
+  // multiple of 16. `out` has room for kLeftPadding more columns and slots.
   void (*transpose)(float* out, const void* const* rows, int64_t num_rows, int64_t first_column, int64_t columns,
                     DType dtype);
   void (*gradient_panel)(const GradientPanel&);

@@ -330,8 +330,11 @@ constexpr Kernels make_table(const char* isa) {
   return {
       .isa = isa,
       .panel = kPanel,
+      .most_rows = 40 * kTileRows,  // so that C (60 KB) and a chunk of A stay in L2
       .multiply = multiply,
       .dot_products = dot_products,
+      .gathered_bytes = [](DType, int64_t) -> int64_t { return 0; },
+      .gather_rows = nullptr,
       .pack_chunk = pack_chunk,
       .panel_vector_bytes = panel_vector_bytes,
       .sorted_row_bytes = sorted_row_bytes,

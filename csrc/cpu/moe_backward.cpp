@@ -157,7 +157,7 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   fill_row_pointers(a_rows, weighted_a, intermediate_size * element, used_slots);
 
   const int64_t wide = wide_columns(intermediate_size, num_experts, k.panel, num_threads);
-  const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, wide);
+  const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, wide, k.most_rows);
   const ActivationBackward stage{.args = args,
                                  .slots = slots,
                                  .grad_y_rows = grad_y_rows,

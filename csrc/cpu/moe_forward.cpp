@@ -20,6 +20,7 @@
 
 #include "experts.h"
 #include "gate.h"
+#include "gathered.h"
 #include "ops.h"
 #include "slots.h"
 #include "threads.h"
@@ -42,8 +43,9 @@ void sort_row(const Kernels& k, void* out, const void* row, DType dtype, int64_t
 
 struct FirstProjection {
   const MoeForwardArgs& args;
-  const void* const* rows;  // [S] gathered rows of x
-  TensorView a;             // [S,I], rows spread
+  const void* const* rows;   // [S] gathered rows of x
+  TensorView a;              // [S,I], rows spread
+  GatheredSlots gathered_a;  // instead, for an ISA that gathers rows
   bool sorts_a;
   const Kernels& k;
 
@@ -53,7 +55,7 @@ struct FirstProjection {
     return ExpertMatrix(args.weights.gate_up_proj, tile.expert, args.x.dtype).rows_from(columns.begin[0]).data;
   }
 
-  void run(const Tile& tile, const void* next, const ProductScratch (&scratch)[2]) const {
+  void run(const Tile& tile, const void* next, const ProductScratch (&scratch)[2], const void* gathered_x) const {
     const int64_t intermediate_size = a.shape[1], panel = k.panel;
     const int64_t count = std::min(panel, intermediate_size - tile.column);
     const GateColumns columns = gate_columns(args.options, intermediate_size, tile.column, count, panel);
@@ -67,8 +69,12 @@ struct FirstProjection {
                       .depth = args.x.shape[1],
                       .c = scratch[i].c,
                       .next = i == 0 && columns.count[1] > 0 ? matrix.rows_from(columns.begin[1]).data : next,
-                      .scratch = scratch[i].packing});
+                      .scratch = scratch[i].packing,
+                      .gathered = gathered_x});
     }
+    alignas(64) char last_rows[kGatheredRows][kMaxPanel * 2];  // of a, that are gathered next
+    const void* pointers[kGatheredRows];
+    for (int64_t m = 0; m < kGatheredRows; ++m) pointers[m] = last_rows[m];
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       float* const part[2] = {scratch[0].c + m * panel, scratch[1].c + m * panel};
       const int64_t slot = tile.first_row + m;
@@ -85,6 +91,11 @@ struct FirstProjection {
       k.glu_row(activated, gate, up, args.options, count);
       if (sorts_a) {
         k.store_sorted(row_of(a, slot), a.dtype, intermediate_size, tile.column, activated, count);
+      } else if (gathered_a.defined()) {
+        const int64_t i = m % kGatheredRows;
+        k.store_row(last_rows[i], a.dtype, activated, count);
+        if (i + 1 < kGatheredRows && m + 1 < tile.num_rows) continue;
+        k.gather_rows(gathered_a.block(tile.expert, slot), pointers, i + 1, tile.column, count);
       } else {
         k.store_row(at(a, slot, tile.column), a.dtype, activated, count);
       }
@@ -105,7 +116,11 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   const int64_t num_slots = args.topk_ids.shape[0] * args.topk_ids.shape[1];
   const bool sorts_x = is_in_panels(args.weights.gate_up_proj.packed);
   const bool sorts_a = is_in_panels(args.weights.down_proj.packed);
-  const bool spreads_x = !sorts_x && num_slots > kManyRows * num_experts && hidden_size * size_of(dtype) % 128 == 0;
+  const bool spreads_x = !sorts_x && k.gathered_bytes(dtype, hidden_size) == 0 && num_slots > kManyRows * num_experts &&
+                         hidden_size * size_of(dtype) % 128 == 0;
+  const int64_t x_block = k.gathered_bytes(dtype, hidden_size), a_block = k.gathered_bytes(dtype, intermediate_size);
+  const int64_t gathered_x_bytes = GatheredRows::bytes(k, dtype, hidden_size);
+  const int64_t a_blocks = a_block > 0 ? GatheredSlots::most_blocks(num_slots, num_experts) : 0;
   const auto row_bytes = [&](bool sorted, int64_t depth) {
     return spread_row_bytes(sorted ? k.sorted_row_bytes(dtype, depth) : depth * size_of(dtype));
   };
@@ -113,14 +128,24 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   const int64_t copied_tokens = spreads_x || sorts_x ? num_tokens : 0;
   const auto pointers = num_slots * static_cast<int64_t>(sizeof(void*));
 
-  Workspace workspace(Slots::bytes(num_slots, num_experts) + 2 * Workspace::padded(pointers) + num_slots * a_bytes +
-                      copied_tokens * x_bytes + 2 * num_threads * ProductScratch::kBytes);
+  const int64_t a_memory = a_block > 0 ? Workspace::padded(num_experts * 4) + a_blocks * a_block : num_slots * a_bytes;
+  Workspace workspace(Slots::bytes(num_slots, num_experts) + 2 * Workspace::padded(pointers) + a_memory +
+                      copied_tokens * x_bytes + num_threads * (2 * ProductScratch::kBytes + gathered_x_bytes));
   const Slots slots = make_slots(workspace, args.topk_ids, args.topk_weights, num_experts, exec);
   const int64_t used_slots = slots.expert_offsets[num_experts];
   const void** const x_rows = workspace.take<const void*>(num_slots);
   const void** const a_rows = workspace.take<const void*>(num_slots);
-  TensorView a = view(workspace.take_bytes(num_slots * a_bytes), dtype, num_slots, intermediate_size);
-  a.stride[0] = a_bytes / size_of(dtype);
+  TensorView a = view(nullptr, dtype, num_slots, intermediate_size);
+  GatheredSlots gathered_a;
+  if (a_block > 0) {
+    int32_t* const first_blocks = workspace.take<int32_t>(num_experts);
+    GatheredSlots::number_blocks(first_blocks, slots.expert_offsets, num_experts);
+    gathered_a = {static_cast<char*>(workspace.take_bytes(a_blocks * a_block)), a_block, slots.expert_offsets,
+                  first_blocks};
+  } else {
+    a.data = workspace.take_bytes(num_slots * a_bytes);
+    a.stride[0] = a_bytes / size_of(dtype);
+  }
   TensorView x = args.x;
   if (copied_tokens > 0) {
     x = view(workspace.take_bytes(num_tokens * x_bytes), dtype, num_tokens, hidden_size);
@@ -138,15 +163,20 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   }
   char* const memory = static_cast<char*>(workspace.take_bytes(2 * num_threads * ProductScratch::kBytes));
   fill_row_pointers(x_rows, x, slots.token_indices, used_slots);
-  fill_row_pointers(a_rows, a, nullptr, used_slots);
+  if (!gathered_a.defined()) fill_row_pointers(a_rows, a, nullptr, used_slots);
+  char* const gathered_memory = static_cast<char*>(workspace.take_bytes(num_threads * gathered_x_bytes));
+  std::vector<GatheredRows> gathered_x;
+  for (int i = 0; i < num_threads; ++i) gathered_x.emplace_back(gathered_memory + i * gathered_x_bytes);
 
-  const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, k.panel);
-  const FirstProjection first{args, x_rows, a, sorts_a, k};
+  const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, k.panel, k.most_rows,
+                                             x_block > 0 ? TileOrder::kRows : TileOrder::kPanels);
+  const FirstProjection first{args, x_rows, a, gathered_a, sorts_a, k};
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
     char* const own = memory + 2 * thread * ProductScratch::kBytes;
     const Tile* const tile = &tiles[static_cast<size_t>(i)];
     first.run(*tile, tile != &tiles.back() ? first.start(tile[1]) : nullptr,
-              {ProductScratch(own), ProductScratch(own + ProductScratch::kBytes)});
+              {ProductScratch(own), ProductScratch(own + ProductScratch::kBytes)},
+              gathered_x[static_cast<size_t>(thread)].of(*tile, k, x_rows, dtype, hidden_size));
   });
   if (args.h.defined()) {
     for (int64_t s = used_slots; s < num_slots; ++s) {
@@ -155,6 +185,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   }
 
   token_sum({.rows = a_rows,
+             .gathered = gathered_a,
              .depth = intermediate_size,
              .matrices = &args.weights.down_proj,
              .transposed = false,

@@ -14,6 +14,7 @@ namespace switchgear::cpu {
 namespace {
 
 constexpr int64_t kTokenChunk = 2048, kWideTokenChunk = 512;
+constexpr int64_t kMostGatheredColumns = 256, kSumsBytes = 1 << 20;
 
 // Tokens per task: all of a chunk, fewer where the column blocks alone would not fill the threads.
 int64_t tokens_per_task(int64_t num_tokens, int64_t most, int64_t column_blocks, int num_threads) {
@@ -23,6 +24,16 @@ int64_t tokens_per_task(int64_t num_tokens, int64_t most, int64_t column_blocks,
   return ceil_div(num_tokens, std::max<int64_t>(chunks, 1));
 }
 
+// Columns of a task whose products take little longer than reading their rows from L3 does, which each task reads all of: as many
+// as leave the sums in L2, and tasks for all threads.
+int64_t gathered_columns(int64_t num_tokens, int64_t width, int64_t panel, int num_threads) {
+  int64_t wide = kMostGatheredColumns;
+  while (wide > panel &&
+         (std::min(num_tokens, kTokenChunk) * wide * 4 > kSumsBytes || ceil_div(width, wide) < 2 * num_threads))
+    wide /= 2;
+  return wide;
+}
+
 }  // namespace
 
 void token_sum(const TokenSumArgs& args, int num_threads) {
@@ -30,9 +41,11 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
   const int64_t num_tokens = args.out.shape[0], width = args.out.shape[1], panel = k.panel;
   const int64_t num_experts = args.matrices->packed.shape[0];
   if (num_tokens == 0 || width == 0) return;
+  const bool few_rows = has_few_rows(args.expert_offsets, num_experts);
   const int64_t wide = args.transposed ? wide_columns(width, ceil_div(num_tokens, kWideTokenChunk), panel, num_threads)
-                       : has_few_rows(args.expert_offsets, num_experts) ? 2 * panel  // longer runs of memory
-                                                                        : panel;
+                       : few_rows      ? 2 * panel  // longer runs of memory
+                       : args.gathered.defined() ? gathered_columns(num_tokens, width, panel, num_threads)
+                                                 : panel;
   const int64_t column_blocks = ceil_div(width, wide);
   const int64_t most_tokens = args.transposed ? kWideTokenChunk : kTokenChunk;
   const int64_t chunk = tokens_per_task(num_tokens, most_tokens, column_blocks, num_threads);
@@ -81,13 +94,14 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
     for (int64_t e = next_expert(block, -1), next; e < num_experts; e = next) {
       next = next_expert(block, e);
       const int64_t first = first_slot(e, first_token), last = first_slot(e, last_token),
-                    piece = piece_rows(last - first);
+                    piece = piece_rows(last - first, k.most_rows);
       const void* next_start = start(block, next);
       if (next == num_experts && task + 1 < chunks * column_blocks) {
         const Block next_block = block_of(task + 1);
         next_start = start(next_block, next_expert(next_block, -1));
       }
-      for (int64_t s = first; s < last; s += piece) {
+      const int64_t begin = args.gathered.defined() ? args.gathered.block_begin(e, first) : first;
+      for (int64_t s = begin; s < last; s += piece) {
         const int64_t rows = std::min(piece, last - s);
         const Product product{.rows = args.rows + s,
                               .num_rows = rows,
@@ -96,11 +110,12 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
                               .depth = args.depth,
                               .c = scratch.c,
                               .next = s + piece < last ? operand(block, e).data : next_start,
-                              .scratch = scratch.packing};
+                              .scratch = scratch.packing,
+                              .gathered = args.gathered.defined() ? args.gathered.block(e, s) : nullptr};
         args.transposed ? multiply_wide(k, product) : dot_products_wide(k, product);
         for (int64_t first_column = 0; first_column < columns; first_column += panel) {
           const int64_t count = std::min(panel, columns - first_column);
-          for (int64_t m = 0; m < rows; ++m) {
+          for (int64_t m = std::max<int64_t>(first - s, 0); m < rows; ++m) {  // a block begins before the first
             float* const c = scratch.c + first_column * rows + m * panel;
             float* const sum = sums + (args.token_indices[s + m] - first_token) * wide + first_column;
             if (args.bias.defined()) {

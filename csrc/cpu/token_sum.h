@@ -2,12 +2,13 @@
 // out[t] = Σ_{slots s of t} weight[s] · (rows[s]·B_e + bias_e), experts ascending: the second projection with combine, and the
 // input gradient of the first.
 #pragma once
-#include "experts.h"
+#include "gathered.h"
 
 namespace switchgear::cpu {
 
 struct TokenSumArgs {
   const void* const* rows;  // [S]
+  GatheredSlots gathered;   // the same rows, for an ISA that gathers them
   int64_t depth;
   const ExpertMatrices* matrices;
   bool transposed;            // B = the matrix itself (x·W) instead of its transpose (x·Wᵀ)

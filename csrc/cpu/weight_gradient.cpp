@@ -53,8 +53,8 @@ void weight_gradient(const WeightGradientArgs& args, int num_threads) {
   int64_t left_bytes = 0, carried_bytes = 0;
   for (int64_t e = 0; e < num_experts; ++e) {
     const int64_t slots = args.expert_offsets[e + 1] - args.expert_offsets[e], block = block_rows(rows, slots);
-    left_bytes = std::max(left_bytes, Workspace::padded(block * slots * 4));
-    if (slots > kChunkWords) carried_bytes = std::max(carried_bytes, block * panel * 4);
+    left_bytes = std::max(left_bytes, Workspace::padded((block + kLeftPadding) * (slots + kLeftPadding) * 4));
+    if (slots > kChunkWords) carried_bytes = std::max(carried_bytes, (block + kLeftPadding) * panel * 4);
     for (int64_t row = 0; row < rows; row += block) tiles.push_back({e, 0, row, std::min(block, rows - row)});
   }
   const int64_t thread_bytes = kPackingBytes + left_bytes + carried_bytes;

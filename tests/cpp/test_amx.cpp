@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Products by tiles, on a processor with AMX or in emulation, against the order of sums that kernels_amx.cpp states: bit by bit.
+// Each in every way in which its operands may lie in memory.
 #include <functional>
 
 #include "cpu/kernels.h"
@@ -22,10 +23,9 @@ bool runs_amx() {
 
 float flushed(float v) { return std::abs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
 
-// The sum as the kernel's file states it, of numbers that are bfloat16.
-float dot(const std::vector<float>& a, const std::vector<float>& b) {
+// c and the sum as the kernel's file states it, of numbers that are bfloat16.
+float dot(const std::vector<float>& a, const std::vector<float>& b, float c = 0.0f) {
   constexpr size_t kStep = 32;
-  float c = 0.0f;
   for (size_t k = 0; k < a.size(); k += kStep) {
     float sums[2] = {};
     for (size_t i = k; i < std::min(a.size(), k + kStep); ++i) {
@@ -70,6 +70,28 @@ Weights compact(const Array& b) {
   return w;
 }
 
+// Memory as the kernels want it.
+class Aligned {
+ public:
+  explicit Aligned(int64_t bytes) : memory_(static_cast<size_t>(bytes) / 4 + 16, NAN) {}
+  float* data() { return memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) / 4 % 16; }
+  void forget() { std::fill(memory_.begin(), memory_.end(), NAN); }
+
+ private:
+  std::vector<float> memory_;
+};
+
+std::vector<const void*> rows_of(const Array& a) {
+  std::vector<const void*> rows;
+  for (int64_t m = 0; m < a.size(0); ++m) rows.push_back(a.view().as<char>() + m * a.view().stride[0] * 2);
+  return rows;
+}
+
+void check_bits(float got, float want, int64_t row, int64_t column) {
+  CHECK(std::bit_cast<uint32_t>(got) == std::bit_cast<uint32_t>(want), "row ", row, " column ", column, ": ", got, ", ",
+        want);
+}
+
 void check_products(Random& random, int64_t M, int64_t N, int64_t K) {
   const std::string shape = join("M=", M, " N=", N, " K=", K);
   const Array a = random_array(random, DType::kBFloat16, {M, K}, 1.0, 1),
@@ -82,30 +104,128 @@ void check_products(Random& random, int64_t M, int64_t N, int64_t K) {
       want.push_back(dot(x, y));
     }
   }
-  std::vector<const void*> rows;
-  for (int64_t m = 0; m < M; ++m) rows.push_back(a.view().as<char>() + m * a.view().stride[0] * 2);
-  std::vector<float> scratch(cpu::kProductScratch / 4 + 16);
-  float* const aligned = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) / 4;
+  const std::vector<const void*> rows = rows_of(a);
   const cpu::Kernels& kernels = cpu::kernels_amx();
+  Aligned scratch(cpu::kProductScratch);
+  const int64_t block = kernels.gathered_bytes(DType::kBFloat16, K);
+  Aligned gathered(block * (M + 15) / 16 + block);
+  for (int64_t m = 0; m < M; m += 16) {  // in two parts, as the columns of a come out of the first projection
+    const int64_t count = std::min<int64_t>(16, M - m), first = std::min<int64_t>(K, 64);
+    void* const out = reinterpret_cast<char*>(gathered.data()) + m / 16 * block;
+    kernels.gather_rows(out, rows.data() + m, count, 0, first);
+    std::vector<const void*> rest;
+    for (int64_t i = 0; i < count; ++i)
+      rest.push_back(static_cast<const char*>(rows[static_cast<size_t>(m + i)]) + 2 * first);
+    if (K > first) kernels.gather_rows(out, rest.data(), count, first, K - first);
+  }
   for (const auto make : {padded, transposed, spaced, compact}) {
     const Weights w = make(b);
-    note = shape + w.layout;
-    std::fill(scratch.begin(), scratch.end(), NAN);
-    std::vector<float> c(static_cast<size_t>(M * kernels.panel), NAN);
-    kernels.dot_products({.rows = rows.data(),
+    for (const bool gathers : {false, true}) {
+      note = shape + w.layout + (gathers ? " gathered" : "");
+      scratch.forget();
+      std::vector<float> c(static_cast<size_t>(M * kernels.panel), NAN);
+      kernels.dot_products({.rows = gathers ? nullptr : rows.data(),
+                            .num_rows = M,
+                            .b = w.matrix,
+                            .num_columns = N,
+                            .depth = K,
+                            .c = c.data(),
+                            .next = M % 2 == 0 ? w.matrix.data : nullptr,
+                            .scratch = scratch.data(),
+                            .gathered = gathers ? gathered.data() : nullptr});
+      for (int64_t m = 0; m < M; ++m) {
+        for (int64_t n = 0; n < kernels.panel; ++n) {
+          check_bits(c[static_cast<size_t>(m * kernels.panel + n)], n < N ? want[static_cast<size_t>(m * N + n)] : 0.0f,
+                     m, n);
+        }
+      }
+    }
+  }
+}
+
+// C += A·B for A in rows that are as far from each other, or not.
+void check_multiply(Random& random, int64_t M, int64_t N, int64_t K) {
+  constexpr int64_t kBefore = 5;  // elements of a row before those that count
+  const Array a = random_array(random, DType::kBFloat16, {M, kBefore + K}, 1.0, 1),
+              b = random_array(random, DType::kBFloat16, {N, K});
+  const cpu::Kernels& kernels = cpu::kernels_amx();
+  Aligned scratch(cpu::kProductScratch);
+  std::vector<float> before;
+  for (int64_t i = 0; i < M * kernels.panel; ++i) before.push_back(random.normal());
+  for (const bool adds : {false, true}) {
+    for (const bool scatters : {false, true}) {
+      std::vector<const void*> rows = rows_of(a);
+      std::vector<int64_t> row_indices;
+      for (int64_t m = 0; m < M; ++m) row_indices.push_back(scatters ? random.below(M) : m);
+      for (int64_t m = 0; m < M; ++m) {
+        rows[static_cast<size_t>(m)] =
+            a.view().as<char>() + row_indices[static_cast<size_t>(m)] * a.view().stride[0] * 2;
+      }
+      for (const auto make : {padded, transposed, spaced}) {
+        const Weights w = make(b);
+        note = join("multiply M=", M, " N=", N, " K=", K, w.layout, adds ? " adds" : "", scatters ? " scattered" : "");
+        scratch.forget();
+        std::vector<float> c = before;
+        kernels.multiply({.rows = rows.data(),
                           .num_rows = M,
                           .b = w.matrix,
                           .num_columns = N,
                           .depth = K,
                           .c = c.data(),
                           .next = M % 2 == 0 ? w.matrix.data : nullptr,
-                          .scratch = aligned});
+                          .next_width = 2,
+                          .scratch = scratch.data(),
+                          .row_begin = kBefore,
+                          .accumulate = adds});
+        for (int64_t m = 0; m < M; ++m) {
+          for (int64_t n = 0; n < kernels.panel; ++n) {
+            const auto at = static_cast<size_t>(m * kernels.panel + n);
+            const float start = adds ? before[at] : 0.0f;
+            std::vector<float> x, y;
+            for (int64_t k = 0; k < K; ++k) {
+              x.push_back(a(row_indices[static_cast<size_t>(m)], kBefore + k)), y.push_back(n < N ? b(n, k) : 0.0f);
+            }
+            check_bits(c[at], dot(x, y, start), m, n);
+          }
+        }
+      }
+    }
+  }
+}
+
+// out[m,n] = Σ_s left[s][m]·right[s][n], columns from the middle of both.
+void check_gradient(Random& random, int64_t M, int64_t N, int64_t S) {
+  constexpr int64_t kFirst = 3;
+  const Array left = random_array(random, DType::kBFloat16, {S, kFirst + M}, 1.0, 1),
+              right = random_array(random, DType::kBFloat16, {S, kFirst + N}, 1.0, 1);
+  const std::vector<const void*> left_rows = rows_of(left), right_rows = rows_of(right);
+  const cpu::Kernels& kernels = cpu::kernels_amx();
+  const int64_t padding = cpu::kLeftPadding;
+  Aligned transposed((M + padding) * (S + padding) * 4), packing(cpu::kChunkWords * cpu::kMaxPanel * 4),
+      carried((M + padding) * kernels.panel * 4), out(M * 64 * 2);
+  kernels.transpose(transposed.data(), left_rows.data(), S, kFirst, M, DType::kBFloat16);
+  for (const bool past_caches : {false, true}) {
+    note = join("gradient M=", M, " N=", N, " S=", S, past_caches ? " past caches" : "");
+    out.forget();
+    kernels.gradient_panel({.left = transposed.data(),
+                            .num_rows = M,
+                            .right = right_rows.data(),
+                            .num_slots = S,
+                            .dtype = DType::kBFloat16,
+                            .first_column = kFirst,
+                            .num_columns = N,
+                            .out = out.data(),
+                            .out_stride = 64,
+                            .past_caches = past_caches,
+                            .packing = packing.data(),
+                            .carried = carried.data()});
     for (int64_t m = 0; m < M; ++m) {
-      for (int64_t n = 0; n < kernels.panel; ++n) {
-        const float got = c[static_cast<size_t>(m * kernels.panel + n)];
-        const float sum = n < N ? want[static_cast<size_t>(m * N + n)] : 0.0f;
-        CHECK(std::bit_cast<uint32_t>(got) == std::bit_cast<uint32_t>(sum), "row ", m, " column ", n, ": ", got, ", ",
-              sum);
+      for (int64_t n = 0; n < N; ++n) {
+        std::vector<float> x, y;
+        for (int64_t s = 0; s < S; ++s) x.push_back(left(s, kFirst + m)), y.push_back(right(s, kFirst + n));
+        Array want(DType::kBFloat16, {1});
+        want.fill([&](int64_t) { return dot(x, y); });
+        check_bits(decode(reinterpret_cast<const char*>(out.data()) + (m * 64 + n) * 2, DType::kBFloat16), want(0), m, n);
       }
     }
   }
@@ -118,8 +238,27 @@ TEST(tiles_add_up_in_the_order_that_is_stated) {
     for (const int64_t N : {1, 15, 16, 17, 40, 64}) check_products(random, M, N, 1 + random.below(130));
   }
   for (const int64_t K : {1, 2, 31, 32, 33, 64, 2047, 2048, 2049, 4130}) check_products(random, 18, 20, K);
-  check_products(random, 240, 64, 100);
-  check_products(random, 239, 63, 2100);
+  check_products(random, cpu::kMaxRows, 64, 100);
+  check_products(random, cpu::kMaxRows - 1, 63, 2100);
+}
+
+TEST(tiles_multiply_rows_across_in_that_order) {
+  if (!runs_amx()) return;
+  Random random(2);
+  for (const int64_t M : {1, 15, 16, 17, 32, 47}) {
+    for (const int64_t N : {1, 16, 40, 64}) check_multiply(random, M, N, 1 + random.below(100));
+  }
+  for (const int64_t K : {1, 32, 33, 1023, 1024, 1025, 2100}) check_multiply(random, 18, 20, K);
+  check_multiply(random, cpu::kMaxRows, 64, 64);
+}
+
+TEST(tiles_of_weight_gradients_add_up_in_that_order) {
+  if (!runs_amx()) return;
+  Random random(3);
+  for (const int64_t M : {1, 15, 16, 33, 70}) {
+    for (const int64_t N : {1, 17, 32, 33, 64}) check_gradient(random, M, N, 1 + random.below(100));
+  }
+  for (const int64_t S : {1, 2, 31, 32, 33, 2047, 2048, 2049, 4200}) check_gradient(random, 20, 40, S);
 }
 
 #if defined(SWITCHGEAR_AMX_EMULATED)

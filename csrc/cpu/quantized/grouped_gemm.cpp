@@ -29,12 +29,12 @@ void multiply_in_integers(const QuantizedGroupedGemmArgs& args, int num_threads)
   const int32_t* const expert_offsets = args.expert_offsets.as<int32_t>();
   const int64_t num_rows = args.x.shape[0];
 
-  constexpr int64_t kTileBytes = kMaxRows * kPanel * 4;
+  constexpr int64_t kTileBytes = kQuantizedRows * kPanel * 4;
   Workspace workspace(quantized_bytes(num_rows, args.weight) + num_threads * kTileBytes);
   const QuantizedRows x = quantize_rows(workspace, args.x.data, args.x.stride[0] * size_of(args.x.dtype), args.x.dtype,
                                         num_rows, args.weight, num_threads);
   float* const memory = static_cast<float*>(workspace.take_bytes(num_threads * kTileBytes));
-  const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, part_rows, kPanel);
+  const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, part_rows, kPanel, kQuantizedRows);
   const auto num_tiles = static_cast<int64_t>(tiles.size());
 
   parallel_for(num_threads, num_tiles * args.weight.parts, [&](int64_t task, int thread) {
@@ -95,7 +95,7 @@ void multiply_transposed(const QuantizedGroupedGemmArgs& args, int num_threads) 
   fill_row_pointers(rows, args.x, args.token_indices.as<int32_t>(), used_slots);
 
   // Tiles of kPanel columns, so that a panel of weights serves all column blocks of narrower kernels.
-  const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, width, kPanel);
+  const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, width, kPanel, kQuantizedRows);
   parallel_for(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
     const Tile& tile = tiles[static_cast<size_t>(task)];
     char* const own = memory + thread * thread_bytes;

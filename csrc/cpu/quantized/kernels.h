@@ -8,6 +8,7 @@
 namespace switchgear::cpu {
 
 constexpr int64_t kBlockRows = 16;       // rows of a weight that are stored together
+constexpr int64_t kQuantizedRows = 240;  // of one product at most
 constexpr int64_t kQuantizedPanel = 64;  // columns of one product: four blocks
 
 // Activations in int8, in blocks of columns that share a scale: block b of row r is scales[r, b] · values[r·stride + k], zeros

@@ -28,7 +28,7 @@ namespace switchgear::cpu {
 namespace {
 
 constexpr int64_t kPanel = kQuantizedPanel;
-constexpr int64_t kTile = kMaxRows * kPanel;        // floats of one product
+constexpr int64_t kTile = kQuantizedRows * kPanel;  // floats of one product
 constexpr int64_t kLongest = kTile / kFewRows;      // columns of one product of few rows
 constexpr int64_t kRunBytes = int64_t{1} << 20;     // of weights, of one task with few rows: some 20 µs
 constexpr int64_t kSumsBytes = int64_t{512} << 10;  // of the sums of one task: half of a thread's L2
@@ -167,11 +167,12 @@ struct SecondProjection {
     for (int64_t e = next_expert(block, -1), after; e < num_experts; e = after) {
       after = next_expert(block, e);
       const auto [first, last] = slots_of(block, e);
-      for (int64_t s = first; s < last; s += kMaxRows) {
-        const int64_t rows = std::min<int64_t>(kMaxRows, last - s), step = rows <= kFewRows ? block.columns : kPanel;
+      for (int64_t s = first; s < last; s += kQuantizedRows) {
+        const int64_t rows = std::min<int64_t>(kQuantizedRows, last - s),
+                      step = rows <= kFewRows ? block.columns : kPanel;
         for (int64_t column = 0; column < block.columns; column += step) {
           // With several products, the next one is of the next columns, the next rows, or the next expert.
-          const bool more_columns = column + step < block.columns, more_rows = s + kMaxRows < last;
+          const bool more_columns = column + step < block.columns, more_rows = s + kQuantizedRows < last;
           const int64_t expert = more_columns || more_rows ? e : after;
           const uint8_t* const next = expert < num_experts
                                           ? QuantizedMatrix(args.down_proj, expert)
@@ -268,7 +269,8 @@ void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec) 
                                         num_tokens, args.gate_up_proj, num_threads);
   char* const a = static_cast<char*>(workspace.take_bytes(num_slots * row_bytes));
 
-  const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, sizes.first_columns);
+  const std::vector<Tile> tiles =
+      make_tiles(slots.expert_offsets, num_experts, intermediate_size, sizes.first_columns, kQuantizedRows);
   const FirstProjection first{args, x, slots.token_indices, view(a, args.x.dtype, num_slots, intermediate_size), k, q};
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
     const auto at = static_cast<size_t>(i);

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// dot_products by tiles: C[m,n] = Σ_k A[m,k]·B[n,k], up to kMaxRows rows and one panel of columns. Included by kernels_amx.cpp.
+//
+// Rows of B along k are the first operand, read where they lie. Rows of A are the second one, which has pairs of k for rows: a
+// caller that multiplies the same rows with many panels gathers them into such tiles once (Product::gathered), otherwise they are
+// transposed chunk by chunk. So sums come out as Cᵀ, and are transposed at the end. B that runs along n, or is compact, is
+// unpacked into the scratch, chunk by chunk, and read there. The last columns of a panel share a tile with some before them; rows
+// of A that are not there and what the last 32 k lack are zeros.
+#pragma once
+
+namespace switchgear::cpu {
+namespace {
+
+int64_t gathered_bytes(DType dtype, int64_t depth) {
+  return dtype == DType::kBFloat16 ? tiles_of(depth, kStep) * kTileBytes : 0;
+}
+
+void gather_rows(void* block, const void* const* rows, int64_t num_rows, int64_t first, int64_t count) {
+  transpose_rows(static_cast<float*>(block) + first / kStep * kTileFloats, rows, num_rows, 0, count);
+}
+
+class DotProduct {
+ public:
+  explicit DotProduct(const Product& product)
+      : p_(product),
+        columns_(at_most(product.num_columns, kTile)),
+        groups_(tiles_of(product.num_rows, kTile)),
+        blocks_(tiles_of(product.num_columns, kTile)),
+        in_place_(product.b.compact_bytes == 0 && product.b.k_stride == 1),
+        chunk_(in_place_ && product.gathered != nullptr ? product.depth : kChunk),
+        scratch_(static_cast<float*>(product.scratch)) {}
+
+  void run() {
+    tile_configure(shapes(columns_));
+    for (int64_t k = 0; k < p_.depth; k += chunk_) add_chunk(k, at_most(p_.depth - k, chunk_));
+    tile_release();
+    for (int64_t g = 0; g < groups_; ++g) finish(g);
+  }
+
+ private:
+  static constexpr int64_t kChunk = 2 * kChunkWords;  // k
+  static_assert(kChunk % kStep == 0);
+
+  // The scratch: [unpacked B | tiles of A | sums of the last rows]
+  float* transposed() const { return scratch_ + kScratchRow * kMaxPanel; }
+  static_assert(kMaxRows * kChunkWords + kTile * kPanel <= kScratchRow * kMaxRows);
+
+  int64_t rows_of(int64_t group) const { return at_most(p_.num_rows - group * kTile, kTile); }
+  // Where tile `block` of columns starts. The last one ends with the columns, and so shares some with the one before.
+  int64_t first_column(int64_t block) const { return at_most(block * kTile, p_.num_columns - columns_); }
+  // 16 rows of C hold the sums of these rows until they are finished; fewer do not, and have room of their own.
+  float* sums_of(int64_t group) const {
+    return rows_of(group) == kTile ? p_.c + group * kTile * kPanel : transposed() + kMaxRows * kChunkWords;
+  }
+
+  // The chunk of B from k on, or the first one of the caller's next product.
+  Ahead ahead_of(int64_t k) const {
+    const Matrix& b = p_.b;
+    const char* data = static_cast<const char*>(b.data);
+    if (k >= p_.depth) {
+      data = static_cast<const char*>(p_.next);
+      k = 0;
+    }
+    if (data == nullptr) return {};
+    const int64_t count = at_most(p_.depth - k, chunk_), rows = p_.num_columns;
+    if (b.compact_bytes > 0) {
+      const int64_t records = compact_header(b.n_stride, p_.depth, b.dtype) + compact_records_bytes(k, b.dtype);
+      return {data + records, rows, b.n_stride, compact_records_bytes(count, b.dtype)};
+    }
+    if (b.k_stride != 1) return {};
+    return {data + 2 * k, rows, 2 * b.n_stride, 2 * count};
+  }
+
+  void add_chunk(int64_t k, int64_t depth) const {
+    const Matrix& b = p_.b;
+    const int64_t steps = tiles_of(depth, kStep),
+                  whole = in_place_ ? depth / kStep : 0;  // of which B is read where it lies
+    if (whole < steps) kernels_avx512bf16().pack_chunk(p_, k + whole * kStep, depth - whole * kStep);
+    if (p_.gathered == nullptr) {
+      for (int64_t g = 0; g < groups_; ++g) {
+        transpose_rows(transposed() + g * steps * kTileFloats, p_.rows + g * kTile, rows_of(g), k, depth);
+      }
+    }
+    Ahead ahead = ahead_of(k + depth);
+    const int64_t lines = tiles_of(ahead.lines(), steps * tiles_of(groups_, 2) * tiles_of(blocks_, 2));
+    const auto tiles = [&](int64_t group, int64_t step) {
+      return p_.gathered != nullptr ? static_cast<const char*>(p_.gathered) +
+                                          group * gathered_bytes(b.dtype, p_.depth) + (k / kStep + step) * kTileBytes
+                                    : reinterpret_cast<const char*>(transposed()) + (group * steps + step) * kTileBytes;
+    };
+    for (int64_t s = 0, count; s < steps; s += count) {
+      const bool reads_in_place = s < whole;
+      count = (reads_in_place ? whole : steps) - s;
+      const char* const rows =
+          reads_in_place ? static_cast<const char*>(b.data) + 2 * k : reinterpret_cast<const char*>(scratch_);
+      const int64_t stride = reads_in_place ? 2 * b.n_stride : kScratchRow * 4;
+      for (int64_t j = 0; j < blocks_; j += 2) {
+        const int64_t j1 = at_most(j + 1, blocks_ - 1);
+        for (int64_t g = 0; g < groups_; g += 2) {
+          const int64_t g1 = at_most(g + 1, groups_ - 1);
+          float *const c = sums_of(g), *const c1 = sums_of(g1);
+          const Block block{.first = {rows + first_column(j) * stride, rows + first_column(j1) * stride},
+                            .first_stride = stride,
+                            .second = {tiles(g, s), tiles(g1, s)},
+                            .steps = count,
+                            .sums = {{c + j * kTile, c + j1 * kTile}, {c1 + j * kTile, c1 + j1 * kTile}},
+                            .sum_stride = kPanel * 4,
+                            .adds = k + s > 0};
+          add_block(blocks_ - j, groups_ - g, block, ahead, lines);
+        }
+      }
+    }
+  }
+
+  // Rows of C from the sums, whose tiles are Cᵀ. Where both are the same memory, no tile is written before it has been read.
+  void finish(int64_t group) const {
+    const float* const sums = sums_of(group);
+    float* const c = p_.c + group * kTile * kPanel;
+    for (int64_t j = 0; j < blocks_; ++j) {
+      Floats tile[kTile];
+#pragma GCC unroll 16
+      for (int n = 0; n < kTile; ++n) tile[n] = n < columns_ ? load(sums + n * kPanel + j * kTile) : broadcast(0.0f);
+      transpose(tile);
+      for (int64_t m = 0; m < rows_of(group); ++m) store(c + m * kPanel + first_column(j), tile[m]);
+    }
+    const auto rest = static_cast<size_t>(kPanel - p_.num_columns) * 4;
+    for (int64_t m = 0; m < rows_of(group); ++m) __builtin_memset(c + m * kPanel + p_.num_columns, 0, rest);
+  }
+
+  const Product& p_;
+  const int64_t columns_, groups_, blocks_;  // of a tile; tiles of rows, tiles of columns
+  const bool in_place_;
+  const int64_t chunk_;  // k
+  float* const scratch_;
+};
+
+void dot_products(const Product& product) {
+  if (product.b.dtype != DType::kBFloat16 || product.depth == 0 || product.num_columns == 0)
+    return kernels_avx512bf16().dot_products(product);
+  DotProduct(product).run();
+}
+
+}  // namespace
+}  // namespace switchgear::cpu

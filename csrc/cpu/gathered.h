@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Rows as an ISA's gather_rows lays them, for products of the same rows with many panels: the rows of one expert that a thread
+// works on, or those of all slots.
+#pragma once
+#include "experts.h"
+
+namespace switchgear::cpu {
+
+inline void gather_blocks(const Kernels& k, char* out, int64_t block_bytes, const void* const* rows, int64_t num_rows,
+                          int64_t depth) {
+  for (int64_t m = 0; m < num_rows; m += kGatheredRows, out += block_bytes) {
+    k.gather_rows(out, rows + m, std::min(kGatheredRows, num_rows - m), 0, depth);
+  }
+}
+
+// One thread's: gathered anew where another tile's rows begin elsewhere.
+class GatheredRows {
+ public:
+  static int64_t bytes(const Kernels& k, DType dtype, int64_t depth) {
+    return kMaxRows / kGatheredRows * k.gathered_bytes(dtype, depth);
+  }
+  explicit GatheredRows(char* memory) : memory_(memory) {}
+
+  // rows[tile.first_row …]; null where this ISA reads rows where they lie
+  const void* of(const Tile& tile, const Kernels& k, const void* const* rows, DType dtype, int64_t depth) {
+    const int64_t block_bytes = k.gathered_bytes(dtype, depth);
+    if (block_bytes == 0) return nullptr;
+    if (tile.first_row != first_row_) {
+      first_row_ = tile.first_row;
+      gather_blocks(k, memory_, block_bytes, rows + first_row_, tile.num_rows, depth);
+    }
+    return memory_;
+  }
+
+ private:
+  char* memory_;
+  int64_t first_row_ = -1;
+};
+
+// Those of all slots: the blocks of an expert begin with its first slot. Undefined where block_bytes is 0.
+struct GatheredSlots {
+  char* data = nullptr;
+  int64_t block_bytes = 0;
+  const int32_t* expert_offsets = nullptr;
+  const int32_t* first_blocks = nullptr;  // [E] of the experts
+
+  static int64_t most_blocks(int64_t num_slots, int64_t num_experts) {
+    return ceil_div(num_slots, kGatheredRows) + std::min(num_slots, num_experts);
+  }
+  static void number_blocks(int32_t* first_blocks, const int32_t* expert_offsets, int64_t num_experts) {
+    for (int64_t e = 0, block = 0; e < num_experts; ++e) {
+      first_blocks[e] = static_cast<int32_t>(block);
+      block += ceil_div(expert_offsets[e + 1] - expert_offsets[e], kGatheredRows);
+    }
+  }
+
+  bool defined() const { return block_bytes > 0; }
+  // The slot at or before `slot` of this expert with which a block begins.
+  int64_t block_begin(int64_t expert, int64_t slot) const {
+    return slot - (slot - expert_offsets[expert]) % kGatheredRows;
+  }
+  char* block(int64_t expert, int64_t slot) const {
+    return data + (first_blocks[expert] + (slot - expert_offsets[expert]) / kGatheredRows) * block_bytes;
+  }
+};
+
+}  // namespace switchgear::cpu
