@@ -20,7 +20,7 @@ else:
     ISAS = ("generic", "avx2", "avx512", "avx512bf16")
     if "amx" in switchgear.available_cpu_isas():  # few processors have it: elsewhere it runs in emulation, in C++
         ISAS += ("amx",)
-    QUANTIZED_ISAS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
+    QUANTIZED_ISAS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", *ISAS[3:])
 
 SIMT_DEVICES = {"simt": "sm_80", "simt-sm90": "sm_90"} if native_modules.SIMT_PATH else {}
 

@@ -20,7 +20,7 @@ PRODUCTS = {("tmm6", "tmm4", "tmm0"), ("tmm6", "tmm5", "tmm1"), ("tmm7", "tmm4",
 SUMS, OPERANDS = {"tmm0", "tmm1", "tmm2", "tmm3"}, {"tmm4", "tmm5", "tmm6", "tmm7"}
 TILES_OF: dict[str, set[str]] = {
     "ldtilecfg": set(), "tilerelease": set(), "tilezero": SUMS, "tilestored": SUMS,
-    "tileloadd": SUMS | OPERANDS, "tdpbf16ps": SUMS | OPERANDS,
+    "tileloadd": SUMS | OPERANDS, "tdpbf16ps": SUMS | OPERANDS, "tdpbsud": SUMS | OPERANDS,
 }  # fmt: skip
 
 Instruction = tuple[str, list[str]]  # mnemonic, its registers of tiles in order

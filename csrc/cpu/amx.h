@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The instructions of AMX that kernels_amx.cpp uses, with the numbers of tiles as template arguments.
+// The instructions of AMX that both kernels_amx.cpp use, with the numbers of tiles as template arguments.
 //
 //   tile_configure(config)      gives the 8 tiles of this thread their shapes
 //   tile_release()              gives them back: without shapes they cost the system nothing at a switch of threads
@@ -7,6 +7,7 @@
 //   tile_load<t>(p, stride)     rows from p on, `stride` bytes apart
 //   tile_store<t>(p, stride)
 //   tile_multiply<c, a, b>()    TDPBF16PS: c[m][n] += Σ_k a[m][k]·b[k][n], a word of a or b being two neighbours of k
+//   tile_multiply_bytes<…>()    TDPBSUD: the same of four neighbours, a int8, b uint8, c int32
 //
 // Written as assembly: the compilers' intrinsics take numbers of tiles as they are spelled, and GCC's do not say that they touch
 // memory. With SWITCHGEAR_AMX_EMULATED the same functions are C++ (tests/cpp/amx_emulation.h).
@@ -53,6 +54,10 @@ inline void tile_store(void* p, int64_t stride) {
 template <int kC, int kA, int kB>
 inline void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+}
+template <int kC, int kA, int kB>
+inline void tile_multiply_bytes() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
 }
 
 }  // namespace

@@ -6,6 +6,8 @@
 // transposed chunk by chunk. So sums come out as Cᵀ, and are transposed at the end. B that runs along n, or is compact, is
 // unpacked into the scratch, chunk by chunk, and read there. The last columns of a panel share a tile with some before them; rows
 // of A that are not there and what the last 32 k lack are zeros.
+//
+// In panels (panels.h), of 64 rows, B is one stream of tiles: [pair of tiles of rows][step][tile of the pair][row][32 k].
 #pragma once
 
 namespace switchgear::cpu {
@@ -26,7 +28,7 @@ class DotProduct {
         columns_(at_most(product.num_columns, kTile)),
         groups_(tiles_of(product.num_rows, kTile)),
         blocks_(tiles_of(product.num_columns, kTile)),
-        in_place_(product.b.compact_bytes == 0 && product.b.k_stride == 1),
+        in_place_(product.b.in_panels || (product.b.compact_bytes == 0 && product.b.k_stride == 1)),
         chunk_(in_place_ && product.gathered != nullptr ? product.depth : kChunk),
         scratch_(static_cast<float*>(product.scratch)) {}
 
@@ -39,6 +41,7 @@ class DotProduct {
 
  private:
   static constexpr int64_t kChunk = 2 * kChunkWords;  // k
+  static constexpr int64_t kLead = 32 << 10;          // bytes
   static_assert(kChunk % kStep == 0);
 
   // The scratch: [unpacked B | tiles of A | sums of the last rows]
@@ -53,9 +56,14 @@ class DotProduct {
     return rows_of(group) == kTile ? p_.c + group * kTile * kPanel : transposed() + kMaxRows * kChunkWords;
   }
 
-  // The chunk of B from k on, or the first one of the caller's next product.
+  // The chunk of B from k on, or the first one of the caller's next product. A panel that is read once is one stream, of which
+  // memory delivers most if what is asked for is not far ahead.
   Ahead ahead_of(int64_t k) const {
     const Matrix& b = p_.b;
+    if (b.in_panels && groups_ <= 2 && chunk_ == p_.depth) {
+      const int64_t bytes = p_.num_columns * b.n_stride, lead = at_most(kLead, bytes / 2);
+      return {static_cast<const char*>(b.data) + lead, 1, 0, bytes - lead, static_cast<const char*>(p_.next), lead};
+    }
     const char* data = static_cast<const char*>(b.data);
     if (k >= p_.depth) {
       data = static_cast<const char*>(p_.next);
@@ -67,6 +75,8 @@ class DotProduct {
       const int64_t records = compact_header(b.n_stride, p_.depth, b.dtype) + compact_records_bytes(k, b.dtype);
       return {data + records, rows, b.n_stride, compact_records_bytes(count, b.dtype)};
     }
+    if (b.in_panels)
+      return {data + k / kStep * 2 * kTileBytes, 1, 0, rows * 2 * count};  // what a pair lacks comes with the next
     if (b.k_stride != 1) return {};
     return {data + 2 * k, rows, 2 * b.n_stride, 2 * count};
   }
@@ -99,13 +109,19 @@ class DotProduct {
         for (int64_t g = 0; g < groups_; g += 2) {
           const int64_t g1 = at_most(g + 1, groups_ - 1);
           float *const c = sums_of(g), *const c1 = sums_of(g1);
-          const Block block{.first = {rows + first_column(j) * stride, rows + first_column(j1) * stride},
-                            .first_stride = stride,
-                            .second = {tiles(g, s), tiles(g1, s)},
-                            .steps = count,
-                            .sums = {{c + j * kTile, c + j1 * kTile}, {c1 + j * kTile, c1 + j1 * kTile}},
-                            .sum_stride = kPanel * 4,
-                            .adds = k + s > 0};
+          Block block{.first = {rows + first_column(j) * stride, rows + first_column(j1) * stride},
+                      .first_stride = stride,
+                      .second = {tiles(g, s), tiles(g1, s)},
+                      .steps = count,
+                      .sums = {{c + j * kTile, c + j1 * kTile}, {c1 + j * kTile, c1 + j1 * kTile}},
+                      .sum_stride = kPanel * 4,
+                      .adds = k + s > 0};
+          if (b.in_panels) {
+            const char* const pair =
+                static_cast<const char*>(b.data) + j * kTile * b.n_stride + k / kStep * 2 * kTileBytes;
+            block.first[0] = pair, block.first[1] = pair + kTileBytes;
+            block.first_stride = kStepBytes, block.first_step = 2 * kTileBytes;
+          }
           add_block(blocks_ - j, groups_ - g, block, ahead, lines);
         }
       }

@@ -20,12 +20,15 @@ inline int64_t tiles_of(int64_t n, int64_t in_a_tile) { return (n + in_a_tile - 
 
 // ---- what comes next -----------------------------------------------------------------------------------------------------
 
-// Rows of memory that are asked for, line by line.
+// Rows of memory that are asked for, line by line, and then one row elsewhere.
 struct Ahead {
   const char* row = nullptr;
-  int64_t rows = 0, stride = 0, width = 0, at = 0;
+  int64_t rows = 0, stride = 0, width = 0;
+  const char* last = nullptr;
+  int64_t last_width = 0;
+  int64_t at = 0;
 
-  int64_t lines() const { return rows * tiles_of(width, kLine); }
+  int64_t lines() const { return rows * tiles_of(width, kLine) + tiles_of(last_width, kLine); }
   void ask(int64_t count) {
     for (; count > 0 && rows > 0; --count) {
       __builtin_prefetch(row + at, 0, 2);
@@ -33,7 +36,9 @@ struct Ahead {
       if (at < width) continue;
       at = 0;
       row += stride;
-      --rows;
+      if (--rows > 0 || last == nullptr) continue;
+      row = last, rows = 1, width = last_width;
+      last = nullptr;
     }
   }
 };
@@ -64,10 +69,11 @@ inline void for_sums(Body&& body) {
 }
 
 // sums[s][f] (+)= Σ over `steps` steps of 32 k: rows of tile f of the first operand, k along memory, times tile s of the second,
-// pairs of k x columns. The next step of a row lies kStepBytes on, of a tile of the second operand kTileBytes.
+// pairs of k x columns. The next step of a tile of the second operand lies kTileBytes on.
 struct Block {
   const char* first[2];
-  int64_t first_stride;  // bytes from row to row
+  int64_t first_stride;             // bytes from row to row
+  int64_t first_step = kStepBytes;  // and from step to step
   const char* second[2];
   int64_t steps;
   float* sums[2][2];
@@ -75,19 +81,23 @@ struct Block {
   bool adds;           // to sums that are there
 };
 
-// Asks for `lines` lines a step.
+// Asks for `lines` lines a step, a few at a time: more than the 16 that a core may wait for would hold up the loads of tiles.
 template <int kFirsts, int kSeconds>
 void add_tiles(const Block& block, Ahead& ahead, int64_t lines) {
   for_sums<kFirsts, kSeconds>([&]<int kF, int kS>() {
     block.adds ? tile_load<kSums<kF, kS>>(block.sums[kS][kF], block.sum_stride) : tile_zero<kSums<kF, kS>>();
   });
+  const int64_t part = tiles_of(lines, 4);
   for (int64_t i = 0; i < block.steps; ++i) {
-    tile_load<kFirst>(block.first[0] + i * kStepBytes, block.first_stride);
-    if (kFirsts > 1) tile_load<kFirst + 1>(block.first[1] + i * kStepBytes, block.first_stride);
     tile_load<kSecond>(block.second[0] + i * kTileBytes, kStepBytes);
     if (kSeconds > 1) tile_load<kSecond + 1>(block.second[1] + i * kTileBytes, kStepBytes);
+    ahead.ask(part);
+    tile_load<kFirst>(block.first[0] + i * block.first_step, block.first_stride);
+    ahead.ask(part);
+    if (kFirsts > 1) tile_load<kFirst + 1>(block.first[1] + i * block.first_step, block.first_stride);
+    ahead.ask(part);
     for_sums<kFirsts, kSeconds>([&]<int kF, int kS>() { tile_multiply<kSums<kF, kS>, kFirst + kF, kSecond + kS>(); });
-    ahead.ask(lines);
+    ahead.ask(part);
   }
   for_sums<kFirsts, kSeconds>(
       [&]<int kF, int kS>() { tile_store<kSums<kF, kS>>(block.sums[kS][kF], block.sum_stride); });

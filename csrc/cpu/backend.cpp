@@ -35,12 +35,12 @@ bool supports_avxvnni() {  // leaf 7.1, which __builtin_cpu_supports knows in re
 #endif
 
 #if defined(SWITCHGEAR_HAVE_AMX)
-// AMX-TILE and AMX-BF16 of leaf 7; and Linux, which saves the 8 KB of tiles for processes alone that have asked for them.
+// AMX-INT8, AMX-TILE and AMX-BF16 of leaf 7; and Linux, which saves the 8 KB of tiles for processes alone that have asked for them.
 bool grants_tiles() {
 #if defined(SWITCHGEAR_AMX_EMULATED)
   return true;
 #else
-  constexpr unsigned kTiles = 1u << 24 | 1u << 22;
+  constexpr unsigned kTiles = 1u << 25 | 1u << 24 | 1u << 22;
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kTiles) == kTiles &&
@@ -105,7 +105,7 @@ constexpr std::array kIsas{
     Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, quantized_avx512vnni},
 #endif
 #if defined(SWITCHGEAR_HAVE_AMX)
-    Isa{"amx", runs_amx, kernels_amx, quantized_avx512vnni},
+    Isa{"amx", runs_amx, kernels_amx, quantized_amx},
 #endif
 #if defined(SWITCHGEAR_HAVE_NEON)
     Isa{"neon", [] { return true; }, kernels_neon, quantized_neon},

@@ -57,7 +57,9 @@ const Kernels& kernels_amx() {
     own.gather_rows = gather_rows;
     own.transpose = transpose_left;
     own.gradient_panel = gradient_panel;
-    own.panel_vector_bytes = [](DType) -> int64_t { return 0; };
+    own.panel_vector_bytes = [](DType dtype) {
+      return dtype == DType::kBFloat16 ? kTileBytes : kernels_avx512bf16().panel_vector_bytes(dtype);
+    };
     own.multiply_rate = multiply_rate;
     return own;
   }();

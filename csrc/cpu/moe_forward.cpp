@@ -114,10 +114,11 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   const int64_t intermediate_size = args.options.gated ? width / 2 : width;
   const int64_t num_tokens = args.x.shape[0], hidden_size = args.x.shape[1];
   const int64_t num_slots = args.topk_ids.shape[0] * args.topk_ids.shape[1];
-  const bool sorts_x = is_in_panels(args.weights.gate_up_proj.packed);
-  const bool sorts_a = is_in_panels(args.weights.down_proj.packed);
-  const bool spreads_x = !sorts_x && k.gathered_bytes(dtype, hidden_size) == 0 && num_slots > kManyRows * num_experts &&
-                         hidden_size * size_of(dtype) % 128 == 0;
+  const bool gathers = k.gathered_bytes(dtype, hidden_size) > 0;
+  const bool sorts_x = !gathers && is_in_panels(args.weights.gate_up_proj.packed);
+  const bool sorts_a = !gathers && is_in_panels(args.weights.down_proj.packed);
+  const bool spreads_x =
+      !sorts_x && !gathers && num_slots > kManyRows * num_experts && hidden_size * size_of(dtype) % 128 == 0;
   const int64_t x_block = k.gathered_bytes(dtype, hidden_size), a_block = k.gathered_bytes(dtype, intermediate_size);
   const int64_t gathered_x_bytes = GatheredRows::bytes(k, dtype, hidden_size);
   const int64_t a_blocks = a_block > 0 ? GatheredSlots::most_blocks(num_slots, num_experts) : 0;

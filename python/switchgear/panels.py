@@ -43,7 +43,7 @@ class PanelMatrix(NamedTuple):
 
 
 def panel_layout(dtype: torch.dtype) -> PanelLayout:
-    """What the ISA in use reads; `rows` is 0 where it reads no panels (AMX)."""
+    """What the ISA in use reads; `rows` is 0 where it reads no panels."""
     return PanelLayout(*ops.host.module.panel_layout(DTYPES[dtype]))
 
 

@@ -3,7 +3,8 @@
 
 The kernels add up a dot product in lanes: lane l adds words l, l + L, … of a chunk, and then lanes are added in pairs.
 In panels, neighbours in memory are the same lane of neighbouring rows of the weight, so that one word of an activation
-serves many of them, and a panel is one stream of memory. Sums stay what they were, bit for bit.
+serves many of them, and a panel is one stream of memory. Sums stay what they were, bit for bit. For AMX, the vectors
+are tiles of 16 rows and 32 columns: two tiles of rows advance together along the columns.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor
 
 CHUNK = 1024  # words of 4 bytes, or one element that the kernels widen to them
 COLUMNS = 32  # C is a multiple: all lanes of any ISA, two elements a word
-WIDE = 2  # vectors of a group
+WIDE = 2  # vectors of a group, and tiles
+TILE = (16, 32)  # rows and columns of bfloat16 that AMX has in a tile
+TILE_BYTES = 1024
 
 # The lanes of an ISA in the order in which it adds them up, by rows of a panel and number of lanes.
 _LANES = {
@@ -72,7 +75,10 @@ def plain(panels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def _lanes_of(weight: Tensor, panels: Tensor, layout: PanelLayout) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each chunk and lane the same words of both, [E, panel, group, step, vector, row], as integers."""
+    """For each chunk and lane the same words of both, [E, panel, group, step, vector, row], as integers; or all tiles."""
+    if layout.vector_bytes == TILE_BYTES:
+        yield _tiles_of(weight, panels, layout)
+        return
     lanes = layout.lanes(weight.dtype)
     count, word_bytes = len(lanes), layout.vector_bytes // len(lanes)
     bits = {2: torch.int16, 4: torch.int32}[word_bytes]
@@ -91,3 +97,13 @@ def _lanes_of(weight: Tensor, panels: Tensor, layout: PanelLayout) -> Iterator[t
         sets = block.view(num_experts, num_panels, count // classes, groups, steps, classes, WIDE, count)
         for place, lane in enumerate(lanes):
             yield by_lane[..., lane], sets[:, :, place // classes, :, :, place % classes]
+
+
+def _tiles_of(weight: Tensor, panels: Tensor, layout: PanelLayout) -> tuple[Tensor, Tensor]:
+    """Both as [E, panel, pair of tiles, step, tile, row, column]."""
+    if weight.dtype is not torch.bfloat16:
+        raise ValueError(f"weight: expected panels of {weight.dtype} for a known ISA, got {layout}")
+    num_experts, num_panels = panels.shape[:2]
+    pairs, steps = layout.rows // (WIDE * TILE[0]), weight.shape[2] // TILE[1]
+    plain = weight.view(num_experts, num_panels, pairs, WIDE, TILE[0], steps, TILE[1]).permute(0, 1, 2, 5, 3, 4, 6)
+    return plain, panels.view(weight.dtype).view(plain.shape)

@@ -115,5 +115,24 @@ inline void tile_multiply() {
   }
 }
 
+template <int kC, int kA, int kB>
+inline void tile_multiply_bytes() {
+  static_assert(kC != kA && kC != kB && kA != kB);
+  expect_shapes<kC, kA, kB>();
+  const uint8_t (&rows)[16] = tiles.config.rows;
+  const uint16_t (&bytes)[16] = tiles.config.row_bytes;
+  expect(rows[kC] == rows[kA] && bytes[kC] == bytes[kB] && bytes[kA] == 4 * rows[kB], "shapes of a product do not fit");
+  for (int m = 0; m < rows[kC]; ++m) {
+    for (int n = 0; n < bytes[kC] / 4; ++n) {
+      int32_t sum;
+      std::memcpy(&sum, tiles.data[kC][m] + 4 * n, sizeof sum);
+      for (int k = 0; k < bytes[kA]; ++k) {
+        sum += static_cast<int8_t>(tiles.data[kA][m][k]) * static_cast<int32_t>(tiles.data[kB][k / 4][4 * n + k % 4]);
+      }
+      std::memcpy(tiles.data[kC][m] + 4 * n, &sum, sizeof sum);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace switchgear::cpu

@@ -81,6 +81,7 @@ const QuantizedKernels& quantized_avx2();
 const QuantizedKernels& quantized_avxvnni();
 const QuantizedKernels& quantized_avx512();
 const QuantizedKernels& quantized_avx512vnni();
+const QuantizedKernels& quantized_amx();
 const QuantizedKernels& quantized_neon();
 const QuantizedKernels& quantized_neondot();
 
