@@ -29,7 +29,9 @@ class DotProduct {
         groups_(tiles_of(product.num_rows, kTile)),
         blocks_(tiles_of(product.num_columns, kTile)),
         in_place_(product.b.in_panels || (product.b.compact_bytes == 0 && product.b.k_stride == 1)),
-        chunk_(in_place_ && product.gathered != nullptr ? product.depth : kChunk),
+        chunk_(product.b.compact_bytes > 0                ? kCompactChunk
+               : in_place_ && product.gathered != nullptr ? product.depth
+                                                          : kChunk),
         scratch_(static_cast<float*>(product.scratch)) {}
 
   void run() {
@@ -41,8 +43,9 @@ class DotProduct {
 
  private:
   static constexpr int64_t kChunk = 2 * kChunkWords;  // k
-  static constexpr int64_t kLead = 32 << 10;          // bytes
-  static_assert(kChunk % kStep == 0);
+  static constexpr int64_t kCompactChunk = 512;  // so that what is unpacked, 64 KB, has not left for L3 when it is read
+  static constexpr int64_t kLead = 32 << 10;     // bytes
+  static_assert(kChunk % kStep == 0 && kCompactChunk % kCompactRecord == 0);
 
   // The scratch: [unpacked B | tiles of A | sums of the last rows]
   float* transposed() const { return scratch_ + kScratchRow * kMaxPanel; }
@@ -85,13 +88,17 @@ class DotProduct {
     const Matrix& b = p_.b;
     const int64_t steps = tiles_of(depth, kStep),
                   whole = in_place_ ? depth / kStep : 0;  // of which B is read where it lies
-    if (whole < steps) kernels_avx512bf16().pack_chunk(p_, k + whole * kStep, depth - whole * kStep);
+    Ahead ahead = ahead_of(k + depth);
+    if (b.compact_bytes > 0) {
+      unpack(k, depth, ahead);
+    } else if (whole < steps) {
+      kernels_avx512bf16().pack_chunk(p_, k + whole * kStep, depth - whole * kStep);
+    }
     if (p_.gathered == nullptr) {
       for (int64_t g = 0; g < groups_; ++g) {
         transpose_rows(transposed() + g * steps * kTileFloats, p_.rows + g * kTile, rows_of(g), k, depth);
       }
     }
-    Ahead ahead = ahead_of(k + depth);
     const int64_t lines = tiles_of(ahead.lines(), steps * tiles_of(groups_, 2) * tiles_of(blocks_, 2));
     const auto tiles = [&](int64_t group, int64_t step) {
       return p_.gathered != nullptr ? static_cast<const char*>(p_.gathered) +
@@ -125,6 +132,20 @@ class DotProduct {
           add_block(blocks_ - j, groups_ - g, block, ahead, lines);
         }
       }
+    }
+  }
+
+  // A chunk of compact rows into the scratch, which takes twice as long as multiplying it with few rows: asks for two thirds of
+  // what comes next.
+  void unpack(int64_t k, int64_t depth, Ahead& ahead) const {
+    const int64_t lines = ahead.lines() * 2 / 3 / blocks_;
+    for (int64_t n = 0; n < p_.num_columns; n += kTile) {
+      Product part = p_;
+      part.b.data = static_cast<const char*>(p_.b.data) + n * p_.b.n_stride;
+      part.num_columns = at_most(p_.num_columns - n, kTile);
+      part.scratch = scratch_ + n * kScratchRow;
+      kernels_avx512bf16().pack_chunk(part, k, depth);
+      ahead.ask(lines);
     }
   }
 
