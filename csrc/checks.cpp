@@ -241,9 +241,8 @@ void Call::input_in_panels(const char* name, const ExpertMatrices& weight, Shape
   const auto [rows, vector_bytes] = backend_->panel_layout(float_dtype_);
   Dim& N = *shape.begin()[1];
   const int64_t cols = shape.begin()[2]->size;
-  SWITCHGEAR_CHECK(ValueError, rows > 0 && cols % kPanelColumns == 0, name, ": expected float weights ",
-                   rows > 0 ? join("for ", cols, " columns, no multiple of ", kPanelColumns) : "with this ISA",
-                   ", got panels: ", describe(panels));
+  SWITCHGEAR_CHECK(ValueError, cols % kPanelColumns == 0, name, ": expected float weights for ", cols,
+                   " columns, no multiple of ", kPanelColumns, ", got panels: ", describe(panels));
   Dim count{"panels", 1, N.size == Dim::kUnknown ? Dim::kUnknown : N.size / rows};
   Dim vectors{"vectors", 1, rows * cols * size_of(float_dtype_) / vector_bytes}, bytes{"bytes", 1, vector_bytes};
   input(name, panels, Kind::kUInt8, {shape.begin()[0], &count, &vectors, &bytes});

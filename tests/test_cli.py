@@ -339,10 +339,17 @@ def test_tables_go_where_a_document_wants_them() -> None:
         fill(text.replace("summary", "everything"), results)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/performance.md"])
-def test_tables_of_documents_are_those_of_the_results(document: str) -> None:
+@pytest.mark.parametrize(
+    ("document", "file"),
+    [
+        ("README.md", "cpu-avx512bf16.json"),
+        ("docs/performance.md", "cpu-avx512bf16.json"),
+        ("docs/performance_amx.md", "cpu-amx.json"),
+    ],
+)
+def test_tables_of_documents_are_those_of_the_results(document: str, file: str) -> None:
     root = Path(__file__).parent.parent
-    results = load(str(root / "bench" / "results" / "cpu-avx512bf16.json"), "--from")
+    results = load(str(root / "bench" / "results" / file), "--from")
     text = (root / document).read_text()
     assert fill(text, results) == text
 

@@ -17,6 +17,7 @@ import pytest
 from switchgear import _C
 
 PRODUCTS = {("tmm6", "tmm4", "tmm0"), ("tmm6", "tmm5", "tmm1"), ("tmm7", "tmm4", "tmm2"), ("tmm7", "tmm5", "tmm3")}
+MULTIPLICATIONS = {"tdpbf16ps", "tdpbsud"}  # of bfloat16; of int8 and uint8
 SUMS, OPERANDS = {"tmm0", "tmm1", "tmm2", "tmm3"}, {"tmm4", "tmm5", "tmm6", "tmm7"}
 TILES_OF: dict[str, set[str]] = {
     "ldtilecfg": set(), "tilerelease": set(), "tilezero": SUMS, "tilestored": SUMS,
@@ -35,11 +36,12 @@ def instructions_on_tiles(text: str) -> list[Instruction]:
 def broken(code: Sequence[Instruction]) -> list[str]:
     """What is missing, and what must not be there."""
     present = {mnemonic for mnemonic, _ in code}
-    products = {tuple(tiles) for mnemonic, tiles in code if mnemonic == "tdpbf16ps"}
     complaints = [f"no {mnemonic}" for mnemonic in sorted(TILES_OF.keys() - present)]
-    complaints += [f"no tdpbf16ps {' '.join(roles)}" for roles in sorted(PRODUCTS - products)]
+    for product in sorted(MULTIPLICATIONS & present):
+        roles_of = {tuple(tiles) for mnemonic, tiles in code if mnemonic == product}
+        complaints += [f"no {product} {' '.join(roles)}" for roles in sorted(PRODUCTS - roles_of)]
     for mnemonic, tiles in code:
-        fits = tuple(tiles) in PRODUCTS if mnemonic == "tdpbf16ps" else set(tiles) <= TILES_OF.get(mnemonic, set())
+        fits = tuple(tiles) in PRODUCTS if mnemonic in MULTIPLICATIONS else set(tiles) <= TILES_OF.get(mnemonic, set())
         if mnemonic not in TILES_OF or not fits:
             complaints.append(f"not {mnemonic} {' '.join(tiles)}")
     return complaints
@@ -57,12 +59,13 @@ def test_instructions_on_tiles() -> None:
 
 def test_the_rules_see_what_is_planted() -> None:
     good = [("ldtilecfg", []), ("tilezero", ["tmm0"]), ("tileloadd", ["tmm4"]), ("tilestored", ["tmm3"])]
-    good += [("tdpbf16ps", list(roles)) for roles in PRODUCTS] + [("tilerelease", [])]
+    good += [(product, list(roles)) for product in MULTIPLICATIONS for roles in PRODUCTS] + [("tilerelease", [])]
     assert broken(good) == []
     assert broken(good[:-1]) == ["no tilerelease"]
     assert broken([one for one in good if "tmm7" not in one[1]]) == [
-        "no tdpbf16ps tmm7 tmm4 tmm2",
-        "no tdpbf16ps tmm7 tmm5 tmm3",
+        f"no {product} {roles}"
+        for product in ("tdpbf16ps", "tdpbsud")
+        for roles in ("tmm7 tmm4 tmm2", "tmm7 tmm5 tmm3")
     ]
     assert broken([*good, ("tdpbf16ps", ["tmm4", "tmm6", "tmm0"])]) == ["not tdpbf16ps tmm4 tmm6 tmm0"]
     assert broken([*good, ("tilestored", ["tmm6"])]) == ["not tilestored tmm6"]

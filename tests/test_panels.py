@@ -25,6 +25,7 @@ H, I, E, K = 128, 192, 5, 2  # noqa: E741
 BITS = {2: torch.int16, 4: torch.int32}
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
 LAYOUTS = {  # of the ISAs
+    "amx": {torch.float32: (64, 64), torch.bfloat16: (64, 1024), torch.float16: (64, 32)},
     "avx512bf16": {torch.float32: (64, 64), torch.bfloat16: (64, 64), torch.float16: (64, 32)},
     "avx512": {torch.float32: (64, 64), torch.bfloat16: (64, 32), torch.float16: (64, 32)},
     "avx2": {torch.float32: (16, 32), torch.bfloat16: (16, 16), torch.float16: (16, 16)},

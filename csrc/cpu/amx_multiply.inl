@@ -27,8 +27,8 @@ class RowProduct {
   static constexpr int64_t kChunk = kChunkWords;                       // k
   static constexpr int64_t kCopiedRow = 2 * kChunk + kLine;            // bytes: not a page apart
   static constexpr int64_t kTilesBegin = kScratchRow * 4 * kMaxPanel;  // of the scratch, in bytes: behind packed rows
-  static constexpr int64_t kCopiesBegin = kTilesBegin + kPanel * kChunk * 2;   //
-  static constexpr int64_t kSumsBegin = kCopiesBegin + kMaxRows * kCopiedRow;  //
+  static constexpr int64_t kCopiesBegin = kTilesBegin + kPanel * kChunk * 2;
+  static constexpr int64_t kSumsBegin = kCopiesBegin + kMaxRows * kCopiedRow;
   static_assert(kSumsBegin + kTile * kPanel * 4 <= kProductScratch && kChunk % kStep == 0);
 
   char* scratch(int64_t byte) const { return static_cast<char*>(p_.scratch) + byte; }

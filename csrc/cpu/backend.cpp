@@ -169,8 +169,7 @@ void set_cpu_isa(const std::string& isa) { cpu::active.store(&cpu::find_isa(isa,
 
 PanelLayout panel_layout(DType dtype) {
   const cpu::Kernels& k = cpu::kernels();
-  const int64_t bytes = k.panel_vector_bytes(dtype);
-  return {bytes > 0 ? k.panel : 0, bytes};
+  return {k.panel, k.panel_vector_bytes(dtype)};
 }
 
 const Backend& cpu_backend() {

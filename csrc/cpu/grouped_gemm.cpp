@@ -2,7 +2,7 @@
 // grouped_gemm: out[s] = x[r(s)]·weight[e(s)]ᵀ + bias[e(s)]; grouped_gemm_wgrad: its weight gradient.
 //
 //   x [R,C]   weight [E,N,C] or E matrices [N_e,C]   out [S,N]
-//   work 2·S·C·N flop; traffic: touched weights once per 240 rows, x from L2/L3, out once
+//   work 2·S·C·N flop; traffic: touched weights once per 240 rows (384 with AMX), x from L2/L3, out once
 //   memory-bound below ~20 rows per expert in bfloat16 (2 flop per weight byte and row), compute-bound above
 #include <cstring>
 #include <vector>

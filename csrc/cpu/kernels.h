@@ -35,8 +35,9 @@ constexpr int64_t kChunkWords = 1024;
 // c[m, n] = Σ_k rows[m][k] · b(n, k) for m < num_rows, n < num_columns; float32, k ascending for each element whatever the
 // other arguments are, so a row's result does not depend on its neighbours. Columns up to the panel's width become zero.
 struct Product {
-  const void* const* rows;  // of the dtype of b; as store_sorted makes them where b is in panels
-  int64_t num_rows;         // <= kMaxRows
+  const void* const*
+      rows;          // of the dtype of b; as store_sorted makes them where b is in panels, unless they are gathered
+  int64_t num_rows;  // <= kMaxRows
   Matrix b;
   int64_t num_columns;  // <= panel
   int64_t depth;
@@ -84,8 +85,8 @@ struct Kernels {
   // up to a whole vector. Compact ones from the start of a record on. For an ISA that reads rows along k alone.
   void (*pack_chunk)(const Product&, int64_t k_begin, int64_t depth);
 
-  // Bytes of a vector of b in panels (panel_products.inl), 0 where this ISA knows none. Rows of A that meet them: their bytes, for
-  // `depth` elements of `dtype`, and elements [first, first + n) of them, rounded to it: up to a panel, from a multiple of it on.
+  // Bytes of a vector of b in panels (panels.h). Rows of A that meet them, if they are not gathered: their bytes, for `depth`
+  // elements of `dtype`, and elements [first, first + n) of them, rounded to it: up to a panel, from a multiple of it on.
   int64_t (*panel_vector_bytes)(DType dtype);
   int64_t (*sorted_row_bytes)(DType dtype, int64_t depth);
   void (*store_sorted)(void* row, DType dtype, int64_t depth, int64_t first, const float* values, int64_t n);
@@ -112,8 +113,7 @@ struct Kernels {
                            const float* up, const GluOptions& options, int64_t n);
 
   // Probes of the machine's ceilings: runs `iterations` · 24 multiply-adds of a vector in registers, or · 4 of tiles, returns the
-  // flops done;
-  // sums `bytes` bytes (a multiple of 512).
+  // flops done; sums `bytes` bytes (a multiple of 512).
   double (*multiply_rate)(DType dtype, int64_t iterations);
   uint64_t (*read)(const void* data, int64_t bytes);
 };

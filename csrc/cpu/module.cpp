@@ -101,8 +101,7 @@ void define_module(py::module_& m) {
         const PanelLayout layout = panel_layout(parse("dtype", kFloats, dtype));
         return std::pair(layout.rows, layout.vector_bytes);
       },
-      "Of the ISA in use: rows of a weight in a panel, and bytes of a vector of it; zeros where it knows no panels.",
-      "dtype"_a);
+      "Of the ISA in use: rows of a weight in a panel, and bytes of a vector of it, or of a tile.", "dtype"_a);
   m.def("release_workspaces", &release_workspaces, "Frees the memory that is kept between calls.");
   m.def("kept_bytes", &cpu::kept_bytes, "Bytes that are kept for the next tensors of a Buffer.");
   py::class_<cpu::Buffer>(m, "Buffer", py::buffer_protocol(), "Bytes of a tensor, from memory that is kept and reused.")

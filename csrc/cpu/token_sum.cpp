@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // token_sum: work 2·S·depth·columns flop; traffic: the touched matrices once per token chunk, rows from L2/L3, out once.
 //
-// A task owns a panel of output columns for a chunk of tokens and walks all experts in order, so the sum over a token's slots
+// A task owns a panel of output columns, or some, for a chunk of tokens and walks all experts in order, so the sum over a token's slots
 // needs no atomics, no [S, columns] buffer and no barrier, and its order is the same for any number of threads. Its
 // accumulators (chunk · columns float32: 512 KB for a panel, 1 MB for 512 columns of x·W) stay near.
 #include "token_sum.h"

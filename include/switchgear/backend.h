@@ -43,8 +43,7 @@ void register_backend(const Backend& backend);
 
 // ISAs of the CPU backend, best last: "generic", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx" (the two with
 // VNNI differ from the one before in quantised weights alone). `available` are those that were built and that this machine can
-// run. The best is in use, but not "amx", which has not run on a processor that has it yet: SWITCHGEAR_CPU_ISA, read at
-// first use, forces one; set_cpu_isa does so afterwards.
+// run. The best is in use; SWITCHGEAR_CPU_ISA, read at first use, forces another, and set_cpu_isa does so afterwards.
 std::vector<std::string> available_cpu_isas();
 std::string cpu_isa();
 void set_cpu_isa(const std::string& isa);  // ValueError for one that is not available

@@ -43,7 +43,7 @@ class PanelMatrix(NamedTuple):
 
 
 def panel_layout(dtype: torch.dtype) -> PanelLayout:
-    """What the ISA in use reads; `rows` is 0 where it reads no panels."""
+    """What the ISA in use reads."""
     return PanelLayout(*ops.host.module.panel_layout(DTYPES[dtype]))
 
 
@@ -90,8 +90,6 @@ def _store(name: str, weight: Tensor, has_halves: bool) -> PanelMatrix | str:
     if weight.dtype not in DTYPES:
         return f"{name} is {weight.dtype}, not torch.float32, torch.bfloat16 or torch.float16"
     layout = panel_layout(weight.dtype)
-    if layout.rows == 0:
-        return f"{ops.cpu_isa()} reads no panels"
     unit = layout.rows * (2 if has_halves else 1)
     if weight.shape[1] % unit:
         return f"{name} has {weight.shape[1]} rows, no multiple of {unit}"

@@ -225,7 +225,8 @@ void check_gradient(Random& random, int64_t M, int64_t N, int64_t S) {
         for (int64_t s = 0; s < S; ++s) x.push_back(left(s, kFirst + m)), y.push_back(right(s, kFirst + n));
         Array want(DType::kBFloat16, {1});
         want.fill([&](int64_t) { return dot(x, y); });
-        check_bits(decode(reinterpret_cast<const char*>(out.data()) + (m * 64 + n) * 2, DType::kBFloat16), want(0), m, n);
+        check_bits(decode(reinterpret_cast<const char*>(out.data()) + (m * 64 + n) * 2, DType::kBFloat16), want(0), m,
+                   n);
       }
     }
   }

@@ -85,12 +85,11 @@ TEST(panels_give_the_bits_of_plain_weights) {
             MoeForwardArgs in_panels = args;
             in_panels.y = y;
             in_panels.h = h;
-            if (const PanelLayout layout = panel_layout(dtype); layout.rows > 0) {
-              gate_up = packed(l.gate_up_proj, layout);
-              down = packed(l.down_proj, layout);
-              in_panels.weights.gate_up_proj.packed = gate_up;
-              in_panels.weights.down_proj.packed = down;
-            }
+            const PanelLayout layout = panel_layout(dtype);
+            gate_up = packed(l.gate_up_proj, layout);
+            down = packed(l.down_proj, layout);
+            in_panels.weights.gate_up_proj.packed = gate_up;
+            in_panels.weights.down_proj.packed = down;
             moe_forward(in_panels, exec);
           },
           [&] {

@@ -15,7 +15,7 @@ import torch
 # libgomp-<hash>.so.1 is how wheels rename their private copy: a second runtime all the same.
 _OPENMP = re.compile(r"/lib(gomp|iomp5|omp)(?:-[0-9a-f]+)?\.so[^/]*$")
 _FLAGS = (
-    *("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"),
+    *("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
     *("asimd", "asimddp", "bf16", "sve"),
 )
 
