@@ -28,7 +28,7 @@ REASON = machine_code.missing()
 needs_module = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
-# What is built unless CMAKE_CUDA_ARCHITECTURES says otherwise: machine code, and PTX for what lies between and for what comes.
+# What is built by default: machine code, and PTX for what lies between and for what comes.
 DEFAULT = {"sm_80", "sm_90a", "sm_100a", "sm_120", "compute_80", "compute_120"}
 BUILT = set(importlib.import_module("switchgear._cuda").built_archs()) if REASON is None else DEFAULT
 MACHINE_CODE = {arch for arch in BUILT if arch.startswith("sm")}

@@ -75,7 +75,7 @@ def plain(panels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def _lanes_of(weight: Tensor, panels: Tensor, layout: PanelLayout) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each chunk and lane the same words of both, [E, panel, group, step, vector, row], as integers; or all tiles."""
+    """For each chunk and lane the same words of both, [E, panel, group, step, vector, row], as integers; or tiles."""
     if layout.vector_bytes == TILE_BYTES:
         yield _tiles_of(weight, panels, layout)
         return
