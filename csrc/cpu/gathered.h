@@ -16,8 +16,9 @@ inline void gather_blocks(const Kernels& k, char* out, int64_t block_bytes, cons
 // One thread's: gathered anew where another tile's rows begin elsewhere.
 class GatheredRows {
  public:
-  static int64_t bytes(const Kernels& k, DType dtype, int64_t depth) {
-    return kMaxRows / kGatheredRows * k.gathered_bytes(dtype, depth);
+  // Of one expert's rows at a time, out of `num_slots`.
+  static int64_t bytes(const Kernels& k, DType dtype, int64_t depth, int64_t num_slots) {
+    return ceil_div(std::min(num_slots, kMaxRows), kGatheredRows) * k.gathered_bytes(dtype, depth);
   }
   explicit GatheredRows(char* memory) : memory_(memory) {}
 

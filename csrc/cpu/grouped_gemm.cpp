@@ -24,7 +24,7 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   const int32_t* const expert_offsets = args.expert_offsets.as<int32_t>();
   const int64_t used_slots = expert_offsets[num_experts];
 
-  const int64_t gathered_bytes = args.input_gradient ? 0 : GatheredRows::bytes(k, args.x.dtype, depth);
+  const int64_t gathered_bytes = args.input_gradient ? 0 : GatheredRows::bytes(k, args.x.dtype, depth, num_slots);
   const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, width, panel, k.most_rows,
                                              gathered_bytes > 0 ? TileOrder::kRows : TileOrder::kPanels);
 

@@ -121,7 +121,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   const bool spreads_x =
       !sorts_x && !gathers && num_slots > kManyRows * num_experts && hidden_size * size_of(dtype) % 128 == 0;
   const int64_t x_block = k.gathered_bytes(dtype, hidden_size), a_block = k.gathered_bytes(dtype, intermediate_size);
-  const int64_t gathered_x_bytes = GatheredRows::bytes(k, dtype, hidden_size);
+  const int64_t gathered_x_bytes = GatheredRows::bytes(k, dtype, hidden_size, num_slots);
   const int64_t a_blocks = a_block > 0 ? GatheredSlots::most_blocks(num_slots, num_experts) : 0;
   const auto row_bytes = [&](bool sorted, int64_t depth) {
     return spread_row_bytes(sorted ? k.sorted_row_bytes(dtype, depth) : depth * size_of(dtype));
