@@ -49,9 +49,7 @@ class NextExceptions {
 template <typename Record, int kRows, int kColumns>
 inline void add_record(Floats (&acc)[kRows][kColumns], const float* const (&words)[kRows],
                        const Record (&records)[kColumns], int parts) {
-#pragma GCC unroll 32
-  for (int part = 0; part < Record::kParts; ++part) {
-    if (part == parts) break;
+  const auto add_part = [&](int part) {
     Floats column[kColumns];
 #pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j) column[j] = records[j].words(part);
@@ -61,6 +59,15 @@ inline void add_record(Floats (&acc)[kRows][kColumns], const float* const (&word
 #pragma GCC unroll 8
       for (int j = 0; j < kColumns; ++j) acc[i][j] = step<Record::Words::kDepth == 2>(row, column[j], acc[i][j]);
     }
+  };
+  if constexpr (kRecordsInRegisters) {
+#pragma GCC unroll 32
+    for (int part = 0; part < Record::kParts; ++part) {
+      if (part == parts) break;
+      add_part(part);
+    }
+  } else {
+    for (int part = 0; part < parts; ++part) add_part(part);
   }
 }
 

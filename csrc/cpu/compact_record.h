@@ -26,6 +26,7 @@ struct RecordOf {
 using BFloat16Record = RecordOf<BFloat16Words, DType::kBFloat16>;
 
 #if defined(__AVX512BW__)
+constexpr bool kRecordsInRegisters = true;
 
 struct Exponents {
   __m512i upper, lower;
@@ -81,8 +82,8 @@ inline Floats join_halves(const UnpackedBFloat16& upper, const uint8_t* lower, i
 }
 
 #else
+constexpr bool kRecordsInRegisters = false;  // but in memory
 
-// By way of memory.
 struct UnpackedElements : BFloat16Record {
   alignas(64) BFloat16 elements[kCompactRecord];
 

@@ -22,53 +22,6 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline float to_float(BFloat16 v) {
-  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-inline float to_float(Float16 v) {
-  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
-  const uint32_t magnitude = v.bits & 0x7fffu;
-  float f;
-  if (magnitude < 0x0400u) {  // zero or denormal: the integer times 2^-24
-    f = static_cast<float>(magnitude) * 0x1p-24f;
-  } else {
-    const uint32_t rebias = magnitude >= 0x7c00u ? (255u - 31u) << 23 : (127u - 15u) << 23;
-    const uint32_t bits = (magnitude << 13) + rebias;
-    std::memcpy(&f, &bits, 4);
-  }
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  bits |= sign;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-inline Float16 to_float16(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
-  bits &= 0x7fffffffu;
-  uint32_t half;
-  if (bits > 0x7f800000u) {
-    half = 0x7e00u;
-  } else if (bits >= 0x477ff000u) {  // rounds to 2^16 or more
-    half = 0x7c00u;
-  } else if (bits < 0x38800000u) {  // below 2^-14: adding 1/2 leaves the rounded multiple of 2^-24 in the low bits
-    float magnitude;
-    std::memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    std::memcpy(&half, &magnitude, 4);
-    half -= 0x3f000000u;
-  } else {
-    half = (bits - ((127u - 15u) << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
-  }
-  return {static_cast<uint16_t>(sign | half)};
-}
-
 inline Floats load(const float* p) {
   Floats v;
   std::memcpy(&v, p, sizeof v);
@@ -85,13 +38,29 @@ inline Floats broadcast_word(const void* p) {
 }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 
-inline Floats load(const BFloat16* p) { return Floats{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
-inline Floats load(const Float16* p) { return Floats{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+inline Floats load(const BFloat16* p) {
+  return reinterpret_cast<Floats>(Ints{p[0].bits, p[1].bits, p[2].bits, p[3].bits} << 16);
+}
+inline Floats load(const Float16* p) {
+  const Ints bits = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
+  const Ints sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+  const Ints rebias = magnitude >= 0x7c00 ? Ints{} + ((255 - 31) << 23) : Ints{} + ((127 - 15) << 23);
+  const Floats small = __builtin_convertvector(magnitude, Floats) * 0x1p-24f;  // zero and subnormals
+  return reinterpret_cast<Floats>(sign |
+                                  (magnitude < 0x0400 ? reinterpret_cast<Ints>(small) : (magnitude << 13) + rebias));
+}
 inline void store_bits16(BFloat16* p, Ints v) {
   for (int i = 0; i < kLanes; ++i) p[i].bits = static_cast<uint16_t>(v[i]);
 }
-inline void store(Float16* p, Floats v) {
-  for (int i = 0; i < kLanes; ++i) p[i] = to_float16(v[i]);
+inline void store(Float16* p, Floats v) {  // round to nearest even
+  const Ints bits = reinterpret_cast<Ints>(v) & 0x7fffffff, sign = reinterpret_cast<Ints>(v) >> 16 & 0x8000;
+  // below 2^-14: adding 1/2 leaves the rounded multiple of 2^-24 in the low bits
+  const Ints small = reinterpret_cast<Ints>(reinterpret_cast<Floats>(bits) + 0.5f) - 0x3f000000;
+  const Ints normal = (bits - ((127 - 15) << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+  const Ints finite = bits < 0x38800000 ? small : normal;
+  const Ints infinite = bits > 0x7f800000 ? Ints{} + 0x7e00 : Ints{} + 0x7c00;  // or NaN
+  const Ints half = sign | (bits >= 0x477ff000 ? infinite : finite);  // from there on it rounds to 2^16 or more
+  for (int i = 0; i < kLanes; ++i) p[i].bits = static_cast<uint16_t>(half[i]);
 }
 
 inline void transpose(Floats (&v)[kLanes]) {
