@@ -21,7 +21,7 @@
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   capacity_groups_kernel: 24 registers
 //   fit_capacity_kernel: 40 registers, 2048 bytes of shared memory
-//   capacity_candidates_kernel: 72 registers
+//   capacity_candidates_kernel: 80 registers
 //   reroute_kernel: 64 registers, 1024 bytes of shared memory
 #pragma once
 #include "platform.cuh"

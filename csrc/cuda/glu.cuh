@@ -12,7 +12,7 @@
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   glu_kernel: 48 registers
-//   glu_backward_kernel: 64 registers
+//   glu_backward_kernel: 48 registers
 #pragma once
 #include "gate.cuh"
 #include "vector.cuh"

@@ -12,7 +12,7 @@
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   slot_weights_kernel: 16 registers
 //   weight_gradient_kernel: 40 registers
-//   bias_gradient_kernel: 48 registers, 1024 bytes of shared memory
+//   bias_gradient_kernel: 24 registers, 1024 bytes of shared memory
 #pragma once
 #include "gemm_schedule.cuh"
 #include "vector.cuh"

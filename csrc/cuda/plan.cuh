@@ -21,8 +21,8 @@
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   plan_count_kernel: 40 registers, 4096 bytes of shared memory
 //   plan_scan_kernel: 32 registers
-//   plan_place_kernel: 56 registers, 33792 bytes of shared memory
-//   plan_small_kernel: 40 registers, 1024 bytes of shared memory
+//   plan_place_kernel: 64 registers, 33792 bytes of shared memory
+//   plan_small_kernel: 48 registers, 1024 bytes of shared memory
 #pragma once
 #include "platform.cuh"
 #include "scan.cuh"

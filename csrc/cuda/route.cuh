@@ -12,9 +12,9 @@
 // Numeric contract: the bits of csrc/cpu/route.cpp, for any bit pattern of logits (score.cuh); the gradient in float64.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
-//   route_kernel: 80 registers
-//   route_wide_kernel: 96 registers
-//   route_backward_kernel: 48 registers
+//   route_kernel: 80 registers, 8 of local memory
+//   route_wide_kernel: 80 registers
+//   route_backward_kernel: 64 registers
 #pragma once
 #include "platform.cuh"
 #include "ranking.cuh"

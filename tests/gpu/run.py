@@ -99,7 +99,7 @@ def capability() -> str | None:
 def architectures(of: str | None) -> str:
     """For CMAKE_CUDA_ARCHITECTURES: machine code for this card alone, so that building takes a quarter of the time."""
     if of is None:
-        return "80;90a-real;100a-real;120"
+        return "80;90a-real;100-real;120-real"
     major, minor = of.split(".")
     return f"{major}{minor}a-real" if major in ("9", "10") else f"{major}{minor}-real"
 

@@ -91,7 +91,8 @@ def build_mistake(build: Path, mistake: Mistake) -> list[str]:
     without = {"-MD"}
     drop = [command.index(flag) for flag in ("-MT", "-MF") if flag in command]
     command = [w for i, w in enumerate(command) if w not in without and i not in drop and i - 1 not in drop]
-    command[1:1] = [f"-I{kernels}", f"-I{home / 'csrc'}"]
+    first = next(i for i, word in enumerate(command) if word.startswith("-"))  # behind a launcher and the compiler
+    command[first:first] = [f"-I{kernels}", f"-I{home / 'csrc'}"]
     subprocess.run([*command, "-w"], cwd=build, check=True)
 
     link = list(link_command(build, mistake.program))
