@@ -61,8 +61,10 @@ $(BIN)/%: | $(BIN)/python
 $(BIN)/pybind11-config: | $(BIN)/python
 	$(PIP) 'pybind11>=3.0'
 
-# All that the targets below would install, once and not by several of them at a time.
-tools: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy
+# All that the targets below would install, at once and not by several of them at a time.
+tools: | $(BIN)/python
+	$(PIP) '.[test]' cmake ninja 'pybind11>=3.0' ruff clang-format mypy
+	@touch $(INSTALLED)test
 
 # ---- use -----------------------------------------------------------------------------------------------------------------
 
@@ -104,6 +106,7 @@ simt: simt-asan simt-race
 SIMT_ORDERS ?= forward reverse random:1
 ASAN_ORDERS ?= $(SIMT_ORDERS)
 RACE_ORDERS ?= $(SIMT_ORDERS)
+PLANTED_ORDERS ?= $(SIMT_ORDERS)
 simt_orders = $(if $(filter race,$*),$(RACE_ORDERS),$(ASAN_ORDERS))
 simt_python = -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
@@ -117,7 +120,7 @@ simt-asan simt-race: simt-%: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/p
 
 simt-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
 	for kind in asan race; do cmake --preset simt-$$kind $(simt_python) && cmake --build --preset simt-$$kind --target simt_plants || exit 1; done
-	$(BIN)/python tests/simt/planted.py asan=build/simt-asan race=build/simt-race
+	SIMT_ORDERS='$(PLANTED_ORDERS)' $(BIN)/python tests/simt/planted.py asan=build/simt-asan race=build/simt-race
 
 cuda-checks: $(INSTALLED)test
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm

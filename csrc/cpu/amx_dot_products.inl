@@ -116,13 +116,13 @@ class DotProduct {
         for (int64_t g = 0; g < groups_; g += 2) {
           const int64_t g1 = at_most(g + 1, groups_ - 1);
           float *const c = sums_of(g), *const c1 = sums_of(g1);
-          Block block{.first = {rows + first_column(j) * stride, rows + first_column(j1) * stride},
-                      .first_stride = stride,
-                      .second = {tiles(g, s), tiles(g1, s)},
-                      .steps = count,
-                      .sums = {{c + j * kTile, c + j1 * kTile}, {c1 + j * kTile, c1 + j1 * kTile}},
-                      .sum_stride = kPanel * 4,
-                      .adds = k + s > 0};
+          Block<float> block{.first = {rows + first_column(j) * stride, rows + first_column(j1) * stride},
+                             .first_stride = stride,
+                             .second = {tiles(g, s), tiles(g1, s)},
+                             .steps = count,
+                             .sums = {{c + j * kTile, c + j1 * kTile}, {c1 + j * kTile, c1 + j1 * kTile}},
+                             .sum_stride = kPanel * 4,
+                             .adds = k + s > 0};
           if (b.in_panels) {
             const char* const pair =
                 static_cast<const char*>(b.data) + j * kTile * b.n_stride + k / kStep * 2 * kTileBytes;

@@ -114,7 +114,7 @@ class RowProduct {
     }
     const auto* const panel = reinterpret_cast<const char*>(tiles);
     for (int64_t j = 0; j < kPanel / kTile; j += 2) {
-      const Block block{
+      const Block<float> block{
           .first = {rows[0], rows[1]},
           .first_stride = stride,
           .second = {panel + j * steps * kTileBytes, panel + (j + 1) * steps * kTileBytes},
@@ -210,13 +210,13 @@ void gradient_panel(const GradientPanel& product) {
         const bool waits = slot > 0 || !is_last;
         float* const sums = waits ? product.carried + (m * kPanel + n * 2 * kTile) : block_sums;
         const int64_t stride = 2 * kTile;  // floats
-        const Block block{.first = {left, left + kTile * words * 4},
-                          .first_stride = words * 4,
-                          .second = {panel + j * steps * kTileBytes, panel + (j + 1) * steps * kTileBytes},
-                          .steps = steps,
-                          .sums = {{sums, sums + kTile * stride}, {sums + kTile, sums + kTile * stride + kTile}},
-                          .sum_stride = stride * 4,
-                          .adds = slot > 0};
+        const Block<float> block{.first = {left, left + kTile * words * 4},
+                                 .first_stride = words * 4,
+                                 .second = {panel + j * steps * kTileBytes, panel + (j + 1) * steps * kTileBytes},
+                                 .steps = steps,
+                                 .sums = {{sums, sums + kTile * stride}, {sums + kTile, sums + kTile * stride + kTile}},
+                                 .sum_stride = stride * 4,
+                                 .adds = slot > 0};
         add_block(tiles, 2, block, nothing, 0);
         if (!is_last) continue;
         for (int64_t i = 0; i < at_most(rows - m, 2 * kTile); ++i) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Products of bfloat16 by AMX: dot_products (amx_dot_products.inl), multiply and gradient_panel (amx_multiply.inl), with what they
-// share in amx_tiles.h. Everything else, float32 and float16 included, is that of avx512bf16.
+// share in amx_block.h and amx_tiles.h. Everything else, float32 and float16 included, is that of avx512bf16.
 //
 //   work 2·M·N·K flop; traffic: B once, rows of A from L2 or L3
 //   TDPBF16PS adds products of 16 rows and 16 columns over 32 k: 16384 flop in 16 cycles, 6.3 ns. A step of 2 x 2 tiles of sums

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Runs everything that is planted, in two builds and three orders of threads, and prints who saw what.
+"""Runs everything that is planted, in two builds and three orders of threads (or SIMT_ORDERS), and prints who saw what.
 
     planted.py asan=build/simt-asan race=build/simt-race
 
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent / "planted"))
 
 from kernels import MISTAKES, Mistake  # noqa: E402
 
-ORDERS = ("forward", "reverse", "random:1")
+ORDERS = os.environ.get("SIMT_ORDERS", "").split() or ("forward", "reverse", "random:1")
 SECONDS = 120
 
 

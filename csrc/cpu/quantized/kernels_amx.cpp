@@ -3,7 +3,7 @@
 // and everything else it is that of avx512vnni.
 //
 //   work 2·M·N·K operations; TDPBSUD adds products of 16 rows and 16 columns over 64 k in 16 cycles. A step of 2 x 2 tiles of sums
-//   takes two tiles of each operand, as in amx_tiles.h.
+//   takes two tiles of each operand (amx_block.h).
 //   At 8 bits 16 words of a block are a tile as they lie. 4-bit values are unpacked into tiles, once for all rows. Each group ends
 //   in conversions and multiply-adds of its sums, by way of memory: longer than the 32 cycles that a tile takes over 128 k.
 //   reached on 2 cores of a Xeon (family 6, model 207): OLMoE with 512 tokens at 8 bits, a scale per row, 36 to 48 ms, with
@@ -13,7 +13,7 @@
 // integers are exact, and the order of what is float32 is that of kernels.inl: results have the same bits.
 #include "cpu/quantized/kernels.h"
 
-#include "cpu/amx.h"
+#include "cpu/amx_block.h"
 #include "cpu/simd_avx512.h"
 
 #include "cpu/quantized/dot.h"
@@ -21,27 +21,16 @@
 namespace switchgear::cpu {
 namespace {
 
-constexpr int64_t kTile = 16;                                      // rows, columns, and words of a tile
-constexpr int64_t kWordBytes = 4 * kBlockRows, kTileBytes = 1024;  // of a word of a block; of a tile
+constexpr int64_t kWordBytes = 4 * kBlockRows;  // of a word of a block
 constexpr int64_t kGroupWords = 64;  // of the shortest groups: up to 128 columns vectors are as fast or faster
-constexpr int64_t kChunkWords = 256, kChunkSteps = kChunkWords / 16;  // that are multiplied with all rows in turn
-constexpr int64_t kChunkBytes = 4 * kChunkWords;                      // of a row of activations
-constexpr int64_t kCopiedRow = kChunkBytes + 64;                      // not a page apart
+constexpr int64_t kChunkWords = 256, kChunkSteps = kChunkWords / kTile;  // that are multiplied with all rows in turn
+constexpr int64_t kCopiedRow = 4 * kChunkWords + kLine;  // bytes of a row of activations: not a page apart
 constexpr int kPanelBlocks = kQuantizedPanel / kBlockRows;
 static_assert(kBlockRows == kTile && kLanes == kTile);
 
-int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
-int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
-
-TileConfig shapes() {
-  TileConfig config;
-  for (int t = 0; t < kNumTiles; ++t) config.rows[t] = kTile, config.row_bytes[t] = 64;
-  return config;
-}
-
 // Weights as tiles: step s of a block at tiles[block] + s · kTileBytes.
-struct Weights8 {
-  const uint8_t* tiles[kPanelBlocks];
+struct WeightTiles {
+  const char* tiles[kPanelBlocks];
 };
 
 struct Sums {
@@ -55,27 +44,26 @@ class TileProduct {
  public:
   explicit TileProduct(const QuantizedProduct& product)
       : p_(product),
-        blocks_((product.num_columns + kBlockRows - 1) / kBlockRows),
-        groups_of_rows_(tiles_of(product.num_rows)),
+        blocks_(tiles_of(product.num_columns, kBlockRows)),
+        groups_of_rows_(tiles_of(product.num_rows, kTile)),
         block_bytes_(product.b.words * kWordBytes * product.b.bits / 8) {
     if (product.next != nullptr) {
-      ahead_ = product.next;
-      lines_left_ = blocks_ * block_bytes_ / 64;
+      ahead_ = {reinterpret_cast<const char*>(product.next), 1, 0, blocks_ * block_bytes_};
     }
-    const int64_t steps = tiles_of(product.b.words) * ((groups_of_rows_ + 1) / 2) * ((blocks_ + 1) / 2);
-    lines_ = (lines_left_ + steps - 1) / steps;
+    lines_ = tiles_of(ahead_.lines(),
+                      tiles_of(product.b.words, kTile) * tiles_of(groups_of_rows_, 2) * tiles_of(blocks_, 2));
   }
 
   void run() {
     const QuantizedPanel& b = p_.b;
-    tile_configure(shapes());
+    tile_configure(shapes(kTile));
     for (int64_t block = 0, last = 0; last < b.groups; ++block) {
       last = at_most((block + 1) * b.block_groups, b.groups);
       for (int64_t g = block * b.block_groups; g < last; ++g) {
         const int64_t begin = g * b.group_words, end = at_most(begin + b.group_words, b.words);
         for (int64_t word = begin; word < end; word += kChunkWords) {
           const int64_t words = at_most(end - word, kChunkWords);
-          const Weights8 weights = weights_of(word, words);
+          const WeightTiles weights = weights_of(word, words);
           for (int64_t m = 0; m < groups_of_rows_ * kTile; m += 2 * kTile) {
             int32_t* const sums = sums_.of[end - begin > kChunkWords ? m : 0];  // of one chunk: they stay in L1
             add_rows(m, weights, word, words, sums, word > begin);
@@ -92,57 +80,27 @@ class TileProduct {
   int64_t row(int64_t m) const { return p_.indices != nullptr ? p_.indices[m] : m; }
 
   // sums of 32 rows from m on (+)= products over `words` words from `word` on
-  void add_rows(int64_t m, const Weights8& weights, int64_t word, int64_t words, int32_t* sums, bool adds) {
-    const bool two_rows = m + kTile < groups_of_rows_ * kTile;
-    const int8_t* first;
-    int64_t stride;
-    const bool is_inside = 4 * word + tiles_of(words) * 64 <= p_.rows.stride;
-    if (p_.indices == nullptr && m + 2 * kTile <= p_.num_rows && is_inside) {
-      first = p_.rows.values + m * p_.rows.stride + 4 * word;
-      stride = p_.rows.stride;
-    } else {
-      copy_rows(m, word, tiles_of(words) * 64);
-      first = copies_[0];
-      stride = kCopiedRow;
-    }
-    for (int64_t j = 0; j < blocks_; j += 2) {
-      const bool two_columns = j + 1 < blocks_;
-      const auto add = two_rows ? (two_columns ? &TileProduct::add_tiles<2, 2> : &TileProduct::add_tiles<2, 1>)
-                                : (two_columns ? &TileProduct::add_tiles<1, 2> : &TileProduct::add_tiles<1, 1>);
-      (this->*add)(first, stride, weights.tiles[j], weights.tiles[two_columns ? j + 1 : j], tiles_of(words),
-                   sums + j * kTile, adds);
-    }
-  }
-
-  template <int kRows, int kColumns>
-  void add_tiles(const int8_t* a, int64_t stride, const uint8_t* b0, const uint8_t* b1, int64_t steps, int32_t* sums,
-                 bool adds) {
-    constexpr int64_t kStride = kQuantizedPanel * 4;
+  void add_rows(int64_t m, const WeightTiles& weights, int64_t word, int64_t words, int32_t* sums, bool adds) {
+    const int64_t steps = tiles_of(words, kTile);
+    const bool lies_so =
+        p_.indices == nullptr && m + 2 * kTile <= p_.num_rows && 4 * word + steps * kStepBytes <= p_.rows.stride;
+    if (!lies_so) copy_rows(m, word, steps * kStepBytes);
+    const int64_t stride = lies_so ? p_.rows.stride : kCopiedRow;
+    const auto* const first =
+        reinterpret_cast<const char*>(lies_so ? p_.rows.values + m * p_.rows.stride + 4 * word : copies_[0]);
     int32_t* const below = sums + kTile * kQuantizedPanel;
-    adds ? tile_load<0>(sums, kStride) : tile_zero<0>();
-    if constexpr (kRows > 1) adds ? tile_load<1>(below, kStride) : tile_zero<1>();
-    if constexpr (kColumns > 1) adds ? tile_load<2>(sums + kTile, kStride) : tile_zero<2>();
-    if constexpr (kRows > 1 && kColumns > 1) adds ? tile_load<3>(below + kTile, kStride) : tile_zero<3>();
-    for (int64_t s = 0; s < steps; ++s) {
-      tile_load<4>(a + 64 * s, stride);
-      if constexpr (kRows > 1) tile_load<5>(a + kTile * stride + 64 * s, stride);
-      tile_load<6>(b0 + s * kTileBytes, 64);
-      if constexpr (kColumns > 1) tile_load<7>(b1 + s * kTileBytes, 64);
-      tile_multiply_bytes<0, 4, 6>();
-      if constexpr (kRows > 1) tile_multiply_bytes<1, 5, 6>();
-      if constexpr (kColumns > 1) tile_multiply_bytes<2, 4, 7>();
-      if constexpr (kRows > 1 && kColumns > 1) tile_multiply_bytes<3, 5, 7>();
-      ask();
+    for (int64_t j = 0; j < blocks_; j += 2) {
+      const int64_t j1 = at_most(j + 1, blocks_ - 1);
+      const Block<int32_t> block{
+          .first = {first, first + kTile * stride},
+          .first_stride = stride,
+          .second = {weights.tiles[j], weights.tiles[j1]},
+          .steps = steps,
+          .sums = {{sums + j * kTile, below + j * kTile}, {sums + j1 * kTile, below + j1 * kTile}},
+          .sum_stride = kQuantizedPanel * 4,
+          .adds = adds};
+      add_block(groups_of_rows_ - m / kTile, blocks_ - j, block, ahead_, lines_);
     }
-    tile_store<0>(sums, kStride);
-    if constexpr (kRows > 1) tile_store<1>(below, kStride);
-    if constexpr (kColumns > 1) tile_store<2>(sums + kTile, kStride);
-    if constexpr (kRows > 1 && kColumns > 1) tile_store<3>(below + kTile, kStride);
-  }
-
-  void ask() {
-    for (int64_t i = 0; i < lines_ && lines_left_ > 0; ++i, --lines_left_, ahead_ += 64)
-      __builtin_prefetch(ahead_, 0, 2);
   }
 
   // 32 rows from m on, zeros behind the last.
@@ -157,28 +115,33 @@ class TileProduct {
     }
   }
 
-  Weights8 weights_of(int64_t word, int64_t words) {
-    Weights8 weights;
+  // Whole tiles of a block lie as they should; others, and halves of bytes, are copied.
+  WeightTiles weights_of(int64_t word, int64_t words) {
+    WeightTiles weights;
+    const int64_t filled = words * kWordBytes, whole = tiles_of(words, kTile) * kTileBytes;
     for (int64_t j = 0; j < blocks_; ++j) {
       const uint8_t* const values = p_.b.values + j * block_bytes_ + word * kWordBytes * p_.b.bits / 8;
-      weights.tiles[j] = values;
-      if (p_.b.bits == 8 && words % kTile == 0) continue;
+      weights.tiles[j] = reinterpret_cast<const char*>(values);
+      if (p_.b.bits == 8 && filled == whole) continue;
       uint8_t* const tiles = tiles_[j];
+      weights.tiles[j] = reinterpret_cast<const char*>(tiles);
       if (p_.b.bits == 8) {
-        __builtin_memcpy(tiles, values, static_cast<size_t>(words * kWordBytes));
+        __builtin_memcpy(tiles, values, static_cast<size_t>(filled));
       } else {
-        const __m512i halves = _mm512_set1_epi8(0x0f);
-        for (int64_t w = 0; w < words; w += 2) {  // the number of words is even
-          const __m512i v = _mm512_loadu_si512(values + w / 2 * kWordBytes);
-          _mm512_store_si512(tiles + w * kWordBytes, _mm512_and_si512(v, halves));
-          _mm512_store_si512(tiles + (w + 1) * kWordBytes, _mm512_and_si512(_mm512_srli_epi16(v, 4), halves));
-        }
+        unpack(tiles, values, words);
       }
-      const int64_t whole = tiles_of(words) * kTile;
-      __builtin_memset(tiles + words * kWordBytes, 0, static_cast<size_t>((whole - words) * kWordBytes));
-      weights.tiles[j] = tiles;
+      __builtin_memset(tiles + filled, 0, static_cast<size_t>(whole - filled));
     }
     return weights;
+  }
+
+  static void unpack(uint8_t* tiles, const uint8_t* values, int64_t words) {  // an even number
+    const __m512i halves = _mm512_set1_epi8(0x0f);
+    for (int64_t w = 0; w < words; w += 2, tiles += 2 * kWordBytes, values += kWordBytes) {
+      const __m512i v = _mm512_loadu_si512(values);
+      _mm512_store_si512(tiles, _mm512_and_si512(v, halves));
+      _mm512_store_si512(tiles + kWordBytes, _mm512_and_si512(_mm512_srli_epi16(v, 4), halves));
+    }
   }
 
   // totals (+)= sums · scale, as end_group of kernels.inl.
@@ -219,8 +182,8 @@ class TileProduct {
 
   const QuantizedProduct& p_;
   const int64_t blocks_, groups_of_rows_, block_bytes_;
-  const uint8_t* ahead_ = nullptr;
-  int64_t lines_left_ = 0, lines_;
+  Ahead ahead_;
+  int64_t lines_;  // asked for in a step
   Sums sums_;
   Totals totals_;
   alignas(64) int8_t copies_[2 * kTile][kCopiedRow];
@@ -235,13 +198,12 @@ void multiply(const QuantizedProduct& product) {
 }
 
 double multiply_rate(int64_t iterations) {
-  tile_configure(shapes());  // of zeros
+  tile_configure(shapes(kTile));  // of zeros
   for (int64_t i = 0; i < iterations; ++i) {
-    tile_multiply_bytes<0, 4, 6>(), tile_multiply_bytes<1, 5, 6>(), tile_multiply_bytes<2, 4, 7>(),
-        tile_multiply_bytes<3, 5, 7>();
+    for_sums<2, 2>([]<int kF, int kS>() { multiply_tiles<int32_t, kSums<kF, kS>, kFirst + kF, kSecond + kS>(); });
   }
   tile_release();
-  return static_cast<double>(iterations) * 4 * 16 * 16 * 64 * 2;
+  return static_cast<double>(iterations) * 4 * kTile * kTile * kStepBytes * 2;
 }
 
 }  // namespace
