@@ -45,17 +45,20 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On simt, of the tests marked `in_turns` each order of threads that is run takes its part, on one device."""
+    """On simt, each order of threads in SIMT_TURNS takes its part of the tests marked `in_turns`: by default all orders
+    that are run. `on` names the devices that these tests need."""
     order = os.environ.get("SWITCHGEAR_SIMT_ORDER")
-    orders = os.environ.get("SIMT_ORDERS", "").split() or ORDERS
-    if order not in orders:
+    turns = os.environ.get("SIMT_TURNS", "").split() or os.environ.get("SIMT_ORDERS", "").split() or ORDERS
+    if order not in turns:
         return
 
     def has_its_turn(item: pytest.Item) -> bool:
         name = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-        if name not in SIMT_DEVICES or not item.get_closest_marker("in_turns"):
+        marker = item.get_closest_marker("in_turns")
+        if name not in SIMT_DEVICES or marker is None:
             return True
-        return name == "simt" and zlib.crc32(item.name.encode()) % len(orders) == orders.index(order)
+        is_needed = name in marker.kwargs.get("on", SIMT_DEVICES)
+        return is_needed and zlib.crc32(item.name.encode()) % len(turns) == turns.index(order)
 
     others = [item for item in items if not has_its_turn(item)]
     config.hook.pytest_deselected(items=others)

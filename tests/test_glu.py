@@ -10,6 +10,8 @@ from switchgear import ops, reference, testing
 from switchgear.testing import GluOptions, assert_close, exact
 from test_moe import OPTIONS
 
+pytestmark = pytest.mark.in_turns
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -11,6 +11,8 @@ import switchgear
 from switchgear import _C, ops, testing
 from switchgear.testing import CASES, Case, assert_close, exact, topk_ids_of
 
+pytestmark = pytest.mark.in_turns
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

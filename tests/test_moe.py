@@ -13,6 +13,8 @@ import switchgear
 from switchgear import ops, reference, testing
 from switchgear.testing import CASES, Bounded, Case, GluOptions, Layer, assert_close, make_layer
 
+pytestmark = pytest.mark.in_turns
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRADS = ("x", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias", "topk_weights")
 DEFAULT = GluOptions()

@@ -13,6 +13,8 @@ import switchgear
 from switchgear import reference, testing
 from switchgear.testing import CASES, Case, assert_close, exact, times, topk_ids_of
 
+pytestmark = pytest.mark.in_turns
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

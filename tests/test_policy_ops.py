@@ -17,7 +17,7 @@ from switchgear import ops, reference, reference_policies
 from switchgear.functional import route_dynamic
 from test_route import KINDS, logits_of
 
-pytestmark = pytest.mark.in_turns
+pytestmark = pytest.mark.in_turns(on=["simt"])
 
 SHAPES = ((1, 1), (7, 3), (40, 8), (33, 17), (64, 60))  # T, E
 SEQUENCES = ("one", "in order", "mixed", "some empty")
