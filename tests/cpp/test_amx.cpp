@@ -250,6 +250,7 @@ TEST(tiles_add_up_in_the_order_that_is_stated) {
   }
   for (const int64_t K : {1, 2, 31, 32, 33, 64, 2047, 2048, 2049, 4130}) check_products(random, 18, 20, K);
   check_products(random, cpu::kMaxRows, 64, 100);
+  check_products(random, cpu::kMaxRows - 1, 63, 100);
   check_products(random, cpu::kMaxRows - 1, 17, 2100);
 }
 
