@@ -16,40 +16,51 @@ inline int64_t tiles_of(int64_t n, int64_t in_a_tile) { return (n + in_a_tile - 
 
 // ---- what comes next -----------------------------------------------------------------------------------------------------
 
-// Rows of memory that are asked for, line by line, and then one row elsewhere.
+// Rows of memory that are asked for, line by line, and then some elsewhere.
 struct Ahead {
   const char* row = nullptr;
   int64_t rows = 0, stride = 0, width = 0;
   const char* last = nullptr;
-  int64_t last_width = 0;
-  int64_t at = 0;
+  int64_t last_rows = 0, last_width = 0;
 
-  int64_t lines() const { return rows * tiles_of(width, kLine) + tiles_of(last_width, kLine); }
-  void ask(int64_t count) {
-    for (; count > 0 && rows > 0; --count) {
-      __builtin_prefetch(row + at, 0, 2);
-      at += kLine;
-      if (at < width) continue;
-      at = 0;
-      row += stride;
-      if (--rows > 0 || last == nullptr) continue;
-      row = last, rows = 1, width = last_width;
-      last = nullptr;
-    }
+  int64_t bursts() const {
+    return rows * tiles_of(width, kBurst) + last_rows * tiles_of(last_width, kBurst) - at / kBurst;
   }
+  // From now on each of `count` calls of ask() asks for its share.
+  void spread_over(int64_t count) {
+    pace = bursts();
+    calls = count;
+  }
+  void ask() {
+    for (due += pace; due >= calls && rows > 0; due -= calls) burst();
+  }
+  void burst() {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kBurst; i += kLine) __builtin_prefetch(row + at + i, 0, 2);
+    at += kBurst;
+    if (at < width) return;
+    at = 0;
+    row += stride;
+    if (--rows > 0) return;
+    row = last, rows = last_rows, width = last_width;
+    last_rows = 0;
+  }
+
+  static constexpr int64_t kBurst = 4 * kLine;
+  int64_t at = 0, pace = 0, calls = 1, due = 0;
 };
 
 // ---- a block of sums -----------------------------------------------------------------------------------------------------
 
-// The tiles: sums of tile f of the first operand and s of the second, f and s in {0, 1}, in 2s + f; then two of each operand.
+// The tiles: sums of tile f of the first operand and s of the second, f and s in {0, 1}, in 2s + f; then one of each operand.
 template <int kF, int kS>
 constexpr int kSums = 2 * kS + kF;
-constexpr int kFirst = 4, kSecond = 6;
+constexpr int kFirst = 4, kSecond = 5;
 
 inline TileConfig shapes(int64_t rows_of_first) {
   TileConfig config;
   for (int t = 0; t < kNumTiles; ++t) {
-    config.rows[t] = t < kSecond ? static_cast<uint8_t>(rows_of_first) : kTile;
+    config.rows[t] = t != kSecond ? static_cast<uint8_t>(rows_of_first) : kTile;
     config.row_bytes[t] = kStepBytes;
   }
   return config;
@@ -87,34 +98,53 @@ struct Block {
   bool adds;           // to sums that are there
 };
 
-// Asks for `lines` lines a step, a few at a time: more than the 16 that a core may wait for would hold up the loads of tiles.
+// Asks for a part of what is ahead this often in a step: more than the 16 lines that a core may wait for would hold up the loads
+// of tiles.
+constexpr int64_t kAsksPerStep = 4;
+
+// One tile of each operand is in a register at a time, so that a step of 2 x 2 names six and loads five. Two of each are eight and
+// four: 29 ns either way, from L1, while a core is one thread's own, but with another machine on it 120 instead of 90, as if it
+// had to wait for a register to load into. (Half a step with four registers is faster yet, 33, but loads six tiles in all, which
+// from L2 takes longer.)
 template <int kFirsts, int kSeconds, typename Sum>
-void add_tiles(const Block<Sum>& block, Ahead& ahead, int64_t lines) {
+void add_tiles(const Block<Sum>& of_caller, Ahead& ahead_of_caller) {
+  const Block<Sum> block = of_caller;  // in registers, which loads of tiles do not clobber
+  Ahead ahead = ahead_of_caller;
   for_sums<kFirsts, kSeconds>([&]<int kF, int kS>() {
     block.adds ? tile_load<kSums<kF, kS>>(block.sums[kS][kF], block.sum_stride) : tile_zero<kSums<kF, kS>>();
   });
-  const int64_t part = tiles_of(lines, 4);
-  for (int64_t i = 0; i < block.steps; ++i) {
-    tile_load<kSecond>(block.second[0] + i * kTileBytes, kStepBytes);
-    if (kSeconds > 1) tile_load<kSecond + 1>(block.second[1] + i * kTileBytes, kStepBytes);
-    ahead.ask(part);
-    tile_load<kFirst>(block.first[0] + i * block.first_step, block.first_stride);
-    ahead.ask(part);
-    if (kFirsts > 1) tile_load<kFirst + 1>(block.first[1] + i * block.first_step, block.first_stride);
-    ahead.ask(part);
-    for_sums<kFirsts, kSeconds>(
-        [&]<int kF, int kS>() { multiply_tiles<Sum, kSums<kF, kS>, kFirst + kF, kSecond + kS>(); });
-    ahead.ask(part);
+  int64_t first = 0, second = 0;
+  for (int64_t i = 0; i < block.steps; ++i, first += block.first_step, second += kTileBytes) {
+    tile_load<kFirst>(block.first[0] + first, block.first_stride);
+    ahead.ask();
+    tile_load<kSecond>(block.second[0] + second, kStepBytes);
+    multiply_tiles<Sum, kSums<0, 0>, kFirst, kSecond>();
+    ahead.ask();
+    if constexpr (kSeconds > 1) {
+      tile_load<kSecond>(block.second[1] + second, kStepBytes);
+      multiply_tiles<Sum, kSums<0, 1>, kFirst, kSecond>();
+    }
+    ahead.ask();
+    if constexpr (kFirsts > 1) {
+      tile_load<kFirst>(block.first[1] + first, block.first_stride);
+      multiply_tiles<Sum, kSums<1, kSeconds - 1>, kFirst, kSecond>();
+      if constexpr (kSeconds > 1) {
+        tile_load<kSecond>(block.second[0] + second, kStepBytes);
+        multiply_tiles<Sum, kSums<1, 0>, kFirst, kSecond>();
+      }
+    }
+    ahead.ask();
   }
   for_sums<kFirsts, kSeconds>(
       [&]<int kF, int kS>() { tile_store<kSums<kF, kS>>(block.sums[kS][kF], block.sum_stride); });
+  ahead_of_caller = ahead;
 }
 
 template <typename Sum>
-void add_block(int64_t firsts, int64_t seconds, const Block<Sum>& block, Ahead& ahead, int64_t lines) {
+void add_block(int64_t firsts, int64_t seconds, const Block<Sum>& block, Ahead& ahead) {
   const auto add = firsts > 1 ? (seconds > 1 ? add_tiles<2, 2, Sum> : add_tiles<2, 1, Sum>)
                               : (seconds > 1 ? add_tiles<1, 2, Sum> : add_tiles<1, 1, Sum>);
-  add(block, ahead, lines);
+  add(block, ahead);
 }
 
 }  // namespace

@@ -59,17 +59,24 @@ class DotProduct {
     return rows_of(group) == kTile ? p_.c + group * kTile * kPanel : transposed() + kMaxRows * kChunkWords;
   }
 
-  // The chunk of B from k on, or the first one of the caller's next product. A panel that is read once is one stream, of which
-  // memory delivers most if what is asked for is not far ahead.
+  // Two tiles of rows further on, and then those of the caller's next product; or of a B that is read chunk by chunk the one from
+  // k on. A panel that is read once is one stream, of which memory delivers most if what is asked for is not far ahead.
   Ahead ahead_of(int64_t k) const {
     const Matrix& b = p_.b;
-    if (b.in_panels && groups_ <= 2 && chunk_ == p_.depth) {
-      const int64_t bytes = p_.num_columns * b.n_stride, lead = at_most(kLead, bytes / 2);
-      return {static_cast<const char*>(b.data) + lead, 1, 0, bytes - lead, static_cast<const char*>(p_.next), lead};
-    }
     const char* data = static_cast<const char*>(b.data);
+    const auto* const next = static_cast<const char*>(p_.next);
+    if (in_place_ && chunk_ == p_.depth) {
+      const int64_t pair = at_most(2 * kTile, p_.num_columns);
+      if (b.in_panels) {
+        const int64_t bytes = p_.num_columns * b.n_stride,
+                      lead = groups_ <= 2 ? at_most(kLead, bytes / 2) : pair * b.n_stride;
+        return {data + lead, 1, 0, bytes - lead, next, next != nullptr, lead};
+      }
+      const int64_t stride = 2 * b.n_stride, width = 2 * p_.depth;
+      return {data + pair * stride, p_.num_columns - pair, stride, width, next, next != nullptr ? pair : 0, width};
+    }
     if (k >= p_.depth) {
-      data = static_cast<const char*>(p_.next);
+      data = next;
       k = 0;
     }
     if (data == nullptr) return {};
@@ -99,7 +106,7 @@ class DotProduct {
         transpose_rows(transposed() + g * steps * kTileFloats, p_.rows + g * kTile, rows_of(g), k, depth);
       }
     }
-    const int64_t lines = tiles_of(ahead.lines(), steps * tiles_of(groups_, 2) * tiles_of(blocks_, 2));
+    ahead.spread_over(kAsksPerStep * steps * tiles_of(groups_, 2) * tiles_of(blocks_, 2));
     const auto tiles = [&](int64_t group, int64_t step) {
       return p_.gathered != nullptr ? static_cast<const char*>(p_.gathered) +
                                           group * gathered_bytes(b.dtype, p_.depth) + (k / kStep + step) * kTileBytes
@@ -129,7 +136,7 @@ class DotProduct {
             block.first[0] = pair, block.first[1] = pair + kTileBytes;
             block.first_stride = kStepBytes, block.first_step = 2 * kTileBytes;
           }
-          add_block(blocks_ - j, groups_ - g, block, ahead, lines);
+          add_block(blocks_ - j, groups_ - g, block, ahead);
         }
       }
     }
@@ -138,14 +145,14 @@ class DotProduct {
   // A chunk of compact rows into the scratch, which takes twice as long as multiplying it with few rows: asks for two thirds of
   // what comes next.
   void unpack(int64_t k, int64_t depth, Ahead& ahead) const {
-    const int64_t lines = ahead.lines() * 2 / 3 / blocks_;
+    const int64_t bursts = ahead.bursts() * 2 / 3 / blocks_;
     for (int64_t n = 0; n < p_.num_columns; n += kTile) {
       Product part = p_;
       part.b.data = static_cast<const char*>(p_.b.data) + n * p_.b.n_stride;
       part.num_columns = at_most(p_.num_columns - n, kTile);
       part.scratch = scratch_ + n * kScratchRow;
       kernels_avx512bf16().pack_chunk(part, k, depth);
-      ahead.ask(lines);
+      for (int64_t i = 0; i < bursts; ++i) ahead.burst();
     }
   }
 

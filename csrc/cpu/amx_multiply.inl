@@ -89,21 +89,21 @@ class RowProduct {
     float* const tiles = reinterpret_cast<float*>(scratch(kTilesBegin));
     pack(tiles, k, depth, steps);
     Ahead next = k + depth < p_.depth ? Ahead{} : ahead();
-    const int64_t pairs = tiles_of(groups_, 2), lines = tiles_of(next.lines(), steps * pairs * 2);
+    next.spread_over(kAsksPerStep * steps * tiles_of(groups_, 2) * 2);
     float* const last_sums = reinterpret_cast<float*>(scratch(kSumsBegin));  // of fewer than 16 rows
     const bool adds = p_.accumulate || k > 0;
     for (int64_t g = 0; g < groups_; g += 2) {
       const bool has_other = g + 1 < groups_;
       const Rows rows = rows_from(g, k, depth), other = has_other ? rows_from(g + 1, k, depth) : rows;
       const bool is_pair = has_other && rows.stride == other.stride;
-      add_groups(g, is_pair ? 2 : 1, {rows.data, other.data}, rows.stride, steps, tiles, last_sums, adds, next, lines);
+      add_groups(g, is_pair ? 2 : 1, {rows.data, other.data}, rows.stride, steps, tiles, last_sums, adds, next);
       if (!has_other || is_pair) continue;
-      add_groups(g + 1, 1, {other.data, other.data}, other.stride, steps, tiles, last_sums, adds, next, lines);
+      add_groups(g + 1, 1, {other.data, other.data}, other.stride, steps, tiles, last_sums, adds, next);
     }
   }
 
   void add_groups(int64_t group, int64_t count, const char* const (&rows)[2], int64_t stride, int64_t steps,
-                  const float* tiles, float* last_sums, bool adds, Ahead& next, int64_t lines) const {
+                  const float* tiles, float* last_sums, bool adds, Ahead& next) const {
     float* c[2];
     for (int i = 0; i < 2; ++i) {
       const int64_t g = group + at_most(i, count - 1), num_rows = rows_of(g);
@@ -122,7 +122,7 @@ class RowProduct {
           .sums = {{c[0] + j * kTile, c[1] + j * kTile}, {c[0] + (j + 1) * kTile, c[1] + (j + 1) * kTile}},
           .sum_stride = kPanel * 4,
           .adds = adds};
-      add_block(count, 2, block, next, lines);
+      add_block(count, 2, block, next);
     }
     for (int64_t g = group; g < group + count; ++g) {
       if (rows_of(g) == kTile) continue;
@@ -217,7 +217,7 @@ void gradient_panel(const GradientPanel& product) {
                                  .sums = {{sums, sums + kTile * stride}, {sums + kTile, sums + kTile * stride + kTile}},
                                  .sum_stride = stride * 4,
                                  .adds = slot > 0};
-        add_block(tiles, 2, block, nothing, 0);
+        add_block(tiles, 2, block, nothing);
         if (!is_last) continue;
         for (int64_t i = 0; i < at_most(rows - m, 2 * kTile); ++i) {
           leave(static_cast<BFloat16*>(product.out) + (m + i) * product.out_stride + n, sums + i * stride,

@@ -153,6 +153,14 @@ const Isa& isa_in_use() {
 const Kernels& kernels() { return isa_in_use().kernels(); }
 const QuantizedKernels& quantized_kernels() { return isa_in_use().quantized(); }
 
+bool follows_streams() {
+#if defined(__x86_64__)
+  return !__builtin_cpu_is("intel");
+#else
+  return true;
+#endif
+}
+
 }  // namespace cpu
 
 std::vector<std::string> available_cpu_isas() {

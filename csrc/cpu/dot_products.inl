@@ -197,7 +197,7 @@ struct RowsOfB {
 
 // How a single tile walks over B. Memory delivers a single stream fastest, so one column at a time is best where rows are long;
 // short rows wait for their starts and ends, and narrow vectors for the chain of one column's sums: these take kDotColumns.
-// Up to two rows of A stay in L1, and a line here and there is enough: the processor fetches the stream between them by itself.
+// Up to two rows of A stay in L1, and where the processor follows streams, a line here and there is enough.
 // More rows come from L2 part of the time, and must not wait in L1's miss buffers behind lines from memory: so all of B is asked for
 // well ahead. Where rows of A exceed L1, kDotColumns columns share what is read of them.
 constexpr int64_t kShortRow = 1024, kFitting = 24576;  // bytes: of a row of B, of all rows of A
@@ -211,7 +211,7 @@ void choose_walk(int64_t num_rows, int64_t a_bytes, int64_t b_bytes, int64_t fit
   if (kIsNarrow<Words> || b_bytes <= kShortRow || num_rows * a_bytes > fitting) {
     return walk.template operator()<kDotColumns, Asks::kEveryLine>();
   }
-  if (num_rows <= 2) return walk.template operator()<1, Asks::kSomeLines>();
+  if (num_rows <= 2 && follows_streams()) return walk.template operator()<1, Asks::kSomeLines>();
   walk.template operator()<1, Asks::kEveryLine>();
 }
 

@@ -120,6 +120,11 @@ struct Kernels {
 
 const Kernels& kernels();  // of the ISA in use
 
+// Whether this processor's own prefetching delivers a stream from memory at full speed when it is asked for a line here and there,
+// or for none: AMD's does. Intel's does so beside plain loads alone, and with multiply-adds on what arrives falls behind by a tenth
+// (float32) or a third (pairs of bfloat16): there every line is to be asked for.
+bool follows_streams();
+
 const Kernels& kernels_generic();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();

@@ -4,11 +4,11 @@
 //
 //   work 2·M·N·K flop; traffic: B once, rows of A from L2 or L3
 //   TDPBF16PS adds products of 16 rows and 16 columns over 32 k: 16384 flop in 16 cycles, 6.3 ns. A step of 2 x 2 tiles of sums
-//   takes two tiles of each operand, 4 loads of 8 cycles beside 64 of multiplications.
+//   takes two tiles of each operand, one of them twice: 5 loads of 8 cycles beside 64 of multiplications.
 //   A core does M flop for each byte of B, 1024 in a cycle: where memory delivers 5 bytes of B in a cycle it binds up to 200 rows.
-//   reached on 2 cores of a Xeon (family 6, model 207): a step in 25 ns with operands in L1 or L2, 2.6 TFLOP/s a core, 38 ns where
-//   rows of B are 4 KB apart. When another machine is at work on the same core, a step takes 130 ns: tiles are loaded four times as
-//   slowly then. Whole layers: docs/performance_amx.md.
+//   reached on 2 cores of a Xeon (family 6, model 207): a step in 25 to 29 ns with operands in L1, 2.6 TFLOP/s a core, 38 ns where
+//   rows of B are 4 KB apart. When another machine is at work on the same core, tiles are loaded three to four times as slowly
+//   (amx_block.h). Whole layers: docs/performance_amx.md.
 //
 // Order of each sum: for each 32 k, ascending, even and odd k are summed apart, from zero, by fused multiply-adds; the sum of both
 // is added to C. It depends on the depth alone: not on M, N, chunks, or how B lies in memory, so a row's result does not depend on
@@ -32,7 +32,7 @@ double multiply_rate(DType dtype, int64_t iterations) {
   if (dtype != DType::kBFloat16) return kernels_avx512bf16().multiply_rate(dtype, iterations);
   tile_configure(shapes(kTile));  // of zeros
   for (int64_t i = 0; i < iterations; ++i) {
-    for_sums<2, 2>([]<int kF, int kS>() { tile_multiply<kSums<kF, kS>, kFirst + kF, kSecond + kS>(); });
+    for_sums<2, 2>([]<int kF, int kS>() { tile_multiply<kSums<kF, kS>, kFirst, kSecond>(); });
   }
   tile_release();
   return static_cast<double>(iterations) * 4 * kTile * kTile * kStep * 2;

@@ -149,10 +149,11 @@ void panel_products_of(const Product& product) {
   constexpr int kGuidedRows = 2;                   // of tiles that are alone
   constexpr int64_t kNear = 16384, kLead = 32768;  // bytes: of parts that stay in L1, and ahead of them
   const int64_t tiles = num_row_tiles(product.num_rows);
-  // The processor's own prefetching feeds a single tile: one or two rows lead it by a line a step to where the stream goes on.
-  // Several tiles share asking for all that they read, a line or two a step.
-  const bool is_guided = tiles > 1 || product.num_rows <= kGuidedRows;
-  const int lines = !is_guided ? 0 : tiles > 1 && tiles < kLines ? 2 : 1;
+  // A processor that follows streams feeds a single tile: one or two rows lead it by a line a step to where the stream goes on.
+  // Others are asked for every line. Several tiles share asking for all that they read, a line or two a step.
+  const bool asks_alone = tiles == 1 && !follows_streams();
+  const bool is_guided = tiles > 1 || asks_alone || product.num_rows <= kGuidedRows;
+  const int lines = asks_alone ? kLines : !is_guided ? 0 : tiles > 1 && tiles < kLines ? 2 : 1;
   const int64_t ahead_step = tiles == 1 ? kStepBytes : lines * kLine;
   const int64_t asking = is_guided ? kLines / lines : 0;
   const T* data = static_cast<const T*>(product.b.data);
@@ -181,7 +182,9 @@ void panel_products_of(const Product& product) {
             add_parts<kRows, Words, kAsked>(product.c + m * kPanel, waiting + m * kPanel, product.rows + m, offset,
                                             parts, ahead, ahead_step);
           };
-          if constexpr (kRows <= kGuidedRows) {
+          if (asked == kLines) {
+            add.template operator()<kLines>();
+          } else if constexpr (kRows <= kGuidedRows) {
             add.template operator()<1>();
           } else {
             with_constant<3>(asked + 1, [&]<int kCount>() { add.template operator()<kCount - 1>(); });

@@ -2,8 +2,8 @@
 // multiply of kernels.inl by AMX, for more rows than kFewRows and groups that are long enough; with fewer, which wait for memory,
 // and everything else it is that of avx512vnni.
 //
-//   work 2·M·N·K operations; TDPBSUD adds products of 16 rows and 16 columns over 64 k in 16 cycles. A step of 2 x 2 tiles of sums
-//   takes two tiles of each operand (amx_block.h).
+//   work 2·M·N·K operations; TDPBSUD adds products of 16 rows and 16 columns over 64 k in 16 cycles. Steps of 2 x 2 tiles of sums:
+//   amx_block.h.
 //   At 8 bits 16 words of a block are a tile as they lie. 4-bit values are unpacked into tiles, once for all rows. Each group ends
 //   in conversions and multiply-adds of its sums, by way of memory: longer than the 32 cycles that a tile takes over 128 k.
 //   reached on 2 cores of a Xeon (family 6, model 207): OLMoE with 512 tokens at 8 bits, a scale per row, 36 to 48 ms, with
@@ -50,8 +50,8 @@ class TileProduct {
     if (product.next != nullptr) {
       ahead_ = {reinterpret_cast<const char*>(product.next), 1, 0, blocks_ * block_bytes_};
     }
-    lines_ = tiles_of(ahead_.lines(),
-                      tiles_of(product.b.words, kTile) * tiles_of(groups_of_rows_, 2) * tiles_of(blocks_, 2));
+    ahead_.spread_over(kAsksPerStep * tiles_of(product.b.words, kTile) * tiles_of(groups_of_rows_, 2) *
+                       tiles_of(blocks_, 2));
   }
 
   void run() {
@@ -99,7 +99,7 @@ class TileProduct {
           .sums = {{sums + j * kTile, below + j * kTile}, {sums + j1 * kTile, below + j1 * kTile}},
           .sum_stride = kQuantizedPanel * 4,
           .adds = adds};
-      add_block(groups_of_rows_ - m / kTile, blocks_ - j, block, ahead_, lines_);
+      add_block(groups_of_rows_ - m / kTile, blocks_ - j, block, ahead_);
     }
   }
 
@@ -183,7 +183,6 @@ class TileProduct {
   const QuantizedProduct& p_;
   const int64_t blocks_, groups_of_rows_, block_bytes_;
   Ahead ahead_;
-  int64_t lines_;  // asked for in a step
   Sums sums_;
   Totals totals_;
   alignas(64) int8_t copies_[2 * kTile][kCopiedRow];
@@ -200,7 +199,7 @@ void multiply(const QuantizedProduct& product) {
 double multiply_rate(int64_t iterations) {
   tile_configure(shapes(kTile));  // of zeros
   for (int64_t i = 0; i < iterations; ++i) {
-    for_sums<2, 2>([]<int kF, int kS>() { multiply_tiles<int32_t, kSums<kF, kS>, kFirst + kF, kSecond + kS>(); });
+    for_sums<2, 2>([]<int kF, int kS>() { multiply_tiles<int32_t, kSums<kF, kS>, kFirst, kSecond>(); });
   }
   tile_release();
   return static_cast<double>(iterations) * 4 * kTile * kTile * kStepBytes * 2;
