@@ -23,7 +23,7 @@ struct Ahead {
   const char* last = nullptr;
   int64_t last_rows = 0, last_width = 0;
 
-  int64_t bursts() const {
+  int64_t bursts() const {  // that are left
     return rows * tiles_of(width, kBurst) + last_rows * tiles_of(last_width, kBurst) - at / kBurst;
   }
   // From now on each of `count` calls of ask() asks for its share.
@@ -47,7 +47,8 @@ struct Ahead {
   }
 
   static constexpr int64_t kBurst = 4 * kLine;
-  int64_t at = 0, pace = 0, calls = 1, due = 0;
+  int64_t at = 0;  // byte of the row
+  int64_t pace = 0, calls = 1, due = 0;
 };
 
 // ---- a block of sums -----------------------------------------------------------------------------------------------------

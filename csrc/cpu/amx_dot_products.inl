@@ -72,8 +72,9 @@ class DotProduct {
                       lead = groups_ <= 2 ? at_most(kLead, bytes / 2) : pair * b.n_stride;
         return {data + lead, 1, 0, bytes - lead, next, next != nullptr, lead};
       }
-      const int64_t stride = 2 * b.n_stride, width = 2 * p_.depth;
-      return {data + pair * stride, p_.num_columns - pair, stride, width, next, next != nullptr ? pair : 0, width};
+      const int64_t stride = 2 * b.n_stride, width = 2 * p_.depth, next_rows = next != nullptr ? pair : 0;
+      if (p_.num_columns == pair) return {next, next_rows, stride, width};
+      return {data + pair * stride, p_.num_columns - pair, stride, width, next, next_rows, width};
     }
     if (k >= p_.depth) {
       data = next;
