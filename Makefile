@@ -49,9 +49,14 @@ run_preset = $(call build_preset,$(1)) && ctest --preset $(1)
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The package with an extra. Others may install into an active environment too, so only .venv is trusted to be current.
-$(INSTALLED)%: $(PACKAGE) $(if $(VIRTUAL_ENV),always) | $(BIN)/python
-	$(PIP) '.[$*]'
+# The package, built once for all of its extras. Others may install into an active environment too, so only .venv is trusted to be
+# current.
+$(INSTALLED)package: $(PACKAGE) $(if $(VIRTUAL_ENV),always) | $(BIN)/python
+	$(PIP) .
+	@touch $@
+
+$(INSTALLED)%: $(INSTALLED)package
+	$(PIP) 'switchgear[$*]'
 	@touch $@
 
 # cmake, ninja, ruff, mypy, …: packages that are named like their command
@@ -64,7 +69,7 @@ $(BIN)/pybind11-config: | $(BIN)/python
 # All that the targets below would install, at once and not by several of them at a time.
 tools: | $(BIN)/python
 	$(PIP) '.[test]' cmake ninja 'pybind11>=3.0' ruff clang-format mypy
-	@touch $(INSTALLED)test
+	@touch $(INSTALLED)package $(INSTALLED)test
 
 # ---- use -----------------------------------------------------------------------------------------------------------------
 
