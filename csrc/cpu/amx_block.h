@@ -104,9 +104,9 @@ struct Block {
 constexpr int64_t kAsksPerStep = 4;
 
 // One tile of each operand is in a register at a time, so that a step of 2 x 2 names six and loads five. Two of each are eight and
-// four: 29 ns either way, from L1, while a core is one thread's own, but with another machine on it 120 instead of 90, as if it
-// had to wait for a register to load into. (Half a step with four registers is faster yet, 33, but loads six tiles in all, which
-// from L2 takes longer.)
+// four: 29 ns either way at best, from L1, but with another machine on the core 113 to 122 instead of 86 to 89, as if it had to
+// wait for a register to load into. (A step of 1 x 2 names four, two of them take 66 to 76 ns; but those load six tiles, which from
+// L2 takes longer.)
 template <int kFirsts, int kSeconds, typename Sum>
 void add_tiles(const Block<Sum>& of_caller, Ahead& ahead_of_caller) {
   const Block<Sum> block = of_caller;  // in registers, which loads of tiles do not clobber
