@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the tests of papers compare with: loops over tokens and experts in float64, that use nothing of the package."""
+"""What the tests of papers share: small layers, and what these are compared with, loops in float64 of their own."""
 
 from __future__ import annotations
 
@@ -12,11 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear import balance_loss
+from switchgear import balance_loss, presets
 from switchgear.experts import Experts
 from switchgear.testing import C
 
+H, I, E = 16, 12, 8  # noqa: E741
 Loop = Callable[[Any, Tensor], Any]
+
+
+def layer_of(options: dict[str, Any], **changes: Any) -> Any:
+    return presets.build(H, I, E, **{**options, **changes})
+
+
+def linear(layer: Any, x: Tensor) -> Tensor:
+    """Logits of the router's linear layer."""
+    gate = layer.gate
+    return x @ (gate.weight if gate.score is None else gate.score.weight).T
+
+
+def counts_of(ids: Tensor, num_experts: int = E) -> list[int]:
+    return [int((ids == e).sum()) for e in range(num_experts)]
 
 
 def expert(experts: Experts, number: int, x: Tensor) -> Tensor:

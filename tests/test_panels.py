@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import switchgear
-from switchgear import compress, reference_panels
+from switchgear import reference_panels
 from switchgear.panels import DTYPES, PanelMatrix, in_panels, panel_layout
 from switchgear.reference_panels import PanelLayout
 from switchgear.stored import stored_moe, stored_of
@@ -43,14 +41,6 @@ def make_experts(**options: Any) -> switchgear.Experts:
     experts = switchgear.Experts(H, I, E, **{"dtype": torch.bfloat16} | options)
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.1)
-    return experts
-
-
-def make_large() -> switchgear.Experts:
-    """Of which compact weights save something."""
-    experts = switchgear.Experts(512, 384, 2, dtype=torch.bfloat16)
-    for parameter in experts.parameters():
-        nn.init.normal_(parameter)
     return experts
 
 
@@ -112,102 +102,16 @@ def test_same_bits(isa: str, dtype: torch.dtype, kind: str) -> None:
             assert same_bits(stored_moe(x, *stored, ids, weights, **options), y), (hidden_size, num_tokens)
 
 
-@dtypes
-def test_infinities_and_nan(isa: str, dtype: torch.dtype) -> None:
-    experts = make_experts(dtype=dtype)
-    with torch.no_grad():
-        experts.gate_up_proj[0, 0, 0], experts.gate_up_proj[1, 3, 5] = float("inf"), float("nan")
-        call = inputs(40, dtype)
-        y, got = experts(*call), copy.deepcopy(experts).pack_(panels=True)(*call)
-    assert y.isnan().any()
-    assert torch.equal(got.isnan(), y.isnan())
-    assert torch.equal(got.nan_to_num(), y.nan_to_num())
-
-
 # ---- modules ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {}, {"bias": True}, {"gated": False}, {"interleaved": True}, {"transposed": True}, {"dtype": torch.float32},
-        {"dtype": torch.float16},
-    ],
-    ids=lambda options: "-".join(options) or "gated",
-)  # fmt: skip
-def test_experts(backend: str, options: dict[str, Any]) -> None:
-    if backend.startswith(("simt", "cuda")):
-        pytest.skip("panels are for the CPU, and weights on other devices stay as they are")
-    experts = make_experts(**options)
-    packed = copy.deepcopy(experts).pack_(panels=True)
-    assert "panels" in repr(packed)
-    assert [name for name, _ in packed.named_parameters()] == [n for n, _ in experts.named_parameters() if "bias" in n]
-    for num_tokens in (0, 1, 20):
-        call = inputs(num_tokens, experts.down_proj.dtype)
-        with torch.no_grad():
-            assert torch.equal(packed(*call), experts(*call))
-        shaped = call[0].view(num_tokens, 1, H), call[1].view(num_tokens, 1, K), call[2].view(num_tokens, 1, K)
-        with torch.no_grad():
-            assert torch.equal(packed(*shaped), experts(*call).view(num_tokens, 1, H))
-    before = dict(experts.named_parameters())
-    assert stored_of(packed.unpack_()) is None
-    assert [name for name, _ in packed.named_parameters()] == list(before)
-    assert all(torch.equal(weight, before[name]) for name, weight in packed.named_parameters())
-
-
-def test_gradients_reach_activations() -> None:
-    experts = make_experts(bias=True)
-    results = []
-    for module in (experts, copy.deepcopy(experts).pack_(panels=True)):
-        torch.manual_seed(0)
-        x, ids, weights = inputs(9)
-        leaves = [x.requires_grad_(), weights.requires_grad_(), module.gate_up_proj_bias, module.down_proj_bias]
-        results.append(torch.autograd.grad(module(x, ids, weights).square().sum(), leaves))
-    assert all(map(torch.equal, *results))
-
-
-def test_state_dict_is_plain(tmp_path: Path) -> None:
-    experts = make_experts(bias=True, transposed=True)
-    model = nn.Sequential(copy.deepcopy(experts))
-    assert switchgear.pack_panels(model) == 1
-    torch.save(model.state_dict(), tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt")
-    assert sorted(state) == sorted(f"0.{name}" for name in experts.state_dict())
-    assert all(torch.equal(state[f"0.{name}"], weight) for name, weight in experts.state_dict().items())
-
-    other = nn.Sequential(make_experts(bias=True, transposed=True))
-    assert switchgear.pack_panels(other) == 1
-    other.load_state_dict(state)
-    call = inputs(4)
-    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-    with torch.no_grad():
-        y = experts(*call)
-        for module in (model, other, *copies):
-            assert torch.equal(module[0](*call), y)
-    for module in copies:
-        assert switchgear.unpack_panels(module) == 1
-    bad = {name: weight + 1 for name, weight in state.items()}
-    bad["0.down_proj"] = bad["0.down_proj"][:, :-1]
-    with pytest.raises(ValueError, match=r"0.down_proj: expected shape"):  # and nothing was loaded of the others
-        other.load_state_dict(bad)
-    with torch.no_grad():
-        assert torch.equal(other[0].gate_up_proj_panels, model[0].gate_up_proj_panels)
-    state["0.gate_up_proj"] = state["0.gate_up_proj"][:, :-1]
-    with pytest.raises(ValueError, match=r"0.gate_up_proj: expected shape \[5, 128, 384\], got \[5, 127, 384\]"):
-        other.load_state_dict(state)
-
-
-def test_autocast_and_other_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_reads_panels_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = make_experts()
     packed = copy.deepcopy(experts).pack_(panels=True)
     x, ids, weights = inputs(5, torch.float32)
-    with pytest.raises(TypeError, match="gate_up_proj: expected"):
-        packed(x, ids, weights)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = experts(x, ids, weights)
-        low = make_experts(dtype=torch.float32)
-        assert torch.equal(copy.deepcopy(low).pack_(panels=True)(x, ids, weights), low(x, ids, weights))
-        monkeypatch.setattr(PanelMatrix, "weight", None)  # panels of its dtype are read as they are
+        monkeypatch.setattr(PanelMatrix, "weight", None)
         assert torch.equal(packed(x, ids, weights), y)
 
 
@@ -220,15 +124,6 @@ def test_another_isa(isa: str) -> None:
         switchgear.set_cpu_isa(other)
         with torch.no_grad():
             assert torch.equal(packed(*call), experts(*call))
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled(backend: str) -> None:
-    packed = make_experts().pack_(panels=True)
-    call = inputs(7)
-    compiled = torch.compile(packed, fullgraph=True, backend=backend)
-    with torch.no_grad():
-        assert torch.equal(compiled(*call), packed(*call))
 
 
 def test_op() -> None:
@@ -244,70 +139,22 @@ def test_op() -> None:
             assert all(map(torch.equal, torch.ops.switchgear.moe_forward(*args), expected))
 
 
-def test_with_adapters() -> None:
-    experts = make_experts()
-    adapters = compress.add_lora(experts, 4)
-    call = inputs(6)
-    y = experts(*call)
-    switchgear.pack_panels(experts)
-    torch.testing.assert_close(experts(*call), y)
-    experts(*call).sum().backward()
-    assert all(adapter.grad is not None for adapter in adapters)
-    switchgear.unpack_panels(experts)
-    assert not experts.down_proj.requires_grad
-
-
 def test_errors() -> None:
     rows = panel_layout(torch.bfloat16).rows
     for model, reason in (
-        (nn.Linear(2, 2), "Linear has no experts that run on the fused kernel"),
         (make_experts(dtype=torch.float64), "gate_up_proj is torch.float64, not torch.float32"),
-        (make_experts(device="meta"), "gate_up_proj is on meta, and weights in panels are for the CPU"),
         (switchgear.Experts(H, 66, 2, dtype=torch.bfloat16), f"gate_up_proj has 132 rows, no multiple of {2 * rows}"),
         (switchgear.Experts(72, I, 2, dtype=torch.bfloat16), "gate_up_proj has 72 columns, no multiple of 32"),
-        (make_large().pack_(compact=True), "gate_up_proj is stored as compact weights"),
     ):
         expected = f"model: expected experts that can be stored as weights in panels; {reason}"
         with pytest.raises(ValueError, match=expected):
             switchgear.pack_panels(model)
         assert switchgear.unpack_panels(model) == 0
-    with pytest.raises(ValueError, match="panels: expected either panels or compact, got both"):
-        make_experts().pack_(panels=True, compact=True)
-
     packed = make_experts().pack_(panels=True)
-    assert switchgear.pack_panels(packed) == 1
-    with pytest.raises(ValueError, match="gate_up_proj is stored as weights in panels"):
-        compress.compact(make_large().pack_(panels=True))
-    with pytest.raises(ValueError, match="expected plain weights, got weights in panels; take that back first"):
-        compress.quantize(packed, "int8")
     x, ids, weights = inputs(3)
-    with pytest.raises(ValueError, match=r"x: expected shape \[..., 128\], got \[3, 127\]"):
-        packed(x[:, :-1], ids, weights)
     first, second = (matrix.data for matrix in stored_of(packed).matrices(packed))  # type: ignore[union-attr]
     call = ids, weights, "silu", True, False, 1.702, 0.0, False
     with pytest.raises(ValueError, match="down_proj: expected shape"):
         torch.ops.switchgear.moe_forward(x, first, second[:, :, :-1].contiguous(), None, None, *call)
     with pytest.raises(ValueError, match=r"weight: expected 2 dimensions, got shape \[5, "):
         switchgear.grouped_gemm(x, first, switchgear.plan(ids, E).expert_offsets)
-
-
-def test_a_model_of_transformers(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = transformers.MixtralConfig(
-        vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, pad_token_id=0, eos_token_id=None,
-        bos_token_id=None,
-    )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
-    switchgear.accelerate(model)
-    prompt = torch.arange(1, 9)[None]
-    logits, before = model(prompt).logits, {name: w.clone() for name, w in model.state_dict().items()}
-    text = model.generate(prompt, max_new_tokens=6, do_sample=False)
-    assert switchgear.pack_panels(model) == 2
-    assert torch.equal(model(prompt).logits, logits)
-    assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), text)
-    model.save_pretrained(tmp_path)
-    loaded = transformers.MixtralForCausalLM.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(loaded[name], w) for name, w in before.items())
-    assert switchgear.unpack_panels(model) == 2
-    assert torch.equal(model(prompt).logits, logits)

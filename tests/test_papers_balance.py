@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 import switchgear
-from loops import assert_agrees, best, expert, mixture, switch_loss
+from loops import E, H, I, assert_agrees, best, expert, layer_of, mixture, switch_loss
 from switchgear import presets
 from switchgear.functional import Routing
 from switchgear.layers import HeterogeneousExperts
@@ -37,12 +37,6 @@ from switchgear.routing import (
 )
 from switchgear.routing.balance import count_tokens
 from switchgear.routing.context import NOTHING_KNOWN, Context
-
-H, I, E = 16, 12, 8  # noqa: E741
-
-
-def layer_of(options: dict[str, Any], **changes: Any) -> Any:
-    return presets.build(H, I, E, **{**options, **changes})
 
 
 def chosen(p: Tensor, count: int) -> tuple[list[list[int]], list[Tensor]]:

@@ -12,21 +12,13 @@ import torch
 from torch import Tensor
 
 import switchgear
-from loops import assert_agrees, best, mixture
+from loops import E, H, I, assert_agrees, best, counts_of, layer_of, mixture
 from switchgear import presets
 from switchgear.functional import Routing
 from switchgear.routing import Capacity, Context, Dropless, ExpertChoice, Masked, SkipBelow, TopK
 from switchgear.routing.context import NOTHING_KNOWN
 
-H, I, E, K = 16, 12, 8, 2  # noqa: E741
-
-
-def layer_of(options: dict[str, Any], **changes: Any) -> Any:
-    return presets.build(H, I, E, **{**options, **changes})
-
-
-def counts_of(ids: Tensor, num_experts: int = E) -> list[int]:
-    return [int((ids == e).sum()) for e in range(num_experts)]
+K = 2
 
 
 def routing_of(logits: Tensor, top_k: int = K) -> Routing:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import switchgear
-from loops import assert_agrees, best, expert, mixture, switch_loss
+from loops import E, H, I, assert_agrees, best, expert, layer_of, mixture, switch_loss
 from switchgear import presets
 from switchgear.routing import (
     ActivationNorm,
@@ -33,12 +33,6 @@ from switchgear.routing import (
     min_capacity,
 )
 from switchgear.routing.context import NOTHING_KNOWN
-
-H, I, E = 16, 12, 8  # noqa: E741
-
-
-def layer_of(options: dict[str, Any], **changes: Any) -> Any:
-    return presets.build(H, I, E, **{**options, **changes})
 
 
 def top_k_loop(layer: Any, x: Tensor, logits: Tensor, top_k: int, scores: Tensor | None = None) -> Tensor:

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import math
-import mmap
-import resource
 from typing import Any
 
 import pytest
@@ -13,49 +11,27 @@ import torch
 from torch import Tensor
 
 import switchgear
-from loops import assert_agrees, best, expert, mixture, switch_loss
+from loops import E, H, I, assert_agrees, best, counts_of, expert, layer_of, linear, mixture, switch_loss
 from switchgear import presets
 from switchgear.functional import Routing
-from switchgear.parallel.cost import count as traffic
-from switchgear.parallel.placement import Placement
 from switchgear.routing import (
     BalancedAssignment,
     Broadcast,
     Context,
-    ExpertChoice,
-    Grouped,
     GumbelSoftmax,
-    Lookup,
-    Masked,
     Random,
     RankK,
     SampledTopK,
     SkipBelow,
     SparseMixer,
     Threshold,
-    TokenIdMask,
     TopK,
     TopP,
     consistency_loss,
 )
 from switchgear.routing.context import NOTHING_KNOWN
 
-H, I, E = 16, 12, 8  # noqa: E741
 TRAINING = Context(training=True)
-
-
-def layer_of(options: dict[str, Any], **changes: Any) -> Any:
-    return presets.build(H, I, E, **{**options, **changes})
-
-
-def linear(layer: Any, x: Tensor) -> Tensor:
-    """Logits of the router's linear layer."""
-    gate = layer.gate
-    return x @ (gate.weight if gate.score is None else gate.score.weight).T
-
-
-def counts_of(ids: Tensor, num_experts: int = E) -> list[int]:
-    return [int((ids == e).sum()) for e in range(num_experts)]
 
 
 # ---- Switch ----------------------------------------------------------------------------------------------------------
@@ -120,164 +96,6 @@ def test_gshard_finds_places_for_first_choices_first(backend: str) -> None:
         return mixture(layer.experts, x, kept, weights), 0.1 * switch_loss(p, ids)
 
     assert_agrees(layer, loop, torch.randn(30, H))
-
-
-# ---- expert choice ---------------------------------------------------------------------------------------------------
-
-
-def chosen_tokens(scores: Tensor, count: int) -> list[list[int]]:
-    """The tokens of each expert: the `count` largest of its column, ties to the lowest token."""
-    return [best(scores[:, e], count) for e in range(scores.shape[1])]
-
-
-def pairs_to_rows(tokens: list[list[int]], scores: Tensor) -> tuple[list[list[int]], list[list[Tensor]]]:
-    ids: list[list[int]] = [[] for _ in scores]
-    weights: list[list[Tensor]] = [[] for _ in scores]
-    for e, column in enumerate(tokens):
-        for t in column:
-            ids[t].append(e)
-            weights[t].append(scores[t, e])
-    return ids, weights
-
-
-@pytest.mark.parametrize("scope", ["batch", "sequence"])
-def test_expert_choice_is_a_loop_over_experts(backend: str, scope: str) -> None:
-    layer = layer_of(presets.expert_choice(scope=scope))
-
-    def loop(layer: Any, x: Tensor) -> Tensor:
-        outputs = []
-        for rows in x if scope == "sequence" else [x.reshape(-1, H)]:
-            s = linear(layer, rows).softmax(-1)
-            ids, weights = pairs_to_rows(chosen_tokens(s, 2 * len(rows) // E), s)
-            outputs.append(mixture(layer.experts, rows, ids, weights))
-        return torch.cat(outputs).view(x.shape)
-
-    assert_agrees(layer, loop, torch.randn(3, 16, H))
-
-
-def test_expert_choice_fills_every_expert_alike(backend: str) -> None:
-    logits = torch.randn(40, E)
-    routing = ExpertChoice(2.0)(logits)
-    assert counts_of(routing.topk_ids) == [10] * E
-    wanted = logits.softmax(-1).T.topk(10).indices
-    for e in range(E):
-        assert set(wanted[e].tolist()) == set((routing.topk_ids == e).any(1).nonzero().flatten().tolist())
-    for row in routing.topk_ids.tolist():
-        chosen = [e for e in row if e >= 0]
-        assert chosen == sorted(set(chosen))
-
-
-def test_expert_choice_gives_ties_to_the_lowest_token() -> None:
-    routing = ExpertChoice(1.0)(torch.zeros(24, 4))
-    assert (routing.topk_ids[:6] >= 0).all()
-    assert (routing.topk_ids[6:] < 0).all()
-    drawn = ExpertChoice(1.0, ties="random")(torch.zeros(24, 4), Context(generator=torch.Generator().manual_seed(1)))
-    assert counts_of(drawn.topk_ids, 4) == [6] * 4
-    assert not torch.equal((drawn.topk_ids >= 0).any(1), (routing.topk_ids >= 0).any(1))
-
-
-def test_expert_choice_gradients() -> None:
-    logits = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
-    for select in (ExpertChoice(2.0), ExpertChoice(tokens_per_expert=3, weights="softmax_over_tokens")):
-        assert torch.autograd.gradcheck(lambda z, select=select: select(z).topk_weights, (logits,))
-
-
-@pytest.mark.parametrize("cap", [1, 2, 3])
-def test_expert_choice_caps_the_experts_of_a_token_near_the_optimum(backend: str, cap: int) -> None:
-    """No token has more, no expert more than its k; the assignment loses few pairs where a cut loses many, and with
-    them has nearly the value of the best one by linear programming."""
-    optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
-    num_tokens, count = 64, 64 * cap // E  # as many places as tokens may have experts at most
-    logits = torch.randn(num_tokens, E) + 2 * torch.randn(num_tokens, 1) * torch.randn(1, E)
-    lost, value = {}, {}
-    for iterations in (0, 100):
-        routing = ExpertChoice(tokens_per_expert=count, max_experts_per_token=cap, cap_iterations=iterations)(logits)
-        assert routing.topk_ids.shape[1] == cap
-        assert max(counts_of(routing.topk_ids)) <= count
-        lost[iterations] = 1 - float((routing.topk_ids >= 0).sum()) / (count * E)
-        value[iterations] = float(routing.topk_weights.sum())
-    assert lost[0] > 0.1
-    assert lost[100] < 0.02
-    per_expert = torch.eye(E).repeat_interleave(num_tokens, 1).numpy()
-    per_token = torch.eye(num_tokens).repeat(1, E).numpy()
-    found = optimize.linprog(
-        -logits.softmax(-1).T.double().flatten().numpy(), A_ub=per_token, b_ub=[cap] * num_tokens, A_eq=per_expert,
-        b_eq=[count] * E, bounds=(0, 1),
-    )  # fmt: skip
-    assert value[0] < value[100] <= -found.fun + 1e-4
-    assert value[100] > -0.97 * found.fun
-
-
-def test_expert_choice_caps_ragged_sequences_apart() -> None:
-    logits = torch.randn(26, E)
-    sequence = torch.tensor([0] * 10 + [1] * 16)
-    select = ExpertChoice(1.0, scope="sequence", max_experts_per_token=2)
-    routing = select(logits, Context(sequence_ids=sequence))
-    for s in range(2):
-        alone = ExpertChoice(1.0, max_experts_per_token=2)(logits[sequence == s])
-        assert torch.equal(routing.topk_ids[sequence == s], alone.topk_ids)
-
-
-def test_expert_choice_with_room_for_all_caps_nothing() -> None:
-    logits = torch.randn(32, E)
-    free = ExpertChoice(2.0)(logits)
-    width = free.topk_ids.shape[1]
-    for iterations in (0, 30):
-        capped = ExpertChoice(2.0, max_experts_per_token=E, cap_iterations=iterations)(logits)
-        assert torch.equal(capped.topk_ids[:, :width], free.topk_ids)
-        assert (capped.topk_ids[:, width:] < 0).all()
-
-
-def test_expert_choice_falls_back_for_decoders() -> None:
-    layer, x = layer_of(presets.expert_choice(evaluation=2), return_routing=True).eval(), torch.randn(9, H)
-    routing, alone = layer(x)[1], layer(x[3:4])[1]
-    assert torch.equal(routing.topk_ids, switchgear.route(linear(layer, x), 2).topk_ids)
-    assert torch.equal(alone.topk_ids[0], routing.topk_ids[3])
-
-
-def test_expert_choice_of_ragged_sequences_is_that_of_each() -> None:
-    logits = torch.randn(23, E)
-    sequence = torch.tensor([5] * 9 + [2] * 14)[torch.randperm(23)]
-    routing = ExpertChoice(2.0, scope="sequence")(logits, Context(sequence_ids=sequence))
-    for s in (2, 5):
-        mine = sequence == s
-        alone = ExpertChoice(2.0)(logits[mine])
-        width = alone.topk_ids.shape[1]
-        assert torch.equal(routing.topk_ids[mine][:, :width], alone.topk_ids)
-        torch.testing.assert_close(routing.topk_weights[mine][:, :width], alone.topk_weights)
-        assert (routing.topk_ids[mine][:, width:] < 0).all()
-
-
-def test_pmoe_averages_the_best_patches_of_each_sample(backend: str) -> None:
-    layer = layer_of(presets.pmoe(patches=3), activation="relu", gated=False)
-
-    def loop(layer: Any, x: Tensor) -> Tensor:
-        outputs = []
-        for sample in x:
-            z = linear(layer, sample)
-            y = torch.zeros_like(sample)
-            for e in range(E):
-                patches = best(z[:, e], 3)
-                share = z[patches, e].softmax(0)
-                for g, t in zip(share, patches, strict=True):
-                    one_hot = torch.eye(len(sample), dtype=x.dtype)[t][:, None]
-                    y = y + one_hot * (g / 3 * expert(layer.experts, e, sample[t]))
-            outputs.append(y)
-        return torch.stack(outputs)
-
-    assert_agrees(layer, loop, torch.randn(3, 7, H))
-
-
-def test_pmoe_of_all_patches_is_a_dense_mixture() -> None:
-    logits = torch.randn(2 * 6, E)
-    select = ExpertChoice(tokens_per_expert=6, scope="sequence", weights="softmax_over_tokens", scale=1 / 6)
-    routing = select(logits, Context(sequence_length=6))
-    assert torch.equal(routing.topk_ids, torch.arange(E, dtype=torch.int32).expand(12, E))
-    torch.testing.assert_close(routing.topk_weights, logits.view(2, 6, E).softmax(1).view(12, E) / 6)
-    for patches in (1, 4):
-        select = ExpertChoice(tokens_per_expert=patches, scope="sequence", weights="softmax_over_tokens")
-        ids = select(logits, Context(sequence_length=6)).topk_ids.view(2, -1)
-        assert all(counts_of(sample) == [patches] * E for sample in ids)
 
 
 # ---- BASE ------------------------------------------------------------------------------------------------------------
@@ -501,184 +319,6 @@ def test_grin_in_training_is_a_loop_of_what_it_drew(backend: str) -> None:
         return mixture(layer.experts, x, ids, weights), 0.1 * switch_loss(z.softmax(-1), ids)
 
     assert_agrees(layer, loop, x, generator=generator)
-
-
-# ---- SAM -------------------------------------------------------------------------------------------------------------
-
-
-def test_sam_is_a_loop_of_two_routers(backend: str) -> None:
-    layer = layer_of(presets.sam(num_groups=4, top_k=2, balance=0.1))
-
-    def loop(layer: Any, x: Tensor) -> Any:
-        groups = (x @ layer.gate.score.switch.weight.T).softmax(-1)
-        inside = (x @ layer.gate.score.mixture.weight.T).view(len(x), 4, 2).softmax(-1)
-        p = (groups[:, :, None] * inside).flatten(1)
-        ids, weights = [], []
-        for t in range(len(x)):
-            g = best(groups[t], 1)[0]
-            ids.append([2 * g + k for k in best(inside[t, g], 2)])
-            weights.append([groups[t, g] * inside[t, g, e - 2 * g] for e in ids[-1]])
-        loss = 0
-        for g in range(4):
-            load = sum(E / (2 * len(x)) * sum(e in choice for choice in ids) for e in (2 * g, 2 * g + 1)) / 2
-            loss = loss + load * p[:, 2 * g : 2 * g + 2].sum(1).mean()
-        return mixture(layer.experts, x, ids, weights), 0.1 * loss
-
-    assert_agrees(layer, loop, torch.randn(20, H))
-
-
-def test_sam_sends_a_token_to_one_group() -> None:
-    logits = torch.randn(100, 12)
-    routing = Grouped(3, 4)(logits)
-    groups = routing.topk_ids // 3
-    assert (groups == groups[:, :1]).all()
-    one = Grouped(3, 1)(logits)
-    assert torch.equal(one.topk_ids, TopK(3)(logits).topk_ids)
-    p = logits.softmax(-1)
-    group = p.view(100, 4, 3).sum(-1).argmax(-1)
-    masked = p.masked_fill(torch.arange(12) // 3 != group[:, None], -1)
-    torch.testing.assert_close(routing.topk_weights, masked.topk(3).values)
-    native = Grouped(3, 4, 2, "top2_sum")(logits)
-    assert torch.equal(native.topk_ids, TopK(3, num_groups=4, topk_groups=2, group_score="top2_sum")(logits).topk_ids)
-
-
-def test_sam_sends_a_token_to_one_other_rank_at_most() -> None:
-    """Groups are ranks: of the rows that an exchange sends, a token has one, where flat top-k has up to K."""
-    placement = Placement.contiguous(12, 4)
-    logits = [torch.randn(50, 12) for _ in range(4)]  # of the tokens of each rank
-
-    def remote(select: Any) -> int:
-        ids = [select(z).topk_ids for z in logits]
-        rows = traffic(ids, placement).rows
-        copies = sum(len({e // 3 for e in row} - {rank}) for rank in range(4) for row in ids[rank].tolist())
-        assert int(rows.sum() - rows.diagonal().sum()) == copies
-        return copies
-
-    assert remote(Grouped(3, 4)) <= 200 < remote(TopK(3))
-    assert remote(Grouped(3, 4, 2)) <= 400
-
-
-# ---- MaskMoE ---------------------------------------------------------------------------------------------------------
-
-COUNTS = torch.tensor([1, 100, 3, 50, 2, 60])
-
-
-def test_maskmoe_is_a_loop_over_visible_experts(backend: str) -> None:
-    layer = layer_of(presets.maskmoe(COUNTS, frequent_from=50, rare_experts=2, top_k=2, balance=0.1))
-    token_ids = torch.randint(len(COUNTS), (20,))
-    visible = layer.gate.select.mask.visible
-
-    def loop(layer: Any, x: Tensor) -> Any:
-        z = linear(layer, x)
-        p = torch.stack([row.masked_fill(~visible[v], -math.inf).softmax(-1) for row, v in zip(z, token_ids)])  # noqa: B905
-        ids = [best(row, 2, visible[v].nonzero().flatten().tolist()) for row, v in zip(p, token_ids, strict=True)]
-        y = mixture(layer.experts, x, ids, [p[t, choice] for t, choice in enumerate(ids)])
-        return y, 0.1 * switch_loss(p, ids)
-
-    assert_agrees(layer, loop, torch.randn(20, H), token_ids=token_ids)
-    assert visible.sum(1).tolist() == [2, E, 2, E, 2, E]
-
-
-def test_maskmoe_sends_a_rare_id_to_its_expert_in_every_batch() -> None:
-    layer = layer_of(presets.maskmoe(COUNTS, frequent_from=50), return_routing=True)
-    (own,) = layer.gate.select.mask.visible[2].nonzero().flatten().tolist()
-    for _ in range(3):
-        x, token_ids = torch.randn(30, H), torch.randint(len(COUNTS), (30,))
-        routing = layer(x, token_ids=token_ids)[1]
-        rare = token_ids == 2
-        assert (routing.topk_ids[rare] == own).all()
-        torch.testing.assert_close(routing.topk_weights[rare], torch.ones(int(rare.sum()), 1))
-        logits = routing.router_logits
-        hidden = ~layer.gate.select.mask.visible[token_ids]
-        assert not logits.softmax(-1)[hidden].any()
-        (grad,) = torch.autograd.grad(routing.topk_weights.sum(), layer.gate.weight)
-        assert grad.isfinite().all()
-    with pytest.raises(ValueError, match="token_ids"):
-        layer(x)
-
-
-def test_maskmoe_hides_from_gradients_too() -> None:
-    """A hidden expert has probability 0 and gradient 0, whatever is done with the weights, the losses included."""
-    layer = layer_of(presets.maskmoe(COUNTS, frequent_from=50, rare_experts=3, top_k=2, balance=0.1))
-    token_ids = torch.randint(len(COUNTS), (30,))
-    hidden = ~layer.gate.select.mask.visible[token_ids]
-    logits = torch.randn(30, E, requires_grad=True)
-    context = Context(token_ids=token_ids, training=True)
-    routing = layer.gate.select(logits, context)
-    loss = (routing.topk_weights * torch.randn(30, 2)).sum() + layer.gate.balance[0](routing, context)
-    (grad,) = torch.autograd.grad(loss, logits)
-    assert not grad[hidden].any()
-    assert grad[~hidden].any()
-
-
-def test_maskmoe_that_hides_nothing_is_top_k() -> None:
-    mask, logits = TokenIdMask(torch.ones(5, E)), torch.randn(9, E)
-    masked = Masked(TopK(2), mask)(logits, Context(token_ids=torch.randint(5, (9,))))
-    plain = TopK(2)(logits)
-    assert torch.equal(masked.topk_ids, plain.topk_ids)
-    assert torch.equal(masked.topk_weights, plain.topk_weights)
-
-
-# ---- word experts ----------------------------------------------------------------------------------------------------
-
-
-def test_word_experts_are_a_table(backend: str) -> None:
-    layer = layer_of(presets.word_experts(vocabulary_size=30, top_k=2))
-    token_ids, table = torch.randint(30, (2, 10)), layer.gate.select.table
-
-    def loop(layer: Any, x: Tensor) -> Tensor:
-        ids = [table[v].tolist() for v in token_ids.flatten()]
-        return mixture(layer.experts, x.flatten(0, 1), ids, [[0.5, 0.5]] * 20).view(x.shape)
-
-    assert_agrees(layer, loop, torch.randn(2, 10, H), token_ids=token_ids)
-    assert not [*layer.gate.parameters()]
-
-
-def test_word_experts_by_the_ten_thousands() -> None:
-    """Many more experts than tokens: the plan has a slot for each token, and experts without one no gradient."""
-    layer = switchgear.MoE(8, 1, 32_768, **presets.word_experts(vocabulary_size=100), return_routing=True)
-    token_ids, x = torch.randint(100, (64,)), torch.randn(64, 8)
-    y, routing = layer(x, token_ids=token_ids)
-    plan = switchgear.plan(routing.topk_ids, routing.num_experts)
-    assert plan.token_indices.shape == (64,)
-    y.sum().backward()
-    touched = layer.gate.select.table[token_ids].unique().long()
-    assert set(layer.experts.down_proj.grad.flatten(1).any(1).nonzero().flatten().tolist()) <= set(touched.tolist())
-    assert layer.experts.down_proj.grad[touched].any()
-    holes = Lookup(torch.tensor([[0, -1], [3, 1]]))(torch.zeros(2, 4), Context(token_ids=torch.tensor([0, 1])))
-    assert holes.topk_weights.tolist() == [[0.5, 0.0], [0.5, 0.5]]
-
-
-def pages_touched(call: Any) -> int:
-    """Pages of memory that the call touches for the first time."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    call()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs mmap of memory without reservation")
-def test_word_experts_cost_their_tokens_and_not_their_number(isa: str) -> None:
-    """O(T): 32 tokens read the weights of 32 experts, whether there are 1024 or 32,768 of them, in memory of which each
-    page that is read is one that was never touched before. All experts would be thirty-two times as many."""
-    tokens, width, page = 32, 32, mmap.PAGESIZE
-    x, pages = torch.randn(tokens, 64), {}
-    of_an_expert = 2 + math.ceil(2 * width * 64 * 4 / page) + math.ceil(64 * width * 4 / page)
-    for num_experts in (1024, 32_768):
-        table = (torch.arange(tokens) * (num_experts // tokens)).int()[:, None]
-        select = Lookup(table)
-        layer = switchgear.MoE(64, width, num_experts, select=select, device="meta").eval()
-        for name, parameter in list(layer.experts.named_parameters()):
-            memory = mmap.mmap(-1, parameter.numel() * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
-            untouched = torch.frombuffer(memory, dtype=torch.float32).view(parameter.shape)
-            setattr(layer.experts, name, torch.nn.Parameter(untouched, requires_grad=False))
-        select.table = table
-        with torch.no_grad():
-            routing = layer.gate(x, Context(token_ids=torch.arange(tokens)))
-            assert routing.router_logits.untyped_storage().nbytes() < 100  # no [T,E]
-            pages[num_experts] = pages_touched(lambda layer=layer: layer(x, token_ids=torch.arange(tokens)))
-    offsets = math.ceil(32_769 * 4 / page)  # the plan has one for each expert, and its counters are as many
-    assert pages[32_768] < tokens * of_an_expert + 16 * offsets
-    assert pages[32_768] < 32_768 * of_an_expert / 32
 
 
 # ---- THOR ------------------------------------------------------------------------------------------------------------

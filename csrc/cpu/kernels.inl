@@ -306,13 +306,13 @@ double multiply_rate(DType dtype, int64_t iterations) {
   return dtype == DType::kBFloat16 ? multiply_registers<kHasPairs>(iterations) : multiply_registers<false>(iterations);
 }
 
-template <bool kAsks>
-uint64_t read_lines(const void* data, int64_t bytes) {
+uint64_t read_bytes(const void* data, int64_t bytes) {
   const char* p = static_cast<const char*>(data);
+  const bool asks = follows_streams();
   Ints total[8] = {};
   constexpr int kPart = sizeof(Ints);
   for (int64_t i = 0; i + 512 <= bytes; i += 512) {
-    for (int j = 0; kAsks && j < 512; j += kAskedBytes) {
+    for (int j = 0; asks && j < 512; j += kAskedBytes) {
       __builtin_prefetch(p + i + j + lead_of(Asks::kSomeLines), 0, 2);
     }
 #pragma GCC unroll 32
@@ -327,10 +327,6 @@ uint64_t read_lines(const void* data, int64_t bytes) {
     for (int i = 0; i < kLanes; ++i) result += static_cast<uint32_t>(v[i]);
   }
   return result;
-}
-
-uint64_t read_bytes(const void* data, int64_t bytes) {
-  return follows_streams() ? read_lines<true>(data, bytes) : read_lines<false>(data, bytes);
 }
 
 constexpr Kernels make_table(const char* isa) {

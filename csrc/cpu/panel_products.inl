@@ -67,10 +67,10 @@ constexpr int kParts = kSets * kGroups;
 
 // kRows rows of C += the products of rows of A, whose chunk is at word `offset`, and parts of B. A part's sums are added to those of
 // other sets that wait for them, and wait themselves, or behind the last set are added to C. Sums of a level are kMaxRows rows
-// behind those of the one before. Asks for kLines lines a step, `ahead_step` bytes after those of the step before.
+// behind those of the one before. Asks for kLines lines a step, `stride` bytes after those of the step before.
 template <int kRows, typename Words, int kLines>
 void add_parts(float* c, float* waiting, const void* const* a_rows, int64_t offset,
-               const PartsOfB<Element<Words>>& parts, const char* ahead, int64_t ahead_step) {
+               const PartsOfB<Element<Words>>& parts, const char* ahead, int64_t stride) {
   constexpr int64_t kVector = kLanes * Words::kDepth;
   const float* rows[kRows];
 #pragma GCC unroll 8
@@ -92,7 +92,7 @@ void add_parts(float* c, float* waiting, const void* const* a_rows, int64_t offs
       block += kPanelVectors * kVector;
 #pragma GCC unroll 4
       for (int j = 0; j < kLines; ++j) __builtin_prefetch(ahead + j * kLine, 0, 2);
-      ahead += ahead_step;
+      ahead += stride;
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
@@ -140,22 +140,34 @@ inline void ask_for_rows(const void* const* rows, int64_t count, int64_t offset,
   }
 }
 
+// How B is asked for ahead of multiplying it: in each step of the first `tiles` tiles of rows by `lines` lines, `stride` bytes after
+// those of the step before.
+struct Guide {
+  int lines;
+  int64_t stride, tiles;
+};
+constexpr int kGuidedRows = 2;
+
+// Several tiles share asking for all of a step, a line or two each. A single one asks for every line; but a processor that follows
+// streams feeds it, and one or two rows lead it to where the stream goes on.
+inline Guide guide_of(int64_t num_rows, int64_t tiles, int step_lines, int64_t step_bytes) {
+  if (tiles > 1) {
+    const int lines = tiles < step_lines ? 2 : 1;
+    return {lines, lines * kLine, step_lines / lines};
+  }
+  if (!follows_streams()) return {step_lines, step_bytes, 1};
+  return {num_rows <= kGuidedRows ? 1 : 0, step_bytes, 1};
+}
+
 template <typename Words>
 void panel_products_of(const Product& product) {
   using T = Element<Words>;
   constexpr int64_t kStep = kLanes * Words::kDepth, kChunk = kChunkWords * Words::kDepth;
   constexpr int64_t kStepBytes = kStep * kPanelVectors * sizeof(T);
   constexpr int kLines = kStepBytes < kLine ? 1 : kStepBytes / kLine;
-  constexpr int kGuidedRows = 2;                   // of tiles that are alone
   constexpr int64_t kNear = 16384, kLead = 32768;  // bytes: of parts that stay in L1, and ahead of them
   const int64_t tiles = num_row_tiles(product.num_rows);
-  // A processor that follows streams feeds a single tile: one or two rows lead it by a line a step to where the stream goes on.
-  // Others are asked for every line. Several tiles share asking for all that they read, a line or two a step.
-  const bool asks_alone = tiles == 1 && !follows_streams();
-  const bool is_guided = tiles > 1 || asks_alone || product.num_rows <= kGuidedRows;
-  const int lines = asks_alone ? kLines : !is_guided ? 0 : tiles > 1 && tiles < kLines ? 2 : 1;
-  const int64_t ahead_step = tiles == 1 ? kStepBytes : lines * kLine;
-  const int64_t asking = is_guided ? kLines / lines : 0;
+  const Guide guide = guide_of(product.num_rows, tiles, kLines, kStepBytes);
   const T* data = static_cast<const T*>(product.b.data);
   const char* const end = reinterpret_cast<const char*>(data + product.depth * kPanel);
   float* const waiting = static_cast<float*>(product.scratch);
@@ -176,21 +188,21 @@ void panel_products_of(const Product& product) {
         if (part % kGroups == 0 && t + 1 < tiles) {  // the first time that rows are read here
           ask_for_rows(product.rows + m + count, count, 4 * offset + part / kGroups * set_bytes, sets * set_bytes);
         }
-        const int asked = t < asking ? lines : 0;
+        const int lines = t < guide.tiles ? guide.lines : 0;
         with_constant<kTileRows>(count, [&]<int kRows>() {
           const auto add = [&]<int kAsked>() {
             add_parts<kRows, Words, kAsked>(product.c + m * kPanel, waiting + m * kPanel, product.rows + m, offset,
-                                            parts, ahead, ahead_step);
+                                            parts, ahead, guide.stride);
           };
-          if (asked == kLines) {
+          if (lines == kLines) {
             add.template operator()<kLines>();
           } else if constexpr (kRows <= kGuidedRows) {
             add.template operator()<1>();
           } else {
-            with_constant<3>(asked + 1, [&]<int kCount>() { add.template operator()<kCount - 1>(); });
+            with_constant<3>(lines + 1, [&]<int kCount>() { add.template operator()<kCount - 1>(); });
           }
         });
-        if (asked > 0) ahead += (last - part) * steps * ahead_step;
+        if (lines > 0) ahead += (last - part) * steps * guide.stride;
       }
       data += (last - part) * steps * kStep * kPanelVectors;
     }

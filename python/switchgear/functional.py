@@ -116,9 +116,10 @@ def _as_weights(name: str, weights: T, dtype: torch.dtype) -> T:
 
 
 def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in autocast's dtype, where autocast is on; float64 stays as it is, as everywhere in torch."""
+    """The tensors in autocast's dtype; bytes stay as they are, and float64 does, as everywhere in torch."""
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(tensor if tensor is None or tensor.dtype is torch.float64 else tensor.to(dtype) for tensor in tensors)
+    stay = (torch.float64, torch.uint8)
+    return tuple(tensor if tensor is None or tensor.dtype in stay else tensor.to(dtype) for tensor in tensors)
 
 
 def _number(name: str, value: float) -> float:

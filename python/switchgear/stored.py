@@ -15,10 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from switchgear import ops
 from switchgear.backends import in_autocast
 from switchgear.compress.formats import QuantizedExperts, quantized_of
-from switchgear.functional import _limit, _needs_autograd, _number, _rows_of, moe
+from switchgear.functional import _needs_autograd, moe
 from switchgear.packing import Layout, layout_of
 
 
@@ -110,43 +109,27 @@ def stored_moe(
     topk_ids: Tensor,
     topk_weights: Tensor,
     *,
-    activation: str = "silu",
-    gated: bool = True,
-    interleaved: bool = False,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-    alpha: float = 1.702,
-    limit: float | None = None,
+    **options: Any,
 ) -> Tensor:
-    """switchgear.moe with stored weights of x's dtype.
+    """switchgear.moe, and its options, with stored weights of x's dtype.
 
     Inside torch.autocast x is cast to its dtype, as in moe. ValueError for an x of another H, which bytes do not show.
     """
     if x.shape[-1] != gate_up_proj.columns:
         raise ValueError(f"x: expected shape [..., {gate_up_proj.columns}], got {list(x.shape)}")
-    device_type = x.device.type
     dtype = x.dtype
-    if in_autocast(device_type) and dtype is not torch.float64:  # bytes may hold what weights would be cast to
-        dtype = torch.get_autocast_dtype(device_type)
-        is_served = True
-    else:
-        is_served = dtype is gate_up_proj.dtype
+    is_served = dtype is gate_up_proj.dtype
+    if in_autocast(x.device.type) and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        is_served = True  # bytes may hold what weights would be cast to
     is_served = is_served and x.is_cpu and gate_up_proj.serves(dtype) and down_proj.serves(dtype)
-    if not is_served or _needs_autograd(x, gate_up_bias, down_bias, topk_weights):
-        return moe(
-            x, gate_up_proj.weight(), down_proj.weight(), topk_ids, topk_weights, activation=activation, gated=gated,
-            interleaved=interleaved, gate_up_bias=gate_up_bias, down_bias=down_bias, alpha=alpha, limit=limit,
-        )  # fmt: skip
-    shape = x.shape
-    x, topk_ids, topk_weights = _rows_of(x.to(dtype), topk_ids, topk_weights)
-    biases = [None if bias is None else bias.to(dtype) for bias in (gate_up_bias, down_bias)]
-    others = (gate_up_proj.data, down_proj.data, *biases, topk_ids, topk_weights)
-    options = (activation, gated, interleaved, _number("alpha", alpha), _limit(limit))
-    if ops.needs_no_dispatch(x, *others):
-        y = ops.moe_forward_on_host(x, *others, *options)  # type: ignore[arg-type]
+    if is_served and not _needs_autograd(x, gate_up_bias, down_bias, topk_weights):
+        first, second = gate_up_proj.data, down_proj.data
     else:
-        y = ops.moe_forward(x, *others, *options, False)[0]
-    return y if len(shape) == 2 else y.reshape(shape)
+        first, second = gate_up_proj.weight(), down_proj.weight()
+    return moe(x, first, second, topk_ids, topk_weights, gate_up_bias=gate_up_bias, down_bias=down_bias, **options)
 
 
 def store(model: nn.Module, form: Form) -> int:

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Papers that let a token go to some experts only, each against a float64 loop, and by what it promises."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import resource
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import switchgear
+from loops import E, H, assert_agrees, best, layer_of, linear, mixture, switch_loss
+from switchgear import presets
+from switchgear.parallel.cost import count as traffic
+from switchgear.parallel.placement import Placement
+from switchgear.routing import (
+    Context,
+    Grouped,
+    Lookup,
+    Masked,
+    TokenIdMask,
+    TopK,
+)
+
+# ---- SAM -------------------------------------------------------------------------------------------------------------
+
+
+def test_sam_is_a_loop_of_two_routers(backend: str) -> None:
+    layer = layer_of(presets.sam(num_groups=4, top_k=2, balance=0.1))
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        groups = (x @ layer.gate.score.switch.weight.T).softmax(-1)
+        inside = (x @ layer.gate.score.mixture.weight.T).view(len(x), 4, 2).softmax(-1)
+        p = (groups[:, :, None] * inside).flatten(1)
+        ids, weights = [], []
+        for t in range(len(x)):
+            g = best(groups[t], 1)[0]
+            ids.append([2 * g + k for k in best(inside[t, g], 2)])
+            weights.append([groups[t, g] * inside[t, g, e - 2 * g] for e in ids[-1]])
+        loss = 0
+        for g in range(4):
+            load = sum(E / (2 * len(x)) * sum(e in choice for choice in ids) for e in (2 * g, 2 * g + 1)) / 2
+            loss = loss + load * p[:, 2 * g : 2 * g + 2].sum(1).mean()
+        return mixture(layer.experts, x, ids, weights), 0.1 * loss
+
+    assert_agrees(layer, loop, torch.randn(20, H))
+
+
+def test_sam_sends_a_token_to_one_group() -> None:
+    logits = torch.randn(100, 12)
+    routing = Grouped(3, 4)(logits)
+    groups = routing.topk_ids // 3
+    assert (groups == groups[:, :1]).all()
+    one = Grouped(3, 1)(logits)
+    assert torch.equal(one.topk_ids, TopK(3)(logits).topk_ids)
+    p = logits.softmax(-1)
+    group = p.view(100, 4, 3).sum(-1).argmax(-1)
+    masked = p.masked_fill(torch.arange(12) // 3 != group[:, None], -1)
+    torch.testing.assert_close(routing.topk_weights, masked.topk(3).values)
+    native = Grouped(3, 4, 2, "top2_sum")(logits)
+    assert torch.equal(native.topk_ids, TopK(3, num_groups=4, topk_groups=2, group_score="top2_sum")(logits).topk_ids)
+
+
+def test_sam_sends_a_token_to_one_other_rank_at_most() -> None:
+    """Groups are ranks: of the rows that an exchange sends, a token has one, where flat top-k has up to K."""
+    placement = Placement.contiguous(12, 4)
+    logits = [torch.randn(50, 12) for _ in range(4)]  # of the tokens of each rank
+
+    def remote(select: Any) -> int:
+        ids = [select(z).topk_ids for z in logits]
+        rows = traffic(ids, placement).rows
+        copies = sum(len({e // 3 for e in row} - {rank}) for rank in range(4) for row in ids[rank].tolist())
+        assert int(rows.sum() - rows.diagonal().sum()) == copies
+        return copies
+
+    assert remote(Grouped(3, 4)) <= 200 < remote(TopK(3))
+    assert remote(Grouped(3, 4, 2)) <= 400
+
+
+# ---- MaskMoE ---------------------------------------------------------------------------------------------------------
+
+COUNTS = torch.tensor([1, 100, 3, 50, 2, 60])
+
+
+def test_maskmoe_is_a_loop_over_visible_experts(backend: str) -> None:
+    layer = layer_of(presets.maskmoe(COUNTS, frequent_from=50, rare_experts=2, top_k=2, balance=0.1))
+    token_ids = torch.randint(len(COUNTS), (20,))
+    visible = layer.gate.select.mask.visible
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        z = linear(layer, x)
+        p = torch.stack([row.masked_fill(~visible[v], -math.inf).softmax(-1) for row, v in zip(z, token_ids)])  # noqa: B905
+        ids = [best(row, 2, visible[v].nonzero().flatten().tolist()) for row, v in zip(p, token_ids, strict=True)]
+        y = mixture(layer.experts, x, ids, [p[t, choice] for t, choice in enumerate(ids)])
+        return y, 0.1 * switch_loss(p, ids)
+
+    assert_agrees(layer, loop, torch.randn(20, H), token_ids=token_ids)
+    assert visible.sum(1).tolist() == [2, E, 2, E, 2, E]
+
+
+def test_maskmoe_sends_a_rare_id_to_its_expert_in_every_batch() -> None:
+    layer = layer_of(presets.maskmoe(COUNTS, frequent_from=50), return_routing=True)
+    (own,) = layer.gate.select.mask.visible[2].nonzero().flatten().tolist()
+    for _ in range(3):
+        x, token_ids = torch.randn(30, H), torch.randint(len(COUNTS), (30,))
+        routing = layer(x, token_ids=token_ids)[1]
+        rare = token_ids == 2
+        assert (routing.topk_ids[rare] == own).all()
+        torch.testing.assert_close(routing.topk_weights[rare], torch.ones(int(rare.sum()), 1))
+        logits = routing.router_logits
+        hidden = ~layer.gate.select.mask.visible[token_ids]
+        assert not logits.softmax(-1)[hidden].any()
+        (grad,) = torch.autograd.grad(routing.topk_weights.sum(), layer.gate.weight)
+        assert grad.isfinite().all()
+    with pytest.raises(ValueError, match="token_ids"):
+        layer(x)
+
+
+def test_maskmoe_hides_from_gradients_too() -> None:
+    """A hidden expert has probability 0 and gradient 0, whatever is done with the weights, the losses included."""
+    layer = layer_of(presets.maskmoe(COUNTS, frequent_from=50, rare_experts=3, top_k=2, balance=0.1))
+    token_ids = torch.randint(len(COUNTS), (30,))
+    hidden = ~layer.gate.select.mask.visible[token_ids]
+    logits = torch.randn(30, E, requires_grad=True)
+    context = Context(token_ids=token_ids, training=True)
+    routing = layer.gate.select(logits, context)
+    loss = (routing.topk_weights * torch.randn(30, 2)).sum() + layer.gate.balance[0](routing, context)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert not grad[hidden].any()
+    assert grad[~hidden].any()
+
+
+def test_maskmoe_that_hides_nothing_is_top_k() -> None:
+    mask, logits = TokenIdMask(torch.ones(5, E)), torch.randn(9, E)
+    masked = Masked(TopK(2), mask)(logits, Context(token_ids=torch.randint(5, (9,))))
+    plain = TopK(2)(logits)
+    assert torch.equal(masked.topk_ids, plain.topk_ids)
+    assert torch.equal(masked.topk_weights, plain.topk_weights)
+
+
+# ---- word experts ----------------------------------------------------------------------------------------------------
+
+
+def test_word_experts_are_a_table(backend: str) -> None:
+    layer = layer_of(presets.word_experts(vocabulary_size=30, top_k=2))
+    token_ids, table = torch.randint(30, (2, 10)), layer.gate.select.table
+
+    def loop(layer: Any, x: Tensor) -> Tensor:
+        ids = [table[v].tolist() for v in token_ids.flatten()]
+        return mixture(layer.experts, x.flatten(0, 1), ids, [[0.5, 0.5]] * 20).view(x.shape)
+
+    assert_agrees(layer, loop, torch.randn(2, 10, H), token_ids=token_ids)
+    assert not [*layer.gate.parameters()]
+
+
+def test_word_experts_by_the_ten_thousands() -> None:
+    """Many more experts than tokens: the plan has a slot for each token, and experts without one no gradient."""
+    layer = switchgear.MoE(8, 1, 32_768, **presets.word_experts(vocabulary_size=100), return_routing=True)
+    token_ids, x = torch.randint(100, (64,)), torch.randn(64, 8)
+    y, routing = layer(x, token_ids=token_ids)
+    plan = switchgear.plan(routing.topk_ids, routing.num_experts)
+    assert plan.token_indices.shape == (64,)
+    y.sum().backward()
+    touched = layer.gate.select.table[token_ids].unique().long()
+    assert set(layer.experts.down_proj.grad.flatten(1).any(1).nonzero().flatten().tolist()) <= set(touched.tolist())
+    assert layer.experts.down_proj.grad[touched].any()
+    holes = Lookup(torch.tensor([[0, -1], [3, 1]]))(torch.zeros(2, 4), Context(token_ids=torch.tensor([0, 1])))
+    assert holes.topk_weights.tolist() == [[0.5, 0.0], [0.5, 0.5]]
+
+
+def pages_touched(call: Any) -> int:
+    """Pages of memory that the call touches for the first time."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs mmap of memory without reservation")
+def test_word_experts_cost_their_tokens_and_not_their_number(isa: str) -> None:
+    """O(T): 32 tokens read the weights of 32 experts, whether there are 1024 or 32,768 of them, in memory of which each
+    page that is read is one that was never touched before. All experts would be thirty-two times as many."""
+    tokens, width, page = 32, 32, mmap.PAGESIZE
+    x, pages = torch.randn(tokens, 64), {}
+    of_an_expert = 2 + math.ceil(2 * width * 64 * 4 / page) + math.ceil(64 * width * 4 / page)
+    for num_experts in (1024, 32_768):
+        table = (torch.arange(tokens) * (num_experts // tokens)).int()[:, None]
+        select = Lookup(table)
+        layer = switchgear.MoE(64, width, num_experts, select=select, device="meta").eval()
+        for name, parameter in list(layer.experts.named_parameters()):
+            memory = mmap.mmap(-1, parameter.numel() * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+            untouched = torch.frombuffer(memory, dtype=torch.float32).view(parameter.shape)
+            setattr(layer.experts, name, torch.nn.Parameter(untouched, requires_grad=False))
+        select.table = table
+        with torch.no_grad():
+            routing = layer.gate(x, Context(token_ids=torch.arange(tokens)))
+            assert routing.router_logits.untyped_storage().nbytes() < 100  # no [T,E]
+            pages[num_experts] = pages_touched(lambda layer=layer: layer(x, token_ids=torch.arange(tokens)))
+    offsets = math.ceil(32_769 * 4 / page)  # the plan has one for each expert, and its counters are as many
+    assert pages[32_768] < tokens * of_an_expert + 16 * offsets
+    assert pages[32_768] < 32_768 * of_an_expert / 32
