@@ -131,7 +131,8 @@ void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stri
 // All columns of a few tiles of rows, which find a row of B in L1 once the first one has read it.
 template <typename Record, int kFew, Asks kAsks>
 void add_compact_columns(const Product& product, const Rows& a, const CompactRow& b) {
-  const RowsOfB rows(product, b.data, product.b.n_stride, lead_of(kAsks));
+  const int64_t stride = product.b.n_stride;
+  const RowsOfB rows(b.data, stride, product.num_columns, stride, lead_of(kAsks), product.next);
   constexpr int kMost = kAsks == Asks::kSomeLines ? 2 : kTileRows;  // rows of a tile: see choose_walk
   const int64_t tiles = num_row_tiles(product.num_rows);
   for_columns<kFew>(rows, [&]<int kColumns>(int64_t n) {

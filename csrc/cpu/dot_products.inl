@@ -175,19 +175,20 @@ void add_dot_rows(float* c, const Rows& a, const void* const* next_rows, const D
   }
 }
 
-// Rows of B that a single tile of A reads one after the other, as they lie in memory, and where it asks for more: `lead` bytes
-// further on. Behind the last row come those of the next product.
+// Rows of B, or a part of each, that a single tile of A reads one after the other as they lie in memory, and where it asks for more:
+// `lead` rows further on. Behind the last row come the next ones to be read, as far apart.
 struct RowsOfB {
   const char* data;
-  int64_t stride, count, lead;  // lead: rows; equal rows may have a stride of 0
+  int64_t stride, count, lead;  // equal rows may have a stride of 0
   const char* next;
 
-  RowsOfB(const Product& product, const void* b, int64_t row_bytes, int64_t lead_bytes)
+  RowsOfB(const void* b, int64_t row_stride, int64_t num_rows, int64_t part_bytes, int64_t lead_bytes,
+          const void* next_b)
       : data(static_cast<const char*>(b)),
-        stride(row_bytes),
-        count(product.num_columns),
-        lead(row_bytes > 0 ? (lead_bytes + row_bytes - 1) / row_bytes : 1),
-        next(product.next != nullptr ? static_cast<const char*>(product.next) : data) {}
+        stride(row_stride),
+        count(num_rows),
+        lead((lead_bytes + part_bytes - 1) / part_bytes),
+        next(next_b != nullptr ? static_cast<const char*>(next_b) : data) {}
 
   const char* row(int64_t n) const { return data + n * stride; }
   const char* ahead_of(int64_t n) const {
@@ -199,8 +200,11 @@ struct RowsOfB {
 // short rows wait for their starts and ends, and narrow vectors for the chain of one column's sums: these take kDotColumns.
 // Up to two rows of A stay in L1, and where the processor follows streams, a line here and there is enough.
 // More rows come from L2 part of the time, and must not wait in L1's miss buffers behind lines from memory: so all of B is asked for
-// well ahead. Where rows of A exceed L1, kDotColumns columns share what is read of them.
+// well ahead. Where rows of A exceed L1, kDotColumns columns share what is read of them; from kChunkedRows on they are multiplied
+// chunk by chunk instead, which was measured on processors that follow streams.
 constexpr int64_t kShortRow = 1024, kFitting = 24576;  // bytes: of a row of B, of all rows of A
+constexpr int64_t kChunkedRows = 4;
+static_assert(kTileRows * kChunkWords * 4 <= kFitting);
 template <typename Words>
 constexpr bool kIsNarrow = kLanes * Words::kDepth * sizeof(Element<Words>) < 32;
 constexpr int64_t lead_of(Asks asks) { return asks == Asks::kEveryLine ? 32768 : 8192; }  // bytes
@@ -223,14 +227,14 @@ void for_columns(const RowsOfB& rows, Tile&& tile) {
   for (; n < rows.count; ++n) tile.template operator()<1>(n);
 }
 
-// All of a single tile, whose B is read once.
+// All of a single tile, whose B is read once; or a part of its depth, behind which `next` comes.
 template <int kRows, typename Words>
-void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words>* b, int64_t depth) {
+void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words>* b, int64_t depth, const void* next) {
   constexpr int64_t kElement = sizeof(*b);
   const int64_t stride = product.b.n_stride;
-  const int64_t a_bytes = depth * 4 / Words::kDepth;
-  choose_walk<Words>(kRows, a_bytes, stride * kElement, kFitting, [&]<int kColumns, Asks kAsks>() {
-    const RowsOfB rows(product, b, stride * kElement, lead_of(kAsks));
+  const int64_t a_bytes = depth * 4 / Words::kDepth, b_bytes = depth * kElement;
+  choose_walk<Words>(kRows, a_bytes, b_bytes, kFitting, [&]<int kColumns, Asks kAsks>() {
+    const RowsOfB rows(b, stride * kElement, product.num_columns, b_bytes, lead_of(kAsks), next);
     for_columns<kColumns>(rows, [&]<int kCount>(int64_t n) {
       add_dot_tile<kRows, kCount, kAsks, Words>(product.c + n, a, b + n * stride, stride, depth,
                                                 {rows.ahead_of(n), nullptr});
@@ -306,11 +310,15 @@ void dot_products_of(const Product& product) {
 
   __builtin_memset(product.c, 0, sizeof(float) * kPanel * static_cast<size_t>(product.num_rows));
   if (b.k_stride == 1 && product.num_rows <= kTileRows) {
-    const int64_t most = kPairs || product.b.dtype == DType::kFloat32 ? kChunk * depth : kMaxRows / kTileRows * kChunk;
+    const bool widens = !kPairs && b.dtype != DType::kFloat32;
+    const bool exceeds = product.num_rows * depth * 4 / Words::kDepth > kFitting;
+    const bool in_chunks = exceeds && product.num_rows >= kChunkedRows && follows_streams();
+    const int64_t most = widens ? kMaxRows / kTileRows * kChunk : in_chunks ? kChunk : depth;
     for (int64_t k = 0; k < depth; k += most) {
       const Rows rows = rows_from(product, b.dtype, kPairs, k, length(k, most), widened_rows);
+      const void* const next = k + most < depth ? data + k + most : product.next;
       with_constant<kTileRows>(product.num_rows, [&]<int kRows>() {
-        add_few_dot_rows<kRows, Words>(product, rows, data + k, length(k, most));
+        add_few_dot_rows<kRows, Words>(product, rows, data + k, length(k, most), next);
       });
     }
     return;
