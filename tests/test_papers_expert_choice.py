@@ -12,10 +12,7 @@ from torch import Tensor
 import switchgear
 from loops import E, H, assert_agrees, best, counts_of, expert, layer_of, linear, mixture
 from switchgear import presets
-from switchgear.routing import (
-    Context,
-    ExpertChoice,
-)
+from switchgear.routing import Context, ExpertChoice
 
 
 def chosen_tokens(scores: Tensor, count: int) -> list[list[int]]:

@@ -17,14 +17,7 @@ from loops import E, H, assert_agrees, best, layer_of, linear, mixture, switch_l
 from switchgear import presets
 from switchgear.parallel.cost import count as traffic
 from switchgear.parallel.placement import Placement
-from switchgear.routing import (
-    Context,
-    Grouped,
-    Lookup,
-    Masked,
-    TokenIdMask,
-    TopK,
-)
+from switchgear.routing import Context, Grouped, Lookup, Masked, TokenIdMask, TopK
 
 # ---- SAM -------------------------------------------------------------------------------------------------------------
 

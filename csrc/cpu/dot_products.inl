@@ -312,7 +312,7 @@ void dot_products_of(const Product& product) {
   if (b.k_stride == 1 && product.num_rows <= kTileRows) {
     const bool widens = !kPairs && b.dtype != DType::kFloat32;
     const bool exceeds = product.num_rows * depth * 4 / Words::kDepth > kFitting;
-    const bool in_chunks = exceeds && product.num_rows >= kChunkedRows && follows_streams();
+    const bool in_chunks = exceeds && product.num_rows >= kChunkedRows && !kIsNarrow<Words> && follows_streams();
     const int64_t most = widens ? kMaxRows / kTileRows * kChunk : in_chunks ? kChunk : depth;
     for (int64_t k = 0; k < depth; k += most) {
       const Rows rows = rows_from(product, b.dtype, kPairs, k, length(k, most), widened_rows);
