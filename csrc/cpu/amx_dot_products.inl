@@ -28,8 +28,9 @@ class DotProduct {
         columns_(at_most(product.num_columns, kTile)),
         groups_(tiles_of(product.num_rows, kTile)),
         blocks_(tiles_of(product.num_columns, kTile)),
-        in_place_(product.b.in_panels || (product.b.compact_bytes == 0 && product.b.k_stride == 1)),
-        chunk_(product.b.compact_bytes > 0                ? kCompactChunk
+        in_place_(product.b.format == Format::kPanels ||
+                  (product.b.format == Format::kPlain && product.b.k_stride == 1)),
+        chunk_(product.b.format == Format::kCompact       ? kCompactChunk
                : in_place_ && product.gathered != nullptr ? product.depth
                                                           : kChunk),
         scratch_(static_cast<float*>(product.scratch)) {}
@@ -67,7 +68,7 @@ class DotProduct {
     const auto* const next = static_cast<const char*>(p_.next);
     if (in_place_ && chunk_ == p_.depth) {
       const int64_t pair = at_most(2 * kTile, p_.num_columns);
-      if (b.in_panels) {
+      if (b.format == Format::kPanels) {
         const int64_t bytes = p_.num_columns * b.n_stride,
                       lead = groups_ <= 2 ? at_most(kLead, bytes / 2) : pair * b.n_stride;
         return {data + lead, 1, 0, bytes - lead, next, next != nullptr, lead};
@@ -82,11 +83,11 @@ class DotProduct {
     }
     if (data == nullptr) return {};
     const int64_t count = at_most(p_.depth - k, chunk_), rows = p_.num_columns;
-    if (b.compact_bytes > 0) {
+    if (b.format == Format::kCompact) {
       const int64_t records = compact_header(b.n_stride, p_.depth, b.dtype) + compact_records_bytes(k, b.dtype);
       return {data + records, rows, b.n_stride, compact_records_bytes(count, b.dtype)};
     }
-    if (b.in_panels)
+    if (b.format == Format::kPanels)
       return {data + k / kStep * 2 * kTileBytes, 1, 0, rows * 2 * count};  // what a pair lacks comes with the next
     if (b.k_stride != 1) return {};
     return {data + 2 * k, rows, 2 * b.n_stride, 2 * count};
@@ -97,7 +98,7 @@ class DotProduct {
     const int64_t steps = tiles_of(depth, kStep),
                   whole = in_place_ ? depth / kStep : 0;  // of which B is read where it lies
     Ahead ahead = ahead_of(k + depth);
-    if (b.compact_bytes > 0) {
+    if (b.format == Format::kCompact) {
       unpack(k, depth, ahead);
     } else if (whole < steps) {
       kernels_avx512bf16().pack_chunk(p_, k + whole * kStep, depth - whole * kStep);
@@ -131,7 +132,7 @@ class DotProduct {
                              .sums = {{c + j * kTile, c + j1 * kTile}, {c1 + j * kTile, c1 + j1 * kTile}},
                              .sum_stride = kPanel * 4,
                              .adds = k + s > 0};
-          if (b.in_panels) {
+          if (b.format == Format::kPanels) {
             const char* const pair =
                 static_cast<const char*>(b.data) + j * kTile * b.n_stride + k / kStep * 2 * kTileBytes;
             block.first[0] = pair, block.first[1] = pair + kTileBytes;

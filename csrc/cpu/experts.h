@@ -29,8 +29,10 @@ class ExpertMatrix {
         column_stride_(m.packed.stride[2]),
         dtype_(dtype),
         stored_(m.packed.dtype),
-        in_panels_(is_in_panels(m.packed)),
-        compact_bytes_(stored_ == DType::kUInt8 && !in_panels_ ? m.packed.as<uint8_t>()[kCompactElementBytes] : 0) {}
+        format_(stored_ != DType::kUInt8 ? Format::kPlain
+                : is_in_panels(m.packed) ? Format::kPanels
+                                         : Format::kCompact),
+        compact_bytes_(format_ == Format::kCompact ? m.packed.as<uint8_t>()[kCompactElementBytes] : 0) {}
 
   static int64_t rows_of(const ExpertMatrices& m) {
     return is_in_panels(m.packed) ? m.packed.shape[1] * kernels().panel : m.packed.shape[1];
@@ -44,8 +46,8 @@ class ExpertMatrix {
             .dtype = dtype_,
             .n_stride = row_stride_,
             .k_stride = column_stride_,
-            .compact_bytes = compact_bytes_,
-            .in_panels = in_panels_};
+            .format = format_,
+            .compact_bytes = compact_bytes_};
   }
   // B[n,k] = W[k, first + n]: x·W
   Matrix columns_from(int64_t first) const {
@@ -66,7 +68,7 @@ class ExpertMatrix {
   int64_t rows_;
   int64_t row_stride_, column_stride_;
   DType dtype_, stored_;
-  bool in_panels_;
+  Format format_;
   int compact_bytes_;
 };
 

@@ -6,22 +6,47 @@
 #pragma once
 #include <cstdint>
 
+#include "switchgear/minifloat.h"
 #include "switchgear/ops.h"
 
 namespace switchgear::cpu {
 
-// One operand of a matrix product: element (n, k) is data[n·n_stride + k·k_stride], strides in elements, one of them 1. If it
-// is compact (compact.h) or in panels (panels.h), n_stride bytes are a row of elements, whose number is the depth of the product.
+// One operand of a matrix product: element (n, k) is data[n·n_stride + k·k_stride], strides in elements, one of them 1, if it is
+// plain. In panels or compact, n_stride bytes are a row of elements, whose number is the depth of the product; of minifloats,
+// n_stride bytes are a block of 16 rows.
 struct Matrix {
   const void* data = nullptr;
-  DType dtype = DType::kFloat32;
+  DType dtype = DType::kFloat32;  // of the rows that it meets
   int64_t n_stride = 0;
   int64_t k_stride = 0;
-  int compact_bytes = 0;  // of an element of compact rows, 2 or 4; 0 if it isn't compact
-  bool in_panels = false;
+  Format format = Format::kPlain;
+  int compact_bytes = 0;         // of an element of compact rows, 2 or 4
+  const void* scales = nullptr;  // of minifloats: those of the first block
+  int64_t scale_stride = 0;      // bytes from a block's scales to the next
+  int64_t group_size = 0;        // columns that share a scale, a multiple of 32; more than the depth: all of them
+  int first_row = 0;             // of the first block, that n = 0 is; a multiple of the lanes of a vector
 
   int64_t row_bytes() const {  // from n to n + 1
-    return compact_bytes > 0 || in_panels ? n_stride : n_stride * size_of(dtype);
+    switch (format) {
+      case Format::kPlain: return n_stride * size_of(dtype);
+      case Format::kFp8:
+      case Format::kMxfp4: return n_stride / kMinifloatRows;
+      default: return n_stride;
+    }
+  }
+
+  // Its columns from n on; of minifloats n is a multiple of 8.
+  Matrix from(int64_t n) const {
+    Matrix rest = *this;
+    if (is_minifloat(format)) {
+      const int64_t row = first_row + n, block = row / kMinifloatRows;
+      rest.data = static_cast<const char*>(data) + block * n_stride;
+      rest.scales = static_cast<const char*>(scales) + block * scale_stride;
+      rest.first_row = static_cast<int>(row % kMinifloatRows);
+    } else {
+      rest.data = static_cast<const char*>(data) + n * row_bytes();
+    }
+    return rest;
   }
 };
 

@@ -143,14 +143,14 @@ namespace switchgear::cpu {
 namespace {
 
 void dot_products(const Product& product) {
-  if (product.b.compact_bytes > 0) return compact_products(product);
-  if (product.b.in_panels) return panel_products(product);
+  if (product.b.format == Format::kCompact) return compact_products(product);
+  if (product.b.format == Format::kPanels) return panel_products(product);
   with_words(product.b.dtype, [&]<typename Words>() { dot_products_of<Words>(product); });
 }
 
 void pack_chunk(const Product& product, int64_t k_begin, int64_t depth) {
   const Matrix& b = product.b;
-  if (b.compact_bytes > 0) return unpack_chunk(product, k_begin, depth);
+  if (b.format == Format::kCompact) return unpack_chunk(product, k_begin, depth);
   float* const out = static_cast<float*>(product.scratch);
   with_words(b.dtype, [&]<typename Words>() {
     pack_rows<Words>(out, b, product.num_columns, k_begin, depth);

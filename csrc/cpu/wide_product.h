@@ -61,14 +61,12 @@ inline void multiply_wide(const Kernels& k, const Product& product) {
 
 // dot_products of any number of columns up to kWideColumns.
 inline void dot_products_wide(const Kernels& k, const Product& product) {
-  const int64_t panel_bytes = k.panel * product.b.row_bytes();
-  const char* data = static_cast<const char*>(product.b.data);
-  for (int64_t column = 0; column < product.num_columns; column += k.panel, data += panel_bytes) {
+  for (int64_t column = 0; column < product.num_columns; column += k.panel) {
     Product part = product;
-    part.b.data = data;
+    part.b = product.b.from(column);
     part.num_columns = std::min<int64_t>(k.panel, product.num_columns - column);
     part.c = product.c + column * product.num_rows;
-    if (column + k.panel < product.num_columns) part.next = data + panel_bytes;
+    if (column + k.panel < product.num_columns) part.next = product.b.from(column + k.panel).data;
     k.dot_products(part);
   }
 }
