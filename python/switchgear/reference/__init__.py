@@ -16,8 +16,8 @@ Letters: T tokens · K top_k · E experts · H hidden_size · I intermediate_siz
 Errors: ValueError, or TypeError for a dtype, naming the argument, what was expected and what came.
 """
 
-from switchgear.reference.checks import check_choice, weight_dtype
 from switchgear.reference.activations import ACTIVATIONS, activate, glu, glu_backward, halves
+from switchgear.reference.checks import check_choice, weight_dtype
 from switchgear.reference.layer import moe_backward, moe_forward
 from switchgear.reference.policies import (
     DROPS,
@@ -28,7 +28,7 @@ from switchgear.reference.policies import (
     route_dynamic,
 )
 from switchgear.reference.products import empty_weight, grouped_gemm, grouped_gemm_wgrad
-from switchgear.reference.routing import GROUP_SCORES, SCORE_FUNCTIONS, route, route_backward
+from switchgear.reference.routing import GROUP_SCORES, SCORE_FUNCTIONS, exp, route, route_backward, sanitize, scores
 from switchgear.reference.rows import gather_rows, segments, to_slots
 from switchgear.reference.stages import combine, combine_weight_backward, permute, plan
 
@@ -45,6 +45,7 @@ __all__ = [
     "combine",
     "combine_weight_backward",
     "empty_weight",
+    "exp",
     "fit_capacity",
     "gather_rows",
     "glu",
@@ -59,6 +60,8 @@ __all__ = [
     "route",
     "route_backward",
     "route_dynamic",
+    "sanitize",
+    "scores",
     "segments",
     "to_slots",
     "weight_dtype",

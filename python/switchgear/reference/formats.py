@@ -67,6 +67,12 @@ def fields_of(form: Sequence[int]) -> tuple[str, ...]:
     return ("data", *(field for bit, field in enumerate(FIELDS) if fields >> bit & 1))
 
 
+def num_experts_of(tensors: Sequence[Tensor], form: Sequence[int]) -> int:
+    """E of a weight."""
+    has_slots = bool(form) and form[5] >> FIELDS.index("slots") & 1
+    return tensors[-1 if has_slots else 0].shape[0]
+
+
 def take_apart(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Stored:
     """ValueError for a form that says nothing of these tensors."""
     if not form:

@@ -58,7 +58,7 @@ def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 0, 1 / scale)
 
 
-def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Levels:
+def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: str = "weight") -> Levels:
     """The levels of a weight [E,N,C].
 
     8 bits: the largest magnitude, or the range, maps to the ends. 4 bits: from some shares of the range, scales and
@@ -67,7 +67,7 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Lev
     """
     num_experts, rows, columns = weight.shape
     if not bool(weight.isfinite().all()):
-        raise ValueError("weight: expected finite numbers")
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinities")
     size = group_size or columns
     groups = _divide_up(columns, size)
     q = weight.new_empty(weight.shape, dtype=torch.uint8)

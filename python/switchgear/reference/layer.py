@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from switchgear.reference.checks import check, weight_dtype, wide
-from switchgear.reference.formats import check_weight
 from switchgear.reference.activations import check_options, glu_backward_of, glu_of, intermediate_size_of
+from switchgear.reference.checks import check, weight_dtype, wide
+from switchgear.reference.formats import check_weight, format_of
 from switchgear.reference.products import gemm, multiply, sum_rows, wgrad_of
 from switchgear.reference.rows import gather_rows, rows_of, segments, to_slots
 from switchgear.reference.stages import combine, plan
@@ -31,6 +31,12 @@ def check_layer(
     check("down_bias", down_bias, (num_experts, hidden_size), x.dtype)
     check("topk_ids", topk_ids, (x.shape[0], None), torch.int32)
     check("topk_weights", topk_weights, topk_ids.shape, weight_dtype(x.dtype))
+
+
+def _plain(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Tensor:
+    if form:
+        raise ValueError(f"{name}: expected plain weights for gradients, got {format_of(form)}")
+    return tensors[0]
 
 
 def moe_forward(
@@ -74,8 +80,10 @@ def moe_backward(
     grad_y: Tensor,
     x: Tensor,
     h: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Sequence[Tensor],
+    gate_up_form: Sequence[int],
+    down_proj: Sequence[Tensor],
+    down_form: Sequence[int],
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     topk_ids: Tensor,
@@ -88,23 +96,24 @@ def moe_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of moe_forward from x and h alone; `a` is recomputed. With dy the rows of grad_y in slot order, w their
-    weights, one line per output (those that `needs` does not ask for are empty):
+    weights, one line per output (those that `needs` does not ask for are empty); weights are plain:
 
         da' = dy · W_d                    dh = glu'(h, w · da')
         x             Σ_k dh · W_gu       gate_up_proj  dhᵀ · x          gate_up_bias  Σ dh
         topk_weights  <da', a> + <dy,b_d> down_proj     (w · dy)ᵀ · a    down_bias     Σ w · dy
     """
     check_options(activation, gated, alpha, limit)
-    sizes = check_weight("gate_up_proj", [gate_up_proj], (), (None, None, None), x.dtype)
+    sizes = check_weight("gate_up_proj", gate_up_proj, gate_up_form, (None, None, None), x.dtype)
     num_experts, width, hidden_size = sizes
     down_sizes = (num_experts, hidden_size, intermediate_size_of("gate_up_proj", width, gated))
-    check_weight("down_proj", [down_proj], (), down_sizes, x.dtype)
+    check_weight("down_proj", down_proj, down_form, down_sizes, x.dtype)
+    gate_up, down = _plain("gate_up_proj", gate_up_proj, gate_up_form), _plain("down_proj", down_proj, down_form)
     check_layer(x, sizes, gate_up_bias, down_bias, topk_ids, topk_weights)
     check("grad_y", grad_y, x.shape, x.dtype)
     check("h", h, (topk_ids.numel(), width), x.dtype)
     need_x, need_gate_up, need_down, need_gate_up_bias, need_down_bias, need_weights = needs
     options = (activation, gated, interleaved, alpha, limit)
-    expert_offsets, token_indices, slot_indices = plan(topk_ids, gate_up_proj.shape[0])
+    expert_offsets, token_indices, slot_indices = plan(topk_ids, num_experts)
     absent = x.new_empty(0)
     grad_x = grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = absent
     grad_weights = topk_weights.new_empty(0)
@@ -114,23 +123,23 @@ def moe_backward(
     weighted = grad_rows * to_slots(topk_weights, slot_indices)[:, None]  # w · dy
     a = glu_of(rows_h, *options)
     if need_down:
-        grad_down = wgrad_of(weighted, a, expert_offsets, torch.empty_like(down_proj))
+        grad_down = wgrad_of(weighted, a, expert_offsets, torch.empty_like(down))
     if need_down_bias and down_bias is not None:
         grad_down_bias = sum_rows(weighted, expert_offsets, down_bias)
     if need_weights:
-        grad_a = gemm(grad_rows, down_proj.mT, None, expert_offsets)  # da'
+        grad_a = gemm(grad_rows, down.mT, None, expert_offsets)  # da'
         grad_slot = (grad_a * a).sum(-1)
         if down_bias is not None:
             for expert, slots in segments(expert_offsets):
                 grad_slot[slots] += grad_rows[slots] @ wide(down_bias[expert])
         grad_weights = gather_rows(grad_slot, slot_indices)
     if need_x or need_gate_up or need_gate_up_bias:
-        grad_h = glu_backward_of(gemm(weighted, down_proj.mT, None, expert_offsets), rows_h, *options)
+        grad_h = glu_backward_of(gemm(weighted, down.mT, None, expert_offsets), rows_h, *options)
         if need_x:
-            grad_slots = gemm(grad_h, gate_up_proj.mT, None, expert_offsets)
+            grad_slots = gemm(grad_h, gate_up.mT, None, expert_offsets)
             grad_x = combine(grad_slots, expert_offsets, token_indices, slot_indices, None).to(x.dtype)
         if need_gate_up:
-            grad_gate_up = wgrad_of(grad_h, rows_of(x, token_indices), expert_offsets, torch.empty_like(gate_up_proj))
+            grad_gate_up = wgrad_of(grad_h, rows_of(x, token_indices), expert_offsets, torch.empty_like(gate_up))
         if need_gate_up_bias and gate_up_bias is not None:
             grad_gate_up_bias = sum_rows(grad_h, expert_offsets, gate_up_bias)
     return grad_x, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias, grad_weights
