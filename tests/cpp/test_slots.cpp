@@ -91,8 +91,7 @@ Array reversed_slots(int64_t E) {
   return slots;
 }
 
-constexpr Format kFormats[] = {Format::kPlain, Format::kPanels, Format::kCompact, Format::kInt8,
-                               Format::kInt4};
+constexpr Format kFormats[] = {Format::kPlain, Format::kPanels, Format::kCompact, Format::kInt8, Format::kInt4};
 
 TEST(experts_anywhere_have_the_bits_of_experts_in_order) {
   const Case c{"slots", 40, 128, 64, 5, 2};

@@ -19,16 +19,16 @@
 #include <vector>
 
 #include "cpu/gate.h"
+#include "cpu/integers/experts.h"
 #include "cpu/ops.h"
-#include "cpu/quantized/experts.h"
 #include "cpu/slots.h"
 #include "cpu/threads.h"
 
 namespace switchgear::cpu {
 namespace {
 
-constexpr int64_t kPanel = kQuantizedPanel;
-constexpr int64_t kTile = kQuantizedRows * kPanel;  // floats of one product
+constexpr int64_t kPanel = kIntegerPanel;
+constexpr int64_t kTile = kIntegerRows * kPanel;    // floats of one product
 constexpr int64_t kLongest = kTile / kFewRows;      // columns of one product of few rows
 constexpr int64_t kRunBytes = int64_t{1} << 20;     // of weights, of one task with few rows: some 20 µs
 constexpr int64_t kSumsBytes = int64_t{512} << 10;  // of the sums of one task: half of a thread's L2
@@ -36,8 +36,8 @@ constexpr int64_t kSumsBytes = int64_t{512} << 10;  // of the sums of one task: 
 inline int64_t in_panels(int64_t columns) { return ceil_div(columns, kPanel) * kPanel; }
 
 // c = rows · b[..., column, column + columns)ᵀ, in products that the kernel takes. `next`: what is multiplied with afterwards.
-void multiply_columns(const QuantizedKernels& q, QuantizedProduct product, const QuantizedMatrix& matrix,
-                      int64_t column, int64_t columns, const uint8_t* next) {
+void multiply_columns(const IntegerKernels& q, IntegerProduct product, const IntegerMatrix& matrix, int64_t column,
+                      int64_t columns, const uint8_t* next) {
   const int64_t step = product.num_rows <= kFewRows ? columns : kPanel;
   for (int64_t begin = 0; begin < columns; begin += step, product.c += step) {
     product.b = matrix.from(column + begin);
@@ -49,17 +49,17 @@ void multiply_columns(const QuantizedKernels& q, QuantizedProduct product, const
 
 struct FirstProjection {
   const MoeForwardArgs& args;
-  QuantizedRows x;
+  IntegerRows x;
   const int32_t* token_indices;
   TensorView a;  // [S,I]
   const Kernels& k;
-  const QuantizedKernels& q;
+  const IntegerKernels& q;
 
   int64_t first_column(const Tile& tile) const {  // of the products
     return args.options.gated && args.options.interleaved ? 2 * tile.column : tile.column;
   }
   const uint8_t* start(const Tile& tile) const {
-    return QuantizedMatrix(args.weights.gate_up_proj, tile.expert).from(first_column(tile)).values;
+    return IntegerMatrix(args.weights.gate_up_proj, tile.expert).from(first_column(tile)).values;
   }
 
   // `columns` of a from tile.column on; `next`: what the thread multiplies with afterwards; c: two of kTile floats.
@@ -78,16 +78,16 @@ struct FirstProjection {
     const bool apart = args.options.gated && !args.options.interleaved;  // gates and ups are columns of their own
     const int64_t width = args.options.gated && !apart ? 2 * columns : columns, stride = in_panels(width);
     const int64_t column = first_column(tile);
-    const QuantizedMatrix matrix(args.weights.gate_up_proj, tile.expert);
-    QuantizedProduct product{.rows = x,
-                             .indices = token_indices + tile.first_row,
-                             .num_rows = tile.num_rows,
-                             .b = matrix.from(column),
-                             .num_columns = width,
-                             .c = c,
-                             .c_stride = stride};
+    const IntegerMatrix matrix(args.weights.gate_up_proj, tile.expert);
+    IntegerProduct product{.rows = x,
+                           .indices = token_indices + tile.first_row,
+                           .num_rows = tile.num_rows,
+                           .b = matrix.from(column),
+                           .num_columns = width,
+                           .c = c,
+                           .c_stride = stride};
     if (apart) {
-      QuantizedProduct ups = product;
+      IntegerProduct ups = product;
       ups.b = matrix.from(a.shape[1] + column);
       ups.c = c + kTile;
       if (tile.num_rows <= kFewRows) {
@@ -130,10 +130,10 @@ struct FirstProjection {
 
 struct SecondProjection {
   const MoeForwardArgs& args;
-  QuantizedRows a;
+  IntegerRows a;
   const Slots& slots;
   const Kernels& k;
-  const QuantizedKernels& q;
+  const IntegerKernels& q;
 
   // Columns [column, column + columns) of the tokens [first_token, last_token).
   struct Block {
@@ -167,15 +167,15 @@ struct SecondProjection {
     for (int64_t e = next_expert(block, -1), after; e < num_experts; e = after) {
       after = next_expert(block, e);
       const auto [first, last] = slots_of(block, e);
-      for (int64_t s = first; s < last; s += kQuantizedRows) {
-        const int64_t rows = std::min<int64_t>(kQuantizedRows, last - s),
+      for (int64_t s = first; s < last; s += kIntegerRows) {
+        const int64_t rows = std::min<int64_t>(kIntegerRows, last - s),
                       step = rows <= kFewRows ? block.columns : kPanel;
         for (int64_t column = 0; column < block.columns; column += step) {
           // With several products, the next one is of the next columns, the next rows, or the next expert.
-          const bool more_columns = column + step < block.columns, more_rows = s + kQuantizedRows < last;
+          const bool more_columns = column + step < block.columns, more_rows = s + kIntegerRows < last;
           const int64_t expert = more_columns || more_rows ? e : after;
           const uint8_t* const next = expert < num_experts
-                                          ? QuantizedMatrix(args.weights.down_proj, expert)
+                                          ? IntegerMatrix(args.weights.down_proj, expert)
                                                 .from(block.column + (more_columns ? column + step : 0))
                                                 .values
                                           : nullptr;
@@ -196,7 +196,7 @@ struct SecondProjection {
     q.multiply({.rows = a.from(range.first),
                 .indices = nullptr,
                 .num_rows = rows,
-                .b = QuantizedMatrix(args.weights.down_proj, e).from(block.column + column),
+                .b = IntegerMatrix(args.weights.down_proj, e).from(block.column + column),
                 .num_columns = columns,
                 .c = c,
                 .c_stride = stride,
@@ -260,19 +260,19 @@ void integer_moe_forward(const MoeForwardArgs& args, Execution exec) {
   const Cut sizes = cut(args, slots.expert_offsets, num_threads);
 
   const int64_t thread_floats = 2 * kTile + sizes.tokens * sizes.second_columns;
-  Workspace workspace(quantized_bytes(num_tokens, args.weights.gate_up_proj) +
-                      Workspace::padded(num_slots * row_bytes) + quantized_bytes(num_slots, args.weights.down_proj) +
+  Workspace workspace(integer_bytes(num_tokens, args.weights.gate_up_proj) + Workspace::padded(num_slots * row_bytes) +
+                      integer_bytes(num_slots, args.weights.down_proj) +
                       Workspace::padded(num_threads * thread_floats * 4));
   const Kernels& k = kernels();
-  const QuantizedKernels& q = quantized_kernels();
+  const IntegerKernels& q = integer_kernels();
   auto* const memory = static_cast<float*>(workspace.take_bytes(num_threads * thread_floats * 4));
   const auto own = [&](int thread) { return memory + thread * thread_floats; };
-  const QuantizedRows x = quantize_rows(workspace, args.x.data, args.x.stride[0] * size_of(args.x.dtype), args.x.dtype,
-                                        num_tokens, args.weights.gate_up_proj, num_threads);
+  const IntegerRows x = quantize_rows(workspace, args.x.data, args.x.stride[0] * size_of(args.x.dtype), args.x.dtype,
+                                      num_tokens, args.weights.gate_up_proj, num_threads);
   char* const a = static_cast<char*>(workspace.take_bytes(num_slots * row_bytes));
 
   const std::vector<Tile> tiles =
-      make_tiles(slots.expert_offsets, num_experts, intermediate_size, sizes.first_columns, kQuantizedRows);
+      make_tiles(slots.expert_offsets, num_experts, intermediate_size, sizes.first_columns, kIntegerRows);
   const FirstProjection first{args, x, slots.token_indices, view(a, args.x.dtype, num_slots, intermediate_size), k, q};
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
     const auto at = static_cast<size_t>(i);
@@ -282,9 +282,9 @@ void integer_moe_forward(const MoeForwardArgs& args, Execution exec) {
   if (args.h.defined()) zero_tail(args.h, used_slots);
   if (num_tokens == 0) return;
 
-  const QuantizedRows quantized_a =
+  const IntegerRows integer_a =
       quantize_rows(workspace, a, row_bytes, args.x.dtype, used_slots, args.weights.down_proj, num_threads);
-  const SecondProjection second{args, quantized_a, slots, k, q};
+  const SecondProjection second{args, integer_a, slots, k, q};
   const int64_t column_blocks = ceil_div(hidden_size, sizes.second_columns);
   parallel_for_shares(num_threads, ceil_div(num_tokens, sizes.tokens) * column_blocks, [&](int64_t task, int thread) {
     const int64_t column = task % column_blocks * sizes.second_columns;

@@ -11,12 +11,12 @@
 //
 // Rows of activations that don't follow each other are copied, 32 at a time. What a group lacks of a tile is zero weights. The
 // integers are exact, and the order of what is float32 is that of kernels.inl: results have the same bits.
-#include "cpu/quantized/kernels.h"
+#include "cpu/integers/kernels.h"
 
 #include "cpu/amx_block.h"
 #include "cpu/simd_avx512.h"
 
-#include "cpu/quantized/dot.h"
+#include "cpu/integers/dot.h"
 
 namespace switchgear::cpu {
 namespace {
@@ -25,7 +25,7 @@ constexpr int64_t kWordBytes = 4 * kBlockRows;  // of a word of a block
 constexpr int64_t kGroupWords = 64;  // of the shortest groups: up to 128 columns vectors are as fast or faster
 constexpr int64_t kChunkWords = 256, kChunkSteps = kChunkWords / kTile;  // that are multiplied with all rows in turn
 constexpr int64_t kCopiedRow = 4 * kChunkWords + kLine;  // bytes of a row of activations: not a page apart
-constexpr int kPanelBlocks = kQuantizedPanel / kBlockRows;
+constexpr int kPanelBlocks = kIntegerPanel / kBlockRows;
 static_assert(kBlockRows == kTile && kLanes == kTile);
 
 // Weights as tiles: step s of a block at tiles[block] + s · kTileBytes.
@@ -34,15 +34,15 @@ struct WeightTiles {
 };
 
 struct Sums {
-  alignas(64) int32_t of[kQuantizedRows][kQuantizedPanel];
+  alignas(64) int32_t of[kIntegerRows][kIntegerPanel];
 };
 struct Totals {
-  alignas(64) float of[kQuantizedRows][kQuantizedPanel];
+  alignas(64) float of[kIntegerRows][kIntegerPanel];
 };
 
 class TileProduct {
  public:
-  explicit TileProduct(const QuantizedProduct& product)
+  explicit TileProduct(const IntegerProduct& product)
       : p_(product),
         blocks_(tiles_of(product.num_columns, kBlockRows)),
         groups_of_rows_(tiles_of(product.num_rows, kTile)),
@@ -55,7 +55,7 @@ class TileProduct {
   }
 
   void run() {
-    const QuantizedPanel& b = p_.b;
+    const IntegerPanel& b = p_.b;
     tile_configure(shapes(kTile));
     for (int64_t block = 0, last = 0; last < b.groups; ++block) {
       last = at_most((block + 1) * b.block_groups, b.groups);
@@ -88,7 +88,7 @@ class TileProduct {
     const int64_t stride = lies_so ? p_.rows.stride : kCopiedRow;
     const auto* const first =
         reinterpret_cast<const char*>(lies_so ? p_.rows.values + m * p_.rows.stride + 4 * word : copies_[0]);
-    int32_t* const below = sums + kTile * kQuantizedPanel;
+    int32_t* const below = sums + kTile * kIntegerPanel;
     for (int64_t j = 0; j < blocks_; j += 2) {
       const int64_t j1 = at_most(j + 1, blocks_ - 1);
       const Block<int32_t> block{
@@ -97,7 +97,7 @@ class TileProduct {
           .second = {weights.tiles[j], weights.tiles[j1]},
           .steps = steps,
           .sums = {{sums + j * kTile, below + j * kTile}, {sums + j1 * kTile, below + j1 * kTile}},
-          .sum_stride = kQuantizedPanel * 4,
+          .sum_stride = kIntegerPanel * 4,
           .adds = adds};
       add_block(groups_of_rows_ - m / kTile, blocks_ - j, block, ahead_);
     }
@@ -147,7 +147,7 @@ class TileProduct {
   // totals (+)= sums · scale, as end_group of kernels.inl.
   void end_group(int64_t g, int64_t first_row, const int32_t* sums, bool is_first) {
     const int64_t end_row = at_most(first_row + 2 * kTile, p_.num_rows);
-    const QuantizedPanel& b = p_.b;
+    const IntegerPanel& b = p_.b;
     const bool has_zeros = b.zeros != nullptr;
     const float unit = b.bits == 8 ? -1.0f : -1.0f / 16;
     for (int64_t j = 0; j < blocks_; ++j) {
@@ -156,8 +156,8 @@ class TileProduct {
       const Floats offset = has_zeros ? scale * widen(b.zeros + at) * broadcast(unit) : Floats{};
       for (int64_t m = first_row; m < end_row; ++m) {
         const int32_t correction = p_.rows.corrections[row(m) * b.groups + g];
-        const Ints sum = load_ints(sums + (m - first_row) * kQuantizedPanel + j * kTile) +
-                         broadcast_ints(has_zeros ? 0 : correction);
+        const Ints sum =
+            load_ints(sums + (m - first_row) * kIntegerPanel + j * kTile) + broadcast_ints(has_zeros ? 0 : correction);
         float* const total = &totals_.of[m][j * kTile];
         Floats v = multiply_add(__builtin_convertvector(sum, Floats), scale, is_first ? Floats{} : load(total));
         if (has_zeros) v = multiply_add(broadcast(static_cast<float>(correction)), offset, v);
@@ -180,7 +180,7 @@ class TileProduct {
     }
   }
 
-  const QuantizedProduct& p_;
+  const IntegerProduct& p_;
   const int64_t blocks_, groups_of_rows_, block_bytes_;
   Ahead ahead_;
   Sums sums_;
@@ -189,9 +189,9 @@ class TileProduct {
   alignas(64) uint8_t tiles_[kPanelBlocks][kChunkSteps * kTileBytes];
 };
 
-void multiply(const QuantizedProduct& product) {
+void multiply(const IntegerProduct& product) {
   if (product.num_rows <= kFewRows || product.b.group_words < kGroupWords) {
-    return quantized_avx512vnni().multiply(product);
+    return integer_avx512vnni().multiply(product);
   }
   TileProduct(product).run();
 }
@@ -207,9 +207,9 @@ double multiply_rate(int64_t iterations) {
 
 }  // namespace
 
-const QuantizedKernels& quantized_amx() {
-  static const QuantizedKernels table = [] {
-    QuantizedKernels own = quantized_avx512vnni();
+const IntegerKernels& integer_amx() {
+  static const IntegerKernels table = [] {
+    IntegerKernels own = integer_avx512vnni();
     own.multiply = multiply;
     own.multiply_rate = multiply_rate;
     return own;

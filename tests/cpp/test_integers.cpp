@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// quantized_grouped_gemm and quantized_moe_forward on blocks of random bytes, padding included, against the definition in
-// ops.h, element by element.
-#include "switchgear/integers.h"
+// grouped_gemm and moe_forward of integers on blocks of random bytes, padding included, against the definition in integers.h,
+// element by element.
 #include "cases.h"
+#include "switchgear/integers.h"
 
 namespace switchgear::test {
 namespace {

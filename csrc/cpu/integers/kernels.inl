@@ -38,9 +38,9 @@ struct Tile {
   int64_t c_stride;
 
   // From row m and vector `first` of the panel on.
-  Tile(const QuantizedProduct& p, int64_t m, int64_t first)
+  Tile(const IntegerProduct& p, int64_t m, int64_t first)
       : row_scales(p.b.row_scales + first * kLanes), c(p.c + m * p.c_stride + first * kLanes), c_stride(p.c_stride) {
-    const QuantizedPanel& b = p.b;
+    const IntegerPanel& b = p.b;
     for (int i = 0; i < kRows; ++i) {
       const int64_t r = p.indices != nullptr ? p.indices[m + i] : m + i;
       a[i] = p.rows.values + r * p.rows.stride;
@@ -115,9 +115,9 @@ inline void end_block(const Tile<kRows, kVectors>& t, const Floats (&total)[kRow
 // kRows rows times kVectors vectors of columns: every load of weights and of activations is used kRows and kVectors times.
 // The blocks at `ahead` are wanted soon.
 template <int kBits, int kRows, int kVectors, int kAhead>
-void multiply_tile(const QuantizedProduct& p, int64_t m, int64_t first, const uint8_t* const (&ahead)[kAhead]) {
+void multiply_tile(const IntegerProduct& p, int64_t m, int64_t first, const uint8_t* const (&ahead)[kAhead]) {
   const Tile<kRows, kVectors> t(p, m, first);
-  const QuantizedPanel& b = p.b;
+  const IntegerPanel& b = p.b;
   for (int64_t block = 0, last = 0; last < b.groups; ++block) {
     last = (block + 1) * b.block_groups < b.groups ? (block + 1) * b.block_groups : b.groups;
     Floats total[kRows][kVectors] = {};
@@ -167,7 +167,7 @@ constexpr bool kPrefetches = kBits == 4 || kRows >= 2;
 constexpr int64_t kAheadBytes = 4096, kScalesAhead = 512;
 
 template <int kBits, int kRows, int kSide>
-void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const QuantizedPanel& b) {
+void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const IntegerPanel& b) {
   constexpr int kFree = 4 / (kRows * kSide * kBlockVectors), kChains = kFree > 1 ? kFree : 1;
   for (int64_t block = 0, last = 0; last < b.groups; ++block) {
     last = (block + 1) * b.block_groups < b.groups ? (block + 1) * b.block_groups : b.groups;
@@ -265,7 +265,7 @@ inline void with_count(int64_t count, Function&& function) {
 // More than kFewRows rows, from vector `first` of the panel on, in tiles of nearly equal heights: a low one would have too few
 // sums to hide the latency of dot. Each pass over the words asks for kAhead blocks of what comes next, until all are there.
 template <int kBits, int kVectors, int kAhead>
-void multiply_rows(const QuantizedProduct& p, int64_t first, int64_t blocks) {
+void multiply_rows(const IntegerProduct& p, int64_t first, int64_t blocks) {
   const int64_t tiles = (p.num_rows + kRowTile - 1) / kRowTile, block_bytes = p.b.words * kWordBytes * kBits / 8;
   for (int64_t i = 0; i < tiles; ++i) {
     const uint8_t* ahead[kAhead];
@@ -283,7 +283,7 @@ inline int64_t blocks_of(int64_t num_columns) { return (num_columns + kBlockRows
 
 template <int kBits, int kRows>
 void multiply_two(const Tile<kRows, kBlockVectors>& one, const Tile<kRows, kBlockVectors>& other,
-                  const QuantizedPanel& b) {
+                  const IntegerPanel& b) {
   if constexpr (kStreams<kRows> == 2) {
     multiply_block<kBits, kRows, 2>({one, other}, b);
   } else {
@@ -293,7 +293,7 @@ void multiply_two(const Tile<kRows, kBlockVectors>& one, const Tile<kRows, kBloc
 }
 
 template <int kBits>
-void multiply_pair_bits(const QuantizedProduct& first, const QuantizedProduct& second) {
+void multiply_pair_bits(const IntegerProduct& first, const IntegerProduct& second) {
   with_count<1, kFewRows>(first.num_rows, [&]<int kRows>() {
     using Block = Tile<kRows, kBlockVectors>;
     for (int64_t block = 0; block < blocks_of(first.num_columns); ++block) {
@@ -304,7 +304,7 @@ void multiply_pair_bits(const QuantizedProduct& first, const QuantizedProduct& s
 }
 
 template <int kBits>
-void multiply_few(const QuantizedProduct& p) {  // as the pair of its halves
+void multiply_few(const IntegerProduct& p) {  // as the pair of its halves
   with_count<1, kFewRows>(p.num_rows, [&]<int kRows>() {
     using Block = Tile<kRows, kBlockVectors>;
     const int64_t blocks = blocks_of(p.num_columns), half = blocks / 2;
@@ -316,7 +316,7 @@ void multiply_few(const QuantizedProduct& p) {  // as the pair of its halves
 }
 
 template <int kBits>
-void multiply_bits(const QuantizedProduct& p) {
+void multiply_bits(const IntegerProduct& p) {
   if (p.num_rows <= kFewRows) return multiply_few<kBits>(p);
   constexpr int kVectors = kBits == 8 ? kTileVectors8 : kTileVectors4;
   const int64_t blocks = blocks_of(p.num_columns), vectors = blocks * kBlockVectors;
@@ -329,9 +329,9 @@ void multiply_bits(const QuantizedProduct& p) {
   for (; first < vectors; ++first) multiply_rows<kBits, 1, 1>(p, first, blocks);
 }
 
-void multiply(const QuantizedProduct& p) { p.b.bits == 8 ? multiply_bits<8>(p) : multiply_bits<4>(p); }
+void multiply(const IntegerProduct& p) { p.b.bits == 8 ? multiply_bits<8>(p) : multiply_bits<4>(p); }
 
-void multiply_pair(const QuantizedProduct& first, const QuantizedProduct& second) {
+void multiply_pair(const IntegerProduct& first, const IntegerProduct& second) {
   first.b.bits == 8 ? multiply_pair_bits<8>(first, second) : multiply_pair_bits<4>(first, second);
 }
 
@@ -346,7 +346,7 @@ inline Floats load_some(const T* p, int64_t n) {
 }
 
 template <typename T>
-void quantize_values(const QuantizedRows& out, int64_t r, const T* row, int64_t n, int64_t block) {
+void quantize_values(const IntegerRows& out, int64_t r, const T* row, int64_t n, int64_t block) {
   int8_t* const values = out.values + r * out.stride;
   for (int64_t first = 0, b = 0; first < n; first += block, ++b) {
     const int64_t end = first + block < n ? first + block : n;
@@ -377,7 +377,7 @@ void quantize_values(const QuantizedRows& out, int64_t r, const T* row, int64_t 
   if (written < out.stride) __builtin_memset(values + written, 0, static_cast<size_t>(out.stride - written));
 }
 
-void quantize_row(const QuantizedRows& out, int64_t r, const void* row, DType dtype, int64_t n, int64_t block,
+void quantize_row(const IntegerRows& out, int64_t r, const void* row, DType dtype, int64_t n, int64_t block,
                   int64_t group, int32_t factor) {
   switch (dtype) {
     case DType::kBFloat16: quantize_values(out, r, static_cast<const BFloat16*>(row), n, block); break;
@@ -396,7 +396,7 @@ void quantize_row(const QuantizedRows& out, int64_t r, const void* row, DType dt
 // ---- dequantize ----------------------------------------------------------------------------------------------------------
 
 template <int kBits>
-void dequantize_bits(float* out, int64_t out_stride, const QuantizedPanel& b, int64_t first_row, int64_t first_column,
+void dequantize_bits(float* out, int64_t out_stride, const IntegerPanel& b, int64_t first_row, int64_t first_column,
                      int64_t columns) {
   const int64_t block = first_row / kBlockRows, group = b.group_words * 4;
   const uint8_t* const values = b.values + block * (b.words * kWordBytes * kBits / 8);
@@ -405,7 +405,7 @@ void dequantize_bits(float* out, int64_t out_stride, const QuantizedPanel& b, in
     for (int64_t begin = 0, end; begin < columns; begin = end) {  // the columns of one group, at most 64
       const int64_t g = (first_column + begin) / group;
       end = (g + 1) * group - first_column < columns ? (g + 1) * group - first_column : columns;
-      uint8_t q[kQuantizedPanel];
+      uint8_t q[kIntegerPanel];
       for (int64_t i = begin; i < end; i += 4) {  // word by word
         const int64_t word = (first_column + i) / 4;
         const uint8_t* const p = values + (kBits == 8 ? word : word / 2) * kWordBytes + row * 4;
@@ -421,7 +421,7 @@ void dequantize_bits(float* out, int64_t out_stride, const QuantizedPanel& b, in
   }
 }
 
-void dequantize(float* out, int64_t out_stride, const QuantizedPanel& b, int64_t first_row, int64_t first_column,
+void dequantize(float* out, int64_t out_stride, const IntegerPanel& b, int64_t first_row, int64_t first_column,
                 int64_t columns) {
   if (b.bits == 8) {
     dequantize_bits<8>(out, out_stride, b, first_row, first_column, columns);
@@ -450,7 +450,7 @@ double multiply_rate(int64_t iterations) {
   return static_cast<double>(iterations) * kSums * kLanes * 8;
 }
 
-constexpr QuantizedKernels kTable = {
+constexpr IntegerKernels kTable = {
     .multiply = multiply,
     .multiply_pair = multiply_pair,
     .quantize_row = quantize_row,

@@ -5,31 +5,31 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/integers/experts.h"
 #include "cpu/ops.h"
-#include "cpu/quantized/experts.h"
 #include "cpu/threads.h"
 
 namespace switchgear::cpu {
 namespace {
 
-constexpr int64_t kPanel = kQuantizedPanel;
+constexpr int64_t kPanel = kIntegerPanel;
 
 }  // namespace
 
 void integer_grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   const int num_threads = resolve_threads(exec.num_threads);
   const Kernels& k = kernels();
-  const QuantizedKernels& q = quantized_kernels();
+  const IntegerKernels& q = integer_kernels();
   const int64_t num_experts = args.weight.num_experts(), part_rows = args.weight.rows / args.weight.parts;
   const int32_t* const expert_offsets = args.expert_offsets.as<int32_t>();
   const int64_t num_rows = args.x.shape[0];
 
-  constexpr int64_t kTileBytes = kQuantizedRows * kPanel * 4;
-  Workspace workspace(quantized_bytes(num_rows, args.weight) + num_threads * kTileBytes);
-  const QuantizedRows x = quantize_rows(workspace, args.x.data, args.x.stride[0] * size_of(args.x.dtype), args.x.dtype,
-                                        num_rows, args.weight, num_threads);
+  constexpr int64_t kTileBytes = kIntegerRows * kPanel * 4;
+  Workspace workspace(integer_bytes(num_rows, args.weight) + num_threads * kTileBytes);
+  const IntegerRows x = quantize_rows(workspace, args.x.data, args.x.stride[0] * size_of(args.x.dtype), args.x.dtype,
+                                      num_rows, args.weight, num_threads);
   float* const memory = static_cast<float*>(workspace.take_bytes(num_threads * kTileBytes));
-  const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, part_rows, kPanel, kQuantizedRows);
+  const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, part_rows, kPanel, kIntegerRows);
   const auto num_tiles = static_cast<int64_t>(tiles.size());
 
   parallel_for(num_threads, num_tiles * args.weight.parts, [&](int64_t task, int thread) {
@@ -41,7 +41,7 @@ void integer_grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
     q.multiply({.rows = x.from(first),
                 .indices = args.token_indices.defined() ? args.token_indices.as<int32_t>() + tile.first_row : nullptr,
                 .num_rows = tile.num_rows,
-                .b = QuantizedMatrix(args.weight, tile.expert).from(column),
+                .b = IntegerMatrix(args.weight, tile.expert).from(column),
                 .num_columns = columns,
                 .c = c});
     for (int64_t m = 0; m < tile.num_rows; ++m) {

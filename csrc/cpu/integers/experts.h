@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cpu/experts.h"
-#include "cpu/quantized/kernels.h"
+#include "cpu/integers/kernels.h"
 #include "cpu/workspace.h"
 
 namespace switchgear::cpu {
@@ -17,14 +17,14 @@ inline int64_t block_columns(const Weight& m) {
 }
 
 // The matrix of expert e.
-class QuantizedMatrix {
+class IntegerMatrix {
  public:
-  QuantizedMatrix(const Weight& m, int64_t e) : m_(m), first_block_(m.slot_of(e) * m.data.shape[1]) {}
+  IntegerMatrix(const Weight& m, int64_t e) : m_(m), first_block_(m.slot_of(e) * m.data.shape[1]) {}
 
   int64_t part_rows() const { return m_.rows / m_.parts; }
 
   // The blocks from row `row` on: of any row that starts a block, `row % part_rows() % 16 == 0`.
-  QuantizedPanel from(int64_t row) const {
+  IntegerPanel from(int64_t row) const {
     const int64_t part = row / part_rows(), blocks = m_.data.shape[1] / m_.parts;
     const int64_t block = first_block_ + part * blocks + row % part_rows() / kBlockRows;
     const int64_t words = m_.data.shape[2] * 8 / bits_of(m_.format), groups = m_.scales.shape[2];
@@ -45,16 +45,16 @@ class QuantizedMatrix {
 };
 
 // Rows in int8 that meet `weight`, in the workspace.
-inline int64_t quantized_stride(const Weight& weight) { return Workspace::padded(ceil_div(weight.cols, 8) * 8); }
+inline int64_t integer_stride(const Weight& weight) { return Workspace::padded(ceil_div(weight.cols, 8) * 8); }
 
-inline int64_t quantized_bytes(int64_t num_rows, const Weight& weight) {
-  return Workspace::padded(num_rows * quantized_stride(weight)) +
+inline int64_t integer_bytes(int64_t num_rows, const Weight& weight) {
+  return Workspace::padded(num_rows * integer_stride(weight)) +
          Workspace::padded(num_rows * ceil_div(weight.cols, block_columns(weight)) * 4) +
          Workspace::padded(num_rows * weight.scales.shape[2] * 4);
 }
 
 // Quantises `num_rows` rows; rows[r] is at data + r · row_bytes.
-QuantizedRows quantize_rows(Workspace& workspace, const void* data, int64_t row_bytes, DType dtype, int64_t num_rows,
-                            const Weight& weight, int num_threads);
+IntegerRows quantize_rows(Workspace& workspace, const void* data, int64_t row_bytes, DType dtype, int64_t num_rows,
+                          const Weight& weight, int num_threads);
 
 }  // namespace switchgear::cpu
