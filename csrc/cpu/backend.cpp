@@ -68,7 +68,9 @@ bool runs_avx512() {
 bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512BF16)
-bool runs_avx512bf16() { return runs_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
+bool runs_avx512bf16() {  // with VBMI, which all processors with AVX512-BF16 have but Cooper Lake
+  return runs_avx512vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
 #endif
 #if defined(SWITCHGEAR_HAVE_AMX)
 bool runs_amx() {
