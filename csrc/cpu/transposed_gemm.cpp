@@ -33,6 +33,16 @@ void decode_integers(void* panel, DType dtype, const Weight& weight, int64_t exp
   }
 }
 
+void decode(void* panel, DType dtype, const Weight& weight, int64_t expert, int64_t column, int64_t columns) {
+  if (is_integer(weight.format)) return decode_integers(panel, dtype, weight, expert, column, columns);
+  const ExpertMatrix matrix(weight, expert, dtype);
+  const int64_t part_rows = weight.rows / weight.parts, row_bytes = kPanel * size_of(dtype);
+  for (int64_t row = 0; row < weight.rows; row += part_rows) {
+    kernels().expand_minifloats(static_cast<char*>(panel) + row * row_bytes, kPanel, dtype, matrix.rows_from(row),
+                                part_rows, column, columns);
+  }
+}
+
 }  // namespace
 
 void transposed_grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
@@ -59,7 +69,7 @@ void transposed_grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
     const ProductScratch scratch(own);
     char* const panel = own + ProductScratch::kBytes;
     const int64_t columns = std::min(kPanel, width - tile.column);
-    decode_integers(panel, dtype, args.weight, tile.expert, tile.column, columns);
+    decode(panel, dtype, args.weight, tile.expert, tile.column, columns);
     for (int64_t column = 0; column < columns; column += k.panel) {
       const int64_t count = std::min<int64_t>(k.panel, columns - column);
       k.multiply({.rows = rows + tile.first_row,

@@ -91,7 +91,8 @@ Array reversed_slots(int64_t E) {
   return slots;
 }
 
-constexpr Format kFormats[] = {Format::kPlain, Format::kPanels, Format::kCompact, Format::kInt8, Format::kInt4};
+constexpr Format kFormats[] = {Format::kPlain, Format::kPanels, Format::kCompact, Format::kInt8,
+                               Format::kInt4,  Format::kFp8,    Format::kMxfp4};
 
 TEST(experts_anywhere_have_the_bits_of_experts_in_order) {
   const Case c{"slots", 40, 128, 64, 5, 2};
