@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 import torch
 
-from switchgear.cli import machine, main
-from switchgear.cli.agreement import check_gradients, check_logits, check_losses, loss_bounds
-from switchgear.cli.bench_case import forward, make_case, make_inputs, make_weights, train
-from switchgear.cli.bench_markdown import fill, whole
-from switchgear.cli.bench_results import SCHEMA, load, merge, undisturbed
-from switchgear.cli.bench_targets import Verdict, judge
-from switchgear.cli.bench_verify import expected, relative_error, tolerance
-from switchgear.cli.bench_worker import Task, run_case
-from switchgear.cli.common import CommandError
-from switchgear.cli.corpus import batches, load_corpus
-from switchgear.cli.shapes import SHAPES, Shape, forward_flops, train_flops
-from switchgear.cli.timing import FEWEST_TURNS, interleave
+from switchgear.bench.case import forward, make_case, make_inputs, make_weights, train
+from switchgear.bench.markdown import fill, whole
+from switchgear.bench.results import SCHEMA, load, merge, undisturbed
+from switchgear.bench.shapes import SHAPES, Shape, forward_flops, train_flops
+from switchgear.bench.targets import Verdict, judge
+from switchgear.bench.timing import FEWEST_TURNS, interleave
+from switchgear.bench.verify import expected, relative_error, tolerance
+from switchgear.bench.worker import Task, run_case
+from switchgear.cli import main
+from switchgear.cli.demo.agreement import check_gradients, check_logits, check_losses, loss_bounds
+from switchgear.cli.demo.corpus import batches, load_corpus
+from switchgear.common import CommandError, machine
 
 SMALL = Shape(32, 48, 4, 2, "of the tests")
 
@@ -208,7 +208,7 @@ class TestAgreement:
 
 
 def test_nudge_moves_every_weight_to_a_neighbour() -> None:
-    from switchgear.cli.demo_worker import nudge
+    from switchgear.cli.demo.worker import nudge
 
     for dtype in (torch.float32, torch.bfloat16):
         layer = torch.nn.Linear(64, 64, dtype=dtype)
@@ -366,7 +366,7 @@ def test_a_case_runs_in_the_environment_of_its_allocator(monkeypatch: pytest.Mon
 
 
 def test_peers_that_are_not_installed_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from switchgear.cli.peers import PEERS, Skip
+    from switchgear.bench.competitors import PEERS, Skip
 
     monkeypatch.setenv("SWITCHGEAR_PEERS", str(tmp_path))
     case = make_case("small", SMALL, "bf16", 2, "forward", "balanced", make_weights(SMALL, torch.bfloat16))
@@ -389,7 +389,7 @@ def test_bench_lists_its_choices(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_bench_tells_right_from_wrong(dtype: str, mode: str) -> None:
-    from switchgear.cli.peers import PEERS
+    from switchgear.bench.competitors import PEERS
 
     case = make_case(
         "small",
@@ -411,7 +411,7 @@ def test_bench_tells_right_from_wrong(dtype: str, mode: str) -> None:
 
 def test_bench_drops_gradients_before_each_step() -> None:
     case = make_case("small", SMALL, "fp32", 8, "train", "balanced", make_weights(SMALL, torch.float32))
-    from switchgear.cli.peers import PEERS
+    from switchgear.bench.competitors import PEERS
 
     layer = PEERS["switchgear"].make(case)
     first = train(layer, case, case.inputs[0])
@@ -444,8 +444,8 @@ def test_flops() -> None:
 
 def test_interleaved_calls_stop_far_beyond_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("switchgear.cli.timing.perf_counter", lambda: now[0])
-    monkeypatch.setattr("switchgear.cli.timing.wait_for_quiet", lambda longest: None)
+    monkeypatch.setattr("switchgear.bench.timing.perf_counter", lambda: now[0])
+    monkeypatch.setattr("switchgear.bench.timing.wait_for_quiet", lambda longest: None)
 
     def slow(_: int) -> None:
         now[0] += 2.0
@@ -466,8 +466,8 @@ def test_interleaved_calls_take_turns() -> None:
 def test_no_peer_pays_for_the_memory_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the calls are, the one that frees what another peer has left is not timed."""
     now, held = [0.0], [""]
-    monkeypatch.setattr("switchgear.cli.timing.perf_counter", lambda: now[0])
-    monkeypatch.setattr("switchgear.cli.timing.wait_for_quiet", lambda longest: None)
+    monkeypatch.setattr("switchgear.bench.timing.perf_counter", lambda: now[0])
+    monkeypatch.setattr("switchgear.bench.timing.wait_for_quiet", lambda longest: None)
 
     def training(name: str) -> Callable[[int], None]:
         def call(_: int) -> None:
@@ -484,9 +484,9 @@ def test_no_peer_pays_for_the_memory_of_another(monkeypatch: pytest.MonkeyPatch)
 
 def test_turns_that_others_disturb_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     now, elsewhere, calls = [0.0], [0.0], [0]
-    monkeypatch.setattr("switchgear.cli.timing.perf_counter", lambda: now[0])
-    monkeypatch.setattr("switchgear.cli.timing.busy_seconds_elsewhere", lambda: elsewhere[0])
-    monkeypatch.setattr("switchgear.cli.timing.wait_for_quiet", lambda longest: None)
+    monkeypatch.setattr("switchgear.bench.timing.perf_counter", lambda: now[0])
+    monkeypatch.setattr("switchgear.bench.timing.busy_seconds_elsewhere", lambda: elsewhere[0])
+    monkeypatch.setattr("switchgear.bench.timing.wait_for_quiet", lambda longest: None)
 
     def call(_: int) -> None:
         calls[0] += 1

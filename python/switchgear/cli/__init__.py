@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from .common import CommandError
+from ..common import CommandError
 
 COMMANDS = {
     "info": "versions, backends, threads and OpenMP runtimes of this installation",
@@ -19,8 +19,13 @@ COMMANDS = {
 }
 
 
+MODULES = {
+    "info": "cli.info", "demo": "cli.demo.run", "bench": "bench.run", "plan-parallel": "bench.plan_parallel"
+}  # fmt: skip
+
+
 def _command(name: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    return importlib.import_module(f"switchgear.{MODULES[name]}")
 
 
 def build_parser() -> argparse.ArgumentParser:

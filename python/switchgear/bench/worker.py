@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One case of the benchmark in a process of its own: no threads, caches or freed memory of an earlier case are left.
+
+Everything is measured in one run, in turns: the machine's ceilings, and all peers. Each peer's result is compared with
+float64 before it is timed; one that is wrong is not timed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+
+from ..common import CommandError, machine
+from .case import FORMATS, Case, Layer, forward, make_case, make_weights, train
+from .ceilings import multiply_rate, read_probe
+from .competitors import PEERS, Skip, look_in_folder
+from .shapes import SHAPES
+from .timing import Timed, interleave
+from .verify import expected, relative_error, tolerance
+
+# What makes glibc keep freed memory, and torch ask for huge pages: page faults are half of a training step without it.
+TUNED = {
+    "MALLOC_MMAP_THRESHOLD_": "17179869184",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+SLOWEST_CALL = 4.0  # seconds; a slower one would cost the other cases their time
+SPARE_BYTES = 2 << 30  # that a peer's own copy of the weights must leave free
+READ, MULTIPLY = "(read)", "(multiply)"  # the probes, among the peers that take turns
+
+
+class Task(NamedTuple):
+    """A case, and how it is measured. The strings are those of the options of `switchgear bench`."""
+
+    shape: str
+    dtype: str
+    mode: str
+    tokens: int
+    routing: str
+    pages: str
+    allocator: str
+    peers: tuple[str, ...]
+    named: bool  # by the user, who then wants them however slow they are
+    seconds: float  # for verifying and timing
+    threads: int
+
+    @property
+    def title(self) -> str:
+        extras = [
+            self.routing if self.routing != "balanced" else "",
+            "tuned allocator" if self.allocator == "tuned" else "",
+        ]
+        return ", ".join([self.shape, f"T={self.tokens}", self.dtype, self.mode, *filter(None, extras)])
+
+
+class Measured(NamedTuple):
+    rows: list[dict[str, Any]]
+    skipped: list[dict[str, str]]  # case, peer, reason
+    openmp_runtimes: list[str]  # more than one: a peer has brought its own, whose threads spin against the others'
+
+
+# ---- the parent's side -----------------------------------------------------------------------------------------------
+
+
+def run_case(task: Task, say: Callable[[str], None]) -> Measured:
+    """Measure a case in a new process; `say` gets what it is doing."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, task), name=task.title, daemon=True)
+    with _environment(TUNED if task.allocator == "tuned" else {}):  # glibc reads it when a process begins
+        process.start()
+    theirs.close()
+    try:
+        while True:
+            status, value = ours.recv()
+            if status == "doing":
+                say(value)
+            elif status == "failed":
+                raise RuntimeError(f"{task.title} failed:\n{value}")
+            else:
+                return Measured(*value)
+    except EOFError:
+        process.join(5)
+        raise CommandError(f"the process of {task.title} ended (exit code {process.exitcode})") from None
+    finally:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+# ---- the case's own process ------------------------------------------------------------------------------------------
+
+
+def _serve(connection: Connection, task: Task) -> None:
+    try:
+        connection.send(("done", measure(task, lambda text: connection.send(("doing", text)))))
+    except (BrokenPipeError, KeyboardInterrupt):  # the parent is gone, or is leaving
+        pass
+    except Exception:
+        connection.send(("failed", traceback.format_exc()))
+
+
+def measure(task: Task, say: Callable[[str], None]) -> Measured:
+    """Verify, then time all peers of one case."""
+    torch.set_num_threads(task.threads)
+    look_in_folder()
+    say(f"{task.title}: making weights and what is expected of them")
+    weights = make_weights(SHAPES[task.shape], FORMATS[task.dtype].dtype, task.pages == "huge")
+    case = make_case(
+        task.shape, SHAPES[task.shape], task.dtype, task.tokens, task.mode, task.routing, weights, task.pages
+    )
+    start = perf_counter()
+    want, limit, errors = expected(case), tolerance(case), {}
+    layers: dict[str, Layer] = {}
+    wrong, skipped = [], []
+    read = read_probe(case)
+    for name in task.peers:
+        say(f"{task.title}: verifying {name}")
+        try:
+            layer = prepare(case, name, task.named, read)
+            errors[name] = relative_error(case, layer, want)
+        except Skip as reason:
+            skipped.append({"case": task.title, "peer": name, "reason": str(reason)})
+            continue
+        except (ImportError, AttributeError, RuntimeError, OSError) as error:  # other libraries break in their own ways
+            if name.startswith("switchgear"):
+                raise
+            skipped.append({"case": task.title, "peer": name, "reason": f"{type(error).__name__}: {error}"})
+            continue
+        if errors[name] <= limit:
+            layers[name] = layer
+        else:
+            wrong.append(name)
+    say(f"{task.title}: timing {', '.join(layers)}")
+    rates: list[float] = []
+    calls: dict[str, Callable[[int], object]] = {READ: read}
+    calls[MULTIPLY] = lambda _: rates.append(multiply_rate(case.dtype_name, task.threads))
+    calls |= {name: call_of(case, layer) for name, layer in layers.items()}
+    seconds = max(task.seconds - (perf_counter() - start), task.seconds / 2)
+    times = interleave(calls, seconds, leaves_memory=case.mode == "train")  # the gradients of the weights
+    passes = 1 if case.mode == "forward" else 3  # over the weights: read twice, their gradients written
+    ceilings = {"multiply_rate": median(rates), "read_ms": 1e3 * passes * median(times.pop(READ).seconds)}
+    del times[MULTIPLY]
+    about = _about(task, case) | ceilings | floor(case, ceilings)
+    rows = [about | _result(about, name, timed, errors[name], limit) for name, timed in times.items()]
+    rows += [about | _result(about, name, Timed([], 0, 0), errors[name], limit) for name in wrong]
+    return Measured(rows, skipped, [Path(path).name for path in machine.openmp_runtimes()])
+
+
+def prepare(case: Case, name: str, named: bool, read: Callable[[int], object]) -> Layer:
+    """The layer of a peer; raises Skip for what the peer has not, and for what would take too long to be useful."""
+    peer = PEERS[name]
+    if case.dtype_name not in peer.dtypes or case.mode not in peer.modes:
+        raise Skip(f"has only {', '.join(peer.dtypes)} and {', '.join(peer.modes)}")
+    whole = sum(weight.nbytes for weight in case.weights)
+    if (free := machine.free_memory_bytes()) is not None and free < whole + SPARE_BYTES:
+        raise Skip(f"{free / 2**30:.1f} GiB are free, and its copy of the weights may take {whole / 2**30:.1f}")
+    if name == "hf_eager" and case.mode == "train" and not named:
+        # Indexing the stacked weights makes autograd write, and add, a zero gradient of all experts for each expert:
+        # one pass to write and three to add (read two, write one).
+        start = perf_counter()
+        read(0)
+        seconds = 4 * (perf_counter() - start) * case.shape.num_experts
+        if seconds > SLOWEST_CALL:
+            raise Skip(
+                f"some {seconds:.0f} s per step: a gradient of all experts for each one (name it in --peers to see)"
+            )
+    return peer.make(case)
+
+
+def call_of(case: Case, layer: Layer) -> Callable[[int], object]:
+    """One timed call; numbers choose among the routings."""
+    if case.mode == "train":
+        return lambda number: train(layer, case, case.inputs[number % len(case.inputs)])
+    return lambda number: forward(layer, case.inputs[number % len(case.inputs)])
+
+
+def floor(case: Case, ceilings: dict[str, float]) -> dict[str, Any]:
+    """The least time for a case, and what binds it."""
+    compute, memory = 1e3 * case.flops / ceilings["multiply_rate"], ceilings["read_ms"]
+    return {"floor_ms": max(compute, memory), "bound": "compute" if compute >= memory else "memory"}
+
+
+def _about(task: Task, case: Case) -> dict[str, Any]:
+    """The columns of --json and --csv that all peers of a case share."""
+    return {
+        "shape": case.shape_name, "hidden_size": case.shape.hidden_size,
+        "intermediate_size": case.shape.intermediate_size, "num_experts": case.shape.num_experts,
+        "top_k": case.shape.top_k, "tokens": case.tokens, "dtype": case.dtype_name, "mode": case.mode,
+        "routing": task.routing, "pages": task.pages, "allocator": task.allocator, "flops": case.flops,
+        "weight_bytes": case.weight_bytes, "touched_experts": case.touched_experts,
+    }  # fmt: skip
+
+
+def _result(about: dict[str, Any], peer: str, timed: Timed, error: float, limit: float) -> dict[str, Any]:
+    """The columns of one peer; nothing was timed for one that is wrong."""
+    times = timed.seconds
+    seconds = median(times) if times else None
+    return {
+        "peer": peer, "ms": seconds and 1e3 * seconds, "best_ms": 1e3 * min(times) if times else None,
+        "repetitions": len(times), "turns": timed.turns, "quiet_turns": timed.quiet_turns,
+        "gflops": seconds and about["flops"] / seconds / 1e9,
+        "gbytes_per_s": seconds and about["weight_bytes"] / seconds / 1e9,
+        "percent_of_floor": seconds and about["floor_ms"] / seconds / 10,
+        "relative_error": error, "error_limit": limit, "wrong": error > limit,
+    }  # fmt: skip
