@@ -70,7 +70,7 @@ class Case(NamedTuple):
         return [self.gate_up_proj.detach(), self.down_proj.detach()]
 
     def on_its_pages(self, weight: Tensor) -> Tensor:
-        """A peer's own copy of weights, moved onto the pages on which all weights of this case lie."""
+        """A competitor's own copy of weights, moved onto the pages on which all weights of this case lie."""
         if self.pages == "huge":
             use_huge_pages([weight])
         return weight
@@ -81,7 +81,7 @@ class Case(NamedTuple):
 
     @property
     def flops(self) -> int:
-        return (forward_flops if self.mode == "forward" else train_flops)(self.shape, self.tokens)
+        return flops_of(self.shape, self.tokens, self.mode)
 
     @property
     def touched(self) -> list[list[int]]:
@@ -95,9 +95,17 @@ class Case(NamedTuple):
 
     @property
     def weight_bytes(self) -> float:
-        """Bytes of expert weights that a call must move: read once; in training read twice, their gradient written."""
-        one = 3 * self.shape.hidden_size * self.shape.intermediate_size * self.format.weight_bytes
-        return self.touched_experts * one * (1 if self.mode == "forward" else 3)
+        return moved_bytes(self.shape, self.touched_experts, self.dtype_name, self.mode)
+
+
+def flops_of(shape: Shape, tokens: int, mode: str) -> int:
+    return (forward_flops if mode == "forward" else train_flops)(shape, tokens)
+
+
+def moved_bytes(shape: Shape, touched_experts: float, dtype_name: str, mode: str) -> float:
+    """Bytes of expert weights that a call must move: read once; in training read twice, their gradient written."""
+    one = 3 * shape.hidden_size * shape.intermediate_size * FORMATS[dtype_name].weight_bytes
+    return touched_experts * one * (1 if mode == "forward" else 3)
 
 
 def make_weights(

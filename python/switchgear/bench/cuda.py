@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`switchgear bench --device cuda`: MoE layers and single ops on a GPU, at the shapes of published figures.
 
-As on the CPU, a result is compared with float64 before it is timed. Peers take turns; each call is timed by events, and
-the L2 cache is overwritten before it. What the card can do at best is measured in the same run. cuda_tables.py
-makes tables and files of the results.
+As on the CPU, a result is compared with float64 before it is timed. Competitors take turns; each call is timed by
+events, and the L2 cache is overwritten before it. What the card can do at best is measured in the same run.
+cuda_tables.py makes tables and files of the results.
 """
 
 from __future__ import annotations
@@ -19,52 +19,46 @@ import torch
 
 from switchgear import cuda
 
-from ..common import CommandError, console, positive
+from ..common import CommandError, choose, console
 from . import cuda_ops, cuda_tables
 from .case import Case, Inputs, Layer, forward, make_inputs, train
-from .competitors import PEERS, Skip
+from .competitors import COMPETITORS, Skip
 from .cuda_clock import best_seconds, in_turns, peak_memory
+from .results import Row, open_outputs
 from .shapes import GPU_SHAPES, GPU_TOKENS, Shape
 from .verify import expected, relative_error, tolerance
 
-PEERS_HERE = ("switchgear", "torch_grouped_mm", "hf_grouped_mm", "hf_batched_mm", "hf_eager", "hf_sonicmoe")
-DEFAULT_PEERS = ("switchgear", "torch_grouped_mm", "hf_grouped_mm", "hf_batched_mm", "hf_sonicmoe")
+COMPETITORS_HERE = ("switchgear", "torch_grouped_mm", "hf_grouped_mm", "hf_batched_mm", "hf_eager", "hf_sonicmoe")
+DEFAULT_COMPETITORS = ("switchgear", "torch_grouped_mm", "hf_grouped_mm", "hf_batched_mm", "hf_sonicmoe")
 DECODE = (("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 16), ("qwen3-30b-a3b", 256))  # forward, beside GPU_TOKENS
 OPS = "ops"  # among --shapes: router, bare grouped GEMM, permutation
 BUDGET = 240.0  # seconds
 
 
 def run(args: argparse.Namespace) -> int:
-    from .run import choose, open_outputs
-
     shapes = choose("shapes", args.shapes or ",".join((*GPU_SHAPES, OPS)), (*GPU_SHAPES, OPS))
-    modes = choose("modes", args.modes, ("forward", "train"))
-    peers = choose("peers", args.peers or ",".join(DEFAULT_PEERS), PEERS_HERE)
-    plan = cases([name for name in shapes if name != OPS], modes, args.tokens)
+    names = choose("competitors", args.competitors or ",".join(DEFAULT_COMPETITORS), COMPETITORS_HERE)
+    plan = cases([name for name in shapes if name != OPS], args.modes, args.tokens)
     outputs = open_outputs(args)
     try:
         cuda.require()
     except RuntimeError as error:
         raise CommandError(f"--device cuda: {error}") from None
-    results = measure_all(plan, peers, OPS in shapes, args.routing, args.budget or BUDGET)
+    results = measure_all(plan, names, OPS in shapes, args.routing, args.budget or BUDGET)
     cuda_tables.write(results, outputs)
     return 1 if any(row["wrong"] for row in results["results"]) else 0
 
 
-def cases(shapes: list[str], modes: list[str], tokens: str | None) -> list[tuple[str, int, str]]:
+def cases(shapes: list[str], modes: list[str], tokens: tuple[int, ...] | None) -> list[tuple[str, int, str]]:
     """(shape, tokens, mode): the tokens of published figures, and few as in decoding, or else --tokens."""
-    if tokens is not None:
-        try:
-            counts = [positive(part) for part in tokens.split(",")]
-        except (ValueError, argparse.ArgumentTypeError):
-            raise CommandError(f"--tokens: expected positive integers, got {tokens!r}") from None
-        return [(shape, count, mode) for shape in shapes for mode in modes for count in counts]
-    plan = [(shape, GPU_TOKENS[shape], mode) for shape in shapes for mode in modes]
-    return plan + [(shape, count, "forward") for shape, count in DECODE if shape in shapes and "forward" in modes]
+    plan = [(shape, count, mode) for shape in shapes for mode in modes for count in tokens or (GPU_TOKENS[shape],)]
+    if tokens is None and "forward" in modes:
+        plan += [(shape, count, "forward") for shape, count in DECODE if shape in shapes]
+    return plan
 
 
 def measure_all(
-    plan: list[tuple[str, int, str]], peers: list[str], ops: bool, routing: str, budget: float
+    plan: list[tuple[str, int, str]], competitors: list[str], ops: bool, routing: str, budget: float
 ) -> dict[str, Any]:
     """Ceilings, ops, then layers, until the budget is used up; tables are printed on the way."""
     end = perf_counter() + budget
@@ -80,10 +74,11 @@ def measure_all(
         cuda_tables.print_ops(out, results)
     for name, tokens, mode in plan:
         if perf_counter() > end:
-            results["skipped"].append({"case": f"{name}, T={tokens}, {mode}", "peer": "all", "reason": "--budget"})
+            late = {"case": f"{name}, T={tokens}, {mode}", "competitor": "all", "reason": "--budget"}
+            results["skipped"].append(late)
             continue
         case = make_case(name, GPU_SHAPES[name], tokens, mode, routing)
-        rows, skipped = measure_case(case, peers)
+        rows, skipped = measure_case(case, competitors)
         results["results"] += rows
         results["skipped"] += skipped
         cuda_tables.print_case(out, results, rows, skipped)
@@ -136,25 +131,25 @@ def make_case(name: str, shape: Shape, tokens: int, mode: str, routing: str) -> 
     return Case(name, shape, "bf16", tokens, mode, *weights, [inputs], grad_y)
 
 
-def measure_case(case: Case, peers: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Verify, then time all peers of one case: (rows, what was left out and why)."""
+def measure_case(case: Case, competitors: list[str]) -> tuple[list[Row], list[dict[str, str]]]:
+    """Verify, then time all competitors of one case: (rows, what was left out and why)."""
     errors: dict[str, float] = {}
     skipped: list[dict[str, str]] = []
     layers: dict[str, Layer] = {}
     want, limit = expected(case), tolerance(case)
-    for name in peers:
+    for name in competitors:
         try:
-            peer = PEERS[name]
-            if case.mode not in peer.modes:
-                raise Skip(f"has only {', '.join(peer.modes)}")
-            layers[name] = peer.make(case)
+            competitor = COMPETITORS[name]
+            if case.mode not in competitor.modes:
+                raise Skip(f"has only {', '.join(competitor.modes)}")
+            layers[name] = competitor.make(case)
             errors[name] = relative_error(case, layers[name], want)
         except Skip as reason:
-            skipped.append({"case": case.name, "peer": name, "reason": str(reason)})
+            skipped.append({"case": case.name, "competitor": name, "reason": str(reason)})
         except Exception as problem:  # other libraries break in their own ways, out of memory among them
             if name == "switchgear":
                 raise
-            skipped.append({"case": case.name, "peer": name, "reason": f"{type(problem).__name__}: {problem}"})
+            skipped.append({"case": case.name, "competitor": name, "reason": f"{type(problem).__name__}: {problem}"})
         finally:
             case.gate_up_proj.grad = case.down_proj.grad = None
             torch.cuda.empty_cache()

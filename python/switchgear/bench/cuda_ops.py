@@ -27,7 +27,7 @@ class OpCase(NamedTuple):
     case: str
     flops: float
     bytes: float  # read once and written once
-    calls: dict[str, Callable[[], Tensor]]  # by peer; all give the same result
+    calls: dict[str, Callable[[], Tensor]]  # by competitor; all give the same result
     tolerance: float  # between them, relative to the largest element
 
 
@@ -101,11 +101,11 @@ CASES: tuple[Callable[[], OpCase], ...] = (
 )
 
 
-def result(case: OpCase, peer: str, times: list[float]) -> dict[str, Any]:
+def result(case: OpCase, competitor: str, times: list[float]) -> dict[str, Any]:
     """One result, as --json has it; `times` are milliseconds."""
     ms = median(times)
     return {
-        "op": case.op, "case": case.case, "peer": peer, "us": 1e3 * ms, "best_us": 1e3 * min(times),
+        "op": case.op, "case": case.case, "competitor": competitor, "us": 1e3 * ms, "best_us": 1e3 * min(times),
         "repetitions": len(times), "tflops": case.flops / ms / 1e9 if case.flops else None,
         "gbytes_per_s": case.bytes / ms / 1e6,
     }  # fmt: skip
@@ -124,12 +124,12 @@ def measure(end: float) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     skipped: list[dict[str, str]] = []
     for make in CASES:
         if perf_counter() > end:
-            skipped.append({"case": "ops", "peer": "all", "reason": "--budget"})
+            skipped.append({"case": "ops", "competitor": "all", "reason": "--budget"})
             break
         case = make()
-        error = disagreement({peer: call() for peer, call in case.calls.items()})
+        error = disagreement({competitor: call() for competitor, call in case.calls.items()})
         if not error <= case.tolerance:
             raise RuntimeError(f"{case.op} {case.case}: {error:.1e} from torch, expected at most {case.tolerance:.1e}")
-        rows += [result(case, peer, times) for peer, times in in_turns(case.calls, OP_SECONDS).items()]
+        rows += [result(case, competitor, times) for competitor, times in in_turns(case.calls, OP_SECONDS).items()]
         torch.cuda.empty_cache()
     return rows, skipped

@@ -10,23 +10,28 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..common import CommandError, threads
-from .results import cases_of, is_undisturbed, undisturbed
+from .results import Row, cases_of, is_undisturbed, undisturbed
 from .targets import is_ours, judge
 
 BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what a user of transformers has today
 SUMMARY = (("forward", 1), ("forward", 512), ("train", 512))  # columns: mode and tokens
-Row = dict[str, Any]
+Blocks = dict[str, Callable[[], str]]
 
 
 def write(results: dict[str, Any], path: str) -> None:
     """Fill in the tables of the document at `path`, or make one."""
+    write_blocks(path, _blocks(results), lambda: whole(results))
+
+
+def write_blocks(path: str, blocks: Blocks, otherwise: Callable[[], str]) -> None:
     file = Path(path)
     text = file.read_text() if file.exists() else ""
-    file.write_text(fill(text, results) if "<!-- bench:" in text else whole(results))
+    file.write_text(fill_blocks(text, blocks) if "<!-- bench:" in text else otherwise())
 
 
 def whole(results: dict[str, Any]) -> str:
@@ -35,12 +40,19 @@ def whole(results: dict[str, Any]) -> str:
 
 def fill(text: str, results: dict[str, Any]) -> str:
     """The text with its tables made anew. CommandError for a table that there is not."""
+    return fill_blocks(text, _blocks(results))
 
+
+def _blocks(results: dict[str, Any]) -> Blocks:
+    return {name: partial(make, results) for name, make in BLOCKS.items()}
+
+
+def fill_blocks(text: str, blocks: Blocks) -> str:
     def block(found: re.Match[str]) -> str:
         name = found.group(1)
-        if name not in BLOCKS:
-            raise CommandError(f"--markdown: expected tables of {', '.join(BLOCKS)}; the document wants {name!r}")
-        return f"<!-- bench:{name} -->\n{BLOCKS[name](results)}<!-- /bench:{name} -->"
+        if name not in blocks:
+            raise CommandError(f"--markdown: expected tables of {', '.join(blocks)}; the document wants {name!r}")
+        return f"<!-- bench:{name} -->\n{blocks[name]()}<!-- /bench:{name} -->"
 
     return re.sub(r"<!-- bench:(\w+) -->\n.*?<!-- /bench:\1 -->", block, text, flags=re.DOTALL)
 
@@ -83,7 +95,7 @@ def case_table(results: dict[str, Any]) -> str:
     rule = ["---", "---:", "---", "---", *["---:"] * (len(header) - 4)]
     lines = []
     for rows in cases_of(results):
-        timed = {row["peer"]: row for row in rows if row["ms"]}
+        timed = {row["competitor"]: row for row in rows if row["ms"]}
         ours = _fastest([row for name, row in timed.items() if is_ours(name)])
         hugging_face = _fastest([timed[name] for name in BASELINES if name in timed])
         other = _fastest([row for name, row in timed.items() if not is_ours(name) and not name.startswith("hf_")])
@@ -93,7 +105,7 @@ def case_table(results: dict[str, Any]) -> str:
                   "" if is_undisturbed(rows) else "disturbed"]  # fmt: skip
         cells = [row["shape"], f"{row['tokens']:,}", row["dtype"], ", ".join(filter(None, extras))]
         cells += [_milliseconds(ours), f"{ours['percent_of_floor']:.0f} %"] if ours else ["", ""]
-        cells += [_against(hugging_face, ours, ""), _against(other, ours, other["peer"] if other else "")]
+        cells += [_against(hugging_face, ours, ""), _against(other, ours, other["competitor"] if other else "")]
         lines.append(cells)
     return table(header, rule, lines)
 
@@ -120,7 +132,7 @@ def summary_table(results: dict[str, Any]) -> str:
     found: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
     for rows in undisturbed(results):
         row = rows[0]
-        timed = {r["peer"]: r for r in rows if r["ms"]}
+        timed = {r["competitor"]: r for r in rows if r["ms"]}
         if (row["allocator"], row["routing"]) != ("default", "balanced") or not {"switchgear", BASELINES[0]} <= set(
             timed
         ):
@@ -142,9 +154,9 @@ def target_table(results: dict[str, Any]) -> str:
 
 
 def pictures(results: dict[str, Any]) -> str:
-    """The pictures that `--plot docs/images` writes, for a page in docs/."""
+    """The pictures that `--plot docs/images/<isa>` writes, for a page in docs/."""
     shapes = dict.fromkeys(row["shape"] for row in results["results"])
-    return "\n".join(f"![{shape}](images/{shape}.svg)" for shape in shapes) + "\n"
+    return "\n".join(f"![{shape}](images/{results['machine']['isa']}/{shape}.png)" for shape in shapes) + "\n"
 
 
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from ..common import CommandError, require
+from ..common import choose, console, table
 from .cost_model import GPUS, Kernel, Prediction, predict
 from .published import FIGURES, Figure
-from .shapes import GPU_SHAPES, GPU_TOKENS, Shape
+from .results import Row, write_json
+from .shapes import GPU_SHAPES, GPU_TOKENS
 
 MODES = ("forward", "backward")
 NOTICE = (
@@ -21,69 +21,56 @@ NOTICE = (
 
 
 def run(args: argparse.Namespace) -> int:
-    names = [name.strip() for name in (args.shapes or ",".join(GPU_SHAPES)).split(",") if name.strip()]
-    unknown = [name for name in names if name not in GPU_SHAPES]
-    if unknown or not names:
-        raise CommandError(f"--shapes: expected a list of {', '.join(GPU_SHAPES)}; got {args.shapes!r}")
-    console = require("rich.console").Console()
-    console.print(f"[bold]{NOTICE}[/]", highlight=False)
-    rows = []
-    for name in names:
-        for mode in MODES:
-            predictions = [predict(gpu, GPU_SHAPES[name], GPU_TOKENS[name], mode, args.routing) for gpu in GPUS]
-            print_case(console, name, mode, predictions)
-            rows += [row_of(name, mode, prediction) for prediction in predictions]
-    print_summary(console, rows)
+    names = choose("shapes", args.shapes or ",".join(GPU_SHAPES), GPU_SHAPES)
+    out = console()
+    out.print(f"[bold]{NOTICE}[/]")
+    cases = {
+        (name, mode): [predict(gpu, GPU_SHAPES[name], GPU_TOKENS[name], mode, args.routing) for gpu in GPUS]
+        for name in names
+        for mode in MODES
+    }
+    for (name, mode), predictions in cases.items():
+        print_case(out, name, mode, predictions)
+    print_summary(out, cases)
     if args.json:
-        with open(args.json, "w") as file:
-            figures = [figure._asdict() for figure in FIGURES if figure.shape in names]
-            json.dump({"schema": "switchgear-model/1", "notice": NOTICE, "predictions": rows, "published": figures},
-                      file, indent=2)  # fmt: skip
+        rows = [row_of(*case, prediction) for case, predictions in cases.items() for prediction in predictions]
+        figures = [figure._asdict() for figure in FIGURES if figure.shape in names]
+        schema = {"schema": "switchgear-model/1", "notice": NOTICE}
+        write_json(schema | {"predictions": rows, "published": figures}, args.json)
     return 0
 
 
-def title(name: str, mode: str) -> str:
-    shape: Shape = GPU_SHAPES[name]
-    sizes = f"H {shape.hidden_size}, I {shape.intermediate_size}, E {shape.num_experts}, K {shape.top_k}"
-    return f"{name}, T={GPU_TOKENS[name]}, bf16, {mode} ({sizes})"
-
-
-def print_case(console: Any, name: str, mode: str, predictions: list[Prediction]) -> None:
-    console.print(f"\n[bold]{title(name, mode)}[/]", highlight=False)
+def print_case(out: Any, name: str, mode: str, predictions: list[Prediction]) -> None:
+    out.print(f"\n[bold]{name}, T={GPU_TOKENS[name]}, bf16, {mode} ({GPU_SHAPES[name].sizes})[/]")
     for prediction in predictions:
-        table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column(prediction.gpu, no_wrap=True, min_width=18)
-        for column in ("GFLOP", "MB", "tiles", "waves", "ms", "bound by"):
-            table.add_column(column, justify="right", no_wrap=True)
+        shown = table(prediction.gpu, "GFLOP", "MB", "tiles", "waves", "ms", "bound by")
         for kernel in prediction.kernels:
-            table.add_row(*cells(kernel))
-        console.print(table)
-        console.print(f"  predicted for {prediction.gpu}: {1e3 * prediction.seconds:.2f} ms, "
-                      f"{prediction.tflops:.0f} TFLOP/s", highlight=False)  # fmt: skip
-    for figure in FIGURES:
-        if (figure.shape, figure.mode) == (name, mode):
-            console.print(f"  published, {figure.gpu}: {figure.who} {figure.tflops:.0f} TFLOP/s ({figure.source})",
-                          highlight=False, soft_wrap=True)  # fmt: skip
+            shown.add_row(*cells(kernel))
+        out.print(shown)
+        time = f"{1e3 * prediction.seconds:.2f} ms, {prediction.tflops:.0f} TFLOP/s"
+        out.print(f"  predicted for {prediction.gpu}: {time}")
+    for figure in published(name, mode):
+        speed = f"{figure.who} {figure.tflops:.0f} TFLOP/s ({figure.source})"
+        out.print(f"  published, {figure.gpu}: {speed}", soft_wrap=True)
+
+
+def published(name: str, mode: str) -> list[Figure]:
+    return [figure for figure in FIGURES if (figure.shape, figure.mode) == (name, mode)]
 
 
 def best_published(name: str, mode: str) -> Figure | None:
     """The fastest of the figures for a shape and mode, on whatever card."""
-    figures = [figure for figure in FIGURES if (figure.shape, figure.mode) == (name, mode)]
-    return max(figures, key=lambda figure: figure.tflops, default=None)
+    return max(published(name, mode), key=lambda figure: figure.tflops, default=None)
 
 
-def print_summary(console: Any, rows: list[dict[str, Any]]) -> None:
+def print_summary(out: Any, cases: dict[tuple[str, str], list[Prediction]]) -> None:
     """All shapes on one page: predictions, and the best that somebody has published."""
-    table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("predicted, TFLOP/s", no_wrap=True)
-    for gpu in GPUS:
-        table.add_column(gpu.name, justify="right", no_wrap=True)
-    table.add_column("best published", no_wrap=True)
-    for name, mode in dict.fromkeys((row["shape"], row["mode"]) for row in rows):
-        predicted = [f"{row['predicted_tflops']:.0f}" for row in rows if (row["shape"], row["mode"]) == (name, mode)]
+    shown = table("predicted, TFLOP/s", *(gpu.name for gpu in GPUS), "best published")
+    for (name, mode), predictions in cases.items():
         best = best_published(name, mode)
-        table.add_row(f"{name}, {mode}", *predicted, f"{best.tflops:.0f} ({best.who}, {best.gpu})" if best else "")
-    console.print(table)
+        figure = f"{best.tflops:.0f} ({best.who}, {best.gpu})" if best else ""
+        shown.add_row(f"{name}, {mode}", *(f"{prediction.tflops:.0f}" for prediction in predictions), figure)
+    out.print(shown)
 
 
 def cells(kernel: Kernel) -> tuple[str, ...]:
@@ -92,7 +79,7 @@ def cells(kernel: Kernel) -> tuple[str, ...]:
     return kernel.name, *work, *tiles, f"{1e3 * kernel.seconds:.3f}", kernel.bound
 
 
-def row_of(name: str, mode: str, prediction: Prediction) -> dict[str, Any]:
+def row_of(name: str, mode: str, prediction: Prediction) -> Row:
     return {
         "shape": name, "tokens": GPU_TOKENS[name], "mode": mode, "gpu": prediction.gpu,
         "predicted_ms": 1e3 * prediction.seconds, "predicted_tflops": prediction.tflops,

@@ -8,7 +8,6 @@ measures on one machine.
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,8 @@ import torch
 from switchgear.parallel.cost import CHUNKS, Layer, Machine, Prediction, count, draw_routing, predict
 from switchgear.parallel.placement import Placement, place_experts
 
-from ..common import CommandError, console, positive, require
+from ..common import CommandError, console, positive, require, table
+from .results import write_json
 
 NOTICE = "PREDICTIONS of a model, not measurements."
 
@@ -74,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
     best = min(predictions, key=lambda c: predictions[c].forward.seconds + predictions[c].backward.seconds)
     _print(args, model, predictions, best)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(_results(args, model, predictions, best), file, indent=2)
+        write_json(_results(args, model, predictions, best), args.json)
     return 0
 
 
@@ -117,19 +116,17 @@ def memory(prediction: Prediction, num_layers: int, item: int, optimizer_bytes: 
 def _print(args: argparse.Namespace, model: Model, predictions: dict[int, Prediction], best: int) -> None:
     out = console()
     layer, chosen = model.layer, predictions[best]
-    out.print(f"[bold]{NOTICE}[/]", highlight=False)
+    out.print(f"[bold]{NOTICE}[/]")
     out.print(f"{model.what}: {model.num_layers} layers of {layer.num_experts} experts, top {layer.top_k}, "
               f"H {layer.hidden_size}, I {layer.intermediate_size}; {args.ep} ranks on {args.nodes} nodes, "
-              f"{args.tokens} tokens each", highlight=False)  # fmt: skip
-    table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("chunks", "forward ms", "exposed", "hidden", "backward ms", "exposed", "hidden"):
-        table.add_column(name, justify="right")
+              f"{args.tokens} tokens each")  # fmt: skip
+    shown = table("chunks", "forward ms", "exposed", "hidden", "backward ms", "exposed", "hidden")
     for c, prediction in predictions.items():
         cells = [str(c) + (" *" if c == best else "")]
         for timeline in (prediction.forward, prediction.backward):
             cells += [f"{1e3 * timeline.seconds:.2f}", f"{1e3 * timeline.exposed:.2f}", f"{timeline.hidden:.0%}"]
-        table.add_row(*cells)
-    out.print(table)
+        shown.add_row(*cells)
+    out.print(shown)
     step = model.num_layers * (chosen.forward.seconds + chosen.backward.seconds)
     exposed = model.num_layers * (chosen.forward.exposed + chosen.backward.exposed)
     out.print(f"a step's experts: {1e3 * step:.1f} ms, {1e3 * exposed:.1f} ms of it waiting ({exposed / step:.0%})")
@@ -137,7 +134,7 @@ def _print(args: argparse.Namespace, model: Model, predictions: dict[int, Predic
         f"sent by a rank, a layer: {chosen.bytes_forward / 1e6:.1f} MB forward "
         f"({chosen.bytes_between_nodes / 1e6:.1f} MB between nodes), {chosen.bytes_backward / 1e6:.1f} MB backward"
     )
-    out.print(f"a row for each choice would be {chosen.rows_without_sharing:.2f} times the rows")  # fmt: skip
+    out.print(f"a row for each choice would be {chosen.rows_without_sharing:.2f} times the rows")
     out.print(f"choices on the busiest rank: {chosen.load:.2f} times the mean")
     parts = memory(chosen, model.num_layers, args.bytes, args.optimizer_bytes)
     listed = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())

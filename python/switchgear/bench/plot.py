@@ -14,9 +14,9 @@ PANEL = ("mode", "dtype", "allocator", "routing")
 
 
 def plot(results: dict[str, Any], folder: str) -> None:
-    """Write `folder`/<shape>.svg for each shape of the results."""
+    """Write `folder`/<shape>.png for each shape of the results."""
     rows = [row for row in results["results"] if row["ms"]]
-    palette = colors(list(dict.fromkeys(row["peer"] for row in rows)))
+    palette = colors(list(dict.fromkeys(row["competitor"] for row in rows)))
     for shape in dict.fromkeys(row["shape"] for row in rows):
         _plot_shape(shape, [row for row in rows if row["shape"] == shape], palette, results["machine"], Path(folder))
 
@@ -36,13 +36,13 @@ def _plot_shape(
         axis.set_title(", ".join([mode, dtype, *filter(None, extras)]))
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    present = [name for name in palette if any(row["peer"] == name for row in rows)]
+    present = [name for name in palette if any(row["competitor"] == name for row in rows)]
     handles = [_line(plt, name, palette) for name in sorted(present, key=lambda name: (not is_ours(name), name))]
     handles.append(plt.Line2D([], [], color=INK, linewidth=1, linestyle=":", label="floor"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * across), fontsize=8)
-    figure.suptitle(f"{shape}: time of a call over tokens", x=0.01, ha="left", fontsize=11)
-    figure.supxlabel(f"{machine['model']}, {threads(machine['threads'])}, {machine['isa']}", fontsize=8, color=FAINT)
-    path = folder / f"{shape}.svg"
+    about = f"{machine['model']}, {threads(machine['threads'])}, {machine['isa']}"
+    figure.suptitle(f"{shape}: time of a call over tokens · {about}", x=0.01, ha="left", fontsize=9, color=FAINT)
+    path = folder / f"{shape}.png"
     save(figure, path)
     print(f"wrote {path}")
 
@@ -60,15 +60,15 @@ def _plot_panel(axis: Any, rows: list[dict[str, Any]], palette: dict[str, str]) 
     """Both axes logarithmic; below the floor the panel is grey."""
     floors = dict(sorted((row["tokens"], row["floor_ms"]) for row in rows))
     axis.plot(list(floors), list(floors.values()), color=INK, linewidth=1, linestyle=":", zorder=1)
-    for name in dict.fromkeys(row["peer"] for row in rows):
-        points = sorted((row["tokens"], row["ms"]) for row in rows if row["peer"] == name)
+    for name in dict.fromkeys(row["competitor"] for row in rows):
+        points = sorted((row["tokens"], row["ms"]) for row in rows if row["competitor"] == name)
         axis.plot(*zip(*points, strict=True), color=palette[name], zorder=3 if is_ours(name) else 2, **_style(name))
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     bottom = min(floors.values()) / 2
     axis.fill_between(list(floors), list(floors.values()), bottom, color=GRID, zorder=0)
     axis.set_ylim(bottom=bottom)
-    axis.set_xticks(list(floors), [f"{tokens:,}" for tokens in floors])
+    axis.set_xticks(list(floors), [f"{tokens:,}" for tokens in floors], rotation=30, fontsize=8)
     axis.set_xlabel("tokens")
     axis.set_ylabel("ms")
     axis.minorticks_off()

@@ -21,12 +21,13 @@ from torch import Tensor
 from switchgear import plan
 from switchgear.functional import Routing
 
-from ..common import CommandError, console, machine, require, threads
+from ..common import choose, console, machine, require, table, threads
 from . import plain_routers
 from .case import Case, Layer, forward, make_case, make_weights
 from .competitors.ours import switchgear
-from .markdown import table
-from .results import check_same_machine, load, save
+from .markdown import table as markdown_table
+from .markdown import write_blocks
+from .results import check_same_machine, read_json, write_json
 from .router_policies import Policy, policies
 from .shapes import ROUTER_SHAPES, Shape, forward_flops
 from .timing import FEWEST_QUIET, interleave
@@ -42,14 +43,9 @@ SCHEMA = "switchgear-bench-routers/1"
 def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
     """about: the machine, for --json."""
     require("rich")
-    names = [name.strip() for name in (args.shapes or ",".join(ROUTER_SHAPES)).split(",")]
-    unknown = [name for name in names if name not in ROUTER_SHAPES]
-    if unknown:
-        raise CommandError(
-            f"--shapes: expected a list of {', '.join(ROUTER_SHAPES)} with --routers, got {unknown[0]!r}"
-        )
+    names = choose("shapes", args.shapes or ",".join(ROUTER_SHAPES), ROUTER_SHAPES)
     if args.source:
-        results = load(args.source, "--from", SCHEMA)
+        results = read_json(args.source, "--from", SCHEMA)
         for measured in results["shapes"]:
             show(measured, results["machine"])
     else:
@@ -60,12 +56,12 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
             results["shapes"].append(measure(name, ROUTER_SHAPES[name], dtype))
             show(results["shapes"][-1], about)
             if args.json:
-                save(results, args.json)
+                write_json(results, args.json)
     results["shapes"].sort(key=lambda measured: list(ROUTER_SHAPES).index(measured["shape"]))
     if args.json:
-        save(results, args.json)
+        write_json(results, args.json)
     if args.markdown:
-        _write(args.markdown, results)
+        write_blocks(args.markdown, {"routers": lambda: markdown(results)}, lambda: markdown(results))
         print(f"wrote {args.markdown}")
     wrong = sum(not row["equal"] for measured in results["shapes"] for row in measured["results"])
     return 1 if wrong else 0
@@ -75,7 +71,7 @@ def _earlier(path: str | None, about: dict[str, Any], names: list[str]) -> list[
     """The other shapes of a file of the same machine."""
     if path is None or not Path(path).exists() or not Path(path).stat().st_size:
         return []
-    earlier = load(path, "--json", SCHEMA)
+    earlier = read_json(path, "--json", SCHEMA)
     check_same_machine(earlier, {"machine": about}, path)
     return [measured for measured in earlier["shapes"] if measured["shape"] not in names]
 
@@ -203,29 +199,15 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def show(measured: dict[str, Any], about: dict[str, Any]) -> None:
-    shown = require("rich.table").Table(title=title(measured, about))
-    for index, name in enumerate(HEADER):
-        shown.add_column(name, justify="right" if index else "left")
+    shown = table(*HEADER)
     for row in measured["results"]:
         shown.add_row(*cells(row))
-    console().print(shown)
+    console().print(title(measured, about), shown, sep="\n")
 
 
 def markdown(results: dict[str, Any]) -> str:
     about, text = results["machine"], ""
     for measured in results["shapes"]:
-        rule = ["---", *["---:"] * (len(HEADER) - 1)]
-        text += f"{title(measured, about)}.\n\n{table(HEADER, rule, [cells(row) for row in measured['results']])}\n"
+        lines = markdown_table(HEADER, ["---", *["---:"] * (len(HEADER) - 1)], list(map(cells, measured["results"])))
+        text += f"{title(measured, about)}.\n\n{lines}\n"
     return f"{text}{about['model']}, {about['isa']}, torch {about['torch']}, switchgear {about['switchgear']}.\n"
-
-
-def _write(path: str, results: dict[str, Any]) -> None:
-    """Into a file of its own, or between the lines of a document that want it."""
-    begin, end = "<!-- bench:routers -->\n", "<!-- /bench:routers -->"
-    file = Path(path)
-    text = file.read_text() if file.exists() else ""
-    if begin not in text:
-        file.write_text(markdown(results))
-        return
-    before, _, rest = text.partition(begin)
-    file.write_text(before + begin + markdown(results) + end + rest.partition(end)[2])

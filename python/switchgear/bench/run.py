@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,75 +18,63 @@ import torch
 
 import switchgear
 
-from ..common import CommandError, console, machine, optional, positive, require
+from ..common import choose, console, listed, machine, optional, positive, positives, require
 from . import cuda, model, parallel, routers, tables
 from .case import FORMATS
 from .ceilings import measure
-from .competitors import PEERS
+from .competitors import COMPETITORS
 from .competitors.registry import FOLDER
-from .results import SCHEMA, load, merge, save
+from .results import SCHEMA, load, merge, open_outputs, save
 from .shapes import SHAPES
 from .worker import Task, run_case
 
 DEFAULT_SHAPES = "tiny,olmoe,qwen3-30b-a3b,mixtral-half"
-ALL_PEERS = "installed"
-# Tokens of a run that names none, by mode: of the usual run, of a quick one, of one against all peers.
-TOKENS = {"forward": (1, 16, 256, 2048), "train": (256,)}
+EVERYONE = "installed"
+# Tokens of a run that names none, by mode: of the usual run, of a quick one, of one against all competitors.
+TOKENS: dict[str, tuple[int, ...]] = {"forward": (1, 16, 256, 2048), "train": (256,)}
 QUICK_SHAPES, QUICK_TOKENS = "tiny,olmoe", {"forward": (1, 256), "train": (256,)}
-PEERS_TOKENS = {"forward": (1, 16, 256, 512, 2048), "train": (256, 512)}
+EVERYONES_TOKENS = {"forward": (1, 16, 256, 512, 2048), "train": (256, 512)}
 BUDGET, QUICK_BUDGET = 540.0, 45.0  # seconds for all cases
-CASE_BUDGET, START_SECONDS = (
-    45.0,
-    6.0,
-)  # for each case of a run against all peers; what a process needs before it can measure
+CASE_BUDGET = 45.0  # for each case of a run against all competitors
+START_SECONDS = 6.0  # what a process needs before it can measure
 LONGEST_CASE, LONGEST_QUICK_CASE = 12.0, 3.0  # seconds of timing: more adds nothing
 
 
+# fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shapes", metavar="LIST", help=f"of {', '.join(SHAPES)} (default: {DEFAULT_SHAPES})")
-    add("--tokens", metavar="LIST", help="tokens per call (default: 1,16,256,2048; in training 256)")
-    dtypes_help = "of the weights: bf16, fp32, int8, int4 (default: bf16,fp32, and fp32 alone where bf16 is emulated)"
-    add("--dtypes", metavar="LIST", help=dtypes_help)
-    add("--modes", metavar="LIST", default="forward,train", help="forward, train (forward and backward)")
-    peers_help = f"of {', '.join(PEERS)}; without a list all that are installed (default: torch's, transformers')"
-    add("--peers", metavar="LIST", nargs="?", const=ALL_PEERS, help=peers_help)
-    folder_help = f"folder of peers that cannot be installed beside this torch (default: ${FOLDER})"
-    add("--peers-folder", metavar="DIR", help=folder_help)
-    routing_help = "balanced: experts are equally likely; zipf: expert e is 1/(e+1) times as likely"
-    add("--routing", choices=("balanced", "zipf"), default="balanced", help=routing_help)
-    pages_help = "of the weights, for every peer: huge as after switchgear.use_huge_pages, or as torch allocates them"
-    add("--pages", choices=("huge", "default"), default="huge", help=pages_help)
-    allocator_help = "tuned: freed memory is kept, on huge pages (it halves the time of other peers' training steps)"
-    add("--allocator", choices=("default", "tuned"), default="default", help=allocator_help)
+    add("--tokens", metavar="LIST", type=positives, help="tokens per call (default: 1,16,256,2048; in training 256)")
+    add("--dtypes", metavar="LIST", type=listed(FORMATS),
+        help=f"of the weights: {', '.join(FORMATS)} (default: bf16,fp32, and fp32 alone where bf16 is emulated)")
+    add("--modes", metavar="LIST", type=listed(TOKENS), default="forward,train",
+        help="forward, train (forward and backward)")
+    add("--competitors", metavar="LIST", nargs="?", const=EVERYONE,
+        help=f"of {', '.join(COMPETITORS)}; without a list all that are installed (default: torch's, transformers')")
+    add("--competitors-folder", metavar="DIR",
+        help=f"folder of competitors that cannot be installed beside this torch (default: ${FOLDER})")
+    add("--routing", choices=("balanced", "zipf"), default="balanced",
+        help="balanced: experts are equally likely; zipf: expert e is 1/(e+1) times as likely")
+    add("--pages", choices=("huge", "default"), default="huge",
+        help="of the weights, for everyone: huge as after switchgear.use_huge_pages, or as torch allocates them")
+    add("--allocator", choices=("default", "tuned"), default="default",
+        help="tuned: freed memory is kept, on huge pages (it halves the time of others' training steps)")
     add("--quick", action="store_true", help="a few small cases, within a minute")
-    budget_help = (
-        f"for the whole run (default: {BUDGET:.0f}; quick: {QUICK_BUDGET:.0f}; all peers: {CASE_BUDGET:.0f} a case)"
-    )
-    add("--budget", type=float, metavar="SECONDS", help=budget_help)
+    add("--budget", type=float, metavar="SECONDS",
+        help=f"for all cases (default: {BUDGET:.0f}; quick: {QUICK_BUDGET:.0f}; against all: {CASE_BUDGET:.0f} a case)")
     add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the layers run (cuda: at shapes of GPU models)")
     add("--model", action="store_true", help="predict what the CUDA kernels cost, beside published figures, and stop")
     add("--parallel", type=positive, metavar="N", help="experts distributed over N processes; see docs/parallel.md")
     add("--bandwidth", type=float, metavar="MB/s", help="of their links (default: that of the experts; 0: no limit)")
     add("--routers", action="store_true", help="what routing policies cost, by the layer and by plain torch, and stop")
-    add("--list", action="store_true", help="list shapes and peers, and stop")
-    add(
-        "--from", dest="source", metavar="FILE", help="measure nothing: tables and pictures of the results in this file"
-    )
-    add("--json", metavar="FILE", help="write all results, with machine and ceilings, beside those that the file has")
+    add("--list", action="store_true", help="list shapes and competitors, and stop")
+    add("--from", dest="source", metavar="FILE", help="measure nothing: tables and pictures of the results in it")
+    add("--json", metavar="FILE", help="write medians, with machine and ceilings, beside those that the file has")
     add("--csv", metavar="FILE", help="write one row per result")
     add("--markdown", metavar="FILE", help="write tables, or fill in those of a document")
     add("--plot", metavar="DIR", help="write a picture per shape: time over tokens, with the floor")
-
-
-def choose(option: str, text: str, known: Any) -> list[str]:
-    """The names of a comma-separated option, each of which must be known."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise CommandError(f"--{option}: expected a list of {', '.join(known)}; got {text!r}")
-    return list(dict.fromkeys(names))
+# fmt: on
 
 
 def run(args: argparse.Namespace) -> int:
@@ -119,49 +106,20 @@ def run(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> list[Task]:
     """The cases of a run; their seconds are shared out when they begin."""
-    everyone = args.peers in (ALL_PEERS, "all")
-    named = args.peers is not None and not everyone
-    dtypes = default_dtypes() if args.dtypes is None else choose("dtypes", args.dtypes, FORMATS)
+    everyone = args.competitors in (EVERYONE, "all")
+    named = args.competitors is not None and not everyone
+    dtypes = args.dtypes or (["bf16", "fp32"] if machine.has_fast_bfloat16() else ["fp32"])
     shapes = choose("shapes", args.shapes or (QUICK_SHAPES if args.quick else DEFAULT_SHAPES), SHAPES)
-    modes = choose("modes", args.modes, TOKENS)
-    peers = choose("peers", args.peers, PEERS) if named else [n for n, p in PEERS.items() if p.default or everyone]
+    names = [name for name, competitor in COMPETITORS.items() if competitor.default or everyone]
+    if named:
+        names = choose("competitors", args.competitors, COMPETITORS)
+    tokens = QUICK_TOKENS if args.quick else EVERYONES_TOKENS if everyone else TOKENS
     return [
-        Task(shape, dtype, mode, tokens, args.routing, args.pages, args.allocator,
-             tuple(n for n in peers if named or (dtype in PEERS[n].dtypes and mode in PEERS[n].modes)),
-             named, 0.0, args.threads)
-        for shape in shapes for dtype in dtypes for mode in modes if mode in FORMATS[dtype].modes
-        for tokens in tokens_of(args, mode, everyone)
+        Task(shape, dtype, mode, count, args.routing, args.pages, args.allocator,
+             tuple(name for name in names if named or COMPETITORS[name].runs(dtype, mode)), named, 0.0, args.threads)
+        for shape in shapes for dtype in dtypes for mode in args.modes if mode in FORMATS[dtype].modes
+        for count in args.tokens or tokens[mode]
     ]  # fmt: skip
-
-
-def default_dtypes() -> list[str]:
-    if not machine.has_fast_bfloat16():
-        return ["fp32"]
-    return ["bf16", "fp32"]
-
-
-def tokens_of(args: argparse.Namespace, mode: str, everyone: bool) -> Sequence[int]:
-    if args.tokens is None:
-        return (QUICK_TOKENS if args.quick else PEERS_TOKENS if everyone else TOKENS)[mode]
-    try:
-        return tuple(positive(part) for part in args.tokens.split(","))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise CommandError(f"--tokens: expected positive integers, got {args.tokens!r}") from None
-
-
-def open_outputs(args: argparse.Namespace) -> dict[str, str]:
-    """Paths by kind; each can be written. CommandError for one that can't."""
-    outputs = {kind: getattr(args, kind) for kind in ("json", "csv", "markdown", "plot") if getattr(args, kind)}
-    for kind, path in outputs.items():
-        try:
-            if kind == "plot" and args.device == "cpu":
-                Path(path).mkdir(parents=True, exist_ok=True)
-                continue
-            with open(path, "ab"):
-                pass
-        except OSError as error:
-            raise CommandError(f"--{kind}: cannot write {path}: {error.strerror}") from None
-    return outputs
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
@@ -180,12 +138,12 @@ def describe_machine(threads: int) -> dict[str, Any]:
 
 def measure_all(tasks: list[Task], args: argparse.Namespace) -> dict[str, Any]:
     """Run the cases in order, print a table after each, and return what --json writes: it has them one by one."""
-    everyone = args.peers in (ALL_PEERS, "all")
+    everyone = args.competitors in (EVERYONE, "all")
     budget = args.budget or (QUICK_BUDGET if args.quick else CASE_BUDGET * len(tasks) if everyone else BUDGET)
     longest = LONGEST_QUICK_CASE if args.quick else CASE_BUDGET if everyone else LONGEST_CASE
     end = perf_counter() + budget
-    if args.peers_folder:
-        os.environ[FOLDER] = args.peers_folder  # the processes of the cases inherit it
+    if args.competitors_folder:
+        os.environ[FOLDER] = args.competitors_folder  # the processes of the cases inherit it
     screen = console()
     torch.set_num_threads(args.threads)
     about = describe_machine(args.threads)
@@ -193,15 +151,12 @@ def measure_all(tasks: list[Task], args: argparse.Namespace) -> dict[str, Any]:
     with screen.status("measuring the ceilings of this machine"):
         ceilings = measure(sorted({task.dtype for task in tasks}), args.threads, 0.2 if args.quick else 0.5)
     tables.print_machine(screen, about, ceilings)
-    results: dict[str, Any] = {
-        "schema": SCHEMA, "machine": about, "ceilings": ceilings, "results": [], "skipped": []
-    }  # fmt: skip
-    whole = results
+    results: dict[str, Any] = {"schema": SCHEMA, "machine": about, "ceilings": ceilings, "results": [], "skipped": []}
+    late = []
     for i, task in enumerate(tasks):
         left = end - perf_counter()
         if left <= 0:
-            reason = "the time of --budget is used up"
-            results["skipped"].append({"case": task.title, "peer": "all", "reason": reason})
+            late.append({"case": task.title, "competitor": "all", "reason": "the time of --budget is used up"})
             continue
         with screen.status(task.title) as status:
             seconds = max(1.0, min(longest, left / (len(tasks) - i) - START_SECONDS))
@@ -211,8 +166,8 @@ def measure_all(tasks: list[Task], args: argparse.Namespace) -> dict[str, Any]:
         tables.print_case(screen, task.title, measured.rows, measured.skipped)
         if len(measured.openmp_runtimes) > 1:
             screen.print(f"[yellow]more than one OpenMP runtime is loaded: {', '.join(measured.openmp_runtimes)}[/]")
-        whole = merge(earlier, results, args.json) if earlier else results
         if args.json:
-            save(whole, args.json)
-    tables.print_skipped(screen, [s for s in results["skipped"] if s["peer"] == "all"])
-    return whole
+            save(merge(earlier, results, args.json) if earlier else results, args.json)
+    tables.print_skipped(screen, late)
+    results["skipped"] += late
+    return merge(earlier, results, args.json) if earlier else results

@@ -13,6 +13,10 @@ class Shape(NamedTuple):
     top_k: int
     model: str
 
+    @property
+    def sizes(self) -> str:
+        return f"H {self.hidden_size}, I {self.intermediate_size}, E {self.num_experts}, K {self.top_k}"
+
 
 SHAPES = {
     "tiny": Shape(256, 512, 8, 2, "fits in the last-level cache"),
@@ -29,7 +33,7 @@ ROUTER_SHAPES = {
     "deepseek-v3": Shape(7168, 2048, 256, 8, "DeepSeek-V3, without its shared expert"),
 }
 
-# Layers that others have published figures for on GPUs, and the tokens of those figures (cli/published.py).
+# Layers that others have published figures for on GPUs, and the tokens of those figures (published.py).
 GPU_SHAPES = {
     "sonic-7b-n256": Shape(1536, 256, 128, 8, "SonicMoE's 7B model, finest experts"),
     "sonic-30b-n256": Shape(4096, 256, 256, 16, "SonicMoE's 30B model, finest experts"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What switchgear's CPU kernels are meant to reach, and whether a run reached it.
 
-Ratios are a peer's time over ours in one run: 2 means that the peer takes twice as long.
+Ratios are a competitor's time over ours in one run: 2 means that the competitor takes twice as long.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 OURS = ("switchgear", "switchgear_panels", "switchgear_compact", "switchgear_int8", "switchgear_int4")
 
 
-def is_ours(peer: str) -> bool:
-    return peer in OURS
+def is_ours(competitor: str) -> bool:
+    return competitor in OURS
 
 
 HF_DEFAULT = ("hf_grouped_mm",)
@@ -28,7 +28,7 @@ class Target(NamedTuple):
     mode: str
     tokens: tuple[int, int]  # from, to
     at_least: float
-    than: tuple[str, ...] | str  # a ratio to the best of these peers; or a part of the "floor" or of the "read"
+    than: tuple[str, ...] | str  # a ratio to the best of these competitors; or a part of the "floor" or of the "read"
     shapes: tuple[str, ...] = ANY_SHAPE
     allocator: str = "default"
 
@@ -87,7 +87,7 @@ def judge(cases: Sequence[Sequence[dict[str, Any]]]) -> list[Verdict]:
         for target in TARGETS
         for rows in cases
         if rows and target.covers(rows[0])
-        if (verdict := _verdict(target, {row["peer"]: row for row in rows if row["ms"]})) is not None
+        if (verdict := _verdict(target, {row["competitor"]: row for row in rows if row["ms"]})) is not None
     ]
 
 
@@ -101,7 +101,7 @@ def _verdict(target: Target, timed: dict[str, dict[str, Any]]) -> Verdict | None
         return None
     case = f"{ours['shape']}, T={ours['tokens']}, {ours['dtype']}, {ours['mode']}"
     case += ", tuned allocator" if target.allocator == "tuned" else ""
-    form = ours["peer"].removeprefix("switchgear")
+    form = ours["competitor"].removeprefix("switchgear")
     case += f", {form[1:]}" if form in ("_panels", "_compact") else ""
     if isinstance(target.than, str):
         reached = (ours["floor_ms"] if target.than == "floor" else ours["read_ms"]) / ours["ms"]
@@ -112,7 +112,7 @@ def _verdict(target: Target, timed: dict[str, dict[str, Any]]) -> Verdict | None
         return None
     ratio = theirs["ms"] / ours["ms"]
     precise = target.dtype not in ("int8", "int4") or ours["relative_error"] <= theirs["relative_error"]
-    reached = f"{ratio:.2f}x ({theirs['peer']})"
+    reached = f"{ratio:.2f}x ({theirs['competitor']})"
     if not precise:
         reached += f", but an error of {ours['relative_error']:.1e} against {theirs['relative_error']:.1e}"
     return Verdict(

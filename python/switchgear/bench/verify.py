@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Is a peer right? What a correct implementation computes, in float64 on a sample, and how far one may be from it."""
+"""Is a result right? What a correct layer computes, in float64 on a sample, and how far one may be from it."""
 
 from __future__ import annotations
 

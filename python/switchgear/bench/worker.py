@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """One case of the benchmark in a process of its own: no threads, caches or freed memory of an earlier case are left.
 
-Everything is measured in one run, in turns: the machine's ceilings, and all peers. Each peer's result is compared with
-float64 before it is timed; one that is wrong is not timed.
+Everything is measured in one run, in turns: the machine's ceilings, and all competitors. Each one's result is compared
+with float64 before it is timed; one that is wrong is not timed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import torch
 from ..common import CommandError, machine
 from .case import FORMATS, Case, Layer, forward, make_case, make_weights, train
 from .ceilings import multiply_rate, read_probe
-from .competitors import PEERS, Skip, look_in_folder
+from .competitors import COMPETITORS, Skip, look_in_folder
+from .results import CASE, completed
 from .shapes import SHAPES
 from .timing import Timed, interleave
 from .verify import expected, relative_error, tolerance
@@ -35,8 +36,8 @@ TUNED = {
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 SLOWEST_CALL = 4.0  # seconds; a slower one would cost the other cases their time
-SPARE_BYTES = 2 << 30  # that a peer's own copy of the weights must leave free
-READ, MULTIPLY = "(read)", "(multiply)"  # the probes, among the peers that take turns
+SPARE_BYTES = 2 << 30  # that a competitor's own copy of the weights must leave free
+READ, MULTIPLY = "(read)", "(multiply)"  # the probes, among the competitors that take turns
 
 
 class Task(NamedTuple):
@@ -49,7 +50,7 @@ class Task(NamedTuple):
     routing: str
     pages: str
     allocator: str
-    peers: tuple[str, ...]
+    competitors: tuple[str, ...]
     named: bool  # by the user, who then wants them however slow they are
     seconds: float  # for verifying and timing
     threads: int
@@ -65,8 +66,10 @@ class Task(NamedTuple):
 
 class Measured(NamedTuple):
     rows: list[dict[str, Any]]
-    skipped: list[dict[str, str]]  # case, peer, reason
-    openmp_runtimes: list[str]  # more than one: a peer has brought its own, whose threads spin against the others'
+    skipped: list[dict[str, str]]  # case, competitor, reason
+    openmp_runtimes: list[
+        str
+    ]  # more than one: a competitor has brought its own, whose threads spin against the others'
 
 
 # ---- the parent's side -----------------------------------------------------------------------------------------------
@@ -126,7 +129,7 @@ def _serve(connection: Connection, task: Task) -> None:
 
 
 def measure(task: Task, say: Callable[[str], None]) -> Measured:
-    """Verify, then time all peers of one case."""
+    """Verify, then time all competitors of one case."""
     torch.set_num_threads(task.threads)
     look_in_folder()
     say(f"{task.title}: making weights and what is expected of them")
@@ -139,18 +142,18 @@ def measure(task: Task, say: Callable[[str], None]) -> Measured:
     layers: dict[str, Layer] = {}
     wrong, skipped = [], []
     read = read_probe(case)
-    for name in task.peers:
+    for name in task.competitors:
         say(f"{task.title}: verifying {name}")
         try:
             layer = prepare(case, name, task.named, read)
             errors[name] = relative_error(case, layer, want)
         except Skip as reason:
-            skipped.append({"case": task.title, "peer": name, "reason": str(reason)})
+            skipped.append({"case": task.title, "competitor": name, "reason": str(reason)})
             continue
         except (ImportError, AttributeError, RuntimeError, OSError) as error:  # other libraries break in their own ways
             if name.startswith("switchgear"):
                 raise
-            skipped.append({"case": task.title, "peer": name, "reason": f"{type(error).__name__}: {error}"})
+            skipped.append({"case": task.title, "competitor": name, "reason": f"{type(error).__name__}: {error}"})
             continue
         if errors[name] <= limit:
             layers[name] = layer
@@ -164,19 +167,28 @@ def measure(task: Task, say: Callable[[str], None]) -> Measured:
     seconds = max(task.seconds - (perf_counter() - start), task.seconds / 2)
     times = interleave(calls, seconds, leaves_memory=case.mode == "train")  # the gradients of the weights
     passes = 1 if case.mode == "forward" else 3  # over the weights: read twice, their gradients written
-    ceilings = {"multiply_rate": median(rates), "read_ms": 1e3 * passes * median(times.pop(READ).seconds)}
+    about = {name: getattr(task, name) for name in CASE} | {
+        "touched_experts": case.touched_experts, "multiply_rate": median(rates),
+        "read_ms": 1e3 * passes * median(times.pop(READ).seconds),
+    }  # fmt: skip
     del times[MULTIPLY]
-    about = _about(task, case) | ceilings | floor(case, ceilings)
-    rows = [about | _result(about, name, timed, errors[name], limit) for name, timed in times.items()]
-    rows += [about | _result(about, name, Timed([], 0, 0), errors[name], limit) for name in wrong]
+    times |= {name: Timed([], 0, 0) for name in wrong}
+    rows = [
+        completed(about | {
+            "competitor": name, "ms": 1e3 * median(timed.seconds) if timed.seconds else None,
+            "relative_error": errors[name], "error_limit": limit, "repetitions": len(timed.seconds),
+            "turns": timed.turns, "quiet_turns": timed.quiet_turns,
+        })
+        for name, timed in times.items()
+    ]  # fmt: skip
     return Measured(rows, skipped, [Path(path).name for path in machine.openmp_runtimes()])
 
 
 def prepare(case: Case, name: str, named: bool, read: Callable[[int], object]) -> Layer:
-    """The layer of a peer; raises Skip for what the peer has not, and for what would take too long to be useful."""
-    peer = PEERS[name]
-    if case.dtype_name not in peer.dtypes or case.mode not in peer.modes:
-        raise Skip(f"has only {', '.join(peer.dtypes)} and {', '.join(peer.modes)}")
+    """The layer of a competitor; raises Skip for what it does not have, and for what takes too long."""
+    competitor = COMPETITORS[name]
+    if not competitor.runs(case.dtype_name, case.mode):
+        raise Skip(f"has only {', '.join(competitor.dtypes)} and {', '.join(competitor.modes)}")
     whole = sum(weight.nbytes for weight in case.weights)
     if (free := machine.free_memory_bytes()) is not None and free < whole + SPARE_BYTES:
         raise Skip(f"{free / 2**30:.1f} GiB are free, and its copy of the weights may take {whole / 2**30:.1f}")
@@ -187,10 +199,9 @@ def prepare(case: Case, name: str, named: bool, read: Callable[[int], object]) -
         read(0)
         seconds = 4 * (perf_counter() - start) * case.shape.num_experts
         if seconds > SLOWEST_CALL:
-            raise Skip(
-                f"some {seconds:.0f} s per step: a gradient of all experts for each one (name it in --peers to see)"
-            )
-    return peer.make(case)
+            why = "a gradient of all experts for each one (name it in --competitors to see)"
+            raise Skip(f"some {seconds:.0f} s per step: {why}")
+    return competitor.make(case)
 
 
 def call_of(case: Case, layer: Layer) -> Callable[[int], object]:
@@ -198,34 +209,3 @@ def call_of(case: Case, layer: Layer) -> Callable[[int], object]:
     if case.mode == "train":
         return lambda number: train(layer, case, case.inputs[number % len(case.inputs)])
     return lambda number: forward(layer, case.inputs[number % len(case.inputs)])
-
-
-def floor(case: Case, ceilings: dict[str, float]) -> dict[str, Any]:
-    """The least time for a case, and what binds it."""
-    compute, memory = 1e3 * case.flops / ceilings["multiply_rate"], ceilings["read_ms"]
-    return {"floor_ms": max(compute, memory), "bound": "compute" if compute >= memory else "memory"}
-
-
-def _about(task: Task, case: Case) -> dict[str, Any]:
-    """The columns of --json and --csv that all peers of a case share."""
-    return {
-        "shape": case.shape_name, "hidden_size": case.shape.hidden_size,
-        "intermediate_size": case.shape.intermediate_size, "num_experts": case.shape.num_experts,
-        "top_k": case.shape.top_k, "tokens": case.tokens, "dtype": case.dtype_name, "mode": case.mode,
-        "routing": task.routing, "pages": task.pages, "allocator": task.allocator, "flops": case.flops,
-        "weight_bytes": case.weight_bytes, "touched_experts": case.touched_experts,
-    }  # fmt: skip
-
-
-def _result(about: dict[str, Any], peer: str, timed: Timed, error: float, limit: float) -> dict[str, Any]:
-    """The columns of one peer; nothing was timed for one that is wrong."""
-    times = timed.seconds
-    seconds = median(times) if times else None
-    return {
-        "peer": peer, "ms": seconds and 1e3 * seconds, "best_ms": 1e3 * min(times) if times else None,
-        "repetitions": len(times), "turns": timed.turns, "quiet_turns": timed.quiet_turns,
-        "gflops": seconds and about["flops"] / seconds / 1e9,
-        "gbytes_per_s": seconds and about["weight_bytes"] / seconds / 1e9,
-        "percent_of_floor": seconds and about["floor_ms"] / seconds / 10,
-        "relative_error": error, "error_limit": limit, "wrong": error > limit,
-    }  # fmt: skip

@@ -20,7 +20,7 @@ COMMANDS = {
 
 
 MODULES = {
-    "info": "cli.info", "demo": "cli.demo.run", "bench": "bench.run", "plan-parallel": "bench.plan_parallel"
+    "info": "cli.info", "demo": "cli.demo", "bench": "bench.run", "plan-parallel": "bench.plan_parallel"
 }  # fmt: skip
 
 

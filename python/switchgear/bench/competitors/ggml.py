@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """ggml, the library of llama.cpp, through its C interface: the graph that llama.cpp builds for a layer of experts.
 
-Its shared libraries are looked for in the folder `ggml/lib` of SWITCHGEAR_PEERS, then in llama-cpp-python. Activations
-are float32, which it rounds itself. Sizes are given as ggml has them, the contiguous dimension first.
+Its shared libraries are looked for in the folder `ggml/lib` of SWITCHGEAR_COMPETITORS, then in llama-cpp-python.
+Activations are float32, which it rounds itself. Sizes are given as ggml has them, the contiguous dimension first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..case import Case, Inputs, Layer
-from .registry import Skip, folder, peer
+from .registry import Skip, competitor, folder
 
 TYPES = {"f32": 0, "q4_0": 2, "q8_0": 8, "q4_K": 12, "i32": 26, "bf16": 30}  # fixed by the file format GGUF
 REPACKED_ROWS = 8  # the fastest kernels interleave as many rows
@@ -162,7 +162,7 @@ def _register(name: str, dtype: str, type_name: str, repack: bool, about: str) -
         return _layer(case, type_name, repack)
 
     make.__doc__ = f"{about}, of ggml (mul_mat_id); float32 activations."
-    register: Callable[[Callable[[Case], Layer]], object] = peer(
+    register: Callable[[Callable[[Case], Layer]], object] = competitor(
         name, dtypes=(dtype,), modes=("forward",), default=False
     )
     register(make)

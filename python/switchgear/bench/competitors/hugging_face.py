@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..case import Case, Inputs, Layer
-from .registry import Skip, peer
+from .registry import Skip, competitor
 
 # batched_mm copies the weights of each slot, and its cost is that copy: beyond this many slots it tells nothing more.
 BATCHED_MM_SLOTS = 128
@@ -39,19 +39,19 @@ def _hugging_face(case: Case, implementation: str) -> Layer:
     return layer
 
 
-@peer("hf_grouped_mm")
+@competitor("hf_grouped_mm")
 def hf_grouped_mm(case: Case) -> Layer:
     """transformers' default: sorted tokens, torch's grouped_mm."""
     return _hugging_face(case, "grouped_mm")
 
 
-@peer("hf_eager")
+@competitor("hf_eager")
 def hf_eager(case: Case) -> Layer:
     """transformers' loop over the experts."""
     return _hugging_face(case, "eager")
 
 
-@peer("hf_batched_mm")
+@competitor("hf_batched_mm")
 def hf_batched_mm(case: Case) -> Layer:
     """transformers' batched product: copies the weights of every (token, expert) pair."""
     if case.tokens * case.shape.top_k > BATCHED_MM_SLOTS:
@@ -59,7 +59,7 @@ def hf_batched_mm(case: Case) -> Layer:
     return _hugging_face(case, "batched_mm")
 
 
-@peer("hf_sonicmoe", dtypes=("bf16",), default=False)
+@competitor("hf_sonicmoe", dtypes=("bf16",), default=False)
 def hf_sonicmoe(case: Case) -> Layer:
     """SonicMoE through transformers, on CUDA devices only."""
     if importlib.util.find_spec("sonicmoe") is None and importlib.util.find_spec("kernels") is None:
@@ -69,7 +69,7 @@ def hf_sonicmoe(case: Case) -> Layer:
     return _hugging_face(case, "sonicmoe")
 
 
-@peer("hf_switchgear", default=False)
+@competitor("hf_switchgear", default=False)
 def hf_switchgear(case: Case) -> Layer:
     """switchgear as transformers calls it, through its experts interface."""
     try:

@@ -11,10 +11,10 @@ from switchgear.compress import Format
 from switchgear.stored import StoredMatrix
 
 from ..case import Case, Layer
-from .registry import peer
+from .registry import competitor
 
 
-@peer("switchgear")
+@competitor("switchgear")
 def switchgear(case: Case) -> Layer:
     """switchgear.moe."""
     from switchgear import moe
@@ -24,7 +24,7 @@ def switchgear(case: Case) -> Layer:
     )
 
 
-@peer("switchgear_compact", dtypes=("bf16", "fp32"), modes=("forward",))
+@competitor("switchgear_compact", dtypes=("bf16", "fp32"), modes=("forward",))
 def switchgear_compact(case: Case) -> Layer:
     """switchgear.compress.compact: the same weights, bit for bit, in 4 bits fewer each."""
     from switchgear.compress.compact import compacted
@@ -32,7 +32,7 @@ def switchgear_compact(case: Case) -> Layer:
     return _stored(case, compacted)
 
 
-@peer("switchgear_panels", dtypes=("bf16", "fp32"), modes=("forward",))
+@competitor("switchgear_panels", dtypes=("bf16", "fp32"), modes=("forward",))
 def switchgear_panels(case: Case) -> Layer:
     """switchgear.pack_panels: the same weights, in the order in which the kernels read them."""
     from switchgear.panels import in_panels
@@ -66,13 +66,13 @@ def _quantized(case: Case, format: Format) -> Layer:
     )
 
 
-@peer("switchgear_int8", dtypes=("int8",), modes=("forward",))
+@competitor("switchgear_int8", dtypes=("int8",), modes=("forward",))
 def switchgear_int8(case: Case) -> Layer:
     """switchgear.compress.quantize(…, "int8")."""
     return _quantized(case, Format("int8"))
 
 
-@peer("switchgear_int4", dtypes=("int4",), modes=("forward",))
+@competitor("switchgear_int4", dtypes=("int4",), modes=("forward",))
 def switchgear_int4(case: Case) -> Layer:
     """switchgear.compress.quantize(…, "int4", symmetric=False): 4.5 bits, as q4_0 and q4_K of ggml."""
     return _quantized(case, Format("int4", symmetric=False))

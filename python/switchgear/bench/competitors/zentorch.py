@@ -12,7 +12,7 @@ from torch import Tensor
 from ...common import optional
 from ..case import Case, Inputs, Layer
 from .quantised import int8_rows
-from .registry import Skip, peer
+from .registry import Skip, competitor
 
 
 def _layer(case: Case, weights: list[Tensor], scales: list[Tensor] | list[None]) -> Layer:
@@ -31,13 +31,13 @@ def _layer(case: Case, weights: list[Tensor], scales: list[Tensor] | list[None])
     return layer
 
 
-@peer("zentorch", modes=("forward",), default=False)
+@competitor("zentorch", modes=("forward",), default=False)
 def zentorch(case: Case) -> Layer:
     """AMD's zentorch_fused_moe, packed weights."""
     return _layer(case, case.weights, [None, None])
 
 
-@peer("zentorch_int8", dtypes=("int8",), modes=("forward",), default=False)
+@competitor("zentorch_int8", dtypes=("int8",), modes=("forward",), default=False)
 def zentorch_int8(case: Case) -> Layer:
     """AMD's zentorch_fused_moe with int8 weights (a scale per row) and int8 activations (a scale per token)."""
     (gate_up, gate_up_scales), (down, down_scales) = map(int8_rows, case.weights)

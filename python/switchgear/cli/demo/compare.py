@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear demo`: train the same small model with several experts implementations, check that they agree, compare.
+"""The demo: train the same small model with several experts implementations, check that they agree, compare.
 
 Each implementation has a process of its own. They start from the same weights and see the same batches. The machine's
 speed drifts, so they take turns: some steps of one, some steps of the next, round after round.
@@ -15,42 +15,21 @@ from typing import Any
 
 import torch
 
-from ...common import CommandError, at_least_two, machine, positive, require
+from ...common import CommandError, machine, require
 from . import report
 from .agreement import Check, check_gradients, check_logits, check_losses, loss_bounds
 from .corpus import batches, load_corpus
-from .models import FAMILIES, check_implementation
+from .models import check_implementation
 from .processes import Client, workers
 from .progress import training_progress
 from .worker import Settings, Step
 
-IMPLEMENTATIONS = ("eager", "grouped_mm", "switchgear")
 TWIN = "twin"  # see agreement.py
 TURN = 5  # steps per turn: short against the drift of the machine, long against the first step's cold caches
 PROMPT_LENGTH, TEMPERATURE, GENERATION_ROUNDS = 128, 0.7, 3
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", choices=FAMILIES, default="mixtral", help="architecture of the model")
-    add("--steps", type=positive, default=60, metavar="N", help="training steps")
-    add("--text", metavar="FILE", help="train on this file instead of Python's standard library")
-    dtype_help = "of weights and activations (default: bfloat16 if the CPU multiplies it, else float32)"
-    add("--dtype", choices=("bfloat16", "float32"), default=argparse.SUPPRESS, help=dtype_help)
-    add("--out", metavar="DIR", default="switchgear-demo", help="folder of the report")
-    add("--seed", type=int, default=0, help="seed of weights, batches and samples")
-    implementations_help = "experts implementations to compare, as transformers names them"
-    add("--implementations", metavar="LIST", default=",".join(IMPLEMENTATIONS), help=implementations_help)
-    add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
-    add("--batch-size", type=positive, default=4, metavar="N", help="sequences per step")
-    add("--sequence-length", type=at_least_two, default=256, metavar="N", help="bytes per sequence")
-    add("--learning-rate", type=float, default=1e-3, metavar="X", help="peak learning rate of AdamW")
-    add("--new-tokens", type=positive, default=256, metavar="N", help="bytes of text to generate")
-
-
 def run(args: argparse.Namespace) -> int:
-    for package in ("transformers", "rich", "matplotlib", "numpy"):  # say so before minutes of work
-        require(package)
     names = [name.strip() for name in args.implementations.split(",") if name.strip()]
     if not names or len(set(names)) < len(names) or TWIN in names:
         raise CommandError(f"--implementations: expected distinct names, got {args.implementations!r}")
