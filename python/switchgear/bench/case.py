@@ -182,3 +182,10 @@ def train(layer: Layer, case: Case, inputs: Inputs) -> Gradients:
     if any(grad is None for grad in grads):
         raise RuntimeError("a gradient is missing")
     return Gradients(*grads)  # type: ignore[arg-type]
+
+
+def call_of(case: Case, layer: Layer) -> Callable[[int], object]:
+    """One timed call; numbers choose among the routings."""
+    if case.mode == "train":
+        return lambda number: train(layer, case, case.inputs[number % len(case.inputs)])
+    return lambda number: forward(layer, case.inputs[number % len(case.inputs)])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import subprocess
-from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -21,12 +21,12 @@ from switchgear import cuda
 
 from ..common import CommandError, choose, console
 from . import cuda_ops, cuda_tables
-from .case import Case, Inputs, Layer, forward, make_inputs, train
+from .case import Case, Inputs, Layer, call_of, make_inputs
 from .competitors import COMPETITORS, Skip
 from .cuda_clock import best_seconds, in_turns, peak_memory
 from .results import Row, open_outputs
 from .shapes import GPU_SHAPES, GPU_TOKENS, Shape
-from .verify import expected, relative_error, tolerance
+from .verify import verify
 
 COMPETITORS_HERE = ("switchgear", "torch_grouped_mm", "hf_grouped_mm", "hf_batched_mm", "hf_eager", "hf_sonicmoe")
 DEFAULT_COMPETITORS = ("switchgear", "torch_grouped_mm", "hf_grouped_mm", "hf_batched_mm", "hf_sonicmoe")
@@ -131,39 +131,27 @@ def make_case(name: str, shape: Shape, tokens: int, mode: str, routing: str) -> 
     return Case(name, shape, "bf16", tokens, mode, *weights, [inputs], grad_y)
 
 
-def measure_case(case: Case, competitors: list[str]) -> tuple[list[Row], list[dict[str, str]]]:
+def measure_case(case: Case, names: list[str]) -> tuple[list[Row], list[dict[str, str]]]:
     """Verify, then time all competitors of one case: (rows, what was left out and why)."""
-    errors: dict[str, float] = {}
-    skipped: list[dict[str, str]] = []
-    layers: dict[str, Layer] = {}
-    want, limit = expected(case), tolerance(case)
-    for name in competitors:
-        try:
-            competitor = COMPETITORS[name]
-            if case.mode not in competitor.modes:
-                raise Skip(f"has only {', '.join(competitor.modes)}")
-            layers[name] = competitor.make(case)
-            errors[name] = relative_error(case, layers[name], want)
-        except Skip as reason:
-            skipped.append({"case": case.name, "competitor": name, "reason": str(reason)})
-        except Exception as problem:  # other libraries break in their own ways, out of memory among them
-            if name == "switchgear":
-                raise
-            skipped.append({"case": case.name, "competitor": name, "reason": f"{type(problem).__name__}: {problem}"})
-        finally:
-            case.gate_up_proj.grad = case.down_proj.grad = None
-            torch.cuda.empty_cache()
-    calls = {name: call_of(case, layers[name]) for name, error in errors.items() if error <= limit}
+
+    def clear() -> None:
+        case.gate_up_proj.grad = case.down_proj.grad = None
+        torch.cuda.empty_cache()
+
+    def prepare(name: str) -> Layer:
+        clear()
+        if not COMPETITORS[name].runs("bf16", case.mode):
+            raise Skip(f"has only {', '.join(COMPETITORS[name].modes)}")
+        return COMPETITORS[name].make(case)
+
+    found = verify(case, names, prepare, case.name)
+    clear()
+    calls = {name: partial(call_of(case, layer), 0) for name, layer in found.layers.items()}
     memory = {name: peak_memory(call) for name, call in calls.items()}
     times = in_turns(calls)
-    case.gate_up_proj.grad = case.down_proj.grad = None
+    clear()
     rows = [
-        cuda_tables.row_of(case, name, error, limit, times.get(name, []), memory.get(name))
-        for name, error in errors.items()
+        cuda_tables.row_of(case, name, error, found.limit, times.get(name, []), memory.get(name))
+        for name, error in found.errors.items()
     ]
-    return rows, skipped
-
-
-def call_of(case: Case, layer: Layer) -> Callable[[], object]:
-    inputs = case.inputs[0]
-    return (lambda: train(layer, case, inputs)) if case.mode == "train" else (lambda: forward(layer, inputs))
+    return rows, found.skipped

@@ -8,9 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..common import table
+from ..common import markdown_table, table
 from .case import Case
-from .markdown import table as markdown_table
 from .published import FIGURES, OP_FIGURES
 from .results import Row, write_json
 from .shapes import GPU_TOKENS
@@ -121,12 +120,10 @@ def complete(results: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(results: dict[str, Any]) -> str:
     header = ["shape", "tokens", "mode", "competitor", "ms", "TFLOP/s", "of ceiling", "peak MiB", "published"]
-    rule = ["---", "---:", "---", "---", *["---:"] * 4, "---"]
     text = f"{machine_line(results)}\n\n"
-    text += markdown_table(header, rule, list(map(_cells, complete(results)["results"])))
+    text += markdown_table(header, map(_cells, complete(results)["results"]), left=(0, 2, 3, 8))
     if results["ops"]:
-        rule = ["---"] * 3 + ["---:"] * 3
-        text += "\n" + markdown_table(OP_HEADER, rule, list(map(op_cells, results["ops"])))
+        text += "\n" + markdown_table(OP_HEADER, map(op_cells, results["ops"]), left=(0, 1, 2))
     if results["skipped"]:
         text += "\nLeft out:\n\n"
         text += "".join(f"- {skip['case']}, {skip['competitor']}: {skip['reason']}\n" for skip in results["skipped"])

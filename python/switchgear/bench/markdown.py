@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..common import CommandError, threads
-from .results import Row, cases_of, is_undisturbed, undisturbed
+from ..common import CommandError, markdown_table, threads
+from .results import Row, cases_of, extras, is_undisturbed, undisturbed
 from .targets import is_ours, judge
 
 BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what a user of transformers has today
@@ -57,10 +57,6 @@ def fill_blocks(text: str, blocks: Blocks) -> str:
     return re.sub(r"<!-- bench:(\w+) -->\n.*?<!-- /bench:\1 -->", block, text, flags=re.DOTALL)
 
 
-def table(header: Sequence[str], rule: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)) + "\n"
-
-
 def ceiling_lines(ceilings: dict[str, Any]) -> list[str]:
     """The ceilings and where they come from, in words."""
 
@@ -92,7 +88,6 @@ def machine_note(results: dict[str, Any]) -> str:
 def case_table(results: dict[str, Any]) -> str:
     """A row per case: switchgear, transformers' default, the best of all others."""
     header = ["shape", "tokens", "weights", "mode", "switchgear, ms", "of floor", "transformers, ms", "best other, ms"]
-    rule = ["---", "---:", "---", "---", *["---:"] * (len(header) - 4)]
     lines = []
     for rows in cases_of(results):
         timed = {row["competitor"]: row for row in rows if row["ms"]}
@@ -100,14 +95,13 @@ def case_table(results: dict[str, Any]) -> str:
         hugging_face = _fastest([timed[name] for name in BASELINES if name in timed])
         other = _fastest([row for name, row in timed.items() if not is_ours(name) and not name.startswith("hf_")])
         row = rows[0]
-        extras = [row["mode"], row["routing"] if row["routing"] != "balanced" else "",
-                  "tuned allocator" if row["allocator"] == "tuned" else "",
-                  "" if is_undisturbed(rows) else "disturbed"]  # fmt: skip
-        cells = [row["shape"], f"{row['tokens']:,}", row["dtype"], ", ".join(filter(None, extras))]
+        mode = [row["mode"], *extras(row["routing"], row["allocator"])]
+        mode += [] if is_undisturbed(rows) else ["disturbed"]
+        cells = [row["shape"], f"{row['tokens']:,}", row["dtype"], ", ".join(mode)]
         cells += [_milliseconds(ours), f"{ours['percent_of_floor']:.0f} %"] if ours else ["", ""]
         cells += [_against(hugging_face, ours, ""), _against(other, ours, other["competitor"] if other else "")]
         lines.append(cells)
-    return table(header, rule, lines)
+    return markdown_table(header, lines, left=(0, 2, 3))
 
 
 def _milliseconds(row: Row) -> str:
@@ -143,14 +137,14 @@ def summary_table(results: dict[str, Any]) -> str:
     header = ["shape", "dtype", *(f"{mode}, {tokens} token{'s' if tokens > 1 else ''}" for mode, tokens in SUMMARY)]
     lines = [[*key, *(cells.get(column, "") for column in SUMMARY)] for key, cells in found.items()]
     lines = [line for line in lines if any(line[2:])]
-    return table(header, ["---"] * len(header), lines)
+    return markdown_table(header, lines, left=range(len(header)))
 
 
 def target_table(results: dict[str, Any]) -> str:
     """A row per target and case, in the order of the targets."""
     verdicts = judge(undisturbed(results))
     lines = [[v.case, v.target, v.reached, "yes" if v.holds else "**no**"] for v in verdicts]
-    return table(["case", "at least", "reached", "holds"], ["---"] * 4, lines)
+    return markdown_table(["case", "at least", "reached", "holds"], lines, left=range(4))
 
 
 def pictures(results: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common import threads
 from ..common.plots import FAINT, GRID, INK, colors, pyplot, save
+from .results import extras
 from .targets import is_ours
 
 PANEL = ("mode", "dtype", "allocator", "routing")
@@ -32,8 +33,7 @@ def _plot_shape(
     for axis, panel in zip(axes.flat, panels, strict=False):
         _plot_panel(axis, [row for row in rows if tuple(row[name] for name in PANEL) == panel], palette)
         mode, dtype, allocator, routing = panel
-        extras = [routing if routing != "balanced" else "", "tuned allocator" if allocator == "tuned" else ""]
-        axis.set_title(", ".join([mode, dtype, *filter(None, extras)]))
+        axis.set_title(", ".join([mode, dtype, *extras(routing, allocator)]))
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     present = [name for name in palette if any(row["competitor"] == name for row in rows)]

@@ -28,6 +28,7 @@ DIGITS = 8
 
 def completed(row: Row) -> Row:
     """A row of CASE, MEASURED, "competitor" and MEDIANS with the columns that follow from them."""
+    row = rounded(row)
     shape, seconds = SHAPES[row["shape"]], row["ms"] and row["ms"] / 1e3
     sizes = {name: size for name, size in shape._asdict().items() if name != "model"}
     flops = flops_of(shape, row["tokens"], row["mode"])
@@ -45,8 +46,17 @@ def completed(row: Row) -> Row:
 
 
 def write_json(value: dict[str, Any], path: str) -> None:
-    """A line for each object in a list, numbers with DIGITS digits: small files, whose differences can be read."""
-    Path(path).write_text(_lines(value) + "\n")
+    """A line for each object in a list, numbers of DIGITS digits: small files, whose differences can be read."""
+    Path(path).write_text(_lines(rounded(value)) + "\n")
+
+
+def rounded(value: Any) -> Any:
+    """As a file has it, so that tables of a run and of its file are the same."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def _lines(value: Any) -> str:
@@ -55,7 +65,7 @@ def _lines(value: Any) -> str:
     if isinstance(value, dict):
         separator = ",\n" if "schema" in value else ", "
         return "{" + separator.join(f"{json.dumps(name)}: {_lines(item)}" for name, item in value.items()) + "}"
-    return json.dumps(float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value)
+    return json.dumps(value)
 
 
 def read_json(path: str, option: str, schema: str) -> dict[str, Any]:
@@ -142,6 +152,11 @@ def is_undisturbed(rows: list[Row]) -> bool:
 def undisturbed(results: dict[str, Any]) -> list[list[Row]]:
     """The cases that say something."""
     return [rows for rows in cases_of(results) if is_undisturbed(rows)]
+
+
+def extras(routing: str, allocator: str) -> list[str]:
+    """What is unusual about a case, in words."""
+    return ([routing] if routing != "balanced" else []) + (["tuned allocator"] if allocator == "tuned" else [])
 
 
 def _case(row: Row) -> tuple[Any, ...]:

@@ -21,13 +21,12 @@ from torch import Tensor
 from switchgear import plan
 from switchgear.functional import Routing
 
-from ..common import choose, console, machine, require, table, threads
+from ..common import choose, console, machine, markdown_table, require, table, threads
 from . import plain_routers
 from .case import Case, Layer, forward, make_case, make_weights
 from .competitors.ours import switchgear
-from .markdown import table as markdown_table
 from .markdown import write_blocks
-from .results import check_same_machine, read_json, write_json
+from .results import Row, check_same_machine, read_json, rounded, write_json
 from .router_policies import Policy, policies
 from .shapes import ROUTER_SHAPES, Shape, forward_flops
 from .timing import FEWEST_QUIET, interleave
@@ -102,7 +101,7 @@ def slice_of(shape: Shape, dtype: str) -> Slice:
     return Slice(parts, case, layer)
 
 
-def measure(name: str, shape: Shape, dtype: str) -> dict[str, Any]:
+def measure(name: str, shape: Shape, dtype: str) -> Row:
     part = slice_of(shape, dtype)
     draws = plain_routers.Draws()
     logits = torch.randn(TOKENS, shape.num_experts, generator=torch.Generator().manual_seed(0))
@@ -112,16 +111,15 @@ def measure(name: str, shape: Shape, dtype: str) -> dict[str, Any]:
         rows.append(row)
         layer += seconds
     ms = median(layer) * part.parts * 1e3
-    return {
+    measured: Row = rounded({
         "shape": name, **shape._asdict(), "tokens": TOKENS, "dtype": dtype, "layer_ms": ms,
         "gflops": forward_flops(shape, TOKENS) / ms / 1e6, "parts": part.parts,
         "timed_experts": part.case.shape.num_experts, "timed_tokens": part.case.tokens, "results": rows,
-    }  # fmt: skip
+    })  # fmt: skip
+    return measured
 
 
-def row_of(
-    policy: Policy, logits: Tensor, part: Slice, draws: plain_routers.Draws
-) -> tuple[dict[str, Any], list[float]]:
+def row_of(policy: Policy, logits: Tensor, part: Slice, draws: plain_routers.Draws) -> tuple[Row, list[float]]:
     """The columns, and the seconds of the slice of the layer."""
     num_experts = logits.shape[1]
 
@@ -208,6 +206,5 @@ def show(measured: dict[str, Any], about: dict[str, Any]) -> None:
 def markdown(results: dict[str, Any]) -> str:
     about, text = results["machine"], ""
     for measured in results["shapes"]:
-        lines = markdown_table(HEADER, ["---", *["---:"] * (len(HEADER) - 1)], list(map(cells, measured["results"])))
-        text += f"{title(measured, about)}.\n\n{lines}\n"
+        text += f"{title(measured, about)}.\n\n{markdown_table(HEADER, map(cells, measured['results']))}\n"
     return f"{text}{about['model']}, {about['isa']}, torch {about['torch']}, switchgear {about['switchgear']}.\n"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .case import Case, Layer, forward, train
+from .competitors.registry import Skip
 
 _QUANTISED = {"int8": 0.05, "int4": 0.3}  # of `tolerance`
 SAMPLED_TOKENS = 4  # float64 on all tokens would take longer than the benchmark
@@ -97,3 +99,28 @@ def relative_error(case: Case, layer: Layer, want: Expected) -> float:
         distance(grads.gate_up_proj[want.expert], gate_up),
         distance(grads.down_proj[want.expert], down),
     )
+
+
+class Verified(NamedTuple):
+    layers: dict[str, Layer]  # those that are right
+    errors: dict[str, float]  # of them, and of those that are wrong
+    limit: float
+    skipped: list[dict[str, str]]  # case, competitor, reason
+
+
+def verify(case: Case, names: Sequence[str], prepare: Callable[[str], Layer], title: str) -> Verified:
+    """Make and check each competitor's layer. What goes wrong in another library is a reason to leave it out."""
+    want, found = expected(case), Verified({}, {}, tolerance(case), [])
+    for name in names:
+        try:
+            layer = prepare(name)
+            found.errors[name] = relative_error(case, layer, want)
+        except Exception as problem:  # other libraries break in their own ways, out of memory among them
+            if name.startswith("switchgear") and not isinstance(problem, Skip):
+                raise
+            reason = str(problem) if isinstance(problem, Skip) else f"{type(problem).__name__}: {problem}"
+            found.skipped.append({"case": title, "competitor": name, "reason": reason})
+            continue
+        if found.errors[name] <= found.limit:
+            found.layers[name] = layer
+    return found

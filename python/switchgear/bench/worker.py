@@ -7,27 +7,27 @@ with float64 before it is timed; one that is wrong is not timed.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
-from ..common import CommandError, machine
-from .case import FORMATS, Case, Layer, forward, make_case, make_weights, train
+from ..common import machine
+from ..common.processes import Child
+from .case import FORMATS, Case, Layer, call_of, make_case, make_weights
 from .ceilings import multiply_rate, read_probe
 from .competitors import COMPETITORS, Skip, look_in_folder
-from .results import CASE, completed
+from .results import CASE, completed, extras
 from .shapes import SHAPES
 from .timing import Timed, interleave
-from .verify import expected, relative_error, tolerance
+from .verify import verify
 
 # What makes glibc keep freed memory, and torch ask for huge pages: page faults are half of a training step without it.
 TUNED = {
@@ -57,75 +57,27 @@ class Task(NamedTuple):
 
     @property
     def title(self) -> str:
-        extras = [
-            self.routing if self.routing != "balanced" else "",
-            "tuned allocator" if self.allocator == "tuned" else "",
-        ]
-        return ", ".join([self.shape, f"T={self.tokens}", self.dtype, self.mode, *filter(None, extras)])
+        return ", ".join([self.shape, f"T={self.tokens}", self.dtype, self.mode, *extras(self.routing, self.allocator)])
 
 
 class Measured(NamedTuple):
     rows: list[dict[str, Any]]
     skipped: list[dict[str, str]]  # case, competitor, reason
-    openmp_runtimes: list[
-        str
-    ]  # more than one: a competitor has brought its own, whose threads spin against the others'
-
-
-# ---- the parent's side -----------------------------------------------------------------------------------------------
+    openmp_runtimes: list[str]  # more than one: somebody has brought its own, whose threads spin against the others'
 
 
 def run_case(task: Task, say: Callable[[str], None]) -> Measured:
     """Measure a case in a new process; `say` gets what it is doing."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, task), name=task.title, daemon=True)
-    with _environment(TUNED if task.allocator == "tuned" else {}):  # glibc reads it when a process begins
-        process.start()
-    theirs.close()
-    try:
-        while True:
-            status, value = ours.recv()
-            if status == "doing":
-                say(value)
-            elif status == "failed":
-                raise RuntimeError(f"{task.title} failed:\n{value}")
-            else:
-                return Measured(*value)
-    except EOFError:
-        process.join(5)
-        raise CommandError(f"the process of {task.title} ended (exit code {process.exitcode})") from None
-    finally:
-        process.join(5)
-        if process.is_alive():
-            process.kill()
-            process.join()
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-# ---- the case's own process ------------------------------------------------------------------------------------------
+    with mock.patch.dict(os.environ, TUNED if task.allocator == "tuned" else {}):
+        child = Child(task.title, _serve, task)  # glibc reads its variables when a process begins
+    with closing(child):
+        while isinstance(answer := child.receive(), str):
+            say(answer)
+        return Measured(*answer)
 
 
 def _serve(connection: Connection, task: Task) -> None:
-    try:
-        connection.send(("done", measure(task, lambda text: connection.send(("doing", text)))))
-    except (BrokenPipeError, KeyboardInterrupt):  # the parent is gone, or is leaving
-        pass
-    except Exception:
-        connection.send(("failed", traceback.format_exc()))
+    connection.send(("ok", measure(task, lambda text: connection.send(("ok", text)))))
 
 
 def measure(task: Task, say: Callable[[str], None]) -> Measured:
@@ -138,32 +90,18 @@ def measure(task: Task, say: Callable[[str], None]) -> Measured:
         task.shape, SHAPES[task.shape], task.dtype, task.tokens, task.mode, task.routing, weights, task.pages
     )
     start = perf_counter()
-    want, limit, errors = expected(case), tolerance(case), {}
-    layers: dict[str, Layer] = {}
-    wrong, skipped = [], []
     read = read_probe(case)
-    for name in task.competitors:
+
+    def prepared(name: str) -> Layer:
         say(f"{task.title}: verifying {name}")
-        try:
-            layer = prepare(case, name, task.named, read)
-            errors[name] = relative_error(case, layer, want)
-        except Skip as reason:
-            skipped.append({"case": task.title, "competitor": name, "reason": str(reason)})
-            continue
-        except (ImportError, AttributeError, RuntimeError, OSError) as error:  # other libraries break in their own ways
-            if name.startswith("switchgear"):
-                raise
-            skipped.append({"case": task.title, "competitor": name, "reason": f"{type(error).__name__}: {error}"})
-            continue
-        if errors[name] <= limit:
-            layers[name] = layer
-        else:
-            wrong.append(name)
-    say(f"{task.title}: timing {', '.join(layers)}")
+        return prepare(case, name, task.named, read)
+
+    found = verify(case, task.competitors, prepared, task.title)
+    say(f"{task.title}: timing {', '.join(found.layers)}")
     rates: list[float] = []
     calls: dict[str, Callable[[int], object]] = {READ: read}
     calls[MULTIPLY] = lambda _: rates.append(multiply_rate(case.dtype_name, task.threads))
-    calls |= {name: call_of(case, layer) for name, layer in layers.items()}
+    calls |= {name: call_of(case, layer) for name, layer in found.layers.items()}
     seconds = max(task.seconds - (perf_counter() - start), task.seconds / 2)
     times = interleave(calls, seconds, leaves_memory=case.mode == "train")  # the gradients of the weights
     passes = 1 if case.mode == "forward" else 3  # over the weights: read twice, their gradients written
@@ -172,16 +110,16 @@ def measure(task: Task, say: Callable[[str], None]) -> Measured:
         "read_ms": 1e3 * passes * median(times.pop(READ).seconds),
     }  # fmt: skip
     del times[MULTIPLY]
-    times |= {name: Timed([], 0, 0) for name in wrong}
+    times |= {name: Timed([], 0, 0) for name in found.errors if name not in found.layers}
     rows = [
         completed(about | {
             "competitor": name, "ms": 1e3 * median(timed.seconds) if timed.seconds else None,
-            "relative_error": errors[name], "error_limit": limit, "repetitions": len(timed.seconds),
+            "relative_error": found.errors[name], "error_limit": found.limit, "repetitions": len(timed.seconds),
             "turns": timed.turns, "quiet_turns": timed.quiet_turns,
         })
         for name, timed in times.items()
     ]  # fmt: skip
-    return Measured(rows, skipped, [Path(path).name for path in machine.openmp_runtimes()])
+    return Measured(rows, found.skipped, [Path(path).name for path in machine.openmp_runtimes()])
 
 
 def prepare(case: Case, name: str, named: bool, read: Callable[[int], object]) -> Layer:
@@ -202,10 +140,3 @@ def prepare(case: Case, name: str, named: bool, read: Callable[[int], object]) -
             why = "a gradient of all experts for each one (name it in --competitors to see)"
             raise Skip(f"some {seconds:.0f} s per step: {why}")
     return competitor.make(case)
-
-
-def call_of(case: Case, layer: Layer) -> Callable[[int], object]:
-    """One timed call; numbers choose among the routings."""
-    if case.mode == "train":
-        return lambda number: train(layer, case, case.inputs[number % len(case.inputs)])
-    return lambda number: forward(layer, case.inputs[number % len(case.inputs)])

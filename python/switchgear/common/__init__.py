@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -32,7 +32,7 @@ def optional(module: str) -> tuple[ModuleType | None, str]:
         return None, f"{type(error).__name__}: {error}"
 
 
-# ---- on the terminal -------------------------------------------------------------------------------------------------
+# ---- tables and words ------------------------------------------------------------------------------------------------
 
 
 def console() -> Any:
@@ -49,6 +49,12 @@ def table(*columns: str, wrap: bool = False) -> Any:
     for index, column in enumerate(columns):
         made.add_column(column, justify="right" if index else "left", no_wrap=not wrap)
     return made
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """The columns in `left` to the left, the others, numbers, to the right."""
+    rule = ["---" if index in left else "---:" for index in range(len(header))]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
 
 
 def threads(count: int) -> str:

@@ -125,14 +125,8 @@ def expert_load(results: dict[str, Any], path: Path) -> None:
     relative = load * load.shape[2]
     count = load.shape[1]
     columns = 2 if count > 1 else 1
-    figure, axes = plt.subplots(
-        -(-count // columns),
-        columns,
-        figsize=(9, 0.6 + 2.6 * -(-count // columns)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
+    size = (9, 0.6 + 2.6 * -(-count // columns))
+    figure, axes = plt.subplots(-(-count // columns), columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     highest = min(4.0, max(2.0, float(np.quantile(relative, 0.99))))
     image = None
     for layer, axis in enumerate(axes.flat):

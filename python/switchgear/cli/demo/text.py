@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...common import threads
+from ...common import markdown_table, threads
 
 Summary = dict[str, dict[str, float]]  # by implementation; see report.summarise
 
@@ -30,12 +30,6 @@ def sample(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table: the first column to the left, numbers to the right."""
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
-
-
 def _training(summary: Summary, base: str) -> str:
     header = ["implementation", "tokens/s", "ms per step", f"vs {base}", "in experts, ms", "share", "forward",
               "backward", f"experts vs {base}", "peak memory", "held-out loss"]  # fmt: skip
@@ -46,7 +40,7 @@ def _training(summary: Summary, base: str) -> str:
          f"{s['peak_memory'] / 2**20:,.0f} MiB", f"{s['held_out_loss']:.4f}"]
         for name, s in summary.items()
     ]  # fmt: skip
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _generation(summary: Summary, base: str) -> str:
@@ -58,7 +52,7 @@ def _generation(summary: Summary, base: str) -> str:
          f"{s['decode_tokens_per_second']:,.0f}", f"{summary[base]['decode'] / s['decode']:.2f}x"]
         for name, s in summary.items()
     ]  # fmt: skip
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _checks(results: dict[str, Any]) -> str:
@@ -67,7 +61,7 @@ def _checks(results: dict[str, Any]) -> str:
          "yes" if c["agrees"] else "**no**"]
         for name, run in results["implementations"].items() for c in run["checks"]
     ]  # fmt: skip
-    return _table(["check", f"distance to {results['reference']}", "twin's", "allowed", "agrees"], rows)
+    return markdown_table(["check", f"distance to {results['reference']}", "twin's", "allowed", "agrees"], rows)
 
 
 def report(results: dict[str, Any], summary: Summary, verdict: str, warm_up: int) -> str:
@@ -89,7 +83,6 @@ def report(results: dict[str, Any], summary: Summary, verdict: str, warm_up: int
 ## Training speed
 
 {_training(summary, base)}
-
 ![time per step](speed.png)
 
 Medians over the steps after the first {warm_up}. A step is forward, backward and AdamW. *In experts* is wall-clock
@@ -103,7 +96,6 @@ implementations took turns of a few steps, so that changes of the machine's spee
 ![loss](losses.png)
 
 {_checks(results)}
-
 Correct implementations round differently, and training amplifies roundings. How much, shows a *twin* of {base} whose
 initial weights were moved by one unit in the last place each. An implementation may be ten times as far from {base}
 as its twin is or was, plus a floor of some roundings and, in a loss, one token that goes to another expert. *Gradients
@@ -114,7 +106,6 @@ losses are those of each one's own training.
 ## Generation
 
 {_generation(summary, base)}
-
 All with the weights that {base} trained: a prompt of {len(rounds[0]["prompt"])} bytes, then byte by byte
 ([sample.txt](sample.txt)). Medians of {len(rounds)} rounds.
 

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """One experts implementation of the demo in a process of its own: its peak memory is its own, and so is its allocator.
 
-The parent sends (command, keyword arguments); the worker answers ("ok", value) or ("error", traceback). `train` answers
-once per step, so that the parent can show progress and let the workers take turns.
+The parent sends (command, keyword arguments); the worker answers with the value. `train` answers once per
+step, so that the parent can show progress and let the workers take turns.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from ...common import CommandError, machine, require
@@ -173,23 +171,16 @@ class Worker:
             "decode_experts": self.clock.forward / new_tokens,
             "prompt": bytes(prompt[0].tolist()),
             "sampled": bytes(sampled),
-            "logits": np.asarray(logits),
+            "logits": logits.numpy(),
         }
 
 
 def serve(connection: Connection, settings: Settings) -> None:
-    """The worker process: build, then answer commands until the parent hangs up."""
-    try:
-        worker = Worker(settings)
-        connection.send(("ok", worker.describe()))
-        while True:
-            command, arguments = connection.recv()
-            value = getattr(worker, command)(**arguments)
-            for item in value if command == "train" else (value,):
-                connection.send(("ok", item))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent is gone, or is leaving
-        pass
-    except CommandError as error:
-        connection.send(("refused", str(error)))
-    except Exception:
-        connection.send(("error", traceback.format_exc()))
+    """The worker process: build, then answer commands until the parent hangs up (common/processes.py)."""
+    worker = Worker(settings)
+    connection.send(("ok", worker.describe()))
+    while True:
+        command, arguments = connection.recv()
+        value = getattr(worker, command)(**arguments)
+        for item in value if command == "train" else (value,):
+            connection.send(("ok", item))
