@@ -14,6 +14,7 @@ import torch
 
 from switchgear.bench import cuda, cuda_ops, cuda_tables
 from switchgear.bench.case import make_case, make_weights
+from switchgear.bench.competitors import COMPETITORS
 from switchgear.bench.published import FIGURES, OP_FIGURES
 from switchgear.bench.shapes import GPU_SHAPES, GPU_TOKENS, Shape
 from switchgear.cli import main
@@ -130,6 +131,26 @@ def test_published_figures_stand_beside_their_row() -> None:
     beside = cuda_tables.figures_beside({"shape": shape, "mode": "forward", "tokens": GPU_TOKENS[shape]})
     assert any("SonicMoE 366 TFLOP/s" in line for line in beside)
     assert cuda_tables.figures_beside({"shape": shape, "mode": "forward", "tokens": 7}) == []
+
+
+def test_a_case_is_verified_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a case through cuda.py, on the CPU with a clock that stands in."""
+    called: list[str] = []
+    monkeypatch.setattr(cuda, "in_turns", lambda calls: {name: [0.5] for name in calls})
+    monkeypatch.setattr(cuda, "peak_memory", lambda call: called.append(str(call().shape)) or 1 << 20)
+    case = make_case("small", SMALL, "bf16", 16, "forward", "balanced", make_weights(SMALL, torch.bfloat16))
+    right = COMPETITORS["torch_loop"]
+    monkeypatch.setitem(COMPETITORS, "wrong", right._replace(make=lambda case: lambda inputs: inputs.x))
+    monkeypatch.setitem(COMPETITORS, "broken", right._replace(make=lambda case: undefined))  # noqa: F821
+    monkeypatch.setitem(COMPETITORS, "trains", right._replace(modes=("train",)))
+    rows, skipped = cuda.measure_case(case, ["switchgear", "torch_loop", "wrong", "broken", "trains"])
+    assert {row["competitor"]: row["ms"] for row in rows} == {"switchgear": 0.5, "torch_loop": 0.5, "wrong": None}
+    assert [entry["competitor"] for entry in skipped] == ["broken", "trains"]
+    assert "NameError" in skipped[0]["reason"]
+    assert called == ["torch.Size([16, 32])"] * 2
+    monkeypatch.setitem(COMPETITORS, "switchgear", right._replace(make=lambda case: undefined))  # noqa: F821
+    with pytest.raises(NameError):
+        cuda.measure_case(case, ["switchgear"])
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------

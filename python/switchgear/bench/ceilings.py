@@ -26,19 +26,12 @@ def multiply_rate(dtype_name: str, num_threads: int) -> float:
 
 
 def measure(dtype_names: list[str], num_threads: int, seconds: float = 0.5) -> dict[str, Any]:
-    """{"read": best, "compute": {dtype: best}, "candidates": all of them with their names}, in bytes/s and flop/s.
-
-    The candidates are multiply-adds in registers, dense products in torch, and vector loads from 512 MiB.
-    """
-    read = {"switchgear, vector loads": _C.read_bandwidth(num_threads)}
-    compute = {
-        name: {"switchgear, registers": multiply_rate(name, num_threads)} | dense_rates(name, seconds)
-        for name in dtype_names
-    }
+    """{"read": rates, "compute": {dtype: rates}}, in bytes/s and flop/s by the name of what reached them: vector loads
+    from 512 MiB; multiply-adds in registers and dense products in torch."""
+    registers = {name: {"switchgear, registers": multiply_rate(name, num_threads)} for name in dtype_names}
     return {
-        "read": max(read.values()),
-        "compute": {name: max(rates.values()) for name, rates in compute.items()},
-        "candidates": {"read": read, "compute": compute},
+        "read": {"switchgear, vector loads": _C.read_bandwidth(num_threads)},
+        "compute": {name: rates | dense_rates(name, seconds) for name, rates in registers.items()},
     }
 
 

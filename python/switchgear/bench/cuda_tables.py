@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,12 +10,10 @@ from typing import Any
 from ..common import markdown_table, table
 from .case import Case
 from .published import FIGURES, OP_FIGURES
-from .results import Row, write_json
+from .results import Row, write_csv, write_json
 from .shapes import GPU_TOKENS
 
 SCHEMA = "switchgear-bench-cuda/3"
-COLUMNS = ("shape", "tokens", "mode", "competitor", "ms", "best_ms", "repetitions", "tflops", "gbytes_per_s",
-           "percent_of_ceiling", "bound", "peak_MiB", "relative_error", "wrong")  # fmt: skip
 
 
 def row_of(case: Case, name: str, error: float, limit: float, times: list[float], peak_bytes: float | None) -> Row:
@@ -145,9 +142,6 @@ def write(results: dict[str, Any], outputs: dict[str, str]) -> None:
     if "json" in outputs:
         write_json(complete(results), outputs["json"])
     if "csv" in outputs:
-        with open(outputs["csv"], "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(complete(results)["results"])
+        write_csv(complete(results)["results"], outputs["csv"])
     if "markdown" in outputs:
         Path(outputs["markdown"]).write_text(markdown(results))

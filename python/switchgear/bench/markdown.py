@@ -60,14 +60,12 @@ def fill_blocks(text: str, blocks: Blocks) -> str:
 def ceiling_lines(ceilings: dict[str, Any]) -> list[str]:
     """The ceilings and where they come from, in words."""
 
-    def named(rates: dict[str, float]) -> str:
-        return ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in sorted(rates.items(), key=lambda item: -item[1]))
+    def best(rates: dict[str, float], unit: str) -> str:
+        named = ", ".join(f"{name} {rates[name] / 1e9:,.1f}" for name in sorted(rates, key=rates.__getitem__)[::-1])
+        return f"{max(rates.values()) / 1e9:,.1f} {unit} ({named})"
 
-    lines = [
-        f"ceiling {dtype}: {rate / 1e9:,.0f} GFLOP/s ({named(ceilings['candidates']['compute'][dtype])})"
-        for dtype, rate in ceilings["compute"].items()
-    ]
-    return [*lines, f"ceiling of reading: {ceilings['read'] / 1e9:,.1f} GB/s ({named(ceilings['candidates']['read'])})"]
+    lines = [f"ceiling {dtype}: {best(rates, 'GFLOP/s')}" for dtype, rates in ceilings["compute"].items()]
+    return [*lines, f"ceiling of reading: {best(ceilings['read'], 'GB/s')}"]
 
 
 def machine_note(results: dict[str, Any]) -> str:

@@ -16,11 +16,12 @@ from the experts; --bandwidth 0 leaves them alone.
 from __future__ import annotations
 
 import argparse
-import multiprocessing as mp
 import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +34,7 @@ from switchgear.parallel.exchange import Event
 
 from ..common import CommandError
 from ..common.machine import cpu, has_fast_bfloat16
+from ..common.processes import Child
 from .case import FORMATS
 from .parallel_plain import plain
 from .parallel_results import VARIANTS, Step, Task, plot, print_case, summarise
@@ -83,30 +85,20 @@ def _one(option: str, values: Sequence[T]) -> T:
 
 def launch(task: Task, size: int) -> list[dict[str, Any]]:
     """What each rank measured."""
-    context = mp.get_context("spawn")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    pipes, processes = [], []
-    for rank in range(size):
-        ours, theirs = context.Pipe(duplex=False)
-        processes.append(context.Process(target=_worker, args=(rank, size, port, task, theirs)))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(ours)
-    try:
-        return [pipe.recv() for pipe in pipes]
-    except EOFError:
-        raise CommandError("a process ended before it had measured anything; see above") from None
-    finally:
-        for process in processes:
-            process.join()
+    with ExitStack() as stack:
+        ranks = [Child(f"rank {rank}", _serve, rank, size, port, task) for rank in range(size)]
+        for child in ranks:
+            stack.callback(child.close)
+        return [child.receive() for child in ranks]
 
 
-def _worker(rank: int, size: int, port: int, task: Task, answers: Any) -> None:
+def _serve(answers: Connection, rank: int, size: int, port: int, task: Task) -> None:
     torch.set_num_threads(task.threads)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     with ExpertParallel(timeout=300.0) as parallel:
-        answers.send(measure(parallel, task))
+        answers.send(("ok", measure(parallel, task)))
         dist.barrier()
     dist.destroy_process_group()
 

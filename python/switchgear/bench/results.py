@@ -9,6 +9,7 @@ All other columns of a row follow from these (`completed`). Files grow case by c
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ def load(path: str, option: str) -> dict[str, Any]:
         for name, medians in case.pop("competitors").items()
     ]
     return results | {"results": rows}
+
+
+def write_csv(rows: list[Row], path: str) -> None:
+    """All columns that some row has."""
+    columns = dict.fromkeys(column for row in rows for column in row) or ["shape"]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def open_outputs(args: argparse.Namespace) -> dict[str, str]:

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import csv
 from typing import Any
 
 from ..common import table, threads
 from . import markdown
 from .competitors import COMPETITORS
-from .results import save, undisturbed
+from .results import save, undisturbed, write_csv
 from .shapes import SHAPES
 from .targets import is_ours, judge
 
@@ -93,12 +92,3 @@ def write(results: dict[str, Any], outputs: dict[str, str]) -> None:
         else:
             write_csv(results["results"], path)
         print(f"wrote {path}")
-
-
-def write_csv(rows: list[dict[str, Any]], path: str) -> None:
-    """All columns that some row has."""
-    columns = dict.fromkeys(column for row in rows for column in row) or ["shape"]
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(columns))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -17,15 +17,11 @@ COMMANDS = {
     "bench": "time MoE layers at the shapes of real models, against other implementations",
     "plan-parallel": "predict bytes, waiting and memory of experts distributed over many ranks",
 }
-
-
-MODULES = {
-    "info": "cli.info", "demo": "cli.demo", "bench": "bench.run", "plan-parallel": "bench.plan_parallel"
-}  # fmt: skip
+MODULES = {"bench": "bench.run", "plan-parallel": "bench.plan_parallel"}  # of the package; all others are here
 
 
 def _command(name: str) -> ModuleType:
-    return importlib.import_module(f"switchgear.{MODULES[name]}")
+    return importlib.import_module(f"switchgear.{MODULES.get(name, f'cli.{name}')}")
 
 
 def build_parser() -> argparse.ArgumentParser:
