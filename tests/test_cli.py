@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import importlib.util
 import json
@@ -133,6 +134,17 @@ def test_info_needs_torch_alone() -> None:
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
         assert done.returncode == status, done.stderr
         assert words in done.stdout + done.stderr
+
+
+def test_imports_go_one_way() -> None:
+    """cli → bench → common."""
+    package = Path(machine.__file__).parents[1]
+    for folder, others in (("bench", ("cli",)), ("common", ("cli", "bench"))):
+        for path in (package / folder).rglob("*.py"):
+            modules = [
+                node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+            ]
+            assert not {part for module in modules for part in module.split(".")} & set(others), path
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------
