@@ -81,4 +81,5 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+    got, wanted = got.detach().double(), wanted.detach().double()
+    return float((got - wanted).norm() / wanted.norm().clamp(min=1e-30))
