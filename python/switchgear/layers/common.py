@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What layers share: the losses of the last forward, also of layers inside, the context of pieces of tokens, and the class of experts."""
+"""What layers share: the losses of the last forward, also of layers inside, the context of pieces of tokens, and the
+class of experts."""
 
 from __future__ import annotations
 

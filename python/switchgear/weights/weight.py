@@ -7,6 +7,7 @@ modules: the form that made it does (plain.py, panels.py, …).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear import backends, ops
-from switchgear.reference import formats
+from switchgear.reference import formats, panels
 from switchgear.weights.pages import advise_huge_pages
 
 LOSSLESS = ("plain", "panels", "compact")
@@ -86,7 +87,7 @@ class Weight:
             if self.format == "panels":
                 weight = torch.empty(self.shape, dtype=self.dtype)
                 advise_huge_pages(weight)
-                return formats.panels.expand(self.data, weight)
+                return panels.expand(self.data, weight)
         return formats.decode(self.tensors, self.form, self.dtype)
 
     def _expanded(self) -> Tensor:
@@ -113,7 +114,7 @@ class Weight:
         if torch.compiler.is_compiling():
             return True
         rows, vector_bytes = ops.host.module.panel_layout(PANEL_DTYPES[self.dtype])
-        return self.data.shape[1] * rows == self.rows and self.data.shape[3] == vector_bytes
+        return self.data.shape[1:4:2] == (self.rows // rows, vector_bytes)
 
     def permuted(self, order: Tensor) -> Weight:
         """The experts `order` [E'], of which each may occur any number of times. Copies nothing."""
@@ -124,7 +125,7 @@ class Weight:
         """The same data with other places [E] int32 of the experts; None: expert e at index e."""
         return self.with_tensors({"slots": slots})
 
-    def with_tensors(self, tensors: dict[str, Tensor | None]) -> Weight:
+    def with_tensors(self, tensors: Mapping[str, Tensor | None]) -> Weight:
         """The same with other tensors, by the names of their fields."""
         if unknown := sorted(set(tensors) - set(_FIELDS)):
             raise ValueError(f"tensors: expected names among {', '.join(_FIELDS)}, got {', '.join(unknown)}")
@@ -152,9 +153,6 @@ class AdaptedWeight(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
-
-
-AnyWeight = Tensor | Weight | AdaptedWeight
 
 
 def taken_by_moe(weight: Weight, dtype: torch.dtype) -> Tensor | Weight:
