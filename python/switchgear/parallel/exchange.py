@@ -17,11 +17,9 @@ one process.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +28,7 @@ from switchgear import ops
 from switchgear.ops import GluOptions
 from switchgear.parallel import header, layout, local
 from switchgear.parallel.cost import choose_chunks
+from switchgear.parallel.record import Event
 from switchgear.parallel.transport import Work, _Done
 
 if TYPE_CHECKING:
@@ -58,37 +57,6 @@ class Layer:
     copies: tuple[Copy, ...]  # those of them that are here
     options: GluOptions
     extra: object = None  # whatever else must agree
-
-
-class Event(NamedTuple):
-    """A stretch of time for the timeline, in seconds of time.monotonic()."""
-
-    lane: str  # "link" or "experts"
-    name: str
-    begin: float
-    end: float
-
-
-@dataclass
-class Record:
-    """What an exchange did: bytes sent to other ranks by kind, seconds spent waiting, and events if they are wanted."""
-
-    bytes: Counter[str] = field(default_factory=Counter)
-    waited: float = 0.0
-    events: list[Event] | None = None
-
-    def clear(self) -> None:
-        self.bytes.clear()
-        self.waited = 0.0
-        if self.events is not None:
-            self.events = []
-
-    @contextmanager
-    def event(self, lane: str, name: str) -> Any:
-        begin = time.monotonic()
-        yield
-        if self.events is not None:
-            self.events.append(Event(lane, name, begin, time.monotonic()))
 
 
 class _Link:

@@ -24,7 +24,7 @@ from switchgear.weights.weight import PANEL_DTYPES, Weight
 
 def panel_layout(dtype: torch.dtype) -> PanelLayout:
     """What the ISA in use reads."""
-    return PanelLayout(*ops.host.module.panel_layout(PANEL_DTYPES[dtype]))
+    return PanelLayout(*ops.panel_layout(PANEL_DTYPES[dtype]))
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class Weight:
     def _expanded(self) -> Tensor:
         weight = torch.empty(self.shape, dtype=self.elements)
         advise_huge_pages(weight)
-        ops.host.module.expand_compact(self.data.contiguous(), weight, torch.get_num_threads())
+        ops.expand_compact(self.data.contiguous(), weight, torch.get_num_threads())
         return weight.to(self.dtype)
 
     def multiplies(self, dtype: torch.dtype) -> bool:
@@ -103,7 +103,7 @@ class Weight:
             return True  # any dtype; a device without kernels says so itself
         if self.format == "plain":
             return dtype is self.dtype
-        if not self.data.is_cpu:
+        if not _is_on_cpu(self):
             return False
         if self.format == "compact":
             return dtype is self.dtype or dtype is self.elements
@@ -113,7 +113,7 @@ class Weight:
         """Whether panels have the order of the ISA in use. A graph cannot ask for it: its op looks at their shape."""
         if torch.compiler.is_compiling():
             return True
-        rows, vector_bytes = ops.host.module.panel_layout(PANEL_DTYPES[self.dtype])
+        rows, vector_bytes = ops.panel_layout(PANEL_DTYPES[self.dtype])
         return self.data.shape[1:4:2] == (self.rows // rows, vector_bytes)
 
     def permuted(self, order: Tensor) -> Weight:
@@ -155,6 +155,10 @@ class AdaptedWeight(NamedTuple):
         return self.weight.dtype
 
 
+def _is_on_cpu(weight: Weight) -> bool:
+    return weight.data.is_cpu
+
+
 def taken_by_moe(weight: Weight, dtype: torch.dtype) -> Tensor | Weight:
     """The weight itself where moe multiplies it beside an x of `dtype`, else the plain one, for the time of a call."""
     return weight if weight.multiplies(dtype) else _expanded(weight, dtype, f"{weight.format} weights")
@@ -168,7 +172,7 @@ def taken_by_grouped_gemm(weight: Weight, dtype: torch.dtype) -> Tensor | Weight
 
 
 def _expanded(weight: Weight, dtype: torch.dtype, subject: str) -> Tensor:
-    has_a_kernel_missing = weight.format != "plain" and (dtype is weight.dtype or not weight.data.is_cpu)
+    has_a_kernel_missing = weight.format != "plain" and (dtype is weight.dtype or not _is_on_cpu(weight))
     if has_a_kernel_missing and not torch.compiler.is_compiling():
         backends.announce_format(weight.device, subject, "each call expands them")
     return weight.plain()
