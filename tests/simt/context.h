@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Stacks, and the switch between them: twelve instructions on x86-64, ucontext elsewhere (or if SIMT_UCONTEXT is defined).
-// AddressSanitizer, if linked, is told of every switch.
+// AddressSanitizer, if linked, is notified of every switch.
 #pragma once
 #if !defined(__x86_64__) && !defined(SIMT_UCONTEXT)
 #define SIMT_UCONTEXT

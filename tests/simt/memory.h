@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Atomics, fences, and loads and stores with names. Everything runs on one CPU thread, so an atomic is a plain operation. The
-// race detector is told first what it means to other GPU threads.
+// Atomics, fences, and loads and stores with names. Everything runs on one CPU thread, so an atomic is a plain operation.
+// Before it, the race detector records what it means to other GPU threads.
 #pragma once
 #include <cstdint>
 #include <type_traits>
