@@ -31,8 +31,8 @@ _ENTRY = re.compile(r"(.*)\[(\d+)\]")
 
 
 def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
-    """What `save` writes and `load` fills: tensors that share memory with the model's and the optimizer's. Each expert is
-    one entry. The optimizer's state is called "optimizer/<parameter>/<name>"; all of it must be tensors.
+    """What `save` writes and `load` fills: tensors that share memory with the model's and the optimizer's. Each expert
+    is one entry. The optimizer's state is called "optimizer/<parameter>/<name>"; all of it must be tensors.
 
     Raises:
         ValueError: experts that are DTensors, or an optimizer without initialised state.
