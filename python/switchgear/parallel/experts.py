@@ -82,7 +82,7 @@ def exchange_moe(
     layer: exchange.Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: Weights | None, module: Any
 ) -> Tensor:
     """Like switchgear.moe, with global topk_ids and the weights of the local experts. Without gradients,
-    `module`(x, local ids, weights) -> y runs the experts unless it is None. If weights is None, only the module can.
+    `module`(x, local ids, weights) -> y runs the experts unless it is None. If weights is None, it must run them.
 
     Inside torch.autocast all tensors are cast to its dtype.
     """

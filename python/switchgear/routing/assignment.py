@@ -21,11 +21,11 @@ class BalancedAssignment:
     logits is near its maximum. In evaluation each token gets its best expert (BASE Layers, arXiv:2103.16716).
 
     The maximum comes from an auction with equal capacities (Bertsekas & Castañon 1989). An unassigned token bids for
-    the expert of highest value at the current prices; the bid is the margin over its second best expert, plus eps. An
-    expert keeps its best bids, and its price is the lowest of them. If the auction ends within max_iterations, the
-    total is within T·eps of the maximum; otherwise the remaining tokens take the remaining places in order. (In the
-    authors' code experts bid for tokens, with the same eps, and every iteration synchronises with the device. Here the
-    CPU stops early; other devices always run max_iterations, without a synchronisation.)
+    the expert of highest value at the current prices and raises its price by the margin over the second best expert,
+    plus eps. An expert keeps its best bids, and its price is the lowest of them. If the auction ends within
+    max_iterations, the total is within T·eps of the maximum; otherwise the remaining tokens take the remaining places
+    in order. (In the authors' code experts bid for tokens, with the same eps, and every iteration synchronises with the
+    device. Here the CPU stops early; other devices always run max_iterations, without a synchronisation.)
 
     Args:
         eps: "auto" is (max - min) / 50 of the logits, at least 1e-4, as in the paper.

@@ -157,7 +157,7 @@ def override(
 
     Args:
         model: its switchgear Routers are overridden. For a Hugging Face model whose experts run on switchgear, the
-            output of its own routers is; there only `disable` and `gain` are possible, since the choice is made.
+            output of its own routers is changed: only `disable` and `gain` are possible, since the choice is made.
         select: the selection instead of the routers' own; see `switchgear.routing`.
         disable, force, bias, gain: see `Change`; they apply to `select` too.
         layers: names of modules, as in model.named_modules(); all if None.
