@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from switchgear import ops
+from switchgear.ops import GluOptions
 from switchgear.parallel import header, layout, local
 from switchgear.parallel.cost import choose_chunks
 from switchgear.parallel.transport import Work, _Done
@@ -54,7 +55,7 @@ class Layer:
     placement_digest: int
     has_copies: bool  # whether any expert is on several ranks
     copies: tuple[Copy, ...]  # the replicated experts of this rank
-    options: local.Options
+    options: GluOptions
     extra: object = None  # anything else that must agree
 
 
