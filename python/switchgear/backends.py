@@ -2,7 +2,7 @@
 """Selects the implementation that runs an op.
 
 "native" runs the kernels where they exist, on the CPU and on CUDA devices (cuda.py decides which); float64, and devices
-without kernels, use the reference. "reference" uses reference.py for everything. The environment variable
+without kernels, use the reference. "reference" uses reference/ for everything. The environment variable
 SWITCHGEAR_BACKEND sets the choice at import; use_backend changes it temporarily. The choice applies to the whole
 process, since backward passes may run in other threads.
 
@@ -70,7 +70,7 @@ def announce_reference(device: torch.device, reason: str | None = None) -> None:
 
 
 def announce_format(device: torch.device, weights: str, remedy: str = "ops run on the reference") -> None:
-    """The same of some weights, once for each: what happens instead of a kernel."""
+    """Like announce_reference, for weights, once each. remedy: what happens instead of a kernel."""
     message = f"switchgear has no kernels for {weights} on {device.type}: {remedy}, slowly"
     _announce(f"{weights} on {device.type}", message)
 

@@ -189,7 +189,7 @@ OPS = {
 
 
 def function_of(op: str) -> str:
-    """The function that an entry of OPS calls."""
+    """The native function of an entry of OPS."""
     return op.partition(" ")[0]
 
 
@@ -281,7 +281,7 @@ def weight_of(op: str, args: dict[str, Any], name: str) -> tuple[Any, tuple[int,
 
 
 def handed_on(op: str, args: dict[str, Any], outputs: bool) -> list[Any]:
-    """The tensors of a call in order, weights as their tensors and their form; with or without outputs."""
+    """The tensors of a call in order, with weights as their tensors and their form; with or without outputs."""
     weights = OPS[op].weights
     parts_of_weights = {f"{name}_{field}" for name in weights for field in FIELDS}
     given: list[Any] = []

@@ -62,7 +62,7 @@ def first_choice(topk_ids: Tensor, num_experts: int) -> Tensor:
 
 
 def experts_class(parallel: ExpertParallel | None) -> Callable[..., Experts]:
-    """Experts, or what makes those that are distributed over the ranks of `parallel`."""
+    """Experts, or ParallelExperts if `parallel` distributes them over ranks."""
     if parallel is None:
         return Experts
     from switchgear.parallel import ParallelExperts  # imports torch.distributed, which others do not need
