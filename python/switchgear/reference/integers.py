@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Weights of 8 and 4 bits in plain torch: how they are made, stored, read back and multiplied. The specification.
+
+    w = row_scale · scale · (q - zero · 2^(bits-8))          0 <= q < 2^bits
+
+row_scale, a float32, belongs to a row; scale (int8) and zero (uint8) to a row and a group of `group_size` columns.
+Weights are symmetric where all zeros are 128, which is then not stored. group_size 0 stands for the whole row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from switchgear.reference.checks import check
+from switchgear.reference.rows import segments
+
+BLOCK_ROWS = 16
+ACTIVATION_BLOCK = 256  # columns of activations that share a scale, where weights have groups that are not larger
+SMALLEST = 2.0**-100  # blocks of activations below are zero: their scale has no inverse
+
+
+class Levels(NamedTuple):
+    """A weight [E,N,C] in the order of its rows and columns."""
+
+    q: Tensor  # [E,N,C] uint8
+    scales: Tensor  # [E,N,G] int8
+    row_scales: Tensor  # [E,N] float32
+    zeros: Tensor | None  # [E,N,G] uint8; None: 128 everywhere
+
+
+class Quantized(NamedTuple):
+    """The same in blocks, as the kernels read it: include/switchgear/integers.h."""
+
+    values: Tensor  # [E, parts·B, W, 64] uint8
+    scales: Tensor  # [E, parts·B, G, 16] int8
+    row_scales: Tensor  # [E, parts·B, 16] float32
+    zeros: Tensor | None  # [E, parts·B, G, 16] uint8
+
+
+def _divide_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+# Shares of the range that scales are tried for: a group loses less where its extremes are clipped a little. With zeros
+# each end is clipped by a share of its own.
+_SHARES = (1.1, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+_SHARES_OF_ENDS = tuple(itertools.product((1.03, 0.95, 0.87, 0.79), repeat=2))
+_STEPS = 2  # of least squares from each of them
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 0, 1 / scale)
+
+
+def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: str = "weight") -> Levels:
+    """The levels of a weight [E,N,C].
+
+    8 bits: the largest magnitude, or the range, maps to the ends. 4 bits: from some shares of the range, scales and
+    zeros are fitted to the levels that they lead to (least squares), and each group takes those with the smallest
+    squared error. Levels are the nearest for the rounded scale and zero. NaN and infinities are a ValueError.
+    """
+    num_experts, rows, columns = weight.shape
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinities")
+    size = group_size or columns
+    groups = _divide_up(columns, size)
+    q = weight.new_empty(weight.shape, dtype=torch.uint8)
+    scales = weight.new_empty(num_experts, rows, groups, dtype=torch.int8)
+    row_scales = weight.new_empty(num_experts, rows, dtype=torch.float32)
+    zeros = None if symmetric else weight.new_empty(scales.shape, dtype=torch.uint8)
+    present = (torch.arange(groups * size, device=weight.device) < columns).view(groups, size)  # of the last group
+    for expert in range(num_experts):
+        for row in range(0, rows, 64):  # slices that stay in a cache
+            some = slice(row, row + 64)
+            w = torch.nn.functional.pad(weight[expert, some].float(), (0, groups * size - columns)).view(
+                -1, groups, size
+            )
+            scale, zero = _fit(w, present, bits, symmetric)
+            # Scales as multiples of the row's largest over 127; a single group needs no rounding.
+            largest = scale.abs().amax(1, keepdim=True)
+            unit = largest if groups == 1 else largest / 127
+            code = (scale * _inverse(unit)).round_()
+            levels = _levels(w, code * unit, zero, bits, symmetric)
+            q[expert, some] = levels.flatten(1)[:, :columns].to(torch.uint8)
+            scales[expert, some] = code.squeeze(-1).to(torch.int8)
+            row_scales[expert, some] = unit.flatten()
+            if zeros is not None:
+                zeros[expert, some] = (zero * 2 ** (8 - bits)).squeeze(-1).to(torch.uint8)
+    return Levels(q, scales, row_scales, zeros)
+
+
+def _levels(w: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> Tensor:
+    lowest = 1 if bits == 8 and symmetric else 0  # as far down as up
+    return (w * _inverse(scale) + zero).round_().clamp_(lowest, 2**bits - 1)
+
+
+def _round_zero(zero: Tensor, bits: int) -> Tensor:
+    """To what eight bits hold: 1/16 of a level for 4 bits, a level for 8."""
+    unit = float(1 << (8 - bits))
+    return (zero * unit).round_().clamp_(0, 255) / unit
+
+
+def _fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [R,G,1] of groups w [R,G,g], float32; columns that are not `present` [G,g] are zero."""
+    top, middle = 2**bits - 1, 2 ** (bits - 1)
+    low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
+    half = torch.full_like(low, middle)
+    if symmetric:
+        extreme = torch.where(high > -low, high, low)  # maps to an end: at 4 bits to the lower, the farther one
+        start = extreme.abs() / 127 if bits == 8 else -extreme / middle
+    else:
+        start = (high - low) / top
+    if bits == 8:
+        return start, half if symmetric else _round_zero(-low * _inverse(start), bits)
+
+    weights = present.to(w.dtype)
+    count = weights.sum(-1, keepdim=True)
+    best_scale, best_zero, best_error = start, half, torch.full_like(start, torch.inf)
+    for low_share, high_share in zip(_SHARES, _SHARES, strict=True) if symmetric else _SHARES_OF_ENDS:
+        if symmetric:
+            scale, zero = start * low_share, half
+        else:
+            scale = (high * high_share - low * low_share) / top
+            zero = _round_zero(-low * low_share * _inverse(scale), bits)
+        for _ in range(_STEPS):
+            levels = _levels(w, scale, zero, bits, symmetric)
+            if not symmetric:  # the line w = scale · (q - zero) through all (q, w)
+                mean = (levels * weights).sum(-1, keepdim=True) / count
+                centred = (levels - mean) * weights
+                norm = centred.square().sum(-1, keepdim=True)
+                scale = torch.where(norm > 0, (centred * w).sum(-1, keepdim=True) / norm, scale)
+                zero = _round_zero(mean - w.sum(-1, keepdim=True) / count * _inverse(scale), bits)
+            centred = (levels - zero) * weights  # the scale that fits these levels and this zero best
+            norm = centred.square().sum(-1, keepdim=True)
+            scale = torch.where(norm > 0, (centred * w).sum(-1, keepdim=True) / norm, scale)
+        levels = _levels(w, scale, zero, bits, symmetric)
+        error = (((levels - zero) * scale - w) * weights).square().sum(-1, keepdim=True)
+        better = error < best_error
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+        best_error = torch.minimum(error, best_error)
+    return best_scale, best_zero
+
+
+def dequantize(levels: Levels, bits: int, group_size: int) -> Tensor:
+    """The weight [E,N,C] in float32: two roundings."""
+    columns = levels.q.shape[2]
+    size = group_size or columns
+
+    def by_column(values: Tensor) -> Tensor:
+        return values.float().repeat_interleave(size, -1)[..., :columns]
+
+    zero = 128.0 if levels.zeros is None else by_column(levels.zeros)
+    scale = levels.row_scales[..., None] * by_column(levels.scales)
+    return (levels.q.float() - zero * 2.0 ** (bits - 8)) * scale
+
+
+# ---- storage ---------------------------------------------------------------------------------------------------------
+
+
+def _pad_rows(tensor: Tensor, parts: int) -> Tensor:
+    """[E,N,D] -> [E, parts·B, 16, D], zeros below each part."""
+    num_experts, rows, depth = tensor.shape
+    part_rows = rows // parts
+    blocks = _divide_up(part_rows, BLOCK_ROWS)
+    padded = tensor.new_zeros(num_experts, parts, blocks * BLOCK_ROWS, depth)
+    padded[:, :, :part_rows] = tensor.reshape(num_experts, parts, part_rows, depth)
+    return padded.view(num_experts, parts * blocks, BLOCK_ROWS, depth)
+
+
+def _unpad_rows(blocks: Tensor, rows: int, parts: int) -> Tensor:
+    num_experts, _, _, depth = blocks.shape
+    return blocks.reshape(num_experts, parts, -1, depth)[:, :, : rows // parts].reshape(num_experts, rows, depth)
+
+
+def to_blocks(levels: Levels, bits: int, parts: int) -> Quantized:
+    """Levels in the order in which kernels read them."""
+    q = levels.q
+    padded = torch.nn.functional.pad(q, (0, _divide_up(q.shape[2], 8) * 8 - q.shape[2]))
+    blocks = _pad_rows(padded, parts)
+    halves = blocks.view(*blocks.shape[:3], -1, 8 // bits, 4)  # E, B, 16 rows, words, halves, 4 columns
+    values = halves[..., 0, :] if bits == 8 else halves[..., 0, :] | halves[..., 1, :] << 4
+
+    def by_group(tensor: Tensor) -> Tensor:
+        return _pad_rows(tensor, parts).transpose(2, 3).contiguous()
+
+    return Quantized(
+        values.transpose(2, 3).flatten(3).contiguous(),
+        by_group(levels.scales),
+        _pad_rows(levels.row_scales[..., None], parts).squeeze(-1),
+        None if levels.zeros is None else by_group(levels.zeros),
+    )
+
+
+def from_blocks(weight: Quantized, rows: int, columns: int, bits: int, parts: int) -> Levels:
+    """The inverse of to_blocks."""
+    values = weight.values.view(*weight.values.shape[:3], BLOCK_ROWS, 4).transpose(2, 3)  # E, B, 16 rows, words, 4
+    if bits == 4:
+        values = torch.stack((values & 15, values >> 4), -2)
+
+    def by_row(tensor: Tensor) -> Tensor:
+        return _unpad_rows(tensor.transpose(2, 3), rows, parts)
+
+    return Levels(
+        _unpad_rows(values.flatten(3), rows, parts)[..., :columns].contiguous(),
+        by_row(weight.scales),
+        _unpad_rows(weight.row_scales[..., None], rows, parts).squeeze(-1),
+        None if weight.zeros is None else by_row(weight.zeros),
+    )
+
+
+# ---- products -------------------------------------------------------------------------------------------------------
+
+
+def activation_block(group_size: int, columns: int) -> int:
+    """Columns of activations that share a scale: the whole row where weights have no groups."""
+    return max(group_size, ACTIVATION_BLOCK) if group_size else columns
+
+
+def quantize_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """x [R,C] as int8 [R,C] and scales [R,B] float32, one for each `block` columns: x ≈ scales · values, with the
+    largest magnitude of a block at 127.
+
+    Blocks whose largest magnitude is below 2^-100 are zero; those with an infinity or a NaN have a NaN for their scale.
+    """
+    columns = x.shape[1]
+    count = _divide_up(columns, block)
+    x = torch.nn.functional.pad(x.float(), (0, count * block - columns)).view(-1, count, block)
+    largest = x.abs().amax(-1)
+    finite = largest.isfinite()
+    inverse = torch.where(finite & (largest >= SMALLEST), torch.full_like(largest, 127) / largest, 0)  # one rounding
+    values = (torch.where(finite[..., None], x, 0) * inverse[..., None]).round().to(torch.int8)
+    scales = torch.where(largest < SMALLEST, 0, largest / 127)
+    return values.flatten(1)[:, :columns], torch.where(finite, scales, torch.nan)
+
+
+def multiply(rows: Tensor, levels: Levels, bits: int, group_size: int, expert_offsets: Tensor) -> Tensor:
+    """[S,N] float32: rows [S,C], rounded to int8, times each expert's matrix. Sums are exact in a group, float32 over
+    groups."""
+    _, height, columns = levels.q.shape
+    size = group_size or columns
+    block = activation_block(group_size, columns)
+    values, scales = quantize_rows(rows, block)
+    out = torch.zeros(len(rows), height, device=rows.device)
+    for expert, slots in segments(expert_offsets):
+        total = torch.zeros(slots.stop - slots.start, height, device=rows.device)
+        for group, begin in enumerate(range(0, columns, size)):
+            a = values[slots, begin : begin + size].double()  # whose products and sums are exact in float64
+            q = levels.q[expert, :, begin : begin + size].double()
+            scale = levels.scales[expert, :, group].float()
+            if levels.zeros is None:
+                total = total + (a @ (q - 2 ** (bits - 1)).mT).float() * scale
+            else:
+                zero = levels.zeros[expert, :, group].float() * 2.0 ** (bits - 8)
+                total = total + (a @ q.mT).float() * scale
+                total = total - a.sum(-1, keepdim=True).float() * (scale * zero)
+            if begin + size >= columns or (begin + size) % block == 0:
+                out[slots] += total * scales[slots, begin // block, None]
+                total = torch.zeros_like(total)
+        out[slots] *= levels.row_scales[expert]
+    return out
+
+
+def check_storage(
+    name: str, weight: Quantized, rows: int, columns: int, bits: int, parts: int, group_size: int
+) -> None:
+    """The tensors of a weight [E,rows,columns] have the shapes and dtypes of its format."""
+    if group_size and (group_size < 16 or group_size & (group_size - 1)):
+        raise ValueError(
+            f"{name}: expected a group_size of 0 (the whole row) or a power of two from 16 on, got {group_size}"
+        )
+    blocks = parts * _divide_up(rows // parts, BLOCK_ROWS)
+    groups, words = _divide_up(columns, group_size or columns), _divide_up(columns, 8) * (2 if bits == 8 else 1)
+    check(name, weight.values, (None, blocks, words, 64), torch.uint8)
+    num_experts = weight.values.shape[0]
+    check(f"{name}_scales", weight.scales, (num_experts, blocks, groups, BLOCK_ROWS), torch.int8)
+    check(f"{name}_row_scales", weight.row_scales, (num_experts, blocks, BLOCK_ROWS), torch.float32)
+    check(f"{name}_zeros", weight.zeros, (num_experts, blocks, groups, BLOCK_ROWS), torch.uint8)

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The ops of routing policies in plain torch: their specification, and what they run as where there is no kernel for
+them, on CUDA devices for instance. Nothing is read back from a device. See switchgear.reference for the conventions.
+
+Values of any bits: NaN and -Inf rank last, +Inf first, ties to the lowest index. Tokens of one sequence compete with
+each other alone: sequence_ids [T] int32 in [0, B), all tokens being one sequence where it is None.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from switchgear.reference.checks import check, check_choice, check_finite, check_range, wide
+from switchgear.reference.routing import NORMALIZE_EPSILON, SCORE_FUNCTIONS, ordered_sum, sanitize, scores
+
+DROPS = ("order", "reverse", "choice", "priority")
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _check_contents(name: str, indices: Tensor | None, low: int, high: int) -> None:
+    """Every index is in [low, high). Contents of device memory are not read."""
+    if indices is not None and indices.device.type == "cpu":
+        check_range(name, indices, low, high)
+
+
+def _sequences(sequence_ids: Tensor | None, num_tokens: int, device: torch.device) -> Tensor:
+    """The sequence of each token, [T] int64."""
+    if sequence_ids is None:
+        return torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    return sequence_ids.long()
+
+
+def _sizes(groups: Tensor, num_groups: int) -> Tensor:
+    """How many of groups [P] there are of each, [num_groups] int64; group num_groups is none."""
+    sizes = torch.zeros(num_groups + 1, dtype=torch.int64, device=groups.device)
+    return sizes.scatter_add(0, groups, torch.ones_like(groups))[:-1]
+
+
+def _places(groups: Tensor, order: Tensor, num_groups: int) -> Tensor:
+    """How many elements of the same group come before each one of groups [P], in `order` [P]; for groups below
+    num_groups."""
+    order = order[groups[order].argsort(stable=True)]
+    starts = torch.nn.functional.pad(_sizes(groups, num_groups).cumsum(0), (1, 0))
+    place = torch.arange(len(order), device=order.device) - starts[groups[order]]
+    return torch.empty_like(place).scatter(0, order, place)
+
+
+def _descending(values: Tensor) -> Tensor:
+    return sanitize(values).sort(dim=-1, descending=True, stable=True).indices
+
+
+def _first_where(mask: Tensor) -> Tensor:
+    """The lowest index in each row of mask [R,N] that is true, N where none is."""
+    width = mask.shape[1]
+    return torch.where(mask, torch.arange(width, device=mask.device), width).amin(1)
+
+
+# ---- route_dynamic ---------------------------------------------------------------------------------------------------
+
+
+def route_dynamic(
+    router_logits: Tensor,
+    selection_bias: Tensor | None,
+    max_experts: int,
+    min_experts: int,
+    score_function: str,
+    top_p: float,
+    threshold: float,
+    normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """topk_ids [T,M] int32 and topk_weights [T,M] of router_logits [T,E], M = max_experts: of the M best experts in the
+    order of route those before which less than top_p of score is used up (in float64), and whose score is at least
+    `threshold`; the first min_experts anyway. Then -1 and 0.
+    """
+    check("router_logits", router_logits, (None, None))
+    num_experts = router_logits.shape[1]
+    check_choice("score_function", score_function, SCORE_FUNCTIONS)
+    check("selection_bias", selection_bias, (num_experts,))
+    check_finite("scale", scale)
+    if not 1 <= max_experts <= num_experts:
+        raise ValueError(f"max_experts: expected 1 to {num_experts}, got {max_experts}")
+    if not 0 <= min_experts <= max_experts:
+        raise ValueError(f"min_experts: expected 0 to {max_experts} (max_experts), got {min_experts}")
+    if not top_p >= 0:
+        raise ValueError(f"top_p: expected at least 0, got {top_p}")
+    if math.isnan(threshold):
+        raise ValueError(f"threshold: expected a number, got {threshold}")
+    logits = sanitize(wide(router_logits))
+    score = scores(logits, score_function)
+    if selection_bias is not None:
+        value = score + sanitize(selection_bias.to(score.dtype))
+    else:
+        value = logits if score_function == "softmax" else score
+    ids = value.sort(dim=-1, descending=True, stable=True).indices[:, :max_experts]
+    weights = score.gather(1, ids)
+    used_before = torch.nn.functional.pad(weights.double().cumsum(-1), (1, -1))
+    rank = torch.arange(max_experts, device=ids.device)
+    keep = ((used_before < top_p) & (weights >= threshold)) | (rank < min_experts)
+    order = (~keep).to(torch.int8).sort(dim=-1, stable=True).indices
+    ids = ids.masked_fill(~keep, -1).gather(1, order)
+    weights = weights.masked_fill(~keep, 0).gather(1, order)
+    if normalize:
+        weights = (weights.double() / (ordered_sum(weights) + NORMALIZE_EPSILON)).to(score.dtype)
+    return ids.to(torch.int32), weights * scale
+
+
+# ---- column_topk -----------------------------------------------------------------------------------------------------
+
+
+def column_topk(values: Tensor, sequence_ids: Tensor | None, limits: Tensor) -> Tensor:
+    """topk_ids [T,E] int32: the columns e for which values[t,e] is among the limits[b] largest of its sequence b in the
+    column, ascending, then -1. values [T,E], limits [B] int32."""
+    check("values", values, (None, None))
+    num_tokens, num_experts = values.shape
+    check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
+    check("limits", limits, (None,), torch.int32)
+    _check_contents("sequence_ids", sequence_ids, 0, limits.shape[0])
+    _check_contents("limits", limits, 0, 2**31 - 1)
+    sequence = _sequences(sequence_ids, num_tokens, values.device)
+    order = sanitize(wide(values)).sort(dim=0, descending=True, stable=True).indices
+    order = order.gather(0, sequence[order].sort(dim=0, stable=True).indices)  # by sequence, then by value
+    starts = torch.nn.functional.pad(_sizes(sequence, limits.shape[0]).cumsum(0), (1, 0))
+    place = torch.arange(num_tokens, device=values.device)[:, None] - starts[sequence[order]]
+    taken = torch.empty_like(place).scatter(0, order, place) < limits[sequence][:, None]
+    experts = torch.arange(num_experts, dtype=torch.int32, device=values.device)
+    ids = torch.where(taken, experts, num_experts).sort(dim=1).values
+    return ids.masked_fill(ids == num_experts, -1)
+
+
+# ---- fit_capacity ----------------------------------------------------------------------------------------------------
+
+
+def _precedence(drop: str, priorities: Tensor | None, num_tokens: int, top_k: int, device: torch.device) -> Tensor:
+    """The rank [T,K] of each choice, 0 for the first that keeps its place."""
+    choices = torch.arange(num_tokens * top_k, device=device)
+    if drop == "reverse":
+        choices = choices.flip(0)
+    elif drop == "choice":
+        choices = choices.view(top_k, num_tokens).T
+    elif drop == "priority":
+        assert priorities is not None
+        choices = torch.empty_like(choices).scatter(0, _descending(priorities.flatten()), choices)
+    return choices.reshape(num_tokens, top_k)
+
+
+def fit_capacity(
+    topk_ids: Tensor,
+    priorities: Tensor | None,
+    scores: Tensor | None,
+    sequence_ids: Tensor | None,
+    limits: Tensor,
+    num_experts: int,
+    drop: str,
+    candidates: int,
+) -> Tensor:
+    """kept_ids [T,K] int32: topk_ids [T,K] with -1 where an expert has more than limits[b] choices of tokens of the
+    sequence b. It keeps the first ones in token order ("order"), the last ones ("reverse"), first choices before second
+    ones ("choice"), or those of the highest priorities [T,K] ("priority", ties by order).
+
+    With scores [T,E], there are candidates - K rounds. In round r each token with lost choices offers the first of them
+    to the r-th best of the experts that it had not chosen, which accepts by the same precedence while it has room.
+    """
+    check("topk_ids", topk_ids, (None, None), torch.int32)
+    num_tokens, top_k = topk_ids.shape
+    check_choice("drop", drop, DROPS)
+    if num_experts < 1:
+        raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+    if drop == "priority":
+        if priorities is None:
+            raise ValueError(f"priorities: expected shape [{num_tokens}, {top_k}], got none")
+        check("priorities", priorities, topk_ids.shape)
+    check("scores", scores, (num_tokens, num_experts))
+    check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
+    check("limits", limits, (None,), torch.int32)
+    _check_contents("topk_ids", topk_ids, -1, num_experts)
+    _check_contents("sequence_ids", sequence_ids, 0, limits.shape[0])
+    _check_contents("limits", limits, 0, 2**31 - 1)
+    device = topk_ids.device
+    sequence = _sequences(sequence_ids, num_tokens, device)
+    num_groups = limits.shape[0] * num_experts  # of (sequence, expert)
+    rank = _precedence(drop, priorities, num_tokens, top_k, device)
+
+    def group_of(experts: Tensor, *, where: Tensor) -> Tensor:
+        return (sequence.view(-1, *[1] * (experts.dim() - 1)) * num_experts + experts).masked_fill(~where, num_groups)
+
+    groups = group_of(topk_ids.long(), where=topk_ids >= 0).flatten()
+    place = _places(groups, rank.flatten().argsort(), num_groups)
+    per_group = limits.long().repeat_interleave(num_experts)
+    room_of = torch.nn.functional.pad(per_group, (0, 1))
+    keep = (place < room_of[groups]).view(num_tokens, top_k)
+    kept = topk_ids.masked_fill(~keep, -1)
+    if scores is None:
+        return kept
+    room = (per_group - _sizes(groups, num_groups)).clamp(min=0)
+    had = torch.zeros(num_tokens, num_experts, dtype=torch.int8, device=device)
+    had = had.scatter_add(1, topk_ids.clamp(min=0).long(), (topk_ids >= 0).to(torch.int8)) > 0
+    others = sanitize(scores).masked_fill(had, -math.inf).sort(dim=-1, descending=True, stable=True).indices
+    lost = (topk_ids >= 0) & ~keep
+    for round_ in range(min(candidates - top_k, num_experts)):
+        expert = others[:, round_]
+        offered = lost.any(1) & ~had.gather(1, expert[:, None])[:, 0]
+        choice = _first_where(lost).clamp(max=top_k - 1)[:, None]
+        groups = group_of(expert, where=offered)
+        place = _places(groups, rank.gather(1, choice)[:, 0].argsort(), num_groups)
+        accepted = offered & (place < torch.nn.functional.pad(room, (0, 1))[groups])
+        room = room - _sizes(groups.masked_fill(~accepted, num_groups), num_groups)
+        here = torch.zeros_like(lost).scatter(1, choice, accepted[:, None])
+        kept = torch.where(here, expert[:, None].to(torch.int32), kept)
+        lost = lost & ~here
+    return kept
+
+
+# ---- assign_balanced -------------------------------------------------------------------------------------------------
+
+
+def assign_balanced(
+    values: Tensor, sequence_ids: Tensor | None, num_sequences: int, eps: float, max_iterations: int
+) -> Tensor:
+    """expert_ids [T] int32: equally many tokens of a sequence for each expert, the first (T mod E) experts one more,
+    with a total of values [T,E] float32 near the largest.
+
+    In each iteration every token without a place bids for the expert of the largest value - price, the second largest
+    of these differences being d smaller: price + min(d, 4 · spread + 1) + eps. Each expert keeps the highest bids that
+    it has places for (ties to the lowest token), and once they are taken its price is the lowest of them. Those left
+    after max_iterations get the places left, both in ascending order.
+
+    spread is max - min of the finite values of the sequence, and eps, where negative, spread / 50, at least 1e-4. What
+    is not finite counts as max + spread + 1 if positive, else as min - spread - 1.
+    """
+    check("values", values, (None, None))
+    num_tokens, num_experts = values.shape
+    check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
+    if num_sequences < 1:
+        raise ValueError(f"num_sequences: expected at least 1, got {num_sequences}")
+    if max_iterations < 0:
+        raise ValueError(f"max_iterations: expected at least 0, got {max_iterations}")
+    check_finite("eps", eps)
+    _check_contents("sequence_ids", sequence_ids, 0, num_sequences)
+    sequence = _sequences(sequence_ids, num_tokens, values.device)
+    values, spread = _bounded(wide(values), sequence, num_sequences)
+    step = (spread / torch.full_like(spread, 50)).clamp(min=1e-4) if eps < 0 else torch.full_like(spread, eps)
+    most = 4 * spread + 1
+    expert = torch.arange(num_experts, device=values.device)
+    sizes = _sizes(sequence, num_sequences)[:, None]
+    places = (sizes // num_experts + (expert < sizes % num_experts)).flatten()  # of (sequence, expert), a shop
+    never_paid = 1e4 * torch.finfo(values.dtype).max ** 0.5
+    price = values.new_full(places.shape, never_paid).masked_fill(places > 0, 0)
+    none = num_sequences * num_experts
+    shop = torch.full_like(sequence, none)  # where a token has a place
+    paid = torch.zeros_like(values[:, 0])
+    for _ in range(max_iterations):
+        outside = shop == none
+        if values.device.type == "cpu" and not outside.any():
+            break
+        worth = values - price.view(num_sequences, num_experts)[sequence]
+        best = worth.amax(1, keepdim=True)
+        at = _first_where(worth == best)
+        second = best[:, 0] if num_experts == 1 else worth.scatter(1, at[:, None], -math.inf).amax(1)
+        wanted = sequence * num_experts + at
+        bid = (price[wanted] + (best[:, 0] - second).minimum(most[sequence])) + step[sequence]
+        shop = torch.where(outside, wanted, shop)
+        paid = torch.where(outside, bid, paid)
+        place = _places(shop, paid.sort(descending=True, stable=True).indices, none)
+        is_full = (_sizes(shop, none) >= places) & (places > 0)
+        shop = torch.where(place < torch.nn.functional.pad(places, (0, 1))[shop], shop, none)
+        lowest = torch.full_like(price, never_paid, dtype=price.dtype)
+        lowest = torch.nn.functional.pad(lowest, (0, 1)).scatter_reduce(0, shop, paid, "amin")[:-1]
+        price = torch.where(is_full, lowest, price)
+    waiting = shop == none
+    free = (places - _sizes(shop, none)).view(num_sequences, num_experts).cumsum(1)
+    place = _places(
+        sequence.masked_fill(~waiting, num_sequences), torch.arange(num_tokens, device=shop.device), num_sequences
+    )
+    left = (free[sequence] <= place[:, None]).sum(1)
+    return torch.where(waiting, left, shop % num_experts).to(torch.int32)
+
+
+def _bounded(values: Tensor, sequence: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
+    """Finite values [T,E], and max - min of the finite ones of each sequence [B]."""
+    is_finite = values.isfinite()
+    huge = torch.finfo(values.dtype).max ** 0.5  # differences and prices stay finite
+    values = values.clamp(-huge, huge)
+    low, high = values.new_full((num_sequences,), huge), values.new_full((num_sequences,), -huge)
+    low = low.scatter_reduce(0, sequence, values.masked_fill(~is_finite, huge).amin(1), "amin")
+    high = high.scatter_reduce(0, sequence, values.masked_fill(~is_finite, -huge).amax(1), "amax")
+    spread = (high - low).clamp(min=0)  # nothing finite: 0
+    top = torch.where(high >= low, high + spread + 1, 1)[sequence][:, None]
+    bottom = torch.where(high >= low, low - spread - 1, 0)[sequence][:, None]
+    return torch.where(is_finite, values, torch.where(values > 0, top, bottom)), spread
+
+
+# ---- assign_capped ---------------------------------------------------------------------------------------------------
+
+
+def assign_capped(
+    values: Tensor,
+    sequence_ids: Tensor | None,
+    limits: Tensor,
+    cap: int,
+    entropy: float,
+    iterations: int,
+    longest: int | None = None,
+    largest: int | None = None,
+) -> Tensor:
+    """log A [T,E], up to values above 0 for 1, of the assignment A that is max ⟨S, A⟩ + entropy · H(A) with
+    Σ_t A = limits[b] of each sequence b, Σ_e A <= cap, 0 <= A <= 1; S is values [T,E], limits [B] int32. float32, or
+    float64 of such values. With cap >= E it is S / entropy.
+
+    A = min(1, exp(S / entropy + price_e - price_t)). Each of the iterations makes the sums of the experts exact and
+    then those of the tokens, which is coordinate ascent on the dual problem; those of the experts are made exact once
+    more. A limit above the length of a sequence is that length. What is not finite, or has a magnitude above the root
+    of the largest number after the division, counts as plus or minus this root; NaN as the lowest.
+
+    longest and largest, no less than the tokens of a sequence and than a limit, save that they are read back.
+    """
+    check("values", values, (None, None))
+    num_tokens, num_experts = values.shape
+    check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
+    check("limits", limits, (None,), torch.int32)
+    if cap < 1:
+        raise ValueError(f"cap: expected at least 1, got {cap}")
+    if not 0 < entropy < math.inf:
+        raise ValueError(f"entropy: expected a positive number, got {entropy}")
+    if iterations < 0:
+        raise ValueError(f"iterations: expected at least 0, got {iterations}")
+    _check_contents("sequence_ids", sequence_ids, 0, limits.shape[0])
+    _check_contents("limits", limits, 0, 2**31 - 1)
+    huge = torch.finfo(wide(values).dtype).max ** 0.5
+    worth = (sanitize(wide(values)) / entropy).clamp(-huge, huge)
+    if cap >= num_experts or num_tokens == 0:  # no token can have more
+        return worth
+    sequence = _sequences(sequence_ids, num_tokens, values.device)
+    sizes = _sizes(sequence, limits.shape[0])
+    longest = num_tokens if sequence_ids is None else int(sizes.max()) if longest is None else longest
+    tokens = torch.arange(num_tokens, device=values.device)
+    at = sequence * longest + _places(sequence, tokens, limits.shape[0])  # in [B,longest], whose rest is no token
+    padded = worth.new_full((limits.shape[0] * longest, num_experts), -math.inf).index_copy(0, at, worth)
+    plan = padded.view(-1, longest, num_experts).mT
+    each = limits.minimum(sizes).to(worth.dtype)[:, None, None]
+    most = torch.full_like(each[:1], cap)
+    largest = min(int(limits.max()) if largest is None else largest, longest)
+    of_token = torch.zeros_like(plan[:, :1])
+    for _ in range(iterations):
+        of_expert = _price(plan - of_token, each, largest)
+        of_token = (-_price((plan + of_expert).mT.contiguous(), most, cap)).clamp(min=0).mT
+    of_expert = _price(plan - of_token, each, largest)
+    return (plan + of_expert - of_token).mT.reshape(-1, num_experts)[at]
+
+
+def _price(values: Tensor, total: Tensor, largest: int) -> Tensor:
+    """p [...,1] such that Σ min(1, exp(values + p)) over the last dimension is `total`, at most `largest` and its size.
+
+    If the j largest become 1, the others have to sum to total - j; the first j for which none of them exceeds 1 is the
+    solution. j < total, so that only the `largest` best have to be sorted. Rows of -inf give inf.
+    """
+    descending, best = values.topk(min(max(largest, 1), values.shape[-1]), -1)
+    others = values.scatter(-1, best, -math.inf).logsumexp(-1, keepdim=True)
+    ascending = torch.cat((others, descending.flip(-1)), -1)
+    rest = ascending.logcumsumexp(-1)[..., 1:].flip(-1)  # of the elements from j on
+    left = total - torch.arange(descending.shape[-1], dtype=values.dtype, device=values.device)
+    price = left.clamp(min=torch.finfo(values.dtype).tiny).log() - rest
+    first = ((descending + price <= 0) & (left > 0)).to(torch.int8).argmax(-1, keepdim=True)
+    return price.gather(-1, first)
