@@ -44,8 +44,8 @@ class DotProduct {
 
  private:
   static constexpr int64_t kChunk = 2 * kChunkWords;  // k
-  static constexpr int64_t kCompactChunk = 512;  // an unpacked chunk, 64 KB, is still in L2 when it is read
-  static constexpr int64_t kLead = 32 << 10;     // bytes
+  static constexpr int64_t kCompactChunk = 512;       // an unpacked chunk, 64 KB, is still in L2 when it is read
+  static constexpr int64_t kLead = 32 << 10;          // bytes
   static_assert(kChunk % kStep == 0 && kCompactChunk % kCompactRecord == 0);
 
   // The scratch: [unpacked B | tiles of A | sums of the last rows]
@@ -88,7 +88,7 @@ class DotProduct {
       return {data + records, rows, b.n_stride, compact_records_bytes(count, b.dtype)};
     }
     if (b.format == Format::kPanels)
-      return {data + k / kStep * 2 * kTileBytes, 1, 0, rows * 2 * count};  // contiguous, so partly the pair's next chunk
+      return {data + k / kStep * 2 * kTileBytes, 1, 0, rows * 2 * count};  // partly the pair's next chunk
     if (b.k_stride != 1) return {};
     return {data + 2 * k, rows, 2 * b.n_stride, 2 * count};
   }

@@ -24,8 +24,8 @@ class RowProduct {
   }
 
  private:
-  static constexpr int64_t kChunk = kChunkWords;                       // k
-  static constexpr int64_t kCopiedRow = 2 * kChunk + kLine;            // bytes; rows a page apart would share sets of L1
+  static constexpr int64_t kChunk = kChunkWords;             // k
+  static constexpr int64_t kCopiedRow = 2 * kChunk + kLine;  // bytes; rows a page apart would share sets of L1
   static constexpr int64_t kTilesBegin = kScratchRow * 4 * kMaxPanel;  // bytes into the scratch, after the packed rows
   static constexpr int64_t kCopiesBegin = kTilesBegin + kPanel * kChunk * 2;
   static constexpr int64_t kSumsBegin = kCopiesBegin + kMaxRows * kCopiedRow;
@@ -193,7 +193,7 @@ void gradient_panel(const GradientPanel& product) {
   constexpr int64_t kChunk = 2 * kChunkWords;  // slots
   const int64_t words = words_of(product.num_slots), slots = product.num_slots, rows = product.num_rows;
   const auto* const panel = reinterpret_cast<const char*>(product.packing);
-  alignas(kLine) float block_sums[4 * kTileFloats];  // 32 x 32 sums if there is one chunk; with several they are in `carried`
+  alignas(kLine) float block_sums[4 * kTileFloats];  // 32 x 32 sums of a single chunk; see `carried`
   Ahead nothing;
   tile_configure(shapes(kTile));
   for (int64_t slot = 0; slot < slots; slot += kChunk) {

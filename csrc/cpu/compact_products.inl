@@ -15,7 +15,7 @@
 namespace switchgear::cpu {
 namespace {
 
-constexpr int64_t kCompactRows = 10;  // up to here unpacking B for each tile is faster than through the scratch
+constexpr int64_t kCompactRows = 10;        // up to here unpacking B for each tile is faster than through the scratch
 constexpr int64_t kCompactFitting = 16384;  // bytes of rows of A up to which one column at a time is best
 
 // The positions of the next exceptions in kColumns rows.

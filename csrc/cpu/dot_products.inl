@@ -288,11 +288,10 @@ void add_dot_chunk(const Product& product, const Rows& a, const DotChunk<Element
   }
   for (int64_t t = 0, m = 0, count; t < tiles; ++t, m += count) {
     count = (product.num_rows - m) / (tiles - t);
-    with_constant<kTileRows>(
-        count, [&]<int kRows>() {  // tiles never shrink, so kRows more rows follow
-          const void* const* const next_rows = t + 1 < tiles ? a.rows + m + kRows : nullptr;
-          add_dot_rows<kRows, Words>(product.c + m * kPanel, {a.rows + m, a.offset}, next_rows, chunk, next_b);
-        });
+    with_constant<kTileRows>(count, [&]<int kRows>() {  // tiles never shrink, so kRows more rows follow
+      const void* const* const next_rows = t + 1 < tiles ? a.rows + m + kRows : nullptr;
+      add_dot_rows<kRows, Words>(product.c + m * kPanel, {a.rows + m, a.offset}, next_rows, chunk, next_b);
+    });
   }
 }
 
