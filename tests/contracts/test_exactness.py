@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from exact_problems import Problem, check, check_moe, keywords, leaves, solve, sparse_problem
+from exact_problems import Problem, check, check_moe, leaves, solve, sparse_problem
 from problems import DTYPES, counts, random_ids, random_layer, random_options
 from torch import Tensor
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_pool import Pool
-from switchgear.compress import add_lora, quantize
 from torch import Tensor
 
 import switchgear
+from switchgear.adapters import add_lora
 from switchgear.layers import HeterogeneousExperts
 from switchgear.parallel import ExpertParallel, Placement, checkpoint
 from switchgear.routing import SparsityAware
@@ -108,7 +108,7 @@ def packed_weights(rank: int, path: str) -> None:
     with ExpertParallel(timeout=20, invariant=True) as parallel:
         moe, whole = both(parallel, {"transposed": True})
         plain = both(parallel, {"transposed": True})[0]
-        assert switchgear.pack_weights(moe) == 1
+        assert switchgear.store(moe, "plain").modules == 1
         for layer in (moe, plain):
             layer(tokens(rank)).square().sum().backward()
         for got, expected in zip(moe.parameters(), plain.parameters(), strict=True):
@@ -152,7 +152,7 @@ def stored(rank: int, how: str) -> None:
     with ExpertParallel(timeout=20, invariant=True) as parallel:
         moe, whole = both(parallel, {})
         for layer in (moe, whole):
-            quantize(layer, how)
+            switchgear.store(layer, how)
         x = tokens(rank)
         with torch.no_grad():
             assert torch.equal(moe(x), whole(x))
