@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Published checkpoints whose experts are mxfp4 (gpt-oss) or fp8 in blocks of 128 x 128 (DeepSeek-V3, Qwen3-MoE), read
+without rounding, and without a plain copy of the model in memory.
+
+    model = load_published("/models/gpt-oss-20b")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from switchgear import reference_minifloat as minifloat
+from switchgear.integrations.checkpoint_files import CheckpointFiles, Reader
+from switchgear.integrations.published_keys import (
+    BLOCKS, FLOATS, SCALE, SCALES, Checks, Piece, Pieces, dtype_in, matches, pieces_of,
+)  # fmt: skip
+from switchgear.integrations.transformers import accelerate, restore
+from switchgear.packing import Layout, layout_of
+from switchgear.pages import advise_huge_pages
+
+METHODS = ("mxfp4", "fp8")
+Read = Callable[[Reader, torch.device], Any]  # a Tensor, or what is stored of a projection
+
+
+def load_published(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """A causal language model of transformers, on switchgear and in eval mode, with experts as they were published.
+
+    Files are read an expert at a time, and what is read goes where it stays: the peak of memory is the model as stored,
+    and a projection. fp8 linears outside of experts are decoded, and all else is cast to the dtype of its parameter, as
+    `from_pretrained` does.
+
+    Args:
+        path: a directory with config.json and safetensors files.
+        model: loads into this one, which was made under torch.device("meta"). By default config.json says what to make.
+        dtype: of a model that is made here.
+        device: where tensors go.
+
+    Raises:
+        ValueError: config.json names another quantisation; the model has no experts that run on the fused kernel; keys
+            are missing or unexpected; shapes, dtypes or numbers are others than expected. All but the numbers is
+            checked before anything is read. On any failure nothing is loaded.
+    """
+    device = torch.device(device)
+    files = CheckpointFiles(Path(path))
+    config = AutoConfig.from_pretrained(path)
+    _take_quantization(config)
+    made: Any = _made(Path(path), config, dtype) if model is None else model
+    replacements = accelerate(made)
+    try:
+        plan = _plan(made, files)
+        _compute_buffers(made, device)
+        loaded = {}
+        for target, read in plan.items():
+            with files.reading() as reader:
+                loaded[target] = read(reader, device)
+    except BaseException:
+        restore(replacements)
+        raise
+    _commit(made, loaded)
+    return made.eval()  # type: ignore[no-any-return]
+
+
+def _take_quantization(config: Any) -> None:
+    """Out of the config, since transformers need not know; ValueError for one that is not read here."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        raise ValueError("path: expected a quantization_config in config.json, got none")
+    options = found if isinstance(found, dict) else found.to_dict()
+    method, block = options.get("quant_method"), options.get("weight_block_size")
+    if method not in METHODS:
+        raise ValueError(f"path: expected quant_method {' or '.join(METHODS)} in config.json, got {method}")
+    if method == "fp8" and tuple(block or ()) != minifloat.BLOCK:
+        raise ValueError(f"path: expected weight_block_size {list(minifloat.BLOCK)} in config.json, got {block}")
+    del config.quantization_config
+
+
+def _made(path: Path, config: Any, dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
+
+
+# ---- what is read ----------------------------------------------------------------------------------------------------
+
+
+class Projection(NamedTuple):
+    """One of a module of experts."""
+
+    experts: int
+    rows: int  # N
+    columns: int  # C
+    parts: int
+    transposed: bool  # the parameter is [E,C,N]
+    dtype: torch.dtype
+
+
+def _plan(model: Any, files: CheckpointFiles) -> dict[str, Read]:
+    """How each tensor of the model is read, by its name in the state dict."""
+    state, projections, checks = model.state_dict(), _projections(model), Checks(files.headers)
+    plan: dict[str, Read] = {}
+    found = pieces_of(model, files.headers, state)
+    for target, pieces in found.items():
+        if target in projections and set(pieces) != {Piece()}:
+            plan[target] = _plan_projection(target, projections[target], pieces, checks)
+        elif target in state:
+            dtype = dtype_in(model, target, state[target])
+            plan[target] = _plan_tensor(target, tuple(state[target].shape), dtype, pieces, checks)
+        elif not matches(model._keys_to_ignore_on_load_unexpected, target):
+            checks.problems += [f"unexpected {key}" for key in pieces.values()]
+    for first, second in zip(list(projections)[::2], list(projections)[1::2], strict=True):
+        one, other = ({piece.suffix for piece in found.get(name, {})} for name in (first, second))
+        if one != other:
+            checks.problems.append(f"{first} and {second.rpartition('.')[2]}: expected one format")
+    tied, optional = model.all_tied_weights_keys, model._keys_to_ignore_on_load_missing
+    absent = [name for name in state if name not in plan and name not in tied and not matches(optional, name)]
+    checks.problems += [f"missing {name}" for name in absent]
+    checks.complain(files.path)
+    return plan
+
+
+def _projections(model: nn.Module) -> dict[str, Projection]:
+    """Those of experts on the fused kernel, by their names in the state dict."""
+    found = {}
+    for prefix, module in model.named_modules():
+        if (layout := layout_of(module)) is not None:
+            for index, name in enumerate(layout.names):
+                parameter: Tensor = getattr(module, name)
+                experts, rows, columns = (parameter.mT if layout.transposed else parameter).shape
+                parts = 2 if index == 0 and layout.split_gates else 1
+                options = (parts, layout.transposed, parameter.dtype)
+                found[f"{prefix}.{name}"] = Projection(experts, rows, columns, *options)
+    return found
+
+
+def _scales_of(rows: int, columns: int) -> tuple[int, int]:
+    return -(-rows // minifloat.BLOCK[0]), -(-columns // minifloat.BLOCK[1])
+
+
+def _plan_tensor(target: str, shape: tuple[int, ...], dtype: torch.dtype, pieces: Pieces, checks: Checks) -> Read:
+    """As it is, or decoded from fp8."""
+    is_fp8 = Piece(SCALE) in pieces and len(shape) == 2
+    if not checks.expect_all(target, pieces, [Piece(), Piece(SCALE)] if is_fp8 else [Piece()]):
+        return _nothing
+    weight, scale = pieces[Piece()], pieces.get(Piece(SCALE), "")
+    if not is_fp8:
+        checks.expect(weight, shape, FLOATS if dtype.is_floating_point else None)
+        return lambda reader, device: reader.tensor(weight).to(device=device, dtype=dtype, copy=True)
+    checks.expect(weight, shape, ("F8_E4M3",))
+    checks.expect(scale, _scales_of(*shape), FLOATS)
+
+    def read(reader: Reader, device: torch.device) -> Tensor:
+        values, scales = reader.tensor(weight)[None].to(device), reader.tensor(scale)[None].to(device).float()
+        return minifloat.decode_fp8(values, scales, dtype=dtype)[0]
+
+    return read
+
+
+def _nothing(reader: Reader, device: torch.device) -> None:
+    """In place of what is refused anyhow."""
+
+
+def _plan_projection(target: str, wanted: Projection, pieces: Pieces, checks: Checks) -> Read:
+    """As it was published: mxfp4 of all experts, or fp8 or plain numbers of each."""
+    suffixes = {piece.suffix for piece in pieces}
+    experts, rows, columns, *_ = wanted
+    if suffixes & {BLOCKS, SCALES}:
+        if checks.expect_all(target, pieces, [Piece(BLOCKS), Piece(SCALES)]):
+            checks.expect(pieces[Piece(BLOCKS)], (experts, rows, -(-columns // 32), 16), ("U8",))
+            checks.expect(pieces[Piece(SCALES)], (experts, rows, -(-columns // 32)), ("U8",))
+        return lambda reader, device: _mxfp4(target, wanted, pieces, reader, device)
+    joined = 1 + max(piece.source for piece in pieces)  # gates and ups
+    shape = rows // joined, columns
+    for suffix in sorted(suffixes):
+        expected = [Piece(suffix, expert, source) for expert in range(experts) for source in range(joined)]
+        these = {piece: key for piece, key in pieces.items() if piece.suffix == suffix}
+        if checks.expect_all(target, these, expected):
+            dtypes = FLOATS if suffix or SCALE not in suffixes else ("F8_E4M3",)
+            for key in these.values():
+                checks.expect(key, _scales_of(*shape) if suffix else shape, dtypes)
+    if wanted.transposed:
+        checks.problems.append(f"{target}: expected weights of all experts in one tensor, since they are transposed")
+    read = _fp8 if SCALE in suffixes else _plain
+    return lambda reader, device: read(target, wanted, pieces, reader, device)
+
+
+# ---- projections -----------------------------------------------------------------------------------------------------
+
+
+class Published(NamedTuple):
+    """A projection as it is stored."""
+
+    format: str
+    data: Tensor
+    scales: Tensor
+    projection: Projection
+
+
+def _joined(pieces: Pieces, suffix: str, expert: int, reader: Reader) -> Tensor:
+    """[1,N,…]: what an expert has of gates and ups."""
+    keys = [key for piece, key in sorted(pieces.items()) if piece.suffix == suffix and piece.expert == expert]
+    return torch.cat([reader.tensor(key) for key in keys])[None]
+
+
+def _mxfp4(target: str, wanted: Projection, pieces: Pieces, reader: Reader, device: torch.device) -> Published:
+    def published(expert: int) -> tuple[Tensor, Tensor]:
+        blocks, scales = (reader.part(pieces[Piece(suffix)], expert) for suffix in (BLOCKS, SCALES))
+        return blocks.to(device), scales.to(device)
+
+    return _stored("mxfp4", target, wanted, published)
+
+
+def _fp8(target: str, wanted: Projection, pieces: Pieces, reader: Reader, device: torch.device) -> Published:
+    def published(expert: int) -> tuple[Tensor, Tensor]:
+        values, scales = (_joined(pieces, suffix, expert, reader).to(device) for suffix in ("", SCALE))
+        return values, scales.float()
+
+    return _stored("fp8", target, wanted, published)
+
+
+def _stored(
+    format: str, target: str, wanted: Projection, published: Callable[[int], tuple[Tensor, Tensor]]
+) -> Published:
+    """Experts in the layout of the kernels, one after the other."""
+    for expert in range(wanted.experts):
+        try:
+            block, scale = minifloat.to_blocks(*published(expert), format, wanted.parts)
+        except ValueError as error:
+            raise ValueError(f"{target}, expert {expert}: {error}") from None
+        if expert == 0:
+            data, scales = (tensor.new_empty(wanted.experts, *tensor.shape[1:]) for tensor in (block, scale))
+            advise_huge_pages(data)
+        data[expert], scales[expert] = block[0], scale[0]
+    return Published(format, data, scales, wanted)
+
+
+def _plain(target: str, wanted: Projection, pieces: Pieces, reader: Reader, device: torch.device) -> Tensor:
+    weight = torch.empty(wanted.experts, wanted.rows, wanted.columns, dtype=wanted.dtype, device=device)
+    advise_huge_pages(weight)
+    for expert in range(wanted.experts):
+        weight[expert] = _joined(pieces, "", expert, reader)[0]
+    return weight
+
+
+# ---- into the model --------------------------------------------------------------------------------------------------
+
+
+def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Buffers that no checkpoint has, such as the frequencies of rotary embeddings, which were made on the meta device.
+
+    transformers computes those of a module that is not marked as initialised when it initialises weights, and leaves
+    alone whatever is marked.
+    """
+    marked: Any
+    buffers = []
+    for marked in (*model.parameters(), *model.buffers()):
+        marked._is_hf_initialized = True
+    for prefix, marked in model.named_modules():
+        names = [name for name in marked._non_persistent_buffers_set if marked._buffers[name] is not None]
+        marked._is_hf_initialized = not names
+        for name in names:
+            empty = torch.empty_like(marked._buffers[name], device=device)
+            marked._buffers[name] = empty.fill_(torch.nan) if empty.is_floating_point() else empty
+            buffers.append((f"{prefix}.{name}", marked, name))
+    model.initialize_weights()
+    for key, module, name in buffers:
+        if module._buffers[name].isnan().any():
+            raise ValueError(f"model: expected {key} to be computed by {type(model).__name__}.initialize_weights")
+
+
+def _commit(model: Any, loaded: dict[str, Any]) -> None:
+    for prefix, module in model.named_modules():
+        layout = layout_of(module)
+        if layout is not None and isinstance(loaded[f"{prefix}.{layout.names[0]}"], Published):
+            first, second = (loaded.pop(f"{prefix}.{name}") for name in layout.names)
+            _attach(module, layout, first, second)
+    for target, tensor in loaded.items():
+        prefix, _, name = target.rpartition(".")
+        module = model.get_submodule(prefix)
+        if name in module._parameters:
+            trained = module._parameters[name].requires_grad
+            module.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))
+        else:
+            module._buffers[name] = tensor
+    model.tie_weights()
+
+
+def _attach(module: nn.Module, layout: Layout, *published: Published) -> None:
+    for name, p in zip(layout.names, published, strict=True):
+        w = p.projection
+        values, scales = minifloat.from_blocks(p.data, p.scales, p.format, w.rows, w.columns, w.parts)
+        if p.format == "fp8":
+            plain = minifloat.decode_fp8(values, scales, parts=w.parts, dtype=w.dtype)
+        else:
+            plain = minifloat.decode_mxfp4(values, scales, w.columns, w.dtype)
+        module.register_parameter(name, nn.Parameter(plain.mT.contiguous() if layout.transposed else plain))
