@@ -109,7 +109,7 @@ def test_weights_are_those_that_transformers_reads(published: Callable[[str], Pa
 # ---- what does not fit -----------------------------------------------------------------------------------------------
 
 
-def copied(path: Path, to: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+def copied(path: Path, to: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
     """The checkpoint in one file without an index, with changed tensors."""
     tensors: dict[str, Tensor] = {}
     for file in path.glob("*.safetensors"):
@@ -124,8 +124,8 @@ EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
 BLOCKS = "model.layers.1.mlp.experts.down_proj_blocks"
 
 
-def _spoil(key: str, value: int) -> Callable[[dict[str, Tensor]], None]:
-    return lambda tensors: tensors[key].view(torch.uint8).flatten()[7:8].fill_(value) and None
+def _spoil(key: str, value: int) -> Callable[[dict[str, Tensor]], Any]:
+    return lambda tensors: tensors[key].view(torch.uint8).flatten()[7:8].fill_(value)
 
 
 FAULTS: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], str]] = {
@@ -138,6 +138,11 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], str]] = {
         r"missing .*; and \d+ more$",
     ),
     "another key": ("qwen3_moe", lambda t: t.update({"model.extra": torch.ones(3)}), r"unexpected model.extra$"),
+    "twice": (
+        "qwen3_moe",
+        lambda t: t.update({"norm.weight": t["model.norm.weight"].clone()}),
+        r"expected one tensor for model.norm.weight, got ",
+    ),
     "another expert": (
         "qwen3_moe",
         lambda t: t.update({EXPERT.replace(".5.", ".8."): t[EXPERT].clone()}),
@@ -207,12 +212,16 @@ def test_one_file_and_a_model_that_is_there(published: Callable[[str], Path], tm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda path: (path / "config.json").unlink(), "expected a directory with config.json, got"),
         (lambda path: (path / "model.safetensors").unlink(), "expected safetensors files in"),
         (
             lambda path: (path / "model.safetensors").write_bytes(b"\x08" + bytes(30)),
             "expected a safetensors file, got",
         ),
-        (lambda path: (path / INDEX).write_text('{"weight_map": {"a": "b.safetensors"}}'), "expected a safetensors file, got .*b.safetensors"),
+        (
+            lambda path: (path / INDEX).write_text('{"weight_map": {"a": "b.safetensors"}}'),
+            "expected a safetensors file, got .*b.safetensors",
+        ),
         (lambda path: (path / INDEX).write_text('{"weight_map": {"a": "model.safetensors"}}'), "expected a in .*index"),
         (lambda path: (path / INDEX).write_text("[]"), "expected a weight_map in"),
         (lambda path: configure(path, None), "expected a quantization_config in config.json, got none"),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 
 
 class Header(NamedTuple):
@@ -48,12 +48,14 @@ class Reader:
 
 
 class CheckpointFiles:
-    """The tensors of `path`: those of its index, or of all its safetensors files.
+    """The tensors of a directory: those of its index, or of all its safetensors files.
 
-    ValueError, which names the file, where there are none, one lacks, or one is damaged.
+    ValueError, which names the file, where there is none, one lacks, or one is damaged.
     """
 
     def __init__(self, path: Path) -> None:
+        if not (path / CONFIG).is_file():
+            raise ValueError(f"path: expected a directory with {CONFIG}, got {path}")
         self.path = path
         self.headers: dict[str, Header] = {}
         index = path / INDEX

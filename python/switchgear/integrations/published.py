@@ -19,8 +19,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from switchgear import reference_minifloat as minifloat
 from switchgear.integrations.checkpoint_files import CheckpointFiles, Reader
 from switchgear.integrations.published_keys import (
-    BLOCKS, FLOATS, SCALE, SCALES, Checks, Piece, Pieces, dtype_in, matches, pieces_of,
-)  # fmt: skip
+    BLOCKS,
+    FLOATS,
+    SCALE,
+    SCALES,
+    Checks,
+    Piece,
+    Pieces,
+    dtype_in,
+    matches,
+    pieces_of,
+)
 from switchgear.integrations.transformers import accelerate, restore
 from switchgear.packing import Layout, layout_of
 from switchgear.pages import advise_huge_pages
@@ -212,8 +221,8 @@ class Published(NamedTuple):
 
 def _joined(pieces: Pieces, suffix: str, expert: int, reader: Reader) -> Tensor:
     """[1,N,…]: what an expert has of gates and ups."""
-    keys = [key for piece, key in sorted(pieces.items()) if piece.suffix == suffix and piece.expert == expert]
-    return torch.cat([reader.tensor(key) for key in keys])[None]
+    keys = [pieces.get(Piece(suffix, expert, source)) for source in (0, 1)]
+    return torch.cat([reader.tensor(key) for key in keys if key is not None])[None]
 
 
 def _mxfp4(target: str, wanted: Projection, pieces: Pieces, reader: Reader, device: torch.device) -> Published:

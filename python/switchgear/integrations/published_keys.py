@@ -49,7 +49,9 @@ def pieces_of(model: Any, keys: Iterable[str], state: dict[str, Tensor]) -> dict
         if suffix and target not in state:  # a name that merely ends so
             suffix, (target, pattern) = "", target_of(key)
         expert = re.search(r"\bexperts\.(\d+)\.", key) if pattern is not None else None
-        found[target][Piece(suffix, int(expert[1]) if expert else None, sources.get(pattern or "", 0))] = key
+        piece = Piece(suffix, int(expert[1]) if expert else None, sources.get(pattern or "", 0))
+        if (other := found[target].setdefault(piece, key)) != key:
+            raise ValueError(f"path: expected one tensor for {target}, got {other} and {key}")
     return found
 
 
