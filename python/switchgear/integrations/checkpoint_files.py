@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+MAPPED = 64 << 20  # bytes read of mapped files, and a tensor
 
 
 class Header(NamedTuple):
@@ -24,23 +23,33 @@ class Header(NamedTuple):
 
 
 class Reader:
-    """Reads tensors of files that are mapped into memory until it is forgotten."""
+    """Reads tensors of files that are mapped into memory. What was read counts as memory of the process while its file
+    is mapped, so files are mapped anew after some of it."""
 
     def __init__(self, headers: dict[str, Header]) -> None:
         self._headers = headers
         self._files: dict[Path, Any] = {}
+        self._read = 0  # bytes, since files were mapped
 
     def tensor(self, key: str) -> Tensor:
-        """A whole tensor: the memory of its file, which only copies outlive."""
-        tensor: Tensor = self._file(key).get_tensor(key)
-        return tensor
+        """A whole tensor: the memory of its file, which is to be copied."""
+        return self._counted(self._file(key).get_tensor(key))
 
     def part(self, key: str, index: int) -> Tensor:
         """[1, …]: the part at an index of the first dimension."""
-        part: Tensor = self._file(key).get_slice(key)[index : index + 1]
-        return part
+        return self._counted(self._file(key).get_slice(key)[index : index + 1])
+
+    def close(self) -> None:
+        self._files.clear()
+        self._read = 0
+
+    def _counted(self, tensor: Tensor) -> Tensor:
+        self._read += tensor.nbytes
+        return tensor
 
     def _file(self, key: str) -> Any:
+        if self._read > MAPPED:
+            self.close()
         path = self._headers[key].file
         if path not in self._files:
             self._files[path] = safe_open(path, framework="pt")
@@ -68,11 +77,6 @@ class CheckpointFiles:
         for key, name in (listed or {}).items():
             if key not in self.headers:
                 raise ValueError(f"path: expected {key} in {path / name}, as {INDEX} says")
-
-    @contextmanager
-    def reading(self) -> Iterator[Reader]:
-        """For some tensors: as long as files are mapped, what was read of them counts as memory of the process."""
-        yield Reader(self.headers)
 
     @staticmethod
     def _listed(index: Path) -> dict[str, str]:

@@ -8,7 +8,8 @@ without rounding, and without a plain copy of the model in memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ def load_published(
     """A causal language model of transformers, on switchgear and in eval mode, with experts as they were published.
 
     Files are read an expert at a time, and what is read goes where it stays: the peak of memory is the model as stored,
-    and a projection. fp8 linears outside of experts are decoded, and all else is cast to the dtype of its parameter, as
+    and a tensor or 64 MiB. fp8 linears outside of experts are decoded, and all else is cast to the dtype of its parameter, as
     `from_pretrained` does.
 
     Args:
@@ -71,10 +72,8 @@ def load_published(
     try:
         plan = _plan(made, files)
         _compute_buffers(made, device)
-        loaded = {}
-        for target, read in plan.items():
-            with files.reading() as reader:
-                loaded[target] = read(reader, device)
+        reader = Reader(files.headers)
+        loaded = {target: read(reader, device) for target, read in plan.items()}
     except BaseException:
         restore(replacements)
         raise
@@ -191,11 +190,10 @@ def _plan_projection(target: str, wanted: Projection, pieces: Pieces, checks: Ch
         if checks.expect_all(target, pieces, [Piece(BLOCKS), Piece(SCALES)]):
             checks.expect(pieces[Piece(BLOCKS)], (experts, rows, -(-columns // 32), 16), ("U8",))
             checks.expect(pieces[Piece(SCALES)], (experts, rows, -(-columns // 32)), ("U8",))
-        return lambda reader, device: _mxfp4(target, wanted, pieces, reader, device)
-    joined = 1 + max(piece.source for piece in pieces)  # gates and ups
-    shape = rows // joined, columns
+        return lambda reader, device: _read_mxfp4(target, wanted, pieces, reader, device)
+    shape = rows // wanted.parts, columns  # gates and ups are apart
     for suffix in sorted(suffixes):
-        expected = [Piece(suffix, expert, source) for expert in range(experts) for source in range(joined)]
+        expected = [Piece(suffix, expert, source) for expert in range(experts) for source in range(wanted.parts)]
         these = {piece: key for piece, key in pieces.items() if piece.suffix == suffix}
         if checks.expect_all(target, these, expected):
             dtypes = FLOATS if suffix or SCALE not in suffixes else ("F8_E4M3",)
@@ -203,7 +201,7 @@ def _plan_projection(target: str, wanted: Projection, pieces: Pieces, checks: Ch
                 checks.expect(key, _scales_of(*shape) if suffix else shape, dtypes)
     if wanted.transposed:
         checks.problems.append(f"{target}: expected weights of all experts in one tensor, since they are transposed")
-    read = _fp8 if SCALE in suffixes else _plain
+    read = _read_fp8 if SCALE in suffixes else _read_plain
     return lambda reader, device: read(target, wanted, pieces, reader, device)
 
 
@@ -219,50 +217,55 @@ class Published(NamedTuple):
     projection: Projection
 
 
-def _joined(pieces: Pieces, suffix: str, expert: int, reader: Reader) -> Tensor:
-    """[1,N,…]: what an expert has of gates and ups."""
-    keys = [pieces.get(Piece(suffix, expert, source)) for source in (0, 1)]
-    return torch.cat([reader.tensor(key) for key in keys if key is not None])[None]
-
-
-def _mxfp4(target: str, wanted: Projection, pieces: Pieces, reader: Reader, device: torch.device) -> Published:
-    def published(expert: int) -> tuple[Tensor, Tensor]:
-        blocks, scales = (reader.part(pieces[Piece(suffix)], expert) for suffix in (BLOCKS, SCALES))
-        return blocks.to(device), scales.to(device)
-
-    return _stored("mxfp4", target, wanted, published)
-
-
-def _fp8(target: str, wanted: Projection, pieces: Pieces, reader: Reader, device: torch.device) -> Published:
-    def published(expert: int) -> tuple[Tensor, Tensor]:
-        values, scales = (_joined(pieces, suffix, expert, reader).to(device) for suffix in ("", SCALE))
-        return values, scales.float()
-
-    return _stored("fp8", target, wanted, published)
-
-
-def _stored(
-    format: str, target: str, wanted: Projection, published: Callable[[int], tuple[Tensor, Tensor]]
-) -> Published:
-    """Experts in the layout of the kernels, one after the other."""
+def _read_mxfp4(target: str, wanted: Projection, pieces: Pieces, reader: Reader, device: torch.device) -> Published:
+    data, scales = _empty("mxfp4", wanted, -(-wanted.columns // 32), torch.uint8, device)
     for expert in range(wanted.experts):
-        try:
-            block, scale = minifloat.to_blocks(*published(expert), format, wanted.parts)
-        except ValueError as error:
-            raise ValueError(f"{target}, expert {expert}: {error}") from None
-        if expert == 0:
-            data, scales = (tensor.new_empty(wanted.experts, *tensor.shape[1:]) for tensor in (block, scale))
-            advise_huge_pages(data)
-        data[expert], scales[expert] = block[0], scale[0]
-    return Published(format, data, scales, wanted)
+        block, scale = (reader.part(pieces[Piece(suffix)], expert).to(device) for suffix in (BLOCKS, SCALES))
+        out = data[expert, None], scales[expert, None]
+        with _naming(target, expert):
+            minifloat.to_blocks(block, scale, "mxfp4", wanted.parts, out=out)
+    return Published("mxfp4", data, scales, wanted)
 
 
-def _plain(target: str, wanted: Projection, pieces: Pieces, reader: Reader, device: torch.device) -> Tensor:
+def _read_fp8(target: str, wanted: Projection, pieces: Pieces, reader: Reader, device: torch.device) -> Published:
+    """Gates and ups are published apart, and stored so."""
+    data, scales = _empty("fp8", wanted, _scales_of(wanted.rows, wanted.columns)[1], torch.float32, device)
+    blocks = data.shape[1] // wanted.parts
+    for (suffix, expert, source), key in pieces.items():
+        if not suffix:
+            scale = reader.tensor(pieces[Piece(SCALE, expert, source)])[None].to(device).float()
+            share = slice(source * blocks, (source + 1) * blocks)
+            out = data[expert, None, share], scales[expert, None, share]
+            with _naming(target, expert):
+                minifloat.to_blocks(reader.tensor(key)[None].to(device), scale, "fp8", out=out)
+    return Published("fp8", data, scales, wanted)
+
+
+def _read_plain(target: str, wanted: Projection, pieces: Pieces, reader: Reader, device: torch.device) -> Tensor:
     weight = torch.empty(wanted.experts, wanted.rows, wanted.columns, dtype=wanted.dtype, device=device)
     advise_huge_pages(weight)
-    for expert in range(wanted.experts):
-        weight[expert] = _joined(pieces, "", expert, reader)[0]
+    for (_, expert, source), key in pieces.items():
+        rows = wanted.rows // wanted.parts
+        weight[expert, source * rows : (source + 1) * rows] = reader.tensor(key)
     return weight
+
+
+def _empty(
+    format: str, wanted: Projection, groups: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Data and scales of all experts."""
+    shape = minifloat.blocks_shape(wanted.rows, wanted.columns, format, wanted.parts)
+    data = torch.empty(wanted.experts, *shape, dtype=torch.uint8, device=device)
+    advise_huge_pages(data)
+    return data, torch.empty(wanted.experts, shape[0], groups, minifloat.ROWS, dtype=dtype, device=device)
+
+
+@contextmanager
+def _naming(target: str, expert: int | None) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{target}, expert {expert}: {error}") from None
 
 
 # ---- into the model --------------------------------------------------------------------------------------------------
