@@ -27,7 +27,7 @@ struct GroupedGemm : Products {
 
   void run() {
     grouped_gemm({.x = x,
-                  .weight = {.packed = weight},
+                  .weight = {.data = weight},
                   .expert_offsets = routed.expert_offsets,
                   .token_indices = routed.token_indices,
                   .out = out},

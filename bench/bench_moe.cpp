@@ -15,9 +15,7 @@ struct Layer {
         down_proj(Tensor(c.dtype, c.E, c.H, c.I).random(1.0 / std::sqrt(c.I), 13)),
         y(c.dtype, c.T, c.H) {}
 
-  ExpertWeights weights() const {
-    return {.gate_up_proj = {.packed = gate_up_proj}, .down_proj = {.packed = down_proj}};
-  }
+  ExpertWeights weights() const { return {.gate_up_proj = {.data = gate_up_proj}, .down_proj = {.data = down_proj}}; }
   double forward_flop() const { return 6.0 * static_cast<double>(c.S()) * static_cast<double>(c.H * c.I); }
   double weight_bytes() const { return static_cast<double>(gate_up_proj.bytes() + down_proj.bytes()); }
   double touched() const { return static_cast<double>(routed.experts_hit()) / static_cast<double>(c.E); }
@@ -91,6 +89,9 @@ class Compact {
   TensorView rows() const {
     return view(const_cast<uint8_t*>(bytes_.data()), DType::kUInt8, weight_.shape[0], weight_.shape[1], row_bytes());
   }
+  Weight weight() const {
+    return {.format = Format::kCompact, .data = rows(), .rows = weight_.shape[1], .cols = weight_.shape[2]};
+  }
   int64_t row_bytes() const { return static_cast<int64_t>(bytes_.size()) / (weight_.shape[0] * weight_.shape[1]); }
   double size() const { return static_cast<double>(bytes_.size()); }
 
@@ -107,8 +108,7 @@ struct CompactMoeForward : Layer {
 
   void run() {
     moe_forward({.x = x,
-                 .weights = {.gate_up_proj = {.packed = compact_gate_up_proj.rows()},
-                             .down_proj = {.packed = compact_down_proj.rows()}},
+                 .weights = {.gate_up_proj = compact_gate_up_proj.weight(), .down_proj = compact_down_proj.weight()},
                  .topk_ids = routed.topk_ids,
                  .topk_weights = routed.topk_weights,
                  .y = y},

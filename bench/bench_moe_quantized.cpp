@@ -28,25 +28,25 @@ struct Matrices {
     }
     return data;
   }
-  QuantizedMatrices matrices() const {
+  Weight matrices() const {
     const int64_t B = parts * ((rows / parts + 15) / 16), W = (cols + 7) / 8 * (bits == 8 ? 2 : 1);
     const int64_t G = group_size == 0 ? 1 : (cols + group_size - 1) / group_size;
-    QuantizedMatrices m{.values = view(const_cast<uint8_t*>(values.data()), DType::kUInt8, E, B, W, 64),
-                        .scales = view(const_cast<uint8_t*>(scales.data()), DType::kInt8, E, B, G, 16),
-                        .row_scales = view(const_cast<float*>(row_scales.data()), DType::kFloat32, E, B, 16),
-                        .rows = rows,
-                        .cols = cols,
-                        .parts = parts,
-                        .bits = bits,
-                        .group_size = group_size};
+    Weight m{.format = bits == 8 ? Format::kInt8 : Format::kInt4,
+             .data = view(const_cast<uint8_t*>(values.data()), DType::kUInt8, E, B, W, 64),
+             .scales = view(const_cast<uint8_t*>(scales.data()), DType::kInt8, E, B, G, 16),
+             .row_scales = view(const_cast<float*>(row_scales.data()), DType::kFloat32, E, B, 16),
+             .rows = rows,
+             .cols = cols,
+             .parts = parts,
+             .group_size = group_size};
     if (!zeros.empty()) m.zeros = view(const_cast<uint8_t*>(zeros.data()), DType::kUInt8, E, B, G, 16);
     return m;
   }
   double weight(int64_t e, int64_t row, int64_t col) const {  // as ops.h has it
-    const QuantizedMatrices m = matrices();
+    const Weight m = matrices();
     const int64_t per_part = rows / parts, block = row / per_part * ((per_part + 15) / 16) + row % per_part / 16;
-    const int64_t at = e * m.values.shape[1] + block, lane = 4 * (row % per_part % 16) + col % 4;
-    const int byte = values[static_cast<size_t>((at * m.values.shape[2] + col / (bits == 8 ? 4 : 8)) * 64 + lane)];
+    const int64_t at = e * m.data.shape[1] + block, lane = 4 * (row % per_part % 16) + col % 4;
+    const int byte = values[static_cast<size_t>((at * m.data.shape[2] + col / (bits == 8 ? 4 : 8)) * 64 + lane)];
     const int q = bits == 8 ? byte : col % 8 < 4 ? byte & 15 : byte >> 4;
     const int64_t g = group_size == 0 ? 0 : col / group_size;
     const auto group = static_cast<size_t>((at * m.scales.shape[2] + g) * 16 + row % per_part % 16);
@@ -62,11 +62,11 @@ struct Matrices {
 };
 
 template <int64_t kBits, int64_t kGroupSize, bool kSymmetric>
-struct QuantizedMoeForward {
-  static constexpr const char* kName = kBits == 8   ? "quantized_moe_forward/int8"
-                                       : kSymmetric ? "quantized_moe_forward/int4"
-                                                    : "quantized_moe_forward/int4_zeros";
-  explicit QuantizedMoeForward(const Case& c)
+struct IntegerMoeForward {
+  static constexpr const char* kName = kBits == 8   ? "moe_forward/int8"
+                                       : kSymmetric ? "moe_forward/int4"
+                                                    : "moe_forward/int4_zeros";
+  explicit IntegerMoeForward(const Case& c)
       : c(c),
         routed(c),
         x(Tensor(c.dtype, c.T, c.H).random(1.0, 11)),
@@ -77,13 +77,12 @@ struct QuantizedMoeForward {
   }
 
   void run() {
-    quantized_moe_forward({.x = x,
-                           .gate_up_proj = gate_up_proj.matrices(),
-                           .down_proj = down_proj.matrices(),
-                           .topk_ids = routed.topk_ids,
-                           .topk_weights = routed.topk_weights,
-                           .y = y},
-                          c.exec);
+    moe_forward({.x = x,
+                 .weights = {.gate_up_proj = gate_up_proj.matrices(), .down_proj = down_proj.matrices()},
+                 .topk_ids = routed.topk_ids,
+                 .topk_weights = routed.topk_weights,
+                 .y = y},
+                c.exec);
   }
 
   // Some elements of the last token, within what rounding x and a to int8 costs.
@@ -139,6 +138,6 @@ int main(int argc, char** argv) {
   using switchgear::quantized_multiply_rate;
   const int threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   benchmark::AddCustomContext("int8", switchgear::join(quantized_multiply_rate({threads}) / 1e9, " Gop/s"));
-  return bench_main<QuantizedMoeForward<8, 0, true>, QuantizedMoeForward<4, 32, true>,
-                    QuantizedMoeForward<4, 32, false>>(argc, argv);
+  return bench_main<IntegerMoeForward<8, 0, true>, IntegerMoeForward<4, 32, true>, IntegerMoeForward<4, 32, false>>(
+      argc, argv);
 }

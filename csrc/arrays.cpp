@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdio>
 #include <string>
 
@@ -191,12 +192,44 @@ TensorView Arrays::out(const char* name, py::handle array) {
   return loaded.view;
 }
 
-ExpertMatrices Arrays::matrices(const char* name, py::handle weight) {
-  if (!py::isinstance<py::list>(weight) && !py::isinstance<py::tuple>(weight)) return {.packed = in(name, weight)};
-  return separate(name, py::reinterpret_borrow<py::sequence>(weight));
+Weight Arrays::weight(const char* name, py::handle tensors, py::handle form) {
+  const bool is_one = !py::isinstance<py::list>(tensors) && !py::isinstance<py::tuple>(tensors);
+  if (is_one && py::len(form) == 0) return {.data = in(name, tensors)};
+  SWITCHGEAR_CHECK(TypeError, !is_one, name, ": expected a list of tensors beside a form, got one tensor");
+  const auto items = py::reinterpret_borrow<py::sequence>(tensors);
+  if (py::len(form) == 0) {
+    if (items.size() != 1) return separate(name, items);
+    const TensorView only = in(name, items[0]);
+    return only.ndim == 2 ? separate(name, items) : Weight{.data = only};
+  }
+
+  constexpr size_t kNumbers = 6;
+  SWITCHGEAR_CHECK(ValueError, py::len(form) == kNumbers, name, ": expected a form of ", kNumbers, " numbers, got ",
+                   py::len(form));
+  std::array<int64_t, kNumbers> numbers;
+  for (size_t i = 0; i < kNumbers; ++i) numbers[i] = py::cast<int64_t>(form[py::int_(i)]);
+  const auto [format, rows, cols, parts, group_size, fields] = numbers;
+  SWITCHGEAR_CHECK(ValueError, format >= 0 && format <= static_cast<int64_t>(Format::kMxfp4), name,
+                   ": expected a format from 0 to ", static_cast<int>(Format::kMxfp4), ", got ", format);
+  Weight weight{
+      .format = static_cast<Format>(format), .rows = rows, .cols = cols, .parts = parts, .group_size = group_size};
+  const std::array places{&weight.scales, &weight.row_scales, &weight.zeros, &weight.slots};
+  constexpr std::array kSuffixes{"scales", "row_scales", "zeros", "slots"};
+  const auto expected = static_cast<size_t>(1 + std::popcount(static_cast<uint64_t>(fields)));
+  SWITCHGEAR_CHECK(ValueError, fields >= 0 && fields < 16 && items.size() == expected, name, ": expected ", expected,
+                   " tensors for the fields ", fields, ", got ", items.size());
+  weight.data = in(name, items[0]);
+  for (size_t i = 0, item = 1; i < places.size(); ++i) {
+    if ((fields >> i & 1) == 0) continue;
+    char field[64];
+    std::snprintf(field, sizeof(field), "%s_%s", name, kSuffixes[i]);
+    *places[i] = in(field, items[item++]);
+  }
+  return weight;
 }
 
-ExpertMatrices Arrays::separate(const char* name, py::sequence weights) {
+Weight Arrays::separate(const char* name, py::sequence weights) {
+  Separate& own = separate_.emplace_back();
   SWITCHGEAR_CHECK(ValueError, weights.size() > 0, name, ": expected one matrix for each expert, got an empty list");
   TensorView all;  // [E, most rows, C]
   bool has_row_stride = false, has_column_stride = false;
@@ -227,10 +260,10 @@ ExpertMatrices Arrays::separate(const char* name, py::sequence weights) {
     SWITCHGEAR_CHECK(ValueError, same, item, ": expected strides [", all.stride[1], ", ", all.stride[2],
                      "] like the experts before, got [", matrix.stride[0], ", ", matrix.stride[1], ']');
     all.shape[1] = std::max(all.shape[1], matrix.shape[0]);
-    base_.push_back(matrix.data);
-    row_count_.push_back(matrix.shape[0]);
+    own.base.push_back(matrix.data);
+    own.row_count.push_back(matrix.shape[0]);
   }
-  return {.packed = all, .base = base_.data(), .row_count = row_count_.data()};
+  return {.data = all, .base = own.base.data(), .row_count = own.row_count.data()};
 }
 
 }  // namespace switchgear

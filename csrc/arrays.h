@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <list>
 #include <optional>
 #include <vector>
 
@@ -28,8 +29,10 @@ class Arrays {
     return array.is_none() ? TensorView{} : out(name, array);
   }
 
-  // One array [E,N,C], or a list of E arrays [N_e,C] that agree in dtype, C and strides.
-  ExpertMatrices matrices(const char* name, pybind11::handle weight);
+  // A weight from its tensors and its form, integers. No form: plain, one array [E,N,C], in a list or not, or E arrays [N_e,C] that
+  // agree in dtype, C and strides. Else (format, rows, cols, parts, group_size, fields); the bits of `fields` say which tensors
+  // follow the data: 1 scales, 2 row_scales, 4 zeros, 8 slots.
+  Weight weight(const char* name, pybind11::handle tensors, pybind11::handle form);
 
   // The memory of an array of any dtype; ValueError where it has less than `bytes`, or isn't compact.
   void* memory(const char* name, pybind11::handle array, int64_t bytes);
@@ -42,12 +45,16 @@ class Arrays {
   };
   Borrowed borrow(const char* name, pybind11::handle array);
   Loaded load(const char* name, pybind11::handle array);
-  ExpertMatrices separate(const char* name, pybind11::sequence weights);
+  Weight separate(const char* name, pybind11::sequence weights);
+
+  struct Separate {  // matrices with memory of their own
+    std::vector<const void*> base;
+    std::vector<int64_t> row_count;
+  };
 
   std::optional<uintptr_t> stream_;
   std::vector<pybind11::object> capsules_;
-  std::vector<const void*> base_;
-  std::vector<int64_t> row_count_;
+  std::list<Separate> separate_;
 };
 
 }  // namespace switchgear

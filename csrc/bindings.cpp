@@ -193,15 +193,16 @@ void py_combine_weight_backward(handle grad_y, handle permuted_y, handle expert_
 
 // ---- grouped_gemm ---
 
-void py_grouped_gemm(handle x, handle weight, handle bias, handle expert_offsets, handle token_indices, handle out,
-                     ExecutionArgument execution, bool input_gradient) {
+void py_grouped_gemm(handle x, handle weight, handle form, handle bias, handle expert_offsets, handle token_indices,
+                     handle out, bool transposed, bool input_gradient, ExecutionArgument execution) {
   Arrays arrays = arrays_of(execution);
   const GroupedGemmArgs args{.x = arrays.in("x", x),
-                             .weight = arrays.matrices("weight", weight),
+                             .weight = arrays.weight("weight", weight, form),
                              .bias = arrays.in_or_none("bias", bias),
                              .expert_offsets = arrays.in("expert_offsets", expert_offsets),
                              .token_indices = arrays.in_or_none("token_indices", token_indices),
                              .out = arrays.out("out", out),
+                             .transposed = transposed,
                              .input_gradient = input_gradient};
   run(grouped_gemm, args, execution);
 }
@@ -240,108 +241,55 @@ void py_glu_backward(handle grad_a, handle h, handle grad_h, std::string_view ac
 
 // ---- the whole layer ---
 
-ExpertWeights weights_in(Arrays& arrays, handle gate_up_proj, handle down_proj, handle gate_up_bias, handle down_bias) {
-  return {.gate_up_proj = {.packed = arrays.in("gate_up_proj", gate_up_proj)},
-          .down_proj = {.packed = arrays.in("down_proj", down_proj)},
+struct WeightArgument {
+  handle tensors, form;
+};
+
+ExpertWeights weights_in(Arrays& arrays, WeightArgument gate_up_proj, WeightArgument down_proj, handle gate_up_bias,
+                         handle down_bias) {
+  return {.gate_up_proj = arrays.weight("gate_up_proj", gate_up_proj.tensors, gate_up_proj.form),
+          .down_proj = arrays.weight("down_proj", down_proj.tensors, down_proj.form),
           .gate_up_bias = arrays.in_or_none("gate_up_bias", gate_up_bias),
           .down_bias = arrays.in_or_none("down_bias", down_bias)};
 }
 
-void py_moe_forward(handle x, handle gate_up_proj, handle down_proj, handle gate_up_bias, handle down_bias,
-                    handle topk_ids, handle topk_weights, handle y, handle h, std::string_view activation, bool gated,
-                    bool interleaved, float alpha, float limit, ExecutionArgument execution) {
+void py_moe_forward(handle x, handle gate_up_proj, handle gate_up_form, handle down_proj, handle down_form,
+                    handle gate_up_bias, handle down_bias, handle topk_ids, handle topk_weights, handle y, handle h,
+                    std::string_view activation, bool gated, bool interleaved, float alpha, float limit,
+                    ExecutionArgument execution) {
   Arrays arrays = arrays_of(execution);
-  const MoeForwardArgs args{.x = arrays.in("x", x),
-                            .weights = weights_in(arrays, gate_up_proj, down_proj, gate_up_bias, down_bias),
-                            .topk_ids = arrays.in("topk_ids", topk_ids),
-                            .topk_weights = arrays.in("topk_weights", topk_weights),
-                            .options = glu_options(activation, gated, interleaved, alpha, limit),
-                            .y = arrays.out("y", y),
-                            .h = arrays.out_or_none("h", h)};
+  const MoeForwardArgs args{
+      .x = arrays.in("x", x),
+      .weights = weights_in(arrays, {gate_up_proj, gate_up_form}, {down_proj, down_form}, gate_up_bias, down_bias),
+      .topk_ids = arrays.in("topk_ids", topk_ids),
+      .topk_weights = arrays.in("topk_weights", topk_weights),
+      .options = glu_options(activation, gated, interleaved, alpha, limit),
+      .y = arrays.out("y", y),
+      .h = arrays.out_or_none("h", h)};
   run(moe_forward, args, execution);
 }
 
-void py_moe_backward(handle grad_y, handle x, handle h, handle gate_up_proj, handle down_proj, handle gate_up_bias,
-                     handle down_bias, handle topk_ids, handle topk_weights, handle grad_x, handle grad_gate_up_proj,
-                     handle grad_down_proj, handle grad_gate_up_bias, handle grad_down_bias, handle grad_topk_weights,
-                     std::string_view activation, bool gated, bool interleaved, float alpha, float limit,
-                     ExecutionArgument execution) {
+void py_moe_backward(handle grad_y, handle x, handle h, handle gate_up_proj, handle gate_up_form, handle down_proj,
+                     handle down_form, handle gate_up_bias, handle down_bias, handle topk_ids, handle topk_weights,
+                     handle grad_x, handle grad_gate_up_proj, handle grad_down_proj, handle grad_gate_up_bias,
+                     handle grad_down_bias, handle grad_topk_weights, std::string_view activation, bool gated,
+                     bool interleaved, float alpha, float limit, ExecutionArgument execution) {
   Arrays arrays = arrays_of(execution);
-  const MoeBackwardArgs args{.grad_y = arrays.in("grad_y", grad_y),
-                             .x = arrays.in("x", x),
-                             .h = arrays.in("h", h),
-                             .weights = weights_in(arrays, gate_up_proj, down_proj, gate_up_bias, down_bias),
-                             .topk_ids = arrays.in("topk_ids", topk_ids),
-                             .topk_weights = arrays.in("topk_weights", topk_weights),
-                             .options = glu_options(activation, gated, interleaved, alpha, limit),
-                             .grad_x = arrays.out_or_none("grad_x", grad_x),
-                             .grad_gate_up_proj = arrays.out_or_none("grad_gate_up_proj", grad_gate_up_proj),
-                             .grad_down_proj = arrays.out_or_none("grad_down_proj", grad_down_proj),
-                             .grad_gate_up_bias = arrays.out_or_none("grad_gate_up_bias", grad_gate_up_bias),
-                             .grad_down_bias = arrays.out_or_none("grad_down_bias", grad_down_bias),
-                             .grad_topk_weights = arrays.out_or_none("grad_topk_weights", grad_topk_weights)};
-  run(moe_backward, args, execution);
-}
-
-// ---- quantised weights ---
-
-struct QuantizedArguments {
-  handle values, scales, row_scales, zeros;
-};
-
-QuantizedMatrices quantized_in(Arrays& arrays, const std::string& name, const QuantizedArguments& tensors, int64_t rows,
-                               int64_t cols, int64_t parts, int64_t bits, int64_t group_size) {
-  return {.values = arrays.in(name.c_str(), tensors.values),
-          .scales = arrays.in((name + "_scales").c_str(), tensors.scales),
-          .row_scales = arrays.in((name + "_row_scales").c_str(), tensors.row_scales),
-          .zeros = arrays.in_or_none((name + "_zeros").c_str(), tensors.zeros),
-          .rows = rows,
-          .cols = cols,
-          .parts = parts,
-          .bits = bits,
-          .group_size = group_size};
-}
-
-void py_quantized_grouped_gemm(handle x, handle weight, handle weight_scales, handle weight_row_scales,
-                               handle weight_zeros, handle bias, handle expert_offsets, handle token_indices,
-                               handle out, int64_t rows, int64_t columns, int64_t parts, int64_t bits,
-                               int64_t group_size, bool transposed, ExecutionArgument execution) {
-  Arrays arrays = arrays_of(execution);
-  const QuantizedGroupedGemmArgs args{
+  const MoeBackwardArgs args{
+      .grad_y = arrays.in("grad_y", grad_y),
       .x = arrays.in("x", x),
-      .weight = quantized_in(arrays, "weight", {weight, weight_scales, weight_row_scales, weight_zeros}, rows, columns,
-                             parts, bits, group_size),
-      .bias = arrays.in_or_none("bias", bias),
-      .expert_offsets = arrays.in("expert_offsets", expert_offsets),
-      .token_indices = arrays.in_or_none("token_indices", token_indices),
-      .transposed = transposed,
-      .out = arrays.out("out", out)};
-  run(quantized_grouped_gemm, args, execution);
-}
-
-void py_quantized_moe_forward(handle x, handle gate_up_proj, handle gate_up_proj_scales, handle gate_up_proj_row_scales,
-                              handle gate_up_proj_zeros, handle down_proj, handle down_proj_scales,
-                              handle down_proj_row_scales, handle down_proj_zeros, handle gate_up_bias,
-                              handle down_bias, handle topk_ids, handle topk_weights, handle y, handle h,
-                              int64_t intermediate_size, int64_t bits, int64_t group_size, std::string_view activation,
-                              bool gated, bool interleaved, float alpha, float limit, ExecutionArgument execution) {
-  Arrays arrays = arrays_of(execution);
-  QuantizedMoeForwardArgs args{.x = arrays.in("x", x),
-                               .gate_up_bias = arrays.in_or_none("gate_up_bias", gate_up_bias),
-                               .down_bias = arrays.in_or_none("down_bias", down_bias),
-                               .topk_ids = arrays.in("topk_ids", topk_ids),
-                               .topk_weights = arrays.in("topk_weights", topk_weights),
-                               .options = glu_options(activation, gated, interleaved, alpha, limit),
-                               .y = arrays.out("y", y),
-                               .h = arrays.out_or_none("h", h)};
-  const int64_t hidden_size = args.x.shape[1], parts = gated && !interleaved ? 2 : 1;
-  args.gate_up_proj = quantized_in(
-      arrays, "gate_up_proj", {gate_up_proj, gate_up_proj_scales, gate_up_proj_row_scales, gate_up_proj_zeros},
-      gated ? 2 * intermediate_size : intermediate_size, hidden_size, parts, bits, group_size);
-  args.down_proj =
-      quantized_in(arrays, "down_proj", {down_proj, down_proj_scales, down_proj_row_scales, down_proj_zeros},
-                   hidden_size, intermediate_size, 1, bits, group_size);
-  run(quantized_moe_forward, args, execution);
+      .h = arrays.in("h", h),
+      .weights = weights_in(arrays, {gate_up_proj, gate_up_form}, {down_proj, down_form}, gate_up_bias, down_bias),
+      .topk_ids = arrays.in("topk_ids", topk_ids),
+      .topk_weights = arrays.in("topk_weights", topk_weights),
+      .options = glu_options(activation, gated, interleaved, alpha, limit),
+      .grad_x = arrays.out_or_none("grad_x", grad_x),
+      .grad_gate_up_proj = arrays.out_or_none("grad_gate_up_proj", grad_gate_up_proj),
+      .grad_down_proj = arrays.out_or_none("grad_down_proj", grad_down_proj),
+      .grad_gate_up_bias = arrays.out_or_none("grad_gate_up_bias", grad_gate_up_bias),
+      .grad_down_bias = arrays.out_or_none("grad_down_bias", grad_down_bias),
+      .grad_topk_weights = arrays.out_or_none("grad_topk_weights", grad_topk_weights)};
+  run(moe_backward, args, execution);
 }
 
 }  // namespace
@@ -370,19 +318,6 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
         "grad_topk_weights"_a, "router_logits"_a, "topk_ids"_a, "grad_router_logits"_a, "score_function"_a,
         "normalize"_a, "scale"_a, py::arg(kExecutionArgument));
   const Backend& backend = default_backend();  // what it lacks is composed of other ops, in Python
-  if (backend.quantized_grouped_gemm != nullptr) {
-    m.def("quantized_grouped_gemm", &py_quantized_grouped_gemm, "grouped_gemm with weights in 8 or 4 bits.",  //
-          "x"_a, "weight"_a, "weight_scales"_a, "weight_row_scales"_a, "weight_zeros"_a, "bias"_a, "expert_offsets"_a,
-          "token_indices"_a, "out"_a, "rows"_a, "columns"_a, "parts"_a, "bits"_a, "group_size"_a, "transposed"_a,
-          py::arg(kExecutionArgument));
-  }
-  if (backend.quantized_moe_forward != nullptr) {
-    m.def("quantized_moe_forward", &py_quantized_moe_forward, "moe_forward with weights in 8 or 4 bits.",  //
-          "x"_a, "gate_up_proj"_a, "gate_up_proj_scales"_a, "gate_up_proj_row_scales"_a, "gate_up_proj_zeros"_a,
-          "down_proj"_a, "down_proj_scales"_a, "down_proj_row_scales"_a, "down_proj_zeros"_a, "gate_up_bias"_a,
-          "down_bias"_a, "topk_ids"_a, "topk_weights"_a, "y"_a, "h"_a, "intermediate_size"_a, "bits"_a, "group_size"_a,
-          "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a, py::arg(kExecutionArgument));
-  }
   if (backend.route_dynamic != nullptr) {
     m.def("route_dynamic", &py_route_dynamic, "Writes as many experts as each token needs, and their weights.",  //
           "router_logits"_a, "selection_bias"_a, "topk_ids"_a, "topk_weights"_a, "min_experts"_a, "score_function"_a,
@@ -419,8 +354,8 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
         "grad_y"_a, "permuted_y"_a, "expert_offsets"_a, "token_indices"_a, "slot_indices"_a, "grad_topk_weights"_a,
         py::arg(kExecutionArgument));
   m.def("grouped_gemm", &py_grouped_gemm, "Writes the product of each row with its expert's weight.",  //
-        "x"_a, "weight"_a, "bias"_a, "expert_offsets"_a, "token_indices"_a, "out"_a, py::arg(kExecutionArgument),
-        "input_gradient"_a = false);
+        "x"_a, "weight"_a, "form"_a, "bias"_a, "expert_offsets"_a, "token_indices"_a, "out"_a, "transposed"_a,
+        "input_gradient"_a, py::arg(kExecutionArgument));
   m.def("grouped_gemm_wgrad", &py_grouped_gemm_wgrad, "Writes the gradient of grouped_gemm's weight.",  //
         "grad_out"_a, "x"_a, "expert_offsets"_a, "token_indices"_a, "grad_weight"_a, py::arg(kExecutionArgument));
   m.def("glu", &py_glu, "Writes the activation of h.",  //
@@ -429,11 +364,12 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
         "grad_a"_a, "h"_a, "grad_h"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a,
         py::arg(kExecutionArgument));
   m.def("moe_forward", &py_moe_forward, "Writes the output of the whole expert layer, and h where given.",  //
-        "x"_a, "gate_up_proj"_a, "down_proj"_a, "gate_up_bias"_a, "down_bias"_a, "topk_ids"_a, "topk_weights"_a, "y"_a,
-        "h"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a, py::arg(kExecutionArgument));
-  m.def("moe_backward", &py_moe_backward, "Writes those gradients of moe_forward that are given.",  //
-        "grad_y"_a, "x"_a, "h"_a, "gate_up_proj"_a, "down_proj"_a, "gate_up_bias"_a, "down_bias"_a, "topk_ids"_a,
-        "topk_weights"_a, "grad_x"_a, "grad_gate_up_proj"_a, "grad_down_proj"_a, "grad_gate_up_bias"_a,
-        "grad_down_bias"_a, "grad_topk_weights"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a,
+        "x"_a, "gate_up_proj"_a, "gate_up_form"_a, "down_proj"_a, "down_form"_a, "gate_up_bias"_a, "down_bias"_a,
+        "topk_ids"_a, "topk_weights"_a, "y"_a, "h"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a,
         py::arg(kExecutionArgument));
+  m.def("moe_backward", &py_moe_backward, "Writes those gradients of moe_forward that are given.",  //
+        "grad_y"_a, "x"_a, "h"_a, "gate_up_proj"_a, "gate_up_form"_a, "down_proj"_a, "down_form"_a, "gate_up_bias"_a,
+        "down_bias"_a, "topk_ids"_a, "topk_weights"_a, "grad_x"_a, "grad_gate_up_proj"_a, "grad_down_proj"_a,
+        "grad_gate_up_bias"_a, "grad_down_bias"_a, "grad_topk_weights"_a, "activation"_a, "gated"_a, "interleaved"_a,
+        "alpha"_a, "limit"_a, py::arg(kExecutionArgument));
 }

@@ -5,8 +5,6 @@
 
 #include "registry.h"
 #include "switchgear/check.h"
-#include "switchgear/compact.h"
-#include "switchgear/panels.h"
 
 namespace switchgear {
 namespace {
@@ -51,12 +49,6 @@ void check_strides(const char* name, const TensorView& tensor, Layout layout) {
                        ": expected a stride of 1 in one of the last two dimensions, got ", describe(tensor));
       break;
   }
-}
-
-void check_pointer(const char* name, const void* data, DType dtype) {
-  SWITCHGEAR_CHECK(ValueError, data != nullptr, name, ": expected data, got a null pointer");
-  SWITCHGEAR_CHECK(ValueError, reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(size_of(dtype)) == 0, name,
-                   ": expected data aligned to its elements (", name_of(dtype), "), got the address ", data);
 }
 
 // Whether two indices may name one element: a dimension whose stride is less than what the smaller strides span.
@@ -109,10 +101,10 @@ bool overlap(const Extent& a, const Extent& b) {
   return true;
 }
 
-TensorView matrix_of(const ExpertMatrices& weight, int64_t expert) {
-  TensorView matrix{.data = const_cast<void*>(weight.base[expert]), .dtype = weight.packed.dtype, .ndim = 2};
-  matrix.shape = {weight.row_count[expert], weight.packed.shape[2]};
-  matrix.stride = {weight.packed.stride[1], weight.packed.stride[2]};
+TensorView matrix_of(const Weight& weight, int64_t expert) {
+  TensorView matrix{.data = const_cast<void*>(weight.base[expert]), .dtype = weight.data.dtype, .ndim = 2};
+  matrix.shape = {weight.row_count[expert], weight.data.shape[2]};
+  matrix.stride = {weight.data.stride[1], weight.data.stride[2]};
   return matrix;
 }
 
@@ -122,6 +114,12 @@ std::string position(const TensorView& tensor, int64_t index) {  // "[3, 1]"
 }
 
 }  // namespace
+
+void check_pointer(const char* name, const void* data, DType dtype) {
+  SWITCHGEAR_CHECK(ValueError, data != nullptr, name, ": expected data, got a null pointer");
+  SWITCHGEAR_CHECK(ValueError, reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(size_of(dtype)) == 0, name,
+                   ": expected data aligned to its elements (", name_of(dtype), "), got the address ", data);
+}
 
 Call::Call(Execution exec) {
   SWITCHGEAR_CHECK(ValueError, exec.num_threads >= 0 && exec.num_threads <= kMaxThreads,
@@ -197,60 +195,19 @@ void Call::output(const char* name, const TensorView& tensor, Kind kind, Shape s
                    describe(tensor));
 }
 
-void Call::input(const char* name, const ExpertMatrices& weight, Shape shape) {
-  if (weight.base == nullptr) return input(name, weight.packed, Kind::kFloat, shape, Layout::kMatrices);
-  check_type(name, weight.packed, Kind::kFloat, shape);
-  check_strides(name, weight.packed, Layout::kMatrices);
+void Call::input(const char* name, const Weight& weight, Shape shape) {
+  if (weight.base == nullptr) return input(name, weight.data, Kind::kFloat, shape, Layout::kMatrices);
+  check_type(name, weight.data, Kind::kFloat, shape);
+  check_strides(name, weight.data, Layout::kMatrices);
   SWITCHGEAR_CHECK(ValueError, weight.row_count != nullptr, name,
                    ": expected a number of rows for each expert, got none");
-  for (int64_t e = 0; e < weight.packed.shape[0]; ++e) {
+  for (int64_t e = 0; e < weight.data.shape[0]; ++e) {
     const int64_t rows = weight.row_count[e];
-    SWITCHGEAR_CHECK(ValueError, rows >= 0 && rows <= weight.packed.shape[1], name, '[', e, "]: expected 0 to ",
-                     weight.packed.shape[1], " rows, got ", rows);
-    if (rows > 0) check_pointer(name, weight.base[e], weight.packed.dtype);
+    SWITCHGEAR_CHECK(ValueError, rows >= 0 && rows <= weight.data.shape[1], name, '[', e, "]: expected 0 to ",
+                     weight.data.shape[1], " rows, got ", rows);
+    if (rows > 0) check_pointer(name, weight.base[e], weight.data.dtype);
   }
-  entries_[count_++] = {.name = name, .tensor = &weight.packed, .separate = &weight};
-}
-
-void Call::input_or_compact(const char* name, const ExpertMatrices& weight, Shape shape) {
-  const TensorView& rows = weight.packed;
-  if (weight.base != nullptr || rows.dtype != DType::kUInt8) return input(name, weight, shape);
-  const int64_t cols = shape.begin()[2]->size;
-  Dim bytes{"bytes"};
-  input(name, rows, Kind::kUInt8, {shape.begin()[0], shape.begin()[1], &bytes});
-  SWITCHGEAR_CHECK(ValueError, rows.device.type == DeviceType::kCPU, name,
-                   ": expected float weights on this device, got compact ones: ", describe(rows));
-  SWITCHGEAR_CHECK(TypeError, float_dtype_ == DType::kBFloat16 || float_dtype_ == DType::kFloat32, name, ": expected ",
-                   name_of(float_dtype_), " like ", float_name_, ", got compact weights: ", describe(rows));
-  SWITCHGEAR_CHECK(ValueError, cols <= kMaxCompactColumns, name, ": expected at most ", kMaxCompactColumns,
-                   " columns of compact weights, got ", cols);
-  const int64_t element = rows.numel() > 0 ? rows.as<uint8_t>()[kCompactElementBytes] : 2;
-  SWITCHGEAR_CHECK(TypeError, element == 2 || element == size_of(float_dtype_), name, ": expected compact ",
-                   name_of(float_dtype_), " like ", float_name_, ", got compact elements of ", element,
-                   " bytes: ", describe(rows));
-  const int64_t records = compact_records_bytes(cols, element == 4 ? DType::kFloat32 : DType::kBFloat16);
-  SWITCHGEAR_CHECK(ValueError, bytes.size % kCompactHeader == 0 && bytes.size >= records + kCompactHeader, name,
-                   ": expected compact rows of ", records, " bytes for ", cols, " columns and a multiple of ",
-                   kCompactHeader, " for a header, got ", describe(rows));
-}
-
-void Call::input_in_panels(const char* name, const ExpertMatrices& weight, Shape shape) {
-  const TensorView& panels = weight.packed;
-  SWITCHGEAR_CHECK(ValueError, backend_->panel_layout != nullptr, name,
-                   ": expected float weights on this device, got panels: ", describe(panels));
-  const auto [rows, vector_bytes] = backend_->panel_layout(float_dtype_);
-  Dim& N = *shape.begin()[1];
-  const int64_t cols = shape.begin()[2]->size;
-  SWITCHGEAR_CHECK(ValueError, cols % kPanelColumns == 0, name, ": expected float weights for ", cols,
-                   " columns, no multiple of ", kPanelColumns, ", got panels: ", describe(panels));
-  Dim count{"panels", 1, N.size == Dim::kUnknown ? Dim::kUnknown : N.size / rows};
-  Dim vectors{"vectors", 1, rows * cols * size_of(float_dtype_) / vector_bytes}, bytes{"bytes", 1, vector_bytes};
-  input(name, panels, Kind::kUInt8, {shape.begin()[0], &count, &vectors, &bytes});
-  check_pointer(name, panels.data, float_dtype_);
-  const int64_t all = count.size * rows;
-  SWITCHGEAR_CHECK(ValueError, N.size == Dim::kUnknown || N.size == all, name, ": expected panels of ", N.size,
-                   " rows, got ", all, ": ", describe(panels));
-  N.size = all;
+  entries_[count_++] = {.name = name, .tensor = &weight.data, .separate = &weight};
 }
 
 void Call::check_overlap() const {

@@ -38,26 +38,26 @@ class Call {
   explicit Call(Execution exec);
 
   void input(const char* name, const TensorView& tensor, Kind kind, Shape shape, Layout layout = Layout::kContiguous);
-  void input(const char* name, const ExpertMatrices& weight, Shape shape);
-  // The same, or compact for x in bfloat16 or float32, once x has been checked; of `shape` the last is known then.
-  void input_or_compact(const char* name, const ExpertMatrices& weight, Shape shape);
-  // In panels, likewise.
-  void input_in_panels(const char* name, const ExpertMatrices& weight, Shape shape);
+  void input(const char* name, const Weight& plain, Shape shape);
   void output(const char* name, const TensorView& tensor, Kind kind, Shape shape, Layout layout = Layout::kContiguous);
 
   // The table of the device that the tensors so far are on.
   const Backend& backend() const { return *backend_; }
 
+  // The first tensor of Kind::kFloat, and its dtype, which all others share.
+  const char* float_name() const { return float_name_; }
+  DType float_dtype() const { return float_dtype_; }
+
   // Comes after the last tensor: no output may share memory with another tensor.
   void check_overlap() const;
 
  private:
-  static constexpr int kMaxTensors = 20;  // quantized_moe_forward has 15 and up to 4 more
+  static constexpr int kMaxTensors = 20;  // moe_forward with integers has 17, moe_backward 19
 
   struct Entry {
     const char* name = nullptr;
     const TensorView* tensor = nullptr;
-    const ExpertMatrices* separate = nullptr;  // matrices with base pointers of their own, described by `tensor`
+    const Weight* separate = nullptr;  // matrices with base pointers of their own, described by `tensor`
     bool output = false;
   };
 
@@ -69,13 +69,14 @@ class Call {
   const char* first_name_ = nullptr;  // the tensor that chose both
   std::array<Entry, kMaxTensors> entries_;
   int count_ = 0;
-  const char* float_name_ = nullptr;  // the first tensor of Kind::kFloat, and its dtype
+  const char* float_name_ = nullptr;
   DType float_dtype_ = DType::kFloat32;
 };
 
 // Contents: what an op follows as an index. These come last, since they read memory; that of a CUDA device is left unread,
 // and its kernels step over what is out of range.
 inline bool readable(const TensorView& tensor) { return tensor.device.type == DeviceType::kCPU; }
+void check_pointer(const char* name, const void* data, DType dtype);  // is not null, and aligned to elements
 void check_range(const char* name, const TensorView& indices, int64_t low, int64_t high);  // all in [low, high)
 void check_offsets(const char* name, const TensorView& expert_offsets, int64_t num_slots);
 

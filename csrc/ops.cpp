@@ -11,7 +11,7 @@
 #include "checks.h"
 #include "switchgear/backend.h"
 #include "switchgear/check.h"
-#include "switchgear/panels.h"
+#include "weight_checks.h"
 
 namespace switchgear {
 namespace {
@@ -86,6 +86,8 @@ void check_options(const GluOptions& options) {
   SWITCHGEAR_CHECK(ValueError, std::isfinite(options.alpha), "alpha: expected a finite number, got ", options.alpha);
 }
 
+bool multiplies_transposed(Format format) { return is_integer(format) || is_minifloat(format); }
+
 // I = N/2 for gated experts, N for plain ones
 Dim intermediate(const char* name, const GluOptions& options, const Dim& N) {
   SWITCHGEAR_CHECK(ValueError, !options.gated || N.size % 2 == 0, name,
@@ -93,52 +95,36 @@ Dim intermediate(const char* name, const GluOptions& options, const Dim& N) {
   return {"I", 1, options.gated ? N.size / 2 : N.size};
 }
 
-// gate_up_proj [E,N,H], down_proj [E,H,I], gate_up_bias [E,N], down_bias [E,H]; stored_too: compact or in panels, too
-void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& options, bool stored_too, Dim& E, Dim& H,
-                   Dim& I, Dim& N) {
-  const auto input = [&](const char* name, const ExpertMatrices& weight, Call::Shape shape) {
-    if (!stored_too) return call.input(name, weight, shape);
-    is_in_panels(weight.packed) ? call.input_in_panels(name, weight, shape)
-                                : call.input_or_compact(name, weight, shape);
-  };
-  input("gate_up_proj", weights.gate_up_proj, {&E, &N, &H});
-  I = intermediate("gate_up_proj", options, N);
-  if (stored_too && options.gated && !options.interleaved && is_in_panels(weights.gate_up_proj.packed)) {
-    const int64_t rows = N.size / weights.gate_up_proj.packed.shape[1];
-    SWITCHGEAR_CHECK(ValueError, I.size % rows == 0, "gate_up_proj: expected I of panels, a multiple of ", rows,
-                     ", got ", I.size);
-  }
-  input("down_proj", weights.down_proj, {&E, &H, &I});
+// gate_up_bias [E,N], down_bias [E,H]
+void bias_shapes(Call& call, const ExpertWeights& weights, Dim& E, Dim& H, Dim& N) {
   if (weights.gate_up_bias.defined()) call.input("gate_up_bias", weights.gate_up_bias, kFloat, {&E, &N}, kRows);
   if (weights.down_bias.defined()) call.input("down_bias", weights.down_bias, kFloat, {&E, &H}, kRows);
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The storage of QuantizedMatrices, whose sizes follow from rows, cols and format.
-void quantized_input(Call& call, const std::array<const char*, 4>& names, const QuantizedMatrices& m, Dim& E) {
-  SWITCHGEAR_CHECK(ValueError, m.bits == 8 || m.bits == 4, "bits: expected 8 or 4, got ", m.bits);
-  const bool is_power = m.group_size >= 16 && (m.group_size & (m.group_size - 1)) == 0;
-  SWITCHGEAR_CHECK(ValueError, m.group_size == 0 || is_power,
-                   "group_size: expected 0 (the whole row) or a power of two from 16 on, got ", m.group_size);
-  // Sums of cols products of a byte with at most 127 stay within int32.
-  constexpr int64_t kMaxColumns = int64_t{1} << 16;
-  SWITCHGEAR_CHECK(ValueError, m.cols <= kMaxColumns, names[0], ": expected at most ", kMaxColumns, " columns, got ",
-                   m.cols);
-  Dim blocks{"blocks", 1, m.parts * divide_up(m.rows / m.parts, 16)};
-  Dim words{"words", 1, divide_up(m.cols, 8) * (m.bits == 8 ? 2 : 1)};
-  Dim groups{"groups", 1, m.group_size == 0 ? 1 : divide_up(m.cols, m.group_size)};
-  Dim word_bytes{"64", 1, 64}, block_rows{"16", 1, 16};
-  call.input(names[0], m.values, kUInt8, {&E, &blocks, &words, &word_bytes});
-  call.input(names[1], m.scales, kInt8, {&E, &blocks, &groups, &block_rows});
-  call.input(names[2], m.row_scales, kFloat32, {&E, &blocks, &block_rows});
-  if (m.zeros.defined()) call.input(names[3], m.zeros, kUInt8, {&E, &blocks, &groups, &block_rows});
+// gate_up_proj [E,N,H] and down_proj [E,H,I] of any formats that a layer can have together
+void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& options, Dim& E, Dim& H, Dim& I,
+                   Dim& N) {
+  const auto& [gate_up, down, gate_up_bias, down_bias] = weights;
+  weight_input(call, kGateUpProj, gate_up, E, N, H);
+  I = intermediate("gate_up_proj", options, N);
+  const bool has_halves = options.gated && !options.interleaved;
+  if (is_integer(gate_up.format) || is_minifloat(gate_up.format)) {
+    const int64_t parts = has_halves ? 2 : 1;
+    SWITCHGEAR_CHECK(ValueError, gate_up.parts == parts, "gate_up_proj: expected its rows in parts of ", parts,
+                     ", got ", gate_up.parts);
+  }
+  if (gate_up.format == Format::kPanels && has_halves) {
+    const int64_t rows = call.backend().panel_layout(call.float_dtype()).rows;
+    SWITCHGEAR_CHECK(ValueError, I.size % rows == 0, "gate_up_proj: expected I of panels, a multiple of ", rows,
+                     ", got ", I.size);
+  }
+  weight_input(call, kDownProj, down, E, H, I);
+  SWITCHGEAR_CHECK(ValueError, is_integer(gate_up.format) == is_integer(down.format), "down_proj: expected ",
+                   is_integer(gate_up.format) ? "int8 or int4" : "no integers", " beside gate_up_proj in ",
+                   name_of(gate_up.format), ", got ", name_of(down.format));
+  SWITCHGEAR_CHECK(ValueError, down.parts == 1, "down_proj: expected its rows in 1 part, got ", down.parts);
+  bias_shapes(call, weights, E, H, N);
 }
-
-constexpr std::array kWeightNames{"weight", "weight_scales", "weight_row_scales", "weight_zeros"};
-constexpr std::array kGateUpNames{"gate_up_proj", "gate_up_proj_scales", "gate_up_proj_row_scales",
-                                  "gate_up_proj_zeros"};
-constexpr std::array kDownNames{"down_proj", "down_proj_scales", "down_proj_row_scales", "down_proj_zeros"};
 
 }  // namespace
 
@@ -315,14 +301,22 @@ void combine_weight_backward(const CombineBackwardArgs& args, Execution exec) {
 void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   Call call(exec);
   Dim R{"R", 0}, C{"C"}, E{"E"}, N{"N"}, S{"S", 0};
-  call.input("x", args.x, kFloat, {&R, &C}, kRows);
-  args.input_gradient ? call.input("weight", args.weight, {&E, &N, &C})
-                      : call.input_or_compact("weight", args.weight, {&E, &N, &C});
+  call.input("x", args.x, kFloat, {&R, args.transposed ? &N : &C}, kRows);
+  if (args.input_gradient) {
+    plain_weight_input(call, kWeight, args.weight, "input_gradient", E, N, C);
+  } else {
+    weight_input(call, kWeight, args.weight, E, N, C);
+  }
+  SWITCHGEAR_CHECK(ValueError, args.weight.format != Format::kPanels, "weight: expected no panels in grouped_gemm");
+  SWITCHGEAR_CHECK(ValueError, !args.transposed || multiplies_transposed(args.weight.format),
+                   "weight: expected int8, int4, fp8 or mxfp4 to be transposed, got ", name_of(args.weight.format));
+  SWITCHGEAR_CHECK(ValueError, !args.transposed || !args.bias.defined(), "bias: expected none for a transposed weight");
   if (args.bias.defined()) call.input("bias", args.bias, kFloat, {&E, &N}, kRows);
   Dim offsets{"E+1", 2, E.size + 1};
   call.input("expert_offsets", args.expert_offsets, kInt32, {&offsets});
   if (args.token_indices.defined()) call.input("token_indices", args.token_indices, kInt32, {&S});
-  call.output("out", args.out, kFloat, {args.token_indices.defined() ? &S : &R, &N}, kRows);
+  Dim& slots = args.token_indices.defined() ? S : R;
+  call.output("out", args.out, kFloat, {&slots, args.transposed ? &C : &N}, kRows);
   call.check_overlap();
   check_offsets("expert_offsets", args.expert_offsets, args.out.shape[0]);
   if (args.token_indices.defined()) check_tokens(args.token_indices, args.expert_offsets, R.size);
@@ -376,7 +370,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   Dim T{"T", 0}, K{"K"}, H{"H"}, E{"E"}, I{"I"}, N{"N"};
   check_options(args.options);
   call.input("x", args.x, kFloat, {&T, &H}, kRows);
-  weight_shapes(call, args.weights, args.options, true, E, H, I, N);
+  weight_shapes(call, args.weights, args.options, E, H, I, N);
   call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
   call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
   Dim S = slots(T, K);
@@ -393,7 +387,10 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   check_options(args.options);
   call.input("x", args.x, kFloat, {&T, &H}, kRows);
   call.input("grad_y", args.grad_y, kFloat, {&T, &H}, kRows);
-  weight_shapes(call, args.weights, args.options, false, E, H, I, N);
+  plain_weight_input(call, kGateUpProj, args.weights.gate_up_proj, "gradients", E, N, H);
+  I = intermediate("gate_up_proj", args.options, N);
+  plain_weight_input(call, kDownProj, args.weights.down_proj, "gradients", E, H, I);
+  bias_shapes(call, args.weights, E, H, N);
   call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
   call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
   Dim S = slots(T, K);
@@ -410,55 +407,6 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   call.check_overlap();
   check_range("topk_ids", args.topk_ids, -1, E.size);
   call.backend().moe_backward(args, exec);
-}
-
-// ---- quantised weights ---
-
-void quantized_grouped_gemm(const QuantizedGroupedGemmArgs& args, Execution exec) {
-  Call call(exec);
-  const QuantizedMatrices& weight = args.weight;
-  Dim R{"R", 0}, E{"E"}, N{"N", 1, weight.rows}, C{"C", 1, weight.cols}, S{"S", 0};
-  SWITCHGEAR_CHECK(ValueError, weight.parts >= 1 && weight.rows >= 1 && weight.rows % weight.parts == 0,
-                   "parts: expected a divisor of N=", weight.rows, ", got ", weight.parts);
-  call.input("x", args.x, kFloat, {&R, args.transposed ? &N : &C}, kRows);
-  quantized_input(call, kWeightNames, weight, E);
-  SWITCHGEAR_CHECK(ValueError, !args.transposed || !args.bias.defined(), "bias: expected none for a transposed weight");
-  if (args.bias.defined()) call.input("bias", args.bias, kFloat, {&E, &N}, kRows);
-  Dim offsets{"E+1", 2, E.size + 1};
-  call.input("expert_offsets", args.expert_offsets, kInt32, {&offsets});
-  if (args.token_indices.defined()) call.input("token_indices", args.token_indices, kInt32, {&S});
-  call.output("out", args.out, kFloat, {args.token_indices.defined() ? &S : &R, args.transposed ? &C : &N}, kRows);
-  call.check_overlap();
-  check_offsets("expert_offsets", args.expert_offsets, args.out.shape[0]);
-  if (args.token_indices.defined()) check_tokens(args.token_indices, args.expert_offsets, R.size);
-  kernel_of(call, call.backend().quantized_grouped_gemm)(args, exec);
-}
-
-void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec) {
-  Call call(exec);
-  Dim T{"T", 0}, K{"K"}, H{"H"}, E{"E"}, N{"N", 1, args.gate_up_proj.rows};
-  check_options(args.options);
-  call.input("x", args.x, kFloat, {&T, &H}, kRows);
-  const Dim I = intermediate("gate_up_proj", args.options, N);
-  const int64_t parts = args.options.gated && !args.options.interleaved ? 2 : 1;
-  const auto check_sizes = [](const char* name, const QuantizedMatrices& m, int64_t rows, int64_t cols, int64_t parts) {
-    SWITCHGEAR_CHECK(ValueError, m.rows == rows && m.cols == cols && m.parts == parts, name, ": expected matrices [",
-                     rows, ", ", cols, "] in ", parts, " parts, got [", m.rows, ", ", m.cols, "] in ", m.parts);
-  };
-  check_sizes("gate_up_proj", args.gate_up_proj, N.size, H.size, parts);
-  check_sizes("down_proj", args.down_proj, H.size, I.size, 1);
-  quantized_input(call, kGateUpNames, args.gate_up_proj, E);
-  quantized_input(call, kDownNames, args.down_proj, E);
-  if (args.gate_up_bias.defined()) call.input("gate_up_bias", args.gate_up_bias, kFloat, {&E, &N}, kRows);
-  if (args.down_bias.defined()) call.input("down_bias", args.down_bias, kFloat, {&E, &H}, kRows);
-  call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
-  call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
-  Dim S = slots(T, K);
-  call.output("y", args.y, kFloat, {&T, &H}, kRows);
-  if (args.h.defined()) call.output("h", args.h, kFloat, {&S, &N}, kRows);
-  call.check_overlap();
-  check_range("topk_ids", args.topk_ids, -1, E.size);
-  kernel_of(call, call.backend().quantized_moe_forward)(args, exec);
 }
 
 }  // namespace switchgear

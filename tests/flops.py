@@ -18,13 +18,13 @@ def _of_pairs(topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> int:
 
 
 def _moe_forward(*args: Any, **_: Any) -> int:
-    _, gate_up_proj, down_proj, _, _, topk_ids, *_ = args
+    _, (gate_up_proj,), _, (down_proj,), _, _, _, topk_ids, *_ = args
     return _of_pairs(topk_ids, gate_up_proj, down_proj)
 
 
 def _moe_backward(*args: Any, **_: Any) -> int:
     """Each product has two gradients, of its input and of its weight."""
-    _, _, _, gate_up_proj, down_proj, _, _, topk_ids, *_ = args
+    _, _, _, (gate_up_proj,), _, (down_proj,), _, _, _, topk_ids, *_ = args
     return 2 * _of_pairs(topk_ids, gate_up_proj, down_proj)
 
 

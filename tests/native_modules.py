@@ -59,12 +59,12 @@ def poisoned(size: int) -> Tensor:
 def multiplications(name: str, args: tuple[Any, ...]) -> int:
     """Of one call, where its products would take long."""
     if name == "grouped_gemm":
-        x, *_, out = args[:6]
+        x, out = args[0], args[6]
         return int(out.numel()) * int(x.shape[1])
     if name == "grouped_gemm_wgrad":
         return int(args[0].numel()) * int(args[1].shape[1])
     if name in ("moe_forward", "moe_backward"):
-        gate_up, topk_ids = (args[1], args[5]) if name == "moe_forward" else (args[3], args[7])
+        (gate_up, *_), topk_ids = (args[1], args[7]) if name == "moe_forward" else (args[3], args[9])
         return int(topk_ids.numel()) * gate_up[0].numel() * (2 if name == "moe_forward" else 5)
     return 0
 

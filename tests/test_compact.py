@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from switchgear.compress.compact import CompactMatrix, compacted
+from switchgear.stored import stored_moe, stored_of
 from torch import Tensor, nn
 
 import switchgear
 from switchgear import compress, reference_compact
-from switchgear.compress.compact import CompactMatrix, compacted
-from switchgear.stored import stored_moe, stored_of
 
 H, I, E, K = 512, 384, 5, 2  # noqa: E741
 

@@ -43,18 +43,22 @@ def op_samples(name: str, case: Case, dtype: torch.dtype) -> list[tuple[Any, ...
         "combine": [(rows, *plan, None), (rows, *plan, weights)],
         "combine_weight_backward": [(x, rows, *plan)],
         "grouped_gemm": [
-            (x, [gate_up], gate_up_bias, offsets, token_indices),
-            (rows, [gate_up], None, offsets, None),
-            (rows, [gate_up[e, : e + 1] for e in range(case.num_experts)], None, offsets, None),
+            (x, [gate_up], (), gate_up_bias, offsets, token_indices),
+            (rows, [gate_up], (), None, offsets, None),
+            (rows, [gate_up[e, : e + 1] for e in range(case.num_experts)], (), None, offsets, None),
         ],
         "grouped_gemm_wgrad": [(h, x, offsets, token_indices, False), (h, rows, offsets, None, True)],
         "glu": [(h, *GluOptions()), (h, *clamped), (h, *plain_options)],
         "glu_backward": [(a, h, *GluOptions()), (a, h, *clamped), (a, plain_h, *plain_options)],
-        "moe_forward": [(*layer, *clamped, True), (*layer, *GluOptions(), False), (*plain, *plain_options, True)],
+        "moe_forward": [
+            (*layer.arguments(), *clamped, True),
+            (*layer.arguments(), *GluOptions(), False),
+            (*plain.arguments(), *plain_options, True),
+        ],
         "moe_backward": [
-            (x, x, h, *layer[1:], *clamped, [True] * 6),
-            (x, x, h, *layer[1:], *clamped, [False, True, False, True, False, True]),
-            (x, x, plain_h, *plain[1:], *plain_options, [True] * 6),
+            (x, x, h, *layer.arguments()[1:], *clamped, [True] * 6),
+            (x, x, h, *layer.arguments()[1:], *clamped, [False, True, False, True, False, True]),
+            (x, x, plain_h, *plain.arguments()[1:], *plain_options, [True] * 6),
         ],
     }
     return samples[name]

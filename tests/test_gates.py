@@ -8,23 +8,24 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
-from switchgear.integrations.gates import ACTIVATIONS, Gate, gate_of, own_gate, recognise
+from switchgear.integrations.gates import ACTIVATIONS, gate_of, own_gate, recognise
+from switchgear.ops import GluOptions
 
 FAMILIES = [
-    *(Gate(activation, gated=False) for activation in ACTIVATIONS),
+    *(GluOptions(activation, gated=False) for activation in ACTIVATIONS),
     *(
-        Gate(activation, True, interleaved, limit=limit)
-        for activation, interleaved, limit in itertools.product(ACTIVATIONS, (False, True), (None, 7.0, 100.0))
+        GluOptions(activation, True, interleaved, limit=limit)
+        for activation, interleaved, limit in itertools.product(ACTIVATIONS, (False, True), (0.0, 7.0, 100.0))
     ),
-    *(Gate("swiglu_oai", True, interleaved, 1.5, limit) for interleaved in (False, True) for limit in (None, 7.0)),
+    *(GluOptions("swiglu_oai", True, interleaved, 1.5, limit) for interleaved in (False, True) for limit in (0.0, 7.0)),
 ]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_each_family_is_told_from_all_others(family: Gate) -> None:
+def test_each_family_is_told_from_all_others(family: GluOptions) -> None:
     """The library's own glu plays the model's gate."""
     numbers = (7.0, 100.0, 1.5, 64, 4096)
-    assert recognise(lambda h: switchgear.glu(h, **family._asdict()), gated=family.gated, numbers=numbers)._replace(
+    assert recognise(lambda h: switchgear.glu(h, **family.keywords()), gated=family.gated, numbers=numbers)._replace(
         alpha=family.alpha
     ) == family  # fmt: skip
 
@@ -51,7 +52,7 @@ def test_other_gates_are_left_alone(gate: object) -> None:
 
 
 def test_float32_inside_is_still_recognised() -> None:
-    assert recognise(lambda h: silu_gate(h.float()).double()) == Gate("silu")
+    assert recognise(lambda h: silu_gate(h.float()).double()) == GluOptions("silu")
 
 
 class Experts(nn.Module):
@@ -67,9 +68,9 @@ class Experts(nn.Module):
 
 def test_changes_are_noticed() -> None:
     module = Experts()
-    assert gate_of(module) == Gate("silu", limit=7.0)
+    assert gate_of(module) == GluOptions("silu", limit=7.0)
     module.limit = 9.0
-    assert gate_of(module) == Gate("silu", limit=9.0)
+    assert gate_of(module) == GluOptions("silu", limit=9.0)
     module.act_fn = nn.Tanh()
     assert gate_of(module) is None
     assert own_gate(module)(torch.ones(1, 4)).shape == (1, 2)
@@ -78,9 +79,9 @@ def test_changes_are_noticed() -> None:
 def test_surroundings_do_not_matter() -> None:
     state = torch.get_rng_state()
     with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
-        assert gate_of(Experts()) == Gate("silu", limit=7.0)
+        assert gate_of(Experts()) == GluOptions("silu", limit=7.0)
     with torch._subclasses.FakeTensorMode():
-        assert gate_of(Experts()) == Gate("silu", limit=7.0)
+        assert gate_of(Experts()) == GluOptions("silu", limit=7.0)
     assert torch.equal(torch.get_rng_state(), state)
 
 

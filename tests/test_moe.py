@@ -74,12 +74,12 @@ def problem(case: Case, dtype: torch.dtype, options: GluOptions, bias: bool, tra
 
 def check(layer: Layer, grad_y: Tensor, h: Tensor, y_bound: Bounded, h_bound: Bounded, grad_bounds: Any, options: Any):
     """Forward and backward within their bounds; what no token reached, exactly zero."""
-    computed_y, computed_h = ops.moe_forward(*layer, *options, True)
+    computed_y, computed_h = ops.moe_forward(*layer.arguments(), *options, True)
     assert_close(computed_h, h_bound, "h")
     assert_close(computed_y, y_bound, "y")
     assert torch.equal(computed_y, call(layer, options)), "y depends on whether h is kept"
 
-    grads = ops.moe_backward(grad_y, layer.x, h, *layer[1:], *options, [True] * 6)
+    grads = ops.moe_backward(grad_y, layer.x, h, *layer.arguments()[1:], *options, [True] * 6)
     idle = torch.bincount(layer.topk_ids[layer.topk_ids >= 0], minlength=layer.gate_up_proj.shape[0]) == 0
     for name, tensor, grad, bound in zip(GRADS, differentiable(layer), grads, grad_bounds, strict=True):
         if tensor is None:
@@ -256,7 +256,7 @@ def test_float64_runs_on_the_reference() -> None:
     with switchgear.use_backend("native"):
         y = call(layer)
     assert y.dtype == torch.float64
-    assert torch.equal(y, reference.moe_forward(*layer, *DEFAULT, False)[0])
+    assert torch.equal(y, reference.moe_forward(*layer.arguments(), *DEFAULT, False)[0])
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from switchgear.compress import quantize
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import switchgear
-from switchgear.compress import quantize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

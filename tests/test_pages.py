@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from switchgear.pages import HUGE_PAGE
 from torch import nn
 
 import switchgear
-from switchgear.pages import HUGE_PAGE
 
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SIZE = 4 * HUGE_PAGE  # at least three whole huge pages, wherever it starts

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from switchgear.panels import DTYPES, PanelMatrix, in_panels, panel_layout
+from switchgear.reference_panels import PanelLayout
+from switchgear.stored import stored_moe, stored_of
 from torch import Tensor, nn
 
 import switchgear
 from switchgear import reference_panels
-from switchgear.panels import DTYPES, PanelMatrix, in_panels, panel_layout
-from switchgear.reference_panels import PanelLayout
-from switchgear.stored import stored_moe, stored_of
 
 H, I, E, K = 128, 192, 5, 2  # noqa: E741
 

@@ -30,9 +30,9 @@ def draw(case: Case, dtype: torch.dtype) -> tuple[switchgear.Plan, Tensor, Tenso
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_permute(backend: str, case: Case, dtype: torch.dtype) -> None:
     plan, x, grad, weights = draw(case, dtype)
-    rows = reference._gather_rows(x, plan.token_indices)
+    rows = reference.gather_rows(x, plan.token_indices)
     assert torch.equal(switchgear.permute(x, plan), rows)
-    slot_weights = reference._to_slots(weights, plan.slot_indices)[:, None]
+    slot_weights = reference.to_slots(weights, plan.slot_indices)[:, None]
     leaf, leaf_weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
     permuted_x = switchgear.permute(leaf, plan, leaf_weights)
     assert_close(permuted_x.detach(), times(exact(rows), exact(slot_weights)).rounded(dtype))
@@ -40,7 +40,7 @@ def test_permute(backend: str, case: Case, dtype: torch.dtype) -> None:
     permuted_x.backward(grad)
     assert_close(leaf.grad, testing.combine(exact(grad), plan, weights).rounded(dtype), "gradient of x")
     each = testing.row_dot(
-        exact(reference._gather_rows(grad, plan.slot_indices)), exact(x[:, None].expand(-1, case.top_k, -1))
+        exact(reference.gather_rows(grad, plan.slot_indices)), exact(x[:, None].expand(-1, case.top_k, -1))
     )
     assert_close(leaf_weights.grad, each.rounded(torch.float32), "gradient of topk_weights")
 
@@ -55,10 +55,10 @@ def test_combine(backend: str, case: Case, dtype: torch.dtype) -> None:
     assert_close(y.detach(), testing.combine(exact(permuted_y), plan, weights).rounded(dtype))
 
     y.backward(grad)
-    rows = reference._gather_rows(grad, plan.token_indices)
-    slot_weights = reference._to_slots(weights, plan.slot_indices)[:, None]
+    rows = reference.gather_rows(grad, plan.token_indices)
+    slot_weights = reference.to_slots(weights, plan.slot_indices)[:, None]
     assert_close(leaf.grad, times(exact(rows), exact(slot_weights)).rounded(dtype), "gradient of permuted_y")
-    rows_of_tokens = reference._gather_rows(permuted_y, plan.slot_indices)
+    rows_of_tokens = reference.gather_rows(permuted_y, plan.slot_indices)
     each = testing.row_dot(exact(rows_of_tokens), exact(grad[:, None].expand(-1, case.top_k, -1)))
     assert_close(leaf_weights.grad, each.rounded(torch.float32), "gradient of topk_weights")
     assert not leaf_weights.grad[plan.slot_indices < 0].any()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import switchgear
-from switchgear import ops, reference, reference_policies
+from switchgear import ops, reference
 from switchgear.functional import route_dynamic
 from test_route import KINDS, logits_of
 
@@ -38,7 +38,7 @@ def sane(values: Tensor) -> list[Any]:
 
 
 def on_reference(op: str, *args: Any) -> Any:
-    return getattr(reference_policies, op)(*args)
+    return getattr(reference.policies, op)(*args)
 
 
 # ---- column_topk -----------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def fitted(
     return kept
 
 
-@pytest.mark.parametrize("drop", reference_policies.DROPS)
+@pytest.mark.parametrize("drop", reference.DROPS)
 @pytest.mark.parametrize("order", SEQUENCES)
 @pytest.mark.parametrize("reroute", [False, True], ids=["drop", "reroute"])
 @pytest.mark.parametrize("kind", ["normal", "ties", "only_special"])

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from switchgear.compress import Format
+from switchgear.compress.formats import QuantizedMatrix
+from switchgear.compress.quantize import plain_weight, quantized_weight
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,9 +21,6 @@ import switchgear
 from backends_in_use import QUANTIZED_ISAS, backend_named, kernels_of
 from switchgear import compress, ops, reference, testing
 from switchgear import reference_quantized as rq
-from switchgear.compress import Format
-from switchgear.compress.formats import QuantizedMatrix
-from switchgear.compress.quantize import plain_weight, quantized_weight
 from switchgear.testing import CASES, U32, Bounded, Case, GluOptions, Layer, assert_close, exact, make_layer
 
 C = testing.C
@@ -143,10 +143,10 @@ def product_bound(
     block = rq.activation_block(format.columns_per_scale, matrix.columns)
     values, x_scales = rq.quantize_rows(x, block)
     if indices is not None:
-        values, x_scales = reference._gather_rows(values, indices), reference._gather_rows(x_scales, indices)
+        values, x_scales = reference.gather_rows(values, indices), reference.gather_rows(x_scales, indices)
     value = torch.zeros(len(values), matrix.rows, dtype=torch.float64)
     total, num_terms = value.clone(), 2 * (weight.scales.shape[-1] + x_scales.shape[-1]) + 5
-    for expert, slots in reference._segments(offsets):
+    for expert, slots in reference.segments(offsets):
         for group, begin in enumerate(range(0, matrix.columns, size)):
             a = values[slots, begin : begin + size].double()
             q = weight.q[expert, :, begin : begin + size].double()
@@ -175,7 +175,7 @@ def test_grouped_gemm(backend: str, case: Case, format: Format) -> None:
         x, bias = layer.x.to(dtype), layer.gate_up_bias.to(dtype)
         out = call(x, matrix, bias, offsets, indices)
         assert_close(out, product_bound(x, matrix, bias, offsets, indices))
-        rows = reference._gather_rows(x, indices)
+        rows = reference.gather_rows(x, indices)
         assert torch.equal(call(rows, matrix, bias, offsets, None), out)
 
         grad = torch.randn(out.shape).to(dtype)

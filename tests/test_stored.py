@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from switchgear.panels import DTYPES
+from switchgear.stored import stored_of
 from torch import Tensor, nn
 
 import switchgear
 from switchgear import compress
-from switchgear.panels import DTYPES
-from switchgear.stored import stored_of
 
 H, I, E, K = 512, 384, 5, 2  # noqa: E741
 

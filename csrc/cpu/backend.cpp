@@ -201,8 +201,7 @@ const Backend& cpu_backend() {
                                     .fit_capacity = cpu::fit_capacity,
                                     .assign_balanced = cpu::assign_balanced,
                                     .assign_capped = cpu::assign_capped,
-                                    .quantized_grouped_gemm = cpu::quantized_grouped_gemm,
-                                    .quantized_moe_forward = cpu::quantized_moe_forward,
+                                    .formats = ~0u,
                                     .panel_layout = panel_layout};
   return kBackend;
 }

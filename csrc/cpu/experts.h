@@ -3,12 +3,13 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
 #include "switchgear/compact.h"
 #include "switchgear/ops.h"
-#include "switchgear/panels.h"
 
 namespace switchgear::cpu {
 
@@ -18,59 +19,66 @@ inline char* at(const TensorView& t, int64_t row, int64_t column) {
   return offset(t, row * t.stride[0] + column * t.stride[1]);
 }
 
-// [rows, cols] matrix of expert e as the B operand of a product with rows of `dtype`: its own, or that of its elements where it
-// is compact or in panels.
+// The matrix [rows, cols] of expert e as the B operand of a product with rows of `dtype`.
 class ExpertMatrix {
  public:
-  ExpertMatrix(const ExpertMatrices& m, int64_t e, DType dtype)
-      : data_(m.base != nullptr ? static_cast<const char*>(m.base[e]) : offset(m.packed, e * m.packed.stride[0])),
-        rows_(m.base != nullptr ? m.row_count[e] : rows_of(m)),
-        row_stride_(row_stride_of(m)),
-        column_stride_(m.packed.stride[2]),
-        dtype_(dtype),
-        stored_(m.packed.dtype),
-        format_(stored_ != DType::kUInt8 ? Format::kPlain
-                : is_in_panels(m.packed) ? Format::kPanels
-                                         : Format::kCompact),
-        compact_bytes_(format_ == Format::kCompact ? m.packed.as<uint8_t>()[kCompactElementBytes] : 0) {}
-
-  static int64_t rows_of(const ExpertMatrices& m) {
-    return is_in_panels(m.packed) ? m.packed.shape[1] * kernels().panel : m.packed.shape[1];
+  ExpertMatrix(const Weight& w, int64_t e, DType dtype)
+      : rows_(w.base != nullptr ? w.row_count[e] : w.num_rows()), part_rows_(w.num_rows() / w.parts) {
+    const int64_t slot = w.slot_of(e);
+    whole_ = {.dtype = dtype, .format = w.format};
+    switch (w.format) {
+      case Format::kPlain:
+        whole_.data = w.base != nullptr ? w.base[e] : offset(w.data, slot * w.data.stride[0]);
+        whole_.n_stride = w.data.stride[1];
+        whole_.k_stride = w.data.stride[2];
+        return;
+      case Format::kPanels: whole_.n_stride = w.cols * size_of(dtype); break;
+      case Format::kCompact:
+        whole_.n_stride = w.data.shape[2];
+        whole_.compact_bytes = w.data.as<uint8_t>()[kCompactElementBytes];
+        break;
+      default: {  // minifloats
+        const int64_t blocks = w.data.shape[1], groups = w.scales.shape[2];
+        part_blocks_ = blocks / w.parts;
+        whole_.n_stride = w.data.shape[2] * w.data.shape[3];
+        whole_.data = w.data.as<const char>() + slot * blocks * whole_.n_stride;
+        whole_.scale_stride = groups * kMinifloatRows * size_of(w.scales.dtype);
+        whole_.scales = w.scales.as<const char>() + slot * blocks * whole_.scale_stride;
+        whole_.group_size = w.group_size > 0 ? w.group_size : w.data.shape[2] * kMinifloatColumns;
+        return;
+      }
+    }
+    whole_.k_stride = 1;
+    whole_.data = w.data.as<const char>() + slot * w.rows * whole_.n_stride;
   }
 
   int64_t rows() const { return rows_; }
 
   // B[n,k] = W[first + n, k]: x·Wᵀ
   Matrix rows_from(int64_t first) const {
-    return {.data = data_ + first * row_stride_ * size_of(stored_),
-            .dtype = dtype_,
-            .n_stride = row_stride_,
-            .k_stride = column_stride_,
-            .format = format_,
-            .compact_bytes = compact_bytes_};
+    if (!is_minifloat(whole_.format)) return whole_.from(first);
+    return whole_.from(first / part_rows_ * part_blocks_ * kMinifloatRows + first % part_rows_);
   }
-  // B[n,k] = W[k, first + n]: x·W
+  // B[n,k] = W[k, first + n]: x·W, of a plain weight
   Matrix columns_from(int64_t first) const {
-    return {.data = data_ + first * column_stride_ * size_of(stored_),
-            .dtype = dtype_,
-            .n_stride = column_stride_,
-            .k_stride = row_stride_};
+    Matrix columns = whole_;
+    columns.data = static_cast<const char*>(whole_.data) + first * whole_.k_stride * size_of(whole_.dtype);
+    std::swap(columns.n_stride, columns.k_stride);
+    return columns;
   }
 
  private:
-  static int64_t row_stride_of(const ExpertMatrices& m) {
-    if (is_in_panels(m.packed)) return m.packed.shape[2] * m.packed.shape[3] / kernels().panel;
-    // a single row has any stride, but that of compact rows is also their size
-    return m.packed.dtype == DType::kUInt8 ? m.packed.shape[2] : m.packed.stride[1];
-  }
-
-  const char* data_;
-  int64_t rows_;
-  int64_t row_stride_, column_stride_;
-  DType dtype_, stored_;
-  Format format_;
-  int compact_bytes_;
+  Matrix whole_;
+  int64_t rows_, part_rows_;
+  int64_t part_blocks_ = 0;
 };
+
+// Rows past the last used slot are zero.
+inline void zero_tail(const TensorView& out, int64_t used_slots) {
+  for (int64_t s = used_slots; s < out.shape[0]; ++s) {
+    std::memset(row_of(out, s), 0, static_cast<size_t>(out.shape[1] * size_of(out.dtype)));
+  }
+}
 
 // pointers[s] = row of slot s: x[token_indices[s]], or x[s] without indices; `count` slots.
 inline void fill_row_pointers(const void** pointers, const TensorView& x, const int32_t* token_indices, int64_t count) {

@@ -6,6 +6,11 @@
 
 namespace switchgear::cpu {
 
+// Bytes of a block of rows that products of this format read, 0 where they read rows in place.
+inline int64_t gathered_block_bytes(const Kernels& k, Format format, DType dtype, int64_t depth) {
+  return is_minifloat(format) ? 0 : k.gathered_bytes(dtype, depth);
+}
+
 inline void gather_blocks(const Kernels& k, char* out, int64_t block_bytes, const void* const* rows, int64_t num_rows,
                           int64_t depth) {
   for (int64_t m = 0; m < num_rows; m += kGatheredRows, out += block_bytes) {
@@ -17,24 +22,24 @@ inline void gather_blocks(const Kernels& k, char* out, int64_t block_bytes, cons
 class GatheredRows {
  public:
   // Of one expert's rows at a time, out of `num_slots`.
-  static int64_t bytes(const Kernels& k, DType dtype, int64_t depth, int64_t num_slots) {
-    return ceil_div(std::min(num_slots, kMaxRows), kGatheredRows) * k.gathered_bytes(dtype, depth);
+  static int64_t bytes(int64_t block_bytes, int64_t num_slots) {
+    return ceil_div(std::min(num_slots, kMaxRows), kGatheredRows) * block_bytes;
   }
-  explicit GatheredRows(char* memory) : memory_(memory) {}
+  GatheredRows(char* memory, int64_t block_bytes) : memory_(memory), block_bytes_(block_bytes) {}
 
-  // rows[tile.first_row …]; null where this ISA reads rows where they lie
-  const void* of(const Tile& tile, const Kernels& k, const void* const* rows, DType dtype, int64_t depth) {
-    const int64_t block_bytes = k.gathered_bytes(dtype, depth);
-    if (block_bytes == 0) return nullptr;
+  // rows[tile.first_row …]; null where products read rows in place
+  const void* of(const Tile& tile, const Kernels& k, const void* const* rows, int64_t depth) {
+    if (block_bytes_ == 0) return nullptr;
     if (tile.first_row != first_row_) {
       first_row_ = tile.first_row;
-      gather_blocks(k, memory_, block_bytes, rows + first_row_, tile.num_rows, depth);
+      gather_blocks(k, memory_, block_bytes_, rows + first_row_, tile.num_rows, depth);
     }
     return memory_;
   }
 
  private:
   char* memory_;
+  int64_t block_bytes_;
   int64_t first_row_ = -1;
 };
 

@@ -17,14 +17,18 @@
 namespace switchgear::cpu {
 
 void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
+  if (args.transposed) return transposed_grouped_gemm(args, exec);
+  if (is_integer(args.weight.format)) return integer_grouped_gemm(args, exec);
   const Kernels& k = kernels();
   const int num_threads = resolve_threads(exec.num_threads);
   const int64_t num_slots = args.out.shape[0], width = args.out.shape[1], depth = args.x.shape[1], panel = k.panel;
-  const int64_t num_experts = args.weight.packed.shape[0];
+  const int64_t num_experts = args.weight.num_experts();
   const int32_t* const expert_offsets = args.expert_offsets.as<int32_t>();
   const int64_t used_slots = expert_offsets[num_experts];
 
-  const int64_t gathered_bytes = args.input_gradient ? 0 : GatheredRows::bytes(k, args.x.dtype, depth, num_slots);
+  const int64_t block_bytes =
+      args.input_gradient ? 0 : gathered_block_bytes(k, args.weight.format, args.x.dtype, depth);
+  const int64_t gathered_bytes = GatheredRows::bytes(block_bytes, num_slots);
   const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, width, panel, k.most_rows,
                                              gathered_bytes > 0 ? TileOrder::kRows : TileOrder::kPanels);
 
@@ -34,7 +38,7 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * ProductScratch::kBytes));
   char* const gathered_memory = static_cast<char*>(workspace.take_bytes(num_threads * gathered_bytes));
   std::vector<GatheredRows> gathered;
-  for (int i = 0; i < num_threads; ++i) gathered.emplace_back(gathered_memory + i * gathered_bytes);
+  for (int i = 0; i < num_threads; ++i) gathered.emplace_back(gathered_memory + i * gathered_bytes, block_bytes);
   fill_row_pointers(rows, args.x, args.token_indices.as<int32_t>(), used_slots);
 
   const auto matrix_of = [&](const Tile& tile) { return ExpertMatrix(args.weight, tile.expert, args.x.dtype); };
@@ -55,7 +59,7 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
               .next = &tile != &tiles.back() ? operand((&tile)[1]).data : nullptr,
               .scratch = scratch.packing,
               .gathered = gathered_bytes > 0 && columns > 0
-                              ? gathered[static_cast<size_t>(thread)].of(tile, k, rows, args.x.dtype, depth)
+                              ? gathered[static_cast<size_t>(thread)].of(tile, k, rows, depth)
                               : nullptr});
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       float* const c = scratch.c + m * panel;
@@ -64,9 +68,7 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
       k.store_row(at(args.out, tile.first_row + m, tile.column), args.out.dtype, c, stored);
     }
   });
-  for (int64_t s = used_slots; s < num_slots; ++s) {
-    std::memset(row_of(args.out, s), 0, static_cast<size_t>(width * size_of(args.out.dtype)));
-  }
+  zero_tail(args.out, used_slots);
 }
 
 void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec) {

@@ -129,9 +129,9 @@ void bias_gradient(const TensorView& grad_bias, const void* const* rows, DType d
 void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   const int num_threads = resolve_threads(exec.num_threads);
   const Kernels& k = kernels();
-  const int64_t num_experts = args.weights.gate_up_proj.packed.shape[0];
-  const int64_t width = args.weights.gate_up_proj.packed.shape[1];
-  const int64_t intermediate_size = args.weights.down_proj.packed.shape[2];
+  const int64_t num_experts = args.weights.gate_up_proj.num_experts();
+  const int64_t width = args.weights.gate_up_proj.data.shape[1];
+  const int64_t intermediate_size = args.weights.down_proj.data.shape[2];
   const int64_t num_slots = args.topk_ids.shape[0] * args.topk_ids.shape[1];
   const int64_t num_panels = ceil_div(intermediate_size, k.panel);
   const int64_t element = size_of(args.x.dtype);

@@ -21,45 +21,28 @@
 
 #include "experts.h"
 #include "gate.h"
-#include "gathered.h"
+#include "layer_rows.h"
 #include "ops.h"
-#include "slots.h"
-#include "threads.h"
 #include "token_sum.h"
 
 namespace switchgear::cpu {
 namespace {
 
-constexpr int64_t kManyRows = 12;  // of an expert, above which a copy of x with rows spread over L1 pays for itself
-
-// A row as weights in panels meet it.
-void sort_row(const Kernels& k, void* out, const void* row, DType dtype, int64_t depth) {
-  float values[kMaxPanel];
-  for (int64_t first = 0; first < depth; first += kMaxPanel) {
-    const int64_t count = std::min<int64_t>(kMaxPanel, depth - first);
-    k.load_row(values, static_cast<const char*>(row) + first * size_of(dtype), dtype, count);
-    k.store_sorted(out, dtype, depth, first, values, count);
-  }
-}
-
 struct FirstProjection {
   const MoeForwardArgs& args;
-  const void* const* rows;   // [S] gathered rows of x
-  TensorView a;              // [S,I], rows spread
-  GatheredSlots gathered_a;  // instead, for an ISA that gathers rows
-  bool sorts_a;
+  const void* const* rows;  // [S] gathered rows of x
+  const ActivationRows& a;
   const Kernels& k;
 
   // The first weights that a tile reads.
   const void* start(const Tile& tile) const {
-    const GateColumns columns = gate_columns(args.options, a.shape[1], tile.column, 1, k.panel);
+    const GateColumns columns = gate_columns(args.options, a.width(), tile.column, 1, k.panel);
     return ExpertMatrix(args.weights.gate_up_proj, tile.expert, args.x.dtype).rows_from(columns.begin[0]).data;
   }
 
   void run(const Tile& tile, const void* next, const ProductScratch (&scratch)[2], const void* gathered_x) const {
-    const int64_t intermediate_size = a.shape[1], panel = k.panel;
-    const int64_t count = std::min(panel, intermediate_size - tile.column);
-    const GateColumns columns = gate_columns(args.options, intermediate_size, tile.column, count, panel);
+    const int64_t count = std::min<int64_t>(k.panel, a.width() - tile.column);
+    const GateColumns columns = gate_columns(args.options, a.width(), tile.column, count, k.panel);
     const ExpertMatrix matrix(args.weights.gate_up_proj, tile.expert, args.x.dtype);
     for (int i = 0; i < 2; ++i) {
       if (columns.count[i] == 0) continue;
@@ -73,33 +56,24 @@ struct FirstProjection {
                       .scratch = scratch[i].packing,
                       .gathered = gathered_x});
     }
-    alignas(64) char last_rows[kGatheredRows][kMaxPanel * 2];  // of a, that are gathered next
-    const void* pointers[kGatheredRows];
-    for (int64_t m = 0; m < kGatheredRows; ++m) pointers[m] = last_rows[m];
-    for (int64_t m = 0; m < tile.num_rows; ++m) {
-      float* const part[2] = {scratch[0].c + m * panel, scratch[1].c + m * panel};
-      const int64_t slot = tile.first_row + m;
-      for (int i = 0; i < 2; ++i) {
-        if (args.weights.gate_up_bias.defined()) {
-          const void* const bias = at(args.weights.gate_up_bias, tile.expert, columns.begin[i]);
-          k.add_scaled_row(part[i], bias, args.weights.gate_up_bias.dtype, 1.0f, columns.count[i]);
-        }
-        if (args.h.defined()) k.store_row(at(args.h, slot, columns.begin[i]), args.h.dtype, part[i], columns.count[i]);
-      }
+    a.store(tile, count, [&](int64_t m, float* activated) {
+      float* const part[2] = {scratch[0].c + m * k.panel, scratch[1].c + m * k.panel};
+      finish(tile.expert, tile.first_row + m, columns, part);
       GateRow shuffled;
       const auto [gate, up] = split_gate(shuffled, part[0], part[1], args.options, columns, count);
-      float activated[kMaxPanel];
       k.glu_row(activated, gate, up, args.options, count);
-      if (sorts_a) {
-        k.store_sorted(row_of(a, slot), a.dtype, intermediate_size, tile.column, activated, count);
-      } else if (gathered_a.defined()) {
-        const int64_t i = m % kGatheredRows;
-        k.store_row(last_rows[i], a.dtype, activated, count);
-        if (i + 1 < kGatheredRows && m + 1 < tile.num_rows) continue;
-        k.gather_rows(gathered_a.block(tile.expert, slot), pointers, i + 1, tile.column, count);
-      } else {
-        k.store_row(at(a, slot, tile.column), a.dtype, activated, count);
+    });
+  }
+
+ private:
+  // Adds the bias, and saves h if asked for.
+  void finish(int64_t expert, int64_t slot, const GateColumns& columns, float* const (&part)[2]) const {
+    const TensorView& bias = args.weights.gate_up_bias;
+    for (int i = 0; i < 2; ++i) {
+      if (bias.defined()) {
+        k.add_scaled_row(part[i], at(bias, expert, columns.begin[i]), bias.dtype, 1.0f, columns.count[i]);
       }
+      if (args.h.defined()) k.store_row(at(args.h, slot, columns.begin[i]), args.h.dtype, part[i], columns.count[i]);
     }
   }
 };
@@ -107,91 +81,52 @@ struct FirstProjection {
 }  // namespace
 
 void moe_forward(const MoeForwardArgs& args, Execution exec) {
+  const auto& [gate_up_proj, down_proj, gate_up_bias, down_bias] = args.weights;
+  if (is_integer(gate_up_proj.format)) return integer_moe_forward(args, exec);
   const Kernels& k = kernels();
   const int num_threads = resolve_threads(exec.num_threads);
   const DType dtype = args.x.dtype;
-  const int64_t num_experts = args.weights.gate_up_proj.packed.shape[0];
-  const int64_t width = ExpertMatrix::rows_of(args.weights.gate_up_proj);
-  const int64_t intermediate_size = args.options.gated ? width / 2 : width;
-  const int64_t num_tokens = args.x.shape[0], hidden_size = args.x.shape[1];
+  const int64_t num_experts = gate_up_proj.num_experts(), hidden_size = args.x.shape[1];
+  const int64_t intermediate_size = args.options.gated ? gate_up_proj.num_rows() / 2 : gate_up_proj.num_rows();
   const int64_t num_slots = args.topk_ids.shape[0] * args.topk_ids.shape[1];
-  const bool gathers = k.gathered_bytes(dtype, hidden_size) > 0;
-  const bool sorts_x = !gathers && is_in_panels(args.weights.gate_up_proj.packed);
-  const bool sorts_a = !gathers && is_in_panels(args.weights.down_proj.packed);
-  const bool spreads_x =
-      !sorts_x && !gathers && num_slots > kManyRows * num_experts && hidden_size * size_of(dtype) % 128 == 0;
-  const int64_t x_block = k.gathered_bytes(dtype, hidden_size), a_block = k.gathered_bytes(dtype, intermediate_size);
-  const int64_t gathered_x_bytes = GatheredRows::bytes(k, dtype, hidden_size, num_slots);
-  const int64_t a_blocks = a_block > 0 ? GatheredSlots::most_blocks(num_slots, num_experts) : 0;
-  const auto row_bytes = [&](bool sorted, int64_t depth) {
-    return spread_row_bytes(sorted ? k.sorted_row_bytes(dtype, depth) : depth * size_of(dtype));
-  };
-  const int64_t x_bytes = row_bytes(sorts_x, hidden_size), a_bytes = row_bytes(sorts_a, intermediate_size);
-  const int64_t copied_tokens = spreads_x || sorts_x ? num_tokens : 0;
+  InputRows x(k, gate_up_proj.format, args.x, num_slots, num_experts);
+  ActivationRows a(k, down_proj.format, dtype, num_slots, intermediate_size, num_experts);
+  const int64_t gathered_x_bytes = GatheredRows::bytes(x.block_bytes(), num_slots);
   const auto pointers = num_slots * static_cast<int64_t>(sizeof(void*));
 
-  const int64_t a_memory = a_block > 0 ? Workspace::padded(num_experts * 4) + a_blocks * a_block : num_slots * a_bytes;
-  Workspace workspace(Slots::bytes(num_slots, num_experts) + 2 * Workspace::padded(pointers) + a_memory +
-                      copied_tokens * x_bytes + num_threads * (2 * ProductScratch::kBytes + gathered_x_bytes));
+  Workspace workspace(Slots::bytes(num_slots, num_experts) + 2 * Workspace::padded(pointers) + a.bytes() + x.bytes() +
+                      num_threads * (2 * ProductScratch::kBytes + gathered_x_bytes));
   const Slots slots = make_slots(workspace, args.topk_ids, args.topk_weights, num_experts, exec);
   const int64_t used_slots = slots.expert_offsets[num_experts];
   const void** const x_rows = workspace.take<const void*>(num_slots);
   const void** const a_rows = workspace.take<const void*>(num_slots);
-  TensorView a = view(nullptr, dtype, num_slots, intermediate_size);
-  GatheredSlots gathered_a;
-  if (a_block > 0) {
-    int32_t* const first_blocks = workspace.take<int32_t>(num_experts);
-    GatheredSlots::number_blocks(first_blocks, slots.expert_offsets, num_experts);
-    gathered_a = {static_cast<char*>(workspace.take_bytes(a_blocks * a_block)), a_block, slots.expert_offsets,
-                  first_blocks};
-  } else {
-    a.data = workspace.take_bytes(num_slots * a_bytes);
-    a.stride[0] = a_bytes / size_of(dtype);
-  }
-  TensorView x = args.x;
-  if (copied_tokens > 0) {
-    x = view(workspace.take_bytes(num_tokens * x_bytes), dtype, num_tokens, hidden_size);
-    x.stride[0] = x_bytes / size_of(dtype);
-    parallel_for_ranges(num_threads, num_tokens, 16, [&](int64_t begin, int64_t end, int) {
-      for (int64_t t = begin; t < end; ++t) {
-        const void* const row = row_of(args.x, t);
-        if (sorts_x) {
-          sort_row(k, row_of(x, t), row, dtype, hidden_size);
-        } else {
-          std::memcpy(row_of(x, t), row, static_cast<size_t>(hidden_size * size_of(dtype)));
-        }
-      }
-    });
-  }
+  a.take(workspace, slots.expert_offsets);
+  x.fill(x_rows, workspace, slots, used_slots, num_threads);
+  a.fill(a_rows, used_slots);
   char* const memory = static_cast<char*>(workspace.take_bytes(2 * num_threads * ProductScratch::kBytes));
-  fill_row_pointers(x_rows, x, slots.token_indices, used_slots);
-  if (!gathered_a.defined()) fill_row_pointers(a_rows, a, nullptr, used_slots);
   char* const gathered_memory = static_cast<char*>(workspace.take_bytes(num_threads * gathered_x_bytes));
   std::vector<GatheredRows> gathered_x;
-  for (int i = 0; i < num_threads; ++i) gathered_x.emplace_back(gathered_memory + i * gathered_x_bytes);
+  for (int i = 0; i < num_threads; ++i)
+    gathered_x.emplace_back(gathered_memory + i * gathered_x_bytes, x.block_bytes());
 
   const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, k.panel, k.most_rows,
-                                             x_block > 0 ? TileOrder::kRows : TileOrder::kPanels);
-  const FirstProjection first{args, x_rows, a, gathered_a, sorts_a, k};
+                                             x.block_bytes() > 0 ? TileOrder::kRows : TileOrder::kPanels);
+  const FirstProjection first{args, x_rows, a, k};
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
     char* const own = memory + 2 * thread * ProductScratch::kBytes;
     const Tile* const tile = &tiles[static_cast<size_t>(i)];
     first.run(*tile, tile != &tiles.back() ? first.start(tile[1]) : nullptr,
               {ProductScratch(own), ProductScratch(own + ProductScratch::kBytes)},
-              gathered_x[static_cast<size_t>(thread)].of(*tile, k, x_rows, dtype, hidden_size));
+              gathered_x[static_cast<size_t>(thread)].of(*tile, k, x_rows, hidden_size));
   });
-  if (args.h.defined()) {
-    for (int64_t s = used_slots; s < num_slots; ++s) {
-      std::memset(row_of(args.h, s), 0, static_cast<size_t>(args.h.shape[1] * size_of(args.h.dtype)));
-    }
-  }
+  if (args.h.defined()) zero_tail(args.h, used_slots);
 
   token_sum({.rows = a_rows,
-             .gathered = gathered_a,
+             .gathered = a.gathered(),
              .depth = intermediate_size,
-             .matrices = &args.weights.down_proj,
+             .matrices = &down_proj,
              .transposed = false,
-             .bias = args.weights.down_bias,
+             .bias = down_bias,
              .slot_weights = slots.weights,
              .expert_offsets = slots.expert_offsets,
              .token_indices = slots.token_indices,

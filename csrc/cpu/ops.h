@@ -22,7 +22,10 @@ void glu(const GluArgs& args, Execution exec);
 void glu_backward(const GluBackwardArgs& args, Execution exec);
 void moe_forward(const MoeForwardArgs& args, Execution exec);
 void moe_backward(const MoeBackwardArgs& args, Execution exec);
-void quantized_grouped_gemm(const QuantizedGroupedGemmArgs& args, Execution exec);
-void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec);
+
+// grouped_gemm and moe_forward of weights in integers, and grouped_gemm of x·W with stored weights.
+void integer_grouped_gemm(const GroupedGemmArgs& args, Execution exec);
+void integer_moe_forward(const MoeForwardArgs& args, Execution exec);
+void transposed_grouped_gemm(const GroupedGemmArgs& args, Execution exec);
 
 }  // namespace switchgear::cpu

@@ -39,7 +39,7 @@ int64_t gathered_columns(int64_t num_tokens, int64_t width, int64_t panel, int n
 void token_sum(const TokenSumArgs& args, int num_threads) {
   const Kernels& k = kernels();
   const int64_t num_tokens = args.out.shape[0], width = args.out.shape[1], panel = k.panel;
-  const int64_t num_experts = args.matrices->packed.shape[0];
+  const int64_t num_experts = args.matrices->num_experts();
   if (num_tokens == 0 || width == 0) return;
   const bool few_rows = has_few_rows(args.expert_offsets, num_experts);
   const int64_t wide = args.transposed ? wide_columns(width, ceil_div(num_tokens, kWideTokenChunk), panel, num_threads)

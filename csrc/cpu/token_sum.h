@@ -10,7 +10,7 @@ struct TokenSumArgs {
   const void* const* rows;  // [S]
   GatheredSlots gathered;   // the same rows, for an ISA that gathers them
   int64_t depth;
-  const ExpertMatrices* matrices;
+  const Weight* matrices;
   bool transposed;            // B = the matrix itself (x·W) instead of its transpose (x·Wᵀ)
   TensorView bias;            // [E, columns] or undefined
   const float* slot_weights;  // [S] or null

@@ -22,29 +22,29 @@ __global__ void __launch_bounds__(kMaxSeparate)
 
 }  // namespace
 
-ExpertOperand operand_of(const ExpertMatrices& w, bool transposed, const SeparateMatrix* separate) {
-  const int64_t item = size_of(w.packed.dtype);
-  const int64_t wide_stride = w.packed.stride[2] == 1 ? w.packed.stride[1] : w.packed.stride[2];
+ExpertOperand operand_of(const Weight& w, bool transposed, const SeparateMatrix* separate) {
+  const int64_t item = size_of(w.data.dtype);
+  const int64_t wide_stride = w.data.stride[2] == 1 ? w.data.stride[1] : w.data.stride[2];
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   ExpertOperand b;
   b.rows_are_n = transposed;
-  b.n_stride = w.packed.stride[transposed ? 1 : 2];
-  b.k_stride = w.packed.stride[transposed ? 2 : 1];
+  b.n_stride = w.data.stride[transposed ? 1 : 2];
+  b.k_stride = w.data.stride[transposed ? 2 : 1];
   b.aligned = wide_stride * item % 16 == 0;
   if (w.base == nullptr) {
-    b.data = w.packed.data;
-    b.expert_stride = w.packed.stride[0];
-    b.aligned = b.aligned && aligned(b.data) && (w.packed.shape[0] == 1 || b.expert_stride * item % 16 == 0);
+    b.data = w.data.data;
+    b.expert_stride = w.data.stride[0];
+    b.aligned = b.aligned && aligned(b.data) && (w.data.shape[0] == 1 || b.expert_stride * item % 16 == 0);
     return b;
   }
   b.separate = separate;
-  for (int64_t e = 0; e < w.packed.shape[0]; ++e) {
+  for (int64_t e = 0; e < w.data.shape[0]; ++e) {
     b.aligned = b.aligned && (w.row_count[e] == 0 || aligned(w.base[e]));
   }
   return b;
 }
 
-void write_separate(const char* name, const ExpertMatrices& w, SeparateMatrix* separate, void* stream) {
+void write_separate(const char* name, const Weight& w, SeparateMatrix* separate, void* stream) {
   const int64_t count = separate_count(w);
   if (count == 0) return;
   SWITCHGEAR_CHECK(ValueError, count <= kMaxSeparate, name, ": expected at most ", kMaxSeparate,

@@ -8,12 +8,12 @@
 namespace switchgear::cuda {
 
 // Entries that the list of separate matrices takes; 0 for a packed tensor.
-inline int64_t separate_count(const ExpertMatrices& w) { return w.base == nullptr ? 0 : w.packed.shape[0]; }
+inline int64_t separate_count(const Weight& w) { return w.base == nullptr ? 0 : w.data.shape[0]; }
 
 // Queues the writing of the list. ValueError, naming the argument, for more matrices than a kernel's parameters can hold.
-void write_separate(const char* name, const ExpertMatrices& w, SeparateMatrix* separate, void* stream);
+void write_separate(const char* name, const Weight& w, SeparateMatrix* separate, void* stream);
 
 // W's element [row, column] is b[row, column] of x·Wᵀ (`transposed`), and b[column, row] of x·W.
-ExpertOperand operand_of(const ExpertMatrices& w, bool transposed, const SeparateMatrix* separate);
+ExpertOperand operand_of(const Weight& w, bool transposed, const SeparateMatrix* separate);
 
 }  // namespace switchgear::cuda

@@ -28,7 +28,7 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
         .bias = args.bias.data,
         .bias_stride = args.bias.stride[0],
         .expert_offsets = args.expert_offsets.as<const int32_t>(),
-        .num_experts = args.weight.packed.shape[0],
+        .num_experts = args.weight.data.shape[0],
         .num_slots = args.out.shape[0],
         .n = args.out.shape[1],
         .c = args.x.shape[1],

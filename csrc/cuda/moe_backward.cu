@@ -48,10 +48,10 @@ struct BackwardMemory {
   TensorView grad_h, weighted_a, slots_grad_x;  // the last two share memory
 
   BackwardMemory(Workspace& memory, const MoeBackwardArgs& args, const Needs& needs)
-      : own(memory, args.topk_ids, args.weights.gate_up_proj.packed.shape[0]),
+      : own(memory, args.topk_ids, args.weights.gate_up_proj.data.shape[0]),
         gate_up(memory.take<SeparateMatrix>(separate_count(args.weights.gate_up_proj))),
         down(memory.take<SeparateMatrix>(separate_count(args.weights.down_proj))) {
-    const int64_t num_slots = args.topk_ids.numel(), size = args.weights.down_proj.packed.shape[2];
+    const int64_t num_slots = args.topk_ids.numel(), size = args.weights.down_proj.data.shape[2];
     const DType dtype = args.x.dtype;
     slot_weights = memory.take<float>(num_slots);
     parts = memory.take<float>(needs.parts ? num_slots * weight_parts_of(size) : 0);
@@ -122,8 +122,8 @@ void topk_weights_gradient(const MoeBackwardArgs& args, const BackwardMemory& m,
                                          .grad_topk_weights = args.grad_topk_weights.as<float>(),
                                          .num_pairs = args.topk_ids.numel(),
                                          .num_slots = args.topk_ids.numel(),
-                                         .num_parts = weight_parts_of(args.weights.down_proj.packed.shape[2]),
-                                         .num_experts = args.weights.gate_up_proj.packed.shape[0],
+                                         .num_parts = weight_parts_of(args.weights.down_proj.data.shape[2]),
+                                         .num_experts = args.weights.gate_up_proj.data.shape[0],
                                          .hidden_size = args.grad_y.shape[1],
                                          .top_k = static_cast<int>(args.topk_ids.shape[1])};
     launch(weight_gradient_kernel<T>, dim3(blocks_of(params.num_pairs, kMoeThreads / 32)), dim3(kMoeThreads), 0, stream,
@@ -161,9 +161,9 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
          .a = grad_y,
          .b = operand_of(weights.down_proj, false, m.down),
          .expert_offsets = p.expert_offsets.as<const int32_t>(),
-         .num_experts = weights.gate_up_proj.packed.shape[0],
+         .num_experts = weights.gate_up_proj.data.shape[0],
          .num_slots = num_slots,
-         .n = weights.down_proj.packed.shape[2],
+         .n = weights.down_proj.data.shape[2],
          .c = args.grad_y.shape[1],
          .epilogue = Epilogue::kGluBackward,
          .out = m.grad_h.data,

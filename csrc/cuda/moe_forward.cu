@@ -25,10 +25,10 @@ struct ForwardMemory {
   TensorView a, permuted_y;
 
   ForwardMemory(Workspace& memory, const MoeForwardArgs& args)
-      : own(memory, args.topk_ids, args.weights.gate_up_proj.packed.shape[0]),
+      : own(memory, args.topk_ids, args.weights.gate_up_proj.data.shape[0]),
         gate_up(memory.take<SeparateMatrix>(separate_count(args.weights.gate_up_proj))),
         down(memory.take<SeparateMatrix>(separate_count(args.weights.down_proj))),
-        a(take_rows(memory, args.x.dtype, args.topk_ids.numel(), args.weights.down_proj.packed.shape[2])),
+        a(take_rows(memory, args.x.dtype, args.topk_ids.numel(), args.weights.down_proj.data.shape[2])),
         permuted_y(take_rows(memory, args.x.dtype, args.topk_ids.numel(), args.x.shape[1])) {}
 };
 
@@ -54,9 +54,9 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
          .bias = weights.gate_up_bias.data,
          .bias_stride = weights.gate_up_bias.stride[0],
          .expert_offsets = p.expert_offsets.as<const int32_t>(),
-         .num_experts = weights.gate_up_proj.packed.shape[0],
+         .num_experts = weights.gate_up_proj.data.shape[0],
          .num_slots = num_slots,
-         .n = weights.gate_up_proj.packed.shape[1],
+         .n = weights.gate_up_proj.data.shape[1],
          .c = args.x.shape[1],
          .epilogue = Epilogue::kGlu,
          .out = m.a.data,

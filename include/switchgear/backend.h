@@ -30,9 +30,11 @@ struct Backend {
   void (*fit_capacity)(const FitCapacityArgs&, Execution) = nullptr;
   void (*assign_balanced)(const AssignBalancedArgs&, Execution) = nullptr;
   void (*assign_capped)(const AssignCappedArgs&, Execution) = nullptr;
-  void (*quantized_grouped_gemm)(const QuantizedGroupedGemmArgs&, Execution) = nullptr;
-  void (*quantized_moe_forward)(const QuantizedMoeForwardArgs&, Execution) = nullptr;
-  PanelLayout (*panel_layout)(DType) = nullptr;  // null: no weights in panels
+  uint32_t formats =
+      1u << static_cast<int>(Format::kPlain);    // of weights that grouped_gemm and moe_forward take, a bit each
+  PanelLayout (*panel_layout)(DType) = nullptr;  // with Format::kPanels
+
+  bool takes(Format format) const { return (formats >> static_cast<int>(format) & 1) != 0; }
 };
 
 const Backend& cpu_backend();   // in use without a call, in programs that link switchgear_core

@@ -22,6 +22,7 @@
 #include <cstdint>
 
 #include "switchgear/tensor.h"
+#include "switchgear/weight.h"
 
 namespace switchgear {
 
@@ -204,28 +205,19 @@ struct CombineBackwardArgs {
 };
 void combine_weight_backward(const CombineBackwardArgs& args, Execution exec = {});
 
-// ---- experts' weights ----------------------------------------------------------------------------------------------------
-
-// One matrix [rows, cols] per expert. Two of the three strides of a matrix are the same for all experts; base pointers and
-// numbers of rows may differ. `packed` [E,rows,cols] is the common case; with `base` set, expert e is base[e], row_count[e].
-struct ExpertMatrices {
-  // [E,rows,cols] float, any strides, or as compact.h or panels.h say; with `base`: [E,max rows,cols], data unused
-  TensorView packed;
-  const void* const* base = nullptr;   // [E]
-  const int64_t* row_count = nullptr;  // [E], each <= packed.shape[1]
-};
-
 // ---- grouped_gemm ------------------------------------------------------------------------------------------------------
 
 // out[s,n] = Σ_k x[r(s),k] · weight[e(s)][n,k] + bias[e(s),n];  r(s) = token_indices[s] where given, else s.
-// Columns past an expert's row_count and rows past expert_offsets[E] are zero.
+// Columns past an expert's row_count and rows past expert_offsets[E] are zero. `transposed`: out[s,c] = Σ_n x[r(s),n] ·
+// weight[e(s)][n,c], which gradients of x need: of weights whose format is not plain (those have strides for it), panels or compact.
 struct GroupedGemmArgs {
-  TensorView x;                 // [R,C] float, rows contiguous
-  ExpertMatrices weight;        // [E,N,C]; compact for x in bfloat16 or float32, but not with input_gradient
-  TensorView bias;              // [E,N] float, optional
-  TensorView expert_offsets;    // [E+1]
-  TensorView token_indices;     // [S], optional
-  TensorView out;               // out [S,N]
+  TensorView x;               // [R,C] float, rows contiguous; transposed: [R,N]
+  Weight weight;              // [E,N,C]; not in panels; plain with input_gradient
+  TensorView bias;            // [E,N] float, optional; none if transposed
+  TensorView expert_offsets;  // [E+1]
+  TensorView token_indices;   // [S], optional
+  TensorView out;             // out [S,N]; transposed: [S,C]
+  bool transposed = false;
   bool input_gradient = false;  // adds up in the order in which moe_backward does, not moe_forward
 };
 void grouped_gemm(const GroupedGemmArgs& args, Execution exec = {});
@@ -274,10 +266,10 @@ void glu_backward(const GluBackwardArgs& args, Execution exec = {});
 // ---- the whole layer ---------------------------------------------------------------------------------------------------
 
 struct ExpertWeights {
-  ExpertMatrices gate_up_proj;  // [E,N,H] float; in moe_forward also in panels, or compact for bfloat16 and float32
-  ExpertMatrices down_proj;     // [E,H,I], likewise
-  TensorView gate_up_bias;      // [E,N] float, optional
-  TensorView down_bias;         // [E,H] float, optional
+  Weight gate_up_proj;      // [E,N,H]; in parts where gates precede ups
+  Weight down_proj;         // [E,H,I]; integers where gate_up_proj is, of 8 bits or 4
+  TensorView gate_up_bias;  // [E,N] float, optional
+  TensorView down_bias;     // [E,H] float, optional
 };
 
 // y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu) · W_dᵀ + b_d), experts ascending
@@ -292,7 +284,7 @@ struct MoeForwardArgs {
 };
 void moe_forward(const MoeForwardArgs& args, Execution exec = {});
 
-// Gradients; an output that is not defined is not computed.
+// Gradients, of plain weights; an output that is not defined is not computed.
 struct MoeBackwardArgs {
   TensorView grad_y;  // [T,H] float
   TensorView x;       // [T,H] float
@@ -309,57 +301,5 @@ struct MoeBackwardArgs {
   TensorView grad_topk_weights;  // out [T,K] float32
 };
 void moe_backward(const MoeBackwardArgs& args, Execution exec = {});
-
-// ---- quantised weights -----------------------------------------------------------------------------------------------------
-
-// One matrix [rows, cols] per expert in `bits` = 8 or 4 bits, with a scale (and a zero) for each group of `group_size`
-// neighbouring columns of a row (the last group may be shorter), and a scale for each row:
-//   w = row_scale · scale · (q - zero · 2^(bits-8)), zero = 128 where there are none (symmetric weights)
-//
-// Storage: `parts` equal shares of the rows (2 where all gates precede all ups, else 1), each in B blocks of 16 rows, the last
-// one padded; a block is W words of 16 rows x 4 columns, columns padded to a multiple of 8 with any q:
-//   8 bits  byte 4·r + j of word w is q[r, 4·w + j]                                       W = ⌈cols / 8⌉ · 2
-//   4 bits  byte 4·r + j of word w is q[r, 8·w + j] | q[r, 8·w + 4 + j] << 4              W = ⌈cols / 8⌉
-struct QuantizedMatrices {
-  TensorView values;      // [E, parts·B, W, 64] uint8
-  TensorView scales;      // [E, parts·B, G, 16] int8, G = ⌈cols / group_size⌉
-  TensorView row_scales;  // [E, parts·B, 16] float32
-  TensorView zeros;       // [E, parts·B, G, 16] uint8, optional
-  int64_t rows = 0, cols = 0, parts = 1;
-  int64_t bits = 8;
-  int64_t group_size = 0;  // a power of two from 16 on, or 0: the whole row
-};
-
-// Columns of activations that share a scale where weights have groups: so many, or a larger group.
-inline constexpr int64_t kActivationBlock = 256;
-
-// grouped_gemm with quantised weights. Each row of x is rounded to int8, with the scale max |block| / 127 of each block of
-// columns (the whole row where group_size is 0), and multiplied in integers; `transposed`, which gradients need, multiplies in
-// float with weights that are rounded to the dtype of x.
-struct QuantizedGroupedGemmArgs {
-  TensorView x;              // [R,C] float, rows contiguous; transposed: [R,N]
-  QuantizedMatrices weight;  // [E,N,C]
-  TensorView bias;           // [E,N] float, optional; none if transposed
-  TensorView expert_offsets;
-  TensorView token_indices;  // [S], optional
-  bool transposed = false;   // out[s] = x[r(s)]·W instead of x[r(s)]·Wᵀ
-  TensorView out;            // out [S,N]; transposed: [S,C]
-};
-void quantized_grouped_gemm(const QuantizedGroupedGemmArgs& args, Execution exec = {});
-
-// moe_forward with quantised weights: x and a are rounded to int8 as in quantized_grouped_gemm.
-struct QuantizedMoeForwardArgs {
-  TensorView x;                    // [T,H] float
-  QuantizedMatrices gate_up_proj;  // [E,N,H]; parts 2 for gates that are not interleaved
-  QuantizedMatrices down_proj;     // [E,H,I]
-  TensorView gate_up_bias;         // [E,N] float, optional
-  TensorView down_bias;            // [E,H] float, optional
-  TensorView topk_ids;
-  TensorView topk_weights;
-  GluOptions options;
-  TensorView y;  // out [T,H]
-  TensorView h;  // out [S,N], optional
-};
-void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec = {});
 
 }  // namespace switchgear

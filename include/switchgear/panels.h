@@ -18,7 +18,4 @@ inline constexpr int64_t kPanelColumns = 32;  // words of all lanes of any ISA, 
 
 PanelLayout panel_layout(DType dtype);
 
-// A tensor that holds weights in panels, to tell from floats and from compact rows.
-inline bool is_in_panels(const TensorView& weights) { return weights.dtype == DType::kUInt8 && weights.ndim == 4; }
-
 }  // namespace switchgear

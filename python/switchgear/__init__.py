@@ -6,11 +6,11 @@ Routing:    scores, selections, capacities and losses in switchgear.routing; pol
 Functions:  moe (a whole layer of experts), and its stages: route, plan, permute, grouped_gemm, glu, combine
 Results:    Routing, Plan
 Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) of routers with a balance
-Models:     accelerate(model) puts the kernels under a Hugging Face model; use_huge_pages(model), pack_weights(model)
-            (of weights that are stored transposed) and pack_panels(model) (for inference) make it faster on CPUs
+Models:     accelerate(model) puts the kernels under a Hugging Face model
+Weights:    store(model, form) puts the experts into another form, faster or smaller: "auto", "plain", "panels", "compact",
+            "int8", "int4", "fp8", "mxfp4"; restore(model) undoes it. switchgear.weights has what it is made of
 Looking:    RoutingTrace records what routers do, override(model, …) changes what they choose for a while
-Compression: compress.compact(model), weights in 4 bits fewer each, without loss; compress.quantize(model, "int8" or
-            "int4"); compress.expand and compress.dequantize, their inverses; compress.add_lora
+Adapters:   adapters.add_lora(experts, rank)
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
 """
 
@@ -18,17 +18,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from switchgear import compress, layers, presets, routing
+from switchgear import adapters, layers, presets, routing, weights
 from switchgear.backends import backend, use_backend
 from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, glu, grouped_gemm, moe, permute, plan, route
 from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.ops import available_cpu_isas, cpu_isa, set_cpu_isa, version
-from switchgear.packing import pack_weights, unpack_weights
-from switchgear.pages import use_huge_pages
-from switchgear.panels import pack_panels, unpack_panels
 from switchgear.routing import Context, Router, load_balancing_loss, override, z_loss
 from switchgear.trace import RoutingTrace
+from switchgear.weights import Weight, restore, store
 
 if TYPE_CHECKING:
     from switchgear.integrations.transformers import accelerate
@@ -43,14 +41,15 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingTrace",
+    "Weight",
     "__version__",
     "accelerate",
+    "adapters",
     "after_step",
     "available_cpu_isas",
     "backend",
     "balance_loss",
     "combine",
-    "compress",
     "cpu_isa",
     "glu",
     "grouped_gemm",
@@ -58,18 +57,16 @@ __all__ = [
     "load_balancing_loss",
     "moe",
     "override",
-    "pack_panels",
-    "pack_weights",
     "permute",
     "plan",
     "presets",
+    "restore",
     "route",
     "routing",
     "set_cpu_isa",
-    "unpack_panels",
-    "unpack_weights",
+    "store",
     "use_backend",
-    "use_huge_pages",
+    "weights",
     "z_loss",
 ]
 

@@ -7,6 +7,7 @@ SWITCHGEAR_BACKEND sets the choice at import, use_backend changes it for a while
 backward passes may run in threads of their own.
 
 A CUDA tensor that ends up in the reference says so once, as a RuntimeWarning; with SWITCHGEAR_STRICT=1 it is an error.
+So does a format of weights that the kernels of a device do not multiply.
 """
 
 from __future__ import annotations
@@ -64,12 +65,20 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
 
 def announce_reference(device: torch.device, reason: str | None = None) -> None:
     """Warns, once per type of device, that it has no kernels, and why; RuntimeError if SWITCHGEAR_STRICT=1."""
-    if _backend == "reference" or device.type in _warned_about:
-        return
     message = f"switchgear has no kernels for {device.type}: its ops run on the reference in plain torch, slowly"
-    if reason is not None:
-        message += f" ({reason})"
+    _announce(device.type, message if reason is None else f"{message} ({reason})")
+
+
+def announce_format(device: torch.device, weights: str, remedy: str = "ops run on the reference") -> None:
+    """The same of some weights, once for each: what happens instead of a kernel."""
+    message = f"switchgear has no kernels for {weights} on {device.type}: {remedy}, slowly"
+    _announce(f"{weights} on {device.type}", message)
+
+
+def _announce(subject: str, message: str) -> None:
+    if _backend == "reference" or subject in _warned_about:
+        return
     if os.environ.get("SWITCHGEAR_STRICT") == "1":
         raise RuntimeError(message)
-    _warned_about.add(device.type)
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    _warned_about.add(subject)
+    warnings.warn(message, RuntimeWarning, stacklevel=3)

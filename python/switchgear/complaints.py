@@ -40,6 +40,8 @@ def _tensors(name: str, value: Any, hint: Any) -> Iterator[tuple[str, torch.Tens
         raise TypeError(f"{name}: expected {_describe(hint)}, got {type(value).__name__}")
     if isinstance(value, torch.Tensor):
         yield name, value
+    elif hasattr(value, "tensors"):  # a Weight
+        yield from ((name, tensor) for tensor in value.tensors)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             yield f"{name}[{index}]", item

@@ -3,27 +3,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.compress.compact import compact as compress_compact
-from switchgear.compress.compact import expand
-from switchgear.compress.formats import Format, QuantizedExperts, format_of
-from switchgear.compress.lora import lora_forward, lora_of
 from switchgear.functional import moe
-from switchgear.packing import FINDERS, Layout, pack_weights, unpack_weights
-from switchgear.pages import advise_huge_pages
-from switchgear.panels import pack_panels, unpack_panels
 from switchgear.reference import ACTIVATIONS, check_choice
-from switchgear.stored import compressed_of, stored_of
-
-if TYPE_CHECKING:
-    from switchgear.parallel import ExpertParallel
+from switchgear.weights import FINDERS, Layout, advise_huge_pages, stored_of, weights_of
 
 
 class Experts(nn.Module):
@@ -44,7 +31,7 @@ class Experts(nn.Module):
 
     Every parameter gets a gradient at every step, zero for experts without tokens.
 
-    Weights of 8 or 4 bits, and adapters: switchgear.compress.
+    Projections in other forms: switchgear.store. Adapters: switchgear.adapters.
     """
 
     down_proj: nn.Parameter
@@ -74,6 +61,7 @@ class Experts(nn.Module):
         self.activation, self.gated, self.alpha, self.limit = activation, gated, alpha, limit
         self.interleaved, self.transposed = interleaved, transposed
         self._first = "gate_up_proj" if gated else "up_proj"
+        self._layout = Layout((self._first, "down_proj"), transposed, gated and not interleaved)
 
         def parameter(*shape: int) -> nn.Parameter:
             data = torch.empty(num_experts, *shape, device=device, dtype=dtype)
@@ -99,53 +87,21 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden_states [..., H], topk_ids [..., K] (-1 for none) and topk_weights [..., K] -> [..., H]; see `moe`."""
-        compressed, lora = compressed_of(self), lora_of(self)
-        options: dict[str, Any] = {
-            "activation": self.activation,
-            "gated": self.gated,
-            "interleaved": self.interleaved,
-            "gate_up_bias": getattr(self, f"{self._first}_bias"),
-            "down_bias": self.down_proj_bias,
-            "alpha": self.alpha,
-            "limit": self.limit,
-        }
-        if compressed is not None:
-            if lora is None:
-                return compressed.moe(self, hidden_states, topk_ids, topk_weights, **options)
-            weights: Any = (
-                compressed.matrices(self) if isinstance(compressed, QuantizedExperts) else compressed.weights(self)
-            )
-            return lora_forward(self, lora, weights, hidden_states, topk_ids, topk_weights)
-        # Each attribute is read once: under a parametrization every access makes the weight anew.
-        gate_up_proj: Tensor = getattr(self, self._first)
-        down_proj: Tensor = self.down_proj
-        if self.transposed:
-            gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
-        if lora is not None:
-            return lora_forward(self, lora, (gate_up_proj, down_proj), hidden_states, topk_ids, topk_weights)
-        return moe(hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, **options)
-
-    @property
-    def format(self) -> Format | None:
-        """The format of quantised weights, None for plain ones; see switchgear.compress."""
-        return format_of(self)
-
-    def pack_(self, *, panels: bool = False, compact: bool = False) -> Experts:
-        """Lays transposed projections in the order that the CPU reads best, see `pack_weights`; no change to others.
-
-        panels: lay all projections for inference instead: see `pack_panels`.
-        compact: store them in 4 bits fewer each instead, without loss, for decoding: see `compress.compact`.
-        """
-        if panels and compact:
-            raise ValueError("panels: expected either panels or compact, got both")
-        (pack_panels if panels else compress_compact if compact else pack_weights)(self)
-        return self
-
-    def unpack_(self) -> Experts:
-        """Takes pack_ back."""
-        for take_back in (expand, unpack_panels, unpack_weights):
-            take_back(self)
-        return self
+        gate_up_proj, down_proj = weights_of(self, self._layout)
+        return moe(
+            hidden_states,
+            gate_up_proj,
+            down_proj,
+            topk_ids,
+            topk_weights,
+            activation=self.activation,
+            gated=self.gated,
+            interleaved=self.interleaved,
+            gate_up_bias=getattr(self, f"{self._first}_bias"),
+            down_bias=self.down_proj_bias,
+            alpha=self.alpha,
+            limit=self.limit,
+        )
 
     def extra_repr(self) -> str:
         parts = [f"{self.hidden_size}, {self.intermediate_size}, num_experts={self.num_experts}", self.activation]
@@ -155,26 +111,13 @@ class Experts(nn.Module):
             parts.append("bias")
         if self.limit is not None:
             parts.append(f"limit={self.limit}")
-        if self.format is not None:
-            parts.append(str(self.format))
         if (stored := stored_of(self)) is not None:
-            parts.append(stored.form.name)
+            parts.append(str(stored.form))
         return ", ".join(parts)
 
 
-def experts_class(parallel: ExpertParallel | None) -> Callable[..., Experts]:
-    """Experts, or what makes those that are distributed over the ranks of `parallel`."""
-    if parallel is None:
-        return Experts
-    from switchgear.parallel import ParallelExperts  # imports torch.distributed, which others do not need
-
-    return functools.partial(ParallelExperts, parallel=parallel)
+def _find(module: nn.Module) -> Layout | None:
+    return module._layout if isinstance(module, Experts) else None
 
 
-def _layout_of(module: nn.Module) -> Layout | None:
-    if not isinstance(module, Experts) or compressed_of(module) is not None:
-        return None
-    return Layout((module._first, "down_proj"), module.transposed, module.gated and not module.interleaved)
-
-
-FINDERS.append(_layout_of)
+FINDERS.append(_find)

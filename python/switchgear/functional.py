@@ -11,27 +11,28 @@
 `moe` is everything after route in one call: one op forward and one backward, which save x and h and nothing else of
 that size. The stages stay available one by one.
 
-Tensors are torch tensors; arrays of other libraries work as well (see arrays.py). An autograd.Function is entered only
-where a gradient or a forward-mode tangent asks for it. Gradients can be taken once; forward mode raises.
+Tensors are torch tensors; arrays of other libraries work as well (see arrays.py). A projection may be a Weight instead,
+in a format of its own (weights/). Derivatives are in autograd.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.functional import pad
 
-from switchgear import ops, reference
+from switchgear import autograd, ops, reference
 from switchgear.arrays import accepts_arrays
+from switchgear.autograd import apply, needs_autograd
 from switchgear.backends import in_autocast
+from switchgear.ops import GluOptions
+from switchgear.weights.weight import AdaptedWeight, Weight, taken_by_grouped_gemm, taken_by_moe
 
 T = TypeVar("T", Tensor, Tensor | None)
+STORED = (Weight, AdaptedWeight)  # what may stand in for a tensor [E,N,C]
 _INT32 = torch.iinfo(torch.int32)
 
 
@@ -58,46 +59,7 @@ class Plan(NamedTuple):
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _needs_autograd(*tensors: Tensor | None) -> bool:
-    """Whether a gradient may be wanted. requires_grad does not show it all: not the tangents of forward mode, nor what
-    lies beneath a torch.vmap, and there the bare op would return wrong derivatives without a word."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
-
-
-class _Once(torch.autograd.Function):
-    """Runs `function` on tensors; its result raises where somebody differentiates it."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
-        return function(*tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("switchgear: gradients can be taken once; there is no second derivative of its functions")
-
-
-def _once(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
-    """A backward pass: `function` of tensors, guarded by _Once where autograd records it (create_graph=True)."""
-    if torch.compiler.is_compiling() or not _needs_autograd(*tensors):
-        return function(*tensors)
-    return _apply(_Once, function, *tensors)
-
-
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    return function.apply(*args)  # type: ignore[no-untyped-call]
-
-
-def _as_ids(name: str, ids: Tensor) -> Tensor:
+def as_ids(name: str, ids: Tensor) -> Tensor:
     if ids.dtype is torch.int32:
         return ids
     if ids.dtype is not torch.int64:
@@ -105,7 +67,7 @@ def _as_ids(name: str, ids: Tensor) -> Tensor:
     return ids.clamp(_INT32.min, _INT32.max).int()  # saturates, lest a bad id wraps around into a good one
 
 
-def _as_weights(name: str, weights: T, dtype: torch.dtype) -> T:
+def as_weights(name: str, weights: T, dtype: torch.dtype) -> T:
     """Weights of tokens in float32 (float64 beside float64 tensors), differentiably."""
     wanted = reference.weight_dtype(dtype)
     if weights is None or weights.dtype is wanted:
@@ -115,20 +77,20 @@ def _as_weights(name: str, weights: T, dtype: torch.dtype) -> T:
     return weights.to(wanted)
 
 
-def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
+def in_autocast_dtype(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype; bytes stay as they are, and float64 does, as everywhere in torch."""
     dtype = torch.get_autocast_dtype(device_type)
     stay = (torch.float64, torch.uint8)
     return tuple(tensor if tensor is None or tensor.dtype in stay else tensor.to(dtype) for tensor in tensors)
 
 
-def _number(name: str, value: float) -> float:
+def as_number(name: str, value: float) -> float:
     if isinstance(value, (str, bytes)):  # which float() would read
         raise TypeError(f"{name}: expected float, got {type(value).__name__}")
     return float(value)
 
 
-def _limit(limit: float | None) -> float:
+def as_limit(limit: float | None) -> float:
     if limit is None:
         return 0.0
     if not limit > 0:
@@ -136,36 +98,7 @@ def _limit(limit: float | None) -> float:
     return float(limit)
 
 
-def _is_transposed(weight: Tensor) -> bool:
-    """Whether the memory of weight [..., N, C] is that of [..., C, N]."""
-    return weight.stride(-2) == 1 and weight.stride(-1) != 1
-
-
 # ---- route, plan -----------------------------------------------------------------------------------------------------
-
-
-class _Route(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(router_logits: Tensor, selection_bias: Tensor | None, *options: Any) -> Any:
-        return ops.route(router_logits, selection_bias, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        router_logits, _, _, ctx.score_function, ctx.normalize, ctx.scale, *_ = inputs
-        topk_ids, _ = output
-        ctx.mark_non_differentiable(topk_ids)
-        ctx.save_for_backward(router_logits, topk_ids)
-
-    @staticmethod
-    def backward(ctx: Any, _: Any, grad_topk_weights: Tensor) -> Any:
-        options = (ctx.score_function, ctx.normalize, ctx.scale)
-
-        def grad(*tensors: Any) -> Any:
-            return ops.route_backward(*tensors, *options)
-
-        return _once(grad, grad_topk_weights, *ctx.saved_tensors), *[None] * 8
 
 
 @accepts_arrays
@@ -207,37 +140,13 @@ def route(
     if router_logits.dim() != 2:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
     if selection_bias is not None:
-        selection_bias = _as_weights("selection_bias", selection_bias.detach(), torch.float32)
-    options = (top_k, score_function, normalize, _number("scale", scale), num_groups, topk_groups, group_score)
-    if _needs_autograd(router_logits):
-        topk_ids, topk_weights = _apply(_Route, router_logits, selection_bias, *options)
+        selection_bias = as_weights("selection_bias", selection_bias.detach(), torch.float32)
+    options = (top_k, score_function, normalize, as_number("scale", scale), num_groups, topk_groups, group_score)
+    if needs_autograd(router_logits):
+        topk_ids, topk_weights = apply(autograd.Route, router_logits, selection_bias, *options)
     else:
         topk_ids, topk_weights = ops.route(router_logits, selection_bias, *options)
     return Routing(topk_ids, topk_weights, router_logits, router_logits.shape[1])
-
-
-class _RouteDynamic(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(router_logits: Tensor, selection_bias: Tensor | None, *options: Any) -> Any:
-        return ops.route_dynamic(router_logits, selection_bias, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        router_logits, _, _, _, ctx.score_function, _, _, ctx.normalize, ctx.scale = inputs
-        topk_ids, _ = output
-        ctx.mark_non_differentiable(topk_ids)
-        ctx.save_for_backward(router_logits, topk_ids)
-
-    @staticmethod
-    def backward(ctx: Any, _: Any, grad_topk_weights: Tensor) -> Any:
-        options = (ctx.score_function, ctx.normalize, ctx.scale)
-
-        def grad(*tensors: Any) -> Any:
-            return ops.route_backward(*tensors, *options)
-
-        return _once(grad, grad_topk_weights, *ctx.saved_tensors), *[None] * 8
 
 
 @accepts_arrays
@@ -269,16 +178,16 @@ def route_dynamic(
     if router_logits.dim() != 2:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
     if selection_bias is not None:
-        selection_bias = _as_weights("selection_bias", selection_bias.detach(), torch.float32)
-    top_p = _number("top_p", top_p)
+        selection_bias = as_weights("selection_bias", selection_bias.detach(), torch.float32)
+    top_p = as_number("top_p", top_p)
     if score_function == "softmax" and top_p >= 1:
         top_p = math.inf  # whatever the probabilities add up to
     count = router_logits.shape[1] if max_experts is None else max_experts
     options = (
-        count, min_experts, score_function, top_p, _number("threshold", threshold), normalize, _number("scale", scale)
+        count, min_experts, score_function, top_p, as_number("threshold", threshold), normalize, as_number("scale", scale)
     )  # fmt: skip
-    if _needs_autograd(router_logits):
-        topk_ids, topk_weights = _apply(_RouteDynamic, router_logits, selection_bias, *options)
+    if needs_autograd(router_logits):
+        topk_ids, topk_weights = apply(autograd.RouteDynamic, router_logits, selection_bias, *options)
     else:
         topk_ids, topk_weights = ops.route_dynamic(router_logits, selection_bias, *options)
     return Routing(topk_ids, topk_weights, router_logits, router_logits.shape[1])
@@ -291,55 +200,10 @@ def plan(topk_ids: Tensor, num_experts: int) -> Plan:
     Raises:
         ValueError: an id that is neither -1 nor in [0, num_experts). TypeError: another dtype.
     """
-    return Plan(*ops.plan(_as_ids("topk_ids", topk_ids), num_experts))
+    return Plan(*ops.plan(as_ids("topk_ids", topk_ids), num_experts))
 
 
 # ---- permute, combine ------------------------------------------------------------------------------------------------
-# Each is the other's gradient; the gradient of the weights is the same inner product for both.
-
-
-class _Permute(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
-        return ops.permute(x, *plan, topk_weights)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        need_x, need_weights, *_ = ctx.needs_input_grad
-
-        def grads(grad: Tensor, x: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
-            grad_x = ops.combine(grad, *plan, topk_weights) if need_x else None
-            return grad_x, ops.combine_weight_backward(x, grad, *plan) if need_weights else None
-
-        return *_once(grads, grad, *ctx.saved_tensors), None, None, None
-
-
-class _Combine(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(permuted_y: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
-        return ops.combine(permuted_y, *plan, topk_weights)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        need_y, need_weights, *_ = ctx.needs_input_grad
-
-        def grads(grad: Tensor, permuted_y: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
-            grad_y = ops.permute(grad, *plan, topk_weights) if need_y else None
-            return grad_y, ops.combine_weight_backward(grad, permuted_y, *plan) if need_weights else None
-
-        return *_once(grads, grad, *ctx.saved_tensors), None, None, None
 
 
 @accepts_arrays
@@ -348,9 +212,9 @@ def permute(x: Tensor, plan: Plan, topk_weights: Tensor | None = None) -> Tensor
 
     topk_weights [T,K] may have any floating dtype. Rows past expert_offsets[E] are zero. Differentiable in both.
     """
-    topk_weights = _as_weights("topk_weights", topk_weights, x.dtype)
-    if _needs_autograd(x, topk_weights):
-        permuted_x: Tensor = _apply(_Permute, x, topk_weights, *plan)
+    topk_weights = as_weights("topk_weights", topk_weights, x.dtype)
+    if needs_autograd(x, topk_weights):
+        permuted_x: Tensor = apply(autograd.Permute, x, topk_weights, *plan)
         return permuted_x
     return ops.permute(x, *plan, topk_weights)
 
@@ -362,9 +226,9 @@ def combine(permuted_y: Tensor, plan: Plan, topk_weights: Tensor | None = None) 
     permuted_y [S,H]; topk_weights [T,K] of any floating dtype, 1 if absent. The order of the sum is k ascending, in
     float32. Differentiable in both.
     """
-    topk_weights = _as_weights("topk_weights", topk_weights, permuted_y.dtype)
-    if _needs_autograd(permuted_y, topk_weights):
-        y: Tensor = _apply(_Combine, permuted_y, topk_weights, *plan)
+    topk_weights = as_weights("topk_weights", topk_weights, permuted_y.dtype)
+    if needs_autograd(permuted_y, topk_weights):
+        y: Tensor = apply(autograd.Combine, permuted_y, topk_weights, *plan)
         return y
     return ops.combine(permuted_y, *plan, topk_weights)
 
@@ -372,63 +236,10 @@ def combine(permuted_y: Tensor, plan: Plan, topk_weights: Tensor | None = None) 
 # ---- grouped_gemm ----------------------------------------------------------------------------------------------------
 
 
-def _heighten(matrix: Tensor, height: int) -> Tensor:
-    """The matrix with rows of zeros below, up to `height`."""
-    missing = height - matrix.shape[-2]
-    return pad(matrix, (0, 0, 0, missing)) if missing else matrix
-
-
-def _grouped_gemm_grads(needs: Sequence[bool], grad_out: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of x, bias and each weight, None for those that `needs` leaves out."""
-    x, _, expert_offsets, token_indices, *weight = saved
-    need_x, need_bias, *need_weight = needs
-    packed = weight[0].dim() == 3
-    grad_x = grad_bias = None
-    grad_weight: list[Tensor | None] = [None] * len(weight)
-    if need_x:
-        transposes = [_heighten(matrix, grad_out.shape[1]).mT for matrix in weight]
-        grad_x = ops.grouped_gemm(grad_out, transposes, None, expert_offsets, None, True)
-        if token_indices is not None:  # a row of x may own several slots; those at the tail add their zeros to row 0
-            total = torch.zeros(x.shape, dtype=reference.weight_dtype(x.dtype), device=x.device)
-            if x.shape[0]:
-                total = total.index_add(0, token_indices.clamp(min=0), grad_x.to(total.dtype))
-            grad_x = total.to(x.dtype)
-    if need_bias:  # the weight gradient of a column of ones
-        ones = grad_out.new_ones(grad_out.shape[0], 1)
-        grad_bias = ops.grouped_gemm_wgrad(grad_out, ones, expert_offsets, None, False).squeeze(-1)
-        for expert, matrix in enumerate(() if packed else weight):
-            grad_bias[expert, matrix.shape[0] :] = 0  # columns that this expert leaves at zero
-    if any(need_weight):
-        grad = ops.grouped_gemm_wgrad(grad_out, x, expert_offsets, token_indices, _is_transposed(weight[0]))
-        grad_weight = [grad] if packed else [grad[e, : matrix.shape[0]] for e, matrix in enumerate(weight)]
-    return grad_x, grad_bias, *grad_weight
-
-
-class _GroupedGemm(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor, bias: Tensor | None, expert_offsets: Tensor, token_indices: Tensor | None, *weight: Tensor
-    ) -> Any:
-        return ops.grouped_gemm(x, weight, bias, expert_offsets, token_indices)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        need_x, need_bias, _, _, *need_weight = ctx.needs_input_grad
-        needs = (need_x, need_bias, *need_weight)
-        grad_x, grad_bias, *grad_weight = _once(partial(_grouped_gemm_grads, needs), grad_out, *ctx.saved_tensors)
-        return grad_x, grad_bias, None, None, *grad_weight
-
-
 @accepts_arrays
 def grouped_gemm(
     x: Tensor,
-    weight: Tensor | Sequence[Tensor],
+    weight: Tensor | Weight | AdaptedWeight | Sequence[Tensor],
     expert_offsets: Tensor,
     *,
     bias: Tensor | None = None,
@@ -440,47 +251,58 @@ def grouped_gemm(
         x: [S,C] in slot order; or [T,C] with token_indices [S] (Plan.token_indices), and then r(s) = token_indices[s].
         weight: [E,N,C], or E matrices [N_e,C] of different heights. Either of the last two dimensions may be the
             contiguous one: transposed weights [E,C,N] come as `weight.mT`, without a copy. (Matrices of a list whose
-            strides differ are copied.)
+            strides differ are copied.) Or a Weight in another format, or with an adapter; panels, which only `moe`
+            reads, are expanded for the call.
         expert_offsets: [E+1] int32 (Plan.expert_offsets).
         bias: [E,N], N being the largest N_e.
 
     Rows past expert_offsets[E], and columns past an expert's N_e, are zero. Float tensors share one dtype, which inside
-    torch.autocast is autocast's. Differentiable in x, weight and bias; an expert without rows gets zeros.
+    torch.autocast is autocast's. Differentiable in x, a plain weight, adapters and bias; an expert without rows gets
+    zeros.
     """
+    if isinstance(weight, AdaptedWeight):
+        return _adapted_grouped_gemm(x, weight, expert_offsets, bias, token_indices)
+    if isinstance(weight, Weight):
+        return _stored_grouped_gemm(x, weight, expert_offsets, bias, token_indices)
     matrices = [weight] if isinstance(weight, Tensor) else list(weight)
     if not matrices:
         raise ValueError("weight: expected at least one matrix, got none")
     if in_autocast(x.device.type):
-        x, bias, *matrices = _autocast(x.device.type, x, bias, *matrices)
-    if _needs_autograd(x, bias, *matrices):
-        out: Tensor = _apply(_GroupedGemm, x, bias, expert_offsets, token_indices, *matrices)
+        x, bias, *matrices = in_autocast_dtype(x.device.type, x, bias, *matrices)
+    if needs_autograd(x, bias, *matrices):
+        out: Tensor = apply(autograd.GroupedGemm, x, bias, expert_offsets, token_indices, *matrices)
         return out
-    return ops.grouped_gemm(x, matrices, bias, expert_offsets, token_indices)
+    return ops.grouped_gemm(x, matrices, (), bias, expert_offsets, token_indices, False, False)
+
+
+def _stored_grouped_gemm(
+    x: Tensor, weight: Weight, expert_offsets: Tensor, bias: Tensor | None, token_indices: Tensor | None
+) -> Tensor:
+    if in_autocast(x.device.type):
+        x, bias = in_autocast_dtype(x.device.type, x, bias)
+    wants_gradients = needs_autograd(x, bias)
+    if weight.is_lossless:
+        taken = weight.plain() if wants_gradients else taken_by_grouped_gemm(weight, x.dtype)
+        if isinstance(taken, Tensor):
+            return grouped_gemm(x, taken, expert_offsets, bias=bias, token_indices=token_indices)
+    if bias is not None and not weight.is_lossless:
+        bias = bias.to(x.dtype)
+    if wants_gradients:
+        args = (x, bias, expert_offsets, token_indices, weight.form, *weight.tensors)
+        out: Tensor = apply(autograd.StoredGroupedGemm, *args)
+        return out
+    return ops.grouped_gemm(x, weight.tensors, weight.form, bias, expert_offsets, token_indices, False, False)
+
+
+def _adapted_grouped_gemm(
+    x: Tensor, adapted: AdaptedWeight, expert_offsets: Tensor, bias: Tensor | None, token_indices: Tensor | None
+) -> Tensor:
+    out = grouped_gemm(x, adapted.weight, expert_offsets, bias=bias, token_indices=token_indices)
+    low = grouped_gemm(x, adapted.a, expert_offsets, token_indices=token_indices)
+    return out + adapted.scale * grouped_gemm(low, adapted.b, expert_offsets)
 
 
 # ---- glu -------------------------------------------------------------------------------------------------------------
-
-
-class _Glu(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(h: Tensor, *options: Any) -> Any:
-        return ops.glu(h, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        h, *ctx.options = inputs
-        ctx.save_for_backward(h)
-
-    @staticmethod
-    def backward(ctx: Any, grad_a: Tensor) -> Any:
-        options = ctx.options
-
-        def grad(grad_a: Tensor, h: Tensor) -> Any:
-            return ops.glu_backward(grad_a, h, *options)
-
-        return _once(grad, grad_a, *ctx.saved_tensors), *[None] * 5
 
 
 @accepts_arrays
@@ -505,45 +327,12 @@ def glu(
     Returns [..., I]. Source of gated units: arXiv:2002.05202.
     """
     rows = h if h.dim() == 2 else h.reshape(-1, h.shape[-1])
-    options = (activation, gated, interleaved, _number("alpha", alpha), _limit(limit))
-    a: Tensor = _apply(_Glu, rows, *options) if _needs_autograd(rows) else ops.glu(rows, *options)
+    options = (activation, gated, interleaved, as_number("alpha", alpha), as_limit(limit))
+    a: Tensor = apply(autograd.Glu, rows, *options) if needs_autograd(rows) else ops.glu(rows, *options)
     return a if h.dim() == 2 else a.reshape(*h.shape[:-1], a.shape[-1])
 
 
 # ---- the whole layer -------------------------------------------------------------------------------------------------
-
-
-class _Moe(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return ops.moe_forward(*args, True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, activation, gated, interleaved, alpha, limit = inputs
-        _, h = output
-        ctx.options = (activation, gated, interleaved, alpha, limit)
-        ctx.set_materialize_grads(False)  # no zeros of the size of h
-        ctx.mark_non_differentiable(h)
-        ctx.save_for_backward(*tensors, h)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None, _: None) -> Any:
-        if grad_y is None:
-            return (None,) * 12
-        *needs, _, need_weights = ctx.needs_input_grad[:7]
-        needs.append(need_weights)
-        options = ctx.options
-
-        def grads(grad_y: Tensor, x: Tensor, *saved: Any) -> Any:
-            *layer, h = saved
-            outputs = ops.moe_backward(grad_y, x, h, *layer, *options, needs)
-            return tuple(output if need else None for output, need in zip(outputs, needs, strict=True))
-
-        *grad_inputs, grad_weights = _once(grads, grad_y, *ctx.saved_tensors)
-        return *grad_inputs, None, grad_weights, *[None] * 5
 
 
 def _rows_of(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -554,14 +343,14 @@ def _rows_of(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor,
         topk_ids = topk_ids.reshape(-1, topk_ids.shape[-1])
     if topk_weights.dim() != 2:
         topk_weights = topk_weights.reshape(-1, topk_weights.shape[-1])
-    return x, _as_ids("topk_ids", topk_ids), _as_weights("topk_weights", topk_weights, x.dtype)
+    return x, as_ids("topk_ids", topk_ids), as_weights("topk_weights", topk_weights, x.dtype)
 
 
 @accepts_arrays
 def moe(
     x: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | Weight | AdaptedWeight,
+    down_proj: Tensor | Weight | AdaptedWeight,
     topk_ids: Tensor,
     topk_weights: Tensor,
     *,
@@ -580,7 +369,8 @@ def moe(
     Args:
         x: [..., H] in float32, bfloat16 or float16 (float64: reference only); leading dimensions are flattened to T.
         gate_up_proj: [E,N,H], N = 2I for gated experts (gate and up), I for plain ones.
-        down_proj: [E,H,I]. Transposed storage ([E,H,N], [E,I,H]) comes as `weight.mT`, without a copy.
+        down_proj: [E,H,I]. Transposed storage ([E,H,N], [E,I,H]) comes as `weight.mT`, without a copy. Either may be a
+            Weight in another format, or one with an adapter (switchgear.weights).
         topk_ids: [..., K] int32 or int64 in [0, E); -1 is an empty choice and adds nothing.
         topk_weights: [..., K], any floating dtype; used in float32, of any sign and sum.
         activation, gated, interleaved, alpha, limit: see glu.
@@ -588,25 +378,96 @@ def moe(
 
     Returns y like x. Float tensors share x's dtype; inside torch.autocast all are cast to its dtype, which y then has.
 
-    Differentiable in x, the projections, the biases and topk_weights; only the gradients asked for are computed, and an
-    expert without tokens gets zeros. Backward keeps x, h = x · W_guᵀ + b_gu [T·K,N], and the arguments.
+    Differentiable in x, plain projections, adapters, the biases and topk_weights; only the gradients asked for are
+    computed, and an expert without tokens gets zeros. Backward keeps x, h = x · W_guᵀ + b_gu [T·K,N], and the arguments.
 
     Raises:
         ValueError: a shape, or an id that is out of range. TypeError: a dtype.
     """
+    options = (activation, gated, interleaved, as_number("alpha", alpha), as_limit(limit))
+    if isinstance(gate_up_proj, STORED) or isinstance(down_proj, STORED):
+        weights = (gate_up_proj, down_proj)
+        return _moe_of_weights(x, weights, (gate_up_bias, down_bias), topk_ids, topk_weights, GluOptions(*options))
     device_type = x.device.type
     if in_autocast(device_type):
-        x, gate_up_proj, down_proj, gate_up_bias, down_bias = _autocast(
+        x, gate_up_proj, down_proj, gate_up_bias, down_bias = in_autocast_dtype(
             device_type, x, gate_up_proj, down_proj, gate_up_bias, down_bias
         )
     shape = x.shape
     x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
     tensors = (x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
-    options = (activation, gated, interleaved, _number("alpha", alpha), _limit(limit))
-    if _needs_autograd(*tensors):
-        y: Tensor = _apply(_Moe, *tensors, *options)[0]
+    if needs_autograd(*tensors):
+        y: Tensor = apply(autograd.Moe, *tensors, *options)[0]
     elif ops.needs_no_dispatch(*tensors):
-        y = ops.moe_forward_on_host(*tensors, *options)
+        others = (gate_up_bias, down_bias, topk_ids, topk_weights)
+        y = ops.moe_forward_on_host(x, gate_up_proj, (), down_proj, (), *others, *options)
     else:
-        y = ops.moe_forward(*tensors, *options, False)[0]
+        others = (gate_up_bias, down_bias, topk_ids, topk_weights)
+        y = ops.moe_forward(x, (gate_up_proj,), (), (down_proj,), (), *others, *options, False)[0]
     return y if len(shape) == 2 else y.reshape(shape)
+
+
+def _moe_of_weights(
+    x: Tensor,
+    weights: tuple[Tensor | Weight | AdaptedWeight, Tensor | Weight | AdaptedWeight],
+    biases: tuple[Tensor | None, Tensor | None],
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    options: GluOptions,
+) -> Tensor:
+    """moe where a projection is no tensor."""
+    shape, columns = x.shape, weights[0].shape[2]
+    if x.shape[-1] != columns:  # bytes do not show it
+        raise ValueError(f"x: expected shape [..., {columns}], got {list(shape)}")
+    if in_autocast(x.device.type):
+        x, *biases = in_autocast_dtype(x.device.type, x, *biases)
+    x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
+    if any(isinstance(weight, AdaptedWeight) for weight in weights):
+        return _moe_in_stages(x, weights, biases, topk_ids, topk_weights, options).reshape(shape)
+    trained = [weight for weight in weights if isinstance(weight, Tensor)]
+    wants_gradients = needs_autograd(x, *biases, topk_weights, *trained)
+    first, second = (_taken(weight, x.dtype, wants_gradients) for weight in weights)
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        call = (x, first, second, topk_ids, topk_weights)
+        return moe(*call, gate_up_bias=biases[0], down_bias=biases[1], **options.keywords()).reshape(shape)
+    biases = [None if bias is None else bias.to(x.dtype) for bias in biases]
+    (tensors, form), (down_tensors, down_form) = map(_parts_of, (first, second))
+    if wants_gradients:
+        if any(weight.requires_grad for weight in trained):
+            raise ValueError("gate_up_proj, down_proj: expected no gradient of one beside a stored other")
+        call = (x, *biases, topk_ids, topk_weights, (form, down_form), len(tensors), tuple(options))
+        y: Tensor = apply(autograd.StoredMoe, *call, *tensors, *down_tensors)[0]
+        return y.reshape(shape)
+    layer = (tensors, form, down_tensors, down_form, *biases, topk_ids, topk_weights)
+    on_host = ops.needs_no_dispatch(x, *biases, topk_ids, topk_weights)
+    if on_host and all(isinstance(weight, Weight) and weight.needs_no_dispatch for weight in (first, second)):
+        y = ops.moe_forward_on_host(x, *layer, *options)
+    else:
+        y = ops.moe_forward(x, *layer, *options, False)[0]
+    return y if len(shape) == 2 else y.reshape(shape)
+
+
+def _taken(weight: Any, dtype: torch.dtype, wants_gradients: bool) -> Tensor | Weight:
+    """What moe multiplies with beside an x of `dtype`; weights without loss are expanded where gradients are wanted."""
+    if isinstance(weight, Tensor) or not weight.is_lossless:
+        return weight
+    return weight.plain() if wants_gradients else taken_by_moe(weight, dtype)
+
+
+def _parts_of(weight: Tensor | Weight) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    return ((weight,), ()) if isinstance(weight, Tensor) else (weight.tensors, weight.form)
+
+
+def _moe_in_stages(
+    x: Tensor,
+    weights: Sequence[Tensor | Weight | AdaptedWeight],
+    biases: Sequence[Tensor | None],
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    options: GluOptions,
+) -> Tensor:
+    """moe with adapters, which come between its stages."""
+    slots = plan(topk_ids, weights[0].shape[0])
+    h = grouped_gemm(x, weights[0], slots.expert_offsets, bias=biases[0], token_indices=slots.token_indices)
+    permuted_y = grouped_gemm(glu(h, **options.keywords()), weights[1], slots.expert_offsets, bias=biases[1])
+    return combine(permuted_y, slots, topk_weights)

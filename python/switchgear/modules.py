@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.experts import experts_class
 from switchgear.functional import Routing
-from switchgear.layers.common import WithLosses
+from switchgear.layers.common import WithLosses, experts_class
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import GatedSharedExperts, SharedExperts
 from switchgear.layers.virtual import VirtualExperts

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from switchgear import reference
+from switchgear.ops import GluOptions
 
 C = 2  # the constant in front of every float32 bound
 EVALUATION = 8  # rounded float32 operations of an activation, exponentials included, on values no larger than its scale
@@ -96,6 +97,10 @@ class Layer(NamedTuple):
     down_bias: Tensor | None
     topk_ids: Tensor
     topk_weights: Tensor
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of ops.moe_forward, without its options."""
+        return (self.x, [self.gate_up_proj], (), [self.down_proj], (), *self[3:])
 
     def double(self) -> Layer:
         """The same numbers in float64."""
@@ -183,7 +188,7 @@ def gemm(
     num_terms = x.value.shape[1] + (bias is not None)
 
     def product(rows: Tensor, matrices: list[Tensor], bias: Tensor | None) -> Tensor:
-        return reference.grouped_gemm(rows, matrices, bias, expert_offsets, token_indices)
+        return reference.grouped_gemm(rows, matrices, (), bias, expert_offsets, token_indices)
 
     value = product(x.value, weights, bias64)
     size = product(x.size(), sizes, None if bias64 is None else bias64.abs())
@@ -212,16 +217,6 @@ def combine(permuted_y: Bounded, plan: tuple[Tensor, Tensor, Tensor], topk_weigh
     return Bounded(reference.combine(permuted_y.value, *plan, weights), error)
 
 
-class GluOptions(NamedTuple):
-    """The options of glu, as the ops take them."""
-
-    activation: str = "silu"
-    gated: bool = True
-    interleaved: bool = False
-    alpha: float = 1.702
-    limit: float = 0.0
-
-
 def _sensitivity(gate: Tensor, error: Tensor, options: GluOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """act(gate); how far off it may be; act'(gate); and how far off that may be, for gates off by `error`.
 
@@ -232,9 +227,9 @@ def _sensitivity(gate: Tensor, error: Tensor, options: GluOptions) -> tuple[Tens
     activation, alpha = options.activation, options.alpha
 
     def slope(at: Tensor) -> Tensor:
-        return reference._activate(at, activation, alpha)[1]
+        return reference.activate(at, activation, alpha)[1]
 
-    value, middle = reference._activate(gate, activation, alpha)
+    value, middle = reference.activate(gate, activation, alpha)
     steepest = torch.stack((middle, slope(gate - error), slope(gate + error))).abs().amax(0)
     curvature = 2 * max(alpha, 1.0)
     size = gate.abs() + error
@@ -251,7 +246,7 @@ def _parts(h: Bounded, options: GluOptions) -> tuple[Bounded, Bounded]:
     if not options.gated:
         gate, up = h, exact(torch.ones_like(h.value))
     else:
-        values, errors = (reference._halves(part, options.interleaved) for part in h)
+        values, errors = (reference.halves(part, options.interleaved) for part in h)
         gate, up = (Bounded(value, error) for value, error in zip(values, errors, strict=True))
     if options.limit > 0:
         gate = gate._replace(value=gate.value.clamp(max=options.limit))
@@ -297,8 +292,8 @@ def moe_backward(grad_y: Tensor, h: Tensor, layer: Layer, options: GluOptions) -
     dtype = layer.x.dtype
     plan = reference.plan(layer.topk_ids, layer.gate_up_proj.shape[0])
     expert_offsets, token_indices, slot_indices = plan
-    rows = exact(reference._gather_rows(grad_y, token_indices))
-    weights = exact(reference._to_slots(layer.topk_weights, slot_indices)[:, None])
+    rows = exact(reference.gather_rows(grad_y, token_indices))
+    weights = exact(reference.to_slots(layer.topk_weights, slot_indices)[:, None])
     a = glu(exact(h), options).rounded(dtype)
     weighted = times(rows, weights).rounded(dtype)
     grad_a_each = gemm(rows, layer.down_proj.mT, None, expert_offsets).rounded(dtype)
@@ -308,13 +303,13 @@ def moe_backward(grad_y: Tensor, h: Tensor, layer: Layer, options: GluOptions) -
         bias = exact(layer.down_bias[expert.clamp(max=layer.down_bias.shape[0] - 1)])
         grad_slot = Bounded(*(slot + extra for slot, extra in zip(grad_slot, row_dot(rows, bias), strict=True)))
         grad_slot = Bounded(grad_slot.value, grad_slot.error + C * U32 * grad_slot.size())
-    grad_weights = Bounded(*(reference._gather_rows(part, slot_indices) for part in grad_slot))
+    grad_weights = Bounded(*(reference.gather_rows(part, slot_indices) for part in grad_slot))
     grad_h = glu_backward(times(grad_a_each, weights).rounded(dtype), h, options).rounded(dtype)
     grad_x_slots = gemm(grad_h, layer.gate_up_proj.mT, None, expert_offsets).rounded(dtype)
     ones = exact(torch.ones(len(rows.value), 1))
     return (
         combine(grad_x_slots, plan, None).rounded(dtype),
-        wgrad(grad_h, exact(reference._gather_rows(layer.x, token_indices)), expert_offsets).rounded(dtype),
+        wgrad(grad_h, exact(reference.gather_rows(layer.x, token_indices)), expert_offsets).rounded(dtype),
         wgrad(weighted, a, expert_offsets).rounded(dtype),
         Bounded(*(part.squeeze(-1) for part in wgrad(grad_h, ones, expert_offsets))).rounded(dtype),
         Bounded(*(part.squeeze(-1) for part in wgrad(weighted, ones, expert_offsets))).rounded(dtype),

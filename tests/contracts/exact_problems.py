@@ -80,14 +80,10 @@ def check(problem: Problem, layer: Layer, y: Tensor, seed: int) -> None:
         assert torch.equal(grad, wanted), f"seed {seed}: grad_{name}, {problem.options}"
 
 
-def keywords(options: GluOptions) -> dict[str, object]:
-    return {**options._asdict(), "limit": options.limit or None}
-
-
 def check_moe(problem: Problem, seed: int) -> None:
     layer = leaves(problem.layer)
     x, gate_up, down, gate_up_bias, down_bias, ids, weights = layer
     y = switchgear.moe(
-        x, gate_up, down, ids, weights, gate_up_bias=gate_up_bias, down_bias=down_bias, **keywords(problem.options)
+        x, gate_up, down, ids, weights, gate_up_bias=gate_up_bias, down_bias=down_bias, **problem.options.keywords()
     )
     check(problem, layer, y, seed)

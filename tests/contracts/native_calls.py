@@ -10,6 +10,7 @@ from torch import Tensor
 
 from switchgear import _C, reference
 from switchgear.reference import weight_dtype
+from switchgear.reference.formats import FORMATS
 
 BYTES = {"int8": torch.int8, "uint8": torch.uint8}
 GLU = {"activation": "silu", "gated": True, "interleaved": False, "alpha": 1.5, "limit": 0.0}
@@ -22,10 +23,10 @@ WEIGHTS = {
     "down_bias": "EH float rows",
 }
 # Of 4 bits in groups of 16, in blocks: N rows are A, H rows D of them; H columns are W words and G groups, I V and J.
-QUANTIZED = {"bits": 4, "group_size": 16}
+FIELDS = ("scales", "row_scales", "zeros", "slots")
 
 
-def quantized(name: str, blocks: str, words: str, groups: str) -> dict[str, str]:
+def integers(name: str, blocks: str, words: str, groups: str) -> dict[str, str]:
     return {
         name: f"E{blocks}{words}Q uint8",
         f"{name}_scales": f"E{blocks}{groups}R int8",
@@ -37,13 +38,19 @@ def quantized(name: str, blocks: str, words: str, groups: str) -> dict[str, str]
 CHOICES = {"topk_ids": "TK int32", "topk_weights": "TK float32"}
 
 
+PLAIN: dict[str, tuple[str, ...]] = {"gate_up_proj": (), "down_proj": ()}
+
+
 class Op(NamedTuple):
     """tensors: name -> sizes, dtype ("float" is one dtype for all), and what it may be: "rows" need contiguous rows,
     "matrices" contiguous rows or columns, others are contiguous; "out" is written. Options follow the tensors; those
-    that are the letter of a size have its value."""
+    that are the letter of a size have its value. weights: those of the tensors that are the data of a weight, and the
+    letters of its rows and columns where it is stored in integers, () where it is plain. parts and group_size are those
+    of its form."""
 
     tensors: dict[str, str]
     options: dict[str, Any]
+    weights: dict[str, tuple[str, ...]] = {}  # noqa: RUF012
 
 
 OPS = {
@@ -119,7 +126,8 @@ OPS = {
             "token_indices": "S int32",
             "out": "SN float rows out",
         },
-        {},
+        {"transposed": False, "input_gradient": False},
+        {"weight": ()},
     ),
     "grouped_gemm_wgrad": Op(
         {
@@ -134,7 +142,9 @@ OPS = {
     "glu": Op({"h": "SN float rows", "a": "SI float rows out"}, GLU),
     "glu_backward": Op({"grad_a": "SI float rows", "h": "SN float rows", "grad_h": "SN float rows out"}, GLU),
     "moe_forward": Op(
-        {"x": "TH float rows", **WEIGHTS, **CHOICES, "y": "TH float rows out", "h": "SN float rows out"}, GLU
+        {"x": "TH float rows", **WEIGHTS, **CHOICES, "y": "TH float rows out", "h": "SN float rows out"},
+        GLU,
+        PLAIN,
     ),
     "moe_backward": Op(
         {
@@ -148,32 +158,40 @@ OPS = {
             "grad_topk_weights": "TK float32 out",
         },
         GLU,
+        PLAIN,
     ),
-    "quantized_grouped_gemm": Op(
+    "grouped_gemm in int4": Op(
         {
             "x": "TH float rows",
-            **quantized("weight", "A", "W", "G"),
+            **integers("weight", "A", "W", "G"),
             "bias": "EN float rows",
             "expert_offsets": "F int32",
             "token_indices": "S int32",
             "out": "SN float rows out",
         },
-        {"rows": "N", "columns": "H", "parts": 2, **QUANTIZED, "transposed": False},
+        {"parts": 2, "group_size": 16, "transposed": False, "input_gradient": False},
+        {"weight": ("N", "H")},
     ),
-    "quantized_moe_forward": Op(
+    "moe_forward in int4": Op(
         {
             "x": "TH float rows",
-            **quantized("gate_up_proj", "A", "W", "G"),
-            **quantized("down_proj", "D", "V", "J"),
+            **integers("gate_up_proj", "A", "W", "G"),
+            **integers("down_proj", "D", "V", "J"),
             "gate_up_bias": "EN float rows",
             "down_bias": "EH float rows",
             **CHOICES,
             "y": "TH float rows out",
             "h": "SN float rows out",
         },
-        {"intermediate_size": "I", **QUANTIZED, **GLU},
+        {"parts": 2, "group_size": 16, **GLU},
+        {"gate_up_proj": ("N", "H"), "down_proj": ("H", "I")},
     ),
 }
+
+
+def function_of(op: str) -> str:
+    """The function that an entry of OPS calls."""
+    return op.partition(" ")[0]
 
 
 class Spec(NamedTuple):
@@ -203,12 +221,10 @@ def is_optional(op: str, name: str) -> bool:
         "combine": {"topk_weights"},
         "grouped_gemm": {"token_indices"},
         "grouped_gemm_wgrad": {"token_indices"},
-        "quantized_grouped_gemm": {"token_indices"},
         "moe_forward": {"h"},
-        "quantized_moe_forward": {"h"},
         "moe_backward": set(outputs_of("moe_backward")),
     }
-    return name.endswith(("bias", "_zeros")) or name in optional.get(op, set())
+    return name.endswith(("bias", "_zeros")) or name in optional.get(function_of(op), set())
 
 
 def sizes_of(T: int = 4, K: int = 2, E: int = 3, H: int = 5, I: int = 7) -> dict[str, int]:  # noqa: E741
@@ -244,7 +260,43 @@ def arguments(op: str, sizes: dict[str, int], dtype: torch.dtype = torch.float32
     options = {name: sizes.get(value, value) for name, value in OPS[op].options.items()}
     if "num_experts" in options:
         options = options | {"num_experts": sizes["E"], "candidates": sizes["E"]}
-    return args | options | {"num_threads": 1}
+    args |= options | {"num_threads": 1}
+    for name, letters in OPS[op].weights.items():
+        args[f"{name}_form"] = [INT4, *(sizes[letter] for letter in letters)] if letters else []
+    return args
+
+
+INT4 = FORMATS.index("int4")
+
+
+def weight_of(op: str, args: dict[str, Any], name: str) -> tuple[Any, tuple[int, ...]]:
+    """The tensors and the form of a weight."""
+    form = args[f"{name}_form"]
+    if not form:
+        return args[name], ()
+    present = [(bit, args.get(f"{name}_{field}")) for bit, field in enumerate(FIELDS)]
+    fields = sum(1 << bit for bit, tensor in present if tensor is not None)
+    parts = 1 if name == "down_proj" else args["parts"]
+    tensors = [args[name], *(tensor for _, tensor in present if tensor is not None)]
+    return tensors, (*form, parts, args["group_size"], fields)
+
+
+def handed_on(op: str, args: dict[str, Any], outputs: bool) -> list[Any]:
+    """The tensors of a call in order, weights as their tensors and their form; with or without outputs."""
+    weights = OPS[op].weights
+    parts_of_weights = {f"{name}_{field}" for name in weights for field in FIELDS}
+    given: list[Any] = []
+    for name in OPS[op].tensors:
+        if name in weights:
+            given += weight_of(op, args, name)
+        elif name not in parts_of_weights and (outputs or not spec_of(op, name).out):
+            given.append(args[name])
+    return given
+
+
+def options_of(op: str, args: dict[str, Any]) -> list[Any]:
+    """The options of a call in order."""
+    return [args[name] for name in OPS[op].options if name not in ("parts", "group_size")]
 
 
 def memory(tensor: Tensor) -> Tensor:
@@ -259,4 +311,4 @@ def poison(tensor: Tensor, byte: int = 0xA5) -> Tensor:
 
 
 def call(op: str, args: dict[str, Any]) -> None:
-    getattr(_C, op)(*args.values())
+    getattr(_C, function_of(op))(*handed_on(op, args, True), *options_of(op, args), args["num_threads"])

@@ -149,7 +149,7 @@ def forward_problems(seed: int) -> tuple[Layer, GluOptions, Tensor, Tensor]:
 def test_forward_within_bound(backend: str, count: int) -> None:
     for seed in range(count // 90):
         layer, options, y, bound = forward_problems(seed)
-        computed, _ = ops.moe_forward(*layer, *options, False)
+        computed, _ = ops.moe_forward(*layer.arguments(), *options, False)
         worst = ((computed.double() - y).abs() / bound).max()
         assert worst <= 1, f"seed {seed}: an error of {worst:.3g} bounds, {options}, {layer.x.dtype}"
 
@@ -267,7 +267,7 @@ def test_gradients_within_bound(backend: str, count: int) -> None:
     for seed in range(count // 50):
         layer, options, h, grad_y, expected = backward_problems(seed)
         needs = [name in expected for name in GRADIENTS]
-        grads = ops.moe_backward(grad_y, layer.x, h, *layer[1:], *options, needs)
+        grads = ops.moe_backward(grad_y, layer.x, h, *layer.arguments()[1:], *options, needs)
         for name, grad in zip(GRADIENTS, grads, strict=True):
             if name not in expected:
                 continue
@@ -314,7 +314,7 @@ def test_activation_within_bound(backend: str, activation: str, dtype: torch.dty
 def test_bounds_catch_one_rounding_too_many(backend: str) -> None:
     """The bounds can fail: they do when float32 results lose two bits."""
     layer, options, y, bound = forward_problems(0)
-    computed, _ = ops.moe_forward(*layer, *options, False)
+    computed, _ = ops.moe_forward(*layer.arguments(), *options, False)
     lossy = computed.double() * (1 + 2.0**-15)
     assert layer.x.dtype == torch.float32
     assert ((lossy - y).abs() / bound).max() > 1

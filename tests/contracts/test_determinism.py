@@ -101,13 +101,13 @@ def test_a_token_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype, 
 
     def run(rows: Tensor) -> tuple[Tensor, ...]:
         part = tokens_of(layer, rows)
-        y, h = ops.moe_forward(*part, *options, True)
+        y, h = ops.moe_forward(*part.arguments(), *options, True)
         needs = [True, False, False, False, False, True]
-        grads = ops.moe_backward(grad_y[rows], part.x, h, *part[1:], *options, needs)
+        grads = ops.moe_backward(grad_y[rows], part.x, h, *part.arguments()[1:], *options, needs)
         return y, grads[0], grads[5]
 
     whole = run(torch.arange(1024))
-    assert equal_bits(whole[0], ops.moe_forward(*layer, *options, False)[0])  # h saved or not
+    assert equal_bits(whole[0], ops.moe_forward(*layer.arguments(), *options, False)[0])  # h saved or not
     for _ in range(count):
         for size in BATCHES:
             rows = torch.randperm(1024)[:size]

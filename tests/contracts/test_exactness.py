@@ -68,7 +68,7 @@ def test_stages(backend: str, count: int) -> None:
         plan = switchgear.plan(layer.topk_ids, len(layer.gate_up_proj))
         rows = switchgear.permute(layer.x, plan, torch.ones_like(layer.topk_weights) if seed % 2 else None)
         h = switchgear.grouped_gemm(rows, layer.gate_up_proj, plan.expert_offsets, bias=layer.gate_up_bias)
-        a = switchgear.glu(h, **keywords(problem.options))
+        a = switchgear.glu(h, **problem.options.keywords())
         z = switchgear.grouped_gemm(a, list(layer.down_proj), plan.expert_offsets, bias=layer.down_bias)
         check(problem, layer, switchgear.combine(z, plan, layer.topk_weights), seed)
 

@@ -42,7 +42,7 @@ def layer() -> Any:
 
 def digest(_: object = None) -> str:
     """Of a forward and a backward pass, a route and a plan."""
-    x, *rest = layer()
+    x, *rest = layer().arguments()
     y, h = ops.moe_forward(x, *rest, *OPTIONS, True)
     grads = ops.moe_backward(y, x, h, *rest, *OPTIONS, [True, True, True, False, False, True])
     routing = switchgear.route(x, 4)

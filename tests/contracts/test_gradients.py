@@ -17,10 +17,6 @@ import switchgear
 from switchgear.testing import GluOptions
 
 
-def keywords(options: GluOptions) -> dict[str, object]:
-    return {**options._asdict(), "limit": options.limit or None}
-
-
 def check(function: Callable[..., object], *tensors: Tensor | None) -> None:
     """Random projections of the Jacobian in float64, which find any wrong element with probability 1."""
     leaves = []
@@ -45,7 +41,7 @@ def test_moe(count: int) -> None:
         def moe(*tensors: Tensor, options: GluOptions = options) -> Tensor:
             x, gate_up, down, gate_up_bias, down_bias, ids, weights = tensors
             return switchgear.moe(
-                x, gate_up, down, ids, weights, gate_up_bias=gate_up_bias, down_bias=down_bias, **keywords(options)
+                x, gate_up, down, ids, weights, gate_up_bias=gate_up_bias, down_bias=down_bias, **options.keywords()
             )
 
         check(moe, *layer.double())
@@ -96,7 +92,7 @@ def test_stages(count: int) -> None:
             return switchgear.grouped_gemm(x, weight, plan.expert_offsets)
 
         def glu(h: Tensor, options: GluOptions = options) -> Tensor:
-            return switchgear.glu(h, **keywords(options))
+            return switchgear.glu(h, **options.keywords())
 
         for weights in (None, layer.topk_weights):
             check(lambda x, w, plan=plan: switchgear.permute(x, plan, w), layer.x, weights)

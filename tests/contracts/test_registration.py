@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from native_calls import OPS, arguments, is_optional, sizes_of, spec_of
+from native_calls import OPS, arguments, function_of, handed_on, is_optional, options_of, sizes_of, spec_of
 from problems import DTYPES, counts
 from torch import Tensor
 
@@ -25,7 +25,6 @@ def sample(op: str, seed: int) -> tuple[Any, ...]:
     )
     sizes = sizes_of(tokens, min(top_k, experts), experts, hidden_size, intermediate_size)
     args = arguments(op, sizes, DTYPES[seed % 3])
-    inputs: dict[str, Any] = {}
     for name in OPS[op].tensors:
         spec = spec_of(op, name)
         if spec.out:
@@ -33,19 +32,22 @@ def sample(op: str, seed: int) -> tuple[Any, ...]:
         tensor: Tensor = args[name]
         if spec.layout == "matrices" and rng.integers(2):
             tensor = tensor.mT.contiguous().mT
-        inputs[name] = None if is_optional(op, name) and rng.integers(3) == 0 and name != "token_indices" else tensor
-    tensors, options = list(inputs.values()), [args[name] for name in OPS[op].options]
-    match op:
+        args[name] = None if is_optional(op, name) and rng.integers(3) == 0 and name != "token_indices" else tensor
+    for name in OPS[op].weights:
+        if not args[f"{name}_form"]:
+            args[name] = [args[name]]
+    tensors, options = handed_on(op, args, False), options_of(op, args)
+    match function_of(op):
         case "route" | "route_dynamic":
             return *tensors, sizes["K"], *options
         case "plan":
             return *tensors, sizes["E"]
         case "grouped_gemm":
-            x, weight, *rest = tensors
-            return x, [weight] if seed % 2 else list(weight), *rest
+            x, weight, form, *rest = tensors
+            return x, weight if form or seed % 2 else list(weight[0]), form, *rest, *options
         case "grouped_gemm_wgrad":
             return *tensors, bool(seed % 2)
-        case "moe_forward" | "quantized_moe_forward":
+        case "moe_forward":
             return *tensors, *options, bool(seed % 2)
         case "moe_backward":
             return *tensors, *options, [bool(need) for need in rng.integers(0, 2, 6)]
@@ -57,4 +59,4 @@ def sample(op: str, seed: int) -> tuple[Any, ...]:
 @counts(ci=2, full=20)
 def test_opcheck(op: str, count: int) -> None:
     for seed in range(count):
-        torch.library.opcheck(getattr(ops, op), sample(op, seed))
+        torch.library.opcheck(getattr(ops, function_of(op)), sample(op, seed))

@@ -59,8 +59,8 @@ struct Layer {
   }
   Bounded down(int64_t e, int64_t k, int64_t i) const { return {transposed ? down_proj(e, i, k) : down_proj(e, k, i)}; }
   ExpertWeights weights() const {
-    return {.gate_up_proj = {.packed = matrices_of(gate_up_proj)},
-            .down_proj = {.packed = matrices_of(down_proj)},
+    return {.gate_up_proj = {.data = matrices_of(gate_up_proj)},
+            .down_proj = {.data = matrices_of(down_proj)},
             .gate_up_bias = gate_up_bias,
             .down_bias = down_bias};
   }

@@ -78,7 +78,7 @@ Weights compact(const Array& b) {
   const int64_t row = compact_row_bytes(b.size(1), b.size(1), DType::kBFloat16);
   Weights w{" compact", Array(DType::kUInt8, {1, b.size(0), row}), {}};
   pack_compact(matrix, w.array, {1});
-  w.matrix = {w.array.view().data, DType::kBFloat16, row, 1, 2};
+  w.matrix = {w.array.view().data, DType::kBFloat16, row, 1, Format::kCompact, 2};
   return w;
 }
 

@@ -6,6 +6,10 @@
 namespace switchgear::test {
 namespace {
 
+Weight rows_of(const Array& data, int64_t rows, int64_t cols) {
+  return {.format = Format::kCompact, .data = data, .rows = rows, .cols = cols};
+}
+
 Array packed(const Array& weight) {
   for (int64_t room = 0;;) {
     const auto row_bytes = [&](int64_t exceptions) {
@@ -81,8 +85,8 @@ TEST(compact_weights_give_the_bits_of_plain_ones) {
         .x = l.x, .weights = l.weights(), .topk_ids = l.ids, .topk_weights = l.topk_weights, .options = o, .y = plain};
     MoeForwardArgs compact = args;
     compact.y = y;
-    compact.weights.gate_up_proj.packed = gate_up;
-    compact.weights.down_proj.packed = down;
+    compact.weights.gate_up_proj = rows_of(gate_up, l.N, c.H);
+    compact.weights.down_proj = rows_of(down, c.H, c.I);
     for_each_isa(
         {&y}, [&](Execution exec) { moe_forward(compact, exec); },
         [&] {
@@ -115,11 +119,12 @@ TEST(any_bytes_stay_within_their_rows) {
     Array y(dtype, {round % 4 < 2 ? c.T : 1, c.H}), weight(stored, {c.E, c.H, c.I});
     TensorView x = l.x, ids = l.ids, topk_weights = l.topk_weights;
     x.shape[0] = ids.shape[0] = topk_weights.shape[0] = y.size(0);
-    const MoeForwardArgs args{.x = x,
-                              .weights = {.gate_up_proj = {.packed = gate_up}, .down_proj = {.packed = down}},
-                              .topk_ids = ids,
-                              .topk_weights = topk_weights,
-                              .y = y};
+    const MoeForwardArgs args{
+        .x = x,
+        .weights = {.gate_up_proj = rows_of(gate_up, l.N, c.H), .down_proj = rows_of(down, c.H, c.I)},
+        .topk_ids = ids,
+        .topk_weights = topk_weights,
+        .y = y};
     for_each_isa({&y}, [&](Execution exec) { moe_forward(args, exec); }, [] {});
     expand_compact(down, weight, {2});
   }

@@ -16,10 +16,10 @@ class Weights {
     if (storage != Storage::kSeparate) {
       const bool transposed = storage == Storage::kTransposed;
       packed_ = random_array(random, dtype, {E, transposed ? C : N, transposed ? N : C}, 1.0, 1);
-      matrices_.packed = packed_;
+      matrices_.data = packed_;
       if (transposed) {
-        std::swap(matrices_.packed.shape[1], matrices_.packed.shape[2]);
-        std::swap(matrices_.packed.stride[1], matrices_.packed.stride[2]);
+        std::swap(matrices_.data.shape[1], matrices_.data.shape[2]);
+        std::swap(matrices_.data.stride[1], matrices_.data.stride[2]);
       }
       return;
     }
@@ -29,12 +29,12 @@ class Weights {
       base_.push_back(row_count_.back() > 0 ? separate_.back().view().data : nullptr);
     }
     matrices_ = {.base = base_.data(), .row_count = row_count_.data()};
-    matrices_.packed = view(nullptr, dtype, E, N, C);
-    matrices_.packed.stride = {0, C + 2, 1, 0};
+    matrices_.data = view(nullptr, dtype, E, N, C);
+    matrices_.data.stride = {0, C + 2, 1, 0};
   }
 
-  const ExpertMatrices& matrices() const { return matrices_; }
-  int64_t rows(int64_t e) const { return row_count_.empty() ? matrices_.packed.shape[1] : row_count_[e]; }
+  const Weight& matrices() const { return matrices_; }
+  int64_t rows(int64_t e) const { return row_count_.empty() ? matrices_.data.shape[1] : row_count_[e]; }
   float operator()(int64_t e, int64_t n, int64_t c) const {
     if (storage_ == Storage::kSeparate) return separate_[e](n, c);
     return storage_ == Storage::kTransposed ? packed_(e, c, n) : packed_(e, n, c);
@@ -46,7 +46,7 @@ class Weights {
   std::vector<Array> separate_;
   std::vector<const void*> base_;
   std::vector<int64_t> row_count_;
-  ExpertMatrices matrices_;
+  Weight matrices_;
 };
 
 TEST(grouped_gemm_matches_reference) {
@@ -168,7 +168,7 @@ TEST(grouped_gemm_is_exact_on_integers) {
     offsets.fill([&](int64_t e) { return e == 0 ? 0 : slot += static_cast<int32_t>(random.below(S - slot + 1)); });
     Array got(dtype, {S, N});
     const auto run = [&](Execution exec) {
-      grouped_gemm({.x = x, .weight = {.packed = weight}, .expert_offsets = offsets, .out = got}, exec);
+      grouped_gemm({.x = x, .weight = {.data = weight}, .expert_offsets = offsets, .out = got}, exec);
     };
     for_each_isa({&got}, run, [&] {
       int64_t e = 0;
@@ -196,7 +196,7 @@ void check_batch_invariance(int64_t S, int64_t C) {
     Array offsets(DType::kInt32, {2});
     const auto run = [&](const TensorView& rows, const TensorView& out, Execution exec) {
       offsets.fill([&](int64_t e) { return e * rows.shape[0]; });
-      grouped_gemm({.x = rows, .weight = {.packed = weight}, .expert_offsets = offsets, .out = out}, exec);
+      grouped_gemm({.x = rows, .weight = {.data = weight}, .expert_offsets = offsets, .out = out}, exec);
     };
     for_each_isa(
         {&all}, [&](Execution exec) { run(x, all, exec); },

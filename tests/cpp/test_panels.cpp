@@ -20,6 +20,10 @@ int64_t place_in_tiles(int64_t row, int64_t k, int64_t C) {
   return ((row / 32 * (C / 32) + k / 32) * 2 + row / 16 % 2) * 512 + row % 16 * 32 + k % 32;
 }
 
+Weight panels(const TensorView& data, int64_t rows, int64_t cols) {
+  return {.format = Format::kPanels, .data = data, .rows = rows, .cols = cols};
+}
+
 // Element by element; panel_products.inl has the order, amx_dot_products.inl that of tiles.
 Array packed(const Array& weight, PanelLayout layout) {
   const DType dtype = weight.view().dtype;
@@ -88,8 +92,8 @@ TEST(panels_give_the_bits_of_plain_weights) {
             const PanelLayout layout = panel_layout(dtype);
             gate_up = packed(l.gate_up_proj, layout);
             down = packed(l.down_proj, layout);
-            in_panels.weights.gate_up_proj.packed = gate_up;
-            in_panels.weights.down_proj.packed = down;
+            in_panels.weights.gate_up_proj = panels(gate_up, l.N, c.H);
+            in_panels.weights.down_proj = panels(down, c.H, c.I);
             moe_forward(in_panels, exec);
           },
           [&] {
@@ -111,7 +115,7 @@ TEST(panels_of_another_shape_are_errors) {
     y.poison(7);
     const std::vector<uint8_t> before = y.bytes();
     MoeForwardArgs args{.x = l.x,
-                        .weights = {.gate_up_proj = {.packed = first}, .down_proj = {.packed = second}},
+                        .weights = {.gate_up_proj = panels(first, l.N, c.H), .down_proj = panels(second, c.H, c.I)},
                         .topk_ids = l.ids,
                         .topk_weights = l.topk_weights,
                         .y = y};

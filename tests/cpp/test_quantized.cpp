@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // quantized_grouped_gemm and quantized_moe_forward on blocks of random bytes, padding included, against the definition in
 // ops.h, element by element.
+#include "switchgear/integers.h"
 #include "cases.h"
 
 namespace switchgear::test {
@@ -13,8 +14,8 @@ struct Format {
 constexpr Format kFormats[] = {{8, 0, true}, {4, 32, true}, {4, 16, false}, {8, 64, false}};
 
 // Blocks of random bytes; q, scale and zero as ops.h defines their places.
-struct Weight {
-  Weight(Random& random, const Format& f, int64_t E, int64_t rows, int64_t cols, int64_t parts)
+struct Integers {
+  Integers(Random& random, const Format& f, int64_t E, int64_t rows, int64_t cols, int64_t parts)
       : format(f), rows(rows), cols(cols), parts(parts), part_rows(rows / parts) {
     const int64_t B = parts * ((part_rows + 15) / 16), W = (cols + 7) / 8 * (f.bits == 8 ? 2 : 1);
     groups = f.group_size == 0 ? 1 : (cols + f.group_size - 1) / f.group_size;
@@ -28,8 +29,16 @@ struct Weight {
     for (int64_t i = 0; i < array.numel(); ++i) array.view().as<uint8_t>()[i] = static_cast<uint8_t>(random.bits());
     return array;
   }
-  QuantizedMatrices matrices() const {
-    return {values, scales, row_scales, zeros, rows, cols, parts, format.bits, format.group_size};
+  switchgear::Weight matrices() const {
+    return {.format = format.bits == 8 ? switchgear::Format::kInt8 : switchgear::Format::kInt4,
+            .data = values,
+            .scales = scales,
+            .row_scales = row_scales,
+            .zeros = zeros,
+            .rows = rows,
+            .cols = cols,
+            .parts = parts,
+            .group_size = format.group_size};
   }
 
   int64_t block(int64_t e, int64_t row) const {
@@ -89,18 +98,18 @@ TEST(grouped_gemm_is_what_the_bytes_say) {
       const int64_t parts = 1 + random.below(2), N = c.I * parts;
       const DType dtype = kFloatTypes[random.below(3)];
       note = name + join(" ", name_of(dtype), " bits ", f.bits, " group ", f.group_size, " parts ", parts);
-      const Weight weight(random, f, c.E, N, c.H, parts);
+      const Integers weight(random, f, c.E, N, c.H, parts);
       const Array x = random_array(random, dtype, {c.T, c.H}, 1.0, 3);
       const Array bias = random_array(random, dtype, {c.E, N}, 1.0, 1);
       Array out(dtype, {plan.num_slots(), N}, 2);
-      const QuantizedGroupedGemmArgs args{.x = x,
-                                          .weight = weight.matrices(),
-                                          .bias = bias,
-                                          .expert_offsets = plan.expert_offsets,
-                                          .token_indices = plan.token_indices,
-                                          .out = out};
+      const GroupedGemmArgs args{.x = x,
+                                 .weight = weight.matrices(),
+                                 .bias = bias,
+                                 .expert_offsets = plan.expert_offsets,
+                                 .token_indices = plan.token_indices,
+                                 .out = out};
       for_each_isa(
-          {&out}, [&](Execution exec) { quantized_grouped_gemm(args, exec); },
+          {&out}, [&](Execution exec) { grouped_gemm(args, exec); },
           [&] {
             for (int64_t e = 0; e < c.E; ++e) {
               for (int64_t s = plan.expert_offsets.id(e); s < plan.expert_offsets.id(e + 1); ++s) {
@@ -130,13 +139,13 @@ TEST(grouped_gemm_is_what_the_bytes_say) {
       // out = x · W, with W rounded to the dtype
       const Array grad = random_array(random, dtype, {plan.num_slots(), N}, 1.0, 1);
       Array flipped(dtype, {plan.num_slots(), c.H}, 1);
-      const QuantizedGroupedGemmArgs transposed{.x = grad,
-                                                .weight = weight.matrices(),
-                                                .expert_offsets = plan.expert_offsets,
-                                                .transposed = true,
-                                                .out = flipped};
+      const GroupedGemmArgs transposed{.x = grad,
+                                       .weight = weight.matrices(),
+                                       .expert_offsets = plan.expert_offsets,
+                                       .out = flipped,
+                                       .transposed = true};
       for_each_isa(
-          {&flipped}, [&](Execution exec) { quantized_grouped_gemm(transposed, exec); },
+          {&flipped}, [&](Execution exec) { grouped_gemm(transposed, exec); },
           [&] {
             for (int64_t e = 0; e < c.E; ++e) {
               for (int64_t s = plan.expert_offsets.id(e); s < plan.expert_offsets.id(e + 1); ++s) {
@@ -172,40 +181,40 @@ TEST(moe_forward_is_its_stages) {
       o.interleaved = o.gated && random.below(2) > 0;
       const int64_t N = o.gated ? 2 * c.I : c.I;
       note = name + join(" bits ", f.bits, " gated ", o.gated, " interleaved ", o.interleaved);
-      const Weight gate_up(random, f, c.E, N, c.H, o.gated && !o.interleaved ? 2 : 1),
+      const Integers gate_up(random, f, c.E, N, c.H, o.gated && !o.interleaved ? 2 : 1),
           down(random, f, c.E, c.H, c.I, 1);
       const Array x = random_array(random, DType::kFloat32, {c.T, c.H}, 1.0, 1);
       const Array gate_up_bias = random_array(random, DType::kFloat32, {c.E, N}, 1.0, 2);
       const Array down_bias = random_array(random, DType::kFloat32, {c.E, c.H}, 1.0, 3);
       Array y(DType::kFloat32, {c.T, c.H}, 1), h(DType::kFloat32, {plan.num_slots(), N}, 2);
-      const QuantizedMoeForwardArgs args{.x = x,
-                                         .gate_up_proj = gate_up.matrices(),
-                                         .down_proj = down.matrices(),
-                                         .gate_up_bias = gate_up_bias,
-                                         .down_bias = down_bias,
-                                         .topk_ids = ids,
-                                         .topk_weights = topk_weights,
-                                         .options = o,
-                                         .y = y,
-                                         .h = h};
+      const MoeForwardArgs args{.x = x,
+                                .weights = {.gate_up_proj = gate_up.matrices(),
+                                            .down_proj = down.matrices(),
+                                            .gate_up_bias = gate_up_bias,
+                                            .down_bias = down_bias},
+                                .topk_ids = ids,
+                                .topk_weights = topk_weights,
+                                .options = o,
+                                .y = y,
+                                .h = h};
       for_each_isa(
-          {&y, &h}, [&](Execution exec) { quantized_moe_forward(args, exec); },
+          {&y, &h}, [&](Execution exec) { moe_forward(args, exec); },
           [&] {
             Array stage_h(DType::kFloat32, {plan.num_slots(), N}), a(DType::kFloat32, {plan.num_slots(), c.I});
             Array rows(DType::kFloat32, {plan.num_slots(), c.H});
-            quantized_grouped_gemm({.x = x,
-                                    .weight = gate_up.matrices(),
-                                    .bias = gate_up_bias,
-                                    .expert_offsets = plan.expert_offsets,
-                                    .token_indices = plan.token_indices,
-                                    .out = stage_h});
+            grouped_gemm({.x = x,
+                          .weight = gate_up.matrices(),
+                          .bias = gate_up_bias,
+                          .expert_offsets = plan.expert_offsets,
+                          .token_indices = plan.token_indices,
+                          .out = stage_h});
             CHECK(same_bits(stage_h, h), "h");
             glu({.h = stage_h, .options = o, .a = a});
-            quantized_grouped_gemm({.x = a,
-                                    .weight = down.matrices(),
-                                    .bias = down_bias,
-                                    .expert_offsets = plan.expert_offsets,
-                                    .out = rows});
+            grouped_gemm({.x = a,
+                          .weight = down.matrices(),
+                          .bias = down_bias,
+                          .expert_offsets = plan.expert_offsets,
+                          .out = rows});
             for (int64_t t = 0; t < c.T; ++t) {
               for (int64_t n = 0; n < c.H; ++n) {
                 double sum = 0.0, size = 0.0;

@@ -35,8 +35,7 @@ std::vector<uint8_t> run_all_ops(uint64_t seed, Execution exec) {
   const Array& permuted_x = output(dtype, {S, H});
   permute({.x = x, .plan = p.plan(), .topk_weights = weights, .permuted_x = permuted_x}, exec);
   const Array& h = output(dtype, {S, N});
-  grouped_gemm({.x = permuted_x, .weight = {.packed = gate_up_proj}, .expert_offsets = p.expert_offsets, .out = h},
-               exec);
+  grouped_gemm({.x = permuted_x, .weight = {.data = gate_up_proj}, .expert_offsets = p.expert_offsets, .out = h}, exec);
   const Array& a = output(dtype, {S, I});
   glu({.h = h, .a = a}, exec);
   const Array& grad_h = output(dtype, {S, N});
@@ -56,7 +55,7 @@ std::vector<uint8_t> run_all_ops(uint64_t seed, Execution exec) {
                   .options = options,
                   .grad_router_logits = grad_logits},
                  exec);
-  const ExpertWeights experts{.gate_up_proj = {.packed = gate_up_proj}, .down_proj = {.packed = down_proj}};
+  const ExpertWeights experts{.gate_up_proj = {.data = gate_up_proj}, .down_proj = {.data = down_proj}};
   const Array& y = output(dtype, {T, H});
   const Array& saved_h = output(dtype, {S, N});
   moe_forward({.x = x, .weights = experts, .topk_ids = ids, .topk_weights = weights, .y = y, .h = saved_h}, exec);

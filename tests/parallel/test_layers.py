@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_pool import Pool
+from switchgear.compress import add_lora, quantize
 from torch import Tensor
 
 import switchgear
-from switchgear.compress import add_lora, quantize
 from switchgear.layers import HeterogeneousExperts
 from switchgear.parallel import ExpertParallel, Placement, checkpoint
 from switchgear.routing import SparsityAware

@@ -36,19 +36,19 @@ class Weights {
     }
     if (storage == Storage::kSeparate) {
       for (const Array& matrix : separate_) base_.push_back(matrix.numel() > 0 ? matrix.view().data : nullptr);
-      matrices_ = {.packed = view(nullptr, dtype, E, N, C), .base = base_.data(), .row_count = row_count_.data()};
-      matrices_.packed.stride = {0, separate_[0].view().stride[0], 1, 0};
+      matrices_ = {.data = view(nullptr, dtype, E, N, C), .base = base_.data(), .row_count = row_count_.data()};
+      matrices_.data.stride = {0, separate_[0].view().stride[0], 1, 0};
       return;
     }
     const bool transposed = storage == Storage::kTransposed;
     const int64_t height = transposed ? C : N, width = transposed ? N : C;
     packed_ = random_rows(rows, random, dtype, E * height, width);  // [E · height, width]
     const int64_t stride = packed_.view().stride[0];
-    matrices_.packed = view(packed_.view().data, dtype, E, N, C);
-    matrices_.packed.stride = {height * stride, transposed ? 1 : stride, transposed ? stride : 1, 0};
+    matrices_.data = view(packed_.view().data, dtype, E, N, C);
+    matrices_.data.stride = {height * stride, transposed ? 1 : stride, transposed ? stride : 1, 0};
   }
 
-  const ExpertMatrices& matrices() const { return matrices_; }
+  const Weight& matrices() const { return matrices_; }
   int64_t rows(int64_t e) const { return row_count_[static_cast<size_t>(e)]; }
   float operator()(int64_t e, int64_t n, int64_t c) const {
     if (storage_ == Storage::kSeparate) return separate_[static_cast<size_t>(e)](n, c);
@@ -62,7 +62,7 @@ class Weights {
   std::vector<Array> separate_;
   std::vector<const void*> base_;
   std::vector<int64_t> row_count_;
-  ExpertMatrices matrices_;
+  Weight matrices_;
 };
 
 struct GemmProblem {

@@ -32,7 +32,7 @@ struct Operands {
   }
   ExpertWeights weights() const {
     ExpertWeights weights = l.weights();
-    for (TensorView* v : {&weights.gate_up_proj.packed, &weights.down_proj.packed}) *v = on_device(*v);
+    for (TensorView* v : {&weights.gate_up_proj.data, &weights.down_proj.data}) *v = on_device(*v);
     return weights;
   }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The table that each ISA fills for weights in 8 or 4 bits: see kernels.inl, and QuantizedMatrices in ops.h for the format.
+// The table that each ISA fills for weights in 8 or 4 bits: see kernels.inl, and Weight in ops.h for the format.
 #pragma once
 #include <cstdint>
 
+#include "switchgear/integers.h"
 #include "switchgear/ops.h"
 
 namespace switchgear::cpu {

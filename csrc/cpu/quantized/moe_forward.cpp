@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// quantized_moe_forward: y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu)·W_dᵀ + b_d), weights in 8 or 4 bits
+// moe_forward of weights in integers: y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu)·W_dᵀ + b_d)
 //
 //   work 6·S·H·I operations for gated experts; traffic: touched weights once per 240 rows of an expert, 1 or 1/2 byte each,
 //   and 2/group_size bytes for a scale of 4 bits
@@ -48,7 +48,7 @@ void multiply_columns(const QuantizedKernels& q, QuantizedProduct product, const
 }
 
 struct FirstProjection {
-  const QuantizedMoeForwardArgs& args;
+  const MoeForwardArgs& args;
   QuantizedRows x;
   const int32_t* token_indices;
   TensorView a;  // [S,I]
@@ -59,7 +59,7 @@ struct FirstProjection {
     return args.options.gated && args.options.interleaved ? 2 * tile.column : tile.column;
   }
   const uint8_t* start(const Tile& tile) const {
-    return QuantizedMatrix(args.gate_up_proj, tile.expert).from(first_column(tile)).values;
+    return QuantizedMatrix(args.weights.gate_up_proj, tile.expert).from(first_column(tile)).values;
   }
 
   // `columns` of a from tile.column on; `next`: what the thread multiplies with afterwards; c: two of kTile floats.
@@ -78,7 +78,7 @@ struct FirstProjection {
     const bool apart = args.options.gated && !args.options.interleaved;  // gates and ups are columns of their own
     const int64_t width = args.options.gated && !apart ? 2 * columns : columns, stride = in_panels(width);
     const int64_t column = first_column(tile);
-    const QuantizedMatrix matrix(args.gate_up_proj, tile.expert);
+    const QuantizedMatrix matrix(args.weights.gate_up_proj, tile.expert);
     QuantizedProduct product{.rows = x,
                              .indices = token_indices + tile.first_row,
                              .num_rows = tile.num_rows,
@@ -114,9 +114,9 @@ struct FirstProjection {
     float* const part[2] = {part0, part1};
     for (int i = 0; i < 2; ++i) {
       if (columns.count[i] == 0) continue;
-      if (args.gate_up_bias.defined()) {
-        const void* const bias = at(args.gate_up_bias, expert, columns.begin[i]);
-        k.add_scaled_row(part[i], bias, args.gate_up_bias.dtype, 1.0f, columns.count[i]);
+      if (args.weights.gate_up_bias.defined()) {
+        const void* const bias = at(args.weights.gate_up_bias, expert, columns.begin[i]);
+        k.add_scaled_row(part[i], bias, args.weights.gate_up_bias.dtype, 1.0f, columns.count[i]);
       }
       if (args.h.defined()) k.store_row(at(args.h, slot, columns.begin[i]), args.h.dtype, part[i], columns.count[i]);
     }
@@ -129,7 +129,7 @@ struct FirstProjection {
 };
 
 struct SecondProjection {
-  const QuantizedMoeForwardArgs& args;
+  const MoeForwardArgs& args;
   QuantizedRows a;
   const Slots& slots;
   const Kernels& k;
@@ -152,7 +152,7 @@ struct SecondProjection {
   }
 
   int64_t next_expert(const Block& block, int64_t e) const {  // the next one with rows of its tokens
-    const int64_t num_experts = args.down_proj.values.shape[0];
+    const int64_t num_experts = args.weights.down_proj.num_experts();
     for (++e; e < num_experts; ++e) {
       const auto [first, last] = slots_of(block, e);
       if (first < last) break;
@@ -162,7 +162,7 @@ struct SecondProjection {
 
   // `sums` has a row of in_panels(columns) for each token, c kTile floats.
   void run(const Block& block, float* sums, float* c) const {
-    const int64_t num_experts = args.down_proj.values.shape[0], stride = in_panels(block.columns);
+    const int64_t num_experts = args.weights.down_proj.num_experts(), stride = in_panels(block.columns);
     std::fill(sums, sums + (block.last_token - block.first_token) * stride, 0.0f);
     for (int64_t e = next_expert(block, -1), after; e < num_experts; e = after) {
       after = next_expert(block, e);
@@ -175,7 +175,7 @@ struct SecondProjection {
           const bool more_columns = column + step < block.columns, more_rows = s + kQuantizedRows < last;
           const int64_t expert = more_columns || more_rows ? e : after;
           const uint8_t* const next = expert < num_experts
-                                          ? QuantizedMatrix(args.down_proj, expert)
+                                          ? QuantizedMatrix(args.weights.down_proj, expert)
                                                 .from(block.column + (more_columns ? column + step : 0))
                                                 .values
                                           : nullptr;
@@ -196,7 +196,7 @@ struct SecondProjection {
     q.multiply({.rows = a.from(range.first),
                 .indices = nullptr,
                 .num_rows = rows,
-                .b = QuantizedMatrix(args.down_proj, e).from(block.column + column),
+                .b = QuantizedMatrix(args.weights.down_proj, e).from(block.column + column),
                 .num_columns = columns,
                 .c = c,
                 .c_stride = stride,
@@ -204,9 +204,9 @@ struct SecondProjection {
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t slot = range.first + m;
       float* const row = c + m * stride;
-      if (args.down_bias.defined()) {
-        const void* const bias = at(args.down_bias, e, block.column + column);
-        k.add_scaled_row(row, bias, args.down_bias.dtype, 1.0f, columns);
+      if (args.weights.down_bias.defined()) {
+        const void* const bias = at(args.weights.down_bias, e, block.column + column);
+        k.add_scaled_row(row, bias, args.weights.down_bias.dtype, 1.0f, columns);
       }
       k.add_scaled_row(sums + (slots.token_indices[slot] - block.first_token) * sums_stride, row, DType::kFloat32,
                        slots.weights[slot], columns);
@@ -219,9 +219,9 @@ struct Cut {
   int64_t first_columns, second_columns, tokens;
 };
 
-Cut cut(const QuantizedMoeForwardArgs& args, const int32_t* expert_offsets, int num_threads) {
-  const int64_t num_experts = args.down_proj.values.shape[0], num_tokens = args.x.shape[0];
-  const int64_t hidden_size = args.x.shape[1], intermediate_size = args.down_proj.cols;
+Cut cut(const MoeForwardArgs& args, const int32_t* expert_offsets, int num_threads) {
+  const int64_t num_experts = args.weights.down_proj.num_experts(), num_tokens = args.x.shape[0];
+  const int64_t hidden_size = args.x.shape[1], intermediate_size = args.weights.down_proj.cols;
   int64_t active = 0;
   for (int64_t e = 0; e < num_experts; ++e) active += expert_offsets[e + 1] > expert_offsets[e];
   // With few rows tasks are long, since they read weights in the order of memory.
@@ -230,7 +230,8 @@ Cut cut(const QuantizedMoeForwardArgs& args, const int32_t* expert_offsets, int 
     const auto columns = [](int64_t size, int64_t pieces, int64_t most) {
       return std::max(kPanel, std::min(in_panels(ceil_div(size, pieces)), most / kPanel * kPanel));
     };
-    const int64_t bytes = args.gate_up_proj.rows * args.gate_up_proj.cols * args.gate_up_proj.bits / 8;
+    const int64_t bytes =
+        args.weights.gate_up_proj.rows * args.weights.gate_up_proj.cols * bits_of(args.weights.gate_up_proj.format) / 8;
     const int64_t pieces = std::max(ceil_div(bytes, kRunBytes), ceil_div(4 * num_threads, active));
     return {columns(intermediate_size, pieces, kLongest),
             columns(hidden_size, num_threads, std::min(kLongest, kSumsBytes / 4 / num_tokens)), num_tokens};
@@ -244,11 +245,11 @@ Cut cut(const QuantizedMoeForwardArgs& args, const int32_t* expert_offsets, int 
 
 }  // namespace
 
-void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec) {
+void integer_moe_forward(const MoeForwardArgs& args, Execution exec) {
   const int num_threads = resolve_threads(exec.num_threads);
-  const int64_t num_experts = args.down_proj.values.shape[0];
+  const int64_t num_experts = args.weights.down_proj.num_experts();
   const int64_t num_tokens = args.x.shape[0], hidden_size = args.x.shape[1];
-  const int64_t intermediate_size = args.down_proj.cols;
+  const int64_t intermediate_size = args.weights.down_proj.cols;
   const int64_t num_slots = args.topk_ids.shape[0] * args.topk_ids.shape[1];
   const int64_t row_bytes = intermediate_size * size_of(args.x.dtype);
 
@@ -259,14 +260,15 @@ void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec) 
   const Cut sizes = cut(args, slots.expert_offsets, num_threads);
 
   const int64_t thread_floats = 2 * kTile + sizes.tokens * sizes.second_columns;
-  Workspace workspace(quantized_bytes(num_tokens, args.gate_up_proj) + Workspace::padded(num_slots * row_bytes) +
-                      quantized_bytes(num_slots, args.down_proj) + Workspace::padded(num_threads * thread_floats * 4));
+  Workspace workspace(quantized_bytes(num_tokens, args.weights.gate_up_proj) +
+                      Workspace::padded(num_slots * row_bytes) + quantized_bytes(num_slots, args.weights.down_proj) +
+                      Workspace::padded(num_threads * thread_floats * 4));
   const Kernels& k = kernels();
   const QuantizedKernels& q = quantized_kernels();
   auto* const memory = static_cast<float*>(workspace.take_bytes(num_threads * thread_floats * 4));
   const auto own = [&](int thread) { return memory + thread * thread_floats; };
   const QuantizedRows x = quantize_rows(workspace, args.x.data, args.x.stride[0] * size_of(args.x.dtype), args.x.dtype,
-                                        num_tokens, args.gate_up_proj, num_threads);
+                                        num_tokens, args.weights.gate_up_proj, num_threads);
   char* const a = static_cast<char*>(workspace.take_bytes(num_slots * row_bytes));
 
   const std::vector<Tile> tiles =
@@ -277,15 +279,11 @@ void quantized_moe_forward(const QuantizedMoeForwardArgs& args, Execution exec) 
     const uint8_t* const next = at + 1 < tiles.size() ? first.start(tiles[at + 1]) : nullptr;
     first.run(tiles[at], sizes.first_columns, next, own(thread));
   });
-  if (args.h.defined()) {
-    for (int64_t s = used_slots; s < num_slots; ++s) {
-      std::memset(row_of(args.h, s), 0, static_cast<size_t>(args.h.shape[1] * size_of(args.h.dtype)));
-    }
-  }
+  if (args.h.defined()) zero_tail(args.h, used_slots);
   if (num_tokens == 0) return;
 
   const QuantizedRows quantized_a =
-      quantize_rows(workspace, a, row_bytes, args.x.dtype, used_slots, args.down_proj, num_threads);
+      quantize_rows(workspace, a, row_bytes, args.x.dtype, used_slots, args.weights.down_proj, num_threads);
   const SecondProjection second{args, quantized_a, slots, k, q};
   const int64_t column_blocks = ceil_div(hidden_size, sizes.second_columns);
   parallel_for_shares(num_threads, ceil_div(num_tokens, sizes.tokens) * column_blocks, [&](int64_t task, int thread) {

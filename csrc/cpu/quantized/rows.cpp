@@ -6,7 +6,7 @@
 namespace switchgear::cpu {
 
 QuantizedRows quantize_rows(Workspace& workspace, const void* data, int64_t row_bytes, DType dtype, int64_t num_rows,
-                            const QuantizedMatrices& weight, int num_threads) {
+                            const Weight& weight, int num_threads) {
   const int64_t stride = quantized_stride(weight), groups = weight.scales.shape[2];
   const int64_t blocks = ceil_div(weight.cols, block_columns(weight));
   const QuantizedRows rows{.values = workspace.take<int8_t>(num_rows * stride),
@@ -16,7 +16,7 @@ QuantizedRows quantize_rows(Workspace& workspace, const void* data, int64_t row_
                            .blocks = blocks,
                            .groups = groups};
   // Values are stored from 0 on; what makes them symmetric is one term for each row and group.
-  const int32_t factor = weight.zeros.defined() ? 1 : -(1 << (weight.bits - 1));
+  const int32_t factor = weight.zeros.defined() ? 1 : -(1 << (bits_of(weight.format) - 1));
   const QuantizedKernels& k = quantized_kernels();
   constexpr int64_t kGrain = 8;
   parallel_for_ranges(num_threads, num_rows, kGrain, [&](int64_t begin, int64_t end, int) {

@@ -12,14 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 import switchgear
-from switchgear.integrations.gates import Gate
+from switchgear.ops import GluOptions
+from switchgear.weights import Weight
 
 
 class ExpertWeights(NamedTuple):
-    """Views of a model's parameters; never copies. N is 2I for gated experts, I for plain ones."""
+    """Views of a model's parameters; never copies. N is 2I for gated experts, I for plain ones. Or what they are stored
+    as (switchgear.store)."""
 
-    gate_up_proj: Tensor  # [E, N, H]
-    down_proj: Tensor  # [E, H, I]
+    gate_up_proj: Tensor | Weight  # [E, N, H]
+    down_proj: Tensor | Weight  # [E, H, I]
     gate_up_bias: Tensor | None = None  # [E, N]
     down_bias: Tensor | None = None  # [E, H]
 
@@ -40,7 +42,7 @@ def run_experts(
     topk_ids: Tensor,
     topk_weights: Tensor,
     weights: ExpertWeights,
-    gate: Gate | None,
+    gate: GluOptions | None,
     own_gate: Callable[[Tensor], Tensor],
     post_norm: nn.Module | None = None,
 ) -> Tensor:
@@ -59,13 +61,9 @@ def run_experts(
             weights.down_proj,
             topk_ids,
             topk_weights,
-            activation=gate.activation,
-            gated=gate.gated,
-            interleaved=gate.interleaved,
             gate_up_bias=weights.gate_up_bias,
             down_bias=weights.down_bias,
-            alpha=gate.alpha,
-            limit=gate.limit,
+            **gate.keywords(),
         )
         return y.to(x.dtype)
 
@@ -77,45 +75,22 @@ def run_experts(
     return switchgear.combine(permuted_y, plan, topk_weights).to(x.dtype)
 
 
-def run_compressed(
-    module: Any, compressed: Any, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate: Gate | None
-) -> Tensor:
-    """The same for a module that `switchgear.compress` changed, which it does to fused ones alone."""
-    assert gate is not None
-    biases = (getattr(module, f"{name}_bias", None) for name in compressed.names)
-    gate_up_bias, down_bias = biases if getattr(module, "has_bias", False) else (None, None)
-    y: Tensor = compressed.moe(
-        module,
-        x,
-        topk_ids,
-        topk_weights,
-        activation=gate.activation,
-        gated=gate.gated,
-        interleaved=gate.interleaved,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-        alpha=gate.alpha,
-        limit=gate.limit,
-    )
-    return y.to(x.dtype)
-
-
 def project(
     x: Tensor,
-    weight: Tensor | Sequence[Tensor],
+    weight: Tensor | Weight | Sequence[Tensor],
     expert_offsets: Tensor,
     bias: Tensor | None = None,
     token_indices: Tensor | None = None,
 ) -> Tensor:
     """`switchgear.grouped_gemm` with x in the dtype of the weights, which a model may keep wider than activations."""
-    dtype = (weight if isinstance(weight, Tensor) else weight[0]).dtype
+    dtype = (weight if isinstance(weight, (Tensor, Weight)) else weight[0]).dtype
     return switchgear.grouped_gemm(x.to(dtype), weight, expert_offsets, bias=bias, token_indices=token_indices)
 
 
 def not_plain(weights: Iterable[Any]) -> str | None:
     """Why the kernels cannot read some weight, or None. A tensor subclass (torchao, DTensor) has a form of its own."""
     for weight in weights:
-        plain = type(weight) in (Tensor, nn.Parameter, type(None))  # None is a bias that is not there
+        plain = type(weight) in (Tensor, nn.Parameter, Weight, type(None))  # None is a bias that is not there
         if not plain and not isinstance(weight, (FakeTensor, FunctionalTensor)):  # tracing: both stand for plain ones
             return f"a weight is a {type(weight).__name__}, not a plain tensor"
     return None

@@ -15,11 +15,13 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from switchgear.ops import GluOptions
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -28,16 +30,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": lambda g: F.relu(g).square(),
 }
-
-
-class Gate(NamedTuple):
-    """Keyword arguments of `switchgear.glu` and `switchgear.moe` that reproduce a model's gate."""
-
-    activation: str
-    gated: bool = True
-    interleaved: bool = False
-    alpha: float = 1.702  # swiglu_oai alone reads it
-    limit: float | None = None
 
 
 def own_gate(module: Any) -> Callable[[Tensor], Tensor]:
@@ -58,7 +50,7 @@ def own_gate(module: Any) -> Callable[[Tensor], Tensor]:
 
 # torch.compile runs the function as it is and bakes the answer in.
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def gate_of(module: nn.Module) -> Gate | None:
+def gate_of(module: nn.Module) -> GluOptions | None:
     """The family that the module's gate belongs to, or None. Asked anew when the activation or a number changes."""
     numbers = [
         value for value in vars(module).values() if type(value) in (int, float)
@@ -72,7 +64,7 @@ def gate_of(module: nn.Module) -> Gate | None:
     return known[1]
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Gate | None]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], GluOptions | None]] = weakref.WeakKeyDictionary()
 
 
 def _activation(module: nn.Module) -> Any:
@@ -91,7 +83,7 @@ def _numbers(attributes: dict[str, Any], named: Iterable[str] = ("",)) -> list[f
     ]
 
 
-def _recognise_module(module: nn.Module) -> Gate | None:
+def _recognise_module(module: nn.Module) -> GluOptions | None:
     config = vars(getattr(module, "config", None) or object)
     numbers = _numbers(vars(module)) + _numbers(dict(config), named=("alpha", "limit", "clamp"))
     try:
@@ -101,7 +93,9 @@ def _recognise_module(module: nn.Module) -> Gate | None:
 
 
 @torch.no_grad()
-def recognise(gate: Callable[[Tensor], Tensor], *, gated: bool = True, numbers: Iterable[float] = ()) -> Gate | None:
+def recognise(
+    gate: Callable[[Tensor], Tensor], *, gated: bool = True, numbers: Iterable[float] = ()
+) -> GluOptions | None:
     """Finds the family of `gate` by calling it once.
 
     Args:
@@ -127,23 +121,23 @@ def _probe() -> Tensor:
     return sign * 2.0**exponent
 
 
-def _families(gated: bool, numbers: list[float]) -> Iterator[Gate]:
+def _families(gated: bool, numbers: list[float]) -> Iterator[GluOptions]:
     if not gated:
-        yield from (Gate(activation, gated=False) for activation in ACTIVATIONS)
+        yield from (GluOptions(activation, gated=False) for activation in ACTIVATIONS)
         return
-    limits = [None, *numbers]
+    limits = [0.0, *numbers]
     for interleaved, limit in itertools.product((False, True), limits):
-        yield from (Gate(activation, True, interleaved, limit=limit) for activation in ACTIVATIONS)
-        yield from (Gate("swiglu_oai", True, interleaved, alpha, limit) for alpha in numbers)
+        yield from (GluOptions(activation, True, interleaved, limit=limit) for activation in ACTIVATIONS)
+        yield from (GluOptions("swiglu_oai", True, interleaved, alpha, limit) for alpha in numbers)
 
 
-def _evaluate(family: Gate, h: Tensor) -> tuple[Tensor, Tensor]:
+def _evaluate(family: GluOptions, h: Tensor) -> tuple[Tensor, Tensor]:
     """The family's value on h, and the magnitude that its rounding errors are relative to."""
     if not family.gated:
         a = ACTIVATIONS[family.activation](h)
         return a, a.abs() + h.abs()
     gate, up = (h[:, 0::2], h[:, 1::2]) if family.interleaved else h.chunk(2, dim=-1)
-    if family.limit is not None:
+    if family.limit:
         gate, up = gate.clamp(max=family.limit), up.clamp(-family.limit, family.limit)
     if family.activation == "swiglu_oai":
         a = (up + 1) * gate * torch.sigmoid(family.alpha * gate)

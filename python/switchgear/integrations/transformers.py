@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ExpertsInterface
 
-from switchgear.integrations.experts import ExpertWeights, not_plain, run_compressed, run_experts, warn_once
+from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts, warn_once
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, swap_forward
 from switchgear.integrations.undecorated import PATCHES, patch_of
-from switchgear.packing import FINDERS, Layout
-from switchgear.stored import compressed_of
+from switchgear.weights import FINDERS, Layout, stored_of, weights_of
 
 NAME = "switchgear"
 MARKS = ("config", "is_transposed", "has_bias", "_apply_gate")  # of use_experts_implementation, since transformers 5.0
@@ -47,8 +46,6 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     """
     # int32 first: one conversion less in moe. (Ids that do not fit do not occur: they index a router's logits.)
     ids = torch.where(top_k_index < module.num_experts, top_k_index, -1).int()
-    if (compressed := compressed_of(module)) is not None:
-        return run_compressed(module, compressed, hidden_states, ids, top_k_weights, gate_of(module))
     weights = _weights(module)
     if (reason := not_plain(weights)) is not None:
         warn_once(f"{type(module).__name__} keeps its own implementation: {reason}")
@@ -70,10 +67,7 @@ def _first(module: Any) -> str:
 
 def _weights(module: Any) -> ExpertWeights:
     name = _first(module)
-    # Each attribute is read once: under a parametrisation (LoRA) every access computes the weight anew.
-    gate_up_proj, down_proj = getattr(module, name), module.down_proj
-    if module.is_transposed:
-        gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
+    gate_up_proj, down_proj = weights_of(module, Layout((name, "down_proj"), module.is_transposed, False))
     if not module.has_bias:
         return ExpertWeights(gate_up_proj, down_proj)
     return ExpertWeights(gate_up_proj, down_proj, getattr(module, f"{name}_bias"), module.down_proj_bias)
@@ -163,7 +157,7 @@ def path_of(module: Any) -> str:
         return f"FP8 experts: {_FP8_ADVICE}"
     if module.config._experts_implementation != NAME:
         return f"not replaced: experts_implementation is {module.config._experts_implementation!r}"
-    if compressed_of(module) is not None:
+    if stored_of(module) is not None:
         return "moe"
     # FSDP, tensor and expert parallelism hold DTensors between forwards, and plain local tensors inside.
     local = (weight for weight in _weights(module) if not isinstance(weight, DTensor))
@@ -173,8 +167,8 @@ def path_of(module: Any) -> str:
 
 
 def _layout_of(module: Any) -> Layout | None:
-    """For packing and quantisation: decorated modules on the fused kernel."""
-    if not is_decorated(module) or compressed_of(module) is not None or path_of(module) != "moe":
+    """For `store`: decorated modules on the fused kernel."""
+    if not is_decorated(module) or path_of(module) != "moe":
         return None
     gate = gate_of(module)
     assert gate is not None

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What layers share: the losses of the last forward, also of layers inside, and the context of pieces of tokens."""
+"""What layers share: the losses of the last forward, also of layers inside, the context of pieces of tokens, and the class of experts."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from switchgear.experts import Experts
+
+if TYPE_CHECKING:
+    from switchgear.parallel import ExpertParallel
 
 
 class WithLosses(nn.Module):
@@ -52,3 +59,12 @@ def first_choice(topk_ids: Tensor, num_experts: int) -> Tensor:
     first = topk_ids[:, 0].long() + 1
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_ids.device)
     return counts.scatter_add_(0, first, torch.ones_like(first))[1:]
+
+
+def experts_class(parallel: ExpertParallel | None) -> Callable[..., Experts]:
+    """Experts, or what makes those that are distributed over the ranks of `parallel`."""
+    if parallel is None:
+        return Experts
+    from switchgear.parallel import ParallelExperts  # imports torch.distributed, which others do not need
+
+    return functools.partial(ParallelExperts, parallel=parallel)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.experts import experts_class
+from switchgear.layers.common import experts_class
 
 if TYPE_CHECKING:
     from switchgear.parallel import ExpertParallel

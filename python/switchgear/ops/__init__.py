@@ -4,15 +4,15 @@
 Nothing else calls the ops of `_C` and `_cuda`. Private to switchgear: an op knows no gradient, so the public functions
 of functional.py are the ones to use. Shapes and formats are those of include/switchgear/ops.h.
 
-Each op is one function that allocates its outputs, in `allocate` (which also serves as the fake implementation), and
-one that passes them to a native module: `_C` for tensors on the CPU, `_cuda` for those on a CUDA device.
+Each op is a row: a schema, how its arguments are handed on, and a function that allocates its outputs. It runs on `_C`
+for tensors on the CPU, on `_cuda` for those on a CUDA device.
 
 native.py        the native modules
 registration.py  how an op is defined
 routing.py       who goes where: route and the ops of routing policies
 stages.py        what becomes of it, in steps: plan, permute, grouped_gemm, glu, combine
 layer.py         the same in one op: moe_forward
-quantized.py     with weights of 8 or 4 bits
+options.py       the options of the activation between the projections
 """
 
 from switchgear.ops.layer import moe_backward, moe_forward, moe_forward_on_host, needs_no_dispatch
@@ -26,7 +26,7 @@ from switchgear.ops.native import (
     set_cpu_isa,
     version,
 )
-from switchgear.ops.quantized import quantized_grouped_gemm, quantized_moe_forward, quantized_moe_forward_on_host
+from switchgear.ops.options import GluOptions
 from switchgear.ops.routing import (
     assign_balanced,
     assign_capped,
@@ -48,6 +48,7 @@ from switchgear.ops.stages import (
 )
 
 __all__ = [
+    "GluOptions",
     "Kernels",
     "advise_huge_pages",
     "assign_balanced",
@@ -70,9 +71,6 @@ __all__ = [
     "needs_no_dispatch",
     "permute",
     "plan",
-    "quantized_grouped_gemm",
-    "quantized_moe_forward",
-    "quantized_moe_forward_on_host",
     "route",
     "route_backward",
     "route_dynamic",

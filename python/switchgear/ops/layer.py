@@ -11,67 +11,37 @@ from torch import Tensor, nn
 
 from switchgear import backends
 from switchgear.ops.native import Kernels, host
-from switchgear.ops.registration import _matrix, _register, _rows
+from switchgear.ops.registration import matrix, register, rows
 
 _LAYER = (
-    "Tensor gate_up_proj, Tensor down_proj, Tensor? gate_up_bias, Tensor? down_bias, Tensor topk_ids, "
-    "Tensor topk_weights, str activation, bool gated, bool interleaved, float alpha, float limit"
+    "Tensor[] gate_up_proj, int[] gate_up_form, Tensor[] down_proj, int[] down_form, Tensor? gate_up_bias, "
+    "Tensor? down_bias, Tensor topk_ids, Tensor topk_weights, "
+    "str activation, bool gated, bool interleaved, float alpha, float limit"
 )
 
 
+# ---- moe_forward -----------------------------------------------------------------------------------------------------
+
+
 def _allocate_moe_forward(
-    x: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    save_h: bool,
+    x: Tensor, gate_up_proj: Sequence[Tensor], gate_up_form: Sequence[int], *others: Any
 ) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(_matrix("x", x), memory_format=torch.contiguous_format)
-    if gate_up_proj.dim() == 4 and gate_up_proj.dtype is torch.uint8:  # in panels, which the kernel checks
-        width = gate_up_proj.numel() // max(gate_up_proj.shape[0] * x.shape[1] * x.itemsize, 1)
-    else:
-        width = _matrix("gate_up_proj", gate_up_proj, 3).shape[1]
-    return y, x.new_empty(_matrix("topk_ids", topk_ids).numel() if save_h else 0, width)
+    topk_ids, save_h = others[4], others[-1]
+    y = torch.empty_like(matrix("x", x), memory_format=torch.contiguous_format)
+    width = gate_up_form[1] if gate_up_form else matrix("gate_up_proj", gate_up_proj[0], 3).shape[1]
+    return y, x.new_empty(matrix("topk_ids", topk_ids).numel() if save_h else 0, width)
 
 
-def _moe_forward(
-    kernels: Kernels,
-    x: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    save_h: bool,
-) -> tuple[Tensor, Tensor]:
-    options = (activation, gated, interleaved, alpha, limit)
-    layer = (gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
-    y, h = _allocate_moe_forward(x, *layer, *options, save_h)
-    kernels.module.moe_forward(
-        _rows(x), gate_up_proj, down_proj, _rows(gate_up_bias), _rows(down_bias),
-        topk_ids.contiguous(), topk_weights.contiguous(), y, h if save_h else None, *options, kernels.execution(),
-    )  # fmt: skip
-    return y, h
+def _moe_forward_writes(kernels: Kernels, *args: Any) -> tuple[Any, Any]:
+    y, h = _allocate_moe_forward(*args)
+    return (y, h), (y, h if args[-1] else None)
 
 
-moe_forward: Callable[..., tuple[Tensor, Tensor]] = _register(
+moe_forward: Callable[..., tuple[Tensor, Tensor]] = register(
     f"moe_forward(Tensor x, {_LAYER}, bool save_h) -> (Tensor y, Tensor h)",
-    _moe_forward,
+    "rwfwfrrddooooo-",
     _allocate_moe_forward,
+    written=_moe_forward_writes,
 )
 
 
@@ -95,92 +65,64 @@ def needs_no_dispatch(x: Tensor, *others: Tensor | None) -> bool:
 
 def moe_forward_on_host(
     x: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | Sequence[Tensor],
+    gate_up_form: Sequence[int],
+    down_proj: Tensor | Sequence[Tensor],
+    down_form: Sequence[int],
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     topk_ids: Tensor,
     topk_weights: Tensor,
     *options: Any,
 ) -> Tensor:
-    """y of moe_forward, for tensors that need no dispatch."""
+    """y of moe_forward, for tensors that need no dispatch; a plain projection is a tensor itself."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     host.module.moe_forward(
-        _rows(x), gate_up_proj, down_proj, _rows(gate_up_bias), _rows(down_bias),
+        rows(x), gate_up_proj, gate_up_form, down_proj, down_form, rows(gate_up_bias), rows(down_bias),
         topk_ids.contiguous(), topk_weights.contiguous(), y, None, *options, host.execution(),
     )  # fmt: skip
     return y
 
 
-def _allocate_moe_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    h: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
+# ---- moe_backward ----------------------------------------------------------------------------------------------------
+
+
+def _trained(args: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """What moe_backward has gradients for, of its arguments."""
+    _, x, _, gate_up_proj, _, down_proj, _, gate_up_bias, down_bias, _, topk_weights = args[:11]
+    return x, gate_up_proj[0], down_proj[0], gate_up_bias, down_bias, topk_weights
+
+
+def _allocate_moe_backward(*args: Any) -> tuple[Tensor, ...]:
+    return _gradients(torch.empty_like, args)
+
+
+def _gradients(empty_weight: Callable[[Tensor], Tensor], args: Sequence[Any]) -> tuple[Tensor, ...]:
     """Gradients of weights have the strides of the weights, so that an optimizer sees one layout."""
-    tensors = (x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_weights)
-    weights = (False, True, True, False, False, False)
-    return tuple(
-        x.new_empty(0, dtype=x.dtype if tensor is None else tensor.dtype)
-        if tensor is None or not need
-        else torch.empty_like(tensor, memory_format=torch.preserve_format if is_weight else torch.contiguous_format)
-        for tensor, need, is_weight in zip(tensors, needs, weights, strict=True)
-    )
+    x, *_, needs = args[1:]
+
+    def gradient(index: int, tensor: Tensor | None, need: bool) -> Tensor:
+        if tensor is None or not need:
+            return x.new_empty(0, dtype=x.dtype if tensor is None else tensor.dtype)
+        if index in (1, 2):
+            return empty_weight(tensor)
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    trained = _trained(args)
+    return tuple(gradient(index, *pair) for index, pair in enumerate(zip(trained, needs, strict=True)))
 
 
-def _moe_backward(
-    kernels: Kernels,
-    grad_y: Tensor,
-    x: Tensor,
-    h: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    options = (activation, gated, interleaved, alpha, limit)
-    layer = (gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
-    small = (needs[0], False, False, *needs[3:])
-    grad_x, _, _, *rest = _allocate_moe_backward(grad_y, x, h, *layer, *options, small)
-    projections = (
-        kernels.empty_weight(weight) if need else x.new_empty(0)
-        for weight, need in zip((gate_up_proj, down_proj), needs[1:3], strict=True)
-    )
-    grads = (grad_x, *projections, *rest)
-    present = (True, True, True, gate_up_bias is not None, down_bias is not None, True)
-    outputs: Any = (grad if need and there else None for grad, need, there in zip(grads, needs, present, strict=True))
-    kernels.module.moe_backward(
-        _rows(grad_y), _rows(x), _rows(h), gate_up_proj, down_proj,
-        _rows(gate_up_bias), _rows(down_bias), topk_ids.contiguous(), topk_weights.contiguous(),
-        *outputs, *options, kernels.execution(),
-    )  # fmt: skip
-    return grads
+def _moe_backward_writes(kernels: Kernels, *args: Any) -> tuple[Any, Any]:
+    grads = _gradients(kernels.empty_weight, args)
+    pairs = zip(grads, args[-1], _trained(args), strict=True)
+    return grads, tuple(grad if need and tensor is not None else None for grad, need, tensor in pairs)
 
 
-moe_backward: Callable[..., tuple[Tensor, ...]] = _register(
+moe_backward: Callable[..., tuple[Tensor, ...]] = register(
     f"moe_backward(Tensor grad_y, Tensor x, Tensor h, {_LAYER}, bool[] needs) -> (Tensor grad_x, "
     "Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_gate_up_bias, Tensor grad_down_bias, "
     "Tensor grad_topk_weights)",
-    _moe_backward,
+    "rrrwfwfrrddooooo-",
     _allocate_moe_backward,
+    written=_moe_backward_writes,
 )

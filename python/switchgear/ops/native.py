@@ -11,6 +11,7 @@ import torch  # first: it brings the OpenMP runtime that the native module then 
 from torch import Tensor
 
 from switchgear import cuda
+from switchgear.reference.formats import FORMATS
 
 try:
     from switchgear import _C
@@ -29,16 +30,22 @@ version: str = _C.version
 
 
 class Kernels:
-    """What an op runs on: a native module, the last argument of its functions, and memory for gradients of weights."""
+    """What an op runs on: a native module, the last argument of its functions, memory for gradients of weights, and the
+    formats of weights that the module multiplies."""
 
-    __slots__ = ("empty_weight", "execution", "module")
+    __slots__ = ("empty_weight", "execution", "formats", "module")
 
     def __init__(
-        self, module: Any, execution: Callable[[], Any], empty_weight: Callable[[Tensor], Tensor] = torch.empty_like
+        self,
+        module: Any,
+        execution: Callable[[], Any],
+        empty_weight: Callable[[Tensor], Tensor] = torch.empty_like,
+        formats: frozenset[str] = frozenset({"plain"}),
     ) -> None:
         self.module = module
         self.execution = execution
         self.empty_weight = empty_weight
+        self.formats = formats
 
 
 _KEPT_BYTES = 1 << 20  # smaller tensors come from memory that malloc keeps anyway
@@ -55,7 +62,7 @@ def _kept_like(tensor: Tensor) -> Tensor:
     return memory.mT if transposed else memory
 
 
-host = Kernels(_C, torch.get_num_threads, _kept_like)
+host = Kernels(_C, torch.get_num_threads, _kept_like, frozenset(FORMATS))
 
 
 @functools.cache

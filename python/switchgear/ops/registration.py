@@ -1,5 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How an op is defined: its schema, where each device runs it, its shapes without data, and torch.vmap."""
+"""How an op is defined: its schema, how its arguments reach the native modules, its outputs, and torch.vmap.
+
+An op is a row: a schema; a letter for each of its arguments, how it is handed on; and `allocate`, which makes the
+outputs (and so serves as the fake implementation, too). A native function takes the tensors, then the outputs, then the
+options, then what it runs on.
+
+    r  a tensor whose rows are contiguous, or None       d  a contiguous tensor, or None
+    w  the tensors of a weight                           f  the form of a weight
+    o  an option                                         -  not handed on: only the outputs depend on it
+"""
 
 from __future__ import annotations
 
@@ -11,9 +20,136 @@ import torch
 from torch import Tensor
 
 from switchgear import backends, cuda, reference
-from switchgear.ops.native import _on_cuda, host
+from switchgear.ops.native import Kernels, _on_cuda, host
+from switchgear.reference.formats import format_of
 
 _lib: Any = torch.library.Library("switchgear", "DEF")  # type: ignore[no-untyped-call]
+
+T = TypeVar("T", Tensor, Tensor | None)
+
+
+# ---- arguments, as the kernels take them -----------------------------------------------------------------------------
+
+
+def dense(tensor: T) -> T:
+    return None if tensor is None else tensor.contiguous()
+
+
+def rows(tensor: T) -> T:
+    """The kernels take any distance between rows, but rows must be contiguous."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def alike(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The kernels take one pair of strides for all separate matrices; where they differ, as contiguous copies."""
+    if len(tensors) == 1 or tensors[0].dim() != 2 or all(t.stride() == tensors[0].stride() for t in tensors):
+        return tensors
+    return [matrix.clone(memory_format=torch.contiguous_format) for matrix in tensors]
+
+
+def matrix(name: str, tensor: Tensor, dims: int = 2) -> Tensor:
+    """`tensor`, once it is known to have the dimensions that the outputs' shapes are read from."""
+    if tensor.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(tensor.shape)}")
+    return tensor
+
+
+_CHANGES: dict[str, Callable[[Any], Any]] = {"r": rows, "d": dense, "w": alike, "f": tuple}
+
+
+# ---- definition ------------------------------------------------------------------------------------------------------
+
+
+def register(
+    schema: str,
+    letters: str,
+    allocate: Callable[..., Any],
+    *,
+    written: Callable[..., tuple[Any, Any]] | None = None,
+    specified_in: ModuleType = reference,
+) -> Any:
+    """Defines the op and returns its overload, which is quicker to call than the packet.
+
+    written: (kernels, *arguments) -> the outputs, and those of them that the native function gets; by default all that
+        `allocate` makes.
+    specified_in: an op of another module than reference that a native module lacks runs as its specification says.
+    """
+    name = schema.partition("(")[0]
+    specification = getattr(specified_in, name)
+    is_everywhere = specified_in is reference
+    inputs = [(index, _CHANGES[letter]) for index, letter in enumerate(letters) if letter in _CHANGES]
+    options = [index for index, letter in enumerate(letters) if letter == "o"]
+    forms = [index for index, letter in enumerate(letters) if letter == "f"]
+
+    def native(kernels: Kernels, *args: Any) -> Any:
+        args = with_defaults(args)
+        if written is not None:
+            outputs, given = written(kernels, *args)
+        else:
+            outputs = allocate(*args)
+            given = outputs if isinstance(outputs, tuple) else (outputs,)
+        getattr(kernels.module, name)(
+            *[change(args[index]) for index, change in inputs],
+            *given,
+            *[args[index] for index in options],
+            kernels.execution(),
+        )
+        return outputs
+
+    on_host = MethodType(native, host)  # quicker than to hand `host` on with the arguments
+
+    def on_cpu(*args: Any) -> Any:
+        if backends.runs_natively(args[0].dtype) and (is_everywhere or hasattr(host.module, name)):
+            return on_host(*args)
+        return in_torch(*args)
+
+    def on_cuda(*args: Any) -> Any:
+        device = args[0].device
+        if device.type != "cuda":  # another argument brought the call here
+            _check_devices(op, args)
+        if not backends.runs_natively(args[0].dtype):
+            return in_torch(*args)
+        reason = cuda.reason_against(device.index)
+        if reason is not None:
+            backends.announce_reference(device, reason)
+            return in_torch(*args)
+        kernels = _on_cuda(device.index)
+        if not (is_everywhere or hasattr(kernels.module, name)):
+            return in_torch(*args)
+        for index in forms:
+            if (format := format_of(args[index])) not in kernels.formats:
+                backends.announce_format(device, f"{format} weights")
+                return in_torch(*args)
+        with cuda.current(device.index):
+            return native(kernels, *args)
+
+    def elsewhere(*args: Any) -> Any:
+        backends.announce_reference(args[0].device)
+        return in_torch(*args)
+
+    def without_data(*args: Any) -> Any:  # meta tensors come here too, whatever the device of the others
+        _check_devices(op, args)
+        return allocate(*with_defaults(args))
+
+    def in_torch(*args: Any) -> Any:
+        with backends.without_autocast(args[0].device.type):  # which would round every product in here
+            return specification(*args)
+
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.switchgear, name).default
+    defaults = [argument.default_value for argument in op._schema.arguments]
+    if len(defaults) != len(letters):
+        raise AssertionError(f"{name}: expected a letter for each of {len(defaults)} arguments, got {letters}")
+
+    def with_defaults(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args if len(args) == len(defaults) else (*args, *defaults[len(args) :])
+
+    _lib.impl(name, on_cpu, "CPU")
+    _lib.impl(name, on_cuda, "CUDA")
+    _lib.impl(name, elsewhere, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"switchgear::{name}", without_data, lib=_lib)
+    torch.library.register_vmap(f"switchgear::{name}", _loop_over_batch(op), lib=_lib)
+    return op
 
 
 def _loop_over_batch(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,78 +176,3 @@ def _check_devices(op: Any, args: Sequence[Any]) -> None:
         for tensor in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(tensor, Tensor) and tensor.device != device:
                 raise ValueError(f"{argument.name}: expected a tensor on {device}, got one on {tensor.device}")
-
-
-def _register(
-    schema: str, native: Callable[..., Any], allocate: Callable[..., Any], specified_in: ModuleType = reference
-) -> Any:
-    """Defines the op and returns its overload, which is quicker to call than the packet. An op of another
-    module than reference that a native module lacks runs as its specification says."""
-    name = schema.partition("(")[0]
-    specification = getattr(specified_in, name)
-    is_everywhere = specified_in is reference
-
-    on_host = MethodType(native, host)  # quicker than to hand `host` on with the arguments
-
-    def on_cpu(*args: Any) -> Any:
-        if backends.runs_natively(args[0].dtype) and (is_everywhere or hasattr(host.module, name)):
-            return on_host(*args)
-        return in_torch(*args)
-
-    def on_cuda(*args: Any) -> Any:
-        device = args[0].device
-        if device.type != "cuda":  # another argument brought the call here
-            _check_devices(op, args)
-        if not backends.runs_natively(args[0].dtype):
-            return in_torch(*args)
-        reason = cuda.reason_against(device.index)
-        if reason is not None:
-            backends.announce_reference(device, reason)
-            return in_torch(*args)
-        kernels = _on_cuda(device.index)
-        if not (is_everywhere or hasattr(kernels.module, name)):
-            return in_torch(*args)
-        with cuda.current(device.index):
-            return native(kernels, *args)
-
-    def elsewhere(*args: Any) -> Any:
-        backends.announce_reference(args[0].device)
-        return in_torch(*args)
-
-    def without_data(*args: Any) -> Any:  # meta tensors come here too, whatever the device of the others
-        _check_devices(op, args)
-        return allocate(*args)
-
-    def in_torch(*args: Any) -> Any:
-        with backends.without_autocast(args[0].device.type):  # which would round every product in here
-            return specification(*args)
-
-    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _lib.impl(name, on_cpu, "CPU")
-    _lib.impl(name, on_cuda, "CUDA")
-    _lib.impl(name, elsewhere, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"switchgear::{name}", without_data, lib=_lib)
-    op = getattr(torch.ops.switchgear, name).default
-    torch.library.register_vmap(f"switchgear::{name}", _loop_over_batch(op), lib=_lib)
-    return op
-
-
-# ---- arguments, as the kernels take them -----------------------------------------------------------------------------
-
-T = TypeVar("T", Tensor, Tensor | None)
-
-
-def _dense(tensor: T) -> T:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _rows(tensor: T) -> T:
-    """The kernels take any distance between rows, but rows must be contiguous."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _matrix(name: str, tensor: Tensor, dims: int = 2) -> Tensor:
-    """`tensor`, once it is known to have the dimensions that the outputs' shapes are read from."""
-    if tensor.dim() != dims:
-        raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(tensor.shape)}")
-    return tensor

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from switchgear import ops
+from switchgear.ops import GluOptions
 from switchgear.parallel import header, layout, local
 from switchgear.parallel.cost import choose_chunks
 from switchgear.parallel.transport import Work, _Done
@@ -55,7 +56,7 @@ class Layer:
     placement_digest: int
     has_copies: bool  # whether any expert is on several ranks
     copies: tuple[Copy, ...]  # those of them that are here
-    options: local.Options
+    options: GluOptions
     extra: object = None  # whatever else must agree
 
 

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from switchgear.autograd import apply, needs_autograd
 from switchgear.backends import in_autocast
 from switchgear.experts import Experts
-from switchgear.functional import _apply, _as_ids, _as_weights, _autocast, _limit, _needs_autograd
+from switchgear.functional import as_ids, as_limit, as_weights, in_autocast_dtype
+from switchgear.ops import GluOptions
 from switchgear.parallel import exchange
 from switchgear.parallel.group import ExpertParallel
-from switchgear.parallel.local import Options, Weights
+from switchgear.parallel.local import Weights
 from switchgear.parallel.placement import Placement
-from switchgear.stored import compressed_of
+from switchgear.weights import stored_of, weights_of
 
 
 class _Exchange(torch.autograd.Function):
@@ -54,7 +56,7 @@ def _absent(*_: Tensor) -> Tensor:
 
 
 def make_layer(
-    parallel: ExpertParallel, placement: Placement, options: Options, number: int | None = None, extra: object = None
+    parallel: ExpertParallel, placement: Placement, options: GluOptions, number: int | None = None, extra: object = None
 ) -> exchange.Layer:
     """What an exchange has to know about a layer whose experts lie so."""
     mine = placement.experts_of_rank[parallel.rank]
@@ -89,20 +91,20 @@ def exchange_moe(
     shape = x.shape
     x = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     if in_autocast(x.device.type):
-        (x,) = _autocast(x.device.type, x)
+        (x,) = in_autocast_dtype(x.device.type, x)
         if weights is not None:
-            weights = Weights(*_autocast(x.device.type, *weights))
-    topk_ids = _as_ids("topk_ids", topk_ids.reshape(-1, topk_ids.shape[-1]))
-    topk_weights = _as_weights("topk_weights", topk_weights.reshape(topk_ids.shape), x.dtype)
+            weights = Weights(*in_autocast_dtype(x.device.type, *weights))
+    topk_ids = as_ids("topk_ids", topk_ids.reshape(-1, topk_ids.shape[-1]))
+    topk_weights = as_weights("topk_weights", topk_weights.reshape(topk_ids.shape), x.dtype)
     if len(topk_ids) != len(x):
         raise ValueError(f"topk_ids: expected {len(x)} rows as x has, got {len(topk_ids)}")
-    if weights is not None and _needs_autograd(x, topk_weights, *weights):
-        y: Tensor = _apply(_Exchange, x, topk_weights, *weights, topk_ids, layer)
+    if weights is not None and needs_autograd(x, topk_weights, *weights):
+        y: Tensor = apply(_Exchange, x, topk_weights, *weights, topk_ids, layer)
     else:
-        wanted = weights is None and _needs_autograd(x, topk_weights)
+        wanted = weights is None and needs_autograd(x, topk_weights)
         with torch.no_grad(), layer.parallel.peers.exchange():
             if wanted:
-                what = "compressed experts that are distributed"
+                what = "stored experts that are distributed"
                 raise ValueError(f"hidden_states: expected no gradients to be recorded with {what}")
             given = None if module is not None else weights
             y, _ = exchange.forward(layer, x, topk_ids, topk_weights, -1, given, module)
@@ -114,7 +116,7 @@ class ParallelExperts(Experts):
 
     Made by MoE(..., parallel=…). The parameters are those of the local experts; `placement` says which they are. The
     same seed gives an expert the same initial weights whatever the number of ranks. Every parameter gets a gradient at
-    every step, on every rank. Compressed experts are for inference.
+    every step, on every rank. Stored experts (switchgear.store) are for inference.
     """
 
     def __init__(
@@ -129,8 +131,8 @@ class ParallelExperts(Experts):
         extra = (hidden_size, intermediate_size, self.down_proj_bias is not None)
         self._layer = make_layer(parallel, self.placement, self._options(), extra=extra)
 
-    def _options(self) -> Options:
-        return Options(self.activation, self.gated, self.interleaved, float(self.alpha), _limit(self.limit))
+    def _options(self) -> GluOptions:
+        return GluOptions(self.activation, self.gated, self.interleaved, float(self.alpha), as_limit(self.limit))
 
     def reset_parameters(self) -> None:
         """As Experts does, expert by expert: all ranks draw the numbers of all experts, and keep theirs."""
@@ -148,11 +150,8 @@ class ParallelExperts(Experts):
         """hidden_states [..., H], topk_ids [..., K] (of all experts; -1 for none) and topk_weights [..., K] -> [...,
         H]."""
         weights = None
-        if compressed_of(self) is None:
-            first: Tensor = getattr(self, self._first)
-            second: Tensor = self.down_proj
-            if self.transposed:
-                first, second = first.mT, second.mT
+        if stored_of(self) is None:
+            first, second = weights_of(self, self._layout)
             weights = Weights(first, second, getattr(self, f"{self._first}_bias"), self.down_proj_bias)
         y: Tensor = exchange_moe(self._layer, hidden_states, topk_ids, topk_weights, weights, super().forward)
         return y

@@ -11,13 +11,13 @@ tokens of all ranks, whatever the number of chunks: one process that has all tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from switchgear import ops, reference
+from switchgear.ops import GluOptions
 from switchgear.parallel.layout import Receiving
 
 
@@ -28,20 +28,6 @@ class Weights(NamedTuple):
     down_proj: Tensor  # [E,H,I]
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class Options:
-    """Those of glu, as the ops take them."""
-
-    activation: str = "silu"
-    gated: bool = True
-    interleaved: bool = False
-    alpha: float = 1.702
-    limit: float = 0.0
-
-    def __iter__(self) -> Any:
-        return iter((self.activation, self.gated, self.interleaved, self.alpha, self.limit))
 
 
 class Chunk(NamedTuple):
@@ -85,31 +71,31 @@ def sum_rows(rows: Tensor, table: Tensor, weights: Tensor | None) -> Tensor:
     return total.to(rows.dtype)
 
 
-def forward(x: Tensor, chunk: Chunk, pair_weights: Tensor, weights: Weights, options: Options, each: bool) -> Any:
+def forward(x: Tensor, chunk: Chunk, pair_weights: Tensor, weights: Weights, options: GluOptions, each: bool) -> Any:
     """x [R,H] -> the rows to return, and h [P,N]. each: a row for each pair, not weighted."""
     if not len(x):
         return x, x.new_empty(0, weights.gate_up_proj.shape[1])
-    h = ops.grouped_gemm(x, [weights.gate_up_proj], weights.gate_up_bias, chunk.offsets, chunk.slot_rows)
-    y = ops.grouped_gemm(ops.glu(h, *options), [weights.down_proj], weights.down_bias, chunk.offsets, None)
+    h = ops.grouped_gemm(x, [weights.gate_up_proj], (), weights.gate_up_bias, chunk.offsets, chunk.slot_rows)
+    y = ops.grouped_gemm(ops.glu(h, *options), [weights.down_proj], (), weights.down_bias, chunk.offsets, None)
     return _returned(y, chunk, None if each else pair_weights[chunk.row_pairs], each), h
 
 
 def backward(
-    grad_y: Tensor, h: Tensor, chunk: Chunk, pair_weights: Tensor, weights: Weights, options: Options, each: bool
+    grad_y: Tensor, h: Tensor, chunk: Chunk, pair_weights: Tensor, weights: Weights, options: GluOptions, each: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_y [R,H] -> the rows of grad_x to return, the weights' gradients [P], and dh [P,N] and w·a [P,I] for
     `wgrad`."""
     if not len(grad_y):
         return grad_y, pair_weights[:0], h, grad_y.new_empty(0, weights.down_proj.shape[2])
     a = ops.glu(h, *options)
-    g = ops.grouped_gemm(grad_y, [weights.down_proj.mT], None, chunk.offsets, chunk.slot_rows, True)
+    g = ops.grouped_gemm(grad_y, [weights.down_proj.mT], (), None, chunk.offsets, chunk.slot_rows, False, True)
     grad_weights = _dot_rows(g, a)
     if weights.down_bias is not None:
         expert = torch.repeat_interleave(chunk.offsets.diff())
         grad_weights += _dot_rows(grad_y[chunk.slot_rows.long()], weights.down_bias[expert])
     w = pair_weights[chunk.slot_pairs][:, None]
     grad_h = ops.glu_backward((g * w).to(g.dtype), h, *options)
-    grad_x = ops.grouped_gemm(grad_h, [weights.gate_up_proj.mT], None, chunk.offsets, None, True)
+    grad_x = ops.grouped_gemm(grad_h, [weights.gate_up_proj.mT], (), None, chunk.offsets, None, False, True)
     return _returned(grad_x, chunk, None, each), grad_weights, grad_h, (a * w).to(a.dtype)
 
 

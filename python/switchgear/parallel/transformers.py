@@ -21,13 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.distributed.expert_parallel import AllToAllEP, EPImplementation, EPImplementationInterface
 
-from switchgear.functional import _limit
 from switchgear.integrations import transformers as integration
 from switchgear.integrations.experts import not_plain
 from switchgear.integrations.gates import gate_of
 from switchgear.parallel.experts import exchange_moe, make_layer
 from switchgear.parallel.group import ExpertParallel
-from switchgear.parallel.local import Options, Weights
+from switchgear.parallel.local import Weights
 from switchgear.parallel.placement import Placement
 
 NAME = "switchgear"
@@ -69,8 +68,7 @@ class SwitchgearEP(EPImplementation):
         if self._layer is None:
             size = self.parallel.size
             placement = Placement.contiguous(self._num_local * size, size)
-            options = Options(gate.activation, gate.gated, gate.interleaved, float(gate.alpha), _limit(gate.limit))
-            self._layer = make_layer(self.parallel, placement, options, self._number, weights.down_proj.shape[1:])
+            self._layer = make_layer(self.parallel, placement, gate, self._number, weights.down_proj.shape[1:])
         y: Tensor = exchange_moe(
             self._layer, hidden_states, top_k_index, top_k_weights, Weights(*weights), self._run_module
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switchgear import ops, reference_policies
+from switchgear import ops, reference
 from switchgear.functional import Routing
 from switchgear.reference import check_choice
 from switchgear.routing.context import Context, check_scope, is_per_sequence, sequences
@@ -99,7 +99,7 @@ class Capacity:
                 candidates = min(math.ceil(top_k * self.expand), candidates)
         kept_ids = ops.fit_capacity(
             ids, self._priorities(routing, context), None if scores is None else scores.detach().float(), sequence,
-            limits, routing.num_experts, self.drop if self.drop in reference_policies.DROPS else "priority", candidates,
+            limits, routing.num_experts, self.drop if self.drop in reference.DROPS else "priority", candidates,
         )  # fmt: skip
         weights = routing.topk_weights.masked_fill(kept_ids < 0, 0)
         if scores is not None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.functional import Routing, _apply
+from switchgear.autograd import apply
+from switchgear.functional import Routing
 from switchgear.reference import check_choice
 from switchgear.routing.context import NOTHING_KNOWN, Context, check_at_least, sequences
 from switchgear.routing.ranking import SCORE_FUNCTIONS, choose, draw, finite, gumbel, scores_of, uniform
@@ -152,7 +153,7 @@ class SparseMixer:
                 drawn = draw(probabilities, context)
                 exact = (drawn == best) | (uniform((len(drawn), 1), context, device) > 0.75)
                 factor = torch.where(exact, 1.0, probabilities.new_full((), 1 / 3))
-                weights.append(_apply(_Multiplier, logits, probabilities, drawn, factor))
+                weights.append(apply(_Multiplier, logits, probabilities, drawn, factor))
             else:
                 drawn = best
                 weights.append(logits.masked_fill(out, -math.inf).softmax(-1).gather(1, drawn))

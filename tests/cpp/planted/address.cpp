@@ -23,7 +23,7 @@ void heap_overflow_write() {
 void multiply(const float* x, const float* weight, float* y, int H, int N) {
   int32_t offsets[] = {0, 1};
   grouped_gemm({.x = view(const_cast<float*>(x), DType::kFloat32, 1, H),
-                .weight = {.packed = view(const_cast<float*>(weight), DType::kFloat32, 1, N, H)},
+                .weight = {.data = view(const_cast<float*>(weight), DType::kFloat32, 1, N, H)},
                 .expert_offsets = view(offsets, DType::kInt32, 2),
                 .out = view(y, DType::kFloat32, 1, N)});
 }

@@ -68,6 +68,22 @@ def expand(panels: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def check_storage(name: str, panels: Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:
+    """These are panels of some ISA, of weights [E,rows,columns] of `dtype`."""
+    if panels.dtype is not torch.uint8:
+        raise TypeError(f"{name}: expected torch.uint8, got {panels.dtype}")
+    if panels.dim() == 4 and panels.shape[1] and not rows % panels.shape[1] and not columns % COLUMNS:
+        layout = PanelLayout(rows // panels.shape[1], panels.shape[3])
+        vectors, rest = divmod(layout.rows * columns * dtype.itemsize, max(layout.vector_bytes, 1))
+        if not rest and panels.shape[2] == vectors:
+            if layout.vector_bytes != TILE_BYTES:
+                layout.lanes(dtype)
+            return
+    raise ValueError(
+        f"{name}: expected panels [E, N/rows, vectors, bytes] of [{rows}, {columns}], got shape {list(panels.shape)}"
+    )
+
+
 def plain(panels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """The weight [E,N,C] whose panels these are."""
     rows = panels.shape[1] * panels.shape[2] * panels.shape[3] // (columns * dtype.itemsize)

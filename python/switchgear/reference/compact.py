@@ -144,9 +144,15 @@ def expand(rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.where(bits < 1 << 31, bits, bits - (1 << 32)).to(torch.int32).view(torch.float32)
 
 
+def check_storage(name: str, packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:
+    """These are compact rows of weights [E,rows,columns] of `dtype`."""
+    if packed.dtype is not torch.uint8 or dtype not in RECORD_BYTES:
+        raise TypeError(f"{name}: expected {dtype}, got compact rows of torch.bfloat16 or torch.float32")
+    if packed.dim() != 3 or packed.shape[1] != rows:
+        raise ValueError(f"{name}: expected compact rows [E, {rows}, any], got shape {list(packed.shape)}")
+
+
 def plain(weight: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """A weight of `dtype` that may be compact."""
-    if weight.dtype is not torch.uint8:
-        return weight
+    """The weight of `dtype` of which these are the compact rows, whose elements may be bfloat16 for a float32."""
     is_low = dtype is torch.float32 and weight.numel() > 0 and weight[0, 0, ELEMENT_BYTES] == torch.bfloat16.itemsize
     return expand(weight, columns, torch.bfloat16 if is_low else dtype).to(dtype)

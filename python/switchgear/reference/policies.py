@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The ops of routing policies in plain torch: their specification, and what they run as where there is no kernel for
-them, on CUDA devices for instance. Nothing is read back from a device. See reference.py for the conventions.
+them, on CUDA devices for instance. Nothing is read back from a device. See switchgear.reference for the conventions.
 
 Values of any bits: NaN and -Inf rank last, +Inf first, ties to the lowest index. Tokens of one sequence compete with
 each other alone: sequence_ids [T] int32 in [0, B), all tokens being one sequence where it is None.
@@ -13,18 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from switchgear.reference import (
-    NORMALIZE_EPSILON,
-    SCORE_FUNCTIONS,
-    _check,
-    _check_finite,
-    _check_range,
-    _sum,
-    _wide,
-    check_choice,
-    sanitize,
-    scores,
-)
+from switchgear.reference.checks import check, check_choice, check_finite, check_range, wide
+from switchgear.reference.routing import NORMALIZE_EPSILON, SCORE_FUNCTIONS, ordered_sum, sanitize, scores
 
 DROPS = ("order", "reverse", "choice", "priority")
 
@@ -35,7 +25,7 @@ DROPS = ("order", "reverse", "choice", "priority")
 def _check_contents(name: str, indices: Tensor | None, low: int, high: int) -> None:
     """Every index is in [low, high). Contents of device memory are not read."""
     if indices is not None and indices.device.type == "cpu":
-        _check_range(name, indices, low, high)
+        check_range(name, indices, low, high)
 
 
 def _sequences(sequence_ids: Tensor | None, num_tokens: int, device: torch.device) -> Tensor:
@@ -88,11 +78,11 @@ def route_dynamic(
     order of route those before which less than top_p of score is used up (in float64), and whose score is at least
     `threshold`; the first min_experts anyway. Then -1 and 0.
     """
-    _check("router_logits", router_logits, (None, None))
+    check("router_logits", router_logits, (None, None))
     num_experts = router_logits.shape[1]
     check_choice("score_function", score_function, SCORE_FUNCTIONS)
-    _check("selection_bias", selection_bias, (num_experts,))
-    _check_finite("scale", scale)
+    check("selection_bias", selection_bias, (num_experts,))
+    check_finite("scale", scale)
     if not 1 <= max_experts <= num_experts:
         raise ValueError(f"max_experts: expected 1 to {num_experts}, got {max_experts}")
     if not 0 <= min_experts <= max_experts:
@@ -101,7 +91,7 @@ def route_dynamic(
         raise ValueError(f"top_p: expected at least 0, got {top_p}")
     if math.isnan(threshold):
         raise ValueError(f"threshold: expected a number, got {threshold}")
-    logits = sanitize(_wide(router_logits))
+    logits = sanitize(wide(router_logits))
     score = scores(logits, score_function)
     if selection_bias is not None:
         value = score + sanitize(selection_bias.to(score.dtype))
@@ -116,7 +106,7 @@ def route_dynamic(
     ids = ids.masked_fill(~keep, -1).gather(1, order)
     weights = weights.masked_fill(~keep, 0).gather(1, order)
     if normalize:
-        weights = (weights.double() / (_sum(weights) + NORMALIZE_EPSILON)).to(score.dtype)
+        weights = (weights.double() / (ordered_sum(weights) + NORMALIZE_EPSILON)).to(score.dtype)
     return ids.to(torch.int32), weights * scale
 
 
@@ -126,14 +116,14 @@ def route_dynamic(
 def column_topk(values: Tensor, sequence_ids: Tensor | None, limits: Tensor) -> Tensor:
     """topk_ids [T,E] int32: the columns e for which values[t,e] is among the limits[b] largest of its sequence b in the
     column, ascending, then -1. values [T,E], limits [B] int32."""
-    _check("values", values, (None, None))
+    check("values", values, (None, None))
     num_tokens, num_experts = values.shape
-    _check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
-    _check("limits", limits, (None,), torch.int32)
+    check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
+    check("limits", limits, (None,), torch.int32)
     _check_contents("sequence_ids", sequence_ids, 0, limits.shape[0])
     _check_contents("limits", limits, 0, 2**31 - 1)
     sequence = _sequences(sequence_ids, num_tokens, values.device)
-    order = sanitize(_wide(values)).sort(dim=0, descending=True, stable=True).indices
+    order = sanitize(wide(values)).sort(dim=0, descending=True, stable=True).indices
     order = order.gather(0, sequence[order].sort(dim=0, stable=True).indices)  # by sequence, then by value
     starts = torch.nn.functional.pad(_sizes(sequence, limits.shape[0]).cumsum(0), (1, 0))
     place = torch.arange(num_tokens, device=values.device)[:, None] - starts[sequence[order]]
@@ -176,7 +166,7 @@ def fit_capacity(
     With scores [T,E], there are candidates - K rounds. In round r each token with lost choices offers the first of them
     to the r-th best of the experts that it had not chosen, which accepts by the same precedence while it has room.
     """
-    _check("topk_ids", topk_ids, (None, None), torch.int32)
+    check("topk_ids", topk_ids, (None, None), torch.int32)
     num_tokens, top_k = topk_ids.shape
     check_choice("drop", drop, DROPS)
     if num_experts < 1:
@@ -184,10 +174,10 @@ def fit_capacity(
     if drop == "priority":
         if priorities is None:
             raise ValueError(f"priorities: expected shape [{num_tokens}, {top_k}], got none")
-        _check("priorities", priorities, topk_ids.shape)
-    _check("scores", scores, (num_tokens, num_experts))
-    _check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
-    _check("limits", limits, (None,), torch.int32)
+        check("priorities", priorities, topk_ids.shape)
+    check("scores", scores, (num_tokens, num_experts))
+    check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
+    check("limits", limits, (None,), torch.int32)
     _check_contents("topk_ids", topk_ids, -1, num_experts)
     _check_contents("sequence_ids", sequence_ids, 0, limits.shape[0])
     _check_contents("limits", limits, 0, 2**31 - 1)
@@ -243,17 +233,17 @@ def assign_balanced(
     spread is max - min of the finite values of the sequence, and eps, where negative, spread / 50, at least 1e-4. What
     is not finite counts as max + spread + 1 if positive, else as min - spread - 1.
     """
-    _check("values", values, (None, None))
+    check("values", values, (None, None))
     num_tokens, num_experts = values.shape
-    _check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
+    check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
     if num_sequences < 1:
         raise ValueError(f"num_sequences: expected at least 1, got {num_sequences}")
     if max_iterations < 0:
         raise ValueError(f"max_iterations: expected at least 0, got {max_iterations}")
-    _check_finite("eps", eps)
+    check_finite("eps", eps)
     _check_contents("sequence_ids", sequence_ids, 0, num_sequences)
     sequence = _sequences(sequence_ids, num_tokens, values.device)
-    values, spread = _bounded(_wide(values), sequence, num_sequences)
+    values, spread = _bounded(wide(values), sequence, num_sequences)
     step = (spread / torch.full_like(spread, 50)).clamp(min=1e-4) if eps < 0 else torch.full_like(spread, eps)
     most = 4 * spread + 1
     expert = torch.arange(num_experts, device=values.device)
@@ -329,10 +319,10 @@ def assign_capped(
 
     longest and largest, no less than the tokens of a sequence and than a limit, save that they are read back.
     """
-    _check("values", values, (None, None))
+    check("values", values, (None, None))
     num_tokens, num_experts = values.shape
-    _check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
-    _check("limits", limits, (None,), torch.int32)
+    check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
+    check("limits", limits, (None,), torch.int32)
     if cap < 1:
         raise ValueError(f"cap: expected at least 1, got {cap}")
     if not 0 < entropy < math.inf:
@@ -341,8 +331,8 @@ def assign_capped(
         raise ValueError(f"iterations: expected at least 0, got {iterations}")
     _check_contents("sequence_ids", sequence_ids, 0, limits.shape[0])
     _check_contents("limits", limits, 0, 2**31 - 1)
-    huge = torch.finfo(_wide(values).dtype).max ** 0.5
-    worth = (sanitize(_wide(values)) / entropy).clamp(-huge, huge)
+    huge = torch.finfo(wide(values).dtype).max ** 0.5
+    worth = (sanitize(wide(values)) / entropy).clamp(-huge, huge)
     if cap >= num_experts or num_tokens == 0:  # no token can have more
         return worth
     sequence = _sequences(sequence_ids, num_tokens, values.device)

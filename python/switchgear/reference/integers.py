@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Weights of 8 and 4 bits in plain torch: how they are made, stored, read back and multiplied. The specification of the
-quantised ops, as reference.py is of the others.
+"""Weights of 8 and 4 bits in plain torch: how they are made, stored, read back and multiplied. The specification.
 
     w = row_scale · scale · (q - zero · 2^(bits-8))          0 <= q < 2^bits
 
@@ -16,17 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.reference import (
-    _check,
-    _check_layer,
-    _check_offsets,
-    _gather_rows,
-    _glu,
-    _segments,
-    _wide,
-    combine,
-    plan,
-)
+from switchgear.reference.checks import check
+from switchgear.reference.rows import segments
 
 BLOCK_ROWS = 16
 ACTIVATION_BLOCK = 256  # columns of activations that share a scale, where weights have groups that are not larger
@@ -43,7 +33,7 @@ class Levels(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """The same in blocks, as the kernels read it: QuantizedMatrices of include/switchgear/ops.h."""
+    """The same in blocks, as the kernels read it: include/switchgear/integers.h."""
 
     values: Tensor  # [E, parts·B, W, 64] uint8
     scales: Tensor  # [E, parts·B, G, 16] int8
@@ -68,7 +58,7 @@ def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 0, 1 / scale)
 
 
-def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Levels:
+def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: str = "weight") -> Levels:
     """The levels of a weight [E,N,C].
 
     8 bits: the largest magnitude, or the range, maps to the ends. 4 bits: from some shares of the range, scales and
@@ -77,7 +67,7 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Lev
     """
     num_experts, rows, columns = weight.shape
     if not bool(weight.isfinite().all()):
-        raise ValueError("weight: expected finite numbers")
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinities")
     size = group_size or columns
     groups = _divide_up(columns, size)
     q = weight.new_empty(weight.shape, dtype=torch.uint8)
@@ -224,7 +214,7 @@ def from_blocks(weight: Quantized, rows: int, columns: int, bits: int, parts: in
     )
 
 
-# ---- ops -------------------------------------------------------------------------------------------------------------
+# ---- products -------------------------------------------------------------------------------------------------------
 
 
 def activation_block(group_size: int, columns: int) -> int:
@@ -249,24 +239,16 @@ def quantize_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return values.flatten(1)[:, :columns], torch.where(finite, scales, torch.nan)
 
 
-def _product(
-    x: Tensor,
-    levels: Levels,
-    bits: int,
-    group_size: int,
-    expert_offsets: Tensor,
-    token_indices: Tensor | None,
-) -> Tensor:
-    """[S,N] float32: rows of x in int8 times each expert's matrix. Sums are exact in a group, float32 over groups."""
-    _, rows, columns = levels.q.shape
+def multiply(rows: Tensor, levels: Levels, bits: int, group_size: int, expert_offsets: Tensor) -> Tensor:
+    """[S,N] float32: rows [S,C], rounded to int8, times each expert's matrix. Sums are exact in a group, float32 over
+    groups."""
+    _, height, columns = levels.q.shape
     size = group_size or columns
     block = activation_block(group_size, columns)
-    values, x_scales = quantize_rows(x, block)
-    if token_indices is not None:
-        values, x_scales = _gather_rows(values, token_indices), _gather_rows(x_scales, token_indices)
-    out = torch.zeros(values.shape[0], rows, device=x.device)
-    for expert, slots in _segments(expert_offsets):
-        total = torch.zeros(slots.stop - slots.start, rows, device=x.device)
+    values, scales = quantize_rows(rows, block)
+    out = torch.zeros(len(rows), height, device=rows.device)
+    for expert, slots in segments(expert_offsets):
+        total = torch.zeros(slots.stop - slots.start, height, device=rows.device)
         for group, begin in enumerate(range(0, columns, size)):
             a = values[slots, begin : begin + size].double()  # whose products and sums are exact in float64
             q = levels.q[expert, :, begin : begin + size].double()
@@ -278,133 +260,24 @@ def _product(
                 total = total + (a @ q.mT).float() * scale
                 total = total - a.sum(-1, keepdim=True).float() * (scale * zero)
             if begin + size >= columns or (begin + size) % block == 0:
-                out[slots] += total * x_scales[slots, begin // block, None]
+                out[slots] += total * scales[slots, begin // block, None]
                 total = torch.zeros_like(total)
         out[slots] *= levels.row_scales[expert]
     return out
 
 
-def _check_quantized(
-    name: str,
-    weight: Quantized,
-    bits: int,
-    group_size: int,
-    num_experts: int | None,
-    rows: int,
-    columns: int,
-    parts: int,
+def check_storage(
+    name: str, weight: Quantized, rows: int, columns: int, bits: int, parts: int, group_size: int
 ) -> None:
-    if bits not in (8, 4):
-        raise ValueError(f"bits: expected 8 or 4, got {bits}")
+    """The tensors of a weight [E,rows,columns] have the shapes and dtypes of its format."""
     if group_size and (group_size < 16 or group_size & (group_size - 1)):
-        raise ValueError(f"group_size: expected 0 (the whole row) or a power of two from 16 on, got {group_size}")
-    if parts < 1 or rows % parts:
-        raise ValueError(f"parts: expected a divisor of N={rows}, got {parts}")
+        raise ValueError(
+            f"{name}: expected a group_size of 0 (the whole row) or a power of two from 16 on, got {group_size}"
+        )
     blocks = parts * _divide_up(rows // parts, BLOCK_ROWS)
     groups, words = _divide_up(columns, group_size or columns), _divide_up(columns, 8) * (2 if bits == 8 else 1)
-    _check(name, weight.values, (num_experts, blocks, words, 64), torch.uint8)
+    check(name, weight.values, (None, blocks, words, 64), torch.uint8)
     num_experts = weight.values.shape[0]
-    _check(f"{name}_scales", weight.scales, (num_experts, blocks, groups, BLOCK_ROWS), torch.int8)
-    _check(f"{name}_row_scales", weight.row_scales, (num_experts, blocks, BLOCK_ROWS), torch.float32)
-    _check(f"{name}_zeros", weight.zeros, (num_experts, blocks, groups, BLOCK_ROWS), torch.uint8)
-
-
-def quantized_grouped_gemm(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    row_scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    expert_offsets: Tensor,
-    token_indices: Tensor | None,
-    rows: int,
-    columns: int,
-    parts: int,
-    bits: int,
-    group_size: int,
-    transposed: bool,
-) -> Tensor:
-    """grouped_gemm with a weight [E,N,C] = [E,rows,columns] of 8 or 4 bits: out[s] = x[r(s)] · Wᵀ + bias, [S,N].
-
-    Each row of x is rounded to int8, in blocks of columns (see quantize_rows). With `transposed`, which gradients need,
-    out[s] = x[r(s)] · W, [S,C], in the float dtype of x, to which the weight is rounded; there is no bias.
-    """
-    weight = Quantized(values, scales, row_scales, zeros)
-    _check("x", x, (None, rows if transposed else columns))
-    _check_quantized("weight", weight, bits, group_size, None, rows, columns, parts)
-    if transposed and bias is not None:
-        raise ValueError("bias: expected none for a transposed weight")
-    _check("bias", bias, (values.shape[0], rows), x.dtype)
-    _check_offsets(expert_offsets, len(x if token_indices is None else token_indices), token_indices, len(x))
-    plain = from_blocks(weight, rows, columns, bits, parts)
-    if transposed:
-        matrices = dequantize(plain, bits, group_size).to(x.dtype)
-        grad = _wide(x if token_indices is None else _gather_rows(x, token_indices))
-        out = grad.new_zeros(grad.shape[0], columns)
-        for expert, slots in _segments(expert_offsets):
-            out[slots] = grad[slots] @ _wide(matrices[expert])
-        return out.to(x.dtype)
-    out = _product(x, plain, bits, group_size, expert_offsets, token_indices)
-    if bias is not None:
-        for expert, slots in _segments(expert_offsets):
-            out[slots] += bias[expert].float()
-    return out.to(x.dtype)
-
-
-def quantized_moe_forward(
-    x: Tensor,
-    gate_up_values: Tensor,
-    gate_up_scales: Tensor,
-    gate_up_row_scales: Tensor,
-    gate_up_zeros: Tensor | None,
-    down_values: Tensor,
-    down_scales: Tensor,
-    down_row_scales: Tensor,
-    down_zeros: Tensor | None,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    intermediate_size: int,
-    bits: int,
-    group_size: int,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    save_h: bool,
-) -> tuple[Tensor, Tensor]:
-    """moe_forward with quantised weights: y [T,H], and h [S,N] in slot order (empty unless save_h).
-
-    x is rounded to int8 (see quantize_rows), and so is a = glu(h), once it is rounded to the dtype of x.
-    """
-    num_experts, hidden_size = gate_up_values.shape[0], x.shape[-1]
-    width = 2 * intermediate_size if gated else intermediate_size
-    parts = 2 if gated and not interleaved else 1
-    gate_up = Quantized(gate_up_values, gate_up_scales, gate_up_row_scales, gate_up_zeros)
-    down = Quantized(down_values, down_scales, down_row_scales, down_zeros)
-    _check("x", x, (None, None))
-    meta = torch.empty(1, device="meta", dtype=x.dtype)
-    _check_layer(
-        x, meta.expand(num_experts, width, hidden_size), meta.expand(num_experts, hidden_size, intermediate_size),
-        gate_up_bias, down_bias, topk_ids, topk_weights, activation, gated, alpha, limit,
-    )  # fmt: skip
-    _check_quantized("gate_up_proj", gate_up, bits, group_size, None, width, hidden_size, parts)
-    _check_quantized("down_proj", down, bits, group_size, num_experts, hidden_size, intermediate_size, 1)
-    expert_offsets, token_indices, slot_indices = plan(topk_ids, num_experts)
-
-    plain = from_blocks(gate_up, width, hidden_size, bits, parts)
-    h = _product(x, plain, bits, group_size, expert_offsets, token_indices)
-    plain_down = from_blocks(down, hidden_size, intermediate_size, bits, 1)
-    for expert, slots in _segments(expert_offsets):
-        if gate_up_bias is not None:
-            h[slots] += gate_up_bias[expert].float()
-    a = _glu(h, activation, gated, interleaved, alpha, limit).to(x.dtype)
-    permuted_y = _product(a, plain_down, bits, group_size, expert_offsets, None)
-    for expert, slots in _segments(expert_offsets):
-        if down_bias is not None:
-            permuted_y[slots] += down_bias[expert].float()
-    y = combine(permuted_y, expert_offsets, token_indices, slot_indices, topk_weights.float())
-    return y.to(x.dtype), h.to(x.dtype) if save_h else x.new_empty(0, width)
+    check(f"{name}_scales", weight.scales, (num_experts, blocks, groups, BLOCK_ROWS), torch.int8)
+    check(f"{name}_row_scales", weight.row_scales, (num_experts, blocks, BLOCK_ROWS), torch.float32)
+    check(f"{name}_zeros", weight.zeros, (num_experts, blocks, groups, BLOCK_ROWS), torch.uint8)

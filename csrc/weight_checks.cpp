@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "weight_checks.h"
+
+#include "switchgear/check.h"
+#include "switchgear/compact.h"
+#include "switchgear/minifloat.h"
+#include "switchgear/panels.h"
+
+namespace switchgear {
+
+const char* name_of(Format format) {
+  switch (format) {
+    case Format::kPlain: return "plain";
+    case Format::kPanels: return "panels";
+    case Format::kCompact: return "compact";
+    case Format::kInt8: return "int8";
+    case Format::kInt4: return "int4";
+    case Format::kFp8: return "fp8";
+    case Format::kMxfp4: return "mxfp4";
+  }
+  return "unknown";
+}
+
+namespace {
+
+using enum Kind;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows and columns, which bytes don't show.
+void check_sizes(const char* name, const Weight& w, Dim& N, Dim& C) {
+  const auto fits = [](const Dim& dim, int64_t size) {
+    return size >= dim.minimum && (dim.size == Dim::kUnknown || dim.size == size);
+  };
+  const auto text = [](const Dim& dim) { return dim.size == Dim::kUnknown ? std::string(dim.name) : join(dim.size); };
+  SWITCHGEAR_CHECK(ValueError, fits(N, w.rows) && fits(C, w.cols), name, ": expected matrices [", text(N), ", ",
+                   text(C), "], got [", w.rows, ", ", w.cols, "] in ", name_of(w.format));
+  N.size = w.rows;
+  C.size = w.cols;
+}
+
+void panels_input(Call& call, const char* name, const Weight& w, Dim& experts) {
+  const auto [rows, vector_bytes] = call.backend().panel_layout(call.float_dtype());
+  SWITCHGEAR_CHECK(ValueError, w.cols % kPanelColumns == 0 && w.rows % rows == 0, name,
+                   ": expected panels of multiples of ", rows, " rows and ", kPanelColumns, " columns, got [", w.rows,
+                   ", ", w.cols, ']');
+  Dim count{"panels", 1, w.rows / rows};
+  Dim vectors{"vectors", 1, rows * w.cols * size_of(call.float_dtype()) / vector_bytes},
+      bytes{"bytes", 1, vector_bytes};
+  call.input(name, w.data, kUInt8, {&experts, &count, &vectors, &bytes});
+  check_pointer(name, w.data.data, call.float_dtype());
+}
+
+void compact_input(Call& call, const char* name, const Weight& w, Dim& experts) {
+  const DType dtype = call.float_dtype();
+  Dim rows{"N", 1, w.rows}, bytes{"bytes"};
+  call.input(name, w.data, kUInt8, {&experts, &rows, &bytes});
+  SWITCHGEAR_CHECK(TypeError, dtype == DType::kBFloat16 || dtype == DType::kFloat32, name, ": expected ",
+                   name_of(dtype), " like ", call.float_name(), ", got compact weights: ", describe(w.data));
+  SWITCHGEAR_CHECK(ValueError, w.cols <= kMaxCompactColumns, name, ": expected at most ", kMaxCompactColumns,
+                   " columns of compact weights, got ", w.cols);
+  const int64_t element = w.data.numel() > 0 ? w.data.as<uint8_t>()[kCompactElementBytes] : 2;
+  SWITCHGEAR_CHECK(TypeError, element == 2 || element == size_of(dtype), name, ": expected compact ", name_of(dtype),
+                   " like ", call.float_name(), ", got compact elements of ", element, " bytes: ", describe(w.data));
+  const int64_t records = compact_records_bytes(w.cols, element == 4 ? DType::kFloat32 : DType::kBFloat16);
+  SWITCHGEAR_CHECK(ValueError, bytes.size % kCompactHeader == 0 && bytes.size >= records + kCompactHeader, name,
+                   ": expected compact rows of ", records, " bytes for ", w.cols, " columns and a multiple of ",
+                   kCompactHeader, " for a header, got ", describe(w.data));
+}
+
+// Blocks of 16 rows.
+Dim blocks_of(const char* name, const Weight& w) {
+  SWITCHGEAR_CHECK(ValueError, w.parts >= 1 && w.rows % w.parts == 0, name, ": expected parts that divide N=", w.rows,
+                   ", got ", w.parts);
+  return {"blocks", 1, w.parts * divide_up(w.rows / w.parts, 16)};
+}
+
+Dim groups_of(const Weight& w) { return {"groups", 1, w.group_size == 0 ? 1 : divide_up(w.cols, w.group_size)}; }
+
+void integers_input(Call& call, const WeightNames& names, const Weight& w, Dim& experts) {
+  const bool is_power = w.group_size >= 16 && (w.group_size & (w.group_size - 1)) == 0;
+  SWITCHGEAR_CHECK(ValueError, w.group_size == 0 || is_power, names.data,
+                   ": expected a group_size of 0 (the whole row) or a power of two from 16 on, got ", w.group_size);
+  constexpr int64_t kMaxColumns = int64_t{1}
+                                  << 16;  // sums of so many products of a byte with at most 127 stay within int32
+  SWITCHGEAR_CHECK(ValueError, w.cols <= kMaxColumns, names.data, ": expected at most ", kMaxColumns, " columns, got ",
+                   w.cols);
+  Dim blocks = blocks_of(names.data, w), groups = groups_of(w);
+  Dim words{"words", 1, divide_up(w.cols, 8) * bits_of(w.format) / 4}, word_bytes{"64", 1, 64}, block_rows{"16", 1, 16};
+  call.input(names.data, w.data, kUInt8, {&experts, &blocks, &words, &word_bytes});
+  call.input(names.scales, w.scales, kInt8, {&experts, &blocks, &groups, &block_rows});
+  call.input(names.row_scales, w.row_scales, kFloat32, {&experts, &blocks, &block_rows});
+  if (w.zeros.defined()) call.input(names.zeros, w.zeros, kUInt8, {&experts, &blocks, &groups, &block_rows});
+}
+
+void minifloat_input(Call& call, const WeightNames& names, const Weight& w, Dim& experts) {
+  const bool is_fp8 = w.format == Format::kFp8;
+  SWITCHGEAR_CHECK(ValueError, is_fp8 ? w.group_size >= 0 && w.group_size % kMinifloatColumns == 0 : w.group_size == 32,
+                   names.data, ": expected a group_size of ", is_fp8 ? "0 (the whole row) or a multiple of 32" : "32",
+                   ", got ", w.group_size);
+  Dim blocks = blocks_of(names.data, w), groups = groups_of(w), steps{"steps", 1, divide_up(w.cols, kMinifloatColumns)};
+  Dim step_bytes{"bytes", 1, minifloat_step_bytes(w.format)}, block_rows{"16", 1, kMinifloatRows};
+  call.input(names.data, w.data, kUInt8, {&experts, &blocks, &steps, &step_bytes});
+  call.input(names.scales, w.scales, is_fp8 ? kFloat32 : kUInt8, {&experts, &blocks, &groups, &block_rows});
+}
+
+// E is that of `slots` where there are any; `experts` that of the data.
+void slots_input(Call& call, const char* name, const Weight& w, Dim& E) {
+  SWITCHGEAR_CHECK(ValueError, w.base == nullptr, name, ": expected none beside matrices of their own");
+  SWITCHGEAR_CHECK(ValueError, call.backend().device == DeviceType::kCPU, name, ": expected none on this device, got ",
+                   describe(w.slots));
+  call.input(name, w.slots, kInt32, {&E});
+}
+
+}  // namespace
+
+void weight_input(Call& call, const WeightNames& names, const Weight& w, Dim& E, Dim& N, Dim& C) {
+  Dim stored{"slots"};
+  if (w.slots.defined()) slots_input(call, names.slots, w, E);
+  Dim& experts = w.slots.defined() ? stored : E;
+  if (w.format == Format::kPlain) {
+    call.input(names.data, w, {&experts, &N, &C});
+  } else {
+    SWITCHGEAR_CHECK(ValueError, call.backend().takes(w.format), names.data,
+                     ": expected plain weights on this device, got ", name_of(w.format), ": ", describe(w.data));
+    check_sizes(names.data, w, N, C);
+    switch (w.format) {
+      case Format::kPanels: panels_input(call, names.data, w, experts); break;
+      case Format::kCompact: compact_input(call, names.data, w, experts); break;
+      case Format::kFp8:
+      case Format::kMxfp4: minifloat_input(call, names, w, experts); break;
+      default: integers_input(call, names, w, experts);
+    }
+  }
+  if (w.slots.defined()) check_range(names.slots, w.slots, 0, stored.size);
+}
+
+void plain_weight_input(Call& call, const WeightNames& names, const Weight& w, const char* what, Dim& E, Dim& N,
+                        Dim& C) {
+  SWITCHGEAR_CHECK(ValueError, w.format == Format::kPlain, names.data, ": expected plain weights for ", what, ", got ",
+                   name_of(w.format));
+  weight_input(call, names, w, E, N, C);
+}
+
+}  // namespace switchgear

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Low-rank adapters of experts (LoRA, arXiv:2106.09685): y = W·x + alpha/rank · B·(A·x) for each expert, W frozen."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.experts import Experts
+from switchgear.weights import AdaptedWeight, Weight, stored_of
+
+
+class Lora(NamedTuple):
+    """What `add_lora` added to a module."""
+
+    names: tuple[str, str]  # of the projections; the adapters are <name>_lora_A and <name>_lora_B
+    scale: float
+
+    def around(self, module: nn.Module, *weights: Tensor | Weight) -> tuple[AdaptedWeight, ...]:
+        """The projections of `module` with their adapters."""
+
+        def adapter(name: str, letter: str) -> Any:
+            return getattr(module, f"{name}_lora_{letter}")
+
+        return tuple(
+            AdaptedWeight(weight, adapter(name, "A"), adapter(name, "B"), self.scale)
+            for name, weight in zip(self.names, weights, strict=True)
+        )
+
+
+def add_lora(
+    experts: Experts, rank: int, *, alpha: float | None = None, dtype: torch.dtype | None = None
+) -> list[nn.Parameter]:
+    """Adds adapters to both projections of every expert, and freezes the projections, in whatever form they are.
+
+    Args:
+        experts: a module `Experts` of this process alone.
+        rank: r of the adapters A [E,r,in] (Kaiming-uniform) and B [E,out,r] (zeros, so that nothing changes at first).
+        alpha: the adapters count alpha / rank; by default rank.
+        dtype: of the adapters, which is that of activations; by default that of the weights.
+
+    Returns the adapters, for an optimizer. Their keys in the state dict are gate_up_proj_lora_A, ….
+
+    Raises:
+        ValueError: a rank below 1, or experts that have adapters already, or are distributed over processes.
+    """
+    if rank < 1:
+        raise ValueError(f"rank: expected at least 1, got {rank}")
+    if (parallel := getattr(experts, "parallel", None)) is not None:
+        raise ValueError(f"experts: expected all of them in this process, got those of {parallel}")
+    if lora_of(experts) is not None:
+        raise ValueError("experts: expected none with adapters already")
+    stored = stored_of(experts)
+    names = (experts._first, "down_proj")
+    width = experts.intermediate_size * (2 if experts.gated else 1)
+    sizes = ((experts.hidden_size, width), (experts.intermediate_size, experts.hidden_size))
+    adapters = []
+    for name, (size_in, size_out) in zip(names, sizes, strict=True):
+        weight = getattr(experts, name) if stored is None else stored.weights(experts)[names.index(name)]
+        kind = dtype or weight.dtype
+        a = torch.empty(experts.num_experts, rank, size_in, dtype=kind, device=weight.device)
+        nn.init.uniform_(a, -(size_in**-0.5), size_in**-0.5)
+        b = torch.zeros(experts.num_experts, size_out, rank, dtype=kind, device=weight.device)
+        for suffix, tensor in (("A", a), ("B", b)):
+            experts.register_parameter(f"{name}_lora_{suffix}", nn.Parameter(tensor))
+            adapters.append(getattr(experts, f"{name}_lora_{suffix}"))
+        if stored is None:
+            weight.requires_grad_(False)
+    experts._switchgear_adapters = Lora(names, (rank if alpha is None else alpha) / rank)  # type: ignore[assignment]
+    return adapters
+
+
+def lora_of(module: nn.Module) -> Lora | None:
+    """What `add_lora` added to a module, None where it added nothing."""
+    return vars(module).get("_switchgear_adapters")

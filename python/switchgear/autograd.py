@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Derivatives: the autograd.Functions around the ops, entered only where a gradient or a forward-mode tangent asks for it.
+
+Ops know no gradient; functional.py, and whoever else calls them, enters these. Gradients can be taken once; forward
+mode raises. Weights that are stored (Weight) have none: gradients reach activations, biases and topk_weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.functional import pad
+
+from switchgear import ops, reference
+from switchgear.reference import formats
+
+
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be wanted. requires_grad does not show it all: not the tangents of forward mode, nor what
+    lies beneath a torch.vmap, and there the bare op would return wrong derivatives without a word."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+class _Once(torch.autograd.Function):
+    """Runs `function` on tensors; its result raises where somebody differentiates it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
+        return function(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("switchgear: gradients can be taken once; there is no second derivative of its functions")
+
+
+def once(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
+    """A backward pass: `function` of tensors, guarded by _Once where autograd records it (create_graph=True)."""
+    if torch.compiler.is_compiling() or not needs_autograd(*tensors):
+        return function(*tensors)
+    return apply(_Once, function, *tensors)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+def is_transposed(weight: Tensor) -> bool:
+    """Whether the memory of weight [..., N, C] is that of [..., C, N]."""
+    return weight.stride(-2) == 1 and weight.stride(-1) != 1
+
+
+# ---- route -----------------------------------------------------------------------------------------------------------
+
+
+class Route(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(router_logits: Tensor, selection_bias: Tensor | None, *options: Any) -> Any:
+        return ops.route(router_logits, selection_bias, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        router_logits, _, _, ctx.score_function, ctx.normalize, ctx.scale, *_ = inputs
+        topk_ids, _ = output
+        ctx.mark_non_differentiable(topk_ids)
+        ctx.save_for_backward(router_logits, topk_ids)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any, grad_topk_weights: Tensor) -> Any:
+        options = (ctx.score_function, ctx.normalize, ctx.scale)
+
+        def grad(*tensors: Any) -> Any:
+            return ops.route_backward(*tensors, *options)
+
+        return once(grad, grad_topk_weights, *ctx.saved_tensors), *[None] * 8
+
+
+class RouteDynamic(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(router_logits: Tensor, selection_bias: Tensor | None, *options: Any) -> Any:
+        return ops.route_dynamic(router_logits, selection_bias, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        router_logits, _, _, _, ctx.score_function, _, _, ctx.normalize, ctx.scale = inputs
+        topk_ids, _ = output
+        ctx.mark_non_differentiable(topk_ids)
+        ctx.save_for_backward(router_logits, topk_ids)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any, grad_topk_weights: Tensor) -> Any:
+        options = (ctx.score_function, ctx.normalize, ctx.scale)
+
+        def grad(*tensors: Any) -> Any:
+            return ops.route_backward(*tensors, *options)
+
+        return once(grad, grad_topk_weights, *ctx.saved_tensors), *[None] * 8
+
+
+# ---- permute, combine ------------------------------------------------------------------------------------------------
+# Each is the other's gradient; the gradient of the weights is the same inner product for both.
+
+
+class Permute(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
+        return ops.permute(x, *plan, topk_weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        need_x, need_weights, *_ = ctx.needs_input_grad
+
+        def grads(grad: Tensor, x: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
+            grad_x = ops.combine(grad, *plan, topk_weights) if need_x else None
+            return grad_x, ops.combine_weight_backward(x, grad, *plan) if need_weights else None
+
+        return *once(grads, grad, *ctx.saved_tensors), None, None, None
+
+
+class Combine(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(permuted_y: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
+        return ops.combine(permuted_y, *plan, topk_weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        need_y, need_weights, *_ = ctx.needs_input_grad
+
+        def grads(grad: Tensor, permuted_y: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
+            grad_y = ops.permute(grad, *plan, topk_weights) if need_y else None
+            return grad_y, ops.combine_weight_backward(grad, permuted_y, *plan) if need_weights else None
+
+        return *once(grads, grad, *ctx.saved_tensors), None, None, None
+
+
+# ---- grouped_gemm ----------------------------------------------------------------------------------------------------
+
+
+def _heighten(matrix: Tensor, height: int) -> Tensor:
+    """The matrix with rows of zeros below, up to `height`."""
+    missing = height - matrix.shape[-2]
+    return pad(matrix, (0, 0, 0, missing)) if missing else matrix
+
+
+def _sum_by_row(grad_slots: Tensor, x: Tensor, token_indices: Tensor | None) -> Tensor:
+    """The gradient of x from that of its slots: a row may own several. Those at the tail add their zeros to row 0."""
+    if token_indices is None:
+        return grad_slots
+    total = torch.zeros(x.shape, dtype=reference.weight_dtype(x.dtype), device=x.device)
+    if x.shape[0]:
+        total = total.index_add(0, token_indices.clamp(min=0), grad_slots.to(total.dtype))
+    return total.to(x.dtype)
+
+
+def _grouped_gemm_grads(needs: Sequence[bool], grad_out: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of x, bias and each weight, None for those that `needs` leaves out."""
+    x, _, expert_offsets, token_indices, *weight = saved
+    need_x, need_bias, *need_weight = needs
+    packed = weight[0].dim() == 3
+    grad_x = grad_bias = None
+    grad_weight: list[Tensor | None] = [None] * len(weight)
+    if need_x:
+        transposes = [_heighten(matrix, grad_out.shape[1]).mT for matrix in weight]
+        grad_x = ops.grouped_gemm(grad_out, transposes, (), None, expert_offsets, None, False, True)
+        grad_x = _sum_by_row(grad_x, x, token_indices)
+    if need_bias:  # the weight gradient of a column of ones
+        ones = grad_out.new_ones(grad_out.shape[0], 1)
+        grad_bias = ops.grouped_gemm_wgrad(grad_out, ones, expert_offsets, None, False).squeeze(-1)
+        for expert, matrix in enumerate(() if packed else weight):
+            grad_bias[expert, matrix.shape[0] :] = 0  # columns that this expert leaves at zero
+    if any(need_weight):
+        grad = ops.grouped_gemm_wgrad(grad_out, x, expert_offsets, token_indices, is_transposed(weight[0]))
+        grad_weight = [grad] if packed else [grad[e, : matrix.shape[0]] for e, matrix in enumerate(weight)]
+    return grad_x, grad_bias, *grad_weight
+
+
+class GroupedGemm(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, bias: Tensor | None, expert_offsets: Tensor, token_indices: Tensor | None, *weight: Tensor
+    ) -> Any:
+        return ops.grouped_gemm(x, weight, (), bias, expert_offsets, token_indices, False, False)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        need_x, need_bias, _, _, *need_weight = ctx.needs_input_grad
+        needs = (need_x, need_bias, *need_weight)
+        grad_x, grad_bias, *grad_weight = once(partial(_grouped_gemm_grads, needs), grad_out, *ctx.saved_tensors)
+        return grad_x, grad_bias, None, None, *grad_weight
+
+
+class StoredGroupedGemm(torch.autograd.Function):
+    """With a weight in integers or minifloats: straight through the rounding of x, whose gradient is that of the
+    product with the plain weight that the numbers stand for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        bias: Tensor | None,
+        expert_offsets: Tensor,
+        token_indices: Tensor | None,
+        form: tuple[int, ...],
+        *weight: Tensor,
+    ) -> Any:
+        return ops.grouped_gemm(x, weight, form, bias, expert_offsets, token_indices, False, False)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, bias, expert_offsets, token_indices, ctx.form, *weight = inputs
+        ctx.save_for_backward(x, bias, expert_offsets, token_indices, *weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        need_x, need_bias, *_ = ctx.needs_input_grad
+        form = ctx.form
+
+        def grads(grad_out: Tensor, x: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+            expert_offsets, token_indices, *weight = rest
+            grad_x = grad_bias = None
+            if need_x:
+                grad_x = _sum_by_row(_times(grad_out, weight, form, expert_offsets), x, token_indices)
+            if need_bias and bias is not None:
+                grad_bias = _sum_slots(grad_out, bias, expert_offsets)
+            return grad_x, grad_bias
+
+        results = once(grads, grad_out, *ctx.saved_tensors)
+        return *results, *[None] * (len(ctx.saved_tensors) - 1)
+
+
+def _times(rows: Tensor, weight: Sequence[Tensor], form: tuple[int, ...], expert_offsets: Tensor) -> Tensor:
+    """[S,C]: rows [S,N] times each expert's matrix of a stored weight, or of a plain one."""
+    if formats.format_of(form) in (*formats.BITS, *formats.MINIFLOATS):
+        return ops.grouped_gemm(rows, weight, form, None, expert_offsets, None, True, False)
+    plain = formats.decode(weight, form, rows.dtype)
+    return ops.grouped_gemm(rows, [plain.mT], (), None, expert_offsets, None, False, True)
+
+
+def _sum_slots(rows: Tensor, bias: Tensor, expert_offsets: Tensor) -> Tensor:
+    """The gradient of a bias [E,N]: the sum of each expert's rows."""
+    ones = rows.new_ones(rows.shape[0], 1)
+    return ops.grouped_gemm_wgrad(rows, ones, expert_offsets, None, False).squeeze(-1).to(bias.dtype)
+
+
+# ---- glu -------------------------------------------------------------------------------------------------------------
+
+
+class Glu(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor, *options: Any) -> Any:
+        return ops.glu(h, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        h, *ctx.options = inputs
+        ctx.save_for_backward(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad_a: Tensor) -> Any:
+        options = ctx.options
+
+        def grad(grad_a: Tensor, h: Tensor) -> Any:
+            return ops.glu_backward(grad_a, h, *options)
+
+        return once(grad, grad_a, *ctx.saved_tensors), *[None] * 5
+
+
+# ---- the whole layer -------------------------------------------------------------------------------------------------
+
+
+class Moe(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *others: Any) -> Any:
+        return ops.moe_forward(x, [gate_up_proj], (), [down_proj], (), *others, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, activation, gated, interleaved, alpha, limit = inputs
+        _, h = output
+        ctx.options = (activation, gated, interleaved, alpha, limit)
+        ctx.set_materialize_grads(False)  # no zeros of the size of h
+        ctx.mark_non_differentiable(h)
+        ctx.save_for_backward(*tensors, h)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, _: None) -> Any:
+        if grad_y is None:
+            return (None,) * 12
+        *needs, _, need_weights = ctx.needs_input_grad[:7]
+        needs.append(need_weights)
+        options = ctx.options
+
+        def grads(grad_y: Tensor, x: Tensor, *saved: Any) -> Any:
+            gate_up_proj, down_proj, *others, h = saved
+            layer = ([gate_up_proj], (), [down_proj], (), *others)
+            outputs = ops.moe_backward(grad_y, x, h, *layer, *options, needs)
+            return tuple(output if need else None for output, need in zip(outputs, needs, strict=True))
+
+        *grad_inputs, grad_weights = once(grads, grad_y, *ctx.saved_tensors)
+        return *grad_inputs, None, grad_weights, *[None] * 5
+
+
+class StoredMoe(torch.autograd.Function):
+    """Moe with stored weights, which are frozen; straight through the rounding of x and a. Backward is made of the
+    stages, so that it never needs more of a weight in float than 64 columns.
+
+    Inputs: x, the biases, topk_ids, topk_weights; both forms, how many of the tensors are the first weight's, and the
+    options; then the tensors of both weights.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        forms: tuple[tuple[int, ...], tuple[int, ...]],
+        first: int,
+        options: tuple[Any, ...],
+        *weights: Tensor,
+    ) -> Any:
+        layer = (weights[:first], forms[0], weights[first:], forms[1], gate_up_bias, down_bias, topk_ids, topk_weights)
+        return ops.moe_forward(x, *layer, *options, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.forms, ctx.first, ctx.options = inputs[:8]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, output[1], *inputs[8:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, _: None) -> Any:
+        count = len(ctx.needs_input_grad)
+        if grad_y is None:
+            return (None,) * count
+        need_x, need_gate_up_bias, need_down_bias, _, need_weights = ctx.needs_input_grad[:5]
+        forms, first, options = ctx.forms, ctx.first, ctx.options
+
+        def grads(grad_y: Tensor, x: Tensor, *saved: Any) -> Any:
+            gate_up_bias, down_bias, topk_ids, topk_weights, h, *weights = saved
+            gate_up, down = (weights[:first], forms[0]), (weights[first:], forms[1])
+            plan = ops.plan(topk_ids, formats.num_experts_of(*down))
+            expert_offsets, _, slot_indices = plan
+            rows = ops.permute(grad_y, *plan, None)
+            grad_a = _times(rows, *down, expert_offsets)  # for a weight of 1
+            slot_weights = reference.to_slots(topk_weights, slot_indices)[:, None]
+            grad_x = grad_gate_up_bias = grad_down_bias = grad_weights = None
+            if need_weights:
+                a = ops.glu(h, *options)
+                grad_slots = (grad_a.to(slot_weights.dtype) * a).sum(-1)
+                if down_bias is not None:
+                    experts = torch.bucketize(torch.arange(len(rows), device=x.device), expert_offsets[1:], right=True)
+                    bias = down_bias[experts.clamp(max=down_bias.shape[0] - 1)]
+                    grad_slots = grad_slots + (rows.to(slot_weights.dtype) * bias).sum(-1)
+                grad_weights = reference.gather_rows(grad_slots, slot_indices)
+            if need_down_bias:
+                grad_down_bias = _sum_slots((rows * slot_weights).to(x.dtype), down_bias, expert_offsets)
+            if need_x or need_gate_up_bias:
+                grad_h = ops.glu_backward((grad_a * slot_weights).to(x.dtype), h, *options)
+                if need_x:
+                    grad_x = ops.combine(_times(grad_h, *gate_up, expert_offsets), *plan, None)
+                if need_gate_up_bias:
+                    grad_gate_up_bias = _sum_slots(grad_h, gate_up_bias, expert_offsets)
+            return grad_x, grad_gate_up_bias, grad_down_bias, grad_weights
+
+        grad_x, grad_gate_up_bias, grad_down_bias, grad_weights = once(grads, grad_y, *ctx.saved_tensors)
+        return grad_x, grad_gate_up_bias, grad_down_bias, None, grad_weights, *[None] * (count - 5)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What arguments have to be. ValueError, or TypeError for a dtype, naming the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check(name: str, tensor: Tensor | None, shape: Sequence[int | None], dtype: torch.dtype | None = None) -> None:
+    """`tensor` has `shape` (None: any size) and `dtype` (None: any floating dtype); only its first size may be 0. An
+    absent tensor passes."""
+    if tensor is None:
+        return
+    if tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected {dtype or 'a floating dtype'}, got {tensor.dtype}")
+    wanted = [got if want is None else want for want, got in zip(shape, tensor.shape, strict=False)]
+    if tensor.dim() != len(shape) or wanted != list(tensor.shape):
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{sizes}], got {list(tensor.shape)}")
+    if 0 in tensor.shape[1:]:
+        raise ValueError(f"{name}: expected sizes of at least 1, got {list(tensor.shape)}")
+
+
+def check_range(name: str, indices: Tensor, low: int, high: int) -> None:
+    """Every index is in [low, high)."""
+    if indices.numel() and bool(((indices < low) | (indices >= high)).any()):
+        smallest, largest = indices.aminmax()
+        raise ValueError(f"{name}: expected {low} to {high - 1}, got {int(smallest)} to {int(largest)}")
+
+
+def check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def weight_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of topk_weights, and of every sum, beside tensors of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wide(tensor: Tensor) -> Tensor:
+    return tensor.to(weight_dtype(tensor.dtype))

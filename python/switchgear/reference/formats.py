@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The formats that a weight can have, in plain torch: what its tensors are, and what they stand for. The specification.
+
+A weight [E,N,C] crosses to the ops as tensors and a form, a few integers:
+
+    form ()       plain: one tensor [E,N,C]
+    form (format, rows, cols, parts, group_size, fields)
+                  the number of a format in FORMATS; N and C; equal shares of the rows that are stored apart; columns that
+                  share a scale (0: all); and which tensors follow the data, a bit each in the order of FIELDS
+
+`slots` [E] int32 says where the experts lie: expert e at index slots[e] of the first dimension of all other tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from switchgear.reference import compact, integers, minifloat, panels
+from switchgear.reference.checks import check, check_range
+
+FORMATS = ("plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4")
+FIELDS = ("scales", "row_scales", "zeros", "slots")
+BITS = {"int8": 8, "int4": 4}
+MINIFLOATS = ("fp8", "mxfp4")
+_NEEDED = {
+    "plain": (),
+    "panels": (),
+    "compact": (),
+    "int8": ("scales", "row_scales"),
+    "int4": ("scales", "row_scales"),
+    "fp8": ("scales",),
+    "mxfp4": ("scales",),
+}
+
+
+class Stored(NamedTuple):
+    """A weight taken apart."""
+
+    format: str
+    rows: int  # N
+    cols: int  # C
+    parts: int
+    group_size: int
+    data: Tensor
+    scales: Tensor | None
+    row_scales: Tensor | None
+    zeros: Tensor | None
+    slots: Tensor | None
+
+
+def _divide_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def format_of(form: Sequence[int]) -> str:
+    """The name of the format."""
+    return FORMATS[form[0]] if form else "plain"
+
+
+def fields_of(form: Sequence[int]) -> tuple[str, ...]:
+    """The names of the tensors, of which `data` is the first."""
+    fields = form[5] if form else 0
+    return ("data", *(field for bit, field in enumerate(FIELDS) if fields >> bit & 1))
+
+
+def num_experts_of(tensors: Sequence[Tensor], form: Sequence[int]) -> int:
+    """E of a weight."""
+    has_slots = bool(form) and form[5] >> FIELDS.index("slots") & 1
+    return tensors[-1 if has_slots else 0].shape[0]
+
+
+def take_apart(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Stored:
+    """ValueError for a form that says nothing of these tensors."""
+    if not form:
+        if len(tensors) != 1 or tensors[0].dim() != 3:
+            raise ValueError(f"{name}: expected one tensor [E,N,C], got {[list(tensor.shape) for tensor in tensors]}")
+        _, rows, cols = tensors[0].shape
+        return Stored("plain", rows, cols, 1, 0, tensors[0], None, None, None, None)
+    if len(form) != 6:
+        raise ValueError(f"{name}: expected a form of 6 numbers, got {len(form)}")
+    number, rows, cols, parts, group_size, fields = form
+    if not 0 <= number < len(FORMATS):
+        raise ValueError(f"{name}: expected a format from 0 to {len(FORMATS) - 1}, got {number}")
+    names = fields_of(form)
+    if not 0 <= fields < 1 << len(FIELDS) or len(names) != len(tensors):
+        raise ValueError(f"{name}: expected {len(names)} tensors for the fields {fields}, got {len(tensors)}")
+    found = dict(zip(names, tensors, strict=True))
+    for field in _NEEDED[FORMATS[number]]:
+        if field not in found:
+            raise ValueError(f"{name}_{field}: expected a tensor, got none")
+    if parts < 1 or rows % parts:
+        raise ValueError(f"{name}: expected parts that divide N={rows}, got {parts}")
+    data, others = found["data"], (found.get(field) for field in FIELDS)
+    return Stored(FORMATS[number], rows, cols, parts, group_size, data, *others)
+
+
+def check_weight(
+    name: str,
+    tensors: Sequence[Tensor],
+    form: Sequence[int],
+    sizes: tuple[int | None, int | None, int | None],
+    dtype: torch.dtype,
+) -> tuple[int, int, int]:
+    """E, N and C of a weight beside activations of `dtype`, once they are the `sizes` that are given."""
+    stored = take_apart(name, tensors, form)
+    experts, rows, cols = sizes
+    if not form:
+        check(name, stored.data, sizes, dtype)
+        return tuple(stored.data.shape)
+    if rows not in (None, stored.rows) or cols not in (None, stored.cols) or stored.rows < 1 or stored.cols < 1:
+        wanted = ", ".join("any" if size is None else str(size) for size in sizes[1:])
+        raise ValueError(f"{name}: expected matrices [{wanted}], got [{stored.rows}, {stored.cols}] in {stored.format}")
+    _check_storage(name, stored, dtype)
+    count = stored.data.shape[0]
+    if stored.slots is not None:
+        check(f"{name}_slots", stored.slots, (experts,), torch.int32)
+        check_range(f"{name}_slots", stored.slots, 0, count)
+        count = len(stored.slots)
+    if experts not in (None, count):
+        raise ValueError(f"{name}: expected {experts} experts, got {count}")
+    return count, stored.rows, stored.cols
+
+
+def _check_storage(name: str, stored: Stored, dtype: torch.dtype) -> None:
+    rows, cols = stored.rows, stored.cols
+    if stored.format == "plain":
+        check(name, stored.data, (None, rows, cols), dtype)
+    elif stored.format == "panels":
+        panels.check_storage(name, stored.data, rows, cols, dtype)
+    elif stored.format == "compact":
+        compact.check_storage(name, stored.data, rows, cols, dtype)
+    elif stored.format in BITS:
+        sizes = (rows, cols, BITS[stored.format], stored.parts, stored.group_size)
+        integers.check_storage(name, _quantized(stored), *sizes)
+    else:
+        _check_minifloat(name, stored)
+
+
+def _check_minifloat(name: str, stored: Stored) -> None:
+    is_fp8, size = stored.format == "fp8", stored.group_size
+    if size < 0 or size % minifloat.COLUMNS or not (is_fp8 or size == minifloat.COLUMNS):
+        allowed = "0 (the whole row) or a multiple of 32" if is_fp8 else "32"
+        raise ValueError(f"{name}: expected a group_size of {allowed}, got {size}")
+    blocks = stored.parts * _divide_up(stored.rows // stored.parts, minifloat.ROWS)
+    steps, groups = _divide_up(stored.cols, minifloat.COLUMNS), _divide_up(stored.cols, size or stored.cols)
+    step_bytes = minifloat.ROWS * minifloat.COLUMNS * (8 if is_fp8 else 4) // 8
+    experts = stored.data.shape[0]
+    check(name, stored.data, (None, blocks, steps, step_bytes), torch.uint8)
+    dtype = torch.float32 if is_fp8 else torch.uint8
+    check(f"{name}_scales", stored.scales, (experts, blocks, groups, minifloat.ROWS), dtype)
+
+
+def _in_order(stored: Stored) -> Stored:
+    """With the data of expert e at index e."""
+    if stored.slots is None:
+        return stored
+    at = stored.slots.long()
+    moved = {
+        field: None if (tensor := getattr(stored, field)) is None else tensor[at]
+        for field in ("data", "scales", "row_scales", "zeros")
+    }
+    return stored._replace(**moved, slots=None)
+
+
+def _quantized(stored: Stored) -> integers.Quantized:
+    assert stored.scales is not None
+    assert stored.row_scales is not None
+    return integers.Quantized(stored.data, stored.scales, stored.row_scales, stored.zeros)
+
+
+def _levels(stored: Stored) -> integers.Levels:
+    sizes = (stored.rows, stored.cols, BITS[stored.format], stored.parts)
+    return integers.from_blocks(_quantized(stored), *sizes)
+
+
+def decode(tensors: Sequence[Tensor], form: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The weight [E,N,C] in `dtype`: as it was where the format is lossless, else what its numbers stand for."""
+    stored = _in_order(take_apart("weight", tensors, form))
+    if stored.format == "plain":
+        return stored.data
+    if stored.format == "panels":
+        return panels.plain(stored.data, stored.cols, dtype)
+    if stored.format == "compact":
+        return compact.plain(stored.data, stored.cols, dtype)
+    if stored.format in BITS:
+        return integers.dequantize(_levels(stored), BITS[stored.format], stored.group_size).to(dtype)
+    return _decode_minifloat(stored).to(dtype)
+
+
+def _decode_minifloat(stored: Stored) -> Tensor:
+    """The weight in float32, exactly."""
+    assert stored.scales is not None
+    group = (1, stored.group_size)  # scales are stored for each row
+    values, scales = minifloat.from_blocks(
+        stored.data, stored.scales, stored.format, stored.rows, stored.cols, stored.parts, group
+    )
+    if stored.format == "mxfp4":
+        return minifloat.decode_mxfp4(values, scales, stored.cols)
+    return minifloat.decode_fp8(values, scales, group, stored.parts)
+
+
+def multiply_integers(rows: Tensor, tensors: Sequence[Tensor], form: Sequence[int], expert_offsets: Tensor) -> Tensor:
+    """[S,N] float32: rows [S,C] times each expert's matrix of int8 or int4."""
+    stored = _in_order(take_apart("weight", tensors, form))
+    return integers.multiply(rows, _levels(stored), BITS[stored.format], stored.group_size, expert_offsets)

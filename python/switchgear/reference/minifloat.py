@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Weights in floating-point numbers of 8 or 4 bits in plain torch: how they are made, published, stored and read back.
+
+    w = scale · value
+
+fp8: values are e4m3fn. A float32 scale belongs to a group of rows and columns, as DeepSeek-V3 and Qwen3 publish it
+(`weight_scale_inv`, 128 x 128), or to a row. mxfp4 (OCP Microscaling v1.0): values are e2m1. A scale 2^(s - 127)
+belongs to 32 columns of a row, as gpt-oss publishes it (`_blocks` and `_scales`).
+
+There are two layouts. The published one has the order of rows and columns; the stored one, that of the kernels, is
+described in include/switchgear/minifloat.h. to_blocks and from_blocks go from one to the other without changing a bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+ROWS, COLUMNS = 16, 32  # of a step of the stored layout; mxfp4: 32 columns share a scale
+BLOCK = (128, 128)  # rows and columns that share a scale of fp8
+ROW = (1, 0)  # 0: all columns
+
+FP8_MAX = 448.0
+SMALLEST_SCALE = 2.0**-126  # of fp8: the smallest normal float32; below, amax / 448 loses bits, or is zero
+MXFP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0..7; bit 3 is the sign
+NAN_SCALE = 255  # of e8m0
+# Between them, the largest float32 that rounds down: a middle itself goes to the even code, so up after an odd one.
+_MIDDLES = (0.25, 0.75 - 2**-24, 1.25, 1.75 - 2**-23, 2.5, 3.5 - 2**-22, 5.0)
+_HALVES = (0, 0, 1, 0, 2, 3, 4, 5)  # codes of half the values; 0.5 and 1.5 have none
+
+
+class Encoded(NamedTuple):
+    """A weight [E,N,C] in the published layout."""
+
+    values: Tensor  # uint8. fp8: [E,N,C] codes; mxfp4: [E,N,⌈C/32⌉,16], column 2i in the lower half of byte i
+    scales: Tensor  # fp8: float32 [E, parts · ⌈N/parts/group[0]⌉, ⌈C/group[1]⌉]; mxfp4: uint8 [E,N,⌈C/32⌉]
+    lossless: bool  # whether decoding to the dtype of the weight gives the weight, bit for bit
+
+
+def _divide_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def e4m3_codes(x: Tensor) -> Tensor:
+    """Finite float32 as e4m3fn: to the nearest, ties to even, at most ±448. uint8."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def e2m1_codes(x: Tensor) -> Tensor:
+    """Finite float32 as e2m1: to the nearest, ties to even, at most ±6. uint8, 0..15."""
+    magnitude = torch.bucketize(x.abs(), torch.tensor(_MIDDLES, device=x.device), out_int32=True)
+    return torch.where(x.signbit(), magnitude + 8, magnitude).to(torch.uint8)
+
+
+def e8m0_scales(codes: Tensor) -> Tensor:
+    """2^(code - 127) in float32; 255 is NaN. 2^-127 is subnormal."""
+    bits = codes.int() << 23
+    return torch.where(codes == 0, 1 << 22, torch.where(codes == NAN_SCALE, 0x7FC00000, bits)).view(torch.float32)
+
+
+def _e2m1_values(device: torch.device) -> Tensor:
+    """Of codes 0..15, float32."""
+    return torch.tensor((*MXFP4_VALUES, *(-value for value in MXFP4_VALUES)), device=device)
+
+
+# ---- encode ----------------------------------------------------------------------------------------------------------
+
+
+def check_parts(rows: int, parts: int) -> None:
+    """ValueError unless the rows have `parts` equal shares."""
+    if parts < 1 or rows % parts:
+        raise ValueError(f"parts: expected a divisor of N={rows}, got {parts}")
+
+
+def check_group(group: tuple[int, int]) -> None:
+    """ValueError for a group that fp8 cannot have."""
+    if group[0] < 1 or group[1] < 0 or group[1] % COLUMNS:
+        raise ValueError(
+            f"group: expected rows from 1 on and a multiple of {COLUMNS} columns, 0 for all of them, got {group}"
+        )
+
+
+def _split_parts(matrix: Tensor, parts: int, multiple: int) -> Tensor:
+    """[N,C] -> [parts, N/parts, C], with zeros below each part up to a multiple of rows."""
+    shares = matrix.view(parts, matrix.shape[0] // parts, matrix.shape[1])
+    return pad(shares, (0, 0, 0, -shares.shape[1] % multiple))
+
+
+def _finite_experts(weight: Tensor, name: str) -> Iterator[Tensor]:
+    """The matrices [N,C] of a weight in float32, one at a time: encoding takes some times their size."""
+    if weight.dim() != 3 or not weight.is_floating_point() or not len(weight):
+        raise ValueError(f"{name}: expected floating-point numbers [E,N,C], got {weight.dtype} {list(weight.shape)}")
+    for expert, matrix in enumerate(weight.detach()):
+        w = matrix.float()
+        if not bool(w.isfinite().all()):
+            raise ValueError(f"{name}: expected finite numbers, expert {expert} has NaN or infinities")
+        yield w
+
+
+def _encoded(weight: Tensor, matrices: list[tuple[Tensor, Tensor]], decode: Callable[..., Tensor]) -> Encoded:
+    values, scales = (torch.stack(tensors) for tensors in zip(*matrices, strict=True))
+    lossless = all(
+        torch.equal(decode(v[None], s[None])[0].to(weight.dtype), plain)
+        for v, s, plain in zip(values, scales, weight, strict=True)
+    )
+    return Encoded(values, scales, lossless)
+
+
+def encode_fp8(weight: Tensor, group: tuple[int, int] = BLOCK, parts: int = 1, name: str = "weight") -> Encoded:
+    """A weight [E,N,C] in fp8: scale = amax / 448 of a group of rows and columns, value = weight / scale in float32,
+    rounded to the nearest e4m3fn (ties to even, at most ±448).
+
+    Groups of rows start anew in each of `parts` equal shares of the rows: gates and ups are published apart. A group of
+    zeros has scale 1, as transformers' quantiser gives it. Other scales are at least SMALLEST_SCALE: all are finite and
+    positive. Half a unit in the last place is 2^-4 of a normal value and 2^-10 for a subnormal one, so that
+
+        |w - scale · value| <= max(|w| / 16, scale / 1024) · (1 + 2^-21),   and <= amax / 28 · (1 + 2^-21)
+
+    ValueError for NaN and infinities; it names the weight by `name`.
+    """
+    check_group(group)
+    check_parts(weight.shape[-2], parts)
+
+    def encode(w: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = w.shape
+        size = group[1] or max(columns, 1)
+        padded = pad(_split_parts(w, parts, group[0]), (0, -columns % size))
+        tiles = padded.view(parts, padded.shape[1] // group[0], group[0], padded.shape[2] // size, size)
+        amax = tiles.abs().amax((2, 4), keepdim=True)
+        scale = torch.where(amax == 0, 1.0, (amax / FP8_MAX).clamp_(min=SMALLEST_SCALE))
+        codes = e4m3_codes(tiles / scale).view(padded.shape)[:, : rows // parts, :columns]
+        return codes.reshape(rows, columns), scale[:, :, 0, :, 0].flatten(0, 1)
+
+    matrices = [encode(w) for w in _finite_experts(weight, name)]
+    return _encoded(weight, matrices, lambda values, scales: decode_fp8(values, scales, group, parts))
+
+
+def encode_mxfp4(weight: Tensor, name: str = "weight") -> Encoded:
+    """A weight [E,N,C] in mxfp4: scale = 2^(⌊log2 amax⌋ - 2) of 32 columns (OCP Microscaling v1.0), at least 2^-127, and
+    value = weight / scale, rounded to the nearest e2m1 (ties to even, at most ±6). The last block is padded with zeros.
+
+    So the largest value of a block is 4 or 6. If all are even multiples of the smallest (neither 0.5 nor 1.5) and one is
+    6, half of them at twice the scale are taken, which are equal. For a block that mxfp4 holds, as in a decoded checkpoint,
+    this is exact, and gives the bytes that were published by a quantiser that rounds amax / 6 up to a power of two, as
+    gpt-oss's does, whose largest values are 3, 4 and 6, except for blocks of a 6 and neither 0.5 nor 1.5. Bytes of any
+    other origin come back with equal values, and those of this function as they are. A block of zeros has scale code 0,
+    as gpt-oss's have. Zeros keep their signs.
+
+    ValueError for NaN and infinities; it names the weight by `name`.
+    """
+
+    def encode(w: Tensor) -> tuple[Tensor, Tensor]:
+        tiles = pad(w, (0, -w.shape[1] % COLUMNS)).view(len(w), _divide_up(w.shape[1], COLUMNS), COLUMNS)
+        exponent = tiles.abs().amax(-1).view(torch.int32) >> 23  # biased by 127, as scale codes are
+        scale = (exponent - 2).clamp_(min=0)
+        codes = e2m1_codes(
+            tiles * e8m0_scales(254 - scale)[..., None]
+        )  # an exact product, but far below the smallest value
+        magnitude = codes & 7
+        halve = (magnitude == 7).any(-1) & (magnitude & 5 != 1).all(-1)
+        halves = torch.tensor(_HALVES, dtype=torch.uint8, device=w.device)[magnitude.int()] | codes & 8
+        codes = torch.where(halve[..., None], halves, codes)
+        return codes[..., ::2] | codes[..., 1::2] << 4, (scale + halve).to(torch.uint8)
+
+    matrices = [encode(w) for w in _finite_experts(weight, name)]
+    return _encoded(weight, matrices, lambda blocks, scales: decode_mxfp4(blocks, scales, weight.shape[2]))
+
+
+# ---- decode ----------------------------------------------------------------------------------------------------------
+
+
+def decode_fp8(
+    values: Tensor,
+    scales: Tensor,
+    group: tuple[int, int] = BLOCK,
+    parts: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Published fp8 as [E,N,C]: scale · value in float32, one rounding, and another one to a narrower `dtype`."""
+    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    for matrix, codes, scale in zip(out, values, rows_of_scales(scales, values.shape[1], group, parts), strict=True):
+        by_column = scale.repeat_interleave(group[1] or max(codes.shape[1], 1), 1)[:, : codes.shape[1]]
+        torch.mul(codes.view(torch.float8_e4m3fn).float(), by_column, out=matrix)
+    return out
+
+
+def decode_mxfp4(
+    blocks: Tensor, scales: Tensor, columns: int | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Published mxfp4 as [E,N,C], exactly: float32 and bfloat16 have every scale · value below 2^128, and infinity for
+    the others. Scale code 255 gives NaN. C is that of the blocks, unless `columns` says that the last one is padded."""
+    columns = 32 * blocks.shape[2] if columns is None else columns
+    out = torch.empty(*blocks.shape[:2], columns, dtype=dtype, device=blocks.device)
+    values = _e2m1_values(blocks.device)
+    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), -1)  # of a byte
+    for matrix, block, scale in zip(out, blocks, scales, strict=True):
+        decoded = pairs[block.int()].flatten(2) * e8m0_scales(scale)[..., None]
+        matrix.copy_(decoded.flatten(1)[:, :columns])
+    return out
+
+
+def rows_of_scales(scales: Tensor, rows: int, group: tuple[int, int], parts: int) -> Tensor:
+    """Scales of fp8 [E, parts·R, G], repeated for each of N rows: [E,N,G]."""
+    shares = scales.view(len(scales), parts, scales.shape[1] // parts, scales.shape[2])
+    return shares.repeat_interleave(group[0], 2)[:, :, : rows // parts].flatten(1, 2)
+
+
+# ---- storage ---------------------------------------------------------------------------------------------------------
+
+
+def _pack_fp8(codes: Tensor) -> Tensor:
+    """[B,16,32·C] -> [B,C,512]. Pairs of columns stay together: that of row 4·i + k and column 32·c + 4·q + 2·j is pair
+    (q, i, j, k) of step c."""
+    count, _, columns = codes.shape
+    pairs = codes.reshape(count, 4, 4, columns).view(torch.int16).view(count, 4, 4, columns // 32, 8, 2)
+    return pairs.permute(0, 3, 4, 1, 5, 2).reshape(count, columns // 32, 256).view(torch.uint8)
+
+
+def _unpack_fp8(data: Tensor) -> Tensor:
+    count, steps, _ = data.shape
+    pairs = data.view(torch.int16).view(count, steps, 8, 4, 2, 4)
+    return pairs.permute(0, 3, 5, 1, 2, 4).reshape(count, ROWS, 16 * steps).view(torch.uint8)
+
+
+def _pack_mxfp4(block: Tensor) -> Tensor:
+    """[B,16,16·C] -> [B,C,256]. Of four bytes (eight columns), the lower halves of the first two are a byte, then those
+    of the last two, then the upper halves of either."""
+    count, _, width = block.shape
+    words = block.reshape(count, ROWS, width // 16, 4, 2, 2).permute(0, 2, 3, 1, 4, 5)
+    even, odd = words[..., 0], words[..., 1]
+    return torch.stack((even & 15 | odd << 4, even >> 4 | odd & 240), -2).view(count, width // 16, 256)
+
+
+def _unpack_mxfp4(data: Tensor) -> Tensor:
+    count, steps, _ = data.shape
+    words = data.view(count, steps, 4, ROWS, 2, 2)
+    low, high = words[..., 0, :], words[..., 1, :]
+    bytes_of = torch.stack((low & 15 | high << 4, low >> 4 | high & 240), -1)
+    return bytes_of.permute(0, 3, 1, 2, 4, 5).reshape(count, ROWS, 16 * steps)
+
+
+def _to_rows_of_blocks(matrix: Tensor, parts: int) -> Tensor:
+    """[N,D] -> [parts·B, 16, D], with zeros below each part."""
+    return _split_parts(matrix, parts, ROWS).view(-1, ROWS, matrix.shape[1])
+
+
+def _from_rows_of_blocks(blocks: Tensor, rows: int, parts: int) -> Tensor:
+    shares = blocks.reshape(parts, blocks.shape[0] // parts * ROWS, blocks.shape[2])
+    return shares[:, : rows // parts].reshape(rows, blocks.shape[2])
+
+
+def to_blocks(
+    values: Tensor, scales: Tensor, format: str, parts: int = 1, group: tuple[int, int] = BLOCK
+) -> tuple[Tensor, Tensor]:
+    """From the published layout to that of the kernels, (data, scales) of include/switchgear/minifloat.h: blocks of 16
+    rows, steps of 32 columns. Only the order changes. `group` is that of fp8.
+
+    ValueError for shapes that do not fit, and for codes and scales that are NaN or infinite: kernels know none.
+    """
+    check_published(values, scales, format, parts, group)
+    num_experts, rows = values.shape[:2]
+    is_fp8 = format == "fp8"
+    if is_fp8:
+        scales = rows_of_scales(scales, rows, group, parts)
+    step = COLUMNS if is_fp8 else COLUMNS // 2  # bytes of a row
+    width = _divide_up(values.shape[2], step) * step if is_fp8 else values.shape[2] * step
+    pack = _pack_fp8 if is_fp8 else _pack_mxfp4
+    blocks = parts * _divide_up(rows // parts, ROWS)
+    data = torch.empty(num_experts, blocks, width // step, ROWS * step, dtype=torch.uint8, device=values.device)
+    stored = scales.new_empty(num_experts, blocks, scales.shape[2], ROWS)
+    for expert in range(num_experts):  # one at a time: padding and permuting copy a matrix
+        matrix = values[expert].view(torch.uint8).flatten(1)
+        matrix = pad(matrix, (0, width - matrix.shape[1]))
+        data[expert] = pack(_to_rows_of_blocks(matrix, parts))
+        stored[expert] = _to_rows_of_blocks(scales[expert], parts).mT
+    return data, stored
+
+
+def from_blocks(
+    data: Tensor,
+    scales: Tensor,
+    format: str,
+    rows: int,
+    columns: int,
+    parts: int = 1,
+    group: tuple[int, int] = BLOCK,
+) -> tuple[Tensor, Tensor]:
+    """The inverse of to_blocks: (values, scales) in the published layout."""
+    num_experts, _, steps, _ = data.shape
+    values = data.new_empty(num_experts, rows, columns if format == "fp8" else 16 * steps)
+    by_row = scales.new_empty(num_experts, rows, scales.shape[2])
+    unpack = _unpack_fp8 if format == "fp8" else _unpack_mxfp4
+    for expert in range(num_experts):
+        matrix = _from_rows_of_blocks(unpack(data[expert]), rows, parts)
+        values[expert] = matrix[:, : values.shape[2]]
+        by_row[expert] = _from_rows_of_blocks(scales[expert].mT, rows, parts)
+    if format == "mxfp4":
+        return values.view(num_experts, rows, steps, 16), by_row
+    shares = by_row.view(num_experts, parts, rows // parts, scales.shape[2])
+    return values, shares[:, :, :: group[0]].flatten(1, 2)
+
+
+def check_published(values: Tensor, scales: Tensor, format: str, parts: int, group: tuple[int, int] = BLOCK) -> None:
+    """ValueError or TypeError, which name the argument, unless these are a finite weight in the published layout."""
+    if format not in ("fp8", "mxfp4"):
+        raise ValueError(f"format: expected 'fp8' or 'mxfp4', got {format!r}")
+    is_fp8 = format == "fp8"
+    if values.dim() != (3 if is_fp8 else 4):
+        raise ValueError(f"values: expected {'[E,N,C]' if is_fp8 else '[E,N,C/32,16]'}, got {list(values.shape)}")
+    num_experts, rows, columns = values.shape[:3]
+    check_parts(rows, parts)
+    if is_fp8:
+        check_group(group)
+        groups = _divide_up(columns, group[1] or max(columns, 1))
+        _check("values", values, tuple(values.shape), (torch.uint8, torch.float8_e4m3fn))
+        _check("scales", scales, (num_experts, parts * _divide_up(rows // parts, group[0]), groups), (torch.float32,))
+    else:
+        _check("values", values, (num_experts, rows, columns, 16), (torch.uint8,))
+        _check("scales", scales, (num_experts, rows, columns), (torch.uint8,))
+    for expert in range(num_experts):
+        if is_fp8 and bool((values[expert].view(torch.uint8) & 0x7F == 0x7F).any()):
+            raise ValueError(f"values: expected numbers, expert {expert} has NaN")
+        finite = scales[expert].isfinite() if is_fp8 else scales[expert] != NAN_SCALE
+        if not bool(finite.all()):
+            raise ValueError(f"scales: expected finite numbers, expert {expert} has others")
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")

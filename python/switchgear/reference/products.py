@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Products of rows with the matrices of their experts in plain torch: grouped_gemm and its weight gradient. The specification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from switchgear.reference import formats
+from switchgear.reference.checks import check, wide
+from switchgear.reference.rows import check_offsets, rows_of, segments
+
+
+def gemm(rows: Tensor, matrices: Tensor | Sequence[Tensor], bias: Tensor | None, expert_offsets: Tensor) -> Tensor:
+    """Each expert's rows times its matrix, transposed, in the wide dtype; zeros where there is nothing to multiply."""
+    out = rows.new_zeros(rows.shape[0], max(matrix.shape[0] for matrix in matrices))
+    for expert, slots in segments(expert_offsets):
+        width = matrices[expert].shape[0]
+        out[slots, :width] = rows[slots] @ wide(matrices[expert]).mT
+        if bias is not None:
+            out[slots, :width] += wide(bias[expert, :width])
+    return out
+
+
+def wgrad_of(grad_rows: Tensor, rows: Tensor, expert_offsets: Tensor, grad_weight: Tensor) -> Tensor:
+    """Fills grad_weight [E,N,C] with Σ_s grad_rows[s] ⊗ rows[s] of each expert."""
+    grad_weight.zero_()
+    for expert, slots in segments(expert_offsets):
+        grad_weight[expert] = grad_rows[slots].mT @ rows[slots]
+    return grad_weight
+
+
+def sum_rows(rows: Tensor, expert_offsets: Tensor, like: Tensor) -> Tensor:
+    """The sum of each expert's rows, as [E,N] in the dtype of `like`."""
+    ones = rows.new_ones(rows.shape[0], 1)
+    return wgrad_of(rows, ones, expert_offsets, like.new_empty(*like.shape, 1)).squeeze(-1)
+
+
+def grouped_gemm(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    form: Sequence[int],
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+    token_indices: Tensor | None,
+    transposed: bool = False,
+    input_gradient: bool = False,
+) -> Tensor:
+    """out[s,n] = Σ_c x[r(s),c] · weight[e(s)][n,c] + bias[e(s),n], with r(s) = token_indices[s] where given, else s.
+
+    x [R,C]; weight: a weight [E,N,C] in its `form` (formats.py), or E matrices [N_e,C]; bias [E,N]. out [S,N], N the
+    widest. `transposed`: x · W instead of x · Wᵀ, [S,C] of x [R,N], with a stored weight in the dtype of x and no bias.
+    `input_gradient`: a kernel adds up in the order in which its moe_backward does, instead of its moe_forward.
+    """
+    check("x", x, (None, None))
+    num_experts = expert_offsets.shape[0] - 1
+    check_offsets(expert_offsets, len(x if token_indices is None else token_indices), token_indices, len(x))
+    if not form and not (len(weight) == 1 and weight[0].dim() == 3):
+        return _separate_gemm(x, weight, bias, expert_offsets, token_indices, transposed)
+    columns = None if transposed else x.shape[1]
+    experts, rows, columns = formats.check_weight("weight", weight, form, (None, None, columns), x.dtype)
+    if experts != num_experts:
+        raise ValueError(f"weight: expected {num_experts} experts, got {experts}")
+    if transposed:
+        check("x", x, (None, rows))
+        if bias is not None:
+            raise ValueError("bias: expected none for a transposed weight")
+        matrices = formats.decode(weight, form, x.dtype).mT
+        return gemm(rows_of(x, token_indices), matrices, None, expert_offsets).to(x.dtype)
+    check("bias", bias, (experts, rows), x.dtype)
+    return multiply(rows_of(x, token_indices), x.dtype, weight, form, bias, expert_offsets).to(x.dtype)
+
+
+def _separate_gemm(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+    token_indices: Tensor | None,
+    transposed: bool,
+) -> Tensor:
+    """grouped_gemm with E plain matrices of different heights."""
+    num_experts = expert_offsets.shape[0] - 1
+    if transposed:
+        raise ValueError("weight: expected one weight [E,N,C] to be transposed, got separate matrices")
+    if len(weight) != num_experts:
+        raise ValueError(f"weight: expected {num_experts} experts, got {len(weight)}")
+    for matrix in weight:
+        check("weight", matrix, (None, x.shape[1]), x.dtype)
+    check("bias", bias, (num_experts, max(matrix.shape[0] for matrix in weight)), x.dtype)
+    return gemm(rows_of(x, token_indices), list(weight), bias, expert_offsets).to(x.dtype)
+
+
+def multiply(
+    rows: Tensor,
+    dtype: torch.dtype,
+    weight: Sequence[Tensor],
+    form: Sequence[int],
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+) -> Tensor:
+    """[S,N] in the wide dtype: rows [S,C] of activations, which are of `dtype`, times each expert's matrix, with bias.
+
+    Integers meet activations that are rounded to int8. All other products have wide factors: plain weights, panels and
+    compact ones are what they were, and minifloats are decoded exactly.
+    """
+    format = formats.format_of(form)
+    if format in formats.BITS:
+        out = formats.multiply_integers(rows.to(dtype), weight, form, expert_offsets).to(rows.dtype)
+        for expert, slots in segments(expert_offsets):
+            if bias is not None:
+                out[slots] += wide(bias[expert])
+        return out
+    matrices = formats.decode(weight, form, rows.dtype if format in formats.MINIFLOATS else dtype)
+    return gemm(rows, matrices, bias, expert_offsets)
+
+
+def grouped_gemm_wgrad(
+    grad_out: Tensor, x: Tensor, expert_offsets: Tensor, token_indices: Tensor | None, transposed: bool
+) -> Tensor:
+    """grad_weight[e][n,c] = Σ_{s of e} grad_out[s,n] · x[r(s),c] as [E,N,C], whose memory is [E,C,N] if transposed."""
+    check("grad_out", grad_out, (x.shape[0] if token_indices is None else token_indices.shape[0], None))
+    check("x", x, (None, None), grad_out.dtype)
+    check_offsets(expert_offsets, len(grad_out), token_indices, len(x))
+    grad_weight = empty_weight(x, expert_offsets.shape[0] - 1, grad_out.shape[1], x.shape[1], transposed)
+    return wgrad_of(wide(grad_out), rows_of(x, token_indices), expert_offsets, grad_weight)
+
+
+def empty_weight(like: Tensor, num_experts: int, rows: int, columns: int, transposed: bool) -> Tensor:
+    """[E,rows,columns], uninitialised; with `transposed` a view of [E,columns,rows] memory."""
+    if transposed:
+        return like.new_empty(num_experts, columns, rows).mT
+    return like.new_empty(num_experts, rows, columns)

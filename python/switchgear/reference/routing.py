@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Who goes where, in plain torch: route and its gradient. The specification."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from switchgear.reference.checks import check, check_choice, check_finite, check_range, weight_dtype, wide
+
+SCORE_FUNCTIONS = ("softmax", "sigmoid")
+GROUP_SCORES = ("max", "top2_sum")
+NORMALIZE_EPSILON = 1e-20  # keeps normalised weights finite where every chosen score underflowed
+
+
+def sanitize(values: Tensor) -> Tensor:
+    """NaN and -Inf become the lowest finite number, +Inf the highest."""
+    limits = torch.finfo(values.dtype)
+    return values.nan_to_num(nan=limits.min, posinf=limits.max, neginf=limits.min)
+
+
+# exp(r) ≈ 1 + r + r²·(C2 + C3·r + C4·r² + C5·r³ + C6·r⁴) for |r| <= ln2 / 2; csrc/cpu/exp.h derives the numbers.
+_LOWEST, _HIGHEST = float.fromhex("-0x1.5d589ep+6"), 89.0
+_LOG2_E, _ROUND = float.fromhex("0x1.715476p+0"), float.fromhex("0x1.8p+23")
+_LN2_HIGH, _LN2_LOW = float.fromhex("0x1.62e4p-1"), float.fromhex("0x1.7f7d1cp-20")
+_C6_TO_C2 = [
+    float.fromhex(c) for c in ("0x1.6ac74ep-10", "0x1.123dep-7", "0x1.555858p-5", "0x1.55548cp-3", "0x1.fffffcp-2")
+]
+
+
+def exp(x: Tensor) -> Tensor:
+    """The exponential of the scores. In float32 a fixed sequence of IEEE operations, each rounded on its own, so that
+    scores have the same bits on every backend; results below the smallest normal number are 0."""
+    if x.dtype == torch.float64:
+        return torch.exp(x)
+    clamped = x.clamp(_LOWEST, _HIGHEST)
+    n = (clamped * _LOG2_E + _ROUND) - _ROUND  # nearest integer
+    r = (clamped - n * _LN2_HIGH) - n * _LN2_LOW
+    q = torch.full_like(r, _C6_TO_C2[0])
+    for coefficient in _C6_TO_C2[1:]:
+        q = q * r + coefficient
+    p = (q * (r * r) + r) + 1
+    exponent = n.to(torch.int32)
+    half = exponent >> 1  # in two steps: 2^exponent itself may lie outside of float32
+    result = (p * _power_of_two(half)) * _power_of_two(exponent - half)
+    return result.masked_fill(x < _LOWEST, 0)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+def ordered_sum(values: Tensor) -> Tensor:
+    """The sum over the last dimension in float64, one term after the other: the order is part of the result."""
+    return values.double().cumsum(-1)[..., -1:]
+
+
+def scores(logits: Tensor, score_function: str) -> Tensor:
+    """Scores [T,E] of sanitised logits: softmax over all experts, or the sigmoid of each."""
+    if score_function == "sigmoid":
+        return 1 / (1 + exp(-logits))
+    exponentials = exp(logits - logits.amax(-1, keepdim=True))
+    return (exponentials.double() / ordered_sum(exponentials)).to(logits.dtype)
+
+
+def _keep_best_groups(values: Tensor, num_groups: int, topk_groups: int, group_score: str) -> Tensor:
+    """`values` [T,E] with -Inf outside the `topk_groups` best of `num_groups` groups of consecutive experts."""
+    num_tokens, num_experts = values.shape
+    groups = values.view(num_tokens, num_groups, num_experts // num_groups)
+    rank = groups.amax(-1)
+    if group_score == "top2_sum" and groups.shape[-1] > 1:
+        rank = rank + groups.topk(2, dim=-1).values[..., 1]
+    kept = rank.sort(dim=-1, descending=True, stable=True).indices[:, :topk_groups]
+    dropped = torch.ones_like(rank, dtype=torch.bool).scatter(1, kept, False)
+    return groups.masked_fill(dropped[:, :, None], -math.inf).view(num_tokens, num_experts)
+
+
+def _check_route(router_logits: Tensor, top_k: int, score_function: str, num_groups: int, topk_groups: int) -> None:
+    check("router_logits", router_logits, (None, None))
+    num_experts = router_logits.shape[1]
+    check_choice("score_function", score_function, SCORE_FUNCTIONS)
+    if num_groups < 1 or num_experts % num_groups:
+        raise ValueError(f"num_groups: expected a divisor of {num_experts} experts, got {num_groups}")
+    if not 1 <= topk_groups <= num_groups:
+        raise ValueError(f"topk_groups: expected 1 to {num_groups}, got {topk_groups}")
+    eligible = topk_groups * (num_experts // num_groups)
+    if not 1 <= top_k <= eligible:
+        raise ValueError(f"top_k: expected 1 to {eligible} (eligible experts), got {top_k}")
+
+
+def route(
+    router_logits: Tensor,
+    selection_bias: Tensor | None,
+    top_k: int,
+    score_function: str,
+    normalize: bool,
+    scale: float,
+    num_groups: int,
+    topk_groups: int,
+    group_score: str,
+) -> tuple[Tensor, Tensor]:
+    """topk_ids [T,K] int32 and topk_weights [T,K] of router_logits [T,E], whatever bits they hold.
+
+    The order of choice is total: value descending, then id ascending. The value is the logit itself under a plain
+    softmax, which is monotone, so that rounding makes no ties; otherwise score + selection_bias.
+    """
+    _check_route(router_logits, top_k, score_function, num_groups, topk_groups)
+    check_choice("group_score", group_score, GROUP_SCORES)
+    check_finite("scale", scale)
+    check("selection_bias", selection_bias, (router_logits.shape[1],))
+    logits = sanitize(wide(router_logits))
+    score = scores(logits, score_function)
+    if score_function == "softmax" and selection_bias is None and num_groups == 1:
+        value = logits
+    else:
+        value = score if selection_bias is None else score + sanitize(selection_bias.to(score.dtype))
+        if num_groups > 1:
+            value = _keep_best_groups(value, num_groups, topk_groups, group_score)
+    topk_ids = value.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    topk_weights = score.gather(1, topk_ids)
+    if normalize:
+        total = ordered_sum(topk_weights) + NORMALIZE_EPSILON
+        topk_weights = (topk_weights.double() / total).to(score.dtype)
+    return topk_ids.to(torch.int32, memory_format=torch.contiguous_format), topk_weights * scale
+
+
+def route_backward(
+    grad_topk_weights: Tensor,
+    router_logits: Tensor,
+    topk_ids: Tensor,
+    score_function: str,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    """grad_router_logits [T,E], in float64 until the end. With p the scores, w those chosen, g the incoming gradient
+    times scale, s = Σ w + 1e-20, and U_j the u_k of expert j or 0:
+
+    u_k = g_k, or (g_k - Σ g w / s) / s if normalised
+    softmax   grad_j = p_j (U_j - Σ u w)          sigmoid   grad_j = U_j p_j (1 - p_j)
+
+    0 where the logit was not finite, since sanitising it is constant.
+    """
+    num_tokens, top_k = topk_ids.shape
+    check("router_logits", router_logits, (num_tokens, None))
+    check("grad_topk_weights", grad_topk_weights, (num_tokens, top_k), weight_dtype(router_logits.dtype))
+    check("topk_ids", topk_ids, (num_tokens, top_k), torch.int32)
+    check_choice("score_function", score_function, SCORE_FUNCTIONS)
+    check_finite("scale", scale)
+    check_range("topk_ids", topk_ids, -1, router_logits.shape[1])
+    ids, empty = topk_ids.clamp(min=0).long(), topk_ids < 0
+    score = scores(sanitize(wide(router_logits)), score_function).double()
+    chosen = score.gather(1, ids).masked_fill(empty, 0)
+    grad_chosen = (grad_topk_weights.double() * scale).masked_fill(empty, 0)
+    if normalize:
+        total = ordered_sum(chosen) + NORMALIZE_EPSILON
+        grad_chosen = ((grad_chosen - ordered_sum(grad_chosen * chosen) / total) / total).masked_fill(empty, 0)
+    grad_score = torch.zeros_like(score).scatter_add(1, ids, grad_chosen)
+    if score_function == "softmax":
+        grad_logits = score * (grad_score - ordered_sum(grad_chosen * chosen))
+    else:
+        grad_logits = grad_score * score * (1 - score)
+    return grad_logits.masked_fill(~router_logits.isfinite(), 0).to(router_logits.dtype)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which form serves a use on this machine: what store(model, "auto") tries, the best first.
+
+The limits are measured ones (docs/weights.md, docs/performance.md): with few rows for an expert its weights are read once
+for each, so bytes decide; from some on multiplying does, and an order that the kernels like is what is left to gain.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from switchgear import backends, ops
+from switchgear.weights.layout import layout_of
+
+FEW_ROWS = 4  # for an expert: up to here compact weights were faster than plain ones in every case that was measured
+WIDE_VECTORS = ("avx512", "amx")  # ISAs that unpack compact weights as fast as memory delivers them
+
+
+class Candidate(NamedTuple):
+    """A form that may serve."""
+
+    form: str
+    reason: str
+    options: dict[str, Any]
+    is_last: bool = False  # there is no other
+
+
+def candidates(model: nn.Module, tokens_per_step: int, lossless: bool) -> list[Candidate]:
+    """What to try, in order. ValueError for a number of tokens below 1."""
+    if tokens_per_step < 1:
+        raise ValueError(f"tokens_per_step: expected at least 1, got {tokens_per_step}")
+    devices = {
+        p.device.type for module in model.modules() if layout_of(module) is not None for p in module.parameters()
+    }
+    if devices - {"cpu"}:
+        where = ", ".join(sorted(devices - {"cpu"}))
+        return [Candidate("plain", f"kernels on {where} multiply plain weights alone", {}, True)]
+    if backends.backend() == "reference":
+        return [Candidate("plain", "the reference gains nothing from another form", {}, True)]
+    rows = rows_per_expert(model, tokens_per_step)
+    text = f"about {rows:.3g} tokens for an expert on {ops.cpu_isa()}"
+    plain = Candidate("plain", f"{text}: plain weights on huge pages", {}, True)
+    panels = Candidate("panels", f"{text}: the order of the kernels", {})
+    if not lossless:
+        if rows <= FEW_ROWS:
+            return [Candidate("int4", f"{text}: memory is the limit, so the fewest bits", {"symmetric": False}), plain]
+        return [Candidate("int8", f"{text}: multiplications are the limit, and those of int8 are fast", {}), plain]
+    if rows <= FEW_ROWS and ops.cpu_isa().startswith(WIDE_VECTORS):
+        return [Candidate("compact", f"{text}: memory is the limit, so fewer bytes", {}), panels, plain]
+    return [panels, plain] if rows > 1 else [plain]
+
+
+def rows_per_expert(model: nn.Module, tokens_per_step: int) -> float:
+    """How many rows an expert that is chosen at all has in a step, on average."""
+    most = 0.0
+    for module in model.modules():
+        if (layout := layout_of(module)) is None:
+            continue
+        experts = _num_experts(module, layout.names[1])
+        share = min(1.0, _top_k(model, module, experts) / experts)
+        touched = experts * (1 - (1 - share) ** tokens_per_step)
+        most = max(most, tokens_per_step * share * experts / touched)
+    return most
+
+
+def _num_experts(module: nn.Module, name: str) -> int:
+    weight: torch.Tensor = getattr(module, name)
+    return len(weight)
+
+
+def _top_k(model: nn.Module, module: nn.Module, experts: int) -> int:
+    """Choices of a token, from whoever knows: the config of a model, a router of as many experts; else 2."""
+    config = getattr(module, "config", None)
+    for name in ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    for router in model.modules():
+        if getattr(router, "num_experts", None) == experts and isinstance(value := getattr(router, "top_k", None), int):
+            return value
+    return min(2, experts)

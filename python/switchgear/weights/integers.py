@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Int8 and Int4: levels of 8 or 4 bits with scales, multiplied in integers; see reference/integers.py.
+
+Activations are rounded to int8 as they come. Gradients reach x, topk_weights and biases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from switchgear.reference import integers
+from switchgear.reference.formats import BITS
+from switchgear.weights.form import Form, check_loaded, on_huge_pages
+from switchgear.weights.weight import Weight
+
+_SUFFIXES = {"data": "_values", "scales": "_scales", "row_scales": "_row_scales", "zeros": "_zeros"}
+
+
+@dataclass(frozen=True)
+class _Integers(Form):
+    """group_size: columns of a weight that share a scale, a power of two from 16 on, or 0 for a whole row.
+    symmetric: levels around zero. Otherwise each group has a zero besides: 8 bits, as the scale.
+    """
+
+    group_size: int = 0
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        size = self.group_size
+        if size and (size < 16 or size & (size - 1)):
+            raise ValueError(f"group_size: expected 0 (the whole row) or a power of two from 16 on, got {size}")
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return tuple(suffix for field, suffix in _SUFFIXES.items() if not (self.symmetric and field == "zeros"))
+
+    def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
+        bits = BITS[self.name]
+        levels = integers.quantize(weight.detach(), bits, self.group_size, self.symmetric, name)
+        stored = integers.to_blocks(levels, bits, parts)
+        data, scales, row_scales, zeros = (None if tensor is None else on_huge_pages(tensor) for tensor in stored)
+        assert data is not None
+        _, rows, cols = weight.shape
+        return Weight(
+            self.name, data, rows, cols, weight.dtype, scales, row_scales, zeros,
+            parts=parts, group_size=self.group_size,
+        )  # fmt: skip
+
+    def save(self, weight: Weight) -> dict[str, Tensor]:
+        named = {suffix: getattr(weight, field) for field, suffix in _SUFFIXES.items()}
+        return {suffix: tensor for suffix, tensor in named.items() if tensor is not None}
+
+    def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
+        check_loaded(tensors, {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in self.save(now).items()})
+        fields = {field: tensors.get(suffix) for field, suffix in _SUFFIXES.items()}
+        moved = {field: None if t is None else on_huge_pages(t.to(now.device)) for field, t in fields.items()}
+        return now.with_tensors(moved)
+
+
+@dataclass(frozen=True)
+class Int8(_Integers):
+    """8 bits a weight, and a scale for a row or for `group_size` columns of it."""
+
+    name: ClassVar[str] = "int8"
+
+
+@dataclass(frozen=True)
+class Int4(_Integers):
+    """4 bits a weight, and a scale for `group_size` columns of a row."""
+
+    name: ClassVar[str] = "int4"
+    group_size: int = 32

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Fp8 and Mxfp4: floating-point numbers of 8 or 4 bits with scales, as DeepSeek-V3, Qwen3 and gpt-oss publish them; see
+reference/minifloat.py.
+
+State dicts hold them in the layout in which they are published, and take it: fp8 as <name> float8_e4m3fn [E,N,C] and
+<name>_scale_inv, mxfp4 as <name>_blocks [E,N,C/32,16] and <name>_scales. Weights are decoded exactly; products are those
+of float numbers. Gradients reach x, topk_weights and biases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from switchgear.reference import minifloat
+from switchgear.weights.form import Form, check_loaded, on_huge_pages
+from switchgear.weights.weight import Weight
+
+BLOCKS = {"128x128": minifloat.BLOCK, "row": minifloat.ROW}
+
+
+def _stored(format: str, published: tuple[Tensor, Tensor], parts: int, group: tuple[int, int]) -> dict[str, Tensor]:
+    """The tensors of a Weight, from the published layout."""
+    data, scales = minifloat.to_blocks(*published, format, parts, group)
+    return {"data": on_huge_pages(data), "scales": scales}
+
+
+@dataclass(frozen=True)
+class Fp8(Form):
+    """e4m3fn, with a float32 scale for 128 x 128 weights, or for a row (block="row")."""
+
+    name: ClassVar[str] = "fp8"
+    block: str = "128x128"
+
+    def __post_init__(self) -> None:
+        if self.block not in BLOCKS:
+            raise ValueError(f"block: expected one of {', '.join(BLOCKS)}, got {self.block!r}")
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return ("", "_scale_inv")
+
+    @property
+    def _group(self) -> tuple[int, int]:
+        return BLOCKS[self.block]
+
+    def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
+        values, scales, is_exact = minifloat.encode_fp8(weight.detach(), self._group, parts, name)
+        _, rows, cols = weight.shape
+        tensors = _stored("fp8", (values, scales), parts, self._group)
+        return Weight(
+            "fp8", **tensors, rows=rows, cols=cols, dtype=weight.dtype, parts=parts, group_size=self._group[1],
+            is_exact=is_exact,
+        )  # fmt: skip
+
+    def save(self, weight: Weight) -> dict[str, Tensor]:
+        assert weight.scales is not None
+        values, scales = minifloat.from_blocks(
+            weight.data, weight.scales, "fp8", weight.rows, weight.cols, weight.parts, self._group
+        )
+        return {"": values.view(torch.float8_e4m3fn), "_scale_inv": scales}
+
+    def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
+        rows, cols, (height, width) = now.rows, now.cols, self._group
+        groups = (now.parts * -(-(rows // now.parts) // height), -(-cols // (width or cols)))
+        check_loaded(
+            tensors,
+            {
+                "": (now.shape, torch.float8_e4m3fn),
+                "_scale_inv": ((now.shape[0], *groups), torch.float32),
+            },
+        )
+        published = (tensors[""].to(now.device), tensors["_scale_inv"].to(now.device))
+        return now.with_tensors(_stored("fp8", published, now.parts, self._group))
+
+
+@dataclass(frozen=True)
+class Mxfp4(Form):
+    """e2m1, with a power of two for 32 columns of a row (OCP Microscaling v1.0)."""
+
+    name: ClassVar[str] = "mxfp4"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return ("_blocks", "_scales")
+
+    def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
+        blocks, scales, is_exact = minifloat.encode_mxfp4(weight.detach(), name)
+        _, rows, cols = weight.shape
+        tensors = _stored("mxfp4", (blocks, scales), parts, minifloat.BLOCK)
+        return Weight(
+            "mxfp4", **tensors, rows=rows, cols=cols, dtype=weight.dtype, parts=parts, group_size=minifloat.COLUMNS,
+            is_exact=is_exact,
+        )  # fmt: skip
+
+    def save(self, weight: Weight) -> dict[str, Tensor]:
+        assert weight.scales is not None
+        blocks, scales = minifloat.from_blocks(
+            weight.data, weight.scales, "mxfp4", weight.rows, weight.cols, weight.parts
+        )
+        return {"_blocks": blocks, "_scales": scales}
+
+    def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
+        experts, rows, cols = now.shape
+        groups = -(-cols // minifloat.COLUMNS)
+        check_loaded(
+            tensors,
+            {"_blocks": ((experts, rows, groups, 16), torch.uint8), "_scales": ((experts, rows, groups), torch.uint8)},
+        )
+        published = (tensors["_blocks"].to(now.device), tensors["_scales"].to(now.device))
+        return now.with_tensors(_stored("mxfp4", published, now.parts, minifloat.BLOCK))

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What became of a module's projections: parameters went, buffers came. Once for all forms.
+
+The buffers are <name>_data, <name>_scales, …, and are no part of state dicts: hooks put the keys of the form there, and
+take them, or plain weights, which are stored on their way in. Floating-point scales are held as the bits that they are,
+int32, so that module.to(dtype), .half() and the like leave them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.reference.formats import FIELDS
+from switchgear.weights.form import Form
+from switchgear.weights.layout import Layout
+from switchgear.weights.weight import AdaptedWeight, Weight
+
+_FIELDS = ("data", *FIELDS)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Kind(NamedTuple):
+    """A Weight without its tensors."""
+
+    format: str
+    rows: int
+    cols: int
+    dtype: torch.dtype
+    parts: int
+    group_size: int
+    elements: torch.dtype | None
+    is_exact: bool
+    fields: tuple[str, ...]  # of its tensors
+
+    @staticmethod
+    def of(weight: Weight) -> Kind:
+        fields = tuple(field for field in _FIELDS if getattr(weight, field) is not None)
+        return Kind(*(getattr(weight, name) for name in Kind._fields[:-1]), fields)
+
+    def weight(self, tensors: dict[str, Tensor]) -> Weight:
+        options = self._asdict()
+        del options["fields"]
+        return Weight(**options, **tensors)
+
+
+class Tie:
+    """One for each parameter that was: modules that shared it have the same."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One that is stored."""
+
+    kind: Kind
+    trained: bool  # whether its parameter asked for gradients
+    tie: Tie
+
+
+class StoredProjections:
+    """How a module's two projections are stored."""
+
+    def __init__(self, form: Form, layout: Layout, projections: tuple[Projection, Projection]) -> None:
+        self.form, self.layout, self.projections = form, layout, projections
+        self._cached: tuple[list[tuple[str, Tensor]], tuple[Weight, Weight]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}  # copies have tensors of their own
+
+    def weights(self, module: nn.Module) -> tuple[Weight, Weight]:
+        """The two projections of `module`; made anew where its buffers were replaced."""
+        cached, buffers = self._cached, module._buffers
+        if cached is not None:
+            for name, tensor in cached[0]:
+                if buffers.get(name) is not tensor:
+                    break
+            else:
+                return cached[1]
+        held: list[tuple[str, Tensor]] = []
+        first, second = (self._weight(module, index, held) for index in (0, 1))
+        self._cached = held, (first, second)
+        return first, second
+
+    def _weight(self, module: nn.Module, index: int, held: list[tuple[str, Tensor]]) -> Weight:
+        kind, tensors = self.projections[index].kind, {}
+        for field, name in self._buffers(index):
+            buffer = getattr(module, name)
+            held.append((name, buffer))
+            tensors[field] = buffer.view(torch.float32) if _is_float(kind.format, field) else buffer
+        return kind.weight(tensors)
+
+    def _buffers(self, index: int) -> Iterator[tuple[str, str]]:
+        """(field, name of its buffer) of a projection."""
+        name = self.layout.names[index]
+        for field in self.projections[index].kind.fields:
+            yield field, f"{name}_{field}"
+
+    def put_into(self, module: nn.Module, weights: tuple[Weight, Weight]) -> None:
+        """The buffers of `weights`."""
+        for index, weight in enumerate(weights):
+            for field, name in self._buffers(index):
+                tensor = getattr(weight, field)
+                held = tensor.view(torch.int32) if _is_float(weight.format, field) else tensor
+                module.register_buffer(name, held, persistent=False)
+
+    def take_out_of(self, module: nn.Module) -> None:
+        """The buffers go."""
+        for index in (0, 1):
+            for _, name in self._buffers(index):
+                del module._buffers[name]
+                module._non_persistent_buffers_set.discard(name)
+
+
+def _is_float(format: str, field: str) -> bool:
+    return field == "row_scales" or (field == "scales" and format == "fp8")
+
+
+def stored_of(module: nn.Module) -> StoredProjections | None:
+    """How a module stores its projections; None where they are parameters."""
+    return vars(module).get("_switchgear_stored")
+
+
+def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
+    """The two projections [E,out,in] as `moe` takes them: tensors where they are parameters, else what is stored; with
+    their adapters, if there are any. `layout` says how the module holds parameters."""
+    stored = vars(module).get("_switchgear_stored")
+    first: Tensor | Weight | AdaptedWeight
+    second: Tensor | Weight | AdaptedWeight
+    if stored is not None:
+        first, second = stored.weights(module)
+    else:  # each attribute is read once: under a parametrization every access makes the weight anew
+        first, second = getattr(module, layout.names[0]), getattr(module, layout.names[1])
+        if layout.transposed:
+            first, second = first.mT, second.mT
+    adapters = vars(module).get("_switchgear_adapters")
+    return (first, second) if adapters is None else adapters.around(module, first, second)
+
+
+# ---- from parameters to buffers and back -----------------------------------------------------------------------------
+
+
+def put(module: nn.Module, stored: StoredProjections, weights: tuple[Weight, Weight]) -> None:
+    """Replaces the parameters of a module by `weights`."""
+    for name in stored.layout.names:
+        module.register_parameter(name, None)
+    stored.put_into(module, weights)
+    if "_switchgear_stored" not in vars(module):  # the hooks do nothing while a module is plain
+        hooked: Any = module
+        hooked.register_state_dict_post_hook(_save)
+        hooked.register_load_state_dict_pre_hook(_load)
+    module._switchgear_stored = stored  # type: ignore[assignment]
+
+
+def take_back(module: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Replaces what `put` put by `parameters`."""
+    stored = stored_of(module)
+    assert stored is not None
+    stored.take_out_of(module)
+    for name, parameter in zip(stored.layout.names, parameters, strict=True):
+        module.register_parameter(name, parameter)
+    module._switchgear_stored = None  # type: ignore[assignment]
+
+
+def in_layout(weight: Tensor, layout: Layout) -> Tensor:
+    """A plain weight [E,out,in] as the parameter of a module is."""
+    return weight.mT.contiguous() if layout.transposed else weight
+
+
+# ---- state dicts -----------------------------------------------------------------------------------------------------
+
+
+def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    if (stored := stored_of(module)) is None:
+        return
+    for name, weight in zip(stored.layout.names, stored.weights(module), strict=True):
+        if stored.form.suffixes:
+            for suffix, tensor in stored.form.save(weight).items():
+                state_dict[f"{prefix}{name}{suffix}"] = tensor
+        else:
+            state_dict[prefix + name] = in_layout(weight.plain(), stored.layout)
+
+
+def _load(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any, strict: bool, missing: list[str], *__: Any
+) -> None:
+    if (stored := stored_of(module)) is None:
+        return
+    now = stored.weights(module)
+    loaded = []  # all of it, before anything changes
+    for index, name in enumerate(stored.layout.names):
+        weight = _loaded(stored, index, now[index], state_dict, f"{prefix}{name}", missing if strict else [])
+        loaded.append(now[index] if weight is None else weight)
+    projections = [
+        Projection(Kind.of(weight), projection.trained, projection.tie)
+        for weight, projection in zip(loaded, stored.projections, strict=True)
+    ]
+    changed = StoredProjections(stored.form, stored.layout, (projections[0], projections[1]))
+    stored.take_out_of(module)
+    changed.put_into(module, (loaded[0], loaded[1]))
+    module._switchgear_stored = changed  # type: ignore[assignment]
+
+
+def _loaded(
+    stored: StoredProjections, index: int, now: Weight, state_dict: dict[str, Any], key: str, missing: list[str]
+) -> Weight | None:
+    """The weight that a state dict has under `key`, None for none; its keys go."""
+    form, layout = stored.form, stored.layout
+    plain = state_dict.get(key)
+    if plain is not None and not ("" in form.suffixes and plain.dtype is torch.float8_e4m3fn):
+        if plain.dtype not in _FLOATS:
+            raise ValueError(f"{key}: expected a floating dtype of at least 16 bits, got {plain.dtype}")
+        del state_dict[key]
+        shape = list(now.shape)
+        view = plain.mT if layout.transposed else plain
+        if list(view.shape) != shape:
+            expected = [shape[0], *reversed(shape[1:])] if layout.transposed else shape
+            raise ValueError(f"{key}: expected shape {expected}, got {list(plain.shape)}")
+        weight = form.encode(key, view.detach().to(now.device, now.dtype), layout.parts(index))
+        if isinstance(weight, str):
+            raise ValueError(f"{key}: expected a weight that can be stored as {form}; {weight}")
+        return weight
+    suffixes = form.suffixes or ("",)
+    present = {suffix: state_dict.pop(key + suffix) for suffix in suffixes if key + suffix in state_dict}
+    if len(present) < len(suffixes):
+        missing.extend(key + suffix for suffix in suffixes if suffix not in present)
+        return None
+    try:
+        return form.load(present, now)
+    except ValueError as error:
+        raise ValueError(f"{key}{error}") from None

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Weight: the matrices of all experts of a projection in a format that is named, and AdaptedWeight around one.
+
+Every product takes a Weight where it takes a tensor [E,N,C]. It is immutable, has no gradient, and knows nothing of
+modules: the form that made it does (plain.py, panels.py, …).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from switchgear import backends, ops
+from switchgear.reference import formats
+from switchgear.weights.pages import advise_huge_pages
+
+LOSSLESS = ("plain", "panels", "compact")
+PANEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_FIELDS = ("data", *formats.FIELDS)
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A weight [E,N,C] as the kernels read it: include/switchgear/weight.h, reference/formats.py."""
+
+    format: str  # of formats.FORMATS
+    data: Tensor
+    rows: int  # N
+    cols: int  # C
+    dtype: torch.dtype  # of the plain weight
+    scales: Tensor | None = None
+    row_scales: Tensor | None = None
+    zeros: Tensor | None = None
+    slots: Tensor | None = None  # [E] int32: where each expert lies in the first dimension of the other tensors
+    parts: int = 1  # equal shares of the rows that are stored apart
+    group_size: int = 0  # columns that share a scale; 0: all
+    elements: torch.dtype | None = None  # of what compact rows hold: bfloat16 for float32 whose lower halves are zero
+    is_exact: bool = False  # plain() is the weight that this was made of, bit for bit
+    tensors: tuple[Tensor, ...] = field(init=False, repr=False)  # as the ops take them
+    form: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.format not in formats.FORMATS:
+            raise ValueError(f"format: expected one of {', '.join(formats.FORMATS)}, got {self.format!r}")
+        present = [getattr(self, name) for name in formats.FIELDS]
+        fields = sum(1 << bit for bit, tensor in enumerate(present) if tensor is not None)
+        form: tuple[int, ...] = ()
+        if fields or self.format != "plain":
+            number = formats.FORMATS.index(self.format)
+            form = (number, self.rows, self.cols, self.parts, self.group_size, fields)
+        object.__setattr__(self, "tensors", (self.data, *(tensor for tensor in present if tensor is not None)))
+        object.__setattr__(self, "form", form)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[E,N,C]."""
+        return len(self.data if self.slots is None else self.slots), self.rows, self.cols
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether this format holds any weight of its dtype, bit for bit."""
+        return self.format in LOSSLESS
+
+    @cached_property
+    def needs_no_dispatch(self) -> bool:
+        """Whether all tensors are plain ones in the memory of the CPU."""
+        return all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu for tensor in self.tensors)
+
+    def plain(self) -> Tensor:
+        """The weight [E,N,C] in its dtype: as it was, or what the numbers of its format stand for."""
+        if self.data.is_cpu and self.slots is None and not torch.compiler.is_compiling():
+            if self.format == "compact":
+                return self._expanded()
+            if self.format == "panels":
+                weight = torch.empty(self.shape, dtype=self.dtype)
+                advise_huge_pages(weight)
+                return formats.panels.expand(self.data, weight)
+        return formats.decode(self.tensors, self.form, self.dtype)
+
+    def _expanded(self) -> Tensor:
+        weight = torch.empty(self.shape, dtype=self.elements)
+        advise_huge_pages(weight)
+        ops.host.module.expand_compact(self.data.contiguous(), weight, torch.get_num_threads())
+        return weight.to(self.dtype)
+
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether moe takes this weight as it is beside an x of `dtype`: some formats are bytes of one dtype, and some
+        of one device."""
+        if self.format not in LOSSLESS:
+            return True  # any dtype; a device without kernels says so itself
+        if self.format == "plain":
+            return dtype is self.dtype
+        if not self.data.is_cpu:
+            return False
+        if self.format == "compact":
+            return dtype is self.dtype or dtype is self.elements
+        return dtype is self.dtype and self._is_of_this_isa()
+
+    def _is_of_this_isa(self) -> bool:
+        """Whether panels have the order of the ISA in use. A graph cannot ask for it: its op looks at their shape."""
+        if torch.compiler.is_compiling():
+            return True
+        rows, vector_bytes = ops.host.module.panel_layout(PANEL_DTYPES[self.dtype])
+        return self.data.shape[1] * rows == self.rows and self.data.shape[3] == vector_bytes
+
+    def permuted(self, order: Tensor) -> Weight:
+        """The experts `order` [E'], of which each may occur any number of times. Copies nothing."""
+        order = order.to(device=self.device, dtype=torch.int32)
+        return self.with_slots(order if self.slots is None else self.slots[order.long()])
+
+    def with_slots(self, slots: Tensor | None) -> Weight:
+        """The same data with other places [E] int32 of the experts; None: expert e at index e."""
+        return self.with_tensors({"slots": slots})
+
+    def with_tensors(self, tensors: dict[str, Tensor | None]) -> Weight:
+        """The same with other tensors, by the names of their fields."""
+        if unknown := sorted(set(tensors) - set(_FIELDS)):
+            raise ValueError(f"tensors: expected names among {', '.join(_FIELDS)}, got {', '.join(unknown)}")
+        given = {name: getattr(self, name) for name in _ARGUMENTS}
+        return Weight(**{**given, **tensors})
+
+
+_ARGUMENTS = (
+    "format", *_FIELDS, "rows", "cols", "dtype", "parts", "group_size", "elements", "is_exact",
+)  # fmt: skip
+
+
+class AdaptedWeight(NamedTuple):
+    """A frozen weight and a low-rank one beside it: W + scale · B·A for each expert (LoRA, arXiv:2106.09685)."""
+
+    weight: Tensor | Weight
+    a: Tensor  # [E,r,C]
+    b: Tensor  # [E,N,r]
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+
+AnyWeight = Tensor | Weight | AdaptedWeight
+
+
+def taken_by_moe(weight: Weight, dtype: torch.dtype) -> Tensor | Weight:
+    """The weight itself where moe multiplies it beside an x of `dtype`, else the plain one, for the time of a call."""
+    return weight if weight.multiplies(dtype) else _expanded(weight, dtype, f"{weight.format} weights")
+
+
+def taken_by_grouped_gemm(weight: Weight, dtype: torch.dtype) -> Tensor | Weight:
+    """The same for grouped_gemm, which reads no panels."""
+    if weight.format == "panels":
+        return _expanded(weight, dtype, "weights in panels, in grouped_gemm")
+    return taken_by_moe(weight, dtype)
+
+
+def _expanded(weight: Weight, dtype: torch.dtype, subject: str) -> Tensor:
+    has_a_kernel_missing = weight.format != "plain" and (dtype is weight.dtype or not weight.data.is_cpu)
+    if has_a_kernel_missing and not torch.compiler.is_compiling():
+        backends.announce_format(weight.device, subject, "each call expands them")
+    return weight.plain()
