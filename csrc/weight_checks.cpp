@@ -59,7 +59,7 @@ void compact_input(Call& call, const char* name, const Weight& w, Dim& experts) 
                    name_of(dtype), " like ", call.float_name(), ", got compact weights: ", describe(w.data));
   SWITCHGEAR_CHECK(ValueError, w.cols <= kMaxCompactColumns, name, ": expected at most ", kMaxCompactColumns,
                    " columns of compact weights, got ", w.cols);
-  const int64_t element = w.data.numel() > 0 ? w.data.as<uint8_t>()[kCompactElementBytes] : 2;
+  const int64_t element = w.data.numel() > 0 ? compact_element_bytes(w) : 2;
   SWITCHGEAR_CHECK(TypeError, element == 2 || element == size_of(dtype), name, ": expected compact ", name_of(dtype),
                    " like ", call.float_name(), ", got compact elements of ", element, " bytes: ", describe(w.data));
   const int64_t records = compact_records_bytes(w.cols, element == 4 ? DType::kFloat32 : DType::kBFloat16);
@@ -110,6 +110,7 @@ void slots_input(Call& call, const char* name, const Weight& w, Dim& E) {
   SWITCHGEAR_CHECK(ValueError, call.backend().device == DeviceType::kCPU, name, ": expected none on this device, got ",
                    describe(w.slots));
   call.input(name, w.slots, kInt32, {&E});
+  check_range(name, w.slots, 0, w.data.shape[0]);
 }
 
 }  // namespace
@@ -132,7 +133,6 @@ void weight_input(Call& call, const WeightNames& names, const Weight& w, Dim& E,
       default: integers_input(call, names, w, experts);
     }
   }
-  if (w.slots.defined()) check_range(names.slots, w.slots, 0, stored.size);
 }
 
 void plain_weight_input(Call& call, const WeightNames& names, const Weight& w, const char* what, Dim& E, Dim& N,

@@ -12,31 +12,35 @@ from typing import Any
 import pytest
 import torch
 
-from switchgear.cli import bench_cuda, bench_cuda_ops, bench_cuda_tables, main
-from switchgear.cli.bench_case import make_case, make_weights
-from switchgear.cli.common import CommandError, console
-from switchgear.cli.published import FIGURES, OP_FIGURES
-from switchgear.cli.shapes import GPU_SHAPES, GPU_TOKENS, Shape
+from switchgear.bench import cuda, cuda_ops, cuda_tables
+from switchgear.bench.case import make_case, make_weights
+from switchgear.bench.competitors import COMPETITORS
+from switchgear.bench.published import FIGURES, OP_FIGURES
+from switchgear.bench.shapes import GPU_SHAPES, GPU_TOKENS, Shape
+from switchgear.cli import main
+from switchgear.common import console
 
 SMALL = Shape(32, 48, 4, 2, "of the tests")
 
 
-def row(peer: str, times: list[float], error: float = 1e-3, shape: str = "small", tokens: int = 64) -> dict[str, Any]:
+def row(name: str, times: list[float], error: float = 1e-3, shape: str = "small", tokens: int = 64) -> dict[str, Any]:
     case = make_case(shape, SMALL, "bf16", tokens, "forward", "balanced", make_weights(SMALL, torch.bfloat16))
-    return bench_cuda_tables.row_of(case, peer, error, 1e-2, times, 3 << 20)
+    return cuda_tables.row_of(case, name, error, 1e-2, times, 3 << 20)
 
 
 @pytest.fixture
 def results() -> dict[str, Any]:
-    case = bench_cuda_ops.router(8, 16, 2, "softmax", "cpu")
+    case = cuda_ops.router(8, 16, 2, "softmax", "cpu")
     return {
-        "schema": bench_cuda_tables.SCHEMA,
+        "schema": cuda_tables.SCHEMA,
         "machine": {"gpu": "a card", "torch": "2.13.0", "cuda": "13.0"},
         "ceilings": {"compute": 500e12, "memory": 3e12},
         "routing": "balanced",
-        "ops": [bench_cuda_ops.result(case, "switchgear", [0.5, 0.1, 0.2])],
+        "ops": [cuda_ops.result(case, "switchgear", [0.5, 0.1, 0.2])],
         "results": [row("switchgear", [0.2, 0.1, 0.3]), row("hf_eager", [], error=0.5)],
-        "skipped": [{"case": "small, T=64, bf16, forward", "peer": "hf_sonicmoe", "reason": "it is not installed"}],
+        "skipped": [
+            {"case": "small, T=64, bf16, forward", "competitor": "hf_sonicmoe", "reason": "it is not installed"}
+        ],
     }
 
 
@@ -44,24 +48,20 @@ def results() -> dict[str, Any]:
 
 
 def test_cases_are_those_of_published_figures_and_of_decoding() -> None:
-    plan = bench_cuda.cases(list(GPU_SHAPES), ["forward", "train"], None)
+    plan = cuda.cases(list(GPU_SHAPES), ["forward", "train"], None)
     assert {(shape, tokens) for shape, tokens, mode in plan if mode == "train"} == set(GPU_TOKENS.items())
     assert ("qwen3-30b-a3b", 1, "forward") in plan
     for figure in FIGURES:
         mode = "train" if figure.mode == "backward" else figure.mode
         assert (figure.shape, GPU_TOKENS[figure.shape], mode) in plan
-    assert bench_cuda.cases(["e512-k10"], ["train"], "3,4") == [("e512-k10", 3, "train"), ("e512-k10", 4, "train")]
-    with pytest.raises(CommandError, match="--tokens: expected positive integers, got '0'"):
-        bench_cuda.cases(["e512-k10"], ["train"], "0")
+    assert cuda.cases(["e512-k10"], ["train"], (3, 4)) == [("e512-k10", 3, "train"), ("e512-k10", 4, "train")]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--shapes", "tiny"], "--shapes: expected a list of sonic-7b-n256, .*, ops; got 'tiny'"),
-        (["--modes", "backward"], "--modes: expected a list of forward, train"),
-        (["--peers", "ggml"], "--peers: expected a list of switchgear"),
-        (["--tokens", "many"], "--tokens: expected positive integers"),
+        (["--competitors", "ggml"], "--competitors: expected a list of switchgear"),
         (["--json", "/nowhere/results.json"], "--json: cannot write /nowhere/results.json"),
     ],
 )
@@ -88,25 +88,22 @@ def test_a_row_says_what_was_measured() -> None:
 
 @pytest.mark.parametrize(("compute", "memory", "bound"), [(1e12, 1e15, "compute"), (1e18, 1e9, "memory")])
 def test_percent_of_the_ceiling_that_binds(compute: float, memory: float, bound: str) -> None:
-    one = bench_cuda_tables.against_ceilings({"compute": compute, "memory": memory}, row("switchgear", [0.2]))
+    one = cuda_tables.against_ceilings({"compute": compute, "memory": memory}, row("switchgear", [0.2]))
     seconds = one["flops"] / compute if bound == "compute" else one["weight_bytes"] / memory
     assert one["bound"] == bound
     assert one["percent_of_ceiling"] == pytest.approx(100 * seconds / 0.2e-3)
-    assert (
-        bench_cuda_tables.against_ceilings({"compute": 1e12, "memory": 1e12}, row("x", []))["percent_of_ceiling"]
-        is None
-    )
+    assert cuda_tables.against_ceilings({"compute": 1e12, "memory": 1e12}, row("x", []))["percent_of_ceiling"] is None
 
 
 def test_files(results: dict[str, Any], tmp_path: Path) -> None:
     files = {kind: str(tmp_path / f"gpu.{kind}") for kind in ("json", "csv", "markdown")}
-    bench_cuda_tables.write(results, files)
+    cuda_tables.write(results, files)
     written = json.loads(Path(files["json"]).read_text())
-    assert written["schema"] == "switchgear-bench-cuda/2"
+    assert written["schema"] == "switchgear-bench-cuda/3"
     assert [entry["percent_of_ceiling"] is None for entry in written["results"]] == [False, True]
     with open(files["csv"], newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [entry["peer"] for entry in rows] == ["switchgear", "hf_eager"]
+    assert [entry["competitor"] for entry in rows] == ["switchgear", "hf_eager"]
     text = Path(files["markdown"]).read_text()
     assert "a card" in text
     assert "500 TFLOP/s (dense bfloat16 product, 8192³), 3000 GB/s" in text
@@ -121,9 +118,9 @@ def test_files(results: dict[str, Any], tmp_path: Path) -> None:
 
 def test_terminal(results: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     out = console()
-    bench_cuda_tables.print_machine(out, results)
-    bench_cuda_tables.print_ops(out, results)
-    bench_cuda_tables.print_case(out, results, results["results"], results["skipped"])
+    cuda_tables.print_machine(out, results)
+    cuda_tables.print_ops(out, results)
+    cuda_tables.print_case(out, results, results["results"], results["skipped"])
     text = capsys.readouterr().out
     for words in ("a card", "not timed", "left out (it is not installed)", "FreeToken 12.4 us", "% (memory)"):
         assert words in text
@@ -131,37 +128,57 @@ def test_terminal(results: dict[str, Any], capsys: pytest.CaptureFixture[str]) -
 
 def test_published_figures_stand_beside_their_row() -> None:
     shape = "sonic-7b-n256"
-    beside = bench_cuda_tables.figures_beside({"shape": shape, "mode": "forward", "tokens": GPU_TOKENS[shape]})
+    beside = cuda_tables.figures_beside({"shape": shape, "mode": "forward", "tokens": GPU_TOKENS[shape]})
     assert any("SonicMoE 366 TFLOP/s" in line for line in beside)
-    assert bench_cuda_tables.figures_beside({"shape": shape, "mode": "forward", "tokens": 7}) == []
+    assert cuda_tables.figures_beside({"shape": shape, "mode": "forward", "tokens": 7}) == []
+
+
+def test_a_case_is_verified_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a case through cuda.py, on the CPU with a clock that stands in."""
+    called: list[str] = []
+    monkeypatch.setattr(cuda, "in_turns", lambda calls: {name: [0.5] for name in calls})
+    monkeypatch.setattr(cuda, "peak_memory", lambda call: called.append(str(call().shape)) or 1 << 20)
+    case = make_case("small", SMALL, "bf16", 16, "forward", "balanced", make_weights(SMALL, torch.bfloat16))
+    right = COMPETITORS["torch_loop"]
+    monkeypatch.setitem(COMPETITORS, "wrong", right._replace(make=lambda case: lambda inputs: inputs.x))
+    monkeypatch.setitem(COMPETITORS, "broken", right._replace(make=lambda case: undefined))  # noqa: F821
+    monkeypatch.setitem(COMPETITORS, "trains", right._replace(modes=("train",)))
+    rows, skipped = cuda.measure_case(case, ["switchgear", "torch_loop", "wrong", "broken", "trains"])
+    assert {row["competitor"]: row["ms"] for row in rows} == {"switchgear": 0.5, "torch_loop": 0.5, "wrong": None}
+    assert [entry["competitor"] for entry in skipped] == ["broken", "trains"]
+    assert "NameError" in skipped[0]["reason"]
+    assert called == ["torch.Size([16, 32])"] * 2
+    monkeypatch.setitem(COMPETITORS, "switchgear", right._replace(make=lambda case: undefined))  # noqa: F821
+    with pytest.raises(NameError):
+        cuda.measure_case(case, ["switchgear"])
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
 
 OPS = [
-    bench_cuda_ops.router(40, 16, 4, "softmax", "cpu"),
-    bench_cuda_ops.router(40, 16, 4, "sigmoid", "cpu"),
-    bench_cuda_ops.grouped(32, 24, 40, 4, "cpu"),
-    bench_cuda_ops.permutation(20, 32, 8, 4, "cpu"),
-    bench_cuda_ops.combination(20, 32, 8, 4, "cpu"),
+    cuda_ops.router(40, 16, 4, "softmax", "cpu"),
+    cuda_ops.router(40, 16, 4, "sigmoid", "cpu"),
+    cuda_ops.grouped(32, 24, 40, 4, "cpu"),
+    cuda_ops.permutation(20, 32, 8, 4, "cpu"),
+    cuda_ops.combination(20, 32, 8, 4, "cpu"),
 ]
 
 
 @pytest.mark.parametrize("case", OPS, ids=lambda case: f"{case.op} {case.case}")
-def test_ops_agree_with_torch(case: bench_cuda_ops.OpCase) -> None:
-    results = {peer: call() for peer, call in case.calls.items()}
+def test_ops_agree_with_torch(case: cuda_ops.OpCase) -> None:
+    results = {competitor: call() for competitor, call in case.calls.items()}
     assert len(results) == 2
-    assert bench_cuda_ops.disagreement(results) <= case.tolerance
+    assert cuda_ops.disagreement(results) <= case.tolerance
     wrong = results | {"torch": results["torch"].roll(1, 0)}
-    assert bench_cuda_ops.disagreement(wrong) > case.tolerance
+    assert cuda_ops.disagreement(wrong) > case.tolerance
 
 
 def test_published_figures_of_ops_name_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    monkeypatch.setattr(bench_cuda_ops, "OpCase", lambda op, case, *rest: made.append(f"{op} {case}"))
+    monkeypatch.setattr(cuda_ops, "OpCase", lambda op, case, *rest: made.append(f"{op} {case}"))
     for name in ("randn", "rand", "arange"):  # sizes are what matters here, so memory stays untouched
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, _real=real, **k: _real(*a, **k | {"device": "meta"}))
-    for case in bench_cuda_ops.CASES:
+    for case in cuda_ops.CASES:
         case()
     assert {f"{figure.op} {figure.case}" for figure in OP_FIGURES} <= set(made)

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from switchgear import plan
-from switchgear.cli import bench_routers, main, plain_routers, timing
-from switchgear.cli.bench_routers import same
-from switchgear.cli.router_policies import Policy, policies
-from switchgear.cli.shapes import ROUTER_SHAPES, Shape
+from switchgear.bench import plain_routers, routers, timing
+from switchgear.bench.router_policies import Policy, policies
+from switchgear.bench.routers import same
+from switchgear.bench.shapes import ROUTER_SHAPES, Shape
+from switchgear.cli import main
 
 pytest.importorskip("rich", reason="rich is not installed")
 
@@ -52,11 +53,11 @@ def test_plain_plan() -> None:
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(ROUTER_SHAPES, "olmoe", SMALL)
-    monkeypatch.setattr(bench_routers, "TOKENS", 512)
-    monkeypatch.setattr(bench_routers, "SECONDS", 0.0)
-    monkeypatch.setattr(bench_routers, "TRIES", 1)
+    monkeypatch.setattr(routers, "TOKENS", 512)
+    monkeypatch.setattr(routers, "SECONDS", 0.0)
+    monkeypatch.setattr(routers, "TRIES", 1)
     monkeypatch.setattr(timing, "TURN_SECONDS", 1e-9)
-    monkeypatch.setattr(bench_routers, "MOST_BYTES", 3 * 16 * 8 * 16)  # a slice of the layer
+    monkeypatch.setattr(routers, "MOST_BYTES", 3 * 16 * 8 * 16)  # a slice of the layer
     page, file = tmp_path / "routers.md", tmp_path / "routers.json"
     page.write_text("# Costs\n\n<!-- bench:routers -->\nold\n<!-- /bench:routers -->\n\nThe end.\n")
     arguments = ["bench", "--routers", "--shapes", "olmoe", "--threads", "1", "--markdown", str(page)]
@@ -77,7 +78,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert again.read_text() in text
 
     wrong = Policy("wrong", POLICIES["top-k"].ours, POLICIES["rank-k"].plain)
-    monkeypatch.setattr(bench_routers, "policies", lambda *_: [wrong])
+    monkeypatch.setattr(routers, "policies", lambda *_: [wrong])
     assert main(arguments) == 1
     assert "| NO |" in page.read_text()
 

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from switchgear.cli import main
-from switchgear.cli.bench_model import best_published
-from switchgear.cli.cost_model import (
+from switchgear.bench.cost_model import (
     GPUS,
     LAUNCH_SECONDS,
     TILES,
@@ -24,8 +22,10 @@ from switchgear.cli.cost_model import (
     routed,
     wgrad,
 )
-from switchgear.cli.published import FIGURES
-from switchgear.cli.shapes import GPU_SHAPES, GPU_TOKENS, Shape, forward_flops
+from switchgear.bench.model import best_published
+from switchgear.bench.published import FIGURES
+from switchgear.bench.shapes import GPU_SHAPES, GPU_TOKENS, Shape, forward_flops
+from switchgear.cli import main
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 gpus = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)

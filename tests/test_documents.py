@@ -112,6 +112,17 @@ def _is_file(span: str) -> bool:
     return any(path.as_posix().endswith(f"/{span}".rstrip("/")) for folder in folders for path in folder.rglob("*"))
 
 
+def test_pictures_and_results_are_small() -> None:
+    files = [
+        path for folder in ("docs/images", "bench/results") for path in (ROOT / folder).rglob("*") if path.is_file()
+    ]
+    assert files
+    large = [path.name for path in files if path.stat().st_size > 100_000]
+    assert not large
+    shown = {(document.parent / link).resolve() for document in DOCUMENTS for link in _LINK.findall(prose(document))}
+    assert {path for path in files if path.suffix == ".png"} <= shown  # or nobody sees them
+
+
 def test_architecture_lists_the_ops() -> None:
     table = re.findall(r"^\| `(\w+)` \| \[", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
     registered = {

@@ -5,9 +5,9 @@
 #include <atomic>
 #include <cstdlib>
 
+#include "integers/kernels.h"
 #include "kernels.h"
 #include "ops.h"
-#include "quantized/kernels.h"
 #include "registry.h"
 #include "switchgear/check.h"
 
@@ -68,7 +68,9 @@ bool runs_avx512() {
 bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512BF16)
-bool runs_avx512bf16() { return runs_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
+bool runs_avx512bf16() {  // with VBMI, which all processors with AVX512-BF16 have but Cooper Lake
+  return runs_avx512vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
 #endif
 #if defined(SWITCHGEAR_HAVE_AMX)
 bool runs_amx() {
@@ -84,34 +86,34 @@ struct Isa {
   const char* name;
   bool (*runs)();
   const Kernels& (*kernels)();
-  const QuantizedKernels& (*quantized)();
+  const IntegerKernels& (*integers)();
 };
 
 constexpr std::array kIsas{
-    Isa{"generic", [] { return true; }, kernels_generic, quantized_generic},
+    Isa{"generic", [] { return true; }, kernels_generic, integer_generic},
 #if defined(SWITCHGEAR_HAVE_AVX2)
-    Isa{"avx2", runs_avx2, kernels_avx2, quantized_avx2},
+    Isa{"avx2", runs_avx2, kernels_avx2, integer_avx2},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVXVNNI)
-    Isa{"avxvnni", runs_avxvnni, kernels_avx2, quantized_avxvnni},
+    Isa{"avxvnni", runs_avxvnni, kernels_avx2, integer_avxvnni},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512)
-    Isa{"avx512", runs_avx512, kernels_avx512, quantized_avx512},
+    Isa{"avx512", runs_avx512, kernels_avx512, integer_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512VNNI)
-    Isa{"avx512vnni", runs_avx512vnni, kernels_avx512, quantized_avx512vnni},
+    Isa{"avx512vnni", runs_avx512vnni, kernels_avx512, integer_avx512vnni},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512BF16)
-    Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, quantized_avx512vnni},
+    Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, integer_avx512vnni},
 #endif
 #if defined(SWITCHGEAR_HAVE_AMX)
-    Isa{"amx", runs_amx, kernels_amx, quantized_amx},
+    Isa{"amx", runs_amx, kernels_amx, integer_amx},
 #endif
 #if defined(SWITCHGEAR_HAVE_NEON)
-    Isa{"neon", [] { return true; }, kernels_neon, quantized_neon},
+    Isa{"neon", [] { return true; }, kernels_neon, integer_neon},
 #endif
 #if defined(SWITCHGEAR_HAVE_NEONDOT)
-    Isa{"neondot", runs_neondot, kernels_neon, quantized_neondot},
+    Isa{"neondot", runs_neondot, kernels_neon, integer_neondot},
 #endif
 };
 
@@ -151,7 +153,7 @@ const Isa& isa_in_use() {
 }  // namespace
 
 const Kernels& kernels() { return isa_in_use().kernels(); }
-const QuantizedKernels& quantized_kernels() { return isa_in_use().quantized(); }
+const IntegerKernels& integer_kernels() { return isa_in_use().integers(); }
 
 bool follows_streams() {
 #if defined(__x86_64__)

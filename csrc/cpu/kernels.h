@@ -109,6 +109,10 @@ struct Kernels {
   // Rows of b into the scratch, for k in [k_begin, k_begin + depth) and at most kChunkWords words: kScratchRow words apart, zeros
   // up to a whole vector. Compact ones from the start of a record on. For an ISA that reads rows along k alone.
   void (*pack_chunk)(const Product&, int64_t k_begin, int64_t depth);
+  // Minifloats as plain rows of `dtype`: out[r·stride + c] = b(r, first + c), which is value · scale in float32 and then rounded, for
+  // r < num_rows and c < count, first a multiple of 32. Whole steps are fastest; of the last one `count` may end anywhere.
+  void (*expand_minifloats)(void* out, int64_t stride, DType dtype, const Matrix& b, int64_t num_rows, int64_t first,
+                            int64_t count);
 
   // Bytes of a vector of b in panels (panels.h). Rows of A that meet them, if they are not gathered: their bytes, for `depth`
   // elements of `dtype`, and elements [first, first + n) of them, rounded to it: up to a panel, from a multiple of it on.

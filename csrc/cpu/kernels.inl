@@ -137,6 +137,8 @@ float dot_rows(const void* a, const void* b, DType dtype, int64_t n) {
 #include "dot_products.inl"
 // and all of the above
 #include "compact_products.inl"
+#include "minifloat_decoders.h"
+#include "minifloat_products.inl"
 #include "panel_products.inl"
 
 namespace switchgear::cpu {
@@ -145,6 +147,7 @@ namespace {
 void dot_products(const Product& product) {
   if (product.b.format == Format::kCompact) return compact_products(product);
   if (product.b.format == Format::kPanels) return panel_products(product);
+  if (is_minifloat(product.b.format)) return minifloat_products(product);
   with_words(product.b.dtype, [&]<typename Words>() { dot_products_of<Words>(product); });
 }
 
@@ -339,6 +342,7 @@ constexpr Kernels make_table(const char* isa) {
       .gathered_bytes = [](DType, int64_t) -> int64_t { return 0; },
       .gather_rows = nullptr,
       .pack_chunk = pack_chunk,
+      .expand_minifloats = expand_minifloats,
       .panel_vector_bytes = panel_vector_bytes,
       .sorted_row_bytes = sorted_row_bytes,
       .store_sorted = store_sorted,

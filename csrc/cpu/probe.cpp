@@ -5,8 +5,8 @@
 #include <chrono>
 #include <cstring>
 
+#include "integers/kernels.h"
 #include "kernels.h"
-#include "quantized/kernels.h"
 #include "switchgear/backend.h"
 #include "threads.h"
 #include "workspace.h"
@@ -38,10 +38,10 @@ double multiply_rate(DType dtype, Execution exec) {
                    [&](int64_t) { return cpu::kernels().multiply_rate(dtype, kIterations); });
 }
 
-double quantized_multiply_rate(Execution exec) {
+double integer_multiply_rate(Execution exec) {
   constexpr int64_t kIterations = 400'000;
   return best_rate(cpu::resolve_threads(exec.num_threads),
-                   [&](int64_t) { return cpu::quantized_kernels().multiply_rate(kIterations); });
+                   [&](int64_t) { return cpu::integer_kernels().multiply_rate(kIterations); });
 }
 
 double read_bandwidth(Execution exec) {

@@ -6,30 +6,40 @@
 //   L2, and multiplied as plain weights are: there is never a whole matrix in float.
 #include <vector>
 
+#include "integers/experts.h"
 #include "ops.h"
-#include "quantized/experts.h"
 #include "threads.h"
 
 namespace switchgear::cpu {
 namespace {
 
-constexpr int64_t kPanel = kQuantizedPanel;
+constexpr int64_t kPanel = kIntegerPanel;
 
 // panel[n, j] = W[n, column + j] in `dtype`, for all rows of an expert.
 void decode_integers(void* panel, DType dtype, const Weight& weight, int64_t expert, int64_t column, int64_t columns) {
   const Kernels& k = kernels();
-  const QuantizedMatrix matrix(weight, expert);
+  const IntegerMatrix matrix(weight, expert);
   const int64_t part_rows = matrix.part_rows(), row_bytes = kPanel * size_of(dtype);
   float block[kBlockRows * kPanel];
   for (int64_t part = 0; part < weight.parts; ++part) {
-    const QuantizedPanel blocks = matrix.from(part * part_rows);
+    const IntegerPanel blocks = matrix.from(part * part_rows);
     for (int64_t row = 0; row < part_rows; row += kBlockRows) {
-      quantized_kernels().dequantize(block, kPanel, blocks, row, column, columns);
+      integer_kernels().dequantize(block, kPanel, blocks, row, column, columns);
       for (int64_t i = 0; i < std::min(kBlockRows, part_rows - row); ++i) {
         char* const out = static_cast<char*>(panel) + (part * part_rows + row + i) * row_bytes;
         k.store_row(out, dtype, block + i * kPanel, columns);
       }
     }
+  }
+}
+
+void decode(void* panel, DType dtype, const Weight& weight, int64_t expert, int64_t column, int64_t columns) {
+  if (is_integer(weight.format)) return decode_integers(panel, dtype, weight, expert, column, columns);
+  const ExpertMatrix matrix(weight, expert, dtype);
+  const int64_t part_rows = weight.rows / weight.parts, row_bytes = kPanel * size_of(dtype);
+  for (int64_t row = 0; row < weight.rows; row += part_rows) {
+    kernels().expand_minifloats(static_cast<char*>(panel) + row * row_bytes, kPanel, dtype, matrix.rows_from(row),
+                                part_rows, column, columns);
   }
 }
 
@@ -52,14 +62,14 @@ void transposed_grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   fill_row_pointers(rows, args.x, args.token_indices.as<int32_t>(), used_slots);
 
   // Tiles of kPanel columns, so that a panel of weights serves all column blocks of narrower kernels.
-  const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, width, kPanel, kQuantizedRows);
+  const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, width, kPanel, kIntegerRows);
   parallel_for(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
     const Tile& tile = tiles[static_cast<size_t>(task)];
     char* const own = memory + thread * thread_bytes;
     const ProductScratch scratch(own);
     char* const panel = own + ProductScratch::kBytes;
     const int64_t columns = std::min(kPanel, width - tile.column);
-    decode_integers(panel, dtype, args.weight, tile.expert, tile.column, columns);
+    decode(panel, dtype, args.weight, tile.expert, tile.column, columns);
     for (int64_t column = 0; column < columns; column += k.panel) {
       const int64_t count = std::min<int64_t>(k.panel, columns - column);
       k.multiply({.rows = rows + tile.first_row,

@@ -53,7 +53,7 @@ void set_cpu_isa(const std::string& isa);  // ValueError for one that is not ava
 // The CPU's ceilings, measured in about 50 ms each: multiply-adds in registers in flop/s (of the instruction that a dtype's
 // products use), and reading of memory in bytes/s.
 double multiply_rate(DType dtype, Execution exec = {});
-double quantized_multiply_rate(Execution exec = {});  // of int8, in operations/s
+double integer_multiply_rate(Execution exec = {});  // of int8, in operations/s
 double read_bandwidth(Execution exec = {});
 
 // Reads the memory of tensors once, by vector loads on all threads: the least that a layer does that uses them as weights.

@@ -29,6 +29,12 @@ constexpr int64_t compact_records_bytes(int64_t cols, DType dtype) {
   return (cols + kCompactRecord - 1) / kCompactRecord * compact_record_bytes(dtype);
 }
 
+// Bytes of an element, 2 or 4: all experts of a weight have elements of one kind, that of the first.
+inline int64_t compact_element_bytes(const Weight& weight) {
+  const int64_t slot = weight.slot_of(0);
+  return weight.data.as<uint8_t>()[slot * weight.data.stride[0] + kCompactElementBytes];
+}
+
 // Bytes of a row whose header has room for `exceptions` elements with other exponents.
 int64_t compact_row_bytes(int64_t cols, int64_t exceptions, DType dtype);
 

@@ -172,7 +172,7 @@ def stages(out: Path) -> list[Stage]:
         Stage("conformance", "each PTX wrapper: the device's result and the C++ model's", 60, conformance),
         Stage("tests", "the shared tests on backend cuda, and those marked gpu", 150, tests),
         Stage("sanitizer", "memcheck, racecheck, synccheck and initcheck on a few calls of every op", 120, sanitizer),
-        Stage("bench", "layers and ops against torch, transformers and any peer installed", 260, lambda: bench(out)),
+        Stage("bench", "layers and ops against torch and all that is installed", 260, lambda: bench(out)),
     ]
 
 

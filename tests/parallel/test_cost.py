@@ -160,5 +160,5 @@ def test_bench_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     plain, *ours = result["variants"]
     assert plain["sent_bytes"] > ours[0]["sent_bytes"] == ours[1]["sent_bytes"] == ours[2]["sent_bytes"]
     assert all(variant["at_floor"] for variant in ours)
-    assert (tmp_path / "parallel-train.svg").stat().st_size > 1000
+    assert (tmp_path / "parallel-train.png").stat().st_size > 1000
     assert "switchgear, 4 chunks" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from .common import CommandError
+from ..common import CommandError
 
 COMMANDS = {
     "info": "versions, backends, threads and OpenMP runtimes of this installation",
@@ -17,10 +17,11 @@ COMMANDS = {
     "bench": "time MoE layers at the shapes of real models, against other implementations",
     "plan-parallel": "predict bytes, waiting and memory of experts distributed over many ranks",
 }
+MODULES = {"bench": "bench.run", "plan-parallel": "bench.plan_parallel"}  # of the package; all others are here
 
 
 def _command(name: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    return importlib.import_module(f"switchgear.{MODULES.get(name, f'cli.{name}')}")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,14 +14,7 @@ import torch
 
 from switchgear import _C
 
-from . import machine
-from .common import optional
-
-ENVIRONMENT = (
-    "SWITCHGEAR_BACKEND", "SWITCHGEAR_CPU_ISA", "SWITCHGEAR_STRICT",
-    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "LD_PRELOAD",
-    "THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "CUDA_VISIBLE_DEVICES",
-)  # fmt: skip
+from ..common import machine, optional
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +76,7 @@ def collect() -> dict[str, Any]:
             "torch": torch.get_num_threads(),
             "openmp_runtimes": runtimes,
         },
-        "environment": machine.environment(ENVIRONMENT),
+        "environment": machine.environment(),
         "warnings": warnings,
     }
 

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Where the blocks of quantised experts lie, and the activations that meet them.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/experts.h"
+#include "cpu/integers/kernels.h"
+#include "cpu/workspace.h"
+
+namespace switchgear::cpu {
+
+// Columns that share a scale of the weights, and of the activations: blocks of some groups.
+inline int64_t group_columns(const Weight& m) { return m.group_size == 0 ? m.cols : m.group_size; }
+inline int64_t block_columns(const Weight& m) {
+  return m.group_size == 0 ? m.cols : std::max(m.group_size, kActivationBlock);
+}
+
+// The matrix of expert e.
+class IntegerMatrix {
+ public:
+  IntegerMatrix(const Weight& m, int64_t e) : m_(m), first_block_(m.slot_of(e) * m.data.shape[1]) {}
+
+  int64_t part_rows() const { return m_.rows / m_.parts; }
+
+  // The blocks from row `row` on: of any row that starts a block, `row % part_rows() % 16 == 0`.
+  IntegerPanel from(int64_t row) const {
+    const int64_t part = row / part_rows(), blocks = m_.data.shape[1] / m_.parts;
+    const int64_t block = first_block_ + part * blocks + row % part_rows() / kBlockRows;
+    const int64_t words = m_.data.shape[2] * 8 / bits_of(m_.format), groups = m_.scales.shape[2];
+    return {.values = m_.data.as<const uint8_t>() + block * m_.data.shape[2] * m_.data.shape[3],
+            .scales = m_.scales.as<const int8_t>() + block * groups * kBlockRows,
+            .row_scales = m_.row_scales.as<const float>() + block * kBlockRows,
+            .zeros = m_.zeros.defined() ? m_.zeros.as<const uint8_t>() + block * groups * kBlockRows : nullptr,
+            .words = words,
+            .group_words = groups == 1 ? words : m_.group_size / 4,
+            .groups = groups,
+            .block_groups = block_columns(m_) / group_columns(m_),
+            .bits = static_cast<int>(bits_of(m_.format))};
+  }
+
+ private:
+  const Weight& m_;
+  int64_t first_block_;
+};
+
+// Rows in int8 that meet `weight`, in the workspace.
+inline int64_t integer_stride(const Weight& weight) { return Workspace::padded(ceil_div(weight.cols, 8) * 8); }
+
+inline int64_t integer_bytes(int64_t num_rows, const Weight& weight) {
+  return Workspace::padded(num_rows * integer_stride(weight)) +
+         Workspace::padded(num_rows * ceil_div(weight.cols, block_columns(weight)) * 4) +
+         Workspace::padded(num_rows * weight.scales.shape[2] * 4);
+}
+
+// Quantises `num_rows` rows; rows[r] is at data + r · row_bytes.
+IntegerRows quantize_rows(Workspace& workspace, const void* data, int64_t row_bytes, DType dtype, int64_t num_rows,
+                          const Weight& weight, int num_threads);
+
+}  // namespace switchgear::cpu

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The table that each ISA fills for weights in 8 or 4 bits: see kernels.inl, and Weight in ops.h for the format.
+#pragma once
+#include <cstdint>
+
+#include "switchgear/integers.h"
+#include "switchgear/ops.h"
+
+namespace switchgear::cpu {
+
+constexpr int64_t kBlockRows = 16;     // rows of a weight that are stored together
+constexpr int64_t kIntegerRows = 240;  // of one product at most
+constexpr int64_t kIntegerPanel = 64;  // columns of one product: four blocks
+
+// Activations in int8, in blocks of columns that share a scale: block b of row r is scales[r, b] · values[r·stride + k], zeros
+// behind the last column.
+struct IntegerRows {
+  int8_t* values;
+  int64_t stride;        // bytes, a multiple of 64
+  float* scales;         // [rows, blocks]
+  int32_t* corrections;  // [rows, groups]: factor · Σ values over each group of the weights
+  int64_t blocks, groups;
+
+  IntegerRows from(int64_t row) const {
+    return {values + row * stride, stride, scales + row * blocks, corrections + row * groups, blocks, groups};
+  }
+};
+
+// The blocks that make up to 64 rows of a weight, as columns of a product.
+struct IntegerPanel {
+  const uint8_t* values;  // blocks follow each other
+  const int8_t* scales;
+  const float* row_scales;
+  const uint8_t* zeros;  // null for symmetric weights
+  int64_t words;         // 4 columns of the weight each, even
+  int64_t group_words;
+  int64_t groups;
+  int64_t block_groups;  // that share a scale of the activations
+  int bits;
+};
+
+constexpr int64_t kFewRows = 6;  // products of up to so many rows only wait for the weights
+
+// c[m, n] = row_scale[n] · Σ_blocks rows.scales[r, b] · Σ_groups scale[n] · Σ_k value[r, k] · (q[n, k] - zero[n]), r = indices[m]
+// (m where null), for n < ⌈num_columns / 16⌉ · 16. The inner sums are exact, the others float32 in ascending order.
+struct IntegerProduct {
+  IntegerRows rows;
+  const int32_t* indices;
+  int64_t num_rows;
+  IntegerPanel b;
+  int64_t num_columns;  // <= kIntegerPanel, or any number for up to kFewRows rows
+  float* c;             // [num_rows, c_stride]
+  int64_t c_stride = kIntegerPanel;
+  const uint8_t* next =
+      nullptr;  // the values of the next product of this thread, as wide, for more than kFewRows rows: a hint
+};
+
+struct IntegerKernels {
+  void (*multiply)(const IntegerProduct&);
+
+  // Two products of the same few rows and with as many columns each, whose weights are read in turns.
+  void (*multiply_pair)(const IntegerProduct& first, const IntegerProduct& second);
+
+  // Row r of `out` from n elements, `block` by block: scale = max |elements| / 127, values = round(elements / scale), ties to
+  // even. A block smaller than 2^-100 is zero; one with an infinity or a NaN gets a NaN for its scale. `group`: columns of a
+  // group, whose values make a correction.
+  void (*quantize_row)(const IntegerRows& out, int64_t r, const void* row, DType dtype, int64_t n, int64_t block,
+                       int64_t group, int32_t factor);
+
+  // out[i, j] = element (first_row + i, first_column + j) of the weight that starts at `b`, in float32: all 16 rows of a block
+  // and `columns` <= 64 columns. first_row and first_column are multiples of 16.
+  void (*dequantize)(float* out, int64_t out_stride, const IntegerPanel& b, int64_t first_row, int64_t first_column,
+                     int64_t columns);
+
+  double (*multiply_rate)(int64_t iterations);  // as in Kernels, in operations of int8
+};
+
+const IntegerKernels& integer_kernels();  // of the ISA in use
+
+const IntegerKernels& integer_generic();
+const IntegerKernels& integer_avx2();
+const IntegerKernels& integer_avxvnni();
+const IntegerKernels& integer_avx512();
+const IntegerKernels& integer_avx512vnni();
+const IntegerKernels& integer_amx();
+const IntegerKernels& integer_neon();
+const IntegerKernels& integer_neondot();
+
+}  // namespace switchgear::cpu

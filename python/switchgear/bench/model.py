@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`switchgear bench --model`: what the CUDA kernels should cost (cost_model.py), beside what others have published."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..common import choose, console, table
+from .cost_model import GPUS, Kernel, Prediction, predict
+from .published import FIGURES, Figure
+from .results import Row, write_json
+from .shapes import GPU_SHAPES, GPU_TOKENS
+
+MODES = ("forward", "backward")
+NOTICE = (
+    "PREDICTIONS of a model, not measurements: no GPU was used. The model is optimistic, since it lets every kernel "
+    "overlap its copies, products and stores perfectly. Published figures are other projects' own, as they printed "
+    "them; none was measured again."
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    names = choose("shapes", args.shapes or ",".join(GPU_SHAPES), GPU_SHAPES)
+    out = console()
+    out.print(f"[bold]{NOTICE}[/]")
+    cases = {
+        (name, mode): [predict(gpu, GPU_SHAPES[name], GPU_TOKENS[name], mode, args.routing) for gpu in GPUS]
+        for name in names
+        for mode in MODES
+    }
+    for (name, mode), predictions in cases.items():
+        print_case(out, name, mode, predictions)
+    print_summary(out, cases)
+    if args.json:
+        rows = [row_of(*case, prediction) for case, predictions in cases.items() for prediction in predictions]
+        figures = [figure._asdict() for figure in FIGURES if figure.shape in names]
+        schema = {"schema": "switchgear-model/1", "notice": NOTICE}
+        write_json(schema | {"predictions": rows, "published": figures}, args.json)
+    return 0
+
+
+def print_case(out: Any, name: str, mode: str, predictions: list[Prediction]) -> None:
+    out.print(f"\n[bold]{name}, T={GPU_TOKENS[name]}, bf16, {mode} ({GPU_SHAPES[name].sizes})[/]")
+    for prediction in predictions:
+        shown = table(prediction.gpu, "GFLOP", "MB", "tiles", "waves", "ms", "bound by")
+        for kernel in prediction.kernels:
+            shown.add_row(*cells(kernel))
+        out.print(shown)
+        time = f"{1e3 * prediction.seconds:.2f} ms, {prediction.tflops:.0f} TFLOP/s"
+        out.print(f"  predicted for {prediction.gpu}: {time}")
+    for figure in published(name, mode):
+        speed = f"{figure.who} {figure.tflops:.0f} TFLOP/s ({figure.source})"
+        out.print(f"  published, {figure.gpu}: {speed}", soft_wrap=True)
+
+
+def published(name: str, mode: str) -> list[Figure]:
+    return [figure for figure in FIGURES if (figure.shape, figure.mode) == (name, mode)]
+
+
+def best_published(name: str, mode: str) -> Figure | None:
+    """The fastest of the figures for a shape and mode, on whatever card."""
+    return max(published(name, mode), key=lambda figure: figure.tflops, default=None)
+
+
+def print_summary(out: Any, cases: dict[tuple[str, str], list[Prediction]]) -> None:
+    """All shapes on one page: predictions, and the best that somebody has published."""
+    shown = table("predicted, TFLOP/s", *(gpu.name for gpu in GPUS), "best published")
+    for (name, mode), predictions in cases.items():
+        best = best_published(name, mode)
+        figure = f"{best.tflops:.0f} ({best.who}, {best.gpu})" if best else ""
+        shown.add_row(f"{name}, {mode}", *(f"{prediction.tflops:.0f}" for prediction in predictions), figure)
+    out.print(shown)
+
+
+def cells(kernel: Kernel) -> tuple[str, ...]:
+    work = (f"{kernel.flops / 1e9:,.0f}" if kernel.flops else "", f"{kernel.bytes / 1e6:,.0f}")
+    tiles = (f"{kernel.tiles:,}", f"{kernel.waves:.1f}") if kernel.tiles else ("", "")
+    return kernel.name, *work, *tiles, f"{1e3 * kernel.seconds:.3f}", kernel.bound
+
+
+def row_of(name: str, mode: str, prediction: Prediction) -> Row:
+    return {
+        "shape": name, "tokens": GPU_TOKENS[name], "mode": mode, "gpu": prediction.gpu,
+        "predicted_ms": 1e3 * prediction.seconds, "predicted_tflops": prediction.tflops,
+        "kernels": [kernel._asdict() for kernel in prediction.kernels],
+    }  # fmt: skip

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`switchgear bench --parallel N`: experts distributed over N processes of this machine.
+
+What is compared, around the same experts and over the same links: plain all_to_all_single with a row for each choice,
+and switchgear's exchange without and with overlap. Links are throttled to a bandwidth at which a process is as long on
+the link as in its experts (or to --bandwidth), since sockets of one machine are memory copies that take processor time
+from the experts; --bandwidth 0 leaves them alone.
+
+    sent      bytes that leave a rank, counted where they are sent; floor: what has to (a row for each rank that has an
+              expert of the token, in and out, and its choices). The difference is the headers, or the run fails.
+    waiting   seconds in which a rank has nothing to do but to wait; hidden: the share of the link's time that is not
+    predicted by the model of plan-parallel, from bytes and bandwidth, and of the experts their time in one chunk (in
+              training with its parts), and what each chunk more costs them, of which the largest number of chunks tells
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from switchgear.parallel import ExpertParallel, ParallelExperts
+from switchgear.parallel.cost import count, draw_routing
+from switchgear.parallel.exchange import Event
+
+from ..common import CommandError
+from ..common.machine import cpu, has_fast_bfloat16
+from ..common.processes import Child
+from .case import FORMATS
+from .parallel_plain import plain
+from .parallel_results import VARIANTS, Step, Task, plot, print_case, summarise
+from .results import open_outputs, write_json
+from .shapes import SHAPES
+
+DEFAULT_SHAPE, DEFAULT_TOKENS = "mixtral-half", 1024
+TURNS = 4
+T = TypeVar("T")
+
+
+def run(args: argparse.Namespace) -> int:
+    name = _one("shapes", (args.shapes or DEFAULT_SHAPE).split(","))
+    if name not in SHAPES:
+        raise CommandError(f"--shapes: expected one of {', '.join(SHAPES)} beside --parallel, got {name!r}")
+    dtype = _one("dtypes", args.dtypes or ["bf16" if has_fast_bfloat16() else "fp32"])
+    if "train" not in FORMATS[dtype].modes:
+        raise CommandError(f"--dtypes: expected bf16 or fp32 beside --parallel, got {dtype!r}")
+    tokens, size = _one("tokens", args.tokens or [DEFAULT_TOKENS]), args.parallel
+    outputs = open_outputs(args)
+    results = []
+    for mode in args.modes:
+        task = Task(
+            SHAPES[name], FORMATS[dtype].dtype, tokens, mode, 1.0 if args.routing == "zipf" else 0.0,
+            None if args.bandwidth is None else 1e6 * args.bandwidth,
+            max(1, (os.cpu_count() or 1) // size), 2 if args.quick else TURNS,
+        )  # fmt: skip
+        results.append({"shape": name, "dtype": dtype, "ranks": size} | summarise(task, launch(task, size)))
+        print_case(results[-1])
+    for result in results:
+        timelines = result.pop("timelines")
+        if "plot" in outputs:
+            plot(result, timelines, outputs["plot"])
+    if "json" in outputs:
+        write_json({"schema": "switchgear-bench-parallel/1", "machine": cpu(), "results": results}, outputs["json"])
+    ours = [variant for result in results for variant in result["variants"] if variant["chunks"]]
+    return 0 if all(variant["at_floor"] for variant in ours) else 1
+
+
+def _one(option: str, values: Sequence[T]) -> T:
+    if len(values) != 1:
+        raise CommandError(f"--{option}: expected one beside --parallel, got {len(values)}")
+    return values[0]
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def launch(task: Task, size: int) -> list[dict[str, Any]]:
+    """What each rank measured."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with ExitStack() as stack:
+        ranks = [Child(f"rank {rank}", _serve, rank, size, port, task) for rank in range(size)]
+        for child in ranks:
+            stack.callback(child.close)
+        return [child.receive() for child in ranks]
+
+
+def _serve(answers: Connection, rank: int, size: int, port: int, task: Task) -> None:
+    torch.set_num_threads(task.threads)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    with ExpertParallel(timeout=300.0) as parallel:
+        answers.send(("ok", measure(parallel, task)))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(parallel: ExpertParallel, task: Task) -> dict[str, Any]:
+    """Steps of all variants, in turns."""
+    shape = task.shape
+    experts = ParallelExperts(
+        shape.hidden_size, shape.intermediate_size, shape.num_experts, parallel=parallel, dtype=task.dtype
+    )
+    routing = draw_routing(task.tokens * parallel.size, shape.num_experts, shape.top_k, task.skew)
+    ids = routing.split(task.tokens)  # type: ignore[no-untyped-call]
+    torch.manual_seed(parallel.rank)
+    x = torch.randn(task.tokens, shape.hidden_size).to(task.dtype).requires_grad_(task.mode == "train")
+    weights = torch.full((task.tokens, shape.top_k), 1 / shape.top_k).requires_grad_(x.requires_grad)
+    grad = torch.randn_like(x)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "all_to_all_single": lambda: plain(experts, x, ids[parallel.rank], weights),
+        "switchgear": lambda: experts(x, ids[parallel.rank], weights),
+    }
+    _agree(parallel, experts, x, ids[parallel.rank], weights)
+
+    def step(name: str) -> Step:
+        parallel.num_chunks = VARIANTS[name]
+        parallel.record.events = []
+        parallel.record.clear()
+        dist.barrier()
+        begin = time.monotonic()
+        with torch.set_grad_enabled(task.mode == "train"):
+            y = calls["switchgear" if parallel.num_chunks else name]()
+        if task.mode == "train":
+            torch.autograd.backward(y, grad)
+        seconds = time.monotonic() - begin
+        record = parallel.record
+        events = list(record.events or [])
+        link = sum(event.end - event.begin for event in events if event.lane == "link" and event.name != "header")
+        if parallel.num_chunks is None:
+            events += _between(events, begin, begin + seconds)
+        return Step(seconds, record.waited, seconds - record.waited, link, dict(record.bytes), events, begin)
+
+    first = "switchgear, 1 chunk"
+    step(first)
+    bandwidth = task.bandwidth
+    if bandwidth is None:  # as fast as the experts once they are warm, and not slowed down by faster transfers
+        for name in VARIANTS:
+            step(name)
+        for _ in range(3):
+            taken = [step(first) for _ in range(2)]
+            sent = max(_gather(parallel, sum(taken[0].sent[kind] for kind in ("dispatch", "combine"))))
+            bandwidth = sent / max(_gather(parallel, min(each.experts for each in taken)))
+            parallel.throttle(bandwidth)
+    elif bandwidth:
+        parallel.throttle(bandwidth)
+    for name in VARIANTS:
+        step(name)
+    steps: dict[str, list[Step]] = {name: [] for name in VARIANTS}
+    for _ in range(task.turns):
+        for name, taken in steps.items():
+            taken.append(step(name))
+    rows, pairs = count(list(ids), experts.placement)
+    return {"bandwidth": bandwidth, "rows": rows.tolist(), "pairs": pairs.tolist(), "steps": steps}
+
+
+def _between(events: list[Event], begin: float, end: float) -> list[Event]:
+    """The times without a transfer, which nobody has measured by themselves: experts and what is around them."""
+    edges = [begin, *(edge for event in events for edge in (event.begin, event.end)), end]
+    return [Event("experts", "experts", edges[i], edges[i + 1]) for i in range(0, len(edges), 2)]
+
+
+def _gather(parallel: ExpertParallel, value: float) -> list[float]:
+    values: list[Any] = [None] * parallel.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _agree(parallel: ExpertParallel, experts: ParallelExperts, x: Tensor, ids: Tensor, weights: Tensor) -> None:
+    """Both ways compute the same, up to rounding in the dtype; an AssertionError otherwise."""
+    with torch.no_grad():
+        got, want = experts(x, ids, weights).float(), plain(experts, x, ids, weights).float()
+    limit = 16 * torch.finfo(x.dtype).eps * float(want.abs().max())
+    difference = float((got - want).abs().max())
+    assert difference <= limit, f"rank {parallel.rank}: the results differ by {difference}, {limit} is allowed"

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Results of a benchmark: a row per case and competitor. Their file has medians alone, a line for each case.
+
+    {"schema", "machine", "ceilings", "cases": [CASE, MEASURED, "competitors": {name: MEDIANS}], "skipped"}
+
+All other columns of a row follow from these (`completed`). Files grow case by case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from ..common import CommandError
+from .case import flops_of, moved_bytes
+from .shapes import SHAPES
+
+Row = dict[str, Any]
+SCHEMA = "switchgear-bench/3"
+CASE = ("shape", "dtype", "mode", "tokens", "routing", "pages", "allocator")  # columns that say which case a row is of
+MEASURED = ("touched_experts", "multiply_rate", "read_ms")  # of a case
+MEDIANS = ("ms", "relative_error", "quiet_turns")  # of a competitor; no time of one that is wrong
+SAME = ("model", "threads", "isa", "torch", "transformers")  # what must agree where runs share a file
+DIGITS = 8
+
+
+def completed(row: Row) -> Row:
+    """A row of CASE, MEASURED, "competitor" and MEDIANS with the columns that follow from them."""
+    row = rounded(row)
+    shape, seconds = SHAPES[row["shape"]], row["ms"] and row["ms"] / 1e3
+    sizes = {name: size for name, size in shape._asdict().items() if name != "model"}
+    flops = flops_of(shape, row["tokens"], row["mode"])
+    weight_bytes = moved_bytes(shape, row["touched_experts"], row["dtype"], row["mode"])
+    compute, memory = 1e3 * flops / row["multiply_rate"], row["read_ms"]  # the least time, and what binds it
+    return row | sizes | {
+        "flops": flops, "weight_bytes": weight_bytes,
+        "floor_ms": max(compute, memory), "bound": "compute" if compute >= memory else "memory",
+        "gflops": seconds and flops / seconds / 1e9, "gbytes_per_s": seconds and weight_bytes / seconds / 1e9,
+        "percent_of_floor": seconds and max(compute, memory) / seconds / 10, "wrong": seconds is None,
+    }  # fmt: skip
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_json(value: dict[str, Any], path: str) -> None:
+    """A line for each object in a list, numbers of DIGITS digits: small files, whose differences can be read."""
+    Path(path).write_text(_lines(rounded(value)) + "\n")
+
+
+def rounded(value: Any) -> Any:
+    """As a file has it, so that tables of a run and of its file are the same."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(map(_lines, value)) + "\n]"
+    if isinstance(value, dict):
+        separator = ",\n" if "schema" in value else ", "
+        return "{" + separator.join(f"{json.dumps(name)}: {_lines(item)}" for name, item in value.items()) + "}"
+    return json.dumps(value)
+
+
+def read_json(path: str, option: str, schema: str) -> dict[str, Any]:
+    """Results of an earlier run. CommandError where there are none."""
+    try:
+        results = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise CommandError(f"{option}: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CommandError(f"{option}: {path} is not JSON: {error}") from None
+    if not isinstance(results, dict) or results.get("schema") != schema:
+        raise CommandError(f"{option}: expected a file of {schema}, got {path}")
+    return results
+
+
+def save(results: dict[str, Any], path: str) -> None:
+    cases = [
+        {name: rows[0][name] for name in (*CASE, *MEASURED)}
+        | {"competitors": {row["competitor"]: {name: row[name] for name in MEDIANS} for row in rows}}
+        for rows in cases_of(results)
+    ]
+    head = {"schema": SCHEMA, "machine": results["machine"], "ceilings": results["ceilings"]}
+    write_json(head | {"cases": cases, "skipped": results["skipped"]}, path)
+
+
+def load(path: str, option: str) -> dict[str, Any]:
+    """What `save` wrote, with all columns."""
+    results = read_json(path, option, SCHEMA)
+    rows = [
+        completed(case | {"competitor": name} | medians)
+        for case in results.pop("cases")
+        for name, medians in case.pop("competitors").items()
+    ]
+    return results | {"results": rows}
+
+
+def write_csv(rows: list[Row], path: str) -> None:
+    """All columns that some row has."""
+    columns = dict.fromkeys(column for row in rows for column in row) or ["shape"]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def open_outputs(args: argparse.Namespace) -> dict[str, str]:
+    """Paths by kind; each can be written. CommandError for one that can't."""
+    outputs = {kind: getattr(args, kind) for kind in ("json", "csv", "markdown", "plot") if getattr(args, kind)}
+    for kind, path in outputs.items():
+        try:
+            if kind == "plot" and args.device == "cpu":
+                Path(path).mkdir(parents=True, exist_ok=True)
+            else:
+                open(path, "ab").close()
+        except OSError as error:
+            raise CommandError(f"--{kind}: cannot write {path}: {error.strerror}") from None
+    return outputs
+
+
+# ---- runs and cases --------------------------------------------------------------------------------------------------
+
+
+def merge(earlier: dict[str, Any], later: dict[str, Any], path: str) -> dict[str, Any]:
+    """Both runs; the later one's cases replace those of the earlier. CommandError where they don't compare."""
+    check_same_machine(earlier, later, path)
+    again = {_case(row) for row in later["results"]}
+    titles = {entry["case"] for entry in later["skipped"]}
+    rows = [row for row in earlier["results"] if _case(row) not in again] + later["results"]
+    skipped = [entry for entry in earlier["skipped"] if entry["case"] not in titles] + later["skipped"]
+    return later | {"results": sorted(rows, key=_order), "skipped": skipped}
+
+
+def check_same_machine(earlier: dict[str, Any], later: dict[str, Any], path: str) -> None:
+    for name in SAME:
+        there, here = earlier["machine"].get(name), later["machine"].get(name)
+        if there != here:
+            raise CommandError(f"--json: {path} is of {name} {there}, this run of {here}")
+
+
+def cases_of(results: dict[str, Any]) -> list[list[Row]]:
+    """The rows, case by case, in their order."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in results["results"]:
+        groups.setdefault(_case(row), []).append(row)
+    return list(groups.values())
+
+
+def is_undisturbed(rows: list[Row]) -> bool:
+    """Whether every competitor of a case that was timed had a turn without other processes."""
+    return all(row["quiet_turns"] for row in rows if row["ms"])
+
+
+def undisturbed(results: dict[str, Any]) -> list[list[Row]]:
+    """The cases that say something."""
+    return [rows for rows in cases_of(results) if is_undisturbed(rows)]
+
+
+def extras(routing: str, allocator: str) -> list[str]:
+    """What is unusual about a case, in words."""
+    return ([routing] if routing != "balanced" else []) + (["tuned allocator"] if allocator == "tuned" else [])
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in CASE)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    return list(SHAPES).index(row["shape"]), row["dtype"], row["mode"], row["tokens"], row["allocator"], row["routing"]

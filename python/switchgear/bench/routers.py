@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`switchgear bench --routers`: what routing policies cost, by the layer that they route for and by plain torch.
+
+Each policy's choice and plan are timed from the same logits as the same policy in torch ops (router_policies.py), in
+turns with it and with the layer, after both were found equal. The layer is the experts' forward in the dtype that this
+CPU is fast at, for the shape's own top_k, checked against float64. Where its weights would be large, a slice of it is
+timed, and the tables say so: fewer experts and as many fewer tokens, so that each expert has as many rows and the layer
+costs in proportion.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from switchgear import plan
+from switchgear.functional import Routing
+
+from ..common import choose, console, machine, markdown_table, require, table, threads
+from . import plain_routers
+from .case import Case, Layer, forward, make_case, make_weights
+from .competitors.ours import switchgear
+from .markdown import write_blocks
+from .results import Row, check_same_machine, read_json, rounded, write_json
+from .router_policies import Policy, policies
+from .shapes import ROUTER_SHAPES, Shape, forward_flops
+from .timing import FEWEST_QUIET, interleave
+from .verify import expected, relative_error, tolerance
+
+TOKENS = 2048
+MOST_BYTES = 1 << 30  # of weights
+SECONDS = 1.0  # for each policy
+TRIES = 3  # where other processes disturb it
+SCHEMA = "switchgear-bench-routers/1"
+
+
+def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
+    """about: the machine, for --json."""
+    require("rich")
+    names = choose("shapes", args.shapes or ",".join(ROUTER_SHAPES), ROUTER_SHAPES)
+    if args.source:
+        results = read_json(args.source, "--from", SCHEMA)
+        for measured in results["shapes"]:
+            show(measured, results["machine"])
+    else:
+        results = {"schema": SCHEMA, "machine": about, "shapes": _earlier(args.json, about, names)}
+        torch.set_num_threads(args.threads)
+        dtype = "bf16" if machine.has_fast_bfloat16() else "fp32"
+        for name in names:
+            results["shapes"].append(measure(name, ROUTER_SHAPES[name], dtype))
+            show(results["shapes"][-1], about)
+            if args.json:
+                write_json(results, args.json)
+    results["shapes"].sort(key=lambda measured: list(ROUTER_SHAPES).index(measured["shape"]))
+    if args.json:
+        write_json(results, args.json)
+    if args.markdown:
+        write_blocks(args.markdown, {"routers": lambda: markdown(results)}, lambda: markdown(results))
+        print(f"wrote {args.markdown}")
+    wrong = sum(not row["equal"] for measured in results["shapes"] for row in measured["results"])
+    return 1 if wrong else 0
+
+
+def _earlier(path: str | None, about: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """The other shapes of a file of the same machine."""
+    if path is None or not Path(path).exists() or not Path(path).stat().st_size:
+        return []
+    earlier = read_json(path, "--json", SCHEMA)
+    check_same_machine(earlier, {"machine": about}, path)
+    return [measured for measured in earlier["shapes"] if measured["shape"] not in names]
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Slice(NamedTuple):
+    """A layer that fits: 1/parts of the experts and of the tokens."""
+
+    parts: int
+    case: Case
+    layer: Layer
+
+
+def slice_of(shape: Shape, dtype: str) -> Slice:
+    """RuntimeError: the layer is wrong."""
+    parts, item = 1, {"bf16": 2, "fp32": 4}[dtype]
+    while 3 * shape.hidden_size * shape.intermediate_size * shape.num_experts // parts * item > MOST_BYTES:
+        parts *= 2
+    part = shape._replace(num_experts=shape.num_experts // parts)
+    weights = make_weights(part, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    case = make_case("", part, dtype, TOKENS // parts, "forward", "balanced", weights)
+    layer = switchgear(case)
+    error = relative_error(case, layer, expected(case))
+    if error > tolerance(case):
+        raise RuntimeError(f"the layer is wrong: its relative error is {error:.1e}, at most {tolerance(case):.1e}")
+    return Slice(parts, case, layer)
+
+
+def measure(name: str, shape: Shape, dtype: str) -> Row:
+    part = slice_of(shape, dtype)
+    draws = plain_routers.Draws()
+    logits = torch.randn(TOKENS, shape.num_experts, generator=torch.Generator().manual_seed(0))
+    rows, layer = [], []
+    for policy in policies(shape, TOKENS, draws):
+        row, seconds = row_of(policy, logits, part, draws)
+        rows.append(row)
+        layer += seconds
+    ms = median(layer) * part.parts * 1e3
+    measured: Row = rounded({
+        "shape": name, **shape._asdict(), "tokens": TOKENS, "dtype": dtype, "layer_ms": ms,
+        "gflops": forward_flops(shape, TOKENS) / ms / 1e6, "parts": part.parts,
+        "timed_experts": part.case.shape.num_experts, "timed_tokens": part.case.tokens, "results": rows,
+    })  # fmt: skip
+    return measured
+
+
+def row_of(policy: Policy, logits: Tensor, part: Slice, draws: plain_routers.Draws) -> tuple[Row, list[float]]:
+    """The columns, and the seconds of the slice of the layer."""
+    num_experts = logits.shape[1]
+
+    def ours(_: int) -> object:
+        return plan(policy.ours(logits).topk_ids, num_experts)
+
+    def plain(_: int) -> object:
+        return plain_routers.plan(policy.plain(logits)[0], num_experts)
+
+    def layer(_: int) -> Tensor:
+        return forward(part.layer, part.case.inputs[0])
+
+    with torch.no_grad():
+        equal = agree(policy, logits, draws)
+        for _ in range(TRIES):
+            times = interleave({"layer": layer, "ours": ours, "plain": plain}, SECONDS)
+            quiet = min(timed.quiet_turns for timed in times.values())
+            if quiet >= FEWEST_QUIET:
+                break
+    seconds, theirs, whole = (median(times[name].seconds) for name in ("ours", "plain", "layer"))
+    return {
+        "policy": policy.name, "us": seconds * 1e6, "percent": 100 * seconds / (whole * part.parts),
+        "limit": policy.limit, "torch_us": theirs * 1e6, "ratio": theirs / seconds, "equal": equal,
+        "quiet_turns": quiet,
+    }, times["layer"].seconds  # fmt: skip
+
+
+def agree(policy: Policy, logits: Tensor, draws: plain_routers.Draws) -> bool:
+    """Whether both sides choose and weigh alike, of the same random numbers."""
+    draws.shared = True
+    draws.generator.manual_seed(0)
+    routing = policy.ours(logits)
+    draws.generator.manual_seed(0)
+    theirs = policy.plain(logits)
+    draws.shared = False
+    return same(routing, theirs, logits.shape[1])
+
+
+def same(routing: Routing, theirs: tuple[Tensor, Tensor], num_experts: int) -> bool:
+    """Whether both weigh the same experts by the same numbers, up to the roundings of another softmax."""
+    tables = []
+    for ids, weights in ((routing.topk_ids, routing.topk_weights), theirs):
+        dense = torch.zeros(len(ids), num_experts + 1)
+        index = torch.where(ids < 0, num_experts, ids).long()
+        tables.append((dense.scatter(1, index, weights.float()), dense.scatter(1, index, 1.0)))
+    (ours, taken), (other, wanted) = tables
+    return torch.equal(taken[:, :-1], wanted[:, :-1]) and torch.allclose(ours[:, :-1], other[:, :-1], 1e-4, 1e-7)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+HEADER = ("policy", "µs", "of the layer", "at most", "torch, µs", "torch / ours", "equal")
+
+
+def title(measured: dict[str, Any], about: dict[str, Any]) -> str:
+    """What the rows are of, and how the layer was timed."""
+    m = measured
+    layer = f"the layer takes {m['layer_ms']:,.0f} ms in {m['dtype']} ({m['gflops']:,.0f} GFLOP/s)"
+    if m["parts"] > 1:
+        layer += (
+            f", {m['parts']} times what {m['timed_experts']} of the {m['num_experts']} experts take for "
+            f"{m['timed_tokens']:,} of the {m['tokens']:,} tokens"
+        )
+    sizes = f"H = {m['hidden_size']}, I = {m['intermediate_size']}, E = {m['num_experts']}, K = {m['top_k']}"
+    return f"{m['shape']}: {sizes}, T = {m['tokens']}; {layer}; {threads(about['threads'])}"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    over = " (over)" if row["percent"] > row["limit"] else ""
+    disturbed = " (disturbed)" if row["quiet_turns"] < FEWEST_QUIET else ""
+    return [
+        row["policy"] + disturbed, f"{row['us']:,.0f}", f"{row['percent']:.2f} %{over}", f"{row['limit']:.0f} %",
+        f"{row['torch_us']:,.0f}", f"{row['ratio']:.1f}", "yes" if row["equal"] else "NO",
+    ]  # fmt: skip
+
+
+def show(measured: dict[str, Any], about: dict[str, Any]) -> None:
+    shown = table(*HEADER)
+    for row in measured["results"]:
+        shown.add_row(*cells(row))
+    console().print(title(measured, about), shown, sep="\n")
+
+
+def markdown(results: dict[str, Any]) -> str:
+    about, text = results["machine"], ""
+    for measured in results["shapes"]:
+        text += f"{title(measured, about)}.\n\n{markdown_table(HEADER, map(cells, measured['results']))}\n"
+    return f"{text}{about['model']}, {about['isa']}, torch {about['torch']}, switchgear {about['switchgear']}.\n"

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`switchgear bench`: whole MoE layers at the shapes of real models, against other implementations on this machine.
+
+Each case is measured in a process of its own (worker.py). This file chooses the cases, shares out the time, and
+collects what they found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+import switchgear
+
+from ..common import choose, console, listed, machine, optional, positive, positives, require
+from . import cuda, model, parallel, routers, tables
+from .case import FORMATS
+from .ceilings import measure
+from .competitors import COMPETITORS
+from .competitors.registry import FOLDER
+from .results import SCHEMA, load, merge, open_outputs, save
+from .shapes import SHAPES
+from .worker import Task, run_case
+
+DEFAULT_SHAPES = "tiny,olmoe,qwen3-30b-a3b,mixtral-half"
+EVERYONE = "installed"
+# Tokens of a run that names none, by mode: of the usual run, of a quick one, of one against all competitors.
+TOKENS: dict[str, tuple[int, ...]] = {"forward": (1, 16, 256, 2048), "train": (256,)}
+QUICK_SHAPES, QUICK_TOKENS = "tiny,olmoe", {"forward": (1, 256), "train": (256,)}
+EVERYONES_TOKENS = {"forward": (1, 16, 256, 512, 2048), "train": (256, 512)}
+BUDGET, QUICK_BUDGET = 540.0, 45.0  # seconds for all cases
+CASE_BUDGET = 45.0  # for each case of a run against all competitors
+START_SECONDS = 6.0  # what a process needs before it can measure
+LONGEST_CASE, LONGEST_QUICK_CASE = 12.0, 3.0  # seconds of timing: more adds nothing
+
+
+# fmt: off
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--shapes", metavar="LIST", help=f"of {', '.join(SHAPES)} (default: {DEFAULT_SHAPES})")
+    add("--tokens", metavar="LIST", type=positives, help="tokens per call (default: 1,16,256,2048; in training 256)")
+    add("--dtypes", metavar="LIST", type=listed(FORMATS),
+        help=f"of the weights: {', '.join(FORMATS)} (default: bf16,fp32, and fp32 alone where bf16 is emulated)")
+    add("--modes", metavar="LIST", type=listed(TOKENS), default="forward,train",
+        help="forward, train (forward and backward)")
+    add("--competitors", metavar="LIST", nargs="?", const=EVERYONE,
+        help=f"of {', '.join(COMPETITORS)}; without a list all that are installed (default: torch's, transformers')")
+    add("--competitors-folder", metavar="DIR",
+        help=f"folder of competitors that cannot be installed beside this torch (default: ${FOLDER})")
+    add("--routing", choices=("balanced", "zipf"), default="balanced",
+        help="balanced: experts are equally likely; zipf: expert e is 1/(e+1) times as likely")
+    add("--pages", choices=("huge", "default"), default="huge",
+        help="of the weights, for everyone: huge as after switchgear.use_huge_pages, or as torch allocates them")
+    add("--allocator", choices=("default", "tuned"), default="default",
+        help="tuned: freed memory is kept, on huge pages (it halves the time of others' training steps)")
+    add("--quick", action="store_true", help="a few small cases, within a minute")
+    add("--budget", type=float, metavar="SECONDS",
+        help=f"for all cases (default: {BUDGET:.0f}; quick: {QUICK_BUDGET:.0f}; against all: {CASE_BUDGET:.0f} a case)")
+    add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where the layers run (cuda: at shapes of GPU models)")
+    add("--model", action="store_true", help="predict what the CUDA kernels cost, beside published figures, and stop")
+    add("--parallel", type=positive, metavar="N", help="experts distributed over N processes; see docs/parallel.md")
+    add("--bandwidth", type=float, metavar="MB/s", help="of their links (default: that of the experts; 0: no limit)")
+    add("--routers", action="store_true", help="what routing policies cost, by the layer and by plain torch, and stop")
+    add("--list", action="store_true", help="list shapes and competitors, and stop")
+    add("--from", dest="source", metavar="FILE", help="measure nothing: tables and pictures of the results in it")
+    add("--json", metavar="FILE", help="write medians, with machine and ceilings, beside those that the file has")
+    add("--csv", metavar="FILE", help="write one row per result")
+    add("--markdown", metavar="FILE", help="write tables, or fill in those of a document")
+    add("--plot", metavar="DIR", help="write a picture per shape: time over tokens, with the floor")
+# fmt: on
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.list:
+        tables.print_choices()
+        return 0
+    if args.model:
+        return model.run(args)
+    if args.parallel:
+        return parallel.run(args)
+    if args.routers:
+        return routers.run(args, describe_machine(args.threads))
+    if args.device == "cuda":
+        return cuda.run(args)
+    require("rich")
+    if args.plot:
+        require("matplotlib")
+    if args.source:
+        results = load(args.source, "--from")
+        outputs = open_outputs(args)
+    else:
+        tasks = plan(args)
+        outputs = open_outputs(args)  # before minutes of work
+        results = measure_all(tasks, args)
+    tables.print_verdicts(console(), results)
+    tables.write(results, outputs)
+    return 1 if any(row["wrong"] for row in results["results"]) else 0
+
+
+def plan(args: argparse.Namespace) -> list[Task]:
+    """The cases of a run; their seconds are shared out when they begin."""
+    everyone = args.competitors in (EVERYONE, "all")
+    named = args.competitors is not None and not everyone
+    dtypes = args.dtypes or (["bf16", "fp32"] if machine.has_fast_bfloat16() else ["fp32"])
+    shapes = choose("shapes", args.shapes or (QUICK_SHAPES if args.quick else DEFAULT_SHAPES), SHAPES)
+    names = [name for name, competitor in COMPETITORS.items() if competitor.default or everyone]
+    if named:
+        names = choose("competitors", args.competitors, COMPETITORS)
+    tokens = QUICK_TOKENS if args.quick else EVERYONES_TOKENS if everyone else TOKENS
+    return [
+        Task(shape, dtype, mode, count, args.routing, args.pages, args.allocator,
+             tuple(name for name in names if named or COMPETITORS[name].runs(dtype, mode)), named, 0.0, args.threads)
+        for shape in shapes for dtype in dtypes for mode in args.modes if mode in FORMATS[dtype].modes
+        for count in args.tokens or tokens[mode]
+    ]  # fmt: skip
+
+
+def describe_machine(threads: int) -> dict[str, Any]:
+    transformers, _ = optional("transformers")
+    return machine.cpu() | {
+        "threads": threads,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__.split("+")[0],
+        "transformers": getattr(transformers, "__version__", None),
+        "switchgear": switchgear.__version__,
+        "isa": switchgear.cpu_isa(),
+        "environment": machine.environment(),
+    }
+
+
+def measure_all(tasks: list[Task], args: argparse.Namespace) -> dict[str, Any]:
+    """Run the cases in order, print a table after each, and return what --json writes: it has them one by one."""
+    everyone = args.competitors in (EVERYONE, "all")
+    budget = args.budget or (QUICK_BUDGET if args.quick else CASE_BUDGET * len(tasks) if everyone else BUDGET)
+    longest = LONGEST_QUICK_CASE if args.quick else CASE_BUDGET if everyone else LONGEST_CASE
+    end = perf_counter() + budget
+    if args.competitors_folder:
+        os.environ[FOLDER] = args.competitors_folder  # the processes of the cases inherit it
+    screen = console()
+    torch.set_num_threads(args.threads)
+    about = describe_machine(args.threads)
+    earlier = load(args.json, "--json") if args.json and Path(args.json).stat().st_size else None
+    with screen.status("measuring the ceilings of this machine"):
+        ceilings = measure(sorted({task.dtype for task in tasks}), args.threads, 0.2 if args.quick else 0.5)
+    tables.print_machine(screen, about, ceilings)
+    results: dict[str, Any] = {"schema": SCHEMA, "machine": about, "ceilings": ceilings, "results": [], "skipped": []}
+    late = []
+    for i, task in enumerate(tasks):
+        left = end - perf_counter()
+        if left <= 0:
+            late.append({"case": task.title, "competitor": "all", "reason": "the time of --budget is used up"})
+            continue
+        with screen.status(task.title) as status:
+            seconds = max(1.0, min(longest, left / (len(tasks) - i) - START_SECONDS))
+            measured = run_case(task._replace(seconds=seconds), status.update)
+        results["results"] += measured.rows
+        results["skipped"] += measured.skipped
+        tables.print_case(screen, task.title, measured.rows, measured.skipped)
+        if len(measured.openmp_runtimes) > 1:
+            screen.print(f"[yellow]more than one OpenMP runtime is loaded: {', '.join(measured.openmp_runtimes)}[/]")
+        if args.json:
+            save(merge(earlier, results, args.json) if earlier else results, args.json)
+    tables.print_skipped(screen, late)
+    results["skipped"] += late
+    return merge(earlier, results, args.json) if earlier else results

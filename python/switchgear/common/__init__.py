@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What commands and benchmark share: errors shown as one line, optional packages, tables, types of arguments."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable, Collection, Iterable, Sequence
+from types import ModuleType
+from typing import Any
+
+
+class CommandError(Exception):
+    """Something that the user can put right: shown without a traceback, exit status 2."""
+
+
+def require(module: str) -> Any:
+    """Import an optional package (`rich`, `matplotlib.pyplot`, …). CommandError names the extra that has it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        extras = "the extras bench and demo have it: pip install 'switchgear[bench]'"
+        raise CommandError(f"needs {package} ({error}); {extras}") from None
+
+
+def optional(module: str) -> tuple[ModuleType | None, str]:
+    """A package, or None and the reason why it is absent."""
+    try:
+        return importlib.import_module(module), ""
+    except Exception as error:  # a broken installation raises anything; the reason is what counts here
+        return None, f"{type(error).__name__}: {error}"
+
+
+# ---- tables and words ------------------------------------------------------------------------------------------------
+
+
+def console() -> Any:
+    """A console of rich that does not fold tables where its output goes into a file."""
+    made = require("rich.console").Console(highlight=False)
+    if not made.is_terminal:
+        made.width = 140
+    return made
+
+
+def table(*columns: str, wrap: bool = False) -> Any:
+    """A table of rich: the first column to the left, the others, numbers, to the right."""
+    made = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index else "left", no_wrap=not wrap)
+    return made
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """The columns in `left` to the left, the others, numbers, to the right."""
+    rule = ["---" if index in left else "---:" for index in range(len(header))]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
+
+
+def threads(count: int) -> str:
+    """In words."""
+    return f"{count} thread{'s' if count != 1 else ''}"
+
+
+# ---- types of argparse -----------------------------------------------------------------------------------------------
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Integers from `least` on."""
+
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
+        return value
+
+    return integer
+
+
+positive = at_least(1)
+
+
+def positives(text: str) -> tuple[int, ...]:
+    """A comma-separated list."""
+    return tuple(map(positive, text.split(",")))
+
+
+def listed(known: Collection[str]) -> Callable[[str], list[str]]:
+    """A comma-separated list of names, all of them known."""
+
+    def names(text: str) -> list[str]:
+        found = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+        if not found or not set(found) <= set(known):
+            raise argparse.ArgumentTypeError(f"expected a list of {', '.join(known)}; got {text!r}")
+        return found
+
+    return names
+
+
+def choose(option: str, text: str, known: Collection[str]) -> list[str]:
+    """`listed`, for an option whose names depend on other options. CommandError for an unknown one."""
+    try:
+        return listed(known)(text)
+    except argparse.ArgumentTypeError as error:
+        raise CommandError(f"--{option}: {error}") from None

@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Products with fp8 and mxfp4 weights on every ISA: every code is exact, sums are those of float64 within bounds, and a row's bits
+// depend neither on its neighbours nor on where its weights begin.
+#include <memory>
+
+#include "bounded.h"
+#include "cpu/kernels.h"
+#include "support.h"
+#include "switchgear/minifloat.h"
+
+namespace switchgear::test {
+namespace {
+
+constexpr Format kFormats[] = {Format::kFp8, Format::kMxfp4};
+
+float value_of(Format format, int code) {
+  if (format == Format::kMxfp4) {
+    constexpr float kValues[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+    return code & 8 ? -kValues[code & 7] : kValues[code & 7];
+  }
+  const int exponent = code >> 3 & 15, fraction = code & 7;
+  const float magnitude =
+      std::ldexp(static_cast<float>(exponent > 0 ? 8 + fraction : fraction), std::max(exponent, 1) - 10);
+  return code & 0x80 ? -magnitude : magnitude;
+}
+
+int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Memory that ends where its last byte ends, at an odd address.
+struct Bytes {
+  explicit Bytes(int64_t size) : all(static_cast<size_t>(size + 1)) {}
+  uint8_t* data() { return all.data() + 1; }
+  std::vector<uint8_t> all;
+};
+
+// The weight [rows, cols], stored as minifloat.h says.
+struct Minifloats {
+  Minifloats(Format format, int64_t rows, int64_t cols, int64_t group)
+      : format(format),
+        rows(rows),
+        cols(cols),
+        group(group > 0 ? group : ceil_of(cols, kMinifloatColumns) * kMinifloatColumns),
+        steps(ceil_of(cols, kMinifloatColumns)),
+        groups(ceil_of(cols, this->group)),
+        scale_bytes(format == Format::kFp8 ? 4 : 1),
+        data(blocks() * steps * minifloat_step_bytes(format)),
+        scales(blocks() * groups * kMinifloatRows * scale_bytes) {}
+
+  int64_t blocks() const { return ceil_of(rows, kMinifloatRows); }
+
+  void set(int64_t r, int64_t c, int code) {
+    const int64_t i = r % kMinifloatRows, k = c % kMinifloatColumns;
+    uint8_t* const step =
+        data.data() + (r / kMinifloatRows * steps + c / kMinifloatColumns) * minifloat_step_bytes(format);
+    if (format == Format::kFp8) {
+      const int64_t j = k % 4;
+      step[k / 4 * 64 + 16 * (i / 4) + 8 * (j / 2) + 2 * (i % 4) + j % 2] = static_cast<uint8_t>(code);
+      return;
+    }
+    for (int64_t b = 0; b < 4; ++b) {
+      const int64_t first = 4 * (b % 2) + b / 2;
+      uint8_t& byte = step[k / 8 * 64 + 4 * i + b];
+      if (k % 8 == first) byte = static_cast<uint8_t>((byte & 0xf0) | code);
+      if (k % 8 == first + 2) byte = static_cast<uint8_t>((byte & 0x0f) | code << 4);
+    }
+  }
+  void set_scale(int64_t r, int64_t g, float scale) {
+    uint8_t* const p =
+        scales.data() + ((r / kMinifloatRows * groups + g) * kMinifloatRows + r % kMinifloatRows) * scale_bytes;
+    if (format == Format::kFp8) {
+      std::memcpy(p, &scale, 4);
+    } else {
+      *p = static_cast<uint8_t>(std::ilogb(scale) + 127);
+    }
+  }
+  // Of rows from `first` on, to multiply rows of `dtype`.
+  cpu::Matrix matrix(DType dtype, int64_t first = 0) {
+    return cpu::Matrix{.data = data.data(),
+                       .dtype = dtype,
+                       .n_stride = steps * minifloat_step_bytes(format),
+                       .format = format,
+                       .scales = scales.data(),
+                       .scale_stride = groups * kMinifloatRows * scale_bytes,
+                       .group_size = group}
+        .from(first);
+  }
+
+  Format format;
+  int64_t rows, cols, group, steps, groups, scale_bytes;
+  Bytes data, scales;
+};
+
+// C [rows, panel] of a product.
+std::vector<float> multiply(const cpu::Matrix& b, const Array& x, int64_t first_row, int64_t num_rows,
+                            int64_t num_columns, const void* next = nullptr) {
+  static const auto memory = std::make_unique<char[]>(cpu::kProductScratch + 64);
+  std::vector<const void*> rows;
+  const TensorView& view = x.view();
+  for (int64_t m = 0; m < num_rows; ++m) {
+    rows.push_back(view.as<const char>() + (first_row + m) * view.stride[0] * size_of(view.dtype));
+  }
+  std::vector<float> c(static_cast<size_t>(num_rows * cpu::kernels().panel), NAN);
+  auto* const scratch = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
+  std::memset(scratch, 0xff, cpu::kProductScratch);
+  cpu::kernels().dot_products({.rows = rows.data(),
+                               .num_rows = num_rows,
+                               .b = b,
+                               .num_columns = num_columns,
+                               .depth = x.size(1),
+                               .c = c.data(),
+                               .next = next,
+                               .scratch = scratch});
+  return c;
+}
+
+// body() on each ISA whose products of floats are its own.
+template <typename Body>
+void on_each_isa(Body&& body) {
+  const std::string before = cpu_isa(), case_note = note;
+  for (const std::string& isa : isas_to_test()) {
+    if (isa.ends_with("vnni") || isa.ends_with("dot")) continue;
+    set_cpu_isa(isa);
+    note = case_note + " " + isa;
+    body();
+  }
+  set_cpu_isa(before);
+  note = case_note;
+}
+
+std::string describe(Format format, DType dtype, const Minifloats& w, int64_t num_rows) {
+  return join(format == Format::kFp8 ? "fp8 [" : "mxfp4 [", w.rows, ", ", w.cols, "], group ", w.group, ", ", num_rows,
+              " rows of ", name_of(dtype));
+}
+
+// Rows of x with a single 1 select a weight each, whose value times its scale is exact: a power of two, the extremes included.
+TEST(every_code_is_exact) {
+  for (const Format format : kFormats) {
+    const int codes = format == Format::kFp8 ? 256 : 16;
+    for (const DType dtype : kFloatTypes) {
+      Minifloats w(format, 64, 32, 32);
+      const auto code_at = [&](int64_t r, int64_t c) {
+        const int64_t code = (r % kMinifloatRows * 32 + c + 37 * (r / kMinifloatRows)) % codes;
+        return static_cast<int>(format == Format::kFp8 && (code & 0x7f) == 0x7f ? code - 1 : code);
+      };
+      const auto scale_of = [&](int64_t r) {
+        return std::ldexp(1.0f, static_cast<int>(r == 0 ? -127 : r == 1 ? 124 : r == 2 ? -126 : r % 7 - 3));
+      };
+      for (int64_t r = 0; r < w.rows; ++r) {
+        w.set_scale(r, 0, scale_of(r));
+        for (int64_t c = 0; c < w.cols; ++c) w.set(r, c, code_at(r, c));
+      }
+      Array x(dtype, {32, 32});
+      x.fill([](int64_t i) { return i / 32 == i % 32; });
+      note = describe(format, dtype, w, 32);
+      on_each_isa([&] {
+        const int64_t panel = cpu::kernels().panel;
+        for (int64_t first = 0; first < w.rows; first += panel) {
+          const std::vector<float> all = multiply(w.matrix(dtype, first), x, 0, 32, panel);
+          for (int64_t k = 0; k < 32; ++k) {
+            const std::vector<float> one = multiply(w.matrix(dtype, first), x, k, 1, panel);
+            for (int64_t n = 0; n < panel; ++n) {
+              const float want = value_of(format, code_at(first + n, k)) * scale_of(first + n);
+              const float got = all[static_cast<size_t>(k * panel + n)];
+              CHECK(got == want, "row ", first + n, ", column ", k, ": got ", got, ", expected ", want);
+              CHECK(one[static_cast<size_t>(n)] == want, "alone: row ", first + n, ", column ", k);
+            }
+          }
+          Array rows(DType::kFloat32, {panel, 30}, 3, 0);
+          cpu::kernels().expand_minifloats(rows.view().data, 33, DType::kFloat32, w.matrix(dtype, first), panel, 0, 30);
+          CHECK(rows.padding_holds(0xff), "expanded too much");
+          for (int64_t i = 0; i < panel * 30; ++i) {
+            CHECK(rows(i / 30, i % 30) == value_of(format, code_at(first + i / 30, i % 30)) * scale_of(first + i / 30),
+                  "expanded row ", first + i / 30, ", column ", i % 30);
+          }
+        }
+      });
+    }
+  }
+}
+
+struct Shape {
+  int64_t columns, depth, group, rows;  // group 0: the whole row
+};
+constexpr Shape kShapes[] = {{1, 32, 32, 1},     {64, 32, 0, 2},      {17, 71, 32, 5},    {63, 95, 64, 3},
+                             {8, 1, 32, 4},      {33, 31, 0, 7},      {64, 64, 32, 64},   {40, 100, 128, 240},
+                             {23, 33, 32, 384},  {64, 2880, 128, 6},  {50, 2880, 0, 13},  {64, 1100, 32, 20},
+                             {16, 4111, 96, 12}, {64, 2047, 1024, 1}, {12, 2049, 32, 30}, {64, 96, 0, 250}};
+
+TEST(products_are_those_of_float64) {
+  Random random(1);
+  for (const Shape& shape : kShapes) {
+    for (const Format format : kFormats) {
+      for (const DType dtype : kFloatTypes) {
+        Minifloats w(format, shape.columns, shape.depth, format == Format::kFp8 ? shape.group : 32);
+        std::vector<double> weight(static_cast<size_t>(w.rows * w.cols));
+        for (int64_t r = 0; r < w.rows; ++r) {
+          std::vector<float> scales;
+          for (int64_t g = 0; g < w.groups; ++g) {
+            const auto exponent = static_cast<int>(random.below(9)) - 8;
+            scales.push_back(
+                std::ldexp(format == Format::kFp8 ? 1.0f + static_cast<float>(random.unit()) : 1.0f, exponent));
+            w.set_scale(r, g, scales.back());
+          }
+          for (int64_t c = 0; c < w.cols; ++c) {
+            int code = static_cast<int>(random.below(format == Format::kFp8 ? 256 : 16));
+            if (format == Format::kFp8 && (code & 0x7f) == 0x7f) code ^= 1;
+            w.set(r, c, code);
+            weight[static_cast<size_t>(r * w.cols + c)] =
+                static_cast<double>(value_of(format, code)) * scales[static_cast<size_t>(c / w.group)];
+          }
+        }
+        const Array x = random_array(random, dtype, {shape.rows, shape.depth}, 1.0, 1);
+        std::vector<Bounded> want;
+        for (int64_t m = 0; m < shape.rows; ++m) {
+          std::vector<float> row;
+          for (int64_t k = 0; k < shape.depth; ++k) row.push_back(x(m, k));
+          for (int64_t n = 0; n < w.rows; ++n) {
+            Sum sum;
+            for (int64_t k = 0; k < shape.depth; ++k) {
+              sum.add({row[static_cast<size_t>(k)]}, {weight[static_cast<size_t>(n * w.cols + k)]});
+            }
+            want.push_back(sum.result());
+          }
+        }
+        note = describe(format, dtype, w, shape.rows);
+        on_each_isa([&] {
+          const int64_t panel = cpu::kernels().panel;
+          for (int64_t first = 0; first < w.rows; first += panel) {
+            const int64_t columns = std::min(panel, w.rows - first);
+            const cpu::Matrix b = w.matrix(dtype, first);
+            for (int64_t begin = 0, count; begin < shape.rows; begin += count) {
+              count = std::min(shape.rows - begin, cpu::kernels().most_rows);
+              const std::vector<float> got = multiply(b, x, begin, count, columns, begin > 0 ? b.data : nullptr);
+              for (int64_t i = 0; i < count * panel; ++i) {
+                const int64_t m = begin + i / panel, n = i % panel;
+                const Bounded expected = n < columns ? want[static_cast<size_t>(m * w.rows + first + n)] : Bounded{};
+                CHECK_CLOSE(got[static_cast<size_t>(i)], expected, "; row ", m, ", column ", first + n);
+              }
+            }
+          }
+        });
+      }
+    }
+  }
+}
+
+TEST(rows_do_not_depend_on_their_neighbours) {
+  Random random(2);
+  for (const Format format : kFormats) {
+    for (const DType dtype : kFloatTypes) {
+      for (const int64_t depth : {71, 2880}) {
+        Minifloats w(format, 64, depth, format == Format::kFp8 ? 128 : 32);
+        for (int64_t r = 0; r < w.rows; ++r) {
+          for (int64_t g = 0; g < w.groups; ++g)
+            w.set_scale(r, g, std::ldexp(1.0f, static_cast<int>(random.below(9)) - 8));
+          for (int64_t c = 0; c < w.cols; ++c)
+            w.set(r, c, static_cast<int>(random.below(format == Format::kFp8 ? 0x7f : 16)));
+        }
+        const Array x = random_array(random, dtype, {240, depth}, 1.0, 1);
+        note = describe(format, dtype, w, 240);
+        on_each_isa([&] {
+          const auto panel = static_cast<size_t>(cpu::kernels().panel);
+          for (int64_t first = 0; first < w.rows; first += cpu::kernels().panel) {
+            const cpu::Matrix b = w.matrix(dtype, first);
+            const std::vector<float> all = multiply(b, x, 0, 240, cpu::kernels().panel);
+            for (const int64_t count : {1, 2, 3, 4, 5, 6, 7, 13, 64, 239}) {
+              const int64_t begin = random.below(240 - count + 1);
+              const std::vector<float> some = multiply(b, x, begin, count, cpu::kernels().panel);
+              CHECK(std::memcmp(some.data(), all.data() + static_cast<size_t>(begin) * panel, some.size() * 4) == 0,
+                    count, " rows from ", begin, ", columns from ", first);
+              const std::vector<float> fewer = multiply(b, x, begin, count, 5);
+              for (size_t i = 0; i < fewer.size(); ++i) {
+                CHECK(fewer[i] == (i % panel < 5 ? some[i] : 0.0f), count, " rows, 5 columns");
+              }
+            }
+          }
+        });
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace switchgear::test

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Slots: experts whose data lie anywhere, some shared, give the bits of those that lie in order, in every format.
+#include <deque>
+
+#include "layer.h"
+#include "switchgear/compact.h"
+#include "switchgear/minifloat.h"
+#include "switchgear/panels.h"
+
+namespace switchgear::test {
+namespace {
+
+constexpr int64_t kSpare = 2;  // slots that nobody uses
+
+// Arrays of random bytes that any kernel can multiply: none is an infinity or a NaN as float32, float16, bfloat16 or fp8.
+Array bytes(Random& random, DType dtype, std::vector<int64_t> shape) {
+  Array array(dtype, std::move(shape), 0, 0);
+  auto* const data = array.view().as<uint8_t>();
+  for (int64_t i = 0; i < array.numel() * size_of(dtype); ++i) data[i] = static_cast<uint8_t>(random.below(0x3c));
+  return array;
+}
+
+// A weight in memory of its own.
+struct Stored {
+  std::deque<Array> arrays;
+  Weight weight;
+
+  const TensorView& add(Array array) { return arrays.emplace_back(std::move(array)).view(); }
+};
+
+Stored make(Random& random, Format format, DType dtype, int64_t E, int64_t rows, int64_t cols, int64_t parts) {
+  const int64_t blocks = parts * ((rows / parts + 15) / 16), group = 32, groups = (cols + group - 1) / group;
+  Stored s{.weight = {.format = format, .rows = rows, .cols = cols, .parts = 1}};
+  Weight& w = s.weight;
+  const auto in_blocks = [&](int64_t steps, int64_t step_bytes, DType scales) {
+    w.data = s.add(bytes(random, DType::kUInt8, {E, blocks, steps, step_bytes}));
+    w.scales = s.add(bytes(random, scales, {E, blocks, groups, 16}));
+    w.parts = parts;
+    w.group_size = group;
+  };
+  switch (format) {
+    case Format::kPlain: w = {.data = s.add(random_array(random, dtype, {E, rows, cols}))}; break;
+    case Format::kPanels: {
+      const PanelLayout layout = panel_layout(dtype);
+      const int64_t vectors = layout.rows * cols * size_of(dtype) / layout.vector_bytes;
+      w.data = s.add(bytes(random, DType::kUInt8, {E, rows / layout.rows, vectors, layout.vector_bytes}));
+      break;
+    }
+    case Format::kCompact: {
+      const Array plain = random_array(random, dtype, {E, rows, cols});
+      w.data = s.add(Array(DType::kUInt8, {E, rows, compact_row_bytes(cols, cols, dtype)}, 0, 0));
+      pack_compact(plain, w.data);
+      break;
+    }
+    case Format::kInt8:
+    case Format::kInt4:
+      in_blocks((cols + 7) / 8 * bits_of(format) / 4, 64, DType::kInt8);
+      w.row_scales = s.add(random_array(random, DType::kFloat32, {E, blocks, 16}));
+      break;
+    case Format::kFp8: in_blocks((cols + 31) / 32, minifloat_step_bytes(format), DType::kFloat32); break;
+    case Format::kMxfp4: in_blocks((cols + 31) / 32, minifloat_step_bytes(format), DType::kUInt8); break;
+  }
+  return s;
+}
+
+// The same experts, the data of expert e at slots[e] of num_slots.
+Stored moved(const Weight& w, const Array& slots, int64_t num_slots) {
+  Stored s{.weight = w};
+  const auto move = [&](TensorView& field) {
+    if (!field.defined()) return;
+    std::vector<int64_t> shape(field.shape.begin(), field.shape.begin() + field.ndim);
+    const int64_t expert_bytes = field.numel() / shape[0] * size_of(field.dtype);
+    shape[0] = num_slots;
+    Array array(field.dtype, shape, 0, 0);
+    array.poison(0xff);
+    for (int64_t e = 0; e < slots.size(0); ++e) {
+      std::memcpy(array.view().as<char>() + slots.id(e) * expert_bytes, field.as<char>() + e * expert_bytes,
+                  static_cast<size_t>(expert_bytes));
+    }
+    field = s.add(std::move(array));
+  };
+  for (TensorView* field : {&s.weight.data, &s.weight.scales, &s.weight.row_scales, &s.weight.zeros}) move(*field);
+  s.weight.slots = slots;
+  if (w.format == Format::kPlain) s.weight.rows = s.weight.cols = 0;
+  return s;
+}
+
+Array reversed_slots(int64_t E) {
+  Array slots(DType::kInt32, {E});
+  slots.fill([&](int64_t e) { return E - 1 - e + kSpare / 2; });
+  return slots;
+}
+
+constexpr Format kFormats[] = {Format::kPlain, Format::kPanels, Format::kCompact, Format::kInt8,
+                               Format::kInt4,  Format::kFp8,    Format::kMxfp4};
+
+TEST(experts_anywhere_have_the_bits_of_experts_in_order) {
+  const Case c{"slots", 40, 128, 64, 5, 2};
+  for (const Format format : kFormats) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      note = join(name_of(format), " ", name_of(dtype));
+      const Layer l(c, dtype, {}, true, false, 11);
+      const Array slots = reversed_slots(c.E);
+      Array y(dtype, {c.T, c.H}), wanted(dtype, {c.T, c.H});
+      Stored first, second, moved_first, moved_second;
+      MoeForwardArgs args{.x = l.x, .weights = l.weights(), .topk_ids = l.ids, .topk_weights = l.topk_weights, .y = y};
+      for_each_isa(
+          {&y},
+          [&](Execution exec) {  // panels are those of the ISA
+            Random random(7);
+            first = make(random, format, dtype, c.E, l.N, c.H, 2),
+            second = make(random, format, dtype, c.E, c.H, c.I, 1);
+            moved_first = moved(first.weight, slots, c.E + kSpare);
+            moved_second = moved(second.weight, slots, c.E + kSpare);
+            args.weights.gate_up_proj = moved_first.weight, args.weights.down_proj = moved_second.weight;
+            moe_forward(args, exec);
+          },
+          [&] {
+            MoeForwardArgs plain = args;
+            plain.weights.gate_up_proj = first.weight, plain.weights.down_proj = second.weight;
+            plain.y = wanted;
+            moe_forward(plain, {2});
+            CHECK(same_bits(y, wanted), "slots change y");
+          },
+          is_integer(format) ? Isas::kAll : Isas::kFloat);
+    }
+  }
+}
+
+TEST(gradients_of_experts_that_share_a_slot) {
+  const Case c{"shared", 30, 33, 20, 4, 2};
+  const Layer l(c, DType::kFloat32, {}, false, false, 5);
+  Array slots(DType::kInt32, {c.E});
+  slots.fill([](int64_t e) { return e / 2; });
+  // Experts 2i and 2i + 1 are the same matrix, once by copies and once by slots.
+  Array gate_up(DType::kFloat32, {c.E, l.N, c.H}), down(DType::kFloat32, {c.E, c.H, c.I});
+  const auto copy = [&](Array& to, const Array& from) {
+    const int64_t size = to.numel() / c.E;
+    for (int64_t e = 0; e < c.E; ++e) {
+      std::memcpy(to.view().as<float>() + e * size, from.view().as<float>() + e / 2 * size,
+                  static_cast<size_t>(size) * 4);
+    }
+  };
+  copy(gate_up, l.gate_up_proj), copy(down, l.down_proj);
+  const auto run = [&](const Weight& first, const Weight& second, std::vector<Array>& out) {
+    const ExpertWeights weights{.gate_up_proj = first, .down_proj = second};
+    out.assign(1, Array(DType::kFloat32, {c.T, c.H}));
+    out.emplace_back(DType::kFloat32, std::vector<int64_t>{c.T * c.K, l.N});
+    out.emplace_back(DType::kFloat32, std::vector<int64_t>{c.T, c.H});
+    out.emplace_back(DType::kFloat32, std::vector<int64_t>{c.E, l.N, c.H});
+    out.emplace_back(DType::kFloat32, std::vector<int64_t>{c.E, c.H, c.I});
+    moe_forward(
+        {.x = l.x, .weights = weights, .topk_ids = l.ids, .topk_weights = l.topk_weights, .y = out[0], .h = out[1]});
+    moe_backward({.grad_y = l.grad_y,
+                  .x = l.x,
+                  .h = out[1],
+                  .weights = weights,
+                  .topk_ids = l.ids,
+                  .topk_weights = l.topk_weights,
+                  .grad_x = out[2],
+                  .grad_gate_up_proj = out[3],
+                  .grad_down_proj = out[4]});
+  };
+  std::vector<Array> by_copies, by_slots;
+  run({.data = gate_up}, {.data = down}, by_copies);
+  run({.data = l.gate_up_proj, .slots = slots}, {.data = l.down_proj, .slots = slots}, by_slots);
+  for (size_t i = 0; i < by_copies.size(); ++i) CHECK(same_bits(by_copies[i], by_slots[i]), "output ", i);
+}
+
+TEST(slots_out_of_range_are_errors) {
+  const Case c{"range", 3, 16, 8, 2, 1};
+  const Layer l(c, DType::kFloat32, {}, false, false, 3);
+  for (const int64_t bad : {int64_t{-1}, c.E}) {
+    Array slots(DType::kInt32, {c.E}), y(DType::kFloat32, {c.T, c.H});
+    slots.fill([&](int64_t e) { return e == 1 ? bad : 0; });
+    std::string message;
+    try {
+      moe_forward(
+          {.x = l.x,
+           .weights = {.gate_up_proj = {.data = l.gate_up_proj, .slots = slots}, .down_proj = {.data = l.down_proj}},
+           .topk_ids = l.ids,
+           .topk_weights = l.topk_weights,
+           .y = y});
+    } catch (const ValueError& error) {
+      message = error.what();
+    }
+    CHECK(message.find("gate_up_proj_slots: expected values in [0, 2)") == 0, message);
+  }
+}
+
+}  // namespace
+}  // namespace switchgear::test
