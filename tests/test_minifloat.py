@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from switchgear import reference_minifloat as minifloat
+from switchgear.reference import minifloat
 
 FLT_MAX = torch.finfo(torch.float32).max
 GROUPS = {"block": minifloat.BLOCK, "row": minifloat.ROW, "small": (3, 32)}
@@ -318,6 +318,24 @@ def test_mxfp4_goes_into_blocks_and_back(shape: tuple[int, ...], parts: int) -> 
     assert torch.equal(again, values)
     assert torch.equal(scales_again, scales)
     assert minifloat.decode_mxfp4(again, scales_again, shape[2]).shape == shape
+
+
+@pytest.mark.parametrize("format", ["fp8", "mxfp4"])
+def test_values_may_lie_anywhere(format: str) -> None:
+    weight = torch.randn(2, 32, 64)
+    values, scales, _ = minifloat.encode_fp8(weight) if format == "fp8" else minifloat.encode_mxfp4(weight)
+    odd = torch.empty(values.numel() + 1, dtype=torch.uint8)[1:].view(values.shape).copy_(values)
+    strided = torch.stack((values, values), -1)[..., 0]
+    want = minifloat.to_blocks(values, scales, format)
+    out = tuple(torch.empty_like(tensor).fill_(1) for tensor in want)
+    for got in (
+        minifloat.to_blocks(odd, scales, format),
+        minifloat.to_blocks(strided, scales, format),
+        minifloat.to_blocks(values, scales, format, out=(out[0], out[1])),
+        out,
+    ):
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
 
 
 def test_numbers_that_kernels_do_not_have_are_not_stored() -> None:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
-from switchgear import reference_minifloat as minifloat
 from switchgear.integrations.checkpoint_files import INDEX
 from switchgear.integrations.published import load_published
 from switchgear.integrations.tiny_configs import tiny_config
 from switchgear.integrations.tiny_models import example_inputs
-from switchgear.integrations.transformers import path_of
+from switchgear.integrations.transformers import is_decorated, path_of
+from switchgear.reference import minifloat
+from switchgear.weights import restore, stored_of
 
 MODELS = {"gpt_oss": "mxfp4", "qwen3_moe": "fp8", "deepseek_v3": "fp8", "mixtral": "fp8", "minimax_m2": "fp8"}
 SIZES = {
@@ -97,13 +99,57 @@ def test_weights_are_those_that_transformers_reads(published: Callable[[str], Pa
     path, method = published(model_type), MODELS[model_type]
     want = AutoModelForCausalLM.from_pretrained(path, quantization_config=DEQUANTIZE[method], dtype=torch.bfloat16)
     got = load_published(path)
-    expected, found = dict(want.named_parameters()) | dict(want.named_buffers()), {}
+    stored = [state for module in got.modules() if (state := stored_of(module)) is not None]
+    assert len(stored) == len(list(experts_of(got))) > 0
+    assert {state.form.name for state in stored} == {method}
+    restore(got)
+    expected = dict(want.named_parameters()) | dict(want.named_buffers())
     found = dict(got.named_parameters()) | dict(got.named_buffers())
-    assert list(expected) == list(found)
+    assert sorted(expected) == sorted(found)
     for name, tensor in expected.items():
         assert found[name].dtype is tensor.dtype, name
         assert torch.equal(found[name], tensor), name
     assert not got.training
+
+
+@models
+def test_logits_are_those_of_transformers(published: Callable[[str], Path], model_type: str) -> None:
+    """In float32, and so close: weights are decoded exactly, or with the one rounding of scale · value."""
+    path, method = published(model_type), MODELS[model_type]
+    options = {"dtype": torch.float32, "experts_implementation": "eager"}
+    want = AutoModelForCausalLM.from_pretrained(path, quantization_config=DEQUANTIZE[method], **options)
+    got = load_published(path, dtype=torch.float32)
+    inputs = example_inputs(want)
+    logits = want(**inputs).logits
+    assert (got(**inputs).logits - logits).abs().max() <= 2e-5 * logits.abs().max()
+    assert {path_of(module) for module in experts_of(got)} == {"moe"}
+
+
+@models
+def test_state_dict_has_the_published_bytes(published: Callable[[str], Path], model_type: str) -> None:
+    path, method = published(model_type), MODELS[model_type]
+    state = load_published(path).state_dict()
+    files = {key: tensor for file in path.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    if method == "mxfp4":
+        for key in (key for key in files if key.endswith(("_blocks", "_scales"))):
+            assert torch.equal(state[key], files[key])
+        return
+    down = next(key for key in state if key.endswith("experts.down_proj"))
+    third = r"experts\.3\.(down_proj|w2)\.weight"
+    values, scale = (
+        next(files[key] for key in sorted(files) if re.search(third + end, key) and layer_of(key) == layer_of(down))
+        for end in ("$", "_scale_inv$")
+    )
+    assert torch.equal(state[down][3].view(torch.uint8), values.view(torch.uint8))
+    assert torch.equal(state[f"{down}_scale_inv"][3], scale)
+
+
+def layer_of(key: str) -> str:
+    return key.split(".")[2]
+
+
+def experts_of(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if is_decorated(module))
 
 
 # ---- what does not fit -----------------------------------------------------------------------------------------------
@@ -209,6 +255,26 @@ def test_one_file_and_a_model_that_is_there(published: Callable[[str], Path], tm
     assert path_of(model.model.layers[0].mlp.experts) == "moe"
 
 
+def test_experts_that_were_not_quantised_stay_plain(published: Callable[[str], Path], tmp_path: Path) -> None:
+    def decode(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if "layers.1.mlp.experts" in key and not key.endswith("_scale_inv")]:
+            scales = tensors.pop(f"{key}_scale_inv")[None]
+            tensors[key] = minifloat.decode_fp8(tensors[key][None], scales, dtype=torch.bfloat16)[0]
+
+    path = published("qwen3_moe")
+    want, got = load_published(path), load_published(copied(path, tmp_path, decode))
+    assert [stored_of(module) is None for module in experts_of(got)] == [False, True, False, False]
+    assert restore(want) == 4
+    assert restore(got) == 3
+    for (name, ours), theirs in zip(got.named_parameters(), want.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_layers_that_transformers_leaves_out_are_left_out(published: Callable[[str], Path], tmp_path: Path) -> None:
+    key = "model.layers.61.mlp.experts.0.up_proj.weight"  # DeepSeek's of the next token but one
+    load_published(copied(published("deepseek_v3"), tmp_path, lambda tensors: tensors.update({key: torch.ones(2, 2)})))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -247,3 +313,39 @@ def configure(path: Path, quantization: dict[str, Any] | None) -> None:
     (path / "config.json").write_text(
         json.dumps(config | ({"quantization_config": quantization} if quantization else {}))
     )
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import sys
+from switchgear.integrations import checkpoint_files
+from switchgear.integrations.published import load_published
+
+def kilobytes(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+small, large = sys.argv[1:]
+checkpoint_files.MAPPED = 1 << 20
+load_published(small)  # what is imported and allocated once
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = kilobytes("VmRSS")
+model = load_published(large)
+tensors = [*model.parameters(), *model.buffers()]
+print((kilobytes("VmHWM") - before) * 1024, sum(t.nbytes for t in tensors), max(t.nbytes for t in tensors))
+"""
+
+
+@pytest.mark.slow  # starts a process that imports transformers
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux says what the peak was")
+@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_moe"])
+def test_peak_is_the_stored_model_and_a_tensor(
+    published: Callable[[str], Path], tmp_path: Path, model_type: str
+) -> None:
+    publish(tmp_path, model_type, hidden_size=512, intermediate_size=512, moe_intermediate_size=512)
+    command = [sys.executable, "-c", PEAK, str(published(model_type)), str(tmp_path)]
+    peak, stored, largest = map(int, subprocess.run(command, check=True, capture_output=True).stdout.split())
+    plain = 2 * 4 * 8 * 3 * 512 * 512  # bytes of all experts in bfloat16, 4 layers of 8 experts
+    constant = 8 << 20
+    assert stored <= peak + constant  # the measure works
+    assert peak <= stored + largest + constant < plain

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from switchgear import reference_minifloat as minifloat
 from switchgear.integrations.checkpoint_files import CheckpointFiles, Reader
 from switchgear.integrations.published_keys import (
     BLOCKS,
@@ -32,11 +31,12 @@ from switchgear.integrations.published_keys import (
     pieces_of,
 )
 from switchgear.integrations.transformers import accelerate, restore
-from switchgear.packing import Layout, layout_of
-from switchgear.pages import advise_huge_pages
+from switchgear.reference import minifloat
+from switchgear.weights import Form, Fp8, Layout, Mxfp4, Weight, advise_huge_pages, layout_of
+from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, put
 
-METHODS = ("mxfp4", "fp8")
-Read = Callable[[Reader, torch.device], Any]  # a Tensor, or what is stored of a projection
+FORMS: dict[str, Form] = {"mxfp4": Mxfp4(), "fp8": Fp8()}  # by the name of the format, which is that of the method
+Read = Callable[[Reader, torch.device], Tensor | Weight]
 
 
 def load_published(
@@ -49,8 +49,8 @@ def load_published(
     """A causal language model of transformers, on switchgear and in eval mode, with experts as they were published.
 
     Files are read an expert at a time, and what is read goes where it stays: the peak of memory is the model as stored,
-    and a tensor or 64 MiB. fp8 linears outside of experts are decoded, and all else is cast to the dtype of its parameter, as
-    `from_pretrained` does.
+    and a tensor or 64 MiB. fp8 linears outside of experts are decoded, and all else is cast to the dtype of its
+    parameter, as `from_pretrained` does. `switchgear.restore` makes experts plain.
 
     Args:
         path: a directory with config.json and safetensors files.
@@ -88,8 +88,8 @@ def _take_quantization(config: Any) -> None:
         raise ValueError("path: expected a quantization_config in config.json, got none")
     options = found if isinstance(found, dict) else found.to_dict()
     method, block = options.get("quant_method"), options.get("weight_block_size")
-    if method not in METHODS:
-        raise ValueError(f"path: expected quant_method {' or '.join(METHODS)} in config.json, got {method}")
+    if method not in FORMS:
+        raise ValueError(f"path: expected quant_method {' or '.join(FORMS)} in config.json, got {method}")
     if method == "fp8" and tuple(block or ()) != minifloat.BLOCK:
         raise ValueError(f"path: expected weight_block_size {list(minifloat.BLOCK)} in config.json, got {block}")
     del config.quantization_config
@@ -106,8 +106,8 @@ def _made(path: Path, config: Any, dtype: torch.dtype) -> Any:
 # ---- what is read ----------------------------------------------------------------------------------------------------
 
 
-class Projection(NamedTuple):
-    """One of a module of experts."""
+class Wanted(NamedTuple):
+    """A projection of a module of experts."""
 
     experts: int
     rows: int  # N
@@ -141,7 +141,7 @@ def _plan(model: Any, files: CheckpointFiles) -> dict[str, Read]:
     return plan
 
 
-def _projections(model: nn.Module) -> dict[str, Projection]:
+def _projections(model: nn.Module) -> dict[str, Wanted]:
     """Those of experts on the fused kernel, by their names in the state dict."""
     found = {}
     for prefix, module in model.named_modules():
@@ -149,9 +149,8 @@ def _projections(model: nn.Module) -> dict[str, Projection]:
             for index, name in enumerate(layout.names):
                 parameter: Tensor = getattr(module, name)
                 experts, rows, columns = (parameter.mT if layout.transposed else parameter).shape
-                parts = 2 if index == 0 and layout.split_gates else 1
-                options = (parts, layout.transposed, parameter.dtype)
-                found[f"{prefix}.{name}"] = Projection(experts, rows, columns, *options)
+                options = (layout.parts(index), layout.transposed, parameter.dtype)
+                found[f"{prefix}.{name}"] = Wanted(experts, rows, columns, *options)
     return found
 
 
@@ -178,11 +177,12 @@ def _plan_tensor(target: str, shape: tuple[int, ...], dtype: torch.dtype, pieces
     return read
 
 
-def _nothing(reader: Reader, device: torch.device) -> None:
+def _nothing(reader: Reader, device: torch.device) -> Tensor:
     """In place of what is refused anyhow."""
+    raise NotImplementedError
 
 
-def _plan_projection(target: str, wanted: Projection, pieces: Pieces, checks: Checks) -> Read:
+def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks) -> Read:
     """As it was published: mxfp4 of all experts, or fp8 or plain numbers of each."""
     suffixes = {piece.suffix for piece in pieces}
     experts, rows, columns, *_ = wanted
@@ -208,26 +208,17 @@ def _plan_projection(target: str, wanted: Projection, pieces: Pieces, checks: Ch
 # ---- projections -----------------------------------------------------------------------------------------------------
 
 
-class Published(NamedTuple):
-    """A projection as it is stored."""
-
-    format: str
-    data: Tensor
-    scales: Tensor
-    projection: Projection
-
-
-def _read_mxfp4(target: str, wanted: Projection, pieces: Pieces, reader: Reader, device: torch.device) -> Published:
+def _read_mxfp4(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device) -> Weight:
     data, scales = _empty("mxfp4", wanted, -(-wanted.columns // 32), torch.uint8, device)
     for expert in range(wanted.experts):
         block, scale = (reader.part(pieces[Piece(suffix)], expert).to(device) for suffix in (BLOCKS, SCALES))
         out = data[expert, None], scales[expert, None]
         with _naming(target, expert):
             minifloat.to_blocks(block, scale, "mxfp4", wanted.parts, out=out)
-    return Published("mxfp4", data, scales, wanted)
+    return _weight("mxfp4", data, scales, wanted)
 
 
-def _read_fp8(target: str, wanted: Projection, pieces: Pieces, reader: Reader, device: torch.device) -> Published:
+def _read_fp8(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device) -> Weight:
     """Gates and ups are published apart, and stored so."""
     data, scales = _empty("fp8", wanted, _scales_of(wanted.rows, wanted.columns)[1], torch.float32, device)
     blocks = data.shape[1] // wanted.parts
@@ -238,10 +229,10 @@ def _read_fp8(target: str, wanted: Projection, pieces: Pieces, reader: Reader, d
             out = data[expert, None, share], scales[expert, None, share]
             with _naming(target, expert):
                 minifloat.to_blocks(reader.tensor(key)[None].to(device), scale, "fp8", out=out)
-    return Published("fp8", data, scales, wanted)
+    return _weight("fp8", data, scales, wanted)
 
 
-def _read_plain(target: str, wanted: Projection, pieces: Pieces, reader: Reader, device: torch.device) -> Tensor:
+def _read_plain(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device) -> Tensor:
     weight = torch.empty(wanted.experts, wanted.rows, wanted.columns, dtype=wanted.dtype, device=device)
     advise_huge_pages(weight)
     for (_, expert, source), key in pieces.items():
@@ -250,14 +241,18 @@ def _read_plain(target: str, wanted: Projection, pieces: Pieces, reader: Reader,
     return weight
 
 
-def _empty(
-    format: str, wanted: Projection, groups: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _empty(format: str, wanted: Wanted, groups: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Data and scales of all experts."""
     shape = minifloat.blocks_shape(wanted.rows, wanted.columns, format, wanted.parts)
     data = torch.empty(wanted.experts, *shape, dtype=torch.uint8, device=device)
     advise_huge_pages(data)
     return data, torch.empty(wanted.experts, shape[0], groups, minifloat.ROWS, dtype=dtype, device=device)
+
+
+def _weight(format: str, data: Tensor, scales: Tensor, wanted: Wanted) -> Weight:
+    size = minifloat.COLUMNS if format == "mxfp4" else minifloat.BLOCK[1]
+    rows, columns, dtype, parts = wanted.rows, wanted.columns, wanted.dtype, wanted.parts
+    return Weight(format, data, rows, columns, dtype, scales, parts=parts, group_size=size, is_exact=True)
 
 
 @contextmanager
@@ -294,15 +289,17 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
             raise ValueError(f"model: expected {key} to be computed by {type(model).__name__}.initialize_weights")
 
 
-def _commit(model: Any, loaded: dict[str, Any]) -> None:
+def _commit(model: Any, loaded: dict[str, Tensor | Weight]) -> None:
     for prefix, module in model.named_modules():
-        layout = layout_of(module)
-        if layout is not None and isinstance(loaded[f"{prefix}.{layout.names[0]}"], Published):
-            first, second = (loaded.pop(f"{prefix}.{name}") for name in layout.names)
-            _attach(module, layout, first, second)
+        if (layout := layout_of(module)) is not None:
+            first, second = (loaded.get(f"{prefix}.{name}") for name in layout.names)
+            if isinstance(first, Weight) and isinstance(second, Weight):
+                _put(module, layout, (first, second))
     for target, tensor in loaded.items():
         prefix, _, name = target.rpartition(".")
         module = model.get_submodule(prefix)
+        if isinstance(tensor, Weight):
+            continue
         if name in module._parameters:
             trained = module._parameters[name].requires_grad
             module.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))
@@ -311,12 +308,7 @@ def _commit(model: Any, loaded: dict[str, Any]) -> None:
     model.tie_weights()
 
 
-def _attach(module: nn.Module, layout: Layout, *published: Published) -> None:
-    for name, p in zip(layout.names, published, strict=True):
-        w = p.projection
-        values, scales = minifloat.from_blocks(p.data, p.scales, p.format, w.rows, w.columns, w.parts)
-        if p.format == "fp8":
-            plain = minifloat.decode_fp8(values, scales, parts=w.parts, dtype=w.dtype)
-        else:
-            plain = minifloat.decode_mxfp4(values, scales, w.columns, w.dtype)
-        module.register_parameter(name, nn.Parameter(plain.mT.contiguous() if layout.transposed else plain))
+def _put(module: nn.Module, layout: Layout, weights: tuple[Weight, Weight]) -> None:
+    trained = (getattr(module, name).requires_grad for name in layout.names)
+    first, second = (Projection(Kind.of(weight), t, Tie()) for weight, t in zip(weights, trained, strict=True))
+    put(module, StoredProjections(FORMS[weights[0].format], layout, (first, second)), weights)

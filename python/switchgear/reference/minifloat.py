@@ -240,6 +240,7 @@ def _pack_fp8(codes: Tensor, data: Tensor) -> None:
     """[B,16,32·C] -> [B,C,512]. Pairs of columns stay together: that of row 4·i + k and column 32·c + 4·q + 2·j is pair
     (q, i, j, k) of step c."""
     count, steps, _ = data.shape
+    codes = codes.clone() if codes.storage_offset() % 2 else codes  # pairs begin at even places
     pairs = codes.view(torch.int16).view(count, 4, 4, steps, 8, 2)
     data.view(torch.int16).view(count, steps, 8, 4, 2, 4).copy_(pairs.permute(0, 3, 4, 1, 5, 2))
 
@@ -310,7 +311,7 @@ def to_blocks(
     )
     pack, width = (_pack_fp8 if is_fp8 else _pack_mxfp4), shape[1] * shape[2] // ROWS
     for expert in range(num_experts):
-        matrix = values[expert].view(torch.uint8).flatten(1)
+        matrix = values[expert].contiguous().view(torch.uint8).flatten(1)
         pack(_to_rows_of_blocks(_pad(matrix, width - matrix.shape[1]), parts), data[expert])
         stored[expert] = _to_rows_of_blocks(scales[expert], parts).mT
     return data, stored
