@@ -17,8 +17,9 @@ from switchgear.backends import without_autocast
 from switchgear.functional import Routing, route
 from switchgear.reference import check_choice
 from switchgear.routing.balance import count_tokens
+from switchgear.routing.change import Change, PerExpert
 from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select, made, modules_in
-from switchgear.routing.interventions import Change, PerExpert, intervene
+from switchgear.routing.interventions import intervene
 from switchgear.routing.ranking import scores_of, wide
 from switchgear.routing.scores import Uniform
 from switchgear.routing.selection import TopK
