@@ -282,7 +282,8 @@ def _stored_grouped_gemm(
         x, bias = in_autocast_dtype(x.device.type, x, bias)
     wants_gradients = needs_autograd(x, bias)
     if weight.is_lossless:
-        taken = weight.plain() if wants_gradients else taken_by_grouped_gemm(weight, x.dtype)
+        has_kernels = weight.data.is_cpu  # which elsewhere is said
+        taken = weight.plain() if wants_gradients and has_kernels else taken_by_grouped_gemm(weight, x.dtype)
         if isinstance(taken, Tensor):
             return grouped_gemm(x, taken, expert_offsets, bias=bias, token_indices=token_indices)
     if bias is not None and not weight.is_lossless:
@@ -451,7 +452,9 @@ def _taken(weight: Any, dtype: torch.dtype, wants_gradients: bool) -> Tensor | W
     """What moe multiplies with beside an x of `dtype`; weights without loss are expanded where gradients are wanted."""
     if isinstance(weight, Tensor) or not weight.is_lossless:
         return weight
-    return weight.plain() if wants_gradients else taken_by_moe(weight, dtype)
+    taken = weight.plain() if wants_gradients and weight.data.is_cpu else taken_by_moe(weight, dtype)
+    is_cast = isinstance(taken, Tensor) and in_autocast(taken.device.type)
+    return taken.to(dtype) if is_cast else taken
 
 
 def _parts_of(weight: Tensor | Weight) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

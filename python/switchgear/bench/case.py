@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.pages import advise_huge_pages, use_huge_pages
+from switchgear.weights import advise_huge_pages, use_huge_pages
 
 from .shapes import Shape, forward_flops, train_flops
 

@@ -2,7 +2,7 @@
 """Routing policies as one writes them in torch ops: what `switchgear bench --routers` compares with.
 
 Logits [T,E] in, topk_ids and topk_weights [T,K] out, -1 for none. No loops over experts, sorts where the policies need
-them, ties as torch breaks them. The auction and rerouting are those of reference_policies.py.
+them, ties as torch breaks them. The auction and rerouting are those of reference/policies.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from switchgear import reference_policies
+from switchgear.reference import policies
 from switchgear.routing import Context, ranking
 
 
@@ -243,10 +243,10 @@ def rerouted(logits: Tensor, k: int, factor: float) -> tuple[Tensor, Tensor]:
     scores = logits.softmax(-1, dtype=torch.float32)
     ids = scores.topk(k).indices
     limits = torch.full((1,), math.ceil(factor * k * len(ids) / num_experts), dtype=torch.int32)
-    kept = reference_policies.fit_capacity(ids.int(), None, scores, None, limits, num_experts, "order", num_experts)
+    kept = policies.fit_capacity(ids.int(), None, scores, None, limits, num_experts, "order", num_experts)
     return kept, scores.gather(1, kept.clamp(min=0).long()).masked_fill(kept < 0, 0)
 
 
 def balanced_assignment(logits: Tensor) -> tuple[Tensor, Tensor]:
-    ids = reference_policies.assign_balanced(logits.float(), None, 1, -1.0, 100)[:, None]
+    ids = policies.assign_balanced(logits.float(), None, 1, -1.0, 100)[:, None]
     return ids, logits.float().sigmoid().gather(1, ids.long())

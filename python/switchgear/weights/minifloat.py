@@ -61,7 +61,7 @@ class Fp8(Form):
         values, scales = minifloat.from_blocks(
             weight.data, weight.scales, "fp8", weight.rows, weight.cols, weight.parts, self._group
         )
-        return {"": values.view(torch.float8_e4m3fn), "_scale_inv": scales}
+        return {"": values.view(torch.float8_e4m3fn), "_scale_inv": scales.contiguous()}
 
     def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
         rows, cols, (height, width) = now.rows, now.cols, self._group

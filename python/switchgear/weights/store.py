@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ def form_named(form: str | Form, options: dict[str, Any]) -> Form:
         return form
     if form not in FORMS:
         raise ValueError(f"form: expected one of {', '.join(FORMS)}, auto, or an object of theirs, got {form!r}")
-    known = FORMS[form].__dataclass_fields__
+    known = [field.name for field in dataclasses.fields(FORMS[form])]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"{unknown[0]}: expected an option of {form} ({', '.join(known) or 'it has none'})")
     return FORMS[form](**options)
