@@ -255,6 +255,13 @@ def test_one_file_and_a_model_that_is_there(published: Callable[[str], Path], tm
     assert path_of(model.model.layers[0].mlp.experts) == "moe"
 
 
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    publish(tmp_path, "qwen3_moe", tie_word_embeddings=True)
+    model: Any = load_published(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.lm_head.weight.is_meta
+
+
 def test_experts_that_were_not_quantised_stay_plain(published: Callable[[str], Path], tmp_path: Path) -> None:
     def decode(tensors: dict[str, Tensor]) -> None:
         for key in [key for key in tensors if "layers.1.mlp.experts" in key and not key.endswith("_scale_inv")]:

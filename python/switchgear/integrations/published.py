@@ -26,7 +26,6 @@ from switchgear.integrations.published_keys import (
     Checks,
     Piece,
     Pieces,
-    dtype_in,
     matches,
     pieces_of,
 )
@@ -126,8 +125,7 @@ def _plan(model: Any, files: CheckpointFiles) -> dict[str, Read]:
         if target in projections and set(pieces) != {Piece()}:
             plan[target] = _plan_projection(target, projections[target], pieces, checks)
         elif target in state:
-            dtype = dtype_in(model, target, state[target])
-            plan[target] = _plan_tensor(target, tuple(state[target].shape), dtype, pieces, checks)
+            plan[target] = _plan_tensor(target, state[target], pieces, checks)
         elif not matches(model._keys_to_ignore_on_load_unexpected, target):
             checks.problems += [f"unexpected {key}" for key in pieces.values()]
     for first, second in zip(list(projections)[::2], list(projections)[1::2], strict=True):
@@ -158,8 +156,9 @@ def _scales_of(rows: int, columns: int) -> tuple[int, int]:
     return -(-rows // minifloat.BLOCK[0]), -(-columns // minifloat.BLOCK[1])
 
 
-def _plan_tensor(target: str, shape: tuple[int, ...], dtype: torch.dtype, pieces: Pieces, checks: Checks) -> Read:
+def _plan_tensor(target: str, like: Tensor, pieces: Pieces, checks: Checks) -> Read:
     """As it is, or decoded from fp8."""
+    shape, dtype = tuple(like.shape), like.dtype
     is_fp8 = Piece(SCALE) in pieces and len(shape) == 2
     if not checks.expect_all(target, pieces, [Piece(), Piece(SCALE)] if is_fp8 else [Piece()]):
         return _nothing

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -91,11 +90,3 @@ def _name(target: str, piece: Piece) -> str:
 def matches(patterns: Iterable[str] | None, name: str) -> bool:
     """Whether a name has one of transformers' patterns."""
     return any(re.search(pattern, name) for pattern in patterns or ())
-
-
-def dtype_in(model: Any, name: str, tensor: Tensor) -> torch.dtype:
-    """The dtype of what the model has: that of the tensor, but for those that transformers keeps in float32."""
-    kept = set(model._keep_in_fp32_modules_strict or ())
-    if tensor.dtype is torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())
-    return torch.float32 if tensor.is_floating_point() and matches(kept, name) else tensor.dtype
