@@ -359,11 +359,15 @@ def check_published(values: Tensor, scales: Tensor, format: str, parts: int, gro
         _check("values", values, (num_experts, rows, columns, 16), (torch.uint8,))
         _check("scales", scales, (num_experts, rows, columns), (torch.uint8,))
     for expert in range(num_experts):
-        if is_fp8 and any(bool((some & 0x7F == 0x7F).any()) for some in _slices(values[expert].view(torch.uint8))):
+        if is_fp8 and any(map(_has_nan, _slices(values[expert].view(torch.uint8)))):
             raise ValueError(f"values: expected numbers, expert {expert} has NaN")
         finite = scales[expert].isfinite() if is_fp8 else scales[expert] != NAN_SCALE
         if not bool(finite.all()):
             raise ValueError(f"scales: expected finite numbers, expert {expert} has others")
+
+
+def _has_nan(codes: Tensor) -> bool:
+    return codes.numel() > 0 and int((codes & 0x7F).max()) == 0x7F  # any() of a comparison is 15 times as slow
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
