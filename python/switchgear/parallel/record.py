@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class Event(NamedTuple):
-    """A stretch of time for the timeline, in seconds of time.monotonic()."""
+    """An interval of the timeline, in seconds of time.monotonic()."""
 
     lane: str  # "link" or "experts"
     name: str
@@ -21,7 +21,7 @@ class Event(NamedTuple):
 
 @dataclass
 class Record:
-    """What an exchange did: bytes sent to other ranks by kind, seconds spent waiting, and events if they are wanted."""
+    """What an exchange did: bytes sent to other ranks by kind, seconds spent waiting, and events if requested."""
 
     bytes: Counter[str] = field(default_factory=Counter)
     waited: float = 0.0

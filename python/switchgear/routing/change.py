@@ -15,16 +15,16 @@ PerExpert = Mapping[int, float] | Tensor | Sequence[float]
 
 @dataclass(frozen=True)
 class Change:
-    """What is changed, for E experts.
+    """A change of the choice among E experts.
 
     Args:
-        disable: experts that no token gets. If fewer than top_k are left, choices stay empty.
-        force: experts that every token gets, weighed by their scores, in place of its last choices.
-        bias: added to the scores for the choice alone, not to the weights.
+        disable: experts that no token gets. If fewer than top_k remain, choices stay empty.
+        force: experts that every token gets, weighted by their scores, in place of its last choices.
+        bias: added to the scores for the choice only, not to the weights.
         gain: multiplies the weights of an expert, after everything else.
 
-    bias and gain are numbers by expert, or [E]. A selection that ignores its bias (Dense, Random, Lookup) cannot force
-    or favour experts, and where experts choose tokens (ExpertChoice) a forced expert has no more places than others.
+    bias and gain map experts to numbers, or are [E]. A selection that ignores its bias (Dense, Random, Lookup) cannot
+    force or favour experts. If experts choose tokens (ExpertChoice), a forced expert takes no more tokens than others.
     """
 
     disable: Collection[int] = ()
@@ -33,7 +33,7 @@ class Change:
     gain: PerExpert | None = None
 
     def check(self, num_experts: int, top_k: int | None = None) -> None:
-        """Raises ValueError for an expert that does not exist, or options that contradict each other."""
+        """Raises ValueError for an expert that does not exist, or for contradictory options."""
         for name in ("disable", "force", "bias", "gain"):
             given = getattr(self, name)
             if (
@@ -56,7 +56,7 @@ class Change:
             raise ValueError(f"force: expected at most {top_k} (top_k) experts, got {len(set(self.force))}")
 
     def choice_bias(self, num_experts: int, device: torch.device) -> Tensor | None:
-        """What is added to the scores for the choice, [E] float32; -Inf and +Inf for disabled and forced experts."""
+        """[E] float32, added to the scores for the choice; -Inf and +Inf for disabled and forced experts."""
         if not self.disable and not self.force and self.bias is None:
             return None
         values = per_expert(self.bias, 0.0, num_experts, device)
@@ -66,8 +66,8 @@ class Change:
         return values
 
     def edit(self, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-        """A choice that was made without the change, [T,K]: without the disabled experts, and with the gains. Ids
-        outside [0, E) are empty choices."""
+        """Applies the change to a finished choice [T,K]: removes disabled experts and multiplies by gains. Ids outside
+        [0, E) are empty choices."""
         real = (topk_ids >= 0) & (topk_ids < num_experts)
         index = topk_ids.clamp(0, num_experts - 1).long()
         if self.disable:

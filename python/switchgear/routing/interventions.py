@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Changes of a router's choice for a while: experts disabled, forced, favoured or amplified, or another selection.
+"""Temporary changes of a router's choice: experts disabled, forced, favoured or amplified, or another selection.
 
-Mixture of Tunable Experts (arXiv:2502.11096) disables or forces a few experts of a trained model, self-contrast
-(arXiv:2405.14507) runs it with a weaker selection. A router is left as it was found.
+Mixture of Tunable Experts (arXiv:2502.11096) disables or forces a few experts of a trained model; self-contrast
+(arXiv:2405.14507) runs it with a weaker selection. The router is restored afterwards.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def override(
     gain: PerExpert | None = None,
     layers: Collection[str] | None = None,
 ) -> Iterator[list[str]]:
-    """Inside the block, the routers of a model choose otherwise. Yields the names of the layers that do.
+    """Changes the choices of a model's routers inside the block. Yields the names of the affected layers.
 
         with switchgear.override(model, disable=[3, 17]):
             y = model(x)
@@ -76,15 +76,15 @@ def override(
             y = model(x)
 
     Args:
-        model: its switchgear Routers are overridden; or, of a Hugging Face model whose experts run on switchgear, what
-            its own routers hand to the experts. There only `disable` and `gain` are possible, since the choice is made.
+        model: its switchgear Routers are overridden. For a Hugging Face model whose experts run on switchgear, the
+            output of its own routers is changed: only `disable` and `gain` are possible, since the choice is made.
         select: the selection instead of the routers' own; see `switchgear.routing`.
         disable, force, bias, gain: see `Change`; they apply to `select` too.
         layers: names of modules, as in model.named_modules(); all if None.
 
     Raises:
         ValueError: an expert that a layer does not have, a layer that the model does not have, or an option that is
-            impossible there; nothing is changed then.
+            impossible there; nothing is changed in that case.
     """
     from switchgear.routing.router import Router
 
@@ -123,6 +123,6 @@ def override(
 def _hugging_face_experts(model: nn.Module) -> dict[str, nn.Module]:
     try:
         from switchgear.integrations.choices import experts_of
-    except ImportError:  # no transformers
+    except ImportError:  # transformers is not installed
         return {}
     return experts_of(model)
