@@ -16,7 +16,7 @@ import switchgear
 from switchgear import backends
 from switchgear.experts import Experts
 from switchgear.routing import Router, load_balancing_loss, z_loss
-from switchgear.routing.router import Router, RouterOptions
+from switchgear.routing.router import RouterOptions
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "mixtral": {"normalize": True},
