@@ -439,10 +439,21 @@ def test_low_memory(case: FormCase, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_failing_commit_is_undone(case: FormCase, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(case)
     before = dict(model.named_parameters())
-    monkeypatch.setattr(model[2], "register_buffer", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    register, calls = nn.Module.register_buffer, []
+
+    def fail_at_last(module: nn.Module, name: str, *args: Any, **options: Any) -> None:
+        calls.append(name)
+        if module is model[2] and name.startswith("down_proj"):
+            raise MemoryError
+        register(module, name, *args, **options)
+
+    monkeypatch.setattr(nn.Module, "register_buffer", fail_at_last)
+    with pytest.raises(MemoryError):
         switchgear.store(model, case.form)
-    assert is_untouched(nn.ModuleList(model[:2]), {k: v for k, v in before.items() if not k.startswith("2")})
+    assert is_untouched(model, before)
+    assert all(stored_of(module) is None for module in model)
+    monkeypatch.undo()
+    assert switchgear.store(model, case.form).modules == 3
 
 
 @forms

@@ -114,7 +114,7 @@ class StoredProjections:
         """The buffers go."""
         for index in (0, 1):
             for _, name in self._buffers(index):
-                del module._buffers[name]
+                module._buffers.pop(name, None)
                 module._non_persistent_buffers_set.discard(name)
 
 
@@ -158,14 +158,13 @@ def put(module: nn.Module, stored: StoredProjections, weights: tuple[Weight, Wei
     module._switchgear_stored = stored  # type: ignore[assignment]
 
 
-def take_back(module: nn.Module, parameters: list[nn.Parameter]) -> None:
-    """Replaces what `put` put by `parameters`."""
-    stored = stored_of(module)
-    assert stored is not None
+def take_back(module: nn.Module, stored: StoredProjections, parameters: list[nn.Parameter]) -> None:
+    """Replaces what `put` put, as far as it came, by `parameters`."""
     stored.take_out_of(module)
     for name, parameter in zip(stored.layout.names, parameters, strict=True):
         module.register_parameter(name, parameter)
-    module._switchgear_stored = None  # type: ignore[assignment]
+    if "_switchgear_stored" in vars(module):
+        module._switchgear_stored = None  # type: ignore[assignment]
 
 
 def in_layout(weight: Tensor, layout: Layout) -> Tensor:

@@ -77,8 +77,10 @@ class Relaid:
         """Lets go of the memory that the parameters had."""
         self._before.clear()
 
-    def undo(self) -> None:
+    def undo(self) -> bool:
+        """Whether the parameters have the strides that they had; their values they have in any."""
         for parameter, data, grad in self._before:
             with torch.inference_mode(parameter.is_inference()):
                 parameter.data = data
                 parameter.grad = grad
+        return bool(self._before)

@@ -4,28 +4,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from switchgear.weights.auto import Candidate, candidates
+from switchgear.weights.change import (
+    PlainChange,
+    StoredChange,
+    Target,
+    memory_of,
+    parameters_of,
+    plain_parameters,
+    preparation_of,
+)
 from switchgear.weights.compact import Compact
 from switchgear.weights.form import Form
 from switchgear.weights.integers import Int4, Int8
 from switchgear.weights.layout import Layout, layout_of
 from switchgear.weights.minifloat import Fp8, Mxfp4
-from switchgear.weights.module import (
-    Kind,
-    Projection,
-    StoredProjections,
-    Tie,
-    in_layout,
-    put,
-    stored_of,
-    take_back,
-)
+from switchgear.weights.module import Tie, stored_of, take_back
 from switchgear.weights.pages import use_huge_pages
 from switchgear.weights.panels import Panels
 from switchgear.weights.plain import Copies, Plain, Relaid
@@ -116,11 +115,11 @@ def restore(model: nn.Module) -> int:
     parameters: dict[Tie, nn.Parameter] = {}
     plain: dict[tuple[object, ...], Tensor] = {}
     for module in model.modules():
-        if stored_of(module) is not None:
-            take_back(module, _plain_parameters(module, parameters, plain))
+        if (stored := stored_of(module)) is not None:
+            take_back(module, stored, plain_parameters(module, parameters, plain))
             changed += 1
         elif (names := vars(module).pop("_switchgear_packed", None)) is not None:
-            relaid = Relaid(_parameters(module, names), False, copies)
+            relaid = Relaid(parameters_of(module, names), False, copies)
             relaid.commit()
             changed += relaid.changes
     return changed
@@ -129,19 +128,10 @@ def restore(model: nn.Module) -> int:
 # ---- one form --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Target:
-    """A module whose projections can be stored."""
-
-    name: str
-    module: nn.Module
-    layout: Layout
-
-
 def _store(model: nn.Module, form: Form, low_memory: bool) -> Stored:
     targets, present = _targets(model, form)
-    prepare = _preparation(form)
-    done: list[_Change | _Packed] = []
+    prepare = preparation_of(form)
+    done: list[StoredChange | PlainChange] = []
     try:
         for target in targets:
             change = prepare(target)
@@ -165,7 +155,7 @@ def _store(model: nn.Module, form: Form, low_memory: bool) -> Stored:
     return _report(form, present + [target.module for target in targets], done)
 
 
-def _targets(model: nn.Module, form: Form) -> tuple[list[_Target], list[nn.Module]]:
+def _targets(model: nn.Module, form: Form) -> tuple[list[Target], list[nn.Module]]:
     """What there is to store, and what is in this form already. ValueError for what cannot be."""
     targets, present = [], []
     for name, module in model.named_modules():
@@ -177,7 +167,7 @@ def _targets(model: nn.Module, form: Form) -> tuple[list[_Target], list[nn.Modul
         elif (layout := layout_of(module)) is not None:
             if (obstacle := _obstacle(module, layout, form)) is not None:
                 raise ValueError(f"{where}: expected experts that can be stored as {form}; {obstacle}")
-            targets.append(_Target(where, module, layout))
+            targets.append(Target(where, module, layout))
     if not targets and not present:
         raise ValueError(
             f"model: expected experts that can be stored as {form}; {type(model).__name__} has none that run on the "
@@ -203,120 +193,7 @@ def _obstacle(module: nn.Module, layout: Layout, form: Form) -> str | None:
     return None
 
 
-def _preparation(form: Form) -> Callable[[_Target], _Change | _Packed]:
-    """Makes the change of a module; what is shared is made once."""
-    if isinstance(form, Plain):
-        copies = Copies()
-        return lambda target: _Packed(target, copies)
-    encoded: dict[tuple[object, ...], Weight] = {}
-    ties: dict[int, Tie] = {}
-
-    def prepare(target: _Target) -> _Change:
-        weights, projections, layout = [], [], target.layout
-        for index, parameter in enumerate(_parameters(target.module, layout.names)):
-            plain, parts = parameter.detach(), layout.parts(index)
-            view = plain.mT if layout.transposed else plain
-            key = (plain.data_ptr(), view.shape, view.stride(), view.dtype, view.device, parts)
-            if key not in encoded:
-                encoded[key] = _encoded(form, f"{target.name}.{layout.names[index]}", view, parts)
-            weights.append(encoded[key])
-            tie = ties.setdefault(id(parameter), Tie())
-            projections.append(Projection(Kind.of(weights[-1]), parameter.requires_grad, tie))
-        stored = StoredProjections(form, layout, (projections[0], projections[1]))
-        return _Change(target, stored, (weights[0], weights[1]))
-
-    return prepare
-
-
-def _encoded(form: Form, name: str, weight: Tensor, parts: int) -> Weight:
-    encoded = form.encode(name, weight, parts)
-    if isinstance(encoded, str):
-        raise ValueError(f"model: expected experts that can be stored as {form}; {encoded}")
-    return encoded
-
-
-class _Change:
-    """A module's parameters to stored weights."""
-
-    def __init__(self, target: _Target, stored: StoredProjections, weights: tuple[Weight, Weight]) -> None:
-        self.target, self.weights = target, weights
-        self._stored, self._is_done = stored, False
-        self._parameters: list[nn.Parameter] | None = _parameters(target.module, stored.layout.names)
-        self.bytes_before = {_memory(parameter): parameter.nbytes for parameter in self._parameters}
-        self.bytes_after = {_memory(t): t.nbytes for weight in weights for t in weight.tensors}
-        self.is_exact = all(weight.is_exact for weight in weights)
-
-    def commit(self) -> None:
-        put(self.target.module, self._stored, self.weights)
-        self._is_done = True
-
-    def forget(self) -> None:
-        """Lets go of the parameters."""
-        self._parameters = None
-
-    def undo(self) -> bool:
-        """Whether the parameters are there again."""
-        if not self._is_done:
-            return True
-        if self._parameters is None:
-            if not self.is_exact:
-                return False
-            self._parameters = _plain_parameters(self.target.module, {}, {})
-        take_back(self.target.module, self._parameters)
-        return True
-
-
-class _Packed:
-    """A module's parameters in other strides, on huge pages."""
-
-    is_exact = True
-
-    def __init__(self, target: _Target, copies: Copies) -> None:
-        self.target = target
-        parameters = _parameters(target.module, target.layout.names)
-        self._relaid = Relaid(parameters if target.layout.transposed else [], True, copies)
-        self.bytes_before = self.bytes_after = {_memory(parameter): parameter.nbytes for parameter in parameters}
-
-    def commit(self) -> None:
-        if self._relaid.changes:
-            self._relaid.commit()
-            self.target.module._switchgear_packed = self.target.layout.names  # type: ignore[assignment]
-
-    def forget(self) -> None:
-        self._relaid.forget()
-
-    def undo(self) -> bool:
-        self._relaid.undo()
-        vars(self.target.module).pop("_switchgear_packed", None)
-        return True
-
-
-def _parameters(module: nn.Module, names: tuple[str, str]) -> list[nn.Parameter]:
-    return [p for name in names if type(p := module._parameters.get(name)) is nn.Parameter]
-
-
-def _memory(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape)
-
-
-def _plain_parameters(
-    module: nn.Module, parameters: dict[Tie, nn.Parameter], plain: dict[tuple[object, ...], Tensor]
-) -> list[nn.Parameter]:
-    """The parameters that a module had; those that were shared, or shared memory, do again."""
-    stored = stored_of(module)
-    assert stored is not None
-    found = []
-    for weight, projection in zip(stored.weights(module), stored.projections, strict=True):
-        if projection.tie not in parameters:
-            key = (weight.data.data_ptr(), weight.device, weight.format, weight.shape, stored.layout.transposed)
-            if key not in plain:
-                plain[key] = in_layout(weight.plain(), stored.layout)
-            parameters[projection.tie] = nn.Parameter(plain[key], requires_grad=projection.trained)
-        found.append(parameters[projection.tie])
-    return found
-
-
-def _report(form: Form, modules: list[nn.Module], done: list[_Change | _Packed], reason: str = "") -> Stored:
+def _report(form: Form, modules: list[nn.Module], done: list[StoredChange | PlainChange], reason: str = "") -> Stored:
     before: dict[tuple[object, ...], int] = {}
     after: dict[tuple[object, ...], int] = {}
     is_exact = True
@@ -329,8 +206,8 @@ def _report(form: Form, modules: list[nn.Module], done: list[_Change | _Packed],
         assert stored is not None
         for weight in stored.weights(module):
             experts, rows, cols = weight.shape
-            before[_memory(weight.data)] = experts * rows * cols * weight.dtype.itemsize
-            after |= {_memory(tensor): tensor.nbytes for tensor in weight.tensors}
+            before[memory_of(weight.data)] = experts * rows * cols * weight.dtype.itemsize
+            after |= {memory_of(tensor): tensor.nbytes for tensor in weight.tensors}
             is_exact = is_exact and weight.is_exact
     return Stored(form, len(modules), sum(before.values()), sum(after.values()), is_exact, reason)
 

@@ -101,10 +101,10 @@ class Weight:
         of one device."""
         if self.format not in LOSSLESS:
             return True  # any dtype; a device without kernels says so itself
+        if not _is_on_cpu(self):
+            return self.format == "plain" and self.slots is None and dtype is self.dtype
         if self.format == "plain":
             return dtype is self.dtype
-        if not _is_on_cpu(self):
-            return False
         if self.format == "compact":
             return dtype is self.dtype or dtype is self.elements
         return dtype is self.dtype and self._is_of_this_isa()
@@ -172,7 +172,7 @@ def taken_by_grouped_gemm(weight: Weight, dtype: torch.dtype) -> Tensor | Weight
 
 
 def _expanded(weight: Weight, dtype: torch.dtype, subject: str) -> Tensor:
-    has_a_kernel_missing = weight.format != "plain" and (dtype is weight.dtype or not _is_on_cpu(weight))
+    has_a_kernel_missing = dtype is weight.dtype or not _is_on_cpu(weight)  # and not only another dtype
     if has_a_kernel_missing and not torch.compiler.is_compiling():
         backends.announce_format(weight.device, subject, "each call expands them")
     return weight.plain()
