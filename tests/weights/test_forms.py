@@ -290,6 +290,24 @@ def test_copies(case: FormCase, tmp_path: Path) -> None:
 
 
 @forms
+def test_other_buffers(case: FormCase) -> None:
+    """What a module kept of earlier calls follows its buffers: replaced for a call, or written to in a copy."""
+    stored, other = case.stored(case.experts()), case.stored(case.experts())
+    call = case.inputs(4)
+    with torch.no_grad():
+        y, wanted = stored(*call), other(*call)
+        if case.form.name != "compact":  # whose headers have one length each
+            assert torch.equal(torch.func.functional_call(stored, dict(other.named_buffers()), call), wanted)
+        assert torch.equal(stored(*call), y)
+        for copied in (copy.deepcopy(stored), pickle.loads(pickle.dumps(stored))):
+            for name, buffer in copied.named_buffers():
+                if "scales" in name:
+                    buffer.zero_()
+            assert not copied(*call).any() or case.is_exact
+        assert torch.equal(stored(*call), y)
+
+
+@forms
 @pytest.mark.parametrize("change", [nn.Module.half, nn.Module.bfloat16, nn.Module.float, nn.Module.double])
 def test_change_of_dtype(case: FormCase, change: Callable[[nn.Module], nn.Module]) -> None:
     """What is stored stays as it is, bit for bit: with x of another dtype a call works, or says what it wants."""
