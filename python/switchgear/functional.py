@@ -401,11 +401,11 @@ def moe(
     if needs_autograd(*tensors):
         y: Tensor = apply(autograd.Moe, *tensors, *options)[0]
     elif ops.needs_no_dispatch(*tensors):
-        others = (gate_up_bias, down_bias, topk_ids, topk_weights)
-        y = ops.moe_forward_on_host(x, first, (), second, (), *others, *options)
+        others = (gate_up_bias, down_bias, topk_ids, topk_weights, *options)
+        y = ops.moe_forward_on_host(x, first, (), second, (), *others)
     else:
-        others = (gate_up_bias, down_bias, topk_ids, topk_weights)
-        y = ops.moe_forward(x, (first,), (), (second,), (), *others, *options, False)[0]
+        others = (gate_up_bias, down_bias, topk_ids, topk_weights, *options)
+        y = ops.moe_forward(x, (first,), (), (second,), (), *others, False)[0]
     return y if len(shape) == 2 else y.reshape(shape)
 
 

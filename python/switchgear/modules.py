@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +15,12 @@ from switchgear.layers.common import WithLosses, experts_class
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import GatedSharedExperts, SharedExperts
 from switchgear.layers.virtual import VirtualExperts
-from switchgear.routing.context import Balance, Limit, Score, Select, context_of
-from switchgear.routing.router import Router
+from switchgear.routing.context import context_of
+from switchgear.routing.router import Router, RouterOptions
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from switchgear.parallel import ExpertParallel
 
 
@@ -31,9 +33,9 @@ class MoE(WithLosses):
 
     Args:
         hidden_size, intermediate_size, num_experts, top_k: H, I, E, K.
-        score_function, normalize, scale, selection_bias, num_groups, topk_groups, group_score, jitter, float32_router,
-            router_bias: options of Router (the last two are its `float32` and `bias`).
-        score, select, capacity, balance, isolation: parts of Router, for other policies than the best k experts.
+        float32_router, router_bias: options `float32` and `bias` of Router.
+        router_options: its others. score_function, normalize, scale, selection_bias, num_groups, topk_groups,
+            group_score, jitter; score, select, capacity, balance, isolation for other policies than the best k experts.
         activation, gated, bias, interleaved, transposed, alpha, limit: options of Experts.
         shared_intermediate_size: width of the shared experts; 0 for none. They have the activation of the experts.
         num_shared_experts: the same in units of intermediate_size, instead.
@@ -61,21 +63,8 @@ class MoE(WithLosses):
         num_experts: int,
         top_k: int | None = None,
         *,
-        score_function: str = "softmax",
-        normalize: bool = False,
-        scale: float = 1.0,
-        selection_bias: bool = False,
-        num_groups: int = 1,
-        topk_groups: int = 1,
-        group_score: str = "max",
-        jitter: float = 0.0,
         float32_router: bool = False,
         router_bias: bool = False,
-        score: Score | Callable[..., Any] | None = None,
-        select: Select | Callable[..., Any] | None = None,
-        capacity: Limit | Callable[..., Any] | None = None,
-        balance: Sequence[Balance | Callable[..., Any]] = (),
-        isolation: str = "batch",
         activation: str = "silu",
         gated: bool = True,
         bias: bool = False,
@@ -94,31 +83,22 @@ class MoE(WithLosses):
         parallel: ExpertParallel | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **router_options: Unpack[RouterOptions],
     ) -> None:
         super().__init__()
+        if unknown := sorted(set(router_options) - set(RouterOptions.__annotations__)):
+            raise TypeError(f"{unknown[0]}: expected an option of MoE, or of its Router, got one of neither")
         self.return_routing = return_routing
         virtual: dict[str, Any] = {"null": null_experts, "copy": copy_experts, "constant": constant_experts}
         self.gate = Router(
             hidden_size,
             num_experts + sum(virtual.values()),
             top_k,
-            score_function=score_function,
-            normalize=normalize,
-            scale=scale,
-            selection_bias=selection_bias,
-            num_groups=num_groups,
-            topk_groups=topk_groups,
-            group_score=group_score,
-            jitter=jitter,
             float32=float32_router,
             bias=router_bias,
-            score=score,
-            select=select,
-            capacity=capacity,
-            balance=balance,
-            isolation=isolation,
             device=device,
             dtype=dtype,
+            **router_options,
         )
         layout: dict[str, Any] = {"interleaved": interleaved, "transposed": transposed}
         options: dict[str, Any] = {

@@ -162,6 +162,6 @@ def test_errors() -> None:
     for backend in switchgear.backends.BACKENDS:
         with switchgear.use_backend(backend), pytest.raises(ValueError, match="down_proj: expected"):
             torch.ops.switchgear.moe_forward(x, first.tensors, first.form, (cut,), second.form, *rest)
+    offsets = switchgear.plan(ids, E).expert_offsets
     with pytest.raises(ValueError, match="weight: expected no panels in grouped_gemm"):
-        offsets = switchgear.plan(ids, E).expert_offsets
         torch.ops.switchgear.grouped_gemm(x, first.tensors, first.form, None, offsets, None, False, False)

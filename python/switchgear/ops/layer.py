@@ -73,13 +73,18 @@ def moe_forward_on_host(
     down_bias: Tensor | None,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    *options: Any,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
 ) -> Tensor:
     """y of moe_forward, for tensors that need no dispatch; a plain projection is a tensor itself."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     host.module.moe_forward(
         rows(x), gate_up_proj, gate_up_form, down_proj, down_form, rows(gate_up_bias), rows(down_bias),
-        topk_ids.contiguous(), topk_weights.contiguous(), y, None, *options, host.execution(),
+        topk_ids.contiguous(), topk_weights.contiguous(), y, None, activation, gated, interleaved, alpha, limit,
+        host.execution(),
     )  # fmt: skip
     return y
 

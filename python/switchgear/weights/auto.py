@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from switchgear import backends, ops
-from switchgear.weights.layout import layout_of
+from switchgear.weights.layout import Layout, layout_of
+from switchgear.weights.module import stored_of
 
 FEW_ROWS = 4  # for an expert: up to here compact weights were faster than plain ones in every case that was measured
 WIDE_VECTORS = ("avx512", "amx")  # ISAs that unpack compact weights as fast as memory delivers them
@@ -60,15 +61,17 @@ def rows_per_expert(model: nn.Module, tokens_per_step: int) -> float:
     for module in model.modules():
         if (layout := layout_of(module)) is None:
             continue
-        experts = _num_experts(module, layout.names[1])
+        experts = _num_experts(module, layout)
         share = min(1.0, _top_k(model, module, experts) / experts)
         touched = experts * (1 - (1 - share) ** tokens_per_step)
         most = max(most, tokens_per_step * share * experts / touched)
     return most
 
 
-def _num_experts(module: nn.Module, name: str) -> int:
-    weight: torch.Tensor = getattr(module, name)
+def _num_experts(module: nn.Module, layout: Layout) -> int:
+    if (stored := stored_of(module)) is not None:
+        return stored.weights(module)[1].shape[0]
+    weight: torch.Tensor = getattr(module, layout.names[1])
     return len(weight)
 
 
