@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # make demo                  train a small MoE model with each experts implementation, and compare them
-# make test                  the tests in Python and in C++, but for the slow ones (PYTEST_ARGS="-m slow": those alone)
+# make test                  the tests in Python and in C++, except the slow ones (PYTEST_ARGS="-m slow": only those)
 # make bench                 time MoE layers at the shapes of real models (BENCH_ARGS=…)
 # make bench-cpp             time single ops, in C++ (needs Google Benchmark; BENCH_ARGS=--benchmark_filter=…)
 # make lint                  formatting, lint, types, stubs
-# make format                rewrite the sources as lint wants them
+# make format                reformat the sources for lint
 # make sanitize              the C++ tests under the address, undefined-behaviour and thread sanitizers
-# make neon                  the C++ tests for 64-bit Arm, under qemu (needs a cross compiler; NEON_TESTS="permute glu": those alone)
-# make simt                  the CUDA kernels on the CPU, under sanitizers and a race detector (needs headers of CUDA)
-# make simt-planted          that bugs planted in them are seen
-# make cuda-checks           what nvcc made of them: registers, spills, instructions (needs nvcc)
+# make neon                  the C++ tests for 64-bit Arm, under qemu (needs a cross compiler; NEON_TESTS=…)
+# make simt                  the CUDA kernels on the CPU, under sanitizers and a race detector (needs the CUDA headers)
+# make simt-planted          check that bugs planted in them are detected
+# make cuda-checks           check nvcc's output for them: registers, spills, instructions (needs nvcc)
 # make gpu                   on a machine with a GPU: conformance, tests, compute-sanitizer, benchmark (GPU_ARGS=--dry-run)
-# make tools                 what the other targets need, installed at once (before `make -j`)
-# make nvcc                  CUDA's compiler from NVIDIA's wheels, into the environment
-# make build                 editable install, for work on the package
+# make tools                 install what the other targets need (before `make -j`)
+# make nvcc                  install the CUDA compiler from NVIDIA's wheels, into the environment
+# make build                 editable install, for development
 # make wheel                 dist/*.whl
-# make test-torch TORCH=2.8  the core tests on that wheel beside another release of torch
-# make clean                 remove what the targets above made, .venv included
+# make test-torch TORCH=2.8  the core tests on that wheel with another release of torch
+# make clean                 remove what the targets above create, .venv included
 #
-# Each works on a fresh clone with Python >= 3.10 (and its venv), a C++20 compiler and make: what else it needs goes into
-# the active virtual environment, or into .venv where none is active.
+# Each works on a fresh clone with Python >= 3.10 (and its venv), a C++20 compiler and make. Everything else it needs is
+# installed into the active virtual environment, or into .venv if none is active.
 
 PYTHON ?= python3
 TORCH ?= 2.8
@@ -49,8 +49,8 @@ run_preset = $(call build_preset,$(1)) && ctest --preset $(1)
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The package, built once for all of its extras. Others may install into an active environment too, so only .venv is trusted to be
-# current.
+# The package, built once for all of its extras. Others may install into an active environment too, so only .venv is
+# assumed to be current.
 $(INSTALLED)package: $(PACKAGE) $(if $(VIRTUAL_ENV),always) | $(BIN)/python
 	$(PIP) .
 	@touch $@
@@ -59,14 +59,14 @@ $(INSTALLED)%: $(INSTALLED)package
 	$(PIP) 'switchgear[$*]'
 	@touch $@
 
-# cmake, ninja, ruff, mypy, …: packages that are named like their command
+# cmake, ninja, ruff, mypy, …: packages with the name of their command
 $(BIN)/%: | $(BIN)/python
 	$(PIP) $*
 
 $(BIN)/pybind11-config: | $(BIN)/python
 	$(PIP) 'pybind11>=3.0'
 
-# All that the targets below would install, at once and not by several of them at a time.
+# Everything the targets below would install, in one step instead of several at the same time.
 tools: | $(BIN)/python
 	$(PIP) '.[test]' cmake ninja 'pybind11>=3.0' ruff clang-format mypy
 	@touch $(INSTALLED)package $(INSTALLED)test
@@ -95,7 +95,7 @@ sanitize: asan tsan
 asan tsan: $(BIN)/cmake $(BIN)/ninja
 	$(call run_preset,$@)
 
-# What `make test` runs on an Arm machine, emulated. NEON_QUICK=1: without the generic kernels, and on two threads alone.
+# What `make test` runs on an Arm machine, emulated. NEON_QUICK=1: without the generic kernels, and only on two threads.
 NEON_TESTS ?=
 
 neon: $(BIN)/cmake $(BIN)/ninja
@@ -115,8 +115,8 @@ PLANTED_ORDERS ?= $(SIMT_ORDERS)
 simt_orders = $(if $(filter race,$*),$(RACE_ORDERS),$(ASAN_ORDERS))
 simt_python = -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
-# The C++ tests, in every order of threads by themselves; then the shared tests on the module _simt, in each order; and once
-# layers of papers, and the exchange of several processes.
+# The C++ tests in every order of threads; then the shared tests on the module _simt, in each order; then, once, the
+# layers of papers and the exchange between processes.
 simt-asan simt-race: simt-%: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
 	cmake --preset simt-$* $(simt_python) && cmake --build --preset simt-$*
 	ctest --preset simt-$* --tests-regex '_($(subst $(space),|,$(subst :,_,$(strip $(simt_orders)))))$$'
@@ -131,7 +131,7 @@ cuda-checks: $(INSTALLED)test
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python -m pytest -q tests/test_cuda_build.py tests/test_cuda.py tests/simt/test_ptx.py $(PYTEST_ARGS)
 
-# With the Python that is there, which may have torch for its card already; what is missing goes into its environment.
+# With the installed Python, which may have a torch for the card already; missing packages go into its environment.
 gpu:
 	$(if $(VIRTUAL_ENV),$(BIN)/python,$(PYTHON)) tests/gpu/run.py $(GPU_ARGS)
 

@@ -4,13 +4,13 @@
 //   struct Plan {
 //     static constexpr const char* kName = "plan";
 //     explicit Plan(const Case& c);   // makes the data and calls run() once
-//     void run();                     // what is timed
-//     bool verify() const;            // whether that gave the right result
+//     void run();                     // the timed part
+//     bool verify() const;            // whether the result is right
 //     Work work() const;              // flop and bytes of one run()
 //   };
 //
-// bench_main<Plan, …>() registers each for all shapes of shapes.json, numbers of tokens, dtypes, and one or all threads, and
-// reports flop/s, bytes/s and how much of this machine's ceilings they are, as measured at the start.
+// bench_main<Plan, …>() registers each for all shapes of shapes.json, numbers of tokens, dtypes, and one or all threads. It
+// reports flop/s, bytes/s and the fraction of this machine's ceilings, which it measures at the start.
 #pragma once
 #include <benchmark/benchmark.h>
 
@@ -57,7 +57,7 @@ struct Work {
 
 // ---- data --------------------------------------------------------------------------------------------------------------
 
-// A contiguous tensor with memory of its own.
+// A contiguous tensor that owns its memory.
 class Tensor {
  public:
   template <typename... Sizes>
@@ -75,13 +75,13 @@ class Tensor {
   }
   float operator[](int64_t i) const { return test::decode(view_.as<char>() + i * size_of(view_.dtype), view_.dtype); }
 
-  // Random values, repeated with a period of a prime number of elements: filling gigabytes should not take minutes.
+  // Random values, repeated with a prime number of elements as period, so that filling gigabytes does not take minutes.
   Tensor&& random(double scale, uint64_t seed) && {
     constexpr int64_t kPeriod = 999'983;
     test::Random random(seed);
     const int64_t item = size_of(view_.dtype), distinct = std::min(numel(), kPeriod);
     for (int64_t i = 0; i < distinct; ++i) {
-      const double uniform = 2 * random.unit() - 1;  // of variance 1/3
+      const double uniform = 2 * random.unit() - 1;  // variance 1/3
       test::encode(view_.as<char>() + i * item, view_.dtype, static_cast<float>(uniform * scale * std::sqrt(3.0)));
     }
     for (int64_t i = distinct; i < numel(); i += kPeriod) {
@@ -98,7 +98,7 @@ class Tensor {
   std::unique_ptr<char, Free> data_;
 };
 
-// The plan of random choices, as a router with nothing learnt makes them: all experts get about the same.
+// The plan of random choices, as from an untrained router: all experts get about equally many.
 struct Routed {
   explicit Routed(const Case& c)
       : topk_ids(DType::kInt32, c.T, c.K),
@@ -129,7 +129,7 @@ struct Routed {
   Tensor topk_ids, topk_weights, expert_offsets, token_indices, slot_indices;
 };
 
-// correct(i) for up to `samples` indices, spread over [0, count).
+// Calls correct(i) for up to `samples` indices, spread over [0, count); whether all were.
 template <typename Correct>
 bool sample(int64_t count, int64_t samples, Correct&& correct) {
   for (int64_t j = 0; j < std::min(count, samples); ++j) {
@@ -180,7 +180,7 @@ void run(benchmark::State& state, const Case& c) {
   state.counters["%read"] = {100 * work.bytes / ceiling.read_rate, kRate};
 }
 
-// Whether an op has cases of a dtype: of all but the one that it names.
+// Whether an op has cases of a dtype: all but the one that it names.
 template <typename Op>
 constexpr bool takes(DType dtype) {
   if constexpr (requires { Op::kNot; }) return dtype != Op::kNot;

@@ -4,7 +4,7 @@
 namespace switchgear::bench {
 namespace {
 
-// An auction of all tokens, of at most a hundred iterations as in BASE layers.
+// An auction of all tokens, of at most 100 iterations as in BASE layers.
 struct AssignBalanced {
   static constexpr const char* kName = "assign_balanced";
 
@@ -12,7 +12,7 @@ struct AssignBalanced {
       : c(c), values(Tensor(DType::kFloat32, c.T, c.E).random(1.0, 2)), expert_ids(DType::kInt32, c.T) {}
 
   void run() { assign_balanced({.values = values, .expert_ids = expert_ids}, c.exec); }
-  // As many tokens for each expert, and a larger total than that of tokens in turn.
+  // Every expert has equally many tokens, and the total exceeds that of round-robin assignment.
   bool verify() const {
     const int32_t* ids = expert_ids.as<int32_t>();
     double total = 0.0, in_turn = 0.0;
@@ -24,7 +24,7 @@ struct AssignBalanced {
              return std::count(ids, ids + c.T, static_cast<int32_t>(e)) == c.T / c.E + (e < c.T % c.E);
            });
   }
-  // What must be read and written; bids are many more instructions.
+  // Only the bytes that must be read and written; bids are many more instructions.
   Work work() const { return {0, static_cast<double>(values.bytes() + expert_ids.bytes())}; }
 
   Case c;

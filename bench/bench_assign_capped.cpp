@@ -4,7 +4,7 @@
 namespace switchgear::bench {
 namespace {
 
-// Expert choice over the batch, K·T/E tokens for each expert and at most K experts for each token, with values as far apart as
+// Expert choice over the batch: K·T/E tokens for each expert, at most K experts for each token, with values as far apart as
 // scores are.
 struct AssignCapped {
   static constexpr const char* kName = "assign_capped";
@@ -20,8 +20,8 @@ struct AssignCapped {
 
   AssignCappedArgs args() const { return {.values = values, .limits = limits, .cap = c.K, .assignment = assignment}; }
   void run() { assign_capped(args(), c.exec); }
-  // Every expert has its tokens. A charge is at most the largest value and a logarithm more than the one before it, and what
-  // an element and the last charge of its expert have of roundings is 8 times 2^-24 of the largest charge.
+  // Every expert has its tokens. A charge exceeds the largest value and the charge before it by at most a logarithm. Rounding
+  // errors of an element and of its expert's last charge are at most 8 · 2^-24 of the largest charge.
   bool verify() const {
     const auto charges = static_cast<double>(2 * args().iterations + 1);
     const double value = kScale * std::sqrt(3.0) / args().entropy, logarithm = std::log(c.T + c.E);
@@ -33,7 +33,7 @@ struct AssignCapped {
       return std::abs(sum - limit) <= tolerance * limit;
     });
   }
-  // What must be read and written; the charges are many more instructions.
+  // Only the bytes that must be read and written; charges are many more instructions.
   Work work() const { return {0, static_cast<double>(values.bytes() + assignment.bytes())}; }
 
   Case c;

@@ -17,7 +17,7 @@ struct ColumnTopk {
   }
 
   void run() { column_topk({.values = values, .limits = limits, .topk_ids = topk_ids}, c.exec); }
-  // Every column has so many tokens, and none that it left is larger than one that it took.
+  // Every column has `limit` tokens, and no token it left has a larger value than one it took.
   bool verify() const {
     const int64_t limit = std::min<int64_t>(limits.as<int32_t>()[0], c.T);
     return sample(c.E, c.E, [&](int64_t e) {

@@ -4,7 +4,7 @@
 namespace switchgear::bench {
 namespace {
 
-// Random choices, of which an expert takes ⌈K·T/E⌉: about a tenth is too much.
+// Random choices; an expert takes ⌈K·T/E⌉ of them. About a tenth exceed the capacity.
 struct FitCapacity {
   explicit FitCapacity(const Case& c) : c(c), routed(c), limits(DType::kInt32, 1), kept_ids(DType::kInt32, c.T, c.K) {
     limits.as<int32_t>()[0] = static_cast<int32_t>((c.S() + c.E - 1) / c.E);
@@ -36,7 +36,7 @@ struct Dropping : FitCapacity {
   using FitCapacity::FitCapacity;
 
   void run() { fit({}); }
-  // An expert with enough room keeps all; a full one keeps as many as it may, of no lower weight than those that it drops.
+  // An expert below capacity keeps all; a full one keeps as many as it may, of no lower weight than those that it drops.
   bool verify() const {
     const int64_t limit = limits.as<int32_t>()[0];
     return sample(c.E, c.E, [&](int64_t e) {
@@ -59,7 +59,7 @@ struct Rerouting : FitCapacity {
   explicit Rerouting(const Case& c) : FitCapacity(c), scores(Tensor(DType::kFloat32, c.T, c.E).random(1.0, 1)) {}
 
   void run() { fit(scores); }
-  // Nobody has too many or one token twice, and a choice is lost only where all of the token's other experts are full.
+  // No expert has too many choices or a token twice, and a choice is lost only if all of the token's other experts are full.
   bool verify() const {
     const int64_t limit = limits.as<int32_t>()[0];
     std::vector<int64_t> loads(static_cast<size_t>(c.E));

@@ -30,7 +30,7 @@ struct Layer {
                 c.exec);
   }
 
-  // Some elements of the last token's result, from the definition.
+  // Some elements of the last token's result, by definition.
   bool verify_forward() const {
     const int64_t t = c.T - 1;
     std::vector<std::vector<test::Bounded>> a(static_cast<size_t>(c.K));
@@ -149,7 +149,7 @@ struct MoeTrain : Layer {
                   .grad_topk_weights = grad_topk_weights},
                  c.exec);
   }
-  // The result, and that y is linear in topk_weights: Σ_k w · grad_w = <grad_y, y> for each token.
+  // The result is right, and y is linear in topk_weights: Σ_k w · grad_w = <grad_y, y> for each token.
   bool verify() const {
     return verify_forward() && sample(c.T, 64, [&](int64_t t) {
              double from_weights = 0.0, from_y = 0.0, magnitude = 0.0;
@@ -166,7 +166,7 @@ struct MoeTrain : Layer {
                     8 * std::ldexp(magnitude, -std::min(test::mantissa_bits(c.dtype), 20));
            });
   }
-  // The forward, and for each of its products two more; gradients of the weights are written once.
+  // The forward, and two more products for each of its own; gradients of the weights are written once.
   Work work() const {
     return {3 * forward_flop(),
             weight_bytes() * (2 * touched() + 1) + 3.0 * static_cast<double>(x.bytes() + h.bytes())};

@@ -4,7 +4,7 @@
 namespace switchgear::bench {
 namespace {
 
-// Random levels: what the weights say is of no matter to the speed.
+// Random levels: values do not affect the speed.
 struct Matrices {
   Matrices(int64_t E, int64_t rows, int64_t cols, int64_t parts, int64_t bits, int64_t group_size, bool symmetric)
       : E(E), rows(rows), cols(cols), parts(parts), bits(bits), group_size(group_size) {
@@ -42,7 +42,7 @@ struct Matrices {
     if (!zeros.empty()) m.zeros = view(const_cast<uint8_t*>(zeros.data()), DType::kUInt8, E, B, G, 16);
     return m;
   }
-  double weight(int64_t e, int64_t row, int64_t col) const {  // as ops.h has it
+  double weight(int64_t e, int64_t row, int64_t col) const {  // as integers.h defines it
     const Weight m = matrices();
     const int64_t per_part = rows / parts, block = row / per_part * ((per_part + 15) / 16) + row % per_part / 16;
     const int64_t at = e * m.data.shape[1] + block, lane = 4 * (row % per_part % 16) + col % 4;
@@ -85,7 +85,7 @@ struct IntegerMoeForward {
                 c.exec);
   }
 
-  // Some elements of the last token, within what rounding x and a to int8 costs.
+  // Some elements of the last token, within the error of rounding x and a to int8.
   bool verify() const {
     const int64_t t = c.T - 1;
     std::vector<std::vector<double>> a(static_cast<size_t>(c.K));

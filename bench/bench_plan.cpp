@@ -9,7 +9,7 @@ struct PlanOp {
   explicit PlanOp(const Case& c) : c(c), routed(c) {}
 
   void run() { plan({.topk_ids = routed.topk_ids, .plan = routed.plan()}, c.exec); }
-  // Each pair's slot lies in its expert's range and leads back to its token.
+  // Each pair's slot is in its expert's range and maps back to its token.
   bool verify() const {
     const auto* ids = routed.topk_ids.as<int32_t>();
     return sample(c.S(), c.S(), [&](int64_t i) {

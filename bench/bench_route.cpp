@@ -28,7 +28,7 @@ struct Route : RouteData {
   using RouteData::RouteData;
 
   void run() { route(); }
-  // The choices descend, and nothing that was not chosen is larger than the last.
+  // Choices descend, and no other expert is larger than the last.
   bool verify() const {
     return sample(c.T, 64, [&](int64_t t) {
       const auto logit = [&](int64_t id) { return router_logits[t * c.E + id]; };

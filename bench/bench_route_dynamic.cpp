@@ -24,7 +24,7 @@ struct RouteDynamic {
                    .topk_weights = topk_weights},
                   c.exec);
   }
-  // The choices are the best experts, the last of which crosses p, and nothing follows them.
+  // The choices are the best experts, the last of which crosses p; nothing follows them.
   bool verify() const {
     return sample(c.T, 64, [&](int64_t t) {
       std::vector<double> p(static_cast<size_t>(c.E));

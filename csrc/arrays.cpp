@@ -27,7 +27,7 @@ const DLPackExchangeAPI* find_exchange_api(PyTypeObject* type) {
   return api->version.major == 1 ? api : nullptr;
 }
 
-// The exchange API of a type, null where it has none. The first types seen are remembered, and kept alive for that.
+// The exchange API of a type, or null if it has none. Caches the first types seen and keeps them alive.
 const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
   struct Entry {
     PyTypeObject* type;
@@ -46,7 +46,7 @@ const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
   return find_exchange_api(type);
 }
 
-// A dtype or a kind of array that its own library cannot export. The first line of its complaint says which.
+// Raises TypeError for a dtype or array that its own library cannot export. The first line of the library's error says why.
 [[noreturn]] void refuse(const char* name, py::error_already_set& error) {
   std::string reason = py::str(error.value());
   reason.resize(std::min(reason.find('\n'), reason.size()));
@@ -55,7 +55,7 @@ const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
   throw py::error_already_set();
 }
 
-// The `stream` of __dlpack__: for memory of a CUDA device that of the call, where 1 stands for the default stream.
+// The `stream` argument of __dlpack__: the call's stream for CUDA memory, where 1 means the default stream.
 py::object ready_on(py::handle array, std::optional<uintptr_t> stream) {
   if (!stream || !py::hasattr(array, "__dlpack_device__")) return py::none();
   const auto device = array.attr("__dlpack_device__")().cast<py::tuple>();
@@ -64,8 +64,8 @@ py::object ready_on(py::handle array, std::optional<uintptr_t> stream) {
   return py::int_(*stream == 0 ? uintptr_t{1} : *stream);
 }
 
-// array.__dlpack__(max_version=(1, 0), stream=…), without what a producer older than these arguments may not know; null with
-// an error set
+// array.__dlpack__(max_version=(1, 0), stream=…), without arguments that an older producer may not know; null with an error
+// set
 PyObject* call_dlpack(py::handle array, std::optional<uintptr_t> stream) {
   static PyObject* const method = PyUnicode_InternFromString("__dlpack__");
   static PyObject* const version_alone = py::make_tuple("max_version").release().ptr();
@@ -89,7 +89,7 @@ py::object request_capsule(const char* name, py::handle array, std::optional<uin
   if (capsule == nullptr) {
     py::error_already_set error;
     if (!error.matches(PyExc_BufferError) && !error.matches(PyExc_RuntimeError)) throw error;
-    // torch before 2.10 has no exchange API, and does not export a tensor that requires a gradient.
+    // torch before 2.10 has no exchange API and does not export a tensor that requires grad.
     if (py::hasattr(array, "detach")) capsule = call_dlpack(array.attr("detach")(), stream);
     PyErr_Clear();
     if (capsule == nullptr) refuse(name, error);
@@ -135,7 +135,7 @@ TensorView view_of(const char* name, const DLTensor& tensor) {
   for (int i = tensor.ndim - 1; i >= 0; --i) {
     view.shape[i] = tensor.shape[i];
     view.stride[i] = tensor.strides != nullptr ? tensor.strides[i] : compact;
-    if (view.shape[i] == 1) view.stride[i] = 1;  // never used, and 1 fits every layout
+    if (view.shape[i] == 1) view.stride[i] = 1;  // unused, and 1 fits every layout
     compact *= tensor.shape[i];
   }
   return view;
@@ -157,7 +157,7 @@ Arrays::Borrowed Arrays::borrow(const char* name, py::handle array) {
     }
     return borrowed;
   }
-  // The capsule's destructor releases the memory, since we leave it its name.
+  // The capsule's destructor frees the memory, since we do not rename the capsule.
   const py::object& capsule = capsules_.emplace_back(request_capsule(name, array, stream_));
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
     const auto* managed =
@@ -249,7 +249,7 @@ Weight Arrays::separate(const char* name, py::sequence weights) {
                      ": expected the device of ", name, "[0], got ", describe(matrix));
     SWITCHGEAR_CHECK(ValueError, matrix.shape[1] == all.shape[2], item, ": expected shape [N_e, C=", all.shape[2],
                      "], got ", describe(matrix));
-    // Strides are those of the first expert that has any: a dimension of size 1 has none.
+    // Strides are those of the first expert that defines them: a dimension of size 1 has no stride.
     const auto same_stride = [&](int i, bool& known) {
       if (matrix.numel() == 0 || matrix.shape[i] == 1) return true;
       if (!known) all.stride[i + 1] = matrix.stride[i];

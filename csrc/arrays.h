@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Python arrays as TensorViews, through DLPack. A type with the C exchange API (torch.Tensor) lends its tensors in some
-// 25 ns, which are ready on the stream that its library calls current; any other array is asked for a capsule by
-// __dlpack__, which is kept for as long as the views are used, and which makes it ready on the stream of the call.
+// Python arrays as TensorViews, through DLPack. A type with the C exchange API (torch.Tensor) lends its tensors in about 25 ns;
+// they are ready on its library's current stream. Any other array gives a capsule through __dlpack__, which makes it ready on
+// the stream of the call. The capsule is kept as long as the views are used.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -14,7 +14,7 @@
 
 namespace switchgear {
 
-// The arrays of one call. Views are valid while it lives; it is destroyed under the GIL.
+// The arrays of one call. Views are valid during its lifetime; it is destroyed with the GIL held.
 class Arrays {
  public:
   Arrays() = default;
@@ -24,17 +24,17 @@ class Arrays {
   TensorView in_or_none(const char* name, pybind11::handle array) {
     return array.is_none() ? TensorView{} : in(name, array);
   }
-  TensorView out(const char* name, pybind11::handle array);  // ValueError for a read-only one
+  TensorView out(const char* name, pybind11::handle array);  // ValueError for a read-only array
   TensorView out_or_none(const char* name, pybind11::handle array) {
     return array.is_none() ? TensorView{} : out(name, array);
   }
 
-  // A weight from its tensors and its form, integers. No form: plain, one array [E,N,C], in a list or not, or E arrays [N_e,C] that
-  // agree in dtype, C and strides. Else (format, rows, cols, parts, group_size, fields); the bits of `fields` say which tensors
-  // follow the data: 1 scales, 2 row_scales, 4 zeros, 8 slots.
+  // A weight from its tensors and its form, a list of integers. Empty form: plain, one array [E,N,C], in a list or not, or E
+  // arrays [N_e,C] with the same dtype, C and strides. Else the form is (format, rows, cols, parts, group_size, fields). The
+  // bits of `fields` say which tensors follow the data: 1 scales, 2 row_scales, 4 zeros, 8 slots.
   Weight weight(const char* name, pybind11::handle tensors, pybind11::handle form);
 
-  // The memory of an array of any dtype; ValueError where it has less than `bytes`, or isn't compact.
+  // The memory of an array of any dtype. ValueError if it has fewer than `bytes` bytes or is not contiguous.
   void* memory(const char* name, pybind11::handle array, int64_t bytes);
 
  private:
@@ -47,7 +47,7 @@ class Arrays {
   Loaded load(const char* name, pybind11::handle array);
   Weight separate(const char* name, pybind11::sequence weights);
 
-  struct Separate {  // matrices with memory of their own
+  struct Separate {  // matrices stored separately
     std::vector<const void*> base;
     std::vector<int64_t> row_count;
   };

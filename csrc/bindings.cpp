@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// One function per op of ops.h, for each of the Python modules. Outputs are arrays too, and are written.
+// One function per op of ops.h, for each Python module. Outputs are arguments too: arrays that the op writes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -310,14 +310,14 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
     }
   });
 
-  define_module(m);  // first, since the signatures of the ops name its types
+  define_module(m);  // first, since the ops' signatures name its types
   m.def("route", &py_route, "Writes the top_k experts of each token and their weights.",  //
         "router_logits"_a, "selection_bias"_a, "topk_ids"_a, "topk_weights"_a, "score_function"_a, "normalize"_a,
         "scale"_a, "num_groups"_a, "topk_groups"_a, "group_score"_a, py::arg(kExecutionArgument));
   m.def("route_backward", &py_route_backward, "Writes the gradient of router_logits.",  //
         "grad_topk_weights"_a, "router_logits"_a, "topk_ids"_a, "grad_router_logits"_a, "score_function"_a,
         "normalize"_a, "scale"_a, py::arg(kExecutionArgument));
-  const Backend& backend = default_backend();  // what it lacks is composed of other ops, in Python
+  const Backend& backend = default_backend();  // Python composes the ops it lacks from others
   if (backend.route_dynamic != nullptr) {
     m.def("route_dynamic", &py_route_dynamic, "Writes as many experts as each token needs, and their weights.",  //
           "router_logits"_a, "selection_bias"_a, "topk_ids"_a, "topk_weights"_a, "min_experts"_a, "score_function"_a,
@@ -328,17 +328,17 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
           "values"_a, "sequence_ids"_a, "limits"_a, "topk_ids"_a, py::arg(kExecutionArgument));
   }
   if (backend.fit_capacity != nullptr) {
-    m.def("fit_capacity", &py_fit_capacity, "Writes the choices that find a place.",  //
+    m.def("fit_capacity", &py_fit_capacity, "Writes the choices that fit the capacity.",  //
           "topk_ids"_a, "priorities"_a, "scores"_a, "sequence_ids"_a, "limits"_a, "kept_ids"_a, "num_experts"_a,
           "drop"_a, "candidates"_a, py::arg(kExecutionArgument));
   }
   if (backend.assign_balanced != nullptr) {
-    m.def("assign_balanced", &py_assign_balanced, "Writes an expert for each token, equally many tokens for each.",  //
+    m.def("assign_balanced", &py_assign_balanced, "Writes an expert for each token, in a balanced assignment.",  //
           "values"_a, "sequence_ids"_a, "expert_ids"_a, "num_sequences"_a, "eps"_a, "max_iterations"_a,
           py::arg(kExecutionArgument));
   }
   if (backend.assign_capped != nullptr) {
-    m.def("assign_capped", &py_assign_capped, "Writes what experts choose by where tokens have a cap.",  //
+    m.def("assign_capped", &py_assign_capped, "Writes the assignment by which experts choose if tokens have a cap.",  //
           "values"_a, "sequence_ids"_a, "limits"_a, "assignment"_a, "cap"_a, "entropy"_a, "iterations"_a,
           py::arg(kExecutionArgument));
   }
@@ -363,11 +363,11 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
   m.def("glu_backward", &py_glu_backward, "Writes the gradient of h in glu.",  //
         "grad_a"_a, "h"_a, "grad_h"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a,
         py::arg(kExecutionArgument));
-  m.def("moe_forward", &py_moe_forward, "Writes the output of the whole expert layer, and h where given.",  //
+  m.def("moe_forward", &py_moe_forward, "Writes the output of the whole expert layer, and h if given.",  //
         "x"_a, "gate_up_proj"_a, "gate_up_form"_a, "down_proj"_a, "down_form"_a, "gate_up_bias"_a, "down_bias"_a,
         "topk_ids"_a, "topk_weights"_a, "y"_a, "h"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a,
         py::arg(kExecutionArgument));
-  m.def("moe_backward", &py_moe_backward, "Writes those gradients of moe_forward that are given.",  //
+  m.def("moe_backward", &py_moe_backward, "Writes the gradients of moe_forward whose outputs are given.",  //
         "grad_y"_a, "x"_a, "h"_a, "gate_up_proj"_a, "gate_up_form"_a, "down_proj"_a, "down_form"_a, "gate_up_bias"_a,
         "down_bias"_a, "topk_ids"_a, "topk_weights"_a, "grad_x"_a, "grad_gate_up_proj"_a, "grad_down_proj"_a,
         "grad_gate_up_bias"_a, "grad_down_bias"_a, "grad_topk_weights"_a, "activation"_a, "gated"_a, "interleaved"_a,

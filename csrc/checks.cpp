@@ -26,7 +26,7 @@ std::string to_string(Device device) {
   return device.type == DeviceType::kCPU ? "the CPU" : join("cuda:", device.index);
 }
 
-// A dimension of size 1 has no stride to speak of.
+// The stride of a dimension of size 1 does not matter.
 bool unit_stride(const TensorView& tensor, int i) { return tensor.shape[i] == 1 || tensor.stride[i] == 1; }
 
 void check_strides(const char* name, const TensorView& tensor, Layout layout) {
@@ -51,7 +51,7 @@ void check_strides(const char* name, const TensorView& tensor, Layout layout) {
   }
 }
 
-// Whether two indices may name one element: a dimension whose stride is less than what the smaller strides span.
+// Whether two indices may name one element: some stride is less than what the smaller strides span.
 bool overlaps_itself(const TensorView& tensor) {
   if (tensor.numel() == 0) return false;
   std::array<int, TensorView::kMaxDims> order{};  // dimensions by stride
@@ -71,7 +71,7 @@ bool overlaps_itself(const TensorView& tensor) {
   return false;
 }
 
-// Bytes that a tensor covers: `width` of them every `period`, from `begin` to `end`. Period 0: all of them.
+// Bytes that a tensor covers: `width` of every `period`, from `begin` to `end`. Period 0: all of them.
 struct Extent {
   uintptr_t begin = 0, end = 0, period = 0, width = 0;
 };
@@ -92,7 +92,7 @@ Extent extent_of(const TensorView& tensor) {
 
 bool overlap(const Extent& a, const Extent& b) {
   if (a.end <= b.begin || b.end <= a.begin) return false;
-  // Two blocks of columns of one matrix lie side by side.
+  // Two blocks of columns of one matrix may be side by side.
   if (a.period == b.period && a.period >= a.width + b.width && a.period > 0) {
     const uintptr_t gap =
         a.begin <= b.begin ? (b.begin - a.begin) % a.period : a.period - (a.begin - b.begin) % a.period;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The words in which ops.cpp says what it expects. A Dim is a size that the tensors of a call share: the first tensor
-// that has it defines it, the others must agree. A Call sees every tensor of one call, so that it can compare them.
+// The vocabulary in which ops.cpp states what it expects. A Dim is a size that the tensors of a call share: the first tensor
+// that has it defines it, the others must agree. A Call sees every tensor of one call, so it can compare them.
 #pragma once
 #include <array>
 #include <initializer_list>
@@ -41,14 +41,14 @@ class Call {
   void input(const char* name, const Weight& plain, Shape shape);
   void output(const char* name, const TensorView& tensor, Kind kind, Shape shape, Layout layout = Layout::kContiguous);
 
-  // The table of the device that the tensors so far are on.
+  // The backend of the device of the tensors so far.
   const Backend& backend() const { return *backend_; }
 
   // The first tensor of Kind::kFloat, and its dtype, which all others share.
   const char* float_name() const { return float_name_; }
   DType float_dtype() const { return float_dtype_; }
 
-  // Comes after the last tensor: no output may share memory with another tensor.
+  // Called after the last tensor: no output may share memory with another tensor.
   void check_overlap() const;
 
  private:
@@ -57,7 +57,7 @@ class Call {
   struct Entry {
     const char* name = nullptr;
     const TensorView* tensor = nullptr;
-    const Weight* separate = nullptr;  // matrices with base pointers of their own, described by `tensor`
+    const Weight* separate = nullptr;  // matrices with their own base pointers, described by `tensor`
     bool output = false;
   };
 
@@ -66,17 +66,17 @@ class Call {
 
   const Backend* backend_ = nullptr;
   Device device_;
-  const char* first_name_ = nullptr;  // the tensor that chose both
+  const char* first_name_ = nullptr;  // the tensor that determined both
   std::array<Entry, kMaxTensors> entries_;
   int count_ = 0;
   const char* float_name_ = nullptr;
   DType float_dtype_ = DType::kFloat32;
 };
 
-// Contents: what an op follows as an index. These come last, since they read memory; that of a CUDA device is left unread,
-// and its kernels step over what is out of range.
+// Checks of contents that an op uses as indices. They come last, since they read memory. Memory of a CUDA device is not read:
+// its kernels skip what is out of range.
 inline bool readable(const TensorView& tensor) { return tensor.device.type == DeviceType::kCPU; }
-void check_pointer(const char* name, const void* data, DType dtype);  // is not null, and aligned to elements
+void check_pointer(const char* name, const void* data, DType dtype);  // not null, and aligned to elements
 void check_range(const char* name, const TensorView& indices, int64_t low, int64_t high);  // all in [low, high)
 void check_offsets(const char* name, const TensorView& expert_offsets, int64_t num_slots);
 

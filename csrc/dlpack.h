@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The part of DLPack's C ABI that bindings.cpp uses: borrowed and managed tensors, and the C exchange API of DLPack 1.3
+// The part of DLPack's C ABI that arrays.cpp uses: borrowed and managed tensors, and the C exchange API of DLPack 1.3
 // (https://dmlc.github.io/dlpack/latest/c_api.html). Layouts and names are DLPack's.
 #pragma once
 #include <cstdint>

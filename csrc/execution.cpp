@@ -8,7 +8,7 @@ namespace py = pybind11;
 namespace switchgear {
 namespace {
 
-constexpr uintptr_t kAlignment = 256;  // which ops.h promises, and which torch has on CUDA devices but not on the CPU
+constexpr uintptr_t kAlignment = 256;  // promised by ops.h; torch aligns to it on CUDA devices but not on the CPU
 
 }  // namespace
 

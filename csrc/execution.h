@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Execution on a device, as Python gives it: Execution(stream, allocate, allow_tf32).
+// Execution on a device, as passed from Python: Execution(stream, allocate, allow_tf32).
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -12,8 +12,8 @@
 
 namespace switchgear {
 
-// `allocate` takes a number of bytes and returns an array of that size on the device, whose memory is given away again in
-// the order of `stream`, as torch's allocator does.
+// `allocate` takes a number of bytes and returns an array of that size on the device. Its memory is reused in the order of
+// `stream`, as with torch's allocator.
 class DeviceExecution {
  public:
   DeviceExecution(uintptr_t stream, pybind11::function allocate, bool allow_tf32)
@@ -29,13 +29,13 @@ class DeviceExecution {
   bool allow_tf32_;
 };
 
-// The temporary memory of one call, kept until the call has queued its kernels. Made and destroyed under the GIL.
+// The temporary memory of one call, kept until the call has queued its kernels. Created and destroyed with the GIL held.
 class TemporaryMemory {
  public:
   explicit TemporaryMemory(const DeviceExecution& execution) : execution_(execution) {}
   TemporaryMemory(const TemporaryMemory&) = delete;
 
-  Execution execution();  // its allocator takes the GIL
+  Execution execution();  // its allocator acquires the GIL
 
  private:
   static void* allocate(void* self, int64_t bytes);

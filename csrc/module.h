@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // bindings.cpp is compiled into one Python module per backend: _C (csrc/cpu), _cuda (csrc/cuda) and, for tests, _simt
-// (tests/simt). What differs between them is here: the last argument of every op, and what a module has beside the ops.
+// (tests/simt). Here is what differs between them: the last argument of every op, and the functions besides the ops.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -13,7 +13,7 @@
 
 namespace switchgear {
 
-// The functions that one module alone has: csrc/cpu/module.cpp, csrc/cuda/module.cpp, …
+// Defines the functions that only one module has: csrc/cpu/module.cpp, csrc/cuda/module.cpp, …
 void define_module(pybind11::module_& m);
 
 #if defined(SWITCHGEAR_DEVICE_MODULE)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The words by which Python calls the values of an enum.
+// The names that Python uses for the values of an enum.
 #pragma once
 #include <array>
 #include <string>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Checks the arguments of each op once, against the shapes in ops.h, then calls the table of the device. Kernels trust.
+// Checks the arguments of each op once, against the shapes in ops.h, then calls the device's table. Kernels trust them.
 #include "switchgear/ops.h"
 
 #include <array>
@@ -34,7 +34,7 @@ Kernel kernel_of(const Call& call, Kernel kernel) {
   return kernel;
 }
 
-// ---- plans, which pass through the hands of the caller ---
+// ---- plans, which the caller may have changed ---
 
 // slot_indices [T,K], token_indices [S], expert_offsets [E+1]
 void plan_shapes(Call& call, const Plan& plan, Dim& T, Dim& K, Dim& S) {
@@ -45,7 +45,7 @@ void plan_shapes(Call& call, const Plan& plan, Dim& T, Dim& K, Dim& S) {
   call.input("expert_offsets", plan.expert_offsets, kInt32, {&offsets});
 }
 
-// Slots past expert_offsets[E] belong to no expert, and nobody follows their token_indices.
+// Slots past expert_offsets[E] belong to no expert, and no kernel reads their token_indices.
 void check_tokens(const TensorView& token_indices, const TensorView& expert_offsets, int64_t num_tokens) {
   if (!readable(expert_offsets)) return;
   TensorView used = token_indices;
@@ -101,7 +101,7 @@ void bias_shapes(Call& call, const ExpertWeights& weights, Dim& E, Dim& H, Dim& 
   if (weights.down_bias.defined()) call.input("down_bias", weights.down_bias, kFloat, {&E, &H}, kRows);
 }
 
-// gate_up_proj [E,N,H] and down_proj [E,H,I] of any formats that a layer can have together
+// gate_up_proj [E,N,H] and down_proj [E,H,I] in any formats that one layer can combine
 void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& options, Dim& E, Dim& H, Dim& I,
                    Dim& N) {
   const auto& [gate_up, down, gate_up_bias, down_bias] = weights;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Single operations, each rounded to nearest even, that no compiler fuses: the arithmetic of route, whose results have the
-// same bits on every backend. Host files that use this are compiled with -ffp-contract=off; `static`, since some are compiled
-// for one ISA alone.
+// Single operations, each rounded to nearest even, which no compiler fuses. route uses them, so its results have the same bits
+// on every backend. Host files that use this are compiled with -ffp-contract=off. The functions are `static`, since some files
+// are compiled for a single ISA.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -27,7 +27,7 @@ using enum Kind;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows and columns, which bytes don't show.
+// Rows and columns, which the shape of `data` does not show.
 void check_sizes(const char* name, const Weight& w, Dim& N, Dim& C) {
   const auto fits = [](const Dim& dim, int64_t size) {
     return size >= dim.minimum && (dim.size == Dim::kUnknown || dim.size == size);
@@ -68,7 +68,7 @@ void compact_input(Call& call, const char* name, const Weight& w, Dim& experts) 
                    kCompactHeader, " for a header, got ", describe(w.data));
 }
 
-// Blocks of 16 rows.
+// The number of blocks of 16 rows.
 Dim blocks_of(const char* name, const Weight& w) {
   SWITCHGEAR_CHECK(ValueError, w.parts >= 1 && w.rows % w.parts == 0, name, ": expected parts that divide N=", w.rows,
                    ", got ", w.parts);
@@ -81,8 +81,7 @@ void integers_input(Call& call, const WeightNames& names, const Weight& w, Dim& 
   const bool is_power = w.group_size >= 16 && (w.group_size & (w.group_size - 1)) == 0;
   SWITCHGEAR_CHECK(ValueError, w.group_size == 0 || is_power, names.data,
                    ": expected a group_size of 0 (the whole row) or a power of two from 16 on, got ", w.group_size);
-  constexpr int64_t kMaxColumns = int64_t{1}
-                                  << 16;  // sums of so many products of a byte with at most 127 stay within int32
+  constexpr int64_t kMaxColumns = int64_t{1} << 16;  // sums of this many products of a byte with at most 127 fit int32
   SWITCHGEAR_CHECK(ValueError, w.cols <= kMaxColumns, names.data, ": expected at most ", kMaxColumns, " columns, got ",
                    w.cols);
   Dim blocks = blocks_of(names.data, w), groups = groups_of(w);
@@ -104,7 +103,7 @@ void minifloat_input(Call& call, const WeightNames& names, const Weight& w, Dim&
   call.input(names.scales, w.scales, is_fp8 ? kFloat32 : kUInt8, {&experts, &blocks, &groups, &block_rows});
 }
 
-// E is that of `slots` where there are any; `experts` that of the data.
+// E is the size of `slots` if defined; `experts` is that of the data.
 void slots_input(Call& call, const char* name, const Weight& w, Dim& E) {
   SWITCHGEAR_CHECK(ValueError, w.base == nullptr, name, ": expected none beside matrices of their own");
   SWITCHGEAR_CHECK(ValueError, call.backend().device == DeviceType::kCPU, name, ": expected none on this device, got ",

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What a Weight has to be, by format: the storage that weight.h and the headers it names describe.
+// What a Weight must be, by format: the storage that weight.h and the headers it names describe.
 #pragma once
 #include "checks.h"
 
 namespace switchgear {
 
-// How errors call the tensors of a weight.
+// The names of a weight's tensors in errors.
 struct WeightNames {
   const char *data, *scales, *row_scales, *zeros, *slots;
 };
@@ -15,10 +15,10 @@ inline constexpr WeightNames kGateUpProj{"gate_up_proj", "gate_up_proj_scales", 
 inline constexpr WeightNames kDownProj{"down_proj", "down_proj_scales", "down_proj_row_scales", "down_proj_zeros",
                                        "down_proj_slots"};
 
-// A weight [E,N,C] of any format that the device takes, once a float tensor of the call has been checked.
+// A weight [E,N,C] of any format that the device takes. Called after a float tensor of the call has been checked.
 void weight_input(Call& call, const WeightNames& names, const Weight& weight, Dim& E, Dim& N, Dim& C);
 
-// The same, of a plain one: for ops that are `what`.
+// The same for a weight that must be plain; `what` names the ops that need it.
 void plain_weight_input(Call& call, const WeightNames& names, const Weight& weight, const char* what, Dim& E, Dim& N,
                         Dim& C);
 

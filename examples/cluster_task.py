@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Why mixtures learn what one network cannot: the cluster task of "Towards Understanding Mixture of Experts in Deep
+"""A mixture learns what a single network cannot: the cluster task of "Towards Understanding Mixture of Experts in Deep
 Learning" (arXiv:2208.02813).
 
 An example has four patches of 50 numbers: the feature y·v_k of its cluster k with the label y = ±1, the cluster's
-centre c_k, the feature of another cluster with a random sign, and noise. What is the label in one cluster must be
-ignored in another: a router finds the clusters, and each expert has an easy task. Experts are two-layer convolutional
-networks with an activation z³ (nonlinear) or z (linear).
+centre c_k, the feature of another cluster with a random sign, and noise. The feature that gives the label in one
+cluster is a distractor in the others. The router finds the clusters, which leaves each expert an easy task. Experts
+are two-layer convolutional networks with activation z³ (nonlinear) or z (linear).
 
-The authors have 100.0 % for the nonlinear mixture, 92.9 % for the linear one, 79.6 % and 68.3 % for single networks of
-either kind. Here the single networks are alike: sums of α³ and γ³, or of α and γ, have the sign of the larger one,
-which is the other cluster's feature for 70 % of the examples and wrong for half of these, so that neither can exceed 65
-% by much.
+The paper reports accuracies of 100.0 % (nonlinear mixture), 92.9 % (linear mixture), 79.6 % and 68.3 % (nonlinear and
+linear single network). Here both single networks are equally good. A sum of α³ and γ³, or of α and γ, has the sign of
+the larger term. In 70 % of the examples that is the other cluster's feature, which is wrong half of the time. So
+neither network can exceed 65 % by much.
 
     python examples/cluster_task.py
 """
@@ -51,8 +51,8 @@ def examples(number: int, generator: torch.Generator, vectors: Tensor) -> tuple[
 
 
 class Mixture(nn.Module):
-    """Σ over filters and patches of activation(w · patch), by the filters of the expert that the router chose for the
-    sum of the patches, weighed by its probability. One expert without a router is a single network."""
+    """Σ over filters and patches of activation(w · patch), times the expert's probability. The filters w are those of
+    the expert that the router selects from the sum of the patches. With one expert this is a single network."""
 
     def __init__(self, num_experts: int, filters: int, nonlinear: bool) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Mixture(nn.Module):
 
 
 def train(model: Mixture, x: Tensor, labels: Tensor, steps: int, rate: float, router_rate: float = 0.1) -> None:
-    """Gradient descent; the gradient of each expert is normalised."""
+    """Gradient descent with the gradient of each expert normalised."""
     for _ in range(steps):
         scores, _ = model(x)
         nn.functional.softplus(-labels * scores).mean().backward()
@@ -87,14 +87,14 @@ def train(model: Mixture, x: Tensor, labels: Tensor, steps: int, rate: float, ro
 
 
 def entropy_of_dispatch(routing: switchgear.Routing, clusters: Tensor) -> float:
-    """H(cluster | expert) in nats: 0 where each expert sees one cluster."""
+    """H(cluster | expert) in nats: 0 if each expert sees a single cluster."""
     counts = torch.zeros(routing.num_experts, CLUSTERS)
     counts.index_put_((routing.topk_ids[:, 0].long(), clusters), torch.ones(len(clusters)), accumulate=True)
     return diagnostics.dispatch_entropy(counts)
 
 
 def main(number: int = 2000, steps: int = 600, rate: float = 0.01, seed: int = 0) -> dict[str, float]:
-    """Test accuracies of the four models, and the entropy of the nonlinear mixture's dispatch."""
+    """Test accuracies of the four models, and the dispatch entropy of the nonlinear mixture."""
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.linalg.qr(torch.randn(SIZE, 2 * CLUSTERS, generator=generator)).Q.T
     x, labels, _ = examples(number, generator, vectors)
@@ -103,7 +103,7 @@ def main(number: int = 2000, steps: int = 600, rate: float = 0.01, seed: int = 0
     for name, num_experts, filters, nonlinear in (
         ("mixture, nonlinear", 8, 16, True),
         ("mixture, linear", 8, 16, False),
-        ("single, nonlinear", 1, 64, True),  # four times the work of the mixture for each example
+        ("single, nonlinear", 1, 64, True),  # four times the work per example of the mixture
         ("single, linear", 1, 64, False),
     ):
         torch.manual_seed(seed)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Your own routing policy and your own activation between the kernels, differentiable end to end.
 
-Everything downstream of routing takes topk_ids [T,K] (-1: no expert) and topk_weights [T,K], whoever made them. Here
-each expert takes at most `capacity` tokens, those with the highest weights, and the activation is x · tanh(x).
+Everything downstream of routing takes topk_ids [T,K] (-1: no expert) and topk_weights [T,K], from any source. Here each
+expert keeps at most `capacity` tokens, those with the highest weights, and the activation is x · tanh(x).
 
     python examples/custom_pieces.py
 """
@@ -17,7 +17,7 @@ import switchgear
 
 
 def drop_over_capacity(routing: switchgear.Routing, capacity: int) -> Tensor:
-    """topk_ids with -1 where an expert already has `capacity` tokens of a higher weight."""
+    """topk_ids with -1 where the expert already has `capacity` tokens of higher weight."""
     best_first = routing.topk_weights.flatten().argsort(descending=True, stable=True)
     ids = routing.topk_ids.flatten()[best_first].long()
     place = one_hot(ids, routing.num_experts).cumsum(0).gather(1, ids[:, None]).squeeze(1)  # 1: an expert's best token
@@ -27,7 +27,7 @@ def drop_over_capacity(routing: switchgear.Routing, capacity: int) -> Tensor:
 
 
 def experts(x: Tensor, up_proj: Tensor, down_proj: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """What switchgear.moe does, stage by stage around an activation that it does not know. x [T,H] -> [T,H]."""
+    """The stages of switchgear.moe, around an activation that it does not have. x [T,H] -> [T,H]."""
     plan = switchgear.plan(topk_ids, num_experts=up_proj.shape[0])
     h = switchgear.grouped_gemm(x, up_proj, plan.expert_offsets, token_indices=plan.token_indices)
     a = h * h.tanh()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Hugging Face Mixtral with one argument changed: the same weights through transformers' eager experts and switchgear.
+"""Hugging Face Mixtral with one argument changed: transformers' eager experts and switchgear, on the same weights.
 
-The model is small and has random weights, so nothing is downloaded. With a checkpoint it is the same argument:
+The model is small and has random weights, so nothing is downloaded. A checkpoint takes the same argument:
 AutoModelForCausalLM.from_pretrained(path, experts_implementation="switchgear").
 
     python examples/mixtral.py
@@ -26,7 +26,7 @@ def build(experts_implementation: str) -> MixtralForCausalLM:
 
 
 def main() -> float:
-    """The largest difference of a logit, relative to the largest logit."""
+    """The largest difference between logits, relative to the largest logit."""
     models = {name: build(name) for name in ("eager", "switchgear")}
     prompt = torch.tensor([list(b"Route tokens to experts")])
     with torch.no_grad():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The functions take arrays of any library with DLPack: a whole layer on numpy arrays, stage by stage and in one call.
+"""A whole layer on numpy arrays, stage by stage and in one call. The functions take arrays of any DLPack library.
 
 python examples/numpy_routing.py
 """
@@ -14,7 +14,7 @@ TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 6, 16, 8, 4, 2
 
 
 def main() -> float:
-    """The largest difference between the two ways."""
+    """The largest difference between the two, relative to the largest element."""
     random = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
@@ -26,7 +26,7 @@ def main() -> float:
         normal(EXPERTS, HIDDEN, INTERMEDIATE),
     )
     router_logits = normal(TOKENS, EXPERTS)
-    router_logits[0] = np.nan  # routing is total: any bits give distinct experts, ties go to the lowest
+    router_logits[0] = np.nan  # routing is total: any logits give distinct experts, ties go to the lowest id
 
     routing = switchgear.route(router_logits, TOP_K, normalize=True)
     plan = switchgear.plan(routing.topk_ids, EXPERTS)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which experts serve which tokens: a small model learns a language of four topics, and a trace shows what its router
-made of them. Then the experts of one topic are taken away.
+"""Which experts serve which tokens: a small model learns a language of four topics, and a trace shows the experts of
+each topic. Then the experts of one topic are disabled.
 
     python examples/trace_routing.py
 """
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import switchgear
 from switchgear import MoE, RoutingTrace
 
-TOPICS, WORDS, HIDDEN, EXPERTS = 4, 8, 32, 8  # word w belongs to the topic w // WORDS
+TOPICS, WORDS, HIDDEN, EXPERTS = 4, 8, 32, 8  # word w belongs to topic w // WORDS
 
 
 class Model(nn.Module):
-    """Predicts the next word from the last one alone, so that the experts have to know the words."""
+    """Predicts the next word from the last one only, so the experts have to know the words."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Model(nn.Module):
 
 
 def sentences(count: int, generator: torch.Generator) -> Tensor:
-    """Each about one topic: word by word, the next one or the one after it, in a circle. [count, 12]"""
+    """[count, 12]: each sentence walks around the circle of one topic's words, one or two words a step."""
     topic = torch.randint(TOPICS, (count, 1), generator=generator)
     start = torch.randint(WORDS, (count, 1), generator=generator)
     steps = torch.randint(1, 3, (count, 11), generator=generator).cumsum(1)
@@ -44,7 +44,7 @@ def loss_of(model: Model, words: Tensor) -> Tensor:
 
 
 def main(steps: int = 150) -> tuple[float, float]:
-    """Losses on a topic with all experts, and without its favourite ones."""
+    """The loss on one topic with all experts, and without the three that the topic uses most."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = Model()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Train a MoE layer: tokens come from four clusters, each with a linear map of its own; the layer learns all four.
+"""Train a MoE layer. Tokens come from four clusters, each with its own linear map, and the layer learns all four.
 
 python examples/train_layer.py [--steps 200]
 """
@@ -16,14 +16,14 @@ HIDDEN, CLUSTERS = 32, 4
 
 
 def tokens_and_targets(centers: torch.Tensor, maps: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [count, H] around the centers, and what the map of each token's cluster makes of it."""
+    """x [count, H] around the centers, and the image of each x under the map of its cluster."""
     cluster = torch.randint(CLUSTERS, (count,))
     x = centers[cluster] + 0.3 * torch.randn(count, HIDDEN)
     return x, torch.einsum("th,thj->tj", x, maps[cluster])
 
 
 def train(steps: int) -> list[float]:
-    """The mean squared error of every step."""
+    """The mean squared error of each step."""
     torch.manual_seed(0)
     centers, maps = torch.randn(CLUSTERS, HIDDEN), torch.randn(CLUSTERS, HIDDEN, HIDDEN) / HIDDEN**0.5
     moe = switchgear.MoE(HIDDEN, intermediate_size=64, num_experts=8, top_k=2, normalize=True, return_routing=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Train a MoE model whose experts are distributed over processes: the same losses as in one process.
+"""Train a MoE model whose experts are distributed over processes. The losses are those of a single process.
 
 torchrun --nproc-per-node 4 examples/train_parallel.py [--steps 200] [--save FOLDER]
-python examples/train_parallel.py                                          the same in one process
+python examples/train_parallel.py                                          in a single process
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch.nn.parallel import DistributedDataParallel
 import switchgear
 from switchgear.parallel import ExpertParallel, checkpoint, expert_parameters
 
-HIDDEN, CLUSTERS, TOKENS = 32, 4, 256  # tokens of a step, on all processes together
+HIDDEN, CLUSTERS, TOKENS = 32, 4, 256  # tokens per step, over all processes
 
 
 def tokens_and_targets(centers: Tensor, maps: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """x [count, H] around the centers, and what the map of each token's cluster makes of it."""
+    """x [count, H] around the centers, and the image of each x under the map of its cluster."""
     cluster = torch.randint(CLUSTERS, (count,))
     x = centers[cluster] + 0.3 * torch.randn(count, HIDDEN)
     return x, torch.einsum("th,thj->tj", x, maps[cluster])
 
 
 class Model(nn.Module):
-    """Two layers of experts, each added to its input."""
+    """Two MoE layers with residual connections."""
 
     def __init__(self, parallel: ExpertParallel) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class Model(nn.Module):
 
 
 def train(steps: int, folder: str | None = None) -> list[float]:
-    """The mean squared error over all processes' tokens, of every step."""
+    """The mean squared error of each step, over the tokens of all processes."""
     with ExpertParallel(timeout=60) as parallel:
-        torch.manual_seed(0)  # the same on all processes: the data, and each expert's first weights
+        torch.manual_seed(0)  # all processes have the same data, and the same initial weights per expert
         centers, maps = torch.randn(CLUSTERS, HIDDEN), torch.randn(CLUSTERS, HIDDEN, HIDDEN) / HIDDEN**0.5
         model = Model(parallel)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         wrapped: nn.Module = model
-        if parallel.size > 1:  # gradients of experts are complete; those of everything else are averaged
+        if parallel.size > 1:  # experts' gradients already cover all processes; DDP averages the others
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, expert_parameters(model))
             wrapped = DistributedDataParallel(model)
         share = TOKENS // parallel.size
@@ -69,7 +69,7 @@ def train(steps: int, folder: str | None = None) -> list[float]:
             errors.append(mean.item())
             if parallel.rank == 0 and (step % 50 == 0 or step == steps - 1):
                 print(f"step {step:4}  error {errors[-1]:.6f}", flush=True)
-        if folder is not None:  # for any number of processes: checkpoint.load(model, folder, optimizer)
+        if folder is not None:  # any number of processes can read it: checkpoint.load(model, folder, optimizer)
             checkpoint.save(model, folder, optimizer)
     return errors
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Backends by name, for as long as a test runs."""
+"""Backends by name, as context managers for tests."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 import native_modules
 import switchgear
 
-# The instruction sets of this architecture. Those with VNNI and neondot differ from others in quantised weights alone.
+# The instruction sets of this architecture. VNNI and neondot kernels differ from the others for quantised weights only.
 if platform.machine() in ("aarch64", "arm64"):
     ISAS = ("generic", "neon")
     QUANTIZED_ISAS = ("generic", "neon", "neondot")
 else:
     ISAS = ("generic", "avx2", "avx512", "avx512bf16")
-    if "amx" in switchgear.available_cpu_isas():  # few processors have it: elsewhere it runs in emulation, in C++
+    if "amx" in switchgear.available_cpu_isas():  # few processors have it; C++ tests emulate it elsewhere
         ISAS += ("amx",)
     QUANTIZED_ISAS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", *ISAS[3:])
 

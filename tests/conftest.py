@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Every test with a `backend` argument runs on the reference, on the CPU's kernels of each instruction set, and on the
-CUDA kernels: natively where there is a device, and on the CPU where SWITCHGEAR_SIMT names a module that runs them."""
+"""Every test with a `backend` argument runs on the reference, on the CPU kernels of each instruction set, and on the
+CUDA kernels: on a device if there is one, and on the CPU if SWITCHGEAR_SIMT names a module that runs them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from backends_in_use import ISAS, SIMT_DEVICES, backend_named, kernels_of
 ORDERS = ("forward", "reverse", "random:1")
 CUDA = ["cuda"] if torch.cuda.is_available() else []
 
-# Derandomised: a test that passes once passes always. The examples of a test may share the fixture that sets a backend.
+# Derandomised: a test that passes once always passes. The examples of a test may share the fixture that sets a backend.
 settings.register_profile(
     "switchgear",
     deadline=None,
@@ -30,7 +30,7 @@ settings.load_profile("switchgear")
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The kernels in use: for what is promised of them and not of the reference, which sums as torch does."""
+    """The kernels in use, for guarantees that the reference does not give, since it sums as torch does."""
     with kernels_of(request.param):
         yield request.param
 
@@ -45,8 +45,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On simt, each order of threads in SIMT_TURNS takes its part of the tests marked `in_turns`: by default all orders
-    that are run. `on` names the devices that these tests need."""
+    """On simt, each thread order in SIMT_TURNS (default: all orders that run) runs its share of the tests marked
+    `in_turns`. `on` names the devices that these tests need."""
     order = os.environ.get("SWITCHGEAR_SIMT_ORDER")
     turns = os.environ.get("SIMT_TURNS", "").split() or os.environ.get("SIMT_ORDERS", "").split() or ORDERS
     if order not in turns:
@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _alike_on_every_machine() -> None:
-    """One seed, and one thread: small tensors spend most of their time waiting for the others. Tests about threads set
-    their number themselves."""
+    """One seed, and one thread: with small tensors, threads mostly wait for each other. Tests about threads set their
+    own number."""
     torch.manual_seed(0)
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Floating-point operations of a call, counted by torch's own counter at every product: those of torch's ops by its
-formulas, those of switchgear's by the pairs (token, expert) that there really are."""
+"""Floating-point operations of a call, counted by torch's counter: torch's ops by its own formulas, switchgear's by the
+actual (token, expert) pairs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def _of_pairs(topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> int:
-    """A multiply and an add for each weight of each pair's expert."""
+    """A multiply and an add per weight of each pair's expert."""
     return 2 * int((topk_ids >= 0).sum()) * (gate_up_proj[0].numel() + down_proj[0].numel())
 
 
@@ -23,13 +23,13 @@ def _moe_forward(*args: Any, **_: Any) -> int:
 
 
 def _moe_backward(*args: Any, **_: Any) -> int:
-    """Each product has two gradients, of its input and of its weight."""
+    """Each product has two gradients, with respect to its input and its weight."""
     _, _, _, (gate_up_proj,), _, (down_proj,), _, _, _, topk_ids, *_ = args
     return 2 * _of_pairs(topk_ids, gate_up_proj, down_proj)
 
 
 def _embedding_bag(weight: Tensor, indices: Tensor, *_: Any, **__: Any) -> int:
-    """The weighted sum of rows."""
+    """A weighted sum of rows."""
     return 2 * indices.numel() * weight.shape[1]
 
 

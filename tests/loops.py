@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the tests of papers share: small layers, and what these are compared with, loops in float64 of their own."""
+"""Shared by the tests of papers: small layers, and independent float64 loops to compare them with."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def counts_of(ids: Tensor, num_experts: int = E) -> list[int]:
 
 
 def expert(experts: Experts, number: int, x: Tensor) -> Tensor:
-    """One expert of x: gated with silu, or plain with relu."""
+    """Applies one expert to x: gated with silu, or plain with relu."""
     if not experts.gated:
         assert experts.activation == "relu"
         return (x @ experts.up_proj[number].T).relu() @ experts.down_proj[number].T
@@ -44,7 +44,7 @@ def expert(experts: Experts, number: int, x: Tensor) -> Tensor:
 
 
 def mixture(experts: Experts, x: Tensor, ids: Any, weights: Any) -> Tensor:
-    """Σ_k weights[t][k] · expert ids[t][k] of x[t], for any number of choices of a token; -1 is none."""
+    """Σ_k weights[t][k] · expert ids[t][k] of x[t], for any number of choices per token; -1 is empty."""
     rows = []
     for row, choice, weight in zip(x, ids, weights, strict=True):
         chosen = choice.tolist() if isinstance(choice, Tensor) else choice
@@ -61,16 +61,16 @@ def best(values: Tensor, count: int, allowed: list[int] | None = None) -> list[i
 
 
 def assert_same(actual: Tensor, wanted: Tensor, length: int, name: str) -> None:
-    """Each element is the end of a chain of sums with `length` terms in all, whose errors cancel like their terms, up
-    to √length; the largest element is a measure of their size."""
+    """Each element is the end of a chain of sums with `length` terms in total. Errors cancel like the terms, up to
+    √length; the largest element measures their size."""
     unit = torch.finfo(actual.dtype).eps / 2
     bound = C * length * math.sqrt(length) * unit * max(float(wanted.abs().max()), 1e-3)
     torch.testing.assert_close(actual.double(), wanted.double(), rtol=0, atol=bound, msg=lambda text: f"{name}: {text}")
 
 
 def assert_agrees(module: nn.Module, loop: Loop, x: Tensor, length: int = 256, **context: Any) -> None:
-    """The module on float32 and its float64 twin against loop(twin, x): outputs, and the gradients of x and of every
-    parameter, of a random projection of the output plus the balance losses. The loop returns y, or (y, losses)."""
+    """Compares the float32 module and its float64 twin with loop(twin, x): outputs, and the gradients of x and all
+    parameters, for a random projection of the output plus the balance losses. The loop returns y, or (y, losses)."""
     for parameter in module.parameters():
         parameter.grad = None
     twin = copy.deepcopy(module).double()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What nvcc made of the CUDA kernels: resources and instructions of each kernel in the module `_cuda`, as it is built.
+"""Resources and instructions of each CUDA kernel in the built module `_cuda`, as nvcc compiled it.
 
-cuobjdump and nvdisasm read it: those on PATH, those of nvcc's toolkit, or those of the wheels nvidia-cuda-cuobjdump and
+cuobjdump and nvdisasm read it: those on PATH, in nvcc's toolkit, or in the wheels nvidia-cuda-cuobjdump and
 nvidia-cuda-nvdisasm.
 """
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 
 def module_path() -> Path | None:
-    """The built module: the installed one, or that of the environment variable SWITCHGEAR_CUDA_MODULE."""
+    """The built module: the installed one, or the one that the environment variable SWITCHGEAR_CUDA_MODULE names."""
     if named := os.environ.get("SWITCHGEAR_CUDA_MODULE"):
         return Path(named)
     spec = importlib.util.find_spec("switchgear._cuda")
@@ -27,9 +27,9 @@ def module_path() -> Path | None:
 
 
 def _tool_directories() -> Iterator[Path]:
-    """Directories of a CUDA toolkit's programs, beside those of PATH."""
+    """Directories of CUDA toolkit programs other than PATH."""
     nvcc = shutil.which("nvcc")
-    if nvcc:  # what is on PATH may be a wrapper: nvcc itself says where its toolkit is
+    if nvcc:  # nvcc on PATH may be a wrapper, so nvcc itself prints its toolkit
         text = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
         if top := re.search(r"^#\$ TOP=(.*)$", text, re.MULTILINE):
             yield Path(top[1]) / "bin"
@@ -53,14 +53,14 @@ def has_tools() -> bool:
 
 
 def missing() -> str | None:
-    """Why there is no machine code to look at, or None."""
+    """Why there is no machine code to inspect, or None."""
     if module_path() is None:
         return "switchgear was built without its CUDA module (no nvcc, or SWITCHGEAR_CUDA=OFF)"
     return None if has_tools() else MISSING_TOOLS
 
 
 def dump(path: Path, *options: str) -> str:
-    """What cuobjdump says of a module or a cubin."""
+    """The output of cuobjdump for a module or a cubin."""
     program, disassembler = tool("cuobjdump"), tool("nvdisasm")
     assert program is not None
     assert disassembler is not None
@@ -80,7 +80,7 @@ class Kernel(NamedTuple):
 
 Instruction = tuple[int, str]  # address, text
 
-RESERVED = 1024  # bytes of shared memory that ptxas counts from sm_90 on, where they are the system's
+RESERVED = 1024  # bytes of shared memory that ptxas counts from sm_90 on but the system uses
 
 
 def demangled(symbols: list[str]) -> list[str]:
@@ -95,7 +95,7 @@ def base_name(readable: str) -> str:
 
 
 def parse_resources(text: str) -> list[Kernel]:
-    """Of a dump with --dump-resource-usage."""
+    """Parses a dump with --dump-resource-usage."""
     rows, arch, symbol = [], "", ""
     for line in text.splitlines():
         if match := re.match(r"arch = (\w+)", line):
@@ -111,7 +111,7 @@ def parse_resources(text: str) -> list[Kernel]:
 
 
 def parse_instructions(text: str) -> dict[str, list[Instruction]]:
-    """{symbol: its instructions in order}, of a dump of one architecture with --dump-sass."""
+    """{symbol: its instructions in order}, from a dump of one architecture with --dump-sass."""
     functions: dict[str, list[Instruction]] = {}
     for line in text.splitlines():
         if match := re.match(r"\s*Function : (\S+)", line):

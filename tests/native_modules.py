@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The CUDA kernels under the ops on CPU tensors, so that the shared tests run on them as they are.
+"""Runs ops on CPU tensors with the CUDA kernels, so that the shared tests run on them unchanged.
 
 simt: the module _simt (tests/simt), which runs the kernels on the CPU; SWITCHGEAR_SIMT is its path.
-cuda: the module _cuda on a CUDA device. Each call copies the storages of its tensors there and back, so what tests say
-of strides, of memory behind rows and of elements that are not written holds there too.
+cuda: the module _cuda on a CUDA device. Each call copies the storages of its tensors there and back, so tests of
+strides, of memory behind rows and of unwritten elements are valid there too.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import Tensor
 from switchgear import cuda, ops
 
 SIMT_PATH = os.environ.get("SWITCHGEAR_SIMT")
-# 0.2 multiply-adds a nanosecond, a quarter of that under sanitizers: some seconds for one call.
+# 0.2 multiply-adds per nanosecond, a quarter of that under sanitizers: some seconds per call.
 MOST_MULTIPLICATIONS = int(float(os.environ.get("SWITCHGEAR_SIMT_MULTIPLICATIONS", "3e8")))
 
 
 @contextmanager
 def ops_on(module: Any, execution: Callable[[], Any]) -> Iterator[None]:
-    """The ops on CPU tensors call `module` instead of `_C`."""
+    """Makes the ops on CPU tensors call `module` instead of `_C`."""
     host = ops.host
     before = host.module, host.execution, host.empty_weight
     host.module, host.execution, host.empty_weight = module, execution, torch.empty_like
@@ -52,12 +52,12 @@ def load_simt() -> Any:
 
 
 def poisoned(size: int) -> Tensor:
-    """Temporary memory that holds NaN and -1 until a kernel writes it."""
+    """Temporary memory that contains NaN and -1 until a kernel writes it."""
     return torch.full((size,), 0xFF, dtype=torch.uint8)
 
 
 def multiplications(name: str, args: tuple[Any, ...]) -> int:
-    """Of one call, where its products would take long."""
+    """The number of multiplications of a call, if it has expensive products."""
     if name == "grouped_gemm":
         x, out = args[0], args[6]
         return int(out.numel()) * int(x.shape[1])
@@ -70,7 +70,7 @@ def multiplications(name: str, args: tuple[Any, ...]) -> int:
 
 
 class Patient:
-    """A module whose calls skip the test that would take too long."""
+    """A module wrapper that skips the test if a call would take too long."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -99,7 +99,7 @@ def simt_kernels(device: str) -> Iterator[None]:
 
 
 class Copying:
-    """A module of a device whose calls take tensors of the CPU."""
+    """A wrapper that lets a device module take CPU tensors."""
 
     def __init__(self, module: Any, device: str) -> None:
         self._module, self._device = module, device
@@ -130,7 +130,7 @@ class Copying:
             for here, moved in pairs:
                 memory = torch.empty(0, dtype=torch.uint8).set_(here.detach().untyped_storage())
                 result = torch.empty(0, dtype=torch.uint8, device=self._device).set_(moved.untyped_storage()).cpu()
-                if not torch.equal(memory, result):  # inputs come back as they went, and may be read-only
+                if not torch.equal(memory, result):  # unchanged inputs may be read-only
                     memory.copy_(result)
 
         return call

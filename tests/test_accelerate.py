@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""switchgear.accelerate: what it replaces in a Hugging Face model, and what it leaves alone."""
+"""switchgear.accelerate: what it replaces in a Hugging Face model, and what it does not change."""
 
 import copy
 from collections.abc import Callable
@@ -90,7 +90,7 @@ def test_trial_leaves_the_mode_alone() -> None:
     ],
 )
 def test_dropout_in_training(model_type: str, dropouts: Callable[[Any], list[nn.Dropout]]) -> None:
-    """With everything dropped there is nothing left (but the bias of nothing); with nothing dropped it is eager."""
+    """If everything is dropped, the output is zero; if nothing is dropped, it equals that of eager."""
     model = build(model_type)
     module: Any = model.get_submodule(accelerate(model)[0].name)
     patch = patch_of(module)

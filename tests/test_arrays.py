@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Arrays of other libraries: in and out by DLPack."""
+"""Arrays of other libraries, as inputs and outputs through DLPack."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_numpy_stages(backend: str) -> None:
 
 
 def test_numpy_memory(backend: str) -> None:
-    """No copies going in, read-only and strided arrays included."""
+    """Inputs are not copied, including read-only and strided arrays."""
     x = np.arange(24, dtype=np.float32).reshape(4, 6)
     strided = np.zeros((4, 12), dtype=np.float32)[:, ::2]
     strided[:] = x
@@ -64,7 +64,7 @@ def test_numpy_errors(backend: str) -> None:
 
 
 def test_a_library_that_only_speaks_dlpack(backend: str) -> None:
-    """The protocol is all that counts: a class with __dlpack__, and a from_dlpack in its namespace."""
+    """Only the protocol matters: a class with __dlpack__, and from_dlpack in its namespace."""
 
     class Namespace:
         @staticmethod

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Losses against their formulas as plain loops, their gradients, and what each paper promises of its own."""
+"""Losses against their formulas as plain loops, their gradients, and the properties that each paper claims."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_null_experts_share_one_load(p: Tensor, ids: Tensor) -> None:
     shared = counts.double()
     shared[4:] = shared[4:].mean()
     torch.testing.assert_close(balance.null_aware_switch_loss(p, counts, T, 2), balance.switch_loss(p, shared, T))
-    swapped = counts[[0, 1, 2, 3, 5, 4]]  # the real experts' terms stay, and so does everything else
+    swapped = counts[[0, 1, 2, 3, 5, 4]]  # the real experts' terms do not change, nor does anything else
     assert torch.equal(
         balance.null_aware_switch_loss(p, swapped, T, 2), balance.null_aware_switch_loss(p, counts, T, 2)
     )
@@ -165,7 +165,7 @@ def test_cluster_variance() -> None:
 
 def test_localized_balance() -> None:
     expert_types, sequence_types = torch.tensor([0, 0, 1]), torch.tensor([0, 1])
-    ids = torch.arange(3).repeat(4, 1).int()  # dense: every expert, two tokens in each of two sequences
+    ids = torch.arange(3).repeat(4, 1).int()  # dense: each expert has two tokens in each of two sequences
     sequence = torch.tensor([0, 1, 1, 0])
     weights = torch.rand(4, 3).double()
     z = torch.zeros(2, 3, dtype=torch.float64)
@@ -236,7 +236,7 @@ def test_uniform_routing_costs_the_coefficient() -> None:
 
 
 def test_sequence_scope_is_stricter_than_the_batch_on_skewed_domains() -> None:
-    """Each sequence uses half of the experts, evenly; together they use all."""
+    """Each sequence uses half of the experts evenly; together they use all."""
     logits = torch.full((40, 4), -9.0)
     logits[torch.arange(20), torch.arange(20) % 2] = 9.0
     logits[torch.arange(20, 40), 2 + torch.arange(20) % 2] = 9.0
@@ -328,7 +328,7 @@ def test_consistency_is_symmetric_and_zero_for_equal_passes() -> None:
 
 
 def test_two_opposite_tokens_conflict(backend: str) -> None:
-    """Expert 0 has two tokens that agree and one that contradicts them; expert 1 has one; expert 2 none."""
+    """Expert 0 has two tokens that agree and one that conflicts with them; expert 1 has one token, expert 2 none."""
     ids = torch.tensor([[0, 1], [0, -1], [0, -1]], dtype=torch.int32)
     grad = torch.randn(8)
     grad_y = torch.stack((grad, 2 * grad, -0.5 * grad))
@@ -338,7 +338,7 @@ def test_two_opposite_tokens_conflict(backend: str) -> None:
     assert conflicts.tolist() == [[False, False], [False, False], [True, False]]
     loss = gradient_conflict_loss(routed, conflicts)
     (grad_logits,) = torch.autograd.grad(loss, logits)
-    assert grad_logits[2, 0] > 0  # descent lowers the logit of expert 0
+    assert grad_logits[2, 0] > 0  # gradient descent lowers the logit of expert 0
     assert not grad_logits[:2].any()
     aligned = gradient_conflicts(grad.expand(3, 8), routed)
     assert not aligned.any()
@@ -358,7 +358,7 @@ def test_conflicts_are_cosines_with_the_mean() -> None:
 
 
 def test_conflicts_of_negative_weights_are_of_the_gradient_that_arrives() -> None:
-    """A token of weight -1 with the opposite gradient agrees."""
+    """A token with weight -1 and the opposite gradient agrees."""
     grad = torch.randn(8)
     weights = torch.tensor([[1.0], [-1.0], [1.0], [1.0]])
     routed = Routing(torch.zeros(4, 1, dtype=torch.int32), weights, torch.randn(4, 2), 2)
@@ -367,7 +367,7 @@ def test_conflicts_of_negative_weights_are_of_the_gradient_that_arrives() -> Non
 
 
 def test_gradient_conflict_trains() -> None:
-    """Two tasks with opposite targets for nearby inputs: fewer choices conflict with the loss than without."""
+    """Two tasks with opposite targets for nearby inputs: the loss reduces the number of conflicting choices."""
 
     def rate(coefficient: float) -> float:
         torch.manual_seed(0)

@@ -19,7 +19,7 @@ NO_TOKENS = CASE._replace(num_tokens=0)
 
 
 def op_samples(name: str, case: Case, dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    """Arguments of an op that between them take every optional argument and every layout."""
+    """Arguments of an op that together cover every optional argument and every layout."""
     layer = make_layer(case, dtype, bias=True, transposed=True)
     plain = make_layer(case, dtype, gated=False)
     x, gate_up, _, gate_up_bias, _, topk_ids, weights = layer
@@ -114,7 +114,7 @@ def results(block: Any, x: Tensor, parameters: list[nn.Parameter]) -> list[Tenso
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *parameters])]
 
 
-# An op is opaque to a compiler, so one set of kernels is enough where graphs are made.
+# An op is opaque to a compiler, so one set of kernels is enough for tests of graphs.
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -134,14 +134,14 @@ def test_compile(dynamic: bool) -> None:
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
 def test_inductor() -> None:
-    # Code from torch's cache may call ops as another version declares them: a graph's key does not hold their schemas.
+    # torch's cache does not key graphs by op schemas, so its code may call ops as another version declares them.
     torch.compiler.reset()
     block, x = switchgear.MoE(12, 6, 4, 2), torch.randn(2, 5, 12)
     compiled = torch.compile(block, fullgraph=True, backend="inductor")
     with torch._inductor.config.patch(force_disable_caches=True):
         found = results(compiled, x, [*block.parameters()])
     for a, b in zip(found, results(block, x, [*block.parameters()]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # inductor fuses the torch parts, in another order
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # inductor fuses the torch parts in another order
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
@@ -177,7 +177,7 @@ def test_functional_gradients(backend: str) -> None:
 
 
 def test_vmap(backend: str) -> None:
-    """Over tokens, over weights (an ensemble), over gradients, and under a gradient."""
+    """Over tokens, over weights (an ensemble), over gradients, and inside a gradient."""
     layer = make_layer(CASE)
     loss, arguments = loss_of(layer), (layer.x, layer.gate_up_proj, layer.down_proj, layer.topk_weights)
     xs = torch.randn(3, *layer.x.shape)
@@ -220,7 +220,7 @@ def test_vmap_of_stages(backend: str) -> None:
 
 
 def test_what_is_not_supported_raises(backend: str) -> None:
-    """Forward mode and second derivatives: an error, never zeros."""
+    """Forward mode and second derivatives raise an error and never return zeros."""
     layer = make_layer(CASE)
     loss, x, others = loss_of(layer), layer.x, (layer.gate_up_proj, layer.down_proj, layer.topk_weights)
 
@@ -245,7 +245,7 @@ def test_meta_tensors() -> None:
 
 
 def test_negative_and_conjugate_views(backend: str) -> None:
-    """Views that torch keeps lazily are materialised before a kernel sees their memory."""
+    """Lazy views are materialised before a kernel reads their memory."""
     x = torch.randn(5, 12, dtype=torch.complex64)
     layer = make_layer(Case("lazy", 5, 2, 4, 12, 6))
     lazy = torch.imag(x.conj())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The instructions of AMX in the module as it is built, read by objdump; no processor that has them is needed.
+"""The AMX instructions in the built module, read by objdump; works on processors without AMX.
 
-Emulation (tests/cpp/amx_emulation.h) runs everything but the assembly in csrc/cpu/amx.h. So what is checked is that the
-instructions are there, that each tile has its role, and that nothing else touches tiles.
+Emulation (tests/cpp/amx_emulation.h) covers everything except the assembly in csrc/cpu/amx.h. So this checks that the
+instructions exist, that each tile has its role, and that nothing else uses tiles.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ TILES_OF: dict[str, set[str]] = {
     "tileloadd": SUMS | OPERANDS, "tdpbf16ps": SUMS | OPERANDS, "tdpbsud": SUMS | OPERANDS,
 }  # fmt: skip
 
-Instruction = tuple[str, list[str]]  # mnemonic, its registers of tiles in order
+Instruction = tuple[str, list[str]]  # mnemonic, its tile registers in order
 
 
 def instructions_on_tiles(text: str) -> list[Instruction]:
-    """Of what objdump writes: `1234:  tdpbf16ps %tmm6,%tmm4,%tmm0`, in AT&T's order of operands."""
+    """Parses objdump's output, `1234:  tdpbf16ps %tmm6,%tmm4,%tmm0`, with operands in AT&T order."""
     lines = re.findall(r"^\s*[0-9a-f]+:\s+((?:tile|tdp|tcmm)\w*|\w+tilecfg)\b(.*)$", text, re.MULTILINE)
     return [(mnemonic, re.findall(r"tmm\d", operands)) for mnemonic, operands in lines]
 
 
 def broken(code: Sequence[Instruction]) -> list[str]:
-    """What is missing, and what must not be there."""
+    """Lists what is missing, and what must not be there."""
     present = {mnemonic for mnemonic, _ in code}
     complaints = [f"no {mnemonic}" for mnemonic in sorted(TILES_OF.keys() - present)]
     for product in sorted(MULTIPLICATIONS & present):

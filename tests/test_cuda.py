@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""CUDA where there may be none: imports work without a driver, and whoever asks for CUDA is told what is missing.
+"""CUDA on machines that may lack it: imports work without a driver, and requests for CUDA say what is missing.
 
-What the kernels compute is tested elsewhere, by the shared tests (conftest.py says on what they run).
+Other tests check what the kernels compute: the shared ones (conftest.py says where they run).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ needs_module = pytest.mark.skipif(not HAS_MODULE, reason="built without a CUDA m
 
 @pytest.fixture
 def forget() -> Any:
-    """What cuda.py remembers of this machine is forgotten, before and after."""
+    """Clears what cuda.py caches about this machine, before and after."""
     caches = (cuda._load, cuda.reason_against, native._on_cuda)
     for cache in caches:
         cache.cache_clear()
@@ -48,7 +48,7 @@ def fake_module(driver: int = 13000, archs: tuple[str, ...] = ("sm_80", "compute
 
 
 def test_importing_loads_no_cuda_module() -> None:
-    """It holds much code, which most processes do not need."""
+    """The module is large, and most processes do not need it."""
     code = "import sys, switchgear; print('switchgear._cuda' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
@@ -180,7 +180,7 @@ def test_use_backend_knows_no_cuda() -> None:
 
 @pytest.mark.parametrize("device", ["cuda", "meta"])
 def test_shapes_are_known_without_a_device(device: str) -> None:
-    """Fake tensors stand for tensors on a device that is not here, as torch.compile and torch.export use them."""
+    """Fake tensors replace tensors on an absent device, as in torch.compile and torch.export."""
     tokens, hidden, width, experts, top_k = 5, 16, 8, 4, 2
     with FakeTensorMode() if device == "cuda" else warnings.catch_warnings():
         x = torch.empty(tokens, hidden, device=device, dtype=torch.bfloat16)

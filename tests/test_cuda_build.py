@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What nvcc and ptxas made of the CUDA kernels, read from the module as it is installed; no GPU is needed.
+"""The CUDA kernels as nvcc and ptxas compiled them, read from the installed module; no GPU is needed.
 
 Each kernel's file states its resources: `//   <kernel>: <registers> registers[, <bytes> bytes of shared memory][,
-<bytes> of local memory]`, the most that any of its instances takes on any architecture. Shared memory is the static
-one; the dynamic one follows from the tables of tiles, which the launchers hand to the runtime.
+<bytes> of local memory]`, the maximum over its instances and all architectures. Shared memory is the static part; the
+dynamic part follows from the tables of tiles, which the launchers pass to the runtime.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ needs_module = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 MACHINE_CODE = {"sm_80", "sm_90a", "sm_100", "sm_120"}
-PTX = {"sm_80"}  # for what lies between and for what comes
+PTX = {"sm_80"}  # for architectures in between and later ones
 
 # ---- what is stated --------------------------------------------------------------------------------------------------
 
@@ -73,11 +73,11 @@ def instructions(arch: str) -> dict[str, list[Instruction]]:
 
 
 # ---- the rules -------------------------------------------------------------------------------------------------------
-# Functions of what was read, so that they can be shown what they must complain about.
+# Functions of parsed data, so that tests can show them planted violations.
 
 
 def over_resources(kernel: Kernel, limits: Stated | None) -> str | None:
-    """What a kernel takes beyond what its file states."""
+    """What a kernel uses beyond what its file states."""
     if limits is None:
         return f"{kernel.name} is stated nowhere in csrc/cuda"
     for what in ("registers", "shared", "local"):
@@ -90,7 +90,7 @@ def over_resources(kernel: Kernel, limits: Stated | None) -> str | None:
 
 
 def loops(code: list[Instruction]) -> list[range]:
-    """Of indices of instructions: from the target of each backward jump to the jump."""
+    """Ranges of instruction indices, from the target of each backward jump to the jump."""
     index = {address: i for i, (address, _) in enumerate(code)}
     found = []
     for i, (address, text) in enumerate(code):
@@ -101,13 +101,13 @@ def loops(code: list[Instruction]) -> list[range]:
 
 
 def serialised(code: list[Instruction]) -> bool:
-    """Whether wgmma wait for each other: ptxas then ends a group after each, where the source ends one after eight."""
+    """Whether wgmma wait for each other: ptxas then ends a group after each, the source after eight."""
     products = [text for _, text in code if opcode(text).startswith("HGMMA")]
     return sum("gsb0" in text for text in products) * 8 > len(products)
 
 
 def local_memory_between_products(code: list[Instruction], product: str) -> bool:
-    """Whether the innermost loop around the products touches local memory more than once a stage."""
+    """Whether the innermost loop around the products accesses local memory more than once per stage."""
     around = [i for i, (_, text) in enumerate(code) if opcode(text).startswith(product)]
     loop = min((loop for loop in loops(code) if around[0] in loop and around[-1] in loop), key=len, default=None)
     assert loop is not None, "the products are in no loop"
@@ -116,9 +116,9 @@ def local_memory_between_products(code: list[Instruction], product: str) -> bool
 
 class Promise(NamedTuple):
     kernel: str  # a name
-    instance: str  # of the instances that this is about, a part of the symbol
+    instance: str  # part of the symbol of the instances it applies to
     archs: tuple[str, ...]
-    has: tuple[str, ...]  # beginnings of opcodes that every instance has
+    has: tuple[str, ...]  # opcode prefixes that every instance has
     has_not: tuple[str, ...] = ()
 
 
@@ -130,7 +130,7 @@ PROMISES = [
         for symbol, product, matrices in (
             ("13__nv_bfloat16", "HMMA.16816.F32.BF16", ("LDSM",)),
             ("6__half", "HMMA.16816.F32", ("LDSM",)),
-            ("f", "HMMA.1688.F32.TF32", ()),  # ldmatrix transposes 16-bit elements alone
+            ("f", "HMMA.1688.F32.TF32", ()),  # ldmatrix transposes only 16-bit elements
         )
     ),
     Promise("gemm_kernel", "FmaProduct", EVERYWHERE, ("FFMA", "LDGSTS"), ("HMMA",)),
@@ -142,14 +142,14 @@ PROMISES = [
             ("HGMMA.64x", "UTMALDG.3D", "LDGSTS", "SYNCS", "USETMAXREG"), ("HMMA",)),
     *(Promise(kernel, "", EVERYWHERE, ("LDG.E.128", "STG.E.128"))
       for kernel in ("permute_kernel", "combine_kernel", "glu_kernel", "glu_backward_kernel")),
-    # flags that reach other GPUs, with nothing stale in L1 behind an acquire
+    # flags visible to other GPUs, and nothing stale in L1 after an acquire
     Promise("exchange_kernel", "", EVERYWHERE,
             ("LDG.E.128", "STG.E.128", "LDG.E.STRONG.SYS", "CCTL.IVALL", "MEMBAR.ALL.SYS", "STG.E.STRONG.SYS")),
 ]  # fmt: skip
 
 
 def broken(promise: Promise, code: list[Instruction]) -> list[str]:
-    """The opcodes that are missing, and those that are there and must not be."""
+    """The missing opcodes, and the forbidden ones that occur."""
     present = {opcode(text) for _, text in code}
     missing = [want for want in promise.has if not any(name.startswith(want) for name in present)]
     return missing + [f"not {name}" for name in sorted(present) if promise.has_not and name.startswith(promise.has_not)]
@@ -185,7 +185,7 @@ def test_every_kernel_is_there_for_every_architecture() -> None:
 
 @needs_module
 def test_statements_are_not_generous() -> None:
-    """A limit far above what is taken would let a kernel grow unseen. Registers come in eights."""
+    """A limit far above the actual use would hide growth. Registers are allocated in eights."""
     for name, limits in stated().items():
         instances = [kernel for kernel in kernels() if kernel.name == name]
         assert limits.registers < max(kernel.registers for kernel in instances) + 16, name
@@ -230,7 +230,7 @@ def test_every_kernel_of_the_sources_states_its_resources() -> None:
     included = {name for file in files for name in re.findall(r'#include "(\w+\.cuh)"', file.read_text())}
     for file in files:
         if file.suffix == ".cuh" and file.name not in included:
-            continue  # in no module: tests/simt alone runs it
+            continue  # in no module: only tests/simt runs it
         for name in re.findall(r"\b__global__ void(?: __launch_bounds__\([^\n]*?\))?\s+(\w+)\(", file.read_text()):
             found[name] = file.name
     assert len(found) > 15
@@ -247,7 +247,7 @@ def test_shared_memory_of_tiles_is_what_the_table_says(file: str, pattern: str, 
     for *numbers, kilobytes in rows:
         assert callable(size)
         assert size(*map(int, numbers)) == int(kilobytes) << 10
-        assert int(kilobytes) <= 99  # what sm_86, sm_89 and sm_120 give a block
+        assert int(kilobytes) <= 99  # the limit per block on sm_86, sm_89 and sm_120
 
 
 # ---- the rules see what they are for ---------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def test_the_rules_see_what_is_planted(tmp_path: Path) -> None:
     (tmp_path / "planted.cu").write_text(PLANTED)
     command = ["nvcc", "-arch=sm_90a", "-cubin", "planted.cu", "-o", "planted.cubin"]
     built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "serialized" in built.stdout + built.stderr  # as ptxas says it
+    assert "serialized" in built.stdout + built.stderr  # ptxas's word
     cubin = tmp_path / "planted.cubin"
     found = machine_code.parse_resources(machine_code.dump(cubin, "--dump-resource-usage"))
     code = machine_code.parse_instructions(machine_code.dump(cubin, "--dump-sass"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Measures of routing on routers of which one knows what they do."""
+"""Measures of routing, on routers with known behaviour."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ E, V = 8, 40
 
 
 def traced(select: object, seed: int = 7, num_tokens: int = 4000) -> dict[int, Tensor]:
-    """The counts of a router on random tokens of a vocabulary, as a trace has them."""
+    """The counts of a router on random tokens of a vocabulary, as a trace records them."""
     generator = torch.Generator().manual_seed(seed)
     token_ids = torch.randint(V, (num_tokens,), generator=generator)
     routing = select(torch.zeros(num_tokens, E), Context(token_ids=token_ids, training=True))  # type: ignore[operator]
@@ -33,7 +33,7 @@ def traced(select: object, seed: int = 7, num_tokens: int = 4000) -> dict[int, T
 
 
 def test_openmoe_specialization_of_a_table_and_of_dice() -> None:
-    """1 for a router by token id alone, nearly 0 for one that draws, and in between for a mixture, as a loop has it."""
+    """1 for routing by token id only, nearly 0 for random routing, and in between for a mixture, as a loop computes."""
     by_id, drawn = traced(Lookup(torch.arange(V) % E)), traced(Random())
     assert token_id_specialization(by_id) == pytest.approx(1)
     assert token_id_specialization(drawn) < 0.05
@@ -64,7 +64,7 @@ def test_openmoe_stability_of_tables() -> None:
 
 
 def test_openmoe_specialization_of_a_model_grows_with_what_its_router_sees_of_the_id() -> None:
-    """Through RoutingTrace: an embedding alone decides by id; noise of another token's size does not."""
+    """Through RoutingTrace: a router that sees only the embedding decides by id; noise as large as a token hides it."""
 
     class Model(nn.Module):
         def __init__(self, noise: float) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The documents say what is so: their Python runs, and links, names, paths and make targets exist."""
+"""The documents are correct: their Python runs, and links, names, paths and make targets exist."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def script(document: Path) -> str:
 
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if script(path)], ids=lambda path: path.name)
 def test_python_blocks_run(document: Path, tmp_path: Path) -> None:
-    """In order, as one script in a process of its own."""
+    """Runs the blocks in order, as one script in a separate process."""
     code = script(document)
     if "transformers" in code:
         pytest.importorskip("transformers", reason="transformers is not installed")
@@ -105,7 +105,7 @@ def _has(names: list[str]) -> bool:
 
 
 def _is_file(span: str) -> bool:
-    """From the root, or the end of the path of some file: `token_sum.cpp`, `cpu/token_sum.cpp`."""
+    """A path from the root, or the end of some file's path: `token_sum.cpp`, `cpu/token_sum.cpp`."""
     if (ROOT / span).exists():
         return True
     folders = (ROOT / name for name in ("csrc", "include", "python", "tests", "bench", "docs", "examples"))
@@ -120,7 +120,7 @@ def test_pictures_and_results_are_small() -> None:
     large = [path.name for path in files if path.stat().st_size > 100_000]
     assert not large
     shown = {(document.parent / link).resolve() for document in DOCUMENTS for link in _LINK.findall(prose(document))}
-    assert {path for path in files if path.suffix == ".png"} <= shown  # or nobody sees them
+    assert {path for path in files if path.suffix == ".png"} <= shown  # otherwise nobody sees them
 
 
 def test_architecture_lists_the_ops() -> None:

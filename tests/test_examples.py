@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The examples run, and show what they say they show."""
+"""The examples run, and show what they claim."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_train_layer_learns() -> None:
 
 
 def test_numpy_routing_agrees_with_moe() -> None:
-    # float32 sums of a hidden state of 16 through two projections, in two orders
+    # float32 sums for a hidden state of 16 through two projections, in two orders
     assert load("numpy_routing")["main"]() < 1e-5
 
 
@@ -37,7 +37,7 @@ def test_custom_pieces_keep_the_capacity() -> None:
 
 def test_mixtral_agrees_with_eager() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    # float32, two layers: about a hundred roundings of 6e-8 on the way to a logit
+    # float32, two layers: about a hundred roundings of 6e-8 before a logit
     assert load("mixtral")["main"]() < 1e-5
 
 
@@ -45,13 +45,13 @@ def test_towards_understanding_moe_needs_a_mixture_of_nonlinear_experts() -> Non
     """The authors' accuracies: 100.0 (runs from 98.1 on), 92.9, 79.6 and 68.3 %; single networks: see the example."""
     found = load("cluster_task")["main"]()
     assert found["mixture, nonlinear"] > 0.98
-    assert found["entropy"] < 0.1  # each expert has a cluster of its own
+    assert found["entropy"] < 0.1  # each expert has its own cluster
     assert found["mixture, nonlinear"] > found["mixture, linear"] > 0.85
     assert max(found["single, nonlinear"], found["single, linear"]) < 0.75
 
 
 def test_train_parallel_has_the_losses_of_one_process(tmp_path: Path) -> None:
-    """Until rounding in another order has grown over 60 steps: by a factor of about 1.1 a step, from 1e-7."""
+    """Equal up to rounding in another order, which grows over 60 steps by about 1.1× per step, from 1e-7."""
     losses = load("train_parallel")["train"](60, str(tmp_path / "one"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     command += [str(EXAMPLES / "train_parallel.py"), "--steps", "60", "--losses", str(tmp_path / "losses")]

@@ -23,7 +23,7 @@ FAMILIES = [
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_each_family_is_told_from_all_others(family: GluOptions) -> None:
-    """The library's own glu plays the model's gate."""
+    """The library's own glu stands in for the model's gate."""
     numbers = (7.0, 100.0, 1.5, 64, 4096)
     assert recognise(lambda h: switchgear.glu(h, **family.keywords()), gated=family.gated, numbers=numbers)._replace(
         alpha=family.alpha
@@ -39,8 +39,8 @@ def silu_gate(h: Tensor) -> Tensor:
     "gate",
     [
         lambda h: silu_gate(h) * 1.001,
-        lambda h: silu_gate(h.clamp(-5, 5)),  # a clamp at a number that is no attribute
-        lambda h: silu_gate(h.clamp(max=7.0)),  # at a known one, but of another form
+        lambda h: silu_gate(h.clamp(-5, 5)),  # a clamp at a number that is not an attribute
+        lambda h: silu_gate(h.clamp(max=7.0)),  # at a known number, but in another form
         lambda h: torch.tanh(silu_gate(h)),
         lambda h: nn.functional.dropout(silu_gate(h), 0.1),
         lambda h: silu_gate(h)[..., :3],

@@ -31,7 +31,7 @@ def test_glu(backend: str, options: GluOptions, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_far_from_zero(backend: str, activation: str) -> None:
-    """Where exponentials over- and underflow, results stay finite and right."""
+    """Results stay finite and correct where exponentials over- and underflow."""
     gate = torch.tensor([-1e4, -200.0, -88.5, -20.0, -1e-30, 1e-30, 20.0, 88.5, 200.0, 1e4])
     h = torch.stack((gate, torch.ones_like(gate)), -1).reshape(1, -1)
     options = GluOptions(activation, interleaved=True)
@@ -48,7 +48,7 @@ def test_far_from_zero(backend: str, activation: str) -> None:
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
 def test_squares_of_gates_overflow(isa: str, activation: str) -> None:
-    """Slopes are 0 and 1 where x², which some formulas hold, is infinite (torch's own gelu gives NaN there)."""
+    """Slopes are 0 and 1 where x², which some formulas contain, is infinite (torch's own gelu gives NaN there)."""
     h = torch.tensor([[-1e20, 1.0, 1e20, 1.0]])
     grad = ops.glu_backward(torch.ones(1, 2), h, *GluOptions(activation, interleaved=True))
     torch.testing.assert_close(grad[0, 0::2], torch.tensor([0.0, 1.0]), rtol=1e-6, atol=1e-6)

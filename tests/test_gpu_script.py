@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""tests/gpu: the script for a machine with a GPU, as far as it runs without one. Commands are recorded, not run."""
+"""tests/gpu: as much of the script for GPU machines as runs without a GPU. Commands are recorded, not run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where NamedTuple looks its annotations up
+    sys.modules[spec.name] = module  # NamedTuple resolves its annotations there
     spec.loader.exec_module(module)
     return module
 
@@ -171,7 +171,7 @@ def test_differences_between_device_and_model() -> None:
 
 
 def test_conformance_has_a_case_for_every_wrapper() -> None:
-    """Wrappers are the PTX functions of ptx.cuh and hopper.cuh with asm of their own."""
+    """Wrappers are the PTX functions of ptx.cuh and hopper.cuh that contain asm."""
     folder = FOLDER.parents[1] / "csrc" / "cuda"
     source = (FOLDER / "conformance.cu").read_text()
     names = set()
@@ -179,7 +179,7 @@ def test_conformance_has_a_case_for_every_wrapper() -> None:
         text = (folder / file).read_text()
         names |= set(re.findall(r"^PTX [\w ]*?\**(\w+)\(", text, re.MULTILINE))
         names |= set(re.findall(r"^PTX_(?:LOAD|STORE|ADD)\((\w+),", text, re.MULTILINE))
-    only_compiler = {"opaque", "move"}  # nothing but a word to the compiler
+    only_compiler = {"opaque", "move"}  # only a hint to the compiler
     by_tests_of_the_kernels = {"setmaxnreg_dec", "setmaxnreg_inc", "fence_proxy_async_global"}
     assert len(names) > 50
     missing = {name for name in names if f"ptx::{name}" not in source and not re.search(rf"\b\w+\({name}\b", source)}

@@ -48,7 +48,7 @@ def test_values_and_gradients(backend: str, case: Case, dtype: torch.dtype) -> N
         wanted_bias = testing.wgrad(exact(grad), ones, offsets).rounded(dtype)
         assert_close(leaf_bias.grad[..., None], wanted_bias, "gradient of bias")
         grad_x = testing.gemm(exact(grad), weight.mT, None, offsets).rounded(dtype)
-        if indices is not None:  # a sum over the slots of a token, k ascending
+        if indices is not None:  # the sum over a token's slots, k ascending
             grad_x = testing.combine(grad_x, (offsets, token_indices, _slots(indices, case)), None).rounded(dtype)
         assert_close(leaf.grad, grad_x, "gradient of x")
 
@@ -65,7 +65,7 @@ def _slots(token_indices: Tensor, case: Case) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_experts_of_different_heights(backend: str, dtype: torch.dtype) -> None:
-    """A list of matrices: the columns past an expert's height are zero, and so are their gradients."""
+    """A list of matrices: the columns beyond an expert's height are zero, and so are their gradients."""
     case = Case("ragged", 17, 2, 4, 23, 8)
     offsets, token_indices, _ = plan_of(case)
     heights = (5, 40, 1, 17)
@@ -112,7 +112,7 @@ def test_gradcheck() -> None:
 def test_small_integers_are_exact(
     backend: str, counts: list[int], rows: int, columns: int, transposed: bool, tail: int
 ) -> None:
-    """Products of small integers leave no room for tolerance: every shape, both storage orders, rows at the tail."""
+    """Products of small integers need no tolerance: every shape, both storage orders, tail rows."""
     offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     num_slots = int(offsets[-1]) + tail
     x = torch.randint(-4, 5, (num_slots, columns)).float()
@@ -170,7 +170,7 @@ def test_errors(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight_gradient_of_many_slots(isa: str, dtype: torch.dtype) -> None:
-    """More slots than a panel holds (1024, in bfloat16 2048): sums wait between chunks. Their number is odd."""
+    """More slots than a panel holds (1024, in bfloat16 2048), so sums continue across chunks. Their number is odd."""
     offsets = torch.tensor([0, 2053, 2053, 3078], dtype=torch.int32)
     grad, x = draw(3078, 50, dtype=dtype), draw(3078, 67, dtype=dtype)
     wanted = testing.wgrad(exact(grad), exact(x), offsets).rounded(dtype)
@@ -181,8 +181,8 @@ def test_weight_gradient_of_many_slots(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [2112, 2080, 2056])  # whole panels; whole lines; neither
 def test_weight_gradient_past_the_caches(isa: str, columns: int, dtype: torch.dtype) -> None:
-    """One beyond 16 MB is written past the caches: the bits are those of its parts, which are not, in every place, also
-    of what rounds to subnormal numbers; and so on memory that does not begin at a line."""
+    """A gradient above 16 MB is written past the caches. Every element has the bits of smaller parts, which are not,
+    including results that round to subnormal numbers; also in memory that does not start at a cache line."""
     offsets = torch.tensor([0, 3, 3, 8, 9], dtype=torch.int32)
     grad, x = draw(9, 2053, dtype=dtype), draw(9, columns, dtype=dtype)
     x[:, 64:128] *= 1e-20

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Experts disabled, forced, favoured and amplified for a while, and selections exchanged."""
+"""Experts disabled, forced, favoured and amplified temporarily, and selections replaced."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The memory of large weight gradients: kept for the next of their size, bounded, and otherwise as any tensor's."""
+"""The memory of large weight gradients: kept for the next one of equal size, bounded, else like any tensor's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from switchgear import _C, Experts
 
-BYTES = 4 * 4 * 512 * 256  # of the gradient of down_proj; that of gate_up_proj has twice as many
+BYTES = 4 * 4 * 512 * 256  # of the gradient of down_proj; gate_up_proj's has twice as many
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def test_gradients_accumulate_in_place_and_optimizers_step() -> None:
 
 
 def test_idle_memory_is_bounded() -> None:
-    """Idle and live gradients are never more than were live at once, whatever sizes come and go."""
+    """Idle plus live gradients never exceed the maximum that was live at once, for any sequence of sizes."""
     layers = [make_experts(size) for size in (512, 576, 640, 704, 768)]
     most = 3 * BYTES * 768 // 512
     for experts in (*layers, *reversed(layers)):
@@ -131,7 +131,7 @@ def test_a_gradient_is_a_tensor_as_any() -> None:
 
 
 def test_threads() -> None:
-    """Gradients made in one thread and dropped in another; every thread has its own memory."""
+    """Gradients created in one thread and freed in another; every thread has its own memory."""
 
     def work(seed: int) -> list[Tensor]:
         torch.manual_seed(seed)
@@ -156,7 +156,7 @@ def test_threads() -> None:
 
 
 def test_fork() -> None:
-    """A child goes on with what its parent kept and holds; what it writes stays its own."""
+    """A child continues with what its parent kept and holds; what it writes stays in the child."""
     experts, other = make_experts(), make_experts()
     step(experts)
     step(other)

@@ -126,7 +126,7 @@ def test_functional_call_and_ensembles(backend: str) -> None:
 
 
 def test_non_leaf_weights(backend: str) -> None:
-    """As under LoRA: the weight is made anew at every access, and gradients reach what it is made of."""
+    """As under LoRA: each access computes the weight anew, and gradients reach its inputs."""
 
     class Low(nn.Module):
         def __init__(self) -> None:

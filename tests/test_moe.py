@@ -20,7 +20,7 @@ GRADS = ("x", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias", "topk_we
 DEFAULT = GluOptions()
 SMALL = Case("small", 9, 2, 4, 14, 6, "holes")
 
-# Every activation, gated and plain where it may be, with each way to lay out gate and up, and with a limit that bites.
+# Every activation, gated and plain if possible, with each layout of gate and up, and with a limit that takes effect.
 OPTIONS = [
     GluOptions(activation, gated, interleaved, 1.702, limit)
     for activation, (gated, interleaved), limit in itertools.product(
@@ -37,12 +37,12 @@ def call(layer: Layer, options: GluOptions = DEFAULT, **changes: Any) -> Tensor:
 
 
 def leaves(layer: Layer) -> Layer:
-    """The layer with float tensors that want gradients."""
+    """The layer with float tensors that require gradients."""
     return Layer(*(t.detach().requires_grad_() if t is not None and t.is_floating_point() else t for t in layer))
 
 
 def differentiable(layer: Layer) -> tuple[Tensor | None, ...]:
-    """In the order of GRADS."""
+    """The differentiable tensors, in the order of GRADS."""
     return (*layer[:5], layer.topk_weights)
 
 
@@ -53,11 +53,11 @@ def gradients(layer: Layer, grad_y: Tensor, options: GluOptions = DEFAULT) -> li
 
 
 class Problem(NamedTuple):
-    """A layer, the gradient of its result, and what has to come out."""
+    """A layer, the gradient of its result, and the expected results."""
 
     layer: Layer
     grad_y: Tensor
-    h: Tensor  # what forward left for backward
+    h: Tensor  # what forward saves for backward
     y_bound: Bounded
     h_bound: Bounded
     grad_bounds: tuple[Bounded, ...]
@@ -73,7 +73,7 @@ def problem(case: Case, dtype: torch.dtype, options: GluOptions, bias: bool, tra
 
 
 def check(layer: Layer, grad_y: Tensor, h: Tensor, y_bound: Bounded, h_bound: Bounded, grad_bounds: Any, options: Any):
-    """Forward and backward within their bounds; what no token reached, exactly zero."""
+    """Forward and backward within their bounds; exactly zero where no token contributed."""
     computed_y, computed_h = ops.moe_forward(*layer.arguments(), *options, True)
     assert_close(computed_h, h_bound, "h")
     assert_close(computed_y, y_bound, "y")
@@ -110,7 +110,7 @@ def test_options(backend: str, options: GluOptions) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradcheck(case: Case) -> None:
-    """The formulas of the reference, in float64, for every argument; small shapes with the routing of the case."""
+    """The formulas of the reference in float64, for every argument; small shapes with the routing of the case."""
     small = case._replace(
         num_tokens=min(case.num_tokens, 6), hidden_size=min(case.hidden_size, 4), intermediate_size=2,
         num_experts=min(case.num_experts, 5), top_k=min(case.top_k, 4),
@@ -138,7 +138,7 @@ def test_definition(backend: str) -> None:
     torch.testing.assert_close(call(layer).double(), wanted, rtol=1e-4, atol=1e-5)
 
 
-# ---- what a caller may rely on -------------------------------------------------------------------------------------
+# ---- guarantees ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Papers about balance, as whole layers: against float64 loops, and by what each promises. The losses alone, as
-formulas: test_balance.py."""
+"""Papers about balance, as whole layers: against float64 loops, and by their claims. test_balance.py tests the losses
+as formulas."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_loss_free_balancing_chooses_by_the_bias_alone(backend: str) -> None:
 def test_loss_free_balancing_leaves_gradients_alone() -> None:
     """For the same choice the gradient of the logits is the same, with and without a bias."""
     logits = torch.randn(20, E, requires_grad=True)
-    bias = torch.full((E,), 0.7)  # moves all experts alike
+    bias = torch.full((E,), 0.7)  # shifts all experts equally
     plain, biased = (TopK(3, "sigmoid")(logits, NOTHING_KNOWN, b) for b in (None, bias))
     assert torch.equal(plain.topk_ids, biased.topk_ids)
     grads = [torch.autograd.grad(r.topk_weights.square().sum(), logits)[0] for r in (plain, biased)]
@@ -119,7 +119,7 @@ def _bias_of(rank: int, port: int, x: Tensor, state: dict[str, Tensor], queue: A
 
 
 def test_loss_free_balancing_and_skywork_count_over_processes() -> None:
-    """A sequence in each of two processes moves bias and coefficient as both in one process do."""
+    """Two processes with a sequence each update bias and coefficient like one process with both."""
     whole = controlled()
     state, x = copy.deepcopy(whole.state_dict()), torch.randn(2, 1, 30, H)
     assert whole(x.flatten(0, 1)).num_dropped > 0
@@ -163,7 +163,7 @@ def test_demons_in_the_detail_counts_over_the_micro_batches_of_a_step(backend: s
     layer.gate.balance[0].register_forward_pre_hook(partial(_restore, before))  # each forward is the second one
     assert_agrees(layer, loop, second)
     switchgear.after_step(layer)
-    assert layer.gate.balance[0]._counts is None  # a new step begins without the counts of the old one
+    assert layer.gate.balance[0]._counts is None  # a new step starts without the old counts
 
 
 def _restore(counts: Tensor, module: Any, args: Any) -> None:
@@ -273,7 +273,7 @@ def test_deepseek_moe_without_routed_weight_is_its_shared_experts() -> None:
 
 
 def test_deepseek_moe_slices_of_a_network_are_the_network() -> None:
-    """m experts of an m-th of the width, all chosen with weight 1."""
+    """m experts with 1/m of the width, all chosen with weight 1."""
     whole, slices = switchgear.layers.SharedExperts(H, 24), switchgear.Experts(H, 6, 4)
     with torch.no_grad():
         gate, up = (p.weight.view(4, 6, H) for p in (whole.gate_proj, whole.up_proj))
@@ -376,7 +376,7 @@ class Only(nn.Module):
 
 
 def test_deep_mixture_uses_pairs_of_experts() -> None:
-    """E1 · E2 combinations: each pair of chosen experts is another function."""
+    """E1 · E2 combinations: each pair of chosen experts is a different function."""
     layer = presets.build(H, I, 3, **presets.deep_mixture()).eval()
     x, outputs = torch.randn(1, H), []
     for i in range(3):
@@ -395,7 +395,7 @@ def test_deep_mixture_closes_experts_that_are_ahead() -> None:
     torch.testing.assert_close(routing.topk_weights.sum(1), torch.ones(10))
     torch.testing.assert_close(select.totals, torch.tensor([20.0, 2, 1, 1]) + routing.topk_weights.sum(0))
     torch.testing.assert_close(select(logits, NOTHING_KNOWN).topk_weights, logits.softmax(-1))
-    for _ in range(200):  # everyone has had its turn: no total is ahead by more than the margin and one call
+    for _ in range(200):  # in the end no total is ahead by more than the margin and one call
         select(logits, Context(training=True))
     assert select.totals.max() - select.totals.mean() < 5 + 10 + 14
     with pytest.raises(ValueError, match="margin"):
@@ -406,7 +406,7 @@ def test_deep_mixture_closes_experts_that_are_ahead() -> None:
 
 
 def test_compositions_of_presets_are_their_loops(backend: str) -> None:
-    """The layers themselves, one by one: test_papers_layers.py."""
+    """test_papers_layers.py tests the layers themselves, one by one."""
 
     def mixed(moe: Any, x: Tensor) -> Any:
         rows = x.reshape(-1, x.shape[-1])

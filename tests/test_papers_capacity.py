@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Papers about experts that have too many tokens: who is dropped, who is rerouted, and whom a stranger's tokens
-hurt."""
+"""Papers about experts with too many tokens: which are dropped, which are rerouted, and which are harmed by other
+users' tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def skewed(num_tokens: int = 40) -> Tensor:
 
 
 def precedence(routing: Routing, drop: str) -> list[tuple[int, int]]:
-    """The choices (token, place), those that find a place first in front."""
+    """The choices (token, position), in the order in which they take capacity."""
     choices = [(t, k) for t in range(len(routing.topk_ids)) for k in range(routing.topk_ids.shape[1])]
     w = routing.topk_weights
     keys = {
@@ -43,7 +43,7 @@ def precedence(routing: Routing, drop: str) -> list[tuple[int, int]]:
 
 
 def limited(routing: Routing, capacity: int, drop: str) -> tuple[list[list[int]], list[int]]:
-    """The ids that stay, and the room that is left."""
+    """The ids that stay, and the remaining capacity."""
     ids = routing.topk_ids.tolist()
     room = [capacity] * routing.num_experts
     for t, k in precedence(routing, drop):
@@ -59,7 +59,7 @@ def limited(routing: Routing, capacity: int, drop: str) -> tuple[list[list[int]]
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
 def test_capacity_aware_inference_drops_as_a_loop_does(backend: str, drop: str, factor: float) -> None:
     routing = routing_of(skewed())
-    routing.topk_ids[3, 1] = routing.topk_ids[7, 0] = -1  # holes take no place
+    routing.topk_ids[3, 1] = routing.topk_ids[7, 0] = -1  # holes use no capacity
     out = Capacity(factor, drop)(routing, NOTHING_KNOWN)
     wanted, _ = limited(routing, math.ceil(factor * K * 40 / E), drop)
     assert out.topk_ids.tolist() == wanted
@@ -88,7 +88,7 @@ def test_capacity_aware_inference_reroutes_to_whoever_has_room(drop: str, expand
         assert len(set(chosen)) == len(chosen)
         allowed = best(logits[t], candidates)
         assert set(chosen) <= set(allowed)
-        if len(chosen) < K:  # then each candidate is full, or has the token
+        if len(chosen) < K:  # then each candidate is full or already has the token
             assert all(load[e] == capacity or e in chosen for e in allowed)
     dropped = (out.topk_ids < 0).sum()
     assert out.num_dropped == dropped
@@ -96,7 +96,7 @@ def test_capacity_aware_inference_reroutes_to_whoever_has_room(drop: str, expand
     assert dropped < (plain.topk_ids < 0).sum()
     stays = plain.topk_ids >= 0
     if drop != "random":
-        assert torch.equal(out.topk_ids[stays], plain.topk_ids[stays])  # who has a place keeps it
+        assert torch.equal(out.topk_ids[stays], plain.topk_ids[stays])  # placed choices do not change
     moved = (out.topk_ids != routing.topk_ids) & (out.topk_ids >= 0)
     p = logits.softmax(-1)
     wanted = p.gather(1, out.topk_ids.clamp(min=0).long())
@@ -104,7 +104,7 @@ def test_capacity_aware_inference_reroutes_to_whoever_has_room(drop: str, expand
 
 
 def test_capacity_aware_inference_rerouting_is_a_loop_in_order_of_scores() -> None:
-    """Rounds over the candidates; in each, tokens with lost choices offer one to their next candidate."""
+    """Rounds over the candidates; in each, tokens with dropped choices offer one to their next candidate."""
     logits = skewed()
     routing = routing_of(logits)
     p, capacity = logits.softmax(-1), math.ceil(K * 40 / E)
@@ -126,7 +126,7 @@ def test_capacity_aware_inference_rerouting_is_a_loop_in_order_of_scores() -> No
 
 
 def test_capacity_aware_inference_reroutes_by_the_scores_of_the_selection_inside() -> None:
-    """The new weight is that of the expert itself: of sigmoids, also where another selection wraps them."""
+    """The new weight is the expert's own score: a sigmoid, even if another selection wraps it."""
     select = SkipBelow(Masked(TopK(2, "sigmoid"), lambda z, context: None), 0.0)
     router = switchgear.Router(H, E, select=select, capacity=Capacity(1.0, "order", "reroute"))
     x = torch.randn(40, H)
@@ -158,12 +158,12 @@ def test_capacity_aware_inference_without_a_limit_is_top_k() -> None:
     assert layer(x)[1].num_dropped == 0  # in training
     routing = routing_of(skewed())
     assert torch.equal(Capacity(math.inf)(routing, NOTHING_KNOWN).topk_ids, routing.topk_ids)
-    alone = layer.eval()(x[:1])[1]  # one token always has room
+    alone = layer.eval()(x[:1])[1]  # one token always fits
     assert torch.equal(alone.topk_ids, switchgear.route(x[:1] @ layer.gate.weight.T, 2).topk_ids)
 
 
 def test_capacity_aware_inference_lowers_the_largest_load() -> None:
-    """The time of a layer in expert parallelism goes with max load / mean load."""
+    """The time of a layer in expert parallelism is proportional to max load / mean load."""
     routing = routing_of(skewed(400))
     before = max(counts_of(routing.topk_ids)) / (K * 400 / E)
     after = max(counts_of(Capacity(1.25, "score")(routing, NOTHING_KNOWN).topk_ids)) / (K * 400 / E)
@@ -180,14 +180,14 @@ def test_towards_moe_deployment_dropless_is_a_capacity_of_all_tokens() -> None:
 
 
 def test_openmoe_drops_towards_the_end_of_a_sequence() -> None:
-    """Later positions lose more in order of arrival, all alike at random."""
+    """Later positions lose more with drop="order", all equally with "random"."""
     logits = torch.randn(64, 128, E) + torch.linspace(1, -1, E)
     routing = routing_of(logits.flatten(0, 1))
     context = Context(sequence_length=128, generator=torch.Generator().manual_seed(1))
 
     def rates(drop: str) -> Tensor:
         out = Capacity(1.0, drop, scope="sequence")(routing, context)
-        return (out.topk_ids < 0).float().view(64, 8, 16 * K).mean((0, 2))  # by eighths of a sequence
+        return (out.topk_ids < 0).float().view(64, 8, 16 * K).mean((0, 2))  # per eighth of a sequence
 
     order, reverse, random = rates("order"), rates("reverse"), rates("random")
     assert (order.diff() >= 0).all()
@@ -217,14 +217,14 @@ def test_openmoe_layer_has_both_losses(backend: str) -> None:
 
 
 def attacked(layer: Any, victim: Tensor, stranger: Tensor) -> Tensor:
-    """The victim's output [S,H], a stranger's sequence coming first in the batch."""
+    """The victim's output [S,H], with another user's sequence first in the batch."""
     return layer(torch.stack((stranger, victim)))[1]
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 def test_buffer_overflow_pushes_a_victim_out_of_a_shared_buffer(isa: str, scope: str) -> None:
-    """The stranger sends tokens like the victim's. With capacity in order of arrival over the batch they take its
-    places; within sequences, or without a capacity, nothing that the stranger does changes a bit."""
+    """The attacker sends tokens like the victim's. With drop="order" over the batch they take its capacity; within
+    sequences, or without a capacity, nothing the attacker does changes a bit."""
     victim, harmless = torch.randn(10, H), torch.randn(10, H)
     overflow = victim[-1:].expand(10, H).contiguous()
     options = {"top_k": 1, "capacity": Capacity(1.0, scope=scope)}
@@ -250,18 +250,18 @@ def test_buffer_overflow_isolated_routers_are_independent_bit_for_bit(drop: str,
 
 
 def test_stealing_user_prompts_by_ties_needs_a_shared_batch(isa: str) -> None:
-    """Expert choice over the batch takes one of two equal tokens. The stranger guesses the victim's token: of a right
-    guess, who comes first in the batch has the place and the other has not, which the stranger sees in its own
+    """Expert choice over the batch takes one of two equal tokens. The attacker guesses the victim's token. If the guess
+    is right, the one that is first in the batch is taken and the other is not, which the attacker sees in its own
     output."""
     select = ExpertChoice(tokens_per_expert=1)
     layer = switchgear.MoE(H, I, 2, select=select, score=lambda x, context: torch.stack((x[:, 0], -x[:, 0]), 1)).eval()
     prompt = torch.randn(4, H)
-    prompt[:, 0] = torch.tensor([0.1, -0.2, 2.0, 0.3])  # expert 0 wants the third token most
+    prompt[:, 0] = torch.tensor([0.1, -0.2, 2.0, 0.3])  # expert 0 prefers the third token
     right, wrong = prompt[2:3], prompt[2:3].clone()
     wrong[0, 0] = 1.5
 
     def seen(layer: Any, guess: Tensor) -> bool:
-        """Whether the stranger's token, behind the victim's, got an output."""
+        """Whether the attacker's token, after the victim's, got an output."""
         batch = torch.cat((prompt, guess, torch.zeros(3, H)))
         return bool(layer(batch.view(2, 4, H))[1, 0].any())
 
@@ -269,8 +269,8 @@ def test_stealing_user_prompts_by_ties_needs_a_shared_batch(isa: str) -> None:
     higher[0, 0] = 2.5
     assert [seen(layer, guess) for guess in (wrong, right, higher)] == [False, False, True]
     first = torch.cat((right, torch.zeros(3, H), prompt)).view(2, 4, H)
-    assert layer(first)[0, 0].any()  # in front of the victim's, an equal token wins
-    assert not layer(first)[1, 2].any()  # and the victim's is dropped: so the guess was right
+    assert layer(first)[0, 0].any()  # before the victim's, an equal token wins
+    assert not layer(first)[1, 2].any()  # and the victim's is dropped, so the guess was right
 
     safe = layer_of(presets.isolated_expert_choice(), score=lambda x, context: x[:, :E]).eval()
 
@@ -278,8 +278,8 @@ def test_stealing_user_prompts_by_ties_needs_a_shared_batch(isa: str) -> None:
         return safe(torch.cat((guess, torch.zeros(3, H), prompt)).view(2, 4, H))
 
     for guess in (wrong, higher):
-        assert torch.equal(batch(guess, prompt)[1], batch(right, prompt)[1])  # whatever the guess is
-    assert torch.equal(batch(right, prompt)[0], batch(right, torch.zeros(4, H))[0])  # and whatever the victim says
+        assert torch.equal(batch(guess, prompt)[1], batch(right, prompt)[1])  # for any guess
+    assert torch.equal(batch(right, prompt)[0], batch(right, torch.zeros(4, H))[0])  # and for any prompt of the victim
 
 
 def test_stealing_user_prompts_ties_follow_the_order_within_a_sequence() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Papers in which experts choose tokens, each against a float64 loop, and by what it promises."""
+"""Papers in which experts choose tokens, against float64 loops and by their claims."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def test_expert_choice_gradients() -> None:
 
 @pytest.mark.parametrize("cap", [1, 2, 3])
 def test_expert_choice_caps_the_experts_of_a_token_near_the_optimum(backend: str, cap: int) -> None:
-    """No token has more, no expert more than its k; the assignment loses few pairs where a cut loses many, and with
-    them has nearly the value of the best one by linear programming."""
+    """No token exceeds the cap and no expert its k. The assignment loses far fewer pairs than a cut, and its value is
+    near the optimum by linear programming."""
     optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
-    num_tokens, count = 64, 64 * cap // E  # as many places as tokens may have experts at most
+    num_tokens, count = 64, 64 * cap // E  # total capacity equals the maximum number of choices
     logits = torch.randn(num_tokens, E) + 2 * torch.randn(num_tokens, 1) * torch.randn(1, E)
     lost, value = {}, {}
     for iterations in (0, 100):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Compositions against plain float64 loops: outputs, and the gradients of the input and of every parameter."""
+"""Compositions against plain float64 loops: outputs, and gradients of the input and of every parameter."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_multi_head_moe_is_a_loop_over_pieces(backend: str) -> None:
 
 
 def test_multi_head_moe_keeps_pieces_of_a_sequence_together() -> None:
-    """Policies per sequence see the pieces of a whole sequence, and context of tokens is that of their pieces."""
+    """Policies per sequence see the pieces of a whole sequence, and the context of a token applies to its pieces."""
     select = ExpertChoice(1.0, scope="sequence")
     layer = MultiHeadMoE(moe(hidden_size=H // 4, num_experts=4, top_k=None, select=select), H, heads=4)
     seen = []
@@ -97,15 +97,15 @@ def test_multi_head_moe_with_one_head_is_the_layer() -> None:
 
 @pytest.mark.parametrize(("heads", "top_k"), [(2, 2), (4, 1), (4, 3)])
 def test_multi_head_moe_has_the_flops_of_the_layer_without_heads(heads: int, top_k: int) -> None:
-    """The projections' 4·H² operations a token are those of 2·H/(3·K) of the I columns of K gated experts: with so many
-    fewer, forward and training cost as much, counted product by product; and h times as many rows go to experts."""
+    """The projections' 4·H² operations per token equal those of 2·H/(3·K) of the I columns of K gated experts. Without
+    these columns, forward and training cost the same, counted product by product; experts get h times the rows."""
     hidden, width = 72, 60
     shrunk = width - 2 * hidden // (3 * top_k)
     plain = moe(hidden_size=hidden, intermediate_size=width, top_k=top_k)
     inner = moe(hidden_size=hidden // heads, intermediate_size=shrunk, top_k=top_k)
     layer = MultiHeadMoE(inner, hidden, heads)
     x = torch.randn(30, hidden, requires_grad=True)
-    wanted = 30 * (2 * hidden * 6 + top_k * 6 * hidden * width)  # the router, and three projections
+    wanted = 30 * (2 * hidden * 6 + top_k * 6 * hidden * width)  # router and three projections
     for module in (plain, layer):
         assert count_flops(lambda module=module: module(x)) == wanted
         assert count_flops(lambda module=module: module(x).sum().backward()) == 3 * wanted
@@ -189,8 +189,8 @@ def test_soft_moe_permutes_with_its_tokens_and_skips_padding() -> None:
 
 
 def test_soft_moe_weights_sum_to_one() -> None:
-    """Of equal tokens every slot is that token: its dispatch sums to 1. With equal experts every token then gets their
-    output: its combination sums to 1."""
+    """If tokens are equal, every slot is that token: its dispatch sums to 1. If experts are equal too, every token gets
+    their output: its combination sums to 1."""
     layer = SoftMoE(Experts(H, 12, 5), slots=3)
     with torch.no_grad():
         for parameter in layer.experts.parameters():
@@ -319,7 +319,7 @@ def test_adamoe_and_moe_plus_plus_are_a_loop(backend: str) -> None:
     experts = with_virtual(Experts(H, 12, 4), null=2, copy=2, constant=3)
     nn.init.normal_(experts.constants)
     ids = torch.stack([torch.randperm(11)[:5] for _ in range(30)]).int()
-    ids[7] = torch.tensor([4, 5, -1, -1, -1])  # nulls alone
+    ids[7] = torch.tensor([4, 5, -1, -1, -1])  # only nulls
     weights = torch.rand(30, 5)
 
     class Bound(nn.Module):
@@ -396,9 +396,9 @@ def test_meo_is_one_average_expert(backend: str, pooling: str) -> None:
 
 
 def test_meo_of_linear_experts_is_their_mixture() -> None:
-    """relu of a positive bias this large is the identity: the experts are affine."""
+    """relu with a large positive bias is the identity, so the experts are affine."""
     experts = Experts(H, 12, 4, activation="relu", gated=False, bias=True)
-    router = switchgear.Router(H, 4, 4)  # normalised: all four
+    router = switchgear.Router(H, 4, 4)  # normalised over all four
     nn.init.zeros_(experts.down_proj_bias)
     with torch.no_grad():
         experts.up_proj_bias.fill_(1e3)
@@ -420,8 +420,8 @@ def test_meo_of_one_expert_carries_the_weight_inside() -> None:
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_meo_costs_one_network_and_the_merge(top_k: int) -> None:
-    """Of B sequences of L tokens: one gated network of L tokens and K averaged experts' weights for each, and a router
-    that sees one row; the mixture costs K networks. So K = 4 is under half the price from L = 4 on, here 33 / 98."""
+    """For B sequences of L tokens: one gated network over L tokens and an average of K experts' weights each, and a
+    router that sees one row; the mixture costs K networks. K = 4 costs less than half from L = 4 on, here 33 / 98."""
     batch, length = 3, 32
     layer = MergedExperts(switchgear.Router(H, 6, top_k), Experts(H, 12, 6))
     x, weights = torch.randn(batch, length, H), 3 * H * 12
@@ -504,7 +504,7 @@ def test_monet_parameters_grow_with_the_root_of_the_experts() -> None:
 
 
 def test_monet_gates_are_softmaxes_of_what_exceeds_a_quantile() -> None:
-    """The threshold is one of logits normalised for each head; the softmax is of the logits themselves."""
+    """The threshold applies to logits normalised per head; the softmax is of the original logits."""
     router, x = MonetRouter(H, 16, 2, top_k=3).double(), torch.randn(40, H).double()
     first, second = router(x)
     threshold = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - 3 / 16)).double()
@@ -515,7 +515,7 @@ def test_monet_gates_are_softmaxes_of_what_exceeds_a_quantile() -> None:
             for t in range(40):
                 kept = normal[t] >= normal[t].max().clamp(max=threshold)
                 torch.testing.assert_close(gate[t, h], z[t].masked_fill(~kept, -torch.inf).softmax(-1))
-    for _ in range(200):  # evaluation normalises by what training saw
+    for _ in range(200):  # evaluation uses the statistics of training
         router(x)
     torch.testing.assert_close(router.eval()(x).first, first, rtol=1e-6, atol=1e-9)
 

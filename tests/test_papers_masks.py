@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Papers that let a token go to some experts only, each against a float64 loop, and by what it promises."""
+"""Papers that restrict a token to some experts, against float64 loops and by their claims."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def test_sam_sends_a_token_to_one_group() -> None:
 
 
 def test_sam_sends_a_token_to_one_other_rank_at_most() -> None:
-    """Groups are ranks: of the rows that an exchange sends, a token has one, where flat top-k has up to K."""
+    """Groups are ranks: an exchange sends one row per token, while flat top-k sends up to K."""
     placement = Placement.contiguous(12, 4)
-    logits = [torch.randn(50, 12) for _ in range(4)]  # of the tokens of each rank
+    logits = [torch.randn(50, 12) for _ in range(4)]  # for the tokens of each rank
 
     def remote(select: Any) -> int:
         ids = [select(z).topk_ids for z in logits]
@@ -114,7 +114,7 @@ def test_maskmoe_sends_a_rare_id_to_its_expert_in_every_batch() -> None:
 
 
 def test_maskmoe_hides_from_gradients_too() -> None:
-    """A hidden expert has probability 0 and gradient 0, whatever is done with the weights, the losses included."""
+    """A hidden expert has probability 0 and gradient 0, for any use of the weights, including the losses."""
     layer = layer_of(presets.maskmoe(COUNTS, frequent_from=50, rare_experts=3, top_k=2, balance=0.1))
     token_ids = torch.randint(len(COUNTS), (30,))
     hidden = ~layer.gate.select.mask.visible[token_ids]
@@ -151,7 +151,7 @@ def test_word_experts_are_a_table(backend: str) -> None:
 
 
 def test_word_experts_by_the_ten_thousands() -> None:
-    """Many more experts than tokens: the plan has a slot for each token, and experts without one no gradient."""
+    """Many more experts than tokens: the plan has a slot per token, and unused experts get no gradient."""
     layer = switchgear.MoE(8, 1, 32_768, **presets.word_experts(vocabulary_size=100), return_routing=True)
     token_ids, x = torch.randint(100, (64,)), torch.randn(64, 8)
     y, routing = layer(x, token_ids=token_ids)
@@ -166,7 +166,7 @@ def test_word_experts_by_the_ten_thousands() -> None:
 
 
 def pages_touched(call: Any) -> int:
-    """Pages of memory that the call touches for the first time."""
+    """Memory pages that the call touches for the first time."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     call()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
@@ -174,8 +174,8 @@ def pages_touched(call: Any) -> int:
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs mmap of memory without reservation")
 def test_word_experts_cost_their_tokens_and_not_their_number(isa: str) -> None:
-    """O(T): 32 tokens read the weights of 32 experts, whether there are 1024 or 32,768 of them, in memory of which each
-    page that is read is one that was never touched before. All experts would be thirty-two times as many."""
+    """O(T): 32 tokens read the weights of 32 experts, out of 1024 or 32,768. The memory was never touched before, so
+    each page that is read counts. All experts would be thirty-two times as many."""
     tokens, width, page = 32, 32, mmap.PAGESIZE
     x, pages = torch.randn(tokens, 64), {}
     of_an_expert = 2 + math.ceil(2 * width * 64 * 4 / page) + math.ceil(64 * width * 4 / page)
@@ -192,6 +192,6 @@ def test_word_experts_cost_their_tokens_and_not_their_number(isa: str) -> None:
             routing = layer.gate(x, Context(token_ids=torch.arange(tokens)))
             assert routing.router_logits.untyped_storage().nbytes() < 100  # no [T,E]
             pages[num_experts] = pages_touched(lambda layer=layer: layer(x, token_ids=torch.arange(tokens)))
-    offsets = math.ceil(32_769 * 4 / page)  # the plan has one for each expert, and its counters are as many
+    offsets = math.ceil(32_769 * 4 / page)  # the plan has one per expert, and as many counters
     assert pages[32_768] < tokens * of_an_expert + 16 * offsets
     assert pages[32_768] < 32_768 * of_an_expert / 32

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Papers about the router's logits, each against a float64 loop of its formula, and by what it promises."""
+"""Papers about the router's logits, against float64 loops of their formulas and by their claims."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from switchgear.routing.context import NOTHING_KNOWN
 
 
 def top_k_loop(layer: Any, x: Tensor, logits: Tensor, top_k: int, scores: Tensor | None = None) -> Tensor:
-    """The mixture of the top_k best logits, weighed by scores (their softmax)."""
+    """The mixture of the experts with the top_k largest logits, weighted by scores (default: their softmax)."""
     scores = logits.softmax(-1) if scores is None else scores
     ids = [best(row, top_k) for row in logits]
     weights = [scores[t, choice] for t, choice in enumerate(ids)]
@@ -225,7 +225,7 @@ def test_locmoe_capacity_bound() -> None:
 
 
 def test_locmoe_keeps_more_tokens_at_home_the_larger_mu() -> None:
-    """The gate has no parameters, so that the loss moves what comes before it."""
+    """The gate has no parameters, so the loss changes what comes before it."""
 
     def share_away(mu: float) -> float:
         torch.manual_seed(0)
@@ -247,7 +247,7 @@ def test_locmoe_keeps_more_tokens_at_home_the_larger_mu() -> None:
 
 
 def silent_share(weight: Tensor, row: Tensor) -> Tensor:
-    """Φ(-mu/sigma) of an expert's weight [I,H] and a token."""
+    """Φ(-mu/sigma) for an expert's weight [I,H] and a token."""
     mean = weight.sum(0) / len(weight)
     mu = row @ mean
     variance = row.square() @ ((weight - mean).square().sum(0) / len(weight))
@@ -266,7 +266,7 @@ def test_moe_x_is_a_loop_over_predictions(backend: str) -> None:
 
 def test_moe_x_predicts_how_many_neurons_are_active() -> None:
     layer = switchgear.MoE(32, 256, 16, **presets.moe_x())
-    with torch.no_grad():  # Gaussian weights, experts of different means
+    with torch.no_grad():  # Gaussian weights, experts with different means
         layer.experts.up_proj.normal_().add_(torch.randn(16, 1, 32) * 0.5)
     x = torch.randn(40, 32)
     predicted = 1 - layer.gate.score(x, NOTHING_KNOWN)
@@ -315,7 +315,7 @@ def test_autonomy_of_experts_has_as_many_parameters() -> None:
 
     options = presets.autonomy_of_experts()
     matched = presets.build(96, 48, 4, **options)
-    assert size(matched) == 4 * 3 * 96 * 48  # those of gated experts, and no router
+    assert size(matched) == 4 * 3 * 96 * 48  # those of gated experts, without a router
     assert not [name for name, _ in matched.named_parameters() if name.startswith("gate.") and "down" not in name]
 
 
@@ -377,7 +377,7 @@ def test_task_level_moe_sends_a_task_one_way() -> None:
         ids = layer(x, embedding=torch.zeros(4, 6))[1].topk_ids.view(4, 30)
         assert (ids == ids[:, :1]).all()
         seen.update(ids[:, 0].tolist())
-    assert len(seen) == E  # drawn in training
+    assert len(seen) == E  # all are drawn in training
     with pytest.raises(ValueError, match="embedding"):
         layer(x)
     with pytest.raises(ValueError, match="embedding"):
@@ -439,7 +439,7 @@ def test_sums_priors_and_scores_of_sequences() -> None:
     ids = Context(sequence_ids=torch.tensor([7, -2, 7, 7, -2, -2]))
     mean = torch.stack([x[ids.sequence_ids == s].mean(0) for s in (7, -2, 7, 7, -2, -2)])
     torch.testing.assert_close(PerSequence(linear)(x, ids), linear(mean, ids))
-    router = switchgear.Router(H, E, 2, score=PerSequence(linear))  # without a selection: the lengths are those of x
+    router = switchgear.Router(H, E, 2, score=PerSequence(linear))  # without a selection: the length comes from x
     assert (
         router(x.view(2, 3, H)).topk_ids.view(2, 3, 2) == router(x.view(2, 3, H)).topk_ids.view(2, 3, 2)[:, :1]
     ).all()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Papers about which experts a token gets, each against a float64 loop, and by what it promises."""
+"""Papers about which experts a token gets, against float64 loops and by their claims."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_dynamic_top_p_between_one_expert_and_all(backend: str) -> None:
     best_first = torch.sort(logits.softmax(-1), dim=-1, descending=True, stable=True)
     for p in (0.2, 0.4, 0.8):
         routing = TopP(p)(logits)
-        before = best_first.values.cumsum(-1) < p  # an expert follows as long as those ahead have less than p
+        before = best_first.values.cumsum(-1) < p  # an expert is added while the better ones sum to less than p
         wanted = torch.cat((torch.ones(300, 1, dtype=torch.bool), before[:, :-1]), 1)[:, : routing.topk_ids.shape[1]]
         assert torch.equal(routing.topk_ids >= 0, wanted)
         assert torch.equal(routing.topk_ids[wanted].long(), best_first.indices[:, : wanted.shape[1]][wanted])
@@ -218,7 +218,7 @@ def test_grin_in_evaluation_is_the_router_of_phimoe(backend: str) -> None:
 
 
 def masked_softmax(row: Tensor, taken: list[int], jitter: float) -> Tensor:
-    """Softmax over the experts near the best one that is not taken."""
+    """Softmax over the experts that are close to the best one not taken."""
     values = row.detach().tolist()
     top = max(z for e, z in enumerate(values) if e not in taken)
     out = [e in taken or (z != top and (top - z) / max(abs(z), top) > 2 * jitter) for e, z in enumerate(values)]
@@ -257,7 +257,7 @@ def test_grin_draws_from_the_masked_softmax() -> None:
     p = masked_softmax(logits[0], [], 0.02)
     torch.testing.assert_close(shares, p, atol=0.01, rtol=0)
     factor = routing.topk_weights / p[routing.topk_ids.long()]
-    others = factor[routing.topk_ids != 1]  # the best one is always at its full weight
+    others = factor[routing.topk_ids != 1]  # the best one always has its full weight
     assert (factor[routing.topk_ids == 1] == 1).all()
     assert (others < 0.5).float().mean().item() == pytest.approx(0.75, abs=0.02)
     generator.manual_seed(5)
@@ -300,7 +300,7 @@ def test_grin_layer_trains_through_the_estimate() -> None:
 
 
 def test_grin_in_training_is_a_loop_of_what_it_drew(backend: str) -> None:
-    """The estimate's value is factor · p, and its gradient that of p, for the experts and factors that were drawn."""
+    """The estimate's value is factor · p and its gradient that of p, for the drawn experts and factors."""
     layer = layer_of(presets.grin(jitter=0.5, balance=0.1), return_routing=True)
     generator = torch.Generator()
     layer.register_forward_pre_hook(lambda module, args: generator.manual_seed(4) and None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""permute and combine, which are each other's transpose."""
+"""permute and combine, which are transposes of each other."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_gradcheck(case: Case) -> None:
 
 @given(st.integers(0, 20), st.integers(1, 4), st.integers(1, 40))
 def test_combine_undoes_permute(backend: str, num_tokens: int, top_k: int, hidden_size: int) -> None:
-    """With one choice per token exactly; with K equal ones, K times x, for small integers exactly too."""
+    """Exactly with one choice per token; with K equal ones, K times x, exact for small integers."""
     topk_ids = torch.randint(0, 5, (num_tokens, top_k), dtype=torch.int32)
     plan = switchgear.plan(topk_ids, 5)
     x = torch.randint(-50, 50, (num_tokens, hidden_size)).float()
@@ -85,7 +85,7 @@ def test_combine_undoes_permute(backend: str, num_tokens: int, top_k: int, hidde
 
 
 def test_tail_rows_do_not_matter(backend: str) -> None:
-    """combine never reads the rows past expert_offsets[E], whatever they hold; nor weights of empty choices."""
+    """combine reads neither rows past expert_offsets[E] nor weights of empty choices."""
     plan, _, permuted_y, weights = draw(Case("tail", 11, 3, 4, 9, 4, "holes"), torch.float32)
     wanted = switchgear.combine(permuted_y, plan, weights)
     permuted_y[int(plan.expert_offsets[-1]) :] = torch.nan

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The ops that routing policies are made of: against their definitions in a few lines of Python, and the same bits on
-every backend, whatever the values hold."""
+"""The ops of routing policies: against their definitions in a few lines of Python, and with the same bits on every
+backend, for any values."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def on_reference(op: str, *args: Any) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("order", SEQUENCES)
 def test_column_topk(backend: str, kind: str, order: str) -> None:
-    """Each column's best tokens of each sequence: value descending, token ascending."""
+    """Each column's best tokens in each sequence: value descending, token ascending."""
     for (num_tokens, num_experts), dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16)):
         values = logits_of(kind, num_tokens, num_experts).to(dtype)
         sequence_ids, count = sequences(order, num_tokens)
@@ -67,7 +67,7 @@ def test_column_topk(backend: str, kind: str, order: str) -> None:
 
 
 def test_column_topk_of_long_columns(backend: str) -> None:
-    """Thousands of tokens: histograms with many values in a bin, and ties across it."""
+    """Thousands of tokens: histograms with many values per bin, and ties across it."""
     values = torch.randn(3000, 20).softmax(-1)
     values[::3] = values[1::3]
     for scale in (1.0, 1e-3):
@@ -97,7 +97,7 @@ DYNAMIC: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("options", DYNAMIC, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
 @pytest.mark.parametrize("biased", [False, True])
 def test_route_dynamic(backend: str, kind: str, options: dict[str, Any], biased: bool) -> None:
-    """The best experts one after the other, until the mass is reached; and the bits of the reference."""
+    """The best experts one after another until the mass is reached; same bits as the reference."""
     for num_experts in (8, 17, 64):
         logits = logits_of(kind, 30, num_experts)
         bias = logits_of("normal", 1, num_experts)[0] if biased else None
@@ -125,7 +125,7 @@ def test_route_dynamic(backend: str, kind: str, options: dict[str, Any], biased:
 
 
 def test_route_dynamic_gradients(backend: str) -> None:
-    """Of the same choice, those of a softmax or sigmoid that autograd differentiates in float64."""
+    """For the same choice, those of a softmax or sigmoid that autograd differentiates in float64."""
     for options in DYNAMIC:
         logits = torch.randn(20, 16, requires_grad=True)
         routing = route_dynamic(logits, **options)
@@ -152,7 +152,7 @@ def test_route_dynamic_gradcheck() -> None:
 def fitted(
     ids: list[list[int]], priorities: Any, scores: Any, owner: list[int], limits: list[int], drop: str, rounds: int
 ) -> list[list[int]]:
-    """The definition, one offer after the other."""
+    """The definition, one offer at a time."""
     num_tokens, top_k = len(ids), len(ids[0])
     precedence = {
         "order": lambda t, k: (t, k),
@@ -206,7 +206,7 @@ def test_fit_capacity(backend: str, drop: str, order: str, reroute: bool, kind: 
         )  # fmt: skip
         assert kept.tolist() == wanted
         for row in wanted:
-            assert len({e for e in row if e >= 0}) == sum(e >= 0 for e in row)  # no token twice on one expert
+            assert len({e for e in row if e >= 0}) == sum(e >= 0 for e in row)  # a token is on an expert at most once
 
 
 def test_fit_capacity_keeps_duplicates_apart(backend: str) -> None:
@@ -223,7 +223,7 @@ def test_fit_capacity_keeps_duplicates_apart(backend: str) -> None:
 @pytest.mark.parametrize("order", SEQUENCES)
 @pytest.mark.parametrize("eps", [-1.0, 1e-3])
 def test_assign_balanced_is_balanced(backend: str, kind: str, order: str, eps: float) -> None:
-    most = 15 if backend == "simt" else 200  # some kinds go on to the last iteration
+    most = 15 if backend == "simt" else 200  # some kinds need all iterations
     for (num_tokens, num_experts), iterations in itertools.product(SHAPES, (0, 1, 5, most)):
         values = logits_of(kind, num_tokens, num_experts)
         sequence_ids, count = sequences(order, num_tokens)
@@ -238,7 +238,7 @@ def test_assign_balanced_is_balanced(backend: str, kind: str, order: str, eps: f
 
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(64, 8), (96, 12), (130, 16), (512, 16)])
 def test_assign_balanced_is_near_the_best(backend: str, num_tokens: int, num_experts: int) -> None:
-    """Within T·eps of the optimum of scipy, once the auction has ended."""
+    """Within T·eps of scipy's optimum, if the auction has ended."""
     optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
     values = torch.randn(num_tokens, num_experts)
     expert = ops.assign_balanced(values, None, 1, 1e-2, 100_000).long()
@@ -260,8 +260,8 @@ def capped_limits(sequence_ids: Tensor | None, count: int, num_tokens: int, num_
 @pytest.mark.parametrize("order", SEQUENCES)
 @pytest.mark.parametrize("entropy", [1.0, 1e-2, 1e-3])
 def test_assign_capped_against_float64(backend: str, order: str, entropy: float) -> None:
-    """A round subtracts the charges of experts and of tokens from numbers of about 1 / entropy, and finds either anew:
-    four roundings to float32. A price moves by no more than the values that it is made of do, so they only add up."""
+    """A round subtracts the charges of experts and tokens from numbers of about 1 / entropy, and recomputes both: four
+    roundings to float32. A price moves no more than the values it is computed from, so errors only add up."""
     rounds = 10
     for (num_tokens, num_experts), cap in itertools.product((*SHAPES, (700, 16)), (1, 3, 6)):
         values = (torch.randn(num_tokens, num_experts) * 2).softmax(-1)
@@ -276,7 +276,7 @@ def test_assign_capped_against_float64(backend: str, order: str, entropy: float)
 
 
 def test_assign_capped_fills_experts(backend: str) -> None:
-    """The last prices are those of experts: each has its limit, to the precision of exp of a float32 near 1 / λ."""
+    """The last update is that of experts, so each has its limit, up to the precision of exp of a float32 near 1 / λ."""
     values, limits = (torch.randn(600, 20) * 2).softmax(-1), torch.tensor([90], dtype=torch.int32)
     assignment = ops.assign_capped(values, None, limits, 4, 1e-3, 30)
     columns = assignment.double().exp().clamp(max=1).sum(0)
@@ -287,7 +287,7 @@ def test_assign_capped_fills_experts(backend: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("order", SEQUENCES)
 def test_assign_capped_of_any_values(backend: str, kind: str, order: str) -> None:
-    """Numbers for numbers of any bits, and alike for tokens alike."""
+    """Numbers for any bits, and equal results for equal tokens."""
     for num_tokens, num_experts in SHAPES:
         values = logits_of(kind, num_tokens, num_experts)
         sequence_ids, count = sequences(order, num_tokens)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Every preset: its example runs and trains, its layers share nothing, and the page of presets is current."""
+"""Every preset: its example runs and trains, its layers share nothing, and the page of presets is up to date."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from switchgear.routing import Router
 ENTRIES = entries()
 each = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 
-# Options of MoE alone; the presets without them are those of a Router too.
+# Options of MoE only; presets without them also work for a Router.
 OF_EXPERTS = {"layer", "num_shared_experts", "widths", "null_experts", "activation", "gated", "return_routing",
               "float32_router", "router_bias", "limit", "bias", "interleaved", "transposed"}  # fmt: skip
 
 
 class Recorder:
-    """Stands for MoE and build in an example: keeps the layer that is built, and calls it with what the example has."""
+    """Replaces MoE and build in an example: records the layer that is built, and calls it with the example's inputs."""
 
     def __init__(self, **common: Any) -> None:
         self.common, self.layers = common, []
@@ -47,7 +47,7 @@ class Presets:
 
 
 def run(entry: Entry, layer: nn.Module | None = None, **common: Any) -> Any:
-    """Output and layer of the entry's example, which is built unless a layer is given."""
+    """Output and layer of the entry's example; builds the layer unless it is given."""
     record = Recorder(**common) if layer is None else (lambda *sizes, **options: layer)
     generator, dtype = torch.Generator().manual_seed(1), common.get("dtype", torch.float32)
     names = {
@@ -76,7 +76,7 @@ def test_names_are_sorted_and_complete() -> None:
     assert len({entry.arxiv for entry in ENTRIES}) == len(ENTRIES)
 
 
-# Papers whose router, balance, capacity or layer is a preset of its own.
+# Papers whose router, balance, capacity or layer is a preset.
 PAPERS = """
     2101.03961 2202.09368 2401.06066 2408.15664 2501.11873 2103.16716 2403.07652 2406.13233 2408.10681 2204.09179
     2310.10837 2409.12136 2406.06563 2401.13920 2110.07431 2407.09816 2311.10768 2110.04260 2406.12375 2207.09094
@@ -126,7 +126,7 @@ def test_presets_of_routing_are_those_of_a_router(entry: Entry) -> None:
 
 @each
 def test_round_trip_copy_and_evaluation(entry: Entry) -> None:
-    """State dicts and deep copies give the same outputs; evaluation draws nothing, but for random experts."""
+    """State dicts and deep copies give the same outputs; evaluation is deterministic, except for random experts."""
     _, layer = run(entry)
     _, other = run(entry)
     layer.eval()
@@ -158,7 +158,7 @@ def test_bfloat16_and_autocast(entry: Entry) -> None:
 
 @each
 def test_meta_device(entry: Entry) -> None:
-    """Layers are made without memory; reset_parameters and a state dict fill them."""
+    """Layers are created without memory; reset_parameters and a state dict fill them."""
     options = options_of(entry)
     sizes = {"hmoe": (64, 32, 8), "moec": (64, 32, 64), "monet": (64, 8, 64**2)}.get(entry.name, (64, 32, 32))
     layer, real = presets.build(*sizes, **options, device="meta"), presets.build(*sizes, **options)
@@ -199,13 +199,13 @@ def test_bad_arguments_are_named() -> None:
 
 
 def short(entry: Entry) -> Entry:
-    """With few iterations of the auction, which a graph holds one by one."""
+    """Limits the auction's iterations, since a graph contains each of them."""
     return entry._replace(example=entry.example.replace("base_layer()", "base_layer(max_iterations=3)"))
 
 
 @each
 def test_compiles_without_a_break(entry: Entry) -> None:
-    """One graph, also of policies that draw, and the results of eager mode."""
+    """One graph, also for policies that draw, with the results of eager mode."""
     torch.compiler.reset()
     _, layer = run(short(entry))
     torch.manual_seed(5)
@@ -218,8 +218,8 @@ def test_compiles_without_a_break(entry: Entry) -> None:
 
 @each
 def test_nothing_waits_for_the_device(entry: Entry) -> None:
-    """Tensors without values go through: no decision of the host depends on one. (With values, expert choice without a
-    cap reads back the largest number of experts of a token.)"""
+    """Meta tensors pass through: no decision on the host depends on a value. (With values, expert choice without a cap
+    reads back the largest number of experts of a token.)"""
     record = Recorder(device="meta")
     names = {
         "MoE": record, "presets": Presets(record), "torch": torch, "x": torch.empty(2, 12, 64, device="meta"),
@@ -234,7 +234,7 @@ def test_nothing_waits_for_the_device(entry: Entry) -> None:
 
 
 class Counting(TorchDispatchMode):
-    """How many ops there are."""
+    """Counts ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class Counting(TorchDispatchMode):
 
 @each
 def test_no_loop_over_experts(entry: Entry) -> None:
-    """Forward, backward and losses are as many ops for many experts as for a few."""
+    """The number of ops in forward, backward and losses does not depend on the number of experts."""
     sizes = {"monet": ((64, 8, 64**2), (64, 8, 128**2)), "hmoe": ((64, 32, 8), (64, 32, 8)),
              "moec": ((64, 32, 64), (64, 32, 128))}.get(entry.name, ((64, 32, 32), (64, 32, 64)))  # fmt: skip
     numbers = []
@@ -268,7 +268,7 @@ def test_no_loop_over_experts(entry: Entry) -> None:
 
 @each
 def test_training_reduces_the_loss(entry: Entry) -> None:
-    """Of a small regression, with the preset's own losses and controllers."""
+    """The loss of a small regression, with the preset's own losses and controllers."""
     torch.manual_seed(0)
     _, layer = run(entry)
     generator = torch.Generator().manual_seed(2)
@@ -291,7 +291,7 @@ def test_training_reduces_the_loss(entry: Entry) -> None:
     "name", ["switch", "skywork", "loss_free", "expert_choice", "grin", "hmoe", "adamoe", "openmoe"]
 )
 def test_activation_checkpointing_gives_the_same_gradients(name: str) -> None:
-    """Also those of the balance losses, which leave the checkpoint as attributes of the layer."""
+    """Also for the balance losses, which leave the checkpoint as attributes of the layer."""
     (entry,) = (entry for entry in ENTRIES if entry.name == name)
     _, layer = run(entry)
     x = torch.randn(2, 12, 64)

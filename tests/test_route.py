@@ -53,7 +53,7 @@ KINDS = ("normal", "wide", "ties", "equal", "non_finite", "only_special")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_bits_on_every_backend(backend: str, kind: str, dtype: torch.dtype) -> None:
-    """Ids and weights are those of the reference, bit for bit, whatever the logits hold."""
+    """Ids and weights are those of the reference bit for bit, for any logits."""
     for (options, biased), (num_experts, top_k) in itertools.product(POLICIES, ((8, 2), (60, 6), (64, 8), (12, 6))):
         logits = logits_of(kind, 40, num_experts).to(dtype)
         bias = logits_of("non_finite" if kind == "only_special" else "normal", 1, num_experts)[0] if biased else None
@@ -68,7 +68,7 @@ def test_same_bits_on_every_backend(backend: str, kind: str, dtype: torch.dtype)
 
 
 def test_exponential() -> None:
-    """exp of the reference in float32: within an ulp of the truth, and exact where it must be."""
+    """exp of the reference in float32: within an ulp of the true value, and exact where it must be."""
     x = torch.cat((torch.linspace(-87.3, 88.7, 200_001), torch.randn(100_000)))
     relative = (reference.exp(x).double() / torch.exp(x.double()) - 1).abs()
     assert float(relative.max()) < 2 * U32
@@ -88,7 +88,7 @@ def test_scores_against_float64(backend: str) -> None:
 
 
 def test_definitions() -> None:
-    """The policies as their papers and Hugging Face write them, on logits without ties."""
+    """The policies as their papers and Hugging Face define them, on logits without ties."""
     logits = torch.randn(30, 16, dtype=torch.float64)
     probabilities = logits.softmax(-1)
     values, ids = probabilities.topk(4)
@@ -115,7 +115,7 @@ def test_definitions() -> None:
 
 @given(st.data())
 def test_total_order(backend: str, data: st.DataObject) -> None:
-    """Value descending, then id ascending; NaN and -Inf behind every finite number, +Inf ahead."""
+    """Value descending, then id ascending; NaN and -Inf after every finite number, +Inf before."""
     num_experts = data.draw(st.integers(1, 12))
     top_k = data.draw(st.integers(1, num_experts))
     value = st.one_of(
@@ -130,8 +130,8 @@ def test_total_order(backend: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: "-".join(map(str, policy[0].values())) or "plain")
 def test_gradients(backend: str, policy: tuple[dict[str, Any], bool]) -> None:
-    """Float32 gradients against the float64 reference on the same choice. Everything but the scores is float64 in both,
-    so the error is that of a score (see above), times the terms that it goes into, and one rounding."""
+    """Float32 gradients against the float64 reference for the same choice. Everything but the scores is float64 in
+    both, so the error is that of a score (see above), times the terms it enters, and one rounding."""
     options, biased = policy
     logits = torch.randn(20, 16, requires_grad=True)
     bias = torch.randn(16) if biased else None

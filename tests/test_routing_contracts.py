@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What all selections, capacities and losses keep to, whatever the logits, the shape and the device."""
+"""Guarantees of all selections, capacities and losses, for any logits, shape and device."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_selections_are_total(name: str, values: str, training: bool) -> None:
 @pytest.mark.parametrize("limit", CAPACITIES)
 @selections
 def test_every_capacity_goes_with_every_selection(name: str, limit: str) -> None:
-    """An expert has at most its share, choices are dropped or move, and what is lost is counted."""
+    """An expert gets at most its share, choices are dropped or moved, and drops are counted."""
     router = Router(
         16, E, select=copy.deepcopy(SELECTIONS[name]), capacity=CAPACITIES[limit], balance=[routing.SwitchLoss()]
     )
@@ -213,11 +213,11 @@ def test_selections_and_capacities_are_copied_and_pickled(name: str) -> None:
 
 @selections
 def test_a_bias_changes_the_choice_and_gets_no_gradient(name: str) -> None:
-    """+100 for expert 5 puts it into every choice that scores make; weights are those of the scores."""
+    """+100 for expert 5 puts it into every choice by scores; the weights do not include the bias."""
     if name in ("dense", "gumbel", "gumbel_hard", "random", "lookup", "masked", "dropout", "cluster_dropout",
                 "sparse_mixer", "running_cap", "assignment", "assignment_of_sequences", "expert_choice",
                 "expert_choice_cap", "expert_choice_tokens", "sampled", "broadcast", "skip"):  # fmt: skip
-        return  # choices by other things than scores alone
+        return  # these do not choose by scores only
     logits, bias = torch.randn(T, E, requires_grad=True), torch.zeros(E).index_fill(0, torch.tensor([5]), 100.0)
     context = context_of(training=False)
     with_bias = SELECTIONS[name](logits, context, bias.requires_grad_())
@@ -228,7 +228,7 @@ def test_a_bias_changes_the_choice_and_gets_no_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("isolation", ["batch", "sequence"])
 def test_isolation_reaches_every_part(isolation: str) -> None:
-    """With it, no part of a policy sees another sequence; without it, at least one does."""
+    """With isolation, no part of a policy sees another sequence; without it, at least one does."""
     parts: dict[str, dict[str, Any]] = {
         "capacity": {"top_k": 2, "capacity": Capacity(0.5)},
         "reroute": {"top_k": 2, "capacity": Capacity(1.0, "score", "reroute")},
@@ -350,7 +350,7 @@ def a_score(x: Tensor, context: Context) -> Tensor:
 
 
 def test_pairs_become_rows() -> None:
-    """A token's experts in ascending order; those over the bound go, and so do pairs without a token."""
+    """A token's experts in ascending order; those above the limit are removed, and so are pairs without a token."""
     token, expert = torch.tensor([2, 0, 2, -1, 2, 0]), torch.tensor([5, 1, 0, 3, 3, 0])
     weight = torch.arange(6.0).requires_grad_()
     ids, weights = routing.from_pairs(token, expert, weight, 4, E)
@@ -365,7 +365,7 @@ def test_pairs_become_rows() -> None:
 
 
 def test_modules_inside_of_dataclasses_belong_to_the_router() -> None:
-    """Their buffers are saved and moved, their controllers called, and partials in fields are made."""
+    """Their buffers are saved and moved, their controllers called, and partials in fields are built."""
     visible = torch.ones(5, E).index_fill(1, torch.tensor([2]), 0.0)
     mask = partial(Masked, TopK(2), TokenIdMask(visible))
     select = Broadcast(partial(Masked, mask, partial(ClusterDropout, 2, 0.5, 1)), 99.0)

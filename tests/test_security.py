@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Two published attacks through tokens that compete for experts: they succeed where a batch shares a capacity or an
+"""Two published attacks through tokens that compete for experts. They succeed if a batch shares a capacity or an
 expert's choice, and fail against the defaults and against isolation="sequence", bit for bit."""
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ def layer(**options: Any) -> MoE:
 
 
 def victims_output(moe: MoE, attackers: Tensor, victim: Tensor) -> Tensor:
-    """What the victim gets in the last place of a batch [B,LENGTH,H]."""
+    """The victim's output, in the last position of a batch [B,LENGTH,H]."""
     with torch.no_grad():
         y: Tensor = moe(torch.cat((attackers, victim[None])))
     return y[-1]
 
 
 def overflow(moe: MoE) -> bool:
-    """The attack: sequences that go to the victim's experts and fill them first. Whether it changes what the victim
-    gets, against a batch of harmless neighbours."""
+    """The attack: sequences that use the victim's experts and fill them first. Whether it changes the victim's output,
+    compared with a batch of harmless neighbours."""
     victim, harmless = torch.randn(LENGTH, H), torch.randn(5, LENGTH, H)
     attackers = victim.expand(5, -1, -1)
     return not torch.equal(victims_output(moe, attackers, victim), victims_output(moe, harmless, victim))
@@ -47,7 +47,7 @@ def test_overflow_succeeds_where_a_batch_shares_the_capacity(drop: str, overflow
 
 
 def test_overflow_erases_the_victim() -> None:
-    """Enough attackers take every place of the victim's experts: all its choices are dropped, its output is zero."""
+    """Enough attackers fill the victim's experts: all its choices are dropped, and its output is zero."""
     victim = torch.randn(LENGTH, H)
     moe = layer(top_k=1, capacity=Capacity(0.5))
     assert not victims_output(moe, victim.expand(40, -1, -1), victim).any()
@@ -76,7 +76,7 @@ VOCABULARY = 24
 
 class Service:
     """A model that serves a batch of two sequences: the victim's, one secret token, and the attacker's. An expert takes
-    the one best token of the batch, or of a sequence. Embeddings are public."""
+    the single best token of the batch, or of a sequence. Embeddings are public."""
 
     def __init__(self, secret: int, **options: Any) -> None:
         torch.manual_seed(2)
@@ -85,7 +85,7 @@ class Service:
         self.secret = secret
 
     def __call__(self, probe: int, attacker_first: bool) -> Tensor:
-        """What the attacker gets for a probe [H], in one of the places of the batch."""
+        """The attacker's output for a probe [H], in either position of the batch."""
         tokens = [probe, self.secret] if attacker_first else [self.secret, probe]
         with torch.no_grad():
             y: Tensor = self.moe(self.embedding[torch.tensor(tokens)].view(2, 1, H))
@@ -93,9 +93,9 @@ class Service:
 
 
 def stolen(service: Service) -> list[int]:
-    """The attack: an expert's score for a guess equals its score for the secret only if the guess is right. Then the
-    tie goes to the first place in the batch, so that what the attacker gets depends on its own place. All guesses that
-    do."""
+    """The attack: an expert's score for a guess equals its score for the secret only if the guess is right. The tie
+    then goes to the first position in the batch, so the attacker's output depends on its position. Returns all such
+    guesses."""
     return [guess for guess in range(VOCABULARY) if not torch.equal(service(guess, True), service(guess, False))]
 
 
@@ -105,7 +105,7 @@ def test_ties_reveal_the_secret_where_a_batch_competes(secret: int) -> None:
 
 
 def test_ties_reveal_nothing_under_isolation() -> None:
-    """What the attacker gets has the same bits whatever the secret is, so no attack of any kind can find it."""
+    """The attacker's output has the same bits for every secret, so no attack can find it."""
     answers = {
         (probe, place): Service(0, scope="sequence")(probe, place) for probe in range(VOCABULARY) for place in (0, 1)
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""RoutingTrace counts what the routers did, and changes nothing."""
+"""RoutingTrace counts what the routers do, and changes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ E, H, K = 8, 16, 2
 
 
 class Model(nn.Module):
-    """Two layers of different numbers of experts above an embedding."""
+    """Two layers with different numbers of experts after an embedding."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def test_nothing_is_left_behind() -> None:
     model(batches()[0])
     assert trace.layers["first.gate"].num_calls == 1
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    with trace:  # again, on top
+    with trace:  # again, accumulating
         model(batches()[0])
     assert trace.layers["first.gate"].num_calls == 2
     trace.reset()

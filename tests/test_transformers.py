@@ -26,7 +26,7 @@ def experts_of(model: nn.Module) -> Any:
 
 
 def eager(module: Any, *args: Any) -> Any:
-    """What transformers' own loop over the experts gives."""
+    """The result of transformers' own loop over the experts."""
     return type(module).forward.__wrapped__(module, *args)
 
 
@@ -95,7 +95,7 @@ def test_sentinels_are_empty_slots(model_type: str) -> None:
     x, topk_ids, topk_weights = choices(module)
     topk_weights.requires_grad_()
     sentinels = torch.zeros_like(topk_ids, dtype=torch.bool)
-    sentinels[0] = sentinels[3:5, 1] = True  # one token has nothing but sentinels
+    sentinels[0] = sentinels[3:5, 1] = True  # one token has only sentinels
     y = module(x, topk_ids.masked_fill(sentinels, module.num_experts), topk_weights)
     (grad,) = torch.autograd.grad(y.square().sum(), topk_weights)
     want = eager(module, x, topk_ids, topk_weights.masked_fill(sentinels, 0))
@@ -124,8 +124,8 @@ def test_bfloat16(model_type: str, router_dtype: torch.dtype) -> None:
     y = module(x, topk_ids, topk_weights.to(router_dtype))
     want = eager(copy.deepcopy(module).double(), x.double(), topk_ids, topk_weights.double())
     assert y.dtype == torch.bfloat16
-    # Roundings on the way: h, the gate's value, each expert's output, a norm where there is one, and y. Each is half an
-    # ulp of its own, but an error in h reaches y through the gate's slope, about 1.
+    # Roundings: h, the gate's value, each expert's output, a norm if there is one, and y. Each is half an ulp, but an
+    # error in h reaches y through the gate's slope, about 1.
     assert relative(y, want) < 5 * BFLOAT16
 
 
@@ -157,7 +157,7 @@ def test_weights_are_not_copied(model_type: str, monkeypatch: pytest.MonkeyPatch
 
 
 class LowRank(nn.Module):
-    """W + B·A, as LoRA on stacked experts. Counts how often the weight is computed."""
+    """W + B·A, like LoRA on stacked experts. Counts how often the weight is computed."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ def test_peft_lora() -> None:
 
 
 class Quantised(Tensor):
-    """Stands for a tensor subclass of a quantisation library."""
+    """Stands in for a tensor subclass of a quantisation library."""
 
 
 def test_tensor_subclasses_keep_the_models_own_loop() -> None:
@@ -229,7 +229,7 @@ def test_tensor_subclasses_keep_the_models_own_loop() -> None:
     torch.testing.assert_close(y.as_subclass(Tensor), want)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        module(*arguments)  # said once
+        module(*arguments)  # the warning is issued only once
 
 
 # ---- the model around it ---------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_checkpointing_with_router_loss() -> None:
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
 def test_compile_without_a_graph_break(model_type: str) -> None:
-    """The model runs compiled before it ever ran eagerly, so its gate is recognised while tracing."""
+    """The model runs compiled before it ran eagerly, so its gate is recognised while tracing."""
     torch._dynamo.reset()
     model = build(model_type)
     want = model(**example_inputs(model)).logits
@@ -314,4 +314,4 @@ def test_meta_device() -> None:
         ids = torch.zeros(2, 12, dtype=torch.long)
     assert model(ids).logits.shape == (2, 12, 256)
     with torch.device("meta"):
-        assert len(accelerate(build("llama4_text"))) == 4  # nothing to try the swap on, so it is taken on trust
+        assert len(accelerate(build("llama4_text"))) == 4  # the swap cannot be tried on meta, so it is accepted

@@ -9,8 +9,8 @@ from switchgear.integrations.tiny_configs import MODEL_TYPES
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.undecorated import NOT_EXPERTS
 
-# max |got - want| / max |want| in float32. The sums have 32 to 64 terms and a few follow each other, so a handful of
-# ulps (1.2e-7) is what rounding explains; a wrong gate, order or weight is off by more than 1e-3.
+# max |got - want| / max |want| in float32. There are a few consecutive sums of 32 to 64 terms, so rounding explains a
+# few ulps (1.2e-7); a wrong gate, order or weight gives more than 1e-3.
 BOUND = 1e-5
 
 # With transformers' own loop, one ulp of noise in the embeddings moves the gradients of these by 1e-5 to 1e-2.

@@ -28,8 +28,8 @@ def tensor_parallel(path: Path) -> nn.Module:
 
 
 def expert_parallel(path: Path) -> nn.Module:
-    """Half of the experts each. Without gradients the ids of the other half arrive as sentinels, and the ranks' sums
-    are reduced; with gradients rows are exchanged, and a rank without any gets a dummy one."""
+    """Half of the experts each. Without gradients the ids of the other half are sentinels, and the ranks' sums are
+    reduced; with gradients rows are exchanged, and a rank without rows gets a dummy one."""
     return _load(path, parallel.DistributedConfig(tp_size=WORLD, ep_size=WORLD))
 
 
@@ -77,6 +77,6 @@ def _worker(rank: int, path: Path, wrap: Callable[[Path], nn.Module]) -> None:
 @pytest.mark.slow  # two imports of transformers each
 @pytest.mark.parametrize("wrap", [tensor_parallel, expert_parallel, fully_sharded])
 def test_two_processes_agree_with_one(wrap: Callable[[Path], nn.Module], tmp_path: Path) -> None:
-    """gpt_oss: its experts have biases, transposed weights and an interleaved gate."""
+    """gpt_oss has experts with biases, transposed weights and an interleaved gate."""
     build("gpt_oss").save_pretrained(tmp_path)
     mp.spawn(_worker, (tmp_path, wrap), nprocs=WORLD)

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The instructions of AMX that both kernels_amx.cpp use, with the numbers of tiles as template arguments.
+// The AMX instructions that both kernels_amx.cpp files use. Tile numbers are template arguments.
 //
-//   tile_configure(config)      gives the 8 tiles of this thread their shapes
-//   tile_release()              gives them back: without shapes they cost the system nothing at a switch of threads
+//   tile_configure(config)      sets the shapes of this thread's 8 tiles
+//   tile_release()              clears them, so that a context switch saves no tiles
 //   tile_zero<t>()
 //   tile_load<t>(p, stride)     rows from p on, `stride` bytes apart
 //   tile_store<t>(p, stride)
-//   tile_multiply<c, a, b>()    TDPBF16PS: c[m][n] += Σ_k a[m][k]·b[k][n], a word of a or b being two neighbours of k
-//   tile_multiply_bytes<…>()    TDPBSUD: the same of four neighbours, a int8, b uint8, c int32
+//   tile_multiply<c, a, b>()    TDPBF16PS: c[m][n] += Σ_k a[m][k]·b[k][n]; a word of a or b holds two consecutive k
+//   tile_multiply_bytes<…>()    TDPBSUD: the same with four consecutive k; a int8, b uint8, c int32
 //
-// Written as assembly: the compilers' intrinsics take numbers of tiles as they are spelled, and GCC's do not say that they touch
-// memory. With SWITCHGEAR_AMX_EMULATED the same functions are C++ (tests/cpp/amx_emulation.h).
+// They are inline assembly: the compilers' intrinsics accept only literal tile numbers, and GCC's do not declare that they
+// access memory. With SWITCHGEAR_AMX_EMULATED the same functions are C++ (tests/cpp/amx_emulation.h).
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A block of 2 x 2 tiles of sums, of products of bfloat16 (float) or of bytes (int32_t), and what is asked for meanwhile.
+// A block of 2 x 2 tiles of sums, of products of bfloat16 (float) or bytes (int32_t), and the prefetches issued meanwhile.
 #pragma once
 #include "amx.h"
 
@@ -7,26 +7,26 @@ namespace switchgear::cpu {
 namespace {
 
 constexpr int kTile = 16;           // rows and columns of a tile of sums
-constexpr int64_t kStepBytes = 64;  // of a row of an operand's tile: 32 bfloat16, 64 bytes
+constexpr int64_t kStepBytes = 64;  // per row of an operand's tile: 32 bfloat16 or 64 bytes
 constexpr int64_t kTileBytes = kTile * kStepBytes;
 constexpr int64_t kLine = 64;
 
 inline int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 inline int64_t tiles_of(int64_t n, int64_t in_a_tile) { return (n + in_a_tile - 1) / in_a_tile; }
 
-// ---- what comes next -----------------------------------------------------------------------------------------------------
+// ---- prefetches ----------------------------------------------------------------------------------------------------------
 
-// Rows of memory that are asked for, line by line, and then some elsewhere.
+// Rows of memory to prefetch line by line, followed by rows at another address.
 struct Ahead {
   const char* row = nullptr;
   int64_t rows = 0, stride = 0, width = 0;
   const char* last = nullptr;
   int64_t last_rows = 0, last_width = 0;
 
-  int64_t bursts() const {  // that are left
+  int64_t bursts() const {  // bursts left
     return rows * tiles_of(width, kBurst) + last_rows * tiles_of(last_width, kBurst) - at / kBurst;
   }
-  // From now on each of `count` calls of ask() asks for its share.
+  // Makes each of the next `count` calls of ask() prefetch its share.
   void spread_over(int64_t count) {
     pace = bursts();
     calls = count;
@@ -47,13 +47,13 @@ struct Ahead {
   }
 
   static constexpr int64_t kBurst = 4 * kLine;
-  int64_t at = 0;  // byte of the row
+  int64_t at = 0;  // byte within the row
   int64_t pace = 0, calls = 1, due = 0;
 };
 
 // ---- a block of sums -----------------------------------------------------------------------------------------------------
 
-// The tiles: sums of tile f of the first operand and s of the second, f and s in {0, 1}, in 2s + f; then one of each operand.
+// Tile 2s + f holds the sums of tile f of the first operand and tile s of the second, f and s in {0, 1}; then one of each.
 template <int kF, int kS>
 constexpr int kSums = 2 * kS + kF;
 constexpr int kFirst = 4, kSecond = 5;
@@ -67,7 +67,7 @@ inline TileConfig shapes(int64_t rows_of_first) {
   return config;
 }
 
-// body.operator()<f, s>() for each tile of sums
+// Calls body.operator()<f, s>() for each tile of sums.
 template <int kFirsts, int kSeconds, typename Body>
 inline void for_sums(Body&& body) {
   body.template operator()<0, 0>();
@@ -85,8 +85,8 @@ inline void multiply_tiles() {
   }
 }
 
-// sums[s][f] (+)= Σ over `steps` steps: rows of tile f of the first operand, k along memory, times tile s of the second, whose
-// rows are words of k, pairs or fours, of its columns. The next step of a tile of the second operand lies kTileBytes on.
+// sums[s][f] (+)= Σ over `steps` steps: tile f of the first operand, with rows along k, times tile s of the second, whose
+// rows hold words of k (pairs or fours) of its columns. The next step of a tile of the second operand is kTileBytes further.
 template <typename Sum>
 struct Block {
   const char* first[2];
@@ -96,20 +96,20 @@ struct Block {
   int64_t steps;
   Sum* sums[2][2];
   int64_t sum_stride;  // bytes
-  bool adds;           // to sums that are there
+  bool adds;           // to existing sums
 };
 
-// Asks for a part of what is ahead this often in a step: more than the 16 lines that a core may wait for would hold up the loads
-// of tiles.
+// Prefetches are spread over this many points of a step. More than the 16 lines that a core can have outstanding would stall
+// tile loads.
 constexpr int64_t kAsksPerStep = 4;
 
-// One tile of each operand is in a register at a time, so that a step of 2 x 2 names six and loads five. Two of each are eight and
-// four: 29 ns either way at best, from L1, but with another machine on the core 113 to 122 instead of 86 to 89, as if it had to
-// wait for a register to load into. (A step of 1 x 2 names four, two of them take 66 to 76 ns; but those load six tiles, which from
-// L2 takes longer.)
+// One tile of each operand is in a register at a time, so a step of 2 x 2 uses six registers and five loads. Two tiles of
+// each would use eight and four. Both take 29 ns at best, from L1. With another virtual machine on the core the latter takes
+// 113 to 122 ns, the former 86 to 89, as if loads waited for a free register. (A step of 1 x 2 uses four registers, and two
+// take 66 to 76 ns; but they load six tiles, which is slower from L2.)
 template <int kFirsts, int kSeconds, typename Sum>
 void add_tiles(const Block<Sum>& of_caller, Ahead& ahead_of_caller) {
-  const Block<Sum> block = of_caller;  // in registers, which loads of tiles do not clobber
+  const Block<Sum> block = of_caller;  // in registers, which tile loads do not clobber
   Ahead ahead = ahead_of_caller;
   for_sums<kFirsts, kSeconds>([&]<int kF, int kS>() {
     block.adds ? tile_load<kSums<kF, kS>>(block.sums[kS][kF], block.sum_stride) : tile_zero<kSums<kF, kS>>();

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dot_products by tiles: C[m,n] = Σ_k A[m,k]·B[n,k], up to kMaxRows rows and one panel of columns. Included by kernels_amx.cpp.
+// dot_products with tiles: C[m,n] = Σ_k A[m,k]·B[n,k], up to kMaxRows rows, one panel of columns. Included by kernels_amx.cpp.
 //
-// Rows of B along k are the first operand, read where they lie. Rows of A are the second one, which has pairs of k for rows: a
-// caller that multiplies the same rows with many panels gathers them into such tiles once (Product::gathered), otherwise they are
-// transposed chunk by chunk. So sums come out as Cᵀ, and are transposed at the end. B that runs along n, or is compact, is
-// unpacked into the scratch, chunk by chunk, and read there. The last columns of a panel share a tile with some before them; rows
-// of A that are not there and what the last 32 k lack are zeros.
+// Rows of B along k are the first operand, read in place. Rows of A are the second operand, whose tile rows hold pairs of k.
+// A caller that multiplies the same rows by many panels gathers them into such tiles once (Product::gathered); otherwise they
+// are transposed chunk by chunk. The sums are therefore Cᵀ and are transposed at the end. B that runs along n, or is compact,
+// is unpacked into the scratch chunk by chunk. The last columns of a panel may share a tile with earlier ones. Missing rows
+// of A and the missing part of the last 32 k are zeros.
 //
-// In panels (panels.h), of 64 rows, B is one stream of tiles: [pair of tiles of rows][step][tile of the pair][row][32 k].
+// Panels (panels.h) of 64 rows store B as one stream of tiles: [pair of tiles of rows][step][tile of the pair][row][32 k].
 #pragma once
 
 namespace switchgear::cpu {
@@ -44,8 +44,8 @@ class DotProduct {
 
  private:
   static constexpr int64_t kChunk = 2 * kChunkWords;  // k
-  static constexpr int64_t kCompactChunk = 512;  // so that what is unpacked, 64 KB, has not left for L3 when it is read
-  static constexpr int64_t kLead = 32 << 10;     // bytes
+  static constexpr int64_t kCompactChunk = 512;       // an unpacked chunk, 64 KB, is still in L2 when it is read
+  static constexpr int64_t kLead = 32 << 10;          // bytes
   static_assert(kChunk % kStep == 0 && kCompactChunk % kCompactRecord == 0);
 
   // The scratch: [unpacked B | tiles of A | sums of the last rows]
@@ -53,15 +53,15 @@ class DotProduct {
   static_assert(kMaxRows * kChunkWords + kTile * kPanel <= kScratchRow * kMaxRows);
 
   int64_t rows_of(int64_t group) const { return at_most(p_.num_rows - group * kTile, kTile); }
-  // Where tile `block` of columns starts. The last one ends with the columns, and so shares some with the one before.
+  // First column of tile `block`. The last tile ends with the last column, so it may overlap the one before.
   int64_t first_column(int64_t block) const { return at_most(block * kTile, p_.num_columns - columns_); }
-  // 16 rows of C hold the sums of these rows until they are finished; fewer do not, and have room of their own.
+  // 16 rows of C hold their own sums until they are finished; a group of fewer rows uses the scratch.
   float* sums_of(int64_t group) const {
     return rows_of(group) == kTile ? p_.c + group * kTile * kPanel : transposed() + kMaxRows * kChunkWords;
   }
 
-  // Two tiles of rows further on, and then those of the caller's next product; or of a B that is read chunk by chunk the one from
-  // k on. A panel that is read once is one stream, of which memory delivers most if what is asked for is not far ahead.
+  // Prefetches two tiles of rows further on, then the start of the caller's next product; for a B that is read chunk by
+  // chunk, the chunk from k on. A panel that is read once is one stream; bandwidth is best at a short prefetch distance.
   Ahead ahead_of(int64_t k) const {
     const Matrix& b = p_.b;
     const char* data = static_cast<const char*>(b.data);
@@ -88,7 +88,7 @@ class DotProduct {
       return {data + records, rows, b.n_stride, compact_records_bytes(count, b.dtype)};
     }
     if (b.format == Format::kPanels)
-      return {data + k / kStep * 2 * kTileBytes, 1, 0, rows * 2 * count};  // what a pair lacks comes with the next
+      return {data + k / kStep * 2 * kTileBytes, 1, 0, rows * 2 * count};  // partly the pair's next chunk
     if (b.k_stride != 1) return {};
     return {data + 2 * k, rows, 2 * b.n_stride, 2 * count};
   }
@@ -96,7 +96,7 @@ class DotProduct {
   void add_chunk(int64_t k, int64_t depth) const {
     const Matrix& b = p_.b;
     const int64_t steps = tiles_of(depth, kStep),
-                  whole = in_place_ ? depth / kStep : 0;  // of which B is read where it lies
+                  whole = in_place_ ? depth / kStep : 0;  // steps whose B is read in place
     Ahead ahead = ahead_of(k + depth);
     if (b.format == Format::kCompact) {
       unpack(k, depth, ahead);
@@ -144,8 +144,8 @@ class DotProduct {
     }
   }
 
-  // A chunk of compact rows into the scratch, which takes twice as long as multiplying it with few rows: asks for two thirds of
-  // what comes next.
+  // Unpacks a chunk of compact rows into the scratch. That takes 2× as long as multiplying it by few rows, so two thirds of
+  // the prefetches are issued here.
   void unpack(int64_t k, int64_t depth, Ahead& ahead) const {
     const int64_t bursts = ahead.bursts() * 2 / 3 / blocks_;
     for (int64_t n = 0; n < p_.num_columns; n += kTile) {
@@ -158,7 +158,7 @@ class DotProduct {
     }
   }
 
-  // Rows of C from the sums, whose tiles are Cᵀ. Where both are the same memory, no tile is written before it has been read.
+  // Writes rows of C from the sums, whose tiles are Cᵀ. If both share memory, a tile is written only after it has been read.
   void finish(int64_t group) const {
     const float* const sums = sums_of(group);
     float* const c = p_.c + group * kTile * kPanel;
@@ -174,7 +174,7 @@ class DotProduct {
   }
 
   const Product& p_;
-  const int64_t columns_, groups_, blocks_;  // of a tile; tiles of rows, tiles of columns
+  const int64_t columns_, groups_, blocks_;  // columns of a tile; tiles of rows; tiles of columns
   const bool in_place_;
   const int64_t chunk_;  // k
   float* const scratch_;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// multiply and gradient_panel by tiles: products whose inner index runs across the rows of B. Included by kernels_amx.cpp.
+// multiply and gradient_panel with tiles: products whose inner index runs across the rows of B. Included by kernels_amx.cpp.
 //
 //   multiply: C[m,n] = Σ_k A[m,k]·B[k,n]      gradient_panel: out[m,n] = Σ_s left[s][m]·right[s][n]
 //
-// The first operand is A, or `left` as transpose_left lays it, read where it lies: 16 rows that are as far from each other, of 32 k
-// each. What isn't so is copied once a product: rows from anywhere, the last 1 to 15 of them, a depth that is no multiple of 32.
-// The second operand is a panel of B or `right`, packed: two shuffles make 32 words of two rows.
+// The first operand is A, or `left` as transpose_left stores it. It is read in place if its 16 rows are equally spaced and
+// have 32 k each. Anything else is copied once per product: rows at other addresses, the last 1 to 15 rows, a depth that is
+// no multiple of 32. The second operand is a panel of B or `right`, packed: two shuffles make 32 words of two rows.
 #pragma once
 
 namespace switchgear::cpu {
@@ -24,9 +24,9 @@ class RowProduct {
   }
 
  private:
-  static constexpr int64_t kChunk = kChunkWords;                       // k
-  static constexpr int64_t kCopiedRow = 2 * kChunk + kLine;            // bytes: not a page apart
-  static constexpr int64_t kTilesBegin = kScratchRow * 4 * kMaxPanel;  // of the scratch, in bytes: behind packed rows
+  static constexpr int64_t kChunk = kChunkWords;             // k
+  static constexpr int64_t kCopiedRow = 2 * kChunk + kLine;  // bytes; rows a page apart would share sets of L1
+  static constexpr int64_t kTilesBegin = kScratchRow * 4 * kMaxPanel;  // bytes into the scratch, after the packed rows
   static constexpr int64_t kCopiesBegin = kTilesBegin + kPanel * kChunk * 2;
   static constexpr int64_t kSumsBegin = kCopiesBegin + kMaxRows * kCopiedRow;
   static_assert(kSumsBegin + kTile * kPanel * 4 <= kProductScratch && kChunk % kStep == 0);
@@ -34,7 +34,7 @@ class RowProduct {
   char* scratch(int64_t byte) const { return static_cast<char*>(p_.scratch) + byte; }
   int64_t rows_of(int64_t group) const { return at_most(p_.num_rows - group * kTile, kTile); }
 
-  // Four rows of tiles of the second operand, `steps` each.
+  // Packs four rows of tiles of the second operand, `steps` tiles each.
   void pack(float* tiles, int64_t k, int64_t depth, int64_t steps) const {
     const Matrix& b = p_.b;
     if (b.n_stride == 1) {
@@ -49,7 +49,7 @@ class RowProduct {
     }
   }
 
-  // Rows of A of a tile: where they lie, or copied.
+  // The rows of A of a tile, in place or copied.
   struct Rows {
     const char* data;
     int64_t stride;
@@ -76,7 +76,7 @@ class RowProduct {
     return {copies, kCopiedRow};
   }
 
-  // What the caller reads next, as many bytes as this product does.
+  // The prefetches for the caller's next product: as many bytes as this one reads.
   Ahead ahead() const {
     if (p_.next == nullptr || p_.b.n_stride != 1) return {};
     const int64_t width = p_.next_width > 0 ? p_.next_width : 2 * p_.num_columns;
@@ -142,9 +142,9 @@ void multiply(const Product& product) {
 
 // ---- out[m,n] = Σ_s left[s][m]·right[s][n] -------------------------------------------------------------------------------
 
-int64_t words_of(int64_t slots) { return tiles_of(slots, kStep) * kTile; }  // of a row of `left`, to whole tiles
+int64_t words_of(int64_t slots) { return tiles_of(slots, kStep) * kTile; }  // per row of `left`, padded to whole tiles
 
-// out[c] = column first_column + c of the rows, `words_of(num_rows)` words apart: pairs of slots, zeros behind the last.
+// out[c] = column first_column + c of the rows: pairs of slots, padded with zeros to `words_of(num_rows)` words.
 void transpose_left(float* out, const void* const* rows, int64_t num_rows, int64_t first_column, int64_t columns,
                     DType dtype) {
   if (dtype != DType::kBFloat16) {
@@ -178,7 +178,7 @@ void transpose_left(float* out, const void* const* rows, int64_t num_rows, int64
   }
 }
 
-// 32 sums of a row as bfloat16: those of tiles are never subnormal, which is what the processor's own rounding needs.
+// Stores 32 sums of a row as bfloat16. Tile sums are never subnormal, as the processor's own rounding requires.
 void leave(BFloat16* out, const float* sums, int64_t columns, bool past_caches) {
   const Floats low = load(sums), high = load(sums + kLanes);
   if (past_caches && columns >= 2 * kLanes) return stream_normals(out, low, high);
@@ -193,7 +193,7 @@ void gradient_panel(const GradientPanel& product) {
   constexpr int64_t kChunk = 2 * kChunkWords;  // slots
   const int64_t words = words_of(product.num_slots), slots = product.num_slots, rows = product.num_rows;
   const auto* const panel = reinterpret_cast<const char*>(product.packing);
-  alignas(kLine) float block_sums[4 * kTileFloats];  // of 32 x 32: what leaves, or waits in `carried`
+  alignas(kLine) float block_sums[4 * kTileFloats];  // 32 x 32 sums of a single chunk; see `carried`
   Ahead nothing;
   tile_configure(shapes(kTile));
   for (int64_t slot = 0; slot < slots; slot += kChunk) {
@@ -206,7 +206,7 @@ void gradient_panel(const GradientPanel& product) {
       const char* const left = reinterpret_cast<const char*>(product.left + m * words + slot / 2);
       for (int64_t n = 0; n < product.num_columns; n += 2 * kTile) {
         const int64_t j = n / kTile;
-        // Rows m … m + 31 of columns n … n + 31. Tiles of sums between chunks: four behind each other for each of these.
+        // Rows m … m + 31, columns n … n + 31. Between chunks the four tiles of sums of such a block are contiguous.
         const bool waits = slot > 0 || !is_last;
         float* const sums = waits ? product.carried + (m * kPanel + n * 2 * kTile) : block_sums;
         const int64_t stride = 2 * kTile;  // floats

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the products of kernels_amx.cpp share beside blocks of sums: rows of bfloat16 as tiles of the second operand.
+// Packing that the products of kernels_amx.cpp share: rows of bfloat16 become tiles of the second operand.
 #pragma once
 #include "amx_block.h"
 #include "kernels.h"
@@ -13,7 +13,7 @@ constexpr int64_t kStep = 32;  // k of a tile
 constexpr int64_t kTileFloats = kTileBytes / 4;
 static_assert(kPanel <= kMaxPanel && kMaxRows % kTile == 0 && kGatheredRows == kTile);
 
-// Step after step of up to 16 rows that run along k: pairs of k x rows. Zeros for rows and k that are not there.
+// Transposes up to 16 rows along k, step by step, into tiles of pairs of k x rows. Missing rows and k are zeros.
 inline void transpose_rows(float* tiles, const void* const* rows, int64_t num_rows, int64_t k_begin, int64_t depth) {
   for (int64_t k = 0; k < depth; k += kStep, tiles += kTileFloats) {
     const int64_t bytes = 2 * at_most(depth - k, kStep);
@@ -37,7 +37,7 @@ inline void transpose_rows(float* tiles, const void* const* rows, int64_t num_ro
   }
 }
 
-// The same for a panel of `columns` <= 64 columns that run along memory, row(k) being where those of k start: four rows of
+// The same for a panel of `columns` <= 64 columns that run along memory; row(k) is the address of row k. Writes four rows of
 // tiles, `steps` tiles each.
 template <typename Row>
 void pair_rows(float* tiles, int64_t steps, int64_t columns, int64_t depth, Row&& row) {

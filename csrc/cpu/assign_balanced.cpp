@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // assign_balanced: one expert for each token and equally many tokens for each expert, by an auction.
 //
-//   work about 3·E flop a bid, T·(1 to max_iterations) bids; bound by instructions
+//   work about 3·E flop per bid, T·(1 to max_iterations) bids; bound by instructions
 //
-// In each iteration every token without a place bids for the expert that is worth most to it: value - price, by as much as
-// the second best is worth less, plus eps. Then each expert that got bids keeps its best ones, and its price is the lowest of
-// them once it is full. Bids are made in parallel and taken in order, so threads change nothing. A shop is an expert of a
-// sequence. Every float operation is written out in its order: compiled with -ffp-contract=off.
+// In each iteration every unassigned token bids for the expert with the highest value - price. It offers the price, plus its
+// lead over the second best, plus eps. Each expert that got bids keeps the best ones; once it is full, its price is its
+// lowest bid. Bids are computed in parallel and resolved in order, so the result does not depend on threads. A shop is an
+// expert of one sequence. Float operations run in the written order: compiled with -ffp-contract=off.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -24,7 +24,7 @@ namespace {
 const float kHuge = static_cast<float>(std::sqrt(static_cast<double>(kFloatMax)));
 const float kNeverPaid = static_cast<float>(1e4 * std::sqrt(static_cast<double>(kFloatMax)));
 
-// What is known of the values of a sequence; NaN and infinities stand for a little more or less than the finite ones.
+// The range of the finite values of a sequence. +Inf is replaced by above(), -Inf and NaN by below().
 struct Bounds {
   float low = kHuge, high = -kHuge;
 
@@ -95,11 +95,11 @@ struct Auction {
     const auto at = std::find(worth.begin(), worth.end(), best) - worth.begin();
     worth[at] = -kFloatMax;
     const float second = num_experts > 1 ? max_of(worth.data(), num_experts) : best;
-    const float lead = std::min(best - second, most[sequence(token)]);  // no second may have a place
+    const float lead = std::min(best - second, most[sequence(token)]);  // the second may have no places
     return {.shop = first + at, .paid = (price[first + at] + lead) + step[sequence(token)]};
   }
 
-  // The tokens of `waiting` bid; those without a place afterwards are left in it.
+  // The tokens of `waiting` bid; those still unassigned stay in it.
   void iterate(std::vector<int32_t>& waiting) {
     std::vector<Bid> bids(waiting.size());
     parallel_for_ranges(num_threads, std::ssize(waiting), grain(), [&](int64_t begin, int64_t end, int) {
@@ -127,7 +127,7 @@ struct Auction {
     }
   }
 
-  // The tokens that are left get the places that are left, both in ascending order.
+  // Gives the remaining tokens the remaining places, both in ascending order.
   void finish(std::vector<int32_t>& waiting, int32_t* expert_ids) {
     for (int64_t shop = 0; shop < std::ssize(holders); ++shop) {
       const int64_t expert = shop % num_experts;
@@ -148,10 +148,10 @@ struct Auction {
   int64_t num_tokens, num_experts, num_sequences;
   const int32_t* sequence_ids;
   std::vector<float> values;                  // [T,E]
-  std::vector<float> step, most;              // [B]: eps, and the most that a bid may exceed the price by
+  std::vector<float> step, most;              // [B]: eps, and the upper bound of a lead
   std::vector<int64_t> places;                // [B·E]
   std::vector<float> price;                   // [B·E]
-  std::vector<std::vector<int64_t>> holders;  // [B·E]: keys of (what was paid, token)
+  std::vector<std::vector<int64_t>> holders;  // [B·E]: keys of (bid, token)
 };
 
 }  // namespace

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// assign_capped: what experts choose by where a token may have no more than `cap` of them.
+// assign_capped: the scores by which experts choose tokens if a token may have at most `cap` experts.
 //
-//   work 2·iterations + 1 prices of each of T·E values, 3 to 6 passes each, one exponential an element and pass; the values
-//   of a sequence twice in memory, mostly in L2; bound by instructions
+//   work 2·iterations + 1 charges over T·E values, 3 to 6 passes each, one exponential per element and pass; the values of a
+//   sequence are stored twice, mostly in L2; bound by instructions
 //
-//   log A = S/λ - charge_e - charge_t: the charges of experts make Σ_t min(1, A) = limits[b], then those of tokens, which are
-//   not negative, make Σ_e min(1, A) <= cap, `iterations` times in turn; and those of experts once more at the end
+//   log A = S/λ - charge_e - charge_t. Expert charges make Σ_t min(1, A) = limits[b]; token charges, which are not negative,
+//   make Σ_e min(1, A) <= cap. They alternate `iterations` times, and expert charges are computed once more at the end.
 //
-// A charge c of a row v is the solution of Σ min(1, exp(v - c)) = total. In exp(-c) this sum is concave and piecewise linear,
-// so Newton's method comes to the solution from one side and ends at it exactly, when no more values reach 1: with j of them
-// there, c = log Σ_others exp(v) - log(total - j). It starts at the charge of the round before. Exponentials are taken from
-// the largest of the others, so that values may lie any distance apart.
+// The charge c of a row v solves Σ min(1, exp(v - c)) = total. In exp(-c) this sum is concave and piecewise linear, so
+// Newton's method approaches the solution from one side. It ends there exactly once no more values reach 1: with j values at
+// 1, c = log Σ_others exp(v) - log(total - j). It starts at the charge of the round before. Exponentials are relative to the
+// largest of the others, so values may be any distance apart.
 //
-// Values are kept by token and by expert of a sequence, so that both kinds of rows are contiguous. Every row has a fixed order
-// of sums (rows.inl), so threads and ISAs change nothing: float32 for up to 512 values, float64 for the rest. What is not
-// finite, or too large for a difference, counts as ±1.8e19.
+// Values are stored by token and by expert of a sequence, so both kinds of rows are contiguous. Every row has a fixed order
+// of sums (rows.inl): float32 for up to 512 values, float64 for the rest. So threads and ISAs change nothing. Values that are
+// not finite, or too large for a difference, count as ±1.8e19.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -33,12 +33,12 @@ namespace switchgear::cpu {
 namespace {
 
 const float kHuge = static_cast<float>(std::sqrt(static_cast<double>(kFloatMax)));
-constexpr double kTiny = std::numeric_limits<float>::min();  // stands for a total of 0, which has no logarithm
+constexpr double kTiny = std::numeric_limits<float>::min();  // replaces a total of 0, which has no logarithm
 constexpr float kUnknown = std::numeric_limits<float>::infinity();
 constexpr int64_t kTransposed = 16;  // tokens and experts of a square
 
-// The lowest charge found in (low, high] that leaves fewer than `total` values at 1: at most 1 above those that do not, if
-// the range is not beyond the precision of float32. `low` leaves too many, or is below all values.
+// The lowest charge found in (low, high] that leaves fewer than `total` values at 1. It is at most 1 above a charge that does
+// not, unless the range exceeds the precision of float32. `low` leaves too many, or is below all values.
 float first_charge(const RowKernels& k, const float* values, int64_t n, double total, float low, float high) {
   while (high - low > 1.0f) {
     const float middle = low + (high - low) / 2;
@@ -48,7 +48,7 @@ float first_charge(const RowKernels& k, const float* values, int64_t n, double t
   return high;
 }
 
-// The charge c >= lowest of a row of n values, 0 < total <= n. `start` is near it, or kUnknown.
+// The charge c >= lowest of a row of n values, 0 < total <= n. `start` is an estimate, or kUnknown.
 float charge_of(const RowKernels& k, const float* values, int64_t n, double total, float lowest, float start) {
   float charge = start;
   Reaching at{};
@@ -66,8 +66,8 @@ float charge_of(const RowKernels& k, const float* values, int64_t n, double tota
   at = k.reaching(values, n, charge);
   for (float last = kUnknown;; last = charge) {
     charge = static_cast<float>(at.next + std::log(k.sum_of_powers(values, n, at.next)) - std::log(total - at.count));
-    // The first step may go up, all others go down: up only where rounding made `last` one of m equal values, with which
-    // `charge` has m times the error.
+    // The first step may go up, all others go down. Another step up means that rounding made `last` one of m equal values;
+    // then `charge` has m times the error.
     if (charge > last) return last;
     if (charge <= lowest) return lowest;
     const Reaching next = k.reaching(values, n, charge);
@@ -94,7 +94,7 @@ struct Assignment {
 
   int64_t grain() const { return grain_rows(num_experts); }
 
-  // S/λ, tokens in the order of their sequences.
+  // Reads S/λ, tokens in the order of their sequences.
   void read() {
     const Kernels& kernels = cpu::kernels();
     parallel_for_ranges(num_threads, num_tokens, grain(), [&](int64_t begin, int64_t end, int) {
@@ -141,7 +141,7 @@ struct Assignment {
     });
   }
 
-  // writes(token, its row without what experts charge)
+  // Calls body(token, its row minus the expert charges).
   template <typename Body>
   void for_each_token(Body&& body) {
     parallel_for_ranges(num_threads, num_tokens, grain(), [&](int64_t begin, int64_t end, int) {
@@ -184,7 +184,7 @@ void assign_capped(const AssignCappedArgs& args, Execution exec) {
   Assignment a(args, resolve_threads(exec.num_threads));
   a.read();
   a.transpose();
-  if (args.cap >= a.num_experts) {  // no token can have more
+  if (args.cap >= a.num_experts) {  // a token may have all experts
     std::fill(a.of_expert.begin(), a.of_expert.end(), 0.0f);
   } else {
     for (int64_t i = 0; i < args.iterations; ++i) {

@@ -28,14 +28,14 @@ namespace cpu {
 namespace {
 
 #if defined(SWITCHGEAR_HAVE_AVXVNNI)
-bool supports_avxvnni() {  // leaf 7.1, which __builtin_cpu_supports knows in recent compilers alone
+bool supports_avxvnni() {  // leaf 7.1, which only recent compilers' __builtin_cpu_supports knows
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
 }
 #endif
 
 #if defined(SWITCHGEAR_HAVE_AMX)
-// AMX-INT8, AMX-TILE and AMX-BF16 of leaf 7; and Linux, which saves the 8 KB of tiles for processes alone that have asked for them.
+// AMX-INT8, AMX-TILE and AMX-BF16 of leaf 7; and permission from Linux, which saves the 8 KB of tiles only on request.
 bool grants_tiles() {
 #if defined(SWITCHGEAR_AMX_EMULATED)
   return true;
@@ -49,7 +49,7 @@ bool grants_tiles() {
 }
 #endif
 
-// Whether the processor has what the flags of an ISA's file allow, and the operating system saves its registers.
+// Whether the processor has what the compiler flags of an ISA allow and the operating system saves its registers.
 #if defined(SWITCHGEAR_HAVE_AVX2)
 bool runs_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -68,7 +68,7 @@ bool runs_avx512() {
 bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512BF16)
-bool runs_avx512bf16() {  // with VBMI, which all processors with AVX512-BF16 have but Cooper Lake
+bool runs_avx512bf16() {  // with VBMI, which only Cooper Lake lacks among processors with AVX512-BF16
   return runs_avx512vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
 }
 #endif
@@ -141,7 +141,7 @@ const Isa& first_use() {
   const char* forced = std::getenv("SWITCHGEAR_CPU_ISA");
   const bool is_forced = forced != nullptr && *forced != '\0';
   const Isa* chosen = is_forced ? &find_isa(forced, "SWITCHGEAR_CPU_ISA") : &best_isa();
-  const Isa* expected = nullptr;  // set_cpu_isa on another thread may have been faster
+  const Isa* expected = nullptr;  // another thread may have called set_cpu_isa
   return active.compare_exchange_strong(expected, chosen) ? *chosen : *expected;
 }
 
@@ -183,7 +183,7 @@ PanelLayout panel_layout(DType dtype) {
 }
 
 const Backend& cpu_backend() {
-  cpu::kernels();  // a wrong SWITCHGEAR_CPU_ISA is an error before anything is written
+  cpu::kernels();  // rejects a wrong SWITCHGEAR_CPU_ISA before anything is written
   static constexpr Backend kBackend{.name = "cpu",
                                     .device = DeviceType::kCPU,
                                     .route = cpu::route,

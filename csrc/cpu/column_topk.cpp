@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // column_topk: each expert takes the best tokens of each sequence (expert choice).
 //
-//   work about 10·T·E instructions; traffic T·E·size + 4·T·E bytes for the result; bound by instructions
+//   work about 10·T·E instructions; traffic T·E·size bytes, and 4·T·E for the result; bound by instructions
 //
-// A task is a sequence and up to 16 columns, a cache line of float32. It transposes their keys (integers in the order of
-// the values) and finds for each column the key of the last token that is taken: a histogram of the upper 11 bits says in
-// which bin it lies, and the keys of that bin alone are ranked. Of the tokens with exactly this key the first ones are taken,
-// up to a last one. Then each token compares its row with what the columns of its sequence take, and lists its experts.
+// A task is one sequence and up to 16 columns, a cache line of float32. It transposes their keys (integers in the order of
+// the values) and finds the key of the last token that each column takes. A histogram of the upper 11 bits gives the bin of
+// that key, and only the keys in this bin are ranked. Of the tokens with exactly this key the first ones are taken. Then each
+// token compares its row with the cuts of its sequence and lists its experts.
 #include <algorithm>
 #include <array>
 #include <vector>
@@ -28,7 +28,7 @@ constexpr int kShift = 32 - kBinBits;
 
 uint32_t as_unsigned(int32_t key) { return static_cast<uint32_t>(key) ^ 0x80000000u; }
 
-// Takes a key above `key`, and this key itself up to the token `last`.
+// Takes keys above `key`, and tokens up to `last` with exactly this key.
 struct Cut {
   int32_t key = std::numeric_limits<int32_t>::max();  // no value has it: takes nothing
   int32_t last = -1;
@@ -39,7 +39,7 @@ Cut cut_after(const int32_t* keys, const int32_t* tokens, int64_t n, int64_t cou
   std::array<int32_t, 1 << kBinBits> histogram{};
   for (int64_t i = 0; i < n; ++i) ++histogram[as_unsigned(keys[i]) >> kShift];
   uint32_t bin = histogram.size() - 1;
-  int64_t rest = count;  // how many are taken out of this bin
+  int64_t rest = count;  // number taken from this bin
   while (rest > histogram[bin]) rest -= histogram[bin--];
 
   int64_t found = 0;

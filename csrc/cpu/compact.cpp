@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Between weights and compact rows: once when weights are packed, and when they are saved; so in plain C++.
+// Conversion between plain and compact rows. It runs only when weights are packed or saved, so it is plain C++.
 #include "compact.h"
 
 #include <array>
@@ -20,7 +20,7 @@ uint16_t upper_half(uint32_t bits) { return static_cast<uint16_t>(bits >> 16); }
 
 int exponent_of(uint16_t upper) { return upper >> 7 & 0xff; }
 
-// The exponents that most elements have, ascending; of two as frequent, the lower one.
+// The 16 most frequent exponents, ascending; of equally frequent ones, the lower.
 template <typename Bits>
 std::array<uint8_t, kCodes> frequent_exponents(const Bits* elements, int64_t count) {
   std::array<int64_t, 256> counts{};
@@ -36,7 +36,7 @@ std::array<uint8_t, kCodes> frequent_exponents(const Bits* elements, int64_t cou
 
 struct Codes {
   std::array<uint8_t, kCodes> exponents;
-  std::array<int8_t, 256> code;  // of an exponent, -1 for none
+  std::array<int8_t, 256> code;  // by exponent, -1 for none
 
   explicit Codes(const std::array<uint8_t, kCodes>& of) : exponents(of) {
     code.fill(-1);
@@ -44,19 +44,19 @@ struct Codes {
   }
 };
 
-// Elements as bits: uint16_t of bfloat16, uint32_t of float32.
+// Elements as bits: uint16_t for bfloat16, uint32_t for float32.
 template <typename Bits>
 constexpr bool kHasHalves = sizeof(Bits) == 4;
 template <typename Bits>
 constexpr DType kDType = kHasHalves<Bits> ? DType::kFloat32 : DType::kBFloat16;
 
-// Where a record has what is said of the upper half of element i.
+// Position in a record of the upper half of element i.
 template <typename Bits>
 int64_t place_of(int64_t i) {
   return kHasHalves<Bits> ? compact_place_of_halves(i) : i;
 }
 
-// Returns the number of exceptions, of which those that find room are written.
+// Returns the number of exceptions; writes as many as the header has space for.
 template <typename Bits>
 int64_t pack_row(uint8_t* out, int64_t header, const Bits* row, int64_t cols, const Codes& codes) {
   constexpr int64_t kRecordBytes = compact_record_bytes(kDType<Bits>);
@@ -137,7 +137,7 @@ void check_shapes(const TensorView& weight, const TensorView& compact) {
                    describe(compact));
 }
 
-// function(tag) with an element's bits
+// Calls function(tag); the tag's type holds the bits of an element.
 template <typename Function>
 auto with_bits(DType dtype, Function&& function) {
   return dtype == DType::kFloat32 ? function(uint32_t{}) : function(uint16_t{});
@@ -154,7 +154,7 @@ int64_t pack_compact(const TensorView& weight, const TensorView& compact, Execut
   check_shapes(weight, compact);
   const int64_t num_experts = weight.shape[0], rows = weight.shape[1], cols = weight.shape[2];
   const int64_t row_bytes = compact.shape[2], header = compact_header(row_bytes, cols, weight.dtype);
-  std::vector<int64_t> most(static_cast<size_t>(num_experts), 0);  // exceptions in a row, by expert
+  std::vector<int64_t> most(static_cast<size_t>(num_experts), 0);  // most exceptions in a row, by expert
   with_bits(weight.dtype, [&]<typename Bits>(Bits) {
     parallel_for_shares(resolve_threads(exec.num_threads), num_experts, [&](int64_t e, int) {
       const Bits* const matrix = weight.as<Bits>() + e * rows * cols;

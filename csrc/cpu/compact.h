@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// How rows of compact weights are read: the format of switchgear/compact.h.
+// Reading rows of compact weights, in the format of switchgear/compact.h.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace switchgear::cpu {
 
-// A row: its header, then its records. Bytes.
+// The bytes of a row: its header, then its records.
 struct CompactRow {
   const uint8_t* data;
   int64_t header;
@@ -18,20 +18,20 @@ struct CompactRow {
   const uint8_t* records() const { return data + header; }
 };
 
-// Bytes of the header where rows have `row_bytes` bytes and `cols` elements.
+// Bytes of the header of rows with `row_bytes` bytes and `cols` elements.
 inline int64_t compact_header(int64_t row_bytes, int64_t cols, DType dtype) {
   return row_bytes - compact_records_bytes(cols, dtype);
 }
 
-// Where a record of bfloat16 has the byte of element i, in each half of 64.
+// Position of the byte of element i in a record of bfloat16, within its half of 64.
 inline int64_t compact_place(int64_t i) { return i % 32 / 8 * 16 + i / 32 % 2 * 8 + i % 8; }
 
-// Where a record of float32 has the halves of element i: interleaving lower and upper ones within 16-byte lanes leaves elements
-// in order, 16 at a time.
+// Position of the halves of element i in a record of float32: interleaving lower and upper ones within 16-byte lanes leaves
+// elements in order, 16 at a time.
 constexpr int64_t compact_place_of_halves(int64_t i) { return i / 32 * 32 + i % 16 / 4 * 8 + i % 32 / 16 * 4 + i % 4; }
-constexpr int64_t kLowerHalves = compact_record_bytes(DType::kBFloat16);  // where they are in a record of float32
+constexpr int64_t kLowerHalves = compact_record_bytes(DType::kBFloat16);  // their offset in a record of float32
 
-// The elements of a row whose exponents have no code, by column. Whatever the bytes are, no other memory is touched.
+// The elements of a row whose exponents have no code, by column. Whatever the bytes are, it reads nothing outside the header.
 class CompactExceptions {
  public:
   CompactExceptions() = default;
@@ -43,14 +43,14 @@ class CompactExceptions {
 
   static int64_t room(int64_t header) { return (header - kFirst) / kBytes; }
 
-  // The record that has the next one; kNone behind the last.
+  // The record of the next one; kNone after the last.
   static constexpr int64_t kNone = INT64_MAX;
   int64_t record() const { return next_ == end_ ? kNone : column() / kCompactRecord; }
 
   void skip_to(int64_t first_record) {
     while (record() < first_record) next_ += kBytes;
   }
-  // set(i, bits) for each element of a record that has one.
+  // Calls set(i, bits) for each exception of a record.
   template <typename Set>
   void apply(int64_t of_record, Set&& set) {
     for (; record() == of_record; next_ += kBytes) {

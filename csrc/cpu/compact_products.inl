@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dot_products whose B is compact (compact.h): weights are unpacked between memory and multiplication. Included by kernels.inl
+// dot_products with compact B (compact.h): weights are unpacked between memory and multiplication. Included by kernels.inl
 // after dot_products.inl.
 //
-//   work 2·M·N·K flop; traffic 1.5 bytes a bfloat16 and 64 a row, instead of 2; 3.5 bytes a float32, instead of 4
-//   A step of few rows takes a record of 128 weights: with AVX-512 from memory into registers, where they are multiplied, at 22
-//   operations a record of bfloat16 beside the products, 38 of float32, so that memory binds: 1.2 times a plain read of the
-//   bfloat16 with one or two rows of A, 1.05 with 6. A second tile of rows finds the row of B in L1.
+//   work 2·M·N·K flop; traffic 1.5 bytes per bfloat16 instead of 2, 3.5 per float32 instead of 4, and 64 per row
+//   Few rows: a step takes a record of 128 weights. With AVX-512 it goes from memory into registers and is multiplied there:
+//   22 operations per record of bfloat16 beside the products, 38 of float32, so memory binds. It is 1.2× faster than a plain
+//   read of the bfloat16 with one or two rows of A, 1.05× with 6. A second tile of rows finds the row of B in L1.
 //   More rows: a chunk of B is unpacked into the scratch, as a transposed one would be, and multiplied from there.
 //
-// Weights have their exact bits and sums the order of dot_products, so results have the bits of plain weights (but which NaN a
-// NaN is).
+// Weights have their exact bits and sums have the order of dot_products, so results have the bits of plain weights (except
+// which NaN a NaN is).
 #pragma once
 
 namespace switchgear::cpu {
 namespace {
 
-constexpr int64_t kCompactRows = 10;  // up to so many, unpacking B for each tile is quicker than by way of the scratch
-constexpr int64_t kCompactFitting = 16384;  // bytes of rows of A beside which one column at a time is best
+constexpr int64_t kCompactRows = 10;        // up to here unpacking B for each tile is faster than through the scratch
+constexpr int64_t kCompactFitting = 16384;  // bytes of rows of A up to which one column at a time is best
 
-// Where the next exceptions are in kColumns rows.
+// The positions of the next exceptions in kColumns rows.
 template <int kColumns>
 class NextExceptions {
  public:
@@ -45,7 +45,7 @@ class NextExceptions {
   CompactExceptions rows_[kColumns];
 };
 
-// acc[i][j] += the products of `parts` vectors of words[i] and of records[j].
+// acc[i][j] += the products of `parts` vectors of words[i] and records[j].
 template <typename Record, int kRows, int kColumns>
 inline void add_record(Floats (&acc)[kRows][kColumns], const float* const (&words)[kRows],
                        const Record (&records)[kColumns], int parts) {
@@ -71,8 +71,8 @@ inline void add_record(Floats (&acc)[kRows][kColumns], const float* const (&word
   }
 }
 
-// kRows rows and kColumns columns of C += the products with rows of B, `stride` bytes apart. Asks for kColumns rows from `ahead`
-// on, as add_dot_tile does; of kSomeLines, one in kAskedBytes.
+// kRows rows and kColumns columns of C += the products with rows of B, `stride` bytes apart. Prefetches kColumns rows from
+// `ahead` on, as add_dot_tile does; with kSomeLines one line in kAskedBytes.
 template <typename Record, int kRows, int kColumns, Asks kAsks>
 void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stride, int64_t depth, const char* ahead) {
   constexpr int64_t kAsked = kColumns * Record::kBytes, kAskedStep = kAsks == Asks::kSomeLines ? kAskedBytes : kLine;
@@ -113,7 +113,7 @@ void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stri
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) words[i] += kRecordWords;
     }
-    if (r == whole && rest > 0 && r < chunk_end) {  // behind its end a row has finite numbers, for zeros of A
+    if (r == whole && rest > 0 && r < chunk_end) {  // past its end a row has finite numbers, times zeros of A
       Record records[kColumns];
       unpack(records, r++);
       float padded[kRows][kRecordWords] = {};
@@ -128,7 +128,7 @@ void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stri
   }
 }
 
-// All columns of a few tiles of rows, which find a row of B in L1 once the first one has read it.
+// All columns of a few tiles of rows. The first tile brings a row of B into L1 for the others.
 template <typename Record, int kFew, Asks kAsks>
 void add_compact_columns(const Product& product, const Rows& a, const CompactRow& b) {
   const int64_t stride = product.b.n_stride;
@@ -148,7 +148,7 @@ void add_compact_columns(const Product& product, const Rows& a, const CompactRow
   });
 }
 
-// The words of B's rows for k in [k_begin, k_begin + depth) into the scratch, kScratchRow words apart: as pack_rows.
+// Unpacks the words of B's rows for k in [k_begin, k_begin + depth) into the scratch, kScratchRow words apart (see pack_rows).
 template <typename Record>
 void unpack_rows(const Product& product, int64_t k_begin, int64_t depth) {
   const Matrix& b = product.b;
@@ -204,7 +204,7 @@ void compact_products_of(const Product& product) {
   }
 }
 
-// function.operator()<Record>() with what the rows of compact `b` hold
+// Calls function.operator()<Record>() for what the rows of compact `b` hold.
 template <typename Function>
 void with_record(const Matrix& b, Function&& function) {
   if (b.compact_bytes == 4) return function.template operator()<UnpackedFloat>();

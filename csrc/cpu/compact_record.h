@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A record of compact weights becomes 128 bfloat16 or float32: for AVX-512, AVX2, and any processor. Included by kernels.inl.
+// Unpacks a record of compact weights into 128 bfloat16 or float32: AVX-512, AVX2, any processor. Included by kernels.inl.
 //
-// An element's byte is its sign and fraction; a code chooses one of 16 exponents e. Of the two bytes of a bfloat16 the upper is
-// sign | e >> 1, the lower (e & 1) << 7 | fraction: each a lookup of the code in a table of 16 bytes, merged with a part of the
-// element's byte. Elements lie where interleaving lower and upper bytes within 16-byte lanes leaves them in order; and so do the
-// halves of float32, whose upper ones are a record of bfloat16.
+// An element's byte holds its sign and fraction; a code selects one of 16 exponents e. In a bfloat16 the upper byte is
+// sign | e >> 1, the lower (e & 1) << 7 | fraction. Each is a lookup of the code in a table of 16 bytes, merged with a part
+// of the element's byte. Interleaving lower and upper bytes within 16-byte lanes puts elements in order. The same holds for
+// the halves of float32, whose upper halves form a record of bfloat16.
 //
-//   Words, kDType, kBytes       what it is multiplied as (multiply.inl), its elements, its length in memory
-//   unpack(record, exponents)   all elements
-//   set(i, bits)                one of them, or its upper half
+//   Words, kDType, kBytes       the words that it is multiplied as (multiply.inl), its elements, its length in memory
+//   unpack(record, exponents)   unpacks all elements
+//   set(i, bits)                replaces one element, or its upper half
 //   words(part)                 kLanes words of part [0, kParts); widened(part): of bfloat16, as float32
 #pragma once
 #include "compact.h"
@@ -82,7 +82,7 @@ inline Floats join_halves(const UnpackedBFloat16& upper, const uint8_t* lower, i
 }
 
 #else
-constexpr bool kRecordsInRegisters = false;  // but in memory
+constexpr bool kRecordsInRegisters = false;  // in memory instead
 
 struct UnpackedElements : BFloat16Record {
   alignas(64) BFloat16 elements[kCompactRecord];
@@ -167,7 +167,7 @@ inline Floats join_halves(const UnpackedBFloat16& upper, const uint8_t* lower, i
 #endif
 #endif
 
-// bfloat16 that is multiplied with float32.
+// bfloat16 that is multiplied by float32.
 struct WidenedBFloat16 : RecordOf<FloatWords<float>, DType::kBFloat16> {
   UnpackedBFloat16 elements;
 

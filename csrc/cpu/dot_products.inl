@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dot_products: C[m,n] = Σ_k A[m,k]·B[n,k] for rows of A and B that both run along k, up to kMaxRows rows and one panel of
-// columns. Included by kernels.inl after multiply.inl.
+// dot_products: C[m,n] = Σ_k A[m,k]·B[n,k]; rows of A and B both run along k; up to kMaxRows rows and one panel of columns.
+// Included by kernels.inl after multiply.inl.
 //
-//   work 2·M·N·K flop; neither operand is packed, rows of A are pointers (gathering is free)
-//   The lanes of a vector are neighbours in k. A step loads kDotColumns vectors of B and 6 of A and multiplies each with each:
-//   with AVX-512 24 multiply-adds for 10 loads, so that the multiply-add pipes bind. A word is one float32, or with
-//   AVX-512-BF16 a pair of bfloat16 (vdpbf16ps); other dtypes are widened to float32, in registers where A is a single tile.
-//   Up to 6 rows, a single tile, wait for memory and read B column by column; many rows reach 88-91 % of the multiply-adds,
-//   77-84 % where B arrives from memory meanwhile.
+//   work 2·M·N·K flop; neither operand is packed; rows of A are pointers, so gathering is free
+//   The lanes of a vector are neighbours in k. A step loads kDotColumns vectors of B and 6 of A and multiplies every pair: 24
+//   multiply-adds for 10 loads with AVX-512, so the multiply-add pipes bind. A word is one float32, or with AVX-512-BF16 a
+//   pair of bfloat16 (vdpbf16ps). Other dtypes are widened to float32, in registers if A is a single tile.
+//   Up to 6 rows are a single tile: memory binds, and B is read column by column. Many rows reach 88-91 % of the peak
+//   multiply-adds, 77-84 % if B comes from memory.
 //
-// Order of each sum: chunks of kChunkWords words ascend; in a chunk lane l adds words l, l + kLanes, …; then lanes are added up
-// pairwise. It depends on the depth alone: not on M, N, tiles or how B lies in memory, so a row's result does not depend on
+// Order of each sum: chunks of kChunkWords words ascend; within a chunk lane l adds words l, l + kLanes, …; then lanes are
+// added pairwise. It depends only on the depth, not on M, N, tiles or the layout of B, so a row's result does not depend on
 // its neighbours. B that runs along n is transposed into the scratch, chunk by chunk.
 //
-// While it multiplies, it asks for what comes next, into L2: a single tile for what lies ahead in the stream of B; others for the
-// next chunk or the caller's next panel, spread over all tiles.
+// Prefetches go to L2. A single tile prefetches further along the stream of B; several tiles share the prefetches of the next
+// chunk or of the caller's next panel.
 #pragma once
 
 namespace switchgear::cpu {
 namespace {
 
-// C[i,j] += the sum of the lanes of acc[i][j], in the order of add_sums whatever is summed beside it.
+// C[i,j] += the sum of the lanes of acc[i][j], always in the order of add_sums.
 template <int kRows, int kColumns>
 inline void add_lanes(float* c, const Floats (&acc)[kRows][kColumns]) {
   if constexpr (kColumns == kDotColumns) {
@@ -29,7 +29,7 @@ inline void add_lanes(float* c, const Floats (&acc)[kRows][kColumns]) {
   } else {
     constexpr int kCount = kRows * kColumns;
 #pragma GCC unroll 8
-    for (int first = 0; first < kCount; first += kDotColumns) {  // so many at once
+    for (int first = 0; first < kCount; first += kDotColumns) {  // kDotColumns sums at once
       float sums[kDotColumns] = {};
       Floats some[kDotColumns];
 #pragma GCC unroll 8
@@ -47,12 +47,12 @@ inline void add_lanes(float* c, const Floats (&acc)[kRows][kColumns]) {
   }
 }
 
-// What a tile asks for: one or two rows somewhere, or kColumns rows that lie one after the other, of which it names every line,
-// or one in kAskedBytes.
+// What a tile prefetches: one or two rows anywhere, or kColumns consecutive rows, of which it names every line or one in
+// kAskedBytes.
 enum class Asks { kNothing, kOneRow, kTwoRows, kEveryLine, kSomeLines };
 constexpr int64_t kAskedBytes = 256;
 
-// Rows [0, kRows) and columns [0, kColumns) of C += the products of `depth`, chunk by chunk. Asks for what is `ahead`.
+// Rows [0, kRows) and columns [0, kColumns) of C += the products over `depth`, chunk by chunk. Prefetches `ahead`.
 template <int kRows, int kColumns, Asks kAsks, typename Words>
 void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stride, int64_t depth,
                   const char* const (&ahead)[2]) {
@@ -125,7 +125,7 @@ void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stri
   }
 }
 
-// Rows of memory, `stride` bytes apart, that `tiles` tiles of C ask for, evenly.
+// Rows of memory, `stride` bytes apart, whose prefetches `tiles` tiles of C share evenly.
 struct Asking {
   const char* row = nullptr;
   int64_t stride = 0, rows = 0, tiles = 1;
@@ -139,14 +139,14 @@ struct Asking {
   }
 };
 
-// A chunk of B that all row tiles are multiplied with.
+// A chunk of B that is multiplied by all row tiles.
 template <typename T>
 struct DotChunk {
   const T* b;
   int64_t stride, num_columns, depth;
 };
 
-// kRows rows of C += those of A times a chunk; `next_rows` of A, as many, are multiplied next.
+// kRows rows of C += those of A times a chunk. `next_rows` are the next kRows rows of A, to prefetch.
 template <int kRows, typename Words>
 void add_dot_rows(float* c, const Rows& a, const void* const* next_rows, const DotChunk<Element<Words>>& chunk,
                   Asking& next_b) {
@@ -175,8 +175,8 @@ void add_dot_rows(float* c, const Rows& a, const void* const* next_rows, const D
   }
 }
 
-// Rows of B, or a part of each, that a single tile of A reads one after the other as they lie in memory, and where it asks for more:
-// `lead` rows further on. Behind the last row come the next ones to be read, as far apart.
+// Rows of B, or a part of each, that a single tile of A reads in order. Prefetches run `lead` rows ahead; past the last row
+// they continue at `next`, with the same stride.
 struct RowsOfB {
   const char* data;
   int64_t stride, count, lead;  // equal rows may have a stride of 0
@@ -196,12 +196,12 @@ struct RowsOfB {
   }
 };
 
-// How a single tile walks over B. Memory delivers a single stream fastest, so one column at a time is best where rows are long;
-// short rows wait for their starts and ends, and narrow vectors for the chain of one column's sums: these take kDotColumns.
-// Up to two rows of A stay in L1, and where the processor follows streams, a line here and there is enough.
-// More rows come from L2 part of the time, and must not wait in L1's miss buffers behind lines from memory: so all of B is asked for
-// well ahead. Where rows of A exceed L1, kDotColumns columns share what is read of them; from kChunkedRows on they are multiplied
-// chunk by chunk instead, which was measured on processors that follow streams.
+// How a single tile walks over B. A single stream has the highest bandwidth, so one column at a time is best for long rows.
+// Short rows wait at their starts and ends, and narrow vectors for the chain of one column's sums: both take kDotColumns. Up
+// to two rows of A stay in L1; if the processor follows streams, one prefetched line here and there is enough. More rows
+// partly come from L2 and must not wait in L1's miss buffers behind lines from memory, so all of B is prefetched well ahead.
+// If rows of A exceed L1, kDotColumns columns share each read of them. From kChunkedRows on they are multiplied chunk by
+// chunk instead, as measured on processors that follow streams.
 constexpr int64_t kShortRow = 1024, kFitting = 24576;  // bytes: of a row of B, of all rows of A
 constexpr int64_t kChunkedRows = 4;
 static_assert(kTileRows * kChunkWords * 4 <= kFitting);
@@ -209,7 +209,7 @@ template <typename Words>
 constexpr bool kIsNarrow = kLanes * Words::kDepth * sizeof(Element<Words>) < 32;
 constexpr int64_t lead_of(Asks asks) { return asks == Asks::kEveryLine ? 32768 : 8192; }  // bytes
 
-// walk.operator()<columns at a time, Asks>() for num_rows rows of `a_bytes` each; those of B have `b_bytes`.
+// Calls walk.operator()<columns at a time, Asks>() for num_rows rows of `a_bytes` each; rows of B have `b_bytes`.
 template <typename Words, typename Walk>
 void choose_walk(int64_t num_rows, int64_t a_bytes, int64_t b_bytes, int64_t fitting, Walk&& walk) {
   if (kIsNarrow<Words> || b_bytes <= kShortRow || num_rows * a_bytes > fitting) {
@@ -219,7 +219,7 @@ void choose_walk(int64_t num_rows, int64_t a_bytes, int64_t b_bytes, int64_t fit
   walk.template operator()<1, Asks::kEveryLine>();
 }
 
-// tile.operator()<kColumns>(n) for all columns of `rows`.
+// Calls tile.operator()<kColumns>(n) for all columns of `rows`.
 template <int kColumns, typename Tile>
 void for_columns(const RowsOfB& rows, Tile&& tile) {
   int64_t n = 0;
@@ -227,7 +227,7 @@ void for_columns(const RowsOfB& rows, Tile&& tile) {
   for (; n < rows.count; ++n) tile.template operator()<1>(n);
 }
 
-// All of a single tile, whose B is read once; or a part of its depth, behind which `next` comes.
+// All of a single tile, which reads B once, or a part of its depth; `next` is read afterwards.
 template <int kRows, typename Words>
 void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words>* b, int64_t depth, const void* next) {
   constexpr int64_t kElement = sizeof(*b);
@@ -271,10 +271,10 @@ void pack_rows(float* out, const Matrix& b, int64_t num_columns, int64_t k_begin
   }
 }
 
-// ---- the whole -----------------------------------------------------------------------------------------------------------
+// ---- all rows ------------------------------------------------------------------------------------------------------------
 
-// All rows, in tiles of nearly equal height, times a chunk of B; `next`: the rows of B that come next, as many, `next_stride`
-// bytes apart.
+// All rows, in tiles of nearly equal height, times a chunk of B. `next`: as many rows of B, `next_stride` bytes apart, that
+// are read next.
 template <typename Words>
 void add_dot_chunk(const Product& product, const Rows& a, const DotChunk<Element<Words>>& chunk, const void* next,
                    int64_t next_stride) {
@@ -288,11 +288,10 @@ void add_dot_chunk(const Product& product, const Rows& a, const DotChunk<Element
   }
   for (int64_t t = 0, m = 0, count; t < tiles; ++t, m += count) {
     count = (product.num_rows - m) / (tiles - t);
-    with_constant<kTileRows>(
-        count, [&]<int kRows>() {  // tiles grow, if at all, so that there are kRows behind this one
-          const void* const* const next_rows = t + 1 < tiles ? a.rows + m + kRows : nullptr;
-          add_dot_rows<kRows, Words>(product.c + m * kPanel, {a.rows + m, a.offset}, next_rows, chunk, next_b);
-        });
+    with_constant<kTileRows>(count, [&]<int kRows>() {  // tiles never shrink, so kRows more rows follow
+      const void* const* const next_rows = t + 1 < tiles ? a.rows + m + kRows : nullptr;
+      add_dot_rows<kRows, Words>(product.c + m * kPanel, {a.rows + m, a.offset}, next_rows, chunk, next_b);
+    });
   }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The exponential of route, the same bits on every backend: a fixed sequence of float32 operations, each rounded to
+// The exponential of route, with the same bits on every backend: a fixed sequence of float32 operations, each rounded to
 // nearest even, never fused. Host files that include this are compiled with -ffp-contract=off.
 //
 //   c = min(max(x, LOWEST), HIGHEST)
@@ -9,11 +9,11 @@
 //   p = (q · (r · r) + r) + 1
 //   exp(x) = (p · 2^(i >> 1)) · 2^(i - (i >> 1)),  i = int(n);   0 where x < LOWEST
 //
-// C2…C6 minimise the relative error of 1 + r + r²·(C2 + … + C6·r⁴) on ±(ln2 / 2)(1 + 2^-14): Remez exchange in 40 digits,
-// coefficients rounded to float32 one after the other, C2 first, with the rest fitted again each time; 3.2e-9 remains.
-// With the roundings the error is below 0.989 ulp (8.2e-8), and the result is monotone: checked for all floats with
-// 2^-30 <= |x| <= 89. exp(0) = 1. Results that would be subnormal are 0, so that flush-to-zero modes change nothing:
-// at LOWEST the result is the smallest normal number and a bit. Past 88.7228 the last product overflows to +Inf.
+// C2…C6 minimise the relative error of 1 + r + r²·(C2 + … + C6·r⁴) on ±(ln2 / 2)(1 + 2^-14): a Remez exchange in 40 digits.
+// They are rounded to float32 one at a time, C2 first, and the rest is fitted again; 3.2e-9 remains. With rounding the error
+// is below 0.989 ulp (8.2e-8) and the result is monotone, as checked for all floats with 2^-30 <= |x| <= 89. exp(0) = 1.
+// Subnormal results are 0, so flush-to-zero modes change nothing; at LOWEST the result is just above the smallest normal
+// number. Past 88.7228 the last product overflows to +Inf.
 #pragma once
 #include <cstdint>
 
@@ -21,7 +21,7 @@
 
 namespace switchgear::cpu {
 
-// x is not NaN. Branch-free, so that a loop over it becomes vector code. __builtin_bit_cast: CUDA has no std::bit_cast.
+// x is not NaN. Branch-free, so compilers vectorise loops over it. __builtin_bit_cast: CUDA has no std::bit_cast.
 SWITCHGEAR_HOST_DEVICE static inline float exp_f32(float x) {
   constexpr float kLowest = -0x1.5d589ep+6f;
   constexpr float kHighest = 89.0f;
@@ -30,8 +30,8 @@ SWITCHGEAR_HOST_DEVICE static inline float exp_f32(float x) {
   constexpr float kLn2High = 0x1.62e4p-1f;  // 15 bits, n has at most 8
   constexpr float kLn2Low = 0x1.7f7d1cp-20f;
 
-  // Clamps and the last selection work on the bits: gcc makes branches of comparisons of floats, since they may trap.
-  // As uint32, negative floats ascend with their magnitude and lie above all positive ones.
+  // Clamps and the last selection use the bits: gcc compiles comparisons of floats to branches, since they may trap. As
+  // uint32, negative floats ascend with their magnitude and exceed all positive ones.
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   constexpr uint32_t kLowestBits = __builtin_bit_cast(uint32_t, kLowest);
   constexpr int32_t kHighestBits = __builtin_bit_cast(int32_t, kHighest);

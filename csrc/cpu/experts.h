@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// How the experts' matrices and rows are laid out: small accessors that the GEMM drivers share.
+// Layout of the experts' matrices and rows: small accessors that the GEMM drivers share.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -59,7 +59,7 @@ class ExpertMatrix {
     if (!is_minifloat(whole_.format)) return whole_.from(first);
     return whole_.from(first / part_rows_ * part_blocks_ * kMinifloatRows + first % part_rows_);
   }
-  // B[n,k] = W[k, first + n]: x·W, of a plain weight
+  // B[n,k] = W[k, first + n]: x·W, for plain weights
   Matrix columns_from(int64_t first) const {
     Matrix columns = whole_;
     columns.data = static_cast<const char*>(whole_.data) + first * whole_.k_stride * size_of(whole_.dtype);
@@ -91,7 +91,7 @@ inline void fill_row_pointers(const void** pointers, const void* data, int64_t r
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether every expert's rows fit into one tile: then reading the weights is nearly all of the work.
+// Whether every expert's rows fit into one tile. Then reading the weights is nearly all of the work.
 inline bool has_few_rows(const int32_t* expert_offsets, int64_t num_experts) {
   for (int64_t e = 0; e < num_experts; ++e) {
     if (expert_offsets[e + 1] - expert_offsets[e] > kTileRows) return false;
@@ -99,8 +99,8 @@ inline bool has_few_rows(const int32_t* expert_offsets, int64_t num_experts) {
   return true;
 }
 
-// From one row to the next in memory of our own: an odd number of cache lines. Rows a power of two apart share a few sets of
-// L1, and those of a tile would evict each other.
+// Row stride of internal buffers: an odd number of cache lines. Rows a power of two apart share a few sets of L1, and the
+// rows of a tile would evict each other.
 constexpr int64_t spread_row_bytes(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 
 // Memory of one thread for one product.
@@ -114,19 +114,19 @@ struct ProductScratch {
       : packing(memory), c(reinterpret_cast<float*>(static_cast<char*>(memory) + kProductScratch)) {}
 };
 
-// A piece of one expert's product: rows [first_row, first_row + num_rows) of the slots, columns from `column`.
+// A piece of one expert's product: slots [first_row, first_row + num_rows), columns from `column` on.
 struct Tile {
   int64_t expert, column, first_row, num_rows;
 };
 
-// Rows of the pieces, nearly equal and of whole blocks, in which one product after the other takes `count` rows.
+// Rows per piece if `count` rows are split into nearly equal products of whole blocks.
 inline int64_t piece_rows(int64_t count, int64_t most_rows) {
   const int64_t pieces = std::max<int64_t>(ceil_div(count, most_rows), 1);
   return ceil_div(ceil_div(count, pieces), kGatheredRows) * kGatheredRows;
 }
 
-// What comes first in the order of an expert's tiles: all pieces of rows of a panel, which then comes from memory once, or all
-// panels of a piece, whose rows are gathered once.
+// The inner loop over an expert's tiles: all pieces of rows of a panel, which then comes from memory once, or all panels of a
+// piece, whose rows are gathered once.
 enum class TileOrder { kPanels, kRows };
 
 // Tiles of `panel` columns out of `width` and at most `most_rows` rows, expert by expert.

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// fit_capacity: an expert takes as many choices as it has places; the others are dropped, or go to the next expert.
+// fit_capacity: an expert takes as many choices as it has places; the others are dropped or rerouted to the next expert.
 //
-//   traffic about 24·S bytes, as plan; a group with too many choices is also partitioned, a token that is rerouted makes a
-//   heap of its E scores: bound by instructions
+//   traffic about 24·S bytes, as plan; a group with too many choices is also partitioned, and a rerouted token builds a heap
+//   of its E scores: bound by instructions
 //
-// A group is an expert and a sequence. Choices are sorted by group (stable counting sort); a group that has too many keeps
-// those of the highest precedence. Rerouting goes in rounds: in each, a token offers its next best expert the first of its
-// lost choices, and experts accept by precedence. Only tokens that still have lost choices take part, and only offers to
-// experts with room are ordered.
+// A group is an expert of a sequence. A stable counting sort orders choices by group; a group with too many keeps those of
+// the highest precedence. Rerouting runs in rounds: a token offers the first of its lost choices to its next best expert, and
+// experts accept by precedence. Only tokens with lost choices take part; only offers to experts with places are sorted.
 #include <algorithm>
 #include <vector>
 
@@ -22,7 +21,7 @@ namespace {
 
 constexpr int64_t kGrainScores = 16384;
 
-// Choices i = t·K + k by their precedence, the lowest first; no two have the same.
+// The precedence of choice i = t·K + k: the lowest value wins, and no two are equal.
 struct Precedence {
   Drop drop;
   const float* priorities;
@@ -42,11 +41,11 @@ struct Precedence {
   }
 };
 
-// The experts that a token may be rerouted to: a heap of (score, id) without those it chose.
+// A heap of (score, id) of the experts that a token may be rerouted to, without those it chose.
 int64_t make_candidates(const float* scores, int64_t num_experts, const int32_t* chosen, int64_t top_k, int64_t* heap) {
   for (int64_t e = 0; e < num_experts; ++e) heap[e] = key_of(sanitise(scores[e]), e);
   for (int64_t k = 0; k < top_k; ++k) {
-    if (chosen[k] >= 0) heap[chosen[k]] = -1;  // that of -0, which no key has
+    if (chosen[k] >= 0) heap[chosen[k]] = -1;  // no key: it would be that of -0
   }
   int64_t* end = std::remove(heap, heap + num_experts, -1);
   std::make_heap(heap, end);
@@ -55,7 +54,7 @@ int64_t make_candidates(const float* scores, int64_t num_experts, const int32_t*
 
 struct Waiting {
   int32_t token;
-  int64_t candidates;  // how many are left in its heap
+  int64_t candidates;  // left in its heap
   int64_t* heap;
 };
 
@@ -84,7 +83,7 @@ void fit_capacity(const FitCapacityArgs& args, Execution exec) {
     room[g] = std::max<int64_t>(0, limit - size);
     if (size <= limit) return;
     int32_t* pairs = groups.begin(g);
-    if (limit > 0 && args.options.drop != Drop::kOrder) {  // that order they have
+    if (limit > 0 && args.options.drop != Drop::kOrder) {  // they are in that order
       std::nth_element(pairs, pairs + limit, pairs + size, precedence.before());
     }
     for (int64_t i = limit; i < size; ++i) kept_ids[pairs[i]] = -1;
@@ -113,7 +112,7 @@ void fit_capacity(const FitCapacityArgs& args, Execution exec) {
                         }
                       });
 
-  std::vector<int32_t> offered(num_tokens);  // the expert that a token offers a choice to
+  std::vector<int32_t> offered(num_tokens);  // the expert to which a token offers a choice
   std::vector<int64_t> offers;
   for (int64_t round = 0; round < rounds && !waiting.empty(); ++round) {
     offers.clear();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Where gate and up live in the N columns of the first projection: side by side (all gates, then all ups), interleaved
-// (gpt-oss), or gate alone (plain experts). A block of `count` columns of `a` needs up to two panels of columns of h.
+// Position of gate and up in the N columns of the first projection: side by side (all gates, then all ups), interleaved
+// (gpt-oss), or gate only (plain experts). A block of `count` columns of `a` needs up to two panels of columns of h.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -31,7 +31,7 @@ struct GateUp {
   float *gate, *up;
 };
 
-// The two parts of one row of h as gate and up: the parts themselves, or shuffled into `row` where they are interleaved.
+// Splits one row of h into gate and up: the parts themselves, or shuffled into `row` if they are interleaved.
 inline GateUp split_gate(GateRow& row, float* part0, float* part1, const GluOptions& options,
                          const GateColumns& columns, int64_t count) {
   if (!options.gated || !options.interleaved) return {part0, part1};

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Rows as an ISA's gather_rows lays them, for products of the same rows with many panels: the rows of one expert that a thread
-// works on, or those of all slots.
+// Rows in the layout of an ISA's gather_rows, for products of the same rows with many panels: the rows of one expert that a
+// thread works on, or those of all slots.
 #pragma once
 #include "experts.h"
 
 namespace switchgear::cpu {
 
-// Bytes of a block of rows that products of this format read, 0 where they read rows in place.
+// Bytes per block of rows for products of this format; 0 if they read rows in place.
 inline int64_t gathered_block_bytes(const Kernels& k, Format format, DType dtype, int64_t depth) {
   return is_minifloat(format) ? 0 : k.gathered_bytes(dtype, depth);
 }
@@ -18,16 +18,16 @@ inline void gather_blocks(const Kernels& k, char* out, int64_t block_bytes, cons
   }
 }
 
-// One thread's: gathered anew where another tile's rows begin elsewhere.
+// The gathered rows of one thread; gathered again when a tile starts at another row.
 class GatheredRows {
  public:
-  // Of one expert's rows at a time, out of `num_slots`.
+  // Bytes for the rows of one tile, out of `num_slots`.
   static int64_t bytes(int64_t block_bytes, int64_t num_slots) {
     return ceil_div(std::min(num_slots, kMaxRows), kGatheredRows) * block_bytes;
   }
   GatheredRows(char* memory, int64_t block_bytes) : memory_(memory), block_bytes_(block_bytes) {}
 
-  // rows[tile.first_row …]; null where products read rows in place
+  // rows[tile.first_row …], gathered; null if products read rows in place
   const void* of(const Tile& tile, const Kernels& k, const void* const* rows, int64_t depth) {
     if (block_bytes_ == 0) return nullptr;
     if (tile.first_row != first_row_) {
@@ -43,12 +43,12 @@ class GatheredRows {
   int64_t first_row_ = -1;
 };
 
-// Those of all slots: the blocks of an expert begin with its first slot. Undefined where block_bytes is 0.
+// The gathered rows of all slots. An expert's blocks begin at its first slot. Undefined if block_bytes is 0.
 struct GatheredSlots {
   char* data = nullptr;
   int64_t block_bytes = 0;
   const int32_t* expert_offsets = nullptr;
-  const int32_t* first_blocks = nullptr;  // [E] of the experts
+  const int32_t* first_blocks = nullptr;  // [E]: each expert's first block
 
   static int64_t most_blocks(int64_t num_slots, int64_t num_experts) {
     return ceil_div(num_slots, kGatheredRows) + std::min(num_slots, num_experts);
@@ -61,7 +61,7 @@ struct GatheredSlots {
   }
 
   bool defined() const { return block_bytes > 0; }
-  // The slot at or before `slot` of this expert with which a block begins.
+  // The first slot of the block of this expert that contains `slot`.
   int64_t block_begin(int64_t expert, int64_t slot) const {
     return slot - (slot - expert_offsets[expert]) % kGatheredRows;
   }

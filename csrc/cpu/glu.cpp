@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kRowGrain = 16;
 
-// Calls body(s, column, count, parts) for the rows of h in blocks of a panel's columns; parts tells where gate and up are.
+// Calls body(s, column, count, parts) for each row of h in blocks of a panel's columns; parts: the columns of gate and up.
 template <typename Body>
 void for_each_block(const TensorView& a, const GluOptions& options, int num_threads, Body&& body) {
   const int64_t intermediate_size = a.shape[1];

@@ -14,7 +14,7 @@ struct Grouping {
   int32_t* begin(int64_t group) { return members.data() + offsets[group]; }
 };
 
-// group_of(i) for i < n: in [0, num_groups), or negative for none. Called twice.
+// group_of(i), i < n, returns a group in [0, num_groups), or a negative number for none. It is called twice per item.
 template <typename GroupOf>
 Grouping group_by(int64_t n, int64_t num_groups, GroupOf&& group_of) {
   Grouping result;
@@ -31,7 +31,7 @@ Grouping group_by(int64_t n, int64_t num_groups, GroupOf&& group_of) {
   return result;
 }
 
-// The tokens of each of num_sequences sequences; all tokens are one sequence where ids is null.
+// The tokens of each of num_sequences sequences; all tokens are one sequence if ids is null.
 inline Grouping by_sequence(const int32_t* sequence_ids, int64_t num_tokens, int64_t num_sequences) {
   return group_by(num_tokens, num_sequences, [&](int64_t t) { return sequence_ids != nullptr ? sequence_ids[t] : 0; });
 }

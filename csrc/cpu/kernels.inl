@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The functions of the Kernels table, once for all ISAs. Included by kernels_<isa>.cpp after its simd_<isa>.h; everything
-// lives in an anonymous namespace and calls no library, so that no symbol compiled for one ISA can be merged into another.
+// The functions of the Kernels table, once for all ISAs. Included by kernels_<isa>.cpp after its simd_<isa>.h. Everything is
+// in an anonymous namespace and calls no library, so no symbol compiled for one ISA can be merged into another.
 #pragma once
 
 namespace switchgear::cpu {
@@ -11,7 +11,7 @@ constexpr int kPanel = kLanes * kPanelVectors;
 // ---- vectors -------------------------------------------------------------------------------------------------------------
 
 template <typename T>
-inline Floats load(const T* p, int64_t n) {  // n < kLanes; zeros behind
+inline Floats load(const T* p, int64_t n) {  // n < kLanes; the other lanes are 0
   T lanes[kLanes] = {};
   __builtin_memcpy(lanes, p, static_cast<size_t>(n) * sizeof(T));
   return load(lanes);
@@ -20,7 +20,7 @@ inline Floats load(const T* p, int64_t n) {  // n < kLanes; zeros behind
 inline Ints bits_of(Floats v) { return reinterpret_cast<Ints>(v); }
 inline Floats from_bits(Ints v) { return reinterpret_cast<Floats>(v); }
 inline Floats select(Ints mask, Floats a, Floats b) { return from_bits((bits_of(a) & mask) | (bits_of(b) & ~mask)); }
-inline Floats min(Floats a, Floats b) { return select(a < b, a, b); }  // b where either is NaN
+inline Floats min(Floats a, Floats b) { return select(a < b, a, b); }  // b if either is NaN
 inline Floats max(Floats a, Floats b) { return select(a > b, a, b); }
 
 inline void store(BFloat16* p, Floats v) {  // round to nearest even; NaN stays NaN
@@ -50,7 +50,7 @@ inline float sum(Floats v) {  // pairwise: lane i with lane i + half
   return lanes[0];
 }
 
-// body(offset, count) over [0, n): full vectors, then what is left.
+// Calls body(offset, count) over [0, n): full vectors, then the rest.
 template <typename Body>
 inline void for_vectors(int64_t n, Body&& body) {
   int64_t i = 0;
@@ -71,7 +71,7 @@ inline void store_some(T* p, Floats v, int64_t n) {
   }
 }
 
-// function(typed pointer tag) for the float dtypes
+// Calls function(typed pointer tag) for the float dtypes.
 template <typename Function>
 inline auto with_type(DType dtype, Function&& function) {
   switch (dtype) {
@@ -81,7 +81,7 @@ inline auto with_type(DType dtype, Function&& function) {
   }
 }
 
-// function(number) with 1 <= number <= kMost as a constant
+// Calls function with `number`, 1 <= number <= kMost, as a constant.
 template <int kMost, typename Function>
 inline void with_constant(int64_t number, Function&& function) {
   if (number == kMost) return function.template operator()<kMost>();
@@ -132,10 +132,10 @@ float dot_rows(const void* a, const void* b, DType dtype, int64_t n) {
 
 #include "multiply.inl"
 #include "weight_gradient.inl"
-// uses transpose_words of the one before
+// dot_products.inl uses transpose_words of weight_gradient.inl
 #include "compact_record.h"
 #include "dot_products.inl"
-// and all of the above
+// these use all of the above
 #include "compact_products.inl"
 #include "minifloat_decoders.h"
 #include "minifloat_products.inl"
@@ -166,8 +166,8 @@ void pack_chunk(const Product& product, int64_t k_begin, int64_t depth) {
 
 // ---- activations ---------------------------------------------------------------------------------------------------------
 
-// 2^f on [-1/2, 1/2] by a Chebyshev fit of degree 6 (relative error 2e-9), scaled by the exponent bits. Arguments are clamped
-// to where the result is normal: e^-87.3 = 2^-126. NaN stays NaN: its bits are not added to, which may overflow.
+// 2^f on [-1/2, 1/2] by a Chebyshev fit of degree 6 (relative error 2e-9), scaled through the exponent bits. Arguments are
+// clamped to the range of normal results: e^-87.3 = 2^-126. NaN is returned as it is: adding to its bits could overflow.
 inline Floats exp(Floats argument) {
   const Ints is_number = argument == argument;
   Floats x = select(is_number, argument, broadcast(0.0f));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// How moe_forward lays out the rows that its products meet: x for the first projection, a for the second. The weight's format and
+// Layout of the rows that moe_forward's products read: x for the first projection, a for the second. The weight's format and
 // the ISA decide.
 #pragma once
 #include "gathered.h"
@@ -11,15 +11,15 @@ namespace switchgear::cpu {
 
 enum class RowLayout : uint8_t {
   kInPlace,   // row after row
-  kSpread,    // the same, copied: an odd number of cache lines apart
+  kSpread,    // copied, an odd number of cache lines apart
   kSorted,    // words in the order of weights in panels
-  kGathered,  // blocks of rows, as the ISA's gather_rows makes them
+  kGathered,  // blocks of rows from the ISA's gather_rows
 };
 
 struct RowPlan {
   RowLayout layout = RowLayout::kInPlace;
-  int64_t row_bytes = 0;    // from a row to the next in memory of our own
-  int64_t block_bytes = 0;  // of kGathered
+  int64_t row_bytes = 0;    // row stride of our own copies
+  int64_t block_bytes = 0;  // for kGathered
 };
 
 inline RowPlan plan_rows(const Kernels& k, Format format, DType dtype, int64_t depth) {
@@ -30,7 +30,7 @@ inline RowPlan plan_rows(const Kernels& k, Format format, DType dtype, int64_t d
           .row_bytes = spread_row_bytes(is_sorted ? k.sorted_row_bytes(dtype, depth) : depth * size_of(dtype))};
 }
 
-// A row as weights in panels meet it.
+// Copies a row in the word order of weights in panels.
 inline void sort_row(const Kernels& k, void* out, const void* row, DType dtype, int64_t depth) {
   float values[kMaxPanel];
   for (int64_t first = 0; first < depth; first += kMaxPanel) {
@@ -45,7 +45,7 @@ class InputRows {
  public:
   InputRows(const Kernels& k, Format format, const TensorView& x, int64_t num_slots, int64_t num_experts)
       : k_(k), x_(x), plan_(plan_rows(k, format, x.dtype, x.shape[1])) {
-    constexpr int64_t kManyRows = 12;  // of an expert, above which a copy with rows spread over L1 pays for itself
+    constexpr int64_t kManyRows = 12;  // of an expert; above, a copy that spreads rows over L1 pays for itself
     const bool is_many = num_slots > kManyRows * num_experts && x.shape[1] * size_of(x.dtype) % 128 == 0;
     if (plan_.layout == RowLayout::kInPlace && is_many) plan_.layout = RowLayout::kSpread;
   }
@@ -108,15 +108,15 @@ class ActivationRows {
 
   int64_t width() const { return a_.shape[1]; }
   const GatheredSlots& gathered() const { return gathered_; }
-  // pointers[s] = row of slot s, of rows that are not gathered
+  // pointers[s] = row of slot s, unless rows are gathered
   void fill(const void** pointers, int64_t used_slots) const {
     if (!gathers()) fill_row_pointers(pointers, a_, nullptr, used_slots);
   }
 
-  // Writes columns [tile.column, + count) of the tile's rows; row(m) computes those of one, in float32.
+  // Writes columns [tile.column, + count) of the tile's rows; row(m, out) computes one row of them in float32.
   template <typename Row>
   void store(const Tile& tile, int64_t count, Row&& row) const {
-    alignas(64) char last_rows[kGatheredRows][kMaxPanel * 2];  // that are gathered next
+    alignas(64) char last_rows[kGatheredRows][kMaxPanel * 2];  // to gather next
     const void* pointers[kGatheredRows];
     for (int64_t i = 0; i < kGatheredRows; ++i) pointers[i] = last_rows[i];
     for (int64_t m = 0; m < tile.num_rows; ++m) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What switchgear._C has beside the ops: its instruction sets, the machine's ceilings, memory, and how it was built.
+// What switchgear._C has beside the ops: instruction sets, the machine's ceilings, memory, and how it was built.
 #include "module.h"
 
 #include <pybind11/stl.h>

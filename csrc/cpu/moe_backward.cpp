@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// moe_backward: the gradients of moe_forward from x and the saved pre-activation h alone.
+// moe_backward: the gradients of moe_forward, computed only from x and the saved pre-activation h.
 //
 //   per slot s of token t and expert e, with g = grad_y[t]·W_d (so ∂/∂a without the weight), a = glu(h[s]), w = topk_weight:
 //     grad_topk_weight = <g, a> + <grad_y[t], b_d>      grad_h = glu'(h[s], w·g)
 //   grad_x[t] = Σ_s grad_h[s]·W_gu      grad_W_gu = Σ_s grad_h[s]ᵀ x[t]      grad_W_d = Σ_s grad_y[t]ᵀ (w·a)
-//   work 2·S·H·(I + N + N + I) flop (12·S·H·I for gated experts); traffic: touched weights once per 240 rows of an expert (384 with AMX),
-//   weight gradients written once; reached on 2 cores of Zen 5 in bfloat16: 78 % of the floor with 64 rows per expert, 69 %
-//   with 32
+//   work 2·S·H·(I + N + N + I) flop (12·S·H·I for gated experts); traffic: touched weights once per 240 rows of an expert
+//   (384 with AMX), weight gradients written once; reached on 2 cores of Zen 5 in bfloat16: 78 % of the floor with 64 rows
+//   per expert, 69 % with 32
 //
-// 1. Tiles (expert, panel of a, rows): g, then in one pass over the tile the activation's backward, a's recomputation and the
-//    partial sums of grad_topk_weight (added up afterwards in the order of the panels).
+// 1. Tiles (expert, panel of a, rows): g, then one pass over the tile for the activation's backward, the recomputed a and the
+//    partial sums of grad_topk_weight (added afterwards in the order of the panels).
 // 2. grad_x by token_sum, grad_W_gu and grad_W_d by weight_gradient; biases by adding rows.
 // grad_h and w·a are rounded once to the dtype of x; everything else is float32. Deterministic.
 #include <cstring>
@@ -52,7 +52,7 @@ struct ActivationBackward {
                       .c = scratch.c,
                       .next = next,
                       .scratch = scratch.packing});
-    // Row by row, so that those of h and of the results are read and written in runs.
+    // Row by row, so that rows of h and of the results are read and written in runs.
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       for (int64_t column = 0; column < width; column += k.panel) {
         finish(tile.first_row + m, tile.column + column, scratch.c + column * tile.num_rows + m * k.panel);
@@ -61,13 +61,13 @@ struct ActivationBackward {
   }
 
  private:
-  // One panel of columns of one slot: `g` is that of the product.
+  // One panel of columns of one slot; `g` is its product.
   void finish(int64_t slot, int64_t column, const float* g) const {
     const int64_t intermediate_size = weighted_a.shape[1];
     const int64_t count = std::min<int64_t>(k.panel, intermediate_size - column);
     const GateColumns columns = gate_columns(args.options, intermediate_size, column, count, k.panel);
     const float weight = slots.weights[slot];
-    for (int i = 0; i < 2; ++i) {  // hardware starts anew at each row
+    for (int i = 0; i < 2; ++i) {  // hardware prefetching restarts at each row
       const char* const ahead = at(args.h, std::min(slot + 2, args.h.shape[0] - 1), columns.begin[i]);
       for (int64_t b = 0; b < columns.count[i] * size_of(args.h.dtype); b += 64) __builtin_prefetch(ahead + b);
     }
@@ -110,7 +110,7 @@ void sum_weight_gradient(const ActivationBackward& stage, int num_threads) {
   });
 }
 
-// grad_bias[e] = Σ_{s of e} weight[s]·rows[s], weights of 1 where null
+// grad_bias[e] = Σ_{s of e} weight[s]·rows[s]; all weights are 1 if null
 void bias_gradient(const TensorView& grad_bias, const void* const* rows, DType dtype, const float* weights,
                    const int32_t* expert_offsets, int num_threads) {
   const Kernels& k = kernels();

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // moe_forward: y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu)·W_dᵀ + b_d)
 //
-//   x [T,H]   gate_up_proj [E,N,H]   down_proj [E,H,I]   y [T,H]   h [S,N] where training asks for it
+//   x [T,H]   gate_up_proj [E,N,H]   down_proj [E,H,I]   y [T,H]   h [S,N] if training needs it
 //   work 2·S·H·(N + I) flop (6·S·H·I for gated experts); traffic: touched weights once per 240 rows of an expert (384 with AMX)
 //   memory-bound below ~20 rows per expert in bfloat16, compute-bound above
-//   reached in bfloat16 on 2 cores: 91 to 100 % of a plain read of the weights with one or two rows per expert, 105 to 130 % on
-//   compact weights (Zen 4 and Zen 5); of the multiply-adds with 64 to 256 rows 76 to 80 % (Zen 5), 79 to 90 % (Zen 4). Products take 95 % of the
-//   time, of which fetching weights from memory into L2 costs a tenth beside the multiplications; bias, glu and rounding the rest.
+//   reached in bfloat16 on 2 cores (Zen 4 and Zen 5): of a plain read of the weights 91 to 100 % with one or two rows per
+//   expert, 105 to 130 % if compact; of the multiply-adds 76 to 80 % (Zen 5) and 79 to 90 % (Zen 4) with 64 to 256 rows.
+//   Products take 95 % of the time, a tenth of it to fetch weights from memory into L2; bias, glu and rounding the rest.
 //
-// Weights in panels (panels.h) meet rows that are sorted alike: x is copied once, `a` is stored so. An ISA that gathers rows
-// (gathered.h) has its own order for both: each thread gathers the rows of x of an expert, `a` is stored so.
-// 1. Tiles (expert, panel of `a`, rows): gate and up products of rows of x (pointers, no permuted copy in memory), then bias, glu
-//    and rounding while the tile is in L1/L2. Only a [S,I] reaches memory, and h if it is to be saved.
-// 2. token_sum: the second projection, weighted and summed per token where it is computed.
-// Accumulates in float32; a and h are rounded once to the dtype of x, y once. Deterministic, and a token's result does not
-// depend on the other tokens.
+// Weights in panels (panels.h) need rows in their word order: x is copied once in that order, and `a` is stored in it. An ISA
+// that gathers rows (gathered.h) has its own layout for both: each thread gathers an expert's rows of x.
+// 1. Tiles (expert, panel of `a`, rows): gate and up products of rows of x (pointers, no permuted copy in memory), then bias,
+//    glu and rounding while the tile is in L1/L2. Only a [S,I] reaches memory, and h if it is saved.
+// 2. token_sum: the second projection, weighted and summed per token as it is computed.
+// Accumulates in float32; a, h and y are rounded once to the dtype of x. Deterministic, and a token's result does not depend
+// on the other tokens.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -66,7 +66,7 @@ struct FirstProjection {
   }
 
  private:
-  // Adds the bias, and saves h if asked for.
+  // Adds the bias, and saves h if requested.
   void finish(int64_t expert, int64_t slot, const GateColumns& columns, float* const (&part)[2]) const {
     const TensorView& bias = args.weights.gate_up_bias;
     for (int i = 0; i < 2; ++i) {

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // multiply: C[m,n] = Σ_k A[m,k]·B[n,k], up to kMaxRows rows and one panel of columns. Included by kernels.inl.
 //
-//   work 2·M·N·K flop; B is packed once per product, A is read in place (rows are pointers: gathering is free)
+//   work 2·M·N·K flop; B is packed once per product; A is read in place (rows are pointers, so gathering is free)
 //   A step of the inner loop loads kPanelVectors vectors of B and broadcasts one word of each of 6 rows of A:
 //   24 multiply-adds for 4 vector loads and 6 broadcasts with AVX-512, so the multiply-add pipes bind, not the loads.
 //   A word is one float32, or with AVX-512-BF16 a pair of bfloat16 neighbours in k (vdpbf16ps). Other dtypes are widened to
-//   float32 as they are packed. Each element of C has one accumulator and k ascends: results do not depend on M, N or tiles.
+//   float32 when packed. Each element of C has one accumulator and k ascends: results do not depend on M, N or tiles.
 //
-// The depth is cut into chunks of 4 KB a row. While a chunk is multiplied, the one that comes next, in this product or in the
-// caller's next, is prefetched into L2: evenly, so that memory never waits for arithmetic and arithmetic never for memory.
+// The depth is cut into chunks of 4 KB per row. While one is multiplied, the next, of this product or the caller's next, is
+// prefetched into L2. Prefetches are spread evenly, so memory and arithmetic never wait for each other.
 #pragma once
 
 namespace switchgear::cpu {
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr int kLinesPerWord = kPanel * 4 < kLine ? 1 : kPanel * 4 / kLine;  // of B in one word of depth
+constexpr int kLinesPerWord = kPanel * 4 < kLine ? 1 : kPanel * 4 / kLine;  // lines of B per word of depth
 static_assert(kPanel <= kMaxPanel);
 
 // ---- prefetching ---------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ class Ahead {
 
 // ---- packing -------------------------------------------------------------------------------------------------------------
 
-// What a panel is packed from, in words: word p of column n. One float32 of any source dtype, or a pair of bfloat16.
+// The words that a panel is packed from: word p of column n is one float32 of any source dtype, or a pair of bfloat16.
 template <typename T>
 struct FloatWords {
   using Element = T;
@@ -75,7 +75,7 @@ struct PairWords {
   using Packed = PairWords;
   static constexpr int kDepth = 2;
   static Floats load_whole(const BFloat16* p) { return _mm512_loadu_ps(p); }
-  static Floats load_along_k(const BFloat16* p, int64_t count) {  // `count` elements of k, two a lane
+  static Floats load_along_k(const BFloat16* p, int64_t count) {  // `count` elements of k, two per lane
     if (count == 2 * kLanes) return load_whole(p);
     BFloat16 lanes[2 * kLanes] = {};
     __builtin_memcpy(lanes, p, static_cast<size_t>(count) * 2);
@@ -104,7 +104,7 @@ using BFloat16Words = PairWords;
 using BFloat16Words = FloatWords<BFloat16>;
 #endif
 
-// function.operator()<Words>() with what this ISA multiplies numbers of the dtype as
+// Calls function.operator()<Words>() with the words in which this ISA multiplies the dtype.
 template <typename Function>
 inline void with_words(DType dtype, Function&& function) {
 #ifdef __AVX512BF16__
@@ -115,7 +115,7 @@ inline void with_words(DType dtype, Function&& function) {
 
 bool runs_along_k(const Matrix& b) { return b.k_stride == 1 && b.n_stride != 1; }
 
-// panel[p][n] from columns that run along k, blocks of words transposed in registers. Asks for `lines` lines per word.
+// panel[p][n] from columns that run along k: blocks of words are transposed in registers. Prefetches `lines` lines per word.
 template <typename Words>
 void pack_along_k(float* panel, const Element<Words>* data, int64_t stride, int64_t num_columns, int64_t depth,
                   int64_t lines, Ahead& ahead) {
@@ -147,7 +147,7 @@ void pack_along_k(float* panel, const Element<Words>* data, int64_t stride, int6
   }
 }
 
-// The same where n runs along memory; row(k) is where the columns of k start.
+// The same if n runs along memory; row(k) is the address of the columns of k.
 template <typename Words, typename Row>
 void pack_along_n(float* panel, int64_t num_columns, int64_t depth, int64_t lines, Ahead& ahead, Row&& row) {
   for (int64_t k = 0; k < depth; k += Words::kDepth, panel += kPanel) {
@@ -192,7 +192,7 @@ void pack_elements(float* panel, const Matrix& b, int64_t num_columns, int64_t k
   }
 }
 
-// panel[p][n] for k in [k_begin, k_begin + depth), words past num_columns zero.
+// panel[p][n] for k in [k_begin, k_begin + depth); words past num_columns are zero.
 template <typename Words>
 void pack(float* panel, const Product& product, int64_t k_begin, int64_t depth, int64_t lines, Ahead& ahead) {
   const Matrix& b = product.b;
@@ -217,7 +217,7 @@ inline Floats step(A a, Floats b, Floats c) {
   return multiply_add(a, b, c);
 }
 
-// A chunk of the depth of a product: `words` words of each row from byte `offset`; half_word: one bfloat16 more.
+// A chunk of the depth of a product: `words` words of each row from byte `offset` on; half_word: one more bfloat16.
 struct Chunk {
   const void* const* rows;
   int64_t offset;
@@ -227,7 +227,7 @@ struct Chunk {
   bool accumulate;
 };
 
-// kRows rows of C from row m on. Asks for kLines lines a step.
+// kRows rows of C from row m on. Prefetches kLines lines per step.
 template <int kRows, bool kPairs, int kLines>
 void multiply_tile(const Chunk& chunk, int64_t m, float* c, Ahead& ahead_of_all) {
   const char* a[kRows];
@@ -274,7 +274,7 @@ void multiply_tile(const Chunk& chunk, int64_t m, float* c, Ahead& ahead_of_all)
 
 int64_t num_row_tiles(int64_t num_rows) { return (num_rows + kTileRows - 1) / kTileRows; }
 
-// All rows, in tiles of nearly equal height. The first `asking` tiles ask for a line a step.
+// All rows, in tiles of nearly equal height. The first `asking` tiles prefetch one line per step.
 template <bool kPairs>
 void multiply_rows(const Chunk& chunk, const Product& product, int64_t asking, Ahead& ahead) {
   const int64_t num_rows = product.num_rows;
@@ -293,9 +293,9 @@ void multiply_rows(const Chunk& chunk, const Product& product, int64_t asking, A
   }
 }
 
-// ---- the whole -----------------------------------------------------------------------------------------------------------
+// ---- all rows ------------------------------------------------------------------------------------------------------------
 
-// The chunk of depth from `begin` on, or the first one of the caller's next product.
+// Prefetches the chunk of depth from `begin` on, or the first one of the caller's next product.
 Ahead ahead_of(const Product& product, int64_t begin, int64_t chunk) {
   const Matrix& b = product.b;
   if (b.k_stride != 1 && b.n_stride != 1) return {};
@@ -319,7 +319,7 @@ struct Rows {
   int64_t offset;
 };
 
-// The rows, of `dtype`, themselves, or [k, k + depth) of them widened to float32 into the product's scratch.
+// The rows themselves, or their elements [k, k + depth) widened from `dtype` to float32 in the product's scratch.
 Rows rows_from(const Product& product, DType dtype, bool pairs, int64_t k, int64_t depth,
                const void* (&widened_rows)[kMaxRows]) {
   k += product.row_begin;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The ops of the CPU backend: the functions of its table. Arguments were checked by csrc/ops.cpp.
+// The ops of the CPU backend: the functions of its table. csrc/ops.cpp has checked the arguments.
 #pragma once
 #include "switchgear/ops.h"
 
@@ -23,7 +23,7 @@ void glu_backward(const GluBackwardArgs& args, Execution exec);
 void moe_forward(const MoeForwardArgs& args, Execution exec);
 void moe_backward(const MoeBackwardArgs& args, Execution exec);
 
-// grouped_gemm and moe_forward of weights in integers, and grouped_gemm of x·W with stored weights.
+// grouped_gemm and moe_forward of integer weights, and grouped_gemm of x·W with stored weights.
 void integer_grouped_gemm(const GroupedGemmArgs& args, Execution exec);
 void integer_moe_forward(const MoeForwardArgs& args, Execution exec);
 void transposed_grouped_gemm(const GroupedGemmArgs& args, Execution exec);

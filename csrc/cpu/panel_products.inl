@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dot_products whose B was packed in panels, and whose rows of A are sorted alike. Included by kernels.inl after dot_products.inl.
+// dot_products with B in panels and rows of A in the same word order. Included by kernels.inl after dot_products.inl.
 //
-//   work 2·M·N·K flop; traffic: B once, as one stream; A once for each panel, from L2
-//   The lanes of a vector are neighbours in n, and one word of A meets all of them. A step of AVX-512 loads 2 vectors of B for each
-//   of 2 lanes of dot_products and broadcasts 2 words of each of 6 rows: 24 multiply-adds for 16 loads. A block of B (16 KB)
-//   stays in L1 for all rows, so that memory has L2 to itself. Few rows need one word of A for 64 bytes of B, and wait for memory.
+//   work 2·M·N·K flop; traffic: B once, as one stream; A once per panel, from L2
+//   The lanes of a vector are neighbours in n, and one word of A multiplies all of them. A step of AVX-512 loads 2 vectors of
+//   B for each of 2 lanes of dot_products and broadcasts 2 words of each of 6 rows: 24 multiply-adds for 16 loads. A block of
+//   B (16 KB) stays in L1 for all rows, so memory has L2 to itself. With few rows memory binds: a word of A per 64 bytes of B.
 //
-// Sums have the bits of dot_products. There, lane l of an accumulator adds words l, l + kLanes, … of a chunk, and add_sums adds
-// lanes up in pairs. Here one accumulator holds what lane l of kLanes columns held; kSumOrder lists lanes so that neighbours
-// make add_sums' pairs, and pairs theirs.
+// Sums have the bits of dot_products. There, lane l of an accumulator adds words l, l + kLanes, … of a chunk, and add_sums
+// adds lanes in pairs. Here one accumulator holds lane l of kLanes columns. kSumOrder lists lanes such that neighbours are
+// the pairs of add_sums, and neighbouring pairs its next pairs.
 //
-// A chunk of up to kChunkWords words has as many words in each lane, its steps. Position p is lane kSumOrder[p]; kClasses positions
-// make a set. The order of words:
+// A chunk of up to kChunkWords words has the same number of words in each lane, its steps. Position p is lane kSumOrder[p];
+// kClasses positions make a set. The order of words:
 //   row of A     [chunk][set][step][class]
 //   panel of B   [chunk][set][group][step][class][column of the group]
 #pragma once
@@ -21,9 +21,9 @@ namespace {
 
 constexpr int kWide = 2;                         // vectors of B that share the broadcast words: a group
 constexpr int kGroups = kPanelVectors / kWide;   // in a panel
-constexpr int kClasses = kPanelVectors / kWide;  // lanes at a time, so that accumulators are as many as everywhere
+constexpr int kClasses = kPanelVectors / kWide;  // lanes at a time, for as many accumulators as elsewhere
 constexpr int kSets = kLanes / kClasses;
-constexpr int kSumLevels = __builtin_ctz(kSets);  // of sums of sets that wait for their neighbours
+constexpr int kSumLevels = __builtin_ctz(kSets);  // levels of sums of sets that wait for their neighbours
 static_assert(kWide * kGroups == kPanelVectors && (kSets & (kSets - 1)) == 0);
 static_assert(kSumLevels * kMaxRows * kPanel * 4 <= kProductScratch);
 
@@ -56,7 +56,7 @@ void store_sorted(void* out, DType dtype, int64_t depth, int64_t first, const fl
 
 // ---- multiplying ---------------------------------------------------------------------------------------------------------
 
-// Parts of a chunk of a panel that lie one after the other; a part has the columns of a group and kClasses lanes.
+// Consecutive parts of a chunk of a panel; a part has the columns of a group and kClasses lanes.
 template <typename T>
 struct PartsOfB {
   const T* data;
@@ -65,9 +65,9 @@ struct PartsOfB {
 };
 constexpr int kParts = kSets * kGroups;
 
-// kRows rows of C += the products of rows of A, whose chunk is at word `offset`, and parts of B. A part's sums are added to those of
-// other sets that wait for them, and wait themselves, or behind the last set are added to C. Sums of a level are kMaxRows rows
-// behind those of the one before. Asks for kLines lines a step, `stride` bytes after those of the step before.
+// kRows rows of C += the products of rows of A, whose chunk is at word `offset`, and parts of B. A part's sums are added to
+// waiting sums of other sets; then they wait too, or after the last set are added to C. The levels of waiting sums are
+// kMaxRows rows apart. Prefetches kLines lines per step, `stride` bytes after those of the step before.
 template <int kRows, typename Words, int kLines>
 void add_parts(float* c, float* waiting, const void* const* a_rows, int64_t offset,
                const PartsOfB<Element<Words>>& parts, const char* ahead, int64_t stride) {
@@ -132,7 +132,7 @@ void add_parts(float* c, float* waiting, const void* const* a_rows, int64_t offs
   }
 }
 
-// Asks for `bytes` of each of `count` rows, from byte `offset` on: too short pieces for the processor to see a stream in them.
+// Prefetches `bytes` of each of `count` rows from byte `offset` on: pieces too short for the processor to detect a stream.
 inline void ask_for_rows(const void* const* rows, int64_t count, int64_t offset, int64_t bytes) {
   for (int64_t i = 0; i < count; ++i) {
     const char* const row = static_cast<const char*>(rows[i]) + offset;
@@ -140,16 +140,16 @@ inline void ask_for_rows(const void* const* rows, int64_t count, int64_t offset,
   }
 }
 
-// How B is asked for ahead of multiplying it: in each step of the first `tiles` tiles of rows by `lines` lines, `stride` bytes after
-// those of the step before.
+// How B is prefetched: each step of the first `tiles` tiles of rows prefetches `lines` lines, `stride` bytes after those of
+// the step before.
 struct Guide {
   int lines;
   int64_t stride, tiles;
 };
 constexpr int kGuidedRows = 2;
 
-// Several tiles share asking for all of a step, a line or two each. A single one asks for every line; but a processor that follows
-// streams feeds it, and one or two rows lead it to where the stream goes on.
+// Several tiles share the prefetches of a step, one or two lines each. A single tile prefetches every line. If the processor
+// follows streams, it feeds the tile itself; one or two rows only show it where the stream continues.
 inline Guide guide_of(int64_t num_rows, int64_t tiles, int step_lines, int64_t step_bytes) {
   if (tiles > 1) {
     const int lines = tiles < step_lines ? 2 : 1;
@@ -165,7 +165,7 @@ void panel_products_of(const Product& product) {
   constexpr int64_t kStep = kLanes * Words::kDepth, kChunk = kChunkWords * Words::kDepth;
   constexpr int64_t kStepBytes = kStep * kPanelVectors * sizeof(T);
   constexpr int kLines = kStepBytes < kLine ? 1 : kStepBytes / kLine;
-  constexpr int64_t kNear = 16384, kLead = 32768;  // bytes: of parts that stay in L1, and ahead of them
+  constexpr int64_t kNear = 16384, kLead = 32768;  // bytes: of parts that stay in L1; prefetch distance
   const int64_t tiles = num_row_tiles(product.num_rows);
   const Guide guide = guide_of(product.num_rows, tiles, kLines, kStepBytes);
   const T* data = static_cast<const T*>(product.b.data);
@@ -185,7 +185,7 @@ void panel_products_of(const Product& product) {
       if (ahead >= end && product.next != nullptr) ahead = static_cast<const char*>(product.next) + (ahead - end);
       for (int64_t t = 0, m = 0, count; t < tiles; ++t, m += count) {
         count = (product.num_rows - m) / (tiles - t);
-        if (part % kGroups == 0 && t + 1 < tiles) {  // the first time that rows are read here
+        if (part % kGroups == 0 && t + 1 < tiles) {  // rows are read here for the first time
           ask_for_rows(product.rows + m + count, count, 4 * offset + part / kGroups * set_bytes, sets * set_bytes);
         }
         const int lines = t < guide.tiles ? guide.lines : 0;

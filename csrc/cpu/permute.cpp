@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // permute gathers the rows of x into slot order; combine is its transpose, a weighted sum of each token's slots.
-// The gradient of permute is combine and that of combine is permute with weights, so two loops serve both directions; the
+// The gradient of permute is combine and that of combine is permute with weights, so two loops serve both directions. The
 // gradient of the weights is a dot product per slot.
 //
 //   permute        traffic (S read + S written)·H·size bytes
@@ -39,7 +39,7 @@ void permute(const PermuteArgs& args, Execution exec) {
   const int32_t* slot_indices = args.plan.slot_indices.as<const int32_t>();
   const float* topk_weights = args.topk_weights.as<const float>();
 
-  // K is small next to H: looking the choice up costs less than an array of weights in slot order.
+  // K is small next to H: searching for the choice costs less than an array of weights in slot order.
   const auto weight_of = [&](int64_t slot) {
     const int64_t first = token_indices[slot] * top_k;
     const int32_t* end = slot_indices + first + top_k;

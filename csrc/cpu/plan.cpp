@@ -4,8 +4,8 @@
 //   traffic about 16·S bytes (ids are read twice, both index arrays written once) + the counters; memory-bound
 //
 // Tokens are cut into as many chunks as there are threads. Each chunk counts its ids; an exclusive scan over (expert, chunk)
-// turns the counts into the first slot of each; each chunk then places its pairs in order. Because the sort is stable, the
-// slots are ordered by (expert, token, choice) however many chunks there were.
+// turns the counts into the first slot of each; each chunk then places its pairs in order. The sort is stable, so slots are
+// ordered by (expert, token, choice) for any number of chunks.
 #include <algorithm>
 #include <vector>
 
@@ -15,8 +15,8 @@
 namespace switchgear::cpu {
 namespace {
 
-// Fewer pairs than this are not worth a thread: about 10 µs of work. A chunk also has at least one pair per counter, so
-// that clearing and scanning the counters never costs more than the pairs themselves.
+// Fewer pairs than this, about 10 µs of work, are not worth a thread. A chunk also has at least one pair per counter, so
+// clearing and scanning the counters never costs more than the pairs.
 constexpr int64_t kMinChunkPairs = 4096;
 
 }  // namespace

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The ceilings of this machine, measured: what benchmarks divide by.
+// Measures the ceilings of this machine, which benchmarks divide by.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kRepeats = 5;
 
-// The best rate of a few runs of `work` on all threads; work(thread) returns what it did.
+// The best rate of a few runs of `work` on all threads; work(thread) returns the amount done.
 template <typename Work>
 double best_rate(int num_threads, Work&& work) {
   double best = 0.0;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The order of every ranking: value descending, index ascending. It is total, whatever bits the values have.
+// The order of every ranking: value descending, index ascending. It is total for values of any bits.
 //
-// `static`, since rows.inl is compiled for each ISA: no function of one may be merged into another.
+// Functions are `static`: rows.inl is compiled for each ISA, and no function of one may be merged into another.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -14,13 +14,13 @@ namespace switchgear::cpu {
 constexpr float kFloatMax = std::numeric_limits<float>::max();
 constexpr int64_t kMaxInsertion = 32;  // longest list kept sorted by insertion
 
-// NaN and -Inf become the lowest number, +Inf the highest. NaN fails the comparison of the first line.
+// NaN and -Inf become the lowest number, +Inf the highest. NaN fails the first comparison.
 static inline float sanitise(float v) {
   v = v > -kFloatMax ? v : -kFloatMax;
   return v < kFloatMax ? v : kFloatMax;
 }
 
-// An integer for each float but NaN, in their order.
+// An integer for each float but NaN, in the same order.
 static inline int32_t ordered(float value) {
   const int32_t bits = std::bit_cast<int32_t>(value + 0.0f);  // -0 becomes +0
   return bits ^ ((bits >> 31) & 0x7fffffff);                  // negative floats descend as integers: flip them
@@ -42,7 +42,7 @@ inline void select_best(int64_t* keys, int64_t num_keys, int64_t count) {
     std::sort(keys, keys + count, std::greater<>());
     return;
   }
-  int64_t size = 0;  // keys[0, size) is the sorted list; the key being looked at lies behind it
+  int64_t size = 0;  // keys[0, size) is the sorted list, before the current key
   for (int64_t i = 0; i < num_keys; ++i) {
     const int64_t key = keys[i];
     if (size == count && key < keys[size - 1]) continue;

@@ -3,9 +3,9 @@
 //
 //   work about 25·T·E flop (one exponential per logit); traffic T·E·size + 8·T·K bytes; compute-bound
 //
-// Rows are independent; what is done to all logits of a row is in rows.inl, and a block of rows is taken at a time. Logits are sanitised before anything else, so that any bit pattern gives K distinct experts.
-// A ranking is always the total order (value descending, index ascending). Every float operation is written out in its
-// order and nothing is fused: scores have the same bits on every backend, ISA and number of threads.
+// Rows are independent; rows.inl processes all logits of a block of rows. Logits are sanitised first, so any bit pattern
+// gives K distinct experts. A ranking is always the total order (value descending, index ascending). Float operations run in
+// the written order and are never fused: scores have the same bits on every backend, ISA and number of threads.
 #include <algorithm>
 #include <vector>
 
@@ -29,7 +29,7 @@ float group_score(const float* values, int64_t n, GroupScore kind) {
   return kind == GroupScore::kMax ? best : best + second;
 }
 
-// What one thread needs for a block of rows.
+// Memory of one thread for a block of rows.
 struct Scratch {
   Scratch(int64_t num_experts, int64_t num_groups)
       : logits(kRowBlock * num_experts),
@@ -45,7 +45,7 @@ struct Scratch {
   std::vector<int64_t> group_keys;
 };
 
-// Takes the experts that may not be chosen, those outside of the best groups, out of scratch.keys.
+// Removes the experts outside the best groups, which may not be chosen, from scratch.keys.
 void keep_best_groups(const float* ranked, int64_t num_experts, const RouteOptions& options, Scratch& scratch) {
   const int64_t size = num_experts / options.num_groups;
   int64_t* groups = scratch.group_keys.data();
@@ -54,7 +54,7 @@ void keep_best_groups(const float* ranked, int64_t num_experts, const RouteOptio
   }
   select_best(groups, options.num_groups, options.topk_groups);
   std::sort(groups, groups + options.topk_groups, [](int64_t a, int64_t b) { return index_of(a) < index_of(b); });
-  int64_t first = 0;  // of the experts behind the last group that stays
+  int64_t first = 0;  // first expert after the last group that stays
   for (int64_t i = 0; i < options.topk_groups; ++i) {
     const int64_t begin = index_of(groups[i]) * size;
     std::fill(scratch.keys.begin() + first, scratch.keys.begin() + begin, kNoKey);
@@ -124,7 +124,7 @@ void route(const RouteArgs& args, Execution exec) {
     bias.assign(values, values + num_experts);
     std::transform(bias.begin(), bias.end(), bias.begin(), sanitise);
   }
-  // Softmax is monotone: ranking logits avoids ties by rounding, and K divisions do instead of E.
+  // Softmax is monotone: ranking logits avoids ties by rounding and needs K divisions instead of E.
   const bool by_logit =
       args.options.score_function == ScoreFunction::kSoftmax && bias.empty() && args.options.num_groups == 1;
   const RowKernels& rows = row_kernels();

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// route_dynamic: as many experts as a token needs: those that reach a mass together, or a score each.
+// route_dynamic: as many experts as a token needs, until together they reach a mass, or while each reaches a score.
 //
 //   work about 25·T·E flop as in route; traffic T·E·size + 8·T·M bytes; compute-bound
 //
-// The experts of a token come off a heap, the best first, until the mass is reached or the scores are too low. So a token
-// with few experts never sorts the others.
+// Experts are taken from a heap, best first, until the mass is reached or the scores are too low. So a token with few experts
+// never sorts the others.
 #include <algorithm>
 #include <vector>
 
@@ -36,7 +36,7 @@ int64_t choose(const RouteDynamicOptions& options, const std::vector<float>& bia
   }
   std::make_heap(row.keys.begin(), row.keys.end());
   int64_t count = 0;
-  double mass = 0.0;  // of all better experts, those left out by the threshold included
+  double mass = 0.0;  // of all better experts, including those below the threshold
   for (int64_t rank = 0; rank < max_experts; ++rank) {
     if (rank >= options.min_experts && !(mass < options.top_p)) break;
     std::pop_heap(row.keys.begin(), row.keys.end() - rank);

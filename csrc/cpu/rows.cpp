@@ -15,7 +15,7 @@ const RowKernels& row_kernels() {
 #if defined(SWITCHGEAR_HAVE_AVX2)
   if (isa == "avx2") return row_kernels_avx2();
 #endif
-  return row_kernels_generic();  // on AArch64 with vectors, too: NEON needs no flags
+  return row_kernels_generic();  // also on AArch64: NEON needs no flags
 }
 
 }  // namespace switchgear::cpu

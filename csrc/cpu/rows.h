@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What routing does to rows of logits, once for each ISA and with the same bits on all: rows.inl, compiled with the flags of
-// an ISA and -ffp-contract=off.
+// What routing does to rows of logits: rows.inl, compiled for each ISA with its flags and -ffp-contract=off.
+// All ISAs give the same bits.
 #pragma once
 #include <cstdint>
 
@@ -8,12 +8,12 @@
 
 namespace switchgear::cpu {
 
-constexpr int64_t kRowBlock = 4;       // rows whose sums run side by side: one sum waits for each of its additions
-constexpr int64_t kKeyLanes = 32;      // keys are padded to a multiple, with kNoKey
-constexpr int64_t kMaxExtracted = 16;  // from here on sorting is faster
+constexpr int64_t kRowBlock = 4;       // rows summed side by side: a single sum waits for each addition
+constexpr int64_t kKeyLanes = 32;      // keys are padded to a multiple of it with kNoKey
+constexpr int64_t kMaxExtracted = 16;  // above, sorting is faster
 constexpr int64_t kNoKey = INT64_MIN;  // below every key
 
-// Of a row: how many values are at least a bound, and the largest of the others.
+// For a row: how many values are at least a bound, and the largest of the others.
 struct Reaching {
   int64_t count;
   float next;
@@ -29,11 +29,11 @@ struct RowKernels {
 
   // keys[j] = key_of(values[j], j), and kNoKey up to the next multiple of kKeyLanes.
   void (*make_keys)(const float* values, int64_t* keys, int64_t n);
-  // The indices of the `count` largest keys, largest first; takes them out of the padded keys.
+  // Writes the indices of the `count` largest of the padded keys, largest first, and replaces these keys by kNoKey.
   void (*extract_best)(int64_t* keys, int64_t n, int64_t count, int32_t* indices);
-  // Of n < 2^31 values; `next` is NaN where there are no others.
+  // For n < 2^31 values; `next` is NaN if there are no others.
   Reaching (*reaching)(const float* values, int64_t n, float bound);
-  // Σ exp(values[j] - highest) over the values that are not above it.
+  // Σ exp(values[j] - highest) over the values up to `highest`.
   double (*sum_of_powers)(const float* values, int64_t n, float highest);
   bool has_extract;  // whether the ISA compares vectors of 64-bit integers
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The functions of RowKernels, in plain loops that the compiler makes vectors of. Everything is in an anonymous namespace and
-// calls no library, so that no symbol compiled for one ISA can be merged into another.
+// The functions of RowKernels: plain loops that the compiler vectorises. Everything is in an anonymous namespace and calls no
+// library, so no symbol compiled for one ISA can be merged into another.
 #pragma once
 #include "exp.h"
 #include "ranking.h"
@@ -13,7 +13,7 @@ void sanitise_row(float* values, int64_t n) {
   for (int64_t j = 0; j < n; ++j) values[j] = sanitise(values[j]);
 }
 
-// Through integers in the same order, since comparisons of floats in a chain are not made vectors of.
+// Compares integers in the same order: chains of float comparisons are not vectorised.
 float max_of_row(const float* values, int64_t n) {
   int32_t best = ordered(values[0]);
   for (int64_t j = 1; j < n; ++j) {
@@ -63,8 +63,8 @@ void make_row_keys(const float* values, int64_t* keys, int64_t n) {
   for (int64_t j = n; j % kKeyLanes != 0; ++j) keys[j] = kNoKey;
 }
 
-// Lane l holds the largest of the keys l, l + 32, …; the largest lane is the best key, and once that is taken out its own lane
-// alone is made anew.
+// Lane l holds the largest of the keys l, l + 32, …. The largest lane is the best key; once it is removed, only its lane is
+// recomputed.
 void extract_best_keys(int64_t* keys, int64_t n, int64_t count, int32_t* indices) {
   int64_t lanes[kKeyLanes];
   for (int64_t l = 0; l < kKeyLanes; ++l) lanes[l] = keys[l];
@@ -83,9 +83,9 @@ void extract_best_keys(int64_t* keys, int64_t n, int64_t count, int32_t* indices
   }
 }
 
-// The sign of value - bound says it: comparisons of floats are not made vectors of.
+// Uses the sign of value - bound: comparisons of floats are not vectorised.
 Reaching reaching(const float* values, int64_t n, float bound) {
-  int32_t below = 0, next = INT32_MIN;  // which is below all keys
+  int32_t below = 0, next = INT32_MIN;  // below all keys
   for (int64_t j = 0; j < n; ++j) {
     const int32_t sign = std::bit_cast<int32_t>(values[j] - bound) >> 31;  // -1 below the bound
     const int32_t key = (ordered(values[j]) & sign) | (INT32_MIN & ~sign);

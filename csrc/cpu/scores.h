@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the routing ops share beside rows.h. Every operation is written out in its order: files that include this are
+// What the routing ops share beside rows.h. Float operations run in the written order: files that include this are
 // compiled with -ffp-contract=off.
 #pragma once
 #include <algorithm>
@@ -24,7 +24,7 @@ inline float max_of(const float* values, int64_t n) {
   return *std::max_element(lanes, lanes + kLanes);
 }
 
-// Divides the weights of the chosen by their sum, and multiplies them.
+// Divides the weights of the chosen experts by their sum if `normalize`, then multiplies them by `scale`.
 inline void finish_weights(float* weights, int64_t count, bool normalize, float scale) {
   double total = 0.0;
   for (int64_t k = 0; k < count; ++k) total += weights[k];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The vector vocabulary of kernels.inl for AVX-512 (F, BW, VL, DQ), and for AVX-512-BF16 where that is compiled in.
+// The vector vocabulary of kernels.inl for AVX-512 (F, BW, VL, DQ), and for AVX-512-BF16 if that is compiled in.
 #pragma once
 #include <immintrin.h>
 
@@ -48,7 +48,7 @@ inline void store(Float16* p, Floats v) {
 }
 
 #ifdef __AVX512BF16__
-// The processor's own rounding to bfloat16 takes subnormal numbers for zero.
+// The processor's own rounding to bfloat16 treats subnormal numbers as zero.
 inline bool has_subnormals(Floats v) { return _mm512_fpclass_ps_mask(v, 0x20) != 0; }
 inline void store_normals(BFloat16* p, Floats v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));

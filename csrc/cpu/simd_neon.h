@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#define SWITCHGEAR_NEON  // for dot.h: __ARM_NEON is there for plain C++, too
+#define SWITCHGEAR_NEON  // for dot.h: __ARM_NEON is defined for plain C++, too
 
 namespace switchgear::cpu {
 namespace {
@@ -28,13 +28,13 @@ struct Float16 {
 
 inline Floats load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, Floats v) { vst1q_f32(p, v); }
-inline void stream(float* p, Floats v) { vst1q_f32(p, v); }  // caches notice themselves that whole lines are written
+inline void stream(float* p, Floats v) { vst1q_f32(p, v); }  // caches detect writes of whole lines themselves
 inline void finish_streams() {}
 inline Floats broadcast(float f) { return vdupq_n_f32(f); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 
-// A multiply-add can take one lane for all, so a word is loaded as a scalar: loads that broadcast occupy a multiply-add's pipe
-// in some of Arm's cores.
+// A multiply-add can take one lane for all, so a word is loaded as a scalar: on some Arm cores a broadcasting load occupies a
+// multiply-add pipe.
 struct Word {
   float32x2_t lanes;
 };
@@ -51,7 +51,7 @@ inline Floats load(const Float16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(
 inline void store_bits16(BFloat16* p, Ints v) {
   vst1_u16(reinterpret_cast<uint16_t*>(p), vmovn_u32(reinterpret_cast<uint32x4_t>(v)));
 }
-inline void store(Float16* p, Floats v) {  // rounds as the program has set it: to nearest, ties to even
+inline void store(Float16* p, Floats v) {  // rounds in the program's mode: to nearest, ties to even
   vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(v)));
 }
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Parallel loops of the CPU backend.
 //
-// With OpenMP the loops run on the process's OpenMP pool, which is torch's own where torch is loaded: a second pool would
-// spin against it. Without OpenMP (SWITCHGEAR_OPENMP=OFF, the thread-sanitizer build) each loop starts std::threads.
-// A forked child has no pool any more, and OpenMP would wait for it forever, so there every loop runs on the calling thread.
+// With OpenMP the loops run on the process's OpenMP pool, which is torch's own if torch is loaded: a second pool would spin
+// against it. Without OpenMP (SWITCHGEAR_OPENMP=OFF, the thread-sanitizer build) each loop starts std::threads. A forked
+// child has no pool, and OpenMP would wait for it forever, so there every loop runs on the calling thread.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -14,11 +14,11 @@ namespace switchgear::cpu {
 
 int resolve_threads(int num_threads);  // 0 -> the default; 1 in a forked child
 
-// Calls body(thread) on `num_threads` threads and waits. An exception of any thread is rethrown here.
+// Calls body(thread) on `num_threads` threads and waits. Rethrows an exception of any thread.
 void run_threads(int num_threads, void (*body)(void* context, int thread), void* context);
 
-// task(index, thread) for each index in [0, count). Threads take indices from a shared counter, lowest first, so tasks may
-// differ in size; put the largest first. Which thread runs a task must not change its result.
+// Calls task(index, thread) for each index in [0, count). Threads take indices from a shared counter, lowest first, so tasks
+// may differ in size; put the largest first. A task's result must not depend on its thread.
 template <typename Task>
 void parallel_for(int num_threads, int64_t count, Task&& task) {
   num_threads = static_cast<int>(count < num_threads ? count : num_threads);
@@ -40,8 +40,8 @@ void parallel_for(int num_threads, int64_t count, Task&& task) {
       &context);
 }
 
-// The same for tasks that read on where the one before them ends: a thread has a contiguous share of the indices, in their
-// order, and takes from the others' shares when it is through with its own.
+// The same for tasks that continue reading where the previous one ends: each thread has a contiguous share of the indices, in
+// order, and takes from other shares once its own is done.
 template <typename Task>
 void parallel_for_shares(int num_threads, int64_t count, Task&& task) {
   num_threads = static_cast<int>(count < num_threads ? count : num_threads);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // token_sum: work 2·S·depth·columns flop; traffic: the touched matrices once per token chunk, rows from L2/L3, out once.
 //
-// A task owns a panel of output columns, or some, for a chunk of tokens and walks all experts in order, so the sum over a token's slots
-// needs no atomics, no [S, columns] buffer and no barrier, and its order is the same for any number of threads. Its
-// accumulators (chunk · columns float32: 512 KB for a panel, 1 MB for 512 columns of x·W) stay near.
+// A task owns one or more panels of output columns for a chunk of tokens and walks all experts in order. So the sum over a
+// token's slots needs no atomics, no [S, columns] buffer and no barrier, and has one order for any number of threads. Its
+// accumulators (chunk · columns float32: 512 KB for a panel, 1 MB for 512 columns of x·W) stay in L2.
 #include "token_sum.h"
 
 #include "threads.h"
@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kTokenChunk = 2048, kWideTokenChunk = 512;
 constexpr int64_t kMostGatheredColumns = 256, kSumsBytes = 1 << 20;
 
-// Tokens per task: all of a chunk, fewer where the column blocks alone would not fill the threads.
+// Tokens per task: a whole chunk, or fewer if the column blocks alone do not occupy the threads.
 int64_t tokens_per_task(int64_t num_tokens, int64_t most, int64_t column_blocks, int num_threads) {
   const int64_t chunks =
       std::max<int64_t>(ceil_div(num_tokens, most),
@@ -24,8 +24,8 @@ int64_t tokens_per_task(int64_t num_tokens, int64_t most, int64_t column_blocks,
   return ceil_div(num_tokens, std::max<int64_t>(chunks, 1));
 }
 
-// Columns of a task whose products take little longer than reading their rows from L3 does, which each task reads all of: as many
-// as leave the sums in L2, and tasks for all threads.
+// Columns per task for gathered rows. Each task reads all rows from L3, which wide products hide: as many columns as keep the
+// sums in L2 and leave tasks for all threads.
 int64_t gathered_columns(int64_t num_tokens, int64_t width, int64_t panel, int num_threads) {
   int64_t wide = kMostGatheredColumns;
   while (wide > panel &&
@@ -69,7 +69,7 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
     return std::lower_bound(begin, end, token) - args.token_indices;
   };
   const auto has_rows = [&](const Block& block, int64_t e) {
-    // Most experts of a short batch are empty, which takes no search to see.
+    // Most experts of a short batch are empty; they need no search.
     return args.expert_offsets[e] < args.expert_offsets[e + 1] &&
            first_slot(e, block.first_token) < first_slot(e, block.last_token);
   };
@@ -115,7 +115,7 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
         args.transposed ? multiply_wide(k, product) : dot_products_wide(k, product);
         for (int64_t first_column = 0; first_column < columns; first_column += panel) {
           const int64_t count = std::min(panel, columns - first_column);
-          for (int64_t m = std::max<int64_t>(first - s, 0); m < rows; ++m) {  // a block begins before the first
+          for (int64_t m = std::max<int64_t>(first - s, 0); m < rows; ++m) {  // a block may begin before the first
             float* const c = scratch.c + first_column * rows + m * panel;
             float* const sum = sums + (args.token_indices[s + m] - first_token) * wide + first_column;
             if (args.bias.defined()) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// grouped_gemm of x·W with weights in integers or minifloats: out[s] = x[r(s)]·W_e(s), as gradients of x need it.
+// grouped_gemm of x·W with integer or minifloat weights: out[s] = x[r(s)]·W_e(s), as gradients of x need it.
 //
 //   work 2·S·C·N; traffic: touched weights once per 240 rows, x from L2/L3, out once
-//   64 columns of W at a time, all rows, are decoded into a panel of the dtype of x (128 bytes · N in bfloat16), which stays in
-//   L2, and multiplied as plain weights are: there is never a whole matrix in float.
+//   64 columns of W at a time, all rows, are decoded into a panel of the dtype of x (128 bytes · N in bfloat16), which stays
+//   in L2, and multiplied like plain weights. A whole matrix never exists in float.
 #include <vector>
 
 #include "integers/experts.h"

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // weight_gradient: work 2·S·M·N flop; traffic: E·M·N elements written once, rows read from L2/L3.
-// With 64 slots per expert the writes take as long as the multiplications on a memory of 20 GB/s; below that they bind. Of the
-// multiplications' floor it reaches 88 to 91 % with 64 slots per expert (OLMoE, 512 tokens, 2 cores of Zen 5, bfloat16 and
-// float32) and 84 % with 32 (Qwen3-30B-A3B).
+// With 64 slots per expert the writes take as long as the multiplications on a memory of 20 GB/s; with fewer they bind. It
+// reaches 88 to 91 % of the multiplications' floor with 64 slots per expert (OLMoE, 512 tokens, 2 cores of Zen 5, bfloat16
+// and float32) and 84 % with 32 (Qwen3-30B-A3B).
 //
-// A task is a block of rows of one expert's gradient. It transposes its part of `left` once, and walks the columns panel by
-// panel with the slots as inner dimension (weight_gradient.inl). Experts without slots get zeros.
+// A task is a block of rows of one expert's gradient. It transposes its part of `left` once and walks the columns panel by
+// panel, with the slots as inner dimension (weight_gradient.inl). Experts without slots get zeros.
 #include "weight_gradient.h"
 
 #include <cstring>
@@ -18,13 +18,13 @@
 namespace switchgear::cpu {
 namespace {
 
-constexpr int64_t kCachedBytes = 16 << 20;  // what an optimizer may still find in a cache afterwards
+constexpr int64_t kCachedBytes = 16 << 20;  // up to here an optimizer may still find gradients in a cache
 constexpr int64_t kBlockBytes = 256 << 10;  // of a transposed block, which stays in L2
 constexpr int64_t kMostRows = 2048, kFewestRows = 48;
 constexpr int64_t kPackingBytes = kChunkWords * kMaxPanel * 4;
 
-// Rows of a block: as many as stay in L2, since each block packs `right` anew, which costs as much as multiplying 5 rows;
-// nearly equal ones.
+// Rows per block: as many as stay in L2, in nearly equal blocks. Each block packs `right` again, which costs as much as
+// multiplying 5 rows.
 int64_t block_rows(int64_t rows, int64_t slots) {
   const int64_t most = std::clamp(kBlockBytes / (4 * std::max<int64_t>(slots, 1)), kFewestRows, kMostRows);
   return ceil_div(rows, ceil_div(rows, most));

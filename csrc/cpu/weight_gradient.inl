@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The vector side of weight_gradient.cpp: a block of columns of `left` transposed, and its product with a panel of columns of
+// The vector part of weight_gradient.cpp: transposes a block of columns of `left` and multiplies it by a panel of columns of
 // `right`. Included by kernels.inl after multiply.inl, whose words and packing it shares.
 //
-//   work 2·M·N·S flop and M·N elements written, S short: 64 slots are 32 words of bfloat16, 384 cycles of multiply-adds a
-//   tile, where storing 24 accumulators to a buffer and reading that again took 250. So a finished tile is rounded in
-//   registers and each row of it leaves as whole lines. Tiles alone reach 93 % of the multiply-adds at 32 and at 64 slots.
+//   work 2·M·N·S flop and M·N elements written, S short: 64 slots are 32 words of bfloat16, 384 cycles of multiply-adds per
+//   tile. Storing 24 accumulators to a buffer and reading it again took 250. So a finished tile is rounded in registers and
+//   its rows are stored as whole lines. Tiles alone reach 93 % of the multiply-adds at 32 and at 64 slots.
 //
 // The order of each sum is that of multiply.inl: one accumulator, slots ascending, whatever the block and the panel.
 #pragma once
@@ -43,13 +43,13 @@ void transpose_words(float* out, int64_t stride, const void* const* rows, int64_
   }
 }
 
-// ---- leaving the registers -----------------------------------------------------------------------------------------------
+// ---- storing a tile ------------------------------------------------------------------------------------------------------
 
-// A row of a tile to memory, rounded; past the caches in whole lines that nobody reads soon. A store would first
-// fetch what it overwrites.
+// Stores a row of a tile, rounded. Whole lines that are not read soon go past the caches: a cached store first fetches the
+// line that it overwrites.
 template <typename T>
 inline void leave(T* p, const Floats (&row)[kPanelVectors], int64_t columns, bool past_caches) {
-  constexpr int kPerLine = kLine / sizeof(T) / kLanes;  // vectors that make a line
+  constexpr int kPerLine = kLine / sizeof(T) / kLanes;  // vectors per line
   if (past_caches && columns == kPanel && kPanelVectors % kPerLine == 0) {
 #pragma GCC unroll 4
     for (int j = 0; j + kPerLine <= kPanelVectors; j += kPerLine) {
@@ -59,7 +59,7 @@ inline void leave(T* p, const Floats (&row)[kPanelVectors], int64_t columns, boo
         for (int i = 0; i < kPerLine; ++i) stream(target + i * kLanes, row[j + i]);
       } else {
 #ifdef __AVX512BF16__
-        if (__is_same(T, BFloat16)) {  // vdpbf16ps, which made these sums, leaves no subnormal ones
+        if (__is_same(T, BFloat16)) {  // sums of vdpbf16ps are never subnormal
           stream_normals(reinterpret_cast<BFloat16*>(target), row[j], row[j + 1]);
           continue;
         }
@@ -83,7 +83,7 @@ inline void leave(T* p, const Floats (&row)[kPanelVectors], int64_t columns, boo
 
 // ---- tiles ---------------------------------------------------------------------------------------------------------------
 
-// A chunk of the slots: `words` words of `left` from `left` on, and the packed panel of `right`.
+// A chunk of the slots: `words` words from `left` on, and the packed panel of `right`.
 struct SlotChunk {
   const float* left;
   int64_t left_stride;
@@ -92,7 +92,7 @@ struct SlotChunk {
   bool is_first, is_last;
 };
 
-// kRows rows of the panel. Between chunks the sums wait in `carried`.
+// kRows rows of the panel. Between chunks the sums are kept in `carried`.
 template <int kRows, typename Words>
 void gradient_tile(const SlotChunk& chunk, const GradientPanel& to, int64_t m) {
   using T = Element<Words>;
@@ -157,7 +157,7 @@ void gradient_panel_words(const GradientPanel& product) {
   }
 }
 
-// ---- what the table holds ------------------------------------------------------------------------------------------------
+// ---- entries of the table ------------------------------------------------------------------------------------------------
 
 void transpose_rows(float* out, const void* const* rows, int64_t num_rows, int64_t first_column, int64_t columns,
                     DType dtype) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Products whose B runs along n, x·W: several panels of columns at once.
 //
-// One panel takes 128 bytes of each row of W, and rows lie a page apart. Read panel by panel, each page is walked to once per
+// One panel takes 128 bytes of each row of W, and rows are a page apart. Panel by panel, each page is walked to once per
 // panel, and memory delivers two lines of each row it opens. So up to 512 columns advance together through slices of the
-// depth: rows are read in runs of 1 KB, and their pages stay in the TLB for all panels. The order of each sum is the same.
+// depth: rows are read in runs of 1 KB, and their pages stay in the TLB for all panels. The order of each sum is unchanged.
 #pragma once
 #include <algorithm>
 
@@ -23,8 +23,8 @@ struct WideScratch {
   explicit WideScratch(char* memory) : packing(memory), c(reinterpret_cast<float*>(memory + kProductScratch)) {}
 };
 
-// Columns of one wide product: fewer where there would not be enough products for the threads. Blocks of a single product
-// are equally long.
+// Columns of one wide product: fewer if there would not be enough products for the threads. Blocks of a single product are
+// equally long.
 inline int64_t wide_columns(int64_t width, int64_t num_products, int64_t panel, int num_threads) {
   const auto is_balanced = [&](int64_t tasks) {
     return tasks >= 4 * num_threads || (num_products == 1 && tasks % num_threads == 0);
@@ -34,7 +34,7 @@ inline int64_t wide_columns(int64_t width, int64_t num_products, int64_t panel, 
   return wide;
 }
 
-// `product` with any number of columns up to kWideColumns.
+// multiply of up to kWideColumns columns.
 inline void multiply_wide(const Kernels& k, const Product& product) {
   const int64_t panels = ceil_div(product.num_columns, k.panel), element = size_of(product.b.dtype);
   const int64_t slice = product.b.n_stride == 1 ? kSliceDepth : std::max<int64_t>(product.depth, 1);
@@ -48,7 +48,7 @@ inline void multiply_wide(const Kernels& k, const Product& product) {
       part.depth = std::min(slice, product.depth - begin);
       part.accumulate = begin > 0;
       part.c = product.c + j * product.num_rows * k.panel;
-      // Each panel asks for its share of the rows of the next slice.
+      // Each panel prefetches its share of the rows of the next slice.
       const bool is_last = begin + slice >= product.depth;
       const char* const next =
           is_last ? static_cast<const char*>(product.next) : data + (begin + slice) * product.b.k_stride * element;
@@ -59,7 +59,7 @@ inline void multiply_wide(const Kernels& k, const Product& product) {
   }
 }
 
-// dot_products of any number of columns up to kWideColumns.
+// dot_products of up to kWideColumns columns.
 inline void dot_products_wide(const Kernels& k, const Product& product) {
   for (int64_t column = 0; column < product.num_columns; column += k.panel) {
     Product part = product;

@@ -15,7 +15,7 @@
 namespace switchgear::cpu {
 namespace {
 
-constexpr size_t kMaxIdle = 4;  // concurrent callers keep a block each; more are returned to the system
+constexpr size_t kMaxIdle = 4;  // concurrent callers keep one block each; more are returned to the system
 
 struct Block {
   char* data;
@@ -36,7 +36,7 @@ Pool& pool() {
   return *instance;
 }
 
-// A fork while another thread is in here must not leave the child with a locked pool.
+// A fork must not leave the child with a pool that another thread has locked.
 [[maybe_unused]] const int fork_handlers =
     pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
 
@@ -55,7 +55,7 @@ Workspace::Workspace(int64_t bytes) : size_(padded(bytes)) {
   Block reuse{nullptr, 0};
   {
     const std::lock_guard lock(p.mutex);
-    auto best = p.idle.end();  // the smallest that fits, so that nested calls find their own blocks again
+    auto best = p.idle.end();  // the smallest that fits, so nested calls find their own blocks again
     for (auto it = p.idle.begin(); it != p.idle.end(); ++it) {
       if (it->size >= size_ && (best == p.idle.end() || it->size < best->size)) best = it;
     }

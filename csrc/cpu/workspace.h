@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Memory that is kept and reused, so that a training step does not fault the same pages in again and again: the system hands
-// out a large block page by page, and zeroes each, which costs as much as half of the multiplications of a training step.
-// release_workspaces() gives all idle blocks back.
+// Memory that is kept and reused, so that training steps do not fault in the same pages again. The system hands out a large
+// block page by page and zeroes each, which costs half as much as the multiplications of a training step.
+// release_workspaces() frees all idle blocks.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -16,7 +16,7 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
-  // The next `count` elements, aligned to a cache line. The sizes taken must add up to what was asked for.
+  // The next `count` elements, aligned to a cache line. The sizes taken must add up to the size requested.
   template <typename T>
   T* take(int64_t count) {
     return static_cast<T*>(take_bytes(count * static_cast<int64_t>(sizeof(T))));
@@ -31,8 +31,8 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// Memory of one tensor, a weight gradient. Blocks come back for tensors of exactly their size; idle and live ones together
-// never exceed what was live at once before.
+// Memory of one tensor, a weight gradient. Blocks are reused only for tensors of exactly their size; idle and live ones
+// together never exceed the most that was live at once.
 class Buffer {
  public:
   explicit Buffer(int64_t bytes);  // throws std::bad_alloc
@@ -48,7 +48,7 @@ class Buffer {
   int64_t size_;
 };
 
-int64_t kept_bytes();  // of the buffers that wait for a tensor
+int64_t kept_bytes();  // of idle buffers
 void release_workspaces();
 
 }  // namespace switchgear::cpu

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// assign_balanced: values [T,E] -> expert_ids [T]: one expert for each token and equally many tokens of a sequence for each
-// expert, by an auction.
+// assign_balanced: values [T,E] -> expert_ids [T]: one expert for each token and the same number of tokens of a sequence for
+// each expert, by an auction.
 //
 //   work about 12·E/32 instructions of each lane a bid, and 10·T of one thread for the prices, an iteration; traffic 4·E bytes
 //   a bid, from L2; bound by the latency of an iteration, about 50 barriers of one block
 //
-// A block a sequence, since an iteration needs the prices of the one before, and how many there are is not known when it is
-// launched. In an iteration a warp makes the bids of those of its 32 tokens that have no place: value - price of all experts,
-// the best and the second. Then each expert that has more holders and bids than places finds the cut between them, all
-// experts at once (select.cuh), and one that is full takes the lowest price paid for its own. What is known of an expert is
-// in shared memory up to about 1100 experts, else in global memory.
+// One block per sequence: an iteration needs the prices of the previous one, and the number of iterations is not known at
+// launch. In an iteration a warp computes the bids of the unassigned tokens among its 32: best and second best value - price
+// over all experts. Then every expert with more holders and bids than places finds the cut between them, all experts at once
+// (select.cuh). A full expert's new price is the lowest price paid for its places. The state of the experts is in shared
+// memory up to about 1100 experts, else in global memory.
 //
-// Numeric contract: the bits of csrc/cpu/assign_balanced.cpp: float32, each operation rounded on its own; what was paid is
-// compared as a key. Tokens of sequences out of range get -1.
+// Numeric contract: the bits of csrc/cpu/assign_balanced.cpp: float32, each operation rounded on its own; prices paid are
+// compared as keys. Tokens with a sequence id out of range get -1.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   assign_balanced_kernel: 88 registers, 1024 bytes of shared memory
@@ -25,25 +25,25 @@
 namespace switchgear::cuda {
 
 constexpr int kAssignThreads = 512;
-constexpr int kAssignWords = kGroupWords + 2;  // of memory, for each expert of a sequence
+constexpr int kAssignWords = kGroupWords + 2;  // per expert of a sequence
 
 struct AssignBalancedParams {
   const float* values;
   const int32_t* sequence_ids;  // or null
   int32_t* expert_ids;
-  const int32_t* sequence_offsets;  // [B + 1] and
-  const int32_t* tokens;            // [T] by sequence, or null where there is one
-  int32_t* places;                  // [T] by sequence: the expert that a token has a place at, -1 for none
-  uint32_t* paid;                   // [T] by sequence: the key of what it paid
-  uint32_t* scratch;                // where shared memory does not do, else null
+  const int32_t* sequence_offsets;  // [B + 1], or null for a single sequence
+  const int32_t* tokens;            // [T] by sequence, or null for a single sequence
+  int32_t* places;                  // [T] by sequence: the expert that holds a place for the token, or -1
+  uint32_t* paid;                   // [T] by sequence: the key of the price the token paid
+  uint32_t* scratch;                // global memory for the experts' state, or null if it fits in shared memory
   int64_t max_iterations;
-  float eps;               // negative: from the values
+  float eps;               // negative: derived from the values
   float huge, never_paid;  // values, differences and prices stay finite below these
   int num_tokens, num_experts, num_sequences;
   int place_bits;  // tokens are below 2^place_bits
 };
 
-// What counts as a value: a number, or something outside of the numbers of the sequence.
+// Maps a value to a finite number: infinities and NaN to numbers outside the range of the sequence's values.
 struct AuctionValues {
   float huge, above, below;
 
@@ -57,7 +57,7 @@ struct AuctionBid {
   uint32_t paid;
 };
 
-// The bid of a token for the expert that is worth most to it, by a warp.
+// One token's bid for the expert of highest value - price. Called by a whole warp.
 __device__ inline AuctionBid auction_bid(const float* row, const float* price, int num_experts,
                                          const AuctionValues& values, float most, float step, int lane) {
   uint32_t best = kTaken, second = kTaken, at = ~0u;
@@ -78,7 +78,7 @@ __device__ inline AuctionBid auction_bid(const float* row, const float* price, i
   return {static_cast<int>(expert), key_of(add(add(price[expert], lead), step))};
 }
 
-// A block a sequence.
+// One block per sequence.
 __global__ void __launch_bounds__(kAssignThreads, 1) assign_balanced_kernel(AssignBalancedParams p) {
   SHARED_DYN(uint32_t, shared);
   SHARED_ARRAY(int32_t, sums, kAssignThreads / 32);
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kAssignThreads, 1) assign_balanced_kernel(Assi
       p.scratch != nullptr ? p.scratch + sequence * (static_cast<int64_t>(kAssignWords) * num_experts) : shared;
   const GroupCuts cuts(words, num_experts);
   float* const price = reinterpret_cast<float*>(words + kGroupWords * static_cast<int64_t>(num_experts));
-  uint32_t* const lowest = reinterpret_cast<uint32_t*>(price + num_experts);  // paid by those who have a place
+  uint32_t* const lowest = reinterpret_cast<uint32_t*>(price + num_experts);  // lowest price that a holder paid
 
   const int32_t begin = p.tokens != nullptr ? p.sequence_offsets[sequence] : 0;
   const int32_t n = (p.tokens != nullptr ? p.sequence_offsets[sequence + 1] : p.num_tokens) - begin;
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kAssignThreads, 1) assign_balanced_kernel(Assi
   const float fiftieth = divide(spread, 50.0f);
   const float step = p.eps >= 0.0f ? p.eps : fiftieth < 1e-4f ? 1e-4f : fiftieth;
   const float most =
-      add(multiply(4.0f, spread), 1.0f);  // what a bid may exceed the price by: no second may have a place
+      add(multiply(4.0f, spread), 1.0f);  // caps a raise: the gap is huge if the second best has no places
 
   int32_t waiting = n;
   for (int64_t iteration = 0; iteration < p.max_iterations && waiting > 0; ++iteration) {
@@ -169,9 +169,9 @@ __global__ void __launch_bounds__(kAssignThreads, 1) assign_balanced_kernel(Assi
     __syncthreads();
   }
 
-  // The tokens that are left get the places that are left, both in ascending order.
+  // The remaining tokens get the remaining places, both in ascending order.
   int32_t* const taken = cuts.size;
-  int32_t* const free_until = cuts.rest;  // places that are free at this expert and at lower ones
+  int32_t* const free_until = cuts.rest;  // free places at this expert and at all lower ones
   for (int e = thread; e < num_experts; e += num_threads) taken[e] = 0;
   __syncthreads();
   for (int32_t i = thread; i < n; i += num_threads) {

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The table of the CUDA backend. Each op runs with the device of its tensors current, and leaves the thread's device as it
-// was.
+// The table of the CUDA backend. Each op runs with its tensors' device current and restores the thread's device afterwards.
 #include "switchgear/backend.h"
 
 #include <cuda_runtime.h>
@@ -36,7 +35,7 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// One tensor that every call of the op has; ops.cpp has checked that the others are on its device.
+// A tensor that every call of the op has. ops.cpp has checked that the others are on the same device.
 const TensorView& tensor_of(const RouteArgs& args) { return args.router_logits; }
 const TensorView& tensor_of(const RouteBackwardArgs& args) { return args.router_logits; }
 const TensorView& tensor_of(const RouteDynamicArgs& args) { return args.router_logits; }

@@ -50,7 +50,7 @@ void column_topk(const ColumnTopkArgs& args, Execution exec) {
                                 .place_bits = static_cast<int>(std::bit_width(static_cast<uint64_t>(num_tokens - 1)))};
   if (several) m.tokens.list(params.sequence_ids, exec.stream);
   const int64_t pieces = num_sequences * ceil_div(num_experts, kColumns);
-  // About one value a thread and column.
+  // About one value per thread and column.
   const int64_t threads = std::clamp<int64_t>(ceil_div(num_tokens / num_sequences, 32) * 32, 32, kCutThreads);
   launch(column_cuts_kernel, dim3(static_cast<unsigned>(std::min(pieces, kMaxBlocks))),
          dim3(static_cast<unsigned>(threads)), 0, exec.stream, params);

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// column_topk: values [T,E] -> topk_ids [T,E]: each expert takes the best tokens of each sequence (expert choice); the experts
-// that took a token, ascending, then -1.
+// column_topk: values [T,E] -> topk_ids [T,E]: each expert takes the best tokens of each sequence (expert choice). A row lists
+// the experts that took the token, ascending, then -1.
 //
-//   traffic T·E·size for each digit that decides (3 or 4, up to 3 more where values are equal) and once more, mostly from L2;
-//   4·T·E bytes of results; bound by that, or by latency where T·E / 8 has too few blocks
+//   traffic T·E·size per digit pass (3 or 4, up to 3 more for equal values) plus one pass, mostly from L2; 4·T·E bytes of
+//   results. Bound by this traffic, or by latency where T·E / 8 gives too few blocks.
 //
-//   column_cuts_kernel   a block a sequence and 8 columns, a sector of float32: the cut after the last token that is taken,
-//                        for all of the columns at once (select.cuh)                                    -> cuts [B,E]
-//   column_list_kernel   a warp a token: compares its row with the cuts of its sequence, 32 experts at a time; a ballot gives
-//                        each expert its place
-// Where there are several sequences, plan lists the tokens of each before.
+//   column_cuts_kernel   one block per sequence and 8 columns (a 32-byte sector of float32): finds the cut after the last
+//                        token taken, for all 8 columns at once (select.cuh)                            -> cuts [B,E]
+//   column_list_kernel   one warp per token: compares its row with the cuts of its sequence, 32 experts at a time; a ballot
+//                        gives each expert its position
+// With several sequences, plan first lists the tokens of each.
 //
-// Integers alone: the choices of csrc/cpu/column_topk.cpp, for any bit pattern of values. Tokens of sequences out of range are
-// taken by nobody.
+// Integers only: the same choices as csrc/cpu/column_topk.cpp, for any bit pattern of values. No expert takes tokens with a
+// sequence id out of range.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   column_cuts_kernel: 48 registers, 8328 bytes of shared memory
@@ -37,8 +37,8 @@ struct ColumnTopkParams {
   const int32_t* sequence_ids;  // or null
   const int32_t* limits;
   int32_t* topk_ids;
-  const int32_t* sequence_offsets;  // [B + 1] and
-  const int32_t* tokens;            // [T] by sequence, or null where there is one
+  const int32_t* sequence_offsets;  // [B + 1], or null for a single sequence
+  const int32_t* tokens;            // [T] by sequence, or null for a single sequence
   uint64_t* cuts;                   // [B,E]
   int num_tokens, num_experts, num_sequences;
   int place_bits;  // tokens are below 2^place_bits
@@ -49,7 +49,7 @@ struct ColumnTopkParams {
   }
 };
 
-// Blocks walk the pieces of 8 columns, sequence by sequence.
+// Blocks loop over pieces of 8 columns, sequence by sequence.
 __global__ void __launch_bounds__(kCutThreads) column_cuts_kernel(ColumnTopkParams p) {
   SHARED_VALUE(Selection<kColumns>, selection);
   const int pieces = (p.num_experts + kColumns - 1) / kColumns, thread = static_cast<int>(threadIdx.x);

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// combine: y[t] = Σ_k topk_weights[t,k] · permuted_y[slot_indices[t,k]], k ascending, weights of 1 where absent; and the
-// gradient of the weights, combine_weight_backward: grad[t,k] = <grad_y[t], permuted_y[slot_indices[t,k]]>.
+// combine: y[t] = Σ_k topk_weights[t,k] · permuted_y[slot_indices[t,k]], k ascending, with weights of 1 if none are given.
+// combine_weight_backward, the gradient of the weights: grad[t,k] = <grad_y[t], permuted_y[slot_indices[t,k]]>.
 //
 //   permuted_y [S,H]   slot_indices, topk_weights, grad [T,K]   y, grad_y [T,H]
 //   combine 2·S·H flop, traffic (S read + T written)·H·size bytes; combine_weight_backward (S + T)·H·size bytes read
 //   both are memory-bound
 //
 // combine: a thread owns one vector of y and gathers that vector of the token's slots, four rows in flight. No atomics.
-// combine_weight_backward: a warp owns a pair (t,k); its lanes take vectors in turn. The warps of a token are neighbours, so
-// that all but the first find grad_y[t] in the cache.
+// combine_weight_backward: a warp owns a pair (t,k); its lanes take vectors in turn. The pairs of a token are in adjacent
+// warps, so only the first one reads grad_y[t] from memory; the others hit the cache.
 //
-// Numeric contract: float32 sums in an order that depends on K and H alone (a lane's vectors ascending, then lane i with
-// lane i ^ 16, 8, …), rounded once. Slots out of range are stepped over; their weights' gradients are 0.
+// Numeric contract: float32 sums in an order that depends only on K and H (a lane's vectors ascending, then lane i with
+// lane i ^ 16, 8, …), rounded once. Slots out of range are skipped; the gradients of their weights are 0.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   combine_kernel: 56 registers
@@ -65,7 +65,7 @@ __device__ inline void combine_vector(const CombineParams<T>& p, int64_t token, 
   store_vector(p.y + token * p.y_stride + column, pack<T>(sum), count, whole);
 }
 
-// 4 blocks an SM: else nvcc may spill registers to make room for a fifth.
+// At least 4 blocks per SM: otherwise nvcc may spill registers to fit a fifth.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, 4) combine_kernel(CombineParams<T> p) {
   constexpr int kVector = kVectorSize<T>;

@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// exchange: all-to-all between ranks of one machine that map each other's memory. One cooperative kernel on each of W ranks; it
-// ends when this rank has sent everything and has received everything that is sent to it.
+// exchange: all-to-all between ranks of one machine that map each other's memory. One cooperative kernel on each of W ranks. It
+// ends when this rank has sent all its bytes and has received all bytes sent to it.
 //
-//   rows, received   in the order of ranks: bytes send_begin[r] … send_begin[r + 1] go to rank r, and those of rank r arrive at
-//                    receive_begin[r] … receive_begin[r + 1]; any sizes and alignments
-//   segment          of each rank, which all map: Flags, then a window for each source, of kSlots slots of slot_bytes
-//   traffic          each byte read and written twice, once over the link; bound by the link
+//   rows, received   ordered by rank: bytes send_begin[r] … send_begin[r + 1] go to rank r; bytes from rank r are written to
+//                    receive_begin[r] … receive_begin[r + 1]. Any sizes and alignments.
+//   segment          one per rank, mapped by all: Flags, then a window for each source, of kSlots slots of slot_bytes
+//   traffic          each byte is read and written twice, once over the link; bound by the link
 //
-// A lane is one (this rank, other rank) pair in one direction, and has kLaneBlocks blocks, which share the bytes of each piece.
-// What goes from one rank to another is cut into pieces of slot_bytes, which both number alike, from the first exchange on, since
-// both know the sizes. A sending lane waits until the slot of a piece has been read, writes it into the target's window, and a
-// block that is done counts (acquire and release); the one that counts last raises `arrived` in the target's segment (release,
-// system): what the other blocks wrote is behind it, since counting also acquires. A receiving lane waits for that (acquire,
-// system), copies the piece out, and the last block to finish raises `read` in the source's segment. With two slots one piece
-// is written while another is read.
+// A lane is one (this rank, other rank) pair in one direction. It has kLaneBlocks blocks, which share the bytes of each piece.
+// A transfer is cut into pieces of slot_bytes. Both ranks know the sizes, so both number the pieces alike, from the first
+// exchange on. A sending lane waits until the slot of a piece has been read, then writes the piece into the target's window.
+// Each finished block increments a count (acquire and release). The last one raises `arrived` in the target's segment (release,
+// system scope); its acquire orders the writes of the other blocks before this release. A receiving lane waits for `arrived`
+// (acquire, system scope) and copies the piece out; its last block raises `read` in the source's segment. With two slots, one
+// piece is written while another is read.
 //
-// Flags and counts only grow, with the number of the piece, so nothing is reset, and an old flag is never taken for a new one.
-// A count belongs to a slot: a block may be a piece ahead of the other one of its lane, but not two, since a slot is free only
-// when all blocks have read it.
+// Flags and counts only grow, with the number of the piece. Nothing is reset, and an old flag is never mistaken for a new one.
+// Each slot has its own count: one block of a lane may be one piece ahead of the other, but not two, since a slot is free only
+// after all blocks have read it.
 //
-// A rank that is gone raises no flags. Whoever finds that out sets *stop, in memory of the host, and the kernel ends. Nothing
-// traps, so the context lives on.
+// A dead rank raises no flags. Whoever detects that sets *stop in host memory, and the kernel ends. Nothing traps, so the CUDA
+// context survives.
 //
 // Numeric contract: a copy.
 #pragma once
@@ -29,16 +29,16 @@
 
 namespace switchgear::cuda {
 
-constexpr int kMaxRanks = 16;  // of one machine
+constexpr int kMaxRanks = 16;  // on one machine
 constexpr int kExchangeThreads = 256;
-constexpr int kLaneBlocks = 2;  // of each lane
-constexpr int kSlots = 2;       // of each window
+constexpr int kLaneBlocks = 2;  // per lane
+constexpr int kSlots = 2;       // per window
 
-struct Flags {                        // all zero at first
-  uint32_t arrived[kMaxRanks];        // [s]: pieces of rank s, raised by it
-  uint32_t read[kMaxRanks];           // [t]: pieces of this rank that t has read, raised by t
-  uint32_t sent[kMaxRanks][kSlots];   // blocks of this rank
-  uint32_t taken[kMaxRanks][kSlots];  // blocks of this rank
+struct Flags {                        // all zero initially
+  uint32_t arrived[kMaxRanks];        // [s]: pieces sent by rank s; rank s raises it
+  uint32_t read[kMaxRanks];           // [t]: pieces of this rank that rank t has read; rank t raises it
+  uint32_t sent[kMaxRanks][kSlots];   // counts of this rank's blocks
+  uint32_t taken[kMaxRanks][kSlots];  // counts of this rank's blocks
 };
 constexpr int64_t kFlagBytes = 512;
 static_assert(sizeof(Flags) <= kFlagBytes);
@@ -49,8 +49,8 @@ struct ExchangeParams {
   const unsigned char* rows;
   unsigned char* received;
   int64_t send_begin[kMaxRanks + 1], receive_begin[kMaxRanks + 1];
-  uint32_t first_sent[kMaxRanks], first_received[kMaxRanks];  // numbers of the first pieces
-  unsigned char* segments[kMaxRanks];                         // [r]: that of rank r, as it is mapped here
+  uint32_t first_sent[kMaxRanks], first_received[kMaxRanks];  // number of the first piece
+  unsigned char* segments[kMaxRanks];                         // [r]: segment of rank r, at its address in this process
   const uint32_t* stop;
 
   __device__ Flags& flags(int r) const { return *reinterpret_cast<Flags*>(segments[r]); }
@@ -59,7 +59,7 @@ struct ExchangeParams {
   }
 };
 
-// Waits until *flag is at least `value`; false where it is told to stop. One thread.
+// Waits until *flag is at least `value`; returns false if *stop is set. Called by one thread.
 __device__ inline bool reaches(const uint32_t* flag, uint32_t value, const uint32_t* stop) {
   while (static_cast<int32_t>(ptx::ld_acquire_sys(flag) - value) < 0) {
     if (ptx::ld_relaxed_sys(stop) != 0) return false;
@@ -67,7 +67,7 @@ __device__ inline bool reaches(const uint32_t* flag, uint32_t value, const uint3
   return true;
 }
 
-// The same for all threads of the block.
+// The same for a whole block.
 __device__ inline bool block_reaches(const uint32_t* flag, uint32_t value, const uint32_t* stop) {
   SHARED_VALUE(bool, reached);
   if (threadIdx.x == 0) reached = reaches(flag, value, stop);
@@ -77,7 +77,7 @@ __device__ inline bool block_reaches(const uint32_t* flag, uint32_t value, const
   return result;
 }
 
-// Counts this block; whether it is the last of its lane. All threads, after what they did; the answer is for thread 0.
+// Counts this block; true if it is the last of its lane. Called by all threads, after their copies; only thread 0 gets true.
 __device__ inline bool counts_last(uint32_t* counts, uint32_t piece) {
   __syncthreads();
   if (threadIdx.x != 0) return false;
@@ -94,7 +94,7 @@ __device__ inline int64_t copy_units(unsigned char* to, const unsigned char* fro
   return count * static_cast<int64_t>(sizeof(Unit));
 }
 
-// All threads of all blocks of a lane.
+// Called by all threads of all blocks of a lane.
 __device__ inline void copy(unsigned char* to, const unsigned char* from, int64_t bytes, int block) {
   const uintptr_t bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
   const int64_t thread = int64_t{block} * blockDim.x + threadIdx.x;
@@ -136,7 +136,7 @@ __device__ inline void exchange_receive(const ExchangeParams& p, int source, int
 
 constexpr int exchange_blocks(int num_ranks) { return 2 * num_ranks * kLaneBlocks; }
 
-// blockIdx.x: the sending lanes, then the receiving ones. Each rank begins with another target, lest all send to one.
+// blockIdx.x: the sending lanes, then the receiving ones. Each rank starts with a different target to spread the load.
 __device__ inline void exchange(const ExchangeParams& p) {
   const int lane = static_cast<int>(blockIdx.x) / kLaneBlocks, block = static_cast<int>(blockIdx.x) % kLaneBlocks;
   const int other = (p.rank + 1 + lane) % p.num_ranks;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The launcher of exchange.cuh for Python: of the module _cuda, and of _simt in tests.
+// Binds the launcher of exchange.cuh to Python: in the module _cuda, and in _simt for tests.
 #pragma once
 #include <pybind11/pybind11.h>
 

@@ -9,7 +9,7 @@
 namespace switchgear::cuda {
 namespace {
 
-constexpr int kMaxSeparate = 512;  // 8 KB of parameters, of which a kernel may have 32,764 bytes
+constexpr int kMaxSeparate = 512;  // 8 KB of kernel parameters; the limit is 32,764 bytes
 
 struct SeparateList {
   SeparateMatrix matrices[kMaxSeparate];

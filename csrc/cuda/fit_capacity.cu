@@ -17,7 +17,7 @@ constexpr int64_t kMaxBlocks = 1 << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A thread an item, in whole warps.
+// One thread per item, in whole warps.
 unsigned threads_for(int64_t items, int64_t most) {
   return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(items, 32) * 32, 32, most));
 }

@@ -1,22 +1,21 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // fit_capacity: topk_ids [T,K] -> kept_ids [T,K]: an expert takes as many choices of a sequence as it has places; the others
-// are dropped, or go to the token's next best experts.
+// are dropped or rerouted to the token's next best experts.
 //
-//   traffic about 40·S bytes: ids, groups, their plan, results; a group with too many choices reads those again up to 4 times
-//   (8 with priorities); rerouting reads E scores of each token that lost a choice, once in 32 rounds
-//   bound by the latency of about six launches up to 10^6 slots; rerouting by one block for each sequence
+//   traffic about 40·S bytes: ids, groups, their plan, results. A group with too many choices reads those again up to 4 times
+//   (8 with priorities). Rerouting reads E scores of each token that lost a choice, once in 32 rounds.
+//   bound by the latency of about six launches up to 10^6 slots; rerouting by one block per sequence
 //
-// A group is an expert and a sequence; no two choices have the same precedence, a number that the choice kept last has lowest.
+// A group is an (expert, sequence) pair. Each choice has a unique precedence; the highest is kept first.
 //   capacity_groups_kernel   the group of each choice; plan then lists the choices of each group, ascending
-//   fit_capacity_kernel      a block a group: where there are too many, the cut between kept and dropped (select.cuh)
-// Rerouting goes in rounds, of which up to 32 share two launches, so that nothing is read back to know when to stop:
-//   capacity_candidates_kernel   a warp a token that has lost choices: its next 32 best experts (ranking.cuh)
-//   reroute_kernel               a block a sequence, round by round: a token offers its next expert the first of its lost
-//                                choices; experts with too many offers find their cuts, all of them at once. Tokens that
-//                                have nothing left to offer leave the list of those that wait. It ends when nobody waits or
-//                                no expert has room.
+//   fit_capacity_kernel      one block per group: finds the cut between kept and dropped in crowded groups (select.cuh)
+// Rerouting runs in rounds. Up to 32 rounds share two launches, so the host reads nothing back to know when to stop:
+//   capacity_candidates_kernel   one warp per token with lost choices: its next 32 best experts (ranking.cuh)
+//   reroute_kernel               one block per sequence, round by round: a token offers its next expert the first of its lost
+//                                choices. Experts with too many offers find their cuts, all at once. Tokens without further
+//                                offers leave the waiting list. Ends when the list is empty or no expert has places left.
 //
-// Integers alone: the choices of csrc/cpu/fit_capacity.cpp. Ids and sequences out of range are empty choices.
+// Integers only: the same choices as csrc/cpu/fit_capacity.cpp. Ids and sequences out of range are empty choices.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   capacity_groups_kernel: 24 registers
@@ -34,7 +33,7 @@ namespace switchgear::cuda {
 
 constexpr int kCapacityThreads = 256;
 constexpr int kRerouteThreads = 1024;
-constexpr int kCandidates = 32;  // rounds of two launches: one a lane
+constexpr int kCandidates = 32;  // rounds per two launches: one per lane
 
 struct FitCapacityParams {
   const int32_t* topk_ids;
@@ -48,22 +47,22 @@ struct FitCapacityParams {
   Drop drop;
   int place_bits;  // pairs are below 2^place_bits
   // temporary memory
-  int32_t* groups;         // [S]: of each choice, -1 for none
+  int32_t* groups;         // [S]: group of each choice, -1 for none
   int32_t* group_offsets;  // [B·E + 1]
   int32_t* members;        // [S]: choices by group
-  int32_t* room;           // [B·E]
-  // of rerouting
-  int32_t* sequence_offsets;  // [B + 1], or null where there is one sequence
+  int32_t* room;           // [B·E]: free places
+  // for rerouting
+  int32_t* sequence_offsets;  // [B + 1], or null for a single sequence
   int32_t* tokens;            // [T] by sequence
   int32_t* candidates;        // [T, kCandidates]: experts, then -1
   int32_t* waiting;           // [T]: tokens of each sequence that have lost choices
-  int32_t* offers;            // [T]: what each of these offers
-  int32_t* offered;           // [T]: and to whom, -1 for nobody
-  uint32_t* scratch;          // where shared memory does not do, else null
+  int32_t* offers;            // [T]: the choice that each waiting token offers
+  int32_t* offered;           // [T]: the expert it is offered to, or -1
+  uint32_t* scratch;          // global memory where shared memory is too small, else null
 
   __device__ int precedence_bits() const { return drop == Drop::kPriority ? 32 + place_bits : place_bits; }
 
-  // Of choice i = t·K + k; the largest is kept first.
+  // Precedence of choice i = t·K + k; the highest is kept first.
   __device__ uint64_t precedence(int32_t i) const {
     switch (drop) {
       case Drop::kOrder: return key_at(0, i, place_bits);
@@ -96,7 +95,7 @@ __global__ void __launch_bounds__(kCapacityThreads) capacity_groups_kernel(FitCa
   p.kept_ids[i] = real ? expert : -1;
 }
 
-// Blocks walk the groups.
+// Blocks loop over the groups.
 __global__ void __launch_bounds__(kCapacityThreads) fit_capacity_kernel(FitCapacityParams p) {
   SHARED_VALUE(Selection<1>, selection);
   for (int64_t g = blockIdx.x; g < p.num_groups; g += gridDim.x) {
@@ -122,8 +121,8 @@ __global__ void __launch_bounds__(kCapacityThreads) fit_capacity_kernel(FitCapac
 
 // ---- rerouting -----------------------------------------------------------------------------------------------------------
 
-// The next `count` candidates of each token that has lost choices: after those that it has had, unless `first`. A block is one
-// warp; blocks walk the tokens.
+// The next `count` candidates of each token with lost choices: the first ones if `first`, else those after its last ones. A
+// block is one warp; blocks loop over the tokens.
 __global__ void __launch_bounds__(32) capacity_candidates_kernel(FitCapacityParams p, bool first, int count) {
   SHARED_DYN(uint32_t, shared);
   const int lane = static_cast<int>(threadIdx.x);
@@ -135,13 +134,13 @@ __global__ void __launch_bounds__(32) capacity_candidates_kernel(FitCapacityPara
     int32_t* const candidates = p.candidates + static_cast<int64_t>(token) * kCandidates;
     const int32_t last = first ? -1 : candidates[kCandidates - 1];
     const uint32_t last_key = last >= 0 ? key_of(sanitise(scores[last])) : ~0u;
-    if (!first && last < 0) continue;  // there were no more then
+    if (!first && last < 0) continue;  // no more candidates in the previous round
     for (int e = lane; e < p.num_experts; e += 32) {
       const uint32_t key = key_of(sanitise(scores[e]));
       keys[e] = key < last_key || (key == last_key && e > last) ? key : kTaken;
     }
     for (int32_t i = token * p.top_k; i < (token + 1) * p.top_k; ++i) {
-      if (p.groups[i] >= 0 && p.topk_ids[i] % 32 == lane) keys[p.topk_ids[i]] = kTaken;  // by the lane that wrote it
+      if (p.groups[i] >= 0 && p.topk_ids[i] % 32 == lane) keys[p.topk_ids[i]] = kTaken;  // the lane that wrote this key
     }
     Ranking ranking(keys, p.num_experts, lane);
     int32_t mine = -1;
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(32) capacity_candidates_kernel(FitCapacityPara
   }
 }
 
-// A block a sequence.
+// One block per sequence.
 __global__ void __launch_bounds__(kRerouteThreads, 1) reroute_kernel(FitCapacityParams p, int rounds) {
   SHARED_DYN(uint32_t, shared);
   SHARED_ARRAY(int32_t, sums, kRerouteThreads / 32);
@@ -172,13 +171,13 @@ __global__ void __launch_bounds__(kRerouteThreads, 1) reroute_kernel(FitCapacity
   const auto candidate = [&](int32_t token, int round) {
     return p.candidates[static_cast<int64_t>(token) * kCandidates + round];
   };
-  // Keeps those of token_of(i), i < count, which go on waiting; their number. Also a barrier.
+  // Puts those of token_of(i), i < count, for which goes_on holds into the waiting list; returns their number. Also a barrier.
   const auto keep = [&](int32_t count, const auto& token_of, const auto& goes_on) {
     int32_t kept = 0, total;
     for (int32_t base = 0; base < count; base += num_threads) {
       const int32_t i = base + thread, token = i < count ? token_of(i) : -1;
       const bool stays = token >= 0 && goes_on(token);
-      const int32_t place = kept + exclusive_sum(stays, sums, &total);  // its barriers: all have read their tokens
+      const int32_t place = kept + exclusive_sum(stays, sums, &total);  // has a barrier: all have read their tokens
       if (stays) waiting[place] = token;
       kept += total;
     }

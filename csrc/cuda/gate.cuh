@@ -5,11 +5,11 @@
 //   gate_value(options, gate, up)      a
 //   gate_gradient(options, gate, up)   a, ∂a/∂gate, ∂a/∂up; 0 where a limit clamps
 //   gate_value<activation>(…), gate_gradient<activation>(…), with_activation(activation, body)
-//                                      the same with the switch outside of a loop
+//                                      the same with the switch hoisted out of a loop
 //
 // About 20 instructions, two of them on the special function unit. Numeric contract: float32, NaN stays NaN. The relative
-// error is that of a dozen roundings plus that of the exponential's argument: no value is a difference of larger ones, so
-// the tails keep their precision. Exponentials past the ends of float32 are 0 or infinity and sigmoids exactly 0 or 1.
+// error is a dozen roundings plus the error of the exponential's argument. No value is a difference of larger ones, so the
+// tails keep their precision. Exponentials past the range of float32 are 0 or infinity, and sigmoids exactly 0 or 1.
 #pragma once
 #include "platform.cuh"
 #include "switchgear/ops.h"
@@ -44,7 +44,7 @@ __device__ inline float normal_cdf(float x, float* density) {
   return x < 0.0f ? tail : 1.0f - tail;
 }
 
-// The activation of one argument. kSwigluOai is the curve of its gate, x·sigmoid(alpha·x).
+// The activation of one argument. For kSwigluOai, its gate's curve x·sigmoid(alpha·x).
 template <Activation kActivation>
 __device__ inline CurvePoint activate(float x, float alpha) {
   if constexpr (kActivation == Activation::kRelu) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Which kernel takes a product.
+// Picks the kernel for a product.
 #include "gemm.h"
 
 #include <initializer_list>
@@ -13,7 +13,7 @@ namespace switchgear::cuda {
 
 namespace {
 
-// Kernels count rows, columns and depths in 32 bits; what is a product of two of them has 64.
+// Kernels count rows, columns and depths in 32 bits. Products of two of them take 64 bits.
 void check_sizes(std::initializer_list<int64_t> sizes) {
   for (const int64_t size : sizes) {
     SWITCHGEAR_CHECK(ValueError, size <= std::numeric_limits<int32_t>::max() - 128,

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// One grouped GEMM, described for the host and the kernels alike. Two products make all of the layer:
+// A grouped GEMM, described for host and kernels alike. The layer consists of two products:
 //
 //   Gemm    out[s,n] = Σ_k a[s,k] · b[e(s)][n,k] (+ bias[e(s),n])      rows grouped by expert: forward, input gradient
 //   Wgrad   out[e][m,n] = Σ_{s of e} a[s,m] · b[s,n]                   inner dimension grouped by expert: weight gradient
 //
-// `gemm` and `wgrad` pick the kernel: gemm_sm90 where sm90_takes says so, else the decode kernel, else the tiles of the table
+// `gemm` and `wgrad` pick the kernel: gemm_sm90 if sm90_takes allows it, else the decode kernel, else the tiles of the table
 // below. Everything is plain data; pick_tile is a pure function, tested without a GPU.
 //
-// Order of the sums: gemm_sm80.cuh (all tiles of a dtype) and gemm_decode.cuh share one, k ascending through one float32
-// accumulator per element, 16 (tf32: 8) terms an instruction. So a row's bits do not depend on the tile that was picked.
-// gemm_sm90 has an order of its own, which must not depend on the tile either.
+// Order of the sums: gemm_sm80.cuh (all tiles of a dtype) and gemm_decode.cuh share one: k ascending through one float32
+// accumulator per element, 16 (tf32: 8) terms per instruction. So a row's bits do not depend on the tile picked.
+// gemm_sm90 has its own order, which must not depend on the tile either.
 #pragma once
 #include <cstdint>
 
@@ -20,7 +20,7 @@ namespace switchgear::cuda {
 
 // ---- operands ----------------------------------------------------------------------------------------------------------
 
-// One row per slot: row r(s) of `data`, r(s) = indices[s] where given, else s. A row outside [0, count) reads as zeros.
+// One row per slot: row r(s) of `data`, with r(s) = indices[s] if given, else s. A row outside [0, count) reads as zeros.
 struct Rows {
   const void* data = nullptr;
   int64_t stride = 0;  // elements from row to row; columns are contiguous
@@ -28,20 +28,20 @@ struct Rows {
   const int32_t* indices = nullptr;  // [S] on the device
 };
 
-// Where one expert's matrix lies, for experts with memory of their own.
+// The matrix of one expert, for experts stored separately.
 struct SeparateMatrix {
   const void* data;
-  int64_t rows;  // rows past it are zeros and are not read
+  int64_t rows;  // rows from here on are zeros and are not read
 };
 
 // Element (n, k) of expert e. One of the two strides is 1.
 struct ExpertOperand {
   const void* data = nullptr;  // expert e at data + e * expert_stride …
   int64_t expert_stride = 0;
-  const SeparateMatrix* separate = nullptr;  // … or, where given, at separate[e].data; [E] on the device
+  const SeparateMatrix* separate = nullptr;  // … or, if given, at separate[e].data; [E] on the device
   bool rows_are_n = true;                    // separate[e].rows bounds n; else k
   int64_t n_stride = 0, k_stride = 1;
-  bool aligned = false;  // bases and the stride that is not 1 (experts' strides too) are multiples of 16 bytes
+  bool aligned = false;  // bases and all strides that are not 1 (including expert_stride) are multiples of 16 bytes
 
   __host__ __device__ constexpr bool k_contiguous() const { return k_stride == 1; }
 };
@@ -50,8 +50,8 @@ struct ExpertOperand {
 
 enum class Epilogue : uint8_t {
   kStore,        // out [S,N]: the product plus bias
-  kGlu,          // h = the product plus bias, out [S,I] = glu(h); h [S,N] is stored where it is given
-  kGluBackward,  // g = the product (N = I): reads h and weights, writes out [S,width of h] = glu'(h, w·g), and where given
+  kGlu,          // h = the product plus bias, out [S,I] = glu(h); h [S,N] is stored if given
+  kGluBackward,  // g = the product (N = I): reads h and weights, writes out [S,width of h] = glu'(h, w·g) and, if given,
                  // weighted_a [S,I] = w·glu(h) and weight_parts [S, weight_parts_of(I)] = parts of <g, glu(h)>
 };
 
@@ -65,13 +65,13 @@ struct Gemm {
   const int32_t* expert_offsets = nullptr;  // [E+1] on the device
   int64_t num_experts = 0;
   int64_t num_slots =
-      0;  // S, the host's bound on expert_offsets[E]. Rows past expert_offsets[E] become zero in out and h
+      0;  // S, the host's bound on expert_offsets[E]. Rows past expert_offsets[E] are zeroed in out and h
   int64_t n = 0, c = 0;  // N and C
 
   Epilogue epilogue = Epilogue::kStore;
   void* out = nullptr;
   int64_t out_stride = 0;
-  GluOptions options;  // of the two epilogues with a gate; n is N for kGlu, I for kGluBackward
+  GluOptions options;  // for the two epilogues with a gate; n is N for kGlu, I for kGluBackward
   void* h = nullptr;   // kGlu: out, optional. kGluBackward: in
   int64_t h_stride = 0;
   const float* slot_weights = nullptr;  // kGluBackward: [S]
@@ -80,14 +80,14 @@ struct Gemm {
   float* weight_parts = nullptr;  // kGluBackward: [S, weight_parts_of(I)], optional
 };
 
-// Sums over 32 columns at a time, aligned to 32: eight columns in order, then ((0 + 1) + (2 + 3)) of the four eights. The
-// grouping is part of the contract: it keeps the gradient of topk_weights independent of the tile.
+// Partial sums over 32 columns, aligned to 32: eight columns in order, then ((0 + 1) + (2 + 3)) over the four eights. This
+// grouping is part of the contract: it makes the gradient of topk_weights independent of the tile.
 constexpr int64_t kWeightPart = 32;
 __host__ __device__ constexpr int64_t weight_parts_of(int64_t intermediate_size) {
   return (intermediate_size + kWeightPart - 1) / kWeightPart;
 }
 
-// a and b in slot order or gathered; s outside [0, S) is never followed. Experts without rows get zeros.
+// a and b in slot order or gathered; an s outside [0, S) is never dereferenced. Experts without rows get zeros.
 struct Wgrad {
   DType dtype = DType::kFloat32;
   bool allow_tf32 = false;
@@ -95,39 +95,39 @@ struct Wgrad {
   const int32_t* expert_offsets = nullptr;
   int64_t num_experts = 0, num_slots = 0;
   int64_t m = 0, n = 0;  // widths of a and b
-  void* out = nullptr;   // [E,m,n], columns contiguous: where the gradient is stored transposed, a and b change places
+  void* out = nullptr;   // [E,m,n], columns contiguous; if the gradient is stored transposed, a and b are swapped
   int64_t out_expert_stride = 0, out_stride = 0;
 };
 
-// The width of `a`: I of kGlu, N otherwise.
+// The width of `a`: I for kGlu, N otherwise.
 __host__ __device__ constexpr int64_t out_columns(const Gemm& g) {
   return g.epilogue == Epilogue::kGlu && g.options.gated ? g.n / 2 : g.n;
 }
 
 // ---- tiles -------------------------------------------------------------------------------------------------------------
 
-// How a product is cut: a block of `threads` computes [rows, columns] of out and takes depth_bytes of a and b at a time
+// How a product is tiled: a block of `threads` computes [rows, columns] of out. It reads depth_bytes of a and b at a time
 // through a ring of `stages` in shared memory.
 struct TileConfig {
-  int max_rows_per_expert;  // up to which mean this row of the table is picked
+  int max_rows_per_expert;  // largest mean number of rows per expert for which this row of the table is picked
   int rows, columns;
   int warps_m, warps_n;
   int depth_bytes;
   int stages;
-  int blocks;  // that registers and an A100's shared memory let run on a multiprocessor at the same time
+  int blocks;  // blocks per multiprocessor that registers and an A100's shared memory allow
 
   constexpr int threads() const { return 32 * warps_m * warps_n; }
   constexpr int stage_bytes() const { return (rows + columns) * depth_bytes; }
-  // The ring, and in its place the float32 accumulators on their way to the epilogue.
+  // The ring; later the same memory holds the float32 accumulators for the epilogue.
   constexpr int shared_bytes() const {
     const int ring = stages * stage_bytes(), staged = rows * columns * 4;
     return ring > staged ? ring : staged;
   }
 };
 
-// Up to 16 rows weights bind: deep rings, little else. 64 rows of an expert keep the tensor cores of an A100 busy three
-// quarters of the time; 128 x 128 with 64 x 64 a warp reads 4 KB of shared memory per 64 cycles of mma (half of what it could).
-// Two blocks an SM overlap one's epilogue with the other's products.
+// Up to 16 rows, reading the weights is the bound: deep rings, little else. With 64 rows per expert an A100's tensor cores are
+// busy three quarters of the time. 128 x 128 with 64 x 64 per warp reads 4 KB of shared memory per 64 cycles of mma (half the
+// limit). With two blocks per SM, the epilogue of one overlaps the products of the other.
 inline constexpr TileConfig kTiles[] = {
     // mean rows     tile     warps  depth  stages, blocks; shared memory
     {16, 16, 128, 1, 4, 128, 4, 2},         // 72 KB
@@ -136,9 +136,9 @@ inline constexpr TileConfig kTiles[] = {
 };
 enum class TileKind : uint8_t { k16, k64, k128 };  // index into kTiles
 
-// The tile for a mean number of rows per expert, all that the host knows. Every tile fits the 99 KB that a block of sm_86, sm_89
-// and sm_120 may have, so the table serves all architectures. Few columns or a short inner dimension are no reason for
-// another tile: what is padded costs less than a second set of kernels.
+// The tile for a mean number of rows per expert, which is all the host knows. Every tile fits in the 99 KB that a block of
+// sm_86, sm_89 and sm_120 may use, so one table serves all architectures. Few columns or a short inner dimension use the same
+// tiles: the padding costs less than a second set of kernels.
 constexpr TileKind pick_tile(int64_t rows_per_expert) {
   int kind = 0;
   while (rows_per_expert > kTiles[kind].max_rows_per_expert) ++kind;

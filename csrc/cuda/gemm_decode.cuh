@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Grouped GEMM for a few tokens: out[s,n] = Σ_k a[s,k] · b[e(s)][n,k] with up to 16 rows per expert, in 16-bit types.
 //
-//   work 2·S·N·C flop, nothing beside the traffic: the weights of the touched experts once, (touched experts)·N·C·2 bytes
+//   work 2·S·N·C flop, negligible beside the traffic: the weights of the touched experts once, (touched experts)·N·C·2 bytes
 //   bound by memory
 //
-// A warp has 16 columns of one expert and all of the expert's rows. It streams the columns' weights from memory into
-// registers, 64 bytes of a column at a time and kAhead of them in flight, without shared memory and without a barrier: 8
-// warps an SM keep 32 KB under way, more than memory's latency times an SM's share of its bandwidth (11 KB on an A100, 18 KB
-// on an H100). Rows of a come through L1, where the warps of a block find what the first one fetched.
-// Blocks are (columns, i): the i-th expert that has rows, so the grid does not grow with the number of experts.
+// A warp owns 16 columns of one expert, for all rows of the expert. It streams the columns' weights from memory into registers,
+// 64 bytes of a column at a time with kAhead loads in flight, without shared memory or barriers. 8 warps per SM keep 32 KB in
+// flight, more than memory latency times an SM's share of the bandwidth (11 KB on an A100, 18 KB on an H100). Rows of a come
+// through L1, where the first warp of a block brings them in for the others.
+// Blocks are (columns, i): the i-th expert with rows. So the grid does not grow with the number of experts.
 //
-// A lane loads 16 bytes, eight depths of one column, but mma wants two depths of each of four such runs: the four lanes of
-// a quad transpose 4 x 4 words by shuffles. What mma gets is then exactly what ldmatrix would have given it.
+// A lane loads 16 bytes, eight depths of one column. mma needs two depths of each of four such loads, so the four lanes of a
+// quad transpose 4 x 4 words by shuffles. The operands of mma are then exactly those that ldmatrix would give.
 //
-// Numeric contract: that of gemm_sm80.cuh, bit for bit: the same depths in the same places of the same instructions, k
-// ascending. So decoding gives the bits of a prefill of the same rows.
+// Numeric contract: that of gemm_sm80.cuh, bit for bit: the same depths in the same positions of the same instructions, k
+// ascending. So decoding gives the same bits as a prefill of the same rows.
 //
 // Floors (bf16, Qwen3-30B-A3B's layer, one token, 8 experts, 75 MB of weights): 37 us at the 2.0 TB/s of an A100, 23 us at the
 // 3.35 of an H100.
@@ -28,12 +28,12 @@
 namespace switchgear::cuda {
 
 constexpr int kDecodeWarps = 4;
-constexpr int kDecodeRows = 16;     // of an mma
-constexpr int kDecodeColumns = 16;  // of a warp: two mma
-constexpr int kAhead = 4;           // loads of 64 bytes of each column that are under way
-constexpr int kStepDepth = 32;      // depths of such a load: 16 bytes in each of four lanes
+constexpr int kDecodeRows = 16;     // per mma
+constexpr int kDecodeColumns = 16;  // per warp: two mma
+constexpr int kAhead = 4;           // loads in flight per column, of 64 bytes each
+constexpr int kStepDepth = 32;      // depths per load: 16 bytes in each of four lanes
 
-// w[j] of lane i of a quad becomes w[i] of its lane j.
+// w[j] of lane i of a quad becomes w[i] of lane j.
 __device__ inline void transpose_quad(uint32_t (&w)[4]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const bool odd = (lane & 1) != 0, upper = (lane & 2) != 0;
@@ -49,7 +49,7 @@ __device__ inline void transpose_quad(uint32_t (&w)[4]) {
   }
 }
 
-// The 16 bytes of one lane: depths [depth, depth + 8) of a row or column, zeros past `end` and for a null row.
+// The 16 bytes of one lane: depths [depth, depth + 8) of a row or column; zeros past `end` and for a null row.
 template <typename T>
 __device__ inline Words load_run(const T* row, int32_t depth, int32_t end) {
   const int32_t left = row != nullptr ? end - depth : 0;
@@ -57,7 +57,7 @@ __device__ inline Words load_run(const T* row, int32_t depth, int32_t end) {
   return load_vector(row + depth, left < 8 ? left : 8, left >= 8);
 }
 
-// Weights are read once: they shall not push the rows of a out of the caches.
+// Weights are read once. Streaming loads keep them from evicting the rows of a from the caches.
 template <typename T>
 __device__ inline Words load_weights(const T* column, int32_t depth, int32_t end) {
   const int32_t left = column != nullptr ? end - depth : 0;
@@ -66,7 +66,7 @@ __device__ inline Words load_weights(const T* column, int32_t depth, int32_t end
   return {{v.x, v.y, v.z, v.w}};
 }
 
-// The i-th expert that has slots, or -1. All lanes of a warp call it together; `slots` becomes the expert's.
+// The i-th expert with slots, or -1; sets `slots` to the expert's. All lanes of a warp call it together.
 __device__ inline int32_t nonempty_expert(const Gemm& g, int32_t i, SlotRange& slots) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const auto num_experts = static_cast<int32_t>(g.num_experts), num_slots = static_cast<int32_t>(g.num_slots);
@@ -87,7 +87,7 @@ __device__ inline int32_t nonempty_expert(const Gemm& g, int32_t i, SlotRange& s
   return -1;
 }
 
-// Sums of 16 rows and a warp's 16 columns, as two fragments of mma.
+// Sums of 16 rows and a warp's 16 columns, as two mma fragments.
 template <typename T>
 __device__ inline void multiply_rows(float (&sums)[2][4], const T* const (&rows)[2], const T* const (&columns)[2],
                                      int32_t depth) {
@@ -126,12 +126,12 @@ __device__ inline void multiply_rows(float (&sums)[2][4], const T* const (&rows)
   }
 }
 
-// What a lane has of a row: columns first, first + 1 of each of the two fragments.
+// A lane's part of a row: columns first, first + 1 of each of the two fragments.
 struct DecodeRow {
   float v[2][2];
 };
 
-// Gates and ups of kGlu: of pairs (0,0)-(1,0) and (0,1)-(1,1) side by side in the two fragments, or next to each other in one.
+// For kGlu, gate and up are v[0][i] and v[1][i] (two halves), or v[j][0] and v[j][1] (interleaved).
 template <typename T>
 __device__ inline void store_decoded(const Gemm& g, const T* bias, int32_t bias_end, int64_t slot,
                                      const int32_t (&columns)[2], const int32_t (&ends)[2], DecodeRow row) {
@@ -149,7 +149,7 @@ __device__ inline void store_decoded(const Gemm& g, const T* bias, int32_t bias_
     }
   }
   if (!glu) return;
-  const bool pairs = g.options.gated && g.options.interleaved;  // (gate, up) next to each other
+  const bool pairs = g.options.gated && g.options.interleaved;  // (gate, up) in adjacent columns
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int j = i / 2, k = i % 2;
@@ -162,21 +162,21 @@ __device__ inline void store_decoded(const Gemm& g, const T* bias, int32_t bias_
   }
 }
 
-// 4 blocks an SM are more than enough; left alone, nvcc may spill registers to make room for a fifth.
+// At least 4 blocks per SM: otherwise nvcc may spill registers to fit a fifth.
 template <typename T>
 __global__ void __launch_bounds__(32 * kDecodeWarps, 4) decode_kernel(const __grid_constant__ Gemm g) {
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const auto group = static_cast<int32_t>(blockIdx.x * kDecodeWarps) + warp;
   const TileColumns tile = tile_columns(g, group, kDecodeColumns);
   const auto num_experts = static_cast<int32_t>(g.num_experts);
-  const bool nobody = blockIdx.y + 1 == gridDim.y;  // rows past expert_offsets[E], which become zero
+  const bool nobody = blockIdx.y + 1 == gridDim.y;  // unassigned rows, past expert_offsets[E], are zeroed
   SlotRange slots = slots_of(g.expert_offsets, num_experts, num_experts, static_cast<int32_t>(g.num_slots));
   const int32_t expert = nobody ? 0 : nonempty_expert(g, static_cast<int32_t>(blockIdx.y), slots);
   if (expert < 0) return;
   const ExpertMatrix<T> matrix(g, expert);
   const T* const bias = nobody || g.bias == nullptr ? nullptr : static_cast<const T*>(g.bias) + expert * g.bias_stride;
   const auto bias_end = static_cast<int32_t>(g.epilogue == Epilogue::kStore ? matrix.n_end : static_cast<int32_t>(g.n));
-  // Lane 4 i + q loads column i of both fragments, and has the sums of columns 2 q and 2 q + 1.
+  // Lane 4 i + q loads column i of both fragments and holds the sums of columns 2 q and 2 q + 1.
   const T* columns[2];
   int32_t own[2], ends[2];
 #pragma unroll

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What happens to a tile of sums: bias, gate, rounding, storing. The accumulators lie in shared memory as float32, whatever
-// kernel computed them; a thread takes blocks of eight columns of a row, so that memory is read and written in vectors.
+// The epilogue of a tile of sums: bias, gate, rounding, storing. The accumulators are in shared memory as float32, for every
+// kernel. A thread handles blocks of eight columns of a row, so that memory is read and written in vectors.
 //
 //   kStore          out = sums + bias
-//   kGlu            h = sums + bias (where wanted), out = a = glu(h). The tile's columns are gates and ups of the same
-//                   columns of a: gates first and then ups, or interleaved like h itself
-//   kGluBackward    g = sums: out = grad_h, and where wanted weighted_a and parts of <g, a> (weight_parts_of in gemm.h)
+//   kGlu            h = sums + bias (stored if requested), out = a = glu(h). The tile's columns are the gates and ups of the
+//                   same columns of a: gates first and then ups, or interleaved like h itself
+//   kGluBackward    g = sums: out = grad_h and, if requested, weighted_a and parts of <g, a> (weight_parts_of in gemm.h)
 //
 // traffic per element: what is stored, plus h for kGluBackward. Numeric contract: everything in float32, rounded once when
-// stored; a comes from the h that was not rounded.
+// stored; a is computed from the unrounded h.
 #pragma once
 #include "gate.cuh"
 #include "gemm.h"
@@ -17,11 +17,11 @@
 
 namespace switchgear::cuda {
 
-constexpr int kBlock = 8;  // columns of a block
+constexpr int kBlock = 8;  // columns per block
 
 // ---- blocks of eight columns ---------------------------------------------------------------------------------------------
 
-// Elements at `p` into values; zeros past `count`. `aligned`: p is a multiple of 16 bytes.
+// Loads elements at `p` into values; zeros past `count`. `aligned`: p is a multiple of 16 bytes.
 template <typename T>
 __device__ inline void load_block(float (&values)[kBlock], const T* p, int count, bool aligned) {
   constexpr int kVector = kVectorSize<T>;
@@ -46,7 +46,7 @@ __device__ inline void store_block(T* p, const float (&values)[kBlock], int coun
   }
 }
 
-// Eight gates and the eight ups that belong to them.
+// Eight gates and their eight ups.
 struct GateBlock {
   float gate[kBlock], up[kBlock];
 };
@@ -71,7 +71,7 @@ __device__ inline void merge(float (&first)[kBlock], float (&second)[kBlock], co
   }
 }
 
-// Columns [column, column + count) of a in a row like h's: where their gates and ups are.
+// Gates and ups of columns [column, column + count) of a, from a row laid out like h.
 template <typename T>
 __device__ inline void load_gates(GateBlock& gates, const T* row, const GluOptions& options, int64_t intermediate_size,
                                   int64_t column, int count, bool aligned) {
@@ -102,12 +102,12 @@ __device__ inline void store_gates(T* row, const GateBlock& gates, const GluOpti
 
 // ---- sums in shared memory -----------------------------------------------------------------------------------------------
 
-// [rows, columns] float32. Eights of a row are permuted so that the rows of an mma fragment lie in different banks.
+// [rows, columns] float32. Blocks of eight are permuted within a row so that the rows of an mma fragment hit different banks.
 class StagedSums {
  public:
   __device__ StagedSums(float* data, int columns) : data_(data), columns_(columns) {}
 
-  __device__ float2& pair(int row, int column) const {  // columns `column`, an even one, and the next
+  __device__ float2& pair(int row, int column) const {  // `column`, which is even, and the next one
     return *reinterpret_cast<float2*>(data_ + place(row, column));
   }
   __device__ void block(float (&values)[kBlock], int row, int column) const {
@@ -129,13 +129,13 @@ class StagedSums {
 
 // ---- epilogues -----------------------------------------------------------------------------------------------------------
 
-// What a kernel knows about its tensors besides their layout: which start rows, and ups, at multiples of 16 bytes.
+// Whether the rows of each tensor, and the ups in them, start at multiples of 16 bytes.
 struct Alignment {
   bool a = false, b = false, out = false, h = false, weighted_a = false;
 };
 
-// The columns of b that a tile multiplies: column(j) for j below the tile's width, as long as it is below end(j). Gates and
-// ups that are I columns apart in b are the two halves of a tile.
+// The columns of b that a tile multiplies: column(j) for j below the tile's width, if below end(j). If gates and ups are I
+// columns apart in b, they are the two halves of a tile.
 struct TileColumns {
   int32_t first, second;  // first column of the halves
   int half;               // width of the first half
@@ -154,7 +154,7 @@ __device__ inline TileColumns tile_columns(const Gemm& g, int32_t column_tile, i
   return {column_tile * columns, 0, columns, n, 0};
 }
 
-// How many columns of out a tile of `columns` columns of b makes.
+// Number of columns of out that a tile of `columns` columns of b produces.
 __device__ inline int out_tile_columns(const Gemm& g, int columns) {
   return g.epilogue == Epilogue::kGlu && g.options.gated ? columns / 2 : columns;
 }
@@ -210,7 +210,7 @@ __device__ inline void store_glu(const Gemm& g, const Alignment& aligned, const 
   store_block(static_cast<T*>(g.out) + slot * g.out_stride + column, a, count, aligned.out);
 }
 
-// All lanes of a warp come here together, count <= 0 where there is nothing to do; four lanes in a row share 32 columns.
+// Called by all lanes of a warp together, with count <= 0 if there is nothing to do; four consecutive lanes share 32 columns.
 template <typename T>
 __device__ inline void store_glu_backward(const Gemm& g, const Alignment& aligned, const RowTile& tile,
                                           const StagedSums& sums, int row, int block, int64_t column, int count) {
@@ -247,7 +247,7 @@ __device__ inline void store_glu_backward(const Gemm& g, const Alignment& aligne
   }
 }
 
-// The whole tile, by `threads` threads. `row_limit`: columns of b from there on have no weights (kStore).
+// Stores a whole tile with `threads` threads. Columns of b from `row_limit` on have no weights (kStore).
 template <typename T>
 __device__ inline void run_epilogue(const Gemm& g, const Alignment& aligned, const RowTile& tile, int64_t row_limit,
                                     const StagedSums& sums, int tile_rows, int tile_columns, int thread, int threads) {

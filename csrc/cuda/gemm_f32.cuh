@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Exact float32 products for the tiles of gemm_sm80.cuh: fused multiply-adds on the ordinary cores, where tf32 is not allowed.
+// Exact float32 products for the tiles of gemm_sm80.cuh: fused multiply-adds on the CUDA cores, if tf32 is not allowed.
 //
-// A thread computes the same elements of a tile as with mma, so that everything around is shared. For four depths at a time it
-// holds its rows of a in registers and walks the columns of b in pairs: 32 x 64 a warp are 256 multiply-adds a thread per 20
-// loads of 16 bytes, all of them free of bank conflicts. 64 rows are the largest tile, since twice as many sums would leave
-// no registers to load ahead. Bound by the cores above about 25 rows per expert on an A100, 40 on an H100.
+// A thread computes the same elements of a tile as with mma, so all surrounding code is shared. For four depths at a time it
+// keeps its rows of a in registers and walks the columns of b in pairs: 32 x 64 per warp are 256 multiply-adds per thread for
+// 20 loads of 16 bytes, all free of bank conflicts. 64 rows are the largest tile, since twice as many sums would leave no
+// registers for loads in flight. Bound by the cores above about 25 rows per expert on an A100, 40 on an H100.
 //
 // Numeric contract: one accumulator per element, k ascending one by one, each step a fused multiply-add. All tiles and both
-// layouts of b do the same, so the bits of a row depend on that row alone.
+// layouts of b do the same, so the bits of a row depend only on that row.
 //
 // Floor: 19.5 TFLOP/s on an A100, 67 on an H100.
 #pragma once
@@ -31,7 +31,7 @@ __device__ inline void load_row(float (&v)[4], const std::byte* tile, int row, i
   }
 }
 
-// The same of row `row`, an even one, and the next.
+// The same for two rows: `row`, which is even, and the next.
 template <int kRows, int kDepthBytes, bool kDepthMajor>
 __device__ inline void load_rows(float (&v)[2][4], const std::byte* tile, int row, int chunk) {
   if constexpr (kDepthMajor) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// From the description of a product to the kernel of a tile: alignment, grid, launch.
+// Turns the description of a product into a kernel launch: alignment, grid, tile.
 #pragma once
 #include <algorithm>
 
@@ -10,14 +10,14 @@
 
 namespace switchgear::cuda {
 
-// Whether rows of `stride` elements behind `data` start at multiples of 16 bytes.
+// Whether rows of `stride` elements starting at `data` begin at multiples of 16 bytes.
 inline bool rows_aligned(const void* data, int64_t stride, DType dtype) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * size_of(dtype) % 16 == 0;
 }
 
 inline Alignment alignment_of(const Gemm& g) {
   const bool gated_epilogue = g.epilogue != Epilogue::kStore && g.options.gated && !g.options.interleaved;
-  const int64_t size = g.epilogue == Epilogue::kGlu ? out_columns(g) : g.n;  // I, where there is a gate
+  const int64_t size = g.epilogue == Epilogue::kGlu ? out_columns(g) : g.n;  // I, if there is a gate
   const bool ups_aligned = !gated_epilogue || size * size_of(g.dtype) % 16 == 0;
   const bool b_halves = g.epilogue == Epilogue::kGlu && !g.b.k_contiguous();  // chunks of b run along gates and ups
   const bool out_halves = g.epilogue == Epilogue::kGluBackward;
@@ -34,7 +34,7 @@ inline Alignment alignment_of(const Wgrad& g) {
           .out = rows_aligned(g.out, g.out_stride, g.dtype) && g.out_expert_stride * size_of(g.dtype) % 16 == 0};
 }
 
-// Blocks that run at the same time: more of them would start with an empty ring for nothing.
+// Number of blocks that can run at the same time; more would only start with an empty ring.
 inline int64_t resident_blocks(const TileConfig& tile) {
   int device = 0, multiprocessors = 0, shared = 0;
   cudaGetDevice(&device);
@@ -56,7 +56,7 @@ void launch_gemm_tiles(const Gemm& g, void* stream) {
          static_cast<size_t>(kTile.shared_bytes()), stream, g, alignment_of(g));
 }
 
-// Few slots, and few of them on any expert most of the time; more than 16 read their expert's weights again, from L2.
+// Few slots, and usually few per expert. Experts with more than 16 slots read their weights again, from L2.
 inline bool decode_takes(const Gemm& g) {
   constexpr int64_t kMaxSlots = 128;
   const Alignment aligned = alignment_of(g);
@@ -70,7 +70,7 @@ void launch_decode(const Gemm& g, void* stream) {
   const int64_t width = halves ? kDecodeColumns / 2 : kDecodeColumns, columns = halves ? g.n / 2 : g.n;
   const int64_t groups = (columns + width - 1) / width;
   const dim3 grid(static_cast<unsigned>((groups + kDecodeWarps - 1) / kDecodeWarps),
-                  static_cast<unsigned>(std::min(g.num_slots, g.num_experts) + 1));  // and the rows of nobody
+                  static_cast<unsigned>(std::min(g.num_slots, g.num_experts) + 1));  // one more for the unassigned rows
   launch(decode_kernel<T>, grid, dim3(32 * kDecodeWarps), 0, stream, g);
 }
 
@@ -94,8 +94,8 @@ void launch_gemm(const Gemm& g, void* stream) {
   }
 }
 
-// Slots of an expert are the inner dimension here, so the tile follows the size of a gradient instead: 64 rows where 128
-// would be half empty.
+// An expert's slots are the inner dimension here, so the size of the gradient picks the tile: 64 rows where 128 would be half
+// empty.
 template <typename Product>
 void launch_wgrad(const Wgrad& g, void* stream) {
   const auto launch_kind = [&]<TileKind kKind>() {

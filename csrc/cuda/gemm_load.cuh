@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// From global memory to a stage of the ring: tiles of `rows` rows (of out, or columns of b: whatever is not summed over) by
-// depth_bytes of the inner dimension, in chunks of 16 bytes by cp.async. Two layouts, after which dimension is contiguous in
-// global memory, since a chunk is contiguous in both memories:
+// From global memory to a stage of the ring: tiles of `rows` rows (of out, or columns of b: any dimension not summed over) by
+// depth_bytes of the inner dimension, in chunks of 16 bytes by cp.async. A chunk is contiguous in both memories, so there are
+// two layouts, named by the dimension that is contiguous in global memory:
 //
 //   DepthMajorTile   [rows][depth]: chunks run along the inner dimension     x, and weights [N,C] of x·Wᵀ
 //   RowMajorTile     [depth][rows]: chunks run across it                     weights of x·W, both operands of weight gradients
 //
-// Chunks are permuted by exclusive or so that the eight rows of a matrix of ldmatrix, and the columns that a warp writes,
-// lie in eight different groups of banks. Past an edge chunks are filled with zeros, by cp.async itself. Where addresses are
-// no multiples of 16 bytes the elements of a chunk are read one by one and stored at once; everything else stays the same.
+// Chunks are permuted by exclusive or so that the eight rows of an ldmatrix matrix, and the columns that a warp writes, are in
+// eight different groups of banks. cp.async itself fills chunks past an edge with zeros. If addresses are not multiples of
+// 16 bytes, a chunk is read element by element and stored at once; everything else stays the same.
 #pragma once
 #include "gemm.h"
 #include "ptx.cuh"
@@ -18,7 +18,7 @@ namespace switchgear::cuda {
 
 constexpr int kChunkBytes = 16;
 
-// `count` elements at `from`, zeros behind; count <= 0: zeros, and `from` is not read.
+// Copies `count` elements at `from`, followed by zeros; count <= 0: zeros only, and `from` is not read.
 template <typename T>
 __device__ inline void copy_chunk(std::byte* to, const T* from, int32_t count, bool aligned) {
   constexpr int kChunk = kChunkBytes / sizeof(T);
@@ -31,7 +31,7 @@ __device__ inline void copy_chunk(std::byte* to, const T* from, int32_t count, b
   }
 }
 
-// Where the chunk `chunk` of a row of depth_bytes lies. Rows of 64 bytes share a line of 128 with their neighbour.
+// Offset of chunk `chunk` of a row of depth_bytes. Two neighbouring rows of 64 bytes share a line of 128.
 template <int kDepthBytes>
 __device__ inline int depth_major_offset(int row, int chunk) {
   static_assert(kDepthBytes == 64 || kDepthBytes == 128);
@@ -39,7 +39,7 @@ __device__ inline int depth_major_offset(int row, int chunk) {
   return row / 2 * 128 + (((row & 1) * 4 + (chunk ^ (row / 2 & 3))) * kChunkBytes);
 }
 
-// 16-bit elements go to ldmatrix.trans, eight depths at a time. float32 is read word by word, 4 depths x 8 rows a warp.
+// 16-bit elements are read by ldmatrix.trans, eight depths at a time. float32 is read by words, 4 depths x 8 rows per warp.
 template <typename T, int kRows>
 __device__ inline int row_major_offset(int depth, int chunk) {
   const int permutation = sizeof(T) == 2 ? depth & 7 : (depth & 3) * 2;
@@ -55,8 +55,8 @@ class DepthMajorTile {
   static_assert(kThreads % kChunks == 0);
 
  public:
-  // Row i of the tile is row row_at(i) of `data`, or zeros where that is negative. Indices rather than addresses, since
-  // registers are scarce and a multiplication is not.
+  // Row i of the tile is row row_at(i) of `data`, or zeros if that is negative. Stores indices instead of addresses: registers
+  // are scarce, multiplications are not.
   template <typename RowAt>
   __device__ DepthMajorTile(const T* data, int64_t stride, const RowAt& row_at, int thread, bool aligned)
       : data_(data), stride_(stride), first_row_(thread / kChunks), chunk_(thread % kChunks), aligned_(aligned) {
@@ -67,7 +67,7 @@ class DepthMajorTile {
     }
   }
 
-  // Depths [depth, …) up to `end`.
+  // Loads depths [depth, …) up to `end`.
   __device__ void load(std::byte* tile, int32_t depth, int32_t end) {
     constexpr int kChunk = kChunkBytes / sizeof(T);
     const int32_t at = depth + chunk_ * kChunk;
@@ -89,8 +89,8 @@ class DepthMajorTile {
   bool aligned_;
 };
 
-// A thread copies the same chunk of rows at every kStep-th depth. Depths may be gathered; the indices of the next stage
-// are read a stage ahead, so that no copy waits for them.
+// A thread copies the same chunk of the rows at every kStep-th depth. Depths may be gathered; their indices are read one stage
+// ahead, so that no copy waits for them.
 template <typename T, int kRows, int kDepthBytes, int kThreads>
 class RowMajorTile {
   static constexpr int kDepth = kDepthBytes / static_cast<int>(sizeof(T));
@@ -101,7 +101,7 @@ class RowMajorTile {
   static_assert(kThreads % kChunks == 0 && kDepth % kStep == 0 && kStep > 0);
 
  public:
-  // Row r(d) of `rows` belongs to depth d. `first_column` and count: of the thread's chunk, see chunk_of.
+  // Row r(d) of `rows` belongs to depth d. `first_column` and `count` describe the thread's chunk (chunk_row).
   __device__ RowMajorTile(const Rows& rows, int32_t first_column, int32_t count, int thread, bool aligned,
                           int32_t begin, int32_t end)
       : data_(static_cast<const T*>(rows.data) + (count > 0 ? first_column : 0)),

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Which tile of a grouped GEMM a block works on. Rows per expert are known to the device alone, so blocks count tiles
-// themselves: the host launches at most ⌈S/rows⌉ + E + 1 row tiles' worth of blocks (row_tile_bound), and a block takes
-// every gridDim.x-th tile until there is none.
+// Which tile of a grouped GEMM a block works on. Only the device knows the number of rows per expert, so blocks count tiles
+// themselves. The host launches blocks for at most ⌈S/rows⌉ + E + 1 row tiles (row_tile_bound), and a block takes every
+// gridDim.x-th tile until none is left.
 //
-// Tiles are numbered expert by expert; behind the last expert come those of the rows past expert_offsets[E], which become
-// zero. Within an expert, bands of 8 row tiles go through all columns: blocks that run at the same time share 8 row tiles of
-// a and few columns of b, which fit in L2 together, and b is read once per band.
+// Tiles are numbered expert by expert. After the last expert come the tiles of the unassigned rows, past expert_offsets[E],
+// which are zeroed. Within an expert, bands of 8 row tiles go through all columns. Blocks that run at the same time share 8
+// row tiles of a and few columns of b, which fit in L2 together, and b is read once per band.
 #pragma once
 #include "gemm.h"
 #include "platform.cuh"
 
 namespace switchgear::cuda {
 
-// Rows [first_row, first_row + rows) of the slots, tile `column` of the columns. expert == E: rows of nobody.
+// Slots [first_row, first_row + rows) and column tile `column`. expert == E: unassigned rows.
 struct RowTile {
   int32_t expert;
   int32_t first_row;
@@ -20,7 +20,7 @@ struct RowTile {
   int32_t column;
 };
 
-// Slots [begin, end) of expert e, inside [0, S) whatever the offsets say.
+// Slots [begin, end) of expert e, clamped to [0, S] for any offsets.
 struct SlotRange {
   int32_t begin, end;
 };
@@ -44,8 +44,8 @@ __device__ inline TilePosition banded(int64_t index, int32_t row_tiles, int32_t 
   return {band * kBand + rest % height, rest / height};
 }
 
-// Each warp walks the experts by itself, 32 at a time, and only forward: a block's tiles ascend. Slots, and so row tiles, are
-// numbers below 2^31.
+// Each warp walks the experts by itself, 32 at a time, and only forward: a block's tiles ascend. The numbers of slots and of
+// row tiles are below 2^31.
 class TileWalker {
  public:
   __device__ TileWalker(const Gemm& g, int tile_rows, int32_t column_tiles)
@@ -57,7 +57,7 @@ class TileWalker {
     read_chunk();
   }
 
-  // Tile `index`, which is not below that of the last call; false past the last tile. All lanes of a warp call it together.
+  // Finds tile `index`, at least that of the last call; false past the last tile. All lanes of a warp call it together.
   __device__ bool find(int64_t index, RowTile& tile) {
     const auto row_tile = static_cast<int32_t>(index / column_tiles_);
     while (row_tile >= tiles_before_ + chunk_tiles_) {
@@ -83,7 +83,7 @@ class TileWalker {
  private:
   __device__ int32_t ceil_div(int32_t rows) const { return rows / tile_rows_ + (rows % tile_rows_ != 0); }
 
-  // A lane per expert; the rows of nobody count as expert E.
+  // One lane per expert; the unassigned rows count as expert E.
   __device__ void read_chunk() {
     const int lane = static_cast<int>(threadIdx.x % 32);
     range_ = chunk_ + lane <= num_experts_ ? slots_of(offsets_, chunk_ + lane, num_experts_, num_slots_) : SlotRange{};
@@ -102,10 +102,10 @@ class TileWalker {
   int32_t chunk_ = 0, tiles_before_ = 0,
           chunk_tiles_ = 0;  // experts [chunk_, chunk_ + 32), row tiles before and in them
   SlotRange range_{};
-  int32_t tiles_through_ = 0;  // row tiles of this lane's expert and the lower lanes'
+  int32_t tiles_through_ = 0;  // row tiles of this lane's expert and of all lower lanes
 };
 
-// The most row tiles there can be, those of nobody's rows included.
+// Upper bound on the number of row tiles, unassigned rows included.
 constexpr int64_t row_tile_bound(int64_t num_slots, int64_t num_experts, int64_t tile_rows) {
   return (num_slots + tile_rows - 1) / tile_rows + num_experts + 1;
 }

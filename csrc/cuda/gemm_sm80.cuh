@@ -2,17 +2,17 @@
 // Grouped GEMMs on mma.sync: out[s,n] = Σ_k a[s,k] · b[e(s)][n,k] with an epilogue, and out[e][m,n] = Σ_{s of e} a[s,m] · b[s,n].
 //
 //   work 2·S·N·C flop; traffic (touched experts)·N·C weights once per band of 8 row tiles, a once per column tile from L2
-//   bound by weights below about 150 (A100) or 300 (H100) rows per expert, by the tensor cores above
+//   bound by reading weights below about 150 (A100) or 300 (H100) rows per expert, by the tensor cores above
 //
-// A block takes tiles one after the other (TileWalker). A ring of stages in shared memory is filled by cp.async, the rows of
-// a gathered on the way; ldmatrix (.trans where an operand is not contiguous along the inner dimension) feeds mma. Then the
-// float32 sums go through the ring's memory to the epilogue, which reads and writes whole vectors. Two blocks an SM: while one
-// is in its epilogue or waits for its first stage, the other multiplies. Weight gradients have a block per tile, since the
-// host knows them, and the slots of an expert as inner dimension.
+// A block takes one tile after another (TileWalker). cp.async fills a ring of stages in shared memory and gathers the rows of
+// a on the way. ldmatrix (.trans if an operand is not contiguous along the inner dimension) feeds mma. Then the float32 sums
+// go through the ring's memory to the epilogue, which reads and writes whole vectors. Two blocks per SM: while one is in its
+// epilogue or waits for its first stage, the other multiplies. Weight gradients have one block per tile, since the host knows
+// the tiles; their inner dimension is the slots of an expert.
 //
-// Numeric contract: one float32 accumulator per element; k ascends, 16 terms (tf32: 8) an instruction. Every tile of kTiles
-// and both layouts of b do this, and so does gemm_decode.cuh: the bits of a row depend neither on the other rows nor on
-// their number. tf32 rounds both factors to nearest first. No atomics.
+// Numeric contract: one float32 accumulator per element; k ascends, 16 terms (tf32: 8) per instruction. Every tile of kTiles,
+// both layouts of b and gemm_decode.cuh do the same: the bits of a row depend neither on the other rows nor on their number.
+// tf32 first rounds both factors to nearest. No atomics.
 //
 // Floors (bf16, Mixtral 8x7B's layer, 4096 tokens, 2.9 TFLOP of first and second projection): 9.2 ms at the 312 TFLOP/s of an
 // A100; 2.9 ms at the 989 of an H100 (which takes gemm_sm90).
@@ -44,7 +44,7 @@ struct Sums {
   float v[Tile::kMmaRows][Tile::kMmaColumns][4];
 };
 
-// Where a warp's part starts in the tile.
+// Start of a warp's part of the tile.
 template <typename Tile>
 struct WarpPlace {
   int row, column, lane;
@@ -54,7 +54,7 @@ struct WarpPlace {
         lane(thread % 32) {}
 };
 
-// The operands of one step of 32 bytes of depth. Chunks 2·step and 2·step + 1 of depth-major tiles, or 16 (tf32: 8) depths.
+// The operands of one step, 32 bytes of depth: chunks 2·step and 2·step + 1 of depth-major tiles, or 16 (tf32: 8) depths.
 template <typename T, typename Tile, bool kDepthMajor>
 __device__ inline void load_a(uint32_t (&a)[4], const std::byte* tile, int row, int step, int lane) {
   if constexpr (kDepthMajor) {
@@ -89,7 +89,7 @@ __device__ inline void load_b(uint32_t (&b)[4], const std::byte* tile, int colum
   }
 }
 
-// How the factors of a dtype are multiplied: Element is what lies in memory.
+// The product of two fragments of a dtype. Element is the type in memory.
 template <typename T>
 struct MmaProduct {
   using Element = T;
@@ -116,7 +116,7 @@ struct MmaProduct {
   static __device__ void multiply_stage(Sums<Tile>& sums, const std::byte* a_tile, const std::byte* b_tile,
                                         const WarpPlace<Tile>& at) {
     constexpr int kSteps = Tile::kDepthBytes / 32;
-    constexpr int kUnroll = std::is_same_v<T, float> ? 1 : kSteps;  // words of tf32 need an address each
+    constexpr int kUnroll = std::is_same_v<T, float> ? 1 : kSteps;  // tf32 needs an address per word
 #pragma unroll kUnroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t a[Tile::kMmaRows][4], b[Tile::kMmaColumns / 2][4];
@@ -144,7 +144,7 @@ struct MmaProduct {
 
 // ---- one tile ------------------------------------------------------------------------------------------------------------
 
-// sums = Σ over depths [begin, end) of what the loaders bring.
+// sums = Σ over depths [begin, end) of the products of what the loaders copy.
 template <typename Product, typename Tile, bool kADepthMajor, bool kBDepthMajor, typename LoadA, typename LoadB>
 __device__ inline void multiply_tile(Sums<Tile>& sums, LoadA& load_a, LoadB& load_b, int32_t begin, int32_t end,
                                      std::byte* shared, int thread) {
@@ -165,14 +165,14 @@ __device__ inline void multiply_tile(Sums<Tile>& sums, LoadA& load_a, LoadB& loa
       load_b.load(shared + stage * Tile::kStageBytes + Tile::kABytes, next, end);
     }
     next += kDepth;
-    ptx::cp_async_commit();  // of nothing at the end, so that the count of groups goes on
+    ptx::cp_async_commit();  // an empty group at the end keeps the count of groups right
   };
 #pragma unroll
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) load_next(stage);
   int stage = 0;
   for (int32_t depth = begin; depth < end; depth += kDepth) {
     ptx::cp_async_wait<Tile::kStages - 2>();
-    __syncthreads();  // the stage has arrived for all, and all are done with the one that is filled next
+    __syncthreads();  // the stage has arrived for all threads, and all have read the stage refilled next
     load_next(stage == 0 ? Tile::kStages - 1 : stage - 1);
     const std::byte* const a = shared + stage * Tile::kStageBytes;
     Product::template multiply_stage<Tile, kADepthMajor, kBDepthMajor>(sums, a, a + Tile::kABytes, at);
@@ -180,7 +180,7 @@ __device__ inline void multiply_tile(Sums<Tile>& sums, LoadA& load_a, LoadB& loa
   }
 }
 
-// The accumulators of all warps into the ring's memory.
+// Stores the accumulators of all warps in the ring's memory.
 template <typename Tile>
 __device__ inline StagedSums stage_sums(const Sums<Tile>& sums, std::byte* shared, int thread) {
   const StagedSums staged(reinterpret_cast<float*>(shared), Tile::kColumns);
@@ -202,7 +202,7 @@ __device__ inline StagedSums stage_sums(const Sums<Tile>& sums, std::byte* share
 
 // ---- kernels -------------------------------------------------------------------------------------------------------------
 
-// Expert e's matrix: where it starts, and how many of its rows (n or k, after rows_are_n) there are.
+// Expert e's matrix: its start and its numbers of columns n and depths k (rows_are_n says which one its rows bound).
 template <typename T>
 struct ExpertMatrix {
   const T* data;

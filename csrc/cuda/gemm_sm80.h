@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The launchers of gemm_sm80.cuh, a file per kind of product since compiling them takes its time.
+// The launchers of gemm_sm80.cuh, one source file per dtype, so that the slow compilations run in parallel.
 #pragma once
 #include "gemm.h"
 

@@ -10,7 +10,7 @@ namespace switchgear::cuda {
 namespace sm90 {
 namespace {
 
-// ---- what the kernels take -----------------------------------------------------------------------------------------------
+// ---- what the kernels support --------------------------------------------------------------------------------------------
 
 int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
@@ -22,12 +22,12 @@ int device_attribute(cudaDeviceAttr attribute) {
 
 bool on_hopper() { return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9; }
 
-// Vectors of 16 bytes: 8 elements.
+// Whether rows consist of vectors of 16 bytes: 8 elements.
 bool eights(int64_t elements) { return elements % 8 == 0; }
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 bool half_precision(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
 
-// A dimension of a tensor map, and coordinates of boxes that reach past it.
+// Whether a tensor map can have a dimension of this size; the box coordinates past its end must fit too.
 bool fits_coordinate(int64_t size) { return size > 0 && size < int64_t{1} << 30; }
 
 bool takes_rows(const Rows& rows, int64_t columns) {
@@ -58,7 +58,7 @@ CUtensorMap map_of_rows(const Rows& rows, DType dtype, int64_t columns, int box_
   return make_tensor_map({rows.data, dtype, {columns, rows.count, 1}, {rows.stride, rows.stride}, box_rows});
 }
 
-// Boxes of 64 of the inner dimension and `box_rows` columns of b, or of 64 columns and 64 of the inner dimension.
+// Boxes are 64 depths x `box_rows` columns of b if k is contiguous, else 64 columns x 64 depths.
 CUtensorMap map_of_weights(const Gemm& g, int box_rows) {
   const ExpertOperand& b = g.b;
   const int64_t row_stride = b.k_contiguous() ? b.n_stride : b.k_stride;
@@ -86,7 +86,7 @@ void launch_gemm(const Gemm& g, void* stream) {
          shared_bytes(C::kShape, C::kN, C::kStages), stream, params);
 }
 
-// Calls f.template operator()<Config>() for a row of the table.
+// The Config of row kIndex of the table.
 template <Shape kShape, int kIndex, bool kAlongN>
 using ConfigOf = Config<kShape, kConfigs[kIndex].n, kConfigs[kIndex].stages, kAlongN>;
 

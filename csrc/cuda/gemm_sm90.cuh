@@ -1,38 +1,38 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The two products of gemm.h on Hopper: TMA and cp.async fill a ring in shared memory, wgmma empties it.
+// The two products of gemm.h on Hopper: TMA and cp.async fill a ring in shared memory, wgmma reads it.
 //
 //   gemm    out[s,n] = Σ_k a[s,k] · b[e(s)][n,k], rows of a gathered or in order;  2·S·N·C flop
 //   wgrad   out[e][m,n] = Σ_{s of e} a[s,m] · b[s,n];  2·S·M·N flop
-//   traffic 2(S·C + E_hit·N·C + S·N) bytes, wgrad 2(S·M + S·N + E·M·N); an H100 is bound by memory below ~300 rows an expert
+//   traffic 2(S·C + E_hit·N·C + S·N) bytes, wgrad 2(S·M + S·N + E·M·N); memory-bound on an H100 below ~300 rows per expert
 //
-// Roles. One block per SM, three warpgroups. The first one produces: its thread 0 issues TMA, all 128 threads copy gathered
-// rows by cp.async. The other two consume in ping-pong: each owns every other tile of its block, and while one stores its tile
-// the other multiplies. Fine-grained experts need that: with C = 256 a tile is four stages, which takes no longer than its
-// epilogue. (Both on one tile of 128 x 256 would read less from L2, but leave the tensor cores idle meanwhile.)
+// Roles. One block per SM, three warpgroups. The first one is the producer: its thread 0 issues TMA; all 128 threads copy
+// gathered rows by cp.async. The other two are consumers in ping-pong: each owns every other tile of the block, and while one
+// stores its tile the other multiplies. Fine-grained experts need this: with C = 256 a tile is four stages, which take no
+// longer than its epilogue. (Both on one tile of 128 x 256 would read less from L2, but the tensor cores would idle meanwhile.)
 //
 // Tiles. A tile is P·Qᵀ: P has 128 rows (two m64 instructions), Q has Config::kN.
 //   kRows     P = 128 slots, Q = 128 or 192 columns of out
-//   kFewRows  P = 128 columns of out, Q = 16 or 64 slots: the operands change places, because wgmma's m is 64 at least
+//   kFewRows  P = 128 columns of out, Q = 16 or 64 slots: the operands are swapped, because wgmma's m is at least 64
 //   wgrad     P = 128 columns of a, Q = 128 or 192 columns of b; the inner dimension is the expert's slots
-// Where gate and up lie side by side, the weights of a tile are two boxes, one of each: a thread then holds both of a pair.
+// If gates and ups are separate halves of b, a tile's weights are two boxes, one of each: a thread then holds both of a pair.
 //
-// Ring. A stage is 64 of the inner dimension: rows of 128 bytes, swizzled over 128 bytes. Full: one arrival with the bytes of
-// TMA, and where cp.async takes part one of each producer thread, made when its copies have landed. Empty: one arrival of each
-// consumer warp once its wgmma have been waited for. cp.async writes through the generic proxy, so whoever multiplies such a
-// stage executes fence.proxy.async first. A parity cannot tell a phase from the one after the next: a consumer may look at
-// the ring only after the other one has seen the last stage of the tile before, hence `turn`.
+// Ring. A stage is 64 depths: rows of 128 bytes with the 128-byte swizzle. Full barrier: one arrival with the bytes of TMA and,
+// if cp.async is used, one per producer thread when its copies have landed. Empty barrier: one arrival per consumer warp after
+// waiting for its wgmma. cp.async writes through the generic proxy, so a consumer of such a stage first executes
+// fence.proxy.async. A parity cannot distinguish a phase from the one two later. So a consumer may look at the ring only after
+// the other one has seen the last stage of the previous tile; `turn` ensures this.
 //
-// Tails. TMA gives zeros outside of a tensor, cp.async where it is told to. Rows of the next expert in a tile of a gemm are
-// not stored. In wgrad they would be summed: an expert's last stage comes by cp.async, with zeros behind its rows. The rows
-// past expert_offsets[E] are the tiles of one more expert, without an inner dimension.
+// Tails. TMA returns zeros outside a tensor, cp.async on request. A gemm does not store rows of the next expert in its tile.
+// wgrad would sum them, so cp.async copies an expert's last stage, with zeros after its rows. The unassigned rows, past
+// expert_offsets[E], are the tiles of one more expert, without an inner dimension.
 //
-// Numeric contract: products accumulate in float32, k ascending in steps of 16 through one accumulator per element, in all
-// configs alike; k past C adds zeros. What is stored is rounded once. No atomics; nothing depends on the grid.
+// Numeric contract: products accumulate in float32, k ascending in steps of 16 through one accumulator per element, the same
+// in all configs; k past C adds zeros. Results are rounded once, when stored. No atomics; nothing depends on the grid.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   gemm_sm90_kernel: 168 registers, 8 of local memory
 //   wgrad_sm90_kernel: 168 registers
-// Producers and consumers exchange them for 40 and 232. The words of local memory are read once a row of a tile of 192
+// setmaxnreg changes them to 40 for producers and 232 for consumers. The local memory is read once per row of a tile of 192
 // columns with a gate, never between the products.
 #pragma once
 #include "gemm_schedule.cuh"
@@ -45,16 +45,16 @@ namespace switchgear::cuda::sm90 {
 
 enum class Shape : uint8_t { kRows, kFewRows, kWgrad };
 
-// kAlongN: the unit stride of the weights is n's, not k's. Such operands are "MN-major" in wgmma's terms.
+// kAlongN: n of the weights has unit stride, not k. wgmma calls such operands "MN-major".
 template <Shape kShapeOf, int kRowsOfQ, int kRingStages, bool kWeightsAlongN>
 struct Config {
   static constexpr Shape kShape = kShapeOf;
   static constexpr int kN = kRowsOfQ;
   static constexpr int kStages = kRingStages;
   static constexpr bool kAlongN = kWeightsAlongN;
-  static constexpr int kSlots = kShape == Shape::kFewRows ? kN : 128;    // of a tile of a gemm
-  static constexpr int kColumns = kShape == Shape::kFewRows ? 128 : kN;  // of b in a tile
-  // Registers of a thread: 504 for one producer and two consumers.
+  static constexpr int kSlots = kShape == Shape::kFewRows ? kN : 128;    // per tile of a gemm
+  static constexpr int kColumns = kShape == Shape::kFewRows ? 128 : kN;  // of b per tile
+  // Registers per thread: 504 for one producer and two consumers.
   static constexpr int kConsumerRegisters = 232;
   static constexpr int kProducerRegisters = 504 - 2 * kConsumerRegisters;
   static constexpr bool kPAlongM = kShape == Shape::kWgrad || (kShape == Shape::kFewRows && kAlongN);
@@ -64,23 +64,23 @@ struct Config {
 constexpr int kProducers = 128, kConsumers = 2;
 constexpr int kThreads = kProducers + kConsumers * 128;
 constexpr int kP = 128;
-constexpr int kDepth = 64;                       // of the inner dimension in a stage
-constexpr int kRowBytes = 128;                   // of an operand in a stage
+constexpr int kDepth = 64;                       // inner dimension per stage
+constexpr int kRowBytes = 128;                   // per operand row in a stage
 constexpr int kBlockBytes = kDepth * kRowBytes;  // 64 rows
-constexpr int kScratchPitch = kP + 4;            // floats; keeps the lanes that write a column in different banks
+constexpr int kScratchPitch = kP + 4;            // floats; the lanes that write a column use different banks
 
 constexpr int stage_bytes(int n) { return (kP + n) * kRowBytes; }
-// Where a tile of kFewRows changes its rows for its columns, for each consumer.
+// Memory in which a tile of kFewRows is transposed, per consumer.
 constexpr int scratch_bytes(Shape shape, int n) {
   return shape == Shape::kFewRows ? kConsumers * n * kScratchPitch * 4 : 0;
 }
-// 1024: the stages begin at a multiple of the swizzle's pattern.
+// 1024: the stages start at a multiple of the swizzle pattern.
 constexpr int shared_bytes(Shape shape, int n, int stages) {
   const int first_tiles = shape == Shape::kWgrad ? 0 : (kMaxExperts + 2) * 4;
   return 1024 + stages * stage_bytes(n) + scratch_bytes(shape, n) + (2 * stages + kConsumers) * 8 + first_tiles;
 }
 
-// Tensor maps of the operands that TMA loads.
+// With the tensor maps of the operands that TMA loads.
 struct GemmParams {
   CUtensorMap weights, slots;
   Gemm g;
@@ -92,7 +92,7 @@ struct WgradParams {
 
 // ---- the ring ------------------------------------------------------------------------------------------------------------
 
-// `position` counts the stages of a block's tiles one after the other.
+// `position` counts the stages of all tiles of a block.
 template <typename C>
 struct Ring {
   static constexpr int kStageBytes = stage_bytes(C::kN), kScratchBytes = scratch_bytes(C::kShape, C::kN);
@@ -130,12 +130,12 @@ struct Ring {
 
 // ---- tiles of a gemm ----------------------------------------------------------------------------------------------------
 
-// As TileWalker (gemm_schedule.cuh) numbers them, found by bisection in a table in shared memory instead of a walk with state:
-// the registers of a consumer are full of accumulators.
+// The numbering of TileWalker (gemm_schedule.cuh), by bisection in a table in shared memory instead of a stateful walk: a
+// consumer's registers are full of accumulators.
 template <typename C>
 struct GemmTiles {
   const Gemm& g;
-  int32_t* first_tile;  // [E+2]: of each expert, of the rows of nobody, and past the last
+  int32_t* first_tile;  // [E+2]: first tile of each expert; [E]: of the unassigned rows; [E+1]: number of tiles
   int32_t columns;
 
   __device__ GemmTiles(const Gemm& gemm, int32_t* shared)
@@ -146,7 +146,7 @@ struct GemmTiles {
   }
   __device__ static int32_t rows(SlotRange slots) { return (slots.end - slots.begin + C::kSlots - 1) / C::kSlots; }
 
-  // By one warp, before a barrier of the block.
+  // Fills the table. Called by one warp, before a barrier of the block.
   __device__ void count() const {
     const auto num_experts = static_cast<int32_t>(g.num_experts);
     const auto lane = static_cast<int32_t>(threadIdx.x % 32);
@@ -169,7 +169,7 @@ struct GemmTiles {
 
   __device__ RowTile operator[](int32_t t) const {
     int32_t expert = 0, last = static_cast<int32_t>(g.num_experts);
-    while (expert < last) {  // the last one that begins at t or before
+    while (expert < last) {  // the last expert with first_tile <= t
       const int32_t middle = (expert + last + 1) / 2;
       const bool behind = first_tile[middle] > t;
       expert = behind ? expert : middle;
@@ -184,14 +184,14 @@ struct GemmTiles {
 
 // ---- producer ------------------------------------------------------------------------------------------------------------
 
-// Row r(s) of an operand; -1 for rows that do not exist.
+// Row r(s) of an operand, or -1 for a row out of range.
 __device__ inline int32_t source_row(const Rows& rows, int32_t slot) {
   const int32_t row = rows.indices != nullptr ? rows.indices[slot] : slot;
   return row >= 0 && row < rows.count ? row : -1;
 }
 
 // Copies rows thread/8, thread/8 + 16, … of 64 columns from `column` on, swizzled; a thread copies 16 bytes of each. Zeros for
-// rows of -1 and columns from `width` on.
+// rows of -1 and for columns from `width` on.
 template <typename T, int kCount>
 __device__ inline void copy_rows(unsigned char* to, const Rows& from, const int32_t (&rows)[kCount], int column,
                                  int width) {
@@ -200,7 +200,7 @@ __device__ inline void copy_rows(unsigned char* to, const Rows& from, const int3
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int r = first + 16 * i;
-    const int row = ptx::opaque(rows[i]);  // or all offsets would be kept, in twice the registers
+    const int row = ptx::opaque(rows[i]);  // else the compiler keeps all offsets, in twice the registers
     const bool inside = row >= 0 && column < width;
     const int64_t offset = static_cast<int64_t>(row) * static_cast<int32_t>(from.stride) + column;
     const T* const source = static_cast<const T*>(from.data) + (inside ? offset : 0);
@@ -208,16 +208,16 @@ __device__ inline void copy_rows(unsigned char* to, const Rows& from, const int3
   }
 }
 
-// One stage of the weights of a tile.
+// Loads one stage of the weights of a tile.
 template <typename C>
 __device__ inline void load_weights(unsigned char* to, const GemmParams& params, uint64_t* full, const RowTile& tile,
                                     int k) {
   const bool pairs = gate_halves(params.g);
   const int first = tile.column * (pairs ? C::kColumns / 2 : C::kColumns);
-  const int second = static_cast<int>(params.g.n / 2) + first;  // the ups, of pairs
+  const int second = static_cast<int>(params.g.n / 2) + first;  // the ups, if `pairs`
   if constexpr (C::kAlongN) {
 #pragma unroll
-    for (int i = 0; i < C::kColumns / 64; ++i) {  // pairs: C::kColumns is 128
+    for (int i = 0; i < C::kColumns / 64; ++i) {  // with `pairs`, C::kColumns is 128
       const int n = pairs && i > 0 ? second : first + 64 * i;
       ptx::tma_load_3d(to + i * kBlockBytes, &params.weights, full, n, k, tile.expert);
     }
@@ -274,13 +274,13 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
 
 __device__ inline int this_consumer() { return this_thread() / 128 - 1; }
 
-// Frees a stage: all lanes have waited for the warp's last reads.
+// Frees a stage. All lanes have waited for the warp's last reads.
 __device__ inline void release(uint64_t* empty) {
   if (threadIdx.x % 32 == 0) ptx::mbar_arrive(empty);
 }
 
-// Sixteen of the inner dimension of an operand: 32 bytes of each row, or 16 rows where it runs along m or n. Blocks of 64 rows
-// follow each other either way.
+// Sixteen depths of an operand: 32 bytes of each row, or 16 rows if m or n is contiguous. Blocks of 64 rows are adjacent in
+// both cases.
 template <bool kAlong>
 __device__ inline uint64_t operand(uint32_t start, int sixteen) {
   if constexpr (kAlong) {
@@ -290,7 +290,7 @@ __device__ inline uint64_t operand(uint32_t start, int sixteen) {
   }
 }
 
-// acc = P·Qᵀ over the stages from `position` on; `copied(stage)`: whether cp.async wrote it. Then it is the other's turn.
+// acc = P·Qᵀ over the stages from `position` on; then passes the turn on. `copied(stage)`: whether cp.async wrote the stage.
 template <typename T, typename C, typename Copied>
 __device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, uint32_t position, int num_stages,
                                 const Copied& copied) {
@@ -299,8 +299,8 @@ __device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, u
 #pragma unroll
     for (int j = 0; j < C::kN / 2; ++j) acc[i][j] = 0.0f;
   }
-  // All lanes have seen this turn before one of them gives it on, or the phase they wait for could pass them by. Products bring
-  // lanes together too, but an expert without rows has none.
+  // All lanes must see this turn before one of them passes it on; otherwise the phase they wait for could end unseen. Products
+  // synchronise the lanes too, but an expert without rows has none.
   if (num_stages == 0) __syncwarp();
   for (int stage = 0; stage < num_stages; ++stage, ++position) {
     ptx::mbar_wait(ring.full + ring.index(position), ring.parity(position));
@@ -316,7 +316,7 @@ __device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, u
       }
     }
     ptx::wgmma_commit();
-    if (stage > 0) {  // the products of the stage before; this one's go on
+    if (stage > 0) {  // waits for the previous stage's products; this stage's continue
       ptx::wgmma_wait<1>();
       release(ring.empty + ring.index(position - 1));
     }
@@ -328,7 +328,7 @@ __device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, u
   ptx::wgmma_registers(acc[1]);
 }
 
-// The accumulators of kFewRows are columns x slots; they change places on their way through scratch memory.
+// The accumulators of kFewRows are columns x slots; they are transposed through scratch memory.
 template <typename T, Epilogue kEpilogue, typename C>
 __device__ inline void finish_few_rows(const Gemm& g, const RowTile& tile, const Accumulators<C::kN>& acc,
                                        float* scratch, int consumer) {
@@ -344,11 +344,11 @@ __device__ inline void finish_few_rows(const Gemm& g, const RowTile& tile, const
   }
   ptx::bar_sync(1 + consumer, 128);
 #pragma unroll 1
-  for (int first = 0; first < C::kN; first += 32) {  // a quad per slot
+  for (int first = 0; first < C::kN; first += 32) {  // one quad per slot
     const int r = first + thread / 4;
     finish_row<kEpilogue, T>(g, tile, r, SharedRuns{scratch + (r < C::kN ? r : 0) * kScratchPitch});
   }
-  ptx::bar_sync(1 + consumer, 128);  // before the next tile goes there
+  ptx::bar_sync(1 + consumer, 128);  // before the next tile is written there
 }
 
 template <typename T, Epilogue kEpilogue, typename C>
@@ -358,14 +358,14 @@ __device__ inline void finish(const Gemm& g, const RowTile& tile, Accumulators<C
     finish_few_rows<T, kEpilogue, C>(g, tile, acc, ring.scratch(consumer), consumer);
   } else {
 #pragma unroll 1
-    for (int i = 0; i < ptx::opaque(4); ++i) {  // else the loop is unrolled all the same
+    for (int i = 0; i < ptx::opaque(4); ++i) {  // opaque: else the loop is unrolled anyway
       const RowTile here{ptx::opaque(tile.expert), tile.first_row, tile.rows, tile.column};  // no pointers kept
       finish_row<kEpilogue, T>(g, here, row_of_thread(i), QuadRuns<C::kN>{acc});
     }
   }
 }
 
-// Waits for a consumer's n-th turn, which comes after n arrivals of the other one; the first's first after none.
+// Waits for a consumer's n-th turn, which starts after n arrivals of the other one; consumer 0's first needs none.
 template <typename C>
 __device__ inline void wait_for_turn(const Ring<C>& ring, int consumer, uint32_t n) {
   ptx::mbar_wait(ring.turn + consumer, consumer == 0 ? (n & 1) ^ 1 : n & 1);
@@ -378,13 +378,13 @@ __device__ inline void consume(const GemmParams& params, const Ring<C>& ring, co
   const auto stride = static_cast<int32_t>(gridDim.x);
   for (auto t = static_cast<int32_t>(blockIdx.x) + this_consumer() * stride; t < tiles.size();
        t += kConsumers * stride) {
-    // Tiles without an inner dimension come last, so the stages before a tile are those of `count` whole ones.
+    // Tiles without an inner dimension come last, so every tile before has num_stages stages.
     const auto count = static_cast<uint32_t>(t / stride);
     const int num_stages = num_stages_of<C>(g, tiles[t]);
     Accumulators<C::kN> acc;
     wait_for_turn(ring, this_consumer(), count / kConsumers);
     multiply<T>(acc, ring, count * static_cast<uint32_t>(num_stages), num_stages, [&](int) { return gather; });
-    finish<T, kEpilogue>(g, tiles[ptx::opaque(t)], acc, ring, this_consumer());  // found again, not kept
+    finish<T, kEpilogue>(g, tiles[ptx::opaque(t)], acc, ring, this_consumer());  // found again instead of kept
   }
 }
 
@@ -407,14 +407,14 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_kernel(const __grid_con
 
 // ---- weight gradient -----------------------------------------------------------------------------------------------------
 
-// A tile of one expert's gradient, and the slots that it sums over.
+// A tile of one expert's gradient and the slots it sums over.
 struct WgradTile {
   int32_t expert;
   TilePosition position;
   SlotRange slots;
 
   __device__ int num_stages() const { return (slots.end - slots.begin + kDepth - 1) / kDepth; }
-  // Whether a stage reaches past the expert's slots.
+  // Whether a stage extends past the expert's slots.
   __device__ bool has_tail(int stage) const { return slots.begin + (stage + 1) * kDepth > slots.end; }
 };
 
@@ -422,7 +422,7 @@ template <typename C>
 struct WgradTiles {
   const Wgrad& g;
 
-  // Tiles of one expert.
+  // Numbers of tiles; rows and columns per expert.
   __device__ int32_t rows() const { return (static_cast<int32_t>(g.m) + kP - 1) / kP; }
   __device__ int32_t columns() const { return (static_cast<int32_t>(g.n) + C::kN - 1) / C::kN; }
   __device__ int32_t size() const { return static_cast<int32_t>(g.num_experts) * rows() * columns(); }
@@ -433,7 +433,7 @@ struct WgradTiles {
   }
 };
 
-// 64 slots of kWidth columns of one operand, in blocks of 64 columns.
+// Loads 64 slots of kWidth columns of one operand, in blocks of 64 columns.
 template <typename T, int kWidth>
 __device__ inline void load_slots(unsigned char* to, const CUtensorMap* map, uint64_t* full, const Rows& rows,
                                   int column, int width, int32_t first, int32_t end, bool by_row) {

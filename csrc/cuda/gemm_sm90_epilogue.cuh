@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The epilogues of gemm_sm90.cuh: from the accumulators of a wgmma to rows in memory, for sizes and strides that are
-// multiples of 8 elements. What they compute is in gemm.h; formats of h are those of ops.h.
+// multiples of 8 elements. gemm.h defines what they compute, ops.h the formats of h.
 //
-// A thread takes runs of eight neighbouring columns: 16 bytes of a row, 64 bytes a quad. The lanes of a quad hold two columns
-// each of every block of eight, so four shuffles a block make runs of them. About 1 shuffle and 3 selects per element, under
-// the products of the other consumer; every store fills whole sectors.
+// A thread handles runs of eight adjacent columns: 16 bytes of a row, 64 bytes per quad. The lanes of a quad hold two columns
+// each of every block of eight; four shuffles per block turn these into runs. About 1 shuffle and 3 selects per element, hidden
+// behind the products of the other consumer; every store fills whole sectors.
 //
-// Numeric contract: float32, rounded once when stored; a comes from the h that was not rounded.
+// Numeric contract: float32, rounded once when stored; a is computed from the unrounded h.
 #pragma once
 #include "gemm_epilogue.cuh"
 #include "gemm_sm90.h"
@@ -18,25 +18,25 @@ namespace switchgear::cuda::sm90 {
 template <int kN>
 using Accumulators = float[2][kN / 2];
 
-// threadIdx.x, of which nothing is computed ahead and kept: beside 192 accumulators a thread has 40 registers for all else.
+// threadIdx.x, opaque so that nothing derived from it is kept: with 192 accumulators a thread has 40 other registers.
 __device__ inline int this_thread() { return ptx::opaque(static_cast<int>(threadIdx.x)); }
 
-// Row i of the four that a thread has in a tile of 128.
+// Row i of the four rows of this thread in a tile of 128.
 __device__ inline int row_of_thread(int i) {
   const int thread = this_thread() % 128;
   return 64 * (i / 2) + 16 * (thread / 32) + thread % 32 / 4 + 8 * (i % 2);
 }
 
-// Of the first run of this thread.
+// First column of this thread's first run.
 __device__ inline int lane_column() { return this_thread() % 4 * 8; }
 
-// The runs of a thread: columns 32·g + 8·(lane % 4) of one row of its tile, one at a time, for registers are scarce.
+// The runs of a thread: columns 32·g + 8·(lane % 4) of one row of its tile, one at a time, since registers are scarce.
 
-// Of the first row of accumulators. Four blocks of eight columns, a pair of each a lane -> a block a lane: lane i gives its
-// pair of block j to lane j, where it becomes columns 2i and 2i + 1. All lanes of a warp call it together.
+// Runs of the first row of accumulators. Input: a pair of columns per lane of each of four blocks of eight; output: one block
+// per lane. Lane i passes its pair of block j to lane j, where it becomes columns 2i and 2i + 1. All lanes of a warp call it.
 //
-// A run is taken once: the accumulators of the thread's next row then move to where its were. Registers have no index at run
-// time, and an epilogue unrolled over the rows is four times as long.
+// A run is read once: get then moves the accumulators of the thread's next row into its place. Registers cannot be indexed at
+// run time, and an epilogue unrolled over the rows is four times as long.
 template <int kN>
 struct QuadRuns {
   static constexpr int kRuns = kN / 32;
@@ -52,13 +52,13 @@ struct QuadRuns {
 #pragma unroll
       for (int j = 0; j < 4; ++j) v[j] = acc[4 * (4 * g + j) + c];
 #pragma unroll
-      for (int j = 0; j < 4; j += 2) {  // the 2 x 2 blocks of a 4 x 4 matrix, transposed
+      for (int j = 0; j < 4; j += 2) {  // transposes the 2 x 2 blocks of a 4 x 4 matrix
         const float other = __shfl_xor_sync(0xffffffffu, odd ? v[j] : v[j + 1], 1);
         v[j] = odd ? other : v[j];
         v[j + 1] = odd ? v[j + 1] : other;
       }
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {  // and those off its diagonal exchanged
+      for (int j = 0; j < 2; ++j) {  // and exchanges the blocks off its diagonal
         const float other = __shfl_xor_sync(0xffffffffu, high ? v[j] : v[j + 2], 2);
         v[j] = high ? other : v[j];
         v[j + 2] = high ? v[j + 2] : other;
@@ -67,7 +67,7 @@ struct QuadRuns {
       for (int j = 0; j < 4; ++j) run[2 * j + c] = v[j];
     }
 #pragma unroll
-    for (int j = 16 * g; j < 16 * g + 16; j += 4) {  // one by one, or the compiler would hold both rows for a while
+    for (int j = 16 * g; j < 16 * g + 16; j += 4) {  // one by one, else the compiler holds both rows for a while
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         ptx::move(rows[0][j + c], rows[0][j + 2 + c]);
@@ -78,7 +78,7 @@ struct QuadRuns {
   }
 };
 
-// Of a row of 128 columns in shared memory, at a multiple of 16 bytes.
+// Runs of a row of 128 columns in shared memory, at a multiple of 16 bytes.
 struct SharedRuns {
   static constexpr int kRuns = 4;
   const float* row;
@@ -112,10 +112,10 @@ __device__ inline void add_bias(float (&values)[8], const Gemm& g, int expert, i
 }
 
 // ---- one row -------------------------------------------------------------------------------------------------------------
-// Called by all lanes of a warp; lanes with `stored` false have no row and take part in shuffles alone.
+// Called by all lanes of a warp. Lanes with `stored` false have no row and only take part in shuffles.
 
-// The activation is decided run by run. Were it known to be the same for all, the compiler would make a copy of the whole
-// epilogue for each.
+// Switches the activation for each run. If the compiler knew it to be the same for all runs, it would copy the whole epilogue
+// per activation.
 template <typename Body>
 __device__ inline void with_activation_of(const Gemm& g, const Body& body) {
   with_activation(static_cast<Activation>(ptx::opaque(static_cast<int>(g.options.activation))), body);
@@ -135,9 +135,9 @@ __device__ inline void store_row(const Gemm& g, const RowTile& tile, int32_t slo
   }
 }
 
-// h, where wanted, and a = glu(h). Runs r and r + kRuns / 2 of a row are taken together. Side by side they are eight gates and
-// their ups, since the first half of such a tile's columns are gates; interleaved they are four pairs each; of plain experts,
-// gates that have nothing to do with each other.
+// a = glu(h), and h if requested. Runs r and r + kRuns / 2 of a row are handled together. Separate halves: eight gates and
+// their ups, since the first half of such a tile's columns are gates. Interleaved: four pairs each. Plain experts: unrelated
+// gates.
 template <typename T, typename Runs>
 __device__ inline void glu_row(const Gemm& g, const RowTile& tile, int32_t slot, bool stored, const Runs& runs) {
   constexpr int kPairs = Runs::kRuns / 2;
@@ -147,7 +147,7 @@ __device__ inline void glu_row(const Gemm& g, const RowTile& tile, int32_t slot,
     const bool gated = ptx::opaque(g.options.gated), interleaved = gated && g.options.interleaved;
     const bool halves = gated && !interleaved;
     const int n = ptx::opaque(static_cast<int>(g.n));
-    const int tile_width = (halves ? 32 : 64) * kPairs;  // columns of the first projection from tile to tile
+    const int tile_width = (halves ? 32 : 64) * kPairs;  // columns of the first projection per tile
     const int apart = halves ? n / 2 : 32 * kPairs;      // from the first run to the second
     float first[8], second[8];
     runs.get(r, first);
@@ -191,14 +191,14 @@ __device__ inline void glu_row(const Gemm& g, const RowTile& tile, int32_t slot,
   }
 }
 
-// grad_h, w·a and parts of <g, a> from the runs g, the gradient of one slot's a without its weight.
+// grad_h, w·a and parts of <g, a> from the runs of g, one slot's gradient of a before its weight.
 template <typename T, typename Runs>
 __device__ inline void glu_backward_row(const Gemm& g, const RowTile& tile, int32_t slot, bool stored,
                                         const Runs& runs) {
   const bool gated = g.options.gated, interleaved = gated && g.options.interleaved;
   const int step = interleaved ? 2 : 1;  // columns of h per column of a
   const int n = static_cast<int>(g.n),
-            second = interleaved ? 8 : n;  // from the first eight columns of h to the other eight
+            second = interleaved ? 8 : n;  // offset of the second eight columns of h
   const int first_column = tile.column * (32 * Runs::kRuns) + lane_column();
   const T* const h = static_cast<const T*>(g.h) + slot * g.h_stride + step * first_column;
   T* const grad_h = static_cast<T*>(g.out) + slot * g.out_stride + step * first_column;
@@ -252,7 +252,7 @@ __device__ inline void glu_backward_row(const Gemm& g, const RowTile& tile, int3
   }
 }
 
-// Row `r` of a tile of a gemm; rows behind the expert's last are not stored.
+// Finishes row `r` of a gemm tile. Rows past the expert's last one are not stored.
 template <Epilogue kEpilogue, typename T, typename Runs>
 __device__ inline void finish_row(const Gemm& g, const RowTile& tile, int r, const Runs& runs) {
   const int32_t slot = tile.first_row + r;

@@ -7,7 +7,7 @@
 namespace switchgear::cuda {
 namespace {
 
-// Vectors of ups start I columns after those of gates, where they are not interleaved.
+// If not interleaved, the vectors of ups start I columns after those of gates.
 bool gates_aligned(const TensorView& h, const GluOptions& options, int64_t intermediate_size) {
   const bool side_by_side = options.gated && !options.interleaved;
   return rows_aligned(h) && (!side_by_side || intermediate_size * size_of(h.dtype) % 16 == 0);

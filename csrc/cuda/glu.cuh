@@ -5,8 +5,8 @@
 //   h, grad_h [S,N]   a, grad_a [S,I]   N = 2I (gated) or I
 //   about 20·S·I flop; traffic S·(N + I)·size bytes, backward S·(2N + I)·size; memory-bound
 //
-// A thread owns one vector of a: it reads the vectors of h that belong to it (one of gates and one of ups; two neighbours
-// where they are interleaved; one for plain experts). The activation is switched once per thread.
+// A thread owns one vector of a. It reads the matching vectors of h: one of gates and one of ups; two adjacent ones if
+// interleaved; one for plain experts. The activation is switched once per thread.
 //
 // Numeric contract: float32 inside, each element rounded once.
 //
@@ -25,14 +25,14 @@ struct GluParams {
   int64_t h_stride;
   const T* grad_a;        // backward
   T* out;                 // a, or grad_h
-  int64_t a_stride;       // of a, or grad_a
+  int64_t a_stride;       // of a or grad_a
   int64_t grad_h_stride;  // backward
   int64_t num_rows, intermediate_size;
   GluOptions options;
   bool aligned;  // all vectors of h, a and their gradients
 };
 
-// The columns [column, column + count) of a, and their places in a row of h.
+// Columns [column, column + count) of a in one row.
 template <typename T>
 struct GluVector {
   int64_t row, column;
@@ -40,7 +40,7 @@ struct GluVector {
   bool whole;
 };
 
-// gates and ups of a vector; ups are left alone for plain experts.
+// Loads the gates and ups of a vector. Plain experts leave `up` unchanged.
 template <typename T>
 __device__ inline void load_gates(float (&gate)[kVectorSize<T>], float (&up)[kVectorSize<T>], const GluParams<T>& p,
                                   const GluVector<T>& v) {
@@ -84,7 +84,7 @@ __device__ inline void store_gates(const float (&gate)[kVectorSize<T>], const fl
   if (p.options.gated) store_vector(row + p.intermediate_size + v.column, pack<T>(up), v.count, v.whole);
 }
 
-// body(vector) for the vectors of a thread
+// Calls body(vector) for each vector of the thread.
 template <typename T, typename Body>
 __device__ inline void for_glu_vectors(const GluParams<T>& p, const Body& body) {
   constexpr int kVector = kVectorSize<T>;

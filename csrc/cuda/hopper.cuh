@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// PTX of sm_90a, one instruction a function as in ptx.cuh: mbarriers, TMA, wgmma. Kernels that call these are compiled for
-// sm_90a alone.
+// PTX of sm_90a, one instruction per function as in ptx.cuh: mbarriers, TMA, wgmma. Kernels that call these are compiled for
+// sm_90a only.
 #pragma once
 #include <cuda.h>  // CUtensorMap
 
@@ -11,7 +11,7 @@
 
 namespace switchgear::cuda::ptx {
 
-// ---- mbarrier: a phase ends when the expected arrivals have come and the expected bytes have landed -----------------------
+// ---- mbarrier: a phase ends after the expected arrivals and the expected bytes ---------------------------------------------
 
 PTX void mbar_init(uint64_t* bar, int arrivals PTX_AND_AT) {
 #if defined(__CUDACC__)
@@ -21,7 +21,7 @@ PTX void mbar_init(uint64_t* bar, int arrivals PTX_AND_AT) {
 #endif
 }
 
-// Before its memory is used for anything else.
+// Required before the barrier's memory is reused.
 PTX void mbar_inval(uint64_t* bar PTX_AND_AT) {
 #if defined(__CUDACC__)
   asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(smem_u32(bar)) : "memory");
@@ -38,7 +38,7 @@ PTX void mbar_arrive(uint64_t* bar PTX_AND_AT) {
 #endif
 }
 
-// Expects `bytes` more in this phase, then arrives.
+// Adds `bytes` to those expected in this phase, then arrives.
 PTX void mbar_expect_tx(uint64_t* bar, uint32_t bytes PTX_AND_AT) {
 #if defined(__CUDACC__)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_u32(bar)), "r"(bytes) : "memory");
@@ -47,8 +47,8 @@ PTX void mbar_expect_tx(uint64_t* bar, uint32_t bytes PTX_AND_AT) {
 #endif
 }
 
-// Arrives once all cp.async that this thread has issued have landed. Counts as one of the expected arrivals. The data is
-// written by the generic proxy: who feeds it to wgmma needs fence_proxy_async after the wait.
+// Arrives once all cp.async issued by this thread have landed. Counts as one of the expected arrivals. The generic proxy
+// writes the data: before wgmma reads it, a thread needs fence_proxy_async after the wait.
 PTX void cp_async_mbar_arrive(uint64_t* bar PTX_AND_AT) {
 #if defined(__CUDACC__)
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_u32(bar)) : "memory");
@@ -57,7 +57,7 @@ PTX void cp_async_mbar_arrive(uint64_t* bar PTX_AND_AT) {
 #endif
 }
 
-// Whether the phase of this parity has ended. On a new barrier, phase 0 runs, and that of parity 1 counts as ended.
+// Whether the phase of this parity has ended. On a new barrier phase 0 is running, and the phase of parity 1 counts as ended.
 PTX bool mbar_test_wait(uint64_t* bar, uint32_t parity PTX_AND_AT) {
 #if defined(__CUDACC__)
   uint32_t ended;
@@ -92,7 +92,7 @@ PTX void mbar_wait(uint64_t* bar, uint32_t parity PTX_AND_AT) {
 #endif
 }
 
-// Makes this thread's mbar_init known to copies; then a barrier of the block for the other threads.
+// Makes this thread's mbar_init visible to asynchronous copies. Other threads need a block barrier after it.
 PTX void fence_barrier_init() {
 #if defined(__CUDACC__)
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -101,7 +101,7 @@ PTX void fence_barrier_init() {
 #endif
 }
 
-// Between ordinary accesses to shared memory and TMA's or wgmma's to the same.
+// Orders ordinary accesses to shared memory with those of TMA or wgmma to the same memory.
 PTX void fence_proxy_async() {
 #if defined(__CUDACC__)
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -110,7 +110,7 @@ PTX void fence_proxy_async() {
 #endif
 }
 
-// The same for global memory that the running kernel itself has written.
+// The same for global memory that the running kernel itself wrote.
 PTX void fence_proxy_async_global() {
 #if defined(__CUDACC__)
   asm volatile("fence.proxy.async.global;" ::: "memory");
@@ -119,9 +119,9 @@ PTX void fence_proxy_async_global() {
 #endif
 }
 
-// ---- TMA: boxes of a tensor, as its map tells; one thread issues ------------------------------------------------------------
-// The tile in shared memory begins at a multiple of 128 bytes, a swizzled one where the pattern does: 1024 bytes for 128B.
-// What lies outside of the tensor is read as zeros, counts as bytes, and is not written.
+// ---- TMA: boxes of a tensor, described by its map; one thread issues -------------------------------------------------------
+// The tile in shared memory starts at a multiple of 128 bytes; a swizzled one at a multiple of its pattern, 1024 bytes for
+// 128B. Elements outside the tensor are read as zeros, count as bytes, and are not written.
 
 PTX void tma_load_2d(void* shared, const CUtensorMap* map, uint64_t* bar, int x, int y PTX_AND_AT) {
 #if defined(__CUDACC__)
@@ -149,7 +149,7 @@ PTX void tma_load_3d(void* shared, const CUtensorMap* map, uint64_t* bar, int x,
 #endif
 }
 
-// `bytes` in a row, without a map: a multiple of 16, as are both addresses.
+// Copies `bytes` contiguous bytes without a map. `bytes` and both addresses are multiples of 16.
 PTX void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* bar PTX_AND_AT) {
 #if defined(__CUDACC__)
   asm volatile(
@@ -161,7 +161,7 @@ PTX void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* b
 #endif
 }
 
-// Stores come in groups: commit, then wait before the tile is written again (wait_read) or the result is used (wait).
+// Stores form groups: commit, then wait before the tile is overwritten (wait_read) or the result is used (wait).
 PTX void tma_store_2d(const CUtensorMap* map, const void* shared, int x, int y PTX_AND_AT) {
 #if defined(__CUDACC__)
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
@@ -219,11 +219,11 @@ PTX void prefetch_tensor_map([[maybe_unused]] const CUtensorMap* map) {
 // ---- wgmma: d += a · b by a warpgroup, d [64, N] in registers, depth 16 --------------------------------------------------------
 // Accumulator i of a thread: row 16 (warp % 4) + lane / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (lane % 4) + i % 2.
 
-// How a tile of 16-bit elements lies in shared memory: its start, the two strides in bytes, and the swizzle. With rows of
-// 128 bytes (64 elements) in the 128B swizzle, 8 of them make an atom of 1024 bytes:
-//   K-major    rows run along K; `stride` from 8 rows of M or N to the next; `leading` is not used. For the next 16 of
-//              the depth add 32 to the start.
-//   MN-major   rows run along M or N; `stride` from 8 of the depth to the next; `leading` from 64 of M or N to the next
+// Layout of a tile of 16-bit elements in shared memory: its start, two strides in bytes, and the swizzle. With rows of 128
+// bytes (64 elements) and the 128B swizzle, 8 rows form an atom of 1024 bytes:
+//   K-major    rows run along K; `stride`: from 8 rows of M or N to the next 8; `leading` is unused. The next 16 depths
+//              start 32 bytes later.
+//   MN-major   rows run along M or N; `stride`: from 8 depths to the next 8; `leading`: from 64 of M or N to the next 64
 enum class Swizzle : uint64_t { kNone = 0, k128B = 1, k64B = 2, k32B = 3 };
 
 PTX uint64_t descriptor(uint32_t start, uint32_t leading, uint32_t stride, Swizzle swizzle) {
@@ -231,10 +231,10 @@ PTX uint64_t descriptor(uint32_t start, uint32_t leading, uint32_t stride, Swizz
   return field(start) | field(leading) << 16 | field(stride) << 32 | static_cast<uint64_t>(swizzle) << 62;
 }
 
-// A K-major tile of rows of 128 bytes, row after row.
+// A K-major tile of consecutive rows of 128 bytes.
 PTX uint64_t desc_k128(uint32_t start) { return descriptor(start, 16, 1024, Swizzle::k128B); }
 
-// Before the first wgmma, and before the next one after registers of an operand or an accumulator were written or read.
+// Required before the first wgmma, and before the next one after registers of an operand or accumulator were accessed.
 PTX void wgmma_fence(PTX_AT) {
 #if defined(__CUDACC__)
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -260,7 +260,7 @@ PTX void wgmma_wait(PTX_AT) {
 #endif
 }
 
-// After the wait: keeps the compiler from moving uses of the accumulators, which to it are results of the wgmma itself,
+// Call it after the wait. To the compiler the accumulators are results of wgmma itself; this keeps it from moving their uses
 // before the wait.
 template <int N>
 PTX void wgmma_registers([[maybe_unused]] float (&d)[N]) {
@@ -271,7 +271,7 @@ PTX void wgmma_registers([[maybe_unused]] float (&d)[N]) {
 }
 
 #if defined(__CUDACC__)
-// The text for one width and type: operands of shared memory, then with `a` in registers. The accumulators come first.
+// The instruction text for one width and type: `a` in shared memory, then `a` in registers. The accumulators come first.
 #define WGMMA_SHARED(n, type, o0, o1, o2, o3, o4, ...)                                             \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " o2                                              \
                ", 0;\n"                                                                            \
@@ -303,8 +303,8 @@ template <typename T>
 constexpr simt::Element element_of = std::is_same_v<T, __half> ? simt::Element::kF16 : simt::Element::kBf16;
 #endif
 
-// T: __nv_bfloat16 or __half; N: a multiple of 8, up to 256; transposed: the operand is MN-major. With accumulate = 0 the
-// old value of d does not count. Until the product is waited for, d and the tiles must not be touched.
+// T: __nv_bfloat16 or __half; N: a multiple of 8, up to 256; transposed: the operand is MN-major. accumulate = 0 ignores the
+// old value of d. d and the tiles must not be touched until the product has been waited for.
 template <typename T, int N, bool kTransposeA = false, bool kTransposeB = false>
 PTX void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate PTX_AND_AT) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
@@ -316,7 +316,7 @@ PTX void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate PTX_AND
 #endif
 }
 
-// The left operand in registers, each warp's 16 rows as the fragment of mma. They too must stay until the product is done.
+// The same with `a` in registers, each warp's 16 rows as an mma fragment. They too must not change until the product is done.
 template <typename T, int N, bool kTransposeB = false>
 PTX void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate PTX_AND_AT) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
@@ -358,7 +358,7 @@ PTX void stmatrix_x4_trans(void* row, const uint32_t (&r)[4] PTX_AND_AT) {
 #endif
 }
 
-// True in one lane of a whole warp: which one is the hardware's choice.
+// True in one lane of a whole warp, chosen by the hardware.
 PTX bool elect_one(PTX_AT) {
 #if defined(__CUDACC__)
   uint32_t elected;
@@ -375,7 +375,7 @@ PTX bool elect_one(PTX_AT) {
 #endif
 }
 
-// The same value, of which the compiler knows nothing any more: it will not copy a loop for every case of a switch in it.
+// Returns `value`, hidden from the optimiser. So it cannot duplicate a loop for every case of a switch inside.
 PTX int opaque(int value) {
 #if defined(__CUDACC__)
   asm volatile("" : "+r"(value));
@@ -383,7 +383,7 @@ PTX int opaque(int value) {
   return value;
 }
 
-// to = from, at this place in the order of instructions: the compiler puts no copy elsewhere.
+// to = from, at exactly this place in the order of instructions.
 PTX void move(float& to, float from) {
 #if defined(__CUDACC__)
   asm volatile("mov.f32 %0, %1;" : "=f"(to) : "f"(from));
@@ -392,7 +392,7 @@ PTX void move(float& to, float from) {
 #endif
 }
 
-// The number of registers per thread from here on, by a whole warpgroup: fewer for producers, more for consumers.
+// Sets the number of registers per thread from here on, for a whole warpgroup: fewer for producers, more for consumers.
 template <int N>
 PTX void setmaxnreg_dec(PTX_AT) {
 #if defined(__CUDACC__)

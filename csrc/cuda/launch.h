@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Launches: launch(kernel, grid, block, shared_bytes, stream, arguments…) checks the limits, asks for dynamic shared memory
+// Launches: launch(kernel, grid, block, shared_bytes, stream, arguments…) checks the limits, requests dynamic shared memory
 // above 48 KiB, and throws a std::runtime_error that names the kernel. The stream is the void* of Execution.
 #pragma once
 #include <cxxabi.h>
@@ -38,7 +38,7 @@ inline std::string launch_text(const void* kernel, dim3 grid, dim3 block, size_t
   throw std::runtime_error(launch_text(kernel, grid, block, shared_bytes) + what);
 }
 
-// What every device of compute capability 8.0 and later has in common.
+// Limits that all devices of compute capability 8.0 and later share.
 inline void check_limits(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes) {
   constexpr unsigned kMaxGridX = 0x7fffffff, kMaxGridYZ = 65535, kMaxThreads = 1024, kMaxBlockZ = 64;
   const auto refuse = [&](const char* what) { launch_failed(what, kernel, grid, block, shared_bytes); };
@@ -77,7 +77,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   launch_with(nullptr, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
 }
 
-// All blocks run at the same time, so that they may wait for each other; refused where the device cannot hold them.
+// All blocks run at the same time, so they may wait for each other. Throws if the device cannot hold them.
 template <typename... Parameters, typename... Arguments>
 void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                         Arguments&&... arguments) {

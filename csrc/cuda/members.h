@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Which of n items are in each group, ascending: the plan of n tokens with one choice each. Ids out of range are in no group.
+// Lists the items of each group, ascending: the plan of n tokens with one choice each. Ids out of range are in no group.
 #pragma once
 #include "plan.h"
 #include "workspace.h"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What switchgear._cuda has beside the ops: which CUDA devices there are, and whether this build has code for them. Imports
+// What switchgear._cuda has besides the ops: the CUDA devices, and whether this build has code for them. Can be imported
 // without a driver.
 #include "module.h"
 
@@ -17,11 +17,11 @@ namespace py = pybind11;
 namespace switchgear {
 namespace {
 
-// Without a driver there are no devices, which is no error.
+// Without a driver there are no devices; this is not an error.
 int device_count() {
   int count = 0;
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
-  cudaGetLastError();  // resets it
+  cudaGetLastError();  // resets the error
   return 0;
 }
 

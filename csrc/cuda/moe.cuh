@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The small kernels of moe_backward, between the products. All of them are bound by memory.
+// The small kernels of moe_backward, between the products. All are memory-bound.
 //
 //   slot_weights_kernel      topk_weights [T,K] in slot order [S]                                  8·S bytes
 //   weight_gradient_kernel   grad_topk_weights[t,k] = Σ parts of the slot + <grad_y[t], down_bias[e]>; 0 for empty slots
 //                            4·S·I/32 bytes, and with a bias S·H·size from L2
 //   bias_gradient_kernel     grad_bias[e] = Σ_{s of e} weights[s] · rows[s]                        S·width·size bytes
 //
-// Numeric contract: float32, in orders that depend on the widths alone (on an expert's rows for bias_gradient_kernel: rows
-// i, i + 8, … by one thread, then the eight sums in order). No atomics. Slots out of range are stepped over.
+// Numeric contract: float32, in orders that depend only on the widths (for bias_gradient_kernel, on an expert's rows: rows
+// i, i + 8, … by one thread, then the eight sums in order). No atomics. Slots out of range are skipped.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   slot_weights_kernel: 16 registers
@@ -49,7 +49,7 @@ struct WeightGradientParams {
   int top_k;
 };
 
-// A warp a pair.
+// One warp per pair.
 template <typename T>
 __global__ void __launch_bounds__(kMoeThreads) weight_gradient_kernel(WeightGradientParams<T> p) {
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kMoeThreads) weight_gradient_kernel(WeightGrad
 template <typename T>
 struct BiasGradientParams {
   Rows rows;
-  const float* slot_weights;  // or null, for ones
+  const float* slot_weights;  // null: all ones
   const int32_t* expert_offsets;
   T* grad_bias;
   int64_t grad_stride;
@@ -82,7 +82,7 @@ struct BiasGradientParams {
 
 constexpr int kBiasColumns = 32, kBiasRows = 8;
 
-// A block has 32 columns of one expert; threadIdx.y is one of eight sums.
+// A block handles 32 columns of one expert; threadIdx.y is one of eight sums.
 template <typename T>
 __global__ void __launch_bounds__(kBiasColumns* kBiasRows) bias_gradient_kernel(BiasGradientParams<T> p) {
   SHARED_ARRAY(float, sums, kBiasColumns* kBiasRows);

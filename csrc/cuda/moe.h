@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What moe_forward and moe_backward share: the plan that an op makes on its way.
+// What moe_forward and moe_backward share: the plan that an op makes for itself.
 #pragma once
 #include "plan.h"
 #include "workspace.h"
@@ -19,7 +19,7 @@ struct OwnPlan {
   }
 };
 
-// [rows, columns] whose rows start at multiples of 16 bytes.
+// A matrix [rows, columns] whose rows start at multiples of 16 bytes.
 inline TensorView take_rows(Workspace& memory, DType dtype, int64_t rows, int64_t columns) {
   const int64_t stride = (columns + 7) / 8 * 8;
   TensorView result = view(memory.take<std::byte>(rows * stride * size_of(dtype)), dtype, rows, columns);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// moe_backward: the gradients of moe_forward from x and the saved pre-activation h alone.
+// moe_backward: the gradients of moe_forward from x and the saved pre-activation h.
 //
-//   per slot s of token t and expert e, with g = grad_y[t]·W_d (so ∂/∂a without the weight), a = glu(h[s]), w = topk_weight:
+//   per slot s of token t and expert e, with g = grad_y[t]·W_d (∂/∂a before the weight), a = glu(h[s]), w = topk_weight:
 //     grad_topk_weight = <g, a> + <grad_y[t], b_d>      grad_h = glu'(h[s], w·g)
 //   grad_x[t] = Σ_s grad_h[s]·W_gu      grad_W_gu = Σ_s grad_h[s]ᵀ x[t]      grad_W_d = Σ_s grad_y[t]ᵀ (w·a)
 //   work 2·S·H·(I + N + N + I) flop (12·S·H·I for gated experts); traffic: touched weights, weight gradients written once,
@@ -9,11 +9,11 @@
 //
 // 1. One grouped GEMM gathers rows of grad_y; its epilogue recomputes a, and writes grad_h, w·a and partial sums of <g, a>.
 // 2. grad_W_d, grad_W_gu: products over the slots of an expert. grad_x: a grouped GEMM, then combine with weights of 1.
-// An output that is not defined costs nothing, nor does what only it would need. Temporary memory: the plan, grad_h [S,N], and
+// Undefined outputs, and intermediates that only they need, are not computed. Temporary memory: the plan, grad_h [S,N], and
 // one region for w·a [S,I] and later grad_x by slot [S,H]; weights and parts of their gradients, S·(I/32 + 1) floats.
 //
 // Numeric contract: products accumulate in float32; grad_h, w·a and the slots' grad_x are rounded to the dtype of x, outputs
-// once more. Deterministic: no atomics, and each sum has one order.
+// once more. Deterministic: no atomics, and each sum has a fixed order.
 #include <algorithm>
 #include <utility>
 
@@ -30,7 +30,7 @@ unsigned blocks_of(int64_t count, int64_t per_block) {
   return static_cast<unsigned>((count + per_block - 1) / per_block);
 }
 
-// Which intermediate results some output asks for.
+// Which intermediate results the requested outputs need.
 struct Needs {
   bool weighted_a, parts, product;
 

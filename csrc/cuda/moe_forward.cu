@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // moe_forward: y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu)·W_dᵀ + b_d)
 //
-//   x [T,H]   gate_up_proj [E,N,H]   down_proj [E,H,I]   y [T,H]   h [S,N] where training asks for it
+//   x [T,H]   gate_up_proj [E,N,H]   down_proj [E,H,I]   y [T,H]   h [S,N], for training only
 //   work 2·S·H·(N + I) flop (6·S·H·I for gated experts); traffic: touched weights, S·(2 I + 2 H) elements of a and
 //   permuted_y, S·N of h
-//   bound by the weights below about 150 (A100) or 300 (H100) rows per expert, by the tensor cores above
+//   bound by reading weights below about 150 (A100) or 300 (H100) rows per expert, by the tensor cores above
 //
-// plan, then two grouped GEMMs and combine: the first gathers rows of x in its loads and has the gate in its epilogue, so that
-// neither a permuted x nor, without h, a pre-activation reaches memory. combine reads the rows of a token in one order.
+// plan, then two grouped GEMMs and combine. The first GEMM gathers rows of x in its loads and applies the gate in its epilogue.
+// So no permuted x reaches memory and, without h, no pre-activation. combine reads the rows of a token in a fixed order.
 // Temporary memory: the plan, a [S,I] and permuted_y [S,H].
 //
-// Numeric contract: products accumulate in float32; h (where stored), a and permuted_y are rounded to the dtype of x, y once
-// more; a comes from the h that was not rounded. Deterministic, and batch-invariant for each of the kernels in gemm.h.
+// Numeric contract: products accumulate in float32; h (if stored), a and permuted_y are rounded to the dtype of x, y once
+// more; a is computed from the unrounded h. Deterministic, and batch-invariant within each of the kernels of gemm.h.
 #include "expert_weights.h"
 #include "moe.h"
 #include "ops.h"

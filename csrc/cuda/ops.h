@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The ops of the CUDA backend: the functions of its table. Arguments were checked by csrc/ops.cpp, but no value in device
-// memory was: kernels count an id outside [0,E) as an empty slot, and step over a slot whose indices are out of range. The
-// device of the tensors is current. An op takes all of its temporary memory in one call, queues its kernels on
-// exec.stream and returns.
+// The ops of the CUDA backend: the functions of its table. csrc/ops.cpp has checked the arguments, but not the values in
+// device memory: kernels treat an id outside [0,E) as an empty slot and skip a slot whose indices are out of range. The
+// tensors' device is current. An op allocates all of its temporary memory in one call, queues its kernels on exec.stream
+// and returns.
 #pragma once
 #include "switchgear/ops.h"
 

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// permute: permuted_x[s] = x[token_indices[s]], times the slot's weight where given; zero rows past expert_offsets[E].
+// permute: permuted_x[s] = x[token_indices[s]], times the slot's weight if given; zero rows past expert_offsets[E].
 //
 //   x [T,H]   slot_indices, topk_weights [T,K]   token_indices [S]   permuted_x [S,H]
 //   traffic (T read + S written)·H·size bytes; memory-bound
 //
-// Tokens are walked, not slots: a thread reads one vector of x[t] and stores it to the K slots of the token, so that x is
-// read once although its rows go to K experts far apart. The last blocks look for slots that no token leads to, a thread a
-// slot, and write those rows together: zeros past the last slot in use, else x[token_indices[s]] (with a weight of 0), so
-// that all of the output is written even for a plan of the caller's own whose two index arrays do not match.
+// The kernel loops over tokens, not slots: a thread reads one vector of x[t] and stores it to the K slots of the token. So x is
+// read once although its rows go to K experts far apart. The last blocks look for slots that no token writes, one thread per
+// slot, and write those rows together: zeros past the last used slot, else x[token_indices[s]] (with a weight of 0). So all of
+// the output is written even for a user-supplied plan whose two index arrays do not match.
 //
-// Numeric contract: a copy, or one float32 product rounded once. Indices out of range are stepped over.
+// Numeric contract: a copy, or one float32 product rounded once. Indices out of range are skipped.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   permute_kernel: 40 registers, 1024 bytes of shared memory
@@ -31,7 +31,7 @@ struct PermuteParams {
   int64_t num_tokens, num_slots, hidden_size;
   int top_k;
   bool aligned;
-  unsigned token_blocks;  // blockIdx.x below: tokens; from there on: slots
+  unsigned token_blocks;  // blocks below handle tokens, the others slots
 };
 
 template <typename T>
@@ -59,7 +59,7 @@ __device__ inline void permute_token(const PermuteParams<T>& p, int64_t token, i
 
 constexpr int32_t kClaimed = -2;  // a token writes this row
 
-// The token whose row belongs to a slot that no token leads to, -1 for zeros.
+// The token whose row belongs in a slot that no token writes, or -1 for zeros.
 template <typename T>
 __device__ inline int32_t unclaimed_token(const PermuteParams<T>& p, int64_t slot) {
   if (slot >= *p.num_used) return -1;

@@ -11,9 +11,9 @@
 namespace switchgear::cuda {
 namespace {
 
-// Up to here one block needs about as long as three launches.
+// Up to this size one block takes about as long as three launches.
 constexpr int64_t kSmallPairs = 8192;
-constexpr int64_t kMinChunkPairs = 2048;  // 8 steps a warp: about 128 blocks for 32768 tokens with 8 choices
+constexpr int64_t kMinChunkPairs = 2048;  // 8 steps per warp: about 128 blocks for 32768 tokens with 8 choices
 constexpr int64_t kMaxChunks = 1024;      // 8 steps of the scan
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

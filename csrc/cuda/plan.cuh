@@ -5,18 +5,18 @@
 //   traffic about 16·S bytes (ids are read twice, both index arrays written once) + 8·E·⌈S/2048⌉ of counters; bound by the
 //   latency of three launches up to about 10^6 slots, by memory beyond
 //
-// Pairs are cut into chunks, a block each, and chunks into segments, a warp each; experts into windows whose counters fit in
-// shared memory, a row of blocks each.
+// Pairs are split into chunks, one per block, and chunks into segments, one per warp. Experts are split into windows whose
+// counters fit in shared memory, one per row of blocks.
 //   plan_count_kernel   counts each chunk's ids                                   -> counts [E, chunks]
-//   plan_scan_kernel    a warp an expert: exclusive sums over its chunks, in place -> totals [E]
+//   plan_scan_kernel    a warp per expert: exclusive sums over its chunks, in place -> totals [E]
 //   plan_place_kernel   counts again, by segment; the first slot of (expert, chunk, segment) is a sum over smaller experts +
-//                       earlier chunks + earlier segments. A warp then walks its segment 32 pairs at a time: lanes with
-//                       the same expert find each other (match), so that a pair's slot is the expert's next slot + the
-//                       number of lower lanes with that expert.
-// Few pairs (decoding): plan_small_kernel, the last step alone in a single block that is its own only chunk.
+//                       earlier chunks + earlier segments. A warp then walks its segment 32 pairs at a time: match groups
+//                       the lanes with the same expert, and a pair's slot is the expert's next slot + the number of lower
+//                       lanes with that expert.
+// Few pairs (decoding): plan_small_kernel, only the last step, in a single block with a single chunk.
 //
-// The sort is stable, so slots are in the order (expert, token, choice) however pairs are cut: bit-exact, deterministic. Ids
-// outside [0,E) are empty slots. No host synchronisation and no memory that has to be zero before.
+// The sort is stable, so slots are in the order (expert, token, choice) for any split: bit-exact, deterministic. Ids outside
+// [0,E) are empty slots. No host synchronisation, and no memory that must be zeroed first.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   plan_count_kernel: 40 registers, 4096 bytes of shared memory
@@ -35,7 +35,7 @@ constexpr int kPlanWindow = 1024;  // experts per window: 8 warps · 1024 counte
 constexpr int kExpertsPerThread = kPlanWindow / kPlanThreads;
 
 constexpr int kSmallThreads = 1024;
-constexpr int kSmallCounters = 11264;  // 44 KB: with the sums of the warps below 48 KB, which any block may have
+constexpr int kSmallCounters = 11264;  // 44 KB: with the warps' sums below 48 KB, the default limit of any block
 
 struct PlanParams {
   const int32_t* topk_ids;
@@ -62,7 +62,7 @@ __device__ inline PlanRange segment_of(PlanRange chunk, int segment, int num_seg
   return {begin < chunk.end ? begin : chunk.end, begin + pairs < chunk.end ? begin + pairs : chunk.end};
 }
 
-// Whether an id belongs to the window of `size` experts from `first` on; its index there.
+// Whether an id is in the window of `size` experts from `first` on; sets its index there.
 __device__ inline bool in_window(int32_t id, int first, int size, int* index) {
   *index = static_cast<int>(static_cast<uint32_t>(id) - static_cast<uint32_t>(first));
   return id >= 0 && static_cast<uint32_t>(*index) < static_cast<uint32_t>(size);
@@ -76,7 +76,7 @@ __device__ inline void count_pairs(const PlanParams& p, PlanRange range, int fir
   }
 }
 
-// A warp gives the pairs of its segment their slots; next[index] is the next slot of an expert.
+// A warp assigns slots to the pairs of its segment; next[index] is the next slot of an expert.
 __device__ inline void place_pairs(const PlanParams& p, PlanRange segment, int first, int size, int32_t* next) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int64_t base = segment.begin; base < segment.end; base += 32) {
@@ -97,7 +97,7 @@ __device__ inline void place_pairs(const PlanParams& p, PlanRange segment, int f
   }
 }
 
-// token_indices past the last slot in use
+// Sets token_indices past the last used slot to -1.
 __device__ inline void fill_tail(const PlanParams& p, PlanRange range, int64_t num_used) {
   for (int64_t i = range.begin + threadIdx.x; i < range.end; i += blockDim.x) {
     if (i >= num_used) p.token_indices[i] = -1;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_count_kernel(PlanParams p) 
   }
 }
 
-// A warp an expert, each lane kScanned chunks at a time.
+// One warp per expert; each lane handles kScanned chunks at a time.
 __global__ void __launch_bounds__(kPlanThreads) plan_scan_kernel(PlanParams p) {
   constexpr int kScanned = 4;
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_place_kernel(PlanParams p) 
   __syncthreads();
   count_pairs(p, segment, thread % 32, 32, first, size, next + warp * size);
 
-  // Slots before the window and in all, then before each of this thread's experts.
+  // Slots before the window and in total, then before each of this thread's experts.
   int32_t before = 0, elsewhere = 0, inside = 0;
   for (int e = thread; e < p.num_experts; e += kPlanThreads) {
     if (e < first) before += p.totals[e];
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_place_kernel(PlanParams p) 
 
 // ---- few pairs -----------------------------------------------------------------------------------------------------------
 
-// One block, as many segments as there is room for: dynamic shared memory of num_segments · E counters.
+// One block, with as many segments as fit: dynamic shared memory of num_segments · E counters.
 __global__ void __launch_bounds__(kSmallThreads) plan_small_kernel(PlanParams p, int num_segments) {
   SHARED_DYN(int32_t, next);  // [segment, expert]
   SHARED_ARRAY(int32_t, sums, kSmallThreads / 32);

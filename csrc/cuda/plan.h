@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// plan for ops that make one on their way: the same kernels with memory of the caller's.
+// plan for ops that make their own: the same kernels, with memory that the caller provides.
 #pragma once
 #include <cstdint>
 
@@ -7,7 +7,7 @@
 
 namespace switchgear::cuda {
 
-// Bytes of temporary memory, 0 where a single block does it all.
+// Bytes of temporary memory; 0 if a single block does all the work.
 int64_t plan_workspace_size(int64_t num_slots, int64_t num_experts);
 
 // `workspace` is aligned to 4 bytes.

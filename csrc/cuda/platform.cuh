@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The one place that tells the two compilers of the kernels apart: nvcc takes the real headers, any other C++ compiler
-// takes tests/simt, which gives the CUDA names a meaning on the CPU. Kernel files include this first.
+// The only place that distinguishes the two compilers of the kernels: nvcc includes the real headers, any other C++ compiler
+// includes tests/simt, which implements the CUDA names on the CPU. Kernel files include this first.
 //
 //   SHARED_DYN(T, name)        T* name: the block's dynamic shared memory, aligned to 1024 bytes
-//   SHARED_ARRAY(T, name, N)   T name[N]: a shared array; not initialised; T without commas and trivial
+//   SHARED_ARRAY(T, name, N)   T name[N]: an uninitialised shared array; T is trivial and its name has no commas
 //   SHARED_VALUE(T, name)      T& name: one shared value
 #pragma once
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// PTX of sm_80, one instruction a function: its asm for nvcc, and a model of it for tests/simt. Together with hopper.cuh
-// this is the only place with inline asm.
+// PTX of sm_80, one instruction per function: its asm for nvcc, and a model of it for tests/simt. Inline asm appears only here
+// and in hopper.cuh.
 #pragma once
 #include "platform.cuh"
 
 #if defined(__CUDACC__)
 #define PTX __device__ __forceinline__
-#define PTX_AT      // where the model learns the caller's line, as the only parameter
+#define PTX_AT      // passes the caller's location to the model, as the only parameter
 #define PTX_AND_AT  // … or as the last one
 #else
 #define PTX inline
@@ -16,7 +16,7 @@
 
 namespace switchgear::cuda::ptx {
 
-// The address of shared memory as instructions take it.
+// The 32-bit address of shared memory that instructions take.
 PTX uint32_t smem_u32(const void* shared PTX_AND_AT) {
 #if defined(__CUDACC__)
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -25,8 +25,8 @@ PTX uint32_t smem_u32(const void* shared PTX_AND_AT) {
 #endif
 }
 
-// ---- cp.async: copies from global to shared memory, past the registers --------------------------------------------------
-// Zeros where `valid` is false; `global` is not read then. Both addresses must be multiples of the size.
+// ---- cp.async: copies from global to shared memory, bypassing registers --------------------------------------------------
+// Writes zeros if `valid` is false; `global` is not read then. Both addresses must be multiples of the size.
 
 PTX void cp_async16(void* shared, const void* global, bool valid PTX_AND_AT) {
 #if defined(__CUDACC__)
@@ -37,7 +37,7 @@ PTX void cp_async16(void* shared, const void* global, bool valid PTX_AND_AT) {
 #endif
 }
 
-// The first `valid` bytes, and zeros behind.
+// The first `valid` bytes, followed by zeros.
 PTX void cp_async16_zeros(void* shared, const void* global, int valid PTX_AND_AT) {
 #if defined(__CUDACC__)
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_u32(shared)), "l"(global), "r"(valid)
@@ -73,7 +73,7 @@ PTX void cp_async_commit(PTX_AT) {
 #endif
 }
 
-// Until at most N of the groups that were committed last are under way.
+// Waits until at most the N most recently committed groups are pending.
 template <int N>
 PTX void cp_async_wait(PTX_AT) {
 #if defined(__CUDACC__)
@@ -83,7 +83,7 @@ PTX void cp_async_wait(PTX_AT) {
 #endif
 }
 
-// ---- ldmatrix: 8x8 matrices of 16-bit elements from shared memory into the fragments of mma -------------------------------
+// ---- ldmatrix: 8x8 matrices of 16-bit elements from shared memory into mma fragments ----------------------------------------
 // Lane i gives the address of row i % 8 of matrix i / 8, a multiple of 16.
 
 PTX void ldmatrix_x4(uint32_t (&r)[4], const void* row PTX_AND_AT) {
@@ -156,7 +156,7 @@ PTX void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] P
 #endif
 }
 
-// Depth 8. The low 13 bits of the operands do not count: round with cvt_tf32 first.
+// Depth 8. The low 13 bits of the operands are ignored: round with cvt_tf32 first.
 PTX void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] PTX_AND_AT) {
 #if defined(__CUDACC__)
   asm volatile(
@@ -169,7 +169,7 @@ PTX void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] 
 #endif
 }
 
-// To the nearest tf32, ties away from zero.
+// Rounds to the nearest tf32, ties away from zero.
 PTX uint32_t cvt_tf32(float x) {
 #if defined(__CUDACC__)
   uint32_t bits;
@@ -183,9 +183,9 @@ PTX uint32_t cvt_tf32(float x) {
 }
 
 // ---- flags in global memory -------------------------------------------------------------------------------------------------
-// A load that acquires a value which another thread released has everything before that release behind it, if the scope of
-// both includes both threads: the block (cta), the device (gpu), all devices and the host (sys). Poll with these alone: a
-// plain load may be hoisted out of its loop, and the model lets the other threads run only here.
+// If an acquire load reads a value that another thread released, everything before that release is visible after the load. The
+// scope of both must include both threads: the block (cta), the device (gpu), all devices and the host (sys). Poll only with
+// these: a plain load may be hoisted out of its loop, and the model runs other threads only here.
 
 #if defined(__CUDACC__)
 #define PTX_LOAD(name, instruction, scope, acquires)                          \
@@ -227,7 +227,7 @@ PTX_STORE(st_release_gpu, "st.release.gpu.global.u32", kDevice, true)
 PTX_STORE(st_release_sys, "st.release.sys.global.u32", kSystem, true)
 PTX_STORE(st_relaxed_gpu, "st.relaxed.gpu.global.u32", kDevice, false)
 PTX_STORE(st_relaxed_sys, "st.relaxed.sys.global.u32", kSystem, false)
-// These give the value before the addition.
+// These return the value before the addition.
 PTX_ADD(atom_add_relaxed_gpu, "atom.relaxed.gpu.global.add.u32", kDevice, false, false)
 PTX_ADD(atom_add_release_gpu, "atom.release.gpu.global.add.u32", kDevice, false, true)
 PTX_ADD(atom_add_acq_rel_gpu, "atom.acq_rel.gpu.global.add.u32", kDevice, true, true)
@@ -238,7 +238,7 @@ PTX_ADD(atom_add_acq_rel_sys, "atom.acq_rel.sys.global.add.u32", kSystem, true, 
 #undef PTX_ADD
 
 // ---- barriers among some of a block's warps -----------------------------------------------------------------------------------
-// Barrier 0 is __syncthreads'. `num_threads` counts those that wait and those that only arrive, in whole warps.
+// Barrier 0 is __syncthreads'. `num_threads` counts the waiting threads and those that only arrive, in whole warps.
 
 PTX void bar_sync(int id, int num_threads PTX_AND_AT) {
 #if defined(__CUDACC__)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The experts of a row, the best one first: a warp a row, keys (score.cuh) in memory of the warp. They are cut into 32 segments
-// whose best is known: to take an expert, lanes agree on the best segment, then all of them look for its next best. That is
-// about E/32 + 30 instructions of a lane.
+// Yields the experts of a row, best first: one warp per row, keys (score.cuh) in memory of the warp. The keys are split into 32
+// segments with known bests. To take an expert, the lanes agree on the best segment, then all search it for its next best.
+// That is about E/32 + 30 instructions per lane.
 #pragma once
 #include "platform.cuh"
 #include "score.cuh"
@@ -17,7 +17,7 @@ __device__ inline float load_float(const void* data, DType dtype, int64_t i) {
   }
 }
 
-// The largest key, and among equals the lowest expert, of those that the lanes have found.
+// The largest key that the lanes found and, among equal keys, the lowest expert.
 struct Best {
   uint32_t key, expert;
 };
@@ -29,7 +29,7 @@ __device__ inline Best best_over_warp(Best mine) {
 
 class Ranking {
  public:
-  // keys[E] were written by the lanes.
+  // The lanes have written keys[E].
   __device__ Ranking(uint32_t* keys, int num_experts, int lane)
       : keys_(keys), num_experts_(num_experts), lane_(lane), segment_((num_experts + 31) / 32 | 1) {
     __syncwarp();
@@ -39,7 +39,7 @@ class Ranking {
     }
   }
 
-  // The best expert that is left, the same in all lanes; its key is kTaken if none is.
+  // The best remaining expert, the same in all lanes; its key is kTaken if none remains.
   __device__ Best take() {
     const Best best = best_over_warp(mine_);
     const int owner = static_cast<int>(best.expert) / segment_;
@@ -59,7 +59,7 @@ class Ranking {
  private:
   uint32_t* keys_;
   int num_experts_, lane_;
-  int segment_;  // odd: lanes that walk a segment each meet different banks
+  int segment_;  // odd: lanes that each walk a segment hit different banks
   Best mine_{kTaken, 0};
 };
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// route: router_logits [T,E] -> the K best experts of each token and their weights; and its gradient.
+// route: router_logits [T,E] -> the K best experts of each token and their weights; and the gradient.
 //
-//   work about 30·T·E instructions for the exponentials and, a choice, 5·E/L + 15 of each of the L lanes of a token
+//   work about 30·T·E instructions for the exponentials and, per choice, 5·E/L + 15 for each of the L lanes of a token
 //   traffic T·E·size + 8·T·K bytes; bound by instructions
 //
-// Up to 512 experts a token takes L = 4 … 32 lanes (route_kernel), each of which holds N = 8 or 16 consecutive logits in
-// registers as keys, integers in the order of the ranking; K times, the lanes agree on the largest key and, among equals, on
-// the lowest expert. More experts (route_wide_kernel): a warp a token, keys in shared memory, from which the best comes
-// off one after the other (ranking.cuh). Rows too long for shared memory use global memory instead.
+// Up to 512 experts, a token has L = 4 … 32 lanes (route_kernel). Each lane holds N = 8 or 16 consecutive logits in registers
+// as keys: integers in ranking order. K times, the lanes agree on the largest key and, among equals, the lowest expert. With
+// more experts (route_wide_kernel): one warp per token, with keys in shared memory, from which the best are taken one by one
+// (ranking.cuh). Rows too long for shared memory use global memory.
 //
 // Numeric contract: the bits of csrc/cpu/route.cpp, for any bit pattern of logits (score.cuh); the gradient in float64.
 //
@@ -34,7 +34,7 @@ struct RouteParams {
   const float* selection_bias;  // or null
   int32_t* topk_ids;
   float* topk_weights;
-  uint32_t* scratch;  // of the wide kernel, where rows are too long for shared memory, else null
+  uint32_t* scratch;  // for the wide kernel, if rows are too long for shared memory, else null
   int64_t num_tokens;
   DType dtype;
   ScoreFunction score_function;
@@ -45,7 +45,7 @@ struct RouteParams {
   int num_experts, top_k, num_groups, topk_groups;
 
   __device__ bool grouped() const { return num_groups > 1; }
-  // Softmax is monotone: ranking logits avoids ties by rounding, and K divisions do instead of E.
+  // Softmax is monotone: ranking logits avoids ties by rounding, and needs K divisions instead of E.
   __device__ bool by_logit() const {
     return score_function == ScoreFunction::kSoftmax && selection_bias == nullptr && !grouped();
   }
@@ -54,8 +54,8 @@ struct RouteParams {
 
 // ---- groups of experts -----------------------------------------------------------------------------------------------------
 
-// Sets group_keys[g] to kTaken for the best groups. keys[e] are those of the ranking; both arrays are in memory of the lanes
-// of one token.
+// Sets group_keys[g] to kTaken for the best groups. keys[e] are the ranking keys. Both arrays are in memory of the token's
+// lanes.
 template <int kLanes>
 __device__ inline void take_best_groups(const RouteParams& p, const uint32_t* keys, uint32_t* group_keys, int lane) {
   const int size = p.num_experts / p.num_groups;
@@ -73,7 +73,7 @@ __device__ inline void take_best_groups(const RouteParams& p, const uint32_t* ke
     if (p.group_score == GroupScore::kTop2Sum) score = add(score, size > 1 ? value_of(second) : 0.0f);
     group_keys[g] = key_of(score);
   }
-  for (int i = 0; i < p.topk_groups; ++i) {  // a lane reads and writes only what it wrote
+  for (int i = 0; i < p.topk_groups; ++i) {  // a lane reads and writes only its own entries
     uint32_t best = kTaken, at = 0;
     for (int g = lane; g < p.num_groups; g += kLanes) {
       if (group_keys[g] > best) best = group_keys[g], at = g;
@@ -87,7 +87,7 @@ __device__ inline void take_best_groups(const RouteParams& p, const uint32_t* ke
 
 // ---- weights -------------------------------------------------------------------------------------------------------------
 
-// The weights of chosen experts, by the lanes of the token; weights[K] is memory of theirs.
+// Stores the ids and weights of the chosen experts, with the token's lanes; weights[K] is their scratch memory.
 template <int kLanes>
 __device__ inline void store_choices(const RouteParams& p, const RowScale& scale, int64_t token, bool active,
                                      const int32_t* chosen, float* weights, int lane) {
@@ -113,7 +113,7 @@ __device__ inline void store_choices(const RouteParams& p, const RowScale& scale
 
 // ---- up to kLanes · kPerLane experts -------------------------------------------------------------------------------------
 
-// Lane i has the experts [i · kPerLane, (i + 1) · kPerLane); logits past the last one are -Inf, whose exponential is 0.
+// Lane i gets experts [i · kPerLane, (i + 1) · kPerLane); logits past the last expert are -Inf, whose exponential is 0.
 template <typename T, int kPerLane>
 __device__ inline void load_logits(float (&logits)[kPerLane], const T* row, int first, int num_experts, bool aligned) {
   constexpr int kVector = kVectorSize<T>;
@@ -141,7 +141,7 @@ __device__ inline void load_logits(float (&logits)[kPerLane], const RouteParams&
   }
 }
 
-// Dynamic shared memory: for each token of the block, words of chosen [K] and weights [K], and with groups keys [E] and
+// Words of dynamic shared memory per token of the block: chosen [K] and weights [K], and with groups keys [E] and
 // group_keys [G].
 inline int64_t route_words(int64_t top_k, int64_t num_experts, int64_t num_groups) {
   return 2 * top_k + (num_groups > 1 ? num_experts + num_groups : 0);
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteParams p) {
   const int first = lane * kPerLane;
   int64_t token = static_cast<int64_t>(blockIdx.x) * (kRouteThreads / kLanes) + place;
   const bool active = token < p.num_tokens;
-  if (!active) token = p.num_tokens - 1;  // lanes without a token repeat the last one, without storing it
+  if (!active) token = p.num_tokens - 1;  // lanes without a token repeat the last one and store nothing
   const int words = 2 * p.top_k + (p.grouped() ? p.num_experts + p.num_groups : 0);
   int32_t* const chosen = reinterpret_cast<int32_t*>(shared) + place * words;
   float* const weights = reinterpret_cast<float*>(chosen + p.top_k);
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteParams p) {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) best = keys[i] > best ? keys[i] : best;
     const uint32_t top = max_over<kLanes>(best);
-    uint32_t at = ~0u;  // the lowest expert of the lane that has it
+    uint32_t at = ~0u;  // the lowest expert with this key
 #pragma unroll
     for (int i = kPerLane - 1; i >= 0; --i) at = keys[i] == top ? first + i : at;
     at = min_over<kLanes>(at);
@@ -219,12 +219,12 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteParams p) {
 
 // ---- any number of experts -----------------------------------------------------------------------------------------------
 
-// Words of memory of a row: keys [E], chosen [K], weights [K], group_keys [G].
+// Words of memory per row: keys [E], chosen [K], weights [K], group_keys [G].
 inline int64_t route_wide_words(int64_t top_k, int64_t num_experts, int64_t num_groups) {
   return num_experts + 2 * top_k + num_groups;
 }
 
-// A block is one warp; blocks walk the tokens.
+// A block is one warp; blocks loop over the tokens.
 __global__ void __launch_bounds__(32) route_wide_kernel(RouteParams p) {
   SHARED_DYN(uint32_t, shared);
   const int lane = static_cast<int>(threadIdx.x), num_experts = p.num_experts;
@@ -289,11 +289,11 @@ __device__ inline void store_float(void* data, DType dtype, int64_t i, float v) 
   }
 }
 
-// A warp a token, in float64 until the end; the operations and their order are those of csrc/cpu/route.cpp:
+// One warp per token, in float64 until the end; the operations and their order are those of csrc/cpu/route.cpp:
 //   w_k = p[id_k], s = Σ w_k + 1e-20, g_k = grad_topk_weights[k] · scale
 //   u_k = dL/dw_k = (g_k - (Σ g·w) / s) / s if normalised, else g_k;   U_j = Σ u_k over id_k = j
 //   softmax: grad[j] = p_j · (U_j - Σ_k u_k · w_k);   sigmoid: grad[j] = U_j · p_j · (1 - p_j);   0 where sanitised
-// Lane i takes the choices i, i + 32, …; sums over choices go through all lanes in the order of choices.
+// Lane i takes choices i, i + 32, …; sums over choices go through all lanes in the order of choices.
 class RouteGradient {
  public:
   __device__ RouteGradient(const RouteBackwardParams& p, int64_t token, int lane) : p_(p), token_(token), lane_(lane) {
@@ -314,13 +314,13 @@ class RouteGradient {
     }
   }
 
-  // All experts as if they had not been chosen, then those that were once more.
+  // Stores all experts as if not chosen, then overwrites the chosen ones.
   __device__ void store() const {
     for (int e = lane_; e < p_.num_experts; e += 32) store_expert(e, 0.0);
     __syncwarp();
     for (int base = 0; base < p_.top_k; base += 32) {
       const int mine = choice(base + lane_).expert;
-      bool first = mine >= 0;  // of the choices of this expert
+      bool first = mine >= 0;  // the first choice of this expert
       double sum = 0.0;
       for (int other_base = 0; other_base < p_.top_k; other_base += 32) {
         const Choice other = choice(other_base + lane_);
@@ -338,7 +338,7 @@ class RouteGradient {
 
  private:
   struct Choice {
-    int expert;           // -1 for empty slots and past the last choice: the rest is 0 then, which changes no sum
+    int expert;           // -1 for empty slots and past the last choice; grad and weight are 0 then and change no sum
     double grad, weight;  // g_k, w_k
   };
 

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// route_dynamic: router_logits [T,E] -> as many of the best experts of each token as reach a mass together, or a score each,
-// at most M: topk_ids, topk_weights [T,M].
+// route_dynamic: router_logits [T,E] -> each token's best experts, until their scores reach a total mass or fall below a
+// threshold, at most M: topk_ids, topk_weights [T,M].
 //
-//   work about 30·T·E instructions for exponentials and keys, and E/32 + 60 of each lane a choice
+//   work about 30·T·E instructions for exponentials and keys, and E/32 + 60 per lane and choice
 //   traffic T·E·size + 8·T·M bytes; bound by instructions
 //
-// A warp a token: keys of all experts in shared memory (global memory, where a row is too long), from which the best comes off
-// one after the other (ranking.cuh) until the mass is reached or the scores are too low. So a token with few experts never
-// sorts the others. All lanes follow the same sums, and write the outputs together at the end.
+// One warp per token: keys of all experts in shared memory (global memory if a row is too long). The best are taken one by one
+// (ranking.cuh) until the mass is reached or the scores are too low. So a token with few experts never sorts the others. All
+// lanes compute the same sums, and write the outputs together at the end.
 //
-// Numeric contract: the bits of csrc/cpu/route_dynamic.cpp, for any bit pattern of logits: scores are those of route, the mass
-// and the sum of weights run in float64 in the order of choices.
+// Numeric contract: the bits of csrc/cpu/route_dynamic.cpp, for any bit pattern of logits: scores are those of route; the mass
+// and the sum of weights are float64, in the order of choices.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   route_dynamic_kernel: 80 registers
@@ -28,7 +28,7 @@ struct RouteDynamicParams {
   const float* selection_bias;  // or null
   int32_t* topk_ids;
   float* topk_weights;
-  uint32_t* scratch;  // keys of each block where rows are too long for shared memory, else null
+  uint32_t* scratch;  // keys of each block if rows are too long for shared memory, else null
   int64_t num_tokens;
   double top_p;
   DType dtype;
@@ -38,7 +38,7 @@ struct RouteDynamicParams {
   int num_experts, max_experts, min_experts;
 };
 
-// A block is one warp; blocks walk the tokens.
+// A block is one warp; blocks loop over the tokens.
 __global__ void __launch_bounds__(32) route_dynamic_kernel(RouteDynamicParams p) {
   SHARED_DYN(uint32_t, shared);
   const int lane = static_cast<int>(threadIdx.x);
@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(32) route_dynamic_kernel(RouteDynamicParams p)
     int32_t* const ids = p.topk_ids + token * p.max_experts;
     float* const weights = p.topk_weights + token * p.max_experts;
     int count = 0;
-    double mass = 0.0;   // of all better experts, those left out by the threshold included
-    double total = 0.0;  // of those chosen
+    double mass = 0.0;   // of all better experts, including those below the threshold
+    double total = 0.0;  // of the chosen experts
     for (int rank = 0; rank < p.max_experts; ++rank) {
       const bool needed = rank < p.min_experts;
       if (!needed && !(mass < p.top_p)) break;

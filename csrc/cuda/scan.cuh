@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Sums over the lower lanes of a warp and the lower threads of a block.
+// Prefix sums over the lanes of a warp and the threads of a block.
 #pragma once
 #include "platform.cuh"
 
@@ -15,7 +15,7 @@ __device__ inline int32_t inclusive_sum(int32_t value) {
   return value;
 }
 
-// The sum of `value` over lower threads of the block, and over all of them. `sums` has an entry per warp.
+// The sum of `value` over all lower threads of the block; `total` is the sum over all threads. `sums` has an entry per warp.
 __device__ inline int32_t exclusive_sum(int32_t value, int32_t* sums, int32_t* total) {
   const int warp = static_cast<int>(threadIdx.x / 32), num_warps = static_cast<int>(blockDim.x / 32);
   const int32_t inclusive = inclusive_sum(value);
@@ -26,7 +26,7 @@ __device__ inline int32_t exclusive_sum(int32_t value, int32_t* sums, int32_t* t
     before += w < warp ? sums[w] : 0;
     all += sums[w];
   }
-  __syncthreads();  // `sums` may be used again
+  __syncthreads();  // `sums` may be reused
   *total = all;
   return before + inclusive - value;
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The numbers of route: keys that rank like logits, and scores with the bits of csrc/cpu/route.cpp, whose sums run in
-// float64 in the order of the experts.
+// The numbers of route: keys that rank like logits, and scores with the bits of csrc/cpu/route.cpp, whose sums are float64 in
+// the order of the experts.
 //
-// A sum of exponentials is taken in parallel where it is exact, because then the order does not matter: float32 terms that
-// are multiples of 2^q have an exact sum below 2^(q + 53). That is so while the logits of a row span less than about 16; a
-// row beyond is added up one by one. Every operation is rounded on its own (rounding.h).
+// If a float64 sum of exponentials is exact, its order does not matter and it is computed in parallel. Multiples of 2^q have an
+// exact sum below 2^(q + 53). This holds while the logits of a row span less than about 16; beyond that, the terms are added
+// one by one. Every operation is rounded on its own (rounding.h).
 #pragma once
 #include <cfloat>
 
@@ -18,7 +18,7 @@ namespace switchgear::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The same value in each of kLanes neighbouring lanes; all lanes of the warp take part.
+// Both return the same value in each of kLanes adjacent lanes; all lanes of the warp take part.
 template <int kLanes>
 __device__ inline uint32_t max_over(uint32_t v) {
   if constexpr (kLanes == 32) {
@@ -53,7 +53,7 @@ __device__ inline float sanitise(float v) {
   return v < FLT_MAX ? v : FLT_MAX;
 }
 
-// Keys ascend with the value; -0 and 0 have the same. No number has kTaken, which loses against all.
+// Keys ascend with the value; -0 and 0 have the same key. kTaken is below the key of every number.
 constexpr uint32_t kTaken = 0;
 
 __device__ inline uint32_t key_of(float v) {
@@ -64,25 +64,25 @@ __device__ inline float value_of(uint32_t key) { return __uint_as_float(key & 0x
 
 // ---- scores --------------------------------------------------------------------------------------------------------------
 
-// Whether float64 sums of float32 numbers, the smallest of them but for zeros being `smallest`, are exact up to `sum`. The
-// numbers are multiples of 2^(exponent - 23), so sums below 2^(exponent + 30) are; half of that leaves room for `sum` itself
-// to be off.
+// Whether a float64 sum of float32 numbers is exact. `smallest_bits` are the bits of the smallest nonzero one. The numbers are
+// multiples of 2^(exponent - 23), so sums below 2^(exponent + 30) are exact; half that limit leaves a margin for rounding
+// errors in `sum` itself.
 __device__ inline bool exact(double sum, uint32_t smallest_bits) {
   const int64_t exponent = smallest_bits >> 23;  // of a normal number, plus 127
   return sum < __builtin_bit_cast(double, (exponent - 127 + 29 + 1023) << 52);
 }
 
-// a / b, correctly rounded, for finite a and reciprocal = 1 / b, correctly rounded, without a division's branches: the second
-// remainder is exact, since the first correction leaves less than a unit in the last place; such a correction then rounds
-// correctly (Markstein 1990). Far from overflow and underflow, as all that comes from float32 is.
+// a / b, correctly rounded, without the branches of a division, for finite a and a correctly rounded reciprocal = 1 / b. The
+// first correction leaves an error below one ulp, so the second remainder is exact and its correction rounds correctly
+// (Markstein 1990). Needs values far from overflow and underflow, as all float32 inputs give.
 __device__ inline double quotient(double a, double b, double reciprocal) {
   double q = multiply(a, reciprocal);
   q = fma(fma(-q, b, a), reciprocal, q);
   return fma(fma(-q, b, a), reciprocal, q);
 }
 
-// float32(float64(numerator) / sum). The plain product is within 3 units in the last place of the quotient, so float32 rounds
-// both alike, unless the product is that close to the middle between two float32 numbers. Subnormal ones have other middles.
+// float32(float64(numerator) / sum). The plain product is within 3 ulp of the quotient. So float32 rounds both alike, unless
+// the product is that close to a midpoint of two float32 numbers. Subnormals have other midpoints.
 __device__ inline float softmax_score(float numerator, double sum, double reciprocal) {
   double q = multiply(static_cast<double>(numerator), reciprocal);
   const uint32_t low = static_cast<uint32_t>(__builtin_bit_cast(uint64_t, q)) & 0x1fffffffu;
@@ -92,7 +92,7 @@ __device__ inline float softmax_score(float numerator, double sum, double recipr
 
 __device__ inline float sigmoid_score(float logit) { return divide(1.0f, add(1.0f, cpu::exp_f32(-logit))); }
 
-// What turns a sanitised logit of a row into its score.
+// Turns a sanitised logit of a row into its score.
 struct RowScale {
   ScoreFunction function;
   float max;
@@ -137,8 +137,8 @@ __device__ inline double sum_of_exponentials(const float (&logits)[kPerLane], fl
   return sum;
 }
 
-// The largest of a row's sanitised logits, and the sum of its exponentials with the bits of a sum in the order of experts; a
-// warp a row. logit(e) gives the sanitised logit.
+// The largest of a row's sanitised logits, and the sum of its exponentials with the bits of a sum in the order of experts. One
+// warp per row; logit(e) returns the sanitised logit.
 template <typename Logit>
 __device__ inline RowScale scale_of_row(ScoreFunction function, int num_experts, int lane, const Logit& logit) {
   if (function == ScoreFunction::kSigmoid) return {function, 0.0f, 1.0, 1.0};

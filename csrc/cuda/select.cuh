@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The best of many without a sort: the cut is a key that those taken reach and no other does, found digit by digit.
+// Selects the largest of many keys without a sort: the cut is a key that the selected ones reach and no other does. It is found
+// digit by digit.
 //
-// Keys are integers of up to 64 bits, of which no two are equal: a value, if there is one, above the place of its item, so that
-// ties go to the lowest place (key_at). In each step, keys that begin with the digits found so far are counted by their next
-// digit; the bin in which the last one taken lies gives that digit. Where all of a bin are taken the digits below stay 0: ties
-// alone need those of the place.
+// Keys are distinct integers of up to 64 bits: a value, if there is one, above the item's place, so that ties go to the lowest
+// place (key_at). Each step counts, by next digit, the keys that begin with the digits found so far; the bin of the last
+// selected key gives the digit. If a whole bin is selected, the lower digits stay 0: only ties need the digits of the place.
 #pragma once
 #include "platform.cuh"
 #include "scan.cuh"
@@ -12,37 +12,37 @@
 
 namespace switchgear::cuda {
 
-// Places are below 2^place_bits.
+// Appends the place to a key; places are below 2^place_bits.
 __device__ inline uint64_t key_at(uint32_t key, uint32_t place, int place_bits) {
   return (static_cast<uint64_t>(key) << place_bits) | (((1u << place_bits) - 1) - place);
 }
 
-// Whether `key` has the digits of `prefix` above those of `digit_bits` bits at `shift`.
+// Whether `key` and `prefix` have the same digits above the digit of `digit_bits` bits at `shift`.
 __device__ inline bool begins_with(uint64_t key, uint64_t prefix, int shift, int digit_bits) {
   return key >> shift >> digit_bits == prefix >> shift >> digit_bits;
 }
 
-// ---- by a block, in one list or in several of the same length -------------------------------------------------------------
+// ---- by a block, in one list or several of the same length -----------------------------------------------------------------
 
 constexpr int kBins = 256;
-constexpr int kBinStride = kBins + 1;  // the same bin of neighbouring columns is in neighbouring banks
+constexpr int kBinStride = kBins + 1;  // puts the same bin of adjacent columns in adjacent banks
 
 template <int kColumns>
 struct Selection {  // in shared memory
   uint64_t cut[kColumns];
-  int32_t rest[kColumns];  // how many are still to be taken of the keys that begin like the cut; 0 once it is found
-  int32_t num_open;        // columns whose cut is not found
+  int32_t rest[kColumns];  // how many keys that begin like the cut are still to be selected; 0 once the cut is found
+  int32_t num_open;        // columns whose cut is still open
   int32_t histogram[kColumns * kBinStride];
 };
 
-// s.cut[c], for the `count` largest of the keys key(i, c), i < n; 0 < count < n. All threads of the block, a multiple of 32 and
-// of kColumns; neighbours take neighbouring columns. Keys have up to `bits` bits.
+// Finds s.cut[c] for the `count` largest of the keys key(i, c), i < n; 0 < count < n. Called by all threads of the block; their
+// number is a multiple of 32 and of kColumns, and adjacent threads handle adjacent columns. Keys have up to `bits` bits.
 template <int kColumns, typename Key>
 __device__ inline void find_cuts(Selection<kColumns>& s, int32_t n, int32_t count, int bits, const Key& key) {
   constexpr int kDigit = 8, kBinsOfLane = kBins / 32;
   const int thread = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
   const int lane = thread % 32, column = thread % kColumns;
-  __syncthreads();  // what was found before has been read
+  __syncthreads();  // earlier results have been read
   if (thread < kColumns) {
     s.cut[thread] = 0;
     s.rest[thread] = count;
@@ -60,15 +60,15 @@ __device__ inline void find_cuts(Selection<kColumns>& s, int32_t n, int32_t coun
         }
       }
     }
-    __syncthreads();                                                  // all are counted
-    for (int c = thread / 32; c < kColumns; c += num_threads / 32) {  // a warp a column, lower lanes have higher bins
+    __syncthreads();                                                  // all keys are counted
+    for (int c = thread / 32; c < kColumns; c += num_threads / 32) {  // a warp per column, lower lanes have higher bins
       int32_t* const bins = s.histogram + c * kBinStride + kBins - (lane + 1) * kBinsOfLane;
       const int32_t rest = s.rest[c];
       int32_t own = 0;
       for (int j = 0; j < kBinsOfLane; ++j) own += bins[j];
       const int32_t before = inclusive_sum(own) - own;
-      __syncwarp();                                 // what other lanes read
-      if (before < rest && rest <= before + own) {  // one lane, unless the cut is found
+      __syncwarp();                                 // other lanes have read their bins
+      if (before < rest && rest <= before + own) {  // true in one lane, unless the cut is found
         int32_t left = rest - before;
         int j = kBinsOfLane - 1;
         while (left > bins[j]) left -= bins[j--];
@@ -86,7 +86,7 @@ __device__ inline void find_cuts(Selection<kColumns>& s, int32_t n, int32_t coun
 // ---- by a block, in many lists at once -----------------------------------------------------------------------------------
 
 constexpr int kGroupBins = 16;
-constexpr int kGroupWords = 4 + kGroupBins;  // of memory, for each group
+constexpr int kGroupWords = 4 + kGroupBins;  // of memory per group
 
 struct GroupCuts {  // memory of the block
   __device__ GroupCuts(uint32_t* words, int num_groups)
@@ -103,15 +103,15 @@ struct GroupCuts {  // memory of the block
   int32_t* counters;  // [kGroupBins, num_groups]
 };
 
-// cut[g] for the limit(g) largest keys of each group, and its size; every key reaches the cut where there is room for all. The
-// group of an item is negative if it is in none. A thread of the block asks for the items thread, thread + blockDim.x, …
+// Finds cut[g] for the limit(g) largest keys of each group, and its size; the cut is 0 if all fit. group(i) is negative for
+// an item in no group. Each thread calls the functions only for items thread, thread + blockDim.x, …
 template <typename Group, typename Key, typename Limit>
 __device__ inline void find_group_cuts(const GroupCuts& m, int32_t num_items, int bits, const Group& group,
                                        const Key& key, const Limit& limit) {
   constexpr int kDigit = 4;
   SHARED_VALUE(int32_t, num_open);
   const int thread = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
-  __syncthreads();  // what was found before has been read
+  __syncthreads();  // earlier results have been read
   if (thread == 0) num_open = 0;
   for (int g = thread; g < m.num_groups; g += num_threads) m.size[g] = 0;
   __syncthreads();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The encoder is a function of the driver; it is looked up at run time, since the library does not link against libcuda.
+// The encoder is a driver function. It is looked up at run time, since the library does not link against libcuda.
 #include "tensor_map.h"
 
 #include <cuda_runtime.h>
@@ -37,7 +37,7 @@ CUtensorMap make_tensor_map(const TensorMapArgs& args) {
                                      2 * static_cast<cuuint64_t>(args.stride[1])};
   const cuuint32_t box[] = {64, static_cast<cuuint32_t>(args.box_rows), 1};
   const cuuint32_t element_stride[] = {1, 1, 1};
-  // The driver takes a map at a multiple of 64 bytes only, and g++ does not always give that to returned values.
+  // The driver requires a map aligned to 64 bytes, and g++ does not always align returned values that way.
   std::byte memory[sizeof(CUtensorMap) + 64];
   void* place = memory;
   size_t space = sizeof memory;

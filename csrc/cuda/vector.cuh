@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Rows in vectors of 16 bytes, for the kernels that memory bounds: permute, combine, glu.
+// Rows in vectors of 16 bytes, for the memory-bound kernels: permute, combine, glu.
 //
-// A row is cut into vectors from its first element on, whatever its address; a thread takes a vector. Where all rows start
-// at a multiple of 16 bytes, a whole vector is one load; else, and at the end of a row, its elements are read one by one.
-// Which thread computes what, and in which order, is the same either way, so alignment changes no result.
+// A row is cut into vectors from its first element on, whatever its address; a thread handles one vector. If all rows start
+// at a multiple of 16 bytes, a whole vector is one load. Otherwise, and at the end of a row, elements are read one by one.
+// The work and its order per thread are the same in both cases, so alignment changes no result.
 #pragma once
 #include <algorithm>
 #include <stdexcept>
@@ -35,7 +35,7 @@ __device__ inline T from_float(float v) {  // to nearest even
 
 // ---- vectors -------------------------------------------------------------------------------------------------------------
 
-// The 16 bytes of a vector, as words: element i is in word i · sizeof(T) / 4, the first one in the low bits.
+// The 16 bytes of a vector as words: element i is in word i · sizeof(T) / 4, the first one in the low bits.
 struct Words {
   uint32_t w[4];
 };
@@ -74,7 +74,7 @@ __device__ inline Words pack(const float (&values)[kVectorSize<T>]) {
   return words;
 }
 
-// `whole`: a vector of kVectorSize elements at a multiple of 16 bytes; else `count` elements, zeros behind.
+// `whole`: a vector of kVectorSize elements at a multiple of 16 bytes; else `count` elements, followed by zeros.
 template <typename T>
 __device__ inline Words load_vector(const T* p, int count, bool whole) {
   if (whole) {
@@ -136,7 +136,7 @@ inline bool rows_aligned(const TensorView& t) {
   return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride[0] * size_of(t.dtype) % 16 == 0;
 }
 
-// function.template operator()<T>() for the element type of a dtype
+// Calls function.template operator()<T>() for the element type of a dtype.
 template <typename Function>
 void with_element_type(DType dtype, Function&& function) {
   switch (dtype) {

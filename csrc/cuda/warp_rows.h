@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Where blocks of one warp, which walk the rows, keep the words of a row: in shared memory, or in global memory where that is
-// too little.
+// Memory for the words of a row, for blocks of one warp that loop over the rows: shared memory or, if that is too small, global
+// memory.
 #pragma once
 #include <algorithm>
 
@@ -8,11 +8,11 @@
 
 namespace switchgear::cuda {
 
-constexpr int64_t kSharedBytes = 98304;  // what every architecture since sm_80 lets a block have
+constexpr int64_t kSharedBytes = 98304;  // the limit per block on every architecture since sm_80
 
 struct WarpRows {
   static constexpr int64_t kMaxBlocks = 1 << 16;
-  static constexpr int64_t kScratchBlocks = 1024;  // rows at a time that are too long for shared memory
+  static constexpr int64_t kScratchBlocks = 1024;  // rows in flight, if too long for shared memory
 
   WarpRows(int64_t num_rows, int64_t words_of_row)
       : bytes(4 * words_of_row), blocks(std::min(num_rows, in_shared() ? kMaxBlocks : kScratchBlocks)) {}

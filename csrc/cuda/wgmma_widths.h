@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The accumulators of wgmma by its width n: n / 2 registers, as the text of the instruction and as asm operands. Used by
-// hopper.cuh alone.
+// The accumulators of wgmma by its width n: n / 2 registers, as the text of the instruction and as asm operands. Used only by
+// hopper.cuh.
 #pragma once
 
 // WGMMA_WIDTHS(X): X(n, number of the first operand after the accumulators, and of the seven after it)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The temporary memory of one op, in one piece.
+// The temporary memory of one op, in one allocation.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace switchgear::cuda {
 
 constexpr int64_t kWorkspaceAlignment = 256;
 
-// `bytes` of device memory, for the kernels that this op queues on exec.stream. ValueError without an allocator.
+// Allocates `bytes` of device memory for the kernels that this op queues on exec.stream. ValueError without an allocator.
 inline std::byte* allocate(const Execution& exec, int64_t bytes) {
   if (bytes == 0) return nullptr;
   SWITCHGEAR_CHECK(ValueError, exec.allocator.allocate != nullptr,
@@ -19,7 +19,7 @@ inline std::byte* allocate(const Execution& exec, int64_t bytes) {
   return static_cast<std::byte*>(exec.allocator.allocate(exec.allocator.context, bytes));
 }
 
-// Lays arrays out one behind the other, each aligned. Built twice with the same calls: first over null, for the size.
+// Lays out arrays one after another, each aligned. Built twice with the same calls: first over null, to get the size.
 //
 //   Workspace sizes;  layout(sizes);  Workspace memory(allocate(exec, sizes.size()));  layout(memory);
 class Workspace {

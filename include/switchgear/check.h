@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Two exceptions carry every complaint about an argument. Python sees ValueError and TypeError.
+// The two exceptions for invalid arguments. Python sees them as ValueError and TypeError.
 #pragma once
 #include <sstream>
 #include <stdexcept>

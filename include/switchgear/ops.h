@@ -15,9 +15,9 @@
 // otherwise. Sums run in float32 in a fixed order that does not depend on the number of rows or threads.
 // Every op checks its arguments before it writes (ValueError, TypeError), then writes all of its outputs.
 //
-// All tensors of a call are on one device, whose backend (backend.h) runs it. On a CUDA device an op returns when its work
-// is queued, and values in device memory are not checked, since reading them would wait for the device: ids outside [0,E)
-// count as empty slots there, and slots with indices outside of their range are skipped.
+// All tensors of a call are on one device, whose backend (backend.h) runs it. On a CUDA device an op returns once its work is
+// queued. Values in device memory are not checked, since reading them would wait for the device: ids outside [0,E) count as
+// empty slots, and slots with indices out of range are skipped.
 #pragma once
 #include <cstdint>
 
@@ -26,15 +26,15 @@
 
 namespace switchgear {
 
-// Temporary memory of an op on a CUDA device, aligned to 256 bytes. It belongs to the op until the kernels that the op
-// queued have run, so a caller gives it away again in the order of the stream.
+// Temporary memory of an op on a CUDA device, aligned to 256 bytes. It belongs to the op until the kernels that the op queued
+// have run, so a caller reuses it in stream order.
 struct Allocator {
   void* (*allocate)(void* context, int64_t bytes) = nullptr;
   void* context = nullptr;
 };
 
 struct Execution {
-  int num_threads = 0;  // CPU: threads an op may use; 0 means the OpenMP default (or the number of processors without)
+  int num_threads = 0;      // CPU: threads of an op; 0: the OpenMP default (without it, the number of processors)
   void* stream = nullptr;   // CUDA: the cudaStream_t that the op is queued on; null is the default stream
   Allocator allocator;      // CUDA: required by ops that need temporary memory
   bool allow_tf32 = false;  // CUDA: float32 products may round their factors to TF32
@@ -50,14 +50,14 @@ struct RouteOptions {
   ScoreFunction score_function = ScoreFunction::kSoftmax;
   bool normalize = false;  // divide the chosen scores by their sum + 1e-20
   float scale = 1.0f;      // multiplies topk_weights last
-  int64_t num_groups = 1;  // experts are ranked inside the best `topk_groups` of `num_groups` equal groups
+  int64_t num_groups = 1;  // experts are chosen from the best `topk_groups` of `num_groups` equal groups
   int64_t topk_groups = 1;
   GroupScore group_score = GroupScore::kMax;
 };
 
 struct RouteArgs {
   TensorView router_logits;   // [T,E] float, any bit pattern
-  TensorView selection_bias;  // [E] float32, optional: added for the choice, not for the weight
+  TensorView selection_bias;  // [E] float32, optional: added for the choice, not to the weight
   RouteOptions options;
   TensorView topk_ids;      // out
   TensorView topk_weights;  // out
@@ -75,9 +75,9 @@ void route_backward(const RouteBackwardArgs& args, Execution exec = {});
 
 // ---- routing policies --------------------------------------------------------------------------------------------------
 // Values, scores and priorities may have any bits: NaN and -Inf rank last, +Inf first, and ties go to the lowest index.
-// Where tokens compete, those of one sequence (sequence_ids [T] in [0,B); all are one sequence where absent) do so alone.
+// Tokens compete only within a sequence (sequence_ids [T] in [0,B); all tokens are one sequence if absent).
 
-// For each token the fewest experts, the best first, that have a share of `top_p` of the scores together; without those whose
+// For each token the fewest experts, best first, that together have a share of `top_p` of the scores; without experts whose
 // score is below `threshold`, but at least min_experts and at most M. Choices and weights are otherwise those of route.
 struct RouteDynamicOptions {
   ScoreFunction score_function = ScoreFunction::kSoftmax;
@@ -92,13 +92,13 @@ struct RouteDynamicArgs {
   TensorView router_logits;   // [T,E] float, any bit pattern
   TensorView selection_bias;  // [E] float32, optional
   RouteDynamicOptions options;
-  TensorView topk_ids;      // out [T,M], -1 behind the last choice
+  TensorView topk_ids;      // out [T,M], -1 after the last choice
   TensorView topk_weights;  // out [T,M] float32, 0 there
 };
 void route_dynamic(const RouteDynamicArgs& args, Execution exec = {});
 
-// Expert choice: topk_ids[t] lists the columns e for which values[t,e] is among the limits[b] largest of its sequence b and
-// column, ascending, then -1.
+// Expert choice: topk_ids[t] lists the columns e in which values[t,e] is among the limits[b] largest of its sequence b,
+// ascending, then -1.
 struct ColumnTopkArgs {
   TensorView values;        // [T,E] float, any bit pattern
   TensorView sequence_ids;  // [T] int32, optional
@@ -107,9 +107,9 @@ struct ColumnTopkArgs {
 };
 void column_topk(const ColumnTopkArgs& args, Execution exec = {});
 
-// Which choices keep their place where an expert has too many.
+// Which choices keep their place if an expert has too many.
 enum class Drop : uint8_t {
-  kOrder,     // the first tokens, of a token the first choices
+  kOrder,     // the first tokens; within a token the first choices
   kReverse,   // the last ones
   kChoice,    // all tokens' first choices before the second ones
   kPriority,  // those of the highest priority, ties by order
@@ -118,13 +118,13 @@ enum class Drop : uint8_t {
 struct FitCapacityOptions {
   int64_t num_experts = 1;
   Drop drop = Drop::kOrder;
-  int64_t candidates = 0;  // how many experts a token may go to in all; see scores
+  int64_t candidates = 0;  // most experts a token may go to; see scores
 };
 
-// An expert takes at most limits[b] choices of the tokens of sequence b; kept_ids is topk_ids with -1 for the others.
-// With `scores`, a token offers what it lost to its best other experts one after the other, and takes the place of -1 there:
-// in round r each token with lost choices offers the first of them to its r-th best expert that it has not chosen, which
-// accepts by precedence while it has room; there are candidates - K rounds.
+// An expert takes at most limits[b] choices of the tokens of sequence b; kept_ids is topk_ids with -1 for the others. With
+// `scores`, lost choices are rerouted: in round r each token with lost choices offers the first of them to its r-th best
+// expert that it has not chosen. The expert accepts by precedence while it has places; its id then replaces the -1. There are
+// candidates - K rounds.
 struct FitCapacityArgs {
   TensorView topk_ids;      // [T,K]
   TensorView priorities;    // [T,K] float32, with kPriority
@@ -136,9 +136,9 @@ struct FitCapacityArgs {
 };
 void fit_capacity(const FitCapacityArgs& args, Execution exec = {});
 
-// One expert for each token, equally many tokens of a sequence for each expert (the first experts one more), and a total of
-// values that is within T·eps of the largest if the auction ends within max_iterations. NaN and infinities count as a
-// little less, or more, than the finite values of the sequence.
+// One expert for each token, and equally many tokens of a sequence for each expert (the first experts may have one more). The
+// total of values is within T·eps of the largest if the auction ends within max_iterations. NaN and -Inf count as a little
+// less than the finite values of the sequence, +Inf as a little more.
 struct AssignBalancedArgs {
   TensorView values;          // [T,E] float32, any bit pattern
   TensorView sequence_ids;    // [T] int32, optional
@@ -149,8 +149,8 @@ struct AssignBalancedArgs {
 };
 void assign_balanced(const AssignBalancedArgs& args, Execution exec = {});
 
-// log A of the assignment A of tokens to experts that is max ⟨S, A⟩ + λ·H(A) with Σ_t A = limits[b] in each sequence and column,
-// Σ_e A <= cap and 0 <= A <= 1, after `iterations` rounds of prices; above 0 where A is 1. S/λ if cap >= E.
+// log A of the assignment A of tokens to experts that maximises ⟨S, A⟩ + λ·H(A) with Σ_t A = limits[b] in each sequence and
+// column, Σ_e A <= cap, 0 <= A <= 1, after `iterations` rounds of charges; above 0 where A is 1. S/λ if cap >= E.
 struct AssignCappedArgs {
   TensorView values;        // S [T,E] float, any bit pattern; NaN ranks last
   TensorView sequence_ids;  // [T] int32, optional
@@ -178,7 +178,7 @@ void plan(const PlanArgs& args, Execution exec = {});
 
 // ---- permute, combine --------------------------------------------------------------------------------------------------
 
-// permuted_x[s] = x[token_indices[s]], times the slot's topk_weight where given; zero rows past expert_offsets[E]
+// permuted_x[s] = x[token_indices[s]], times the slot's topk_weight if given; zero rows past expert_offsets[E]
 struct PermuteArgs {
   TensorView x;  // [T,H] float
   Plan plan;
@@ -187,7 +187,7 @@ struct PermuteArgs {
 };
 void permute(const PermuteArgs& args, Execution exec = {});
 
-// y[t] = Σ_k topk_weights[t,k] · permuted_y[slot_indices[t,k]], k ascending; weights of 1 where absent
+// y[t] = Σ_k topk_weights[t,k] · permuted_y[slot_indices[t,k]], k ascending; weights are 1 if absent
 struct CombineArgs {
   TensorView permuted_y;  // [S,H] float
   Plan plan;
@@ -207,9 +207,9 @@ void combine_weight_backward(const CombineBackwardArgs& args, Execution exec = {
 
 // ---- grouped_gemm ------------------------------------------------------------------------------------------------------
 
-// out[s,n] = Σ_k x[r(s),k] · weight[e(s)][n,k] + bias[e(s),n];  r(s) = token_indices[s] where given, else s.
-// Columns past an expert's row_count and rows past expert_offsets[E] are zero. `transposed`: out[s,c] = Σ_n x[r(s),n] ·
-// weight[e(s)][n,c], which gradients of x need: of weights whose format is not plain (those have strides for it), panels or compact.
+// out[s,n] = Σ_k x[r(s),k] · weight[e(s)][n,k] + bias[e(s),n];  r(s) = token_indices[s] if given, else s.
+// Columns past an expert's row_count and rows past expert_offsets[E] are zero. `transposed`, for integer and minifloat
+// weights (plain ones have strides for it): out[s,c] = Σ_n x[r(s),n] · weight[e(s)][n,c], which gradients of x need.
 struct GroupedGemmArgs {
   TensorView x;               // [R,C] float, rows contiguous; transposed: [R,N]
   Weight weight;              // [E,N,C]; not in panels; plain with input_gradient
@@ -218,7 +218,7 @@ struct GroupedGemmArgs {
   TensorView token_indices;   // [S], optional
   TensorView out;             // out [S,N]; transposed: [S,C]
   bool transposed = false;
-  bool input_gradient = false;  // adds up in the order in which moe_backward does, not moe_forward
+  bool input_gradient = false;  // sums in the order of moe_backward, not moe_forward
 };
 void grouped_gemm(const GroupedGemmArgs& args, Execution exec = {});
 
@@ -266,8 +266,8 @@ void glu_backward(const GluBackwardArgs& args, Execution exec = {});
 // ---- the whole layer ---------------------------------------------------------------------------------------------------
 
 struct ExpertWeights {
-  Weight gate_up_proj;      // [E,N,H]; in parts where gates precede ups
-  Weight down_proj;         // [E,H,I]; integers where gate_up_proj is, of 8 bits or 4
+  Weight gate_up_proj;      // [E,N,H]; in 2 parts if gates precede ups
+  Weight down_proj;         // [E,H,I]; integers if gate_up_proj is, of 8 or 4 bits
   TensorView gate_up_bias;  // [E,N] float, optional
   TensorView down_bias;     // [E,H] float, optional
 };
@@ -284,7 +284,7 @@ struct MoeForwardArgs {
 };
 void moe_forward(const MoeForwardArgs& args, Execution exec = {});
 
-// Gradients, of plain weights; an output that is not defined is not computed.
+// Gradients, for plain weights. An output that is not defined is not computed.
 struct MoeBackwardArgs {
   TensorView grad_y;  // [T,H] float
   TensorView x;       // [T,H] float

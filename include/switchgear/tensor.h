@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What every op takes: a typed, strided view of memory that somebody else owns. No torch, no Python.
+// The argument type of every op: a typed, strided view of memory owned by someone else. No torch, no Python.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -31,7 +31,7 @@ struct Device {
   int index = 0;
 };
 
-// Strides count elements, not bytes. A view with `data == nullptr` and `ndim == 0` stands for an absent argument.
+// Strides count elements, not bytes. A view with `data == nullptr` and `ndim == 0` means an absent argument.
 struct TensorView {
   static constexpr int kMaxDims = 4;
 
@@ -67,7 +67,7 @@ struct TensorView {
   }
 };
 
-// A contiguous view over `data`: what C++ callers, tests and benchmarks build.
+// A contiguous view of `data`, for C++ callers, tests and benchmarks.
 template <typename... Sizes>
 TensorView view(void* data, DType dtype, Sizes... sizes) {
   TensorView v;
@@ -83,6 +83,6 @@ TensorView view(void* data, DType dtype, Sizes... sizes) {
   return v;
 }
 
-std::string describe(const TensorView& tensor);  // "bfloat16[16, 64]", with strides where not contiguous
+std::string describe(const TensorView& tensor);  // "bfloat16[16, 64]", with strides if not contiguous
 
 }  // namespace switchgear

@@ -7,8 +7,9 @@ Functions:  moe (a whole layer of experts), and its stages: route, plan, permute
 Results:    Routing, Plan
 Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) of routers with a balance
 Models:     accelerate(model) puts the kernels under a Hugging Face model
-Weights:    store(model, form) puts the experts into another form, faster or smaller: "auto", "plain", "panels", "compact",
-            "int8", "int4", "fp8", "mxfp4"; restore(model) undoes it. switchgear.weights has what it is made of
+Weights:    store(model, form) puts the experts into another form, faster or smaller: "auto", "plain", "panels",
+            "compact", "int8", "int4", "fp8", "mxfp4"; restore(model) undoes it. switchgear.weights has what it is made
+            of
 Looking:    RoutingTrace records what routers do, override(model, …) changes what they choose for a while
 Adapters:   adapters.add_lora(experts, rank)
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""numpy, cupy and jax arrays in, arrays of the same library out: DLPack on both sides, no copies, no gradients."""
+"""numpy, cupy and jax arrays in, arrays of the same library out, through DLPack: no copies, no gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 
 def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
-    """Lets a function of tensors take any arrays with `__dlpack__`; the first argument decides."""
+    """Lets a function of tensors take any arrays with `__dlpack__`; the first argument determines the library."""
     first_name = next(iter(inspect.signature(function).parameters))
 
     def on_arrays(first: Any, *args: Any, **kwargs: Any) -> R:
@@ -49,7 +49,7 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _map(change: Callable[[Any], Any], value: Any) -> Any:
-    """`change` applied to the leaves of nested tuples, lists and dicts."""
+    """Applies `change` to the leaves of nested tuples, lists and dicts."""
     if isinstance(value, dict):
         return {name: _map(change, item) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -59,17 +59,17 @@ def _map(change: Callable[[Any], Any], value: Any) -> Any:
 
 
 def to_torch(value: Any) -> Any:
-    """The array as a tensor over the same memory; a value that is no array, as it is."""
+    """The array as a tensor that shares its memory; other values unchanged."""
     if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__"):
         return value
     try:
         return from_dlpack(value)
-    except BufferError:  # read-only memory, which older exporters refuse to share
+    except BufferError:  # read-only memory, which older libraries do not export
         return from_dlpack(value.copy())
 
 
 def from_torch(value: Any, like: Any) -> Any:
-    """The tensor as an array of the library that `like` belongs to; a value that is no tensor, as it is."""
+    """The tensor as an array of the library of `like`; other values unchanged."""
     if not isinstance(value, torch.Tensor):
         return value
     if hasattr(like, "__array_namespace__"):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Derivatives: the autograd.Functions around the ops, entered only where a gradient or a forward-mode tangent asks for it.
+"""Derivatives: the autograd.Functions around the ops, entered only where a gradient or a forward-mode tangent asks for
+it.
 
 Ops know no gradient; functional.py, and whoever else calls them, enters these. Gradients can be taken once; forward
 mode raises. Weights that are stored (Weight) have none: gradients reach activations, biases and topk_weights.

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which implementation runs an op.
+"""Selects the implementation that runs an op.
 
-"native" runs the kernels wherever there are any, on the CPU and on CUDA devices (cuda.py says on which); float64, and
-devices without kernels, go to the reference. "reference" runs reference.py for everything. The environment variable
-SWITCHGEAR_BACKEND sets the choice at import, use_backend changes it for a while. The choice belongs to the process:
-backward passes may run in threads of their own.
+"native" runs the kernels where they exist, on the CPU and on CUDA devices (cuda.py decides which); float64, and devices
+without kernels, use the reference. "reference" uses reference/ for everything. The environment variable
+SWITCHGEAR_BACKEND sets the choice at import; use_backend changes it temporarily. The choice applies to the whole
+process, since backward passes may run in other threads.
 
-A CUDA tensor that ends up in the reference says so once, as a RuntimeWarning; with SWITCHGEAR_STRICT=1 it is an error.
-So does a format of weights that the kernels of a device do not multiply.
+The first CUDA tensor that runs on the reference raises a RuntimeWarning; with SWITCHGEAR_STRICT=1 it is an error. The
+same holds for a weight format without kernels on a device.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def backend() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs the ops inside the block on the backend `name`, in all threads. ValueError for an unknown one."""
+    """Runs the ops inside the block on the backend `name`, in all threads. ValueError if it is unknown."""
     global _backend
     before, _backend = _backend, _checked(name, "use_backend")
     try:
@@ -49,28 +49,28 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def runs_natively(dtype: torch.dtype) -> bool:
-    """Whether kernels take an op on tensors of `dtype`, where the device has any."""
+    """Whether kernels run an op on tensors of `dtype`, if the device has kernels."""
     return _backend == "native" and dtype is not torch.float64
 
 
 def in_autocast(device_type: str) -> bool:
-    """Whether torch.autocast is on for a type of device."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which raises for meta
+    """Whether torch.autocast is enabled for a device type."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch raises for meta
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Inside, arithmetic happens in the dtypes that the tensors have."""
+    """A context in which arithmetic uses the dtypes of the tensors."""
     return torch.autocast(device_type, enabled=False) if in_autocast(device_type) else nullcontext()
 
 
 def announce_reference(device: torch.device, reason: str | None = None) -> None:
-    """Warns, once per type of device, that it has no kernels, and why; RuntimeError if SWITCHGEAR_STRICT=1."""
+    """Warns, once per device type, that it has no kernels, and why; RuntimeError if SWITCHGEAR_STRICT=1."""
     message = f"switchgear has no kernels for {device.type}: its ops run on the reference in plain torch, slowly"
     _announce(device.type, message if reason is None else f"{message} ({reason})")
 
 
 def announce_format(device: torch.device, weights: str, remedy: str = "ops run on the reference") -> None:
-    """The same of some weights, once for each: what happens instead of a kernel."""
+    """Like announce_reference, for weights, once each. remedy: what happens instead of a kernel."""
     message = f"switchgear has no kernels for {weights} on {device.type}: {remedy}, slowly"
     _announce(f"{weights} on {device.type}", message)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What was wrong with the arguments of a public function, found out once it has failed: good calls pay nothing."""
+"""Finds what is wrong with the arguments of a public function after it has failed, so good calls cost nothing."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 
 
 def complain(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """TypeError for an argument of another type than `function` declares; ValueError for tensors without dimensions, or
-    on different devices. Returns if there is none."""
+    """TypeError for an argument whose type differs from the declared one; ValueError for tensors without dimensions or
+    on different devices. Returns if nothing is wrong."""
     try:
         bound = inspect.signature(function).bind(*args, **kwargs)
-    except TypeError:  # too many or too few, about which Python has complained
+    except TypeError:  # too many or too few; Python has already raised for it
         return
     hints = typing.get_type_hints(function)
     first: tuple[str, torch.device] | None = None
@@ -31,7 +31,7 @@ def complain(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
 
 
 def _tensors(name: str, value: Any, hint: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in an argument, once it is known to have the type of the hint."""
+    """The tensors in an argument; raises unless the argument has the type of the hint."""
     if _is_named_tuple(hint) and isinstance(value, tuple) and len(value) == len(hint._fields):
         for field, item, item_hint in zip(hint._fields, value, typing.get_type_hints(hint).values(), strict=True):
             yield from _tensors(field, item, item_hint)
@@ -65,7 +65,7 @@ def _matches(value: Any, hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    """Torch's names and those of Python, as they are written in the signature."""
+    """The type as written in the signature."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(map(_describe, typing.get_args(hint)))
     if typing.get_origin(hint) is Sequence:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""CUDA devices: whether this build has kernels for one, and with what an op runs there."""
+"""CUDA devices: whether this build has kernels for a device, and the stream and memory that ops use there."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-OLDEST = (8, 0)  # compute capability: cp.async and the tensor cores' bfloat16 came with it
+OLDEST = (8, 0)  # compute capability: the first with cp.async and bfloat16 tensor cores
 
 
 @functools.cache
 def _load() -> tuple[Any, str | None]:
-    """The module `_cuda`, or None and why there is none. Loaded with the first CUDA tensor: it holds much code."""
+    """The module `_cuda`, or None and the reason. Loaded with the first CUDA tensor, because it is large."""
     try:
         return importlib.import_module("switchgear._cuda"), None
     except ModuleNotFoundError:
@@ -26,7 +26,7 @@ def _load() -> tuple[Any, str | None]:
 
 
 def module() -> Any:
-    """`switchgear._cuda`. RuntimeError, saying why, where this build has none."""
+    """`switchgear._cuda`. RuntimeError with the reason if this build has none."""
     loaded, reason = _load()
     if loaded is None:
         raise RuntimeError(f"switchgear: {reason}")
@@ -34,8 +34,8 @@ def module() -> Any:
 
 
 def has_code(archs: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether a device runs code for one of `archs`: machine code "sm_80" runs on its own generation from that minor
-    version on, PTX "compute_80" on anything later too, and either with an "a" on that very device."""
+    """Whether a device can run code for one of `archs`. Machine code "sm_80" runs on its own major version from that
+    minor version on; PTX "compute_80" also on anything later; either with an "a" on exactly that version."""
     major, minor = capability
     for arch in archs:
         kind, _, version = arch.partition("_")
@@ -54,7 +54,7 @@ def has_code(archs: Sequence[str], capability: tuple[int, int]) -> bool:
 
 @functools.cache
 def reason_against(index: int) -> str | None:
-    """Why the ops on cuda:`index` have no kernels, or None where they have."""
+    """Why the ops have no kernels on cuda:`index`, or None if they have."""
     loaded, reason = _load()
     if loaded is None:
         return reason
@@ -67,7 +67,7 @@ def reason_against(index: int) -> str | None:
 
 
 def require(index: int = 0) -> None:
-    """RuntimeError, saying what is missing, unless the ops run on kernels on cuda:`index`."""
+    """RuntimeError, naming what is missing, unless the ops have kernels on cuda:`index`."""
     loaded = module()
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
@@ -81,20 +81,20 @@ def require(index: int = 0) -> None:
 
 
 def current(index: int) -> AbstractContextManager[object]:
-    """Inside, the device is torch's current one."""
+    """A context in which the device is torch's current one."""
     return nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)
 
 
 def allow_tf32() -> bool:
-    """What torch allows its own float32 products on CUDA."""
+    """Whether torch uses TF32 for its own float32 products on CUDA."""
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9; there the older name raises once this one was set
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9; reading the old name raises once this one is set
         return bool(matmul.fp32_precision == "tf32")
     return bool(matmul.allow_tf32)
 
 
 class Execution:
-    """Makes the last argument of the functions of `_cuda`: torch's current stream, and memory of torch's allocator."""
+    """Creates the last argument of `_cuda`'s functions: torch's current stream, and memory from torch's allocator."""
 
     def __init__(self, module: Any, index: int) -> None:
         self._new = module.Execution

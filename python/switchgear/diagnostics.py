@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What routing does, in one number or one curve each: pure functions of counts and choices."""
+"""Measures of routing, each one number or one curve: pure functions of counts and choices."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ TokensById = Mapping[int, Tensor]
 
 
 def token_id_specialization(tokens_by_id: TokensById) -> float:
-    """How much of the choice the token id alone decides: 1 - H(expert | id) / H(expert), from 0 (the id says nothing)
-    to 1 (each id has its own expert). OpenMoE (arXiv:2402.01739) finds that routers decide by the id; this measure of
-    it is ours. 0 where all tokens have the same expert.
+    """How far the token id determines the choice: 1 - H(expert | id) / H(expert), from 0 (not at all) to 1 (each id has
+    its own expert). OpenMoE (arXiv:2402.01739) finds that routers decide by the id; this measure of it is ours. 0 if
+    all tokens have the same expert.
 
-    With K experts for each token, the ids decide at most 1 - log K / H(expert).
+    With K experts per token, the maximum is 1 - log K / H(expert).
     """
     counts = _table(tokens_by_id)
     inside = counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -28,9 +28,9 @@ def token_id_specialization(tokens_by_id: TokensById) -> float:
 
 
 def routing_stability(before: TokensById, after: TokensById) -> float:
-    """The share of choices that two traces of the same tokens have in common, by token id: Σ min(p(e|id), q(e|id))
-    averaged over ids as often as they occur in `before`; 1 if every id goes to the same experts. OpenMoE
-    (arXiv:2402.01739): routing is fixed early in the training. Ids of one trace alone do not count."""
+    """The fraction of choices that two traces of the same tokens share, by token id: Σ min(p(e|id), q(e|id)), averaged
+    over ids weighted by their frequency in `before`; 1 if every id goes to the same experts. OpenMoE (arXiv:2402.01739)
+    finds that routing is fixed early in training. Ids that occur in only one trace are ignored."""
     ids = sorted(set(before) & set(after))
     if not ids:
         return 0.0
@@ -41,10 +41,10 @@ def routing_stability(before: TokensById, after: TokensById) -> float:
 
 
 def drop_by_position(topk_ids: Tensor, sequence_length: int) -> Tensor:
-    """The share of empty choices at each position of a sequence, [sequence_length] float64, of topk_ids [T,K] after a
-    capacity limit, -1 for none. In order of arrival it grows towards the end (OpenMoE, arXiv:2402.01739).
+    """The fraction of empty choices at each position of a sequence, [sequence_length] float64, for topk_ids [T,K] after
+    a capacity limit, -1 for none. With drop="order" it grows towards the end (OpenMoE, arXiv:2402.01739).
 
-    Raises ValueError: T is no multiple of sequence_length.
+    Raises ValueError if T is not a multiple of sequence_length.
     """
     if sequence_length < 1 or len(topk_ids) % sequence_length:
         raise ValueError(f"sequence_length: expected a divisor of {len(topk_ids)} tokens, got {sequence_length}")
@@ -53,8 +53,8 @@ def drop_by_position(topk_ids: Tensor, sequence_length: int) -> Tensor:
 
 
 def dispatch_entropy(counts: Tensor) -> float:
-    """H(cluster | expert) in nats, of counts [E,C]: the tokens of each cluster that each expert got. 0 where each
-    expert sees one cluster (Towards Understanding Mixture of Experts, arXiv:2208.02813)."""
+    """H(cluster | expert) in nats for counts [E,C], the tokens of each cluster per expert. 0 if each expert sees one
+    cluster (Towards Understanding Mixture of Experts, arXiv:2208.02813)."""
     counts = counts.double()
     inside = counts / counts.sum(1, keepdim=True).clamp(min=1)
     return float((torch.special.entr(inside).sum(1) * counts.sum(1)).sum() / counts.sum().clamp(min=1))

@@ -32,7 +32,7 @@ from switchgear.ops import GluOptions
 from switchgear.weights.weight import AdaptedWeight, Weight, taken_by_grouped_gemm, taken_by_moe
 
 T = TypeVar("T", Tensor, Tensor | None)
-STORED = (Weight, AdaptedWeight)  # what may stand in for a tensor [E,N,C]
+AnyWeight = Tensor | Weight | AdaptedWeight
 _INT32 = torch.iinfo(torch.int32)
 
 
@@ -184,7 +184,8 @@ def route_dynamic(
         top_p = math.inf  # whatever the probabilities add up to
     count = router_logits.shape[1] if max_experts is None else max_experts
     options = (
-        count, min_experts, score_function, top_p, as_number("threshold", threshold), normalize, as_number("scale", scale)
+        count, min_experts, score_function, top_p, as_number("threshold", threshold), normalize,
+        as_number("scale", scale),
     )  # fmt: skip
     if needs_autograd(router_logits):
         topk_ids, topk_weights = apply(autograd.RouteDynamic, router_logits, selection_bias, *options)
@@ -282,7 +283,8 @@ def _stored_grouped_gemm(
         x, bias = in_autocast_dtype(x.device.type, x, bias)
     wants_gradients = needs_autograd(x, bias)
     if weight.is_lossless:
-        taken = weight.plain() if wants_gradients else taken_by_grouped_gemm(weight, x.dtype)
+        has_kernels = weight.data.is_cpu  # which elsewhere is said
+        taken = weight.plain() if wants_gradients and has_kernels else taken_by_grouped_gemm(weight, x.dtype)
         if isinstance(taken, Tensor):
             return grouped_gemm(x, taken, expert_offsets, bias=bias, token_indices=token_indices)
     if bias is not None and not weight.is_lossless:
@@ -379,37 +381,37 @@ def moe(
     Returns y like x. Float tensors share x's dtype; inside torch.autocast all are cast to its dtype, which y then has.
 
     Differentiable in x, plain projections, adapters, the biases and topk_weights; only the gradients asked for are
-    computed, and an expert without tokens gets zeros. Backward keeps x, h = x · W_guᵀ + b_gu [T·K,N], and the arguments.
+    computed, and an expert without tokens gets zeros. Backward keeps x, h = x · W_guᵀ + b_gu [T·K,N], and the
+    arguments.
 
     Raises:
         ValueError: a shape, or an id that is out of range. TypeError: a dtype.
     """
     options = (activation, gated, interleaved, as_number("alpha", alpha), as_limit(limit))
-    if isinstance(gate_up_proj, STORED) or isinstance(down_proj, STORED):
+    if isinstance(gate_up_proj, (Weight, AdaptedWeight)) or isinstance(down_proj, (Weight, AdaptedWeight)):
         weights = (gate_up_proj, down_proj)
         return _moe_of_weights(x, weights, (gate_up_bias, down_bias), topk_ids, topk_weights, GluOptions(*options))
-    device_type = x.device.type
+    first, second, device_type = gate_up_proj, down_proj, x.device.type
     if in_autocast(device_type):
-        x, gate_up_proj, down_proj, gate_up_bias, down_bias = in_autocast_dtype(
-            device_type, x, gate_up_proj, down_proj, gate_up_bias, down_bias
-        )
+        tensors = in_autocast_dtype(device_type, x, first, second, gate_up_bias, down_bias)
+        x, first, second, gate_up_bias, down_bias = tensors
     shape = x.shape
     x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
-    tensors = (x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
+    tensors = (x, first, second, gate_up_bias, down_bias, topk_ids, topk_weights)
     if needs_autograd(*tensors):
         y: Tensor = apply(autograd.Moe, *tensors, *options)[0]
     elif ops.needs_no_dispatch(*tensors):
         others = (gate_up_bias, down_bias, topk_ids, topk_weights)
-        y = ops.moe_forward_on_host(x, gate_up_proj, (), down_proj, (), *others, *options)
+        y = ops.moe_forward_on_host(x, first, (), second, (), *others, *options)
     else:
         others = (gate_up_bias, down_bias, topk_ids, topk_weights)
-        y = ops.moe_forward(x, (gate_up_proj,), (), (down_proj,), (), *others, *options, False)[0]
+        y = ops.moe_forward(x, (first,), (), (second,), (), *others, *options, False)[0]
     return y if len(shape) == 2 else y.reshape(shape)
 
 
 def _moe_of_weights(
     x: Tensor,
-    weights: tuple[Tensor | Weight | AdaptedWeight, Tensor | Weight | AdaptedWeight],
+    weights: tuple[AnyWeight, AnyWeight],
     biases: tuple[Tensor | None, Tensor | None],
     topk_ids: Tensor,
     topk_weights: Tensor,
@@ -419,39 +421,46 @@ def _moe_of_weights(
     shape, columns = x.shape, weights[0].shape[2]
     if x.shape[-1] != columns:  # bytes do not show it
         raise ValueError(f"x: expected shape [..., {columns}], got {list(shape)}")
+    gate_up_bias, down_bias = biases
     if in_autocast(x.device.type):
-        x, *biases = in_autocast_dtype(x.device.type, x, *biases)
+        x, gate_up_bias, down_bias = in_autocast_dtype(x.device.type, x, gate_up_bias, down_bias)
     x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
-    if any(isinstance(weight, AdaptedWeight) for weight in weights):
+    first, second = weights
+    if isinstance(first, AdaptedWeight) or isinstance(second, AdaptedWeight):
+        biases = (gate_up_bias, down_bias)
         return _moe_in_stages(x, weights, biases, topk_ids, topk_weights, options).reshape(shape)
-    trained = [weight for weight in weights if isinstance(weight, Tensor)]
-    wants_gradients = needs_autograd(x, *biases, topk_weights, *trained)
-    first, second = (_taken(weight, x.dtype, wants_gradients) for weight in weights)
+    trained = [weight for weight in (first, second) if isinstance(weight, Tensor)]
+    wants_gradients = needs_autograd(x, gate_up_bias, down_bias, topk_weights, *trained)
+    first, second = (_taken(weight, x.dtype, wants_gradients) for weight in (first, second))
     if isinstance(first, Tensor) and isinstance(second, Tensor):
-        call = (x, first, second, topk_ids, topk_weights)
-        return moe(*call, gate_up_bias=biases[0], down_bias=biases[1], **options.keywords()).reshape(shape)
-    biases = [None if bias is None else bias.to(x.dtype) for bias in biases]
-    (tensors, form), (down_tensors, down_form) = map(_parts_of, (first, second))
+        named = {"gate_up_bias": gate_up_bias, "down_bias": down_bias, **options.keywords()}
+        return moe(x, first, second, topk_ids, topk_weights, **named).reshape(shape)
+    gate_up_bias, down_bias = (None if bias is None else bias.to(x.dtype) for bias in (gate_up_bias, down_bias))
+    others = (gate_up_bias, down_bias, topk_ids, topk_weights)
+    (tensors, form), (down_tensors, down_form) = _parts_of(first), _parts_of(second)
     if wants_gradients:
         if any(weight.requires_grad for weight in trained):
             raise ValueError("gate_up_proj, down_proj: expected no gradient of one beside a stored other")
-        call = (x, *biases, topk_ids, topk_weights, (form, down_form), len(tensors), tuple(options))
-        y: Tensor = apply(autograd.StoredMoe, *call, *tensors, *down_tensors)[0]
+        rest = ((form, down_form), len(tensors), tuple(options), *tensors, *down_tensors)
+        y: Tensor = apply(autograd.StoredMoe, x, *others, *rest)[0]
         return y.reshape(shape)
-    layer = (tensors, form, down_tensors, down_form, *biases, topk_ids, topk_weights)
-    on_host = ops.needs_no_dispatch(x, *biases, topk_ids, topk_weights)
-    if on_host and all(isinstance(weight, Weight) and weight.needs_no_dispatch for weight in (first, second)):
+    layer = (tensors, form, down_tensors, down_form, *others)
+    on_host = all(isinstance(weight, Weight) and weight.needs_no_dispatch for weight in (first, second))
+    if ops.needs_no_dispatch(x, *others) and on_host:
         y = ops.moe_forward_on_host(x, *layer, *options)
     else:
         y = ops.moe_forward(x, *layer, *options, False)[0]
     return y if len(shape) == 2 else y.reshape(shape)
 
 
-def _taken(weight: Any, dtype: torch.dtype, wants_gradients: bool) -> Tensor | Weight:
+def _taken(weight: Tensor | Weight, dtype: torch.dtype, wants_gradients: bool) -> Tensor | Weight:
     """What moe multiplies with beside an x of `dtype`; weights without loss are expanded where gradients are wanted."""
     if isinstance(weight, Tensor) or not weight.is_lossless:
         return weight
-    return weight.plain() if wants_gradients else taken_by_moe(weight, dtype)
+    taken = weight.plain() if wants_gradients and weight.data.is_cpu else taken_by_moe(weight, dtype)
+    if isinstance(taken, Tensor) and in_autocast(taken.device.type):
+        return taken.to(dtype)
+    return taken
 
 
 def _parts_of(weight: Tensor | Weight) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -460,7 +469,7 @@ def _parts_of(weight: Tensor | Weight) -> tuple[tuple[Tensor, ...], tuple[int, .
 
 def _moe_in_stages(
     x: Tensor,
-    weights: Sequence[Tensor | Weight | AdaptedWeight],
+    weights: Sequence[AnyWeight],
     biases: Sequence[Tensor | None],
     topk_ids: Tensor,
     topk_weights: Tensor,

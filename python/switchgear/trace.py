@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""RoutingTrace: which experts the tokens of a model go to, layer by layer and token id by token id, as it runs.
+"""RoutingTrace: records which experts a model's tokens go to, per layer and per token id, while it runs.
 
-Sums alone are kept, on the device of the model, so a trace may run over any number of batches; nothing is read back
-before it is looked at.
+A trace keeps only sums, on the model's device, so it may run over any number of batches. Nothing is read back until it
+is inspected.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch import Tensor, nn
 from switchgear.functional import Routing
 from switchgear.routing.router import Router
 
-_FORMAT = 1  # of files
+_FORMAT = 1  # version of the file format
 
 
 class LayerTrace:
-    """Sums over the tokens that a layer has seen. E experts.
+    """Sums over the tokens of a layer with E experts.
 
     Attributes:
-        tokens_per_expert: [E] int64, choices of each expert that it served.
+        tokens_per_expert: [E] int64, choices that each expert served.
         weight_per_expert: [E] float64, the sum of their weights.
-        entropy: float64 scalar, the sum over tokens of the entropy in nats of the router's softmax; NaN where its
-            logits are not seen (Hugging Face models).
+        entropy: float64 scalar, the sum over tokens of the entropy in nats of the router's softmax; NaN if its logits
+            are not available (Hugging Face models).
         max_violation: float64 scalar, the sum over calls of max load / mean load - 1 (arXiv:2408.15664).
-        num_dropped: int64 scalar, choices that found no room.
-        num_tokens, num_calls: how many there were.
+        num_dropped: int64 scalar, choices dropped by a capacity limit.
+        num_tokens, num_calls: counts of tokens and calls.
     """
 
     def __init__(self, num_experts: int, device: torch.device | str = "cpu") -> None:
@@ -54,7 +54,7 @@ class LayerTrace:
         num_dropped: Tensor | None = None,
         token_ids: Tensor | None = None,
     ) -> None:
-        """One call: topk_ids and topk_weights [T,K], -1 for none; router_logits [T,E]; token_ids [T]."""
+        """Adds one call: topk_ids and topk_weights [T,K], -1 for none; router_logits [T,E]; token_ids [T]."""
         experts = torch.where(topk_ids < 0, self.num_experts, topk_ids).long().flatten()
         counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=topk_ids.device)
         counts = counts.scatter_add(0, experts, torch.ones_like(experts))[:-1]
@@ -77,7 +77,7 @@ class LayerTrace:
             self.pairs.add(keys[topk_ids >= 0])
 
     def tokens_by_id(self) -> dict[int, Tensor]:
-        """For each token id, how often each expert served it, [E] int64. Empty unless the trace had token ids."""
+        """For each token id, how often each expert served it, [E] int64. Empty without recorded token ids."""
         keys, counts = self.pairs.total()
         result: dict[int, Tensor] = {}
         for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
@@ -104,7 +104,7 @@ _SUMS = ("tokens_per_expert", "weight_per_expert", "entropy", "max_violation", "
 
 
 class _Counts:
-    """How often each key came. Parts are merged as they grow, so that memory is that of the distinct keys."""
+    """How often each key occurred. Parts are merged as they grow, so memory grows with the distinct keys only."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor, Tensor]] = []
@@ -124,7 +124,7 @@ class _Counts:
 
 
 def _entropy(router_logits: Tensor) -> Tensor:
-    """The sum over tokens; a row without finite logits counts as 0."""
+    """The sum over tokens; rows without finite logits count as 0."""
     log_p = router_logits.float().log_softmax(-1)
     entropy: Tensor = torch.special.entr(log_p.exp())
     return entropy.nan_to_num().sum(dtype=torch.float64)
@@ -132,24 +132,24 @@ def _entropy(router_logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """A layer in a few numbers."""
+    """Summary statistics of a layer."""
 
     name: str
     num_experts: int
     num_tokens: int
-    experts_per_token: float  # choices that were served
-    mean_weight: float  # of a choice
+    experts_per_token: float  # counts served choices
+    mean_weight: float  # per choice
     busiest: int  # the expert with the largest load
-    max_violation: float  # of all calls together: max load / mean load - 1
+    max_violation: float  # over all calls: max load / mean load - 1
     mean_max_violation: float  # the mean over calls
     never_used: int  # experts without a token
-    load_entropy: float  # of the shares of the load, by log E: 1 is balanced
-    router_entropy: float  # mean over tokens, by log E; NaN where the logits are not seen
-    dropped: float  # share of the choices that found no room
+    load_entropy: float  # of the load shares, divided by log E: 1 is balanced
+    router_entropy: float  # mean over tokens, divided by log E; NaN without logits
+    dropped: float  # fraction of the choices
 
 
 class RoutingTrace:
-    """Records what the routers of a model do while it runs.
+    """Records the choices of a model's routers while it runs.
 
         with RoutingTrace(model) as trace:
             for batch in batches:
@@ -158,16 +158,16 @@ class RoutingTrace:
         trace.layers["layers.0.mlp.gate"].tokens_per_expert
 
     Works on switchgear's routers, and on Hugging Face models whose experts run on switchgear
-    (experts_implementation="switchgear", or accelerate). It may be entered again, and then goes on adding.
+    (experts_implementation="switchgear", or accelerate). Entering it again continues the recording.
 
     Args:
-        model: any module with such layers. None for a trace that was loaded.
+        model: any module with such layers. None for a loaded trace.
         by_token_id: also count which experts serve which token id. The ids are the model's argument input_ids or
-            token_ids, or else its first integer tensor; calls whose layers see another number of tokens have none.
+            token_ids, or else its first integer tensor; they are ignored for layers with another number of tokens.
         layers: names of the modules to record; all if None.
 
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: if the model has no such layer.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class RoutingTrace:
         self._hooks.close()
 
     def reset(self) -> None:
-        """Forgets what was recorded."""
+        """Clears the recording."""
         self.layers.clear()
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -253,10 +253,10 @@ class RoutingTrace:
         ids = self._token_ids
         return None if ids is None or ids.shape[0] != rows.shape[0] else ids.to(rows.device)
 
-    # ---- looking -----------------------------------------------------------------------------------------------------
+    # ---- inspection --------------------------------------------------------------------------------------------------
 
     def summary(self) -> list[LayerSummary]:
-        """Each layer in a few numbers, in the order in which they first ran."""
+        """A summary of each layer, in the order in which they first ran."""
         return [_summary(name, layer) for name, layer in self.layers.items()]
 
     def __str__(self) -> str:
@@ -270,8 +270,8 @@ class RoutingTrace:
         return "\n".join(lines)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:
-        """A picture of the load, a row per layer: each expert's load by the mean load. Returns matplotlib's figure, and
-        writes it to `path` if given. Needs matplotlib."""
+        """Plots the load with a row per layer: each expert's load divided by the mean load. Returns matplotlib's
+        figure, and writes it to `path` if given. Needs matplotlib."""
         if not self.layers:
             raise ValueError("trace: expected one that has recorded something, got an empty one")
         from matplotlib.figure import Figure
@@ -294,13 +294,13 @@ class RoutingTrace:
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes what was recorded, on the CPU, with torch.save; for `load`."""
+        """Writes the recording with torch.save, moved to the CPU."""
         layers = {name: layer.state() for name, layer in self.layers.items()}
         torch.save({"format": _FORMAT, "by_token_id": self.by_token_id, "layers": layers}, path)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RoutingTrace:
-        """A trace as it was saved, to look at. ValueError for a file of another kind."""
+        """Loads a saved trace for inspection. ValueError for any other file."""
         data = torch.load(path, weights_only=True)
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise ValueError(f"path: expected a file of RoutingTrace.save, got {path}")
@@ -312,7 +312,7 @@ class RoutingTrace:
 def _hugging_face_experts(model: nn.Module) -> dict[str, nn.Module]:
     try:
         from switchgear.integrations.choices import experts_of
-    except ImportError:  # no transformers
+    except ImportError:  # transformers is not installed
         return {}
     return experts_of(model)
 

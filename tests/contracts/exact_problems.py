@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Problems of small integers, where every rounding that the layer may do is exact: results equal float64's, to the bit.
+"""Problems with small integers, for which all roundings in the layer are exact: results equal float64 bit for bit.
 
-Weights are sparse and the activation is relu, so h, a and their gradients are integers (quarters, where clamped) that
-bfloat16 holds, and float32 sums of them are exact in any order. Nothing but a wrong term can make a difference.
+Weights are sparse and the activation is relu, so h, a and their gradients are integers (quarters, if clamped) that
+bfloat16 represents, and float32 sums of them are exact in any order. Only a wrong term can change a result.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Problem(NamedTuple):
 
 
 def solve(layer: Layer, options: GluOptions, grad_y: Tensor) -> Problem:
-    """The problem with y and its gradients from float64, rounded once."""
+    """Adds y and its gradients to the problem, from float64, rounded once."""
     dtype = layer.x.dtype
     tensors = {name: getattr(layer, name) for name in GRADIENTS}
     leaves = {name: t.double().requires_grad_() for name, t in tensors.items() if t is not None}
@@ -44,7 +44,7 @@ def solve(layer: Layer, options: GluOptions, grad_y: Tensor) -> Problem:
 
 
 def sparse_integers(rng: np.random.Generator) -> Callable[..., np.ndarray]:
-    """Draws for random_layer whose intermediate results fit 8 bits: about two weights of a row are not zero."""
+    """Numbers for random_layer that keep intermediate results within 8 bits: about two nonzero weights per row."""
 
     def draw(name: str, *shape: int) -> np.ndarray:
         values = rng.integers(-2, 3, shape) if name == "topk_weights" else rng.integers(-1, 2, shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A good call of every op of `_C`, as a table, for tests that spoil, restride or repeat its arguments."""
+"""A table with a valid call of every op of `_C`, for tests that corrupt, restride or repeat its arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHTS = {
     "gate_up_bias": "EN float rows",
     "down_bias": "EH float rows",
 }
-# Of 4 bits in groups of 16, in blocks: N rows are A, H rows D of them; H columns are W words and G groups, I V and J.
+# 4 bits, groups of 16, in blocks: N rows are A and H rows D blocks; H columns are W words and G groups, I are V and J.
 FIELDS = ("scales", "row_scales", "zeros", "slots")
 
 
@@ -42,11 +42,10 @@ PLAIN: dict[str, tuple[str, ...]] = {"gate_up_proj": (), "down_proj": ()}
 
 
 class Op(NamedTuple):
-    """tensors: name -> sizes, dtype ("float" is one dtype for all), and what it may be: "rows" need contiguous rows,
-    "matrices" contiguous rows or columns, others are contiguous; "out" is written. Options follow the tensors; those
-    that are the letter of a size have its value. weights: those of the tensors that are the data of a weight, and the
-    letters of its rows and columns where it is stored in integers, () where it is plain. parts and group_size are those
-    of its form."""
+    """tensors: name -> sizes, dtype ("float" is one dtype for all), and layout: "rows" need contiguous rows, "matrices"
+    contiguous rows or columns, others are contiguous; "out" is an output. Options follow the tensors; an option that is
+    the letter of a size takes its value. weights: the tensors that are the data of a weight, with the letters of its
+    rows and columns if it is stored in integers, () if it is plain. parts and group_size are those of its form."""
 
     tensors: dict[str, str]
     options: dict[str, Any]
@@ -190,7 +189,7 @@ OPS = {
 
 
 def function_of(op: str) -> str:
-    """The function that an entry of OPS calls."""
+    """The native function of an entry of OPS."""
     return op.partition(" ")[0]
 
 
@@ -228,7 +227,7 @@ def is_optional(op: str, name: str) -> bool:
 
 
 def sizes_of(T: int = 4, K: int = 2, E: int = 3, H: int = 5, I: int = 7) -> dict[str, int]:  # noqa: E741
-    """Sizes by letter; F is E + 1, B is 2. The defaults are all different, so that no size can stand in for another."""
+    """Sizes by letter; F is E + 1, B is 2. The defaults are all different, so mixed-up sizes are noticed."""
     sizes = {"T": T, "K": K, "E": E, "H": H, "I": I, "N": 2 * I, "S": T * K, "F": E + 1, "B": 2, "Q": 64, "R": 16}
     blocks = {"A": 2 * -(-I // 16), "D": -(-H // 16)}
     words = {"W": -(-H // 8), "V": -(-I // 8), "G": -(-H // 16), "J": -(-I // 16)}
@@ -236,7 +235,7 @@ def sizes_of(T: int = 4, K: int = 2, E: int = 3, H: int = 5, I: int = 7) -> dict
 
 
 def arguments(op: str, sizes: dict[str, int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """The arguments of a good call by name and in order, from torch's generator; outputs are poisoned."""
+    """The arguments of a valid call, by name and in order, from torch's generator; outputs are poisoned."""
     topk_ids = torch.randint(-1, sizes["E"], (sizes["T"], sizes["K"]), dtype=torch.int32)
     if op == "route_backward":
         topk_ids = torch.rand(sizes["T"], sizes["E"]).argsort(-1)[:, : sizes["K"]].int()
@@ -255,7 +254,7 @@ def arguments(op: str, sizes: dict[str, int], dtype: torch.dtype = torch.float32
         elif spec.dtype in BYTES:
             args[name] = torch.randint(0, 128, shape, dtype=BYTES[spec.dtype])
         else:
-            size = 0.001 if name.endswith("row_scales") else 1.0  # of what multiplies two bytes
+            size = 0.001 if name.endswith("row_scales") else 1.0  # scales multiply products of two bytes
             args[name] = (size * torch.randn(shape)).to(dtypes[spec.dtype])
     options = {name: sizes.get(value, value) for name, value in OPS[op].options.items()}
     if "num_experts" in options:
@@ -282,7 +281,7 @@ def weight_of(op: str, args: dict[str, Any], name: str) -> tuple[Any, tuple[int,
 
 
 def handed_on(op: str, args: dict[str, Any], outputs: bool) -> list[Any]:
-    """The tensors of a call in order, weights as their tensors and their form; with or without outputs."""
+    """The tensors of a call in order, with weights as their tensors and their form; with or without outputs."""
     weights = OPS[op].weights
     parts_of_weights = {f"{name}_{field}" for name in weights for field in FIELDS}
     given: list[Any] = []
@@ -305,7 +304,7 @@ def memory(tensor: Tensor) -> Tensor:
 
 
 def poison(tensor: Tensor, byte: int = 0xA5) -> Tensor:
-    """The tensor, its memory filled with a byte: 0xA5 is a small negative number in every dtype, 0xFF a NaN or -1."""
+    """Fills the tensor's memory with a byte: 0xA5 is a small negative number in every dtype, 0xFF a NaN or -1."""
     memory(tensor).fill_(byte)
     return tensor
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Random problems of a whole expert layer, many to a call, with results and error bounds in float64.
+"""Random problems of a whole expert layer, many per call, with results and error bounds in float64.
 
-A token's result depends on its own row and its own experts alone, so problems of one width share a call: each owns some
-tokens and some experts, and choices it does not have are -1. The float64 formulas are written here once more, slot by
-slot, so that nothing but torch's elementwise functions is shared with the library.
+A token's result depends only on its own row and its own experts, so problems of one width share a call: each owns some
+tokens and some experts, and its missing choices are -1. The float64 formulas are written again here, slot by slot, so
+that only torch's elementwise functions are shared with the library.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def counts(ci: int, full: int) -> pytest.MarkDecorator:
     )
 
 
-# Tests of bits alone: torch's own, which the reference inherits, depend on shapes and strides.
+# For tests of exact bits: torch's own bits, which the reference inherits, depend on shapes and strides.
 on_kernels = pytest.mark.parametrize("backend", ISAS, indirect=True)
 
 
@@ -43,14 +43,14 @@ def random_options(rng: np.random.Generator, activations: tuple[str, ...] | None
         activation,
         gated=activation == "swiglu_oai" or bool(rng.integers(2)),
         interleaved=bool(rng.integers(2)),
-        alpha=1.5,  # like the limit, exact in float32
+        alpha=1.5,  # exact in float32, like the limit
         limit=float(rng.choice([0.0, 0.0, 1.5])),
     )
 
 
 def random_ids(rng: np.random.Generator, problems: int) -> tuple[np.ndarray, int]:
-    """topk_ids [T,K] int32 of `problems` problems of 0 to 9 tokens, 1 to 7 experts and 1 to 4 choices, and the number E
-    of their experts. One choice in ten is empty, duplicates occur, and tokens of different problems are mixed."""
+    """topk_ids [T,K] int32 of `problems` problems with 0 to 9 tokens, 1 to 7 experts and 1 to 4 choices, and the number
+    of experts E. One choice in ten is empty, duplicates occur, and tokens of different problems are mixed."""
     tokens, experts, choices = (rng.integers(low, high, problems) for low, high in ((0, 10), (1, 8), (1, 5)))
     problem = rng.permutation(np.repeat(np.arange(problems), tokens))
     first = np.cumsum(experts) - experts
@@ -68,8 +68,8 @@ def random_layer(
     problems: tuple[np.ndarray, int],
     draw: Callable[..., np.ndarray] | None = None,
 ) -> Layer:
-    """A layer of independent problems, from random_ids. `draw(name, *shape)` makes the numbers; by default they
-    are normal and scaled so that h and y are of order one. Every other layer lacks biases or has transposed weights."""
+    """A layer of independent problems, from random_ids. `draw(name, *shape)` makes the numbers; by default they are
+    normal and scaled so that h and y are of order one. Every other layer lacks biases or has transposed weights."""
     ids, num_experts = problems
     width = intermediate_size * (2 if options.gated else 1)
     scale = {"gate_up_proj": 2 / np.sqrt(hidden_size), "down_proj": 1 / np.sqrt(intermediate_size)}
@@ -105,7 +105,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def split(h: Tensor, options: GluOptions) -> tuple[Tensor, Tensor]:
-    """gate and up after the clamps, up with its +1; for plain experts up is 1."""
+    """gate and up after the clamps, up including its +1; for plain experts up is 1."""
     if not options.gated:
         gate, up = h, torch.ones_like(h)
     elif options.interleaved:
@@ -124,7 +124,7 @@ def activate(h: Tensor, options: GluOptions) -> Tensor:
 
 
 class Slots(NamedTuple):
-    """The choices that name an expert, in any order."""
+    """The non-empty choices, in any order."""
 
     token: Tensor
     choice: Tensor
@@ -151,7 +151,7 @@ def sum_by(index: Tensor, rows: Tensor, size: int) -> Tensor:
 
 
 class Stages(NamedTuple):
-    """What a layer computes: h and a by slot, in the order of slots_of, and y by token."""
+    """What a layer computes: h and a per slot, in the order of slots_of, and y per token."""
 
     h: Tensor
     a: Tensor
@@ -168,7 +168,7 @@ def stages(layer: Layer, options: GluOptions) -> Stages:
 
 
 def equal_bits(a: Any, b: Any) -> bool:
-    """Whether two tensors, or two sequences of them, agree in dtype, shape and every bit; None equals None."""
+    """Whether two tensors, or two sequences of them, have equal dtypes, shapes and bits; None equals None."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same = a.dtype == b.dtype and a.shape == b.shape
         return same and torch.equal(bits_of(a), bits_of(b))

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How far results may lie from the exact ones: each element has its own bound, derived below and nowhere tuned.
+"""Distance of results from the exact ones: each element has its own bound, derived below and not tuned.
 
-u = 2^-24 is the unit roundoff of float32, v that of the tensors' dtype. A sum of n products in float32, in any order,
-fused or not, is off by at most γ(n)·Σ|a||b| with γ(n) = n·u / (1 - n·u) (Higham, Accuracy and Stability of Numerical
-Algorithms, §3.1). The layer rounds to the dtype where it says so and nowhere else:
+u = 2^-24 is the unit roundoff of float32, v that of the tensors' dtype. A float32 sum of n products, in any order,
+fused or not, has an error of at most γ(n)·Σ|a||b| with γ(n) = n·u / (1 - n·u) (Higham, Accuracy and Stability of
+Numerical Algorithms, §3.1). The layer rounds to the dtype only as follows:
 
     forward    a once, y once                                                     (the reference does not round a)
     backward   grad_h and w·a once, every gradient once
 
-so δ, the error of each intermediate, follows from the last one's. Small numbers: a result below the normal range may be
+so the error δ of each intermediate follows from that of the previous one. A result below the normal range may be
 flushed to zero, which `TINY` covers.
 """
 
@@ -41,8 +41,8 @@ from switchgear.testing import GluOptions, Layer
 
 U = 2.0**-24
 ROUNDOFF = {torch.float32: U, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-# Half of the smallest float16 is what rounding below the normal range costs; the other two have the range of float32,
-# and products of bfloat16 pairs (vdpbf16ps) flush what lies below it.
+# Rounding below the normal range costs half of the smallest float16. The other two have the range of float32, and
+# products of bfloat16 pairs (vdpbf16ps) flush smaller numbers.
 TINY = {torch.float32: 2.0**-125, torch.bfloat16: 2.0**-125, torch.float16: 2.0**-25}
 
 
@@ -51,18 +51,18 @@ def gamma(n: int) -> float:
 
 
 class Activation:
-    """Bounds on an activation act(g) in float32, with |g| its argument.
+    """Error bounds of an activation act(g) in float32; |g| is the argument.
 
         |act_computed - act| <= value·u·size(|g|)         |slope_computed - act'| <= slope·u·steepness(|g|)
 
-    where size bounds |act| and steepness bounds |act'| and the terms it is a sum of. The counts of roundings, in u:
+    where size bounds |act|, and steepness bounds |act'| and the terms of its sum. The rounding errors, in units of u:
         exp      3    reduced argument 0.9, polynomial 1.5, fit 0.1
-        sigmoid  5    1 + exp(-g) brings (3e + 1)/(1 + e), the division 1
+        sigmoid  5    1 + exp(-g) adds (3e + 1)/(1 + e), the division 1
         silu     8    sigmoid, 2 products; and for swiglu_oai alpha·g: s(1-s)|αg| <= 0.23, plus 1 for (up + 1)
-        gelu    12    Φ: the fit's polynomial, with coefficients that sum to 2.7, by Horner 9; exp(-g²/2) brings g²
-                      of an argument's error, and g²·Φ(-|g|) <= 0.2; 2 products. torch's own erf stays below
+        gelu    12    Φ: the fit's polynomial, with coefficients that sum to 2.7, by Horner 9; exp(-g²/2) adds g²
+                      for the argument's error, and g²·Φ(-|g|) <= 0.2; 2 products. torch's own erf stays below
         gelu_tanh 8   the argument of the sigmoid has 6, and s(1-s)|2u| <= 0.23
-    The slopes hold a term g·s·(1 - s), where 1 - s keeps the absolute error of s, hence |g| (for gelu_tanh times the
+    The slopes contain a term g·s·(1 - s), where 1 - s has the absolute error of s, hence |g| (for gelu_tanh times the
     derivative of its cubic).
     """
 
@@ -89,7 +89,7 @@ class Activation:
 
 
 def activation_error(h: Tensor, error_h: Tensor, options: GluOptions) -> Tensor:
-    """The error of act(gate)·up in float32 where h is off by error_h. Clamps only shrink it."""
+    """The error of act(gate)·up in float32 for an error of error_h in h. Clamps only reduce it."""
     bound = Activation(options)
     gate, up = split(h, options)
     plain = options._replace(limit=0.0, activation="relu")
@@ -133,7 +133,7 @@ def absolute(tensor: Tensor | None) -> Tensor | None:
 
 @functools.cache
 def forward_problems(seed: int) -> tuple[Layer, GluOptions, Tensor, Tensor]:
-    """100 problems of a random width, y and its bound; every tenth call is two problems too deep for one panel."""
+    """100 problems of a random width, with y and its bound; every tenth call has two problems deeper than a panel."""
     rng = np.random.default_rng(seed)
     long = seed % 10 == 9
     hidden_size, intermediate_size = (int(n) for n in rng.integers(1, [1200, 300] if long else [70, 50]))
@@ -179,7 +179,7 @@ def gradients(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Each gradient of a float64 layer whose pre-activations are h, in slot order, with its bound."""
     order = slots_of(layer.topk_ids)
-    by_expert = torch.argsort(order.expert, stable=True)  # tokens and choices ascend already
+    by_expert = torch.argsort(order.expert, stable=True)  # tokens and choices already ascend
     token, choice, expert = (index[by_expert] for index in order)
     v, tiny = ROUNDOFF[dtype], TINY[dtype]
     most_slots = int(torch.bincount(expert).max())
@@ -200,7 +200,7 @@ def gradients(
     (grad_h,) = torch.autograd.grad(a, h, w * g)
     a = a.detach()
 
-    # grad_h: (w·g)·(act'·up) and (w·g)·act, four products more
+    # grad_h: (w·g)·(act'·up) and (w·g)·act, four more products
     wg, error_wg = (w * g).abs(), w.abs() * error_g
     steepness = bound.steepness(gate)
     error_gate = up.abs() * (bound.lipschitz(gate) * error_wg + (bound.slope + 5) * U * steepness * (wg + error_wg))
@@ -223,7 +223,7 @@ def gradients(
         return exact, error + unit * (exact.abs() + error) + tiny
 
     def outer(left: Tensor, error_left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ left ⊗ right of each expert; a sum over its slots."""
+        """Σ left ⊗ right of each expert, a sum over its slots."""
         exact = sum_by(expert, left[:, :, None] * right[:, None, :], num_experts)
         sizes = sum_by(expert, (left.abs() + error_left)[:, :, None] * right.abs()[:, None, :], num_experts)
         error = sum_by(expert, error_left[:, :, None] * right.abs()[:, None, :], num_experts)
@@ -276,13 +276,13 @@ def test_gradients_within_bound(backend: str, count: int) -> None:
             assert worst <= 1, f"seed {seed}: grad_{name} off by {worst:.3g} bounds, {options}, {layer.x.dtype}"
 
 
-# ---- glu alone, over the whole range ---------------------------------------------------------------------------------
+# ---- glu only, over the whole range ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_within_bound(backend: str, activation: str, dtype: torch.dtype) -> None:
-    """Gates from -60 to 60 and by powers of ten to 0, with value and slope."""
+    """Gates from -60 to 60 and powers of ten towards 0; value and slope."""
     fine, powers = torch.linspace(-60, 60, 24_001), 10.0 ** torch.linspace(-30, 1, 2_000)
     gate = torch.cat((fine, powers, -powers)).to(dtype)
     up = torch.linspace(-2, 2, len(gate)).to(dtype)
@@ -312,7 +312,7 @@ def test_activation_within_bound(backend: str, activation: str, dtype: torch.dty
 
 
 def test_bounds_catch_one_rounding_too_many(backend: str) -> None:
-    """The bounds can fail: they do when float32 results lose two bits."""
+    """The bounds can fail: they do if float32 results lose two bits."""
     layer, options, y, bound = forward_problems(0)
     computed, _ = ops.moe_forward(*layer.arguments(), *options, False)
     lossy = computed.double() * (1 + 2.0**-15)

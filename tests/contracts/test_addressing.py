@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Offsets past 2^31, 2^32 and 2^33 elements. Memory is mapped but never touched, except for the few rows in use, so
-that the widest case addresses 96 GB and uses some megabytes. And a lint of the sources for offsets in 32 bits."""
+"""Offsets beyond 2^31, 2^32 and 2^33 elements. Memory is mapped but only the few rows in use are touched, so the widest
+case addresses 96 GB and uses a few megabytes. Also a lint of the sources for 32-bit offsets."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ linux_only = pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="need
 
 
 def sparse(elements: int, dtype: torch.dtype) -> Tensor:
-    """Zeros, of which only those touched take memory."""
+    """Zeros; only touched pages take memory."""
     size = elements * torch.empty((), dtype=dtype).element_size()
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     return torch.frombuffer(memory, dtype=dtype)
 
 
 def far_apart(tensor: Tensor, dim: int, total: int) -> Tensor:
-    """A copy whose last index along `dim` lies `total` elements from the first; the other dimensions are contiguous."""
+    """A copy whose last index along `dim` is `total` elements after the first; the other dimensions are contiguous."""
     strides, stride = [0] * tensor.dim(), 1
     for other in reversed([d for d in range(tensor.dim()) if d != dim]):
         strides[other], stride = stride, stride * tensor.shape[other]
@@ -43,7 +43,7 @@ def far_apart(tensor: Tensor, dim: int, total: int) -> Tensor:
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["experts", "rows", "columns"])
 @pytest.mark.parametrize("op", [op for op, parts in OPS.items() if any("float " in s for s in parts.tensors.values())])
 def test_elements_far_apart(backend: str, op: str, dim: int) -> None:
-    """Rows of every tensor of tokens or slots, and one dimension of the weights, are far apart, outputs included."""
+    """Spreads the rows of all tensors of tokens or slots, or one dimension of the weights, outputs included."""
     if dim and not any("matrices" in spec for spec in OPS[op].tensors.values()):
         dim = 0  # an op without weights
     for total, dtype in zip(TOTALS, DTYPES, strict=True):
@@ -64,7 +64,7 @@ def test_elements_far_apart(backend: str, op: str, dim: int) -> None:
 @linux_only
 @on_kernels
 def test_gathered_rows_of_a_large_table(backend: str) -> None:
-    """x [2^21 + 1, 4096] and weight [2^13 + 1, 256, 4096], contiguous, of which a few rows and experts are used."""
+    """x [2^21 + 1, 4096] and weight [2^13 + 1, 256, 4096], contiguous; only a few rows and experts are used."""
     rows, experts, width, depth = 2**21 + 1, 2**13 + 1, 256, 4096
     x = sparse(rows * depth, torch.bfloat16).view(rows, depth)
     weight = sparse(experts * width * depth, torch.bfloat16).view(experts, width, depth)
@@ -82,7 +82,7 @@ def test_gathered_rows_of_a_large_table(backend: str) -> None:
 
 @linux_only
 def test_more_slots_than_int32_counts() -> None:
-    """Slots are numbered in int32, so 2^31 of them are refused, before any of them is looked at."""
+    """Slot numbers are int32, so 2^31 slots are refused before any of them is read."""
     topk_ids = sparse(2**31, torch.int32).view(2**30, 2)
     outputs = torch.empty(2, dtype=torch.int32), topk_ids.view(-1), topk_ids
     with pytest.raises(ValueError, match="topk_ids: expected less than 2\\^31 slots"):
@@ -91,7 +91,7 @@ def test_more_slots_than_int32_counts() -> None:
 
 @pytest.mark.slow
 def test_two_billion_elements_in_memory() -> None:
-    """The same with real memory: an out of 2^31 + 2^18 elements, and the glu of it, in 6.5 GB."""
+    """The same with real memory: an output of 2^31 + 2^18 elements, and its glu, in 6.5 GB."""
     (kilobytes,) = re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
     if int(kilobytes) < 12 << 20:
         pytest.skip(f"needs 12 GB of available memory, there are {int(kilobytes) / 2**20:.1f}")
@@ -117,8 +117,8 @@ SIZE = r"(?:shape\[|stride\[|numel|\bnum_(?:tokens|slots|experts|rows|columns)|\
 
 
 def narrow_offsets(source: str) -> list[str]:
-    """Lines of C++ that could compute an offset in 32 bits: a narrow loop counter or variable made from a size, and the
-    product of two narrow variables."""
+    """Lines of C++ that could compute an offset in 32 bits: a narrow loop counter or variable initialised from a size,
+    or the product of two narrow variables."""
     code = [line.split("//")[0] for line in source.splitlines()]
     names = {n for line in code for n in re.findall(rf"\b{NARROW}\b (\w+)\b(?! *\()", line)}
     names -= {n for line in code for n in re.findall(r"\bint64_t (\w+)\b", line)}
@@ -134,8 +134,8 @@ def narrow_offsets(source: str) -> list[str]:
 
 
 def narrow_offsets_on_device(source: str) -> list[str]:
-    """The same for CUDA, where rows, columns and counts are of 32 bits by contract, and only their products are not:
-    a narrow row times a narrow width. Places in shared memory are small, and say that they are there."""
+    """The same for CUDA, where rows, columns and counts are 32-bit by contract, but a product of a narrow row and a
+    narrow width is not. Offsets in shared memory are small, and their lines say so."""
     lines = [line for line in source.splitlines() if "in shared memory" not in line]
     code = [line.split("//")[0] for line in lines]
     names = {n for line in code for n in re.findall(rf"\b{NARROW}\b (\w+)\b(?! *\()", line)}

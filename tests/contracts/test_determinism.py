@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The same bits, always: for any number of threads, any run, any neighbours in the batch, any place in memory, and when
-a checkpointed step is computed again. These are the defaults; there is no faster mode that is less exact."""
+"""Identical bits for any number of threads, in any run, batch or memory location, and when a checkpointed step is
+recomputed. This is the default; there is no faster, less exact mode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from switchgear import ops
 from switchgear.testing import Case, GluOptions, Layer, make_layer
 
 THREADS = (1, 2, 3, 5, 8)
-# Several tiles of rows for one expert, several panels of columns, and none a whole number of them.
+# Several row tiles for one expert and several column panels, none of them full multiples.
 CASE = Case("several tiles", 300, 2, 5, 150, 90)
 
 
@@ -30,7 +30,7 @@ def layer_of(dtype: torch.dtype, case: Case = CASE) -> Layer:
 
 
 def digest(layer: Layer, logits: Tensor) -> str:
-    """Of every function, forward and backward, on one layer."""
+    """A digest of every function, forward and backward, on one layer."""
     sha = hashlib.sha256()
 
     def add(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...] = ()) -> None:
@@ -58,7 +58,7 @@ def digest(layer: Layer, logits: Tensor) -> str:
 
 
 def moved(layer: Layer, elements: int) -> Layer:
-    """A copy of the layer `elements` elements away from where the allocator would put it."""
+    """A copy of the layer, offset by `elements` elements in memory."""
 
     def copy(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
@@ -72,7 +72,7 @@ def moved(layer: Layer, elements: int) -> Layer:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @counts(ci=2, full=100)
 def test_threads_runs_and_places(backend: str, dtype: torch.dtype, count: int) -> None:
-    """`count` runs for each number of threads, each time elsewhere in memory."""
+    """`count` runs for each number of threads, each at another place in memory."""
     layer, logits = layer_of(dtype), torch.randn(300, 5).to(dtype)
     digests = set()
     for threads, run in itertools.product(THREADS, range(count)):
@@ -83,7 +83,7 @@ def test_threads_runs_and_places(backend: str, dtype: torch.dtype, count: int) -
 
 # ---- batch invariance ------------------------------------------------------------------------------------------------
 
-BATCHES = (1, 2, 3, 7, 16, 64, 65, 257, 1024)  # 1,439 tokens a round
+BATCHES = (1, 2, 3, 7, 16, 64, 65, 257, 1024)  # 1,439 tokens per round
 
 
 def tokens_of(layer: Layer, rows: Tensor) -> Layer:
@@ -94,8 +94,8 @@ def tokens_of(layer: Layer, rows: Tensor) -> Layer:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @counts(ci=3, full=30)
 def test_a_token_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype, count: int) -> None:
-    """Any batch, any order: y, and the gradients of a token's x and weights, have the bits of the batch of all tokens.
-    3 dtypes times 3 rounds are 13,000 tokens."""
+    """In any batch and order, y and the gradients of a token's x and weights have the bits of the full batch. 3 dtypes
+    times 3 rounds are 13,000 tokens."""
     layer, options = layer_of(dtype, CASE._replace(num_tokens=1024)), GluOptions()
     grad_y = torch.randn(layer.x.shape).to(dtype)
 
@@ -107,7 +107,7 @@ def test_a_token_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype, 
         return y, grads[0], grads[5]
 
     whole = run(torch.arange(1024))
-    assert equal_bits(whole[0], ops.moe_forward(*layer.arguments(), *options, False)[0])  # h saved or not
+    assert equal_bits(whole[0], ops.moe_forward(*layer.arguments(), *options, False)[0])  # whether h is saved or not
     for _ in range(count):
         for size in BATCHES:
             rows = torch.randperm(1024)[:size]
@@ -118,7 +118,7 @@ def test_a_token_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype, 
 @on_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_slot_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype) -> None:
-    """The same of the stages one by one, with inner dimensions of several packed chunks."""
+    """The same for the separate stages, with inner dimensions of several packed chunks."""
     layer = layer_of(dtype, Case("deep", 120, 2, 5, 2100, 1030))
 
     def run(rows: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def test_a_slot_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @counts(ci=20, full=1_000)
 def test_checkpointed_steps(backend: str, reentrant: bool, count: int) -> None:
-    """Steps of a layer whose logits are dense with ties: the recomputed routing, and so each gradient, is the same."""
+    """Steps of a layer whose logits have many ties: the recomputed routing, and so each gradient, is the same."""
     layer = make_layer(Case("small", 24, 3, 8, 12, 10))
     gate = torch.randint(-1, 2, (8, 12)).float()
 

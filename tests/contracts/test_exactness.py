@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Integer problems equal float64, to the bit, forward and backward: see exact_problems.py."""
+"""Integer problems equal float64 bit for bit, forward and backward: see exact_problems.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from exact_problems import Problem, check, check_moe, keywords, leaves, solve, sparse_problem
+from exact_problems import Problem, check, check_moe, leaves, solve, sparse_problem
 from problems import DTYPES, counts, random_ids, random_layer, random_options
 from torch import Tensor
 
@@ -24,7 +24,7 @@ def fifty_problems(seed: int) -> Problem:
 
 @functools.cache
 def dense_problem(seed: int) -> Problem:
-    """Long sums in float32: all terms count, and all sums stay below 2^24."""
+    """Long sums in float32: all terms matter, and all sums stay below 2^24."""
     rng = np.random.default_rng([3, seed])
 
     def draw(name: str, *shape: int) -> np.ndarray:
@@ -50,7 +50,7 @@ def test_moe_with_long_sums(backend: str, count: int) -> None:
 
 @pytest.mark.parametrize("pattern", ["first", "last", "skewed"])
 def test_imbalance(backend: str, pattern: str) -> None:
-    """700 tokens, most or all of them at one expert: several tiles of rows, and sums of 700 terms."""
+    """700 tokens, most or all of them for one expert: several row tiles, and sums of 700 terms."""
     rng = np.random.default_rng(14)
     ranks = np.minimum(rng.zipf(2.0, (700, 2)), 5) - 1
     ids = {"first": np.zeros((700, 2)), "last": np.full((700, 2), 4), "skewed": ranks}[pattern].astype(np.int32)
@@ -61,7 +61,7 @@ def test_imbalance(backend: str, pattern: str) -> None:
 
 @counts(ci=250, full=2_500)
 def test_stages(backend: str, count: int) -> None:
-    """The same problems stage by stage, experts as a list, and every other time with weights of 1 on the way in."""
+    """The same problems stage by stage, with experts as a list, and every other time with input weights of 1."""
     for seed in range(count // 50):
         problem = fifty_problems(seed)
         layer = leaves(problem.layer)
@@ -100,8 +100,8 @@ def test_grouped_gemm_of_unequal_matrices(backend: str, count: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_results_are_rounded_to_nearest_even(backend: str, dtype: torch.dtype) -> None:
-    """Sums and products of pairs of integers around the precision, ties included, by every op that stores floats."""
-    limit = int(2 / torch.finfo(dtype).eps)  # the first integer whose successor the dtype lacks
+    """Sums and products of integer pairs near the precision limit, including ties, in every op that stores floats."""
+    limit = int(2 / torch.finfo(dtype).eps)  # the first integer whose successor the dtype cannot represent
     numbers = torch.cat((torch.arange(limit - 40, limit + 1), torch.arange(0, 60)))
     a, b = (t.flatten().to(dtype) for t in torch.meshgrid(numbers, numbers, indexing="ij"))
     pairs, minus = torch.stack((a, b), 1), torch.tensor([1.0, -1.0]).to(dtype)
@@ -125,14 +125,14 @@ def test_results_are_rounded_to_nearest_even(backend: str, dtype: torch.dtype) -
     both = switchgear.plan(torch.zeros(len(a), 2, dtype=torch.int32), 1)
     assert torch.equal(switchgear.combine(pairs.view(-1, 1), both), total[:, None])
 
-    # x passes relu as it is: y = a + b forward, and grad_x = the sum of a pair of gradients backward
+    # x passes relu unchanged: y = a + b in forward, and grad_x = the sum of a pair of gradients in backward
     x, eye, all_ones = pairs.clone().requires_grad_(), torch.eye(2)[None].to(dtype), torch.ones(1, 2, 2).to(dtype)
     y = switchgear.moe(x, eye, all_ones, ids, ones, activation="relu", gated=False)
     assert torch.equal(y, total[:, None].expand(-1, 2))
     y.backward(pairs)
     assert torch.equal(x.grad, total[:, None] * (pairs > 0))
 
-    # a weight gradient of two slots for each expert
+    # a weight gradient with two slots per expert
     experts = 200
     left = torch.ones(2 * experts, 1).to(dtype)
     grad = ops.grouped_gemm_wgrad(

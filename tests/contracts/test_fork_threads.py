@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Calls from many threads, and from children of a process whose threads have worked: the same bits, and never a hang.
+"""Calls from many threads, and from forked children of a process that has run threads: same bits, and no hang.
 
-torch's own thread pool does not survive a fork (a child that uses two threads waits forever), so children compute on
-the calling thread alone."""
+torch's own thread pool does not survive a fork (a child that uses two threads waits forever), so children compute only
+on the calling thread."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ import switchgear
 from switchgear import ops
 from switchgear.testing import Case, GluOptions, make_layer
 
-SECONDS = 5.0  # a child's time for a millisecond of work
+SECONDS = 5.0  # a child's limit for a millisecond of work
 OPTIONS = GluOptions()
 
 
 @functools.cache
 def layer() -> Any:
-    """Enough rows that two threads share the work."""
+    """Enough rows for two threads to share the work."""
     torch.manual_seed(0)
     return make_layer(Case("two threads", 256, 2, 4, 64, 48), torch.bfloat16)
 
 
 def digest(_: object = None) -> str:
-    """Of a forward and a backward pass, a route and a plan."""
+    """A digest of a forward and a backward pass, a route and a plan."""
     x, *rest = layer().arguments()
     y, h = ops.moe_forward(x, *rest, *OPTIONS, True)
     grads = ops.moe_backward(y, x, h, *rest, *OPTIONS, [True, True, True, False, False, True])
@@ -54,7 +54,7 @@ def digest(_: object = None) -> str:
 
 
 def in_forked_child(function: Callable[[], str]) -> str:
-    """What `function` returns in a child, which gets SECONDS for it."""
+    """The result of `function` in a child, which may take SECONDS."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -75,7 +75,7 @@ def in_forked_child(function: Callable[[], str]) -> str:
 
 @pytest.fixture
 def wanted() -> str:
-    """The parent's digest, from two threads."""
+    """The parent's digest, computed with two threads."""
     torch.set_num_threads(2)
     return digest()
 
@@ -88,7 +88,7 @@ def test_fork(wanted: str, count: int) -> None:
 
 @counts(ci=20, full=100)
 def test_fork_while_another_thread_is_inside_an_op(wanted: str, count: int) -> None:
-    """Whatever locks that thread holds at the moment of the fork, the child has none of its threads to release them."""
+    """The other thread may hold locks at the fork; the child has no such thread to release them."""
     stop = threading.Event()
 
     def work() -> None:
@@ -100,7 +100,7 @@ def test_fork_while_another_thread_is_inside_an_op(wanted: str, count: int) -> N
     worker.start()
     try:
         for trial in range(count):
-            time.sleep(0.0007 * (trial % 10))  # so that forks fall on different moments
+            time.sleep(0.0007 * (trial % 10))  # varies the moment of the fork
             assert in_forked_child(digest) == wanted
     finally:
         stop.set()
@@ -145,7 +145,7 @@ def test_data_loader_workers(wanted: str) -> None:
 @on_kernels
 @counts(ci=50, full=1_000)
 def test_eight_threads(backend: str, count: int) -> None:
-    """Each thread makes all the calls, from another one on, and a bad call now and then; all share their inputs."""
+    """Each thread makes all calls, starting at a different one, with occasional bad calls; all share their inputs."""
     calls = [(op, args | {"num_threads": 2}) for op, args in random_calls(count)]
     wanted = [written(op, args) for op, args in calls]
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Gradients against finite differences in float64, where the reference runs: its formulas are those of the kernels,
-whose results test_accuracy.py and test_exactness.py bound. And gradients that exist whatever the routing."""
+"""Gradients against finite differences in float64, on the reference: the kernels use the same formulas, and
+test_accuracy.py and test_exactness.py bound their results. Also: gradients exist for any routing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from switchgear.testing import GluOptions
 
 
 def check(function: Callable[..., object], *tensors: Tensor | None) -> None:
-    """Random projections of the Jacobian in float64, which find any wrong element with probability 1."""
+    """Random projections of the Jacobian in float64, which detect any wrong element with probability 1."""
     leaves = []
     for t in tensors:
         if t is not None and t.numel() == 0:
@@ -29,13 +29,13 @@ def check(function: Callable[..., object], *tensors: Tensor | None) -> None:
 
 @counts(ci=60, full=500)
 def test_moe(count: int) -> None:
-    """All activations and layouts, with empty experts, -1, duplicates and one expert for all, for every tensor."""
+    """All activations and layouts, with empty experts, -1, duplicates and all tokens on one expert, for each tensor."""
     for seed in range(count):
         rng = np.random.default_rng([5, seed])
         options = random_options(rng, (tuple(ACTIVATIONS)[seed % len(ACTIVATIONS)],))
         hidden_size, intermediate_size = (int(n) for n in rng.integers(1, 8, 2))
         layer = random_layer(rng, torch.float64, options, hidden_size, intermediate_size, random_ids(rng, 2))
-        if seed % 5 == 4:  # all tokens at one expert
+        if seed % 5 == 4:  # all tokens use one expert
             layer = layer._replace(topk_ids=torch.full_like(layer.topk_ids, len(layer.gate_up_proj) - 1))
 
         def moe(*tensors: Tensor, options: GluOptions = options) -> Tensor:
@@ -49,7 +49,7 @@ def test_moe(count: int) -> None:
 
 @counts(ci=30, full=500)
 def test_route(count: int) -> None:
-    """Soft scores of continuous logits: a small step never changes the choice (float64 logits have no ties)."""
+    """Weights for continuous logits: a small step never changes the choice (float64 logits have no ties)."""
     for seed in range(count):
         rng = np.random.default_rng([6, seed])
         groups, size, tokens = (int(n) for n in rng.integers(1, [5, 6, 6]))
@@ -109,7 +109,7 @@ def test_stages(count: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["no tokens", "no choices", "one expert", "one token"])
 def test_every_parameter_gets_a_gradient(backend: str, case: str, dtype: torch.dtype) -> None:
-    """Exactly zero for experts without tokens, and never None: data-parallel ranks must agree on what they reduce."""
+    """Exactly zero for experts without tokens, and never None: data-parallel ranks must reduce the same gradients."""
     ids = {
         "no tokens": torch.empty(0, 2),
         "no choices": torch.full((3, 2), -1),

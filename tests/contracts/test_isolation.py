@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a token does not use cannot reach it: padding rows of NaN, weights of empty choices, experts it did not choose.
-And what it does use is not hidden: NaN comes out where NaN went in."""
+"""Unused values cannot affect a token: NaN in padding rows, in weights of empty choices, in experts it did not choose.
+And used values are not masked: NaN in gives NaN out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def gradients(layer: Layer, grad_y: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("content", [torch.nan, torch.inf, 3e38], ids=str)
 def test_padding_rows_do_not_reach_tokens(backend: str, dtype: torch.dtype, content: float) -> None:
-    """From router to output: y and grad_x of the tokens have the bits that they have without padding."""
+    """From router to output: y and grad_x of the tokens have the same bits as without padding."""
     layer = make_layer(CASE, dtype)
     gate = torch.randn(6, 37).to(dtype)
     padding = torch.arange(40) % 3 == 1
@@ -48,7 +48,7 @@ def test_padding_rows_do_not_reach_tokens(backend: str, dtype: torch.dtype, cont
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty_choices_are_ignored(backend: str, dtype: torch.dtype) -> None:
-    """Their weights, tokens without any choice, and experts that nobody chose may hold NaN: no number changes."""
+    """Weights of empty choices, tokens without choices, and unused experts may contain NaN: no number changes."""
     layer = make_layer(CASE._replace(pattern="holes"), dtype)
     layer.topk_ids[layer.topk_ids == 4] = -1
     layer.topk_ids[:5] = -1
@@ -83,5 +83,5 @@ def test_nan_is_not_hidden(backend: str, dtype: torch.dtype, gated: bool, limit:
             hit[1, column % a.shape[1]] = True
             assert torch.equal(a.isnan(), hit), activation
             assert grad[~h.isnan()].view(-1)[:1].isfinite().all()
-            if activation != "relu":  # whose slope is a constant, whatever the gate
+            if activation != "relu":  # its slope is constant for any gate
                 assert grad[1].isnan().any(), activation

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""However a tensor lies in memory, results and gradients have the bits that contiguous tensors give, or it is
+"""For any memory layout of a tensor, results and gradients have the bits of contiguous tensors, or the layout is
 refused."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def apart(*dims: int) -> Callable[[Tensor], Tensor]:
-    """Gaps between the elements of some dimensions."""
+    """Gaps between the elements along some dimensions."""
 
     def layout(tensor: Tensor) -> Tensor:
         for dim in dims:
@@ -28,7 +28,7 @@ def apart(*dims: int) -> Callable[[Tensor], Tensor]:
 
 
 def offset(tensor: Tensor) -> Tensor:
-    """One element into its storage, so that rows are aligned to nothing."""
+    """Starts one element into its storage, so rows have no alignment."""
     return torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view(tensor.shape)
 
 
@@ -38,13 +38,13 @@ def padded(tensor: Tensor) -> Tensor:
 
 
 def backwards(tensor: Tensor) -> Tensor:
-    """Dimensions in the opposite order in memory."""
+    """Dimensions in reverse order in memory."""
     order = list(range(tensor.dim()))[::-1]
     return tensor.permute(order).contiguous().permute(order)
 
 
 def expanded(dim: int) -> Callable[[Tensor], Tensor]:
-    """One slice for all along a dimension, with a stride of 0. Unlike the others this changes the numbers."""
+    """One slice repeated along a dimension, with stride 0. Unlike the others this changes the values."""
     return lambda tensor: tensor.narrow(dim % tensor.dim(), 0, 1).expand(tensor.shape)
 
 
@@ -64,12 +64,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "one for all": lambda t: t.flatten()[:1].view([1] * t.dim()).expand(t.shape),
 }
 MERGING = ("first expanded", "last expanded", "one for all")
-NOT_FREE = {"expert_offsets", "token_indices", "slot_indices"}  # other numbers would not be a plan
-SIZES = (sizes_of(), sizes_of(T=60, K=2, E=3, H=70, I=40))  # few rows, and more than a tile of them
+NOT_FREE = {"expert_offsets", "token_indices", "slot_indices"}  # other values would not be a plan
+SIZES = (sizes_of(), sizes_of(T=60, K=2, E=3, H=70, I=40))  # few rows, and more than one row tile
 
 
 def run(function: str, args: dict[str, Any], grad: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Results and gradients; `grad` lays out what backward starts from."""
+    """Results and gradients; `grad` sets the layout of the incoming gradient."""
     names = [name for name, a in args.items() if is_float(a)]
     leaves = {name: args[name].detach().requires_grad_() for name in names}
     result = FUNCTIONS[function](**args | leaves)
@@ -102,7 +102,7 @@ def refused(name: str, tensor: Tensor, function: str, args: dict[str, Any]) -> b
 def compare_layouts(
     function: str, args: dict[str, Any], equal: Callable[[list[Tensor], list[Tensor]], bool], strict: bool
 ) -> None:
-    """13 layouts of each tensor, and of the gradient that comes in, against contiguous ones."""
+    """13 layouts of each tensor and of the incoming gradient, against contiguous ones."""
     for layout, change in LAYOUTS.items():
 
         def dense(tensor: Tensor, change: Callable[[Tensor], Tensor] = change) -> Tensor:
@@ -131,7 +131,7 @@ def test_layouts_on_the_kernels(backend: str, function: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("function", TENSORS)
 def test_layouts_on_the_reference(function: str) -> None:
-    """In float64 and up to its rounding, sums of at most 140 terms of order 10: an element in the wrong place shows."""
+    """In float64, up to rounding: sums of at most 140 terms of order 10. A misplaced element is detected."""
 
     def close(a: list[Tensor], b: list[Tensor]) -> bool:
         return all(torch.allclose(x.double(), y.double(), rtol=0, atol=1e-11) for x, y in zip(a, b, strict=True))

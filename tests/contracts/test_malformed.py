@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Spoiled arguments of the public functions, on the kernels and on the reference: a ValueError or TypeError that names
-the argument, what was expected and what came; and the next good call is right."""
+"""Malformed arguments of the public functions, on kernels and reference: a ValueError or TypeError names the argument,
+what was expected and what was given; and the next valid call works."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "glu": switchgear.glu,
     "moe": switchgear.moe,
 }
-# sizes and dtype of each tensor; ids may be int64 too, and weights any floating dtype
+# sizes and dtype of each tensor; ids may also be int64, and weights any floating dtype
 TENSORS: dict[str, dict[str, str]] = {
     "route": {"router_logits": "TE float", "selection_bias": "E weights"},
     "plan": {"topk_ids": "TK ids"},
@@ -114,7 +114,7 @@ def defects(function: str, name: str) -> Iterator[Defect]:
 
 
 def is_shared(function: str, letter: str) -> bool:
-    """Whether another size depends on it. Gathered rows may be any number, and any number of slots may be gathered."""
+    """Whether another tensor has this size. Any number of rows may be gathered from any number."""
     if function == "plan" or (function == "grouped_gemm" and letter in "TS"):
         return False
     letters = "".join(spec_of(function, name)[0] for name in TENSORS[function])
@@ -270,7 +270,7 @@ def test_no_list_of_matrices(weight: Any) -> None:
 
 @pytest.mark.parametrize("function", ["moe", "grouped_gemm"])
 def test_arrays_of_two_libraries(function: str) -> None:
-    """The first argument decides whose arrays they are."""
+    """The first argument determines the library."""
     args = good_arguments(function)
     for name in list(TENSORS[function])[1:]:
         check_refused(function, args, {name: args[name].numpy()}, {name})

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Spoiled arguments of the native ops: a ValueError or TypeError that names the argument, what was expected and what
-came; outputs keep every byte; and the next good call is right.
+"""Malformed arguments of the native ops: a ValueError or TypeError names the argument, what was expected and what was
+given; outputs keep every byte; and the next valid call works.
 
-The defects are made from the table of native_calls.py: each that makes sense, for each argument of each op.
+The defects are generated from the table in native_calls.py: every applicable one for each argument of each op.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Defect = tuple[str, Callable[[Tensor], Any]]
 
 
 def misaligned(tensor: Tensor) -> Tensor:
-    """The same numbers, one byte further on."""
+    """The same values, shifted by one byte."""
     buffer = bytearray(1 + tensor.numel() * tensor.element_size())
     flat = torch.frombuffer(buffer, dtype=tensor.dtype, offset=1, count=tensor.numel())
     return flat.view(tensor.shape).copy_(tensor)
@@ -48,7 +48,7 @@ def read_only(tensor: Tensor) -> np.ndarray:
 
 
 def every_second(tensor: Tensor, dim: int) -> Tensor:
-    """The same numbers with twice the stride along `dim`."""
+    """The same values with twice the stride along `dim`."""
     return torch.stack((tensor, tensor), dim + 1).flatten(dim, dim + 1).unfold(dim, 1, 2).squeeze(-1)
 
 
@@ -104,12 +104,12 @@ def defects(op: str, name: str) -> Iterator[Defect]:
 
 
 def linked(letter: str) -> str:
-    """Sizes that follow from each other: S = T·K, F = E + 1, N = 2I."""
+    """Sizes that depend on each other: S = T·K, F = E + 1, N = 2I."""
     return next(group for group in ("TKS", "EF", "IN", "H", *"ABDWVGJQR") if letter in group)
 
 
 def is_shared(op: str, letter: str) -> bool:
-    """Whether another size depends on it, so that one tensor alone can't change it. Gathered rows may be any number."""
+    """Whether another tensor has this size, so that it cannot change in one tensor only. Gathered rows are free."""
     if "grouped_gemm" in op and letter == "T":
         return False
     letters = "".join(spec_of(op, name).sizes for name in OPS[op].tensors)
@@ -117,7 +117,7 @@ def is_shared(op: str, letter: str) -> bool:
 
 
 def names_to_blame(op: str, name: str) -> set[str]:
-    """The argument, or one that shares a size or a dtype with it: the first that is read sets the standard."""
+    """The argument, or one that shares a size or dtype with it: the first one checked is the reference."""
     spec = spec_of(op, name)
 
     def related(other: Spec) -> bool:
@@ -128,7 +128,7 @@ def names_to_blame(op: str, name: str) -> set[str]:
 
 
 def check_refused(op: str, args: dict[str, Any], spoiled: dict[str, Any], blamed: set[str]) -> None:
-    """The call with some arguments exchanged raises, writes nothing, and leaves good calls good."""
+    """The call with some arguments replaced raises, writes nothing, and does not break later valid calls."""
     outputs = outputs_of(op)
     call(op, args)
     wanted = {output: memory(args[output]).clone() for output in outputs}
@@ -183,7 +183,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(("op", "output", "other"), PAIRS)
 def test_shared_memory(op: str, output: str, other: str) -> None:
-    """An output over the whole of another argument, and one that reaches into its last element."""
+    """An output that overlaps all of another argument, and one that overlaps its last element."""
     args = arguments(op, SIZES)
     a, b = args[output], args[other]
     for first in (0, b.numel() - 1):
@@ -238,7 +238,7 @@ OFFSETS = (
 @pytest.mark.parametrize("offsets", OFFSETS, ids=str)
 @pytest.mark.parametrize("op", [op for op, parts in OPS.items() if "expert_offsets" in parts.tensors and op != "plan"])
 def test_offsets(op: str, offsets: list[int]) -> None:
-    """Offsets that start after 0, decrease, exceed the slots, or are no numbers of slots at all."""
+    """Offsets that start after 0, decrease, exceed the slots, or are not slot counts at all."""
     args = arguments(op, SIZES)
     check_refused(op, args, {"expert_offsets": torch.tensor(offsets, dtype=torch.int32)}, {"expert_offsets"})
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Every byte of every output is written and no other, whatever memory held before. Nothing that was left in a buffer,
-by another user say, can show up in a result."""
+"""Exactly the bytes of the outputs are written, whatever memory contained before. Old buffer contents, for example of
+another user, never appear in a result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POISONS = (0xA5, 0xFF, 0x00)
 
 
 def random_calls(count: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Calls of random ops and sizes: no tokens, empty experts and slots, sizes around the vectors and panels."""
+    """Calls of random ops and sizes: no tokens, empty experts and slots, sizes around those of vectors and panels."""
     rng = np.random.default_rng(12)
     for _ in range(count):
         op = str(rng.choice(list(OPS)))
@@ -46,7 +46,7 @@ def written(op: str, args: dict[str, Any]) -> list[bytes]:
 @on_kernels
 @counts(ci=400, full=20_000)
 def test_outputs_do_not_depend_on_what_they_held(backend: str, count: int) -> None:
-    """Three poisons, the same bytes. Temporary memory is whatever the ops before, some on NaN, have left there."""
+    """Three poison values give the same bytes. Temporary memory contains what earlier ops left, some of it NaN."""
     for op, args in random_calls(count):
         leave_nan_behind()
         results = []
@@ -76,8 +76,8 @@ def leave_nan_behind() -> None:
 
 
 def within_guards(tensor: Tensor, layout: str, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Like `tensor`, inside a poisoned buffer with gaps between rows where the layout allows; the buffer, and a mask of
-    those of its elements that belong to the tensor."""
+    """Like `tensor`, inside a poisoned buffer, with gaps between rows if the layout allows; also the buffer, and a mask
+    of the tensor's elements in it."""
     shape = list(tensor.shape)
     if layout == "matrices" and transposed:
         shape[-1], shape[-2] = shape[-2], shape[-1]
@@ -115,7 +115,7 @@ def test_nothing_but_outputs_is_written(backend: str, count: int) -> None:
 
 @pytest.fixture
 def nan_in_empty_tensors() -> Iterator[None]:
-    """torch fills what torch.empty returns with NaN, or the largest integer."""
+    """Makes torch fill torch.empty with NaN, or the largest integer."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -124,7 +124,7 @@ def nan_in_empty_tensors() -> Iterator[None]:
 
 @pytest.mark.parametrize("function", TENSORS)
 def test_no_uninitialised_tensors(backend: str, function: str, request: pytest.FixtureRequest) -> None:
-    """The functions and their gradients, tail rows, empty experts and all, as torch allocates them."""
+    """The functions and their gradients on memory that torch allocates, including tail rows and empty experts."""
     args = good_arguments(function)
     if "topk_ids" in args:
         args["topk_ids"] = torch.full_like(args["topk_ids"], -1)
@@ -137,7 +137,7 @@ def test_no_uninitialised_tensors(backend: str, function: str, request: pytest.F
 
 
 def digest() -> str:
-    """Of the outputs of a fixed series of calls, in a process whose temporary memory is fresh."""
+    """A digest of the outputs of a fixed series of calls, in a process with fresh temporary memory."""
     torch.manual_seed(0)
     sha = hashlib.sha256()
     for isa in switchgear.available_cpu_isas():
@@ -150,7 +150,7 @@ def digest() -> str:
 
 
 def test_fresh_memory_holds_nothing_that_matters() -> None:
-    """glibc fills what malloc returns with the bytes of MALLOC_PERTURB_, the memory of std::vector included."""
+    """With MALLOC_PERTURB_, glibc fills the results of malloc, including the memory of std::vector."""
     command = [sys.executable, "-c", "import test_memory; print(test_memory.digest())"]
     here = os.path.dirname(os.path.abspath(__file__))
     path = os.pathsep.join(filter(None, (here, os.path.dirname(here), os.environ.get("PYTHONPATH"))))

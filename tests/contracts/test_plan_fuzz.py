@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""plan on ids from anywhere. Either every id is -1 or an expert, and the plan is the stable sort by expert, or it is a
-ValueError and nothing is written. (tests/cpp/test_plan.cpp does this under sanitizers.)"""
+"""plan on arbitrary ids. If every id is -1 or an expert, the plan is the stable sort by expert; otherwise it raises
+ValueError and writes nothing. (tests/cpp/test_plan.cpp does this under sanitizers.)"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 
 
 class Batch(NamedTuple):
-    """Plans whose ids lie one behind the other: plan p has shape[p] = (T,K), E experts, and is bad if an id is."""
+    """Plans with concatenated ids: plan p has shape[p] = (T,K), E experts, and is bad if any of its ids is."""
 
     ids: np.ndarray  # [Σ T·K] int32
     of_id: np.ndarray  # [Σ T·K] the plan of each id
@@ -29,8 +29,8 @@ class Batch(NamedTuple):
 
 
 def draw(rng: np.random.Generator, plans: int) -> Batch:
-    """Sizes from nothing up, ids uniform, few, none, or one expert; a third of the plans gets ids out of range: the
-    neighbours of the range, the ends of int32, and float32 bits left over in a buffer."""
+    """Sizes from zero; ids uniform, few, none, or one expert. A third of the plans get ids out of range: next to the
+    range, at the limits of int32, and leftover float32 bits."""
     tokens, choices = rng.integers(0, 14, plans), rng.integers(1, 7, plans)
     experts = np.where(rng.random(plans) < 0.05, rng.integers(1, 3000, plans), rng.integers(1, 40, plans))
     of_id = np.repeat(np.arange(plans), tokens * choices)
@@ -50,7 +50,7 @@ def draw(rng: np.random.Generator, plans: int) -> Batch:
 
 
 def run(batch: Batch) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
-    """Which plans raised, and the poisoned buffers that _C.plan wrote into."""
+    """Which plans raised, and the poisoned buffers that _C.plan wrote to."""
     sizes = (batch.tokens * batch.choices).tolist()
     expert_offsets = torch.full((int((batch.experts + 1).sum()),), POISON, dtype=torch.int32)
     token_indices, slot_indices = torch.full((2, len(batch.ids)), POISON, dtype=torch.int32)
@@ -75,7 +75,7 @@ def run(batch: Batch) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
 
 
 def check(batch: Batch, raised: np.ndarray, *outputs: Tensor) -> None:
-    """All plans at once: one stable sort by (plan, expert) of the ids, empty ones last."""
+    """Checks all plans at once: one stable sort of the ids by (plan, expert), empty ones last."""
     assert np.array_equal(raised, batch.bad)
     offsets, tokens, slots = (t.numpy() for t in outputs)
     bad_id, bad_offset = batch.bad[batch.of_id], np.repeat(batch.bad, batch.experts + 1)
@@ -103,7 +103,7 @@ def check(batch: Batch, raised: np.ndarray, *outputs: Tensor) -> None:
     before = np.repeat(total[first_offset], batch.experts + 1)
     assert np.array_equal(offsets[~bad_offset], (total - before)[~bad_offset])
 
-    # The invariants in their own words: a slot's token is the token that points to it, and each slot is used once.
+    # The invariants directly: a slot's token points to the slot, and each slot is used once.
     at = first[batch.of_id[valid]] + slots[valid]
     assert np.array_equal(tokens[at], token[valid])
     assert len(np.unique(at)) == valid.sum()
@@ -133,7 +133,7 @@ def test_reference_agrees(backend: str) -> None:
 
 
 def test_chunks_of_threads_make_no_difference() -> None:
-    """Plans long enough to be cut into a chunk per thread, with more and with fewer experts than tokens."""
+    """Plans long enough for one chunk per thread, with more and with fewer experts than tokens."""
     for experts in (3, 200, 9000):
         ids = torch.randint(-1, experts, (12_000, 4), dtype=torch.int32)
         wanted = reference.plan(ids, experts)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Each torch op as torch wants it: schema, fake implementation (shapes, dtypes and strides), autograd registration and
-ahead-of-time dispatch with dynamic shapes, by torch's own checker, on random sizes, dtypes and layouts."""
+"""Each torch op passes torch's own checker on random sizes, dtypes and layouts: schema, fake implementation (shapes,
+dtypes, strides), autograd registration, and ahead-of-time dispatch with dynamic shapes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from switchgear import ops
 
 
 def sample(op: str, seed: int) -> tuple[Any, ...]:
-    """Arguments of the torch op: inputs of the native one, in random sizes and layouts, some optional ones absent."""
+    """Arguments of the torch op: the native op's inputs, in random sizes and layouts, some optional ones absent."""
     rng = np.random.default_rng([13, seed])
     torch.manual_seed(seed)
     tokens, top_k, experts, hidden_size, intermediate_size = (

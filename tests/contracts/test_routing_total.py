@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""route is total: any bits in the logits give K distinct experts in range, by the order (value descending, id
-ascending), with the same bits on every backend. This breaks the commonest chain of crashes in MoE serving: a padding
-row turns into NaN logits, those into duplicate or wild ids, and these into writes out of bounds."""
+"""route is total: any bits in the logits give K distinct experts in range, ordered by (value descending, id ascending),
+with the same bits on every backend. This prevents the most common chain of crashes in MoE serving: a padding row gives
+NaN logits, these give duplicate or wild ids, and these give out-of-bounds writes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def case(kind: str, name: str, dtype: torch.dtype, count: int) -> tuple[Tensor, dict[str, Any], switchgear.Routing]:
-    """Logits, options, and what the reference makes of them."""
+    """Logits, options, and the reference's routing."""
     rng = np.random.default_rng([8, KINDS.index(kind), list(OPTIONS).index(name), DTYPES.index(dtype)])
     logits = torch.from_numpy(drawn_rows(kind, rng, count)).to(dtype)
     bias = None
@@ -75,12 +75,12 @@ def sanitised(values: Tensor) -> np.ndarray:
 
 
 def ranked(values: np.ndarray) -> np.ndarray:
-    """Indices along the last axis by (value descending, index ascending), -0 and 0 being equal."""
+    """Indices along the last axis by (value descending, index ascending); -0 equals 0."""
     return np.argsort(-(values + 0.0), axis=-1, kind="stable")
 
 
 def chosen(logits: Tensor, options: dict[str, Any]) -> np.ndarray:
-    """The definition of the choice, in numpy, from the scores of the reference."""
+    """The definition of the choice in numpy, from the reference's scores."""
     values = sanitised(logits)
     score = reference.scores(torch.from_numpy(values), options.get("score_function", "softmax")).numpy()
     bias, groups = options["selection_bias"], options.get("num_groups", 1)
@@ -96,7 +96,7 @@ def chosen(logits: Tensor, options: dict[str, Any]) -> np.ndarray:
     return ranked(values)[:, :TOP_K]
 
 
-# times 8 kinds of rows, 5 ways to choose and 3 dtypes: 10^5 rows, and 10^6
+# times 8 kinds of rows, 5 selections and 3 dtypes: 10^5 rows, and 10^6
 @pytest.mark.parametrize("name", OPTIONS)
 @counts(ci=834, full=8_340)
 def test_any_logits(backend: str, name: str, count: int) -> None:
@@ -115,8 +115,8 @@ def test_any_logits(backend: str, name: str, count: int) -> None:
 
 
 def check_weights(logits: Tensor, ids: Tensor, weights: Tensor, options: dict[str, Any]) -> None:
-    """Scores against float64. In float32, z - max is off by u·|z - max|, which exp turns into a relative error; 8·u
-    covers exp (1 ulp), the division, normalisation and scale. What exp has below the normal range is 0."""
+    """Scores against float64. In float32, z - max has an error of u·|z - max|, which exp turns into a relative error;
+    8·u covers exp (1 ulp), the division, normalisation and scale. exp is 0 below the normal range."""
     wide = torch.from_numpy(sanitised(logits)).double()
     sigmoid = options.get("score_function") == "sigmoid"
     score = torch.sigmoid(wide) if sigmoid else torch.softmax(wide, -1)
@@ -127,7 +127,7 @@ def check_weights(logits: Tensor, ids: Tensor, weights: Tensor, options: dict[st
         total = score.sum(-1, keepdim=True) + 1e-20
         score, error = score / total, error / total + score / total**2 * error.sum(-1, keepdim=True) * 1.01
     scale = options.get("scale", 1.0)
-    defined = error < 0.5 * scale  # a row of scores that all vanish has no ratios to compare
+    defined = error < 0.5 * scale  # if all scores vanish there are no ratios to compare
     difference = (weights.double() - scale * score).abs()
     assert (difference <= scale * error)[defined].all()
 
@@ -154,11 +154,11 @@ def test_a_row_does_not_depend_on_the_others(backend: str) -> None:
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 def test_gradients_of_any_logits(backend: str, name: str) -> None:
-    """Finite, and zero where the logit was not: sanitising is constant there."""
+    """Finite, and zero for logits that are not finite: sanitising is constant there."""
     for kind in KINDS:
         for dtype in DTYPES:
             logits, options, wanted = case(kind, name, dtype, 64)
-            normalize = kind not in ("huge", "any bits")  # else 0/0 of vanished scores, and its gradient of 1e20
+            normalize = kind not in ("huge", "any bits")  # otherwise 0/0 of vanished scores, with a gradient of 1e20
             grad = ops.route_backward(
                 torch.ones_like(wanted.topk_weights),
                 logits,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""No shape is special: numbers of experts around every power of two, K up to E, widths that divide nothing, few tokens.
-Results are exact, so they are compared to the bit."""
+"""No shape is special: numbers of experts around every power of two, K up to E, widths without common divisors, few
+tokens. Results are exact, so they are compared bit for bit."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ LATTICE = [
     for top_k in [experts if top_k is None else top_k]
     if top_k <= experts
 ]
-MAX_SLOTS = 50_000  # of a case in CI; K = E = 4096 with 1025 tokens has 4.2 million
+MAX_SLOTS = 50_000  # per case in CI; K = E = 4096 with 1025 tokens has 4.2 million
 
 
 def check_routing(experts: int, top_k: int, tokens: int) -> None:
-    """route, plan, permute and combine on logits of few values, against sorts in numpy."""
+    """route, plan, permute and combine on logits with few distinct values, against sorts in numpy."""
     rng = np.random.default_rng([experts, top_k, tokens])
     logits = rng.integers(0, 4, (tokens, experts)).astype(np.float32)
     ids = switchgear.route(torch.from_numpy(logits), top_k).topk_ids
@@ -61,7 +61,7 @@ WIDE = (2879, 2880, 2881, 7167, 7168, 7169)
 
 @counts(ci=100, full=2_000)
 def test_widths(backend: str, count: int) -> None:
-    """moe forward and backward for hidden and intermediate sizes from 1 to 257, every one of them both ways."""
+    """moe forward and backward for hidden and intermediate sizes from 1 to 257, each value in both roles."""
     for seed in range(count):
         rng = np.random.default_rng([10, seed])
         hidden_size, intermediate_size = (int(rng.permutation(257)[seed * step % 257]) + 1 for step in (1, 3))
@@ -80,7 +80,7 @@ def test_model_widths(backend: str, width: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_few_tokens(backend: str, tokens: int, dtype: torch.dtype) -> None:
-    """Every function, forward and backward, with no token and with one that has a choice left empty."""
+    """Every function, forward and backward, with no token, and with one token that has an empty choice."""
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape).to(dtype).requires_grad_()

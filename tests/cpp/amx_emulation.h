@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The tiles of AMX in plain C++, in place of the instructions in csrc/cpu/amx.h: what they compute, as Intel's manual
-// specifies it, and what a processor would refuse. A misuse throws, and so fails the test: tiles without shapes, shapes that
-// do not fit or do not exist, and a thread that configures its tiles anew, or ends, without having released them.
+// AMX tiles in plain C++, in place of the instructions in csrc/cpu/amx.h: they compute what Intel's manual specifies, and
+// refuse what a processor would. Misuse throws and so fails the test: tiles without shapes, shapes that do not fit or do not
+// exist, and a thread that configures its tiles again, or ends, without releasing them.
 #pragma once
 #include <cmath>
 #include <cstdio>
@@ -78,7 +78,7 @@ inline void tile_store(void* p, int64_t stride) {
   }
 }
 
-// Subnormal operands and results are zeros that keep their sign.
+// Subnormal operands and results become zeros of the same sign.
 inline float flushed(float v) { return std::abs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
 
 // Element i of a row of bfloat16.

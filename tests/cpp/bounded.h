@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Reference arithmetic in float64 that carries along how far a float32 computation may be from it. The bounds follow from
-// the dtypes and the lengths of the sums: a test has no tolerance of its own.
+// Reference arithmetic in float64 that also tracks how far a float32 computation may deviate. The bounds follow from the
+// dtypes and the lengths of the sums: no test has a tolerance of its own.
 #pragma once
 #include "support.h"
 
@@ -13,7 +13,7 @@ struct Bounded {
   double error = 0.0;
 };
 
-// The same value rounded once to a dtype; half a spacing where it is subnormal.
+// The same value rounded once to a dtype: half a spacing if it is subnormal.
 inline Bounded rounded(Bounded v, DType dtype) {
   const double unit = std::ldexp(1.0, -mantissa_bits(dtype) - 1);
   const double smallest = std::ldexp(1.0, min_exponent(dtype) - mantissa_bits(dtype) - 1);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The case list of all ops: sizes that are no multiples of anything, the extremes, and the patterns of ids that break
-// routers in practice. Reference plans are made here by sorting into buckets.
+// The cases of all ops: sizes that are multiples of nothing, extremes, and the patterns of ids that break routers in
+// practice. Reference plans are made here by sorting into buckets.
 #pragma once
 #include <cstdlib>
 
@@ -96,7 +96,7 @@ inline PlanArrays reference_plan(const Array& ids, int64_t num_experts) {
   return result;
 }
 
-// body(case) for each case, with the case's name in `note`.
+// Calls body(case) for each case, with the case's name in `note`.
 template <typename Body>
 void for_each_case(Body&& body) {
   for (const Case& c : kCases) {
@@ -106,7 +106,7 @@ void for_each_case(Body&& body) {
   note.clear();
 }
 
-// `count` from the environment variable `name`, where it is set: long runs ask for more than the default.
+// `count` from the environment variable `name` if it is set; long runs raise it.
 inline int64_t count_from(const char* name, int64_t otherwise) {
   const char* text = std::getenv(name);
   return text != nullptr ? std::atoll(text) : otherwise;

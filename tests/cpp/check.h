@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A test program in one header: TEST registers a function, CHECK counts what fails and says where, main runs all tests or
-// those whose names contain one of the arguments. `note` adds what CHECK prints: the case that is being run.
+// A test program in one header: TEST registers a function, CHECK counts and prints failures, main runs all tests or those
+// whose names contain one of the arguments. `note` is the current case, which CHECK also prints.
 #pragma once
 #include <cstdio>
 #include <cstring>
@@ -57,7 +57,7 @@ inline int run_tests(int argc, char** argv) {
 
 }  // namespace switchgear::test
 
-// The text, made only when a check fails, is the condition and whatever follows it.
+// The text is the condition and what follows it; it is made only if a check fails.
 #define CHECK(condition, ...)                                                                     \
   do {                                                                                            \
     const bool holds = static_cast<bool>(condition);                                              \

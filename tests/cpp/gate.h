@@ -9,8 +9,8 @@ namespace switchgear::test {
 
 struct Curve {
   double value, slope;
-  double terms;     // Σ|terms| that the slope is a sum of; 1 - s counts as 1, since it cancels
-  double argument;  // of the exponential inside, as a relative error per kUnit: rounding x by d changes e^x by |x|·d
+  double terms;     // Σ|terms| of the slope; 1 - s counts as 1, since it cancels
+  double argument;  // of the exponential, as a relative error per kUnit: rounding x by d changes e^x by |x|·d
 };
 
 inline Curve activate(Activation activation, double x, double alpha) {
@@ -54,10 +54,10 @@ inline Gate apply_gate(Bounded gate, Bounded up, const GluOptions& o) {
   if (!o.gated) up = {1.0, 0.0};
 
   const Curve c = activate(o.activation, gate.value, o.alpha);
-  // A dozen roundings and the error of the exponential, 4 units and its argument's; where it is clamped, 2^-126.
+  // A dozen roundings and the error of the exponential: 4 units and that of its argument, or 2^-126 if it is clamped.
   const double evaluation = (16 + c.argument) * kUnit;
   const double tiny = (1 + std::abs(gate.value)) * (1 + c.argument) * 0x1p-126;
-  // No curve bends by more than 2 per unit; the slope of relu jumps.
+  // No slope changes by more than 2 per unit; that of relu jumps.
   const double slope = o.activation == Activation::kRelu ? 1.0 : std::abs(c.slope) + 2 * gate.error;
   const Bounded curve{c.value, evaluation * std::abs(c.value) + tiny + gate.error * slope};
 
@@ -69,7 +69,7 @@ inline Gate apply_gate(Bounded gate, Bounded up, const GluOptions& o) {
   return result;
 }
 
-// Where gate and up of element i lie in a row of h.
+// Columns of gate and up of element i in a row of h.
 inline int64_t gate_column(const GluOptions& o, int64_t i) { return o.gated && o.interleaved ? 2 * i : i; }
 inline int64_t up_column(const GluOptions& o, int64_t I, int64_t i) { return o.interleaved ? 2 * i + 1 : I + i; }
 

@@ -6,11 +6,11 @@
 
 namespace switchgear::test {
 
-// What a backend keeps of a slot's share of y, or of grad_x, before it adds up the slots of a token.
+// How a backend stores a slot's share of y, or of grad_x, before it sums the slots of a token.
 enum class Slots { kExact, kRounded };
 
-// A layer with everything that one call of moe_forward and moe_backward takes. `aligned`: its rows start at multiples of 16
-// bytes; else nothing does.
+// A layer with all arguments of a call of moe_forward and moe_backward. `aligned`: its rows start at multiples of 16 bytes;
+// otherwise none does.
 struct Layer {
   Layer(const Case& c, DType dtype, const GluOptions& o, bool biased, bool transposed, uint64_t seed,
         bool aligned = false)
@@ -26,7 +26,7 @@ struct Layer {
     topk_weights = random_array(random, DType::kFloat32, {c.T, c.K});
     x = rows({c.T, c.H}, 1.0, 3);
     grad_y = rows({c.T, c.H}, 1.0, 1);
-    // Variance 1 for h and y, so that activations work where they bend.
+    // h and y have variance 1, where activations are curved.
     gate_up_proj = matrices(transposed, N, c.H);
     down_proj = matrices(transposed, c.H, c.I);
     if (biased) {
@@ -75,7 +75,7 @@ struct Layer {
   PlanArrays plan{0, 1, 1};
 };
 
-// body(s, t, k, e) for each slot that is used
+// Calls body(s, t, k, e) for each used slot.
 template <typename Body>
 void for_each_slot(const Layer& l, Body&& body) {
   for (int64_t t = 0; t < l.c.T; ++t) {
@@ -93,7 +93,7 @@ inline void check_table(const Array& got, const Table& want, const char* name, b
   for (int64_t i = 0; i < got.numel(); ++i) {
     if (got.view().ndim == 2) {
       CHECK_CLOSE(got(i / columns, i % columns), want[static_cast<size_t>(i)], name);
-    } else {  // want is [E, rows, columns] of the matrix, got may be stored with its last two dimensions swapped
+    } else {  // want is [E, rows, columns] of the matrix; got may have its last two dimensions swapped
       const int64_t e = i / (rows * columns), r = i / columns % rows, column = i % columns;
       const int64_t at = transposed ? (e * columns + column) * rows + r : i;
       CHECK_CLOSE(got(e, r, column), want[static_cast<size_t>(at)], name);
@@ -103,7 +103,7 @@ inline void check_table(const Array& got, const Table& want, const char* name, b
 
 inline void finish(Table& table, const std::vector<Sum>& sums, DType dtype, const std::vector<bool>& used,
                    int64_t width) {
-  for (size_t i = 0; i < sums.size(); ++i) {  // what gets no slot is exactly 0
+  for (size_t i = 0; i < sums.size(); ++i) {  // without slots it is exactly 0
     const bool any = used[i / static_cast<size_t>(width)];
     table.push_back(!any ? Bounded{} : dtype == DType::kFloat32 ? sums[i].result() : rounded(sums[i].result(), dtype));
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the tests share: exact-size poisoned arrays, reproducible random numbers, and the loop over ISAs and threads.
+// What the tests share: poisoned arrays of exact size, reproducible random numbers, and the loop over ISAs and threads.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -93,9 +93,9 @@ class Random {
 
 // ---- arrays ------------------------------------------------------------------------------------------------------------
 
-// Memory that ends where its last element ends, so that the address sanitizer sees the first byte too far, and starts one
-// element (or `lead` of them) after an address that is aligned to 16 bytes, so that nothing may rely on alignment. Everything
-// is 0xFF (NaN, -1) at first. `padding` elements follow each row.
+// Memory that ends with its last element, so that the address sanitizer sees the first byte beyond. It starts one element (or
+// `lead` elements) after an address aligned to 16 bytes, so that no kernel can rely on alignment. All bytes are 0xFF (NaN,
+// -1) at first. `padding` elements follow each row.
 class Array {
  public:
   Array() = default;
@@ -134,7 +134,7 @@ class Array {
   void poison(uint8_t byte = 0xff) { std::fill(bytes_.begin(), bytes_.end(), byte); }
   const std::vector<uint8_t>& bytes() const { return bytes_; }
 
-  // Whether nobody wrote behind the rows since poison(byte).
+  // Whether the padding is unchanged since poison(byte).
   bool padding_holds(uint8_t byte) const {
     if (padding_ == 0) return true;
     const int64_t item = size_of(view_.dtype), width = view_.shape[view_.ndim - 1] * item, pad = padding_ * item;
@@ -165,7 +165,7 @@ class Array {
     std::memcpy(address(indices...), &v, 4);
   }
 
-  // value(linear index) for each element, rows in order; padding stays poisoned
+  // value(linear index) for each element, rows in order; padding stays poisoned.
   template <typename Value>
   void fill(Value&& value) {
     const int64_t width = view_.ndim > 0 ? view_.shape[view_.ndim - 1] : 0;
@@ -204,7 +204,7 @@ inline Array random_array(Random& random, DType dtype, std::vector<int64_t> shap
   return array;
 }
 
-// Equal elements, bit by bit; paddings may differ.
+// Equal elements, bit by bit; padding may differ.
 inline bool same_bits(const Array& a, const Array& b) {
   const int64_t width = a.numel() > 0 ? a.view().shape[a.view().ndim - 1] : 0;
   if (a.numel() != b.numel()) return false;
@@ -222,11 +222,11 @@ inline bool same_bits(const Array& a, const Array& b) {
 
 // ---- ISAs and threads --------------------------------------------------------------------------------------------------
 
-// SWITCHGEAR_QUICK=1, for emulators: two threads alone, and the ISAs that an architecture has of its own.
+// SWITCHGEAR_QUICK=1, for emulators: only two threads, and only the ISAs specific to the architecture.
 inline bool is_quick() { return std::getenv("SWITCHGEAR_QUICK") != nullptr; }
 inline std::vector<int> thread_counts() {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  return {1, 4};  // accesses out of range and races need no more
+  return {1, 4};  // enough for accesses out of range and races
 #else
   return is_quick() ? std::vector{2} : std::vector{1, 2, 3, 5};
 #endif
@@ -237,9 +237,9 @@ inline std::vector<std::string> isas_to_test() {
   return isas;
 }
 
-// run(exec) writes `outputs`. For each ISA: all thread counts give the bits of the first, although the outputs held 0xFF in
-// one run and 0x00 in the next, so every element is written; then check() compares the outputs with the reference.
-// The ISAs with VNNI, and neondot, have kernels of their own for quantised weights alone.
+// run(exec) writes `outputs`. For each ISA, all thread counts give the same bits, although the outputs hold 0xFF in one run
+// and 0x00 in the next: so every element is written. Then check() compares the outputs with the reference. The ISAs with
+// VNNI, and neondot, only differ in kernels for integer weights.
 enum class Isas { kFloat, kAll };
 
 template <typename Run, typename Check>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Products by tiles, on a processor with AMX or in emulation, against the order of sums that kernels_amx.cpp states: bit by bit.
-// Each in every way in which its operands may lie in memory.
+// Products with tiles, on a processor with AMX or in emulation, bit by bit against the order of sums that kernels_amx.cpp
+// states. Each runs with every layout of its operands.
 #include <functional>
 
 #include "cpu/kernels.h"
@@ -23,7 +23,7 @@ bool runs_amx() {
 
 float flushed(float v) { return std::abs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
 
-// c and the sum as the kernel's file states it, of numbers that are bfloat16.
+// c plus the sum in the order that kernels_amx.cpp states; the numbers are bfloat16.
 float dot(const std::vector<float>& a, const std::vector<float>& b, float c = 0.0f) {
   constexpr size_t kStep = 32;
   for (size_t k = 0; k < a.size(); k += kStep) {
@@ -48,7 +48,7 @@ Numbers rows_of_numbers(int64_t count, int64_t depth, At&& at) {
   return rows;
 }
 
-// B [columns, depth] in one of the ways in which weights lie in memory.
+// B [columns, depth] in one of the layouts of weights.
 struct Weights {
   const char* layout;
   Array array;
@@ -67,7 +67,7 @@ Weights transposed(const Array& b) {
   w.matrix = {w.array.view().data, DType::kBFloat16, 1, b.size(0)};
   return w;
 }
-Weights spaced(const Array& b) {  // neither runs along memory
+Weights spaced(const Array& b) {  // neither dimension is contiguous
   Weights w{" spaced", Array(DType::kBFloat16, {b.size(0), 2 * b.size(1)}), {}};
   w.array.fill([&](int64_t i) { return i % 2 == 0 ? b(i / 2 / b.size(1), i / 2 % b.size(1)) : NAN; });
   w.matrix = {w.array.view().data, DType::kBFloat16, 2 * b.size(1), 2};
@@ -82,7 +82,7 @@ Weights compact(const Array& b) {
   return w;
 }
 
-// Memory as the kernels want it.
+// Memory aligned as the kernels require.
 class Aligned {
  public:
   explicit Aligned(int64_t bytes) : memory_(static_cast<size_t>(bytes) / 4 + 16, NAN) {}
@@ -118,7 +118,7 @@ void check_products(Random& random, int64_t M, int64_t N, int64_t K) {
   Aligned scratch(cpu::kProductScratch);
   const int64_t block = kernels.gathered_bytes(DType::kBFloat16, K);
   Aligned gathered(block * (M + 15) / 16 + block);
-  for (int64_t m = 0; m < M; m += 16) {  // in two parts, as the columns of a come out of the first projection
+  for (int64_t m = 0; m < M; m += 16) {  // in two parts, as the first projection writes the columns of a
     const int64_t count = std::min<int64_t>(16, M - m), first = std::min<int64_t>(K, 64);
     void* const out = reinterpret_cast<char*>(gathered.data()) + m / 16 * block;
     kernels.gather_rows(out, rows.data() + m, count, 0, first);
@@ -152,9 +152,9 @@ void check_products(Random& random, int64_t M, int64_t N, int64_t K) {
   }
 }
 
-// C += A·B for A in rows that are as far from each other, or not.
+// C += A·B for rows of A at equal distances, or not.
 void check_multiply(Random& random, int64_t M, int64_t N, int64_t K) {
-  constexpr int64_t kBefore = 5;  // elements of a row before those that count
+  constexpr int64_t kBefore = 5;  // elements of a row before those that are used
   const Array a = random_array(random, DType::kBFloat16, {M, kBefore + K}, 1.0, 1),
               b = random_array(random, DType::kBFloat16, {N, K});
   const cpu::Kernels& kernels = cpu::kernels_amx();
@@ -203,7 +203,7 @@ void check_multiply(Random& random, int64_t M, int64_t N, int64_t K) {
   }
 }
 
-// out[m,n] = Σ_s left[s][m]·right[s][n], columns from the middle of both.
+// out[m,n] = Σ_s left[s][m]·right[s][n], for columns from the middle of both.
 void check_gradient(Random& random, int64_t M, int64_t N, int64_t S) {
   constexpr int64_t kFirst = 3;
   const Array left = random_array(random, DType::kBFloat16, {S, kFirst + M}, 1.0, 1),

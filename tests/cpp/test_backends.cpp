@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Which table runs an op, and what is checked on the way there.
+// Which backend runs an op, and what is checked before.
 #include "support.h"
 
 namespace switchgear::test {
 namespace {
 
-// Nothing is mapped at this address: reading it ends the test.
+// Nothing is mapped at this address: reading it crashes the test.
 void* const kDeviceMemory = reinterpret_cast<void*>(0x1000);
 
 template <typename... Sizes>
@@ -38,7 +38,7 @@ TEST(ops_run_on_the_backend_of_their_tensors) {
   args.plan.expert_offsets = device_view(DType::kInt32, 5);
   args.plan.token_indices = device_view(DType::kInt32, 6);
   args.plan.slot_indices = device_view(DType::kInt32, 3, 2);
-  // No table for the device is the first complaint, although the outputs share memory.
+  // A missing backend is reported first, although the outputs share memory.
   const std::string without = complaint([&] { plan(args); });
   CHECK(without == "topk_ids: expected a tensor in host memory, got int32[3, 2] on cuda:1", without);
 
@@ -65,7 +65,7 @@ TEST(ops_run_on_the_backend_of_their_tensors) {
   CHECK(host == "slot_indices: expected a tensor on cuda:1 like topk_ids, got int32[3, 2] on the CPU", host);
   CHECK(calls == 1);
 
-  // The CPU's table is in use without a call, beside any other.
+  // The CPU's backend needs no registration, beside any other.
   Array host_ids(DType::kInt32, {3, 2}), offsets(DType::kInt32, {5}), tokens(DType::kInt32, {6}),
       slots(DType::kInt32, {3, 2});
   host_ids.fill([](int64_t i) { return i % 4; });

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Compact weights: nothing is lost, every ISA gives the bits of plain weights, and no bytes make it leave its rows.
+// Compact weights: lossless, the bits of plain weights on every ISA, and no bytes make a kernel read outside its rows.
 #include "layer.h"
 #include "switchgear/compact.h"
 
@@ -22,7 +22,7 @@ Array packed(const Array& weight) {
   }
 }
 
-// Weights of which some have exponents without a code.
+// Weights some of whose exponents have no code.
 Array weight_of(Random& random, DType dtype, int64_t E, int64_t rows, int64_t cols) {
   Array weight(dtype, {E, rows, cols});
   const double scale = 1.0 / std::sqrt(static_cast<double>(cols));
@@ -32,7 +32,7 @@ Array weight_of(Random& random, DType dtype, int64_t E, int64_t rows, int64_t co
   return weight;
 }
 
-// x and weights. float32 that are bfloat16 numbers are stored as these.
+// dtypes of x and of the weights. float32 values that fit bfloat16 are stored as bfloat16.
 struct Kind {
   const char* name;
   DType dtype, stored;
@@ -54,7 +54,7 @@ TEST(compact_weights_expand_to_what_they_were) {
     for (const int64_t cols : {1, 31, 64, 127, 128, 129, 300, 2048, 2200}) {
       note = std::string(name_of(dtype)) + ", columns " + std::to_string(cols);
       Array weight = weight_of(random, dtype, 3, 5, cols), again(dtype, {3, 5, cols});
-      if (cols == 129) {  // any pattern of bits
+      if (cols == 129) {  // any bit pattern
         for (int64_t i = 0; i < weight.numel(); ++i) {
           const auto bits = static_cast<uint32_t>(random.bits());
           const int64_t size = size_of(dtype);

@@ -37,7 +37,7 @@ Gate gate_of(const Array& h, int64_t s, int64_t i, int64_t I, const GluOptions& 
   return apply_gate({h(s, gate_column(o, i))}, {o.gated ? h(s, up_column(o, I, i)) : 0.0}, o);
 }
 
-// float16 overflows to infinity past 65504; where the bound crosses that, both are right.
+// float16 overflows to infinity past 65504; if the bound crosses that, both results are right.
 bool may_overflow(Bounded want, DType dtype) {
   return dtype == DType::kFloat16 && std::abs(want.value) + want.error >= 65504.0;
 }
@@ -83,7 +83,7 @@ TEST(glu_backward_matches_reference) {
   });
 }
 
-// A NaN must reach the output: nothing downstream could tell otherwise that something went wrong.
+// A NaN must reach the output: it is the only sign downstream that something went wrong.
 TEST(glu_keeps_nan) {
   for (const GluOptions& o : all_glu_options()) {
     note = describe(o);

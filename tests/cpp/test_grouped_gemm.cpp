@@ -5,11 +5,11 @@
 namespace switchgear::test {
 namespace {
 
-// How the matrices [N,C] of the experts lie in memory.
+// How the experts' matrices [N,C] are stored.
 enum class Storage { kPacked, kTransposed, kSeparate };
 constexpr const char* kStorageNames[] = {" packed", " transposed", " separate"};
 
-// E matrices with accessor (e, n, c), whatever their storage. Separate ones have numbers of rows of their own.
+// E matrices with accessor (e, n, c), in any storage. Separate ones have their own numbers of rows.
 class Weights {
  public:
   Weights(Random& random, DType dtype, int64_t E, int64_t N, int64_t C, Storage storage) : storage_(storage) {
@@ -85,7 +85,7 @@ TEST(grouped_gemm_matches_reference) {
             }
           }
         }
-        for_each_isa({&got}, run, [&] {  // what no expert owns stays 0 ± 0
+        for_each_isa({&got}, run, [&] {  // what no expert owns is exactly 0
           for (int64_t i = 0; i < S * N; ++i)
             CHECK_CLOSE(got(i / N, i % N), want[static_cast<size_t>(i)], "slot ", i / N);
         });
@@ -148,7 +148,7 @@ TEST(grouped_gemm_wgrad_matches_reference) {
   });
 }
 
-// Integer values make every product and sum exact, so that one missing or doubled term shows at any depth and width.
+// Integer values make every product and sum exact, so one missing or doubled term shows at any depth and width.
 TEST(grouped_gemm_is_exact_on_integers) {
   Random random(13);
   const int64_t count = count_from("SWITCHGEAR_SLOW", 0) != 0 ? 2'000 : 150;
@@ -184,7 +184,7 @@ TEST(grouped_gemm_is_exact_on_integers) {
   }
 }
 
-// A row's result does not depend on how many rows share its call.
+// A row's result does not depend on the number of rows in its call.
 void check_batch_invariance(int64_t S, int64_t C) {
   Random random(14);
   const int64_t N = 77;
@@ -220,7 +220,7 @@ void check_batch_invariance(int64_t S, int64_t C) {
 
 TEST(grouped_gemm_is_batch_invariant) {
   check_batch_invariance(500, 301);
-  check_batch_invariance(20, 2100);  // several chunks, of rows that exceed L1 from 3 on, or from 6
+  check_batch_invariance(20, 2100);  // several chunks of rows that exceed L1 from 3 rows on, or from 6
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// grouped_gemm and moe_forward of integers on blocks of random bytes, padding included, against the definition in integers.h,
-// element by element.
+// grouped_gemm and moe_forward with integer weights in blocks of random bytes, padding included, element by element against
+// the definition in integers.h.
 #include "cases.h"
 #include "switchgear/integers.h"
 
@@ -13,7 +13,7 @@ struct Format {
 };
 constexpr Format kFormats[] = {{8, 0, true}, {4, 32, true}, {4, 16, false}, {8, 64, false}};
 
-// Blocks of random bytes; q, scale and zero as ops.h defines their places.
+// Blocks of random bytes; integers.h defines where q, scale and zero are.
 struct Integers {
   Integers(Random& random, const Format& f, int64_t E, int64_t rows, int64_t cols, int64_t parts)
       : format(f), rows(rows), cols(cols), parts(parts), part_rows(rows / parts) {
@@ -67,7 +67,7 @@ struct Integers {
   Array values, scales, row_scales, zeros;
 };
 
-// A row in int8, `block` columns at a time: round(v · (127 / max)), as float32 has it.
+// A row in int8, `block` columns at a time: round(v · (127 / max)), in float32.
 struct IntegerRow {
   IntegerRow(const Array& x, int64_t row, int64_t block) : block(block) {
     for (int64_t first = 0; first < x.size(1); first += block) {
@@ -168,7 +168,7 @@ TEST(grouped_gemm_is_what_the_bytes_say) {
   });
 }
 
-// The layer is its stages, which have tests of their own: the same h bit by bit, and the sum of the choices.
+// The layer equals its stages, which have their own tests: the same h bit by bit, and the sum of the choices.
 TEST(moe_forward_is_its_stages) {
   Random random(8);
   for_each_case([&](const Case& c) {

@@ -81,7 +81,7 @@ TEST(moe_backward_matches_reference) {
               check_table(got.down_bias, want.down_bias, "grad_down_bias");
               check_table(got.topk_weights, want.topk_weights, "grad_topk_weights");
 
-              // Each gradient alone has the same bits.
+              // Each gradient has the same bits if it is the only one requested.
               Gradients alone(l);
               const auto only = [&](TensorView MoeBackwardArgs::* field, const TensorView& output) {
                 MoeBackwardArgs one = args;

@@ -15,7 +15,7 @@ const std::map<std::pair<int64_t, int64_t>, std::vector<int64_t>> kLanes{
     {{16, 4}, {0, 1, 2, 3}},
     {{8, 4}, {0, 2, 1, 3}}};
 
-// Where element (row, k) of a panel of C columns of tiles is: [pair of tiles][step][tile][row][32 k], of 16 rows a tile.
+// Position of element (row, k) in a panel of C columns of tiles: [pair of tiles][step][tile][row][32 k], 16 rows per tile.
 int64_t place_in_tiles(int64_t row, int64_t k, int64_t C) {
   return ((row / 32 * (C / 32) + k / 32) * 2 + row / 16 % 2) * 512 + row % 16 * 32 + k % 32;
 }
@@ -24,7 +24,7 @@ Weight panels(const TensorView& data, int64_t rows, int64_t cols) {
   return {.format = Format::kPanels, .data = data, .rows = rows, .cols = cols};
 }
 
-// Element by element; panel_products.inl has the order, amx_dot_products.inl that of tiles.
+// Element by element; panel_products.inl defines the order, amx_dot_products.inl that of tiles.
 Array packed(const Array& weight, PanelLayout layout) {
   const DType dtype = weight.view().dtype;
   const int64_t E = weight.size(0), N = weight.size(1), C = weight.size(2), rows = layout.rows, size = size_of(dtype);

@@ -118,7 +118,7 @@ TEST(combine_weight_backward_matches_reference) {
   });
 }
 
-// Rows of every length up to four vectors of every ISA and around two large ones, so that each tail is met.
+// Rows of every length up to four vectors of every ISA and around two large lengths, to cover every tail.
 TEST(permute_and_combine_at_every_width) {
   std::vector<int64_t> widths;
   for (int64_t H = 1; H <= 257; ++H) widths.push_back(H);

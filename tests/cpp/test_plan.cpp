@@ -21,7 +21,7 @@ TEST(plan_matches_reference) {
   });
 }
 
-// Every size around a power of two, a warp or a block that other libraries fail at, up to thousands of experts.
+// Every size around a power of two, a warp or a block at which other libraries fail, up to thousands of experts.
 TEST(plan_over_the_lattice_of_sizes) {
   const bool all = count_from("SWITCHGEAR_SLOW", 0) != 0;
   int64_t cases = 0;
@@ -62,14 +62,14 @@ TEST(plan_in_chunks) {
 
 // ---- fuzzing -----------------------------------------------------------------------------------------------------------
 
-// What stands in a buffer of ids when something upstream went wrong.
+// What a buffer of ids holds after an error upstream.
 int32_t wild_id(Random& random, int64_t num_experts) {
   constexpr int32_t kExtremes[] = {INT32_MIN, INT32_MIN + 1, INT32_MAX, -2, 2071690107, 123456789};
   switch (random.below(6)) {
     case 0: return static_cast<int32_t>(random.bits());
     case 1: return std::bit_cast<int32_t>(random.normal());  // a stale float
     case 2: return std::bit_cast<int32_t>(NAN);
-    case 3: return static_cast<int32_t>(num_experts);  // a sentinel one too far
+    case 3: return static_cast<int32_t>(num_experts);  // an out-of-range sentinel
     default: return kExtremes[random.below(std::ssize(kExtremes))];
   }
 }
@@ -83,8 +83,8 @@ bool valid(const Array& ids, int64_t num_experts) {
   return true;
 }
 
-// Each pair with an expert has one slot, in that expert's range, that leads back to its token; the ranges are monotone and
-// end at the number of such pairs; the other slots are -1.
+// Each pair with an expert has one slot, in that expert's range, that maps back to its token. The ranges are monotone and end
+// at the number of such pairs; the other slots are -1.
 bool invariants_hold(const Array& ids, const PlanArrays& p, int64_t num_experts) {
   if (p.expert_offsets.id(0) != 0) return false;
   for (int64_t e = 0; e < num_experts; ++e) {

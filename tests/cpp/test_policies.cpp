@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The ops of routing policies against their definitions, by full sorts and one offer after the other. Compiled with
-// -ffp-contract=off, since bids are expected to have the same bits.
+// The ops of routing policies against their definitions, by full sorts and one offer at a time. Compiled with
+// -ffp-contract=off, since bids must have the same bits.
 #include <array>
 #include <cfloat>
 #include <numeric>
@@ -20,7 +20,7 @@ constexpr Sizes kSizes[] = {{0, 4, 2, 1},   {1, 1, 1, 1},    {5, 3, 2, 2},   {64
 
 float sane(float v) { return std::isnan(v) || v < -FLT_MAX ? -FLT_MAX : std::min(v, FLT_MAX); }
 
-// Few distinct values, zeros of both signs among them; what is not finite; or any bits: kinds 1 to 3.
+// Kinds 1 to 3: few distinct values, among them zeros of both signs; values that are not finite; any bits.
 Array wild_array(Random& random, std::vector<int64_t> shape, int64_t kind) {
   Array array(DType::kFloat32, std::move(shape));
   const float specials[] = {NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, 0.0f, -0.0f, 1e-42f};
@@ -41,7 +41,7 @@ Array random_ids(Random& random, std::vector<int64_t> shape, int64_t low, int64_
   return array;
 }
 
-// body(sizes, kind, random) for every combination, named in `note`.
+// Calls body(sizes, kind, random) for every combination, named in `note`.
 template <typename Body>
 void for_each_size(Body&& body) {
   for (const Sizes& s : kSizes) {
@@ -96,7 +96,7 @@ TEST(column_topk_matches_full_sorts) {
 
 // ---- route_dynamic -----------------------------------------------------------------------------------------------------
 
-// The prefix of route's choice that has the mass, or the scores.
+// The prefix of route's choice that reaches the mass, or the scores.
 TEST(route_dynamic_is_a_prefix_of_route) {
   for_each_size([](const Sizes& s, int64_t kind, Random& random) {
     const Array logits = wild_array(random, {s.T, s.E}, kind);
@@ -151,7 +151,7 @@ struct Capacity {
     return a != b ? a > b : i < j;
   }
 
-  // One offer (choice, expert) after the other.
+  // Accepts one offer (choice, expert) at a time.
   void accept(std::vector<std::pair<int64_t, int32_t>> offers, std::vector<int64_t>& taken, Array& kept) const {
     const int64_t K = ids.size(1);
     std::sort(offers.begin(), offers.end(), [&](const auto& a, const auto& b) { return before(a.first, b.first); });
@@ -256,7 +256,7 @@ TEST(assign_balanced_fills_every_place) {
   });
 }
 
-// No exchange of two tokens gains more than 2·eps once the auction has ended: what eps-complementary slackness implies.
+// Once the auction has ended, no exchange of two tokens gains more than 2·eps: eps-complementary slackness implies it.
 TEST(assign_balanced_is_stable) {
   Random random(3);
   const int64_t T = 60, E = 6;
@@ -274,10 +274,10 @@ TEST(assign_balanced_is_stable) {
 
 // ---- assign_capped -----------------------------------------------------------------------------------------------------
 
-// The c with Σ min(1, exp(v - c)) = total <= v.size(): with the j largest at 1, for the first j where no other exceeds 1.
+// The c with Σ min(1, exp(v - c)) = total <= v.size(): the j largest are at 1, for the first j for which no other exceeds 1.
 double charge_by_sorting(std::vector<double> v, double total) {
   std::sort(v.begin(), v.end());
-  std::vector<double> rest;  // log Σ exp(v) of the smallest so many
+  std::vector<double> rest;  // log Σ exp(v) of the smallest i + 1
   for (const double value : v) {
     const double before = rest.empty() ? -INFINITY : rest.back(), most = std::max(before, value);
     rest.push_back(most + std::log(std::exp(before - most) + std::exp(value - most)));
@@ -290,7 +290,7 @@ double charge_by_sorting(std::vector<double> v, double total) {
   }
 }
 
-// log A of one sequence in float64 where cap < E, and how far from it float32 may be.
+// log A of one sequence in float64 if cap < E, and the possible error of float32.
 struct Capped {
   static constexpr int kRounds = 3;
   std::vector<std::vector<double>> log_a;  // of each token
@@ -328,13 +328,13 @@ struct Capped {
   }
 
   // A charge is made of differences, which are rounded, and is rounded itself; neither moves it by more than the numbers
-  // move. Its sum of powers has 32 + 4 additions in a row, an ulp of exp, and rounded exponents, of which the mean is at
-  // most log n: below 48 roundings in all.
+  // move. Its sum of powers has 32 + 4 additions in sequence, an ulp of exp, and rounded exponents, whose mean is at most log
+  // n: in all fewer than 48 roundings.
   double error_of_charge() const { return kUnit * ((2 + 1) * largest + 48); }
   double error_of_differences() const { return kUnit * (2 + 3) * largest; }
   // An element has the charges of a token, after 2·kRounds that each add their error, and of an expert, after one more.
   double error() const { return (4 * kRounds + 1) * error_of_charge() + error_of_differences(); }
-  // Of a sum over an expert's tokens, relative to it: the last charge made it exact.
+  // Relative error of a sum over an expert's tokens: the last charge made it exact.
   double error_of_sum() const { return std::expm1(error_of_charge() + error_of_differences()); }
 };
 

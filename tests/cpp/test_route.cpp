@@ -148,7 +148,7 @@ void run(const Problem& p, Routed& got, Execution exec) {
         exec);
 }
 
-// K distinct ids in range, finite weights.
+// K distinct ids in range, and finite weights.
 bool total(const Routed& got, int64_t E) {
   std::vector<int64_t> seen(static_cast<size_t>(E), -1);
   for (int64_t t = 0; t < got.ids.size(0); ++t) {
@@ -173,7 +173,7 @@ void check_problem(const Problem& p) {
       });
 }
 
-// Options in all their combinations: softmax or sigmoid, bias, normalisation, groups.
+// All combinations of options: softmax or sigmoid, bias, normalisation, groups.
 template <typename Body>
 void for_each_option(Random& random, int64_t E, int64_t K, Body&& body) {
   for (int mask = 0; mask < 16; ++mask) {
@@ -183,7 +183,7 @@ void for_each_option(Random& random, int64_t E, int64_t K, Body&& body) {
     if (mask & 2) bias = random_array(random, DType::kFloat32, {E}, 0.2);
     if (mask & 4) o.normalize = true, o.scale = 2.5f;
     if (mask & 8) {
-      o.num_groups = E % 4 == 0 ? 4 : E;  // groups of one expert where 4 does not divide
+      o.num_groups = E % 4 == 0 ? 4 : E;  // groups of one expert if 4 does not divide E
       const int64_t needed = (K + E / o.num_groups - 1) / (E / o.num_groups);
       o.topk_groups = needed + random.below(o.num_groups - needed + 1);
       o.group_score = random.below(2) == 0 ? GroupScore::kMax : GroupScore::kTop2Sum;
@@ -204,7 +204,7 @@ TEST(route_matches_reference) {
   Random random(3);
   for (const auto& [T, E, K] : kSizes) {
     for (const DType dtype : kFloatTypes) {
-      if (dtype != DType::kFloat32 && E > 300) continue;  // bfloat16 and float16 differ in their loading alone
+      if (dtype != DType::kFloat32 && E > 300) continue;  // bfloat16 and float16 only differ in their loads
       const Array logits = random_array(random, dtype, {T, E}, 2.0, 3);
       for_each_option(random, E, K,
                       [&](const RouteOptions& o, const Array& bias) { check_problem({logits, bias, o}); });
@@ -233,7 +233,7 @@ TEST(route_over_the_lattice_of_sizes) {
   }
 }
 
-// Rows of what breaks routers: NaN, infinities, any bit pattern, few distinct values, denormals, signed zeros.
+// Rows that break routers: NaN, infinities, any bit pattern, few distinct values, denormals, signed zeros.
 void fill_wild(Array& logits, Random& random) {
   const float specials[] = {NAN,    INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, 0.0f,  -0.0f,  FLT_MIN,
                             1e-42f, -1e-42f,  65504.0f,  1.0f,    -1.0f,    88.0f, -104.0f};
@@ -306,7 +306,7 @@ TEST(route_backward_matches_differences) {
         Problem p{random_array(random, dtype, {T, E}, 2.0, 2), bias, o};
         if (T > 2) p.logits.set(NAN, 1, 0);
         if (T > 2) p.logits.set(-INFINITY, 2, E - 1);
-        if (T > 4) {  // rows whose scores come from what was sanitised: gradients of constants are 0
+        if (T > 4) {  // rows whose scores come from sanitised logits: gradients of constants are 0
           p.logits.set(INFINITY, 3, 0);
           p.logits.set(INFINITY, 3, 1);
           for (int64_t e = 0; e < E; ++e) p.logits.set(NAN, 4, e);
@@ -337,7 +337,7 @@ TEST(route_backward_matches_differences) {
               up[static_cast<size_t>(e)] += kStep;
               down[static_cast<size_t>(e)] -= kStep;
               const double want = (loss(p, t, up, routed, grad) - loss(p, t, down, routed, grad)) / (2 * kStep);
-              // scores are within a few kUnit; up to K terms of size |grad| · scale share a denominator that may be small
+              // scores are within a few kUnit; up to K terms of size |grad| · scale may share a small denominator
               const double size = 16.0 * o.scale * static_cast<double>(K);
               CHECK_CLOSE(got(t, e), rounded({want, size * (8 * kUnit + kStep * kStep)}, dtype), "expert ", e);
             }

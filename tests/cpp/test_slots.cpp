@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Slots: experts whose data lie anywhere, some shared, give the bits of those that lie in order, in every format.
+// Slots: experts at any position, some shared, give the bits of experts in order, in every format.
 #include <deque>
 
 #include "layer.h"
@@ -10,7 +10,7 @@
 namespace switchgear::test {
 namespace {
 
-constexpr int64_t kSpare = 2;  // slots that nobody uses
+constexpr int64_t kSpare = 2;  // unused slots
 
 // Arrays of random bytes that any kernel can multiply: none is an infinity or a NaN as float32, float16, bfloat16 or fp8.
 Array bytes(Random& random, DType dtype, std::vector<int64_t> shape) {
@@ -20,7 +20,7 @@ Array bytes(Random& random, DType dtype, std::vector<int64_t> shape) {
   return array;
 }
 
-// A weight in memory of its own.
+// A weight that owns its memory.
 struct Stored {
   std::deque<Array> arrays;
   Weight weight;
@@ -63,7 +63,7 @@ Stored make(Random& random, Format format, DType dtype, int64_t E, int64_t rows,
   return s;
 }
 
-// The same experts, the data of expert e at slots[e] of num_slots.
+// The same experts, with the data of expert e at slots[e] of num_slots.
 Stored moved(const Weight& w, const Array& slots, int64_t num_slots) {
   Stored s{.weight = w};
   const auto move = [&](TensorView& field) {
@@ -106,7 +106,7 @@ TEST(experts_anywhere_have_the_bits_of_experts_in_order) {
       MoeForwardArgs args{.x = l.x, .weights = l.weights(), .topk_ids = l.ids, .topk_weights = l.topk_weights, .y = y};
       for_each_isa(
           {&y},
-          [&](Execution exec) {  // panels are those of the ISA
+          [&](Execution exec) {  // panels are made for the ISA in use
             Random random(7);
             first = make(random, format, dtype, c.E, l.N, c.H, 2),
             second = make(random, format, dtype, c.E, c.H, c.I, 1);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Ops called from several threads at once, and from children of fork.
+// Ops called from several threads at once, and from forked children.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -99,7 +99,7 @@ TEST(concurrent_callers_get_the_serial_bits) {
   CHECK(different == 0, different.load(), " of ", kCallers * calls, " calls");
 }
 
-// Callers may choose another ISA or release the temporary memory while ops run elsewhere.
+// Callers may choose another ISA or release temporary memory while ops run elsewhere.
 TEST(settings_change_under_running_ops) {
   std::atomic<bool> stop{false};
   std::vector<std::vector<uint8_t>> want;
@@ -118,7 +118,7 @@ TEST(settings_change_under_running_ops) {
   CHECK(different == 0);
 }
 
-// Waits at most 5 seconds for a child, then kills it. Whether it ended by itself with status 0.
+// Waits at most 5 seconds for a child, then kills it. Returns whether it ended by itself with status 0.
 bool finishes(pid_t child) {
   for (int i = 0; i < 500; ++i) {
     int status = 0;

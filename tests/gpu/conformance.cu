@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every wrapper of ptx.cuh, and with -DHOPPER of hopper.cuh, on the same pseudo-random data: compiled by nvcc it runs on the
-// device, compiled in tests/simt it runs the C++ models. Both print what came out, word for word, and conformance.py compares.
+// Every wrapper of ptx.cuh, and with -DHOPPER of hopper.cuh, on the same pseudo-random data. Compiled by nvcc it runs on the
+// device; compiled in tests/simt it runs the C++ models. Both print their results word by word, and conformance.py compares.
 //
-// Factors are small integers, whose products and sums all types hold exactly, so that the order of sums does not matter.
-// Layouts need no second description here: shared memory is filled word by word, and wgmma, ldmatrix, … read what is there.
+// Factors are small integers, whose products and sums are exact in all types, so the order of sums does not matter.
+// Layouts need no second description here: shared memory is filled word by word, and wgmma, ldmatrix, … read it.
 #include "ptx.cuh"
 #if defined(HOPPER)
 #include "hopper.cuh"
@@ -24,7 +24,7 @@ using namespace switchgear::cuda;
 namespace {
 
 constexpr int kIn = 1 << 14, kOut = 1 << 14;  // words
-constexpr uint32_t kPoison = 0xdeadbeef;      // of output that nothing has written
+constexpr uint32_t kPoison = 0xdeadbeef;      // of output that nothing wrote
 
 // ---- data ----------------------------------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ __host__ __device__ constexpr uint32_t mix(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// -3 … 3 as bits of a float.
+// -3 … 3 as the bits of a float.
 __host__ __device__ constexpr uint32_t small_float(uint32_t seed) {
   constexpr uint32_t kBits[7] = {0xc0400000, 0xc0000000, 0xbf800000, 0, 0x3f800000, 0x40000000, 0x40400000};
   return kBits[mix(seed) % 7];
@@ -66,7 +66,7 @@ __device__ inline void put(uint32_t* out, const uint32_t* values, int count) {
 
 #define KERNEL(name) __global__ void name##_kernel([[maybe_unused]] const uint32_t* in, uint32_t* out)
 
-// Words that a thread copies, to a place of its own and with others' in between.
+// Each thread copies words to a place in shared memory that is shuffled among the threads.
 #define COPY(name, words, valid)                                           \
   KERNEL(name) {                                                           \
     SHARED_DYN(uint32_t, shared);                                          \
@@ -128,7 +128,7 @@ MULTIPLY(mma_tf32, small_float)
 
 KERNEL(cvt_tf32) {
   for (int i = thread(); i < 4096; i += 32) {
-    const uint32_t bits = in[i] & ~(i % 8 == 0 ? 0x7f800000u : 0x40000000u);  // subnormal numbers; no infinities
+    const uint32_t bits = in[i] & ~(i % 8 == 0 ? 0x7f800000u : 0x40000000u);  // includes subnormals; no infinities
     out[i] = ptx::cvt_tf32(as_float(bits));
   }
 }
@@ -154,7 +154,7 @@ KERNEL(atom_add) {  // by all threads: the sum is the same in any order
   ptx::atom_add_relaxed_gpu(out, in[thread()]);
 }
 
-KERNEL(bar) {  // the second warp waits for the first, which does not wait
+KERNEL(bar) {  // the second warp waits for the first, which only arrives
   SHARED_DYN(uint32_t, shared);
   if (thread() < 32) {
     shared[thread()] = in[thread()];
@@ -203,7 +203,7 @@ KERNEL(cp_async_mbar_arrive) {
   out[thread()] = data[31 - thread()];
 }
 
-// Starts a copy that counts bytes, waits for it, and prints what came.
+// Starts a copy that counts bytes, waits for it, and writes what it loaded to out.
 template <typename Copy>
 __device__ inline void copied(uint32_t* out, uint32_t* tile, uint64_t* bar, int bytes, const Copy& copy) {
   fill_shared(tile, bytes / 4, [](uint32_t i) { return ~mix(i); });
@@ -227,7 +227,7 @@ KERNEL(bulk_load) {
          [&] { ptx::bulk_load(tile, in, 4096, reinterpret_cast<uint64_t*>(tile + 1024)); });
 }
 
-// Boxes of 64 x 32 elements that reach past the edges of a matrix of 100 x 72.
+// Boxes of 64 x 32 elements that extend past the edges of a matrix of 100 x 72.
 __global__ void tma_load_2d_kernel(const __grid_constant__ CUtensorMap map, uint32_t* out, int x, int y) {
   SHARED_DYN(uint32_t, tile);
   if (thread() == 0) ptx::prefetch_tensor_map(&map);
@@ -275,7 +275,7 @@ KERNEL(elect_one) {
   out[thread()] = static_cast<uint32_t>(__popc(elected));
 }
 
-// Two steps of 16 of the inner dimension: the first overwrites, the second adds.
+// Two steps of 16 depths: the first overwrites, the second adds.
 template <typename T, int N, bool kTransposeA, bool kTransposeB, bool kRegisters>
 __global__ void wgmma_kernel(uint32_t* out) {
   SHARED_DYN(uint32_t, tiles);
@@ -316,7 +316,7 @@ __global__ void wgmma_kernel(uint32_t* out) {
 
 // ---- host ----------------------------------------------------------------------------------------------------------------
 
-// Memory that kernels and the host see, each after the other.
+// Memory for kernels and host, used by one at a time.
 class Words {
  public:
   explicit Words(int count) : host_(static_cast<size_t>(count)) {
@@ -392,7 +392,7 @@ void add_tensor_copies(std::vector<Case>& cases) {
     const char* name;
     CUtensorMapSwizzle swizzle;
   };
-  // A box of 64 elements is 128 bytes wide, which the narrower swizzles do not allow.
+  // A box of 64 elements is 128 bytes wide, too wide for the narrower swizzles.
   for (const Kind kind : {Kind{"128B", CU_TENSOR_MAP_SWIZZLE_128B}, Kind{"plain", CU_TENSOR_MAP_SWIZZLE_NONE}}) {
     for (const int x : {0, 24, -8}) {
       const std::string end = std::string(" ") + kind.name + " x=" + std::to_string(x);
@@ -441,7 +441,7 @@ void add_widths(std::vector<Case>& cases) {
   }
 }
 
-// The text of every width is in tests/simt/test_ptx.py; here are the smallest and largest, those of the kernels, and others.
+// tests/simt/test_ptx.py checks the text of every width. Here are the smallest, the largest, those of the kernels, and others.
 template <typename T, int... kWidths>
 void add_all_widths(std::vector<Case>& cases) {
   (add_widths<T, kWidths>(cases), ...);
@@ -472,7 +472,7 @@ std::vector<Case> all_cases() {
 
 }  // namespace
 
-// A line per case: its name, a tab, the words up to the last one that was written.
+// Prints a line per case: its name, a tab, and the words up to the last one written.
 int main() {
   Words in(kIn), out(kOut);
   for (const Case& one : all_cases()) {

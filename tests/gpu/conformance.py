@@ -3,7 +3,7 @@
 
     conformance.py [--build DIR] [--model-only]
 
-Exit status 1 where a wrapper's result differs, with the first words that do.
+Exits with status 1 if a wrapper's result differs, and prints the first differing words.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ORDERS = ("forward", "random:1")  # of the model's threads: its results must not depend on them
+ORDERS = ("forward", "random:1")  # thread orders of the model: its results must not depend on them
 
 
 def parse(output: str) -> dict[str, list[str]]:
-    """{case: its words}"""
+    """Returns {case: its words}."""
     return {name: words.split() for name, _, words in (line.partition("\t") for line in output.splitlines())}
 
 
 def differences(model: dict[str, list[str]], device: dict[str, list[str]]) -> list[str]:
-    """What the device does otherwise, a line per case. Cases that the device has not are for another architecture."""
+    """Where the device differs, one line per case. Cases missing on the device are for another architecture."""
     found = [f"{name}: the model has no such case" for name in device.keys() - model.keys()]
     for name, got in device.items():
         want = model.get(name, got)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Every op, forward and backward, on a few small shapes that reach all kernels: what compute-sanitizer runs.
+"""Every op, forward and backward, on a few small shapes that reach all kernels. compute-sanitizer runs this.
 
     few_calls.py [--device cuda]
 
-Results are compared with the reference, so that a sanitizer's silence is about calls that did something.
+Results are compared with the reference, so that a sanitizer without findings has checked calls that worked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from switchgear import ops
 
 
 class Shape(NamedTuple):
-    """Multiples of 8 take TMA on sm_90; others take the kernels of sm_80."""
+    """Multiples of 8 use TMA on sm_90; others use the kernels of sm_80."""
 
     tokens: int
     hidden_size: int
@@ -31,17 +31,17 @@ class Shape(NamedTuple):
 
 SHAPES = (
     Shape(1, 128, 64, 8, 2),  # decoding
-    Shape(24, 128, 64, 8, 2),  # few rows an expert
+    Shape(24, 128, 64, 8, 2),  # few rows per expert
     Shape(300, 136, 72, 4, 2),  # tiles of 64 and 128 rows, with tails
     Shape(40, 50, 33, 5, 3),  # no vectors
 )
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Roundings of h, a, y and of their gradients, half a unit in the last place each, and what sums make of them.
+# Roundings of h, a, y and of their gradients, half an ulp each, accumulated by sums.
 TOLERANCE = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8, torch.float32: 2.0**-9}  # float32: perhaps with tf32
 
 
 def layer(shape: Shape, dtype: torch.dtype, device: str, activation: str, backend: str) -> list[Tensor]:
-    """y and all gradients of a layer whose tensors are the same for every backend."""
+    """Returns y and all gradients of a layer whose tensors are the same for every backend."""
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*size: int, scale: float = 1.0) -> Tensor:
@@ -79,7 +79,7 @@ def stages(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> list[
 
 
 def policies(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
-    """What the ops of routing policies choose, of few distinct logits in two sequences."""
+    """The choices of the routing policies' ops, for few distinct logits in two sequences."""
     generator = torch.Generator().manual_seed(2)
     logits = (torch.randn(shape.tokens, shape.num_experts, generator=generator) * 3).round().to(dtype).to(device)
     sequence = (torch.arange(shape.tokens, device=device) % 2).int()
@@ -98,7 +98,7 @@ def policies(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> lis
 
 
 def distance(got: list[Tensor], want: list[Tensor]) -> float:
-    """The largest relative error, root mean square."""
+    """The largest relative root-mean-square error."""
 
     def one(a: Tensor, b: Tensor) -> float:
         return float((a.double() - b.double()).square().mean().sqrt() / (b.double().square().mean().sqrt() + 1e-30))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Makes CUDA's compiler of NVIDIA's wheels (nvidia-cuda-nvcc, …) usable for CMake: the names under which it looks for
-the libraries, and a program `nvcc` beside this environment's Python."""
+"""Makes the CUDA compiler of NVIDIA's wheels (nvidia-cuda-nvcc, …) usable for CMake: adds the library names that CMake
+looks for, and a program `nvcc` in the directory of this environment's Python."""
 
 import sys
 from pathlib import Path

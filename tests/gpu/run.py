@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: BSD-3-Clause
-"""Everything that needs a GPU, in one go and within ten minutes on an H100: `make gpu`, or python tests/gpu/run.py.
+"""Everything that needs a GPU, in one run of at most ten minutes on an H100: `make gpu`, or python tests/gpu/run.py.
 
     --dry-run       print the stages and their commands, and stop
     --keep-going    go on after a stage that fails
     --only, --skip  stages by name, separated by commas
     --out DIR       where results go (default: bench/results)
 
-Stages, in order: what the machine is; what is missing is installed; the module is built for this card; each PTX
-wrapper against its C++ model; the shared tests on the device; compute-sanitizer on a few of them; the benchmark. The
-first one that fails ends the run. Written for a bare machine: python3 (3.10 or newer), a C++20 compiler, a checkout
-and a driver are expected. Uses nothing but Python's standard library.
+Stages, in order: describe the machine; install what is missing; build the module for this card; compare each PTX
+wrapper with its C++ model; run the shared tests on the device; run compute-sanitizer on a few calls; run the benchmark.
+The first failing stage ends the run. Written for a bare machine: needs python3 (3.10 or newer), a C++20 compiler, a
+checkout and a driver. Uses only Python's standard library.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-BUILD = "build/gpu"  # of conformance; relative to ROOT, as all paths in commands
+BUILD = "build/gpu"  # of conformance; relative to ROOT, like all paths in commands
 OPS = ("route", "policy_ops", "plan", "permute", "grouped_gemm", "glu", "moe")
 CORE_TESTS = [f"tests/test_{op}.py" for op in OPS]
-# compute-sanitizer slows kernels down up to a hundred times, so it gets a few calls of every op.
+# compute-sanitizer makes kernels up to 100× slower, so it runs only a few calls of every op.
 TOOLS = {"memcheck": ["--leak-check", "no"], "racecheck": [], "synccheck": [], "initcheck": []}
 NVCC_WHEELS = ["nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl"]
 
@@ -39,7 +39,7 @@ NVCC_WHEELS = ["nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cud
 class Stage(NamedTuple):
     name: str
     about: str
-    limit: int  # seconds; together they are less than ten minutes but for what is downloaded
+    limit: int  # seconds; less than ten minutes in total, downloads excluded
     commands: Callable[[], list[list[str]]]
 
 
@@ -53,7 +53,7 @@ def pip(*arguments: str) -> list[str]:
 
 
 def answers(*command: str) -> str | None:
-    """What a command prints, or None where it fails or does not exist."""
+    """The output of a command, or None if it fails or does not exist."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -72,14 +72,14 @@ def installed(module: str) -> bool:
 
 
 def nvcc() -> str | None:
-    """The compiler on PATH or at the usual place; or of the wheels, once they are installed."""
+    """The compiler on PATH or in the usual place, or from the wheels once they are installed."""
     usual = Path("/usr/local/cuda/bin/nvcc")
     found = shutil.which("nvcc") or (str(usual) if usual.exists() else None)
     return found or next((str(path) for path in wheel_files("bin/nvcc")), None)
 
 
 def wheel_files(name: str) -> list[Path]:
-    """A file of NVIDIA's wheels in this environment."""
+    """All copies of a file in this environment's NVIDIA wheels."""
     folders = answers(sys.executable, "-c", "import nvidia; print(*nvidia.__path__, sep='\\n')") or ""
     return sorted(file for folder in folders.splitlines() for file in Path(folder).glob(f"cu*/{name}"))
 
@@ -91,13 +91,13 @@ def compute_sanitizer() -> str | None:
 
 
 def capability() -> str | None:
-    """Of the first device, e.g. 9.0."""
+    """Compute capability of the first device, e.g. 9.0."""
     answer = answers("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0")
     return answer.splitlines()[0].strip() if answer else None
 
 
 def architectures(of: str | None) -> str:
-    """For CMAKE_CUDA_ARCHITECTURES: machine code for this card alone, so that building takes a quarter of the time."""
+    """For CMAKE_CUDA_ARCHITECTURES: machine code for only this card, which makes the build 4× faster."""
     if of is None:
         return "80;90a-real;100-real;120-real"
     major, minor = of.split(".")
@@ -111,7 +111,7 @@ def machine() -> list[list[str]]:
     return [["nvidia-smi"], python("--version")]
 
 
-PACKAGES = {  # what is imported: what is installed where it is missing
+PACKAGES = {  # imported name: package to install if it is missing
     "pytest": "pytest", "hypothesis": "hypothesis", "numpy": "numpy>=2.1", "rich": "rich",
     "transformers": "transformers>=5.0", "scikit_build_core": "scikit-build-core>=0.11", "pybind11": "pybind11>=3.0",
     "cmake": "cmake>=3.26", "ninja": "ninja",
@@ -121,7 +121,7 @@ PACKAGES = {  # what is imported: what is installed where it is missing
 def install() -> list[list[str]]:
     commands = []
     if not torch_with_cuda():
-        commands.append(pip("--force-reinstall", "torch"))  # on Linux, PyPI's is the one with CUDA
+        commands.append(pip("--force-reinstall", "torch"))  # on Linux, PyPI's torch has CUDA
     missing = [package for name, package in PACKAGES.items() if not installed(name)]
     if missing:
         commands.append(pip(*missing))
@@ -180,14 +180,14 @@ def stages(out: Path) -> list[Stage]:
 
 
 def environment() -> dict[str, str]:
-    """What commands see: this Python's programs and nvcc on PATH, and the CUDA module required."""
+    """Environment of the commands: this Python's programs and nvcc on PATH, and the CUDA module required."""
     compiler = nvcc()
     path = [str(Path(sys.executable).parent), *([str(Path(compiler).parent)] if compiler else []), os.environ["PATH"]]
     return {**os.environ, "PATH": os.pathsep.join(path), "SWITCHGEAR_CUDA": "ON", "SWITCHGEAR_STRICT": "1"}
 
 
 def run_stage(stage: Stage) -> str:
-    """Runs the commands of a stage: "passed", "nothing to do", or what failed."""
+    """Runs the commands of a stage; returns "passed", "nothing to do", or the failure."""
     end = time.monotonic() + stage.limit
     commands = stage.commands()
     for command in commands:
@@ -199,7 +199,7 @@ def run_stage(stage: Stage) -> str:
             return f"FAILED: not done within {stage.limit} s"
         except OSError as error:
             return f"FAILED: {error}"
-        # pytest's 5: no test was selected, as where none is marked
+        # pytest's exit status 5: no test was selected, for example if none is marked
         if done.returncode not in ((0, 5) if "pytest" in command else (0,)):
             return f"FAILED: exit status {done.returncode}"
     return "passed" if commands else "nothing to do here"

@@ -9,7 +9,7 @@ from parallel_pool import Pool
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
-    """Four ranks for all tests that leave them alive."""
+    """Four ranks, shared by all tests that leave them alive."""
     pool = Pool(4)
     yield pool
     pool.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Processes that are started once and run one function after another: importing torch takes longer than most tests."""
+"""Processes that start once and run one function after another: importing torch takes longer than most tests."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-CTX = mp.get_context("forkserver")  # imports once, and forks before any thread is started
+CTX = mp.get_context("forkserver")  # imports once, and forks before any thread starts
 CTX.set_forkserver_preload(["torch.distributed", "switchgear.parallel"])
 
 
 class Pool:
-    """`size` ranks of a torch.distributed job, whose store lives in this process: it survives every rank."""
+    """`size` ranks of a torch.distributed job, with its store in this process so that it survives every rank."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -38,12 +38,12 @@ class Pool:
             self.processes.append(process)
 
     def start(self, function: Callable[..., Any], *args: Any) -> None:
-        """function(rank, *args) on every rank."""
+        """Runs function(rank, *args) on every rank."""
         for pipe in self._pipes:
             pipe.send((function, args))
 
     def results(self, ranks: Sequence[int] | None = None, timeout: float = 60.0) -> list[Any]:
-        """What the ranks returned. AssertionError, with its traceback, for what one of them raised, and for a hang."""
+        """The ranks' return values. AssertionError, with the traceback, if a rank raises or hangs."""
         end = time.monotonic() + timeout
         results: list[Any] = []
         errors: list[str] = []
@@ -57,7 +57,7 @@ class Pool:
             results.append(value)
             if not done:
                 errors.append(f"rank {rank}:\n{value}")
-        # When one rank fails, the others say that it did.
+        # When one rank fails, the others report its failure.
         errors.sort(key=lambda text: "ExpertParallelError" in text)
         assert not errors, errors[0]
         return results
@@ -79,7 +79,7 @@ _groups: dict[int, Any] = {}
 
 
 def subgroup(size: int) -> Any:
-    """In a worker: the first `size` ranks."""
+    """For workers: the group of the first `size` ranks."""
     return _groups[size]
 
 

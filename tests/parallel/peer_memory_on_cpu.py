@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""PeerMemoryTransport where there is no GPU: segments in memory that processes share, and in place of the kernel
-either its protocol in Python, or the kernel itself on the CPU (tests/simt)."""
+"""PeerMemoryTransport without a GPU: segments in memory that processes share. The kernel is replaced by its protocol in
+Python, or runs on the CPU (tests/simt)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from switchgear.parallel import ExpertParallel
 from switchgear.parallel.peer_memory import PeerMemoryTransport
 
 FLAG_BYTES, MAX_RANKS, SLOTS = 512, 16, 2
-SLOT_BYTES = 512  # so that most transfers take several pieces
+SLOT_BYTES = 512  # small, so that most transfers take several pieces
 
 
 class HostDevice:
-    """The protocol of csrc/cuda/exchange.cuh. A transfer goes on whenever somebody asks whether it has ended, and
-    transfers end in the order in which they began, as on a stream."""
+    """The protocol of csrc/cuda/exchange.cuh. A transfer advances whenever its end is polled, and transfers end in the
+    order in which they started, as on a stream."""
 
     def __init__(self) -> None:
         self._queue: deque[Iterator[None]] = deque()
@@ -55,7 +55,7 @@ class HostDevice:
         return self._stop
 
     def close(self) -> None:
-        """Everybody has mapped the segment by now."""
+        """Called after all ranks have mapped the segment."""
         os.close(self._file)
 
     def segment_bytes(self, num_ranks: int, slot_bytes: int) -> int:
@@ -132,7 +132,7 @@ DEVICES = {"peer_memory": HostDevice, "peer_memory_simt": SimtDevice}
 
 
 def make_parallel(group: Any, transport: str, **options: Any) -> ExpertParallel:
-    """An ExpertParallel whose tensors on the CPU travel by `transport`, which may be a key of DEVICES."""
+    """An ExpertParallel that sends CPU tensors through `transport`, which may be a key of DEVICES."""
     if transport not in DEVICES:
         return ExpertParallel(group, transport=transport, **options)
     parallel = ExpertParallel(group, **options)

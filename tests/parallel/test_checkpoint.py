@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Checkpoints written by so many ranks and read by others, bit for bit; and what is wrong with one is named."""
+"""Checkpoints written by one number of ranks and read by another, bit for bit; errors name the defect."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make(parallel: ExpertParallel | None, seed: int) -> nn.Module:
 
 
 def trained(model: nn.Module) -> torch.optim.Optimizer:
-    """One step, with the same tokens on every rank."""
+    """Takes one optimizer step with the same tokens on every rank."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     torch.manual_seed(5)
     model(torch.randn(20, 16)).square().mean().backward()
@@ -46,7 +46,7 @@ def write(rank: int, path: str, size: int, ranks: tuple[tuple[int, ...], ...] | 
 
 
 def read(rank: int, path: str, size: int, ranks: tuple[tuple[int, ...], ...] | None) -> None:
-    """Parameters and optimizer equal those that one process reads, and load_whole gives."""
+    """Parameters and optimizer state equal those that one process reads, and those of load_whole."""
     if rank >= size:
         return
     placement = None if ranks is None else Placement(EXPERTS, ranks)
@@ -92,7 +92,7 @@ def test_every_size_reads_every_other(pool: Pool, tmp_path: Path, written: tuple
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_huggingface_layout(tmp_path: Path) -> None:
-    """Of one process: stacked experts under the names of the model."""
+    """From one process: stacked experts under the names of the model."""
     model = make(None, seed=1)
     checkpoint.save(model, tmp_path)
     whole = checkpoint.load_whole(tmp_path)

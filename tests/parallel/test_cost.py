@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The model of an exchange: bytes as they are counted, times of a pipeline, and the commands that print them."""
+"""The cost model of an exchange: byte counts, pipeline times, and the commands that print them."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def test_drawn_routings() -> None:
     shares = torch.bincount(ids.flatten().long(), minlength=16).sort(descending=True).values / 8000
     assert shares[0] > 3 * shares[-1]
     even = torch.bincount(draw_routing(2000, 16, 4).flatten().long(), minlength=16) / 8000
-    assert float((even - 1 / 16).abs().max()) < 0.01  # five standard deviations of 2000 draws
+    assert float((even - 1 / 16).abs().max()) < 0.01  # five standard deviations for 2000 draws
     assert torch.equal(ids, draw_routing(2000, 16, 4, skew=1.0))
 
 
 def test_expected_rows_of_a_token() -> None:
-    """4 choices of many experts on 8 ranks reach 1 - (7/8)^4 of the 7 others each."""
+    """A token with 4 of many experts on 8 ranks reaches each of the 7 others with probability 1 - (7/8)^4."""
     traffic = count([draw_routing(4000, 800, 4)], Placement.contiguous(800, 8))
     others = (int(traffic.rows[0].sum()) - int(traffic.rows[0, 0])) / 4000
     assert others == pytest.approx(rows_per_token(4, 8), rel=0.02)
@@ -79,15 +79,15 @@ def test_expected_rows_of_a_token() -> None:
     chunks=st.sampled_from(CHUNKS),
 )  # fmt: skip
 def test_pipelines(dispatch: float, experts: float, combine: float, tail: float, chunks: int) -> None:
-    """No faster than link or experts allow, no slower than one after the other, never slower for more chunks; and one
-    chunk hides nothing but the tail."""
+    """No faster than the link or the experts allow, no slower than serially, never slower with more chunks; and one
+    chunk hides only the tail."""
     line = pipeline(dispatch, experts, combine, chunks, tail=tail)
     one = pipeline(dispatch, experts, combine, 1, tail=tail)
     least = max(dispatch + combine, experts + tail)
     assert least - 1e-9 <= line.seconds <= one.seconds + 1e-9
     assert one.seconds == pytest.approx(max(dispatch + experts + combine, dispatch + experts + tail))
     assert line.seconds <= least + (dispatch + combine + experts) / chunks + 1e-9 or dispatch + combine > experts
-    for lane in ("link", "experts"):  # nothing overlaps itself
+    for lane in ("link", "experts"):  # intervals of a lane do not overlap
         spans = sorted((i.begin, i.end) for i in line.intervals if i.lane == lane)
         assert all(first[1] <= second[0] + 1e-9 for first, second in itertools.pairwise(spans))
 
@@ -126,7 +126,7 @@ def test_plan_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_plan_parallel_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All tokens choose experts of one rank; copies on the others take the load off it."""
+    """All tokens choose experts of one rank; replicas on the others reduce its load."""
     trace = tmp_path / "trace.pt"
     torch.save(torch.tensor([[0, 1]] * 50), trace)
     loads = []
@@ -152,7 +152,7 @@ def test_plan_parallel_names_mistakes(arguments: list[str], message: str, capsys
 
 
 def test_bench_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Results agree and bytes are at the floor, or it would fail; times are not tested."""
+    """It fails unless results agree and bytes are minimal; times are not tested."""
     out = tmp_path / "bench.json"
     arguments = ["bench", "--parallel", "2", "--shapes", "tiny", "--tokens", "32", "--quick", "--modes", "train"]
     assert main([*arguments, "--json", str(out), "--plot", str(tmp_path)]) == 0

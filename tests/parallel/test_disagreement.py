@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Ranks that do not mean the same find it out before any row is sent, and raise the same error."""
+"""Ranks with different arguments detect this before any row is sent, and raise the same error."""
 
 from __future__ import annotations
 

@@ -59,22 +59,22 @@ def inputs(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def experts_forward(moe: switchgear.MoE, all_x: Tensor, case: Case, mine: slice) -> Tensor:
-    """Routes the tokens of all ranks, since the bits of torch's matmul depend on the number of rows."""
+    """Routes the tokens of all ranks, because the bits of torch's matmul depend on the number of rows."""
     routing = moe.gate(all_x)
     ids = routing.topk_ids[mine]
-    if case.holes:  # a third of the choices, depending on the token alone
+    if case.holes:  # a third of the choices, determined by the token only
         ids = ids.masked_fill((all_x[mine, : case.top_k] * 1000).long() % 3 == 0, -1)
     return moe.experts(all_x[mine], ids, routing.topk_weights[mine])
 
 
 def compare(rank: int, case: Case) -> dict[str, int]:
-    """On each rank; bytes sent, by kind."""
+    """Runs on each rank; returns the bytes sent, by kind."""
     if rank >= case.size:
         return {}
     group = subgroup(case.size)
     placement = None if case.ranks is None else Placement(case.num_experts, case.ranks)
     options = {"num_chunks": case.num_chunks, "invariant": case.invariant, "placement": placement}
-    by_group = case.transport == "group"  # what other devices use
+    by_group = case.transport == "group"  # the transport for other devices
     transport = "auto" if by_group else case.transport
     with make_parallel(group, transport, timeout=20, average_gradients=False, **options) as parallel:
         if by_group and case.size > 1:
@@ -109,7 +109,7 @@ def compare(rank: int, case: Case) -> dict[str, int]:
 
 
 def check(got: Tensor, want: Tensor, case: Case, name: str, exact: bool | None = None, sums: int = 1) -> None:
-    """Bit-equal where the order of sums is the same; otherwise within what reordering top_k (or all tokens') terms of
+    """Bit-equal if the order of sums is the same; otherwise within what reordering top_k (or all tokens') terms of
     magnitude 1 can change. Results are of order 1; bfloat16 also rounds each returned row."""
     exact = case.invariant and case.dtype is torch.float32 and case.ranks is None if exact is None else exact
     if exact:
@@ -125,9 +125,9 @@ def check(got: Tensor, want: Tensor, case: Case, name: str, exact: bool | None =
 def check_bytes(
     rank: int, case: Case, placement: Placement, topk_ids: Tensor, forward: Counter[str], both: Counter[str]
 ) -> None:
-    """What leaves a rank is the floor and the headers: counted from the routing alone, token by token."""
+    """A rank sends the minimum plus the headers; the count uses only the routing, token by token."""
     if case.holes or (case.ranks is not None and placement.replicated):
-        return  # choices are not those of the router, or a source has its own copies
+        return  # choices differ from the router's, or a source has replicas
     owner = [placement.owners[e][0] for e in range(case.num_experts)]
     size = torch.finfo(case.dtype).bits // 8
     source = [r for r, count in enumerate(case.tokens) for _ in range(count)]
@@ -226,7 +226,7 @@ def test_ranks_without_tokens(pool: Pool) -> None:
 
 
 def shared_tokens(rank: int, num_tokens: int) -> tuple[int, int]:
-    """Ranks 0 and 1 hold the same tokens, and so do 2 and 3. Rows sent with and without knowing that."""
+    """Ranks 0 and 1 hold the same tokens, and so do 2 and 3. Returns rows sent without and with that knowledge."""
     sent = []
     torch.manual_seed(2)
     x, grad = torch.randn(2, 2 * num_tokens, 24)
@@ -246,7 +246,7 @@ def shared_tokens(rank: int, num_tokens: int) -> tuple[int, int]:
             experts = list(parallel.placement(case.num_experts).experts_of_rank[rank])
             for parameter, wanted in zip(moe.experts.parameters(), whole.experts.parameters(), strict=True):
                 mean = wanted.grad[experts] / 2  # over two sets of tokens, however many ranks hold them
-                if tp_group is None:  # every token came twice: the same numbers, in sums of twice as many terms
+                if tp_group is None:  # every token counts twice: the same values, in sums with twice as many terms
                     torch.testing.assert_close(parameter.grad, mean, rtol=1e-5, atol=1e-6)
                 else:
                     assert torch.equal(parameter.grad, mean)
@@ -256,7 +256,7 @@ def shared_tokens(rank: int, num_tokens: int) -> tuple[int, int]:
 
 def test_tensor_parallel_ranks_send_each_token_once(pool: Pool) -> None:
     before, after = (sum(column) for column in zip(*pool.run(shared_tokens, 31), strict=True))
-    assert after < 0.6 * before  # half of the tokens, but for those that had a rank without communication
+    assert after < 0.6 * before  # half of the tokens, plus those with a rank that needed no communication
     pool.run(shared_tokens, 1)
 
 
@@ -294,6 +294,6 @@ def test_peer_memory_with_rows_of_any_size(pool: Pool) -> None:
 @pytest.mark.skipif(native_modules.SIMT_PATH is None, reason="SWITCHGEAR_SIMT names no module with the CUDA kernels")
 @pytest.mark.parametrize("case", [*SIZES[1:], *ODD], ids=lambda case: f"{case.tokens}-{case.hidden_size}")
 def test_exchange_kernel_on_simt(pool: Pool, case: Case) -> None:
-    """Several processes, each of which runs the kernel of its rank on the CPU."""
+    """Several processes each run the kernel of their rank on the CPU."""
     for invariant in (False, True):
         pool.run(compare, replace(case, num_chunks=2, invariant=invariant, transport="peer_memory_simt"), timeout=300)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A rank is killed, stopped, raises or leaves, in every phase, with and without overlap: all others raise the same
-error, in time, and can go on without it."""
+error in time, and can continue without it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from switchgear.parallel.errors import PHASES
 FAULTS = ("kill", "stop", "raise", "exit")
 KIND = {"kill": "died", "stop": "stalled", "raise": "raised", "exit": "died"}
 TIMEOUT = 2.0
-AIR = 0.5  # seconds
+AIR = 0.5  # slack in seconds
 
 
 def misbehave(fault: str) -> None:
@@ -41,12 +41,12 @@ def step(parallel: ExpertParallel) -> None:
 
 
 def resources() -> tuple[int, int]:
-    """Open files, and threads that Python knows. (torch keeps some of its own for later.)"""
+    """Open files, and Python threads. (torch keeps some threads of its own.)"""
     return len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
 def trial(rank: int, culprit: int, fault: str, phase: str, num_chunks: int, transport: str) -> dict[str, Any]:
-    """On every rank. What survivors saw, and that they can go on; the culprit may never return."""
+    """Runs on every rank. Returns what survivors saw, and that they can continue; the culprit may never return."""
     parallel = make_parallel(None, transport, timeout=TIMEOUT, num_chunks=num_chunks)
     step(parallel)
     before = resources()
@@ -63,13 +63,13 @@ def trial(rank: int, culprit: int, fault: str, phase: str, num_chunks: int, tran
     seen: dict[str, Any] = {}
     try:
         step(parallel)
-        step(parallel)  # a rank that already had all of the last phase notices here
+        step(parallel)  # a rank that already had all data of the last phase notices here
     except ExpertParallelError as error:
         seen = {"failure": error.failure, "message": str(error)}
     except ArithmeticError:
         seen = {"own": True}
     seen["seconds"] = time.monotonic() - begin
-    with pytest.raises(ExpertParallelError):  # it stays failed
+    with pytest.raises(ExpertParallelError):  # the failure is permanent
         parallel.peers.check()
     parallel.close()
     seen["grown"] = resources()[0] - before[0] > 0 or resources()[1] > before[1]
@@ -158,7 +158,7 @@ def busy(rank: int) -> str:
     parallel = ExpertParallel(timeout=1.0)
     step(parallel)
     if rank == 1:
-        time.sleep(2.5)  # in Python, where the process still answers
+        time.sleep(2.5)  # blocked in Python, where the process still answers
     with pytest.raises(ExpertParallelError) as error:
         step(parallel)
     parallel.close()
@@ -166,7 +166,7 @@ def busy(rank: int) -> str:
 
 
 def test_a_rank_that_does_something_else_has_stalled(pool: Pool) -> None:
-    """It answers, so the others blame the one that is furthest behind; and it raises the same when it comes back."""
+    """It answers, so the others blame the rank that is furthest behind; it raises the same error when it returns."""
     answers = pool.run(busy)
     assert set(answers) == {"rank 1 stalled in phase 'between layers' of exchange 2: it did not get there in time"}
 
@@ -187,7 +187,7 @@ def test_a_rank_that_never_comes(pool: Pool) -> None:
 
 
 def _catch_up(rank: int) -> None:
-    """The rank that did not come counts one ExpertParallel less than the others."""
+    """The missing rank has created one ExpertParallel fewer than the others."""
     if rank == 3:
         with pytest.raises(ExpertParallelError):
             ExpertParallel(timeout=0.1)

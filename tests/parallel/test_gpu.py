@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Ranks on GPUs, or several on one, compute what one process computes on the CPU."""
+"""Ranks on GPUs, or several on one GPU, compute what one process computes on the CPU."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_nccl(pair: Pool) -> None:
 
 
 class Queued:
-    """A Work such as NCCL's: `wait` makes the stream wait, and returns."""
+    """A Work like NCCL's: `wait` makes the stream wait, and returns."""
 
     looks = 0
 

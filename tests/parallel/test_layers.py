@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Layers with more than plain experts, distributed: what one process computes, or an error that says why not."""
+"""Distributed layers with more than plain experts compute what one process does, or an error says why not."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_pool import Pool
-from switchgear.compress import add_lora, quantize
 from torch import Tensor
 
 import switchgear
+from switchgear.adapters import add_lora
 from switchgear.layers import HeterogeneousExperts
 from switchgear.parallel import ExpertParallel, Placement, checkpoint
 from switchgear.routing import SparsityAware
@@ -21,7 +21,7 @@ HIDDEN, TOKENS = 64, 20
 
 
 def both(parallel: ExpertParallel, options: dict[str, Any], experts: int = 6) -> list[switchgear.MoE]:
-    """A layer on all ranks, and the same on this one alone."""
+    """A layer on all ranks, and the same layer on this rank only."""
     layers = []
     for group in (parallel, None):
         torch.manual_seed(3)
@@ -41,7 +41,7 @@ PLACED = ((0, 2), (), (1, 3, 4), (5,))
 
 
 def widths(rank: int, options: dict[str, Any], ranks: Any) -> tuple[int, int]:
-    """Everything is that of one process, bit for bit; the rows that were sent, and those of plain experts."""
+    """Everything equals one process bit for bit. Returns the rows sent, and those for plain experts."""
     placement = None if ranks is None else Placement(6, ranks)
     with ExpertParallel(timeout=20, invariant=True, average_gradients=False, placement=placement) as parallel:
         moe, whole = both(parallel, options | {"widths": WIDTHS})
@@ -80,7 +80,7 @@ def widths(rank: int, options: dict[str, Any], ranks: Any) -> tuple[int, int]:
 @pytest.mark.parametrize("ranks", [None, PLACED], ids=["contiguous", "placed"])
 def test_experts_of_several_widths(pool: Pool, options: dict[str, Any], ranks: Any) -> None:
     for sent, plain in pool.run(widths, options, ranks):
-        assert sent == plain  # a token is sent once to a rank, into however many slices it goes there
+        assert sent == plain  # a token is sent to a rank once, for any number of slices
 
 
 def widths_in_a_checkpoint(rank: int, path: str) -> None:
@@ -104,11 +104,11 @@ def test_checkpoint_of_several_widths(pool: Pool, tmp_path: Any) -> None:
 
 
 def packed_weights(rank: int, path: str) -> None:
-    """They train and are saved as in one process, and as weights in their own order."""
+    """They train and are saved as in one process, and as unpacked weights."""
     with ExpertParallel(timeout=20, invariant=True) as parallel:
         moe, whole = both(parallel, {"transposed": True})
         plain = both(parallel, {"transposed": True})[0]
-        assert switchgear.pack_weights(moe) == 1
+        assert switchgear.store(moe, "plain").modules == 1
         for layer in (moe, plain):
             layer(tokens(rank)).square().sum().backward()
         for got, expected in zip(moe.parameters(), plain.parameters(), strict=True):
@@ -132,7 +132,7 @@ def test_packed_weights(pool: Pool, tmp_path: Any) -> None:
 
 
 def virtual(rank: int) -> None:
-    """Null, copy and constant experts are computed where the tokens are."""
+    """Null, copy and constant experts are computed on the tokens' rank."""
     options = {"null_experts": 2, "copy_experts": 1, "constant_experts": 1}
     with ExpertParallel(timeout=20, invariant=True) as parallel:
         for more in ({}, {"widths": WIDTHS}):
@@ -148,15 +148,15 @@ def test_virtual_experts(pool: Pool) -> None:
 
 
 def stored(rank: int, how: str) -> None:
-    """Inference as in one process; where gradients are recorded, all ranks say that there are none to be had."""
+    """Inference as in one process; if gradients are recorded, all ranks raise that there are none."""
     with ExpertParallel(timeout=20, invariant=True) as parallel:
         moe, whole = both(parallel, {})
         for layer in (moe, whole):
-            quantize(layer, how)
+            switchgear.store(layer, how)
         x = tokens(rank)
         with torch.no_grad():
             assert torch.equal(moe(x), whole(x))
-        dist.barrier()  # or the failure of a fast rank would reach a slow one in the exchange before
+        dist.barrier()  # otherwise a fast rank's failure would reach a slow one in the previous exchange
         with pytest.raises((ValueError, switchgear.parallel.ExpertParallelError)) as error:
             moe(x)
         assert "hidden_states: expected no gradients to be recorded with" in str(error.value)

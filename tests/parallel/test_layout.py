@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The arithmetic of an exchange, with all ranks in one process."""
+"""The index computations of an exchange, with all ranks in one process."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def cut(values: Tensor, counts: list[int]) -> list[Tensor]:
     seed=st.integers(0, 1000),
 )
 def test_every_pair_arrives_once(num_ranks: int, num_experts: int, top_k: int, num_chunks: int, seed: int) -> None:
-    """Each rank's slots are the pairs of all ranks for its experts, in order; and every row is a token that has one."""
+    """Each rank's slots are the pairs of all ranks for its experts, in order; and every row is a token with a pair."""
     torch.manual_seed(seed)
     placement = Placement.contiguous(num_experts, num_ranks)
     counts = torch.randint(0, 12, (num_ranks,)).tolist()
     ids = [torch.randint(-1, num_experts, (count, top_k), dtype=torch.int32) for count in counts]
-    tokens = list(torch.arange(sum(counts)).split(counts))  # a token's name
+    tokens = list(torch.arange(sum(counts)).split(counts))  # a unique number for each token
     sent = []
     for rank in range(num_ranks):
         choice = layout.choose(ids[rank], *placement.routes(rank), num_ranks)
         sent.append(layout.plan_sending(choice, ids[rank], num_chunks))
     for rank, experts in enumerate(placement.experts_of_rank):
         arriving = [[sending.rows[c][rank] for sending in sent] for c in range(num_chunks)]
-        # rows as the all-to-all of each chunk delivers them
+        # rows as delivered by the all-to-all of each chunk
         names = [torch.empty(0, dtype=torch.int64)]
         for c in range(num_chunks):
             for source, sending in enumerate(sent):

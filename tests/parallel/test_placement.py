@@ -40,7 +40,7 @@ def test_repeated_experts_stay_together() -> None:
     share=st.floats(0, 1),
 )
 def test_place_experts_balances(load: list[int], num_ranks: int, share: float) -> None:
-    """Room is kept, and copies are on different ranks (Placement checks that)."""
+    """No rank exceeds its capacity, and copies are on different ranks (Placement checks that)."""
     replicas = int(share * len(load) * (num_ranks - 1))
     placement = place_experts(load, num_ranks, num_replicas=replicas)
     assert sum(map(len, placement.experts_of_rank)) == len(load) + replicas
@@ -57,7 +57,7 @@ def test_a_trace_is_balanced_better_than_by_number() -> None:
         return max(placement.load_of_rank(load)) * 8 / float(load.sum())
 
     assert worst(Placement.contiguous(64, 8)) > 2.0
-    # One expert has 1.27 times the mean by itself, and its rank has to take seven more; copies help.
+    # One expert alone has 1.27 times the mean, and its rank must hold seven more; replicas help.
     assert worst(place_experts(trace, 8)) < 1.5
     assert worst(place_experts(trace, 8, num_replicas=8)) < 1.02
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The shared memory between ranks under random interleavings of what they do, all in one process."""
+"""The shared memory between ranks under random interleavings of their steps, all in one process."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def ranks() -> Iterator[list[SharedMemoryTransport]]:
     yield made  # type: ignore[misc]
     for transport in made:
         assert transport is not None
-        transport.aborted = True  # nobody drains
+        transport.aborted = True  # no drain
         transport.close()
 
 
 def rows_of(source: int, target: int, number: int, count: int) -> Tensor:
-    """What `source` sends to `target`: different for every transfer."""
+    """The rows that `source` sends to `target`, different for every transfer."""
     base = float(((number * SIZE + source) * SIZE + target) * 1000)
     return base + torch.arange(count * COLUMNS, dtype=torch.float32).view(count, COLUMNS)
 
 
 def interleave(ranks: list[SharedMemoryTransport], choose: random.Random) -> None:
-    """A few transfers, in which single steps of all ranks come in random order: a start, or a look at one source."""
+    """A few transfers whose steps on all ranks run in random order: a start, or a check of one source."""
     transfers = choose.randint(1, 4)
     counts = [[[choose.choice((0, 1, 2, 7)) for _ in range(SIZE)] for _ in range(SIZE)] for _ in range(transfers)]
     big = choose.random() < 0.1
@@ -64,7 +64,7 @@ def interleave(ranks: list[SharedMemoryTransport], choose: random.Random) -> Non
             sent = torch.cat([rows_of(rank, target, base + number, rows) for target, rows in enumerate(rows_in)])
             received = torch.full((sum(rows_out), COLUMNS), -1.0)
             work = ranks[rank].all_to_all(received, sent, rows_out, rows_in)
-            sent.fill_(-2.0)  # the sender may use its memory again at once
+            sent.fill_(-2.0)  # the sender may reuse its memory at once
             works[rank].append((work, received, number))
             started[rank] += 1
         elif pending:
@@ -93,13 +93,13 @@ def test_interleavings(ranks: list[SharedMemoryTransport]) -> None:
 @pytest.mark.slow  # two minutes
 def test_many_interleavings(ranks: list[SharedMemoryTransport]) -> None:
     interleave_often(ranks, 100_000, seed=1)
-    assert len(ranks[0]._free) + len(ranks[0]._used) < 20  # blocks are used again
+    assert len(ranks[0]._free) + len(ranks[0]._used) < 20  # blocks are reused
 
 
 def test_blocks_are_used_again_only_when_read(
     ranks: list[SharedMemoryTransport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Planted: without waiting for the readers' marks, the interleavings show it."""
+    """A planted bug, not waiting for the readers' marks, is detected by the interleavings."""
 
     def careless(self: SharedMemoryTransport) -> None:
         self._free += [block for _, block in self._used]

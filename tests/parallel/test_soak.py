@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Nothing grows with the number of steps, nor with the number of groups that were made and failed.
+"""Nothing grows with the number of steps, nor with the number of groups that were created and failed.
 
 pytest -m slow tests/parallel/test_soak.py     10,000 steps and 300 groups
 """
@@ -18,20 +18,20 @@ from parallel_pool import Pool
 import switchgear
 from switchgear.parallel import ExpertParallel, ExpertParallelError
 
-# Of shared memory, that a rank writes: how many transfers are under way at once, and how large, depends on who is late.
+# Shared memory blocks written by a rank: their number and size depend on which ranks are late.
 LATE_BLOCKS = 8
 BLOCK_BYTES = 2**16
 
 
 class Resources(NamedTuple):
-    """Of a process, as the system counts them."""
+    """Resources of a process, as the system counts them."""
 
-    private_bytes: int  # resident, without what is shared with other ranks
+    private_bytes: int  # resident, not shared with other ranks
     files: int
-    threads: int  # of all libraries
-    segments: int  # of shared memory that are mapped
+    threads: int  # including those of libraries
+    segments: int  # mapped shared memory
     segment_bytes: int
-    names: int  # in /dev/shm, of all processes: these here should never be among them
+    names: int  # in /dev/shm, of all processes: this library must never add one
 
     @staticmethod
     def now() -> Resources:
@@ -50,7 +50,7 @@ class Resources(NamedTuple):
 
 
 def step(moe: switchgear.MoE, number: int, rank: int) -> None:
-    """Tokens vary from step to step, and some have no backward."""
+    """Numbers of tokens vary between steps, and some steps have no backward."""
     moe.experts.parallel.num_chunks = (1, 2, 4, 8)[number // 7 % 4]  # type: ignore[union-attr]
     x = torch.randn((number * 37 + rank * 11) % 50, 16)
     with torch.set_grad_enabled(number % 3 > 0):
@@ -61,7 +61,7 @@ def step(moe: switchgear.MoE, number: int, rank: int) -> None:
 
 
 def steps(rank: int, count: int, transport: str) -> tuple[Resources, Resources]:
-    """After a quarter of the steps, when caches are warm, and after all."""
+    """Resources after a quarter of the steps, when caches are warm, and after all."""
     with ExpertParallel(timeout=60, transport=transport) as parallel:
         moe = switchgear.MoE(16, 8, 8, 2, parallel=parallel)
         for number in range(count // 4):
@@ -79,7 +79,7 @@ def check_steps(seen: list[tuple[Resources, Resources]], bytes_allowed: int) -> 
         assert last.threads == first.threads
         # a block is mapped by the rank that writes it and by the three that read it
         assert last.segments - first.segments <= 4 * LATE_BLOCKS
-        # each map holds a file, and the rank that writes another
+        # each mapping holds a file, and the writing rank holds another
         assert last.files - first.files <= last.segments - first.segments + LATE_BLOCKS
         assert last.segment_bytes - first.segment_bytes <= 4 * LATE_BLOCKS * BLOCK_BYTES
         assert last.names == 0
@@ -100,13 +100,13 @@ def test_ten_thousand_steps(pool: Pool, transport: str) -> None:
 
 
 def fail(moe: switchgear.MoE, number: int, rank: int) -> None:
-    step(moe, number, rank)  # a rank that is late hears of the failure in here
+    step(moe, number, rank)  # a late rank learns of the failure here
     ids = torch.full((3, 2), 8 if rank == number % 4 else 0, dtype=torch.int32)
     moe.experts(torch.randn(3, 16), ids, torch.ones(3, 2))
 
 
 def groups(rank: int, count: int, transport: str) -> tuple[Resources, Resources]:
-    """Each fails in its second step, where one of the ranks raises. Looked at after the first quarter, and at the
+    """Each group fails in its second step, in which one rank raises. Resources after the first quarter, and at the
     end."""
     first = None
     for number in range(count):

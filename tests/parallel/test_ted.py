@@ -33,13 +33,13 @@ class Block(nn.Module):
 
 
 def tokens() -> Tensor:
-    """Of both groups."""
+    """The tokens of both groups."""
     torch.manual_seed(6)
     return torch.randn(2, TOKENS, HIDDEN)
 
 
 def check(outer: nn.Module, model: Block, mine: tuple[int, ...], group: int) -> None:
-    """The forward and the gradients of the mean over both groups' losses, against one process that has all tokens."""
+    """Forward, and gradients of the mean of both groups' losses, against one process with all tokens."""
     whole, x = Block(None), tokens()
     y, want = outer(x[group]), whole(x)
     torch.testing.assert_close(y, want[group], rtol=1e-5, atol=1e-6)
@@ -50,12 +50,12 @@ def check(outer: nn.Module, model: Block, mine: tuple[int, ...], group: int) -> 
         assert expected.grad is not None, name
         grad = got.grad.full_tensor() if isinstance(got.grad, DTensor) else got.grad
         wanted = expected.grad[list(mine)] if "experts" in name else expected.grad
-        # sums of 62 tokens' terms in another order
+        # sums over 62 tokens in another order
         torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def one_group(rank: int) -> dict[str, int]:
-    """Ranks 0 and 1 hold the same tokens and share the experts, and so do 2 and 3: one ExpertParallel with copies."""
+    """Ranks 0 and 1 hold the same tokens and share the experts, and so do 2 and 3: one ExpertParallel with replicas."""
     group = rank // 2
     placement = Placement(EXPERTS, HALVES * 2)
     with ExpertParallel(timeout=20, tp_group=[2 * group, 2 * group + 1], placement=placement) as parallel:
@@ -66,18 +66,18 @@ def one_group(rank: int) -> dict[str, int]:
         share = TOKENS * (rank % 2) // 2, TOKENS * (rank % 2 + 1) // 2
         away = chosen[slice(*share)] // 3 != rank % 2
         row = HIDDEN * 4
-        assert parallel.record.bytes["dispatch"] == 2 * row * int(away.any(1).sum())  # each token once, there and back
+        assert parallel.record.bytes["dispatch"] == 2 * row * int(away.any(1).sum())  # each token once each way
         return dict(parallel.record.bytes)
 
 
 def test_copies_make_data_parallel_groups(pool: Pool) -> None:
     for sent in pool.run(one_group):
-        experts = 3 * 3 * HIDDEN * 20 * 4  # the gradients of all local experts, to the one other copy
+        experts = 3 * 3 * HIDDEN * 20 * 4  # gradients of all local experts, to the other replica
         assert sent["copies"] == experts
 
 
 def two_groups(rank: int, wrapper: str) -> None:
-    """An ExpertParallel for each data parallel group; experts are reduced over the ranks that hold the same ones."""
+    """An ExpertParallel per data parallel group; experts are reduced over the ranks that hold the same ones."""
     mesh = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("dp", "ep"))
     group = rank // 2
     with ExpertParallel(mesh.get_group("ep"), timeout=20, tp_group=[2 * group, 2 * group + 1]) as parallel:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A model of transformers whose experts are reached through switchgear's exchange, against one process."""
+"""A transformers model that reaches its experts through switchgear's exchange, against one process."""
 
 from __future__ import annotations
 

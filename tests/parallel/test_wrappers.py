@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""DistributedDataParallel and FSDP2 around layers whose experts are distributed: the gradients of one process."""
+"""DistributedDataParallel and FSDP2 around layers with distributed experts give the gradients of one process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def compare(rank: int, wrapper: str, absent: tuple[int, ...], num_chunks: int) -
         mine = x[sum(tokens[:rank]) : sum(tokens[: rank + 1])]
         y, want = outer(mine), whole(x)
         limit = want.detach().abs().amax().item() if len(want) else 0.0
-        bound = 1e-5 * max(1.0, limit)  # three layers of sums of 24, one of them torch's
+        bound = 1e-5 * max(1.0, limit)  # three layers with sums of 24 terms, one of them torch's
         assert len(mine) == 0 or (y - want[sum(tokens[:rank]) : sum(tokens[: rank + 1])]).abs().max() < bound
         y.square().sum().backward()
         (want.square().sum() / 4).backward()  # the mean over ranks
@@ -84,7 +84,7 @@ def test_gradients_with_and_without_tokens(pool: Pool, wrapper: str) -> None:
 
 
 def checkpointed(rank: int) -> None:
-    """Rows are sent again where forward is recomputed, with the same results; they are not kept meanwhile."""
+    """The recomputation of forward sends rows again, with the same results; they are not kept meanwhile."""
     with ExpertParallel(timeout=20) as parallel:
         moe = make(parallel)[1]
         torch.manual_seed(rank)
@@ -101,8 +101,8 @@ def checkpointed(rank: int) -> None:
                 y = checkpoint(moe, leaf, use_reentrant=how)
             y.backward(grad_y)
             grads.append([leaf.grad, *(parameter.grad.clone() for parameter in moe.parameters())])
-        assert any(shape[1:] == (40,) for shape in kept)  # h goes by way of autograd
-    for other in grads[1:]:  # the bits of torch's products depend on where its tensors lie
+        assert any(shape[1:] == (40,) for shape in kept)  # autograd saves h
+    for other in grads[1:]:  # the bits of torch's products depend on the memory addresses
         torch.testing.assert_close(other, grads[0], rtol=1e-5, atol=1e-6)
         names = ["x", *dict(moe.named_parameters())]
         changed = [n for n, a, b in zip(names, grads[0], other, strict=True) if not torch.equal(a, b)]

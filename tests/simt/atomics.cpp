@@ -6,7 +6,7 @@
 namespace simt {
 namespace {
 
-// A loop of atomics may be one that polls: now and then the others must get their turn.
+// A loop of atomics may be polling, so other threads must run from time to time.
 constexpr unsigned kMaxAtomicsInARow = 64;
 
 }  // namespace

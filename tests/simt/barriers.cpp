@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Barriers of a block, and collective instructions of a warp, whose lanes arrive one by one.
+// Barriers of a block, and collective instructions of a warp. Lanes arrive one by one.
 #include "models.h"
 #include "scheduler.h"
 
@@ -12,10 +12,10 @@ bool same_place(const Location& a, const Location& b) {
   return a.line() == b.line() && a.column() == b.column() && same_text(a.file_name(), b.file_name());
 }
 
-// Everyone who waited has seen what everyone who arrived had done.
+// Makes everything done before any arrival visible to every waiting thread.
 void complete(Barrier& barrier) {
   for (Fiber* fiber : barrier.waiting) {
-    // What a fiber released on arrival is part of the view, so the view replaces its own.
+    // The view includes what the fiber released on arrival, so it replaces the fiber's own.
     if (race::enabled) fiber->actor.view = barrier.view;
     wake(*fiber);
   }
@@ -42,7 +42,7 @@ void arrive(Barrier& barrier, unsigned id, unsigned num_threads, bool whole_bloc
     if (last) complete(barrier);
     return;
   }
-  fiber.state = State::kWaiting;  // so that completing wakes this one with the others
+  fiber.state = State::kWaiting;  // so that completing wakes this one too
   if (last) complete(barrier);
   suspend(whole_block ? "__syncthreads" : "a named barrier", at);
 }
@@ -87,7 +87,7 @@ void barrier_arrive(unsigned id, unsigned num_threads, Location at) {
 
 namespace {
 
-// The collective that the lanes of `mask` are in, or a new one.
+// Finds the collective that the lanes of `mask` have joined, or starts one.
 Collective& find_collective(Warp& warp, const char* name, uint32_t mask, Location at) {
   for (Collective& other : warp.collectives) {
     if (!(other.mask & mask)) continue;

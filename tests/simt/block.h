@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The state of threads, warps and blocks: what the parts of the runtime share. Internal.
+// The state of threads, warps and blocks, shared by the parts of the runtime. Internal.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -18,7 +18,7 @@
 
 namespace simt {
 
-// First in, first out, without memory of its own while empty: every thread has some.
+// A FIFO queue that allocates nothing while empty: every thread has several.
 template <typename T>
 class Queue {
  public:
@@ -39,17 +39,17 @@ class Queue {
 
 enum class State : uint8_t { kReady, kWaiting, kSpinning, kDone };
 
-// A copy by cp.async. Its group and an mbarrier may both wait for it.
+// A copy by cp.async. Both its group and an mbarrier may wait for it.
 struct Copy {
   char* to;
   const char* from;
   unsigned size, valid;  // bytes past `valid` are zeros
   bool landed = false;
-  bool awaited = false;  // by a wait of the thread's, or by an mbarrier
+  bool awaited = false;  // by a wait of the thread, or by an mbarrier
 };
 using Copies = std::vector<std::shared_ptr<Copy>>;
 
-// Bulk stores that were committed together; empty once they were carried out.
+// Bulk stores committed together; empty once carried out.
 struct StoreGroup {
   std::vector<std::function<void()>> stores;
   uint32_t time;
@@ -69,8 +69,8 @@ struct Fiber {
   unsigned atomics_in_a_row = 0;
 
   Copies open_copies;                // cp.async since the last commit
-  Queue<Copies> copy_groups;         // committed, the oldest first
-  Queue<uint32_t> copy_group_times;  // the copy engine's times of those groups
+  Queue<Copies> copy_groups;         // committed, oldest first
+  Queue<uint32_t> copy_group_times;  // times of those groups on the copy engine
   race::Agent copy_engine;
 
   std::vector<std::function<void()>> open_stores;  // bulk stores since the last commit
@@ -98,7 +98,7 @@ struct Collective {
   Location at;
 };
 
-// Accumulators of a warp's wgmma that are in flight.
+// Accumulators of a warp's wgmma in flight.
 struct Accumulators {
   std::array<float*, 32> registers{};
   std::vector<float> values;  // [32 lanes][columns / 2]
@@ -116,7 +116,7 @@ struct Warp {
   Queue<std::vector<WarpProduct>> product_groups;
   Queue<uint32_t> product_group_times;
   uint32_t finished_time = 0;
-  std::map<float*, std::vector<float>> finished_accumulators;  // as the hardware left them, by lane 0's registers
+  std::map<float*, std::vector<float>> finished_accumulators;  // as the hardware left them, keyed by lane 0's registers
   bool fenced = false;
   size_t num_products = 0;
   race::Agent tensor_core;
@@ -124,11 +124,11 @@ struct Warp {
 
 struct Mbarrier {
   unsigned expected = 0, pending = 0;
-  int64_t transactions = 0;  // bytes still to come
+  int64_t transactions = 0;  // bytes still expected
   uint32_t phase = 0;
   int copies_in_flight = 0;
   const Fiber* initialised_by = nullptr;
-  bool visible_to_copies = false;  // its initialisation was fenced
+  bool visible_to_copies = false;  // a fence followed its initialisation
   std::vector<Fiber*> waiting;
   race::View arriving;
   std::array<race::View, 2> completed;  // by parity
@@ -152,8 +152,8 @@ struct Block {
   std::array<Barrier, 16> barriers;
   std::vector<SharedArray> shared;  // [0] is the dynamic shared memory
   std::map<uint32_t, Mbarrier> mbarriers;
-  std::deque<std::function<void()>> pending;  // asynchronous operations that are under way
-  // Per warpgroup: what each wgmma was given, which must be the same in its four warps.
+  std::deque<std::function<void()>> pending;  // asynchronous operations in flight
+  // Per warpgroup: the operands of each wgmma, which must be the same in all four warps.
   std::vector<std::vector<std::array<uint64_t, 4>>> warpgroup_products;
 };
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What a thread or a block must not leave behind. Internal.
+// Checks that a thread or block leaves nothing pending at its exit. Internal.
 #pragma once
 #include "block.h"
 
 namespace simt {
 
-void check_thread_exit(const Fiber& fiber);          // nothing asynchronous that nobody waited for
-void check_barriers_after_exit(const Fiber& fiber);  // nobody waits for it in __syncthreads
+void check_thread_exit(const Fiber& fiber);          // no asynchronous operation without a wait
+void check_barriers_after_exit(const Fiber& fiber);  // no thread waits for it in __syncthreads
 void check_block_exit(const Block& block);
 
 }  // namespace simt

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Vector clocks. A point in time is (block, slot, time); slots are the threads of a block and its asynchronous engines. A
-// clock holds one vector of times per block, shared until it is written: after a barrier all threads have the same one.
+// Vector clocks. A point in time is (block, slot, time). Slots are the threads of a block and its asynchronous engines. A clock
+// holds one vector of times per block, copied on write: after a barrier all threads share the same vector.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -21,8 +21,8 @@ class Clock {
     }
     return false;
   }
-  void set(Moment moment);        // at least so late
-  void join(const Clock& other);  // at least as late as the other one, everywhere
+  void set(Moment moment);        // at least this moment
+  void join(const Clock& other);  // at least as late as `other` in every slot
   void clear() { parts_.clear(); }
   bool empty() const { return parts_.empty(); }
 
@@ -31,7 +31,7 @@ class Clock {
   struct Part {
     uint32_t block;
     std::shared_ptr<Times> times;
-    std::shared_ptr<Times> joined;  // what was joined last: joining it again changes nothing
+    std::shared_ptr<Times> joined;  // the last vector joined: joining it again changes nothing
   };
   Part& part(uint32_t block);
   static void make_own(Part& part, size_t size);

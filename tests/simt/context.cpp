@@ -16,14 +16,14 @@ __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* st
 namespace simt {
 namespace {
 
-constexpr size_t kStackSize = 256 << 10;  // pages that are never touched cost nothing
+constexpr size_t kStackSize = 256 << 10;  // untouched pages cost nothing
 
 std::vector<Stack>& free_stacks() {
   static std::vector<Stack> stacks;
   return stacks;
 }
 
-// The caller's own stack, as AddressSanitizer tells it when a fiber starts.
+// The caller's own stack, which AddressSanitizer reports when a fiber starts.
 const void* host_bottom = nullptr;
 size_t host_size = 0;
 
@@ -86,7 +86,7 @@ void switch_context(Context& from, Context& to, bool finished) {
 
 #else
 
-// simt_switch_stack(void** save, void* load): keeps the registers that a call must preserve on the stack that it leaves.
+// simt_switch_stack(void** save, void* load): saves the callee-saved registers on the old stack.
 extern "C" void simt_switch_stack(void** save, void* load);
 asm(R"(
 .text
@@ -114,8 +114,8 @@ simt_switch_stack:
 
 void prepare(Context& context, Stack stack, void (*entry)()) {
   context.stack = stack;
-  // From the top: an end for unwinders, the address that `ret` takes, and the six registers. The entry so finds its stack
-  // as after a call, 8 bytes off a multiple of 16.
+  // From the top: an end marker for unwinders, the return address for `ret`, and the six registers. So `entry` starts with the
+  // stack as after a call, 8 bytes off a multiple of 16.
   void** top = reinterpret_cast<void**>(stack.bottom + stack.size);
   top[-1] = nullptr;
   top[-2] = reinterpret_cast<void*>(entry);

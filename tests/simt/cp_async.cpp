@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// cp.async: copies from global to shared memory that land at once or not before someone waits for them.
+// cp.async: copies from global to shared memory, which land either at once or only when a thread waits for them.
 #include <cstring>
 
 #include "mbarrier.h"
@@ -46,7 +46,7 @@ void cp_async(void* shared, const void* global, unsigned size, unsigned valid, L
   if (carry_out_early()) {
     carry_out(*copy);
   } else {
-    std::memset(shared, 0xff, size);  // the old content is lost already
+    std::memset(shared, 0xff, size);  // the old content is already lost
   }
   fiber.open_copies.push_back(std::move(copy));
 }

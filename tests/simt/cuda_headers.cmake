@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # switchgear_find_cuda_headers(variable): the directories with cuda_runtime.h, cuda.h, cuda_bf16.h and what they include.
-# In this order: SWITCHGEAR_CUDA_INCLUDE, nvcc's toolkit, the usual places, the wheels of the Python environment.
+# Searched in order: SWITCHGEAR_CUDA_INCLUDE, nvcc's toolkit, the usual places, Python's wheels.
 
-# A list: wheels keep crt/ in a directory of its own in some versions.
+# A list: in some versions the wheels have a separate directory for crt/.
 set(SWITCHGEAR_CUDA_INCLUDE "" CACHE STRING "Include directories of CUDA, where they are not found by themselves")
 
 function(switchgear_find_cuda_headers variable)
   set(candidates ${SWITCHGEAR_CUDA_INCLUDE})
   find_program(nvcc nvcc)
   if(nvcc)
-    # What is on PATH may be a link or a wrapper: nvcc itself tells where its toolkit is.
+    # The nvcc on PATH may be a link or a wrapper, so ask nvcc itself for its toolkit.
     file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/empty.cu "")
     execute_process(COMMAND ${nvcc} --dryrun ${CMAKE_CURRENT_BINARY_DIR}/empty.cu OUTPUT_VARIABLE text ERROR_VARIABLE text)
     if(text MATCHES "TOP=([^\n]*)\n")

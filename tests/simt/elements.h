@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The values of the elements that tensor cores multiply. Internal.
+// Values of the element types of tensor cores. Internal.
 #pragma once
 #include <bit>
 #include <cstdint>

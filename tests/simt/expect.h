@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What tests of the runtime say besides CHECK.
+// An additional check for tests of the runtime.
 #pragma once
 #include <string>
 
 #include "check.h"
 #include "runtime.h"
 
-// The statement throws, and its message has the text.
+// The statement throws, and its message contains the text.
 #define CHECK_FAILS(text, ...)                                                            \
   do {                                                                                    \
     std::string message = "nothing was thrown";                                           \

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// One grouped GEMM or weight gradient through the op, compared with float64: for the tests of every kernel behind it.
+// Runs one grouped GEMM or weight gradient through the op and compares it with float64, for tests of any kernel behind it.
 #pragma once
 #include "bounded.h"
 #include "cases.h"
@@ -9,7 +9,7 @@
 
 namespace switchgear::test {
 
-// How factors are multiplied: in their dtype, or as tf32.
+// The precision of the factors: their dtype, or tf32.
 struct Precision {
   const char* name;
   DType dtype;
@@ -24,7 +24,7 @@ constexpr Precision kPrecisions[] = {{"float32", DType::kFloat32, false},
 enum class Storage { kPacked, kTransposed, kSeparate };
 constexpr const char* kStorageNames[] = {"packed", "transposed", "separate"};
 
-// E matrices [N,C] however they lie in memory. Separate ones have numbers of rows of their own, one of them none.
+// E matrices [N,C] in any storage. If separate, each has its own number of rows, and one has none.
 class Weights {
  public:
   Weights(Random& random, Rows rows, DType dtype, int64_t E, int64_t N, int64_t C, Storage storage)
@@ -73,8 +73,8 @@ struct GemmProblem {
   bool gather, biased;
 };
 
-// Offsets that nobody made sure of. Under the race detector they ascend: experts that share slots write the same rows, in an
-// order that is nobody's promise.
+// Unchecked offsets. Under the race detector they ascend: experts that share slots write the same rows, in an unspecified
+// order.
 template <typename Wild>
 Array wild_offsets(int64_t num_experts, Wild&& wild) {
   std::vector<int32_t> values;

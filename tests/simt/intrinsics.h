@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// CUDA's device functions of single values. The approximate ones are exact here: tolerances must allow for theirs.
+// CUDA's scalar device functions. The approximate ones are exact here, so tolerances must allow for CUDA's errors.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -36,7 +36,7 @@ inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x));
 inline int __float2int_rd(float x) { return static_cast<int>(std::floor(x)); }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
 
-// Rounded on their own, never fused: in files compiled with -ffp-contract=off.
+// Each is rounded on its own, never fused, in files compiled with -ffp-contract=off.
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -63,7 +63,7 @@ SIMT_MIN_MAX(unsigned long)
 SIMT_MIN_MAX(long long)
 SIMT_MIN_MAX(unsigned long long)
 #undef SIMT_MIN_MAX
-// A NaN gives way to a number, as in CUDA.
+// If one argument is NaN the result is the other, as in CUDA.
 inline float min(float a, float b) { return std::fmin(a, b); }
 inline float max(float a, float b) { return std::fmax(a, b); }
 inline double min(double a, double b) { return std::fmin(a, b); }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Barriers, and the exchange of values between the lanes of a warp. Exchanges order no memory accesses: __syncwarp does.
+// Barriers, and the exchange of values between the lanes of a warp. Only __syncwarp orders memory accesses; exchanges do not.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -11,7 +11,7 @@
 
 namespace simt {
 
-// What each lane gives, and what it gets.
+// A lane's input and output.
 template <typename T>
 struct Exchange {
   T given, taken;
@@ -41,7 +41,7 @@ T exchange(const char* name, uint32_t mask, T value, int source, Location at) {
   return operands.taken;
 }
 
-// Every lane gets what `reduce` makes of all lanes' values.
+// Every lane gets `reduce` of all lanes' values.
 template <typename T, typename R>
 struct Vote {
   T given;
@@ -130,7 +130,7 @@ template <typename T>
 T __shfl_sync(uint32_t mask, T value, int source, int width = 32, SIMT_AT) {
   return simt::exchange("__shfl_sync", mask, value, (simt::lane_index() & ~(width - 1)) + (source & (width - 1)), at);
 }
-// A source outside of the segment of `width` lanes: the lane's own value.
+// A source outside the segment of `width` lanes returns the lane's own value.
 template <typename T>
 T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int width = 32, SIMT_AT) {
   const int source = simt::lane_index() ^ lane_mask;
@@ -186,5 +186,5 @@ SIMT_REDUCE(__reduce_or_sync, or_of)
 SIMT_REDUCE(__reduce_xor_sync, xor_of)
 #undef SIMT_REDUCE
 
-// Which lanes a compiler lets run together is not for a kernel to ask: give the mask.
+// Kernels must not depend on which lanes the compiler runs together: pass the mask.
 uint32_t __activemask() = delete;

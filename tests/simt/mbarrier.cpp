@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// mbarrier: a phase ends when the expected arrivals have come and no bytes are outstanding; then the next one begins.
-// The state is kept aside; the eight bytes in shared memory hold a mark that shows if something else was stored there.
+// mbarrier: a phase ends after all expected arrivals, when no bytes are outstanding; then the next one begins.
+// The state is kept outside shared memory. The barrier's eight bytes hold a mark, which shows if something overwrites them.
 #include "mbarrier.h"
 
 #include <cstring>
@@ -28,7 +28,7 @@ void touch_mbarrier(uint64_t* mbarrier, bool initialises, Location at) {
   touch(mbarrier, 8, {.write = true, .atomic = !initialises, .scope = Scope::kBlock, .space = Space::kShared}, at);
 }
 
-// Ends the phase if nothing is missing.
+// Ends the phase if it is complete.
 void advance(Block& block, uint32_t address, Location at) {
   Mbarrier& barrier = block.mbarriers.at(address);
   if (barrier.pending > 0 || barrier.transactions != 0) return;

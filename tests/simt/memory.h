@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Atomics, fences and the loads and stores that have a name. Everything runs on one thread of the CPU, so that an atomic
-// is a plain operation; what it means to other GPU threads is told to the race detector beforehand.
+// Atomics, fences, and loads and stores with names. Everything runs on one CPU thread, so an atomic is a plain operation.
+// Before it, the race detector records what it means to other GPU threads.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -49,7 +49,7 @@ T wrapping_sum(T a, T b) {
 
 }  // namespace simt
 
-// The three forms of each: at device, block and system scope. All are relaxed.
+// Three forms of each atomic: at device, block and system scope. All are relaxed.
 #define SIMT_ATOMIC(name, update)                                                                                \
   template <typename T>                                                                                          \
   T name(T* location, std::type_identity_t<T> value, SIMT_AT) {                                                  \
@@ -87,7 +87,7 @@ inline void __threadfence_block() { simt::fence(simt::Scope::kBlock); }
 inline void __threadfence() { simt::fence(simt::Scope::kDevice); }
 inline void __threadfence_system() { simt::fence(simt::Scope::kSystem); }
 
-// Hints for caches.
+// Cache hints.
 template <typename T>
 T __ldg(const T* p) {
   return *p;

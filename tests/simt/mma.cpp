@@ -49,7 +49,7 @@ void count_conflicts(void* const* operands, int matrices) {
   }
 }
 
-// The element of an 8x8 matrix that half `half` of a lane's register holds: its row and column.
+// Row and column, in an 8x8 matrix, of the element in half `half` of a lane's register.
 struct Place {
   int row, column;
 };

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What instructions do: the second body of every wrapper in csrc/cuda/ptx.cuh and hopper.cuh, and of CUDA's own names in
-// simt.h. `at` is the line of the kernel.
+// What instructions do: the second body of every wrapper in csrc/cuda/ptx.cuh and hopper.cuh, and of CUDA's own functions in
+// simt.h. `at` is the location in the kernel.
 #pragma once
 #include <cstdint>
 
 #include "race.h"
 #include "runtime.h"
 
-// Values move between lanes inside such functions, which are no accesses of the kernel.
+// For functions that move values between lanes; these accesses are not the kernel's.
 #define SIMT_UNTRACKED __attribute__((no_sanitize("thread")))
 
 namespace simt {
@@ -27,19 +27,19 @@ void block_barrier(Location at);
 void barrier_sync(unsigned id, unsigned num_threads, Location at);
 void barrier_arrive(unsigned id, unsigned num_threads, Location at);
 
-// Waits for the lanes in `mask`. The last one combines the operands of all, [32] by lane; the others' are null.
+// Waits for the lanes in `mask`. The last one combines the operands of all, [32] by lane; those of other lanes are null.
 using Combine = void (*)(void* const* operands, uint32_t mask);
 void collective(const char* name, uint32_t mask, void* operands, Combine combine, Location at);
 void warp_barrier(uint32_t mask, Location at);
 int lane_index();
-// A lane that was elected among all 32: the lowest, or any one in random order.
+// True in one lane of all 32: the lowest, or any one in random order.
 bool elect(Location at);
 
 // ---- atomics, fences, polling (atomics.cpp) ---------------------------------------------------------------------------------
 
 void before_atomic(const void* location, size_t size, race::AtomicKind kind, Location at);
 void fence(Scope scope);
-void poll(Location at);  // before a load in a loop that waits
+void poll(Location at);  // before a load in a polling loop
 void sleep(Location at);
 
 // ---- cp.async, ldmatrix, mma (cp_async.cpp, mma.cpp) --------------------------------------------------------------------------

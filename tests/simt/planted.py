@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Runs everything that is planted, in two builds and three orders of threads (or SIMT_ORDERS), and prints who saw what.
+"""Runs all planted bugs in two builds and three orders of threads (or SIMT_ORDERS); prints which builds detect them.
 
     planted.py asan=build/simt-asan race=build/simt-race
 
-Each argument is a build tree of tests/simt in which the target simt_plants is built. Small programs of their own have
-their mistakes switched on (planted/*.cpp); mistakes of the real kernels (planted/kernels.py) are edits of a copy of
-csrc/cuda, of which one file is compiled again and linked in place of the clean one. A mistake must be seen (the program
-fails) in every order by the builds it names, and the same program must pass without it.
+Each argument is a build tree of tests/simt in which the target simt_plants is built. Small programs have mistakes that
+can be switched on (planted/*.cpp). Mistakes in the real kernels (planted/kernels.py) are edits of a copy of csrc/cuda,
+of which one file is compiled again and linked in place of the clean one. The builds that a mistake names must detect it
+in every order (the program fails), and the same program must pass without it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Plant:
     name: str
     builds: tuple[str, ...]
     clean: list[str]
-    planted: Callable[[], list[str]]  # makes the program
+    planted: Callable[[], list[str]]  # builds the program
 
 
 def own_plants(build: Path) -> list[Plant]:
@@ -91,7 +91,7 @@ def build_mistake(build: Path, mistake: Mistake) -> list[str]:
     without = {"-MD"}
     drop = [command.index(flag) for flag in ("-MT", "-MF") if flag in command]
     command = [w for i, w in enumerate(command) if w not in without and i not in drop and i - 1 not in drop]
-    first = next(i for i, word in enumerate(command) if word.startswith("-"))  # behind a launcher and the compiler
+    first = next(i for i, word in enumerate(command) if word.startswith("-"))  # after a launcher and the compiler
     command[first:first] = [f"-I{kernels}", f"-I{home / 'csrc'}"]
     subprocess.run([*command, "-w"], cwd=build, check=True)
 
@@ -99,7 +99,7 @@ def build_mistake(build: Path, mistake: Mistake) -> list[str]:
     link[link.index("-o") + 1] = str(program)
     if clean in link:
         link[link.index(clean)] = str(result)
-    else:  # a member of a library, which the linker then leaves there
+    else:  # a library member, which the linker then ignores
         link.insert(link.index("-o"), str(result))
     subprocess.run(link, cwd=build, check=True)
     return [str(program), *mistake.tests]
@@ -117,7 +117,7 @@ def kernel_plants(build: Path) -> list[Plant]:
 
 
 def run(command: list[str], order: str) -> tuple[bool, str]:
-    """Whether the program passes, and the line that says why not."""
+    """Whether the program passes, and the line that gives the reason if not."""
     environment = {**os.environ, "SWITCHGEAR_SIMT_ORDER": order}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every wrapper of ptx.cuh, and with -DHOPPER of hopper.cuh, in a kernel of its own named like it: test_ptx.py compiles this
-// file and compares the PTX that comes out with what is written there.
+// Every wrapper of ptx.cuh, and with -DHOPPER of hopper.cuh, in its own kernel with the wrapper's name. test_ptx.py compiles
+// this file and compares the PTX with the wrapper's text.
 #include "ptx.cuh"
 #if defined(HOPPER)
 #include "hopper.cuh"
@@ -99,7 +99,7 @@ KERNEL(mbar_test_wait, uint32_t* out, int parity) {
   SHARED_DYN(uint64_t, bar);
   *out = ptx::mbar_test_wait(bar, parity);
 }
-// Twice, so that its label must be one of the wrapper's own.
+// Twice, so that its label must be local to the wrapper.
 KERNEL(mbar_wait, int parity) {
   SHARED_DYN(uint64_t, bar);
   ptx::mbar_wait(bar, parity);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What orders accesses: releases and acquires, fences and atomics. The accesses themselves are in shadow.cpp.
+// What orders accesses: releases and acquires, fences and atomics. shadow.cpp records the accesses themselves.
 #include "race.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ Actor* running = nullptr;
 
 namespace {
 
-// One release on a location, by the blocks that may take it up.
+// One release on a location, with the scope of threads that may acquire it.
 struct Released {
   Scope scope;
   uint32_t device, block;
@@ -23,7 +23,7 @@ struct Released {
 
 std::unordered_map<uintptr_t, std::vector<Released>> locations;
 
-// The narrowest scope that includes both.
+// The narrowest scope that includes both threads.
 Scope needed_scope(const Released& release, const Actor& actor) {
   if (release.block == actor.now.block) return Scope::kBlock;
   return release.device == actor.device ? Scope::kDevice : Scope::kSystem;
@@ -89,7 +89,7 @@ void atomic(Actor& actor, const void* location, AtomicKind kind) {
     }
   }
   if (!kind.writes) return;
-  // A store begins a new release sequence; a read-modify-write goes on with the old one.
+  // A store begins a new release sequence; a read-modify-write continues the old one.
   if (!kind.reads) releases.clear();
   if (kind.release) {
     View view;

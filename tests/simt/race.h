@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The race detector: happens-before by vector clocks, exact to the byte. Two accesses of which one writes must be ordered
-// by something that synchronises, or both be atomic at scopes that include each other. What the asynchronous proxy touches
-// (TMA, wgmma) must also lie behind a fence.proxy.async if ordinary code wrote it. Works in programs that are linked with
-// race_hooks.cpp and compiled with -fsanitize=thread; elsewhere `enabled` stays false and nothing here is called.
+// The race detector: happens-before by vector clocks, exact to the byte. Two accesses, of which one writes, must be ordered by
+// a synchronisation, or both be atomic at scopes that include each other. Before the asynchronous proxy (TMA, wgmma) accesses
+// what ordinary code wrote, a fence.proxy.async is needed. Works in programs linked with race_hooks.cpp and compiled with
+// -fsanitize=thread; elsewhere `enabled` stays false and nothing here is called.
 #pragma once
 #include <array>
 #include <cstddef>
@@ -20,7 +20,7 @@ extern bool enabled;
 enum class Scope : uint8_t { kBlock, kDevice, kSystem };
 enum class Space : uint8_t { kShared, kGlobal };
 
-// What happened before: for everyone, and for the asynchronous proxy in each space.
+// What happened before: for threads, and for the asynchronous proxy in each space.
 struct View {
   Clock seen;
   std::array<Clock, 2> async;
@@ -29,21 +29,21 @@ struct View {
   bool empty() const { return seen.empty(); }
 };
 
-// Who acts: a thread of a kernel.
+// The actor of an access: a thread of a kernel.
 struct Actor {
   Moment now{0, 0, 1};
   uint32_t device = 0;
   View view;
-  std::array<View, 3> released_by_fence;  // by scope: what a relaxed store hands on
-  std::array<View, 3> read_before_fence;  // by scope: what relaxed loads saw, for a fence to take up
+  std::array<View, 3> released_by_fence;  // by scope: what a relaxed store passes on
+  std::array<View, 3> read_before_fence;  // by scope: what relaxed loads saw, for a later fence
 };
 
-// An asynchronous engine of a block: its accesses are ordered before nothing until someone waits for them.
+// An asynchronous engine of a block: its accesses are ordered only after a thread waits for them.
 struct Agent {
-  uint32_t slot = 0, time = 0;  // slot 0 before first use: no agent is a block's first slot
+  uint32_t slot = 0, time = 0;  // slot 0 before first use: a block's slot 0 is a thread's
 };
 
-// Where in the program: an address of code, or a file and line.
+// A place in the program: an address of code, or a file and line.
 using Site = uint64_t;
 Site site_of(std::source_location at);
 inline Site site_of(const void* code) { return reinterpret_cast<uint64_t>(code); }
@@ -57,24 +57,24 @@ struct Access {
 // ---- a run and its blocks -----------------------------------------------------------------------------------------------
 
 void begin_run();
-// How many conflicts there were, and the text of the first few.
+// The number of conflicts, and the text of the first few.
 struct Findings {
   int count = 0;
   std::string text;
 };
 Findings end_run();
 
-// `name` and the block's shape are for reports.
+// `name` and the block's shape appear in reports.
 uint32_t begin_block(const std::string& name, uint32_t size_x, uint32_t size_y, uint32_t num_threads, uint32_t device);
 void begin_thread(Actor& actor, uint32_t block, uint32_t thread, uint32_t device);
 uint32_t new_slot(uint32_t block, const std::string& name);  // for an engine
-void forget(const void* start, size_t size);                 // memory that goes back to the heap
+void forget(const void* start, size_t size);                 // memory returned to the heap
 
 std::string describe_site(Site site);
 
 // ---- accesses -----------------------------------------------------------------------------------------------------------
 
-// The thread whose instrumented code runs; null while the runtime or the host does.
+// The thread whose instrumented code is running; null while the runtime or the host is running.
 extern Actor* running;
 
 void access(const Actor& actor, Moment as, const void* start, size_t size, Access kind, Site site);
@@ -87,7 +87,7 @@ inline void acquire(Actor& actor, const View& from) { actor.view.join(from); }
 void fence(Actor& actor, Scope scope);
 void proxy_fence(Actor& actor, Space space);
 
-// An atomic operation on a location, after access(): what it takes up and what it hands on.
+// An atomic operation on a location, after access(): acquires and releases views.
 struct AtomicKind {
   bool reads = false, writes = false, acquire = false, release = false;
   Scope scope = Scope::kDevice;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What -fsanitize=thread makes the compiler call, in place of its own library: the program is compiled with the flag and
-// linked without it. Accesses by the host and by the runtime are let through; those of kernels go to the race detector.
-// Atomics that reach this file are the host's: kernels' are in atomics.cpp, which knows their scope.
+// The functions that -fsanitize=thread makes the compiler call. They replace its library: the program is compiled with the flag
+// and linked without it. Accesses by the host and the runtime are ignored; those of kernels go to the race detector. Atomics
+// that reach this file are the host's: those of kernels are in atomics.cpp, which knows their scope.
 #include <cstring>
 
 #include "context.h"
@@ -17,7 +17,7 @@ using simt::race::Access;
 void access(const void* address, size_t size, Access kind, const void* code) {
   const simt::race::Actor* const actor = simt::race::running;
   if (actor == nullptr) return;
-  // A thread's own stack is its registers and its local memory; threadIdx and the like are special registers.
+  // A thread's own stack models its registers and local memory; threadIdx and the like are special registers.
   const auto inside = [address](const void* start, size_t length) {
     return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(start) < length;
   };
@@ -30,7 +30,7 @@ void access(const void* address, size_t size, Access kind, const void* code) {
 
 constexpr Access kRead{};
 constexpr Access kWrite{.write = true};
-// A volatile access is a relaxed one at system scope.
+// A volatile access counts as a relaxed one at system scope.
 constexpr Access kVolatileRead{.atomic = true};
 constexpr Access kVolatileWrite{.write = true, .atomic = true};
 
@@ -63,7 +63,7 @@ void __tsan_vptr_update(void**, void*) {}
   void __tsan_unaligned_volatile_read##SIZE(void* p) { access(p, SIZE, kVolatileRead, CODE); } \
   void __tsan_unaligned_volatile_write##SIZE(void* p) { access(p, SIZE, kVolatileWrite, CODE); }
 
-// A fence before a volatile store, or after a volatile load, makes it a synchronisation.
+// With a fence before a volatile store, or after a volatile load, it synchronises.
 static void volatile_access(const void* p, bool writes) {
   simt::race::Actor* const actor = simt::race::running;
   if (actor == nullptr) return;

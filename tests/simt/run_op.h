@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Calls an op of the CUDA backend as a caller on a device would: an allocator that gives poisoned memory of exactly the size
-// asked for, once.
+// Calls an op of the CUDA backend as a caller on a device would. The allocator gives poisoned memory of exactly the requested
+// size, once.
 #pragma once
 #include <memory>
 
@@ -33,7 +33,7 @@ class OpMemory {
   std::unique_ptr<uint8_t[], Free> bytes_;
 };
 
-// run(exec) writes all elements of `outputs` and nothing else: twice, over 0xFF and over 0x00, with the same bits.
+// Checks that run(exec) writes all elements of `outputs` and nothing else: runs twice, over 0xFF and 0x00, for the same bits.
 template <typename Run>
 void run_op(std::initializer_list<Array*> outputs, Run&& run) {
   std::vector<Array> first;
@@ -50,8 +50,8 @@ void run_op(std::initializer_list<Array*> outputs, Run&& run) {
   for (size_t i = 0; i < first.size(); ++i) CHECK(same_bits(first[i], *outputs.begin()[i]), "output ", i);
 }
 
-// Whether this program runs the variant of a test with this number. Under sanitizers each of the three orders of threads runs
-// every third one, so that together they run all.
+// Whether this program runs the variant of a test with this number. Under sanitizers each of the three thread orders runs every
+// third variant, so together they run all.
 inline bool takes_variant(int64_t variant) {
 #if defined(SIMT_PLAIN)
   return variant >= 0;
@@ -60,7 +60,7 @@ inline bool takes_variant(int64_t variant) {
 #endif
 }
 
-// Shapes of memory: rows anywhere, and rows that start at multiples of 16 bytes.
+// Memory layouts: rows at any address, or at multiples of 16 bytes.
 enum class Rows { kAnywhere, kAligned };
 
 inline Array make_rows(Rows rows, DType dtype, int64_t num_rows, int64_t width) {

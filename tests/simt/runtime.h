@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Runs CUDA kernels on the CPU: every GPU thread is a fiber with a stack of its own, scheduled in a chosen order on the
-// calling thread. This header has what tests and launchers see; simt.h adds CUDA's names, models.h the instructions.
+// Runs CUDA kernels on the CPU: every GPU thread is a fiber with its own stack, scheduled in a chosen order on the calling
+// thread. This header is for tests and launchers; simt.h adds CUDA's names, models.h the instructions.
 #pragma once
 #include <vector_functions.h>
 #include <vector_types.h>
@@ -20,12 +20,12 @@ namespace simt {
 
 using Location = std::source_location;
 
-// What a kernel did wrong, with its thread, file and line.
+// A kernel's error, with its thread, file and line.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// What threadIdx, blockIdx, blockDim and gridDim read: those of the running thread.
+// threadIdx, blockIdx, blockDim and gridDim of the running thread.
 struct Indices {
   uint3 thread{}, block{};
   dim3 block_size, grid_size;
@@ -34,18 +34,17 @@ extern Indices indices;
 
 // ---- settings -----------------------------------------------------------------------------------------------------------
 
-// Which of the threads that can run goes on, and when asynchronous copies and products are carried out. Forward: lowest
-// first, and as late as possible. Reverse: highest first, and as early as possible. Random: either, and threads are also
-// interrupted at atomics.
+// Which runnable thread runs next, and when asynchronous copies and products are carried out. Forward: lowest thread first, as
+// late as possible. Reverse: highest thread first, as early as possible. Random: either, and threads are also interrupted at
+// atomics.
 enum class Order { kForward, kReverse, kRandom };
 
 // Set from SWITCHGEAR_SIMT_ORDER=forward|reverse|random:SEED.
 struct Options {
   Order order = Order::kForward;
   uint64_t seed = 1;
-  int resident_blocks =
-      4;  // at most so many blocks of a grid at a time; cooperative grids and ranks are resident as a whole
-  bool other_processes = false;  // write to what the grids poll: that nothing changes here is no livelock
+  int resident_blocks = 4;       // limit per grid; cooperative grids and ranks are fully resident
+  bool other_processes = false;  // may write what grids poll, so no change here is no livelock
 };
 Options& options();
 
@@ -62,7 +61,7 @@ Device sm_90();
 struct Statistics {
   uint64_t blocks = 0, threads = 0, switches = 0;
   uint64_t wgmma = 0;                         // issued, by warps
-  uint64_t ldmatrix = 0, bank_conflicts = 0;  // matrices read by ldmatrix, and the extra cycles their rows cost
+  uint64_t ldmatrix = 0, bank_conflicts = 0;  // matrices read by ldmatrix, and extra cycles for conflicts
 };
 Statistics& statistics();
 
@@ -72,14 +71,14 @@ struct Grid {
   dim3 grid, block;
   size_t dynamic_shared = 0;
   std::function<void()> kernel;  // called once by every thread
-  bool cooperative = false;      // all of its blocks are resident, or the launch fails
+  bool cooperative = false;      // all blocks are resident, or the launch fails
 };
 
-// Runs the grids to their end. More than one stand for one kernel on each of as many devices: all blocks are resident, and
-// only system scope reaches from one to another. Throws what the kernels did wrong.
+// Runs the grids to their end. Several grids are one kernel on as many devices: all blocks are resident, and only system scope
+// reaches across devices. Throws the kernels' errors.
 void run(const std::vector<Grid>& grids);
 
-// Keeps the arguments, converted to the kernel's parameters as a launch does.
+// Binds the arguments, converted to the kernel's parameters as in a launch.
 template <typename... Parameters, typename... Arguments>
 std::function<void()> bind_kernel(void (*kernel)(Parameters...), Arguments&&... arguments) {
   return [kernel, values = std::tuple<std::remove_cvref_t<Parameters>...>(std::forward<Arguments>(arguments)...)] {
@@ -92,7 +91,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic
   run({{grid, block, dynamic_shared, bind_kernel(kernel, std::forward<Arguments>(arguments)...)}});
 }
 
-// The function and line of an instruction, as addr2line tells them.
+// The function and line of an instruction, from addr2line.
 std::string describe_code(const void* address);
 std::string function_name(const void* address);  // without its parameters
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The part of the CUDA runtime that launchers use, on memory of the CPU. Everything is done by the time a call returns;
-// streams are only written down, so that a test can ask whether all work went to the right one.
+// The part of the CUDA runtime that launchers use, on CPU memory. All work is done when a call returns. Streams are only
+// recorded, so that a test can check whether all work went to the right one.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -15,15 +15,15 @@
 namespace simt {
 namespace {
 
-std::map<const void*, int> dynamic_shared_limits;  // by kernel, where raised
+std::map<const void*, int> dynamic_shared_limits;  // by kernel, if raised
 std::vector<cudaStream_t> streams;
-std::vector<int> devices;  // that were current at each of them
+std::vector<int> devices;  // the current device at each of them
 cudaError_t last_error = cudaSuccess;
 int current_device = 0;
 int waits = 0;
 
 constexpr int kSharedWithoutOptIn = 48 << 10;
-constexpr int kNumDevices = 2;  // alike
+constexpr int kNumDevices = 2;  // identical
 
 void write_down(cudaStream_t stream) {
   streams.push_back(stream);
@@ -42,10 +42,10 @@ bool wants_cooperative(const cudaLaunchConfig_t& config) {
   return false;
 }
 
-// How many blocks of such a grid a multiprocessor holds: by threads and by shared memory.
+// How many blocks of this size fit on a multiprocessor, by threads and by shared memory.
 int blocks_per_multiprocessor(uint64_t threads, size_t dynamic_shared) {
   constexpr uint64_t kMaxThreads = 2048;
-  const size_t shared = dynamic_shared + 1024;  // the system's part
+  const size_t shared = dynamic_shared + 1024;  // reserved by the system
   const uint64_t by_shared = static_cast<size_t>(device().shared_memory_per_block + 1024) / shared;
   return static_cast<int>(std::min<uint64_t>({32, kMaxThreads / threads, by_shared}));
 }
@@ -85,7 +85,7 @@ Grid grid_of(const cudaLaunchConfig_t& config, std::function<void()> kernel) {
 
 namespace {
 
-// cuTensorMapEncodeTiled: what it documents as required is checked here.
+// cuTensorMapEncodeTiled, with checks of its documented requirements.
 CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* start, const cuuint64_t* size,
                       const cuuint64_t* stride, const cuuint32_t* box, const cuuint32_t* element_stride,
                       CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,

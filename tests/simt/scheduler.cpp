@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// One grid, or several that are co-resident, run to their end on the calling thread. A fiber runs until it waits, polls,
-// is interrupted or ends. When none can run and no asynchronous operation is under way, that is a deadlock; when all that
-// can run poll, and nothing changes for long, a livelock.
+// Runs one grid, or several co-resident ones, to the end on the calling thread. A fiber runs until it waits, polls, is
+// interrupted or ends. If none can run and no asynchronous operation is in flight, that is a deadlock. If all runnable ones
+// poll, and nothing changes for long, that is a livelock.
 #include "scheduler.h"
 
 #include <sched.h>
@@ -20,9 +20,9 @@ Indices indices;
 
 namespace {
 
-struct Aborted {};  // thrown into the fibers that are left when one has failed
+struct Aborted {};  // thrown into the remaining fibers after one has failed
 
-constexpr size_t kMaxIdlePolls = 500;  // of every thread, on average, before that is called a livelock
+constexpr size_t kMaxIdlePolls = 500;  // average number per thread that counts as a livelock
 
 struct Scheduler {
   Context host;
@@ -160,7 +160,7 @@ Fiber& take_ready() {
   return *fiber;
 }
 
-// One asynchronous operation of a resident block; false where there is none.
+// Carries out one asynchronous operation of a resident block; false if there is none.
 bool carry_out_one() {
   const bool random = options().order == Order::kRandom;
   std::vector<Block*> candidates;
@@ -187,7 +187,7 @@ size_t num_live_threads() {
   return count;
 }
 
-// Waiting threads by what they wait for.
+// Lists the waiting threads, grouped by what they wait for.
 std::string describe_waiting() {
   std::map<std::string, std::pair<int, std::string>> groups;
   for (const auto& block : scheduler.blocks) {
@@ -269,7 +269,7 @@ void run_blocks(const std::vector<PendingBlock>& blocks, size_t max_resident) {
 
 }  // namespace
 
-// ---- what models ask for ------------------------------------------------------------------------------------------------
+// ---- interface for models -----------------------------------------------------------------------------------------------
 
 RuntimeScope::~RuntimeScope() {
   race::running = race::enabled && scheduler.running != nullptr ? &scheduler.running->actor : nullptr;
@@ -375,7 +375,7 @@ void run(const std::vector<Grid>& grids) {
     error = caught.what();
     abort_all();
   }
-  // A race may be what an error comes from, and is then what must be told.
+  // A race may be the cause of an error, so it is reported first.
   const race::Findings races = race::enabled ? race::end_run() : race::Findings{};
   if (races.count > 0)
     error = std::to_string(races.count) + " conflicting access(es)" + races.text +

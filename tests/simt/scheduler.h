@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Who runs next: what the models of instructions ask of the scheduler. Internal.
+// Which thread runs next: the scheduler's interface for the models of instructions. Internal.
 #pragma once
 #include "block.h"
 
 namespace simt {
 
-// Marks that the runtime runs, not the kernel's own code: the race detector ignores what happens inside.
+// Marks code of the runtime instead of the kernel; the race detector ignores its accesses.
 class RuntimeScope {
  public:
   RuntimeScope() { race::running = nullptr; }
@@ -20,18 +20,18 @@ inline Warp& running_warp() { return running_block().warps[running_fiber().warp]
 
 // Suspends the running fiber until something wakes it.
 void wait(const char* what, Location at);
-// The same for a fiber that is on its way: woken already, or marked as waiting.
+// The same, but keeps the fiber's state: it may be woken already, or marked as waiting.
 void suspend(const char* what, Location at);
 void wake(Fiber& fiber);
-// Lets all others run before a loop that polls looks again.
+// Lets all other threads run before a polling loop looks again.
 void spin(Location at);
-// In random order, now and then lets another thread go first.
+// In random order, occasionally lets another thread run first.
 void maybe_interrupt();
 
 uint64_t random_number();
-// Whether an asynchronous operation is carried out at once, rather than when someone waits for it.
+// Whether an asynchronous operation is carried out at once instead of at a wait.
 bool carry_out_early();
-// Carried out later, in any order with others: when no thread can run, or before.
+// Carries the operation out later, in any order with others: at the latest when no thread can run.
 void carry_out_later(Block& block, std::function<void()> operation);
 void note_progress();
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Memory is divided into cells of 8 bytes. A cell lists its accesses but those that a later one has superseded: one that
-// is ordered after them, touches their bytes, and writes if they do. What is unordered with those is unordered with it too.
+// Memory is divided into cells of 8 bytes. A cell lists its accesses, except superseded ones. A later access that is ordered
+// after one supersedes it if it covers its bytes and writes if it does. What races with that one then races with the later one.
 #include "shadow.h"
 
 #include "shared_memory.h"
@@ -23,8 +23,8 @@ struct Record {
   Access kind;
 };
 
-// Readers and atomic writers of one cell may be as many as there are threads. The flags say what there may be to conflict
-// with, so that the usual crowd, all of a kind, need not be searched.
+// Readers and atomic writers of one cell may be as many as there are threads. The flags say what could conflict, so that a
+// uniform crowd, the usual case, need not be searched.
 struct Crowd {
   std::map<std::pair<uint64_t, uint32_t>, Record> records;  // by thread and kind
   bool reads = false, atomics = false, narrow_scopes = false;
@@ -36,7 +36,7 @@ struct Cell {
 };
 
 constexpr size_t kPageCells = 512;
-constexpr size_t kMaxRecords = 12;  // then the readers and atomics among them join the crowd
+constexpr size_t kMaxRecords = 12;  // beyond this, readers and atomics join the crowd
 constexpr int kMaxTexts = 4;
 
 std::unordered_map<uintptr_t, std::unique_ptr<Cell[]>> pages;
@@ -99,7 +99,7 @@ bool ordered_before(const Record& earlier, const Actor& actor) {
   return own || actor.view.seen.covers(earlier.moment);
 }
 
-// Reports a conflict of the two; true if the later one supersedes the earlier.
+// Reports a conflict; returns true if the later access supersedes the earlier one.
 bool compare(const Record& earlier, const Record& later, const Actor& actor, uintptr_t cell) {
   const bool ordered = ordered_before(earlier, actor);
   if (earlier.bytes & later.bytes) {
@@ -147,7 +147,7 @@ bool may_conflict(const Crowd& crowd, const Access& kind) {
 
 void access_cell(const Actor& actor, const Record& record, uintptr_t address) {
   Cell& cell = cell_at(address);
-  bool known = false;  // the same thread did the same in the same span of time
+  bool known = false;  // the same thread made the same access at the same time
   size_t kept = 0;
   for (size_t i = 0; i < cell.records.size(); ++i) {
     const Record& old = cell.records[i];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The accesses that were made to every byte, as far as later ones can conflict with them.
+// The accesses to every byte that later accesses can still conflict with.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -3,11 +3,11 @@
 
     shared.py asan|race|plain build/simt-asan -- tests/test_plan.py … [-- tests/test_papers_scores.py …]
 
-What follows -- goes to pytest, what follows another one in the first order alone. An order that fails does not keep the
-others from running. SIMT_ORDERS names some of the orders, with spaces between them.
+Arguments after -- go to pytest; those after a second -- only in the first order. If one order fails, the others still
+run. SIMT_ORDERS selects orders, separated by spaces.
 
 papers.txt has tests of whole layers, one for each kind of score, selection and capacity, which CI runs in one order.
-All of them in all orders take ten minutes:
+Running all of them in all orders takes ten minutes:
 
     shared.py race build/simt-race -- -q tests/test_papers_*.py tests/test_policy_ops.py
 """
@@ -31,7 +31,7 @@ def environment(kind: str, build: Path) -> dict[str, str]:
     if len(modules) != 1:
         raise SystemExit(f"{build}: expected one module _simt, found {len(modules)}")
     variables = {**os.environ, "SWITCHGEAR_SIMT": str(modules[0].resolve())}
-    if kind == "asan":  # Python is not instrumented, so the runtime must be loaded before it; leaks are Python's
+    if kind == "asan":  # Python is not instrumented, so preload the runtime; leaks are Python's
         variables["LD_PRELOAD"] = " ".join(compilers_library(name) for name in ("libasan.so", "libstdc++.so"))
         # _C has its own libstdc++, whose operator delete is not the sanitizer's.
         options = (
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     orders = os.environ.get("SIMT_ORDERS", "").split() or ORDERS
     for order in orders:
         tests = everywhere + first if order == orders[0] else everywhere
-        command = [sys.executable, "-m", "pytest", "--capture=sys", "-k", "simt", *tests]  # reports go past Python
+        command = [sys.executable, "-m", "pytest", "--capture=sys", "-k", "simt", *tests]  # reports bypass Python
         print(f"==== {kind}, {order}: {' '.join(command[1:])}", flush=True)
         start = time.monotonic()
         variables = {**environment(kind, Path(build)), "SWITCHGEAR_SIMT_ORDER": order}

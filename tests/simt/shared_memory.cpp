@@ -17,13 +17,13 @@ namespace simt {
 namespace {
 
 constexpr size_t kAlignment = 1024;
-constexpr uint32_t kDynamicStart = 1024;     // as on the device, where the system keeps the first bytes
-constexpr uint32_t kStaticStart = 0x100000;  // apart from the dynamic array, whatever its size
+constexpr uint32_t kDynamicStart = 1024;     // as on the device, where the system reserves the first bytes
+constexpr uint32_t kStaticStart = 0x100000;  // clear of the dynamic array, whatever its size
 constexpr size_t kMaxStatic = 48 << 10;
 
 size_t allocated_size(size_t size) { return (size + kAlignment) / kAlignment * kAlignment + kAlignment; }
 
-// Poisoned in front (one alignment unit is not handed out) and behind, filled with NaN.
+// Fills the array with NaN, and poisons the memory before it (one alignment unit) and after it.
 char* create_array(size_t size) {
   const size_t allocated = allocated_size(size) + kAlignment;
   char* memory = static_cast<char*>(std::aligned_alloc(kAlignment, allocated));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Shared memory of a block: one dynamic array, and the static ones. Each is a heap allocation of its own with poisoned
-// surroundings; 32-bit addresses, as instructions take them, are given out as on the device. Internal.
+// Shared memory of a block: one dynamic array, and the static ones. Each is a separate heap allocation with poisoned
+// surroundings. 32-bit addresses for instructions are assigned as on the device. Internal.
 #pragma once
 #include "block.h"
 
@@ -10,9 +10,9 @@ void create_dynamic_shared(Block& block);
 void free_shared(Block& block);
 
 uint32_t shared_address(const Block& block, const void* pointer, Location at);
-// The bytes [address, address + size), all in one array, or an error.
+// The bytes [address, address + size); fails if they are not all in one array.
 char* shared_pointer(const Block& block, uint32_t address, size_t size, Location at);
-// Fails where AddressSanitizer knows the bytes as inaccessible; does nothing in other builds.
+// Fails if AddressSanitizer reports the bytes as inaccessible; does nothing in other builds.
 void check_accessible(const void* start, size_t size, const char* what, Location at);
 // "shared memory + 0x40" or an address in global memory.
 std::string describe_address(uintptr_t address);

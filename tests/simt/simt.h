@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// CUDA's names for a plain C++ compiler: what csrc/cuda/platform.cuh includes in place of nvcc's own.
+// CUDA's names for a plain C++ compiler; csrc/cuda/platform.cuh includes this instead of nvcc's headers.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -37,7 +37,7 @@ inline constexpr const dim3& blockDim = simt::indices.block_size;
 inline constexpr const dim3& gridDim = simt::indices.grid_size;
 inline constexpr int warpSize = 32;
 
-// Shared arrays are made anew for every block; the address of a static tells them apart.
+// Shared arrays are created anew for every block; the address of a static variable identifies each.
 #define SHARED_DYN(T, name) T* const name = static_cast<T*>(::simt::dynamic_shared())
 #define SHARED_ARRAY(T, name, N)                                              \
   T(&name)                                                                    \
@@ -51,7 +51,7 @@ inline constexpr int warpSize = 32;
     return ::simt::static_shared(&key, sizeof(T), alignof(T), simt_at); \
   }(::simt::Location::current()))
 
-// The line of the caller, as a last parameter.
+// The caller's location, as a last parameter.
 #define SIMT_AT ::simt::Location at = ::simt::Location::current()
 
 #include "intrinsics.h"

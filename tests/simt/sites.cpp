@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Places in the program as people read them: addresses of code are looked up with addr2line, at the time of a report.
+// Readable names for places in the program. addr2line looks up code addresses when a report is written.
 #include <dlfcn.h>
 #include <unistd.h>
 
@@ -31,7 +31,7 @@ std::string text_of(const void* address) {
   return text;
 }
 
-// Empty where addr2line does not know.
+// Empty if addr2line finds nothing.
 struct Place {
   std::string function, line;
 };
@@ -47,7 +47,7 @@ Place look_up(const void* address) {
   if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return {};
   const size_t offset =
       static_cast<size_t>(static_cast<const char*>(address) - static_cast<const char*>(info.dli_fbase));
-  // The program itself is known to dladdr by argv[0], which may no longer lead to it.
+  // dladdr knows the program itself by argv[0], which may no longer lead to it.
   char program[4096];
   const ssize_t length = readlink("/proc/self/exe", program, sizeof program - 1);
   std::string file = info.dli_fname;
@@ -77,7 +77,7 @@ std::string function_name(const void* address) { return look_up(address).functio
 namespace race {
 namespace {
 
-// Sites of models are numbered, apart from every address of code.
+// Sites in models are numbered, outside the range of code addresses.
 constexpr Site kNumbered = uint64_t{1} << 63;
 std::vector<std::string> lines;
 
@@ -95,7 +95,7 @@ Site site_of(std::source_location at) {
 
 std::string describe_site(Site site) {
   if (site & kNumbered) return lines[site & ~kNumbered];
-  // A return address: the call is before it.
+  // A return address: the call is just before it.
   return describe_code(reinterpret_cast<const char*>(site) - 1);
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Tensor maps of row-major matrices of 16-bit elements, for tests: through the driver's entry point, as launchers do it.
+// Tensor maps of row-major matrices of 16-bit elements, for tests, made through the driver's entry point as in launchers.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The shim of the CUDA runtime: it must refuse what a device would, and remember which stream it was given.
+// The shim of the CUDA runtime: it must refuse what a device would, and record the streams it was given.
 #include "api.h"
 
 #include <vector>
@@ -35,7 +35,7 @@ TEST(shared_memory_above_48_kb_must_be_asked_for) {
   config.dynamicSmemBytes = 60 << 10;
   CHECK(cudaLaunchKernelEx(&config, fill_kernel, out.data()) == cudaErrorInvalidValue);
   CHECK(cudaGetLastError() == cudaErrorInvalidValue && cudaGetLastError() == cudaSuccess);
-  launch(fill_kernel, 1, 32, 60 << 10, nullptr, out.data());  // asks
+  launch(fill_kernel, 1, 32, 60 << 10, nullptr, out.data());  // requests it
   CHECK(out[31] == 31);
   CHECK(cudaLaunchKernelEx(&config, fill_kernel, out.data()) == cudaSuccess);
 }
@@ -69,7 +69,7 @@ TEST(streams_are_remembered) {
   CHECK(b == 0x01010101);
 }
 
-// Waiting for the host's memory is what a launcher must not do.
+// A launcher must not wait for host memory.
 TEST(copies_from_the_host_are_refused) {
   int a = 0, b = 0;
   CHECK(cudaMemcpyAsync(&a, &b, sizeof a, cudaMemcpyHostToDevice, nullptr) == cudaErrorInvalidMemcpyDirection);

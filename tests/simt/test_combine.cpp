@@ -93,8 +93,8 @@ TEST(combine_weight_backward_matches_reference) {
   });
 }
 
-// Every tail, K below and above the number of rows in flight, and rows of several blocks of columns; the same bits wherever
-// rows lie.
+// Every tail, K below and above the number of rows in flight, and rows of several blocks of columns. Alignment changes no
+// bits.
 TEST(combine_at_every_width) {
   int variant = 0;
   for (const int64_t H : {1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 255, 256, 257, 2057, 4104}) {
@@ -140,7 +140,7 @@ TEST(combine_steps_over_slots_out_of_range) {
   }
 }
 
-// A token's result depends on its own slots alone.
+// A token's result depends only on its own slots.
 TEST(combine_is_batch_invariant) {
   const Case c{"batch", 12, 37, 0, 5, 3};
   Problem p(c, DType::kBFloat16, Rows::kAligned, 4);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The models, and the layouts that the kernels take for granted, against CuTe's: operands are laid out as CuTe says, and the
-// product must come out where CuTe says.
+// Compares the models, and the layouts that the kernels assume, with CuTe's: operands are laid out as CuTe defines, and the
+// product must be where CuTe defines.
 #include <cstring>
 #include <vector>
 
@@ -93,7 +93,7 @@ TEST(fragments_of_ldmatrix) {
 
 constexpr int kTileBytes = 256 * 128;
 
-// Tiles of operands as they lie in shared memory, already swizzled. Both sides with the strides that gemm_sm90.cuh gives.
+// Tiles of operands as stored in shared memory, already swizzled. Both sides have the strides that gemm_sm90.cuh uses.
 template <int kN, bool kAlong>
 __global__ void wgmma_kernel(const unsigned char* a, const unsigned char* b, float* out) {
   SHARED_DYN(unsigned char, memory);
@@ -122,7 +122,7 @@ template <int kN, bool kAlong>
 void check_wgmma() {
   std::vector<unsigned char> a(kTileBytes), b(kTileBytes);
   const auto offset_of = [](int i, int k) {
-    // Atoms of CuTe's tiles of 64 (128) rows follow each other.
+    // Atoms of CuTe's tiles of 64 (128) rows are adjacent.
     if (!kAlong) return i / 64 * 64 * 128 + cute_layouts::k_major(i % 64, k);
     return i / 128 * 128 * 128 + cute_layouts::mn_major(i % 128, k);
   };

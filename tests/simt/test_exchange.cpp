@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Ranks that send to each other through memory that all of them map: a grid of each is resident, and only flags tell when. And
-// the launcher, in several processes.
+// Ranks that send to each other through memory mapped by all of them. A grid of each rank is resident, and only flags
+// synchronise them. Also tests the launcher, in several processes.
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -25,8 +25,8 @@ unsigned char byte_of(int source, int target, uint32_t number, int64_t i) {
                                     static_cast<uint32_t>(i) * 7 + static_cast<uint32_t>(i >> 8));
 }
 
-// What a rank sends and receives in one exchange; memory of exactly the size that it needs, so that the address sanitizer sees
-// its ends, and rows that do not start at a multiple of 16 bytes where `shift` says so.
+// What a rank sends and receives in one exchange. Its memory has exactly the needed size, so that the address sanitizer sees
+// its ends. A nonzero `shift` makes rows start off multiples of 16 bytes.
 struct Traffic {
   Traffic(int rank, uint32_t number, const std::vector<int64_t>& bytes, int W, int shift)
       : rank(rank), number(number), W(W), shift(static_cast<size_t>(shift)) {
@@ -44,7 +44,7 @@ struct Traffic {
     received.assign(static_cast<size_t>(total), 0xee);
   }
 
-  // The first byte that is wrong, in words; empty if none is.
+  // Describes the first wrong byte; empty if all are right.
   std::string wrong() const {
     size_t at = shift;
     for (int s = 0; s < W; ++s) {
@@ -63,7 +63,7 @@ struct Traffic {
   Bytes rows, received;
 };
 
-// How many pieces each pair of ranks has exchanged so far.
+// Adds the pieces of an exchange to the count of each pair of ranks.
 void count_pieces(std::vector<uint32_t>& pieces, const std::vector<int64_t>& bytes, int64_t slot_bytes) {
   for (size_t r = 0; r < bytes.size(); ++r)
     pieces[r] += static_cast<uint32_t>((bytes[r] + slot_bytes - 1) / slot_bytes);
@@ -79,7 +79,7 @@ class Machine {
       sent_.emplace_back(static_cast<size_t>(W), first);
       received_.emplace_back(static_cast<size_t>(W), first);
       auto& flags = *reinterpret_cast<cuda::Flags*>(segments_.back().get());
-      for (int o = 0; o < W; ++o) {  // as after so many pieces
+      for (int o = 0; o < W; ++o) {  // as if after `first` pieces
         flags.arrived[o] = flags.read[o] = first;
         for (int slot = 0; slot < cuda::kSlots; ++slot) {
           flags.sent[o][slot] = flags.taken[o][slot] = first / cuda::kSlots * cuda::kLaneBlocks;
@@ -127,7 +127,7 @@ class Machine {
 
 __global__ void exchange_once(ExchangeParams params) { cuda::exchange(params); }
 
-// Two exchanges in one kernel: a rank may be in the second while another is in the first.
+// Two exchanges in one kernel: one rank may be in the second while another is in the first.
 __global__ void exchange_twice(ExchangeParams first, ExchangeParams second) {
   cuda::exchange(first);
   cuda::exchange(second);
@@ -149,7 +149,7 @@ std::vector<int64_t> random_bytes(Random& random, int num_ranks, int64_t most, i
   return bytes;
 }
 
-constexpr unsigned kThreads = 32;  // of a block: fewer fibers
+constexpr unsigned kThreads = 32;  // per block: fewer fibers
 
 void exchange_often(Machine& machine, Random& random, int64_t most, int64_t unit, int shift) {
   for (int round = 0; round < 3; ++round) {
@@ -168,7 +168,7 @@ void exchange_often(Machine& machine, Random& random, int64_t most, int64_t unit
   }
 }
 
-// Up to eight pieces a pair, of rows in vectors of 16 bytes, of words, of anything.
+// Up to eight pieces per pair, of rows in vectors of 16 bytes, of words, and of any size.
 TEST(exchange_of_four_ranks) {
   for (int trial = 0; trial < 6; ++trial) {
     note = join("trial ", trial);
@@ -180,7 +180,7 @@ TEST(exchange_of_four_ranks) {
   }
 }
 
-// The numbers of pieces begin anew after 2^32.
+// The numbers of pieces wrap at 2^32.
 TEST(exchange_after_many_pieces) {
   Machine machine(3, 32, 0xfffffffcu);
   Random random(1);
@@ -198,7 +198,7 @@ TEST(exchange_without_rows) {
   }
 }
 
-// Rank 2 never starts: the others end when they are told to.
+// Rank 2 never starts: the others end when *stop is set.
 TEST(exchange_with_a_rank_that_is_gone) {
   Machine machine(4, 32);
   auto made = machine.make(std::vector<int64_t>(16, 80), 0);
@@ -214,7 +214,7 @@ TEST(exchange_with_a_rank_that_is_gone) {
 
 // ---- the launcher --------------------------------------------------------------------------------------------------------
 
-// One rank in a process of its own, the others in theirs. 0 if all was right.
+// Runs one rank in its own process. Returns 0 if all was right.
 int run_rank(int rank, int W, int64_t slot_bytes, const std::vector<uintptr_t>& segments, const uint32_t* stop) {
   simt::options().other_processes = true;
   std::vector<uint32_t> sent(static_cast<size_t>(W)), received(static_cast<size_t>(W));
@@ -247,7 +247,7 @@ TEST(exchange_between_processes) {
   const int64_t slot_bytes = 1024;
   const auto size = static_cast<size_t>(cuda::exchange_segment_bytes(W, slot_bytes));
   std::vector<uintptr_t> segments;
-  for (int r = 0; r <= W; ++r) {  // the last one for `stop`
+  for (int r = 0; r <= W; ++r) {  // the last one is for `stop`
     void* const memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     CHECK(memory != MAP_FAILED, "mmap");
     segments.push_back(reinterpret_cast<uintptr_t>(memory));

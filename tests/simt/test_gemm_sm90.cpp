@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The grouped GEMMs of gemm_sm90.cuh: which tile is picked, every tile in every layout, and what they leave to sm_80's kernels.
+// The grouped GEMMs of gemm_sm90.cuh: which tile is picked, every tile in every layout, and what is left to sm_80's kernels.
 #include "api.h"
 #include "gemm_problem.h"
 #include "gemm_sm90.h"
@@ -29,7 +29,7 @@ TEST(sm90_tiles_follow_the_rows_of_an_expert) {
   CHECK(cuda::sm90::pick_config(gemm_of(8 * 64, 8, 256)) == ConfigKind::kFewRows64);
   CHECK(cuda::sm90::pick_config(gemm_of(8 * 64 + 1, 8, 256)) == ConfigKind::kRows128);
   CHECK(cuda::sm90::pick_config(gemm_of(int64_t{1} << 29, 128, 1536)) == ConfigKind::kRows192);
-  // The backward epilogue has no registers for anything else.
+  // The backward epilogue has no registers left for other tiles.
   for (const int64_t slots : {1, 64, 100000}) {
     CHECK(cuda::sm90::pick_config(gemm_of(slots, 1, 1536, Epilogue::kGluBackward)) == ConfigKind::kRows128);
   }
@@ -40,7 +40,7 @@ TEST(sm90_tiles_are_wide_where_the_last_one_is_not_mostly_empty) {
   for (const int64_t n : {8, 64, 128, 200, 256}) CHECK(!cuda::sm90::wide_tiles(n), "n ", n);
   Gemm pairs = gemm_of(1000, 1, 1536, Epilogue::kGlu);
   CHECK(cuda::sm90::pick_config(pairs) == ConfigKind::kRows192);
-  std::swap(pairs.b.n_stride, pairs.b.k_stride);  // 96 columns of each are no whole blocks
+  std::swap(pairs.b.n_stride, pairs.b.k_stride);  // 96 columns of each are no whole number of blocks
   CHECK(cuda::sm90::pick_config(pairs) == ConfigKind::kRows128);
   pairs.options.interleaved = true;
   CHECK(cuda::sm90::pick_config(pairs) == ConfigKind::kRows192);
@@ -50,7 +50,7 @@ TEST(sm90_tiles_are_wide_where_the_last_one_is_not_mostly_empty) {
 
 uint64_t products_of_wgmma() { return simt::statistics().wgmma; }
 
-// Runs with a number of multiprocessors that gives a block several tiles, or one.
+// Runs with a number of multiprocessors that gives a block one tile or several.
 template <typename Check>
 void on_hopper(const GemmProblem& p, int multiprocessors, bool takes, Check&& check) {
   simt::device() = simt::sm_90();
@@ -102,7 +102,7 @@ void for_each_hopper_problem(Check&& check) {
 TEST(sm90_grouped_gemm_matches_reference) { for_each_hopper_problem(check_forward); }
 TEST(sm90_grouped_gemm_wgrad_matches_reference) { for_each_hopper_problem(check_wgrad); }
 
-// Sizes, strides and addresses that TMA cannot describe, and float32: the kernels of sm_80 take these, with the same result.
+// Sizes, strides and addresses that TMA cannot describe, and float32: sm_80's kernels handle these, with the same result.
 TEST(sm90_leaves_the_rest_to_sm80) {
   const Case odd_depth{"odd depth", 20, 67, 64, 2, 1}, odd_columns{"odd columns", 20, 64, 43, 2, 1};
   const Case even{"whole vectors", 20, 64, 64, 2, 1};
@@ -118,7 +118,7 @@ TEST(sm90_leaves_the_rest_to_sm80) {
   check({even, kPrecisions[2], Storage::kSeparate, Rows::kAligned, true, false});
 }
 
-// Decoding: up to 16 tokens, the weights of each touched expert are read once, and no others.
+// Decoding: up to 16 tokens, the weights of touched experts are read once, and no others.
 TEST(sm90_reads_touched_experts_once) {
   simt::device() = simt::sm_90();
   for (const int64_t T : {1, 5, 16}) {
@@ -142,7 +142,7 @@ TEST(sm90_reads_touched_experts_once) {
   }
 }
 
-// A row's bits do not depend on the rows beside it, nor on the tile that their number asks for.
+// A row's bits depend neither on the neighbouring rows nor on the tile picked for their number.
 TEST(sm90_rows_do_not_depend_on_their_number) {
   simt::device() = simt::sm_90();
   const DType dtype = DType::kBFloat16;
@@ -172,7 +172,7 @@ TEST(sm90_rows_do_not_depend_on_their_number) {
   }
 }
 
-// Offsets and indices are values in device memory, which nobody checks: whatever they are, no access is out of range.
+// Offsets and indices are unchecked values in device memory: for any values, no access is out of range.
 TEST(sm90_survives_any_plan) {
   simt::device() = simt::sm_90();
   for (int64_t seed = 0; seed < 12; ++seed) {

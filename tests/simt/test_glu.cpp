@@ -10,7 +10,7 @@ struct Sizes {
 };
 constexpr Sizes kSizes[] = {{0, 3}, {1, 1}, {3, 7}, {5, 16}, {9, 65}, {2, 520}, {1, 2600}};
 
-// Mostly ordinary values, some at and beyond the ends of every curve.
+// Mostly ordinary values; some at and beyond the ends of every curve.
 void fill_h(Array& h, Random& random) {
   constexpr float kSpecial[] = {0.0f, -0.0f, 1.5f, -1.5f, 12.0f, -12.0f, 100.0f, -100.0f, 1e4f, -1e4f, 1e-6f, -1e-6f};
   h.fill([&](int64_t) {
@@ -42,7 +42,7 @@ Gate gate_of(const Array& h, int64_t s, int64_t i, int64_t I, const GluOptions& 
   return apply_gate({h(s, gate_column(o, i))}, {o.gated ? h(s, up_column(o, I, i)) : 0.0}, o);
 }
 
-// float16 overflows to infinity past 65504; where the bound crosses that, both are right.
+// float16 overflows to infinity past 65504. If the error bound crosses that, both results are right.
 bool may_overflow(Bounded want, DType dtype) {
   return dtype == DType::kFloat16 && std::abs(want.value) + want.error >= 65504.0;
 }
@@ -83,7 +83,7 @@ TEST(glu_backward_matches_reference) {
   });
 }
 
-// A NaN must reach the output: nothing downstream could tell otherwise that something went wrong.
+// A NaN must reach the output: nothing downstream could detect the error otherwise.
 TEST(glu_keeps_nan) {
   for (const GluOptions& o : all_glu_options()) {
     note = describe(o);

@@ -4,7 +4,7 @@
 namespace switchgear::test {
 namespace {
 
-// What the tiles distinguish: rows per expert of all kinds, sizes below, at and above a tile, a ring that wraps.
+// Cases that tiles distinguish: all kinds of rows per expert, sizes below, at and above a tile, a ring that wraps.
 constexpr Case kTileCases[] = {
     {"16 rows", 30, 72, 136, 2, 1},
     {"16 rows, one tile each", 16, 64, 128, 1, 1},
@@ -16,7 +16,7 @@ constexpr Case kTileCases[] = {
     {"128 rows, holes", 150, 40, 72, 2, 3, Ids::kEmptySlots},
 };
 
-// Each case once with every precision and storage, while the rest alternates.
+// Each case once with every precision and storage; the other options alternate.
 template <typename Body>
 void for_each_problem(Body&& body) {
   simt::device() = simt::sm_80();
@@ -63,7 +63,7 @@ TEST(grouped_gemm_reads_shared_memory_without_conflicts) {
   CHECK(simt::statistics().bank_conflicts == before, simt::statistics().bank_conflicts - before, " extra cycles");
 }
 
-// A row's bits do not depend on the rows beside it, nor on the kernel that their number asks for.
+// A row's bits depend neither on the neighbouring rows nor on the kernel picked for their number.
 TEST(grouped_gemm_rows_do_not_depend_on_their_number) {
   simt::device() = simt::sm_80();
   const int64_t N = 136, C = 328;
@@ -95,7 +95,7 @@ TEST(grouped_gemm_rows_do_not_depend_on_their_number) {
   }
 }
 
-// Offsets and indices are values in device memory, which nobody checks: whatever they are, no access is out of range.
+// Offsets and indices are unchecked values in device memory: for any values, no access is out of range.
 TEST(grouped_gemm_survives_any_plan) {
   simt::device() = simt::sm_80();
   for (int64_t seed = 0; seed < 30; ++seed) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The models of the instructions in hopper.cuh: mbarriers, TMA with its swizzles and edges, wgmma in all layouts and widths.
-// What goes wrong with them is in planted/.
+// planted/ has their misuses.
 #include "hopper.cuh"
 
 #include <cstring>
@@ -40,7 +40,7 @@ __global__ void phases_kernel(int* seen) {
   }
   if (thread == 0) {
     ptx::mbar_inval(&bar);
-    ptx::mbar_init(&bar, 1);  // memory may be used again after mbarrier.inval
+    ptx::mbar_init(&bar, 1);  // memory may be reused after mbarrier.inval
   }
 }
 TEST(mbarrier_phases_alternate) {
@@ -60,7 +60,7 @@ TEST(an_arrival_too_many) {
   CHECK_FAILS("more arrivals than it expects", launch(more_arrivals_kernel, 1, 1, 0, nullptr));
 }
 
-// cp.async arrives by itself, when its data has landed.
+// cp.async arrives on its own, after its data has landed.
 __global__ void arriving_copies_kernel(const int* from, int* to) {
   SHARED_DYN(int, tile);
   SHARED_VALUE(uint64_t, bar);
@@ -109,7 +109,7 @@ __global__ void load_box_kernel(const __grid_constant__ CUtensorMap map, int x, 
   for (int i = static_cast<int>(threadIdx.x); i < bytes / 2; i += 32) out[i] = tile[i];
 }
 
-// Byte offset of column c of row r in a box with rows of `width` bytes: 16-byte columns are exchanged within the pattern.
+// Byte offset of column c of row r in a box with rows of `width` bytes: 16-byte columns are swapped within the pattern.
 int swizzled_offset(int row, int column, int width) {
   const int plain = row * width + 2 * column, bits = width == 128 ? 3 : width == 64 ? 2 : width == 32 ? 1 : 0;
   return plain ^ (plain / 128 % (1 << bits)) * 16;
@@ -142,7 +142,7 @@ TEST(tma_loads_boxes_with_every_swizzle_and_zeros_outside) {
 }
 
 TEST(tma_loads_boxes_of_three_dimensions) {
-  constexpr int kExperts = 3, kRows = 10, kColumns = 64, kStride = 72;  // strides wider than rows
+  constexpr int kExperts = 3, kRows = 10, kColumns = 64, kStride = 72;  // strides exceed rows
   std::vector<uint16_t> memory(kExperts * kRows * kStride);
   for (size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<uint16_t>(i + 1);
   CUtensorMap map;

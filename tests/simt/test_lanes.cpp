@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Shuffles, votes, matches and reductions against what CUDA's manual says of each lane; atomics.
+// Compares shuffles, votes, matches and reductions with what CUDA's manual defines for each lane; atomics.
 #include <vector>
 
 #include "expect.h"
@@ -43,7 +43,7 @@ TEST(shuffles) {
   check_shuffles<unsigned long long>();
 }
 
-// Two halves of a warp at different places, at the same time.
+// Two halves of a warp at different places at the same time.
 __global__ void halves_kernel(unsigned* out) {
   const unsigned lane = threadIdx.x;
   if (lane < 16) {

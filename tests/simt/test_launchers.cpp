@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What every op of the backend's table promises its caller, whatever it computes: all work is queued on the stream given, on
-// the device of the tensors, without waiting for it; temporary memory comes from the allocator, once, in the size that the
-// arguments alone decide; with that, an op can be captured in a CUDA graph.
+// What every op of the backend's table guarantees. All work is queued on the given stream, on the device of the tensors,
+// without waiting for it. Temporary memory comes from the allocator in one call; its size depends only on the arguments. So an
+// op can be captured in a CUDA graph.
 #include "api.h"
 #include "layer.h"
 #include "run_op.h"
@@ -15,7 +15,7 @@ TensorView on_device(TensorView v) {
   return v;
 }
 
-// Everything that a layer of the ops takes, on the second device.
+// All operands of a layer's ops, on the second device.
 struct Operands {
   explicit Operands(const Layer& l)
       : l(l),
@@ -139,7 +139,7 @@ TEST(ops_are_queued_where_and_as_their_caller_says) {
       ops.glu_backward({.grad_a = on_device(o.a), .h = on_device(o.h), .options = l.options, .grad_h = on_device(grad)},
                        e);
     });
-    // Temporary memory: what moe_forward.cu and moe_backward.cu say, in rows of whole vectors, each array to 256 bytes.
+    // Temporary memory as defined in moe_forward.cu and moe_backward.cu: rows of whole vectors, each array padded to 256 bytes.
     const int64_t S = l.c.T * l.c.K, up = 256;
     const auto padded = [&](int64_t bytes) { return (bytes + up - 1) / up * up; };
     const int64_t own_plan = padded((l.c.E + 1) * 4) + 2 * padded(S * 4);

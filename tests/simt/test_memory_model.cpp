@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Ways to order accesses that are right and must raise no alarm; and, in the race build, the finer points of what is wrong.
-// The plain mistakes are in planted/.
+// Correct ways to order accesses, which must raise no alarm; and, in the race build, the subtler mistakes.
+// planted/ has the simple mistakes.
 #include <vector>
 
 #include "expect.h"
@@ -106,7 +106,7 @@ TEST(fences_around_relaxed_and_volatile_flags) {
   }
 }
 
-// A fence by one thread covers what others of its block did before a barrier.
+// A fence by one thread covers what other threads of its block did before a barrier.
 __global__ void cumulative_kernel(int* data, uint32_t* flag, int* out) {
   if (blockIdx.x == 0) {
     data[threadIdx.x] = static_cast<int>(threadIdx.x);
@@ -190,7 +190,7 @@ TEST(counters_need_the_scope_that_includes_all) {
 
 // ---- peers ------------------------------------------------------------------------------------------------------------------
 
-// Every rank puts its numbers into each window, and raises a flag there.
+// Every rank writes its numbers into each window and raises a flag there.
 struct Peers {
   int* window[4];
   uint32_t* flags[4];
@@ -227,7 +227,7 @@ TEST(four_ranks_exchange) {
 
 // ---- crowds and bytes ---------------------------------------------------------------------------------------------------------
 
-// More readers than a cell lists, then one write: ordered by the barrier, or racing with one reader alone.
+// More readers than a cell lists, then one write: ordered by the barrier, or racing with only one reader.
 __global__ void crowd_kernel(int* value, int* out, bool planted) {
   if (!planted || threadIdx.x != 700) out[threadIdx.x] = *value;
   __syncthreads();

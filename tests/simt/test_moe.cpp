@@ -6,7 +6,7 @@
 namespace switchgear::test {
 namespace {
 
-// Beside the cases of all ops: experts with more rows than fit the small tiles, and sizes that are whole vectors.
+// In addition to the cases of all ops: experts with too many rows for the small tiles, and sizes that are whole vectors.
 constexpr Case kLayerCases[] = {
     {"vectors throughout", 24, 64, 32, 4, 2},
     {"more than 16 rows", 60, 40, 72, 2, 1},
@@ -14,7 +14,7 @@ constexpr Case kLayerCases[] = {
     {"more than 80 rows, holes", 90, 48, 136, 2, 3, Ids::kEmptySlots},
 };
 
-// Whole vectors everywhere: what sm_90's kernels take. Each kind of tile, several tiles a block, and an empty expert.
+// Whole vectors everywhere, as sm_90's kernels need. Each kind of tile, several tiles per block, and an empty expert.
 constexpr Case kHopperLayers[] = {
     {"up to 16 rows", 20, 72, 40, 4, 2},
     {"up to 64 rows", 40, 64, 136, 3, 2, Ids::kEvenExperts},
@@ -23,7 +23,7 @@ constexpr Case kHopperLayers[] = {
     {"nothing chosen", 5, 16, 24, 3, 2, Ids::kNone},
 };
 
-// Layers with 16-bit types on sm_90, each kind of gate in at least two of them.
+// Layers with 16-bit types on sm_90; each kind of gate occurs in at least two of them.
 template <typename Body>
 void for_each_hopper_layer(Body&& body) {
   simt::device() = simt::sm_90();
@@ -117,8 +117,8 @@ void check_backward(const Layer& l) {
   check_table(got.down_bias, want.down_bias, "grad_down_bias");
   check_table(got.topk_weights, want.topk_weights, "grad_topk_weights");
 
-  if (l.dtype != DType::kBFloat16) return;  // what is left out for want of an output does not depend on the dtype
-  // Each gradient alone has the same bits.
+  if (l.dtype != DType::kBFloat16) return;  // which work is skipped does not depend on the dtype
+  // Each gradient by itself has the same bits.
   Gradients alone(l);
   const auto only = [&](TensorView MoeBackwardArgs::* field, const TensorView& output) {
     MoeBackwardArgs one = args;
@@ -144,7 +144,7 @@ void check_backward(const Layer& l) {
 TEST(moe_backward_matches_reference) { for_each_layer(2, check_backward); }
 TEST(moe_backward_on_sm90_matches_reference) { for_each_hopper_layer(check_backward); }
 
-// A token's y and gradients do not depend on the tokens beside it, nor on the kernels that their number asks for.
+// A token's y and gradients depend neither on the other tokens nor on the kernels picked for their number.
 TEST(moe_tokens_do_not_depend_on_their_number) {
   simt::device() = simt::sm_80();
   const Case c{"batches", 150, 40, 40, 2, 1};
@@ -191,7 +191,7 @@ TEST(moe_tokens_do_not_depend_on_their_number) {
   }
 }
 
-// Ids outside of [0,E) are empty slots.
+// Ids outside [0,E) are empty slots.
 TEST(moe_counts_ids_out_of_range_as_empty) {
   simt::device() = simt::sm_80();
   const Case c{"wild ids", 12, 24, 16, 3, 2, Ids::kEmptySlots};

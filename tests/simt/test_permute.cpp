@@ -74,9 +74,9 @@ TEST(permute_at_every_width) {
   }
 }
 
-// A plan of a caller's own: rows that no token leads to follow token_indices, and nothing is read or written out of range.
-// Which row a slot gets that two tokens lead to is nobody's promise, so that there are none; and under the race detector no
-// claimed slot names another token.
+// A user-supplied plan: rows that no token writes follow token_indices, and nothing is read or written out of range. If two
+// tokens lead to a slot, its row is unspecified, so the test has no such slots. Under the race detector token_indices of a
+// claimed slot names the same token.
 TEST(permute_writes_all_rows_of_any_plan) {
   const int64_t T = 6, K = 3, H = 40, S = T * K;
   for (int64_t seed = 0; seed < 40; ++seed) {

@@ -6,7 +6,7 @@
 namespace switchgear::test {
 namespace {
 
-// Ids outside of [0,E) are empty slots.
+// Ids outside [0,E) are empty slots.
 Array without_wild_ids(const Array& ids, int64_t num_experts) {
   Array result = ids;
   result.fill([&](int64_t i) -> int64_t {
@@ -49,7 +49,7 @@ int32_t draw_id(Random& random, Spread spread, int64_t i, int64_t E) {
   return static_cast<int32_t>(kind == 5 ? E : random.below(E));
 }
 
-// Around the sizes at which a warp, a segment, a chunk, a window and the way to do it change.
+// Sizes around those at which a warp, a segment, a chunk, a window or the algorithm changes.
 TEST(plan_at_the_edges_of_its_pieces) {
   struct Sizes {
     int64_t T, K, E;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The mistakes that planted.py puts into the kernels still fit them: known in a second, before anything is built."""
+"""Checks in a second, before anything is built, that the mistakes of planted.py still match the kernels."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The ops of routing policies on the CUDA kernels, against those of the CPU: what the shared tests of Python cannot say. Ids
-// and sequences out of range, limits below 0, more experts than shared memory holds, more rounds of rerouting than a launch
-// makes, memory that holds anything before. Compiled with -ffp-contract=off: what is compared is bits.
+// The ops of routing policies on the CUDA kernels against those of the CPU, for what the shared Python tests do not cover: ids
+// and sequences out of range, limits below 0, more experts than fit in shared memory, more rounds of rerouting than one launch
+// handles, poisoned memory. Compiled with -ffp-contract=off, since bits are compared.
 #include <cfloat>
 #include <span>
 
@@ -18,7 +18,7 @@ constexpr Sizes kSizes[] = {{0, 4, 2, 2},   {1, 1, 1, 0},    {5, 3, 2, 2},   {64
                             {40, 80, 3, 0}, {150, 20, 4, 2}, {300, 9, 2, 0}, {33, 64, 4, 40}};
 constexpr Sizes kManyExperts[] = {{3, 1300, 3, 2}, {2, 4096, 2, 0}};  // cuts in global memory
 
-// Few distinct values, what is not finite, or any bits: kinds 1 to 3.
+// Kinds 1 to 3: few distinct values, non-finite values, any bits.
 Array wild_array(Random& random, std::vector<int64_t> shape, int64_t kind, DType dtype = DType::kFloat32) {
   Array array(dtype, std::move(shape));
   const float specials[] = {NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, 0.0f, -0.0f, 1e-42f};
@@ -33,7 +33,7 @@ Array wild_array(Random& random, std::vector<int64_t> shape, int64_t kind, DType
   return array;
 }
 
-// Numbers from 0 to size - 1 and, now and then, something else.
+// Numbers from 0 to size - 1, and occasionally others.
 Array wild_ids(Random& random, std::vector<int64_t> shape, int64_t size) {
   constexpr int32_t kExtremes[] = {INT32_MIN, INT32_MAX, -1};
   Array array(DType::kInt32, std::move(shape));
@@ -62,7 +62,7 @@ Array in_range(const Array& ids, int64_t size) {
   return map(ids, [&](int32_t v) { return v >= 0 && v < size ? v : -1; });
 }
 
-// body(sizes, kind, random); each order of threads takes a third.
+// Calls body(sizes, kind, random); each order of threads runs a third.
 template <typename Body>
 void for_each_size(Body&& body) {
   int64_t variant = 0;
@@ -79,7 +79,7 @@ void for_each_size(Body&& body) {
   note.clear();
 }
 
-// The tokens whose sequence there is: what the CPU, which refuses others, is given.
+// The tokens with a valid sequence id, as input for the CPU, which refuses others.
 struct Real {
   Real(const Array& sequence_ids, int64_t T, int64_t B) {
     for (int64_t t = 0; t < T; ++t) {
@@ -98,7 +98,7 @@ struct Real {
   Array ids;
 };
 
-// got[tokens] are the rows of want, and all other rows -1.
+// Checks that got[tokens] are the rows of want, and all other rows -1.
 void check_rows(const Array& got, const Array& want, const Real& real) {
   const int64_t width = got.view().ndim > 1 ? got.size(1) : 1;
   std::vector<int32_t> expected(static_cast<size_t>(got.numel()), -1);

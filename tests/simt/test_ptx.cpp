@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The models of the instructions in ptx.cuh, against what the PTX manual says of each lane. Their asm is in test_ptx.py.
+// Compares the models of the instructions in ptx.cuh with what the PTX manual defines for each lane. test_ptx.py tests the asm.
 #include "ptx.cuh"
 
 #include <cstring>
@@ -30,7 +30,7 @@ __global__ void mma_kernel(const uint32_t* a, const uint32_t* b, float* d, Kind 
   for (int i = 0; i < 4; ++i) d[4 * lane + i] = sum[i];
 }
 
-// Small integers, which all types hold and which add up exactly.
+// Small integers, which are exact in all types and sums.
 float left_value(int row, int k) { return static_cast<float>((3 * row + 5 * k) % 7 - 3); }
 float right_value(int k, int column) { return static_cast<float>((2 * k + 3 * column) % 5 - 2); }
 
@@ -81,7 +81,7 @@ TEST(mma_multiplies_fragments_as_the_manual_lays_them_out) {
 
 // ---- ldmatrix -----------------------------------------------------------------------------------------------------------
 
-// Four 8x8 matrices one behind the other; row r of matrix m begins with 64 m + 8 r.
+// Four consecutive 8x8 matrices; row r of matrix m starts with 64 m + 8 r.
 __global__ void ldmatrix_kernel(uint32_t* out, int matrices, bool transposed) {
   SHARED_DYN(uint16_t, tile);
   const unsigned lane = threadIdx.x;
@@ -152,7 +152,7 @@ TEST(cp_async_copies_or_writes_zeros) {
   for (int i = 0; i < 72; ++i) CHECK(to[i] == expected(i), "byte ", i);
 }
 
-// ---- loads, stores and sums that have an order ------------------------------------------------------------------------------
+// ---- ordered loads, stores and sums -----------------------------------------------------------------------------------------
 
 __global__ void ordered_kernel(uint32_t* p, uint32_t* out) {
   ptx::st_relaxed_gpu(p, 1);

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The PTX that nvcc makes of each wrapper in csrc/cuda/ptx.cuh and hopper.cuh, which no test on the CPU executes.
+"""The PTX that nvcc generates for each wrapper in csrc/cuda/ptx.cuh and hopper.cuh, which no CPU test executes.
 
-Registers are written as what they hold: p0 is the kernel's first parameter, p1[8] what lies 8 bytes behind the second
-one, and a result as where it is stored. So a swapped operand shows.
+Registers are written as their contents: p0 is the kernel's first parameter, p1[8] the value 8 bytes after the second
+parameter's address, and a result is written as the place it is stored to. So a swapped operand shows.
 """
 
 import re
@@ -22,7 +22,7 @@ REGISTER = r"%(?:rd|rs|r|f|fd|p)\d+"
 
 
 class Kernel:
-    """One kernel's PTX: its inline asm, and what its registers hold."""
+    """One kernel's PTX: its inline asm, and the contents of its registers."""
 
     def __init__(self, name: str, text: str):
         self.name = name
@@ -42,7 +42,7 @@ class Kernel:
         return register if stored is None else f"{self.value(stored[0])}[{stored[1]}]"
 
     def stored(self, register: str) -> tuple[str, int] | None:
-        """Where a result goes: directly, or by way of instructions that make another register of it."""
+        """Where a result is stored: directly, or through instructions that compute another register from it."""
         if register in self.stores:
             return self.stores[register]
         for result, (_, operands) in self.definitions.items():

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Compiled with -ffp-contract=off, like everything of route on the host: what is compared is bits.
+// Compiled with -ffp-contract=off, like all host code of route, since bits are compared.
 #include <cfloat>
 
 #include "cases.h"
@@ -30,8 +30,8 @@ TEST(quotients_are_correctly_rounded) {
   int64_t wrong = 0, wrong_score = 0;
   for (int64_t i = 0; i < count; ++i) {
     const uint64_t bits = random.bits();
-    // Numerators of softmax in (0, 1], denominators in [1, 4096), some with all ones in the fraction; halfway cases arise
-    // when a power of two divides.
+    // Numerators of softmax in (0, 1], denominators in [1, 4096), some with all ones in the fraction. Halfway cases arise
+    // when the divisor is a power of two.
     const float e = std::bit_cast<float>(static_cast<uint32_t>((1 + bits % 126) << 23 | (random.bits() & 0x7fffff)));
     uint64_t fraction = random.bits() & 0xfffffffffffff;
     if (i % 8 == 0) fraction |= 0xfffffffffff00;
@@ -46,7 +46,7 @@ TEST(quotients_are_correctly_rounded) {
   CHECK(wrong_score == 0, wrong_score, " wrong of ", count);
 }
 
-// Quotients in the middle between two float32 numbers, and next to it.
+// Quotients at the midpoint of two float32 numbers, and next to it.
 TEST(scores_are_right_at_halfway_points) {
   Random random(2);
   for (int64_t i = 0; i < 200'000; ++i) {
@@ -64,7 +64,7 @@ TEST(scores_are_right_at_halfway_points) {
 
 // ---- sums of exponentials ------------------------------------------------------------------------------------------------
 
-// A warp; each token's lanes hold its logits, padded with -Inf.
+// One warp; each token's lanes hold its logits, padded with -Inf.
 template <int kLanes, int kPerLane>
 __global__ void sums_in_registers(const float* rows, int num_experts, double* sums) {
   const int lane = static_cast<int>(threadIdx.x) % kLanes, token = static_cast<int>(threadIdx.x) / kLanes;
@@ -84,7 +84,7 @@ __global__ void sum_by_warp(const float* row, int num_experts, double* sum) {
   if (lane == 0) *sum = scale.sum;
 }
 
-// Rows whose largest logit is 0. The wider they span, the more their sums depend on the order.
+// Rows whose largest logit is 0. The wider their range, the more their sums depend on the order.
 TEST(sums_are_those_in_the_order_of_experts) {
   Random random(9);
   int64_t order_matters = 0;
@@ -133,7 +133,7 @@ void check_route(const Array& logits, const Array& bias, const RouteOptions& opt
   CHECK(same_bits(got.weights, want.weights));
 }
 
-// Softmax or sigmoid, bias, normalisation, groups; `masks` picks among the combinations.
+// Softmax or sigmoid, bias, normalisation, groups; `masks` selects combinations.
 template <typename Body>
 void for_each_option(Random& random, int64_t E, int64_t K, std::initializer_list<int> masks, Body&& body) {
   const std::string before = note;
@@ -144,7 +144,7 @@ void for_each_option(Random& random, int64_t E, int64_t K, std::initializer_list
     if (mask & 2) bias = random_array(random, DType::kFloat32, {E}, 0.2);
     if (mask & 4) o.normalize = true, o.scale = 2.5f;
     if (mask & 8) {
-      o.num_groups = E % 4 == 0 ? 4 : E;  // groups of one expert where 4 does not divide
+      o.num_groups = E % 4 == 0 ? 4 : E;  // groups of one expert if 4 does not divide E
       const int64_t needed = (K + E / o.num_groups - 1) / (E / o.num_groups);
       o.topk_groups = needed + random.below(o.num_groups - needed + 1);
       o.group_score = random.below(2) == 0 ? GroupScore::kMax : GroupScore::kTop2Sum;
@@ -162,7 +162,7 @@ struct Sizes {
   int64_t T, E, K;
 };
 
-// Around the sizes at which a kernel hands over to the next, and K up to all experts.
+// Sizes around those at which the next kernel takes over, and K up to all experts.
 constexpr Sizes kSizes[] = {{0, 8, 2},   {1, 1, 1},   {3, 2, 2},    {5, 5, 5},    {33, 8, 2},   {35, 32, 4},
                             {7, 33, 8},  {17, 60, 6}, {18, 64, 8},  {9, 65, 9},   {4, 97, 97},  {17, 128, 8},
                             {5, 129, 3}, {9, 256, 8}, {3, 257, 40}, {5, 512, 10}, {3, 513, 64}, {2, 1024, 8}};
@@ -191,7 +191,7 @@ TEST(route_of_thousands_of_experts) {
     for_each_option(random, E, K, {0, 15},
                     [&](const RouteOptions& o, const Array& bias) { check_route(logits, bias, o); });
   }
-  // Too many for shared memory: more tokens than rows of global memory would be too slow here.
+  // Too many experts for shared memory. More tokens than rows of global memory would be too slow here.
   const Array logits = random_array(random, DType::kFloat32, {2, 25'000}, 2.0);
   for_each_option(random, 25'000, 5, {4, 11},
                   [&](const RouteOptions& o, const Array& bias) { check_route(logits, bias, o); });
@@ -210,7 +210,7 @@ TEST(route_adds_in_the_order_of_experts) {
   }
 }
 
-// Rows of what breaks routers: NaN, infinities, any bit pattern, few distinct values, denormals, signed zeros.
+// Inputs that break routers: NaN, infinities, any bit pattern, few distinct values, denormals, signed zeros.
 void fill_wild(Array& logits, Random& random) {
   const float specials[] = {NAN,    INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, 0.0f,  -0.0f,  FLT_MIN,
                             1e-42f, -1e-42f,  65504.0f,  1.0f,    -1.0f,    88.0f, -104.0f};
@@ -221,7 +221,7 @@ void fill_wild(Array& logits, Random& random) {
     for (int64_t e = 0; e < E; ++e) {
       float v = random.normal();
       if (kind == 0) v = constant;                                    // all equal
-      if (kind == 1) v = static_cast<float>(random.below(3)) - 1.0f;  // dense in ties
+      if (kind == 1) v = static_cast<float>(random.below(3)) - 1.0f;  // many ties
       if (kind == 2) v = specials[random.below(std::ssize(specials))];
       if (kind == 3) v = std::bit_cast<float>(static_cast<uint32_t>(random.bits()));
       if (kind == 4 && random.below(E) == 0) v = NAN;  // one bad expert
@@ -294,7 +294,7 @@ TEST(route_backward_has_the_bits_of_the_cpu) {
   }
 }
 
-// Repeated, empty and impossible ids; logits and gradients that are not finite.
+// Repeated, empty and invalid ids; non-finite logits and gradients.
 TEST(route_backward_of_anything) {
   Random random(8);
   for (const auto& [T, E, K] : {Sizes{40, 8, 3}, {24, 37, 40}}) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Threads, blocks, shared memory, barriers, and what a kernel that hangs is told.
+// Threads, blocks, shared memory, barriers, and the error messages for a kernel that hangs.
 #include <numeric>
 #include <vector>
 
@@ -37,7 +37,7 @@ TEST(threads_exchange_through_shared_memory) {
   for (int i = 0; i < 512; ++i) CHECK(y[i] == x[i / 256 * 256 + 255 - i % 256], "i = ", i);
 }
 
-// Two arrays, a value and the dynamic memory, all apart; every block finds them filled with NaN.
+// Two arrays, a value and the dynamic memory, all separate. Every block finds them filled with NaN.
 __global__ void arrays_kernel(int* fresh, uint32_t* addresses) {
   SHARED_ARRAY(float, a, 3);
   SHARED_ARRAY(float, b, 5);
@@ -65,7 +65,7 @@ TEST(shared_memory_is_a_blocks_own_and_starts_as_nan) {
   CHECK(addresses[3] % 1024 == 0);
 }
 
-// A ring of warps: each waits for its predecessor and lets its successor go on.
+// A ring of warps: each waits for its predecessor and then releases its successor.
 __global__ void ring_kernel(int* order) {
   SHARED_VALUE(int, next);
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -118,7 +118,7 @@ TEST(a_livelock_names_the_line) {
   CHECK_FAILS("livelock", launch(poll_by_atomics_kernel, 1, 64, 0, nullptr, &flag));
 }
 
-// Without cooperation blocks need not be resident together: to wait for a later one hangs in some order.
+// Without a cooperative launch, blocks need not be resident together: waiting for a later one hangs in some order.
 __global__ void wait_for_all_kernel(uint32_t* arrived) {
   atomicAdd(arrived, 1u);
   while (ptx::ld_acquire_gpu(arrived) != gridDim.x) {

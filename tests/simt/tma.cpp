@@ -32,11 +32,11 @@ TensorMap read_map(const void* tensor_map, int rank, Location at) {
   return map;
 }
 
-// One row of a box: its bytes in shared memory, and which of them lie in the tensor.
+// One row of a box: its bytes in shared memory, and the part of them inside the tensor.
 struct BoxRow {
   uint32_t shared;   // before swizzling
-  char* global;      // of the first element inside
-  unsigned skipped;  // bytes before it, and
+  char* global;      // first element inside
+  unsigned skipped;  // bytes before it
   unsigned valid;    // bytes inside
 };
 
@@ -70,7 +70,7 @@ uint32_t check_shared_box(const TensorMap& map, const void* shared, Location at)
   const Block& block = running_block();
   const uint32_t address = shared_address(block, shared, at);
   if (address % 128 != 0) fail("TMA: shared address not aligned to 128 bytes", at);
-  // A tile whose swizzle pattern does not begin with it cannot be described to wgmma, nor be read by a plain formula.
+  // A tile that starts inside the swizzle pattern cannot be described to wgmma, nor read by a simple formula.
   const uint32_t pattern = map.swizzle_bits == 0 ? 128u : 128u << map.swizzle_bits;
   if (address % pattern != 0) {
     fail("TMA: swizzled tile at a shared address that is not a multiple of " + std::to_string(pattern), at);
@@ -88,7 +88,7 @@ unsigned box_bytes(const TensorMap& map) {
   return bytes;
 }
 
-// Calls f(shared pointer, row, offset in the row, bytes) for pieces that the swizzle keeps together.
+// Calls f(shared pointer, row, offset in the row, bytes) for pieces that stay contiguous under the swizzle.
 template <typename F>
 void for_each_piece(const Block& block, const TensorMap& map, const std::vector<BoxRow>& rows, Location at, F f) {
   for (const BoxRow& row : rows) {
@@ -129,7 +129,7 @@ uint64_t& tma_bytes() {
 
 namespace {
 
-// Lands now or later, and tells the mbarrier.
+// Carries the copy out now or later, and completes it on the mbarrier.
 void track(uint32_t mbarrier, uint32_t time, int64_t bytes, std::function<void()> land, Location at) {
   Block& block = running_block();
   auto operation = [&block, mbarrier, time, bytes, land = std::move(land), at] {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The tensor map that TMA reads: our own fields in the 128 opaque bytes of a CUtensorMap. Internal.
+// The tensor map that TMA reads: fields of this runtime in the 128 opaque bytes of a CUtensorMap. Internal.
 #pragma once
 #include <cstdint>
 
@@ -18,7 +18,7 @@ struct TensorMap {
 static_assert(sizeof(TensorMap) <= 128);
 constexpr uint64_t kTensorMapMark = 0x7377'6974'6368'6d61;
 
-// Shared addresses of swizzled tiles: `bits` of the 16-byte column are exchanged with those of the 128-byte row.
+// Shared addresses of swizzled tiles: `bits` of the 16-byte column are XORed with those of the 128-byte row.
 inline uint32_t swizzled(uint32_t address, int bits) {
   const uint32_t mask = (1u << bits) - 1;
   return address ^ (address >> 7 & mask) << 4;

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Accesses that models make on a kernel's behalf, told to the race detector. Internal.
+// Reports to the race detector the accesses that models make for a kernel. Internal.
 #pragma once
 #include "scheduler.h"
 
 namespace simt {
 
-// By the running thread itself.
+// An access by the running thread itself.
 inline void touch(const void* start, size_t size, race::Access kind, Location at) {
   if (!race::enabled) return;
   const race::Actor& actor = running_fiber().actor;
   race::access(actor, actor.now, start, size, kind, race::site_of(at));
 }
 
-// By an engine that the running thread has started: ordered after the thread's past, and before whoever learns of
+// An access by an engine that the running thread started: ordered after the thread's past, and before any thread that learns
 // `agent`'s time.
 inline void touch_as(const race::Agent& agent, const void* start, size_t size, race::Access kind, Location at) {
   if (!race::enabled) return;
@@ -20,12 +20,12 @@ inline void touch_as(const race::Agent& agent, const void* start, size_t size, r
   race::access(actor, race::moment_of(actor, agent), start, size, kind, race::site_of(at));
 }
 
-// Gives an engine its place in clocks at its first use.
+// Assigns an engine its slot in clocks on first use.
 inline void ensure_slot(race::Agent& agent, const std::string& name) {
   if (race::enabled && agent.slot == 0) agent.slot = race::new_slot(running_block().race_block, name);
 }
 
-// The running thread has seen what the engine did up to `time`.
+// Orders the engine's accesses up to `time` before the running thread.
 inline void learn(const race::Agent& agent, uint32_t time) {
   if (!race::enabled || agent.slot == 0) return;
   race::Actor& actor = running_fiber().actor;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// wgmma.mma_async, a warp's 16 of the 64 rows at a time, with k = 16. The product is carried out when it is issued or only
-// when it is waited for; until then its accumulators hold NaN. Its reads of shared memory belong to the warp's tensor core,
-// an engine in the asynchronous proxy.
+// wgmma.mma_async: a warp computes 16 of the 64 rows, with k = 16. The product is carried out either at issue or only at a
+// wait; until then its accumulators hold NaN. Its reads of shared memory belong to the warp's tensor core, an engine in the
+// asynchronous proxy.
 //
 // A descriptor gives the start, two strides and the width of the swizzled rows, w = 16, 32, 64 or 128 bytes (16: no
 // swizzle). With 16-bit elements, the byte of element (i, k), i along M or N, before swizzling:
@@ -102,7 +102,7 @@ void multiply(const Block& block, const Product& product, Accumulators& accumula
   }
 }
 
-// The tensor core's reads, 16 bytes at a time: eight elements that lie side by side.
+// Reports the tensor core's reads, 16 bytes at a time: eight adjacent elements.
 void touch_matrix(const race::Agent& agent, const Matrix& matrix, int first, int count, Location at) {
   const Block& block = running_block();
   const int step_i = matrix.transposed ? 8 : 1, step_k = matrix.transposed ? 1 : 8;
@@ -145,7 +145,7 @@ std::shared_ptr<Accumulators> find_pending(const Warp& warp, const float* lane0)
   return search(warp.open_products);
 }
 
-// Takes the accumulators over from the kernel, unless they are in flight already.
+// Takes over the accumulators from the kernel, unless they are already in flight.
 std::shared_ptr<Accumulators> take_accumulators(Warp& warp, const std::array<float*, 32>& registers, int columns,
                                                 Location at) {
   if (auto pending = find_pending(warp, registers[0])) {
@@ -166,7 +166,7 @@ std::shared_ptr<Accumulators> take_accumulators(Warp& warp, const std::array<flo
   return taken;
 }
 
-// All products up to the one given, since they build on each other.
+// Carries out all the products in order, since each builds on the one before.
 void carry_out(std::vector<WarpProduct>& products) {
   for (WarpProduct& product : products) {
     if (!product.multiply) continue;
@@ -180,7 +180,7 @@ void carry_out_all(Warp& warp) {
   carry_out(warp.open_products);
 }
 
-// ---- the instructions, once the last lane has come ------------------------------------------------------------------------
+// ---- the instructions, after the last lane has arrived --------------------------------------------------------------------
 
 struct WgmmaOperands {
   float* d;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dot: to each int32 lane, the sum of four products of an unsigned byte (a weight) with a signed one (an activation). Included
-// after simd_<isa>.h. VNNI has an instruction for it; without, bytes become 16-bit numbers, so that no product saturates.
-// NEON multiplies bytes of one kind alone: there 128 is taken off weights of 8 bits, which sums make up for from the start.
+// dot: adds to each int32 lane the sum of four products of an unsigned byte (a weight) and a signed one (an activation).
+// Included after simd_<isa>.h. VNNI has an instruction for it; without it bytes become 16-bit numbers, so no product saturates.
+// NEON multiplies bytes of one signedness: there 128 is subtracted from 8-bit weights, and the sums' start compensates.
 #pragma once
 
 namespace switchgear::cpu {
@@ -19,7 +19,7 @@ inline int32_t word_at(const int8_t* p) {
   return word;
 }
 
-// kLanes bytes as numbers
+// kLanes bytes as float32.
 #if defined(__AVX512F__)
 inline Floats widen(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -52,7 +52,7 @@ inline Floats widen(const Byte* p) {
 }
 #endif
 
-// What as_weights expects to have been taken off weights of 8 bits.
+// What as_weights expects to have been subtracted from 8-bit weights.
 #if defined(SWITCHGEAR_NEON)
 constexpr int kWeightOffset = 128;
 #else
@@ -85,7 +85,7 @@ using Weights = int8x16_t;
 inline Weights as_weights(Ints bytes) { return reinterpret_cast<int8x16_t>(bytes); }
 
 #if defined(__ARM_FEATURE_DOTPROD)
-using Activations = int8x8_t;  // of which the first four count
+using Activations = int8x8_t;  // only the first four count
 inline Activations as_activations(int32_t word) { return vcreate_s8(static_cast<uint32_t>(word)); }
 inline Ints dot(Ints sum, Weights w, Activations a) {
   return reinterpret_cast<Ints>(vdotq_lane_s32(reinterpret_cast<int32x4_t>(sum), w, a, 0));
@@ -117,7 +117,7 @@ inline Ints multiply_halves(Ints a, Ints b) {  // a.low·b.low + a.high·b.high
 #elif defined(__AVX2__)
   return reinterpret_cast<Ints>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
 #else
-  typedef int16_t Halves __attribute__((vector_size(sizeof(Ints))));  // that hold each product: at most 255·127
+  typedef int16_t Halves __attribute__((vector_size(sizeof(Ints))));  // hold each product, at most 255·127
   const Ints products = reinterpret_cast<Ints>(reinterpret_cast<Halves>(a) * reinterpret_cast<Halves>(b));
   return (products << 16 >> 16) + (products >> 16);
 #endif

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Where the blocks of quantised experts lie, and the activations that meet them.
+// Position of the blocks of integer weights, and the activations that they are multiplied by.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace switchgear::cpu {
 
-// Columns that share a scale of the weights, and of the activations: blocks of some groups.
+// Columns that share a scale of the weights, and of the activations: one or more groups.
 inline int64_t group_columns(const Weight& m) { return m.group_size == 0 ? m.cols : m.group_size; }
 inline int64_t block_columns(const Weight& m) {
   return m.group_size == 0 ? m.cols : std::max(m.group_size, kActivationBlock);
@@ -23,7 +23,7 @@ class IntegerMatrix {
 
   int64_t part_rows() const { return m_.rows / m_.parts; }
 
-  // The blocks from row `row` on: of any row that starts a block, `row % part_rows() % 16 == 0`.
+  // The blocks from row `row` on, which starts a block: `row % part_rows() % 16 == 0`.
   IntegerPanel from(int64_t row) const {
     const int64_t part = row / part_rows(), blocks = m_.data.shape[1] / m_.parts;
     const int64_t block = first_block_ + part * blocks + row % part_rows() / kBlockRows;
@@ -44,7 +44,7 @@ class IntegerMatrix {
   int64_t first_block_;
 };
 
-// Rows in int8 that meet `weight`, in the workspace.
+// Row stride and bytes, in the workspace, of rows in int8 for products with `weight`.
 inline int64_t integer_stride(const Weight& weight) { return Workspace::padded(ceil_div(weight.cols, 8) * 8); }
 
 inline int64_t integer_bytes(int64_t num_rows, const Weight& weight) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// grouped_gemm of weights in integers: out[s] = x[r(s)]·W_e(s)ᵀ + bias, x rounded to int8.
+// grouped_gemm with integer weights: out[s] = x[r(s)]·W_e(s)ᵀ + bias, x rounded to int8.
 //
 //   work 2·S·C·N; traffic: touched weights once per 240 rows, x from L2/L3, out once
 #include <cstring>

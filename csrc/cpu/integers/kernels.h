@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The table that each ISA fills for weights in 8 or 4 bits: see kernels.inl, and Weight in ops.h for the format.
+// The table that each ISA fills for weights of 8 or 4 bits: see kernels.inl, and switchgear/integers.h for the format.
 #pragma once
 #include <cstdint>
 
@@ -9,11 +9,11 @@
 namespace switchgear::cpu {
 
 constexpr int64_t kBlockRows = 16;     // rows of a weight that are stored together
-constexpr int64_t kIntegerRows = 240;  // of one product at most
+constexpr int64_t kIntegerRows = 240;  // most rows of one product
 constexpr int64_t kIntegerPanel = 64;  // columns of one product: four blocks
 
-// Activations in int8, in blocks of columns that share a scale: block b of row r is scales[r, b] · values[r·stride + k], zeros
-// behind the last column.
+// Activations in int8, in blocks of columns that share a scale: block b of row r is scales[r, b] · values[r·stride + k].
+// Zeros follow the last column.
 struct IntegerRows {
   int8_t* values;
   int64_t stride;        // bytes, a multiple of 64
@@ -26,23 +26,23 @@ struct IntegerRows {
   }
 };
 
-// The blocks that make up to 64 rows of a weight, as columns of a product.
+// The blocks of up to 64 rows of a weight, as columns of a product.
 struct IntegerPanel {
-  const uint8_t* values;  // blocks follow each other
+  const uint8_t* values;  // blocks are contiguous
   const int8_t* scales;
   const float* row_scales;
   const uint8_t* zeros;  // null for symmetric weights
   int64_t words;         // 4 columns of the weight each, even
   int64_t group_words;
   int64_t groups;
-  int64_t block_groups;  // that share a scale of the activations
+  int64_t block_groups;  // groups per scale of the activations
   int bits;
 };
 
-constexpr int64_t kFewRows = 6;  // products of up to so many rows only wait for the weights
+constexpr int64_t kFewRows = 6;  // up to here products are memory-bound
 
-// c[m, n] = row_scale[n] · Σ_blocks rows.scales[r, b] · Σ_groups scale[n] · Σ_k value[r, k] · (q[n, k] - zero[n]), r = indices[m]
-// (m where null), for n < ⌈num_columns / 16⌉ · 16. The inner sums are exact, the others float32 in ascending order.
+// c[m, n] = row_scale[n] · Σ_blocks rows.scales[r, b] · Σ_groups scale[n] · Σ_k value[r, k] · (q[n, k] - zero[n]) for
+// n < ⌈num_columns / 16⌉ · 16; r = indices[m] (m if null). Inner sums are exact, the others float32 in ascending order.
 struct IntegerProduct {
   IntegerRows rows;
   const int32_t* indices;
@@ -51,19 +51,18 @@ struct IntegerProduct {
   int64_t num_columns;  // <= kIntegerPanel, or any number for up to kFewRows rows
   float* c;             // [num_rows, c_stride]
   int64_t c_stride = kIntegerPanel;
-  const uint8_t* next =
-      nullptr;  // the values of the next product of this thread, as wide, for more than kFewRows rows: a hint
+  const uint8_t* next = nullptr;  // the values of this thread's next product, as wide, if num_rows > kFewRows: a hint
 };
 
 struct IntegerKernels {
   void (*multiply)(const IntegerProduct&);
 
-  // Two products of the same few rows and with as many columns each, whose weights are read in turns.
+  // Two products of the same few rows with equally many columns; their weights are read in turns.
   void (*multiply_pair)(const IntegerProduct& first, const IntegerProduct& second);
 
-  // Row r of `out` from n elements, `block` by block: scale = max |elements| / 127, values = round(elements / scale), ties to
-  // even. A block smaller than 2^-100 is zero; one with an infinity or a NaN gets a NaN for its scale. `group`: columns of a
-  // group, whose values make a correction.
+  // Writes row r of `out` from n elements, `block` by block: scale = max |elements| / 127, values = round(elements / scale),
+  // ties to even. A block smaller than 2^-100 is zero; one with an infinity or a NaN has NaN as its scale. `group`: columns
+  // per group, whose values make one correction.
   void (*quantize_row)(const IntegerRows& out, int64_t r, const void* row, DType dtype, int64_t n, int64_t block,
                        int64_t group, int32_t factor);
 

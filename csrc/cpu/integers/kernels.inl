@@ -1,30 +1,30 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Products of int8 activations with weights of 8 or 4 bits, once for all ISAs: included after simd_<isa>.h and dot.h.
+// Products of int8 activations and weights of 8 or 4 bits, once for all ISAs: included after simd_<isa>.h and dot.h.
 //
-// multiply: C[m,n] = s_m · s_n · Σ_g (s_ng · Σ_{k in g} a[m,k]·(q[n,k] - z)), z = 128 or 8, or z_ng where there are zeros
-//   work 2·M·N·K operations; traffic: values once per 240 rows, K bytes a column at 8 bits and K/2 at 4, and the scales
+// multiply: C[m,n] = s_m · s_n · Σ_g (s_ng · Σ_{k in g} a[m,k]·(q[n,k] - z)), z = 128 or 8, or z_ng if there are zeros
+//   work 2·M·N·K operations; traffic: values once per 240 rows, K bytes per column at 8 bits and K/2 at 4, and the scales
 //   A step loads 64 bytes of each of four blocks (16 columns x 4 of k) and broadcasts 4 bytes of each of 6 rows: 24 dot
 //   instructions for 4 loads and 6 broadcasts, so the multipliers bind. 4-bit values are unpacked in registers: the low halves
 //   of 64 bytes are one such load, the high halves the next.
-//   The unsigned operand is the weight, so z is no instruction: accumulators start at -z·Σ a, which quantize_row left.
-//   Groups of 4 bits end in conversions and multiply-adds, one or with zeros two for each 8 dots.
-//   reached on one core of Zen 5: at 8 bits 92-94 % of the dots from 32 rows on, weights from memory (60-75 % with 12 to 16), at
-//   4 bits with zeros 63-66 %, whose bound is 80 %; one row at 8 bits as fast as a plain read
-// Sums inside a group are exact integers; those over the groups float32, ascending, so results do not depend on tiles.
+//   The weight is the unsigned operand, so z needs no instruction: accumulators start at -z·Σ a, from quantize_row.
+//   At 4 bits a group ends with conversions and multiply-adds, one per 8 dots, or two with zeros.
+//   reached on one core of Zen 5: at 8 bits 92-94 % of the dots from 32 rows on, weights from memory (60-75 % with 12 to 16);
+//   at 4 bits with zeros 63-66 %, where the bound is 80 %; one row at 8 bits is as fast as a plain read
+// Sums inside a group are exact integers. Sums over groups are float32, ascending, so results do not depend on tiles.
 #pragma once
 
 namespace switchgear::cpu {
 namespace {
 
 constexpr int kRowTile = 6;
-constexpr int kTileVectors8 = kPanelVectors;  // of the registers of one tile: 6 sums each
+constexpr int kTileVectors8 = kPanelVectors;  // per tile: 6 sums each
 constexpr int kTileVectors4 = 2;              // with several groups, sums and totals share the registers
 constexpr int kBlockVectors = kBlockRows / kLanes;
 constexpr int64_t kWordBytes = 4 * kBlockRows;  // of a block
 
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
-// What a tile of kRows x kVectors vectors of columns has at hand. Pointers to weights are those of each vector's lanes.
+// Pointers and scales of a tile of kRows x kVectors vectors of columns. Pointers to weights are per vector.
 template <int kRows, int kVectors>
 struct Tile {
   const int8_t* a[kRows];
@@ -37,7 +37,7 @@ struct Tile {
   float* c;
   int64_t c_stride;
 
-  // From row m and vector `first` of the panel on.
+  // Starts at row m and vector `first` of the panel.
   Tile(const IntegerProduct& p, int64_t m, int64_t first)
       : row_scales(p.b.row_scales + first * kLanes), c(p.c + m * p.c_stride + first * kLanes), c_stride(p.c_stride) {
     const IntegerPanel& b = p.b;
@@ -55,7 +55,7 @@ struct Tile {
     }
   }
 
-  // Of a sum: -z·Σ a where weights are symmetric, and what makes up for kWeightOffset, which is z of 8 bits.
+  // Start of a sum: -z·Σ a for symmetric weights, plus kWeightOffset·Σ a (z at 8 bits, so these cancel).
   template <int kBits>
   Ints start(int i, int64_t g) const {
     constexpr int kOffset = kBits == 8 ? kWeightOffset : 0;
@@ -64,7 +64,7 @@ struct Tile {
   }
 };
 
-// The words of 4 columns that 64 bytes hold: one at 8 bits, two at 4.
+// Words of 4 columns in 64 bytes: one at 8 bits, two at 4.
 template <int kBits>
 constexpr int kHalves = 8 / kBits;
 
@@ -75,7 +75,7 @@ inline Weights weights_at(const uint8_t* bytes, int half) {
   return as_weights((half == 0 ? v : v >> 4) & 0x0f0f0f0f);
 }
 
-// totals += sums · scale, and -scale · zero times the sums of activations where there are zeros
+// totals += sums · scale; with zeros also -scale · zero · the sums of activations
 template <int kBits, int kRows, int kVectors>
 inline void end_group(const Tile<kRows, kVectors>& t, const Ints (&sum)[kRows][kVectors], int64_t g,
                       Floats (&total)[kRows][kVectors]) {
@@ -95,7 +95,7 @@ inline void end_group(const Tile<kRows, kVectors>& t, const Ints (&sum)[kRows][k
   }
 }
 
-// c += total · scale of the activations, from the first block on, and c *= scales of the rows of weights after the last
+// c (+)= total · scale of the activations; after the last block c *= scales of the rows of weights
 template <int kRows, int kVectors>
 inline void end_block(const Tile<kRows, kVectors>& t, const Floats (&total)[kRows][kVectors], int64_t block,
                       bool is_last) {
@@ -112,8 +112,8 @@ inline void end_block(const Tile<kRows, kVectors>& t, const Floats (&total)[kRow
   }
 }
 
-// kRows rows times kVectors vectors of columns: every load of weights and of activations is used kRows and kVectors times.
-// The blocks at `ahead` are wanted soon.
+// kRows rows times kVectors vectors of columns: each load of weights is used kRows times, each of activations kVectors times.
+// Prefetches the blocks at `ahead`.
 template <int kBits, int kRows, int kVectors, int kAhead>
 void multiply_tile(const IntegerProduct& p, int64_t m, int64_t first, const uint8_t* const (&ahead)[kAhead]) {
   const Tile<kRows, kVectors> t(p, m, first);
@@ -154,14 +154,14 @@ void multiply_tile(const IntegerProduct& p, int64_t m, int64_t first, const uint
   }
 }
 
-// The same for few rows, which wait for memory. It delivers the most to one or two streams of loads that go on for long: blocks
-// follow each other in memory, and two sequences of blocks, gates and ups say, are read in turns. Several sums for the same
-// element hide the latency of dot (integers: the order does not matter).
+// The same for few rows, which are memory-bound. Bandwidth is highest with one or two long streams of loads: blocks are
+// contiguous, and two sequences of blocks, such as gates and ups, are read in turns. Several sums per element hide the
+// latency of dot (they are integers, so order does not matter).
 template <int kRows>
 constexpr int kStreams = kLanes == 16 || kRows == 1 ? 2 : 1;  // side by side
 
-// One row of bytes is read as fast as memory delivers. With more work for each line, too few loads are under way without a
-// prefetch: of 4 KB of values ahead, and of the scales of as many.
+// One row of bytes is read at full bandwidth. More work per line leaves too few loads in flight, so 4 KB of values ahead are
+// prefetched, and as many scales.
 template <int kBits, int kRows>
 constexpr bool kPrefetches = kBits == 4 || kRows >= 2;
 constexpr int64_t kAheadBytes = 4096, kScalesAhead = 512;
@@ -252,7 +252,7 @@ void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const IntegerP
   }
 }
 
-// function<n>() for n = count, kLeast <= count <= kMost
+// Calls function<n>() for n = count, kLeast <= count <= kMost.
 template <int kLeast, int kMost, typename Function>
 inline void with_count(int64_t count, Function&& function) {
   if (kLeast == kMost || count == kMost) {
@@ -262,8 +262,8 @@ inline void with_count(int64_t count, Function&& function) {
   }
 }
 
-// More than kFewRows rows, from vector `first` of the panel on, in tiles of nearly equal heights: a low one would have too few
-// sums to hide the latency of dot. Each pass over the words asks for kAhead blocks of what comes next, until all are there.
+// More than kFewRows rows, from vector `first` of the panel on, in tiles of nearly equal height: a low tile has too few sums
+// to hide the latency of dot. Each pass over the words prefetches kAhead blocks of the next product, until it has all.
 template <int kBits, int kVectors, int kAhead>
 void multiply_rows(const IntegerProduct& p, int64_t first, int64_t blocks) {
   const int64_t tiles = (p.num_rows + kRowTile - 1) / kRowTile, block_bytes = p.b.words * kWordBytes * kBits / 8;
@@ -350,7 +350,7 @@ void quantize_values(const IntegerRows& out, int64_t r, const T* row, int64_t n,
   int8_t* const values = out.values + r * out.stride;
   for (int64_t first = 0, b = 0; first < n; first += block, ++b) {
     const int64_t end = first + block < n ? first + block : n;
-    Ints largest = {};  // of the magnitudes' bits, which order as the numbers do, NaN last
+    Ints largest = {};  // bits of magnitudes, which order as the numbers do, NaN last
     for (int64_t i = first; i < end; i += kLanes) {
       const Ints bits = reinterpret_cast<Ints>(load_some(row + i, end - i)) & 0x7fffffff;
       largest = bits > largest ? bits : largest;

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// multiply of kernels.inl by AMX, for more rows than kFewRows and groups that are long enough; with fewer, which wait for memory,
-// and everything else it is that of avx512vnni.
+// multiply of kernels.inl with AMX, for more than kFewRows rows and groups that are long enough. With fewer rows memory
+// binds; those products and everything else are those of avx512vnni.
 //
-//   work 2·M·N·K operations; TDPBSUD adds products of 16 rows and 16 columns over 64 k in 16 cycles. Steps of 2 x 2 tiles of sums:
-//   amx_block.h.
-//   At 8 bits 16 words of a block are a tile as they lie. 4-bit values are unpacked into tiles, once for all rows. Each group ends
-//   in conversions and multiply-adds of its sums, by way of memory: longer than the 32 cycles that a tile takes over 128 k.
-//   reached on 2 cores of a Xeon (family 6, model 207): OLMoE with 512 tokens at 8 bits, a scale per row, 36 to 48 ms, with
-//   vectors 56 to 71
+//   work 2·M·N·K operations; TDPBSUD adds products of 16 rows and 16 columns over 64 k in 16 cycles. A step adds to
+//   2 x 2 tiles of sums (amx_block.h).
+//   At 8 bits 16 words of a block are a tile in place. 4-bit values are unpacked into tiles once for all rows. A group ends
+//   with conversions and multiply-adds of its sums, through memory: longer than the 32 cycles that a tile takes over 128 k.
+//   reached on 2 cores of a Xeon (family 6, model 207): OLMoE with 512 tokens at 8 bits, one scale per row: 36 to 48 ms,
+//   with vectors 56 to 71
 //
-// Rows of activations that don't follow each other are copied, 32 at a time. What a group lacks of a tile is zero weights. The
-// integers are exact, and the order of what is float32 is that of kernels.inl: results have the same bits.
+// Rows of activations that are not consecutive are copied, 32 at a time. The missing part of a group's last tile is zero
+// weights. Integers are exact and float32 sums have the order of kernels.inl, so results have the same bits.
 #include "cpu/integers/kernels.h"
 
 #include "cpu/amx_block.h"
@@ -23,7 +23,7 @@ namespace {
 
 constexpr int64_t kWordBytes = 4 * kBlockRows;  // of a word of a block
 constexpr int64_t kGroupWords = 64;  // of the shortest groups: up to 128 columns vectors are as fast or faster
-constexpr int64_t kChunkWords = 256, kChunkSteps = kChunkWords / kTile;  // that are multiplied with all rows in turn
+constexpr int64_t kChunkWords = 256, kChunkSteps = kChunkWords / kTile;  // multiplied by all rows in turn
 constexpr int64_t kCopiedRow = 4 * kChunkWords + kLine;  // bytes of a row of activations: not a page apart
 constexpr int kPanelBlocks = kIntegerPanel / kBlockRows;
 static_assert(kBlockRows == kTile && kLanes == kTile);
@@ -65,7 +65,7 @@ class TileProduct {
           const int64_t words = at_most(end - word, kChunkWords);
           const WeightTiles weights = weights_of(word, words);
           for (int64_t m = 0; m < groups_of_rows_ * kTile; m += 2 * kTile) {
-            int32_t* const sums = sums_.of[end - begin > kChunkWords ? m : 0];  // of one chunk: they stay in L1
+            int32_t* const sums = sums_.of[end - begin > kChunkWords ? m : 0];  // of a single chunk: they stay in L1
             add_rows(m, weights, word, words, sums, word > begin);
             if (word + words == end) end_group(g, m, sums, g == block * b.block_groups);
           }
@@ -79,7 +79,7 @@ class TileProduct {
  private:
   int64_t row(int64_t m) const { return p_.indices != nullptr ? p_.indices[m] : m; }
 
-  // sums of 32 rows from m on (+)= products over `words` words from `word` on
+  // Sums of 32 rows from m on (+)= products over `words` words from `word` on.
   void add_rows(int64_t m, const WeightTiles& weights, int64_t word, int64_t words, int32_t* sums, bool adds) {
     const int64_t steps = tiles_of(words, kTile);
     const bool lies_so =
@@ -103,7 +103,7 @@ class TileProduct {
     }
   }
 
-  // 32 rows from m on, zeros behind the last.
+  // Copies 32 rows from m on; zeros after the last.
   void copy_rows(int64_t m, int64_t word, int64_t bytes) {
     for (int64_t i = 0; i < 2 * kTile; ++i) {
       const int64_t count = m + i < p_.num_rows ? at_most(bytes, p_.rows.stride - 4 * word) : 0;
@@ -115,7 +115,7 @@ class TileProduct {
     }
   }
 
-  // Whole tiles of a block lie as they should; others, and halves of bytes, are copied.
+  // Whole tiles of 8-bit values are read in place; other tiles and 4-bit values are copied.
   WeightTiles weights_of(int64_t word, int64_t words) {
     WeightTiles weights;
     const int64_t filled = words * kWordBytes, whole = tiles_of(words, kTile) * kTileBytes;
@@ -144,7 +144,7 @@ class TileProduct {
     }
   }
 
-  // totals (+)= sums · scale, as end_group of kernels.inl.
+  // totals (+)= sums · scale, as end_group of kernels.inl does.
   void end_group(int64_t g, int64_t first_row, const int32_t* sums, bool is_first) {
     const int64_t end_row = at_most(first_row + 2 * kTile, p_.num_rows);
     const IntegerPanel& b = p_.b;
@@ -166,7 +166,7 @@ class TileProduct {
     }
   }
 
-  // c (+)= totals · scale of the activations, and c *= scales of the rows of weights after the last block.
+  // c (+)= totals · scale of the activations; after the last block c *= scales of the rows of weights.
   void end_block(int64_t block, bool is_last) {
     for (int64_t m = 0; m < p_.num_rows; ++m) {
       const Floats scale = broadcast(p_.rows.scales[row(m) * p_.rows.blocks + block]);
@@ -197,7 +197,7 @@ void multiply(const IntegerProduct& product) {
 }
 
 double multiply_rate(int64_t iterations) {
-  tile_configure(shapes(kTile));  // of zeros
+  tile_configure(shapes(kTile));  // tiles of zeros
   for (int64_t i = 0; i < iterations; ++i) {
     for_sums<2, 2>([]<int kF, int kS>() { multiply_tiles<int32_t, kSums<kF, kS>, kFirst, kSecond>(); });
   }

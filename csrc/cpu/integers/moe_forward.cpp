@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// moe_forward of weights in integers: y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu)·W_dᵀ + b_d)
+// moe_forward with integer weights: y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu)·W_dᵀ + b_d)
 //
 //   work 6·S·H·I operations for gated experts; traffic: touched weights once per 240 rows of an expert, 1 or 1/2 byte each,
-//   and 2/group_size bytes for a scale of 4 bits
+//   and at 4 bits 2/group_size bytes of scales
 //   memory-bound below ~20 rows per expert at 8 bits, compute-bound above
-//   reached on 2 cores of Zen 5: 8 bits 90-96 % of a plain read of the weights at one token (of 50 MB; most of what is missing
-//   is the call from Python), 79 % of the dots at 64 rows per expert; 4 bits 88 and 56 %
+//   reached on 2 cores of Zen 5: at 8 bits 90-96 % of a plain read of the weights with one token (50 MB; most of the rest is
+//   the call from Python), 79 % of the dots with 64 rows per expert; at 4 bits 88 and 56 %
 //
-// 1. x [T,H] in int8, each token once.
+// 1. x [T,H] is rounded to int8, each token once.
 // 2. Tiles (expert, columns of a, rows): gate and up products, bias, glu; a [S,I] rounded to the dtype of x.
-// 3. a in int8.
-// 4. Tasks (columns of y, tokens) walk the experts in order and add the weighted products up, as token_sum does.
-// A thread has a contiguous share of the tasks. They are 64 columns wide where experts have many rows, and each product asks for
-// what the thread multiplies with next. With few rows they are as wide as 1 MB of weights, or a thread's share of y: memory
-// slows down where a stream of loads ends and another begins (128 KB at a time: by a fifth).
+// 3. a is rounded to int8.
+// 4. Tasks (columns of y, tokens) walk the experts in order and add the weighted products, as token_sum does.
+// A thread has a contiguous share of the tasks. They are 64 columns wide if experts have many rows, and each product
+// prefetches the weights of the thread's next one. With few rows they are as wide as 1 MB of weights, or a thread's share of
+// y: bandwidth drops where one stream of loads ends and another begins (by a fifth with 128 KB each).
 // Integers are exact and float sums have one order: deterministic, and a token's result does not depend on the other tokens.
 #include <cstring>
 #include <vector>
@@ -30,12 +30,12 @@ namespace {
 constexpr int64_t kPanel = kIntegerPanel;
 constexpr int64_t kTile = kIntegerRows * kPanel;    // floats of one product
 constexpr int64_t kLongest = kTile / kFewRows;      // columns of one product of few rows
-constexpr int64_t kRunBytes = int64_t{1} << 20;     // of weights, of one task with few rows: some 20 µs
-constexpr int64_t kSumsBytes = int64_t{512} << 10;  // of the sums of one task: half of a thread's L2
+constexpr int64_t kRunBytes = int64_t{1} << 20;     // weights of one task with few rows: about 20 µs
+constexpr int64_t kSumsBytes = int64_t{512} << 10;  // sums of one task: half of a thread's L2
 
 inline int64_t in_panels(int64_t columns) { return ceil_div(columns, kPanel) * kPanel; }
 
-// c = rows · b[..., column, column + columns)ᵀ, in products that the kernel takes. `next`: what is multiplied with afterwards.
+// c = rows · b[..., column, column + columns)ᵀ, in products of the kernel's sizes. `next`: the weights multiplied afterwards.
 void multiply_columns(const IntegerKernels& q, IntegerProduct product, const IntegerMatrix& matrix, int64_t column,
                       int64_t columns, const uint8_t* next) {
   const int64_t step = product.num_rows <= kFewRows ? columns : kPanel;
@@ -55,14 +55,14 @@ struct FirstProjection {
   const Kernels& k;
   const IntegerKernels& q;
 
-  int64_t first_column(const Tile& tile) const {  // of the products
+  int64_t first_column(const Tile& tile) const {  // first column of the products
     return args.options.gated && args.options.interleaved ? 2 * tile.column : tile.column;
   }
   const uint8_t* start(const Tile& tile) const {
     return IntegerMatrix(args.weights.gate_up_proj, tile.expert).from(first_column(tile)).values;
   }
 
-  // `columns` of a from tile.column on; `next`: what the thread multiplies with afterwards; c: two of kTile floats.
+  // `columns` of a from tile.column on; `next`: the weights multiplied afterwards; c: 2 · kTile floats.
   void run(const Tile& tile, int64_t columns, const uint8_t* next, float* c) const {
     columns = std::min(columns, a.shape[1] - tile.column);
     const int64_t step = tile.num_rows <= kFewRows ? columns : kPanel;
@@ -75,7 +75,7 @@ struct FirstProjection {
   }
 
   void multiply(const Tile& tile, int64_t columns, const uint8_t* next, float* c) const {
-    const bool apart = args.options.gated && !args.options.interleaved;  // gates and ups are columns of their own
+    const bool apart = args.options.gated && !args.options.interleaved;  // gates and ups are separate columns
     const int64_t width = args.options.gated && !apart ? 2 * columns : columns, stride = in_panels(width);
     const int64_t column = first_column(tile);
     const IntegerMatrix matrix(args.weights.gate_up_proj, tile.expert);
@@ -108,7 +108,7 @@ struct FirstProjection {
     }
   }
 
-  // Up to 64 columns of one row, whose products are part0 and part1.
+  // Up to 64 columns of one row; part0 and part1 are its products.
   void finish(int64_t expert, int64_t slot, int64_t column, int64_t count, float* part0, float* part1) const {
     const GateColumns columns = gate_columns(args.options, a.shape[1], column, count, kPanel);
     float* const part[2] = {part0, part1};
@@ -151,7 +151,7 @@ struct SecondProjection {
             std::lower_bound(begin, end, block.last_token) - slots.token_indices};
   }
 
-  int64_t next_expert(const Block& block, int64_t e) const {  // the next one with rows of its tokens
+  int64_t next_expert(const Block& block, int64_t e) const {  // the next one with rows of the block's tokens
     const int64_t num_experts = args.weights.down_proj.num_experts();
     for (++e; e < num_experts; ++e) {
       const auto [first, last] = slots_of(block, e);
@@ -160,7 +160,7 @@ struct SecondProjection {
     return e;
   }
 
-  // `sums` has a row of in_panels(columns) for each token, c kTile floats.
+  // `sums` has a row of in_panels(columns) for each token; c has kTile floats.
   void run(const Block& block, float* sums, float* c) const {
     const int64_t num_experts = args.weights.down_proj.num_experts(), stride = in_panels(block.columns);
     std::fill(sums, sums + (block.last_token - block.first_token) * stride, 0.0f);
@@ -171,7 +171,7 @@ struct SecondProjection {
         const int64_t rows = std::min<int64_t>(kIntegerRows, last - s),
                       step = rows <= kFewRows ? block.columns : kPanel;
         for (int64_t column = 0; column < block.columns; column += step) {
-          // With several products, the next one is of the next columns, the next rows, or the next expert.
+          // The next product has the next columns, the next rows, or the next expert.
           const bool more_columns = column + step < block.columns, more_rows = s + kIntegerRows < last;
           const int64_t expert = more_columns || more_rows ? e : after;
           const uint8_t* const next = expert < num_experts
@@ -189,7 +189,7 @@ struct SecondProjection {
     }
   }
 
-  // The weighted products of some slots of expert e, with `columns` from block.column + column on.
+  // Adds the weighted products of some slots of expert e, for `columns` columns from block.column + column on.
   void add(const Block& block, int64_t e, Range range, int64_t column, int64_t columns, const uint8_t* next,
            float* sums, float* c) const {
     const int64_t rows = range.last - range.first, stride = in_panels(columns), sums_stride = in_panels(block.columns);
@@ -214,7 +214,7 @@ struct SecondProjection {
   }
 };
 
-// How the projections are cut into tasks: columns of each, and tokens of the second one's.
+// How the projections are cut into tasks: columns of each, and tokens of the second.
 struct Cut {
   int64_t first_columns, second_columns, tokens;
 };
@@ -224,9 +224,9 @@ Cut cut(const MoeForwardArgs& args, const int32_t* expert_offsets, int num_threa
   const int64_t hidden_size = args.x.shape[1], intermediate_size = args.weights.down_proj.cols;
   int64_t active = 0;
   for (int64_t e = 0; e < num_experts; ++e) active += expert_offsets[e + 1] > expert_offsets[e];
-  // With few rows tasks are long, since they read weights in the order of memory.
+  // With few rows tasks are long: they read weights in memory order.
   if (active > 0 && expert_offsets[num_experts] <= kFewRows * active && num_tokens * kPanel * 4 <= kSumsBytes) {
-    // Pieces of an expert, a few for each thread; columns of y, whose sums must fit.
+    // Several pieces of an expert for each thread; columns of y whose sums fit.
     const auto columns = [](int64_t size, int64_t pieces, int64_t most) {
       return std::max(kPanel, std::min(in_panels(ceil_div(size, pieces)), most / kPanel * kPanel));
     };
@@ -236,7 +236,7 @@ Cut cut(const MoeForwardArgs& args, const int32_t* expert_offsets, int num_threa
     return {columns(intermediate_size, pieces, kLongest),
             columns(hidden_size, num_threads, std::min(kLongest, kSumsBytes / 4 / num_tokens)), num_tokens};
   }
-  // 64 columns for some 2048 tokens, fewer where columns alone would not fill the threads
+  // 64 columns for about 2048 tokens, fewer tokens if columns alone do not occupy the threads
   const int64_t chunks = std::max<int64_t>(
       {ceil_div(num_tokens, 2048), 1,
        std::min<int64_t>(ceil_div(2 * num_threads, ceil_div(hidden_size, kPanel)), ceil_div(num_tokens, 64))});

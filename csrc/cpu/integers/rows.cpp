@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// quantize_rows: traffic num_rows · (bytes of a row + 1 byte per element); nothing beside the products.
+// quantize_rows: traffic num_rows · (bytes of a row + 1 byte per element), little beside the products.
 #include "cpu/integers/experts.h"
 #include "cpu/threads.h"
 
@@ -15,7 +15,7 @@ IntegerRows quantize_rows(Workspace& workspace, const void* data, int64_t row_by
                          .corrections = workspace.take<int32_t>(num_rows * groups),
                          .blocks = blocks,
                          .groups = groups};
-  // Values are stored from 0 on; what makes them symmetric is one term for each row and group.
+  // Values of weights are stored unsigned; one term per row and group makes them symmetric.
   const int32_t factor = weight.zeros.defined() ? 1 : -(1 << (bits_of(weight.format) - 1));
   const IntegerKernels& k = integer_kernels();
   constexpr int64_t kGrain = 8;

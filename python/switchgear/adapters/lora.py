@@ -58,7 +58,8 @@ def add_lora(
     sizes = ((experts.hidden_size, width), (experts.intermediate_size, experts.hidden_size))
     adapters = []
     for name, (size_in, size_out) in zip(names, sizes, strict=True):
-        weight = getattr(experts, name) if stored is None else stored.weights(experts)[names.index(name)]
+        parameter: nn.Parameter | None = getattr(experts, name, None)
+        weight = stored.weights(experts)[names.index(name)] if stored is not None else getattr(experts, name)
         kind = dtype or weight.dtype
         a = torch.empty(experts.num_experts, rank, size_in, dtype=kind, device=weight.device)
         nn.init.uniform_(a, -(size_in**-0.5), size_in**-0.5)
@@ -66,8 +67,8 @@ def add_lora(
         for suffix, tensor in (("A", a), ("B", b)):
             experts.register_parameter(f"{name}_lora_{suffix}", nn.Parameter(tensor))
             adapters.append(getattr(experts, f"{name}_lora_{suffix}"))
-        if stored is None:
-            weight.requires_grad_(False)
+        if parameter is not None:
+            parameter.requires_grad_(False)
     experts._switchgear_adapters = Lora(names, (rank if alpha is None else alpha) / rank)  # type: ignore[assignment]
     return adapters
 

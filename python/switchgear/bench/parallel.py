@@ -30,7 +30,7 @@ from torch import Tensor
 
 from switchgear.parallel import ExpertParallel, ParallelExperts
 from switchgear.parallel.cost import count, draw_routing
-from switchgear.parallel.exchange import Event
+from switchgear.parallel.record import Event
 
 from ..common import CommandError
 from ..common.machine import cpu, has_fast_bfloat16

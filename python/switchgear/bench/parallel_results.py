@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from switchgear.parallel.cost import PAIR_BYTES, Traffic, pipeline
-from switchgear.parallel.exchange import Event
 from switchgear.parallel.header import LENGTH
+from switchgear.parallel.record import Event
 
 from ..common import console, table
 from ..common.machine import cpu

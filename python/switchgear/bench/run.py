@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--routing", choices=("balanced", "zipf"), default="balanced",
         help="balanced: experts are equally likely; zipf: expert e is 1/(e+1) times as likely")
     add("--pages", choices=("huge", "default"), default="huge",
-        help="of the weights, for everyone: huge as after switchgear.use_huge_pages, or as torch allocates them")
+        help="of the weights, for everyone: huge, or as torch allocates them")
     add("--allocator", choices=("default", "tuned"), default="default",
         help="tuned: freed memory is kept, on huge pages (it halves the time of others' training steps)")
     add("--quick", action="store_true", help="a few small cases, within a minute")

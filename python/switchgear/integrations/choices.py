@@ -13,7 +13,7 @@ from switchgear.integrations import experts as running
 from switchgear.integrations.swap import is_swapped
 from switchgear.integrations.transformers import NAME, is_decorated
 from switchgear.integrations.undecorated import patch_of
-from switchgear.routing.interventions import Change
+from switchgear.routing.change import Change
 
 OnChoice = Callable[[str, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 

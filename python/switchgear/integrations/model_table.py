@@ -18,10 +18,11 @@ from torch import nn
 
 import switchgear
 from switchgear.integrations.compare import Comparison, compare
-from switchgear.integrations.gates import Gate, gate_of
+from switchgear.integrations.gates import gate_of
 from switchgear.integrations.tiny_configs import MODEL_TYPES
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.undecorated import NOT_EXPERTS, PATCHES, patch_of
+from switchgear.ops import GluOptions
 
 AMPLIFIES = "one ulp of noise in the embeddings moves the model's own gradients by 1e-5 to 1e-2"
 REMARKS = {
@@ -88,10 +89,10 @@ def _gate(module: Any) -> str:
     patch = patch_of(module)
     if patch is not None and patch.gate is None:
         return "own"
-    gate: Gate | None = gate_of(module if patch is None else module.get_submodule(patch.gate))
+    gate: GluOptions | None = gate_of(module if patch is None else module.get_submodule(patch.gate))
     if gate is None:
         return "own"
-    limit = f", limit {gate.limit:g}" if gate.limit is not None else ""
+    limit = f", limit {gate.limit:g}" if gate.limit else ""
     return f"{gate.activation}{limit}" + ", interleaved" * gate.interleaved + ", ungated" * (not gate.gated)
 
 

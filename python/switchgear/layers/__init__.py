@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Compositions: layers made of the router, the experts and the grouped matrix products, one paper each."""
+"""Layers composed of the router, the experts and the grouped matrix products; one paper each."""
 
 from switchgear.layers.autonomous import AutonomousMoE
 from switchgear.layers.cartesian import CartesianMoE

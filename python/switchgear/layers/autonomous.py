@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""AutonomousMoE: experts that choose their tokens by their own first activation; there is no router."""
+"""AutonomousMoE: experts choose their tokens by their own first activation, without a router."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from switchgear.routing.scores_of_experts import ActivationNorm, norms
 
 
 class AutonomousMoE(WithLosses):
-    """y = Σ_k w_k · W2_e (act(W_up,e c_e) ⊙ V_e x) with c_e = W_down,e x, for the experts of the largest ‖c_e‖; w is
+    """y = Σ_k w_k · W2_e (act(W_up,e c_e) ⊙ V_e x) with c_e = W_down,e x, over the experts with the largest ‖c_e‖; w is
     the softmax of the norms over all experts (Autonomy-of-Experts, arXiv:2501.13074).
 
-    The projections c [T,E,d_low] of all experts are computed first, decide, and are used again by the chosen ones.
+    The projections c [T,E,d_low] of all experts are computed first. Their norms choose, and the chosen experts reuse c.
 
         layer = AutonomousMoE(256, 128, num_experts=8, top_k=2, d_low=32, balance=[SwitchLoss(1e-2)])
 
     Args:
         hidden_size, intermediate_size, num_experts, top_k: H, I, E, K. d_low: rows of W_down.
         normalize: divide the weights of the chosen experts by their sum.
-        activation: act. capacity, balance, isolation: of Router.
+        activation: act. capacity, balance, isolation: see Router.
         return_routing: forward returns (y, Routing).
 
     Parameters: gate.score.down [E,d_low,H], up [E,I,d_low], v [E,I,H], down_proj [E,H,I].
@@ -73,12 +73,12 @@ class AutonomousMoE(WithLosses):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each projection as torch.nn.Linear."""
+        """Initialises each projection like torch.nn.Linear."""
         for weight in (self.up, self.v, self.down_proj):
             nn.init.uniform_(weight, -1 / math.sqrt(weight.shape[-1]), 1 / math.sqrt(weight.shape[-1]))
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor | tuple[Tensor, Routing]:
-        """[..., H] -> [..., H], or (y, Routing); keyword arguments as MoE's."""
+        """[..., H] -> [..., H], or (y, Routing); same keyword arguments as MoE."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         score = self.gate.score
         assert isinstance(score, ActivationNorm)
@@ -97,7 +97,7 @@ class AutonomousMoE(WithLosses):
 
 
 def of_slots(values: Tensor, layout: Plan) -> Tensor:
-    """values [T,E,D] -> [S,D]: the row (token, expert) of each slot, zeros past the last one."""
+    """values [T,E,D] -> [S,D]: the row (token, expert) of each slot; zeros past the last slot."""
     token = layout.token_indices.long()
     slots = torch.arange(len(token), dtype=layout.expert_offsets.dtype, device=token.device)
     expert = torch.bucketize(slots, layout.expert_offsets[1:], right=True).clamp(max=values.shape[1] - 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""CartesianMoE: two layers of experts in a row act as the product of their experts."""
+"""CartesianMoE: two consecutive layers of experts act as the product of their experts."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from switchgear.layers.common import losses_of
 
 
 class CartesianMoE(nn.Module):
-    """y = second(norm(x + first(x))): E_A experts of the first layer times E_B of the second (arXiv:2410.16077).
+    """y = second(norm(x + first(x))): E_A experts in the first layer times E_B in the second (arXiv:2410.16077).
 
         half = dict(hidden_size=256, intermediate_size=64, num_experts=8, top_k=2, shared_intermediate_size=64)
         layer = CartesianMoE(switchgear.MoE(**half), switchgear.MoE(**half), 256)
 
-    Each pair (i, j) is an expert of the whole, and shares its halves with its row and its column: parameters grow with
-    E_A + E_B. Shared experts are those of the two layers. As everywhere, the residual of the block is the caller's.
+    Each pair (i, j) is an expert of the whole, and shares halves with its row and its column: parameters grow with
+    E_A + E_B. Shared experts belong to the two layers. The caller adds the residual of the block, as for any layer.
 
-    Args: first, second: modules [..., H] -> [..., H], such as MoE. hidden_size: H, of the LayerNorm between them.
+    Args: first, second: modules [..., H] -> [..., H], such as MoE. hidden_size: H of the LayerNorm between them.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class CartesianMoE(nn.Module):
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """The balance losses of the last forward, of both layers."""
+        """The balance losses of both layers in the last forward."""
         return losses_of(self.first, self.second)
 
     def forward(self, hidden_states: Tensor, **context: object) -> Tensor:

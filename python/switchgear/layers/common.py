@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What layers share: the losses of the last forward, also of layers inside, the context of pieces of tokens, and the class of experts."""
+"""Shared by layers: the losses of the last forward, the context of token pieces, and the class of experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class WithLosses(nn.Module):
-    """A layer that keeps the balance losses of its last forward, by name. They belong to a graph, which is neither
+    """A layer that keeps the balance losses of its last forward, by name. They are part of a graph, so they are neither
     copied nor saved with the layer."""
 
     losses: dict[str, Tensor]
@@ -31,7 +31,7 @@ class WithLosses(nn.Module):
 
 
 def losses_of(*layers: nn.Module) -> dict[str, Tensor]:
-    """The balance losses of the layers' last forward; losses of the same name are added."""
+    """The balance losses of the layers' last forward; losses with the same name are added."""
     losses: dict[str, Tensor] = {}
     for layer in layers:
         for name, loss in getattr(layer, "losses", {}).items():
@@ -40,7 +40,7 @@ def losses_of(*layers: nn.Module) -> dict[str, Tensor]:
 
 
 def repeat_context(context: dict[str, object], times: int) -> dict[str, object]:
-    """The context of `times` pieces for each token, in the order of the tokens."""
+    """The context if each token is split into `times` pieces, in the order of the tokens."""
     repeated = dict(context)
     for name in ("token_ids", "sequence_ids", "importance"):
         value = context.get(name)
@@ -49,20 +49,20 @@ def repeat_context(context: dict[str, object], times: int) -> dict[str, object]:
     if isinstance(context.get("sequence_length"), int):
         repeated["sequence_length"] = context["sequence_length"] * times  # type: ignore[operator]
     embedding = context.get("embedding")
-    if isinstance(embedding, Tensor) and embedding.dim() > 2:  # one for each token
+    if isinstance(embedding, Tensor) and embedding.dim() > 2:  # one per token
         repeated["embedding"] = embedding.flatten(0, -2).repeat_interleave(times, 0)
     return repeated
 
 
 def first_choice(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """[E] int64: tokens whose first choice is each expert."""
+    """[E] int64: how many tokens have each expert as their first choice."""
     first = topk_ids[:, 0].long() + 1
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_ids.device)
     return counts.scatter_add_(0, first, torch.ones_like(first))[1:]
 
 
 def experts_class(parallel: ExpertParallel | None) -> Callable[..., Experts]:
-    """Experts, or what makes those that are distributed over the ranks of `parallel`."""
+    """Experts, or ParallelExperts if `parallel` distributes them over ranks."""
     if parallel is None:
         return Experts
     from switchgear.parallel import ParallelExperts  # imports torch.distributed, which others do not need

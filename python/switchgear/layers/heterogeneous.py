@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""HeterogeneousExperts: experts of different widths, without padding, on the kernels of equal ones."""
+"""HeterogeneousExperts: experts of different widths, without padding, on the kernels for equal widths."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ class HeterogeneousExperts(nn.Module):
         experts = HeterogeneousExperts(256, [72, 88, 104, 120, 136, 152, 168, 184])
         y = experts(x, routing.topk_ids, routing.topk_weights)
 
-    The units of an intermediate layer are summed, so that an expert of width I_e is the sum of I_e / u slices of width
-    u. All slices lie in one packed tensor, and a token that chose expert e is sent to each of its slices: the work is
-    Σ I_e over the chosen experts, with no padding. Equal widths have one slice each, and give Experts' result bit for
-    bit.
+    The units of an intermediate layer are summed, so an expert of width I_e is the sum of I_e / u slices of width u.
+    All slices are in one packed tensor, and a token that chose expert e is sent to each of its slices. The work is
+    Σ I_e over the chosen experts, without padding. With equal widths each expert is one slice, and the result equals
+    that of Experts bit for bit.
 
     Args:
         hidden_size: H. intermediate_sizes: I_e of each expert.
-        unit: u, a divisor of all widths; their greatest common divisor by default. Kernels work best from 16 on.
-        activation, gated, interleaved, transposed, alpha, limit: options of Experts (each slice would
-            add a bias).
-        parallel: distribute the experts over these ranks (switchgear.parallel.ExpertParallel): all slices of an expert
-            on one, so that a token is still sent once.
+        unit: u, a divisor of all widths; default: their greatest common divisor. At least 16 is best for the kernels.
+        activation, gated, interleaved, transposed, alpha, limit: options of Experts (no bias: each slice would add it).
+        parallel: distribute the experts over these ranks (switchgear.parallel.ExpertParallel). All slices of an expert
+            are on one rank, so that a token is still sent once.
 
-    Parameters: those of Experts(H, u, Σ I_e / u), under `slices`; `weights_of(e)` gives one expert's.
+    Parameters: those of Experts(H, u, Σ I_e / u), in `slices`; `weights_of(e)` returns those of one expert.
     """
 
     first_slice: Tensor
@@ -84,17 +83,17 @@ class HeterogeneousExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each expert as two torch.nn.Linear: within ±1/√H, and ±1/√I_e for the second. Fills the buffers, too."""
+        """Initialises each expert like two torch.nn.Linear: within ±1/√H, then ±1/√I_e. Also fills the buffers."""
         self.slices.reset_parameters()
         counts = torch.tensor(self._counts, dtype=torch.int32)
         self.num_slices.copy_(counts)
         self.first_slice.copy_(counts.cumsum(0) - counts)
-        shrink = (1 / counts.double().sqrt()).repeat_interleave(counts)[self._local]  # within ±1/√u so far
+        shrink = (1 / counts.double().sqrt()).repeat_interleave(counts)[self._local]  # from ±1/√u
         with torch.no_grad():
             self.slices.down_proj.mul_(shrink.to(self.slices.down_proj)[:, None, None])
 
     def slice_ids(self, topk_ids: Tensor) -> Tensor:
-        """[T, K·most_slices] int32: the slices of the chosen experts [T,K], -1 for none."""
+        """[T, K·most_slices] int32: the slices of the chosen experts [T,K], padded with -1."""
         chosen = topk_ids.clamp(min=0)
         place = torch.arange(self.most_slices, dtype=torch.int32, device=topk_ids.device)
         inside = (place < self.num_slices[chosen][..., None]) & (topk_ids >= 0)[..., None]
@@ -110,7 +109,7 @@ class HeterogeneousExperts(nn.Module):
         """One expert's projections: gate and up [2·I_e,H] (gates first; [I_e,H] if not gated) and down [H,I_e].
 
         Raises:
-            ValueError: it is on another rank.
+            ValueError: if it is on another rank.
         """
         first, count = int(self.first_slice[expert]), int(self.num_slices[expert])
         if first not in self._local:

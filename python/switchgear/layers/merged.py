@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""MergedExperts: the chosen experts' weights are averaged once per sequence, and one expert runs."""
+"""MergedExperts: averages the weights of the chosen experts once per sequence, and runs one expert."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from switchgear.reference import weight_dtype
 
 
 class MergedExperts(nn.Module):
-    """y = act(x · (Σ_k g_k W_k)ᵀ + Σ_k g_k b_k) …, with the experts and weights g of the whole sequence (MEO,
+    """y = act(x · (Σ_k g_k W_k)ᵀ + Σ_k g_k b_k) …, with one set of experts and weights g per sequence (MEO,
     arXiv:2310.09832).
 
         layer = MergedExperts(switchgear.Router(256, 16, top_k=4), switchgear.Experts(256, 128, 16))
-        y = layer(x)                                    # x [B,L,H]: a sequence is a row
+        y = layer(x)                                    # x [B,L,H]: each row is a sequence
 
-    The router sees one vector per sequence, the mean of its tokens, or with pooling "attention" their average under a
-    learned softmax (a token-level attention; its form is unverified). Work: one expert's, and K weights read for each
-    sequence. A token's output depends on the other tokens of its sequence, and not on other sequences.
+    The router sees one vector per sequence: the mean of its tokens, or with pooling "attention" their average under a
+    learned softmax (a token-level attention; its form is unverified). Each sequence costs one expert, and K experts'
+    weights to read. A token's output depends on the tokens of its own sequence only.
 
     Args: router: a module [B,H] -> Routing of B sequences. experts: Experts. pooling: "mean" or "attention".
 
@@ -37,7 +37,7 @@ class MergedExperts(nn.Module):
         if pooling == "attention":
             like = experts.down_proj
             self.attention = nn.Linear(experts.hidden_size, 1, bias=False, device=like.device, dtype=like.dtype)
-            nn.init.zeros_(self.attention.weight)  # the mean, to begin with
+            nn.init.zeros_(self.attention.weight)  # starts as the mean
 
     def merge(self, parameter: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Σ_k topk_weights[b,k] · parameter[topk_ids[b,k]], [B, …]."""
@@ -47,8 +47,8 @@ class MergedExperts(nn.Module):
         return merged.view(len(topk_ids), *parameter.shape[1:])
 
     def forward(self, hidden_states: Tensor, sequence_ids: Tensor | None = None, num_sequences: int = 0) -> Tensor:
-        """hidden_states [B,L,H] -> [B,L,H]; or [T,H] with sequence_ids [T] in [0, num_sequences): sequences, or tasks,
-        of which each is merged once."""
+        """hidden_states [B,L,H] -> [B,L,H]; or [T,H] with sequence_ids [T] in [0, num_sequences), of sequences or
+        tasks. Experts are merged once for each."""
         experts = self.experts
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         if sequence_ids is None:
@@ -87,7 +87,7 @@ class MergedExperts(nn.Module):
         return y.view(hidden_states.shape)
 
     def pool(self, rows: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-        """[B,H], one vector for each sequence; zeros for one without tokens."""
+        """[B,H], one vector per sequence; zeros for sequences without tokens."""
         weight = torch.ones_like(rows[:, :1])
         if self.attention is not None:
             score = self.attention(rows)

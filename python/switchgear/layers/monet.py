@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Monet: n² experts from 2·n halves, every one of them with a weight for every token."""
+"""Monet: n² experts from 2·n halves; every expert has a weight for every token."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class MonetRouting(NamedTuple):
 class MonetRouter(nn.Module):
     """Two gates per head; each keeps about `top_k` of n experts, by a threshold instead of a sort (arXiv:2412.04139).
 
-    The logits of each head and gate are normalised over the tokens and experts (batch norm without parameters, a
-    channel for each head). Where that exceeds Φ⁻¹(1 - top_k / n), or is the largest if none does, the logits themselves
-    go through a softmax, and the others get 0. The layers of a group may share one router.
+    The logits of each head and gate are normalised over tokens and experts (batch norm without parameters, one channel
+    per head). Logits whose normalised value exceeds Φ⁻¹(1 - top_k / n), or the largest if none does, go through a
+    softmax; the others get weight 0. A group of layers may share one router.
 
     Args: hidden_size, sqrt_n, heads: H, n and the number of heads. top_k: 32 of 512 in the paper.
-    Parameters: weight [2·heads·n,H]. Buffers: running_mean, running_var [2·heads], which evaluation normalises by.
+    Parameters: weight [2·heads·n,H]. Buffers: running_mean, running_var [2·heads], used in evaluation.
     """
 
     running_mean: Tensor
@@ -59,7 +59,7 @@ class MonetRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As torch.nn.Linear; the statistics are those of a standard normal distribution."""
+        """Initialises like torch.nn.Linear, with the statistics of a standard normal distribution."""
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.running_mean)
@@ -88,18 +88,18 @@ class MonetRouter(nn.Module):
 class MonetExperts(nn.Module):
     """n² experts of width m: y = Σ_ij g_ij · E_ij(x), g_ij = Σ_h first[h,i] · second[h,j] (Monet, arXiv:2412.04139).
 
-    "horizontal": E_ij(x) = V_j · relu²(U_i · x + a_i) + b_j, i and j choose the two layers.
-    "vertical": E_ij(x) = V_ij · relu²([U1_i · x + a1_i, U2_j · x + a2_j]) + [b1_i, b2_j], where the upper half of V_ij
-    belongs to i and the lower one to j: each chooses half of the hidden units and half of the outputs.
+    "horizontal": E_ij(x) = V_j · relu²(U_i · x + a_i) + b_j: i chooses the first layer, j the second.
+    "vertical": E_ij(x) = V_ij · relu²([U1_i · x + a1_i, U2_j · x + a2_j]) + [b1_i, b2_j]; the upper half of V_ij
+    depends on i, the lower on j: each chooses half of the hidden units and half of the outputs.
 
-    Neither ever forms an expert: the work is that of 2·n halves and grows with n, not n², and so do the parameters.
+    Neither forms an expert explicitly: work and parameters are those of 2·n halves and grow with n, not n².
 
     Args:
         hidden_size, sqrt_n, dim: H, n and m. mode: one of the two.
-        disabled: [P,2] pairs (i,j) of experts whose terms are left out, exactly (knowledge editing); see `disable`.
+        disabled: [P,2] pairs (i,j) of experts whose terms are exactly removed (knowledge editing); see `disable`.
 
-    Parameters, horizontal: up [n,m,H], up_bias [n,m], down [n,m,H], down_bias [n,H]. Vertical: the same with m/2 units,
-    and two of each: up1, up2 [n,m/2,H], up_bias1, up_bias2, down1, down2 [n,m,H/2], down_bias1, down_bias2 [n,H/2].
+    Parameters, horizontal: up [n,m,H], up_bias [n,m], down [n,m,H], down_bias [n,H]. Vertical: two of each, with m/2
+    units: up1, up2 [n,m/2,H], up_bias1, up_bias2, down1, down2 [n,m,H/2], down_bias1, down_bias2 [n,H/2].
     """
 
     disabled: Tensor
@@ -134,7 +134,7 @@ class MonetExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Projections as torch.nn.Linear of one expert, biases zero."""
+        """Initialises projections like torch.nn.Linear of one expert; biases are zero."""
         for name, value in self.named_parameters():
             fan_in = self.hidden_size if name.startswith("up") else self.dim
             if "bias" in name:
@@ -143,7 +143,7 @@ class MonetExperts(nn.Module):
                 nn.init.uniform_(value, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def disable(self, pairs: Tensor) -> None:
-        """Leaves out the experts (i,j) of pairs [P,2] from now on; none of an empty [0,2]."""
+        """Removes the experts (i,j) of pairs [P,2] from now on; an empty [0,2] restores all."""
         if pairs.dim() != 2 or pairs.shape[1] != 2:
             raise ValueError(f"pairs: expected shape [P, 2], got {list(pairs.shape)}")
         if pairs.numel() and not 0 <= int(pairs.min()) <= int(pairs.max()) < self.sqrt_n:
@@ -170,7 +170,7 @@ class MonetExperts(nn.Module):
 
     def _horizontal(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
         units = self._units(x, "")
-        mixed = second.mT @ (first @ units)  # [T,n,m]: for each second layer, the units that reach it
+        mixed = second.mT @ (first @ units)  # [T,n,m]: the units that reach each second layer
         bias = second.sum(1)
         if len(self.disabled):
             i, j = self.disabled.unbind(1)
@@ -185,7 +185,7 @@ class MonetExperts(nn.Module):
         i_and_j = self.disabled.unbind(1)
         weight = self._weight(first, second) if len(self.disabled) else None
         outputs = []
-        for half, (own, other) in enumerate(((0, 1), (1, 0))):  # half 0 of the outputs belongs to i, half 1 to j
+        for half, (own, other) in enumerate(((0, 1), (1, 0))):  # output half 0 is i's, half 1 is j's
             mass = gates[own].sum(1)  # the other gate's weights sum to 1 in each head
             straight = mass[..., None] * units[own]
             crossed = gates[own].mT @ (gates[other] @ units[other])
@@ -204,7 +204,7 @@ class MonetExperts(nn.Module):
 
 
 class Monet(nn.Module):
-    """MonetRouter and MonetExperts as one layer. router: that of another layer, to share it (the paper: by four)."""
+    """MonetRouter and MonetExperts as one layer. router: another layer's, to share it (the paper: four layers)."""
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""MultiHeadMoE: the pieces of a token are routed each on its own."""
+"""MultiHeadMoE: routes each piece of a token separately."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from switchgear.layers.common import losses_of, repeat_context
 
 
 class MultiHeadMoE(nn.Module):
-    """y = W_merge · concat_h moe(x_h), with x_1 … x_heads the pieces of W_head · x (MH-MoE, arXiv:2411.16205).
+    """y = W_merge · concat_h moe(x_h), where x_1 … x_heads are the pieces of W_head · x (MH-MoE, arXiv:2411.16205).
 
         layer = MultiHeadMoE(switchgear.MoE(64, 96, num_experts=16, top_k=2), 256, heads=4)
 
@@ -18,10 +18,10 @@ class MultiHeadMoE(nn.Module):
         moe: a layer of hidden size hidden_size / heads; it sees T · heads rows.
         hidden_size, heads: H and the number of pieces.
 
-    Parameters: head_proj.weight [H,H], merge_proj.weight [H,H], and those of moe. Equal FLOPs to a layer without heads
-    need an intermediate_size that is smaller by 2·H / (3·K), for gated experts: the two projections cost 4·H² a token,
-    a column of K experts 6·K·H (how the paper shrinks it is unverified).
-    ValueError: hidden_size is no multiple of heads.
+    Parameters: head_proj.weight [H,H], merge_proj.weight [H,H], and those of moe. For the FLOPs of a layer without
+    heads, intermediate_size must be smaller by 2·H / (3·K) with gated experts: the two projections cost 4·H² per
+    token, and one column of K experts costs 6·K·H (how the paper shrinks it is unverified).
+    ValueError: hidden_size is not a multiple of heads.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class MultiHeadMoE(nn.Module):
         return losses_of(self.moe)
 
     def forward(self, hidden_states: Tensor, **context: object) -> Tensor:
-        """[..., H] -> [..., H]. token_ids and sequence_ids, if given, are those of the whole tokens."""
+        """[..., H] -> [..., H]. token_ids and sequence_ids, if given, refer to whole tokens."""
         pieces = self.head_proj(hidden_states).unflatten(-1, (self.heads, -1))
-        pieces = pieces.flatten(-3, -2)  # [..., S·heads, H/heads]: a sequence of pieces is one sequence
+        pieces = pieces.flatten(-3, -2)  # [..., S·heads, H/heads]: the pieces of a sequence stay one sequence
         y: Tensor = self.moe(pieces, **repeat_context(context, self.heads))
         merged: Tensor = self.merge_proj(y.reshape(hidden_states.shape))
         return merged

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Shared experts: what all tokens pass through, with and without a gate of their own."""
+"""Shared experts, which process all tokens, with and without a gate of their own."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class SharedExperts(nn.Module):
 
 
 class GatedSharedExperts(nn.Module):
-    """sigmoid(w · x) · SharedExperts(x): what all tokens pass through, weighed by each (Qwen2-MoE, arXiv:2407.10671).
+    """sigmoid(w · x) · SharedExperts(x): each token weights the shared experts (Qwen2-MoE, arXiv:2407.10671).
 
-    Arguments as SharedExperts'. Parameters: gate.weight [1,H], and those of experts.
+    Same arguments as SharedExperts. Parameters: gate.weight [1,H], and those of experts.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""SoftMoE: experts see mixtures of tokens, so that nothing is discrete and no expert is idle."""
+"""SoftMoE: experts see mixtures of tokens, so nothing is discrete and no expert is idle."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from switchgear.backends import without_autocast
 
 
 def per_conv_tokens(features: Tensor) -> Tensor:
-    """Tokens [B, height·width, C] of a feature map [B,C,height,width]: one per position, which is what makes SoftMoE
-    work in reinforcement learning (PerConv of arXiv:2410.01930)."""
+    """Tokens [B, height·width, C] of a feature map [B,C,height,width], one per position. This tokenisation makes
+    SoftMoE work in reinforcement learning (PerConv of arXiv:2410.01930)."""
     return features.flatten(2).mT
 
 
@@ -26,13 +26,13 @@ class SoftMoE(nn.Module):
         layer = SoftMoE(switchgear.Experts(256, 128, num_experts=8), slots=4)
 
     Args:
-        experts: a module of Experts' interface, with hidden_size and num_experts. Its weights are used for exactly
-            `slots` rows each, in one grouped GEMM.
-        slots: rows of each expert and sequence.
+        experts: a module with the interface of Experts, hidden_size and num_experts. Each expert processes exactly
+            `slots` rows per sequence, in one grouped GEMM.
+        slots: rows per expert and sequence.
         normalize: logits = (x / |x|) · (scale · φ / |φ|) with a learned scale, instead of x · φ.
 
-    Parameters: phi [E·slots,H]; scale [] if normalize. Sequences do not see each other; within a sequence every token
-    sees every other one, so that this is no layer for causal models.
+    Parameters: phi [E·slots,H]; scale [] if normalize. Sequences are independent, but within one every token affects
+    every other, so the layer is not suitable for causal models.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class SoftMoE(nn.Module):
             nn.init.ones_(self.scale)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """[..., T, E·slots], float32 at least."""
+        """[..., T, E·slots], at least float32."""
         with without_autocast(hidden_states.device.type):
             wide = torch.promote_types(hidden_states.dtype, torch.float32)
             x, phi = hidden_states.to(wide), self.phi.to(wide)
@@ -72,12 +72,12 @@ class SoftMoE(nn.Module):
     def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
         """hidden_states [..., T, H] -> [..., T, H]; leading dimensions are sequences.
 
-        mask [..., T]: False for padding, which sends nothing to the slots and gets zeros.
+        mask [..., T]: False for padding, which adds nothing to the slots and gets zeros.
         """
         logits = self.logits(hidden_states)
         if mask is not None:
             mask = mask.bool()[..., None]
-            dispatch = logits.masked_fill(~mask, -torch.inf).softmax(-2).nan_to_num()  # a sequence of padding alone
+            dispatch = logits.masked_fill(~mask, -torch.inf).softmax(-2).nan_to_num()  # nan: a sequence of padding only
         else:
             dispatch = logits.softmax(-2)
         combine = logits.softmax(-1)

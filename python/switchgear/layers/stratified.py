@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""StratifiedMoE: a gate for each stratum of experts, and as many experts in a row as a token turns out to need."""
+"""StratifiedMoE: a gate per stratum of experts; a token passes through as many experts in sequence as it needs."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class StratifiedMoE(WithLosses):
     """Strata of experts: the gate of stratum i sees the experts of strata i and above (SMoE, arXiv:2305.02176).
 
     A token starts at the first gate. The gate of stratum i sends it through experts, with a norm before and a residual
-    around them; the best of them lies in some stratum j >= i, and the gate of stratum j + 1 is next. After the last
-    stratum it leaves (equations 4 to 7). Every token passes the last stratum exactly once, and each at most once.
+    around them. If the best of them is in stratum j >= i, the gate of stratum j + 1 is next. The token leaves after
+    the last stratum (equations 4 to 7). Every token passes the last stratum exactly once, and each at most once.
 
         layer = StratifiedMoE(256, 128, strata=[2, 2, 4], top_k=2)
 
     Args:
         hidden_size, intermediate_size: H, I. strata: the number of experts of each stratum; E is their sum.
-        top_k: experts of a pass; those of other strata than the best expert's take part as well.
-        normalize: divide their scores by their sum. aux_loss: coefficient of the balance loss, the mean of the gates'.
+        top_k: experts per pass; they may be in other strata than the best one.
+        normalize: divide their scores by their sum. aux_loss: coefficient of the balance loss, averaged over gates.
         activation, gated, bias: options of Experts.
 
-    Parameters: norms.{i}.weight and bias [H], gates.{i} [E_i,H] with E_i the experts that stratum i sees, and those of
-    experts. The layer has norm and residual inside: it stands for both and the MoE of a block. One pass runs for each
-    stratum, on the tokens that are there.
+    Parameters: norms.{i}.weight and bias [H], gates.{i} [E_i,H], where stratum i sees E_i experts, and those of
+    experts. The layer includes norm and residual: it replaces both and the MoE of a block. There is one pass per
+    stratum, over the tokens that are at its gate.
     """
 
     stratum_of: Tensor
@@ -77,7 +77,7 @@ class StratifiedMoE(WithLosses):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gates as torch.nn.Linear. Fills the buffer, too."""
+        """Initialises gates like torch.nn.Linear. Also fills the buffer."""
         self.stratum_of.copy_(torch.arange(len(self.strata)).repeat_interleave(torch.tensor(self.strata)))
         for gate in self.gates:
             bound = 1 / math.sqrt(gate.shape[1])
@@ -86,7 +86,7 @@ class StratifiedMoE(WithLosses):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        position = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # the stratum whose gate is next
+        position = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # the stratum of each token's next gate
         losses = []
         for stratum, first in enumerate(self.first_expert):
             here = position == stratum
@@ -96,14 +96,14 @@ class StratifiedMoE(WithLosses):
             if self.aux_loss:
                 losses.append(_gate_loss(logits, ids, here, num_visible))
             ids = torch.where(here[:, None], ids + first, -1)
-            x = x + self.experts(normed, ids, weights)  # zeros where a token is elsewhere
+            x = x + self.experts(normed, ids, weights)  # zeros for tokens at other gates
             position = torch.where(here, self.stratum_of[ids[:, 0].clamp(min=0)] + 1, position)
         self.losses = {"stratified": self.aux_loss * torch.stack(losses).mean()} if losses else {}
         return x.view(hidden_states.shape)
 
 
 def _gate_loss(logits: Tensor, ids: Tensor, here: Tensor, num_experts: int) -> Tensor:
-    """E_i · Σ_e f_e · p_e over the tokens at this gate, f of first choices (equations 8 to 10)."""
+    """E_i · Σ_e f_e · p_e over the tokens at this gate; f counts first choices (equations 8 to 10)."""
     probabilities = logits.to(weight_dtype(logits.dtype)).softmax(-1) * here[:, None]
     counts = first_choice(torch.where(here[:, None], ids, -1), num_experts)
     tokens = here.sum().clamp(min=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Virtual experts beside the real ones: they do nothing, return their input, or return a constant, for free."""
+"""Virtual experts, which do nothing, return their input, or return a constant, at almost no cost."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 class VirtualExperts(nn.Module):
     """E real experts, then `null` that add nothing, `copy` that return x, and `constant` that return a learned vector.
 
-    The ids of a router over E + null + copy + constant experts run in this order. Null experts: AdaMoE,
-    arXiv:2406.13233; zero, copy and constant experts: MoE++, arXiv:2410.07348 (whose constant experts also mix x in,
-    here a copy expert's part).
+    The ids of a router over E + null + copy + constant experts are in this order. Null experts: AdaMoE,
+    arXiv:2406.13233; zero, copy and constant experts: MoE++, arXiv:2410.07348 (whose constant experts also mix in x;
+    here a copy expert does that).
 
         experts = VirtualExperts(switchgear.Experts(256, 128, 16), null=16)
         router = switchgear.Router(256, experts.num_experts, top_k=4)
 
     Args:
-        experts: a module of Experts' interface: hidden_size, num_experts, forward(x, topk_ids, topk_weights).
-        renormalize: divide the weights by the sum of those of experts that are not null (AdaMoE); a token whose choices
-            are all null gets exact zeros.
+        experts: a module with the interface of Experts: hidden_size, num_experts, forward(x, topk_ids, topk_weights).
+        renormalize: divide the weights by the sum over experts that are not null (AdaMoE). A token with only null
+            choices gets exact zeros.
 
-    Parameters: constants [constant,H], zeros at first, and those of experts. A virtual expert is no slot of the plan.
+    Parameters: constants [constant,H], initially zero, and those of experts. Virtual experts take no slots in the plan.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class VirtualExperts(nn.Module):
         """hidden_states [..., H], topk_ids and topk_weights [..., K] -> [..., H]."""
         first_copy = self.num_real + self.null
         first_constant = first_copy + self.copy
-        is_real = topk_ids < self.num_real  # holes too
+        is_real = topk_ids < self.num_real  # also true for holes
         if self.renormalize and self.null:
             counted = (topk_ids >= 0) & (is_real | (topk_ids >= first_copy))
             topk_weights = topk_weights.masked_fill(~counted, 0)
@@ -67,5 +67,5 @@ class VirtualExperts(nn.Module):
 def with_virtual(
     experts: nn.Module, *, null: int = 0, copy: int = 0, constant: int = 0, renormalize: bool = True
 ) -> VirtualExperts:
-    """The experts and virtual ones beside them; see VirtualExperts."""
+    """VirtualExperts: the experts, followed by virtual ones."""
     return VirtualExperts(experts, null=null, copy=copy, constant=constant, renormalize=renormalize)

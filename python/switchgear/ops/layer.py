@@ -103,7 +103,8 @@ def _gradients(empty_weight: Callable[[Tensor], Tensor], args: Sequence[Any]) ->
 
     def gradient(index: int, tensor: Tensor | None, need: bool) -> Tensor:
         if tensor is None or not need:
-            return x.new_empty(0, dtype=x.dtype if tensor is None else tensor.dtype)
+            absent: Tensor = x.new_empty(0, dtype=x.dtype if tensor is None else tensor.dtype)
+            return absent
         if index in (1, 2):
             return empty_weight(tensor)
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)

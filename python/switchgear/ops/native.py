@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch  # first: it brings the OpenMP runtime that the native module then shares
 from torch import Tensor
@@ -25,8 +25,37 @@ advise_huge_pages = _C.advise_huge_pages
 available_cpu_isas = _C.available_cpu_isas
 collapse_into_huge_pages = _C.collapse_into_huge_pages
 cpu_isa = _C.cpu_isa
+expand_compact = _C.expand_compact
+pack_compact = _C.pack_compact
+panel_layout = _C.panel_layout
 set_cpu_isa = _C.set_cpu_isa
 version: str = _C.version
+
+
+class Native(Protocol):
+    """A native module: `_C`, `_cuda`. Its functions are named like the ops; see _ops.pyi."""
+
+    def moe_forward(
+        self,
+        x: Tensor,
+        gate_up_proj: Tensor | Sequence[Tensor],
+        gate_up_form: Sequence[int],
+        down_proj: Tensor | Sequence[Tensor],
+        down_form: Sequence[int],
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        y: Tensor,
+        h: Tensor | None,
+        activation: str,
+        gated: bool,
+        interleaved: bool,
+        alpha: float,
+        limit: float,
+        execution: Any,
+        /,
+    ) -> None: ...
 
 
 class Kernels:
@@ -37,7 +66,7 @@ class Kernels:
 
     def __init__(
         self,
-        module: Any,
+        module: Native,
         execution: Callable[[], Any],
         empty_weight: Callable[[Tensor], Tensor] = torch.empty_like,
         formats: frozenset[str] = frozenset({"plain"}),

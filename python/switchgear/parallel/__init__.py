@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Experts distributed over processes: torch.distributed carries the rows, and failures are the same error everywhere.
+"""Experts distributed over processes, on torch.distributed; a failure raises the same error on every rank.
 
 parallel = switchgear.parallel.ExpertParallel()                 # after torch.distributed.init_process_group
 moe = switchgear.MoE(2048, 1024, 64, 8, parallel=parallel)      # each rank has its share of the 64 experts

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Checkpoints of distributed experts, by torch.distributed.checkpoint: written by any number of ranks, read by any.
+"""Checkpoints of distributed experts, in torch.distributed.checkpoint; the number of ranks may differ between runs.
 
-Each expert is an entry of its own: row e of "layer.experts.gate_up_proj" is called "layer.experts.gate_up_proj[e]".
-So a checkpoint knows nothing of ranks, and a rank reads and writes its experts alone, in place. Layers without
-`parallel` are stored in the same way. `load_whole` gives the layout of Hugging Face back, [E, ...] under plain names.
+Each expert is a separate entry: row e of "layer.experts.gate_up_proj" is called "layer.experts.gate_up_proj[e]". So a
+checkpoint is independent of ranks, and each rank reads and writes only its own experts, in place. Layers without
+`parallel` use the same format. `load_whole` returns the layout of Hugging Face, [E, ...] under plain names.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _ENTRY = re.compile(r"(.*)\[(\d+)\]")
 
 
 def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
-    """What `save` writes and `load` fills: tensors that share memory with the model's and the optimizer's, experts one
-    by one. The optimizer's state is called "optimizer/<parameter>/<name>"; all of it must be tensors.
+    """What `save` writes and `load` fills: tensors that share memory with the model's and the optimizer's. Each expert
+    is one entry. The optimizer's state is called "optimizer/<parameter>/<name>"; all of it must be tensors.
 
     Raises:
-        ValueError: experts that are DTensors, or an optimizer whose state is not there yet.
+        ValueError: experts that are DTensors, or an optimizer without initialised state.
     """
     experts = {f"{prefix}.{name}".lstrip("."): _ids(module) for prefix, module in model.named_modules()
                if isinstance(module, Experts) for name, _ in module.named_parameters(recurse=False)}  # fmt: skip
@@ -65,7 +65,7 @@ def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
 
 
 def init_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the state of a new optimizer, for `load` to fill: a step with gradients and a learning rate of zero."""
+    """Creates the state of a new optimizer, for `load` to fill, by a step with zero gradients and learning rate."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if any(optimizer.state.get(parameter) for parameter in parameters):
         return
@@ -86,7 +86,7 @@ def save(
     model: nn.Module, path: str | Path, optimizer: torch.optim.Optimizer | None = None, *,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:  # fmt: skip
-    """Writes a checkpoint into the folder `path`; every rank of process_group takes part. Copies are written once."""
+    """Writes a checkpoint into the folder `path`, collectively over process_group. Replicas are written once."""
     with _quietly_alone() as alone:
         save_tensors(state_dict(model, optimizer), checkpoint_id=path, process_group=process_group, no_dist=alone)
 
@@ -95,10 +95,10 @@ def load(
     model: nn.Module, path: str | Path, optimizer: torch.optim.Optimizer | None = None, *,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:  # fmt: skip
-    """Reads a checkpoint of the same model, in place, whatever the number of ranks that wrote it.
+    """Reads a checkpoint of the same model in place, whatever the number of ranks that wrote it.
 
     Raises:
-        ValueError: a tensor that is missing, left over, or of another shape or dtype; nothing has been read then.
+        ValueError: a tensor is missing, left over, or of another shape or dtype; in that case nothing is read.
     """
     if optimizer is not None:
         init_optimizer(optimizer)
@@ -109,8 +109,8 @@ def load(
 
 
 def load_whole(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, without the optimizer's, on this process, in Hugging Face's layout: experts stacked
-    to [E, ...] under their names. For load_state_dict of a model without `parallel`."""
+    """All tensors of a checkpoint except the optimizer's, on this process, in Hugging Face's layout: experts stacked to
+    [E, ...] under their names. For load_state_dict of a model without `parallel`."""
     kept = {name: entry for name, entry in _metadata(path).items() if not name.startswith("optimizer/")}
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in kept.items()}
     with _quietly_alone():
@@ -133,21 +133,21 @@ def load_whole(path: str | Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _quietly_alone() -> Iterator[bool]:
-    """Whether this process is the only one; torch need not warn of what is meant."""
+    """Yields whether this process is the only one, and silences torch's warning about it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield not dist.is_initialized()
 
 
 def _ids(module: Experts) -> tuple[int, ...]:
-    """The experts that a module has, by their numbers in the whole layer."""
+    """The experts of a module, by their global ids."""
     if isinstance(module, ParallelExperts):
         return module.placement.experts_of_rank[module.parallel.rank]
     return tuple(range(module.num_experts))
 
 
 def _names(model: nn.Module) -> dict[str, int]:
-    """Of each distributed parameter, the number of experts that a checkpoint must have."""
+    """The number of experts that a checkpoint must have for each distributed parameter."""
     return {
         f"{prefix}.{name}".lstrip("."): module.num_experts
         for prefix, module in model.named_modules() if isinstance(module, Experts)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What an exchange costs: bytes from a routing, seconds from bytes, and the number of chunks that hides most of it.
+"""The cost of an exchange: bytes from a routing, seconds from bytes, and the number of chunks that hides most of it.
 
-Bytes are counted as the exchange sends them (exchange.py), from a trace of topk_ids. Seconds are those of a pipeline:
-each rank has one link, on which transfers follow each other in both directions at once, and one worker for experts.
+Bytes are counted as exchange.py sends them, from a trace of topk_ids. Seconds come from a pipeline model: each rank has
+one full-duplex link, which serialises transfers in each direction, and one worker for experts.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 from switchgear.parallel.placement import Placement
 
 CHUNKS = (1, 2, 4, 8)
-PAIR_BYTES = 8  # an expert's number and a float32 weight
+PAIR_BYTES = 8  # expert id and float32 weight
 
 
 @dataclass(frozen=True)
 class Link:
     """A rank's connection to the others.
 
-    bandwidth: bytes/s in each direction. overhead: seconds that one more chunk costs, for its two messages and for
-    products of fewer rows. The defaults are those of gloo between processes of one machine, on the slow side.
+    bandwidth: bytes/s in each direction. overhead: seconds per additional chunk, for its two messages and for smaller
+    products. The defaults are on the slow side for gloo between processes of one machine.
     """
 
     bandwidth: float = 1e9
@@ -33,15 +33,15 @@ class Link:
 
 
 def rows_per_token(top_k: int, num_ranks: int) -> float:
-    """The expected number of other ranks that a token goes to, of top_k experts chosen with equal odds."""
+    """The expected number of other ranks that a token is sent to, if it chooses top_k experts uniformly."""
     return (num_ranks - 1) * (1 - (1 - 1 / num_ranks) ** top_k)
 
 
 def choose_chunks(num_tokens: int, top_k: int, num_ranks: int, row_bytes: int, link: Link) -> int:
-    """The number of chunks C, of CHUNKS, for the rank with the most tokens.
+    """The number of chunks C, from CHUNKS, for the rank with the most tokens.
 
-    With compute at least as long as communication, what stays visible of it is the first chunk on its way in, the last
-    on its way out, and the overheads: t(C) = t_rows / C + C · overhead, least at √(t_rows / overhead).
+    If compute takes at least as long as communication, the exposed time is the arrival of the first chunk, the return
+    of the last one, and the overheads: t(C) = t_rows / C + C · overhead, minimal at √(t_rows / overhead).
     """
     seconds = 2 * num_tokens * rows_per_token(top_k, num_ranks) * row_bytes / link.bandwidth
     best = math.sqrt(seconds / link.overhead) if link.overhead > 0 else CHUNKS[-1]
@@ -52,14 +52,14 @@ def choose_chunks(num_tokens: int, top_k: int, num_ranks: int, row_bytes: int, l
 
 
 class Traffic(NamedTuple):
-    """Counts of one forward. [s][r]: from rank s to rank r, those of a rank for itself too."""
+    """Counts of one forward. [s][r]: from rank s to rank r, including a rank's own."""
 
-    rows: Tensor  # [W,W] int64: tokens of s with an expert on r, each once
+    rows: Tensor  # [W,W] int64: distinct tokens of s with an expert on r
     pairs: Tensor  # [W,W] int64: their choices there
 
 
 def count(topk_ids: list[Tensor], placement: Placement) -> Traffic:
-    """Of the tokens of each rank, topk_ids[s] [T_s,K]; -1 is no choice."""
+    """Traffic of each rank's tokens with ids topk_ids[s] [T_s,K]; -1 is an empty choice."""
     size = placement.num_ranks
     rows = torch.zeros(size, size, dtype=torch.int64)
     pairs = torch.zeros(size, size, dtype=torch.int64)
@@ -72,11 +72,11 @@ def count(topk_ids: list[Tensor], placement: Placement) -> Traffic:
 
 
 def draw_routing(num_tokens: int, num_experts: int, top_k: int, skew: float = 0.0, seed: int = 0) -> Tensor:
-    """[T,K] int32 ids, none twice; the n-th expert of a random order is n^-skew times as likely as the first."""
+    """[T,K] int32 distinct ids; the n-th expert of a random order is n^-skew times as likely as the first."""
     generator = torch.Generator().manual_seed(seed)
     odds = torch.arange(1, num_experts + 1, dtype=torch.float64).pow(-skew)
     odds = odds[torch.randperm(num_experts, generator=generator)]
-    # The largest of log odds + Gumbel noise are a draw without replacement.
+    # Gumbel top-k: the largest of log odds + Gumbel noise are a draw without replacement.
     noise = torch.rand(num_tokens, num_experts, generator=generator).clamp_(min=1e-30).log_().neg_().log_().neg_()
     return (odds.log().float() + noise).topk(top_k, 1).indices.int()
 
@@ -94,21 +94,21 @@ class Interval(NamedTuple):
 class Timeline(NamedTuple):
     intervals: list[Interval]
     seconds: float
-    link: float  # of which the link was busy
+    link: float  # time during which the link is busy
     experts: float
-    exposed: float  # seconds - experts: what is seen of communication
+    exposed: float  # seconds - experts: communication that is not hidden
 
     @property
     def hidden(self) -> float:
-        """The share of the link's time that is not seen."""
+        """The fraction of the link's time that is hidden."""
         return 1 - self.exposed / self.link if self.link else 1.0
 
 
 def pipeline(
     dispatch: float, experts: float, combine: float, num_chunks: int, *, tail: float = 0.0, overhead: float = 0.0
 ) -> Timeline:
-    """Seconds on the link, in the experts, and on the link again, in equal chunks. tail: what experts do at the end
-    without waiting (weight gradients). overhead: added to each chunk's time in the experts."""
+    """Timeline of equal chunks that take seconds on the link, in the experts, and on the link again. tail: work of the
+    experts after the last chunk (weight gradients). overhead: added to each chunk's time in the experts."""
     intervals: list[Interval] = []
     arrived = []
     free = 0.0
@@ -133,13 +133,13 @@ def pipeline(
 
 
 class Machine(NamedTuple):
-    """A rank, and how it is connected."""
+    """Speed of a rank and of its connections."""
 
     flops: float  # flop/s of its experts
     bandwidth: float  # bytes/s to ranks of other nodes, in each direction
     local_bandwidth: float  # to ranks of its node
     ranks_per_node: int
-    overhead: float = 0.0  # seconds for each chunk
+    overhead: float = 0.0  # seconds per chunk
 
 
 class Layer(NamedTuple):
@@ -150,14 +150,14 @@ class Layer(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Of one layer, for the slowest rank; bytes are those that the rank that sends most sends to others."""
+    """For one layer and its slowest rank; bytes are those that the busiest sender sends to other ranks."""
 
     forward: Timeline
     backward: Timeline
     bytes_forward: int
     bytes_backward: int
     bytes_between_nodes: int  # of bytes_forward
-    rows_without_sharing: float  # sent if each choice had a row of its own, relative to what is sent
+    rows_without_sharing: float  # rows if each choice were sent separately, relative to what is sent
     load: float  # choices on the busiest rank, relative to the mean
     weight_bytes: int
     activation_bytes: int  # kept for backward
@@ -174,7 +174,7 @@ def predict(
     away = ~torch.eye(size, dtype=torch.bool)
 
     def link_seconds(rows: Tensor) -> float:
-        """Of the rank that sends or receives longest; the two networks work side by side."""
+        """For the rank that sends or receives longest; the two networks work in parallel."""
         times = []
         for near, speed in ((same & away, machine.local_bandwidth), (~same, machine.bandwidth)):
             moved = (rows * near).double() * row

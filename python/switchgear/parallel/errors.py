@@ -22,7 +22,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Failure:
-    """What happened, the same on every rank: `rank` (in the group) failed in `phase` of exchange number `step`."""
+    """A failure, identical on every rank: `rank` (in the group) failed in `phase` of exchange number `step`."""
 
     rank: int
     kind: str  # one of KINDS
@@ -39,8 +39,8 @@ class Failure:
 
 
 class ExpertParallelError(RuntimeError):
-    """The exchange failed. Every rank that is still there raises the same message, and the ExpertParallel is closed:
-    make a new one, of the ranks that are left.
+    """The exchange failed. Every surviving rank raises the same message, and the ExpertParallel is closed: create a new
+    one from the remaining ranks.
 
     Attributes: rank (in the group), phase, kind, step, reason; see Failure.
     """

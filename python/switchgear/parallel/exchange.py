@@ -1,27 +1,24 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""exchange: tokens to their experts' ranks, through the experts, and back, in chunks that hide communication.
+"""exchange: sends tokens to their experts' ranks, runs the experts, and returns results, in overlapping chunks.
 
-    agree      one all-to-all of headers (header.py): whether all mean the same, and the sizes
-    dispatch   one all-to-all of pairs, and one of rows for each chunk, all started at once
-    experts    of a chunk as soon as its rows are there, while later chunks arrive and earlier results leave
-    combine    one all-to-all of results for each chunk; then each token's rows are added, ranks ascending
+    agree      one all-to-all of headers (header.py): checks that all ranks agree, and exchanges sizes
+    dispatch   one all-to-all of pairs and one of rows per chunk, all started at once
+    experts    run a chunk once its rows arrive, while later chunks arrive and earlier results leave
+    combine    one all-to-all of results per chunk; then each token's rows are summed, ranks ascending
 
-Backward is the same with grad_y on the way in and grad_x on the way out, and weight gradients at the end (local.py).
+Backward is the same, with grad_y in and grad_x out, and weight gradients at the end (local.py).
 
-Bytes that leave a rank, forward: 8·LENGTH for each other rank, 8 for each pair (expert and weight), and H·size for
-each row twice; backward: the headers, H·size for each row twice, 4 for each pair. No padding. `invariant` returns a
-row for each pair instead of one for each token, so that each token's sum runs over its experts in their order, as in
-one process.
+Bytes that a rank sends in forward: 8·LENGTH per other rank, 8 per pair (expert and weight), and H·size per row, twice;
+in backward: the headers, H·size per row, twice, and 4 per pair. There is no padding. `invariant` returns a row per pair
+instead of one per token, so that each token's sum runs over its experts in order, as in one process.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +27,7 @@ from switchgear import ops
 from switchgear.ops import GluOptions
 from switchgear.parallel import header, layout, local
 from switchgear.parallel.cost import choose_chunks
+from switchgear.parallel.record import Event
 from switchgear.parallel.transport import Work, _Done
 
 if TYPE_CHECKING:
@@ -37,15 +35,15 @@ if TYPE_CHECKING:
 
 
 class Copy(NamedTuple):
-    """An expert of this rank that other ranks have too."""
+    """An expert of this rank that other ranks also hold."""
 
-    number: int  # here
+    number: int  # its local number
     ranks: tuple[int, ...]  # all of them, ascending
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What the ranks of a layer have in common, and this rank's part of it."""
+    """What the ranks of a layer share, and this rank's part of it."""
 
     parallel: ExpertParallel
     number: int
@@ -55,44 +53,13 @@ class Layer:
     local_of: Tensor
     placement_digest: int
     has_copies: bool  # whether any expert is on several ranks
-    copies: tuple[Copy, ...]  # those of them that are here
+    copies: tuple[Copy, ...]  # the replicated experts of this rank
     options: GluOptions
-    extra: object = None  # whatever else must agree
-
-
-class Event(NamedTuple):
-    """A stretch of time for the timeline, in seconds of time.monotonic()."""
-
-    lane: str  # "link" or "experts"
-    name: str
-    begin: float
-    end: float
-
-
-@dataclass
-class Record:
-    """What an exchange did: bytes sent to other ranks by kind, seconds spent waiting, and events if they are wanted."""
-
-    bytes: Counter[str] = field(default_factory=Counter)
-    waited: float = 0.0
-    events: list[Event] | None = None
-
-    def clear(self) -> None:
-        self.bytes.clear()
-        self.waited = 0.0
-        if self.events is not None:
-            self.events = []
-
-    @contextmanager
-    def event(self, lane: str, name: str) -> Any:
-        begin = time.monotonic()
-        yield
-        if self.events is not None:
-            self.events.append(Event(lane, name, begin, time.monotonic()))
+    extra: object = None  # anything else that must agree
 
 
 class _Link:
-    """Starts and awaits the transfers of one exchange, and counts them."""
+    """Starts, awaits and counts the transfers of one exchange."""
 
     def __init__(self, parallel: ExpertParallel, device: torch.device) -> None:
         self.parallel, self.record = parallel, parallel.record
@@ -120,7 +87,7 @@ class _Link:
 
 
 class _Timed:
-    """Puts a transfer on the timeline when its end is noticed (or where a throttled link has it)."""
+    """Records a transfer when its end is noticed (or at the end that a throttled link computes)."""
 
     def __init__(self, work: Work, name: str, events: list[Event]) -> None:
         self._work, self._name, self._events, self._begin = work, name, events, time.monotonic()
@@ -134,14 +101,14 @@ class _Timed:
 
 
 class Saved(NamedTuple):
-    """What backward needs of forward: which rows went where, and what was in them (apart, for autograd to keep)."""
+    """What backward needs from forward: the layout of rows, and their contents (separately, for autograd to save)."""
 
     sending: layout.Sending
     receiving: layout.Receiving
     all_tokens: int
-    num_tokens: int  # of this rank's part of them
+    num_tokens: int  # of this rank's part
     top_k: int
-    tensors: tuple[Tensor, ...]  # x [R,H] all rows that arrived, weights [P] of the pairs, and h of each chunk
+    tensors: tuple[Tensor, ...]  # x [R,H] all arrived rows, weights [P] of the pairs, and h of each chunk
 
 
 def _terms(
@@ -161,7 +128,7 @@ def _terms(
 def _agree(
     link: _Link, terms: header.Terms, num_tokens: int, pairs: list[int], rows: list[list[int]], phase: str
 ) -> list[header.Sizes]:
-    """Sizes of each source; the error on which all agree if they do not mean the same."""
+    """Sizes from each source; raises the common error if ranks disagree."""
     parallel = link.parallel
     parallel.peers.enter(phase)
     sent = header.encode(terms, num_tokens, pairs, rows)
@@ -182,7 +149,7 @@ def forward(
 ) -> tuple[Tensor, Saved | None]:  # fmt: skip
     """y [T,H] of x [T,H], topk_ids [T,K] int32 and topk_weights [T,K] float32.
 
-    weights: of the local experts, and what backward needs is saved; None: `module(x, ids, weights)` runs them.
+    weights: of the local experts; what backward needs is saved. None: `module(x, ids, weights)` runs the experts.
     """
     parallel = layer.parallel
     peers, record = parallel.peers, parallel.record
@@ -205,7 +172,7 @@ def forward(
     arriving = layout.merge_pieces([[size.rows[piece] for size in sizes] for piece in range(layout.PIECES)], num_chunks)
     pairs_in = [size.pairs for size in sizes]
     own_weights = topk_weights.detach().flatten()[sending.pair_choices]
-    # Weights of float64 tensors are float64: two columns of int32 each.
+    # Weights of float64 tensors are float64: two int32 columns each.
     columns = own_weights.contiguous().view(torch.int32).view(len(own_weights), own_weights.element_size() // 4)
     pairs_out = torch.cat((sending.pair_codes[:, None], columns), 1)
     pairs = pairs_out.new_empty(sum(pairs_in), pairs_out.shape[1])
@@ -256,7 +223,7 @@ def forward(
 def backward(
     layer: Layer, grad_y: Tensor, saved: Saved, weights: local.Weights, gradients: int, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, topk_weights and the four Weights; `needs` in this order."""
+    """Gradients of x, topk_weights and the four Weights; `needs` is in this order."""
     parallel = layer.parallel
     peers, record = parallel.peers, parallel.record
     link = _Link(parallel, grad_y.device)
@@ -337,7 +304,7 @@ def _part(parallel: ExpertParallel, num_tokens: int, rank: int | None = None) ->
 
 
 def _join_parts(link: _Link, part: Tensor, num_tokens: int) -> Tensor:
-    """All tokens' rows, of the parts of the ranks that hold the same tokens."""
+    """Gathers the rows of all tokens from the ranks that hold the same tokens."""
     parallel = link.parallel
     if len(parallel.twins) == parallel.size:
         return part
@@ -362,7 +329,7 @@ def _check_ids(topk_ids: Tensor, num_experts: int) -> None:
 def _start_chunks(
     link: _Link, kind: str, output: Tensor, input: Tensor, output_rows: list[list[int]], input_rows: list[list[int]]
 ) -> list[Work]:
-    """One transfer for each chunk; chunks follow each other in both tensors."""
+    """One transfer per chunk; chunks are consecutive in both tensors."""
     works = []
     begin_out = begin_in = 0
     for rows_out, rows_in in zip(output_rows, input_rows, strict=True):
@@ -373,17 +340,17 @@ def _start_chunks(
 
 
 def _result_buffer(like: Tensor, sending: layout.Sending, each: bool) -> Tensor:
-    """Of as many rows as `combine` wants to see, though only the first ones are used: the others are never touched."""
+    """A buffer with as many rows as `combine` requires; only the first ones are used, the others never touched."""
     table = sending.pair_table if each else sending.row_table
     return like.new_empty(table.numel(), like.shape[1])
 
 
 def _sum_results(results: Tensor, sending: layout.Sending, weights: Tensor | None, each: bool) -> Tensor:
-    """Each token's sum over its returned rows: ranks ascending, or (each) experts ascending, with their weights."""
+    """Sums each token's returned rows: ranks ascending, or (each) experts ascending, with their weights."""
     table = sending.pair_table if each else sending.row_table
     if weights is not None:
         weights = weights.gather(1, sending.choice_order).contiguous() if each else None
-    # Only the table counts for combine; the other parts of a plan just have to be valid.
+    # combine reads only the table; the rest of the plan just has to be valid.
     offsets = torch.zeros(2, dtype=torch.int32, device=table.device)
     indices = torch.full((table.numel(),), -1, dtype=torch.int32, device=table.device)
     return ops.combine(results, offsets, indices, table.contiguous(), weights)
@@ -393,7 +360,7 @@ def _through_module(
     module: Callable[[Tensor, Tensor, Tensor], Tensor], rows: Tensor, chunk: local.Chunk,
     receiving: layout.Receiving, pairs: Tensor, pair_weights: Tensor, each: bool,
 ) -> Tensor:  # fmt: skip
-    """The experts as their module runs them. each: one token for each pair, with a weight of 1."""
+    """Runs the experts' module on a chunk. each: one token per pair, with weight 1."""
     experts = (pairs[:, 0] % layout._FIRST).int()
     if not each:
         ids = torch.where(chunk.row_table >= 0, experts[chunk.row_pairs], -1)
@@ -404,7 +371,7 @@ def _through_module(
 
 
 def _sum_copies(link: _Link, layer: Layer, grads: list[Tensor | None]) -> list[Tensor | None]:
-    """Adds up the gradients of replicated experts over their copies, ranks ascending: the same bits on each."""
+    """Sums the gradients of replicated experts over their copies, ranks ascending, so that all have the same bits."""
     if not layer.has_copies:
         return grads
     rank, size = layer.parallel.rank, layer.parallel.size

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""ParallelExperts: the experts of a layer, distributed over ranks, behind the interface of Experts."""
+"""ParallelExperts: the experts of a layer, distributed over ranks, with the interface of Experts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from switchgear.weights import stored_of, weights_of
 
 
 class _Exchange(torch.autograd.Function):
-    """exchange.forward and exchange.backward; inputs: x, topk_weights, the four Weights, then what has no gradient."""
+    """exchange.forward and exchange.backward; inputs: x, topk_weights, the four Weights, non-differentiable ones."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, topk_weights: Tensor, *rest: Any) -> Tensor:
@@ -34,7 +34,7 @@ class _Exchange(torch.autograd.Function):
         with layer.parallel.peers.exchange():
             y, saved = exchange.forward(layer, x, topk_ids, topk_weights, ctx.gradients, Weights(*weights), _absent)
         assert saved is not None
-        # Rows by way of autograd, so that checkpointing and hooks see them; the plan is small.
+        # Autograd saves the rows, so that checkpointing and hooks see them; the plan is small.
         ctx.save_for_backward(*weights, *saved.tensors)
         ctx.saved = saved._replace(tensors=())
         return y
@@ -58,7 +58,7 @@ def _absent(*_: Tensor) -> Tensor:
 def make_layer(
     parallel: ExpertParallel, placement: Placement, options: GluOptions, number: int | None = None, extra: object = None
 ) -> exchange.Layer:
-    """What an exchange has to know about a layer whose experts lie so."""
+    """The exchange's description of a layer with this placement."""
     mine = placement.experts_of_rank[parallel.rank]
     rank_of, local_of = placement.routes(parallel.rank)
     copies = (
@@ -83,8 +83,8 @@ def make_layer(
 def exchange_moe(
     layer: exchange.Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: Weights | None, module: Any
 ) -> Tensor:
-    """Like switchgear.moe, with global topk_ids and with the weights of the local experts. Without gradients, `module`
-    (x, local ids, weights) -> y runs them, unless it is None. weights None: the module alone can, without gradients.
+    """Like switchgear.moe, with global topk_ids and the weights of the local experts. Without gradients,
+    `module`(x, local ids, weights) -> y runs the experts unless it is None. If weights is None, it must run them.
 
     Inside torch.autocast all tensors are cast to its dtype.
     """
@@ -112,11 +112,11 @@ def exchange_moe(
 
 
 class ParallelExperts(Experts):
-    """The experts of this rank, as Experts has them; forward takes tokens of this rank and ids of all experts.
+    """The experts of this rank, like Experts; forward takes this rank's tokens and global expert ids.
 
-    Made by MoE(..., parallel=…). The parameters are those of the local experts; `placement` says which they are. The
-    same seed gives an expert the same initial weights whatever the number of ranks. Every parameter gets a gradient at
-    every step, on every rank. Stored experts (switchgear.store) are for inference.
+    MoE(..., parallel=…) creates it. The parameters are those of the local experts; `placement` lists them. With equal
+    seeds, an expert has the same initial weights for any number of ranks. Every parameter gets a gradient at every
+    step, on every rank. Stored experts (switchgear.store) support inference only.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class ParallelExperts(Experts):
         self.placement = placement or parallel.placement(num_experts)
         self._mine = self.placement.experts_of_rank[parallel.rank]
         super().__init__(hidden_size, intermediate_size, len(self._mine), **options)
-        self.num_experts = num_experts  # of all ranks: what a router and what wraps this module have to know
+        self.num_experts = num_experts  # over all ranks: what routers and wrapping modules need
         self.parallel = parallel
         extra = (hidden_size, intermediate_size, self.down_proj_bias is not None)
         self._layer = make_layer(parallel, self.placement, self._options(), extra=extra)
@@ -135,7 +135,7 @@ class ParallelExperts(Experts):
         return GluOptions(self.activation, self.gated, self.interleaved, float(self.alpha), as_limit(self.limit))
 
     def reset_parameters(self) -> None:
-        """As Experts does, expert by expert: all ranks draw the numbers of all experts, and keep theirs."""
+        """Like Experts, expert by expert: all ranks draw the numbers of all experts and keep their own."""
         number_of = {expert: number for number, expert in enumerate(self._mine)}
         for name, fan_in in ((self._first, self.hidden_size), ("down_proj", self.intermediate_size)):
             for parameter in (getattr(self, name), getattr(self, f"{name}_bias")):
@@ -147,8 +147,7 @@ class ParallelExperts(Experts):
                     nn.init.uniform_(target, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """hidden_states [..., H], topk_ids [..., K] (of all experts; -1 for none) and topk_weights [..., K] -> [...,
-        H]."""
+        """hidden_states [..., H], topk_ids [..., K] (global ids, -1 for none), topk_weights [..., K] -> [..., H]."""
         weights = None
         if stored_of(self) is None:
             first, second = weights_of(self, self._layout)
@@ -161,9 +160,9 @@ class ParallelExperts(Experts):
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are distributed: by name, as in model.named_parameters().
+    """The distributed parameters, by name as in model.named_parameters().
 
-    Their gradients are complete, so wrappers that reduce gradients have to leave them alone:
+    Their gradients are complete, so wrappers that reduce gradients must ignore them:
 
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, expert_parameters(model))
         fully_shard(model, ignored_params=set(expert_parameters(model).values()))

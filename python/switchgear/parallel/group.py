@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""ExpertParallel: the ranks among which experts are distributed, and what they have agreed on."""
+"""ExpertParallel: the ranks that share the experts, and the options they have agreed on."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 from switchgear.parallel import peer_memory, shared_memory
 from switchgear.parallel import transport as transports
 from switchgear.parallel.cost import CHUNKS, Link
-from switchgear.parallel.exchange import Record
 from switchgear.parallel.header import digest
 from switchgear.parallel.peers import Peers
 from switchgear.parallel.placement import Placement
+from switchgear.parallel.record import Record
 
 _alive: weakref.WeakSet[ExpertParallel] = weakref.WeakSet()
 _made: dict[str, int] = {}
@@ -28,33 +28,33 @@ _made: dict[str, int] = {}
 class ExpertParallel:
     """Experts distributed over the ranks of a process group: `MoE(..., parallel=ExpertParallel(group))`.
 
-    One object serves all layers of a model. Its constructor is collective, as is every forward and every backward of
-    its layers: ranks with no tokens, or with no experts, take part.
+    One object serves all layers of a model. Its constructor is collective, and so is every forward and backward of its
+    layers: ranks without tokens or experts must take part too.
 
     Args:
-        group: of torch.distributed, or some of its ranks (after a failure, those that are left); all if None. Without
-            torch.distributed: this process alone.
-        timeout: seconds after which a rank that others wait for has stalled. Includes connecting, here.
-        num_chunks: 1, 2, 4 or 8: pieces in which rows travel, so that experts work on one while others are on their
-            way; chosen for each call by the number of tokens if None.
-        invariant: outputs and gradients have the same bits for any number of ranks, in float32 on the CPU. Then every
-            choice of a token has a row on the way back, instead of one for all choices on a rank.
-        average_gradients: divide the gradients of experts by the number of ranks, as DistributedDataParallel does with
-            those of everything else: right for a loss that is a mean over the tokens of a rank. Else they are sums.
-        placement: which rank holds which experts, for layers with so many; consecutive ones if None.
-        transport: of tensors on the CPU: "gloo"; "shared_memory", for ranks of one machine; or "auto", the latter where
-            it is possible.
-        device_transport: of tensors on other devices: "group", its own backend; or "peer_memory", a kernel that writes
-            into the memory of the other GPUs of this machine. Neither has run on GPUs yet.
-        tp_group: the ranks, all of them in group, that hold the same tokens as this one (tensor parallelism). Each
-            sends its share of them alone and gets the results of all (arXiv:2303.06318). Inputs and gradients of
-            outputs are the same on these ranks, and so are outputs and gradients of inputs.
-        host: the address of this machine for the other ranks, if what is found is wrong.
+        group: a torch.distributed group, or a list of ranks (after a failure, those that remain); all if None. Without
+            torch.distributed: this process only.
+        timeout: seconds after which a rank that others wait for counts as stalled. Also limits connecting.
+        num_chunks: 1, 2, 4 or 8 chunks of rows, so that experts work on one while others are transferred; if None,
+            chosen for each call from the number of tokens.
+        invariant: outputs and gradients have the same bits for any number of ranks, in float32 on the CPU. Then a row
+            is returned for every choice of a token, instead of one for all its choices on a rank.
+        average_gradients: divide the gradients of experts by the number of ranks, as DistributedDataParallel does for
+            other parameters: right for a loss that is a mean over a rank's tokens. Otherwise they are sums.
+        placement: which rank holds which experts, for layers with that many experts; consecutive ones if None.
+        transport: of CPU tensors: "gloo"; "shared_memory", for ranks of one machine; or "auto", shared memory where
+            possible.
+        device_transport: of tensors on other devices: "group", the group's backend; or "peer_memory", a kernel that
+            writes into the memory of the other GPUs of this machine. Neither has run on GPUs yet.
+        tp_group: the ranks, all within group, that hold the same tokens as this one (tensor parallelism). Each sends
+            only its share of them and gets the results of all (arXiv:2303.06318). These ranks must have equal inputs
+            and output gradients, and get equal outputs and input gradients.
+        host: the address of this machine for the other ranks, if automatic detection is wrong.
         link: speed of the connections, for choosing the number of chunks.
 
     Raises:
-        ExpertParallelError: a rank did not come, or left; see there. From then on this object is of no use.
-        ValueError: an option out of range.
+        ExpertParallelError: a rank did not connect, or left; see there. The object is then unusable.
+        ValueError: an option is out of range.
 
     Attribute `record`: bytes sent to other ranks, by kind, and seconds spent waiting.
     """
@@ -127,13 +127,13 @@ class ExpertParallel:
         return tuple(sorted(set(found)))
 
     def placement(self, num_experts: int) -> Placement:
-        """Of the experts of a layer with so many."""
+        """The placement for a layer with this many experts."""
         if self._placement is not None and self._placement.num_experts == num_experts:
             return self._placement
         return Placement.contiguous(num_experts, self.size)
 
     def next_layer(self) -> int:
-        """A number for one more layer; layers are made in the same order everywhere."""
+        """The number of a new layer; all ranks must create layers in the same order."""
         self._num_layers += 1
         return self._num_layers - 1
 
@@ -154,13 +154,13 @@ class ExpertParallel:
             raise ValueError(f"{name}: expected {others}, ranks are on {machines} machines")
 
     def throttle(self, bandwidth: float, latency: float = 0.0) -> None:
-        """Slows the data of this rank down to a link of so many bytes/s, for measurements on one machine."""
+        """Limits this rank's transfers to a link of `bandwidth` bytes/s, for measurements on one machine."""
         for device, transport in self._transports.items():
             below = transport.below if isinstance(transport, transports.ThrottledTransport) else transport
             self._transports[device] = transports.ThrottledTransport(below, self.rank, bandwidth, latency)
 
     def close(self) -> None:
-        """Leaves the group: connections and threads end. Ranks that still need this one raise ExpertParallelError."""
+        """Leaves the group: closes connections, ends threads. Ranks that need this one raise ExpertParallelError."""
         self.peers.close()
         for transport in self._transports.values():
             transport.close()
@@ -174,7 +174,7 @@ class ExpertParallel:
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
-        return self  # the copy of a layer talks to the same ranks
+        return self  # a copied layer talks to the same ranks
 
     def __reduce__(self) -> Any:
         raise TypeError("ExpertParallel: expected a state dict to be saved, not the module: connections cannot be")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What ranks tell each other before data moves: one row of numbers to each rank, of which all but the sizes must agree.
+"""The header that ranks exchange before data: one row of numbers to each rank; all but the sizes must agree.
 
-Every rank sees what every rank was called with, and finds the odd one out by the same rule. So all raise the same
-error, before a byte of data is sent, and without another message.
+Every rank sees the arguments of all ranks and identifies a deviating one by the same rule. So all raise the same error,
+before any data is sent and without another message.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 from switchgear.parallel.errors import Failure
 from switchgear.parallel.layout import PIECES
 
-MAGIC = 0x73774570_0001  # and the version of this format
+MAGIC = 0x73774570_0001  # with the version of this format
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Terms(NamedTuple):
-    """What must be the same on all ranks, in the order in which it is compared."""
+    """What must be equal on all ranks, in order of comparison."""
 
     magic: int
-    exchange: int  # its number: the order of layers and of forward and backward
+    exchange: int  # its number; fixes the order of layers, forward and backward
     layer: int
     backward: int
     dtype: int
@@ -36,7 +36,7 @@ class Terms(NamedTuple):
     options: int  # digest of the experts' options
     placement: int  # digest
     sharing: int  # digest: which ranks hold the same tokens
-    gradients: int  # bits: of what gradients are wanted; -1: none are recorded
+    gradients: int  # bits: which gradients are needed; -1: none are recorded
     invariant: int
     num_chunks: int  # 0: automatic
 
@@ -56,7 +56,7 @@ def _show(name: str, value: int) -> str:
 
 
 class Sizes(NamedTuple):
-    num_tokens: int  # of the sender, for choosing the number of chunks; equal on ranks that hold the same tokens
+    num_tokens: int  # of the sender, to choose the number of chunks; equal on ranks that hold the same tokens
     pairs: int
     rows: list[int]  # [PIECES]
 
@@ -66,7 +66,7 @@ LENGTH = NUM_TERMS + 2 + PIECES
 
 
 def encode(terms: Terms, num_tokens: int, pairs: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
-    """[W, LENGTH] int64; pairs [W] and rows [PIECES][W] are those for each rank."""
+    """[W, LENGTH] int64; pairs [W] and rows [PIECES][W] are per destination rank."""
     return torch.tensor([[*terms, num_tokens, pairs[r], *(piece[r] for piece in rows)] for r in range(len(pairs))])
 
 
@@ -77,8 +77,8 @@ def decode(received: Tensor) -> tuple[list[Terms], list[Sizes]]:
 
 
 def disagreement(terms: Sequence[Terms]) -> Failure | None:
-    """The first field that differs, and the lowest rank that differs from most (from the lowest, where there is no
-    most)."""
+    """The first field that differs, and the lowest rank that differs from the majority (or from the lowest rank, if
+    there is no majority)."""
     for index, name in enumerate(Terms._fields):
         values = [line[index] for line in terms]
         if len(set(values)) == 1:
@@ -93,7 +93,7 @@ def disagreement(terms: Sequence[Terms]) -> Failure | None:
 
 
 def unequal_tokens(terms: Sequence[Terms], sizes: Sequence[Sizes], twins: Sequence[Sequence[int]]) -> Failure | None:
-    """The first rank that has another number of tokens than the lowest of those that hold the same ones."""
+    """The first rank whose number of tokens differs from that of the lowest rank with the same tokens."""
     for ranks in twins:
         for rank in ranks[1:]:
             want, got = sizes[ranks[0]].num_tokens, sizes[rank].num_tokens

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which rows go where: the arithmetic of an exchange, without any communication.
+"""Which rows go where: the index computations of an exchange, without communication.
 
-A *row* is a token on its way to a rank: it is sent once, however many of its experts live there. A *pair* is one of its
-choices there: an expert's number on that rank and a weight. Tokens are cut into PIECES consecutive pieces, and a chunk
-is one or more of them, so that sizes can be agreed before the number of chunks is.
+A *row* is a token on its way to a rank. It is sent once, however many of its experts are there. A *pair* is one of its
+choices there: a local expert number and a weight. Tokens are cut into PIECES consecutive pieces, and a chunk is one or
+more pieces, so that ranks can agree on sizes before the number of chunks is known.
 
-    rows are ordered by   (chunk, rank, token)           where they are sent, (chunk, source, token) where they arrive
-    pairs are ordered by  (rank, token, expert)          and (source, token, expert)
-    slots are ordered by  (chunk, expert, source, token): those of an expert in a chunk follow each other
+    order of rows:    (chunk, rank, token)    for the sender, (chunk, source, token) for the receiver
+    order of pairs:   (rank, token, expert)   and             (source, token, expert)
+    order of slots:   (chunk, expert, source, token): those of an expert in a chunk are consecutive
 
-So rows of one source keep the order of its tokens, and the sums over them have one order whatever the number of chunks.
+So rows of one source keep the order of its tokens, and sums over them have the same order for any number of chunks.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ import torch
 from torch import Tensor
 
 PIECES = 8
-_FIRST = 1 << 30  # in the expert's number of a pair: it is the first one of its row
+_FIRST = 1 << 30  # bit in a pair's expert number: the first pair of its row
 
 
 @dataclass(frozen=True)
 class Choice:
     """A rank's own tokens, before the number of chunks is known."""
 
-    ranks: Tensor  # [T,K] of each choice; W for none
-    experts: Tensor  # [T,K], their numbers on those ranks
+    ranks: Tensor  # [T,K] rank of each choice; W for none
+    experts: Tensor  # [T,K] local expert numbers on those ranks
     present: Tensor  # [T,W] bool: whether the token has a row for the rank
     rows: list[list[int]]  # [PIECES][W]
     pairs: list[int]  # [W]
 
 
 def choose(topk_ids: Tensor, rank_of: Tensor, local_of: Tensor, num_ranks: int) -> Choice:
-    """topk_ids [T,K] (-1 for none); rank_of and local_of [E] as Placement.routes has them."""
+    """topk_ids [T,K] (-1 for none); rank_of and local_of [E] from Placement.routes."""
     num_tokens = topk_ids.shape[0]
     rank_of, local_of = rank_of.to(topk_ids.device), local_of.to(topk_ids.device)
     valid = topk_ids >= 0
@@ -48,7 +48,7 @@ def choose(topk_ids: Tensor, rank_of: Tensor, local_of: Tensor, num_ranks: int) 
     piece = torch.arange(num_tokens, device=ids.device) * PIECES // max(num_tokens, 1)
     rows = torch.zeros(PIECES, num_ranks, dtype=torch.int64, device=ids.device).index_add_(0, piece, present.long())
     pairs = torch.bincount(ranks.flatten(), minlength=num_ranks + 1)[:num_ranks]
-    both = torch.cat((rows, pairs[None])).tolist()  # the one read-back on this side
+    both = torch.cat((rows, pairs[None])).tolist()  # the only device-to-host read on this side
     return Choice(ranks, local_of[ids], present, both[:-1], both[-1])
 
 
@@ -60,21 +60,21 @@ def merge_pieces(pieces: Sequence[Sequence[int]], num_chunks: int) -> list[list[
 
 @dataclass(frozen=True)
 class Sending:
-    """What a rank sends, in order."""
+    """What a rank sends, and in which order."""
 
     rows: list[list[int]]  # [C][W]
-    row_tokens: Tensor  # [R] the token of each row
+    row_tokens: Tensor  # [R] token of each row
     pairs: list[int]  # [W]
     pair_choices: Tensor  # [P] int64: token · K + k
-    pair_codes: Tensor  # [P] int32: the expert's number on its rank, and _FIRST
+    pair_codes: Tensor  # [P] int32: the local expert number, and _FIRST
     row_table: Tensor  # [T, min(K,W)] int32: the rows of each token, ranks ascending; -1 for none
-    pair_table: Tensor  # [T,K] int32: the returned rows of each token's choices, experts ascending, where all return
+    pair_table: Tensor  # [T,K] int32: with a row per pair, the returned rows of each token's choices, experts ascending
     choice_order: Tensor  # [T,K] the choices in that order
     pairs_of_chunk: list[list[int]]  # [C][W]
 
 
 def plan_sending(choice: Choice, topk_ids: Tensor, num_chunks: int) -> Sending:
-    """The orders of rows and pairs of the rank's own tokens; choice is of the same topk_ids."""
+    """The orders of rows and pairs of this rank's tokens; `choice` belongs to the same topk_ids."""
     num_tokens, top_k = topk_ids.shape
     num_ranks = choice.present.shape[1]
     device = topk_ids.device
@@ -94,13 +94,13 @@ def plan_sending(choice: Choice, topk_ids: Tensor, num_chunks: int) -> Sending:
     key = flat_rank * max(num_tokens, 1) + torch.arange(num_tokens, device=device).repeat_interleave(top_k)
     key = key * 2**31 + choice.experts.flatten()
     num_pairs = sum(choice.pairs)
-    pair_choices = key.argsort(stable=True)[:num_pairs]  # empty choices have the rank W and come last
+    pair_choices = key.argsort(stable=True)[:num_pairs]  # empty choices have rank W and sort last
     row_key = key[pair_choices] >> 31
     first = torch.ones(num_pairs, dtype=torch.bool, device=device)
     first[1:] = row_key[1:] != row_key[:-1]
     pair_codes = (choice.experts.flatten()[pair_choices] + first * _FIRST).int()
 
-    # Where every pair's row returns: in the order (chunk, rank, token, expert).
+    # Where each pair's row returns, in the order (chunk, rank, token, expert).
     pair_chunk = chunk.repeat_interleave(top_k)[pair_choices]
     pair_rank = flat_rank[pair_choices]
     returned = (pair_chunk * num_ranks + pair_rank).argsort(stable=True)
@@ -123,29 +123,29 @@ def plan_sending(choice: Choice, topk_ids: Tensor, num_chunks: int) -> Sending:
 
 @dataclass(frozen=True)
 class Receiving:
-    """What a rank receives, ordered for its experts."""
+    """What a rank receives, in the order of its experts."""
 
     rows: list[list[int]]  # [C][W]
-    row_starts: list[int]  # [C+1] in the buffer of all rows
-    slot_starts: list[int]  # [C+1] in the slots of all chunks
+    row_starts: list[int]  # [C+1] into the buffer of all rows
+    slot_starts: list[int]  # [C+1] into the slots of all chunks
     pairs: list[int]  # [W]
     pairs_of_chunk: list[list[int]]  # [C][W]
     expert_offsets: Tensor  # [C,E+1] int32, within the chunk
     slot_rows: Tensor  # [P] int32: each slot's row within its chunk
-    slot_pairs: Tensor  # [P] int64: each slot's pair, as pairs arrived
+    slot_pairs: Tensor  # [P] int64: each slot's pair, in order of arrival
     row_table: Tensor  # [R,K'] int32: slots of each row within its chunk, experts ascending; -1 for none
     row_pairs: Tensor  # [R,K'] int64: their pairs; 0 for none
     returned_slots: Tensor  # [P,1] int32: slots within their chunks in the order (chunk, source, token, expert)
     all_offsets: Tensor  # [E+1] int32, over all chunks
     all_rows: Tensor  # [P] int32: rows of slots in the order (expert, source, token), in the buffer of all rows
-    all_slots: Tensor  # [P] int64: where a slot of a chunk is in that order
+    all_slots: Tensor  # [P] int64: the position in that order of each slot of a chunk
 
 
 def plan_receiving(rows: list[list[int]], pairs: list[int], codes: Tensor, num_experts: int) -> Receiving:
-    """rows [C][W] and pairs [W] as announced by each source; codes [P] as they arrived.
+    """rows [C][W] and pairs [W] as announced by each source; codes [P] in order of arrival.
 
     Raises:
-        ValueError: codes that do not fit the sizes, or an expert that is not here.
+        ValueError: codes that do not match the sizes, or an expert that is not on this rank.
     """
     num_chunks, num_ranks = len(rows), len(pairs)
     device = codes.device
@@ -178,7 +178,7 @@ def plan_receiving(rows: list[list[int]], pairs: list[int], codes: Tensor, num_e
     slot_of[by_slot] = torch.arange(num_pairs, device=device)
     slot_in_chunk = (slot_of - first_slot[chunk]).int()
 
-    # A row's pairs follow each other, so a pair's place in its row is its distance from the row's first.
+    # A row's pairs are consecutive, so a pair's index in its row is its distance from the row's first pair.
     index = torch.arange(num_pairs, device=device)
     place = index - index[first][ordinal]
     width = int(place.max()) + 1 if num_pairs else 1

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What a rank's experts compute for the rows of one chunk, stage by stage, and for all chunks at the end.
 
-    forward    h = x·W_guᵀ   a = glu(h)   y = a·W_dᵀ        one returned row a row: Σ over its pairs w·y, or each y as
-    it is backward   g = dy·W_d    dw = ⟨g, a⟩   dh = glu'(h, w·g)  dx = dh·W_gu        returned like y, with weights
-    of 1 at the end dW_gu = Σ dhᵀ·x   dW_d = Σ dyᵀ·(w·a)          over all chunks in the order (expert, source, token)
+    forward    h = x·W_guᵀ   a = glu(h)   y = a·W_dᵀ        returned per row: Σ over its pairs w·y; with `each`, every y
+    backward   g = dy·W_d    dw = ⟨g, a⟩   dh = glu'(h, w·g)  dx = dh·W_gu        returned like y, with weights 1
+    at the end dW_gu = Σ dhᵀ·x   dW_d = Σ dyᵀ·(w·a)          over all chunks in the order (expert, source, token)
 
-Weight gradients wait until the last rows of dx are on their way, and hide them. They are sums in the order of the
-tokens of all ranks, whatever the number of chunks: one process that has all tokens computes the same bits.
+Weight gradients are computed while the last rows of dx are transferred, which hides the transfer. They are sums in the
+order of the tokens of all ranks, for any number of chunks: one process with all tokens computes the same bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from switchgear.parallel.layout import Receiving
 
 
 class Weights(NamedTuple):
-    """Of a rank's experts; N is 2I for gated experts."""
+    """The weights of a rank's experts; N is 2I for gated experts."""
 
     gate_up_proj: Tensor  # [E,N,H]
     down_proj: Tensor  # [E,H,I]
@@ -54,9 +54,9 @@ def chunk_of(plan: Receiving, c: int) -> Chunk:
 
 
 def sum_rows(rows: Tensor, table: Tensor, weights: Tensor | None) -> Tensor:
-    """[R,H]: Σ_j weights[r,j] · rows[table[r,j]] over the entries that are not -1, j ascending, rounded once.
+    """[R,H]: Σ_j weights[r,j] · rows[table[r,j]] over entries other than -1, j ascending, rounded once.
 
-    Unlike `combine`, the table may have more entries than there are rows: most tokens have few experts on a rank.
+    Unlike in `combine`, the table may have more entries than there are rows: most tokens have few experts on a rank.
     """
     wide = reference.weight_dtype(rows.dtype)
     total = rows[table[:, 0].long()].to(wide)  # every row has at least one pair
@@ -67,12 +67,12 @@ def sum_rows(rows: Tensor, table: Tensor, weights: Tensor | None) -> Tensor:
         terms = rows[table[here, j].long()].to(wide)
         if weights is not None:
             terms *= weights[here, j, None]
-        total.index_add_(0, here, terms)  # no row twice, so there is no order to choose
+        total.index_add_(0, here, terms)  # rows are distinct, so the order does not matter
     return total.to(rows.dtype)
 
 
 def forward(x: Tensor, chunk: Chunk, pair_weights: Tensor, weights: Weights, options: GluOptions, each: bool) -> Any:
-    """x [R,H] -> the rows to return, and h [P,N]. each: a row for each pair, not weighted."""
+    """x [R,H] -> the rows to return, and h [P,N]. each: one unweighted row per pair."""
     if not len(x):
         return x, x.new_empty(0, weights.gate_up_proj.shape[1])
     h = ops.grouped_gemm(x, [weights.gate_up_proj], (), weights.gate_up_bias, chunk.offsets, chunk.slot_rows)
@@ -83,7 +83,7 @@ def forward(x: Tensor, chunk: Chunk, pair_weights: Tensor, weights: Weights, opt
 def backward(
     grad_y: Tensor, h: Tensor, chunk: Chunk, pair_weights: Tensor, weights: Weights, options: GluOptions, each: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad_y [R,H] -> the rows of grad_x to return, the weights' gradients [P], and dh [P,N] and w·a [P,I] for
+    """grad_y [R,H] -> the rows of grad_x to return, gradients [P] of the topk_weights, and dh [P,N] and w·a [P,I] for
     `wgrad`."""
     if not len(grad_y):
         return grad_y, pair_weights[:0], h, grad_y.new_empty(0, weights.down_proj.shape[2])
@@ -103,8 +103,8 @@ def wgrad(
     x: Tensor, grad_y: Tensor, grad_h: Tensor, weighted_a: Tensor, plan: Receiving, pair_weights: Tensor,
     weights: Weights, needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of the Weights that are needed. grad_h and weighted_a are in the order (expert, source, token); x and
-    grad_y are the buffers of all rows."""
+    """The needed gradients of the Weights. grad_h and weighted_a are in the order (expert, source, token); x and grad_y
+    are the buffers of all rows."""
     if not weights.gate_up_proj.shape[0]:  # a rank without experts
         return tuple(torch.empty_like(w) if w is not None and need else None
                      for w, need in zip(weights, needs, strict=True))  # fmt: skip
@@ -112,7 +112,7 @@ def wgrad(
     grads: list[Tensor | None] = [None] * 4
     if needs[0]:
         grads[0] = ops.grouped_gemm_wgrad(grad_h, x, offsets, rows, _is_transposed(weights.gate_up_proj))
-    if needs[1]:  # transposed: rows of grad_y are gathered, those of a are not
+    if needs[1]:  # transposed: gathers rows of grad_y, not of a
         transposed = ops.grouped_gemm_wgrad(weighted_a, grad_y, offsets, rows, not _is_transposed(weights.down_proj))
         grads[1] = transposed.mT
     if needs[2]:
@@ -132,7 +132,7 @@ def _returned(rows: Tensor, chunk: Chunk, weights: Tensor | None, each: bool) ->
 
 
 def _dot_rows(a: Tensor, b: Tensor) -> Tensor:
-    """[P] ⟨a[p], b[p]⟩ in float32 (float64 for float64): combine_weight_backward of one slot a token."""
+    """[P] ⟨a[p], b[p]⟩ in float32 (float64 for float64): combine_weight_backward with one slot per token."""
     count = len(a)
     index = torch.arange(count, dtype=torch.int32, device=a.device)
     offsets = torch.tensor([0, count], dtype=torch.int32, device=a.device)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Rows between GPUs of one machine, by a kernel that writes into the others' memory: csrc/cuda/exchange.cuh.
+"""Transfers between GPUs of one machine: a kernel writes into the other GPUs' memory (csrc/cuda/exchange.cuh).
 
-Each rank has a segment that all map (CUDA IPC, by torch's own means of sharing tensors): flags, and a window for each
-source. A transfer is one kernel on a stream of its own, which ends when all rows are there. What goes from one rank to
-another is cut into pieces that both sides number alike, so windows have one size whatever comes.
+Each rank has a segment that all ranks map (CUDA IPC, through torch's tensor sharing): flags, and a window per source. A
+transfer is one kernel on a separate stream, which ends when all rows have arrived. Data between two ranks is cut into
+pieces that both number alike, so the window size does not depend on the data.
 
-Nobody waits here: Peers does, and sees who is gone. `abort` sets a word in pinned memory that every kernel looks at.
+This module never blocks: Peers waits and detects lost ranks. `abort` sets a word in pinned memory that kernels poll.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from switchgear.parallel.transport import Work, poll
 
 SLOT_BYTES = 1 << 20
 _DRAIN_SECONDS = 2.0
-_READ_AT = 4 * 16  # of the words `read` in a segment's Flags
+_READ_AT = 4 * 16  # offset of the words `read` in a segment's Flags
 
 
 class Device(Protocol):
-    """Where segments lie, and what runs the kernel; CUDA's, but for tests."""
+    """Allocates segments and runs the kernel; CudaDevice except in tests."""
 
     def allocate(self, size: int) -> Tensor: ...  # uint8, zeros
     def share(self, segment: Tensor) -> str: ...
     def open(self, shared: str) -> Tensor: ...
-    def stop_word(self) -> Tensor: ...  # [1] int32, zero; host and kernels see it
+    def stop_word(self) -> Tensor: ...  # [1] int32, zero; visible to host and kernels
 
     def segment_bytes(self, num_ranks: int, slot_bytes: int) -> int: ...
     def exchange(self, *args: Any, tensors: Sequence[Tensor]) -> Callable[[], bool]:
-        """Starts the kernel, once `tensors` are ready; returns a function that says whether it has ended."""
+        """Starts the kernel once `tensors` are ready; returns a function that tells whether it has ended."""
         ...
 
 
@@ -53,7 +53,7 @@ class CudaDevice:
 
     def allocate(self, size: int) -> Tensor:
         segment = torch.zeros(size, dtype=torch.uint8, device=self._device)
-        torch.cuda.synchronize(self._device)  # zero before anybody else writes
+        torch.cuda.synchronize(self._device)  # must be zero before other ranks write
         return segment
 
     def share(self, segment: Tensor) -> str:
@@ -62,7 +62,7 @@ class CudaDevice:
 
     def open(self, shared: str) -> Tensor:
         handles = [bytes.fromhex(handle) if isinstance(handle, str) else handle for handle in json.loads(shared)]
-        # Opened on this device, whatever the other one: that is what lets kernels of this one write there.
+        # Opened on this device whatever the owner, so that this device's kernels can write there.
         storage = torch.UntypedStorage._new_shared_cuda(self._index, *handles)
         return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
 
@@ -84,7 +84,7 @@ class CudaDevice:
 
 
 class PeerMemoryTransport:
-    """See Transport. store: for the first meeting; every rank must be on this machine."""
+    """See Transport. store: for the rendezvous; all ranks must be on this machine."""
 
     def __init__(self, rank: int, size: int, store: Any, device: Device, slot_bytes: int = SLOT_BYTES) -> None:
         self._rank, self._size, self._device, self._slot_bytes = rank, size, device, slot_bytes
@@ -95,7 +95,7 @@ class PeerMemoryTransport:
         for r in range(size):
             store.get(f"mapped/{r}")
         self._stop = device.stop_word()
-        self._sent, self._received = [0] * size, [0] * size  # pieces
+        self._sent, self._received = [0] * size, [0] * size  # counted in pieces
         self._under_way: list[Callable[[], bool]] = []
 
     def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
@@ -117,7 +117,7 @@ class PeerMemoryTransport:
         self._stop.fill_(1)
 
     def close(self) -> None:
-        """Waits until the others have read what was sent to them, and so write to nothing here any more. Not for long,
+        """Waits until the others have read what was sent, so that nobody writes here any more; for a short time only,
         and not after a failure."""
         end = time.monotonic() + _DRAIN_SECONDS
         while time.monotonic() < end and not all(ended() for ended in self._under_way):

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Peers: who of the group is still there, where each one is, and the one failure on which all agree.
+"""Peers: which ranks of the group are alive, how far each one is, and the one failure on which all agree.
 
 Data channels fail badly: gloo aborts the process when sizes differ, delivers stale rows or waits for minutes, and
-shared memory never notices a dead peer. So ranks also hold small control connections, a full mesh of TCP sockets
-watched by a thread in each process, and nothing waits for data without looking at them:
+shared memory never notices a dead peer. So ranks also keep small control connections, a full mesh of TCP sockets that a
+thread in each process watches. Every wait for data also checks them:
 
 - A killed process closes its connections: the others know within a millisecond or two.
-- A rank that raises says so before it does; one that leaves says goodbye and how far it got.
-- A rank that waits longer than the timeout asks who answers. A stopped process does not; if all do, the one that is
-  furthest behind and does not wait itself has stalled.
+- A rank announces an error before it raises it. A rank that leaves sends a goodbye with its last finished exchange.
+- A rank that waits longer than the timeout pings all ranks. A stopped process does not answer; if all do, the one that
+  is furthest behind and not itself waiting has stalled.
 
-Whoever notices something reports it to the coordinator, the lowest rank that answers. The coordinator's first verdict
-goes to everybody, so all raise the same error.
+A rank that detects a failure reports it to the coordinator, the lowest rank that answers. The coordinator broadcasts
+its first verdict, so all raise the same error.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from typing import Any, Protocol
 
 from switchgear.parallel.errors import PHASES, ExpertParallelError, Failure
 
-POLL_SECONDS = 0.02  # between two looks at the control connections while waiting for data
-PING_SECONDS = 0.15  # in which a process that is not stopped answers
-COORDINATOR_SECONDS = 0.35  # in which a coordinator decides: a ping and some air
+POLL_SECONDS = 0.02  # between checks of the control connections while waiting for data
+PING_SECONDS = 0.15  # within which a process that is not stopped answers
+COORDINATOR_SECONDS = 0.35  # within which a coordinator decides: a ping and some slack
 BETWEEN = "between layers"
-_ENTRY = struct.Struct("<qq")  # of the board: step and number of the phase
+_ENTRY = struct.Struct("<qq")  # of the board: step and phase number
 
 
 class Waitable(Protocol):
     def wait_for(self, seconds: float) -> bool:
-        """Waits at most so long; whether it is done. Raises what went wrong."""
+        """Waits up to `seconds`; returns whether it is done. Raises the error if it failed."""
         ...
 
 
@@ -50,7 +50,7 @@ class Peers:
     """The control connections of one rank of a group."""
 
     def __init__(self, rank: int, size: int, store: Any, timeout: float, host: str | None = None) -> None:
-        """store: a torch.distributed.Store of this group alone, for the addresses; not used afterwards."""
+        """store: a torch.distributed.Store of this group only, for the addresses; not used afterwards."""
         self.rank, self.size, self.timeout = rank, size, timeout
         self.step, self.done, self.phase, self.waiting = 0, 0, BETWEEN, False
         self.failure: Failure | None = None
@@ -59,9 +59,9 @@ class Peers:
         self._lock = threading.Lock()
         self._deciding = False
         self._dead: set[int] = set()
-        self._left: dict[int, int] = {}  # rank -> the last exchange that it finished
-        self._pings: dict[int, float] = {}  # rank -> when it was asked; absent once it has answered
-        self._states: dict[int, tuple[int, str, bool]] = {}  # what answers said: step, phase, waiting
+        self._left: dict[int, int] = {}  # rank -> its last finished exchange
+        self._pings: dict[int, float] = {}  # rank -> when it was pinged; removed by its answer
+        self._states: dict[int, tuple[int, str, bool]] = {}  # the answers: step, phase, waiting
         self._sockets: dict[int, socket.socket] = {}
         self._send_locks = {peer: threading.Lock() for peer in range(size)}
         self._board = _Board(rank, size)
@@ -80,7 +80,7 @@ class Peers:
     # ---- connecting --------------------------------------------------------------------------------------------------
 
     def _connect(self, store: Any, host: str | None) -> None:
-        """Everybody connects to all lower ranks. Eagerly: a rank that never comes is an error here, within the
+        """Connects each rank to all lower ranks. Eager, so that a rank that never connects raises here, within the
         timeout."""
         deadline = time.monotonic() + self.timeout
         token = secrets.token_hex(16)
@@ -107,23 +107,23 @@ class Peers:
                     connection.settimeout(2.0)
                     greeting = _receive_exactly(connection, 40)
                 if greeting is None or greeting[8:].decode(errors="replace") != token:
-                    connection.close()  # somebody else's
+                    connection.close()  # from a stranger
                     continue
                 self._sockets[int(greeting[:8])] = connection
         for connection in self._sockets.values():
             connection.setblocking(True)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._board.join(addresses[0]["board"] if alone else None)
-        # Nobody goes on before all have mapped rank 0's board, which only lives as long as somebody maps it.
+        # Wait until all have mapped rank 0's board; it exists only while some process maps it.
         store.set(f"ready/{self.rank}", "")
         for peer in range(self.size):
             _get(store, f"ready/{peer}", peer, deadline)
 
-    # ---- what the exchange calls -------------------------------------------------------------------------------------
+    # ---- called by the exchange --------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def exchange(self) -> Iterator[None]:
-        """Around one exchange. Whatever is raised inside is reported to the others."""
+        """Wraps one exchange. Reports whatever is raised inside to the others."""
         self.check()
         self.step += 1
         try:
@@ -148,7 +148,7 @@ class Peers:
             raise ExpertParallelError(self.failure)
 
     def wait(self, work: Waitable) -> None:
-        """Until the work is done; ExpertParallelError as soon as anybody knows that it never will be."""
+        """Waits for the work; raises ExpertParallelError as soon as a rank knows that it will never finish."""
         begin = time.monotonic()
         asked = False
         self.waiting = True
@@ -156,7 +156,7 @@ class Peers:
             while True:
                 try:
                     done = work.wait_for(POLL_SECONDS)
-                except Exception as error:  # of the transport: mostly a peer that is gone, of which we hear at once
+                except Exception as error:  # from the transport: usually a lost peer, whose report follows at once
                     self._decided.wait(0.25)
                     if self.failure is None:
                         self.report(Failure(self.rank, "lost", self.phase, self.step, str(error).split("\n")[0]))
@@ -178,8 +178,8 @@ class Peers:
             self.waiting = False
 
     def fail(self, failure: Failure) -> None:
-        """Adopts a failure that every rank finds by itself, and raises it. Nothing is aborted, and this rank has done
-        its part: the others may still be reading what they find it in."""
+        """Adopts and raises a failure that every rank detects by itself. Nothing is aborted, and this rank counts as
+        done: the others may still be reading the data that shows it."""
         self.done = self.step
         with self._lock:
             if self.failure is None:
@@ -188,7 +188,7 @@ class Peers:
         self.check()
 
     def report(self, failure: Failure) -> None:
-        """Tells the coordinator, and waits for what is decided. Not on the watching thread."""
+        """Reports to the coordinator and waits for its decision. Not on the watching thread."""
         silent = set(self._silent())
         while self.failure is None:
             gone = self._dead | set(self._left) | silent
@@ -202,7 +202,7 @@ class Peers:
                 silent.add(coordinator)
 
     def close(self) -> None:
-        """Says goodbye. Ranks that still need this one fail; those that do not go on."""
+        """Sends a goodbye. Ranks that still need this one fail; the others continue."""
         if self._closed:
             return
         self._closed = True
@@ -219,7 +219,7 @@ class Peers:
     # ---- verdicts ----------------------------------------------------------------------------------------------------
 
     def _decide(self, failure: Failure) -> None:
-        """The coordinator's verdict. The first report wins."""
+        """The coordinator's verdict; the first report wins."""
         with self._lock:
             if self._deciding or self.failure is not None:
                 return
@@ -250,7 +250,7 @@ class Peers:
             self.report(Failure(-1, "stalled", self.phase, self.step))
 
     def _find_stalled(self, failure: Failure) -> Failure:
-        """Asks everybody. The lowest rank that does not answer, or else the one that is furthest behind."""
+        """Pings all ranks. Returns the lowest rank that does not answer, or else the one that is furthest behind."""
         self._ping()
         deadline = time.monotonic() + PING_SECONDS
         while self._pings and time.monotonic() < deadline:
@@ -263,7 +263,7 @@ class Peers:
 
         def behind(peer: int) -> tuple[int, int, bool, int]:
             step, phase, waiting = states[peer]
-            # Between layers, `step` is finished: such a rank is later than one in step, earlier than one in step + 1.
+            # Between layers, `step` is finished: such a rank is ahead of one in step, behind one in step + 1.
             return (2 * step + (phase == BETWEEN), order.get(phase, 0), waiting, peer)
 
         rank = min(states, key=behind)
@@ -271,14 +271,14 @@ class Peers:
         return Failure(rank, "stalled", phase, step)
 
     def _with_last_phase(self, failure: Failure) -> Failure:
-        """With what the board says, where there is one: a rank that is gone cannot tell."""
+        """Adds what the board recorded, if there is one: a lost rank cannot report its phase."""
         last = self._board.read(failure.rank)
         if last is None:
             return failure
         return Failure(failure.rank, failure.kind, last[1], last[0], failure.reason)
 
     def _silent(self) -> list[int]:
-        """Those asked long enough ago that have not answered."""
+        """Ranks whose answer to a ping is overdue."""
         latest = time.monotonic() - PING_SECONDS
         return sorted(peer for peer, asked in list(self._pings.items()) if asked < latest and peer not in self._dead)
 
@@ -292,8 +292,7 @@ class Peers:
     # ---- messages ----------------------------------------------------------------------------------------------------
 
     def _send(self, peer: int, **message: Any) -> bool:
-        """False if it could not be sent. Messages are few and small: a buffer that is full means a peer that is
-        gone."""
+        """False if it could not be sent. Messages are few and small, so a full buffer means a lost peer."""
         data = json.dumps(message).encode() + b"\n"
         try:
             with self._send_locks[peer]:
@@ -302,7 +301,7 @@ class Peers:
             return False
 
     def _received(self, peer: int, message: dict[str, Any]) -> None:
-        """On the watching thread: nothing here may wait."""
+        """Runs on the watching thread: must not block."""
         kind = message["kind"]
         if kind == "ping":
             self._send(peer, kind="pong", step=self.step, phase=self.phase, waiting=self.waiting)
@@ -358,9 +357,9 @@ def _watch(reference: weakref.ref[Peers], sockets: dict[int, socket.socket], wok
 
 
 class _Board:
-    """Step and phase of each rank of one machine, in memory that they share: what a killed process did last.
+    """Step and phase of each rank of one machine, in shared memory: shows what a killed process did last.
 
-    The memory has no name in any file system, so nothing stays behind.
+    The memory has no name in any file system, so nothing is left behind.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -412,10 +411,10 @@ def _get(store: Any, key: str, peer: int, deadline: float) -> str:
 
 @contextlib.contextmanager
 def _as_failure(peer: int) -> Iterator[None]:
-    """What goes wrong inside is that this rank never came."""
+    """Converts errors inside to a failure: this rank never connected."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # of sockets and of stores
+    except (OSError, RuntimeError) as error:  # from sockets and stores
         reason = f"could not connect ({type(error).__name__})"
         raise ExpertParallelError(Failure(peer, "stalled", "connect", 0, reason)) from error
 
@@ -434,7 +433,7 @@ def _receive_exactly(connection: socket.socket, count: int) -> bytes | None:
 
 
 def _machine() -> str:
-    """Equal for processes that see each other's memory: of one boot, and of one namespace of process numbers."""
+    """Equal for processes that can share memory: same boot and same PID namespace."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
@@ -443,7 +442,7 @@ def _machine() -> str:
 
 
 def _own_address() -> str:
-    """The address of this machine as others see it: of the way to MASTER_ADDR, or of the host's name."""
+    """The address of this machine as others see it: on the route to MASTER_ADDR, or of the host name."""
     master = os.environ.get("MASTER_ADDR", "")
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((master or socket.gethostname(), 9))

@@ -60,10 +60,10 @@ class Placement:
         return tuple(expert for expert, ranks in enumerate(self.owners) if len(ranks) > 1)
 
     def routes(self, source: int) -> tuple[Tensor, Tensor]:
-        """For tokens of rank `source`: the rank [E] that each expert is reached on, and its number there [E].
+        """For tokens of rank `source`: the rank [E] where each expert is used, and its local number there [E].
 
-        Of a replicated expert, that is the own copy, or else one that depends on `source` alone, so that sources spread
-        over the copies and a token's way does not depend on its batch.
+        For a replicated expert this is the own copy, or else one that depends only on `source`. So sources spread over
+        the copies, and a token's route does not depend on its batch.
         """
         chosen = []
         for ranks in self.owners:
@@ -72,17 +72,17 @@ class Placement:
         return torch.tensor(chosen), torch.tensor(local)
 
     def repeat(self, counts: Sequence[int]) -> Placement:
-        """Of counts[e] consecutive experts in place of each expert e, all on the ranks of e."""
+        """The placement with counts[e] consecutive experts in place of each expert e, all on the ranks of e."""
         starts = [0, *accumulate(counts)]
         ranks = (tuple(i for e in experts for i in range(starts[e], starts[e + 1])) for experts in self.experts_of_rank)
         return Placement(starts[-1], tuple(ranks))
 
     def digest(self) -> int:
-        """A number that differs where placements do."""
+        """A number that differs between placements."""
         return zlib.crc32(repr((self.num_experts, self.experts_of_rank)).encode())
 
     def load_of_rank(self, load: Sequence[float] | Tensor) -> list[float]:
-        """The load of each rank where that of an expert is spread evenly over its copies."""
+        """The load of each rank if an expert's load is spread evenly over its copies."""
         values = [float(value) for value in load]
         return [sum(values[e] / len(self.owners[e]) for e in experts) for experts in self.experts_of_rank]
 
@@ -90,17 +90,17 @@ class Placement:
 def place_experts(load: Sequence[float] | Tensor, num_ranks: int, *, num_replicas: int = 0) -> Placement:
     """A placement that balances the load, with at most ⌈(E + num_replicas) / num_ranks⌉ experts on a rank.
 
-    Greedy (arXiv:2303.06182): a further copy goes to the expert with the largest load per copy, num_replicas times;
-    then copies go in order of their load to the rank with the least load that has room. Deterministic; ties go to the
-    lowest number.
+    Greedy (arXiv:2303.06182): num_replicas times, the expert with the largest load per copy gets another copy. Then
+    copies, by descending load, go to the rank with the least load that has space. Deterministic; ties go to the lowest
+    number.
 
     Args:
-        load: [E] tokens of each expert, or a trace of topk_ids [T,K] of which they are counted (then ids reach from 0
-            to the largest one seen).
+        load: [E] tokens of each expert, or a trace of topk_ids [T,K] to count them from (then ids range from 0 to the
+            largest one seen).
         num_replicas: copies beyond one per expert.
 
     Raises:
-        ValueError: more copies than there are places for different ranks, or a negative load.
+        ValueError: more copies than distinct ranks can hold, or a negative load.
     """
     counts = load if isinstance(load, Tensor) else torch.tensor(list(load), dtype=torch.float64)
     if counts.dim() == 2:
@@ -119,11 +119,11 @@ def place_experts(load: Sequence[float] | Tensor, num_ranks: int, *, num_replica
     room = -(-(num_experts + num_replicas) // num_ranks)
     ranks: list[set[int]] = [set() for _ in range(num_ranks)]
     totals = [0.0] * num_ranks
-    # Experts with the most copies first among equals: they are the hardest to find different ranks for.
+    # Among equal loads, experts with the most copies go first: distinct ranks are hardest to find for them.
     for expert in sorted(range(num_experts), key=lambda e: (-loads[e] / copies[e], -copies[e], e)):
         for _ in range(copies[expert]):
             free = [r for r in range(num_ranks) if len(ranks[r]) < room and expert not in ranks[r]]
-            if not free:  # every rank with room has it: a rank without it makes room by giving away another expert
+            if not free:  # all ranks with space have it: another rank moves an expert away
                 free = [_make_room(ranks, totals, loads, copies, expert, room)]
             best = min(free, key=lambda r: (totals[r], r))
             ranks[best].add(expert)
@@ -134,7 +134,7 @@ def place_experts(load: Sequence[float] | Tensor, num_ranks: int, *, num_replica
 def _make_room(
     ranks: list[set[int]], totals: list[float], loads: list[float], copies: list[int], expert: int, room: int
 ) -> int:
-    """Moves the lightest possible expert from a full rank without `expert` to one with room; returns the rank."""
+    """Moves the lightest possible expert from a full rank without `expert` to one with space; returns the rank."""
     moves = [
         (loads[other] / copies[other], other, giver, taker)
         for giver, held in enumerate(ranks) if expert not in held

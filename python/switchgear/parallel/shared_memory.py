@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Rows between processes of one machine, through memory that they share: one copy in, one copy out, no system calls.
+"""Transfers between processes of one machine through shared memory: one copy in, one copy out, no system calls.
 
-Every rank has blocks, which it writes and the others read, and a board that all map says what lies in which block:
+Every rank has blocks that it writes and the others read. A board that all map describes the content of each block:
 
     board[source][slot] = [number + 1, file, capacity, offsets of each rank's rows [W+1], number + 1 of each reader [W]]
 
-A sender fills a block, then the entry, and its first word last: that is the flag. A reader that sees the flag copies
-its rows and leaves its mark; a block is used again when all have. Flags are plain stores and loads, so this is for
-processors that keep their order (x86-64). Blocks and board have no names: what a killed process leaves behind is
-nothing. Nobody waits here: Peers does, and sees who is gone.
+A sender fills a block, then the entry, and last the entry's first word, the flag. A reader that sees the flag copies
+its rows and sets its mark; a block is reused when all readers have. Flags are plain stores and loads, so the processor
+must keep their order (x86-64). Blocks and board have no names, so a killed process leaves nothing behind. This module
+never blocks: Peers waits and detects lost ranks.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SLOTS = 64  # transfers of one rank that may be under way; an exchange has at most 8 · 2 + 4
+SLOTS = 64  # concurrent transfers of one rank; an exchange has at most 8 · 2 + 4
 _SMALLEST = 1 << 16
 _DRAIN_SECONDS = 2.0
-_SPINS = 100  # looks at a flag, with the processor offered to others in between, before sleeping
+_SPINS = 100  # checks of a flag, yielding the processor in between, before sleeping
 
 
 def available() -> bool:
@@ -34,7 +34,7 @@ def available() -> bool:
 
 
 class _Block:
-    """Shared memory: of this process if `file` is not given."""
+    """Shared memory, created by this process unless `path` is given."""
 
     def __init__(self, capacity: int, path: str | None = None) -> None:
         self.capacity = capacity
@@ -51,15 +51,15 @@ class _Block:
 
     def close(self) -> None:
         if self.file >= 0:
-            os.close(self.file)  # the mapping goes with the last tensor that looks at it
+            os.close(self.file)  # the mapping ends with the last tensor that uses it
 
 
 class SharedMemoryTransport:
-    """See Transport. store: for the first meeting; every rank must be on this machine."""
+    """See Transport. store: for the rendezvous; all ranks must be on this machine."""
 
     def __init__(self, rank: int, size: int, store: Any) -> None:
         self._rank, self._size = rank, size
-        self._entry = 3 + (size + 1) + size  # words
+        self._entry = 3 + (size + 1) + size  # in words
         length = size * SLOTS * self._entry * 8
         store.set(f"process/{rank}", str(os.getpid()))
         self._processes = [int(store.get(f"process/{r}")) for r in range(size)]
@@ -86,7 +86,7 @@ class SharedMemoryTransport:
         row = input.shape[1:].numel() * input.element_size()
         self._reclaim()
         offsets = [0]
-        for rank, rows in enumerate(input_rows):  # own rows do not pass
+        for rank, rows in enumerate(input_rows):  # own rows are not transferred
             offsets.append(offsets[-1] + (rows if rank != self._rank else 0) * row)
         block = self._take(offsets[-1])
         begin_in = begin_out = 0
@@ -109,7 +109,7 @@ class SharedMemoryTransport:
         return _SharedWork(self, number, output, output_rows, row)
 
     def receive(self, source: int, number: int, target: Tensor) -> bool:
-        """Copies the rows of `source` into target, if they are there."""
+        """Copies the rows of `source` into target if they have arrived."""
         at = self._at(source, number)
         if self._words[at] != number + 1:
             return False
@@ -127,8 +127,8 @@ class SharedMemoryTransport:
         self.aborted = True
 
     def close(self) -> None:
-        """Waits until the others have what was sent to them, since it goes with the files; not for long, and not after
-        a failure."""
+        """Waits until the others have read what was sent, since it disappears with the files; for a short time only,
+        and not after a failure."""
         end = time.monotonic() + _DRAIN_SECONDS
         while self._used and not self.aborted and time.monotonic() < end:
             self._reclaim()
@@ -148,7 +148,7 @@ class SharedMemoryTransport:
         return f"/proc/{self._processes[rank]}/fd/{file}"
 
     def _reclaim(self) -> None:
-        """Takes back blocks that all readers have marked."""
+        """Reclaims blocks that all readers have marked."""
         kept = []
         for number, block in self._used:
             marks = self._at(self._rank, number) + 3 + self._size + 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""switchgear's exchange as an expert parallelism of Hugging Face transformers.
+"""switchgear's exchange as an expert-parallel implementation for Hugging Face transformers.
 
 Importing this module registers the name "switchgear":
 
@@ -34,7 +34,7 @@ _groups: weakref.WeakValueDictionary[tuple[Any, ...], ExpertParallel] = weakref.
 
 
 def parallel_of(ep_group: dist.ProcessGroup, tp_group: dist.ProcessGroup | None) -> ExpertParallel:
-    """The one ExpertParallel of all layers with these groups. Gradients are sums, as those of transformers' own are."""
+    """The one ExpertParallel of all layers with these groups. Gradients are sums, as in transformers."""
     key = (tuple(dist.get_process_group_ranks(ep_group)), tp_group and tuple(dist.get_process_group_ranks(tp_group)))
     parallel = _groups.get(key)
     if parallel is None or parallel.peers.failure is not None:
@@ -43,9 +43,9 @@ def parallel_of(ep_group: dist.ProcessGroup, tp_group: dist.ProcessGroup | None)
 
 
 class SwitchgearEP(EPImplementation):
-    """What transformers calls in place of an experts module's forward, on the local part of its parameters.
+    """Replaces the forward of an experts module, which holds the local part of its parameters.
 
-    Experts that the fused kernel does not compute (see `path_of`) go through transformers' AllToAllEP.
+    Experts that the fused kernel does not support (see `path_of`) use transformers' AllToAllEP.
     """
 
     def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
@@ -69,13 +69,15 @@ class SwitchgearEP(EPImplementation):
             size = self.parallel.size
             placement = Placement.contiguous(self._num_local * size, size)
             self._layer = make_layer(self.parallel, placement, gate, self._number, weights.down_proj.shape[1:])
-        y: Tensor = exchange_moe(
-            self._layer, hidden_states, top_k_index, top_k_weights, Weights(*weights), self._run_module
-        )
+        first, second, *biases = weights
+        plain = None
+        if isinstance(first, Tensor) and isinstance(second, Tensor):  # else stored, for inference
+            plain = Weights(first, second, *biases)
+        y: Tensor = exchange_moe(self._layer, hidden_states, top_k_index, top_k_weights, plain, self._run_module)
         return y
 
     def _run_module(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Without gradients: local ids, with transformers' sentinel for none."""
+        """Without gradients: local ids, with transformers' sentinel for empty choices."""
         ids = torch.where(ids < 0, self._num_local, ids).long()
         y: Tensor = self.experts_forward(x, ids, weights.to(x.dtype))
         return y

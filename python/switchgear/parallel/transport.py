@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How rows get from rank to rank: all-to-all with a size for each pair of ranks, in the background.
+"""How rows get from rank to rank: asynchronous all-to-all with a size for each pair of ranks.
 
-Sizes have been agreed before (see header.py), and waiting is done by Peers, so a transport neither checks nor times
-out. What it must do is `abort`: leave nothing behind that waits for a peer that is gone.
+Sizes are agreed before (see header.py), and Peers does the waiting, so a transport neither checks nor times out. But it
+must implement `abort`: afterwards nothing may wait for a lost peer.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from torch import Tensor
 
 class Work(Protocol):
     def wait_for(self, seconds: float) -> bool:
-        """Waits at most so long; whether it is done. Raises what went wrong."""
+        """Waits up to `seconds`; returns whether it is done. Raises the error if it failed."""
         ...
 
 
 class Transport(Protocol):
     def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
-        """Starts to send input_rows[r] rows of input to each rank r, in order, and to receive output_rows[r] from it.
+        """Starts sending input_rows[r] rows of input to each rank r, in order, and receiving output_rows[r] from it.
 
-        Both tensors are contiguous and stay as they are until the work is done. Every rank starts in the same order.
+        Both tensors are contiguous and must not change until the work is done. All ranks start in the same order.
         """
         ...
 
     def abort(self) -> None:
-        """Ends everything that is under way with an error. On any thread."""
+        """Ends all pending work with an error. May be called on any thread."""
         ...
 
     def close(self) -> None: ...
@@ -47,7 +47,7 @@ class _Done:
 
 
 def poll(has_ended: Callable[[], bool], seconds: float) -> bool:
-    """Waits at most so long; whether it has ended."""
+    """Waits up to `seconds`; returns whether it has ended."""
     end = time.monotonic() + seconds
     pause = 1e-5
     while not has_ended():
@@ -59,20 +59,20 @@ def poll(has_ended: Callable[[], bool], seconds: float) -> bool:
 
 
 class _TorchWork:
-    """A torch.distributed Work, which keeps its tensors alive."""
+    """A torch.distributed Work; keeps its tensors alive."""
 
     def __init__(self, work: Any, *tensors: Tensor) -> None:
         self._work, self._tensors = work, tensors
         self._on_cpu = all(map(on_cpu, tensors))
 
     def wait_for(self, seconds: float) -> bool:
-        if not self._on_cpu:  # NCCL's own wait lets the stream wait, not the host, which would never hear of a failure
+        if not self._on_cpu:  # NCCL's wait blocks the stream, not the host, which would miss failures
             if not poll(self._work.is_completed, seconds):
                 return False
         elif not self._work.is_completed():
             try:
                 self._work.wait(timedelta(seconds=seconds))
-            except RuntimeError:  # a timeout of this call, or the end of the work
+            except RuntimeError:  # this call timed out, or the work failed
                 if not self._work.is_completed():
                     return False
         self._work.wait()
@@ -81,10 +81,10 @@ class _TorchWork:
 
 
 class GlooTransport:
-    """gloo, for tensors on the CPU. Its own process group: nobody else's collectives come in between.
+    """gloo, for CPU tensors. Uses its own process group, so that no other collectives interleave.
 
-    Gloo has no way to cancel: what waits for a stopped peer keeps the process from ending until its timeout. Hence
-    `abort` shuts the connections down beneath it, which ends all of it at once.
+    Gloo cannot cancel: a wait for a stopped peer keeps the process alive until its timeout. So `abort` shuts down the
+    underlying connections, which ends all waits at once.
     """
 
     def __init__(self, rank: int, size: int, store: Any, timeout: float) -> None:
@@ -130,11 +130,11 @@ class GroupTransport:
 
 
 class ThrottledTransport:
-    """Another transport behind a link of a given speed, for measurements on one machine.
+    """Wraps another transport in a link of a given speed, for measurements on one machine.
 
-    Each rank has one link, full duplex, on which its transfers follow each other: one is done when the transport below
-    is, and not before latency + bytes / bandwidth after the link was free for it. Waiting costs no processor time, as
-    with a network card. A rank's rows for itself do not pass the link.
+    Each rank has one full-duplex link that serialises its transfers. A transfer is done when the underlying transport
+    is, but not before latency + bytes / bandwidth after the link became free. Waiting costs no processor time, as with
+    a network card. A rank's rows for itself do not use the link.
     """
 
     def __init__(self, below: Transport, rank: int, bandwidth: float, latency: float = 0.0) -> None:
@@ -174,7 +174,7 @@ def _socket_files() -> set[str]:
 
 
 def _sockets() -> dict[str, int]:
-    """The open sockets of this process by inode; none where there is no /proc."""
+    """The open sockets of this process by inode; empty without /proc."""
     found: dict[str, int] = {}
     with contextlib.suppress(OSError):
         for file in os.listdir("/proc/self/fd"):
@@ -186,7 +186,7 @@ def _sockets() -> dict[str, int]:
 
 
 def _new_sockets(before: set[str]) -> list[socket.socket]:
-    """Second handles on the connected TCP sockets that were not there before."""
+    """Duplicate handles of the connected TCP sockets that did not exist before."""
     connections = []
     for name, file in _sockets().items():
         if name in before:
@@ -203,7 +203,7 @@ def _new_sockets(before: set[str]) -> list[socket.socket]:
 
 
 def _connections_between(candidates: list[socket.socket], rank: int, size: int, store: Any) -> list[socket.socket]:
-    """Those whose other end is a candidate of another rank: what another thread opened meanwhile is left alone."""
+    """Candidates whose other end is a candidate of another rank; skips what another thread opened meanwhile."""
     own = {str((c.getsockname()[:2], c.getpeername()[:2])): c for c in candidates if c.family != socket.AF_UNIX}
     store.set(f"sockets/{rank}", "\n".join(str((c.getpeername()[:2], c.getsockname()[:2])) for c in own.values()))
     mirrored = {line for peer in range(size) if peer != rank

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Papers as options: each function returns a dict for MoE, and most of them for Router as well.
+"""Papers as options: each function returns a dict for MoE; most work for Router too.
 
     moe = switchgear.MoE(2048, 1024, 64, **switchgear.presets.expert_choice())
 
-A composition of several layers names what builds it under "layer"; `build` takes any of the dicts:
+A preset that composes several layers names their builder under "layer"; `build` takes any of the dicts:
 
     layer = switchgear.presets.build(2048, 1024, 64, **switchgear.presets.multi_head())
 
-What a preset sets, a caller may change: `{**presets.switch(), "jitter": 0.0}`. Parts that have parameters or state come
-as functools.partial objects, so that one dict serves any number of layers. `python -m switchgear.presets` prints the
-table in docs/presets.md. Constants that could not be confirmed in the paper are arguments and called unverified.
+Callers may override what a preset sets: `{**presets.switch(), "jitter": 0.0}`. Parts with parameters or state are
+functools.partial objects, so one dict serves any number of layers. `python -m switchgear.presets` prints the table in
+docs/presets.md. Constants that could not be confirmed in the paper are arguments and are called unverified.
 """
 
 from __future__ import annotations
@@ -114,5 +114,5 @@ __all__ = [
 def build(
     hidden_size: int, intermediate_size: int, num_experts: int, *, layer: Callable[..., nn.Module] = MoE, **options: Any
 ) -> nn.Module:
-    """The layer of a preset: layer(hidden_size, intermediate_size, num_experts, **options)."""
+    """Builds the layer of a preset: layer(hidden_size, intermediate_size, num_experts, **options)."""
     return layer(hidden_size, intermediate_size, num_experts, **options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Papers about how the load of experts is kept even."""
+"""Papers on balancing the load of experts."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def deepseek_moe(
     num_devices: int | None = None,
     device_balance: float = 0.05,
 ) -> dict[str, Any]:
-    """Many narrow experts, shared ones beside them, and losses that balance experts and devices.
+    """Many narrow experts plus shared ones, and losses that balance experts and devices.
 
     Paper: DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models, arXiv:2401.06066
     Example: MoE(64, 8, 64, **presets.deepseek_moe())(x)
 
-    Its 2B model: 64 routed experts of a quarter of the usual width; 0.001 is the coefficient of the 16B model.
-    num_devices: adds the device loss, whose 0.05 is that of the 145B model (unverified).
+    The paper's 2B model has 64 routed experts of a quarter of the usual width; its 16B model uses the coefficient
+    0.001. num_devices: adds the device loss, with the 145B model's coefficient 0.05 (unverified).
     """
     losses: list[Any] = [partial(SwitchLoss, balance, per_choice=True)]
     if num_devices is not None:
@@ -45,18 +45,18 @@ def deepseek_moe(
 
 
 def loss_free(*, top_k: int = 6, rate: float = 1e-3, rule: str = "sign") -> dict[str, Any]:
-    """A bias of the choice moves up for experts with too few tokens and down for the others; there is no loss.
+    """A selection bias rises for experts with too few tokens and falls for the others; there is no loss.
 
     Paper: Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv:2408.15664
     Example: MoE(64, 32, 8, **presets.loss_free())(x)
 
-    switchgear.after_step(model) moves it, once for each step of the optimizer. Sigmoid scores are unverified.
+    switchgear.after_step(model) updates the bias; call it once per optimizer step. Sigmoid scores are unverified.
     """
     return {"select": TopK(top_k, "sigmoid"), "balance": [LossFreeBias(rate, rule)]}
 
 
 def global_balance(*, top_k: int = 2, balance: float = 1e-2) -> dict[str, Any]:
-    """The balance loss counts over all processes and all micro-batches of a step, so that a sequence may specialise.
+    """The balance loss counts over all processes and micro-batches of a step, so a single sequence may be unbalanced.
 
     Paper: Demons in the Detail: On Implementing Load Balancing Loss for Training Specialized Mixture-of-Expert Models, arXiv:2501.11873
     Example: MoE(64, 32, 8, **presets.global_balance())(x)
@@ -75,12 +75,12 @@ def skywork(
     alpha_max: float = 0.01,
     beta: float = 0.99,
 ) -> dict[str, Any]:
-    """Logits of mean 0 and deviation lam for each token; a balance loss whose coefficient follows the dropped tokens.
+    """Logits normalised per token to mean 0 and deviation lam; a balance loss whose coefficient follows dropped tokens.
 
     Paper: Skywork-MoE: A Deep Dive into Training Techniques for Mixture-of-Experts Language Models, arXiv:2406.06563
     Example: MoE(64, 32, 8, **presets.skywork())(x)
 
-    switchgear.after_step(model) moves the coefficient. top_k and the capacity factor are unverified.
+    switchgear.after_step(model) updates the coefficient. top_k and the capacity factor are unverified.
     """
     coefficient = partial(AdaptiveCoefficient, xi, alpha_max, beta)
     return {
@@ -99,14 +99,14 @@ def moec(
     interval: int = 250,
     balance: float = 1e-2,
 ) -> dict[str, Any]:
-    """Clusters of experts: a loss makes probabilities alike inside a cluster, and part of each cluster pauses in
-    training.
+    """Clusters of experts: a loss equalises probabilities inside a cluster, and in training part of each cluster is
+    closed.
 
     Paper: MoEC: Mixture of Expert Clusters, arXiv:2207.09094
     Example: MoE(64, 32, 64, **presets.moec())(x)
 
-    64 experts there. switchgear.after_step(model) counts the steps between two draws. The form of the loss and its
-    coefficient are unverified, and so are dropout and interval.
+    The paper uses 64 experts. switchgear.after_step(model) counts the steps between draws. Unverified: the form of the
+    loss, its coefficient, dropout and interval.
     """
     mask = partial(ClusterDropout, num_clusters, dropout, interval)
     return {
@@ -118,25 +118,25 @@ def moec(
 
 
 def gradient_conflict(*, top_k: int = 2, balance: float = 1e-2) -> dict[str, Any]:
-    """Tokens whose gradients contradict those of their expert's other tokens are pushed away from it.
+    """Tokens whose gradients conflict with those of their expert's other tokens are pushed away from it.
 
     Paper: Solving Token Gradient Conflict in Mixture-of-Experts for Large Vision-Language Model, arXiv:2406.19905
     Example: MoE(64, 32, 8, **presets.gradient_conflict())(x)[0]
 
-    The loss needs gradients, so the trainer calls routing.GradientConflict(tau) with the layer's output and its
-    Routing, which the layer returns. tau, the form of the loss and the coefficient are unverified.
+    The loss needs gradients, so the trainer calls routing.GradientConflict(tau) with the layer's output and Routing,
+    which the layer returns. tau, the form of the loss and the coefficient are unverified.
     """
     return {"select": TopK(top_k), "balance": [partial(SwitchLoss, balance)], "return_routing": True}
 
 
 def openmoe(*, top_k: int = 2, capacity_factor: float = 1.25, balance: float = 1e-2, z: float = 1e-3) -> dict[str, Any]:
-    """Two experts, a capacity in order of arrival, and losses that keep the load even and the logits small.
+    """Two experts per token, a capacity filled in token order, and losses that balance the load and keep logits small.
 
     Paper: OpenMoE: An Early Effort on Open Mixture-of-Experts Language Models, arXiv:2402.01739
     Example: MoE(64, 32, 32, **presets.openmoe(), num_shared_experts=1)(x)
 
-    32 experts there, with a dense path beside them. Later tokens of a sequence are dropped more often than earlier
-    ones, as the paper found. The capacity factor and z (1e-4 to 1e-3) are unverified.
+    The paper uses 32 experts plus a dense path. It finds that later tokens of a sequence are dropped more often than
+    earlier ones. The capacity factor and z (1e-4 to 1e-3) are unverified.
     """
     return {
         "select": TopK(top_k),

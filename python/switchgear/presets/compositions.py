@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Papers whose layer is made of several. Their dicts name what builds it as "layer": a function of (hidden_size,
+"""Papers whose layer combines several. Their dicts name its builder as "layer": a function of (hidden_size,
 intermediate_size, num_experts) and the other options; see presets.build."""
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ def _device(options: Options) -> Options:
 
 
 def autonomous_moe(hidden_size: int, intermediate_size: int, num_experts: int, **options: Any) -> AutonomousMoE:
-    """AutonomousMoE; d_low, if not given, makes its parameters as many as those of gated experts of
-    intermediate_size."""
+    """AutonomousMoE; the default d_low gives it as many parameters as gated experts of intermediate_size."""
     if options.get("d_low") is None:  # E · (d_low·(H + I) + 2·H·I) = E · 3·H·I
         product = hidden_size * intermediate_size
         options["d_low"] = max(round(product / (hidden_size + intermediate_size)), 1)
@@ -41,13 +40,13 @@ def autonomous_moe(hidden_size: int, intermediate_size: int, num_experts: int, *
 
 
 def autonomy_of_experts(*, top_k: int = 2, d_low: int | None = None, balance: float = 1e-2) -> Options:
-    """Experts choose their tokens by the norm of their own first activation, which they then go on with.
+    """Experts choose their tokens by the norm of their own first activation, which the chosen experts reuse.
 
     Paper: Autonomy-of-Experts Models, arXiv:2501.13074
     Example: presets.build(64, 32, 8, **presets.autonomy_of_experts())(x)
 
-    d_low: rank of the first projection; if None, as many parameters as the layer with a router. The coefficient is
-    unverified.
+    d_low: rank of the first projection; if None, the layer has as many parameters as one with a router. The coefficient
+    is unverified.
     """
     return {"layer": autonomous_moe, "top_k": top_k, "d_low": d_low, "balance": [partial(SwitchLoss, balance)]}
 
@@ -55,19 +54,19 @@ def autonomy_of_experts(*, top_k: int = 2, d_low: int | None = None, balance: fl
 def stacked(
     hidden_size: int, intermediate_size: int, num_experts: int, *, depth: int = 2, **options: Any
 ) -> nn.Sequential:
-    """`depth` MoE layers of these options in a row."""
+    """`depth` consecutive MoE layers with these options."""
     if depth < 1:
         raise ValueError(f"depth: expected at least 1, got {depth}")
     return nn.Sequential(*(MoE(hidden_size, intermediate_size, num_experts, **options) for _ in range(depth)))
 
 
 def deep_mixture(*, margin: float = 100.0, depth: int = 2) -> Options:
-    """Two layers of experts in a row, all of them at work; those that are ahead by a margin pause.
+    """Two consecutive layers that use all experts; those ahead of the others by a margin are closed.
 
     Paper: Learning Factored Representations in a Deep Mixture of Experts, arXiv:1312.4314
     Example: presets.build(64, 32, 4, **presets.deep_mixture())(x)
 
-    For the first part of the training: margin (unverified), in tokens, is an attribute of each layer's gate.select.
+    Meant for early training: margin (unverified), in tokens, is an attribute of each layer's gate.select.
     """
     return {"layer": stacked, "depth": depth, "select": partial(RunningCap, Dense(), margin)}
 
@@ -81,7 +80,7 @@ def cartesian_moe(hidden_size: int, intermediate_size: int, num_experts: int, **
 
 
 def cartesian(*, top_k: int = 2, num_shared_experts: int = 1, balance: float = 1e-2) -> Options:
-    """Two layers of experts in a row: E · E pairs that share halves, with parameters of 2·E half-size experts.
+    """Two consecutive layers of experts: E · E pairs that share halves, with the parameters of 2·E half-size experts.
 
     Paper: CartesianMoE: Boosting Knowledge Sharing among Experts via Cartesian Product Routing in Mixture-of-Experts, arXiv:2410.16077
     Example: presets.build(64, 32, 8, **presets.cartesian())(x)
@@ -99,7 +98,7 @@ def cartesian(*, top_k: int = 2, num_shared_experts: int = 1, balance: float = 1
 def multi_head_moe(
     hidden_size: int, intermediate_size: int, num_experts: int, *, heads: int, **options: Any
 ) -> MultiHeadMoE:
-    """MultiHeadMoE of an MoE of hidden_size / heads."""
+    """MultiHeadMoE around an MoE of hidden_size / heads."""
     if heads < 1 or hidden_size % heads:
         raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")
     moe = MoE(hidden_size // heads, intermediate_size, num_experts, **options)
@@ -107,12 +106,12 @@ def multi_head_moe(
 
 
 def multi_head(*, heads: int = 4, top_k: int = 2, balance: float = 1e-2) -> Options:
-    """Pieces of a token are routed each on its own.
+    """Routes each piece of a token separately.
 
     Paper: MH-MoE: Multi-Head Mixture-of-Experts, arXiv:2411.16205
     Example: presets.build(64, 32, 8, **presets.multi_head())(x)
 
-    How the paper shrinks intermediate_size to equal FLOPs is unverified and left to the caller; so are the constants.
+    The caller adapts intermediate_size to equal FLOPs (the paper's rule is unverified). The constants are unverified.
     """
     return {
         "layer": multi_head_moe,
@@ -125,7 +124,7 @@ def multi_head(*, heads: int = 4, top_k: int = 2, balance: float = 1e-2) -> Opti
 def stratified_moe(
     hidden_size: int, intermediate_size: int, num_experts: int, *, strata: Sequence[int] | None = None, **options: Any
 ) -> StratifiedMoE:
-    """StratifiedMoE; strata, if not given, are a quarter, a quarter and a half of the experts."""
+    """StratifiedMoE; the default strata are a quarter, a quarter and a half of the experts."""
     if strata is None:
         strata = [num_experts // 4, num_experts // 4, num_experts - 2 * (num_experts // 4)]
     if sum(strata) != num_experts:
@@ -134,12 +133,12 @@ def stratified_moe(
 
 
 def stratified(*, strata: Sequence[int] | None = None, top_k: int = 1, balance: float = 1e-2) -> Options:
-    """Strata of experts: a token that an early stratum keeps goes on to the next gate, so that hard ones get more.
+    """Strata of experts: a token that an early stratum keeps passes the next gate too, so hard tokens get more experts.
 
     Paper: Towards Being Parameter-Efficient: A Stratified Sparsely Activated Transformer with Dynamic Capacity, arXiv:2305.02176
     Example: presets.build(64, 32, 8, **presets.stratified())(x)
 
-    Norm and residual are inside. The default strata (E/4, E/4, E/2) are unverified.
+    The layer includes norm and residual. The default strata (E/4, E/4, E/2) are unverified.
     """  # noqa: E501
     return {"layer": stratified_moe, "strata": strata, "top_k": top_k, "aux_loss": balance}
 
@@ -158,7 +157,7 @@ def monet(*, heads: int = 8, top_k: int = 32, mode: str = "vertical") -> Options
     Paper: Monet: Mixture of Monosemantic Experts for Transformers, arXiv:2412.04139
     Example: presets.build(64, 8, 64**2, **presets.monet())(x)
 
-    512² experts of width 8 there, with one router for four layers: give Monet(router=) that of another.
+    The paper has 512² experts of width 8, and one router per four layers: pass another layer's as Monet(router=).
     """
     return {"layer": monet_layer, "heads": heads, "top_k": top_k, "mode": mode}
 
@@ -172,12 +171,12 @@ def soft_layer(
 
 
 def soft_moe(*, slots: int = 1, normalize: bool = True) -> Options:
-    """Experts see mixtures of the tokens of a sequence, and tokens mixtures of what they return.
+    """Experts process mixtures of the tokens of a sequence, and tokens get mixtures of their outputs.
 
     Paper: Don't flatten, tokenize! Unlocking the key to SoftMoE's efficacy in deep RL, arXiv:2410.01930
     Example: presets.build(64, 32, 8, **presets.soft_moe())(x)
 
-    layers.per_conv_tokens makes a token of each position of a feature map, which is what the paper found to matter.
+    layers.per_conv_tokens makes one token per position of a feature map; the paper finds that this is what matters.
     """
     return {"layer": soft_layer, "slots": slots, "normalize": normalize}
 
@@ -191,11 +190,11 @@ def merged_experts(
 
 
 def merged(*, top_k: int = 2, pooling: str = "mean") -> Options:
-    """The weights of a sequence's experts are averaged once, and one expert runs.
+    """Averages the weights of a sequence's experts once, and runs one expert.
 
     Paper: Merging Experts into One: Improving Computational Efficiency of Mixture of Experts, arXiv:2310.09832
     Example: presets.build(64, 32, 8, **presets.merged())(x)
 
-    pooling = "attention" is its token-level variant (form unverified).
+    pooling = "attention" is the paper's token-level variant (form unverified).
     """
     return {"layer": merged_experts, "top_k": top_k, "pooling": pooling}

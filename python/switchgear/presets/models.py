@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Routing of known models, under the parameter names of Hugging Face where a checkpoint has them."""
+"""Routing of known models, with Hugging Face's parameter names where a checkpoint has them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from switchgear.routing import Linear, LossFreeBias, SparseMixer, SwitchLoss
 
 
 def mixtral(*, top_k: int = 2) -> dict[str, Any]:
-    """The best two experts, weighed by a softmax over them.
+    """The best two experts, weighted by a softmax over them.
 
     Paper: Mixtral of Experts, arXiv:2401.04088
     Example: MoE(64, 32, 8, **presets.mixtral())(x)
@@ -36,7 +36,7 @@ def deepseek_v3(
     rate: float = 1e-3,
     balance: float = 1e-4,
 ) -> dict[str, Any]:
-    """Sigmoid scores, experts of the best groups alone, a shared expert; balanced by a bias, and a little by a loss per
+    """Sigmoid scores, only experts of the best groups, a shared expert; balanced by a bias and a small loss per
     sequence.
 
     Paper: DeepSeek-V3 Technical Report, arXiv:2412.19437
@@ -60,7 +60,7 @@ def deepseek_v3(
 
 
 def gpt_oss(*, top_k: int = 4) -> dict[str, Any]:
-    """The best four experts, weighed by a softmax over them; biases everywhere and a clamped activation.
+    """The best four experts, weighted by a softmax over them; biases everywhere and a clamped activation.
 
     Paper: gpt-oss-120b & gpt-oss-20b Model Card, arXiv:2508.10925
     Example: MoE(64, 32, 8, **presets.gpt_oss())(x)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""docs/presets.md, from the docstrings of the presets and from what they return."""
+"""Generates docs/presets.md from the presets' docstrings and return values."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ HEADER = """# Presets
 
 A paper is a dict of options. What each preset sets, and what to call:
 
-- `switchgear.MoE(2048, 1024, 64, **switchgear.presets.expert_choice())` for most of them;
-- `switchgear.presets.build(2048, 1024, 64, **switchgear.presets.multi_head())` for all, compositions of layers
-included.
+- `switchgear.MoE(2048, 1024, 64, **switchgear.presets.expert_choice())` works for most of them;
+- `switchgear.presets.build(2048, 1024, 64, **switchgear.presets.multi_head())` works for all, including compositions of
+layers.
 
-In the examples, x is [2,12,64], `token_ids` [2,12] are vocabulary ids and `task` [2,24] an embedding of each sequence.
-Losses of a `balance` are added by the trainer: `loss + switchgear.balance_loss(model)`; presets with a controller or an
-interval want `switchgear.after_step(model)` after each step of the optimizer. The parts, and how to write one of your
-own: [routing.md](routing.md). The docstrings say more, and which constants are unverified: those could not be confirmed
-in the paper and are arguments.
+In the examples, x is [2,12,64], `token_ids` [2,12] are vocabulary ids and `task` [2,24] has one embedding per sequence.
+The trainer adds the losses of `balance`: `loss + switchgear.balance_loss(model)`. Presets with a controller or an
+interval need `switchgear.after_step(model)` after each optimizer step. [routing.md](routing.md) describes the parts and
+how to write your own. The docstrings say more and name the unverified constants: these could not be confirmed in the
+paper and are arguments.
 
 This page is generated: `python -m switchgear.presets > docs/presets.md`.
 
@@ -49,7 +49,7 @@ class Entry(NamedTuple):
 
 
 def entries() -> list[Entry]:
-    """All presets, by name. ValueError: a docstring without its lines "Paper: …, arXiv:…" and "Example: …"."""
+    """All presets, by name. ValueError if a docstring has no line "Paper: …, arXiv:…" or "Example: …"."""
     found = []
     for name in presets.__all__:
         if name == "build":
@@ -64,7 +64,7 @@ def entries() -> list[Entry]:
 
 
 def options_of(entry: Entry) -> dict[str, Any]:
-    """What the preset returns, with the arguments of its example."""
+    """The dict that the preset returns for the arguments of its example."""
     for node in ast.walk(ast.parse(entry.example, mode="eval")):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == entry.name:
             options: dict[str, Any] = eval(ast.unparse(node), {"presets": presets, "torch": torch})
@@ -73,7 +73,7 @@ def options_of(entry: Entry) -> dict[str, Any]:
 
 
 def written(value: Any) -> str:
-    """A value as one would write it: the first argument, and what differs from its default."""
+    """A value as source code: the first argument, and what differs from its default."""
     if isinstance(value, functools.partial):
         positional = [written(item) for item in value.args]
         named = [f"{name}={written(item)}" for name, item in value.keywords.items() if item is not None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Papers about what the router's logits are made of."""
+"""Papers on how the router's logits are computed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from switchgear.routing import (
 
 
 def xmoe(*, top_k: int = 1, dim: int | None = None, tau: float = 0.07, balance: float = 1e-2) -> dict[str, Any]:
-    """Cosines with expert embeddings in a space of few dimensions, over a learned temperature.
+    """Cosine similarity with expert embeddings in a low-dimensional space, divided by a learned temperature.
 
     Paper: On the Representation Collapse of Sparse Mixture of Experts, arXiv:2204.09179
     Example: MoE(64, 32, 8, **presets.xmoe())(x)
@@ -37,13 +37,13 @@ def xmoe(*, top_k: int = 1, dim: int | None = None, tau: float = 0.07, balance: 
 
 
 def sigma_moe(*, top_k: int = 4, expert_dropout: float = 0.05, entropy: float = 1e-3) -> dict[str, Any]:
-    """Sigmoid scores, which do not compete; in training an expert is hidden from a token now and then; the batch
-    spreads over the experts by a loss of its entropy.
+    """Sigmoid scores, which do not compete; random experts are hidden from tokens in training; an entropy loss spreads
+    the batch over the experts.
 
     Paper: Approximating Two-Layer Feedforward Networks for Efficient Transformers, arXiv:2310.10837
     Example: MoE(64, 32, 8, **presets.sigma_moe(), activation="relu", gated=False)(x)
 
-    Its experts are narrow ReLU networks without a gate.
+    The paper's experts are narrow ReLU networks without a gate.
     """
     return {
         "score": partial(Linear, equal_rows=True),
@@ -55,13 +55,13 @@ def sigma_moe(*, top_k: int = 4, expert_dropout: float = 0.05, entropy: float = 
 def locmoe(
     *, top_k: int = 1, num_nodes: int = 2, node: int = 0, locality: float = 1e-2, balance: float = 1e-2
 ) -> dict[str, Any]:
-    """The means of slices of x as logits, orthogonal and without a product; a loss that keeps tokens on this node.
+    """Logits are means of slices of x: orthogonal, without a matrix product. A loss keeps tokens on this node.
 
     Paper: LocMoE: A Low-overhead MoE for Large Language Model Training, arXiv:2401.13920
     Example: MoE(64, 32, 8, **presets.locmoe())(x)
 
-    num_nodes: of equally many consecutive experts each; node: this process's. locality is the paper's μ (unverified),
-    top_k is unverified. routing.min_capacity is its bound.
+    num_nodes: each has equally many consecutive experts; node: this process's node. locality is the paper's μ; it and
+    top_k are unverified. routing.min_capacity is the paper's bound.
     """
     return {
         "score": GroupedAvgPool,
@@ -71,7 +71,7 @@ def locmoe(
 
 
 def bounded_gate(*, top_k: int = 2, transform: str = "tanh") -> dict[str, Any]:
-    """The router sees a bounded transform of x: with x itself, vanishing experts make estimates slow.
+    """The router sees a bounded transform of x: with x itself, vanishing experts slow the estimation.
 
     Paper: A General Theory for Softmax Gating Multinomial Logistic Mixture of Experts, arXiv:2310.14188
     Example: MoE(64, 32, 8, **presets.bounded_gate())(x)
@@ -82,12 +82,12 @@ def bounded_gate(*, top_k: int = 2, transform: str = "tanh") -> dict[str, Any]:
 
 
 def task_level(*, dim: int, tau: float = 1.0) -> dict[str, Any]:
-    """The embedding of a task decides for all of its tokens: one expert, straight through a Gumbel softmax.
+    """The embedding of a task chooses one expert for all of its tokens, by a straight-through Gumbel softmax.
 
     Paper: Eliciting and Understanding Cross-Task Skills with Task-Level Mixture-of-Experts, arXiv:2205.12701
     Example: MoE(64, 32, 8, **presets.task_level(dim=24))(x, embedding=task)
 
-    dim: of the embedding [B,dim], one for each sequence. tau is unverified.
+    dim: of the embedding [B,dim], one per sequence. tau is unverified.
     """
     return {
         "score": partial(FromEmbedding, dim=dim),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Papers about which experts a token gets, and how many tokens an expert takes."""
+"""Papers on which experts a token gets, and how many tokens an expert accepts."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def switch(
     jitter: float = 1e-2,
     balance: float = 1e-2,
 ) -> dict[str, Any]:
-    """The best expert, weighed by its probability; a capacity in order of arrival; a balance loss; a router in float32.
+    """The best expert, weighted by its probability; a capacity in token order; a balance loss; a float32 router.
 
     Paper: Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity, arXiv:2101.03961
     Example: MoE(64, 32, 8, **presets.switch())(x)
 
-    A dropped token gets zeros: it passes through the residual. capacity_factor is 1.0 to 1.25 in training there;
+    A dropped token gets zeros, so only the residual passes it on. The paper trains with capacity_factor 1.0 to 1.25;
     evaluation_factor and jitter are unverified.
     """  # noqa: E501
     return {
@@ -56,13 +56,13 @@ def switch(
 
 
 def gshard(*, capacity_factor: float = 1.0, balance: float = 1e-2) -> dict[str, Any]:
-    """The two best experts, normalised; first choices find a place before second ones, in order of arrival.
+    """The two best experts, normalised; first choices take capacity before second ones, in token order.
 
     Paper: GShard: Scaling Giant Models with Conditional Computation and Automatic Sharding, arXiv:2006.16668
     Example: MoE(64, 32, 8, **presets.gshard())(x)
 
-    The capacity is capacity_factor · 2T/E; both constants are unverified. Its loss counts first choices alone, this one
-    both; its random skipping of second experts is not there.
+    The capacity is capacity_factor · 2T/E; both constants are unverified. The paper's loss counts first choices only,
+    this one both. The paper's random skipping of second experts is not implemented.
     """
     return {
         "select": TopK(2, normalize=True),
@@ -78,14 +78,14 @@ def expert_choice(
     scope: str = "batch",
     evaluation: int | None = None,
 ) -> dict[str, Any]:
-    """Each expert takes its best tokens, capacity_factor · T/E of them: the load is even, without a loss.
+    """Each expert takes its best capacity_factor · T/E tokens: the load is even without a loss.
 
     Paper: Mixture-of-Experts with Expert Choice Routing, arXiv:2202.09368
     Example: MoE(64, 32, 8, **presets.expert_choice())(x)
 
-    Tokens of a batch compete, later ones with earlier ones too: a decoder sets `evaluation`, the number of best experts
-    that a token gets then. capacity_factor = 2 is unverified. max_experts_per_token is the cap of its variants CAP2,
-    CAP3.
+    Tokens compete with later tokens of the batch, so a decoder must set `evaluation`, the number of best experts per
+    token in evaluation. capacity_factor = 2 is unverified. max_experts_per_token is the cap of the paper's variants
+    CAP2 and CAP3.
     """
     select = ExpertChoice(
         capacity_factor, scope=scope, max_experts_per_token=max_experts_per_token, evaluation=evaluation
@@ -94,7 +94,7 @@ def expert_choice(
 
 
 def isolated_expert_choice(*, capacity_factor: float = 2.0, evaluation: int | None = None) -> dict[str, Any]:
-    """Expert choice inside each sequence, ties to the lowest token: no sequence can find out about another.
+    """Expert choice inside each sequence, ties to the lowest token: a sequence learns nothing about another.
 
     Paper: Stealing User Prompts from Mixture of Experts, arXiv:2410.22884
     Example: MoE(64, 32, 8, **presets.isolated_expert_choice())(x)
@@ -106,8 +106,8 @@ def isolated_expert_choice(*, capacity_factor: float = 2.0, evaluation: int | No
 
 
 def batch_independent(*, top_k: int = 2) -> dict[str, Any]:
-    """The best experts and no capacity, and whatever policy is put instead stays inside a sequence: no stranger's token
-    in the batch changes a result.
+    """The best experts and no capacity; a policy that replaces it is restricted to each sequence. Other users' tokens
+    in the batch change no result.
 
     Paper: Buffer Overflow in Mixture of Experts, arXiv:2402.05526
     Example: MoE(64, 32, 8, **presets.batch_independent())(x)
@@ -116,12 +116,12 @@ def batch_independent(*, top_k: int = 2) -> dict[str, Any]:
 
 
 def base_layer(*, eps: float | str = "auto", max_iterations: int = 100) -> dict[str, Any]:
-    """Balanced assignment in training, the best expert in evaluation, weighed by a sigmoid; no loss.
+    """Balanced assignment in training, the best expert in evaluation, weighted by a sigmoid; no loss.
 
     Paper: BASE Layers: Simplifying Training of Large, Sparse Models, arXiv:2103.16716
     Example: MoE(64, 32, 8, **presets.base_layer())(x)
 
-    The norm before the experts and the residual are the caller's, and so is its shuffling of tokens between processes.
+    The caller adds the norm before the experts, the residual, and the paper's shuffling of tokens between processes.
     """
     return {
         "score": partial(Linear, orthogonal=0.1),
@@ -132,7 +132,7 @@ def base_layer(*, eps: float | str = "auto", max_iterations: int = 100) -> dict[
 def dynamic_top_p(
     *, p: float = 0.4, max_experts: int | None = None, balance: float = 1e-2, entropy: float = 1e-4
 ) -> dict[str, Any]:
-    """The fewest experts whose probabilities add up to p, and a loss of entropy that keeps them few.
+    """The fewest experts whose probabilities sum to at least p, and an entropy loss that keeps them few.
 
     Paper: Harder Tasks Need More Experts: Dynamic Routing in MoE Models, arXiv:2403.07652
     Example: MoE(64, 32, 8, **presets.dynamic_top_p())(x)
@@ -141,7 +141,7 @@ def dynamic_top_p(
 
 
 def grin(*, top_k: int = 2, jitter: float = 0.01, balance: float = 1e-2) -> dict[str, Any]:
-    """Experts drawn one after the other in training, with the SparseMixer-v2 estimate of the gradient; balance over all
+    """Training draws experts one after another, with the SparseMixer-v2 gradient estimate; balance over all
     processes.
 
     Paper: GRIN: GRadient-INformed MoE, arXiv:2409.12136
@@ -153,13 +153,13 @@ def grin(*, top_k: int = 2, jitter: float = 0.01, balance: float = 1e-2) -> dict
 
 
 def sam(*, num_groups: int = 4, top_k: int = 2, balance: float = 1e-2) -> dict[str, Any]:
-    """One group of experts, by a router of groups, and top_k experts of it, by another: a token goes to one device.
+    """A router chooses one group of experts and another router top_k experts in it: a token uses one device.
 
     Paper: Towards More Effective and Economic Sparsely-Activated Model, arXiv:2110.07431
     Example: MoE(64, 32, 8, **presets.sam())(x)
 
-    The loss balances groups; its coefficient, and the paper's terms that align the two routers, are unverified and the
-    latter left out.
+    The loss balances groups; its coefficient is unverified. The paper's terms that align the two routers are
+    unverified and not implemented.
     """
     return {
         "score": partial(SwitchMixture, num_groups=num_groups),
@@ -176,50 +176,50 @@ def maskmoe(
     Paper: MaskMoE: Boosting Token-Level Learning via Routing Mask in Mixture-of-Experts, arXiv:2407.09816
     Example: MoE(64, 32, 8, **presets.maskmoe(torch.arange(100), frequent_from=50))(x, token_ids=token_ids)
 
-    counts [V]: how often the corpus has each id. frequent_from is the paper's threshold (unverified), as are top_k and
-    the coefficient.
+    counts [V]: how often each id occurs in the corpus. frequent_from is the paper's threshold; it, top_k and the
+    coefficient are unverified.
     """
     mask = partial(TokenIdMask.of_frequencies, counts, frequent_from=frequent_from, rare_experts=rare_experts)
     return {"select": partial(Masked, TopK(top_k), mask), "balance": [partial(SwitchLoss, balance)]}
 
 
 def thor(*, level: str = "batch", evaluation: str = "random") -> dict[str, Any]:
-    """A random expert, drawn for the batch, each sequence or each token; there is no router to train.
+    """A random expert, drawn per batch, sequence or token; there is no router to train.
 
     Paper: Taming Sparsely Activated Transformer with Stochastic Experts, arXiv:2110.04260
     Example: MoE(64, 32, 8, **presets.thor())(x)
 
-    The trainer runs two passes and adds routing.consistency_loss of their outputs. evaluation = "ensemble" is the mean
-    of all experts.
+    The trainer runs two passes and adds routing.consistency_loss of their outputs. evaluation = "ensemble" averages all
+    experts.
     """
     return {"select": Random(1, level, evaluation)}
 
 
 def gw_moe(*, top_k: int = 2, entropy_above: float = 0.0, max_fraction: float = 0.05) -> dict[str, Any]:
-    """In training, the tokens that the router is least sure of go to all experts.
+    """In training, tokens with uncertain routing go to all experts.
 
     Paper: GW-MoE: Resolving Uncertainty in MoE Router with Global Workspace Theory, arXiv:2406.12375
     Example: MoE(64, 32, 8, **presets.gw_moe())(x)
 
-    entropy_above: the paper's H*, in nats, chosen so that about 5 % of the tokens exceed it; 0 leaves it to
-    max_fraction.
+    entropy_above: the paper's H*, in nats, chosen so that about 5 % of the tokens exceed it; with 0, max_fraction
+    decides.
     """
     return {"select": Broadcast(TopK(top_k), entropy_above, max_fraction)}
 
 
 def gumbel_gate(*, tau: float = 1.0, samples: int = 0) -> dict[str, Any]:
-    """All experts, weighed by a softmax with Gumbel noise in training.
+    """All experts, weighted by a softmax with Gumbel noise in training.
 
     Paper: (GG) MoE vs. MLP on Tabular Data, arXiv:2502.03608
     Example: MoE(64, 32, 8, **presets.gumbel_gate())(x)
 
-    samples: draws that evaluation averages, none for the plain softmax. tau is unverified.
+    samples: number of draws averaged in evaluation; 0 gives the plain softmax. tau is unverified.
     """
     return {"select": GumbelSoftmax(tau, samples=samples)}
 
 
 def pmoe(*, patches: int = 4) -> dict[str, Any]:
-    """Each expert takes the `patches` best patches of a sample, weighed by a softmax over them, and averages.
+    """Each expert takes the `patches` best patches of a sample, weighted by a softmax over them, and averages.
 
     Paper: Patch-level Routing in Mixture-of-Experts is Provably Sample-efficient for Convolutional Neural Networks, arXiv:2306.04073
     Example: MoE(64, 32, 8, **presets.pmoe())(x)
@@ -231,13 +231,13 @@ def pmoe(*, patches: int = 4) -> dict[str, Any]:
 def capacity_aware(
     *, top_k: int = 2, gamma: float = 1.5, drop: str = "score", overflow: str = "reroute", expand: float | None = None
 ) -> dict[str, Any]:
-    """In evaluation alone, an expert takes at most gamma · K·T/E tokens, those of the largest weight; the others go to
-    experts that have room.
+    """In evaluation only, an expert accepts at most gamma · K·T/E tokens, those of largest weight; the others go to
+    experts with free capacity.
 
     Paper: Capacity-Aware Inference: Mitigating the Straggler Effect in Mixture of Experts, arXiv:2503.05066
     Example: MoE(64, 32, 8, **presets.capacity_aware())(x)
 
-    gamma is 1 to 2 in the paper. overflow = "drop" is its token drop. expand: ⌈K · expand⌉ candidates of a token, all
+    gamma is 1 to 2 in the paper. overflow = "drop" is its token drop. expand: ⌈K · expand⌉ candidates per token, all
     experts if None.
     """
     return {
@@ -247,11 +247,11 @@ def capacity_aware(
 
 
 def cluster_task(*, noise: float = 1.0) -> dict[str, Any]:
-    """The best expert of the logits plus uniform noise, weighed by its probability without the noise.
+    """The best expert by logits plus uniform noise, weighted by its probability without the noise.
 
     Paper: Towards Understanding Mixture of Experts in Deep Learning, arXiv:2208.02813
     Example: MoE(64, 32, 8, **presets.cluster_task())(x)
 
-    examples/cluster_task.py has its task.
+    examples/cluster_task.py contains the paper's task.
     """
     return {"select": NoisyTopK(1, noise)}

@@ -28,7 +28,16 @@ from switchgear.reference.policies import (
     route_dynamic,
 )
 from switchgear.reference.products import empty_weight, grouped_gemm, grouped_gemm_wgrad
-from switchgear.reference.routing import GROUP_SCORES, SCORE_FUNCTIONS, exp, route, route_backward, sanitize, scores
+from switchgear.reference.routing import (
+    GROUP_SCORES,
+    NORMALIZE_EPSILON,
+    SCORE_FUNCTIONS,
+    exp,
+    route,
+    route_backward,
+    sanitize,
+    scores,
+)
 from switchgear.reference.rows import gather_rows, segments, to_slots
 from switchgear.reference.stages import combine, combine_weight_backward, permute, plan
 
@@ -36,6 +45,7 @@ __all__ = [
     "ACTIVATIONS",
     "DROPS",
     "GROUP_SCORES",
+    "NORMALIZE_EPSILON",
     "SCORE_FUNCTIONS",
     "activate",
     "assign_balanced",

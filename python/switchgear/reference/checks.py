@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What arguments have to be. ValueError, or TypeError for a dtype, naming the argument, what was expected and what came."""
+"""What arguments have to be. ValueError, or TypeError for a dtype, naming the argument, what was expected and what
+came."""
 
 from __future__ import annotations
 

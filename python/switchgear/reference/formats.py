@@ -5,8 +5,8 @@ A weight [E,N,C] crosses to the ops as tensors and a form, a few integers:
 
     form ()       plain: one tensor [E,N,C]
     form (format, rows, cols, parts, group_size, fields)
-                  the number of a format in FORMATS; N and C; equal shares of the rows that are stored apart; columns that
-                  share a scale (0: all); and which tensors follow the data, a bit each in the order of FIELDS
+                  the number of a format in FORMATS; N and C; equal shares of the rows that are stored apart; columns
+                  that share a scale (0: all); and which tensors follow the data, a bit each in the order of FIELDS
 
 `slots` [E] int32 says where the experts lie: expert e at index slots[e] of the first dimension of all other tensors.
 """
@@ -110,7 +110,8 @@ def check_weight(
     experts, rows, cols = sizes
     if not form:
         check(name, stored.data, sizes, dtype)
-        return tuple(stored.data.shape)
+        num_experts, rows, cols = stored.data.shape
+        return num_experts, rows, cols
     if rows not in (None, stored.rows) or cols not in (None, stored.cols) or stored.rows < 1 or stored.cols < 1:
         wanted = ", ".join("any" if size is None else str(size) for size in sizes[1:])
         raise ValueError(f"{name}: expected matrices [{wanted}], got [{stored.rows}, {stored.cols}] in {stored.format}")
@@ -159,11 +160,8 @@ def _in_order(stored: Stored) -> Stored:
     if stored.slots is None:
         return stored
     at = stored.slots.long()
-    moved = {
-        field: None if (tensor := getattr(stored, field)) is None else tensor[at]
-        for field in ("data", "scales", "row_scales", "zeros")
-    }
-    return stored._replace(**moved, slots=None)
+    scales, row_scales, zeros = (None if t is None else t[at] for t in (stored.scales, stored.row_scales, stored.zeros))
+    return stored._replace(data=stored.data[at], scales=scales, row_scales=row_scales, zeros=zeros, slots=None)
 
 
 def _quantized(stored: Stored) -> integers.Quantized:

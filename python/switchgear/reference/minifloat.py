@@ -28,9 +28,6 @@ FP8_MAX = 448.0
 SMALLEST_SCALE = 2.0**-126  # of fp8: the smallest normal float32; below, amax / 448 loses bits, or is zero
 MXFP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0..7; bit 3 is the sign
 NAN_SCALE = 255  # of e8m0
-# Between them, the largest float32 that rounds down: a middle itself goes to the even code, so up after an odd one.
-_MIDDLES = (0.25, 0.75 - 2**-24, 1.25, 1.75 - 2**-23, 2.5, 3.5 - 2**-22, 5.0)
-_HALVES = (0, 0, 1, 0, 2, 3, 4, 5)  # codes of half the values; 0.5 and 1.5 have none
 
 
 class Encoded(NamedTuple):
@@ -45,6 +42,16 @@ def _divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _slices(rows: Tensor, count: int = 64) -> list[Tensor]:
+    """Some rows at a time: what is computed of them stays in a cache, and in memory that was used before."""
+    return [rows[first : first + count] for first in range(0, max(len(rows), 1), count)]
+
+
+def _pad(tensor: Tensor, columns: int = 0, rows: int = 0) -> Tensor:
+    """With zeros to the right and below; the tensor itself, and no copy, where there are none."""
+    return pad(tensor, (0, columns, 0, rows)) if columns or rows else tensor
+
+
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
@@ -54,9 +61,15 @@ def e4m3_codes(x: Tensor) -> Tensor:
 
 
 def e2m1_codes(x: Tensor) -> Tensor:
-    """Finite float32 as e2m1: to the nearest, ties to even, at most ±6. uint8, 0..15."""
-    magnitude = torch.bucketize(x.abs(), torch.tensor(_MIDDLES, device=x.device), out_int32=True)
-    return torch.where(x.signbit(), magnitude + 8, magnitude).to(torch.uint8)
+    """Finite float32 as e2m1: to the nearest, ties to even, at most ±6. uint8, 0..15.
+
+    Neighbouring values differ by 0.5 up to 2, by 1 up to 4, then by 2. In these units codes are x, x + 2 and x + 4: the
+    least of the three, each rounded to an integer, half to even, which adding an even number does not change.
+    """
+    magnitude = x.abs()
+    codes = torch.minimum((magnitude * 2).round_(), magnitude.round().add_(2))
+    codes = torch.minimum(codes, magnitude.mul_(0.5).round_().add_(4)).clamp_(max=7).to(torch.uint8)
+    return codes.bitwise_or_(x.signbit().to(torch.uint8).mul_(8))
 
 
 def e8m0_scales(codes: Tensor) -> Tensor:
@@ -90,7 +103,7 @@ def check_group(group: tuple[int, int]) -> None:
 def _split_parts(matrix: Tensor, parts: int, multiple: int) -> Tensor:
     """[N,C] -> [parts, N/parts, C], with zeros below each part up to a multiple of rows."""
     shares = matrix.view(parts, matrix.shape[0] // parts, matrix.shape[1])
-    return pad(shares, (0, 0, 0, -shares.shape[1] % multiple))
+    return _pad(shares, rows=-shares.shape[1] % multiple)
 
 
 def _finite_experts(weight: Tensor, name: str) -> Iterator[Tensor]:
@@ -131,7 +144,7 @@ def encode_fp8(weight: Tensor, group: tuple[int, int] = BLOCK, parts: int = 1, n
     def encode(w: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = w.shape
         size = group[1] or max(columns, 1)
-        padded = pad(_split_parts(w, parts, group[0]), (0, -columns % size))
+        padded = _pad(_split_parts(w, parts, group[0]), -columns % size)
         tiles = padded.view(parts, padded.shape[1] // group[0], group[0], padded.shape[2] // size, size)
         amax = tiles.abs().amax((2, 4), keepdim=True)
         scale = torch.where(amax == 0, 1.0, (amax / FP8_MAX).clamp_(min=SMALLEST_SCALE))
@@ -143,33 +156,37 @@ def encode_fp8(weight: Tensor, group: tuple[int, int] = BLOCK, parts: int = 1, n
 
 
 def encode_mxfp4(weight: Tensor, name: str = "weight") -> Encoded:
-    """A weight [E,N,C] in mxfp4: scale = 2^(⌊log2 amax⌋ - 2) of 32 columns (OCP Microscaling v1.0), at least 2^-127, and
+    """A weight [E,N,C] in mxfp4: scale = 2^(⌊log2 amax⌋ - 2) of 32 columns (OCP Microscaling v1.0), at least 2^-127,
     value = weight / scale, rounded to the nearest e2m1 (ties to even, at most ±6). The last block is padded with zeros.
 
-    So the largest value of a block is 4 or 6. If all are even multiples of the smallest (neither 0.5 nor 1.5) and one is
-    6, half of them at twice the scale are taken, which are equal. For a block that mxfp4 holds, as in a decoded checkpoint,
-    this is exact, and gives the bytes that were published by a quantiser that rounds amax / 6 up to a power of two, as
-    gpt-oss's does, whose largest values are 3, 4 and 6, except for blocks of a 6 and neither 0.5 nor 1.5. Bytes of any
-    other origin come back with equal values, and those of this function as they are. A block of zeros has scale code 0,
-    as gpt-oss's have. Zeros keep their signs.
+    The largest value of a block is 4 or 6. Where one is 6 and none is 0.5 or 1.5, half the values at twice the scale,
+    which are equal, are taken. A block of zeros has scale code 0, as gpt-oss's quantiser gives it. Zeros keep their
+    signs.
+
+    What mxfp4 holds, as a decoded checkpoint, is exact at this scale. Its bytes are those that were published if the
+    quantiser rounds amax / 6 up to a power of two, as gpt-oss's does: its largest values are 3, 4 and 6. The exception
+    is a block that it gave a 6 and neither 0.5 nor 1.5. Such blocks, and those of other quantisers, have equal values;
+    bytes of this function come back as they are.
 
     ValueError for NaN and infinities; it names the weight by `name`.
     """
 
     def encode(w: Tensor) -> tuple[Tensor, Tensor]:
-        tiles = pad(w, (0, -w.shape[1] % COLUMNS)).view(len(w), _divide_up(w.shape[1], COLUMNS), COLUMNS)
+        tiles = _pad(w, -w.shape[1] % COLUMNS).view(len(w), _divide_up(w.shape[1], COLUMNS), COLUMNS)
         exponent = tiles.abs().amax(-1).view(torch.int32) >> 23  # biased by 127, as scale codes are
         scale = (exponent - 2).clamp_(min=0)
-        codes = e2m1_codes(
-            tiles * e8m0_scales(254 - scale)[..., None]
-        )  # an exact product, but far below the smallest value
+        codes = e2m1_codes(tiles * e8m0_scales(254 - scale)[..., None])  # exact, but for what rounds to zero anyhow
         magnitude = codes & 7
-        halve = (magnitude == 7).any(-1) & (magnitude & 5 != 1).all(-1)
-        halves = torch.tensor(_HALVES, dtype=torch.uint8, device=w.device)[magnitude.int()] | codes & 8
+        halve = (magnitude == 7).any(-1) & (magnitude & 5 != 1).all(-1)  # codes 1 and 3 are 0.5 and 1.5
+        halves = torch.where(magnitude >= 4, codes - 2, codes & 8 | magnitude >> 1)
         codes = torch.where(halve[..., None], halves, codes)
         return codes[..., ::2] | codes[..., 1::2] << 4, (scale + halve).to(torch.uint8)
 
-    matrices = [encode(w) for w in _finite_experts(weight, name)]
+    def encode_in_slices(w: Tensor) -> tuple[Tensor, Tensor]:
+        blocks, scales = zip(*map(encode, _slices(w)), strict=True)
+        return torch.cat(blocks), torch.cat(scales)
+
+    matrices = [encode_in_slices(w) for w in _finite_experts(weight, name)]
     return _encoded(weight, matrices, lambda blocks, scales: decode_mxfp4(blocks, scales, weight.shape[2]))
 
 
@@ -185,9 +202,12 @@ def decode_fp8(
 ) -> Tensor:
     """Published fp8 as [E,N,C]: scale · value in float32, one rounding, and another one to a narrower `dtype`."""
     out = torch.empty(values.shape, dtype=dtype, device=values.device)
-    for matrix, codes, scale in zip(out, values, rows_of_scales(scales, values.shape[1], group, parts), strict=True):
-        by_column = scale.repeat_interleave(group[1] or max(codes.shape[1], 1), 1)[:, : codes.shape[1]]
-        torch.mul(codes.view(torch.float8_e4m3fn).float(), by_column, out=matrix)
+    columns = values.shape[2]
+    tensors = out, values.view(torch.float8_e4m3fn), rows_of_scales(scales, values.shape[1], group, parts)
+    slices = (_slices(tensor.flatten(0, 1)) for tensor in tensors)
+    for some, codes, scale in zip(*slices, strict=True):
+        by_column = scale.repeat_interleave(group[1] or max(columns, 1), 1)[:, :columns]
+        some.copy_(codes.float().mul_(by_column))
     return out
 
 
@@ -200,9 +220,10 @@ def decode_mxfp4(
     out = torch.empty(*blocks.shape[:2], columns, dtype=dtype, device=blocks.device)
     values = _e2m1_values(blocks.device)
     pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), -1)  # of a byte
-    for matrix, block, scale in zip(out, blocks, scales, strict=True):
-        decoded = pairs[block.int()].flatten(2) * e8m0_scales(scale)[..., None]
-        matrix.copy_(decoded.flatten(1)[:, :columns])
+    slices = (_slices(tensor.flatten(0, 1)) for tensor in (out, blocks, scales))
+    for some, block, scale in zip(*slices, strict=True):
+        decoded = pairs[block.int()].flatten(2).mul_(e8m0_scales(scale)[..., None])
+        some.copy_(decoded.flatten(1)[:, :columns])
     return out
 
 
@@ -215,12 +236,13 @@ def rows_of_scales(scales: Tensor, rows: int, group: tuple[int, int], parts: int
 # ---- storage ---------------------------------------------------------------------------------------------------------
 
 
-def _pack_fp8(codes: Tensor) -> Tensor:
+def _pack_fp8(codes: Tensor, data: Tensor) -> None:
     """[B,16,32·C] -> [B,C,512]. Pairs of columns stay together: that of row 4·i + k and column 32·c + 4·q + 2·j is pair
     (q, i, j, k) of step c."""
-    count, _, columns = codes.shape
-    pairs = codes.reshape(count, 4, 4, columns).view(torch.int16).view(count, 4, 4, columns // 32, 8, 2)
-    return pairs.permute(0, 3, 4, 1, 5, 2).reshape(count, columns // 32, 256).view(torch.uint8)
+    count, steps, _ = data.shape
+    codes = codes.clone() if codes.storage_offset() % 2 else codes  # pairs begin at even places
+    pairs = codes.view(torch.int16).view(count, 4, 4, steps, 8, 2)
+    data.view(torch.int16).view(count, steps, 8, 4, 2, 4).copy_(pairs.permute(0, 3, 4, 1, 5, 2))
 
 
 def _unpack_fp8(data: Tensor) -> Tensor:
@@ -229,13 +251,16 @@ def _unpack_fp8(data: Tensor) -> Tensor:
     return pairs.permute(0, 3, 5, 1, 2, 4).reshape(count, ROWS, 16 * steps).view(torch.uint8)
 
 
-def _pack_mxfp4(block: Tensor) -> Tensor:
+def _pack_mxfp4(rows: Tensor, data: Tensor) -> None:
     """[B,16,16·C] -> [B,C,256]. Of four bytes (eight columns), the lower halves of the first two are a byte, then those
     of the last two, then the upper halves of either."""
-    count, _, width = block.shape
-    words = block.reshape(count, ROWS, width // 16, 4, 2, 2).permute(0, 2, 3, 1, 4, 5)
-    even, odd = words[..., 0], words[..., 1]
-    return torch.stack((even & 15 | odd << 4, even >> 4 | odd & 240), -2).view(count, width // 16, 256)
+    for block, out in zip(_slices(rows, 4), _slices(data, 4), strict=True):
+        count, steps, _ = out.shape
+        words = block.view(count, ROWS, steps, 4, 2, 2).permute(0, 2, 3, 1, 4, 5)
+        even, odd = words[..., 0], words[..., 1]
+        halves = out.view(count, steps, 4, ROWS, 2, 2)
+        halves[..., 0, :] = even & 15 | odd << 4
+        halves[..., 1, :] = even >> 4 | odd & 240
 
 
 def _unpack_mxfp4(data: Tensor) -> Tensor:
@@ -256,29 +281,38 @@ def _from_rows_of_blocks(blocks: Tensor, rows: int, parts: int) -> Tensor:
     return shares[:, : rows // parts].reshape(rows, blocks.shape[2])
 
 
+def blocks_shape(rows: int, columns: int, format: str, parts: int = 1) -> tuple[int, int, int]:
+    """Of the data of an expert [N,C]: blocks of 16 rows, steps of 32 columns, bytes of a step."""
+    blocks = parts * _divide_up(rows // parts, ROWS)
+    return blocks, _divide_up(columns, COLUMNS), ROWS * COLUMNS // (1 if format == "fp8" else 2)
+
+
 def to_blocks(
-    values: Tensor, scales: Tensor, format: str, parts: int = 1, group: tuple[int, int] = BLOCK
+    values: Tensor,
+    scales: Tensor,
+    format: str,
+    parts: int = 1,
+    group: tuple[int, int] = BLOCK,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """From the published layout to that of the kernels, (data, scales) of include/switchgear/minifloat.h: blocks of 16
-    rows, steps of 32 columns. Only the order changes. `group` is that of fp8.
+    rows, steps of 32 columns. Only the order changes. `group` is that of fp8. `out` is written, if given.
 
     ValueError for shapes that do not fit, and for codes and scales that are NaN or infinite: kernels know none.
     """
     check_published(values, scales, format, parts, group)
-    num_experts, rows = values.shape[:2]
-    is_fp8 = format == "fp8"
+    is_fp8, (num_experts, rows) = format == "fp8", values.shape[:2]
     if is_fp8:
         scales = rows_of_scales(scales, rows, group, parts)
-    step = COLUMNS if is_fp8 else COLUMNS // 2  # bytes of a row
-    width = _divide_up(values.shape[2], step) * step if is_fp8 else values.shape[2] * step
-    pack = _pack_fp8 if is_fp8 else _pack_mxfp4
-    blocks = parts * _divide_up(rows // parts, ROWS)
-    data = torch.empty(num_experts, blocks, width // step, ROWS * step, dtype=torch.uint8, device=values.device)
-    stored = scales.new_empty(num_experts, blocks, scales.shape[2], ROWS)
-    for expert in range(num_experts):  # one at a time: padding and permuting copy a matrix
-        matrix = values[expert].view(torch.uint8).flatten(1)
-        matrix = pad(matrix, (0, width - matrix.shape[1]))
-        data[expert] = pack(_to_rows_of_blocks(matrix, parts))
+    shape = blocks_shape(rows, values.shape[2] * (1 if is_fp8 else COLUMNS), format, parts)
+    data, stored = out or (
+        torch.empty(num_experts, *shape, dtype=torch.uint8, device=values.device),
+        scales.new_empty(num_experts, shape[0], scales.shape[2], ROWS),
+    )
+    pack, width = (_pack_fp8 if is_fp8 else _pack_mxfp4), shape[1] * shape[2] // ROWS
+    for expert in range(num_experts):
+        matrix = values[expert].contiguous().view(torch.uint8).flatten(1)
+        pack(_to_rows_of_blocks(_pad(matrix, width - matrix.shape[1]), parts), data[expert])
         stored[expert] = _to_rows_of_blocks(scales[expert], parts).mT
     return data, stored
 
@@ -325,11 +359,15 @@ def check_published(values: Tensor, scales: Tensor, format: str, parts: int, gro
         _check("values", values, (num_experts, rows, columns, 16), (torch.uint8,))
         _check("scales", scales, (num_experts, rows, columns), (torch.uint8,))
     for expert in range(num_experts):
-        if is_fp8 and bool((values[expert].view(torch.uint8) & 0x7F == 0x7F).any()):
+        if is_fp8 and any(map(_has_nan, _slices(values[expert].view(torch.uint8)))):
             raise ValueError(f"values: expected numbers, expert {expert} has NaN")
         finite = scales[expert].isfinite() if is_fp8 else scales[expert] != NAN_SCALE
         if not bool(finite.all()):
             raise ValueError(f"scales: expected finite numbers, expert {expert} has others")
+
+
+def _has_nan(codes: Tensor) -> bool:
+    return codes.numel() > 0 and int((codes & 0x7F).max()) == 0x7F  # any() of a comparison is 15 times as slow
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:

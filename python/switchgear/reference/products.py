@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Products of rows with the matrices of their experts in plain torch: grouped_gemm and its weight gradient. The specification."""
+"""Products of rows with the matrices of their experts in plain torch: grouped_gemm and its weight gradient. The
+specification."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Who goes where. A router is a score, a selection, a capacity limit and balance; see context.py for how they are
-called, and docs/routing.md for tables of all of them.
+"""Routing policies. A router combines a score, a selection, a capacity limit and balance terms; context.py defines
+their signatures, and docs/routing.md lists all of them.
 
-Scores:      Linear, Cosine, GroupedAvgPool, SwitchMixture, Uniform, Sum; of experts ActivationNorm, SparsityAware,
-             Gaussian, Domain, PosthocGate; of something larger than a token FromEmbedding, PerSequence, ClusterPrior
+Scores:      Linear, Cosine, GroupedAvgPool, SwitchMixture, Uniform, Sum; per expert ActivationNorm, SparsityAware,
+             Gaussian, Domain, PosthocGate; per task or sequence FromEmbedding, PerSequence, ClusterPrior
 Selections:  TopK, TopP, Threshold, Grouped, RankK, Dense, SkipBelow, Broadcast; ExpertChoice, BalancedAssignment;
              SampledTopK, NoisyTopK, SparseMixer, GumbelSoftmax, Random; Lookup; RunningCap;
              Masked with TokenIdMask, ExpertDropout or ClusterDropout
@@ -11,7 +11,7 @@ Capacity:    Dropless, Capacity
 Losses:      SwitchLoss, NullAwareSwitchLoss, ZLoss, ImportanceLoad, EntropyLoss, BatchEntropy, ParamPenalty,
              DeviceBalance, LocalityLoss, ClusterVariance, LocalizedBalance
 Controllers: LossFreeBias, AdaptiveCoefficient
-For a while: override(model, …), Router.intervene
+Temporary:   override(model, …), Router.intervene
 For a trainer: GradientConflict, consistency_loss, load_balancing_loss, z_loss, max_violation
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Balanced assignment: one expert for each token, equally many tokens for each expert, the largest total affinity."""
+"""Balanced assignment: one expert per token, equally many tokens per expert, maximal total affinity."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from switchgear.routing.ranking import SCORE_FUNCTIONS, scores_of
 
 @dataclass(frozen=True)
 class BalancedAssignment:
-    """In training each expert gets exactly T/E tokens (of T, the first T mod E experts one more) and the total of the
-    logits is near its maximum; in evaluation each token gets its best expert (BASE Layers, arXiv:2103.16716).
+    """In training each expert gets exactly T/E tokens (the first T mod E experts one more), and the sum of the assigned
+    logits is near its maximum. In evaluation each token gets its best expert (BASE Layers, arXiv:2103.16716).
 
-    The maximum comes from an auction with equal places (Bertsekas & Castañon 1989): a token without a place bids for
-    the expert that is worth most to it at the present prices, by as much as the next best expert is worth less, plus
-    eps; an expert keeps its best bids, and its price is the lowest of these. If the auction ends within max_iterations,
-    the total is within T·eps of the maximum; if it does not, the tokens that are left get the places that are left, in
-    order. (The authors' code lets experts bid for tokens, with the same eps, and waits for the device in each
-    iteration; here a device other than the CPU always runs max_iterations and is never waited for.)
+    The maximum comes from an auction with equal capacities (Bertsekas & Castañon 1989). An unassigned token bids for
+    the expert of highest value at the current prices and raises its price by the margin over the second best expert,
+    plus eps. An expert keeps its best bids, and its price is the lowest of them. If the auction ends within
+    max_iterations, the total is within T·eps of the maximum; otherwise the remaining tokens take the remaining places
+    in order. (In the authors' code experts bid for tokens, with the same eps, and every iteration synchronises with the
+    device. Here the CPU stops early; other devices always run max_iterations, without a synchronisation.)
 
     Args:
         eps: "auto" is (max - min) / 50 of the logits, at least 1e-4, as in the paper.
-        score_function: of the weight, a sigmoid in the paper. No gradient flows through the assignment.
-        scope: "batch", or "sequence": one assignment for each sequence.
-        balanced_in_evaluation: assign in evaluation too.
+        score_function: gives the weight; the paper uses a sigmoid. No gradient flows through the assignment.
+        scope: "batch", or "sequence": a separate assignment for each sequence.
+        balanced_in_evaluation: use the assignment in evaluation too.
     """
 
     eps: float | str = "auto"
@@ -57,7 +57,7 @@ class BalancedAssignment:
             sequence, count = None, 1
             if is_per_sequence(self.scope, context):
                 sequence, count = sequences(context, num_tokens, values.device)
-                sequence, count = sequence.to(torch.int32), max(count, 1)  # no tokens have no sequences
+                sequence, count = sequence.to(torch.int32), max(count, 1)  # zero tokens have zero sequences
             eps = -1.0 if isinstance(self.eps, str) else self.eps
             ids = ops.assign_balanced(values, sequence, count, eps, self.max_iterations)[:, None]
         else:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Losses that keep the load of experts equal and the logits small: functions of tensors, differentiable, in float32
+"""Losses that balance the load of experts and keep the logits small: differentiable functions of tensors, in float32
 (float64 for float64).
 
-Losses as options of a router, with their coefficients: losses.py. T tokens, E experts, K choices of each token.
+losses.py wraps them as options of a router, with coefficients. T tokens, E experts, K choices per token.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def load_balancing_loss(router_logits: Tensor, topk_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """E · Σ_e f_e · P_e: f_e the share of tokens that chose expert e, P_e its mean softmax probability (Switch
-    Transformer, arXiv:2101.03961, equation 4; for several choices the f_e add up to K, as in Hugging Face).
+    """E · Σ_e f_e · P_e: f_e is the fraction of tokens that chose expert e, P_e its mean softmax probability (Switch
+    Transformer, arXiv:2101.03961, equation 4; with K choices the f_e sum to K, as in Hugging Face).
 
     Args:
-        router_logits: [T,E]. topk_ids: [T,K], -1 for none; several layers may be concatenated along T.
-        attention_mask: [T] or any shape with T elements, 0 for tokens that do not count.
+        router_logits: [T,E]. topk_ids: [T,K], -1 for empty choices; layers may be concatenated along T.
+        attention_mask: [T] or any shape with T elements, 0 for tokens to ignore.
 
-    Returns a float32 scalar; K where the load is even. Zero tokens give 0.
+    Returns a float32 scalar, K for an even load. Zero tokens give 0.
     """
     num_experts = router_logits.shape[-1]
     probabilities = wide(router_logits).softmax(-1)
@@ -50,14 +50,14 @@ def z_loss(router_logits: Tensor) -> Tensor:
 
 
 def count_tokens(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """tokens_per_expert [E] int64: the choices of topk_ids [T,K] that fell on each expert; holes (-1) count nowhere."""
-    shifted = topk_ids.flatten().long() + 1  # a hole goes to place 0
+    """tokens_per_expert [E] int64: how many choices in topk_ids [T,K] selected each expert; holes (-1) do not count."""
+    shifted = topk_ids.flatten().long() + 1  # holes are counted at index 0
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_ids.device)
     return counts.scatter_add_(0, shifted, torch.ones_like(shifted))[1:]
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
-    """MaxVio = (max_e n_e - mean n) / mean n of tokens_per_expert [..., E], [...] float32; 0 where the load is even
+    """MaxVio = (max_e n_e - mean n) / mean n for tokens_per_expert [..., E]: [...] float32, 0 for an even load
     (arXiv:2408.15664). No tokens give 0."""
     counts = tokens_per_expert.float()
     mean = counts.mean(-1)
@@ -65,10 +65,10 @@ def max_violation(tokens_per_expert: Tensor) -> Tensor:
 
 
 def router_probabilities(routing: Routing, score_function: str | None = None) -> Tensor:
-    """The probabilities [T,E] float32 that losses speak of: rows sum to 1.
+    """The probabilities [T,E] float32 that the losses use; each row sums to 1.
 
     score_function: "softmax" of the logits; "sigmoid" of the logits, divided by its sum (DeepSeek-V3,
-    arXiv:2412.19437); None: routing.scores divided by its sum where the router tells it, else the softmax.
+    arXiv:2412.19437); None: routing.scores divided by their sum if the router provides them, else the softmax.
     """
     if score_function not in (None, "softmax", "sigmoid"):
         raise ValueError(f"score_function: expected 'softmax', 'sigmoid' or None, got {score_function!r}")
@@ -82,23 +82,23 @@ def router_probabilities(routing: Routing, score_function: str | None = None) ->
     return scores / scores.sum(-1, keepdim=True).clamp(min=_TINY)
 
 
-# ---- how even the load is --------------------------------------------------------------------------------------------
+# ---- load balance ----------------------------------------------------------------------------------------------------
 
 
 def switch_loss(probabilities: Tensor, tokens_per_expert: Tensor, num_tokens: Tensor | int) -> Tensor:
     """E · Σ_e f_e · P_e, with f_e = tokens_per_expert[e] / num_tokens and P_e the mean of probabilities [T,E].
 
-    The counts may come from more than these T tokens: those of all processes and of all micro-batches of a step
-    (arXiv:2501.11873). Switch Transformer, arXiv:2101.03961, equation 4. Returns a scalar, 0 without tokens.
+    The counts may cover more than these T tokens: all processes and all micro-batches of a step (arXiv:2501.11873).
+    Switch Transformer, arXiv:2101.03961, equation 4. Returns a scalar, 0 without tokens.
     """
     fraction = tokens_per_expert.to(probabilities.dtype) / torch.as_tensor(num_tokens).clamp(min=1)
     return probabilities.shape[1] * (fraction * _mean(probabilities)).sum()
 
 
 def sequence_switch_loss(probabilities: Tensor, topk_ids: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """The mean over sequences of each one's switch_loss (the sequence-wise loss of arXiv:2412.19437).
+    """The mean of switch_loss over sequences (the sequence-wise loss of arXiv:2412.19437).
 
-    probabilities [T,E], topk_ids [T,K], sequence_ids [T] in [0, num_sequences). Sequences without tokens count 0.
+    probabilities [T,E], topk_ids [T,K], sequence_ids [T] in [0, num_sequences). Sequences without tokens contribute 0.
     """
     num_experts = probabilities.shape[1]
     sequence_ids = sequence_ids.long()
@@ -114,15 +114,15 @@ def sequence_switch_loss(probabilities: Tensor, topk_ids: Tensor, sequence_ids: 
 def device_loss(probabilities: Tensor, topk_ids: Tensor, groups: Tensor) -> Tensor:
     """Σ_g f'_g · P'_g over groups of experts, one per device (DeepSeekMoE, arXiv:2401.06066).
 
-    f'_g is the mean over the group's experts of f_e = E / (K·T) · tokens_per_expert[e], P'_g the sum of their mean
-    probabilities. probabilities [T,E], topk_ids [T,K], groups [E]: the group of each expert. 1 where the load is even.
+    f'_g is the mean over the group's experts of f_e = E / (K·T) · tokens_per_expert[e]; P'_g is the sum of their mean
+    probabilities. probabilities [T,E], topk_ids [T,K], groups [E]: the group of each expert. 1 for an even load.
     """
     num_tokens, num_experts = probabilities.shape
     counts = count_tokens(topk_ids, num_experts).to(probabilities.dtype)
     fraction = counts * num_experts / max(topk_ids.shape[1] * num_tokens, 1)
     groups = groups.long()
     sums = torch.stack((fraction, _mean(probabilities), torch.ones_like(fraction)))
-    fraction, mass, size = torch.zeros_like(sums).index_add(1, groups, sums)  # groups are at most experts
+    fraction, mass, size = torch.zeros_like(sums).index_add(1, groups, sums)  # there are at most E groups
     loss: Tensor = (fraction / size.clamp(min=1) * mass).sum()
     return loss
 
@@ -130,8 +130,8 @@ def device_loss(probabilities: Tensor, topk_ids: Tensor, groups: Tensor) -> Tens
 def null_aware_switch_loss(
     probabilities: Tensor, tokens_per_expert: Tensor, num_tokens: Tensor | int, num_null: int
 ) -> Tensor:
-    """switch_loss over E experts whose last `num_null` are null experts, which share their load evenly: they are
-    interchangeable, so that nothing prefers one to another (AdaMoE, arXiv:2406.13233)."""
+    """switch_loss over E experts; the last `num_null` are null experts, whose load is averaged: they are
+    interchangeable, so the loss must not prefer one over another (AdaMoE, arXiv:2406.13233)."""
     load = tokens_per_expert.to(probabilities.dtype)
     if num_null:
         null = load[-num_null:]
@@ -140,16 +140,16 @@ def null_aware_switch_loss(
 
 
 def parameter_penalty(probabilities: Tensor, topk_ids: Tensor, widths: Tensor) -> Tensor:
-    """E · Σ_e M_e · P_e, with M_e = widths[e] · the share of tokens that chose e (HMoE, arXiv:2408.10681).
+    """E · Σ_e M_e · P_e, with M_e = widths[e] · the fraction of tokens that chose e (HMoE, arXiv:2408.10681).
 
-    Wide experts are made to earn their cost. probabilities [T,E], topk_ids [T,K], widths [E] in any unit.
+    It penalises wide experts by their cost. probabilities [T,E], topk_ids [T,K], widths [E] in any unit.
     """
     load = count_tokens(topk_ids, probabilities.shape[1]) * widths.to(probabilities.dtype)
     return switch_loss(probabilities, load, probabilities.shape[0])
 
 
 def squared_variation(values: Tensor) -> Tensor:
-    """CV² = variance / mean² of values [N], with the variance of the N values themselves; 0 where all are equal."""
+    """CV² = variance / mean² of values [N], with the population variance; 0 if all are equal."""
     mean = values.mean()
     return (values - mean).square().mean() / mean.square().clamp(min=_TINY)
 
@@ -160,10 +160,10 @@ def importance_loss(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) ->
 
 
 def smooth_load(router_logits: Tensor, top_k: int, noise_std: float = 1.0) -> Tensor:
-    """[E]: how many tokens would choose each expert if its logit alone were drawn again with noise of `noise_std`.
+    """[E]: the expected number of tokens that choose each expert if only its logit is redrawn with noise `noise_std`.
 
-    Σ_t Φ((z[t,e] - k-th largest of the others) / noise_std), differentiable where counts are not
-    (arXiv:1701.06538). router_logits [T,E].
+    Σ_t Φ((z[t,e] - k-th largest of the others) / noise_std); differentiable, unlike counts (arXiv:1701.06538).
+    router_logits [T,E].
     """
     logits = wide(router_logits)
     if top_k >= logits.shape[1]:
@@ -175,39 +175,39 @@ def smooth_load(router_logits: Tensor, top_k: int, noise_std: float = 1.0) -> Te
     return load
 
 
-# ---- how sure the router is ------------------------------------------------------------------------------------------
+# ---- confidence of the router ----------------------------------------------------------------------------------------
 
 
 def entropy_loss(probabilities: Tensor) -> Tensor:
-    """mean_t -Σ_e p log p: low where each token is sure of its experts (arXiv:2403.07652)."""
+    """mean_t -Σ_e p log p: low if each token's distribution is peaked (arXiv:2403.07652)."""
     return _entropy(probabilities).sum() / max(len(probabilities), 1)
 
 
 def batch_entropy_loss(probabilities: Tensor) -> Tensor:
-    """-H(mean_t p): low where the experts are used alike over the batch (sigma-MoE, arXiv:2310.10837)."""
+    """-H(mean_t p): low if the batch uses all experts equally (sigma-MoE, arXiv:2310.10837)."""
     return -_entropy(_mean(probabilities))
 
 
-# ---- where tokens go -------------------------------------------------------------------------------------------------
+# ---- placement and clusters ------------------------------------------------------------------------------------------
 
 
 def locality_loss(probabilities: Tensor, is_local: Tensor) -> Tensor:
-    """-log of the mean probability of local experts: 0 where every token stays (LocMoE, arXiv:2401.13920).
+    """-log of the mean probability of local experts: 0 if every token stays local (LocMoE, arXiv:2401.13920).
 
-    With D the mean of probabilities [T,E] and D_local its part on the experts of this node (is_local [E] bool),
-    normalised, this is KL(D_local || D). The paper writes the divergence the other way around, which is infinite as
-    soon as one token leaves the node. 0 without tokens.
+    Let D be the mean of probabilities [T,E], and D_local its part on this node's experts (is_local [E] bool),
+    normalised. This is KL(D_local || D). The paper writes the reverse divergence, which is infinite as soon as one
+    token leaves the node. 0 without tokens.
     """
     share = (_mean(probabilities) * is_local).sum()
     return -share.clamp(min=_TINY).log() * float(len(probabilities) > 0)
 
 
 def cluster_variance_loss(probabilities: Tensor, groups: Tensor) -> Tensor:
-    """The share of the variance of a token's probabilities that lies within clusters of experts, averaged over tokens.
+    """The fraction of the variance of a token's probabilities within clusters of experts, averaged over tokens.
 
-    0 where the experts of a cluster are as likely as each other and clusters differ, 1 where only the experts within
-    clusters differ (MoEC, arXiv:2207.09094; that the two variances are compared is the paper's, the quotient is
-    unverified). probabilities [T,E], groups [E]: the cluster of each expert.
+    0 if the experts of each cluster are equally likely and clusters differ; 1 if only the experts within clusters
+    differ (MoEC, arXiv:2207.09094; the paper compares the two variances, this quotient is unverified).
+    probabilities [T,E], groups [E]: the cluster of each expert.
     """
     groups = groups.long()
     size = torch.zeros_like(probabilities[:1]).index_add(1, groups, torch.ones_like(probabilities[:1]))
@@ -228,8 +228,8 @@ def localized_balance_loss(
 ) -> Tensor:
     """var(Z) / mean(Z) of Z[e,s] = I[e,s] · Q[e,s] (LoRAMoE, arXiv:2312.09979).
 
-    Q is the weight that the tokens of sequence s give to expert e; I is 1 + delta where the types of expert and
-    sequence agree and 1 - delta elsewhere. (The published code divides by mean².)
+    Q is the weight that the tokens of sequence s give to expert e; I is 1 + delta if the types of expert and sequence
+    agree, else 1 - delta. (The published code divides by mean².)
 
     Args: topk_ids, topk_weights [T,K]; expert_types [E]; sequence_types [B]; sequence_ids [T] in [0, B). delta
     unverified.
@@ -251,7 +251,7 @@ def _mean(probabilities: Tensor) -> Tensor:
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    return -(probabilities * probabilities.clamp(min=_TINY).log()).sum(-1)  # its gradient is finite at 0
+    return -(probabilities * probabilities.clamp(min=_TINY).log()).sum(-1)  # keeps the gradient finite at 0
 
 
 def _total_weights(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> Tensor:

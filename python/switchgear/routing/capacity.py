@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How many tokens an expert takes: all (the default), or a multiple of the average, and what happens to the others."""
+"""How many tokens an expert accepts: all (the default) or a multiple of the average; and what happens to the rest."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ OVERFLOWS = ("drop", "reroute")
 
 
 def min_capacity(delta: float, hidden_size: int, num_experts: int) -> float:
-    """1 / (E · erfc(√(H·δ² / (2 - δ²)))), the lower bound that LocMoE puts on the capacity of an expert
-    (arXiv:2401.13920).
+    """1 / (E · erfc(√(H·δ² / (2 - δ²)))): LocMoE's lower bound on the capacity of an expert (arXiv:2401.13920).
 
-    delta: the paper's δ, a threshold of the similarity of tokens and experts, about 0.03 as measured there. The units
-    of the bound are unverified. ValueError unless 0 < δ < √2.
+    delta: the paper's δ, a threshold on the similarity of tokens and experts, measured there as about 0.03. The unit
+    of the bound is unverified. ValueError unless 0 < δ < √2.
     """
     if not 0 < delta < math.sqrt(2):
         raise ValueError(f"delta: expected a number between 0 and √2, got {delta}")
@@ -34,7 +33,7 @@ def min_capacity(delta: float, hidden_size: int, num_experts: int) -> float:
 
 @dataclass(frozen=True)
 class Dropless:
-    """Experts take every token that chose them (arXiv:2303.06182, dynamic gating). No token depends on another one."""
+    """Experts accept every token that chose them (dynamic gating, arXiv:2303.06182). Tokens are independent."""
 
     def __call__(self, routing: Routing, context: Context) -> Routing:
         return routing
@@ -42,22 +41,22 @@ class Dropless:
 
 @dataclass(frozen=True)
 class Capacity:
-    """An expert takes at most C = ⌈factor · K · T / E⌉ tokens (arXiv:2101.03961; arXiv:2503.05066 for inference).
+    """An expert accepts at most C = ⌈factor · K · T / E⌉ tokens (arXiv:2101.03961; arXiv:2503.05066 for inference).
 
     Args:
-        factor: in training, and in evaluation unless evaluation_factor is given. Infinite: no limit.
-        drop: which choices an expert with too many keeps. "order": the first tokens, of one token the best choice; with
-            it a stranger's tokens earlier in the batch push out others (arXiv:2402.05526). "choice": first choices
-            before second ones, then by order (GShard, arXiv:2006.16668). "reverse": the last ones. "score": those of
-            the largest weight. "random".
-        overflow: "drop", and the token gets nothing for this choice; or "reroute" to the token's next best experts that
-            have room, in the same order of precedence. The new weight is the old one times the ratio of the scores.
-        expand: a token has ⌈K · expand⌉ candidates in all, all experts if None. A choice is dropped only if every
-            candidate is full or has the token already.
-        scope: "batch", or "sequence": T is its length and its tokens compete among themselves, so that no other
-            sequence matters.
+        factor: in training, and in evaluation unless evaluation_factor is given. Infinity: no limit.
+        drop: which choices an overfull expert keeps. "order": the first tokens, and each token's best choice first;
+            other users' tokens earlier in the batch can then displace others (arXiv:2402.05526). "choice": first
+            choices before second ones, then by order (GShard, arXiv:2006.16668). "reverse": the last ones. "score":
+            those of the largest weight. "random".
+        overflow: "drop": the token gets nothing for this choice; or "reroute": the choice goes to the token's next best
+            expert with free capacity, in the same order of precedence. Its weight is scaled by the ratio of the scores.
+        expand: number of candidates per token, ⌈K · expand⌉; all experts if None. A choice is dropped only if each
+            candidate is full or already has the token.
+        scope: "batch", or "sequence": T is the length of a sequence and only its own tokens compete, so other sequences
+            have no effect.
 
-    Empty choices take no place and are not counted as dropped.
+    Empty choices use no capacity and do not count as dropped.
     """
 
     factor: float = 1.25
@@ -111,7 +110,7 @@ class Capacity:
         return routing._replace(topk_ids=kept_ids, topk_weights=weights, num_dropped=dropped + lost.sum())
 
     def _limits(self, factor: float, ids: Tensor, num_experts: int, context: Context) -> tuple[Tensor, Tensor | None]:
-        """C of each sequence [B] int32, and the sequence of each token [T] int32, None where all tokens compete."""
+        """C of each sequence [B] int32, and the sequence of each token [T] int32, None if all tokens compete."""
         num_tokens, top_k = ids.shape
         if not is_per_sequence(self.scope, context):
             limit = min(math.ceil(factor * top_k * num_tokens / num_experts), num_tokens * top_k)

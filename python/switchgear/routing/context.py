@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a routing policy may look at besides the tokens themselves, and what the parts of a router are called with.
+"""The context of a routing policy, besides the tokens themselves, and the signatures of the parts of a router.
 
     x [T,H] ──score──► router_logits [T,E] ──select──► Routing ──capacity──► Routing       balance: Routing ──► losses
 
-A policy is a combination of the four. Each part is any callable with the signature below: a function, a frozen
-dataclass, or an nn.Module where it has parameters or buffers (the router then owns it as a submodule). A part may also
-be given as a class or a functools.partial of one; the router calls that, so that layers share no state; see `made`.
+A policy combines the four. Each part is a callable with the signature below: a function, a frozen dataclass, or an
+nn.Module if it has parameters or buffers (the router registers it as a submodule). A part may also be a class or a
+functools.partial of one. The router then calls it, so that layers share no state; see `made`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from switchgear.reference import check_choice
 
 @dataclass(frozen=True)
 class Context:
-    """What is known about the T tokens of a call. Everything is optional: a policy names what it misses.
+    """What is known about the T tokens of a call. All optional; a policy raises ValueError naming a missing one.
 
     Attributes:
         token_ids: [T] integers, the vocabulary ids (lookup and masked routing).
-        sequence_ids: [T] integers, equal for tokens of one sequence. They may have any value and any order.
-        num_sequences: if given, sequence_ids are known to lie in [0, num_sequences), and nothing is read back for that.
-        sequence_length: for sequences of equal length that follow each other; sequence_ids come first.
+        sequence_ids: [T] integers, equal for tokens of one sequence; any values in any order.
+        num_sequences: promises that sequence_ids are in [0, num_sequences), which avoids a read from the device.
+        sequence_length: for consecutive sequences of equal length; sequence_ids take precedence.
         embedding: [T,D], or [B,D] with a row per sequence: a task, domain or instance.
-        importance: [T], of tokens that shall be spared (SkipBelow).
-        generator: of all random numbers; torch's default generator if absent.
-        group: a torch.distributed process group, over which counts are summed.
-        isolated: policies that let tokens compete let those of one sequence compete alone, whatever their own scope.
+        importance: [T], of tokens to be protected (SkipBelow).
+        generator: for all random numbers; torch's default generator if None.
+        group: a torch.distributed process group over which counts are summed.
+        isolated: tokens compete only with tokens of their own sequence, whatever the scope of the policy.
         training: set by the router.
     """
 
@@ -52,7 +52,7 @@ class Context:
     training: bool = False
 
     def require(self, name: str, user: str) -> Any:
-        """The attribute `name`. Raises ValueError, which names it and its user, where it is absent."""
+        """The attribute `name`. Raises ValueError, naming it and its user, if it is None."""
         value = getattr(self, name)
         if value is None:
             raise ValueError(f"{name}: {user} needs it, got None; pass it to the layer's forward")
@@ -63,7 +63,7 @@ NOTHING_KNOWN = Context()
 
 
 def context_of(**values: Any) -> Context:
-    """A Context, whose tensors may have the leading dimensions of hidden_states."""
+    """A Context; its tensors may have the leading dimensions of hidden_states."""
     for name in ("token_ids", "sequence_ids", "importance"):
         if isinstance(values.get(name), Tensor):
             values[name] = values[name].reshape(-1)
@@ -84,10 +84,10 @@ class Score(Protocol):
 class Select(Protocol):
     """router_logits [T,E] -> Routing: topk_ids [T,K] int32 with -1 for none, topk_weights [T,K] float32.
 
-    The only part with randomness. Selections keep three promises: they are total (any bits in the logits give ids in
-    range, distinct within a token), ties go to the lowest index, and the weights of empty choices are 0.
+    The only part with randomness. Selections guarantee three things: they are total (any bits in the logits give ids
+    in range, distinct within a token), ties go to the lowest index, and the weights of empty choices are 0.
 
-    `bias` [E] float32, if given, is added to the scores for the choice alone and gets no gradient.
+    `bias` [E] float32, if given, is added to the scores for the choice only and gets no gradient.
     """
 
     def __call__(self, router_logits: Tensor, context: Context, bias: Tensor | None = None, /) -> Routing: ...
@@ -95,21 +95,21 @@ class Select(Protocol):
 
 @runtime_checkable
 class Limit(Protocol):
-    """Routing -> Routing where no expert has more tokens than it can take (`capacity=`): some ids become -1 or another
-    expert. It adds to num_dropped. Attribute needs_scores (optional): it wants Routing.scores."""
+    """Routing -> Routing in which no expert exceeds its capacity (`capacity=`): some ids become -1 or another expert.
+    It adds to num_dropped. Optional attribute needs_scores: it requires Routing.scores."""
 
     def __call__(self, routing: Routing, context: Context, /) -> Routing: ...
 
 
 @runtime_checkable
 class Balance(Protocol):
-    """Routing -> a float32 scalar that the trainer adds to the loss; found in Routing.losses under `name` (an
-    attribute, else the name of the class or function). Called in training alone.
+    """Routing -> a float32 scalar that the trainer adds to the loss, stored in Routing.losses under `name` (an
+    attribute, else the name of the class or function). Called in training only.
 
-    It sees the choice before the capacity limit (what the router wanted), with num_dropped of after it.
+    It sees the choice before the capacity limit (what the router wanted), and num_dropped after it.
 
-    A controller has, instead or as well, after_step(tokens_per_expert, router): called by Router.after_step once per
-    optimizer step with the counts [E] int64 since the last one, summed over Context.group. A controller that works on
+    A controller has, instead or in addition, after_step(tokens_per_expert, router). Router.after_step calls it once per
+    optimizer step with the counts [E] int64 since the last one, summed over Context.group. A controller that updates
     the selection bias (router.e_score_correction_bias) has an attribute needs_selection_bias = True.
     """
 
@@ -117,8 +117,8 @@ class Balance(Protocol):
 
 
 def made(part: Any, *args: Any, num_experts: int | None = None, **kwargs: Any) -> Any:
-    """What a class or a functools.partial makes, called with args and kwargs, and with num_experts where it takes that
-    and has none yet; a dataclass with what such fields of it make; anything else as it is."""
+    """Calls a class or a functools.partial with args and kwargs, and with num_experts if it takes that and has none
+    yet. A dataclass gets such fields replaced by their results; anything else is returned unchanged."""
     if not isinstance(part, (type, functools.partial)):
         inner = {name: value for name, value in _fields(part) if isinstance(value, (type, functools.partial))}
         if not inner:
@@ -136,15 +136,15 @@ def _fields(part: Any) -> list[tuple[str, Any]]:
 
 
 def modules_in(part: Any) -> list[nn.Module]:
-    """The modules that a part consists of: itself, or those in the fields of a dataclass (Broadcast(Masked(…)))."""
+    """The modules in a part: itself, or those in the fields of a dataclass (Broadcast(Masked(…)))."""
     if isinstance(part, nn.Module):
         return [part]
     return [module for _, value in _fields(part) for module in modules_in(value)]
 
 
 def groups_of(groups: int | Sequence[int] | Tensor, num_experts: int | None) -> Tensor:
-    """The group of each expert, [E] int64 on the CPU. groups: that, or the number of groups: equal ones of consecutive
-    experts, or as equal as may be."""
+    """The group of each expert, [E] int64 on the CPU. groups: that, or a number of groups of consecutive experts, whose
+    sizes are as equal as possible."""
     if not isinstance(groups, int):
         return torch.as_tensor(groups).detach().cpu().long()
     if num_experts is None:
@@ -157,7 +157,7 @@ def groups_of(groups: int | Sequence[int] | Tensor, num_experts: int | None) -> 
 def sequences(context: Context, num_tokens: int, device: torch.device) -> tuple[Tensor, int]:
     """The sequence of each token, [T] int64 in [0, B), and B.
 
-    Raises ValueError where the context knows of none, or of another number of tokens.
+    Raises ValueError if the context has none, or has another number of tokens.
     """
     if context.sequence_ids is not None:
         ids = context.sequence_ids.reshape(-1).to(device)

@@ -19,10 +19,10 @@ RULES = ("sign", "proportional")
 
 @dataclass(frozen=True)
 class LossFreeBias:
-    """Moves the selection bias of experts with too few tokens up and of the others down (arXiv:2408.15664).
+    """Raises the selection bias of experts with too few tokens and lowers that of the others (arXiv:2408.15664).
 
     After a step with n_e tokens on expert e, bias_e += rate · sign(mean(n) - n_e), or with rule "proportional"
-    rate · (mean(n) - n_e) / mean(n). The bias takes part in the choice and not in the weights; it has no gradient.
+    rate · (mean(n) - n_e) / mean(n). The bias affects the choice but not the weights; it has no gradient.
 
         moe = switchgear.MoE(256, 128, 16, 4, score_function="sigmoid", balance=[LossFreeBias(1e-3)])
         …; optimizer.step(); moe.gate.after_step()
@@ -37,7 +37,7 @@ class LossFreeBias:
 
     @torch.no_grad()
     def after_step(self, tokens_per_expert: Tensor, router: Any) -> None:
-        """tokens_per_expert [E] of the step, of all processes."""
+        """tokens_per_expert [E]: of the step, over all processes."""
         counts = tokens_per_expert.float()
         mean = counts.mean()
         error = mean - counts
@@ -46,11 +46,11 @@ class LossFreeBias:
 
 
 class AdaptiveCoefficient(nn.Module):
-    """A coefficient of a loss that follows the share of dropped tokens (Skywork-MoE, arXiv:2406.06563).
+    """A loss coefficient that follows the fraction of dropped tokens (Skywork-MoE, arXiv:2406.06563).
 
     Per layer and step: α ← beta · α + (1 - beta) · min(xi · drop_rate, alpha_max).
 
-        SwitchLoss(AdaptiveCoefficient())                # with a capacity: nothing is dropped without one
+        SwitchLoss(AdaptiveCoefficient())                # needs a capacity; otherwise nothing is dropped
 
     Args: xi, alpha_max, beta. initial: α of the first step (unverified).
     Buffers: value [] float32, in the state dict.
@@ -65,14 +65,14 @@ class AdaptiveCoefficient(nn.Module):
         self.xi, self.alpha_max, self.beta = xi, alpha_max, beta
         self.initial = alpha_max if initial is None else initial
         self.register_buffer("value", torch.tensor(self.initial, dtype=torch.float32))
-        self._seen: Tensor | None = None  # [2]: dropped choices and all choices of the step
+        self._seen: Tensor | None = None  # [2]: dropped choices and all choices in this step
 
     def reset_parameters(self) -> None:
-        """Back to the first step."""
+        """Resets to the first step."""
         nn.init.constant_(self.value, self.initial)
 
     def forward(self, routing: Routing) -> Tensor:
-        """The coefficient now; counts what `routing` dropped."""
+        """The current coefficient; also counts what `routing` dropped."""
         choices = (routing.topk_ids >= 0).sum()  # what the router wanted
         dropped = torch.zeros_like(choices) if routing.num_dropped is None else routing.num_dropped
         seen = torch.stack((dropped.to(choices.device), choices))
@@ -80,8 +80,8 @@ class AdaptiveCoefficient(nn.Module):
         return self.value
 
     def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
-        """One step of the rule, with the drops of the forward passes since the last one, over all processes of the
-        group of the router's last Context."""
+        """One step of the rule, with the drops since the last one, over all processes in the group of the router's last
+        Context."""
         seen, group = self._seen, getattr(router, "_group", None)
         if group is not None:
             seen = torch.zeros(2, dtype=torch.int64, device=self.value.device) if seen is None else seen
@@ -92,7 +92,7 @@ class AdaptiveCoefficient(nn.Module):
 
     @torch.no_grad()
     def update(self, drop_rate: Tensor | float) -> None:
-        """One step of the rule. drop_rate: dropped choices as a share of all."""
+        """One step of the rule. drop_rate: dropped choices as a fraction of all."""
         wanted = (self.xi * torch.as_tensor(drop_rate, dtype=torch.float32)).clamp(max=self.alpha_max)
         self.value.copy_(self.beta * self.value + (1 - self.beta) * wanted.to(self.value.device))
 
@@ -101,16 +101,16 @@ class AdaptiveCoefficient(nn.Module):
 
 
 class RunningCap(nn.Module):
-    """A selection whose experts pause while they are ahead: one whose running total of weights exceeds the mean by more
-    than `margin` is closed (Deep Mixture of Experts, arXiv:1312.4314).
+    """A selection that closes an expert while its running total of weights exceeds the mean by more than `margin` (Deep
+    Mixture of Experts, arXiv:1312.4314).
 
         switchgear.MoE(256, 128, 16, select=partial(RunningCap, Dense(), margin=100.0))
 
-    A closed expert has the lowest logit, hence weight 0 under a softmax, and the others' weights sum to 1. Totals
-    grow in training alone, by whole calls (the second one of activation checkpointing included): a call's tokens all
-    see the totals from before it. It is meant for early training; set `margin` to infinity afterwards.
+    A closed expert gets the lowest logit, hence weight 0 under a softmax, and the others' weights sum to 1. Totals grow
+    in training only, once per call (recomputation by activation checkpointing counts again): all tokens of a call see
+    the totals from before it. It is meant for early training; set `margin` to infinity afterwards.
 
-    Args: select: the selection behind it. margin: in tokens. num_experts: E, which a router tells its parts.
+    Args: select: the wrapped selection. margin: in tokens. num_experts: E; the router passes it.
 
     Buffers: totals [E] float32, in the state dict.
     """
@@ -125,7 +125,7 @@ class RunningCap(nn.Module):
         self.register_buffer("totals", torch.zeros(num_experts))
 
     def reset_parameters(self) -> None:
-        """No totals yet."""
+        """Zeroes the totals."""
         nn.init.zeros_(self.totals)
 
     def forward(self, router_logits: Tensor, context: Context, bias: Tensor | None = None) -> Routing:

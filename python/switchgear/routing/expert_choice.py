@@ -21,21 +21,21 @@ class ExpertChoice:
     """Each expert takes the tokens of its k largest scores, k = max(1, ⌊capacity_factor · T / E⌋) (arXiv:2202.09368).
 
     Args:
-        capacity_factor: the average number of experts of a token.
-        tokens_per_expert: k itself, instead (pMoE, arXiv:2306.04073: the patches that an expert takes of an image).
-        scope: "batch", or "sequence": the tokens of a sequence compete among themselves, T being its length. Only then
-            is a token independent of other sequences (arXiv:2410.22884 steals prompts where it is not).
+        capacity_factor: the average number of experts per token.
+        tokens_per_expert: k itself, instead (pMoE, arXiv:2306.04073: image patches per expert).
+        scope: "batch", or "sequence": only tokens of one sequence compete, and T is its length. Only then is a token
+            independent of other sequences (arXiv:2410.22884 steals prompts otherwise).
         weights: "score", the softmax over the experts, or "softmax_over_tokens": over the logits of the tokens that an
-            expert took, by which it then also chooses (pMoE).
+            expert took; the expert then also chooses by logits (pMoE).
         max_experts_per_token: a cap b. Scores are first replaced by the solution A of max ⟨S, A⟩ + λ·H(A) with
-            Σ_t A = k, Σ_e A <= b, 0 <= A <= 1, by cap_iterations rounds (λ = cap_lambda = 0.001 is unverified), and
-            what then still exceeds the cap goes to no one. With cap_iterations = 0 it is but a cut: a token keeps its b
-            best. Without a cap the largest number of experts of a token is read back; it is E in a compiled or captured
-            graph.
+            Σ_t A = k, Σ_e A <= b, 0 <= A <= 1, by cap_iterations rounds (λ = cap_lambda = 0.001 is unverified);
+            choices that still exceed the cap are removed. With cap_iterations = 0 there is only the cut: a token keeps
+            its b best. Without a cap the largest number of experts of a token is read back from the device; a compiled
+            or captured graph uses E instead.
         scale: multiplies the weights.
         ties: "index", to the lowest token, or "random".
-        evaluation: which token is taken depends on later ones, so that a decoder cannot do this; with evaluation = n
-            the router takes the n best experts of each token in evaluation. None: as in training.
+        evaluation: whether a token is taken depends on later tokens, so a decoder cannot use expert choice. With
+            evaluation = n each token gets its n best experts in evaluation. None: as in training.
     """
 
     capacity_factor: float = 2.0
@@ -89,7 +89,7 @@ class ExpertChoice:
     def _limits(
         self, context: Context, num_tokens: int, num_experts: int, device: torch.device
     ) -> tuple[Tensor | None, Tensor]:
-        """The sequence of each token [T] int32, None where all tokens compete, and k of each sequence [B] int32."""
+        """The sequence of each token [T] int32, None if all tokens compete, and k of each sequence [B] int32."""
         if not is_per_sequence(self.scope, context):
             sequence, sizes = None, torch.full((1,), num_tokens, dtype=torch.int64, device=device)
         else:
@@ -118,7 +118,7 @@ class ExpertChoice:
         return ids.gather(1, best.sort(1).values.long())
 
     def _capped(self, values: Tensor, sequence: Tensor | None, limits: Tensor, context: Context) -> Tensor:
-        """What experts choose by under a cap, [T,E]. Only of sequences of unequal lengths is the longest read back."""
+        """The values [T,E] that experts choose by under a cap. Reads the longest length back if lengths differ."""
         assert self.max_experts_per_token is not None
         if sequence is None:
             longest = values.shape[0]
@@ -134,14 +134,14 @@ class ExpertChoice:
 
 
 def _must_not_read(tensor: Tensor) -> bool:
-    """Whether a graph is compiled or captured, which a value on the host would end."""
+    """Whether a graph is compiled or captured; reading a value on the host would break it."""
     if torch.compiler.is_compiling() or tensor.is_meta:
         return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _softmax_over_tokens(logits: Tensor, ids: Tensor, sequence: Tensor | None, num_sequences: int) -> Tensor:
-    """For each expert and sequence, softmax of logits [T,E] over the tokens that it took (ids [T,K]); 0 for others."""
+    """For each expert and sequence, softmax of logits [T,E] over the tokens it took (ids [T,K]); 0 for others."""
     taken = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
     taken = taken.scatter(1, torch.where(ids < 0, logits.shape[1], ids).long(), True)[:, :-1]
     logits = logits.masked_fill(~taken, -math.inf)

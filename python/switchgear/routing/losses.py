@@ -3,8 +3,8 @@
 
     switchgear.MoE(256, 128, 16, 2, balance=[SwitchLoss(1e-2), ZLoss(1e-3)])
 
-A router calls them in training; the trainer adds the sum of moe.losses to its loss. `name` is the key there. A function
-(routing, context) -> scalar does as well as any of them.
+A router calls them in training; the trainer adds the sum of moe.losses to its loss. `name` is the key there. Any
+function (routing, context) -> scalar works too.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class SwitchLoss(nn.Module):
     """coefficient · E · Σ_e f_e · P_e (Switch Transformer, arXiv:2101.03961).
 
     Args:
-        coefficient: α; an AdaptiveCoefficient (or a partial that makes one) follows the share of dropped tokens
+        coefficient: α; an AdaptiveCoefficient (or a partial that makes one) follows the fraction of dropped tokens
             (arXiv:2406.06563).
-        scope: which tokens f_e, the share of tokens that chose expert e, is counted over. "micro": those of the call.
-            "sequence": each sequence alone, the losses averaged (DeepSeek-V3, arXiv:2412.19437). "global": those of all
-            processes of Context.group, or of the default group where there is one (arXiv:2501.11873). P_e, which
-            carries the gradient, is the mean probability of the call's tokens (of the sequence's) in every scope.
-        accumulate: with scope "global", count over all calls since the last Router.after_step as well: over the
+        scope: the tokens over which f_e, the fraction of tokens that chose expert e, is counted. "micro": those of the
+            call. "sequence": per sequence, with the losses averaged (DeepSeek-V3, arXiv:2412.19437). "global": those of
+            all processes of Context.group, or of the default group if there is one (arXiv:2501.11873). P_e, which
+            carries the gradient, is always the mean probability of the call's (or sequence's) tokens.
+        accumulate: with scope "global", also count over all calls since the last Router.after_step, that is over the
             micro-batches of a step.
         per_choice: divide by K, so that an even load gives α for any K (DeepSeekMoE, arXiv:2401.06066, equation 12).
-        score_function: of the probabilities; see router_probabilities.
-        num_null: the last experts that are null experts and share one load (AdaMoE, arXiv:2406.13233).
+        score_function: see router_probabilities.
+        num_null: the last num_null experts are null experts and share one load (AdaMoE, arXiv:2406.13233).
 
-    The counts come before any capacity limit. Even load: α·K, or α with per_choice.
+    Counts are taken before any capacity limit. Even load: α·K, or α with per_choice.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class SwitchLoss(nn.Module):
         self.coefficient = made(coefficient)
         self.scope, self.accumulate, self.per_choice = scope, accumulate, per_choice
         self.score_function, self.num_null, self.name = score_function, num_null, name
-        self._counts: Tensor | None = None  # [E+1]: tokens per expert, tokens; since the last step
+        self._counts: Tensor | None = None  # [E+1]: tokens per expert, then tokens; since the last step
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
         probabilities = router_probabilities(routing, self.score_function)
@@ -95,7 +95,7 @@ class SwitchLoss(nn.Module):
         return counts
 
     def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
-        """Forgets the counts of the step."""
+        """Resets the counts of the step."""
         self._counts = None
         coefficient: Any = self.coefficient
         if isinstance(coefficient, nn.Module):
@@ -109,9 +109,9 @@ class SwitchLoss(nn.Module):
 
 
 class NullAwareSwitchLoss(SwitchLoss):
-    """SwitchLoss over E real and `num_null` null experts, which share one load (AdaMoE, arXiv:2406.13233).
+    """SwitchLoss over real experts and, last, `num_null` null experts that share one load (AdaMoE, arXiv:2406.13233).
 
-    The coefficient 1e-4 is that of the published Mixtral configuration.
+    The default 1e-4 is the coefficient of the published Mixtral configuration.
     """
 
     def __init__(self, coefficient: float = 1e-4, *, num_null: int, **options: Any) -> None:
@@ -133,7 +133,7 @@ class ZLoss:
 class ImportanceLoad:
     """importance · CV²(total weights) + load · CV²(smooth load) (arXiv:1701.06538; LLaMA-MoE, arXiv:2406.16554).
 
-    noise_std: of the noise in the smooth load, in units of logits.
+    noise_std: the noise of the smooth load, in units of logits.
     """
 
     importance: float = 1e-2
@@ -150,7 +150,7 @@ class ImportanceLoad:
 
 @dataclass(frozen=True)
 class EntropyLoss:
-    """coefficient · mean_t H(p_t): makes routers that choose as many experts as they like sure of few
+    """coefficient · mean_t H(p_t): makes routers with a variable number of experts per token choose few
     (arXiv:2403.07652)."""
 
     coefficient: float = 1e-4
@@ -165,7 +165,7 @@ class EntropyLoss:
 class BatchEntropy:
     """-coefficient · H(mean_t softmax(z_t)): spreads the batch over the experts (sigma-MoE, arXiv:2310.10837).
 
-    The softmax is of the logits, whatever the scores are.
+    The softmax is always of the logits, whatever the score function.
     """
 
     coefficient: float = 1e-3
@@ -188,7 +188,7 @@ class _PerExpert(nn.Module):
         self.coefficient, self.score_function = coefficient, score_function
 
     def reset_parameters(self) -> None:
-        """The vector as it was given, after to_empty."""
+        """Restores the given vector, for example after to_empty."""
         self.vector.copy_(self._given)
 
     def _probabilities(self, routing: Routing) -> Tensor:
@@ -198,9 +198,9 @@ class _PerExpert(nn.Module):
 
 
 class ParamPenalty(_PerExpert):
-    """coefficient · E · Σ_e M_e · P_e, M_e the share of tokens on expert e times its width (HMoE, arXiv:2408.10681).
+    """coefficient · E · Σ_e M_e · P_e, M_e: fraction of tokens on expert e times its width (HMoE, arXiv:2408.10681).
 
-    widths [E]: intermediate sizes in any unit; only their ratios matter beside the coefficient.
+    widths [E]: intermediate sizes in any unit; a common factor acts like the coefficient.
     """
 
     name = "parameters"
@@ -218,8 +218,8 @@ class ParamPenalty(_PerExpert):
 class DeviceBalance(_PerExpert):
     """coefficient · Σ_g f'_g · P'_g over groups of experts, one per device (DeepSeekMoE, arXiv:2401.06066).
 
-    groups: the device of each expert [E], from 0; or the number of devices, each with equally many consecutive experts.
-    coefficient: 0.05 is that of the 145B model (unverified). num_experts: E, if groups is a number.
+    groups: the device of each expert [E], from 0; or the number of devices, with equally many consecutive experts each.
+    coefficient: the 145B model uses 0.05 (unverified). num_experts: E, if groups is a number.
     """
 
     name = "device"
@@ -238,10 +238,10 @@ class DeviceBalance(_PerExpert):
 
 
 class LocalityLoss(_PerExpert):
-    """coefficient · -log(mean probability of the experts of this node) (LocMoE, arXiv:2401.13920; see locality_loss).
+    """coefficient · -log(mean probability of this node's experts) (LocMoE, arXiv:2401.13920; see locality_loss).
 
-    placement: the node of each expert [E]; or the number of nodes, each with equally many consecutive experts. node:
-    this process's own. coefficient: the paper's μ (unverified). num_experts: E, if placement is a number.
+    placement: the node of each expert [E]; or the number of nodes, with equally many consecutive experts each. node:
+    this process's node. coefficient: the paper's μ (unverified). num_experts: E, if placement is a number.
     """
 
     name = "locality"
@@ -261,10 +261,10 @@ class LocalityLoss(_PerExpert):
 
 
 class ClusterVariance(_PerExpert):
-    """coefficient · the share of a token's variance that lies within clusters (MoEC, arXiv:2207.09094; see
+    """coefficient · the fraction of a token's variance within clusters (MoEC, arXiv:2207.09094; see
     cluster_variance_loss).
 
-    groups: the cluster of each expert [E], from 0; or the number of clusters, equal and of consecutive experts.
+    groups: the cluster of each expert [E], from 0; or the number of equal clusters of consecutive experts.
     coefficient unverified. num_experts: E, if groups is a number.
     """
 
@@ -284,10 +284,10 @@ class ClusterVariance(_PerExpert):
 
 
 class LocalizedBalance(_PerExpert):
-    """coefficient · var(Z) / mean(Z), Z the weights of experts and sequences, more of them where their types agree
+    """coefficient · var(Z) / mean(Z), where Z is the weight per expert and sequence, increased if their types agree
     (LoRAMoE, arXiv:2312.09979).
 
-    expert_types [E]. The types of the sequences [B] come as Context.embedding: integers [B]. delta, coefficient: 0.1
+    expert_types [E]. Context.embedding holds the types of the sequences: integers [B]. delta, coefficient: 0.1
     (unverified).
     """
 

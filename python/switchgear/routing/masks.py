@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which experts a token may have: masked selections, and the table that leaves no choice."""
+"""Which experts a token may use: masked selections, and lookup tables."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from switchgear.routing.context import NOTHING_KNOWN, Context, Select, groups_of
 from switchgear.routing.ranking import keep_choices, uniform
 
 Mask = Callable[[Tensor, Context], Tensor | None]
-"""(router_logits [T,E], context) -> bool, broadcastable to [T,E], true where the expert may be chosen; None for all."""
+"""(router_logits [T,E], context) -> bool, broadcastable to [T,E], true for allowed experts; None allows all."""
 
 
 class Masked(nn.Module):
-    """Another selection among the experts that a mask allows. The others have probability zero, no gradient and no
-    token. A token with fewer than K experts to choose from has empty choices, and so has one for which a selection bias
-    lifts a hidden expert over the others.
+    """Another selection restricted to the experts that a mask allows. The others get probability zero, no gradient and
+    no tokens. A token with fewer than K allowed experts has empty choices. So has a token for which a selection bias
+    lifts a masked expert above the others.
 
         switchgear.MoE(256, 128, 16, select=partial(Masked, TopK(2), partial(ClusterDropout, 4)))
 
-    Args: select, mask: objects, or classes and partials of which it makes its own, with num_experts= where they take
-    it.
+    Args: select, mask: objects, or classes and partials, which are called with num_experts= if they take it.
     """
 
     def __init__(
@@ -44,9 +43,9 @@ class Masked(nn.Module):
             unmasked: Routing = self.select(router_logits, context, bias)
             return unmasked
         allowed = allowed.expand(router_logits.shape)
-        # not -Inf: a softmax over a row of these is still a number
+        # not -Inf: softmax stays finite if a whole row is masked
         masked = router_logits.masked_fill(~allowed, torch.finfo(router_logits.dtype).min)
-        if bias is not None:  # which must not lift an expert that is hidden from all
+        if bias is not None:  # it must not lift an expert that is masked for all tokens
             bias = bias.masked_fill(~allowed.any(0), -torch.inf)
         routing = self.select(masked, context, bias)
         permitted = allowed.gather(1, routing.topk_ids.clamp(min=0).long())
@@ -58,8 +57,8 @@ class Masked(nn.Module):
 
 @dataclass(frozen=True)
 class ExpertDropout:
-    """A mask that in training hides each expert with probability `rate` from each token, or with level = "batch" from
-    all of them (sigma-MoE, arXiv:2310.10837: 0.05)."""
+    """A mask that in training hides each expert with probability `rate`: per token, or with level = "batch" from all
+    tokens (sigma-MoE, arXiv:2310.10837: 0.05)."""
 
     rate: float
     level: str = "token"
@@ -78,13 +77,13 @@ class ExpertDropout:
 
 
 class ClusterDropout(nn.Module):
-    """A mask that in training closes a random part of each cluster of experts, the same one for `interval` optimizer
-    steps; Router.after_step counts them (MoEC, arXiv:2207.09094).
+    """A mask that in training closes a random part of each cluster of experts. The part is redrawn every `interval`
+    optimizer steps, which Router.after_step counts (MoEC, arXiv:2207.09094).
 
     Args:
-        groups: the cluster of each expert [E], from 0; or the number of clusters, equal and of consecutive experts.
-        rate: the share that is closed; round((1 - rate) · n) of n stay, at least one.
-        interval: steps between two draws. Draws are those of torch's default generator.
+        groups: the cluster of each expert [E], from 0; or the number of equal clusters of consecutive experts.
+        rate: the fraction to close; round((1 - rate) · n) of n experts stay, at least one.
+        interval: steps between draws, which use torch's default generator.
         num_experts: E, if groups is a number.
 
     Buffers: closed [E] bool, step [] int64, in the state dict; groups, kept [E].
@@ -116,7 +115,7 @@ class ClusterDropout(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The groups as they were given, and a first draw."""
+        """Restores the given groups and makes a first draw."""
         sizes = torch.bincount(self._groups)
         kept = ((1 - self.rate) * sizes.double() + 0.5).floor().long().clamp(min=1)
         self.groups.copy_(self._groups)
@@ -127,12 +126,12 @@ class ClusterDropout(nn.Module):
     def _draw(self) -> Tensor:
         noise = torch.rand(self.groups.shape, device=self.groups.device)
         same = self.groups[:, None] == self.groups
-        rank = (same & (noise < noise[:, None])).sum(1)  # the expert's place in its cluster
+        rank = (same & (noise < noise[:, None])).sum(1)  # of the expert within its cluster
         return rank >= self.kept
 
     @torch.no_grad()
     def after_step(self, tokens_per_expert: Tensor, router: Any) -> None:
-        """Draws anew if it is time."""
+        """Redraws every `interval` steps."""
         self.step += 1
         self.closed.copy_(torch.where(self.step % self.interval == 0, self._draw(), self.closed))
 
@@ -164,7 +163,7 @@ class TokenIdMask(nn.Module):
         frequent_experts: int | None = None,
         generator: torch.Generator | None = None,
     ) -> TokenIdMask:
-        """Random experts for each id: rare_experts for ids that the corpus has less than frequent_from times (the
+        """Random experts for each id: rare_experts for ids that occur fewer than frequent_from times in the corpus (the
         paper's threshold is unverified), frequent_experts (all if None) for the others. counts [V]."""
         order = torch.rand(counts.shape[0], num_experts, generator=generator).argsort(1)
         sizes = torch.where(counts.cpu() < frequent_from, rare_experts, frequent_experts or num_experts)
@@ -176,9 +175,8 @@ class TokenIdMask(nn.Module):
 
 
 class Lookup(nn.Module):
-    """Routing by a table: the experts table[token_ids] (-1 for none), all with the same weight (Mixture of Word
-    Experts, arXiv:2311.10768; Hash Layers, arXiv:2106.04426). Takes nothing but the shape from the logits: see
-    scores.Uniform.
+    """Routing by a table: the experts table[token_ids] (-1 for none), all with equal weight (Mixture of Word Experts,
+    arXiv:2311.10768; Hash Layers, arXiv:2106.04426). Uses only the shape of the logits: see scores.Uniform.
 
     table: [V] or [V,K] integers, a buffer. weight: 1/K if None. Needs Context.token_ids.
     """
@@ -195,7 +193,7 @@ class Lookup(nn.Module):
     def hashed(
         cls, vocabulary_size: int, num_experts: int, top_k: int = 1, generator: torch.Generator | None = None
     ) -> Lookup:
-        """A random table, each id having top_k different experts."""
+        """A random table with top_k different experts for each id."""
         if top_k == 1:
             return cls(torch.randint(num_experts, (vocabulary_size,), generator=generator))
         return cls(torch.rand(vocabulary_size, num_experts, generator=generator).argsort(1)[:, :top_k])

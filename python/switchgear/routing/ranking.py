@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The steps that selections are made of. They run on the ops route and plan, so that any ranking is total, ties go to
-the lowest index, and no loop over experts is needed."""
+"""Building blocks of selections. They use the ops route and plan, so any ranking is total, ties go to the lowest index,
+and there is no loop over experts."""
 
 from __future__ import annotations
 
@@ -25,55 +25,55 @@ def scores_of(router_logits: Tensor, score_function: str) -> Tensor:
         return logits.sigmoid()
     reference.check_choice("score_function", score_function, SCORE_FUNCTIONS)
     softplus = F.softplus(logits)
-    return softplus.clamp(min=torch.finfo(softplus.dtype).tiny).sqrt()  # the root has no slope at 0
+    return softplus.clamp(min=torch.finfo(softplus.dtype).tiny).sqrt()  # the gradient of sqrt at 0 is infinite
 
 
 def finite(values: Tensor) -> Tensor:
-    """In float32 (or float64), NaN and -Inf as the lowest finite number, +Inf as the highest; these get no gradient."""
+    """Converts as `wide` does; NaN and -Inf become the lowest finite number, +Inf the highest, without gradient."""
     return reference.sanitize(wide(values))
 
 
 def wide(values: Tensor) -> Tensor:
-    """In float32; float64 stays."""
+    """Converts to float32; float64 stays."""
     return values.to(reference.weight_dtype(values.dtype))
 
 
 def normalized(weights: Tensor) -> Tensor:
-    """Each row divided by its sum."""
+    """Divides each row by its sum."""
     return weights / (weights.sum(-1, keepdim=True) + reference.NORMALIZE_EPSILON)
 
 
 def choose(values: Tensor, count: int) -> Tensor:
-    """The ids [R,count] int32 of the largest values [R,N] of each row: value descending, then index ascending."""
+    """The ids [R,count] int32 of the largest of values [R,N] in each row, by descending value, then ascending index."""
     topk_ids, _ = ops.route(values.detach(), None, count, "softmax", False, 1.0, 1, 1, "max")
     return topk_ids
 
 
 def positions(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """How many earlier elements of groups [P] (integers, -1 for none) have the same one: [P] int64, and how many there
-    are of each: [num_groups] int64. A stable counting sort."""
+    """A stable counting sort: how many earlier elements of groups [P] (integers, -1 for none) are equal, [P] int64, and
+    the size of each group, [num_groups] int64."""
     offsets, _, slots = ops.plan(groups.to(torch.int32).view(-1, 1), num_groups)
     wide = offsets.long()
     return slots.view(-1) - wide[groups.clamp(min=0).long()], wide.diff()
 
 
 def ranks(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """The rank [P] int64 of each of values [P] in its group, 0 for the largest; ties to the lowest index."""
+    """The rank [P] int64 of each of values [P] within its group, 0 for the largest; ties to the lowest index."""
     order = finite(values.detach()).sort(descending=True, stable=True).indices
     in_order, _ = positions(groups[order], num_groups)
     return torch.empty_like(in_order).scatter(0, order, in_order)
 
 
 def keep_choices(routing: Routing, keep: Tensor) -> Routing:
-    """The routing with empty choices where keep [T,K] is false."""
+    """The routing with choices emptied where keep [T,K] is false."""
     return routing._replace(
         topk_ids=routing.topk_ids.masked_fill(~keep, -1), topk_weights=routing.topk_weights.masked_fill(~keep, 0)
     )
 
 
 def trim(routing: Routing) -> Routing:
-    """Without the trailing columns that are empty for all tokens. On the CPU alone: elsewhere their number would have
-    to be read back, and in a compiled graph it would be a shape that depends on data."""
+    """Removes trailing columns that are empty for all tokens. On the CPU only: elsewhere their number would have to be
+    read back, and in a compiled graph it would be a data-dependent shape."""
     ids = routing.topk_ids
     if (
         ids.device.type != "cpu"
@@ -91,18 +91,18 @@ def uniform(shape: tuple[int, ...], context: Context, device: torch.device) -> T
 
 
 def gumbel(shape: tuple[int, ...], context: Context, device: torch.device) -> Tensor:
-    """-log(-log u), float32: adding it to log-probabilities and taking the largest draws from them.
+    """-log(-log u), float32: the argmax of log-probabilities plus this noise is a draw from them.
 
-    From uniform numbers of 24 bits, which torch draws several times faster than exponential ones; 1 - u, for u the
-    finer where the result is large. u = 0 stands for the middle of what is below 2^-24.
+    Uses 24-bit uniform numbers, which torch draws several times faster than exponential ones. It takes 1 - u, since u
+    is finer where the result is large. u = 0 is replaced by the midpoint of the interval below 2^-24.
     """
     waiting = uniform(shape, context, device).neg_().log1p_().neg_().clamp_(min=2.0**-25)
     return waiting.log_().neg_()
 
 
 def draw(probabilities: Tensor, context: Context) -> Tensor:
-    """An id [R,1] int64 for each row of probabilities [R,N] of any sum, none of probability 0: where a uniform number
-    falls into their cumulative sum."""
+    """An id [R,1] int64 for each row of probabilities [R,N] (any sum), never of probability 0: the position of a
+    uniform number in the cumulative sum."""
     up_to = probabilities.cumsum(-1)
     point = uniform((probabilities.shape[0], 1), context, probabilities.device) * up_to[:, -1:]
     return (up_to <= point).sum(-1, keepdim=True).clamp(max=probabilities.shape[1] - 1)

@@ -17,45 +17,46 @@ from switchgear.backends import without_autocast
 from switchgear.functional import Routing, route
 from switchgear.reference import check_choice
 from switchgear.routing.balance import count_tokens
+from switchgear.routing.change import Change, PerExpert
 from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select, made, modules_in
-from switchgear.routing.interventions import Change, PerExpert, intervene
+from switchgear.routing.interventions import intervene
 from switchgear.routing.ranking import scores_of, wide
 from switchgear.routing.scores import Uniform
 from switchgear.routing.selection import TopK
 
 
 class Router(nn.Module):
-    """Linear router: router_logits = x · weightᵀ, then `route`. Returns the Routing: a hook sees all of it.
+    """Linear router: router_logits = x · weightᵀ, then `route`. Returns the Routing, so forward hooks see all of it.
 
         router = Router(2048, 64, 8, normalize=True)
         router = Router(2048, 64, select=ExpertChoice(2.0, scope="sequence"), balance=[ZLoss(1e-3)])
 
     Args:
-        hidden_size, num_experts, top_k: H, E, K. No top_k with `select`.
+        hidden_size, num_experts, top_k: H, E, K. Omit top_k with `select`.
         score_function: "softmax" or "sigmoid".
         normalize: divide the chosen scores by their sum (norm_topk_prob).
         scale: multiplies the weights last (routed_scaling_factor).
-        selection_bias: add the buffer `e_score_correction_bias` [E] float32 to the scores for the choice alone
-            (arXiv:2408.15664); it starts at zero and belongs to the state dict.
+        selection_bias: add the buffer `e_score_correction_bias` [E] float32 to the scores for the choice only
+            (arXiv:2408.15664). It starts at zero and is in the state dict.
         num_groups, topk_groups, group_score: device-limited routing; see `route`.
         jitter: in training, multiply the router's input by uniform noise in [1 - jitter, 1 + jitter] (Switch
             Transformer, arXiv:2101.03961).
-        float32: compute the logits in float32, whatever the dtype of the model and of autocast.
+        float32: compute the logits in float32, whatever the dtype of the model and autocast.
         bias: a learned bias [E] of the logits (gpt-oss).
-        score: makes the logits instead of the linear layer (see `Score`); excludes jitter, float32 and bias.
-        select: makes the choice instead of `route` (see `Select`); excludes the options from score_function on up to
-            group_score, other than selection_bias.
-        capacity: limits the tokens of an expert (see `Limit`); none are dropped if None.
-        balance: losses and controllers (see `Balance`), called in training alone.
-        isolation: "sequence": policies under which tokens compete let those of a sequence compete alone. Sequences are
-            those of the Context, or the rows of hidden_states [B,S,H].
+        score: computes the logits instead of the linear layer (see `Score`); excludes jitter, float32 and bias.
+        select: makes the choice instead of `route` (see `Select`); excludes the options score_function to group_score,
+            except selection_bias.
+        capacity: limits the tokens of an expert (see `Limit`); nothing is dropped if None.
+        balance: losses and controllers (see `Balance`), called in training only.
+        isolation: "sequence": under policies in which tokens compete, only those of one sequence do. Sequences come
+            from the Context, or are the rows of hidden_states [B,S,H].
 
-    score, select, capacity, and the items of balance may be classes or functools.partial objects, of which the router
-    makes its own: score is called with (hidden_size, num_experts, device=, dtype=), the others without arguments, or
-    with num_experts= where they take it. Objects that are modules move to `device`.
+    score, select, capacity, and the items of balance may be classes or functools.partial objects; the router calls
+    them: score with (hidden_size, num_experts, device=, dtype=), the others without arguments, or with num_experts= if
+    they take it. Objects that are modules move to `device`.
 
-    Parameters: weight [E,H], bias [E]; with `score` those of the submodule score. Errors: ValueError for an option out
-    of range, or one that another excludes.
+    Parameters: weight [E,H], bias [E]; with `score`, those of the submodule score. ValueError for an option that is out
+    of range or excluded by another.
     """
 
     weight: nn.Parameter | None
@@ -127,7 +128,7 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises as torch.nn.Linear does; the correction bias becomes zero. (A score initialises itself.)"""
+        """Initialises like torch.nn.Linear; zeroes the correction bias. (A score initialises itself.)"""
         bound = 1 / math.sqrt(self.hidden_size)
         if self.weight is not None:
             nn.init.uniform_(self.weight, -bound, bound)
@@ -155,7 +156,7 @@ class Router(nn.Module):
             return F.linear(wide(hidden_states), wide(self.weight), bias)
 
     def selection(self) -> Select:
-        """What makes the choice: `select` or the options of `route`, inside of the `overrides`, the last one
+        """The selection in use: `select` or the options of `route`, wrapped by the `overrides`, the last one
         outermost."""
         select: Select = self.select if self.select is not None else self._top_k()
         for override in self.overrides:
@@ -171,12 +172,12 @@ class Router(nn.Module):
         bias: PerExpert | None = None,
         gain: PerExpert | None = None,
     ) -> Iterator[None]:
-        """Inside the block, experts are disabled, forced, favoured or amplified; see `Change`. Blocks may be nested.
+        """Disables, forces, favours or amplifies experts inside the block; see `Change`. Blocks may be nested.
 
             with moe.gate.intervene(disable=[3], gain={5: 2.0}):
                 y = moe(x)
 
-        Raises ValueError for an expert that does not exist, and where options contradict each other.
+        Raises ValueError for an expert that does not exist, or for contradictory options.
         """
         yield from intervene(self, Change(disable, force, bias, gain))
 
@@ -188,7 +189,7 @@ class Router(nn.Module):
         )  # fmt: skip
 
     def forward(self, hidden_states: Tensor, context: Context = NOTHING_KNOWN) -> Routing:
-        """Routing of hidden_states [..., H], leading dimensions flattened to T."""
+        """Routing of hidden_states [..., H]; leading dimensions are flattened to T."""
         rows = hidden_states.reshape(-1, self.hidden_size)
         if self.score is None and self._is_plain():
             return self._route(self.logits(rows, context))
@@ -196,7 +197,7 @@ class Router(nn.Module):
         return self.decide(self.logits(rows, context), context)
 
     def _is_plain(self) -> bool:
-        """Whether `route` is all there is to do with the logits."""
+        """Whether routing is just `route` on the logits."""
         return self.select is None and self.capacity is None and not self.balance and not self.overrides
 
     def _route(self, router_logits: Tensor) -> Routing:
@@ -213,8 +214,8 @@ class Router(nn.Module):
         )
 
     def decide(self, router_logits: Tensor, context: Context = NOTHING_KNOWN) -> Routing:
-        """Routing of router_logits [T,E], whatever made them: selection, capacity limit and losses. The context is one
-        that `complete` returned."""
+        """Routing of router_logits [T,E] from any source: selection, capacity limit and losses. `context` comes from
+        `complete`."""
         if self._is_plain():
             return self._route(router_logits)
         select = self.selection()
@@ -230,7 +231,7 @@ class Router(nn.Module):
         return routing
 
     def complete(self, context: Context, hidden_states: Tensor) -> Context:
-        """The context with what the router knows: its mode, its isolation, and the length of hidden_states [B,S,H]."""
+        """Adds what the router knows: its mode, its isolation, and the length of hidden_states [B,S,H]."""
         length = context.sequence_length
         if length is None and context.sequence_ids is None and hidden_states.dim() > 2:
             length = hidden_states.shape[-2]
@@ -241,7 +242,7 @@ class Router(nn.Module):
         losses = dict(routing.losses)
         for item in self.balance:
             if not callable(item):
-                continue  # a controller that has no loss
+                continue  # a controller without a loss
             name = str(getattr(item, "name", None) or getattr(item, "__name__", type(item).__name__))
             loss = item(routing, context)
             losses[name] = losses[name] + loss if name in losses else loss
@@ -254,8 +255,8 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Call once per optimizer step: hands the controllers the counts since the last call, summed over the process
-        group of the last Context. Routers without controllers do nothing."""
+        """Call once per optimizer step. Passes the controllers the counts since the last call, summed over the process
+        group of the last Context. Does nothing without controllers."""
         if self.tokens_per_expert is None:
             return
         counts = self.tokens_per_expert.clone()
@@ -282,14 +283,14 @@ class Router(nn.Module):
 
 
 def _score_function(select: Any) -> str:
-    """That of a selection, or of the one inside of it (Masked, SkipBelow, …)."""
+    """The score function of a selection, or of the one it wraps (Masked, SkipBelow, …)."""
     while not hasattr(select, "score_function") and hasattr(select, "select"):
         select = select.select
     return str(getattr(select, "score_function", "softmax"))
 
 
 def _part(part: Any, num_experts: int, device: torch.device | str | None) -> Any:
-    """The part as the router owns it, on its device."""
+    """Builds the part if needed and moves it to the device."""
     part = made(part, num_experts=num_experts)
     if device is not None:
         for module in modules_in(part):
@@ -298,7 +299,7 @@ def _part(part: Any, num_experts: int, device: torch.device | str | None) -> Any
 
 
 def _registered(parts: Sequence[Any]) -> nn.ModuleList | None:
-    """The modules in the parts, for a router to own; None without any."""
+    """The modules in the parts, for the router to register; None if there are none."""
     modules = [module for part in parts for module in modules_in(part)]
     return nn.ModuleList(modules) if modules else None
 

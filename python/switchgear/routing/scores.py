@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Scores: modules that make router_logits [T,E] of x [T,H]. Most take (hidden_size, num_experts), then options by name;
-`Router(score=partial(Cosine, dim=16))` builds one."""
+"""Scores: modules that compute router_logits [T,E] from x [T,H]. Most take (hidden_size, num_experts), then keyword
+options; `Router(score=partial(Cosine, dim=16))` builds one."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ INPUT_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def zscore(router_logits: Tensor, lam: float = 1.0, eps: float = 1e-6) -> Tensor:
-    """lam · (z - mean z) / std z over the experts, in float32; std is that of the population, and eps is added to
-    it."""
+    """lam · (z - mean z) / std z over the experts, in float32; population std, with eps² added to the variance."""
     logits = wide(router_logits)
     centred = logits - logits.mean(-1, keepdim=True)
     deviation = (centred.square().mean(-1, keepdim=True) + eps**2).sqrt()
@@ -48,11 +47,11 @@ class Linear(nn.Module):
         normalize: "zscore" normalises the logits of each token to mean 0 and standard deviation lam (Skywork-MoE,
             arXiv:2406.06563, lam = 1).
         input_transform: M, a function or "tanh", "sigmoid", "normalize", "layer_norm" (bounded, as the theory of
-            softmax gates wants it, arXiv:2310.14188); the identity if None.
-        equal_rows: the rows of the initial weight are scaled to their mean norm, so that no expert is ahead (sigma-MoE,
+            softmax gates requires, arXiv:2310.14188); the identity if None.
+        equal_rows: scale the rows of the initial weight to their mean norm, so that no expert is favoured (sigma-MoE,
             arXiv:2310.10837).
-        init_std: standard deviation of the initial weight; if None it is that of torch.nn.Linear.
-        orthogonal: gain of an initial weight with orthogonal rows (BASE Layers, arXiv:2103.16716: 0.1), instead.
+        init_std: standard deviation of the initial weight; if None, that of torch.nn.Linear.
+        orthogonal: use an orthogonal initial weight with this gain instead (BASE Layers, arXiv:2103.16716: 0.1).
 
     Parameters: weight [E,H], bias [E], noise_weight [E,H].
     """
@@ -96,10 +95,10 @@ class Linear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The weight as torch.nn.Linear does, normal, or orthogonal; without noise at first."""
+        """Initialises the weight as torch.nn.Linear does, normal, or orthogonal; noise_weight starts at zero."""
         if self.orthogonal is not None:
             if not self.weight.is_meta:
-                wide = torch.empty(self.weight.shape, device=self.weight.device)  # no half precision in its QR
+                wide = torch.empty(self.weight.shape, device=self.weight.device)  # QR does not support half precision
                 with torch.no_grad():
                     self.weight.copy_(nn.init.orthogonal_(wide, self.orthogonal))
         elif self.init_std is not None:
@@ -141,13 +140,13 @@ class Linear(nn.Module):
 
 
 class Cosine(nn.Module):
-    """cos(P x, e) / tau with expert embeddings e in a space of `dim` dimensions, so that tokens do not collapse onto
-    the experts (X-MoE, arXiv:2204.09179).
+    """cos(P x, e) / tau with expert embeddings e in `dim` dimensions, so that tokens do not collapse onto the experts
+    (X-MoE, arXiv:2204.09179).
 
     Args:
-        dim: E/2 if None, as in the paper; its published code has 16.
-        tau: the temperature, learned (as its logarithm) if learn_tau, never below min_tau.
-        normalize_input: False divides by the norm of e alone, as the published code does.
+        dim: E/2 if None, as in the paper; its published code uses 16.
+        tau: the temperature, at least min_tau; if learn_tau, its logarithm is learned.
+        normalize_input: False divides by the norm of e only, as the published code does.
         perturb: added to both norms (perturbed cosine of LibMoE, arXiv:2411.00918).
 
     Parameters: projection [dim,H], embeddings [E,dim], log_tau scalar.
@@ -194,8 +193,8 @@ class Cosine(nn.Module):
 
 
 class GroupedAvgPool(nn.Module):
-    """The mean of x over each of E slices of its features: orthogonal, fixed, without a product (LocMoE,
-    arXiv:2401.13920). hidden_size is a multiple of num_experts. No parameters."""
+    """The mean of x over each of E slices of its features: orthogonal, fixed, no matrix product (LocMoE,
+    arXiv:2401.13920). hidden_size must be a multiple of num_experts. No parameters."""
 
     def __init__(self, hidden_size: int, num_experts: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -209,7 +208,7 @@ class GroupedAvgPool(nn.Module):
 
 
 class Uniform(nn.Module):
-    """Zeros, in no memory: for selections that look at no logits (Lookup, Random). No parameters."""
+    """Zeros that take no memory, for selections that ignore the logits (Lookup, Random). No parameters."""
 
     def __init__(self, hidden_size: int, num_experts: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -221,8 +220,8 @@ class Uniform(nn.Module):
 
 
 class SwitchMixture(nn.Module):
-    """log softmax over groups + log softmax inside each group, of two linear routers: a softmax of it is the product of
-    both, which a Grouped selection with group_score = "sum" takes apart again (SAM, arXiv:2110.07431).
+    """log softmax over groups + log softmax inside each group, from two linear routers. Its softmax is the product of
+    both; a Grouped selection with group_score = "sum" separates them again (SAM, arXiv:2110.07431).
 
     Parameters: switch.weight [G,H], mixture.weight [E,H].
     """

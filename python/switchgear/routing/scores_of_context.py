@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Scores of something larger than a token: a task, an instance, a sequence. All of its tokens go the same way."""
+"""Scores of something larger than a token: a task, an instance, a sequence. All of its tokens get the same experts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from switchgear.routing.context import Context, Score, check_at_least, sequences
 
 
 class FromEmbedding(nn.Module):
-    """Logits of the embedding of a task or instance, one row for each token or sequence (Context.embedding), so that
-    all tokens of it go the same way (task-level MoE, arXiv:2205.12701).
+    """Logits from the embedding of a task or instance, one row per token or sequence (Context.embedding), so that all
+    of its tokens get the same experts (task-level MoE, arXiv:2205.12701).
 
     dim: D of the embedding. Parameters: weight [E,D], bias [E] if bias.
     """
@@ -39,7 +39,7 @@ class FromEmbedding(nn.Module):
 
 
 def per_token(rows: Tensor, context: Context, x: Tensor) -> Tensor:
-    """rows [B,E] or [T,E] -> [T,E]: the row of each token's sequence. A single row is for all tokens."""
+    """rows [B,E] or [T,E] -> [T,E]: the row of each token's sequence. A single row applies to all tokens."""
     if rows.dim() == 1 or rows.shape[0] == 1:
         return rows.reshape(1, -1).expand(x.shape[0], -1)
     if rows.shape[0] == x.shape[0]:
@@ -51,7 +51,7 @@ def per_token(rows: Tensor, context: Context, x: Tensor) -> Tensor:
 
 
 class PerSequence(nn.Module):
-    """Another score of the mean of x over each sequence: one decision for all of its tokens."""
+    """Applies another score to the mean of x over each sequence: one decision for all of its tokens."""
 
     def __init__(self, score: Score) -> None:
         super().__init__()
@@ -68,8 +68,8 @@ class PerSequence(nn.Module):
 
 
 class ClusterPrior(nn.Module):
-    """weight · cos(embedding, centroid) / tau: the instance's nearness to clusters of the corpus, one for each expert,
-    to add to another score (Intuition-MoR1E, arXiv:2404.08985; its form is unverified). Needs Context.embedding.
+    """weight · cos(embedding, centroid) / tau: similarity of the instance to clusters of the corpus, one per expert, to
+    add to another score (Intuition-MoR1E, arXiv:2404.08985; its form is unverified). Needs Context.embedding.
 
     centroids: [E,D], a buffer.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Scores by what is known of each expert: its first activation, its weights, its cluster, its domain, its gate."""
+"""Scores from properties of each expert: its first activation, weights, cluster, domain, or gate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from switchgear.routing.scores import init_uniform
 
 
 class ActivationNorm(nn.Module):
-    """‖W_e x‖₂: each expert's own first activation decides, there is no router (Autonomy-of-Experts, arXiv:2501.13074).
+    """‖W_e x‖₂: each expert's own first activation decides, without a router (Autonomy-of-Experts, arXiv:2501.13074).
 
     d_low: rows of each expert's projection. Parameters: down [E,d_low,H], the low-rank factor of the experts' gates.
     """
@@ -57,12 +57,12 @@ def norms(activations: Tensor) -> Tensor:
 
 
 class SparsityAware(nn.Module):
-    """Prefers the experts whose hidden activations will be sparse (MoE-X, arXiv:2503.07639). With the columns of an
-    expert's first projection taken as Gaussian, a pre-activation is N(mu, sigma²), mu = Σ_d x_d·mean_d and
-    sigma² = Σ_d x_d²·var_d; the logit is scale · Φ(-mu/sigma), the share of neurons that a ReLU silences (sign and
-    normalisation are unverified).
+    """Prefers experts whose hidden activations will be sparse (MoE-X, arXiv:2503.07639). If the columns of an expert's
+    first projection are Gaussian, a pre-activation is N(mu, sigma²), mu = Σ_d x_d·mean_d and sigma² = Σ_d x_d²·var_d.
+    The logit is scale · Φ(-mu/sigma), the fraction of neurons that a ReLU silences (sign and normalisation are
+    unverified).
 
-    The MoE layer binds it to its experts, whose weights it reads at each call; gradients reach them. No parameters.
+    The MoE layer binds it to its experts. It reads their weights at each call, and gradients reach them. No parameters.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class SparsityAware(nn.Module):
     ) -> None:
         super().__init__()
         self.scale = scale
-        self._experts: tuple[Any, ...] = ()  # in a tuple, so that they do not become a submodule
+        self._experts: tuple[Any, ...] = ()  # a tuple, so that they do not become a submodule
 
     def bind(self, experts: Any) -> None:
-        """Reads the first projection of `experts` (switchgear.Experts; of gated ones, the gate) from now on.
+        """From now on, reads the first projection of `experts` (switchgear.Experts; the gate if they are gated).
 
-        ValueError: other experts."""
+        Raises ValueError for other experts."""
         if not hasattr(experts, "down_proj"):
             raise ValueError(f"score: SparsityAware reads the weights of Experts, got {type(experts).__name__}")
         self._experts = (experts,)
@@ -106,8 +106,8 @@ class SparsityAware(nn.Module):
 class Gaussian(nn.Module):
     """log N(x; mean_e, L_e L_eᵀ): experts as clusters (Gaussian-gated mixtures, arXiv:2104.02640).
 
-    covariance: "diagonal" or "full". Parameters: mean [E,H]; log_std [E,H], and lower [E,H,H] if full, of which the
-    part below the diagonal counts.
+    covariance: "diagonal" or "full". Parameters: mean [E,H]; log_std [E,H]; if full, lower [E,H,H], of which only the
+    strictly lower triangle is used.
     """
 
     lower: nn.Parameter | None
@@ -148,7 +148,7 @@ class Gaussian(nn.Module):
                 factor = self.lower.to(wide).tril(-1) + torch.diag_embed(log_std.exp())
                 centred = (x[None] - mean[:, None]).mT  # [E,H,T]
                 squares = torch.linalg.solve_triangular(factor, centred, upper=False).square().sum(1).T
-            else:  # Σ (x - m)² / s² as three products, so that nothing is [T,E,H]
+            else:  # Σ (x - m)² / s² as three products, without a [T,E,H] tensor
                 precision = (-2 * log_std).exp()
                 squares = F.linear(x.square(), precision) - 2 * F.linear(x, precision * mean)
                 squares = squares + (precision * mean.square()).sum(-1)
@@ -157,8 +157,8 @@ class Gaussian(nn.Module):
 
 
 class Domain(nn.Module):
-    """x · e with e = P_r(d): expert embeddings projected from domain embeddings d [E,D] by a small SwiGLU network, so
-    that a new expert needs no new router (Nexus, arXiv:2408.15901).
+    """x · e with e = P_r(d): a small SwiGLU network projects domain embeddings d [E,D] to expert embeddings, so that a
+    new expert needs no new router (Nexus, arXiv:2408.15901).
 
     Parameters: gate [I,D], up [I,D], down [H,I]. Buffer: domain_embeddings [E,D].
     """
@@ -193,7 +193,7 @@ class Domain(nn.Module):
         return e
 
     def add_expert(self, domain_embedding: Tensor) -> None:
-        """One more expert at the end; the logits of the others stay as they are."""
+        """Appends an expert; the logits of the others do not change."""
         row = domain_embedding.reshape(1, -1).to(self.domain_embeddings)
         self.domain_embeddings = torch.cat((self.domain_embeddings, row))
 
@@ -203,8 +203,8 @@ class Domain(nn.Module):
 
 
 class PosthocGate(nn.Module):
-    """LN(gate) · LN(x) / √H, the layer norms without parameters: gates of adapters that were trained apart from each
-    other become comparable (PHATGOOSE, arXiv:2402.05859). Parameters: gates [E,H]."""
+    """LN(gate) · LN(x) / √H, with parameter-free layer norms: makes the gates of separately trained adapters comparable
+    (PHATGOOSE, arXiv:2402.05859). Parameters: gates [E,H]."""
 
     def __init__(
         self,

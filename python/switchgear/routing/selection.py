@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Selections that look at one token at a time: the best k, by mass, by threshold, in groups, by rank, all.
+"""Selections that treat each token separately: the best k, by mass, by threshold, in groups, by rank, all.
 
 Each is called as (router_logits [T,E], context, bias) and returns a Routing; see `Select` in context.py. Common
-options: score_function "softmax", "sigmoid" or "sqrt_softplus"; normalize divides the weights of the chosen by their
-sum; scale multiplies the weights last.
+options: score_function "softmax", "sigmoid" or "sqrt_softplus"; normalize divides the chosen weights by their sum;
+scale multiplies the weights last.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _rows(router_logits: Tensor) -> Tensor:
 def take(
     router_logits: Tensor, scores: Tensor, topk_ids: Tensor, *, normalize: bool = False, scale: float = 1.0
 ) -> Routing:
-    """The Routing that weighs the experts topk_ids [T,K] by their scores [T,E]."""
+    """The Routing with experts topk_ids [T,K], weighted by their scores [T,E]."""
     weights = scores.gather(1, topk_ids.long())
     if normalize:
         weights = normalized(weights)
@@ -55,8 +55,8 @@ def take(
 
 @dataclass(frozen=True)
 class TopK:
-    """The top_k best experts. Softmax and sigmoid run in one native call, with the options of `switchgear.route`;
-    "sqrt_softplus" has no groups."""
+    """The top_k best experts. Softmax and sigmoid are one native call with the options of `switchgear.route`;
+    "sqrt_softplus" does not support groups."""
 
     top_k: int
     score_function: str = "softmax"
@@ -88,7 +88,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Dense:
-    """Every expert, in ascending order, weighed by its score. The bias changes nothing."""
+    """Every expert, in ascending order, weighted by its score. The bias has no effect."""
 
     score_function: str = "softmax"
     normalize: bool = False
@@ -108,7 +108,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class RankK:
-    """The experts of these ranks, 0 for the best: RankK((2,)) takes the third one alone (Self-Contrast,
+    """The experts of the given ranks, 0 for the best. RankK((2,)) takes only the third one (Self-Contrast,
     arXiv:2405.14507, for the weak forward pass). RankK((0, 1)) is TopK(2)."""
 
     ranks: Sequence[int]
@@ -131,10 +131,10 @@ class RankK:
 
 @dataclass(frozen=True)
 class TopP:
-    """The fewest experts whose probabilities add up to p, the one that crosses p included; the weights are the
-    probabilities themselves (arXiv:2403.07652, p = 0.4). p = 0 is top-1, p >= 1 all experts.
+    """The fewest experts whose probabilities sum to at least p. The weights are the probabilities themselves
+    (arXiv:2403.07652, p = 0.4). p = 0 is top-1, p >= 1 all experts.
 
-    max_experts: at most so many; K of the result. Without it K is E, on the CPU less the columns that nobody uses.
+    max_experts: an upper limit, K of the result. Without it K is E; on the CPU unused trailing columns are removed.
     """
 
     p: float = 0.4
@@ -160,8 +160,8 @@ class TopP:
 
 @dataclass(frozen=True)
 class Threshold:
-    """The experts whose score is at least `threshold`, but no fewer than min_experts and no more than max_experts
-    (LaDiMo, arXiv:2408.04278; the choice of the threshold is unverified, `calibrate` hits an average number)."""
+    """The experts whose score is at least `threshold`, at least min_experts and at most max_experts of them (LaDiMo,
+    arXiv:2408.04278; the choice of the threshold is unverified; `calibrate` achieves a given average number)."""
 
     threshold: float
     min_experts: int = 1
@@ -197,7 +197,7 @@ class Threshold:
     def calibrate(
         router_logits: Tensor, experts_per_token: float, *, min_experts: int = 1, score_function: str = "softmax"
     ) -> float:
-        """The threshold under which these tokens [T,E] use experts_per_token experts on average."""
+        """The threshold at which these tokens [T,E] use experts_per_token experts on average."""
         scores = scores_of(_rows(router_logits.detach()), score_function)
         free = scores.sort(-1, descending=True).values[:, min_experts:].flatten().sort(descending=True).values
         wanted = round(scores.shape[0] * (experts_per_token - min_experts))
@@ -215,11 +215,11 @@ def _weighed(routing: Routing, normalize: bool, scale: float) -> Routing:
 
 @dataclass(frozen=True)
 class Grouped:
-    """The top_k best experts of the best topk_groups of num_groups equal groups of consecutive experts.
+    """The top_k best experts within the best topk_groups of num_groups equal groups of consecutive experts.
 
-    A group ranks by "sum", the probability of the group (the switch router of SAM, arXiv:2110.07431: softmax over all
-    experts is that of the group times that inside it); by the "max" or the sum of its two best, "top2_sum", of its
-    scores (DeepSeek-V2 and -V3), which are native. With topk_groups = 1 all experts of a token are on one device.
+    Groups are ranked by "sum", the probability of the group (the switch router of SAM, arXiv:2110.07431: the softmax
+    over all experts is that of the group times that inside it); or by the "max" or the sum of the two best scores,
+    "top2_sum" (DeepSeek-V2 and -V3), which are native. With topk_groups = 1 each token uses one device only.
     """
 
     top_k: int
@@ -258,11 +258,11 @@ class Grouped:
 
 @dataclass(frozen=True)
 class SkipBelow:
-    """Another selection without the experts that add little: those whose weight is below `ratio` times the token's
-    largest. The others' weights are scaled up to the same sum (arXiv:2402.14800, with the median ratio of a layer,
-    which `calibrate` measures). ratio = 0 skips nothing, ratio = 1 leaves the best.
+    """Another selection without the experts that add little: those with a weight below `ratio` times the token's
+    largest. The other weights are scaled up to the same sum (arXiv:2402.14800, with the median ratio of a layer, which
+    `calibrate` measures). ratio = 0 skips nothing; ratio = 1 keeps only the best.
 
-    protect: this share of the tokens, those of the largest Context.importance, skips nothing (arXiv:2410.06270: 0.02).
+    protect: the fraction of tokens, by largest Context.importance, that skip nothing (arXiv:2410.06270: 0.02).
     """
 
     select: Select
@@ -287,13 +287,13 @@ class SkipBelow:
 
     @staticmethod
     def calibrate(routing: Routing) -> float:
-        """The median of (second weight / first weight)."""
+        """The median of second weight / first weight."""
         best = routing.topk_weights.detach().sort(-1, descending=True).values
         return float((best[:, 1] / best[:, 0]).median())
 
 
 def left_aligned(routing: Routing) -> Routing:
-    """With the holes behind the choices, whose order stays."""
+    """Moves holes behind the choices, whose order stays."""
     order = (routing.topk_ids < 0).to(torch.int8).sort(dim=-1, stable=True).indices
     return routing._replace(
         topk_ids=routing.topk_ids.gather(1, order), topk_weights=routing.topk_weights.gather(1, order)
@@ -301,8 +301,8 @@ def left_aligned(routing: Routing) -> Routing:
 
 
 def within_fraction(values: Tensor, fraction: float, context: Context, per_sequence: bool) -> Tensor:
-    """Whether a token is among the round(fraction · n) of the largest values [T], n being the tokens of the batch or,
-    if per_sequence, of its sequence."""
+    """Whether each token is among the round(fraction · n) largest values [T]; n counts the tokens of the batch or, if
+    per_sequence, of its sequence."""
     num_tokens = values.shape[0]
     if per_sequence:
         sequence, count = sequences(context, num_tokens, values.device)
@@ -316,12 +316,12 @@ def within_fraction(values: Tensor, fraction: float, context: Context, per_seque
 
 @dataclass(frozen=True)
 class Broadcast:
-    """In training, tokens that the router is unsure of go to all experts, weighed by their probabilities; the others
-    are left to another selection, and evaluation is that selection alone (GW-MoE, arXiv:2406.12375).
+    """In training, sends tokens with uncertain routing to all experts, weighted by their probabilities. The other
+    tokens use another selection, as do all in evaluation (GW-MoE, arXiv:2406.12375).
 
-    A token is unsure if the entropy of its probabilities is at least entropy_above (in nats); at most max_fraction of
-    the tokens of the batch or sequence (scope) are, those of the largest entropy. (The authors' Switch code multiplies
-    the input of the experts where the paper means the output; this is the paper.)
+    A token is uncertain if the entropy of its probabilities is at least entropy_above (in nats). At most max_fraction
+    of the tokens of the batch or sequence (scope) are, those of the largest entropy. (The authors' Switch code
+    multiplies the experts' input, the paper their output; this follows the paper.)
     """
 
     select: Select

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Selections that draw: sampled top-k, SparseMixer, Gumbel softmax, random experts. Draws come from
+"""Random selections: sampled top-k, SparseMixer, Gumbel softmax, random experts. Random numbers come from
 Context.generator."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LEVELS = ("token", "sequence", "batch")
 
 
 def _draws_per_token(level: str, context: Context, num_tokens: int, device: torch.device) -> tuple[int, Tensor | None]:
-    """How many draws a level needs, and which of them each token gets (None: its own)."""
+    """The number of draws at a level, and the index of each token's draw (None: every token has its own)."""
     if level == "token":
         return num_tokens, None
     if level == "batch":
@@ -33,8 +33,8 @@ def _draws_per_token(level: str, context: Context, num_tokens: int, device: torc
 
 @dataclass(frozen=True)
 class SampledTopK:
-    """With probability p_sample a token's top_k experts are drawn from the router's probabilities, without replacement;
-    otherwise they are the best (knowledge augmentation, arXiv:2502.12947: top_k = E - 1, p_sample = 0.05)."""
+    """With probability p_sample a token's top_k experts are drawn from the router's probabilities without replacement;
+    otherwise they are the best ones (knowledge augmentation, arXiv:2502.12947: top_k = E - 1, p_sample = 0.05)."""
 
     top_k: int
     p_sample: float = 0.05
@@ -64,9 +64,9 @@ class SampledTopK:
 
 @dataclass(frozen=True)
 class NoisyTopK:
-    """The top_k best experts of the logits plus, in training, uniform noise in [0, noise), which the weights do not see
-    (Towards Understanding Mixture of Experts, arXiv:2208.02813: noise = 1, top_k = 1): a small change of the router
-    then changes the expected output a little."""
+    """The top_k best experts by logits plus, in training, uniform noise in [0, noise). The noise does not enter the
+    weights. A small change of the router then changes the expected output only a little (Towards Understanding Mixture
+    of Experts, arXiv:2208.02813: noise = 1, top_k = 1)."""
 
     top_k: int = 1
     noise: float = 1.0
@@ -91,7 +91,7 @@ class NoisyTopK:
 
 
 class _Multiplier(torch.autograd.Function):
-    """w · factor, whose gradient with respect to the logits is that of log p_i times (grad · w): see SparseMixer."""
+    """w · factor; its gradient with respect to the logits is that of log p_i times (grad · w): see SparseMixer."""
 
     generate_vmap_rule = True
 
@@ -113,15 +113,15 @@ class _Multiplier(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class SparseMixer:
-    """Experts drawn one after the other, with a gradient for the draw (SparseMixer-v2 of GRIN, arXiv:2409.12136).
+    """Draws experts one after another, with a gradient estimator for the draw (SparseMixer-v2 of GRIN,
+    arXiv:2409.12136).
 
-    For each of top_k slots: experts with (max - z) / max(|z|, max) > 2·jitter are out; one of the others is drawn from
-    their softmax p in training, and the best one taken in evaluation; its weight is p_i, and it is out of the later
-    slots.
+    For each of top_k slots, experts with (max - z) / max(|z|, max) > 2·jitter are excluded. Training draws one of the
+    others from their softmax p, evaluation takes the best. Its weight is p_i, and later slots exclude it.
 
-    In training the weight is p_i, or p_i / 3 with probability 3/4 unless i is the best; and the gradient of the logits
-    is (δ_i - p) · p_i · grad. On average over both this is ∇ Σ_i p_i · (L_i(p_i) - L_i(0)) with the differences by
-    Heun's third-order rule, exact for losses L_i that are cubic in the weight (for the best expert, linear).
+    In training the weight is p_i if i is the best, else p_i / 3 with probability 3/4 and p_i otherwise. The gradient of
+    the logits is (δ_i - p) · p_i · grad. In expectation over both draws this is ∇ Σ_i p_i · (L_i(p_i) - L_i(0)), with
+    differences by Heun's third-order rule: exact for losses L_i cubic in the weight (for the best expert, linear).
     """
 
     top_k: int = 2
@@ -137,7 +137,7 @@ class SparseMixer:
         if not 1 <= self.top_k <= router_logits.shape[1]:
             raise ValueError(f"top_k: expected 1 to {router_logits.shape[1]} (num_experts), got {self.top_k}")
         logits = finite(router_logits)
-        fixed = logits.detach().clamp(min=torch.finfo(logits.dtype).min / 2)  # above what stands for "taken"
+        fixed = logits.detach().clamp(min=torch.finfo(logits.dtype).min / 2)  # stays above the value that marks "taken"
         device = logits.device
         taken = torch.zeros_like(fixed, dtype=torch.bool)
         ids, weights = [], []
@@ -164,11 +164,11 @@ class SparseMixer:
 
 @dataclass(frozen=True)
 class GumbelSoftmax:
-    """All experts, weighed by softmax((z + g) / tau) with Gumbel noise g; without noise in evaluation, or with the mean
-    of `samples` draws (GG MoE, arXiv:2502.03608; tau is unverified).
+    """All experts, weighted by softmax((z + g) / tau) with Gumbel noise g. Evaluation uses no noise, or the mean of
+    `samples` draws (GG MoE, arXiv:2502.03608; tau is unverified).
 
-    hard: the best expert of (z + g) alone, with weight 1; the gradient is that of its soft weight (straight-through).
-    With level = "sequence" one choice for each sequence (task-level MoE, arXiv:2205.12701), with "batch" one for all.
+    hard: only the best expert of (z + g), with weight 1; the gradient is that of its soft weight (straight-through).
+    level: "token", "sequence" (one choice per sequence; task-level MoE, arXiv:2205.12701) or "batch" (one for all).
     """
 
     tau: float = 1.0
@@ -204,9 +204,9 @@ class GumbelSoftmax:
 
 @dataclass(frozen=True)
 class Random:
-    """top_k experts drawn uniformly, each with weight 1/top_k, one draw for each token, sequence, or the whole batch
-    (THOR, arXiv:2110.04260, where top_k = 1). In evaluation another draw, or with evaluation = "ensemble" the mean of
-    all experts. Takes nothing but the shape from the logits: see scores.Uniform."""
+    """top_k uniformly drawn experts, each with weight 1/top_k; one draw per token, sequence, or batch (THOR,
+    arXiv:2110.04260, where top_k = 1). Evaluation draws again, or with evaluation = "ensemble" averages all experts.
+    Uses only the shape of the logits: see scores.Uniform."""
 
     top_k: int = 1
     level: str = "token"

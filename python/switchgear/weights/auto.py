@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Which form serves a use on this machine: what store(model, "auto") tries, the best first.
 
-The limits are measured ones (docs/weights.md, docs/performance.md): with few rows for an expert its weights are read once
-for each, so bytes decide; from some on multiplying does, and an order that the kernels like is what is left to gain.
+The limits are measured ones (docs/weights.md, docs/performance.md): with few rows for an expert its weights are read
+once for each, so bytes decide; from some on multiplying does, and an order that the kernels like is what is left to
+gain.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def compacted(weight: Tensor) -> Weight:
     while True:  # twice where the first headers have no room for the exceptions of some row
         out = torch.empty(num_experts, rows, header + records, dtype=torch.uint8, device="cpu")
         advise_huge_pages(out)
-        needed = rows_of.header_bytes(ops.host.module.pack_compact(elements, out, torch.get_num_threads()))
+        needed = rows_of.header_bytes(ops.pack_compact(elements, out, torch.get_num_threads()))
         if needed <= header:
             return Weight("compact", out, rows, cols, weight.dtype, elements=elements.dtype, is_exact=True)
         header = needed

@@ -39,8 +39,8 @@ class Form:
         raise NotImplementedError
 
     def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
-        """The weight of which a state dict has `tensors`, by suffix, in place of `now`. ValueError, after the suffix, for
-        one of another shape or form."""
+        """The weight of which a state dict has `tensors`, by suffix, in place of `now`. ValueError, after the suffix,
+        for one of another shape or form."""
         raise NotImplementedError
 
     def __str__(self) -> str:

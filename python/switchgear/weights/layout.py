@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Layout: how a module of experts holds its projections. Modules of other libraries are found by those who know them."""
+"""Layout: how a module of experts holds its projections. Modules of other libraries are found by those who know
+them."""
 
 from __future__ import annotations
 

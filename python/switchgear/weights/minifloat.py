@@ -3,8 +3,8 @@
 reference/minifloat.py.
 
 State dicts hold them in the layout in which they are published, and take it: fp8 as <name> float8_e4m3fn [E,N,C] and
-<name>_scale_inv, mxfp4 as <name>_blocks [E,N,C/32,16] and <name>_scales. Weights are decoded exactly; products are those
-of float numbers. Gradients reach x, topk_weights and biases.
+<name>_scale_inv, mxfp4 as <name>_blocks [E,N,C/32,16] and <name>_scales. Weights are decoded exactly; products are
+those of float numbers. Gradients reach x, topk_weights and biases.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Fp8(Form):
         _, rows, cols = weight.shape
         tensors = _stored("fp8", (values, scales), parts, self._group)
         return Weight(
-            "fp8", **tensors, rows=rows, cols=cols, dtype=weight.dtype, parts=parts, group_size=self._group[1],
-            is_exact=is_exact,
+            "fp8", tensors["data"], rows, cols, weight.dtype, tensors["scales"], parts=parts,
+            group_size=self._group[1], is_exact=is_exact,
         )  # fmt: skip
 
     def save(self, weight: Weight) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ class Fp8(Form):
         values, scales = minifloat.from_blocks(
             weight.data, weight.scales, "fp8", weight.rows, weight.cols, weight.parts, self._group
         )
-        return {"": values.view(torch.float8_e4m3fn), "_scale_inv": scales}
+        return {"": values.view(torch.float8_e4m3fn), "_scale_inv": scales.contiguous()}
 
     def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
         rows, cols, (height, width) = now.rows, now.cols, self._group
@@ -92,8 +92,8 @@ class Mxfp4(Form):
         _, rows, cols = weight.shape
         tensors = _stored("mxfp4", (blocks, scales), parts, minifloat.BLOCK)
         return Weight(
-            "mxfp4", **tensors, rows=rows, cols=cols, dtype=weight.dtype, parts=parts, group_size=minifloat.COLUMNS,
-            is_exact=is_exact,
+            "mxfp4", tensors["data"], rows, cols, weight.dtype, tensors["scales"], parts=parts,
+            group_size=minifloat.COLUMNS, is_exact=is_exact,
         )  # fmt: skip
 
     def save(self, weight: Weight) -> dict[str, Tensor]:

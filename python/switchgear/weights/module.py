@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from switchgear.reference.formats import FIELDS
 from switchgear.weights.form import Form
 from switchgear.weights.layout import Layout
-from switchgear.weights.weight import AdaptedWeight, Weight
+from switchgear.weights.weight import Weight
 
 _FIELDS = ("data", *FIELDS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,12 +40,15 @@ class Kind(NamedTuple):
     @staticmethod
     def of(weight: Weight) -> Kind:
         fields = tuple(field for field in _FIELDS if getattr(weight, field) is not None)
-        return Kind(*(getattr(weight, name) for name in Kind._fields[:-1]), fields)
+        return Kind(
+            weight.format, weight.rows, weight.cols, weight.dtype, weight.parts, weight.group_size, weight.elements,
+            weight.is_exact, fields,
+        )  # fmt: skip
 
     def weight(self, tensors: dict[str, Tensor]) -> Weight:
-        options = self._asdict()
+        options: dict[str, Any] = {**self._asdict(), **tensors}
         del options["fields"]
-        return Weight(**options, **tensors)
+        return Weight(**options)
 
 
 class Tie:
@@ -128,8 +131,8 @@ def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
     """The two projections [E,out,in] as `moe` takes them: tensors where they are parameters, else what is stored; with
     their adapters, if there are any. `layout` says how the module holds parameters."""
     stored = vars(module).get("_switchgear_stored")
-    first: Tensor | Weight | AdaptedWeight
-    second: Tensor | Weight | AdaptedWeight
+    first: Any
+    second: Any
     if stored is not None:
         first, second = stored.weights(module)
     else:  # each attribute is read once: under a parametrization every access makes the weight anew

@@ -2,8 +2,8 @@
 """Panels: the elements of a weight in the order in which the CPU's kernels read them; see reference/panels.py.
 
 One word of an activation then serves many weights, and weights are one stream of memory: with 2 to 64 tokens per expert
-a layer takes up to a fifth less time, with many about as long, with a single one up to 5 % longer. Results have the same
-bits, and weights the same number of bytes.
+a layer takes up to a fifth less time, with many about as long, with a single one up to 5 % longer. Results have the
+same bits, and weights the same number of bytes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from switchgear.weights.weight import PANEL_DTYPES, Weight
 
 def panel_layout(dtype: torch.dtype) -> PanelLayout:
     """What the ISA in use reads."""
-    return PanelLayout(*ops.host.module.panel_layout(PANEL_DTYPES[dtype]))
+    return PanelLayout(*ops.panel_layout(PANEL_DTYPES[dtype]))
 
 
 @dataclass(frozen=True)
 class Panels(Form):
-    """The order of the ISA in use. On another one each call restores the weights, as it does where gradients are wanted.
+    """The order of the ISA in use. On another one each call restores the weights, as it does where gradients are
+    wanted.
 
     N, and I of gates that precede ups, are multiples of 64 (32 without AVX-512), C of 32.
     """

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,15 +62,15 @@ def form_named(form: str | Form, options: dict[str, Any]) -> Form:
         return form
     if form not in FORMS:
         raise ValueError(f"form: expected one of {', '.join(FORMS)}, auto, or an object of theirs, got {form!r}")
-    known = FORMS[form].__dataclass_fields__
+    known = [field.name for field in dataclasses.fields(FORMS[form])]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"{unknown[0]}: expected an option of {form} ({', '.join(known) or 'it has none'})")
     return FORMS[form](**options)
 
 
 def encode(weight: Tensor, form: str | Form, *, parts: int = 1, **options: Any) -> Weight:
-    """A weight [E,N,C] in a form, for `moe` and `grouped_gemm`; parts: 2 where gates precede ups. ValueError, saying why,
-    where it cannot be."""
+    """A weight [E,N,C] in a form, for `moe` and `grouped_gemm`; parts: 2 where gates precede ups. ValueError, saying
+    why, where it cannot be."""
     encoded = form_named(form, options).encode("weight", weight, parts)
     if isinstance(encoded, str):
         raise ValueError(f"weight: expected one that can be stored as {form}; {encoded}")
@@ -84,16 +85,16 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
         print(switchgear.store(model, "auto", tokens_per_step=1))
 
     The parameters of the projections go, and buffers come, except for "plain". Gradients reach x, topk_weights, biases
-    and adapters. State dicts have the keys of the form (docs/weights.md), and plain weights load, too. Experts that share
-    memory share what is stored. Biases stay as they are.
+    and adapters. State dicts have the keys of the form (docs/weights.md), and plain weights load, too. Experts that
+    share memory share what is stored. Biases stay as they are.
 
     Args:
         model: has `Experts`, or experts of transformers that run on the fused kernel (`accelerate`).
         form: "plain" (rows along the inner dimension; parameters stay, and all weights of the model move onto huge
             pages), "panels", "compact", "int8", "int4", "fp8", "mxfp4", or an object with options, Int4(group_size=64);
             "auto" picks one by machine and use.
-        options: those of the form. Of "auto": tokens_per_step, how many tokens a forward has (1: decoding one text), and
-            lossless, whether weights must keep every bit.
+        options: those of the form. Of "auto": tokens_per_step, how many tokens a forward has (1: decoding one text),
+            and lossless, whether weights must keep every bit.
         low_memory: store one layer after the other, and let go of its parameters at once. By default all are stored
             before any goes, so that both are in memory for a while. If it fails halfway, a form without loss is undone
             from what is stored; an error says which modules of another stay stored.
@@ -105,12 +106,12 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
     """
     if form == "auto":
         return _store_best(model, low_memory, **options)
-    return _store(model, form_named(form, options), low_memory)  # type: ignore[arg-type]
+    return _store(model, form_named(form, options), low_memory)
 
 
 def restore(model: nn.Module) -> int:
-    """Undoes `store`: the parameters are there again, in the dtype that they had. They have their bits where the form is
-    lossless, else the values that it stands for. Returns the number of modules that it changed."""
+    """Undoes `store`: the parameters are there again, in the dtype that they had. They have their bits where the form
+    is lossless, else the values that it stands for. Returns the number of modules that it changed."""
     changed, copies = 0, Copies()
     parameters: dict[Tie, nn.Parameter] = {}
     plain: dict[tuple[object, ...], Tensor] = {}
@@ -154,8 +155,9 @@ def _store(model: nn.Module, form: Form, low_memory: bool) -> Stored:
     except BaseException as error:
         stay = [change.target.name for change in reversed(done) if not change.undo()]
         if stay:
+            names = ", ".join(reversed(stay))
             raise RuntimeError(
-                f"model: {', '.join(reversed(stay))} stay stored as {form}, since low_memory kept no parameters ({error})"
+                f"model: {names} stay stored as {form}, since low_memory kept no parameters ({error})"
             ) from error
         raise
     if isinstance(form, Plain):

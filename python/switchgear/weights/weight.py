@@ -7,6 +7,7 @@ modules: the form that made it does (plain.py, panels.py, …).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear import backends, ops
-from switchgear.reference import formats
+from switchgear.reference import formats, panels
 from switchgear.weights.pages import advise_huge_pages
 
 LOSSLESS = ("plain", "panels", "compact")
@@ -86,13 +87,13 @@ class Weight:
             if self.format == "panels":
                 weight = torch.empty(self.shape, dtype=self.dtype)
                 advise_huge_pages(weight)
-                return formats.panels.expand(self.data, weight)
+                return panels.expand(self.data, weight)
         return formats.decode(self.tensors, self.form, self.dtype)
 
     def _expanded(self) -> Tensor:
         weight = torch.empty(self.shape, dtype=self.elements)
         advise_huge_pages(weight)
-        ops.host.module.expand_compact(self.data.contiguous(), weight, torch.get_num_threads())
+        ops.expand_compact(self.data.contiguous(), weight, torch.get_num_threads())
         return weight.to(self.dtype)
 
     def multiplies(self, dtype: torch.dtype) -> bool:
@@ -102,7 +103,7 @@ class Weight:
             return True  # any dtype; a device without kernels says so itself
         if self.format == "plain":
             return dtype is self.dtype
-        if not self.data.is_cpu:
+        if not _is_on_cpu(self):
             return False
         if self.format == "compact":
             return dtype is self.dtype or dtype is self.elements
@@ -112,8 +113,8 @@ class Weight:
         """Whether panels have the order of the ISA in use. A graph cannot ask for it: its op looks at their shape."""
         if torch.compiler.is_compiling():
             return True
-        rows, vector_bytes = ops.host.module.panel_layout(PANEL_DTYPES[self.dtype])
-        return self.data.shape[1] * rows == self.rows and self.data.shape[3] == vector_bytes
+        rows, vector_bytes = ops.panel_layout(PANEL_DTYPES[self.dtype])
+        return self.data.shape[1:4:2] == (self.rows // rows, vector_bytes)
 
     def permuted(self, order: Tensor) -> Weight:
         """The experts `order` [E'], of which each may occur any number of times. Copies nothing."""
@@ -124,7 +125,7 @@ class Weight:
         """The same data with other places [E] int32 of the experts; None: expert e at index e."""
         return self.with_tensors({"slots": slots})
 
-    def with_tensors(self, tensors: dict[str, Tensor | None]) -> Weight:
+    def with_tensors(self, tensors: Mapping[str, Tensor | None]) -> Weight:
         """The same with other tensors, by the names of their fields."""
         if unknown := sorted(set(tensors) - set(_FIELDS)):
             raise ValueError(f"tensors: expected names among {', '.join(_FIELDS)}, got {', '.join(unknown)}")
@@ -154,7 +155,8 @@ class AdaptedWeight(NamedTuple):
         return self.weight.dtype
 
 
-AnyWeight = Tensor | Weight | AdaptedWeight
+def _is_on_cpu(weight: Weight) -> bool:
+    return weight.data.is_cpu
 
 
 def taken_by_moe(weight: Weight, dtype: torch.dtype) -> Tensor | Weight:
@@ -170,7 +172,7 @@ def taken_by_grouped_gemm(weight: Weight, dtype: torch.dtype) -> Tensor | Weight
 
 
 def _expanded(weight: Weight, dtype: torch.dtype, subject: str) -> Tensor:
-    has_a_kernel_missing = weight.format != "plain" and (dtype is weight.dtype or not weight.data.is_cpu)
+    has_a_kernel_missing = weight.format != "plain" and (dtype is weight.dtype or not _is_on_cpu(weight))
     if has_a_kernel_missing and not torch.compiler.is_compiling():
         backends.announce_format(weight.device, subject, "each call expands them")
     return weight.plain()

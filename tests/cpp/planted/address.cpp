@@ -28,7 +28,7 @@ void multiply(const float* x, const float* weight, float* y, int H, int N) {
                 .out = view(y, DType::kFloat32, 1, N)});
 }
 
-// Weights that end one row early: the vector kernels read them.
+// Weights that end one row early; the vector kernels read past their end.
 void heap_overflow_read() {
   const std::vector<float> x(64), weight(64 * 31);
   std::vector<float> y(32);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Programs with one bug each, to prove that a sanitizer build would report it: each is a test that passes only if the
-// report comes. Where the bug is in how the library is called, the report comes from the library's own code, so its files
-// were instrumented too.
+// Programs with one bug each, to prove that a sanitizer build would report it: each is a test that passes only with the
+// report. If the bug is in a call of the library, the report comes from the library's own code, which proves that its files
+// are instrumented too.
 #pragma once
 #include <cstdio>
 #include <cstring>
@@ -13,7 +13,7 @@ struct Bug {
   void (*run)();
 };
 
-// A value that the optimiser knows nothing about.
+// Hides a value from the optimiser.
 template <typename T>
 [[gnu::noinline]] T opaque(T value) {
   volatile T hidden = value;

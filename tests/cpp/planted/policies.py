@@ -4,8 +4,8 @@
     cmake --preset cpu && cmake --build --preset cpu --target test_policies
     python tests/cpp/planted/policies.py build/cpu [part of a name …]
 
-The sources stay as they are: a copy with one edit is compiled with the flags of the build tree and linked in front of
-the library. An edit whose text the sources no longer hold is an error. By hand, since it takes a minute or two.
+The sources are not modified: a copy with one edit is compiled with the flags of the build tree and linked before the
+library. It is an error if an edit's text is no longer in the sources. Run by hand, since it takes a minute or two.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ SECONDS = 120
 @dataclass(frozen=True)
 class Mistake:
     name: str
-    source: str  # of csrc/cpu, compiled again
-    before: str  # in `edited`, exactly once
+    source: str  # in csrc/cpu, compiled again
+    before: str  # occurs in `edited` exactly once
     after: str
     edited: str = ""  # a header, if not the source itself
 
@@ -89,7 +89,7 @@ MISTAKES = (
 def build_mistake(build: Path, mistake: Mistake) -> Path:
     home = build / "planted" / "".join(c if c.isalnum() else "_" for c in mistake.name)
     home.mkdir(parents=True, exist_ok=True)
-    for path in (KERNELS / mistake.source, *KERNELS.glob("*.h")):  # which includes its neighbours
+    for path in (KERNELS / mistake.source, *KERNELS.glob("*.h")):  # the source includes its neighbours
         shutil.copy(path, home)
     text = (home / mistake.file).read_text()
     if text.count(mistake.before) != 1:
@@ -107,13 +107,13 @@ def build_mistake(build: Path, mistake: Mistake) -> Path:
     link = shlex.split(output.removeprefix(": && ").removesuffix(" && :"))
     link = [word for word in link if "--dependency-file" not in word]
     link[link.index("-o") + 1] = str(home / "program")
-    link.insert(link.index("-o"), str(home / "mistake.o"))  # so that the library's own is not looked for
+    link.insert(link.index("-o"), str(home / "mistake.o"))  # so that the linker ignores the library's own
     subprocess.run(link, cwd=build, check=True)
     return home / "program"
 
 
 def passes(program: Path) -> tuple[bool, str]:
-    """And the line that says why not."""
+    """Whether the tests pass, and the line that gives the reason if not."""
     try:
         done = subprocess.run([program], capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:

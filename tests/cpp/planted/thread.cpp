@@ -12,8 +12,8 @@
 namespace switchgear::planted {
 namespace {
 
-// A counting sort whose chunks share their counters, on the library's own threads. Each chunk waits for the other to have
-// begun, without ordering anything, so that one thread cannot take both.
+// A counting sort whose chunks share their counters, on the library's own threads. Each chunk waits until the other has
+// started, with relaxed atomics that order nothing, so that one thread cannot take both.
 void race_on_a_histogram() {
   std::vector<int> counts(4);
   std::atomic<int> begun{0};
@@ -25,7 +25,7 @@ void race_on_a_histogram() {
   std::printf("%d\n", counts[0]);
 }
 
-// Two callers combine into the same rows: the report comes from combine.
+// Two callers combine into the same rows: combine itself makes the report.
 void race_on_a_result_row() {
   std::vector<float> permuted(64), y(64);
   std::vector<int32_t> offsets = {0, 4}, tokens = {0, 1, 2, 3}, slots = {0, 1, 2, 3};
@@ -44,7 +44,7 @@ void race_on_a_result_row() {
   other.join();
 }
 
-// A ready flag that is no atomic.
+// A ready flag that is not atomic.
 void unsynchronised_flag() {
   int value = 0;
   volatile bool ready = false;

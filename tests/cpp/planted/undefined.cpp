@@ -32,7 +32,7 @@ void invalid_bool() {
   std::printf("%d\n", *opaque(normalize) ? 1 : 0);
 }
 
-// Past the checks, a plan of ids at an odd address: the report comes from plan.cpp.
+// Bypasses the checks with a plan of ids at an odd address: the report comes from plan.cpp.
 void misaligned_load() {
   std::vector<int32_t> ids(5), offsets(2), tokens(4), slots(4);
   char* odd = reinterpret_cast<char*>(ids.data()) + opaque(1);

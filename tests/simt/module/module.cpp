@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the test module _simt has beside the ops: the device that launchers see, and the order in which threads run. Its
-// tensors are in host memory, so the shared tests of Python run on it as they are, checks of values included.
+// What the test module _simt has besides the ops: the device that launchers see, and the order of threads. Its tensors are in
+// host memory, so the shared Python tests run on it unchanged, including checks of values.
 #include "module.h"
 
 #include <string>

@@ -71,7 +71,7 @@ PLANT(barrier_after_exit, kByBoth) {
   launch(early_exit_kernel, 1, 64, 0, nullptr, y.data(), 48, planted);
 }
 
-// Two of three warps meet, but the barrier counts all three.
+// Two of three warps use the barrier, but it counts all three.
 __global__ void named_barrier_kernel(float* y, bool planted) {
   if (threadIdx.x < 64) ptx::bar_sync(1, planted ? 96 : 64);
   y[threadIdx.x] = 1.0f;

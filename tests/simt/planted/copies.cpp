@@ -7,7 +7,7 @@ using namespace switchgear::cuda;
 
 namespace {
 
-// Each thread copies 16 bytes a stage, two stages ahead, and reads its neighbour's.
+// Each thread copies 16 bytes per stage, two stages ahead, and reads its neighbour's.
 __global__ void pipeline_kernel(const float* x, float* y, int stages, bool planted) {
   SHARED_DYN(float, tile);
   const unsigned t = threadIdx.x;
@@ -84,7 +84,7 @@ __global__ void ldmatrix_kernel(uint32_t* y, bool planted) {
   for (unsigned i = threadIdx.x; i < 192; i += 32) tile[i] = i;
   __syncwarp();
   uint32_t r[4];
-  // Rows of 16 bytes, or by mistake of 20.
+  // Rows of 16 bytes; 20 if planted.
   ptx::ldmatrix_x4(r, tile + threadIdx.x * (planted ? 5 : 4));
   y[threadIdx.x] = r[0];
 }

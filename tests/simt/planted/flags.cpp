@@ -43,7 +43,7 @@ PLANT(block_scope_flag_across_blocks, kByRace) { run_send(planted ? Flag::kBlock
 PLANT(flag_not_waited_for, kByRace) { run_send(planted ? Flag::kNoWait : Flag::kReleased); }
 PLANT(flag_never_raised, kByBoth) { run_send(planted ? Flag::kNever : Flag::kReleased); }
 
-// The same between two devices, each with a grid of its own.
+// The same between two devices, each with its own grid.
 __global__ void exchange_kernel(float* mine, float* theirs, uint32_t* my_flag, uint32_t* their_flag, float* y,
                                 bool planted) {
   theirs[threadIdx.x] = static_cast<float>(threadIdx.x);
@@ -70,7 +70,7 @@ PLANT(device_scope_flag_across_devices, kByRace) {
 
 enum class Fence { kBoth, kNoneBefore, kNoneAfter, kBlockScope };
 
-// The block that finishes last adds up what all have written.
+// The last block to finish adds up what all blocks wrote.
 __global__ void last_block_kernel(float* partial, unsigned* finished, float* sum, Fence fence) {
   SHARED_VALUE(bool, last);
   if (threadIdx.x == 0) {
@@ -116,7 +116,7 @@ PLANT(shared_counter_without_atomic, kByRace) {
   launch(count_kernel, 1, 64, 0, nullptr, &count, planted);
 }
 
-// The histogram is read while others still add to it.
+// The histogram is read while other threads still add to it.
 __global__ void histogram_kernel(const int* ids, int* counts, bool planted) {
   SHARED_ARRAY(int, histogram, 8);
   if (threadIdx.x < 8) histogram[threadIdx.x] = 0;

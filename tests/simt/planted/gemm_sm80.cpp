@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Some tiles of gemm_sm80.cuh and the decode kernel. kernels.py compiles it with one line of them changed.
+// Some tiles of gemm_sm80.cuh and the decode kernel. kernels.py compiles this with one line of the kernels changed.
 #include "gemm_sm80.cuh"
 #include "gemm_decode.cuh"
 #include "launch.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Some tiles of gemm_sm90.cuh with a short ring, in one block that computes all of them. kernels.py compiles it with one line
-// of them changed.
+// Some tiles of gemm_sm90.cuh with a short ring, all computed by one block. kernels.py compiles this with one line of the
+// kernel changed.
 #include "gemm_sm90.cuh"
 #include "launch.h"
 #include "products.h"

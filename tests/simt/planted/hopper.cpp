@@ -118,7 +118,7 @@ MULTIPLY(mbarrier_expects_an_arrival_too_many, kTooManyArrivals, kByBoth)
 MULTIPLY(mbarrier_overwritten, kOverwritten, kByBoth)
 MULTIPLY(exit_with_wgmma_pending, kExitEarly, kByBoth)
 
-// ---- tiles that are written by ordinary stores ----------------------------------------------------------------------------
+// ---- tiles written by ordinary stores -------------------------------------------------------------------------------------
 
 enum class StoreMistake { kNone, kNoFence, kNoBarrier, kReusedEarly, kExitEarly };
 
@@ -151,7 +151,7 @@ STORE(tma_store_without_barrier, kNoBarrier, kByRace)
 STORE(tile_reused_before_it_is_stored, kReusedEarly, kByRace)
 STORE(exit_with_tma_store_pending, kExitEarly, kByBoth)
 
-// cp.async lands in the generic proxy: wgmma's reads need the fence, after the wait.
+// cp.async lands in the generic proxy, so wgmma's reads need the fence after the wait.
 __global__ void gathered_kernel(const Bf16* x, float* out, bool planted) {
   SHARED_DYN(unsigned char, tile);
   for (unsigned i = threadIdx.x; i < 64 * 8; i += 128) {

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Mistakes in the real kernels: one edit each of a copy of csrc/cuda, the file that is compiled again with it, and the
-program that must then fail. The sources know nothing of it; an edit whose text they no longer hold is an error."""
+"""Mistakes in the real kernels: each is one edit of a copy of csrc/cuda, with the file to compile again and the program
+that must then fail. The sources do not refer to them; it is an error if an edit's text is no longer in the source."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ RACE = ("race",)
 @dataclass(frozen=True)
 class Mistake:
     name: str
-    builds: tuple[str, ...]  # that must see it
-    header: str  # of csrc/cuda
-    before: str  # in it, exactly once
+    builds: tuple[str, ...]  # that must detect it
+    header: str  # in csrc/cuda
+    before: str  # occurs in the header exactly once
     after: str
     source: str  # that includes the header
     program: str

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// planted --list: a line a plant, its name and the builds that must see it.
+// planted --list: one line per plant, with its name and the builds that must detect it.
 #include <cstdio>
 #include <cstring>
 

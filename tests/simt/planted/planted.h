@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Small kernels, each with one mistake that can be switched on: `planted NAME clean` must pass, `planted NAME planted` must
-// fail. That keeps the runtime honest, and shows what its messages look like.
+// Small kernels, each with a mistake that can be switched on: `planted NAME clean` must pass, `planted NAME planted` must
+// fail. This tests the runtime's detection, and shows its messages.
 #pragma once
 #include <cmath>
 #include <string>
@@ -10,7 +10,7 @@
 
 namespace simt::planted {
 
-// The builds that must see the mistake in every order of threads. Any other may see it too.
+// The builds that must detect the mistake in every order of threads. Others may detect it too.
 enum class Seen { kByBoth, kByAsan, kByRace };
 
 struct Plant {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A grouped GEMM and a weight gradient of small integers, whose sums are exact in any order: what the programs run that
-// kernels with planted bugs are compiled into. Behind every row lies NaN, and behind every array nothing.
+// A grouped GEMM and a weight gradient of small integers, whose sums are exact in any order, for the programs built with
+// planted bugs. Each row is followed by NaN; nothing follows an array.
 #pragma once
 #include <cmath>
 #include <vector>
@@ -18,7 +18,7 @@ using Bf16 = __nv_bfloat16;
 
 inline int64_t stride_of(int64_t width) { return (width + 7) / 8 * 8; }
 
-// [rows, width] in rows of whole vectors, the last one without what would follow it.
+// [rows, width] with rows padded to whole vectors.
 class Matrix {
  public:
   Matrix(int64_t rows, int64_t width)
@@ -48,7 +48,7 @@ class Matrix {
   std::vector<Bf16> values_;
 };
 
-// Two experts, and rows of nobody behind them.
+// Two experts, followed by unassigned rows.
 struct Product {
   Product(int64_t first, int64_t second, int64_t nobody, int64_t n, int64_t c)
       : slots(first + second + nobody),

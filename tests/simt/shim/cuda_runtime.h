@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Stands before the toolkit's header of this name: the toolkit's template for launches hands untyped pointers on, but a
-// kernel that is an ordinary function must be called with its own types. The plain functions are in runtime_api.cpp.
+// Shadows the toolkit's header of this name. The toolkit's launch template passes untyped pointers, but a kernel that is an
+// ordinary function must be called with its own types. The plain functions are in runtime_api.cpp.
 #pragma once
 #define cudaLaunchKernelEx cuda_toolkit_launch_kernel_ex
 #include_next <cuda_runtime.h>
@@ -9,7 +9,7 @@
 #include "runtime.h"
 
 namespace simt {
-// What CUDA would answer, and the launch in full: shape, dynamic shared memory, attributes.
+// The error that CUDA would return, and the complete launch: shape, dynamic shared memory, attributes.
 cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel);
 Grid grid_of(const cudaLaunchConfig_t& config, std::function<void()> kernel);
 }  // namespace simt

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Weights in panels: their order, results with the bits of plain weights, and modules."""
+"""Weights in panels: their order, and results with the bits of plain weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from switchgear.panels import DTYPES, PanelMatrix, in_panels, panel_layout
-from switchgear.reference_panels import PanelLayout
-from switchgear.stored import stored_moe, stored_of
 from torch import Tensor, nn
 
 import switchgear
-from switchgear import reference_panels
+from switchgear.reference import panels as reference_panels
+from switchgear.reference.panels import PanelLayout
+from switchgear.weights import Weight, encode
+from switchgear.weights.panels import panel_layout
+from switchgear.weights.weight import PANEL_DTYPES as DTYPES
 
 H, I, E, K = 128, 192, 5, 2  # noqa: E741
 
@@ -92,14 +93,14 @@ def test_same_bits(isa: str, dtype: torch.dtype, kind: str) -> None:
     for hidden_size, intermediate_size in ((128, 192), (2240, 64), (64, 1088)):
         gate_up = torch.randn(E, intermediate_size * (2 if options["gated"] else 1), hidden_size).to(dtype)
         down = torch.randn(E, hidden_size, intermediate_size).to(dtype) / 8
-        stored = in_panels(gate_up), in_panels(down)
+        stored = encode(gate_up, "panels", parts=2 if kind == "gated" else 1), encode(down, "panels")
         for num_tokens in (0, 1, 3, 16, 45, 700 if hidden_size == 128 else 24):
             x = torch.randn(num_tokens, hidden_size).to(dtype)
             ids = torch.rand(num_tokens, E).argsort(-1)[:, :K].int()
             ids[::3, 0] = -1
             weights = torch.rand(num_tokens, K)
             y = switchgear.moe(x, gate_up, down, ids, weights, **options)
-            assert same_bits(stored_moe(x, *stored, ids, weights, **options), y), (hidden_size, num_tokens)
+            assert same_bits(switchgear.moe(x, *stored, ids, weights, **options), y), (hidden_size, num_tokens)
 
 
 # ---- modules ---------------------------------------------------------------------------------------------------------
@@ -107,18 +108,21 @@ def test_same_bits(isa: str, dtype: torch.dtype, kind: str) -> None:
 
 def test_autocast_reads_panels_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = make_experts()
-    packed = copy.deepcopy(experts).pack_(panels=True)
+    packed = copy.deepcopy(experts)
+    switchgear.store(packed, "panels")
     x, ids, weights = inputs(5, torch.float32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = experts(x, ids, weights)
-        monkeypatch.setattr(PanelMatrix, "weight", None)
+        monkeypatch.setattr(Weight, "plain", None)
         assert torch.equal(packed(x, ids, weights), y)
 
 
+@pytest.mark.filterwarnings("ignore:switchgear has no kernels for panels weights")
 def test_another_isa(isa: str) -> None:
     """Panels of one ISA on another: in one process, or loaded on another machine."""
     experts = make_experts()
-    packed = copy.deepcopy(experts).pack_(panels=True)
+    packed = copy.deepcopy(experts)
+    switchgear.store(packed, "panels")
     call = inputs(5)
     for other in switchgear.available_cpu_isas():
         switchgear.set_cpu_isa(other)
@@ -129,11 +133,12 @@ def test_another_isa(isa: str) -> None:
 def test_op() -> None:
     experts = make_experts()
     x, ids, weights = inputs(6)
-    first, second = in_panels(experts.gate_up_proj), in_panels(experts.down_proj)
+    first, second = encode(experts.gate_up_proj, "panels", parts=2), encode(experts.down_proj, "panels")
     for save_h in (False, True):
-        args = (x, first.data, second.data, None, None, ids, weights, "silu", True, False, 1.702, 0.0, save_h)
+        rest = (None, None, ids, weights, "silu", True, False, 1.702, 0.0, save_h)
+        args = (x, first.tensors, first.form, second.tensors, second.form, *rest)
         torch.library.opcheck(torch.ops.switchgear.moe_forward.default, args)
-        plain = (x, experts.gate_up_proj.detach(), experts.down_proj.detach(), *args[3:])
+        plain = (x, [experts.gate_up_proj.detach()], (), [experts.down_proj.detach()], (), *rest)
         with switchgear.use_backend("reference"):
             expected = torch.ops.switchgear.moe_forward(*plain)
             assert all(map(torch.equal, torch.ops.switchgear.moe_forward(*args), expected))
@@ -146,15 +151,17 @@ def test_errors() -> None:
         (switchgear.Experts(H, 66, 2, dtype=torch.bfloat16), f"gate_up_proj has 132 rows, no multiple of {2 * rows}"),
         (switchgear.Experts(72, I, 2, dtype=torch.bfloat16), "gate_up_proj has 72 columns, no multiple of 32"),
     ):
-        expected = f"model: expected experts that can be stored as weights in panels; {reason}"
-        with pytest.raises(ValueError, match=expected):
-            switchgear.pack_panels(model)
-        assert switchgear.unpack_panels(model) == 0
-    packed = make_experts().pack_(panels=True)
+        with pytest.raises(ValueError, match=f"model: expected experts that can be stored as panels; .*{reason}"):
+            switchgear.store(model, "panels")
+        assert switchgear.restore(model) == 0
+    experts = make_experts()
+    first, second = encode(experts.gate_up_proj, "panels", parts=2), encode(experts.down_proj, "panels")
     x, ids, weights = inputs(3)
-    first, second = (matrix.data for matrix in stored_of(packed).matrices(packed))  # type: ignore[union-attr]
-    call = ids, weights, "silu", True, False, 1.702, 0.0, False
-    with pytest.raises(ValueError, match="down_proj: expected shape"):
-        torch.ops.switchgear.moe_forward(x, first, second[:, :, :-1].contiguous(), None, None, *call)
-    with pytest.raises(ValueError, match=r"weight: expected 2 dimensions, got shape \[5, "):
-        switchgear.grouped_gemm(x, first, switchgear.plan(ids, E).expert_offsets)
+    rest = None, None, ids, weights, "silu", True, False, 1.702, 0.0, False
+    cut = second.data[:, :, :-1].contiguous()
+    for backend in switchgear.backends.BACKENDS:
+        with switchgear.use_backend(backend), pytest.raises(ValueError, match="down_proj: expected"):
+            torch.ops.switchgear.moe_forward(x, first.tensors, first.form, (cut,), second.form, *rest)
+    with pytest.raises(ValueError, match="weight: expected no panels in grouped_gemm"):
+        offsets = switchgear.plan(ids, E).expert_offsets
+        torch.ops.switchgear.grouped_gemm(x, first.tensors, first.form, None, offsets, None, False, False)

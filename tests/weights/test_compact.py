@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Compact weights: what the format holds, results with the bits of plain weights, and modules."""
+"""Compact weights: what the format holds, and results with the bits of plain weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from switchgear.compress.compact import CompactMatrix, compacted
-from switchgear.stored import stored_moe, stored_of
 from torch import Tensor, nn
 
 import switchgear
-from switchgear import compress, reference_compact
+from switchgear.reference import compact as reference_compact
+from switchgear.weights import Weight, stored_of
+from switchgear.weights.compact import compacted
 
 H, I, E, K = 512, 384, 5, 2  # noqa: E741
 
@@ -77,6 +77,23 @@ def inputs(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor
     return torch.randn(num_tokens, H).to(dtype), ids, torch.rand(num_tokens, K)
 
 
+def compact(experts: switchgear.Experts) -> switchgear.Experts:
+    packed = copy.deepcopy(experts)
+    switchgear.store(packed, "compact")
+    return packed
+
+
+def stored_weights(experts: nn.Module) -> tuple[Weight, Weight]:
+    stored = stored_of(experts)
+    assert stored is not None
+    return stored.weights(experts)
+
+
+def weight_of(rows: Tensor, columns: int, dtype: torch.dtype) -> Weight:
+    """A weight of `dtype` whose compact rows these are."""
+    return Weight("compact", rows, rows.shape[1], columns, dtype, elements=dtype)
+
+
 # ---- the format ------------------------------------------------------------------------------------------------------
 
 
@@ -87,7 +104,7 @@ def test_nothing_is_lost(of_kind: Any, make: Any, experts: int, rows: int, colum
     weight = of_kind(make(experts, rows, columns))
     matrix = compacted(weight)
     assert torch.equal(matrix.data, reference_compact.compact(weight))
-    assert torch.equal(bits(matrix.weight()), bits(weight))
+    assert torch.equal(bits(matrix.plain()), bits(weight))
     assert torch.equal(bits(reference_compact.plain(matrix.data, columns, weight.dtype)), bits(weight))
 
 
@@ -130,12 +147,12 @@ def test_same_bits(isa: str, of_kind: Any, make: Any, kind: str) -> None:
             if kind == "forward":
                 call = ids, torch.rand(num_tokens, K)
                 y = switchgear.moe(x, gate_up, down, *call)
-                got = stored_moe(x, *stored, *call)
+                got = switchgear.moe(x, *stored, *call)
             else:
                 plan = switchgear.plan(ids, E)
                 y, got = (
                     switchgear.grouped_gemm(x, weight, plan.expert_offsets, token_indices=plan.token_indices)
-                    for weight in (gate_up, stored[0].data)
+                    for weight in (gate_up, stored[0])
                 )
             assert torch.equal(bits(got), bits(y)), (hidden_size, num_tokens)
 
@@ -148,8 +165,8 @@ def test_any_bytes_are_read_safely(isa: str, dtype: torch.dtype) -> None:
         down = torch.randint(0, 256, (E, H, 128 + reference_compact.records_bytes(I, dtype))).to(torch.uint8)
         rows[0, 0, 18] = down[0, 0, 18] = dtype.itemsize  # the only byte that is checked
         for num_tokens in (2, 50):
-            weights = CompactMatrix(rows, H, dtype, dtype), CompactMatrix(down, I, dtype, dtype)
-            y = stored_moe(inputs(num_tokens, dtype)[0], *weights, *inputs(num_tokens)[1:])
+            weights = weight_of(rows, H, dtype), weight_of(down, I, dtype)
+            y = switchgear.moe(inputs(num_tokens, dtype)[0], *weights, *inputs(num_tokens)[1:])
             assert y.shape == (num_tokens, H)
 
 
@@ -161,29 +178,30 @@ def test_checkpoints_in_bfloat16_loaded_as_float32() -> None:
     experts = make_experts(dtype=torch.float32)
     with torch.no_grad():
         experts.gate_up_proj.copy_(experts.gate_up_proj.bfloat16())
-    packed = copy.deepcopy(experts).pack_(compact=True)
+    packed = compact(experts)
     call = inputs(3, torch.float32)
     for stored in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
-        assert tuple(kind.stored for kind in stored_of(packed).kinds) == stored  # type: ignore[union-attr]
+        assert tuple(weight.elements for weight in stored_weights(packed)) == stored
         with torch.no_grad():
             assert torch.equal(packed(*call), experts(*call))
             experts.gate_up_proj.add_(1e-5)
             experts.down_proj.copy_(experts.down_proj.bfloat16())
         packed.load_state_dict(experts.state_dict())
-    assert torch.equal(packed.unpack_().down_proj, experts.down_proj)
+    assert switchgear.restore(packed) == 1
+    assert torch.equal(packed.down_proj, experts.down_proj)
 
 
 def test_autocast_and_other_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     x, ids, weights = inputs(5, torch.float32)
     low = make_experts().float()  # whose rows hold bfloat16, and are read as they are
-    packed = copy.deepcopy(low).pack_(compact=True)
-    monkeypatch.setattr(CompactMatrix, "weight", None)
+    packed = compact(low)
+    monkeypatch.setattr(Weight, "plain", None)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(packed(x, ids, weights), low(x, ids, weights))
     monkeypatch.undo()
     with torch.no_grad():
         low.gate_up_proj.add_(1e-4)
-        packed = copy.deepcopy(low).pack_(compact=True)
+        packed = compact(low)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(packed(x, ids, weights), low(x, ids, weights))
     with pytest.raises(TypeError, match="gate_up_proj: expected"):
@@ -198,39 +216,41 @@ def test_errors() -> None:
         (mixed, r"gate_up_proj is torch.bfloat16, and down_proj torch.float32"),
         (switchgear.Experts(64, 64, 2, dtype=torch.bfloat16), "gate_up_proj would still take 200% of its bytes"),
     ):
-        with pytest.raises(
-            ValueError, match=f"model: expected experts that can be stored as compact weights; {reason}"
-        ):
-            compress.compact(model)
-        assert compress.expand(model) == 0
+        with pytest.raises(ValueError, match=f"model: expected experts that can be stored as compact; .*{reason}"):
+            switchgear.store(model, "compact")
+        assert switchgear.restore(model) == 0
     with pytest.raises(TypeError, match=r"weight: expected torch\.bfloat16 or torch\.float32, got torch\.float16"):
         reference_compact.compact(torch.zeros(1, 1, 1, dtype=torch.float16))
     with pytest.raises(ValueError, match="weight: expected at most 32768 columns, got 32769"):
         reference_compact.compact(torch.zeros(1, 1, 32769, dtype=torch.bfloat16))
 
-    packed = make_experts().pack_(compact=True)
+    first, second = stored_weights(compact(make_experts()))
     x, ids, weights = inputs(3)
-    gate_up, down = (matrix.data for matrix in stored_of(packed).matrices(packed))  # type: ignore[union-attr]
     for bad, reason in (
-        (gate_up[:, :, :-1].contiguous(), "gate_up_proj: expected compact rows of 768 bytes for 512 columns"),
-        (gate_up[:, :, :768].contiguous(), "gate_up_proj: expected compact rows of 768 bytes for 512 columns"),
-        (gate_up.mT, "gate_up_proj: expected"),
+        (first.data[:, :, :-1].contiguous(), "gate_up_proj: expected compact rows of 768 bytes for 512 columns"),
+        (first.data[:, :, :768].contiguous(), "gate_up_proj: expected compact rows of 768 bytes for 512 columns"),
+        (first.data.mT, "gate_up_proj: expected"),
     ):
         y = torch.full_like(x, 7)
         with pytest.raises(ValueError, match=reason):
             switchgear.ops.host.module.moe_forward(
-                x, bad, down, None, None, ids, weights, y, None, "silu", True, False, 1.702, 0.0,
-                switchgear.ops.host.execution(),
+                x, [bad], first.form, second.tensors, second.form, None, None, ids, weights, y, None,
+                "silu", True, False, 1.702, 0.0, switchgear.ops.host.execution(),
             )  # fmt: skip
         assert bool((y == 7).all())
+
+    def call(x: Tensor, first: Weight, second: Weight) -> Tensor:
+        rest = None, None, ids, weights, "silu", True, False, 1.702, 0.0, False
+        return switchgear.ops.moe_forward(x, first.tensors, first.form, second.tensors, second.form, *rest)[0]
+
     with pytest.raises(TypeError, match="gate_up_proj: expected float16 like x, got compact weights"):
-        switchgear.moe(x.half(), gate_up, down, ids, weights)
-    floats = [reference_compact.compact(torch.full((1, 4, 512), 0.1)) for _ in range(2)]
+        call(x.half(), first, second)
+    rows = reference_compact.compact(torch.full((1, 4, 512), 0.1))
     with pytest.raises(
         TypeError, match="gate_up_proj: expected compact bfloat16 like x, got compact elements of 4 bytes"
     ):
-        switchgear.moe(x, *floats, ids, weights)
+        call(x, weight_of(rows, 512, torch.bfloat16), weight_of(rows, 512, torch.bfloat16))
     with pytest.raises(
         TypeError, match="compact: expected compact bfloat16 like weight, got compact elements of 4 bytes"
     ):
-        CompactMatrix(floats[0], 512, torch.bfloat16, torch.bfloat16).weight()
+        weight_of(rows, 512, torch.bfloat16).plain()

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from switchgear.compress import quantize
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -23,6 +22,11 @@ def make_experts(dtype: torch.dtype = torch.float32, **options: Any) -> switchge
     experts = switchgear.Experts(70, 33, 5, dtype=dtype, **{"transposed": True} | options)
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.1)
+    return experts
+
+
+def pack(experts: switchgear.Experts) -> switchgear.Experts:
+    switchgear.store(experts, "plain")
     return experts
 
 
@@ -57,7 +61,7 @@ def results(experts: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> list
 )
 def test_same_bits(isa: str, options: dict[str, bool], dtype: torch.dtype) -> None:
     experts = make_experts(dtype, **options)
-    packed = copy.deepcopy(experts).pack_()
+    packed = pack(copy.deepcopy(experts))
     assert is_packed(packed)
     assert not is_packed(experts)
     for num_tokens in (0, 1, 3, 16, 70, 700):  # all kinds of tiles, and experts beyond the rows of one product
@@ -72,9 +76,9 @@ def test_parameters_stay_what_they_are() -> None:
     experts.down_proj.requires_grad_(False)
     before = dict(experts.named_parameters())
     values = {name: parameter.detach().clone() for name, parameter in before.items()}
-    for change, packed in ((switchgear.pack_weights, True), (switchgear.unpack_weights, False)):
-        assert change(experts) == 1
-        assert change(experts) == 0
+    for change, packed in ((pack, True), (switchgear.restore, False)):
+        change(experts)
+        change(experts)
         assert is_packed(experts) is packed
         assert all(parameter is before[name] for name, parameter in experts.named_parameters())
         assert all(torch.equal(parameter, values[name]) for name, parameter in before.items())
@@ -82,7 +86,7 @@ def test_parameters_stay_what_they_are() -> None:
 
 
 def test_state_dict_and_copies(tmp_path: Path) -> None:
-    experts, packed = make_experts(bias=True), make_experts(bias=True).pack_()
+    experts, packed = make_experts(bias=True), pack(make_experts(bias=True))
     packed.load_state_dict(experts.state_dict())
     assert is_packed(packed)
     torch.save(packed.state_dict(), tmp_path / "state.pt")
@@ -104,10 +108,11 @@ def test_state_dict_and_copies(tmp_path: Path) -> None:
 
 def test_safetensors_takes_unpacked_weights() -> None:
     save = pytest.importorskip("safetensors.torch", reason="safetensors is not installed").save
-    experts = make_experts().pack_()
+    experts = pack(make_experts())
     with pytest.raises(ValueError, match="non contiguous"):
         save(experts.state_dict())
-    save(experts.unpack_().state_dict())
+    assert switchgear.restore(experts) == 1
+    save(experts.state_dict())
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -121,7 +126,7 @@ def test_training_goes_on(fused: bool) -> None:
     optimizers = [torch.optim.AdamW(module.parameters(), lr=0.01, fused=fused) for module in modules]
     for step in range(4):
         if step == (0 if fused else 2):
-            packed.pack_()
+            pack(packed)
         call = inputs(torch.float32, 20)
         for module, optimizer in zip(modules, optimizers, strict=True):
             optimizer.zero_grad(set_to_none=False)
@@ -139,7 +144,7 @@ def test_inference_mode(made: bool, packed: bool) -> None:
     with torch.inference_mode(made):
         experts = make_experts()
     with torch.inference_mode(packed):
-        assert is_packed(experts.pack_())
+        assert is_packed(pack(experts))
     if not made:
         results(experts, *inputs(torch.float32, 3))
 
@@ -150,7 +155,7 @@ def test_tied_weights_stay_tied() -> None:
     second.down_proj = first.down_proj
     third.down_proj.data = first.down_proj.data
     model = nn.ModuleList([first, second, third])
-    for change in (switchgear.pack_weights, switchgear.unpack_weights):
+    for change in (lambda model: switchgear.store(model, "plain").modules, switchgear.restore):
         assert change(model) == 3
         assert second.down_proj is first.down_proj
         assert third.down_proj.data_ptr() == first.down_proj.data_ptr()
@@ -160,58 +165,50 @@ def test_tied_weights_stay_tied() -> None:
 
 def test_other_orders_are_left_alone() -> None:
     ordinary = switchgear.MoE(70, 33, 5, 2)
-    strides = [weight.stride() for weight in projections(ordinary)]
-    assert switchgear.pack_weights(ordinary) == switchgear.unpack_weights(ordinary) == 0
-    assert ordinary.experts.pack_().unpack_() is ordinary.experts
-    assert [weight.stride() for weight in projections(ordinary)] == strides
+    before = {name: weight.data_ptr() for name, weight in ordinary.named_parameters()}
+    assert switchgear.store(ordinary, "plain").modules == 1
+    assert switchgear.restore(ordinary) == 0
+    assert {name: weight.data_ptr() for name, weight in ordinary.named_parameters()} == before
 
     one = switchgear.Experts(1, 1, 3, transposed=True)  # each order is both
-    assert switchgear.pack_weights(one) == 0
-
-    mixed = nn.ModuleList([make_experts(), make_experts(device="meta"), nn.Linear(2, 2)])
-    assert switchgear.pack_weights(mixed) == 1
-    assert mixed[1].down_proj.is_contiguous()
+    pack(one)
+    assert switchgear.restore(one) == 0
 
 
 def test_compiled(backend: str) -> None:
     if backend.startswith(("simt", "cuda")):
-        pytest.skip("pack_weights is for the CPU, and refuses weights on other devices")
+        pytest.skip("this order is for the CPU, and weights on other devices are refused")
     experts = make_experts()
     call = inputs(torch.float32, 7)
     compiled = torch.compile(experts, fullgraph=True, backend="eager")
     y = compiled(*call)
-    experts.pack_()
+    pack(experts)
     torch.testing.assert_close(compiled(*call), y)
 
 
 def test_errors() -> None:
-    for model, reason in (
-        (nn.Linear(2, 2), "Linear has no experts that run on the fused kernel"),
-        (make_experts(device="meta"), "gate_up_proj is on meta, and this order is for the CPU"),
-    ):
-        with pytest.raises(ValueError, match=f"model: expected experts that can be packed; {reason}"):
-            switchgear.pack_weights(model)
-        assert switchgear.unpack_weights(model) == 0
-
-    quantized = make_experts()
-    quantize(quantized, "int8")
-    with pytest.raises(ValueError, match="has no experts that run"):
-        quantized.pack_()
+    mixed = nn.ModuleList([make_experts(), make_experts(device="meta"), nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match=r"model\.1: expected experts .* as plain; gate_up_proj is on meta"):
+        switchgear.store(mixed, "plain")
+    assert mixed[0].down_proj.is_contiguous()
 
     computed = make_experts()
     parametrize.register_parametrization(computed, "down_proj", nn.Identity())
     with pytest.raises(ValueError, match="down_proj is computed, no plain parameter"):
-        computed.pack_()
+        pack(computed)
     assert computed.gate_up_proj.is_contiguous()
 
 
-def test_quantized_from_packed_weights() -> None:
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_another_form_from_packed_weights(form: str) -> None:
     experts = make_experts()
-    packed = copy.deepcopy(experts).pack_()
+    packed = pack(copy.deepcopy(experts))
     for module in (experts, packed):
-        quantize(module, "int8")
+        switchgear.store(module, form)
     state = packed.state_dict()
     assert all(torch.equal(state[name], weight) for name, weight in experts.state_dict().items())
+    assert switchgear.restore(packed) == 1
+    assert packed.down_proj.is_contiguous()
 
 
 def test_a_model_of_transformers(tmp_path: Path) -> None:
@@ -226,7 +223,7 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
     prompt = torch.arange(1, 9)[None]
     logits, before = model(prompt).logits, {name: w.clone() for name, w in model.state_dict().items()}
     text = model.generate(prompt, max_new_tokens=6, do_sample=False)
-    assert switchgear.pack_weights(model) == 2
+    assert switchgear.store(model, "plain").modules == 2
     assert torch.equal(model(prompt).logits, logits)
     assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), text)
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
@@ -236,6 +233,6 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], w) for name, w in before.items())
     model.set_experts_implementation("eager")  # which reads any strides, too
     torch.testing.assert_close(model(prompt).logits, logits)
-    assert switchgear.unpack_weights(model) == 2  # whoever runs the experts now
+    assert switchgear.restore(model) == 2  # whoever runs the experts now
     model.set_experts_implementation("switchgear")
     assert torch.equal(model(prompt).logits, logits)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from switchgear.pages import HUGE_PAGE
 from torch import nn
 
 import switchgear
+from switchgear.weights.pages import HUGE_PAGE, use_huge_pages
 
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SIZE = 4 * HUGE_PAGE  # at least three whole huge pages, wherever it starts
@@ -33,7 +33,7 @@ def huge_bytes(tensor: torch.Tensor) -> int:
 def test_weights_move_onto_huge_pages() -> None:
     weight = torch.arange(SIZE // 4, dtype=torch.float32)
     address = weight.data_ptr()
-    moved = switchgear.use_huge_pages([weight])
+    moved = use_huge_pages([weight])
     if moved == 0:
         pytest.skip("the kernel has no MADV_COLLAPSE (Linux 6.1), or no memory in one piece")
     assert moved % HUGE_PAGE == 0
@@ -47,31 +47,41 @@ def test_modules_lend_parameters_and_buffers() -> None:
     module = nn.Linear(8, 8)
     module.weight = nn.Parameter(torch.ones(SIZE // 4).view(-1, 8))
     module.register_buffer("table", torch.ones(SIZE // 4))
-    expected = sum(map(switchgear.use_huge_pages, ([module.weight], [module.table])))
-    assert switchgear.use_huge_pages(module) == expected
+    expected = sum(map(use_huge_pages, ([module.weight], [module.table])))
+    assert use_huge_pages(module) == expected
     assert module.weight.requires_grad
     assert (module.weight == 1).all()
 
 
 def test_what_is_small_or_elsewhere_is_left_alone() -> None:
     meta = torch.empty(SIZE, device="meta")
-    assert switchgear.use_huge_pages([torch.ones(8), torch.empty(0), meta]) == 0
-    assert switchgear.use_huge_pages(nn.Identity()) == 0
+    assert use_huge_pages([torch.ones(8), torch.empty(0), meta]) == 0
+    assert use_huge_pages(nn.Identity()) == 0
 
 
 def test_views_and_strides() -> None:
     weight = torch.ones(64, SIZE // 4 // 32)
     others = (weight.to(torch.int8).repeat(4, 1), weight.double(), weight.view(2, 2, 2, 2, 4, -1))
     for view in (weight.mT, weight[::2], weight[:, 1:], *others):
-        assert 0 <= switchgear.use_huge_pages([view]) <= view.untyped_storage().nbytes()
+        assert 0 <= use_huge_pages([view]) <= view.untyped_storage().nbytes()
 
 
 def test_what_is_no_tensor_is_refused() -> None:
     with pytest.raises(TypeError, match=r"weights: expected a module or tensors, got int at 1"):
-        switchgear.use_huge_pages([torch.ones(2), 3])  # type: ignore[list-item]
+        use_huge_pages([torch.ones(2), 3])  # type: ignore[list-item]
 
 
 @pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the system gives no huge pages")
 def test_fresh_experts_lie_on_huge_pages() -> None:
     experts = switchgear.Experts(512, 512, 16)
     assert huge_bytes(experts.gate_up_proj) >= experts.gate_up_proj.nbytes - 2 * HUGE_PAGE
+
+
+@pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the system gives no huge pages")
+def test_plain_moves_all_weights_of_a_model() -> None:
+    experts = switchgear.Experts(8, 8, 2)
+    table = nn.Parameter(torch.ones(SIZE // 4))
+    model = nn.ModuleDict({"experts": experts, "table": nn.ParameterList([table])})
+    moved = use_huge_pages([torch.ones(SIZE // 4)])
+    switchgear.store(model, "plain")
+    assert (huge_bytes(table) > 0) == (moved > 0)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The tensors of a checkpoint in a directory of safetensors files, read one at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+MAPPED = 64 << 20  # bytes read of mapped files, and a tensor
+
+
+class Header(NamedTuple):
+    """What a file says of a tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it: "BF16", "F8_E4M3", "U8", …
+
+
+class Reader:
+    """Reads tensors of files that are mapped into memory. What was read counts as memory of the process while its file
+    is mapped, so files are mapped anew after some of it."""
+
+    def __init__(self, headers: dict[str, Header]) -> None:
+        self._headers = headers
+        self._files: dict[Path, Any] = {}
+        self._read = 0  # bytes, since files were mapped
+
+    def tensor(self, key: str) -> Tensor:
+        """A whole tensor: the memory of its file, which is to be copied."""
+        return self._counted(self._file(key).get_tensor(key))
+
+    def part(self, key: str, index: int) -> Tensor:
+        """[1, …]: the part at an index of the first dimension."""
+        return self._counted(self._file(key).get_slice(key)[index : index + 1])
+
+    def close(self) -> None:
+        self._files.clear()
+        self._read = 0
+
+    def _counted(self, tensor: Tensor) -> Tensor:
+        self._read += tensor.nbytes
+        return tensor
+
+    def _file(self, key: str) -> Any:
+        if self._read > MAPPED:
+            self.close()
+        path = self._headers[key].file
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework="pt")
+        return self._files[path]
+
+
+class CheckpointFiles:
+    """The tensors of a directory: those of its index, or of all its safetensors files.
+
+    ValueError, which names the file, where there is none, one lacks, or one is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not (path / CONFIG).is_file():
+            raise ValueError(f"path: expected a directory with {CONFIG}, got {path}")
+        self.path = path
+        self.headers: dict[str, Header] = {}
+        index = path / INDEX
+        listed = self._listed(index) if index.is_file() else None
+        names = sorted(set(listed.values())) if listed else sorted(file.name for file in path.glob("*.safetensors"))
+        if not names:
+            raise ValueError(f"path: expected safetensors files in {path}, got none")
+        for name in names:
+            self.headers |= self._headers_of(path / name)
+        for key, name in (listed or {}).items():
+            if key not in self.headers:
+                raise ValueError(f"path: expected {key} in {path / name}, as {INDEX} says")
+
+    @staticmethod
+    def _listed(index: Path) -> dict[str, str]:
+        try:
+            listed = json.loads(index.read_text())["weight_map"]
+            return {str(key): Path(str(name)).name for key, name in listed.items()}  # a name: never another directory
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"path: expected a weight_map in {index}, got {error}") from error
+
+    @staticmethod
+    def _headers_of(file: Path) -> dict[str, Header]:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  (not a mapping)
+                return {key: Header(file, tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"path: expected a safetensors file, got {file}: {error}") from error

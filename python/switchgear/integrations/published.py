@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Published checkpoints whose experts are mxfp4 (gpt-oss) or fp8 in blocks of 128 x 128 (DeepSeek-V3, Qwen3-MoE), read
+without rounding, and without a plain copy of the model in memory.
+
+    model = load_published("/models/gpt-oss-20b")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from switchgear.integrations.checkpoint_files import CheckpointFiles, Reader
+from switchgear.integrations.published_keys import (
+    BLOCKS,
+    FLOATS,
+    SCALE,
+    SCALES,
+    Checks,
+    Piece,
+    Pieces,
+    matches,
+    pieces_of,
+)
+from switchgear.integrations.transformers import accelerate, restore
+from switchgear.reference import minifloat
+from switchgear.weights import Form, Fp8, Layout, Mxfp4, Weight, advise_huge_pages, layout_of
+from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, put
+
+FORMS: dict[str, Form] = {"mxfp4": Mxfp4(), "fp8": Fp8()}  # by the name of the format, which is that of the method
+Read = Callable[[Reader, torch.device], Tensor | Weight]
+
+
+def load_published(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """A causal language model of transformers, on switchgear and in eval mode, with experts as they were published.
+
+    Files are read an expert at a time, and what is read goes where it stays: the peak of memory is the model as stored,
+    and a tensor or 64 MiB. fp8 linears outside of experts are decoded, and all else is cast to the dtype of its
+    parameter, as `from_pretrained` does. `switchgear.restore` makes experts plain.
+
+    Args:
+        path: a directory with config.json and safetensors files.
+        model: loads into this one, which was made under torch.device("meta"). By default config.json says what to make.
+        dtype: of a model that is made here.
+        device: where tensors go.
+
+    Raises:
+        ValueError: config.json names another quantisation; the model has no experts that run on the fused kernel; keys
+            are missing or unexpected; shapes, dtypes or numbers are others than expected. All but the numbers is
+            checked before anything is read. On any failure nothing is loaded.
+    """
+    device = torch.device(device)
+    files = CheckpointFiles(Path(path))
+    config = AutoConfig.from_pretrained(path)
+    _take_quantization(config)
+    made: Any = _made(Path(path), config, dtype) if model is None else model
+    replacements = accelerate(made)
+    try:
+        plan = _plan(made, files)
+        _compute_buffers(made, device)
+        reader = Reader(files.headers)
+        loaded = {target: read(reader, device) for target, read in plan.items()}
+    except BaseException:
+        restore(replacements)
+        raise
+    _commit(made, loaded)
+    return made.eval()  # type: ignore[no-any-return]
+
+
+def _take_quantization(config: Any) -> None:
+    """Out of the config, since transformers need not know; ValueError for one that is not read here."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        raise ValueError("path: expected a quantization_config in config.json, got none")
+    options = found if isinstance(found, dict) else found.to_dict()
+    method, block = options.get("quant_method"), options.get("weight_block_size")
+    if method not in FORMS:
+        raise ValueError(f"path: expected quant_method {' or '.join(FORMS)} in config.json, got {method}")
+    if method == "fp8" and tuple(block or ()) != minifloat.BLOCK:
+        raise ValueError(f"path: expected weight_block_size {list(minifloat.BLOCK)} in config.json, got {block}")
+    del config.quantization_config
+
+
+def _made(path: Path, config: Any, dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
+
+
+# ---- what is read ----------------------------------------------------------------------------------------------------
+
+
+class Wanted(NamedTuple):
+    """A projection of a module of experts."""
+
+    experts: int
+    rows: int  # N
+    columns: int  # C
+    parts: int
+    transposed: bool  # the parameter is [E,C,N]
+    dtype: torch.dtype
+
+
+def _plan(model: Any, files: CheckpointFiles) -> dict[str, Read]:
+    """How each tensor of the model is read, by its name in the state dict."""
+    state, projections, checks = model.state_dict(), _projections(model), Checks(files.headers)
+    plan: dict[str, Read] = {}
+    found = pieces_of(model, files.headers, state)
+    for target, pieces in found.items():
+        if target in projections and set(pieces) != {Piece()}:
+            plan[target] = _plan_projection(target, projections[target], pieces, checks)
+        elif target in state:
+            plan[target] = _plan_tensor(target, state[target], pieces, checks)
+        elif not matches(model._keys_to_ignore_on_load_unexpected, target):
+            checks.problems += [f"unexpected {key}" for key in pieces.values()]
+    for first, second in zip(list(projections)[::2], list(projections)[1::2], strict=True):
+        one, other = ({piece.suffix for piece in found.get(name, {})} for name in (first, second))
+        if one != other:
+            checks.problems.append(f"{first} and {second.rpartition('.')[2]}: expected one format")
+    tied, optional = model.all_tied_weights_keys, model._keys_to_ignore_on_load_missing
+    absent = [name for name in state if name not in plan and name not in tied and not matches(optional, name)]
+    checks.problems += [f"missing {name}" for name in absent]
+    checks.complain(files.path)
+    return plan
+
+
+def _projections(model: nn.Module) -> dict[str, Wanted]:
+    """Those of experts on the fused kernel, by their names in the state dict."""
+    found = {}
+    for prefix, module in model.named_modules():
+        if (layout := layout_of(module)) is not None:
+            for index, name in enumerate(layout.names):
+                parameter: Tensor = getattr(module, name)
+                experts, rows, columns = (parameter.mT if layout.transposed else parameter).shape
+                options = (layout.parts(index), layout.transposed, parameter.dtype)
+                found[f"{prefix}.{name}"] = Wanted(experts, rows, columns, *options)
+    return found
+
+
+def _scales_of(rows: int, columns: int) -> tuple[int, int]:
+    return -(-rows // minifloat.BLOCK[0]), -(-columns // minifloat.BLOCK[1])
+
+
+def _plan_tensor(target: str, like: Tensor, pieces: Pieces, checks: Checks) -> Read:
+    """As it is, or decoded from fp8."""
+    shape, dtype = tuple(like.shape), like.dtype
+    is_fp8 = Piece(SCALE) in pieces and len(shape) == 2
+    if not checks.expect_all(target, pieces, [Piece(), Piece(SCALE)] if is_fp8 else [Piece()]):
+        return _nothing
+    weight, scale = pieces[Piece()], pieces.get(Piece(SCALE), "")
+    if not is_fp8:
+        checks.expect(weight, shape, FLOATS if dtype.is_floating_point else None)
+        return lambda reader, device: reader.tensor(weight).to(device=device, dtype=dtype, copy=True)
+    checks.expect(weight, shape, ("F8_E4M3",))
+    checks.expect(scale, _scales_of(*shape), FLOATS)
+
+    def read(reader: Reader, device: torch.device) -> Tensor:
+        values, scales = reader.tensor(weight)[None].to(device), reader.tensor(scale)[None].to(device).float()
+        return minifloat.decode_fp8(values, scales, dtype=dtype)[0]
+
+    return read
+
+
+def _nothing(reader: Reader, device: torch.device) -> Tensor:
+    """In place of what is refused anyhow."""
+    raise NotImplementedError
+
+
+def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks) -> Read:
+    """As it was published: mxfp4 of all experts, or fp8 or plain numbers of each."""
+    suffixes = {piece.suffix for piece in pieces}
+    experts, rows, columns, *_ = wanted
+    if suffixes & {BLOCKS, SCALES}:
+        if checks.expect_all(target, pieces, [Piece(BLOCKS), Piece(SCALES)]):
+            checks.expect(pieces[Piece(BLOCKS)], (experts, rows, -(-columns // 32), 16), ("U8",))
+            checks.expect(pieces[Piece(SCALES)], (experts, rows, -(-columns // 32)), ("U8",))
+        return lambda reader, device: _read_mxfp4(target, wanted, pieces, reader, device)
+    shape = rows // wanted.parts, columns  # gates and ups are apart
+    for suffix in sorted(suffixes):
+        expected = [Piece(suffix, expert, source) for expert in range(experts) for source in range(wanted.parts)]
+        these = {piece: key for piece, key in pieces.items() if piece.suffix == suffix}
+        if checks.expect_all(target, these, expected):
+            dtypes = FLOATS if suffix or SCALE not in suffixes else ("F8_E4M3",)
+            for key in these.values():
+                checks.expect(key, _scales_of(*shape) if suffix else shape, dtypes)
+    if wanted.transposed:
+        checks.problems.append(f"{target}: expected weights of all experts in one tensor, since they are transposed")
+    read = _read_fp8 if SCALE in suffixes else _read_plain
+    return lambda reader, device: read(target, wanted, pieces, reader, device)
+
+
+# ---- projections -----------------------------------------------------------------------------------------------------
+
+
+def _read_mxfp4(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device) -> Weight:
+    data, scales = _empty("mxfp4", wanted, -(-wanted.columns // 32), torch.uint8, device)
+    for expert in range(wanted.experts):
+        block, scale = (reader.part(pieces[Piece(suffix)], expert).to(device) for suffix in (BLOCKS, SCALES))
+        out = data[expert, None], scales[expert, None]
+        with _naming(target, expert):
+            minifloat.to_blocks(block, scale, "mxfp4", wanted.parts, out=out)
+    return _weight("mxfp4", data, scales, wanted)
+
+
+def _read_fp8(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device) -> Weight:
+    """Gates and ups are published apart, and stored so."""
+    data, scales = _empty("fp8", wanted, _scales_of(wanted.rows, wanted.columns)[1], torch.float32, device)
+    blocks = data.shape[1] // wanted.parts
+    for (suffix, expert, source), key in pieces.items():
+        if not suffix:
+            scale = reader.tensor(pieces[Piece(SCALE, expert, source)])[None].to(device).float()
+            share = slice(source * blocks, (source + 1) * blocks)
+            out = data[expert, None, share], scales[expert, None, share]
+            with _naming(target, expert):
+                minifloat.to_blocks(reader.tensor(key)[None].to(device), scale, "fp8", out=out)
+    return _weight("fp8", data, scales, wanted)
+
+
+def _read_plain(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device) -> Tensor:
+    weight = torch.empty(wanted.experts, wanted.rows, wanted.columns, dtype=wanted.dtype, device=device)
+    advise_huge_pages(weight)
+    for (_, expert, source), key in pieces.items():
+        rows = wanted.rows // wanted.parts
+        weight[expert, source * rows : (source + 1) * rows] = reader.tensor(key)
+    return weight
+
+
+def _empty(format: str, wanted: Wanted, groups: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Data and scales of all experts."""
+    shape = minifloat.blocks_shape(wanted.rows, wanted.columns, format, wanted.parts)
+    data = torch.empty(wanted.experts, *shape, dtype=torch.uint8, device=device)
+    advise_huge_pages(data)
+    return data, torch.empty(wanted.experts, shape[0], groups, minifloat.ROWS, dtype=dtype, device=device)
+
+
+def _weight(format: str, data: Tensor, scales: Tensor, wanted: Wanted) -> Weight:
+    size = minifloat.COLUMNS if format == "mxfp4" else minifloat.BLOCK[1]
+    rows, columns, dtype, parts = wanted.rows, wanted.columns, wanted.dtype, wanted.parts
+    return Weight(format, data, rows, columns, dtype, scales, parts=parts, group_size=size, is_exact=True)
+
+
+@contextmanager
+def _naming(target: str, expert: int | None) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{target}, expert {expert}: {error}") from None
+
+
+# ---- into the model --------------------------------------------------------------------------------------------------
+
+
+def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Buffers that no checkpoint has, such as the frequencies of rotary embeddings, which were made on the meta device.
+
+    transformers computes those of a module that is not marked as initialised when it initialises weights, and leaves
+    alone whatever is marked.
+    """
+    marked: Any
+    buffers = []
+    for marked in (*model.parameters(), *model.buffers()):
+        marked._is_hf_initialized = True
+    for prefix, marked in model.named_modules():
+        names = [name for name in marked._non_persistent_buffers_set if marked._buffers[name] is not None]
+        marked._is_hf_initialized = not names
+        for name in names:
+            empty = torch.empty_like(marked._buffers[name], device=device)
+            marked._buffers[name] = empty.fill_(torch.nan) if empty.is_floating_point() else empty
+            buffers.append((f"{prefix}.{name}", marked, name))
+    model.initialize_weights()
+    for key, module, name in buffers:
+        if module._buffers[name].isnan().any():
+            raise ValueError(f"model: expected {key} to be computed by {type(model).__name__}.initialize_weights")
+
+
+def _commit(model: Any, loaded: dict[str, Tensor | Weight]) -> None:
+    for prefix, module in model.named_modules():
+        if (layout := layout_of(module)) is not None:
+            first, second = (loaded.get(f"{prefix}.{name}") for name in layout.names)
+            if isinstance(first, Weight) and isinstance(second, Weight):
+                _put(module, layout, (first, second))
+    for target, tensor in loaded.items():
+        prefix, _, name = target.rpartition(".")
+        module = model.get_submodule(prefix)
+        if isinstance(tensor, Weight):
+            continue
+        if name in module._parameters:
+            trained = module._parameters[name].requires_grad
+            module.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))
+        else:
+            module._buffers[name] = tensor
+    model.tie_weights()
+
+
+def _put(module: nn.Module, layout: Layout, weights: tuple[Weight, Weight]) -> None:
+    trained = (getattr(module, name).requires_grad for name in layout.names)
+    first, second = (Projection(Kind.of(weight), t, Tie()) for weight, t in zip(weights, trained, strict=True))
+    put(module, StoredProjections(FORMS[weights[0].format], layout, (first, second)), weights)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which tensors of a published checkpoint make up what a model has, and whether they fit."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from switchgear.integrations.checkpoint_files import Header
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names dtypes
+SCALE, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"  # what follows the name of a weight
+SHOWN = 8  # complaints at a time
+
+
+class Piece(NamedTuple):
+    """What a tensor of a checkpoint is of one that the model has."""
+
+    suffix: str = ""  # SCALE, BLOCKS, SCALES; none for the weight itself
+    expert: int | None = None  # None: all of them
+    source: int = 0  # of those that are joined: 0 for gates, 1 for ups
+
+
+Pieces = dict[Piece, str]  # and their keys
+
+
+def pieces_of(model: Any, keys: Iterable[str], state: dict[str, Tensor]) -> dict[str, Pieces]:
+    """The keys for each tensor of the model, by its name; transformers knows how published names become its own."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    sources = {pattern: index for entry in converters for index, pattern in enumerate(entry.source_patterns)}
+
+    def target_of(key: str) -> tuple[str, str | None]:
+        return rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+
+    found: dict[str, Pieces] = defaultdict(dict)
+    for key in keys:
+        suffix = next((suffix for suffix in (SCALE, BLOCKS, SCALES) if key.endswith(suffix)), "")
+        target, pattern = target_of(key.removesuffix(suffix))
+        if suffix and target not in state:  # a name that merely ends so
+            suffix, (target, pattern) = "", target_of(key)
+        expert = re.search(r"\bexperts\.(\d+)\.", key) if pattern is not None else None
+        piece = Piece(suffix, int(expert[1]) if expert else None, sources.get(pattern or "", 0))
+        if (other := found[target].setdefault(piece, key)) != key:
+            raise ValueError(f"path: expected one tensor for {target}, got {other} and {key}")
+    return found
+
+
+class Checks:
+    """Compares a checkpoint with what is expected of it; all complaints come at once."""
+
+    def __init__(self, headers: dict[str, Header]) -> None:
+        self.headers = headers
+        self.problems: list[str] = []
+
+    def expect(self, key: str, shape: tuple[int, ...], dtypes: tuple[str, ...] | None) -> None:
+        header = self.headers[key]
+        if header.shape != shape:
+            self.problems.append(f"{key}: expected shape {list(shape)}, got {list(header.shape)}")
+        elif dtypes is not None and header.dtype not in dtypes:
+            self.problems.append(f"{key}: expected {' or '.join(dtypes)}, got {header.dtype}")
+
+    def expect_all(self, target: str, pieces: Pieces, expected: list[Piece]) -> bool:
+        """Whether the pieces are these, of which `target` is made."""
+        absent = [piece for piece in expected if piece not in pieces]
+        self.problems += [f"missing {_name(target, piece)}" for piece in absent]
+        self.problems += [f"unexpected {key}" for piece, key in pieces.items() if piece not in expected]
+        return not absent
+
+    def complain(self, path: Path) -> None:
+        """ValueError if there was anything."""
+        if self.problems:
+            rest = f"; and {len(self.problems) - SHOWN} more" if len(self.problems) > SHOWN else ""
+            raise ValueError(f"path: {path} does not fit the model: {'; '.join(self.problems[:SHOWN])}{rest}")
+
+
+def _name(target: str, piece: Piece) -> str:
+    of_expert = "" if piece.expert is None else f" of expert {piece.expert}, part {piece.source}"
+    return f"{target}{piece.suffix}{of_expert}"
+
+
+def matches(patterns: Iterable[str] | None, name: str) -> bool:
+    """Whether a name has one of transformers' patterns."""
+    return any(re.search(pattern, name) for pattern in patterns or ())

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Forms to test, with what each takes and promises, and small experts for them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import switchgear
+from switchgear.weights import Compact, Form, Fp8, Int4, Int8, Mxfp4, Panels
+
+E, K = 5, 2
+LOW, FULL = torch.bfloat16, torch.float32
+
+
+class FormCase(NamedTuple):
+    form: Form
+    dtypes: tuple[torch.dtype, ...]
+    error: float  # of a layer's output, relative in the 2-norm; 0: results have the bits of plain weights
+    hidden_size: int = 128
+    intermediate_size: int = 64
+
+    def __str__(self) -> str:
+        return str(self.form)
+
+    @property
+    def is_exact(self) -> bool:
+        return self.error == 0
+
+    def experts(self, **options: Any) -> switchgear.Experts:
+        return make_experts(self.hidden_size, self.intermediate_size, **options)
+
+    def stored(self, experts: switchgear.Experts) -> switchgear.Experts:
+        """A copy of experts in this form."""
+        stored = copy.deepcopy(experts)
+        switchgear.store(stored, self.form)
+        return stored
+
+    def inputs(self, num_tokens: int, dtype: torch.dtype = LOW) -> tuple[Tensor, Tensor, Tensor]:
+        return inputs(num_tokens, self.hidden_size, dtype)
+
+
+def make_experts(hidden_size: int, intermediate_size: int, **options: Any) -> switchgear.Experts:
+    experts = switchgear.Experts(hidden_size, intermediate_size, E, **{"dtype": LOW} | options)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return experts
+
+
+def inputs(num_tokens: int, hidden_size: int, dtype: torch.dtype = LOW) -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.rand(num_tokens, E).argsort(-1)[:, :K].int()
+    return torch.randn(num_tokens, hidden_size).to(dtype), ids, torch.rand(num_tokens, K)
+
+
+ALL = (LOW, FULL, torch.float16)
+FORM_CASES = (
+    FormCase(Panels(), ALL, 0, 512, 384),
+    FormCase(Compact(), (LOW, FULL), 0, 512, 384),
+    FormCase(Int8(), ALL, 0.03),
+    FormCase(Int4(), ALL, 0.2),
+    FormCase(Int4(group_size=16, symmetric=False), ALL, 0.15),
+    FormCase(Fp8(), ALL, 0.08),
+    FormCase(Fp8(block="row"), ALL, 0.08),
+    FormCase(Mxfp4(), ALL, 0.35),
+)
+forms = pytest.mark.parametrize("case", FORM_CASES, ids=str)
+exact_forms = pytest.mark.parametrize("case", [case for case in FORM_CASES if case.is_exact], ids=str)
+forms_and_dtypes = pytest.mark.parametrize(
+    ("case", "dtype"),
+    [pytest.param(c, d, id=f"{c}-{str(d).removeprefix('torch.')}") for c in FORM_CASES for d in c.dtypes],
+)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    bits = {2: torch.int16, 4: torch.int32}[a.itemsize]
+    return a.dtype is b.dtype and torch.equal(a.view(bits), b.view(bits))
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    got, wanted = got.detach().double(), wanted.detach().double()
+    return float((got - wanted).norm() / wanted.norm().clamp(min=1e-30))

@@ -1,0 +1,581 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Experts in each form: results, gradients, state dicts, copies, dtypes, ties, and all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from form_cases import FORM_CASES, FormCase, distance, exact_forms, forms, forms_and_dtypes, make_experts
+from torch import nn
+from torch.nn.utils import parametrize
+
+import switchgear
+from switchgear.adapters import add_lora
+from switchgear.weights import Fp8, Int4, Int8, Mxfp4, Weight, encode, stored_of
+from switchgear.weights.form import Form
+
+KINDS: tuple[dict[str, Any], ...] = (
+    {}, {"bias": True}, {"gated": False}, {"interleaved": True}, {"transposed": True, "bias": True},
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_errors() -> Iterator[None]:
+    """Where a form has its kernels nothing is said."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="switchgear has no kernels")
+        yield
+
+
+def in_rows(case: FormCase, experts: switchgear.Experts, **options: Any) -> switchgear.Experts:
+    """The same experts with weights whose rows are contiguous, as stored ones are restored."""
+    twin = case.experts(**options | {"transposed": False})
+    for name, weight in twin.named_parameters():
+        same = getattr(experts, name)
+        weight.data.copy_(same.mT if options.get("transposed") and same.ndim == 3 else same)
+    return twin
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+@forms
+@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options) or "default")
+def test_experts(backend: str, case: FormCase, options: dict[str, Any]) -> None:
+    check_experts(backend, case, **options)
+
+
+@forms_and_dtypes
+def test_dtypes(backend: str, case: FormCase, dtype: torch.dtype) -> None:
+    check_experts(backend, case, dtype=dtype)
+
+
+def check_experts(backend: str, case: FormCase, **options: Any) -> None:
+    if backend.startswith(("simt", "cuda")):
+        pytest.skip(f"{case} is for the CPU")
+    experts = case.experts(**options)
+    stored = case.stored(experts)
+    assert stored_of(stored) is not None
+    assert str(case.form) in repr(stored)
+    assert [name for name, _ in stored.named_parameters()] == [n for n, _ in experts.named_parameters() if "bias" in n]
+    # Our kernels sum alike wherever weights lie; the reference as torch's products do, and these by how they lie.
+    plain = in_rows(case, experts, **options) if backend == "reference" else experts
+    for num_tokens in (0, 1, 20):
+        call = case.inputs(num_tokens, experts.down_proj.dtype)
+        with torch.no_grad():
+            y, wanted = stored(*call), plain(*call)
+            shaped = call[0].unsqueeze(1), call[1].unsqueeze(1), call[2].unsqueeze(1)
+            assert torch.equal(stored(*shaped), y.unsqueeze(1))
+        if case.is_exact:
+            assert torch.equal(y, wanted)
+        else:
+            assert distance(y, wanted) < case.error
+    before = dict(experts.named_parameters())
+    assert switchgear.restore(stored) == 1
+    assert switchgear.restore(stored) == 0
+    assert stored_of(stored) is None
+    assert [name for name, _ in stored.named_parameters()] == list(before)
+    for name, weight in stored.named_parameters():
+        assert weight.dtype is before[name].dtype
+        assert weight.is_contiguous()
+        assert torch.equal(weight, before[name]) or (not case.is_exact and weight.ndim == 3)
+        assert distance(weight.detach(), before[name].detach()) <= case.error
+    assert not stored._non_persistent_buffers_set
+    assert not list(stored.buffers())
+
+
+@exact_forms
+def test_infinities_and_nan(isa: str, case: FormCase) -> None:
+    for dtype in case.dtypes:
+        experts = case.experts(dtype=dtype)
+        with torch.no_grad():
+            experts.gate_up_proj[0, 0, 0], experts.gate_up_proj[1, 3, 5] = float("inf"), float("nan")
+            call = case.inputs(40, dtype)
+            y, got = experts(*call), case.stored(experts)(*call)
+        assert y.isnan().any()
+        assert torch.equal(got.isnan(), y.isnan())
+        assert torch.equal(got.nan_to_num(), y.nan_to_num())
+
+
+@forms
+def test_autocast(case: FormCase) -> None:
+    x, ids, weights = case.inputs(5, torch.float32)
+    for dtype in (torch.bfloat16, torch.float32):
+        experts = case.experts(dtype=dtype, bias=True)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            y, wanted = case.stored(experts)(x, ids, weights), experts(x, ids, weights)
+        assert y.dtype is torch.bfloat16
+        assert torch.equal(y, wanted) if case.is_exact else distance(y, wanted) < case.error
+    stored = case.stored(experts)
+    if case.is_exact:
+        with pytest.raises(TypeError, match="gate_up_proj: expected"):
+            stored(x.bfloat16(), ids, weights)
+    else:  # x may have any dtype
+        with torch.no_grad():
+            assert distance(stored(x.bfloat16(), ids, weights), experts(x, ids, weights)) < case.error
+
+
+@forms
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled(case: FormCase, backend: str) -> None:
+    stored = case.stored(case.experts(bias=True))
+    call = case.inputs(7)
+    with torch.no_grad():
+        y = stored(*call)
+        torch.compiler.reset()  # there is a limit of graphs of one function in a process
+        compiled = torch.compile(stored, fullgraph=True, backend=backend)
+        assert torch.equal(compiled(*call), y)
+        stored.load_state_dict(case.stored(case.experts(bias=True)).state_dict())  # other buffers
+        assert torch.equal(compiled(*call), stored(*call))
+
+
+@forms
+def test_grouped_gemm(backend: str, case: FormCase) -> None:
+    """The product alone, forward and backward, with the plain weight that the form stands for."""
+    if backend.startswith(("simt", "cuda")):
+        pytest.skip(f"{case} is for the CPU")
+    weight = torch.randn(E_OF_GEMM, 256, case.hidden_size) / 16
+    stored = encode(weight, case.form, parts=2)
+    plan = switchgear.plan(torch.randint(E_OF_GEMM, (9, 2)), E_OF_GEMM)
+    x, bias = torch.randn(9, case.hidden_size), torch.randn(E_OF_GEMM, 256)
+    results = []
+    with expected_warning(case):
+        for w in (stored, stored.plain()):
+            leaves = [x.clone().requires_grad_(), bias.clone().requires_grad_()]
+            out = switchgear.grouped_gemm(
+                leaves[0], w, plan.expert_offsets, bias=leaves[1], token_indices=plan.token_indices
+            )
+            with torch.no_grad():
+                assert torch.equal(
+                    switchgear.grouped_gemm(x, w, plan.expert_offsets, bias=bias, token_indices=plan.token_indices), out
+                )
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for got, wanted in zip(*results, strict=True):
+        assert distance(got, wanted) < (0.03 if isinstance(case.form, (Int4, Int8)) else 1e-5)
+
+
+E_OF_GEMM = 3
+
+
+def expected_warning(case: FormCase) -> AbstractContextManager[Any]:
+    """Of grouped_gemm, which reads no panels: once in a process."""
+    switchgear.backends._warned_about.clear()
+    is_announced = case.form.name == "panels" and switchgear.backend() == "native"
+    match = "no kernels for weights in panels, in grouped_gemm on cpu: each call expands them, slowly"
+    return pytest.warns(RuntimeWarning, match=match) if is_announced else nullcontext()
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+@forms
+def test_gradients_reach_what_is_not_frozen(case: FormCase) -> None:
+    """As those of the plain weights that the form stands for; what is left is the rounding of activations."""
+    experts = case.experts(bias=True, dtype=torch.float32)
+    stored = case.stored(experts)
+    restored = copy.deepcopy(stored)
+    switchgear.restore(restored)
+    results = []
+    for module in (restored, stored):
+        torch.manual_seed(0)
+        x, ids, weights = case.inputs(9, torch.float32)
+        leaves = [x.requires_grad_(), weights.requires_grad_(), module.gate_up_proj_bias, module.down_proj_bias]
+        results.append(torch.autograd.grad(module(x, ids, weights).square().sum(), leaves))
+    for wanted, got in zip(*results, strict=True):
+        assert torch.equal(got, wanted) if case.is_exact else distance(got, wanted) < 0.05
+
+
+@forms
+@pytest.mark.parametrize("order", ["adapters first", "stored first"])
+def test_with_adapters(case: FormCase, order: str) -> None:
+    """The adapters learn, the projections are frozen before and after."""
+    experts = case.experts(bias=True, dtype=torch.float32)
+    x, ids, weights = case.inputs(9, torch.float32)
+    if order == "adapters first":
+        adapters = add_lora(experts, 4, alpha=8)
+        y = case.stored(experts)(x, ids, weights).detach()
+        switchgear.store(experts, case.form)
+    else:
+        switchgear.store(experts, case.form)
+        with torch.no_grad():
+            y = experts(x, ids, weights)
+        adapters = add_lora(experts, 4, alpha=8)
+    torch.testing.assert_close(experts(x, ids, weights), y, rtol=1e-3, atol=1e-4)  # B is zero
+    optimizer, losses, target = torch.optim.Adam(adapters, 0.02), [], torch.randn(9, case.hidden_size)
+    for _ in range(25):
+        loss = (experts(x, ids, weights) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    twin = copy.deepcopy(experts)
+    twin.load_state_dict(experts.state_dict())
+    with torch.no_grad(), expected_warning(case):
+        assert torch.equal(twin(x, ids, weights), experts(x, ids, weights))
+    switchgear.restore(experts)
+    assert experts.down_proj.requires_grad == (order == "stored first")
+
+
+# ---- state dicts and copies ------------------------------------------------------------------------------------------
+
+KEYS = {
+    "panels": {""},
+    "compact": {""},
+    "int8": {"_values", "_scales", "_row_scales"},
+    "int4": {"_values", "_scales", "_row_scales"},
+    "fp8": {"", "_scale_inv"},
+    "mxfp4": {"_blocks", "_scales"},
+}
+
+
+def same_results(case: FormCase, modules: list[nn.Module], dtype: torch.dtype = torch.bfloat16) -> None:
+    call = case.inputs(4, dtype)
+    with torch.no_grad():
+        y = modules[0](*call)
+        assert all(torch.equal(module(*call), y) for module in modules[1:])
+
+
+@forms
+def test_state_dict(case: FormCase, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    experts = case.experts(bias=True, transposed=True)
+    model = nn.Sequential(case.stored(experts))
+    state = model.state_dict()
+    keys = KEYS[case.form.name] | ({"_zeros"} if case.form == Int4(16, symmetric=False) else set())
+    names = {f"0.{name}{key}" for name in ("gate_up_proj", "down_proj") for key in keys}
+    assert set(state) == names | {"0.gate_up_proj_bias", "0.down_proj_bias"}
+    if case.is_exact:
+        assert all(torch.equal(state[f"0.{name}"], weight) for name, weight in experts.state_dict().items())
+
+    torch.save(state, tmp_path / "state.pt")
+    safetensors.save_file(state, tmp_path / "state.safetensors")
+    safetensors.save_model(model, str(tmp_path / "model.safetensors"))
+    plain = nn.Sequential(experts).state_dict()
+    loaded = torch.load(tmp_path / "state.pt"), safetensors.load_file(tmp_path / "state.safetensors")
+    for from_file in (*loaded, plain):  # a plain checkpoint is stored on its way in
+        other = nn.Sequential(case.stored(case.experts(bias=True, transposed=True)))
+        other.load_state_dict(from_file)
+        same_results(case, [model[0], other[0]])
+    other = nn.Sequential(case.stored(case.experts(bias=True, transposed=True)))
+    safetensors.load_model(other, str(tmp_path / "model.safetensors"))
+    same_results(case, [model[0], other[0]])
+
+
+@forms
+def test_copies(case: FormCase, tmp_path: Path) -> None:
+    stored = case.stored(case.experts(bias=True))
+    torch.save(stored, tmp_path / "module.pt")
+    copies: list[nn.Module] = [
+        copy.deepcopy(stored),
+        copy.copy(stored),
+        pickle.loads(pickle.dumps(stored)),
+        torch.load(tmp_path / "module.pt", weights_only=False),
+        stored.to("cpu"),
+    ]
+    same_results(case, [stored, *copies])
+    for module in copies[:1] + copies[2:4]:  # the others share buffers
+        assert switchgear.restore(module) == 1
+    same_results(case, [stored, *copies[1:2]])
+    stored(*case.inputs(2))  # a cached weight goes into no copy
+    assert len(pickle.dumps(stored)) < 1.1 * sum(b.nbytes for b in stored.buffers()) + 100_000
+
+
+@forms
+@pytest.mark.parametrize("change", [nn.Module.half, nn.Module.bfloat16, nn.Module.float, nn.Module.double])
+def test_change_of_dtype(case: FormCase, change: Callable[[nn.Module], nn.Module]) -> None:
+    """What is stored stays as it is, bit for bit: with x of another dtype a call works, or says what it wants."""
+    experts = case.experts(dtype=torch.float32)
+    stored = case.stored(experts)
+    buffers = {name: buffer.clone() for name, buffer in stored.named_buffers()}
+    change(stored)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in stored.named_buffers())
+    x, ids, weights = case.inputs(3, torch.float32)
+    with torch.no_grad():
+        assert distance(stored(x, ids, weights), experts(x, ids, weights)) <= case.error
+        change(x_holder := nn.ParameterList([x]))
+        x = x_holder[0].detach()
+        if case.is_exact and x.dtype is not torch.float32:
+            with pytest.raises(TypeError, match=r"(gate_up_proj|x): expected"):
+                stored(x, ids, weights)
+        else:
+            assert distance(stored(x, ids, weights.to(x.dtype)), experts(x.float(), ids, weights)) <= case.error + 1e-3
+
+
+@forms
+def test_another_device(case: FormCase) -> None:
+    """meta has no data, so results cannot be had; shapes can."""
+    stored = case.stored(case.experts(bias=True)).to("meta")
+    x, ids, weights = (tensor.to("meta") for tensor in case.inputs(3))
+    if case.form.name in ("panels", "compact"):
+        switchgear.backends._warned_about.clear()
+        with pytest.warns(RuntimeWarning, match=f"{case.form.name} weights on meta: each call expands them"):
+            try:
+                stored(x, ids, weights)
+            except (NotImplementedError, RuntimeError):  # reading how rows are stored
+                return
+    else:
+        assert stored(x, ids, weights).shape == x.shape
+
+
+@forms
+def test_bad_state_dicts(case: FormCase) -> None:
+    experts = case.experts(transposed=True)
+    stored = nn.Sequential(case.stored(experts))
+    before = nn.Sequential(copy.deepcopy(stored[0]))
+    state = {f"0.{name}": weight + 1 for name, weight in experts.state_dict().items()}
+    hidden, inner = case.hidden_size, case.intermediate_size
+
+    with pytest.raises(
+        ValueError, match=rf"0.down_proj: expected shape \[5, {inner}, {hidden}\], got \[5, {inner - 1}"
+    ):
+        stored.load_state_dict(state | {"0.down_proj": state["0.down_proj"][:, :-1]})
+    same_results(case, [before[0], stored[0]])  # nothing was loaded of the other projection
+    with pytest.raises(ValueError, match=rf"0.gate_up_proj: expected shape \[5, {hidden}, {2 * inner}\], got"):
+        stored.load_state_dict(state | {"0.gate_up_proj": state["0.gate_up_proj"][:, :-1]}, strict=False)
+    with pytest.raises(ValueError, match=r"0.down_proj: expected a floating dtype of at least 16 bits, got torch.int8"):
+        stored.load_state_dict(state | {"0.down_proj": state["0.down_proj"].to(torch.int8)})
+    own = before.state_dict()
+    last = f"0.down_proj{case.form.suffixes[-1] if case.form.suffixes else ''}"
+    if case.form.suffixes:
+        with pytest.raises(ValueError, match=rf"{last}: expected torch\.[a-z0-9]+ \[5, "):
+            stored.load_state_dict(own | {last: own[last][..., :-1]})
+    same_results(case, [before[0], stored[0]])
+    partial = {key: tensor for key, tensor in own.items() if key != last}
+    with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{last}"'):
+        stored.load_state_dict(partial)
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.down_proj'):
+        stored.load_state_dict({"0.gate_up_proj": state["0.gate_up_proj"]})
+    if case.form.suffixes:
+        with pytest.raises(RuntimeError, match=r"Unexpected key|size mismatch"):
+            nn.Sequential(case.experts(transposed=True)).load_state_dict(own)
+    stored.load_state_dict({"0.gate_up_proj": state["0.gate_up_proj"]}, strict=False)
+    with torch.no_grad():
+        experts.gate_up_proj += 1
+    same_results(case, [case.stored(experts), stored[0]])
+
+
+# ---- all or nothing --------------------------------------------------------------------------------------------------
+
+
+def model_of(case: FormCase, count: int = 3) -> nn.ModuleList:
+    return nn.ModuleList(case.experts() for _ in range(count))
+
+
+def is_untouched(model: nn.Module, before: dict[str, nn.Parameter]) -> bool:
+    now = dict(model.named_parameters())
+    return list(now) == list(before) and all(now[name] is before[name] for name in now) and not list(model.buffers())
+
+
+@forms
+def test_report(case: FormCase) -> None:
+    model = model_of(case)
+    report = switchgear.store(model, case.form)
+    assert (report.form, report.modules, report.lossless) == (case.form, 3, case.is_exact)
+    assert report.bytes_before == 3 * (3 * 5 * case.hidden_size * case.intermediate_size * 2)
+    assert report.bytes_after == sum(buffer.nbytes for buffer in model.buffers())
+    assert str(report).startswith(f"3 modules of experts as {case.form}: ")
+    assert switchgear.store(model, case.form) == report  # again
+    assert switchgear.restore(model) == 3
+
+
+class Failing:
+    """A form whose encode fails from some call on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, form: Form, calls: int, error: BaseException) -> None:
+        encode_one, self.count = type(form).encode, 0
+
+        def encode(*args: Any) -> Weight | str:
+            self.count += 1
+            if self.count > calls:
+                raise error
+            return encode_one(*args)
+
+        monkeypatch.setattr(type(form), "encode", encode)
+
+
+@forms
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), ValueError("numbers")], ids=repr)
+def test_nothing_changes_where_one_module_fails(
+    case: FormCase, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(case)
+    before = dict(model.named_parameters())
+    Failing(monkeypatch, case.form, 5, error)
+    with pytest.raises(type(error)):
+        switchgear.store(model, case.form)
+    assert is_untouched(model, before)
+
+
+@forms
+def test_low_memory(case: FormCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer by layer: the same result; undone from what is stored where that is exact, and else reported by name."""
+    model = model_of(case)
+    wanted = copy.deepcopy(model)
+    switchgear.store(wanted, case.form)
+    one_by_one = copy.deepcopy(model)
+    assert switchgear.store(one_by_one, case.form, low_memory=True).modules == 3
+    same_results(case, [wanted[1], one_by_one[1]])
+
+    state = copy.deepcopy(model.state_dict())
+    Failing(monkeypatch, case.form, 5, MemoryError())
+    if case.is_exact:
+        with pytest.raises(MemoryError):
+            switchgear.store(model, case.form, low_memory=True)
+        assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
+    else:
+        with pytest.raises(RuntimeError, match=r"model: model\.0, model\.1 stay stored as"):
+            switchgear.store(model, case.form, low_memory=True)
+        assert [stored_of(module) is not None for module in model] == [True, True, False]
+        switchgear.restore(model)
+    assert list(model.state_dict()) == list(state)
+
+
+@forms
+def test_a_failing_commit_is_undone(case: FormCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(case)
+    before = dict(model.named_parameters())
+    monkeypatch.setattr(model[2], "register_buffer", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        switchgear.store(model, case.form)
+    assert is_untouched(nn.ModuleList(model[:2]), {k: v for k, v in before.items() if not k.startswith("2")})
+
+
+@forms
+def test_ties(case: FormCase) -> None:
+    """One parameter in two modules, and two parameters in the same memory, are stored once, and tied again after."""
+    first, second, third = model = model_of(case)
+    second.down_proj = first.down_proj
+    third.down_proj.data = first.down_proj.data
+    size = first.gate_up_proj.nbytes + first.down_proj.nbytes
+    for ties in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        report = switchgear.store(ties, case.form)
+        assert report.bytes_before < 3 * size
+        if ties is model:
+            shared = [stored_of(module).weights(module)[1].data.data_ptr() for module in ties]  # type: ignore[union-attr]
+            assert len(set(shared)) == 1
+        assert switchgear.restore(ties) == 3
+        assert ties[1].down_proj is ties[0].down_proj
+    assert third.down_proj is not first.down_proj
+    assert third.down_proj.data_ptr() == first.down_proj.data_ptr()
+    assert first.gate_up_proj.data_ptr() != second.gate_up_proj.data_ptr()
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+@forms
+def test_errors(case: FormCase) -> None:
+    form = case.form
+    for model, reason in (
+        (nn.Linear(2, 2), "Linear has none that run on the fused kernel"),
+        (case.experts(device="meta"), "gate_up_proj is on meta"),
+    ):
+        with pytest.raises(ValueError, match=rf"model: expected experts that can be stored as .*; {reason}"):
+            switchgear.store(model, form)
+        assert switchgear.restore(model) == 0
+    for name in ("gate_up_proj", "down_proj"):
+        computed = case.experts()
+        parametrize.register_parametrization(computed, name, nn.Identity())
+        before = dict(computed.named_parameters())
+        with pytest.raises(ValueError, match=f"{name} is computed, no plain parameter"):
+            switchgear.store(computed, form)
+        assert is_untouched(computed, before)
+    if not case.is_exact:
+        for value in (float("nan"), float("-inf")):
+            broken = model_of(case)
+            with torch.no_grad():
+                broken[1].down_proj[0, 0, 0] = value
+            before = dict(broken.named_parameters())
+            with pytest.raises(ValueError, match=r"model\.1\.down_proj: expected finite numbers"):
+                switchgear.store(broken, form)
+            assert is_untouched(broken, before)
+    else:
+        mixed = case.experts()
+        mixed.down_proj = nn.Parameter(mixed.down_proj.float())
+        with pytest.raises(ValueError, match=r"gate_up_proj is torch.bfloat16, and down_proj torch.float32"):
+            switchgear.store(mixed, form)
+    stored = nn.Sequential(case.stored(case.experts()))
+    for other in FORM_CASES:
+        if other.form != form:
+            with pytest.raises(ValueError, match=r"model\.0: expected plain weights, got .*; restore\(model\) first"):
+                switchgear.store(stored, other.form)
+    x, ids, weights = case.inputs(3)
+    with pytest.raises(ValueError, match=rf"x: expected shape \[..., {case.hidden_size}\], got \[3, "):
+        stored[0](x[:, :-1], ids, weights)
+    with pytest.raises(ValueError, match="topk_ids"):
+        stored[0](x, ids + 5, weights)
+
+
+def test_forms_by_name() -> None:
+    experts = make_experts(128, 64)
+    with pytest.raises(ValueError, match="form: expected one of plain, panels, .*, auto, or an object .* got 'int3'"):
+        switchgear.store(experts, "int3")
+    with pytest.raises(ValueError, match=r"group: expected an option of int4 \(group_size, symmetric\)"):
+        switchgear.store(experts, "int4", group=3)
+    with pytest.raises(ValueError, match=r"group_size: expected no options beside int8"):
+        switchgear.store(experts, Int8(), group_size=32)
+    with pytest.raises(ValueError, match="block: expected one of 128x128, row, got '64x64'"):
+        switchgear.store(experts, "fp8", block="64x64")
+    with pytest.raises(ValueError, match="weight: expected one that can be stored as compact; weight would still take"):
+        encode(torch.randn(2, 8, 8), "compact")
+    assert str(Int4(group_size=64, symmetric=False)) == "int4(group_size=64, symmetric=False)"
+    assert [str(form) for form in (Int4(), Fp8(), Mxfp4())] == ["int4", "fp8", "mxfp4"]
+    assert switchgear.store(experts, "int4", group_size=64).form == Int4(64)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def model_named(name: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=64, hidden_size=512, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, num_local_experts=4, max_position_embeddings=64, pad_token_id=0,
+        eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    return getattr(transformers, f"{name}ForCausalLM")(config).to(torch.bfloat16).eval().requires_grad_(False)
+
+
+@forms
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])  # the latter's are transposed, interleaved and have biases
+def test_a_model_of_transformers(case: FormCase, name: str, tmp_path: Path) -> None:
+    model = model_named(name)
+    switchgear.accelerate(model)
+    prompt = torch.arange(1, 9)[None]
+    logits, before = model(prompt).logits, {key: w.clone() for key, w in model.state_dict().items()}
+    text = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    if name == "GptOss":
+        switchgear.store(model, "plain")
+    assert switchgear.store(model, case.form).modules == 2
+    got = model(prompt).logits
+    if not case.is_exact:
+        assert distance(got, logits) < 2 * case.error
+        twin = type(model)(model.config).to(torch.bfloat16).eval()
+        switchgear.accelerate(twin)
+        switchgear.store(twin, case.form)
+        twin.load_state_dict(model.state_dict())
+        assert torch.equal(twin(prompt).logits, got)
+        assert model.generate(prompt, max_new_tokens=4, do_sample=False).shape == (1, 12)
+        model.model.embed_tokens.requires_grad_(True)
+        model(prompt).logits.float().square().mean().backward()
+        assert model.model.embed_tokens.weight.grad.any()
+        assert switchgear.restore(model) == 2
+        assert distance(model(prompt).logits, logits) < 2 * case.error
+        return
+    assert torch.equal(got, logits)
+    assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), text)
+    assert all(torch.equal(w, before[key]) for key, w in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[key], w) for key, w in before.items())
+    assert switchgear.restore(model) == 2
+    assert torch.equal(model(prompt).logits, logits)
