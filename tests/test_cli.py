@@ -85,7 +85,7 @@ def test_openmp_runtimes_are_told_apart() -> None:
         (["demo", "--steps", "0"], "--steps: expected an integer of at least 1, got '0'"),
         (["demo", "--sequence-length", "1"], "at least 2"),
         (["bench", "--routing", "skewed"], "invalid choice"),
-        (["bench", "--dtypes", "fp8"], "--dtypes: expected a list of bf16"),
+        (["bench", "--dtypes", "fp6"], "--dtypes: expected a list of bf16"),
         (["bench", "--modes", "backward"], "--modes: expected a list of forward, train"),
         (["bench", "--tokens", "1,-2"], "--tokens: expected an integer of at least 1, got '-2'"),
         (["bench", "--tokens", "many"], "--tokens: expected an integer of at least 1, got 'many'"),
@@ -127,7 +127,7 @@ def test_a_missing_extra_says_what_to_install(
 
 def test_info_needs_torch_alone() -> None:
     """The other commands too, up to the point where they need more."""
-    extras = ["numpy", "rich", "matplotlib", "transformers", "tqdm", "PIL"]
+    extras = ["numpy", "rich", "matplotlib", "transformers", "PIL"]
     hidden = f"import sys; sys.modules.update(dict.fromkeys({extras}))"
     for command, status, words in (("info", 0, "native CPU"), ("demo", 2, "needs"), ("bench", 2, "needs rich")):
         code = f"{hidden}; from switchgear.cli import main; sys.exit(main([{command!r}]))"

@@ -51,12 +51,10 @@ def test_by_use(tokens: int, lossless: bool, form: str) -> None:
 def test_what_does_not_fit_is_said() -> None:
     name, reason = picked(moe_of(64, 64))
     assert name == "panels"
-    assert (
-        "no compact: model: expected experts that can be stored as compact; model.experts.gate_up_proj would" in reason
-    )
+    assert "not compact: model.experts.gate_up_proj would" in reason
     name, reason = picked(moe_of(40, 24))
     assert name == "plain"
-    assert "no panels: " in reason
+    assert "not panels: " in reason
     model = moe_of()
     switchgear.store(model, "int8")
     with pytest.raises(ValueError, match=r"model\.experts: expected plain weights, got int8"):

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.weights import advise_huge_pages, use_huge_pages
+from switchgear.weights import Weight, advise_huge_pages, use_huge_pages
 
+from .minifloats import decoded
 from .shapes import Shape, forward_flops, train_flops
 
 
@@ -21,7 +22,7 @@ class Format(NamedTuple):
     """What the weights of a case are stored in."""
 
     dtype: torch.dtype  # of x, y, and of the weights before they are quantised
-    weight_bytes: float  # of an element, without scales
+    weight_bytes: float  # of an element; with its share of the scales where the format fixes them
     arithmetic: str  # the fastest multiply-adds for it: a name that the native probe knows
     modes: tuple[str, ...]
 
@@ -31,6 +32,8 @@ FORMATS = {
     "fp32": Format(torch.float32, 4.0, "float32", ("forward", "train")),
     "int8": Format(torch.bfloat16, 1.0, "int8", ("forward",)),
     "int4": Format(torch.bfloat16, 0.5, "int8", ("forward",)),
+    "fp8": Format(torch.bfloat16, 1.0 + 4 / 128**2, "bfloat16", ("forward",)),
+    "mxfp4": Format(torch.bfloat16, 17 / 32, "bfloat16", ("forward",)),
 }
 DECODE_TOKENS = 16  # up to here the weights decide, and they must come from memory as they do in a model of many layers
 ROUTINGS = 4  # different ones, used in turn, so that the experts of a call are no longer cached
@@ -50,11 +53,12 @@ class Case(NamedTuple):
     dtype_name: str
     tokens: int
     mode: str  # "forward" or "train"
-    gate_up_proj: torch.nn.Parameter  # [E,2I,H], gate rows first
+    gate_up_proj: torch.nn.Parameter  # [E,2I,H], gate rows first; of fp8 and mxfp4 what `stored` stands for
     down_proj: torch.nn.Parameter  # [E,H,I]
     inputs: list[Inputs]
     grad_y: Tensor  # [T,H]
     pages: str = "huge"  # or "default"
+    stored: tuple[Weight, Weight] | None = None  # both projections, as fp8 and mxfp4 have them
 
     @property
     def format(self) -> Format:
@@ -68,6 +72,14 @@ class Case(NamedTuple):
     def weights(self) -> list[Tensor]:
         """gate_up_proj and down_proj, for those who pack or quantise them."""
         return [self.gate_up_proj.detach(), self.down_proj.detach()]
+
+    def matrices(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Those of an expert in float64, as exactly as the format has them."""
+        if self.stored is not None:
+            gate_up, down = (decoded(weight, expert) for weight in self.stored)
+        else:
+            gate_up, down = (weight[expert] for weight in self.weights)
+        return gate_up.double(), down.double()
 
     def on_its_pages(self, weight: Tensor) -> Tensor:
         """A competitor's own copy of weights, moved onto the pages on which all weights of this case lie."""
@@ -147,12 +159,13 @@ def make_inputs(shape: Shape, dtype: torch.dtype, tokens: int, routing: str, see
 def make_case(
     shape_name: str, shape: Shape, dtype_name: str, tokens: int, mode: str, routing: str,
     weights: tuple[torch.nn.Parameter, torch.nn.Parameter], pages: str = "huge",
+    stored: tuple[Weight, Weight] | None = None,
 ) -> Case:  # fmt: skip
     dtype = FORMATS[dtype_name].dtype
     count = ROUTINGS if tokens <= DECODE_TOKENS else 1
     inputs = [make_inputs(shape, dtype, tokens, routing, seed) for seed in range(count)]
     grad_y = torch.randn(tokens, shape.hidden_size, generator=torch.Generator().manual_seed(99)).to(dtype)
-    return Case(shape_name, shape, dtype_name, tokens, mode, *weights, inputs, grad_y, pages)
+    return Case(shape_name, shape, dtype_name, tokens, mode, *weights, inputs, grad_y, pages, stored)
 
 
 Layer = Callable[[Inputs], Tensor]

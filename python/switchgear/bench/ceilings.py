@@ -64,7 +64,9 @@ def _fastest(call: Callable[[], Any], seconds: float) -> float:
 def read_probe(case: Case) -> Callable[[int], object]:
     """Reads the weights of the experts that a routing touches, once: the least that any layer does."""
     weights = case.weights
-    if case.format.weight_bytes != case.dtype.itemsize:
+    if case.stored is not None:
+        weights = [tensor for weight in case.stored for tensor in weight.tensors]  # with their scales
+    elif case.format.weight_bytes != case.dtype.itemsize:
         weights = [quantised_stand_in(case, weight) for weight in weights]
     parts = [[weight[expert] for expert in experts for weight in weights] for experts in case.touched]
     return lambda number: _C.read(parts[number % len(parts)], torch.get_num_threads())

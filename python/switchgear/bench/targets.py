@@ -9,16 +9,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-OURS = ("switchgear", "switchgear_panels", "switchgear_compact", "switchgear_int8", "switchgear_int4")
+OURS = (
+    "switchgear", "switchgear_panels", "switchgear_compact", "switchgear_int8", "switchgear_int4", "switchgear_fp8",
+    "switchgear_mxfp4",
+)  # fmt: skip
 
 
 def is_ours(competitor: str) -> bool:
     return competitor in OURS
 
 
+def ours_in(dtype: str) -> tuple[str, ...]:
+    """Those of ours that multiply weights of this dtype as they are. Beside fp8 and mxfp4 plain `switchgear` multiplies
+    decoded ones, as libraries without kernels for the format do."""
+    own = f"switchgear_{dtype}"
+    return (own,) if own in OURS else OURS
+
+
 HF_DEFAULT = ("hf_grouped_mm",)
 TORCH = ("hf_grouped_mm", "torch_grouped_mm", "torch_loop")
 FASTEST_FP32 = ("vllm", "zentorch")
+OTHER_MXFP4 = ("sglang_mxfp4", "ggml_mxfp4", "ggml_mxfp4_repacked")
 GGML_Q4 = ("ggml_q4_0", "ggml_q4_K", "ggml_q4_0_repacked", "ggml_q4_K_repacked")
 ANY_SHAPE: tuple[str, ...] = ()
 
@@ -70,6 +81,10 @@ TARGETS = (
     Target("int8", "forward", (512, 512), 1.1, ("zentorch_int8",)),
     Target("int4", "forward", (1, 1), 1.0, ("ggml_q4_0_repacked", "ggml_q4_K_repacked")),
     Target("int4", "forward", (512, 512), 2.0, GGML_Q4),
+    Target("fp8", "forward", DECODE, 1.0, ("sglang_fp8",), MODELS),
+    Target("fp8", "forward", PREFILL, 1.0, ("sglang_fp8",), MODELS),
+    Target("mxfp4", "forward", DECODE, 1.0, OTHER_MXFP4, MODELS),
+    Target("mxfp4", "forward", PREFILL, 1.0, OTHER_MXFP4, MODELS),
 )
 
 
@@ -96,7 +111,7 @@ def _fastest(timed: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str
 
 
 def _verdict(target: Target, timed: dict[str, dict[str, Any]]) -> Verdict | None:
-    ours = _fastest(timed, OURS)
+    ours = _fastest(timed, ours_in(target.dtype))
     if ours is None:
         return None
     case = f"{ours['shape']}, T={ours['tokens']}, {ours['dtype']}, {ours['mode']}"

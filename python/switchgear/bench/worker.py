@@ -19,11 +19,14 @@ from unittest import mock
 
 import torch
 
+from switchgear.reference.formats import MINIFLOATS
+
 from ..common import machine
 from ..common.processes import Child
 from .case import FORMATS, Case, Layer, call_of, make_case, make_weights
 from .ceilings import multiply_rate, read_probe
 from .competitors import COMPETITORS, Skip, look_in_folder
+from .minifloats import in_bfloat16, make_stored
 from .results import CASE, completed, extras
 from .shapes import SHAPES
 from .timing import Timed, interleave
@@ -85,10 +88,7 @@ def measure(task: Task, say: Callable[[str], None]) -> Measured:
     torch.set_num_threads(task.threads)
     look_in_folder()
     say(f"{task.title}: making weights and what is expected of them")
-    weights = make_weights(SHAPES[task.shape], FORMATS[task.dtype].dtype, task.pages == "huge")
-    case = make_case(
-        task.shape, SHAPES[task.shape], task.dtype, task.tokens, task.mode, task.routing, weights, task.pages
-    )
+    case = make(task)
     start = perf_counter()
     read = read_probe(case)
 
@@ -120,6 +120,19 @@ def measure(task: Task, say: Callable[[str], None]) -> Measured:
         for name, timed in times.items()
     ]  # fmt: skip
     return Measured(rows, found.skipped, [Path(path).name for path in machine.openmp_runtimes()])
+
+
+def make(task: Task) -> Case:
+    """The case of a task, its weights decoded where they are made of the bytes of a format."""
+    shape, huge_pages, stored = SHAPES[task.shape], task.pages == "huge", None
+    if task.dtype in MINIFLOATS:
+        stored = make_stored(task.dtype, shape)
+        weights = in_bfloat16(stored[0], huge_pages), in_bfloat16(stored[1], huge_pages)
+    else:
+        weights = make_weights(shape, FORMATS[task.dtype].dtype, huge_pages)
+    return make_case(
+        task.shape, shape, task.dtype, task.tokens, task.mode, task.routing, weights, task.pages, stored
+    )  # fmt: skip
 
 
 def prepare(case: Case, name: str, named: bool, read: Callable[[int], object]) -> Layer:

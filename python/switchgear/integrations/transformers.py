@@ -84,8 +84,8 @@ def _refuse_fp8(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
 
 
 _FP8_ADVICE = (
-    'load FP8 checkpoints with FineGrainedFP8Config(dequantize=True) and experts_implementation="switchgear", '
-    'or keep FP8 with experts_implementation="grouped_mm"'
+    "load FP8 checkpoints with switchgear.integrations.published.load_published(path), which keeps them in FP8, "
+    'or with FineGrainedFP8Config(dequantize=True) and experts_implementation="switchgear"'
 )
 
 

@@ -224,7 +224,7 @@ def _store_best(model: nn.Module, low_memory: bool, tokens_per_step: int = 1, lo
         except ValueError as error:
             if candidate.is_last:
                 raise
-            refused.append(f"no {candidate.form}: {error}")
+            refused.append(f"not {candidate.form}: {str(error).rpartition('; ')[2]}")
             continue
         return Stored(**{**vars(done), "reason": "; ".join([candidate.reason, *refused])})
     raise AssertionError("there is always a plain form")

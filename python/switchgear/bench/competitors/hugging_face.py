@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..case import Case, Inputs, Layer
-from .registry import Skip, competitor
+from .registry import DECODED, Skip, competitor
 
 # batched_mm copies the weights of each slot, and its cost is that copy: beyond this many slots it tells nothing more.
 BATCHED_MM_SLOTS = 128
@@ -39,19 +39,19 @@ def _hugging_face(case: Case, implementation: str) -> Layer:
     return layer
 
 
-@competitor("hf_grouped_mm")
+@competitor("hf_grouped_mm", dtypes=DECODED)
 def hf_grouped_mm(case: Case) -> Layer:
     """transformers' default: sorted tokens, torch's grouped_mm."""
     return _hugging_face(case, "grouped_mm")
 
 
-@competitor("hf_eager")
+@competitor("hf_eager", dtypes=DECODED)
 def hf_eager(case: Case) -> Layer:
     """transformers' loop over the experts."""
     return _hugging_face(case, "eager")
 
 
-@competitor("hf_batched_mm")
+@competitor("hf_batched_mm", dtypes=DECODED)
 def hf_batched_mm(case: Case) -> Layer:
     """transformers' batched product: copies the weights of every (token, expert) pair."""
     if case.tokens * case.shape.top_k > BATCHED_MM_SLOTS:

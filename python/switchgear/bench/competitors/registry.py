@@ -13,6 +13,7 @@ from ..case import Case, Layer
 
 BOTH = ("forward", "train")
 FLOATS = ("bf16", "fp32")
+DECODED = (*FLOATS, "fp8", "mxfp4")  # of those that multiply what fp8 and mxfp4 stand for, in bfloat16
 FOLDER = "SWITCHGEAR_COMPETITORS"  # environment: a folder of packages, each in a folder of its own
 
 
