@@ -67,7 +67,7 @@ Not replaced: {not_experts}.
 
 
 def experts_classes() -> set[str]:
-    """The experts classes in the sources of the installed transformers: decorated ones, and those that we patch."""
+    """Experts classes in the sources of the installed transformers: decorated ones, and those in our table of patches."""
     decorated = re.compile(r"^@use_experts_implementation[^\n]*\nclass (\w+)", re.MULTILINE)
     sources = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
     found = {name for source in sources for name in decorated.findall(source.read_text(encoding="utf-8"))}
@@ -103,7 +103,7 @@ def _remark(module: Any) -> str:
 
 
 def table() -> str:
-    """The page's text. Takes some minutes: about eighty models run four times each."""
+    """The page's text. Takes minutes: about eighty models run four times each."""
     rows, seen = [], set()
     for model_type in MODEL_TYPES:
         model = build(model_type)
@@ -124,5 +124,5 @@ def table() -> str:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning)  # deprecations inside transformers' models
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    torch.set_num_threads(1)  # for models this small, waking threads costs ten times what they compute
+    torch.set_num_threads(1)  # for models this small, waking threads costs ten times the computation
     Path(sys.argv[1] if len(sys.argv) > 1 else "docs/model_types.md").write_text(table(), encoding="utf-8")
