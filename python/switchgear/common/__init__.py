@@ -58,7 +58,7 @@ def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], left: 
 
 
 def threads(count: int) -> str:
-    """"1 thread", "2 threads", …"""
+    """The count in words."""
     return f"{count} thread{'s' if count != 1 else ''}"
 
 

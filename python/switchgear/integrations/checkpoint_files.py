@@ -82,7 +82,7 @@ class CheckpointFiles:
     def _listed(index: Path) -> dict[str, str]:
         try:
             listed = json.loads(index.read_text())["weight_map"]
-            return {str(key): Path(str(name)).name for key, name in listed.items()}  # the file name only: never another directory
+            return {str(key): Path(str(name)).name for key, name in listed.items()}  # never another directory
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"path: expected a weight_map in {index}, got {error}") from error
 

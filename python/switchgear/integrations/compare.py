@@ -113,7 +113,7 @@ def _evaluate(run: Callable[[], Any], wanted: Iterable[Tensor]) -> list[Tensor |
 
 
 def _run(run: Callable[[], Any]) -> Tensor:
-    """The first tensor that `run` returns (logits or hidden states). Seeded: some models draw random numbers in forward."""
+    """The first tensor that `run` returns (logits or hidden states); seeded, since some models draw random numbers."""
     torch.manual_seed(0)
     output = run()
     if isinstance(output, Tensor):

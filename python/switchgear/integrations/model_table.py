@@ -67,7 +67,7 @@ Not replaced: {not_experts}.
 
 
 def experts_classes() -> set[str]:
-    """Experts classes in the sources of the installed transformers: decorated ones, and those in our table of patches."""
+    """Experts classes in the sources of the installed transformers: decorated ones, and those that we patch."""
     decorated = re.compile(r"^@use_experts_implementation[^\n]*\nclass (\w+)", re.MULTILINE)
     sources = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
     found = {name for source in sources for name in decorated.findall(source.read_text(encoding="utf-8"))}

@@ -34,7 +34,7 @@ from switchgear.reference import minifloat
 from switchgear.weights import Form, Fp8, Layout, Mxfp4, Weight, advise_huge_pages, layout_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, put
 
-FORMS: dict[str, Form] = {"mxfp4": Mxfp4(), "fp8": Fp8()}  # by format, which is also transformers' name of the quantisation method
+FORMS: dict[str, Form] = {"mxfp4": Mxfp4(), "fp8": Fp8()}  # by format, also the name of the quant_method
 Read = Callable[[Reader, torch.device], Tensor | Weight]
 
 
@@ -59,8 +59,8 @@ def load_published(
 
     Raises:
         ValueError: config.json names another quantisation; the model has no experts that run on the fused kernel; keys
-        are missing or unexpected; shapes, dtypes or numbers differ from those expected. Everything but the numbers
-        is checked before any data is read. On failure nothing is loaded.
+            are missing or unexpected; shapes, dtypes or numbers differ from those expected. Everything but the numbers
+            is checked before any data is read. On failure nothing is loaded.
     """
     device = torch.device(device)
     files = CheckpointFiles(Path(path))

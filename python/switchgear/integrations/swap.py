@@ -54,7 +54,7 @@ def _forward_of(patch: Patch) -> Callable[..., Any]:
 
 @torch.no_grad()
 def _trial(module: nn.Module, patch: Patch) -> str | None:
-    """Runs the class's forward and the patch on the same random rows, without dropout. Returns how they differ, or None."""
+    """Runs the class's forward and the patch on the same random rows, without dropout. Returns how they differ."""
     weights = patch.weights(module)
     leaves = [leaf for leaf in tree_leaves(weights) if leaf is not None]
     if not_plain(leaves) is not None or any(leaf.is_meta for leaf in leaves):

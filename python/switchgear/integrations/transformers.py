@@ -29,7 +29,7 @@ from switchgear.integrations.undecorated import PATCHES, patch_of
 from switchgear.weights import FINDERS, Layout, stored_of, weights_of
 
 NAME = "switchgear"
-MARKS = ("config", "is_transposed", "has_bias", "_apply_gate")  # attributes set by use_experts_implementation, since transformers 5.0
+MARKS = ("config", "is_transposed", "has_bias", "_apply_gate")  # of use_experts_implementation, since transformers 5.0
 
 
 def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def restore(replacements: Iterable[Replacement]) -> None:
 
 
 def path_of(module: Any) -> str:
-    """How an experts module runs: "moe" (fused), "grouped_gemm" (around the model's own gate), or why not on switchgear."""
+    """How an experts module runs: "moe" (fused), "grouped_gemm" (around the model's own gate), or why it cannot."""
     if (patch := patch_of(module)) is not None:
         return patch.path(module) if is_swapped(module) else "not replaced: call switchgear.accelerate(model)"
     if not is_decorated(module):

@@ -148,8 +148,8 @@ def _nllb(
     module: Any, weights: Sequence[_Linears], hidden_states: Tensor, router_mask: Tensor, router_probs: Tensor
 ) -> Tensor:
     # The class uses router_mask [T, C] as expert ids and router_probs [T, C] as their weights. transformers 5.24 passes
-    # the one-hot mask of the first choice, so C = E and experts 0 and 1 serve every token. Its checkpoints run that way,
-    # so we return the same. Ids repeat within a token; summing their weights leaves two distinct ones.
+    # the one-hot mask of the first choice, so C = E and experts 0 and 1 serve every token. Checkpoints run that way, so
+    # we return the same. Ids repeat within a token; summing their weights leaves two distinct ones.
     by_expert = router_probs.new_zeros(len(router_probs), module.num_experts).scatter_add(1, router_mask, router_probs)
     topk_weights, topk_ids = by_expert.topk(min(2, module.num_experts), dim=-1)
     topk_ids, topk_weights = chosen(topk_ids, topk_weights, module.num_experts)
