@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Tables of a benchmark for documents.
 
-A document says where they go, by a pair of lines for each: `<!-- bench:cases -->` and `<!-- /bench:cases -->`. What is
-between them is replaced. A new file, or one without such lines, gets the machine, the cases and the targets.
+A document marks their places by pairs of lines: `<!-- bench:cases -->` and `<!-- /bench:cases -->`. The text between
+them is replaced. A new file, or one without such lines, gets the machine, the cases and the targets.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ..common import CommandError, markdown_table, threads
 from .results import Row, cases_of, extras, is_undisturbed, undisturbed
 from .targets import is_ours, judge, ours_in
 
-BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what a user of transformers has today
+BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what transformers offers today
 SUMMARY = (("forward", 1), ("forward", 512), ("train", 512))  # columns: mode and tokens
 Blocks = dict[str, Callable[[], str]]
 
 
 def write(results: dict[str, Any], path: str) -> None:
-    """Fill in the tables of the document at `path`, or make one."""
+    """Fills in the tables of the document at `path`, or makes a new document."""
     write_blocks(path, _blocks(results), lambda: whole(results))
 
 
@@ -41,7 +41,7 @@ def whole(results: dict[str, Any]) -> str:
 
 
 def fill(text: str, results: dict[str, Any]) -> str:
-    """The text with its tables made anew. CommandError for a table that there is not."""
+    """The text with its tables regenerated. CommandError for an unknown table."""
     return fill_blocks(text, _blocks(results))
 
 
@@ -60,7 +60,7 @@ def fill_blocks(text: str, blocks: Blocks) -> str:
 
 
 def ceiling_lines(ceilings: dict[str, Any]) -> list[str]:
-    """The ceilings and where they come from, in words."""
+    """The ceilings and their sources, in words."""
 
     def best(rates: dict[str, float], unit: str) -> str:
         named = ", ".join(f"{name} {rates[name] / 1e9:,.1f}" for name in sorted(rates, key=rates.__getitem__)[::-1])
@@ -73,7 +73,7 @@ def ceiling_lines(ceilings: dict[str, Any]) -> list[str]:
 def machine_note(results: dict[str, Any]) -> str:
     """The machine, in a sentence."""
     machine, rows = results["machine"], results["results"]
-    # those of int8 and int4 are not measured, but taken from bfloat16's
+    # the rates of int8 and int4 are not measured but derived from bfloat16's
     rates = {dtype: [r["multiply_rate"] for r in rows if r["dtype"] == dtype] for dtype in ("bf16", "fp32")}
     ceilings = [f"{dtype} {max(found) / 1e9:,.0f} GFLOP/s" for dtype, found in rates.items() if found]
     read = max((r["weight_bytes"] / r["read_ms"] / 1e6 for r in rows if r["shape"] != "tiny"), default=0.0)
@@ -97,8 +97,8 @@ def case_table(results: dict[str, Any]) -> str:
 
 
 def decoded_table(results: dict[str, Any]) -> str:
-    """A row per case of fp8 and mxfp4: multiplied as they are stored, beside the same weights decoded to bfloat16 by
-    switchgear and by transformers, and the best of all others."""
+    """A row per case of fp8 and mxfp4: multiplied as stored, beside the same weights decoded to bfloat16 by switchgear
+    and by transformers, and the best of all others."""
     header = ["shape", "tokens", "weights", "mode", "as stored, ms", "of floor"]
     header += ["decoded, ms", "decoded, transformers, ms", "best other, ms"]
     lines = []
@@ -134,7 +134,7 @@ def _against_others(timed: dict[str, Row], ours: Row | None) -> str:
 
 
 def _milliseconds(row: Row) -> str:
-    """Three digits at least: 0.0297, 2.90, 1,307."""
+    """At least three digits: 0.0297, 2.90, 1,307."""
     ms = float(row["ms"])
     return f"{ms:,.{max(2 - math.floor(math.log10(ms)), 0)}f}"
 
@@ -151,7 +151,7 @@ def _against(theirs: Row | None, ours: Row | None, name: str) -> str:
 
 
 def summary_table(results: dict[str, Any]) -> str:
-    """A row per shape and dtype: milliseconds, part of the floor, time of transformers' default over it."""
+    """A row per shape and dtype: milliseconds, share of the floor, speed-up over transformers' default."""
     found: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
     for rows in undisturbed(results):
         row, timed = rows[0], _timed(rows)

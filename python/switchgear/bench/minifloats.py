@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The weights of a case in fp8 or mxfp4: bytes as a checkpoint publishes them, and what they stand for.
+"""The weights of a case in fp8 or mxfp4: bytes in a checkpoint's format, and the values that they encode.
 
-Competitors that read these bytes and those that multiply the decoded weights in bfloat16 compute the same layer, so
-that one result, of the decoded weights, verifies both.
+Some competitors read these bytes; others multiply the decoded weights in bfloat16. Both compute the same layer, so one
+result, from the decoded weights, verifies both.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from switchgear.weights import Weight, advise_huge_pages, use_huge_pages
 
 from .shapes import Shape
 
-SIGMAS = {"fp8": 4.0, "mxfp4": 2.0}  # how far out the largest of the 16384, or 32, weights that share a scale is
-LARGEST = {"fp8": minifloat.FP8_MAX, "mxfp4": 4.0}  # the value that it gets: mxfp4's is 4 or 6
+SIGMAS = {"fp8": 4.0, "mxfp4": 2.0}  # the largest of the 16384, or 32, weights that share a scale, in sigmas
+LARGEST = {"fp8": minifloat.FP8_MAX, "mxfp4": 4.0}  # its encoded value; for mxfp4 it is 4 or 6
 STANDARD_DEVIATION = 0.02  # of the decoded weights, about
-APART = 1021  # bytes between the windows of two experts: odd, so that no two have the same bytes
+APART = 1021  # bytes between the windows of two experts: odd, so that no two experts have the same bytes
 
 
 def make_stored(format: str, shape: Shape, huge_pages: bool) -> tuple[Weight, Weight]:
     """gate_up_proj and down_proj; sizes are multiples of 32.
 
-    Each expert is a window of one random pool, as in make_weights. Any bytes are weights in the layout of the kernels:
-    nothing is encoded or moved.
+    Each expert is a window of one random pool, as in make_weights. Any bytes are valid weights in the kernels' layout,
+    so nothing is encoded or moved.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     pool = _codes(format, 2 * inner * hidden, APART * shape.num_experts)
@@ -43,7 +43,7 @@ def decoded(weight: Weight, expert: int) -> Tensor:
 
 
 def in_bfloat16(weight: Weight, huge_pages: bool) -> torch.nn.Parameter:
-    """What a library without kernels for the format multiplies: mxfp4 exactly, of fp8 the rounded value times scale."""
+    """For libraries without kernels for the format: mxfp4 exactly, for fp8 the rounded value times scale."""
     plain = torch.empty(weight.shape, dtype=torch.bfloat16)
     if huge_pages:
         advise_huge_pages(plain)
@@ -57,7 +57,7 @@ def _bytes(format: str, weights: int) -> int:
 
 
 def _codes(format: str, weights: int, more: int) -> Tensor:
-    """Bytes of Gaussian weights as a quantiser makes them, and some more."""
+    """Quantised Gaussian weights as bytes, plus `more` bytes."""
     generator = torch.Generator().manual_seed(0)
     sigma = LARGEST[format] / SIGMAS[format]
     if format == "fp8":
@@ -80,7 +80,7 @@ def _weight(format: str, pool: Tensor, num_experts: int, rows: int, cols: int, p
 
 
 def _fp8_scales(num_experts: int, blocks: int, cols: int, parts: int) -> Tensor:
-    """Within a factor of 2. 128 rows share theirs, and each part begins anew."""
+    """Scales within a factor of 2. 128 rows share one, and each part starts a new block."""
     height, width = minifloat.BLOCK
     height //= minifloat.ROWS
     each = blocks // parts
@@ -93,6 +93,6 @@ def _fp8_scales(num_experts: int, blocks: int, cols: int, parts: int) -> Tensor:
 
 
 def _mxfp4_scales(num_experts: int, blocks: int, cols: int, parts: int) -> Tensor:
-    """2^-7 and 2^-6: of values with a standard deviation of 2."""
+    """2^-7 and 2^-6, for values with a standard deviation of 2."""
     shape = (num_experts, blocks, cols // minifloat.COLUMNS, minifloat.ROWS)
     return torch.randint(120, 122, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(blocks))

