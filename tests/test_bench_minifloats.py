@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --dtypes fp8,mxfp4`: what is multiplied, by whom, and beside what it is judged."""
+"""`switchgear bench --dtypes fp8,mxfp4`: its weights, its competitors and its targets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from switchgear.bench.verify import expected, relative_error, tolerance
 from switchgear.reference import minifloat
 from switchgear.weights import Weight
 
-SMALL = Shape(160, 96, 4, 2, "of the tests")  # with blocks of 128 x 128 that are cut off
+SMALL = Shape(160, 96, 4, 2, "of the tests")  # blocks of 128 x 128 are cut off at the edges
 MINIFLOATS = ("fp8", "mxfp4")
 
 
@@ -49,7 +49,7 @@ def test_weights_are_those_of_a_checkpoint(dtype: str) -> None:
         assert torch.equal(plain, exact.bfloat16())
         assert float(exact.std()) == pytest.approx(STANDARD_DEVIATION, rel=0.3)
         assert all(not torch.equal(exact[0], other) for other in exact[1:])
-        stored_again, scales_again = minifloat.to_blocks(values, scales, dtype, parts)  # the kernels' layout is theirs
+        stored_again, scales_again = minifloat.to_blocks(values, scales, dtype, parts)  # the same layout
         assert torch.equal(stored_again, weight.data)
         assert weight.scales is not None
         assert torch.equal(scales_again, weight.scales)
@@ -69,7 +69,7 @@ def test_bench_tells_right_from_wrong(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", MINIFLOATS)
 def test_a_library_that_mistakes_a_scale_is_wrong(dtype: str) -> None:
-    """Of one group in a hundred."""
+    """The scale of one group in a hundred is wrong."""
     case = small_case(dtype, shape=Shape(256, 256, 4, 2, "of the tests"))
     assert case.stored is not None
     want, limit = expected(case), tolerance(case)
@@ -110,7 +110,7 @@ def test_the_floor_is_a_read_of_the_stored_bytes(dtype: str, monkeypatch: pytest
 
 
 def test_published_bytes_of_a_weight() -> None:
-    """What GB/s counts: the scales that the format fixes, once."""
+    """GB/s counts the scales that the format fixes, once."""
     shape = Shape(256, 128, 2, 1, "of whole blocks")
     for dtype in MINIFLOATS:
         case = small_case(dtype, shape=shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""No circles among the modules of switchgear at import time: each can be read, and tested, after what it imports."""
+"""The modules of switchgear have no import cycles: each can be read, and tested, after the modules that it imports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILES = {name_of(path): path for path in ROOT.rglob("*.py")}
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """What runs when a module is imported, but for the bodies of functions and of `if TYPE_CHECKING`."""
+    """The statements that run when a module is imported: not function bodies, nor `if TYPE_CHECKING`."""
     for statement in body:
         yield statement
         if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.dump(statement.test):
@@ -32,7 +32,7 @@ def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def imported_by(module: str, text: str) -> set[str]:
-    """The modules of switchgear that a module imports, with the packages that this runs."""
+    """The modules of switchgear that a module imports, including the packages that this runs."""
     found: set[str] = set()
     for statement in statements(ast.parse(text).body):
         if isinstance(statement, ast.Import):
@@ -46,12 +46,12 @@ def imported_by(module: str, text: str) -> set[str]:
             if any(name not in FILES for name in names):
                 found.add(source)
     packages = {".".join(name.split(".")[:end]) for name in found for end in range(1, name.count(".") + 2)}
-    own = {".".join(module.split(".")[:end]) for end in range(1, module.count(".") + 2)}  # running already
+    own = {".".join(module.split(".")[:end]) for end in range(1, module.count(".") + 2)}  # already running
     return {name for name in packages if name in FILES} - own
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """One circle through each module that is in one."""
+    """One cycle through each module that is in a cycle."""
     found = []
     for start in graph:
         paths, seen = [[start]], {start}

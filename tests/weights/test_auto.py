@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What store(model, "auto") picks, and that it says why."""
+"""The choice of store(model, "auto"), and the reason that it reports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _a_wide_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_per_expert() -> None:
-    """2 of 8 experts: one token gives each chosen expert a row; 1024 give 256."""
+    """2 of 8 experts: one token gives each selected expert one row; 1024 tokens give 256."""
     assert rows_per_expert(moe_of(), 1) == 1
     assert rows_per_expert(moe_of(), 1024) == pytest.approx(256)
     assert 1 < rows_per_expert(moe_of(), 4) < 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Weight: what crosses to the ops, experts in other places, what is no kernel's, and devices without one."""
+"""Weight: what passes to the ops, experts in other slots, weights without a kernel, and devices without one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ PLAIN = FormCase(switchgear.weights.Plain(), (torch.float32,), 0)
 @pytest.mark.parametrize("case", [*FORM_CASES, PLAIN], ids=str)
 @pytest.mark.parametrize("ids", [[3, 1, 1, 4, 0, 2, 3], [2]], ids=str)
 def test_experts_in_other_places(backend: str, case: FormCase, ids: list[int]) -> None:
-    """slots: any order, experts more than once, or left out; nothing is copied."""
+    """slots: any order, experts repeated or omitted; nothing is copied."""
     if backend.startswith(("simt", "cuda")):
         pytest.skip(f"{case} is for the CPU")
     first, second, (x, _, _) = layer_of(case)
@@ -76,7 +76,7 @@ def test_experts_in_other_places(backend: str, case: FormCase, ids: list[int]) -
         got, wanted = (
             switchgear.moe(x, *pair, ids, weights) for pair, ids in ((slotted, topk_ids), ((first, second), stored_ids))
         )
-    # A token's experts are added in ascending order, which another numbering changes.
+    # A token's experts are added in ascending order, which renumbering changes.
     assert distance(got, wanted) < 1e-6
     again = slotted[0].permuted(torch.tensor([0, 0]))
     assert again.slots is not None
@@ -133,7 +133,7 @@ def test_opcheck(case: FormCase) -> None:
 
 @forms
 def test_adapted_weights(case: FormCase) -> None:
-    """The weight and its adapter are one weight: W + scale · B·A."""
+    """The weight and its adapter act as one weight: W + scale · B·A."""
     first, second, (x, topk_ids, weights) = layer_of(case)
     adapters = [
         AdaptedWeight(weight, torch.randn(E, 3, weight.cols) / 8, torch.randn(E, weight.rows, 3) / 8, 0.5)
