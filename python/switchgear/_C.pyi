@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The ops on the CPU, and what else it takes to run there. num_threads 0 means the OpenMP default."""
+"""The ops on the CPU, and their helpers. num_threads 0 means the OpenMP default."""
 
 from collections.abc import Sequence
 from typing import Any, TypedDict

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The ops of `_C` on CUDA devices, which CUDA devices there are, and what this build has for them. Only there if nvcc
-was at build time; imports without a driver.
+"""The ops of `_C` on CUDA devices, and queries about the devices and this build. Exists only if nvcc was found at build
+time; imports without a driver.
 
-Ops are queued on a stream and return. Values in device memory are not checked: ids out of range count as empty slots.
+Ops are queued on a stream and return at once. Values in device memory are not checked: invalid ids are empty slots.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ class _DeviceInfo(TypedDict):
     name: str
     compute_capability: tuple[int, int]
     multiprocessors: int
-    total_memory: int  # bytes, as the next two
+    total_memory: int  # bytes, like the next two
     l2_cache: int
     shared_memory_per_block: int
     kernel_ok: bool  # a kernel of this build ran
@@ -32,15 +32,15 @@ class Execution:
     """How an op runs on a device.
 
     stream: a cudaStream_t; 0 is the default stream.
-    allocate: takes a number of bytes and returns a flat array of that size on the device, whose memory is given away
-        again in the order of the stream.
-    allow_tf32: whether float32 products may round their factors to TF32.
+    allocate: takes a number of bytes and returns a flat array of that size on the device. Its memory is reused in
+        stream order.
+    allow_tf32: whether float32 products may round their inputs to TF32.
     """
 
     def __init__(self, stream: int, allocate: Callable[[int], _Array], allow_tf32: bool = False) -> None: ...
 
 def exchange_segment_bytes(num_ranks: int, slot_bytes: int) -> int:
-    """Of the memory of a rank that all map: zero at first."""
+    """The bytes of a rank's segment, which all ranks map. It must be zero at first."""
 
 def exchange(
     rows: _Array,
@@ -56,5 +56,5 @@ def exchange(
     execution: Execution,
 ) -> None:
     """Sends send_bytes[r] of rows to each rank r, in order, and receives receive_bytes[r] from it, through the ranks'
-    segments (addresses in this process). first_sent and first_received [W]: pieces of slot_bytes of all calls before.
-    A word at the address `stop` that is not zero ends the kernel."""
+    segments (addresses in this process). first_sent and first_received [W]: numbers of slot_bytes pieces in all earlier
+    calls. A nonzero word at the address `stop` ends the kernel."""

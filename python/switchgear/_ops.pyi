@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The ops that `_C` and `_cuda` have in common; no module of its own. Arrays come through DLPack; outputs are passed in
-and written.
+"""The ops that `_C` and `_cuda` have in common; not a module itself. Arrays are passed through DLPack; ops write their
+results to output arguments.
 
 Shapes and formats are those of include/switchgear/ops.h; a weight is its tensors and its form (reference/formats.py).
-The last argument says what an op runs on: for `_C` a number of threads, 0 for the OpenMP default, for `_cuda` an
-Execution. Every op raises ValueError or TypeError, naming the argument, before it writes anything.
+The last argument of an op is a number of threads for `_C` (0: the OpenMP default) and an Execution for `_cuda`. Every
+op raises ValueError or TypeError, naming the argument, before it writes anything.
 """
 
 from collections.abc import Sequence

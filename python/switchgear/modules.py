@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""MoE: a router, experts and shared experts as one torch.nn.Module; balance_loss and after_step of a whole model."""
+"""MoE: a router, experts and shared experts as one torch.nn.Module; balance_loss and after_step for a whole model."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ class MoE(WithLosses):
     Args:
         hidden_size, intermediate_size, num_experts, top_k: H, I, E, K.
         float32_router, router_bias: options `float32` and `bias` of Router.
-        router_options: its others. score_function, normalize, scale, selection_bias, num_groups, topk_groups,
-            group_score, jitter; score, select, capacity, balance, isolation for other policies than the best k experts.
+        router_options: other options of Router. score_function, normalize, scale, selection_bias, num_groups,
+            topk_groups, group_score, jitter; score, select, capacity, balance, isolation for policies other than top-k.
         activation, gated, bias, interleaved, transposed, alpha, limit: options of Experts.
-        shared_intermediate_size: width of the shared experts; 0 for none. They have the activation of the experts.
-        num_shared_experts: the same in units of intermediate_size, instead.
-        shared_gate: the shared experts are weighed by sigmoid(w · x) (Qwen2-MoE, arXiv:2407.10671).
-        widths: [E], the ratios of the experts' widths; intermediate_size is then their mean, and each width an integer
-            (HMoE, arXiv:2408.10681). No bias, which every slice of an expert would add.
-        null_experts, copy_experts, constant_experts: so many more experts for the router to choose, which cost nothing:
-            they add nothing, x, or a learned vector; see VirtualExperts.
+        shared_intermediate_size: width of the shared experts; 0 for none. They use the activation of the experts.
+        num_shared_experts: the same width in units of intermediate_size; use only one of the two.
+        shared_gate: multiply the output of the shared experts by sigmoid(w · x) (Qwen2-MoE, arXiv:2407.10671).
+        widths: [E], the ratios of the experts' widths. intermediate_size is then their mean; every width must be an
+            integer (HMoE, arXiv:2408.10681). Not with bias, which every slice of an expert would add.
+        null_experts, copy_experts, constant_experts: numbers of additional experts, which need no matrix products. They
+            add nothing, x, or a learned vector; see VirtualExperts.
         return_routing: forward returns (y, Routing), for losses such as load_balancing_loss(routing.router_logits,
             routing.topk_ids).
-        parallel: distribute the experts over these ranks (switchgear.parallel.ExpertParallel). All else is the same on
-            every rank, for DistributedDataParallel or FSDP to take care of.
+        parallel: distribute the experts over these ranks (switchgear.parallel.ExpertParallel). All other parameters are
+            replicated; use DistributedDataParallel or FSDP for them.
 
-    Attribute `losses`: those of the router's balance, by name, of the last forward in training; see balance_loss.
+    Attribute `losses`: the balance losses of the router by name, from the last training forward; see balance_loss.
 
     Submodules and keys of the state dict: gate (Router: gate.weight, gate.e_score_correction_bias), experts (Experts:
     experts.gate_up_proj, experts.down_proj), shared_experts (shared_experts.gate_proj.weight, …). With shared_gate,
@@ -147,7 +147,7 @@ class MoE(WithLosses):
 
 
 def _sizes(intermediate_size: int, num_experts: int, widths: Sequence[int]) -> list[int]:
-    """The widths of the experts: in the ratios `widths`, intermediate_size on average."""
+    """The widths of the experts: their ratios are `widths`, and their mean is intermediate_size."""
     if len(widths) != num_experts or min(widths) < 1:
         raise ValueError(f"widths: expected {num_experts} positive numbers, got {list(widths)}")
     total = intermediate_size * num_experts
@@ -160,18 +160,18 @@ def _sizes(intermediate_size: int, num_experts: int, widths: Sequence[int]) -> l
 
 
 def balance_loss(model: nn.Module) -> Tensor | float:
-    """The sum of the balance losses of the last forward of all layers in the model, to be added to its loss; 0.0 if
-    there are none."""
+    """The sum of all layers' balance losses from the last forward, 0.0 if there are none. Add it to the model's
+    loss."""
     total: Tensor | float = 0.0
     for module in model.modules():
-        losses = vars(module).get("losses")  # compositions have a property of that name: the losses of layers inside
+        losses = vars(module).get("losses")  # layers of layers have a property `losses`: skip it
         for loss in losses.values() if isinstance(losses, dict) else ():
             total = total + loss
     return total
 
 
 def after_step(model: nn.Module) -> None:
-    """Router.after_step of all routers in the model: once per optimizer step, if any has controllers."""
+    """Calls Router.after_step of all routers in the model. Call it once per optimizer step if any has controllers."""
     for module in model.modules():
         if isinstance(module, Router):
             module.after_step()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What an op runs on: the native modules, each with the stream or the number of threads that its functions take."""
+"""The native modules that ops run on, each with its execution argument: a stream or a number of threads."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Native(Protocol):
 
 
 class Kernels:
-    """What an op runs on: a native module, the last argument of its functions, memory for gradients of weights, and the
-    formats of weights that the module multiplies."""
+    """A native module, the last argument of its functions, the allocator of weight gradients, and the weight formats
+    that its kernels support."""
 
     __slots__ = ("empty_weight", "execution", "formats", "module")
 
@@ -77,12 +77,12 @@ class Kernels:
         self.formats = formats
 
 
-_KEPT_BYTES = 1 << 20  # smaller tensors come from memory that malloc keeps anyway
+_KEPT_BYTES = 1 << 20  # malloc keeps the memory of smaller tensors anyway
 
 
 def _kept_like(tensor: Tensor) -> Tensor:
-    """torch.empty_like in memory that `_C` keeps for the next tensor of this size. A weight gradient that is allocated
-    anew at each step has its pages faulted in and zeroed at each step."""
+    """torch.empty_like in memory that `_C` keeps for the next tensor of this size. Otherwise the pages of a weight
+    gradient would be faulted in and zeroed at each step."""
     transposed = not tensor.is_contiguous()
     dense = tensor.mT if transposed else tensor
     if tensor.nbytes < _KEPT_BYTES or not dense.is_contiguous():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What store changes in one module: prepared, committed, and undone where another module fails."""
+"""The change that `store` makes to one module: prepared, committed, and undone if another module fails."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Target:
 
 
 def preparation_of(form: Form) -> Callable[[Target], StoredChange | PlainChange]:
-    """Makes the change of a module; what is shared is made once."""
+    """Returns a function that prepares the change of a module. Shared parameters are encoded once."""
     if isinstance(form, Plain):
         copies = Copies()
         return lambda target: PlainChange(target, copies)
@@ -57,7 +57,7 @@ def _encoded(form: Form, name: str, weight: Tensor, parts: int) -> Weight:
 
 
 class StoredChange:
-    """A module's parameters to stored weights."""
+    """Replaces a module's parameters by stored weights."""
 
     def __init__(self, target: Target, stored: StoredProjections, weights: tuple[Weight, Weight]) -> None:
         self.target, self.weights = target, weights
@@ -72,11 +72,11 @@ class StoredChange:
         put(self.target.module, self._stored, self.weights)
 
     def forget(self) -> None:
-        """Lets go of the parameters."""
+        """Frees the parameters."""
         self._parameters = None
 
     def undo(self) -> bool:
-        """Whether the parameters are there again, also where a commit ended halfway."""
+        """Undoes `commit`, even one that failed halfway. Returns whether the parameters are restored."""
         if not self._is_begun:
             return True
         if self._parameters is None:
@@ -88,7 +88,7 @@ class StoredChange:
 
 
 class PlainChange:
-    """A module's parameters in other strides, on huge pages."""
+    """Gives a module's parameters other strides, on huge pages."""
 
     is_exact = True
 
@@ -123,7 +123,7 @@ def memory_of(tensor: Tensor) -> tuple[object, ...]:
 def plain_parameters(
     module: nn.Module, parameters: dict[Tie, nn.Parameter], plain: dict[tuple[object, ...], Tensor]
 ) -> list[nn.Parameter]:
-    """The parameters that a module had; those that were shared, or shared memory, do again."""
+    """The original parameters of a module. Parameters that were shared, or shared memory, share it again."""
     stored = stored_of(module)
     assert stored is not None
     found = []

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What became of a module's projections: parameters went, buffers came. Once for all forms.
+"""Stored projections of a module: buffers instead of parameters. Shared by all forms.
 
-The buffers are <name>_data, <name>_scales, …, and are no part of state dicts: hooks put the keys of the form there, and
-take them, or plain weights, which are stored on their way in. Floating-point scales are held as the bits that they are,
-int32, so that module.to(dtype), .half() and the like leave them alone.
+The buffers are <name>_data, <name>_scales, …, and are not in state dicts. Hooks save the keys of the form, and load
+them or plain weights, which they encode. Floating-point scales are kept as int32 bits, so that module.to(dtype),
+.half() and similar calls do not convert them.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class Kind(NamedTuple):
 
 
 class Tie:
-    """One for each parameter that was: modules that shared it have the same."""
+    """Identifies an original parameter. Modules that shared the parameter have the same Tie."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One that is stored."""
+    """A stored projection."""
 
     kind: Kind
-    trained: bool  # whether its parameter asked for gradients
+    trained: bool  # requires_grad of its parameter
     tie: Tie
 
 
@@ -75,7 +75,7 @@ class StoredProjections:
         return {**self.__dict__, "_cached": None}  # copies have tensors of their own
 
     def weights(self, module: nn.Module) -> tuple[Weight, Weight]:
-        """The two projections of `module`; made anew where its buffers were replaced."""
+        """The two projections of `module`; rebuilt if its buffers were replaced."""
         cached, buffers = self._cached, module._buffers
         if cached is not None:
             for name, tensor in cached[0]:
@@ -103,7 +103,7 @@ class StoredProjections:
             yield field, f"{name}_{field}"
 
     def put_into(self, module: nn.Module, weights: tuple[Weight, Weight]) -> None:
-        """The buffers of `weights`."""
+        """Registers the buffers of `weights`."""
         for index, weight in enumerate(weights):
             for field, name in self._buffers(index):
                 tensor = getattr(weight, field)
@@ -111,7 +111,7 @@ class StoredProjections:
                 module.register_buffer(name, held, persistent=False)
 
     def take_out_of(self, module: nn.Module) -> None:
-        """The buffers go."""
+        """Removes the buffers."""
         for index in (0, 1):
             for _, name in self._buffers(index):
                 module._buffers.pop(name, None)
@@ -123,19 +123,19 @@ def _is_float(format: str, field: str) -> bool:
 
 
 def stored_of(module: nn.Module) -> StoredProjections | None:
-    """How a module stores its projections; None where they are parameters."""
+    """How a module stores its projections; None if they are parameters."""
     return vars(module).get("_switchgear_stored")
 
 
 def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
-    """The two projections [E,out,in] as `moe` takes them: tensors where they are parameters, else what is stored; with
-    their adapters, if there are any. `layout` says how the module holds parameters."""
+    """The two projections [E,out,in] for `moe`: tensors if they are parameters, else Weights; with their adapters, if
+    any. `layout` is that of the module's parameters."""
     stored = vars(module).get("_switchgear_stored")
     first: Any
     second: Any
     if stored is not None:
         first, second = stored.weights(module)
-    else:  # each attribute is read once: under a parametrization every access makes the weight anew
+    else:  # each attribute is read once: under a parametrization every access recomputes the weight
         first, second = getattr(module, layout.names[0]), getattr(module, layout.names[1])
         if layout.transposed:
             first, second = first.mT, second.mT
@@ -159,7 +159,7 @@ def put(module: nn.Module, stored: StoredProjections, weights: tuple[Weight, Wei
 
 
 def take_back(module: nn.Module, stored: StoredProjections, parameters: list[nn.Parameter]) -> None:
-    """Replaces what `put` put, as far as it came, by `parameters`."""
+    """Undoes `put`, even one that failed halfway: registers `parameters` again."""
     stored.take_out_of(module)
     for name, parameter in zip(stored.layout.names, parameters, strict=True):
         module.register_parameter(name, parameter)
@@ -168,7 +168,7 @@ def take_back(module: nn.Module, stored: StoredProjections, parameters: list[nn.
 
 
 def in_layout(weight: Tensor, layout: Layout) -> Tensor:
-    """A plain weight [E,out,in] as the parameter of a module is."""
+    """Converts a plain weight [E,out,in] to the layout of the module's parameter."""
     return weight.mT.contiguous() if layout.transposed else weight
 
 
@@ -192,7 +192,7 @@ def _load(
     if (stored := stored_of(module)) is None:
         return
     now = stored.weights(module)
-    loaded = []  # all of it, before anything changes
+    loaded = []  # both, before anything changes
     for index, name in enumerate(stored.layout.names):
         weight = _loaded(stored, index, now[index], state_dict, f"{prefix}{name}", missing if strict else [])
         loaded.append(now[index] if weight is None else weight)
@@ -209,7 +209,7 @@ def _load(
 def _loaded(
     stored: StoredProjections, index: int, now: Weight, state_dict: dict[str, Any], key: str, missing: list[str]
 ) -> Weight | None:
-    """The weight that a state dict has under `key`, None for none; its keys go."""
+    """The state dict's weight under `key`, or None; removes its keys from the state dict."""
     form, layout = stored.form, stored.layout
     plain = state_dict.get(key)
     if plain is not None and not ("" in form.suffixes and plain.dtype is torch.float8_e4m3fn):

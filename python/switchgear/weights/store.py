@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""store and restore: a model's experts in another form, and back."""
+"""store and restore: convert a model's experts to another form, and back."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ FORMS: dict[str, type[Form]] = {
 
 @dataclass(frozen=True)
 class Stored:
-    """What `store` did."""
+    """The result of `store`."""
 
     form: Form
-    modules: int  # that are in this form now
-    bytes_before: int  # of their projections; what is shared counts once
+    modules: int  # modules in this form now
+    bytes_before: int  # of their projections; shared memory counts once
     bytes_after: int
-    lossless: bool  # restore gives the weights back, bit for bit
-    reason: str = ""  # of the choice of "auto"
+    lossless: bool  # restore returns the same bits
+    reason: str = ""  # why "auto" chose the form
 
     def __str__(self) -> str:
         modules = f"{self.modules} module{'' if self.modules == 1 else 's'} of experts as {self.form}"
@@ -54,7 +54,7 @@ class Stored:
 
 
 def form_named(form: str | Form, options: dict[str, Any]) -> Form:
-    """The form that `store` was asked for. ValueError for an unknown one, or an option that it has not."""
+    """The requested form. Raises ValueError for an unknown form or option."""
     if isinstance(form, Form):
         if options:
             raise ValueError(f"{next(iter(options))}: expected no options beside {form}")
@@ -68,8 +68,8 @@ def form_named(form: str | Form, options: dict[str, Any]) -> Form:
 
 
 def encode(weight: Tensor, form: str | Form, *, parts: int = 1, **options: Any) -> Weight:
-    """A weight [E,N,C] in a form, for `moe` and `grouped_gemm`; parts: 2 where gates precede ups. ValueError, saying
-    why, where it cannot be."""
+    """Encodes a weight [E,N,C] for `moe` and `grouped_gemm`. parts: 2 if all gates precede all ups. Raises ValueError
+    with the reason if the form does not support the weight."""
     encoded = form_named(form, options).encode("weight", weight, parts)
     if isinstance(encoded, str):
         raise ValueError(f"weight: expected one that can be stored as {form}; {encoded}")
@@ -77,31 +77,31 @@ def encode(weight: Tensor, form: str | Form, *, parts: int = 1, **options: Any) 
 
 
 def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **options: Any) -> Stored:
-    """Stores the projections of all experts of a model in another form, in place: all of them, or none.
+    """Stores the projections of all experts of a model in another form, in place; on failure none.
 
         switchgear.store(model, "compact")
         switchgear.store(model, "int4", group_size=64)
         print(switchgear.store(model, "auto", tokens_per_step=1))
 
-    The parameters of the projections go, and buffers come, except for "plain". Gradients reach x, topk_weights, biases
-    and adapters. State dicts have the keys of the form (docs/weights.md), and plain weights load, too. Experts that
-    share memory share what is stored. Biases stay as they are.
+    Except for "plain", buffers replace the parameters of the projections. Gradients reach x, topk_weights, biases and
+    adapters. State dicts have the keys of the form (docs/weights.md); plain weights load, too. Experts that share
+    memory still share it when stored. Biases do not change.
 
     Args:
         model: has `Experts`, or experts of transformers that run on the fused kernel (`accelerate`).
         form: "plain" (rows along the inner dimension; parameters stay, and all weights of the model move onto huge
             pages), "panels", "compact", "int8", "int4", "fp8", "mxfp4", or an object with options, Int4(group_size=64);
-            "auto" picks one by machine and use.
-        options: those of the form. Of "auto": tokens_per_step, how many tokens a forward has (1: decoding one text),
-            and lossless, whether weights must keep every bit.
-        low_memory: store one layer after the other, and let go of its parameters at once. By default all are stored
-            before any goes, so that both are in memory for a while. If it fails halfway, a form without loss is undone
-            from what is stored; an error says which modules of another stay stored.
+            "auto" chooses one for the machine and the use.
+        options: those of the form. For "auto": tokens_per_step, the number of tokens per forward (1: decoding one
+            text), and lossless, whether weights must keep every bit.
+        low_memory: store one layer after the other and free its parameters at once. By default all layers are stored
+            before any parameter is freed, so both are in memory for a while. If this mode fails halfway, a lossless
+            form is undone from the stored weights; with another form the error names the modules that stay stored.
 
     Raises:
-        ValueError: there are no experts; some are on a device that the form is not for (or on none), computed by a
-            parametrization, of a dtype or shape that the form does not take, not finite, or in another form (`restore`
-            first). The message names the module, and no module is changed.
+        ValueError: there are no experts; or some are on a device that the form does not support (or on meta), computed
+            by a parametrization, of an unsupported dtype or shape, not finite, or in another form (`restore` first).
+            The message names the module, and no module is changed.
     """
     if form == "auto":
         return _store_best(model, low_memory, **options)
@@ -109,8 +109,8 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
 
 
 def restore(model: nn.Module) -> int:
-    """Undoes `store`: the parameters are there again, in the dtype that they had. They have their bits where the form
-    is lossless, else the values that it stands for. Returns the number of modules that it changed."""
+    """Undoes `store`: restores the parameters in their original dtype. They have the same bits if the form is lossless,
+    else the decoded values. Returns the number of changed modules."""
     changed, copies = 0, Copies()
     parameters: dict[Tie, nn.Parameter] = {}
     plain: dict[tuple[object, ...], Tensor] = {}
@@ -156,7 +156,7 @@ def _store(model: nn.Module, form: Form, low_memory: bool) -> Stored:
 
 
 def _targets(model: nn.Module, form: Form) -> tuple[list[Target], list[nn.Module]]:
-    """What there is to store, and what is in this form already. ValueError for what cannot be."""
+    """The modules to store, and those in this form already. Raises ValueError for a module that cannot be stored."""
     targets, present = [], []
     for name, module in model.named_modules():
         where = f"model.{name}" if name else "model"
@@ -177,12 +177,12 @@ def _targets(model: nn.Module, form: Form) -> tuple[list[Target], list[nn.Module
 
 
 def _obstacle(module: nn.Module, layout: Layout, form: Form) -> str | None:
-    """Why the projections of a module cannot be stored."""
+    """Why the projections of a module cannot be stored; None if they can."""
     if isinstance(form, Plain) and not layout.transposed:
         return None  # nothing to do
     dtypes = []
     for name in layout.names:
-        weight = module._parameters.get(name)  # under a parametrization the attribute is none, but is made of one
+        weight = module._parameters.get(name)  # a parametrization replaces the parameter by a computed attribute
         if type(weight) is not nn.Parameter:
             return f"{name} is {'computed' if weight is None else f'a {type(weight).__name__}'}, no plain parameter"
         if weight.is_meta or (form.devices is not None and weight.device.type not in form.devices):
@@ -201,7 +201,7 @@ def _report(form: Form, modules: list[nn.Module], done: list[StoredChange | Plai
         before |= change.bytes_before
         after |= change.bytes_after
         is_exact = is_exact and change.is_exact
-    for module in modules[: len(modules) - len(done)]:  # that were in this form already
+    for module in modules[: len(modules) - len(done)]:  # in this form already
         stored = stored_of(module)
         assert stored is not None
         for weight in stored.weights(module):
