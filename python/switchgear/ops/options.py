@@ -17,4 +17,7 @@ class GluOptions(NamedTuple):
 
     def keywords(self) -> dict[str, Any]:
         """As `switchgear.glu` and `switchgear.moe` take them."""
-        return {**self._asdict(), "limit": self.limit or None}
+        activation, gated, interleaved, alpha, limit = self  # one by one, as torch.compile wants it
+        return {
+            "activation": activation, "gated": gated, "interleaved": interleaved, "alpha": alpha, "limit": limit or None,
+        }  # fmt: skip
