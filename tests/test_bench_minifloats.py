@@ -27,7 +27,7 @@ MINIFLOATS = ("fp8", "mxfp4")
 
 
 def small_case(dtype: str, tokens: int = 24, shape: Shape = SMALL) -> Case:
-    stored = make_stored(dtype, shape)
+    stored = make_stored(dtype, shape, False)
     weights = in_bfloat16(stored[0], False), in_bfloat16(stored[1], False)
     return make_case("small", shape, dtype, tokens, "forward", "balanced", weights, "default", stored)
 

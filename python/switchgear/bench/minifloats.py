@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from switchgear.reference import formats, minifloat
-from switchgear.weights import Weight, advise_huge_pages
+from switchgear.weights import Weight, advise_huge_pages, use_huge_pages
 
 from .shapes import Shape
 
@@ -21,8 +21,8 @@ STANDARD_DEVIATION = 0.02  # of the decoded weights, about
 APART = 1021  # bytes between the windows of two experts: odd, so that no two have the same bytes
 
 
-def make_stored(format: str, shape: Shape) -> tuple[Weight, Weight]:
-    """gate_up_proj and down_proj, on huge pages; sizes are multiples of 32.
+def make_stored(format: str, shape: Shape, huge_pages: bool) -> tuple[Weight, Weight]:
+    """gate_up_proj and down_proj; sizes are multiples of 32.
 
     Each expert is a window of one random pool, as in make_weights. Any bytes are weights in the layout of the kernels:
     nothing is encoded or moved.
@@ -30,7 +30,10 @@ def make_stored(format: str, shape: Shape) -> tuple[Weight, Weight]:
     hidden, inner = shape.hidden_size, shape.intermediate_size
     pool = _codes(format, 2 * inner * hidden, APART * shape.num_experts)
     gate_up = _weight(format, pool, shape.num_experts, 2 * inner, hidden, 2)
-    return gate_up, _weight(format, pool, shape.num_experts, hidden, inner, 1)
+    down = _weight(format, pool, shape.num_experts, hidden, inner, 1)
+    if huge_pages:
+        use_huge_pages(tensor for weight in (gate_up, down) for tensor in weight.tensors)
+    return gate_up, down
 
 
 def decoded(weight: Weight, expert: int) -> Tensor:
@@ -67,7 +70,6 @@ def _weight(format: str, pool: Tensor, num_experts: int, rows: int, cols: int, p
     blocks, steps = rows // minifloat.ROWS, cols // minifloat.COLUMNS
     size = _bytes(format, rows * cols)
     data = torch.empty(num_experts, size, dtype=torch.uint8)
-    advise_huge_pages(data)
     for expert, matrix in enumerate(data):
         matrix.copy_(pool[APART * expert :][:size])
     scales = (_fp8_scales if format == "fp8" else _mxfp4_scales)(num_experts, blocks, cols, parts)

@@ -126,7 +126,7 @@ def make(task: Task) -> Case:
     """The case of a task, its weights decoded where they are made of the bytes of a format."""
     shape, huge_pages, stored = SHAPES[task.shape], task.pages == "huge", None
     if task.dtype in MINIFLOATS:
-        stored = make_stored(task.dtype, shape)
+        stored = make_stored(task.dtype, shape, huge_pages)
         weights = in_bfloat16(stored[0], huge_pages), in_bfloat16(stored[1], huge_pages)
     else:
         weights = make_weights(shape, FORMATS[task.dtype].dtype, huge_pages)
