@@ -444,8 +444,9 @@ def _moe_of_weights(
         y: Tensor = apply(autograd.StoredMoe, x, *others, *rest)[0]
         return y.reshape(shape)
     layer = (tensors, form, down_tensors, down_form, *others)
-    on_host = all(isinstance(weight, Weight) and weight.needs_no_dispatch for weight in (first, second))
-    if ops.needs_no_dispatch(x, *others) and on_host:
+    stored = [weight for weight in (first, second) if isinstance(weight, Weight)]
+    are_on_host = len(stored) == 2 and stored[0].needs_no_dispatch and stored[1].needs_no_dispatch
+    if are_on_host and ops.needs_no_dispatch(x, *others):
         y = ops.moe_forward_on_host(x, *layer, *options)
     else:
         y = ops.moe_forward(x, *layer, *options, False)[0]

@@ -17,4 +17,7 @@ class GluOptions(NamedTuple):
 
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments for `switchgear.glu` and `switchgear.moe`."""
-        return {**self._asdict(), "limit": self.limit or None}
+        activation, gated, interleaved, alpha, limit = self  # torch.compile does not trace _asdict
+        return {
+            "activation": activation, "gated": gated, "interleaved": interleaved, "alpha": alpha, "limit": limit or None,
+        }  # fmt: skip

@@ -42,7 +42,9 @@ def rows(tensor: T) -> T:
 
 def alike(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """The kernels take one pair of strides for all separate matrices. If strides differ, makes contiguous copies."""
-    if len(tensors) == 1 or tensors[0].dim() != 2 or all(t.stride() == tensors[0].stride() for t in tensors):
+    if len(tensors) == 1 or tensors[0].dim() != 2:  # one weight
+        return tensors
+    if all(matrix.stride() == tensors[0].stride() for matrix in tensors):
         return tensors
     return [matrix.clone(memory_format=torch.contiguous_format) for matrix in tensors]
 
@@ -54,7 +56,7 @@ def matrix(name: str, tensor: Tensor, dims: int = 2) -> Tensor:
     return tensor
 
 
-_CHANGES: dict[str, Callable[[Any], Any]] = {"r": rows, "d": dense, "w": alike, "f": tuple}
+_CHANGES: dict[str, Callable[[Any], Any] | None] = {"r": rows, "d": dense, "w": alike, "f": None}
 
 
 # ---- definition ------------------------------------------------------------------------------------------------------
@@ -89,7 +91,7 @@ def register(
             outputs = allocate(*args)
             given = outputs if isinstance(outputs, tuple) else (outputs,)
         getattr(kernels.module, name)(
-            *[change(args[index]) for index, change in inputs],
+            *[args[index] if change is None else change(args[index]) for index, change in inputs],
             *given,
             *[args[index] for index in options],
             kernels.execution(),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -43,6 +42,7 @@ class Weight:
     is_exact: bool = False  # plain() equals the original weight, bit for bit
     tensors: tuple[Tensor, ...] = field(init=False, repr=False)  # arguments of the ops
     form: tuple[int, ...] = field(init=False, repr=False)
+    needs_no_dispatch: bool = field(init=False, repr=False)  # all tensors are plain torch tensors in CPU memory
 
     def __post_init__(self) -> None:
         if self.format not in formats.FORMATS:
@@ -53,8 +53,11 @@ class Weight:
         if fields or self.format != "plain":
             number = formats.FORMATS.index(self.format)
             form = (number, self.rows, self.cols, self.parts, self.group_size, fields)
-        object.__setattr__(self, "tensors", (self.data, *(tensor for tensor in present if tensor is not None)))
+        tensors = (self.data, *(tensor for tensor in present if tensor is not None))
+        is_plain = all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu for tensor in tensors)
+        object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "form", form)
+        object.__setattr__(self, "needs_no_dispatch", is_plain)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -73,11 +76,6 @@ class Weight:
     def is_lossless(self) -> bool:
         """Whether this format stores every weight of its dtype bit for bit."""
         return self.format in LOSSLESS
-
-    @cached_property
-    def needs_no_dispatch(self) -> bool:
-        """Whether all tensors are plain torch tensors in CPU memory."""
-        return all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu for tensor in self.tensors)
 
     def plain(self) -> Tensor:
         """Decodes the weight to [E,N,C] in its dtype: the original bits if is_exact, else rounded values."""
