@@ -19,5 +19,9 @@ class GluOptions(NamedTuple):
         """The keyword arguments for `switchgear.glu` and `switchgear.moe`."""
         activation, gated, interleaved, alpha, limit = self  # torch.compile does not trace _asdict
         return {
-            "activation": activation, "gated": gated, "interleaved": interleaved, "alpha": alpha, "limit": limit or None,
-        }  # fmt: skip
+            "activation": activation,
+            "gated": gated,
+            "interleaved": interleaved,
+            "alpha": alpha,
+            "limit": limit or None,
+        }
