@@ -51,7 +51,7 @@ def hf_eager(case: Case) -> Layer:
     return _hugging_face(case, "eager")
 
 
-@competitor("hf_batched_mm", dtypes=DECODED)
+@competitor("hf_batched_mm")
 def hf_batched_mm(case: Case) -> Layer:
     """transformers' batched product: copies the weights of every (token, expert) pair."""
     if case.tokens * case.shape.top_k > BATCHED_MM_SLOTS:
