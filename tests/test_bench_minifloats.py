@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor
 from switchgear import _C
 from switchgear.bench.case import FORMATS, Case, forward, make_case
 from switchgear.bench.ceilings import read_probe
-from switchgear.bench.competitors import COMPETITORS, quantised
+from switchgear.bench.competitors import COMPETITORS, Skip, quantised
 from switchgear.bench.markdown import BLOCKS
 from switchgear.bench.minifloats import STANDARD_DEVIATION, decoded, in_bfloat16, make_stored
 from switchgear.bench.results import SCHEMA, completed
@@ -133,6 +135,21 @@ def test_multiplied_by_the_bytes_themselves(monkeypatch: pytest.MonkeyPatch) -> 
     forward(layer, case.inputs[0])
     assert case.stored is not None
     assert [weight.data.data_ptr() for weight in got] == [weight.data.data_ptr() for weight in case.stored]
+
+
+def test_competitors_that_are_not_installed_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWITCHGEAR_COMPETITORS", str(tmp_path))
+    missing = {"vllm": ("sglang_fp8", "sglang_mxfp4"), "llama_cpp": ("ggml_mxfp4", "ggml_mxfp4_repacked")}
+    for package, names in missing.items():
+        for name in () if importlib.util.find_spec(package) else names:
+            case = small_case(COMPETITORS[name].dtypes[0], shape=Shape(128, 128, 2, 1, "of whole blocks"))
+            with pytest.raises(Skip, match="not installed"):
+                COMPETITORS[name].make(case)
+
+
+def test_sglang_leaves_out_blocks_that_are_cut_off() -> None:
+    with pytest.raises(Skip, match="whole blocks"):
+        COMPETITORS["sglang_fp8"].make(small_case("fp8"))
 
 
 # ---- tables and targets ----------------------------------------------------------------------------------------------
