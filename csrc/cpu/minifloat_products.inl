@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dot_products whose B is in minifloats (minifloat.h): fp8 and mxfp4 weights with rows of bfloat16, float16 or float32. Included by
-// kernels.inl after dot_products.inl.
+// dot_products with B in minifloats (minifloat.h): fp8 and mxfp4 weights, rows of bfloat16, float16 or float32. Included
+// by kernels.inl after dot_products.inl.
 //
 //   work 2·M·N·K flop; traffic: weights once, 1 or 1/2 byte each and their scales; rows of A from L1 or L2
-//   The lanes of a vector are neighbours in n, as in panels: one broadcast word of A meets 16 rows of the weight.
-//   Few rows: a step is decoded in registers, between memory and multiplication.
-//   More rows: a chunk of the panel is decoded into the scratch once, as [word of depth][column], and multiplied in tiles of 6 rows
-//   and the panel, as in multiply.inl.
+//   The lanes of a vector are neighbours in n: one broadcast word of A multiplies 16 rows of the weight.
+//   Few rows: a step of 32 columns is decoded into registers. With AVX-512, up to 4 rows multiply 4 blocks of 16 weights at
+//   a time, whose chains of multiply-adds overlap, and 5 or 6 rows 2. Data and scales are prefetched for each block.
+//   Many rows: a chunk of the panel is decoded into the scratch as [word of depth][column], 32 KB so that it stays in L1,
+//   and multiplied in tiles of 6 rows and the panel, as in multiply.inl.
+//   FIGURES
 //
-// Order of each sum: steps of 32 columns, ascending. A step is summed from zero, k ascending, in float32: pairs of bfloat16 by vdpbf16ps
-// where rows are bfloat16 and the ISA has that, otherwise by multiply-adds on float32. One multiply-add adds it, times its scale, to
-// the total. That depends on the depth alone, so a row's result does not depend on its neighbours. What the last step lacks in A is
-// zeros, whose weights are zeros, too.
+// Order of each sum: steps of 32 columns ascend. A step is summed in float32 from zero, k ascending: pairs of bfloat16 by
+// vdpbf16ps if rows are bfloat16 and the ISA has it, otherwise float32 multiply-adds. One multiply-add adds the sum, times
+// its scale, to the total. The order depends on the depth alone, so a row's result does not depend on its neighbours. If
+// the last step is shorter, A is padded with zeros, as the weights are.
 #pragma once
 
 namespace switchgear::cpu {
@@ -22,13 +24,13 @@ struct Minifloats {
   using Values = Decoder<kFormat, kPairs>;
   static constexpr int64_t kStepBytes = minifloat_step_bytes(kFormat), kStepVectors = kStepBytes / kLine;
   static constexpr int64_t kStepWords = kMinifloatColumns / (kPairs ? 2 : 1);
-  static constexpr int64_t kChunkSteps = kChunkWords / 2 / kStepWords;  // of a decoded chunk, 128 KB beside its scales
+  static constexpr int64_t kChunkSteps = 32768 / (4 * kPanel * kStepWords);  // of a decoded chunk
 
-  // Steps from one scale to the next.
+  // Steps that share a scale.
   static int64_t group_steps(const Matrix& b) {
     return kFormat == Format::kMxfp4 ? 1 : b.group_size / kMinifloatColumns;
   }
-  // Where the lanes of vector j of the columns are in a block's first step, and their scales in its first group.
+  // Vector j of the columns: its lanes in the first step of their block, and their scales of the first group.
   static const uint8_t* data(const Matrix& b, int64_t j) {
     const int64_t row = b.first_row + j * kLanes;
     return static_cast<const uint8_t*>(b.data) + row / kMinifloatRows * b.n_stride + row % kMinifloatRows * 4;
@@ -38,12 +40,16 @@ struct Minifloats {
     return static_cast<const uint8_t*>(b.scales) + row / kMinifloatRows * b.scale_stride +
            row % kMinifloatRows * kScaleBytes<kFormat>;
   }
+  static constexpr int64_t kGroupBytes = kMinifloatRows * kScaleBytes<kFormat>;
   static Floats scale(const uint8_t* scales, int64_t group) {
-    return load_scales<kFormat>(scales + group * kMinifloatRows * kScaleBytes<kFormat>);
+    return load_scales<kFormat>(scales + group * kGroupBytes);
   }
 };
 
-// Rows of A for `depth` k from k on: themselves, or widened to float32, or padded with zeros to a whole step.
+int64_t num_vectors(const Product& product) { return (product.num_columns + kLanes - 1) / kLanes; }
+int64_t num_steps(const Product& product) { return (product.depth + kMinifloatColumns - 1) / kMinifloatColumns; }
+
+// Rows of A for `depth` k from k on: in place, widened to float32, or padded with zeros to a whole step.
 Rows step_rows(const Product& product, bool pairs, int64_t k, int64_t depth, const void* (&made)[kMaxRows]) {
   const DType dtype = product.b.dtype;
   const int64_t element = size_of(dtype), missing = (kMinifloatColumns - depth % kMinifloatColumns) % kMinifloatColumns;
@@ -67,36 +73,44 @@ Rows step_rows(const Product& product, bool pairs, int64_t k, int64_t depth, con
 
 // ---- few rows ------------------------------------------------------------------------------------------------------------
 
-// kVectors vectors of columns from their first step on, and what to prefetch in step 0: of each block as many bytes.
+// kVectors vectors of columns: where their first step and scale are, and what to prefetch in step 0 and group 0.
 template <int kVectors>
 struct StepColumns {
   const uint8_t* data[kVectors];
   const uint8_t* scales[kVectors];
-  const char* ahead[kVectors];
+  const uint8_t* data_ahead[kVectors];
+  const uint8_t* scales_ahead[kVectors];
 };
 
+// Vectors of columns that share a block, so that one of them prefetches for all.
 template <int kVectors>
-constexpr int kBlockVectors = kVectors * kLanes < kMinifloatRows ? kVectors : kMinifloatRows / kLanes;  // of one block
+constexpr int kBlockVectors = kVectors * kLanes < kMinifloatRows ? kVectors : kMinifloatRows / kLanes;
 
-// kRows rows and kVectors vectors of C += the products of steps [first, last). Prefetches a line in kAskedBytes.
-template <Format kFormat, bool kPairs, int kRows, int kVectors, int64_t kAsked>
+// kRows rows and kVectors vectors of C += the products of steps [first, last).
+template <Format kFormat, bool kPairs, int kRows, int kVectors>
 void add_step_tile(float* c, const Rows& a, const StepColumns<kVectors>& b, int64_t group_steps, int64_t first,
                    int64_t last) {
   using Of = Minifloats<kFormat, kPairs>;
-  constexpr int kWords = Of::Values::kWords;
+  constexpr int kWords = Of::Values::kWords, kShared = kBlockVectors<kVectors>;
   const char* rows[kRows];
-  Floats total[kRows][kVectors], scale[kVectors];
+  Floats total[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
     rows[i] = static_cast<const char*>(a.rows[i]) + a.offset;
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) total[i][v] = load(c + i * kPanel + v * kLanes);
   }
-  for (int64_t s = first; s < last;) {
-    const int64_t group = s / group_steps, end = (group + 1) * group_steps < last ? (group + 1) * group_steps : last;
+  if constexpr (kFormat == Format::kMxfp4) group_steps = 1;
+  for (int64_t s = first, end; s < last; s = end) {
+    const int64_t group = s / group_steps;
+    end = (group + 1) * group_steps < last ? (group + 1) * group_steps : last;
+    Floats scale[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) scale[v] = Of::scale(b.scales[v], group);
-    for (; s < end; ++s) {
+    for (int v = 0; v < kVectors; ++v) {
+      scale[v] = Of::scale(b.scales[v], group);
+      if (v % kShared == 0) __builtin_prefetch(b.scales_ahead[v] + group * Of::kGroupBytes, 0, 2);
+    }
+    for (int64_t step_at = s; step_at < end; ++step_at) {
       Floats sum[kRows][kVectors];
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
@@ -104,10 +118,10 @@ void add_step_tile(float* c, const Rows& a, const StepColumns<kVectors>& b, int6
         for (int v = 0; v < kVectors; ++v) sum[i][v] = broadcast(0.0f);
       }
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; v += kBlockVectors<kVectors>) {
+      for (int v = 0; v < kVectors; v += kShared) {
 #pragma GCC unroll 8
-        for (int64_t i = 0; i < Of::kStepBytes; i += kAsked) {
-          __builtin_prefetch(b.ahead[v] + s * Of::kStepBytes + i, 0, 2);
+        for (int64_t i = 0; i < Of::kStepBytes; i += kLine) {
+          __builtin_prefetch(b.data_ahead[v] + step_at * Of::kStepBytes + i, 0, 2);
         }
       }
 #pragma GCC unroll 2
@@ -115,16 +129,15 @@ void add_step_tile(float* c, const Rows& a, const StepColumns<kVectors>& b, int6
         Floats words[kVectors][kWords];
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
-          Of::Values::decode(words[v], b.data[v] + s * Of::kStepBytes + q * kLine);
+          Of::Values::decode(words[v], b.data[v] + step_at * Of::kStepBytes + q * kLine);
         }
-        const int64_t word = s * Of::kStepWords + q * kWords;
 #pragma GCC unroll 8
         for (int w = 0; w < kWords; ++w) {
 #pragma GCC unroll 8
           for (int i = 0; i < kRows; ++i) {
-            const auto broadcasted = broadcast_word(rows[i] + 4 * (word + w));
+            const auto word = broadcast_word(rows[i] + 4 * (step_at * Of::kStepWords + q * kWords + w));
 #pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) sum[i][v] = step<kPairs>(broadcasted, words[v][w], sum[i][v]);
+            for (int v = 0; v < kVectors; ++v) sum[i][v] = step<kPairs>(word, words[v][w], sum[i][v]);
           }
         }
       }
@@ -142,67 +155,67 @@ void add_step_tile(float* c, const Rows& a, const StepColumns<kVectors>& b, int6
   }
 }
 
-constexpr int64_t kDirectRows =
-    2 * kTileRows;  // up to so many, decoding for each tile is quicker than by way of the scratch
-constexpr int kFewVectors = kLanes < kMinifloatRows ? kPanelVectors : 2;  // at once
+constexpr bool kIsBlock = kLanes == kMinifloatRows;  // a vector
+constexpr int kLongVectors = kIsBlock ? 2 : kPanelVectors;
+constexpr int kShortVectors = kIsBlock ? 4 : kPanelVectors, kShortRows = kIsBlock ? 4 : kTileRows;
 
-// Steps [first, last) of a block, whose rows of A begin with the first; `ahead`: what to prefetch beside them.
+// Steps [first, last) of kVectors vectors of columns from vector j on; rows of A start with the first of these steps.
 template <Format kFormat, bool kPairs, int kVectors>
 void add_few_vectors(const Product& product, const Rows& a, int64_t j, int64_t first, int64_t last) {
   using Of = Minifloats<kFormat, kPairs>;
+  constexpr int64_t kLead = 16384 / kVectors * kBlockVectors<kVectors>;  // bytes per block
+  constexpr int kMostRows = kVectors > kLongVectors ? kShortRows : kTileRows;
   const Matrix& b = product.b;
-  const int64_t steps = (product.depth + kMinifloatColumns - 1) / kMinifloatColumns;
-  const int64_t lead_bytes = lead_of(product.num_rows <= 2 ? Asks::kSomeLines : Asks::kEveryLine) / kVectors;
-  const int64_t lead = lead_bytes / Of::kStepBytes < steps ? lead_bytes / Of::kStepBytes : steps;
-  const int64_t vectors = (product.num_columns + kLanes - 1) / kLanes;
+  const int64_t steps = num_steps(product), group_steps = Of::group_steps(b);
+  const int64_t lead = kLead / Of::kStepBytes < steps ? kLead / Of::kStepBytes : steps, turn = steps - lead;
   StepColumns<kVectors> columns;
-  for (int v = 0; v < kVectors; ++v) {
-    columns.data[v] = Of::data(b, j + v);
-    columns.scales[v] = Of::scales(b, j + v);
-  }
   const auto add = [&](int64_t begin, int64_t end) {
-    if (begin >= end) return;
-    for (int64_t m = 0, tiles = num_row_tiles(product.num_rows), t = 0, count; t < tiles; ++t, m += count) {
+    const int64_t tiles = num_row_tiles(product.num_rows);
+    for (int64_t t = 0, m = 0, count; t < tiles && begin < end; ++t, m += count) {
       count = (product.num_rows - m) / (tiles - t);
-      with_constant<kTileRows>(count, [&]<int kRows>() {
-        const Rows rows{a.rows + m, a.offset - first * Of::kStepWords * 4};
-        float* const c = product.c + m * kPanel + j * kLanes;
-        const int64_t group_steps = Of::group_steps(b);
-        if (kRows <= 2 && follows_streams()) {
-          add_step_tile<kFormat, kPairs, kRows, kVectors, kAskedBytes>(c, rows, columns, group_steps, begin, end);
-        } else {
-          add_step_tile<kFormat, kPairs, kRows, kVectors, kLine>(c, rows, columns, group_steps, begin, end);
-        }
+      with_constant<kMostRows>(count, [&]<int kRows>() {
+        add_step_tile<kFormat, kPairs, kRows>(product.c + m * kPanel + j * kLanes,
+                                              {a.rows + m, a.offset - first * Of::kStepWords * 4}, columns, group_steps,
+                                              begin, end);
       });
     }
   };
-  const int64_t middle = steps - lead < first ? first : steps - lead > last ? last : steps - lead;
   for (int v = 0; v < kVectors; ++v) {
-    columns.ahead[v] = reinterpret_cast<const char*>(columns.data[v]) + lead * Of::kStepBytes;
+    columns.data[v] = Of::data(b, j + v);
+    columns.scales[v] = Of::scales(b, j + v);
+    columns.data_ahead[v] = columns.data[v] + lead * Of::kStepBytes;
+    columns.scales_ahead[v] = columns.scales[v] + (lead + group_steps - 1) / group_steps * Of::kGroupBytes;
   }
-  add(first, middle);
+  add(first, turn < last ? turn : last);
+  // From here on the lead reaches the vectors that come next, and behind the last one the caller's next product.
   for (int v = 0; v < kVectors; ++v) {
-    const int64_t then = j + kVectors + v;  // comes next
-    const auto* const data = then < vectors            ? reinterpret_cast<const char*>(Of::data(b, then))
-                             : product.next != nullptr ? static_cast<const char*>(product.next) +
-                                                             (then - vectors) * kLanes / kMinifloatRows * b.n_stride
-                                                       : reinterpret_cast<const char*>(columns.data[v]);
-    columns.ahead[v] = data - (steps - lead) * Of::kStepBytes;
+    const int64_t next = j + kVectors + v, behind = next - num_vectors(product);
+    const uint8_t* data = Of::data(b, next);
+    if (behind >= 0 && product.next != nullptr) {
+      data = static_cast<const uint8_t*>(product.next) + behind * kLanes / kMinifloatRows * b.n_stride;
+    }
+    columns.data_ahead[v] = data - turn * Of::kStepBytes;
+    columns.scales_ahead[v] = Of::scales(b, next) - turn / group_steps * Of::kGroupBytes;
   }
-  add(middle, last);
+  add(turn > first ? turn : first, last);
 }
 
 template <Format kFormat, bool kPairs>
 void add_few_steps(const Product& product, const Rows& a, int64_t first, int64_t last) {
-  const int64_t vectors = (product.num_columns + kLanes - 1) / kLanes;
+  const int64_t vectors = num_vectors(product), tiles = num_row_tiles(product.num_rows);
   int64_t j = 0;
-  for (; j + kFewVectors <= vectors; j += kFewVectors) {
-    add_few_vectors<kFormat, kPairs, kFewVectors>(product, a, j, first, last);
+  if (product.num_rows <= kShortRows * tiles) {
+    for (; j + kShortVectors <= vectors; j += kShortVectors) {
+      add_few_vectors<kFormat, kPairs, kShortVectors>(product, a, j, first, last);
+    }
+  }
+  for (; j + kLongVectors <= vectors; j += kLongVectors) {
+    add_few_vectors<kFormat, kPairs, kLongVectors>(product, a, j, first, last);
   }
   for (; j < vectors; ++j) add_few_vectors<kFormat, kPairs, 1>(product, a, j, first, last);
 }
 
-// ---- more rows -----------------------------------------------------------------------------------------------------------
+// ---- many rows -----------------------------------------------------------------------------------------------------------
 
 // A decoded chunk: words [step][word][column] and scales [step][column].
 struct DecodedChunk {
@@ -215,7 +228,7 @@ template <Format kFormat, bool kPairs>
 void decode_chunk(float* words, float* scales, const Product& product, int64_t first, int64_t steps) {
   using Of = Minifloats<kFormat, kPairs>;
   constexpr int kWords = Of::Values::kWords;
-  const int64_t vectors = (product.num_columns + kLanes - 1) / kLanes, group_steps = Of::group_steps(product.b);
+  const int64_t vectors = num_vectors(product), group_steps = Of::group_steps(product.b);
   for (int64_t j = 0; j < vectors; ++j) {
     const uint8_t* p = Of::data(product.b, j) + first * Of::kStepBytes;
     const uint8_t* const own_scales = Of::scales(product.b, j);
@@ -272,37 +285,47 @@ void add_decoded_tile(float* c, const Rows& a, const DecodedChunk& chunk, int64_
   }
 }
 
+// Steps [first, first + steps), at most a chunk; rows of A start with the first of them.
 template <Format kFormat, bool kPairs>
 void add_decoded_steps(const Product& product, const Rows& a, int64_t first, int64_t steps) {
   using Of = Minifloats<kFormat, kPairs>;
   const Matrix& b = product.b;
   float* const words = static_cast<float*>(product.scratch);
   float* const scales = words + Of::kChunkSteps * Of::kStepWords * kPanel;
-  static_assert(Of::kChunkSteps * (Of::kStepWords + 1) <= kScratchRow);
+  static_assert(Of::kChunkSteps >= 1 && Of::kChunkSteps * (Of::kStepWords + 1) * kPanel <= kScratchRow * kMaxPanel);
   decode_chunk<kFormat, kPairs>(words, scales, product, first, steps);
 
-  // The next chunk, or the first one of the next product.
-  const int64_t all = (product.depth + kMinifloatColumns - 1) / kMinifloatColumns, last = first + steps;
+  // While it is multiplied, the next chunk is prefetched, or the first one of the next product.
+  const int64_t all = num_steps(product), last = first + steps, tiles = num_row_tiles(product.num_rows);
   const int64_t blocks = (product.num_columns + kMinifloatRows - 1) / kMinifloatRows;
   const auto* const data = static_cast<const char*>(last < all ? b.data : product.next);
-  const int64_t begin = last < all ? last : 0, rest = all - begin < Of::kChunkSteps ? all - begin : Of::kChunkSteps;
-  const int64_t tiles = num_row_tiles(product.num_rows), width = rest * Of::kStepBytes;
+  const int64_t begin = last < all ? last : 0, count = all - begin < Of::kChunkSteps ? all - begin : Of::kChunkSteps;
+  const int64_t width = count * Of::kStepBytes, group_steps = Of::group_steps(b);
   Ahead ahead;
   int64_t lines = 0;
   if (data != nullptr) {
     ahead = Ahead(data + begin * Of::kStepBytes, b.n_stride, width);
     lines = (blocks * width / kLine + tiles * steps - 1) / (tiles * steps);
   }
+  for (int64_t block = 0; block < blocks && last < all; ++block) {
+    const char* const line = static_cast<const char*>(b.scales) + block * b.scale_stride;
+    for (int64_t g = begin / group_steps; g * group_steps < begin + count; g += kLine / Of::kGroupBytes) {
+      __builtin_prefetch(line + g * Of::kGroupBytes, 0, 2);
+    }
+  }
   const DecodedChunk chunk{words, scales, steps};
-  for (int64_t t = 0, m = 0, count; t < tiles; ++t, m += count) {
-    count = (product.num_rows - m) / (tiles - t);
-    with_constant<kTileRows>(count, [&]<int kRows>() {
+  for (int64_t t = 0, m = 0, rows; t < tiles; ++t, m += rows) {
+    rows = (product.num_rows - m) / (tiles - t);
+    with_constant<kTileRows>(rows, [&]<int kRows>() {
       add_decoded_tile<kRows, kPairs>(product.c + m * kPanel, {a.rows + m, a.offset}, chunk, lines, ahead);
     });
   }
 }
 
 // ---- the whole -----------------------------------------------------------------------------------------------------------
+
+// Up to so many rows, decoding again for each tile of rows is faster than through the scratch.
+constexpr int64_t kDirectRows = kIsBlock ? 36 : kTileRows;
 
 template <Format kFormat, bool kPairs>
 void minifloat_products_of(const Product& product) {
@@ -313,28 +336,29 @@ void minifloat_products_of(const Product& product) {
   if (num_rows == 0) return;
 
   const bool is_direct = num_rows <= kDirectRows, widens = !kPairs && product.b.dtype != DType::kFloat32;
-  int64_t most = Of::kChunkSteps * kMinifloatColumns;  // k at a time
-  if (is_direct) {
-    const int64_t room = kScratchRow * kMaxRows / kDirectRows - kLine / 4;
-    most = widens ? room / kMinifloatColumns * kMinifloatColumns : depth;
-  } else {  // vectors without columns stay zero
-    const int64_t vectors = (product.num_columns + kLanes - 1) / kLanes;
-    if (vectors < kPanelVectors) {
-      __builtin_memset(product.scratch, 0, static_cast<size_t>(Of::kChunkSteps * (Of::kStepWords + 1) * kPanel * 4));
-    }
+  int64_t most = depth;  // k of A at a time: in place all, widened ones as many as the scratch holds
+  if (widens) {
+    const int64_t room = kScratchRow * kMaxRows / (is_direct ? kDirectRows : kMaxRows) - kLine / 4;
+    most = room / kMinifloatColumns * kMinifloatColumns;
   }
-  const int64_t whole = depth / kMinifloatColumns * kMinifloatColumns;  // the last, shorter step has rows of its own
+  if (!is_direct && num_vectors(product) < kPanelVectors) {  // the other vectors of a chunk stay zero
+    __builtin_memset(product.scratch, 0, static_cast<size_t>(Of::kChunkSteps * (Of::kStepWords + 1) * kPanel * 4));
+  }
+  const int64_t whole = depth / kMinifloatColumns * kMinifloatColumns;  // a shorter last step has rows of its own
   for (int64_t k = 0, count; k < depth; k += count) {
     count = k == whole ? depth - whole : whole - k < most ? whole - k : most;
-    const Rows a = step_rows(product, kPairs, k, count, made);
-    const int64_t first = k / kMinifloatColumns, steps = (count + kMinifloatColumns - 1) / kMinifloatColumns;
+    const auto [rows, offset] = step_rows(product, kPairs, k, count, made);
+    const int64_t first = k / kMinifloatColumns, last = first + (count + kMinifloatColumns - 1) / kMinifloatColumns;
     if (is_direct) {
-      add_few_steps<kFormat, kPairs>(product, a, first, first + steps);
-    } else {
-      add_decoded_steps<kFormat, kPairs>(product, a, first, steps);
+      add_few_steps<kFormat, kPairs>(product, {rows, offset}, first, last);
+      continue;
+    }
+    for (int64_t s = first; s < last; s += Of::kChunkSteps) {
+      const int64_t steps = last - s < Of::kChunkSteps ? last - s : Of::kChunkSteps;
+      add_decoded_steps<kFormat, kPairs>(product, {rows, offset + (s - first) * Of::kStepWords * 4}, s, steps);
     }
   }
-  // Rows of weights that pad a block, or are none of this product, leave no trace.
+  // Columns past the last one are padding, or belong to another product.
   for (int64_t m = 0; m < num_rows && product.num_columns < kPanel; ++m) {
     __builtin_memset(product.c + m * kPanel + product.num_columns, 0,
                      static_cast<size_t>(kPanel - product.num_columns) * 4);
@@ -354,9 +378,9 @@ void minifloat_products(const Product& product) {
   minifloat_products_in<Format::kMxfp4>(product);
 }
 
-// ---- rows ----------------------------------------------------------------------------------------------------------------
+// ---- plain rows ----------------------------------------------------------------------------------------------------------------
 
-// A step of kLanes rows as plain rows: out[r][c] = value · scale.
+// A step of the rows of vector j: out[r][c] = value · scale.
 template <Format kFormat>
 void expand_step(float (&out)[kLanes][kMinifloatColumns], const Matrix& b, int64_t j, int64_t step) {
   using Of = Minifloats<kFormat, false>;
