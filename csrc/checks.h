@@ -52,7 +52,7 @@ class Call {
   void check_overlap() const;
 
  private:
-  static constexpr int kMaxTensors = 20;  // moe_forward with integers has 17, moe_backward 19
+  static constexpr int kMaxTensors = 20;  // moe_forward with integers and moe_backward have up to 17
 
   struct Entry {
     const char* name = nullptr;

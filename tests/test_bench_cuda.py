@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --device cuda`, all of it that needs no GPU: its arguments, cases, and what becomes of results."""
+"""The parts of `switchgear bench --device cuda` that need no GPU: arguments, cases, and processing of results."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_published_figures_stand_beside_their_row() -> None:
 
 
 def test_a_case_is_verified_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of a case through cuda.py, on the CPU with a clock that stands in."""
+    """A case runs through cuda.py on the CPU, with a stand-in for the clock."""
     called: list[str] = []
     monkeypatch.setattr(cuda, "in_turns", lambda calls: {name: [0.5] for name in calls})
     monkeypatch.setattr(cuda, "peak_memory", lambda call: called.append(str(call().shape)) or 1 << 20)
@@ -176,7 +176,7 @@ def test_ops_agree_with_torch(case: cuda_ops.OpCase) -> None:
 def test_published_figures_of_ops_name_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     monkeypatch.setattr(cuda_ops, "OpCase", lambda op, case, *rest: made.append(f"{op} {case}"))
-    for name in ("randn", "rand", "arange"):  # sizes are what matters here, so memory stays untouched
+    for name in ("randn", "rand", "arange"):  # only sizes matter here, so no memory is allocated
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, _real=real, **k: _real(*a, **k | {"device": "meta"}))
     for case in cuda_ops.CASES:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --routers` compares like with like, and says so."""
+"""`switchgear bench --routers` compares equal routings and reports so."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = Shape(16, 8, 16, 4, "a small one")
 DRAWS = plain_routers.Draws()
 DRAWS.shared = True
 POLICIES = {policy.name: policy for policy in policies(SMALL, 512, DRAWS)}
-BLIND = ("random", "lookup by token id")  # to logits
+BLIND = ("random", "lookup by token id")  # these ignore the logits
 
 
 @pytest.mark.parametrize("name", POLICIES)

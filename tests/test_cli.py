@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line. Speeds are never tested; that results agree, files are written and mistakes are named, is."""
+"""The command line. Speeds are not tested. Results must agree, files must be written, mistakes must be named."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_info_prints_valid_json() -> None:
     assert info["versions"]["torch"] == torch.__version__
     assert info["backends"]["cpu"]["isa"] in info["backends"]["cpu"]["isas_available"]
     assert info["threads"]["torch"] >= 1
-    assert len(info["threads"]["openmp_runtimes"]) <= 1, info["warnings"]  # torch's and ours are the same one
+    assert len(info["threads"]["openmp_runtimes"]) <= 1, info["warnings"]  # torch's and ours are the same
     assert info["backends"]["cuda"]["available"] or info["backends"]["cuda"]["reason"]
 
 
@@ -85,7 +85,7 @@ def test_openmp_runtimes_are_told_apart() -> None:
         (["demo", "--steps", "0"], "--steps: expected an integer of at least 1, got '0'"),
         (["demo", "--sequence-length", "1"], "at least 2"),
         (["bench", "--routing", "skewed"], "invalid choice"),
-        (["bench", "--dtypes", "fp8"], "--dtypes: expected a list of bf16"),
+        (["bench", "--dtypes", "fp6"], "--dtypes: expected a list of bf16"),
         (["bench", "--modes", "backward"], "--modes: expected a list of forward, train"),
         (["bench", "--tokens", "1,-2"], "--tokens: expected an integer of at least 1, got '-2'"),
         (["bench", "--tokens", "many"], "--tokens: expected an integer of at least 1, got 'many'"),
@@ -126,8 +126,8 @@ def test_a_missing_extra_says_what_to_install(
 
 
 def test_info_needs_torch_alone() -> None:
-    """The other commands too, up to the point where they need more."""
-    extras = ["numpy", "rich", "matplotlib", "transformers", "tqdm", "PIL"]
+    """So do the other commands, up to the point where they need more."""
+    extras = ["numpy", "rich", "matplotlib", "transformers", "PIL"]
     hidden = f"import sys; sys.modules.update(dict.fromkeys({extras}))"
     for command, status, words in (("info", 0, "native CPU"), ("demo", 2, "needs"), ("bench", 2, "needs rich")):
         code = f"{hidden}; from switchgear.cli import main; sys.exit(main([{command!r}]))"
@@ -166,7 +166,7 @@ def test_demo_trains_and_agrees(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert set(results["implementations"]) == {"eager", "grouped_mm", "switchgear"}
     for run in results["implementations"].values():
         assert len(run["losses"]) == 3
-        assert np.sum(run["steps"][0]["load"], axis=1) == pytest.approx(1.0)  # every choice went to some expert
+        assert np.sum(run["steps"][0]["load"], axis=1) == pytest.approx(1.0)  # every choice has an expert
         for step in run["steps"]:
             assert 0 < step["experts_forward"] + step["experts_backward"] < step["seconds"]
         assert run["peak_memory"] > run["memory_before_training"] > 2**26
@@ -200,7 +200,7 @@ def test_corpus_is_the_same_every_time_and_keeps_text_apart(tmp_path: Path) -> N
 
 class TestAgreement:
     reference = np.linspace(5.0, 3.0, 20)
-    growing = 1e-6 * 2.0 ** np.arange(20)  # what rounding alone does
+    growing = 1e-6 * 2.0 ** np.arange(20)  # the growth of rounding errors
     bounds = loss_bounds(reference, reference + growing, dtype="float32", layers=4, tokens=10**6)
 
     def test_as_far_as_the_twin_agrees(self) -> None:
@@ -285,7 +285,7 @@ def test_bench_leaves_out_what_does_not_fit_the_budget(tmp_path: Path) -> None:
 
 
 def bench_row(competitor: str, ms: float | None, **changes: Any) -> dict[str, Any]:
-    """Of weights read in 1 ms, which binds."""
+    """A row whose floor is reading the weights, which takes 1 ms."""
     row = {
         "shape": "olmoe", "dtype": "bf16", "mode": "forward", "tokens": 1, "routing": "balanced", "pages": "huge",
         "allocator": "default", "touched_experts": 8.0, "multiply_rate": 1e12, "read_ms": 1.0,
@@ -308,7 +308,7 @@ def test_targets_hold_or_not() -> None:
     assert not verdicts["1x zentorch"].holds
     assert verdicts["95% of the read of the touched weights"].holds
     assert not verdicts["3x hf_grouped_mm"].holds
-    wrong = [ours, bench_row("sglang", None)]  # what is wrong is compared with nobody
+    wrong = [ours, bench_row("sglang", None)]  # a wrong result is compared with none
     assert [verdict.target for verdict in judge([wrong])] == ["95% of the read of the touched weights"]
 
 
@@ -407,7 +407,7 @@ def test_competitors_that_are_not_installed_say_so(tmp_path: Path, monkeypatch: 
         if importlib.util.find_spec(
             {"sglang": "vllm", "ggml_bf16": "llama_cpp", "ggml_q4_0": "llama_cpp"}.get(name, name)
         ):
-            continue  # it is: then the benchmark verifies it
+            continue  # it is installed: then the benchmark verifies it
         with pytest.raises(Skip, match=r"not installed|does not import"):
             COMPETITORS[name].make(case)
 
@@ -483,7 +483,7 @@ def test_interleaved_calls_stop_far_beyond_the_budget(monkeypatch: pytest.Monkey
     def slow(_: int) -> None:
         now[0] += 2.0
 
-    assert len(interleave({"a": slow}, 0.5)["a"].seconds) == 1  # a second turn would end after three times a second
+    assert len(interleave({"a": slow}, 0.5)["a"].seconds) == 1  # a second turn would exceed three times the budget
     assert 25 <= len(interleave({"a": slow}, 61.0)["a"].seconds) <= 30  # calls of two seconds
 
 
@@ -497,7 +497,7 @@ def test_interleaved_calls_take_turns() -> None:
 
 
 def test_no_competitor_pays_for_the_memory_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long the calls are, the one that frees what another competitor has left is not timed."""
+    """Even for long calls, the call that frees another competitor's memory is not timed."""
     now, held = [0.0], [""]
     monkeypatch.setattr("switchgear.bench.timing.perf_counter", lambda: now[0])
     monkeypatch.setattr("switchgear.bench.timing.wait_for_quiet", lambda longest: None)
@@ -523,7 +523,7 @@ def test_turns_that_others_disturb_do_not_count(monkeypatch: pytest.MonkeyPatch)
 
     def call(_: int) -> None:
         calls[0] += 1
-        disturbed = calls[0] == 2  # the first is not timed: this is the first turn's
+        disturbed = calls[0] == 2  # the first call is not timed; this is the first turn's
         now[0] += 3.0 if disturbed else 1.0
         elsewhere[0] += 2.0 if disturbed else 0.0
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The model of what the CUDA kernels cost. That it is right, only a GPU can say; that it counts the work of the kernels
-there are, and never promises more than the hardware has, is tested here."""
+"""The cost model of the CUDA kernels. Only a GPU can show that it is right. These tests check that it counts the work
+of the existing kernels and never exceeds the hardware's peak."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_decoding_is_bound_by_the_weights(gpu: Gpu) -> None:
 
 @gpus
 def test_few_rows_are_padded(gpu: Gpu) -> None:
-    """17 rows need a larger tile than 16; empty experts cost nothing in a product, and zeros in a weight gradient."""
+    """17 rows need a larger tile than 16. Empty experts cost nothing in a product; their weight gradients are zeros."""
     assert pick_tile(gpu, 16, 256).rows == 16 < pick_tile(gpu, 17, 256).rows
     assert gemm(gpu, "", [100, 0, 28], 256, 128, 0).tiles == (2 + 1) * 2  # 64 x 128
     assert gemm(gpu, "", [0, 0], 256, 128, 0).tiles == 0
@@ -116,8 +116,8 @@ def test_bench_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_model_is_near_what_the_best_tuned_kernels_reach() -> None:
-    """SonicMoE has the same structure on the same card. A prediction far from it would be a mistake of the model's, or
-    a promise that nobody keeps."""
+    """SonicMoE has the same structure on the same card. A prediction far from its figures would be an error of the
+    model or an unrealistic promise."""
     figures = [figure for figure in FIGURES if figure.who == "SonicMoE"]
     assert len(figures) == 8
     for figure in figures:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""fp8 and mxfp4: every number that they have, what they round, their extremes, and their layouts."""
+"""fp8 and mxfp4: every number that they have, how they round, their extremes, and their layouts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def every_bfloat16() -> Tensor:
 
 
 def value_of(code: int, mantissa: int, bias: int) -> Fraction:
-    """A float without infinities, by its definition."""
+    """The value of a float format without infinities, by definition."""
     exponent, fraction = code >> mantissa, Fraction(code & ((1 << mantissa) - 1), 1 << mantissa)
     power = Fraction(2) ** (max(exponent, 1) - bias)
     return (fraction + (exponent > 0)) * power
@@ -42,7 +42,7 @@ E2M1 = [value_of(code, 1, 1) for code in range(8)]
 
 
 def nearest(x: Fraction, table: list[Fraction]) -> int:
-    """The code of the value of the table nearest to x >= 0; of two, the even one."""
+    """The code of the value in the table that is nearest to x >= 0; ties go to even."""
     above = bisect.bisect_left(table, x)
     if above == len(table):
         return len(table) - 1
@@ -58,7 +58,7 @@ def expected_codes(numbers: Tensor, table: list[Fraction], sign: int) -> Tensor:
 
 
 def neighbours(table: list[Fraction]) -> Tensor:
-    """Every value, every middle of two, and the float32 next to each, of either sign."""
+    """Every value, every midpoint of two, and the float32 next to each, of either sign."""
     middles = [(a + b) / 2 for a, b in itertools.pairwise(table)]
     at = torch.tensor([float(x) for x in (*table, *middles, table[-1] * 2, Fraction(FLT_MAX))])
     near = torch.cat((at, at.nextafter(torch.tensor(torch.inf)), at.nextafter(torch.tensor(0.0))))
@@ -129,7 +129,7 @@ def test_any_largest_weight_has_a_finite_scale(amax: float, group: tuple[int, in
     mxfp4 = minifloat.encode_mxfp4(weight)
     assert (mxfp4.scales != minifloat.NAN_SCALE).all()
     assert minifloat.decode_mxfp4(mxfp4.values, mxfp4.scales).isfinite().all()
-    if amax >= 2.0**-126:  # below, the largest value is not 448
+    if amax >= 2.0**-126:  # below that, the largest value is not 448
         decoded = minifloat.decode_fp8(fp8.values, fp8.scales, group)
         assert bool((decoded.amax() - amax).abs() <= amax * 2.0**-23)
 
@@ -222,13 +222,13 @@ def test_published_mxfp4_comes_back_byte_by_byte(dtype: torch.dtype) -> None:
 def test_any_bytes_of_mxfp4_come_back_with_equal_values() -> None:
     codes = torch.randint(0, 16, (2, 64, 4, 16), dtype=torch.uint8)
     blocks, scales = codes | codes.flip(-1) << 4, torch.randint(0, 252, (2, 64, 4), dtype=torch.uint8)
-    blocks[:, 32:] &= 0b10101010  # even codes alone
-    scales[0] = scales[0] % 4  # at the lower end scales cannot go down
+    blocks[:, 32:] &= 0b10101010  # even codes only
+    scales[0] = scales[0] % 4  # scales at the lower end cannot decrease
     weight = minifloat.decode_mxfp4(blocks, scales)
     again = minifloat.encode_mxfp4(weight)
     assert again.lossless
     decoded = minifloat.decode_mxfp4(again.values, again.scales)
-    assert torch.equal(decoded.view(torch.int32), weight.view(torch.int32))  # zeros' signs too
+    assert torch.equal(decoded.view(torch.int32), weight.view(torch.int32))  # including the signs of zeros
     twice = minifloat.encode_mxfp4(decoded)
     assert torch.equal(twice.values, again.values)
     assert torch.equal(twice.scales, again.scales)
@@ -250,7 +250,7 @@ SHAPES = [(1, 16, 32), (3, 32, 128), (2, 34, 64), (2, 66, 71), (1, 2, 1), (2, 6,
 
 
 def numbers(data: Tensor, format: str) -> Tensor:
-    """Codes of a block as the kernels' header lays them out, [B,16,32·C], one at a time."""
+    """Codes of a block in the layout of the kernels' header, [B,16,32·C], one at a time."""
     count, steps, size = data.shape
     out = torch.zeros(count, 16, 32 * steps, dtype=torch.uint8)
     for step in range(steps):
@@ -292,7 +292,7 @@ def test_storage_is_that_of_the_header(format: str, parts: int) -> None:
             assert torch.equal(stored[expert, block, :, inside], by_row[expert, row])
             found[block, inside] = 0
             stored[expert, block, :, inside] = 0
-        assert not found.any()  # padding is zero, and so are columns from 72 on, which the codes of fp8 lack
+        assert not found.any()  # padding is zero, and so are columns >= 72, which the fp8 codes lack
         assert not stored[expert].any()
 
 

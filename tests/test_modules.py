@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import warnings
 from typing import Any
@@ -15,6 +16,7 @@ import switchgear
 from switchgear import backends
 from switchgear.experts import Experts
 from switchgear.routing import Router, load_balancing_loss, z_loss
+from switchgear.routing.router import RouterOptions
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "mixtral": {"normalize": True},
@@ -306,3 +308,16 @@ def test_isa_is_a_name_from_the_list() -> None:
     assert switchgear.cpu_isa() in switchgear.available_cpu_isas()
     with pytest.raises(ValueError, match="isa"):
         switchgear.set_cpu_isa("sse9")
+
+
+def test_options_of_the_router_are_passed_on() -> None:
+    """All that Router has, by their names, but for those that MoE calls otherwise."""
+    renamed = {"float32": "float32_router", "bias": "router_bias"}
+    parameters = inspect.signature(Router.__init__).parameters
+    others = {"self", "hidden_size", "num_experts", "top_k", "device", "dtype", *renamed}
+    assert set(RouterOptions.__annotations__) == set(parameters) - others
+    moe = switchgear.MoE(8, 4, 4, 2, score_function="sigmoid", jitter=0.1, float32_router=True, router_bias=True)
+    assert (moe.gate.score_function, moe.gate.jitter, moe.gate.float32) == ("sigmoid", 0.1, True)
+    assert moe.gate.bias is not None
+    with pytest.raises(TypeError, match="temperature: expected an option of MoE, or of its Router"):
+        switchgear.MoE(8, 4, 4, 2, temperature=2.0)  # type: ignore[call-arg]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Published checkpoints, made here from tiny models: what load_published makes of them is what transformers makes."""
+"""Published checkpoints, made here from tiny models: load_published and transformers give the same model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CONFIGS = {
 
 
 def as_published(key: str, weight: Tensor, method: str) -> dict[str, Tensor]:
-    """The tensors of a plain one."""
+    """The published tensors of a plain one."""
     if method == "mxfp4" and key.endswith(("gate_up_proj", "down_proj")):
         blocks, scales, _ = minifloat.encode_mxfp4(weight.mT.contiguous())
         return {f"{key}_blocks": blocks, f"{key}_scales": scales}
@@ -114,7 +114,7 @@ def test_weights_are_those_that_transformers_reads(published: Callable[[str], Pa
 
 @models
 def test_logits_are_those_of_transformers(published: Callable[[str], Path], model_type: str) -> None:
-    """In float32, and so close: weights are decoded exactly, or with the one rounding of scale · value."""
+    """In float32, with a tight tolerance: decoding is exact, or has one rounding of scale · value."""
     path, method = published(model_type), MODELS[model_type]
     options = {"dtype": torch.float32, "experts_implementation": "eager"}
     want = AutoModelForCausalLM.from_pretrained(path, quantization_config=DEQUANTIZE[method], **options)
@@ -255,6 +255,13 @@ def test_one_file_and_a_model_that_is_there(published: Callable[[str], Path], tm
     assert path_of(model.model.layers[0].mlp.experts) == "moe"
 
 
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    publish(tmp_path, "qwen3_moe", tie_word_embeddings=True)
+    model: Any = load_published(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.lm_head.weight.is_meta
+
+
 def test_experts_that_were_not_quantised_stay_plain(published: Callable[[str], Path], tmp_path: Path) -> None:
     def decode(tensors: dict[str, Tensor]) -> None:
         for key in [key for key in tensors if "layers.1.mlp.experts" in key and not key.endswith("_scale_inv")]:
@@ -271,7 +278,7 @@ def test_experts_that_were_not_quantised_stay_plain(published: Callable[[str], P
 
 
 def test_layers_that_transformers_leaves_out_are_left_out(published: Callable[[str], Path], tmp_path: Path) -> None:
-    key = "model.layers.61.mlp.experts.0.up_proj.weight"  # DeepSeek's of the next token but one
+    key = "model.layers.61.mlp.experts.0.up_proj.weight"  # DeepSeek's multi-token prediction layer
     load_published(copied(published("deepseek_v3"), tmp_path, lambda tensors: tensors.update({key: torch.ones(2, 2)})))
 
 
@@ -347,5 +354,5 @@ def test_peak_is_the_stored_model_and_a_tensor(
     peak, stored, largest = map(int, subprocess.run(command, check=True, capture_output=True).stdout.split())
     plain = 2 * 4 * 8 * 3 * 512 * 512  # bytes of all experts in bfloat16, 4 layers of 8 experts
     constant = 8 << 20
-    assert stored <= peak + constant  # the measure works
+    assert stored <= peak + constant  # the measurement works
     assert peak <= stored + largest + constant < plain

@@ -4,14 +4,14 @@
 //
 //   work 2·M·N·K flop; traffic: weights once, 1 or 1/2 byte each and their scales; rows of A from L1 or L2
 //   The lanes of a vector are neighbours in n: one broadcast word of A multiplies 16 rows of the weight.
-//   Few rows: a step of 32 columns is decoded into registers. With AVX-512 a tile of 1 to 6 rows multiplies 1, 2 or 4 blocks
-//   of 16 weights at a time; each is a stream of data and one of scales, prefetched 8 KB ahead.
+//   Few rows: a step of 32 columns is decoded into registers. With AVX-512 a tile of 1 to 6 rows multiplies 1, 2 or 4
+//   blocks of 16 weights at a time; each is a stream of data and one of scales, prefetched 8 KB ahead.
 //   Many rows: a chunk of the panel is decoded into the scratch as [word of depth][column], 32 KB so that it stays in L1,
 //   and multiplied in tiles of 6 rows and the panel, as in multiply.inl.
-//   reached on one core of Zen 5, of a plain read or of the multiply-adds: bfloat16, 1 or 2 rows 91 to 93 % of the read; 6
-//   rows 77 % of the multiply-adds in mxfp4, 80 % of the read in fp8; 64 rows 80 to 83 % of the multiply-adds, 240 rows 86 to
-//   88 %, 1.05 to 1.15 times plain bfloat16. Float32 rows: 1 row 77 % (mxfp4) and 89 % (fp8) of the read, bound by
-//   instructions. AVX2: 64 bytes take 24 (mxfp4) and 17 (fp8) cycles to decode and multiply by 1 row, 27 and 38 % of the read.
+//   reached on one core of Zen 5, of a plain read or of the multiply-adds: bfloat16, 1 or 2 rows 91 to 93 % of the read;
+//   6 rows 77 % of the multiply-adds in mxfp4, 80 % of the read in fp8; 64 rows 80 to 83 % of the multiply-adds, 240 rows
+//   86 to 88 %, 1.05 to 1.15 times plain bfloat16. Float32, 1 row: 77 % (mxfp4) and 89 % (fp8) of the read, bound by
+//   instructions. AVX2, 1 row: 64 bytes take 24 (mxfp4) and 17 (fp8) cycles, 27 and 38 % of the read.
 //
 // Order of each sum: steps of 32 columns ascend. A step is summed in float32 from zero, k ascending: pairs of bfloat16 by
 // vdpbf16ps if rows are bfloat16 and the ISA has it, otherwise float32 multiply-adds. One multiply-add adds the sum, times
@@ -106,7 +106,7 @@ constexpr int steps_at_once(int chains) {
   return kPairs || chains > 4 ? 1 : chains > 2 ? 2 : 4;
 }
 
-// kRows rows and kVectors vectors of C += the products of kSteps steps from step s on, which have the scales scale(step, vector).
+// kRows rows and kVectors vectors of C += the products of kSteps steps from step s on, with scales scale(step, vector).
 template <Format kFormat, bool kPairs, int kSteps, int kRows, int kVectors, typename Scale>
 inline void add_steps(Floats (&total)[kRows][kVectors], const char* const (&rows)[kRows],
                       const StepColumns<kVectors>& b, int64_t s, Scale&& scale) {
@@ -412,7 +412,7 @@ void minifloat_products(const Product& product) {
   minifloat_products_in<Format::kMxfp4>(product);
 }
 
-// ---- plain rows ----------------------------------------------------------------------------------------------------------------
+// ---- plain rows ----------------------------------------------------------------------------------------------------------
 
 // A step of the rows of vector j: out[r][c] = value · scale.
 template <Format kFormat>

@@ -10,7 +10,7 @@ namespace switchgear::cpu {
 const RowKernels& row_kernels() {
   [[maybe_unused]] const std::string_view isa = kernels().isa;
 #if defined(SWITCHGEAR_HAVE_AVX512)
-  if (isa.starts_with("avx512")) return row_kernels_avx512();
+  if (isa.starts_with("avx512") || isa == "amx") return row_kernels_avx512();
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX2)
   if (isa == "avx2") return row_kernels_avx2();

@@ -3,13 +3,13 @@
 
 Modules:    MoE (router, experts and shared experts), Router, Experts; layers composed of them in switchgear.layers
 Routing:    scores, selections, capacities and losses in switchgear.routing; policies of papers in switchgear.presets
-Functions:  moe (a whole layer of experts), and its stages: route, plan, permute, grouped_gemm, glu, combine
+Functions:  moe (all experts of a layer), and its stages: route, plan, permute, grouped_gemm, glu, combine
 Results:    Routing, Plan
-Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) of routers with a balance
-Models:     accelerate(model) puts the kernels under a Hugging Face model
-Weights:    store(model, form) puts the experts into another form, faster or smaller: "auto", "plain", "panels", "compact",
-            "int8", "int4", "fp8", "mxfp4"; restore(model) undoes it. switchgear.weights has what it is made of
-Looking:    RoutingTrace records what routers do, override(model, …) changes what they choose for a while
+Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) for routers with load balancing
+Models:     accelerate(model) runs a Hugging Face model on the kernels
+Weights:    store(model, form) converts the experts to a faster or smaller form: "auto", "plain", "panels", "compact",
+            "int8", "int4", "fp8", "mxfp4"; restore(model) undoes it. The parts are in switchgear.weights
+Analysis:   RoutingTrace records the choices of routers; override(model, …) changes them temporarily
 Adapters:   adapters.add_lora(experts, rank)
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
 """
@@ -72,7 +72,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "accelerate":  # imports transformers, so only for those who ask
+    if name == "accelerate":  # imports transformers, so only on first use
         from switchgear.integrations.transformers import accelerate
 
         return accelerate

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""numpy, cupy and jax arrays in, arrays of the same library out, through DLPack: no copies, no gradients."""
+"""Converts numpy, cupy and jax arrays to tensors and results back, through DLPack: no copies, no gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 
 def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
-    """Lets a function of tensors take any arrays with `__dlpack__`; the first argument determines the library."""
+    """Lets a function of tensors accept any arrays with `__dlpack__`. The first argument determines the library."""
     first_name = next(iter(inspect.signature(function).parameters))
 
     def on_arrays(first: Any, *args: Any, **kwargs: Any) -> R:

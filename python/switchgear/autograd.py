@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Derivatives: the autograd.Functions around the ops, entered only where a gradient or a forward-mode tangent asks for it.
+"""Derivatives: the autograd.Functions around the ops, used only if a gradient or a forward-mode tangent is needed.
 
-Ops know no gradient; functional.py, and whoever else calls them, enters these. Gradients can be taken once; forward
-mode raises. Weights that are stored (Weight) have none: gradients reach activations, biases and topk_weights.
+Ops have no autograd formula; callers such as functional.py apply these functions. Gradients can be taken once; forward
+mode raises. A stored Weight has no gradient: gradients reach activations, biases and topk_weights.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from switchgear.reference import formats
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
-    """Whether a gradient may be wanted. requires_grad does not show it all: not the tangents of forward mode, nor what
-    lies beneath a torch.vmap, and there the bare op would return wrong derivatives without a word."""
+    """Whether a gradient may be needed. requires_grad shows neither forward-mode tangents nor tensors beneath a
+    torch.vmap. For these the bare op would silently return wrong derivatives."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -31,7 +31,7 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
 
 
 class _Once(torch.autograd.Function):
-    """Runs `function` on tensors; its result raises where somebody differentiates it."""
+    """Runs `function` on tensors. Differentiating its result raises."""
 
     generate_vmap_rule = True
 
@@ -49,7 +49,7 @@ class _Once(torch.autograd.Function):
 
 
 def once(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
-    """A backward pass: `function` of tensors, guarded by _Once where autograd records it (create_graph=True)."""
+    """Runs a backward pass, `function` of tensors, inside _Once if autograd records it (create_graph=True)."""
     if torch.compiler.is_compiling() or not needs_autograd(*tensors):
         return function(*tensors)
     return apply(_Once, function, *tensors)
@@ -116,7 +116,7 @@ class RouteDynamic(torch.autograd.Function):
 
 
 # ---- permute, combine ------------------------------------------------------------------------------------------------
-# Each is the other's gradient; the gradient of the weights is the same inner product for both.
+# Each is the backward of the other; the gradient of the weights is the same inner product for both.
 
 
 class Permute(torch.autograd.Function):
@@ -167,13 +167,13 @@ class Combine(torch.autograd.Function):
 
 
 def _heighten(matrix: Tensor, height: int) -> Tensor:
-    """The matrix with rows of zeros below, up to `height`."""
+    """Pads the matrix with rows of zeros to `height`."""
     missing = height - matrix.shape[-2]
     return pad(matrix, (0, 0, 0, missing)) if missing else matrix
 
 
 def _sum_by_row(grad_slots: Tensor, x: Tensor, token_indices: Tensor | None) -> Tensor:
-    """The gradient of x from that of its slots: a row may own several. Those at the tail add their zeros to row 0."""
+    """The gradient of x: sums those of each row's slots. Unassigned slots add their zeros to row 0."""
     if token_indices is None:
         return grad_slots
     total = torch.zeros(x.shape, dtype=reference.weight_dtype(x.dtype), device=x.device)
@@ -183,7 +183,7 @@ def _sum_by_row(grad_slots: Tensor, x: Tensor, token_indices: Tensor | None) -> 
 
 
 def _grouped_gemm_grads(needs: Sequence[bool], grad_out: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of x, bias and each weight, None for those that `needs` leaves out."""
+    """Gradients of x, bias and each weight; None where `needs` is false."""
     x, _, expert_offsets, token_indices, *weight = saved
     need_x, need_bias, *need_weight = needs
     packed = weight[0].dim() == 3
@@ -197,7 +197,7 @@ def _grouped_gemm_grads(needs: Sequence[bool], grad_out: Tensor, *saved: Any) ->
         ones = grad_out.new_ones(grad_out.shape[0], 1)
         grad_bias = ops.grouped_gemm_wgrad(grad_out, ones, expert_offsets, None, False).squeeze(-1)
         for expert, matrix in enumerate(() if packed else weight):
-            grad_bias[expert, matrix.shape[0] :] = 0  # columns that this expert leaves at zero
+            grad_bias[expert, matrix.shape[0] :] = 0  # columns past this expert's height
     if any(need_weight):
         grad = ops.grouped_gemm_wgrad(grad_out, x, expert_offsets, token_indices, is_transposed(weight[0]))
         grad_weight = [grad] if packed else [grad[e, : matrix.shape[0]] for e, matrix in enumerate(weight)]
@@ -226,8 +226,8 @@ class GroupedGemm(torch.autograd.Function):
 
 
 class StoredGroupedGemm(torch.autograd.Function):
-    """With a weight in integers or minifloats: straight through the rounding of x, whose gradient is that of the
-    product with the plain weight that the numbers stand for."""
+    """grouped_gemm with integer or minifloat weights. The gradient of x uses the decoded weight and ignores the
+    rounding of x (straight-through estimator)."""
 
     generate_vmap_rule = True
 
@@ -266,7 +266,7 @@ class StoredGroupedGemm(torch.autograd.Function):
 
 
 def _times(rows: Tensor, weight: Sequence[Tensor], form: tuple[int, ...], expert_offsets: Tensor) -> Tensor:
-    """[S,C]: rows [S,N] times each expert's matrix of a stored weight, or of a plain one."""
+    """Multiplies rows [S,N] by each expert's matrix of a stored or plain weight, [S,C]."""
     if formats.format_of(form) in (*formats.BITS, *formats.MINIFLOATS):
         return ops.grouped_gemm(rows, weight, form, None, expert_offsets, None, True, False)
     plain = formats.decode(weight, form, rows.dtype)
@@ -342,10 +342,10 @@ class Moe(torch.autograd.Function):
 
 
 class StoredMoe(torch.autograd.Function):
-    """Moe with stored weights, which are frozen; straight through the rounding of x and a. Backward is made of the
-    stages, so that it never needs more of a weight in float than 64 columns.
+    """Moe with frozen stored weights; the gradient ignores the rounding of x and a (straight-through estimator).
+    Backward runs stage by stage, so it decodes at most 64 columns of a weight to float at a time.
 
-    Inputs: x, the biases, topk_ids, topk_weights; both forms, how many of the tensors are the first weight's, and the
+    Inputs: x, the biases, topk_ids, topk_weights; both forms, the number of tensors of the first weight, and the
     options; then the tensors of both weights.
     """
 

@@ -39,7 +39,7 @@ def backend() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs the ops inside the block on the backend `name`, in all threads. ValueError if it is unknown."""
+    """Runs the ops inside the block on the backend `name`, in all threads. Raises ValueError if it is unknown."""
     global _backend
     before, _backend = _backend, _checked(name, "use_backend")
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Finds what is wrong with the arguments of a public function after it has failed, so good calls cost nothing."""
+"""Finds the invalid argument of a public function after the call has failed, so valid calls cost nothing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 
 def complain(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """TypeError for an argument whose type differs from the declared one; ValueError for tensors without dimensions or
-    on different devices. Returns if nothing is wrong."""
+    """Raises TypeError for an argument whose type differs from the declared one, and ValueError for tensors without
+    dimensions or on different devices. Returns if all arguments are valid."""
     try:
         bound = inspect.signature(function).bind(*args, **kwargs)
     except TypeError:  # too many or too few; Python has already raised for it

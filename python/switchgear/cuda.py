@@ -26,7 +26,7 @@ def _load() -> tuple[Any, str | None]:
 
 
 def module() -> Any:
-    """`switchgear._cuda`. RuntimeError with the reason if this build has none."""
+    """`switchgear._cuda`. Raises RuntimeError with the reason if this build has none."""
     loaded, reason = _load()
     if loaded is None:
         raise RuntimeError(f"switchgear: {reason}")
@@ -34,8 +34,8 @@ def module() -> Any:
 
 
 def has_code(archs: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether a device can run code for one of `archs`. Machine code "sm_80" runs on its own major version from that
-    minor version on; PTX "compute_80" also on anything later; either with an "a" on exactly that version."""
+    """Whether a device can run code for one of `archs`. Machine code "sm_80" runs on the same major version from that
+    minor version on. PTX "compute_80" also runs on all later ones. With suffix "a", both need exactly that version."""
     major, minor = capability
     for arch in archs:
         kind, _, version = arch.partition("_")
@@ -67,7 +67,7 @@ def reason_against(index: int) -> str | None:
 
 
 def require(index: int = 0) -> None:
-    """RuntimeError, naming what is missing, unless the ops have kernels on cuda:`index`."""
+    """Raises RuntimeError with the reason unless the ops have kernels on cuda:`index`."""
     loaded = module()
     if not torch.cuda.is_available():
         if torch.version.cuda is None:

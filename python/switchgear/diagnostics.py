@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Measures of routing, each one number or one curve: pure functions of counts and choices."""
+"""Routing metrics: pure functions of counts and choices that return a number or a curve."""
 
 from __future__ import annotations
 

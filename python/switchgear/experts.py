@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Experts: the weights of all experts of a layer, under the names and in the layouts of Hugging Face."""
+"""Experts: the weights of all experts of a layer, with the names and layouts of Hugging Face."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Experts(nn.Module):
         transposed: store the projections as [E,in,out] instead of [E,out,in].
         alpha, limit: see `glu`.
 
-    Parameters (the checkpoints of Hugging Face load as they are):
+    Parameters (Hugging Face checkpoints load without conversion):
         gate_up_proj [E,2I,H] (up_proj [E,I,H] if not gated), down_proj [E,H,I]; transposed [E,H,2I] and [E,I,H]
         gate_up_proj_bias [E,2I] (up_proj_bias [E,I]), down_proj_bias [E,H] if bias
 
-    Every parameter gets a gradient at every step, zero for experts without tokens.
+    Every parameter gets a gradient at every step; it is zero for experts without tokens.
 
-    Projections in other forms: switchgear.store. Adapters: switchgear.adapters.
+    switchgear.store converts the projections to other forms; switchgear.adapters adds adapters.
     """
 
     down_proj: nn.Parameter

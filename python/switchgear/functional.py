@@ -8,11 +8,11 @@
     x [T,H] ──permute──► permuted_x [S,H] ──grouped_gemm──► h [S,N] ──glu──► a [S,I] ──grouped_gemm──► permuted_y [S,H]
                                                                      permuted_y ──combine──► y [T,H]
 
-`moe` is everything after route in one call: one op forward and one backward, which save x and h and nothing else of
-that size. The stages stay available one by one.
+`moe` computes everything after route with one op forward and one backward. It saves x and h for backward, and no other
+tensor of that size. The stages can also be called separately.
 
-Tensors are torch tensors; arrays of other libraries work as well (see arrays.py). A projection may be a Weight instead,
-in a format of its own (weights/). Derivatives are in autograd.py.
+Arguments are torch tensors or arrays of other libraries (see arrays.py). A projection can also be a Weight in another
+format (weights/). Derivatives are in autograd.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from switchgear.ops import GluOptions
 from switchgear.weights.weight import AdaptedWeight, Weight, taken_by_grouped_gemm, taken_by_moe
 
 T = TypeVar("T", Tensor, Tensor | None)
-STORED = (Weight, AdaptedWeight)  # what may stand in for a tensor [E,N,C]
+AnyWeight = Tensor | Weight | AdaptedWeight
 _INT32 = torch.iinfo(torch.int32)
 
 
@@ -43,9 +43,9 @@ class Routing(NamedTuple):
     topk_weights: Tensor  # [T,K] float32
     router_logits: Tensor  # [T,E]
     num_experts: int
-    scores: Tensor | None = None  # [T,E] float32 that the weights come from, where the policy had to compute them all
+    scores: Tensor | None = None  # [T,E] float32, where the weights come from; None if not computed
     losses: dict[str, Tensor] = {}  # noqa: RUF012  float32 scalars by name; replaced as a whole, never written to
-    num_dropped: Tensor | None = None  # int64 scalar: choices that found no room; None where there is no limit
+    num_dropped: Tensor | None = None  # int64 scalar: choices dropped by a capacity; None without one
 
 
 class Plan(NamedTuple):
@@ -64,11 +64,11 @@ def as_ids(name: str, ids: Tensor) -> Tensor:
         return ids
     if ids.dtype is not torch.int64:
         raise TypeError(f"{name}: expected int32 or int64, got {ids.dtype}")
-    return ids.clamp(_INT32.min, _INT32.max).int()  # saturates, lest a bad id wraps around into a good one
+    return ids.clamp(_INT32.min, _INT32.max).int()  # saturates: an invalid id must not wrap around to a valid one
 
 
 def as_weights(name: str, weights: T, dtype: torch.dtype) -> T:
-    """Weights of tokens in float32 (float64 beside float64 tensors), differentiably."""
+    """Converts token weights to float32 (float64 if `dtype` is float64), differentiably."""
     wanted = reference.weight_dtype(dtype)
     if weights is None or weights.dtype is wanted:
         return weights
@@ -78,14 +78,14 @@ def as_weights(name: str, weights: T, dtype: torch.dtype) -> T:
 
 
 def in_autocast_dtype(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in autocast's dtype; bytes stay as they are, and float64 does, as everywhere in torch."""
+    """Casts the tensors to autocast's dtype, except uint8 and float64 (as torch does)."""
     dtype = torch.get_autocast_dtype(device_type)
     stay = (torch.float64, torch.uint8)
     return tuple(tensor if tensor is None or tensor.dtype in stay else tensor.to(dtype) for tensor in tensors)
 
 
 def as_number(name: str, value: float) -> float:
-    if isinstance(value, (str, bytes)):  # which float() would read
+    if isinstance(value, (str, bytes)):  # float() would parse these
         raise TypeError(f"{name}: expected float, got {type(value).__name__}")
     return float(value)
 
@@ -162,15 +162,15 @@ def route_dynamic(
     scale: float = 1.0,
     selection_bias: Tensor | None = None,
 ) -> Routing:
-    """Chooses as many experts as each token needs: the fewest, the best first, whose scores add up to top_p
-    (arXiv:2403.07652), without those whose score is below threshold (arXiv:2408.04278).
+    """Chooses a variable number of experts for each token: the smallest set of the best experts whose scores add up to
+    top_p (arXiv:2403.07652), without experts whose score is below threshold (arXiv:2408.04278).
 
     Args:
-        router_logits: [..., E], as for `route`, which the other options are also those of.
-        top_p: a share of the scores; the expert that reaches it is chosen too. From 1 on under softmax, all are.
-        threshold: of the score itself.
-        min_experts, max_experts: bounds of their number, whatever the scores. K of the Routing is max_experts, by
-            default E; behind a token's last expert are -1 and weights of 0.
+        router_logits: [..., E], as for `route`. Options not listed here are also as for `route`.
+        top_p: sum of scores to reach; the expert that reaches it is chosen too. From 1 on, softmax chooses all experts.
+        threshold: lower bound of a single score.
+        min_experts, max_experts: bounds of the number of experts, whatever the scores. K of the Routing is max_experts,
+            by default E; unused choices come last, with id -1 and weight 0.
 
     Raises:
         ValueError: an option out of range. TypeError: a dtype that is not floating.
@@ -181,10 +181,11 @@ def route_dynamic(
         selection_bias = as_weights("selection_bias", selection_bias.detach(), torch.float32)
     top_p = as_number("top_p", top_p)
     if score_function == "softmax" and top_p >= 1:
-        top_p = math.inf  # whatever the probabilities add up to
+        top_p = math.inf  # even if rounding makes the probabilities add up to less
     count = router_logits.shape[1] if max_experts is None else max_experts
     options = (
-        count, min_experts, score_function, top_p, as_number("threshold", threshold), normalize, as_number("scale", scale)
+        count, min_experts, score_function, top_p, as_number("threshold", threshold), normalize,
+        as_number("scale", scale),
     )  # fmt: skip
     if needs_autograd(router_logits):
         topk_ids, topk_weights = apply(autograd.RouteDynamic, router_logits, selection_bias, *options)
@@ -221,10 +222,10 @@ def permute(x: Tensor, plan: Plan, topk_weights: Tensor | None = None) -> Tensor
 
 @accepts_arrays
 def combine(permuted_y: Tensor, plan: Plan, topk_weights: Tensor | None = None) -> Tensor:
-    """Each token's sum over its slots, [T,H]: y[t] = Σ_k topk_weights[t,k] · permuted_y[slot_indices[t,k]].
+    """Sums each token's slots, [T,H]: y[t] = Σ_k topk_weights[t,k] · permuted_y[slot_indices[t,k]].
 
-    permuted_y [S,H]; topk_weights [T,K] of any floating dtype, 1 if absent. The order of the sum is k ascending, in
-    float32. Differentiable in both.
+    permuted_y [S,H]; topk_weights [T,K] of any floating dtype, 1 if absent. The sum is in float32, in order of k.
+    Differentiable in both.
     """
     topk_weights = as_weights("topk_weights", topk_weights, permuted_y.dtype)
     if needs_autograd(permuted_y, topk_weights):
@@ -245,20 +246,20 @@ def grouped_gemm(
     bias: Tensor | None = None,
     token_indices: Tensor | None = None,
 ) -> Tensor:
-    """Each expert's rows times its matrix: out[s] = x[r(s)] · weight[e(s)]ᵀ + bias[e(s)], [S,N].
+    """Multiplies each expert's rows by its matrix: out[s] = x[r(s)] · weight[e(s)]ᵀ + bias[e(s)], [S,N].
 
     Args:
         x: [S,C] in slot order; or [T,C] with token_indices [S] (Plan.token_indices), and then r(s) = token_indices[s].
-        weight: [E,N,C], or E matrices [N_e,C] of different heights. Either of the last two dimensions may be the
-            contiguous one: transposed weights [E,C,N] come as `weight.mT`, without a copy. (Matrices of a list whose
-            strides differ are copied.) Or a Weight in another format, or with an adapter; panels, which only `moe`
-            reads, are expanded for the call.
+        weight: [E,N,C], or E matrices [N_e,C] of different heights. Either of the last two dimensions may be
+            contiguous: pass transposed weights [E,C,N] as `weight.mT`, without a copy. (Matrices of a list whose
+            strides differ are copied.) A Weight in another format or an AdaptedWeight also works; panels are expanded
+            for the call, because only `moe` can read them.
         expert_offsets: [E+1] int32 (Plan.expert_offsets).
         bias: [E,N], N being the largest N_e.
 
-    Rows past expert_offsets[E], and columns past an expert's N_e, are zero. Float tensors share one dtype, which inside
-    torch.autocast is autocast's. Differentiable in x, a plain weight, adapters and bias; an expert without rows gets
-    zeros.
+    Rows past expert_offsets[E], and columns past an expert's N_e, are zero. Float tensors must have the same dtype;
+    torch.autocast casts them to its own. Differentiable in x, a plain weight, adapters and bias; an expert without rows
+    gets zero gradients.
     """
     if isinstance(weight, AdaptedWeight):
         return _adapted_grouped_gemm(x, weight, expert_offsets, bias, token_indices)
@@ -282,7 +283,7 @@ def _stored_grouped_gemm(
         x, bias = in_autocast_dtype(x.device.type, x, bias)
     wants_gradients = needs_autograd(x, bias)
     if weight.is_lossless:
-        has_kernels = weight.data.is_cpu  # which elsewhere is said
+        has_kernels = weight.data.is_cpu  # other devices warn about missing ones
         taken = weight.plain() if wants_gradients and has_kernels else taken_by_grouped_gemm(weight, x.dtype)
         if isinstance(taken, Tensor):
             return grouped_gemm(x, taken, expert_offsets, bias=bias, token_indices=token_indices)
@@ -316,10 +317,10 @@ def glu(
     alpha: float = 1.702,
     limit: float | None = None,
 ) -> Tensor:
-    """The activation between the two projections: act(gate) ⊙ up for gated experts, act(h) for plain ones.
+    """The activation between the two projections: act(gate) ⊙ up for gated experts, else act(h).
 
     Args:
-        h: [..., N], N = 2I for gated experts and I for plain ones.
+        h: [..., N], N = 2I for gated experts, else I.
         activation: "silu", "gelu", "gelu_tanh", "relu", "relu2", or "swiglu_oai" (gpt-oss, gated only):
             gate · sigmoid(alpha · gate) ⊙ (up + 1).
         interleaved: gate = h[..., 0::2] and up = h[..., 1::2]; otherwise the first and the second half.
@@ -337,7 +338,7 @@ def glu(
 
 
 def _rows_of(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T,H], topk_ids and topk_weights [T,K] as the kernels take them, from any leading dimensions."""
+    """Flattens leading dimensions to x [T,H], topk_ids and topk_weights [T,K], in the dtypes of the kernels."""
     if x.dim() != 2:  # a reshape that changes nothing would cost a microsecond
         x = x.reshape(-1, x.shape[-1])
     if topk_ids.dim() != 2:
@@ -363,98 +364,103 @@ def moe(
     alpha: float = 1.702,
     limit: float | None = None,
 ) -> Tensor:
-    """A layer of experts: y[t] = Σ_k topk_weights[t,k] · (glu(x[t] · W_guᵀ + b_gu) · W_dᵀ + b_d).
+    """Applies a layer of experts: y[t] = Σ_k topk_weights[t,k] · (glu(x[t] · W_guᵀ + b_gu) · W_dᵀ + b_d).
 
-    The weights W and b in each term are those of expert topk_ids[t,k].
+    W and b in each term are those of expert topk_ids[t,k].
 
     Args:
         x: [..., H] in float32, bfloat16 or float16 (float64: reference only); leading dimensions are flattened to T.
-        gate_up_proj: [E,N,H], N = 2I for gated experts (gate and up), I for plain ones.
-        down_proj: [E,H,I]. Transposed storage ([E,H,N], [E,I,H]) comes as `weight.mT`, without a copy. Either may be a
-            Weight in another format, or one with an adapter (switchgear.weights).
+        gate_up_proj: [E,N,H], N = 2I for gated experts (gate and up), else I.
+        down_proj: [E,H,I]. Pass transposed storage ([E,H,N], [E,I,H]) as `weight.mT`, without a copy. Either projection
+            can be a Weight in another format, or an AdaptedWeight (switchgear.weights).
         topk_ids: [..., K] int32 or int64 in [0, E); -1 is an empty choice and adds nothing.
         topk_weights: [..., K], any floating dtype; used in float32, of any sign and sum.
         activation, gated, interleaved, alpha, limit: see glu.
         gate_up_bias, down_bias: [E,N] and [E,H].
 
-    Returns y like x. Float tensors share x's dtype; inside torch.autocast all are cast to its dtype, which y then has.
+    Returns y with the shape and dtype of x. Float tensors must have x's dtype; torch.autocast casts all to its own.
 
-    Differentiable in x, plain projections, adapters, the biases and topk_weights; only the gradients asked for are
-    computed, and an expert without tokens gets zeros. Backward keeps x, h = x · W_guᵀ + b_gu [T·K,N], and the arguments.
+    Differentiable in x, plain projections, adapters, the biases and topk_weights. Only requested gradients are
+    computed; an expert without tokens gets zeros. The graph saves h = x · W_guᵀ + b_gu [T·K,N] and the arguments.
 
     Raises:
-        ValueError: a shape, or an id that is out of range. TypeError: a dtype.
+        ValueError: a wrong shape, or an id out of range. TypeError: a wrong dtype.
     """
     options = (activation, gated, interleaved, as_number("alpha", alpha), as_limit(limit))
-    if isinstance(gate_up_proj, STORED) or isinstance(down_proj, STORED):
+    if isinstance(gate_up_proj, (Weight, AdaptedWeight)) or isinstance(down_proj, (Weight, AdaptedWeight)):
         weights = (gate_up_proj, down_proj)
         return _moe_of_weights(x, weights, (gate_up_bias, down_bias), topk_ids, topk_weights, GluOptions(*options))
-    device_type = x.device.type
+    first, second, device_type = gate_up_proj, down_proj, x.device.type
     if in_autocast(device_type):
-        x, gate_up_proj, down_proj, gate_up_bias, down_bias = in_autocast_dtype(
-            device_type, x, gate_up_proj, down_proj, gate_up_bias, down_bias
-        )
+        tensors = in_autocast_dtype(device_type, x, first, second, gate_up_bias, down_bias)
+        x, first, second, gate_up_bias, down_bias = tensors
     shape = x.shape
     x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
-    tensors = (x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_ids, topk_weights)
+    tensors = (x, first, second, gate_up_bias, down_bias, topk_ids, topk_weights)
     if needs_autograd(*tensors):
         y: Tensor = apply(autograd.Moe, *tensors, *options)[0]
     elif ops.needs_no_dispatch(*tensors):
-        others = (gate_up_bias, down_bias, topk_ids, topk_weights)
-        y = ops.moe_forward_on_host(x, gate_up_proj, (), down_proj, (), *others, *options)
+        others = (gate_up_bias, down_bias, topk_ids, topk_weights, *options)
+        y = ops.moe_forward_on_host(x, first, (), second, (), *others)
     else:
-        others = (gate_up_bias, down_bias, topk_ids, topk_weights)
-        y = ops.moe_forward(x, (gate_up_proj,), (), (down_proj,), (), *others, *options, False)[0]
+        others = (gate_up_bias, down_bias, topk_ids, topk_weights, *options)
+        y = ops.moe_forward(x, (first,), (), (second,), (), *others, False)[0]
     return y if len(shape) == 2 else y.reshape(shape)
 
 
 def _moe_of_weights(
     x: Tensor,
-    weights: tuple[Tensor | Weight | AdaptedWeight, Tensor | Weight | AdaptedWeight],
+    weights: tuple[AnyWeight, AnyWeight],
     biases: tuple[Tensor | None, Tensor | None],
     topk_ids: Tensor,
     topk_weights: Tensor,
     options: GluOptions,
 ) -> Tensor:
-    """moe where a projection is no tensor."""
+    """moe if a projection is not a tensor."""
     shape, columns = x.shape, weights[0].shape[2]
-    if x.shape[-1] != columns:  # bytes do not show it
+    if x.shape[-1] != columns:  # stored bytes do not show H, so no op checks it
         raise ValueError(f"x: expected shape [..., {columns}], got {list(shape)}")
+    gate_up_bias, down_bias = biases
     if in_autocast(x.device.type):
-        x, *biases = in_autocast_dtype(x.device.type, x, *biases)
+        x, gate_up_bias, down_bias = in_autocast_dtype(x.device.type, x, gate_up_bias, down_bias)
     x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
-    if any(isinstance(weight, AdaptedWeight) for weight in weights):
+    first, second = weights
+    if isinstance(first, AdaptedWeight) or isinstance(second, AdaptedWeight):
+        biases = (gate_up_bias, down_bias)
         return _moe_in_stages(x, weights, biases, topk_ids, topk_weights, options).reshape(shape)
-    trained = [weight for weight in weights if isinstance(weight, Tensor)]
-    wants_gradients = needs_autograd(x, *biases, topk_weights, *trained)
-    first, second = (_taken(weight, x.dtype, wants_gradients) for weight in weights)
+    trained = [weight for weight in (first, second) if isinstance(weight, Tensor)]
+    wants_gradients = needs_autograd(x, gate_up_bias, down_bias, topk_weights, *trained)
+    first, second = (_taken(weight, x.dtype, wants_gradients) for weight in (first, second))
     if isinstance(first, Tensor) and isinstance(second, Tensor):
-        call = (x, first, second, topk_ids, topk_weights)
-        return moe(*call, gate_up_bias=biases[0], down_bias=biases[1], **options.keywords()).reshape(shape)
-    biases = [None if bias is None else bias.to(x.dtype) for bias in biases]
-    (tensors, form), (down_tensors, down_form) = map(_parts_of, (first, second))
+        named = {"gate_up_bias": gate_up_bias, "down_bias": down_bias, **options.keywords()}
+        return moe(x, first, second, topk_ids, topk_weights, **named).reshape(shape)
+    gate_up_bias, down_bias = (None if bias is None else bias.to(x.dtype) for bias in (gate_up_bias, down_bias))
+    others = (gate_up_bias, down_bias, topk_ids, topk_weights)
+    (tensors, form), (down_tensors, down_form) = _parts_of(first), _parts_of(second)
     if wants_gradients:
         if any(weight.requires_grad for weight in trained):
             raise ValueError("gate_up_proj, down_proj: expected no gradient of one beside a stored other")
-        call = (x, *biases, topk_ids, topk_weights, (form, down_form), len(tensors), tuple(options))
-        y: Tensor = apply(autograd.StoredMoe, *call, *tensors, *down_tensors)[0]
+        rest = ((form, down_form), len(tensors), tuple(options), *tensors, *down_tensors)
+        y: Tensor = apply(autograd.StoredMoe, x, *others, *rest)[0]
         return y.reshape(shape)
-    layer = (tensors, form, down_tensors, down_form, *biases, topk_ids, topk_weights)
-    on_host = ops.needs_no_dispatch(x, *biases, topk_ids, topk_weights)
-    if on_host and all(isinstance(weight, Weight) and weight.needs_no_dispatch for weight in (first, second)):
+    layer = (tensors, form, down_tensors, down_form, *others)
+    stored = [weight for weight in (first, second) if isinstance(weight, Weight)]
+    are_on_host = len(stored) == 2 and stored[0].needs_no_dispatch and stored[1].needs_no_dispatch
+    if are_on_host and ops.needs_no_dispatch(x, *others):
         y = ops.moe_forward_on_host(x, *layer, *options)
     else:
         y = ops.moe_forward(x, *layer, *options, False)[0]
     return y if len(shape) == 2 else y.reshape(shape)
 
 
-def _taken(weight: Any, dtype: torch.dtype, wants_gradients: bool) -> Tensor | Weight:
-    """What moe multiplies with beside an x of `dtype`; weights without loss are expanded where gradients are wanted."""
+def _taken(weight: Tensor | Weight, dtype: torch.dtype, wants_gradients: bool) -> Tensor | Weight:
+    """The weight that moe uses for an x of `dtype`; lossless weights are expanded if gradients are needed."""
     if isinstance(weight, Tensor) or not weight.is_lossless:
         return weight
     taken = weight.plain() if wants_gradients and weight.data.is_cpu else taken_by_moe(weight, dtype)
-    is_cast = isinstance(taken, Tensor) and in_autocast(taken.device.type)
-    return taken.to(dtype) if is_cast else taken
+    if isinstance(taken, Tensor) and in_autocast(taken.device.type):
+        return taken.to(dtype)
+    return taken
 
 
 def _parts_of(weight: Tensor | Weight) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -463,13 +469,13 @@ def _parts_of(weight: Tensor | Weight) -> tuple[tuple[Tensor, ...], tuple[int, .
 
 def _moe_in_stages(
     x: Tensor,
-    weights: Sequence[Tensor | Weight | AdaptedWeight],
+    weights: Sequence[AnyWeight],
     biases: Sequence[Tensor | None],
     topk_ids: Tensor,
     topk_weights: Tensor,
     options: GluOptions,
 ) -> Tensor:
-    """moe with adapters, which come between its stages."""
+    """moe with adapters, stage by stage, because adapters apply to each projection."""
     slots = plan(topk_ids, weights[0].shape[0])
     h = grouped_gemm(x, weights[0], slots.expert_offsets, bias=biases[0], token_indices=slots.token_indices)
     permuted_y = grouped_gemm(glu(h, **options.keywords()), weights[1], slots.expert_offsets, bias=biases[1])

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""MoE: a router, experts and shared experts as one torch.nn.Module; balance_loss and after_step of a whole model."""
+"""MoE: a router, experts and shared experts as one torch.nn.Module; balance_loss and after_step for a whole model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +15,12 @@ from switchgear.layers.common import WithLosses, experts_class
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import GatedSharedExperts, SharedExperts
 from switchgear.layers.virtual import VirtualExperts
-from switchgear.routing.context import Balance, Limit, Score, Select, context_of
-from switchgear.routing.router import Router
+from switchgear.routing.context import context_of
+from switchgear.routing.router import Router, RouterOptions
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from switchgear.parallel import ExpertParallel
 
 
@@ -31,23 +33,23 @@ class MoE(WithLosses):
 
     Args:
         hidden_size, intermediate_size, num_experts, top_k: H, I, E, K.
-        score_function, normalize, scale, selection_bias, num_groups, topk_groups, group_score, jitter, float32_router,
-            router_bias: options of Router (the last two are its `float32` and `bias`).
-        score, select, capacity, balance, isolation: parts of Router, for other policies than the best k experts.
+        float32_router, router_bias: options `float32` and `bias` of Router.
+        router_options: other options of Router. score_function, normalize, scale, selection_bias, num_groups,
+            topk_groups, group_score, jitter; score, select, capacity, balance, isolation for policies other than top-k.
         activation, gated, bias, interleaved, transposed, alpha, limit: options of Experts.
-        shared_intermediate_size: width of the shared experts; 0 for none. They have the activation of the experts.
-        num_shared_experts: the same in units of intermediate_size, instead.
-        shared_gate: the shared experts are weighed by sigmoid(w · x) (Qwen2-MoE, arXiv:2407.10671).
-        widths: [E], the ratios of the experts' widths; intermediate_size is then their mean, and each width an integer
-            (HMoE, arXiv:2408.10681). No bias, which every slice of an expert would add.
-        null_experts, copy_experts, constant_experts: so many more experts for the router to choose, which cost nothing:
-            they add nothing, x, or a learned vector; see VirtualExperts.
+        shared_intermediate_size: width of the shared experts; 0 for none. They use the activation of the experts.
+        num_shared_experts: the same width in units of intermediate_size; use only one of the two.
+        shared_gate: multiply the output of the shared experts by sigmoid(w · x) (Qwen2-MoE, arXiv:2407.10671).
+        widths: [E], the ratios of the experts' widths. intermediate_size is then their mean; every width must be an
+            integer (HMoE, arXiv:2408.10681). Not with bias, which every slice of an expert would add.
+        null_experts, copy_experts, constant_experts: numbers of additional experts, which need no matrix products. They
+            add nothing, x, or a learned vector; see VirtualExperts.
         return_routing: forward returns (y, Routing), for losses such as load_balancing_loss(routing.router_logits,
             routing.topk_ids).
-        parallel: distribute the experts over these ranks (switchgear.parallel.ExpertParallel). All else is the same on
-            every rank, for DistributedDataParallel or FSDP to take care of.
+        parallel: distribute the experts over these ranks (switchgear.parallel.ExpertParallel). All other parameters are
+            replicated; use DistributedDataParallel or FSDP for them.
 
-    Attribute `losses`: those of the router's balance, by name, of the last forward in training; see balance_loss.
+    Attribute `losses`: the balance losses of the router by name, from the last training forward; see balance_loss.
 
     Submodules and keys of the state dict: gate (Router: gate.weight, gate.e_score_correction_bias), experts (Experts:
     experts.gate_up_proj, experts.down_proj), shared_experts (shared_experts.gate_proj.weight, …). With shared_gate,
@@ -61,21 +63,8 @@ class MoE(WithLosses):
         num_experts: int,
         top_k: int | None = None,
         *,
-        score_function: str = "softmax",
-        normalize: bool = False,
-        scale: float = 1.0,
-        selection_bias: bool = False,
-        num_groups: int = 1,
-        topk_groups: int = 1,
-        group_score: str = "max",
-        jitter: float = 0.0,
         float32_router: bool = False,
         router_bias: bool = False,
-        score: Score | Callable[..., Any] | None = None,
-        select: Select | Callable[..., Any] | None = None,
-        capacity: Limit | Callable[..., Any] | None = None,
-        balance: Sequence[Balance | Callable[..., Any]] = (),
-        isolation: str = "batch",
         activation: str = "silu",
         gated: bool = True,
         bias: bool = False,
@@ -94,31 +83,22 @@ class MoE(WithLosses):
         parallel: ExpertParallel | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **router_options: Unpack[RouterOptions],
     ) -> None:
         super().__init__()
+        if unknown := sorted(set(router_options) - set(RouterOptions.__annotations__)):
+            raise TypeError(f"{unknown[0]}: expected an option of MoE, or of its Router, got one of neither")
         self.return_routing = return_routing
         virtual: dict[str, Any] = {"null": null_experts, "copy": copy_experts, "constant": constant_experts}
         self.gate = Router(
             hidden_size,
             num_experts + sum(virtual.values()),
             top_k,
-            score_function=score_function,
-            normalize=normalize,
-            scale=scale,
-            selection_bias=selection_bias,
-            num_groups=num_groups,
-            topk_groups=topk_groups,
-            group_score=group_score,
-            jitter=jitter,
             float32=float32_router,
             bias=router_bias,
-            score=score,
-            select=select,
-            capacity=capacity,
-            balance=balance,
-            isolation=isolation,
             device=device,
             dtype=dtype,
+            **router_options,
         )
         layout: dict[str, Any] = {"interleaved": interleaved, "transposed": transposed}
         options: dict[str, Any] = {
@@ -167,7 +147,7 @@ class MoE(WithLosses):
 
 
 def _sizes(intermediate_size: int, num_experts: int, widths: Sequence[int]) -> list[int]:
-    """The widths of the experts: in the ratios `widths`, intermediate_size on average."""
+    """The widths of the experts: their ratios are `widths`, and their mean is intermediate_size."""
     if len(widths) != num_experts or min(widths) < 1:
         raise ValueError(f"widths: expected {num_experts} positive numbers, got {list(widths)}")
     total = intermediate_size * num_experts
@@ -180,18 +160,18 @@ def _sizes(intermediate_size: int, num_experts: int, widths: Sequence[int]) -> l
 
 
 def balance_loss(model: nn.Module) -> Tensor | float:
-    """The sum of the balance losses of the last forward of all layers in the model, to be added to its loss; 0.0 if
-    there are none."""
+    """The sum of all layers' balance losses from the last forward, 0.0 if there are none. Add it to the model's
+    loss."""
     total: Tensor | float = 0.0
     for module in model.modules():
-        losses = vars(module).get("losses")  # compositions have a property of that name: the losses of layers inside
+        losses = vars(module).get("losses")  # layers of layers have a property `losses`: skip it
         for loss in losses.values() if isinstance(losses, dict) else ():
             total = total + loss
     return total
 
 
 def after_step(model: nn.Module) -> None:
-    """Router.after_step of all routers in the model: once per optimizer step, if any has controllers."""
+    """Calls Router.after_step of all routers in the model. Call it once per optimizer step if any has controllers."""
     for module in model.modules():
         if isinstance(module, Router):
             module.after_step()

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Cases, and bounds of error that follow from the number formats. Shared by tests and benches.
+"""Test cases, and error bounds derived from the number formats. Shared by tests and benchmarks.
 
-The bounds are a running error analysis: a Bounded carries a float64 value and a bound on how far the value computed in
-low precision may be from it, and each operation below propagates both. Two facts are all that goes in, with u the unit
-roundoff (half the machine epsilon) of a format and u32 that of float32:
+The bounds are a running error analysis. A Bounded holds a float64 value and a bound on the error of the value computed
+in low precision; each operation below propagates both. The analysis uses two facts, with u the unit roundoff (half the
+machine epsilon) of a format and u32 that of float32:
 
     a sum of n products in float32, in any order, is off by at most C · n · u32 · Σ |a||b|           (C = 2)
     rounding a result to a dtype adds at most 2 · u · |value| + the smallest subnormal number
 
-Intermediate results (h, a and the gradients of both) may or may not be rounded to the dtype of the tensors, so the
-bounds allow for it. Nothing is tuned: a bound that fails is a bug in a kernel or in the analysis.
+Intermediate results (h, a and their gradients) may or may not be rounded to the dtype of the tensors; the bounds allow
+both. No bound is tuned: if one fails, a kernel or the analysis has a bug.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ U32 = torch.finfo(torch.float32).eps / 2
 
 
 class Case(NamedTuple):
-    """A shape and a pattern of routing; see topk_ids_of."""
+    """A shape and a routing pattern; see topk_ids_of."""
 
     name: str
     num_tokens: int
@@ -69,8 +69,8 @@ CASES = (
 def topk_ids_of(case: Case) -> Tensor:
     """topk_ids [T,K] int32, drawn from torch's generator.
 
-    uniform: K distinct experts per token · few: only experts 1 and E-2 · last: expert E-1 alone · holes: a third of the
-    ids is -1 · nothing: all are · repeated: independent draws, so that a token may choose an expert twice
+    uniform: K distinct experts per token · few: only experts 1 and E-2 · last: only expert E-1 · holes: a third of the
+    ids is -1 · nothing: all ids are -1 · repeated: independent draws, so that a token may choose an expert twice
     """
     shape = (case.num_tokens, case.top_k)
     ids = torch.rand(case.num_tokens, case.num_experts).argsort(-1)[:, : case.top_k]
@@ -99,7 +99,7 @@ class Layer(NamedTuple):
     topk_weights: Tensor
 
     def arguments(self) -> tuple[Any, ...]:
-        """Those of ops.moe_forward, without its options."""
+        """The arguments of ops.moe_forward, without its options."""
         return (self.x, [self.gate_up_proj], (), [self.down_proj], (), *self[3:])
 
     def double(self) -> Layer:
@@ -116,7 +116,7 @@ def make_layer(
     bias: bool = False,
     transposed: bool = False,
 ) -> Layer:
-    """Normally distributed tensors whose h has about unit variance; `transposed`: projections stored as [E,in,out]."""
+    """Normally distributed tensors; h has about unit variance. transposed: projections are stored as [E,in,out]."""
     width = case.intermediate_size * (2 if gated else 1)
 
     def weight(size_out: int, size_in: int) -> Tensor:
@@ -142,7 +142,7 @@ def make_layer(
 
 
 class Bounded(NamedTuple):
-    """A float64 value, and how far off a computed one may be."""
+    """A float64 value, and a bound on the error of the computed one."""
 
     value: Tensor
     error: Tensor
@@ -158,12 +158,12 @@ class Bounded(NamedTuple):
 
 
 def exact(tensor: Tensor) -> Bounded:
-    """A tensor that is given, and hence has no error."""
+    """An input tensor, which has no error."""
     return Bounded(tensor.double(), torch.zeros_like(tensor, dtype=torch.float64))
 
 
 def times(a: Bounded, b: Bounded) -> Bounded:
-    """The float32 product, element by element."""
+    """The elementwise float32 product."""
     error = a.error * b.size() + a.value.abs() * b.error
     return Bounded(a.value * b.value, error + C * U32 * a.size() * b.size())
 
@@ -196,7 +196,7 @@ def gemm(
 
 
 def wgrad(grad: Bounded, x: Bounded, expert_offsets: Tensor, token_indices: Tensor | None = None) -> Bounded:
-    """grouped_gemm_wgrad; the number of terms is that of the busiest expert's rows."""
+    """grouped_gemm_wgrad; the number of terms is the number of rows of the busiest expert."""
     num_terms = int(expert_offsets.diff().max())
 
     def product(rows: Tensor, other: Tensor) -> Tensor:
@@ -218,11 +218,11 @@ def combine(permuted_y: Bounded, plan: tuple[Tensor, Tensor, Tensor], topk_weigh
 
 
 def _sensitivity(gate: Tensor, error: Tensor, options: GluOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """act(gate); how far off it may be; act'(gate); and how far off that may be, for gates off by `error`.
+    """act(gate), its error bound, act'(gate), and its error bound, for gates with an error of at most `error`.
 
-    The slope between gate - error and gate + error is at most that at the middle or the ends, plus what the curvature
-    (at most 2 · max(alpha, 1)) makes of half the distance. Intermediate results are at most |gate|, gate² for relu2; of
-    the slope 1 + |gate|, and for gelu_tanh the cubic term besides.
+    The slope between gate - error and gate + error is at most that at the middle or the ends, plus the curvature (at
+    most 2 · max(alpha, 1)) times half the distance. Intermediate results are at most |gate| (relu2: gate²); those of
+    the slope are at most 1 + |gate|, plus the cubic term for gelu_tanh.
     """
     activation, alpha = options.activation, options.alpha
 
@@ -236,13 +236,13 @@ def _sensitivity(gate: Tensor, error: Tensor, options: GluOptions) -> tuple[Tens
     scale = size.square() if activation == "relu2" else size
     slope_scale = 1 + size + (0.06 * size**3 if activation == "gelu_tanh" else 0)
     value_error = (steepest + curvature * error) * error + C * EVALUATION * U32 * scale
-    kink = activation == "relu"  # whose slope jumps where the error crosses 0
+    kink = activation == "relu"  # its slope is discontinuous at 0
     slope_error = curvature * error + C * EVALUATION * U32 * slope_scale + (gate.abs() <= error) * float(kink)
     return value, value_error, middle, slope_error
 
 
 def _parts(h: Bounded, options: GluOptions) -> tuple[Bounded, Bounded]:
-    """Gate and up, clamped; up is 1 for plain experts."""
+    """Gate and up, clamped; up is 1 for experts without gates."""
     if not options.gated:
         gate, up = h, exact(torch.ones_like(h.value))
     else:
@@ -263,7 +263,7 @@ def glu(h: Bounded, options: GluOptions) -> Bounded:
 
 
 def glu_backward(grad_a: Bounded, h: Tensor, options: GluOptions) -> Bounded:
-    """Of an exact h: backward takes it as forward left it."""
+    """h is exact: backward reads the h that forward saved."""
     gate, up = _parts(exact(h), options)
     value, value_error, slope, slope_error = _sensitivity(gate.value, gate.error, options)
     grad_gate = times(times(grad_a, up), Bounded(slope, slope_error))
@@ -288,7 +288,7 @@ def moe_forward(layer: Layer, options: GluOptions) -> tuple[Bounded, Bounded]:
 
 
 def moe_backward(grad_y: Tensor, h: Tensor, layer: Layer, options: GluOptions) -> tuple[Bounded, ...]:
-    """The gradients in the order of the op, from the h that forward left."""
+    """The gradients in the order of the op, from the h that forward saved."""
     dtype = layer.x.dtype
     plan = reference.plan(layer.topk_ids, layer.gate_up_proj.shape[0])
     expert_offsets, token_indices, slot_indices = plan
@@ -318,7 +318,7 @@ def moe_backward(grad_y: Tensor, h: Tensor, layer: Layer, options: GluOptions) -
 
 
 def assert_close(actual: Tensor, wanted: Bounded, name: str = "result") -> None:
-    """AssertionError, with the worst element, unless `actual` lies within the bound everywhere."""
+    """Raises AssertionError with the worst element unless all of `actual` is within the bound."""
     if actual.shape != wanted.value.shape:
         raise AssertionError(f"{name}: expected shape {list(wanted.value.shape)}, got {list(actual.shape)}")
     if not actual.numel():
@@ -339,8 +339,8 @@ def assert_close(actual: Tensor, wanted: Bounded, name: str = "result") -> None:
 
 
 def assert_batch_invariant(layer: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    """AssertionError unless what the layer makes of each sequence of x [B,S,H] has the same bits alone, in another
-    place of the batch, among other sequences, and among copies of itself, which want the same experts."""
+    """Raises AssertionError unless the output for each sequence of x [B,S,H] has the same bits alone, at another
+    position of the batch, among other sequences, and among copies of itself, which choose the same experts."""
     with torch.no_grad():
         for index, sequence in enumerate(x):
             alone = layer(sequence[None])[0]

@@ -300,7 +300,7 @@ class RoutingTrace:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RoutingTrace:
-        """Loads a saved trace for inspection. ValueError for any other file."""
+        """Loads a saved trace for inspection. Raises ValueError for any other file."""
         data = torch.load(path, weights_only=True)
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise ValueError(f"path: expected a file of RoutingTrace.save, got {path}")

@@ -124,7 +124,10 @@ def names_to_blame(op: str, name: str) -> set[str]:
         links = set(map(linked, spec.sizes)) & set(map(linked, other.sizes))
         return bool(links) or spec.dtype == other.dtype == "float"
 
-    return {other for other in OPS[op].tensors if other == name or related(spec_of(op, other))}
+    # A stored weight has its sizes in its form.
+    links = set(map(linked, spec.sizes))
+    stored = {weight for weight, letters in OPS[op].weights.items() if links & set(map(linked, letters))}
+    return {other for other in OPS[op].tensors if other == name or related(spec_of(op, other))} | stored
 
 
 def check_refused(op: str, args: dict[str, Any], spoiled: dict[str, Any], blamed: set[str]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Forms to test, with what each takes and promises, and small experts for them."""
+"""Forms to test, with their requirements and guarantees, and small experts for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOW, FULL = torch.bfloat16, torch.float32
 class FormCase(NamedTuple):
     form: Form
     dtypes: tuple[torch.dtype, ...]
-    error: float  # of a layer's output, relative in the 2-norm; 0: results have the bits of plain weights
+    error: float  # of a layer's output, relative in the 2-norm; 0: the same bits as plain weights
     hidden_size: int = 128
     intermediate_size: int = 64
 

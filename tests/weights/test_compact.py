@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Compact weights: what the format holds, and results with the bits of plain weights."""
+"""Compact weights: the contents of the format, and results with the bits of plain weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ H, I, E, K = 512, 384, 5, 2  # noqa: E741
 
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 dtypes = pytest.mark.parametrize("dtype", BITS, ids=lambda dtype: str(dtype).removeprefix("torch."))
-# float32 that are bfloat16 numbers have a form of their own
+# float32 weights with bfloat16 values have a format of their own
 weights_of = pytest.mark.parametrize("of_kind", ["bfloat16", "float32", "low"], indirect=True)
 
 
@@ -36,12 +36,12 @@ def any_bits(*shape: int) -> Tensor:
 
 
 def wide(*shape: int) -> Tensor:
-    """Finite, but of so many magnitudes that a tenth of them are exceptions."""
+    """Finite, but with so many magnitudes that a tenth of them are exceptions."""
     return torch.randn(shape) * torch.exp2(torch.randint(-12, 1, shape).float())
 
 
 def sparse(*shape: int) -> Tensor:
-    """Half of them zeros, of either sign."""
+    """Half of them are zeros, of either sign."""
     return torch.randn(shape) * torch.randint(0, 2, shape)
 
 
@@ -53,7 +53,7 @@ KINDS = (normal, wide, sparse)
 
 
 def upper_half(weight: Tensor) -> Tensor:
-    """The bfloat16 that is the upper half of float32; every pattern has one that is it."""
+    """The upper half of each float32 as bfloat16, of any bit pattern."""
     return (weight.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
@@ -90,7 +90,7 @@ def stored_weights(experts: nn.Module) -> tuple[Weight, Weight]:
 
 
 def weight_of(rows: Tensor, columns: int, dtype: torch.dtype) -> Weight:
-    """A weight of `dtype` whose compact rows these are."""
+    """A weight of `dtype` with these compact rows."""
     return Weight("compact", rows, rows.shape[1], columns, dtype, elements=dtype)
 
 
@@ -109,7 +109,7 @@ def test_nothing_is_lost(of_kind: Any, make: Any, experts: int, rows: int, colum
 
 
 def test_bytes() -> None:
-    """12 or 28 bits and a header of 64 bytes a row, as long as rows have few exceptions."""
+    """12 or 28 bits, plus a header of 64 bytes per row, if rows have few exceptions."""
     weight = torch.randn(2, 16, 2048) * 0.02
     assert compacted(weight.bfloat16()).data.shape == (2, 16, 64 + 2048 * 3 // 2)
     assert compacted(weight.bfloat16().float()).data.shape == (2, 16, 64 + 2048 * 3 // 2)
@@ -136,7 +136,7 @@ def test_exceptions_by_hand() -> None:
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("kind", ["forward", "grouped_gemm"])
 def test_same_bits(isa: str, of_kind: Any, make: Any, kind: str) -> None:
-    """All kinds of tiles, experts beyond the rows of a product, rows longer than a chunk, panels that are not full."""
+    """All kinds of tiles, experts with more rows than a product, rows longer than a chunk, partial panels."""
     for hidden_size, intermediate_size in ((300, 200), (2200, 70), (1, 1)):
         gate_up = of_kind(make(E, 2 * intermediate_size, hidden_size))
         down = of_kind(make(E, hidden_size, intermediate_size))
@@ -159,7 +159,7 @@ def test_same_bits(isa: str, of_kind: Any, make: Any, kind: str) -> None:
 
 @dtypes
 def test_any_bytes_are_read_safely(isa: str, dtype: torch.dtype) -> None:
-    """Rows that nobody packed name exceptions without number, at columns beyond the end and out of order."""
+    """Corrupt rows: too many exceptions, at columns out of range and out of order."""
     for _ in range(20):
         rows = torch.randint(0, 256, (E, 2 * I, 64 + reference_compact.records_bytes(H, dtype))).to(torch.uint8)
         down = torch.randint(0, 256, (E, H, 128 + reference_compact.records_bytes(I, dtype))).to(torch.uint8)
@@ -174,7 +174,7 @@ def test_any_bytes_are_read_safely(isa: str, dtype: torch.dtype) -> None:
 
 
 def test_checkpoints_in_bfloat16_loaded_as_float32() -> None:
-    """Each projection takes the form that it can, also when others are loaded."""
+    """Each projection takes the form that it supports, also when others are loaded."""
     experts = make_experts(dtype=torch.float32)
     with torch.no_grad():
         experts.gate_up_proj.copy_(experts.gate_up_proj.bfloat16())
@@ -193,7 +193,7 @@ def test_checkpoints_in_bfloat16_loaded_as_float32() -> None:
 
 def test_autocast_and_other_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     x, ids, weights = inputs(5, torch.float32)
-    low = make_experts().float()  # whose rows hold bfloat16, and are read as they are
+    low = make_experts().float()  # its rows hold bfloat16 values and are read unchanged
     packed = compact(low)
     monkeypatch.setattr(Weight, "plain", None)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

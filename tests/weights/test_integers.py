@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Weights of 8 and 4 bits: what the formats hold, and the kernels against the reference."""
+"""Weights of 8 and 4 bits: the contents of the formats, and the kernels against the reference."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_levels_are_the_nearest(format: Form, shape: tuple[int, ...]) -> None:
 
 
 def test_int4_is_closer_than_the_rounding_of_the_range() -> None:
-    """The rule that needs no search: the extreme of a group maps to -8."""
+    """The rule without a search: the extreme of a group maps to -8."""
     weight = torch.randn(1, 256, 512)
     plain = rq.dequantize(rq.quantize(weight, 4, 32, True), 4, 32)
     groups = weight.unflatten(-1, (-1, 32))
@@ -120,7 +120,7 @@ def test_special_weights() -> None:
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("columns", [1, 8, 37, 200])
 def test_storage(format: Form, parts: int, columns: int) -> None:
-    """The bytes are where ops.h says they are, and come back."""
+    """The bytes are where ops.h documents them, and decode to the same values."""
     weight = torch.randn(2, 38, columns)
     bits = BITS[format.name]
     plain = rq.quantize(weight, bits, format.group_size, format.symmetric)
@@ -145,8 +145,8 @@ def test_storage(format: Form, parts: int, columns: int) -> None:
 
 
 def product_bound(x: Tensor, matrix: Weight, bias: Tensor | None, offsets: Tensor, indices: Tensor | None) -> Bounded:
-    """The integers are exact, so only the float operations count: two for each group and for each block of activations,
-    the row's scale, the bias."""
+    """The integers are exact, so only the float operations count: two per group and per block of activations, the row's
+    scale, the bias."""
     weight, bits = levels_of(matrix), BITS[matrix.format]
     size = matrix.group_size or matrix.cols
     block = rq.activation_block(matrix.group_size, matrix.cols)
@@ -193,7 +193,7 @@ def test_grouped_gemm(backend: str, case: Case, format: Form) -> None:
 
 
 def test_the_integers_are_exact(kernels: str) -> None:
-    """Symmetric rows have one float operation after the sum for each factor: the bits of the reference."""
+    """Symmetric rows have one float operation per factor after the sum, so the bits are those of the reference."""
     for columns in (5, 64, 1000):
         x, weight = torch.randn(33, columns), torch.randn(1, 80, columns)
         offsets, matrix = torch.tensor([0, 33], dtype=torch.int32), quantized(weight, Int8())
@@ -239,7 +239,7 @@ def test_batch_invariant_and_deterministic(kernels: str) -> None:
 
 
 def test_activations_have_a_scale_for_256_columns(backend: str) -> None:
-    """Large activations in one block leave the others as precise as they were; without groups the row has one scale."""
+    """Large activations in one block do not reduce the precision of the others; without groups a row has one."""
     x, weight = torch.randn(8, 600), torch.randn(1, 20, 600)
     weight[..., 256:512] = 0
     large, offsets = x.clone(), torch.tensor([0, 8], dtype=torch.int32)
@@ -252,7 +252,7 @@ def test_activations_have_a_scale_for_256_columns(backend: str) -> None:
 
 
 def test_one_expert_with_many_rows_among_those_with_one(kernels: str) -> None:
-    """Tokens on average have few rows for an expert, so columns are cut for reading; a token's bits stay the same."""
+    """The mean is few rows per expert, so columns are split for reading; a token's bits do not change."""
     layer = make_layer(Case("popular", 23, 1, 4, 200, 300))
     layer = layer._replace(topk_ids=torch.tensor([0] * 20 + [1, 2, 3], dtype=torch.int32)[:, None])
     for format, options in ((Int8(), GluOptions()), (Int4(), GluOptions(interleaved=True))):
@@ -281,7 +281,7 @@ def quantized_layer(layer: Layer, options: GluOptions, format: Form) -> tuple[We
 
 
 def check_layer(layer: Layer, options: GluOptions, format: Form) -> None:
-    """h as grouped_gemm has it; y from this very h by the stages, which are tested on their own. Then the gradients."""
+    """h against grouped_gemm; y from this h by the stages, which have their own tests. Then the gradients."""
     dtype, (gate_up, down) = layer.x.dtype, quantized_layer(layer, options, format)
     rest = (layer.gate_up_bias, layer.down_bias, layer.topk_ids, layer.topk_weights, *options)
     y, h = forward(layer.x, (gate_up, down), *rest, True)
@@ -296,7 +296,7 @@ def check_layer(layer: Layer, options: GluOptions, format: Form) -> None:
         permuted_y = call(ops.glu(h, *options), down, layer.down_bias, plan[0], None)
         assert_close(y, testing.combine(exact(permuted_y), plan, layer.topk_weights).rounded(dtype), "y")
 
-    # Gradients are those of a layer with the plain weights that the levels stand for.
+    # Gradients are those of a layer with the decoded plain weights.
     plain = layer._replace(gate_up_proj=gate_up.plain().to(dtype), down_proj=down.plain().to(dtype))
     grad_y = torch.randn(layer.x.shape).to(dtype)
     wanted = testing.moe_backward(grad_y, h, plain, options)
@@ -332,7 +332,7 @@ def test_layer_options(backend: str, options: GluOptions) -> None:
 
 
 class Names(TorchDispatchMode):
-    """The ops that are called."""
+    """Records the ops that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -344,7 +344,7 @@ class Names(TorchDispatchMode):
 
 
 def test_past_the_dispatcher() -> None:
-    """Plain tensors need no dispatch; who looks on sees the op all the same, and gets the same numbers."""
+    """Plain tensors skip the dispatcher. A dispatch mode still sees the op, and the numbers are the same."""
     layer = make_layer(Case("dispatch", 5, 2, 3, 40, 24))
     matrices = quantized_layer(layer, GluOptions(), Int8())
 
@@ -361,7 +361,7 @@ def test_past_the_dispatcher() -> None:
 
 
 def test_error_is_that_of_the_format() -> None:
-    """Against the plain layer: rounding to int8 costs some 1 % for each of x, a, weights; 4 bits 8 % for weights."""
+    """Against the plain layer: rounding to int8 costs about 1 % for each of x, a, weights; 4 bits 8 % for weights."""
     layer = make_layer(Case("error", 64, 2, 4, 512, 256))
     y = switchgear.moe(*layer[:3], *layer[5:])
     for format, limit in ((Int8(), 0.03), (Int4(), 0.15)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Huge pages move memory and nothing else."""
+"""Huge pages move memory and change nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZE = 4 * HUGE_PAGE  # at least three whole huge pages, wherever it starts
 
 
 def huge_bytes(tensor: torch.Tensor) -> int:
-    """Bytes on huge pages in the mappings that the tensor's memory is part of."""
+    """Bytes on huge pages in the mappings that contain the tensor's memory."""
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):

@@ -70,7 +70,7 @@ def test_nothing_is_lost(isa: str, dtype: torch.dtype, experts: int, panels: int
 
 
 def test_order_by_hand() -> None:
-    """The generic kernels have 4 lanes of float32 and panels of 8 rows, 2 vectors side by side, which are one group."""
+    """The generic kernels have 4 lanes of float32 and panels of 8 rows: one group of 2 adjacent vectors."""
     weight = torch.arange(8 * 32).view(1, 8, 32).float()
     words = reference_panels.pack(weight, PanelLayout(8, 16)).view(torch.float32).view(4, 8, 8)
     for place, lane in enumerate((0, 2, 1, 3)):
@@ -88,7 +88,7 @@ def test_layouts_of_the_isas(isa: str) -> None:
 @dtypes
 @pytest.mark.parametrize("kind", ["gated", "interleaved", "plain"])
 def test_same_bits(isa: str, dtype: torch.dtype, kind: str) -> None:
-    """All kinds of tiles, experts beyond the rows of a product, rows of one, two and three chunks."""
+    """All kinds of tiles, experts with more rows than a product, rows of one, two and three chunks."""
     options = {"gated": kind != "plain", "interleaved": kind == "interleaved"}
     for hidden_size, intermediate_size in ((128, 192), (2240, 64), (64, 1088)):
         gate_up = torch.randn(E, intermediate_size * (2 if options["gated"] else 1), hidden_size).to(dtype)
@@ -162,6 +162,6 @@ def test_errors() -> None:
     for backend in switchgear.backends.BACKENDS:
         with switchgear.use_backend(backend), pytest.raises(ValueError, match="down_proj: expected"):
             torch.ops.switchgear.moe_forward(x, first.tensors, first.form, (cut,), second.form, *rest)
+    offsets = switchgear.plan(ids, E).expert_offsets
     with pytest.raises(ValueError, match="weight: expected no panels in grouped_gemm"):
-        offsets = switchgear.plan(ids, E).expert_offsets
         torch.ops.switchgear.grouped_gemm(x, first.tensors, first.form, None, offsets, None, False, False)

@@ -46,7 +46,7 @@ def is_packed(experts: nn.Module) -> bool:
 
 
 def results(experts: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> list[Tensor]:
-    """y, and what flows back to x, topk_weights and the parameters."""
+    """y, and the gradients of x, topk_weights and the parameters."""
     leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_(), *experts.parameters()]
     y = experts(leaves[0], ids, leaves[1])
     grad_y = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
@@ -64,7 +64,7 @@ def test_same_bits(isa: str, options: dict[str, bool], dtype: torch.dtype) -> No
     packed = pack(copy.deepcopy(experts))
     assert is_packed(packed)
     assert not is_packed(experts)
-    for num_tokens in (0, 1, 3, 16, 70, 700):  # all kinds of tiles, and experts beyond the rows of one product
+    for num_tokens in (0, 1, 3, 16, 70, 700):  # all kinds of tiles, and experts with more rows than one product
         x, ids, weights = inputs(dtype, num_tokens)
         with torch.no_grad():
             assert torch.equal(packed(x, ids, weights), experts(x, ids, weights)), num_tokens
@@ -117,7 +117,7 @@ def test_safetensors_takes_unpacked_weights() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_training_goes_on(fused: bool) -> None:
-    """Also where there are gradients from before, and a state of the optimizer unless it is fused."""
+    """Also with existing gradients, and with optimizer state unless it is fused."""
     experts, packed = make_experts(), make_experts()
     packed.load_state_dict(experts.state_dict())
     modules = (experts, packed)
@@ -140,7 +140,7 @@ def test_training_goes_on(fused: bool) -> None:
 @pytest.mark.parametrize("made", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_inference_mode(made: bool, packed: bool) -> None:
-    """Experts are made, and packed, in inference mode or outside of it."""
+    """Experts are made, and packed, inside or outside of inference mode."""
     with torch.inference_mode(made):
         experts = make_experts()
     with torch.inference_mode(packed):
@@ -231,8 +231,8 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = transformers.GptOssForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(loaded[name], w) for name, w in before.items())
-    model.set_experts_implementation("eager")  # which reads any strides, too
+    model.set_experts_implementation("eager")  # which also reads any strides
     torch.testing.assert_close(model(prompt).logits, logits)
-    assert switchgear.restore(model) == 2  # whoever runs the experts now
+    assert switchgear.restore(model) == 2  # whichever implementation runs the experts
     model.set_experts_implementation("switchgear")
     assert torch.equal(model(prompt).logits, logits)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Small trained weights around frozen ones: add_lora(experts, rank)."""
+"""Small trainable weights added to frozen ones: add_lora(experts, rank)."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from switchgear.weights import AdaptedWeight, Weight, stored_of
 
 
 class Lora(NamedTuple):
-    """What `add_lora` added to a module."""
+    """The adapters that `add_lora` added to a module."""
 
     names: tuple[str, str]  # of the projections; the adapters are <name>_lora_A and <name>_lora_B
     scale: float
@@ -33,18 +33,18 @@ class Lora(NamedTuple):
 def add_lora(
     experts: Experts, rank: int, *, alpha: float | None = None, dtype: torch.dtype | None = None
 ) -> list[nn.Parameter]:
-    """Adds adapters to both projections of every expert, and freezes the projections, in whatever form they are.
+    """Adds adapters to both projections of every expert, and freezes the projections, whatever their form.
 
     Args:
-        experts: a module `Experts` of this process alone.
-        rank: r of the adapters A [E,r,in] (Kaiming-uniform) and B [E,out,r] (zeros, so that nothing changes at first).
-        alpha: the adapters count alpha / rank; by default rank.
-        dtype: of the adapters, which is that of activations; by default that of the weights.
+        experts: a module `Experts` that is not distributed over processes.
+        rank: r of the adapters A [E,r,in] (Kaiming-uniform) and B [E,out,r] (zeros, so that outputs do not change yet).
+        alpha: the adapters are scaled by alpha / rank; by default alpha is rank.
+        dtype: dtype of the adapters, equal to that of activations; by default that of the weights.
 
     Returns the adapters, for an optimizer. Their keys in the state dict are gate_up_proj_lora_A, ….
 
     Raises:
-        ValueError: a rank below 1, or experts that have adapters already, or are distributed over processes.
+        ValueError: a rank below 1, or experts that already have adapters, or are distributed over processes.
     """
     if rank < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}")
@@ -58,7 +58,8 @@ def add_lora(
     sizes = ((experts.hidden_size, width), (experts.intermediate_size, experts.hidden_size))
     adapters = []
     for name, (size_in, size_out) in zip(names, sizes, strict=True):
-        weight = getattr(experts, name) if stored is None else stored.weights(experts)[names.index(name)]
+        parameter: nn.Parameter | None = getattr(experts, name, None)
+        weight = stored.weights(experts)[names.index(name)] if stored is not None else getattr(experts, name)
         kind = dtype or weight.dtype
         a = torch.empty(experts.num_experts, rank, size_in, dtype=kind, device=weight.device)
         nn.init.uniform_(a, -(size_in**-0.5), size_in**-0.5)
@@ -66,12 +67,12 @@ def add_lora(
         for suffix, tensor in (("A", a), ("B", b)):
             experts.register_parameter(f"{name}_lora_{suffix}", nn.Parameter(tensor))
             adapters.append(getattr(experts, f"{name}_lora_{suffix}"))
-        if stored is None:
-            weight.requires_grad_(False)
+        if parameter is not None:
+            parameter.requires_grad_(False)
     experts._switchgear_adapters = Lora(names, (rank if alpha is None else alpha) / rank)  # type: ignore[assignment]
     return adapters
 
 
 def lora_of(module: nn.Module) -> Lora | None:
-    """What `add_lora` added to a module, None where it added nothing."""
+    """The adapters of a module, or None."""
     return vars(module).get("_switchgear_adapters")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One case of the benchmark: weights, inputs, and what a correct implementation computes from them, in float64.
+"""One case of the benchmark: weights, inputs, and the correct result, computed in float64.
 
 y_t = Σ_k w_tk · down_e · (silu(gate_e x_t) ⊙ up_e x_t),  e = topk_ids[t,k]
 """
@@ -12,17 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.weights import advise_huge_pages, use_huge_pages
+from switchgear.weights import Weight, advise_huge_pages, use_huge_pages
 
+from .minifloats import decoded
 from .shapes import Shape, forward_flops, train_flops
 
 
 class Format(NamedTuple):
-    """What the weights of a case are stored in."""
+    """How the weights of a case are stored."""
 
     dtype: torch.dtype  # of x, y, and of the weights before they are quantised
-    weight_bytes: float  # of an element, without scales
-    arithmetic: str  # the fastest multiply-adds for it: a name that the native probe knows
+    weight_bytes: float  # bytes of an element; includes its share of the scales if the format fixes them
+    arithmetic: str  # the fastest multiply-adds for it, by the native probe's name
     modes: tuple[str, ...]
 
 
@@ -31,15 +32,17 @@ FORMATS = {
     "fp32": Format(torch.float32, 4.0, "float32", ("forward", "train")),
     "int8": Format(torch.bfloat16, 1.0, "int8", ("forward",)),
     "int4": Format(torch.bfloat16, 0.5, "int8", ("forward",)),
+    "fp8": Format(torch.bfloat16, 1.0 + 4 / 128**2, "bfloat16", ("forward",)),
+    "mxfp4": Format(torch.bfloat16, 17 / 32, "bfloat16", ("forward",)),
 }
-DECODE_TOKENS = 16  # up to here the weights decide, and they must come from memory as they do in a model of many layers
-ROUTINGS = 4  # different ones, used in turn, so that the experts of a call are no longer cached
+DECODE_TOKENS = 16  # up to here weights dominate; they must come from memory, as in a model of many layers
+ROUTINGS = 4  # used in turn, so that the experts of a call are not in the cache
 
 
 class Inputs(NamedTuple):
     x: Tensor  # [T,H]
     topk_ids: Tensor  # [T,K] int32
-    topk_ids_int64: Tensor  # the same: torch's indexing wants int64, and converting is not what is measured
+    topk_ids_int64: Tensor  # the same: torch's indexing needs int64, and the conversion is not timed
     topk_weights: Tensor  # [T,K] float32, representable in the case's dtype
     topk_weights_low: Tensor  # the same in the case's dtype, as about half of Hugging Face's models pass them
 
@@ -50,11 +53,12 @@ class Case(NamedTuple):
     dtype_name: str
     tokens: int
     mode: str  # "forward" or "train"
-    gate_up_proj: torch.nn.Parameter  # [E,2I,H], gate rows first
+    gate_up_proj: torch.nn.Parameter  # [E,2I,H], gate rows first; for fp8 and mxfp4 the decoded weights
     down_proj: torch.nn.Parameter  # [E,H,I]
     inputs: list[Inputs]
     grad_y: Tensor  # [T,H]
     pages: str = "huge"  # or "default"
+    stored: tuple[Weight, Weight] | None = None  # both projections in fp8 or mxfp4
 
     @property
     def format(self) -> Format:
@@ -66,11 +70,19 @@ class Case(NamedTuple):
 
     @property
     def weights(self) -> list[Tensor]:
-        """gate_up_proj and down_proj, for those who pack or quantise them."""
+        """gate_up_proj and down_proj, for competitors that pack or quantise them."""
         return [self.gate_up_proj.detach(), self.down_proj.detach()]
 
+    def matrices(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Both matrices of an expert in float64, exactly as the format represents them."""
+        if self.stored is not None:
+            gate_up, down = (decoded(weight, expert) for weight in self.stored)
+        else:
+            gate_up, down = (weight[expert] for weight in self.weights)
+        return gate_up.double(), down.double()
+
     def on_its_pages(self, weight: Tensor) -> Tensor:
-        """A competitor's own copy of weights, moved onto the pages on which all weights of this case lie."""
+        """Moves a competitor's own copy of the weights onto the kind of pages that all weights of this case use."""
         if self.pages == "huge":
             use_huge_pages([weight])
         return weight
@@ -90,7 +102,7 @@ class Case(NamedTuple):
 
     @property
     def touched_experts(self) -> float:
-        """How many they are, the mean over the routings."""
+        """The mean of their number over the routings."""
         return sum(map(len, self.touched)) / len(self.inputs)
 
     @property
@@ -103,7 +115,7 @@ def flops_of(shape: Shape, tokens: int, mode: str) -> int:
 
 
 def moved_bytes(shape: Shape, touched_experts: float, dtype_name: str, mode: str) -> float:
-    """Bytes of expert weights that a call must move: read once; in training read twice, their gradient written."""
+    """Bytes of expert weights that a call must move: read once; in training read twice, and their gradient written."""
     one = 3 * shape.hidden_size * shape.intermediate_size * FORMATS[dtype_name].weight_bytes
     return touched_experts * one * (1 if mode == "forward" else 3)
 
@@ -113,9 +125,9 @@ def make_weights(
 ) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     """gate_up_proj and down_proj, Gaussian with standard deviation 0.02.
 
-    Random numbers are slow to make, and only their memory has to differ from expert to expert: each expert is a window
-    of one random pool, at an odd offset, so no two experts are equal. They lie on huge pages, for all contestants
-    alike, unless `huge_pages` is false: then as torch allocates them.
+    Random numbers are slow to make, and experts only need different memory. So each expert is a window of one random
+    pool, at an odd offset, and no two experts are equal. Weights are on huge pages, for all competitors alike; if
+    `huge_pages` is false, they stay where torch allocates them.
     """
     size = 3 * shape.hidden_size * shape.intermediate_size
     generator = torch.Generator().manual_seed(0)
@@ -147,12 +159,13 @@ def make_inputs(shape: Shape, dtype: torch.dtype, tokens: int, routing: str, see
 def make_case(
     shape_name: str, shape: Shape, dtype_name: str, tokens: int, mode: str, routing: str,
     weights: tuple[torch.nn.Parameter, torch.nn.Parameter], pages: str = "huge",
+    stored: tuple[Weight, Weight] | None = None,
 ) -> Case:  # fmt: skip
     dtype = FORMATS[dtype_name].dtype
     count = ROUTINGS if tokens <= DECODE_TOKENS else 1
     inputs = [make_inputs(shape, dtype, tokens, routing, seed) for seed in range(count)]
     grad_y = torch.randn(tokens, shape.hidden_size, generator=torch.Generator().manual_seed(99)).to(dtype)
-    return Case(shape_name, shape, dtype_name, tokens, mode, *weights, inputs, grad_y, pages)
+    return Case(shape_name, shape, dtype_name, tokens, mode, *weights, inputs, grad_y, pages, stored)
 
 
 Layer = Callable[[Inputs], Tensor]
@@ -171,7 +184,7 @@ def forward(layer: Layer, inputs: Inputs) -> Tensor:
 
 
 def train(layer: Layer, case: Case, inputs: Inputs) -> Gradients:
-    """One step as a training loop makes it: gradients dropped (zero_grad's default), forward, backward."""
+    """One step as in a training loop: gradients dropped (zero_grad's default), forward, backward."""
     case.gate_up_proj.grad = case.down_proj.grad = None
     x = inputs.x.detach().requires_grad_()
     weights = inputs.topk_weights.detach().requires_grad_()
@@ -185,7 +198,7 @@ def train(layer: Layer, case: Case, inputs: Inputs) -> Gradients:
 
 
 def call_of(case: Case, layer: Layer) -> Callable[[int], object]:
-    """One timed call; numbers choose among the routings."""
+    """One timed call; its number selects the routing."""
     if case.mode == "train":
         return lambda number: train(layer, case, case.inputs[number % len(case.inputs)])
     return lambda number: forward(layer, case.inputs[number % len(case.inputs)])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What this machine can do at best, measured: multiply-adds per second and bytes read per second."""
+"""Measured limits of this machine: multiply-adds per second and bytes read per second."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .case import FORMATS, Case
 
 
 def multiply_rate(dtype_name: str, num_threads: int) -> float:
-    """Multiply-adds in registers, in flop/s, by the instruction that products of weights in this format use.
+    """Multiply-adds in registers, in flop/s, by the instruction used for weights in this format.
 
-    That of int8 has no probe: it is taken as twice that of bfloat16, as many as vpdpbusd does beside vdpbf16ps.
+    int8 has no probe: its rate is taken as twice that of bfloat16, the ratio of vpdpbusd to vdpbf16ps.
     """
     arithmetic = FORMATS[dtype_name].arithmetic
     return 2 * _C.fma_rate("bfloat16", num_threads) if arithmetic == "int8" else _C.fma_rate(arithmetic, num_threads)
 
 
 def measure(dtype_names: list[str], num_threads: int, seconds: float = 0.5) -> dict[str, Any]:
-    """{"read": rates, "compute": {dtype: rates}}, in bytes/s and flop/s by the name of what reached them: vector loads
-    from 512 MiB; multiply-adds in registers and dense products in torch."""
+    """{"read": rates, "compute": {dtype: rates}}, in bytes/s and flop/s, by the name of each probe: vector loads from
+    512 MiB; multiply-adds in registers and dense products in torch."""
     registers = {name: {"switchgear, registers": multiply_rate(name, num_threads)} for name in dtype_names}
     return {
         "read": {"switchgear, vector loads": _C.read_bandwidth(num_threads)},
@@ -36,7 +36,7 @@ def measure(dtype_names: list[str], num_threads: int, seconds: float = 0.5) -> d
 
 
 def dense_rates(dtype_name: str, seconds: float) -> dict[str, float]:
-    """flop/s of dense products of 2048³ in torch, both ways round: A·B, and x·Wᵀ as in a linear layer."""
+    """flop/s of dense products of 2048³ in torch, in both layouts: A·B, and x·Wᵀ as in a linear layer."""
     if FORMATS[dtype_name].arithmetic == "int8":
         return {}
     n = 2048
@@ -62,16 +62,18 @@ def _fastest(call: Callable[[], Any], seconds: float) -> float:
 
 
 def read_probe(case: Case) -> Callable[[int], object]:
-    """Reads the weights of the experts that a routing touches, once: the least that any layer does."""
+    """Reads the weights of the experts that a routing touches, once: the minimum for any layer."""
     weights = case.weights
-    if case.format.weight_bytes != case.dtype.itemsize:
+    if case.stored is not None:
+        weights = [tensor for weight in case.stored for tensor in weight.tensors]  # with their scales
+    elif case.format.weight_bytes != case.dtype.itemsize:
         weights = [quantised_stand_in(case, weight) for weight in weights]
     parts = [[weight[expert] for expert in experts for weight in weights] for experts in case.touched]
     return lambda number: _C.read(parts[number % len(parts)], torch.get_num_threads())
 
 
 def quantised_stand_in(case: Case, weight: Tensor) -> Tensor:
-    """[E, words of 4 bytes] as many as the quantised weight has, written once so that the memory is there."""
+    """[E, words of 4 bytes] of the size of the quantised weight, written once so that its pages exist."""
     num_experts, size = weight.shape[0], weight[0].numel()
     data = torch.empty(num_experts, int(size * case.format.weight_bytes) // 4, dtype=torch.int32)
     return case.on_its_pages(data.fill_(1))

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What each CUDA kernel of a layer should cost, from its tiles: PREDICTIONS, never measurements.
+"""Predicted time of each CUDA kernel of a layer, from its tiles: PREDICTIONS, never measurements.
 
-A kernel takes the longer of two times, and a launch:
+A kernel takes the longer of two times, plus a launch:
 
     arithmetic   ⌈tiles / places⌉ · (flop of a tile / rate of a place)     places = multiprocessors · blocks on each
     memory       bytes / bandwidth
 
-Tiles are those that csrc/cuda picks; they are padded, so small experts cost more than their flop. Bytes count each
-operand once: what is read again comes from L2. How close to its peak a kernel's inner loop comes is not known before it
-ran: `sustained` is what well-tuned dense products of others reach, and the largest source of error here.
+csrc/cuda picks the tiles. They are padded, so small experts cost more than their flop. Bytes count each operand once:
+repeated reads come from L2. How close an inner loop comes to its peak is unknown before it has run. `sustained` is what
+well-tuned dense products of others reach; it is the largest source of error here.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Gpu(NamedTuple):
     sustained: float  # of tensor_rate, in the inner loop
     bandwidth: float  # bytes/s
     sustained_bandwidth: float  # of bandwidth, in copies of long rows
-    tiles: str  # "sm80" or "sm90": which kernels run
+    tiles: str  # "sm80" or "sm90": the kernels used
 
 
 # A100 SXM 80 GB: 108 · 2048 flop a cycle · 1.41 GHz; cuBLAS reaches 80 % of it. H100 SXM: 132 · 4096 · 1.83 GHz; with
-# wgmma 70 % is what the power limit leaves of large dense products. Launch: the gap between two kernels of one stream.
+# wgmma the power limit leaves 70 % to large dense products. Launch: the gap between two kernels of one stream.
 GPUS = (
     Gpu("A100", 108, 312e12, 0.80, 2.039e12, 0.90, "sm80"),
     Gpu("H100", 132, 989e12, 0.70, 3.35e12, 0.90, "sm90"),
@@ -45,14 +45,14 @@ ITEM = 2  # bytes of bfloat16
 
 
 class Tile(NamedTuple):
-    max_rows: int | None  # the largest mean number of rows per expert for which it is picked
+    max_rows: int | None  # the largest mean number of rows per expert for which this tile is picked
     rows: int
     columns: int
-    blocks: int  # resident on a multiprocessor, or tiles that it multiplies at a time
+    blocks: int  # resident on a multiprocessor, or tiles multiplied concurrently
 
 
-# csrc/cuda/gemm.h (kTiles) and csrc/cuda/gemm_sm90.h (kConfigs; one tile of a block is multiplied at a time, while the
-# other is stored).
+# csrc/cuda/gemm.h (kTiles) and csrc/cuda/gemm_sm90.h (kConfigs; a block multiplies one tile while it stores the
+# other).
 TILES = {
     "sm80": (Tile(16, 16, 128, 2), Tile(80, 64, 128, 2), Tile(None, 128, 128, 2)),
     "sm90": (Tile(16, 16, 128, 1), Tile(64, 64, 128, 1), Tile(None, 128, 128, 1), Tile(None, 128, 192, 1)),
@@ -60,8 +60,8 @@ TILES = {
 
 
 def cycles_per_column(width: int) -> float:
-    """Of the inner loop on sm90, at least 1: wgmma of a tile of 128 x width reads shared memory at 128 bytes a cycle.
-    Two instructions read 64 + width rows of 32 bytes each, and TMA writes 128 + width."""
+    """Cycles per column of the inner loop on sm90, at least 1. wgmma of a tile of 128 x width reads shared memory at
+    128 bytes a cycle: two instructions read 64 + width rows of 32 bytes each, and TMA writes 128 + width."""
     return max(1.0, 32 * (2 * (64 + width) + 128 + width) / 128 / width)
 
 
@@ -70,7 +70,7 @@ def _columns_cost(columns: int, width: int) -> float:
 
 
 def widest(columns: int) -> Tile:
-    """The tile of sm90 for many rows, and for weight gradients: 192 columns where they cost less than 128."""
+    """The tile of sm90 for many rows, and for weight gradients: 192 columns if they cost less than 128."""
     narrow, wide = TILES["sm90"][2:]
     return wide if _columns_cost(columns, wide.columns) < _columns_cost(columns, narrow.columns) else narrow
 
@@ -84,7 +84,7 @@ class Kernel(NamedTuple):
     name: str
     tiles: int
     waves: float
-    flops: float  # useful ones, without padding
+    flops: float  # useful flop, without padding
     bytes: float
     seconds: float
     bound: str  # "arithmetic" or "memory"
@@ -93,7 +93,7 @@ class Kernel(NamedTuple):
 def _timed(
     gpu: Gpu, name: str, tiles: int, tile: Tile, depth: float, flops: float, moved: float
 ) -> Kernel:  # fmt: skip
-    """`tiles` times a tile with an inner dimension of `depth`."""
+    """`tiles` times the cost of a tile with inner dimension `depth`."""
     places = gpu.multiprocessors * tile.blocks
     rate = gpu.tensor_rate * gpu.sustained / places
     if gpu.tiles == "sm90" and tile.rows == 128:
@@ -114,7 +114,7 @@ def gemm(gpu: Gpu, name: str, counts: Sequence[int], columns: int, depth: int, s
 
 
 def wgrad(gpu: Gpu, name: str, counts: Sequence[int], m: int, n: int) -> Kernel:
-    """[m, n] per expert, the sum over its rows. All experts' gradients are written, those without rows as zeros."""
+    """[m, n] per expert, the sum over its rows. All experts' gradients are written; without rows they are zeros."""
     rows = sum(counts)
     tile = widest(n) if gpu.tiles == "sm90" else TILES[gpu.tiles][-1]
     tiles = -(-m // tile.rows) * -(-n // tile.columns) * len(counts)
@@ -162,7 +162,7 @@ def backward_kernels(gpu: Gpu, shape: Shape, counts: Sequence[int]) -> list[Kern
 
 @functools.cache
 def routed(shape: Shape, tokens: int, routing: str = "balanced") -> tuple[int, ...]:
-    """Slots of each expert in one random routing, the same every time."""
+    """Slots of each expert in one random routing, with a fixed seed."""
     small = shape._replace(hidden_size=1)
     ids = make_inputs(small, torch.bfloat16, tokens, routing, seed=0).topk_ids_int64
     return tuple(torch.bincount(ids.flatten(), minlength=shape.num_experts).tolist())

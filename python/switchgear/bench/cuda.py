@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`switchgear bench --device cuda`: MoE layers and single ops on a GPU, at the shapes of published figures.
 
-As on the CPU, a result is compared with float64 before it is timed. Competitors take turns; each call is timed by
-events, and the L2 cache is overwritten before it. What the card can do at best is measured in the same run.
-cuda_tables.py makes tables and files of the results.
+Results are compared with float64 before they are timed, as on the CPU. Competitors take turns. Events time each call,
+and the L2 cache is overwritten before it. The limits of the card are measured in the same run. cuda_tables.py makes
+tables and files from the results.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .verify import verify
 
 COMPETITORS_HERE = ("switchgear", "torch_grouped_mm", "hf_grouped_mm", "hf_batched_mm", "hf_eager", "hf_sonicmoe")
 DEFAULT_COMPETITORS = ("switchgear", "torch_grouped_mm", "hf_grouped_mm", "hf_batched_mm", "hf_sonicmoe")
-DECODE = (("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 16), ("qwen3-30b-a3b", 256))  # forward, beside GPU_TOKENS
-OPS = "ops"  # among --shapes: router, bare grouped GEMM, permutation
+DECODE = (("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 16), ("qwen3-30b-a3b", 256))  # forward, in addition to GPU_TOKENS
+OPS = "ops"  # a name for --shapes: router, bare grouped GEMM, permutation
 BUDGET = 240.0  # seconds
 
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def cases(shapes: list[str], modes: list[str], tokens: tuple[int, ...] | None) -> list[tuple[str, int, str]]:
-    """(shape, tokens, mode): the tokens of published figures, and few as in decoding, or else --tokens."""
+    """(shape, tokens, mode): --tokens, or else the tokens of published figures and small counts as in decoding."""
     plan = [(shape, count, mode) for shape in shapes for mode in modes for count in tokens or (GPU_TOKENS[shape],)]
     if tokens is None and "forward" in modes:
         plan += [(shape, count, "forward") for shape, count in DECODE if shape in shapes]
@@ -60,7 +60,7 @@ def cases(shapes: list[str], modes: list[str], tokens: tuple[int, ...] | None) -
 def measure_all(
     plan: list[tuple[str, int, str]], competitors: list[str], ops: bool, routing: str, budget: float
 ) -> dict[str, Any]:
-    """Ceilings, ops, then layers, until the budget is used up; tables are printed on the way."""
+    """Ceilings, ops, then layers, until the budget is used up. Prints tables as it goes."""
     end = perf_counter() + budget
     results: dict[str, Any] = {
         "schema": cuda_tables.SCHEMA, "machine": describe(), "ceilings": ceilings(), "routing": routing,
@@ -88,7 +88,7 @@ def measure_all(
 
 
 def describe() -> dict[str, Any]:
-    """The card, its clocks and the software: without them a figure means nothing."""
+    """The card, its clocks and the software: figures are meaningless without them."""
     properties = torch.cuda.get_device_properties(0)
     about = {
         "gpu": properties.name, "compute_capability": f"{properties.major}.{properties.minor}",
@@ -104,7 +104,7 @@ def describe() -> dict[str, Any]:
 
 
 def ceilings() -> dict[str, float]:
-    """What this card reaches: flop/s of a dense bfloat16 product of 8192³, bytes/s of reading and writing 1 GiB."""
+    """This card's limits: flop/s of a dense bfloat16 product of 8192³, bytes/s of reading and writing 1 GiB."""
     n, device = 8192, torch.device("cuda")
     a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
     source = torch.ones(1 << 30, dtype=torch.uint8, device=device)
@@ -121,7 +121,7 @@ def make_case(name: str, shape: Shape, tokens: int, mode: str, routing: str) -> 
 
     def weight(*size: int) -> torch.nn.Parameter:
         data = torch.empty(shape.num_experts, *size, dtype=dtype, device=device)
-        for expert in data:  # one at a time: in float32 all would take twice the memory
+        for expert in data:  # one at a time: all in float32 would double the memory
             expert.copy_(torch.randn(size, generator=generator, device=device) * 0.02)
         return torch.nn.Parameter(data)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Timing on a GPU: by events, in turns, each call after a write of more than the L2 cache holds."""
+"""Timing on a GPU: by events, in turns, each call after a write that exceeds the L2 cache."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def in_turns(calls: Mapping[str, Callable[[], object]], seconds: float = CASE_SE
 
 
 def best_seconds(call: Callable[[], object]) -> float:
-    """The fastest of half a second's calls: a ceiling is not a median."""
+    """The fastest call within half a second: a ceiling is not a median."""
     return min(in_turns({"": call}, 0.5)[""]) / 1e3
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes that a call holds at most, beyond what was there before."""
+    """Peak bytes that a call allocates, beyond what was allocated before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Single ops on a GPU at the shapes of published figures: router, bare grouped GEMM, permutation and combination.
 
-Each case is verified against torch on the whole result before it is timed.
+Each case's whole result is verified against torch before it is timed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class OpCase(NamedTuple):
     case: str
     flops: float
     bytes: float  # read once and written once
-    calls: dict[str, Callable[[], Tensor]]  # by competitor; all give the same result
+    calls: dict[str, Callable[[], Tensor]]  # by competitor; all return the same result
     tolerance: float  # between them, relative to the largest element
 
 
@@ -47,7 +47,7 @@ def router(tokens: int, num_experts: int, top_k: int, score_function: str, devic
 
 
 def grouped(rows: int, k: int, n: int, num_experts: int, device: str = "cuda") -> OpCase:
-    """Rows in equal parts."""
+    """The rows are divided equally among the experts."""
     x = torch.randn(rows, k, device=device).bfloat16()
     weight = torch.randn(num_experts, n, k, device=device).bfloat16() * 0.02
     ends = torch.arange(1, num_experts + 1, device=device, dtype=torch.int32) * (rows // num_experts)
@@ -56,7 +56,7 @@ def grouped(rows: int, k: int, n: int, num_experts: int, device: str = "cuda") -
     if hasattr(F, "grouped_mm"):
         calls["torch"] = lambda: F.grouped_mm(x, weight.mT, offs=ends)
     moved = 2.0 * (x.numel() + weight.numel() + rows * n)
-    # two roundings of the result to bfloat16, half a unit in the last place each
+    # two roundings of the result to bfloat16, half an ulp each
     return OpCase("grouped_gemm", f"M={rows} K={k} N={n} E={num_experts}", 2.0 * rows * k * n, moved, calls, 2.0**-7)
 
 
@@ -102,7 +102,7 @@ CASES: tuple[Callable[[], OpCase], ...] = (
 
 
 def result(case: OpCase, competitor: str, times: list[float]) -> dict[str, Any]:
-    """One result, as --json has it; `times` are milliseconds."""
+    """One result in the format of --json; `times` are milliseconds."""
     ms = median(times)
     return {
         "op": case.op, "case": case.case, "competitor": competitor, "us": 1e3 * ms, "best_us": 1e3 * min(times),
@@ -112,7 +112,7 @@ def result(case: OpCase, competitor: str, times: list[float]) -> dict[str, Any]:
 
 
 def disagreement(results: dict[str, Tensor]) -> float:
-    """The largest difference to the first one's result, relative to its largest element."""
+    """The largest difference from the first result, relative to its largest element."""
     first = next(iter(results.values())).double()
     scale = first.abs().amax().clamp_min(1e-30)
     return max(float((other.double() - first).abs().amax() / scale) for other in results.values())

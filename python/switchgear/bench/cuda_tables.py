@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What `switchgear bench --device cuda` prints and writes: plain data in, tables and files out; needs no GPU."""
+"""The output of `switchgear bench --device cuda`: plain data in, tables and files out; needs no GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCHEMA = "switchgear-bench-cuda/3"
 
 
 def row_of(case: Case, name: str, error: float, limit: float, times: list[float], peak_bytes: float | None) -> Row:
-    """One result; `times` are milliseconds, none for a competitor that is wrong."""
+    """One result; `times` are milliseconds, empty for a wrong competitor."""
     ms = median(times) if times else None
     return {
         "shape": case.shape_name, **case.shape._asdict(), "tokens": case.tokens, "dtype": "bf16", "mode": case.mode,
@@ -30,7 +30,7 @@ def row_of(case: Case, name: str, error: float, limit: float, times: list[float]
 
 
 def against_ceilings(ceilings: dict[str, float], row: Row) -> Row:
-    """The row with what binds it on this card, and how much of that it reaches."""
+    """The row with the limit that binds it on this card, and the percentage of it that was reached."""
     compute, memory = row["flops"] / ceilings["compute"], row["weight_bytes"] / ceilings["memory"]
     floor = max(compute, memory)
     return row | {
@@ -41,7 +41,7 @@ def against_ceilings(ceilings: dict[str, float], row: Row) -> Row:
 
 
 def figures_beside(row: Row) -> list[str]:
-    """Published figures for the shape, tokens and mode of a row."""
+    """Published figures for the row's shape, tokens and mode."""
     return [
         f"published, {figure.gpu}: {figure.who} {figure.tflops:.0f} TFLOP/s ({figure.source})"
         for figure in FIGURES
@@ -111,7 +111,7 @@ def print_case(console: Any, results: dict[str, Any], rows: list[Row], skipped: 
 
 
 def complete(results: dict[str, Any]) -> dict[str, Any]:
-    """The results as they are written: every row with its part of the ceiling."""
+    """The results for a file: every row with its share of the ceiling."""
     return results | {"results": [against_ceilings(results["ceilings"], row) for row in results["results"]]}
 
 

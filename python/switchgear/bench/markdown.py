@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Tables of a benchmark for documents.
 
-A document says where they go, by a pair of lines for each: `<!-- bench:cases -->` and `<!-- /bench:cases -->`. What is
-between them is replaced. A new file, or one without such lines, gets the machine, the cases and the targets.
+A document marks their places by pairs of lines: `<!-- bench:cases -->` and `<!-- /bench:cases -->`. The text between
+them is replaced. A new file, or one without such lines, gets the machine, the cases and the targets.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from switchgear.reference.formats import MINIFLOATS
+
 from ..common import CommandError, markdown_table, threads
 from .results import Row, cases_of, extras, is_undisturbed, undisturbed
-from .targets import is_ours, judge
+from .targets import is_ours, judge, ours_in
 
-BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what a user of transformers has today
+BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what transformers offers today
 SUMMARY = (("forward", 1), ("forward", 512), ("train", 512))  # columns: mode and tokens
 Blocks = dict[str, Callable[[], str]]
 
 
 def write(results: dict[str, Any], path: str) -> None:
-    """Fill in the tables of the document at `path`, or make one."""
+    """Fills in the tables of the document at `path`, or makes a new document."""
     write_blocks(path, _blocks(results), lambda: whole(results))
 
 
@@ -39,7 +41,7 @@ def whole(results: dict[str, Any]) -> str:
 
 
 def fill(text: str, results: dict[str, Any]) -> str:
-    """The text with its tables made anew. CommandError for a table that there is not."""
+    """The text with its tables regenerated. CommandError for an unknown table."""
     return fill_blocks(text, _blocks(results))
 
 
@@ -58,7 +60,7 @@ def fill_blocks(text: str, blocks: Blocks) -> str:
 
 
 def ceiling_lines(ceilings: dict[str, Any]) -> list[str]:
-    """The ceilings and where they come from, in words."""
+    """The ceilings and their sources, in words."""
 
     def best(rates: dict[str, float], unit: str) -> str:
         named = ", ".join(f"{name} {rates[name] / 1e9:,.1f}" for name in sorted(rates, key=rates.__getitem__)[::-1])
@@ -71,7 +73,7 @@ def ceiling_lines(ceilings: dict[str, Any]) -> list[str]:
 def machine_note(results: dict[str, Any]) -> str:
     """The machine, in a sentence."""
     machine, rows = results["machine"], results["results"]
-    # those of int8 and int4 are not measured, but taken from bfloat16's
+    # the rates of int8 and int4 are not measured but derived from bfloat16's
     rates = {dtype: [r["multiply_rate"] for r in rows if r["dtype"] == dtype] for dtype in ("bf16", "fp32")}
     ceilings = [f"{dtype} {max(found) / 1e9:,.0f} GFLOP/s" for dtype, found in rates.items() if found]
     read = max((r["weight_bytes"] / r["read_ms"] / 1e6 for r in rows if r["shape"] != "tiny"), default=0.0)
@@ -88,22 +90,51 @@ def case_table(results: dict[str, Any]) -> str:
     header = ["shape", "tokens", "weights", "mode", "switchgear, ms", "of floor", "transformers, ms", "best other, ms"]
     lines = []
     for rows in cases_of(results):
-        timed = {row["competitor"]: row for row in rows if row["ms"]}
-        ours = _fastest([row for name, row in timed.items() if is_ours(name)])
-        hugging_face = _fastest([timed[name] for name in BASELINES if name in timed])
-        other = _fastest([row for name, row in timed.items() if not is_ours(name) and not name.startswith("hf_")])
-        row = rows[0]
-        mode = [row["mode"], *extras(row["routing"], row["allocator"])]
-        mode += [] if is_undisturbed(rows) else ["disturbed"]
-        cells = [row["shape"], f"{row['tokens']:,}", row["dtype"], ", ".join(mode)]
-        cells += [_milliseconds(ours), f"{ours['percent_of_floor']:.0f} %"] if ours else ["", ""]
-        cells += [_against(hugging_face, ours, ""), _against(other, ours, other["competitor"] if other else "")]
-        lines.append(cells)
+        timed = _timed(rows)
+        ours = _fastest([timed[name] for name in ours_in(rows[0]["dtype"]) if name in timed])
+        lines.append([*_case_and_ours(rows, ours), _against_transformers(timed, ours), _against_others(timed, ours)])
     return markdown_table(header, lines, left=(0, 2, 3))
 
 
+def decoded_table(results: dict[str, Any]) -> str:
+    """A row per case of fp8 and mxfp4: multiplied as stored, beside the same weights decoded to bfloat16 by switchgear
+    and by transformers, and the best of all others."""
+    header = ["shape", "tokens", "weights", "mode", "as stored, ms", "of floor"]
+    header += ["decoded, ms", "decoded, transformers, ms", "best other, ms"]
+    lines = []
+    for rows in cases_of(results):
+        if rows[0]["dtype"] in MINIFLOATS:
+            timed = _timed(rows)
+            ours = timed.get(f"switchgear_{rows[0]['dtype']}")
+            against = [_against(timed.get("switchgear"), ours, ""), _against_transformers(timed, ours)]
+            lines.append([*_case_and_ours(rows, ours), *against, _against_others(timed, ours)])
+    return markdown_table(header, lines, left=(0, 2, 3))
+
+
+def _timed(rows: list[Row]) -> dict[str, Row]:
+    return {row["competitor"]: row for row in rows if row["ms"]}
+
+
+def _case_and_ours(rows: list[Row], ours: Row | None) -> list[str]:
+    """The first six cells of a case."""
+    row = rows[0]
+    mode = [row["mode"], *extras(row["routing"], row["allocator"])]
+    mode += [] if is_undisturbed(rows) else ["disturbed"]
+    cells = [row["shape"], f"{row['tokens']:,}", row["dtype"], ", ".join(mode)]
+    return cells + ([_milliseconds(ours), f"{ours['percent_of_floor']:.0f} %"] if ours else ["", ""])
+
+
+def _against_transformers(timed: dict[str, Row], ours: Row | None) -> str:
+    return _against(_fastest([timed[name] for name in BASELINES if name in timed]), ours, "")
+
+
+def _against_others(timed: dict[str, Row], ours: Row | None) -> str:
+    other = _fastest([row for name, row in timed.items() if not is_ours(name) and not name.startswith("hf_")])
+    return _against(other, ours, other["competitor"] if other else "")
+
+
 def _milliseconds(row: Row) -> str:
-    """Three digits at least: 0.0297, 2.90, 1,307."""
+    """At least three digits: 0.0297, 2.90, 1,307."""
     ms = float(row["ms"])
     return f"{ms:,.{max(2 - math.floor(math.log10(ms)), 0)}f}"
 
@@ -120,16 +151,14 @@ def _against(theirs: Row | None, ours: Row | None, name: str) -> str:
 
 
 def summary_table(results: dict[str, Any]) -> str:
-    """A row per shape and dtype: milliseconds, part of the floor, time of transformers' default over it."""
+    """A row per shape and dtype: milliseconds, share of the floor, speed-up over transformers' default."""
     found: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
     for rows in undisturbed(results):
-        row = rows[0]
-        timed = {r["competitor"]: r for r in rows if r["ms"]}
-        if (row["allocator"], row["routing"]) != ("default", "balanced") or not {"switchgear", BASELINES[0]} <= set(
-            timed
-        ):
+        row, timed = rows[0], _timed(rows)
+        own = ours_in(row["dtype"])[0]
+        if (row["allocator"], row["routing"]) != ("default", "balanced") or not {own, BASELINES[0]} <= set(timed):
             continue
-        ours, theirs = timed["switchgear"], timed[BASELINES[0]]
+        ours, theirs = timed[own], timed[BASELINES[0]]
         cell = f"{_milliseconds(ours)} ms, {ours['percent_of_floor']:.0f} %, **{theirs['ms'] / ours['ms']:.1f}x**"
         found.setdefault((row["shape"], row["dtype"]), {})[row["mode"], row["tokens"]] = cell
     header = ["shape", "dtype", *(f"{mode}, {tokens} token{'s' if tokens > 1 else ''}" for mode, tokens in SUMMARY)]
@@ -154,6 +183,7 @@ def pictures(results: dict[str, Any]) -> str:
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "machine": machine_note,
     "cases": case_table,
+    "decoded": decoded_table,
     "summary": summary_table,
     "targets": target_table,
     "pictures": pictures,

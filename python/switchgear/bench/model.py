@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --model`: what the CUDA kernels should cost (cost_model.py), beside what others have published."""
+"""`switchgear bench --model`: predicted cost of the CUDA kernels (cost_model.py), beside published figures."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def published(name: str, mode: str) -> list[Figure]:
 
 
 def best_published(name: str, mode: str) -> Figure | None:
-    """The fastest of the figures for a shape and mode, on whatever card."""
+    """The fastest published figure for a shape and mode, on any card."""
     return max(published(name, mode), key=lambda figure: figure.tflops, default=None)
 
 
 def print_summary(out: Any, cases: dict[tuple[str, str], list[Prediction]]) -> None:
-    """All shapes on one page: predictions, and the best that somebody has published."""
+    """All shapes on one page: predictions, and the best published figures."""
     shown = table("predicted, TFLOP/s", *(gpu.name for gpu in GPUS), "best published")
     for (name, mode), predictions in cases.items():
         best = best_published(name, mode)

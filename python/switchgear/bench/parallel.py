@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`switchgear bench --parallel N`: experts distributed over N processes of this machine.
 
-What is compared, around the same experts and over the same links: plain all_to_all_single with a row for each choice,
-and switchgear's exchange without and with overlap. Links are throttled to a bandwidth at which a process is as long on
-the link as in its experts (or to --bandwidth), since sockets of one machine are memory copies that take processor time
-from the experts; --bandwidth 0 leaves them alone.
+It compares, around the same experts and over the same links, plain all_to_all_single with a row per choice, and
+switchgear's exchange with and without overlap. Sockets on one machine are memory copies that take processor time from
+the experts. So links are throttled until transfers take as long as the experts (or to --bandwidth); --bandwidth 0
+turns throttling off.
 
-    sent      bytes that leave a rank, counted where they are sent; floor: what has to (a row for each rank that has an
-              expert of the token, in and out, and its choices). The difference is the headers, or the run fails.
-    waiting   seconds in which a rank has nothing to do but to wait; hidden: the share of the link's time that is not
-    predicted by the model of plan-parallel, from bytes and bandwidth, and of the experts their time in one chunk (in
-              training with its parts), and what each chunk more costs them, of which the largest number of chunks tells
+    sent      bytes that leave a rank, counted by the sender; floor: the minimum (a row for each rank that has an expert
+              of the token, in and out, and its choices). The difference must be the headers, or the run fails.
+    waiting   seconds that a rank is idle; hidden: the share of the link's time that overlaps with other work
+    predicted by the model of plan-parallel, from bytes, bandwidth, the experts' time in one chunk (in training split
+              into its parts), and the cost of each further chunk, estimated from the largest number of chunks
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from switchgear.parallel import ExpertParallel, ParallelExperts
 from switchgear.parallel.cost import count, draw_routing
-from switchgear.parallel.exchange import Event
+from switchgear.parallel.record import Event
 
 from ..common import CommandError
 from ..common.machine import cpu, has_fast_bfloat16
@@ -84,7 +84,7 @@ def _one(option: str, values: Sequence[T]) -> T:
 
 
 def launch(task: Task, size: int) -> list[dict[str, Any]]:
-    """What each rank measured."""
+    """The measurements of each rank."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with ExitStack() as stack:
@@ -142,7 +142,7 @@ def measure(parallel: ExpertParallel, task: Task) -> dict[str, Any]:
     first = "switchgear, 1 chunk"
     step(first)
     bandwidth = task.bandwidth
-    if bandwidth is None:  # as fast as the experts once they are warm, and not slowed down by faster transfers
+    if bandwidth is None:  # the speed of warm experts, not reduced by faster transfers
         for name in VARIANTS:
             step(name)
         for _ in range(3):
@@ -163,7 +163,7 @@ def measure(parallel: ExpertParallel, task: Task) -> dict[str, Any]:
 
 
 def _between(events: list[Event], begin: float, end: float) -> list[Event]:
-    """The times without a transfer, which nobody has measured by themselves: experts and what is around them."""
+    """The intervals without a transfer, which are not measured separately: experts and the work around them."""
     edges = [begin, *(edge for event in events for edge in (event.begin, event.end)), end]
     return [Event("experts", "experts", edges[i], edges[i + 1]) for i in range(0, len(edges), 2)]
 
@@ -175,7 +175,7 @@ def _gather(parallel: ExpertParallel, value: float) -> list[float]:
 
 
 def _agree(parallel: ExpertParallel, experts: ParallelExperts, x: Tensor, ids: Tensor, weights: Tensor) -> None:
-    """Both ways compute the same, up to rounding in the dtype; an AssertionError otherwise."""
+    """AssertionError unless both ways compute the same result, up to rounding in the dtype."""
     with torch.no_grad():
         got, want = experts(x, ids, weights).float(), plain(experts, x, ids, weights).float()
     limit = 16 * torch.finfo(x.dtype).eps * float(want.abs().max())

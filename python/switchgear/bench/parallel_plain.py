@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What `switchgear bench --parallel` compares with: a layer of distributed experts by plain all_to_all_single."""
+"""The baseline of `switchgear bench --parallel`: a layer of distributed experts by plain all_to_all_single."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import switchgear
 from switchgear.parallel import ExpertParallel, ParallelExperts
-from switchgear.parallel.exchange import Event
+from switchgear.parallel.record import Event
 
 
 class _AllToAll(torch.autograd.Function):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What `switchgear bench --parallel` makes of its measurements: medians beside predictions, a table and a picture."""
+"""Results of `switchgear bench --parallel`: medians beside predictions, a table and a plot."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from switchgear.parallel.cost import PAIR_BYTES, Traffic, pipeline
-from switchgear.parallel.exchange import Event
 from switchgear.parallel.header import LENGTH
+from switchgear.parallel.record import Event
 
 from ..common import console, table
 from ..common.machine import cpu
@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
 
 def floor_bytes(traffic: Traffic, rank: int, row: int, train: bool) -> int:
-    """What has to leave a rank, counted from the routing alone: rows of its tokens and of those that it hosts."""
+    """The minimum that leaves a rank, from the routing only: rows of its tokens and of the tokens that it hosts."""
     rows = int(traffic.rows[rank].sum() + traffic.rows[:, rank].sum() - 2 * traffic.rows[rank, rank])
     pairs = int(traffic.pairs[rank].sum() - traffic.pairs[rank, rank])
     hosted = int(traffic.pairs[:, rank].sum() - traffic.pairs[rank, rank])
@@ -54,7 +54,7 @@ def floor_bytes(traffic: Traffic, rank: int, row: int, train: bool) -> int:
 
 
 def summarise(task: Task, answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over steps, of the rank that takes longest."""
+    """Medians over steps, of the slowest rank."""
     size, train = len(answers), task.mode == "train"
     row = task.shape.hidden_size * task.dtype.itemsize
     bandwidth = float(answers[0]["bandwidth"])
@@ -91,7 +91,7 @@ def _experts_seconds(answers: list[dict[str, Any]], name: str) -> float:
 
 
 def chunk_overhead(answers: list[dict[str, Any]]) -> float:
-    """Seconds that one more chunk of a step costs the experts: its products are smaller, and more messages pass."""
+    """Seconds that each further chunk costs the experts of a step: smaller products, more messages."""
     (few, one), *_, (many, eight) = ((chunks, name) for name, chunks in VARIANTS.items() if chunks)
     return max(0.0, (_experts_seconds(answers, eight) - _experts_seconds(answers, one)) / (many - few))
 
@@ -99,7 +99,7 @@ def chunk_overhead(answers: list[dict[str, Any]]) -> float:
 def _predicted(
     task: Task, answers: list[dict[str, Any]], traffic: Traffic, chunks: int, bandwidth: float, overhead: float
 ) -> float:
-    """Milliseconds of a step by cost.pipeline. A chunk costs the same in forward and in backward."""
+    """Milliseconds of a step by cost.pipeline. A chunk has the same overhead in forward and in backward."""
     away = traffic.rows - torch.diag(traffic.rows.diagonal())
     most = int(torch.maximum(away.sum(1), away.sum(0)).max())
     seconds = most * task.shape.hidden_size * task.dtype.itemsize / bandwidth
@@ -114,7 +114,7 @@ def _predicted(
 
 
 def _share(step: Step, name: str) -> float:
-    """Of a step's time in the experts, in events whose names begin so; what is around them goes with them."""
+    """The share of a step's expert time in events whose names start with `name`; time around events is split alike."""
     spent = [(event.name, event.end - event.begin) for event in step.events if event.lane == "experts"]
     whole = sum(seconds for part, seconds in spent if part != "sum")
     return sum(seconds for part, seconds in spent if part.startswith(name)) / whole
@@ -136,7 +136,7 @@ def print_case(result: dict[str, Any]) -> None:
 
 
 def plot(result: dict[str, Any], timelines: dict[str, list[Step]], folder: str) -> None:
-    """folder/parallel-<mode>.png: one step of rank 0, the link's lane over the experts', for each variant."""
+    """folder/parallel-<mode>.png: one step of rank 0 for each variant, with the link's lane above the experts'."""
     plt = pyplot()
     names = list(timelines)
     longest = max(timelines[name][0].seconds for name in names)

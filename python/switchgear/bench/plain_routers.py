@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Routing policies as one writes them in torch ops: what `switchgear bench --routers` compares with.
+"""Routing policies in ordinary torch ops: the baseline of `switchgear bench --routers`.
 
-Logits [T,E] in, topk_ids and topk_weights [T,K] out, -1 for none. No loops over experts, sorts where the policies need
-them, ties as torch breaks them. The auction and rerouting are those of reference/policies.py.
+Logits [T,E] in, topk_ids and topk_weights [T,K] out, -1 for an empty slot. There are no loops over experts. Policies
+sort where they need to, and ties break as in torch. The auction and rerouting are those of reference/policies.py.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def running_cap(logits: Tensor, k: int, totals: Tensor, margin: float) -> tuple[
 
 
 class Draws:
-    """Random numbers as one draws them in torch; or, `shared`, the very ones that switchgear draws, to compare."""
+    """Random numbers by the usual torch code, or, if `shared`, the same ones that switchgear draws, to compare."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator()
@@ -187,11 +187,11 @@ def random(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
     return ids, torch.ones(len(logits), 1)
 
 
-# ---- experts choose, or have room ------------------------------------------------------------------------------------
+# ---- experts choose, or have limited capacity ------------------------------------------------------------------------
 
 
 def expert_choice(logits: Tensor, factor: int, length: int) -> tuple[Tensor, Tensor]:
-    """Among each `length` tokens; a token's experts in ascending order."""
+    """Within each group of `length` tokens; a token's experts are in ascending order."""
     num_experts = logits.shape[1]
     scores = logits.softmax(-1, dtype=torch.float32)
     best = scores.view(-1, length, num_experts).transpose(1, 2).topk(max(length * factor // num_experts, 1)).indices
@@ -202,7 +202,7 @@ def expert_choice(logits: Tensor, factor: int, length: int) -> tuple[Tensor, Ten
 
 
 def capped_expert_choice(logits: Tensor, factor: int, cap: int, rounds: int = 30) -> tuple[Tensor, Tensor]:
-    """With at most `cap` experts of a token, by prices of experts and of tokens in turn; each from a sort."""
+    """At most `cap` experts per token, by alternating prices of experts and of tokens, each from a sort."""
 
     def price(values: Tensor, total: int) -> Tensor:
         descending = values.sort(-1, descending=True).values

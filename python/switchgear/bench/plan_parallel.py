@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear plan-parallel`: what experts distributed over many ranks would cost, from a routing and a few speeds.
+"""`switchgear plan-parallel`: predicts the cost of experts on many ranks, from a routing and a few speeds.
 
-PREDICTIONS of parallel/cost.py, not measurements. `switchgear bench --parallel` compares the same model with what it
-measures on one machine.
+PREDICTIONS of parallel/cost.py, not measurements. `switchgear bench --parallel` compares the same model with
+measurements on one machine.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _routing(args: argparse.Namespace, layer: Layer) -> torch.Tensor:
-    """topk_ids of all ranks' tokens, one rank after the other."""
+    """topk_ids of all ranks' tokens, in rank order."""
     total = args.tokens * args.ep
     if not args.trace:
         return draw_routing(total, layer.num_experts, layer.top_k, args.skew)
@@ -103,7 +103,7 @@ def _placement(args: argparse.Namespace, layer: Layer, routing: torch.Tensor) ->
 
 
 def memory(prediction: Prediction, num_layers: int, item: int, optimizer_bytes: int) -> dict[str, int]:
-    """Bytes of the busiest rank, of all layers: expert weights, their gradients and optimizer state, activations."""
+    """Bytes of the busiest rank, over all layers: expert weights, their gradients and optimizer state, activations."""
     weights = prediction.weight_bytes * num_layers
     return {
         "weights": weights,

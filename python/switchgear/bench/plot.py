@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The pictures of a benchmark: the time of a call over the number of tokens, a picture per shape, with the floor."""
+"""The plots of a benchmark: time per call over the number of tokens, one plot per shape, with the floor."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _style(name: str) -> dict[str, Any]:
 
 
 def _plot_panel(axis: Any, rows: list[dict[str, Any]], palette: dict[str, str]) -> None:
-    """Both axes logarithmic; below the floor the panel is grey."""
+    """Both axes are logarithmic; the area below the floor is grey."""
     floors = dict(sorted((row["tokens"], row["floor_ms"]) for row in rows))
     axis.plot(list(floors), list(floors.values()), color=INK, linewidth=1, linestyle=":", zorder=1)
     for name in dict.fromkeys(row["competitor"] for row in rows):

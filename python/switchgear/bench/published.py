@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Figures that other projects have published for MoE layers on GPUs.
+"""MoE layer performance on GPUs as published by other projects.
 
-None was measured here: clocks, software and what was timed differ, so they are a scale for predictions and not a
-comparison.
+Nothing was measured here. Clocks, software and what was timed differ, so the figures give a scale for predictions, not
+a comparison.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ class Figure(NamedTuple):
     shape: str  # of GPU_SHAPES, with the tokens of GPU_TOKENS
     mode: str  # "forward", "backward" or "train"
     who: str
-    tflops: float  # 6·T·K·H·I forward, 12·T·K·H·I backward, over the time that was published
+    tflops: float  # 6·T·K·H·I forward, 12·T·K·H·I backward, over the published time
     gpu: str
     source: str
 
 
-# Read off bars of a chart, ±2 TFLOP/s. It shows whole layers, router included, with only the experts' flop counted.
+# Read off bars of a chart, ±2 TFLOP/s. It shows whole layers with the router, but counts only the experts' flop.
 _SONIC = "SonicMoE paper, figure 14 (read off the chart)"
 _LIGER = "Liger-Kernel, benchmark/data/all_benchmark_data.csv, 2026-04"
 _LIGER_NEXT = "Liger-Kernel pull request 1294"
@@ -60,7 +60,7 @@ FIGURES = (
 
 class OpFigure(NamedTuple):
     op: str
-    case: str  # as cuda_ops.py names it
+    case: str  # the name in cuda_ops.py
     who: str
     text: str
     gpu: str

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Results of a benchmark: a row per case and competitor. Their file has medians alone, a line for each case.
+"""Results of a benchmark: a row per case and competitor. Their file has only medians, one line per case.
 
     {"schema", "machine", "ceilings", "cases": [CASE, MEASURED, "competitors": {name: MEDIANS}], "skipped"}
 
-All other columns of a row follow from these (`completed`). Files grow case by case.
+`completed` derives all other columns of a row from these. Files grow case by case.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from .shapes import SHAPES
 
 Row = dict[str, Any]
 SCHEMA = "switchgear-bench/3"
-CASE = ("shape", "dtype", "mode", "tokens", "routing", "pages", "allocator")  # columns that say which case a row is of
+CASE = ("shape", "dtype", "mode", "tokens", "routing", "pages", "allocator")  # columns that identify the case of a row
 MEASURED = ("touched_experts", "multiply_rate", "read_ms")  # of a case
-MEDIANS = ("ms", "relative_error", "quiet_turns")  # of a competitor; no time of one that is wrong
-SAME = ("model", "threads", "isa", "torch", "transformers")  # what must agree where runs share a file
+MEDIANS = ("ms", "relative_error", "quiet_turns")  # of a competitor; a wrong one has no time
+SAME = ("model", "threads", "isa", "torch", "transformers")  # what must be equal in runs that share a file
 DIGITS = 8
 
 
 def completed(row: Row) -> Row:
-    """A row of CASE, MEASURED, "competitor" and MEDIANS with the columns that follow from them."""
+    """A row of CASE, MEASURED, "competitor" and MEDIANS, plus the derived columns."""
     row = rounded(row)
     shape, seconds = SHAPES[row["shape"]], row["ms"] and row["ms"] / 1e3
     sizes = {name: size for name, size in shape._asdict().items() if name != "model"}
     flops = flops_of(shape, row["tokens"], row["mode"])
     weight_bytes = moved_bytes(shape, row["touched_experts"], row["dtype"], row["mode"])
-    compute, memory = 1e3 * flops / row["multiply_rate"], row["read_ms"]  # the least time, and what binds it
+    compute, memory = 1e3 * flops / row["multiply_rate"], row["read_ms"]  # the least time, and what limits it
     return row | sizes | {
         "flops": flops, "weight_bytes": weight_bytes,
         "floor_ms": max(compute, memory), "bound": "compute" if compute >= memory else "memory",
@@ -47,12 +47,12 @@ def completed(row: Row) -> Row:
 
 
 def write_json(value: dict[str, Any], path: str) -> None:
-    """A line for each object in a list, numbers of DIGITS digits: small files, whose differences can be read."""
+    """One line per object in a list, numbers rounded to DIGITS digits: small files with readable diffs."""
     Path(path).write_text(_lines(rounded(value)) + "\n")
 
 
 def rounded(value: Any) -> Any:
-    """As a file has it, so that tables of a run and of its file are the same."""
+    """The value as stored in a file, so that tables of a run and of its file are equal."""
     if isinstance(value, dict):
         return {name: rounded(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -70,7 +70,7 @@ def _lines(value: Any) -> str:
 
 
 def read_json(path: str, option: str, schema: str) -> dict[str, Any]:
-    """Results of an earlier run. CommandError where there are none."""
+    """Results of an earlier run. CommandError if there are none."""
     try:
         results = json.loads(Path(path).read_text())
     except OSError as error:
@@ -93,7 +93,7 @@ def save(results: dict[str, Any], path: str) -> None:
 
 
 def load(path: str, option: str) -> dict[str, Any]:
-    """What `save` wrote, with all columns."""
+    """Reads what `save` wrote, with all columns."""
     results = read_json(path, option, SCHEMA)
     rows = [
         completed(case | {"competitor": name} | medians)
@@ -104,7 +104,7 @@ def load(path: str, option: str) -> dict[str, Any]:
 
 
 def write_csv(rows: list[Row], path: str) -> None:
-    """All columns that some row has."""
+    """All columns that any row has."""
     columns = dict.fromkeys(column for row in rows for column in row) or ["shape"]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(columns))
@@ -113,7 +113,7 @@ def write_csv(rows: list[Row], path: str) -> None:
 
 
 def open_outputs(args: argparse.Namespace) -> dict[str, str]:
-    """Paths by kind; each can be written. CommandError for one that can't."""
+    """Paths by kind, all writable. CommandError for one that is not."""
     outputs = {kind: getattr(args, kind) for kind in ("json", "csv", "markdown", "plot") if getattr(args, kind)}
     for kind, path in outputs.items():
         try:
@@ -130,7 +130,7 @@ def open_outputs(args: argparse.Namespace) -> dict[str, str]:
 
 
 def merge(earlier: dict[str, Any], later: dict[str, Any], path: str) -> dict[str, Any]:
-    """Both runs; the later one's cases replace those of the earlier. CommandError where they don't compare."""
+    """Both runs; cases of the later one replace those of the earlier. CommandError if they are not comparable."""
     check_same_machine(earlier, later, path)
     again = {_case(row) for row in later["results"]}
     titles = {entry["case"] for entry in later["skipped"]}
@@ -147,7 +147,7 @@ def check_same_machine(earlier: dict[str, Any], later: dict[str, Any], path: str
 
 
 def cases_of(results: dict[str, Any]) -> list[list[Row]]:
-    """The rows, case by case, in their order."""
+    """The rows grouped by case, in order."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in results["results"]:
         groups.setdefault(_case(row), []).append(row)
@@ -155,12 +155,12 @@ def cases_of(results: dict[str, Any]) -> list[list[Row]]:
 
 
 def is_undisturbed(rows: list[Row]) -> bool:
-    """Whether every competitor of a case that was timed had a turn without other processes."""
+    """Whether every timed competitor of a case had a turn without other processes."""
     return all(row["quiet_turns"] for row in rows if row["ms"])
 
 
 def undisturbed(results: dict[str, Any]) -> list[list[Row]]:
-    """The cases that say something."""
+    """The cases whose timings are valid."""
     return [rows for rows in cases_of(results) if is_undisturbed(rows)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The policies that `switchgear bench --routers` times, each beside the same one in torch ops (plain_routers.py)."""
+"""The policies that `switchgear bench --routers` times, each beside the same policy in torch ops (plain_routers.py)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from . import plain_routers as plain
 from .shapes import Shape
 
 SEQUENCE, VOCABULARY = 256, 32_000
-MARGIN = 1e9  # of RunningCap: nobody is ahead by so much, and the closed ones are masked all the same
+MARGIN = 1e9  # of RunningCap: no expert leads by that much, so none closes, but the masking still runs
 TOP_K, OTHERS = 3.0, 10.0  # at most, in percent of the layer
 
 
 class Policy(NamedTuple):
-    """ours: logits [T,E] -> Routing. plain: the same in torch ops, -> topk_ids and topk_weights [T,K'] of any order and
-    width. limit: of the cost, in percent of the layer."""
+    """ours: logits [T,E] -> Routing. plain: the same in torch ops, -> topk_ids and topk_weights [T,K'] in any order, of
+    any width. limit: of the cost, in percent of the layer."""
 
     name: str
     ours: Callable[[Tensor], Routing]
@@ -31,7 +31,7 @@ class Policy(NamedTuple):
 
 
 def policies(shape: Shape, num_tokens: int, draws: plain.Draws) -> list[Policy]:
-    """All random numbers are those of `draws`, in the same order on both sides."""
+    """Both sides use the random numbers of `draws`, in the same order."""
     k, experts = shape.top_k, shape.num_experts
     data = torch.Generator().manual_seed(1)
     token_ids = torch.randint(VOCABULARY, (num_tokens,), generator=data)

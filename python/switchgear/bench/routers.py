@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --routers`: what routing policies cost, by the layer that they route for and by plain torch.
+"""`switchgear bench --routers`: the cost of routing policies, relative to their layer and to plain torch.
 
-Each policy's choice and plan are timed from the same logits as the same policy in torch ops (router_policies.py), in
-turns with it and with the layer, after both were found equal. The layer is the experts' forward in the dtype that this
-CPU is fast at, for the shape's own top_k, checked against float64. Where its weights would be large, a slice of it is
-timed, and the tables say so: fewer experts and as many fewer tokens, so that each expert has as many rows and the layer
-costs in proportion.
+Each policy's choice and plan are timed from the same logits, in turns with the same policy in torch ops
+(router_policies.py) and with the layer, after both gave equal results. The layer is the experts' forward in the dtype
+with the fastest products on this CPU, with the shape's own top_k, checked against float64. If its weights would be
+large, a slice of it is timed, as the tables note: fewer experts and proportionally fewer tokens. Each expert then has
+as many rows, and the layer's cost scales in proportion.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .verify import expected, relative_error, tolerance
 TOKENS = 2048
 MOST_BYTES = 1 << 30  # of weights
 SECONDS = 1.0  # for each policy
-TRIES = 3  # where other processes disturb it
+TRIES = 3  # if other processes disturb it
 SCHEMA = "switchgear-bench-routers/1"
 
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
 
 
 def _earlier(path: str | None, about: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
-    """The other shapes of a file of the same machine."""
+    """Results for other shapes in a file of the same machine."""
     if path is None or not Path(path).exists() or not Path(path).stat().st_size:
         return []
     earlier = read_json(path, "--json", SCHEMA)
@@ -79,7 +79,7 @@ def _earlier(path: str | None, about: dict[str, Any], names: list[str]) -> list[
 
 
 class Slice(NamedTuple):
-    """A layer that fits: 1/parts of the experts and of the tokens."""
+    """A layer that fits in memory: 1/parts of the experts and of the tokens."""
 
     parts: int
     case: Case
@@ -87,7 +87,7 @@ class Slice(NamedTuple):
 
 
 def slice_of(shape: Shape, dtype: str) -> Slice:
-    """RuntimeError: the layer is wrong."""
+    """RuntimeError if the layer is wrong."""
     parts, item = 1, {"bf16": 2, "fp32": 4}[dtype]
     while 3 * shape.hidden_size * shape.intermediate_size * shape.num_experts // parts * item > MOST_BYTES:
         parts *= 2
@@ -120,7 +120,7 @@ def measure(name: str, shape: Shape, dtype: str) -> Row:
 
 
 def row_of(policy: Policy, logits: Tensor, part: Slice, draws: plain_routers.Draws) -> tuple[Row, list[float]]:
-    """The columns, and the seconds of the slice of the layer."""
+    """The columns, and the seconds of the layer's slice."""
     num_experts = logits.shape[1]
 
     def ours(_: int) -> object:
@@ -148,7 +148,7 @@ def row_of(policy: Policy, logits: Tensor, part: Slice, draws: plain_routers.Dra
 
 
 def agree(policy: Policy, logits: Tensor, draws: plain_routers.Draws) -> bool:
-    """Whether both sides choose and weigh alike, of the same random numbers."""
+    """Whether both sides give the same routing for the same random numbers."""
     draws.shared = True
     draws.generator.manual_seed(0)
     routing = policy.ours(logits)
@@ -159,7 +159,7 @@ def agree(policy: Policy, logits: Tensor, draws: plain_routers.Draws) -> bool:
 
 
 def same(routing: Routing, theirs: tuple[Tensor, Tensor], num_experts: int) -> bool:
-    """Whether both weigh the same experts by the same numbers, up to the roundings of another softmax."""
+    """Whether both give the same experts the same weights, up to the rounding of another softmax."""
     tables = []
     for ids, weights in ((routing.topk_ids, routing.topk_weights), theirs):
         dense = torch.zeros(len(ids), num_experts + 1)
@@ -175,7 +175,7 @@ HEADER = ("policy", "µs", "of the layer", "at most", "torch, µs", "torch / our
 
 
 def title(measured: dict[str, Any], about: dict[str, Any]) -> str:
-    """What the rows are of, and how the layer was timed."""
+    """What the rows describe, and how the layer was timed."""
     m = measured
     layer = f"the layer takes {m['layer_ms']:,.0f} ms in {m['dtype']} ({m['gflops']:,.0f} GFLOP/s)"
     if m["parts"] > 1:

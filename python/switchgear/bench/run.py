@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`switchgear bench`: whole MoE layers at the shapes of real models, against other implementations on this machine.
 
-Each case is measured in a process of its own (worker.py). This file chooses the cases, shares out the time, and
-collects what they found.
+Each case is measured in its own process (worker.py). This file chooses the cases, divides the time among them, and
+collects the results.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from .worker import Task, run_case
 
 DEFAULT_SHAPES = "tiny,olmoe,qwen3-30b-a3b,mixtral-half"
 EVERYONE = "installed"
-# Tokens of a run that names none, by mode: of the usual run, of a quick one, of one against all competitors.
+# Default tokens by mode: of the usual run, of a quick one, of one against all competitors.
 TOKENS: dict[str, tuple[int, ...]] = {"forward": (1, 16, 256, 2048), "train": (256,)}
 QUICK_SHAPES, QUICK_TOKENS = "tiny,olmoe", {"forward": (1, 256), "train": (256,)}
 EVERYONES_TOKENS = {"forward": (1, 16, 256, 512, 2048), "train": (256, 512)}
 BUDGET, QUICK_BUDGET = 540.0, 45.0  # seconds for all cases
 CASE_BUDGET = 45.0  # for each case of a run against all competitors
 START_SECONDS = 6.0  # what a process needs before it can measure
-LONGEST_CASE, LONGEST_QUICK_CASE = 12.0, 3.0  # seconds of timing: more adds nothing
+LONGEST_CASE, LONGEST_QUICK_CASE = 12.0, 3.0  # seconds of timing: more adds no precision
 
 
 # fmt: off
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--routing", choices=("balanced", "zipf"), default="balanced",
         help="balanced: experts are equally likely; zipf: expert e is 1/(e+1) times as likely")
     add("--pages", choices=("huge", "default"), default="huge",
-        help="of the weights, for everyone: huge as after switchgear.use_huge_pages, or as torch allocates them")
+        help="of the weights, for everyone: huge, or as torch allocates them")
     add("--allocator", choices=("default", "tuned"), default="default",
         help="tuned: freed memory is kept, on huge pages (it halves the time of others' training steps)")
     add("--quick", action="store_true", help="a few small cases, within a minute")
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> list[Task]:
-    """The cases of a run; their seconds are shared out when they begin."""
+    """The cases of a run; each gets its share of the time when it starts."""
     everyone = args.competitors in (EVERYONE, "all")
     named = args.competitors is not None and not everyone
     dtypes = args.dtypes or (["bf16", "fp32"] if machine.has_fast_bfloat16() else ["fp32"])
@@ -137,7 +137,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
 
 
 def measure_all(tasks: list[Task], args: argparse.Namespace) -> dict[str, Any]:
-    """Run the cases in order, print a table after each, and return what --json writes: it has them one by one."""
+    """Runs the cases in order, prints a table after each, and returns the content of --json, saved after each case."""
     everyone = args.competitors in (EVERYONE, "all")
     budget = args.budget or (QUICK_BUDGET if args.quick else CASE_BUDGET * len(tasks) if everyone else BUDGET)
     longest = LONGEST_QUICK_CASE if args.quick else CASE_BUDGET if everyone else LONGEST_CASE

@@ -33,7 +33,7 @@ ROUTER_SHAPES = {
     "deepseek-v3": Shape(7168, 2048, 256, 8, "DeepSeek-V3, without its shared expert"),
 }
 
-# Layers that others have published figures for on GPUs, and the tokens of those figures (published.py).
+# Layers with published figures on GPUs, and the tokens of those figures (published.py).
 GPU_SHAPES = {
     "sonic-7b-n256": Shape(1536, 256, 128, 8, "SonicMoE's 7B model, finest experts"),
     "sonic-30b-n256": Shape(4096, 256, 256, 16, "SonicMoE's 30B model, finest experts"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What `switchgear bench` prints, and the files that it writes."""
+"""Prints the results of `switchgear bench` and writes its files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import markdown
 from .competitors import COMPETITORS
 from .results import save, undisturbed, write_csv
 from .shapes import SHAPES
-from .targets import is_ours, judge
+from .targets import is_ours, judge, ours_in
 
 
 def print_choices() -> None:
@@ -34,7 +34,8 @@ def print_machine(console: Any, machine: dict[str, Any], ceilings: dict[str, Any
 
 
 def print_case(console: Any, title: str, rows: list[dict[str, Any]], skipped: list[dict[str, str]]) -> None:
-    """One table, the fastest first. "x ours" is the time in multiples of that of switchgear on plain weights."""
+    """One table, the fastest first. "x ours" is the time relative to switchgear's, for bf16 and fp32 on plain
+    weights."""
     console.print(f"\n[bold]{title}[/]")
     if rows:
         row = rows[0]
@@ -43,7 +44,7 @@ def print_case(console: Any, title: str, rows: list[dict[str, Any]], skipped: li
             f"{row['read_ms']:.3f} ms; registers {row['multiply_rate'] / 1e9:,.0f} GFLOP/s; at best "
             f"{row['floor_ms']:.3f} ms, by {row['bound']}[/]"
         )
-    ours = next((row["ms"] for row in rows if is_ours(row["competitor"])), None)
+    ours = next((row["ms"] for row in rows if row["competitor"] in ours_in(row["dtype"])), None)
     shown = table("competitor", "ms", "GFLOP/s", "GB/s", "floor", "x ours", "error", "calls", "quiet")
     for row in sorted(rows, key=lambda row: row["ms"] or float("inf")):
         error = f"{row['relative_error']:.0e}"
@@ -68,7 +69,7 @@ def print_skipped(console: Any, skipped: list[dict[str, str]]) -> None:
 
 
 def print_verdicts(console: Any, results: dict[str, Any]) -> None:
-    """The targets of the cases that were measured, those that do not hold last."""
+    """The targets of the measured cases, missed ones last."""
     verdicts = judge(undisturbed(results))
     shown = table("case", "at least", "reached", "holds", wrap=True)
     for verdict in sorted(verdicts, key=lambda verdict: not verdict.holds):
@@ -78,7 +79,7 @@ def print_verdicts(console: Any, results: dict[str, Any]) -> None:
 
 
 def write(results: dict[str, Any], outputs: dict[str, str]) -> None:
-    """Write the files that were asked for: {"json" | "csv" | "markdown" | "plot": path}."""
+    """Writes the requested files: {"json" | "csv" | "markdown" | "plot": path}."""
     for kind, path in outputs.items():
         if kind == "plot":
             from .plot import plot

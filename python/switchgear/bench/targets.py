@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What switchgear's CPU kernels are meant to reach, and whether a run reached it.
+"""Performance targets of switchgear's CPU kernels, and whether a run met them.
 
-Ratios are a competitor's time over ours in one run: 2 means that the competitor takes twice as long.
+Ratios are a competitor's time over ours in one run: 2 means that switchgear is 2× faster.
 """
 
 from __future__ import annotations
@@ -9,16 +9,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-OURS = ("switchgear", "switchgear_panels", "switchgear_compact", "switchgear_int8", "switchgear_int4")
+OURS = (
+    "switchgear", "switchgear_panels", "switchgear_compact", "switchgear_int8", "switchgear_int4", "switchgear_fp8",
+    "switchgear_mxfp4",
+)  # fmt: skip
 
 
 def is_ours(competitor: str) -> bool:
     return competitor in OURS
 
 
+def ours_in(dtype: str) -> tuple[str, ...]:
+    """Our competitors that multiply weights of this dtype directly. For fp8 and mxfp4, plain `switchgear` multiplies
+    decoded weights, like libraries without kernels for the format."""
+    own = f"switchgear_{dtype}"
+    return (own,) if own in OURS else OURS
+
+
 HF_DEFAULT = ("hf_grouped_mm",)
 TORCH = ("hf_grouped_mm", "torch_grouped_mm", "torch_loop")
 FASTEST_FP32 = ("vllm", "zentorch")
+OTHER_MXFP4 = ("sglang_mxfp4", "ggml_mxfp4", "ggml_mxfp4_repacked")
 GGML_Q4 = ("ggml_q4_0", "ggml_q4_K", "ggml_q4_0_repacked", "ggml_q4_K_repacked")
 ANY_SHAPE: tuple[str, ...] = ()
 
@@ -28,7 +39,7 @@ class Target(NamedTuple):
     mode: str
     tokens: tuple[int, int]  # from, to
     at_least: float
-    than: tuple[str, ...] | str  # a ratio to the best of these competitors; or a part of the "floor" or of the "read"
+    than: tuple[str, ...] | str  # a ratio to the best of these competitors, or a share of the "floor" or of the "read"
     shapes: tuple[str, ...] = ANY_SHAPE
     allocator: str = "default"
 
@@ -41,7 +52,7 @@ class Target(NamedTuple):
         )
 
 
-MODELS = ("olmoe", "qwen3-30b-a3b", "mixtral-half", "deepseek-v2-lite", "gpt-oss-20b")  # tiny lies in the cache
+MODELS = ("olmoe", "qwen3-30b-a3b", "mixtral-half", "deepseek-v2-lite", "gpt-oss-20b")  # tiny fits in the cache
 FEW_TOKENS = ("olmoe", "qwen3-30b-a3b")  # per expert
 DECODE, PREFILL, LONG = (1, 16), (256, 512), (2048, 2048)
 TARGETS = (
@@ -70,6 +81,10 @@ TARGETS = (
     Target("int8", "forward", (512, 512), 1.1, ("zentorch_int8",)),
     Target("int4", "forward", (1, 1), 1.0, ("ggml_q4_0_repacked", "ggml_q4_K_repacked")),
     Target("int4", "forward", (512, 512), 2.0, GGML_Q4),
+    Target("fp8", "forward", DECODE, 1.0, ("sglang_fp8",), MODELS),
+    Target("fp8", "forward", PREFILL, 1.0, ("sglang_fp8",), MODELS),
+    Target("mxfp4", "forward", DECODE, 1.0, OTHER_MXFP4, MODELS),
+    Target("mxfp4", "forward", PREFILL, 1.0, OTHER_MXFP4, MODELS),
 )
 
 
@@ -81,7 +96,7 @@ class Verdict(NamedTuple):
 
 
 def judge(cases: Sequence[Sequence[dict[str, Any]]]) -> list[Verdict]:
-    """A line for each target and each case that it covers, as far as those it compares were measured."""
+    """A line for each target and each case that it covers, if the compared competitors were measured."""
     return [
         verdict
         for target in TARGETS
@@ -96,7 +111,7 @@ def _fastest(timed: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str
 
 
 def _verdict(target: Target, timed: dict[str, dict[str, Any]]) -> Verdict | None:
-    ours = _fastest(timed, OURS)
+    ours = _fastest(timed, ours_in(target.dtype))
     if ours is None:
         return None
     case = f"{ours['shape']}, T={ours['tokens']}, {ours['dtype']}, {ours['mode']}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Timing on a machine that others use too and whose speed drifts: everyone takes turns, and medians are compared.
+"""Timing on a shared machine whose speed drifts: competitors take turns, and medians are compared.
 
-A turn begins when other processes leave the cores alone, if they do within a while, and counts if they did throughout.
+A turn starts once other processes are idle, or after a timeout. It counts only if they stayed idle throughout.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import NamedTuple
 from ..common.machine import busy_seconds_elsewhere
 
 TURN_SECONDS = 0.05  # of timed calls in a turn
-LONG_SECONDS = 0.2  # a call as long as this has nothing to warm up
+LONG_SECONDS = 0.2  # a call as long as this needs no warm-up
 FEWEST_TURNS, MOST_TURNS = 3, 30
 FEWEST_QUIET = 2  # turns; with fewer, all count
 FAR_MORE = 3
-QUIET, STIRRED = 0.2, 0.1  # cores in use by others: below the first a turn begins, above the second it does not count
-TICK = 0.011  # seconds, by which the system's clock of busy cores is inexact
-GLANCE = 0.05  # seconds of looking whether others are busy
+QUIET, STIRRED = 0.2, 0.1  # cores in use by others: a turn starts below the first and does not count above the second
+TICK = 0.011  # seconds of error in the system's clock of busy cores
+GLANCE = 0.05  # seconds over which the load of others is sampled
 
 
 class Timed(NamedTuple):
@@ -33,11 +33,11 @@ def interleave(
 ) -> dict[str, Timed]:
     """Times of each entry, taken in turns A B C A B C … for about `budget` seconds.
 
-    There are at least FEWEST_TURNS, unless they would take far more than the budget.
+    There are at least FEWEST_TURNS, unless they would far exceed the budget.
 
-    A turn is one call that is not timed (it brings back caches and wakes threads; long calls do without) and timed ones
-    for TURN_SECONDS. Calls get a running number, by which they choose their inputs. With `leaves_memory`, a call frees
-    what the one before has left, so the first of a turn, which frees another entry's, is never timed.
+    A turn is one untimed call (it refills caches and wakes threads; long calls skip it) and then timed calls for
+    TURN_SECONDS. Calls get a running number, which selects their inputs. With `leaves_memory`, each call frees the
+    memory of the one before. The first call of a turn frees another entry's memory, so it is never timed.
     """
     turns: dict[str, list[tuple[list[float], bool]]] = {name: [] for name in calls}
     numbers = dict.fromkeys(calls, 0)
@@ -72,7 +72,7 @@ def interleave(
 
 
 def wait_for_quiet(longest: float) -> None:
-    """Return once other processes use little of the cores, or after `longest` seconds."""
+    """Returns once other processes use few of the cores, or after `longest` seconds."""
     end = perf_counter() + longest
     while perf_counter() < end:
         before = busy_seconds_elsewhere()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Is a result right? What a correct layer computes, in float64 on a sample, and how far one may be from it."""
+"""Checks results: the correct layer in float64 on a sample of tokens, and the tolerance for the difference."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def _experts(case: Case, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     y = torch.zeros_like(x, dtype=torch.float64)
     for expert in torch.unique(ids).tolist():
         token, choice = (ids == expert).nonzero(as_tuple=True)
-        gate, up = (x[token] @ case.gate_up_proj[expert].detach().double().T).chunk(2, -1)
-        rows = (F.silu(gate) * up) @ case.down_proj[expert].detach().double().T
+        gate_up, down = case.matrices(expert)
+        gate, up = (x[token] @ gate_up.T).chunk(2, -1)
+        rows = (F.silu(gate) * up) @ down.T
         y = y.index_add(0, token, rows * weights[token, choice, None])
     return y
 
@@ -49,8 +50,7 @@ def expected(case: Case) -> Expected:
     if not training:
         return Expected(tokens, y, expert, None)
     torch.autograd.backward(y, case.grad_y[tokens].double())
-    gate_up = case.gate_up_proj[expert].detach().double().requires_grad_()
-    down = case.down_proj[expert].detach().double().requires_grad_()
+    gate_up, down = (matrix.requires_grad_() for matrix in case.matrices(expert))
     token, choice = (inputs.topk_ids_int64 == expert).nonzero(as_tuple=True)
     gate, up = (inputs.x[token].double() @ gate_up.T).chunk(2, -1)
     rows = ((F.silu(gate) * up) @ down.T) * inputs.topk_weights[token, choice, None].double()
@@ -60,28 +60,33 @@ def expected(case: Case) -> Expected:
 
 
 def tolerance(case: Case) -> float:
-    """Largest relative error (root mean square) of a correct implementation.
+    """The largest relative error (root mean square) that a correct implementation may have.
 
     Stored values are rounded to the dtype, u relative each: h, silu(gate)·up, the expert's row, its weighted row, and
-    in the slowest case each partial sum over K; a backward pass goes through as many roundings again. Sums of n random
-    terms in float32 add u32·sqrt(n). Roundings are random, so six standard deviations bound them.
+    in the slowest case each partial sum over K; a backward pass adds as many roundings again. Sums of n random terms in
+    float32 add u32·sqrt(n). Roundings are random, so six standard deviations bound them.
 
-    Quantising outweighs all that. Steps of 1/127 of a row's largest element, which is some 4 standard deviations, are
-    uniform errors of 4/127/sqrt(12) = 0.9 %, of weights and of activations, in three products: 2.2 % together. With 16
-    levels for a group of 32, whose largest element is some 2.1 standard deviations, 2.1/7.5/sqrt(12) = 8 %, of weights
-    alone: 14 %, and 22 % for groups of a whole row. Twice as much is still right.
+    Quantisation dominates all that. Steps of 1/127 of a row's largest element, about 4 standard deviations, are uniform
+    errors of 4/127/sqrt(12) = 0.9 %, of weights and of activations, in three products: 2.2 % together. With 16 levels
+    for a group of 32, whose largest element is about 2.1 standard deviations, 2.1/7.5/sqrt(12) = 8 %, of weights only:
+    14 %, and 22 % for groups of a whole row. The bounds allow twice as much.
+
+    fp8 and mxfp4 are compared with their decoded values, so only products count. A library that decodes them to
+    bfloat16 first rounds both weights once more. One that rounds x and silu(gate)·up to int8, in groups of 32, has
+    errors of 2.1/127/sqrt(12) = 0.5 % in each of three products, 0.8 % together: half of the bound.
     """
     if case.dtype_name in _QUANTISED:
         return _QUANTISED[case.dtype_name]
     unit = {torch.bfloat16: 2.0**-9, torch.float32: 2.0**-24}[case.dtype]
     passes = 1 if case.mode == "forward" else 2
-    stored = unit * (6 + case.shape.top_k) * passes
+    roundings = (6 if case.stored is None else 8) + case.shape.top_k
+    stored = unit * roundings * passes
     longest = max(case.shape.hidden_size, 2 * case.shape.intermediate_size, case.tokens)
     return stored + passes * 6 * 2.0**-24 * 2 * math.sqrt(longest)
 
 
 def relative_error(case: Case, layer: Layer, want: Expected) -> float:
-    """Run `layer` once and compare everything that is known: the worst root-mean-square error, relative."""
+    """Runs `layer` once and compares everything that is known: the worst root-mean-square error, relative."""
 
     def distance(got: Tensor, wanted: Tensor) -> float:
         error = (got.double() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
@@ -102,20 +107,20 @@ def relative_error(case: Case, layer: Layer, want: Expected) -> float:
 
 
 class Verified(NamedTuple):
-    layers: dict[str, Layer]  # those that are right
-    errors: dict[str, float]  # of them, and of those that are wrong
+    layers: dict[str, Layer]  # the correct ones
+    errors: dict[str, float]  # of correct and of wrong ones
     limit: float
     skipped: list[dict[str, str]]  # case, competitor, reason
 
 
 def verify(case: Case, names: Sequence[str], prepare: Callable[[str], Layer], title: str) -> Verified:
-    """Make and check each competitor's layer. What goes wrong in another library is a reason to leave it out."""
+    """Makes and checks each competitor's layer. A failure in another library is a reason to skip it."""
     want, found = expected(case), Verified({}, {}, tolerance(case), [])
     for name in names:
         try:
             layer = prepare(name)
             found.errors[name] = relative_error(case, layer, want)
-        except Exception as problem:  # other libraries break in their own ways, out of memory among them
+        except Exception as problem:  # other libraries fail in many ways, including out of memory
             if name.startswith("switchgear") and not isinstance(problem, Skip):
                 raise
             reason = str(problem) if isinstance(problem, Skip) else f"{type(problem).__name__}: {problem}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One case of the benchmark in a process of its own: no threads, caches or freed memory of an earlier case are left.
+"""One case of the benchmark in its own process: no threads, caches or freed memory of an earlier case remain.
 
-Everything is measured in one run, in turns: the machine's ceilings, and all competitors. Each one's result is compared
-with float64 before it is timed; one that is wrong is not timed.
+The machine's ceilings and all competitors are measured in one run, in turns. Each result is compared with float64
+before it is timed; a wrong competitor is not timed.
 """
 
 from __future__ import annotations
@@ -19,29 +19,32 @@ from unittest import mock
 
 import torch
 
+from switchgear.reference.formats import MINIFLOATS
+
 from ..common import machine
 from ..common.processes import Child
 from .case import FORMATS, Case, Layer, call_of, make_case, make_weights
 from .ceilings import multiply_rate, read_probe
 from .competitors import COMPETITORS, Skip, look_in_folder
+from .minifloats import in_bfloat16, make_stored
 from .results import CASE, completed, extras
 from .shapes import SHAPES
 from .timing import Timed, interleave
 from .verify import verify
 
-# What makes glibc keep freed memory, and torch ask for huge pages: page faults are half of a training step without it.
+# Makes glibc keep freed memory and torch use huge pages: without them page faults are half of a training step.
 TUNED = {
     "MALLOC_MMAP_THRESHOLD_": "17179869184",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "THP_MEM_ALLOC_ENABLE": "1",
 }
-SLOWEST_CALL = 4.0  # seconds; a slower one would cost the other cases their time
-SPARE_BYTES = 2 << 30  # that a competitor's own copy of the weights must leave free
+SLOWEST_CALL = 4.0  # seconds; a slower one would take the other cases' time
+SPARE_BYTES = 2 << 30  # left free beside a competitor's own copy of the weights
 READ, MULTIPLY = "(read)", "(multiply)"  # the probes, among the competitors that take turns
 
 
 class Task(NamedTuple):
-    """A case, and how it is measured. The strings are those of the options of `switchgear bench`."""
+    """A case, and how to measure it. The strings are option values of `switchgear bench`."""
 
     shape: str
     dtype: str
@@ -51,7 +54,7 @@ class Task(NamedTuple):
     pages: str
     allocator: str
     competitors: tuple[str, ...]
-    named: bool  # by the user, who then wants them however slow they are
+    named: bool  # by the user, so it runs however slow it is
     seconds: float  # for verifying and timing
     threads: int
 
@@ -63,13 +66,13 @@ class Task(NamedTuple):
 class Measured(NamedTuple):
     rows: list[dict[str, Any]]
     skipped: list[dict[str, str]]  # case, competitor, reason
-    openmp_runtimes: list[str]  # more than one: somebody has brought its own, whose threads spin against the others'
+    openmp_runtimes: list[str]  # more than one: a competitor loaded its own, and their threads compete
 
 
 def run_case(task: Task, say: Callable[[str], None]) -> Measured:
-    """Measure a case in a new process; `say` gets what it is doing."""
+    """Measures a case in a new process; `say` receives progress messages."""
     with mock.patch.dict(os.environ, TUNED if task.allocator == "tuned" else {}):
-        child = Child(task.title, _serve, task)  # glibc reads its variables when a process begins
+        child = Child(task.title, _serve, task)  # glibc reads its variables when a process starts
     with closing(child):
         while isinstance(answer := child.receive(), str):
             say(answer)
@@ -81,14 +84,11 @@ def _serve(connection: Connection, task: Task) -> None:
 
 
 def measure(task: Task, say: Callable[[str], None]) -> Measured:
-    """Verify, then time all competitors of one case."""
+    """Verifies, then times all competitors of one case."""
     torch.set_num_threads(task.threads)
     look_in_folder()
     say(f"{task.title}: making weights and what is expected of them")
-    weights = make_weights(SHAPES[task.shape], FORMATS[task.dtype].dtype, task.pages == "huge")
-    case = make_case(
-        task.shape, SHAPES[task.shape], task.dtype, task.tokens, task.mode, task.routing, weights, task.pages
-    )
+    case = make(task)
     start = perf_counter()
     read = read_probe(case)
 
@@ -122,8 +122,21 @@ def measure(task: Task, say: Callable[[str], None]) -> Measured:
     return Measured(rows, found.skipped, [Path(path).name for path in machine.openmp_runtimes()])
 
 
+def make(task: Task) -> Case:
+    """The case of a task; if its weights are bytes of a format, they are decoded too."""
+    shape, huge_pages, stored = SHAPES[task.shape], task.pages == "huge", None
+    if task.dtype in MINIFLOATS:
+        stored = make_stored(task.dtype, shape, huge_pages)
+        weights = in_bfloat16(stored[0], huge_pages), in_bfloat16(stored[1], huge_pages)
+    else:
+        weights = make_weights(shape, FORMATS[task.dtype].dtype, huge_pages)
+    return make_case(
+        task.shape, shape, task.dtype, task.tokens, task.mode, task.routing, weights, task.pages, stored
+    )  # fmt: skip
+
+
 def prepare(case: Case, name: str, named: bool, read: Callable[[int], object]) -> Layer:
-    """The layer of a competitor; raises Skip for what it does not have, and for what takes too long."""
+    """The layer of a competitor; raises Skip if it is not supported or takes too long."""
     competitor = COMPETITORS[name]
     if not competitor.runs(case.dtype_name, case.mode):
         raise Skip(f"has only {', '.join(competitor.dtypes)} and {', '.join(competitor.modes)}")
@@ -131,7 +144,7 @@ def prepare(case: Case, name: str, named: bool, read: Callable[[int], object]) -
     if (free := machine.free_memory_bytes()) is not None and free < whole + SPARE_BYTES:
         raise Skip(f"{free / 2**30:.1f} GiB are free, and its copy of the weights may take {whole / 2**30:.1f}")
     if name == "hf_eager" and case.mode == "train" and not named:
-        # Indexing the stacked weights makes autograd write, and add, a zero gradient of all experts for each expert:
+        # Indexing the stacked weights makes autograd write and add a zero gradient of all experts for each expert:
         # one pass to write and three to add (read two, write one).
         start = perf_counter()
         read(0)

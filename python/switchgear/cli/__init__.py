@@ -17,7 +17,7 @@ COMMANDS = {
     "bench": "time MoE layers at the shapes of real models, against other implementations",
     "plan-parallel": "predict bytes, waiting and memory of experts distributed over many ranks",
 }
-MODULES = {"bench": "bench.run", "plan-parallel": "bench.plan_parallel"}  # of the package; all others are here
+MODULES = {"bench": "bench.run", "plan-parallel": "bench.plan_parallel"}  # in the package; the others are here
 
 
 def _command(name: str) -> ModuleType:

@@ -86,7 +86,7 @@ def _gib(size: int | None) -> str:
 
 
 def _rows(info: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(section, [(name, value)]), in the order in which they are printed."""
+    """(section, [(name, value)]), in printing order."""
     cpu, cpu_backend, cuda_backend = info["cpu"], info["backends"]["cpu"], info["backends"]["cuda"]
     l3 = f"{cpu['l3_bytes'] / 2**20:.0f} MiB" if cpu["l3_bytes"] else "unknown"
     forced = info["environment"].get("SWITCHGEAR_CPU_ISA")

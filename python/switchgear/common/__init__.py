@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What commands and benchmark share: errors shown as one line, optional packages, tables, types of arguments."""
+"""Shared by the commands and the benchmark: one-line errors, optional packages, tables, argument types."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 
 class CommandError(Exception):
-    """Something that the user can put right: shown without a traceback, exit status 2."""
+    """An error that the user can fix: shown without a traceback, exit status 2."""
 
 
 def require(module: str) -> Any:
-    """Import an optional package (`rich`, `matplotlib.pyplot`, …). CommandError names the extra that has it."""
+    """Import an optional package (`rich`, `matplotlib.pyplot`, …). CommandError names the extra that provides it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -25,10 +25,10 @@ def require(module: str) -> Any:
 
 
 def optional(module: str) -> tuple[ModuleType | None, str]:
-    """A package, or None and the reason why it is absent."""
+    """A package, or None and the reason why it cannot be imported."""
     try:
         return importlib.import_module(module), ""
-    except Exception as error:  # a broken installation raises anything; the reason is what counts here
+    except Exception as error:  # a broken installation can raise anything; only the reason matters here
         return None, f"{type(error).__name__}: {error}"
 
 
@@ -36,7 +36,7 @@ def optional(module: str) -> tuple[ModuleType | None, str]:
 
 
 def console() -> Any:
-    """A console of rich that does not fold tables where its output goes into a file."""
+    """A rich console that does not wrap tables when the output goes to a file."""
     made = require("rich.console").Console(highlight=False)
     if not made.is_terminal:
         made.width = 140
@@ -44,7 +44,7 @@ def console() -> Any:
 
 
 def table(*columns: str, wrap: bool = False) -> Any:
-    """A table of rich: the first column to the left, the others, numbers, to the right."""
+    """A rich table: the first column is left-aligned; the others, numbers, are right-aligned."""
     made = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
         made.add_column(column, justify="right" if index else "left", no_wrap=not wrap)
@@ -52,13 +52,13 @@ def table(*columns: str, wrap: bool = False) -> Any:
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """The columns in `left` to the left, the others, numbers, to the right."""
+    """Columns in `left` are left-aligned; the others, numbers, are right-aligned."""
     rule = ["---" if index in left else "---:" for index in range(len(header))]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
 
 
 def threads(count: int) -> str:
-    """In words."""
+    """The count in words."""
     return f"{count} thread{'s' if count != 1 else ''}"
 
 
@@ -66,7 +66,7 @@ def threads(count: int) -> str:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Integers from `least` on."""
+    """Integers >= `least`."""
 
     def integer(text: str) -> int:
         try:
@@ -89,7 +89,7 @@ def positives(text: str) -> tuple[int, ...]:
 
 
 def listed(known: Collection[str]) -> Callable[[str], list[str]]:
-    """A comma-separated list of names, all of them known."""
+    """A comma-separated list of known names."""
 
     def names(text: str) -> list[str]:
         found = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
@@ -101,7 +101,7 @@ def listed(known: Collection[str]) -> Callable[[str], list[str]]:
 
 
 def choose(option: str, text: str, known: Collection[str]) -> list[str]:
-    """`listed`, for an option whose names depend on other options. CommandError for an unknown one."""
+    """`listed`, for an option whose names depend on other options. CommandError for an unknown name."""
     try:
         return listed(known)(text)
     except argparse.ArgumentTypeError as error:

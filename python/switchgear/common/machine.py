@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What machine and process this is. Plain dicts and strings, ready for JSON; what can't be found out is None."""
+"""Describes this machine and process. Plain dicts and strings, ready for JSON; unknown values are None."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# libgomp-<hash>.so.1 is how wheels rename their private copy: a second runtime all the same.
+# libgomp-<hash>.so.1 is the private copy in a wheel, renamed. It is still a second runtime.
 _OPENMP = re.compile(r"/lib(gomp|iomp5|omp)(?:-[0-9a-f]+)?\.so[^/]*$")
 ENVIRONMENT = (
     "SWITCHGEAR_BACKEND", "SWITCHGEAR_CPU_ISA", "SWITCHGEAR_STRICT",
@@ -35,7 +35,7 @@ def _read(path: str) -> str | None:
 def openmp_runtimes(maps: str | None = None) -> list[str]:
     """Paths of the OpenMP runtimes mapped into this process, from the text of /proc/self/maps (empty elsewhere).
 
-    More than one means two pools of threads that spin against each other.
+    More than one means two thread pools that spin against each other.
     """
     text = maps if maps is not None else _read("/proc/self/maps") or ""
     fields = (line.split(maxsplit=5) for line in text.splitlines())  # range, rights, offset, device, inode, path
@@ -50,27 +50,27 @@ def transparent_huge_pages() -> str | None:
 
 
 def busy_seconds_elsewhere() -> float:
-    """Seconds that cores have spent on anything but this process since they started, those that the host took away
-    included. Only differences mean something, to a hundredth of a second; 0 where the system does not say."""
+    """Core-seconds that everything but this process has used since boot, including time stolen by the host.
+    Only differences are meaningful, to 0.01 s; 0 where the system does not report it."""
     found = re.search(r"cpu +([\d ]+)", _read("/proc/stat") or "")
     if found is None:
         return 0.0
-    ticks = [int(field) for field in found.group(1).split()[:8]]  # the last two are parts of the first two
+    ticks = [int(field) for field in found.group(1).split()[:8]]  # the last two are included in the first two
     own = os.times()
     return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
 def free_memory_bytes() -> int | None:
-    """What programs may still take without swapping."""
+    """Memory that programs can still allocate without swapping."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo") or "")
     return int(found.group(1)) * 1024 if found else None
 
 
 def peak_memory_bytes() -> int | None:
-    """The largest resident size that this process had.
+    """The largest resident size of this process.
 
-    VmHWM belongs to the address space, so a process starts from zero with exec; ru_maxrss does not: on Linux it keeps
-    the size of the process that forked it, which is why it is only the second choice.
+    VmHWM belongs to the address space, so it starts at zero with exec. ru_maxrss on Linux keeps the size of the
+    process that forked this one, so it is only the fallback.
     """
     found = re.search(r"VmHWM:\s+(\d+) kB", _read("/proc/self/status") or "")
     if found:
@@ -89,7 +89,7 @@ def _first(pattern: str, text: str | None) -> str | None:
 
 
 def _model(cpuinfo: str | None) -> str:
-    """The processor's name; on x86 with family and model, since virtual machines call different ones the same."""
+    """The processor's name; on x86 with family and model, since virtual machines give different CPUs the same name."""
     name = _first(r"^model name\s*:(.*)$", cpuinfo) or platform.processor() or platform.machine()
     family, model = _first(r"^cpu family\s*:(.*)$", cpuinfo), _first(r"^model\s*:(.*)$", cpuinfo)
     return f"{name} (family {family}, model {model})" if family and model else name
@@ -114,12 +114,12 @@ def cpu() -> dict[str, Any]:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 itself; elsewhere every bfloat16 product is emulated in float32."""
+    """Whether the CPU has bfloat16 products; elsewhere they are emulated in float32."""
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu()["features"]))
 
 
 def gpus() -> list[dict[str, Any]]:
-    """The GPUs that torch can use."""
+    """The GPUs visible to torch."""
     if not torch.cuda.is_available():
         return []
     properties: Iterable[Any] = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
@@ -127,5 +127,5 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, str]:
-    """The variables that change what is measured, as far as they are set."""
+    """The variables that affect measurements, if set."""
     return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One look for all plots."""
+"""The common style of all plots."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _OTHERS = ("#5b8e7d", "#8e6c8a", "#c9a227", "#2e4057", "#bc4b51", "#7f9172", "#6
 
 
 def colors(names: Sequence[str]) -> dict[str, str]:
-    """A colour per name; the same name has the same colour in every plot."""
+    """A colour per name. A name has the same colour in every plot."""
     unknown = [name for name in names if name.removeprefix("hf_") not in _KNOWN]
     spare = {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(unknown)}
     return {name: _KNOWN.get(name.removeprefix("hf_"), "") or spare[name] for name in names}
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot without a display, in this style."""
+    """matplotlib.pyplot without a display, in the common style."""
     require("matplotlib").use("Agg")
     plt = require("matplotlib.pyplot")
     plt.rcParams.update({
@@ -37,10 +37,10 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """A PNG of few colours: lines and letters need no more, and it takes a third of the bytes."""
+    """Saves a PNG with a small palette. Lines and letters need no more colours, and the file is a third of the size."""
     figure.savefig(path, facecolor="white")
     pyplot().close(figure)
-    image = require("PIL.Image")  # matplotlib needs it too
+    image = require("PIL.Image")  # a dependency of matplotlib
     with image.open(path) as picture:
         few = picture.convert("RGB").quantize(64)
     few.save(path, optimize=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A process of its own for what is measured: nobody else's threads, caches, allocator and peak memory."""
+"""A separate process for each measurement: its own threads, caches, allocator and peak memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from . import CommandError
 class Child:
     """A new process that runs serve(connection, *arguments), which sends its answers as ("ok", value).
 
-    It ends when it is closed. What it raises, `receive` raises: a CommandError, or a RuntimeError with the traceback.
+    It ends when it is closed. `receive` re-raises its errors: a CommandError, or a RuntimeError with the traceback.
     """
 
     def __init__(self, name: str, serve: Callable[..., None], *arguments: Any) -> None:
-        # spawn: torch's thread pool does not survive a fork, and the memory must be the process's own
+        # spawn: torch's thread pool does not survive a fork, and peak memory must not include the parent's
         context = multiprocessing.get_context("spawn")
         self.name = name
         self.connection, theirs = context.Pipe()
@@ -50,7 +50,7 @@ class Child:
 def _run(serve: Callable[..., None], connection: Connection, *arguments: Any) -> None:
     try:
         serve(connection, *arguments)
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent is gone, or is leaving
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent has exited or is exiting
         pass
     except CommandError as error:
         connection.send(("refused", str(error)))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Drop-in points for other libraries. `switchgear.integrations.transformers` serves Hugging Face transformers."""
+"""Integrations with other libraries. `switchgear.integrations.transformers` is for Hugging Face transformers."""

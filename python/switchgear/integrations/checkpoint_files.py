@@ -11,20 +11,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-MAPPED = 64 << 20  # bytes read of mapped files, and a tensor
+MAPPED = 64 << 20  # bytes read before files are mapped anew, beside one tensor
 
 
 class Header(NamedTuple):
-    """What a file says of a tensor."""
+    """What a file's header says about a tensor."""
 
     file: Path
     shape: tuple[int, ...]
-    dtype: str  # as safetensors names it: "BF16", "F8_E4M3", "U8", …
+    dtype: str  # safetensors' name: "BF16", "F8_E4M3", "U8", …
 
 
 class Reader:
-    """Reads tensors of files that are mapped into memory. What was read counts as memory of the process while its file
-    is mapped, so files are mapped anew after some of it."""
+    """Reads tensors of memory-mapped files. Pages that were read count as memory of the process while their file is
+    mapped, so files are mapped anew after some of it."""
 
     def __init__(self, headers: dict[str, Header]) -> None:
         self._headers = headers
@@ -32,11 +32,11 @@ class Reader:
         self._read = 0  # bytes, since files were mapped
 
     def tensor(self, key: str) -> Tensor:
-        """A whole tensor: the memory of its file, which is to be copied."""
+        """A whole tensor, in the memory of its file: the caller must copy it."""
         return self._counted(self._file(key).get_tensor(key))
 
     def part(self, key: str, index: int) -> Tensor:
-        """[1, …]: the part at an index of the first dimension."""
+        """[1, …]: the slice at `index` of the first dimension."""
         return self._counted(self._file(key).get_slice(key)[index : index + 1])
 
     def close(self) -> None:
@@ -59,7 +59,7 @@ class Reader:
 class CheckpointFiles:
     """The tensors of a directory: those of its index, or of all its safetensors files.
 
-    ValueError, which names the file, where there is none, one lacks, or one is damaged.
+    Raises ValueError, which names the file, if there are none, or if one is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,7 +82,7 @@ class CheckpointFiles:
     def _listed(index: Path) -> dict[str, str]:
         try:
             listed = json.loads(index.read_text())["weight_map"]
-            return {str(key): Path(str(name)).name for key, name in listed.items()}  # a name: never another directory
+            return {str(key): Path(str(name)).name for key, name in listed.items()}  # never another directory
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"path: expected a weight_map in {index}, got {error}") from error
 

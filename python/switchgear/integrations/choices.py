@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the routers of a Hugging Face model hand to experts that run on switchgear: seen, or changed, layer by layer."""
+"""Observes or edits what the routers of a Hugging Face model pass to experts on switchgear, layer by layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from switchgear.integrations import experts as running
 from switchgear.integrations.swap import is_swapped
 from switchgear.integrations.transformers import NAME, is_decorated
 from switchgear.integrations.undecorated import patch_of
-from switchgear.routing.interventions import Change
+from switchgear.routing.change import Change
 
 OnChoice = Callable[[str, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
@@ -33,8 +33,8 @@ def experts_of(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def on_choice(modules: Mapping[str, nn.Module], function: OnChoice) -> Iterator[None]:
-    """Inside the block, function(name, topk_ids [T,K], topk_weights [T,K], num_experts) sees what the experts of
-    each of `modules` get, and returns what they shall get. Ids are -1 where there is none."""
+    """Inside the block, function(name, topk_ids [T,K], topk_weights [T,K], num_experts) is called before the experts
+    of each of `modules`. It returns the ids and weights that they use. An id of -1 is an empty slot."""
     current: list[str] = []
 
     def enter(name: str) -> Callable[..., None]:
@@ -57,7 +57,7 @@ def on_choice(modules: Mapping[str, nn.Module], function: OnChoice) -> Iterator[
 
 @contextmanager
 def edited(modules: Mapping[str, nn.Module], change: Change) -> Iterator[None]:
-    """Inside the block the experts get their choices under a Change: see its `edit`."""
+    """Inside the block, `change.edit` is applied to the routing that the experts receive; see Change."""
     for name, module in modules.items():
         count = getattr(module, "num_experts", None)
         try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How far a model on switchgear is from the model as transformers runs it, outputs and gradients.
+"""How far a model on switchgear is from the same model in transformers: outputs and gradients.
 
-Two levels: each experts module alone, on the inputs that it had in a forward of the model; and the whole model, where
-later layers (and routers, whose choices may flip) amplify the rounding of earlier ones.
+Two levels: each experts module by itself, on its inputs from a forward of the model; and the whole model. There,
+later layers amplify the rounding of earlier ones, and routers' choices may flip.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from switchgear.integrations.transformers import Replacement, accelerate, is_dec
 
 
 class Difference(NamedTuple):
-    """max |got - want| / max |want|, of the output, and the worst over all gradients."""
+    """max |got - want| / max |want| of the output, and the worst of all gradients."""
 
     forward: float
     gradient: float
 
 
 class Comparison(NamedTuple):
-    """One model: what was replaced, and how much that changes."""
+    """One model: what was replaced, and by how much its results change."""
 
     replacements: list[Replacement]
     modules: Difference  # worst over the experts modules that received tokens
@@ -33,7 +33,7 @@ class Comparison(NamedTuple):
 
 
 def compare(model: nn.Module, inputs: Mapping[str, Any]) -> Comparison:
-    """Runs the model and its experts modules both ways, in the mode and dtype that the model is in."""
+    """Runs the model and its experts modules both ways, in the model's current mode and dtype."""
     module: Any
     for module in model.modules():
         if is_decorated(module):
@@ -60,7 +60,7 @@ def compare(model: nn.Module, inputs: Mapping[str, Any]) -> Comparison:
 def _record(
     model: nn.Module, inputs: Mapping[str, Any], modules: Mapping[str, nn.Module]
 ) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The arguments of each module's last call in a forward of the model."""
+    """The arguments of each module's last call in one forward of the model."""
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -113,7 +113,7 @@ def _evaluate(run: Callable[[], Any], wanted: Iterable[Tensor]) -> list[Tensor |
 
 
 def _run(run: Callable[[], Any]) -> Tensor:
-    """The first tensor that `run` returns (logits or hidden states); some models draw random numbers in forward."""
+    """The first tensor that `run` returns (logits or hidden states); seeded, since some models draw random numbers."""
     torch.manual_seed(0)
     output = run()
     if isinstance(output, Tensor):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One layer of routed experts for a model of another library, on the fused kernel or around the model's own gate."""
+"""One layer of routed experts of another library's model: fused, or around the model's own gate."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from switchgear.weights import Weight
 
 
 class ExpertWeights(NamedTuple):
-    """Views of a model's parameters; never copies. N is 2I for gated experts, I for plain ones. Or what they are stored
-    as (switchgear.store)."""
+    """Views of a model's parameters, never copies, or stored weights (switchgear.store). N is 2I for gated experts,
+    I for plain ones."""
 
     gate_up_proj: Tensor | Weight  # [E, N, H]
     down_proj: Tensor | Weight  # [E, H, I]
@@ -26,12 +26,12 @@ class ExpertWeights(NamedTuple):
     down_bias: Tensor | None = None  # [E, H]
 
 
-# What sees, and may change, the choice of each layer of experts: (topk_ids, topk_weights, num_experts) -> ids, weights.
+# Callbacks that see, and may change, the routing of each layer: (topk_ids, topk_weights, num_experts) -> ids, weights.
 on_choice: list[Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = []
 
 
 def chosen(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """What the experts get of a choice that the model made; see choices.py."""
+    """The routing that the experts use, after the callbacks; see choices.py."""
     for function in on_choice:
         topk_ids, topk_weights = function(topk_ids, topk_weights, num_experts)
     return topk_ids, topk_weights
@@ -51,7 +51,7 @@ def run_experts(
     Args:
         x: [T, H]. topk_ids: [T, K] integers, -1 for an empty slot. topk_weights: [T, K] of any float dtype.
         gate: the family to fuse, or None to call `own_gate` between two grouped GEMMs.
-        post_norm: applied to each expert's output before it is weighted; rules the fused kernel out.
+        post_norm: applied to each expert's output before it is weighted. The fused kernel cannot run it.
     """
     topk_ids, topk_weights = chosen(topk_ids, topk_weights, weights.gate_up_proj.shape[0])
     if gate is not None and post_norm is None:
@@ -82,15 +82,15 @@ def project(
     bias: Tensor | None = None,
     token_indices: Tensor | None = None,
 ) -> Tensor:
-    """`switchgear.grouped_gemm` with x in the dtype of the weights, which a model may keep wider than activations."""
+    """`switchgear.grouped_gemm` with x cast to the dtype of the weights: models may keep weights in a wider dtype."""
     dtype = (weight if isinstance(weight, (Tensor, Weight)) else weight[0]).dtype
     return switchgear.grouped_gemm(x.to(dtype), weight, expert_offsets, bias=bias, token_indices=token_indices)
 
 
 def not_plain(weights: Iterable[Any]) -> str | None:
-    """Why the kernels cannot read some weight, or None. A tensor subclass (torchao, DTensor) has a form of its own."""
+    """Why the kernels cannot read some weight, or None. Tensor subclasses (torchao, DTensor) have their own format."""
     for weight in weights:
-        plain = type(weight) in (Tensor, nn.Parameter, Weight, type(None))  # None is a bias that is not there
+        plain = type(weight) in (Tensor, nn.Parameter, Weight, type(None))  # None is an absent bias
         if not plain and not isinstance(weight, (FakeTensor, FunctionalTensor)):  # tracing: both stand for plain ones
             return f"a weight is a {type(weight).__name__}, not a plain tensor"
     return None
@@ -100,7 +100,7 @@ _warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """One warning per message and process: an experts module runs many times."""
+    """One warning per message and process, since an experts module runs many times."""
     if message not in _warned:
         _warned.add(message)
         warnings.warn(f"switchgear: {message}", stacklevel=3)

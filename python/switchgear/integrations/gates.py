@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Recognises a model's gate: the function between an expert's two projections.
 
-A model class writes its gate as Python code. To hand it to a kernel, the code is called once on fixed numbers and its
-answer compared with every family that the kernels know:
+A model class defines its gate in Python code. To map it to a kernel, we call it once on fixed numbers and compare the
+result with every family that the kernels support:
 
     {concatenated, interleaved} x {silu, gelu, gelu_tanh, relu, relu2} x {plain, clamped at a limit}, and swiglu_oai
 
-A gate that matches none (a softcap, a learnt activation, a random one) is left alone and runs as the model wrote it.
+A gate that matches none (a softcap, a learnt activation, a random one) runs as the model defines it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def own_gate(module: Any) -> Callable[[Tensor], Tensor]:
-    """The gate as the model wrote it: [rows, 2I] -> [rows, I], or [rows, I] -> [rows, I] for ungated experts."""
+    """The model's own gate: [rows, 2I] -> [rows, I], or [rows, I] -> [rows, I] for ungated experts."""
     activation: Callable[[Tensor], Tensor] = _activation(module)
     if not getattr(module, "has_gate", True):
         return activation
@@ -48,17 +48,17 @@ def own_gate(module: Any) -> Callable[[Tensor], Tensor]:
     return gated
 
 
-# torch.compile runs the function as it is and bakes the answer in.
+# torch.compile calls the function and treats its result as a constant.
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def gate_of(module: nn.Module) -> GluOptions | None:
     """The family that the module's gate belongs to, or None. Asked anew when the activation or a number changes."""
     numbers = [
         value for value in vars(module).values() if type(value) in (int, float)
-    ]  # at each call: no more than needed
+    ]  # cheap, since it runs at each call
     key = (type(module), _activation(module), numbers)
     known = _known.get(module)
     if known is None or known[0] != key:
-        # Fake tensors, tracing, autocast, grad mode and default devices belong to a thread; a fresh one has none.
+        # Fake tensors, tracing, autocast, grad mode and default devices are per thread; a new thread has none.
         with ThreadPoolExecutor(max_workers=1) as fresh:
             known = _known[module] = key, fresh.submit(_recognise_module, module).result()
     return known[1]
@@ -75,7 +75,7 @@ def _activation(module: nn.Module) -> Any:
 
 
 def _numbers(attributes: dict[str, Any], named: Iterable[str] = ("",)) -> list[float]:
-    """Positive numbers among the attributes whose name contains one of `named`: what a limit or an alpha may be."""
+    """Positive numbers among the attributes whose name contains one of `named`: candidates for a limit or an alpha."""
     return [
         value
         for name, value in attributes.items()
@@ -88,7 +88,7 @@ def _recognise_module(module: nn.Module) -> GluOptions | None:
     numbers = _numbers(vars(module)) + _numbers(dict(config), named=("alpha", "limit", "clamp"))
     try:
         return recognise(own_gate(module), gated=getattr(module, "has_gate", True), numbers=numbers)
-    except (RuntimeError, TypeError):  # a gate that wants another dtype, device or width is a gate we do not know
+    except (RuntimeError, TypeError):  # a gate that needs another dtype, device or width is not one of ours
         return None
 
 
@@ -100,7 +100,7 @@ def recognise(
 
     Args:
         gate: [rows, 2I] -> [rows, I] where `gated`, else [rows, I] -> [rows, I].
-        numbers: candidates for `limit` and `alpha`; a clamp at any other number is not recognised.
+        numbers: candidates for `limit` and `alpha`. A clamp at any other number is not recognised.
     """
     h = _probe()
     got = gate(h)
@@ -114,7 +114,7 @@ def recognise(
 
 
 def _probe() -> Tensor:
-    """[64, 128] float64, magnitudes 2^-8 to 2^17 of either sign: past float16's maximum, to meet any useful clamp."""
+    """[64, 128] float64, magnitudes 2^-8 to 2^17 of either sign: past float16's maximum, so any useful clamp acts."""
     generator = torch.Generator().manual_seed(0)
     exponent = torch.rand(64, 128, generator=generator, dtype=torch.float64) * 25 - 8
     sign = torch.randint(0, 2, (64, 128), generator=generator, dtype=torch.float64) * 2 - 1
@@ -132,7 +132,7 @@ def _families(gated: bool, numbers: list[float]) -> Iterator[GluOptions]:
 
 
 def _evaluate(family: GluOptions, h: Tensor) -> tuple[Tensor, Tensor]:
-    """The family's value on h, and the magnitude that its rounding errors are relative to."""
+    """The family's value on h, and the magnitude to which its rounding errors are relative."""
     if not family.gated:
         a = ACTIVATIONS[family.activation](h)
         return a, a.abs() + h.abs()

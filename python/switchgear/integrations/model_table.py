@@ -18,10 +18,11 @@ from torch import nn
 
 import switchgear
 from switchgear.integrations.compare import Comparison, compare
-from switchgear.integrations.gates import Gate, gate_of
+from switchgear.integrations.gates import gate_of
 from switchgear.integrations.tiny_configs import MODEL_TYPES
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.undecorated import NOT_EXPERTS, PATCHES, patch_of
+from switchgear.ops import GluOptions
 
 AMPLIFIES = "one ulp of noise in the embeddings moves the model's own gradients by 1e-5 to 1e-2"
 REMARKS = {
@@ -66,7 +67,7 @@ Not replaced: {not_experts}.
 
 
 def experts_classes() -> set[str]:
-    """The experts classes in the sources of the installed transformers: decorated ones, and those that we patch."""
+    """Experts classes in the sources of the installed transformers: decorated ones, and those that we patch."""
     decorated = re.compile(r"^@use_experts_implementation[^\n]*\nclass (\w+)", re.MULTILINE)
     sources = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
     found = {name for source in sources for name in decorated.findall(source.read_text(encoding="utf-8"))}
@@ -88,10 +89,10 @@ def _gate(module: Any) -> str:
     patch = patch_of(module)
     if patch is not None and patch.gate is None:
         return "own"
-    gate: Gate | None = gate_of(module if patch is None else module.get_submodule(patch.gate))
+    gate: GluOptions | None = gate_of(module if patch is None else module.get_submodule(patch.gate))
     if gate is None:
         return "own"
-    limit = f", limit {gate.limit:g}" if gate.limit is not None else ""
+    limit = f", limit {gate.limit:g}" if gate.limit else ""
     return f"{gate.activation}{limit}" + ", interleaved" * gate.interleaved + ", ungated" * (not gate.gated)
 
 
@@ -102,7 +103,7 @@ def _remark(module: Any) -> str:
 
 
 def table() -> str:
-    """The page's text. Takes some minutes: about eighty models run four times each."""
+    """The page's text. Takes minutes: about eighty models run four times each."""
     rows, seen = [], set()
     for model_type in MODEL_TYPES:
         model = build(model_type)
@@ -123,5 +124,5 @@ def table() -> str:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning)  # deprecations inside transformers' models
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    torch.set_num_threads(1)  # for models this small, waking threads costs ten times what they compute
+    torch.set_num_threads(1)  # for models this small, waking threads costs ten times the computation
     Path(sys.argv[1] if len(sys.argv) > 1 else "docs/model_types.md").write_text(table(), encoding="utf-8")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Published checkpoints whose experts are mxfp4 (gpt-oss) or fp8 in blocks of 128 x 128 (DeepSeek-V3, Qwen3-MoE), read
-without rounding, and without a plain copy of the model in memory.
+"""Loads published checkpoints with mxfp4 experts (gpt-oss) or fp8 experts in blocks of 128 x 128 (DeepSeek-V3,
+Qwen3-MoE). Weights are not rounded again, and no plain copy of the model is made in memory.
 
     model = load_published("/models/gpt-oss-20b")
 """
@@ -26,7 +26,6 @@ from switchgear.integrations.published_keys import (
     Checks,
     Piece,
     Pieces,
-    dtype_in,
     matches,
     pieces_of,
 )
@@ -35,7 +34,7 @@ from switchgear.reference import minifloat
 from switchgear.weights import Form, Fp8, Layout, Mxfp4, Weight, advise_huge_pages, layout_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, put
 
-FORMS: dict[str, Form] = {"mxfp4": Mxfp4(), "fp8": Fp8()}  # by the name of the format, which is that of the method
+FORMS: dict[str, Form] = {"mxfp4": Mxfp4(), "fp8": Fp8()}  # by format, also the name of the quant_method
 Read = Callable[[Reader, torch.device], Tensor | Weight]
 
 
@@ -46,22 +45,22 @@ def load_published(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """A causal language model of transformers, on switchgear and in eval mode, with experts as they were published.
+    """Loads a causal language model of transformers on switchgear, in eval mode, with its experts as published.
 
-    Files are read an expert at a time, and what is read goes where it stays: the peak of memory is the model as stored,
-    and a tensor or 64 MiB. fp8 linears outside of experts are decoded, and all else is cast to the dtype of its
-    parameter, as `from_pretrained` does. `switchgear.restore` makes experts plain.
+    Files are read one expert at a time, directly into place. Peak memory is the stored model plus one tensor or 64 MiB.
+    fp8 linears outside of experts are decoded. Everything else is cast to the dtype of its parameter, as in
+    `from_pretrained`. `switchgear.restore` converts the experts to plain weights.
 
     Args:
         path: a directory with config.json and safetensors files.
-        model: loads into this one, which was made under torch.device("meta"). By default config.json says what to make.
-        dtype: of a model that is made here.
-        device: where tensors go.
+        model: the model to fill, made under torch.device("meta"). By default it is made from config.json.
+        dtype: of a model made here.
+        device: where tensors are placed.
 
     Raises:
         ValueError: config.json names another quantisation; the model has no experts that run on the fused kernel; keys
-            are missing or unexpected; shapes, dtypes or numbers are others than expected. All but the numbers is
-            checked before anything is read. On any failure nothing is loaded.
+            are missing or unexpected; shapes, dtypes or numbers differ from those expected. Everything but the numbers
+            is checked before any data is read. On failure nothing is loaded.
     """
     device = torch.device(device)
     files = CheckpointFiles(Path(path))
@@ -82,7 +81,7 @@ def load_published(
 
 
 def _take_quantization(config: Any) -> None:
-    """Out of the config, since transformers need not know; ValueError for one that is not read here."""
+    """Removes the quantisation from the config, since it is read here; ValueError for an unsupported one."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         raise ValueError("path: expected a quantization_config in config.json, got none")
@@ -107,7 +106,7 @@ def _made(path: Path, config: Any, dtype: torch.dtype) -> Any:
 
 
 class Wanted(NamedTuple):
-    """A projection of a module of experts."""
+    """A projection of an experts module."""
 
     experts: int
     rows: int  # N
@@ -118,7 +117,7 @@ class Wanted(NamedTuple):
 
 
 def _plan(model: Any, files: CheckpointFiles) -> dict[str, Read]:
-    """How each tensor of the model is read, by its name in the state dict."""
+    """How to read each tensor of the model, by its name in the state dict."""
     state, projections, checks = model.state_dict(), _projections(model), Checks(files.headers)
     plan: dict[str, Read] = {}
     found = pieces_of(model, files.headers, state)
@@ -126,8 +125,7 @@ def _plan(model: Any, files: CheckpointFiles) -> dict[str, Read]:
         if target in projections and set(pieces) != {Piece()}:
             plan[target] = _plan_projection(target, projections[target], pieces, checks)
         elif target in state:
-            dtype = dtype_in(model, target, state[target])
-            plan[target] = _plan_tensor(target, tuple(state[target].shape), dtype, pieces, checks)
+            plan[target] = _plan_tensor(target, state[target], pieces, checks)
         elif not matches(model._keys_to_ignore_on_load_unexpected, target):
             checks.problems += [f"unexpected {key}" for key in pieces.values()]
     for first, second in zip(list(projections)[::2], list(projections)[1::2], strict=True):
@@ -142,7 +140,7 @@ def _plan(model: Any, files: CheckpointFiles) -> dict[str, Read]:
 
 
 def _projections(model: nn.Module) -> dict[str, Wanted]:
-    """Those of experts on the fused kernel, by their names in the state dict."""
+    """The projections of experts on the fused kernel, by their names in the state dict."""
     found = {}
     for prefix, module in model.named_modules():
         if (layout := layout_of(module)) is not None:
@@ -158,8 +156,9 @@ def _scales_of(rows: int, columns: int) -> tuple[int, int]:
     return -(-rows // minifloat.BLOCK[0]), -(-columns // minifloat.BLOCK[1])
 
 
-def _plan_tensor(target: str, shape: tuple[int, ...], dtype: torch.dtype, pieces: Pieces, checks: Checks) -> Read:
-    """As it is, or decoded from fp8."""
+def _plan_tensor(target: str, like: Tensor, pieces: Pieces, checks: Checks) -> Read:
+    """Reads it as it is, or decodes it from fp8."""
+    shape, dtype = tuple(like.shape), like.dtype
     is_fp8 = Piece(SCALE) in pieces and len(shape) == 2
     if not checks.expect_all(target, pieces, [Piece(), Piece(SCALE)] if is_fp8 else [Piece()]):
         return _nothing
@@ -178,12 +177,12 @@ def _plan_tensor(target: str, shape: tuple[int, ...], dtype: torch.dtype, pieces
 
 
 def _nothing(reader: Reader, device: torch.device) -> Tensor:
-    """In place of what is refused anyhow."""
+    """A placeholder for a tensor that fails the checks."""
     raise NotImplementedError
 
 
 def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks) -> Read:
-    """As it was published: mxfp4 of all experts, or fp8 or plain numbers of each."""
+    """Reads it as published: mxfp4 of all experts, or fp8 or plain numbers of each."""
     suffixes = {piece.suffix for piece in pieces}
     experts, rows, columns, *_ = wanted
     if suffixes & {BLOCKS, SCALES}:
@@ -191,7 +190,7 @@ def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks
             checks.expect(pieces[Piece(BLOCKS)], (experts, rows, -(-columns // 32), 16), ("U8",))
             checks.expect(pieces[Piece(SCALES)], (experts, rows, -(-columns // 32)), ("U8",))
         return lambda reader, device: _read_mxfp4(target, wanted, pieces, reader, device)
-    shape = rows // wanted.parts, columns  # gates and ups are apart
+    shape = rows // wanted.parts, columns  # gates and ups are separate
     for suffix in sorted(suffixes):
         expected = [Piece(suffix, expert, source) for expert in range(experts) for source in range(wanted.parts)]
         these = {piece: key for piece, key in pieces.items() if piece.suffix == suffix}
@@ -219,7 +218,7 @@ def _read_mxfp4(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, dev
 
 
 def _read_fp8(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device) -> Weight:
-    """Gates and ups are published apart, and stored so."""
+    """Gates and ups are published separately, and are stored so."""
     data, scales = _empty("fp8", wanted, _scales_of(wanted.rows, wanted.columns)[1], torch.float32, device)
     blocks = data.shape[1] // wanted.parts
     for (suffix, expert, source), key in pieces.items():
@@ -242,7 +241,7 @@ def _read_plain(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, dev
 
 
 def _empty(format: str, wanted: Wanted, groups: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Data and scales of all experts."""
+    """Uninitialised data and scales of all experts."""
     shape = minifloat.blocks_shape(wanted.rows, wanted.columns, format, wanted.parts)
     data = torch.empty(wanted.experts, *shape, dtype=torch.uint8, device=device)
     advise_huge_pages(data)
@@ -267,10 +266,10 @@ def _naming(target: str, expert: int | None) -> Iterator[None]:
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:
-    """Buffers that no checkpoint has, such as the frequencies of rotary embeddings, which were made on the meta device.
+    """Computes buffers that no checkpoint has, such as the rotary frequencies; the model has them on the meta device.
 
-    transformers computes those of a module that is not marked as initialised when it initialises weights, and leaves
-    alone whatever is marked.
+    When transformers initialises weights, it computes the buffers of each module that is not marked as initialised,
+    and skips marked ones.
     """
     marked: Any
     buffers = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which tensors of a published checkpoint make up what a model has, and whether they fit."""
+"""Maps the tensors of a published checkpoint to those of a model, and checks that they fit."""
 
 from __future__ import annotations
 
@@ -9,31 +9,30 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from switchgear.integrations.checkpoint_files import Header
 
-FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names dtypes
-SCALE, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"  # what follows the name of a weight
-SHOWN = 8  # complaints at a time
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of dtypes
+SCALE, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"  # suffixes of a weight's name
+SHOWN = 8  # complaints listed at a time
 
 
 class Piece(NamedTuple):
-    """What a tensor of a checkpoint is of one that the model has."""
+    """Which part of a model's tensor a tensor of a checkpoint is."""
 
-    suffix: str = ""  # SCALE, BLOCKS, SCALES; none for the weight itself
-    expert: int | None = None  # None: all of them
-    source: int = 0  # of those that are joined: 0 for gates, 1 for ups
+    suffix: str = ""  # SCALE, BLOCKS or SCALES; empty for the weight itself
+    expert: int | None = None  # None: all experts
+    source: int = 0  # of tensors that are joined: 0 for gates, 1 for ups
 
 
-Pieces = dict[Piece, str]  # and their keys
+Pieces = dict[Piece, str]  # each piece and its key
 
 
 def pieces_of(model: Any, keys: Iterable[str], state: dict[str, Tensor]) -> dict[str, Pieces]:
-    """The keys for each tensor of the model, by its name; transformers knows how published names become its own."""
+    """The keys for each tensor of the model, by its name. transformers maps published names to its own."""
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -46,7 +45,7 @@ def pieces_of(model: Any, keys: Iterable[str], state: dict[str, Tensor]) -> dict
     for key in keys:
         suffix = next((suffix for suffix in (SCALE, BLOCKS, SCALES) if key.endswith(suffix)), "")
         target, pattern = target_of(key.removesuffix(suffix))
-        if suffix and target not in state:  # a name that merely ends so
+        if suffix and target not in state:  # a name that only happens to end so
             suffix, (target, pattern) = "", target_of(key)
         expert = re.search(r"\bexperts\.(\d+)\.", key) if pattern is not None else None
         piece = Piece(suffix, int(expert[1]) if expert else None, sources.get(pattern or "", 0))
@@ -56,7 +55,7 @@ def pieces_of(model: Any, keys: Iterable[str], state: dict[str, Tensor]) -> dict
 
 
 class Checks:
-    """Compares a checkpoint with what is expected of it; all complaints come at once."""
+    """Compares a checkpoint with what the model expects. All complaints are raised together."""
 
     def __init__(self, headers: dict[str, Header]) -> None:
         self.headers = headers
@@ -70,14 +69,14 @@ class Checks:
             self.problems.append(f"{key}: expected {' or '.join(dtypes)}, got {header.dtype}")
 
     def expect_all(self, target: str, pieces: Pieces, expected: list[Piece]) -> bool:
-        """Whether the pieces are these, of which `target` is made."""
+        """Whether `pieces` are the expected ones for `target`."""
         absent = [piece for piece in expected if piece not in pieces]
         self.problems += [f"missing {_name(target, piece)}" for piece in absent]
         self.problems += [f"unexpected {key}" for piece, key in pieces.items() if piece not in expected]
         return not absent
 
     def complain(self, path: Path) -> None:
-        """ValueError if there was anything."""
+        """ValueError if there are complaints."""
         if self.problems:
             rest = f"; and {len(self.problems) - SHOWN} more" if len(self.problems) > SHOWN else ""
             raise ValueError(f"path: {path} does not fit the model: {'; '.join(self.problems[:SHOWN])}{rest}")
@@ -89,13 +88,5 @@ def _name(target: str, piece: Piece) -> str:
 
 
 def matches(patterns: Iterable[str] | None, name: str) -> bool:
-    """Whether a name has one of transformers' patterns."""
+    """Whether `name` matches one of transformers' patterns."""
     return any(re.search(pattern, name) for pattern in patterns or ())
-
-
-def dtype_in(model: Any, name: str, tensor: Tensor) -> torch.dtype:
-    """The dtype of what the model has: that of the tensor, but for those that transformers keeps in float32."""
-    kept = set(model._keep_in_fp32_modules_strict or ())
-    if tensor.dtype is torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())
-    return torch.float32 if tensor.is_floating_point() and matches(kept, name) else tensor.dtype

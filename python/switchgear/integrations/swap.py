@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Swaps the forward of one module instance for an entry of `undecorated.PATCHES`, after a trial."""
+"""Replaces the forward of one module instance by an entry of `undecorated.PATCHES`, after a trial."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from switchgear.integrations.undecorated import Patch, patch_of
 
 
 def swap_forward(module: nn.Module, trial: bool = True) -> Callable[[], None] | None:
-    """Swaps the forward and returns what undoes it; None, with a warning, if a trial disagrees with the class."""
+    """Swaps the forward and returns an undo function, or None, with a warning, if a trial disagrees with the class."""
     if is_swapped(module):
-        return lambda: None  # an earlier swap stays with whoever made it
+        return lambda: None  # an earlier swap belongs to the caller that made it
     patch, before = patch_of(module), vars(module).get("forward")
     assert patch is not None, f"{type(module).__name__} is not in the table"
     if trial and (difference := _trial(module, patch)) is not None:
@@ -54,7 +54,7 @@ def _forward_of(patch: Patch) -> Callable[..., Any]:
 
 @torch.no_grad()
 def _trial(module: nn.Module, patch: Patch) -> str | None:
-    """Runs the class's forward and the patch on the same random rows, without dropout; says how they differ."""
+    """Runs the class's forward and the patch on the same random rows, without dropout. Returns how they differ."""
     weights = patch.weights(module)
     leaves = [leaf for leaf in tree_leaves(weights) if leaf is not None]
     if not_plain(leaves) is not None or any(leaf.is_meta for leaf in leaves):
@@ -70,8 +70,8 @@ def _trial(module: nn.Module, patch: Patch) -> str | None:
     finally:
         for part, was in training.items():
             part.training = was
-    # A few roundings to the storage dtype, and sums of `length` float32 products whose order differs (a random walk of
-    # half ulps); another meaning differs by the value itself.
+    # Tolerance: a few roundings to the storage dtype, and sums of `length` float32 products in another order (a random
+    # walk of half ulps). A patch with another meaning differs by the size of the value itself.
     length = max(leaf.shape[-1] for leaf in leaves)
     relative = 16 * torch.finfo(want.dtype).eps + 4 * length**0.5 * torch.finfo(torch.float32).eps
     bound = relative * want.abs().max()

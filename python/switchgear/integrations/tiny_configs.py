@@ -2,8 +2,8 @@
 # ruff: noqa: C408, SIM905  (keywords and one long string read best in these tables)
 """Tiny configs of every MoE type of the installed transformers.
 
-About four layers of width 64 with eight experts, of which a token takes two. Types differ in how they name their sizes,
-so `SIZES` lists every name in use, and a config gets those that it has; `OVERRIDES` holds what a type needs besides.
+About four layers of width 64 with eight experts and top_k 2. Types name their sizes differently, so `SIZES` lists every
+name in use and a config gets those that it has. `OVERRIDES` holds what else a type needs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# Every type with routed experts, by the innermost model_type that a loader takes.
+# Every type with routed experts, by the innermost model_type that an auto class accepts.
 MODEL_TYPES = """
 afmoe aria axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4
 diffusion_gemma dots1 dots3_note_text ernie4_5_moe ernie4_5_vl_moe exaone_moe flex_olmo flint gemma4_text glm4_moe
@@ -73,7 +73,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
-# None in these means that the type goes without; a number would change what it is.
+# None in these means that the type does not use the feature; a number would turn it on.
 OPTIONAL = {
     "n_group", "topk_group", "q_lora_rank", "sliding_window", "num_key_value_heads", "first_k_dense_replace",
     "shared_intermediate_size", "shared_expert_intermediate_size",
@@ -141,10 +141,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
-    """A config of the class with every size that it has made small, sub-configs included."""
+    """A config of the class with all its sizes made small, including those of sub-configs."""
     default = config_class()
     sizes = {name: size for name, size in SIZES.items() if _takes(default, name)}
-    if "kv_lora_rank" in vars(default):  # latent attention: as many key heads as query heads, head_dim follows
+    if "kv_lora_rank" in vars(default):  # latent attention: as many key heads as query heads; head_dim follows
         if "num_key_value_heads" in sizes:
             sizes["num_key_value_heads"] = sizes.get("num_attention_heads", 4)
         sizes.pop("head_dim", None)
@@ -160,6 +160,6 @@ def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
 def _takes(default: PretrainedConfig, name: str) -> bool:
     try:
         value = getattr(default, name)
-    except (AttributeError, RuntimeError):  # absent, or one value per layer, which OVERRIDES sets where it must
+    except (AttributeError, RuntimeError):  # absent, or one value per layer, which OVERRIDES sets if required
         return False
     return not isinstance(value, (list, tuple, dict)) and not (value is None and name in OPTIONAL)

@@ -16,7 +16,7 @@ from switchgear.integrations.tiny_configs import tiny_config
 
 
 class Bare(nn.Module):
-    """An experts module by itself, for a class that no loader reaches."""
+    """An experts module by itself, for a class that no auto class reaches."""
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
@@ -31,8 +31,8 @@ BARE = {"qwen3_omni_moe_talker_text": ("qwen3_omni_moe", "Qwen3OmniMoeTalkerText
 
 
 def build(model_type: str, seed: int = 0) -> nn.Module:
-    """A tiny model of the type in float32 and eval mode, by the first auto class that has it. All weights are random,
-    in the experts with variance 1 / their last dimension, because some types start them at zero."""
+    """A tiny model of the type in float32 and eval mode, by the first auto class that supports it. All weights are
+    random, since some types start them at zero; those of experts have variance 1 / their last dimension."""
     config = tiny_config(CONFIG_MAPPING[model_type])
     torch.manual_seed(seed)
     if model_type in BARE:
@@ -57,7 +57,7 @@ def _auto_class(config: PretrainedConfig) -> Any:
 
 
 def example_inputs(model: Any, seed: int = 0) -> dict[str, Any]:
-    """Arguments of the model's forward: two sequences of twelve tokens, or two images for a vision backbone."""
+    """Arguments for the model's forward: two sequences of twelve tokens, or two images for a vision backbone."""
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, Bare):
         x, topk_ids, topk_weights = samples.topk(model.experts, generator)

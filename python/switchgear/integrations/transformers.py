@@ -8,7 +8,7 @@ Importing this module registers the name "switchgear":
     model.set_experts_implementation("switchgear")  # or later
 
 transformers ignores the name on models whose experts lack its decorator (llama4, jetmoe, dbrx, ...) and refuses it on
-some wrappers. `accelerate(model)` reaches those too, and says what it replaced.
+some wrappers. `accelerate(model)` handles those too, and returns what it replaced.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     Args:
         module: an experts module whose class carries `use_experts_implementation`.
         hidden_states: [T, H].
-        top_k_index: [T, K] int64. Ids >= `module.num_experts` are expert parallelism's sentinels: empty slots.
-        top_k_weights: [T, K] of any float dtype, not necessarily of sum 1.
+        top_k_index: [T, K] int64. Ids >= `module.num_experts` mark empty slots (expert parallelism's sentinels).
+        top_k_weights: [T, K] of any float dtype; they need not sum to 1.
 
     Returns:
         [T, H] in the dtype of `hidden_states`: the K results, weighted and summed.
     """
-    # int32 first: one conversion less in moe. (Ids that do not fit do not occur: they index a router's logits.)
+    # int32 first saves a conversion in moe. Ids always fit: they index a router's logits.
     ids = torch.where(top_k_index < module.num_experts, top_k_index, -1).int()
     weights = _weights(module)
     if (reason := not_plain(weights)) is not None:
@@ -62,7 +62,7 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
 
 
 def _first(module: Any) -> str:
-    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"  # transformers 5.0 has gated ones only
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"  # transformers 5.0 has only gated ones
 
 
 def _weights(module: Any) -> ExpertWeights:
@@ -74,7 +74,7 @@ def _weights(module: Any) -> ExpertWeights:
 
 
 def _decorated_forward(module: Any) -> Callable[..., Tensor]:
-    """The forward that the class had before `use_experts_implementation` wrapped it."""
+    """The class's forward before `use_experts_implementation` wrapped it."""
     forward: Callable[..., Tensor] = type(module).forward.__wrapped__
     return forward
 
@@ -84,19 +84,19 @@ def _refuse_fp8(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
 
 
 _FP8_ADVICE = (
-    'load FP8 checkpoints with FineGrainedFP8Config(dequantize=True) and experts_implementation="switchgear", '
-    'or keep FP8 with experts_implementation="grouped_mm"'
+    "load FP8 checkpoints with switchgear.integrations.published.load_published(path), which keeps them in FP8, "
+    'or with FineGrainedFP8Config(dequantize=True) and experts_implementation="switchgear"'
 )
 
 
 def register() -> None:
-    """Makes "switchgear" a valid `experts_implementation`. Importing this module has done so already."""
+    """Makes "switchgear" a valid `experts_implementation`. Importing this module calls it."""
     ExpertsInterface.register(NAME, experts)
     try:
         from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
-    except ImportError:  # an older transformers, which has no such interface
+    except ImportError:  # an older transformers without this interface
         return
-    FP8ExpertsInterface.register(NAME, _refuse_fp8)  # without it, the name passes at load and is a KeyError in forward
+    FP8ExpertsInterface.register(NAME, _refuse_fp8)  # otherwise the name passes at load and is a KeyError in forward
 
 
 register()
@@ -111,26 +111,26 @@ class Replacement:
 
     name: str  # as in model.named_modules()
     class_name: str
-    path: str  # what path_of says
+    path: str  # see path_of
     replaced: str  # what was changed, in words
     undo: Callable[[], None] = field(repr=False, compare=False)
 
 
 def accelerate(model: nn.Module) -> list[Replacement]:
-    """Puts every experts module of a loaded model on switchgear, also those that transformers would not dispatch.
+    """Runs every experts module of a loaded model on switchgear, including those that transformers would not dispatch.
 
-    Decorated modules get `experts_implementation="switchgear"` in their own config; modules of the classes in
-    `undecorated.PATCHES` get another `forward` on the instance. Parameters and state dict stay as they are.
+    Decorated modules get `experts_implementation="switchgear"` in their own config. Modules of the classes in
+    `undecorated.PATCHES` get a new `forward` on the instance. Parameters and state dict do not change.
 
     Raises:
-        ValueError: the model has no experts module that switchgear knows.
+        ValueError: the model has no experts module that switchgear supports.
     """
     replacements: list[Replacement] = []
     earlier: dict[int, str | None] = {}  # modules of one model share a config
     module: Any
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer.name}.") for outer in replacements):
-            continue  # a part of a module that was replaced as a whole
+            continue  # part of a module that was replaced as a whole
         if is_decorated(module) and not _is_fp8(module):
             before = earlier.setdefault(id(module.config), module.config._experts_implementation)
             replacements.append(_dispatch(name, module, before))
@@ -142,13 +142,13 @@ def accelerate(model: nn.Module) -> list[Replacement]:
 
 
 def restore(replacements: Iterable[Replacement]) -> None:
-    """Takes back what `accelerate` did."""
+    """Undoes `accelerate`."""
     for replacement in reversed(list(replacements)):
         replacement.undo()
 
 
 def path_of(module: Any) -> str:
-    """How an experts module runs: "moe" (fused), "grouped_gemm" (around the model's own gate), or why it does not."""
+    """How an experts module runs: "moe" (fused), "grouped_gemm" (around the model's own gate), or why it cannot."""
     if (patch := patch_of(module)) is not None:
         return patch.path(module) if is_swapped(module) else "not replaced: call switchgear.accelerate(model)"
     if not is_decorated(module):
@@ -159,7 +159,7 @@ def path_of(module: Any) -> str:
         return f"not replaced: experts_implementation is {module.config._experts_implementation!r}"
     if stored_of(module) is not None:
         return "moe"
-    # FSDP, tensor and expert parallelism hold DTensors between forwards, and plain local tensors inside.
+    # FSDP, tensor and expert parallelism hold DTensors between forwards, and plain local tensors during one.
     local = (weight for weight in _weights(module) if not isinstance(weight, DTensor))
     if (reason := not_plain(local)) is not None:
         return f"eager: {reason}"
@@ -167,7 +167,7 @@ def path_of(module: Any) -> str:
 
 
 def _layout_of(module: Any) -> Layout | None:
-    """For `store`: decorated modules on the fused kernel."""
+    """For `store`: the layout of a decorated module on the fused kernel, or None."""
     if not is_decorated(module) or path_of(module) != "moe":
         return None
     gate = gate_of(module)
@@ -179,7 +179,7 @@ FINDERS.append(_layout_of)
 
 
 def is_decorated(module: nn.Module) -> bool:
-    """Whether transformers' `use_experts_implementation` was put on the module's class."""
+    """Whether the module's class carries transformers' `use_experts_implementation`."""
     return all(hasattr(module, mark) for mark in MARKS)
 
 
@@ -193,7 +193,7 @@ def _is_fp8(module: nn.Module) -> bool:
 
 def _dispatch(name: str, module: Any, before: str | None) -> Replacement:
     config = module.config
-    config._experts_implementation_internal = NAME  # the public setter would reach into sub-configs, too
+    config._experts_implementation_internal = NAME  # the public setter would also change sub-configs
 
     def undo() -> None:
         config._experts_implementation_internal = before
@@ -203,7 +203,7 @@ def _dispatch(name: str, module: Any, before: str | None) -> Replacement:
 
 def _swap(module: nn.Module, replacements: list[Replacement]) -> Callable[[], None] | None:
     tried = any(replacement.class_name == type(module).__name__ for replacement in replacements)
-    return swap_forward(module, trial=not tried)  # one trial per class: it may read the weights of all its experts
+    return swap_forward(module, trial=not tried)  # one trial per class: it may read the weights of all experts
 
 
 def _nothing_found(model: nn.Module) -> str:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Experts of transformers models that carry no decorator: a table of forwards, swapped in one instance at a time.
 
-Each entry computes what the class computes, from the class's own parameters. The class's routers stay, so their hooks
-and losses do, too. A swap is kept only if it agrees with the class on a few random rows, because nothing but the
-class's source defines what it computes, and sources change.
+Each entry computes what the class computes, from the class's own parameters. The class's routers stay, and so do their
+hooks and losses. A swap is kept only if it agrees with the class on a few random rows: only the class's source defines
+the result, and sources change.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Patch(NamedTuple):
     weights: Callable[[Any], Sequence[Any]]  # read once per forward
     forward: Callable[..., Any]  # (module, weights, *arguments of the class's forward)
     sample: Callable[[Any, torch.Generator], tuple[Any, ...]]  # arguments for a trial
-    has_choice: bool = True  # whether forward passes its choice through `chosen`
-    gate: str | None = None  # the submodule ("" is the module itself) with a gate that may be fused
+    has_choice: bool = True  # whether forward passes its routing through `chosen`
+    gate: str | None = None  # the submodule ("" is the module itself) whose gate may be fused
 
     def path(self, module: nn.Module) -> str:
         """ "moe" or "grouped_gemm", as `switchgear.integrations.transformers.path_of`."""
@@ -54,9 +54,9 @@ def _longcat(module: Any, weights: ExpertWeights, hidden_states: Tensor, ids: Te
 
 def _llama4(module: Any, weights: ExpertWeights, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     x = hidden_states.reshape(-1, module.hidden_dim)
-    router_scores, router_logits = module.router(x)  # scores [T, E], 0 for the experts that were not chosen
+    router_scores, router_logits = module.router(x)  # scores [T, E], 0 for unselected experts
     topk_weights, topk_ids = router_scores.topk(module.top_k, dim=-1)
-    # The score scales what goes into the expert, so every choice becomes a row of its own.
+    # The score scales the expert's input, so each choice becomes its own row.
     rows = (x[:, None] * topk_weights[..., None]).flatten(0, 1)
     ones = torch.ones_like(rows[:, :1])
     y = run_experts(rows, topk_ids.reshape(-1, 1), ones, weights, gate_of(module.experts), own_gate(module.experts))
@@ -66,7 +66,7 @@ def _llama4(module: Any, weights: ExpertWeights, hidden_states: Tensor) -> tuple
 def _jetmoe(module: Any, weights: ExpertWeights, layer_input: Tensor) -> Tensor:
     x = layer_input.flatten(0, 1)
     index_sorted_experts, _, batch_gates, expert_size, _ = module.router(x)
-    # The router returns its choices sorted by expert; scatter puts them back in the order of the tokens.
+    # The router returns its choices sorted by expert; scatter restores the order of tokens.
     tokens_per_expert = torch.tensor(expert_size, device=x.device)
     sorted_ids = torch.repeat_interleave(torch.arange(len(expert_size), device=x.device), tokens_per_expert)
     shape = (x.shape[0], module.router.top_k)
@@ -98,7 +98,7 @@ def _dbrx(module: Any, weights: Sequence[Tensor], hidden_states: Tensor, ids: Te
 
 
 class _Linears(NamedTuple):
-    """The linear layers of all experts, by base pointer: only their biases, [E, N] in all, are copied together."""
+    """The linear layers of all experts, by base pointer. Only their biases, [E, N] in all, are copied."""
 
     weight: list[Any]
     bias: list[Any]
@@ -109,8 +109,8 @@ class _Linears(NamedTuple):
 
 
 def _linears(experts: Sequence[nn.Module]) -> _Linears:
-    # A layer that is more than nn.Linear (an adapter, a quantised or an offloaded layer) stands in for its weight, and
-    # the swapped forward refuses it.
+    # A layer that is more than nn.Linear (an adapter, a quantised or an offloaded layer) is passed in place of its
+    # weight, and the swapped forward refuses it.
     weight = [layer.weight if _is_bare(layer) else layer for layer in experts]
     return _Linears(weight, [layer.bias for layer in experts if getattr(layer, "bias", None) is not None])
 
@@ -129,7 +129,7 @@ def _dense_experts(first: str, second: str) -> Callable[[Any], Sequence[_Linears
 
 
 def _run_dense(module: Any, weights: Sequence[_Linears], x: Tensor, plan: switchgear.Plan) -> Tensor:
-    expert = module["expert_0"]  # activation and dropout are the same in all
+    expert = module["expert_0"]  # all experts have the same activation and dropout
     h = weights[0].project(x, plan, plan.token_indices)
     return weights[1].project(expert.dropout(expert.act(h)), plan)
 
@@ -137,7 +137,7 @@ def _run_dense(module: Any, weights: Sequence[_Linears], x: Tensor, plan: switch
 def _switch(
     module: Any, weights: Sequence[_Linears], hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor
 ) -> Tensor:
-    taken, ids = selected_experts.max(dim=-1)  # one-hot [T, 1, E]; zeros for a token past its expert's capacity
+    taken, ids = selected_experts.max(dim=-1)  # one-hot [T, 1, E]; all zeros for a token past its expert's capacity
     ids, routing_weights = chosen(torch.where(taken > 0, ids, -1), routing_weights, module.num_experts)
     plan = switchgear.plan(ids, module.num_experts)
     permuted_y = _run_dense(module, weights, hidden_states, plan)
@@ -147,9 +147,9 @@ def _switch(
 def _nllb(
     module: Any, weights: Sequence[_Linears], hidden_states: Tensor, router_mask: Tensor, router_probs: Tensor
 ) -> Tensor:
-    # The class takes router_mask [T, C] as expert ids and router_probs [T, C] as their weights. transformers 5.24 puts
-    # the one-hot mask of the first choice there, so C = E and experts 0 and 1 serve every token: that is what its
-    # checkpoints get, and what we return. Ids repeat within a token; summing their weights leaves two distinct ones.
+    # The class uses router_mask [T, C] as expert ids and router_probs [T, C] as their weights. transformers 5.24 passes
+    # the one-hot mask of the first choice, so C = E and experts 0 and 1 serve every token. Checkpoints run that way, so
+    # we return the same. Ids repeat within a token; summing their weights leaves two distinct ones.
     by_expert = router_probs.new_zeros(len(router_probs), module.num_experts).scatter_add(1, router_mask, router_probs)
     topk_weights, topk_ids = by_expert.topk(min(2, module.num_experts), dim=-1)
     topk_ids, topk_weights = chosen(topk_ids, topk_weights, module.num_experts)
@@ -188,7 +188,7 @@ PATCHES: dict[str, Patch] = {
         _llama4, samples.llama4, gate="experts",
     ),
     "longcat_flash.LongcatFlashExperts": Patch(
-        # gate_up_proj has rows for the zero experts, too; nothing reads them.
+        # gate_up_proj also has rows for the zero experts; nothing reads them.
         lambda m: ExpertWeights(m.gate_up_proj[: m.num_routed_experts], m.down_proj), _longcat, samples.longcat, gate=""
     ),
     "nllb_moe.NllbMoeExperts": Patch(_dense_experts("fc1", "fc2"), _nllb, samples.nllb),
@@ -199,7 +199,7 @@ PATCHES: dict[str, Patch] = {
     ),
 }  # fmt: skip
 
-# Named here so that their absence above is a decision.
+# Listed to show that their absence above is deliberate.
 NOT_EXPERTS = {
     "doge.DogeCDMoE": "its experts are single rows of two embeddings, looked up per token: there is no matrix product",
 }

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The torch ops of switchgear: schema, fake implementation, and the call of the native module or of the reference.
 
-Nothing else calls the ops of `_C` and `_cuda`. Private to switchgear: an op knows no gradient, so the public functions
-of functional.py are the ones to use. Shapes and formats are those of include/switchgear/ops.h.
+Only this package calls the ops of `_C` and `_cuda`. It is private: ops have no autograd formula, so use the public
+functions of functional.py. Shapes and formats are those of include/switchgear/ops.h.
 
-Each op is a row: a schema, how its arguments are handed on, and a function that allocates its outputs. It runs on `_C`
-for tensors on the CPU, on `_cuda` for those on a CUDA device.
+An op is a schema, letters that say how its arguments are passed on, and a function that allocates its outputs. It runs
+on `_C` for tensors on the CPU, on `_cuda` for those on a CUDA device.
 
 native.py        the native modules
 registration.py  how an op is defined
-routing.py       who goes where: route and the ops of routing policies
-stages.py        what becomes of it, in steps: plan, permute, grouped_gemm, glu, combine
-layer.py         the same in one op: moe_forward
+routing.py       the choice of experts: route and the ops of routing policies
+stages.py        the stages of a layer: plan, permute, grouped_gemm, glu, combine
+layer.py         the whole layer in one op: moe_forward, moe_backward
 options.py       the options of the activation between the projections
 """
 
@@ -22,7 +22,10 @@ from switchgear.ops.native import (
     available_cpu_isas,
     collapse_into_huge_pages,
     cpu_isa,
+    expand_compact,
     host,
+    pack_compact,
+    panel_layout,
     set_cpu_isa,
     version,
 )
@@ -59,6 +62,7 @@ __all__ = [
     "combine",
     "combine_weight_backward",
     "cpu_isa",
+    "expand_compact",
     "fit_capacity",
     "glu",
     "glu_backward",
@@ -69,6 +73,8 @@ __all__ = [
     "moe_forward",
     "moe_forward_on_host",
     "needs_no_dispatch",
+    "pack_compact",
+    "panel_layout",
     "permute",
     "plan",
     "route",

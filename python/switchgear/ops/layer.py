@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The whole layer in one op: moe_forward, moe_backward, and the way past torch's dispatcher."""
+"""The whole layer in one op: moe_forward, moe_backward, and a call that bypasses torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -45,16 +45,15 @@ moe_forward: Callable[..., tuple[Tensor, Tensor]] = register(
 )
 
 
-# Torch's dispatcher costs a call more than its kernel's binding does: 5 µs, and many times that where a model has
-# emptied the caches since the last call, as in decoding. So the layer goes past it, where it would only hand the call
-# on.
+# Torch's dispatcher costs more per call than the kernel's binding: 5 µs, and many times that if the caches were
+# evicted since the last call, as in decoding. So the layer bypasses it if it would only pass the call on.
 _PLAIN = (Tensor, nn.Parameter)
 _dispatch_modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
 _is_profiling: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
 def needs_no_dispatch(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether all are plain tensors for the CPU's kernels, and nobody traces, profiles or redirects their ops."""
+    """Whether all are plain tensors for the CPU's kernels, and no tracer, profiler or dispatch mode is active."""
     if torch.compiler.is_compiling() or _dispatch_modes() or _is_tracing() or _is_profiling():
         return False
     for tensor in (x, *others):
@@ -73,13 +72,18 @@ def moe_forward_on_host(
     down_bias: Tensor | None,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    *options: Any,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
 ) -> Tensor:
-    """y of moe_forward, for tensors that need no dispatch; a plain projection is a tensor itself."""
+    """y of moe_forward, for tensors that need no dispatch. A plain projection can be passed as a tensor."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     host.module.moe_forward(
         rows(x), gate_up_proj, gate_up_form, down_proj, down_form, rows(gate_up_bias), rows(down_bias),
-        topk_ids.contiguous(), topk_weights.contiguous(), y, None, *options, host.execution(),
+        topk_ids.contiguous(), topk_weights.contiguous(), y, None, activation, gated, interleaved, alpha, limit,
+        host.execution(),
     )  # fmt: skip
     return y
 
@@ -88,7 +92,7 @@ def moe_forward_on_host(
 
 
 def _trained(args: Sequence[Any]) -> tuple[Tensor | None, ...]:
-    """What moe_backward has gradients for, of its arguments."""
+    """The arguments for which moe_backward computes gradients."""
     _, x, _, gate_up_proj, _, down_proj, _, gate_up_bias, down_bias, _, topk_weights = args[:11]
     return x, gate_up_proj[0], down_proj[0], gate_up_bias, down_bias, topk_weights
 
@@ -103,7 +107,8 @@ def _gradients(empty_weight: Callable[[Tensor], Tensor], args: Sequence[Any]) ->
 
     def gradient(index: int, tensor: Tensor | None, need: bool) -> Tensor:
         if tensor is None or not need:
-            return x.new_empty(0, dtype=x.dtype if tensor is None else tensor.dtype)
+            absent: Tensor = x.new_empty(0, dtype=x.dtype if tensor is None else tensor.dtype)
+            return absent
         if index in (1, 2):
             return empty_weight(tensor)
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What an op runs on: the native modules, each with the stream or the number of threads that its functions take."""
+"""The native modules that ops run on, each with its execution argument: a stream or a number of threads."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch  # first: it brings the OpenMP runtime that the native module then shares
 from torch import Tensor
@@ -25,19 +25,48 @@ advise_huge_pages = _C.advise_huge_pages
 available_cpu_isas = _C.available_cpu_isas
 collapse_into_huge_pages = _C.collapse_into_huge_pages
 cpu_isa = _C.cpu_isa
+expand_compact = _C.expand_compact
+pack_compact = _C.pack_compact
+panel_layout = _C.panel_layout
 set_cpu_isa = _C.set_cpu_isa
 version: str = _C.version
 
 
+class Native(Protocol):
+    """A native module: `_C`, `_cuda`. Its functions are named like the ops; see _ops.pyi."""
+
+    def moe_forward(
+        self,
+        x: Tensor,
+        gate_up_proj: Tensor | Sequence[Tensor],
+        gate_up_form: Sequence[int],
+        down_proj: Tensor | Sequence[Tensor],
+        down_form: Sequence[int],
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        y: Tensor,
+        h: Tensor | None,
+        activation: str,
+        gated: bool,
+        interleaved: bool,
+        alpha: float,
+        limit: float,
+        execution: Any,
+        /,
+    ) -> None: ...
+
+
 class Kernels:
-    """What an op runs on: a native module, the last argument of its functions, memory for gradients of weights, and the
-    formats of weights that the module multiplies."""
+    """A native module, the last argument of its functions, the allocator of weight gradients, and the weight formats
+    that its kernels support."""
 
     __slots__ = ("empty_weight", "execution", "formats", "module")
 
     def __init__(
         self,
-        module: Any,
+        module: Native,
         execution: Callable[[], Any],
         empty_weight: Callable[[Tensor], Tensor] = torch.empty_like,
         formats: frozenset[str] = frozenset({"plain"}),
@@ -48,12 +77,12 @@ class Kernels:
         self.formats = formats
 
 
-_KEPT_BYTES = 1 << 20  # smaller tensors come from memory that malloc keeps anyway
+_KEPT_BYTES = 1 << 20  # malloc keeps the memory of smaller tensors anyway
 
 
 def _kept_like(tensor: Tensor) -> Tensor:
-    """torch.empty_like in memory that `_C` keeps for the next tensor of this size. A weight gradient that is allocated
-    anew at each step has its pages faulted in and zeroed at each step."""
+    """torch.empty_like in memory that `_C` keeps for the next tensor of this size. Otherwise the pages of a weight
+    gradient would be faulted in and zeroed at each step."""
     transposed = not tensor.is_contiguous()
     dense = tensor.mT if transposed else tensor
     if tensor.nbytes < _KEPT_BYTES or not dense.is_contiguous():

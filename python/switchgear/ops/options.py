@@ -7,14 +7,21 @@ from typing import Any, NamedTuple
 
 
 class GluOptions(NamedTuple):
-    """As the ops take them, `*options`; see `switchgear.glu` for what they mean."""
+    """The options in the order of the ops' arguments, `*options`; `switchgear.glu` documents them."""
 
     activation: str = "silu"
     gated: bool = True
     interleaved: bool = False
-    alpha: float = 1.702  # swiglu_oai alone reads it
+    alpha: float = 1.702  # only for swiglu_oai
     limit: float = 0.0  # 0: none
 
     def keywords(self) -> dict[str, Any]:
-        """As `switchgear.glu` and `switchgear.moe` take them."""
-        return {**self._asdict(), "limit": self.limit or None}
+        """The keyword arguments for `switchgear.glu` and `switchgear.moe`."""
+        activation, gated, interleaved, alpha, limit = self  # torch.compile does not trace _asdict
+        return {
+            "activation": activation,
+            "gated": gated,
+            "interleaved": interleaved,
+            "alpha": alpha,
+            "limit": limit or None,
+        }

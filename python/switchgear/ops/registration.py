@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How an op is defined: its schema, how its arguments reach the native modules, its outputs, and torch.vmap.
+"""Defines an op: its schema, how its arguments are passed to the native modules, its outputs, and torch.vmap.
 
-An op is a row: a schema; a letter for each of its arguments, how it is handed on; and `allocate`, which makes the
-outputs (and so serves as the fake implementation, too). A native function takes the tensors, then the outputs, then the
-options, then what it runs on.
+An op is a schema, a letter for each argument that says how it is passed on, and `allocate`, which creates the outputs
+(and so is the fake implementation, too). A native function takes the tensors, then the outputs, then the options, then
+the execution argument.
 
     r  a tensor whose rows are contiguous, or None       d  a contiguous tensor, or None
     w  the tensors of a weight                           f  the form of a weight
-    o  an option                                         -  not handed on: only the outputs depend on it
+    o  an option                                         -  not passed on: only the outputs depend on it
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _lib: Any = torch.library.Library("switchgear", "DEF")  # type: ignore[no-untype
 T = TypeVar("T", Tensor, Tensor | None)
 
 
-# ---- arguments, as the kernels take them -----------------------------------------------------------------------------
+# ---- arguments, converted for the kernels ----------------------------------------------------------------------------
 
 
 def dense(tensor: T) -> T:
@@ -36,25 +36,27 @@ def dense(tensor: T) -> T:
 
 
 def rows(tensor: T) -> T:
-    """The kernels take any distance between rows, but rows must be contiguous."""
+    """The kernels accept any row stride, but each row must be contiguous."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def alike(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The kernels take one pair of strides for all separate matrices; where they differ, as contiguous copies."""
-    if len(tensors) == 1 or tensors[0].dim() != 2 or all(t.stride() == tensors[0].stride() for t in tensors):
+    """The kernels take one pair of strides for all separate matrices. If strides differ, makes contiguous copies."""
+    if len(tensors) == 1 or tensors[0].dim() != 2:  # one weight
+        return tensors
+    if all(matrix.stride() == tensors[0].stride() for matrix in tensors):
         return tensors
     return [matrix.clone(memory_format=torch.contiguous_format) for matrix in tensors]
 
 
 def matrix(name: str, tensor: Tensor, dims: int = 2) -> Tensor:
-    """`tensor`, once it is known to have the dimensions that the outputs' shapes are read from."""
+    """Returns `tensor` if it has `dims` dimensions, so that output shapes can be read from it."""
     if tensor.dim() != dims:
         raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(tensor.shape)}")
     return tensor
 
 
-_CHANGES: dict[str, Callable[[Any], Any]] = {"r": rows, "d": dense, "w": alike, "f": tuple}
+_CHANGES: dict[str, Callable[[Any], Any] | None] = {"r": rows, "d": dense, "w": alike, "f": None}
 
 
 # ---- definition ------------------------------------------------------------------------------------------------------
@@ -68,11 +70,11 @@ def register(
     written: Callable[..., tuple[Any, Any]] | None = None,
     specified_in: ModuleType = reference,
 ) -> Any:
-    """Defines the op and returns its overload, which is quicker to call than the packet.
+    """Defines the op and returns its overload, which is faster to call than the packet.
 
-    written: (kernels, *arguments) -> the outputs, and those of them that the native function gets; by default all that
-        `allocate` makes.
-    specified_in: an op of another module than reference that a native module lacks runs as its specification says.
+    written: (kernels, *arguments) -> the outputs, and those to pass to the native function. By default both are the
+        result of `allocate`.
+    specified_in: the module of the specification. Ops outside `reference` run it if a native module lacks them.
     """
     name = schema.partition("(")[0]
     specification = getattr(specified_in, name)
@@ -89,14 +91,14 @@ def register(
             outputs = allocate(*args)
             given = outputs if isinstance(outputs, tuple) else (outputs,)
         getattr(kernels.module, name)(
-            *[change(args[index]) for index, change in inputs],
+            *[args[index] if change is None else change(args[index]) for index, change in inputs],
             *given,
             *[args[index] for index in options],
             kernels.execution(),
         )
         return outputs
 
-    on_host = MethodType(native, host)  # quicker than to hand `host` on with the arguments
+    on_host = MethodType(native, host)  # faster than passing `host` with the arguments
 
     def on_cpu(*args: Any) -> Any:
         if backends.runs_natively(args[0].dtype) and (is_everywhere or hasattr(host.module, name)):
@@ -105,7 +107,7 @@ def register(
 
     def on_cuda(*args: Any) -> Any:
         device = args[0].device
-        if device.type != "cuda":  # another argument brought the call here
+        if device.type != "cuda":  # dispatched here because of another argument
             _check_devices(op, args)
         if not backends.runs_natively(args[0].dtype):
             return in_torch(*args)
@@ -132,7 +134,7 @@ def register(
         return allocate(*with_defaults(args))
 
     def in_torch(*args: Any) -> Any:
-        with backends.without_autocast(args[0].device.type):  # which would round every product in here
+        with backends.without_autocast(args[0].device.type):  # autocast would round every product in here
             return specification(*args)
 
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -153,7 +155,7 @@ def register(
 
 
 def _loop_over_batch(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of torch.vmap: one call per element, results stacked."""
+    """The rule for torch.vmap: one call per element, results stacked."""
 
     def element(arg: Any, dim: Any, index: int) -> Any:
         if isinstance(dim, (list, tuple)):

@@ -16,11 +16,9 @@ instead of one per token, so that each token's sum runs over its experts in orde
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +27,7 @@ from switchgear import ops
 from switchgear.ops import GluOptions
 from switchgear.parallel import header, layout, local
 from switchgear.parallel.cost import choose_chunks
+from switchgear.parallel.record import Event
 from switchgear.parallel.transport import Work, _Done
 
 if TYPE_CHECKING:
@@ -57,37 +56,6 @@ class Layer:
     copies: tuple[Copy, ...]  # the replicated experts of this rank
     options: GluOptions
     extra: object = None  # anything else that must agree
-
-
-class Event(NamedTuple):
-    """An interval of the timeline, in seconds of time.monotonic()."""
-
-    lane: str  # "link" or "experts"
-    name: str
-    begin: float
-    end: float
-
-
-@dataclass
-class Record:
-    """What an exchange did: bytes sent to other ranks by kind, seconds spent waiting, and events if requested."""
-
-    bytes: Counter[str] = field(default_factory=Counter)
-    waited: float = 0.0
-    events: list[Event] | None = None
-
-    def clear(self) -> None:
-        self.bytes.clear()
-        self.waited = 0.0
-        if self.events is not None:
-            self.events = []
-
-    @contextmanager
-    def event(self, lane: str, name: str) -> Any:
-        begin = time.monotonic()
-        yield
-        if self.events is not None:
-            self.events.append(Event(lane, name, begin, time.monotonic()))
 
 
 class _Link:

@@ -16,10 +16,10 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 from switchgear.parallel import peer_memory, shared_memory
 from switchgear.parallel import transport as transports
 from switchgear.parallel.cost import CHUNKS, Link
-from switchgear.parallel.exchange import Record
 from switchgear.parallel.header import digest
 from switchgear.parallel.peers import Peers
 from switchgear.parallel.placement import Placement
+from switchgear.parallel.record import Record
 
 _alive: weakref.WeakSet[ExpertParallel] = weakref.WeakSet()
 _made: dict[str, int] = {}

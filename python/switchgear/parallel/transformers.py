@@ -69,9 +69,11 @@ class SwitchgearEP(EPImplementation):
             size = self.parallel.size
             placement = Placement.contiguous(self._num_local * size, size)
             self._layer = make_layer(self.parallel, placement, gate, self._number, weights.down_proj.shape[1:])
-        y: Tensor = exchange_moe(
-            self._layer, hidden_states, top_k_index, top_k_weights, Weights(*weights), self._run_module
-        )
+        first, second, *biases = weights
+        plain = None
+        if isinstance(first, Tensor) and isinstance(second, Tensor):  # else stored, for inference
+            plain = Weights(first, second, *biases)
+        y: Tensor = exchange_moe(self._layer, hidden_states, top_k_index, top_k_weights, plain, self._run_module)
         return y
 
     def _run_module(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

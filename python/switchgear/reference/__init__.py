@@ -2,18 +2,18 @@
 """Every op of switchgear in plain torch: the specification, and the backend "reference".
 
 The signatures are those of the torch ops in ops/, and the formats those of include/switchgear/ops.h. Any floating
-dtype works on any device. Sums run in float32 (float64 for float64) and are rounded to the dtype of the inputs once, at
-the end. Gradients are written out as formulas rather than left to autograd, so that a gradcheck in float64 proves the
-formulas that the kernels implement.
+dtype works on any device. Sums are in float32 (float64 for float64) and are rounded once, at the end, to the dtype of
+the inputs. Gradients are explicit formulas, not autograd's, so that a gradcheck in float64 verifies the formulas that
+the kernels implement.
 
-routing.py    who goes where; policies.py: the ops of routing policies
+routing.py    the choice of experts; policies.py: the ops of routing policies
 stages.py     plan, permute, combine; products.py: grouped_gemm; activations.py: the activation between the projections
 layer.py      the whole layer: moe_forward, moe_backward
-formats.py    what the tensors of a weight are, by format: panels.py, compact.py, integers.py, minifloat.py
-checks.py, rows.py  what they share
+formats.py    the tensors of a weight, by format: panels.py, compact.py, integers.py, minifloat.py
+checks.py, rows.py  helpers of the others
 
 Letters: T tokens · K top_k · E experts · H hidden_size · I intermediate_size · S = T·K slots · N = 2I (gated) or I.
-Errors: ValueError, or TypeError for a dtype, naming the argument, what was expected and what came.
+Errors: ValueError, or TypeError for a dtype, with the argument, what was expected and what was passed.
 """
 
 from switchgear.reference.activations import ACTIVATIONS, activate, glu, glu_backward, halves
@@ -28,7 +28,16 @@ from switchgear.reference.policies import (
     route_dynamic,
 )
 from switchgear.reference.products import empty_weight, grouped_gemm, grouped_gemm_wgrad
-from switchgear.reference.routing import GROUP_SCORES, SCORE_FUNCTIONS, exp, route, route_backward, sanitize, scores
+from switchgear.reference.routing import (
+    GROUP_SCORES,
+    NORMALIZE_EPSILON,
+    SCORE_FUNCTIONS,
+    exp,
+    route,
+    route_backward,
+    sanitize,
+    scores,
+)
 from switchgear.reference.rows import gather_rows, segments, to_slots
 from switchgear.reference.stages import combine, combine_weight_backward, permute, plan
 
@@ -36,6 +45,7 @@ __all__ = [
     "ACTIVATIONS",
     "DROPS",
     "GROUP_SCORES",
+    "NORMALIZE_EPSILON",
     "SCORE_FUNCTIONS",
     "activate",
     "assign_balanced",

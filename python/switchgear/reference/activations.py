@@ -70,7 +70,7 @@ def glu_of(h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: fl
 def glu_backward_of(
     grad_a: Tensor, h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float
 ) -> Tensor:
-    """A clamped value passes its gradient where it lies within the limits, ends included."""
+    """A clamp passes the gradient if the value is within the limits, ends included."""
     if not gated:
         gate = h.clamp(max=limit) if limit > 0 else h
         grad_h = grad_a * activate(gate, activation, alpha)[1]
@@ -91,7 +91,7 @@ def glu_backward_of(
 
 
 def glu(h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float) -> Tensor:
-    """a [S,I] of h [S,N]: act(gate) ⊙ up for gated experts, act(h) for plain ones.
+    """a [S,I] of h [S,N]: act(gate) ⊙ up for gated experts, else act(h).
 
     limit > 0    gate = min(gate, limit) and up = clamp(up, -limit, limit) first
     swiglu_oai   gate · sigmoid(alpha · gate) ⊙ (up + 1), gpt-oss's gate (gated only)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What arguments have to be. ValueError, or TypeError for a dtype, naming the argument, what was expected and what came."""
+"""Checks of arguments. They raise ValueError, or TypeError for a dtype, with the argument, what was expected and what
+was passed."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check(name: str, tensor: Tensor | None, shape: Sequence[int | None], dtype: torch.dtype | None = None) -> None:
-    """`tensor` has `shape` (None: any size) and `dtype` (None: any floating dtype); only its first size may be 0. An
-    absent tensor passes."""
+    """Checks that `tensor` has `shape` (None: any size) and `dtype` (None: any floating dtype). Only its first size may
+    be 0. None passes."""
     if tensor is None:
         return
     if tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point():
@@ -31,7 +32,7 @@ def check(name: str, tensor: Tensor | None, shape: Sequence[int | None], dtype: 
 
 
 def check_range(name: str, indices: Tensor, low: int, high: int) -> None:
-    """Every index is in [low, high)."""
+    """Checks that every index is in [low, high)."""
     if indices.numel() and bool(((indices < low) | (indices >= high)).any()):
         smallest, largest = indices.aminmax()
         raise ValueError(f"{name}: expected {low} to {high - 1}, got {int(smallest)} to {int(largest)}")
@@ -43,7 +44,7 @@ def check_finite(name: str, value: float) -> None:
 
 
 def weight_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of topk_weights, and of every sum, beside tensors of `dtype`."""
+    """The dtype of topk_weights, and of every sum, for tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Compact weights in plain torch: bfloat16 in 12 bits and float32 in 28, without loss. The specification.
 
-Of the 256 exponents that a bfloat16 or a float32 can have, weights use few. The 16 that most elements of an expert have
-get codes of 4 bits; sign and fraction keep theirs. A weight [E,N,C] becomes bytes [E,N,B]; each row is a header and
-then records of 128 elements (the last one padded):
+Weights use few of the 256 exponents of bfloat16 and float32. The 16 most frequent exponents of an expert get 4-bit
+codes; sign and fraction are stored unchanged. A weight [E,N,C] becomes bytes [E,N,B]. Each row is a header, then
+records of 128 elements (the last one padded):
 
-    header  64 bytes or a multiple: the exponents of codes 0 to 15, ascending and the same in all rows of an expert;
-            from byte 16 on the number n of elements with another exponent (uint16); in byte 18 the bytes of an
-            element, 2 or 4; from byte 20 on n times column and upper 16 bits (uint16 each), columns ascending
+    header  a multiple of 64 bytes. Bytes 0 to 15: the exponents of codes 0 to 15, ascending, the same in all rows of an
+            expert; bytes 16 and 17: the number n of elements with another exponent (uint16); byte 18: bytes per
+            element, 2 or 4; from byte 20 on: n times column and upper 16 bits (uint16 each), columns ascending
     record  192 bytes: byte 64·h + place(i) is sign and fraction of element 64·h + i, i < 64 and h < 2; byte
             128 + place(i) holds the codes of elements i (low bits) and 64 + i
-            448 bytes for float32: such a record of the upper halves, that of element i standing at half(i); then the
-            lower halves (uint16), that of element i at half(i)
+            448 bytes for float32: such a record of the upper halves, with element i at half(i); then the lower halves
+            (uint16), with element i at half(i)
 
 place(i) = i % 32 // 8 · 16 + i // 32 · 8 + i % 8, half(i) = i // 32 · 32 + i % 16 // 4 · 8 + i % 32 // 16 · 4 + i % 4
-are where a processor interleaving bytes, or halves, puts them in order. All rows have headers of one length, for
-the row with the most exceptions. About one in 10,000 normally distributed weights is one.
+are the positions from which a processor that interleaves bytes, or halves, restores the order. All headers have the
+length that the row with the most exceptions needs. About one in 10,000 normally distributed weights is an exception.
 
-float32 whose lower halves are all zero, as those of a bfloat16 checkpoint are, is stored as the bfloat16 that it is.
+float32 weights whose lower halves are all zero, as from a bfloat16 checkpoint, are stored as bfloat16.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ _HALF = torch.tensor([i // 32 * 32 + i % 16 // 4 * 8 + i % 32 // 16 * 4 + i % 4 
 
 
 def header_bytes(exceptions: int) -> int:
-    """Of rows with so many exceptions."""
+    """The header size of rows with this many exceptions."""
     return -(-(FIRST_EXCEPTION + EXCEPTION_BYTES * exceptions) // HEADER_UNIT) * HEADER_UNIT
 
 
 def records_bytes(columns: int, dtype: torch.dtype) -> int:
-    """Of a row without its header."""
+    """The size of a row without its header."""
     return -(-columns // RECORD) * RECORD_BYTES[dtype]
 
 
 def _frequent(exponents: Tensor) -> Tensor:
-    """The CODES exponents that most elements have, ascending; of two as frequent, the lower one."""
+    """The CODES most frequent exponents, ascending; ties go to the lower exponent."""
     counts = torch.bincount(exponents.flatten(), minlength=256)
     return counts.sort(descending=True, stable=True).indices[:CODES].sort().values
 
 
 def _uint16_bytes(values: Tensor) -> Tensor:
-    """Their two bytes, the lower one first, in a new last dimension."""
+    """The two bytes of each value, the lower one first, in a new last dimension."""
     return torch.stack([values & 0xFF, values >> 8], -1)
 
 
 def elements_of(weight: Tensor) -> Tensor:
-    """What is stored of a contiguous weight: itself, or its upper halves, bfloat16, where the lower ones are zero."""
+    """The elements to store of a contiguous weight: the upper halves, bfloat16, if the lower are zero; else itself."""
     if weight.dtype is not torch.float32 or weight.numel() == 0:
         return weight
     lower, upper = weight.view(torch.int16).view(*weight.shape, 2).unbind(-1)
@@ -65,7 +65,7 @@ def elements_of(weight: Tensor) -> Tensor:
 
 
 def compact(weight: Tensor) -> Tensor:
-    """Compact rows [E,N,B] uint8 of a weight [E,N,C], bfloat16 or float32. ValueError for more than 32768 columns."""
+    """Packs a weight [E,N,C], bfloat16 or float32, into rows [E,N,B] uint8. ValueError for more than 32768 columns."""
     if weight.dtype not in RECORD_BYTES:
         raise TypeError(f"weight: expected torch.bfloat16 or torch.float32, got {weight.dtype}")
     weight = elements_of(weight.contiguous())
@@ -92,7 +92,7 @@ def compact(weight: Tensor) -> Tensor:
     at = FIRST_EXCEPTION + EXCEPTION_BYTES * number[:, None] + torch.arange(EXCEPTION_BYTES)
     header[expert[:, None], row[:, None], at] = entries
 
-    def records(values: Tensor) -> Tensor:  # [E,N,C] -> [E,N,records,128], zeros behind the end
+    def records(values: Tensor) -> Tensor:  # [E,N,C] -> [E,N,records,128], padded with zeros
         padded = torch.nn.functional.pad(values, (0, -columns % RECORD)).view(num_experts, rows, -1, RECORD)
         return torch.empty_like(padded).index_copy_(-1, _HALF, padded) if has_halves else padded
 
@@ -109,7 +109,7 @@ def compact(weight: Tensor) -> Tensor:
 
 
 def expand(rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """The weight [E,N,C] of which `rows` [E,N,B] are the compact ones, whose elements are of `dtype`."""
+    """Expands compact `rows` [E,N,B] with elements of `dtype` to the weight [E,N,C]."""
     if dtype not in RECORD_BYTES:
         raise TypeError(f"weight: expected {dtype}, got compact rows, which hold torch.bfloat16 or torch.float32")
     wanted = records_bytes(columns, dtype)
@@ -145,7 +145,7 @@ def expand(rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def check_storage(name: str, packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:
-    """These are compact rows of weights [E,rows,columns] of `dtype`."""
+    """Checks that `packed` are compact rows of weights [E,rows,columns] of `dtype`."""
     if packed.dtype is not torch.uint8 or dtype not in RECORD_BYTES:
         raise TypeError(f"{name}: expected {dtype}, got compact rows of torch.bfloat16 or torch.float32")
     if packed.dim() != 3 or packed.shape[1] != rows:
@@ -153,6 +153,6 @@ def check_storage(name: str, packed: Tensor, rows: int, columns: int, dtype: tor
 
 
 def plain(weight: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """The weight of `dtype` of which these are the compact rows, whose elements may be bfloat16 for a float32."""
+    """Expands compact rows to the weight of `dtype`. The elements of a float32 weight may be bfloat16."""
     is_low = dtype is torch.float32 and weight.numel() > 0 and weight[0, 0, ELEMENT_BYTES] == torch.bfloat16.itemsize
     return expand(weight, columns, torch.bfloat16 if is_low else dtype).to(dtype)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The formats that a weight can have, in plain torch: what its tensors are, and what they stand for. The specification.
+"""The formats of a weight in plain torch: its tensors and their meaning. The specification.
 
-A weight [E,N,C] crosses to the ops as tensors and a form, a few integers:
+A weight [E,N,C] is passed to the ops as tensors and a form, a few integers:
 
     form ()       plain: one tensor [E,N,C]
     form (format, rows, cols, parts, group_size, fields)
-                  the number of a format in FORMATS; N and C; equal shares of the rows that are stored apart; columns that
-                  share a scale (0: all); and which tensors follow the data, a bit each in the order of FIELDS
+                  the index of the format in FORMATS; N and C; equal parts of the rows that are stored separately;
+                  columns that share a scale (0: all); and the tensors after the data, one bit each in order of FIELDS
 
-`slots` [E] int32 says where the experts lie: expert e at index slots[e] of the first dimension of all other tensors.
+`slots` [E] int32 locates the experts: expert e is at index slots[e] of the first dimension of all other tensors.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NEEDED = {
 
 
 class Stored(NamedTuple):
-    """A weight taken apart."""
+    """The parts of a weight."""
 
     format: str
     rows: int  # N
@@ -62,7 +62,7 @@ def format_of(form: Sequence[int]) -> str:
 
 
 def fields_of(form: Sequence[int]) -> tuple[str, ...]:
-    """The names of the tensors, of which `data` is the first."""
+    """The names of the tensors; the first is `data`."""
     fields = form[5] if form else 0
     return ("data", *(field for bit, field in enumerate(FIELDS) if fields >> bit & 1))
 
@@ -74,7 +74,7 @@ def num_experts_of(tensors: Sequence[Tensor], form: Sequence[int]) -> int:
 
 
 def take_apart(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Stored:
-    """ValueError for a form that says nothing of these tensors."""
+    """Splits a weight into its parts. Raises ValueError if the form does not match the tensors."""
     if not form:
         if len(tensors) != 1 or tensors[0].dim() != 3:
             raise ValueError(f"{name}: expected one tensor [E,N,C], got {[list(tensor.shape) for tensor in tensors]}")
@@ -105,12 +105,13 @@ def check_weight(
     sizes: tuple[int | None, int | None, int | None],
     dtype: torch.dtype,
 ) -> tuple[int, int, int]:
-    """E, N and C of a weight beside activations of `dtype`, once they are the `sizes` that are given."""
+    """Checks a weight for activations of `dtype` against `sizes` (None: any). Returns E, N and C."""
     stored = take_apart(name, tensors, form)
     experts, rows, cols = sizes
     if not form:
         check(name, stored.data, sizes, dtype)
-        return tuple(stored.data.shape)
+        num_experts, rows, cols = stored.data.shape
+        return num_experts, rows, cols
     if rows not in (None, stored.rows) or cols not in (None, stored.cols) or stored.rows < 1 or stored.cols < 1:
         wanted = ", ".join("any" if size is None else str(size) for size in sizes[1:])
         raise ValueError(f"{name}: expected matrices [{wanted}], got [{stored.rows}, {stored.cols}] in {stored.format}")
@@ -155,15 +156,12 @@ def _check_minifloat(name: str, stored: Stored) -> None:
 
 
 def _in_order(stored: Stored) -> Stored:
-    """With the data of expert e at index e."""
+    """The weight without slots: the data of expert e is at index e."""
     if stored.slots is None:
         return stored
     at = stored.slots.long()
-    moved = {
-        field: None if (tensor := getattr(stored, field)) is None else tensor[at]
-        for field in ("data", "scales", "row_scales", "zeros")
-    }
-    return stored._replace(**moved, slots=None)
+    scales, row_scales, zeros = (None if t is None else t[at] for t in (stored.scales, stored.row_scales, stored.zeros))
+    return stored._replace(data=stored.data[at], scales=scales, row_scales=row_scales, zeros=zeros, slots=None)
 
 
 def _quantized(stored: Stored) -> integers.Quantized:
@@ -178,7 +176,7 @@ def _levels(stored: Stored) -> integers.Levels:
 
 
 def decode(tensors: Sequence[Tensor], form: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The weight [E,N,C] in `dtype`: as it was where the format is lossless, else what its numbers stand for."""
+    """Decodes a weight to [E,N,C] in `dtype`: the original bits if the format is lossless, else rounded values."""
     stored = _in_order(take_apart("weight", tensors, form))
     if stored.format == "plain":
         return stored.data
@@ -204,6 +202,6 @@ def _decode_minifloat(stored: Stored) -> Tensor:
 
 
 def multiply_integers(rows: Tensor, tensors: Sequence[Tensor], form: Sequence[int], expert_offsets: Tensor) -> Tensor:
-    """[S,N] float32: rows [S,C] times each expert's matrix of int8 or int4."""
+    """Multiplies rows [S,C] by each expert's matrix of int8 or int4, [S,N] float32."""
     stored = _in_order(take_apart("weight", tensors, form))
     return integers.multiply(rows, _levels(stored), BITS[stored.format], stored.group_size, expert_offsets)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Weights of 8 and 4 bits in plain torch: how they are made, stored, read back and multiplied. The specification.
+"""Weights of 8 and 4 bits in plain torch: quantization, storage, decoding and products. The specification.
 
     w = row_scale · scale · (q - zero · 2^(bits-8))          0 <= q < 2^bits
 
-row_scale, a float32, belongs to a row; scale (int8) and zero (uint8) to a row and a group of `group_size` columns.
-Weights are symmetric where all zeros are 128, which is then not stored. group_size 0 stands for the whole row.
+Each row has a row_scale (float32). Each group of `group_size` columns of a row has a scale (int8) and a zero (uint8).
+Weights are symmetric if all zeros are 128; zeros are then not stored. group_size 0 means the whole row.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from switchgear.reference.checks import check
 from switchgear.reference.rows import segments
 
 BLOCK_ROWS = 16
-ACTIVATION_BLOCK = 256  # columns of activations that share a scale, where weights have groups that are not larger
-SMALLEST = 2.0**-100  # blocks of activations below are zero: their scale has no inverse
+ACTIVATION_BLOCK = 256  # columns of activations that share a scale, if groups of weights are not larger
+SMALLEST = 2.0**-100  # smaller blocks of activations become zero: their scale has no inverse
 
 
 class Levels(NamedTuple):
@@ -33,7 +33,7 @@ class Levels(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """The same in blocks, as the kernels read it: include/switchgear/integers.h."""
+    """The same in the blocks that kernels read: include/switchgear/integers.h."""
 
     values: Tensor  # [E, parts·B, W, 64] uint8
     scales: Tensor  # [E, parts·B, G, 16] int8
@@ -47,11 +47,11 @@ def _divide_up(a: int, b: int) -> int:
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
-# Shares of the range that scales are tried for: a group loses less where its extremes are clipped a little. With zeros
-# each end is clipped by a share of its own.
+# Fractions of the range to try for scales: clipping the extremes a little reduces the error of a group. With zeros,
+# each end has its own fraction.
 _SHARES = (1.1, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 _SHARES_OF_ENDS = tuple(itertools.product((1.03, 0.95, 0.87, 0.79), repeat=2))
-_STEPS = 2  # of least squares from each of them
+_STEPS = 2  # least-squares steps for each fraction
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -59,11 +59,11 @@ def _inverse(scale: Tensor) -> Tensor:
 
 
 def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: str = "weight") -> Levels:
-    """The levels of a weight [E,N,C].
+    """Quantizes a weight [E,N,C] to levels.
 
-    8 bits: the largest magnitude, or the range, maps to the ends. 4 bits: from some shares of the range, scales and
-    zeros are fitted to the levels that they lead to (least squares), and each group takes those with the smallest
-    squared error. Levels are the nearest for the rounded scale and zero. NaN and infinities are a ValueError.
+    8 bits: the largest magnitude, or the range, maps to the ends. 4 bits: for some fractions of the range, scales and
+    zeros are fitted to the resulting levels (least squares); each group uses the fit with the smallest squared error.
+    Levels are rounded to nearest for the rounded scale and zero. Raises ValueError for NaN and infinities.
     """
     num_experts, rows, columns = weight.shape
     if not bool(weight.isfinite().all()):
@@ -74,7 +74,7 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: 
     scales = weight.new_empty(num_experts, rows, groups, dtype=torch.int8)
     row_scales = weight.new_empty(num_experts, rows, dtype=torch.float32)
     zeros = None if symmetric else weight.new_empty(scales.shape, dtype=torch.uint8)
-    present = (torch.arange(groups * size, device=weight.device) < columns).view(groups, size)  # of the last group
+    present = (torch.arange(groups * size, device=weight.device) < columns).view(groups, size)  # false: padding
     for expert in range(num_experts):
         for row in range(0, rows, 64):  # slices that stay in a cache
             some = slice(row, row + 64)
@@ -96,23 +96,23 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: 
 
 
 def _levels(w: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> Tensor:
-    lowest = 1 if bits == 8 and symmetric else 0  # as far down as up
+    lowest = 1 if bits == 8 and symmetric else 0  # a symmetric range
     return (w * _inverse(scale) + zero).round_().clamp_(lowest, 2**bits - 1)
 
 
 def _round_zero(zero: Tensor, bits: int) -> Tensor:
-    """To what eight bits hold: 1/16 of a level for 4 bits, a level for 8."""
+    """Rounds a zero to its eight bits: to 1/16 of a level for 4 bits, to a level for 8."""
     unit = float(1 << (8 - bits))
     return (zero * unit).round_().clamp_(0, 255) / unit
 
 
 def _fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scales and zeros [R,G,1] of groups w [R,G,g], float32; columns that are not `present` [G,g] are zero."""
+    """Scales and zeros [R,G,1] of groups w [R,G,g], float32; columns outside `present` [G,g] are zero."""
     top, middle = 2**bits - 1, 2 ** (bits - 1)
     low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
     half = torch.full_like(low, middle)
     if symmetric:
-        extreme = torch.where(high > -low, high, low)  # maps to an end: at 4 bits to the lower, the farther one
+        extreme = torch.where(high > -low, high, low)  # maps to an end; for 4 bits to the lower, the farther one
         start = extreme.abs() / 127 if bits == 8 else -extreme / middle
     else:
         start = (high - low) / top
@@ -130,13 +130,13 @@ def _fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
             zero = _round_zero(-low * low_share * _inverse(scale), bits)
         for _ in range(_STEPS):
             levels = _levels(w, scale, zero, bits, symmetric)
-            if not symmetric:  # the line w = scale · (q - zero) through all (q, w)
+            if not symmetric:  # fit the line w = scale · (q - zero) to all (q, w)
                 mean = (levels * weights).sum(-1, keepdim=True) / count
                 centred = (levels - mean) * weights
                 norm = centred.square().sum(-1, keepdim=True)
                 scale = torch.where(norm > 0, (centred * w).sum(-1, keepdim=True) / norm, scale)
                 zero = _round_zero(mean - w.sum(-1, keepdim=True) / count * _inverse(scale), bits)
-            centred = (levels - zero) * weights  # the scale that fits these levels and this zero best
+            centred = (levels - zero) * weights  # the best scale for these levels and this zero
             norm = centred.square().sum(-1, keepdim=True)
             scale = torch.where(norm > 0, (centred * w).sum(-1, keepdim=True) / norm, scale)
         levels = _levels(w, scale, zero, bits, symmetric)
@@ -148,7 +148,7 @@ def _fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
 
 
 def dequantize(levels: Levels, bits: int, group_size: int) -> Tensor:
-    """The weight [E,N,C] in float32: two roundings."""
+    """Decodes levels to the weight [E,N,C] in float32, with two roundings."""
     columns = levels.q.shape[2]
     size = group_size or columns
 
@@ -164,7 +164,7 @@ def dequantize(levels: Levels, bits: int, group_size: int) -> Tensor:
 
 
 def _pad_rows(tensor: Tensor, parts: int) -> Tensor:
-    """[E,N,D] -> [E, parts·B, 16, D], zeros below each part."""
+    """[E,N,D] -> [E, parts·B, 16, D]; pads each part with zeros."""
     num_experts, rows, depth = tensor.shape
     part_rows = rows // parts
     blocks = _divide_up(part_rows, BLOCK_ROWS)
@@ -179,7 +179,7 @@ def _unpad_rows(blocks: Tensor, rows: int, parts: int) -> Tensor:
 
 
 def to_blocks(levels: Levels, bits: int, parts: int) -> Quantized:
-    """Levels in the order in which kernels read them."""
+    """Reorders levels into the blocks that kernels read."""
     q = levels.q
     padded = torch.nn.functional.pad(q, (0, _divide_up(q.shape[2], 8) * 8 - q.shape[2]))
     blocks = _pad_rows(padded, parts)
@@ -218,15 +218,15 @@ def from_blocks(weight: Quantized, rows: int, columns: int, bits: int, parts: in
 
 
 def activation_block(group_size: int, columns: int) -> int:
-    """Columns of activations that share a scale: the whole row where weights have no groups."""
+    """Columns of activations that share a scale: the whole row if weights have no groups."""
     return max(group_size, ACTIVATION_BLOCK) if group_size else columns
 
 
 def quantize_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """x [R,C] as int8 [R,C] and scales [R,B] float32, one for each `block` columns: x ≈ scales · values, with the
-    largest magnitude of a block at 127.
+    """Quantizes x [R,C] to int8 [R,C] and scales [R,B] float32, one per `block` columns: x ≈ scales · values. The
+    largest magnitude of a block maps to 127.
 
-    Blocks whose largest magnitude is below 2^-100 are zero; those with an infinity or a NaN have a NaN for their scale.
+    A block whose largest magnitude is below 2^-100 becomes zero. A block with an infinity or a NaN has scale NaN.
     """
     columns = x.shape[1]
     count = _divide_up(columns, block)
@@ -240,8 +240,8 @@ def quantize_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def multiply(rows: Tensor, levels: Levels, bits: int, group_size: int, expert_offsets: Tensor) -> Tensor:
-    """[S,N] float32: rows [S,C], rounded to int8, times each expert's matrix. Sums are exact in a group, float32 over
-    groups."""
+    """Multiplies rows [S,C], rounded to int8, by each expert's matrix, [S,N] float32. Sums within a group are exact;
+    those over groups are float32."""
     _, height, columns = levels.q.shape
     size = group_size or columns
     block = activation_block(group_size, columns)
@@ -250,7 +250,7 @@ def multiply(rows: Tensor, levels: Levels, bits: int, group_size: int, expert_of
     for expert, slots in segments(expert_offsets):
         total = torch.zeros(slots.stop - slots.start, height, device=rows.device)
         for group, begin in enumerate(range(0, columns, size)):
-            a = values[slots, begin : begin + size].double()  # whose products and sums are exact in float64
+            a = values[slots, begin : begin + size].double()  # products and sums are exact in float64
             q = levels.q[expert, :, begin : begin + size].double()
             scale = levels.scales[expert, :, group].float()
             if levels.zeros is None:
@@ -269,7 +269,7 @@ def multiply(rows: Tensor, levels: Levels, bits: int, group_size: int, expert_of
 def check_storage(
     name: str, weight: Quantized, rows: int, columns: int, bits: int, parts: int, group_size: int
 ) -> None:
-    """The tensors of a weight [E,rows,columns] have the shapes and dtypes of its format."""
+    """Checks that the tensors of a weight [E,rows,columns] have the shapes and dtypes of its format."""
     if group_size and (group_size < 16 or group_size & (group_size - 1)):
         raise ValueError(
             f"{name}: expected a group_size of 0 (the whole row) or a power of two from 16 on, got {group_size}"

@@ -24,7 +24,7 @@ def check_layer(
     topk_ids: Tensor,
     topk_weights: Tensor,
 ) -> None:
-    """What is no weight; sizes: E, N, and H of the projections."""
+    """Checks the arguments other than weights. sizes: E, N, and H of the projections."""
     num_experts, width, hidden_size = sizes
     check("x", x, (None, hidden_size))
     check("gate_up_bias", gate_up_bias, (num_experts, width), x.dtype)
@@ -58,8 +58,8 @@ def moe_forward(
 ) -> tuple[Tensor, Tensor]:
     """y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu) · W_dᵀ + b_d), and h [S,N] = x·W_guᵀ + b_gu in slot order.
 
-    h is [0,N] unless save_h. Each projection comes in its form (formats.py). Integers meet activations that are rounded
-    to int8: x, and a = glu(h) once it is rounded to the dtype of x.
+    h is [0,N] unless save_h. Each projection has a form (formats.py). Integer weights are multiplied by activations
+    rounded to int8: x, and a = glu(h) after rounding to the dtype of x.
     """
     check_options(activation, gated, alpha, limit)
     check("x", x, (None, None))
@@ -95,8 +95,8 @@ def moe_backward(
     limit: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of moe_forward from x and h alone; `a` is recomputed. With dy the rows of grad_y in slot order, w their
-    weights, one line per output (those that `needs` does not ask for are empty); weights are plain:
+    """Gradients of moe_forward from x and h; `a` is recomputed. Projections are plain. Outputs that `needs` does not
+    request are empty. With dy the rows of grad_y in slot order and w their weights:
 
         da' = dy · W_d                    dh = glu'(h, w · da')
         x             Σ_k dh · W_gu       gate_up_proj  dhᵀ · x          gate_up_bias  Σ dh

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Weights in floating-point numbers of 8 or 4 bits in plain torch: how they are made, published, stored and read back.
+"""Weights of 8-bit and 4-bit floating-point numbers in plain torch: encoding, layouts and decoding. The specification.
 
     w = scale · value
 
-fp8: values are e4m3fn. A float32 scale belongs to a group of rows and columns, as DeepSeek-V3 and Qwen3 publish it
-(`weight_scale_inv`, 128 x 128), or to a row. mxfp4 (OCP Microscaling v1.0): values are e2m1. A scale 2^(s - 127)
-belongs to 32 columns of a row, as gpt-oss publishes it (`_blocks` and `_scales`).
+fp8: values are e4m3fn. There is one float32 scale per group of rows and columns, as DeepSeek-V3 and Qwen3 publish it
+(`weight_scale_inv`, 128 x 128), or per row. mxfp4 (OCP Microscaling v1.0): values are e2m1. There is one scale
+2^(s - 127) per 32 columns of a row, as gpt-oss publishes it (`_blocks` and `_scales`).
 
-There are two layouts. The published one has the order of rows and columns; the stored one, that of the kernels, is
-described in include/switchgear/minifloat.h. to_blocks and from_blocks go from one to the other without changing a bit.
+There are two layouts. The published one is in order of rows and columns. include/switchgear/minifloat.h defines the
+stored one, which the kernels read. to_blocks and from_blocks convert between them without changing a bit.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def _divide_up(a: int, b: int) -> int:
 
 
 def _slices(rows: Tensor, count: int = 64) -> list[Tensor]:
-    """Some rows at a time: what is computed of them stays in a cache, and in memory that was used before."""
+    """Splits rows into slices whose intermediate results fit in a cache and reuse memory."""
     return [rows[first : first + count] for first in range(0, max(len(rows), 1), count)]
 
 
 def _pad(tensor: Tensor, columns: int = 0, rows: int = 0) -> Tensor:
-    """With zeros to the right and below; the tensor itself, and no copy, where there are none."""
+    """Pads with zeros to the right and below. Returns the tensor itself, without a copy, if no padding is needed."""
     return pad(tensor, (0, columns, 0, rows)) if columns or rows else tensor
 
 
@@ -56,15 +56,15 @@ def _pad(tensor: Tensor, columns: int = 0, rows: int = 0) -> Tensor:
 
 
 def e4m3_codes(x: Tensor) -> Tensor:
-    """Finite float32 as e4m3fn: to the nearest, ties to even, at most ±448. uint8."""
+    """Rounds finite float32 to e4m3fn: to nearest, ties to even, at most ±448. uint8."""
     return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def e2m1_codes(x: Tensor) -> Tensor:
-    """Finite float32 as e2m1: to the nearest, ties to even, at most ±6. uint8, 0..15.
+    """Rounds finite float32 to e2m1: to nearest, ties to even, at most ±6. uint8, 0..15.
 
-    Neighbouring values differ by 0.5 up to 2, by 1 up to 4, then by 2. In these units codes are x, x + 2 and x + 4: the
-    least of the three, each rounded to an integer, half to even, which adding an even number does not change.
+    The spacing of values is 0.5 up to 2, 1 up to 4, then 2. With x in these units the code is x, x + 2 or x + 4: the
+    minimum of the three, each rounded to an integer, half to even. Adding an even number does not change the rounding.
     """
     magnitude = x.abs()
     codes = torch.minimum((magnitude * 2).round_(), magnitude.round().add_(2))
@@ -79,7 +79,7 @@ def e8m0_scales(codes: Tensor) -> Tensor:
 
 
 def _e2m1_values(device: torch.device) -> Tensor:
-    """Of codes 0..15, float32."""
+    """The values of codes 0..15, float32."""
     return torch.tensor((*MXFP4_VALUES, *(-value for value in MXFP4_VALUES)), device=device)
 
 
@@ -87,13 +87,13 @@ def _e2m1_values(device: torch.device) -> Tensor:
 
 
 def check_parts(rows: int, parts: int) -> None:
-    """ValueError unless the rows have `parts` equal shares."""
+    """Raises ValueError unless the rows can be split into `parts` equal parts."""
     if parts < 1 or rows % parts:
         raise ValueError(f"parts: expected a divisor of N={rows}, got {parts}")
 
 
 def check_group(group: tuple[int, int]) -> None:
-    """ValueError for a group that fp8 cannot have."""
+    """Raises ValueError for a group that fp8 does not support."""
     if group[0] < 1 or group[1] < 0 or group[1] % COLUMNS:
         raise ValueError(
             f"group: expected rows from 1 on and a multiple of {COLUMNS} columns, 0 for all of them, got {group}"
@@ -101,13 +101,13 @@ def check_group(group: tuple[int, int]) -> None:
 
 
 def _split_parts(matrix: Tensor, parts: int, multiple: int) -> Tensor:
-    """[N,C] -> [parts, N/parts, C], with zeros below each part up to a multiple of rows."""
+    """[N,C] -> [parts, N/parts, C]; pads each part with rows of zeros to a multiple."""
     shares = matrix.view(parts, matrix.shape[0] // parts, matrix.shape[1])
     return _pad(shares, rows=-shares.shape[1] % multiple)
 
 
 def _finite_experts(weight: Tensor, name: str) -> Iterator[Tensor]:
-    """The matrices [N,C] of a weight in float32, one at a time: encoding takes some times their size."""
+    """The matrices [N,C] of a weight in float32, one at a time, since encoding needs several times their memory."""
     if weight.dim() != 3 or not weight.is_floating_point() or not len(weight):
         raise ValueError(f"{name}: expected floating-point numbers [E,N,C], got {weight.dtype} {list(weight.shape)}")
     for expert, matrix in enumerate(weight.detach()):
@@ -127,11 +127,11 @@ def _encoded(weight: Tensor, matrices: list[tuple[Tensor, Tensor]], decode: Call
 
 
 def encode_fp8(weight: Tensor, group: tuple[int, int] = BLOCK, parts: int = 1, name: str = "weight") -> Encoded:
-    """A weight [E,N,C] in fp8: scale = amax / 448 of a group of rows and columns, value = weight / scale in float32,
-    rounded to the nearest e4m3fn (ties to even, at most ±448).
+    """Encodes a weight [E,N,C] in fp8: scale = amax / 448 of a group of rows and columns, value = weight / scale in
+    float32, rounded to the nearest e4m3fn (ties to even, at most ±448).
 
-    Groups of rows start anew in each of `parts` equal shares of the rows: gates and ups are published apart. A group of
-    zeros has scale 1, as transformers' quantiser gives it. Other scales are at least SMALLEST_SCALE: all are finite and
+    Groups do not cross the `parts` equal parts of the rows, because gates and ups are published separately. A group of
+    zeros has scale 1, as in transformers' quantizer. Other scales are at least SMALLEST_SCALE, so all are finite and
     positive. Half a unit in the last place is 2^-4 of a normal value and 2^-10 for a subnormal one, so that
 
         |w - scale · value| <= max(|w| / 16, scale / 1024) · (1 + 2^-21),   and <= amax / 28 · (1 + 2^-21)
@@ -156,26 +156,26 @@ def encode_fp8(weight: Tensor, group: tuple[int, int] = BLOCK, parts: int = 1, n
 
 
 def encode_mxfp4(weight: Tensor, name: str = "weight") -> Encoded:
-    """A weight [E,N,C] in mxfp4: scale = 2^(⌊log2 amax⌋ - 2) of 32 columns (OCP Microscaling v1.0), at least 2^-127,
-    value = weight / scale, rounded to the nearest e2m1 (ties to even, at most ±6). The last block is padded with zeros.
+    """Encodes a weight [E,N,C] in mxfp4: scale = 2^(⌊log2 amax⌋ - 2) of 32 columns (OCP Microscaling v1.0), at least
+    2^-127; value = weight / scale, rounded to the nearest e2m1 (ties to even, at most ±6). Zeros pad the last block.
 
-    The largest value of a block is 4 or 6. Where one is 6 and none is 0.5 or 1.5, half the values at twice the scale,
-    which are equal, are taken. A block of zeros has scale code 0, as gpt-oss's quantiser gives it. Zeros keep their
-    signs.
+    The largest value of a block is 4 or 6. If a block has a 6 and neither 0.5 nor 1.5, its values are halved and its
+    scale is doubled, which does not change the weights. A block of zeros has scale code 0, as in gpt-oss's quantizer.
+    Zeros keep their signs.
 
-    What mxfp4 holds, as a decoded checkpoint, is exact at this scale. Its bytes are those that were published if the
-    quantiser rounds amax / 6 up to a power of two, as gpt-oss's does: its largest values are 3, 4 and 6. The exception
-    is a block that it gave a 6 and neither 0.5 nor 1.5. Such blocks, and those of other quantisers, have equal values;
-    bytes of this function come back as they are.
+    A weight decoded from mxfp4, as from a checkpoint, is encoded exactly. The bytes equal the published ones if the
+    quantizer rounds amax / 6 up to a power of two, as gpt-oss's does: its largest values are 3, 4 and 6. The exception
+    is a block with a 6 and neither 0.5 nor 1.5. For such blocks, and for other quantizers, bytes may differ but values
+    are equal. Bytes that this function produced are reproduced.
 
     ValueError for NaN and infinities; it names the weight by `name`.
     """
 
     def encode(w: Tensor) -> tuple[Tensor, Tensor]:
         tiles = _pad(w, -w.shape[1] % COLUMNS).view(len(w), _divide_up(w.shape[1], COLUMNS), COLUMNS)
-        exponent = tiles.abs().amax(-1).view(torch.int32) >> 23  # biased by 127, as scale codes are
+        exponent = tiles.abs().amax(-1).view(torch.int32) >> 23  # biased by 127, like scale codes
         scale = (exponent - 2).clamp_(min=0)
-        codes = e2m1_codes(tiles * e8m0_scales(254 - scale)[..., None])  # exact, but for what rounds to zero anyhow
+        codes = e2m1_codes(tiles * e8m0_scales(254 - scale)[..., None])  # exact, except for what rounds to zero anyway
         magnitude = codes & 7
         halve = (magnitude == 7).any(-1) & (magnitude & 5 != 1).all(-1)  # codes 1 and 3 are 0.5 and 1.5
         halves = torch.where(magnitude >= 4, codes - 2, codes & 8 | magnitude >> 1)
@@ -200,7 +200,7 @@ def decode_fp8(
     parts: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Published fp8 as [E,N,C]: scale · value in float32, one rounding, and another one to a narrower `dtype`."""
+    """Decodes published fp8 to [E,N,C]: scale · value in float32, rounded once, and again to a narrower `dtype`."""
     out = torch.empty(values.shape, dtype=dtype, device=values.device)
     columns = values.shape[2]
     tensors = out, values.view(torch.float8_e4m3fn), rows_of_scales(scales, values.shape[1], group, parts)
@@ -214,12 +214,12 @@ def decode_fp8(
 def decode_mxfp4(
     blocks: Tensor, scales: Tensor, columns: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Published mxfp4 as [E,N,C], exactly: float32 and bfloat16 have every scale · value below 2^128, and infinity for
-    the others. Scale code 255 gives NaN. C is that of the blocks, unless `columns` says that the last one is padded."""
+    """Decodes published mxfp4 to [E,N,C] exactly. float32 and bfloat16 represent every scale · value below 2^128;
+    larger ones become infinity. Scale code 255 gives NaN. Pass `columns`, C, if the last block is padded."""
     columns = 32 * blocks.shape[2] if columns is None else columns
     out = torch.empty(*blocks.shape[:2], columns, dtype=dtype, device=blocks.device)
     values = _e2m1_values(blocks.device)
-    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), -1)  # of a byte
+    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), -1)  # the two values of each byte
     slices = (_slices(tensor.flatten(0, 1)) for tensor in (out, blocks, scales))
     for some, block, scale in zip(*slices, strict=True):
         decoded = pairs[block.int()].flatten(2).mul_(e8m0_scales(scale)[..., None])
@@ -228,7 +228,7 @@ def decode_mxfp4(
 
 
 def rows_of_scales(scales: Tensor, rows: int, group: tuple[int, int], parts: int) -> Tensor:
-    """Scales of fp8 [E, parts·R, G], repeated for each of N rows: [E,N,G]."""
+    """Repeats scales of fp8 [E, parts·R, G] for each of N rows: [E,N,G]."""
     shares = scales.view(len(scales), parts, scales.shape[1] // parts, scales.shape[2])
     return shares.repeat_interleave(group[0], 2)[:, :, : rows // parts].flatten(1, 2)
 
@@ -237,10 +237,10 @@ def rows_of_scales(scales: Tensor, rows: int, group: tuple[int, int], parts: int
 
 
 def _pack_fp8(codes: Tensor, data: Tensor) -> None:
-    """[B,16,32·C] -> [B,C,512]. Pairs of columns stay together: that of row 4·i + k and column 32·c + 4·q + 2·j is pair
-    (q, i, j, k) of step c."""
+    """[B,16,32·C] -> [B,C,512]. Pairs of columns stay together: the pair at row 4·i + k and column 32·c + 4·q + 2·j
+    becomes pair (q, i, j, k) of step c."""
     count, steps, _ = data.shape
-    codes = codes.clone() if codes.storage_offset() % 2 else codes  # pairs begin at even places
+    codes = codes.clone() if codes.storage_offset() % 2 else codes  # pairs must start at even offsets
     pairs = codes.view(torch.int16).view(count, 4, 4, steps, 8, 2)
     data.view(torch.int16).view(count, steps, 8, 4, 2, 4).copy_(pairs.permute(0, 3, 4, 1, 5, 2))
 
@@ -252,8 +252,8 @@ def _unpack_fp8(data: Tensor) -> Tensor:
 
 
 def _pack_mxfp4(rows: Tensor, data: Tensor) -> None:
-    """[B,16,16·C] -> [B,C,256]. Of four bytes (eight columns), the lower halves of the first two are a byte, then those
-    of the last two, then the upper halves of either."""
+    """[B,16,16·C] -> [B,C,256]. Of each four bytes (eight columns), the first new byte holds the lower halves of the
+    first two, the second those of the last two; the third and fourth hold the upper halves likewise."""
     for block, out in zip(_slices(rows, 4), _slices(data, 4), strict=True):
         count, steps, _ = out.shape
         words = block.view(count, ROWS, steps, 4, 2, 2).permute(0, 2, 3, 1, 4, 5)
@@ -272,7 +272,7 @@ def _unpack_mxfp4(data: Tensor) -> Tensor:
 
 
 def _to_rows_of_blocks(matrix: Tensor, parts: int) -> Tensor:
-    """[N,D] -> [parts·B, 16, D], with zeros below each part."""
+    """[N,D] -> [parts·B, 16, D]; pads each part with rows of zeros."""
     return _split_parts(matrix, parts, ROWS).view(-1, ROWS, matrix.shape[1])
 
 
@@ -282,7 +282,7 @@ def _from_rows_of_blocks(blocks: Tensor, rows: int, parts: int) -> Tensor:
 
 
 def blocks_shape(rows: int, columns: int, format: str, parts: int = 1) -> tuple[int, int, int]:
-    """Of the data of an expert [N,C]: blocks of 16 rows, steps of 32 columns, bytes of a step."""
+    """Shape of an expert's data, for a matrix [N,C]: blocks of 16 rows, steps of 32 columns, bytes per step."""
     blocks = parts * _divide_up(rows // parts, ROWS)
     return blocks, _divide_up(columns, COLUMNS), ROWS * COLUMNS // (1 if format == "fp8" else 2)
 
@@ -295,10 +295,10 @@ def to_blocks(
     group: tuple[int, int] = BLOCK,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """From the published layout to that of the kernels, (data, scales) of include/switchgear/minifloat.h: blocks of 16
-    rows, steps of 32 columns. Only the order changes. `group` is that of fp8. `out` is written, if given.
+    """Converts the published layout to that of the kernels, (data, scales) of include/switchgear/minifloat.h: blocks of
+    16 rows, steps of 32 columns. Only the order changes. `group` is for fp8. Writes to `out` if given.
 
-    ValueError for shapes that do not fit, and for codes and scales that are NaN or infinite: kernels know none.
+    Raises ValueError for wrong shapes, and for NaN or infinite codes and scales, which kernels do not support.
     """
     check_published(values, scales, format, parts, group)
     is_fp8, (num_experts, rows) = format == "fp8", values.shape[:2]
@@ -342,7 +342,7 @@ def from_blocks(
 
 
 def check_published(values: Tensor, scales: Tensor, format: str, parts: int, group: tuple[int, int] = BLOCK) -> None:
-    """ValueError or TypeError, which name the argument, unless these are a finite weight in the published layout."""
+    """Raises ValueError or TypeError with the argument's name unless this is a finite weight in published layout."""
     if format not in ("fp8", "mxfp4"):
         raise ValueError(f"format: expected 'fp8' or 'mxfp4', got {format!r}")
     is_fp8 = format == "fp8"
@@ -359,11 +359,15 @@ def check_published(values: Tensor, scales: Tensor, format: str, parts: int, gro
         _check("values", values, (num_experts, rows, columns, 16), (torch.uint8,))
         _check("scales", scales, (num_experts, rows, columns), (torch.uint8,))
     for expert in range(num_experts):
-        if is_fp8 and any(bool((some & 0x7F == 0x7F).any()) for some in _slices(values[expert].view(torch.uint8))):
+        if is_fp8 and any(map(_has_nan, _slices(values[expert].view(torch.uint8)))):
             raise ValueError(f"values: expected numbers, expert {expert} has NaN")
         finite = scales[expert].isfinite() if is_fp8 else scales[expert] != NAN_SCALE
         if not bool(finite.all()):
             raise ValueError(f"scales: expected finite numbers, expert {expert} has others")
+
+
+def _has_nan(codes: Tensor) -> bool:
+    return codes.numel() > 0 and int((codes & 0x7F).max()) == 0x7F  # 15× faster than any() of a comparison
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:

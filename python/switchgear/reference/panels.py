@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Weights in panels in plain torch: their elements in the order in which an ISA's kernels read them. The specification.
 
-The kernels add up a dot product in lanes: lane l adds words l, l + L, … of a chunk, and then lanes are added in pairs.
-In panels, neighbours in memory are the same lane of neighbouring rows of the weight, so that one word of an activation
-serves many of them, and a panel is one stream of memory. Sums stay what they were, bit for bit. For AMX, the vectors
-are tiles of 16 rows and 32 columns: two tiles of rows advance together along the columns.
+The kernels sum a dot product in lanes: lane l sums words l, l + L, … of a chunk, then lanes are added in pairs. In a
+panel, adjacent words belong to the same lane of adjacent rows. One word of an activation is then multiplied by many
+weights, and a panel is read as one stream. Sums have the same bits as with plain weights. For AMX, the vectors are
+tiles of 16 rows and 32 columns: two tiles of rows advance together along the columns.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 1024  # words of 4 bytes, or one element that the kernels widen to them
-COLUMNS = 32  # C is a multiple: all lanes of any ISA, two elements a word
-WIDE = 2  # vectors of a group, and tiles
-TILE = (16, 32)  # rows and columns of bfloat16 that AMX has in a tile
+CHUNK = 1024  # words: 4 bytes, or one element that the kernels widen to 4 bytes
+COLUMNS = 32  # C is a multiple of it: all lanes of any ISA, two elements per word
+WIDE = 2  # vectors, or tiles, per group
+TILE = (16, 32)  # rows and columns of an AMX tile of bfloat16
 TILE_BYTES = 1024
 
-# The lanes of an ISA in the order in which it adds them up, by rows of a panel and number of lanes.
+# The lanes of an ISA in the order of their addition, by rows of a panel and number of lanes.
 _LANES = {
     (64, 16): (0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15),  # AVX-512
     (16, 8): (0, 2, 4, 6, 1, 3, 5, 7),  # AVX2
@@ -31,13 +31,13 @@ _LANES = {
 
 
 class PanelLayout(NamedTuple):
-    """What the shape of panels [E,N/rows,V,vector_bytes] says of their order."""
+    """The order of panels, which follows from their shape [E,N/rows,V,vector_bytes]."""
 
-    rows: int  # of a weight in a panel
-    vector_bytes: int  # of a vector of the kernels
+    rows: int  # rows of the weight per panel
+    vector_bytes: int  # size of a kernel's vector
 
     def lanes(self, dtype: torch.dtype) -> tuple[int, ...]:
-        """The kernel's lanes in the order of their sums. A vector has a word of each of as many rows."""
+        """The kernel's lanes in the order of their sums. A vector holds one word from each of as many rows."""
         per_word = 2 if self.vector_bytes == 64 and dtype is torch.bfloat16 else 1  # AVX-512-BF16 multiplies pairs
         lanes = _LANES.get((self.rows, self.vector_bytes // (per_word * dtype.itemsize)))
         if lanes is None:
@@ -46,14 +46,14 @@ class PanelLayout(NamedTuple):
 
 
 def shape_of(weight: Tensor, layout: PanelLayout) -> tuple[int, int, int, int]:
-    """Of the panels [E,N/rows,V,vector_bytes] of a weight [E,N,C]. N is a multiple of layout.rows, C of COLUMNS."""
+    """The shape [E,N/rows,V,vector_bytes] of panels. N must be a multiple of layout.rows, C of COLUMNS."""
     num_experts, rows, columns = weight.shape
     vectors = layout.rows * columns * weight.itemsize // layout.vector_bytes
     return num_experts, rows // layout.rows, vectors, layout.vector_bytes
 
 
 def pack(weight: Tensor, layout: PanelLayout, out: Tensor | None = None) -> Tensor:
-    """The panels of a weight, uint8; into `out` where it is given."""
+    """Packs a weight into panels, uint8. Writes to `out` if given."""
     panels = torch.empty(shape_of(weight, layout), dtype=torch.uint8, device=weight.device) if out is None else out
     for plain, packed in _lanes_of(weight.contiguous(), panels, layout):
         packed.copy_(plain)
@@ -61,7 +61,7 @@ def pack(weight: Tensor, layout: PanelLayout, out: Tensor | None = None) -> Tens
 
 
 def expand(panels: Tensor, out: Tensor) -> Tensor:
-    """The weight [E,N,C] whose panels these are, in `out`."""
+    """Expands panels to the weight [E,N,C] in `out`."""
     layout = PanelLayout(out.shape[1] // max(panels.shape[1], 1), panels.shape[3])
     for plain, packed in _lanes_of(out, panels.contiguous(), layout):
         plain.copy_(packed)
@@ -69,7 +69,7 @@ def expand(panels: Tensor, out: Tensor) -> Tensor:
 
 
 def check_storage(name: str, panels: Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:
-    """These are panels of some ISA, of weights [E,rows,columns] of `dtype`."""
+    """Checks that these are panels of some ISA for weights [E,rows,columns] of `dtype`."""
     if panels.dtype is not torch.uint8:
         raise TypeError(f"{name}: expected torch.uint8, got {panels.dtype}")
     if panels.dim() == 4 and panels.shape[1] and not rows % panels.shape[1] and not columns % COLUMNS:
@@ -85,13 +85,13 @@ def check_storage(name: str, panels: Tensor, rows: int, columns: int, dtype: tor
 
 
 def plain(panels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """The weight [E,N,C] whose panels these are."""
+    """Expands panels to a new weight [E,N,C]."""
     rows = panels.shape[1] * panels.shape[2] * panels.shape[3] // (columns * dtype.itemsize)
     return expand(panels, torch.empty(panels.shape[0], rows, columns, dtype=dtype, device=panels.device))
 
 
 def _lanes_of(weight: Tensor, panels: Tensor, layout: PanelLayout) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each chunk and lane the same words of both, [E, panel, group, step, vector, row], as integers; or tiles."""
+    """For each chunk and lane, views of the same words, [E, panel, group, step, vector, row], as integers; or tiles."""
     if layout.vector_bytes == TILE_BYTES:
         yield _tiles_of(weight, panels, layout)
         return
@@ -100,7 +100,7 @@ def _lanes_of(weight: Tensor, panels: Tensor, layout: PanelLayout) -> Iterator[t
     bits = {2: torch.int16, 4: torch.int32}[word_bytes]
     num_experts, num_panels = panels.shape[:2]
     groups = layout.rows // count // WIDE
-    classes = groups  # lanes side by side: as many as the registers allow
+    classes = groups  # adjacent lanes: as many as the registers allow
     words = weight.view(bits).view(
         num_experts, num_panels, groups, WIDE, count, weight.shape[2] * weight.itemsize // word_bytes
     )
@@ -116,7 +116,7 @@ def _lanes_of(weight: Tensor, panels: Tensor, layout: PanelLayout) -> Iterator[t
 
 
 def _tiles_of(weight: Tensor, panels: Tensor, layout: PanelLayout) -> tuple[Tensor, Tensor]:
-    """Both as [E, panel, pair of tiles, step, tile, row, column]."""
+    """Views of both tensors as [E, panel, pair of tiles, step, tile, row, column]."""
     if weight.dtype is not torch.bfloat16:
         raise ValueError(f"weight: expected panels of {weight.dtype} for a known ISA, got {layout}")
     num_experts, num_panels = panels.shape[:2]

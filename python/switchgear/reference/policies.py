@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The ops of routing policies in plain torch: their specification, and what they run as where there is no kernel for
-them, on CUDA devices for instance. Nothing is read back from a device. See switchgear.reference for the conventions.
+"""The ops of routing policies in plain torch: their specification, and their implementation on devices without kernels,
+such as CUDA devices. Nothing is read back from a device. See switchgear.reference for the conventions.
 
-Values of any bits: NaN and -Inf rank last, +Inf first, ties to the lowest index. Tokens of one sequence compete with
-each other alone: sequence_ids [T] int32 in [0, B), all tokens being one sequence where it is None.
+Values can have any bits: NaN and -Inf rank last, +Inf first, ties go to the lowest index. Tokens compete only within
+their sequence: sequence_ids [T] int32 in [0, B). If it is None, all tokens are one sequence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DROPS = ("order", "reverse", "choice", "priority")
 
 
 def _check_contents(name: str, indices: Tensor | None, low: int, high: int) -> None:
-    """Every index is in [low, high). Contents of device memory are not read."""
+    """Checks that every index is in [low, high). Device memory is not read."""
     if indices is not None and indices.device.type == "cpu":
         check_range(name, indices, low, high)
 
@@ -36,14 +36,14 @@ def _sequences(sequence_ids: Tensor | None, num_tokens: int, device: torch.devic
 
 
 def _sizes(groups: Tensor, num_groups: int) -> Tensor:
-    """How many of groups [P] there are of each, [num_groups] int64; group num_groups is none."""
+    """The number of elements of each group, [num_groups] int64, for groups [P]. Group num_groups means none."""
     sizes = torch.zeros(num_groups + 1, dtype=torch.int64, device=groups.device)
     return sizes.scatter_add(0, groups, torch.ones_like(groups))[:-1]
 
 
 def _places(groups: Tensor, order: Tensor, num_groups: int) -> Tensor:
-    """How many elements of the same group come before each one of groups [P], in `order` [P]; for groups below
-    num_groups."""
+    """For each element of groups [P], the number of elements of its group before it in `order` [P]. Valid for groups
+    below num_groups."""
     order = order[groups[order].argsort(stable=True)]
     starts = torch.nn.functional.pad(_sizes(groups, num_groups).cumsum(0), (1, 0))
     place = torch.arange(len(order), device=order.device) - starts[groups[order]]
@@ -55,7 +55,7 @@ def _descending(values: Tensor) -> Tensor:
 
 
 def _first_where(mask: Tensor) -> Tensor:
-    """The lowest index in each row of mask [R,N] that is true, N where none is."""
+    """The index of the first true element in each row of mask [R,N]; N if there is none."""
     width = mask.shape[1]
     return torch.where(mask, torch.arange(width, device=mask.device), width).amin(1)
 
@@ -74,9 +74,9 @@ def route_dynamic(
     normalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """topk_ids [T,M] int32 and topk_weights [T,M] of router_logits [T,E], M = max_experts: of the M best experts in the
-    order of route those before which less than top_p of score is used up (in float64), and whose score is at least
-    `threshold`; the first min_experts anyway. Then -1 and 0.
+    """topk_ids [T,M] int32 and topk_weights [T,M] of router_logits [T,E], M = max_experts. From the M best experts, in
+    the order of `route`, keeps those with a score of at least `threshold` for which the sum of the scores before them
+    (in float64) is below top_p. Always keeps the first min_experts. The remaining entries are -1 and 0.
     """
     check("router_logits", router_logits, (None, None))
     num_experts = router_logits.shape[1]
@@ -114,8 +114,8 @@ def route_dynamic(
 
 
 def column_topk(values: Tensor, sequence_ids: Tensor | None, limits: Tensor) -> Tensor:
-    """topk_ids [T,E] int32: the columns e for which values[t,e] is among the limits[b] largest of its sequence b in the
-    column, ascending, then -1. values [T,E], limits [B] int32."""
+    """topk_ids [T,E] int32: for each token the columns e, ascending, in which values[t,e] is among the limits[b]
+    largest of its sequence b; then -1. values [T,E], limits [B] int32."""
     check("values", values, (None, None))
     num_tokens, num_experts = values.shape
     check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
@@ -137,7 +137,7 @@ def column_topk(values: Tensor, sequence_ids: Tensor | None, limits: Tensor) -> 
 
 
 def _precedence(drop: str, priorities: Tensor | None, num_tokens: int, top_k: int, device: torch.device) -> Tensor:
-    """The rank [T,K] of each choice, 0 for the first that keeps its place."""
+    """The rank [T,K] of each choice; 0 is the last to be dropped."""
     choices = torch.arange(num_tokens * top_k, device=device)
     if drop == "reverse":
         choices = choices.flip(0)
@@ -159,12 +159,12 @@ def fit_capacity(
     drop: str,
     candidates: int,
 ) -> Tensor:
-    """kept_ids [T,K] int32: topk_ids [T,K] with -1 where an expert has more than limits[b] choices of tokens of the
-    sequence b. It keeps the first ones in token order ("order"), the last ones ("reverse"), first choices before second
-    ones ("choice"), or those of the highest priorities [T,K] ("priority", ties by order).
+    """kept_ids [T,K] int32: topk_ids [T,K] with dropped choices set to -1, so that no expert has more than limits[b]
+    choices from sequence b. An expert keeps the first in token order ("order"), the last ("reverse"), first choices
+    before second ones ("choice"), or those of the highest priorities [T,K] ("priority", ties by order).
 
-    With scores [T,E], there are candidates - K rounds. In round r each token with lost choices offers the first of them
-    to the r-th best of the experts that it had not chosen, which accepts by the same precedence while it has room.
+    With scores [T,E], there are candidates - K rounds. In round r each token offers its first dropped choice to the
+    r-th best expert that it had not chosen. The expert accepts by the same precedence while it has capacity.
     """
     check("topk_ids", topk_ids, (None, None), torch.int32)
     num_tokens, top_k = topk_ids.shape
@@ -222,16 +222,16 @@ def fit_capacity(
 def assign_balanced(
     values: Tensor, sequence_ids: Tensor | None, num_sequences: int, eps: float, max_iterations: int
 ) -> Tensor:
-    """expert_ids [T] int32: equally many tokens of a sequence for each expert, the first (T mod E) experts one more,
-    with a total of values [T,E] float32 near the largest.
+    """expert_ids [T] int32: assigns each expert an equal number of a sequence's tokens (one more for the first T mod E
+    experts) such that the sum of the assigned values [T,E] float32 is close to the maximum.
 
-    In each iteration every token without a place bids for the expert of the largest value - price, the second largest
-    of these differences being d smaller: price + min(d, 4 · spread + 1) + eps. Each expert keeps the highest bids that
-    it has places for (ties to the lowest token), and once they are taken its price is the lowest of them. Those left
-    after max_iterations get the places left, both in ascending order.
+    This is an auction. In each iteration every unassigned token bids for the expert with the largest value - price. If
+    the second largest difference is d smaller, the bid is price + min(d, 4 · spread + 1) + eps. Each expert keeps as
+    many of the highest bids as it has places (ties to the lowest token); when it is full, its price is the lowest of
+    them. After max_iterations the unassigned tokens get the free places, both in ascending order.
 
-    spread is max - min of the finite values of the sequence, and eps, where negative, spread / 50, at least 1e-4. What
-    is not finite counts as max + spread + 1 if positive, else as min - spread - 1.
+    spread is max - min of the finite values of the sequence. A negative eps means spread / 50, at least 1e-4. Values
+    that are not finite count as max + spread + 1 if positive, else as min - spread - 1.
     """
     check("values", values, (None, None))
     num_tokens, num_experts = values.shape
@@ -248,7 +248,7 @@ def assign_balanced(
     most = 4 * spread + 1
     expert = torch.arange(num_experts, device=values.device)
     sizes = _sizes(sequence, num_sequences)[:, None]
-    places = (sizes // num_experts + (expert < sizes % num_experts)).flatten()  # of (sequence, expert), a shop
+    places = (sizes // num_experts + (expert < sizes % num_experts)).flatten()  # per shop: a pair (sequence, expert)
     never_paid = 1e4 * torch.finfo(values.dtype).max ** 0.5
     price = values.new_full(places.shape, never_paid).masked_fill(places > 0, 0)
     none = num_sequences * num_experts
@@ -308,16 +308,15 @@ def assign_capped(
     longest: int | None = None,
     largest: int | None = None,
 ) -> Tensor:
-    """log A [T,E], up to values above 0 for 1, of the assignment A that is max ⟨S, A⟩ + entropy · H(A) with
-    Σ_t A = limits[b] of each sequence b, Σ_e A <= cap, 0 <= A <= 1; S is values [T,E], limits [B] int32. float32, or
-    float64 of such values. With cap >= E it is S / entropy.
+    """log A [T,E] of the assignment A that maximizes ⟨S, A⟩ + entropy · H(A) subject to Σ_t A = limits[b] for each
+    sequence b, Σ_e A <= cap and 0 <= A <= 1. S is values [T,E], limits [B] int32. Results above 0 mean A = 1. They are
+    float32, or float64 for float64 values. If cap >= E, the result is S / entropy.
 
-    A = min(1, exp(S / entropy + price_e - price_t)). Each of the iterations makes the sums of the experts exact and
-    then those of the tokens, which is coordinate ascent on the dual problem; those of the experts are made exact once
-    more. A limit above the length of a sequence is that length. What is not finite, or has a magnitude above the root
-    of the largest number after the division, counts as plus or minus this root; NaN as the lowest.
+    A = min(1, exp(S / entropy + price_e - price_t)). Each iteration makes the sums of the experts exact, then those of
+    the tokens: coordinate ascent on the dual problem. A last step makes the sums of the experts exact. A limit above
+    the sequence length counts as that length. S / entropy is clamped to ±√(largest number); NaN is the lowest.
 
-    longest and largest, no less than the tokens of a sequence and than a limit, save that they are read back.
+    longest and largest are upper bounds of the tokens per sequence and of the limits. They avoid reading from a device.
     """
     check("values", values, (None, None))
     num_tokens, num_experts = values.shape
@@ -333,13 +332,13 @@ def assign_capped(
     _check_contents("limits", limits, 0, 2**31 - 1)
     huge = torch.finfo(wide(values).dtype).max ** 0.5
     worth = (sanitize(wide(values)) / entropy).clamp(-huge, huge)
-    if cap >= num_experts or num_tokens == 0:  # no token can have more
+    if cap >= num_experts or num_tokens == 0:  # cap does not bind
         return worth
     sequence = _sequences(sequence_ids, num_tokens, values.device)
     sizes = _sizes(sequence, limits.shape[0])
     longest = num_tokens if sequence_ids is None else int(sizes.max()) if longest is None else longest
     tokens = torch.arange(num_tokens, device=values.device)
-    at = sequence * longest + _places(sequence, tokens, limits.shape[0])  # in [B,longest], whose rest is no token
+    at = sequence * longest + _places(sequence, tokens, limits.shape[0])  # in [B,longest]; the rest is padding
     padded = worth.new_full((limits.shape[0] * longest, num_experts), -math.inf).index_copy(0, at, worth)
     plan = padded.view(-1, longest, num_experts).mT
     each = limits.minimum(sizes).to(worth.dtype)[:, None, None]
@@ -356,8 +355,8 @@ def assign_capped(
 def _price(values: Tensor, total: Tensor, largest: int) -> Tensor:
     """p [...,1] such that Σ min(1, exp(values + p)) over the last dimension is `total`, at most `largest` and its size.
 
-    If the j largest become 1, the others have to sum to total - j; the first j for which none of them exceeds 1 is the
-    solution. j < total, so that only the `largest` best have to be sorted. Rows of -inf give inf.
+    If the j largest terms are 1, the others must sum to total - j. The solution is the first j for which none of them
+    exceeds 1. Since j < total, only the `largest` best values have to be sorted. Rows of -inf give inf.
     """
     descending, best = values.topk(min(max(largest, 1), values.shape[-1]), -1)
     others = values.scatter(-1, best, -math.inf).logsumexp(-1, keepdim=True)

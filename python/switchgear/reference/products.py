@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Products of rows with the matrices of their experts in plain torch: grouped_gemm and its weight gradient. The specification."""
+"""Products of rows and their experts' matrices in plain torch: grouped_gemm and its weight gradient. The
+specification."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from switchgear.reference.rows import check_offsets, rows_of, segments
 
 
 def gemm(rows: Tensor, matrices: Tensor | Sequence[Tensor], bias: Tensor | None, expert_offsets: Tensor) -> Tensor:
-    """Each expert's rows times its matrix, transposed, in the wide dtype; zeros where there is nothing to multiply."""
+    """Multiplies each expert's rows by its transposed matrix, in the wide dtype. Other elements are zero."""
     out = rows.new_zeros(rows.shape[0], max(matrix.shape[0] for matrix in matrices))
     for expert, slots in segments(expert_offsets):
         width = matrices[expert].shape[0]
@@ -48,11 +49,11 @@ def grouped_gemm(
     transposed: bool = False,
     input_gradient: bool = False,
 ) -> Tensor:
-    """out[s,n] = Σ_c x[r(s),c] · weight[e(s)][n,c] + bias[e(s),n], with r(s) = token_indices[s] where given, else s.
+    """out[s,n] = Σ_c x[r(s),c] · weight[e(s)][n,c] + bias[e(s),n], with r(s) = token_indices[s] if given, else s.
 
-    x [R,C]; weight: a weight [E,N,C] in its `form` (formats.py), or E matrices [N_e,C]; bias [E,N]. out [S,N], N the
-    widest. `transposed`: x · W instead of x · Wᵀ, [S,C] of x [R,N], with a stored weight in the dtype of x and no bias.
-    `input_gradient`: a kernel adds up in the order in which its moe_backward does, instead of its moe_forward.
+    x [R,C]; weight: a weight [E,N,C] in its `form` (formats.py), or E matrices [N_e,C]; bias [E,N]. out [S,N], N is the
+    largest N_e. transposed: x · W instead of x · Wᵀ, [S,C] of x [R,N], for a stored weight decoded to the dtype of x,
+    without bias. input_gradient: kernels use the summation order of moe_backward instead of moe_forward.
     """
     check("x", x, (None, None))
     num_experts = expert_offsets.shape[0] - 1
@@ -101,10 +102,10 @@ def multiply(
     bias: Tensor | None,
     expert_offsets: Tensor,
 ) -> Tensor:
-    """[S,N] in the wide dtype: rows [S,C] of activations, which are of `dtype`, times each expert's matrix, with bias.
+    """Multiplies rows [S,C] of activations of `dtype` by each expert's matrix and adds the bias: [S,N], wide dtype.
 
-    Integers meet activations that are rounded to int8. All other products have wide factors: plain weights, panels and
-    compact ones are what they were, and minifloats are decoded exactly.
+    Integer weights are multiplied by activations rounded to int8. All other products are in the wide dtype: plain,
+    panels and compact weights keep their bits, and minifloats are decoded exactly.
     """
     format = formats.format_of(form)
     if format in formats.BITS:
@@ -120,7 +121,7 @@ def multiply(
 def grouped_gemm_wgrad(
     grad_out: Tensor, x: Tensor, expert_offsets: Tensor, token_indices: Tensor | None, transposed: bool
 ) -> Tensor:
-    """grad_weight[e][n,c] = Σ_{s of e} grad_out[s,n] · x[r(s),c] as [E,N,C], whose memory is [E,C,N] if transposed."""
+    """grad_weight[e][n,c] = Σ_{s of e} grad_out[s,n] · x[r(s),c] as [E,N,C], stored as [E,C,N] if transposed."""
     check("grad_out", grad_out, (x.shape[0] if token_indices is None else token_indices.shape[0], None))
     check("x", x, (None, None), grad_out.dtype)
     check_offsets(expert_offsets, len(grad_out), token_indices, len(x))
@@ -129,7 +130,7 @@ def grouped_gemm_wgrad(
 
 
 def empty_weight(like: Tensor, num_experts: int, rows: int, columns: int, transposed: bool) -> Tensor:
-    """[E,rows,columns], uninitialised; with `transposed` a view of [E,columns,rows] memory."""
+    """[E,rows,columns], uninitialized; if `transposed`, a view of [E,columns,rows] memory."""
     if transposed:
         return like.new_empty(num_experts, columns, rows).mT
     return like.new_empty(num_experts, rows, columns)

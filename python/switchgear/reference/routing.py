@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Who goes where, in plain torch: route and its gradient. The specification."""
+"""The choice of experts in plain torch: route and its gradient. The specification."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from switchgear.reference.checks import check, check_choice, check_finite, check
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2_sum")
-NORMALIZE_EPSILON = 1e-20  # keeps normalised weights finite where every chosen score underflowed
+NORMALIZE_EPSILON = 1e-20  # keeps normalized weights finite if all chosen scores underflow
 
 
 def sanitize(values: Tensor) -> Tensor:
@@ -31,8 +31,8 @@ _C6_TO_C2 = [
 
 
 def exp(x: Tensor) -> Tensor:
-    """The exponential of the scores. In float32 a fixed sequence of IEEE operations, each rounded on its own, so that
-    scores have the same bits on every backend; results below the smallest normal number are 0."""
+    """The exponential of the scores. In float32 it is a fixed sequence of separately rounded IEEE operations, so that
+    scores have the same bits on every backend. Results below the smallest normal number are 0."""
     if x.dtype == torch.float64:
         return torch.exp(x)
     clamped = x.clamp(_LOWEST, _HIGHEST)
@@ -43,7 +43,7 @@ def exp(x: Tensor) -> Tensor:
         q = q * r + coefficient
     p = (q * (r * r) + r) + 1
     exponent = n.to(torch.int32)
-    half = exponent >> 1  # in two steps: 2^exponent itself may lie outside of float32
+    half = exponent >> 1  # in two steps: 2^exponent itself may exceed the range of float32
     result = (p * _power_of_two(half)) * _power_of_two(exponent - half)
     return result.masked_fill(x < _LOWEST, 0)
 
@@ -53,12 +53,12 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 def ordered_sum(values: Tensor) -> Tensor:
-    """The sum over the last dimension in float64, one term after the other: the order is part of the result."""
+    """The sum over the last dimension in float64, term by term: the order affects the result's bits."""
     return values.double().cumsum(-1)[..., -1:]
 
 
 def scores(logits: Tensor, score_function: str) -> Tensor:
-    """Scores [T,E] of sanitised logits: softmax over all experts, or the sigmoid of each."""
+    """Scores [T,E] of sanitized logits: softmax over all experts, or the sigmoid of each."""
     if score_function == "sigmoid":
         return 1 / (1 + exp(-logits))
     exponentials = exp(logits - logits.amax(-1, keepdim=True))
@@ -101,10 +101,10 @@ def route(
     topk_groups: int,
     group_score: str,
 ) -> tuple[Tensor, Tensor]:
-    """topk_ids [T,K] int32 and topk_weights [T,K] of router_logits [T,E], whatever bits they hold.
+    """topk_ids [T,K] int32 and topk_weights [T,K] of router_logits [T,E], which can have any bits.
 
-    The order of choice is total: value descending, then id ascending. The value is the logit itself under a plain
-    softmax, which is monotone, so that rounding makes no ties; otherwise score + selection_bias.
+    The order of choice is total: value descending, then id ascending. For a plain softmax, which is monotone, the value
+    is the logit itself, so that rounding creates no ties; otherwise it is score + selection_bias.
     """
     _check_route(router_logits, top_k, score_function, num_groups, topk_groups)
     check_choice("group_score", group_score, GROUP_SCORES)
@@ -134,13 +134,13 @@ def route_backward(
     normalize: bool,
     scale: float,
 ) -> Tensor:
-    """grad_router_logits [T,E], in float64 until the end. With p the scores, w those chosen, g the incoming gradient
-    times scale, s = Σ w + 1e-20, and U_j the u_k of expert j or 0:
+    """grad_router_logits [T,E], in float64 until the end. With p the scores, w the chosen scores, g the incoming
+    gradient times scale, s = Σ w + 1e-20, and U_j the u_k of expert j or 0:
 
     u_k = g_k, or (g_k - Σ g w / s) / s if normalised
     softmax   grad_j = p_j (U_j - Σ u w)          sigmoid   grad_j = U_j p_j (1 - p_j)
 
-    0 where the logit was not finite, since sanitising it is constant.
+    0 where the logit was not finite, since sanitizing makes it constant.
     """
     num_tokens, top_k = topk_ids.shape
     check("router_logits", router_logits, (num_tokens, None))

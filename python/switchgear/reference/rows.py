@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Rows of tokens and of slots, as the specifications in plain torch gather them."""
+"""Gathers rows of tokens and slots for the specifications in plain torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_plan(expert_offsets: Tensor, token_indices: Tensor, slot_indices: Tens
 
 
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
-    """rows[indices] with zero rows where an index is -1. `indices` may have any shape."""
+    """rows[indices], with zeros for index -1. `indices` may have any shape."""
     if rows.shape[0] == 0:
         return rows.new_zeros((*indices.shape, *rows.shape[1:]))
     gathered = rows[indices.clamp(min=0).long()]
@@ -44,7 +44,7 @@ def to_slots(values: Tensor, slot_indices: Tensor) -> Tensor:
 
 
 def segments(expert_offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its slots) of every expert that has any."""
+    """(expert, its slots) for every expert that has slots."""
     offsets = expert_offsets.tolist()
     for expert, (begin, end) in enumerate(pairwise(offsets)):
         if begin < end:

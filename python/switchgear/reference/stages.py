@@ -37,7 +37,7 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 def permute(
     x: Tensor, expert_offsets: Tensor, token_indices: Tensor, slot_indices: Tensor, topk_weights: Tensor | None
 ) -> Tensor:
-    """permuted_x[s] = x[token_indices[s]], times the slot's weight where given. x [T,H] -> [S,H]."""
+    """permuted_x[s] = x[token_indices[s]], times the slot's weight if given. x [T,H] -> [S,H]."""
     check("x", x, (slot_indices.shape[0], None))
     check_plan(expert_offsets, token_indices, slot_indices, x.shape[0])
     check("topk_weights", topk_weights, slot_indices.shape, weight_dtype(x.dtype))
@@ -50,7 +50,7 @@ def permute(
 def combine(
     permuted_y: Tensor, expert_offsets: Tensor, token_indices: Tensor, slot_indices: Tensor, topk_weights: Tensor | None
 ) -> Tensor:
-    """y[t] = Σ_k topk_weights[t,k] · permuted_y[slot_indices[t,k]], weights of 1 where absent. [S,H] -> [T,H]."""
+    """y[t] = Σ_k topk_weights[t,k] · permuted_y[slot_indices[t,k]]; absent weights are 1. [S,H] -> [T,H]."""
     check_plan(expert_offsets, token_indices, slot_indices, None)
     check("permuted_y", permuted_y, (slot_indices.numel(), None))
     check("topk_weights", topk_weights, slot_indices.shape, weight_dtype(permuted_y.dtype))

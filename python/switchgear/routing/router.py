@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,30 @@ from switchgear.backends import without_autocast
 from switchgear.functional import Routing, route
 from switchgear.reference import check_choice
 from switchgear.routing.balance import count_tokens
+from switchgear.routing.change import Change, PerExpert
 from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select, made, modules_in
-from switchgear.routing.interventions import Change, PerExpert, intervene
+from switchgear.routing.interventions import intervene
 from switchgear.routing.ranking import scores_of, wide
 from switchgear.routing.scores import Uniform
 from switchgear.routing.selection import TopK
+
+
+class RouterOptions(TypedDict, total=False):
+    """Options of Router that other modules pass on to it, as MoE does."""
+
+    score_function: str
+    normalize: bool
+    scale: float
+    selection_bias: bool
+    num_groups: int
+    topk_groups: int
+    group_score: str
+    jitter: float
+    score: Score | Callable[..., Any] | None
+    select: Select | Callable[..., Any] | None
+    capacity: Limit | Callable[..., Any] | None
+    balance: Sequence[Balance | Callable[..., Any]]
+    isolation: str
 
 
 class Router(nn.Module):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """How the weights of experts are stored.
 
-store(model, form) and restore(model); encode(weight, form), one weight alone. A Weight is what `moe` and `grouped_gemm`
-take in place of a tensor. Forms: Plain, Panels and Compact, without loss; Int8, Int4, Fp8, Mxfp4. See docs/weights.md.
+store(model, form) converts a model, restore(model) undoes it, encode(weight, form) converts one weight. `moe` accepts a
+Weight in place of a tensor. Forms: Plain, Panels, Compact (lossless); Int8, Int4, Fp8, Mxfp4. See docs/weights.md.
 
-weight.py   Weight, and AdaptedWeight around one
-form.py     what a form is; plain.py, panels.py, compact.py, integers.py, minifloat.py: one or two each
-module.py   what becomes of a module's projections, and of its state dict; layout.py: how it holds them
-store.py    all experts of a model; auto.py: which form serves a use; pages.py: huge pages
+weight.py   Weight, and AdaptedWeight, which adds an adapter
+form.py     the base class Form; plain.py, panels.py, compact.py, integers.py, minifloat.py: its subclasses
+module.py   stored projections of a module, and its state dict; layout.py: layout of its parameters
+store.py    all experts of a model; auto.py: the choice of a form; pages.py: huge pages
 """
 
 from switchgear.weights.compact import Compact

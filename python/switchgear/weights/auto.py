@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which form serves a use on this machine: what store(model, "auto") tries, the best first.
+"""The forms that store(model, "auto") tries on this machine, the best first.
 
-The limits are measured ones (docs/weights.md, docs/performance.md): with few rows for an expert its weights are read once
-for each, so bytes decide; from some on multiplying does, and an order that the kernels like is what is left to gain.
+The thresholds are measured (docs/weights.md, docs/performance.md). With few rows per expert a layer is bound by memory,
+so the form with the fewest bytes is fastest. With more rows it is bound by compute, and only the order matters.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ import torch
 from torch import nn
 
 from switchgear import backends, ops
-from switchgear.weights.layout import layout_of
+from switchgear.weights.layout import Layout, layout_of
+from switchgear.weights.module import stored_of
 
-FEW_ROWS = 4  # for an expert: up to here compact weights were faster than plain ones in every case that was measured
+FEW_ROWS = 4  # per expert; up to this number compact weights were faster than plain ones in every measured case
 WIDE_VECTORS = ("avx512", "amx")  # ISAs that unpack compact weights as fast as memory delivers them
 
 
 class Candidate(NamedTuple):
-    """A form that may serve."""
+    """A form to try."""
 
     form: str
     reason: str
     options: dict[str, Any]
-    is_last: bool = False  # there is no other
+    is_last: bool = False  # no other form follows
 
 
 def candidates(model: nn.Module, tokens_per_step: int, lossless: bool) -> list[Candidate]:
-    """What to try, in order. ValueError for a number of tokens below 1."""
+    """The forms to try, in order. Raises ValueError if tokens_per_step is below 1."""
     if tokens_per_step < 1:
         raise ValueError(f"tokens_per_step: expected at least 1, got {tokens_per_step}")
     devices = {
@@ -54,25 +55,27 @@ def candidates(model: nn.Module, tokens_per_step: int, lossless: bool) -> list[C
 
 
 def rows_per_expert(model: nn.Module, tokens_per_step: int) -> float:
-    """How many rows an expert that is chosen at all has in a step, on average."""
+    """The average number of rows per step of an expert that has any."""
     most = 0.0
     for module in model.modules():
         if (layout := layout_of(module)) is None:
             continue
-        experts = _num_experts(module, layout.names[1])
+        experts = _num_experts(module, layout)
         share = min(1.0, _top_k(model, module, experts) / experts)
         touched = experts * (1 - (1 - share) ** tokens_per_step)
         most = max(most, tokens_per_step * share * experts / touched)
     return most
 
 
-def _num_experts(module: nn.Module, name: str) -> int:
-    weight: torch.Tensor = getattr(module, name)
+def _num_experts(module: nn.Module, layout: Layout) -> int:
+    if (stored := stored_of(module)) is not None:
+        return stored.weights(module)[1].shape[0]
+    weight: torch.Tensor = getattr(module, layout.names[1])
     return len(weight)
 
 
 def _top_k(model: nn.Module, module: nn.Module, experts: int) -> int:
-    """Choices of a token, from whoever knows: the config of a model, a router of as many experts; else 2."""
+    """Choices per token: from the model's config, or from a router with as many experts; 2 if neither has it."""
     config = getattr(module, "config", None)
     for name in ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k"):
         if isinstance(value := getattr(config, name, None), int):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Compact: fewer bits a weight, without loss; see reference/compact.py.
+"""Compact: fewer bits per weight, without loss; see reference/compact.py.
 
-bfloat16 takes 12 bits instead of 16; float32 28 instead of 32, or 12 where all of a projection are bfloat16 numbers, as
-in a bfloat16 checkpoint that was loaded as float32. Generating text waits for weights from memory: with few tokens per
-expert a layer takes up to that much less time, with many mostly up to 17 % more. Results have the same bits.
+bfloat16 takes 12 bits instead of 16, and float32 takes 28 instead of 32. A float32 projection takes 12 if all its
+numbers are bfloat16 ones, as in a bfloat16 checkpoint loaded as float32. Text generation is bound by memory: few
+tokens per expert take less time, by up to that ratio; many mostly take up to 17 % more. Results have the same bits.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from switchgear.weights.form import Form
 from switchgear.weights.pages import advise_huge_pages
 from switchgear.weights.weight import Weight
 
-WORTH = 0.95  # of the plain bytes: above that compact weights are not worth their name
+WORTH = 0.95  # of the plain bytes; a weight that needs more is not stored as compact
 
 
 def compacted(weight: Tensor) -> Weight:
-    """A weight [E,N,C], bfloat16 or float32, on the CPU, with rows as reference/compact.py makes them."""
+    """Packs a weight [E,N,C], bfloat16 or float32, on the CPU, into the rows that reference/compact.py defines."""
     weight = weight.detach().contiguous()
     elements = rows_of.elements_of(weight)
     num_experts, rows, cols = weight.shape
     records = rows_of.records_bytes(cols, elements.dtype)
     header = rows_of.header_bytes(0)
-    while True:  # twice where the first headers have no room for the exceptions of some row
+    while True:  # runs twice if some row has more exceptions than the first header holds
         out = torch.empty(num_experts, rows, header + records, dtype=torch.uint8, device="cpu")
         advise_huge_pages(out)
-        needed = rows_of.header_bytes(ops.host.module.pack_compact(elements, out, torch.get_num_threads()))
+        needed = rows_of.header_bytes(ops.pack_compact(elements, out, torch.get_num_threads()))
         if needed <= header:
             return Weight("compact", out, rows, cols, weight.dtype, elements=elements.dtype, is_exact=True)
         header = needed
@@ -41,7 +41,7 @@ def compacted(weight: Tensor) -> Weight:
 
 @dataclass(frozen=True)
 class Compact(Form):
-    """Weights of bfloat16 or float32 of which this saves at least a twentieth."""
+    """Weights of bfloat16 or float32 that become at least 5 % smaller."""
 
     name: ClassVar[str] = "compact"
     devices: ClassVar[tuple[str, ...] | None] = ("cpu",)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Form: a way to store a weight, with its options. Each of the others in this folder is one."""
+"""Form: a way to store a weight, with its options. The base class of the forms in this folder."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from switchgear.weights.weight import Weight
 
 @dataclass(frozen=True)
 class Form:
-    """How a weight is stored; frozen and comparable, so that two modules can be seen to have the same."""
+    """How a weight is stored. Frozen and comparable, so that the forms of two modules can be compared."""
 
-    name: ClassVar[str]  # of the format, and what `store` calls it
-    devices: ClassVar[tuple[str, ...] | None] = None  # types of devices that can hold it; None: any
+    name: ClassVar[str]  # of the format; also its name in `store`
+    devices: ClassVar[tuple[str, ...] | None] = None  # device types that can hold it; None: any
     one_dtype: ClassVar[bool] = False  # both projections of a layer need the same dtype
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Of the keys <name><suffix> under which a state dict has the weight; none: as a plain weight, <name>."""
+        """Suffixes of the state dict's keys <name><suffix>. If empty, the state dict has a plain weight, <name>."""
         return ()
 
     def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
-        """A weight [E,N,C] in this form, or why it cannot be. ValueError where its numbers are not finite.
+        """Encodes a weight [E,N,C], or returns why that is impossible. Raises ValueError for non-finite numbers.
 
-        parts: 2 where the rows are gates and then ups, which are stored apart; else 1.
+        parts: 2 if the rows are all gates, then all ups, which are stored separately; else 1.
         """
         raise NotImplementedError
 
     def save(self, weight: Weight) -> dict[str, Tensor]:
-        """What a state dict has of a weight, by suffix."""
+        """The state dict's tensors of a weight, by suffix."""
         raise NotImplementedError
 
     def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
-        """The weight of which a state dict has `tensors`, by suffix, in place of `now`. ValueError, after the suffix, for
-        one of another shape or form."""
+        """The weight made of a state dict's `tensors`, by suffix, to replace `now`. Raises ValueError for a tensor of
+        another shape or dtype; the message starts with the suffix."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -53,14 +53,14 @@ class Form:
 
 
 def on_huge_pages(tensor: Tensor) -> Tensor:
-    """A contiguous copy in memory that asks for huge pages."""
+    """A contiguous copy in memory advised to use huge pages."""
     copy = torch.empty_like(tensor, memory_format=torch.contiguous_format)
     advise_huge_pages(copy)
     return copy.copy_(tensor)
 
 
 def check_loaded(tensors: dict[str, Tensor], saved: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-    """ValueError unless tensors have the shapes and dtypes of `saved`, both by suffix."""
+    """Raises ValueError unless the tensors have the shapes and dtypes of `saved`, both by suffix."""
     for suffix, (shape, dtype) in saved.items():
         got = tensors[suffix]
         if tuple(got.shape) != shape or got.dtype is not dtype:

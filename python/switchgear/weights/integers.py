@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Int8 and Int4: levels of 8 or 4 bits with scales, multiplied in integers; see reference/integers.py.
 
-Activations are rounded to int8 as they come. Gradients reach x, topk_weights and biases.
+Activations are quantized to int8 at run time. Gradients reach x, topk_weights and biases.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _SUFFIXES = {"data": "_values", "scales": "_scales", "row_scales": "_row_scales"
 
 @dataclass(frozen=True)
 class _Integers(Form):
-    """group_size: columns of a weight that share a scale, a power of two from 16 on, or 0 for a whole row.
-    symmetric: levels around zero. Otherwise each group has a zero besides: 8 bits, as the scale.
+    """group_size: columns of a row that share a scale: a power of two, at least 16, or 0 for the whole row.
+    symmetric: levels around zero. Otherwise each group also has a zero point: 8 bits, like the scale.
     """
 
     group_size: int = 0
@@ -62,14 +62,14 @@ class _Integers(Form):
 
 @dataclass(frozen=True)
 class Int8(_Integers):
-    """8 bits a weight, and a scale for a row or for `group_size` columns of it."""
+    """8 bits per weight, and one scale per row or per `group_size` columns of it."""
 
     name: ClassVar[str] = "int8"
 
 
 @dataclass(frozen=True)
 class Int4(_Integers):
-    """4 bits a weight, and a scale for `group_size` columns of a row."""
+    """4 bits per weight, and one scale per `group_size` columns of a row."""
 
     name: ClassVar[str] = "int4"
     group_size: int = 32

@@ -2,9 +2,9 @@
 """Fp8 and Mxfp4: floating-point numbers of 8 or 4 bits with scales, as DeepSeek-V3, Qwen3 and gpt-oss publish them; see
 reference/minifloat.py.
 
-State dicts hold them in the layout in which they are published, and take it: fp8 as <name> float8_e4m3fn [E,N,C] and
-<name>_scale_inv, mxfp4 as <name>_blocks [E,N,C/32,16] and <name>_scales. Weights are decoded exactly; products are those
-of float numbers. Gradients reach x, topk_weights and biases.
+State dicts have the published layout, for saving and loading: fp8 as <name> float8_e4m3fn [E,N,C] and
+<name>_scale_inv, mxfp4 as <name>_blocks [E,N,C/32,16] and <name>_scales. Weights are decoded exactly and multiplied
+in floating point. Gradients reach x, topk_weights and biases.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ BLOCKS = {"128x128": minifloat.BLOCK, "row": minifloat.ROW}
 
 
 def _stored(format: str, published: tuple[Tensor, Tensor], parts: int, group: tuple[int, int]) -> dict[str, Tensor]:
-    """The tensors of a Weight, from the published layout."""
+    """Converts the published layout to the tensors of a Weight."""
     data, scales = minifloat.to_blocks(*published, format, parts, group)
     return {"data": on_huge_pages(data), "scales": scales}
 
 
 @dataclass(frozen=True)
 class Fp8(Form):
-    """e4m3fn, with a float32 scale for 128 x 128 weights, or for a row (block="row")."""
+    """e4m3fn, with one float32 scale per 128 x 128 weights, or per row (block="row")."""
 
     name: ClassVar[str] = "fp8"
     block: str = "128x128"
@@ -52,8 +52,8 @@ class Fp8(Form):
         _, rows, cols = weight.shape
         tensors = _stored("fp8", (values, scales), parts, self._group)
         return Weight(
-            "fp8", **tensors, rows=rows, cols=cols, dtype=weight.dtype, parts=parts, group_size=self._group[1],
-            is_exact=is_exact,
+            "fp8", tensors["data"], rows, cols, weight.dtype, tensors["scales"], parts=parts,
+            group_size=self._group[1], is_exact=is_exact,
         )  # fmt: skip
 
     def save(self, weight: Weight) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ class Fp8(Form):
 
 @dataclass(frozen=True)
 class Mxfp4(Form):
-    """e2m1, with a power of two for 32 columns of a row (OCP Microscaling v1.0)."""
+    """e2m1, with one power-of-two scale per 32 columns of a row (OCP Microscaling v1.0)."""
 
     name: ClassVar[str] = "mxfp4"
 
@@ -92,8 +92,8 @@ class Mxfp4(Form):
         _, rows, cols = weight.shape
         tensors = _stored("mxfp4", (blocks, scales), parts, minifloat.BLOCK)
         return Weight(
-            "mxfp4", **tensors, rows=rows, cols=cols, dtype=weight.dtype, parts=parts, group_size=minifloat.COLUMNS,
-            is_exact=is_exact,
+            "mxfp4", tensors["data"], rows, cols, weight.dtype, tensors["scales"], parts=parts,
+            group_size=minifloat.COLUMNS, is_exact=is_exact,
         )  # fmt: skip
 
     def save(self, weight: Weight) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What became of a module's projections: parameters went, buffers came. Once for all forms.
+"""Stored projections of a module: buffers instead of parameters. Shared by all forms.
 
-The buffers are <name>_data, <name>_scales, …, and are no part of state dicts: hooks put the keys of the form there, and
-take them, or plain weights, which are stored on their way in. Floating-point scales are held as the bits that they are,
-int32, so that module.to(dtype), .half() and the like leave them alone.
+The buffers are <name>_data, <name>_scales, …, and are not in state dicts. Hooks save the keys of the form, and load
+them or plain weights, which they encode. Floating-point scales are kept as int32 bits, so that module.to(dtype),
+.half() and similar calls do not convert them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from switchgear.reference.formats import FIELDS
 from switchgear.weights.form import Form
 from switchgear.weights.layout import Layout
-from switchgear.weights.weight import AdaptedWeight, Weight
+from switchgear.weights.weight import Weight
 
 _FIELDS = ("data", *FIELDS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,24 +40,27 @@ class Kind(NamedTuple):
     @staticmethod
     def of(weight: Weight) -> Kind:
         fields = tuple(field for field in _FIELDS if getattr(weight, field) is not None)
-        return Kind(*(getattr(weight, name) for name in Kind._fields[:-1]), fields)
+        return Kind(
+            weight.format, weight.rows, weight.cols, weight.dtype, weight.parts, weight.group_size, weight.elements,
+            weight.is_exact, fields,
+        )  # fmt: skip
 
     def weight(self, tensors: dict[str, Tensor]) -> Weight:
-        options = self._asdict()
+        options: dict[str, Any] = {**self._asdict(), **tensors}
         del options["fields"]
-        return Weight(**options, **tensors)
+        return Weight(**options)
 
 
 class Tie:
-    """One for each parameter that was: modules that shared it have the same."""
+    """Identifies an original parameter. Modules that shared the parameter have the same Tie."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One that is stored."""
+    """A stored projection."""
 
     kind: Kind
-    trained: bool  # whether its parameter asked for gradients
+    trained: bool  # requires_grad of its parameter
     tie: Tie
 
 
@@ -72,7 +75,7 @@ class StoredProjections:
         return {**self.__dict__, "_cached": None}  # copies have tensors of their own
 
     def weights(self, module: nn.Module) -> tuple[Weight, Weight]:
-        """The two projections of `module`; made anew where its buffers were replaced."""
+        """The two projections of `module`; rebuilt if its buffers were replaced."""
         cached, buffers = self._cached, module._buffers
         if cached is not None:
             for name, tensor in cached[0]:
@@ -100,7 +103,7 @@ class StoredProjections:
             yield field, f"{name}_{field}"
 
     def put_into(self, module: nn.Module, weights: tuple[Weight, Weight]) -> None:
-        """The buffers of `weights`."""
+        """Registers the buffers of `weights`."""
         for index, weight in enumerate(weights):
             for field, name in self._buffers(index):
                 tensor = getattr(weight, field)
@@ -108,10 +111,10 @@ class StoredProjections:
                 module.register_buffer(name, held, persistent=False)
 
     def take_out_of(self, module: nn.Module) -> None:
-        """The buffers go."""
+        """Removes the buffers."""
         for index in (0, 1):
             for _, name in self._buffers(index):
-                del module._buffers[name]
+                module._buffers.pop(name, None)
                 module._non_persistent_buffers_set.discard(name)
 
 
@@ -120,19 +123,19 @@ def _is_float(format: str, field: str) -> bool:
 
 
 def stored_of(module: nn.Module) -> StoredProjections | None:
-    """How a module stores its projections; None where they are parameters."""
+    """How a module stores its projections; None if they are parameters."""
     return vars(module).get("_switchgear_stored")
 
 
 def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
-    """The two projections [E,out,in] as `moe` takes them: tensors where they are parameters, else what is stored; with
-    their adapters, if there are any. `layout` says how the module holds parameters."""
+    """The two projections [E,out,in] for `moe`: tensors if they are parameters, else Weights; with their adapters, if
+    any. `layout` is that of the module's parameters."""
     stored = vars(module).get("_switchgear_stored")
-    first: Tensor | Weight | AdaptedWeight
-    second: Tensor | Weight | AdaptedWeight
+    first: Any
+    second: Any
     if stored is not None:
         first, second = stored.weights(module)
-    else:  # each attribute is read once: under a parametrization every access makes the weight anew
+    else:  # each attribute is read once: under a parametrization every access recomputes the weight
         first, second = getattr(module, layout.names[0]), getattr(module, layout.names[1])
         if layout.transposed:
             first, second = first.mT, second.mT
@@ -155,18 +158,17 @@ def put(module: nn.Module, stored: StoredProjections, weights: tuple[Weight, Wei
     module._switchgear_stored = stored  # type: ignore[assignment]
 
 
-def take_back(module: nn.Module, parameters: list[nn.Parameter]) -> None:
-    """Replaces what `put` put by `parameters`."""
-    stored = stored_of(module)
-    assert stored is not None
+def take_back(module: nn.Module, stored: StoredProjections, parameters: list[nn.Parameter]) -> None:
+    """Undoes `put`, even one that failed halfway: registers `parameters` again."""
     stored.take_out_of(module)
     for name, parameter in zip(stored.layout.names, parameters, strict=True):
         module.register_parameter(name, parameter)
-    module._switchgear_stored = None  # type: ignore[assignment]
+    if "_switchgear_stored" in vars(module):
+        module._switchgear_stored = None  # type: ignore[assignment]
 
 
 def in_layout(weight: Tensor, layout: Layout) -> Tensor:
-    """A plain weight [E,out,in] as the parameter of a module is."""
+    """Converts a plain weight [E,out,in] to the layout of the module's parameter."""
     return weight.mT.contiguous() if layout.transposed else weight
 
 
@@ -190,7 +192,7 @@ def _load(
     if (stored := stored_of(module)) is None:
         return
     now = stored.weights(module)
-    loaded = []  # all of it, before anything changes
+    loaded = []  # both, before anything changes
     for index, name in enumerate(stored.layout.names):
         weight = _loaded(stored, index, now[index], state_dict, f"{prefix}{name}", missing if strict else [])
         loaded.append(now[index] if weight is None else weight)
@@ -207,7 +209,7 @@ def _load(
 def _loaded(
     stored: StoredProjections, index: int, now: Weight, state_dict: dict[str, Any], key: str, missing: list[str]
 ) -> Weight | None:
-    """The weight that a state dict has under `key`, None for none; its keys go."""
+    """The state dict's weight under `key`, or None; removes its keys from the state dict."""
     form, layout = stored.form, stored.layout
     plain = state_dict.get(key)
     if plain is not None and not ("" in form.suffixes and plain.dtype is torch.float8_e4m3fn):

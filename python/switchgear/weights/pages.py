@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Huge pages for weights on the CPU. Linux gives 2 MB pages to programs that ask; with 4 KB pages every weight that a
-token reads also costs walks of the page tables."""
+"""Huge pages for weights on the CPU. Linux provides 2 MB pages on request. With 4 KB pages, reading the weights also
+costs page-table walks."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ def _in_memory(tensor: Tensor) -> bool:
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """The whole storage of a tensor of any shape and dtype."""
+    """The whole storage of a tensor as int32 words, for any shape and dtype."""
     storage = tensor.untyped_storage()
     return torch.empty(0, dtype=torch.int32).set_(storage, 0, (storage.nbytes() // 4,), (1,))
 
 
 def use_huge_pages(weights: nn.Module | Iterable[Tensor]) -> int:
-    """Moves weights onto huge pages, where they are: addresses and contents stay.
+    """Moves weights onto huge pages in place: addresses and contents stay the same.
 
-    Decoding reads each weight once per token; on a machine whose memory is fast this makes it up to 1.5 times faster.
-    It takes about a second per GB, once, so call it after a model is loaded. Linux 6.1 or newer.
+    Decoding reads each weight once per token; huge pages make it up to 1.5× faster on machines with fast memory.
+    The move takes about a second per GB, once, so call it after loading a model. It needs Linux 6.1 or newer.
 
     Args:
-        weights: a module, for its parameters and buffers, or tensors. What is smaller than 2 MB, or not in the memory
-            of the CPU, is left alone.
+        weights: a module, for its parameters and buffers, or tensors. Tensors smaller than 2 MB, or not in CPU memory,
+            are skipped.
 
     Returns:
-        The bytes that now lie on huge pages: 0 where the system has none to give.
+        The number of bytes on huge pages afterwards: 0 if the system has none.
     """
     tensors = [*weights.parameters(), *weights.buffers()] if isinstance(weights, nn.Module) else list(weights)
     for index, tensor in enumerate(tensors):
@@ -46,6 +46,6 @@ def use_huge_pages(weights: nn.Module | Iterable[Tensor]) -> int:
 
 
 def advise_huge_pages(tensor: Tensor) -> None:
-    """Asks for huge pages behind a tensor that nothing was written to yet, which costs nothing."""
+    """Requests huge pages for a tensor that was not written to yet, which is free."""
     if _in_memory(tensor):
         ops.advise_huge_pages(_words(tensor))

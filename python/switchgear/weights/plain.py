@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Plain: parameters as they are, in the order and on the pages in which the CPU's kernels read them best.
+"""Plain: unchanged parameters in the memory order that is fastest for the CPU's kernels, on huge pages.
 
-A projection [E,in,out], as gpt-oss has them, keeps its shape and gets the strides of a contiguous [E,out,in] seen
-through `mT`. Parameters keep identity, shape, values and `requires_grad`, so training, copies and checkpoints go on as
-before. Two things of others do not take strides: `save_file` of safetensors wants contiguous tensors (`restore` first),
-and torch's optimizers with fused=True want the state in the order of the parameter, so store before their first step.
+A projection [E,in,out], as in gpt-oss, keeps its shape and gets the strides of a contiguous [E,out,in] seen through
+`mT`. Parameters keep identity, shape, values and `requires_grad`, so training, copies and checkpoints work as before.
+Two functions need care with such strides. safetensors' `save_file` requires contiguous tensors, so `restore` first.
+torch's optimizers with fused=True require state with the parameter's strides, so store before their first step.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Plain(Form):
 
 
 class Copies:
-    """Contiguous copies of weights; those that share memory share the copy, too."""
+    """Contiguous copies of weights. Weights that share memory share the copy, too."""
 
     def __init__(self) -> None:
-        # By where a weight was. Memory that is freed meanwhile can only become that of a copy, which nobody copies.
+        # Keyed by the weight's address. Memory freed meanwhile can only be reused by a copy, and copies are not copied.
         self._copies: dict[tuple[object, ...], Tensor] = {}
 
     def of(self, weight: Tensor) -> Tensor:
@@ -49,13 +49,13 @@ class Copies:
 
 
 class Relaid:
-    """Parameters in other strides: `rows` of a transposed projection contiguous, or the projection itself again."""
+    """Gives parameters other strides. rows: `mT` of a transposed projection becomes contiguous; else the projection."""
 
     def __init__(self, parameters: list[nn.Parameter], rows: bool, copies: Copies) -> None:
         self._pairs: list[tuple[nn.Parameter, Tensor]] = []
         self._before: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
         for parameter in parameters:
-            with torch.inference_mode(parameter.is_inference()):  # what can train can do so wherever it was laid
+            with torch.inference_mode(parameter.is_inference()):  # a copy can be trained if the parameter can
                 weight = parameter.data.mT if rows else parameter.data
                 if not weight.is_contiguous():
                     copy = copies.of(weight)
@@ -74,11 +74,13 @@ class Relaid:
                     parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
 
     def forget(self) -> None:
-        """Lets go of the memory that the parameters had."""
+        """Frees the previous memory of the parameters."""
         self._before.clear()
 
-    def undo(self) -> None:
+    def undo(self) -> bool:
+        """Restores the previous strides. Returns whether there was anything to restore."""
         for parameter, data, grad in self._before:
             with torch.inference_mode(parameter.is_inference()):
                 parameter.data = data
                 parameter.grad = grad
+        return bool(self._before)

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Weight: the matrices of all experts of a projection in a format that is named, and AdaptedWeight around one.
+"""Weight: the matrices of all experts of a projection in a named format; AdaptedWeight adds an adapter.
 
-Every product takes a Weight where it takes a tensor [E,N,C]. It is immutable, has no gradient, and knows nothing of
-modules: the form that made it does (plain.py, panels.py, …).
+Every product accepts a Weight in place of a tensor [E,N,C]. It is immutable, has no gradient, and does not depend on
+modules; the forms do (plain.py, panels.py, …).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from switchgear import backends, ops
-from switchgear.reference import formats
+from switchgear.reference import formats, panels
 from switchgear.weights.pages import advise_huge_pages
 
 LOSSLESS = ("plain", "panels", "compact")
@@ -35,13 +35,14 @@ class Weight:
     scales: Tensor | None = None
     row_scales: Tensor | None = None
     zeros: Tensor | None = None
-    slots: Tensor | None = None  # [E] int32: where each expert lies in the first dimension of the other tensors
-    parts: int = 1  # equal shares of the rows that are stored apart
+    slots: Tensor | None = None  # [E] int32: each expert's index in the first dimension of the other tensors
+    parts: int = 1  # equal parts of the rows that are stored separately
     group_size: int = 0  # columns that share a scale; 0: all
-    elements: torch.dtype | None = None  # of what compact rows hold: bfloat16 for float32 whose lower halves are zero
-    is_exact: bool = False  # plain() is the weight that this was made of, bit for bit
-    tensors: tuple[Tensor, ...] = field(init=False, repr=False)  # as the ops take them
+    elements: torch.dtype | None = None  # of compact rows: bfloat16 for float32 whose lower halves are zero
+    is_exact: bool = False  # plain() equals the original weight, bit for bit
+    tensors: tuple[Tensor, ...] = field(init=False, repr=False)  # arguments of the ops
     form: tuple[int, ...] = field(init=False, repr=False)
+    needs_no_dispatch: bool = field(init=False, repr=False)  # all tensors are plain torch tensors in CPU memory
 
     def __post_init__(self) -> None:
         if self.format not in formats.FORMATS:
@@ -52,8 +53,11 @@ class Weight:
         if fields or self.format != "plain":
             number = formats.FORMATS.index(self.format)
             form = (number, self.rows, self.cols, self.parts, self.group_size, fields)
-        object.__setattr__(self, "tensors", (self.data, *(tensor for tensor in present if tensor is not None)))
+        tensors = (self.data, *(tensor for tensor in present if tensor is not None))
+        is_plain = all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu for tensor in tensors)
+        object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "form", form)
+        object.__setattr__(self, "needs_no_dispatch", is_plain)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -70,62 +74,57 @@ class Weight:
 
     @property
     def is_lossless(self) -> bool:
-        """Whether this format holds any weight of its dtype, bit for bit."""
+        """Whether this format stores every weight of its dtype bit for bit."""
         return self.format in LOSSLESS
 
-    @cached_property
-    def needs_no_dispatch(self) -> bool:
-        """Whether all tensors are plain ones in the memory of the CPU."""
-        return all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu for tensor in self.tensors)
-
     def plain(self) -> Tensor:
-        """The weight [E,N,C] in its dtype: as it was, or what the numbers of its format stand for."""
+        """Decodes the weight to [E,N,C] in its dtype: the original bits if is_exact, else rounded values."""
         if self.data.is_cpu and self.slots is None and not torch.compiler.is_compiling():
             if self.format == "compact":
                 return self._expanded()
             if self.format == "panels":
                 weight = torch.empty(self.shape, dtype=self.dtype)
                 advise_huge_pages(weight)
-                return formats.panels.expand(self.data, weight)
+                return panels.expand(self.data, weight)
         return formats.decode(self.tensors, self.form, self.dtype)
 
     def _expanded(self) -> Tensor:
         weight = torch.empty(self.shape, dtype=self.elements)
         advise_huge_pages(weight)
-        ops.host.module.expand_compact(self.data.contiguous(), weight, torch.get_num_threads())
+        ops.expand_compact(self.data.contiguous(), weight, torch.get_num_threads())
         return weight.to(self.dtype)
 
     def multiplies(self, dtype: torch.dtype) -> bool:
-        """Whether moe takes this weight as it is beside an x of `dtype`: some formats are bytes of one dtype, and some
-        of one device."""
+        """Whether moe can multiply an x of `dtype` by this weight without expanding it: some formats support only one
+        dtype or one device."""
         if self.format not in LOSSLESS:
-            return True  # any dtype; a device without kernels says so itself
+            return True  # any dtype; a device without kernels reports that itself
+        if not _is_on_cpu(self):
+            return self.format == "plain" and self.slots is None and dtype is self.dtype
         if self.format == "plain":
             return dtype is self.dtype
-        if not self.data.is_cpu:
-            return False
         if self.format == "compact":
             return dtype is self.dtype or dtype is self.elements
         return dtype is self.dtype and self._is_of_this_isa()
 
     def _is_of_this_isa(self) -> bool:
-        """Whether panels have the order of the ISA in use. A graph cannot ask for it: its op looks at their shape."""
+        """Whether panels have the order of the ISA in use. A graph cannot query the ISA; its op checks their shape."""
         if torch.compiler.is_compiling():
             return True
-        rows, vector_bytes = ops.host.module.panel_layout(PANEL_DTYPES[self.dtype])
-        return self.data.shape[1] * rows == self.rows and self.data.shape[3] == vector_bytes
+        rows, vector_bytes = ops.panel_layout(PANEL_DTYPES[self.dtype])
+        return self.data.shape[1:4:2] == (self.rows // rows, vector_bytes)
 
     def permuted(self, order: Tensor) -> Weight:
-        """The experts `order` [E'], of which each may occur any number of times. Copies nothing."""
+        """The experts in `order` [E'], which may repeat experts. Copies no weights."""
         order = order.to(device=self.device, dtype=torch.int32)
         return self.with_slots(order if self.slots is None else self.slots[order.long()])
 
     def with_slots(self, slots: Tensor | None) -> Weight:
-        """The same data with other places [E] int32 of the experts; None: expert e at index e."""
+        """The same data with other `slots` [E] int32; None: expert e is at index e."""
         return self.with_tensors({"slots": slots})
 
-    def with_tensors(self, tensors: dict[str, Tensor | None]) -> Weight:
-        """The same with other tensors, by the names of their fields."""
+    def with_tensors(self, tensors: Mapping[str, Tensor | None]) -> Weight:
+        """A copy with other tensors, by field name."""
         if unknown := sorted(set(tensors) - set(_FIELDS)):
             raise ValueError(f"tensors: expected names among {', '.join(_FIELDS)}, got {', '.join(unknown)}")
         given = {name: getattr(self, name) for name in _ARGUMENTS}
@@ -138,7 +137,7 @@ _ARGUMENTS = (
 
 
 class AdaptedWeight(NamedTuple):
-    """A frozen weight and a low-rank one beside it: W + scale · B·A for each expert (LoRA, arXiv:2106.09685)."""
+    """A frozen weight plus a low-rank one: W + scale · B·A for each expert (LoRA, arXiv:2106.09685)."""
 
     weight: Tensor | Weight
     a: Tensor  # [E,r,C]
@@ -154,23 +153,24 @@ class AdaptedWeight(NamedTuple):
         return self.weight.dtype
 
 
-AnyWeight = Tensor | Weight | AdaptedWeight
+def _is_on_cpu(weight: Weight) -> bool:
+    return weight.data.is_cpu
 
 
 def taken_by_moe(weight: Weight, dtype: torch.dtype) -> Tensor | Weight:
-    """The weight itself where moe multiplies it beside an x of `dtype`, else the plain one, for the time of a call."""
+    """The weight itself if moe can multiply an x of `dtype` by it, else the plain weight, expanded for one call."""
     return weight if weight.multiplies(dtype) else _expanded(weight, dtype, f"{weight.format} weights")
 
 
 def taken_by_grouped_gemm(weight: Weight, dtype: torch.dtype) -> Tensor | Weight:
-    """The same for grouped_gemm, which reads no panels."""
+    """The same for grouped_gemm, which cannot read panels."""
     if weight.format == "panels":
         return _expanded(weight, dtype, "weights in panels, in grouped_gemm")
     return taken_by_moe(weight, dtype)
 
 
 def _expanded(weight: Weight, dtype: torch.dtype, subject: str) -> Tensor:
-    has_a_kernel_missing = weight.format != "plain" and (dtype is weight.dtype or not weight.data.is_cpu)
+    has_a_kernel_missing = dtype is weight.dtype or not _is_on_cpu(weight)  # otherwise only the dtypes differ
     if has_a_kernel_missing and not torch.compiler.is_compiling():
         backends.announce_format(weight.device, subject, "each call expands them")
     return weight.plain()

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The implementations that `switchgear bench` compares: one small function each.
 
-A competitor is a function of a case that prepares what may be prepared once (modules, packed weights) and returns the
-layer: Inputs -> y [T,H], differentiable if it is for training. It raises Skip where it can't run. To add one:
+A competitor is a function of a case. It does all preparation (modules, packed weights) and returns the layer:
+Inputs -> y [T,H], differentiable for training. It raises Skip if it cannot run. To add one:
 
     @competitor("mine", modes=("forward",))
     def mine(case: Case) -> Layer:
         return lambda inputs: my_moe(inputs.x, case.gate_up_proj, case.down_proj, inputs.topk_ids, inputs.topk_weights)
 
-Libraries, and packages that want another torch than the one that is used here, are found in the folder that the
-environment variable SWITCHGEAR_COMPETITORS names: docs/benchmarks.md says how to fill it.
+Libraries, and packages that need another torch than this one, are loaded from the folder named by the environment
+variable SWITCHGEAR_COMPETITORS; docs/benchmarks.md says how to fill it.
 """
 
 from __future__ import annotations

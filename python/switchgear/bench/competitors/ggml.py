@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """ggml, the library of llama.cpp, through its C interface: the graph that llama.cpp builds for a layer of experts.
 
-Its shared libraries are looked for in the folder `ggml/lib` of SWITCHGEAR_COMPETITORS, then in llama-cpp-python.
-Activations are float32, which it rounds itself. Sizes are given as ggml has them, the contiguous dimension first.
+Its shared libraries are loaded from the folder `ggml/lib` of SWITCHGEAR_COMPETITORS, else from llama-cpp-python.
+Activations are float32, which ggml rounds itself. Sizes are in ggml's order, the contiguous dimension first.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from ..case import Case, Inputs, Layer
+from .quantised import ggml_mxfp4, published
 from .registry import Skip, competitor, folder
 
-TYPES = {"f32": 0, "q4_0": 2, "q8_0": 8, "q4_K": 12, "i32": 26, "bf16": 30}  # fixed by the file format GGUF
-REPACKED_ROWS = 8  # the fastest kernels interleave as many rows
-CONTEXT_BYTES = 1 << 20  # the descriptions of tensors and of the graph; their data is elsewhere
+# Fixed by the file format GGUF.
+TYPES = {"f32": 0, "q4_0": 2, "q8_0": 8, "q4_K": 12, "i32": 26, "bf16": 30, "mxfp4": 39}
+REPACKED_ROWS = 8  # rows that the fastest kernels interleave
+CONTEXT_BYTES = 1 << 20  # the descriptions of tensors and of the graph; their data is stored elsewhere
 
 
 class _InitParams(ctypes.Structure):
@@ -69,15 +71,20 @@ def _repacking(ggml: _Library, backend: c_void_p) -> c_void_p:
     raise Skip("ggml has no repacked layouts on this machine")
 
 
+def _sources(case: Case, type_name: str) -> list[Tensor]:
+    """gate_up_proj and down_proj [E,N,…]; for mxfp4 the same bytes in ggml's order."""
+    return [ggml_mxfp4(*pair) for pair in published(case)] if type_name == "mxfp4" else case.weights
+
+
 def _in_type(ggml: _Library, weight: Tensor, type_name: str) -> Tensor:
     """weight [E,N,C] in a format of ggml, as bytes."""
-    if type_name in ("f32", "bf16"):
+    if type_name in ("f32", "bf16", "mxfp4"):
         return weight.contiguous()
     num_experts, rows, columns = weight.shape
     number = c_int(TYPES[type_name])
     size = rows * ggml("row_size", number, columns, result=c_size_t)
     target = torch.empty(num_experts, size, dtype=torch.uint8)
-    ggml("quantize_init", number)  # tables, before threads want them
+    ggml("quantize_init", number)  # fills tables before threads use them
 
     def quantize(expert: int) -> None:
         source = weight[expert].float().contiguous()
@@ -108,7 +115,7 @@ def _layer(case: Case, type_name: str, repack: bool = False) -> Layer:
     buffer = ggml.pointer("backend_alloc_ctx_tensors_from_buft", stored, place)
     if not buffer:
         raise Skip("ggml finds no memory for the weights")
-    gate_up_proj, down_proj = case.weights
+    gate_up_proj, down_proj = _sources(case, type_name)
     sources = (gate_up_proj[:, :inner], gate_up_proj[:, inner:], down_proj)
     for target, source in zip((gate, up, down), sources, strict=True):
         data = _in_type(ggml, source, type_name)
@@ -175,3 +182,5 @@ _register("ggml_q4_0", "int4", "q4_0", False, "4-bit weights, a scale for 32")
 _register("ggml_q4_K", "int4", "q4_K", False, "4-bit weights with offsets, 6-bit scales of 32 in blocks of 256")
 _register("ggml_q4_0_repacked", "int4", "q4_0", True, "q4_0 with rows interleaved")
 _register("ggml_q4_K_repacked", "int4", "q4_K", True, "q4_K with rows interleaved")
+_register("ggml_mxfp4", "mxfp4", "mxfp4", False, "the same mxfp4 bytes, activations rounded to int8")
+_register("ggml_mxfp4_repacked", "mxfp4", "mxfp4", True, "mxfp4 with rows interleaved")

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..case import Case, Inputs, Layer
-from .registry import Skip, competitor
+from .registry import DECODED, Skip, competitor
 
-# batched_mm copies the weights of each slot, and its cost is that copy: beyond this many slots it tells nothing more.
+# batched_mm copies the weights of each slot. Beyond this many slots, only that copy is timed.
 BATCHED_MM_SLOTS = 128
 
 
 def _hugging_face(case: Case, implementation: str) -> Layer:
-    """MixtralExperts with the case's own parameters: transformers dispatches by name as it does inside a model."""
+    """MixtralExperts with the case's own parameters, dispatched by name as inside a model."""
     try:
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -39,13 +39,13 @@ def _hugging_face(case: Case, implementation: str) -> Layer:
     return layer
 
 
-@competitor("hf_grouped_mm")
+@competitor("hf_grouped_mm", dtypes=DECODED)
 def hf_grouped_mm(case: Case) -> Layer:
     """transformers' default: sorted tokens, torch's grouped_mm."""
     return _hugging_face(case, "grouped_mm")
 
 
-@competitor("hf_eager")
+@competitor("hf_eager", dtypes=DECODED)
 def hf_eager(case: Case) -> Layer:
     """transformers' loop over the experts."""
     return _hugging_face(case, "eager")

@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 from ..case import Case, Layer
-from .registry import competitor
+from .registry import DECODED, competitor
 
 
-@competitor("switchgear")
+@competitor("switchgear", dtypes=DECODED)
 def switchgear(case: Case) -> Layer:
-    """switchgear.moe."""
+    """switchgear.moe on plain weights."""
     from switchgear import moe
 
     return lambda inputs: moe(
@@ -54,3 +54,23 @@ def switchgear_int8(case: Case) -> Layer:
 def switchgear_int4(case: Case) -> Layer:
     """weights stored as "int4", symmetric=False: 4.5 bits, as q4_0 and q4_K of ggml."""
     return _stored(case, "int4", symmetric=False)
+
+
+def _minifloats(case: Case) -> Layer:
+    from switchgear import moe
+
+    assert case.stored is not None
+    gate_up, down = case.stored
+    return lambda inputs: moe(inputs.x, gate_up, down, inputs.topk_ids, inputs.topk_weights, activation="silu")
+
+
+@competitor("switchgear_fp8", dtypes=("fp8",), modes=("forward",))
+def switchgear_fp8(case: Case) -> Layer:
+    """weights stored as "fp8", a scale for 128 x 128."""
+    return _minifloats(case)
+
+
+@competitor("switchgear_mxfp4", dtypes=("mxfp4",), modes=("forward",))
+def switchgear_mxfp4(case: Case) -> Layer:
+    """weights stored as "mxfp4", a scale for 32 columns."""
+    return _minifloats(case)

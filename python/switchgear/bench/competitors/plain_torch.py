@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""torch by hand."""
+"""Plain torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def torch_loop(case: Case) -> Layer:
         tokens, weights, counts = _sorted_slots(inputs, case.shape.num_experts)
         parts = torch.split(inputs.x[tokens], counts.tolist())
         rows = []
-        # unbind, not indexing: the gradient of weight[e] would be a zero tensor of the size of all experts
+        # unbind instead of indexing: the gradient of weight[e] would be a zero tensor of the size of all experts
         for part, gate_up, down in zip(parts, case.gate_up_proj.unbind(), case.down_proj.unbind(), strict=True):
             if len(part):
                 gate, up = F.linear(part, gate_up).chunk(2, -1)

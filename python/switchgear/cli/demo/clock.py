@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Time inside the experts of a model, and the load of each expert, by hooks around the experts modules."""
+"""Measures, by hooks around the experts modules, the time inside them and the load of each expert."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class ExpertsClock:
     """Wall-clock seconds that a model spends in its experts modules.
 
     forward   from the call of the module to its return.
-    backward  from the moment when the gradient of the module's output is complete to the moment when those of its
-              inputs (hidden states and router weights) are. Autograd runs later nodes first and accumulates gradients
-              of parameters as soon as they exist, so the weight gradients fall into this span.
+    backward  from when the gradient of the module's output is complete to when those of its inputs (hidden states and
+              router weights) are complete. Autograd runs later nodes first and accumulates parameter gradients as soon
+              as they exist, so the weight gradients are included.
 
-    Not in it: the router, shared experts, and the optimizer. On the CPU nothing runs asynchronously; on a GPU these
-    times would be those of the launches.
+    Excluded: the router, shared experts, and the optimizer. On the CPU nothing runs asynchronously; on a GPU these
+    would be the times of the launches.
     """
 
     def __init__(self, modules: list[torch.nn.Module]) -> None:
@@ -52,7 +52,7 @@ class ExpertsClock:
         self.backward += perf_counter() - self._start
 
     def load(self) -> list[list[float]]:
-        """Share of the choices that each expert got in the latest forward, [layers][experts]; 1/E is balanced."""
+        """The share of choices of each expert in the latest forward, [layers][experts]; 1/E is balanced."""
         shares = []
         for topk_ids, num_experts in zip(self.topk_ids, self.num_experts, strict=True):
             if topk_ids is None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The demo: train the same small model with several experts implementations, check that they agree, compare.
 
-Each implementation has a process of its own. They start from the same weights and see the same batches. The machine's
-speed drifts, so they take turns: some steps of one, some steps of the next, round after round.
+Each implementation runs in its own process. All start from the same weights and see the same batches. The machine's
+speed drifts, so they take turns of a few steps, round after round.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .progress import training_progress
 from .worker import Settings, Step
 
 TWIN = "twin"  # see agreement.py
-TURN = 5  # steps per turn: short against the drift of the machine, long against the first step's cold caches
+TURN = 5  # steps per turn: few, since the machine's speed drifts; enough to outweigh cold caches in the first step
 PROMPT_LENGTH, TEMPERATURE, GENERATION_ROUNDS = 128, 0.7, 3
 
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def compare(settings: dict[str, Settings], names: Sequence[str], reference: str, new_tokens: int) -> dict[str, Any]:
-    """Run everything; returns what results.json holds."""
+    """Runs everything; returns the content of results.json."""
     first = settings[names[0]]
     with workers(settings) as clients, tempfile.TemporaryDirectory() as folder:
         models = {name: client.receive() for name, client in clients.items()}
@@ -103,7 +103,7 @@ def compare(settings: dict[str, Settings], names: Sequence[str], reference: str,
 
 
 def train(clients: dict[str, Client], steps: int, tokens_per_step: int) -> dict[str, list[Step]]:
-    """All steps of all workers, TURN at a time; the order rotates so that no one always follows the same neighbour."""
+    """All steps of all workers, TURN at a time. The order rotates, so that no worker always follows the same one."""
     taken: dict[str, list[Step]] = {name: [] for name in clients}
     order = list(clients)
     with training_progress(order, steps, tokens_per_step) as advance:
@@ -123,7 +123,7 @@ def generate(clients: dict[str, Client], weights: str, new_tokens: int) -> dict[
         client.call("load", path=weights)
     for turn in range(GENERATION_ROUNDS + 1):
         for name, client in clients.items():
-            if name == TWIN and turn:  # its logits are wanted, its speed is not
+            if name == TWIN and turn:  # only its logits are needed
                 continue
             sample = client.call(
                 "generate",

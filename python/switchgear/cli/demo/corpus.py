@@ -18,11 +18,11 @@ MAX_BYTES = 16 * 2**20
 class Corpus(NamedTuple):
     train: torch.Tensor  # [n] uint8
     held_out: torch.Tensor  # [m] uint8
-    source: str  # where it came from, for the report; no path of this machine
+    source: str  # for the report; no path of this machine
 
 
 def load_corpus(path: str | None = None) -> Corpus:
-    """The text of `path`, or the standard library's top-level .py files in the order of their names."""
+    """The text of `path`, or the standard library's top-level .py files in order of name."""
     if path is None:
         folder = Path(os.__file__).parent
         pieces = [file.read_bytes() for file in sorted(folder.glob("*.py"), key=lambda file: file.name)]

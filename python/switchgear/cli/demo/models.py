@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Small Hugging Face MoE models, one per family: bytes as vocabulary, random weights, the experts dominate the work."""
+"""Small Hugging Face MoE models, one per family: a vocabulary of bytes, random weights, most work in the experts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from ...common import CommandError, require
 
 VOCABULARY = 256
-# What every family shares. Heads of 64 are what the large models have; two key/value heads keep attention cheap.
+# Common to all families. Heads of 64 are as in the large models; two key/value heads keep attention cheap.
 COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "pad_token_id": None, "bos_token_id": None,
     "eos_token_id": None, "tie_word_embeddings": False,
 }  # fmt: skip
-# The balancing loss keeps more of the experts of so small a model alive; DeepSeek-V3 balances with a bias instead.
+# The balancing loss keeps more experts of such a small model in use; DeepSeek-V3 balances with a bias instead.
 BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.05}
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"intermediate_size": 896, "num_local_experts": 8, "num_experts_per_tok": 2} | BALANCED,
@@ -50,7 +50,7 @@ def check_implementation(name: str) -> None:
 
 
 def build_model(family: str, implementation: str, dtype: torch.dtype, seed: int) -> Any:
-    """The model of `family` with random weights that depend on the seed alone, its experts run by `implementation`."""
+    """The model of `family` with experts run by `implementation`; its random weights depend only on the seed."""
     check_implementation(implementation)
     transformers = require("transformers")
     transformers.logging.set_verbosity_error()

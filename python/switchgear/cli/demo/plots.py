@@ -14,12 +14,12 @@ from ...common.plots import FAINT, colors, pyplot, save
 
 
 def losses(results: dict[str, Any], path: Path) -> None:
-    """Loss curves, and below them each one's distance to the reference beside that of the twin."""
+    """Loss curves; below them the distance of each to the reference, and that of the twin."""
     plt = pyplot()
     runs, reference = results["implementations"], results["reference"]
     palette = colors(list(runs))
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 2))
-    # Equal curves hide one another: the widest line goes below.
+    # Equal curves hide one another, so the widest line is drawn first.
     widths = np.linspace(5, 1.5, len(runs)) if len(runs) > 1 else [2]
     steps = np.arange(1, results["settings"]["steps"] + 1)
     for (name, run), width in zip(runs.items(), widths, strict=True):
@@ -30,7 +30,7 @@ def losses(results: dict[str, Any], path: Path) -> None:
     above.legend()
 
     base = np.asarray(runs[reference]["losses"])
-    smallest = np.spacing(np.float32(base[0]))  # one unit in the last place of a loss: what a logarithm can show
+    smallest = np.spacing(np.float32(base[0]))  # one ulp of a loss: the smallest difference on a log axis
     twin = np.maximum(np.abs(np.asarray(results["twin"]["losses"]) - base), smallest)
     below.fill_between(
         steps, smallest / 2, results["loss_bounds"], color=FAINT, alpha=0.15, linewidth=0, label="may be as far as this"
@@ -53,11 +53,11 @@ def losses(results: dict[str, Any], path: Path) -> None:
 
 PARTS = {"experts_forward": "experts, forward", "experts_backward": "experts, backward", "optimizer": "optimizer",
          "other": "everything else"}  # fmt: skip
-NEUTRAL = {"optimizer": "#e7ebee", "other": "#d3dadf"}  # parts that no implementation changes
+NEUTRAL = {"optimizer": "#e7ebee", "other": "#d3dadf"}  # parts that do not depend on the implementation
 
 
 def speed(summary: dict[str, dict[str, float]], results: dict[str, Any], path: Path) -> None:
-    """Where a training step goes; memory; generation."""
+    """Time per part of a training step; memory; generation."""
     plt = pyplot()
     names, reference = list(summary), results["reference"]
     palette = colors(names)
@@ -118,7 +118,7 @@ def speed(summary: dict[str, dict[str, float]], results: dict[str, Any], path: P
 
 
 def expert_load(results: dict[str, Any], path: Path) -> None:
-    """A heat map per MoE layer: steps to the right, experts upwards, 1 is an equal share."""
+    """A heat map per MoE layer: steps on the x axis, experts on the y axis, 1 is an equal share."""
     plt = pyplot()
     run = list(results["implementations"].values())[-1]
     load = np.array([step["load"] for step in run["steps"]])  # [steps, layers, experts]

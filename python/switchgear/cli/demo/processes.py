@@ -29,6 +29,6 @@ class Client(Child):
 
 @contextmanager
 def workers(settings: Mapping[str, Settings]) -> Iterator[dict[str, Client]]:
-    """Start one process per entry, all at once; they are gone afterwards, whatever happens."""
+    """Starts one process per entry, all at once, and stops them on exit, also after an error."""
     with ExitStack() as stack:
         yield {name: stack.enter_context(closing(Client(name, setting))) for name, setting in settings.items()}

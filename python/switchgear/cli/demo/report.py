@@ -11,14 +11,14 @@ from typing import Any
 from . import plots
 from .text import report, sample
 
-WARM_UP = 2  # first steps, left out of the medians: they fault in the memory of gradients and optimizer states
+WARM_UP = 2  # first steps, excluded from the medians: they fault in the memory of gradients and optimizer states
 
 
 def summarise(results: dict[str, Any], name: str) -> dict[str, float]:
     """Medians of one implementation, in milliseconds, tokens per second and bytes."""
     run, settings = results["implementations"][name], results["settings"]
     steps = run["steps"][WARM_UP:] or run["steps"]
-    samples = run["generated"][1:]  # the first warmed up
+    samples = run["generated"][1:]  # the first was the warm-up
 
     def middle(entries: list[dict[str, Any]], key: str) -> float:
         return 1e3 * float(median(entry[key] for entry in entries))
@@ -41,7 +41,7 @@ def summarise(results: dict[str, Any], name: str) -> dict[str, float]:
 
 
 def verdict(results: dict[str, Any]) -> str:
-    """One line: agree or not, with the check that came closest to its bound."""
+    """One line: whether they agree, with the check that came closest to its bound."""
     checks = [(name, check) for name, run in results["implementations"].items() for check in run["checks"]]
     if not checks:
         return "nothing to compare: only one implementation ran"
@@ -54,7 +54,7 @@ def verdict(results: dict[str, Any]) -> str:
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """Write all files of the report into `folder`, which is made if it is not there."""
+    """Writes all files of the report into `folder`, which is created if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     summary = {name: summarise(results, name) for name in results["implementations"]}
     plots.losses(results, folder / "losses.png")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The words and tables of the demo's report."""
+"""The text and tables of the demo's report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _text(data: bytes) -> str:
 
 
 def sample(results: dict[str, Any]) -> str:
-    """The prompt, and what each implementation wrote after it."""
+    """The prompt, and each implementation's continuation."""
     texts = {name: run["generated"][1] for name, run in results["implementations"].items()}
     reference = texts[results["reference"]]
     parts = [f"===== prompt, from the held-out text =====\n{_text(reference['prompt'])}\n"]

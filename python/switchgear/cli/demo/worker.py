@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One experts implementation of the demo in a process of its own: its peak memory is its own, and so is its allocator.
+"""One experts implementation of the demo in its own process, with its own peak memory and allocator.
 
 The parent sends (command, keyword arguments); the worker answers with the value. `train` answers once per
-step, so that the parent can show progress and let the workers take turns.
+step, so that the parent can show progress and alternate between workers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Settings(NamedTuple):
     seed: int
     threads: int
     text: str | None
-    twin: bool = False  # start from weights moved by one rounding: shows how far rounding alone carries a training
+    twin: bool = False  # start from weights moved by one rounding, to measure the effect of rounding only
 
 
 class Step(NamedTuple):
@@ -47,10 +47,10 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def nudge(model: torch.nn.Module, seed: int) -> None:
-    """Move every weight to one of its two neighbours in its own format, at random."""
+    """Moves every weight to one of its two neighbours in its own format, at random."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        # Neighbours have neighbouring bit patterns, except below the smallest number, which is never reached here.
+        # Adjacent values have adjacent bit patterns, except across zero, which is never reached here.
         bits = parameter.view({2: torch.int16, 4: torch.int32}[parameter.element_size()])
         up = torch.randint(2, bits.shape, generator=generator, dtype=torch.int8)
         bits += torch.where(parameter == 0, 0, 2 * up - 1).to(bits.dtype)
@@ -87,7 +87,7 @@ class Worker:
         return describe(self.model) | {"memory_before_training": machine.peak_memory_bytes()}
 
     def _loss(self, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """(what is minimised, the cross entropy alone)"""
+        """(the minimised loss, the cross entropy without the balancing loss)"""
         output = self.model(input_ids=batch, labels=batch, use_cache=False)
         balancing = getattr(output, "aux_loss", None)
         if balancing is None:
@@ -96,7 +96,7 @@ class Worker:
         return output.loss, float(output.loss.detach() - coefficient * balancing.detach())
 
     def probe(self) -> list[float]:
-        """Gradient norms of the experts' parameters, layer by layer, for the first batch at the weights as they are."""
+        """Gradient norms of the experts' parameters, layer by layer, for the first batch at the current weights."""
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self._loss(self.train_batches[0])[0])
         norms = [
@@ -125,7 +125,7 @@ class Worker:
 
     @torch.no_grad()
     def finish_training(self) -> dict[str, Any]:
-        """Loss on held-out text, and the peak memory up to here."""
+        """Loss on held-out text, and the peak memory so far."""
         peak = machine.peak_memory_bytes()
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
@@ -143,7 +143,7 @@ class Worker:
 
     @torch.no_grad()
     def generate(self, prompt_length: int, new_tokens: int, temperature: float) -> dict[str, Any]:
-        """Prefill a held-out prompt, then sample byte by byte. Returns the times, the bytes and the prompt's logits."""
+        """Prefills a held-out prompt, then samples bytes. Returns the times, the bytes and the prompt's logits."""
         transformers = require("transformers")
         generator = torch.Generator().manual_seed(self.settings.seed)
         prompt = self.prompt[:prompt_length].long()[None]
@@ -176,7 +176,7 @@ class Worker:
 
 
 def serve(connection: Connection, settings: Settings) -> None:
-    """The worker process: build, then answer commands until the parent hangs up (common/processes.py)."""
+    """The worker process: builds, then answers commands until the parent closes the pipe (common/processes.py)."""
     worker = Worker(settings)
     connection.send(("ok", worker.describe()))
     while True:

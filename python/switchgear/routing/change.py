@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Change: what an intervention does to the choice of experts, for routers of ours and for choices that others made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PerExpert = Mapping[int, float] | Tensor | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the choice among E experts.
+
+    Args:
+        disable: experts that no token gets. If fewer than top_k remain, choices stay empty.
+        force: experts that every token gets, weighted by their scores, in place of its last choices.
+        bias: added to the scores for the choice only, not to the weights.
+        gain: multiplies the weights of an expert, after everything else.
+
+    bias and gain map experts to numbers, or are [E]. A selection that ignores its bias (Dense, Random, Lookup) cannot
+    force or favour experts. If experts choose tokens (ExpertChoice), a forced expert takes no more tokens than others.
+    """
+
+    disable: Collection[int] = ()
+    force: Collection[int] = ()
+    bias: PerExpert | None = None
+    gain: PerExpert | None = None
+
+    def check(self, num_experts: int, top_k: int | None = None) -> None:
+        """Raises ValueError for an expert that does not exist, or for contradictory options."""
+        for name in ("disable", "force", "bias", "gain"):
+            given = getattr(self, name)
+            if (
+                given is None
+                or isinstance(given, Tensor)
+                or (name in ("bias", "gain") and not isinstance(given, Mapping))
+            ):
+                if given is not None and tuple(torch.as_tensor(given).shape) != (num_experts,):
+                    raise ValueError(
+                        f"{name}: expected {num_experts} numbers, got {list(torch.as_tensor(given).shape)}"
+                    )
+                continue
+            wrong = [expert for expert in given if not 0 <= expert < num_experts]
+            if wrong:
+                raise ValueError(f"{name}: expected experts from 0 to {num_experts - 1}, got {wrong[0]}")
+        both = set(self.disable) & set(self.force)
+        if both:
+            raise ValueError(f"force: expected experts that are not disabled, got {min(both)}")
+        if top_k is not None and len(set(self.force)) > top_k:
+            raise ValueError(f"force: expected at most {top_k} (top_k) experts, got {len(set(self.force))}")
+
+    def choice_bias(self, num_experts: int, device: torch.device) -> Tensor | None:
+        """[E] float32, added to the scores for the choice; -Inf and +Inf for disabled and forced experts."""
+        if not self.disable and not self.force and self.bias is None:
+            return None
+        values = per_expert(self.bias, 0.0, num_experts, device)
+        for experts, value in ((self.disable, -math.inf), (self.force, math.inf)):
+            if experts:
+                values[torch.tensor(sorted(experts), device=device)] = value
+        return values
+
+    def edit(self, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+        """Applies the change to a finished choice [T,K]: removes disabled experts and multiplies by gains. Ids outside
+        [0, E) are empty choices."""
+        real = (topk_ids >= 0) & (topk_ids < num_experts)
+        index = topk_ids.clamp(0, num_experts - 1).long()
+        if self.disable:
+            disabled = torch.zeros(num_experts, dtype=torch.bool, device=topk_ids.device)
+            disabled[torch.tensor(sorted(self.disable), device=topk_ids.device)] = True
+            out = disabled[index] & real
+            topk_ids, topk_weights = topk_ids.masked_fill(out, -1), topk_weights.masked_fill(out, 0)
+        if self.gain is not None:
+            gain = per_expert(self.gain, 1.0, num_experts, topk_weights.device).to(topk_weights.dtype)
+            topk_weights = topk_weights * gain[index]
+        return topk_ids, topk_weights
+
+
+def per_expert(values: PerExpert | None, default: float, num_experts: int, device: torch.device) -> Tensor:
+    if values is None or isinstance(values, Mapping):
+        result = torch.full((num_experts,), default, device=device)
+        for expert, value in (values or {}).items():
+            result[expert] = value
+        return result
+    return torch.as_tensor(values, dtype=torch.float32, device=device).clone()

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Weight: what passes to the ops, experts in other slots, weights without a kernel, and devices without one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from contextlib import nullcontext
+
+import pytest
+import torch
+from form_cases import FORM_CASES, FormCase, distance, forms
+from torch import Tensor
+
+import switchgear
+from switchgear import ops, reference
+from switchgear.reference import formats
+from switchgear.weights import AdaptedWeight, Weight, encode
+
+E = 5
+
+
+def layer_of(case: FormCase, dtype: torch.dtype = torch.float32) -> tuple[Weight, Weight, tuple[Tensor, ...]]:
+    hidden, inner = case.hidden_size, case.intermediate_size
+    first = encode((torch.randn(E, 2 * inner, hidden) / 8).to(dtype), case.form, parts=2)
+    second = encode((torch.randn(E, hidden, inner) / 8).to(dtype), case.form)
+    return first, second, case.inputs(11, dtype)
+
+
+@forms
+def test_what_crosses(case: FormCase) -> None:
+    weight, _, _ = layer_of(case)
+    names = formats.fields_of(weight.form)
+    assert weight.form[:5] == (
+        formats.FORMATS.index(case.form.name), 2 * case.intermediate_size, case.hidden_size, weight.parts,
+        weight.group_size,
+    )  # fmt: skip
+    assert [getattr(weight, name) for name in names] == list(weight.tensors)
+    assert weight.shape == (E, 2 * case.intermediate_size, case.hidden_size)
+    assert weight.nbytes == sum(tensor.nbytes for tensor in weight.tensors)
+    assert torch.equal(weight.plain(), formats.decode(weight.tensors, weight.form, weight.dtype))
+    assert weight.is_exact == case.is_exact
+    assert copy.deepcopy(weight).form == weight.form
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        weight.rows = 3  # type: ignore[misc]
+
+
+def test_names() -> None:
+    data = torch.zeros(2, 3, 4)
+    with pytest.raises(ValueError, match=r"format: expected one of plain, panels, compact, .* got 'packed'"):
+        Weight("packed", data, 3, 4, torch.float32)
+    with pytest.raises(ValueError, match=r"tensors: expected names among data, scales, .* got order"):
+        Weight("plain", data, 3, 4, torch.float32).with_tensors({"order": data})
+    assert Weight("plain", data, 3, 4, torch.float32).form == ()
+
+
+PLAIN = FormCase(switchgear.weights.Plain(), (torch.float32,), 0)
+
+
+@pytest.mark.parametrize("case", [*FORM_CASES, PLAIN], ids=str)
+@pytest.mark.parametrize("ids", [[3, 1, 1, 4, 0, 2, 3], [2]], ids=str)
+def test_experts_in_other_places(backend: str, case: FormCase, ids: list[int]) -> None:
+    """slots: any order, experts repeated or omitted; nothing is copied."""
+    if backend.startswith(("simt", "cuda")):
+        pytest.skip(f"{case} is for the CPU")
+    first, second, (x, _, _) = layer_of(case)
+    order = torch.tensor(ids)
+    slotted = first.permuted(order), second.permuted(order)
+    assert slotted[0].data is first.data
+    assert slotted[0].shape == (len(ids), *first.shape[1:])
+    assert torch.equal(slotted[0].plain(), first.plain()[order])
+    topk_ids = torch.randint(-1, len(ids), (11, 2), dtype=torch.int32)
+    stored_ids = torch.where(topk_ids < 0, -1, order[topk_ids.clamp(min=0).long()]).int()
+    weights = torch.rand(11, 2)
+    with torch.no_grad():
+        got, wanted = (
+            switchgear.moe(x, *pair, ids, weights) for pair, ids in ((slotted, topk_ids), ((first, second), stored_ids))
+        )
+    # A token's experts are added in ascending order, which renumbering changes.
+    assert distance(got, wanted) < 1e-6
+    again = slotted[0].permuted(torch.tensor([0, 0]))
+    assert again.slots is not None
+    assert again.slots.tolist() == [ids[0], ids[0]]
+    assert again.with_slots(None).form == first.form
+
+    leaves = x.clone().requires_grad_(), x.clone().requires_grad_()
+    grads = [
+        torch.autograd.grad(switchgear.moe(leaf, *pair, ids, weights).square().sum(), leaf)[0]
+        for leaf, pair, ids in zip(leaves, (slotted, (first, second)), (topk_ids, stored_ids), strict=True)
+    ]
+    assert distance(*grads) < 1e-5
+
+
+@pytest.mark.parametrize("slots", [[0, 5], [-1, 0]], ids=str)
+def test_slots_out_of_range(backend: str, slots: list[int]) -> None:
+    if backend.startswith(("simt", "cuda")):
+        pytest.skip("stored weights are for the CPU")
+    first, second, (x, _, weights) = layer_of(FORM_CASES[2])
+    places = torch.tensor(slots, dtype=torch.int32)
+    with pytest.raises(ValueError, match="gate_up_proj_slots: expected"):
+        switchgear.moe(
+            x, first.with_slots(places), second.with_slots(places), torch.zeros(11, 2, dtype=torch.int32), weights
+        )
+
+
+@forms
+def test_ops_agree_with_the_reference(isa: str, case: FormCase) -> None:
+    """h and y, in each format; the bounds of integers are in test_integers.py."""
+    for dtype in case.dtypes:
+        first, second, (x, topk_ids, weights) = layer_of(case, dtype)
+        biases = torch.randn(E, first.rows).to(dtype), torch.randn(E, second.rows).to(dtype)
+        options = "silu", True, False, 1.702, 0.0, True
+        args = (x, first.tensors, first.form, second.tensors, second.form, *biases, topk_ids, weights, *options)
+        bound = 4e-2 if case.form.name.startswith("int") else {torch.float32: 1e-5}.get(dtype, 2e-2)
+        for got, wanted in zip(ops.moe_forward(*args), reference.moe_forward(*args), strict=True):
+            assert distance(got, wanted) < bound
+        if case.form.name not in ("panels", "compact"):
+            offsets, indices, _ = ops.plan(topk_ids, E)
+            grad = torch.randn(len(indices), first.rows).to(dtype)
+            call = grad, first.tensors, first.form, None, offsets, None, True, False
+            assert distance(ops.grouped_gemm(*call), reference.grouped_gemm(*call)) < bound
+
+
+@forms
+def test_opcheck(case: FormCase) -> None:
+    first, second, (x, topk_ids, weights) = layer_of(case)
+    slotted = first.permuted(torch.arange(E)), second.permuted(torch.arange(E))
+    for one, other in ((first, second), slotted):
+        rest = None, None, topk_ids, weights, "silu", True, False, 1.702, 0.0, True
+        args = (x, one.tensors, one.form, other.tensors, other.form, *rest)
+        torch.library.opcheck(torch.ops.switchgear.moe_forward.default, args)
+
+
+@forms
+def test_adapted_weights(case: FormCase) -> None:
+    """The weight and its adapter act as one weight: W + scale · B·A."""
+    first, second, (x, topk_ids, weights) = layer_of(case)
+    adapters = [
+        AdaptedWeight(weight, torch.randn(E, 3, weight.cols) / 8, torch.randn(E, weight.rows, 3) / 8, 0.5)
+        for weight in (first, second)
+    ]
+    whole = [adapted.weight.plain() + 0.5 * adapted.b @ adapted.a for adapted in adapters]
+    with torch.no_grad():
+        switchgear.backends._warned_about.clear()
+        with pytest.warns(RuntimeWarning, match="panels") if case.form.name == "panels" else nullcontext():
+            y = switchgear.moe(x[:, None], *adapters, topk_ids[:, None], weights[:, None])
+        assert y.shape == (11, 1, case.hidden_size)
+        wanted = switchgear.moe(x, *whole, topk_ids, weights)
+    assert distance(y[:, 0], wanted) < (0.03 if case.form.name.startswith("int") else 1e-5)
+    assert adapters[0].shape == first.shape
+
+
+def test_a_trained_weight_beside_a_stored_one() -> None:
+    first, second, call = layer_of(FORM_CASES[5])
+    plain = second.plain().requires_grad_()
+    with pytest.raises(ValueError, match="expected no gradient of one beside a stored other"):
+        switchgear.moe(call[0], first, plain, *call[1:])
+    with torch.no_grad():
+        y = switchgear.moe(call[0], first, plain, *call[1:])
+    assert distance(y, switchgear.moe(call[0], first.plain(), second.plain(), *call[1:])) < 1e-5
+    leaf = call[0].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(switchgear.moe(leaf, first, plain.detach(), *call[1:]).sum(), leaf)
+    (wanted,) = torch.autograd.grad(switchgear.moe(leaf, first.plain(), plain.detach(), *call[1:]).sum(), leaf)
+    assert distance(grad, wanted) < 1e-5
+
+
+# ---- without a kernel ------------------------------------------------------------------------------------------------
+
+
+def test_no_kernel_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    switchgear.backends._warned_about.clear()
+    device = torch.device("cuda")
+    with pytest.warns(RuntimeWarning, match="no kernels for int8 weights on cuda: ops run on the reference, slowly"):
+        switchgear.backends.announce_format(device, "int8 weights")
+    switchgear.backends.announce_format(device, "int8 weights")
+    monkeypatch.setenv("SWITCHGEAR_STRICT", "1")
+    with pytest.raises(RuntimeError, match="switchgear has no kernels for fp8 weights on cuda"):
+        switchgear.backends.announce_format(device, "fp8 weights")
+
+
+@pytest.mark.parametrize("form", ["panels", "compact"])
+def test_another_device_says_that_it_expands(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switchgear.weights.weight, "_is_on_cpu", lambda weight: False)
+    case = next(case for case in FORM_CASES if case.form.name == form)
+    first, second, call = layer_of(case)
+    switchgear.backends._warned_about.clear()
+    with pytest.warns(RuntimeWarning, match=f"no kernels for {form} weights on cpu: each call expands them, slowly"):
+        y = switchgear.moe(call[0], first, second, *call[1:])
+    assert torch.equal(y, switchgear.moe(call[0], first.plain(), second.plain(), *call[1:]))
+    switchgear.backends._warned_about.clear()
+    monkeypatch.setenv("SWITCHGEAR_STRICT", "1")
+    with pytest.raises(RuntimeError, match="switchgear has no kernels for"):
+        switchgear.moe(call[0], first, second, *call[1:])
