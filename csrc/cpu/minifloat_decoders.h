@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Minifloats (minifloat.h) as words that kernels multiply: a word of depth for kLanes rows of the weight is one vector. Included by
-// kernels.inl.
+// Minifloats (minifloat.h) as the words that kernels multiply: a word of depth for kLanes rows of the weight is one vector.
+// Included by kernels.inl.
 //
-//   Decoder<format, pairs>::decode(words, p)   p: the bytes of kLanes rows in a vector of the storage, 4 of each row;
+//   Decoder<format, pairs>::decode(words, p)   p: the bytes of kLanes rows in a vector of the storage, 4 per row;
 //                                              words: kWords vectors, k ascending, of float32 or of pairs of bfloat16
 //   load_scales<format>(p)                     float32 scales of kLanes rows
 //
-// Every value is exact, subnormal ones included: e4m3 and e2m1 fit into normal bfloat16. Cost in AVX-512 for a vector of 64 bytes:
-//   mxfp4, pairs   3 shifts, 4 permutations. A word of 16 bits holds values of 4 k that are 2 apart; vpermw reads the low 5 bits of it, so
-//                  a table that repeats 16 values needs no mask.
-//   mxfp4, float   7 shifts, 8 permutations: vpermps reads 4 bits.
-//   fp8, pairs     2 vpermi2b that look 7 bits up in 128 bytes: upper and lower byte of the bfloat16. The sign is merged into the upper
-//                  one, and interleaving both gives the pairs of 16 rows, which is what the order in storage is for.
-//   fp8, float     the same and 4 shifts or masks; without AVX512-VBMI by way of float16: with its exponent field taken for one of
-//                  float16, a code is 2^-8 times its value, subnormal or not.
+// Every value is exact, also subnormal ones: each e4m3 and e2m1 value is a normal bfloat16. In AVX-512, 64 bytes take
+//   mxfp4, pairs   3 shifts, 4 permutations: 16 bits hold the values of 4 k, 2 apart. vpermw reads the low 5 bits, so a
+//                  table that repeats 16 values needs no mask.
+//   mxfp4, float   7 shifts, 8 permutations: vpermps reads the low 4 bits.
+//   fp8, pairs     2 vpermi2b, which look up 7 bits in 128 bytes, for the lower and the upper byte of the bfloat16. The
+//                  sign is merged into the upper one. The order in storage makes interleaving both the pairs of 16 rows.
+//   fp8, float     the same and 4 shifts or masks. Without AVX512-VBMI through float16: the 7 bits of a magnitude, put
+//                  below the sign of a float16, are 2^-8 times the value, also if it is subnormal.
 #pragma once
 #include "switchgear/minifloat.h"
 

@@ -4,11 +4,14 @@
 //
 //   work 2·M·N·K flop; traffic: weights once, 1 or 1/2 byte each and their scales; rows of A from L1 or L2
 //   The lanes of a vector are neighbours in n: one broadcast word of A multiplies 16 rows of the weight.
-//   Few rows: a step of 32 columns is decoded into registers. With AVX-512, up to 4 rows multiply 4 blocks of 16 weights at
-//   a time, whose chains of multiply-adds overlap, and 5 or 6 rows 2. Data and scales are prefetched for each block.
+//   Few rows: a step of 32 columns is decoded into registers. With AVX-512 a tile of 1 to 6 rows multiplies 1, 2 or 4
+//   blocks of 16 weights at a time; each is a stream of data and one of scales, prefetched 8 KB ahead.
 //   Many rows: a chunk of the panel is decoded into the scratch as [word of depth][column], 32 KB so that it stays in L1,
 //   and multiplied in tiles of 6 rows and the panel, as in multiply.inl.
-//   FIGURES
+//   reached on one core of Zen 5, of a plain read or of the multiply-adds: bfloat16, 1 or 2 rows 91 to 93 % of the read;
+//   6 rows 77 % of the multiply-adds in mxfp4, 80 % of the read in fp8; 64 rows 80 to 83 % of the multiply-adds, 240 rows
+//   86 to 88 %, 1.05 to 1.15 times plain bfloat16. Float32, 1 row: 77 % (mxfp4) and 89 % (fp8) of the read, bound by
+//   instructions. AVX2, 1 row: 64 bytes take 24 (mxfp4) and 17 (fp8) cycles, 27 and 38 % of the read.
 //
 // Order of each sum: steps of 32 columns ascend. A step is summed in float32 from zero, k ascending: pairs of bfloat16 by
 // vdpbf16ps if rows are bfloat16 and the ISA has it, otherwise float32 multiply-adds. One multiply-add adds the sum, times
@@ -86,12 +89,76 @@ struct StepColumns {
 template <int kVectors>
 constexpr int kBlockVectors = kVectors * kLanes < kMinifloatRows ? kVectors : kMinifloatRows / kLanes;
 
+// Vectors of columns that a tile of so many rows multiplies at once. Memory delivers one stream fastest, but more chains of
+// multiply-adds overlap, and a word of A serves more of them. Where a block is several vectors, it is one stream.
+constexpr bool kIsBlock = kLanes == kMinifloatRows;
+template <Format kFormat, bool kPairs>
+constexpr int vectors_at_once(int rows) {
+  if (!kIsBlock) return kPanelVectors;
+  if (!kPairs) return 2;
+  if (kFormat == Format::kFp8) return rows <= 2 ? 1 : 2;
+  return rows == 1 ? 1 : rows == 3 || rows == 4 ? 4 : 2;
+}
+
+// Steps that are summed side by side, where one has few chains: those of float32 are twice as long as those of pairs.
+template <bool kPairs>
+constexpr int steps_at_once(int chains) {
+  return kPairs || chains > 4 ? 1 : chains > 2 ? 2 : 4;
+}
+
+// kRows rows and kVectors vectors of C += the products of kSteps steps from step s on, with scales scale(step, vector).
+template <Format kFormat, bool kPairs, int kSteps, int kRows, int kVectors, typename Scale>
+inline void add_steps(Floats (&total)[kRows][kVectors], const char* const (&rows)[kRows],
+                      const StepColumns<kVectors>& b, int64_t s, Scale&& scale) {
+  using Of = Minifloats<kFormat, kPairs>;
+  constexpr int kWords = Of::Values::kWords;
+  Floats sum[kSteps][kRows][kVectors];
+#pragma GCC unroll 4
+  for (int u = 0; u < kSteps; ++u) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[u][i][v] = broadcast(0.0f);
+    }
+  }
+#pragma GCC unroll 2
+  for (int64_t q = 0; q < Of::kStepVectors; ++q) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kSteps; ++u) {
+      const int64_t byte = (s + u) * Of::kStepBytes + q * kLine, word = (s + u) * Of::kStepWords + q * kWords;
+      Floats words[kVectors][kWords];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        if (v % kBlockVectors<kVectors> == 0) __builtin_prefetch(b.data_ahead[v] + byte, 0, 2);
+        Of::Values::decode(words[v], b.data[v] + byte);
+      }
+#pragma GCC unroll 8
+      for (int w = 0; w < kWords; ++w) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+          const auto a = broadcast_word(rows[i] + 4 * (word + w));
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) sum[u][i][v] = step<kPairs>(a, words[v][w], sum[u][i][v]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int u = 0; u < kSteps; ++u) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats factor = scale(u, v);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) total[i][v] = multiply_add(sum[u][i][v], factor, total[i][v]);
+    }
+  }
+}
+
 // kRows rows and kVectors vectors of C += the products of steps [first, last).
-template <Format kFormat, bool kPairs, int kRows, int kVectors>
+template <Format kFormat, bool kPairs, int kSteps, int kRows, int kVectors>
 void add_step_tile(float* c, const Rows& a, const StepColumns<kVectors>& b, int64_t group_steps, int64_t first,
                    int64_t last) {
   using Of = Minifloats<kFormat, kPairs>;
-  constexpr int kWords = Of::Values::kWords, kShared = kBlockVectors<kVectors>;
   const char* rows[kRows];
   Floats total[kRows][kVectors];
 #pragma GCC unroll 8
@@ -100,52 +167,24 @@ void add_step_tile(float* c, const Rows& a, const StepColumns<kVectors>& b, int6
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) total[i][v] = load(c + i * kPanel + v * kLanes);
   }
-  if constexpr (kFormat == Format::kMxfp4) group_steps = 1;
-  for (int64_t s = first, end; s < last; s = end) {
-    const int64_t group = s / group_steps;
-    end = (group + 1) * group_steps < last ? (group + 1) * group_steps : last;
-    Floats scale[kVectors];
+  const auto scale_of = [&](int v, int64_t group) {
+    if (v % kBlockVectors<kVectors> == 0) __builtin_prefetch(b.scales_ahead[v] + group * Of::kGroupBytes, 0, 2);
+    return Of::scale(b.scales[v], group);
+  };
+  int64_t s = first;
+  if constexpr (kFormat == Format::kMxfp4) {
+    const auto scale = [&](int u, int v) { return scale_of(v, s + u); };
+    for (; s + kSteps <= last; s += kSteps) add_steps<kFormat, kPairs, kSteps>(total, rows, b, s, scale);
+    for (; kSteps > 1 && s < last; ++s) add_steps<kFormat, kPairs, 1>(total, rows, b, s, scale);
+  } else {
+    while (s < last) {
+      const int64_t group = s / group_steps, next = (group + 1) * group_steps, end = next < last ? next : last;
+      Floats scales[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      scale[v] = Of::scale(b.scales[v], group);
-      if (v % kShared == 0) __builtin_prefetch(b.scales_ahead[v] + group * Of::kGroupBytes, 0, 2);
-    }
-    for (int64_t step_at = s; step_at < end; ++step_at) {
-      Floats sum[kRows][kVectors];
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sum[i][v] = broadcast(0.0f);
-      }
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; v += kShared) {
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < Of::kStepBytes; i += kLine) {
-          __builtin_prefetch(b.data_ahead[v] + step_at * Of::kStepBytes + i, 0, 2);
-        }
-      }
-#pragma GCC unroll 2
-      for (int64_t q = 0; q < Of::kStepVectors; ++q) {
-        Floats words[kVectors][kWords];
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-          Of::Values::decode(words[v], b.data[v] + step_at * Of::kStepBytes + q * kLine);
-        }
-#pragma GCC unroll 8
-        for (int w = 0; w < kWords; ++w) {
-#pragma GCC unroll 8
-          for (int i = 0; i < kRows; ++i) {
-            const auto word = broadcast_word(rows[i] + 4 * (step_at * Of::kStepWords + q * kWords + w));
-#pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) sum[i][v] = step<kPairs>(word, words[v][w], sum[i][v]);
-          }
-        }
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) total[i][v] = multiply_add(sum[i][v], scale[v], total[i][v]);
-      }
+      for (int v = 0; v < kVectors; ++v) scales[v] = scale_of(v, group);
+      const auto scale = [&](int, int v) { return scales[v]; };
+      for (; s + kSteps <= end; s += kSteps) add_steps<kFormat, kPairs, kSteps>(total, rows, b, s, scale);
+      for (; kSteps > 1 && s < end; ++s) add_steps<kFormat, kPairs, 1>(total, rows, b, s, scale);
     }
   }
 #pragma GCC unroll 8
@@ -155,16 +194,12 @@ void add_step_tile(float* c, const Rows& a, const StepColumns<kVectors>& b, int6
   }
 }
 
-constexpr bool kIsBlock = kLanes == kMinifloatRows;  // a vector
-constexpr int kLongVectors = kIsBlock ? 2 : kPanelVectors;
-constexpr int kShortVectors = kIsBlock ? 4 : kPanelVectors, kShortRows = kIsBlock ? 4 : kTileRows;
-
 // Steps [first, last) of kVectors vectors of columns from vector j on; rows of A start with the first of these steps.
 template <Format kFormat, bool kPairs, int kVectors>
 void add_few_vectors(const Product& product, const Rows& a, int64_t j, int64_t first, int64_t last) {
   using Of = Minifloats<kFormat, kPairs>;
-  constexpr int64_t kLead = 16384 / kVectors * kBlockVectors<kVectors>;  // bytes per block
-  constexpr int kMostRows = kVectors > kLongVectors ? kShortRows : kTileRows;
+  constexpr int64_t kLead = 8192;  // bytes of a block
+  constexpr int kMostRows = kIsBlock && kVectors > 2 ? 4 : kTileRows;
   const Matrix& b = product.b;
   const int64_t steps = num_steps(product), group_steps = Of::group_steps(b);
   const int64_t lead = kLead / Of::kStepBytes < steps ? kLead / Of::kStepBytes : steps, turn = steps - lead;
@@ -174,9 +209,9 @@ void add_few_vectors(const Product& product, const Rows& a, int64_t j, int64_t f
     for (int64_t t = 0, m = 0, count; t < tiles && begin < end; ++t, m += count) {
       count = (product.num_rows - m) / (tiles - t);
       with_constant<kMostRows>(count, [&]<int kRows>() {
-        add_step_tile<kFormat, kPairs, kRows>(product.c + m * kPanel + j * kLanes,
-                                              {a.rows + m, a.offset - first * Of::kStepWords * 4}, columns, group_steps,
-                                              begin, end);
+        add_step_tile<kFormat, kPairs, steps_at_once<kPairs>(kRows * kVectors), kRows>(
+            product.c + m * kPanel + j * kLanes, {a.rows + m, a.offset - first * Of::kStepWords * 4}, columns,
+            group_steps, begin, end);
       });
     }
   };
@@ -204,14 +239,12 @@ template <Format kFormat, bool kPairs>
 void add_few_steps(const Product& product, const Rows& a, int64_t first, int64_t last) {
   const int64_t vectors = num_vectors(product), tiles = num_row_tiles(product.num_rows);
   int64_t j = 0;
-  if (product.num_rows <= kShortRows * tiles) {
-    for (; j + kShortVectors <= vectors; j += kShortVectors) {
-      add_few_vectors<kFormat, kPairs, kShortVectors>(product, a, j, first, last);
+  with_constant<kTileRows>((product.num_rows + tiles - 1) / tiles, [&]<int kRows>() {  // of the highest tile
+    constexpr int kVectors = vectors_at_once<kFormat, kPairs>(kRows);
+    for (; j + kVectors <= vectors; j += kVectors) {
+      add_few_vectors<kFormat, kPairs, kVectors>(product, a, j, first, last);
     }
-  }
-  for (; j + kLongVectors <= vectors; j += kLongVectors) {
-    add_few_vectors<kFormat, kPairs, kLongVectors>(product, a, j, first, last);
-  }
+  });
   for (; j < vectors; ++j) add_few_vectors<kFormat, kPairs, 1>(product, a, j, first, last);
 }
 
@@ -324,8 +357,9 @@ void add_decoded_steps(const Product& product, const Rows& a, int64_t first, int
 
 // ---- the whole -----------------------------------------------------------------------------------------------------------
 
-// Up to so many rows, decoding again for each tile of rows is faster than through the scratch.
-constexpr int64_t kDirectRows = kIsBlock ? 36 : kTileRows;
+// Up to so many rows, decoding again for each tile of rows is faster than through the scratch, if decoding is cheap.
+template <Format kFormat>
+constexpr int64_t kDirectRows = kIsBlock && (kHasPairs || kFormat == Format::kMxfp4) ? 36 : kTileRows;
 
 template <Format kFormat, bool kPairs>
 void minifloat_products_of(const Product& product) {
@@ -335,10 +369,10 @@ void minifloat_products_of(const Product& product) {
   __builtin_memset(product.c, 0, sizeof(float) * kPanel * static_cast<size_t>(num_rows));
   if (num_rows == 0) return;
 
-  const bool is_direct = num_rows <= kDirectRows, widens = !kPairs && product.b.dtype != DType::kFloat32;
+  const bool is_direct = num_rows <= kDirectRows<kFormat>, widens = !kPairs && product.b.dtype != DType::kFloat32;
   int64_t most = depth;  // k of A at a time: in place all, widened ones as many as the scratch holds
   if (widens) {
-    const int64_t room = kScratchRow * kMaxRows / (is_direct ? kDirectRows : kMaxRows) - kLine / 4;
+    const int64_t room = kScratchRow * kMaxRows / (is_direct ? kDirectRows<kFormat> : kMaxRows) - kLine / 4;
     most = room / kMinifloatColumns * kMinifloatColumns;
   }
   if (!is_direct && num_vectors(product) < kPanelVectors) {  // the other vectors of a chunk stay zero
@@ -378,7 +412,7 @@ void minifloat_products(const Product& product) {
   minifloat_products_in<Format::kMxfp4>(product);
 }
 
-// ---- plain rows ----------------------------------------------------------------------------------------------------------------
+// ---- plain rows ----------------------------------------------------------------------------------------------------------
 
 // A step of the rows of vector j: out[r][c] = value · scale.
 template <Format kFormat>
