@@ -250,7 +250,8 @@ inline Floats load_scales(const uint8_t* p) {
   __builtin_memcpy(&exponents, lanes, sizeof exponents);
 #endif
   const Ints bits = exponents << 23, smallest = Ints{} + 0x00400000;  // 2^-127 is subnormal
-  return from_bits(bits > smallest ? bits : smallest);
+  const Floats scales = from_bits(bits > smallest ? bits : smallest);
+  return multiply_add(scales, broadcast(0.0f), scales);  // code 255, infinity so far, becomes NaN
 }
 
 }  // namespace

@@ -178,6 +178,21 @@ TEST(every_code_is_exact) {
   }
 }
 
+TEST(the_last_scale_code_is_nan) {
+  Minifloats w(Format::kMxfp4, 64, 32, 32);
+  for (int64_t r = 0; r < w.rows; ++r) w.set_scale(r, 0, 1.0f);
+  w.scales.data()[3] = 255;
+  Array x(DType::kBFloat16, {7, 32});
+  x.fill([](int64_t) { return 1.0; });
+  on_each_isa([&] {
+    const std::vector<float> c = multiply(w.matrix(DType::kBFloat16), x, 0, 7, 8);
+    for (int64_t i = 0; i < static_cast<int64_t>(c.size()); ++i) {
+      const bool has_it = i % cpu::kernels().panel == 3;
+      CHECK(has_it ? std::isnan(c[static_cast<size_t>(i)]) : c[static_cast<size_t>(i)] == 0.0f, "at ", i);
+    }
+  });
+}
+
 struct Shape {
   int64_t columns, depth, group, rows;  // group 0: the whole row
 };
