@@ -25,7 +25,7 @@ BLOCKS = {"128x128": minifloat.BLOCK, "row": minifloat.ROW}
 def _stored(format: str, published: tuple[Tensor, Tensor], parts: int, group: tuple[int, int]) -> dict[str, Tensor]:
     """Converts the published layout to the tensors of a Weight."""
     data, scales = minifloat.to_blocks(*published, format, parts, group)
-    return {"data": on_huge_pages(data), "scales": scales}
+    return {"data": on_huge_pages(data), "scales": on_huge_pages(scales)}
 
 
 @dataclass(frozen=True)
