@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from switchgear.weights.weight import Weight
 
 
 @dataclass(frozen=True)
-class Form:
+class Form(ABC):
     """How a weight is stored. Frozen and comparable, so that the forms of two modules can be compared."""
 
     name: ClassVar[str]  # of the format; also its name in `store`
@@ -27,21 +28,12 @@ class Form:
         """Suffixes of the state dict's keys <name><suffix>. If empty, the state dict has a plain weight, <name>."""
         return ()
 
+    @abstractmethod
     def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
         """Encodes a weight [E,N,C], or returns why that is impossible. Raises ValueError for non-finite numbers.
 
         parts: 2 if the rows are all gates, then all ups, which are stored separately; else 1.
         """
-        raise NotImplementedError
-
-    def save(self, weight: Weight) -> dict[str, Tensor]:
-        """The state dict's tensors of a weight, by suffix."""
-        raise NotImplementedError
-
-    def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
-        """The weight made of a state dict's `tensors`, by suffix, to replace `now`. Raises ValueError for a tensor of
-        another shape or dtype; the message starts with the suffix."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         options = [
@@ -50,6 +42,19 @@ class Form:
             if getattr(self, field.name) != field.default
         ]
         return f"{self.name}({', '.join(options)})" if options else self.name
+
+
+class KeyedForm(Form):
+    """A form with suffixes: its state dict does not have the plain weight."""
+
+    @abstractmethod
+    def save(self, weight: Weight) -> dict[str, Tensor]:
+        """The state dict's tensors of a weight, by suffix."""
+
+    @abstractmethod
+    def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
+        """The weight made of a state dict's `tensors`, by suffix, to replace `now`. Raises ValueError for a tensor of
+        another shape or dtype; the message starts with the suffix."""
 
 
 def on_huge_pages(tensor: Tensor) -> Tensor:

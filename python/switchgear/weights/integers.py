@@ -13,14 +13,14 @@ from torch import Tensor
 
 from switchgear.reference import integers
 from switchgear.reference.formats import BITS
-from switchgear.weights.form import Form, check_loaded, on_huge_pages
+from switchgear.weights.form import KeyedForm, check_loaded, on_huge_pages
 from switchgear.weights.weight import Weight
 
 _SUFFIXES = {"data": "_values", "scales": "_scales", "row_scales": "_row_scales", "zeros": "_zeros"}
 
 
 @dataclass(frozen=True)
-class _Integers(Form):
+class _Integers(KeyedForm):
     """group_size: columns of a row that share a scale: a power of two, at least 16, or 0 for the whole row.
     symmetric: levels around zero. Otherwise each group also has a zero point: 8 bits, like the scale.
     """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from switchgear.reference import minifloat
-from switchgear.weights.form import Form, check_loaded, on_huge_pages
+from switchgear.weights.form import KeyedForm, check_loaded, on_huge_pages
 from switchgear.weights.weight import Weight
 
 BLOCKS = {"128x128": minifloat.BLOCK, "row": minifloat.ROW}
@@ -29,7 +29,7 @@ def _stored(format: str, published: tuple[Tensor, Tensor], parts: int, group: tu
 
 
 @dataclass(frozen=True)
-class Fp8(Form):
+class Fp8(KeyedForm):
     """e4m3fn, with one float32 scale per 128 x 128 weights, or per row (block="row")."""
 
     name: ClassVar[str] = "fp8"
@@ -78,7 +78,7 @@ class Fp8(Form):
 
 
 @dataclass(frozen=True)
-class Mxfp4(Form):
+class Mxfp4(KeyedForm):
     """e2m1, with one power-of-two scale per 32 columns of a row (OCP Microscaling v1.0)."""
 
     name: ClassVar[str] = "mxfp4"

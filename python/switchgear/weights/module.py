@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.reference.formats import FIELDS
-from switchgear.weights.form import Form
+from switchgear.weights.form import Form, KeyedForm
 from switchgear.weights.layout import Layout
 from switchgear.weights.weight import Weight
 
@@ -179,7 +179,7 @@ def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) ->
     if (stored := stored_of(module)) is None:
         return
     for name, weight in zip(stored.layout.names, stored.weights(module), strict=True):
-        if stored.form.suffixes:
+        if isinstance(stored.form, KeyedForm):
             for suffix, tensor in stored.form.save(weight).items():
                 state_dict[f"{prefix}{name}{suffix}"] = tensor
         else:
@@ -225,10 +225,12 @@ def _loaded(
         if isinstance(weight, str):
             raise ValueError(f"{key}: expected a weight that can be stored as {form}; {weight}")
         return weight
-    suffixes = form.suffixes or ("",)
-    present = {suffix: state_dict.pop(key + suffix) for suffix in suffixes if key + suffix in state_dict}
-    if len(present) < len(suffixes):
-        missing.extend(key + suffix for suffix in suffixes if suffix not in present)
+    if not isinstance(form, KeyedForm):
+        missing.append(key)
+        return None
+    present = {suffix: state_dict.pop(key + suffix) for suffix in form.suffixes if key + suffix in state_dict}
+    if len(present) < len(form.suffixes):
+        missing.extend(key + suffix for suffix in form.suffixes if suffix not in present)
         return None
     try:
         return form.load(present, now)
