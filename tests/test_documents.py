@@ -120,7 +120,7 @@ def test_pictures_and_results_are_small() -> None:
     large = [path.name for path in files if path.stat().st_size > 100_000]
     assert not large
     shown = {(document.parent / link).resolve() for document in DOCUMENTS for link in _LINK.findall(prose(document))}
-    assert {path for path in files if path.suffix == ".png"} <= shown  # otherwise nobody sees them
+    assert {path for path in files if path.suffix == ".png"} <= shown  # a picture that no page shows is unused
 
 
 def test_architecture_lists_the_ops() -> None:

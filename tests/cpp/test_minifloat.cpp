@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Products with fp8 and mxfp4 weights on every ISA: every code is exact, sums are those of float64 within bounds, and the
-// bits of a row depend neither on its neighbours nor on how many columns are asked for.
+// bits of a row depend neither on its neighbours nor on how many columns are requested.
 #include <memory>
 
 #include "bounded.h"
