@@ -65,7 +65,7 @@ class DotProduct {
   Ahead ahead_of(int64_t k) const {
     const Matrix& b = p_.b;
     const char* data = static_cast<const char*>(b.data);
-    const auto* const next = static_cast<const char*>(p_.next);
+    const auto* const next = static_cast<const char*>(p_.next.data);
     if (in_place_ && chunk_ == p_.depth) {
       const int64_t pair = at_most(2 * kTile, p_.num_columns);
       if (b.format == Format::kPanels) {

@@ -78,9 +78,9 @@ class RowProduct {
 
   // The prefetches for the caller's next product: as many bytes as this one reads.
   Ahead ahead() const {
-    if (p_.next == nullptr || p_.b.n_stride != 1) return {};
+    if (p_.next.data == nullptr || p_.b.n_stride != 1) return {};
     const int64_t width = p_.next_width > 0 ? p_.next_width : 2 * p_.num_columns;
-    return {static_cast<const char*>(p_.next), tiles_of(2 * p_.num_columns * p_.depth, width), 2 * p_.b.k_stride,
+    return {static_cast<const char*>(p_.next.data), tiles_of(2 * p_.num_columns * p_.depth, width), 2 * p_.b.k_stride,
             width};
   }
 

@@ -132,7 +132,7 @@ void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stri
 template <typename Record, int kFew, Asks kAsks>
 void add_compact_columns(const Product& product, const Rows& a, const CompactRow& b) {
   const int64_t stride = product.b.n_stride;
-  const RowsOfB rows(b.data, stride, product.num_columns, stride, lead_of(kAsks), product.next);
+  const RowsOfB rows(b.data, stride, product.num_columns, stride, lead_of(kAsks), product.next.data);
   constexpr int kMost = kAsks == Asks::kSomeLines ? 2 : kTileRows;  // rows of a tile: see choose_walk
   const int64_t tiles = num_row_tiles(product.num_rows);
   for_columns<kFew>(rows, [&]<int kColumns>(int64_t n) {
@@ -192,7 +192,7 @@ void compact_products_of(const Product& product) {
     return;
   }
   const auto* const unpacked = static_cast<const Element<Packed>*>(product.scratch);
-  const auto* const next_product = static_cast<const uint8_t*>(product.next);
+  const auto* const next_product = static_cast<const uint8_t*>(product.next.data);
   for (int64_t k = 0; k < depth; k += kChunk) {
     const int64_t count = depth - k < kChunk ? depth - k : kChunk;
     const Rows rows = rows_from(product, product.b.dtype, kPairs, k, count, widened_rows);

@@ -315,7 +315,7 @@ void dot_products_of(const Product& product) {
     const int64_t most = widens ? kMaxRows / kTileRows * kChunk : in_chunks ? kChunk : depth;
     for (int64_t k = 0; k < depth; k += most) {
       const Rows rows = rows_from(product, b.dtype, kPairs, k, length(k, most), widened_rows);
-      const void* const next = k + most < depth ? data + k + most : product.next;
+      const void* const next = k + most < depth ? data + k + most : product.next.data;
       with_constant<kTileRows>(product.num_rows, [&]<int kRows>() {
         add_few_dot_rows<kRows, Words>(product, rows, data + k, length(k, most), next);
       });
@@ -329,7 +329,7 @@ void dot_products_of(const Product& product) {
     const Rows rows = rows_from(product, b.dtype, kPairs, k, count, widened_rows);
     if constexpr (kIsWord) {
       if (b.k_stride == 1) {
-        const void* const next = k + kChunk < depth ? data + k + kChunk : product.next;
+        const void* const next = k + kChunk < depth ? data + k + kChunk : product.next.data;
         add_dot_chunk<Words>(product, rows, {data + k, b.n_stride, num_columns, count}, next, b.n_stride * kBytes);
         continue;
       }

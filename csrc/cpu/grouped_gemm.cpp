@@ -56,7 +56,7 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
               .num_columns = columns,
               .depth = columns > 0 ? depth : 0,
               .c = scratch.c,
-              .next = &tile != &tiles.back() ? operand((&tile)[1]).data : nullptr,
+              .next = &tile != &tiles.back() ? operand((&tile)[1]).start() : Start{},
               .scratch = scratch.packing,
               .gathered = gathered_bytes > 0 && columns > 0
                               ? gathered[static_cast<size_t>(thread)].of(tile, k, rows, depth)

@@ -11,6 +11,12 @@
 
 namespace switchgear::cpu {
 
+// Where a product starts to read B.
+struct Start {
+  const void* data = nullptr;
+  const void* scales = nullptr;
+};
+
 // One operand of a matrix product. Plain: element (n, k) is data[n·n_stride + k·k_stride]; strides are in elements and one
 // is 1. Panels and compact: n_stride is the bytes of a row, which has as many elements as the product's depth. Minifloats:
 // n_stride is the bytes of a block of 16 rows.
@@ -25,6 +31,8 @@ struct Matrix {
   int64_t scale_stride = 0;      // bytes from one block's scales to the next
   int64_t group_size = 0;        // columns that share a scale, a multiple of 32; more than the depth: all of them
   int first_row = 0;             // of the first block, where n = 0; a multiple of the lanes of a vector
+
+  Start start() const { return {data, scales}; }
 
   int64_t row_bytes() const {  // from n to n + 1
     switch (format) {
@@ -66,8 +74,8 @@ struct Product {
   int64_t num_columns;  // <= panel
   int64_t depth;
   float* c;                    // [num_rows, panel]
-  const void* next = nullptr;  // where the caller's next product starts to read b, if known: a hint
-  int64_t next_width = 0;      // bytes to prefetch of each row there if n runs along memory; 0: as many as of this b
+  Start next;              // of the caller's next product, if known: a hint
+  int64_t next_width = 0;  // bytes to prefetch of each row there if n runs along memory; 0: as many as of this b
   void* scratch;               // kProductScratch bytes, 64-byte aligned
   int64_t row_begin = 0;       // k of `rows` that belongs to the first k of b
   bool accumulate = false;     // adds to c

@@ -225,12 +225,14 @@ void add_few_vectors(const Product& product, const Rows& a, int64_t j, int64_t f
   // From here on the lead reaches the vectors that come next, and behind the last one the caller's next product.
   for (int v = 0; v < kVectors; ++v) {
     const int64_t next = j + kVectors + v, behind = next - num_vectors(product);
-    const uint8_t* data = Of::data(b, next);
-    if (behind >= 0 && product.next != nullptr) {
-      data = static_cast<const uint8_t*>(product.next) + behind * kLanes / kMinifloatRows * b.n_stride;
+    const uint8_t *data = Of::data(b, next), *scales = Of::scales(b, next);
+    if (behind >= 0 && product.next.data != nullptr) {
+      const int64_t block = behind * kLanes / kMinifloatRows;
+      data = static_cast<const uint8_t*>(product.next.data) + block * b.n_stride;
+      scales = static_cast<const uint8_t*>(product.next.scales) + block * b.scale_stride;
     }
     columns.data_ahead[v] = data - turn * Of::kStepBytes;
-    columns.scales_ahead[v] = Of::scales(b, next) - turn / group_steps * Of::kGroupBytes;
+    columns.scales_ahead[v] = scales - turn / group_steps * Of::kGroupBytes;
   }
   add(turn > first ? turn : first, last);
 }
@@ -331,17 +333,17 @@ void add_decoded_steps(const Product& product, const Rows& a, int64_t first, int
   // While it is multiplied, the next chunk is prefetched, or the first one of the next product.
   const int64_t all = num_steps(product), last = first + steps, tiles = num_row_tiles(product.num_rows);
   const int64_t blocks = (product.num_columns + kMinifloatRows - 1) / kMinifloatRows;
-  const auto* const data = static_cast<const char*>(last < all ? b.data : product.next);
+  const Start next = last < all ? b.start() : product.next;
   const int64_t begin = last < all ? last : 0, count = all - begin < Of::kChunkSteps ? all - begin : Of::kChunkSteps;
   const int64_t width = count * Of::kStepBytes, group_steps = Of::group_steps(b);
   Ahead ahead;
   int64_t lines = 0;
-  if (data != nullptr) {
-    ahead = Ahead(data + begin * Of::kStepBytes, b.n_stride, width);
+  if (next.data != nullptr) {
+    ahead = Ahead(static_cast<const char*>(next.data) + begin * Of::kStepBytes, b.n_stride, width);
     lines = (blocks * width / kLine + tiles * steps - 1) / (tiles * steps);
   }
-  for (int64_t block = 0; block < blocks && last < all; ++block) {
-    const char* const line = static_cast<const char*>(b.scales) + block * b.scale_stride;
+  for (int64_t block = 0; block < blocks && next.data != nullptr; ++block) {
+    const char* const line = static_cast<const char*>(next.scales) + block * b.scale_stride;
     for (int64_t g = begin / group_steps; g * group_steps < begin + count; g += kLine / Of::kGroupBytes) {
       __builtin_prefetch(line + g * Of::kGroupBytes, 0, 2);
     }

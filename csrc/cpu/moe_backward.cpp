@@ -42,7 +42,7 @@ struct ActivationBackward {
     return ExpertMatrix(args.weights.down_proj, tile.expert, args.grad_y.dtype).columns_from(tile.column);
   }
 
-  void run(const Tile& tile, const void* next, const WideScratch& scratch) const {
+  void run(const Tile& tile, const Start& next, const WideScratch& scratch) const {
     const int64_t width = std::min(wide, weighted_a.shape[1] - tile.column);
     multiply_wide(k, {.rows = grad_y_rows + tile.first_row,
                       .num_rows = tile.num_rows,
@@ -169,7 +169,7 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
                                  .k = k};
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
     const Tile* const tile = &tiles[static_cast<size_t>(i)];
-    stage.run(*tile, tile != &tiles.back() ? stage.operand(tile[1]).data : nullptr,
+    stage.run(*tile, tile != &tiles.back() ? stage.operand(tile[1]).start() : Start{},
               WideScratch(memory + thread * WideScratch::kBytes));
   });
 

@@ -34,13 +34,12 @@ struct FirstProjection {
   const ActivationRows& a;
   const Kernels& k;
 
-  // The first weights that a tile reads.
-  const void* start(const Tile& tile) const {
+  Start start(const Tile& tile) const {
     const GateColumns columns = gate_columns(args.options, a.width(), tile.column, 1, k.panel);
-    return ExpertMatrix(args.weights.gate_up_proj, tile.expert, args.x.dtype).rows_from(columns.begin[0]).data;
+    return ExpertMatrix(args.weights.gate_up_proj, tile.expert, args.x.dtype).rows_from(columns.begin[0]).start();
   }
 
-  void run(const Tile& tile, const void* next, const ProductScratch (&scratch)[2], const void* gathered_x) const {
+  void run(const Tile& tile, const Start& next, const ProductScratch (&scratch)[2], const void* gathered_x) const {
     const int64_t count = std::min<int64_t>(k.panel, a.width() - tile.column);
     const GateColumns columns = gate_columns(args.options, a.width(), tile.column, count, k.panel);
     const ExpertMatrix matrix(args.weights.gate_up_proj, tile.expert, args.x.dtype);
@@ -52,7 +51,7 @@ struct FirstProjection {
                       .num_columns = columns.count[i],
                       .depth = args.x.shape[1],
                       .c = scratch[i].c,
-                      .next = i == 0 && columns.count[1] > 0 ? matrix.rows_from(columns.begin[1]).data : next,
+                      .next = i == 0 && columns.count[1] > 0 ? matrix.rows_from(columns.begin[1]).start() : next,
                       .scratch = scratch[i].packing,
                       .gathered = gathered_x});
     }
@@ -115,7 +114,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
     char* const own = memory + 2 * thread * ProductScratch::kBytes;
     const Tile* const tile = &tiles[static_cast<size_t>(i)];
-    first.run(*tile, tile != &tiles.back() ? first.start(tile[1]) : nullptr,
+    first.run(*tile, tile != &tiles.back() ? first.start(tile[1]) : Start{},
               {ProductScratch(own), ProductScratch(own + ProductScratch::kBytes)},
               gathered_x[static_cast<size_t>(thread)].of(*tile, k, x_rows, hidden_size));
   });

@@ -302,8 +302,8 @@ Ahead ahead_of(const Product& product, int64_t begin, int64_t chunk) {
   const int64_t element = b.dtype == DType::kFloat32 ? 4 : 2;
   const char* data = static_cast<const char*>(b.data);
   if (begin >= product.depth) {
-    if (product.next == nullptr) return {};
-    data = static_cast<const char*>(product.next);
+    if (product.next.data == nullptr) return {};
+    data = static_cast<const char*>(product.next.data);
     begin = 0;
   }
   const int64_t depth = product.depth - begin < chunk ? product.depth - begin : chunk;

@@ -82,7 +82,7 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
     const ExpertMatrix matrix(*args.matrices, e, args.out.dtype);
     return args.transposed ? matrix.columns_from(block.column) : matrix.rows_from(block.column);
   };
-  const auto start = [&](const Block& block, int64_t e) { return e < num_experts ? operand(block, e).data : nullptr; };
+  const auto start = [&](const Block& block, int64_t e) { return e < num_experts ? operand(block, e).start() : Start{}; };
 
   parallel_for_shares(num_threads, chunks * column_blocks, [&](int64_t task, int thread) {
     char* const own = memory + thread * (WideScratch::kBytes + accumulator_bytes);
@@ -95,7 +95,7 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
       next = next_expert(block, e);
       const int64_t first = first_slot(e, first_token), last = first_slot(e, last_token),
                     piece = piece_rows(last - first, k.most_rows);
-      const void* next_start = start(block, next);
+      Start next_start = start(block, next);
       if (next == num_experts && task + 1 < chunks * column_blocks) {
         const Block next_block = block_of(task + 1);
         next_start = start(next_block, next_expert(next_block, -1));
@@ -109,7 +109,7 @@ void token_sum(const TokenSumArgs& args, int num_threads) {
                               .num_columns = columns,
                               .depth = args.depth,
                               .c = scratch.c,
-                              .next = s + piece < last ? operand(block, e).data : next_start,
+                              .next = s + piece < last ? operand(block, e).start() : next_start,
                               .scratch = scratch.packing,
                               .gathered = args.gathered.defined() ? args.gathered.block(e, s) : nullptr};
         args.transposed ? multiply_wide(k, product) : dot_products_wide(k, product);

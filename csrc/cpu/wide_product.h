@@ -51,8 +51,8 @@ inline void multiply_wide(const Kernels& k, const Product& product) {
       // Each panel prefetches its share of the rows of the next slice.
       const bool is_last = begin + slice >= product.depth;
       const char* const next =
-          is_last ? static_cast<const char*>(product.next) : data + (begin + slice) * product.b.k_stride * element;
-      part.next = next != nullptr ? next + j * slice / panels * product.b.k_stride * element : nullptr;
+          is_last ? static_cast<const char*>(product.next.data) : data + (begin + slice) * product.b.k_stride * element;
+      part.next.data = next != nullptr ? next + j * slice / panels * product.b.k_stride * element : nullptr;
       part.next_width = product.num_columns * element;
       k.multiply(part);
     }
@@ -66,7 +66,7 @@ inline void dot_products_wide(const Kernels& k, const Product& product) {
     part.b = product.b.from(column);
     part.num_columns = std::min<int64_t>(k.panel, product.num_columns - column);
     part.c = product.c + column * product.num_rows;
-    if (column + k.panel < product.num_columns) part.next = product.b.from(column + k.panel).data;
+    if (column + k.panel < product.num_columns) part.next = product.b.from(column + k.panel).start();
     k.dot_products(part);
   }
 }

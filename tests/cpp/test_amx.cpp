@@ -139,7 +139,7 @@ void check_products(Random& random, int64_t M, int64_t N, int64_t K) {
                             .num_columns = N,
                             .depth = K,
                             .c = c.data(),
-                            .next = M % 2 == 0 ? w.matrix.data : nullptr,
+                            .next = M % 2 == 0 ? w.matrix.start() : cpu::Start{},
                             .scratch = scratch.data(),
                             .gathered = gathers ? gathered.data() : nullptr});
       for (int64_t m = 0; m < M; ++m) {
@@ -187,7 +187,7 @@ void check_multiply(Random& random, int64_t M, int64_t N, int64_t K) {
                           .num_columns = N,
                           .depth = K,
                           .c = c.data(),
-                          .next = M % 2 == 0 ? w.matrix.data : nullptr,
+                          .next = M % 2 == 0 ? w.matrix.start() : cpu::Start{},
                           .next_width = 2,
                           .scratch = scratch.data(),
                           .row_begin = kBefore,

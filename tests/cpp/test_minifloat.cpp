@@ -92,7 +92,7 @@ struct Minifloats {
 
 // C [rows, panel] of a product.
 std::vector<float> multiply(const cpu::Matrix& b, const Array& x, int64_t first_row, int64_t num_rows,
-                            int64_t num_columns, const void* next = nullptr) {
+                            int64_t num_columns, const cpu::Start& next = {}) {
   static const auto memory = std::make_unique<char[]>(cpu::kProductScratch + 64);
   std::vector<const void*> rows;
   const TensorView& view = x.view();
@@ -245,7 +245,7 @@ TEST(products_are_those_of_float64) {
             const cpu::Matrix b = w.matrix(dtype, first);
             for (int64_t begin = 0, count; begin < shape.rows; begin += count) {
               count = std::min(shape.rows - begin, cpu::kernels().most_rows);
-              const std::vector<float> got = multiply(b, x, begin, count, columns, begin > 0 ? b.data : nullptr);
+              const std::vector<float> got = multiply(b, x, begin, count, columns, begin > 0 ? b.start() : cpu::Start{});
               for (int64_t i = 0; i < count * panel; ++i) {
                 const int64_t m = begin + i / panel, n = i % panel;
                 const Bounded expected = n < columns ? want[static_cast<size_t>(m * w.rows + first + n)] : Bounded{};

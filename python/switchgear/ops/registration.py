@@ -56,7 +56,20 @@ def matrix(name: str, tensor: Tensor, dims: int = 2) -> Tensor:
     return tensor
 
 
-_CHANGES: dict[str, Callable[[Any], Any] | None] = {"r": rows, "d": dense, "w": alike, "f": None}
+_INPUTS = {"r": "rows({})", "d": "dense({})", "w": "alike({})", "f": "{}"}
+
+
+def _passed_on(letters: str) -> Callable[..., tuple[Any, ...]]:
+    """Returns (given, execution, *arguments of the op) -> arguments of the native function.
+
+    It is one expression, compiled once: a loop over the arguments takes 0.5 to 1 µs, a tenth of a small op.
+    """
+    names = [f"argument{index}" for index in range(len(letters))]
+    inputs = [_INPUTS[letter].format(name) for letter, name in zip(letters, names, strict=True) if letter in _INPUTS]
+    options = [name for letter, name in zip(letters, names, strict=True) if letter == "o"]
+    values = ", ".join([*inputs, "*given", *options, "execution"])
+    function: Callable[..., tuple[Any, ...]] = eval(f"lambda given, execution, {', '.join(names)}: ({values})", globals())
+    return function
 
 
 # ---- definition ------------------------------------------------------------------------------------------------------
@@ -79,8 +92,7 @@ def register(
     name = schema.partition("(")[0]
     specification = getattr(specified_in, name)
     is_everywhere = specified_in is reference
-    inputs = [(index, _CHANGES[letter]) for index, letter in enumerate(letters) if letter in _CHANGES]
-    options = [index for index, letter in enumerate(letters) if letter == "o"]
+    passed_on = _passed_on(letters)
     forms = [index for index, letter in enumerate(letters) if letter == "f"]
 
     def native(kernels: Kernels, *args: Any) -> Any:
@@ -90,12 +102,7 @@ def register(
         else:
             outputs = allocate(*args)
             given = outputs if isinstance(outputs, tuple) else (outputs,)
-        getattr(kernels.module, name)(
-            *[args[index] if change is None else change(args[index]) for index, change in inputs],
-            *given,
-            *[args[index] for index in options],
-            kernels.execution(),
-        )
+        getattr(kernels.module, name)(*passed_on(given, kernels.execution(), *args))
         return outputs
 
     on_host = MethodType(native, host)  # faster than passing `host` with the arguments
