@@ -265,7 +265,8 @@ class ClusterVariance(_PerExpert):
     cluster_variance_loss).
 
     groups: the cluster of each expert [E], from 0; or the number of equal clusters of consecutive experts.
-    coefficient unverified. num_experts: E, if groups is a number.
+    coefficient: a choice of ours. num_experts: E, if groups is a number. Experts that a mask closes for a token
+    (ClusterDropout) do not count for it.
     """
 
     name = "clusters"
@@ -280,7 +281,8 @@ class ClusterVariance(_PerExpert):
         super().__init__(groups_of(groups, num_experts), coefficient, score_function)
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
-        return self.coefficient * balance.cluster_variance_loss(self._probabilities(routing), self.vector)
+        is_open = routing.router_logits > torch.finfo(routing.router_logits.dtype).min  # Masked closes with the lowest
+        return self.coefficient * balance.cluster_variance_loss(self._probabilities(routing), self.vector, is_open)
 
 
 class LocalizedBalance(_PerExpert):
