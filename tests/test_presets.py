@@ -24,7 +24,7 @@ each = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 
 # Options of MoE only; presets without them also work for a Router.
 OF_EXPERTS = {"layer", "num_shared_experts", "widths", "null_experts", "activation", "gated", "return_routing",
-              "float32_router", "router_bias", "limit", "bias", "interleaved", "transposed"}  # fmt: skip
+              "float32_router", "router_bias", "limit", "bias", "interleaved", "transposed", "scale_input"}  # fmt: skip
 
 
 class Recorder:
@@ -73,7 +73,7 @@ def test_page_is_current() -> None:
 def test_names_are_sorted_and_complete() -> None:
     assert presets.__all__ == sorted(presets.__all__)
     assert len(ENTRIES) == len(presets.__all__) - 1
-    assert len({entry.arxiv for entry in ENTRIES}) == len(ENTRIES)
+    assert len({entry.source for entry in ENTRIES}) == len(ENTRIES)
 
 
 # Papers whose router, balance, capacity or layer is a preset.
@@ -81,12 +81,13 @@ PAPERS = """
     2101.03961 2202.09368 2401.06066 2408.15664 2501.11873 2103.16716 2403.07652 2406.13233 2408.10681 2204.09179
     2310.10837 2409.12136 2406.06563 2401.13920 2110.07431 2407.09816 2311.10768 2110.04260 2406.12375 2207.09094
     2406.19905 2503.07639 2501.13074 2310.14188 2502.03608 1312.4314 2410.16077 2411.16205 2305.02176 2412.04139
+    2412.14711 2404.02258 2410.07348
     2410.01930 2208.02813 2306.04073 2205.12701 2402.01739 2503.05066 2310.09832 2402.05526 2410.22884
 """
 
 
 def test_each_paper_has_a_preset() -> None:
-    assert set(PAPERS.split()) <= {entry.arxiv for entry in ENTRIES}
+    assert {f"arXiv:{number}" for number in PAPERS.split()} <= {entry.source for entry in ENTRIES}
 
 
 @each

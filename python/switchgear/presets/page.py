@@ -16,7 +16,7 @@ from torch import Tensor
 
 from switchgear import presets
 
-_PAPER = re.compile(r"^Paper: (?P<title>.+), arXiv:(?P<arxiv>\d{4}\.\d{4,5})$", re.MULTILINE)
+_PAPER = re.compile(r"^Paper: (?P<title>.+), (?P<source>arXiv:\d{4}\.\d{4,5}|https://\S+)$", re.MULTILINE)
 _EXAMPLE = re.compile(r"^Example: (?P<example>.+)$", re.MULTILINE)
 
 HEADER = """# Presets
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     name: str
     summary: str
     title: str
-    arxiv: str
+    source: str  # "arXiv:…" or an address
     example: str
 
 
@@ -59,7 +59,7 @@ def entries() -> list[Entry]:
         if paper is None or example is None:
             raise ValueError(f"{name}: expected lines 'Paper: …, arXiv:…' and 'Example: …' in its docstring")
         summary = " ".join(text.split("\n\n")[0].split())
-        found.append(Entry(name, summary, paper["title"], paper["arxiv"], example["example"]))
+        found.append(Entry(name, summary, paper["title"], paper["source"], example["example"]))
     return found
 
 
@@ -107,7 +107,8 @@ def page() -> str:
     """The Markdown of docs/presets.md."""
     rows = []
     for entry in entries():
-        paper = f"[{entry.title}](https://arxiv.org/abs/{entry.arxiv})"
+        address = entry.source.replace("arXiv:", "https://arxiv.org/abs/")
+        paper = f"[{entry.title}]({address})"
         cells = (f"`{entry.name}`", f"{entry.summary} {paper}", f"`{written(options_of(entry))}`", f"`{entry.example}`")
         rows.append(f"| {' | '.join(cells)} |\n")
     return HEADER + "".join(rows)

@@ -48,7 +48,8 @@ def switch(
     evaluation_factor and jitter are unverified.
     """  # noqa: E501
     return {
-        "score": partial(Linear, float32=True, jitter=jitter),
+        "score": partial(Linear, float32=True),
+        "jitter": jitter,
         "select": TopK(1),
         "capacity": Capacity(capacity_factor, evaluation_factor=evaluation_factor),
         "balance": [partial(SwitchLoss, balance)],
