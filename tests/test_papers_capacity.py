@@ -295,6 +295,14 @@ def test_openmoe_layer_has_both_losses(backend: str) -> None:
     assert_agrees(layer, loop, torch.randn(20, H))
 
 
+def test_row35_openmoe_has_the_constants_of_its_training_code() -> None:
+    layer, x = layer_of(presets.openmoe(), return_routing=True), torch.randn(1, H).expand(32, H)
+    assert [loss.coefficient for loss in layer.gate.balance] == [1e-2, 1e-4]
+    assert int(layer(x)[1].num_dropped) == 2 * (32 - 10)  # ⌈1.25 · 2 · 32 / 8⌉ = 10
+    assert int(layer(x[:6])[1].num_dropped) == 2 * (6 - 4)  # at least 4 instead of 2
+    assert int(layer.eval()(x)[1].num_dropped) == 2 * (32 - 16)
+
+
 # ---- buffer overflow, stolen prompts ---------------------------------------------------------------------------------
 
 

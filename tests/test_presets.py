@@ -24,7 +24,8 @@ each = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 
 # Options of MoE only; presets without them also work for a Router.
 OF_EXPERTS = {"layer", "num_shared_experts", "widths", "null_experts", "activation", "gated", "return_routing",
-              "float32_router", "router_bias", "limit", "bias", "interleaved", "transposed", "scale_input"}  # fmt: skip
+              "float32_router", "router_bias", "limit", "bias", "interleaved", "transposed", "scale_input",
+              "initialize"}  # fmt: skip
 
 
 class Recorder:

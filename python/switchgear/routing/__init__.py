@@ -6,7 +6,7 @@ Scores:      Linear, Cosine, GroupedAvgPool, SwitchMixture, GatingResidual, Unif
              SparsityAware, Gaussian, Domain, PosthocGate; per task or sequence FromEmbedding, PerSequence, ClusterPrior
 Selections:  TopK, TopP, Threshold, Grouped, RankK, Dense, Positive, SkipBelow, Broadcast; ExpertChoice, DepthChoice,
              BalancedAssignment; SampledTopK, NoisyTopK, SparseMixer, GumbelSoftmax, Random; Lookup; RunningCap;
-             Masked with TokenIdMask, ExpertDropout or ClusterDropout
+             Masked with TokenIdMask, ExpertDropout or ClusterDropout; Temperature
 Capacity:    Dropless, Capacity
 Losses:      SwitchLoss, NullAwareSwitchLoss, ZLoss, ImportanceLoad, EntropyLoss, BatchEntropy, ParamPenalty,
              DeviceBalance, LocalityLoss, ClusterVariance, LocalizedBalance, ChoiceLoss
@@ -37,7 +37,7 @@ from switchgear.routing.losses import (
     SwitchLoss,
     ZLoss,
 )
-from switchgear.routing.masks import ClusterDropout, ExpertDropout, Lookup, Masked, TokenIdMask
+from switchgear.routing.masks import ClusterDropout, ExpertDropout, Lookup, Masked, Temperature, TokenIdMask
 from switchgear.routing.pairs import from_pairs
 from switchgear.routing.router import Router
 from switchgear.routing.scores import Cosine, GatingResidual, GroupedAvgPool, Linear, Sum, SwitchMixture, Uniform
@@ -103,6 +103,7 @@ __all__ = [
     "Sum",
     "SwitchLoss",
     "SwitchMixture",
+    "Temperature",
     "Threshold",
     "TokenIdMask",
     "TopK",
