@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import switchgear
 from switchgear import presets
+from switchgear.presets.fidelity import FIDELITY, GROUPS
 from switchgear.presets.page import Entry, entries, options_of, page, written
 from switchgear.routing import Router
 
@@ -75,6 +77,18 @@ def test_names_are_sorted_and_complete() -> None:
     assert presets.__all__ == sorted(presets.__all__)
     assert len(ENTRIES) == len(presets.__all__) - 1
     assert len({entry.source for entry in ENTRIES}) == len(ENTRIES)
+
+
+def test_each_preset_says_how_close_it_is_to_its_paper() -> None:
+    """Unverified constants are arguments of the preset, as far as they are names."""
+    assert set(FIDELITY) == {entry.name for entry in ENTRIES}
+    numbers = [found.number for found in FIDELITY.values() if found.number]
+    assert len(set(numbers)) == len(numbers)
+    for name, found in FIDELITY.items():
+        assert found.group in GROUPS
+        arguments = inspect.signature(getattr(presets, name)).parameters
+        for constant in found.unverified.replace(";", ",").split(", "):
+            assert " " in constant or not constant or constant in arguments, (name, constant)
 
 
 # Papers whose router, balance, capacity or layer is a preset.

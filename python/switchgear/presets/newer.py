@@ -22,7 +22,6 @@ def remoe(*, top_k: float = 2, initial: float = 1e-8, rate: float = 1.2) -> dict
 
     Paper: ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing, arXiv:2412.14711
     Example: MoE(64, 32, 8, **presets.remoe())(x)
-    Fidelity: the paper's formulas; each layer has its own λ, the paper one for all layers
 
     top_k: the average number of experts per token that the loss aims at. switchgear.after_step(model) updates λ.
     """
@@ -34,7 +33,6 @@ def mixture_of_depths(*, fraction: float = 0.125, causal: bool = True, balance: 
 
     Paper: Mixture-of-Depths: Dynamically allocating compute in transformer-based language models, arXiv:2404.02258
     Example: MoE(64, 32, 1, **presets.mixture_of_depths(fraction=0.5))(x)
-    Fidelity: the paper's formula, for a feed-forward block; the coefficient is a choice of ours
 
     fraction: an eighth in the paper. The residual around the layer passes skipped tokens on. With more experts each
     takes fraction / E of the tokens. causal: in evaluation, the tokens with a positive logit; an auxiliary loss trains
@@ -49,7 +47,6 @@ def llama4(*, top_k: int = 1) -> dict[str, Any]:
 
     Paper: The Llama 4 herd, https://ai.meta.com/blog/llama-4-multimodal-intelligence
     Example: MoE(64, 32, 16, **presets.llama4())(x)
-    Fidelity: the formula of the code in Hugging Face transformers
     """
     return {"select": TopK(top_k, "sigmoid"), "scale_input": True, "num_shared_experts": 1}
 
@@ -66,7 +63,6 @@ def moe_plus_plus(
 
     Paper: MoE++: Accelerating Mixture-of-Experts Methods with Zero-Computation Experts, arXiv:2410.07348
     Example: MoE(64, 32, 8, **presets.moe_plus_plus())(x)[0]
-    Fidelity: the paper's formulas, without its capacities per kind of expert; tau and the coefficient are unverified
 
     The loss weighs these experts by tau. Pass the logits on: y, routing = moe(x, fields={"previous_logits": z}), then
     z = routing.router_logits for the next layer. W_c and the residual start at zero (a choice of ours).
