@@ -2,8 +2,8 @@
 """python tests/papers_table.py [backend]: how far each preset is from its plain float64 loop, as a Markdown table.
 
 Runs the tests of papers on one backend (default: reference) and records what `loops.assert_agrees` compares: outputs
-and gradients of x and all parameters, in float32 and float64. A number is the largest difference, relative to the largest
-element of its tensor. A preset without a loop of the whole layer has none.
+and gradients of x and all parameters, in float32 and float64. A number is the largest difference, relative to the
+largest element of its tensor. A preset without a loop of the whole layer has none.
 """
 
 from __future__ import annotations
