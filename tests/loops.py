@@ -74,7 +74,7 @@ def assert_agrees(module: nn.Module, loop: Loop, x: Tensor, length: int = 256, *
     for parameter in module.parameters():
         parameter.grad = None
     twin = copy.deepcopy(module).double()
-    parameters = dict(twin.named_parameters())
+    parameters = trained(twin)
     direction = torch.randn(x.shape, dtype=torch.float64)
 
     def results(y: Any, loss: Any, x: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -91,8 +91,12 @@ def assert_agrees(module: nn.Module, loop: Loop, x: Tensor, length: int = 256, *
         y = layer(rows, **sent)
         y = y[0] if isinstance(y, tuple) else y
         loss = 0 if loss is None else balance_loss(layer)
-        for name, actual in results(y, loss, rows, dict(layer.named_parameters())).items():
+        for name, actual in results(y, loss, rows, trained(layer)).items():
             assert_same(actual, wanted[name], length, f"{name}, {rows.dtype}")
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:

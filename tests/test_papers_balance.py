@@ -25,6 +25,7 @@ from switchgear.routing import (
     AdaptiveCoefficient,
     Capacity,
     ClusterDropout,
+    ClusterVariance,
     Dense,
     GradientConflict,
     LossFreeBias,
@@ -173,11 +174,11 @@ def _restore(counts: Tensor, module: Any, args: Any) -> None:
 # ---- clusters of experts ---------------------------------------------------------------------------------------------
 
 
-def test_moec_is_a_loop_over_what_its_clusters_leave_open(backend: str) -> None:
-    options = presets.moec(num_clusters=4, clusters=0.1, dropout=0.5, balance=0.1)
+def test_row20_moec_is_a_loop_over_what_its_clusters_leave_open(backend: str) -> None:
+    options = presets.moec(num_clusters=2, clusters=0.1, dropout=0.5, balance=0.1)
     layer = layer_of(options, capacity=None)
     closed = layer.gate.select.mask.closed.clone()
-    assert closed.view(4, 2).sum(1).tolist() == [1] * 4
+    assert closed.view(2, 4).sum(1).tolist() == [2] * 2
 
     def loop(layer: Any, x: Tensor) -> Any:
         score = layer.gate.score
@@ -189,12 +190,25 @@ def test_moec_is_a_loop_over_what_its_clusters_leave_open(backend: str) -> None:
         ids, weights = chosen(p, 1)
         share = 0
         for row in p:
-            within = sum((row[e] - row[e - e % 2 : e - e % 2 + 2].mean()) ** 2 for e in range(E))
-            between = sum((row[e - e % 2 : e - e % 2 + 2].mean() - 1 / E) ** 2 for e in range(E))
+            clusters = [[e for e in (c, c + 1, c + 2, c + 3) if not closed[e]] for c in (0, 4)]
+            means = [sum(row[e] for e in cluster) / len(cluster) for cluster in clusters]
+            number = sum(len(cluster) for cluster in clusters)
+            within = sum((row[e] - m) ** 2 for m, cluster in zip(means, clusters, strict=True) for e in cluster)
+            between = sum(len(cluster) * (m - 1 / number) ** 2 for m, cluster in zip(means, clusters, strict=True))
             share = share + within / (within + between) / len(x)
         return mixture(layer.experts, x, ids, weights), 0.1 * switch_loss(p, ids) + 0.1 * share
 
     assert_agrees(layer, loop, torch.randn(20, H))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 0.75])
+def test_row20_moec_asks_nothing_of_a_perfectly_clustered_router(dropout: float) -> None:
+    """Closed experts have probability 0. Were they counted, their zeros would be variance inside clusters."""
+    select = partial(Masked, TopK(1), partial(ClusterDropout, 2, dropout))
+    router = switchgear.Router(H, E, select=select, balance=[partial(ClusterVariance, 2, 1.0)])
+    logits = torch.randn(20, 2).repeat_interleave(4, 1)  # equal inside each cluster
+    loss = router.decide(logits, Context(training=True)).losses["clusters"]
+    assert abs(float(loss)) < 1e-6
 
 
 def test_moec_closes_the_same_experts_for_an_interval() -> None:

@@ -153,6 +153,88 @@ def test_capacity_aware_inference_layer_is_a_loop(backend: str, overflow: str) -
     assert_agrees(layer, loop, x)
 
 
+@pytest.mark.parametrize("overflow", ["drop", "reroute", "overselect"])
+def test_row36_capacity_aware_inference_normalises_again_after_a_drop(backend: str, overflow: str) -> None:
+    """Mixtral's weights sum to 1; so do those of the experts that a token keeps."""
+    layer = layer_of(presets.capacity_aware(gamma=0.75, overflow=overflow, expand=2.0, normalize=True)).eval()
+    layer.gate.weight.data.mul_(4)
+
+    def loop(layer: Any, x: Tensor) -> Tensor:
+        p = (x @ layer.gate.weight.T).softmax(-1)
+        ids = kept_by_loop(p, math.ceil(0.75 * K * len(x) / E), overflow)
+        assert any(len(row) < K for row in ids)
+        weights = [[p[t, e] / sum(p[t, c] for c in row) for e in row] for t, row in enumerate(ids)]
+        return mixture(layer.experts, x, ids, weights)
+
+    assert_agrees(layer, loop, torch.randn(40, H))
+
+
+def kept_by_loop(p: Tensor, capacity: int, overflow: str) -> list[list[int]]:
+    """Each token's experts after a capacity by score. Weights of choices are probabilities over their token's sum of
+    the best K, which is their precedence."""
+    p = p.detach()
+    wanted = [best(row, K if overflow != "overselect" else 2 * K) for row in p]
+    whole = [sum(float(p[t, e]) for e in best(p[t], K)) for t in range(len(p))]
+    offers = sorted((-float(p[t, e]) / whole[t], t, k) for t, row in enumerate(wanted) for k, e in enumerate(row))
+    room, kept, lost = [capacity] * E, [[] for _ in p], []
+    for priority, t, k in offers:
+        e = wanted[t][k]
+        if room[e]:
+            room[e] -= 1
+            kept[t].append(e)
+        else:
+            lost.append((priority, t, k))
+    if overflow == "reroute":  # rounds over the other candidates; a token offers its first lost choice
+        for round_ in range(K):
+            offers = [(pr, t, k) for pr, t, k in lost if k == min(k for _, u, k in lost if u == t)]
+            for offer in sorted(offers):
+                e = best(p[offer[1]], 2 * K)[K + round_]
+                if room[e]:
+                    room[e] -= 1
+                    kept[offer[1]].append(e)
+                    lost.remove(offer)
+    return kept
+
+
+def test_row36_capacity_aware_inference_overselects_and_then_drops() -> None:
+    """A token may keep up to ⌈K · expand⌉ experts, each of them among its best; no expert exceeds its capacity."""
+    layer = layer_of(presets.capacity_aware(gamma=1.0, overflow="overselect", expand=2.0), return_routing=True).eval()
+    x = torch.randn(40, H)
+    _, routing = layer(x)
+    p = (x @ layer.gate.weight.T).softmax(-1).detach()
+    ids = [sorted(e for e in row if e >= 0) for row in routing.topk_ids.tolist()]
+    wanted = [best(row, 2 * K) for row in p]
+    offers = sorted((-float(p[t, e]), t, e) for t, row in enumerate(wanted) for e in row)
+    taken = {e: [t for _, t, c in offers if c == e][: math.ceil(K * 40 / E)] for e in range(E)}
+    assert ids == [sorted(e for e in range(E) if t in taken[e]) for t in range(40)]
+    kept = routing.topk_ids >= 0
+    torch.testing.assert_close(routing.topk_weights[kept], p.gather(1, routing.topk_ids.clamp(min=0).long())[kept])
+    assert max(map(len, ids)) > K
+    assert routing.num_dropped == sum(max(K - len(row), 0) for row in ids)
+
+
+def test_row36_capacity_aware_inference_has_no_capacity_in_a_decoding_step() -> None:
+    """40 sequences of one token each, all for the same expert."""
+    layer = layer_of(presets.capacity_aware(top_k=1, gamma=1.0, overflow="drop"), return_routing=True).eval()
+    x = torch.randn(1, H).expand(40, H)
+    assert int(layer(x)[1].num_dropped) == 40 - 5
+    assert int(layer(x[:, None])[1].num_dropped) == 0
+    assert int(layer(x[None])[1].num_dropped) == 40 - 5
+    assert int(layer.train()(x[:, None])[1].num_dropped) == 0  # the preset has no limit in training
+    limit = Capacity(1.0, prefill_only=True)
+    routing = routing_of(torch.randn(1, E).expand(40, E), 1)
+    assert int(limit(routing, Context(sequence_length=1, training=True)).num_dropped) == 40 - 5
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_a_smallest_capacity(scope: str) -> None:
+    routing = routing_of(torch.randn(1, E).expand(6, E))
+    context = Context(sequence_length=6)
+    assert counts_of(Capacity(0.1, scope=scope)(routing, context).topk_ids).count(1) == K
+    assert max(counts_of(Capacity(0.1, scope=scope, minimum=4)(routing, context).topk_ids)) == 4
+    assert max(counts_of(Capacity(9, scope=scope, minimum=4)(routing, context).topk_ids)) == 6
+
+
 def test_capacity_aware_inference_without_a_limit_is_top_k() -> None:
     layer, x = layer_of(presets.capacity_aware(gamma=1.0), return_routing=True), torch.randn(30, H)
     assert layer(x)[1].num_dropped == 0  # in training
@@ -211,6 +293,14 @@ def test_openmoe_layer_has_both_losses(backend: str) -> None:
         return y, 0.1 * E * sum(load[e] * p[:, e].mean() for e in range(E)) + 0.05 * z
 
     assert_agrees(layer, loop, torch.randn(20, H))
+
+
+def test_row35_openmoe_has_the_constants_of_its_training_code() -> None:
+    layer, x = layer_of(presets.openmoe(), return_routing=True), torch.randn(1, H).expand(32, H)
+    assert [loss.coefficient for loss in layer.gate.balance] == [1e-2, 1e-4]
+    assert int(layer(x)[1].num_dropped) == 2 * (32 - 10)  # ⌈1.25 · 2 · 32 / 8⌉ = 10
+    assert int(layer(x[:6])[1].num_dropped) == 2 * (6 - 4)  # at least 4 instead of 2
+    assert int(layer.eval()(x)[1].num_dropped) == 2 * (32 - 16)
 
 
 # ---- buffer overflow, stolen prompts ---------------------------------------------------------------------------------
@@ -301,6 +391,7 @@ def test_stealing_user_prompts_ties_follow_the_order_within_a_sequence() -> None
         ("overflow", {"overflow": "queue"}),
         ("scope", {"scope": "token"}),
         ("expand", {"expand": 0.5}),
+        ("minimum", {"minimum": -1}),
     ],
 )
 def test_bad_options_of_capacities_are_named(name: str, options: dict[str, Any]) -> None:

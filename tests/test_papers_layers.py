@@ -379,7 +379,7 @@ def test_meo_is_one_average_expert(backend: str, pooling: str) -> None:
     if pooling == "attention":
         nn.init.normal_(layer.attention.weight)
 
-    def loop(layer: MergedExperts, x: Tensor) -> Tensor:
+    def loop(layer: MergedExperts, x: Tensor) -> Tensor:  # a router without normalize=: see test_papers_merged.py
         outputs = []
         for sequence in x:
             share = torch.full((len(sequence), 1), 1 / len(sequence), dtype=x.dtype)

@@ -29,6 +29,7 @@ from switchgear.routing import (
     PosthocGate,
     SparsityAware,
     Sum,
+    Temperature,
     TopK,
     min_capacity,
 )
@@ -92,11 +93,28 @@ def test_xmoe_learns_its_temperature_above_a_floor() -> None:
     assert Cosine(H, E).dim == E // 2
 
 
+def test_row10_xmoe_balances_by_a_fixed_temperature(backend: str) -> None:
+    """As torchscale: the choice and its weight use the learned temperature, the loss 0.07."""
+    layer = layer_of(presets.xmoe(top_k=2, balance=0.1, balance_tau=0.07))
+    with torch.no_grad():
+        layer.gate.select.log_tau.fill_(math.log(0.5))
+
+    def loop(layer: Any, x: Tensor) -> Any:
+        cosines = xmoe_logits(layer.gate.score, x)  # log_tau = 0
+        logits = cosines / layer.gate.select.log_tau.exp()
+        y = top_k_loop(layer, x, logits, 2)
+        return y, 0.1 * switch_loss((cosines / 0.07).softmax(-1), [best(row, 2) for row in logits])
+
+    assert_agrees(layer, loop, torch.randn(20, H))
+    with pytest.raises(ValueError, match="fixed"):
+        Temperature(TopK(1), fixed=0.0)
+
+
 # ---- sigma-MoE -------------------------------------------------------------------------------------------------------
 
 
 def test_sigma_moe_is_a_loop_of_sigmoids(backend: str) -> None:
-    layer = layer_of(presets.sigma_moe(expert_dropout=0.0, entropy=0.1), activation="relu", gated=False)
+    layer = layer_of(presets.sigma_moe(expert_dropout=0.0, entropy=0.1))
 
     def loop(layer: Any, x: Tensor) -> Any:
         logits = x @ layer.gate.score.weight.T
@@ -111,8 +129,20 @@ def test_sigma_moe_begins_with_experts_of_one_norm() -> None:
     torch.testing.assert_close(norms, norms[:1].expand(E))
 
 
+def test_row11_sigma_moe_is_plain_relu_with_the_paper_s_initial_values() -> None:
+    """Standard deviations 1/√H for keys and router, 1/√(E·G) for values; of n samples known to 1/√(2n), times 5."""
+    layer = presets.build(64, 32, 16, **presets.sigma_moe())
+    assert not layer.experts.gated
+    assert layer.experts.activation == "relu"
+    for weight, std in ((layer.experts.up_proj, 64**-0.5), (layer.experts.down_proj, (16 * 32) ** -0.5)):
+        assert float(weight.detach().std()) == pytest.approx(std, rel=5 / math.sqrt(2 * weight.numel()))
+    router = layer.gate.score.weight.detach()
+    assert float(router.norm(dim=1).mean()) == pytest.approx(1, rel=5 / math.sqrt(2 * router.numel()))
+    torch.testing.assert_close(router.norm(dim=1), router.norm(dim=1)[:1].expand(16))
+
+
 def test_sigma_moe_never_chooses_a_hidden_expert() -> None:
-    layer = layer_of(presets.sigma_moe(expert_dropout=0.5), activation="relu", gated=False, return_routing=True)
+    layer = layer_of(presets.sigma_moe(expert_dropout=0.5), return_routing=True)
     x = torch.randn(500, H)
     _, routing = layer(x)
     hidden = routing.router_logits == torch.finfo(torch.float32).min

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import switchgear
 from switchgear import presets
+from switchgear.presets.fidelity import FIDELITY, GROUPS
 from switchgear.presets.page import Entry, entries, options_of, page, written
 from switchgear.routing import Router
 
@@ -24,7 +26,8 @@ each = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 
 # Options of MoE only; presets without them also work for a Router.
 OF_EXPERTS = {"layer", "num_shared_experts", "widths", "null_experts", "activation", "gated", "return_routing",
-              "float32_router", "router_bias", "limit", "bias", "interleaved", "transposed"}  # fmt: skip
+              "float32_router", "router_bias", "limit", "bias", "interleaved", "transposed", "scale_input",
+              "initialize"}  # fmt: skip
 
 
 class Recorder:
@@ -73,7 +76,19 @@ def test_page_is_current() -> None:
 def test_names_are_sorted_and_complete() -> None:
     assert presets.__all__ == sorted(presets.__all__)
     assert len(ENTRIES) == len(presets.__all__) - 1
-    assert len({entry.arxiv for entry in ENTRIES}) == len(ENTRIES)
+    assert len({entry.source for entry in ENTRIES}) == len(ENTRIES)
+
+
+def test_each_preset_says_how_close_it_is_to_its_paper() -> None:
+    """Unverified constants are arguments of the preset, as far as they are names."""
+    assert set(FIDELITY) == {entry.name for entry in ENTRIES}
+    numbers = [found.number for found in FIDELITY.values() if found.number]
+    assert len(set(numbers)) == len(numbers)
+    for name, found in FIDELITY.items():
+        assert found.group in GROUPS
+        arguments = inspect.signature(getattr(presets, name)).parameters
+        for constant in found.unverified.replace(";", ",").split(", "):
+            assert " " in constant or not constant or constant in arguments, (name, constant)
 
 
 # Papers whose router, balance, capacity or layer is a preset.
@@ -81,12 +96,13 @@ PAPERS = """
     2101.03961 2202.09368 2401.06066 2408.15664 2501.11873 2103.16716 2403.07652 2406.13233 2408.10681 2204.09179
     2310.10837 2409.12136 2406.06563 2401.13920 2110.07431 2407.09816 2311.10768 2110.04260 2406.12375 2207.09094
     2406.19905 2503.07639 2501.13074 2310.14188 2502.03608 1312.4314 2410.16077 2411.16205 2305.02176 2412.04139
+    2412.14711 2404.02258 2410.07348
     2410.01930 2208.02813 2306.04073 2205.12701 2402.01739 2503.05066 2310.09832 2402.05526 2410.22884
 """
 
 
 def test_each_paper_has_a_preset() -> None:
-    assert set(PAPERS.split()) <= {entry.arxiv for entry in ENTRIES}
+    assert {f"arXiv:{number}" for number in PAPERS.split()} <= {entry.source for entry in ENTRIES}
 
 
 @each

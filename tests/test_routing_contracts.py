@@ -309,7 +309,7 @@ def test_sequences_by_ids_of_any_value_are_those_by_length() -> None:
         ("top_k", partial(Router, 16, E)),
         ("top_k", partial(Router, 16, E, 2, select=TopK(2))),
         ("normalize", partial(Router, 16, E, normalize=True, select=TopK(2))),
-        ("jitter", partial(Router, 16, E, 2, jitter=0.1, score=routing.Linear)),
+        ("float32", partial(Router, 16, E, 2, float32=True, score=routing.Linear)),
         ("isolation", partial(Router, 16, E, 2, isolation="token")),
     ],
 )

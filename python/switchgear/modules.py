@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from switchgear.functional import Routing
-from switchgear.layers.common import WithLosses, experts_class
+from switchgear.layers.common import WithLosses, experts_class, scaled_input
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import GatedSharedExperts, SharedExperts
 from switchgear.layers.virtual import VirtualExperts
@@ -44,6 +44,10 @@ class MoE(WithLosses):
             integer (HMoE, arXiv:2408.10681). Not with bias, which every slice of an expert would add.
         null_experts, copy_experts, constant_experts: numbers of additional experts, which need no matrix products. They
             add nothing, x, or a learned vector; see VirtualExperts.
+        renormalize, mix_constants: options of VirtualExperts. With null experts, renormalize divides the weights of the
+            other experts by their sum (AdaMoE); False keeps the router's weights (MoE++).
+        scale_input: multiply the input of the experts by the weights, instead of their output (Llama 4).
+        initialize: a function of the layer, called last, that gives its parameters other initial values.
         return_routing: forward returns (y, Routing), for losses such as load_balancing_loss(routing.router_logits,
             routing.topk_ids).
         parallel: distribute the experts over these ranks (switchgear.parallel.ExpertParallel). All other parameters are
@@ -79,6 +83,10 @@ class MoE(WithLosses):
         null_experts: int = 0,
         copy_experts: int = 0,
         constant_experts: int = 0,
+        renormalize: bool = True,
+        mix_constants: bool = False,
+        scale_input: bool = False,
+        initialize: Callable[[MoE], object] | None = None,
         return_routing: bool = False,
         parallel: ExpertParallel | None = None,
         device: torch.device | str | None = None,
@@ -86,10 +94,17 @@ class MoE(WithLosses):
         **router_options: Unpack[RouterOptions],
     ) -> None:
         super().__init__()
+        if "layer" in router_options:
+            raise TypeError(
+                "layer: expected options of one MoE, got those of a preset that composes several layers; call "
+                "switchgear.presets.build(hidden_size, intermediate_size, num_experts, **options)"
+            )
         if unknown := sorted(set(router_options) - set(RouterOptions.__annotations__)):
             raise TypeError(f"{unknown[0]}: expected an option of MoE, or of its Router, got one of neither")
-        self.return_routing = return_routing
-        virtual: dict[str, Any] = {"null": null_experts, "copy": copy_experts, "constant": constant_experts}
+        self.return_routing, self.scale_input = return_routing, scale_input
+        virtual: dict[str, int] = {"null": null_experts, "copy": copy_experts, "constant": constant_experts}
+        if mix_constants and not constant_experts:
+            raise ValueError("mix_constants: expected constant_experts with it, got none")
         self.gate = Router(
             hidden_size,
             num_experts + sum(virtual.values()),
@@ -117,7 +132,9 @@ class MoE(WithLosses):
             experts = HeterogeneousExperts(hidden_size, sizes, parallel=parallel, **layout, **options)
         if hasattr(self.gate.score, "bind"):  # a score of the experts' own weights
             self.gate.score.bind(experts)
-        self.experts = VirtualExperts(experts, **virtual) if any(virtual.values()) else experts
+        self.experts: nn.Module = experts
+        if any(virtual.values()):
+            self.experts = VirtualExperts(experts, **virtual, renormalize=renormalize, mix_constants=mix_constants)
         if shared_intermediate_size and num_shared_experts:
             raise ValueError(
                 f"num_shared_experts: expected 0 beside shared_intermediate_size, got {num_shared_experts}"
@@ -127,6 +144,8 @@ class MoE(WithLosses):
             raise ValueError("shared_gate: expected shared experts with it, got none")
         shared = GatedSharedExperts if shared_gate else SharedExperts
         self.shared_experts = shared(hidden_size, width, bias=bias, **options) if width else None
+        if initialize is not None:
+            initialize(self)
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor | tuple[Tensor, Routing]:
         """hidden_states [..., H] -> y [..., H], or (y, Routing) with return_routing.
@@ -140,7 +159,11 @@ class MoE(WithLosses):
         if routing.losses or self.losses:
             self.losses = routing.losses
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        y = self.experts(rows, routing.topk_ids, routing.topk_weights).reshape(hidden_states.shape)
+        if self.scale_input:
+            y = scaled_input(self.experts, rows, routing.topk_ids, routing.topk_weights)
+        else:
+            y = self.experts(rows, routing.topk_ids, routing.topk_weights)
+        y = y.reshape(hidden_states.shape)
         if self.shared_experts is not None:
             y = y + self.shared_experts(hidden_states)
         return (y, routing) if self.return_routing else y

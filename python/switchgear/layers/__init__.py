@@ -4,6 +4,7 @@
 from switchgear.layers.autonomous import AutonomousMoE
 from switchgear.layers.cartesian import CartesianMoE
 from switchgear.layers.heterogeneous import HeterogeneousExperts
+from switchgear.layers.initial import sigma_moe_values
 from switchgear.layers.merged import MergedExperts
 from switchgear.layers.monet import Monet, MonetExperts, MonetRouter, MonetRouting
 from switchgear.layers.multi_head import MultiHeadMoE
@@ -28,5 +29,6 @@ __all__ = [
     "StratifiedMoE",
     "VirtualExperts",
     "per_conv_tokens",
+    "sigma_moe_values",
     "with_virtual",
 ]

@@ -61,6 +61,14 @@ def first_choice(topk_ids: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add_(0, first, torch.ones_like(first))[1:]
 
 
+def scaled_input(experts: nn.Module, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """Σ_k expert_k(w_k · x) [T,H], for x [T,H]: the weights scale the input of the experts, not their output."""
+    top_k = topk_ids.shape[1]
+    rows = (x[:, None] * topk_weights[..., None].to(x.dtype)).flatten(0, 1)
+    y: Tensor = experts(rows, topk_ids.reshape(-1, 1), torch.ones_like(topk_weights).reshape(-1, 1))
+    return y.view(len(x), top_k, -1).sum(1) if top_k > 1 else y
+
+
 def experts_class(parallel: ExpertParallel | None) -> Callable[..., Experts]:
     """Experts, or ParallelExperts if `parallel` distributes them over ranks."""
     if parallel is None:

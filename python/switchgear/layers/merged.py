@@ -8,36 +8,67 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.experts import Experts
-from switchgear.functional import moe
-from switchgear.reference import weight_dtype
+from switchgear.functional import Routing, combine, glu, grouped_gemm, moe, plan
+from switchgear.layers.common import WithLosses
+from switchgear.reference import check_choice, weight_dtype
 
 
-class MergedExperts(nn.Module):
+class MergedExperts(WithLosses):
     """y = act(x · (Σ_k g_k W_k)ᵀ + Σ_k g_k b_k) …, with one set of experts and weights g per sequence (MEO,
     arXiv:2310.09832).
 
-        layer = MergedExperts(switchgear.Router(256, 16, top_k=4), switchgear.Experts(256, 128, 16))
+        layer = MergedExperts(switchgear.Router(256, 16, top_k=4, normalize=True), switchgear.Experts(256, 128, 16))
         y = layer(x)                                    # x [B,L,H]: each row is a sequence
 
+    The paper's g is a softmax over the chosen logits, which is what normalize=True gives. Weights that sum to s < 1
+    scale both projections, so a gated expert shrinks by up to s³.
+
     The router sees one vector per sequence: the mean of its tokens, or with pooling "attention" their average under a
-    learned softmax (a token-level attention; its form is unverified). Each sequence costs one expert, and K experts'
-    weights to read. A token's output depends on the tokens of its own sequence only.
+    learned softmax (a choice of ours for the paper's token-level attention). Each sequence costs one expert, and K
+    experts' weights to read. A token's output depends on the tokens of its own sequence only.
 
-    Args: router: a module [B,H] -> Routing of B sequences. experts: Experts. pooling: "mean" or "attention".
+    Args: router: a module [B,H] -> Routing of B sequences. experts: Experts. down_router: a router [B,I] of its own for
+    down_proj, which sees the pooled input of that projection; if None, both projections use the same weights. pooling:
+    "mean" or "attention". bottleneck: width of a bottleneck added to the input, x + relu(x · A) · B; 0 for none. Only
+    that the authors' code gates each linear separately and has such a bottleneck at token level is known; what the
+    second router sees and where the bottleneck acts are choices of ours.
 
-    Parameters: attention.weight [1,H] with "attention", and those of router and experts.
+    Parameters: attention.weight [1,H] with "attention"; bottleneck_in.weight [width,H] and bottleneck_out.weight
+    [H,width], initially zero; those of router, down_router and experts.
     """
 
-    def __init__(self, router: nn.Module, experts: Experts, *, pooling: str = "mean") -> None:
+    def __init__(
+        self,
+        router: nn.Module,
+        experts: Experts,
+        *,
+        down_router: nn.Module | None = None,
+        pooling: str = "mean",
+        bottleneck: int = 0,
+    ) -> None:
         super().__init__()
-        if pooling not in ("mean", "attention"):
-            raise ValueError(f"pooling: expected 'mean' or 'attention', got {pooling!r}")
-        self.router, self.experts, self.pooling = router, experts, pooling
-        self.attention = None
-        if pooling == "attention":
-            like = experts.down_proj
-            self.attention = nn.Linear(experts.hidden_size, 1, bias=False, device=like.device, dtype=like.dtype)
-            nn.init.zeros_(self.attention.weight)  # starts as the mean
+        check_choice("pooling", pooling, ("mean", "attention"))
+        if bottleneck < 0:
+            raise ValueError(f"bottleneck: expected at least 0, got {bottleneck}")
+        for name, module, width in (
+            ("router", router, experts.hidden_size),
+            ("down_router", down_router, experts.intermediate_size),
+        ):
+            seen = getattr(module, "hidden_size", width)
+            if seen != width:
+                raise ValueError(f"{name}: expected a router of {width} features, got {seen}")
+        self.router, self.experts, self.down_router, self.pooling = router, experts, down_router, pooling
+        like = experts.down_proj
+
+        def linear(size_in: int, size_out: int) -> nn.Linear:
+            return nn.Linear(size_in, size_out, bias=False, device=like.device, dtype=like.dtype)
+
+        self.attention = linear(experts.hidden_size, 1) if pooling == "attention" else None
+        self.bottleneck_in = linear(experts.hidden_size, bottleneck) if bottleneck else None
+        self.bottleneck_out = linear(bottleneck, experts.hidden_size) if bottleneck else None
+        for added in (self.attention, self.bottleneck_out):
+            if added is not None:
+                nn.init.zeros_(added.weight)  # starts as the mean, and as x
 
     def merge(self, parameter: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Σ_k topk_weights[b,k] · parameter[topk_ids[b,k]], [B, …]."""
@@ -60,34 +91,57 @@ class MergedExperts(nn.Module):
             sequence_ids = torch.arange(num_sequences, device=rows.device).repeat_interleave(length)
         else:
             sequence_ids = sequence_ids.reshape(-1)
-        routing = self.router(self.pool(rows, sequence_ids.long(), num_sequences))
-        ids, weights = routing.topk_ids, routing.topk_weights
-
-        def merged(name: str) -> Tensor | None:
-            parameter: Tensor | None = getattr(experts, name)
-            return None if parameter is None else self.merge(parameter, ids, weights)
-
-        gate_up, down = merged(experts._first), merged("down_proj")
-        assert gate_up is not None
-        assert down is not None
-        y = moe(
-            rows,
-            gate_up.mT if experts.transposed else gate_up,
-            down.mT if experts.transposed else down,
-            sequence_ids.int()[:, None],
-            rows.new_ones(len(rows), 1, dtype=torch.float32),
-            activation=experts.activation,
+        ids = sequence_ids.long()
+        if self.bottleneck_in is not None and self.bottleneck_out is not None:
+            rows = rows + self.bottleneck_out(self.bottleneck_in(rows).relu())
+        share = self.shares(rows, ids, num_sequences)
+        first = self.router(pooled(rows, share, ids, num_sequences))
+        gate_up, gate_up_bias = self._merged(experts._first, first)
+        if self.down_router is None:
+            down, down_bias = self._merged("down_proj", first)
+            self.losses = first.losses
+            y = moe(
+                rows,
+                gate_up,
+                down,
+                sequence_ids.int()[:, None],
+                rows.new_ones(len(rows), 1, dtype=torch.float32),
+                activation=experts.activation,
+                gated=experts.gated,
+                interleaved=experts.interleaved,
+                gate_up_bias=gate_up_bias,
+                down_bias=down_bias,
+                alpha=experts.alpha,
+                limit=experts.limit,
+            )
+            return y.view(hidden_states.shape)
+        layout = plan(sequence_ids.int()[:, None], num_sequences)  # the second router needs the hidden activations
+        h = grouped_gemm(rows, gate_up, layout.expert_offsets, bias=gate_up_bias, token_indices=layout.token_indices)
+        a = glu(
+            h,
+            experts.activation,
             gated=experts.gated,
             interleaved=experts.interleaved,
-            gate_up_bias=merged(f"{experts._first}_bias"),
-            down_bias=merged("down_proj_bias"),
             alpha=experts.alpha,
             limit=experts.limit,
         )
+        at = layout.token_indices.long()
+        second = self.down_router(pooled(a, share[at], ids[at], num_sequences))
+        down, down_bias = self._merged("down_proj", second)
+        self.losses = {**first.losses, **{f"down_{name}": loss for name, loss in second.losses.items()}}
+        y = combine(grouped_gemm(a, down, layout.expert_offsets, bias=down_bias), layout)
         return y.view(hidden_states.shape)
 
-    def pool(self, rows: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-        """[B,H], one vector per sequence; zeros for sequences without tokens."""
+    def _merged(self, name: str, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """The merged weights [B,out,in] and bias [B,out] of a projection."""
+        ids, weights = routing.topk_ids, routing.topk_weights
+        bias = getattr(self.experts, f"{name}_bias")
+        merged = self.merge(getattr(self.experts, name), ids, weights)
+        merged = merged.mT if self.experts.transposed else merged
+        return merged, None if bias is None else self.merge(bias, ids, weights)
+
+    def shares(self, rows: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+        """[T,1]: the share of each token in the average of its sequence."""
         weight = torch.ones_like(rows[:, :1])
         if self.attention is not None:
             score = self.attention(rows)
@@ -96,5 +150,9 @@ class MergedExperts(nn.Module):
             highest = highest.scatter_reduce(0, sequence_ids[:, None], score.detach(), "amax")
             weight = (score - highest[sequence_ids]).exp().to(rows.dtype)
         total = weight.new_zeros(num_sequences, 1).index_add(0, sequence_ids, weight)
-        pooled = rows.new_zeros(num_sequences, rows.shape[1]).index_add(0, sequence_ids, weight * rows)
-        return pooled / torch.where(total == 0, torch.ones_like(total), total)
+        return weight / total[sequence_ids]
+
+
+def pooled(rows: Tensor, share: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+    """[B,…]: Σ share · rows over the tokens of each sequence; zeros for sequences without tokens."""
+    return rows.new_zeros(num_sequences, rows.shape[1]).index_add(0, sequence_ids, share * rows)

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class VirtualExperts(nn.Module):
     """E real experts, then `null` that add nothing, `copy` that return x, and `constant` that return a learned vector.
 
     The ids of a router over E + null + copy + constant experts are in this order. Null experts: AdaMoE,
-    arXiv:2406.13233; zero, copy and constant experts: MoE++, arXiv:2410.07348 (whose constant experts also mix in x;
-    here a copy expert does that).
+    arXiv:2406.13233; zero, copy and constant experts: MoE++, arXiv:2410.07348.
 
         experts = VirtualExperts(switchgear.Experts(256, 128, 16), null=16)
         router = switchgear.Router(256, experts.num_experts, top_k=4)
@@ -21,12 +23,21 @@ class VirtualExperts(nn.Module):
         experts: a module with the interface of Experts: hidden_size, num_experts, forward(x, topk_ids, topk_weights).
         renormalize: divide the weights by the sum over experts that are not null (AdaMoE). A token with only null
             choices gets exact zeros.
+        mix_constants: constant expert c returns α_1 x + α_2 v_c with (α_1, α_2) = softmax(W_c x), as in MoE++.
 
-    Parameters: constants [constant,H], initially zero, and those of experts. Virtual experts take no slots in the plan.
+    Parameters: constants [constant,H], initially zero; mixing [constant,2,H], initially zero, with mix_constants; and
+    those of experts. Virtual experts take no slots in the plan.
     """
 
     def __init__(
-        self, experts: nn.Module, *, null: int = 0, copy: int = 0, constant: int = 0, renormalize: bool = True
+        self,
+        experts: nn.Module,
+        *,
+        null: int = 0,
+        copy: int = 0,
+        constant: int = 0,
+        renormalize: bool = True,
+        mix_constants: bool = False,
     ) -> None:
         super().__init__()
         if min(null, copy, constant) < 0:
@@ -38,6 +49,8 @@ class VirtualExperts(nn.Module):
         like = next(experts.parameters())
         vectors = torch.zeros(constant, self.hidden_size, dtype=like.dtype, device=like.device)
         self.constants = nn.Parameter(vectors) if constant else None
+        mixing = vectors.new_zeros(constant, 2, self.hidden_size)
+        self.mixing = nn.Parameter(mixing) if constant and mix_constants else None
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden_states [..., H], topk_ids and topk_weights [..., K] -> [..., H]."""
@@ -57,6 +70,12 @@ class VirtualExperts(nn.Module):
             which = (topk_ids - first_constant).clamp(min=-1).long() + 1
             weight = topk_weights.new_zeros(*topk_ids.shape[:-1], self.constant + 1)
             weight = weight.scatter_add(-1, which, topk_weights)[..., 1:]
+            if self.mixing is not None:
+                logits = F.linear(hidden_states, self.mixing.flatten(0, 1))
+                logits = logits.to(weight.dtype).view(*weight.shape, 2)
+                of_x, of_v = logits.softmax(-1).unbind(-1)
+                y = y + hidden_states * (weight * of_x).sum(-1, keepdim=True).to(y.dtype)
+                weight = weight * of_v
             y = y + weight.to(y.dtype) @ self.constants.to(y.dtype)
         return y
 
@@ -64,8 +83,6 @@ class VirtualExperts(nn.Module):
         return f"null={self.null}, copy={self.copy}, constant={self.constant}, num_experts={self.num_experts}"
 
 
-def with_virtual(
-    experts: nn.Module, *, null: int = 0, copy: int = 0, constant: int = 0, renormalize: bool = True
-) -> VirtualExperts:
+def with_virtual(experts: nn.Module, **options: Any) -> VirtualExperts:
     """VirtualExperts: the experts, followed by virtual ones."""
-    return VirtualExperts(experts, null=null, copy=copy, constant=constant, renormalize=renormalize)
+    return VirtualExperts(experts, **options)

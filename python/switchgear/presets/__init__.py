@@ -41,6 +41,7 @@ from switchgear.presets.compositions import (
 )
 from switchgear.presets.experts import adamoe, hmoe, moe_x, word_experts
 from switchgear.presets.models import deepseek_v3, gpt_oss, mixtral, phimoe, qwen3
+from switchgear.presets.newer import llama4, mixture_of_depths, moe_plus_plus, remoe
 from switchgear.presets.scores import bounded_gate, locmoe, sigma_moe, task_level, xmoe
 from switchgear.presets.selections import (
     base_layer,
@@ -85,11 +86,14 @@ __all__ = [
     "gw_moe",
     "hmoe",
     "isolated_expert_choice",
+    "llama4",
     "locmoe",
     "loss_free",
     "maskmoe",
     "merged",
     "mixtral",
+    "mixture_of_depths",
+    "moe_plus_plus",
     "moe_x",
     "moec",
     "monet",
@@ -98,6 +102,7 @@ __all__ = [
     "phimoe",
     "pmoe",
     "qwen3",
+    "remoe",
     "sam",
     "sigma_moe",
     "skywork",

@@ -129,17 +129,26 @@ def gradient_conflict(*, top_k: int = 2, balance: float = 1e-2) -> dict[str, Any
     return {"select": TopK(top_k), "balance": [partial(SwitchLoss, balance)], "return_routing": True}
 
 
-def openmoe(*, top_k: int = 2, capacity_factor: float = 1.25, balance: float = 1e-2, z: float = 1e-3) -> dict[str, Any]:
+def openmoe(
+    *,
+    top_k: int = 2,
+    capacity_factor: float = 1.25,
+    evaluation_factor: float = 2.0,
+    min_capacity: int = 4,
+    balance: float = 1e-2,
+    z: float = 1e-4,
+) -> dict[str, Any]:
     """Two experts per token, a capacity filled in token order, and losses that balance the load and keep logits small.
 
     Paper: OpenMoE: An Early Effort on Open Mixture-of-Experts Language Models, arXiv:2402.01739
     Example: MoE(64, 32, 32, **presets.openmoe(), num_shared_experts=1)(x)
 
     The paper uses 32 experts plus a dense path. It finds that later tokens of a sequence are dropped more often than
-    earlier ones. The capacity factor and z (1e-4 to 1e-3) are unverified.
+    earlier ones. z, evaluation_factor and min_capacity are those of training code consistent with the paper; the
+    training factor and the coefficient are unverified.
     """
     return {
         "select": TopK(top_k),
-        "capacity": Capacity(capacity_factor),
+        "capacity": Capacity(capacity_factor, evaluation_factor=evaluation_factor, minimum=min_capacity),
         "balance": [partial(SwitchLoss, balance), ZLoss(z)],
     }

@@ -22,7 +22,7 @@ from switchgear.layers import (
     StratifiedMoE,
 )
 from switchgear.modules import MoE
-from switchgear.routing import Dense, Router, RunningCap, SwitchLoss, TopK
+from switchgear.routing import Dense, ImportanceLoad, Linear, Router, RunningCap, SwitchLoss, TopK
 
 Options = dict[str, Any]
 
@@ -182,19 +182,54 @@ def soft_moe(*, slots: int = 1, normalize: bool = True) -> Options:
 
 
 def merged_experts(
-    hidden_size: int, intermediate_size: int, num_experts: int, *, top_k: int, pooling: str, **options: Any
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    *,
+    top_k: int,
+    pooling: str,
+    per_linear: bool = False,
+    bottleneck: int = 0,
+    noise: bool = False,
+    balance: Sequence[Any] = (),
+    **options: Any,
 ) -> MergedExperts:
-    """MergedExperts of a Router and Experts."""
-    router = Router(hidden_size, num_experts, top_k, **_device(options))
-    return MergedExperts(router, Experts(hidden_size, intermediate_size, num_experts, **options), pooling=pooling)
+    """MergedExperts of Experts and a Router, or one for each projection."""
+    score: Any = partial(Linear, noise=True) if noise else None
+
+    def router(width: int) -> Router:
+        more = _device(options)
+        return Router(width, num_experts, top_k, normalize=True, score=score, balance=balance, **more)
+
+    experts = Experts(hidden_size, intermediate_size, num_experts, **options)
+    down_router = router(intermediate_size) if per_linear else None
+    return MergedExperts(router(hidden_size), experts, down_router=down_router, pooling=pooling, bottleneck=bottleneck)
 
 
-def merged(*, top_k: int = 2, pooling: str = "mean") -> Options:
+def merged(
+    *,
+    top_k: int = 2,
+    pooling: str = "mean",
+    per_linear: bool = False,
+    bottleneck: int = 0,
+    noise: bool = False,
+    importance: float = 0.0,
+) -> Options:
     """Averages the weights of a sequence's experts once, and runs one expert.
 
     Paper: Merging Experts into One: Improving Computational Efficiency of Mixture of Experts, arXiv:2310.09832
     Example: presets.build(64, 32, 8, **presets.merged())(x)
 
-    pooling = "attention" is the paper's token-level variant (form unverified).
+    The weights are a softmax over the chosen logits. Options of the authors' code: per_linear, a router for each
+    projection; noise, learned, of the logits; importance, the coefficient of a CV² loss of the experts' weights. At
+    token level: pooling = "attention" and bottleneck, the width of one added to x. The forms of these options are
+    choices of ours.
     """
-    return {"layer": merged_experts, "top_k": top_k, "pooling": pooling}
+    losses = [ImportanceLoad(importance, 0.0)] if importance else []
+    options = {"per_linear": per_linear, "bottleneck": bottleneck, "noise": noise, "balance": losses}
+    return {
+        "layer": merged_experts,
+        "top_k": top_k,
+        "pooling": pooling,
+        **{name: value for name, value in options.items() if value},
+    }

@@ -6,7 +6,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from switchgear.routing import Linear, LossFreeBias, SparseMixer, SwitchLoss
+from switchgear.routing import LossFreeBias, SparseMixer, SwitchLoss
 
 
 def mixtral(*, top_k: int = 2) -> dict[str, Any]:
@@ -83,4 +83,4 @@ def phimoe(*, jitter: float = 0.01, input_jitter: float = 0.01) -> dict[str, Any
     Paper: Phi-3 Technical Report: A Highly Capable Language Model Locally on Your Phone, arXiv:2404.14219
     Example: MoE(64, 32, 16, **presets.phimoe())(x)
     """
-    return {"score": partial(Linear, jitter=input_jitter), "select": SparseMixer(2, jitter)}
+    return {"jitter": input_jitter, "select": SparseMixer(2, jitter)}

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from switchgear import presets
+from switchgear.presets.fidelity import FIDELITY, GROUPS
 
-_PAPER = re.compile(r"^Paper: (?P<title>.+), arXiv:(?P<arxiv>\d{4}\.\d{4,5})$", re.MULTILINE)
+_PAPER = re.compile(r"^Paper: (?P<title>.+), (?P<source>arXiv:\d{4}\.\d{4,5}|https://\S+)$", re.MULTILINE)
 _EXAMPLE = re.compile(r"^Example: (?P<example>.+)$", re.MULTILINE)
 
 HEADER = """# Presets
@@ -30,21 +31,37 @@ layers.
 In the examples, x is [2,12,64], `token_ids` [2,12] are vocabulary ids and `task` [2,24] has one embedding per sequence.
 The trainer adds the losses of `balance`: `loss + switchgear.balance_loss(model)`. Presets with a controller or an
 interval need `switchgear.after_step(model)` after each optimizer step. [routing.md](routing.md) describes the parts and
-how to write your own. The docstrings say more and name the unverified constants: these could not be confirmed in the
-paper and are arguments.
+how to write your own.
+
+The column *fidelity* says what the formula rests on: the paper's text, its authors' or a widely used code, or a choice
+of ours. Unverified are constants that could not be confirmed in the paper. *No.* is the number that tests carry in
+their names (`test_row49_…`). `python tests/papers_table.py` prints how far each preset is from a plain float64 loop.
 
 This page is generated: `python -m switchgear.presets > docs/presets.md`.
-
-| preset | paper | sets | example |
-|---|---|---|---|
 """
+
+TABLE = """
+## {title}
+
+| preset | no. | paper | sets | fidelity | example |
+|---|---|---|---|---|---|
+"""
+
+TITLES = {
+    "score": "Scores",
+    "selection": "Selections",
+    "capacity": "Capacity",
+    "balance": "Balance",
+    "structure": "Structure",
+    "model": "Models",
+}
 
 
 class Entry(NamedTuple):
     name: str
     summary: str
     title: str
-    arxiv: str
+    source: str  # "arXiv:…" or an address
     example: str
 
 
@@ -59,7 +76,7 @@ def entries() -> list[Entry]:
         if paper is None or example is None:
             raise ValueError(f"{name}: expected lines 'Paper: …, arXiv:…' and 'Example: …' in its docstring")
         summary = " ".join(text.split("\n\n")[0].split())
-        found.append(Entry(name, summary, paper["title"], paper["arxiv"], example["example"]))
+        found.append(Entry(name, summary, paper["title"], paper["source"], example["example"]))
     return found
 
 
@@ -105,9 +122,20 @@ def _name(function: Callable[..., Any]) -> str:
 
 def page() -> str:
     """The Markdown of docs/presets.md."""
-    rows = []
-    for entry in entries():
-        paper = f"[{entry.title}](https://arxiv.org/abs/{entry.arxiv})"
-        cells = (f"`{entry.name}`", f"{entry.summary} {paper}", f"`{written(options_of(entry))}`", f"`{entry.example}`")
-        rows.append(f"| {' | '.join(cells)} |\n")
-    return HEADER + "".join(rows)
+    parts = [HEADER]
+    for group in GROUPS:
+        parts.append(TABLE.format(title=TITLES[group]))
+        parts.extend(_row(entry) for entry in entries() if FIDELITY[entry.name].group == group)
+    return "".join(parts)
+
+
+def _row(entry: Entry) -> str:
+    address = entry.source.replace("arXiv:", "https://arxiv.org/abs/")
+    paper = f"[{entry.title}]({address})" + f", {entry.source[6:]}" * entry.source.startswith("arXiv:")
+    found = FIDELITY[entry.name]
+    fidelity = found.formula + (f"; unverified: {found.unverified}" if found.unverified else "")
+    cells = (
+        f"`{entry.name}`", str(found.number or ""), f"{entry.summary} {paper}", f"`{written(options_of(entry))}`",
+        fidelity, f"`{entry.example}`",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |\n"

@@ -6,6 +6,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from switchgear.layers import sigma_moe_values
 from switchgear.routing import (
     BatchEntropy,
     Cosine,
@@ -17,38 +18,51 @@ from switchgear.routing import (
     LocalityLoss,
     Masked,
     SwitchLoss,
+    Temperature,
     TopK,
 )
 
 
-def xmoe(*, top_k: int = 1, dim: int | None = None, tau: float = 0.07, balance: float = 1e-2) -> dict[str, Any]:
+def xmoe(
+    *,
+    top_k: int = 1,
+    dim: int | None = None,
+    tau: float = 0.07,
+    balance: float = 1e-2,
+    balance_tau: float | None = None,
+) -> dict[str, Any]:
     """Cosine similarity with expert embeddings in a low-dimensional space, divided by a learned temperature.
 
     Paper: On the Representation Collapse of Sparse Mixture of Experts, arXiv:2204.09179
     Example: MoE(64, 32, 8, **presets.xmoe())(x)
 
-    dim is E/2 if None. The initial tau and the coefficient are unverified.
+    dim is E/2 if None. The initial tau and the coefficient are unverified. balance_tau: a fixed temperature for the
+    probabilities of the balance loss; the code in torchscale has 0.07. The learned one if None.
     """
-    return {
-        "score": partial(Cosine, dim=dim, tau=tau),
-        "select": TopK(top_k),
-        "balance": [partial(SwitchLoss, balance)],
-    }
+    score, select = partial(Cosine, dim=dim, tau=tau), TopK(top_k)
+    losses: list[Any] = [partial(SwitchLoss, balance)]
+    if balance_tau is None:
+        return {"score": score, "select": select, "balance": losses}
+    cosines = partial(Cosine, dim=dim, tau=1.0, learn_tau=False)  # the selection divides by the temperature
+    return {"score": cosines, "select": partial(Temperature, select, tau, fixed=balance_tau), "balance": losses}
 
 
 def sigma_moe(*, top_k: int = 4, expert_dropout: float = 0.05, entropy: float = 1e-3) -> dict[str, Any]:
-    """Sigmoid scores, which do not compete; random experts are hidden from tokens in training; an entropy loss spreads
-    the batch over the experts.
+    """Narrow ReLU experts without a gate; sigmoid scores, which do not compete; random experts are hidden from tokens
+    in training; an entropy loss spreads the batch over the experts.
 
     Paper: Approximating Two-Layer Feedforward Networks for Efficient Transformers, arXiv:2310.10837
-    Example: MoE(64, 32, 8, **presets.sigma_moe(), activation="relu", gated=False)(x)
+    Example: MoE(64, 32, 8, **presets.sigma_moe())(x)
 
-    The paper's experts are narrow ReLU networks without a gate.
+    Initial values are those of the paper. The paper's experts are 128 wide.
     """
     return {
         "score": partial(Linear, equal_rows=True),
         "select": partial(Masked, TopK(top_k, "sigmoid"), ExpertDropout(expert_dropout)),
         "balance": [BatchEntropy(entropy)],
+        "activation": "relu",
+        "gated": False,
+        "initialize": sigma_moe_values,
     }
 
 
@@ -61,7 +75,9 @@ def locmoe(
     Example: MoE(64, 32, 8, **presets.locmoe())(x)
 
     num_nodes: each has equally many consecutive experts; node: this process's node. locality is the paper's μ; it and
-    top_k are unverified. routing.min_capacity is the paper's bound.
+    top_k are unverified. The loss is KL(D_local || D_c): the paper prints the reverse, which is infinite as soon as one
+    token leaves. The paper's lower bound of a capacity is an option: capacity=Capacity(factor, minimum=math.ceil(
+    routing.min_capacity(delta, H, E))); its unit is unverified.
     """
     return {
         "score": GroupedAvgPool,

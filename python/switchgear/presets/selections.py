@@ -48,7 +48,8 @@ def switch(
     evaluation_factor and jitter are unverified.
     """  # noqa: E501
     return {
-        "score": partial(Linear, float32=True, jitter=jitter),
+        "score": partial(Linear, float32=True),
+        "jitter": jitter,
         "select": TopK(1),
         "capacity": Capacity(capacity_factor, evaluation_factor=evaluation_factor),
         "balance": [partial(SwitchLoss, balance)],
@@ -229,20 +230,30 @@ def pmoe(*, patches: int = 4) -> dict[str, Any]:
 
 
 def capacity_aware(
-    *, top_k: int = 2, gamma: float = 1.5, drop: str = "score", overflow: str = "reroute", expand: float | None = None
+    *,
+    top_k: int = 2,
+    gamma: float = 1.5,
+    drop: str = "score",
+    overflow: str = "reroute",
+    expand: float | None = None,
+    normalize: bool = False,
 ) -> dict[str, Any]:
     """In evaluation only, an expert accepts at most gamma · K·T/E tokens, those of largest weight; the others go to
-    experts with free capacity.
+    experts with free capacity. Decoding steps have no limit.
 
     Paper: Capacity-Aware Inference: Mitigating the Straggler Effect in Mixture of Experts, arXiv:2503.05066
     Example: MoE(64, 32, 8, **presets.capacity_aware())(x)
 
-    gamma is 1 to 2 in the paper. overflow = "drop" is its token drop. expand: ⌈K · expand⌉ candidates per token, all
-    experts if None.
+    gamma is 1 to 2 in the paper. overflow = "drop" is its token drop, "overselect" the rule of its code: each token
+    first chooses ⌈K · expand⌉ experts, and then tokens are dropped. expand: ⌈K · expand⌉ candidates per token, all
+    experts if None. normalize: for models that normalise the weights of a token, which are normalised again after a
+    drop.
     """
     return {
-        "select": TopK(top_k),
-        "capacity": Capacity(math.inf, drop, overflow, expand=expand, evaluation_factor=gamma),
+        "select": TopK(top_k, normalize=normalize),
+        "capacity": Capacity(
+            math.inf, drop, overflow, expand=expand, evaluation_factor=gamma, renormalize=normalize, prefill_only=True
+        ),
     }
 
 

@@ -2,15 +2,15 @@
 """Routing policies. A router combines a score, a selection, a capacity limit and balance terms; context.py defines
 their signatures, and docs/routing.md lists all of them.
 
-Scores:      Linear, Cosine, GroupedAvgPool, SwitchMixture, Uniform, Sum; per expert ActivationNorm, SparsityAware,
-             Gaussian, Domain, PosthocGate; per task or sequence FromEmbedding, PerSequence, ClusterPrior
-Selections:  TopK, TopP, Threshold, Grouped, RankK, Dense, SkipBelow, Broadcast; ExpertChoice, BalancedAssignment;
-             SampledTopK, NoisyTopK, SparseMixer, GumbelSoftmax, Random; Lookup; RunningCap;
-             Masked with TokenIdMask, ExpertDropout or ClusterDropout
+Scores:      Linear, Cosine, GroupedAvgPool, SwitchMixture, GatingResidual, Uniform, Sum; per expert ActivationNorm,
+             SparsityAware, Gaussian, Domain, PosthocGate; per task or sequence FromEmbedding, PerSequence, ClusterPrior
+Selections:  TopK, TopP, Threshold, Grouped, RankK, Dense, Positive, SkipBelow, Broadcast; ExpertChoice, DepthChoice,
+             BalancedAssignment; SampledTopK, NoisyTopK, SparseMixer, GumbelSoftmax, Random; Lookup; RunningCap;
+             Masked with TokenIdMask, ExpertDropout or ClusterDropout; Temperature
 Capacity:    Dropless, Capacity
 Losses:      SwitchLoss, NullAwareSwitchLoss, ZLoss, ImportanceLoad, EntropyLoss, BatchEntropy, ParamPenalty,
-             DeviceBalance, LocalityLoss, ClusterVariance, LocalizedBalance
-Controllers: LossFreeBias, AdaptiveCoefficient
+             DeviceBalance, LocalityLoss, ClusterVariance, LocalizedBalance, ChoiceLoss
+Controllers: LossFreeBias, AdaptiveCoefficient, AdaptiveSparsity
 Temporary:   override(model, …), Router.intervene
 For a trainer: GradientConflict, consistency_loss, load_balancing_loss, z_loss, max_violation
 """
@@ -20,11 +20,12 @@ from switchgear.routing.auxiliary import GradientConflict, consistency_loss
 from switchgear.routing.balance import load_balancing_loss, max_violation, z_loss
 from switchgear.routing.capacity import Capacity, Dropless, min_capacity
 from switchgear.routing.context import Balance, Context, Limit, Score, Select
-from switchgear.routing.controllers import AdaptiveCoefficient, LossFreeBias, RunningCap
-from switchgear.routing.expert_choice import ExpertChoice
+from switchgear.routing.controllers import AdaptiveCoefficient, AdaptiveSparsity, LossFreeBias, RunningCap
+from switchgear.routing.expert_choice import DepthChoice, ExpertChoice
 from switchgear.routing.interventions import override
 from switchgear.routing.losses import (
     BatchEntropy,
+    ChoiceLoss,
     ClusterVariance,
     DeviceBalance,
     EntropyLoss,
@@ -36,29 +37,32 @@ from switchgear.routing.losses import (
     SwitchLoss,
     ZLoss,
 )
-from switchgear.routing.masks import ClusterDropout, ExpertDropout, Lookup, Masked, TokenIdMask
+from switchgear.routing.masks import ClusterDropout, ExpertDropout, Lookup, Masked, Temperature, TokenIdMask
 from switchgear.routing.pairs import from_pairs
 from switchgear.routing.router import Router
-from switchgear.routing.scores import Cosine, GroupedAvgPool, Linear, Sum, SwitchMixture, Uniform
+from switchgear.routing.scores import Cosine, GatingResidual, GroupedAvgPool, Linear, Sum, SwitchMixture, Uniform
 from switchgear.routing.scores_of_context import ClusterPrior, FromEmbedding, PerSequence
 from switchgear.routing.scores_of_experts import ActivationNorm, Domain, Gaussian, PosthocGate, SparsityAware
-from switchgear.routing.selection import Broadcast, Dense, Grouped, RankK, SkipBelow, Threshold, TopK, TopP
+from switchgear.routing.selection import Broadcast, Dense, Grouped, Positive, RankK, SkipBelow, Threshold, TopK, TopP
 from switchgear.routing.stochastic import GumbelSoftmax, NoisyTopK, Random, SampledTopK, SparseMixer
 
 __all__ = [
     "ActivationNorm",
     "AdaptiveCoefficient",
+    "AdaptiveSparsity",
     "Balance",
     "BalancedAssignment",
     "BatchEntropy",
     "Broadcast",
     "Capacity",
+    "ChoiceLoss",
     "ClusterDropout",
     "ClusterPrior",
     "ClusterVariance",
     "Context",
     "Cosine",
     "Dense",
+    "DepthChoice",
     "DeviceBalance",
     "Domain",
     "Dropless",
@@ -66,6 +70,7 @@ __all__ = [
     "ExpertChoice",
     "ExpertDropout",
     "FromEmbedding",
+    "GatingResidual",
     "Gaussian",
     "GradientConflict",
     "Grouped",
@@ -83,6 +88,7 @@ __all__ = [
     "NullAwareSwitchLoss",
     "ParamPenalty",
     "PerSequence",
+    "Positive",
     "PosthocGate",
     "Random",
     "RankK",
@@ -97,6 +103,7 @@ __all__ = [
     "Sum",
     "SwitchLoss",
     "SwitchMixture",
+    "Temperature",
     "Threshold",
     "TokenIdMask",
     "TopK",

@@ -202,19 +202,23 @@ def locality_loss(probabilities: Tensor, is_local: Tensor) -> Tensor:
     return -share.clamp(min=_TINY).log() * float(len(probabilities) > 0)
 
 
-def cluster_variance_loss(probabilities: Tensor, groups: Tensor) -> Tensor:
+def cluster_variance_loss(probabilities: Tensor, groups: Tensor, is_open: Tensor | None = None) -> Tensor:
     """The fraction of the variance of a token's probabilities within clusters of experts, averaged over tokens.
 
     0 if the experts of each cluster are equally likely and clusters differ; 1 if only the experts within clusters
-    differ (MoEC, arXiv:2207.09094; the paper compares the two variances, this quotient is unverified).
-    probabilities [T,E], groups [E]: the cluster of each expert.
+    differ (MoEC, arXiv:2207.09094; the paper compares the two variances, this quotient is a choice of ours).
+    probabilities [T,E], groups [E]: the cluster of each expert. is_open, broadcastable to [T,E]: means and variances
+    are those of these experts; all if None.
     """
     groups = groups.long()
-    size = torch.zeros_like(probabilities[:1]).index_add(1, groups, torch.ones_like(probabilities[:1]))
-    center = torch.zeros_like(probabilities).index_add(1, groups, probabilities) / size.clamp(min=1)
-    center = center.index_select(1, groups)
-    within = (probabilities - center).square().sum(-1)
-    between = (center - probabilities.mean(-1, keepdim=True)).square().sum(-1)
+    counted = probabilities.new_ones(1, 1) if is_open is None else is_open.to(probabilities.dtype)
+    counted = counted.expand_as(probabilities)
+    probabilities = probabilities * counted
+    size = torch.zeros_like(counted).index_add(1, groups, counted).clamp(min=1)
+    center = (torch.zeros_like(probabilities).index_add(1, groups, probabilities) / size).index_select(1, groups)
+    mean = probabilities.sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp(min=1)
+    within = ((probabilities - center).square() * counted).sum(-1)
+    between = ((center - mean).square() * counted).sum(-1)
     return (within / (within + between).clamp(min=_TINY)).sum() / max(len(probabilities), 1)
 
 

@@ -13,10 +13,10 @@ from switchgear import ops, reference
 from switchgear.functional import Routing
 from switchgear.reference import check_choice
 from switchgear.routing.context import Context, check_scope, is_per_sequence, sequences
-from switchgear.routing.ranking import scores_of, uniform
+from switchgear.routing.ranking import choose, scores_of, uniform
 
 DROPS = ("order", "choice", "score", "reverse", "random")
-OVERFLOWS = ("drop", "reroute")
+OVERFLOWS = ("drop", "reroute", "overselect")
 
 
 def min_capacity(delta: float, hidden_size: int, num_experts: int) -> float:
@@ -41,7 +41,8 @@ class Dropless:
 
 @dataclass(frozen=True)
 class Capacity:
-    """An expert accepts at most C = ⌈factor · K · T / E⌉ tokens (arXiv:2101.03961; arXiv:2503.05066 for inference).
+    """An expert accepts at most C = max(minimum, ⌈factor · K · T / E⌉) tokens (arXiv:2101.03961; arXiv:2503.05066 for
+    inference).
 
     Args:
         factor: in training, and in evaluation unless evaluation_factor is given. Infinity: no limit.
@@ -51,10 +52,17 @@ class Capacity:
             those of the largest weight. "random".
         overflow: "drop": the token gets nothing for this choice; or "reroute": the choice goes to the token's next best
             expert with free capacity, in the same order of precedence. Its weight is scaled by the ratio of the scores.
-        expand: number of candidates per token, ⌈K · expand⌉; all experts if None. A choice is dropped only if each
-            candidate is full or already has the token.
+            "overselect": each token first chooses all of its candidates, and then the others are dropped; so a token
+            may have more than K experts (that all survivors stay is a choice of ours).
+        expand: number of candidates per token, ⌈K · expand⌉; all experts if None. With "reroute" a choice is dropped
+            only if each candidate is full or already has the token.
         scope: "batch", or "sequence": T is the length of a sequence and only its own tokens compete, so other sequences
             have no effect.
+        minimum: the smallest capacity.
+        renormalize: scale the weights that a token keeps to the sum that they had before, for routers that normalise
+            the weights of their choices (norm_topk_prob; arXiv:2503.05066). A token without experts stays without.
+        prefill_only: in evaluation, no limit for sequences of one token, a decoding step (arXiv:2503.05066). Known from
+            x [B,1,H] or Context.sequence_length.
 
     Empty choices use no capacity and do not count as dropped.
     """
@@ -65,8 +73,11 @@ class Capacity:
     scope: str = "batch"
     expand: float | None = None
     evaluation_factor: float | None = None
+    minimum: int = 0
+    renormalize: bool = False
+    prefill_only: bool = False
 
-    needs_scores = property(lambda self: self.overflow == "reroute")
+    needs_scores = property(lambda self: self.overflow != "drop")
 
     def __post_init__(self) -> None:
         check_choice("drop", self.drop, DROPS)
@@ -78,6 +89,8 @@ class Capacity:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if self.expand is not None and not self.expand >= 1:
             raise ValueError(f"expand: expected a number of at least 1, got {self.expand}")
+        if self.minimum < 0:
+            raise ValueError(f"minimum: expected at least 0, got {self.minimum}")
 
     def __call__(self, routing: Routing, context: Context) -> Routing:
         ids = routing.topk_ids
@@ -87,15 +100,20 @@ class Capacity:
             factor = self.evaluation_factor
         before = routing.num_dropped
         dropped = torch.zeros((), dtype=torch.int64, device=ids.device) if before is None else before
-        if math.isinf(factor) or num_tokens == 0:
+        decodes = self.prefill_only and not context.training and 1 in (num_tokens, context.sequence_length)
+        if math.isinf(factor) or num_tokens == 0 or decodes:
             return routing._replace(num_dropped=dropped)
         limits, sequence = self._limits(factor, ids, routing.num_experts, context)
         scores, candidates = None, 0
-        if self.overflow == "reroute":
+        wanted = routing
+        if self.overflow != "drop":
             scores = routing.scores if routing.scores is not None else scores_of(routing.router_logits, "softmax")
             candidates = routing.num_experts
             if self.expand is not None:
                 candidates = min(math.ceil(top_k * self.expand), candidates)
+            if self.overflow == "overselect":
+                routing = _overselected(routing, scores, candidates)
+                ids, scores, candidates = routing.topk_ids, None, 0
         kept_ids = ops.fit_capacity(
             ids, self._priorities(routing, context), None if scores is None else scores.detach().float(), sequence,
             limits, routing.num_experts, self.drop if self.drop in reference.DROPS else "priority", candidates,
@@ -103,22 +121,26 @@ class Capacity:
         weights = routing.topk_weights.masked_fill(kept_ids < 0, 0)
         if scores is not None:
             moved = (kept_ids != ids) & (kept_ids >= 0)
-            new, old = (scores.gather(1, choice.clamp(min=0).long()) for choice in (kept_ids, ids))
-            tiny = torch.finfo(scores.dtype).tiny
-            weights = torch.where(moved, weights * (new / old.clamp(min=tiny)), weights)
-        lost = (ids >= 0) & (kept_ids < 0)
-        return routing._replace(topk_ids=kept_ids, topk_weights=weights, num_dropped=dropped + lost.sum())
+            weights = torch.where(moved, weights * _ratio(scores, kept_ids, ids), weights)
+        if self.renormalize:
+            total = weights.sum(1, keepdim=True)
+            whole = wanted.topk_weights.sum(1, keepdim=True)
+            weights = weights * (whole / torch.where(total == 0, torch.ones_like(total), total))
+        lost = (wanted.topk_ids >= 0).sum(1) - (kept_ids >= 0).sum(1)
+        return routing._replace(topk_ids=kept_ids, topk_weights=weights, num_dropped=dropped + lost.clamp(min=0).sum())
 
     def _limits(self, factor: float, ids: Tensor, num_experts: int, context: Context) -> tuple[Tensor, Tensor | None]:
         """C of each sequence [B] int32, and the sequence of each token [T] int32, None if all tokens compete."""
         num_tokens, top_k = ids.shape
         if not is_per_sequence(self.scope, context):
-            limit = min(math.ceil(factor * top_k * num_tokens / num_experts), num_tokens * top_k)
+            limit = max(math.ceil(factor * top_k * num_tokens / num_experts), self.minimum)
+            limit = min(limit, num_tokens * top_k)
             return torch.full((1,), limit, dtype=torch.int32, device=ids.device), None
         sequence, count = sequences(context, num_tokens, ids.device)
         sizes = torch.zeros(count, dtype=torch.int64, device=ids.device)
         sizes = sizes.scatter_add(0, sequence, torch.ones_like(sequence))
-        limits = (sizes.double() * (factor * top_k) / num_experts).ceil().clamp(max=num_tokens * top_k)
+        limits = (sizes.double() * (factor * top_k) / num_experts).ceil()
+        limits = limits.clamp(min=self.minimum).clamp(max=num_tokens * top_k)
         return limits.to(torch.int32), sequence.to(torch.int32)
 
     def _priorities(self, routing: Routing, context: Context) -> Tensor | None:
@@ -127,3 +149,30 @@ class Capacity:
         if self.drop == "random":
             return uniform(tuple(routing.topk_ids.shape), context, routing.topk_ids.device)
         return None
+
+
+def _ratio(scores: Tensor, new_ids: Tensor, old_ids: Tensor) -> Tensor:
+    """scores[t, new] / scores[t, old], [T,K]; scores [T,E]."""
+    new, old = (scores.gather(1, ids.clamp(min=0).long()) for ids in (new_ids, old_ids))
+    return new / old.clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def _overselected(routing: Routing, scores: Tensor, candidates: int) -> Routing:
+    """The routing with each token's next best experts behind its choices, up to `candidates` in all. Their weights are
+    the token's first one, scaled by the ratio of the scores."""
+    ids, weights = routing.topk_ids, routing.topk_weights
+    more = candidates - ids.shape[1]
+    if more <= 0:
+        return routing
+    had = (
+        torch.zeros_like(scores[:, :1])
+        .expand_as(scores)
+        .scatter_add(1, ids.clamp(min=0).long(), (ids >= 0).to(scores.dtype))
+    )
+    others = choose(scores.detach().masked_fill(had > 0, -math.inf), more)
+    has_any = ids[:, :1] >= 0
+    extra = weights[:, :1] * _ratio(scores, others, ids[:, :1])
+    return routing._replace(
+        topk_ids=torch.cat((ids, others.masked_fill(~has_any, -1)), 1),
+        topk_weights=torch.cat((weights, extra.masked_fill(~has_any, 0)), 1),
+    )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,6 +36,7 @@ class Context:
         importance: [T], of tokens to be protected (SkipBelow).
         generator: for all random numbers; torch's default generator if None.
         group: a torch.distributed process group over which counts are summed.
+        fields: by name, whatever a policy of your own needs: moe(x, fields={"previous_logits": z}).
         isolated: tokens compete only with tokens of their own sequence, whatever the scope of the policy.
         training: set by the router.
     """
@@ -48,12 +49,13 @@ class Context:
     importance: Tensor | None = None
     generator: torch.Generator | None = None
     group: Any = None
+    fields: Mapping[str, Any] | None = None
     isolated: bool = False
     training: bool = False
 
     def require(self, name: str, user: str) -> Any:
-        """The attribute `name`. Raises ValueError, naming it and its user, if it is None."""
-        value = getattr(self, name)
+        """The attribute or field `name`. Raises ValueError, naming it and its user, if it is None."""
+        value = (self.fields or {}).get(name, getattr(self, name, None))
         if value is None:
             raise ValueError(f"{name}: {user} needs it, got None; pass it to the layer's forward")
         return value
@@ -70,6 +72,8 @@ def context_of(**values: Any) -> Context:
     embedding = values.get("embedding")
     if isinstance(embedding, Tensor) and embedding.dim() > 2:
         values["embedding"] = embedding.reshape(-1, embedding.shape[-1])
+    if not isinstance(values.get("fields") or {}, Mapping):
+        raise TypeError(f"fields: expected a mapping from names, got {type(values['fields']).__name__}")
     return Context(**values)
 
 

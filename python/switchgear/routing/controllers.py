@@ -12,7 +12,9 @@ from torch import distributed as dist
 
 from switchgear.functional import Routing
 from switchgear.reference import check_choice
+from switchgear.routing.balance import count_tokens
 from switchgear.routing.context import Context, made
+from switchgear.routing.ranking import finite
 
 RULES = ("sign", "proportional")
 
@@ -98,6 +100,67 @@ class AdaptiveCoefficient(nn.Module):
 
     def extra_repr(self) -> str:
         return f"xi={self.xi}, alpha_max={self.alpha_max}, beta={self.beta}"
+
+
+class AdaptiveSparsity(nn.Module):
+    """λ · mean_t Σ_e f_e · relu(z_te), with λ that follows the sparsity of the choice (ReMoE, arXiv:2412.14711).
+
+    f_e = E / (K·T) · tokens_per_expert[e]; it balances the load, and is 1 with balance=False. Per step, with the
+    fraction S of pairs (token, expert) that were not chosen, λ ← λ · rate^sign((1 - K/E) - S). The paper shares one λ
+    among all layers and divides by their number; here each layer has its own.
+
+    Args: top_k: K, the wanted average number of experts per token. initial, rate: of λ. balance. num_experts: E; the
+    router passes it.
+    Buffers: value [] float32, λ, in the state dict.
+    """
+
+    name = "sparsity"
+    value: Tensor
+
+    def __init__(
+        self, top_k: float, num_experts: int, *, initial: float = 1e-8, rate: float = 1.2, balance: bool = True
+    ) -> None:
+        super().__init__()
+        if not 0 < top_k <= num_experts:
+            raise ValueError(f"top_k: expected a number in (0, {num_experts}] (num_experts), got {top_k}")
+        if not rate > 1:
+            raise ValueError(f"rate: expected a number above 1, got {rate}")
+        self.top_k, self.num_experts = top_k, num_experts
+        self.initial, self.rate, self.balance = initial, rate, balance
+        self.register_buffer("value", torch.tensor(initial, dtype=torch.float32))
+        self._seen: Tensor | None = None  # [2]: chosen pairs and tokens in this step
+
+    def reset_parameters(self) -> None:
+        """Resets λ."""
+        nn.init.constant_(self.value, self.initial)
+
+    def forward(self, routing: Routing, context: Context) -> Tensor:
+        """The loss; also counts what was chosen."""
+        positive = finite(routing.router_logits).relu()
+        num_tokens = positive.shape[0]
+        counts = count_tokens(routing.topk_ids, self.num_experts)
+        seen = torch.stack((counts.sum(), counts.new_full((), num_tokens)))
+        self._seen = seen if self._seen is None else self._seen + seen
+        total = positive.sum(0) / max(num_tokens, 1)
+        if self.balance:
+            total = total * counts.to(total.dtype) * (self.num_experts / (self.top_k * max(num_tokens, 1)))
+        return self.value * total.sum()
+
+    @torch.no_grad()
+    def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
+        """One step of the rule, over all processes in the group of the router's last Context."""
+        seen, group = self._seen, getattr(router, "_group", None)
+        if group is not None:
+            seen = torch.zeros(2, dtype=torch.int64, device=self.value.device) if seen is None else seen
+            dist.all_reduce(seen, group=group)
+        if seen is not None:
+            pairs = seen[1].clamp(min=1) * self.num_experts
+            too_dense = seen[0] / pairs - self.top_k / self.num_experts  # (1 - K/E) - S
+            self.value.mul_(self.rate ** too_dense.sign())
+        self._seen = None
+
+    def extra_repr(self) -> str:
+        return f"top_k={self.top_k}, rate={self.rate}"
 
 
 class RunningCap(nn.Module):

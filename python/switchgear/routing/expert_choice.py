@@ -14,6 +14,7 @@ from switchgear.functional import Routing, route
 from switchgear.reference import check_choice
 from switchgear.routing.context import NOTHING_KNOWN, Context, check_scope, is_per_sequence, sequences
 from switchgear.routing.ranking import choose, finite, scores_of, uniform
+from switchgear.routing.selection import Positive
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class ExpertChoice:
         scope: "batch", or "sequence": only tokens of one sequence compete, and T is its length. Only then is a token
             independent of other sequences (arXiv:2410.22884 steals prompts otherwise).
         weights: "score", the softmax over the experts, or "softmax_over_tokens": over the logits of the tokens that an
-            expert took; the expert then also chooses by logits (pMoE).
+            expert took; the expert then also chooses by logits (pMoE). "logit": the logits themselves, which may be
+            negative (Mixture-of-Depths, arXiv:2404.02258).
         max_experts_per_token: a cap b. Scores are first replaced by the solution A of max ⟨S, A⟩ + λ·H(A) with
             Σ_t A = k, Σ_e A <= b, 0 <= A <= 1, by cap_iterations rounds (λ = cap_lambda = 0.001 is unverified);
             choices that still exceed the cap are removed. With cap_iterations = 0 there is only the cut: a token keeps
@@ -51,7 +53,7 @@ class ExpertChoice:
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
-        check_choice("weights", self.weights, ("score", "softmax_over_tokens"))
+        check_choice("weights", self.weights, ("score", "softmax_over_tokens", "logit"))
         check_choice("ties", self.ties, ("index", "random"))
         if not self.capacity_factor > 0:
             raise ValueError(f"capacity_factor: expected a positive number, got {self.capacity_factor}")
@@ -81,7 +83,7 @@ class ExpertChoice:
         ids = taken if self.max_experts_per_token is None else self._cap(taken, values)
         if self.max_experts_per_token is None and not _must_not_read(ids):
             ids = ids[:, : max(int((ids >= 0).sum(1).max()), 1)].contiguous()
-        if not by_score:
+        if self.weights == "softmax_over_tokens":
             scores = _softmax_over_tokens(scores, taken, sequence, limits.shape[0])
         weights = scores.gather(1, ids.clamp(min=0).long()).masked_fill(ids < 0, 0) * self.scale
         return Routing(ids, weights, router_logits, num_experts, scores if by_score else None)
@@ -131,6 +133,30 @@ class ExpertChoice:
             values, sequence, limits, self.max_experts_per_token, self.cap_lambda, self.cap_iterations, longest,
             min(largest, longest),
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DepthChoice:
+    """Which tokens a block processes at all: in each sequence the `fraction` with the largest logits, weighted by their
+    logits (Mixture-of-Depths, arXiv:2404.02258). With E experts each takes fraction / E of the tokens.
+
+    causal: in evaluation, the tokens with a positive logit instead, which does not depend on later tokens; ChoiceLoss
+    trains the logits for that.
+    """
+
+    fraction: float = 0.125
+    causal: bool = True
+    scope: str = "sequence"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction: expected a number in (0, 1], got {self.fraction}")
+        check_scope(self.scope)
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        if self.causal and not context.training:
+            return Positive()(router_logits, context, bias)
+        return ExpertChoice(self.fraction, scope=self.scope, weights="logit")(router_logits, context, bias)
 
 
 def _must_not_read(tensor: Tensor) -> bool:

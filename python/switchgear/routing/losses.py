@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn import functional as F
 
 from switchgear.functional import Routing
 from switchgear.reference import check_choice
 from switchgear.routing import balance
 from switchgear.routing.balance import count_tokens, router_probabilities
 from switchgear.routing.context import Context, groups_of, made, sequences
+from switchgear.routing.ranking import wide
 
 if TYPE_CHECKING:
     from switchgear.routing.controllers import AdaptiveCoefficient
@@ -176,6 +178,21 @@ class BatchEntropy:
         return self.coefficient * balance.batch_entropy_loss(router_probabilities(routing, self.score_function))
 
 
+@dataclass(frozen=True)
+class ChoiceLoss:
+    """coefficient · mean binary cross-entropy between the sigmoid of a logit and whether it was chosen: chosen tokens
+    then have positive logits, the others negative ones (the auxiliary loss of Mixture-of-Depths, arXiv:2404.02258)."""
+
+    coefficient: float = 1e-2
+    name: ClassVar[str] = "choice"
+
+    def __call__(self, routing: Routing, context: Context) -> Tensor:
+        logits, ids = wide(routing.router_logits), routing.topk_ids
+        chosen = torch.zeros_like(logits).scatter_add(1, ids.clamp(min=0).long(), (ids >= 0).to(logits.dtype))
+        loss = F.binary_cross_entropy_with_logits(logits, chosen, reduction="sum")
+        return self.coefficient * loss / max(logits.numel(), 1)
+
+
 class _PerExpert(nn.Module):
     """A loss with a fixed vector over the experts, which follows the router to its device."""
 
@@ -265,7 +282,8 @@ class ClusterVariance(_PerExpert):
     cluster_variance_loss).
 
     groups: the cluster of each expert [E], from 0; or the number of equal clusters of consecutive experts.
-    coefficient unverified. num_experts: E, if groups is a number.
+    coefficient: a choice of ours. num_experts: E, if groups is a number. Experts that a mask closes for a token
+    (ClusterDropout) do not count for it.
     """
 
     name = "clusters"
@@ -280,7 +298,8 @@ class ClusterVariance(_PerExpert):
         super().__init__(groups_of(groups, num_experts), coefficient, score_function)
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
-        return self.coefficient * balance.cluster_variance_loss(self._probabilities(routing), self.vector)
+        is_open = routing.router_logits > torch.finfo(routing.router_logits.dtype).min  # Masked closes with the lowest
+        return self.coefficient * balance.cluster_variance_loss(self._probabilities(routing), self.vector, is_open)
 
 
 class LocalizedBalance(_PerExpert):

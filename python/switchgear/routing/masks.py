@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which experts a token may use: masked selections, and lookup tables."""
+"""Wrappers of selections: masks of the experts that a token may use, and temperatures; and lookup tables."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from switchgear.functional import Routing
 from switchgear.reference import check_choice
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, groups_of, made
-from switchgear.routing.ranking import keep_choices, uniform
+from switchgear.routing.ranking import keep_choices, scores_of, uniform, wide
 
 Mask = Callable[[Tensor, Context], Tensor | None]
 """(router_logits [T,E], context) -> bool, broadcastable to [T,E], true for allowed experts; None allows all."""
@@ -53,6 +54,45 @@ class Masked(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(repr(part) for part in (self.select, self.mask) if not isinstance(part, nn.Module))
+
+
+class Temperature(nn.Module):
+    """Another selection of router_logits / tau, with a learned tau. Losses see probabilities of the fixed temperature
+    `fixed` (X-MoE as in torchscale, arXiv:2204.09179: 0.07).
+
+    Args: select: an object, class or partial. tau: the initial temperature, at least min_tau. fixed: of Routing.scores;
+    if None, they are those of the selection. num_experts: E; the router passes it.
+    Parameters: log_tau scalar.
+    """
+
+    def __init__(
+        self,
+        select: Select | Callable[..., Any],
+        tau: float = 1.0,
+        *,
+        fixed: float | None = None,
+        min_tau: float = 0.01,
+        num_experts: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("tau", tau), ("fixed", fixed), ("min_tau", min_tau)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        self.select, self.tau, self.fixed, self.min_tau = made(select, num_experts=num_experts), tau, fixed, min_tau
+        self.log_tau = nn.Parameter(torch.empty((), dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.log_tau, math.log(self.tau))
+
+    def forward(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        logits = wide(router_logits)
+        tau = self.log_tau.exp().clamp(min=self.min_tau).to(logits.dtype)
+        routing: Routing = self.select(logits / tau, context, bias)
+        return routing if self.fixed is None else routing._replace(scores=scores_of(logits / self.fixed, "softmax"))
+
+    def extra_repr(self) -> str:
+        return f"fixed={self.fixed}"
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Router(nn.Module):
             Transformer, arXiv:2101.03961).
         float32: compute the logits in float32, whatever the dtype of the model and autocast.
         bias: a learned bias [E] of the logits (gpt-oss).
-        score: computes the logits instead of the linear layer (see `Score`); excludes jitter, float32 and bias.
+        score: computes the logits instead of the linear layer (see `Score`); excludes float32 and bias.
         select: makes the choice instead of `route` (see `Select`); excludes the options score_function to group_score,
             except selection_bias.
         capacity: limits the tokens of an expert (see `Limit`); nothing is dropped if None.
@@ -114,7 +114,7 @@ class Router(nn.Module):
         elif top_k is None or not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
         if score is not None:
-            _exclude("score", jitter=jitter != 0, float32=float32, bias=bias)
+            _exclude("score", float32=float32, bias=bias)
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter: expected a number in [0, 1), got {jitter}")
         check_choice("isolation", isolation, SCOPES)
@@ -158,15 +158,15 @@ class Router(nn.Module):
 
     def logits(self, hidden_states: Tensor, context: Context = NOTHING_KNOWN) -> Tensor:
         """router_logits [T,E] of hidden_states [T,H]."""
-        if self.score is not None:
-            logits: Tensor = self.score(hidden_states, context)
-            return logits
-        assert self.weight is not None
         if self.jitter and self.training:
             noise = torch.empty_like(hidden_states)
             hidden_states = hidden_states * noise.uniform_(
                 1 - self.jitter, 1 + self.jitter, generator=context.generator
             )
+        if self.score is not None:
+            logits: Tensor = self.score(hidden_states, context)
+            return logits
+        assert self.weight is not None
         if not self.float32:
             return F.linear(hidden_states, self.weight, self.bias)
         bias = None if self.bias is None else wide(self.bias)

@@ -250,6 +250,48 @@ class SwitchMixture(nn.Module):
         return logits
 
 
+class GatingResidual(nn.Module):
+    """router_logits = W x + R z, with the logits z of the layer before: a pathway-aware router (MoE++,
+    arXiv:2410.07348). z is the field "previous_logits" [T,E] of the context; without it, as in the first layer, the
+    score is linear.
+
+        logits = None
+        for moe in layers:                              # each with return_routing=True
+            y, routing = moe(x, fields={"previous_logits": logits})
+            logits = routing.router_logits
+
+    Parameters: weight [E,H]; residual [E,E], initially zero (a choice of ours).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_size, self.num_experts = hidden_size, num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.residual = nn.Parameter(torch.empty(num_experts, num_experts, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init_uniform(self.weight, self.hidden_size)
+        nn.init.zeros_(self.residual)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T,H] -> router_logits [T,E]."""
+        logits = F.linear(x, self.weight)
+        before = (context.fields or {}).get("previous_logits")
+        if before is None:
+            return logits
+        if before.shape != logits.shape:
+            raise ValueError(f"previous_logits: expected shape {list(logits.shape)}, got {list(before.shape)}")
+        return logits + F.linear(before.to(x.dtype), self.residual)
+
+
 class Sum(nn.Module):
     """The sum of several scores."""
 

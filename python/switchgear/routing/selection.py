@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -104,6 +105,23 @@ class Dense:
         num_tokens, num_experts = router_logits.shape
         ids = torch.arange(num_experts, dtype=torch.int32, device=router_logits.device)
         return Routing(ids.expand(num_tokens, -1), weights, router_logits, num_experts, scores)
+
+
+@dataclass(frozen=True)
+class Positive:
+    """The experts with positive logits, in ascending order, weighted by them: a ReLU as the router (ReMoE,
+    arXiv:2412.14711). A token may have none or all. The bias moves the choice only."""
+
+    score_function: ClassVar[str] = "sigmoid"  # a score of each expert alone, for losses and capacities
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        router_logits = _rows(router_logits)
+        logits = finite(router_logits)
+        num_tokens, num_experts = logits.shape
+        keep = (logits if bias is None else logits + finite(bias)) > 0
+        ids = torch.arange(num_experts, dtype=torch.int32, device=logits.device).expand(num_tokens, -1)
+        routing = Routing(ids, logits.relu(), router_logits, num_experts)
+        return trim(left_aligned(keep_choices(routing, keep)))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How close each preset is to its paper: its group on the page, the paper's number in the list that the names of tests
+use (test_row49_…), what the formula rests on, and the constants that could not be confirmed in the paper."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+GROUPS = ("score", "selection", "capacity", "balance", "structure", "model")
+
+PAPER = "formula of the paper"
+CODE = "formula of its code"
+OURS = "a choice of ours"
+
+
+class Fidelity(NamedTuple):
+    group: str
+    number: int | None  # None: not a paper of the list
+    formula: str
+    unverified: str = ""
+
+
+FIDELITY = {
+    "adamoe": Fidelity(
+        "structure", 8, f"{PAPER}; its code averages the null experts' load along another axis", "top_k"
+    ),
+    "autonomy_of_experts": Fidelity("score", 23, PAPER, "balance"),
+    "base_layer": Fidelity("selection", 6, f"{PAPER}; the auction's bids and tolerance: {OURS}"),
+    "batch_independent": Fidelity("capacity", 79, "the paper's defence: no capacity"),
+    "bounded_gate": Fidelity("score", 24, f"{PAPER}; which bounded transform: {OURS}", "transform"),
+    "capacity_aware": Fidelity(
+        "capacity", 36, f"{PAPER}; overselect: {CODE}, but that all survivors stay is {OURS}", "gamma"
+    ),
+    "cartesian": Fidelity("structure", 27, PAPER, "top_k, num_shared_experts, balance"),
+    "cluster_task": Fidelity("selection", 32, PAPER),
+    "deep_mixture": Fidelity("structure", 26, PAPER, "margin"),
+    "deepseek_moe": Fidelity("structure", 3, PAPER, "device_balance"),
+    "deepseek_v3": Fidelity("model", None, f"{PAPER} and of the code in Hugging Face transformers"),
+    "dynamic_top_p": Fidelity("selection", 7, f"{PAPER}; its code leaves out an expert that meets p exactly"),
+    "expert_choice": Fidelity("selection", 2, PAPER, "capacity_factor; λ and the rounds of the cap"),
+    "global_balance": Fidelity("balance", 5, PAPER, "top_k, balance"),
+    "gpt_oss": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
+    "gradient_conflict": Fidelity(
+        "balance", 21, f"test of conflict: {PAPER}; loss: {OURS}", "the tau of GradientConflict, balance"
+    ),
+    "grin": Fidelity("selection", 12, "formula of the code of Phi-3.5-MoE in Hugging Face transformers", "balance"),
+    "gshard": Fidelity(
+        "selection",
+        None,
+        f"{PAPER}, without random second experts; the loss counts both choices: {OURS}",
+        "capacity_factor, balance",
+    ),
+    "gumbel_gate": Fidelity("selection", 25, PAPER, "tau"),
+    "gw_moe": Fidelity("selection", 19, f"{PAPER}; its Switch code multiplies the experts' input instead"),
+    "hmoe": Fidelity("structure", 9, PAPER, "entropy"),
+    "isolated_expert_choice": Fidelity("capacity", 80, "the paper's defence: competition within a sequence"),
+    "llama4": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
+    "locmoe": Fidelity(
+        "score",
+        14,
+        f"score: {PAPER}; the loss is its divergence reversed, as the printed one is infinite: {OURS}",
+        "top_k, locality, the unit of min_capacity",
+    ),
+    "loss_free": Fidelity("balance", 4, PAPER, "sigmoid scores"),
+    "maskmoe": Fidelity("selection", 16, PAPER, "frequent_from, top_k, balance"),
+    "merged": Fidelity("structure", 49, f"{PAPER}; pooling, per_linear, bottleneck: after its code, form {OURS}"),
+    "mixtral": Fidelity("model", None, f"{PAPER} and of the code in Hugging Face transformers"),
+    "mixture_of_depths": Fidelity("structure", None, f"{PAPER}, for a feed-forward block", "balance"),
+    "moe_plus_plus": Fidelity(
+        "structure", None, f"{PAPER}, without capacities per kind of expert; initial values: {OURS}", "tau, balance"
+    ),
+    "moe_x": Fidelity("score", 22, f"{PAPER}; sign and normalisation of the score: {OURS}", "scale, top_k"),
+    "moec": Fidelity(
+        "balance",
+        20,
+        f"variances of open experts: {CODE}; their quotient as the loss: {OURS}",
+        "clusters, dropout, interval",
+    ),
+    "monet": Fidelity("structure", 30, PAPER),
+    "multi_head": Fidelity("structure", 28, PAPER, "heads, top_k, balance"),
+    "openmoe": Fidelity(
+        "balance",
+        35,
+        f"{PAPER}; z, evaluation_factor, min_capacity: of training code consistent with it",
+        "capacity_factor, balance",
+    ),
+    "phimoe": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
+    "pmoe": Fidelity("selection", 33, PAPER),
+    "qwen3": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
+    "remoe": Fidelity("selection", None, f"{PAPER}; a coefficient for each layer instead of one for all: {OURS}"),
+    "sam": Fidelity("selection", 15, f"{PAPER}, without its terms that align the two routers", "balance"),
+    "sigma_moe": Fidelity("score", 11, f"{PAPER}, with its initial values"),
+    "skywork": Fidelity("score", 13, PAPER, "top_k, capacity_factor, initial coefficient"),
+    "soft_moe": Fidelity("structure", 31, PAPER),
+    "stratified": Fidelity("structure", 29, PAPER, "strata"),
+    "switch": Fidelity("selection", 1, PAPER, "evaluation_factor, jitter"),
+    "task_level": Fidelity("score", 34, PAPER, "tau"),
+    "thor": Fidelity("selection", 18, PAPER),
+    "word_experts": Fidelity("structure", 17, f"{PAPER}; the table is random, the paper's follows frequencies"),
+    "xmoe": Fidelity("score", 10, f"{PAPER}; balance_tau: {CODE}", "tau, balance"),
+}

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Newer structures: the router as a ReLU, blocks that skip tokens, experts without matrix products, weights inside."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from switchgear.routing import (
+    AdaptiveSparsity,
+    ChoiceLoss,
+    DepthChoice,
+    GatingResidual,
+    ParamPenalty,
+    Positive,
+    TopK,
+)
+
+
+def remoe(*, top_k: float = 2, initial: float = 1e-8, rate: float = 1.2) -> dict[str, Any]:
+    """The experts with positive logits, weighted by them; the coefficient of an L1 loss follows the sparsity.
+
+    Paper: ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing, arXiv:2412.14711
+    Example: MoE(64, 32, 8, **presets.remoe())(x)
+
+    top_k: the average number of experts per token that the loss aims at. switchgear.after_step(model) updates λ.
+    """
+    return {"select": Positive(), "balance": [partial(AdaptiveSparsity, top_k, initial=initial, rate=rate)]}
+
+
+def mixture_of_depths(*, fraction: float = 0.125, causal: bool = True, balance: float = 1e-2) -> dict[str, Any]:
+    """A block that processes a fraction of the tokens of each sequence, weighted by their logits; the others skip it.
+
+    Paper: Mixture-of-Depths: Dynamically allocating compute in transformer-based language models, arXiv:2404.02258
+    Example: MoE(64, 32, 1, **presets.mixture_of_depths(fraction=0.5))(x)
+
+    fraction: an eighth in the paper. The residual around the layer passes skipped tokens on. With more experts each
+    takes fraction / E of the tokens. causal: in evaluation, the tokens with a positive logit; an auxiliary loss trains
+    the logits for that.
+    """
+    losses = [ChoiceLoss(balance)] if causal else []
+    return {"select": DepthChoice(fraction, causal), "balance": losses}
+
+
+def llama4(*, top_k: int = 1) -> dict[str, Any]:
+    """The best expert of the input multiplied by the sigmoid of its logit, and a shared expert.
+
+    Paper: The Llama 4 herd, https://ai.meta.com/blog/llama-4-multimodal-intelligence
+    Example: MoE(64, 32, 16, **presets.llama4())(x)
+    """
+    return {"select": TopK(top_k, "sigmoid"), "scale_input": True, "num_shared_experts": 1}
+
+
+def _zero_computation_penalty(num_experts: int, tau: float, coefficient: float, free: int) -> ParamPenalty:
+    return ParamPenalty([1.0] * (num_experts - free) + [tau] * free, coefficient)
+
+
+def moe_plus_plus(
+    *, top_k: int = 2, null: int = 1, copy: int = 1, constant: int = 2, tau: float = 0.75, balance: float = 1e-2
+) -> dict[str, Any]:
+    """Experts that return nothing, x, or a mix of x and a learned vector, beside real ones; the logits of the layer
+    before enter the router.
+
+    Paper: MoE++: Accelerating Mixture-of-Experts Methods with Zero-Computation Experts, arXiv:2410.07348
+    Example: MoE(64, 32, 8, **presets.moe_plus_plus())(x)[0]
+
+    The loss weighs these experts by tau. Pass the logits on: y, routing = moe(x, fields={"previous_logits": z}), then
+    z = routing.router_logits for the next layer. W_c and the residual start at zero (a choice of ours).
+    """
+    free = null + copy + constant
+    penalty = partial(_zero_computation_penalty, tau=tau, coefficient=balance, free=free)
+    return {
+        "score": GatingResidual,
+        "select": TopK(top_k),
+        "balance": [penalty],
+        "null_experts": null,
+        "copy_experts": copy,
+        "constant_experts": constant,
+        "renormalize": False,
+        "mix_constants": constant > 0,
+        "return_routing": True,
+    }

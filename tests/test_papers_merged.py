@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""MEO (row 49): experts merged once per sequence, against float64 loops of the paper's formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import switchgear
+from loops import E, H, I, assert_agrees
+from switchgear import presets
+from switchgear.experts import Experts
+from switchgear.layers import MergedExperts
+
+K = 3
+
+
+def layer_of(**options: Any) -> MergedExperts:
+    layer = presets.build(H, I, E, **presets.merged(top_k=K, **options), activation="relu", gated=False, bias=True)
+    for name, parameter in layer.named_parameters():
+        if name.startswith(("attention", "bottleneck")):
+            nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def weight_of(router: Any) -> Tensor:
+    return router.weight if router.score is None else router.score.weight
+
+
+def average(vectors: Tensor, scores: Tensor) -> Tensor:
+    """Σ_t softmax(scores)_t · vectors_t."""
+    return sum(w * v for w, v in zip(scores.flatten().softmax(0), vectors, strict=True))
+
+
+def gates(logits: Tensor) -> list[tuple[int, Tensor]]:
+    """The K largest logits' experts, and the softmax over these logits alone."""
+    ids = sorted(range(E), key=lambda e: -float(logits[e].detach()))[:K]
+    powers = [logits[e].exp() for e in ids]
+    return [(e, p / sum(powers)) for e, p in zip(ids, powers, strict=True)]
+
+
+def meo(layer: MergedExperts, x: Tensor) -> tuple[Tensor, Tensor]:
+    """y [B,L,H], and the total weight of each expert [2,E] at both projections."""
+    experts, outputs, total = layer.experts, [], x.new_zeros(2, E)
+    for tokens in x:
+        if layer.bottleneck_in is not None:
+            inner = (tokens @ layer.bottleneck_in.weight.T).relu()
+            tokens = tokens + inner @ layer.bottleneck_out.weight.T
+        scores = x.new_zeros(len(tokens), 1) if layer.attention is None else tokens @ layer.attention.weight.T
+        chosen = gates(weight_of(layer.router) @ average(tokens, scores))
+        h = sum(g * experts.up_proj[e] for e, g in chosen) @ tokens.T
+        a = (h + sum(g * experts.up_proj_bias[e] for e, g in chosen)[:, None]).relu().T
+        total = total + one_hot(chosen, 0, total)
+        if layer.down_router is not None:
+            chosen = gates(weight_of(layer.down_router) @ average(a, scores))
+            total = total + one_hot(chosen, 1, total)
+        down = sum(g * experts.down_proj[e] for e, g in chosen)
+        outputs.append(a @ down.T + sum(g * experts.down_proj_bias[e] for e, g in chosen))
+    return torch.stack(outputs), total
+
+
+def one_hot(chosen: list[tuple[int, Tensor]], row: int, like: Tensor) -> Tensor:
+    out = torch.zeros_like(like)
+    for e, g in chosen:
+        out = out.index_put((torch.tensor(row), torch.tensor(e)), g)
+    return out
+
+
+@pytest.mark.parametrize("bottleneck", [0, 4])
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+@pytest.mark.parametrize("per_linear", [False, True])
+def test_row49_meo_merges_by_a_softmax_over_the_chosen_logits(
+    backend: str, per_linear: bool, pooling: str, bottleneck: int
+) -> None:
+    layer = layer_of(per_linear=per_linear, pooling=pooling, bottleneck=bottleneck)
+    assert_agrees(layer, lambda layer, x: meo(layer, x)[0], torch.randn(3, 5, H))
+
+
+def test_row49_meo_of_equal_experts_is_one_expert(backend: str) -> None:
+    """Weights sum to 1, so nothing shrinks: with the softmax over all experts, |y| was a few percent of this."""
+    layer = presets.build(H, I, E, **presets.merged(top_k=K))
+    with torch.no_grad():
+        for parameter in layer.experts.parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter))
+    x = torch.randn(2, 5, H)
+    first = torch.zeros(10, 1, dtype=torch.int32)
+    wanted = layer.experts(x.view(-1, H), first, torch.ones(10, 1)).view(x.shape)
+    torch.testing.assert_close(layer(x), wanted)
+
+
+def test_row49_meo_penalises_the_variation_of_weights() -> None:
+    layer = layer_of(per_linear=True, importance=0.1)
+
+    def loop(layer: MergedExperts, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, total = meo(layer, x)
+        return y, 0.1 * sum(((row - row.mean()) ** 2).mean() / row.mean() ** 2 for row in total)
+
+    assert_agrees(layer, loop, torch.randn(4, 5, H))
+    layer(torch.randn(4, 5, H))
+    assert set(layer.losses) == {"importance_load", "down_importance_load"}
+
+
+def test_row49_meo_draws_noise_in_training_alone() -> None:
+    layer, x = layer_of(noise=True), torch.randn(4, 5, H)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    torch.testing.assert_close(layer(x), meo(layer, x)[0])
+
+
+def test_row49_meo_names_a_router_of_the_wrong_width() -> None:
+    experts, router = Experts(H, I, E), switchgear.Router(H, E, 2, normalize=True)
+    for name, wrong in {
+        "router": {"router": switchgear.Router(I, E, 2)},
+        "down_router": {"down_router": router},
+        "pooling": {"pooling": "max"},
+        "bottleneck": {"bottleneck": -1},
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            MergedExperts(**{"router": router, "experts": experts, **wrong})
