@@ -24,7 +24,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts, warn_once
 from switchgear.integrations.gates import gate_of, own_gate
-from switchgear.integrations.swap import is_swapped, swap_forward
+from switchgear.integrations.swap import is_swapped, obstacle, swap_forward
 from switchgear.integrations.undecorated import PATCHES, patch_of
 from switchgear.weights import FINDERS, Layout, stored_of, weights_of
 
@@ -126,19 +126,28 @@ def accelerate(model: nn.Module) -> list[Replacement]:
         ValueError: the model has no experts module that switchgear supports.
     """
     replacements: list[Replacement] = []
+    try:
+        _replace(model, replacements)
+    except BaseException:
+        restore(replacements)
+        raise
+    if not replacements:
+        raise ValueError(_nothing_found(model))
+    return replacements
+
+
+def _replace(model: nn.Module, replacements: list[Replacement]) -> None:
     earlier: dict[int, str | None] = {}  # modules of one model share a config
     module: Any
     for name, module in model.named_modules():
-        if any(name.startswith(f"{outer.name}.") for outer in replacements):
-            continue  # part of a module that was replaced as a whole
+        # Parts of a module that runs as a whole are not run by themselves. If adapters wrap them, they are.
+        if any(name.startswith(f"{o.name}.") and not o.path.startswith("eager") for o in replacements):
+            continue
         if is_decorated(module) and not _is_fp8(module):
             before = earlier.setdefault(id(module.config), module.config._experts_implementation)
             replacements.append(_dispatch(name, module, before))
         elif patch_of(module) is not None and (undo := _swap(module, replacements)) is not None:
             replacements.append(Replacement(name, type(module).__name__, path_of(module), "forward", undo))
-    if not replacements:
-        raise ValueError(_nothing_found(model))
-    return replacements
 
 
 def restore(replacements: Iterable[Replacement]) -> None:
@@ -148,9 +157,13 @@ def restore(replacements: Iterable[Replacement]) -> None:
 
 
 def path_of(module: Any) -> str:
-    """How an experts module runs: "moe" (fused), "grouped_gemm" (around the model's own gate), or why it cannot."""
+    """How an experts module runs now: "moe" (fused), "grouped_gemm" (around the model's own gate), "eager: …" (the
+    model's own code, and why), or why it is not replaced."""
     if (patch := patch_of(module)) is not None:
-        return patch.path(module) if is_swapped(module) else "not replaced: call switchgear.accelerate(model)"
+        if not is_swapped(module):
+            return "not replaced: call switchgear.accelerate(model)"
+        reason = obstacle(module, patch)
+        return patch.path(module) if reason is None else f"eager: {reason}"
     if not is_decorated(module):
         return "not an experts module that switchgear knows"
     if _is_fp8(module):
