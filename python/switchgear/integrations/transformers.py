@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ExpertsInterface
 
+from switchgear.integrations import saving
 from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts, warn_once
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, obstacle, swap_forward
@@ -90,7 +91,9 @@ _FP8_ADVICE = (
 
 
 def register() -> None:
-    """Makes "switchgear" a valid `experts_implementation`. Importing this module calls it."""
+    """Makes "switchgear" a valid `experts_implementation`, and `save_pretrained` save stored experts. Importing this
+    module calls it."""
+    saving.register()
     ExpertsInterface.register(NAME, experts)
     try:
         from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface

@@ -186,6 +186,19 @@ def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) ->
             state_dict[prefix + name] = in_layout(weight.plain(), stored.layout)
 
 
+def plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Replaces the keys of a stored module's form in a state dict by plain weights. Other modules are ignored."""
+    stored = stored_of(module)
+    if stored is None or not stored.form.suffixes:
+        return
+    for name, weight in zip(stored.layout.names, stored.weights(module), strict=True):
+        keys = [f"{prefix}{name}{suffix}" for suffix in stored.form.suffixes]
+        if all(key in state_dict for key in keys):
+            for key in keys:
+                del state_dict[key]
+            state_dict[prefix + name] = in_layout(weight.plain(), stored.layout).contiguous()
+
+
 def _load(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any, strict: bool, missing: list[str], *__: Any
 ) -> None:
