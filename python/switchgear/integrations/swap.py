@@ -52,6 +52,8 @@ def _read(module: nn.Module, patch: Patch) -> tuple[Any, str | None]:
         weights = patch.weights(module)
     except Bypassed as error:
         return None, str(error)
+    except NotImplementedError as error:  # a format of another library, without the views that are needed
+        return None, f"its weights cannot be read ({error})"
     return weights, not_plain(tree_leaves(weights))
 
 

@@ -27,7 +27,7 @@ from switchgear.integrations.experts import ExpertWeights, not_plain, run_expert
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, obstacle, swap_forward
 from switchgear.integrations.undecorated import PATCHES, patch_of
-from switchgear.weights import FINDERS, Layout, stored_of, weights_of
+from switchgear.weights import FINDERS, HINTS, Layout, stored_of, weights_of
 
 NAME = "switchgear"
 MARKS = ("config", "is_transposed", "has_bias", "_apply_gate")  # of use_experts_implementation, since transformers 5.0
@@ -172,7 +172,8 @@ def path_of(module: Any) -> str:
     if _is_fp8(module):
         return f"FP8 experts: {_FP8_ADVICE}"
     if module.config._experts_implementation != NAME:
-        return f"not replaced: experts_implementation is {module.config._experts_implementation!r}"
+        name = module.config._experts_implementation
+        return f"not replaced: experts_implementation is {name!r}, call switchgear.accelerate(model)"
     if stored_of(module) is not None:
         return "moe"
     # FSDP, tensor and expert parallelism hold DTensors between forwards, and plain local tensors during one.
@@ -191,7 +192,18 @@ def _layout_of(module: Any) -> Layout | None:
     return Layout((_first(module), "down_proj"), module.is_transposed, gate.gated and not gate.interleaved)
 
 
+def _hint_of(module: nn.Module) -> str | None:
+    """For `store`: why an experts module has no layout, or None."""
+    if patch_of(module) is None and not is_decorated(module):
+        return None
+    path = path_of(module)
+    if patch_of(module) is not None and is_swapped(module):
+        return f"{type(module).__name__} cannot be stored, it runs as {path}"
+    return f"{type(module).__name__} runs as {path}" if path == "grouped_gemm" else path
+
+
 FINDERS.append(_layout_of)
+HINTS.append(_hint_of)
 
 
 def is_decorated(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from switchgear.weights.change import (
 from switchgear.weights.compact import Compact
 from switchgear.weights.form import Form
 from switchgear.weights.integers import Int4, Int8
-from switchgear.weights.layout import Layout, layout_of
+from switchgear.weights.layout import Layout, hint_for, layout_of
 from switchgear.weights.minifloat import Fp8, Mxfp4
 from switchgear.weights.module import Tie, stored_of, take_back
 from switchgear.weights.pages import use_huge_pages
@@ -165,15 +165,27 @@ def _targets(model: nn.Module, form: Form) -> tuple[list[Target], list[nn.Module
                 raise ValueError(f"{where}: expected plain weights, got {stored.form}; restore(model) first")
             present.append(module)
         elif (layout := layout_of(module)) is not None:
+            if (wrapper := _wrapper_of(model, name)) is not None:
+                raise ValueError(
+                    f"{where}: expected experts without adapters around them, got a {wrapper}; merge and unload the "
+                    "adapters first, model.merge_and_unload()"
+                )
             if (obstacle := _obstacle(module, layout, form)) is not None:
                 raise ValueError(f"{where}: expected experts that can be stored as {form}; {obstacle}")
             targets.append(Target(where, module, layout))
     if not targets and not present:
+        hint = hint_for(model) or "for a Hugging Face model, call switchgear.accelerate(model) first"
         raise ValueError(
             f"model: expected experts that can be stored as {form}; {type(model).__name__} has none that run on the "
-            "fused kernel"
+            f"fused kernel ({hint})"
         )
     return targets, present
+
+
+def _wrapper_of(model: nn.Module, name: str) -> str | None:
+    """The class of an adapter of peft around the module, or None. It reads the parameters at each call."""
+    outer, _, last = name.rpartition(".")
+    return type(model.get_submodule(outer)).__name__ if last == "base_layer" else None
 
 
 def _obstacle(module: nn.Module, layout: Layout, form: Form) -> str | None:
@@ -185,7 +197,9 @@ def _obstacle(module: nn.Module, layout: Layout, form: Form) -> str | None:
         weight = module._parameters.get(name)  # a parametrization replaces the parameter by a computed attribute
         if type(weight) is not nn.Parameter:
             return f"{name} is {'computed' if weight is None else f'a {type(weight).__name__}'}, no plain parameter"
-        if weight.is_meta or (form.devices is not None and weight.device.type not in form.devices):
+        if weight.is_meta:
+            return f"{name} is on meta, without numbers: store a model that is loaded without offloading (device_map)"
+        if form.devices is not None and weight.device.type not in form.devices:
             return f"{name} is on {weight.device}"
         dtypes.append(weight.dtype)
     if form.one_dtype and dtypes[0] is not dtypes[1]:
