@@ -24,7 +24,7 @@ from switchgear.weights.form import Form
 from switchgear.weights.integers import Int4, Int8
 from switchgear.weights.layout import Layout, hint_for, layout_of
 from switchgear.weights.minifloat import Fp8, Mxfp4
-from switchgear.weights.module import Tie, stored_of, take_back
+from switchgear.weights.module import StoredProjections, Tie, stored_of, take_back
 from switchgear.weights.pages import use_huge_pages
 from switchgear.weights.panels import Panels
 from switchgear.weights.plain import Copies, Plain, Relaid
@@ -110,19 +110,30 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
 
 def restore(model: nn.Module) -> int:
     """Undoes `store`: restores the parameters in their original dtype. They have the same bits if the form is lossless,
-    else the decoded values. Returns the number of changed modules."""
-    changed, copies = 0, Copies()
+    else the decoded values. Returns the number of changed modules. All weights are decoded before any module changes,
+    so on failure none does."""
+    copies = Copies()
     parameters: dict[Tie, nn.Parameter] = {}
     plain: dict[tuple[object, ...], Tensor] = {}
+    decoded: list[tuple[nn.Module, StoredProjections, list[nn.Parameter]]] = []
+    relaid: list[tuple[nn.Module, Relaid]] = []
     for module in model.modules():
         if (stored := stored_of(module)) is not None:
-            take_back(module, stored, plain_parameters(module, parameters, plain))
-            changed += 1
-        elif (names := vars(module).pop("_switchgear_packed", None)) is not None:
-            relaid = Relaid(parameters_of(module, names), False, copies)
-            relaid.commit()
-            changed += relaid.changes
-    return changed
+            decoded.append((module, stored, plain_parameters(module, parameters, plain)))
+        elif (names := vars(module).get("_switchgear_packed")) is not None:
+            relaid.append((module, Relaid(parameters_of(module, names), False, copies)))
+    try:
+        for _, change in relaid:
+            change.commit()  # copies gradients, too
+    except BaseException:
+        for _, change in relaid:
+            change.undo()
+        raise
+    for module, _ in relaid:
+        del vars(module)["_switchgear_packed"]
+    for module, stored, found in decoded:
+        take_back(module, stored, found)
+    return len(decoded) + sum(change.changes for _, change in relaid)
 
 
 # ---- one form --------------------------------------------------------------------------------------------------------
