@@ -125,7 +125,7 @@ class _Counts:
 
 def _is_recomputing() -> bool:
     """Whether this call runs inside backward, where checkpointing repeats a forward that was recorded already."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _entropy(router_logits: Tensor) -> Tensor:
