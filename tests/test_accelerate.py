@@ -2,6 +2,7 @@
 """switchgear.accelerate: what it replaces in a Hugging Face model, and what it does not change."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from switchgear.integrations import transformers
+from switchgear.integrations.swap import swap_forward
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, path_of, restore
 from switchgear.integrations.undecorated import patch_of
@@ -114,10 +117,122 @@ def test_adapters_on_single_experts_are_not_bypassed() -> None:
     arguments = patch.sample(module, torch.Generator().manual_seed(0))
     calls = []
     handle = module["expert_0"].wi.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.warns(UserWarning, match="keeps its own implementation: a weight is a Linear"):
+    with pytest.warns(UserWarning, match="keeps its own implementation: wi has hooks"):
         module(*arguments)
     assert calls
     handle.remove()
     calls.clear()
     module(*arguments)
     assert not calls
+
+
+class Doubled(nn.Module):
+    """Stands in for an adapter that wraps a module."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args: Any) -> Any:
+        return 2 * self.base(*args)
+
+
+def wrap(owner: nn.Module, name: str) -> None:
+    setattr(owner, name, Doubled(owner.get_submodule(name)))
+
+
+def hook(owner: nn.Module, name: str) -> None:
+    owner.get_submodule(name).register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def replace_forward(owner: nn.Module, name: str) -> None:
+    part = owner.get_submodule(name)
+    forward = part.forward
+    part.forward = lambda *args: 2 * forward(*args)
+
+
+# The submodules whose parameters a swapped forward reads.
+PARTS = [
+    ("llama4_text", "experts"), ("jetmoe", "input_linear"), ("jetmoe", "output_linear"), ("dbrx", "mlp"),
+    ("switch_transformers", "expert_0"), ("nllb-moe", "expert_1"), ("vitpose_backbone", "1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "change"),
+    [
+        (model_type, name, change)
+        for model_type, name in PARTS
+        for change in (hook, replace_forward, wrap)
+        if (model_type, change) != ("dbrx", wrap)  # the class itself reads weights of its part: it cannot be wrapped
+    ],
+)
+def test_what_wraps_a_part_after_the_swap_is_called(
+    model_type: str, name: str, change: Callable[[nn.Module, str], None]
+) -> None:
+    model = build(model_type)
+    replacement = next(r for r in accelerate(model) if name in dict(model.get_submodule(r.name).named_children()))
+    module: Any = model.get_submodule(replacement.name)
+    patch = patch_of(module)
+    assert patch is not None
+    arguments = patch.sample(module, torch.Generator().manual_seed(0))
+    kind = type(module.get_submodule(name)).__name__
+    before = _tensor(module(*arguments))
+    change(module, name)
+    reasons = {hook: f"{name} has hooks", replace_forward: f"the forward of {name} was replaced"}
+    assert path_of(module) == f"eager: {reasons.get(change, f'{name} is a test_accelerate Doubled, not a {kind}')}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = _tensor(module(*arguments))
+    assert torch.equal(got, _tensor(type(module).forward(module, *arguments)))
+    assert relative(got, before) > 0.01
+
+
+def _tensor(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "jetmoe", "dbrx", "longcat_flash", "step3p7"])
+def test_parametrised_after_the_swap(model_type: str) -> None:
+    model = build(model_type)
+    module: Any = model.get_submodule(accelerate(model)[0].name)
+    path, patch = path_of(module), patch_of(module)
+    assert patch is not None
+    arguments = patch.sample(module, torch.Generator().manual_seed(0))
+    before = _tensor(module(*arguments))
+    for part in list(module.modules()):
+        for name in [n for n, p in part._parameters.items() if p is not None and "router" not in n and p.dim() >= 2]:
+            nn.utils.parametrize.register_parametrization(part, name, Times())
+    assert path_of(module) == path
+    got = _tensor(module(*arguments))
+    assert relative(got, _tensor(type(module).forward(module, *arguments))) < 1e-5
+    assert relative(got, before) > 0.01
+    factors = [p for n, p in module.named_parameters() if n.endswith(".factor")]
+    gradients = torch.autograd.grad(got.sum(), factors, allow_unused=True)
+    assert sum(gradient is not None for gradient in gradients) >= 2
+
+
+class Times(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.factor
+
+
+def test_nothing_is_replaced_where_a_trial_fails_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("jetmoe")
+    calls = []
+
+    def run_out(module: nn.Module, trial: bool) -> Any:
+        calls.append(module)
+        if len(calls) == 3:
+            raise MemoryError
+        return swap_forward(module, trial)
+
+    monkeypatch.setattr(transformers, "swap_forward", run_out)
+    with pytest.raises(MemoryError):
+        accelerate(model)
+    assert len(calls) == 3
+    assert not any("forward" in vars(module) for module in model.modules())

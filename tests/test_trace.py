@@ -187,3 +187,28 @@ def test_modules_with_a_forward_of_their_own() -> None:
         block(torch.randn(1, 6, 16))
     (layer,) = trace.layers.values()
     assert int(layer.tokens_per_expert.sum()) == 6 * config.num_experts_per_tok
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputed_tokens_count_once(use_reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = switchgear.MoE(64, 64, 4, 2)
+    x = torch.randn(6, 64, requires_grad=True)
+    with switchgear.RoutingTrace(model) as trace:
+        checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+        checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+    (layer,) = trace.layers.values()
+    assert x.grad is not None
+    assert (layer.num_calls, layer.num_tokens, int(layer.tokens_per_expert.sum())) == (2, 12, 24)
+
+
+def test_recomputed_tokens_of_a_hugging_face_model_count_once() -> None:
+    transformers = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    model = transformers.build("mixtral").train()
+    switchgear.accelerate(model)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    inputs = transformers.example_inputs(model)
+    with switchgear.RoutingTrace(model) as trace:
+        model(**inputs, use_cache=False).logits.sum().backward()
+    assert {layer.num_tokens for layer in trace.layers.values()} == {inputs["input_ids"].numel()}

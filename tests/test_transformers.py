@@ -54,7 +54,7 @@ def test_name_is_registered() -> None:
     model.set_experts_implementation("switchgear")
     assert path_of(model.model.layers[0].mlp.experts) == "moe"
     model.set_experts_implementation("eager")
-    assert path_of(model.model.layers[0].mlp.experts) == "not replaced: experts_implementation is 'eager'"
+    assert path_of(model.model.layers[0].mlp.experts).startswith("not replaced: experts_implementation is 'eager'")
 
 
 def test_fp8_experts_are_refused_with_advice() -> None:

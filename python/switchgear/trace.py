@@ -123,6 +123,11 @@ class _Counts:
         return keys, counts
 
 
+def _is_recomputing() -> bool:
+    """Whether this call runs inside backward, where checkpointing repeats a forward that was recorded already."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _entropy(router_logits: Tensor) -> Tensor:
     """The sum over tokens; rows without finite logits count as 0."""
     log_p = router_logits.float().log_softmax(-1)
@@ -158,7 +163,8 @@ class RoutingTrace:
         trace.layers["layers.0.mlp.gate"].tokens_per_expert
 
     Works on switchgear's routers, and on Hugging Face models whose experts run on switchgear
-    (experts_implementation="switchgear", or accelerate). Entering it again continues the recording.
+    (experts_implementation="switchgear", or accelerate). Entering it again continues the recording. Calls that gradient
+    checkpointing repeats during backward are not counted again.
 
     Args:
         model: any module with such layers. None for a loaded trace.
@@ -230,6 +236,8 @@ class RoutingTrace:
 
     def _hook(self, name: str) -> Any:
         def record(router: nn.Module, inputs: Any, routing: Routing) -> None:
+            if _is_recomputing():
+                return
             self._layer(name, routing.num_experts, routing.topk_ids).add(
                 routing.topk_ids, routing.topk_weights, routing.router_logits, routing.num_dropped,
                 self._ids_for(routing.topk_ids),
@@ -238,6 +246,8 @@ class RoutingTrace:
         return record
 
     def _see(self, name: str, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+        if _is_recomputing():
+            return topk_ids, topk_weights
         rows = topk_ids.reshape(-1, topk_ids.shape[-1])
         rows = rows.masked_fill((rows < 0) | (rows >= num_experts), -1)
         layer = self._layer(name, num_experts, rows)

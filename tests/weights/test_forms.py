@@ -475,6 +475,46 @@ def test_a_failing_commit_is_undone(case: FormCase, monkeypatch: pytest.MonkeyPa
 
 
 @forms
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()], ids=repr)
+def test_restore_changes_nothing_where_it_fails(
+    case: FormCase, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(case)
+    switchgear.store(model, case.form)
+    buffers = dict(model.named_buffers())
+    decode, calls = Weight.plain, []
+
+    def fail_in_the_third_module(weight: Weight) -> Any:
+        calls.append(weight)
+        if len(calls) == 5:
+            raise error
+        return decode(weight)
+
+    monkeypatch.setattr(Weight, "plain", fail_in_the_third_module)
+    with pytest.raises(type(error)):
+        switchgear.restore(model)
+    assert not list(model.named_parameters())
+    assert all(buffers[name] is buffer for name, buffer in model.named_buffers())
+    assert all(stored_of(module) is not None for module in model)
+    assert switchgear.restore(model) == 3
+
+
+@forms
+def test_a_later_module_in_another_form(case: FormCase) -> None:
+    """The first modules could be stored, the last one is already, in another form."""
+    model = model_of(case)
+    other = next(c.form for c in FORM_CASES if c.form != case.form and c.hidden_size == case.hidden_size)
+    switchgear.store(model[2], other)
+    before = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=r"model\.2: expected plain weights, got"):
+        switchgear.store(model, case.form)
+    now = dict(model.named_parameters())
+    assert now.keys() == before.keys()
+    assert all(now[name] is before[name] for name in before)
+    assert [stored_of(module) is None for module in model] == [True, True, False]
+
+
+@forms
 def test_ties(case: FormCase) -> None:
     """One parameter in two modules, and two in the same memory, are stored once, and tied again after `restore`."""
     first, second, third = model = model_of(case)

@@ -44,8 +44,14 @@ def add_lora(
     Returns the adapters, for an optimizer. Their keys in the state dict are gate_up_proj_lora_A, ….
 
     Raises:
+        TypeError: another module than `Experts`.
         ValueError: a rank below 1, or experts that already have adapters, or are distributed over processes.
     """
+    if not isinstance(experts, Experts):
+        raise TypeError(
+            f"experts: expected switchgear.Experts (the attribute experts of a MoE), got {type(experts).__name__}; "
+            "experts of Hugging Face models take adapters of peft, with LoraConfig(target_parameters=[…])"
+        )
     if rank < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}")
     if (parallel := getattr(experts, "parallel", None)) is not None:
@@ -56,21 +62,21 @@ def add_lora(
     names = (experts._first, "down_proj")
     width = experts.intermediate_size * (2 if experts.gated else 1)
     sizes = ((experts.hidden_size, width), (experts.intermediate_size, experts.hidden_size))
-    adapters = []
+    made: dict[str, nn.Parameter] = {}
     for name, (size_in, size_out) in zip(names, sizes, strict=True):
-        parameter: nn.Parameter | None = getattr(experts, name, None)
         weight = stored.weights(experts)[names.index(name)] if stored is not None else getattr(experts, name)
         kind = dtype or weight.dtype
         a = torch.empty(experts.num_experts, rank, size_in, dtype=kind, device=weight.device)
         nn.init.uniform_(a, -(size_in**-0.5), size_in**-0.5)
         b = torch.zeros(experts.num_experts, size_out, rank, dtype=kind, device=weight.device)
-        for suffix, tensor in (("A", a), ("B", b)):
-            experts.register_parameter(f"{name}_lora_{suffix}", nn.Parameter(tensor))
-            adapters.append(getattr(experts, f"{name}_lora_{suffix}"))
-        if parameter is not None:
-            parameter.requires_grad_(False)
+        made |= {f"{name}_lora_A": nn.Parameter(a), f"{name}_lora_B": nn.Parameter(b)}
+    for name, adapter in made.items():
+        experts.register_parameter(name, adapter)
+    for name in names:
+        if stored is None:
+            getattr(experts, name).requires_grad_(False)
     experts._switchgear_adapters = Lora(names, (rank if alpha is None else alpha) / rank)  # type: ignore[assignment]
-    return adapters
+    return list(made.values())
 
 
 def lora_of(module: nn.Module) -> Lora | None:

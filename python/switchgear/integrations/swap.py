@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from switchgear.integrations.experts import not_plain, warn_once
+from switchgear.integrations.parts import Bypassed, is_swap
 from switchgear.integrations.undecorated import Patch, patch_of
 
 
@@ -35,15 +36,31 @@ def swap_forward(module: nn.Module, trial: bool = True) -> Callable[[], None] | 
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether the instance runs a forward from the table."""
-    function = getattr(vars(module).get("forward"), "__func__", None)
-    return hasattr(function, "switchgear_patch")
+    """Whether the instance runs a forward from the table, itself or below a hook of Hugging Face's accelerate."""
+    own = vars(module)
+    return is_swap(own.get("forward")) or is_swap(own.get("_old_forward"))
+
+
+def obstacle(module: nn.Module, patch: Patch) -> str | None:
+    """Why a swapped module runs its own implementation for now, or None."""
+    return _read(module, patch)[1]
+
+
+def _read(module: nn.Module, patch: Patch) -> tuple[Any, str | None]:
+    """The weights, and why they cannot be used."""
+    try:
+        weights = patch.weights(module)
+    except Bypassed as error:
+        return None, str(error)
+    except NotImplementedError as error:  # a format of another library, without the views that are needed
+        return None, f"its weights cannot be read ({error})"
+    return weights, not_plain(tree_leaves(weights))
 
 
 def _forward_of(patch: Patch) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        weights = patch.weights(self)
-        if (reason := not_plain(tree_leaves(weights))) is not None:
+        weights, reason = _read(self, patch)
+        if reason is not None:
             warn_once(f"{type(self).__name__} keeps its own implementation: {reason}")
             return type(self).forward(self, *args, **kwargs)
         return patch.forward(self, weights, *args, **kwargs)
@@ -55,9 +72,9 @@ def _forward_of(patch: Patch) -> Callable[..., Any]:
 @torch.no_grad()
 def _trial(module: nn.Module, patch: Patch) -> str | None:
     """Runs the class's forward and the patch on the same random rows, without dropout. Returns how they differ."""
-    weights = patch.weights(module)
+    weights, reason = _read(module, patch)
     leaves = [leaf for leaf in tree_leaves(weights) if leaf is not None]
-    if not_plain(leaves) is not None or any(leaf.is_meta for leaf in leaves):
+    if reason is not None or any(leaf.is_meta for leaf in leaves):
         return None  # nothing to compare yet
     training = {part: part.training for part in module.modules()}
     arguments = patch.sample(module, torch.Generator().manual_seed(0))

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ExpertsInterface
 
+from switchgear.integrations import saving
 from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts, warn_once
 from switchgear.integrations.gates import gate_of, own_gate
-from switchgear.integrations.swap import is_swapped, swap_forward
+from switchgear.integrations.swap import is_swapped, obstacle, swap_forward
 from switchgear.integrations.undecorated import PATCHES, patch_of
-from switchgear.weights import FINDERS, Layout, stored_of, weights_of
+from switchgear.weights import FINDERS, HINTS, Layout, stored_of, weights_of
 
 NAME = "switchgear"
 MARKS = ("config", "is_transposed", "has_bias", "_apply_gate")  # of use_experts_implementation, since transformers 5.0
@@ -90,7 +91,9 @@ _FP8_ADVICE = (
 
 
 def register() -> None:
-    """Makes "switchgear" a valid `experts_implementation`. Importing this module calls it."""
+    """Makes "switchgear" a valid `experts_implementation`, and `save_pretrained` save stored experts. Importing this
+    module calls it."""
+    saving.register()
     ExpertsInterface.register(NAME, experts)
     try:
         from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
@@ -126,19 +129,28 @@ def accelerate(model: nn.Module) -> list[Replacement]:
         ValueError: the model has no experts module that switchgear supports.
     """
     replacements: list[Replacement] = []
+    try:
+        _replace(model, replacements)
+    except BaseException:
+        restore(replacements)
+        raise
+    if not replacements:
+        raise ValueError(_nothing_found(model))
+    return replacements
+
+
+def _replace(model: nn.Module, replacements: list[Replacement]) -> None:
     earlier: dict[int, str | None] = {}  # modules of one model share a config
     module: Any
     for name, module in model.named_modules():
-        if any(name.startswith(f"{outer.name}.") for outer in replacements):
-            continue  # part of a module that was replaced as a whole
+        # Parts of a module that runs as a whole are not run by themselves. If adapters wrap them, they are.
+        if any(name.startswith(f"{o.name}.") and not o.path.startswith("eager") for o in replacements):
+            continue
         if is_decorated(module) and not _is_fp8(module):
             before = earlier.setdefault(id(module.config), module.config._experts_implementation)
             replacements.append(_dispatch(name, module, before))
         elif patch_of(module) is not None and (undo := _swap(module, replacements)) is not None:
             replacements.append(Replacement(name, type(module).__name__, path_of(module), "forward", undo))
-    if not replacements:
-        raise ValueError(_nothing_found(model))
-    return replacements
 
 
 def restore(replacements: Iterable[Replacement]) -> None:
@@ -148,15 +160,20 @@ def restore(replacements: Iterable[Replacement]) -> None:
 
 
 def path_of(module: Any) -> str:
-    """How an experts module runs: "moe" (fused), "grouped_gemm" (around the model's own gate), or why it cannot."""
+    """How an experts module runs now: "moe" (fused), "grouped_gemm" (around the model's own gate), "eager: …" (the
+    model's own code, and why), or why it is not replaced."""
     if (patch := patch_of(module)) is not None:
-        return patch.path(module) if is_swapped(module) else "not replaced: call switchgear.accelerate(model)"
+        if not is_swapped(module):
+            return "not replaced: call switchgear.accelerate(model)"
+        reason = obstacle(module, patch)
+        return patch.path(module) if reason is None else f"eager: {reason}"
     if not is_decorated(module):
         return "not an experts module that switchgear knows"
     if _is_fp8(module):
         return f"FP8 experts: {_FP8_ADVICE}"
     if module.config._experts_implementation != NAME:
-        return f"not replaced: experts_implementation is {module.config._experts_implementation!r}"
+        name = module.config._experts_implementation
+        return f"not replaced: experts_implementation is {name!r}, call switchgear.accelerate(model)"
     if stored_of(module) is not None:
         return "moe"
     # FSDP, tensor and expert parallelism hold DTensors between forwards, and plain local tensors during one.
@@ -175,7 +192,18 @@ def _layout_of(module: Any) -> Layout | None:
     return Layout((_first(module), "down_proj"), module.is_transposed, gate.gated and not gate.interleaved)
 
 
+def _hint_of(module: nn.Module) -> str | None:
+    """For `store`: why an experts module has no layout, or None."""
+    if patch_of(module) is None and not is_decorated(module):
+        return None
+    path = path_of(module)
+    if patch_of(module) is not None and is_swapped(module):
+        return f"{type(module).__name__} cannot be stored, it runs as {path}"
+    return f"{type(module).__name__} runs as {path}" if path == "grouped_gemm" else path
+
+
 FINDERS.append(_layout_of)
+HINTS.append(_hint_of)
 
 
 def is_decorated(module: nn.Module) -> bool:

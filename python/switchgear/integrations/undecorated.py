@@ -19,12 +19,13 @@ import switchgear
 from switchgear.integrations import samples
 from switchgear.integrations.experts import ExpertWeights, chosen, project, run_experts
 from switchgear.integrations.gates import gate_of, own_gate
+from switchgear.integrations.parts import LINEAR, PartClass, of_model, part_of
 
 
 class Patch(NamedTuple):
     """How to run one class."""
 
-    weights: Callable[[Any], Sequence[Any]]  # read once per forward
+    weights: Callable[[Any], Sequence[Any]]  # read once per forward; raises Bypassed for a wrapped submodule
     forward: Callable[..., Any]  # (module, weights, *arguments of the class's forward)
     sample: Callable[[Any, torch.Generator], tuple[Any, ...]]  # arguments for a trial
     has_choice: bool = True  # whether forward passes its routing through `chosen`
@@ -108,22 +109,19 @@ class _Linears(NamedTuple):
         return project(x, self.weight, plan.expert_offsets, bias, token_indices)
 
 
-def _linears(experts: Sequence[nn.Module]) -> _Linears:
-    # A layer that is more than nn.Linear (an adapter, a quantised or an offloaded layer) is passed in place of its
-    # weight, and the swapped forward refuses it.
-    weight = [layer.weight if _is_bare(layer) else layer for layer in experts]
-    return _Linears(weight, [layer.bias for layer in experts if getattr(layer, "bias", None) is not None])
+def _linears(owner: nn.Module, names: Sequence[str]) -> _Linears:
+    layers: list[Any] = [part_of(owner, name, LINEAR) for name in names]
+    return _joined(layers)
 
 
-def _is_bare(layer: nn.Module) -> bool:
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    return type(layer) is nn.Linear and not hooked
+def _joined(layers: Sequence[Any]) -> _Linears:
+    return _Linears([layer.weight for layer in layers], [layer.bias for layer in layers if layer.bias is not None])
 
 
-def _dense_experts(first: str, second: str) -> Callable[[Any], Sequence[_Linears]]:
+def _dense_experts(expert_class: PartClass, first: str, second: str) -> Callable[[Any], Sequence[_Linears]]:
     def weights(module: Any) -> Sequence[_Linears]:
-        experts = [module[f"expert_{e}"] for e in range(module.num_experts)]
-        return [_linears([getattr(expert, layer) for expert in experts]) for layer in (first, second)]
+        experts = [part_of(module, f"expert_{e}", expert_class) for e in range(module.num_experts)]
+        return [_joined([part_of(expert, layer, LINEAR) for expert in experts]) for layer in (first, second)]
 
     return weights
 
@@ -174,28 +172,48 @@ def _stacked(module: Any) -> ExpertWeights:
     return ExpertWeights(module.gate_up_proj, module.down_proj)
 
 
+_DBRX_MLP = of_model("dbrx", "DbrxExpertGLU")
+_JETMOE_LINEAR = of_model("jetmoe", "JetMoeParallelExperts")
+_LLAMA4_EXPERTS = of_model("llama4", "Llama4TextExperts")
+_NLLB_EXPERT = of_model("nllb_moe", "NllbMoeDenseActDense")
+_SWITCH_EXPERT = of_model("switch_transformers", "SwitchTransformersDenseActDense")
+
+
+def _jetmoe_weights(module: Any) -> ExpertWeights:
+    first: Any = part_of(module, "input_linear", _JETMOE_LINEAR)
+    second: Any = part_of(module, "output_linear", _JETMOE_LINEAR)
+    return ExpertWeights(first.weight, second.weight)
+
+
+def _llama4_weights(module: Any) -> ExpertWeights:
+    experts: Any = part_of(module, "experts", _LLAMA4_EXPERTS)
+    return ExpertWeights(experts.gate_up_proj.mT, experts.down_proj.mT)
+
+
+def _dbrx_weights(module: Any) -> Sequence[Tensor]:
+    mlp: Any = part_of(module, "mlp", _DBRX_MLP)
+    return mlp.w1, mlp.v1, mlp.w2
+
+
 # model folder and class in transformers -> how to run it
 PATCHES: dict[str, Patch] = {
-    "dbrx.DbrxExperts": Patch(lambda m: (m.mlp.w1, m.mlp.v1, m.mlp.w2), _dbrx, samples.dbrx),
-    "jetmoe.JetMoeMoE": Patch(
-        lambda m: ExpertWeights(m.input_linear.weight, m.output_linear.weight), _jetmoe, samples.jetmoe, gate=""
-    ),
+    "dbrx.DbrxExperts": Patch(_dbrx_weights, _dbrx, samples.dbrx),
+    "jetmoe.JetMoeMoE": Patch(_jetmoe_weights, _jetmoe, samples.jetmoe, gate=""),
     "jetmoe.JetMoeParallelExperts": Patch(
         lambda m: (m.weight,), _jetmoe_linear, samples.jetmoe_linear, has_choice=False
     ),
-    "llama4.Llama4TextMoe": Patch(
-        lambda m: ExpertWeights(m.experts.gate_up_proj.mT, m.experts.down_proj.mT),
-        _llama4, samples.llama4, gate="experts",
-    ),
+    "llama4.Llama4TextMoe": Patch(_llama4_weights, _llama4, samples.llama4, gate="experts"),
     "longcat_flash.LongcatFlashExperts": Patch(
         # gate_up_proj also has rows for the zero experts; nothing reads them.
         lambda m: ExpertWeights(m.gate_up_proj[: m.num_routed_experts], m.down_proj), _longcat, samples.longcat, gate=""
     ),
-    "nllb_moe.NllbMoeExperts": Patch(_dense_experts("fc1", "fc2"), _nllb, samples.nllb),
+    "nllb_moe.NllbMoeExperts": Patch(_dense_experts(_NLLB_EXPERT, "fc1", "fc2"), _nllb, samples.nllb),
     "step3p7.Step3p7Experts": Patch(_stacked, _step3p7, samples.topk, gate=""),
-    "switch_transformers.SwitchTransformersExperts": Patch(_dense_experts("wi", "wo"), _switch, samples.switch),
+    "switch_transformers.SwitchTransformersExperts": Patch(
+        _dense_experts(_SWITCH_EXPERT, "wi", "wo"), _switch, samples.switch
+    ),
     "vitpose_backbone.VitPoseNaiveMoe": Patch(
-        lambda m: (_linears(list(m)),), _vitpose, samples.vitpose, has_choice=False
+        lambda m: (_linears(m, list(m._modules)),), _vitpose, samples.vitpose, has_choice=False
     ),
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ store.py    all experts of a model; auto.py: the choice of a form; pages.py: hug
 from switchgear.weights.compact import Compact
 from switchgear.weights.form import Form
 from switchgear.weights.integers import Int4, Int8
-from switchgear.weights.layout import FINDERS, Layout, layout_of
+from switchgear.weights.layout import FINDERS, HINTS, Layout, layout_of
 from switchgear.weights.minifloat import Fp8, Mxfp4
 from switchgear.weights.module import stored_of, weights_of
 from switchgear.weights.pages import advise_huge_pages, use_huge_pages
@@ -24,6 +24,7 @@ from switchgear.weights.weight import AdaptedWeight, Weight
 
 __all__ = [
     "FINDERS",
+    "HINTS",
     "AdaptedWeight",
     "Compact",
     "Form",

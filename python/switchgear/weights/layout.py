@@ -22,9 +22,17 @@ class Layout(NamedTuple):
         return 2 if index == 0 and self.split_gates else 1
 
 
+# Each says of modules of one kind why they have no layout now, or None for other modules.
+HINTS: list[Callable[[nn.Module], str | None]] = []
 FINDERS: list[Callable[[nn.Module], Layout | None]] = []  # each recognizes one kind of module
 
 
 def layout_of(module: nn.Module) -> Layout | None:
     """The layout of a module's projections; None if it has none that the fused kernel supports."""
     return next((layout for find in FINDERS if (layout := find(module)) is not None), None)
+
+
+def hint_for(model: nn.Module) -> str | None:
+    """Why a model has no module with a layout, from the first module that an integration knows."""
+    hints = (f"{name}: {hint}" for name, m in model.named_modules() for find in HINTS if (hint := find(m)) is not None)
+    return next(hints, None)

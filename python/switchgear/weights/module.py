@@ -8,6 +8,7 @@ them or plain weights, which they encode. Floating-point scales are kept as int3
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.reference.formats import FIELDS
+from switchgear.weights.absent import Absent
 from switchgear.weights.form import Form, KeyedForm
 from switchgear.weights.layout import Layout
 from switchgear.weights.weight import Weight
@@ -69,6 +71,7 @@ class StoredProjections:
 
     def __init__(self, form: Form, layout: Layout, projections: tuple[Projection, Projection]) -> None:
         self.form, self.layout, self.projections = form, layout, projections
+        self.was_trained = any(projection.trained for projection in projections)
         self._cached: tuple[list[tuple[str, Tensor]], tuple[Weight, Weight]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,16 +134,42 @@ def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
     """The two projections [E,out,in] for `moe`: tensors if they are parameters, else Weights; with their adapters, if
     any. `layout` is that of the module's parameters."""
     stored = vars(module).get("_switchgear_stored")
+    adapters = vars(module).get("_switchgear_adapters")
     first: Any
     second: Any
     if stored is not None:
         first, second = stored.weights(module)
+        if module.training and stored.was_trained and adapters is None and torch.is_grad_enabled():
+            _warn_of_training(module, stored)
     else:  # each attribute is read once: under a parametrization every access recomputes the weight
         first, second = getattr(module, layout.names[0]), getattr(module, layout.names[1])
         if layout.transposed:
-            first, second = first.mT, second.mT
-    adapters = vars(module).get("_switchgear_adapters")
+            first, second = _transposed(first), _transposed(second)
     return (first, second) if adapters is None else adapters.around(module, first, second)
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    try:
+        return weight.mT
+    except NotImplementedError:  # formats of other libraries, which the caller refuses by their type
+        return weight
+
+
+_warned: set[tuple[type, str]] = set()
+
+
+def _warn_of_training(module: nn.Module, stored: StoredProjections) -> None:
+    """Once per class and form: parameters that were trained became buffers."""
+    key = type(module), str(stored.form)
+    if torch.compiler.is_compiling() or key in _warned:
+        return
+    _warned.add(key)
+    warnings.warn(
+        f"switchgear: {key[0].__name__} is in training mode, but its experts are stored as {key[1]} and do not train; "
+        "call switchgear.restore(model) to train them, model.eval() for inference, or requires_grad_(False) on them "
+        "before storing if only the rest trains",
+        stacklevel=3,
+    )
 
 
 # ---- from parameters to buffers and back -----------------------------------------------------------------------------
@@ -150,6 +179,7 @@ def put(module: nn.Module, stored: StoredProjections, weights: tuple[Weight, Wei
     """Replaces the parameters of a module by `weights`."""
     for name in stored.layout.names:
         module.register_parameter(name, None)
+        vars(module)[name] = Absent(name, str(stored.form))  # found before the None in module._parameters
     stored.put_into(module, weights)
     if "_switchgear_stored" not in vars(module):  # the hooks do nothing while a module is plain
         hooked: Any = module
@@ -162,6 +192,7 @@ def take_back(module: nn.Module, stored: StoredProjections, parameters: list[nn.
     """Undoes `put`, even one that failed halfway: registers `parameters` again."""
     stored.take_out_of(module)
     for name, parameter in zip(stored.layout.names, parameters, strict=True):
+        vars(module).pop(name, None)
         module.register_parameter(name, parameter)
     if "_switchgear_stored" in vars(module):
         module._switchgear_stored = None  # type: ignore[assignment]
@@ -184,6 +215,19 @@ def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) ->
                 state_dict[f"{prefix}{name}{suffix}"] = tensor
         else:
             state_dict[prefix + name] = in_layout(weight.plain(), stored.layout)
+
+
+def plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Replaces the keys of a stored module's form in a state dict by plain weights. Other modules are ignored."""
+    stored = stored_of(module)
+    if stored is None or not stored.form.suffixes:
+        return
+    for name, weight in zip(stored.layout.names, stored.weights(module), strict=True):
+        keys = [f"{prefix}{name}{suffix}" for suffix in stored.form.suffixes]
+        if all(key in state_dict for key in keys):
+            for key in keys:
+                del state_dict[key]
+            state_dict[prefix + name] = in_layout(weight.plain(), stored.layout).contiguous()
 
 
 def _load(

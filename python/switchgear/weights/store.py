@@ -22,9 +22,9 @@ from switchgear.weights.change import (
 from switchgear.weights.compact import Compact
 from switchgear.weights.form import Form
 from switchgear.weights.integers import Int4, Int8
-from switchgear.weights.layout import Layout, layout_of
+from switchgear.weights.layout import Layout, hint_for, layout_of
 from switchgear.weights.minifloat import Fp8, Mxfp4
-from switchgear.weights.module import Tie, stored_of, take_back
+from switchgear.weights.module import StoredProjections, Tie, stored_of, take_back
 from switchgear.weights.pages import use_huge_pages
 from switchgear.weights.panels import Panels
 from switchgear.weights.plain import Copies, Plain, Relaid
@@ -110,19 +110,30 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
 
 def restore(model: nn.Module) -> int:
     """Undoes `store`: restores the parameters in their original dtype. They have the same bits if the form is lossless,
-    else the decoded values. Returns the number of changed modules."""
-    changed, copies = 0, Copies()
+    else the decoded values. Returns the number of changed modules. All weights are decoded before any module changes,
+    so on failure none does."""
+    copies = Copies()
     parameters: dict[Tie, nn.Parameter] = {}
     plain: dict[tuple[object, ...], Tensor] = {}
+    decoded: list[tuple[nn.Module, StoredProjections, list[nn.Parameter]]] = []
+    relaid: list[tuple[nn.Module, Relaid]] = []
     for module in model.modules():
         if (stored := stored_of(module)) is not None:
-            take_back(module, stored, plain_parameters(module, parameters, plain))
-            changed += 1
-        elif (names := vars(module).pop("_switchgear_packed", None)) is not None:
-            relaid = Relaid(parameters_of(module, names), False, copies)
-            relaid.commit()
-            changed += relaid.changes
-    return changed
+            decoded.append((module, stored, plain_parameters(module, parameters, plain)))
+        elif (names := vars(module).get("_switchgear_packed")) is not None:
+            relaid.append((module, Relaid(parameters_of(module, names), False, copies)))
+    try:
+        for _, change in relaid:
+            change.commit()  # copies gradients, too
+    except BaseException:
+        for _, change in relaid:
+            change.undo()
+        raise
+    for module, _ in relaid:
+        del vars(module)["_switchgear_packed"]
+    for module, stored, found in decoded:
+        take_back(module, stored, found)
+    return len(decoded) + sum(change.changes for _, change in relaid)
 
 
 # ---- one form --------------------------------------------------------------------------------------------------------
@@ -165,15 +176,27 @@ def _targets(model: nn.Module, form: Form) -> tuple[list[Target], list[nn.Module
                 raise ValueError(f"{where}: expected plain weights, got {stored.form}; restore(model) first")
             present.append(module)
         elif (layout := layout_of(module)) is not None:
+            if (wrapper := _wrapper_of(model, name)) is not None:
+                raise ValueError(
+                    f"{where}: expected experts without adapters around them, got a {wrapper}; merge and unload the "
+                    "adapters first, model.merge_and_unload()"
+                )
             if (obstacle := _obstacle(module, layout, form)) is not None:
                 raise ValueError(f"{where}: expected experts that can be stored as {form}; {obstacle}")
             targets.append(Target(where, module, layout))
     if not targets and not present:
+        hint = hint_for(model) or "for a Hugging Face model, call switchgear.accelerate(model) first"
         raise ValueError(
             f"model: expected experts that can be stored as {form}; {type(model).__name__} has none that run on the "
-            "fused kernel"
+            f"fused kernel ({hint})"
         )
     return targets, present
+
+
+def _wrapper_of(model: nn.Module, name: str) -> str | None:
+    """The class of an adapter of peft around the module, or None. It reads the parameters at each call."""
+    outer, _, last = name.rpartition(".")
+    return type(model.get_submodule(outer)).__name__ if last == "base_layer" else None
 
 
 def _obstacle(module: nn.Module, layout: Layout, form: Form) -> str | None:
@@ -185,7 +208,9 @@ def _obstacle(module: nn.Module, layout: Layout, form: Form) -> str | None:
         weight = module._parameters.get(name)  # a parametrization replaces the parameter by a computed attribute
         if type(weight) is not nn.Parameter:
             return f"{name} is {'computed' if weight is None else f'a {type(weight).__name__}'}, no plain parameter"
-        if weight.is_meta or (form.devices is not None and weight.device.type not in form.devices):
+        if weight.is_meta:
+            return f"{name} is on meta, without numbers: store a model that is loaded without offloading (device_map)"
+        if form.devices is not None and weight.device.type not in form.devices:
             return f"{name} is on {weight.device}"
         dtypes.append(weight.dtype)
     if form.one_dtype and dtypes[0] is not dtypes[1]:

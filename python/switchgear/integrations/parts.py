@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Submodules whose parameters the swapped forwards read instead of calling the submodule.
+
+That is correct only while calling the submodule does nothing else. Adapters wrap it, offloading replaces its forward,
+users hook it, at any time. So each call of a swapped forward checks its submodules, and calls the model's own code if
+one must be called. A parametrisation is no obstacle: reading the attribute computes it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+
+class PartClass(NamedTuple):
+    """The class of a submodule, by name: modules of transformers are not imported for it."""
+
+    module: str
+    name: str
+
+    def matches(self, cls: type[nn.Module]) -> bool:
+        """Whether `cls` is this class, or a subclass with its forward, as parametrisations make."""
+        if cls.__name__ == self.name and cls.__module__ == self.module:
+            return True
+        bases = [base for base in cls.__mro__ if base.__name__ == self.name and base.__module__ == self.module]
+        return any(getattr(base, "forward", None) is cls.forward for base in bases)
+
+
+LINEAR = PartClass("torch.nn.modules.linear", "Linear")
+
+
+def of_model(folder: str, name: str) -> PartClass:
+    """A class of a model of transformers."""
+    return PartClass(f"transformers.models.{folder}.modeling_{folder}", name)
+
+
+class Bypassed(Exception):
+    """A submodule must be called; the message says which and why."""
+
+
+def part_of(module: nn.Module, name: str, expected: PartClass) -> nn.Module:
+    """The submodule `name`, whose parameters may be read. Raises Bypassed if it is of another class, or its call does
+    more than the forward of the class."""
+    part = module._modules[name]  # three times faster than the attribute; that pays for the checks
+    assert part is not None
+    if not expected.matches(type(part)):
+        raise Bypassed(f"{name} is a {_full_name(type(part))}, not a {expected.name}")
+    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+        raise Bypassed(f"{name} has hooks")
+    if (forward := part.__dict__.get("forward")) is not None and not is_swap(forward):
+        raise Bypassed(f"the forward of {name} was replaced")
+    return part
+
+
+def is_swap(forward: object) -> bool:
+    """Whether a module's attribute `forward` is one of `undecorated.PATCHES`."""
+    return hasattr(getattr(forward, "__func__", None), "switchgear_patch")
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__.partition('.')[0]} {cls.__name__}"

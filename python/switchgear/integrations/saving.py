@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`save_pretrained` of transformers models with stored experts.
+
+A state dict of stored experts has the keys of their form, which `from_pretrained` does not know: it would initialise
+the experts at random. So checkpoints of transformers get the plain weights that the form represents.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from switchgear.integrations.experts import warn_once
+from switchgear.weights import stored_of
+from switchgear.weights.module import plain_keys
+
+
+def register() -> None:
+    """Makes `PreTrainedModel.save_pretrained` write plain weights of stored experts. Models without them are saved as
+    before."""
+    if not hasattr(PreTrainedModel.save_pretrained, "switchgear_original"):
+        PreTrainedModel.save_pretrained = _saving_plain(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]
+
+
+def _saving_plain(original: Any) -> Any:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        forms = {str(s.form): s.form for module in self.modules() if (s := stored_of(module)) is not None}
+        if not forms:
+            return original(self, *args, **kwargs)
+        call = signature.bind(self, *args, **kwargs)
+        if call.arguments.get("distributed_checkpoint"):
+            raise ValueError(
+                f"distributed_checkpoint: expected False for experts stored as {', '.join(forms)}; "
+                "call switchgear.restore(model) first"
+            )
+        given = call.arguments.get("state_dict")
+        call.arguments["state_dict"] = _plain(self, self.state_dict() if given is None else given)
+        for name, form in forms.items():
+            if form.suffixes:
+                warn_once(
+                    f"save_pretrained writes the experts stored as {name} as plain weights; after from_pretrained, "
+                    f"call switchgear.accelerate(model) and switchgear.store(model, {form.name!r})"
+                )
+        return original(*call.args, **call.kwargs)
+
+    save_pretrained.switchgear_original = original  # type: ignore[attr-defined]
+    return save_pretrained
+
+
+def _plain(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
+    state_dict = dict(state_dict)
+    for name, module in model.named_modules(remove_duplicate=False):
+        plain_keys(module, state_dict, f"{name}." if name else "")
+    return state_dict

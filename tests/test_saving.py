@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Models of transformers with stored experts: save_pretrained, from_pretrained and Trainer."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import switchgear
+from switchgear.integrations import experts as running
+from switchgear.integrations.tiny_models import build, example_inputs
+
+FORMS = ["int8", "int4", "fp8", "mxfp4"]  # test_forms.py saves the lossless ones
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    running._warned.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def stored_model(model_type: str, form: str) -> Any:
+    model = build(model_type)
+    switchgear.accelerate(model)
+    switchgear.store(model, form)
+    return model
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(**example_inputs(model)).logits
+    return result
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "olmoe"])
+def test_a_stored_model_is_saved_and_loaded(model_type: str, form: str, tmp_path: Path) -> None:
+    model = stored_model(model_type, form)
+    model.save_pretrained(tmp_path)
+    assert switchgear.restore(model) > 0  # save_pretrained did not change it
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="switchgear")
+    want = model.state_dict()
+    got = loaded.state_dict()
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], want[key]) for key in want)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"state_dict": "own"}])
+def test_a_warning_says_how_to_store_it_again(arguments: dict[str, Any], tmp_path: Path) -> None:
+    model = stored_model("gpt_oss", "int8")
+    before = logits(model)
+    if arguments:
+        arguments = {"state_dict": model.state_dict()}
+        keys = list(arguments["state_dict"])
+    with pytest.warns(UserWarning, match=r"stored as int8 as plain weights.*switchgear.store\(model, 'int8'\)"):
+        model.save_pretrained(tmp_path, **arguments)
+    if arguments:
+        assert list(arguments["state_dict"]) == keys  # the caller's
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="switchgear")
+    switchgear.store(loaded, "int8")
+    assert (logits(loaded) - before).abs().max() < 1e-3 * before.abs().max()
+    with pytest.raises(ValueError, match=r"distributed_checkpoint: expected False.*restore\(model\)"):
+        model.save_pretrained(tmp_path, distributed_checkpoint=True)
+
+
+def test_other_models_are_saved_as_before(tmp_path: Path) -> None:
+    model = build("mixtral")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[key], weight) for key, weight in model.state_dict().items())
+
+
+def test_trainer(tmp_path: Path) -> None:
+    """The rest of the model trains; checkpoints load by from_pretrained, and by the Trainer that resumes from one."""
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+    model = stored_model("gpt_oss", "int8")
+    ids = torch.randint(3, 200, (8, 6), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    start = copy.deepcopy(model)
+
+    def trainer(model: Any, **options: Any) -> Trainer:
+        arguments = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=2, save_steps=2, logging_strategy="no", report_to=[],
+            use_cpu=True, disable_tqdm=True, seed=0, **options,
+        )  # fmt: skip
+        return Trainer(model, arguments, train_dataset=data)  # type: ignore[arg-type]
+
+    trainer(model, max_steps=4).train()
+    want = logits(model)
+    assert not torch.equal(want, logits(start))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4", experts_implementation="switchgear")
+    decoded = copy.deepcopy(model)
+    switchgear.restore(decoded)
+    assert torch.equal(logits(loaded), logits(decoded))
+    trainer(start, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (logits(start) - want).abs().max() < 1e-3 * want.abs().max()

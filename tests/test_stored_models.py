@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What other libraries and users do with stored experts: it works, or the message says what to call."""
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import switchgear
+from switchgear.adapters import add_lora
+from switchgear.integrations.tiny_models import build, example_inputs
+from switchgear.integrations.transformers import accelerate
+from switchgear.weights import module as stored_modules
+
+
+@pytest.fixture(autouse=True)
+def _first_warning() -> None:
+    stored_modules._warned.clear()
+
+
+def stored_model(model_type: str = "mixtral", form: str = "int8") -> Any:
+    model = build(model_type)
+    accelerate(model)
+    switchgear.store(model, form)
+    return model
+
+
+# ---- readers of the plain parameter ----------------------------------------------------------------------------------
+
+MESSAGE = r"_proj is stored as int8, which only switchgear reads: call switchgear.restore\(model\)"
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_another_experts_implementation(model_type: str, implementation: str) -> None:
+    model = stored_model(model_type)
+    model.set_experts_implementation(implementation)
+    with torch.no_grad(), pytest.raises(AttributeError, match=MESSAGE):
+        model(**example_inputs(model))
+    switchgear.restore(model)
+    model(**example_inputs(model))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: w.shape, lambda w: w[0], lambda w: len(w), lambda w: w + 1, lambda w: 2 * w, lambda w: list(w),
+        lambda w: torch.matmul(torch.ones(2), w), lambda w: torch.nn.functional.linear(torch.ones(2), w),
+        lambda w: torch.stack([w]), lambda w: torch.ones(2) @ w, lambda w: nn.init.zeros_(w),
+    ],
+)  # fmt: skip
+def test_any_use_of_an_absent_weight(use: Any) -> None:
+    experts = switchgear.Experts(64, 64, 2)
+    switchgear.store(experts, "int8")
+    for module in (experts, copy.deepcopy(experts), pickle.loads(pickle.dumps(experts))):
+        with pytest.raises(AttributeError, match=MESSAGE):
+            use(module.down_proj)
+        assert "is stored as int8" in repr(module.down_proj)
+    switchgear.restore(experts)
+    assert type(experts.down_proj) is nn.Parameter
+    assert "down_proj" not in vars(experts)
+
+
+def test_adapters_on_stored_weights() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = stored_model()
+    config = peft.LoraConfig(target_modules=[], target_parameters=["experts.down_proj"])
+    with pytest.raises((ValueError, AttributeError), match=rf"target_parameters|{MESSAGE}"):
+        peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("nested", [1, 2])
+def test_storing_weights_under_adapters_is_refused(nested: int) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base = build("mixtral")
+    accelerate(base)
+    targets = ["experts.down_proj", "experts.gate_up_proj"][:nested]
+    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=[], target_parameters=targets)
+    model = peft.get_peft_model(base, config)
+    inputs = example_inputs(base)
+    want, before = model(**inputs).logits, dict(model.named_parameters())
+    for form in ("int8", "auto"):
+        with pytest.raises(
+            ValueError, match=r"without adapters around them, got a ParamWrapper; .*merge_and_unload\(\)"
+        ):
+            switchgear.store(model, form)
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
+    assert torch.equal(model(**inputs).logits, want)
+    assert switchgear.store(model.merge_and_unload(), "int8").modules == 4
+
+
+def test_adapters_beside_stored_experts_train() -> None:
+    """Adapters of the attention of a model with stored experts: the usual way to fine-tune a quantised model."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base = build("mixtral").requires_grad_(False)
+    accelerate(base)
+    switchgear.store(base, "int8")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(**example_inputs(base)).logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def call(model: nn.Module) -> None:
+    model(torch.randn(4, 64))
+
+
+def test_training_a_stored_model_warns_once() -> None:
+    model = switchgear.MoE(64, 64, 4, 2)
+    switchgear.store(model, "int8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(model.eval())
+        with torch.no_grad():
+            call(model.train())
+    with pytest.warns(UserWarning, match=r"Experts is in training mode, but its experts are stored as int8") as caught:
+        call(model)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(model)
+
+
+@pytest.mark.parametrize("way_out", ["frozen", "adapters"])
+def test_no_warning_where_experts_are_not_meant_to_train(way_out: str) -> None:
+    model = switchgear.MoE(64, 64, 4, 2)
+    if way_out == "frozen":
+        model.experts.requires_grad_(False)
+    switchgear.store(model, "int8")
+    if way_out == "adapters":
+        add_lora(model.experts, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(model.train())
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+
+def test_add_lora_on_other_experts() -> None:
+    model = build("mixtral")
+    keys = list(model.state_dict())
+    for module in (model, model.model.layers[0].mlp.experts):
+        with pytest.raises(TypeError, match=r"experts: expected switchgear.Experts.*got Mixtral.*target_parameters"):
+            add_lora(module, 2)
+    assert list(model.state_dict()) == keys
+
+
+def test_add_lora_changes_nothing_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = switchgear.Experts(64, 64, 2)
+    zeros, calls = torch.zeros, []
+
+    def run_out(*args: Any, **options: Any) -> Tensor:
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError
+        return zeros(*args, **options)
+
+    monkeypatch.setattr(torch, "zeros", run_out)
+    with pytest.raises(MemoryError):
+        add_lora(experts, 2)
+    assert [name for name, _ in experts.named_parameters()] == ["gate_up_proj", "down_proj"]
+    assert all(parameter.requires_grad for parameter in experts.parameters())
+
+
+def test_storing_without_accelerate() -> None:
+    model = build("mixtral")
+    model.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match=r"layers\.0.*experts_implementation is 'eager', call switchgear.accelerate"):
+        switchgear.store(model, "int8")
+    with pytest.raises(ValueError, match=r"layers\.0.*not replaced: call switchgear.accelerate\(model\)"):
+        switchgear.store(build("llama4_text"), "int8")
+    swapped = build("llama4_text")
+    accelerate(swapped)
+    with pytest.raises(ValueError, match=r"Llama4TextMoe cannot be stored, it runs as moe"):
+        switchgear.store(swapped, "int8")
+    muse = build("muse_spark")
+    accelerate(muse)
+    with pytest.raises(ValueError, match=r"runs as grouped_gemm"):
+        switchgear.store(muse, "int8")
+    with pytest.raises(ValueError, match=r"Linear has none.*for a Hugging Face model, call switchgear.accelerate"):
+        switchgear.store(nn.Linear(2, 2), "int8")
+
+
+def test_storing_offloaded_experts() -> None:
+    hooks = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = build("mixtral")
+    accelerate(model)
+    hooks.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(ValueError, match=r"gate_up_proj is on meta, without numbers: .*without offloading"):
+        switchgear.store(model, "int8")
+
+
+class Packed(Tensor):
+    """Stands in for a weight of torchao: a subclass with few operations."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.mT.__get__:  # type: ignore[attr-defined]
+            raise NotImplementedError("no transpose")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4_text"])
+def test_formats_of_other_libraries_that_cannot_be_transposed(model_type: str) -> None:
+    from switchgear.integrations.transformers import path_of
+
+    model = build(model_type)
+    replacement = accelerate(model)[0]
+    module: Any = model.get_submodule(replacement.name)
+    experts = getattr(module, "experts", module)
+    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().as_subclass(Packed), requires_grad=False)
+    assert path_of(module).startswith("eager: ")
+    with torch.no_grad(), pytest.warns(UserWarning, match="keeps its own implementation"):
+        model(**example_inputs(model))
