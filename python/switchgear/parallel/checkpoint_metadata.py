@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,7 +110,7 @@ def _storage(stored: object, folder: Path) -> dict[MetadataIndex, _StorageInfo]:
         index, info = _fields(key, "MetadataIndex"), _fields(value, "_StorageInfo")
         name, offset = _typed("names", index["fqn"], str), index.get("offset")
         path = _typed("relative_path", info["relative_path"], str)
-        if path in ("", ".", "..") or Path(path).name != path or os.sep in path:
+        if path in ("", ".", "..") or Path(path).name != path:
             raise ValueError(f"{name}: expected a file of the checkpoint's folder, got {path!r}")
         if info.get("transform_descriptors"):
             raise ValueError(f"{name}: expected no transformed data, got {info['transform_descriptors']!r}")
