@@ -3,7 +3,14 @@
 
 from __future__ import annotations
 
+import copyreg
+import io
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +18,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from parallel_pool import Pool, subgroup
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 import switchgear
 from switchgear.parallel import ExpertParallel, Placement, checkpoint
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 EXPERTS = 7
 
 
@@ -82,7 +92,6 @@ SIZES = [
 ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("written", SIZES)
 def test_every_size_reads_every_other(pool: Pool, tmp_path: Path, written: tuple) -> None:  # type: ignore[type-arg]
     pool.run(write, str(tmp_path), *written)
@@ -90,7 +99,6 @@ def test_every_size_reads_every_other(pool: Pool, tmp_path: Path, written: tuple
         pool.run(read, str(tmp_path), *size)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_huggingface_layout(tmp_path: Path) -> None:
     """From one process: stacked experts under the names of the model."""
     model = make(None, seed=1)
@@ -101,7 +109,6 @@ def test_huggingface_layout(tmp_path: Path) -> None:
     assert whole["1.experts.gate_up_proj"].shape == (EXPERTS, 24, 16)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -129,3 +136,143 @@ def test_an_optimizer_without_state_is_refused() -> None:
     model = make(None, seed=1)
     with pytest.raises(ValueError, match=r"optimizer: expected a state of 0\.weight"):
         checkpoint.state_dict(model, torch.optim.AdamW(model.parameters()))
+
+
+# ---- checkpoints of unknown origin -----------------------------------------------------------------------------------
+
+
+def saved(path: Path) -> Metadata:
+    checkpoint.save(make(None, seed=1), path)
+    return FileSystemReader(path).read_metadata()
+
+
+def refused(path: Path, message: str) -> None:
+    """Both readers refuse the checkpoint, and neither changes a thing."""
+    model = make(None, seed=2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for read in (lambda: checkpoint.load(model, path, optimizer), lambda: checkpoint.load_whole(path)):
+        with pytest.raises(ValueError, match=message):
+            read()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not optimizer.state
+
+
+class Runs:
+    """A pickle of it calls a function."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self._call = function, args
+
+    def __reduce__(self) -> Any:
+        return self._call
+
+
+@pytest.mark.parametrize("where", ["instead", "planner_data", "storage_meta", "name", "shape"])
+def test_metadata_runs_no_code(tmp_path: Path, where: str) -> None:
+    metadata = saved(tmp_path)
+    ran = tmp_path / "ran"
+    attack: Any = Runs(os.mkdir, str(ran))
+    whole: Any = metadata
+    if where == "instead":
+        whole = attack
+    elif where == "name":
+        metadata.state_dict_metadata[attack] = BytesStorageMetadata()
+    elif where == "shape":
+        metadata.state_dict_metadata["0.weight"].size = attack
+    else:
+        setattr(metadata, where, attack)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(whole))
+    refused(tmp_path, "expected classes of torch.distributed.checkpoint, got posix.mkdir")
+    assert not ran.exists()
+
+
+def test_a_pickle_of_several_steps_runs_no_code(tmp_path: Path) -> None:
+    """Attributes of attributes, and functions that a pickle sets as methods of what it may name."""
+    saved(tmp_path)
+    for name in ("Metadata.__init__.__globals__", "pickle", "os.system"):
+        stream = b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c" + bytes([len(name)]) + name.encode()
+        (tmp_path / ".metadata").write_bytes(stream + b"\x93.")
+        refused(tmp_path, f"got torch.distributed.checkpoint.metadata.{name}")
+    pickler = pickle.Pickler(stream := io.BytesIO())
+    pickler.dispatch_table = copyreg.dispatch_table.copy()
+    pickler.dispatch_table[Runs] = lambda _: (Metadata, (), (None, {"__init__": Metadata}))  # BUILD with slots
+    pickler.dump([Metadata, Runs(print)])
+    (tmp_path / ".metadata").write_bytes(stream.getvalue())
+    refused(tmp_path, "expected a Metadata, got list")
+    assert Metadata.__init__ is not Metadata
+
+
+@pytest.mark.parametrize("data", [b"", b"\x80\x04", b"(lp0\n.", b"\x80\x04\x8e" + b"\xff" * 8, b"\x80\x04N\x85R."])
+def test_damaged_metadata(tmp_path: Path, data: bytes) -> None:
+    saved(tmp_path)
+    (tmp_path / ".metadata").write_bytes(data)
+    refused(tmp_path, "metadata: expected a ")
+
+
+def outside(metadata: Metadata, path: str) -> None:
+    index = MetadataIndex("0.weight", [0, 0])
+    metadata.storage_data[index] = replace(metadata.storage_data[index], relative_path=path)
+
+
+def resized(metadata: Metadata, size: int) -> None:
+    entry = metadata.state_dict_metadata["0.weight"]
+    chunk = replace(entry.chunks[0], sizes=torch.Size([size, 16]))  # type: ignore[union-attr]
+    entry.size, entry.chunks = torch.Size([size, 16]), [chunk]  # type: ignore[union-attr]
+
+
+def cut(metadata: Metadata) -> None:
+    entry = metadata.state_dict_metadata["0.weight"]
+    entry.chunks = [replace(entry.chunks[0], sizes=torch.Size([15, 16]))]  # type: ignore[union-attr]
+
+
+def shifted(metadata: Metadata) -> None:
+    index = MetadataIndex("0.weight", [0, 0])
+    metadata.storage_data[index] = replace(metadata.storage_data[index], offset=2**40)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: outside(m, "../other/__0_0.distcp"), "0.weight: expected a file of the checkpoint's folder, got "),
+        (lambda m: outside(m, "/etc/passwd"), "0.weight: expected a file of the checkpoint's folder, got ./etc"),
+        (lambda m: outside(m, ".."), "0.weight: expected a file of the checkpoint's folder"),
+        (lambda m: outside(m, "none"), "0.weight: expected the file none, got none"),
+        (lambda m: resized(m, 2**50), "0.weight: expected 72057594037927936 bytes, got"),
+        (lambda m: resized(m, -1), "0.weight: expected sizes of at least 0, got"),
+        (cut, "0.weight: expected chunks of 256 elements, got 240"),
+        (shifted, "0.weight: expected 109951.* bytes in __0_0.distcp"),
+        (lambda m: m.state_dict_metadata.update({"0.weight": BytesStorageMetadata()}), "0.weight: expected a tensor"),
+        (lambda m: m.storage_data.pop(MetadataIndex("0.weight", [0, 0])), "0.weight: expected 1024 bytes, got none"),
+    ],
+)  # fmt: skip
+def test_metadata_that_does_not_fit_its_files(
+    tmp_path: Path, change: Callable[[Metadata], object], message: str
+) -> None:
+    metadata = saved(tmp_path)
+    change(metadata)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    refused(tmp_path, message)
+
+
+def test_bytes_are_not_unpickled(tmp_path: Path) -> None:
+    """torch reads bytes with pickle, so an entry that should be a tensor must not become one."""
+    entries: dict[str, Any] = dict(checkpoint.state_dict(make(None, seed=1)))
+    entries["0.weight"] = Runs(os.mkdir, str(tmp_path / "ran"))
+    dcp.save(entries, checkpoint_id=tmp_path, no_dist=True)
+    refused(tmp_path, "0.weight: expected a tensor in the checkpoint, got bytes")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [
+        ({"a[0]": torch.zeros(2), "a[99999]": torch.zeros(2)}, r"a\[1\]: expected in the checkpoint"),
+        ({"a[0]": torch.zeros(2), "a[1]": torch.zeros(3)}, "a: expected experts of one shape and dtype"),
+        ({"a[0]": torch.zeros(2), "a": torch.zeros(3)}, "a: expected either a tensor or one per expert"),
+    ],
+)
+def test_experts_that_do_not_stack(tmp_path: Path, add: dict[str, torch.Tensor], message: str) -> None:
+    dcp.save(add, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_whole(tmp_path)

@@ -105,3 +105,36 @@ def test_headers_survive_the_wire() -> None:
     received, sizes = header.decode(sent)
     assert received == [terms()] * 2
     assert sizes[1] == header.Sizes(5, 2, [10 * r for r in range(8)])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pairs", "rows", "ok"),
+    [(5, 10, 5, True), (0, 0, 0, True), (5, 5, 5, True), (5, 0, 0, True), (5, 6, 6, False), (5, 11, 5, False),
+     (5, 4, 5, False), (5, 2**60, 2**60, False), (5, 5, -1, False), (-1, 0, 0, False), (5, -1, 0, False)],
+)  # fmt: skip
+def test_sizes_that_no_rank_can_have(tokens: int, pairs: int, rows: int, ok: bool) -> None:
+    good, two = header.Sizes(5, 5, [5] + [0] * 7), terms(top_k=2)
+    failure = header.impossible_sizes([two, two], [good, header.Sizes(tokens, pairs, [0] * 7 + [rows])])
+    assert (failure is None) is ok
+    assert failure is None or (failure.rank, failure.kind) == (1, "disagrees")
+
+
+def announces_too_much(rank: int) -> tuple[Failure, dict[str, int]]:
+    encode = header.encode
+    if rank == 1:
+        header.encode = lambda terms, tokens, pairs, rows: encode(terms, tokens, [2**50] * 4, [[2**50] * 4, *rows[1:]])
+    try:
+        with ExpertParallel(timeout=20) as parallel, pytest.raises(ExpertParallelError) as error:
+            switchgear.MoE(16, 12, 8, 2, parallel=parallel)(torch.randn(6, 16))
+        return error.value.failure, dict(parallel.record.bytes)
+    finally:
+        header.encode = encode
+
+
+def test_no_memory_is_allocated_for_them(pool: Pool) -> None:
+    answers = pool.run(announces_too_much)
+    assert len({failure for failure, _ in answers}) == 1
+    failure = answers[0][0]
+    assert (failure.rank, failure.kind, failure.phase) == (1, "disagrees", "agree")
+    assert failure.reason.startswith(f"sizes: expected rows of 6 tokens, got {2**50}"[:-2])
+    assert set(answers[2][1]) == {"header"}

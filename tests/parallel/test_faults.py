@@ -73,19 +73,19 @@ def trial(rank: int, culprit: int, fault: str, phase: str, num_chunks: int, tran
         parallel.peers.check()
     parallel.close()
     seen["grown"] = resources()[0] - before[0] > 0 or resources()[1] > before[1]
-    left = [r for r in range(4) if r != culprit]
+    left = [r for r in range(torch.distributed.get_world_size()) if r != culprit]
     if rank in left:
         with make_parallel(left, transport, timeout=20) as again:
             step(again)
     return seen
 
 
-def run_trial(culprit: int, fault: str, phase: str, num_chunks: int, transport: str) -> None:
-    pool = Pool(4)
+def run_trial(culprit: int, fault: str, phase: str, num_chunks: int, transport: str, size: int = 4) -> None:
+    pool = Pool(size)
     try:
         pool.run(_ready)
         pool.start(trial, culprit, fault, phase, num_chunks, transport)
-        left = [r for r in range(4) if r != culprit]
+        left = [r for r in range(size) if r != culprit]
         seen = pool.results(left, timeout=TIMEOUT + 15)
         if fault == "raise":
             assert pool.results([culprit], timeout=5)[0]["own"]
@@ -124,6 +124,16 @@ def test_faults(culprit: int, fault: str, phase: str, num_chunks: int, transport
 @pytest.mark.parametrize(("culprit", "fault", "phase", "num_chunks"), SOME[1:7:2])
 def test_faults_with_peer_memory(culprit: int, fault: str, phase: str, num_chunks: int) -> None:
     run_trial(culprit, fault, phase, num_chunks, "peer_memory")
+
+
+@transports
+@pytest.mark.parametrize(
+    ("culprit", "fault", "phase"),
+    [(1, "stop", "dispatch"), (0, "stop", "experts"), (1, "stop", "backward combine"), (0, "kill", "combine")],
+)
+def test_faults_of_one_of_two(culprit: int, fault: str, phase: str, transport: str) -> None:
+    """The other is alone: nobody else reports."""
+    run_trial(culprit, fault, phase, 1, transport, size=2)
 
 
 @pytest.mark.slow  # 2 · 247 trials of 1 to 4 seconds

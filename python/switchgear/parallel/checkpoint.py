@@ -19,15 +19,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.tensor import DTensor
 
 from switchgear.experts import Experts
+from switchgear.parallel.checkpoint_metadata import Reader, read_metadata
 from switchgear.parallel.experts import ParallelExperts
 
-_ENTRY = re.compile(r"(.*)\[(\d+)\]")
+_ENTRY = re.compile(r"(.*)\[(0|[1-9][0-9]{0,8})\]")
 
 
 def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
@@ -95,26 +96,42 @@ def load(
     model: nn.Module, path: str | Path, optimizer: torch.optim.Optimizer | None = None, *,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:  # fmt: skip
-    """Reads a checkpoint of the same model in place, whatever the number of ranks that wrote it.
+    """Reads a checkpoint of the same model in place, whatever the number of ranks that wrote it. Runs no code from it.
 
     Raises:
-        ValueError: a tensor is missing, left over, or of another shape or dtype; in that case nothing is read.
+        ValueError: a tensor is missing, left over, or of another shape or dtype, or the metadata is not to be trusted;
+            in that case nothing is read.
     """
+    metadata = read_metadata(path)
+    had_state = optimizer is None or bool(optimizer.state)
     if optimizer is not None:
         init_optimizer(optimizer)
-    wanted = state_dict(model, optimizer)
-    _check(wanted, _metadata(path), _names(model))
+    try:
+        wanted = state_dict(model, optimizer)
+        _check(wanted, metadata.state_dict_metadata, _names(model))
+    except ValueError:
+        if optimizer is not None and not had_state:
+            optimizer.state.clear()
+        raise
     with _quietly_alone() as alone:
-        load_tensors(wanted, checkpoint_id=path, process_group=process_group, no_dist=alone)
+        load_tensors(wanted, storage_reader=Reader(path, metadata), process_group=process_group, no_dist=alone)
 
 
 def load_whole(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint except the optimizer's, on this process, in Hugging Face's layout: experts stacked to
-    [E, ...] under their names. For load_state_dict of a model without `parallel`."""
-    kept = {name: entry for name, entry in _metadata(path).items() if not name.startswith("optimizer/")}
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in kept.items()}
+    [E, ...] under their names. For load_state_dict of a model without `parallel`. Runs no code from the checkpoint.
+
+    Raises:
+        ValueError: an expert is missing, or differs in shape or dtype, or the metadata is not to be trusted.
+    """
+    metadata = read_metadata(path)
+    tensors = {}
+    for name, stored in metadata.state_dict_metadata.items():
+        if not name.startswith("optimizer/"):
+            entry = _tensor_of(name, stored)
+            tensors[name] = torch.zeros(entry.size, dtype=entry.properties.dtype)
     with _quietly_alone():
-        load_tensors(tensors, checkpoint_id=path, no_dist=True)
+        load_tensors(tensors, storage_reader=Reader(path, metadata), no_dist=True)
     whole: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
@@ -124,9 +141,14 @@ def load_whole(path: str | Path) -> dict[str, Tensor]:
         else:
             parts[found[1]][int(found[2])] = tensor
     for name, experts in parts.items():
-        if sorted(experts) != list(range(len(experts))):
-            missing = min(set(range(max(experts))) - set(experts))
+        missing = next((expert for expert in range(len(experts)) if expert not in experts), None)
+        if missing is not None:
             raise ValueError(f"{name}[{missing}]: expected in the checkpoint, got experts {sorted(experts)}")
+        kinds = {f"{tensor.dtype} {list(tensor.shape)}" for tensor in experts.values()}
+        if len(kinds) > 1:
+            raise ValueError(f"{name}: expected experts of one shape and dtype, got {', '.join(sorted(kinds))}")
+        if name in whole:
+            raise ValueError(f"{name}: expected either a tensor or one per expert, got both")
         whole[name] = torch.stack([experts[expert] for expert in range(len(experts))])
     return whole
 
@@ -155,15 +177,17 @@ def _names(model: nn.Module) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _metadata(path: str | Path) -> dict[str, Any]:
-    return dict(FileSystemReader(path).read_metadata().state_dict_metadata)
+def _tensor_of(name: str, entry: object) -> TensorStorageMetadata:
+    if not isinstance(entry, TensorStorageMetadata):
+        raise ValueError(f"{name}: expected a tensor in the checkpoint, got bytes")  # a pickle
+    return entry
 
 
 def _check(wanted: dict[str, Tensor], stored: dict[str, Any], experts: dict[str, int]) -> None:
     for name, tensor in wanted.items():
         if name not in stored:
             raise ValueError(f"{name}: expected in the checkpoint, got none")
-        entry = stored[name]
+        entry = _tensor_of(name, stored[name])
         if tuple(entry.size) != tuple(tensor.shape) or entry.properties.dtype is not tensor.dtype:
             raise ValueError(
                 f"{name}: expected {tensor.dtype} {list(tensor.shape)}, got {entry.properties.dtype} {list(entry.size)}"
@@ -175,4 +199,4 @@ def _check(wanted: dict[str, Tensor], stored: dict[str, Any], experts: dict[str,
             if int(found[2]) >= experts.get(known, 0):
                 raise ValueError(f"{name}: expected {experts.get(known, 0)} experts, got one more")
         elif found is None and not name.startswith("optimizer/") and name not in wanted:
-            raise ValueError(f"{name}: expected none in the checkpoint, got {list(stored[name].size)}")
+            raise ValueError(f"{name}: expected none in the checkpoint, got one")

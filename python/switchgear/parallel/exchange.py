@@ -140,6 +140,10 @@ def _agree(
     failure = header.disagreement(all_terms) or header.unequal_tokens(all_terms, sizes, parallel.twins)
     if failure is not None:
         parallel.peers.fail(failure)
+    failure = header.impossible_sizes(all_terms, sizes)
+    if failure is not None:
+        parallel.peers.report(failure)
+        parallel.peers.check()
     return sizes
 
 

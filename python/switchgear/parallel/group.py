@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from switchgear.parallel.header import digest
 from switchgear.parallel.peers import Peers
 from switchgear.parallel.placement import Placement
 from switchgear.parallel.record import Record
+from switchgear.parallel.rendezvous import get
 
 _alive: weakref.WeakSet[ExpertParallel] = weakref.WeakSet()
 _made: dict[str, int] = {}
@@ -34,7 +36,7 @@ class ExpertParallel:
     Args:
         group: a torch.distributed group, or a list of ranks (after a failure, those that remain); all if None. Without
             torch.distributed: this process only.
-        timeout: seconds after which a rank that others wait for counts as stalled. Also limits connecting.
+        timeout: seconds after which a rank that others wait for counts as stalled. Also limits this constructor.
         num_chunks: 1, 2, 4 or 8 chunks of rows, so that experts work on one while others are transferred; if None,
             chosen for each call from the number of tokens.
         invariant: outputs and gradients have the same bits for any number of ranks, in float32 on the CPU. Then a row
@@ -43,13 +45,13 @@ class ExpertParallel:
             other parameters: right for a loss that is a mean over a rank's tokens. Otherwise they are sums.
         placement: which rank holds which experts, for layers with that many experts; consecutive ones if None.
         transport: of CPU tensors: "gloo"; "shared_memory", for ranks of one machine; or "auto", shared memory where
-            possible.
+            possible. If it is not, a warning says why.
         device_transport: of tensors on other devices: "group", the group's backend; or "peer_memory", a kernel that
             writes into the memory of the other GPUs of this machine. Neither has run on GPUs yet.
         tp_group: the ranks, all within group, that hold the same tokens as this one (tensor parallelism). Each sends
             only its share of them and gets the results of all (arXiv:2303.06318). These ranks must have equal inputs
             and output gradients, and get equal outputs and input gradients.
-        host: the address of this machine for the other ranks, if automatic detection is wrong.
+        host: the address of this machine on which it listens for the other ranks, if automatic detection is wrong.
         link: speed of the connections, for choosing the number of chunks.
 
     Raises:
@@ -101,15 +103,20 @@ class ExpertParallel:
         if placement is not None and placement.num_ranks != self.size:
             raise ValueError(f"placement: expected {self.size} ranks, got {placement.num_ranks}")
         self._placement = placement
-        self.peers = Peers(self.rank, self.size, PrefixStore("peers", store), timeout, host)
-        self.twins = self._find_twins(ranks, tp_group, PrefixStore("tokens", store))
-        self.own_twins = next(twins for twins in self.twins if self.rank in twins)
-        self.sharing_digest = digest(self.twins)
-        self._device_transport, self._device_store = device_transport, PrefixStore("devices", store)
         self._transports: dict[str, transports.Transport] = {}
-        if self.size > 1:
-            self._transports["cpu"] = TRANSPORTS[transport](self, PrefixStore("data", store))
+        self._device_transport, self._device_store = device_transport, PrefixStore("devices", store)
+        self.peers = Peers(self.rank, self.size, PrefixStore("peers", store), timeout, host)
         self.peers.on_failure.append(self._abort)
+        try:
+            self.twins = self._find_twins(ranks, tp_group, PrefixStore("tokens", store))
+            self.own_twins = next(twins for twins in self.twins if self.rank in twins)
+            self.sharing_digest = digest(self.twins)
+            if self.size > 1:
+                self._transports["cpu"] = TRANSPORTS[transport](self, PrefixStore("data", store))
+            self.peers.constructed()
+        except BaseException:
+            self.close()
+            raise
         _alive.add(self)
 
     def _find_twins(self, ranks: list[int], tp_group: Any, store: Any) -> tuple[tuple[int, ...], ...]:
@@ -120,8 +127,13 @@ class ExpertParallel:
             if not set(twins) <= set(ranks) or dist.get_rank() not in twins:
                 raise ValueError(f"tp_group: expected ranks of {ranks}, this one too, got {twins}")
             own = sorted(ranks.index(rank) for rank in twins)
-        store.set(f"twins/{self.rank}", json.dumps(own))
-        found = [tuple(json.loads(store.get(f"twins/{rank}"))) for rank in range(self.size)]
+        is_over = self.peers.is_over()
+
+        def share() -> list[tuple[int, ...]]:
+            store.set(f"twins/{self.rank}", json.dumps(own))
+            return [tuple(json.loads(get(store, f"twins/{rank}", is_over))) for rank in range(self.size)]
+
+        found = self.peers.run(share)
         if any(found[rank] != found[twins[0]] for twins in found for rank in twins):
             raise ValueError(f"tp_group: expected the same ranks on each of them, got {found}")
         return tuple(sorted(set(found)))
@@ -142,11 +154,15 @@ class ExpertParallel:
             if self._device_transport == "peer_memory":
                 self._check_one_machine("device_transport", "group")
                 there = peer_memory.CudaDevice(device)
-                made = peer_memory.PeerMemoryTransport(self.rank, self.size, self._device_store, there)
-                self._transports[device.type] = made
+                self._transports[device.type] = self.peers.run(lambda: self._map_peers(there))
             else:
                 self._transports[device.type] = transports.GroupTransport(self.group)
         return self._transports[device.type]
+
+    def _map_peers(self, device: peer_memory.CudaDevice) -> transports.Transport:
+        is_over = self.peers.is_over()
+        with torch.cuda.device(device.index):  # a thread begins on device 0
+            return peer_memory.PeerMemoryTransport(self.rank, self.size, self._device_store, device, is_over=is_over)
 
     def _check_one_machine(self, name: str, others: str) -> None:
         machines = len(set(self.peers.hosts))
@@ -191,16 +207,34 @@ def _shared_memory(parallel: ExpertParallel, store: Any) -> transports.Transport
     if not shared_memory.available():
         raise ValueError("transport: expected 'gloo' or 'auto', shared_memory needs Linux on x86-64")
     parallel._check_one_machine("transport", "'gloo' or 'auto'")
-    return shared_memory.SharedMemoryTransport(parallel.rank, parallel.size, store)
+    is_over = parallel.peers.is_over()
+    made = parallel.peers.run(
+        lambda: shared_memory.SharedMemoryTransport(parallel.rank, parallel.size, store, is_over),
+        shared_memory.SharedMemoryTransport.discard,
+    )
+    if made.problem:
+        made.discard()
+        raise ValueError(f"transport: expected 'gloo' or 'auto', shared memory cannot be opened: {made.problem}")
+    return made
 
 
 def _auto(parallel: ExpertParallel, store: Any) -> transports.Transport:
-    alone = shared_memory.available() and len(set(parallel.peers.hosts)) == 1
-    return (_shared_memory if alone else _gloo)(parallel, store)
+    if not shared_memory.available() or len(set(parallel.peers.hosts)) > 1:
+        return _gloo(parallel, store)
+    try:
+        return _shared_memory(parallel, store)
+    except ValueError as error:  # on all ranks alike
+        reason = str(error).split(": ", 2)[-1]
+        warnings.warn(f"rows are sent by gloo, since shared memory cannot be opened: {reason}", stacklevel=3)
+        return _gloo(parallel, PrefixStore("instead", store))
 
 
 def _gloo(parallel: ExpertParallel, store: Any) -> transports.Transport:
-    return transports.GlooTransport(parallel.rank, parallel.size, store, parallel.timeout)
+    seconds, is_over = parallel.timeout, parallel.peers.is_over()
+    return parallel.peers.run(
+        lambda: transports.GlooTransport(parallel.rank, parallel.size, store, seconds, is_over),
+        transports.GlooTransport.close,
+    )
 
 
 TRANSPORTS = {"auto": _auto, "gloo": _gloo, "shared_memory": _shared_memory}

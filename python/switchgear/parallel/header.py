@@ -102,3 +102,15 @@ def unequal_tokens(terms: Sequence[Terms], sizes: Sequence[Sizes], twins: Sequen
                 phase = "backward agree" if terms[rank].backward else "agree"
                 return Failure(rank, "disagrees", phase, terms[rank].exchange, reason)
     return None
+
+
+def impossible_sizes(terms: Sequence[Terms], sizes: Sequence[Sizes]) -> Failure | None:
+    """The first rank that announces more than its tokens can have. Only the rank that receives the sizes can see it,
+    before it allocates memory for them."""
+    for rank, (term, size) in enumerate(zip(terms, sizes, strict=True)):
+        rows = sum(size.rows)
+        if min(*size.rows, size.pairs) < 0 or rows > size.num_tokens or not rows <= size.pairs <= rows * term.top_k:
+            reason = f"sizes: expected rows of {size.num_tokens} tokens, got {rows} with {size.pairs} choices"
+            phase = "backward agree" if term.backward else "agree"
+            return Failure(rank, "disagrees", phase, term.exchange, reason)
+    return None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from switchgear import cuda
+from switchgear.parallel.rendezvous import get, never
 from switchgear.parallel.transport import Work, poll
 
 SLOT_BYTES = 1 << 20
@@ -46,7 +47,7 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         cuda.require(index)
-        self._device, self._index = torch.device("cuda", index), index
+        self._device, self.index = torch.device("cuda", index), index
         self._module = cuda.module()
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._execution = cuda.Execution(self._module, index)
@@ -63,7 +64,7 @@ class CudaDevice:
     def open(self, shared: str) -> Tensor:
         handles = [bytes.fromhex(handle) if isinstance(handle, str) else handle for handle in json.loads(shared)]
         # Opened on this device whatever the owner, so that this device's kernels can write there.
-        storage = torch.UntypedStorage._new_shared_cuda(self._index, *handles)
+        storage = torch.UntypedStorage._new_shared_cuda(self.index, *handles)
         return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
 
     def stop_word(self) -> Tensor:
@@ -86,14 +87,18 @@ class CudaDevice:
 class PeerMemoryTransport:
     """See Transport. store: for the rendezvous; all ranks must be on this machine."""
 
-    def __init__(self, rank: int, size: int, store: Any, device: Device, slot_bytes: int = SLOT_BYTES) -> None:
+    def __init__(
+        self, rank: int, size: int, store: Any, device: Device, slot_bytes: int = SLOT_BYTES,
+        is_over: Callable[[], bool] = never,
+    ) -> None:  # fmt: skip
+        """is_over: whether nobody waits for this object any more."""
         self._rank, self._size, self._device, self._slot_bytes = rank, size, device, slot_bytes
         own = device.allocate(device.segment_bytes(size, slot_bytes))
         store.set(f"segment/{rank}", device.share(own))
-        self._segments = [own if r == rank else device.open(store.get(f"segment/{r}").decode()) for r in range(size)]
+        self._segments = [own if r == rank else device.open(get(store, f"segment/{r}", is_over)) for r in range(size)]
         store.set(f"mapped/{rank}", "")
         for r in range(size):
-            store.get(f"mapped/{r}")
+            get(store, f"mapped/{r}", is_over)
         self._stop = device.stop_word()
         self._sent, self._received = [0] * size, [0] * size  # counted in pieces
         self._under_way: list[Callable[[], bool]] = []

@@ -2,8 +2,8 @@
 """Peers: which ranks of the group are alive, how far each one is, and the one failure on which all agree.
 
 Data channels fail badly: gloo aborts the process when sizes differ, delivers stale rows or waits for minutes, and
-shared memory never notices a dead peer. So ranks also keep small control connections, a full mesh of TCP sockets that a
-thread in each process watches. Every wait for data also checks them:
+shared memory never notices a dead peer. So ranks also keep small control connections (connect.py), which a thread in
+each process watches. Every wait for data, and for the other ranks during construction, also checks them:
 
 - A killed process closes its connections: the others know within a millisecond or two.
 - A rank announces an error before it raises it. A rank that leaves sends a goodbye with its last finished exchange.
@@ -20,7 +20,6 @@ import contextlib
 import json
 import mmap
 import os
-import secrets
 import selectors
 import socket
 import struct
@@ -28,16 +27,22 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from switchgear.parallel import segments
+from switchgear.parallel.connect import Mesh, connect
 from switchgear.parallel.errors import PHASES, ExpertParallelError, Failure
+from switchgear.parallel.rendezvous import Background, get
 
 POLL_SECONDS = 0.02  # between checks of the control connections while waiting for data
 PING_SECONDS = 0.15  # within which a process that is not stopped answers
 COORDINATOR_SECONDS = 0.35  # within which a coordinator decides: a ping and some slack
-BETWEEN = "between layers"
+CONNECT, BETWEEN = "connect", "between layers"
+_PHASES = (CONNECT, BETWEEN, *PHASES)
 _ENTRY = struct.Struct("<qq")  # of the board: step and phase number
+_LONGEST_REASON = 1000  # characters; a message must fit into the buffer of a socket
+_LONGEST_MESSAGE = 1 << 16
+T = TypeVar("T")
 
 
 class Waitable(Protocol):
@@ -50,11 +55,16 @@ class Peers:
     """The control connections of one rank of a group."""
 
     def __init__(self, rank: int, size: int, store: Any, timeout: float, host: str | None = None) -> None:
-        """store: a torch.distributed.Store of this group only, for the addresses; not used afterwards."""
+        """store: a torch.distributed.Store of this group only, for the addresses; not used afterwards.
+
+        The group is then connected, but under construction until `constructed`: whatever is left to set up goes through
+        `run`, which fails at the timeout that began here.
+        """
         self.rank, self.size, self.timeout = rank, size, timeout
-        self.step, self.done, self.phase, self.waiting = 0, 0, BETWEEN, False
+        self.step, self.done, self.phase, self.waiting = 0, -1, CONNECT, False
         self.failure: Failure | None = None
         self.on_failure: list[Callable[[], None]] = []
+        self._deadline: float | None = time.monotonic() + timeout
         self._decided = threading.Event()
         self._lock = threading.Lock()
         self._deciding = False
@@ -66,8 +76,12 @@ class Peers:
         self._send_locks = {peer: threading.Lock() for peer in range(size)}
         self._board = _Board(rank, size)
         self._closed = False
-        self.hosts: list[str] = []
-        self._connect(store, host)
+        try:
+            mesh = self._connect(store, host)
+        except BaseException:
+            self._board.close()
+            raise
+        self.hosts, self._sockets = mesh.machines, mesh.sockets
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(
             target=_watch,
@@ -76,48 +90,69 @@ class Peers:
             daemon=True,
         )
         self._thread.start()
+        try:
+            self._board.join(mesh.boards[0] if len(set(self.hosts)) == 1 else None)
+            self.run(lambda: self._barrier(store))
+        except BaseException:
+            self.close()
+            raise
 
-    # ---- connecting --------------------------------------------------------------------------------------------------
+    # ---- construction ------------------------------------------------------------------------------------------------
 
-    def _connect(self, store: Any, host: str | None) -> None:
-        """Connects each rank to all lower ranks. Eager, so that a rank that never connects raises here, within the
-        timeout."""
-        deadline = time.monotonic() + self.timeout
-        token = secrets.token_hex(16)
-        with socket.create_server(("", 0), backlog=self.size) as server:
-            address = {"host": host or _own_address(), "port": server.getsockname()[1], "token": token,
-                       "machine": _machine(), "board": self._board.source}  # fmt: skip
-            store.set(f"address/{self.rank}", json.dumps(address))
-            addresses = [json.loads(_get(store, f"address/{peer}", peer, deadline)) for peer in range(self.size)]
-            self.hosts = [entry["machine"] for entry in addresses]
-            alone = len(set(self.hosts)) == 1
-            for peer in range(self.rank):
-                target = "127.0.0.1" if alone else addresses[peer]["host"]
-                with _as_failure(peer):
-                    connection = socket.create_connection(
-                        (target, addresses[peer]["port"]), timeout=max(0.1, deadline - time.monotonic())
-                    )
-                    connection.sendall(f"{self.rank:8d}{addresses[peer]['token']}".encode())
-                self._sockets[peer] = connection
-            while len(self._sockets) < self.size - 1:
-                missing = next(peer for peer in range(self.size) if peer not in self._sockets and peer != self.rank)
-                with _as_failure(missing):
-                    server.settimeout(max(0.1, deadline - time.monotonic()))
-                    connection, _ = server.accept()
-                    connection.settimeout(2.0)
-                    greeting = _receive_exactly(connection, 40)
-                if greeting is None or greeting[8:].decode(errors="replace") != token:
-                    connection.close()  # from a stranger
-                    continue
-                self._sockets[int(greeting[:8])] = connection
-        for connection in self._sockets.values():
-            connection.setblocking(True)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._board.join(addresses[0]["board"] if alone else None)
-        # Wait until all have mapped rank 0's board; it exists only while some process maps it.
+    def _connect(self, store: Any, host: str | None) -> Mesh:
+        """Connects to all ranks. Eager, so that a rank that never connects raises here, within the timeout."""
+        mesh = Mesh()
+        deadline = time.monotonic() + self._remaining()
+        work = Background(
+            lambda: connect(mesh, self.rank, self.size, store, host, deadline, self._board.address), Mesh.close
+        )
+        cause: Exception | None = None
+        try:
+            if work.wait_for(self._remaining() + PING_SECONDS):  # longer than each step in it
+                return work.result
+        except (OSError, RuntimeError) as error:  # from sockets and stores
+            cause = error
+        except BaseException:
+            work.give_up()
+            raise
+        work.give_up()
+        reason = f"could not connect ({type(cause).__name__ if cause else 'the store does not answer'})"
+        raise ExpertParallelError(Failure(mesh.awaited, "stalled", CONNECT, 0, reason)) from cause
+
+    def _barrier(self, store: Any) -> None:
+        """Until all have mapped rank 0's board; it exists only while some process maps it."""
         store.set(f"ready/{self.rank}", "")
+        is_over = self.is_over()
         for peer in range(self.size):
-            _get(store, f"ready/{peer}", peer, deadline)
+            get(store, f"ready/{peer}", is_over)
+
+    def is_over(self) -> Callable[[], bool]:
+        """For a function of `run`: whether nobody waits for it any more."""
+        late = time.monotonic() + self._remaining() + 2.0
+        return lambda: self._closed or self.failure is not None or time.monotonic() > late
+
+    def _remaining(self) -> float:
+        """Seconds until a rank that others wait for has stalled."""
+        if self._deadline is None:
+            return self.timeout
+        # Enough for pings, so that the error names the right rank.
+        return max(self._deadline - time.monotonic(), 4 * PING_SECONDS)
+
+    def run(self, function: Callable[[], T], discard: Callable[[T], None] | None = None) -> T:
+        """Runs a step that needs the other ranks and may block. If one of them fails meanwhile, or does not take part,
+        raises ExpertParallelError and discards what the function returns later."""
+        work = Background(function, discard)
+        try:
+            self.wait(work)
+        except BaseException:
+            work.give_up()
+            raise
+        return work.result
+
+    def constructed(self) -> None:
+        """From now on, the timeout counts for each wait."""
+        self._deadline, self.done = None, 0
+        self.enter(BETWEEN)
 
     # ---- called by the exchange --------------------------------------------------------------------------------------
 
@@ -132,7 +167,7 @@ class Peers:
             raise
         except BaseException as error:
             kind = "exited" if isinstance(error, SystemExit) else "raised"
-            reason = "" if kind == "exited" else f"{type(error).__name__}: {error}"
+            reason = "" if kind == "exited" else f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
             self.report(Failure(self.rank, kind, self.phase, self.step, reason))
             raise
         self.done = self.step
@@ -149,17 +184,15 @@ class Peers:
 
     def wait(self, work: Waitable) -> None:
         """Waits for the work; raises ExpertParallelError as soon as a rank knows that it will never finish."""
-        begin = time.monotonic()
+        begin, timeout = time.monotonic(), self._remaining()
         asked = False
         self.waiting = True
         try:
             while True:
                 try:
                     done = work.wait_for(POLL_SECONDS)
-                except Exception as error:  # from the transport: usually a lost peer, whose report follows at once
-                    self._decided.wait(0.25)
-                    if self.failure is None:
-                        self.report(Failure(self.rank, "lost", self.phase, self.step, str(error).split("\n")[0]))
+                except (OSError, RuntimeError) as error:  # from the transport or the store: usually a lost peer
+                    self._report_lost(str(error).split("\n")[0][:_LONGEST_REASON])
                     self.check()
                     raise
                 self.check()
@@ -169,10 +202,10 @@ class Peers:
                     if finished < self.step:
                         self.report(Failure(peer, "exited", self.phase, self.step))
                 elapsed = time.monotonic() - begin
-                if not asked and elapsed > self.timeout - 2 * PING_SECONDS:
+                if not asked and elapsed > timeout - 2 * PING_SECONDS:
                     asked = True
                     self._ping()
-                if elapsed > self.timeout:
+                if elapsed > timeout:
                     self._report_stall()
         finally:
             self.waiting = False
@@ -242,6 +275,18 @@ class Peers:
                 action()
         self._decided.set()
 
+    def _report_lost(self, reason: str) -> None:
+        """After an error of the transport. A dead peer's report follows at once; a stopped one does not answer."""
+        if self._decided.wait(0.25):
+            return
+        self._ping()
+        if self._decided.wait(2 * PING_SECONDS):
+            return
+        silent = self._silent()
+        failure = Failure(silent[0] if silent else self.rank, "stalled" if silent else "lost", self.phase, self.step,
+                          "" if silent else reason)  # fmt: skip
+        self.report(self._with_last_phase(failure) if silent else failure)
+
     def _report_stall(self) -> None:
         silent = self._silent()
         if silent:
@@ -259,7 +304,7 @@ class Peers:
             return self._with_last_phase(Failure(min(self._pings), "stalled", failure.phase, failure.step))
         states = dict(self._states)
         states[self.rank] = (self.step, self.phase, self.waiting)
-        order = {phase: number for number, phase in enumerate((BETWEEN, *PHASES))}
+        order = {phase: number for number, phase in enumerate(_PHASES)}
 
         def behind(peer: int) -> tuple[int, int, bool, int]:
             step, phase, waiting = states[peer]
@@ -348,103 +393,59 @@ def _watch(reference: weakref.ref[Peers], sockets: dict[int, socket.socket], wok
             except OSError:
                 data = b""
             *lines, pending[key.data] = (pending[key.data] + data).split(b"\n")
-            for line in lines:
-                peers._received(key.data, json.loads(line))
-            if not data:
+            try:
+                for line in lines:
+                    peers._received(key.data, json.loads(line))
+                understood = len(pending[key.data]) <= _LONGEST_MESSAGE
+            except (ValueError, KeyError, TypeError):
+                understood = False
+            if not data or not understood:
                 selector.unregister(sockets[key.data])
                 peers._hung_up(key.data)
         del peers
 
 
 class _Board:
-    """Step and phase of each rank of one machine, in shared memory: shows what a killed process did last.
-
-    The memory has no name in any file system, so nothing is left behind.
-    """
+    """Step and phase of each rank of one machine, in shared memory: shows what a killed process did last."""
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._bytes = rank, size * _ENTRY.size
         self._map: mmap.mmap | None = None
         self._file = -1
-        self.source = ""
+        self.address: segments.Address | None = None
         if rank == 0 and hasattr(os, "memfd_create"):
-            self._file = os.memfd_create("switchgear-board")
-            os.ftruncate(self._file, self._bytes)
-            self.source = f"/proc/{os.getpid()}/fd/{self._file}"
-
-    def join(self, source: str | None) -> None:
-        if source:
+            name = segments.random_name("board")
             with contextlib.suppress(OSError):
-                file = os.open(source, os.O_RDWR)
-                self._map = mmap.mmap(file, self._bytes)
-                os.close(file)
-            self.write(0, BETWEEN)
+                self._file, self._map = segments.create(name, self._bytes)
+                self.address = segments.Address(os.getpid(), self._file, name)
+
+    def join(self, address: list[Any] | None) -> None:
+        """Maps rank 0's board, if there is one; without it, failures lack the phase."""
+        if address is None:
+            self._unmap()
+        elif self._map is None:
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                self._map = segments.attach(segments.Address(*address), self._bytes)
+        self.write(0, CONNECT)
 
     def write(self, step: int, phase: str) -> None:
         if self._map is not None:
-            number = PHASES.index(phase) if phase in PHASES else -1
+            number = _PHASES.index(phase) if phase in _PHASES else _PHASES.index(BETWEEN)
             _ENTRY.pack_into(self._map, self._rank * _ENTRY.size, step, number)
 
     def read(self, rank: int) -> tuple[int, str] | None:
         if self._map is None:
             return None
         step, number = _ENTRY.unpack_from(self._map, rank * _ENTRY.size)
-        return step, PHASES[number] if number >= 0 else BETWEEN
+        return step, _PHASES[number] if 0 <= number < len(_PHASES) else BETWEEN
 
-    def close(self) -> None:
+    def _unmap(self) -> None:
         if self._map is not None:
             self._map.close()
             self._map = None
+
+    def close(self) -> None:
+        self._unmap()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-
-
-# ---- addresses -------------------------------------------------------------------------------------------------------
-
-
-def _get(store: Any, key: str, peer: int, deadline: float) -> str:
-    with _as_failure(peer):
-        store.wait([key], timedelta(seconds=max(0.1, deadline - time.monotonic())))
-        return bytes(store.get(key)).decode()
-
-
-@contextlib.contextmanager
-def _as_failure(peer: int) -> Iterator[None]:
-    """Converts errors inside to a failure: this rank never connected."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # from sockets and stores
-        reason = f"could not connect ({type(error).__name__})"
-        raise ExpertParallelError(Failure(peer, "stalled", "connect", 0, reason)) from error
-
-
-def _receive_exactly(connection: socket.socket, count: int) -> bytes | None:
-    data = b""
-    while len(data) < count:
-        try:
-            part = connection.recv(count - len(data))
-        except OSError:
-            return None
-        if not part:
-            return None
-        data += part
-    return data
-
-
-def _machine() -> str:
-    """Equal for processes that can share memory: same boot and same PID namespace."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _own_address() -> str:
-    """The address of this machine as others see it: on the route to MASTER_ADDR, or of the host name."""
-    master = os.environ.get("MASTER_ADDR", "")
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((master or socket.gethostname(), 9))
-        return str(probe.getsockname()[0])
-    return socket.gethostname()

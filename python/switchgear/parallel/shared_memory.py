@@ -7,21 +7,24 @@ Every rank has blocks that it writes and the others read. A board that all map d
 
 A sender fills a block, then the entry, and last the entry's first word, the flag. A reader that sees the flag copies
 its rows and sets its mark; a block is reused when all readers have. Flags are plain stores and loads, so the processor
-must keep their order (x86-64). Blocks and board have no names, so a killed process leaves nothing behind. This module
-never blocks: Peers waits and detects lost ranks.
+must keep their order (x86-64). Blocks and board are segments (segments.py). After
+construction this module never blocks: Peers waits and detects lost ranks.
 """
 
 from __future__ import annotations
 
-import mmap
+import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from switchgear.parallel import segments
+from switchgear.parallel.rendezvous import get, never
 
 SLOTS = 64  # concurrent transfers of one rank; an exchange has at most 8 · 2 + 4
 _SMALLEST = 1 << 16
@@ -34,19 +37,15 @@ def available() -> bool:
 
 
 class _Block:
-    """Shared memory, created by this process unless `path` is given."""
+    """Shared memory, created by this process unless the address of another's is given."""
 
-    def __init__(self, capacity: int, path: str | None = None) -> None:
+    def __init__(self, capacity: int, name: str, address: segments.Address | None = None) -> None:
         self.capacity = capacity
-        if path is None:
-            self.file = os.memfd_create("switchgear-rows")
-            os.ftruncate(self.file, capacity)
-            self.map = mmap.mmap(self.file, capacity)
+        self.file = -1
+        if address is None:
+            self.file, self.map = segments.create(name, capacity)
         else:
-            file = os.open(path, os.O_RDWR)
-            self.map = mmap.mmap(file, capacity)
-            os.close(file)
-            self.file = -1
+            self.map = segments.attach(address, capacity)
         self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
 
     def close(self) -> None:
@@ -57,26 +56,52 @@ class _Block:
 class SharedMemoryTransport:
     """See Transport. store: for the rendezvous; all ranks must be on this machine."""
 
-    def __init__(self, rank: int, size: int, store: Any) -> None:
+    def __init__(self, rank: int, size: int, store: Any, is_over: Callable[[], bool] = never) -> None:
+        """is_over: whether nobody waits for this object any more."""
         self._rank, self._size = rank, size
         self._entry = 3 + (size + 1) + size  # in words
-        length = size * SLOTS * self._entry * 8
-        store.set(f"process/{rank}", str(os.getpid()))
-        self._processes = [int(store.get(f"process/{r}")) for r in range(size)]
-        if rank == 0:
-            self._board_block = _Block(length)
-            store.set("board", str(self._board_block.file))
-        else:
-            self._board_block = _Block(length, self._path(0, int(store.get("board"))))
-        self._words = memoryview(self._board_block.map).cast("q")
-        store.set(f"mapped/{rank}", "")
-        for r in range(size):
-            store.get(f"mapped/{r}")
+        self._name = segments.random_name("rows")
+        self._addresses: list[segments.Address] = []
+        self._board: _Block | None = None
         self._number = 0
         self._free: list[_Block] = []
         self._used: list[tuple[int, _Block]] = []
         self._theirs: dict[tuple[int, int], _Block] = {}
         self.aborted = False
+        try:
+            self.problem = self._open(store, is_over)
+        except BaseException:
+            self.discard()
+            raise
+
+    def _open(self, store: Any, is_over: Callable[[], bool]) -> str:
+        """Maps the board and a block of each rank. Returns the same on all ranks: the first problem, or ""."""
+        length = self._size * SLOTS * self._entry * 8
+        offer, problem = {}, ""
+        try:
+            block = _Block(_SMALLEST, self._name)
+            self._free.append(block)
+            offer = {"process": os.getpid(), "name": self._name, "block": block.file}
+            if self._rank == 0:
+                self._board = _Block(length, self._name)
+                offer["board"] = self._board.file
+        except (OSError, ValueError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        store.set(f"offer/{self._rank}", json.dumps(offer))
+        offers = [json.loads(get(store, f"offer/{r}", is_over)) for r in range(self._size)]
+        try:
+            if all(offers):
+                self._addresses = [segments.Address(o["process"], o["block"], o["name"]) for o in offers]
+                for r in self._others():
+                    self._block_of(r, offers[r]["block"], _SMALLEST)
+                if self._board is None:
+                    self._board = _Block(length, "", self._addresses[0]._replace(file=offers[0]["board"]))
+                self._words = memoryview(self._board.map).cast("q")
+        except (OSError, ValueError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        store.set(f"opened/{self._rank}", problem)
+        problems = [get(store, f"opened/{r}", is_over) for r in range(self._size)]
+        return next((f"rank {r}: {problem}" for r, problem in enumerate(problems) if problem), "")
 
     def all_to_all(
         self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]
@@ -115,11 +140,9 @@ class SharedMemoryTransport:
             return False
         if len(target):
             begin = self._words[at + 3 + self._rank]
-            key = (source, self._words[at + 1])
-            if key not in self._theirs:
-                self._theirs[key] = _Block(self._words[at + 2], self._path(*key))
+            block = self._block_of(source, self._words[at + 1], self._words[at + 2])
             into = _bytes_of(target)
-            into.copy_(self._theirs[key].bytes[begin : begin + len(into)])
+            into.copy_(block.bytes[begin : begin + len(into)])
         self._words[at + 3 + self._size + 1 + self._rank] = number + 1
         return True
 
@@ -133,10 +156,16 @@ class SharedMemoryTransport:
         while self._used and not self.aborted and time.monotonic() < end:
             self._reclaim()
             time.sleep(1e-3 if self._used else 0)
-        self._words.release()
-        for block in (*self._free, *(block for _, block in self._used), *self._theirs.values(), self._board_block):
+        self.discard()
+
+    def discard(self) -> None:
+        """Closes all files at once."""
+        if hasattr(self, "_words"):
+            self._words.release()
+        board = [self._board] if self._board is not None else []
+        for block in (*self._free, *(block for _, block in self._used), *self._theirs.values(), *board):
             block.close()
-        self._free, self._used, self._theirs = [], [], {}
+        self._free, self._used, self._theirs, self._board = [], [], {}, None
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self._size) if rank != self._rank]
@@ -144,8 +173,11 @@ class SharedMemoryTransport:
     def _at(self, source: int, number: int) -> int:
         return (source * SLOTS + number % SLOTS) * self._entry
 
-    def _path(self, rank: int, file: int) -> str:
-        return f"/proc/{self._processes[rank]}/fd/{file}"
+    def _block_of(self, rank: int, file: int, capacity: int) -> _Block:
+        """A block of another rank, mapped once."""
+        if (rank, file) not in self._theirs:
+            self._theirs[rank, file] = _Block(capacity, "", self._addresses[rank]._replace(file=file))
+        return self._theirs[rank, file]
 
     def _reclaim(self) -> None:
         """Reclaims blocks that all readers have marked."""
@@ -161,7 +193,7 @@ class SharedMemoryTransport:
     def _take(self, size: int) -> _Block:
         fitting = [block for block in self._free if block.capacity >= size]
         if not fitting:
-            return _Block(max(_SMALLEST, 1 << (size - 1).bit_length() if size else 0))
+            return _Block(max(_SMALLEST, 1 << (size - 1).bit_length() if size else 0), self._name)
         block = min(fitting, key=lambda block: block.capacity)
         self._free.remove(block)
         return block

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from switchgear.parallel.rendezvous import get, own_client
+
 
 class Work(Protocol):
     def wait_for(self, seconds: float) -> bool:
@@ -87,14 +89,19 @@ class GlooTransport:
     underlying connections, which ends all waits at once.
     """
 
-    def __init__(self, rank: int, size: int, store: Any, timeout: float) -> None:
+    def __init__(self, rank: int, size: int, store: Any, timeout: float, is_over: Callable[[], bool]) -> None:
+        """timeout: seconds after which gloo gives up connecting. is_over: whether nobody waits for this any more."""
         before = _socket_files()
-        self._group: Any = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=max(timeout, 1.0)))
-        store.set_timeout(timedelta(seconds=max(timeout, 1.0)))
-        self._connections = _connections_between(_new_sockets(before), rank, size, store)
+        seconds = timeout + 1.0  # Peers, which knows the reason, comes first
+        self._group: Any = dist.ProcessGroupGloo(own_client(store), rank, size, timedelta(seconds=seconds))
+        self._connections = _connections_between(_new_sockets(before), rank, size, store, is_over)
+        # Peers decides who has stalled. If gloo's own timeout ended a transfer first, it would not say whose fault it
+        # is. It also counts the time in which this rank's experts work.
+        self._options = dist.AllToAllOptions()
+        self._options.timeout = timedelta(days=1) if self._connections else timedelta(seconds=2 * seconds)
 
     def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
-        work = self._group.alltoall_base(output, input, list(output_rows), list(input_rows))
+        work = self._group.alltoall_base(output, input, list(output_rows), list(input_rows), self._options)
         return _TorchWork(work, output, input)
 
     def abort(self) -> None:
@@ -202,12 +209,14 @@ def _new_sockets(before: set[str]) -> list[socket.socket]:
     return connections
 
 
-def _connections_between(candidates: list[socket.socket], rank: int, size: int, store: Any) -> list[socket.socket]:
+def _connections_between(
+    candidates: list[socket.socket], rank: int, size: int, store: Any, is_over: Callable[[], bool]
+) -> list[socket.socket]:
     """Candidates whose other end is a candidate of another rank; skips what another thread opened meanwhile."""
     own = {str((c.getsockname()[:2], c.getpeername()[:2])): c for c in candidates if c.family != socket.AF_UNIX}
     store.set(f"sockets/{rank}", "\n".join(str((c.getpeername()[:2], c.getsockname()[:2])) for c in own.values()))
     mirrored = {line for peer in range(size) if peer != rank
-                for line in bytes(store.get(f"sockets/{peer}")).decode().split("\n")}  # fmt: skip
+                for line in get(store, f"sockets/{peer}", is_over).split("\n")}  # fmt: skip
     kept = [connection for pair, connection in own.items() if pair in mirrored]
     for connection in candidates:
         if connection not in kept:

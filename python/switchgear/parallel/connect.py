@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The control connections between all ranks of a group: TCP sockets, set up through a store of torch.distributed.
+
+A rank listens only while the group connects, and only on the interface that the group uses: loopback if all ranks share
+it. Each connection begins with a greeting, the sender's rank and the listener's secret. Only readers of the store know
+the secret. Strangers can still open connections, so greetings are read side by side and each has a deadline: slow bytes
+delay nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import ipaddress
+import json
+import os
+import secrets
+import selectors
+import socket
+import struct
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from switchgear.parallel.rendezvous import get
+
+_GREETING = struct.Struct("<q32s")  # rank and secret
+_GREETING_SECONDS = 2.0
+_MOST_STRANGERS = 128  # connections without a greeting; beyond these the oldest is closed
+
+
+@dataclass
+class Mesh:
+    """The connections so far. `awaited` is the rank whose turn it is, for the error if nothing comes."""
+
+    sockets: dict[int, socket.socket] = field(default_factory=dict)
+    machines: list[str] = field(default_factory=list)
+    boards: list[Any] = field(default_factory=list)
+    awaited: int = 0
+
+    def close(self) -> None:
+        for connection in self.sockets.values():
+            connection.close()
+        self.sockets.clear()
+
+
+def connect(mesh: Mesh, rank: int, size: int, store: Any, host: str | None, deadline: float, board: Any) -> Mesh:
+    """Connects to all lower ranks and accepts all higher ones. board: told to all ranks.
+
+    Raises:
+        OSError: a rank, mesh.awaited, could not be reached; TimeoutError: it did not come.
+        ValueError: host is not an address of this machine.
+    """
+    try:
+        _connect(mesh, rank, size, store, host, deadline, board)
+    except BaseException:
+        mesh.close()
+        raise
+    return mesh
+
+
+def _connect(mesh: Mesh, rank: int, size: int, store: Any, host: str | None, deadline: float, board: Any) -> None:
+    here = {"machine": _machine(), "network": _network(), "board": board}
+    store.set(f"machine/{rank}", json.dumps(here))
+    there = [json.loads(_get(mesh, store, "machine", peer, deadline)) for peer in range(size)]
+    mesh.machines, mesh.boards = [entry["machine"] for entry in there], [entry["board"] for entry in there]
+    if size == 1:
+        return
+    alone = len({entry["network"] for entry in there}) == 1
+    with _listen("127.0.0.1" if alone else host or own_address(), size) as server:
+        address, port = server.getsockname()[:2]
+        secret = secrets.token_hex(16)
+        store.set(f"address/{rank}", json.dumps([address, port, secret]))
+        for peer in range(rank):
+            address, port, theirs = json.loads(_get(mesh, store, "address", peer, deadline))
+            connection = socket.create_connection((address, port), timeout=max(0.1, deadline - time.monotonic()))
+            mesh.sockets[peer] = connection
+            connection.sendall(_GREETING.pack(rank, theirs.encode()))
+        accept(server, mesh, set(range(rank + 1, size)), secret, deadline)
+    for connection in mesh.sockets.values():
+        connection.setblocking(True)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def accept(server: socket.socket, mesh: Mesh, wanted: set[int], secret: str, deadline: float) -> None:
+    """Accepts connections into mesh.sockets until each wanted rank has greeted with the secret, once."""
+    greetings: dict[socket.socket, tuple[bytes, float]] = {}  # what has arrived, and until when; the oldest first
+    server.setblocking(False)
+    with selectors.DefaultSelector() as selector:
+        selector.register(server, selectors.EVENT_READ)
+
+        def forget(connection: socket.socket) -> None:
+            selector.unregister(connection)
+            del greetings[connection]
+
+        try:
+            while missing := wanted - mesh.sockets.keys():
+                mesh.awaited = min(missing)
+                now = time.monotonic()
+                if now > deadline:
+                    raise TimeoutError(f"rank {mesh.awaited} did not connect")
+                overdue = [connection for connection, (_, until) in greetings.items() if until < now]
+                for connection in (*overdue, *list(greetings)[len(overdue) : len(greetings) - _MOST_STRANGERS]):
+                    forget(connection)
+                    connection.close()
+                for key, _ in selector.select(min(0.1, deadline - now)):
+                    if key.fileobj is server:
+                        with contextlib.suppress(OSError):
+                            connection, _ = server.accept()
+                            connection.setblocking(False)
+                            greetings[connection] = (b"", now + _GREETING_SECONDS)
+                            selector.register(connection, selectors.EVENT_READ)
+                        continue
+                    connection = key.fileobj  # type: ignore[assignment]
+                    text, until = greetings[connection]
+                    part = _receive(connection, _GREETING.size - len(text))
+                    greetings[connection] = (text + part, until)
+                    if part and len(text + part) < _GREETING.size:
+                        continue
+                    forget(connection)
+                    peer = _rank_of(text + part, secret)
+                    if peer in wanted and peer not in mesh.sockets:
+                        mesh.sockets[peer] = connection
+                    else:
+                        connection.close()  # from a stranger
+        finally:
+            for connection in greetings:
+                connection.close()
+
+
+def _receive(connection: socket.socket, count: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return connection.recv(count)
+    return b""
+
+
+def _rank_of(greeting: bytes, secret: str) -> int:
+    """-1 for a stranger."""
+    if len(greeting) < _GREETING.size:
+        return -1
+    rank, given = _GREETING.unpack(greeting)
+    return int(rank) if hmac.compare_digest(given, secret.encode()) else -1
+
+
+def _get(mesh: Mesh, store: Any, key: str, peer: int, deadline: float) -> str:
+    mesh.awaited = peer
+    return get(store, f"{key}/{peer}", lambda: time.monotonic() > deadline)
+
+
+# ---- addresses -------------------------------------------------------------------------------------------------------
+
+
+def _listen(address: str, backlog: int) -> socket.socket:
+    try:
+        family, _, _, _, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        if ipaddress.ip_address(where[0]).is_unspecified:
+            raise OSError("it means all interfaces")
+        return socket.create_server(where[:2], family=family, backlog=max(128, backlog))
+    except OSError as error:
+        raise ValueError(f"host: expected an address of this machine, got {address!r}: {error}") from error
+
+
+def _machine() -> str:
+    """Equal for processes that can share memory: same boot and same PID namespace."""
+    return _same("pid")
+
+
+def _network() -> str:
+    """Equal for processes that can connect over loopback: same boot and same network namespace."""
+    return _same("net")
+
+
+def _same(namespace: str) -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()}/{os.stat(f'/proc/self/ns/{namespace}').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def own_address() -> str:
+    """The address of this machine as others see it: on the route to MASTER_ADDR, or of the host name."""
+    master = os.environ.get("MASTER_ADDR", "")
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((master or socket.gethostname(), 9))
+        return str(probe.getsockname()[0])
+    return socket.gethostname()
