@@ -9,6 +9,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from torch import Tensor
 
 import switchgear
 from switchgear import _C
+from switchgear.routing import Capacity
 from switchgear.testing import Case, make_layer
+from switchgear.weights import Int4
 
 LOGITS = np.random.default_rng(0).standard_normal((4, 8), np.float32)
 CASE = Case("hostile", 5, 2, 4, 12, 6, "holes")
@@ -200,6 +203,25 @@ def test_freed_storage(name: str, free: Callable[[Tensor], Tensor], isa: str) ->
         switchgear.moe(**args | {name: free(args[name])})
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_sparse_tensors(name: str, backend: str) -> None:
+    args = layer()
+    for spoiled in (args[name].to_sparse(), args[name].float().to_mkldnn()):
+        with pytest.raises(TypeError, match=f"{name}: expected "):
+            switchgear.moe(**args | {name: spoiled})
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_sparse_tensors_in_stages(backend: str) -> None:
+    x, ids = torch.randn(4, 8), torch.zeros(4, 2, dtype=torch.int32)
+    for layout in (torch.sparse_coo, torch.sparse_csr):
+        for call in (partial(switchgear.route, top_k=2), switchgear.glu, switchgear.MoE(8, 4, 4, 2)):
+            with pytest.raises(TypeError, match=r"expected a dense tensor .*, got torch.sparse"):
+                call(x.to_sparse(layout=layout))
+        with pytest.raises(TypeError, match=r"topk_ids: expected a dense tensor .*, got torch.sparse"):
+            switchgear.plan(ids.to_sparse(layout=layout), 3)
+
+
 # ---- memory that another thread changes ------------------------------------------------------------------------------
 
 
@@ -220,3 +242,101 @@ def test_ids_that_change_during_a_call() -> None:
         with contextlib.suppress(ValueError):
             assert switchgear.plan(ids, 8).expert_offsets[-1] <= ids.numel()
     thread.join()
+
+
+# ---- sizes and numbers -----------------------------------------------------------------------------------------------
+
+HUGE = (2**31 - 1, 2**40, 2**63, 2**80, -(2**80))
+
+
+@pytest.mark.parametrize("size", HUGE)
+def test_huge_numbers_of_experts_allocate_nothing(size: int, backend: str) -> None:
+    ids, logits = torch.zeros(4, 2, dtype=torch.int32), torch.randn(4, 8)
+    with pytest.raises(ValueError, match="num_experts: expected"):
+        switchgear.plan(ids, size)
+    with pytest.raises(ValueError, match="top_k: expected"):
+        switchgear.route(logits, size)
+    with pytest.raises(ValueError, match="num_groups: expected"):
+        switchgear.route(logits, 2, num_groups=size)
+
+
+def test_limit_that_float32_rounds_to_none(backend: str) -> None:
+    h = torch.randn(2, 4)
+    assert not switchgear.glu(h, limit=2.0**-149).abs().gt(2.0**-149).any()
+    with pytest.raises(ValueError, match=r"limit: expected .*, got 1e-50"):
+        switchgear.glu(h, limit=1e-50)
+
+
+WRONG_OPTIONS: tuple[tuple[str, Any], ...] = (
+    *((name, value) for name in ("hidden_size", "intermediate_size", "num_experts") for value in (0, -1, 4.0, "4")),
+    *(("top_k", value) for value in (0, 5, 1.5, "2", True)),
+    *((f"{kind}_experts", value) for kind in ("null", "copy", "constant") for value in (-1, 1.0)),
+    *((name, value) for name in ("shared_intermediate_size", "num_shared_experts") for value in (-1, 2.5)),
+    *(("limit", value) for value in (-1.0, float("nan"), 1e-50)),
+    ("alpha", float("nan")),
+    ("alpha", "1"),
+    ("scale", float("inf")),
+    ("scale", float("nan")),
+)
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_OPTIONS)
+def test_wrong_options_of_a_module(name: str, value: Any) -> None:
+    options = {"hidden_size": 4, "intermediate_size": 4, "num_experts": 4, "top_k": 2, name: value}
+    with pytest.raises((ValueError, TypeError), match=f"^{name}: expected .*, got"):
+        switchgear.MoE(**options)
+
+
+WRONG_INPUTS: dict[str, Any] = {
+    "another width": torch.randn(3, 5),
+    "twice the width": torch.randn(3, 8),
+    "no dimension": torch.tensor(1.0),
+    "integers": torch.ones(3, 4, dtype=torch.int64),
+    "bfloat16": torch.randn(3, 4, dtype=torch.bfloat16),
+    "a list": [[1.0, 2.0, 3.0, 4.0]],
+    "an array": np.zeros((3, 4), np.float32),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INPUTS)
+def test_wrong_input_of_a_module(name: str) -> None:
+    moe = switchgear.MoE(4, 4, 4, 2)
+    for module in (moe, moe.gate):
+        with pytest.raises((ValueError, TypeError), match=r"^hidden_states: expected .*, got"):
+            module(WRONG_INPUTS[name])
+
+
+@pytest.mark.parametrize("num_sequences", [0, 2, -1])
+def test_too_few_sequences(num_sequences: int) -> None:
+    moe = switchgear.MoE(4, 4, 4, 2, capacity=Capacity(1.0, scope="sequence"))
+    with pytest.raises(ValueError, match=r"(num_sequences|sequence_ids): expected .*, got"):
+        moe(torch.randn(3, 4), sequence_ids=torch.tensor([0, 2, 1]), num_sequences=num_sequences)
+
+
+@pytest.mark.parametrize("size", [2**40, 17, -32, 32.0])
+def test_group_size(size: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"^group_size: expected"):
+        Int4(group_size=size)
+
+
+# ---- stored weights --------------------------------------------------------------------------------------------------
+
+
+def test_parameters_beside_stored_weights_are_not_ignored() -> None:
+    moe = switchgear.MoE(64, 64, 4, 2)
+    switchgear.store(moe, "int8")
+    x, weight = torch.randn(3, 64), torch.randn(4, 128, 64)
+    with pytest.raises(
+        ValueError, match=r"^gate_up_proj: expected none beside weights stored as int8, got a parameter"
+    ):
+        torch.func.functional_call(moe, {"experts.gate_up_proj": weight}, (x,))
+    wanted = moe(x)
+    assert torch.equal(torch.func.functional_call(moe, dict(moe.named_buffers()), (x,)), wanted)
+
+
+def test_dtype_of_stored_weights(isa: str) -> None:
+    moe = switchgear.MoE(64, 64, 4, 2, dtype=torch.bfloat16)
+    switchgear.store(moe, "panels")
+    with pytest.raises(TypeError, match=r"^gate_up_proj: expected .*, got weights stored as panels in torch.bfloat16"):
+        moe.float()(torch.randn(3, 64))
+    moe.bfloat16()(torch.randn(3, 64, dtype=torch.bfloat16))

@@ -93,8 +93,8 @@ def as_number(name: str, value: float) -> float:
 def as_limit(limit: float | None) -> float:
     if limit is None:
         return 0.0
-    if not limit > 0:
-        raise ValueError(f"limit: expected a positive number or None, got {limit}")
+    if not limit > 2.0**-150:  # such numbers are 0 in float32, which means no limit
+        raise ValueError(f"limit: expected a positive number of float32 (at least 1.4e-45) or None, got {limit}")
     return float(limit)
 
 
