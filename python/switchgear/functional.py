@@ -85,17 +85,25 @@ def in_autocast_dtype(device_type: str, *tensors: Tensor | None) -> tuple[Any, .
 
 
 def as_number(name: str, value: float) -> float:
-    if isinstance(value, (str, bytes)):  # float() would parse these
-        raise TypeError(f"{name}: expected float, got {type(value).__name__}")
-    return float(value)
+    return value if type(value) is float else _converted(name, value)
+
+
+def _converted(name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, (str, bytes)):  # float() would parse these
+            return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        pass
+    raise TypeError(f"{name}: expected float, got {type(value).__name__}")
 
 
 def as_limit(limit: float | None) -> float:
     if limit is None:
         return 0.0
+    limit = as_number("limit", limit)
     if not limit > 2.0**-150:  # such numbers are 0 in float32, which means no limit
         raise ValueError(f"limit: expected a positive number of float32 (at least 1.4e-45) or None, got {limit}")
-    return float(limit)
+    return limit
 
 
 # ---- route, plan -----------------------------------------------------------------------------------------------------

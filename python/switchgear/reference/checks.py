@@ -45,8 +45,8 @@ def check_size(name: str, value: int, least: int = 1) -> None:
     """Checks that a size is an integer of at least `least`."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if not least <= value < 2**31:
+        raise ValueError(f"{name}: expected {least} to 2^31 - 1, got {value}")
 
 
 def check_num_experts(num_experts: int) -> None:

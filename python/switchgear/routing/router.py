@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
 from switchgear.complaints import complain_about_rows
-from switchgear.functional import Routing, route
+from switchgear.functional import Routing, as_number, route
 from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing.balance import count_tokens
 from switchgear.routing.change import Change, PerExpert
@@ -112,7 +112,7 @@ class Router(nn.Module):
         check_size("num_experts", num_experts)
         if top_k is not None:
             check_size("top_k", top_k)
-        check_finite("scale", scale)
+        check_finite("scale", as_number("scale", scale))
         if select is not None:
             _exclude("select", top_k=top_k is not None, score_function=score_function != "softmax", normalize=normalize,
                      scale=scale != 1, num_groups=num_groups != 1, topk_groups=topk_groups != 1,
@@ -121,7 +121,7 @@ class Router(nn.Module):
             raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
         if score is not None:
             _exclude("score", jitter=jitter != 0, float32=float32, bias=bias)
-        if not 0 <= jitter < 1:
+        if not 0 <= as_number("jitter", jitter) < 1:
             raise ValueError(f"jitter: expected a number in [0, 1), got {jitter}")
         check_choice("isolation", isolation, SCOPES)
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
