@@ -260,11 +260,12 @@ def test_huge_numbers_of_experts_allocate_nothing(size: int, backend: str) -> No
         switchgear.route(logits, 2, num_groups=size)
 
 
-def test_limit_that_float32_rounds_to_none(backend: str) -> None:
+def test_limits_that_float32_does_not_have(backend: str) -> None:
     h = torch.randn(2, 4)
     assert not switchgear.glu(h, limit=2.0**-149).abs().gt(2.0**-149).any()
-    with pytest.raises(ValueError, match=r"limit: expected .*, got 1e-50"):
-        switchgear.glu(h, limit=1e-50)
+    for limit in (1e-50, 1e50):
+        with pytest.raises(ValueError, match=r"limit: expected .*, got 1e"):
+            switchgear.glu(h, limit=limit)
 
 
 WRONG_OPTIONS: tuple[tuple[str, Any], ...] = (
@@ -340,3 +341,25 @@ def test_dtype_of_stored_weights(isa: str) -> None:
     with pytest.raises(TypeError, match=r"^gate_up_proj: expected .*, got weights stored as panels in torch.bfloat16"):
         moe.float()(torch.randn(3, 64))
     moe.bfloat16()(torch.randn(3, 64, dtype=torch.bfloat16))
+
+
+def test_weights_that_overlap_themselves(isa: str) -> None:
+    """Rows a stride of 1 apart: the gradient has strides of its own."""
+    args, memory = layer(), torch.randn(200)
+
+    def gradients(copied: bool) -> list[Tensor]:
+        views = [torch.as_strided(memory, args[name].shape, (1, 1, 1)) for name in ("gate_up_proj", "down_proj")]
+        first, second = (
+            (view.clone(memory_format=torch.contiguous_format) if copied else view).detach().requires_grad_()
+            for view in views
+        )
+        y = switchgear.moe(args["x"], first, second, args["topk_ids"], args["topk_weights"])
+        return list(torch.autograd.grad(y.sum(), (first, second)))
+
+    for got, wanted in zip(gradients(copied=False), gradients(copied=True), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_no_elements(backend: str) -> None:
+    with pytest.raises(ValueError, match="h: expected a last dimension of at least 1"):
+        switchgear.glu(torch.empty(0))

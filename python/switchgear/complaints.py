@@ -30,8 +30,6 @@ def complain(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
             check_dense(name, tensor)
             if tensor.dim() == 0:
                 raise ValueError(f"{name}: expected at least one dimension, got shape []")
-            if tensor.dim() > 1 and tensor.shape[-1] == 0:
-                raise ValueError(f"{name}: expected rows of at least one element, got shape {list(tensor.shape)}")
             first = first or (name, tensor)
             if tensor.device != first[1].device:
                 wanted = f"a tensor on {first[1].device} like {first[0]}"

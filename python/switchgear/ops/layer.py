@@ -113,7 +113,9 @@ def _gradients(empty_weight: Callable[[Tensor], Tensor], args: Sequence[Any]) ->
             absent: Tensor = x.new_empty(0, dtype=x.dtype if tensor is None else tensor.dtype)
             return absent
         if index in (1, 2):
-            return empty_weight(tensor)
+            grad = empty_weight(tensor)
+            if grad.stride(-1) == 1 or grad.stride(-2) == 1:
+                return grad  # otherwise the weight overlaps itself, so its strides are not usable
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
     trained = _trained(args)
