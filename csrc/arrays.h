@@ -14,6 +14,10 @@
 
 namespace switchgear {
 
+// Raises ValueError or TypeError unless a capsule of __dlpack__ holds an array that can be read safely, as far as its sizes and
+// strides tell; BufferError for negative strides, which a copy of the array does not have.
+void check_capsule(const char* name, pybind11::handle capsule);
+
 // The arrays of one call. Views are valid during its lifetime; it is destroyed with the GIL held.
 class Arrays {
  public:

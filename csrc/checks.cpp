@@ -2,6 +2,7 @@
 #include "checks.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "registry.h"
 #include "switchgear/check.h"
@@ -229,6 +230,19 @@ void Call::check_overlap() const {
                        other.name);
     }
   }
+}
+
+void Call::own(TensorView& indices) {
+  if (!readable(indices) || indices.numel() == 0) return;
+  const auto count = static_cast<size_t>(indices.numel());
+  int32_t* copy = few_.data() + few_used_;
+  if (count <= few_.size() - few_used_) {
+    few_used_ += count;
+  } else {
+    copy = many_.emplace_back(std::make_unique_for_overwrite<int32_t[]>(count)).get();
+  }
+  std::memcpy(copy, indices.data, count * sizeof(int32_t));
+  indices.data = copy;
 }
 
 void check_range(const char* name, const TensorView& indices, int64_t low, int64_t high) {

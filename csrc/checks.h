@@ -4,6 +4,8 @@
 #pragma once
 #include <array>
 #include <initializer_list>
+#include <memory>
+#include <vector>
 
 #include "switchgear/backend.h"
 
@@ -41,6 +43,10 @@ class Call {
   void input(const char* name, const Weight& plain, Shape shape);
   void output(const char* name, const TensorView& tensor, Kind kind, Shape shape, Layout layout = Layout::kContiguous);
 
+  // Replaces int32 indices by a copy that lives as long as the call. Kernels trust indices, so no other thread may change
+  // them between their check and their use. Memory of a device stays: its kernels check what they read.
+  void own(TensorView& indices);
+
   // The backend of the device of the tensors so far.
   const Backend& backend() const { return *backend_; }
 
@@ -71,6 +77,10 @@ class Call {
   int count_ = 0;
   const char* float_name_ = nullptr;
   DType float_dtype_ = DType::kFloat32;
+
+  std::array<int32_t, 256> few_;  // the first copies, which need no allocation
+  size_t few_used_ = 0;
+  std::vector<std::unique_ptr<int32_t[]>> many_;
 };
 
 // Checks of contents that an op uses as indices. They come last, since they read memory. Memory of a CUDA device is not read:

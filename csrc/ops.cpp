@@ -45,22 +45,43 @@ void plan_shapes(Call& call, const Plan& plan, Dim& T, Dim& K, Dim& S) {
   call.input("expert_offsets", plan.expert_offsets, kInt32, {&offsets});
 }
 
+// Index arrays are copied before they are checked (Call::own), so ops that have some change a copy of their arguments.
+
 // Slots past expert_offsets[E] belong to no expert, and no kernel reads their token_indices.
-void check_tokens(const TensorView& token_indices, const TensorView& expert_offsets, int64_t num_tokens) {
+void check_tokens(Call& call, TensorView& token_indices, const TensorView& expert_offsets, int64_t num_tokens) {
   if (!readable(expert_offsets)) return;
+  call.own(token_indices);
   TensorView used = token_indices;
   used.shape[0] = expert_offsets.as<const int32_t>()[expert_offsets.shape[0] - 1];
   check_range("token_indices", used, 0, num_tokens);
 }
 
-void check_plan(const Plan& plan, const Dim& T, const Dim& S) {
-  check_offsets("expert_offsets", plan.expert_offsets, S.size);
-  check_tokens(plan.token_indices, plan.expert_offsets, T.size);
+void check_offsets(Call& call, TensorView& expert_offsets, int64_t num_slots) {
+  call.own(expert_offsets);
+  check_offsets("expert_offsets", expert_offsets, num_slots);
+}
+
+void check_ids(Call& call, TensorView& topk_ids, const Dim& E) {
+  call.own(topk_ids);
+  check_range("topk_ids", topk_ids, -1, E.size);
+}
+
+void check_plan(Call& call, Plan& plan, const Dim& T, const Dim& S) {
+  check_offsets(call, plan.expert_offsets, S.size);
+  check_tokens(call, plan.token_indices, plan.expert_offsets, T.size);
+  call.own(plan.slot_indices);
   check_range("slot_indices", plan.slot_indices, -1, S.size);
 }
 
-void check_sequences(const TensorView& sequence_ids, const TensorView& limits, const Dim& B) {
-  if (sequence_ids.defined()) check_range("sequence_ids", sequence_ids, 0, B.size);
+void check_sequence_ids(Call& call, TensorView& sequence_ids, int64_t num_sequences) {
+  if (!sequence_ids.defined()) return;
+  call.own(sequence_ids);
+  check_range("sequence_ids", sequence_ids, 0, num_sequences);
+}
+
+void check_sequences(Call& call, TensorView& sequence_ids, TensorView& limits, const Dim& B) {
+  check_sequence_ids(call, sequence_ids, B.size);
+  call.own(limits);
   check_range("limits", limits, 0, std::numeric_limits<int32_t>::max());
 }
 
@@ -143,7 +164,8 @@ void route(const RouteArgs& args, Execution exec) {
   call.backend().route(args, exec);
 }
 
-void route_backward(const RouteBackwardArgs& args, Execution exec) {
+void route_backward(const RouteBackwardArgs& given, Execution exec) {
+  RouteBackwardArgs args = given;
   Call call(exec);
   Dim T{"T", 0}, E{"E"}, K{"K", 1, args.options.top_k};
   call.input("router_logits", args.router_logits, kFloat, {&T, &E}, kRows);
@@ -152,7 +174,7 @@ void route_backward(const RouteBackwardArgs& args, Execution exec) {
   check_options(args.options, E);
   call.output("grad_router_logits", args.grad_router_logits, kFloat, {&T, &E}, kRows);
   call.check_overlap();
-  check_range("topk_ids", args.topk_ids, -1, E.size);
+  check_ids(call, args.topk_ids, E);
   call.backend().route_backward(args, exec);
 }
 
@@ -178,7 +200,8 @@ void route_dynamic(const RouteDynamicArgs& args, Execution exec) {
   kernel_of(call, call.backend().route_dynamic)(args, exec);
 }
 
-void column_topk(const ColumnTopkArgs& args, Execution exec) {
+void column_topk(const ColumnTopkArgs& given, Execution exec) {
+  ColumnTopkArgs args = given;
   Call call(exec);
   Dim T{"T", 0}, E{"E"}, B{"B"};
   call.input("values", args.values, kFloat, {&T, &E}, kRows);
@@ -187,11 +210,12 @@ void column_topk(const ColumnTopkArgs& args, Execution exec) {
   call.output("topk_ids", args.topk_ids, kInt32, {&T, &E});
   slots(T, E);
   call.check_overlap();
-  check_sequences(args.sequence_ids, args.limits, B);
+  check_sequences(call, args.sequence_ids, args.limits, B);
   kernel_of(call, call.backend().column_topk)(args, exec);
 }
 
-void fit_capacity(const FitCapacityArgs& args, Execution exec) {
+void fit_capacity(const FitCapacityArgs& given, Execution exec) {
+  FitCapacityArgs args = given;
   Call call(exec);
   const FitCapacityOptions& options = args.options;
   Dim T{"T", 0}, K{"K"}, E{"E", 1, options.num_experts}, B{"B"};
@@ -204,12 +228,13 @@ void fit_capacity(const FitCapacityArgs& args, Execution exec) {
   call.output("kept_ids", args.kept_ids, kInt32, {&T, &K});
   slots(T, K);
   call.check_overlap();
-  check_range("topk_ids", args.topk_ids, -1, E.size);
-  check_sequences(args.sequence_ids, args.limits, B);
+  check_ids(call, args.topk_ids, E);
+  check_sequences(call, args.sequence_ids, args.limits, B);
   kernel_of(call, call.backend().fit_capacity)(args, exec);
 }
 
-void assign_balanced(const AssignBalancedArgs& args, Execution exec) {
+void assign_balanced(const AssignBalancedArgs& given, Execution exec) {
+  AssignBalancedArgs args = given;
   Call call(exec);
   Dim T{"T", 0}, E{"E"};
   SWITCHGEAR_CHECK(ValueError, args.num_sequences >= 1 && args.num_sequences <= std::numeric_limits<int32_t>::max(),
@@ -222,11 +247,12 @@ void assign_balanced(const AssignBalancedArgs& args, Execution exec) {
   call.output("expert_ids", args.expert_ids, kInt32, {&T});
   slots(T, E);
   call.check_overlap();
-  if (args.sequence_ids.defined()) check_range("sequence_ids", args.sequence_ids, 0, args.num_sequences);
+  check_sequence_ids(call, args.sequence_ids, args.num_sequences);
   kernel_of(call, call.backend().assign_balanced)(args, exec);
 }
 
-void assign_capped(const AssignCappedArgs& args, Execution exec) {
+void assign_capped(const AssignCappedArgs& given, Execution exec) {
+  AssignCappedArgs args = given;
   Call call(exec);
   Dim T{"T", 0}, E{"E"}, B{"B"};
   SWITCHGEAR_CHECK(ValueError, args.cap >= 1, "cap: expected at least 1, got ", args.cap);
@@ -239,13 +265,14 @@ void assign_capped(const AssignCappedArgs& args, Execution exec) {
   call.output("assignment", args.assignment, kFloat32, {&T, &E});
   slots(T, E);
   call.check_overlap();
-  check_sequences(args.sequence_ids, args.limits, B);
+  check_sequences(call, args.sequence_ids, args.limits, B);
   kernel_of(call, call.backend().assign_capped)(args, exec);
 }
 
 // ---- plan ---
 
-void plan(const PlanArgs& args, Execution exec) {
+void plan(const PlanArgs& given, Execution exec) {
+  PlanArgs args = given;
   Call call(exec);
   Dim T{"T", 0}, K{"K"}, offsets{"E+1", 2};
   call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
@@ -254,13 +281,14 @@ void plan(const PlanArgs& args, Execution exec) {
   call.output("token_indices", args.plan.token_indices, kInt32, {&S});
   call.output("slot_indices", args.plan.slot_indices, kInt32, {&T, &K});
   call.check_overlap();
-  check_range("topk_ids", args.topk_ids, -1, offsets.size - 1);
+  check_ids(call, args.topk_ids, {"E", 1, offsets.size - 1});
   call.backend().plan(args, exec);
 }
 
 // ---- permute, combine ---
 
-void permute(const PermuteArgs& args, Execution exec) {
+void permute(const PermuteArgs& given, Execution exec) {
+  PermuteArgs args = given;
   Call call(exec);
   Dim T{"T", 0}, K{"K"}, S{"S", 0}, H{"H"};
   call.input("x", args.x, kFloat, {&T, &H}, kRows);
@@ -268,11 +296,12 @@ void permute(const PermuteArgs& args, Execution exec) {
   if (args.topk_weights.defined()) call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
   call.output("permuted_x", args.permuted_x, kFloat, {&S, &H}, kRows);
   call.check_overlap();
-  check_plan(args.plan, T, S);
+  check_plan(call, args.plan, T, S);
   call.backend().permute(args, exec);
 }
 
-void combine(const CombineArgs& args, Execution exec) {
+void combine(const CombineArgs& given, Execution exec) {
+  CombineArgs args = given;
   Call call(exec);
   Dim T{"T", 0}, K{"K"}, S{"S", 0}, H{"H"};
   plan_shapes(call, args.plan, T, K, S);
@@ -280,11 +309,12 @@ void combine(const CombineArgs& args, Execution exec) {
   if (args.topk_weights.defined()) call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
   call.output("y", args.y, kFloat, {&T, &H}, kRows);
   call.check_overlap();
-  check_plan(args.plan, T, S);
+  check_plan(call, args.plan, T, S);
   call.backend().combine(args, exec);
 }
 
-void combine_weight_backward(const CombineBackwardArgs& args, Execution exec) {
+void combine_weight_backward(const CombineBackwardArgs& given, Execution exec) {
+  CombineBackwardArgs args = given;
   Call call(exec);
   Dim T{"T", 0}, K{"K"}, S{"S", 0}, H{"H"};
   call.input("grad_y", args.grad_y, kFloat, {&T, &H}, kRows);
@@ -292,13 +322,14 @@ void combine_weight_backward(const CombineBackwardArgs& args, Execution exec) {
   call.input("permuted_y", args.permuted_y, kFloat, {&S, &H}, kRows);
   call.output("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K});
   call.check_overlap();
-  check_plan(args.plan, T, S);
+  check_plan(call, args.plan, T, S);
   call.backend().combine_weight_backward(args, exec);
 }
 
 // ---- grouped_gemm ---
 
-void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
+void grouped_gemm(const GroupedGemmArgs& given, Execution exec) {
+  GroupedGemmArgs args = given;
   Call call(exec);
   Dim R{"R", 0}, C{"C"}, E{"E"}, N{"N"}, S{"S", 0};
   call.input("x", args.x, kFloat, {&R, args.transposed ? &N : &C}, kRows);
@@ -318,12 +349,13 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   Dim& slots = args.token_indices.defined() ? S : R;
   call.output("out", args.out, kFloat, {&slots, args.transposed ? &C : &N}, kRows);
   call.check_overlap();
-  check_offsets("expert_offsets", args.expert_offsets, args.out.shape[0]);
-  if (args.token_indices.defined()) check_tokens(args.token_indices, args.expert_offsets, R.size);
+  check_offsets(call, args.expert_offsets, args.out.shape[0]);
+  if (args.token_indices.defined()) check_tokens(call, args.token_indices, args.expert_offsets, R.size);
   call.backend().grouped_gemm(args, exec);
 }
 
-void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec) {
+void grouped_gemm_wgrad(const GroupedGemmWgradArgs& given, Execution exec) {
+  GroupedGemmWgradArgs args = given;
   Call call(exec);
   Dim R{"R", 0}, C{"C"}, E{"E"}, N{"N"}, S{"S", 0};
   call.input("x", args.x, kFloat, {&R, &C}, kRows);
@@ -333,8 +365,8 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec) {
   Dim offsets{"E+1", 2, E.size + 1};
   call.input("expert_offsets", args.expert_offsets, kInt32, {&offsets});
   call.check_overlap();
-  check_offsets("expert_offsets", args.expert_offsets, args.grad_out.shape[0]);
-  if (args.token_indices.defined()) check_tokens(args.token_indices, args.expert_offsets, R.size);
+  check_offsets(call, args.expert_offsets, args.grad_out.shape[0]);
+  if (args.token_indices.defined()) check_tokens(call, args.token_indices, args.expert_offsets, R.size);
   call.backend().grouped_gemm_wgrad(args, exec);
 }
 
@@ -365,7 +397,8 @@ void glu_backward(const GluBackwardArgs& args, Execution exec) {
 
 // ---- the whole layer ---
 
-void moe_forward(const MoeForwardArgs& args, Execution exec) {
+void moe_forward(const MoeForwardArgs& given, Execution exec) {
+  MoeForwardArgs args = given;
   Call call(exec);
   Dim T{"T", 0}, K{"K"}, H{"H"}, E{"E"}, I{"I"}, N{"N"};
   check_options(args.options);
@@ -377,11 +410,12 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   call.output("y", args.y, kFloat, {&T, &H}, kRows);
   if (args.h.defined()) call.output("h", args.h, kFloat, {&S, &N}, kRows);
   call.check_overlap();
-  check_range("topk_ids", args.topk_ids, -1, E.size);
+  check_ids(call, args.topk_ids, E);
   call.backend().moe_forward(args, exec);
 }
 
-void moe_backward(const MoeBackwardArgs& args, Execution exec) {
+void moe_backward(const MoeBackwardArgs& given, Execution exec) {
+  MoeBackwardArgs args = given;
   Call call(exec);
   Dim T{"T", 0}, K{"K"}, H{"H"}, E{"E"}, I{"I"}, N{"N"};
   check_options(args.options);
@@ -405,7 +439,7 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   output("grad_down_bias", args.grad_down_bias, kFloat, {&E, &H}, kRows);
   output("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K}, kContiguous);
   call.check_overlap();
-  check_range("topk_ids", args.topk_ids, -1, E.size);
+  check_ids(call, args.topk_ids, E);
   call.backend().moe_backward(args, exec);
 }
 

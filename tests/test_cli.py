@@ -107,6 +107,8 @@ def test_argparse_names_the_mistake(arguments: list[str], message: str, capsys: 
         (["bench", "--from", "/nowhere/results.json"], "--from: cannot read"),
         (["demo", "--implementations", "eager,eager"], "--implementations: expected distinct names"),
         (["demo", "--text", "/nowhere/text"], "--text: cannot read"),
+        (["demo", "--text", "/dev/zero"], "--text: expected a regular file"),
+        (["demo", "--out", "/dev/null/report"], "--out: cannot write to"),
     ],
 )
 def test_commands_name_the_mistake(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -212,3 +212,33 @@ def test_recomputed_tokens_of_a_hugging_face_model_count_once() -> None:
     with switchgear.RoutingTrace(model) as trace:
         model(**inputs, use_cache=False).logits.sum().backward()
     assert {layer.num_tokens for layer in trace.layers.values()} == {inputs["input_ids"].numel()}
+
+
+def test_files_of_others(tmp_path: Path) -> None:
+    """Whatever a file holds, load raises ValueError for it, and FileNotFoundError for none."""
+    with RoutingTrace(model := Model(), by_token_id=True) as trace:
+        model(batches()[0])
+    trace.save(tmp_path / "good")
+    good = torch.load(tmp_path / "good", weights_only=True)
+
+    def spoiled(**changes: Any) -> dict[str, Any]:
+        layers = {name: {**state, **changes} for name, state in good["layers"].items()}
+        return {**good, "layers": layers}
+
+    states: list[Any] = [
+        {}, [], 3, torch.zeros(2), {**good, "format": 99}, {"format": 1}, {**good, "layers": 3},
+        {**good, "layers": {"a": {}}},
+        spoiled(sizes=[1]), spoiled(sizes="ab"), spoiled(pairs=None), spoiled(counts=torch.zeros(1, dtype=torch.int64)),
+        spoiled(tokens_per_expert=torch.zeros(3)), spoiled(tokens_per_expert=torch.tensor(0)), spoiled(entropy=1.0),
+        spoiled(weight_per_expert=torch.zeros(3, dtype=torch.float64)),
+    ]  # fmt: skip
+    for state in states:
+        torch.save(state, tmp_path / "bad")
+        with pytest.raises(ValueError, match="path: expected a file of RoutingTrace"):
+            RoutingTrace.load(tmp_path / "bad")
+    for data in (b"", b"text", (tmp_path / "good").read_bytes()[:-200]):
+        (tmp_path / "bad").write_bytes(data)
+        with pytest.raises(ValueError, match="path: expected a file of RoutingTrace"):
+            RoutingTrace.load(tmp_path / "bad")
+    with pytest.raises(FileNotFoundError):
+        RoutingTrace.load(tmp_path / "none")

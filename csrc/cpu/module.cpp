@@ -76,6 +76,9 @@ void define_module(py::module_& m) {
         return cpu::collapse_into_huge_pages(view.data, view.extent());
       },
       "Moves memory onto huge pages; the bytes that then lie on them.", "tensor"_a);
+  m.def("check_capsule", &check_capsule,
+        "Raises unless a capsule of __dlpack__ holds an array; BufferError for negative strides.", "name"_a,
+        "capsule"_a);
   m.def(
       "pack_compact",
       [](py::handle weight, py::handle compact, int num_threads) {

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Converts numpy, cupy and jax arrays to tensors and results back, through DLPack: no copies, no gradients."""
+"""Converts numpy, cupy and jax arrays to tensors and results back, through DLPack: no gradients, and no copies
+except of arrays with negative strides."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from switchgear.complaints import complain
+from switchgear.ops import check_capsule
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,7 +22,8 @@ R = TypeVar("R")
 
 def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
     """Lets a function of tensors accept any arrays with `__dlpack__`. The first argument determines the library."""
-    first_name = next(iter(inspect.signature(function).parameters))
+    names = list(inspect.signature(function).parameters)
+    first_name = names[0]
 
     def on_arrays(first: Any, *args: Any, **kwargs: Any) -> R:
         if not hasattr(first, "__dlpack__"):
@@ -28,7 +31,9 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
                 f"{first_name}: expected a torch.Tensor or an array with __dlpack__, got {type(first).__name__}"
             )
         with torch.no_grad():
-            result = wrapper(*_map(to_torch, args), **_map(to_torch, kwargs))
+            given = [_imported(name, value) for name, value in zip(names, args, strict=False)]
+            given += args[len(names) :]  # too many; Python raises for them
+            result = wrapper(*given, **{name: _imported(name, value) for name, value in kwargs.items()})
         converted: R = _map(lambda value: from_torch(value, like=first), result)
         return converted
 
@@ -58,14 +63,43 @@ def _map(change: Callable[[Any], Any], value: Any) -> Any:
     return change(value)
 
 
-def to_torch(value: Any) -> Any:
-    """The array as a tensor that shares its memory; other values unchanged."""
+def _imported(name: str, value: Any) -> Any:
+    """The argument `name` with its arrays as tensors."""
+    return _map(lambda item: to_torch(item, name), value)
+
+
+class _Checked:
+    """An array whose capsule is checked first, because torch aborts the process for some strides."""
+
+    def __init__(self, array: Any, name: str) -> None:
+        self.array, self.name = array, name
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        capsule = self.array.__dlpack__(**options)
+        check_capsule(self.name, capsule)
+        return capsule
+
+
+def to_torch(value: Any, name: str = "array") -> Any:
+    """The array as a tensor that shares its memory, or a copy's if it has negative strides; other values unchanged.
+
+    Raises TypeError or ValueError, naming the argument, for an array that torch cannot represent.
+    """
     if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__"):
         return value
     try:
-        return from_dlpack(value)
-    except BufferError:  # read-only memory, which older libraries do not export
-        return from_dlpack(value.copy())
+        try:
+            return from_dlpack(_Checked(value, name))
+        except BufferError:  # negative strides, or read-only memory, which older libraries do not export
+            if not hasattr(value, "copy"):
+                raise
+            return from_dlpack(_Checked(value.copy(), name))
+    except (BufferError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].removeprefix(f"{name}: ")
+        raise TypeError(f"{name}: expected an array that torch can represent, got: {reason}") from error
 
 
 def from_torch(value: Any, like: Any) -> Any:

@@ -10,27 +10,62 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def complain(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Raises TypeError for an argument whose type differs from the declared one, and ValueError for tensors without
-    dimensions or on different devices. Returns if all arguments are valid."""
+    """Raises TypeError for an argument whose type differs from the declared one or a tensor that is not dense, and
+    ValueError for integers beyond 64 bits and for tensors without dimensions or on different devices. Returns if all
+    arguments are valid."""
     try:
         bound = inspect.signature(function).bind(*args, **kwargs)
     except TypeError:  # too many or too few; Python has already raised for it
         return
     hints = typing.get_type_hints(function)
-    first: tuple[str, torch.device] | None = None
+    first: tuple[str, Tensor] | None = None
     for argument, value in bound.arguments.items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{argument}: expected an integer of 64 bits, got {value}")
         for name, tensor in _tensors(argument, value, hints[argument]):
+            check_dense(name, tensor)
             if tensor.dim() == 0:
                 raise ValueError(f"{name}: expected at least one dimension, got shape []")
-            first = first or (name, tensor.device)
-            if tensor.device != first[1]:
-                raise ValueError(f"{name}: expected a tensor on {first[1]} like {first[0]}, got one on {tensor.device}")
+            first = first or (name, tensor)
+            if tensor.device != first[1].device:
+                wanted = f"a tensor on {first[1].device} like {first[0]}"
+                raise ValueError(f"{name}: expected {wanted}, got one on {tensor.device}")
+        if first is not None and getattr(value, "is_lossless", False) and value.dtype is not first[1].dtype:
+            raise TypeError(
+                f"{argument}: expected {first[1].dtype} like {first[0]}, got weights stored as {value.format} in "
+                f"{value.dtype}, which .to() does not convert: restore, convert and store them again"
+            )
 
 
-def _tensors(name: str, value: Any, hint: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for sparse, nested and other tensors that are not strided memory."""
+    if tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor (torch.strided), got {tensor.layout}")
+
+
+def complain_about_rows(name: str, rows: Any, hidden_size: int, like: Tensor | None) -> None:
+    """Raises for an input of a module that is no tensor [..., hidden_size] of the dtype and device of `like`, a weight.
+    Returns if it is valid."""
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name}: expected Tensor, got {type(rows).__name__}")
+    check_dense(name, rows)
+    if rows.dim() == 0 or rows.shape[-1] != hidden_size:
+        raise ValueError(f"{name}: expected shape [..., H={hidden_size}], got {list(rows.shape)}")
+    if not rows.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {rows.dtype}")
+    if like is not None and rows.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device} like the weights, got one on {rows.device}")
+    if like is not None and rows.dtype is not like.dtype:
+        raise TypeError(f"{name}: expected {like.dtype} like the weights, got {rows.dtype}")
+
+
+def _tensors(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors in an argument; raises unless the argument has the type of the hint."""
     if _is_named_tuple(hint) and isinstance(value, tuple) and len(value) == len(hint._fields):
         for field, item, item_hint in zip(hint._fields, value, typing.get_type_hints(hint).values(), strict=True):
@@ -38,7 +73,7 @@ def _tensors(name: str, value: Any, hint: Any) -> Iterator[tuple[str, torch.Tens
         return
     if not _matches(value, hint):
         raise TypeError(f"{name}: expected {_describe(hint)}, got {type(value).__name__}")
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         yield name, value
     elif hasattr(value, "tensors"):  # a Weight
         yield from ((name, tensor) for tensor in value.tensors)

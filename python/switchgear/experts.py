@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from switchgear.functional import moe
-from switchgear.reference import ACTIVATIONS, check_choice
+from switchgear.functional import as_limit, as_number, moe
+from switchgear.reference import ACTIVATIONS, check_choice, check_finite, check_size
 from switchgear.weights import FINDERS, Layout, advise_huge_pages, stored_of, weights_of
 
 
@@ -54,7 +54,12 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_size("hidden_size", hidden_size)
+        check_size("intermediate_size", intermediate_size)
+        check_size("num_experts", num_experts, 0)  # a rank may have none
         check_choice("activation", activation, ACTIVATIONS)
+        check_finite("alpha", as_number("alpha", alpha))
+        as_limit(limit)
         if not gated and (interleaved or activation == "swiglu_oai"):
             raise ValueError(f"gated: expected True for {'interleaved' if interleaved else activation}, got False")
         self.hidden_size, self.intermediate_size, self.num_experts = hidden_size, intermediate_size, num_experts

@@ -34,6 +34,7 @@ from switchgear.weights.weight import AdaptedWeight, Weight, taken_by_grouped_ge
 T = TypeVar("T", Tensor, Tensor | None)
 AnyWeight = Tensor | Weight | AdaptedWeight
 _INT32 = torch.iinfo(torch.int32)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class Routing(NamedTuple):
@@ -84,18 +85,33 @@ def in_autocast_dtype(device_type: str, *tensors: Tensor | None) -> tuple[Any, .
     return tuple(tensor if tensor is None or tensor.dtype in stay else tensor.to(dtype) for tensor in tensors)
 
 
+def _flat(name: str, tensor: Tensor) -> Tensor:
+    """[..., N] -> [T,N]"""
+    if tensor.dim() > 0 and tensor.shape[-1] == 0:
+        raise ValueError(f"{name}: expected a last dimension of at least 1, got shape {list(tensor.shape)}")
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
 def as_number(name: str, value: float) -> float:
-    if isinstance(value, (str, bytes)):  # float() would parse these
-        raise TypeError(f"{name}: expected float, got {type(value).__name__}")
-    return float(value)
+    return value if type(value) is float else _converted(name, value)
+
+
+def _converted(name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, (str, bytes)):  # float() would parse these
+            return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        pass
+    raise TypeError(f"{name}: expected float, got {type(value).__name__}")
 
 
 def as_limit(limit: float | None) -> float:
     if limit is None:
         return 0.0
-    if not limit > 0:
-        raise ValueError(f"limit: expected a positive number or None, got {limit}")
-    return float(limit)
+    limit = as_number("limit", limit)
+    if not 2.0**-150 < limit <= _LARGEST:  # smaller numbers are 0 in float32, which means no limit
+        raise ValueError(f"limit: expected a positive number of float32 (1.4e-45 to 3.4e38) or None, got {limit}")
+    return limit
 
 
 # ---- route, plan -----------------------------------------------------------------------------------------------------
@@ -138,7 +154,7 @@ def route(
         ValueError: an option out of range. TypeError: a dtype that is not floating.
     """
     if router_logits.dim() != 2:
-        router_logits = router_logits.reshape(-1, router_logits.shape[-1])
+        router_logits = _flat("router_logits", router_logits)
     if selection_bias is not None:
         selection_bias = as_weights("selection_bias", selection_bias.detach(), torch.float32)
     options = (top_k, score_function, normalize, as_number("scale", scale), num_groups, topk_groups, group_score)
@@ -176,7 +192,7 @@ def route_dynamic(
         ValueError: an option out of range. TypeError: a dtype that is not floating.
     """
     if router_logits.dim() != 2:
-        router_logits = router_logits.reshape(-1, router_logits.shape[-1])
+        router_logits = _flat("router_logits", router_logits)
     if selection_bias is not None:
         selection_bias = as_weights("selection_bias", selection_bias.detach(), torch.float32)
     top_p = as_number("top_p", top_p)
@@ -328,7 +344,7 @@ def glu(
 
     Returns [..., I]. Source of gated units: arXiv:2002.05202.
     """
-    rows = h if h.dim() == 2 else h.reshape(-1, h.shape[-1])
+    rows = h if h.dim() == 2 else _flat("h", h)
     options = (activation, gated, interleaved, as_number("alpha", alpha), as_limit(limit))
     a: Tensor = apply(autograd.Glu, rows, *options) if needs_autograd(rows) else ops.glu(rows, *options)
     return a if h.dim() == 2 else a.reshape(*h.shape[:-1], a.shape[-1])
@@ -340,11 +356,11 @@ def glu(
 def _rows_of(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Flattens leading dimensions to x [T,H], topk_ids and topk_weights [T,K], in the dtypes of the kernels."""
     if x.dim() != 2:  # a reshape that changes nothing would cost a microsecond
-        x = x.reshape(-1, x.shape[-1])
+        x = _flat("x", x)
     if topk_ids.dim() != 2:
-        topk_ids = topk_ids.reshape(-1, topk_ids.shape[-1])
+        topk_ids = _flat("topk_ids", topk_ids)
     if topk_weights.dim() != 2:
-        topk_weights = topk_weights.reshape(-1, topk_weights.shape[-1])
+        topk_weights = _flat("topk_weights", topk_weights)
     return x, as_ids("topk_ids", topk_ids), as_weights("topk_weights", topk_weights, x.dtype)
 
 

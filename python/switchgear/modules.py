@@ -15,6 +15,7 @@ from switchgear.layers.common import WithLosses, experts_class, scaled_input
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import GatedSharedExperts, SharedExperts
 from switchgear.layers.virtual import VirtualExperts
+from switchgear.reference import check_size
 from switchgear.routing.context import context_of
 from switchgear.routing.router import Router, RouterOptions
 
@@ -101,10 +102,18 @@ class MoE(WithLosses):
             )
         if unknown := sorted(set(router_options) - set(RouterOptions.__annotations__)):
             raise TypeError(f"{unknown[0]}: expected an option of MoE, or of its Router, got one of neither")
-        self.return_routing, self.scale_input = return_routing, scale_input
-        virtual: dict[str, int] = {"null": null_experts, "copy": copy_experts, "constant": constant_experts}
+        for name, size in {"hidden_size": hidden_size, "intermediate_size": intermediate_size}.items():
+            check_size(name, size)
+        for name, size in {
+            "shared_intermediate_size": shared_intermediate_size, "num_shared_experts": num_shared_experts,
+            "null_experts": null_experts, "copy_experts": copy_experts, "constant_experts": constant_experts,
+        }.items():  # fmt: skip
+            check_size(name, size, 0)
+        check_size("num_experts", num_experts)
         if mix_constants and not constant_experts:
             raise ValueError("mix_constants: expected constant_experts with it, got none")
+        self.return_routing, self.scale_input = return_routing, scale_input
+        virtual: dict[str, Any] = {"null": null_experts, "copy": copy_experts, "constant": constant_experts}
         self.gate = Router(
             hidden_size,
             num_experts + sum(virtual.values()),
@@ -158,7 +167,7 @@ class MoE(WithLosses):
             routing = self.gate(hidden_states)
         if routing.losses or self.losses:
             self.losses = routing.losses
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        rows = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.scale_input:
             y = scaled_input(self.experts, rows, routing.topk_ids, routing.topk_weights)
         else:

@@ -92,15 +92,26 @@ class LayerTrace:
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> LayerTrace:
+        """Raises KeyError, TypeError or ValueError for anything but a `state`."""
         layer = cls(len(state["tokens_per_expert"]))
         for name in _SUMS:
+            _check_like(name, state[name], getattr(layer, name))
             setattr(layer, name, state[name])
-        layer.num_tokens, layer.num_calls = state["sizes"]
-        layer.pairs.parts = [(state["pairs"], state["counts"])]
+        keys, counts = state["pairs"], state["counts"]
+        for name, tensor in (("pairs", keys), ("counts", counts)):
+            _check_like(name, tensor, torch.empty(len(counts), dtype=torch.int64))
+        layer.num_tokens, layer.num_calls = (int(size) for size in state["sizes"])
+        layer.pairs.parts = [(keys, counts)]
         return layer
 
 
 _SUMS = ("tokens_per_expert", "weight_per_expert", "entropy", "max_violation", "num_dropped")
+
+
+def _check_like(name: str, tensor: Any, like: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.shape != like.shape or tensor.dtype is not like.dtype:
+        got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name}: expected {like.dtype} {list(like.shape)}, got {got}")
 
 
 class _Counts:
@@ -311,11 +322,19 @@ class RoutingTrace:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RoutingTrace:
         """Loads a saved trace for inspection. Raises ValueError for any other file."""
-        data = torch.load(path, weights_only=True)
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise ValueError(f"path: expected a file of RoutingTrace.save, got {path}")
-        trace = cls(by_token_id=data["by_token_id"])
-        trace.layers = {name: LayerTrace.of_state(state) for name, state in data["layers"].items()}
+        with open(path, "rb") as file:
+            try:
+                return cls._of_data(torch.load(file, weights_only=True))
+            except Exception as error:  # torch.load raises many kinds for files of others
+                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                raise ValueError(f"path: expected a file of RoutingTrace.save, got {path} ({reason})") from error
+
+    @classmethod
+    def _of_data(cls, data: Any) -> RoutingTrace:
+        if not isinstance(data, dict) or data["format"] != _FORMAT:
+            raise ValueError("another format")
+        trace = cls(by_token_id=bool(data["by_token_id"]))
+        trace.layers = {str(name): LayerTrace.of_state(state) for name, state in data["layers"].items()}
         return trace
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.functional import glu
+from switchgear.reference import check_size
 
 
 class SharedExperts(nn.Module):
@@ -29,6 +30,8 @@ class SharedExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_size("hidden_size", hidden_size)
+        check_size("intermediate_size", intermediate_size)
         self.activation, self.gated, self.alpha, self.limit = activation, gated, alpha, limit
 
         def linear(size_in: int, size_out: int) -> nn.Linear:

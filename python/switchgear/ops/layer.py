@@ -47,17 +47,20 @@ moe_forward: Callable[..., tuple[Tensor, Tensor]] = register(
 
 # Torch's dispatcher costs more per call than the kernel's binding: 5 µs, and many times that if the caches were
 # evicted since the last call, as in decoding. So the layer bypasses it if it would only pass the call on.
-_PLAIN = (Tensor, nn.Parameter)
+_Parameter = nn.Parameter
 _dispatch_modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
+_is_compiling = torch.compiler.is_compiling
 _is_profiling: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
 def needs_no_dispatch(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether all are plain tensors for the CPU's kernels, and no tracer, profiler or dispatch mode is active."""
-    if torch.compiler.is_compiling() or _dispatch_modes() or _is_tracing() or _is_profiling():
+    """Whether all are plain tensors for the CPU's kernels, and no tracer, profiler or dispatch mode is active. The
+    native call checks that `others` are on x's device."""
+    if _is_compiling() or _dispatch_modes() or _is_tracing() or _is_profiling() or not x.is_cpu:
         return False
     for tensor in (x, *others):
-        if tensor is not None and not (type(tensor) in _PLAIN and tensor.is_cpu):
+        # The dispatcher resolves negated views. A parameter, which owns its memory, is none.
+        if tensor is not None and (kind := type(tensor)) is not _Parameter and (kind is not Tensor or tensor.is_neg()):
             return False
     return backends.runs_natively(x.dtype)
 
@@ -110,7 +113,9 @@ def _gradients(empty_weight: Callable[[Tensor], Tensor], args: Sequence[Any]) ->
             absent: Tensor = x.new_empty(0, dtype=x.dtype if tensor is None else tensor.dtype)
             return absent
         if index in (1, 2):
-            return empty_weight(tensor)
+            grad = empty_weight(tensor)
+            if grad.stride(-1) == 1 or grad.stride(-2) == 1:
+                return grad  # otherwise the weight overlaps itself, so its strides are not usable
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
     trained = _trained(args)

@@ -23,6 +23,7 @@ except ImportError as error:
 
 advise_huge_pages = _C.advise_huge_pages
 available_cpu_isas = _C.available_cpu_isas
+check_capsule = _C.check_capsule
 collapse_into_huge_pages = _C.collapse_into_huge_pages
 cpu_isa = _C.cpu_isa
 expand_compact = _C.expand_compact

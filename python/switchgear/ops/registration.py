@@ -12,7 +12,7 @@ the execution argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import MethodType, ModuleType
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from switchgear import backends, cuda, reference
+from switchgear.complaints import check_dense
 from switchgear.ops.native import Kernels, _on_cuda, host
 from switchgear.reference.formats import format_of
 
@@ -68,7 +69,9 @@ def _passed_on(letters: str) -> Callable[..., tuple[Any, ...]]:
     inputs = [_INPUTS[letter].format(name) for letter, name in zip(letters, names, strict=True) if letter in _INPUTS]
     options = [name for letter, name in zip(letters, names, strict=True) if letter == "o"]
     values = ", ".join([*inputs, "*given", *options, "execution"])
-    function: Callable[..., tuple[Any, ...]] = eval(f"lambda given, execution, {', '.join(names)}: ({values})", globals())
+    function: Callable[..., tuple[Any, ...]] = eval(
+        f"lambda given, execution, {', '.join(names)}: ({values})", globals()
+    )
     return function
 
 
@@ -133,6 +136,7 @@ def register(
             return native(kernels, *args)
 
     def elsewhere(*args: Any) -> Any:
+        _check_layouts(op, args)
         backends.announce_reference(args[0].device)
         return in_torch(*args)
 
@@ -179,9 +183,21 @@ def _loop_over_batch(op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def _check_devices(op: Any, args: Sequence[Any]) -> None:
-    device = args[0].device
+def _tensors_of(op: Any, args: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
     for argument, value in zip(op._schema.arguments, args, strict=False):
         for tensor in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(tensor, Tensor) and tensor.device != device:
-                raise ValueError(f"{argument.name}: expected a tensor on {device}, got one on {tensor.device}")
+            if isinstance(tensor, Tensor):
+                yield argument.name, tensor
+
+
+def _check_devices(op: Any, args: Sequence[Any]) -> None:
+    device = args[0].device
+    for name, tensor in _tensors_of(op, args):
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
+
+
+def _check_layouts(op: Any, args: Sequence[Any]) -> None:
+    """Sparse and similar tensors are dispatched like those of a device without kernels."""
+    for name, tensor in _tensors_of(op, args):
+        check_dense(name, tensor)

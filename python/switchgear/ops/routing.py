@@ -17,9 +17,11 @@ from switchgear.reference import policies
 
 
 def _allocate_route(router_logits: Tensor, selection_bias: Tensor | None, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:
-    num_tokens = matrix("router_logits", router_logits).shape[0]
-    if top_k < 1:
-        raise ValueError(f"top_k: expected at least 1, got {top_k}")
+    num_tokens, num_experts = matrix("router_logits", router_logits).shape
+    if num_experts < 1:
+        raise ValueError(f"router_logits: expected E of at least 1, got {list(router_logits.shape)}")
+    if not 1 <= top_k <= num_experts:  # before memory for them is allocated
+        raise ValueError(f"top_k: expected 1 to E={num_experts}, got {top_k}")
     topk_ids = router_logits.new_empty(num_tokens, top_k, dtype=torch.int32)
     return topk_ids, router_logits.new_empty(num_tokens, top_k, dtype=reference.weight_dtype(router_logits.dtype))
 

@@ -17,8 +17,7 @@ from switchgear.ops.registration import matrix, register
 
 def _allocate_plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens, top_k = matrix("topk_ids", topk_ids).shape
-    if num_experts < 1:
-        raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+    reference.check_num_experts(num_experts)
     return (
         topk_ids.new_empty(num_experts + 1),
         topk_ids.new_empty(num_tokens * top_k),

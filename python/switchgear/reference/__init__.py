@@ -17,7 +17,14 @@ Errors: ValueError, or TypeError for a dtype, with the argument, what was expect
 """
 
 from switchgear.reference.activations import ACTIVATIONS, activate, glu, glu_backward, halves
-from switchgear.reference.checks import check_choice, weight_dtype
+from switchgear.reference.checks import (
+    check_choice,
+    check_finite,
+    check_num_experts,
+    check_range,
+    check_size,
+    weight_dtype,
+)
 from switchgear.reference.layer import moe_backward, moe_forward
 from switchgear.reference.policies import (
     DROPS,
@@ -51,6 +58,10 @@ __all__ = [
     "assign_balanced",
     "assign_capped",
     "check_choice",
+    "check_finite",
+    "check_num_experts",
+    "check_range",
+    "check_size",
     "column_topk",
     "combine",
     "combine_weight_backward",

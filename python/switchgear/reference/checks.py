@@ -38,6 +38,22 @@ def check_range(name: str, indices: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name}: expected {low} to {high - 1}, got {int(smallest)} to {int(largest)}")
 
 
+MAX_EXPERTS = 1 << 24  # of a plan, whose memory grows with them; far more than the millions of any model
+
+
+def check_size(name: str, value: int, least: int = 1) -> None:
+    """Checks that a size is an integer of at least `least`."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected int, got {type(value).__name__}")
+    if not least <= value < 2**31:
+        raise ValueError(f"{name}: expected {least} to 2^31 - 1, got {value}")
+
+
+def check_num_experts(num_experts: int) -> None:
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"num_experts: expected 1 to {MAX_EXPERTS}, got {num_experts}")
+
+
 def check_finite(name: str, value: float) -> None:
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from switchgear.reference.checks import check, check_range, weight_dtype, wide
+from switchgear.reference.checks import check, check_num_experts, check_range, weight_dtype, wide
 from switchgear.reference.rows import check_plan, gather_rows, to_slots
 
 
@@ -16,8 +16,7 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     Slots are in the order (expert, token, choice).
     """
     check("topk_ids", topk_ids, (None, None), torch.int32)
-    if num_experts < 1:
-        raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+    check_num_experts(num_experts)
     check_range("topk_ids", topk_ids, -1, num_experts)
     num_tokens, top_k = topk_ids.shape
     num_slots = num_tokens * top_k

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.functional import Routing
-from switchgear.reference import check_choice
+from switchgear.reference import check_choice, check_range, check_size
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,12 @@ def sequences(context: Context, num_tokens: int, device: torch.device) -> tuple[
         ids = context.sequence_ids.reshape(-1).to(device)
         if ids.shape[0] != num_tokens:
             raise ValueError(f"sequence_ids: expected {num_tokens} tokens, got {ids.shape[0]}")
+        if ids.is_floating_point():
+            raise TypeError(f"sequence_ids: expected integers, got {ids.dtype}")
         if context.num_sequences is not None:
+            check_size("num_sequences", context.num_sequences, 0)
+            if can_be_read(ids):
+                check_range("sequence_ids", ids, 0, context.num_sequences)
             return ids.long(), context.num_sequences
         values, index = torch.unique(ids, return_inverse=True)
         return index, values.shape[0]
@@ -175,6 +180,11 @@ def sequences(context: Context, num_tokens: int, device: torch.device) -> tuple[
     if length < 1 or num_tokens % length:
         raise ValueError(f"sequence_length: expected a divisor of {num_tokens} tokens, got {length}")
     return torch.arange(num_tokens, device=device) // length, num_tokens // length
+
+
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether reading its values costs no synchronisation, and no graph or torch.vmap would see it."""
+    return tensor.is_cpu and not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
 
 
 def is_per_sequence(scope: str, context: Context) -> bool:

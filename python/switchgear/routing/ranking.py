@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from switchgear import ops, reference
 from switchgear.functional import Routing
-from switchgear.routing.context import Context
+from switchgear.routing.context import Context, can_be_read
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrt_softplus")
 
@@ -75,11 +75,7 @@ def trim(routing: Routing) -> Routing:
     """Removes trailing columns that are empty for all tokens. On the CPU only: elsewhere their number would have to be
     read back, and in a compiled graph it would be a data-dependent shape."""
     ids = routing.topk_ids
-    if (
-        ids.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.maybe_current_level() is not None
-    ):
+    if not can_be_read(ids):
         return routing
     used = int((ids >= 0).any(0).sum()) if ids.shape[0] else 1
     return routing._replace(topk_ids=ids[:, : max(used, 1)], topk_weights=routing.topk_weights[:, : max(used, 1)])

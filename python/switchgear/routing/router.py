@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
-from switchgear.functional import Routing, route
-from switchgear.reference import check_choice
+from switchgear.complaints import complain_about_rows
+from switchgear.functional import Routing, as_number, route
+from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing.balance import count_tokens
 from switchgear.routing.change import Change, PerExpert
 from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select, made, modules_in
@@ -107,6 +108,11 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_size("hidden_size", hidden_size)
+        check_size("num_experts", num_experts)
+        if top_k is not None:
+            check_size("top_k", top_k)
+        check_finite("scale", as_number("scale", scale))
         if select is not None:
             _exclude("select", top_k=top_k is not None, score_function=score_function != "softmax", normalize=normalize,
                      scale=scale != 1, num_groups=num_groups != 1, topk_groups=topk_groups != 1,
@@ -115,7 +121,7 @@ class Router(nn.Module):
             raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
         if score is not None:
             _exclude("score", float32=float32, bias=bias)
-        if not 0 <= jitter < 1:
+        if not 0 <= as_number("jitter", jitter) < 1:
             raise ValueError(f"jitter: expected a number in [0, 1), got {jitter}")
         check_choice("isolation", isolation, SCOPES)
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
@@ -208,11 +214,18 @@ class Router(nn.Module):
 
     def forward(self, hidden_states: Tensor, context: Context = NOTHING_KNOWN) -> Routing:
         """Routing of hidden_states [..., H]; leading dimensions are flattened to T."""
-        rows = hidden_states.reshape(-1, self.hidden_size)
-        if self.score is None and self._is_plain():
-            return self._route(self.logits(rows, context))
-        context = self.complete(context, hidden_states)
-        return self.decide(self.logits(rows, context), context)
+        try:
+            rows = hidden_states
+            if rows.dim() != 2:
+                rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+            plain = self.score is None and self._is_plain()
+            if not plain:
+                context = self.complete(context, hidden_states)
+            router_logits = self.logits(rows, context)
+        except Exception:
+            complain_about_rows("hidden_states", hidden_states, self.hidden_size, self.weight)
+            raise
+        return self._route(router_logits) if plain else self.decide(router_logits, context)
 
     def _is_plain(self) -> bool:
         """Whether routing is just `route` on the logits."""

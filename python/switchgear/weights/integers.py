@@ -11,11 +11,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from switchgear.reference import integers
+from switchgear.reference import check_size, integers
 from switchgear.reference.formats import BITS
 from switchgear.weights.form import KeyedForm, check_loaded, on_huge_pages
 from switchgear.weights.weight import Weight
 
+_MOST_COLUMNS = 1 << 16  # of a weight in integers
 _SUFFIXES = {"data": "_values", "scales": "_scales", "row_scales": "_row_scales", "zeros": "_zeros"}
 
 
@@ -30,8 +31,10 @@ class _Integers(KeyedForm):
 
     def __post_init__(self) -> None:
         size = self.group_size
-        if size and (size < 16 or size & (size - 1)):
-            raise ValueError(f"group_size: expected 0 (the whole row) or a power of two from 16 on, got {size}")
+        check_size("group_size", size, 0)
+        if size and (size < 16 or size & (size - 1) or size > _MOST_COLUMNS):
+            wanted = f"0 (the whole row) or a power of two from 16 to {_MOST_COLUMNS}"
+            raise ValueError(f"group_size: expected {wanted}, got {size}")
 
     @property
     def suffixes(self) -> tuple[str, ...]:

@@ -79,7 +79,13 @@ class StoredProjections:
 
     def weights(self, module: nn.Module) -> tuple[Weight, Weight]:
         """The two projections of `module`; rebuilt if its buffers were replaced."""
-        cached, buffers = self._cached, module._buffers
+        cached, buffers, parameters = self._cached, module._buffers, module._parameters
+        for name in self.layout.names:
+            if parameters.get(name) is not None:  # as of torch.func.functional_call; it would be ignored
+                raise ValueError(
+                    f"{name}: expected none beside weights stored as {self.form.name}, got a parameter; restore the "
+                    "module first"
+                )
         if cached is not None:
             for name, tensor in cached[0]:
                 if buffers.get(name) is not tensor:

@@ -55,6 +55,8 @@ class Weight:
             form = (number, self.rows, self.cols, self.parts, self.group_size, fields)
         tensors = (self.data, *(tensor for tensor in present if tensor is not None))
         is_plain = all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu for tensor in tensors)
+        if not torch.compiler.is_compiling():  # which does not trace is_neg
+            is_plain = is_plain and not any(tensor.is_neg() for tensor in tensors)
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "form", form)
         object.__setattr__(self, "needs_no_dispatch", is_plain)

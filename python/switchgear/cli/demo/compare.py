@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         )
         for name in (*names, TWIN)
     }  # fmt: skip
+    report.check_writable(Path(args.out))  # before minutes of work
     results = compare(settings, names, reference, args.new_tokens)
     results["text"] = text.source
     report.write(results, Path(args.out))

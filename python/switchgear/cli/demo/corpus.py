@@ -28,8 +28,12 @@ def load_corpus(path: str | None = None) -> Corpus:
         pieces = [file.read_bytes() for file in sorted(folder.glob("*.py"), key=lambda file: file.name)]
         source = f"{len(pieces)} modules of the Python standard library"
     else:
+        file = Path(path)
+        if file.exists() and not (file.is_file() or file.is_dir()):  # a device may never end; each process reads it
+            raise CommandError(f"--text: expected a regular file, got {path}")
         try:
-            text = Path(path).read_bytes()
+            with file.open("rb") as stream:
+                text = stream.read(HELD_OUT_EVERY * MAX_BYTES)  # of which MAX_BYTES are held out
         except OSError as error:
             raise CommandError(f"--text: cannot read {path}: {error.strerror}") from None
         size = max(1, len(text) // (10 * HELD_OUT_EVERY))  # 200 slices, of which 10 are held out

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Hostile input: arrays and tensors that describe memory wrongly or unusually, and memory that changes during a call.
+It raises an error that names the argument, or gives the result of a clean copy; it never crashes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.lib.stride_tricks import as_strided
+from torch import Tensor
+
+import switchgear
+from switchgear import _C
+from switchgear.routing import Capacity
+from switchgear.testing import Case, make_layer
+from switchgear.weights import Int4
+
+LOGITS = np.random.default_rng(0).standard_normal((4, 8), np.float32)
+CASE = Case("hostile", 5, 2, 4, 12, 6, "holes")
+NAMES = ("x", "gate_up_proj", "down_proj", "topk_ids", "topk_weights")
+
+
+def layer() -> dict[str, Tensor]:
+    """The arguments of a valid call of `moe`."""
+    made = make_layer(CASE)
+    return {name: getattr(made, name) for name in NAMES}
+
+
+# ---- arrays of other libraries ---------------------------------------------------------------------------------------
+
+ODD_ARRAYS: dict[str, np.ndarray] = {
+    "rows reversed": LOGITS[::-1],
+    "columns reversed": LOGITS[:, ::-1],
+    "one row, reversed": LOGITS[:1][::-1],
+    "no rows, reversed": LOGITS[:0][::-1],
+    "one row repeated": np.broadcast_to(LOGITS[:1], (4, 8)),
+    "a stride of 2^62 that is not used": as_strided(LOGITS, (1, 8), (2**62, 4)),
+    "a field of records": np.array([[(1, 2.5)] * 8] * 4, [("a", "i1"), ("b", "f4")])["b"],
+    "many dimensions": LOGITS.reshape(*[1] * 40, 4, 8),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ARRAYS)
+def test_odd_arrays_equal_their_copies(name: str, backend: str) -> None:
+    array = ODD_ARRAYS[name]
+    for got, wanted in zip(switchgear.route(array, 2)[:2], switchgear.route(array.copy(), 2)[:2], strict=True):
+        assert np.array_equal(got, wanted)
+
+
+def test_arguments_are_arrays_with_negative_strides(backend: str) -> None:
+    bias = np.arange(8, dtype=np.float32)
+    got = switchgear.route(LOGITS, 2, selection_bias=bias[::-1]).topk_ids
+    assert np.array_equal(got, switchgear.route(LOGITS, 2, selection_bias=bias[::-1].copy()).topk_ids)
+
+
+WRONG_ARRAYS: dict[str, np.ndarray] = {
+    "big-endian": LOGITS.astype(">f4"),
+    "longdouble": LOGITS.astype(np.longdouble),
+    "objects": LOGITS.astype(object),
+    "strings": LOGITS.astype(str),
+    "dates": LOGITS.astype("M8[s]"),
+    "bool": LOGITS > 0,
+    "complex": LOGITS.astype(complex),
+    "no dimensions": np.zeros((), np.float32),
+    "no experts": LOGITS[:, :0],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ARRAYS)
+def test_wrong_arrays(name: str, backend: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"router_logits: expected .*, got"):
+        switchgear.route(WRONG_ARRAYS[name], 2)
+    with pytest.raises((TypeError, ValueError), match=r"selection_bias: expected .*, got"):
+        switchgear.route(LOGITS, 2, selection_bias=WRONG_ARRAYS[name])
+
+
+# ---- capsules of DLPack ----------------------------------------------------------------------------------------------
+
+
+class DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+class Forged:
+    """An array whose __dlpack__ gives the sizes, strides and dtype that one asks for, of eight zeros."""
+
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...] | None = None, **fields: int) -> None:
+        self.memory = (ctypes.c_float * 8)()
+        self.shape = (ctypes.c_int64 * max(len(shape), 1))(*shape)
+        self.strides = None if strides is None else (ctypes.c_int64 * len(strides))(*strides)
+        given = {"data": ctypes.addressof(self.memory), "ndim": len(shape), "code": 2, "bits": 32, "lanes": 1, **fields}
+        self.tensor = DLTensor(device_type=1, shape=self.shape, strides=self.strides, **given)
+
+    def __dlpack__(self, **_: Any) -> Any:
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        return new(ctypes.addressof(self.tensor), b"dltensor", None)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    @staticmethod
+    def __array_namespace__() -> Any:
+        return torch.utils.dlpack
+
+
+FORGED: dict[str, tuple[type[Exception], Forged]] = {
+    "a stride of 2^63 - 1": (ValueError, Forged((2, 4), (2**63 - 1, 1))),
+    "a stride of -2^63": (ValueError, Forged((2, 4), (-(2**63), 1))),
+    "strides that add up to 2^63": (ValueError, Forged((2, 2), (2**62, 2**62))),
+    "2^63 bytes": (ValueError, Forged((2**31, 2**31), (2**30, 1))),
+    "sizes that multiply to 2^64": (ValueError, Forged((2**32, 2**32))),
+    "a negative stride and no copy": (TypeError, Forged((2, 4), (-4, 1))),
+    "a negative size": (ValueError, Forged((2, -4))),
+    "no data": (ValueError, Forged((2, 4), data=0)),
+    "vectors": (TypeError, Forged((2, 2), lanes=2)),
+    "4 bits": (TypeError, Forged((2, 4), bits=4)),
+    "a dtype that does not exist": (TypeError, Forged((2, 4), code=77)),
+    "a negative number of dimensions": (ValueError, Forged((2, 4), ndim=-1)),
+    "65 dimensions": (ValueError, Forged((1,) * 65)),
+}
+
+
+def test_forged_array_is_read() -> None:
+    assert switchgear.route(Forged((2, 4)), 2).topk_ids.tolist() == [[0, 1]] * 2
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_arrays(name: str) -> None:
+    error, array = FORGED[name]
+    with pytest.raises(error, match=r"router_logits: expected .*, got"):
+        switchgear.route(array, 2)
+    with pytest.raises((TypeError, ValueError), match=r"h: expected .*, got"):
+        _C.glu(array, torch.empty(2, 2), "silu", True, False, 1.0, 0.0, 1)
+
+
+def test_no_capsule() -> None:
+    class Liar(Forged):
+        def __dlpack__(self, **_: Any) -> Any:
+            return "capsule"
+
+    with pytest.raises(TypeError, match=r"router_logits: expected a DLPack capsule from __dlpack__, got str"):
+        switchgear.route(Liar((2, 4)), 2)
+
+
+# ---- tensors whose memory is not what it seems -----------------------------------------------------------------------
+
+
+def negated(tensor: Tensor) -> Tensor:
+    """The same values as a view with the negative bit, whose memory has the opposite sign."""
+    return torch._neg_view(-tensor)
+
+
+def freed(tensor: Tensor) -> Tensor:
+    copy = tensor.clone()
+    copy.untyped_storage().resize_(0)
+    return copy
+
+
+def freed_at_an_offset(tensor: Tensor) -> Tensor:
+    """As FSDP leaves a parameter: a view of a flat tensor without memory."""
+    both = torch.stack((tensor, tensor))
+    second = both[1]
+    both.untyped_storage().resize_(0)
+    return second
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_negative_views(name: str, backend: str) -> None:
+    args = layer()
+    assert torch.equal(switchgear.moe(**args | {name: negated(args[name])}), switchgear.moe(**args))
+
+
+def test_negative_views_in_a_weight(isa: str) -> None:
+    args = layer()
+    weights = {name: args[name] for name in ("gate_up_proj", "down_proj")}
+    stored = {
+        name: switchgear.Weight("plain", negated(weight), *weight.shape[1:], weight.dtype)
+        for name, weight in weights.items()
+    }
+    assert torch.equal(switchgear.moe(**args | stored), switchgear.moe(**args))
+
+
+@pytest.mark.parametrize("free", [freed, freed_at_an_offset])
+@pytest.mark.parametrize("name", NAMES)
+def test_freed_storage(name: str, free: Callable[[Tensor], Tensor], isa: str) -> None:
+    args = layer()
+    with pytest.raises(ValueError, match=f"{name}: expected data, got"):
+        switchgear.moe(**args | {name: free(args[name])})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sparse_tensors(name: str, backend: str) -> None:
+    args = layer()
+    for spoiled in (args[name].to_sparse(), args[name].float().to_mkldnn()):
+        with pytest.raises(TypeError, match=f"{name}: expected "):
+            switchgear.moe(**args | {name: spoiled})
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_sparse_tensors_in_stages(backend: str) -> None:
+    x, ids = torch.randn(4, 8), torch.zeros(4, 2, dtype=torch.int32)
+    for layout in (torch.sparse_coo, torch.sparse_csr):
+        for call in (partial(switchgear.route, top_k=2), switchgear.glu, switchgear.MoE(8, 4, 4, 2)):
+            with pytest.raises(TypeError, match=r"expected a dense tensor .*, got torch.sparse"):
+                call(x.to_sparse(layout=layout))
+        with pytest.raises(TypeError, match=r"topk_ids: expected a dense tensor .*, got torch.sparse"):
+            switchgear.plan(ids.to_sparse(layout=layout), 3)
+
+
+# ---- memory that another thread changes ------------------------------------------------------------------------------
+
+
+def test_ids_that_change_during_a_call() -> None:
+    """The kernels never see an id that was not checked. Without a copy of the ids this writes out of bounds."""
+    ids = torch.randint(0, 8, (20000, 4), dtype=torch.int32)
+    valid, invalid = ids.clone(), torch.full_like(ids, 2**30)
+    end = time.monotonic() + 0.2
+
+    def disturb() -> None:
+        while time.monotonic() < end:
+            ids.copy_(invalid)
+            ids.copy_(valid)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    while time.monotonic() < end:
+        with contextlib.suppress(ValueError):
+            assert switchgear.plan(ids, 8).expert_offsets[-1] <= ids.numel()
+    thread.join()
+
+
+# ---- sizes and numbers -----------------------------------------------------------------------------------------------
+
+HUGE = (2**31 - 1, 2**40, 2**63, 2**80, -(2**80))
+
+
+@pytest.mark.parametrize("size", HUGE)
+def test_huge_numbers_of_experts_allocate_nothing(size: int, backend: str) -> None:
+    ids, logits = torch.zeros(4, 2, dtype=torch.int32), torch.randn(4, 8)
+    with pytest.raises(ValueError, match="num_experts: expected"):
+        switchgear.plan(ids, size)
+    with pytest.raises(ValueError, match="top_k: expected"):
+        switchgear.route(logits, size)
+    with pytest.raises(ValueError, match="num_groups: expected"):
+        switchgear.route(logits, 2, num_groups=size)
+
+
+def test_limits_that_float32_does_not_have(backend: str) -> None:
+    h = torch.randn(2, 4)
+    assert not switchgear.glu(h, limit=2.0**-149).abs().gt(2.0**-149).any()
+    for limit in (1e-50, 1e50):
+        with pytest.raises(ValueError, match=r"limit: expected .*, got 1e"):
+            switchgear.glu(h, limit=limit)
+
+
+WRONG_OPTIONS: tuple[tuple[str, Any], ...] = (
+    *((name, value) for name in ("hidden_size", "intermediate_size", "num_experts") for value in (0, -1, 4.0, "4")),
+    *(("top_k", value) for value in (0, 5, 1.5, "2", True)),
+    *((f"{kind}_experts", value) for kind in ("null", "copy", "constant") for value in (-1, 1.0)),
+    *((name, value) for name in ("shared_intermediate_size", "num_shared_experts") for value in (-1, 2.5)),
+    *(("limit", value) for value in (-1.0, float("nan"), 1e-50)),
+    ("alpha", float("nan")),
+    ("alpha", "1"),
+    ("scale", float("inf")),
+    ("scale", float("nan")),
+)
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_OPTIONS)
+def test_wrong_options_of_a_module(name: str, value: Any) -> None:
+    options = {"hidden_size": 4, "intermediate_size": 4, "num_experts": 4, "top_k": 2, name: value}
+    with pytest.raises((ValueError, TypeError), match=f"^{name}: expected .*, got"):
+        switchgear.MoE(**options)
+
+
+WRONG_INPUTS: dict[str, Any] = {
+    "another width": torch.randn(3, 5),
+    "twice the width": torch.randn(3, 8),
+    "no dimension": torch.tensor(1.0),
+    "integers": torch.ones(3, 4, dtype=torch.int64),
+    "bfloat16": torch.randn(3, 4, dtype=torch.bfloat16),
+    "a list": [[1.0, 2.0, 3.0, 4.0]],
+    "an array": np.zeros((3, 4), np.float32),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INPUTS)
+def test_wrong_input_of_a_module(name: str) -> None:
+    moe = switchgear.MoE(4, 4, 4, 2)
+    for module in (moe, moe.gate):
+        with pytest.raises((ValueError, TypeError), match=r"^hidden_states: expected .*, got"):
+            module(WRONG_INPUTS[name])
+
+
+@pytest.mark.parametrize("num_sequences", [0, 2, -1])
+def test_too_few_sequences(num_sequences: int) -> None:
+    moe = switchgear.MoE(4, 4, 4, 2, capacity=Capacity(1.0, scope="sequence"))
+    with pytest.raises(ValueError, match=r"(num_sequences|sequence_ids): expected .*, got"):
+        moe(torch.randn(3, 4), sequence_ids=torch.tensor([0, 2, 1]), num_sequences=num_sequences)
+
+
+@pytest.mark.parametrize("size", [2**40, 17, -32, 32.0])
+def test_group_size(size: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"^group_size: expected"):
+        Int4(group_size=size)
+
+
+# ---- stored weights --------------------------------------------------------------------------------------------------
+
+
+def test_parameters_beside_stored_weights_are_not_ignored() -> None:
+    moe = switchgear.MoE(64, 64, 4, 2)
+    switchgear.store(moe, "int8")
+    x, weight = torch.randn(3, 64), torch.randn(4, 128, 64)
+    with pytest.raises(
+        ValueError, match=r"^gate_up_proj: expected none beside weights stored as int8, got a parameter"
+    ):
+        torch.func.functional_call(moe, {"experts.gate_up_proj": weight}, (x,))
+    wanted = moe(x)
+    assert torch.equal(torch.func.functional_call(moe, dict(moe.named_buffers()), (x,)), wanted)
+
+
+def test_dtype_of_stored_weights(isa: str) -> None:
+    moe = switchgear.MoE(64, 64, 4, 2, dtype=torch.bfloat16)
+    switchgear.store(moe, "panels")
+    with pytest.raises(TypeError, match=r"^gate_up_proj: expected .*, got weights stored as panels in torch.bfloat16"):
+        moe.float()(torch.randn(3, 64))
+    moe.bfloat16()(torch.randn(3, 64, dtype=torch.bfloat16))
+
+
+def test_weights_that_overlap_themselves(isa: str) -> None:
+    """Rows a stride of 1 apart: the gradient has strides of its own."""
+    args, memory = layer(), torch.randn(200)
+
+    def gradients(copied: bool) -> list[Tensor]:
+        views = [torch.as_strided(memory, args[name].shape, (1, 1, 1)) for name in ("gate_up_proj", "down_proj")]
+        first, second = (
+            (view.clone(memory_format=torch.contiguous_format) if copied else view).detach().requires_grad_()
+            for view in views
+        )
+        y = switchgear.moe(args["x"], first, second, args["topk_ids"], args["topk_weights"])
+        return list(torch.autograd.grad(y.sum(), (first, second)))
+
+    for got, wanted in zip(gradients(copied=False), gradients(copied=True), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_no_elements(backend: str) -> None:
+    with pytest.raises(ValueError, match="h: expected a last dimension of at least 1"):
+        switchgear.glu(torch.empty(0))
