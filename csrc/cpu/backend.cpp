@@ -198,6 +198,7 @@ const Backend& cpu_backend() {
                                     .glu_backward = cpu::glu_backward,
                                     .moe_forward = cpu::moe_forward,
                                     .moe_backward = cpu::moe_backward,
+                                    .gate = cpu::gate,
                                     .route_dynamic = cpu::route_dynamic,
                                     .column_topk = cpu::column_topk,
                                     .fit_capacity = cpu::fit_capacity,

@@ -25,6 +25,7 @@ struct Backend {
   void (*moe_forward)(const MoeForwardArgs&, Execution);
   void (*moe_backward)(const MoeBackwardArgs&, Execution);
   // Null if a backend has no kernel for the op: it is then composed of other ops.
+  void (*gate)(const GateArgs&, Execution) = nullptr;
   void (*route_dynamic)(const RouteDynamicArgs&, Execution) = nullptr;
   void (*column_topk)(const ColumnTopkArgs&, Execution) = nullptr;
   void (*fit_capacity)(const FitCapacityArgs&, Execution) = nullptr;

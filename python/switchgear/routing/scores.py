@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
+from switchgear.functional import gate
 from switchgear.reference import check_choice
 from switchgear.routing.context import Context
 from switchgear.routing.ranking import wide
@@ -123,14 +124,9 @@ class Linear(nn.Module):
         if self.jitter and self.training:
             noise = torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter, generator=context.generator)
             x = x * noise
-        weight, bias = self.weight, self.bias
-        if self.float32:
-            with without_autocast(x.device.type):
-                logits = F.linear(wide(x), wide(weight), None if bias is None else wide(bias))
-        else:
-            logits = F.linear(x, weight, bias)
+        logits = gate(x, self.weight, self.bias, float32=self.float32)
         if self.noise_weight is not None and self.training:
-            deviation = F.softplus(F.linear(x, self.noise_weight)).to(logits.dtype)
+            deviation = F.softplus(gate(x, self.noise_weight)).to(logits.dtype)
             logits = logits + deviation * torch.empty_like(logits).normal_(generator=context.generator)
         return logits if self.normalize is None else zscore(logits, self.lam)
 
