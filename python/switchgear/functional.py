@@ -206,11 +206,19 @@ def gate_route(
     group_score: str = "max",
 ) -> Routing:
     """`route` on the logits of `gate`, with the arguments of both: one op if no gradient is needed."""
-    options = (score_function, normalize, as_number("scale", scale), num_groups, topk_groups, group_score)
     if needs_autograd(x, weight, bias):
-        names = ("score_function", "normalize", "scale", "num_groups", "topk_groups", "group_score")
-        logits = gate(x, weight, bias, float32=float32)
-        return route(logits, top_k, selection_bias=selection_bias, **dict(zip(names, options, strict=True)))
+        return route(
+            gate(x, weight, bias, float32=float32),
+            top_k,
+            score_function=score_function,
+            normalize=normalize,
+            scale=scale,
+            selection_bias=selection_bias,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            group_score=group_score,
+        )
+    options = (score_function, normalize, as_number("scale", scale), num_groups, topk_groups, group_score)
     x, weight, bias = _of_gate(x, weight, bias, float32)
     if x.dim() != 2:
         x = x.reshape(-1, x.shape[-1])

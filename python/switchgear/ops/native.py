@@ -35,24 +35,7 @@ version: str = _C.version
 class Native(Protocol):
     """A native module: `_C`, `_cuda`. Its functions are named like the ops; see _ops.pyi."""
 
-    def gate_route(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        selection_bias: Tensor | None,
-        router_logits: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        score_function: str,
-        normalize: bool,
-        scale: float,
-        num_groups: int,
-        topk_groups: int,
-        group_score: str,
-        execution: Any,
-        /,
-    ) -> None: ...
+    gate_route: Callable[..., None]
 
     def moe_forward(
         self,

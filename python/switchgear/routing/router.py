@@ -204,7 +204,8 @@ class Router(nn.Module):
         """Routing of hidden_states [..., H]; leading dimensions are flattened to T."""
         rows = hidden_states.reshape(-1, self.hidden_size)
         if self.weight is not None and self._is_plain() and not (self.jitter and self.training):
-            return gate_route(rows, self.weight, self.top_k, bias=self.bias, float32=self.float32, **self._options())
+            logits = {"bias": self.bias, "float32": self.float32}
+            return gate_route(rows, self.weight, self.top_k, **logits, **self._options())  # type: ignore[arg-type]
         context = self.complete(context, hidden_states)
         return self.decide(self.logits(rows, context), context)
 

@@ -179,13 +179,12 @@ class Cosine(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E] float32."""
-        low = F.linear(x, self.projection)
-        low, embeddings = wide(low), wide(self.embeddings)
+        low, embeddings = wide(gate(x, self.projection)), wide(self.embeddings)
         with without_autocast(x.device.type):
             embeddings = embeddings / (embeddings.norm(dim=-1, keepdim=True) + self.perturb).clamp(min=1e-12)
             if self.normalize_input:
                 low = low / (low.norm(dim=-1, keepdim=True) + self.perturb).clamp(min=1e-12)
-            return F.linear(low, embeddings) / self.log_tau.exp().clamp(min=self.min_tau).to(low.dtype)
+            return gate(low, embeddings, float32=True) / self.log_tau.exp().clamp(min=self.min_tau).to(low.dtype)
 
 
 class GroupedAvgPool(nn.Module):
@@ -240,8 +239,8 @@ class SwitchMixture(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E], float32."""
-        group = wide(self.switch(x)).log_softmax(-1)
-        inside = wide(self.mixture(x)).view(x.shape[0], self.num_groups, -1).log_softmax(-1)
+        group = wide(gate(x, self.switch.weight)).log_softmax(-1)
+        inside = wide(gate(x, self.mixture.weight)).view(x.shape[0], self.num_groups, -1).log_softmax(-1)
         logits: Tensor = (group[:, :, None] + inside).flatten(1)
         return logits
 
