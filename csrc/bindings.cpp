@@ -350,16 +350,14 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
   m.def("route_backward", &py_route_backward, "Writes the gradient of router_logits.",  //
         "grad_topk_weights"_a, "router_logits"_a, "topk_ids"_a, "grad_router_logits"_a, "score_function"_a,
         "normalize"_a, "scale"_a, py::arg(kExecutionArgument));
+  m.def("gate", &py_gate, "Writes the logits of a linear router.",  //
+        "x"_a, "weight"_a, "bias"_a, "router_logits"_a, py::arg(kExecutionArgument));
+  m.def("gate_route", &py_gate_route,
+        "Writes the logits of a linear router, its top_k experts and their weights.",  //
+        "x"_a, "weight"_a, "bias"_a, "selection_bias"_a, "router_logits"_a, "topk_ids"_a, "topk_weights"_a,
+        "score_function"_a, "normalize"_a, "scale"_a, "num_groups"_a, "topk_groups"_a, "group_score"_a,
+        py::arg(kExecutionArgument));
   const Backend& backend = default_backend();  // Python composes the ops it lacks from others
-  if (backend.gate != nullptr) {
-    m.def("gate", &py_gate, "Writes the logits of a linear router.",  //
-          "x"_a, "weight"_a, "bias"_a, "router_logits"_a, py::arg(kExecutionArgument));
-    m.def("gate_route", &py_gate_route,
-          "Writes the logits of a linear router, its top_k experts and their weights.",  //
-          "x"_a, "weight"_a, "bias"_a, "selection_bias"_a, "router_logits"_a, "topk_ids"_a, "topk_weights"_a,
-          "score_function"_a, "normalize"_a, "scale"_a, "num_groups"_a, "topk_groups"_a, "group_score"_a,
-          py::arg(kExecutionArgument));
-  }
   if (backend.route_dynamic != nullptr) {
     m.def("route_dynamic", &py_route_dynamic, "Writes as many experts as each token needs, and their weights.",  //
           "router_logits"_a, "selection_bias"_a, "topk_ids"_a, "topk_weights"_a, "min_experts"_a, "score_function"_a,

@@ -175,7 +175,7 @@ void gate(const GateArgs& args, Execution exec) {
   Dim T{"T", 0}, E{"E"};
   gate_shapes(call, args, T, E);
   call.check_overlap();
-  kernel_of(call, call.backend().gate)(args, exec);
+  call.backend().gate(args, exec);
 }
 
 void gate_route(const GateRouteArgs& args, Execution exec) {
@@ -188,7 +188,7 @@ void gate_route(const GateRouteArgs& args, Execution exec) {
   slots(T, K);
   check_options(args.options, E);
   call.check_overlap();
-  kernel_of(call, call.backend().gate)(args.gate, exec);
+  call.backend().gate(args.gate, exec);
   call.backend().route({.router_logits = args.gate.router_logits,
                         .selection_bias = args.selection_bias,
                         .options = args.options,

@@ -14,6 +14,7 @@ struct Backend {
   DeviceType device;
   void (*route)(const RouteArgs&, Execution);
   void (*route_backward)(const RouteBackwardArgs&, Execution);
+  void (*gate)(const GateArgs&, Execution);
   void (*plan)(const PlanArgs&, Execution);
   void (*permute)(const PermuteArgs&, Execution);
   void (*combine)(const CombineArgs&, Execution);
@@ -25,7 +26,6 @@ struct Backend {
   void (*moe_forward)(const MoeForwardArgs&, Execution);
   void (*moe_backward)(const MoeBackwardArgs&, Execution);
   // Null if a backend has no kernel for the op: it is then composed of other ops.
-  void (*gate)(const GateArgs&, Execution) = nullptr;
   void (*route_dynamic)(const RouteDynamicArgs&, Execution) = nullptr;
   void (*column_topk)(const ColumnTopkArgs&, Execution) = nullptr;
   void (*fit_capacity)(const FitCapacityArgs&, Execution) = nullptr;

@@ -57,7 +57,6 @@ gate: Callable[..., Tensor] = register(
     "gate(Tensor x, Tensor weight, Tensor? bias, bool float32) -> Tensor",
     "rrd-",
     _allocate_gate,
-    specified_in=reference.routing,
 )
 
 
@@ -74,7 +73,6 @@ gate_route: Callable[..., tuple[Tensor, Tensor, Tensor]] = register(
     "-> (Tensor router_logits, Tensor topk_ids, Tensor topk_weights)",
     "rrdd--oooooo",
     _allocate_gate_route,
-    specified_in=reference.routing,
 )
 
 

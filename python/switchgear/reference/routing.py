@@ -31,9 +31,9 @@ def gate(x: Tensor, weight: Tensor, bias: Tensor | None, float32: bool) -> Tenso
     """
     check("x", x, (None, None))
     check("weight", weight, (None, x.shape[1]))
-    check("bias", bias, (weight.shape[0],))
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected at least 1 row, got {list(weight.shape)}")
+    check("bias", bias, (weight.shape[0],))
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in (x.dtype, weight_dtype(x.dtype)):
             raise TypeError(f"{name}: expected {x.dtype} like x or {weight_dtype(x.dtype)}, got {tensor.dtype}")
