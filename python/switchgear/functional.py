@@ -8,7 +8,7 @@
     x [T,H] ──permute──► permuted_x [S,H] ──grouped_gemm──► h [S,N] ──glu──► a [S,I] ──grouped_gemm──► permuted_y [S,H]
                                                                      permuted_y ──combine──► y [T,H]
 
-`moe` computes everything after route with one op forward and one backward. It saves x and h for backward, and no other
+router_logits = gate(x, router's weight). `moe` computes everything after route with one op forward and one backward. It saves x and h for backward, and no other
 tensor of that size. The stages can also be called separately.
 
 Arguments are torch tensors or arrays of other libraries (see arrays.py). A projection can also be a Weight in another
