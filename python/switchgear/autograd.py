@@ -154,8 +154,8 @@ def _gate_grads(
     grad_x = grad_weight = grad_bias = None
     if need_x:
         grad_x = ops.grouped_gemm(grad, (matrix.mT[None],), (), None, expert_offsets, None, False, True).to(x.dtype)
-    if need_weight:  # as xᵀ·g, whose rows the kernel shares among threads: H are more than E
-        grad_weight = ops.grouped_gemm_wgrad(grad, rows, expert_offsets, None, True)[0].contiguous().to(weight.dtype)
+    if need_weight:
+        grad_weight = ops.grouped_gemm_wgrad(grad, rows, expert_offsets, None, False)[0].to(weight.dtype)
     if need_bias:  # the weight gradient of a column of ones
         ones = grad.new_ones(grad.shape[0], 1)
         grad_bias = ops.grouped_gemm_wgrad(grad, ones, expert_offsets, None, False)[0, :, 0].to(bias_dtype)

@@ -8,8 +8,9 @@
     x [T,H] ──permute──► permuted_x [S,H] ──grouped_gemm──► h [S,N] ──glu──► a [S,I] ──grouped_gemm──► permuted_y [S,H]
                                                                      permuted_y ──combine──► y [T,H]
 
-router_logits = gate(x, router's weight). `moe` computes everything after route with one op forward and one backward. It saves x and h for backward, and no other
-tensor of that size. The stages can also be called separately.
+`gate` computes router_logits from x and the router's weight. `moe` computes everything after route with one op forward
+and one backward. It saves x and h for backward, and no other tensor of that size. The stages can also be called
+separately.
 
 Arguments are torch tensors or arrays of other libraries (see arrays.py). A projection can also be a Weight in another
 format (weights/). Derivatives are in autograd.py.
