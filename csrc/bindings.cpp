@@ -39,6 +39,17 @@ GluOptions glu_options(std::string_view activation, bool gated, bool interleaved
           .limit = limit};
 }
 
+// Without top_k, which is the width of topk_ids.
+RouteOptions route_options(std::string_view score_function, bool normalize, float scale, int64_t num_groups,
+                           int64_t topk_groups, std::string_view group_score) {
+  return {.score_function = parse("score_function", kScoreFunctions, score_function),
+          .normalize = normalize,
+          .scale = scale,
+          .num_groups = num_groups,
+          .topk_groups = topk_groups,
+          .group_score = parse("group_score", kGroupScores, group_score)};
+}
+
 // ---- route ---
 
 void py_route(handle router_logits, handle selection_bias, handle topk_ids, handle topk_weights,
@@ -47,12 +58,7 @@ void py_route(handle router_logits, handle selection_bias, handle topk_ids, hand
   Arrays arrays = arrays_of(execution);
   RouteArgs args{.router_logits = arrays.in("router_logits", router_logits),
                  .selection_bias = arrays.in_or_none("selection_bias", selection_bias),
-                 .options = {.score_function = parse("score_function", kScoreFunctions, score_function),
-                             .normalize = normalize,
-                             .scale = scale,
-                             .num_groups = num_groups,
-                             .topk_groups = topk_groups,
-                             .group_score = parse("group_score", kGroupScores, group_score)},
+                 .options = route_options(score_function, normalize, scale, num_groups, topk_groups, group_score),
                  .topk_ids = arrays.out("topk_ids", topk_ids),
                  .topk_weights = arrays.out("topk_weights", topk_weights)};
   args.options.top_k = args.topk_ids.shape[1];
@@ -71,6 +77,33 @@ void py_route_backward(handle grad_topk_weights, handle router_logits, handle to
                          .grad_router_logits = arrays.out("grad_router_logits", grad_router_logits)};
   args.options.top_k = args.topk_ids.shape[1];
   run(route_backward, args, execution);
+}
+
+// ---- gate ---
+
+GateArgs gate_args(Arrays& arrays, handle x, handle weight, handle bias, handle router_logits) {
+  return {.x = arrays.in("x", x),
+          .weight = arrays.in("weight", weight),
+          .bias = arrays.in_or_none("bias", bias),
+          .router_logits = arrays.out("router_logits", router_logits)};
+}
+
+void py_gate(handle x, handle weight, handle bias, handle router_logits, ExecutionArgument execution) {
+  Arrays arrays = arrays_of(execution);
+  run(gate, gate_args(arrays, x, weight, bias, router_logits), execution);
+}
+
+void py_gate_route(handle x, handle weight, handle bias, handle selection_bias, handle router_logits, handle topk_ids,
+                   handle topk_weights, std::string_view score_function, bool normalize, float scale,
+                   int64_t num_groups, int64_t topk_groups, std::string_view group_score, ExecutionArgument execution) {
+  Arrays arrays = arrays_of(execution);
+  GateRouteArgs args{.gate = gate_args(arrays, x, weight, bias, router_logits),
+                     .selection_bias = arrays.in_or_none("selection_bias", selection_bias),
+                     .options = route_options(score_function, normalize, scale, num_groups, topk_groups, group_score),
+                     .topk_ids = arrays.out("topk_ids", topk_ids),
+                     .topk_weights = arrays.out("topk_weights", topk_weights)};
+  args.options.top_k = args.topk_ids.shape[1];
+  run(gate_route, args, execution);
 }
 
 // ---- routing policies ---
@@ -317,6 +350,13 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
   m.def("route_backward", &py_route_backward, "Writes the gradient of router_logits.",  //
         "grad_topk_weights"_a, "router_logits"_a, "topk_ids"_a, "grad_router_logits"_a, "score_function"_a,
         "normalize"_a, "scale"_a, py::arg(kExecutionArgument));
+  m.def("gate", &py_gate, "Writes the logits of a linear router.",  //
+        "x"_a, "weight"_a, "bias"_a, "router_logits"_a, py::arg(kExecutionArgument));
+  m.def("gate_route", &py_gate_route,
+        "Writes the logits of a linear router, its top_k experts and their weights.",  //
+        "x"_a, "weight"_a, "bias"_a, "selection_bias"_a, "router_logits"_a, "topk_ids"_a, "topk_weights"_a,
+        "score_function"_a, "normalize"_a, "scale"_a, "num_groups"_a, "topk_groups"_a, "group_score"_a,
+        py::arg(kExecutionArgument));
   const Backend& backend = default_backend();  // Python composes the ops it lacks from others
   if (backend.route_dynamic != nullptr) {
     m.def("route_dynamic", &py_route_dynamic, "Writes as many experts as each token needs, and their weights.",  //

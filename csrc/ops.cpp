@@ -107,6 +107,18 @@ void check_options(const GluOptions& options) {
   SWITCHGEAR_CHECK(ValueError, std::isfinite(options.alpha), "alpha: expected a finite number, got ", options.alpha);
 }
 
+// Routers keep some tensors in float32 whatever the dtype of x.
+Kind float32_or_shared(const TensorView& tensor) { return tensor.dtype == DType::kFloat32 ? kFloat32 : kFloat; }
+
+void gate_shapes(Call& call, const GateArgs& args, Dim& T, Dim& E) {
+  Dim H{"H"};
+  const auto& [x, weight, bias, router_logits] = args;
+  call.input("x", x, kFloat, {&T, &H}, kRows);
+  call.input("weight", weight, float32_or_shared(weight), {&E, &H}, kRows);
+  if (bias.defined()) call.input("bias", bias, float32_or_shared(bias), {&E});
+  call.output("router_logits", router_logits, float32_or_shared(router_logits), {&T, &E}, kRows);
+}
+
 bool multiplies_transposed(Format format) { return is_integer(format) || is_minifloat(format); }
 
 // I = N/2 for gated experts, N for plain ones
@@ -176,6 +188,35 @@ void route_backward(const RouteBackwardArgs& given, Execution exec) {
   call.check_overlap();
   check_ids(call, args.topk_ids, E);
   call.backend().route_backward(args, exec);
+}
+
+// ---- gate ---
+
+void gate(const GateArgs& args, Execution exec) {
+  Call call(exec);
+  Dim T{"T", 0}, E{"E"};
+  gate_shapes(call, args, T, E);
+  call.check_overlap();
+  call.backend().gate(args, exec);
+}
+
+void gate_route(const GateRouteArgs& args, Execution exec) {
+  Call call(exec);
+  Dim T{"T", 0}, E{"E"}, K{"K", 1, args.options.top_k};
+  gate_shapes(call, args.gate, T, E);
+  if (args.selection_bias.defined()) call.input("selection_bias", args.selection_bias, kFloat32, {&E});
+  call.output("topk_ids", args.topk_ids, kInt32, {&T, &K});
+  call.output("topk_weights", args.topk_weights, kFloat32, {&T, &K});
+  slots(T, K);
+  check_options(args.options, E);
+  call.check_overlap();
+  call.backend().gate(args.gate, exec);
+  call.backend().route({.router_logits = args.gate.router_logits,
+                        .selection_bias = args.selection_bias,
+                        .options = args.options,
+                        .topk_ids = args.topk_ids,
+                        .topk_weights = args.topk_weights},
+                       exec);
 }
 
 // ---- routing policies ---

@@ -28,12 +28,30 @@ def _moe_backward(*args: Any, **_: Any) -> int:
     return 2 * _of_pairs(topk_ids, gate_up_proj, down_proj)
 
 
+def _gate(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    """A multiply and an add per weight and token."""
+    return 2 * x.shape[0] * weight.numel()
+
+
+def _grouped_gemm(*args: Any, **_: Any) -> int:
+    _, (weight, *_), _, _, expert_offsets, *_ = args
+    return 2 * int(expert_offsets[-1]) * weight[0].numel()
+
+
+def _grouped_gemm_wgrad(grad_out: Tensor, x: Tensor, expert_offsets: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * int(expert_offsets[-1]) * grad_out.shape[1] * x.shape[1]
+
+
 def _embedding_bag(weight: Tensor, indices: Tensor, *_: Any, **__: Any) -> int:
     """A weighted sum of rows."""
     return 2 * indices.numel() * weight.shape[1]
 
 
 _FORMULAS = {
+    torch.ops.switchgear.gate: _gate,
+    torch.ops.switchgear.gate_route: _gate,
+    torch.ops.switchgear.grouped_gemm: _grouped_gemm,
+    torch.ops.switchgear.grouped_gemm_wgrad: _grouped_gemm_wgrad,
     torch.ops.switchgear.moe_forward: _moe_forward,
     torch.ops.switchgear.moe_backward: _moe_backward,
     torch.ops.aten._embedding_bag: _embedding_bag,

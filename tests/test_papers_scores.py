@@ -376,7 +376,7 @@ def test_softmax_gating_theory_gates_on_a_bounded_transform(transform: str) -> N
 
 def test_softmax_gating_theory_with_the_identity_is_linear() -> None:
     score, x = Linear(H, E, input_transform=lambda x: x, bias=True), torch.randn(4, H)
-    assert torch.equal(score(x, NOTHING_KNOWN), F.linear(x, score.weight, score.bias))
+    assert torch.equal(score(x, NOTHING_KNOWN), switchgear.gate(x, score.weight, score.bias))
     with pytest.raises(ValueError, match="input_transform"):
         Linear(H, E, input_transform="cube")
 
@@ -483,13 +483,13 @@ def test_jitter_and_noise_are_of_training_alone() -> None:
     generator.manual_seed(3)
     noise = torch.empty_like(x).uniform_(0.75, 1.25, generator=generator)
     torch.testing.assert_close(noisy, (x * noise) @ score.weight.T)
-    assert torch.equal(score.eval()(x, NOTHING_KNOWN), x @ score.weight.T)
+    assert torch.equal(score.eval()(x, NOTHING_KNOWN), switchgear.gate(x, score.weight))
     score = Linear(H, E, noise=True)
     nn.init.normal_(score.noise_weight)
     scale = F.softplus(x @ score.noise_weight.T)
     deviation = ((score(x, NOTHING_KNOWN) - x @ score.weight.T) / scale).std()
     assert deviation.item() == pytest.approx(1, rel=0.02)
-    assert torch.equal(score.eval()(x, NOTHING_KNOWN), x @ score.weight.T)
+    assert torch.equal(score.eval()(x, NOTHING_KNOWN), switchgear.gate(x, score.weight))
 
 
 @pytest.mark.parametrize(

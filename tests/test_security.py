@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from switchgear import MoE
+from switchgear import MoE, presets
 from switchgear.routing import BalancedAssignment, Capacity, ExpertChoice
 from switchgear.testing import assert_batch_invariant
 
@@ -139,6 +139,16 @@ DEPENDENT = {name: {**options, "isolation": "batch"} for name, options in INDEPE
 @pytest.mark.parametrize("policy", INDEPENDENT)
 def test_independent_of_the_batch(policy: str) -> None:
     assert_batch_invariant(layer(**INDEPENDENT[policy]), torch.randn(5, LENGTH, H))
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 1024])
+@pytest.mark.parametrize(
+    "preset", [presets.batch_independent(), presets.isolated_expert_choice()], ids=["best", "isolated"]
+)
+def test_presets_are_independent_of_the_batch(preset: dict[str, Any], length: int) -> None:
+    """Decoding, in which a sequence is one token, up to long prompts."""
+    moe = MoE(64, 8, E, **preset).eval()
+    assert_batch_invariant(moe, torch.randn(4 if length < 1024 else 2, length, 64))
 
 
 @pytest.mark.parametrize("policy", DEPENDENT)

@@ -188,6 +188,7 @@ const Backend& cpu_backend() {
                                     .device = DeviceType::kCPU,
                                     .route = cpu::route,
                                     .route_backward = cpu::route_backward,
+                                    .gate = cpu::gate,
                                     .plan = cpu::plan,
                                     .permute = cpu::permute,
                                     .combine = cpu::combine,

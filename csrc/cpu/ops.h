@@ -7,6 +7,7 @@ namespace switchgear::cpu {
 
 void route(const RouteArgs& args, Execution exec);
 void route_backward(const RouteBackwardArgs& args, Execution exec);
+void gate(const GateArgs& args, Execution exec);
 void route_dynamic(const RouteDynamicArgs& args, Execution exec);
 void column_topk(const ColumnTopkArgs& args, Execution exec);
 void fit_capacity(const FitCapacityArgs& args, Execution exec);

@@ -38,6 +38,7 @@ class DeviceGuard {
 // A tensor that every call of the op has. ops.cpp has checked that the others are on the same device.
 const TensorView& tensor_of(const RouteArgs& args) { return args.router_logits; }
 const TensorView& tensor_of(const RouteBackwardArgs& args) { return args.router_logits; }
+const TensorView& tensor_of(const GateArgs& args) { return args.x; }
 const TensorView& tensor_of(const RouteDynamicArgs& args) { return args.router_logits; }
 const TensorView& tensor_of(const ColumnTopkArgs& args) { return args.values; }
 const TensorView& tensor_of(const FitCapacityArgs& args) { return args.topk_ids; }
@@ -69,6 +70,7 @@ const Backend& cuda_backend() {
       .device = DeviceType::kCUDA,
       .route = on_its_device<RouteArgs, cuda::route>,
       .route_backward = on_its_device<RouteBackwardArgs, cuda::route_backward>,
+      .gate = on_its_device<GateArgs, cuda::gate>,
       .plan = on_its_device<PlanArgs, cuda::plan>,
       .permute = on_its_device<PermuteArgs, cuda::permute>,
       .combine = on_its_device<CombineArgs, cuda::combine>,

@@ -23,6 +23,7 @@
 #include "score.cuh"
 #include "select.cuh"
 #include "switchgear/tensor.h"
+#include "vector.cuh"
 
 namespace switchgear::cuda {
 

@@ -9,14 +9,6 @@
 
 namespace switchgear::cuda {
 
-__device__ inline float load_float(const void* data, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
-    case DType::kFloat16: return __half2float(static_cast<const __half*>(data)[i]);
-    default: return static_cast<const float*>(data)[i];
-  }
-}
-
 // The largest key that the lanes found and, among equal keys, the lowest expert.
 struct Best {
   uint32_t key, expert;

@@ -281,14 +281,6 @@ struct RouteBackwardParams {
   int num_experts, top_k;
 };
 
-__device__ inline void store_float(void* data, DType dtype, int64_t i, float v) {
-  switch (dtype) {
-    case DType::kBFloat16: static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(v); return;
-    case DType::kFloat16: static_cast<__half*>(data)[i] = __float2half_rn(v); return;
-    default: static_cast<float*>(data)[i] = v; return;
-  }
-}
-
 // One warp per token, in float64 until the end; the operations and their order are those of csrc/cpu/route.cpp:
 //   w_k = p[id_k], s = Σ w_k + 1e-20, g_k = grad_topk_weights[k] · scale
 //   u_k = dL/dw_k = (g_k - (Σ g·w) / s) / s if normalised, else g_k;   U_j = Σ u_k over id_k = j

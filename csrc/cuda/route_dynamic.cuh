@@ -19,6 +19,7 @@
 #include "ranking.cuh"
 #include "score.cuh"
 #include "switchgear/ops.h"
+#include "vector.cuh"
 
 namespace switchgear::cuda {
 

@@ -33,6 +33,22 @@ __device__ inline T from_float(float v) {  // to nearest even
   }
 }
 
+__device__ inline float load_float(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+    case DType::kFloat16: return __half2float(static_cast<const __half*>(data)[i]);
+    default: return static_cast<const float*>(data)[i];
+  }
+}
+
+__device__ inline void store_float(void* data, DType dtype, int64_t i, float v) {
+  switch (dtype) {
+    case DType::kBFloat16: static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(v); return;
+    case DType::kFloat16: static_cast<__half*>(data)[i] = __float2half_rn(v); return;
+    default: static_cast<float*>(data)[i] = v; return;
+  }
+}
+
 // ---- vectors -------------------------------------------------------------------------------------------------------------
 
 // The 16 bytes of a vector as words: element i is in word i · sizeof(T) / 4, the first one in the low bits.

@@ -14,6 +14,7 @@ struct Backend {
   DeviceType device;
   void (*route)(const RouteArgs&, Execution);
   void (*route_backward)(const RouteBackwardArgs&, Execution);
+  void (*gate)(const GateArgs&, Execution);
   void (*plan)(const PlanArgs&, Execution);
   void (*permute)(const PermuteArgs&, Execution);
   void (*combine)(const CombineArgs&, Execution);

@@ -73,6 +73,28 @@ struct RouteBackwardArgs {
 };
 void route_backward(const RouteBackwardArgs& args, Execution exec = {});
 
+// ---- gate --------------------------------------------------------------------------------------------------------------
+
+// The router's product: router_logits[t] = x[t]·weightᵀ + bias, summed in float32 and rounded once. Its bits for a token depend
+// neither on the other tokens nor on the number of threads, so nor does the choice of experts.
+struct GateArgs {
+  TensorView x;              // [T,H] float
+  TensorView weight;         // [E,H] float32, or dtype of x
+  TensorView bias;           // [E] float32, or dtype of x; optional
+  TensorView router_logits;  // out [T,E] float32, or dtype of x
+};
+void gate(const GateArgs& args, Execution exec = {});
+
+// gate, and then route on its logits.
+struct GateRouteArgs {
+  GateArgs gate;
+  TensorView selection_bias;  // [E] float32, optional
+  RouteOptions options;
+  TensorView topk_ids;      // out
+  TensorView topk_weights;  // out
+};
+void gate_route(const GateRouteArgs& args, Execution exec = {});
+
 // ---- routing policies --------------------------------------------------------------------------------------------------
 // Values, scores and priorities may have any bits: NaN and -Inf rank last, +Inf first, and ties go to the lowest index.
 // Tokens compete only within a sequence (sequence_ids [T] in [0,B); all tokens are one sequence if absent).

@@ -3,7 +3,7 @@
 
 Modules:    MoE (router, experts and shared experts), Router, Experts; layers composed of them in switchgear.layers
 Routing:    scores, selections, capacities and losses in switchgear.routing; policies of papers in switchgear.presets
-Functions:  moe (all experts of a layer), and its stages: route, plan, permute, grouped_gemm, glu, combine
+Functions:  moe (all experts of a layer), and its stages: gate, route, plan, permute, grouped_gemm, glu, combine
 Results:    Routing, Plan
 Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) for routers with load balancing
 Models:     accelerate(model) runs a Hugging Face model on the kernels
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from switchgear import adapters, layers, presets, routing, weights
 from switchgear.backends import backend, use_backend
 from switchgear.experts import Experts
-from switchgear.functional import Plan, Routing, combine, glu, grouped_gemm, moe, permute, plan, route
+from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gemm, moe, permute, plan, route
 from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.ops import available_cpu_isas, cpu_isa, set_cpu_isa, version
 from switchgear.routing import Context, Router, load_balancing_loss, override, z_loss
@@ -51,6 +51,7 @@ __all__ = [
     "balance_loss",
     "combine",
     "cpu_isa",
+    "gate",
     "glu",
     "grouped_gemm",
     "layers",

@@ -27,6 +27,31 @@ def route(
     execution: Any,
     /,
 ) -> None: ...
+def gate(
+    x: _Array,
+    weight: _Array,
+    bias: _Array | None,
+    router_logits: _Array,
+    execution: Any,
+    /,
+) -> None: ...
+def gate_route(
+    x: _Array,
+    weight: _Array,
+    bias: _Array | None,
+    selection_bias: _Array | None,
+    router_logits: _Array,
+    topk_ids: _Array,
+    topk_weights: _Array,
+    score_function: str,
+    normalize: bool,
+    scale: float,
+    num_groups: int,
+    topk_groups: int,
+    group_score: str,
+    execution: Any,
+    /,
+) -> None: ...
 def route_backward(
     grad_topk_weights: _Array,
     router_logits: _Array,

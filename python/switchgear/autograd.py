@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from switchgear import ops, reference
 from switchgear.reference import formats
+from switchgear.reference.checks import wide
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
@@ -113,6 +114,52 @@ class RouteDynamic(torch.autograd.Function):
             return ops.route_backward(*tensors, *options)
 
         return once(grad, grad_topk_weights, *ctx.saved_tensors), *[None] * 8
+
+
+# ---- gate ------------------------------------------------------------------------------------------------------------
+
+
+class Gate(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, float32: bool) -> Any:
+        return ops.gate(x, weight, bias, float32)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, weight, bias, _ = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_logits: Tensor) -> Any:
+        needs, bias_dtype = ctx.needs_input_grad[:3], ctx.bias_dtype
+
+        def grads(grad: Tensor, x: Tensor, weight: Tensor) -> Any:
+            return _gate_grads(needs, bias_dtype, grad, x, weight)
+
+        return *once(grads, grad_logits, *ctx.saved_tensors), None
+
+
+def _gate_grads(
+    needs: Sequence[bool], bias_dtype: torch.dtype | None, grad: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor | None, ...]:
+    """grad_x = g·W, grad_weight = gᵀ·x and grad_bias = Σ g: the gradients of a single expert of all tokens."""
+    need_x, need_weight, need_bias = needs
+    expert_offsets = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
+    rows, matrix = x, weight
+    if not grad.dtype == x.dtype == weight.dtype:  # the gradient of float32 logits keeps its precision
+        grad, rows, matrix = wide(grad), wide(x), wide(weight)
+    grad_x = grad_weight = grad_bias = None
+    if need_x:
+        grad_x = ops.grouped_gemm(grad, (matrix.mT[None],), (), None, expert_offsets, None, False, True).to(x.dtype)
+    if need_weight:
+        grad_weight = ops.grouped_gemm_wgrad(grad, rows, expert_offsets, None, False)[0].to(weight.dtype)
+    if need_bias:  # the weight gradient of a column of ones
+        ones = grad.new_ones(grad.shape[0], 1)
+        grad_bias = ops.grouped_gemm_wgrad(grad, ones, expert_offsets, None, False)[0, :, 0].to(bias_dtype)
+    return grad_x, grad_weight, grad_bias
 
 
 # ---- permute, combine ------------------------------------------------------------------------------------------------

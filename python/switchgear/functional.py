@@ -8,8 +8,9 @@
     x [T,H] ──permute──► permuted_x [S,H] ──grouped_gemm──► h [S,N] ──glu──► a [S,I] ──grouped_gemm──► permuted_y [S,H]
                                                                      permuted_y ──combine──► y [T,H]
 
-`moe` computes everything after route with one op forward and one backward. It saves x and h for backward, and no other
-tensor of that size. The stages can also be called separately.
+`gate` computes router_logits from x and the router's weight. `moe` computes everything after route with one op forward
+and one backward. It saves x and h for backward, and no other tensor of that size. The stages can also be called
+separately.
 
 Arguments are torch tensors or arrays of other libraries (see arrays.py). A projection can also be a Weight in another
 format (weights/). Derivatives are in autograd.py.
@@ -162,6 +163,87 @@ def route(
         topk_ids, topk_weights = apply(autograd.Route, router_logits, selection_bias, *options)
     else:
         topk_ids, topk_weights = ops.route(router_logits, selection_bias, *options)
+    return Routing(topk_ids, topk_weights, router_logits, router_logits.shape[1])
+
+
+@accepts_arrays
+def gate(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, float32: bool = False) -> Tensor:
+    """The logits of a linear router, [..., E]: x · weightᵀ + bias, as torch.nn.functional.linear.
+
+    Each sum is in float32, in one order. So the logits of a token have the same bits in any batch and for any number of
+    threads, and other tokens cannot change its experts. (The reference sums as torch does.)
+
+    Args:
+        x: [..., H] in float32, bfloat16 or float16 (float64: reference only).
+        weight, bias: [E,H] and [E], each in the dtype of x or in float32.
+        float32: return float32 logits, not rounded to the dtype of weight; ignore torch.autocast, which otherwise casts
+            all tensors to its dtype.
+
+    Differentiable in x, weight and bias.
+
+    Raises:
+        ValueError: a wrong shape. TypeError: a wrong dtype.
+    """
+    x, weight, bias = _of_gate(x, weight, bias, float32)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if needs_autograd(rows, weight, bias):
+        router_logits: Tensor = apply(autograd.Gate, rows, weight, bias, float32)
+    else:
+        router_logits = ops.gate(rows, weight, bias, float32)
+    return router_logits if x.dim() == 2 else router_logits.reshape(*x.shape[:-1], router_logits.shape[-1])
+
+
+def _of_gate(x: Tensor, weight: Tensor, bias: Tensor | None, float32: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors in the dtypes that the op takes."""
+    if not float32:
+        if in_autocast(x.device.type):
+            x, weight, bias = in_autocast_dtype(x.device.type, x, weight, bias)
+        return x, weight, bias
+    if weight.dtype is not x.dtype:
+        weight = as_weights("weight", weight, x.dtype)
+    if bias is not None and bias.dtype is not x.dtype:
+        bias = as_weights("bias", bias, x.dtype)
+    return x, weight, bias
+
+
+@accepts_arrays
+def gate_route(
+    x: Tensor,
+    weight: Tensor,
+    top_k: int,
+    *,
+    bias: Tensor | None = None,
+    float32: bool = False,
+    score_function: str = "softmax",
+    normalize: bool = False,
+    scale: float = 1.0,
+    selection_bias: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+) -> Routing:
+    """`route` on the logits of `gate`, with the arguments of both: one op if no gradient is needed."""
+    if needs_autograd(x, weight, bias):
+        return route(
+            gate(x, weight, bias, float32=float32),
+            top_k,
+            score_function=score_function,
+            normalize=normalize,
+            scale=scale,
+            selection_bias=selection_bias,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            group_score=group_score,
+        )
+    options = (score_function, normalize, as_number("scale", scale), num_groups, topk_groups, group_score)
+    x, weight, bias = _of_gate(x, weight, bias, float32)
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    if selection_bias is not None:
+        selection_bias = as_weights("selection_bias", selection_bias.detach(), torch.float32)
+    tensors = (x, weight, bias, selection_bias)
+    op = ops.gate_route_on_host if ops.needs_no_dispatch(*tensors) else ops.gate_route
+    router_logits, topk_ids, topk_weights = op(*tensors, float32, top_k, *options)
     return Routing(topk_ids, topk_weights, router_logits, router_logits.shape[1])
 
 

@@ -67,6 +67,15 @@ OPS = {
         },
         ROUTE,
     ),
+    "gate": Op(
+        {"x": "TH float rows", "weight": "EH float rows", "bias": "E float", "router_logits": "TE float rows out"}, {}
+    ),
+    "gate_route": Op(
+        {"x": "TH float rows", "weight": "EH float rows", "bias": "E float", "selection_bias": "E float32"}
+        | {"router_logits": "TE float rows out"}
+        | {name: spec + " out" for name, spec in CHOICES.items()},
+        ROUTE | {"num_groups": 1, "topk_groups": 1, "group_score": "max"},
+    ),
     "route_dynamic": Op(
         {"router_logits": "TE float rows", "selection_bias": "E float32"}
         | {name: spec + " out" for name, spec in CHOICES.items()},

@@ -45,6 +45,8 @@ def digest(layer: Layer, logits: Tensor) -> str:
     y = switchgear.moe(x, gate_up, down, ids, weights, gate_up_bias=gate_up_bias, down_bias=down_bias)
     add((y,), (x, gate_up, down, gate_up_bias, down_bias, weights))
 
+    weight = gate_up[:, 0].detach().requires_grad_()
+    add((switchgear.gate(x, weight, float32=True),), (x, weight))
     logits = logits.detach().requires_grad_()
     routing = switchgear.route(logits, 2, normalize=True)
     add((routing.topk_ids, routing.topk_weights), (logits,))
@@ -113,6 +115,20 @@ def test_a_token_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype, 
             rows = torch.randperm(1024)[:size]
             for name, some, all_rows in zip(("y", "grad_x", "grad_topk_weights"), run(rows), whole, strict=True):
                 assert equal_bits(some, all_rows[rows]), f"{name} in a batch of {size}"
+
+
+@on_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@counts(ci=3, full=30)
+def test_a_token_of_a_whole_module_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype, count: int) -> None:
+    """The same from the router to y: 3 dtypes times 3 rounds are 13,000 pairs."""
+    layer = switchgear.MoE(72, 16, 12, 3, normalize=True, selection_bias=True, router_bias=True, dtype=dtype).eval()
+    x = torch.randn(1024, 72).to(dtype)
+    with torch.no_grad():
+        whole = layer(x)
+        for _, size in itertools.product(range(count), BATCHES):
+            rows = torch.randperm(1024)[:size]
+            assert equal_bits(layer(x[rows]), whole[rows]), f"a batch of {size}"
 
 
 @on_kernels

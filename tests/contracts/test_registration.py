@@ -40,6 +40,10 @@ def sample(op: str, seed: int) -> tuple[Any, ...]:
     match function_of(op):
         case "route" | "route_dynamic":
             return *tensors, sizes["K"], *options
+        case "gate":
+            return *tensors, bool(seed % 2)
+        case "gate_route":
+            return *tensors, bool(seed % 2), sizes["K"], *options
         case "plan":
             return *tensors, sizes["E"]
         case "grouped_gemm":

@@ -103,6 +103,11 @@ TEST(ops_are_queued_where_and_as_their_caller_says) {
                           .grad_router_logits = on_device(grad)},
                          e);
     });
+    check_op("gate", [&](Execution e) {
+      Array logits = o.logits;
+      const Array weight(DType::kBFloat16, {l.c.E, l.c.H});
+      ops.gate({.x = x, .weight = on_device(weight), .router_logits = on_device(logits)}, e);
+    });
     check_op("plan", [&](Execution e) { ops.plan({.topk_ids = ids, .plan = plan}, e); });
     check_op("permute", [&](Execution e) {
       ops.permute({.x = x, .plan = o.plan(), .topk_weights = weights, .permuted_x = on_device(o.rows)}, e);

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchgear.functional import gate
 from switchgear.reference import weight_dtype
 
 MODES = ("horizontal", "vertical")
@@ -67,7 +68,7 @@ class MonetRouter(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> MonetRouting:
         """[..., H] -> MonetRouting of T tokens."""
-        logits = nn.functional.linear(hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight)
+        logits = gate(hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight)
         logits = logits.to(weight_dtype(logits.dtype)).view(len(logits), 2 * self.heads, self.sqrt_n)
         normalized = self._normalize(logits.detach())
         cutoff = normalized.amax(-1, keepdim=True).clamp(max=self.threshold)
@@ -153,7 +154,7 @@ class MonetExperts(nn.Module):
     def forward(self, hidden_states: Tensor, routing: MonetRouting) -> Tensor:
         """hidden_states [..., H] and the routing of its T tokens -> [..., H]."""
         x = hidden_states.reshape(-1, self.hidden_size)
-        first, second = (gate.to(x.dtype) for gate in routing)
+        first, second = (part.to(x.dtype) for part in routing)
         y = self._horizontal(x, first, second) if self.mode == "horizontal" else self._vertical(x, first, second)
         return y.view(hidden_states.shape)
 

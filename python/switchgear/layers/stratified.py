@@ -9,10 +9,9 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from switchgear.experts import Experts
-from switchgear.functional import route
+from switchgear.functional import gate, route
 from switchgear.layers.common import WithLosses, first_choice
 from switchgear.reference import weight_dtype
 from switchgear.routing.balance import switch_loss
@@ -79,9 +78,9 @@ class StratifiedMoE(WithLosses):
     def reset_parameters(self) -> None:
         """Initialises gates like torch.nn.Linear. Also fills the buffer."""
         self.stratum_of.copy_(torch.arange(len(self.strata)).repeat_interleave(torch.tensor(self.strata)))
-        for gate in self.gates:
-            bound = 1 / math.sqrt(gate.shape[1])
-            nn.init.uniform_(gate, -bound, bound)
+        for weight in self.gates:
+            bound = 1 / math.sqrt(weight.shape[1])
+            nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
@@ -91,7 +90,7 @@ class StratifiedMoE(WithLosses):
         for stratum, first in enumerate(self.first_expert):
             here = position == stratum
             normed = self.norms[stratum](x)
-            logits = F.linear(normed, self.gates[stratum])
+            logits = gate(normed, self.gates[stratum])
             ids, weights, _, num_visible = route(logits, self.top_k, normalize=self.normalize)[:4]
             if self.aux_loss:
                 losses.append(_gate_loss(logits, ids, here, num_visible))

@@ -9,7 +9,7 @@ on `_C` for tensors on the CPU, on `_cuda` for those on a CUDA device.
 
 native.py        the native modules
 registration.py  how an op is defined
-routing.py       the choice of experts: route and the ops of routing policies
+routing.py       the choice of experts: gate, route and the ops of routing policies
 stages.py        the stages of a layer: plan, permute, grouped_gemm, glu, combine
 layer.py         the whole layer in one op: moe_forward, moe_backward
 options.py       the options of the activation between the projections
@@ -36,6 +36,9 @@ from switchgear.ops.routing import (
     assign_capped,
     column_topk,
     fit_capacity,
+    gate,
+    gate_route,
+    gate_route_on_host,
     route,
     route_backward,
     route_dynamic,
@@ -66,6 +69,9 @@ __all__ = [
     "cpu_isa",
     "expand_compact",
     "fit_capacity",
+    "gate",
+    "gate_route",
+    "gate_route_on_host",
     "glu",
     "glu_backward",
     "grouped_gemm",

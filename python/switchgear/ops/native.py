@@ -36,6 +36,8 @@ version: str = _C.version
 class Native(Protocol):
     """A native module: `_C`, `_cuda`. Its functions are named like the ops; see _ops.pyi."""
 
+    gate_route: Callable[..., None]
+
     def moe_forward(
         self,
         x: Tensor,

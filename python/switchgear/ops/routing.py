@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The ops that choose experts: route, and those of routing policies."""
+"""The ops that choose experts: gate and route, and those of routing policies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from switchgear import reference
-from switchgear.ops.registration import matrix, register
+from switchgear.ops.native import host
+from switchgear.ops.registration import dense, matrix, register, rows
 from switchgear.reference import policies
 
 # ---- route -----------------------------------------------------------------------------------------------------------
@@ -44,6 +45,60 @@ route_backward: Callable[..., Tensor] = register(
     "drdooo",
     _allocate_route_backward,
 )
+
+
+# ---- gate ------------------------------------------------------------------------------------------------------------
+
+
+def _allocate_gate(x: Tensor, weight: Tensor, bias: Tensor | None, float32: bool) -> Tensor:
+    shape = matrix("x", x).shape[0], matrix("weight", weight).shape[0]
+    return x.new_empty(shape, dtype=reference.logits_dtype(weight, float32))
+
+
+gate: Callable[..., Tensor] = register(
+    "gate(Tensor x, Tensor weight, Tensor? bias, bool float32) -> Tensor",
+    "rrd-",
+    _allocate_gate,
+)
+
+
+def _allocate_gate_route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor | None, float32: bool, top_k: int, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    router_logits = _allocate_gate(x, weight, bias, float32)
+    return router_logits, *_allocate_route(router_logits, None, top_k)
+
+
+gate_route: Callable[..., tuple[Tensor, Tensor, Tensor]] = register(
+    "gate_route(Tensor x, Tensor weight, Tensor? bias, Tensor? selection_bias, bool float32, int top_k, "
+    "str score_function, bool normalize, float scale, int num_groups, int topk_groups, str group_score) "
+    "-> (Tensor router_logits, Tensor topk_ids, Tensor topk_weights)",
+    "rrdd--oooooo",
+    _allocate_gate_route,
+)
+
+
+def gate_route_on_host(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    selection_bias: Tensor | None,
+    float32: bool,
+    top_k: int,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """gate_route for tensors that need no dispatch."""
+    if top_k < 1 or weight.dim() != 2 or (float32 and weight.dtype is not torch.float32):
+        outputs = _allocate_gate_route(x, weight, bias, selection_bias, float32, top_k)
+    else:  # the same, without keywords, which cost half a microsecond each
+        num_tokens = x.shape[0]
+        topk_ids = torch.empty((num_tokens, top_k), dtype=torch.int32)
+        topk_weights = topk_ids.new_empty(num_tokens, top_k, dtype=torch.float32)
+        outputs = weight.new_empty(num_tokens, weight.shape[0]), topk_ids, topk_weights
+    host.module.gate_route(
+        rows(x), rows(weight), dense(bias), dense(selection_bias), *outputs, *options, host.execution()
+    )
+    return outputs
 
 
 # ---- routing policies ------------------------------------------------------------------------------------------------

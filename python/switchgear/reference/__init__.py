@@ -6,7 +6,7 @@ dtype works on any device. Sums are in float32 (float64 for float64) and are rou
 the inputs. Gradients are explicit formulas, not autograd's, so that a gradcheck in float64 verifies the formulas that
 the kernels implement.
 
-routing.py    the choice of experts; policies.py: the ops of routing policies
+routing.py    the router's product and the choice of experts; policies.py: the ops of routing policies
 stages.py     plan, permute, combine; products.py: grouped_gemm; activations.py: the activation between the projections
 layer.py      the whole layer: moe_forward, moe_backward
 formats.py    the tensors of a weight, by format: panels.py, compact.py, integers.py, minifloat.py
@@ -40,6 +40,9 @@ from switchgear.reference.routing import (
     NORMALIZE_EPSILON,
     SCORE_FUNCTIONS,
     exp,
+    gate,
+    gate_route,
+    logits_dtype,
     route,
     route_backward,
     sanitize,
@@ -68,12 +71,15 @@ __all__ = [
     "empty_weight",
     "exp",
     "fit_capacity",
+    "gate",
+    "gate_route",
     "gather_rows",
     "glu",
     "glu_backward",
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "halves",
+    "logits_dtype",
     "moe_backward",
     "moe_forward",
     "permute",

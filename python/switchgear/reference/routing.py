@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The choice of experts in plain torch: route and its gradient. The specification."""
+"""The choice of experts in plain torch: gate, the product of a router; route and its gradient. The specification."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,44 @@ from switchgear.reference.checks import check, check_choice, check_finite, check
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2_sum")
 NORMALIZE_EPSILON = 1e-20  # keeps normalized weights finite if all chosen scores underflow
+
+
+# ---- gate ------------------------------------------------------------------------------------------------------------
+
+
+def logits_dtype(weight: Tensor, float32: bool) -> torch.dtype:
+    """The dtype of router_logits: that of the router's weight, or float32 (float64 for float64)."""
+    return weight_dtype(weight.dtype) if float32 else weight.dtype
+
+
+def gate(x: Tensor, weight: Tensor, bias: Tensor | None, float32: bool) -> Tensor:
+    """router_logits [T,E] = x [T,H] · weight [E,H]ᵀ + bias [E], summed in float32 and rounded once.
+
+    weight and bias have the dtype of x, or float32.
+    """
+    check("x", x, (None, None))
+    check("weight", weight, (None, x.shape[1]))
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: expected at least 1 row, got {list(weight.shape)}")
+    check("bias", bias, (weight.shape[0],))
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in (x.dtype, weight_dtype(x.dtype)):
+            raise TypeError(f"{name}: expected {x.dtype} like x or {weight_dtype(x.dtype)}, got {tensor.dtype}")
+    logits = wide(x) @ wide(weight).T
+    if bias is not None:
+        logits = logits + wide(bias)
+    return logits.to(logits_dtype(weight, float32))
+
+
+def gate_route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, selection_bias: Tensor | None, float32: bool, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """router_logits [T,E] of gate; topk_ids and topk_weights [T,K] of route with `options`, top_k and the following."""
+    router_logits = gate(x, weight, bias, float32)
+    return router_logits, *route(router_logits, selection_bias, *options)
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def sanitize(values: Tensor) -> Tensor:
@@ -63,6 +102,9 @@ def scores(logits: Tensor, score_function: str) -> Tensor:
         return 1 / (1 + exp(-logits))
     exponentials = exp(logits - logits.amax(-1, keepdim=True))
     return (exponentials.double() / ordered_sum(exponentials)).to(logits.dtype)
+
+
+# ---- route -----------------------------------------------------------------------------------------------------------
 
 
 def _keep_best_groups(values: Tensor, num_groups: int, topk_groups: int, group_score: str) -> Tensor:

@@ -11,17 +11,15 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from switchgear.backends import without_autocast
 from switchgear.complaints import complain_about_rows
-from switchgear.functional import Routing, as_number, route
+from switchgear.functional import Routing, as_number, gate, gate_route, route
 from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing.balance import count_tokens
 from switchgear.routing.change import Change, PerExpert
 from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select, made, modules_in
 from switchgear.routing.interventions import intervene
-from switchgear.routing.ranking import scores_of, wide
+from switchgear.routing.ranking import scores_of
 from switchgear.routing.scores import Uniform
 from switchgear.routing.selection import TopK
 
@@ -173,11 +171,7 @@ class Router(nn.Module):
             logits: Tensor = self.score(hidden_states, context)
             return logits
         assert self.weight is not None
-        if not self.float32:
-            return F.linear(hidden_states, self.weight, self.bias)
-        bias = None if self.bias is None else wide(self.bias)
-        with without_autocast(hidden_states.device.type):
-            return F.linear(wide(hidden_states), wide(self.weight), bias)
+        return gate(hidden_states, self.weight, self.bias, float32=self.float32)
 
     def selection(self) -> Select:
         """The selection in use: `select` or the options of `route`, wrapped by the `overrides`, the last one
@@ -218,31 +212,34 @@ class Router(nn.Module):
             rows = hidden_states
             if rows.dim() != 2:
                 rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-            plain = self.score is None and self._is_plain()
-            if not plain:
-                context = self.complete(context, hidden_states)
+            if self.weight is not None and self._is_plain() and not (self.jitter and self.training):
+                logits = {"bias": self.bias, "float32": self.float32}
+                return gate_route(rows, self.weight, self.top_k, **logits, **self._options())  # type: ignore[arg-type]
+            context = self.complete(context, hidden_states)
             router_logits = self.logits(rows, context)
         except Exception:
             complain_about_rows("hidden_states", hidden_states, self.hidden_size, self.weight)
             raise
-        return self._route(router_logits) if plain else self.decide(router_logits, context)
+        return self.decide(router_logits, context)
 
     def _is_plain(self) -> bool:
         """Whether routing is just `route` on the logits."""
         return self.select is None and self.capacity is None and not self.balance and not self.overrides
 
     def _route(self, router_logits: Tensor) -> Routing:
-        return route(
-            router_logits,
-            self.top_k,  # type: ignore[arg-type]
-            score_function=self.score_function,
-            normalize=self.normalize,
-            scale=self.scale,
-            selection_bias=self.e_score_correction_bias,
-            num_groups=self.num_groups,
-            topk_groups=self.topk_groups,
-            group_score=self.group_score,
-        )
+        return route(router_logits, self.top_k, **self._options())  # type: ignore[arg-type]
+
+    def _options(self) -> dict[str, Any]:
+        """The keyword arguments of `route`."""
+        return {
+            "score_function": self.score_function,
+            "normalize": self.normalize,
+            "scale": self.scale,
+            "selection_bias": self.e_score_correction_bias,
+            "num_groups": self.num_groups,
+            "topk_groups": self.topk_groups,
+            "group_score": self.group_score,
+        }
 
     def decide(self, router_logits: Tensor, context: Context = NOTHING_KNOWN) -> Routing:
         """Routing of router_logits [T,E] from any source: selection, capacity limit and losses. `context` comes from

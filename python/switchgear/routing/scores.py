@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
+from switchgear.functional import gate
 from switchgear.reference import check_choice
 from switchgear.routing.context import Context
 from switchgear.routing.ranking import wide
@@ -123,14 +124,9 @@ class Linear(nn.Module):
         if self.jitter and self.training:
             noise = torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter, generator=context.generator)
             x = x * noise
-        weight, bias = self.weight, self.bias
-        if self.float32:
-            with without_autocast(x.device.type):
-                logits = F.linear(wide(x), wide(weight), None if bias is None else wide(bias))
-        else:
-            logits = F.linear(x, weight, bias)
+        logits = gate(x, self.weight, self.bias, float32=self.float32)
         if self.noise_weight is not None and self.training:
-            deviation = F.softplus(F.linear(x, self.noise_weight)).to(logits.dtype)
+            deviation = F.softplus(gate(x, self.noise_weight)).to(logits.dtype)
             logits = logits + deviation * torch.empty_like(logits).normal_(generator=context.generator)
         return logits if self.normalize is None else zscore(logits, self.lam)
 
@@ -183,13 +179,12 @@ class Cosine(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E] float32."""
-        low = F.linear(x, self.projection)
-        low, embeddings = wide(low), wide(self.embeddings)
+        low, embeddings = wide(gate(x, self.projection)), wide(self.embeddings)
         with without_autocast(x.device.type):
             embeddings = embeddings / (embeddings.norm(dim=-1, keepdim=True) + self.perturb).clamp(min=1e-12)
             if self.normalize_input:
                 low = low / (low.norm(dim=-1, keepdim=True) + self.perturb).clamp(min=1e-12)
-            return F.linear(low, embeddings) / self.log_tau.exp().clamp(min=self.min_tau).to(low.dtype)
+            return gate(low, embeddings, float32=True) / self.log_tau.exp().clamp(min=self.min_tau).to(low.dtype)
 
 
 class GroupedAvgPool(nn.Module):
@@ -244,8 +239,8 @@ class SwitchMixture(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E], float32."""
-        group = wide(self.switch(x)).log_softmax(-1)
-        inside = wide(self.mixture(x)).view(x.shape[0], self.num_groups, -1).log_softmax(-1)
+        group = wide(gate(x, self.switch.weight)).log_softmax(-1)
+        inside = wide(gate(x, self.mixture.weight)).view(x.shape[0], self.num_groups, -1).log_softmax(-1)
         logits: Tensor = (group[:, :, None] + inside).flatten(1)
         return logits
 

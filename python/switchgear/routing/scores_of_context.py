@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from switchgear.functional import gate
 from switchgear.routing.context import Context, Score, check_at_least, sequences
 
 
@@ -34,8 +35,7 @@ class FromEmbedding(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E]."""
         embedding = context.require("embedding", "FromEmbedding")
-        logits: Tensor = self.linear(embedding)
-        return per_token(logits, context, x)
+        return per_token(gate(embedding, self.linear.weight, self.linear.bias), context, x)
 
 
 def per_token(rows: Tensor, context: Context, x: Tensor) -> Tensor:
@@ -86,5 +86,5 @@ class ClusterPrior(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E]."""
         embedding = context.require("embedding", "ClusterPrior")
-        near = F.linear(F.normalize(embedding, dim=-1), F.normalize(self.centroids, dim=-1).to(embedding.dtype))
+        near = gate(F.normalize(embedding, dim=-1), F.normalize(self.centroids, dim=-1).to(embedding.dtype))
         return per_token(self.weight / self.tau * near, context, x)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
+from switchgear.functional import gate
 from switchgear.reference import check_choice
 from switchgear.routing.context import Context, check_at_least
 from switchgear.routing.scores import init_uniform
@@ -42,7 +43,7 @@ class ActivationNorm(nn.Module):
 
     def activations(self, x: Tensor) -> Tensor:
         """x [T,H] -> [T,E,d_low]."""
-        return F.linear(x, self.down.flatten(0, 1)).view(x.shape[0], *self.down.shape[:2])
+        return gate(x, self.down.flatten(0, 1)).view(x.shape[0], *self.down.shape[:2])
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E]."""
@@ -97,8 +98,8 @@ class SparsityAware(nn.Module):
         with without_autocast(x.device.type):
             mean = weight.to(wide).mean(1)
             variance = weight.to(wide).var(1, correction=0)
-            mu = F.linear(x.to(wide), mean)
-            sigma = (F.linear(x.to(wide).square(), variance) + torch.finfo(wide).tiny).sqrt()
+            mu = gate(x.to(wide), mean)
+            sigma = (gate(x.to(wide).square(), variance) + torch.finfo(wide).tiny).sqrt()
             silent: Tensor = torch.special.ndtr(-mu / sigma)
             return self.scale * silent
 
@@ -150,7 +151,7 @@ class Gaussian(nn.Module):
                 squares = torch.linalg.solve_triangular(factor, centred, upper=False).square().sum(1).T
             else:  # Σ (x - m)² / s² as three products, without a [T,E,H] tensor
                 precision = (-2 * log_std).exp()
-                squares = F.linear(x.square(), precision) - 2 * F.linear(x, precision * mean)
+                squares = gate(x.square(), precision) - 2 * gate(x, precision * mean)
                 squares = squares + (precision * mean.square()).sum(-1)
             logits: Tensor = constant - 0.5 * squares
             return logits
@@ -199,7 +200,7 @@ class Domain(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E]."""
-        return F.linear(x, self.expert_embeddings())
+        return gate(x, self.expert_embeddings())
 
 
 class PosthocGate(nn.Module):
@@ -220,4 +221,4 @@ class PosthocGate(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E]."""
         size = x.shape[-1:]
-        return F.linear(F.layer_norm(x, size), F.layer_norm(self.gates, size)) / math.sqrt(size[0])
+        return gate(F.layer_norm(x, size), F.layer_norm(self.gates, size)) / math.sqrt(size[0])
