@@ -54,6 +54,43 @@ def test_squares_of_gates_overflow(isa: str, activation: str) -> None:
     torch.testing.assert_close(grad[0, 0::2], torch.tensor([0.0, 1.0]), rtol=1e-6, atol=1e-6)
 
 
+def test_huge_negative_gates_give_zero(isa: str) -> None:
+    """However large up is: the sigmoid is 0, not the smallest float."""
+    for dtype in DTYPES:
+        huge = torch.tensor([-1e19, -300.0], dtype=torch.float64).clamp(min=torch.finfo(dtype).min).to(dtype)
+        h = torch.cat((huge, torch.full_like(huge, torch.finfo(dtype).max)))[None]
+        for activation in reference.ACTIVATIONS:
+            assert not switchgear.glu(h, activation).any()
+            grad = ops.glu_backward(torch.ones(1, 2, dtype=dtype), h, *GluOptions(activation))
+            assert not grad.any()
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swiglu_oai"])
+def test_minus_infinity_gives_nan(backend: str, activation: str) -> None:
+    h = torch.tensor([[-torch.inf, 1.0]])
+    assert switchgear.glu(h, activation).isnan().all()
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="the processor flushes no subnormal numbers")
+def test_flushing_does_not_depend_on_threads(isa: str) -> None:
+    h = torch.full((4096, 512), 3e-38)  # enough rows for all threads
+    h[:, 256:] = 0.25
+    threads = torch.get_num_threads()
+    flushed = []
+    try:
+        torch.set_num_threads(4)
+        assert switchgear.glu(h).all()  # starts the other threads, in their own mode
+        torch.set_flush_denormal(True)
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            flushed.append(switchgear.glu(h))
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+    for a in flushed:
+        assert not a.any()
+
+
 def test_definitions() -> None:
     """The reference against torch's own functions, and Hugging Face's formulas of the clamped gates."""
     h = torch.randn(7, 12, dtype=torch.float64)

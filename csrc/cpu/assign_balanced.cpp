@@ -156,8 +156,8 @@ struct Auction {
 
 }  // namespace
 
-void assign_balanced(const AssignBalancedArgs& args, Execution exec) {
-  Auction auction(args, resolve_threads(exec.num_threads));
+void assign_balanced(const AssignBalancedArgs& args, const Context& context) {
+  Auction auction(args, context.num_threads);
   auction.read(args.values.as<const float>(), args.eps);
   std::vector<int32_t> waiting(auction.num_tokens);
   for (int64_t t = 0; t < auction.num_tokens; ++t) waiting[t] = static_cast<int32_t>(t);

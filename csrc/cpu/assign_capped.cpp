@@ -77,9 +77,11 @@ float charge_of(const RowKernels& k, const float* values, int64_t n, double tota
 }
 
 struct Assignment {
-  explicit Assignment(const AssignCappedArgs& args, int num_threads)
+  Assignment(const AssignCappedArgs& args, const Context& context)
       : args(args),
-        num_threads(num_threads),
+        kernels(context.kernels),
+        rows(context.rows),
+        num_threads(context.num_threads),
         num_tokens(args.values.shape[0]),
         num_experts(args.values.shape[1]),
         num_sequences(args.limits.shape[0]),
@@ -96,7 +98,6 @@ struct Assignment {
 
   // Reads S/λ, tokens in the order of their sequences.
   void read() {
-    const Kernels& kernels = cpu::kernels();
     parallel_for_ranges(num_threads, num_tokens, grain(), [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         float* row = by_token.data() + i * num_experts;
@@ -169,7 +170,8 @@ struct Assignment {
   }
 
   const AssignCappedArgs& args;
-  const RowKernels& rows = row_kernels();
+  const Kernels& kernels;
+  const RowKernels& rows;
   int num_threads;
   int64_t num_tokens, num_experts, num_sequences;
   Grouping sequences;
@@ -180,8 +182,8 @@ struct Assignment {
 
 }  // namespace
 
-void assign_capped(const AssignCappedArgs& args, Execution exec) {
-  Assignment a(args, resolve_threads(exec.num_threads));
+void assign_capped(const AssignCappedArgs& args, const Context& context) {
+  Assignment a(args, context);
   a.read();
   a.transpose();
   if (args.cap >= a.num_experts) {  // a token may have all experts

@@ -4,12 +4,13 @@
 #include <array>
 #include <atomic>
 #include <cstdlib>
+#include <utility>
 
-#include "integers/kernels.h"
-#include "kernels.h"
+#include "context.h"
 #include "ops.h"
 #include "registry.h"
 #include "switchgear/check.h"
+#include "threads.h"
 
 #if defined(SWITCHGEAR_HAVE_AVXVNNI) || defined(SWITCHGEAR_HAVE_AMX)
 #include <cpuid.h>
@@ -87,35 +88,78 @@ struct Isa {
   bool (*runs)();
   const Kernels& (*kernels)();
   const IntegerKernels& (*integers)();
+  const RowKernels& (*rows)();
 };
 
 constexpr std::array kIsas{
-    Isa{"generic", [] { return true; }, kernels_generic, integer_generic},
+    Isa{"generic", [] { return true; }, kernels_generic, integer_generic, row_kernels_generic},
 #if defined(SWITCHGEAR_HAVE_AVX2)
-    Isa{"avx2", runs_avx2, kernels_avx2, integer_avx2},
+    Isa{"avx2", runs_avx2, kernels_avx2, integer_avx2, row_kernels_avx2},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVXVNNI)
-    Isa{"avxvnni", runs_avxvnni, kernels_avx2, integer_avxvnni},
+    Isa{"avxvnni", runs_avxvnni, kernels_avx2, integer_avxvnni, row_kernels_avx2},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512)
-    Isa{"avx512", runs_avx512, kernels_avx512, integer_avx512},
+    Isa{"avx512", runs_avx512, kernels_avx512, integer_avx512, row_kernels_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512VNNI)
-    Isa{"avx512vnni", runs_avx512vnni, kernels_avx512, integer_avx512vnni},
+    Isa{"avx512vnni", runs_avx512vnni, kernels_avx512, integer_avx512vnni, row_kernels_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512BF16)
-    Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, integer_avx512vnni},
+    Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, integer_avx512vnni, row_kernels_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_AMX)
-    Isa{"amx", runs_amx, kernels_amx, integer_amx},
+    Isa{"amx", runs_amx, kernels_amx, integer_amx, row_kernels_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_NEON)
-    Isa{"neon", [] { return true; }, kernels_neon, integer_neon},
+    Isa{"neon", [] { return true; }, kernels_neon, integer_neon, row_kernels_generic},
 #endif
 #if defined(SWITCHGEAR_HAVE_NEONDOT)
-    Isa{"neondot", runs_neondot, kernels_neon, integer_neondot},
+    Isa{"neondot", runs_neondot, kernels_neon, integer_neondot, row_kernels_generic},
 #endif
 };
+
+// The op with the kernels of one ISA.
+template <size_t kIsa, auto kOp, typename Args>
+void run(const Args& args, Execution exec) {
+  constexpr const Isa& isa = kIsas[kIsa];
+  kOp(args, Context{isa.kernels(), isa.integers(), isa.rows(), resolve_threads(exec.num_threads)});
+}
+
+PanelLayout panel_layout(const Kernels& kernels, DType dtype) {
+  return {kernels.panel, kernels.panel_vector_bytes(dtype)};
+}
+
+// A backend for each ISA: a call finds its backend once, so its checks and its kernels belong to the same one.
+template <size_t i>
+constexpr Backend make_backend() {
+  return {.name = "cpu",
+          .device = DeviceType::kCPU,
+          .route = run<i, route>,
+          .route_backward = run<i, route_backward>,
+          .gate = run<i, gate>,
+          .plan = run<i, plan>,
+          .permute = run<i, permute>,
+          .combine = run<i, combine>,
+          .combine_weight_backward = run<i, combine_weight_backward>,
+          .grouped_gemm = run<i, grouped_gemm>,
+          .grouped_gemm_wgrad = run<i, grouped_gemm_wgrad>,
+          .glu = run<i, glu>,
+          .glu_backward = run<i, glu_backward>,
+          .moe_forward = run<i, moe_forward>,
+          .moe_backward = run<i, moe_backward>,
+          .route_dynamic = run<i, route_dynamic>,
+          .column_topk = run<i, column_topk>,
+          .fit_capacity = run<i, fit_capacity>,
+          .assign_balanced = run<i, assign_balanced>,
+          .assign_capped = run<i, assign_capped>,
+          .formats = ~0u,
+          .panel_layout = [](DType dtype) { return panel_layout(kIsas[i].kernels(), dtype); }};
+}
+
+constexpr std::array kBackends = []<size_t... i>(std::index_sequence<i...>) {
+  return std::array{make_backend<i>()...};
+}(std::make_index_sequence<kIsas.size()>());
 
 std::atomic<const Isa*> active{nullptr};
 
@@ -177,37 +221,9 @@ std::string cpu_isa() { return cpu::isa_in_use().name; }
 
 void set_cpu_isa(const std::string& isa) { cpu::active.store(&cpu::find_isa(isa, "isa"), std::memory_order_release); }
 
-PanelLayout panel_layout(DType dtype) {
-  const cpu::Kernels& k = cpu::kernels();
-  return {k.panel, k.panel_vector_bytes(dtype)};
-}
+PanelLayout panel_layout(DType dtype) { return cpu_backend().panel_layout(dtype); }
 
-const Backend& cpu_backend() {
-  cpu::kernels();  // rejects a wrong SWITCHGEAR_CPU_ISA before anything is written
-  static constexpr Backend kBackend{.name = "cpu",
-                                    .device = DeviceType::kCPU,
-                                    .route = cpu::route,
-                                    .route_backward = cpu::route_backward,
-                                    .gate = cpu::gate,
-                                    .plan = cpu::plan,
-                                    .permute = cpu::permute,
-                                    .combine = cpu::combine,
-                                    .combine_weight_backward = cpu::combine_weight_backward,
-                                    .grouped_gemm = cpu::grouped_gemm,
-                                    .grouped_gemm_wgrad = cpu::grouped_gemm_wgrad,
-                                    .glu = cpu::glu,
-                                    .glu_backward = cpu::glu_backward,
-                                    .moe_forward = cpu::moe_forward,
-                                    .moe_backward = cpu::moe_backward,
-                                    .route_dynamic = cpu::route_dynamic,
-                                    .column_topk = cpu::column_topk,
-                                    .fit_capacity = cpu::fit_capacity,
-                                    .assign_balanced = cpu::assign_balanced,
-                                    .assign_capped = cpu::assign_capped,
-                                    .formats = ~0u,
-                                    .panel_layout = panel_layout};
-  return kBackend;
-}
+const Backend& cpu_backend() { return cpu::kBackends[static_cast<size_t>(&cpu::isa_in_use() - cpu::kIsas.data())]; }
 
 const Backend& default_backend() { return cpu_backend(); }
 

@@ -60,14 +60,14 @@ Cut cut_after(const int32_t* keys, const int32_t* tokens, int64_t n, int64_t cou
 
 }  // namespace
 
-void column_topk(const ColumnTopkArgs& args, Execution exec) {
-  const Kernels& k = kernels();
+void column_topk(const ColumnTopkArgs& args, const Context& context) {
+  const Kernels& k = context.kernels;
   const TensorView& values = args.values;
   const int64_t num_tokens = values.shape[0], num_experts = values.shape[1], num_sequences = args.limits.shape[0];
   const int32_t* sequence_ids = args.sequence_ids.defined() ? args.sequence_ids.as<const int32_t>() : nullptr;
   const int32_t* limits = args.limits.as<const int32_t>();
   int32_t* topk_ids = args.topk_ids.as<int32_t>();
-  const int num_threads = resolve_threads(exec.num_threads);
+  const int num_threads = context.num_threads;
   const int64_t grain = std::max<int64_t>(1, kGrainValues / num_experts);
 
   std::vector<int32_t> keys(num_tokens * num_experts);

@@ -60,7 +60,7 @@ struct Waiting {
 
 }  // namespace
 
-void fit_capacity(const FitCapacityArgs& args, Execution exec) {
+void fit_capacity(const FitCapacityArgs& args, const Context& context) {
   const int64_t num_tokens = args.topk_ids.shape[0], top_k = args.topk_ids.shape[1];
   const int64_t num_experts = args.options.num_experts, num_sequences = args.limits.shape[0];
   const int64_t num_pairs = num_tokens * top_k;
@@ -69,7 +69,7 @@ void fit_capacity(const FitCapacityArgs& args, Execution exec) {
   const auto* sequence_ids = args.sequence_ids.defined() ? args.sequence_ids.as<const int32_t>() : nullptr;
   auto* kept_ids = args.kept_ids.as<int32_t>();
   const Precedence precedence{args.options.drop, args.priorities.as<const float>(), num_tokens, top_k};
-  const int num_threads = resolve_threads(exec.num_threads);
+  const int num_threads = context.num_threads;
 
   const auto group_of = [&](int64_t token, int64_t expert) {
     return (sequence_ids != nullptr ? sequence_ids[token] * num_experts : 0) + expert;

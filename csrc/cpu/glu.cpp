@@ -35,9 +35,9 @@ void load_parts(const Kernels& k, Parts& parts, const TensorView& h, int64_t s, 
 
 }  // namespace
 
-void glu(const GluArgs& args, Execution exec) {
-  const Kernels& k = kernels();
-  for_each_block(args.a, args.options, resolve_threads(exec.num_threads),
+void glu(const GluArgs& args, const Context& context) {
+  const Kernels& k = context.kernels;
+  for_each_block(args.a, args.options, context.num_threads,
                  [&](int64_t s, int64_t column, int64_t count, const GateColumns& columns) {
                    Parts h;
                    load_parts(k, h, args.h, s, columns);
@@ -49,9 +49,9 @@ void glu(const GluArgs& args, Execution exec) {
                  });
 }
 
-void glu_backward(const GluBackwardArgs& args, Execution exec) {
-  const Kernels& k = kernels();
-  for_each_block(args.grad_a, args.options, resolve_threads(exec.num_threads),
+void glu_backward(const GluBackwardArgs& args, const Context& context) {
+  const Kernels& k = context.kernels;
+  for_each_block(args.grad_a, args.options, context.num_threads,
                  [&](int64_t s, int64_t column, int64_t count, const GateColumns& columns) {
                    Parts h;
                    load_parts(k, h, args.h, s, columns);

@@ -16,11 +16,11 @@
 
 namespace switchgear::cpu {
 
-void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
-  if (args.transposed) return transposed_grouped_gemm(args, exec);
-  if (is_integer(args.weight.format)) return integer_grouped_gemm(args, exec);
-  const Kernels& k = kernels();
-  const int num_threads = resolve_threads(exec.num_threads);
+void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
+  if (args.transposed) return transposed_grouped_gemm(args, context);
+  if (is_integer(args.weight.format)) return integer_grouped_gemm(args, context);
+  const Kernels& k = context.kernels;
+  const int num_threads = context.num_threads;
   const int64_t num_slots = args.out.shape[0], width = args.out.shape[1], depth = args.x.shape[1], panel = k.panel;
   const int64_t num_experts = args.weight.num_experts();
   const int32_t* const expert_offsets = args.expert_offsets.as<int32_t>();
@@ -71,7 +71,7 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   zero_tail(args.out, used_slots);
 }
 
-void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec) {
+void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, const Context& context) {
   const int32_t* const expert_offsets = args.expert_offsets.as<int32_t>();
   const int64_t used_slots = expert_offsets[args.grad_weight.shape[0]];
   const int64_t pointer_bytes = Workspace::padded(used_slots * static_cast<int64_t>(sizeof(void*)));
@@ -85,7 +85,7 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec) {
                    .dtype = args.x.dtype,
                    .expert_offsets = expert_offsets,
                    .gradient = args.grad_weight},
-                  resolve_threads(exec.num_threads));
+                  context);
 }
 
 }  // namespace switchgear::cpu

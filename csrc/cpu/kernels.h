@@ -154,7 +154,8 @@ struct Kernels {
   uint64_t (*read)(const void* data, int64_t bytes);
 };
 
-const Kernels& kernels();  // of the ISA in use
+// Of the ISA in use, for probes and tests. An op has a Context (context.h).
+const Kernels& kernels();
 
 // Whether this processor's own prefetching streams from memory at full speed if software prefetches only a line here and
 // there, or none: AMD's does. Intel's does so only beside plain loads. With multiply-adds on the data it is slower by a tenth

@@ -19,9 +19,9 @@ inline Floats load(const T* p, int64_t n) {  // n < kLanes; the other lanes are 
 
 inline Ints bits_of(Floats v) { return reinterpret_cast<Ints>(v); }
 inline Floats from_bits(Ints v) { return reinterpret_cast<Floats>(v); }
-inline Floats select(Ints mask, Floats a, Floats b) { return from_bits((bits_of(a) & mask) | (bits_of(b) & ~mask)); }
-inline Floats min(Floats a, Floats b) { return select(a < b, a, b); }  // b if either is NaN
-inline Floats max(Floats a, Floats b) { return select(a > b, a, b); }
+inline Floats select(Ints mask, Floats a, Floats b) { return mask ? a : b; }
+inline Floats min(Floats a, Floats b) { return a < b ? a : b; }  // b if either is NaN
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
 inline void store(BFloat16* p, Floats v) {  // round to nearest even; NaN stays NaN
 #ifdef __AVX512BF16__
@@ -166,14 +166,16 @@ void pack_chunk(const Product& product, int64_t k_begin, int64_t depth) {
 
 // ---- activations ---------------------------------------------------------------------------------------------------------
 
-// 2^f on [-1/2, 1/2] by a Chebyshev fit of degree 6 (relative error 2e-9), scaled through the exponent bits. Arguments are
-// clamped to the range of normal results: e^-87.3 = 2^-126. NaN is returned as it is: adding to its bits could overflow.
-inline Floats exp(Floats argument) {
-  const Ints is_number = argument == argument;
-  Floats x = select(is_number, argument, broadcast(0.0f));
-  const Floats lowest = broadcast(-87.33654f), highest = broadcast(88.72283f);
-  x = select(x < lowest, lowest, x);
-  x = select(x > highest, highest, x);
+// e^x as value · scale: a tiny e^x times a huge up may be an ordinary number. scale is a power of two, 1 for x > -86. Below
+// e^-174 = 2^-251 the value is 0: times any up and |x|, that is less than 2^-115. Above e^88.72 it stays there. 2^f on
+// [-1/2, 1/2] by a Chebyshev fit of degree 6 (relative error 2e-9), scaled through the exponent bits. For NaN, some number.
+struct Power {
+  Floats value, scale;
+};
+
+inline Power exp(Floats argument) {
+  const Floats lowest = broadcast(-174.0f);
+  const Floats x = min(max(argument, lowest), broadcast(88.72283f));
   const Floats log2e = broadcast(0x1.715476p+0f);
   const Floats ln2_high = broadcast(0x1.62ep-1f), ln2_low = broadcast(0x1.0bfbe8p-15f);  // n·ln2_high is exact
   const Floats shift = broadcast(0x1.8p23f);
@@ -184,55 +186,62 @@ inline Floats exp(Floats argument) {
   for (const float c : {0x1.5f44f1p-10f, 0x1.3b2dfdp-7f, 0x1.c6aed6p-5f, 0x1.ebfbdap-3f, 0x1.62e430p-1f, 1.0f}) {
     r = multiply_add(r, f, broadcast(c));
   }
-  return select(is_number, from_bits(bits_of(r) + (bits_of(shifted) << 23)), argument);
+  const Floats high = max(shifted, broadcast(0x1.8p23f - 125.0f));  // an r below 1 has the exponent -1
+  const Ints power = bits_of(r) + (bits_of(high) << 23);
+  const Ints scale = ((bits_of(shifted) - bits_of(high)) << 23) + 0x3f800000;
+  return {select(argument < lowest, broadcast(0.0f), from_bits(power)), from_bits(scale)};
 }
 
-inline Floats sigmoid(Floats x) { return broadcast(1.0f) / (broadcast(1.0f) + exp(-x)); }
-
-// erfc(z)·e^{z²} for z >= 0 as t·P(t), t = 1/(1 + 0.4 z): a Chebyshev fit of degree 9 on z in [0, 10] (relative error 9e-9).
-// Φ(x) = 1 - erfc(x/√2)/2 keeps its relative precision for negative x.
-inline Floats normal_cdf(Floats x, Floats* density) {
-  const Floats one = broadcast(1.0f), zero = broadcast(0.0f);
-  const Floats z = min(select(x < zero, -x, x) * broadcast(0.70710678f), broadcast(10.0f));
-  const Floats t = one / multiply_add(z, broadcast(0.4f), one);
-  Floats p = broadcast(-0.030429895f);
-  for (const float c : {0.202371179f, -0.508615623f, 0.559893062f, -0.29419631f, 0.277049659f, 0.128059535f,
-                        0.215244239f, 0.224915503f, 0.225708658f})
-    p = multiply_add(p, t, broadcast(c));
-  const Floats gauss = exp(x * x * broadcast(-0.5f));
-  *density = gauss * broadcast(0.39894228f);
-  const Floats tail = broadcast(0.5f) * gauss * t * p;
-  return select(x < zero, tail, one - tail);
-}
-
-struct Value {
-  Floats value, slope;
+// An activation of x. Each result is the product of two factors, which the caller multiplies last: value · value_scale and
+// slope · slope_scale.
+struct Curve {
+  Floats value, value_scale;
+  Floats slope, slope_scale;
 };
 
-inline Value activate(Activation activation, Floats x) {
+// x·sigmoid(t) for t whose derivative is `rate`. sigmoid(t) = e^t / (1 + e^t) needs no other exponential for t < 0.
+inline Curve sigmoid_curve(Floats x, Floats t, Floats rate) {
+  const Floats one = broadcast(1.0f);
+  const Power e = exp(t);  // 1 + e.value is 1 where e.scale is not; a NaN is still in x
+  const Floats s = e.value / (one + e.value), value = x * s;
+  return {value, e.scale, s + value * (one - s) * rate, e.scale};
+}
+
+// x·Φ(x). erfc(z)·e^{z²} for z >= 0 is t·P(t), t = 1/(1 + 0.4 z), P a minimax fit of degree 9 on z in [0, 13.25] (relative
+// error 2e-8, 4e-8 with these coefficients), past which e^{-z²} is 0. Φ(x) = 1 - erfc(x/√2)/2 keeps its relative precision
+// for negative x.
+inline Curve gelu_curve(Floats x) {
+  const Floats one = broadcast(1.0f), zero = broadcast(0.0f);
+  const Ints is_negative = x < zero;
+  const Floats z = min(select(is_negative, -x, x) * broadcast(0.70710678f), broadcast(13.25f));
+  const Floats t = one / multiply_add(z, broadcast(0.4f), one);
+  Floats p = broadcast(-0.024129979f);
+  for (const float c : {0.16879836f, -0.43132731f, 0.45925173f, -0.21270886f, 0.23461176f, 0.14224035f, 0.2123189f,
+                        0.22525296f, 0.22569209f})
+    p = multiply_add(p, t, broadcast(c));
+  const Power gauss = exp(x * x * broadcast(-0.5f));
+  const Floats tail = broadcast(0.5f) * gauss.value * t * p;
+  const Floats cdf = select(is_negative, tail, one - tail);
+  const Floats scale = select(is_negative, gauss.scale, one);  // the tail of a positive x counts only where it is 1
+  return {x * cdf, scale, cdf + x * (gauss.value * broadcast(0.39894228f)), scale};
+}
+
+inline Curve activate(Activation activation, Floats x, float alpha) {
   const Floats zero = broadcast(0.0f), one = broadcast(1.0f);
   switch (activation) {
-    case Activation::kGelu: {
-      Floats density;
-      const Floats cdf = normal_cdf(x, &density);
-      return {x * cdf, cdf + x * density};
-    }
+    case Activation::kGelu: return gelu_curve(x);
     case Activation::kGeluTanh: {  // x·sigmoid(2u), u = √(2/π)·(x + 0.044715 x³): the same as (1 + tanh u)/2
       const Floats square = min(x * x, broadcast(400.0f));  // s is 0 or 1 beyond; the square of a huge x would overflow
       const Floats u2 = broadcast(1.5957691f) * x * (one + broadcast(0.044715f) * square);
-      const Floats s = sigmoid(u2);
-      const Floats du2 = broadcast(1.5957691f) * (one + broadcast(0.134145f) * square);
-      return {x * s, s + x * s * (one - s) * du2};
+      return sigmoid_curve(x, u2, broadcast(1.5957691f) * (one + broadcast(0.134145f) * square));
     }
-    case Activation::kRelu: return {max(zero, x), select(x > zero, one, zero)};
+    case Activation::kRelu: return {max(zero, x), one, select(x > zero, one, zero), one};
     case Activation::kRelu2: {
       const Floats r = max(zero, x);
-      return {r * r, r + r};
+      return {r, r, r, broadcast(2.0f)};
     }
-    default: {
-      const Floats s = sigmoid(x);
-      return {x * s, s + x * s * (one - s)};
-    }
+    case Activation::kSwigluOai: return sigmoid_curve(x, broadcast(alpha) * x, broadcast(alpha));
+    default: return sigmoid_curve(x, x, one);
   }
 }
 
@@ -254,16 +263,11 @@ inline Gate apply_gate(Floats gate, Floats up, const GluOptions& o) {
       up = select(up < -limit, -limit, up);
     }
   }
-  if (o.activation == Activation::kSwigluOai) {
-    const Floats alpha = broadcast(o.alpha);
-    const Floats s = sigmoid(alpha * gate);
-    const Floats glu = gate * s;
-    const Floats slope = s + alpha * glu * (one - s);
-    return {(up + one) * glu, (up + one) * slope * gate_in_range, glu * up_in_range};
-  }
-  const Value v = activate(o.activation, gate);
-  if (!o.gated) return {v.value, v.slope * gate_in_range, zero};
-  return {v.value * up, v.slope * up * gate_in_range, v.value * up_in_range};
+  const Curve c = activate(o.activation, gate, o.alpha);
+  if (!o.gated) return {c.value * c.value_scale, c.slope * c.slope_scale * gate_in_range, zero};
+  const Floats factor = o.activation == Activation::kSwigluOai ? up + one : up;
+  return {c.value * factor * c.value_scale, c.slope * factor * c.slope_scale * gate_in_range,
+          c.value * c.value_scale * up_in_range};
 }
 
 void glu_row(float* a, const float* gate, const float* up, const GluOptions& options, int64_t n) {

@@ -112,10 +112,10 @@ void sum_weight_gradient(const ActivationBackward& stage, int num_threads) {
 
 // grad_bias[e] = Σ_{s of e} weight[s]·rows[s]; all weights are 1 if null
 void bias_gradient(const TensorView& grad_bias, const void* const* rows, DType dtype, const float* weights,
-                   const int32_t* expert_offsets, int num_threads) {
-  const Kernels& k = kernels();
+                   const int32_t* expert_offsets, const Context& context) {
+  const Kernels& k = context.kernels;
   const int64_t width = grad_bias.shape[1];
-  parallel_for(num_threads, grad_bias.shape[0], [&](int64_t e, int) {
+  parallel_for(context.num_threads, grad_bias.shape[0], [&](int64_t e, int) {
     std::vector<float> sum(static_cast<size_t>(width), 0.0f);
     for (int32_t s = expert_offsets[e]; s < expert_offsets[e + 1]; ++s) {
       k.add_scaled_row(sum.data(), rows[s], dtype, weights != nullptr ? weights[s] : 1.0f, width);
@@ -126,9 +126,9 @@ void bias_gradient(const TensorView& grad_bias, const void* const* rows, DType d
 
 }  // namespace
 
-void moe_backward(const MoeBackwardArgs& args, Execution exec) {
-  const int num_threads = resolve_threads(exec.num_threads);
-  const Kernels& k = kernels();
+void moe_backward(const MoeBackwardArgs& args, const Context& context) {
+  const int num_threads = context.num_threads;
+  const Kernels& k = context.kernels;
   const int64_t num_experts = args.weights.gate_up_proj.num_experts();
   const int64_t width = args.weights.gate_up_proj.data.shape[1];
   const int64_t intermediate_size = args.weights.down_proj.data.shape[2];
@@ -141,7 +141,7 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
                       Workspace::padded(num_slots * width * element) +
                       Workspace::padded(num_slots * intermediate_size * element) +
                       Workspace::padded(num_slots * num_panels * 4) + num_threads * WideScratch::kBytes);
-  const Slots slots = make_slots(workspace, args.topk_ids, args.topk_weights, num_experts, exec);
+  const Slots slots = make_slots(workspace, args.topk_ids, args.topk_weights, num_experts, context);
   const int64_t used_slots = slots.expert_offsets[num_experts];
   const void** const x_rows = workspace.take<const void*>(num_slots);
   const void** const grad_y_rows = workspace.take<const void*>(num_slots);
@@ -184,19 +184,19 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
                .expert_offsets = slots.expert_offsets,
                .token_indices = slots.token_indices,
                .out = args.grad_x},
-              num_threads);
+              context);
   }
   const auto weight_gradient_of = [&](const TensorView& gradient, const void* const* left, const void* const* right) {
     if (!gradient.defined()) return;
-    weight_gradient({left, right, args.x.dtype, slots.expert_offsets, gradient}, num_threads);
+    weight_gradient({left, right, args.x.dtype, slots.expert_offsets, gradient}, context);
   };
   weight_gradient_of(args.grad_gate_up_proj, grad_h_rows, x_rows);
   weight_gradient_of(args.grad_down_proj, grad_y_rows, a_rows);
   if (args.grad_gate_up_bias.defined()) {
-    bias_gradient(args.grad_gate_up_bias, grad_h_rows, args.x.dtype, nullptr, slots.expert_offsets, num_threads);
+    bias_gradient(args.grad_gate_up_bias, grad_h_rows, args.x.dtype, nullptr, slots.expert_offsets, context);
   }
   if (args.grad_down_bias.defined()) {
-    bias_gradient(args.grad_down_bias, grad_y_rows, args.x.dtype, slots.weights, slots.expert_offsets, num_threads);
+    bias_gradient(args.grad_down_bias, grad_y_rows, args.x.dtype, slots.weights, slots.expert_offsets, context);
   }
 }
 

@@ -79,11 +79,11 @@ struct FirstProjection {
 
 }  // namespace
 
-void moe_forward(const MoeForwardArgs& args, Execution exec) {
+void moe_forward(const MoeForwardArgs& args, const Context& context) {
   const auto& [gate_up_proj, down_proj, gate_up_bias, down_bias] = args.weights;
-  if (is_integer(gate_up_proj.format)) return integer_moe_forward(args, exec);
-  const Kernels& k = kernels();
-  const int num_threads = resolve_threads(exec.num_threads);
+  if (is_integer(gate_up_proj.format)) return integer_moe_forward(args, context);
+  const Kernels& k = context.kernels;
+  const int num_threads = context.num_threads;
   const DType dtype = args.x.dtype;
   const int64_t num_experts = gate_up_proj.num_experts(), hidden_size = args.x.shape[1];
   const int64_t intermediate_size = args.options.gated ? gate_up_proj.num_rows() / 2 : gate_up_proj.num_rows();
@@ -95,7 +95,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
 
   Workspace workspace(Slots::bytes(num_slots, num_experts) + 2 * Workspace::padded(pointers) + a.bytes() + x.bytes() +
                       num_threads * (2 * ProductScratch::kBytes + gathered_x_bytes));
-  const Slots slots = make_slots(workspace, args.topk_ids, args.topk_weights, num_experts, exec);
+  const Slots slots = make_slots(workspace, args.topk_ids, args.topk_weights, num_experts, context);
   const int64_t used_slots = slots.expert_offsets[num_experts];
   const void** const x_rows = workspace.take<const void*>(num_slots);
   const void** const a_rows = workspace.take<const void*>(num_slots);
@@ -130,7 +130,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
              .expert_offsets = slots.expert_offsets,
              .token_indices = slots.token_indices,
              .out = args.y},
-            num_threads);
+            context);
 }
 
 }  // namespace switchgear::cpu

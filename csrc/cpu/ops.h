@@ -1,32 +1,32 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The ops of the CPU backend: the functions of its table. csrc/ops.cpp has checked the arguments.
 #pragma once
-#include "switchgear/ops.h"
+#include "context.h"
 
 namespace switchgear::cpu {
 
-void route(const RouteArgs& args, Execution exec);
-void route_backward(const RouteBackwardArgs& args, Execution exec);
-void gate(const GateArgs& args, Execution exec);
-void route_dynamic(const RouteDynamicArgs& args, Execution exec);
-void column_topk(const ColumnTopkArgs& args, Execution exec);
-void fit_capacity(const FitCapacityArgs& args, Execution exec);
-void assign_balanced(const AssignBalancedArgs& args, Execution exec);
-void assign_capped(const AssignCappedArgs& args, Execution exec);
-void plan(const PlanArgs& args, Execution exec);
-void permute(const PermuteArgs& args, Execution exec);
-void combine(const CombineArgs& args, Execution exec);
-void combine_weight_backward(const CombineBackwardArgs& args, Execution exec);
-void grouped_gemm(const GroupedGemmArgs& args, Execution exec);
-void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec);
-void glu(const GluArgs& args, Execution exec);
-void glu_backward(const GluBackwardArgs& args, Execution exec);
-void moe_forward(const MoeForwardArgs& args, Execution exec);
-void moe_backward(const MoeBackwardArgs& args, Execution exec);
+void route(const RouteArgs& args, const Context& context);
+void route_backward(const RouteBackwardArgs& args, const Context& context);
+void gate(const GateArgs& args, const Context& context);
+void route_dynamic(const RouteDynamicArgs& args, const Context& context);
+void column_topk(const ColumnTopkArgs& args, const Context& context);
+void fit_capacity(const FitCapacityArgs& args, const Context& context);
+void assign_balanced(const AssignBalancedArgs& args, const Context& context);
+void assign_capped(const AssignCappedArgs& args, const Context& context);
+void plan(const PlanArgs& args, const Context& context);
+void permute(const PermuteArgs& args, const Context& context);
+void combine(const CombineArgs& args, const Context& context);
+void combine_weight_backward(const CombineBackwardArgs& args, const Context& context);
+void grouped_gemm(const GroupedGemmArgs& args, const Context& context);
+void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, const Context& context);
+void glu(const GluArgs& args, const Context& context);
+void glu_backward(const GluBackwardArgs& args, const Context& context);
+void moe_forward(const MoeForwardArgs& args, const Context& context);
+void moe_backward(const MoeBackwardArgs& args, const Context& context);
 
 // grouped_gemm and moe_forward of integer weights, and grouped_gemm of x·W with stored weights.
-void integer_grouped_gemm(const GroupedGemmArgs& args, Execution exec);
-void integer_moe_forward(const MoeForwardArgs& args, Execution exec);
-void transposed_grouped_gemm(const GroupedGemmArgs& args, Execution exec);
+void integer_grouped_gemm(const GroupedGemmArgs& args, const Context& context);
+void integer_moe_forward(const MoeForwardArgs& args, const Context& context);
+void transposed_grouped_gemm(const GroupedGemmArgs& args, const Context& context);
 
 }  // namespace switchgear::cpu

@@ -26,8 +26,8 @@ int64_t grain_rows(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes 
 
 }  // namespace
 
-void permute(const PermuteArgs& args, Execution exec) {
-  const Kernels& k = kernels();
+void permute(const PermuteArgs& args, const Context& context) {
+  const Kernels& k = context.kernels;
   const TensorView& x = args.x;
   const int64_t num_slots = args.permuted_x.shape[0];
   const int64_t hidden_size = x.shape[1];
@@ -62,11 +62,11 @@ void permute(const PermuteArgs& args, Execution exec) {
       }
     }
   };
-  parallel_for_ranges(resolve_threads(exec.num_threads), num_slots, grain_rows(row_bytes), gather);
+  parallel_for_ranges(context.num_threads, num_slots, grain_rows(row_bytes), gather);
 }
 
-void combine(const CombineArgs& args, Execution exec) {
-  const Kernels& k = kernels();
+void combine(const CombineArgs& args, const Context& context) {
+  const Kernels& k = context.kernels;
   const TensorView& input = args.permuted_y;
   const int64_t num_tokens = args.y.shape[0];
   const int64_t hidden_size = args.y.shape[1];
@@ -86,11 +86,11 @@ void combine(const CombineArgs& args, Execution exec) {
     }
   };
   const int64_t grain = grain_rows(hidden_size * top_k * size_of(input.dtype));
-  parallel_for_ranges(resolve_threads(exec.num_threads), num_tokens, grain, sum_slots);
+  parallel_for_ranges(context.num_threads, num_tokens, grain, sum_slots);
 }
 
-void combine_weight_backward(const CombineBackwardArgs& args, Execution exec) {
-  const Kernels& k = kernels();
+void combine_weight_backward(const CombineBackwardArgs& args, const Context& context) {
+  const Kernels& k = context.kernels;
   const TensorView& grad_y = args.grad_y;
   const int64_t hidden_size = grad_y.shape[1];
   const int64_t top_k = args.plan.slot_indices.shape[1];
@@ -107,7 +107,7 @@ void combine_weight_backward(const CombineBackwardArgs& args, Execution exec) {
     }
   };
   const int64_t grain = grain_rows(hidden_size * top_k * size_of(grad_y.dtype));
-  parallel_for_ranges(resolve_threads(exec.num_threads), grad_y.shape[0], grain, dot);
+  parallel_for_ranges(context.num_threads, grad_y.shape[0], grain, dot);
 }
 
 }  // namespace switchgear::cpu

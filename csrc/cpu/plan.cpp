@@ -21,7 +21,7 @@ constexpr int64_t kMinChunkPairs = 4096;
 
 }  // namespace
 
-void plan(const PlanArgs& args, Execution exec) {
+void plan(const PlanArgs& args, const Context& context) {
   const int64_t num_tokens = args.topk_ids.shape[0];
   const int64_t top_k = args.topk_ids.shape[1];
   const int64_t num_experts = args.plan.expert_offsets.shape[0] - 1;
@@ -31,7 +31,7 @@ void plan(const PlanArgs& args, Execution exec) {
   int32_t* token_indices = args.plan.token_indices.as<int32_t>();
   int32_t* slot_indices = args.plan.slot_indices.as<int32_t>();
 
-  const int num_threads = resolve_threads(exec.num_threads);
+  const int num_threads = context.num_threads;
   const int64_t num_chunks = std::clamp<int64_t>(num_pairs / std::max(kMinChunkPairs, num_experts), 1, num_threads);
   std::vector<int32_t> counters(num_chunks * num_experts);
   const auto first_token = [&](int64_t chunk) { return num_tokens * chunk / num_chunks; };

@@ -113,8 +113,8 @@ void route_backward_row(const RouteOptions& options, const float* scores, const 
 
 }  // namespace
 
-void route(const RouteArgs& args, Execution exec) {
-  const Kernels& k = kernels();
+void route(const RouteArgs& args, const Context& context) {
+  const Kernels& k = context.kernels;
   const TensorView& input = args.router_logits;
   const int64_t num_experts = input.shape[1];
   const int64_t top_k = args.options.top_k;
@@ -127,7 +127,7 @@ void route(const RouteArgs& args, Execution exec) {
   // Softmax is monotone: ranking logits avoids ties by rounding and needs K divisions instead of E.
   const bool by_logit =
       args.options.score_function == ScoreFunction::kSoftmax && bias.empty() && args.options.num_groups == 1;
-  const RowKernels& rows = row_kernels();
+  const RowKernels& rows = context.rows;
   const auto route_rows = [&](int64_t begin, int64_t end, int) {
     Scratch scratch(num_experts, args.options.num_groups);
     float *logits = scratch.logits.data(), *scores = scratch.scores.data();
@@ -157,15 +157,15 @@ void route(const RouteArgs& args, Execution exec) {
     }
   };
   const int64_t grain = ceil_div(grain_rows(num_experts), kRowBlock) * kRowBlock;
-  parallel_for_ranges(resolve_threads(exec.num_threads), input.shape[0], grain, route_rows);
+  parallel_for_ranges(context.num_threads, input.shape[0], grain, route_rows);
 }
 
-void route_backward(const RouteBackwardArgs& args, Execution exec) {
-  const Kernels& k = kernels();
+void route_backward(const RouteBackwardArgs& args, const Context& context) {
+  const Kernels& k = context.kernels;
   const TensorView& input = args.router_logits;
   const int64_t num_experts = input.shape[1];
   const int64_t top_k = args.topk_ids.shape[1];
-  const RowKernels& rows = row_kernels();
+  const RowKernels& rows = context.rows;
   const auto differentiate_rows = [&](int64_t begin, int64_t end, int) {
     std::vector<float> logits(num_experts), sane(num_experts), scores(num_experts);
     std::vector<double> grad(num_experts);
@@ -182,7 +182,7 @@ void route_backward(const RouteBackwardArgs& args, Execution exec) {
       k.store_row(row_of(args.grad_router_logits, t), input.dtype, sane.data(), num_experts);
     }
   };
-  parallel_for_ranges(resolve_threads(exec.num_threads), input.shape[0], grain_rows(num_experts), differentiate_rows);
+  parallel_for_ranges(context.num_threads, input.shape[0], grain_rows(num_experts), differentiate_rows);
 }
 
 }  // namespace switchgear::cpu

@@ -26,10 +26,10 @@ struct Row {
 };
 
 // Writes the choices of one row of logits and returns their number.
-int64_t choose(const RouteDynamicOptions& options, const std::vector<float>& bias, Row& row, int64_t max_experts,
-               int32_t* topk_ids, float* topk_weights) {
+int64_t choose(const RouteDynamicOptions& options, const RowKernels& rows, const std::vector<float>& bias, Row& row,
+               int64_t max_experts, int32_t* topk_ids, float* topk_weights) {
   const auto num_experts = static_cast<int64_t>(row.logits.size());
-  row_kernels().scores(options.score_function, row.logits.data(), row.scores.data(), num_experts, 1);
+  rows.scores(options.score_function, row.logits.data(), row.scores.data(), num_experts, 1);
   const bool by_logit = options.score_function == ScoreFunction::kSoftmax && bias.empty();
   for (int64_t j = 0; j < num_experts; ++j) {
     row.keys[j] = key_of(by_logit ? row.logits[j] : bias.empty() ? row.scores[j] : row.scores[j] + bias[j], j);
@@ -56,8 +56,8 @@ int64_t choose(const RouteDynamicOptions& options, const std::vector<float>& bia
 
 }  // namespace
 
-void route_dynamic(const RouteDynamicArgs& args, Execution exec) {
-  const Kernels& k = kernels();
+void route_dynamic(const RouteDynamicArgs& args, const Context& context) {
+  const Kernels& k = context.kernels;
   const TensorView& input = args.router_logits;
   const RouteDynamicOptions& options = args.options;
   const int64_t num_experts = input.shape[1], max_experts = args.topk_ids.shape[1];
@@ -71,16 +71,16 @@ void route_dynamic(const RouteDynamicArgs& args, Execution exec) {
     Row row(num_experts);
     for (int64_t t = begin; t < end; ++t) {
       k.load_row(row.logits.data(), row_of(input, t), input.dtype, num_experts);
-      row_kernels().sanitise(row.logits.data(), num_experts);
+      context.rows.sanitise(row.logits.data(), num_experts);
       int32_t* ids = args.topk_ids.as<int32_t>() + t * max_experts;
       float* weights = args.topk_weights.as<float>() + t * max_experts;
-      const int64_t count = choose(options, bias, row, max_experts, ids, weights);
+      const int64_t count = choose(options, context.rows, bias, row, max_experts, ids, weights);
       std::fill(ids + count, ids + max_experts, -1);
       std::fill(weights + count, weights + max_experts, 0.0f);
       finish_weights(weights, count, options.normalize, options.scale);
     }
   };
-  parallel_for_ranges(resolve_threads(exec.num_threads), input.shape[0], grain_rows(num_experts), route_rows);
+  parallel_for_ranges(context.num_threads, input.shape[0], grain_rows(num_experts), route_rows);
 }
 
 }  // namespace switchgear::cpu

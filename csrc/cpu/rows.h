@@ -38,8 +38,6 @@ struct RowKernels {
   bool has_extract;  // whether the ISA compares vectors of 64-bit integers
 };
 
-const RowKernels& row_kernels();  // of the ISA in use
-
 const RowKernels& row_kernels_generic();
 const RowKernels& row_kernels_avx2();
 const RowKernels& row_kernels_avx512();

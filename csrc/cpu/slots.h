@@ -19,7 +19,7 @@ struct Slots {
 };
 
 inline Slots make_slots(Workspace& workspace, const TensorView& topk_ids, const TensorView& topk_weights,
-                        int64_t num_experts, Execution exec) {
+                        int64_t num_experts, const Context& context) {
   const int64_t num_tokens = topk_ids.shape[0], top_k = topk_ids.shape[1], count = num_tokens * top_k;
   auto* const expert_offsets = workspace.take<int32_t>(num_experts + 1);
   auto* const token_indices = workspace.take<int32_t>(count);
@@ -28,7 +28,7 @@ inline Slots make_slots(Workspace& workspace, const TensorView& topk_ids, const 
   const Plan slot_plan{.expert_offsets = view(expert_offsets, DType::kInt32, num_experts + 1),
                        .token_indices = view(token_indices, DType::kInt32, count),
                        .slot_indices = view(slot_indices, DType::kInt32, num_tokens, top_k)};
-  cpu::plan(PlanArgs{.topk_ids = topk_ids, .plan = slot_plan}, exec);
+  cpu::plan(PlanArgs{.topk_ids = topk_ids, .plan = slot_plan}, context);
   for (int64_t i = 0; i < count; ++i) {
     if (slot_indices[i] >= 0) weights[slot_indices[i]] = topk_weights.as<float>()[i];
   }

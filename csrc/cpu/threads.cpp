@@ -6,6 +6,8 @@
 #include <exception>
 #include <mutex>
 
+#include "float_mode.h"
+
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -40,7 +42,9 @@ int resolve_threads(int num_threads) {
 void run_threads(int num_threads, void (*body)(void*, int), void* context) {
   std::exception_ptr error;
   std::mutex error_mutex;
+  const FloatMode mode = float_mode();
   const auto guarded = [&](int thread) {
+    const FloatModeScope scope(mode);
     try {
       body(context, thread);
     } catch (...) {

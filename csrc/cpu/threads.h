@@ -14,7 +14,8 @@ namespace switchgear::cpu {
 
 int resolve_threads(int num_threads);  // 0 -> the default; 1 in a forked child
 
-// Calls body(thread) on `num_threads` threads and waits. Rethrows an exception of any thread.
+// Calls body(thread) on `num_threads` threads and waits. All have the caller's mode of float arithmetic (float_mode.h), so
+// results do not depend on their number. Rethrows an exception of any thread.
 void run_threads(int num_threads, void (*body)(void* context, int thread), void* context);
 
 // Calls task(index, thread) for each index in [0, count). Threads take indices from a shared counter, lowest first, so tasks

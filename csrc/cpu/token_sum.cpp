@@ -36,8 +36,9 @@ int64_t gathered_columns(int64_t num_tokens, int64_t width, int64_t panel, int n
 
 }  // namespace
 
-void token_sum(const TokenSumArgs& args, int num_threads) {
-  const Kernels& k = kernels();
+void token_sum(const TokenSumArgs& args, const Context& context) {
+  const Kernels& k = context.kernels;
+  const int num_threads = context.num_threads;
   const int64_t num_tokens = args.out.shape[0], width = args.out.shape[1], panel = k.panel;
   const int64_t num_experts = args.matrices->num_experts();
   if (num_tokens == 0 || width == 0) return;

@@ -2,6 +2,7 @@
 // out[t] = Σ_{slots s of t} weight[s] · (rows[s]·B_e + bias_e), experts ascending: the second projection with combine, and the
 // input gradient of the first.
 #pragma once
+#include "context.h"
 #include "gathered.h"
 
 namespace switchgear::cpu {
@@ -19,6 +20,6 @@ struct TokenSumArgs {
   TensorView out;  // [T, columns]
 };
 
-void token_sum(const TokenSumArgs& args, int num_threads);
+void token_sum(const TokenSumArgs& args, const Context& context);
 
 }  // namespace switchgear::cpu

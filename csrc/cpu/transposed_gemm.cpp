@@ -16,38 +16,39 @@ namespace {
 constexpr int64_t kPanel = kIntegerPanel;
 
 // panel[n, j] = W[n, column + j] in `dtype`, for all rows of an expert.
-void decode_integers(void* panel, DType dtype, const Weight& weight, int64_t expert, int64_t column, int64_t columns) {
-  const Kernels& k = kernels();
+void decode_integers(const Context& context, void* panel, DType dtype, const Weight& weight, int64_t expert,
+                     int64_t column, int64_t columns) {
   const IntegerMatrix matrix(weight, expert);
   const int64_t part_rows = matrix.part_rows(), row_bytes = kPanel * size_of(dtype);
   float block[kBlockRows * kPanel];
   for (int64_t part = 0; part < weight.parts; ++part) {
     const IntegerPanel blocks = matrix.from(part * part_rows);
     for (int64_t row = 0; row < part_rows; row += kBlockRows) {
-      integer_kernels().dequantize(block, kPanel, blocks, row, column, columns);
+      context.integers.dequantize(block, kPanel, blocks, row, column, columns);
       for (int64_t i = 0; i < std::min(kBlockRows, part_rows - row); ++i) {
         char* const out = static_cast<char*>(panel) + (part * part_rows + row + i) * row_bytes;
-        k.store_row(out, dtype, block + i * kPanel, columns);
+        context.kernels.store_row(out, dtype, block + i * kPanel, columns);
       }
     }
   }
 }
 
-void decode(void* panel, DType dtype, const Weight& weight, int64_t expert, int64_t column, int64_t columns) {
-  if (is_integer(weight.format)) return decode_integers(panel, dtype, weight, expert, column, columns);
+void decode(const Context& context, void* panel, DType dtype, const Weight& weight, int64_t expert, int64_t column,
+            int64_t columns) {
+  if (is_integer(weight.format)) return decode_integers(context, panel, dtype, weight, expert, column, columns);
   const ExpertMatrix matrix(weight, expert, dtype);
   const int64_t part_rows = weight.rows / weight.parts, row_bytes = kPanel * size_of(dtype);
   for (int64_t row = 0; row < weight.rows; row += part_rows) {
-    kernels().expand_minifloats(static_cast<char*>(panel) + row * row_bytes, kPanel, dtype, matrix.rows_from(row),
-                                part_rows, column, columns);
+    context.kernels.expand_minifloats(static_cast<char*>(panel) + row * row_bytes, kPanel, dtype, matrix.rows_from(row),
+                                      part_rows, column, columns);
   }
 }
 
 }  // namespace
 
-void transposed_grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
-  const int num_threads = resolve_threads(exec.num_threads);
-  const Kernels& k = kernels();
+void transposed_grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
+  const int num_threads = context.num_threads;
+  const Kernels& k = context.kernels;
   const DType dtype = args.x.dtype;
   const int64_t num_experts = args.weight.num_experts(), depth = args.weight.rows, width = args.weight.cols;
   const int32_t* const expert_offsets = args.expert_offsets.as<int32_t>();
@@ -69,7 +70,7 @@ void transposed_grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
     const ProductScratch scratch(own);
     char* const panel = own + ProductScratch::kBytes;
     const int64_t columns = std::min(kPanel, width - tile.column);
-    decode(panel, dtype, args.weight, tile.expert, tile.column, columns);
+    decode(context, panel, dtype, args.weight, tile.expert, tile.column, columns);
     for (int64_t column = 0; column < columns; column += k.panel) {
       const int64_t count = std::min<int64_t>(k.panel, columns - column);
       k.multiply({.rows = rows + tile.first_row,

@@ -32,8 +32,9 @@ int64_t block_rows(int64_t rows, int64_t slots) {
 
 }  // namespace
 
-void weight_gradient(const WeightGradientArgs& args, int num_threads) {
-  const Kernels& k = kernels();
+void weight_gradient(const WeightGradientArgs& args, const Context& context) {
+  const Kernels& k = context.kernels;
+  const int num_threads = context.num_threads;
   const int64_t num_experts = args.gradient.shape[0], panel = k.panel, element = size_of(args.gradient.dtype);
   int64_t rows = args.gradient.shape[1], columns = args.gradient.shape[2];
   int64_t row_stride = args.gradient.stride[1];

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // gradient[e][m,n] = Σ_{s of e} left[s][m] · right[s][n]: the weight gradient, a product whose inner dimension is ragged.
 #pragma once
+#include "context.h"
 #include "experts.h"
 
 namespace switchgear::cpu {
@@ -13,6 +14,6 @@ struct WeightGradientArgs {
   TensorView gradient;  // [E, rows, columns], one unit stride
 };
 
-void weight_gradient(const WeightGradientArgs& args, int num_threads);
+void weight_gradient(const WeightGradientArgs& args, const Context& context);
 
 }  // namespace switchgear::cpu

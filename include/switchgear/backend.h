@@ -38,7 +38,7 @@ struct Backend {
   bool takes(Format format) const { return (formats >> static_cast<int>(format) & 1) != 0; }
 };
 
-const Backend& cpu_backend();   // the default in programs that link switchgear_core
+const Backend& cpu_backend();   // of the ISA in use; the default in programs that link switchgear_core
 const Backend& cuda_backend();  // in libraries with CUDA kernels
 
 // Makes later ops on tensors of backend.device use this table.

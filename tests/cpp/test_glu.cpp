@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include "gate.h"
+#include "gate_grid.h"
 
 namespace switchgear::test {
 namespace {
@@ -80,6 +80,29 @@ TEST(glu_backward_matches_reference) {
         }
       }
     });
+  });
+}
+
+TEST(glu_is_right_for_all_gates) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  constexpr int64_t kStep = 61;
+#else
+  constexpr int64_t kStep = 1;
+#endif
+  for_each_gate_grid(kStep, [](const GateGrid& grid) {
+    const auto S = std::ssize(grid.ups);
+    Array a(grid.dtype, {S, grid.I}), grad_h(grid.dtype, {S, grid.h.size(1)}), grad_a = a;
+    grad_a.fill([](int64_t) { return 1.0; });
+    for_each_isa(
+        {&a, &grad_h},
+        [&](Execution exec) {
+          glu({.h = grid.h, .options = grid.options, .a = a}, exec);
+          glu_backward({.grad_a = grad_a, .h = grid.h, .options = grid.options, .grad_h = grad_h}, exec);
+        },
+        [&] {
+          grid.check_forward(a);
+          grid.check_backward(grad_h);
+        });
   });
 }
 

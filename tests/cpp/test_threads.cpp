@@ -5,9 +5,13 @@
 
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <thread>
 
 #include "cases.h"
+#include "cpu/float_mode.h"
+#include "cpu/threads.h"
+#include "switchgear/panels.h"
 
 namespace switchgear::test {
 namespace {
@@ -99,7 +103,7 @@ TEST(concurrent_callers_get_the_serial_bits) {
   CHECK(different == 0, different.load(), " of ", kCallers * calls, " calls");
 }
 
-// Callers may choose another ISA or release temporary memory while ops run elsewhere.
+// Callers may release temporary memory, or choose the same ISA again, while ops run elsewhere.
 TEST(settings_change_under_running_ops) {
   std::atomic<bool> stop{false};
   std::vector<std::vector<uint8_t>> want;
@@ -116,6 +120,193 @@ TEST(settings_change_under_running_ops) {
   stop = true;
   releaser.join();
   CHECK(different == 0);
+}
+
+// int8 weights of random bytes
+struct Int8 {
+  Int8(Random& random, int64_t E, int64_t rows, int64_t cols, int64_t parts)
+      : rows(rows),
+        cols(cols),
+        parts(parts),
+        values(bytes(random, DType::kUInt8, {E, rows / 16, cols / 4, 64})),
+        scales(bytes(random, DType::kInt8, {E, rows / 16, 1, 16})),
+        row_scales(random_array(random, DType::kFloat32, {E, rows / 16, 16}, 1e-4)) {}
+
+  static Array bytes(Random& random, DType dtype, std::vector<int64_t> shape) {
+    Array array(dtype, std::move(shape), 0, 0);
+    for (int64_t i = 0; i < array.numel(); ++i) array.view().as<uint8_t>()[i] = static_cast<uint8_t>(random.bits());
+    return array;
+  }
+  Weight weight() const {
+    return {.format = Format::kInt8,
+            .data = values,
+            .scales = scales,
+            .row_scales = row_scales,
+            .rows = rows,
+            .cols = cols,
+            .parts = parts};
+  }
+
+  int64_t rows, cols, parts;
+  Array values, scales, row_scales;
+};
+
+// The ops that need kernels more than once, on one layer.
+struct IsaProblem {
+  explicit IsaProblem(DType dtype) : dtype(dtype) {
+    for (int64_t i = 0; i < T * K; ++i) ids.set_id(static_cast<int32_t>(i % E), i / K, i % K);
+    plan({.topk_ids = ids, .plan = p.plan()});
+  }
+
+  void forward(const ExpertWeights& weights, const Array& y, const Array& h) const {
+    moe_forward({.x = x, .weights = weights, .topk_ids = ids, .topk_weights = topk_weights, .y = y, .h = h}, {2});
+  }
+  void backward(const Array& grad_x, const Array& grad_gate_up_bias) const {
+    moe_backward({.grad_y = x,
+                  .x = x,
+                  .h = saved_h,
+                  .weights = plain(),
+                  .topk_ids = ids,
+                  .topk_weights = topk_weights,
+                  .grad_x = grad_x,
+                  .grad_gate_up_bias = grad_gate_up_bias},
+                 {2});
+  }
+  void multiply_transposed(const Array& out) const {
+    grouped_gemm({.x = saved_h,
+                  .weight = gate_up_int8.weight(),
+                  .expert_offsets = p.expert_offsets,
+                  .out = out,
+                  .transposed = true},
+                 {2});
+  }
+  ExpertWeights plain() const { return {{.data = gate_up_proj}, {.data = down_proj}, gate_up_bias, {}}; }
+  ExpertWeights integers() const { return {gate_up_int8.weight(), down_int8.weight(), gate_up_bias, {}}; }
+  // Zeros: their panels are the same bytes in any order.
+  ExpertWeights panels(PanelLayout layout, Array& gate_up, Array& down) const {
+    const auto make = [&](Array& array, int64_t rows, int64_t cols) {
+      array =
+          Array(DType::kUInt8,
+                {E, rows / layout.rows, layout.rows * cols * size_of(dtype) / layout.vector_bytes, layout.vector_bytes},
+                0, 0);
+      array.poison(0);
+      return Weight{.format = Format::kPanels, .data = array, .rows = rows, .cols = cols};
+    };
+    return {make(gate_up, N, H), make(down, H, I), gate_up_bias, {}};
+  }
+
+  static constexpr int64_t T = 12, H = 64, I = 64, N = 2 * I, E = 4, K = 2;
+  DType dtype;
+  Random random{5};
+  Array ids{DType::kInt32, {T, K}};
+  PlanArrays p{T, K, E};
+  Array topk_weights = random_array(random, DType::kFloat32, {T, K});
+  Array x = random_array(random, dtype, {T, H}), saved_h = random_array(random, dtype, {T * K, N});
+  Array gate_up_proj = random_array(random, dtype, {E, N, H}), down_proj = random_array(random, dtype, {E, H, I});
+  Array gate_up_bias = random_array(random, dtype, {E, N});
+  Int8 gate_up_int8{random, E, N, H, 2}, down_int8{random, E, H, I, 1};
+};
+
+// Callers may choose another ISA while ops run elsewhere: each op has the bits of one ISA from its checks to its end, however
+// often it uses kernels.
+TEST(an_op_keeps_its_isa) {
+  const std::string before = cpu_isa();
+  const std::vector<std::string> isas = available_cpu_isas();
+  constexpr int64_t kCalls = 100, kChanges = 400;
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    const IsaProblem problem(dtype);
+    Array y(dtype, {problem.T, problem.H}), h(dtype, {problem.T * problem.K, problem.N}),
+        grad_bias(dtype, {problem.E, problem.N}), product(dtype, {problem.T * problem.K, problem.H});
+    Array gate_up, down;
+    const PanelLayout layout = panel_layout(dtype);
+    const ExpertWeights in_panels = problem.panels(layout, gate_up, down);
+    struct Op {
+      const char* name;
+      std::function<void()> run;
+      std::vector<const Array*> outputs;
+    };
+    const Op ops[] = {
+        {"moe_forward", [&] { problem.forward(problem.plain(), y, h); }, {&y, &h}},
+        {"moe_backward", [&] { problem.backward(y, grad_bias); }, {&y, &grad_bias}},
+        {"moe_forward, int8", [&] { problem.forward(problem.integers(), y, h); }, {&y, &h}},
+        {"grouped_gemm, transposed int8", [&] { problem.multiply_transposed(product); }, {&product}},
+        {"moe_forward, panels",
+         [&] {
+           try {
+             problem.forward(in_panels, y, h);
+           } catch (const ValueError&) {  // another ISA has panels of another shape: nothing is written
+             y.poison();
+             h.poison();
+           }
+         },
+         {&y, &h}},
+    };
+    for (const Op& op : ops) {
+      note = std::string(op.name) + ", " + name_of(dtype);
+      const auto run = [&] {
+        op.run();
+        std::vector<uint8_t> bytes;
+        for (const Array* output : op.outputs)
+          bytes.insert(bytes.end(), output->bytes().begin(), output->bytes().end());
+        return bytes;
+      };
+      std::vector<std::vector<uint8_t>> wanted;
+      for (const std::string& isa : isas) {
+        set_cpu_isa(isa);
+        wanted.push_back(run());
+      }
+      std::atomic<bool> stop{false};
+      std::atomic<int64_t> changes{0};
+      std::thread chooser([&] {
+        for (; !stop; ++changes) set_cpu_isa(isas[static_cast<size_t>(changes) % isas.size()]);
+      });
+      int64_t mixed = 0;
+      for (int64_t i = 0; i < kCalls || changes < kChanges; ++i) {
+        mixed += std::count(wanted.begin(), wanted.end(), run()) == 0;
+      }
+      stop = true;
+      chooser.join();
+      set_cpu_isa(before);
+      CHECK(mixed == 0, mixed, " results of several ISAs");
+    }
+  }
+  note.clear();
+}
+
+// The caller's mode of float arithmetic holds on all threads during an op, and only there.
+TEST(threads_take_the_float_mode_of_their_caller) {
+#if defined(__SSE__)
+  constexpr cpu::FloatMode kFlushes = 0x8040;  // results and operands
+#else
+  constexpr cpu::FloatMode kFlushes = 1 << 24;
+#endif
+  constexpr int kThreads = 4;
+  struct Seen {
+    cpu::FloatMode mode[kThreads];
+  };
+  const auto modes_of_threads = [] {
+    Seen seen{};
+    cpu::run_threads(
+        kThreads, [](void* context, int thread) { static_cast<Seen*>(context)->mode[thread] = cpu::float_mode(); },
+        &seen);
+    return seen;
+  };
+  Array h(DType::kFloat32, {256, 512}), serial(DType::kFloat32, {256, 256}), parallel = serial, unflushed = serial;
+  h.fill([](int64_t i) { return i % 512 < 256 ? 3e-38 : 0.25; });
+  const cpu::FloatMode before = cpu::float_mode();
+  const auto check_modes = [&](cpu::FloatMode want) {
+    for (const cpu::FloatMode mode : modes_of_threads().mode) CHECK(mode == want, mode, " instead of ", want);
+  };
+  glu({.h = h, .a = unflushed}, {kThreads});  // starts the pool
+  {
+    const cpu::FloatModeScope scope(before | kFlushes);
+    check_modes(before | kFlushes);
+    glu({.h = h, .a = serial}, {1});
+    glu({.h = h, .a = parallel}, {kThreads});
+  }
+  check_modes(before);
+  CHECK(unflushed(0, 0) > 0.0f && serial(0, 0) == 0.0f, "subnormal results");
+  CHECK(same_bits(serial, parallel));
 }
 
 // Waits at most 5 seconds for a child, then kills it. Returns whether it ended by itself with status 0.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include "gate.h"
+#include "gate_grid.h"
 #include "run_op.h"
 
 namespace switchgear::test {
@@ -80,6 +80,20 @@ TEST(glu_backward_matches_reference) {
         if (o.gated) check(s, up_column(o, I, i), grad_a(s, i), gate.per_up);
       }
     }
+  });
+}
+
+TEST(glu_is_right_for_gates_of_all_sizes) {
+  for_each_gate_grid(61, [](const GateGrid& grid) {
+    const auto S = std::ssize(grid.ups);
+    Array a(grid.dtype, {S, grid.I}), grad_h(grid.dtype, {S, grid.h.size(1)}), grad_a = a;
+    grad_a.fill([](int64_t) { return 1.0; });
+    run_op({&a}, [&](Execution exec) { cuda::glu({.h = grid.h, .options = grid.options, .a = a}, exec); });
+    grid.check_forward(a);
+    run_op({&grad_h}, [&](Execution exec) {
+      cuda::glu_backward({.grad_a = grad_a, .h = grid.h, .options = grid.options, .grad_h = grad_h}, exec);
+    });
+    grid.check_backward(grad_h);
   });
 }
 

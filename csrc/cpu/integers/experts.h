@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/context.h"
 #include "cpu/experts.h"
 #include "cpu/integers/kernels.h"
 #include "cpu/workspace.h"
@@ -55,6 +56,6 @@ inline int64_t integer_bytes(int64_t num_rows, const Weight& weight) {
 
 // Quantises `num_rows` rows; rows[r] is at data + r · row_bytes.
 IntegerRows quantize_rows(Workspace& workspace, const void* data, int64_t row_bytes, DType dtype, int64_t num_rows,
-                          const Weight& weight, int num_threads);
+                          const Weight& weight, const Context& context);
 
 }  // namespace switchgear::cpu

@@ -16,10 +16,10 @@ constexpr int64_t kPanel = kIntegerPanel;
 
 }  // namespace
 
-void integer_grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
-  const int num_threads = resolve_threads(exec.num_threads);
-  const Kernels& k = kernels();
-  const IntegerKernels& q = integer_kernels();
+void integer_grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
+  const int num_threads = context.num_threads;
+  const Kernels& k = context.kernels;
+  const IntegerKernels& q = context.integers;
   const int64_t num_experts = args.weight.num_experts(), part_rows = args.weight.rows / args.weight.parts;
   const int32_t* const expert_offsets = args.expert_offsets.as<int32_t>();
   const int64_t num_rows = args.x.shape[0];
@@ -27,7 +27,7 @@ void integer_grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   constexpr int64_t kTileBytes = kIntegerRows * kPanel * 4;
   Workspace workspace(integer_bytes(num_rows, args.weight) + num_threads * kTileBytes);
   const IntegerRows x = quantize_rows(workspace, args.x.data, args.x.stride[0] * size_of(args.x.dtype), args.x.dtype,
-                                      num_rows, args.weight, num_threads);
+                                      num_rows, args.weight, context);
   float* const memory = static_cast<float*>(workspace.take_bytes(num_threads * kTileBytes));
   const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, part_rows, kPanel, kIntegerRows);
   const auto num_tiles = static_cast<int64_t>(tiles.size());

@@ -74,8 +74,7 @@ struct IntegerKernels {
   double (*multiply_rate)(int64_t iterations);  // as in Kernels, in operations of int8
 };
 
-const IntegerKernels& integer_kernels();  // of the ISA in use
-
+const IntegerKernels& integer_kernels();  // of the ISA in use, for probes
 const IntegerKernels& integer_generic();
 const IntegerKernels& integer_avx2();
 const IntegerKernels& integer_avxvnni();

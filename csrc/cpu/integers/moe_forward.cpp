@@ -245,8 +245,8 @@ Cut cut(const MoeForwardArgs& args, const int32_t* expert_offsets, int num_threa
 
 }  // namespace
 
-void integer_moe_forward(const MoeForwardArgs& args, Execution exec) {
-  const int num_threads = resolve_threads(exec.num_threads);
+void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
+  const int num_threads = context.num_threads;
   const int64_t num_experts = args.weights.down_proj.num_experts();
   const int64_t num_tokens = args.x.shape[0], hidden_size = args.x.shape[1];
   const int64_t intermediate_size = args.weights.down_proj.cols;
@@ -255,7 +255,7 @@ void integer_moe_forward(const MoeForwardArgs& args, Execution exec) {
 
   const int64_t slot_bytes = Slots::bytes(num_slots, num_experts);
   Workspace plan_workspace(slot_bytes);
-  const Slots slots = make_slots(plan_workspace, args.topk_ids, args.topk_weights, num_experts, exec);
+  const Slots slots = make_slots(plan_workspace, args.topk_ids, args.topk_weights, num_experts, context);
   const int64_t used_slots = slots.expert_offsets[num_experts];
   const Cut sizes = cut(args, slots.expert_offsets, num_threads);
 
@@ -263,12 +263,12 @@ void integer_moe_forward(const MoeForwardArgs& args, Execution exec) {
   Workspace workspace(integer_bytes(num_tokens, args.weights.gate_up_proj) + Workspace::padded(num_slots * row_bytes) +
                       integer_bytes(num_slots, args.weights.down_proj) +
                       Workspace::padded(num_threads * thread_floats * 4));
-  const Kernels& k = kernels();
-  const IntegerKernels& q = integer_kernels();
+  const Kernels& k = context.kernels;
+  const IntegerKernels& q = context.integers;
   auto* const memory = static_cast<float*>(workspace.take_bytes(num_threads * thread_floats * 4));
   const auto own = [&](int thread) { return memory + thread * thread_floats; };
   const IntegerRows x = quantize_rows(workspace, args.x.data, args.x.stride[0] * size_of(args.x.dtype), args.x.dtype,
-                                      num_tokens, args.weights.gate_up_proj, num_threads);
+                                      num_tokens, args.weights.gate_up_proj, context);
   char* const a = static_cast<char*>(workspace.take_bytes(num_slots * row_bytes));
 
   const std::vector<Tile> tiles =
@@ -283,7 +283,7 @@ void integer_moe_forward(const MoeForwardArgs& args, Execution exec) {
   if (num_tokens == 0) return;
 
   const IntegerRows integer_a =
-      quantize_rows(workspace, a, row_bytes, args.x.dtype, used_slots, args.weights.down_proj, num_threads);
+      quantize_rows(workspace, a, row_bytes, args.x.dtype, used_slots, args.weights.down_proj, context);
   const SecondProjection second{args, integer_a, slots, k, q};
   const int64_t column_blocks = ceil_div(hidden_size, sizes.second_columns);
   parallel_for_shares(num_threads, ceil_div(num_tokens, sizes.tokens) * column_blocks, [&](int64_t task, int thread) {
