@@ -293,7 +293,6 @@ WRONG_INPUTS: dict[str, Any] = {
     "twice the width": torch.randn(3, 8),
     "no dimension": torch.tensor(1.0),
     "integers": torch.ones(3, 4, dtype=torch.int64),
-    "bfloat16": torch.randn(3, 4, dtype=torch.bfloat16),
     "a list": [[1.0, 2.0, 3.0, 4.0]],
     "an array": np.zeros((3, 4), np.float32),
 }
@@ -305,6 +304,12 @@ def test_wrong_input_of_a_module(name: str) -> None:
     for module in (moe, moe.gate):
         with pytest.raises((ValueError, TypeError), match=r"^hidden_states: expected .*, got"):
             module(WRONG_INPUTS[name])
+
+
+def test_another_dtype_than_that_of_the_experts() -> None:
+    """A router in float32 takes any input; experts do not."""
+    with pytest.raises(TypeError, match=r"^gate_up_proj: expected bfloat16 like x, got float32"):
+        switchgear.MoE(4, 4, 4, 2)(torch.zeros(2, 4, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("num_sequences", [0, 2, -1])

@@ -63,6 +63,8 @@ def complain_about_rows(name: str, rows: Any, hidden_size: int, like: Tensor | N
         raise ValueError(f"{name}: expected a tensor on {like.device} like the weights, got one on {rows.device}")
     if like is not None and rows.dtype is not like.dtype:
         raise TypeError(f"{name}: expected {like.dtype} like the weights, got {rows.dtype}")
+    if rows.is_cpu and rows.data_ptr() % rows.element_size() != 0:
+        raise ValueError(f"{name}: expected data aligned to its elements ({rows.dtype}), got {rows.data_ptr():#x}")
 
 
 def _tensors(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Tensor]]:

@@ -94,7 +94,7 @@ def _flat(name: str, tensor: Tensor) -> Tensor:
 
 
 def as_number(name: str, value: float) -> float:
-    return value if type(value) is float else _converted(name, value)
+    return value if isinstance(value, float) else _converted(name, value)
 
 
 def _converted(name: str, value: Any) -> float:
