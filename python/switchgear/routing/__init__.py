@@ -9,7 +9,7 @@ Selections:  TopK, TopP, Threshold, Grouped, RankK, Dense, Positive, SkipBelow, 
              Masked with TokenIdMask, ExpertDropout or ClusterDropout; Temperature
 Capacity:    Dropless, Capacity
 Losses:      SwitchLoss, NullAwareSwitchLoss, ZLoss, ImportanceLoad, EntropyLoss, BatchEntropy, ParamPenalty,
-             DeviceBalance, LocalityLoss, ClusterVariance, LocalizedBalance, ChoiceLoss
+             DeviceBalance, AlignmentLoss, LocalityLoss, ClusterVariance, LocalizedBalance, ChoiceLoss
 Controllers: LossFreeBias, AdaptiveCoefficient, AdaptiveSparsity
 Temporary:   override(model, …), Router.intervene
 For a trainer: GradientConflict, consistency_loss, load_balancing_loss, z_loss, max_violation
@@ -24,6 +24,7 @@ from switchgear.routing.controllers import AdaptiveCoefficient, AdaptiveSparsity
 from switchgear.routing.expert_choice import DepthChoice, ExpertChoice
 from switchgear.routing.interventions import override
 from switchgear.routing.losses import (
+    AlignmentLoss,
     BatchEntropy,
     ChoiceLoss,
     ClusterVariance,
@@ -50,6 +51,7 @@ __all__ = [
     "ActivationNorm",
     "AdaptiveCoefficient",
     "AdaptiveSparsity",
+    "AlignmentLoss",
     "Balance",
     "BalancedAssignment",
     "BatchEntropy",
