@@ -162,7 +162,7 @@ void py_assign_balanced(handle values, handle sequence_ids, handle expert_ids, i
 }
 
 void py_assign_capped(handle values, handle sequence_ids, handle limits, handle assignment, int64_t cap, double entropy,
-                      int64_t iterations, ExecutionArgument execution) {
+                      int64_t iterations, double tolerance, ExecutionArgument execution) {
   Arrays arrays = arrays_of(execution);
   const AssignCappedArgs args{.values = arrays.in("values", values),
                               .sequence_ids = arrays.in_or_none("sequence_ids", sequence_ids),
@@ -170,6 +170,7 @@ void py_assign_capped(handle values, handle sequence_ids, handle limits, handle 
                               .cap = cap,
                               .entropy = entropy,
                               .iterations = iterations,
+                              .tolerance = tolerance,
                               .assignment = arrays.out("assignment", assignment)};
   run(assign_capped, args, execution);
 }
@@ -379,7 +380,7 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
   }
   if (backend.assign_capped != nullptr) {
     m.def("assign_capped", &py_assign_capped, "Writes the assignment by which experts choose if tokens have a cap.",  //
-          "values"_a, "sequence_ids"_a, "limits"_a, "assignment"_a, "cap"_a, "entropy"_a, "iterations"_a,
+          "values"_a, "sequence_ids"_a, "limits"_a, "assignment"_a, "cap"_a, "entropy"_a, "iterations"_a, "tolerance"_a,
           py::arg(kExecutionArgument));
   }
   m.def("plan", &py_plan, "Writes the slots of topk_ids in the order (expert, token, choice).",  //

@@ -300,6 +300,7 @@ void assign_capped(const AssignCappedArgs& given, Execution exec) {
   SWITCHGEAR_CHECK(ValueError, std::isfinite(args.entropy) && args.entropy > 0,
                    "entropy: expected a positive number, got ", args.entropy);
   SWITCHGEAR_CHECK(ValueError, args.iterations >= 0, "iterations: expected at least 0, got ", args.iterations);
+  SWITCHGEAR_CHECK(ValueError, args.tolerance >= 0, "tolerance: expected at least 0, got ", args.tolerance);
   call.input("values", args.values, kFloat, {&T, &E}, kRows);
   if (args.sequence_ids.defined()) call.input("sequence_ids", args.sequence_ids, kInt32, {&T});
   call.input("limits", args.limits, kInt32, {&B});

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 import switchgear
 from switchgear import Router, ops, testing
@@ -76,6 +76,35 @@ def test_formulas_of_the_gradients() -> None:
     for needed in range(3):
         some = [leaf.detach().requires_grad_(index == needed) for index, leaf in enumerate(leaves)]
         assert gradcheck(switchgear.gate, some)
+        assert gradgradcheck(switchgear.gate, some)
+
+
+def test_second_derivatives() -> None:
+    """As those of torch.nn.functional.linear, also through torch.func and with logits in float32."""
+    leaves = [tensor.double().requires_grad_() for tensor in tensors((5, 4, 7), (torch.float32, torch.float32))]
+    assert gradgradcheck(switchgear.gate, leaves)
+    x, weight, bias = (leaf.detach() for leaf in leaves)
+
+    def penalty(product: Any, x: Tensor) -> Tensor:
+        (grad,) = torch.autograd.grad(product(x, weight, bias).tanh().sum(), x, create_graph=True)
+        return grad.square().sum()
+
+    for x_dtype in (torch.float64, torch.float32, torch.bfloat16):
+        leaf = x.to(x_dtype).requires_grad_()
+        weight, bias = weight.to(x_dtype), bias.to(x_dtype)
+        (got,) = torch.autograd.grad(penalty(switchgear.gate, leaf), leaf)
+        (wanted,) = torch.autograd.grad(penalty(nn.functional.linear, leaf), leaf)
+        assert got.dtype == x_dtype
+        torch.testing.assert_close(got, wanted)
+
+    def slopes(product: Any) -> Tensor:
+        def loss(row: Tensor) -> Tensor:
+            return product(row[None], weight.double(), bias.double()).tanh().sum()
+
+        penalty_of = torch.func.grad(lambda row: torch.func.grad(loss)(row).square().sum())
+        return torch.func.vmap(penalty_of)(x.double())
+
+    torch.testing.assert_close(slopes(switchgear.gate), slopes(nn.functional.linear))
 
 
 def test_layouts(backend: str) -> None:

@@ -18,12 +18,14 @@ from switchgear import presets
 from switchgear.parallel.cost import count as traffic
 from switchgear.parallel.placement import Placement
 from switchgear.routing import Context, Grouped, Lookup, Masked, TokenIdMask, TopK
+from switchgear.routing.balance import alignment_loss
 
 # ---- SAM -------------------------------------------------------------------------------------------------------------
 
 
-def test_sam_is_a_loop_of_two_routers(backend: str) -> None:
-    layer = layer_of(presets.sam(num_groups=4, top_k=2, balance=0.1))
+@pytest.mark.parametrize("alignment", [0.0, 0.7])
+def test_sam_is_a_loop_of_two_routers(backend: str, alignment: float) -> None:
+    layer = layer_of(presets.sam(num_groups=4, top_k=2, balance=0.1, alignment=alignment))
 
     def loop(layer: Any, x: Tensor) -> Any:
         groups = (x @ layer.gate.score.switch.weight.T).softmax(-1)
@@ -38,9 +40,25 @@ def test_sam_is_a_loop_of_two_routers(backend: str) -> None:
         for g in range(4):
             load = sum(E / (2 * len(x)) * sum(e in choice for choice in ids) for e in (2 * g, 2 * g + 1)) / 2
             loss = loss + load * p[:, 2 * g : 2 * g + 2].sum(1).mean()
-        return mixture(layer.experts, x, ids, weights), 0.1 * loss
+        excess = x.new_zeros(())
+        for t, choice in enumerate(ids):
+            least = min(p[t, e] for e in choice)
+            excess = excess + sum((p[t, e] - least).clamp(min=0) for e in range(E) if e // 2 != choice[0] // 2)
+        assert excess > 0
+        return mixture(layer.experts, x, ids, weights), 0.1 * loss + alignment * excess / len(x)
 
     assert_agrees(layer, loop, torch.randn(20, H))
+
+
+def test_alignment_loss() -> None:
+    """0 if no other expert exceeds the chosen ones; empty choices and tokens without a choice count for nothing."""
+    p = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.5, 0.3, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1]])
+    groups = torch.tensor([0, 0, 1, 1])
+    ids = torch.tensor([[0, 1], [0, 1], [-1, -1]], dtype=torch.int32)
+    torch.testing.assert_close(alignment_loss(p, ids, groups), torch.tensor((0.2 + 0.1) / 3))
+    ids = torch.tensor([[0, -1], [0, 1], [0, 2]], dtype=torch.int32)
+    assert alignment_loss(p, ids, groups) == 0
+    assert alignment_loss(p[:0], ids[:0], groups) == 0
 
 
 def test_sam_sends_a_token_to_one_group() -> None:

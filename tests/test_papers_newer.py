@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,16 @@ import switchgear
 from loops import E, H, I, assert_agrees, best, expert, layer_of, linear, mixture
 from switchgear import presets
 from switchgear.layers import VirtualExperts
-from switchgear.routing import AdaptiveSparsity, Context, DepthChoice, GatingResidual, Router, TopK
+from switchgear.routing import (
+    AdaptiveSparsity,
+    Capacity,
+    CapacityByKind,
+    Context,
+    DepthChoice,
+    GatingResidual,
+    Router,
+    TopK,
+)
 
 # ---- ReMoE -----------------------------------------------------------------------------------------------------------
 
@@ -151,6 +161,33 @@ def test_moe_plus_plus_is_a_loop_over_three_kinds_of_free_experts(backend: str) 
             return self.layer(x, fields={"previous_logits": before.to(x.dtype)})[0]
 
     assert_agrees(Bound(), lambda bound, x: loop(bound.layer, x), torch.randn(20, H))
+
+
+@pytest.mark.parametrize("drop", ["order", "score"])
+def test_moe_plus_plus_limits_real_and_free_experts(backend: str, drop: str) -> None:
+    """⌈γ·τ·K·T / (τ·N + F)⌉ choices of a real expert are kept, and ⌈γ·K·T / (τ·N + F)⌉ of a free one."""
+    limit = presets.moe_plus_plus(capacity_factor=1.15)["capacity"]
+    limit = CapacityByKind(limit.free_experts, limit.tau, Capacity(limit.limit.factor, drop))
+    routing = TopK(2)(torch.randn(50, E + 4) + torch.randn(E + 4))
+    kept = limit(routing, Context(training=True))
+    base = 1.15 * 2 * 50 / (0.75 * E + 4)
+    for e in range(E + 4):
+        places = math.ceil(base if e >= E else 0.75 * base)
+        choices = [(t, k) for t in range(50) for k in range(2) if routing.topk_ids[t, k] == e]
+        if drop == "score":
+            choices.sort(key=lambda at: -float(routing.topk_weights[at]))
+        for place, at in enumerate(choices):
+            assert kept.topk_ids[at] == (e if place < places else -1)
+            assert kept.topk_weights[at] == (routing.topk_weights[at] if place < places else 0)
+    assert kept.num_dropped == (kept.topk_ids < 0).sum() > 0
+    with pytest.raises(ValueError, match="free_experts"):
+        CapacityByKind(E + 5)(routing, Context())
+    with pytest.raises(ValueError, match="tau"):
+        CapacityByKind(1, 0.0)
+    with pytest.raises(ValueError, match="overflow"):
+        CapacityByKind(1, limit=Capacity(overflow="reroute"))
+    layer, x = layer_of(presets.moe_plus_plus(capacity_factor=0.5)), torch.randn(40, H)
+    assert layer(x)[1].num_dropped > 0
 
 
 def test_moe_plus_plus_passes_logits_from_layer_to_layer() -> None:

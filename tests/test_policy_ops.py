@@ -284,6 +284,55 @@ def test_assign_capped_fills_experts(backend: str) -> None:
     assert float(assignment.double().exp().clamp(max=1).sum(1).max()) < 4.5
 
 
+def charge_by_bisection(values: Tensor, total: float) -> Tensor:
+    """c [...,1] such that Σ min(1, exp(values - c)) over the last dimension is `total`."""
+    low = values.amin(-1, keepdim=True) - 1
+    high = values.amax(-1, keepdim=True) + math.log(values.shape[-1] / total) + 1
+    for _ in range(80):
+        middle = (low + high) / 2
+        has_more = (values - middle).clamp(max=0).exp().sum(-1, keepdim=True) >= total
+        low, high = torch.where(has_more, middle, low), torch.where(has_more, high, middle)
+    return low
+
+
+def rounds_to_settle(worth: Tensor, each: int, cap: int, tolerance: float) -> int:
+    """The first round that moves the charges of tokens by at most `tolerance`, for the S / λ of one sequence."""
+    of_token = torch.zeros_like(worth[:, :1])
+    for done in itertools.count(1):
+        of_expert = charge_by_bisection((worth - of_token).T, each).T
+        last, of_token = of_token, charge_by_bisection(worth - of_expert, cap).clamp(min=0)
+        move = float((of_token - last).abs().max())
+        assert abs(move - tolerance) > 1e-2 * tolerance, "too close for float32"
+        if move <= tolerance:
+            return done
+    raise AssertionError
+
+
+def test_assign_capped_stops_by_sequence(backend: str) -> None:
+    """Each sequence stops when it has settled, for as many rounds as alone, and not earlier or later."""
+    torch.manual_seed(0)
+    sizes, cap, entropy, tolerance, most = (40, 24, 31), 2, 1e-2, 0.05, 100
+    sequence_ids = torch.arange(3).repeat_interleave(torch.tensor(sizes))[torch.randperm(sum(sizes))].int()
+    limits = torch.tensor([9, 5, 3], dtype=torch.int32)
+    alike = torch.tensor([2.0, 1.0, 0.0])[sequence_ids.long()][:, None]  # experts that want the same tokens
+    values = (torch.randn(len(sequence_ids), 8) + alike * torch.randn(len(sequence_ids), 1)).softmax(-1)
+    got = ops.assign_capped(values, sequence_ids, limits, cap, entropy, most, tolerance)
+    rounds = []
+    for b in range(3):
+        rows = sequence_ids == b
+        rounds.append(rounds_to_settle(values[rows].double() / entropy, int(limits[b]), cap, tolerance))
+        fixed = ops.assign_capped(values, sequence_ids, limits, cap, entropy, rounds[-1])
+        assert torch.equal(got[rows], fixed[rows])
+        longer = ops.assign_capped(values, sequence_ids, limits, cap, entropy, rounds[-1] + 1)
+        assert b == 2 or not torch.equal(got[rows], longer[rows])  # the last has room, and settles exactly
+        alone = ops.assign_capped(values[rows], None, limits[b : b + 1], cap, entropy, most, tolerance)
+        if backend != "reference":  # which sums as torch does
+            assert torch.equal(got[rows], alone)
+        torch.testing.assert_close(got[rows], alone)
+    assert len(set(rounds)) == 3
+    assert max(rounds) < most
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("order", SEQUENCES)
 def test_assign_capped_of_any_values(backend: str, kind: str, order: str) -> None:
@@ -339,6 +388,7 @@ def test_no_tokens(backend: str) -> None:
         ("assign_capped", {"entropy": 0.0}, "entropy"),
         ("assign_capped", {"entropy": math.inf}, "entropy"),
         ("assign_capped", {"iterations": -1}, "iterations"),
+        ("assign_capped", {"tolerance": math.nan}, "tolerance"),
         ("route_dynamic", {"max_experts": 9}, "max_experts"),
         ("route_dynamic", {"min_experts": 9}, "min_experts"),
         ("route_dynamic", {"top_p": -0.1}, "top_p"),

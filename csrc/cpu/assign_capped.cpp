@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // assign_capped: the scores by which experts choose tokens if a token may have at most `cap` experts.
 //
-//   work 2·iterations + 1 charges over T·E values, 3 to 6 passes each, one exponential per element and pass; the values of a
+//   work 2·rounds + 1 charges over T·E values, 3 to 6 passes each, one exponential per element and pass; the values of a
 //   sequence are stored twice, mostly in L2; bound by instructions
 //
 //   log A = S/λ - charge_e - charge_t. Expert charges make Σ_t min(1, A) = limits[b]; token charges, which are not negative,
-//   make Σ_e min(1, A) <= cap. They alternate `iterations` times, and expert charges are computed once more at the end.
+//   make Σ_e min(1, A) <= cap. They alternate until a sequence settles, at most `iterations` times, and expert charges are
+//   computed once more at the end. Sequences settle apart, so none depends on another.
 //
 // The charge c of a row v solves Σ min(1, exp(v - c)) = total. In exp(-c) this sum is concave and piecewise linear, so
 // Newton's method approaches the solution from one side. It ends there exactly once no more values reach 1: with j values at
@@ -88,6 +89,7 @@ struct Assignment {
         sequences(by_sequence(args.sequence_ids.defined() ? args.sequence_ids.as<const int32_t>() : nullptr, num_tokens,
                               num_sequences)),
         sequence(num_tokens),
+        settled(num_sequences),
         by_token(num_tokens * num_experts) {
     for (int64_t b = 0; b < num_sequences; ++b) {
       std::fill(sequence.begin() + sequences.offsets[b], sequence.begin() + sequences.offsets[b + 1], b);
@@ -114,6 +116,7 @@ struct Assignment {
     by_expert.resize(num_tokens * num_experts);
     of_expert.assign(num_sequences * num_experts, kUnknown);
     of_token.assign(num_tokens, 0.0f);
+    moved.assign(num_tokens, 0.0f);
     const int64_t blocks = ceil_div(num_experts, kTransposed);
     parallel_for(num_threads, num_sequences * blocks, [&](int64_t task, int) {
       const int64_t b = task / blocks, first = task % blocks * kTransposed, n = sequences.size(b);
@@ -132,7 +135,7 @@ struct Assignment {
     const int32_t* limits = args.limits.as<const int32_t>();
     parallel_for_ranges(num_threads, num_sequences * num_experts, 1, [&](int64_t row, int64_t, int) {
       const int64_t b = row / num_experts, e = row % num_experts, n = sequences.size(b);
-      if (n == 0) return;
+      if (n == 0 || settled[b]) return;
       const int64_t begin = sequences.offsets[b];
       const float* values = by_expert.data() + begin * num_experts + e * n;
       std::vector<float> charged(n);
@@ -142,12 +145,13 @@ struct Assignment {
     });
   }
 
-  // Calls body(token, its row minus the expert charges).
+  // Calls body(token, its row minus the expert charges) for the tokens of sequences that have not settled.
   template <typename Body>
   void for_each_token(Body&& body) {
     parallel_for_ranges(num_threads, num_tokens, grain(), [&](int64_t begin, int64_t end, int) {
       std::vector<float> charged(num_experts);
       for (int64_t i = begin; i < end; ++i) {
+        if (settled[sequence[i]]) continue;
         const float *values = by_token.data() + i * num_experts, *charges = &of_expert[sequence[i] * num_experts];
         for (int64_t e = 0; e < num_experts; ++e) charged[e] = values[e] - charges[e];
         body(i, charged);
@@ -158,8 +162,20 @@ struct Assignment {
   void charge_tokens() {
     const auto cap = static_cast<double>(args.cap);
     for_each_token([&](int64_t i, const std::vector<float>& charged) {
-      of_token[i] = charge_of(rows, charged.data(), num_experts, cap, 0.0f, of_token[i]);
+      const float charge = charge_of(rows, charged.data(), num_experts, cap, 0.0f, of_token[i]);
+      moved[i] = std::abs(charge - of_token[i]);
+      of_token[i] = charge;
     });
+  }
+
+  // A sequence settles after a round that moved none of its token charges by more than `tolerance`. Whether all have.
+  bool settle() {
+    const auto stays = [&](float distance) { return distance <= args.tolerance; };
+    for (int64_t b = 0; b < num_sequences; ++b) {
+      const auto begin = moved.begin() + sequences.offsets[b], end = moved.begin() + sequences.offsets[b + 1];
+      settled[b] = std::all_of(begin, end, stays);
+    }
+    return std::all_of(settled.begin(), settled.end(), [](bool is) { return is; });
   }
 
   void write() {
@@ -176,8 +192,10 @@ struct Assignment {
   int64_t num_tokens, num_experts, num_sequences;
   Grouping sequences;
   std::vector<int64_t> sequence;  // of token members[i]
+  std::vector<char> settled;      // of each sequence
   std::vector<float> by_token, by_expert;
   std::vector<float> of_expert, of_token;  // charges
+  std::vector<float> moved;                // the last change of a token's charge
 };
 
 }  // namespace
@@ -192,7 +210,9 @@ void assign_capped(const AssignCappedArgs& args, const Context& context) {
     for (int64_t i = 0; i < args.iterations; ++i) {
       a.charge_experts();
       a.charge_tokens();
+      if (a.settle()) break;
     }
+    std::fill(a.settled.begin(), a.settled.end(), false);
     a.charge_experts();
   }
   a.write();

@@ -172,15 +172,17 @@ struct AssignBalancedArgs {
 void assign_balanced(const AssignBalancedArgs& args, Execution exec = {});
 
 // log A of the assignment A of tokens to experts that maximises ⟨S, A⟩ + λ·H(A) with Σ_t A = limits[b] in each sequence and
-// column, Σ_e A <= cap, 0 <= A <= 1, after `iterations` rounds of charges; above 0 where A is 1. S/λ if cap >= E.
+// column, Σ_e A <= cap, 0 <= A <= 1, after at most `iterations` rounds of charges; above 0 where A is 1. S/λ if cap >= E. A
+// sequence stops after a round that changed the charge of none of its tokens by more than `tolerance`.
 struct AssignCappedArgs {
   TensorView values;        // S [T,E] float, any bit pattern; NaN ranks last
   TensorView sequence_ids;  // [T] int32, optional
   TensorView limits;        // [B] int32, >= 0; more than the tokens of the sequence: all of them
   int64_t cap = 1;
   double entropy = 1e-3;  // λ > 0
-  int64_t iterations = 30;
-  TensorView assignment;  // out [T,E] float32
+  int64_t iterations = 100;
+  double tolerance = 0.0;  // >= 0, of log A
+  TensorView assignment;   // out [T,E] float32
 };
 void assign_capped(const AssignCappedArgs& args, Execution exec = {});
 

@@ -44,6 +44,7 @@ def assign_capped(
     cap: int,
     entropy: float,
     iterations: int,
+    tolerance: float,
     execution: Any,
     /,
 ) -> None: ...

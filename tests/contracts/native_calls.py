@@ -108,7 +108,7 @@ OPS = {
     ),
     "assign_capped": Op(
         {"values": "TE float rows", "sequence_ids": "T int32", "limits": "B int32", "assignment": "TE float32 out"},
-        {"cap": 2, "entropy": 1e-3, "iterations": 5},
+        {"cap": 2, "entropy": 1e-3, "iterations": 5, "tolerance": 0.1},
     ),
     "plan": Op({"topk_ids": "TK int32"} | {name: spec + " out" for name, spec in PLAN.items()}, {}),
     "permute": Op(

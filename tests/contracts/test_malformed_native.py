@@ -269,6 +269,7 @@ WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
     "num_sequences": (0, -1, 2**31),
     "eps": (float("nan"), float("inf")),
     "max_iterations": (-1,),
+    "tolerance": (-1.0, float("nan")),
     "parts": (0, -1, 4),
     "group_size": (-16, 8, 24),
     "num_threads": (-1, 100_000),

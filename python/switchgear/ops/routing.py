@@ -166,8 +166,8 @@ def _allocate_assign_capped(values: Tensor, *_: Any) -> Tensor:
 
 assign_capped: Callable[..., Tensor] = register(
     "assign_capped(Tensor values, Tensor? sequence_ids, Tensor limits, int cap, float entropy, int iterations, "
-    "int? longest=None, int? largest=None) -> Tensor",
-    "rddooo--",
+    "float tolerance=0.0, int? longest=None, int? largest=None) -> Tensor",
+    "rddoooo--",
     _allocate_assign_capped,
     specified_in=policies,
 )

@@ -67,7 +67,7 @@ FIDELITY = {
     "mixtral": Fidelity("model", None, f"{PAPER} and of the code in Hugging Face transformers"),
     "mixture_of_depths": Fidelity("structure", None, f"{PAPER}, for a feed-forward block", "balance"),
     "moe_plus_plus": Fidelity(
-        "structure", None, f"{PAPER}, without capacities per kind of expert; initial values: {OURS}", "tau, balance"
+        "structure", None, f"{PAPER}; initial values, no capacity by default: {OURS}", "tau, balance, capacities"
     ),
     "moe_x": Fidelity("score", 22, f"{PAPER}; sign and normalisation of the score: {OURS}", "scale, top_k"),
     "moec": Fidelity(
@@ -88,7 +88,7 @@ FIDELITY = {
     "pmoe": Fidelity("selection", 33, PAPER),
     "qwen3": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
     "remoe": Fidelity("selection", None, f"{PAPER}; a coefficient for each layer instead of one for all: {OURS}"),
-    "sam": Fidelity("selection", 15, f"{PAPER}, without its terms that align the two routers", "balance"),
+    "sam": Fidelity("selection", 15, f"{PAPER}; the form of alignment: {OURS}", "balance, alignment"),
     "sigma_moe": Fidelity("score", 11, f"{PAPER}, with its initial values"),
     "skywork": Fidelity("score", 13, PAPER, "top_k, capacity_factor, initial coefficient"),
     "soft_moe": Fidelity("structure", 31, PAPER),

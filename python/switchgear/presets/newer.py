@@ -8,6 +8,8 @@ from typing import Any
 
 from switchgear.routing import (
     AdaptiveSparsity,
+    Capacity,
+    CapacityByKind,
     ChoiceLoss,
     DepthChoice,
     GatingResidual,
@@ -56,7 +58,14 @@ def _zero_computation_penalty(num_experts: int, tau: float, coefficient: float, 
 
 
 def moe_plus_plus(
-    *, top_k: int = 2, null: int = 1, copy: int = 1, constant: int = 2, tau: float = 0.75, balance: float = 1e-2
+    *,
+    top_k: int = 2,
+    null: int = 1,
+    copy: int = 1,
+    constant: int = 2,
+    tau: float = 0.75,
+    balance: float = 1e-2,
+    capacity_factor: float | None = None,
 ) -> dict[str, Any]:
     """Experts that return nothing, x, or a mix of x and a learned vector, beside real ones; the logits of the layer
     before enter the router.
@@ -64,12 +73,18 @@ def moe_plus_plus(
     Paper: MoE++: Accelerating Mixture-of-Experts Methods with Zero-Computation Experts, arXiv:2410.07348
     Example: MoE(64, 32, 8, **presets.moe_plus_plus())(x)[0]
 
-    The loss weighs these experts by tau. Pass the logits on: y, routing = moe(x, fields={"previous_logits": z}), then
-    z = routing.router_logits for the next layer. W_c and the residual start at zero (a choice of ours).
+    The loss weighs these experts by tau. With a capacity_factor (the paper's is 1.1, unverified) they accept 1 / tau
+    times as many tokens as real experts; without it nothing is dropped. Pass the logits on:
+    y, routing = moe(x, fields={"previous_logits": z}), then z = routing.router_logits for the next layer. W_c and the
+    residual start at zero (a choice of ours).
     """
     free = null + copy + constant
     penalty = partial(_zero_computation_penalty, tau=tau, coefficient=balance, free=free)
+    limits: dict[str, Any] = {}
+    if capacity_factor is not None:
+        limits["capacity"] = CapacityByKind(free, tau, Capacity(capacity_factor))
     return {
+        **limits,
         "score": GatingResidual,
         "select": TopK(top_k),
         "balance": [penalty],

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from switchgear.routing import (
+    AlignmentLoss,
     BalancedAssignment,
     Broadcast,
     Capacity,
@@ -153,19 +154,20 @@ def grin(*, top_k: int = 2, jitter: float = 0.01, balance: float = 1e-2) -> dict
     return {"select": SparseMixer(top_k, jitter), "balance": [partial(SwitchLoss, balance, "global")]}
 
 
-def sam(*, num_groups: int = 4, top_k: int = 2, balance: float = 1e-2) -> dict[str, Any]:
+def sam(*, num_groups: int = 4, top_k: int = 2, balance: float = 1e-2, alignment: float = 0.0) -> dict[str, Any]:
     """A router chooses one group of experts and another router top_k experts in it: a token uses one device.
 
     Paper: Towards More Effective and Economic Sparsely-Activated Model, arXiv:2110.07431
     Example: MoE(64, 32, 8, **presets.sam())(x)
 
-    The loss balances groups; its coefficient is unverified. The paper's terms that align the two routers are
-    unverified and not implemented.
+    One loss balances groups. alignment > 0 adds AlignmentLoss, so that the best of all experts lie in the chosen group.
+    The paper's form of that term, and both coefficients, are unverified.
     """
+    aligns = [partial(AlignmentLoss, num_groups, alignment)] if alignment else []
     return {
         "score": partial(SwitchMixture, num_groups=num_groups),
         "select": Grouped(top_k, num_groups),
-        "balance": [partial(DeviceBalance, num_groups, balance)],
+        "balance": [partial(DeviceBalance, num_groups, balance), *aligns],
     }
 
 

@@ -305,6 +305,7 @@ def assign_capped(
     cap: int,
     entropy: float,
     iterations: int,
+    tolerance: float = 0.0,
     longest: int | None = None,
     largest: int | None = None,
 ) -> Tensor:
@@ -313,8 +314,10 @@ def assign_capped(
     float32, or float64 for float64 values. If cap >= E, the result is S / entropy.
 
     A = min(1, exp(S / entropy + price_e - price_t)). Each iteration makes the sums of the experts exact, then those of
-    the tokens: coordinate ascent on the dual problem. A last step makes the sums of the experts exact. A limit above
-    the sequence length counts as that length. S / entropy is clamped to ±√(largest number); NaN is the lowest.
+    the tokens: coordinate ascent on the dual problem. A sequence stops after an iteration that changed none of its
+    price_t by more than `tolerance`, whatever other sequences do. A last step makes the sums of the experts exact. A
+    limit above the sequence length counts as that length. S / entropy is clamped to ±√(largest number); NaN is the
+    lowest.
 
     longest and largest are upper bounds of the tokens per sequence and of the limits. They avoid reading from a device.
     """
@@ -328,6 +331,8 @@ def assign_capped(
         raise ValueError(f"entropy: expected a positive number, got {entropy}")
     if iterations < 0:
         raise ValueError(f"iterations: expected at least 0, got {iterations}")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance: expected at least 0, got {tolerance}")
     _check_contents("sequence_ids", sequence_ids, 0, limits.shape[0])
     _check_contents("limits", limits, 0, 2**31 - 1)
     huge = torch.finfo(wide(values).dtype).max ** 0.5
@@ -345,9 +350,15 @@ def assign_capped(
     most = torch.full_like(each[:1], cap)
     largest = min(int(limits.max()) if largest is None else largest, longest)
     of_token = torch.zeros_like(plan[:, :1])
+    settled = (sizes == 0)[:, None, None]
     for _ in range(iterations):
+        if values.device.type == "cpu" and settled.all():
+            break
         of_expert = _price(plan - of_token, each, largest)
-        of_token = (-_price((plan + of_expert).mT.contiguous(), most, cap)).clamp(min=0).mT
+        charge = (-_price((plan + of_expert).mT.contiguous(), most, cap)).clamp(min=0).mT
+        stays = ((charge - of_token).abs() <= tolerance).all(-1, keepdim=True)
+        of_token = torch.where(settled, of_token, charge)
+        settled = settled | stays
     of_expert = _price(plan - of_token, each, largest)
     return (plan + of_expert - of_token).mT.reshape(-1, num_experts)[at]
 

@@ -7,9 +7,9 @@ Scores:      Linear, Cosine, GroupedAvgPool, SwitchMixture, GatingResidual, Unif
 Selections:  TopK, TopP, Threshold, Grouped, RankK, Dense, Positive, SkipBelow, Broadcast; ExpertChoice, DepthChoice,
              BalancedAssignment; SampledTopK, NoisyTopK, SparseMixer, GumbelSoftmax, Random; Lookup; RunningCap;
              Masked with TokenIdMask, ExpertDropout or ClusterDropout; Temperature
-Capacity:    Dropless, Capacity
+Capacity:    Dropless, Capacity, CapacityByKind
 Losses:      SwitchLoss, NullAwareSwitchLoss, ZLoss, ImportanceLoad, EntropyLoss, BatchEntropy, ParamPenalty,
-             DeviceBalance, LocalityLoss, ClusterVariance, LocalizedBalance, ChoiceLoss
+             DeviceBalance, AlignmentLoss, LocalityLoss, ClusterVariance, LocalizedBalance, ChoiceLoss
 Controllers: LossFreeBias, AdaptiveCoefficient, AdaptiveSparsity
 Temporary:   override(model, …), Router.intervene
 For a trainer: GradientConflict, consistency_loss, load_balancing_loss, z_loss, max_violation
@@ -18,12 +18,13 @@ For a trainer: GradientConflict, consistency_loss, load_balancing_loss, z_loss, 
 from switchgear.routing.assignment import BalancedAssignment
 from switchgear.routing.auxiliary import GradientConflict, consistency_loss
 from switchgear.routing.balance import load_balancing_loss, max_violation, z_loss
-from switchgear.routing.capacity import Capacity, Dropless, min_capacity
+from switchgear.routing.capacity import Capacity, CapacityByKind, Dropless, min_capacity
 from switchgear.routing.context import Balance, Context, Limit, Score, Select
 from switchgear.routing.controllers import AdaptiveCoefficient, AdaptiveSparsity, LossFreeBias, RunningCap
 from switchgear.routing.expert_choice import DepthChoice, ExpertChoice
 from switchgear.routing.interventions import override
 from switchgear.routing.losses import (
+    AlignmentLoss,
     BatchEntropy,
     ChoiceLoss,
     ClusterVariance,
@@ -50,11 +51,13 @@ __all__ = [
     "ActivationNorm",
     "AdaptiveCoefficient",
     "AdaptiveSparsity",
+    "AlignmentLoss",
     "Balance",
     "BalancedAssignment",
     "BatchEntropy",
     "Broadcast",
     "Capacity",
+    "CapacityByKind",
     "ChoiceLoss",
     "ClusterDropout",
     "ClusterPrior",

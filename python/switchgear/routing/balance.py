@@ -7,6 +7,8 @@ losses.py wraps them as options of a router, with coefficients. T tokens, E expe
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -124,6 +126,21 @@ def device_loss(probabilities: Tensor, topk_ids: Tensor, groups: Tensor) -> Tens
     sums = torch.stack((fraction, _mean(probabilities), torch.ones_like(fraction)))
     fraction, mass, size = torch.zeros_like(sums).index_add(1, groups, sums)  # there are at most E groups
     loss: Tensor = (fraction / size.clamp(min=1) * mass).sum()
+    return loss
+
+
+def alignment_loss(probabilities: Tensor, topk_ids: Tensor, groups: Tensor) -> Tensor:
+    """By how much experts of other groups exceed the least chosen one: mean_t Σ_e max(0, p_te - p_t,least), over the
+    experts e of groups that token t does not use. 0 if the choice among all experts is that inside the groups.
+
+    SAM, arXiv:2110.07431, aligns its two routers by such a term; this form of it is unverified. probabilities [T,E],
+    topk_ids [T,K], groups [E]: the group of each expert.
+    """
+    is_chosen, ids, groups = topk_ids >= 0, topk_ids.clamp(min=0).long(), groups.long()
+    least = probabilities.gather(1, ids).masked_fill(~is_chosen, math.inf).amin(1, keepdim=True)
+    uses = torch.zeros_like(probabilities).scatter_add(1, groups[ids], is_chosen.to(probabilities.dtype))
+    excess = (probabilities - least).clamp(min=0) * (uses.gather(1, groups.expand_as(probabilities)) == 0)
+    loss: Tensor = excess.sum() / max(len(topk_ids), 1)
     return loss
 
 

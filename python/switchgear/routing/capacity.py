@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -149,6 +150,53 @@ class Capacity:
         if self.drop == "random":
             return uniform(tuple(routing.topk_ids.shape), context, routing.topk_ids.device)
         return None
+
+
+@dataclass(frozen=True)
+class CapacityByKind:
+    """Two capacities: ⌈factor · τ·K·T / (τ·N + F)⌉ tokens for each of N real experts, ⌈factor · K·T / (τ·N + F)⌉ for
+    each of the F = free_experts last ones, which cost nothing (MoE++, arXiv:2410.07348; constants unverified).
+
+    limit: a Capacity that drops, whose factor is the formula's; evaluation_factor alike.
+    """
+
+    free_experts: int
+    tau: float = 0.75
+    limit: Capacity = field(default_factory=partial(Capacity, 1.1))
+
+    def __post_init__(self) -> None:
+        check_choice("limit.overflow", self.limit.overflow, ("drop",))
+        if self.free_experts < 0:
+            raise ValueError(f"free_experts: expected at least 0, got {self.free_experts}")
+        if not 0 < self.tau < math.inf:
+            raise ValueError(f"tau: expected a positive number, got {self.tau}")
+
+    def __call__(self, routing: Routing, context: Context) -> Routing:
+        num_experts = routing.num_experts
+        if self.free_experts > num_experts:
+            raise ValueError(f"free_experts: expected at most {num_experts} (num_experts), got {self.free_experts}")
+        real = num_experts - self.free_experts
+        unit = num_experts / (self.tau * real + self.free_experts)  # factor 1 of a Capacity is K·T / num_experts
+        is_free = routing.topk_ids >= real
+        limited = self._limited(routing, ~is_free, self.tau * unit, context)
+        others = self._limited(routing, is_free, unit, context)
+        topk_ids = torch.where(is_free, others.topk_ids, limited.topk_ids)
+        topk_weights = torch.where(is_free, others.topk_weights, limited.topk_weights)
+        assert limited.num_dropped is not None
+        assert others.num_dropped is not None
+        before = 0 if routing.num_dropped is None else routing.num_dropped
+        num_dropped = limited.num_dropped + others.num_dropped - before
+        return routing._replace(topk_ids=topk_ids, topk_weights=topk_weights, num_dropped=num_dropped)
+
+    def _limited(self, routing: Routing, kind: Tensor, scale: float, context: Context) -> Routing:
+        """The choices of one kind, which only displace each other, within `scale` times the limit."""
+        evaluation = self.limit.evaluation_factor
+        limit = replace(
+            self.limit,
+            factor=self.limit.factor * scale,
+            evaluation_factor=None if evaluation is None else evaluation * scale,
+        )
+        return limit(routing._replace(topk_ids=routing.topk_ids.masked_fill(~kind, -1)), context)
 
 
 def _ratio(scores: Tensor, new_ids: Tensor, old_ids: Tensor) -> Tensor:

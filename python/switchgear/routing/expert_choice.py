@@ -30,10 +30,12 @@ class ExpertChoice:
             expert took; the expert then also chooses by logits (pMoE). "logit": the logits themselves, which may be
             negative (Mixture-of-Depths, arXiv:2404.02258).
         max_experts_per_token: a cap b. Scores are first replaced by the solution A of max ⟨S, A⟩ + λ·H(A) with
-            Σ_t A = k, Σ_e A <= b, 0 <= A <= 1, by cap_iterations rounds (λ = cap_lambda = 0.001 is unverified);
-            choices that still exceed the cap are removed. With cap_iterations = 0 there is only the cut: a token keeps
-            its b best. Without a cap the largest number of experts of a token is read back from the device; a compiled
-            or captured graph uses E instead.
+            Σ_t A = k, Σ_e A <= b, 0 <= A <= 1 (λ = cap_lambda = 0.001 is unverified); choices that still exceed the cap
+            are removed. Each sequence is solved by itself, until a round changes no token's log A by more than
+            cap_tolerance, or for cap_iterations rounds: 2 to 20 are usual, 100 or more if the capacities of experts and
+            tokens are equal. With cap_iterations = 0 there is only the cut: a token keeps its b best. Without a cap the
+            largest number of experts of a token is read back from the device; a compiled or captured graph uses E
+            instead.
         scale: multiplies the weights.
         ties: "index", to the lowest token, or "random".
         evaluation: whether a token is taken depends on later tokens, so a decoder cannot use expert choice. With
@@ -49,7 +51,8 @@ class ExpertChoice:
     ties: str = "index"
     evaluation: int | None = None
     cap_lambda: float = 1e-3
-    cap_iterations: int = 30
+    cap_iterations: int = 100
+    cap_tolerance: float = 2**-6
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
@@ -59,6 +62,9 @@ class ExpertChoice:
             raise ValueError(f"capacity_factor: expected a positive number, got {self.capacity_factor}")
         if not self.cap_lambda > 0:
             raise ValueError(f"cap_lambda: expected a positive number, got {self.cap_lambda}")
+        for name in ("cap_iterations", "cap_tolerance"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name in ("tokens_per_expert", "max_experts_per_token", "evaluation"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -130,8 +136,8 @@ class ExpertChoice:
             longest = int(torch.bincount(sequence).max())
         largest = self.tokens_per_expert or max(math.floor(longest * self.capacity_factor / values.shape[1]), 1)
         return ops.assign_capped(
-            values, sequence, limits, self.max_experts_per_token, self.cap_lambda, self.cap_iterations, longest,
-            min(largest, longest),
+            values, sequence, limits, self.max_experts_per_token, self.cap_lambda, self.cap_iterations,
+            self.cap_tolerance, longest, min(largest, longest),
         )  # fmt: skip
 
 

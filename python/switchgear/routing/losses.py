@@ -254,6 +254,16 @@ class DeviceBalance(_PerExpert):
         return self.coefficient * balance.device_loss(self._probabilities(routing), routing.topk_ids, self.vector)
 
 
+class AlignmentLoss(DeviceBalance):
+    """coefficient · the excess of experts in other groups over the least chosen expert (SAM, arXiv:2110.07431; see
+    alignment_loss). Arguments as for DeviceBalance; the coefficient is unverified."""
+
+    name = "alignment"
+
+    def forward(self, routing: Routing, context: Context) -> Tensor:
+        return self.coefficient * balance.alignment_loss(self._probabilities(routing), routing.topk_ids, self.vector)
+
+
 class LocalityLoss(_PerExpert):
     """coefficient · -log(mean probability of this node's experts) (LocMoE, arXiv:2401.13920; see locality_loss).
 

@@ -80,7 +80,9 @@ MISTAKES = (
             "if (true)"),
     Mistake("tokens are paid", "assign_capped.cpp", "num_experts, cap, 0.0f,", "num_experts, cap, -1.0f,"),
     Mistake("the limit of the first sequence", "assign_capped.cpp", "limits[b], n)", "limits[0], n)"),
-    Mistake("tokens are charged last", "assign_capped.cpp", "    }\n    a.charge_experts();\n", "    }\n"),
+    Mistake("tokens are charged last", "assign_capped.cpp", "false);\n    a.charge_experts();\n", "false);\n"),
+    Mistake("the first to settle stops all", "assign_capped.cpp", "return std::all_of(settled",
+            "return std::any_of(settled"),
     Mistake("tokens in the order of sequences", "assign_capped.cpp", "as<float>() + sequences.members[i] *",
             "as<float>() + i *"),
 )  # fmt: skip
