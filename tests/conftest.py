@@ -5,6 +5,7 @@ CUDA kernels: on a device if there is one, and on the CPU if SWITCHGEAR_SIMT nam
 from __future__ import annotations
 
 import os
+import signal
 import zlib
 from collections.abc import Iterator
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import skips
 from backends_in_use import ISAS, SIMT_DEVICES, backend_named, kernels_of
 
 ORDERS = ("forward", "reverse", "random:1")
+TIME_LIMIT, TIME_LIMIT_SLOW = 300, 1800  # seconds for a test
 CUDA = ["cuda"] if torch.cuda.is_available() else []
 
 # Derandomised: a test that passes once always passes. The examples of a test may share the fixture that sets a backend.
@@ -71,3 +74,49 @@ def _alike_on_every_machine() -> None:
     own number."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+# ---- no test hangs or is skipped unnoticed ---------------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fails a test that takes too long. If it hangs in native code, `faulthandler_timeout` shows where."""
+    limit = TIME_LIMIT_SLOW if item.get_closest_marker("slow") else TIME_LIMIT
+
+    def stop(*_: object) -> None:
+        pytest.fail(f"takes more than {limit} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(limit)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+_unknown: set[str] = set()
+
+
+def _note(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail") and isinstance(report.longrepr, tuple):
+        reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+        if not skips.is_allowed(reason):
+            _unknown.add(f"{report.nodeid}: {reason}")
+
+
+pytest_runtest_logreport = pytest_collectreport = _note
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _unknown and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _unknown:
+        terminalreporter.section("skipped for reasons that are not in tests/skips.py", red=True)
+        for line in sorted(_unknown):
+            terminalreporter.line(line)

@@ -295,6 +295,7 @@ WRONG_INPUTS: dict[str, Any] = {
     "integers": torch.ones(3, 4, dtype=torch.int64),
     "a list": [[1.0, 2.0, 3.0, 4.0]],
     "an array": np.zeros((3, 4), np.float32),
+    "misaligned": torch.frombuffer(bytearray(49), dtype=torch.float32, offset=1).view(3, 4),
 }
 
 
@@ -306,10 +307,10 @@ def test_wrong_input_of_a_module(name: str) -> None:
             module(WRONG_INPUTS[name])
 
 
-def test_another_dtype_than_that_of_the_experts() -> None:
-    """A router in float32 takes any input; experts do not."""
+def test_rows_of_another_dtype() -> None:
+    """A router of float32 takes rows of bfloat16; the experts do not."""
     with pytest.raises(TypeError, match=r"^gate_up_proj: expected bfloat16 like x, got float32"):
-        switchgear.MoE(4, 4, 4, 2)(torch.zeros(2, 4, dtype=torch.bfloat16))
+        switchgear.MoE(4, 4, 4, 2)(torch.randn(3, 4, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("num_sequences", [0, 2, -1])
@@ -368,3 +369,11 @@ def test_weights_that_overlap_themselves(isa: str) -> None:
 def test_no_elements(backend: str) -> None:
     with pytest.raises(ValueError, match="h: expected a last dimension of at least 1"):
         switchgear.glu(torch.empty(0))
+
+
+def test_indices_past_the_slots_in_use_are_not_read(backend: str) -> None:
+    x, weight, offsets = torch.randn(2, 4), torch.randn(1, 3, 4), torch.tensor([0, 1], dtype=torch.int32)
+    indices = torch.tensor([1, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    out = switchgear.grouped_gemm(x, weight, offsets, token_indices=indices)
+    assert not out[1:].any()
+    assert torch.allclose(out[0], weight[0] @ x[1], atol=1e-5)

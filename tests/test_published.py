@@ -297,6 +297,20 @@ def test_layers_that_transformers_leaves_out_are_left_out(published: Callable[[s
         ),
         (lambda path: (path / INDEX).write_text('{"weight_map": {"a": "model.safetensors"}}'), "expected a in .*index"),
         (lambda path: (path / INDEX).write_text("[]"), "expected a weight_map in"),
+        (lambda path: (path / INDEX).write_text("[" * 100_000), "expected a weight_map in"),
+        (
+            lambda path: (path / INDEX).write_text('{"weight_map": {"a": "b\\u0000"}}'),
+            "expected a safetensors file, got",
+        ),
+        (
+            lambda path: (path / "config.json").write_text("{"),
+            "expected one of a model of transformers, got .*config.json .JSON",
+        ),
+        (lambda path: (path / "generation_config.json").write_text("{"), "expected .* got .*/generation_config.json"),
+        (lambda path: resize(path, num_hidden_layers=10**9), "expected .*num_hidden_layers is 1000000000, but there"),
+        (lambda path: resize(path, vocab_size="x"), "expected .*config.json .*vocab_size"),
+        (lambda path: configure(path, {"quant_method": ["fp8"]}), "expected quant_method mxfp4 or fp8"),
+        (lambda path: configure(path, CONFIGS["fp8"] | {"weight_block_size": 128}), "expected weight_block_size"),
         (lambda path: configure(path, None), "expected a quantization_config in config.json, got none"),
         (lambda path: configure(path, {"quant_method": "awq"}), "expected quant_method mxfp4 or fp8 .*, got awq"),
         (
@@ -312,6 +326,11 @@ def test_files_that_are_not_a_checkpoint(
     change(path)
     with pytest.raises(ValueError, match=f"^path: {message}"):
         load_published(path)
+
+
+def resize(path: Path, **sizes: Any) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | sizes))
 
 
 def configure(path: Path, quantization: dict[str, Any] | None) -> None:

@@ -122,6 +122,45 @@ def test_isolation_overrides_the_scope_of_a_selection() -> None:
     assert_batch_invariant(moe, torch.randn(4, LENGTH, H))
 
 
+# ---- many victims ----------------------------------------------------------------------------------------------------
+
+VICTIMS = pytest.mark.parametrize("victims", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+
+
+def overflowed(moe: MoE, victims: int) -> int:
+    """How many of so many random victims the first attack changes."""
+    return sum(overflow(moe) for _ in range(victims))
+
+
+@VICTIMS
+@pytest.mark.parametrize("isolation", ["default", "sequence"])
+def test_no_victim_is_changed(isolation: str, victims: int) -> None:
+    isolated = layer(top_k=2, capacity=Capacity(1.0), isolation="sequence")
+    assert overflowed(layer(top_k=2) if isolation == "default" else isolated, victims) == 0
+    assert overflowed(layer(top_k=2, capacity=Capacity(1.0)), 20) == 20
+
+
+def revealed(moe: MoE, victims: int) -> int:
+    """How many of so many random secrets change what an attacker sees who guesses them, in either position."""
+    found = 0
+    for _ in range(victims):
+        secret, other = torch.randn(2, 1, H)
+        with torch.no_grad():
+            answers = [moe(torch.stack(batch))[place] for right in (secret, other)
+                       for batch, place in (((secret, right), 0), ((right, secret), 1))]  # fmt: skip
+        found += not all(torch.equal(answer, answers[0]) for answer in answers)
+    return found
+
+
+@VICTIMS
+@pytest.mark.parametrize("select", ["default", "expert choice"])
+def test_no_secret_is_revealed(select: str, victims: int) -> None:
+    choice = ExpertChoice(tokens_per_expert=1)
+    isolated = layer(select=choice, isolation="sequence")
+    assert revealed(layer(top_k=2) if select == "default" else isolated, victims) == 0
+    assert revealed(layer(select=choice), 20) == 20
+
+
 # ---- a property, for any layer ---------------------------------------------------------------------------------------
 
 INDEPENDENT: dict[str, dict[str, Any]] = {

@@ -11,21 +11,13 @@ one continues after a crash.
 
 from __future__ import annotations
 
-import argparse
-import collections
-import mmap
 import random
 import re
-import struct
-import subprocess
 import sys
-import tempfile
-import time
-import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import children
 import defects
 import numpy as np
 import torch
@@ -45,7 +37,6 @@ DIRECT = (
     "glu",
     "moe",
 )  # no function of torch comes before theirs
-LIMIT = 20.0  # seconds for a call
 
 
 class Spoiled(NamedTuple):
@@ -165,103 +156,7 @@ def check(seed: int, number: int) -> str | None:
     return None if fault is None else f"{spoiled.title} {fault}"
 
 
-# ---- many calls, in child processes ----------------------------------------------------------------------------------
-
-
-def child(seed: int, numbers: range, progress: Path) -> None:
-    """Runs calls; writes the number of the current one to a file, and faults to the standard output."""
-    warnings.simplefilter("ignore")
-    with progress.open("r+b") as file, mmap.mmap(file.fileno(), 8) as shared:
-        for number in numbers:
-            struct.pack_into("q", shared, 0, number)
-            fault = check(seed, number)
-            if fault is not None:
-                print(f"{number} {fault}".replace("\n", " "), flush=True)
-        struct.pack_into("q", shared, 0, -2)
-
-
-class Child:
-    """A child process over a range of calls. It is restarted after a call that ends it."""
-
-    def __init__(self, seed: int, numbers: range, folder: Path) -> None:
-        self.seed, self.numbers, self.faults = seed, numbers, list[str]()
-        self.progress = folder / f"progress {numbers.start}"
-        self.output = folder / f"output {numbers.start}"
-        self.start()
-
-    def start(self) -> None:
-        self.progress.write_bytes(struct.pack("q", -1))
-        numbers = [str(number) for number in (self.numbers.start, self.numbers.stop, self.numbers.step)]
-        command = [sys.executable, __file__, "--seed", str(self.seed), "--child", *numbers, str(self.progress)]
-        with self.output.open("a") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL)
-        self.current, self.since = -1, time.monotonic()
-
-    def is_done(self) -> bool:
-        """Looks at the process; ends and restarts it if needed."""
-        (current,) = struct.unpack("q", self.progress.read_bytes())
-        if current != self.current:
-            self.current, self.since = current, time.monotonic()
-        ended = self.process.poll()
-        limit = LIMIT if self.current >= 0 else 300  # the import may be slow
-        if ended is None and time.monotonic() - self.since < limit:
-            return False
-        if self.current == -2 and ended == 0:
-            return True
-        if ended is None:
-            self.process.kill()
-            self.process.wait()
-        if self.current == -1:
-            raise RuntimeError(f"the child process does not start: exit status {ended}")
-        what = f"hangs for {LIMIT:.0f} s" if ended is None else f"ends the process: status {ended}"
-        self.faults.append(f"{self.current} {draw(self.seed, self.current).title} {what}")
-        self.numbers = range(self.current + self.numbers.step, self.numbers.stop, self.numbers.step)
-        if not self.numbers:
-            return True
-        self.start()
-        return False
-
-
-def run(calls: int, seed: int, jobs: int, first: int = 0) -> list[str]:
-    """The faults of some calls, each as a line."""
-    with tempfile.TemporaryDirectory() as folder:
-        children = [Child(seed, range(first + job, first + calls, jobs), Path(folder)) for job in range(jobs)]
-        try:
-            while sum(one.is_done() for one in children) < jobs:
-                time.sleep(0.05)
-        finally:
-            for one in children:
-                if one.process.poll() is None:
-                    one.process.kill()
-        written = [line for one in children for line in one.output.read_text().splitlines()]
-        return sorted(
-            written + [fault for one in children for fault in one.faults], key=lambda line: int(line.split()[0])
-        )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=1000)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.child:
-        child(args.seed, range(*map(int, args.child[:3])), Path(args.child[3]))
-        return 0
-    start = time.monotonic()
-    faults = run(args.calls, args.seed, args.jobs, args.first)
-    kinds = collections.Counter(re.sub(r"\d+", "#", fault.partition(" ")[2]) for fault in faults)
-    shown = set()
-    for fault in faults:
-        kind = re.sub(r"\d+", "#", fault.partition(" ")[2])
-        if kind not in shown:
-            print(f"{kinds[kind]} x, first: {fault}")
-            shown.add(kind)
-    print(f"{args.calls} calls, {len(faults)} faults, {time.monotonic() - start:.0f} s")
-    return 1 if faults else 0
-
+FUZZER = children.Fuzzer(__file__, "calls", lambda seed, number: draw(seed, number).title, check)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(children.main(FUZZER, __doc__))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import children
 import hostile_calls
 import pytest
 import torch
@@ -13,7 +14,7 @@ from valid_calls import Call
 
 
 def test_hostile_calls() -> None:
-    assert hostile_calls.run(calls=600, seed=1, jobs=1) == []
+    assert children.run(hostile_calls.FUZZER, count=600, seed=1, jobs=1) == []
 
 
 def test_a_call_depends_on_the_seed_and_its_number() -> None:

@@ -203,11 +203,22 @@ def test_a_pickle_of_several_steps_runs_no_code(tmp_path: Path) -> None:
     assert Metadata.__init__ is not Metadata
 
 
-@pytest.mark.parametrize("data", [b"", b"\x80\x04", b"(lp0\n.", b"\x80\x04\x8e" + b"\xff" * 8, b"\x80\x04N\x85R."])
+DAMAGED = {
+    "empty": b"",
+    "cut off": b"\x80\x04",
+    "a list": b"(lp0\n.",
+    "bytes of a length of 2^64": b"\x80\x04\x8e" + b"\xff" * 8,
+    "a bytearray of a length of 2^40": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".",
+    "a memo of 2^31 entries": b"\x80\x04]r\xff\xff\xff\x7f.",
+    "a call of None": b"\x80\x04N\x85R.",
+}
+
+
+@pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_metadata(tmp_path: Path, data: bytes) -> None:
     saved(tmp_path)
     (tmp_path / ".metadata").write_bytes(data)
-    refused(tmp_path, "metadata: expected a ")
+    refused(tmp_path, "metadata: expected ")
 
 
 def outside(metadata: Metadata, path: str) -> None:
@@ -253,6 +264,16 @@ def test_metadata_that_does_not_fit_its_files(
     change(metadata)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
     refused(tmp_path, message)
+
+
+def test_damaged_tensors(tmp_path: Path) -> None:
+    """torch raises a BaseException, which `except Exception` would miss."""
+    saved(tmp_path)
+    file = tmp_path / "__0_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))
+    for read in (lambda: checkpoint.load(make(None, seed=2), tmp_path), lambda: checkpoint.load_whole(tmp_path)):
+        with pytest.raises(ValueError, match=r"path: expected tensors that can be read in .*, got rank 0: "):
+            read()
 
 
 def test_bytes_are_not_unpickled(tmp_path: Path) -> None:

@@ -87,8 +87,11 @@ def _routing(args: argparse.Namespace, layer: Layer) -> torch.Tensor:
         ids = torch.load(args.trace, weights_only=True)
     except Exception as error:
         raise CommandError(f"--trace: cannot read {args.trace}: {error}") from None
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or not len(ids) or int(ids.max()) >= layer.num_experts:
-        raise CommandError(f"--trace: expected topk_ids [tokens, top_k] below {layer.num_experts}")
+    integers = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+    if not isinstance(ids, torch.Tensor) or ids.dtype not in integers or ids.dim() != 2 or not ids.numel():
+        raise CommandError("--trace: expected integers [tokens, top_k], as saved by torch.save")
+    if int(ids.min()) < -1 or int(ids.max()) >= layer.num_experts:
+        raise CommandError(f"--trace: expected topk_ids from -1 to {layer.num_experts - 1}")
     return ids.repeat(-(-total // len(ids)), 1)[:total].int()
 
 

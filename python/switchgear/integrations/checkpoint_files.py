@@ -83,7 +83,7 @@ class CheckpointFiles:
         try:
             listed = json.loads(index.read_text())["weight_map"]
             return {str(key): Path(str(name)).name for key, name in listed.items()}  # never another directory
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"path: expected a weight_map in {index}, got {error}") from error
 
     @staticmethod
@@ -92,5 +92,5 @@ class CheckpointFiles:
             with safe_open(file, framework="pt") as opened:
                 slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  (not a mapping)
                 return {key: Header(file, tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:  # ValueError: a name that no file can have
             raise ValueError(f"path: expected a safetensors file, got {file}: {error}") from error

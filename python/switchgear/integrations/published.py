@@ -7,6 +7,7 @@ Qwen3-MoE). Weights are not rounded again, and no plain copy of the model is mad
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from switchgear.integrations.checkpoint_files import CheckpointFiles, Reader
+from switchgear.integrations.checkpoint_files import CONFIG, CheckpointFiles, Reader
 from switchgear.integrations.published_keys import (
     BLOCKS,
     FLOATS,
@@ -64,7 +65,7 @@ def load_published(
     """
     device = torch.device(device)
     files = CheckpointFiles(Path(path))
-    config = AutoConfig.from_pretrained(path)
+    config = _config(files)
     _take_quantization(config)
     made: Any = _made(Path(path), config, dtype) if model is None else model
     replacements = accelerate(made)
@@ -80,25 +81,54 @@ def load_published(
     return made.eval()  # type: ignore[no-any-return]
 
 
+def _config(files: CheckpointFiles) -> Any:
+    """The config of the model. The layers are counted first, since transformers makes any number of them."""
+    file = files.path / CONFIG
+    with _naming_file(file):
+        most, numbers = len(files.headers), json.loads(file.read_bytes())
+        for name, number in _numbers(numbers):
+            if name.endswith(("layers", "n_layer")) and number > most:
+                raise ValueError(f"{name} is {number}, but there are {most} tensors")
+        return AutoConfig.from_pretrained(files.path, trust_remote_code=False)
+
+
+def _numbers(entries: Any) -> Iterator[tuple[str, float]]:
+    for name, entry in entries.items():
+        if isinstance(entry, dict):
+            yield from _numbers(entry)
+        elif isinstance(entry, (int, float)):
+            yield name, entry
+
+
+@contextmanager
+def _naming_file(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers raises many kinds for files of others
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(f"path: expected one of a model of transformers, got {file} ({reason})") from error
+
+
 def _take_quantization(config: Any) -> None:
     """Removes the quantisation from the config, since it is read here; ValueError for an unsupported one."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         raise ValueError("path: expected a quantization_config in config.json, got none")
-    options = found if isinstance(found, dict) else found.to_dict()
+    options = found if isinstance(found, dict) else getattr(found, "to_dict", dict)()
     method, block = options.get("quant_method"), options.get("weight_block_size")
-    if method not in FORMS:
+    if method not in tuple(FORMS):  # it may be no string
         raise ValueError(f"path: expected quant_method {' or '.join(FORMS)} in config.json, got {method}")
-    if method == "fp8" and tuple(block or ()) != minifloat.BLOCK:
+    if method == "fp8" and block not in (minifloat.BLOCK, list(minifloat.BLOCK)):
         raise ValueError(f"path: expected weight_block_size {list(minifloat.BLOCK)} in config.json, got {block}")
     del config.quantization_config
 
 
 def _made(path: Path, config: Any, dtype: torch.dtype) -> Any:
-    with torch.device("meta"):
+    with _naming_file(path / CONFIG), torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    if (file := path / "generation_config.json").is_file():
+        with _naming_file(file):
+            model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 
@@ -190,6 +220,9 @@ def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks
             checks.expect(pieces[Piece(BLOCKS)], (experts, rows, -(-columns // 32), 16), ("U8",))
             checks.expect(pieces[Piece(SCALES)], (experts, rows, -(-columns // 32)), ("U8",))
         return lambda reader, device: _read_mxfp4(target, wanted, pieces, reader, device)
+    if experts * wanted.parts > len(pieces):
+        checks.problems.append(f"{target}: expected {experts} experts, got {len(pieces)} tensors")
+        return _nothing
     shape = rows // wanted.parts, columns  # gates and ups are separate
     for suffix in sorted(suffixes):
         expected = [Piece(suffix, expert, source) for expert in range(experts) for source in range(wanted.parts)]

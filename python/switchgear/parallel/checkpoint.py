@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
@@ -100,7 +101,7 @@ def load(
 
     Raises:
         ValueError: a tensor is missing, left over, or of another shape or dtype, or the metadata is not to be trusted;
-            in that case nothing is read.
+            in that case nothing is read. Or a file with tensors is damaged; those read before stay in the model.
     """
     metadata = read_metadata(path)
     had_state = optimizer is None or bool(optimizer.state)
@@ -113,7 +114,7 @@ def load(
         if optimizer is not None and not had_state:
             optimizer.state.clear()
         raise
-    with _quietly_alone() as alone:
+    with _quietly_alone() as alone, _naming(path):
         load_tensors(wanted, storage_reader=Reader(path, metadata), process_group=process_group, no_dist=alone)
 
 
@@ -122,7 +123,8 @@ def load_whole(path: str | Path) -> dict[str, Tensor]:
     [E, ...] under their names. For load_state_dict of a model without `parallel`. Runs no code from the checkpoint.
 
     Raises:
-        ValueError: an expert is missing, or differs in shape or dtype, or the metadata is not to be trusted.
+        ValueError: an expert is missing, or differs in shape or dtype, a file is damaged, or the metadata is not to be
+            trusted.
     """
     metadata = read_metadata(path)
     tensors = {}
@@ -130,7 +132,7 @@ def load_whole(path: str | Path) -> dict[str, Tensor]:
         if not name.startswith("optimizer/"):
             entry = _tensor_of(name, stored)
             tensors[name] = torch.zeros(entry.size, dtype=entry.properties.dtype)
-    with _quietly_alone():
+    with _quietly_alone(), _naming(path):
         load_tensors(tensors, storage_reader=Reader(path, metadata), no_dist=True)
     whole: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
@@ -159,6 +161,17 @@ def _quietly_alone() -> Iterator[bool]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield not dist.is_initialized()
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """What goes wrong on a rank while it reads arrives on all as a BaseException, which `except Exception` misses."""
+    try:
+        yield
+    except CheckpointException as failure:
+        rank, (error, _) = next(iter(failure.failures.items()))
+        reason = f"rank {rank}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"path: expected tensors that can be read in {path}, got {reason}") from failure
 
 
 def _ids(module: Experts) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,20 @@ def read_metadata(path: str | Path) -> Metadata:
     file = Path(path) / ".metadata"
     data = file.read_bytes()
     try:
+        _check_sizes(data)
         return _metadata(_Unpickler(data).load(), Path(path))
     except Exception as error:  # a damaged pickle may raise any
-        text = str(error) if isinstance(error, ValueError) else f"expected a checkpoint, got {type(error).__name__}"
+        is_ours = isinstance(error, ValueError) and "expected" in str(error)
+        text = str(error) if is_ours else f"expected a checkpoint, got {type(error).__name__}: {error}"
         raise ValueError(f"{file}: {text}") from error
+
+
+def _check_sizes(data: bytes) -> None:
+    """A few bytes of a pickle can make Python's unpickler allocate all memory: as a length, which pickletools checks
+    against the file, or as an index of the memo, an array of up to 2^32 pointers. Picklers count from 0."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(str(argument)) > len(data):
+            raise ValueError(f"expected a memo of at most {len(data)} entries, got the index {argument}")
 
 
 def _metadata(root: object, folder: Path) -> Metadata:

@@ -29,11 +29,13 @@ def check_plan(expert_offsets: Tensor, token_indices: Tensor, slot_indices: Tens
 
 
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
-    """rows[indices], with zeros for index -1. `indices` may have any shape."""
+    """rows[indices], with zeros for any index out of range: -1, and what is past the last slot in use. `indices` may
+    have any shape."""
     if rows.shape[0] == 0:
         return rows.new_zeros((*indices.shape, *rows.shape[1:]))
-    gathered = rows[indices.clamp(min=0).long()]
-    return gathered.masked_fill((indices < 0).view(*indices.shape, *[1] * (rows.dim() - 1)), 0)
+    gathered = rows[indices.clamp(0, len(rows) - 1).long()]
+    is_outside = (indices < 0) | (indices >= len(rows))
+    return gathered.masked_fill(is_outside.view(*indices.shape, *[1] * (rows.dim() - 1)), 0)
 
 
 def to_slots(values: Tensor, slot_indices: Tensor) -> Tensor:

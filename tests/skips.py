@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The reasons for which a test may be skipped. conftest.py fails a run that skips one for any other reason, so no test
+is skipped unnoticed: a new reason is a new line here."""
+
+from __future__ import annotations
+
+import re
+
+ALLOWED = (
+    # packages and tools
+    r"(accelerate|jax|matplotlib|peft|rich|safetensors|scipy|transformers) is not installed",
+    r"Trainer needs accelerate",
+    r"needs transformers with (DistributedConfig|EPImplementation)",
+    r"no FP8 experts in this version",
+    r"inductor needs a C\+\+ compiler",
+    r"neither objdump nor llvm-objdump is installed",
+    r"no cuobjdump and nvdisasm: .*",
+    r"needs nvcc",
+    # how switchgear was built
+    r"built without the kernels for AMX",
+    r"built without a CUDA module: .*",
+    r"switchgear was built without its CUDA module .*",
+    r"SWITCHGEAR_SIMT names no module with the CUDA kernels",
+    # the machine
+    r"no \w+ kernels: this build on this processor has .*",
+    r"the processor flushes no subnormal numbers",
+    r"(needs a GPU|NCCL needs a GPU for each rank|there is a CUDA device here)",
+    r"needs Linux on x86-64",
+    r"needs mmap of memory without reservation",
+    r"needs 12 GB of available memory, there are .*",
+    r"Linux says what the peak was",
+    r"the system gives no huge pages",
+    r"the kernel has no MADV_COLLAPSE .*",
+    # what a device does not do
+    r".* (is|are) for the CPU(, and weights on other devices are refused)?",
+    r"values in device memory are not checked",
+    r"\w+ with .* multiplications takes too long on simt",
+    # which tests were selected
+    r"needs the models above to have run in this process",
+)
+
+
+def is_allowed(reason: str) -> bool:
+    return any(re.fullmatch(pattern, reason, re.DOTALL) for pattern in ALLOWED)
