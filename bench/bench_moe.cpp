@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
+#include "activation.h"
 #include "bench.h"
-#include "gate.h"
 #include "switchgear/compact.h"
 
 namespace switchgear::bench {

@@ -2,7 +2,7 @@
 // glu: a = act(gate) ⊙ up, elementwise over h [S,N]; glu_backward: grad_h from grad_a.
 // Memory-bound: (N + I) elements per row, about 30 flop each for the exponential.
 #include "experts.h"
-#include "gate.h"
+#include "gate_columns.h"
 #include "ops.h"
 #include "threads.h"
 

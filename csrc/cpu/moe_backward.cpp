@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "experts.h"
-#include "gate.h"
+#include "gate_columns.h"
 #include "ops.h"
 #include "slots.h"
 #include "threads.h"

@@ -20,7 +20,7 @@
 #include <vector>
 
 #include "experts.h"
-#include "gate.h"
+#include "gate_columns.h"
 #include "layer_rows.h"
 #include "ops.h"
 #include "token_sum.h"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
+#include "gate.cuh"
 #include "launch.h"
 #include "ops.h"
-#include "router_product.cuh"
 
 namespace switchgear::cuda {
 namespace {

@@ -1,126 +1,106 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The gate of an expert, element by element: a = act(gate) · up for gated experts, act(gate) for plain ones, and its
-// partial derivatives. glu.cuh and the epilogues of the grouped GEMMs share it. ops.h defines the options.
+// gate: router_logits[t,e] = Σ_k x[t,k] · weight[e,k] + bias[e], the product of a linear router.
 //
-//   gate_value(options, gate, up)      a
-//   gate_gradient(options, gate, up)   a, ∂a/∂gate, ∂a/∂up; 0 where a limit clamps
-//   gate_value<activation>(…), gate_gradient<activation>(…), with_activation(activation, body)
-//                                      the same with the switch hoisted out of a loop
+//   work T·H·E fused multiply-adds; traffic: x once per 8 experts and the weight once per 16 tokens, from L2
+//   bound by multiply-adds, or with few tokens by latency
 //
-// About 24 instructions, two of them on the special function unit. Numeric contract: float32, NaN stays NaN. The relative
-// error is a dozen roundings plus the error of the exponential's argument. No value is a difference of larger ones, so the
-// tails keep their precision. That holds for all finite gates and ups: a tiny e^x is two factors until it is multiplied by
-// up. Sigmoids past the range of float32 are exactly 0 or 1.
+// A warp computes a tile of kTokens x kExperts logits. Its lanes run along k, 8 adjacent elements each, and read x and the
+// weight as vectors of 16 bytes. At the end the lanes' sums are added pairwise. Warps of a block share their experts, so the
+// weight comes from L1 for all but the first.
+//
+// Numeric contract: all sums in float32. Lane l adds k = 8·l … 8·l + 7, then the same 256 further on, and so on; then lanes are
+// added in a tree. The order depends only on k, not on the tile: a token's logits have the same bits in any batch.
+//
+// Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
+//   gate_kernel: 128 registers
 #pragma once
 #include "platform.cuh"
-#include "switchgear/ops.h"
+#include "vector.cuh"
 
 namespace switchgear::cuda {
 
-struct GateGradient {
-  float a, per_gate, per_up;
+constexpr int kGateWarps = 4;
+constexpr int kGateRun = 8;  // adjacent elements of a lane
+
+struct GateParams {
+  const void* x;
+  const void* weight;
+  const void* bias;  // or null
+  void* router_logits;
+  int64_t x_stride, weight_stride, logits_stride;
+  int64_t num_tokens, depth, num_experts;
+  DType bias_dtype, logits_dtype;
+  bool x_aligned, weight_aligned;  // rows can be read 16 bytes at a time
 };
 
-// An activation. Each result is the product of two factors, which the caller multiplies last: value · value_scale and
-// slope · slope_scale.
-struct Curve {
-  float value, value_scale;
-  float slope, slope_scale;
-};
-
-// x·sigmoid(t) for t whose derivative is `rate`. For t < 0, sigmoid(t) = e^t / (1 + e^t), and e^t is the square of e^{t/2}.
-// __fdividef is within 2 units in the last place for denominators up to 2^126.
-__device__ inline Curve sigmoid_curve(float x, float t, float rate) {
-  const float root = expf(0.5f * fminf(t, 80.0f));  // a NaN is still in x
-  const float power = root * root;
-  const float s = __fdividef(t < 0.0f ? root : power, 1.0f + power), scale = t < 0.0f ? root : 1.0f;
-  const float value = x * s;
-  return {value, scale, s + value * (1.0f - s * scale) * rate, scale};
-}
-
-// x·Φ(x), from erfc(z)·e^{z²} ≈ t·P(t), t = 1/(1 + 0.4 z), z = |x|/√2: the fit of csrc/cpu/kernels.inl, relative error 4e-8
-// on z in [0, 13.25]. Multiplied by the density it keeps its relative precision for negative x.
-__device__ inline Curve gelu_curve(float x) {
-  constexpr float kCoefficients[] = {0.16879836f, -0.43132731f, 0.45925173f, -0.21270886f, 0.23461176f,
-                                     0.14224035f, 0.2123189f,   0.22525296f, 0.22569209f};
-  const float scaled = fabsf(x) * 0.70710678f;
-  const float z = scaled > 13.25f ? 13.25f : scaled;
-  const float t = 1.0f / (1.0f + 0.4f * z);
-  float p = -0.024129979f;
+// `count` elements, and then zeros.
+template <typename T>
+__device__ inline void load_elements(float (&values)[kGateRun], const T* p, int count, bool aligned) {
+  constexpr int kVector = kVectorSize<T>;
 #pragma unroll
-  for (const float c : kCoefficients) p = fmaf(p, t, c);
-  const float root = expf(-0.25f * x * x);
-  const float gauss = x < 0.0f ? root : root * root, scale = x < 0.0f ? root : 1.0f;
-  const float tail = 0.5f * gauss * t * p;
-  const float cdf = x < 0.0f ? tail : 1.0f - tail;
-  return {x * cdf, scale, cdf + x * (0.39894228f * gauss), scale};
-}
-
-// The activation of one argument. For kSwigluOai, its gate's curve x·sigmoid(alpha·x).
-template <Activation kActivation>
-__device__ inline Curve activate(float x, float alpha) {
-  if constexpr (kActivation == Activation::kRelu) {
-    return {x < 0.0f ? 0.0f : x, 1.0f, x > 0.0f ? 1.0f : 0.0f, 1.0f};
-  } else if constexpr (kActivation == Activation::kRelu2) {
-    const float r = x < 0.0f ? 0.0f : x;
-    return {r, r, r, 2.0f};
-  } else if constexpr (kActivation == Activation::kGelu) {
-    return gelu_curve(x);
-  } else if constexpr (kActivation == Activation::kGeluTanh) {
-    // x·sigmoid(2u) with u = √(2/π)·(x + 0.044715 x³), which is x·(1 + tanh u)/2
-    const float square = fminf(x * x, 400.0f);  // s is 0 or 1 beyond; the square of a huge x would overflow
-    return sigmoid_curve(x, 1.5957691f * x * (1.0f + 0.044715f * square), 1.5957691f * (1.0f + 0.134145f * square));
-  } else {
-    const float beta = kActivation == Activation::kSwigluOai ? alpha : 1.0f;
-    return sigmoid_curve(x, beta * x, beta);
+  for (int i = 0; i < kGateRun; i += kVector) {
+    float part[kVector];
+    unpack<T>(part, load_vector(p + i, count - i, aligned && count - i >= kVector));
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) values[i + j] = part[j];
   }
 }
 
-// Unused fields cost nothing: all of this is inlined.
-template <Activation kActivation>
-__device__ inline GateGradient gate_gradient(const GluOptions& options, float gate, float up) {
-  bool gate_clamped = false, up_clamped = false;
-  if (options.limit > 0.0f) {  // comparisons that keep NaN
-    gate_clamped = gate > options.limit;
-    up_clamped = fabsf(up) > options.limit;
-    gate = gate_clamped ? options.limit : gate;
-    up = up_clamped ? copysignf(options.limit, up) : up;
+template <typename X, typename W, int kTokens, int kExperts>
+__global__ void __launch_bounds__(32 * kGateWarps) gate_kernel(GateParams p) {
+  static_assert(kTokens * kExperts <= 32);  // a lane stores one logit
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int64_t first_token = (static_cast<int64_t>(blockIdx.x) * kGateWarps + warp) * kTokens;
+  const int64_t first_expert = static_cast<int64_t>(blockIdx.y) * kExperts;
+  if (first_token >= p.num_tokens) return;  // a whole warp
+
+  // Rows past the last are the last one again; their sums are not stored.
+  const X* x[kTokens];
+  const W* weight[kExperts];
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    const int64_t token = first_token + t < p.num_tokens ? first_token + t : p.num_tokens - 1;
+    x[t] = static_cast<const X*>(p.x) + token * p.x_stride;
   }
-  const Curve c = activate<kActivation>(gate, options.alpha);
-  const float slope = gate_clamped ? 0.0f : c.slope;
-  if (!options.gated) return {c.value * c.value_scale, slope * c.slope_scale, 0.0f};
-  const float factor = kActivation == Activation::kSwigluOai ? up + 1.0f : up;
-  return {c.value * factor * c.value_scale, slope * factor * c.slope_scale,
-          up_clamped ? 0.0f : c.value * c.value_scale};
-}
-
-template <Activation kActivation>
-__device__ inline float gate_value(const GluOptions& options, float gate, float up) {
-  return gate_gradient<kActivation>(options, gate, up).a;
-}
-
-// body.template operator()<activation>(); the branch is the same for all threads.
-template <typename Body>
-__device__ inline void with_activation(Activation activation, const Body& body) {
-  switch (activation) {
-    case Activation::kSilu: return body.template operator()<Activation::kSilu>();
-    case Activation::kGelu: return body.template operator()<Activation::kGelu>();
-    case Activation::kGeluTanh: return body.template operator()<Activation::kGeluTanh>();
-    case Activation::kRelu: return body.template operator()<Activation::kRelu>();
-    case Activation::kRelu2: return body.template operator()<Activation::kRelu2>();
-    case Activation::kSwigluOai: return body.template operator()<Activation::kSwigluOai>();
+#pragma unroll
+  for (int e = 0; e < kExperts; ++e) {
+    const int64_t expert = first_expert + e < p.num_experts ? first_expert + e : p.num_experts - 1;
+    weight[e] = static_cast<const W*>(p.weight) + expert * p.weight_stride;
   }
-}
 
-__device__ inline GateGradient gate_gradient(const GluOptions& options, float gate, float up) {
-  GateGradient result{};
-  with_activation(options.activation,
-                  [&]<Activation kActivation>() { result = gate_gradient<kActivation>(options, gate, up); });
-  return result;
-}
+  float sums[kTokens][kExperts] = {};
+  for (int64_t k = lane * kGateRun; k < p.depth; k += 32 * kGateRun) {
+    const int count = static_cast<int>(p.depth - k < kGateRun ? p.depth - k : kGateRun);
+    float rows[kTokens][kGateRun];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) load_elements(rows[t], x[t] + k, count, p.x_aligned);
+#pragma unroll
+    for (int e = 0; e < kExperts; ++e) {
+      float column[kGateRun];
+      load_elements(column, weight[e] + k, count, p.weight_aligned);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+        for (int i = 0; i < kGateRun; ++i) sums[t][e] = fmaf(rows[t][i], column[i], sums[t][e]);
+      }
+    }
+  }
 
-__device__ inline float gate_value(const GluOptions& options, float gate, float up) {
-  return gate_gradient(options, gate, up).a;
+  float own = 0.0f;  // the logit that this lane stores
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+    for (int e = 0; e < kExperts; ++e) {
+      float sum = sums[t][e];
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      if (lane == t * kExperts + e) own = sum;
+    }
+  }
+  const int64_t token = first_token + lane / kExperts, expert = first_expert + lane % kExperts;
+  if (lane >= kTokens * kExperts || token >= p.num_tokens || expert >= p.num_experts) return;
+  if (p.bias != nullptr) own += load_float(p.bias, p.bias_dtype, expert);
+  store_float(p.router_logits, p.logits_dtype, token * p.logits_stride + expert, own);
 }
 
 }  // namespace switchgear::cuda

@@ -10,7 +10,7 @@
 // traffic per element: what is stored, plus h for kGluBackward. Numeric contract: everything in float32, rounded once when
 // stored; a is computed from the unrounded h.
 #pragma once
-#include "gate.cuh"
+#include "activation.cuh"
 #include "gemm.h"
 #include "gemm_schedule.cuh"
 #include "vector.cuh"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // glu: a = act(gate) ⊙ up for gated experts, act(h) for plain ones, elementwise over h [S,N]; glu_backward: grad_h from
-// grad_a. ops.h has the formulas, gate.cuh the arithmetic.
+// grad_a. ops.h has the formulas, activation.cuh the arithmetic.
 //
 //   h, grad_h [S,N]   a, grad_a [S,I]   N = 2I (gated) or I
 //   about 20·S·I flop; traffic S·(N + I)·size bytes, backward S·(2N + I)·size; memory-bound
@@ -14,7 +14,7 @@
 //   glu_kernel: 48 registers
 //   glu_backward_kernel: 48 registers
 #pragma once
-#include "gate.cuh"
+#include "activation.cuh"
 #include "vector.cuh"
 
 namespace switchgear::cuda {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // A whole layer and its gradients in float64 with bounds, for the tests of moe_forward and moe_backward on any backend.
 #pragma once
+#include "activation.h"
 #include "cases.h"
-#include "gate.h"
 
 namespace switchgear::test {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include "gate_grid.h"
+#include "activation_grid.h"
 
 namespace switchgear::test {
 namespace {

@@ -18,7 +18,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/gate.h"
+#include "cpu/gate_columns.h"
 #include "cpu/integers/experts.h"
 #include "cpu/ops.h"
 #include "cpu/slots.h"

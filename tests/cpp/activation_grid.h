@@ -2,7 +2,7 @@
 // glu over the whole range of a dtype: all gates of 16 bits, or of float32 every exponent and sign; infinities and NaN; each
 // with ordinary, tiny and the largest ups.
 #pragma once
-#include "gate.h"
+#include "activation.h"
 
 namespace switchgear::test {
 
