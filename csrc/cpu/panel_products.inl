@@ -182,7 +182,8 @@ void panel_products_of(const Product& product) {
       const PartsOfB<T> parts{.data = data, .steps = steps, .first = part, .end = last};
       const int64_t set_bytes = 4 * steps * kClasses, sets = (last - part + kGroups - 1) / kGroups;
       const char* ahead = reinterpret_cast<const char*>(data) + kLead;
-      if (ahead >= end && product.next.data != nullptr) ahead = static_cast<const char*>(product.next.data) + (ahead - end);
+      if (ahead >= end && product.next.data != nullptr)
+        ahead = static_cast<const char*>(product.next.data) + (ahead - end);
       for (int64_t t = 0, m = 0, count; t < tiles; ++t, m += count) {
         count = (product.num_rows - m) / (tiles - t);
         if (part % kGroups == 0 && t + 1 < tiles) {  // rows are read here for the first time

@@ -83,7 +83,9 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
     const ExpertMatrix matrix(*args.matrices, e, args.out.dtype);
     return args.transposed ? matrix.columns_from(block.column) : matrix.rows_from(block.column);
   };
-  const auto start = [&](const Block& block, int64_t e) { return e < num_experts ? operand(block, e).start() : Start{}; };
+  const auto start = [&](const Block& block, int64_t e) {
+    return e < num_experts ? operand(block, e).start() : Start{};
+  };
 
   parallel_for_shares(num_threads, chunks * column_blocks, [&](int64_t task, int thread) {
     char* const own = memory + thread * (WideScratch::kBytes + accumulator_bytes);

@@ -245,7 +245,8 @@ TEST(products_are_those_of_float64) {
             const cpu::Matrix b = w.matrix(dtype, first);
             for (int64_t begin = 0, count; begin < shape.rows; begin += count) {
               count = std::min(shape.rows - begin, cpu::kernels().most_rows);
-              const std::vector<float> got = multiply(b, x, begin, count, columns, begin > 0 ? b.start() : cpu::Start{});
+              const std::vector<float> got =
+                  multiply(b, x, begin, count, columns, begin > 0 ? b.start() : cpu::Start{});
               for (int64_t i = 0; i < count * panel; ++i) {
                 const int64_t m = begin + i / panel, n = i % panel;
                 const Bounded expected = n < columns ? want[static_cast<size_t>(m * w.rows + first + n)] : Bounded{};
