@@ -5,8 +5,8 @@
 #include <cfloat>
 #include <span>
 
-#include "cpu/ops.h"
 #include "run_op.h"
+#include "switchgear/backend.h"
 
 namespace switchgear::test {
 namespace {
@@ -122,7 +122,8 @@ TEST(column_topk_has_the_choices_of_the_cpu) {
     const Real real(sequence_ids, s.T, B);
     const Array real_values = real.rows(values), real_limits = at_least_zero(limits);
     Array want(DType::kInt32, {std::ssize(real.tokens), s.E}), got(DType::kInt32, {s.T, s.E});
-    cpu::column_topk({.values = real_values, .sequence_ids = real.ids, .limits = real_limits, .topk_ids = want}, {1});
+    cpu_backend().column_topk(
+        {.values = real_values, .sequence_ids = real.ids, .limits = real_limits, .topk_ids = want}, {1});
     run_op({&got}, [&](Execution exec) {
       cuda::column_topk({.values = values, .sequence_ids = sequence_ids, .limits = limits, .topk_ids = got}, exec);
     });
@@ -138,7 +139,7 @@ TEST(route_dynamic_has_the_bits_of_the_cpu) {
       return RouteDynamicArgs{
           .router_logits = logits, .selection_bias = bias, .options = o, .topk_ids = ids, .topk_weights = weights};
     };
-    cpu::route_dynamic(args(want, want_weights), {1});
+    cpu_backend().route_dynamic(args(want, want_weights), {1});
     run_op({&got, &got_weights}, [&](Execution exec) { cuda::route_dynamic(args(got, got_weights), exec); });
     CHECK(same_bits(got, want));
     CHECK(same_bits(got_weights, want_weights));
@@ -179,14 +180,14 @@ TEST(fit_capacity_has_the_choices_of_the_cpu) {
                                        .candidates = std::min(s.E + 1 - random.below(3), s.K + (s.E > 1000 ? 2 : 70))};
       const bool reroutes = (static_cast<int64_t>(drop) + kind) % 4 != 0;
       Array want(DType::kInt32, {std::ssize(real.tokens), s.K}), got(DType::kInt32, {s.T, s.K});
-      cpu::fit_capacity({.topk_ids = valid,
-                         .priorities = real_priorities,
-                         .scores = reroutes ? real_scores.view() : TensorView{},
-                         .sequence_ids = real.ids,
-                         .limits = real_limits,
-                         .options = options,
-                         .kept_ids = want},
-                        {1});
+      cpu_backend().fit_capacity({.topk_ids = valid,
+                                  .priorities = real_priorities,
+                                  .scores = reroutes ? real_scores.view() : TensorView{},
+                                  .sequence_ids = real.ids,
+                                  .limits = real_limits,
+                                  .options = options,
+                                  .kept_ids = want},
+                                 {1});
       run_op({&got}, [&](Execution exec) {
         cuda::fit_capacity({.topk_ids = ids,
                             .priorities = priorities,
@@ -219,7 +220,7 @@ TEST(assign_balanced_has_the_choices_of_the_cpu) {
                                 .max_iterations = iterations,
                                 .expert_ids = out};
     };
-    cpu::assign_balanced(args(real_values, real.ids, want), {1});
+    cpu_backend().assign_balanced(args(real_values, real.ids, want), {1});
     run_op({&got}, [&](Execution exec) { cuda::assign_balanced(args(values, sequence_ids, got), exec); });
     check_rows(got, want, real);
   });

@@ -3,10 +3,10 @@
 #include <cfloat>
 
 #include "cases.h"
-#include "cpu/ops.h"
 #include "launch.h"
 #include "run_op.h"
 #include "score.cuh"
+#include "switchgear/backend.h"
 
 namespace switchgear::test {
 namespace {
@@ -127,7 +127,7 @@ RouteArgs arguments(const Array& logits, const Array& bias, const RouteOptions& 
 
 void check_route(const Array& logits, const Array& bias, const RouteOptions& options) {
   Routed want(logits.size(0), options.top_k), got = want;
-  cpu::route(arguments(logits, bias, options, want), {1});
+  cpu_backend().route(arguments(logits, bias, options, want), {1});
   run_op({&got.ids, &got.weights}, [&](Execution exec) { cuda::route(arguments(logits, bias, options, got), exec); });
   CHECK(same_bits(got.ids, want.ids));
   CHECK(same_bits(got.weights, want.weights));
@@ -264,7 +264,7 @@ void check_backward(const Array& logits, const Array& ids, const Array& grad, co
                              .options = options,
                              .grad_router_logits = out};
   };
-  cpu::route_backward(args(valid, want), {1});
+  cpu_backend().route_backward(args(valid, want), {1});
   run_op({&got}, [&](Execution exec) { cuda::route_backward(args(ids, got), exec); });
   for (int64_t t = 0; t < logits.size(0); ++t) {
     for (int64_t e = 0; e < logits.size(1); ++e) {
@@ -286,7 +286,7 @@ TEST(route_backward_has_the_bits_of_the_cpu) {
         const Array grad = random_array(random, DType::kFloat32, {T, K});
         for_each_option(random, E, K, {0, 1, 4, 5}, [&](const RouteOptions& o, const Array& bias) {
           Routed routed(T, K);
-          cpu::route(arguments(logits, bias, o, routed), {1});
+          cpu_backend().route(arguments(logits, bias, o, routed), {1});
           check_backward(logits, routed.ids, grad, o);
         });
       }

@@ -2,8 +2,8 @@
 #include <climits>
 #include <vector>
 
-#include "cpu/ops.h"
 #include "planted.h"
+#include "switchgear/backend.h"
 
 namespace switchgear::planted {
 namespace {
@@ -36,11 +36,11 @@ void invalid_bool() {
 void misaligned_load() {
   std::vector<int32_t> ids(5), offsets(2), tokens(4), slots(4);
   char* odd = reinterpret_cast<char*>(ids.data()) + opaque(1);
-  cpu::plan({.topk_ids = view(odd, DType::kInt32, 2, 2),
-             .plan = {.expert_offsets = view(offsets.data(), DType::kInt32, 2),
-                      .token_indices = view(tokens.data(), DType::kInt32, 4),
-                      .slot_indices = view(slots.data(), DType::kInt32, 2, 2)}},
-            {});
+  cpu_backend().plan({.topk_ids = view(odd, DType::kInt32, 2, 2),
+                      .plan = {.expert_offsets = view(offsets.data(), DType::kInt32, 2),
+                               .token_indices = view(tokens.data(), DType::kInt32, 4),
+                               .slot_indices = view(slots.data(), DType::kInt32, 2, 2)}},
+                     {});
 }
 
 constexpr Bug kBugs[] = {
