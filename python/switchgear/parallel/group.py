@@ -135,6 +135,7 @@ class ExpertParallel:
 
         found = self.peers.run(share)
         if any(found[rank] != found[twins[0]] for twins in found for rank in twins):
+            self.peers.finish()
             raise ValueError(f"tp_group: expected the same ranks on each of them, got {found}")
         return tuple(sorted(set(found)))
 
@@ -207,6 +208,15 @@ def _shared_memory(parallel: ExpertParallel, store: Any) -> transports.Transport
     if not shared_memory.available():
         raise ValueError("transport: expected 'gloo' or 'auto', shared_memory needs Linux on x86-64")
     parallel._check_one_machine("transport", "'gloo' or 'auto'")
+    made = _opened_shared_memory(parallel, store)
+    if made.problem:
+        parallel.peers.finish()
+        raise ValueError(f"transport: expected 'gloo' or 'auto', shared memory cannot be opened: {made.problem}")
+    return made
+
+
+def _opened_shared_memory(parallel: ExpertParallel, store: Any) -> shared_memory.SharedMemoryTransport:
+    """The transport, discarded again if it has a problem, on all ranks alike."""
     is_over = parallel.peers.is_over()
     made = parallel.peers.run(
         lambda: shared_memory.SharedMemoryTransport(parallel.rank, parallel.size, store, is_over),
@@ -214,19 +224,17 @@ def _shared_memory(parallel: ExpertParallel, store: Any) -> transports.Transport
     )
     if made.problem:
         made.discard()
-        raise ValueError(f"transport: expected 'gloo' or 'auto', shared memory cannot be opened: {made.problem}")
     return made
 
 
 def _auto(parallel: ExpertParallel, store: Any) -> transports.Transport:
     if not shared_memory.available() or len(set(parallel.peers.hosts)) > 1:
         return _gloo(parallel, store)
-    try:
-        return _shared_memory(parallel, store)
-    except ValueError as error:  # on all ranks alike
-        reason = str(error).split(": ", 2)[-1]
-        warnings.warn(f"rows are sent by gloo, since shared memory cannot be opened: {reason}", stacklevel=3)
+    made = _opened_shared_memory(parallel, store)
+    if made.problem:
+        warnings.warn(f"rows are sent by gloo, since shared memory cannot be opened: {made.problem}", stacklevel=3)
         return _gloo(parallel, PrefixStore("instead", store))
+    return made
 
 
 def _gloo(parallel: ExpertParallel, store: Any) -> transports.Transport:

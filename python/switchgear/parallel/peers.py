@@ -210,10 +210,14 @@ class Peers:
         finally:
             self.waiting = False
 
-    def fail(self, failure: Failure) -> None:
-        """Adopts and raises a failure that every rank detects by itself. Nothing is aborted, and this rank counts as
-        done: the others may still be reading the data that shows it."""
+    def finish(self) -> None:
+        """Before an error that every rank finds by itself: this rank counts as done, not as lost, since the others may
+        still be reading the data that shows the error."""
         self.done = self.step
+
+    def fail(self, failure: Failure) -> None:
+        """Adopts and raises a failure that every rank detects by itself. Nothing is aborted."""
+        self.finish()
         with self._lock:
             if self.failure is None:
                 self.failure = failure

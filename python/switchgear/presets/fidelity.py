@@ -67,7 +67,7 @@ FIDELITY = {
     "mixtral": Fidelity("model", None, f"{PAPER} and of the code in Hugging Face transformers"),
     "mixture_of_depths": Fidelity("structure", None, f"{PAPER}, for a feed-forward block", "balance"),
     "moe_plus_plus": Fidelity(
-        "structure", None, f"{PAPER}; initial values, no capacity by default: {OURS}", "tau, balance, capacities"
+        "structure", None, f"{PAPER}; initial values, no capacity by default: {OURS}", "tau, balance, capacity_factor"
     ),
     "moe_x": Fidelity("score", 22, f"{PAPER}; sign and normalisation of the score: {OURS}", "scale, top_k"),
     "moec": Fidelity(
