@@ -31,7 +31,7 @@ Worst = dict[tuple[torch.dtype, bool], float]
 
 
 class Recorder:
-    """A pytest plugin: remembers the last preset that the running test asked for."""
+    """A pytest plugin: remembers the last preset that the running test requested."""
 
     def __init__(self) -> None:
         self.worst: dict[str, Worst] = defaultdict(lambda: defaultdict(float))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import switchgear
-from switchgear import Router, ops, testing
+from switchgear import Router, ops, routing, testing
 from switchgear.functional import gate_route
 from switchgear.testing import Bounded, assert_close, exact
 
@@ -151,6 +151,15 @@ def test_bits_of_gradients_of_rows_do_not_depend_on_the_batch(isa: str, dtype: t
         assert torch.equal(grad_x(rows), whole[rows])
 
 
+def test_bits_of_a_row_of_a_pathway_aware_score_do_not_depend_on_the_batch(isa: str) -> None:
+    score = routing.GatingResidual(1030, 9)
+    torch.nn.init.normal_(score.residual)
+    x, before = torch.randn(50, 1030), torch.randn(50, 9)
+    whole = score(x, switchgear.Context(fields={"previous_logits": before}))
+    for rows in (slice(0, 1), slice(3, 10), slice(20, 49)):
+        assert torch.equal(score(x[rows], switchgear.Context(fields={"previous_logits": before[rows]})), whole[rows])
+
+
 def near_ties(num_tokens: int, num_experts: int, hidden_size: int) -> tuple[Tensor, Tensor]:
     """x and a weight such that all logits of a token are equal, but for the order in which their terms are added."""
     half = torch.randn(num_tokens, hidden_size // 2)
@@ -250,6 +259,7 @@ def test_autocast(backend: str) -> None:
         (ValueError, "weight", {"weight": torch.randn(3, 9)}),
         (ValueError, "weight", {"weight": torch.randn(8)}),
         (ValueError, "bias", {"bias": torch.randn(4)}),
+        (ValueError, "x", {"x": torch.randn(2, 3, 0)}),
         (TypeError, "x", {"x": torch.ones(5, 8, dtype=torch.int64)}),
         (TypeError, "weight", {"weight": torch.randn(3, 8).half()}),
         (TypeError, "bias", {"bias": torch.randn(3).bfloat16()}),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from switchgear.integrations import experts as running
+from switchgear import backends
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, path_of, restore
 
@@ -75,7 +75,7 @@ def llama4_experts(model: nn.Module) -> Any:
 @pytest.mark.parametrize("order", ORDERS)
 def test_wrapped_experts_run_the_models_own_code_with_a_warning(order: str) -> None:
     base = build("llama4_text")
-    running._warned.clear()
+    backends._warned_about.clear()
     replacements = accelerate(base) if order == "switchgear first" else []
     model = adapted(base, TARGETS["llama4_text"])
     replacements = replacements or accelerate(model)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import switchgear
-from switchgear.integrations import experts as running
+from switchgear import backends
 from switchgear.integrations.tiny_models import build, example_inputs
 
 FORMS = ["int8", "int4", "fp8", "mxfp4"]  # test_forms.py saves the lossless ones
@@ -21,7 +21,7 @@ FORMS = ["int8", "int4", "fp8", "mxfp4"]  # test_forms.py saves the lossless one
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    running._warned.clear()
+    backends._warned_about.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

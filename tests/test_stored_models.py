@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
+from switchgear import backends
 from switchgear.adapters import add_lora
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate
-from switchgear.weights import module as stored_modules
 
 
 @pytest.fixture(autouse=True)
 def _first_warning() -> None:
-    stored_modules._warned.clear()
+    backends._warned_about.clear()
 
 
 def stored_model(model_type: str = "mixtral", form: str = "int8") -> Any:

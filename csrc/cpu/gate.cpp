@@ -18,7 +18,7 @@ namespace switchgear::cpu {
 namespace {
 
 constexpr int64_t kThreadProducts = 1 << 17;  // 2 to 4 µs: fewer multiplications are not worth another thread
-constexpr int64_t kSomeRows = 48;             // per piece: 8 tiles, so that the weight is mostly read from L2
+constexpr int64_t kPieceRows = 48;             // per piece: 8 tiles, so that the weight is mostly read from L2
 constexpr int64_t kMostRows = 144;  // at H = 2048 and in bfloat16 they stay in L2 for all panels of the weight
 constexpr int64_t kColumnStep = 4;  // columns of a tile
 
@@ -32,7 +32,7 @@ struct Pieces {
     const int64_t worth = std::max<int64_t>(num_tokens * num_experts * depth / kThreadProducts, 1);
     num_threads = static_cast<int>(std::min<int64_t>(worth, threads));
     down = ceil_div(num_tokens, most_rows);
-    if (num_tokens >= kSomeRows * num_threads) down = ceil_div(down, num_threads) * num_threads;  // equal shares
+    if (num_tokens >= kPieceRows * num_threads) down = ceil_div(down, num_threads) * num_threads;  // equal shares
     rows = piece_rows(num_tokens, ceil_div(num_tokens, down));
     down = ceil_div(num_tokens, rows);
     const int64_t shares = ceil_div(num_threads, down);
@@ -49,7 +49,7 @@ void gate(const GateArgs& args, const Context& context) {
   const int64_t num_tokens = x.shape[0], depth = x.shape[1], num_experts = weight.shape[0], panel = k.panel;
   if (num_tokens == 0) return;
   const bool widens = x.dtype != weight.dtype;
-  const Pieces pieces(num_tokens, num_experts, depth, widens ? kSomeRows : kMostRows, context.num_threads);
+  const Pieces pieces(num_tokens, num_experts, depth, widens ? kPieceRows : kMostRows, context.num_threads);
 
   const int64_t pointer_bytes = Workspace::padded(pieces.rows * static_cast<int64_t>(sizeof(void*)));
   const int64_t row_bytes = widens ? spread_row_bytes(depth * 4) : 0;

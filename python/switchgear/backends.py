@@ -82,3 +82,10 @@ def _announce(subject: str, message: str) -> None:
         raise RuntimeError(message)
     _warned_about.add(subject)
     warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def warn_once(message: str, stacklevel: int = 2) -> None:
+    """One warning per message and process, since a module runs many times. stacklevel: as seen from the caller."""
+    if message not in _warned_about:
+        _warned_about.add(message)
+        warnings.warn(f"switchgear: {message}", stacklevel=stacklevel + 1)

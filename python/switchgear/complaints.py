@@ -50,8 +50,8 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 
 def complain_about_rows(name: str, rows: Any, hidden_size: int, like: Tensor | None) -> None:
-    """Raises for an input of a module that is no tensor [..., hidden_size] of the dtype and device of `like`, a weight.
-    Returns if it is valid."""
+    """Raises for an input of a router that is no tensor [..., hidden_size] with the device of `like`, its weight, and
+    its dtype unless that is float32. Returns if it is valid."""
     if not isinstance(rows, Tensor):
         raise TypeError(f"{name}: expected Tensor, got {type(rows).__name__}")
     check_dense(name, rows)
@@ -61,8 +61,10 @@ def complain_about_rows(name: str, rows: Any, hidden_size: int, like: Tensor | N
         raise TypeError(f"{name}: expected a floating dtype, got {rows.dtype}")
     if like is not None and rows.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device} like the weights, got one on {rows.device}")
-    if like is not None and rows.dtype is not like.dtype:
+    if like is not None and like.dtype not in (rows.dtype, torch.float32):
         raise TypeError(f"{name}: expected {like.dtype} like the weights, got {rows.dtype}")
+    if rows.is_cpu and rows.numel() and rows.untyped_storage().data_ptr() == 0:
+        raise ValueError(f"{name}: expected data, got a tensor whose storage was freed")
     if rows.is_cpu and rows.data_ptr() % rows.element_size() != 0:
         raise ValueError(f"{name}: expected data aligned to its elements ({rows.dtype}), got {rows.data_ptr():#x}")
 

@@ -185,7 +185,7 @@ def gate(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, float32: bool
         ValueError: a wrong shape. TypeError: a wrong dtype.
     """
     x, weight, bias = _of_gate(x, weight, bias, float32)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else _flat("x", x)
     if needs_autograd(rows, weight, bias):
         router_logits: Tensor = apply(autograd.Gate, rows, weight, bias, float32)
     else:
@@ -238,7 +238,7 @@ def gate_route(
     options = (score_function, normalize, as_number("scale", scale), num_groups, topk_groups, group_score)
     x, weight, bias = _of_gate(x, weight, bias, float32)
     if x.dim() != 2:
-        x = x.reshape(-1, x.shape[-1])
+        x = _flat("x", x)
     if selection_bias is not None:
         selection_bias = as_weights("selection_bias", selection_bias.detach(), torch.float32)
     tensors = (x, weight, bias, selection_bias)

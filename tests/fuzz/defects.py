@@ -4,13 +4,13 @@ same numbers; NEVER if there is none, so the call must raise."""
 
 from __future__ import annotations
 
-import ctypes
 import random
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from forged_arrays import Forged
 from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
@@ -168,38 +168,11 @@ def odd_array(t: Tensor, rng: random.Random) -> Pair:
     return (a.astype(dtype) if dtype != "V4" else np.zeros(a.shape, "V4")), NEVER
 
 
-class _DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p),
-    )  # fmt: skip
-
-
-class Forged:
-    """An array whose __dlpack__ describes memory that does not exist."""
-
-    def __init__(self, shape: list[int], strides: list[int], **fields: int) -> None:
-        self.memory = (ctypes.c_float * 8)()
-        self.shape, self.strides = (ctypes.c_int64 * 8)(*shape), (ctypes.c_int64 * 8)(*strides)
-        given = {"data": ctypes.addressof(self.memory), "ndim": len(shape), "code": 2, "bits": 32, "lanes": 1, **fields}
-        self.tensor = _DLTensor(device_type=1, shape=self.shape, strides=self.strides, **given)
-
-    def __dlpack__(self, **_: Any) -> Any:
-        new = ctypes.pythonapi.PyCapsule_New
-        new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-        return new(ctypes.addressof(self.tensor), b"dltensor", None)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 1, 0
-
-
 def forged(t: Tensor, rng: random.Random) -> Pair:
     huge = (2**63 - 1, -(2**63), 2**62, -(2**62), -1)
-    strides = [rng.choice(huge), 1]
+    strides = (rng.choice(huge), 1)
     fields = rng.choice(({}, {"lanes": 2}, {"bits": 4}, {"code": 77}, {"ndim": -1}, {"data": 0}))
-    return Forged([3, 2] if rng.random() < 0.8 else [2**40, 2**40], strides, **fields), NEVER
+    return Forged((3, 2) if rng.random() < 0.8 else (2**40, 2**40), strides, **fields), NEVER
 
 
 Defect = Callable[[Tensor, random.Random], Pair]

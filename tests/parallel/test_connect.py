@@ -137,7 +137,7 @@ def greet(address: Any, rank: int, secret: str) -> socket.socket:
     return connection
 
 
-def test_slow_strangers_hold_up_nobody() -> None:
+def test_slow_strangers_delay_no_rank() -> None:
     secret = "s" * 32
     with listening({1}, secret) as (address, mesh, ends):
         strangers = [socket.create_connection(address) for _ in range(40)]

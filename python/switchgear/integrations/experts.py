@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -94,13 +93,3 @@ def not_plain(weights: Iterable[Any]) -> str | None:
         if not plain and not isinstance(weight, (FakeTensor, FunctionalTensor)):  # tracing: both stand for plain ones
             return f"a weight is a {type(weight).__name__}, not a plain tensor"
     return None
-
-
-_warned: set[str] = set()
-
-
-def warn_once(message: str) -> None:
-    """One warning per message and process, since an experts module runs many times."""
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(f"switchgear: {message}", stacklevel=3)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from switchgear.integrations.experts import warn_once
+from switchgear.backends import warn_once
 from switchgear.weights import stored_of
 from switchgear.weights.module import plain_keys
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from switchgear.integrations.experts import not_plain, warn_once
+from switchgear.backends import warn_once
+from switchgear.integrations.experts import not_plain
 from switchgear.integrations.parts import Bypassed, is_swap
 from switchgear.integrations.undecorated import Patch, patch_of
 

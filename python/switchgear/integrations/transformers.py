@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ExpertsInterface
 
+from switchgear.backends import warn_once
 from switchgear.integrations import saving
-from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts, warn_once
+from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, obstacle, swap_forward
 from switchgear.integrations.undecorated import PATCHES, patch_of

@@ -4,7 +4,7 @@
 A rank listens only while the group connects, and only on the interface that the group uses: loopback if all ranks share
 it. Each connection begins with a greeting, the sender's rank and the listener's secret. Only readers of the store know
 the secret. Strangers can still open connections, so greetings are read side by side and each has a deadline: slow bytes
-delay nobody.
+delay no rank.
 """
 
 from __future__ import annotations

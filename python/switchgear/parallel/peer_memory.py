@@ -91,7 +91,7 @@ class PeerMemoryTransport:
         self, rank: int, size: int, store: Any, device: Device, slot_bytes: int = SLOT_BYTES,
         is_over: Callable[[], bool] = never,
     ) -> None:  # fmt: skip
-        """is_over: whether nobody waits for this object any more."""
+        """is_over: whether this object is no longer needed."""
         self._rank, self._size, self._device, self._slot_bytes = rank, size, device, slot_bytes
         own = device.allocate(device.segment_bytes(size, slot_bytes))
         store.set(f"segment/{rank}", device.share(own))

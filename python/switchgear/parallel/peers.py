@@ -127,7 +127,7 @@ class Peers:
             get(store, f"ready/{peer}", is_over)
 
     def is_over(self) -> Callable[[], bool]:
-        """For a function of `run`: whether nobody waits for it any more."""
+        """For a function of `run`: whether its result is no longer needed."""
         late = time.monotonic() + self._remaining() + 2.0
         return lambda: self._closed or self.failure is not None or time.monotonic() > late
 

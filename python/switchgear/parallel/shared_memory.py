@@ -57,7 +57,7 @@ class SharedMemoryTransport:
     """See Transport. store: for the rendezvous; all ranks must be on this machine."""
 
     def __init__(self, rank: int, size: int, store: Any, is_over: Callable[[], bool] = never) -> None:
-        """is_over: whether nobody waits for this object any more."""
+        """is_over: whether this object is no longer needed."""
         self._rank, self._size = rank, size
         self._entry = 3 + (size + 1) + size  # in words
         self._name = segments.random_name("rows")

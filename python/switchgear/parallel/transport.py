@@ -90,7 +90,7 @@ class GlooTransport:
     """
 
     def __init__(self, rank: int, size: int, store: Any, timeout: float, is_over: Callable[[], bool]) -> None:
-        """timeout: seconds after which gloo gives up connecting. is_over: whether nobody waits for this any more."""
+        """timeout: seconds after which gloo gives up connecting. is_over: whether this object is no longer needed."""
         before = _socket_files()
         seconds = timeout + 1.0  # Peers, which knows the reason, comes first
         self._group: Any = dist.ProcessGroupGloo(own_client(store), rank, size, timedelta(seconds=seconds))

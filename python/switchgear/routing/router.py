@@ -217,10 +217,8 @@ class Router(nn.Module):
                 return gate_route(rows, self.weight, self.top_k, **logits, **self._options())  # type: ignore[arg-type]
             context = self.complete(context, hidden_states)
             router_logits = self.logits(rows, context)
-        except Exception as error:
+        except Exception:
             complain_about_rows("hidden_states", hidden_states, self.hidden_size, self.weight)
-            if type(error) is ValueError and str(error).startswith("x: "):  # of the function that computes the logits
-                raise ValueError(f"hidden_states{str(error)[1:]}") from None
             raise
         return self.decide(router_logits, context)
 

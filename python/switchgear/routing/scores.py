@@ -278,13 +278,13 @@ class GatingResidual(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E]."""
-        logits = F.linear(x, self.weight)
+        logits = gate(x, self.weight)
         before = (context.fields or {}).get("previous_logits")
         if before is None:
             return logits
         if before.shape != logits.shape:
             raise ValueError(f"previous_logits: expected shape {list(logits.shape)}, got {list(before.shape)}")
-        return logits + F.linear(before.to(x.dtype), self.residual)
+        return logits + gate(before.to(x.dtype), self.residual)
 
 
 class Sum(nn.Module):

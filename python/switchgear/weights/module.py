@@ -8,7 +8,6 @@ them or plain weights, which they encode. Floating-point scales are kept as int3
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchgear.backends import warn_once
 from switchgear.reference.formats import FIELDS
 from switchgear.weights.absent import Absent
 from switchgear.weights.form import Form, KeyedForm
@@ -71,8 +71,11 @@ class StoredProjections:
 
     def __init__(self, form: Form, layout: Layout, projections: tuple[Projection, Projection]) -> None:
         self.form, self.layout, self.projections = form, layout, projections
-        self.was_trained = any(projection.trained for projection in projections)
         self._cached: tuple[list[tuple[str, Tensor]], tuple[Weight, Weight]] | None = None
+
+    @property
+    def was_trained(self) -> bool:
+        return any(projection.trained for projection in self.projections)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}  # copies have tensors of their own
@@ -161,17 +164,12 @@ def _transposed(weight: Tensor) -> Tensor:
         return weight
 
 
-_warned: set[tuple[type, str]] = set()
-
-
 def _warn_of_training(module: nn.Module, stored: StoredProjections) -> None:
     """Once per class and form: parameters that were trained became buffers."""
-    key = type(module), str(stored.form)
-    if torch.compiler.is_compiling() or key in _warned:
+    if torch.compiler.is_compiling():
         return
-    _warned.add(key)
-    warnings.warn(
-        f"switchgear: {key[0].__name__} is in training mode, but its experts are stored as {key[1]} and do not train; "
+    warn_once(
+        f"{type(module).__name__} is in training mode, but its experts are stored as {stored.form} and do not train; "
         "call switchgear.restore(model) to train them, model.eval() for inference, or requires_grad_(False) on them "
         "before storing if only the rest trains",
         stacklevel=3,
