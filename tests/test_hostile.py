@@ -261,6 +261,7 @@ WRONG_INPUTS: dict[str, Any] = {
     "twice the width": torch.randn(3, 8),
     "no dimension": torch.tensor(1.0),
     "integers": torch.ones(3, 4, dtype=torch.int64),
+    "float64": torch.randn(3, 4, dtype=torch.float64),
     "a list": [[1.0, 2.0, 3.0, 4.0]],
     "an array": np.zeros((3, 4), np.float32),
     "misaligned": torch.frombuffer(bytearray(49), dtype=torch.float32, offset=1).view(3, 4),

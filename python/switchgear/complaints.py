@@ -50,8 +50,8 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 
 def complain_about_rows(name: str, rows: Any, hidden_size: int, like: Tensor | None) -> None:
-    """Raises for an input of a router that is no tensor [..., hidden_size] with the device of `like`, its weight, and
-    its dtype unless that is float32. Returns if it is valid."""
+    """Raises for an input of a router that is no tensor [..., hidden_size] with the device and dtype of `like`, its
+    weight, which may be float32 for rows of 16 bits. Returns if it is valid."""
     if not isinstance(rows, Tensor):
         raise TypeError(f"{name}: expected Tensor, got {type(rows).__name__}")
     check_dense(name, rows)
@@ -61,7 +61,8 @@ def complain_about_rows(name: str, rows: Any, hidden_size: int, like: Tensor | N
         raise TypeError(f"{name}: expected a floating dtype, got {rows.dtype}")
     if like is not None and rows.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device} like the weights, got one on {rows.device}")
-    if like is not None and like.dtype not in (rows.dtype, torch.float32):
+    keeps_float32 = like is not None and like.dtype is torch.float32 and rows.dtype.itemsize == 2
+    if like is not None and rows.dtype is not like.dtype and not keeps_float32:
         raise TypeError(f"{name}: expected {like.dtype} like the weights, got {rows.dtype}")
     if rows.is_cpu and rows.numel() and rows.untyped_storage().data_ptr() == 0:
         raise ValueError(f"{name}: expected data, got a tensor whose storage was freed")
