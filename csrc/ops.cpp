@@ -110,6 +110,17 @@ void check_options(const GluOptions& options) {
 // Routers keep some tensors in float32 whatever the dtype of x.
 Kind float32_or_shared(const TensorView& tensor) { return tensor.dtype == DType::kFloat32 ? kFloat32 : kFloat; }
 
+// All of a route but its logits: of route and gate_route.
+template <typename Args>
+void route_shapes(Call& call, const Args& args, Dim& T, Dim& E) {
+  Dim K{"K", 1, args.options.top_k};
+  if (args.selection_bias.defined()) call.input("selection_bias", args.selection_bias, kFloat32, {&E});
+  call.output("topk_ids", args.topk_ids, kInt32, {&T, &K});
+  call.output("topk_weights", args.topk_weights, kFloat32, {&T, &K});
+  slots(T, K);
+  check_options(args.options, E);
+}
+
 void gate_shapes(Call& call, const GateArgs& args, Dim& T, Dim& E) {
   Dim H{"H"};
   const auto& [x, weight, bias, router_logits] = args;
@@ -165,13 +176,9 @@ void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& o
 
 void route(const RouteArgs& args, Execution exec) {
   Call call(exec);
-  Dim T{"T", 0}, E{"E"}, K{"K", 1, args.options.top_k};
+  Dim T{"T", 0}, E{"E"};
   call.input("router_logits", args.router_logits, kFloat, {&T, &E}, kRows);
-  if (args.selection_bias.defined()) call.input("selection_bias", args.selection_bias, kFloat32, {&E});
-  call.output("topk_ids", args.topk_ids, kInt32, {&T, &K});
-  call.output("topk_weights", args.topk_weights, kFloat32, {&T, &K});
-  slots(T, K);
-  check_options(args.options, E);
+  route_shapes(call, args, T, E);
   call.check_overlap();
   call.backend().route(args, exec);
 }
@@ -202,13 +209,9 @@ void gate(const GateArgs& args, Execution exec) {
 
 void gate_route(const GateRouteArgs& args, Execution exec) {
   Call call(exec);
-  Dim T{"T", 0}, E{"E"}, K{"K", 1, args.options.top_k};
+  Dim T{"T", 0}, E{"E"};
   gate_shapes(call, args.gate, T, E);
-  if (args.selection_bias.defined()) call.input("selection_bias", args.selection_bias, kFloat32, {&E});
-  call.output("topk_ids", args.topk_ids, kInt32, {&T, &K});
-  call.output("topk_weights", args.topk_weights, kFloat32, {&T, &K});
-  slots(T, K);
-  check_options(args.options, E);
+  route_shapes(call, args, T, E);
   call.check_overlap();
   call.backend().gate(args.gate, exec);
   call.backend().route({.router_logits = args.gate.router_logits,
