@@ -19,6 +19,7 @@ from peer_memory_on_cpu import make_parallel
 import switchgear
 from switchgear.parallel import ExpertParallel, ExpertParallelError
 from switchgear.parallel.errors import PHASES
+from switchgear.parallel.transport import GlooTransport
 
 FAULTS = ("kill", "stop", "raise", "exit")
 KIND = {"kill": "died", "stop": "stalled", "raise": "raised", "exit": "died"}
@@ -219,3 +220,19 @@ def test_bad_input_on_one_rank(pool: Pool) -> None:
     assert answers[0] == answers[2] == answers[3]
     assert "rank 1 raised" in answers[0]
     assert "topk_ids: expected -1 to 7, got 8" in answers[0]
+
+
+def test_closing_does_not_wait_for_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo may never end a transfer that was aborted, and its group's destructor waits for all transfers."""
+    ended = threading.Event()
+
+    class Stuck:
+        def __del__(self) -> None:
+            ended.wait(30)
+
+    monkeypatch.setattr("switchgear.parallel.transport.CLOSE_SECONDS", 0.01)
+    transport = GlooTransport.__new__(GlooTransport)
+    transport._group, transport._connections = Stuck(), []
+    transport.close()
+    assert not ended.is_set()
+    ended.set()

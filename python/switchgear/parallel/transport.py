@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -20,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from switchgear.parallel.rendezvous import get, own_client
+
+CLOSE_SECONDS = 0.5  # in which gloo usually ends
 
 
 class Work(Protocol):
@@ -110,7 +113,15 @@ class GlooTransport:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        self.abort()
+        # The group's destructor waits for its transfers, and gloo never ends a send that began between the abort and
+        # its noticing: that one keeps a thread until its timeout, but not this one.
+        group = [self._group]
         self._group = None
+        destroying = threading.Thread(target=group.clear, name="switchgear-close", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no thread starts at exit
+            destroying.start()
+            destroying.join(CLOSE_SECONDS)
         for connection in self._connections:
             connection.close()
         self._connections = []
