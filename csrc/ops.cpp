@@ -73,6 +73,11 @@ void check_plan(Call& call, Plan& plan, const Dim& T, const Dim& S) {
   check_range("slot_indices", plan.slot_indices, -1, S.size);
 }
 
+void check_slots(Call& call, ExpertWeights& weights) {
+  check_slots(call, kGateUpProj, weights.gate_up_proj);
+  check_slots(call, kDownProj, weights.down_proj);
+}
+
 void check_sequence_ids(Call& call, TensorView& sequence_ids, int64_t num_sequences) {
   if (!sequence_ids.defined()) return;
   call.own(sequence_ids);
@@ -394,6 +399,7 @@ void grouped_gemm(const GroupedGemmArgs& given, Execution exec) {
   Dim& slots = args.token_indices.defined() ? S : R;
   call.output("out", args.out, kFloat, {&slots, args.transposed ? &C : &N}, kRows);
   call.check_overlap();
+  check_slots(call, kWeight, args.weight);
   check_offsets(call, args.expert_offsets, args.out.shape[0]);
   if (args.token_indices.defined()) check_tokens(call, args.token_indices, args.expert_offsets, R.size);
   call.backend().grouped_gemm(args, exec);
@@ -455,6 +461,7 @@ void moe_forward(const MoeForwardArgs& given, Execution exec) {
   call.output("y", args.y, kFloat, {&T, &H}, kRows);
   if (args.h.defined()) call.output("h", args.h, kFloat, {&S, &N}, kRows);
   call.check_overlap();
+  check_slots(call, args.weights);
   check_ids(call, args.topk_ids, E);
   call.backend().moe_forward(args, exec);
 }
@@ -484,6 +491,7 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   output("grad_down_bias", args.grad_down_bias, kFloat, {&E, &H}, kRows);
   output("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K}, kContiguous);
   call.check_overlap();
+  check_slots(call, args.weights);
   check_ids(call, args.topk_ids, E);
   call.backend().moe_backward(args, exec);
 }
