@@ -10,7 +10,7 @@
 // 1. x [T,H] is rounded to int8, each token once.
 // 2. Tiles (expert, columns of a, rows): gate and up products, bias, glu; a [S,I] rounded to the dtype of x.
 // 3. a is rounded to int8.
-// 4. Tasks (columns of y, tokens) walk the experts in order and add the weighted products, as token_sum does.
+// 4. Tasks (columns of y, tokens) go through the experts in order and add the weighted products, as token_sum does.
 // A thread has a contiguous share of the tasks. They are 64 columns wide if experts have many rows, and each product
 // prefetches the weights of the thread's next one. With few rows they are as wide as 1 MB of weights, or a thread's share of
 // y: bandwidth drops where one stream of loads ends and another begins (by a fifth with 128 KB each).
