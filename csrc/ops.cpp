@@ -74,6 +74,11 @@ void check_plan(Call& call, Plan& plan, const Dim& T, const Dim& S) {
   check_range("slot_indices", plan.slot_indices, -1, S.size);
 }
 
+void check_slots(Call& call, ExpertWeights& weights) {
+  check_slots(call, kGateUpProj, weights.gate_up_proj);
+  check_slots(call, kDownProj, weights.down_proj);
+}
+
 void check_sequence_ids(Call& call, TensorView& sequence_ids, int64_t num_sequences) {
   if (!sequence_ids.defined()) return;
   call.own(sequence_ids);
@@ -441,6 +446,7 @@ void grouped_gemm(const GroupedGemmArgs& given, Execution exec) {
   Dim& slots = args.token_indices.defined() ? S : R;
   call.output("out", args.out, kFloat, {&slots, args.transposed ? &C : &N}, kRows);
   call.check_overlap();
+  check_slots(call, kWeight, args.weight);
   check_offsets(call, args.expert_offsets, args.out.shape[0]);
   if (args.token_indices.defined()) check_tokens(call, args.token_indices, args.expert_offsets, R.size);
   call.backend().grouped_gemm(args, exec);
@@ -503,6 +509,7 @@ void moe_forward(const MoeForwardArgs& given, Execution exec) {
   call.output("y", args.y, kFloat, {&T, &H}, kRows);
   if (args.h.defined()) call.output("h", args.h, kFloat, {&S, &N}, kRows);
   call.check_overlap();
+  check_slots(call, args.weights);
   check_ids(call, args.topk_ids, E);
   check_adapters(call, args.weights);
   call.backend().moe_forward(args, exec);
@@ -545,6 +552,7 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
                   args.grad_gate_up_b, N, H);
   adapter_outputs(args.weights.down_adapter, "grad_down_a", args.grad_down_a, "grad_down_b", args.grad_down_b, H, I);
   call.check_overlap();
+  check_slots(call, args.weights);
   check_ids(call, args.topk_ids, E);
   check_adapters(call, args.weights);
   call.backend().moe_backward(args, exec);

@@ -109,7 +109,6 @@ void slots_input(Call& call, const char* name, const Weight& w, Dim& E) {
   SWITCHGEAR_CHECK(ValueError, call.backend().device == DeviceType::kCPU, name, ": expected none on this device, got ",
                    describe(w.slots));
   call.input(name, w.slots, kInt32, {&E});
-  check_range(name, w.slots, 0, w.data.shape[0]);
 }
 
 }  // namespace
@@ -132,6 +131,12 @@ void weight_input(Call& call, const WeightNames& names, const Weight& w, Dim& E,
       default: integers_input(call, names, w, experts);
     }
   }
+}
+
+void check_slots(Call& call, const WeightNames& names, Weight& w) {
+  if (!w.slots.defined()) return;
+  call.own(w.slots);
+  check_range(names.slots, w.slots, 0, w.data.shape[0]);
 }
 
 void plain_weight_input(Call& call, const WeightNames& names, const Weight& w, const char* what, Dim& E, Dim& N,
