@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from switchgear import ops
 from switchgear.reference import minifloat, nf4
-from switchgear.weights import encode
+from switchgear.weights import Weight, encode
 
 FLT_MAX = torch.finfo(torch.float32).max
 EXACT = [Fraction(value) for value in nf4.VALUES]
@@ -166,6 +167,20 @@ def test_nf4_goes_into_blocks_and_back(shape: tuple[int, ...], parts: int) -> No
     assert torch.equal(again, values)
     assert torch.equal(absmax_again, absmax)
     assert torch.equal(encode(weight, "nf4", parts=parts).plain(), nf4.decode_nf4(values, absmax, shape[2]))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_kernels_have_the_values_of_the_reference(isa: str, transposed: bool) -> None:
+    """Products with the identity decode; scale · value is rounded once."""
+    codes = torch.arange(16 * 16, dtype=torch.uint8).view(1, 16, 16).expand(2, 16, 16).contiguous()  # all pairs
+    absmax = torch.rand(2, 16, 1) + 0.5
+    data, scales = minifloat.to_blocks(codes, absmax, "nf4")
+    weight = Weight("nf4", data, 16, 32, torch.float32, scales, group_size=64)
+    rows = 16 if transposed else 32
+    x, offsets = torch.eye(rows).repeat(2, 1), torch.tensor([0, rows, 2 * rows], dtype=torch.int32)
+    y = ops.grouped_gemm(x, weight.tensors, weight.form, None, offsets, None, transposed, False)
+    wanted = nf4.decode_nf4(codes, absmax)
+    assert torch.equal(y.view(2, rows, -1), wanted if transposed else wanted.mT)
 
 
 def test_arguments_are_named() -> None:
