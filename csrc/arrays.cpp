@@ -296,8 +296,8 @@ Weight Arrays::weight(const char* name, py::handle tensors, py::handle form) {
   std::array<int64_t, kNumbers> numbers;
   for (size_t i = 0; i < kNumbers; ++i) numbers[i] = py::cast<int64_t>(form[py::int_(i)]);
   const auto [format, rows, cols, parts, group_size, fields] = numbers;
-  SWITCHGEAR_CHECK(ValueError, format >= 0 && format <= static_cast<int64_t>(Format::kMxfp4), name,
-                   ": expected a format from 0 to ", static_cast<int>(Format::kMxfp4), ", got ", format);
+  SWITCHGEAR_CHECK(ValueError, format >= 0 && format <= static_cast<int64_t>(kLastFormat), name,
+                   ": expected a format from 0 to ", static_cast<int>(kLastFormat), ", got ", format);
   Weight weight{
       .format = static_cast<Format>(format), .rows = rows, .cols = cols, .parts = parts, .group_size = group_size};
   const std::array places{&weight.scales, &weight.row_scales, &weight.zeros, &weight.slots};

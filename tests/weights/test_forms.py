@@ -234,6 +234,7 @@ KEYS = {
     "int4": {"_values", "_scales", "_row_scales"},
     "fp8": {"", "_scale_inv"},
     "mxfp4": {"_blocks", "_scales"},
+    "nf4": {"_codes", "_absmax"},
 }
 
 
