@@ -6,6 +6,7 @@
 # make lint                  formatting, lint, types, stubs
 # make format                reformat the sources for lint
 # make sanitize              the C++ tests under the address, undefined-behaviour and thread sanitizers
+# make mutants               edit the CPU kernels in hundreds of small ways, and check that the C++ tests detect 90 % (MUTANTS_ARGS=…)
 # make neon                  the C++ tests for 64-bit Arm, under qemu (needs a cross compiler; NEON_TESTS=…)
 # make simt                  the CUDA kernels on the CPU, under sanitizers and a race detector (needs the CUDA headers)
 # make simt-planted          check that bugs planted in them are detected
@@ -34,7 +35,7 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help tools demo test bench bench-cpp lint format sanitize asan tsan neon simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build \
+.PHONY: help tools demo test bench bench-cpp lint format sanitize asan tsan mutants neon simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build \
         wheel test-torch clean always
 
 help:
@@ -94,6 +95,10 @@ sanitize: asan tsan
 
 asan tsan: $(BIN)/cmake $(BIN)/ninja
 	$(call run_preset,$@)
+
+# Takes half an hour on two cores; MUTANTS_ARGS="cpu/gate.cpp" takes those of one file.
+mutants: $(BIN)/cmake $(BIN)/ninja
+	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
 
 # What `make test` runs on an Arm machine, emulated. NEON_QUICK=1: without the generic kernels, and only on two threads.
 NEON_TESTS ?=
