@@ -12,7 +12,7 @@
 namespace switchgear::test {
 namespace {
 
-constexpr int64_t T = 3, H = 4, E = 5, K = 2, I = 6, N = 12, S = T * K, M = 2, B = 2;
+constexpr int64_t T = 3, H = 4, E = 5, K = 2, I = 7, N = 14, S = T * K, M = 2, B = 2;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN(), kInf = std::numeric_limits<float>::infinity();
 
 std::string complaint_of(const std::function<void()>& run) {
@@ -436,6 +436,21 @@ TEST(ops_refuse_what_tensors_must_not_be) {
   }
 }
 
+TEST(ops_accept_no_tokens) {
+  std::vector<Op> ops = all_ops();
+  for (Op& op : ops) {
+    op.bind();
+    for (const Tensor& t : op.tensors) {
+      TensorView& v = *t.view;
+      for (int i = 0; i < v.ndim && t.name != std::string("expert_offsets"); ++i) {
+        if (v.shape[i] == T || v.shape[i] == S) v.shape[i] = 0;
+      }
+    }
+    const std::string complaint = complaint_of(op.run);
+    CHECK(complaint == "none", op.name, ": ", complaint);
+  }
+}
+
 // ---- options and indices -------------------------------------------------------------------------------------------------
 
 // An op and its arguments, of which one is changed at a time.
@@ -645,7 +660,7 @@ TEST(layers_refuse_options_past_their_limits) {
   check_glu_options(std::move(backward));
 
   auto odd = limits_of(glu_args(), glu_op);
-  odd.refuses("h: expected an even N (gates and ups) for gated experts, got N=11", [](GluArgs& a) { --a.h.shape[1]; });
+  odd.refuses("h: expected an even N (gates and ups) for gated experts, got N=13", [](GluArgs& a) { --a.h.shape[1]; });
   forward.refuses("down_proj: expected its rows in 1 part, got 2",
                   [](MoeForwardArgs& a) { a.weights.down_proj.parts = 2; });
   backward.refuses("gate_up_proj: expected plain weights for gradients, got int8",
@@ -685,7 +700,7 @@ TEST(ops_refuse_other_dtypes) {
 // Two blocks of columns of one matrix may be side by side, but not share a column, in either order.
 TEST(outputs_may_be_columns_of_the_matrix_of_inputs) {
   GluArgs& a = keep(glu_args());
-  Array both(DType::kFloat32, {S, 20});
+  Array both(DType::kFloat32, {S, 24});
   both.fill([](int64_t) { return 0; });
   const auto columns = [&](int64_t first, int64_t count) {
     TensorView v = both;
@@ -697,12 +712,12 @@ TEST(outputs_may_be_columns_of_the_matrix_of_inputs) {
     int64_t h, a;
     bool overlaps;
   };
-  for (const auto& [h, at, overlaps] : {Place{0, 12, false},
-                                        {0, 14, false},
-                                        {0, 11, true},
-                                        {8, 0, false},
-                                        {6, 0, false},
-                                        {5, 0, true},
+  for (const auto& [h, at, overlaps] : {Place{0, 14, false},
+                                        {0, 16, false},
+                                        {0, 13, true},
+                                        {10, 0, false},
+                                        {7, 0, false},
+                                        {6, 0, true},
                                         {3, 5, true},
                                         {5, 5, true}}) {
     a.h = columns(h, N), a.a = columns(at, I);
@@ -711,9 +726,9 @@ TEST(outputs_may_be_columns_of_the_matrix_of_inputs) {
           complaint);
   }
   // One row further on: the last column of h is that of no other row.
-  a.h = columns(0, N), a.a = columns(12, I);
+  a.h = columns(0, N), a.a = columns(14, I);
   a.h.shape[0] = a.a.shape[0] = S - 1;
-  a.a.data = a.a.as<float>() + 20;
+  a.a.data = a.a.as<float>() + 24;
   CHECK(complaint_of([&] { glu(a, {1}); }) == "none");
   a.a.data = a.a.as<float>() - 1;
   CHECK(complaint_of([&] { glu(a, {1}); }).find("a: expected memory of its own") == 0);
@@ -755,8 +770,8 @@ TEST(separate_matrices_are_checked_one_by_one) {
     if (expected != nullptr) l.refuses(expected, [](Args&) {});
     std::tie(rows[2], base[2]) = before;
   };
-  with(N + 1, base[2], "weight[2]: expected 0 to 12 rows, got 13");
-  with(-1, base[2], "weight[2]: expected 0 to 12 rows, got -1");
+  with(N + 1, base[2], "weight[2]: expected 0 to 14 rows, got 15");
+  with(-1, base[2], "weight[2]: expected 0 to 14 rows, got -1");
   with(1, nullptr, "weight: expected data, got a null pointer");
   with(0, nullptr, nullptr);
   with(N, static_cast<const char*>(base[2]) + 1, "weight: expected data aligned to its elements (float32)");
