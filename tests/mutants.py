@@ -5,9 +5,10 @@
 
 The sources are not modified: a copy with one edit is compiled and linked before the library into the tests of its file
 (FILES). Edits are the mistakes of cpp/planted/mistakes.py and those that mutations.py makes up. A mutant that passes
-its tests runs them again under the address sanitizer, and survives if it passes those too. Mutants that do not compile
-do not count, and neither do those of mutants.txt, which no test could detect. It is an error if a mistake survives, or
-more than 10 % of all mutants (without --part). The build trees are build/mutants and build/mutants-asan.
+its tests runs them again under the address sanitizer, and survives if it passes those too. Mutants do not count that do
+not compile, that have the code of the sources, or that mutants.txt lists, since no test could detect them. It is an
+error if a mistake survives, or more than 10 % of all mutants (without --part). The build trees are build/mutants and
+build/mutants-asan.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ FILES = {
     "cpu/grouped_gemm.cpp": Covered("cpu/grouped_gemm", "grouped_gemm minifloat compact integers"),
     "cpu/grouping.h": Covered("cpu/column_topk cpu/fit_capacity", "policies:column_topk policies:fit_capacity"),
     "cpu/kernels.inl": Covered(KERNELS, "permute glu grouped_gemm gate"),
-    "cpu/layer_rows.h": Covered("cpu/moe_forward", "moe"),
-    "cpu/minifloat_decoders.h": Covered(KERNELS, "minifloat"),
+    "cpu/layer_rows.h": Covered("cpu/moe_forward", "moe:forward panels"),
+    "cpu/minifloat_decoders.h": Covered("cpu/kernels_avx512", "minifloat", "avx512"),
     "cpu/minifloat_products.inl": Covered(KERNELS, "minifloat"),
     "cpu/moe_backward.cpp": Covered("cpu/moe_backward", "moe:backward slots:gradients"),
     "cpu/moe_forward.cpp": Covered("cpu/moe_forward", "moe:forward slots panels minifloat"),
@@ -84,16 +85,16 @@ FILES = {
     "cpu/panel_products.inl": Covered(KERNELS, "panels"),
     "cpu/permute.cpp": Covered("cpu/permute", "permute"),
     "cpu/plan.cpp": Covered("cpu/plan", "plan"),
-    "cpu/ranking.h": Covered("cpu/column_topk cpu/fit_capacity cpu/route_dynamic cpu/rows_generic", "policies route"),
+    "cpu/ranking.h": Covered("cpu/column_topk cpu/fit_capacity cpu/route_dynamic cpu/route cpu/assign_capped", "policies route"),
     "cpu/route.cpp": Covered("cpu/route", "route"),
     "cpu/route_dynamic.cpp": Covered("cpu/route_dynamic", "policies:route_dynamic"),
-    "cpu/rows.inl": Covered("cpu/rows_generic", "route policies"),
+    "cpu/rows.inl": Covered("cpu/rows_avx512", "route policies", "avx512"),
     "cpu/scores.h": Covered("cpu/route cpu/assign_balanced cpu/assign_capped cpu/route_dynamic", "route policies"),
     "cpu/simd_avx2.h": Covered("cpu/kernels_avx2", "permute glu grouped_gemm", "avx2"),
-    "cpu/simd_avx512.h": Covered("cpu/kernels_avx512", "permute glu grouped_gemm", "avx512"),
+    "cpu/simd_avx512.h": Covered("cpu/kernels_avx512bf16", "permute glu grouped_gemm", "avx512bf16"),
     "cpu/simd_generic.h": Covered(KERNELS, "permute glu grouped_gemm"),
     "cpu/slots.h": Covered("cpu/moe_forward cpu/moe_backward cpu/integers/moe_forward", "slots"),
-    "cpu/threads.cpp": Covered("cpu/threads", "threads permute"),
+    "cpu/threads.cpp": Covered("cpu/threads", "threads:number threads permute"),
     "cpu/threads.h": Covered("cpu/permute cpu/plan cpu/grouped_gemm", "permute plan grouped_gemm"),
     "cpu/token_sum.cpp": Covered("cpu/token_sum", "moe slots"),
     "cpu/transposed_gemm.cpp": Covered("cpu/transposed_gemm", "minifloat integers grouped_gemm"),
@@ -110,7 +111,7 @@ FILES = {
     "cpu/integers/rows.cpp": Covered("cpu/integers/rows", "integers"),
 }  # fmt: skip
 
-ISAS = sorted({covered.isa for covered in FILES.values()} - {"generic"})
+ISAS = ("avx2", "avx512", "avx512vnni", "avx512bf16")  # of the build: each needs those before it
 
 
 # ---- the two build trees --------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ class Tree:
         subprocess.run(["ninja", "-C", self.path, f"-j{jobs}", *targets], check=True)
 
 
-PLAIN = Tree(ROOT / "build/mutants", (), tuple(ISAS))
+PLAIN = Tree(ROOT / "build/mutants", (), ISAS)
 ADDRESS = Tree(ROOT / "build/mutants-asan", ("-DSWITCHGEAR_SANITIZE=address",), ())
 
 
@@ -197,7 +198,7 @@ def run(program: Path, tests: list[str], isa: str, seconds: int) -> str:
 @dataclass(frozen=True)
 class Outcome:
     mutation: Mutation
-    verdict: str  # "killed", "survived" or "no C++"
+    verdict: str  # "killed", "survived", or what does not count: "no C++", "same code"
     reason: str  # program: what it says
     seconds: float
 
@@ -219,10 +220,12 @@ def examine(mutation: Mutation) -> Outcome:
         home = Path(directory)
         csrc = home / "csrc"
         shutil.copytree(SOURCES, csrc, ignore=shutil.ignore_patterns("cuda", "__pycache__"))
-        (csrc / mutation.file).write_text(mutation.apply((SOURCES / mutation.file).read_text()))
+        edited = csrc / mutation.file
+        source = edited.read_text()
         for tree, seconds in ((PLAIN, 20), (ADDRESS, 60)):
             if covered.isa not in ("generic", *tree.isas):
                 continue
+            edited.write_text(mutation.apply(source))
             objects = compile_units(tree, covered, csrc, home)
             if objects is None:
                 return outcome("no C++")
@@ -230,6 +233,12 @@ def examine(mutation: Mutation) -> Outcome:
                 reason = run(link(tree, program, objects, home), tests, covered.isa, seconds)
                 if reason:
                     return outcome("killed", f"{program}{' asan' if tree is ADDRESS else ''}: {reason}")
+            if tree is PLAIN:
+                code = [path.read_bytes() for path in objects]
+                edited.write_text(source)
+                compile_units(tree, covered, csrc, home)  # to the same paths
+                if code == [path.read_bytes() for path in objects]:
+                    return outcome("same code")
     return outcome("survived")
 
 
@@ -289,7 +298,7 @@ def planted(mistake: Mistake, texts: dict[str, str]) -> Mutation:
 
 
 def report(outcomes: list[Outcome]) -> float:
-    counted = [o for o in outcomes if o.verdict != "no C++"]
+    counted = [o for o in outcomes if o.verdict in ("killed", "survived")]
     killed, total = Counter(), Counter()
     for o in counted:
         killed[o.mutation.file] += o.verdict == "killed"
@@ -311,6 +320,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--part", default="1/1", help="of the chosen mutants, e.g. 2/8")
+    parser.add_argument("--no-build", action="store_true", help="the build trees are up to date")
     parser.add_argument("--list", action="store_true", help="print the chosen mutations and stop")
     parser.add_argument("files", nargs="*", help="parts of the names of files; all by default")
     options = parser.parse_args()
@@ -325,8 +335,8 @@ def main() -> int:
             print(f"{m.file}:{m.line}: {m.kind}: {m.label}\n    {m.text}")
         return 0
     programs = sorted({program for m in chosen for program, _ in programs_of(FILES[m.file])} | {"test_backends"})
-    PLAIN.build(programs, options.jobs)
-    ADDRESS.build(programs, options.jobs)
+    for tree in () if options.no_build else (PLAIN, ADDRESS):
+        tree.build(programs, options.jobs)
     available = clean_programs_pass(chosen)
     outcomes = []
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -337,7 +347,7 @@ def main() -> int:
                 f"{o.verdict:9}{m.file}:{m.line} {m.kind}: {m.label}   {o.reason[:100]} ({o.seconds:.0f} s)", flush=True
             )
             if o.verdict == "survived":
-                print(f"         {m.text}", flush=True)
+                print(f"          {m.text}", flush=True)
     missed = [o.mutation.label for o in outcomes if o.mutation.kind == "planted" and o.verdict != "killed"]
     score = report(outcomes)
     print("".join(f"MISSED: {label}\n" for label in missed), end="")

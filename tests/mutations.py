@@ -149,7 +149,7 @@ def dropped(code: str) -> Iterator[Edit]:
     for begin, end in statements(code):
         text = code[begin:end]
         indented = code[:begin].rpartition("\n")[2]
-        if not indented or text.count("\n") > 4 or text == ";" or DECLARES.match(text):
+        if not indented or text.count("\n") > 4 or text == ";" or DECLARES.match(text) or "= delete" in text:
             continue
         if re.match(r"if \(.*\) (return|break|continue|throw)\b", text, re.DOTALL) or CHECKS.match(text):
             yield "check", begin, end, ";"
