@@ -85,7 +85,7 @@ FILES = {
     "cpu/panel_products.inl": Covered(KERNELS, "panels"),
     "cpu/permute.cpp": Covered("cpu/permute", "permute"),
     "cpu/plan.cpp": Covered("cpu/plan", "plan"),
-    "cpu/ranking.h": Covered("cpu/column_topk cpu/fit_capacity cpu/route_dynamic cpu/route cpu/assign_capped", "policies route"),
+    "cpu/ranking.h": Covered("cpu/column_topk cpu/fit_capacity cpu/route cpu/route_dynamic", "policies route"),
     "cpu/route.cpp": Covered("cpu/route", "route"),
     "cpu/route_dynamic.cpp": Covered("cpu/route_dynamic", "policies:route_dynamic"),
     "cpu/rows.inl": Covered("cpu/rows_avx512", "route policies", "avx512"),
