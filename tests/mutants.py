@@ -308,9 +308,8 @@ def report(outcomes: list[Outcome]) -> float:
         print(f"{file:34}{killed[file]:8}{total[file]:6}")
     score = killed.total() / max(1, total.total())
     print(f"{'all':34}{killed.total():8}{total.total():6}   {100 * score:.1f} %")
-    print(
-        f"{len(outcomes) - len(counted)} did not compile; {sum(o.seconds for o in outcomes) / 60:.1f} minutes of jobs"
-    )
+    verdicts = Counter(o.verdict for o in outcomes)
+    print(f"not counted: {verdicts['no C++']} that do not compile, {verdicts['same code']} that change no code")
     return score
 
 
@@ -344,7 +343,8 @@ def main() -> int:
             outcomes.append(o)
             m = o.mutation
             print(
-                f"{o.verdict:9}{m.file}:{m.line} {m.kind}: {m.label}   {o.reason[:100]} ({o.seconds:.0f} s)", flush=True
+                f"{o.verdict:10}{m.file}:{m.line} {m.kind}: {m.label}   {o.reason[:100]} ({o.seconds:.0f} s)",
+                flush=True,
             )
             if o.verdict == "survived":
                 print(f"          {m.text}", flush=True)
