@@ -449,6 +449,7 @@ TEST(ops_accept_no_tokens) {
       for (int i = 0; i < v.ndim && t.name != std::string("expert_offsets"); ++i) {
         if (v.shape[i] == T || v.shape[i] == S) v.shape[i] = 0;
       }
+      if (v.numel() == 0) v.data = nullptr;
     }
     const std::string complaint = complaint_of(op.run);
     CHECK(complaint == "none", op.name, ": ", complaint);

@@ -300,6 +300,23 @@ TEST(assign_balanced_is_stable) {
   }
 }
 
+// Two tokens and two experts. +Inf counts as more than all finite values of the sequence, NaN and -Inf as less, also where no
+// value is finite.
+TEST(assign_balanced_ranks_what_is_not_finite) {
+  const auto experts = [](std::array<float, 4> values) {
+    Array tokens(DType::kFloat32, {2, 2}), got(DType::kInt32, {2});
+    tokens.fill([&](int64_t i) { return values[static_cast<size_t>(i)]; });
+    assign_balanced({.values = tokens, .expert_ids = got}, {1});
+    return std::pair(got.id(0), got.id(1));
+  };
+  CHECK(experts({5, 0, INFINITY, 100}) == std::pair(1, 0));
+  CHECK(experts({0, 5, 100, INFINITY}) == std::pair(0, 1));
+  CHECK(experts({-5, 0, -INFINITY, -100}) == std::pair(0, 1));
+  CHECK(experts({0, -5, -100, NAN}) == std::pair(1, 0));
+  CHECK(experts({INFINITY, NAN, -INFINITY, INFINITY}) == std::pair(0, 1));
+  CHECK(experts({NAN, INFINITY, INFINITY, -INFINITY}) == std::pair(1, 0));
+}
+
 // ---- assign_capped -----------------------------------------------------------------------------------------------------
 
 // The c with Σ min(1, exp(v - c)) = total <= v.size(): the j largest are at 1, for the first j for which no other exceeds 1.
