@@ -131,10 +131,10 @@ class LoRAExperts(WithLosses):
         try:
             if gates is not None:
                 _set_gates(layer, gates)
-        except ValueError:
+            layer.low_rank.load(pairs)
+        except BaseException:
             layer.release()
             raise
-        layer.low_rank.load(pairs)
         return layer
 
     @property
@@ -164,6 +164,10 @@ class LoRAExperts(WithLosses):
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
         """hidden_states [..., in] -> [..., out]. Keyword arguments are attributes of Context."""
+        if hidden_states.shape[-1] != self.in_features:
+            raise ValueError(
+                f"hidden_states: expected shape [..., {self.in_features}], got {list(hidden_states.shape)}"
+            )
         y: Tensor = self.base(hidden_states)
         router, known = self.router, {**self.known, **context}
         if router is None:
