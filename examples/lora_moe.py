@@ -105,7 +105,7 @@ def train_adapter(model: Model, text: Tensor, steps: int) -> Adapter:
     return Adapter({n: LowRank(e.lora_A[0].detach(), e.lora_B[0].detach().T, 2 * RANK) for n, e in experts.items()})
 
 
-def main(steps: int = 300, windows: int = 400) -> dict[str, dict[str, float]]:
+def main(steps: int = 150, windows: int = 300) -> dict[str, dict[str, float]]:
     """The held-out loss of each model on each domain."""
     torch.manual_seed(0)
     texts = domains()

@@ -86,7 +86,7 @@ def random_choices(tokens: int, top_k: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("top_k", [1, 3, 8])
 @pytest.mark.parametrize("rank", [1, 4, 40])
 def test_both_products_are_the_sum_over_choices(backend: str, rank: int, top_k: int, tokens: int) -> None:
-    experts = LowRankExperts(H, I, E, rank, alpha=[float(e) for e in range(E)])
+    experts = LowRankExperts(H, I, E, rank, alpha=[e + 1.0 for e in range(E)])
     nn.init.normal_(experts.lora_B)
     x, (ids, weights) = torch.randn(tokens, H), random_choices(tokens, top_k)
     wanted = torch.zeros(tokens, I, dtype=torch.float64)
@@ -94,7 +94,7 @@ def test_both_products_are_the_sum_over_choices(backend: str, rank: int, top_k: 
     for t in range(tokens):
         for k in range(top_k):
             if (e := int(ids[t, k])) >= 0:
-                wanted[t] += float(weights[t, k]) * e / rank * (b[e].T @ (a[e] @ x[t].double()))
+                wanted[t] += float(weights[t, k]) * (e + 1) / rank * (b[e].T @ (a[e] @ x[t].double()))
     size = max(float(wanted.detach().abs().max()), 1e-3) if tokens else 1.0
     for product in (experts._all, experts._chosen, experts):
         y = product(x, ids, weights)
