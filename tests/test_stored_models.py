@@ -84,15 +84,16 @@ def test_storing_weights_under_adapters(nested: int, form: str) -> None:
     config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=[], target_parameters=targets)
     model = peft.get_peft_model(base, config)
     inputs = example_inputs(base)
-    want = model(**inputs).logits
     assert switchgear.store(model, form).modules == 4
     got = model(**inputs).logits
-    assert (got - want).norm() < 0.5 * want.norm()  # some tokens choose another expert
     got.square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
     with pytest.raises(AttributeError, match=f"is stored as {form}"):
         model.merge_adapter()
     switchgear.restore(model)
+    want = model(**inputs).logits
+    bound = 1e-4 if form == "mxfp4" else 0.5  # int8 rounds activations, so some tokens choose another expert
+    assert (got - want).norm() < bound * want.norm()
     model.merge_adapter()
 
 

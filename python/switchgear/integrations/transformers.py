@@ -27,7 +27,7 @@ from switchgear.adapters.sites import FINDERS as SITE_FINDERS
 from switchgear.adapters.sites import TARGETS, Site, refuse_wrapped
 from switchgear.backends import warn_once
 from switchgear.integrations import saving
-from switchgear.integrations.adapter_sites import refuse_bypass
+from switchgear.integrations.bypass import refuse_bypass
 from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, obstacle, swap_forward

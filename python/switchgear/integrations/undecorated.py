@@ -128,8 +128,8 @@ class _Linears(NamedTuple):
         y = project(x, self.weight, plan.expert_offsets, bias, token_indices)
         if self.adapter is None:
             return y
-        _, a, b, scale, *_ = self.adapter
-        if getattr(self.adapter, "dropout", 0.0):
+        a, b, scale = self.adapter.a, self.adapter.b, self.adapter.scale
+        if self.adapter.dropout:
             x = x if token_indices is None else x[token_indices.clamp(min=0).long()]
             x, token_indices = F.dropout(x, self.adapter.dropout), None
         return y + scale * project(project(x, a, plan.expert_offsets, None, token_indices), b, plan.expert_offsets)

@@ -110,8 +110,7 @@ def _with_own(module: nn.Module, name: str, weight: Any, lora: Lora) -> AdaptedW
     assert b is not None
     if isinstance(weight, Tensor) and a.dtype is not weight.dtype:
         a, b = a.to(weight.dtype), b.to(weight.dtype)  # type: ignore[assignment]
-    options = {"dropout": lora.dropout} if lora.dropout and module.training else {}
-    return AdaptedWeight(weight, a, b, lora.scale, **options)
+    return AdaptedWeight(weight, a, b, lora.scale, dropout=lora.dropout if module.training else 0.0)
 
 
 def _with_lent(weight: Tensor | Weight, factors: Sequence[Factors], transposed: bool) -> AdaptedWeight:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Adapters of switchgear.adapters on Hugging Face models: which projections can have them, and what applies them.
-
-Only switchgear's forwards apply them. So a hook of each module refuses a call of the class's own forward.
-"""
+"""Adapters of switchgear.adapters on Hugging Face models are applied by switchgear's forwards only. So a hook of each
+module refuses a call of the class's own forward."""
 
 from __future__ import annotations
 
@@ -10,13 +8,13 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from switchgear.weights.adapted import adapters_of
+from switchgear.weights.adapted import has_adapters
 
 
 def refuse_bypass(module: nn.Module, reason: str) -> None:
     """Raises RuntimeError if the module, or a part of it, has adapters that its class's own forward would miss."""
     for part in module.modules():
-        if any(lora.merged is None for lora in adapters_of(part).values()):
+        if has_adapters(part):
             _refuse(module, reason)
 
 
