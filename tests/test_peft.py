@@ -216,3 +216,24 @@ def test_saved_adapters(model_type: str, tmp_path: Any) -> None:
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     torch.testing.assert_close(got, loaded(**inputs).logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(disabled, plain(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_on_parameters_is_refused_as_by_peft() -> None:
+    base = build("mixtral")
+    accelerate(base)
+    config = peft.LoraConfig(r=2, lora_dropout=0.1, target_modules=[], target_parameters=list(TARGETS["mixtral"]))
+    with pytest.raises(ValueError, match="does not work with lora_dropout"):
+        peft.get_peft_model(base, config)
+
+
+def test_gradient_checkpointing() -> None:
+    """Backward runs the wrappers again."""
+    results_of = []
+    for checkpoints in (False, True):
+        base = build("mixtral")
+        accelerate(base)
+        if checkpoints:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.train()
+        results_of.append(results(adapted(base, TARGETS["mixtral"])))
+    assert_close(*results_of)
