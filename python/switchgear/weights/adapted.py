@@ -108,8 +108,9 @@ def _with_own(module: nn.Module, name: str, weight: Any, lora: Lora) -> AdaptedW
     a, b = parameters[f"{name}_lora_A"], parameters[f"{name}_lora_B"]
     assert a is not None
     assert b is not None
-    if isinstance(weight, Tensor) and a.dtype is not weight.dtype:
-        a, b = a.to(weight.dtype), b.to(weight.dtype)  # type: ignore[assignment]
+    plain = weight[0] if isinstance(weight, list) else weight
+    if isinstance(plain, Tensor) and a.dtype is not plain.dtype:
+        a, b = a.to(plain.dtype), b.to(plain.dtype)  # type: ignore[assignment]
     return AdaptedWeight(weight, a, b, lora.scale, dropout=lora.dropout if module.training else 0.0)
 
 
