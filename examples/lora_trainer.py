@@ -46,7 +46,8 @@ def build() -> MixtralForCausalLM:
 
 
 def loss_of(model: MixtralForCausalLM) -> float:
-    pieces = torch.stack([piece["input_ids"] for piece in Text()])
+    text = Text()
+    pieces = torch.stack([text[index]["input_ids"] for index in range(len(text))])
     with torch.no_grad():
         return model.eval()(pieces, labels=pieces).loss.item()
 

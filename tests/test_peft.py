@@ -226,6 +226,34 @@ def test_dropout_on_parameters_is_refused_as_by_peft() -> None:
         peft.get_peft_model(base, config)
 
 
+def test_weights_of_another_format_are_left_to_peft() -> None:
+    """A sharded weight has other experts than the factors: PEFT says what it does with it."""
+    base = build("mixtral")
+    accelerate(base)
+    model = adapted(base, TARGETS["mixtral"])
+    inputs = example_inputs(base)
+    model(**inputs)
+    experts = next(m for m in base.modules() if type(m).__name__ == "MixtralExperts")
+
+    class Sharded(Tensor):
+        pass
+
+    seen: list[str] = []
+    parameter = nn.Parameter(experts.down_proj.detach().as_subclass(Sharded))
+    experts.register_parameter("down_proj", parameter)
+    original = nn.utils.parametrize.register_parametrization
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            nn.utils.parametrize,
+            "register_parametrization",
+            lambda module, name, *args, **options: (seen.append(name), original(module, name, *args, **options))[1],
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model(**inputs)
+    assert set(seen) == {"down_proj", "gate_up_proj"}
+
+
 def test_gradient_checkpointing() -> None:
     """Backward runs the wrappers again."""
     results_of = []

@@ -20,6 +20,8 @@ from switchgear.experts import Experts
 from switchgear.weights import stored_of
 from switchgear.weights.adapted import ON_WRAPPER, Factors, Lent
 
+_PLAIN = (Tensor, nn.Parameter)
+
 # Each says of one kind of module whether it would read the factors of its parameter `name` in a call.
 READERS: list[Callable[[nn.Module, str], bool]] = []
 
@@ -79,15 +81,18 @@ def unwrapped(module: nn.Module) -> tuple[nn.Module, Lent]:
 
 def _factors(wrapper: Any, active_adapters: Sequence[str]) -> list[Factors] | None:
     """The factors of the active adapters, or None if the kernels cannot read some."""
-    base = wrapper.get_base_layer()
-    name, is_stored = wrapper.parameter_name, stored_of(base) is not None
-    dims = 3 if is_stored else getattr(base, name).dim()
+    base, dims = wrapper.get_base_layer(), 3
+    if stored_of(base) is None:
+        parameter = getattr(base, wrapper.parameter_name)
+        if type(parameter) not in _PLAIN:  # a DTensor has fewer experts here than the factors
+            return None
+        dims = parameter.dim()
     found = []
     for adapter in active_adapters:
         if adapter not in wrapper.lora_A:
             continue
         a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-        if not all(type(tensor) in (Tensor, nn.Parameter) for tensor in (a, b)):
+        if type(a) not in _PLAIN or type(b) not in _PLAIN:
             return None
         left_right = factors_in_layout(a, b, wrapper.num_experts, dims, _is_swapped(wrapper))
         if left_right is None:
