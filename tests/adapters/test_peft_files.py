@@ -178,6 +178,8 @@ def as_integers(tensors: dict[str, Tensor]) -> None:
         (lambda path: edit_tensors(path, lambda t: t.pop(FIRST)), f"expected {FIRST} in adapter_model.safetensors"),
         (lambda path: edit_config(path, r=3), "of this model and rank"),
         (lambda path: edit_config(path, r=0), "r: expected a positive number in .*, got 0"),
+        (lambda path: edit_config(path, lora_dropout=1.5), "lora_dropout: expected at least 0 .*, got 1.5"),
+        (lambda path: edit_config(path, rank_pattern={"(": 2}), "rank_pattern, alpha_pattern: expected names"),
         (lambda path: edit_config(path, use_dora=True), "use_dora: expected False in .*, got True"),
         (lambda path: edit_config(path, peft_type="IA3"), "peft_type: expected 'LORA' in .*, got 'IA3'"),
         (lambda path: edit_config(path, target_parameters="experts"), "target_parameters: expected a list of names"),

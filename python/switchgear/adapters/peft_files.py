@@ -94,7 +94,7 @@ def load_peft(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None =
     _safetensors()
     config, (tensors, is_ours) = _read_config(folder / CONFIG), _read(folder / TENSORS)
     sites = sites_of(model)
-    targeted = [site for site in sites if _is_targeted(site, config)]
+    targeted = [site for site in sites if _is_targeted(site, config, tensors)]
     made, used = [], set()
     for keys in _keys_of(targeted):
         rank = _pattern(config.get("rank_pattern"), keys.site, config["r"])
@@ -105,17 +105,10 @@ def load_peft(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None =
             used.update(names)
             pairs.append(_tensors(tensors, names))
         a, b = _from_file(keys, pairs, rank, not is_ours and _is_old(config))
-        kind = dtype or keys.site.like.dtype
-        device = keys.site.like.device
+        target = {"device": keys.site.like.device, "dtype": dtype or keys.site.like.dtype}
         scaled = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha  # alpha / sqrt(r), as alpha / r
-        made.append(
-            (
-                keys.site,
-                a.to(device, kind),
-                b.to(device, kind),
-                Lora(rank, float(scaled), float(config.get("lora_dropout") or 0)),
-            )
-        )
+        options = Lora(rank, float(scaled), float(config["lora_dropout"]))
+        made.append((keys.site, a.to(**target), b.to(**target), options))
     if others := sorted(set(tensors) - used):
         raise ValueError(
             f"path: expected adapters of the experts of {type(model).__name__}, got {others[0]}, which is none of "
@@ -144,30 +137,20 @@ def _keys_of(sites: Iterable[Site]) -> Iterator[_Keys]:
             yield _Keys(site, (site.path + ".base_layer" * outside,))
 
 
-def _is_targeted(site: Site, config: dict[str, Any]) -> bool:
-    if not site.linears:
-        return any(site.where == name or site.where.endswith(f".{name}") for name in config["target_parameters"])
-    return any(_matches_module(config["target_modules"], f"{site.path}.{linear}") for linear in site.linears) or any(
-        f"{site.path}.{linear}.weight".endswith(f".{name}")
-        for linear in site.linears
-        for name in config["target_parameters"]
-    )
-
-
-def _matches_module(targets: str | list[str], module: str) -> bool:
-    if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, module) is not None
-        except re.error as error:
-            raise ValueError(f"target_modules: expected a regular expression, got {targets!r}: {error}") from None
-    return any(module == name or module.endswith(f".{name}") for name in targets)
+def _is_targeted(site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+    if site.linears:  # any of them, so that a missing one is noticed
+        return any(f"{PREFIX}{site.path}.{linear}.lora_A.weight" in tensors for linear in site.linears)
+    return any(site.where == name or site.where.endswith(f".{name}") for name in config["target_parameters"])
 
 
 def _pattern(patterns: dict[str, Any] | None, site: Site, default: Any) -> Any:
     names = [f"{site.path}.{linear}" for linear in site.linears] or [site.where]
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", names[0]):
-            return value
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", names[0]):
+                return value
+        except re.error as error:
+            raise ValueError(f"rank_pattern, alpha_pattern: expected names, got {pattern!r}: {error}") from None
     return default
 
 
@@ -278,8 +261,6 @@ def _read_config(file: Path) -> dict[str, Any]:
         if (got := config.get(option, values[-1])) not in values:
             raise ValueError(f"{option}: expected {values[0]!r} in {file}, got {got!r}")
     config["target_parameters"] = _names(config, "target_parameters")
-    if not isinstance(config.get("target_modules"), str):
-        config["target_modules"] = _names(config, "target_modules")
     for option, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
         patterns = config.get(option) or {}
         if not isinstance(patterns, dict) or not all(_is_size(value, kind) for value in patterns.values()):
@@ -287,6 +268,9 @@ def _read_config(file: Path) -> dict[str, Any]:
     for option, kind in (("r", int), ("lora_alpha", (int, float))):
         if not _is_size(config.get(option), kind):
             raise ValueError(f"{option}: expected a positive number in {file}, got {config.get(option)!r}")
+    dropout = config.setdefault("lora_dropout", 0.0)
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"lora_dropout: expected at least 0 and less than 1 in {file}, got {dropout!r}")
     return config
 
 
