@@ -74,6 +74,11 @@ void check_plan(Call& call, Plan& plan, const Dim& T, const Dim& S) {
   check_range("slot_indices", plan.slot_indices, -1, S.size);
 }
 
+void check_slots(Call& call, ExpertWeights& weights) {
+  check_slots(call, kGateUpProj, weights.gate_up_proj);
+  check_slots(call, kDownProj, weights.down_proj);
+}
+
 void check_sequence_ids(Call& call, TensorView& sequence_ids, int64_t num_sequences) {
   if (!sequence_ids.defined()) return;
   call.own(sequence_ids);
@@ -432,7 +437,8 @@ void grouped_gemm(const GroupedGemmArgs& given, Execution exec) {
   }
   SWITCHGEAR_CHECK(ValueError, args.weight.format != Format::kPanels, "weight: expected no panels in grouped_gemm");
   SWITCHGEAR_CHECK(ValueError, !args.transposed || multiplies_transposed(args.weight.format),
-                   "weight: expected int8, int4, fp8 or mxfp4 to be transposed, got ", name_of(args.weight.format));
+                   "weight: expected int8, int4, fp8, mxfp4 or nf4 to be transposed, got ",
+                   name_of(args.weight.format));
   SWITCHGEAR_CHECK(ValueError, !args.transposed || !args.bias.defined(), "bias: expected none for a transposed weight");
   if (args.bias.defined()) call.input("bias", args.bias, kFloat, {&E, &N}, kRows);
   Dim offsets{"E+1", 2, E.size + 1};
@@ -441,6 +447,7 @@ void grouped_gemm(const GroupedGemmArgs& given, Execution exec) {
   Dim& slots = args.token_indices.defined() ? S : R;
   call.output("out", args.out, kFloat, {&slots, args.transposed ? &C : &N}, kRows);
   call.check_overlap();
+  check_slots(call, kWeight, args.weight);
   check_offsets(call, args.expert_offsets, args.out.shape[0]);
   if (args.token_indices.defined()) check_tokens(call, args.token_indices, args.expert_offsets, R.size);
   call.backend().grouped_gemm(args, exec);
@@ -503,6 +510,7 @@ void moe_forward(const MoeForwardArgs& given, Execution exec) {
   call.output("y", args.y, kFloat, {&T, &H}, kRows);
   if (args.h.defined()) call.output("h", args.h, kFloat, {&S, &N}, kRows);
   call.check_overlap();
+  check_slots(call, args.weights);
   check_ids(call, args.topk_ids, E);
   check_adapters(call, args.weights);
   call.backend().moe_forward(args, exec);
@@ -545,6 +553,7 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
                   args.grad_gate_up_b, N, H);
   adapter_outputs(args.weights.down_adapter, "grad_down_a", args.grad_down_a, "grad_down_b", args.grad_down_b, H, I);
   call.check_overlap();
+  check_slots(call, args.weights);
   check_ids(call, args.topk_ids, E);
   check_adapters(call, args.weights);
   call.backend().moe_backward(args, exec);

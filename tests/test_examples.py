@@ -68,8 +68,17 @@ def test_trace_routing_shows_what_the_router_learned() -> None:
     assert after > before + 0.1
 
 
+def test_lora_moe_in_a_tiny_form() -> None:
+    """A few steps: each adapter learns its own domain, and the mixture both."""
+    losses = load("lora_moe")["main"](8, 20)
+    for domain in ("code", "english"):
+        assert losses[f"adapter {domain}"][domain] < losses["base"][domain]
+        assert losses["mixture"][domain] < losses["base"][domain]
+
+
 def test_each_example_is_tested() -> None:
     tested = {
+        "lora_moe",
         "train_parallel",
         "train_layer",
         "numpy_routing",

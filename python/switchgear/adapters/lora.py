@@ -17,7 +17,7 @@ from switchgear.weights.adapted import Lora, adapters_of
 from switchgear.weights.module import freeze_stored
 
 
-class Adapter(NamedTuple):
+class ExpertAdapter(NamedTuple):
     """The adapter of a projection, as `lora_of` returns it."""
 
     a: nn.Parameter  # [E,r,in]
@@ -151,10 +151,10 @@ def detach(model: nn.Module) -> int:
     return count
 
 
-def lora_of(model: nn.Module) -> dict[str, Adapter]:
+def lora_of(model: nn.Module) -> dict[str, ExpertAdapter]:
     """The adapters of a module or model, by the path of their projections; see `add_lora`, `load_peft`."""
     return {
-        f"{path}.{name}" if path else name: Adapter(
+        f"{path}.{name}" if path else name: ExpertAdapter(
             module.get_parameter(f"{name}_lora_A"), module.get_parameter(f"{name}_lora_B"), lora
         )
         for path, module in model.named_modules()

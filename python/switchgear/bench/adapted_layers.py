@@ -45,6 +45,10 @@ class AdaptedCase:
     adapters: Adapters
 
     @property
+    def is_stored(self) -> bool:
+        return isinstance(self.bases[0], Weight)
+
+    @property
     def is_integer(self) -> bool:
         return isinstance(self.bases[0], Weight) and self.bases[0].format == "int4"
 

@@ -25,6 +25,7 @@ from switchgear.weights import Weight, encode, use_huge_pages
 
 from ..common import CommandError, choose, console, machine, markdown_table, require, table, threads
 from ..common.processes import Child
+from .adapted_kt import kt_kernel
 from .adapted_layers import BASE, LAYERS, Adapted, AdaptedCase, make_adapters
 from .case import FORMATS, Case, Inputs, make_case, make_weights
 from .competitors import Skip
@@ -136,7 +137,7 @@ def measure(task: Task) -> Row:
     found: dict[str, Adapted] = {}
     rows: dict[str, Row] = {}
     skipped = []
-    for name, build in LAYERS.items():
+    for name, build in (LAYERS | {"kt-kernel": kt_kernel}).items():
         try:
             adapted = build(case)
             error = 0.0 if name == BASE else relative_error(case, adapted, want)
