@@ -88,3 +88,12 @@ def test_each_example_is_tested() -> None:
         "trace_routing",
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_lora_trainer_learns_and_the_saved_adapters_too(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    losses = load("lora_trainer")["train"](20, str(tmp_path))
+    assert losses["after"] < losses["before"] - 0.3
+    assert abs(losses["loaded"] - losses["after"]) < 0.1
+    assert abs(losses["merged"] - losses["loaded"]) < 1e-3

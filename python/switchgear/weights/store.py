@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from switchgear.weights.adapted import lends
 from switchgear.weights.auto import Candidate, candidates
 from switchgear.weights.change import (
     PlainChange,
@@ -194,9 +195,13 @@ def _targets(model: nn.Module, form: Form) -> tuple[list[Target], list[nn.Module
 
 
 def _wrapper_of(model: nn.Module, name: str) -> str | None:
-    """The class of an adapter of peft around the module, or None. It reads the parameters at each call."""
+    """The class of a wrapper of peft around the module that reads its parameters at each call, or None. One that lends
+    its factors to switchgear does not."""
     outer, _, last = name.rpartition(".")
-    return type(model.get_submodule(outer)).__name__ if last == "base_layer" else None
+    if last != "base_layer":
+        return None
+    wrapper = model.get_submodule(outer)
+    return None if lends(wrapper) else type(wrapper).__name__
 
 
 def _obstacle(module: nn.Module, layout: Layout, form: Form) -> str | None:
