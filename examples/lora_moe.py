@@ -2,6 +2,9 @@
 """Two LoRA adapters, one for code and one for English, become the experts of one model, which is better than either on
 both. The text is Python's own: its standard library, and the topics of its help().
 
+Adapters are trained for `steps` on their text; the mixture, routers and adapters together, for as many on both. The
+last row is the alternative without a router: one adapter of twice the rank, trained on both for twice the steps.
+
     python examples/lora_moe.py
 """
 
