@@ -104,7 +104,7 @@ FILES = {
     "cpu/workspace.h": Covered("cpu/workspace cpu/moe_forward cpu/moe_backward cpu/gate", "moe gate workspace"),
     "cpu/workspace.cpp": Covered("cpu/workspace", "workspace moe threads:concurrent"),
     "cpu/integers/dot.h": Covered(INTEGERS, "integers"),
-    "cpu/integers/experts.h": Covered("cpu/integers/moe_forward cpu/integers/grouped_gemm", "integers"),
+    "cpu/integers/experts.h": Covered("cpu/integers/rows cpu/integers/moe_forward", "integers"),
     "cpu/integers/grouped_gemm.cpp": Covered("cpu/integers/grouped_gemm", "integers"),
     "cpu/integers/kernels.inl": Covered(INTEGERS, "integers"),
     "cpu/integers/moe_forward.cpp": Covered("cpu/integers/moe_forward", "integers slots"),
