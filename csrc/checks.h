@@ -58,7 +58,7 @@ class Call {
   void check_overlap() const;
 
  private:
-  static constexpr int kMaxTensors = 20;  // moe_forward with integers and moe_backward have up to 17
+  static constexpr int kMaxTensors = 20;  // moe_forward with integers has up to 17, moe_backward up to 18
 
   struct Entry {
     const char* name = nullptr;
@@ -88,6 +88,8 @@ class Call {
 inline bool readable(const TensorView& tensor) { return tensor.device.type == DeviceType::kCPU; }
 void check_pointer(const char* name, const void* data, DType dtype);  // not null, and aligned to elements
 void check_range(const char* name, const TensorView& indices, int64_t low, int64_t high);  // all in [low, high)
+void check_experts(const char* name, const TensorView& experts,
+                   int64_t num_experts);  // ascending, all in [0, num_experts)
 void check_offsets(const char* name, const TensorView& expert_offsets, int64_t num_slots);
 
 }  // namespace switchgear

@@ -56,6 +56,13 @@ void check_tokens(Call& call, TensorView& token_indices, const TensorView& exper
   check_range("token_indices", used, 0, num_tokens);
 }
 
+// The experts whose gradients are computed, if given.
+void check_trained(Call& call, TensorView& experts, int64_t num_experts) {
+  if (!experts.defined()) return;
+  call.own(experts);
+  check_experts("experts", experts, num_experts);
+}
+
 void check_offsets(Call& call, TensorView& expert_offsets, int64_t num_slots) {
   call.own(expert_offsets);
   check_offsets("expert_offsets", expert_offsets, num_slots);
@@ -406,11 +413,15 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs& given, Execution exec) {
   call.input("x", args.x, kFloat, {&R, &C}, kRows);
   if (args.token_indices.defined()) call.input("token_indices", args.token_indices, kInt32, {&S});
   call.input("grad_out", args.grad_out, kFloat, {args.token_indices.defined() ? &S : &R, &N}, kRows);
-  call.output("grad_weight", args.grad_weight, kFloat, {&E, &N, &C}, kMatrices);
-  Dim offsets{"E+1", 2, E.size + 1};
+  Dim n{"n", 0};
+  const bool some = args.experts.defined();
+  if (some) call.input("experts", args.experts, kInt32, {&n});
+  call.output("grad_weight", args.grad_weight, kFloat, {some ? &n : &E, &N, &C}, kMatrices);
+  Dim offsets{"E+1", 2, some ? Dim::kUnknown : E.size + 1};
   call.input("expert_offsets", args.expert_offsets, kInt32, {&offsets});
   call.check_overlap();
   check_offsets(call, args.expert_offsets, args.grad_out.shape[0]);
+  check_trained(call, args.experts, offsets.size - 1);
   if (args.token_indices.defined()) check_tokens(call, args.token_indices, args.expert_offsets, R.size);
   call.backend().grouped_gemm_wgrad(args, exec);
 }
@@ -474,17 +485,21 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
   Dim S = slots(T, K);
   call.input("h", args.h, kFloat, {&S, &N}, kRows);
+  Dim n{"n", 0};
+  if (args.experts.defined()) call.input("experts", args.experts, kInt32, {&n});
+  Dim& trained = args.experts.defined() ? n : E;
   const auto output = [&](const char* name, const TensorView& grad, Kind kind, Call::Shape shape, Layout layout) {
     if (grad.defined()) call.output(name, grad, kind, shape, layout);
   };
   output("grad_x", args.grad_x, kFloat, {&T, &H}, kRows);
-  output("grad_gate_up_proj", args.grad_gate_up_proj, kFloat, {&E, &N, &H}, kMatrices);
-  output("grad_down_proj", args.grad_down_proj, kFloat, {&E, &H, &I}, kMatrices);
-  output("grad_gate_up_bias", args.grad_gate_up_bias, kFloat, {&E, &N}, kRows);
-  output("grad_down_bias", args.grad_down_bias, kFloat, {&E, &H}, kRows);
+  output("grad_gate_up_proj", args.grad_gate_up_proj, kFloat, {&trained, &N, &H}, kMatrices);
+  output("grad_down_proj", args.grad_down_proj, kFloat, {&trained, &H, &I}, kMatrices);
+  output("grad_gate_up_bias", args.grad_gate_up_bias, kFloat, {&trained, &N}, kRows);
+  output("grad_down_bias", args.grad_down_bias, kFloat, {&trained, &H}, kRows);
   output("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K}, kContiguous);
   call.check_overlap();
   check_ids(call, args.topk_ids, E);
+  check_trained(call, args.experts, E.size);
   call.backend().moe_backward(args, exec);
 }
 

@@ -246,13 +246,15 @@ struct GroupedGemmArgs {
 };
 void grouped_gemm(const GroupedGemmArgs& args, Execution exec = {});
 
-// grad_weight[e][n,c] = Σ_{s of e} grad_out[s,n] · x[r(s),c]; zero for experts without rows
+// grad_weight[e][n,c] = Σ_{s of e} grad_out[s,n] · x[r(s),c]; zero for experts without rows. With `experts`, matrix i of
+// grad_weight is that of expert experts[i], and no others are computed. On a CUDA device an expert outside [0,E) has no rows.
 struct GroupedGemmWgradArgs {
   TensorView grad_out;        // [S,N] float
   TensorView x;               // [R,C] float
   TensorView expert_offsets;  // [E+1]
   TensorView token_indices;   // [S], optional
-  TensorView grad_weight;     // out [E,N,C], any strides
+  TensorView experts;         // [n], ascending, optional
+  TensorView grad_weight;     // out [E,N,C], any strides; with experts [n,N,C]
 };
 void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec = {});
 
@@ -308,7 +310,8 @@ struct MoeForwardArgs {
 };
 void moe_forward(const MoeForwardArgs& args, Execution exec = {});
 
-// Gradients, for plain weights. An output that is not defined is not computed.
+// Gradients, for plain weights. An output that is not defined is not computed. With `experts`, the gradients of projections and
+// biases are those of these experts only, [n,…], as in grouped_gemm_wgrad.
 struct MoeBackwardArgs {
   TensorView grad_y;  // [T,H] float
   TensorView x;       // [T,H] float
@@ -316,6 +319,7 @@ struct MoeBackwardArgs {
   ExpertWeights weights;
   TensorView topk_ids;
   TensorView topk_weights;
+  TensorView experts;  // [n], ascending, optional
   GluOptions options;
   TensorView grad_x;             // out [T,H]
   TensorView grad_gate_up_proj;  // out [E,N,H]

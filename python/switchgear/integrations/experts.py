@@ -12,15 +12,15 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 import switchgear
 from switchgear.ops import GluOptions
-from switchgear.weights import Weight
+from switchgear.weights import SelectedWeight, Weight
 
 
 class ExpertWeights(NamedTuple):
     """Views of a model's parameters, never copies, or stored weights (switchgear.store). N is 2I for gated experts,
     I for plain ones."""
 
-    gate_up_proj: Tensor | Weight  # [E, N, H]
-    down_proj: Tensor | Weight  # [E, H, I]
+    gate_up_proj: Tensor | Weight | SelectedWeight  # [E, N, H]
+    down_proj: Tensor | Weight | SelectedWeight  # [E, H, I]
     gate_up_bias: Tensor | None = None  # [E, N]
     down_bias: Tensor | None = None  # [E, H]
 
@@ -76,19 +76,20 @@ def run_experts(
 
 def project(
     x: Tensor,
-    weight: Tensor | Weight | Sequence[Tensor],
+    weight: Tensor | Weight | SelectedWeight | Sequence[Tensor],
     expert_offsets: Tensor,
     bias: Tensor | None = None,
     token_indices: Tensor | None = None,
 ) -> Tensor:
     """`switchgear.grouped_gemm` with x cast to the dtype of the weights: models may keep weights in a wider dtype."""
-    dtype = (weight if isinstance(weight, (Tensor, Weight)) else weight[0]).dtype
+    dtype = (weight if isinstance(weight, (Tensor, Weight, SelectedWeight)) else weight[0]).dtype
     return switchgear.grouped_gemm(x.to(dtype), weight, expert_offsets, bias=bias, token_indices=token_indices)
 
 
 def not_plain(weights: Iterable[Any]) -> str | None:
     """Why the kernels cannot read some weight, or None. Tensor subclasses (torchao, DTensor) have their own format."""
-    for weight in weights:
+    leaves = (leaf for weight in weights for leaf in (weight[:2] if isinstance(weight, SelectedWeight) else (weight,)))
+    for weight in leaves:
         plain = type(weight) in (Tensor, nn.Parameter, Weight, type(None))  # None is an absent bias
         if not plain and not isinstance(weight, (FakeTensor, FunctionalTensor)):  # tracing: both stand for plain ones
             return f"a weight is a {type(weight).__name__}, not a plain tensor"

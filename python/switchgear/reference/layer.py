@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from switchgear.reference.activations import check_options, glu_backward_of, glu_of, intermediate_size_of
-from switchgear.reference.checks import check, weight_dtype, wide
+from switchgear.reference.checks import check, check_experts, weight_dtype, wide
 from switchgear.reference.formats import check_weight, format_of
 from switchgear.reference.products import gemm, multiply, sum_rows, wgrad_of
 from switchgear.reference.rows import gather_rows, rows_of, segments, to_slots
@@ -37,6 +37,11 @@ def _plain(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Tensor:
     if form:
         raise ValueError(f"{name}: expected plain weights for gradients, got {format_of(form)}")
     return tensors[0]
+
+
+def empty_gradient(weight: Tensor, experts: Tensor | None) -> Tensor:
+    """The gradient of a weight [E,…], or of its `experts`, uninitialised, in the memory order of the weight."""
+    return torch.empty_like(weight if experts is None else weight[: experts.shape[0]])
 
 
 def moe_forward(
@@ -94,6 +99,7 @@ def moe_backward(
     alpha: float,
     limit: float,
     needs: Sequence[bool],
+    experts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of moe_forward from x and h; `a` is recomputed. Projections are plain. Outputs that `needs` does not
     request are empty. With dy the rows of grad_y in slot order and w their weights:
@@ -101,6 +107,8 @@ def moe_backward(
         da' = dy · W_d                    dh = glu'(h, w · da')
         x             Σ_k dh · W_gu       gate_up_proj  dhᵀ · x          gate_up_bias  Σ dh
         topk_weights  <da', a> + <dy,b_d> down_proj     (w · dy)ᵀ · a    down_bias     Σ w · dy
+
+    experts: [n], ascending; the gradients of projections and biases are then those of these experts, [n,…].
     """
     check_options(activation, gated, alpha, limit)
     sizes = check_weight("gate_up_proj", gate_up_proj, gate_up_form, (None, None, None), x.dtype)
@@ -111,6 +119,7 @@ def moe_backward(
     check_layer(x, sizes, gate_up_bias, down_bias, topk_ids, topk_weights)
     check("grad_y", grad_y, x.shape, x.dtype)
     check("h", h, (topk_ids.numel(), width), x.dtype)
+    check_experts(experts, num_experts)
     need_x, need_gate_up, need_down, need_gate_up_bias, need_down_bias, need_weights = needs
     options = (activation, gated, interleaved, alpha, limit)
     expert_offsets, token_indices, slot_indices = plan(topk_ids, num_experts)
@@ -123,9 +132,9 @@ def moe_backward(
     weighted = grad_rows * to_slots(topk_weights, slot_indices)[:, None]  # w · dy
     a = glu_of(rows_h, *options)
     if need_down:
-        grad_down = wgrad_of(weighted, a, expert_offsets, torch.empty_like(down))
+        grad_down = wgrad_of(weighted, a, expert_offsets, empty_gradient(down, experts), experts)
     if need_down_bias and down_bias is not None:
-        grad_down_bias = sum_rows(weighted, expert_offsets, down_bias)
+        grad_down_bias = sum_rows(weighted, expert_offsets, down_bias, experts)
     if need_weights:
         grad_a = gemm(grad_rows, down.mT, None, expert_offsets)  # da'
         grad_slot = (grad_a * a).sum(-1)
@@ -139,7 +148,8 @@ def moe_backward(
             grad_slots = gemm(grad_h, gate_up.mT, None, expert_offsets)
             grad_x = combine(grad_slots, expert_offsets, token_indices, slot_indices, None).to(x.dtype)
         if need_gate_up:
-            grad_gate_up = wgrad_of(grad_h, rows_of(x, token_indices), expert_offsets, torch.empty_like(gate_up))
+            rows_x, empty = rows_of(x, token_indices), empty_gradient(gate_up, experts)
+            grad_gate_up = wgrad_of(grad_h, rows_x, expert_offsets, empty, experts)
         if need_gate_up_bias and gate_up_bias is not None:
-            grad_gate_up_bias = sum_rows(grad_h, expert_offsets, gate_up_bias)
+            grad_gate_up_bias = sum_rows(grad_h, expert_offsets, gate_up_bias, experts)
     return grad_x, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias, grad_weights

@@ -144,6 +144,7 @@ def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
     any. `layout` is that of the module's parameters."""
     stored = vars(module).get("_switchgear_stored")
     adapters = vars(module).get("_switchgear_adapters")
+    selection = vars(module).get("_switchgear_selection")
     first: Any
     second: Any
     if stored is not None:
@@ -154,6 +155,8 @@ def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
         first, second = getattr(module, layout.names[0]), getattr(module, layout.names[1])
         if layout.transposed:
             first, second = _transposed(first), _transposed(second)
+        if selection is not None:
+            first, second = selection.around(module, layout, first, second)
     return (first, second) if adapters is None else adapters.around(module, first, second)
 
 
