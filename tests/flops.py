@@ -23,12 +23,13 @@ def _moe_forward(*args: Any, **_: Any) -> int:
 
 
 def _moe_backward(*args: Any, **_: Any) -> int:
-    """Each product has two gradients, with respect to its input and its weight, the latter for the listed experts."""
+    """Each product has two gradients: of its input and, if needed, of its weight (of the listed experts)."""
     _, _, _, (gate_up_proj,), _, (down_proj,), _, _, _, topk_ids, *_ = args
-    trained = topk_ids
-    if len(args) > 17 and args[17] is not None:
-        trained = torch.where(torch.isin(topk_ids, args[17]), topk_ids, -1)
-    return _of_pairs(topk_ids, gate_up_proj, down_proj) + _of_pairs(trained, gate_up_proj, down_proj)
+    needs, experts = args[16], args[17] if len(args) > 17 else None
+    trained = topk_ids if experts is None else torch.where(torch.isin(topk_ids, experts), topk_ids, -1)
+    weights = [weight for weight, need in zip((gate_up_proj, down_proj), needs[1:3], strict=True) if need]
+    of_weights = 2 * int((trained >= 0).sum()) * sum(weight[0].numel() for weight in weights)
+    return _of_pairs(topk_ids, gate_up_proj, down_proj) + of_weights
 
 
 def _gate(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:

@@ -105,8 +105,8 @@ def _allocate_moe_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _gradients(empty_weight: Callable[[Tensor], Tensor], args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Gradients of weights have the strides of the weights, so that an optimizer sees one layout. With a list of experts
-    they are those of these experts only."""
+    """Gradients of weights have the strides of the weights, so that an optimizer sees one layout. With a list of
+    experts they are those of these experts only."""
     x, *_, needs, experts = args[1:]
     count = None if experts is None else matrix("experts", experts, 1).shape[0]  # at most E
 
@@ -134,8 +134,8 @@ def _moe_backward_writes(kernels: Kernels, *args: Any) -> tuple[Any, Any]:
 
 moe_backward: Callable[..., tuple[Tensor, ...]] = register(
     f"moe_backward(Tensor grad_y, Tensor x, Tensor h, {_LAYER}, bool[] needs, Tensor? experts=None) "
-    "-> (Tensor grad_x, Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_gate_up_bias, Tensor grad_down_bias, "
-    "Tensor grad_topk_weights)",
+    "-> (Tensor grad_x, Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_gate_up_bias, "
+    "Tensor grad_down_bias, Tensor grad_topk_weights)",
     "rrrwfwfrrddooooo-d",
     _allocate_moe_backward,
     written=_moe_backward_writes,

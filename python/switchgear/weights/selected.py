@@ -10,7 +10,7 @@ State dicts have the usual keys alone. Loading one sets the selected rows, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,14 @@ class Selection:
 
         return tuple(selected(name, weight) for name, weight in zip(layout.names, weights, strict=True))
 
+    def whole(self, module: nn.Module, name: str) -> Tensor:
+        """The whole parameter, differentiable in its trained rows: for small ones, since it copies it."""
+        self.update(module)
+        parameter: Tensor = getattr(module, name)
+        if not torch.is_grad_enabled():
+            return parameter
+        return parameter.detach().index_copy(0, self.experts(module).long(), self.trained(module, name))
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph cannot tell whether the rows changed
     def update(self, module: nn.Module) -> None:
         """Copies trained rows that changed into the parameters that kernels read."""
@@ -64,8 +72,8 @@ class Selection:
             now = (_version(trained), trained.data_ptr(), _version(whole), whole.data_ptr())
             if None not in now and self._seen.get(name) == now:
                 continue
-            # `data`: a forward whose backward is still to come has saved the whole parameter, and the trained one, whose
-            # version autograd checks.
+            # `data`: a forward whose backward is still to come has saved the whole parameter; autograd checks the
+            # version of the trained one, which it saved, too.
             whole.data[self.experts(module).long()] = trained.data.to(whole.dtype)
             self._seen[name] = now
 
@@ -96,7 +104,6 @@ def select(module: nn.Module, names: Sequence[str], experts: Tensor) -> list[nn.
         made[name] = nn.Parameter(rows.copy_(whole.detach()[experts.long()]))
     for name, parameter in made.items():
         getattr(module, name).requires_grad_(False)
-        getattr(module, name).grad = None
         module.register_parameter(name + SUFFIX, parameter)
     module.register_buffer(_EXPERTS, experts, persistent=False)
     if "_switchgear_selection" not in vars(module):  # the hooks do nothing without a selection
@@ -140,9 +147,9 @@ def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -
     if (selection := selection_of(module)) is None:
         return
     selection.update(module)
-    rows: Callable[[Tensor], Tensor] = lambda whole: whole[selection.experts(module).long().to(whole.device)]  # noqa: E731
+    experts = selection.experts(module).long()
     for name in selection.names:
         whole = state_dict.get(prefix + name)
-        expected = getattr(module, name)
-        fits = isinstance(whole, Tensor) and whole.shape == expected.shape  # else load_state_dict reports the whole one
-        state_dict[prefix + name + SUFFIX] = rows(whole if fits else expected.detach())  # type: ignore[arg-type]
+        if not isinstance(whole, Tensor) or whole.shape != getattr(module, name).shape:  # load_state_dict reports it
+            whole = getattr(module, name).detach()
+        state_dict[prefix + name + SUFFIX] = whole[experts.to(whole.device)]
