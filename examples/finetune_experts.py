@@ -103,7 +103,7 @@ def main(steps: int = 200) -> dict[str, Result]:
 
     with switchgear.RoutingTrace(base) as trace, torch.no_grad():
         for seed in range(8):
-            base(windows(english, seed))
+            base(windows(english, seed)[:, :-1])
     selection = finetune.select_experts(trace, mass=0.2)
     print("selected: ", "; ".join(f"{name} {experts}" for name, experts in selection.items()))
 

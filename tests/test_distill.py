@@ -43,7 +43,7 @@ def test_row51_samples_follow_the_gate_probabilities() -> None:
     (ids,) = drawn
     assert ids.shape == (20000, 3)
     assert all(len(set(row)) == 3 for row in ids[:50].tolist())
-    expected = 20000 * teacher[0].gate(x[:1]).router_logits[0].softmax(-1)
+    expected = 20000 * teacher[0].gate(x[:1]).router_logits[0].detach().softmax(-1)
     counts = torch.bincount(ids[:, 0].long(), minlength=4)
     assert float(((counts - expected).square() / expected).sum()) < 16.3
 
@@ -74,7 +74,7 @@ def test_row51_a_step_changes_the_router_only() -> None:
         assert torch.equal(logits, teacher(x))
     assert divergences[-1] < divergences[0]
     for name, tensor in teacher.state_dict().items():
-        assert torch.equal(tensor, before[name]) == ("gate" not in name), name
+        assert torch.equal(tensor, before[name]) == (".gate." not in name), name
     assert [parameter.requires_grad for parameter in teacher.parameters()] == flags
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
@@ -85,7 +85,7 @@ def test_row51_balance_of_the_routers() -> None:
     x = torch.randn(256, 8) + 1
     with torch.no_grad():
         teacher[0].gate.weight[0] += 1
-    optimizer = torch.optim.SGD(distill.router_parameters(teacher), 0.1)
+    optimizer = torch.optim.Adam(distill.router_parameters(teacher), 0.02)
     loads = []
     for _ in range(30):
         with distill.all_experts(teacher), torch.no_grad():

@@ -210,6 +210,16 @@ def test_forwards_before_a_backward() -> None:
         loss.backward()
 
 
+def test_compiled_models_train_the_selected_experts() -> None:
+    model, other = make_model(), make_model()
+    trained = finetune.freeze_except(model, SELECTION)
+    compiled = torch.compile(model, backend="aot_eager")
+    train(compiled, trained, steps=2)
+    train(other, finetune.freeze_except(other, SELECTION), steps=2)
+    for name, tensor in other.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor)
+
+
 def test_autocast_trains_the_selected_experts() -> None:
     model = make_model()
     trained = finetune.freeze_except(model, SELECTION)
@@ -313,6 +323,7 @@ def stored() -> nn.Module:
     [
         (make_model, {"0": [1], "7": [0]}, ValueError, "'7'"),
         (make_model, {"0": [1], "1": [0]}, ValueError, "'1'"),
+        (make_model, {"0": [1], "0.experts.down_proj": [0]}, ValueError, "'0.experts.down_proj'"),
         (make_model, {"0": [1], "2": [4]}, ValueError, "0 to 3 of 2"),
         (make_model, {"0": [-1]}, ValueError, "0 to 5"),
         (make_model, {"0": [1, 1]}, ValueError, "once"),

@@ -214,7 +214,7 @@ def test_row72_only_one_expert_and_the_router_change() -> None:
     torch.manual_seed(1)
     stays = {}
     for weight in (0.0, 100.0):
-        model = nn.Sequential(make_moe(normalize=True, return_routing=False))
+        model = nn.Sequential(make_moe(normalize=True, router_bias=True))
         x = data(3)
         with switchgear.RoutingTrace(model) as trace:
             model(x)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.finetune.scores import Selected
+from switchgear.routing.router import Router
 from switchgear.weights import layout_of, stored_of
 from switchgear.weights.layout import hint_for
 from switchgear.weights.selected import select, selection_of, unselect
@@ -126,16 +127,17 @@ def _ids(name: str, experts: Sequence[int]) -> list[int]:
 
 def _experts_named(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     """The module of experts that a name of a router, of an MoE or of the experts means, and its name."""
-    outer = name.rpartition(".")[0]
-    for start in (name, outer):
-        try:
-            module, where = model.get_submodule(start), start
-        except AttributeError:
-            raise ValueError(f"selection: expected names of layers with experts, got {name!r}") from None
-        while layout_of(module) is None and isinstance(inner := getattr(module, "experts", None), nn.Module):
-            module, where = inner, f"{where}.experts" if where else "experts"
-        if layout_of(module) is not None:
-            return where, module
+    where = name
+    try:
+        if isinstance(model.get_submodule(name), Router):
+            where = name.rpartition(".")[0]
+        module = model.get_submodule(where)
+    except AttributeError:
+        raise ValueError(f"selection: expected names of layers with experts, got {name!r}") from None
+    while layout_of(module) is None and isinstance(inner := getattr(module, "experts", None), nn.Module):
+        module, where = inner, f"{where}.experts" if where else "experts"
+    if layout_of(module) is not None:
+        return where, module
     hint = hint_for(model) or "for a Hugging Face model, call switchgear.accelerate(model) first"
     raise ValueError(f"selection: expected layers whose experts run on the fused kernel, got {name!r} ({hint})")
 

@@ -142,7 +142,7 @@ def _grow(
                 module._parameters[name] = nn.Parameter(tensor, requires_grad=flag or freeze_old)
             else:
                 module._buffers[name] = tensor
-        module.num_experts += len(next(iter(rows.values())))  # type: ignore[operator]
+    experts.num_experts = gate.num_experts = len(next(experts.parameters()))
     if not freeze_old:
         return [parameter for module, _ in grown for parameter in module._parameters.values() if parameter is not None]
     new_experts = torch.arange(old, experts.num_experts, dtype=torch.int32)
