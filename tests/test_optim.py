@@ -113,7 +113,7 @@ def test_it_trains() -> None:
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
 
 

@@ -210,23 +210,24 @@ def test_row72_anchor_is_zero_at_one_hot() -> None:
 
 
 def test_row72_only_one_expert_and_the_router_change() -> None:
-    """Unlearning by gradient ascent: with the anchor, fewer tokens are routed away from the expert."""
-    torch.manual_seed(1)
+    """Unlearning the output of an expert: the router moves tokens away from it, unless the anchor holds them."""
     stays = {}
-    for weight in (0.0, 100.0):
+    for weight in (0.0, 10.0):
         model = nn.Sequential(make_moe(normalize=True, router_bias=True))
         x = data(3)
         with switchgear.RoutingTrace(model) as trace:
             model(x)
         expert = int(diagnostics.affinity(trace)["0.gate"].argmax())
+        with torch.no_grad():
+            model[0].experts.down_proj[expert] *= 30
         before = copy.deepcopy(model.state_dict())
         trained = finetune.freeze_except(model, {"0": [expert]}, also=["0.gate"])
         chosen = (model[0].gate(x).topk_ids == expert).any(-1)
-        optimizer = torch.optim.AdamW(trained, lr=1e-2)
-        for _ in range(30):
+        optimizer = torch.optim.AdamW(trained, lr=2e-2)
+        for _ in range(60):
             optimizer.zero_grad()
             probabilities = router_probabilities(model[0].gate(x))
-            loss = -(model(x) - x).square().mean() + weight * anchor_loss(probabilities, expert)
+            loss = model(x).square().mean() + weight * anchor_loss(probabilities, expert)
             loss.backward()
             optimizer.step()
         others = [e for e in range(4) if e != expert]
@@ -235,4 +236,4 @@ def test_row72_only_one_expert_and_the_router_change() -> None:
                 assert torch.equal(tensor[others], before[name][others])
                 assert not torch.equal(tensor[expert], before[name][expert])
         stays[weight] = float((model[0].gate(x).topk_ids == expert).any(-1)[chosen].float().mean())
-    assert stays[100.0] > stays[0.0]
+    assert stays[10.0] > stays[0.0]

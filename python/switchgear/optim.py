@@ -30,14 +30,13 @@ def orthogonalized(
     """About U·Vᵀ of each matrix U·S·Vᵀ in matrices [..., N, C], in bfloat16, by Newton–Schulz iteration. Singular
     values come out between 0.7 and 1.2. Zero matrices stay zero.
 
-    The iteration multiplies on the shorter side, in batched products: of all matrices on a GPU, of a megabyte of them on a
-    CPU, where matrices of that size are as fast one by one. Batches make small matrices 30× faster than a loop over them.
-    switchgear's grouped products, which write S·N rows for [E,N,N], are slower (docs/finetuning.md).
+    The iteration multiplies on the shorter side, in batched products: of all matrices on a GPU, of a megabyte of them
+    on a CPU, where larger ones are as fast one by one.
     """
     matrix = matrices.shape[-2:]
     stack = matrices.reshape(-1, *matrix)
     count = max(len(stack), 1) if stack.is_cuda else max(1, _CACHED // max(matrix.numel(), 1))
-    parts = [_orthogonalized(part, steps, coefficients, eps) for part in stack.split(count)]
+    parts = [_orthogonalized(part, steps, coefficients, eps) for part in torch.split(stack, count)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(matrices.shape)
 
 
