@@ -400,7 +400,7 @@ def _stored_grouped_gemm(
 def _selected_grouped_gemm(
     x: Tensor, selected: SelectedWeight, expert_offsets: Tensor, bias: Tensor | None, token_indices: Tensor | None
 ) -> Tensor:
-    _check_selected("weight", selected)
+    _check_selected("weight", selected, "bias", bias)
     tensors = (x, selected.weight, bias, selected.trained, selected.trained_bias)
     if in_autocast(x.device.type):
         tensors = in_autocast_dtype(x.device.type, *tensors)
@@ -412,10 +412,11 @@ def _selected_grouped_gemm(
     return ops.grouped_gemm(x, [weight], (), bias, expert_offsets, token_indices, False, False)
 
 
-def _check_selected(name: str, selected: SelectedWeight) -> None:
-    """Checks the shapes that no kernel sees."""
-    if selected.weight.requires_grad:
-        raise ValueError(f"{name}: expected no gradient of a weight of which some experts are trained alone")
+def _check_selected(name: str, selected: SelectedWeight, bias_name: str, bias: Tensor | None) -> None:
+    """Checks what no kernel sees: the trained experts' shapes, and that the rest is frozen."""
+    for frozen_name, frozen in ((name, selected.weight), (bias_name, bias)):
+        if frozen is not None and frozen.requires_grad:
+            raise ValueError(f"{frozen_name}: expected a frozen one, of which some experts are trained alone")
     count, (_, rows, columns) = selected.experts.shape[0], selected.weight.shape
     for trained, shape in ((selected.trained, (count, rows, columns)), (selected.trained_bias, (count, rows))):
         if trained is not None and trained.shape != shape:
@@ -593,8 +594,8 @@ def _selected_moe(
 ) -> Tensor:
     """moe of x [T,H] with projections of which the same experts are trained."""
     first, second = weights
-    _check_selected("gate_up_proj", first)
-    _check_selected("down_proj", second)
+    _check_selected("gate_up_proj", first, "gate_up_bias", biases[0])
+    _check_selected("down_proj", second, "down_bias", biases[1])
     if first.experts is not second.experts and not torch.equal(first.experts, second.experts):
         raise ValueError("down_proj: expected the trained experts of gate_up_proj, got others")
     frozen = (first.weight, second.weight)
