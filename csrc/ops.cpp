@@ -57,6 +57,13 @@ void check_tokens(Call& call, TensorView& token_indices, const TensorView& exper
   check_range("token_indices", used, 0, num_tokens);
 }
 
+// The experts whose gradients are computed, if given.
+void check_trained(Call& call, TensorView& experts, int64_t num_experts) {
+  if (!experts.defined()) return;
+  call.own(experts);
+  check_experts("experts", experts, num_experts);
+}
+
 void check_offsets(Call& call, TensorView& expert_offsets, int64_t num_slots) {
   call.own(expert_offsets);
   check_offsets("expert_offsets", expert_offsets, num_slots);
@@ -154,8 +161,8 @@ void bias_shapes(Call& call, const ExpertWeights& weights, Dim& E, Dim& H, Dim& 
 // moe_backward decodes columns of a weight for gradients of other tensors; only a plain weight has a gradient itself.
 void check_decodable(const char* name, const Weight& weight, const TensorView& gradient) {
   const bool is_plain = weight.format == Format::kPlain;
-  SWITCHGEAR_CHECK(ValueError, is_plain || !gradient.defined(), name, ": expected plain weights for their gradients, got ",
-                   name_of(weight.format));
+  SWITCHGEAR_CHECK(ValueError, is_plain || !gradient.defined(), name,
+                   ": expected plain weights for their gradients, got ", name_of(weight.format));
   SWITCHGEAR_CHECK(ValueError, is_plain || multiplies_transposed(weight.format), name,
                    ": expected plain, int8, int4, fp8 or mxfp4 weights for gradients, got ", name_of(weight.format));
 }
@@ -460,11 +467,15 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs& given, Execution exec) {
   call.input("x", args.x, kFloat, {&R, &C}, kRows);
   if (args.token_indices.defined()) call.input("token_indices", args.token_indices, kInt32, {&S});
   call.input("grad_out", args.grad_out, kFloat, {args.token_indices.defined() ? &S : &R, &N}, kRows);
-  call.output("grad_weight", args.grad_weight, kFloat, {&E, &N, &C}, kMatrices);
-  Dim offsets{"E+1", 2, E.size + 1};
+  Dim n{"n", 0};
+  const bool some = args.experts.defined();
+  if (some) call.input("experts", args.experts, kInt32, {&n});
+  call.output("grad_weight", args.grad_weight, kFloat, {some ? &n : &E, &N, &C}, kMatrices);
+  Dim offsets{"E+1", 2, some ? Dim::kUnknown : E.size + 1};
   call.input("expert_offsets", args.expert_offsets, kInt32, {&offsets});
   call.check_overlap();
   check_offsets(call, args.expert_offsets, args.grad_out.shape[0]);
+  check_trained(call, args.experts, offsets.size - 1);
   if (args.token_indices.defined()) check_tokens(call, args.token_indices, args.expert_offsets, R.size);
   call.backend().grouped_gemm_wgrad(args, exec);
 }
@@ -531,14 +542,17 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
   Dim S = slots(T, K);
   call.input("h", args.h, kFloat, {&S, &N}, kRows);
+  Dim n{"n", 0};
+  if (args.experts.defined()) call.input("experts", args.experts, kInt32, {&n});
+  Dim& trained = args.experts.defined() ? n : E;
   const auto output = [&](const char* name, const TensorView& grad, Kind kind, Call::Shape shape, Layout layout) {
     if (grad.defined()) call.output(name, grad, kind, shape, layout);
   };
   output("grad_x", args.grad_x, kFloat, {&T, &H}, kRows);
-  output("grad_gate_up_proj", args.grad_gate_up_proj, kFloat, {&E, &N, &H}, kMatrices);
-  output("grad_down_proj", args.grad_down_proj, kFloat, {&E, &H, &I}, kMatrices);
-  output("grad_gate_up_bias", args.grad_gate_up_bias, kFloat, {&E, &N}, kRows);
-  output("grad_down_bias", args.grad_down_bias, kFloat, {&E, &H}, kRows);
+  output("grad_gate_up_proj", args.grad_gate_up_proj, kFloat, {&trained, &N, &H}, kMatrices);
+  output("grad_down_proj", args.grad_down_proj, kFloat, {&trained, &H, &I}, kMatrices);
+  output("grad_gate_up_bias", args.grad_gate_up_bias, kFloat, {&trained, &N}, kRows);
+  output("grad_down_bias", args.grad_down_bias, kFloat, {&trained, &H}, kRows);
   output("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K}, kContiguous);
   const auto adapter_outputs = [&](const Adapter& adapter, const char* a, const TensorView& grad_a, const char* b,
                                    const TensorView& grad_b, Dim& rows, Dim& columns) {
@@ -556,6 +570,7 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   check_slots(call, args.weights);
   check_ids(call, args.topk_ids, E);
   check_adapters(call, args.weights);
+  check_trained(call, args.experts, E.size);
   call.backend().moe_backward(args, exec);
 }
 

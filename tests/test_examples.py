@@ -76,6 +76,19 @@ def test_lora_moe_in_a_tiny_form() -> None:
         assert losses["mixture"][domain] < losses["base"][domain]
 
 
+def test_finetune_experts_leaves_what_the_task_does_not_use() -> None:
+    """Fewer bytes by the fraction of experts, and less of the first task forgotten than by training all."""
+    results = load("finetune_experts")["main"](60)
+    assert results["selected"].kilobytes < 0.5 * results["all"].kilobytes
+    assert results["selected"].python < results["all"].python
+
+
+def test_distill_teaches_a_student() -> None:
+    results = load("distill")["main"](60)
+    assert len(results) == 3
+    assert max(results.values()) < 3.0  # an untrained student is 2.9 nats from the language
+
+
 def test_each_example_is_tested() -> None:
     tested = {
         "lora_moe",
@@ -86,6 +99,8 @@ def test_each_example_is_tested() -> None:
         "mixtral",
         "cluster_task",
         "trace_routing",
+        "finetune_experts",
+        "distill",
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 

@@ -78,7 +78,7 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
 
 void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, const Context& context) {
   const int32_t* const expert_offsets = args.expert_offsets.as<int32_t>();
-  const int64_t used_slots = expert_offsets[args.grad_weight.shape[0]];
+  const int64_t used_slots = expert_offsets[args.expert_offsets.shape[0] - 1];
   const int64_t pointer_bytes = Workspace::padded(used_slots * static_cast<int64_t>(sizeof(void*)));
   Workspace workspace(2 * pointer_bytes);
   const void** const grad_rows = workspace.take<const void*>(used_slots);
@@ -89,6 +89,7 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, const Context& context
                    .right = x_rows,
                    .dtype = args.x.dtype,
                    .expert_offsets = expert_offsets,
+                   .experts = args.experts.as<int32_t>(),
                    .gradient = args.grad_weight},
                   context);
 }

@@ -31,6 +31,14 @@ __device__ inline SlotRange slots_of(const int32_t* expert_offsets, int32_t e, i
   return {begin, last < begin ? begin : last < num_slots ? last : num_slots};
 }
 
+// The slots that matrix i of a weight gradient sums; none for an expert out of range.
+__device__ inline SlotRange slots_of_matrix(const int32_t* expert_offsets, const int32_t* experts, int32_t i,
+                                            int32_t num_experts, int32_t num_slots) {
+  const int32_t expert = experts != nullptr ? experts[i] : i;
+  if (expert < 0 || expert >= num_experts) return {};
+  return slots_of(expert_offsets, expert, num_experts, num_slots);
+}
+
 // Position `index` of a grid of row tiles x column tiles, in bands of 8 row tiles.
 struct TilePosition {
   int32_t row, column;

@@ -105,10 +105,10 @@ def load_peft(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None =
             used.update(names)
             pairs.append(_tensors(tensors, names))
         a, b = _from_file(keys, pairs, rank, not is_ours and _is_old(config))
-        target = {"device": keys.site.like.device, "dtype": dtype or keys.site.like.dtype}
+        device, kind = keys.site.like.device, dtype or keys.site.like.dtype
         scaled = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha  # alpha / sqrt(r), as alpha / r
         options = Lora(rank, float(scaled), float(config["lora_dropout"]))
-        made.append((keys.site, a.to(**target), b.to(**target), options))
+        made.append((keys.site, a.to(device, kind), b.to(device, kind), options))
     if others := sorted(set(tensors) - used):
         raise ValueError(
             f"path: expected adapters of the experts of {type(model).__name__}, got {others[0]}, which is none of "

@@ -12,15 +12,15 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 import switchgear
 from switchgear.ops import GluOptions
-from switchgear.weights import AdaptedWeight, Weight
+from switchgear.weights import AdaptedWeight, SelectedWeight, Weight
 
 
 class ExpertWeights(NamedTuple):
     """Views of a model's parameters, never copies, or stored weights (switchgear.store). N is 2I for gated experts,
     I for plain ones."""
 
-    gate_up_proj: Tensor | Weight | AdaptedWeight  # [E, N, H]
-    down_proj: Tensor | Weight | AdaptedWeight  # [E, H, I]
+    gate_up_proj: Tensor | Weight | AdaptedWeight | SelectedWeight  # [E, N, H]
+    down_proj: Tensor | Weight | AdaptedWeight | SelectedWeight  # [E, H, I]
     gate_up_bias: Tensor | None = None  # [E, N]
     down_bias: Tensor | None = None  # [E, H]
 
@@ -76,13 +76,13 @@ def run_experts(
 
 def project(
     x: Tensor,
-    weight: Tensor | Weight | AdaptedWeight | Sequence[Tensor],
+    weight: Tensor | Weight | AdaptedWeight | SelectedWeight | Sequence[Tensor],
     expert_offsets: Tensor,
     bias: Tensor | None = None,
     token_indices: Tensor | None = None,
 ) -> Tensor:
     """`switchgear.grouped_gemm` with x cast to the dtype of the weights: models may keep weights in a wider dtype."""
-    dtype = (weight if isinstance(weight, (Tensor, Weight, AdaptedWeight)) else weight[0]).dtype
+    dtype = (weight if isinstance(weight, (Tensor, Weight, AdaptedWeight, SelectedWeight)) else weight[0]).dtype
     return switchgear.grouped_gemm(x.to(dtype), weight, expert_offsets, bias=bias, token_indices=token_indices)
 
 
@@ -92,6 +92,8 @@ def tensors_of(weights: Iterable[Any]) -> list[Any]:
     for weight in weights:
         if isinstance(weight, AdaptedWeight):
             found += tensors_of((weight.weight, weight.a, weight.b))
+        elif isinstance(weight, SelectedWeight):
+            found += tensors_of(weight[:2])
         elif isinstance(weight, (tuple, list)):
             found += tensors_of(weight)
         elif weight is not None:

@@ -4,9 +4,10 @@
 store(model, form) converts a model, restore(model) undoes it, encode(weight, form) converts one weight. `moe` accepts a
 Weight in place of a tensor. Forms: Plain, Panels, Compact (lossless); Int8, Int4, Fp8, Mxfp4, Nf4. See docs/weights.md.
 
-weight.py   Weight, and AdaptedWeight, which adds an adapter
+weight.py   Weight; AdaptedWeight, which adds an adapter; SelectedWeight, of which some experts train
 form.py     the base class Form; plain.py, panels.py, compact.py, integers.py, minifloat.py: its subclasses
 module.py   stored projections of a module, and its state dict; layout.py: layout of its parameters
+selected.py parameters of which some experts are trained alone
 store.py    all experts of a model; auto.py: the choice of a form; pages.py: huge pages
 """
 
@@ -20,7 +21,7 @@ from switchgear.weights.pages import advise_huge_pages, use_huge_pages
 from switchgear.weights.panels import Panels
 from switchgear.weights.plain import Plain
 from switchgear.weights.store import Stored, encode, restore, store
-from switchgear.weights.weight import AdaptedWeight, Weight
+from switchgear.weights.weight import AdaptedWeight, SelectedWeight, Weight
 
 __all__ = [
     "FINDERS",
@@ -36,6 +37,7 @@ __all__ = [
     "Nf4",
     "Panels",
     "Plain",
+    "SelectedWeight",
     "Stored",
     "Weight",
     "advise_huge_pages",

@@ -155,6 +155,7 @@ def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
     attributes = vars(module)
     stored = attributes.get("_switchgear_stored")
     adapters = attributes.get("_switchgear_adapters") or attributes.get("_switchgear_lent")
+    selection = attributes.get("_switchgear_selection")
     first: Any
     second: Any
     if stored is not None:
@@ -165,6 +166,8 @@ def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
         first, second = getattr(module, layout.names[0]), getattr(module, layout.names[1])
         if layout.transposed:
             first, second = _transposed(first), _transposed(second)
+        if selection is not None:
+            first, second = selection.around(module, layout, first, second)
     if not adapters:
         notice_wrapper(module)
         return first, second

@@ -206,6 +206,8 @@ def _wrapper_of(model: nn.Module, name: str) -> str | None:
 
 def _obstacle(module: nn.Module, layout: Layout, form: Form) -> str | None:
     """Why the projections of a module cannot be stored; None if they can."""
+    if vars(module).get("_switchgear_selection") is not None:
+        return "some of them are trained alone: call switchgear.finetune.unfreeze(model) first"
     if isinstance(form, Plain) and not layout.transposed:
         return None  # nothing to do
     dtypes = []
