@@ -564,7 +564,7 @@ class MoeOfParts(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         parts: Parts = ctx.parts
         need_x, need_gate_up_bias, need_down_bias, _, need_weights = ctx.needs_input_grad[:5]
-        need_first, need_second, *need_adapters, _ = parts.split(ctx.needs_input_grad[6:])
+        need_first, need_second, *need_adapters, _need_seed = parts.split(ctx.needs_input_grad[6:])
         needs = [need_x, need_first[0], need_second[0], need_gate_up_bias, need_down_bias, need_weights]
         for need in need_adapters:
             needs += need[:2] or (False, False)

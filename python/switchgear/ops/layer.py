@@ -147,7 +147,8 @@ def _moe_backward_writes(kernels: Kernels, *args: Any) -> tuple[Any, Any]:
 moe_backward: Callable[..., tuple[Tensor, ...]] = register(
     f"moe_backward(Tensor grad_y, Tensor x, Tensor h, {_LAYER}, bool[] needs, {_ADAPTERS}, Tensor? experts=None) "
     "-> (Tensor grad_x, Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_gate_up_bias, "
-    "Tensor grad_down_bias, Tensor grad_topk_weights, Tensor grad_gate_up_a, Tensor grad_gate_up_b, Tensor grad_down_a, Tensor grad_down_b)",
+    "Tensor grad_down_bias, Tensor grad_topk_weights, Tensor grad_gate_up_a, Tensor grad_gate_up_b, "
+    "Tensor grad_down_a, Tensor grad_down_b)",
     "rrrwfwfrrddooooo-aannl",
     _allocate_moe_backward,
     written=_moe_backward_writes,
