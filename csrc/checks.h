@@ -58,7 +58,7 @@ class Call {
   void check_overlap() const;
 
  private:
-  static constexpr int kMaxTensors = 20;  // moe_forward with integers has up to 17, moe_backward up to 18
+  static constexpr int kMaxTensors = 40;  // moe_backward with integers and adapters has 34
 
   struct Entry {
     const char* name = nullptr;

@@ -81,8 +81,17 @@ def test_distill_teaches_a_student() -> None:
     assert max(results.values()) < 3.0  # an untrained student is 2.9 nats from the language
 
 
+def test_lora_moe_in_a_tiny_form() -> None:
+    """A few steps: each adapter learns its own domain, and the mixture both."""
+    losses = load("lora_moe")["main"](8, 20)
+    for domain in ("code", "english"):
+        assert losses[f"adapter {domain}"][domain] < losses["base"][domain]
+        assert losses["mixture"][domain] < losses["base"][domain]
+
+
 def test_each_example_is_tested() -> None:
     tested = {
+        "lora_moe",
         "train_parallel",
         "train_layer",
         "numpy_routing",

@@ -18,7 +18,7 @@ namespace switchgear::cpu {
 namespace {
 
 constexpr int64_t kThreadProducts = 1 << 17;  // 2 to 4 µs: fewer multiplications are not worth another thread
-constexpr int64_t kPieceRows = 48;             // per piece: 8 tiles, so that the weight is mostly read from L2
+constexpr int64_t kPieceRows = 48;            // per piece: 8 tiles, so that the weight is mostly read from L2
 constexpr int64_t kMostRows = 144;  // at H = 2048 and in bfloat16 they stay in L2 for all panels of the weight
 constexpr int64_t kColumnStep = 4;  // columns of a tile
 

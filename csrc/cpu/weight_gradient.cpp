@@ -4,8 +4,8 @@
 // reaches 88 to 91 % of the multiplications' floor with 64 slots per expert (OLMoE, 512 tokens, 2 cores of Zen 5, bfloat16
 // and float32) and 84 % with 32 (Qwen3-30B-A3B).
 //
-// A task is a block of rows of one expert's gradient. It transposes its part of `left` once and walks the columns panel by
-// panel, with the slots as inner dimension (weight_gradient.inl). Experts without slots get zeros.
+// A task is a block of rows of one expert's gradient. It transposes its part of `left` once and goes through the columns panel
+// by panel, with the slots as inner dimension (weight_gradient.inl). Experts without slots get zeros.
 #include "weight_gradient.h"
 
 #include <cstring>

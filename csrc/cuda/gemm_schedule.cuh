@@ -52,8 +52,8 @@ __device__ inline TilePosition banded(int64_t index, int32_t row_tiles, int32_t 
   return {band * kBand + rest % height, rest / height};
 }
 
-// Each warp walks the experts by itself, 32 at a time, and only forward: a block's tiles ascend. The numbers of slots and of
-// row tiles are below 2^31.
+// Each warp goes through the experts by itself, 32 at a time, and only forward: a block's tiles ascend. The numbers of slots
+// and of row tiles are below 2^31.
 class TileWalker {
  public:
   __device__ TileWalker(const Gemm& g, int tile_rows, int32_t column_tiles)

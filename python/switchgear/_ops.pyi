@@ -205,6 +205,10 @@ def moe_forward(
     alpha: float,
     limit: float,
     execution: Any,
+    gate_up_adapter: Sequence[_Array] | None = None,
+    down_adapter: Sequence[_Array] | None = None,
+    dropout_seed: _Array | None = None,
+    dropout: Sequence[float] | None = None,
     /,
 ) -> None: ...
 def moe_backward(
@@ -232,5 +236,13 @@ def moe_backward(
     alpha: float,
     limit: float,
     execution: Any,
+    gate_up_adapter: Sequence[_Array] | None = None,
+    down_adapter: Sequence[_Array] | None = None,
+    dropout_seed: _Array | None = None,
+    dropout: Sequence[float] | None = None,
+    grad_gate_up_a: _Array | None = None,
+    grad_gate_up_b: _Array | None = None,
+    grad_down_a: _Array | None = None,
+    grad_down_b: _Array | None = None,
     /,
 ) -> None: ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -469,7 +469,7 @@ class Moe(torch.autograd.Function):
             gate_up_proj, down_proj, *others, h = saved
             layer = ([gate_up_proj], (), [down_proj], (), *others)
             outputs = ops.moe_backward(grad_y, x, h, *layer, *options, needs)
-            return tuple(output if need else None for output, need in zip(outputs, needs, strict=True))
+            return tuple(output if need else None for output, need in zip(outputs, needs, strict=False))
 
         *grad_inputs, grad_weights = once(grads, grad_y, *ctx.saved_tensors)
         return *grad_inputs, None, grad_weights, *[None] * 5
@@ -506,19 +506,32 @@ class SelectedMoe(torch.autograd.Function):
         def grads(grad_y: Tensor, x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *saved: Any) -> Any:
             *others, experts, _, _, _, _, h = saved
             layer = ([gate_up_proj], (), [down_proj], (), *others)
-            outputs = ops.moe_backward(grad_y, x, h, *layer, *options, needs, experts)
-            return tuple(output if need else None for output, need in zip(outputs, needs, strict=True))
+            outputs = ops.moe_backward(grad_y, x, h, *layer, *options, needs, experts=experts)
+            return tuple(output if need else None for output, need in zip(outputs, needs, strict=False))
 
         grad_x, *grad_trained, grad_weights = once(grads, grad_y, *ctx.saved_tensors)
         return grad_x, *[None] * 5, grad_weights, None, *grad_trained, *[None] * 5
 
 
-class StoredMoe(torch.autograd.Function):
-    """Moe with frozen stored weights; the gradient ignores the rounding of x and a (straight-through estimator).
-    Backward runs stage by stage, so it decodes at most 64 columns of a weight to float at a time.
+class Parts(NamedTuple):
+    """What the tensors of MoeOfParts are."""
 
-    Inputs: x, the biases, topk_ids, topk_weights; both forms, the number of tensors of the first weight, and the
-    options; then the tensors of both weights.
+    forms: tuple[tuple[int, ...], tuple[int, ...]]  # of both projections
+    counts: tuple[int, ...]  # of tensors: of the projections, of their adapters, and of the seed of dropout
+    options: tuple[Any, ...]
+    dropout: tuple[float, ...]
+
+    def split(self, tensors: Sequence[Any]) -> list[list[Any]]:
+        """The tensors, group by group."""
+        rest = iter(tensors)
+        return [[next(rest) for _ in range(count)] for count in self.counts]
+
+
+class MoeOfParts(torch.autograd.Function):
+    """Moe with stored projections, which are frozen, and with adapters. The gradient ignores the rounding of x and a
+    for integer weights (straight-through estimator).
+
+    Inputs: x, the biases, topk_ids, topk_weights; parts; then the tensors that they describe.
     """
 
     generate_vmap_rule = True
@@ -530,55 +543,46 @@ class StoredMoe(torch.autograd.Function):
         down_bias: Tensor | None,
         topk_ids: Tensor,
         topk_weights: Tensor,
-        forms: tuple[tuple[int, ...], tuple[int, ...]],
-        first: int,
-        options: tuple[Any, ...],
-        *weights: Tensor,
+        parts: Parts,
+        *tensors: Tensor,
     ) -> Any:
-        layer = (weights[:first], forms[0], weights[first:], forms[1], gate_up_bias, down_bias, topk_ids, topk_weights)
-        return ops.moe_forward(x, *layer, *options, True)
+        first, second, *adapters, seed = parts.split(tensors)
+        layer = (first, parts.forms[0], second, parts.forms[1], gate_up_bias, down_bias, topk_ids, topk_weights)
+        drops = (seed[0] if seed else None, parts.dropout)
+        return ops.moe_forward(x, *layer, *parts.options, True, *adapters, *drops)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.forms, ctx.first, ctx.options = inputs[:8]
+        *tensors, ctx.parts = inputs[:6]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*tensors, output[1], *inputs[8:])
+        ctx.save_for_backward(*tensors, output[1], *inputs[6:])
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, _: None) -> Any:
-        count = len(ctx.needs_input_grad)
         if grad_y is None:
-            return (None,) * count
-        need_x, need_gate_up_bias, need_down_bias, _, need_weights = ctx.needs_input_grad[:5]
-        forms, first, options = ctx.forms, ctx.first, ctx.options
+            return (None,) * len(ctx.needs_input_grad)
+        parts: Parts = ctx.parts
+        need_x, need_gate_up_bias, need_down_bias, _, need_weights, _, *rest = ctx.needs_input_grad
+        need_first, need_second, *need_adapters, _ = parts.split(rest)
+        needs = [need_x, need_first[0], need_second[0], need_gate_up_bias, need_down_bias, need_weights]
+        for need in need_adapters:
+            needs += need[:2] or (False, False)
 
         def grads(grad_y: Tensor, x: Tensor, *saved: Any) -> Any:
-            gate_up_bias, down_bias, topk_ids, topk_weights, h, *weights = saved
-            gate_up, down = (weights[:first], forms[0]), (weights[first:], forms[1])
-            plan = ops.plan(topk_ids, formats.num_experts_of(*down))
-            expert_offsets, _, slot_indices = plan
-            rows = ops.permute(grad_y, *plan, None)
-            grad_a = _times(rows, *down, expert_offsets)  # for a weight of 1
-            slot_weights = reference.to_slots(topk_weights, slot_indices)[:, None]
-            grad_x = grad_gate_up_bias = grad_down_bias = grad_weights = None
-            if need_weights:
-                a = ops.glu(h, *options)
-                grad_slots = (grad_a.to(slot_weights.dtype) * a).sum(-1)
-                if down_bias is not None:
-                    experts = torch.bucketize(torch.arange(len(rows), device=x.device), expert_offsets[1:], right=True)
-                    bias = down_bias[experts.clamp(max=down_bias.shape[0] - 1)]
-                    grad_slots = grad_slots + (rows.to(slot_weights.dtype) * bias).sum(-1)
-                grad_weights = reference.gather_rows(grad_slots, slot_indices)
-            if need_down_bias:
-                grad_down_bias = _sum_slots((rows * slot_weights).to(x.dtype), down_bias, expert_offsets)
-            if need_x or need_gate_up_bias:
-                grad_h = ops.glu_backward((grad_a * slot_weights).to(x.dtype), h, *options)
-                if need_x:
-                    grad_x = ops.combine(_times(grad_h, *gate_up, expert_offsets), *plan, None)
-                if need_gate_up_bias:
-                    grad_gate_up_bias = _sum_slots(grad_h, gate_up_bias, expert_offsets)
-            return grad_x, grad_gate_up_bias, grad_down_bias, grad_weights
+            gate_up_bias, down_bias, topk_ids, topk_weights, h, *tensors = saved
+            first, second, *adapters, seed = parts.split(tensors)
+            layer = (first, parts.forms[0], second, parts.forms[1], gate_up_bias, down_bias, topk_ids, topk_weights)
+            drops = (seed[0] if seed else None, parts.dropout)
+            outputs = ops.moe_backward(grad_y, x, h, *layer, *parts.options, needs, *adapters, *drops)
+            return tuple(output if need else None for output, need in zip(outputs, needs, strict=True))
 
-        grad_x, grad_gate_up_bias, grad_down_bias, grad_weights = once(grads, grad_y, *ctx.saved_tensors)
-        return grad_x, grad_gate_up_bias, grad_down_bias, None, grad_weights, *[None] * (count - 5)
+        grad_x, grad_first, grad_second, *grad_biases, grad_weights, first_a, first_b, second_a, second_b = once(
+            grads, grad_y, *ctx.saved_tensors
+        )
+        of_groups = ([grad_first], [grad_second], [first_a, first_b], [second_a, second_b], [None])
+        of_tensors = (
+            (*grads_of, None, None, None, None)[:count]
+            for grads_of, count in zip(of_groups, parts.counts, strict=True)
+        )  # fmt: skip
+        return grad_x, *grad_biases, None, grad_weights, None, *(grad for group in of_tensors for grad in group)

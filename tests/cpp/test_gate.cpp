@@ -9,8 +9,9 @@ struct Sizes {
 };
 
 // One token, a single tile of rows, pieces of rows (48 and 144) and of columns; panels, and chunks of 1024 words of depth.
-constexpr Sizes kSizes[] = {{0, 3, 8},    {1, 1, 1},    {1, 70, 33},   {6, 9, 2100},
-                            {7, 64, 130}, {49, 5, 300}, {150, 67, 16}, {290, 8, 40}};
+// The last two have products for 5 threads, which share the rows of the first and the columns of the second.
+constexpr Sizes kSizes[] = {{0, 3, 8},    {1, 1, 1},     {1, 70, 33},  {6, 9, 2100},  {7, 64, 130},
+                            {49, 5, 300}, {150, 67, 16}, {290, 8, 40}, {301, 67, 33}, {5, 301, 450}};
 
 struct Problem {
   Problem(const Sizes& s, DType dtype, DType weight_dtype, DType logits_dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from switchgear.experts import Experts
 from switchgear.weights import AdaptedWeight, Weight, stored_of
+from switchgear.weights.selected import selection_of
 
 
 class Lora(NamedTuple):
@@ -58,6 +59,8 @@ def add_lora(
         raise ValueError(f"experts: expected all of them in this process, got those of {parallel}")
     if lora_of(experts) is not None:
         raise ValueError("experts: expected none with adapters already")
+    if selection_of(experts) is not None:
+        raise ValueError("experts: expected none that train alone; call finetune.unfreeze(model) first")
     stored = stored_of(experts)
     names = (experts._first, "down_proj")
     width = experts.intermediate_size * (2 if experts.gated else 1)

@@ -104,6 +104,8 @@ def _part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
         raise ValueError(f"selection: expected plain weights in {where}, got {stored.form}; restore(model) first")
     if (parallel := getattr(module, "parallel", None)) is not None:
         raise ValueError(f"selection: expected all experts of {where} in this process, got those of {parallel}")
+    if vars(module).get("_switchgear_adapters") is not None:
+        raise ValueError(f"selection: expected experts without adapters in {where}")
     for projection in layout.names:
         if type(module._parameters.get(projection)) is not nn.Parameter:
             raise ValueError(f"selection: expected a plain parameter {where}.{projection}, got none")

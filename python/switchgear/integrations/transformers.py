@@ -38,7 +38,7 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     """The function that transformers calls in place of an experts module's forward.
 
     Args:
-        module: an experts module whose class carries `use_experts_implementation`.
+        module: an experts module whose class has the decorator `use_experts_implementation`.
         hidden_states: [T, H].
         top_k_index: [T, K] int64. Ids >= `module.num_experts` mark empty slots (expert parallelism's sentinels).
         top_k_weights: [T, K] of any float dtype; they need not sum to 1.
@@ -208,7 +208,7 @@ HINTS.append(_hint_of)
 
 
 def is_decorated(module: nn.Module) -> bool:
-    """Whether the module's class carries transformers' `use_experts_implementation`."""
+    """Whether the module's class has transformers' decorator `use_experts_implementation`."""
     return all(hasattr(module, mark) for mark in MARKS)
 
 

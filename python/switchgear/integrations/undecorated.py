@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Experts of transformers models that carry no decorator: a table of forwards, swapped in one instance at a time.
+"""Experts of transformers models without the decorator: a table of forwards, swapped in one instance at a time.
 
 Each entry computes what the class computes, from the class's own parameters. The class's routers stay, and so do their
 hooks and losses. A swap is kept only if it agrees with the class on a few random rows: only the class's source defines

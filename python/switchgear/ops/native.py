@@ -58,6 +58,7 @@ class Native(Protocol):
         limit: float,
         execution: Any,
         /,
+        *adapters: Any,
     ) -> None: ...
 
 

@@ -131,7 +131,7 @@ class StoredProjections:
 
 
 def _is_float(format: str, field: str) -> bool:
-    return field == "row_scales" or (field == "scales" and format == "fp8")
+    return field == "row_scales" or (field == "scales" and format in ("fp8", "nf4"))
 
 
 def stored_of(module: nn.Module) -> StoredProjections | None:
