@@ -320,11 +320,12 @@ void py_moe_forward(handle x, handle gate_up_proj, handle gate_up_form, handle d
 
 void py_moe_backward(handle grad_y, handle x, handle h, handle gate_up_proj, handle gate_up_form, handle down_proj,
                      handle down_form, handle gate_up_bias, handle down_bias, handle topk_ids, handle topk_weights,
-                     handle grad_x, handle grad_gate_up_proj, handle grad_down_proj, handle grad_gate_up_bias,
-                     handle grad_down_bias, handle grad_topk_weights, std::string_view activation, bool gated,
-                     bool interleaved, float alpha, float limit, ExecutionArgument execution, handle gate_up_adapter,
-                     handle down_adapter, handle dropout_seed, handle dropout, handle experts, handle grad_gate_up_a,
-                     handle grad_gate_up_b, handle grad_down_a, handle grad_down_b) {
+                     handle experts, handle grad_x, handle grad_gate_up_proj, handle grad_down_proj,
+                     handle grad_gate_up_bias, handle grad_down_bias, handle grad_topk_weights,
+                     std::string_view activation, bool gated, bool interleaved, float alpha, float limit,
+                     ExecutionArgument execution, handle gate_up_adapter, handle down_adapter, handle dropout_seed,
+                     handle dropout, handle grad_gate_up_a, handle grad_gate_up_b, handle grad_down_a,
+                     handle grad_down_b) {
   Arrays arrays = arrays_of(execution);
   const MoeBackwardArgs args{
       .grad_y = arrays.in("grad_y", grad_y),
@@ -436,9 +437,9 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
         "dropout"_a = none);
   m.def("moe_backward", &py_moe_backward, "Writes the gradients of moe_forward whose outputs are given.",  //
         "grad_y"_a, "x"_a, "h"_a, "gate_up_proj"_a, "gate_up_form"_a, "down_proj"_a, "down_form"_a, "gate_up_bias"_a,
-        "down_bias"_a, "topk_ids"_a, "topk_weights"_a, "grad_x"_a, "grad_gate_up_proj"_a, "grad_down_proj"_a,
-        "grad_gate_up_bias"_a, "grad_down_bias"_a, "grad_topk_weights"_a, "activation"_a, "gated"_a, "interleaved"_a,
-        "alpha"_a, "limit"_a, py::arg(kExecutionArgument), "gate_up_adapter"_a = none, "down_adapter"_a = none,
-        "dropout_seed"_a = none, "dropout"_a = none, "experts"_a = none, "grad_gate_up_a"_a = none,
+        "down_bias"_a, "topk_ids"_a, "topk_weights"_a, "experts"_a, "grad_x"_a, "grad_gate_up_proj"_a,
+        "grad_down_proj"_a, "grad_gate_up_bias"_a, "grad_down_bias"_a, "grad_topk_weights"_a, "activation"_a, "gated"_a,
+        "interleaved"_a, "alpha"_a, "limit"_a, py::arg(kExecutionArgument), "gate_up_adapter"_a = none,
+        "down_adapter"_a = none, "dropout_seed"_a = none, "dropout"_a = none, "grad_gate_up_a"_a = none,
         "grad_gate_up_b"_a = none, "grad_down_a"_a = none, "grad_down_b"_a = none);
 }

@@ -569,8 +569,8 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   call.check_overlap();
   check_slots(call, args.weights);
   check_ids(call, args.topk_ids, E);
-  check_adapters(call, args.weights);
   check_trained(call, args.experts, E.size);
+  check_adapters(call, args.weights);
   call.backend().moe_backward(args, exec);
 }
 

@@ -22,10 +22,10 @@ def _moe_forward(*args: Any, **_: Any) -> int:
     return _of_pairs(topk_ids, gate_up_proj, down_proj)
 
 
-def _moe_backward(*args: Any, **_: Any) -> int:
+def _moe_backward(*args: Any, **named: Any) -> int:
     """Each product has two gradients: of its input and, if needed, of its weight (of the listed experts)."""
     _, _, _, (gate_up_proj,), _, (down_proj,), _, _, _, topk_ids, *_ = args
-    needs, experts = args[16], args[17] if len(args) > 17 else None
+    needs, experts = args[16], args[21] if len(args) > 21 else named.get("experts")
     trained = topk_ids if experts is None else torch.where(torch.isin(topk_ids, experts), topk_ids, -1)
     weights = [weight for weight, need in zip((gate_up_proj, down_proj), needs[1:3], strict=True) if need]
     of_weights = 2 * int((trained >= 0).sum()) * sum(weight[0].numel() for weight in weights)

@@ -63,7 +63,7 @@ def op_samples(name: str, case: Case, dtype: torch.dtype) -> list[tuple[Any, ...
         "moe_backward": [
             (x, x, h, *layer.arguments()[1:], *clamped, [True] * 6),
             (x, x, h, *layer.arguments()[1:], *clamped, [False, True, False, True, False, True]),
-            (x, x, h, *layer.arguments()[1:], *clamped, [True] * 6, some),
+            (x, x, h, *layer.arguments()[1:], *clamped, [True] * 6, None, None, None, [], some),
             (x, x, plain_h, *plain.arguments()[1:], *plain_options, [True] * 6),
         ],
     }

@@ -353,6 +353,12 @@ def test_frozen_models_are_not_frozen_again_or_stored() -> None:
     for form in ("compact", "plain"):
         with pytest.raises(ValueError, match="unfreeze"):
             switchgear.store(model, form)
+    with pytest.raises(ValueError, match="unfreeze"):
+        switchgear.adapters.add_lora(model[0].experts, 2)
+    adapted = make_model()
+    switchgear.adapters.add_lora(adapted[0].experts, 2)
+    with pytest.raises(ValueError, match="adapters"):
+        finetune.freeze_except(adapted, SELECTION)
 
 
 # ---- Hugging Face ----------------------------------------------------------------------------------------------------

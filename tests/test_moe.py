@@ -216,14 +216,15 @@ def test_gradients_of_some_experts(backend: str, experts: list[int], dtype: torc
     listed = torch.tensor(experts, dtype=torch.int32)
     for transposed in (False, True):
         layer, grad_y, h, *_ = problem(SMALL, dtype, DEFAULT, True, transposed)
-        args = (grad_y, layer.x, h, *layer.arguments()[1:], *DEFAULT, [True] * 6, None, None, None, ())
-        pairs = zip(ops.moe_backward(*args)[:6], ops.moe_backward(*args, listed)[:6], strict=True)
-        for name, (all_of, some) in zip(GRADS, pairs, strict=True):
+        args = (grad_y, layer.x, h, *layer.arguments()[1:], *DEFAULT, [True] * 6)
+        for name, all_of, some in zip(
+            GRADS, ops.moe_backward(*args)[:6], ops.moe_backward(*args, experts=listed)[:6], strict=True
+        ):
             wanted = all_of if name in ("x", "topk_weights") else all_of[experts]
             assert torch.equal(some, wanted), name
             assert some.stride() == torch.empty_like(wanted).stride() or not experts
     with pytest.raises(ValueError, match="experts"):
-        ops.moe_backward(*args, torch.tensor([4], dtype=torch.int32))
+        ops.moe_backward(*args, experts=torch.tensor([4], dtype=torch.int32))
 
 
 def test_backward_keeps_x_h_and_arguments_alone(backend: str) -> None:

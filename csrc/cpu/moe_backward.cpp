@@ -251,8 +251,8 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
     const Tile* const tile = &tiles[static_cast<size_t>(i)];
     char* const own = memory + thread * thread_bytes;
-    stage.run(*tile, tile != &tiles.back() ? stage.start(tile[1]) : Start{}, WideScratch(own), own + WideScratch::kBytes,
-              decoded[static_cast<size_t>(thread)]);
+    stage.run(*tile, tile != &tiles.back() ? stage.start(tile[1]) : Start{}, WideScratch(own),
+              own + WideScratch::kBytes, decoded[static_cast<size_t>(thread)]);
   });
 
   if (args.grad_topk_weights.defined()) sum_weight_gradient(stage, num_threads);

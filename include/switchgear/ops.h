@@ -313,8 +313,8 @@ struct MoeForwardArgs {
 };
 void moe_forward(const MoeForwardArgs& args, Execution exec = {});
 
-// Gradients. An output that is not defined is not computed. Those of projections need plain weights. With `experts`, the
-// gradients of projections and biases are those of these experts only, [n,…], as in grouped_gemm_wgrad.
+// Gradients. An output that is not defined is not computed. Those of projections need plain weights. With `experts`, the gradients
+// of projections and biases are those of these experts only, [n,…], as in grouped_gemm_wgrad.
 struct MoeBackwardArgs {
   TensorView grad_y;  // [T,H] float
   TensorView x;       // [T,H] float

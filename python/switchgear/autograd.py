@@ -506,8 +506,8 @@ class SelectedMoe(torch.autograd.Function):
         def grads(grad_y: Tensor, x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *saved: Any) -> Any:
             *others, experts, _, _, _, _, h = saved
             layer = ([gate_up_proj], (), [down_proj], (), *others)
-            outputs = ops.moe_backward(grad_y, x, h, *layer, *options, needs, None, None, None, (), experts)
-            return tuple(output if need else None for output, need in zip(outputs, needs, strict=True))
+            outputs = ops.moe_backward(grad_y, x, h, *layer, *options, needs, experts=experts)
+            return tuple(output if need else None for output, need in zip(outputs, needs, strict=False))
 
         grad_x, *grad_trained, grad_weights = once(grads, grad_y, *ctx.saved_tensors)
         return grad_x, *[None] * 5, grad_weights, None, *grad_trained, *[None] * 5
@@ -563,8 +563,8 @@ class MoeOfParts(torch.autograd.Function):
         if grad_y is None:
             return (None,) * len(ctx.needs_input_grad)
         parts: Parts = ctx.parts
-        need_x, need_gate_up_bias, need_down_bias, _, need_weights = ctx.needs_input_grad[:5]
-        need_first, need_second, *need_adapters, _need_seed = parts.split(ctx.needs_input_grad[6:])
+        need_x, need_gate_up_bias, need_down_bias, _, need_weights, _, *rest = ctx.needs_input_grad
+        need_first, need_second, *need_adapters, _need_seed = parts.split(rest)
         needs = [need_x, need_first[0], need_second[0], need_gate_up_bias, need_down_bias, need_weights]
         for need in need_adapters:
             needs += need[:2] or (False, False)

@@ -577,10 +577,9 @@ def _moe_of_weights(
     first, second = weights
     if isinstance(first, SelectedWeight) and isinstance(second, SelectedWeight):
         return _selected_moe(x, (first, second), biases, topk_ids, topk_weights, options).reshape(shape)
-    if isinstance(first, SelectedWeight) or isinstance(second, SelectedWeight):
-        return _moe_in_stages(x, weights, biases, topk_ids, topk_weights, options).reshape(shape)
     has_adapters = isinstance(weights[0], AdaptedWeight) or isinstance(weights[1], AdaptedWeight)
-    if has_adapters and x.device.type == "cuda":
+    has_selected = isinstance(first, SelectedWeight) or isinstance(second, SelectedWeight)
+    if has_selected or (has_adapters and x.device.type == "cuda"):
         return _moe_in_stages(x, weights, biases, topk_ids, topk_weights, options).reshape(shape)
     call = _Layer.of(x, weights, biases)
     x, first, second, (gate_up_bias, down_bias) = call.x, call.first, call.second, call.biases
@@ -670,8 +669,10 @@ def _selected_moe(
         raise ValueError("down_proj: expected the trained experts of gate_up_proj, got others")
     frozen = (first.weight, second.weight)
     trained = (first.trained, second.trained, first.trained_bias, second.trained_bias)
-    if in_autocast(x.device.type):
-        frozen, trained = (in_autocast_dtype(x.device.type, *tensors) for tensors in (frozen, trained))
+    if in_autocast(kind := x.device.type):
+        frozen, trained = (in_autocast_dtype(kind, *tensors) for tensors in (frozen, trained))
+        x, *both = in_autocast_dtype(kind, x, *biases)
+        biases = (both[0], both[1])
     others = (*biases, topk_ids, topk_weights)
     if needs_autograd(x, topk_weights, *trained):
         y: Tensor = apply(autograd.SelectedMoe, x, *frozen, *others, first.experts, *trained, *options)[0]

@@ -56,7 +56,8 @@ def sample(op: str, seed: int) -> tuple[Any, ...]:
             return *tensors, *options, bool(seed % 2)
         case "moe_backward":
             *tensors, experts = tensors
-            return *tensors, *options, [bool(need) for need in rng.integers(0, 2, 6)], experts
+            needs = [bool(need) for need in rng.integers(0, 2, 6)]
+            return *tensors, *options, needs, None, None, None, [], experts
         case _:
             return *tensors, *options
 

@@ -15,6 +15,7 @@ from switchgear.functional import as_number
 from switchgear.reference import check_size
 from switchgear.weights.adapted import Lora, adapters_of
 from switchgear.weights.module import freeze_stored
+from switchgear.weights.selected import selection_of
 
 
 class ExpertAdapter(NamedTuple):
@@ -91,6 +92,11 @@ def attach(model: nn.Module, made: Sequence[tuple[Site, Tensor, Tensor, Lora]]) 
         if site.name in adapters_of(site.module):
             raise ValueError(
                 f"model: expected no adapters yet, got those of {site.where}; call remove_lora(model) first"
+            )
+        if selection_of(site.module) is not None:
+            raise ValueError(
+                f"model: expected no experts that train alone, got those of {site.where}; "
+                "call finetune.unfreeze(model) first"
             )
     adapters = [(site, nn.Parameter(a), nn.Parameter(b), lora) for site, a, b, lora in made]
     kept = {id(parameter) for adapter in lora_of(model).values() for parameter in adapter[:2]}

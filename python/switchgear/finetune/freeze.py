@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from switchgear.finetune.scores import Selected
 from switchgear.routing.router import Router
 from switchgear.weights import layout_of, stored_of
+from switchgear.weights.adapted import adapters_of
 from switchgear.weights.layout import hint_for
 from switchgear.weights.selected import select, selection_of, unselect
 
@@ -104,6 +105,8 @@ def _part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
         raise ValueError(f"selection: expected plain weights in {where}, got {stored.form}; restore(model) first")
     if (parallel := getattr(module, "parallel", None)) is not None:
         raise ValueError(f"selection: expected all experts of {where} in this process, got those of {parallel}")
+    if adapters_of(module):
+        raise ValueError(f"selection: expected experts without adapters in {where}")
     for projection in layout.names:
         if type(module._parameters.get(projection)) is not nn.Parameter:
             raise ValueError(f"selection: expected a plain parameter {where}.{projection}, got none")

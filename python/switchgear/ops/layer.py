@@ -119,7 +119,7 @@ def _allocate_moe_backward(*args: Any) -> tuple[Tensor, ...]:
 def _gradients(empty_weight: Callable[[Tensor], Tensor], args: Sequence[Any]) -> tuple[Tensor, ...]:
     """Gradients of weights have the strides of the weights, so that an optimizer sees one layout. With a list of
     experts they are those of these experts only."""
-    x, experts = args[1], args[-1]
+    x, experts = args[1], args[_NEEDS + 5]
     count = None if experts is None else matrix("experts", experts, 1).shape[0]  # at most E
 
     def gradient(index: int, tensor: Tensor | None, need: bool) -> Tensor:
@@ -149,7 +149,7 @@ moe_backward: Callable[..., tuple[Tensor, ...]] = register(
     "-> (Tensor grad_x, Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_gate_up_bias, "
     "Tensor grad_down_bias, Tensor grad_topk_weights, Tensor grad_gate_up_a, Tensor grad_gate_up_b, "
     "Tensor grad_down_a, Tensor grad_down_b)",
-    "rrrwfwfrrddooooo-aannl",
+    "rrrwfwfrrddooooo-aannd",
     _allocate_moe_backward,
     written=_moe_backward_writes,
     early=6,

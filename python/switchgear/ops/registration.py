@@ -8,7 +8,6 @@ the execution argument, then what can be absent.
     r  a tensor whose rows are contiguous, or None       d  a contiguous tensor, or None
     w  the tensors of a weight                           f  the form of a weight
     a  the tensors of an adapter, or None                n  another argument that can be absent
-    l  a contiguous tensor that can be absent
     o  an option                                         -  not passed on: only the outputs depend on it
 """
 
@@ -69,7 +68,7 @@ def usable(tensors: Sequence[Tensor] | None) -> Sequence[Tensor]:
 
 
 _INPUTS = {"r": "rows({})", "d": "dense({})", "w": "alike({})", "f": "{}"}
-_LATE = {"a": "usable({})", "l": "dense({})", "n": "{}"}
+_LATE = {"a": "usable({})", "n": "{}"}
 
 
 def _passed_on(letters: str, early: int | None) -> Callable[..., tuple[Any, ...]]:

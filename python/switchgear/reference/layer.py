@@ -126,6 +126,8 @@ def moe_backward(
         x             Σ_k dh · W_gu       gate_up_proj  dhᵀ · x          gate_up_bias  Σ dh
         topk_weights  <da', a> + <dy,b_d> down_proj     (w · dy)ᵀ · a    down_bias     Σ w · dy
 
+    experts: [n], ascending; the gradients of projections and biases are then those of these experts, [n,…].
+
     Then those of a and b of both adapters. With m the mask of dropout, u = s · (x ⊙ m) · A_guᵀ and
     v = s · (w · a ⊙ m) · A_dᵀ:
 
@@ -134,7 +136,6 @@ def moe_backward(
         A_gu  duᵀ · (x ⊙ m)    B_gu  dhᵀ · u    A_d  dvᵀ · (w · a ⊙ m)    B_d  dyᵀ · v
 
     Stored projections are decoded to the dtype of x, and have no gradient.
-    experts: [n], ascending; the gradients of projections and biases are then those of these experts, [n,…].
     """
     check_options(activation, gated, alpha, limit)
     sizes = check_weight("gate_up_proj", gate_up_proj, gate_up_form, (None, None, None), x.dtype)
