@@ -246,9 +246,12 @@ def standardised(v: Tensor) -> Tensor:
     return (v - v.mean()) / (v.var(correction=0) + 1e-5).sqrt()
 
 
-def test_row68_phatgoose_is_a_loop_over_standardised_gates(backend: str) -> None:
+@pytest.mark.parametrize("by_preset", [False, True])
+def test_row68_phatgoose_is_a_loop_over_standardised_gates(backend: str, by_preset: bool) -> None:
     gates = [torch.randn(H) * (e + 1) for e in range(E)]
-    layer = LoRAExperts.from_adapters(nn.Linear(H, H), triples([16] * E), gates=gates)
+    names = ("score", "select") if by_preset else ()  # without them, gates imply the same
+    options = {name: presets.phatgoose()[name] for name in names}
+    layer = LoRAExperts.from_adapters(nn.Linear(H, H), triples([16] * E), gates=gates, **options)
 
     def loop(layer: LoRAExperts, x: Tensor) -> Tensor:
         vectors = [standardised(v) for v in layer.gate.score.gates]
@@ -411,6 +414,10 @@ def test_row70_reads_what_peft_writes_and_nothing_else(tmp_path: Path) -> None:
     a, b = torch.randn(2, H), torch.randn(24, 2)
     state, config = {"base_model.model.up.lora_A.weight": a, "base_model.model.up.lora_B.weight": b}, {"lora_alpha": 4}
     assert read_lora((state, config)).layers["up"].alpha == 4
+    nested = {f"block.{key.removeprefix('base_model.model.')}": value for key, value in state.items()}
+    for pattern, alpha in {"up": 9, "block.up": 9, "^up": 4, "p": 4}.items():  # PEFT's: the end of a name, after a dot
+        patterns = {**config, "alpha_pattern": {pattern: 9}}
+        assert read_lora((nested, patterns)).layers["block.up"].alpha == alpha
     broken = tmp_path / "broken"
     broken.mkdir()
     for match, source in {
