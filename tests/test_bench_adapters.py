@@ -71,7 +71,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results | {"cases": [measured | {"shape": "tiny"}]}))
     assert main(["bench", "--adapters", "--from", str(path)]) == 0
-    assert "| tiny | bf16 | 8 | 24 (disturbed) |" in capsys.readouterr().out
+    assert "| tiny | bf16 | 8 | 24" in capsys.readouterr().out
 
 
 def test_unknown_dtype(capsys: pytest.CaptureFixture[str]) -> None:
