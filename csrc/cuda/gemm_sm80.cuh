@@ -8,9 +8,10 @@
 // a on the way. ldmatrix (.trans if an operand is not contiguous along the inner dimension) feeds mma. Then the float32 sums
 // go through the ring's memory to the epilogue, which reads and writes whole vectors. Two blocks per SM: while one is in its
 // epilogue or waits for its first stage, the other multiplies. Weight gradients have one block per tile, since the host knows
-// the tiles; their inner dimension is the slots of an expert.
+// the tiles; their inner dimension is the slots of an expert. An adapter (g.low) is more stages of the same ring: it takes
+// no pass of its own over out, and S·N·r flop, padded to a stage of 64 depths (float32: 16).
 //
-// Numeric contract: one float32 accumulator per element; k ascends, 16 terms (tf32: 8) per instruction. Every tile of kTiles,
+// Numeric contract: one float32 accumulator per element, the products of g.low first; k ascends, 16 terms (tf32: 8) per instruction. Every tile of kTiles,
 // both layouts of b and gemm_decode.cuh do the same: the bits of a row depend neither on the other rows nor on their number.
 // tf32 first rounds both factors to nearest. No atomics.
 //
@@ -21,6 +22,9 @@
 //   gemm_kernel: 255 registers
 //   wgrad_kernel: 232 registers
 #pragma once
+#include <type_traits>
+
+#include "dropout.cuh"
 #include "gemm_epilogue.cuh"
 #include "gemm_load.cuh"
 
@@ -144,12 +148,11 @@ struct MmaProduct {
 
 // ---- one tile ------------------------------------------------------------------------------------------------------------
 
-// sums = Σ over depths [begin, end) of the products of what the loaders copy.
-template <typename Product, typename Tile, bool kADepthMajor, bool kBDepthMajor, typename LoadA, typename LoadB>
-__device__ inline void multiply_tile(Sums<Tile>& sums, LoadA& load_a, LoadB& load_b, int32_t begin, int32_t end,
-                                     std::byte* shared, int thread) {
-  constexpr int kDepth = Tile::kDepthBytes / static_cast<int>(sizeof(typename Product::Element));
-  const WarpPlace<Tile> at(thread);
+// sums = Σ over stages [0, num_stages) of the products of what load(memory, stage) copies. before(sums, stage) runs before the
+// products of a stage, and before(sums, num_stages) after the last ones.
+template <typename Product, typename Tile, bool kADepthMajor, bool kBDepthMajor, typename Load, typename Before>
+__device__ inline void multiply_tile(Sums<Tile>& sums, Load& load, const Before& before, int32_t num_stages,
+                                     std::byte* shared, const WarpPlace<Tile>& at) {
 #pragma unroll
   for (int i = 0; i < Tile::kMmaRows; ++i) {
 #pragma unroll
@@ -158,25 +161,42 @@ __device__ inline void multiply_tile(Sums<Tile>& sums, LoadA& load_a, LoadB& loa
       for (int v = 0; v < 4; ++v) sums.v[i][j][v] = 0.0f;
     }
   }
-  int32_t next = begin;
-  const auto load_next = [&](int stage) {
-    if (next < end) {
-      load_a.load(shared + stage * Tile::kStageBytes, next, end);
-      load_b.load(shared + stage * Tile::kStageBytes + Tile::kABytes, next, end);
-    }
-    next += kDepth;
+  int32_t next = 0;
+  const auto load_next = [&](int place) {
+    if (next < num_stages) load(shared + place * Tile::kStageBytes, next);
+    ++next;
     ptx::cp_async_commit();  // an empty group at the end keeps the count of groups right
   };
-#pragma unroll
-  for (int stage = 0; stage < Tile::kStages - 1; ++stage) load_next(stage);
-  int stage = 0;
-  for (int32_t depth = begin; depth < end; depth += kDepth) {
+#pragma unroll 1
+  for (int place = 0; place < Tile::kStages - 1; ++place) load_next(place);
+  int place = 0;
+  for (int32_t stage = 0;; ++stage) {
+    before(sums, stage);
+    if (stage >= num_stages) break;
     ptx::cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // the stage has arrived for all threads, and all have read the stage refilled next
-    load_next(stage == 0 ? Tile::kStages - 1 : stage - 1);
-    const std::byte* const a = shared + stage * Tile::kStageBytes;
+    load_next(place == 0 ? Tile::kStages - 1 : place - 1);
+    const std::byte* const a = shared + place * Tile::kStageBytes;
     Product::template multiply_stage<Tile, kADepthMajor, kBDepthMajor>(sums, a, a + Tile::kABytes, at);
-    stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
+    place = place + 1 == Tile::kStages ? 0 : place + 1;
+  }
+}
+
+// Applies the mask of dropout to the sums of a tile that begins at (slot, column).
+template <typename Tile>
+__device__ inline void mask_sums(Sums<Tile>& sums, const DropoutMask& mask, int32_t slot, int32_t column,
+                                 const WarpPlace<Tile>& at) {
+#pragma unroll
+  for (int i = 0; i < 2 * Tile::kMmaRows; ++i) {
+    const DropoutRow row(mask, slot + at.row + 8 * i + at.lane / 4);
+#pragma unroll
+    for (int j = 0; j < Tile::kMmaColumns; ++j) {
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        float& sum = sums.v[i / 2][j][i % 2 * 2 + v];
+        sum = row.keeps(column + at.column + 8 * j + at.lane % 4 * 2 + v) ? sum : 0.0f;
+      }
+    }
   }
 }
 
@@ -208,26 +228,53 @@ struct ExpertMatrix {
   const T* data;
   int32_t n_end, k_end;
 
-  __device__ ExpertMatrix(const Gemm& g, int32_t e)
-      : n_end(static_cast<int32_t>(g.n)), k_end(static_cast<int32_t>(g.c)) {
-    const ExpertOperand& b = g.b;
-    if (b.separate == nullptr) {
-      data = static_cast<const T*>(b.data) + e * b.expert_stride;
-      return;
+  __device__ ExpertMatrix(const ExpertOperand& b, int64_t n, int64_t k, int32_t e)
+      : n_end(static_cast<int32_t>(n)), k_end(static_cast<int32_t>(k)) {
+    data = static_cast<const T*>(b.data) + e * b.expert_stride;
+    if (b.separate != nullptr) {
+      const SeparateMatrix matrix = b.separate[e];
+      data = static_cast<const T*>(matrix.data);
+      bound(b, static_cast<int32_t>(matrix.rows));
     }
-    const SeparateMatrix matrix = b.separate[e];
-    data = static_cast<const T*>(matrix.data);
-    const auto rows = static_cast<int32_t>(matrix.rows);
+    if (b.ends != nullptr) bound(b, b.ends[e]);
+  }
+
+ private:
+  __device__ void bound(const ExpertOperand& b, int32_t rows) {
+    rows = rows > 0 ? rows : 0;
     if (b.rows_are_n) n_end = rows < n_end ? rows : n_end;
     if (!b.rows_are_n) k_end = rows < k_end ? rows : k_end;
   }
 };
 
+// Loader of a tile's columns of an expert's matrix, up to `depth`.
+template <typename T, typename Tile, bool kDepthMajor>
+__device__ inline auto columns_loader(const ExpertOperand& b, const ExpertMatrix<T>& matrix, const TileColumns& columns,
+                                      int thread, bool aligned) {
+  if constexpr (kDepthMajor) {
+    const auto column_at = [&](int j) -> int32_t {
+      const int32_t column = columns.column(j);
+      return column < columns.end(j) && column < matrix.n_end ? column : -1;
+    };
+    return DepthMajorTile<T, Tile::kColumns, Tile::kDepthBytes, Tile::kThreads>(matrix.data, b.n_stride, column_at,
+                                                                                thread, aligned);
+  } else {
+    using Load = RowMajorTile<T, Tile::kColumns, Tile::kDepthBytes, Tile::kThreads>;
+    const int j = Load::chunk_row(thread);
+    const int32_t column = columns.column(j), end = columns.end(j);
+    return Load({.data = matrix.data, .stride = b.k_stride, .count = matrix.k_end}, column,
+                (end < matrix.n_end ? end : matrix.n_end) - column, thread, aligned, 0, matrix.k_end);
+  }
+}
+
+// A tile's stages are first those of g.low, then those of g. At the boundary the loaders are set up again, so the second pair
+// of operands takes no registers, and the mask is applied to the sums.
 template <typename Product, TileKind kKind, bool kBDepthMajor>
 __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.blocks)
     gemm_kernel(const __grid_constant__ Gemm g, const Alignment aligned) {
   using T = typename Product::Element;
   using Tile = Tile<kKind>;
+  constexpr int32_t kDepth = Tile::kDepthBytes / static_cast<int>(sizeof(T));
   SHARED_DYN(std::byte, shared);
   const int thread = static_cast<int>(threadIdx.x);
   const int out_width = out_tile_columns(g, Tile::kColumns);
@@ -235,36 +282,56 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
   RowTile tile;
   for (int64_t index = blockIdx.x; walker.find(index, tile); index += gridDim.x) {
     const bool nobody = tile.expert == g.num_experts;
-    const ExpertMatrix<T> matrix(g, nobody ? 0 : tile.expert);
+    const int32_t expert = nobody ? 0 : tile.expert;
     const TileColumns columns = tile_columns(g, tile.column, Tile::kColumns);
-    const int32_t depth = nobody ? 0 : matrix.k_end;
-    const auto row_at = [&](int i) -> int32_t {
-      const bool used = i < tile.rows && !nobody;
-      if (!used) return -1;
-      const int32_t slot = tile.first_row + i, row = g.a.indices != nullptr ? g.a.indices[slot] : slot;
-      return row < g.a.count ? row : -1;
-    };
-    DepthMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(static_cast<const T*>(g.a.data),
-                                                                             g.a.stride, row_at, thread, aligned.a);
-    Sums<Tile> sums;
-    if constexpr (kBDepthMajor) {
-      const auto column_at = [&](int j) -> int32_t {
-        const int32_t column = columns.column(j);
-        return column < columns.end(j) && column < matrix.n_end ? column : -1;
+    const auto load_rows_of = [&](const Rows& rows, bool rows_aligned) {
+      const auto row_at = [&](int i) -> int32_t {
+        const bool used = i < tile.rows && !nobody;
+        if (!used) return -1;
+        const int32_t slot = tile.first_row + i, row = rows.indices != nullptr ? rows.indices[slot] : slot;
+        return row < rows.count ? row : -1;
       };
-      DepthMajorTile<T, Tile::kColumns, Tile::kDepthBytes, Tile::kThreads> load_b(matrix.data, g.b.n_stride, column_at,
-                                                                                  thread, aligned.b);
-      multiply_tile<Product, Tile, true, true>(sums, load_a, load_b, 0, depth, shared, thread);
-    } else {
-      using LoadB = RowMajorTile<T, Tile::kColumns, Tile::kDepthBytes, Tile::kThreads>;
-      const int j = LoadB::chunk_row(thread);
-      const int32_t column = columns.column(j), end = columns.end(j);
-      LoadB load_b({.data = matrix.data, .stride = g.b.k_stride, .count = depth}, column,
-                   (end < matrix.n_end ? end : matrix.n_end) - column, thread, aligned.b, 0, depth);
-      multiply_tile<Product, Tile, true, false>(sums, load_a, load_b, 0, depth, shared, thread);
-    }
+      return DepthMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads>(
+          static_cast<const T*>(rows.data), rows.stride, row_at, thread, rows_aligned);
+    };
+    const auto matrix_of = [&](bool low) {
+      return low ? ExpertMatrix<T>(g.low.b, g.n, g.low.rank, expert) : ExpertMatrix<T>(g.b, g.n, g.c, expert);
+    };
+    const auto load_columns_of = [&](const ExpertMatrix<T>& matrix, bool low) {
+      return columns_loader<T, Tile, kBDepthMajor>(low ? g.low.b : g.b, matrix, columns, thread,
+                                                   low ? aligned.low_b : aligned.b);
+    };
+    const auto stages_of = [&](const ExpertMatrix<T>& matrix) {
+      return nobody ? 0 : (matrix.k_end + kDepth - 1) / kDepth;
+    };
+    const int32_t low_stages = g.low.rank > 0 ? stages_of(matrix_of(true)) : 0;
+    bool low = low_stages > 0;
+    const int32_t num_stages = low_stages + stages_of(matrix_of(false));
+    ExpertMatrix<T> matrix = matrix_of(low);
+    auto load_a = load_rows_of(low ? g.low.a : g.a, low ? aligned.low_a : aligned.a);
+    auto load_b = load_columns_of(matrix, low);
+    const auto load = [&](std::byte* stage_memory, int32_t stage) {
+      if (low && stage == low_stages) {
+        low = false;
+        matrix = matrix_of(false);
+        load_a = load_rows_of(g.a, aligned.a);
+        load_b = load_columns_of(matrix, false);
+      }
+      const int32_t depth = (low ? stage : stage - low_stages) * kDepth;
+      load_a.load(stage_memory, depth, matrix.k_end);
+      load_b.load(stage_memory + Tile::kABytes, depth, matrix.k_end);
+    };
+    const WarpPlace<Tile> at(thread);
+    const auto before = [&](Sums<Tile>& sums, int32_t stage) {
+      if (g.low.mask.drops() && stage == low_stages) {
+        mask_sums(sums, g.low.mask, tile.first_row, columns.first, at);
+      }
+    };
+    Sums<Tile> sums;
+    multiply_tile<Product, Tile, true, kBDepthMajor>(sums, load, before, num_stages, shared, at);
     const StagedSums staged = stage_sums<Tile>(sums, shared, thread);
-    run_epilogue<T>(g, aligned, tile, matrix.n_end, staged, Tile::kRows, Tile::kColumns, thread, Tile::kThreads);
+    run_epilogue<T>(g, aligned, tile, matrix_of(false).n_end, staged, Tile::kRows, Tile::kColumns, thread,
+                    Tile::kThreads);
     __syncthreads();  // the ring is free again
   }
 }
@@ -291,7 +358,15 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
   LoadA load_a(g.a, row, static_cast<int32_t>(g.m) - row, thread, aligned.a, slots.begin, slots.end);
   LoadB load_b(g.b, column, static_cast<int32_t>(g.n) - column, thread, aligned.b, slots.begin, slots.end);
   Sums<Tile> sums;
-  multiply_tile<Product, Tile, false, false>(sums, load_a, load_b, slots.begin, slots.end, shared, thread);
+  constexpr int32_t kDepth = Tile::kDepthBytes / static_cast<int>(sizeof(T));
+  const auto load = [&](std::byte* stage_memory, int32_t stage) {
+    const int32_t depth = slots.begin + stage * kDepth;
+    load_a.load(stage_memory, depth, slots.end);
+    load_b.load(stage_memory + Tile::kABytes, depth, slots.end);
+  };
+  const int32_t num_stages = (slots.end - slots.begin + kDepth - 1) / kDepth;
+  multiply_tile<Product, Tile, false, false>(
+      sums, load, [](Sums<Tile>&, int32_t) {}, num_stages, shared, WarpPlace<Tile>(thread));
   const StagedSums staged = stage_sums<Tile>(sums, shared, thread);
   T* const out = static_cast<T*>(g.out) + expert * g.out_expert_stride;
   constexpr int kBlocks = Tile::kColumns / kBlock;

@@ -26,8 +26,11 @@
 // wgrad would sum them, so cp.async copies an expert's last stage, with zeros after its rows. The unassigned rows, past
 // expert_offsets[E], are the tiles of one more expert, without an inner dimension.
 //
-// Numeric contract: products accumulate in float32, k ascending in steps of 16 through one accumulator per element, the same
-// in all configs; k past C adds zeros. Results are rounded once, when stored. No atomics; nothing depends on the grid.
+// An adapter (g.low) is the first stages of a tile, from maps of its own, in slot order: TMA loads them whole even if the rows of
+// a are gathered. Its rank is zero-filled to a multiple of 64. A mask of dropout leaves the product to sm_80's kernels.
+//
+// Numeric contract: products accumulate in float32, those of g.low first, k ascending in steps of 16 through one accumulator
+// per element, the same in all configs; k past C adds zeros. Results are rounded once, when stored. No atomics; nothing depends on the grid.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   gemm_sm90_kernel: 168 registers, 8 of local memory
@@ -80,9 +83,12 @@ constexpr int shared_bytes(Shape shape, int n, int stages) {
   return 1024 + stages * stage_bytes(n) + scratch_bytes(shape, n) + (2 * stages + kConsumers) * 8 + first_tiles;
 }
 
-// With the tensor maps of the operands that TMA loads.
+// With the tensor maps of the operands that TMA loads. `low`: those of g.low.
 struct GemmParams {
-  CUtensorMap weights, slots;
+  struct Maps {
+    CUtensorMap weights, slots;
+  };
+  Maps maps, low;
   Gemm g;
 };
 struct WgradParams {
@@ -210,26 +216,29 @@ __device__ inline void copy_rows(unsigned char* to, const Rows& from, const int3
 
 // Loads one stage of the weights of a tile.
 template <typename C>
-__device__ inline void load_weights(unsigned char* to, const GemmParams& params, uint64_t* full, const RowTile& tile,
-                                    int k) {
-  const bool pairs = gate_halves(params.g);
+__device__ inline void load_weights(unsigned char* to, const CUtensorMap* map, const Gemm& g, uint64_t* full,
+                                    const RowTile& tile, int k) {
+  const bool pairs = gate_halves(g);
   const int first = tile.column * (pairs ? C::kColumns / 2 : C::kColumns);
-  const int second = static_cast<int>(params.g.n / 2) + first;  // the ups, if `pairs`
+  const int second = static_cast<int>(g.n / 2) + first;  // the ups, if `pairs`
   if constexpr (C::kAlongN) {
 #pragma unroll
     for (int i = 0; i < C::kColumns / 64; ++i) {  // with `pairs`, C::kColumns is 128
       const int n = pairs && i > 0 ? second : first + 64 * i;
-      ptx::tma_load_3d(to + i * kBlockBytes, &params.weights, full, n, k, tile.expert);
+      ptx::tma_load_3d(to + i * kBlockBytes, map, full, n, k, tile.expert);
     }
   } else {
-    ptx::tma_load_3d(to, &params.weights, full, k, first, tile.expert);
-    if (pairs) ptx::tma_load_3d(to + C::kColumns / 2 * kRowBytes, &params.weights, full, k, second, tile.expert);
+    ptx::tma_load_3d(to, map, full, k, first, tile.expert);
+    if (pairs) ptx::tma_load_3d(to + C::kColumns / 2 * kRowBytes, map, full, k, second, tile.expert);
   }
 }
 
+// A tile's stages are first those of g.low, then those of g.
+__device__ inline int num_low_stages(const Gemm& g) { return static_cast<int>((g.low.rank + kDepth - 1) / kDepth); }
+
 template <typename C>
 __device__ inline int num_stages_of(const Gemm& g, const RowTile& tile) {
-  return tile.expert == g.num_experts ? 0 : static_cast<int>((g.c + kDepth - 1) / kDepth);
+  return tile.expert == g.num_experts ? 0 : num_low_stages(g) + static_cast<int>((g.c + kDepth - 1) / kDepth);
 }
 
 template <typename T, typename C>
@@ -238,7 +247,7 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
   const bool gather = g.a.indices != nullptr;
   if (!gather && threadIdx.x != 0) return;
   constexpr int kWeightBytes = C::kColumns * kRowBytes, kSlotBytes = C::kSlots * kRowBytes;
-  const int bytes = kWeightBytes + (gather ? 0 : kSlotBytes);
+  const int low_stages = num_low_stages(g);
   uint32_t position = 0;
   const int32_t num_tiles = tiles.size();
   for (auto t = static_cast<int32_t>(blockIdx.x); t < num_tiles; t += static_cast<int32_t>(gridDim.x)) {
@@ -257,15 +266,16 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
       unsigned char* const to_weights = C::kShape == Shape::kFewRows ? ring.p(position) : ring.q(position);
       unsigned char* const to_slots = C::kShape == Shape::kFewRows ? ring.q(position) : ring.p(position);
       ptx::mbar_wait(ring.empty + ring.index(position), ring.parity(position) ^ 1);
+      const bool low = stage < low_stages, copies = gather && !low;
+      const int k = (low ? stage : stage - low_stages) * kDepth;
       if (threadIdx.x == 0) {
-        ptx::mbar_expect_tx(full, bytes);
-        load_weights<C>(to_weights, params, full, tile, stage * kDepth);
-        if (!gather) ptx::tma_load_3d(to_slots, &params.slots, full, stage * kDepth, tile.first_row, 0);
+        const GemmParams::Maps& maps = low ? params.low : params.maps;
+        ptx::mbar_expect_tx(full, kWeightBytes + (copies ? 0 : kSlotBytes));
+        load_weights<C>(to_weights, &maps.weights, g, full, tile, k);
+        if (!copies) ptx::tma_load_3d(to_slots, &maps.slots, full, k, tile.first_row, 0);
       }
-      if (gather) {
-        copy_rows<T>(to_slots, g.a, rows, stage * kDepth, static_cast<int>(g.c));
-        ptx::cp_async_mbar_arrive(full);
-      }
+      if (copies) copy_rows<T>(to_slots, g.a, rows, k, static_cast<int>(g.c));
+      if (gather) ptx::cp_async_mbar_arrive(full);
     }
   }
 }
