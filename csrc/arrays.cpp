@@ -287,6 +287,32 @@ Weight Arrays::weight(const char* name, py::handle tensors, py::handle form) {
   return weight;
 }
 
+Adapter Arrays::adapter(const AdapterNames& names, py::handle tensors) {
+  SWITCHGEAR_CHECK(TypeError, py::isinstance<py::list>(tensors) || py::isinstance<py::tuple>(tensors), names.adapter,
+                   ": expected a list of tensors, got ", Py_TYPE(tensors.ptr())->tp_name);
+  const auto items = py::reinterpret_borrow<py::sequence>(tensors);
+  SWITCHGEAR_CHECK(ValueError, items.size() == 3 || items.size() == 4, names.adapter,
+                   ": expected a, b, scales and possibly ranks, got ", items.size(), " tensors");
+  Adapter adapter{.a = in(names.a, items[0]), .b = in(names.b, items[1]), .scales = in(names.scales, items[2])};
+  if (items.size() == 4) adapter.ranks = in(names.ranks, items[3]);
+  return adapter;
+}
+
+void Arrays::dropout(const std::array<Adapter*, 2>& adapters, py::handle seed, py::handle probabilities) {
+  SWITCHGEAR_CHECK(ValueError, py::len(probabilities) == 2, "dropout: expected two probabilities in [0, 1), got ",
+                   py::len(probabilities));
+  for (size_t i = 0; i < 2; ++i) {
+    adapters[i]->dropout = py::cast<double>(probabilities[py::int_(i)]);
+    if (!(adapters[i]->dropout > 0)) continue;
+    SWITCHGEAR_CHECK(ValueError, !seed.is_none(), "dropout_seed: expected a tensor beside dropout, got none");
+    const TensorView view = in("dropout_seed", seed);
+    SWITCHGEAR_CHECK(TypeError, view.dtype == DType::kInt64, "dropout_seed: expected int64, got ", describe(view));
+    SWITCHGEAR_CHECK(ValueError, view.numel() == 1 && view.device.type == DeviceType::kCPU,
+                     "dropout_seed: expected one number in CPU memory, got ", describe(view));
+    adapters[i]->seed = static_cast<uint64_t>(*view.as<const int64_t>());
+  }
+}
+
 Weight Arrays::separate(const char* name, py::sequence weights) {
   Separate& own = separate_.emplace_back();
   SWITCHGEAR_CHECK(ValueError, weights.size() > 0, name, ": expected one matrix for each expert, got an empty list");

@@ -5,11 +5,13 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 #include <list>
 #include <optional>
 #include <vector>
 
+#include "adapter_names.h"
 #include "switchgear/ops.h"
 
 namespace switchgear {
@@ -37,6 +39,11 @@ class Arrays {
   // arrays [N_e,C] with the same dtype, C and strides. Else the form is (format, rows, cols, parts, group_size, fields). The
   // bits of `fields` say which tensors follow the data: 1 scales, 2 row_scales, 4 zeros, 8 slots.
   Weight weight(const char* name, pybind11::handle tensors, pybind11::handle form);
+
+  // An adapter from a, b, scales and possibly ranks.
+  Adapter adapter(const AdapterNames& names, pybind11::handle tensors);
+  // Sets the probabilities of dropout of both adapters. The seed, an int64 array [1], is read if one is above 0.
+  void dropout(const std::array<Adapter*, 2>& adapters, pybind11::handle seed, pybind11::handle probabilities);
 
   // The memory of an array of any dtype. ValueError if it has fewer than `bytes` bytes or is not contiguous.
   void* memory(const char* name, pybind11::handle array, int64_t bytes);

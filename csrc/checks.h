@@ -58,7 +58,7 @@ class Call {
   void check_overlap() const;
 
  private:
-  static constexpr int kMaxTensors = 20;  // moe_forward with integers and moe_backward have up to 17
+  static constexpr int kMaxTensors = 40;  // moe_backward with integers and adapters has 33
 
   struct Entry {
     const char* name = nullptr;

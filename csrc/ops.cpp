@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "adapter_names.h"
 #include "checks.h"
 #include "switchgear/backend.h"
 #include "switchgear/check.h"
@@ -145,10 +146,56 @@ void bias_shapes(Call& call, const ExpertWeights& weights, Dim& E, Dim& H, Dim& 
   if (weights.down_bias.defined()) call.input("down_bias", weights.down_bias, kFloat, {&E, &H}, kRows);
 }
 
+// moe_backward decodes columns of a weight for gradients of other tensors; only a plain weight has a gradient itself.
+void check_decodable(const char* name, const Weight& weight, const TensorView& gradient) {
+  const bool is_plain = weight.format == Format::kPlain;
+  SWITCHGEAR_CHECK(ValueError, is_plain || !gradient.defined(), name, ": expected plain weights for their gradients, got ",
+                   name_of(weight.format));
+  SWITCHGEAR_CHECK(ValueError, is_plain || multiplies_transposed(weight.format), name,
+                   ": expected plain, int8, int4, fp8 or mxfp4 weights for gradients, got ", name_of(weight.format));
+}
+
+// a [E,r,C], b [E,N,r], scales [E] and ranks [E]
+void adapter_input(Call& call, const AdapterNames& names, const Adapter& adapter, Dim& E, Dim& N, Dim& C) {
+  if (!adapter.defined()) return;
+  SWITCHGEAR_CHECK(ValueError, call.backend().takes_adapters, names.adapter, ": expected none on this device, got ",
+                   describe(adapter.a));
+  Dim rank{"r"};
+  call.input(names.a, adapter.a, kFloat, {&E, &rank, &C}, kMatrices);
+  call.input(names.b, adapter.b, kFloat, {&E, &N, &rank}, kMatrices);
+  call.input(names.scales, adapter.scales, kFloat32, {&E});
+  if (adapter.ranks.defined()) call.input(names.ranks, adapter.ranks, kInt32, {&E});
+  SWITCHGEAR_CHECK(ValueError, adapter.dropout >= 0 && adapter.dropout < 1,
+                   "dropout: expected two probabilities in [0, 1), got ", adapter.dropout);
+}
+
+void adapter_inputs(Call& call, const ExpertWeights& weights, Dim& E, Dim& H, Dim& I, Dim& N) {
+  adapter_input(call, kGateUpAdapter, weights.gate_up_adapter, E, N, H);
+  adapter_input(call, kDownAdapter, weights.down_adapter, E, H, I);
+}
+
+// The contents. Ranks are indices, so they are replaced by a copy.
+void check_adapter(Call& call, const AdapterNames& names, Adapter& adapter) {
+  if (!adapter.defined()) return;
+  for (int64_t e = 0; e < adapter.scales.shape[0]; ++e) {
+    const float scale = adapter.scales.as<const float>()[e];
+    SWITCHGEAR_CHECK(ValueError, std::isfinite(scale), names.scales, ": expected finite numbers, got ", scale,
+                     " for expert ", e);
+  }
+  if (!adapter.ranks.defined()) return;
+  call.own(adapter.ranks);
+  check_range(names.ranks, adapter.ranks, 0, adapter.rank() + 1);
+}
+
+void check_adapters(Call& call, ExpertWeights& weights) {
+  check_adapter(call, kGateUpAdapter, weights.gate_up_adapter);
+  check_adapter(call, kDownAdapter, weights.down_adapter);
+}
+
 // gate_up_proj [E,N,H] and down_proj [E,H,I] in any formats that one layer can combine
 void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& options, Dim& E, Dim& H, Dim& I,
                    Dim& N) {
-  const auto& [gate_up, down, gate_up_bias, down_bias] = weights;
+  const Weight &gate_up = weights.gate_up_proj, &down = weights.down_proj;
   weight_input(call, kGateUpProj, gate_up, E, N, H);
   I = intermediate("gate_up_proj", options, N);
   const bool has_halves = options.gated && !options.interleaved;
@@ -449,6 +496,7 @@ void moe_forward(const MoeForwardArgs& given, Execution exec) {
   check_options(args.options);
   call.input("x", args.x, kFloat, {&T, &H}, kRows);
   weight_shapes(call, args.weights, args.options, E, H, I, N);
+  adapter_inputs(call, args.weights, E, H, I, N);
   call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
   call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
   Dim S = slots(T, K);
@@ -456,6 +504,7 @@ void moe_forward(const MoeForwardArgs& given, Execution exec) {
   if (args.h.defined()) call.output("h", args.h, kFloat, {&S, &N}, kRows);
   call.check_overlap();
   check_ids(call, args.topk_ids, E);
+  check_adapters(call, args.weights);
   call.backend().moe_forward(args, exec);
 }
 
@@ -466,10 +515,10 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   check_options(args.options);
   call.input("x", args.x, kFloat, {&T, &H}, kRows);
   call.input("grad_y", args.grad_y, kFloat, {&T, &H}, kRows);
-  plain_weight_input(call, kGateUpProj, args.weights.gate_up_proj, "gradients", E, N, H);
-  I = intermediate("gate_up_proj", args.options, N);
-  plain_weight_input(call, kDownProj, args.weights.down_proj, "gradients", E, H, I);
-  bias_shapes(call, args.weights, E, H, N);
+  weight_shapes(call, args.weights, args.options, E, H, I, N);
+  check_decodable("gate_up_proj", args.weights.gate_up_proj, args.grad_gate_up_proj);
+  check_decodable("down_proj", args.weights.down_proj, args.grad_down_proj);
+  adapter_inputs(call, args.weights, E, H, I, N);
   call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
   call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
   Dim S = slots(T, K);
@@ -483,8 +532,21 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   output("grad_gate_up_bias", args.grad_gate_up_bias, kFloat, {&E, &N}, kRows);
   output("grad_down_bias", args.grad_down_bias, kFloat, {&E, &H}, kRows);
   output("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K}, kContiguous);
+  const auto adapter_outputs = [&](const Adapter& adapter, const char* a, const TensorView& grad_a, const char* b,
+                                   const TensorView& grad_b, Dim& rows, Dim& columns) {
+    SWITCHGEAR_CHECK(ValueError, adapter.defined() || !(grad_a.defined() || grad_b.defined()), a,
+                     ": expected none without an adapter");
+    if (!adapter.defined()) return;
+    Dim rank{"r", 1, adapter.rank()};
+    output(a, grad_a, kFloat, {&E, &rank, &columns}, kMatrices);
+    output(b, grad_b, kFloat, {&E, &rows, &rank}, kMatrices);
+  };
+  adapter_outputs(args.weights.gate_up_adapter, "grad_gate_up_a", args.grad_gate_up_a, "grad_gate_up_b",
+                  args.grad_gate_up_b, N, H);
+  adapter_outputs(args.weights.down_adapter, "grad_down_a", args.grad_down_a, "grad_down_b", args.grad_down_b, H, I);
   call.check_overlap();
   check_ids(call, args.topk_ids, E);
+  check_adapters(call, args.weights);
   call.backend().moe_backward(args, exec);
 }
 

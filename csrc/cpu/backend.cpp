@@ -154,7 +154,8 @@ constexpr Backend make_backend() {
           .assign_balanced = run<i, assign_balanced>,
           .assign_capped = run<i, assign_capped>,
           .formats = ~0u,
-          .panel_layout = [](DType dtype) { return panel_layout(kIsas[i].kernels(), dtype); }};
+          .panel_layout = [](DType dtype) { return panel_layout(kIsas[i].kernels(), dtype); },
+          .takes_adapters = true};
 }
 
 constexpr std::array kBackends = []<size_t... i>(std::index_sequence<i...>) {

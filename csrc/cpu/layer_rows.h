@@ -2,7 +2,10 @@
 // Layout of the rows that moe_forward's products read: x for the first projection, a for the second. The weight's format and
 // the ISA decide.
 #pragma once
+#include <optional>
+
 #include "gathered.h"
+#include "slot_rows.h"
 #include "slots.h"
 #include "threads.h"
 #include "workspace.h"
@@ -91,6 +94,14 @@ class ActivationRows {
         num_experts_(num_experts),
         a_(view(nullptr, dtype, num_slots, width)) {}
 
+  // Rows one after the other, besides those of another layout: for products with an adapter.
+  void keep_plain() {
+    if (plan_.layout == RowLayout::kSorted || plan_.layout == RowLayout::kGathered) {
+      plain_.emplace(a_.shape[0], a_.shape[1], a_.dtype);
+    }
+  }
+  const void* const* plain(const void* const* rows) const { return plain_ ? plain_->pointers() : rows; }
+
   int64_t bytes() const {
     return gathers() ? Workspace::padded(num_experts_ * 4) + block_bytes() : a_.shape[0] * plan_.row_bytes;
   }
@@ -123,6 +134,7 @@ class ActivationRows {
       float activated[kMaxPanel];
       row(m, activated);
       const int64_t slot = tile.first_row + m, i = m % kGatheredRows;
+      if (plain_) k_.store_row(plain_->row(slot) + tile.column * size_of(a_.dtype), a_.dtype, activated, count);
       switch (plan_.layout) {
         case RowLayout::kSorted:
           k_.store_sorted(row_of(a_, slot), a_.dtype, width(), tile.column, activated, count);
@@ -146,6 +158,7 @@ class ActivationRows {
   int64_t num_experts_;
   TensorView a_;
   GatheredSlots gathered_;
+  std::optional<SlotRows> plain_;
 };
 
 }  // namespace switchgear::cpu

@@ -11,10 +11,17 @@
 // 1. Tiles (expert, panel of a, rows): g, then one pass over the tile for the activation's backward, the recomputed a and the
 //    partial sums of grad_topk_weight (added afterwards in the order of the panels).
 // 2. grad_x by token_sum, grad_W_gu and grad_W_d by weight_gradient; biases by adding rows.
-// grad_h and w·a are rounded once to the dtype of x; everything else is float32. Deterministic.
+// 3. Adapters (adapter.h), with m the mask of dropout: v' = s·(grad_y·B_d) before 1, whose tiles add m ⊙ (v'·A_d) to g;
+//    u' = s·(grad_h·B_gu) before grad_x, whose tiles add m ⊙ (u'·A_gu); then grad_A_gu = Σ u'ᵀ(x ⊙ m), grad_B_gu = Σ grad_hᵀu,
+//    grad_A_d = Σ v'ᵀ(w·a ⊙ m), grad_B_d = Σ grad_yᵀv with u = s·((x ⊙ m)·A_guᵀ) and v = s·((w·a ⊙ m)·A_dᵀ) recomputed.
+// Stored projections are decoded to the dtype of x, 64 columns at a time, in 1 and for grad_x (decoded_columns.h).
+// grad_h, w·a, u, v, u' and v' are rounded once to the dtype of x; everything else is float32. Deterministic.
 #include <cstring>
+#include <optional>
 #include <vector>
 
+#include "adapter.h"
+#include "decoded_columns.h"
 #include "experts.h"
 #include "gate_columns.h"
 #include "ops.h"
@@ -36,22 +43,33 @@ struct ActivationBackward {
   float* weight_parts;             // [S, panels of I]
   int64_t num_panels;
   int64_t wide;  // columns of a tile
+  const Context& context;
   const Kernels& k;
+  const AdapterProducts* adapter;           // of down_proj
+  const void* const* small_rows = nullptr;  // [S] of the adapter: v'
 
-  Matrix operand(const Tile& tile) const {
-    return ExpertMatrix(args.weights.down_proj, tile.expert, args.grad_y.dtype).columns_from(tile.column);
+  // The start of the next tile's columns, for a prefetch.
+  Start start(const Tile& tile) const {
+    if (args.weights.down_proj.format != Format::kPlain) return {};
+    return ExpertMatrix(args.weights.down_proj, tile.expert, args.grad_y.dtype).columns_from(tile.column).start();
   }
 
-  void run(const Tile& tile, const Start& next, const WideScratch& scratch) const {
+  void run(const Tile& tile, const Start& next, const WideScratch& scratch, void* adapter_scratch,
+           DecodedColumns& down_proj) const {
     const int64_t width = std::min(wide, weighted_a.shape[1] - tile.column);
     multiply_wide(k, {.rows = grad_y_rows + tile.first_row,
                       .num_rows = tile.num_rows,
-                      .b = operand(tile),
+                      .b = down_proj.of(tile.expert, tile.column, width, context),
                       .num_columns = width,
                       .depth = args.grad_y.shape[1],
                       .c = scratch.c,
                       .next = next,
                       .scratch = scratch.packing});
+    if (adapter != nullptr) {
+      adapter->add(scratch.c,
+                   {tile.expert, tile.first_row, tile.num_rows, tile.column, width, small_rows + tile.first_row},
+                   AdapterSide::kB, ProductScratch(adapter_scratch), k);
+    }
     // Row by row, so that rows of h and of the results are read and written in runs.
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       for (int64_t column = 0; column < width; column += k.panel) {
@@ -124,23 +142,72 @@ void bias_gradient(const TensorView& grad_bias, const void* const* rows, DType d
   });
 }
 
+// One adapter in moe_backward: its products, and the small rows of gradients, u' or v'.
+class BackwardAdapter {
+ public:
+  BackwardAdapter(const Adapter& adapter, uint32_t projection, const Slots& slots, DType dtype) : slots_(slots) {
+    if (!adapter.defined()) return;
+    products_.emplace(adapter, projection, slots.expert_offsets, slots.count, dtype);
+    small_.emplace(slots.count, adapter.rank(), dtype);
+    rank_ = adapter.rank();
+    dtype_ = dtype;
+  }
+
+  bool defined() const { return products_.has_value(); }
+  const AdapterProducts* products() const { return products_ ? &*products_ : nullptr; }
+  const void* const* small_rows() const { return small_ ? small_->pointers() : nullptr; }
+
+  // From gradients [S] of the projection's result.
+  void multiply(const void* const* gradients, const Context& context) {
+    if (products_) products_->multiply(*small_, gradients, AdapterSide::kB, context);
+  }
+
+  // The gradients of a and b, if defined. input: the rows [S] of `width` elements that A reads, before the mask; gradients:
+  // those of the projection's result. A weight of the slot may be in one of them.
+  void write(const TensorView& grad_a, const TensorView& grad_b, const void* const* input, int64_t width,
+             const void* const* gradients, const Context& context) const {
+    if (!grad_a.defined() && !grad_b.defined()) return;
+    std::optional<SlotRows> copies;
+    const void* const* const rows = products_->masked(input, width, copies, context);
+    if (grad_a.defined()) {
+      weight_gradient({small_->pointers(), rows, dtype_, slots_.expert_offsets, grad_a}, context);
+      products_->clear_past_ranks(grad_a, AdapterSide::kA);
+    }
+    if (grad_b.defined()) {
+      SlotRows low(slots_.count, rank_, dtype_);
+      products_->multiply(low, rows, AdapterSide::kA, context);
+      weight_gradient({gradients, low.pointers(), dtype_, slots_.expert_offsets, grad_b}, context);
+      products_->clear_past_ranks(grad_b, AdapterSide::kB);
+    }
+  }
+
+ private:
+  const Slots& slots_;
+  std::optional<AdapterProducts> products_;
+  std::optional<SlotRows> small_;
+  int64_t rank_ = 0;
+  DType dtype_ = DType::kFloat32;
+};
+
 }  // namespace
 
 void moe_backward(const MoeBackwardArgs& args, const Context& context) {
   const int num_threads = context.num_threads;
   const Kernels& k = context.kernels;
   const int64_t num_experts = args.weights.gate_up_proj.num_experts();
-  const int64_t width = args.weights.gate_up_proj.data.shape[1];
-  const int64_t intermediate_size = args.weights.down_proj.data.shape[2];
+  const Weight& down_proj = args.weights.down_proj;
+  const int64_t width = args.weights.gate_up_proj.num_rows(), intermediate_size = down_proj.num_cols();
   const int64_t num_slots = args.topk_ids.shape[0] * args.topk_ids.shape[1];
   const int64_t num_panels = ceil_div(intermediate_size, k.panel);
   const int64_t element = size_of(args.x.dtype);
   const auto pointers = num_slots * static_cast<int64_t>(sizeof(void*));
+  const int64_t adapter_bytes = args.weights.down_adapter.defined() ? ProductScratch::kBytes : 0;
+  const int64_t thread_bytes = WideScratch::kBytes + adapter_bytes + DecodedColumns::bytes(down_proj, args.x.dtype);
 
   Workspace workspace(Slots::bytes(num_slots, num_experts) + 4 * Workspace::padded(pointers) +
                       Workspace::padded(num_slots * width * element) +
                       Workspace::padded(num_slots * intermediate_size * element) +
-                      Workspace::padded(num_slots * num_panels * 4) + num_threads * WideScratch::kBytes);
+                      Workspace::padded(num_slots * num_panels * 4) + num_threads * thread_bytes);
   const Slots slots = make_slots(workspace, args.topk_ids, args.topk_weights, num_experts, context);
   const int64_t used_slots = slots.expert_offsets[num_experts];
   const void** const x_rows = workspace.take<const void*>(num_slots);
@@ -150,13 +217,19 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
   char* const grad_h = static_cast<char*>(workspace.take_bytes(num_slots * width * element));
   char* const weighted_a = static_cast<char*>(workspace.take_bytes(num_slots * intermediate_size * element));
   float* const weight_parts = workspace.take<float>(num_slots * num_panels);
-  char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * WideScratch::kBytes));
+  char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * thread_bytes));
   fill_row_pointers(x_rows, args.x, slots.token_indices, used_slots);
   fill_row_pointers(grad_y_rows, args.grad_y, slots.token_indices, used_slots);
   fill_row_pointers(grad_h_rows, grad_h, width * element, used_slots);
   fill_row_pointers(a_rows, weighted_a, intermediate_size * element, used_slots);
 
-  const int64_t wide = wide_columns(intermediate_size, num_experts, k.panel, num_threads);
+  BackwardAdapter first(args.weights.gate_up_adapter, 0, slots, args.x.dtype);
+  BackwardAdapter second(args.weights.down_adapter, 1, slots, args.x.dtype);
+  second.multiply(grad_y_rows, context);
+
+  const int64_t wide = down_proj.format == Format::kPlain
+                           ? wide_columns(intermediate_size, num_experts, k.panel, num_threads)
+                           : kDecodedColumns;
   const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, wide, k.most_rows);
   const ActivationBackward stage{.args = args,
                                  .slots = slots,
@@ -166,14 +239,23 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
                                  .weight_parts = weight_parts,
                                  .num_panels = num_panels,
                                  .wide = wide,
-                                 .k = k};
+                                 .context = context,
+                                 .k = k,
+                                 .adapter = second.products(),
+                                 .small_rows = second.small_rows()};
+  std::vector<DecodedColumns> decoded;
+  for (int i = 0; i < num_threads; ++i) {
+    decoded.emplace_back(down_proj, args.x.dtype, memory + i * thread_bytes + WideScratch::kBytes + adapter_bytes);
+  }
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
     const Tile* const tile = &tiles[static_cast<size_t>(i)];
-    stage.run(*tile, tile != &tiles.back() ? stage.operand(tile[1]).start() : Start{},
-              WideScratch(memory + thread * WideScratch::kBytes));
+    char* const own = memory + thread * thread_bytes;
+    stage.run(*tile, tile != &tiles.back() ? stage.start(tile[1]) : Start{}, WideScratch(own), own + WideScratch::kBytes,
+              decoded[static_cast<size_t>(thread)]);
   });
 
   if (args.grad_topk_weights.defined()) sum_weight_gradient(stage, num_threads);
+  if (args.grad_x.defined() || args.grad_gate_up_a.defined()) first.multiply(grad_h_rows, context);
   if (args.grad_x.defined()) {
     token_sum({.rows = grad_h_rows,
                .depth = width,
@@ -183,7 +265,9 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
                .slot_weights = nullptr,
                .expert_offsets = slots.expert_offsets,
                .token_indices = slots.token_indices,
-               .out = args.grad_x},
+               .out = args.grad_x,
+               .adapter = first.products(),
+               .small_rows = first.small_rows()},
               context);
   }
   const auto weight_gradient_of = [&](const TensorView& gradient, const void* const* left, const void* const* right) {
@@ -192,6 +276,8 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
   };
   weight_gradient_of(args.grad_gate_up_proj, grad_h_rows, x_rows);
   weight_gradient_of(args.grad_down_proj, grad_y_rows, a_rows);
+  first.write(args.grad_gate_up_a, args.grad_gate_up_b, x_rows, args.x.shape[1], grad_h_rows, context);
+  second.write(args.grad_down_a, args.grad_down_b, a_rows, intermediate_size, grad_y_rows, context);
   if (args.grad_gate_up_bias.defined()) {
     bias_gradient(args.grad_gate_up_bias, grad_h_rows, args.x.dtype, nullptr, slots.expert_offsets, context);
   }

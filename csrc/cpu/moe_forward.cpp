@@ -13,6 +13,8 @@
 // 1. Tiles (expert, panel of `a`, rows): gate and up products of rows of x (pointers, no permuted copy in memory), then bias,
 //    glu and rounding while the tile is in L1/L2. Only a [S,I] reaches memory, and h if it is saved.
 // 2. token_sum: the second projection, weighted and summed per token as it is computed.
+// An adapter (adapter.h) takes one more pass before each projection, u = s·(x·Aᵀ) and v = s·(a·Aᵀ), rounded to the dtype of x;
+// tiles then add u·Bᵀ and v·Bᵀ to their own product, before the bias.
 // Accumulates in float32; a, h and y are rounded once to the dtype of x. Deterministic, and a token's result does not depend
 // on the other tokens.
 #include <algorithm>
@@ -33,6 +35,8 @@ struct FirstProjection {
   const void* const* rows;  // [S] gathered rows of x
   const ActivationRows& a;
   const Kernels& k;
+  const AdapterProducts* adapter = nullptr;
+  const void* const* small_rows = nullptr;  // [S] of the adapter
 
   Start start(const Tile& tile) const {
     const GateColumns columns = gate_columns(args.options, a.width(), tile.column, 1, k.panel);
@@ -54,6 +58,11 @@ struct FirstProjection {
                       .next = i == 0 && columns.count[1] > 0 ? matrix.rows_from(columns.begin[1]).start() : next,
                       .scratch = scratch[i].packing,
                       .gathered = gathered_x});
+      if (adapter == nullptr) continue;
+      adapter->add(scratch[i].c,
+                   {tile.expert, tile.first_row, tile.num_rows, columns.begin[i], columns.count[i],
+                    small_rows + tile.first_row},
+                   AdapterSide::kA, scratch[i], k);
     }
     a.store(tile, count, [&](int64_t m, float* activated) {
       float* const part[2] = {scratch[0].c + m * k.panel, scratch[1].c + m * k.panel};
@@ -80,7 +89,7 @@ struct FirstProjection {
 }  // namespace
 
 void moe_forward(const MoeForwardArgs& args, const Context& context) {
-  const auto& [gate_up_proj, down_proj, gate_up_bias, down_bias] = args.weights;
+  const Weight &gate_up_proj = args.weights.gate_up_proj, &down_proj = args.weights.down_proj;
   if (is_integer(gate_up_proj.format)) return integer_moe_forward(args, context);
   const Kernels& k = context.kernels;
   const int num_threads = context.num_threads;
@@ -90,6 +99,7 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   const int64_t num_slots = args.topk_ids.shape[0] * args.topk_ids.shape[1];
   InputRows x(k, gate_up_proj.format, args.x, num_slots, num_experts);
   ActivationRows a(k, down_proj.format, dtype, num_slots, intermediate_size, num_experts);
+  if (args.weights.down_adapter.defined()) a.keep_plain();
   const int64_t gathered_x_bytes = GatheredRows::bytes(x.block_bytes(), num_slots);
   const auto pointers = num_slots * static_cast<int64_t>(sizeof(void*));
 
@@ -110,7 +120,9 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
 
   const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, k.panel, k.most_rows,
                                              x.block_bytes() > 0 ? TileOrder::kRows : TileOrder::kPanels);
-  const FirstProjection first{args, x_rows, a, k};
+  ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, dtype);
+  u.multiply(args.x, slots.token_indices, context);
+  const FirstProjection first{args, x_rows, a, k, u.products(), u.rows()};
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
     char* const own = memory + 2 * thread * ProductScratch::kBytes;
     const Tile* const tile = &tiles[static_cast<size_t>(i)];
@@ -120,16 +132,20 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   });
   if (args.h.defined()) zero_tail(args.h, used_slots);
 
+  ForwardAdapter v(args.weights.down_adapter, 1, slots, dtype);
+  v.multiply(a.plain(a_rows), intermediate_size, context);
   token_sum({.rows = a_rows,
              .gathered = a.gathered(),
              .depth = intermediate_size,
              .matrices = &down_proj,
              .transposed = false,
-             .bias = down_bias,
+             .bias = args.weights.down_bias,
              .slot_weights = slots.weights,
              .expert_offsets = slots.expert_offsets,
              .token_indices = slots.token_indices,
-             .out = args.y},
+             .out = args.y,
+             .adapter = v.products(),
+             .small_rows = v.rows()},
             context);
 }
 

@@ -6,6 +6,7 @@
 // accumulators (chunk · columns float32: 512 KB for a panel, 1 MB for 512 columns of x·W) stay in L2.
 #include "token_sum.h"
 
+#include "decoded_columns.h"
 #include "threads.h"
 #include "wide_product.h"
 #include "workspace.h"
@@ -43,19 +44,28 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
   const int64_t num_experts = args.matrices->num_experts();
   if (num_tokens == 0 || width == 0) return;
   const bool few_rows = has_few_rows(args.expert_offsets, num_experts);
-  const int64_t wide = args.transposed ? wide_columns(width, ceil_div(num_tokens, kWideTokenChunk), panel, num_threads)
+  const bool decodes = args.transposed && args.matrices->format != Format::kPlain;
+  const int64_t wide = decodes           ? kDecodedColumns
+                       : args.transposed ? wide_columns(width, ceil_div(num_tokens, kWideTokenChunk), panel, num_threads)
                        : few_rows      ? 2 * panel  // longer runs of memory
                        : args.gathered.defined() ? gathered_columns(num_tokens, width, panel, num_threads)
                                                  : panel;
   const int64_t column_blocks = ceil_div(width, wide);
-  const int64_t most_tokens = args.transposed ? kWideTokenChunk : kTokenChunk;
+  const int64_t most_tokens = args.transposed && !decodes ? kWideTokenChunk : kTokenChunk;
   const int64_t chunk = tokens_per_task(num_tokens, most_tokens, column_blocks, num_threads);
   const int64_t chunks = ceil_div(num_tokens, chunk);
 
   const int64_t accumulator_bytes = Workspace::padded(chunk * wide * 4);
-  Workspace workspace(num_threads * (WideScratch::kBytes + accumulator_bytes));
-  char* const memory =
-      static_cast<char*>(workspace.take_bytes(num_threads * (WideScratch::kBytes + accumulator_bytes)));
+  const int64_t adapter_bytes = args.adapter != nullptr ? ProductScratch::kBytes : 0;
+  const int64_t decoded_bytes = decodes ? DecodedColumns::bytes(*args.matrices, args.out.dtype) : 0;
+  const int64_t thread_bytes = WideScratch::kBytes + accumulator_bytes + adapter_bytes + decoded_bytes;
+  Workspace workspace(num_threads * thread_bytes);
+  char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * thread_bytes));
+
+  std::vector<DecodedColumns> decoded;
+  for (int i = 0; i < num_threads && decodes; ++i) {
+    decoded.emplace_back(*args.matrices, args.out.dtype, memory + (i + 1) * thread_bytes - decoded_bytes);
+  }
 
   struct Block {
     int64_t column, columns, first_token, last_token;
@@ -84,11 +94,11 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
     return args.transposed ? matrix.columns_from(block.column) : matrix.rows_from(block.column);
   };
   const auto start = [&](const Block& block, int64_t e) {
-    return e < num_experts ? operand(block, e).start() : Start{};
+    return e < num_experts && !decodes ? operand(block, e).start() : Start{};
   };
 
   parallel_for_shares(num_threads, chunks * column_blocks, [&](int64_t task, int thread) {
-    char* const own = memory + thread * (WideScratch::kBytes + accumulator_bytes);
+    char* const own = memory + thread * thread_bytes;
     const WideScratch scratch(own);
     float* const sums = reinterpret_cast<float*>(own + WideScratch::kBytes);
     const Block block = block_of(task);
@@ -103,19 +113,25 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
         const Block next_block = block_of(task + 1);
         next_start = start(next_block, next_expert(next_block, -1));
       }
+      const Matrix b = decodes ? decoded[static_cast<size_t>(thread)].of(e, column, columns, context) : operand(block, e);
       const int64_t begin = args.gathered.defined() ? args.gathered.block_begin(e, first) : first;
       for (int64_t s = begin; s < last; s += piece) {
         const int64_t rows = std::min(piece, last - s);
         const Product product{.rows = args.rows + s,
                               .num_rows = rows,
-                              .b = operand(block, e),
+                              .b = b,
                               .num_columns = columns,
                               .depth = args.depth,
                               .c = scratch.c,
-                              .next = s + piece < last ? operand(block, e).start() : next_start,
+                              .next = s + piece < last ? b.start() : next_start,
                               .scratch = scratch.packing,
                               .gathered = args.gathered.defined() ? args.gathered.block(e, s) : nullptr};
         args.transposed ? multiply_wide(k, product) : dot_products_wide(k, product);
+        if (args.adapter != nullptr) {
+          args.adapter->add(scratch.c, {e, s, rows, column, columns, args.small_rows + s},
+                            args.transposed ? AdapterSide::kB : AdapterSide::kA,
+                            ProductScratch(own + WideScratch::kBytes + accumulator_bytes), k);
+        }
         for (int64_t first_column = 0; first_column < columns; first_column += panel) {
           const int64_t count = std::min(panel, columns - first_column);
           for (int64_t m = std::max<int64_t>(first - s, 0); m < rows; ++m) {  // a block may begin before the first

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // out[t] = Σ_{slots s of t} weight[s] · (rows[s]·B_e + bias_e), experts ascending: the second projection with combine, and the
-// input gradient of the first.
+// input gradient of the first. An adapter adds its term to each product.
 #pragma once
+#include "adapter.h"
 #include "context.h"
 #include "gathered.h"
 
@@ -18,6 +19,8 @@ struct TokenSumArgs {
   const int32_t* expert_offsets;
   const int32_t* token_indices;
   TensorView out;  // [T, columns]
+  const AdapterProducts* adapter = nullptr;
+  const void* const* small_rows = nullptr;  // [S] of the adapter
 };
 
 void token_sum(const TokenSumArgs& args, const Context& context);

@@ -46,7 +46,7 @@ inline void multiply_wide(const Kernels& k, const Product& product) {
       part.num_columns = std::min<int64_t>(k.panel, product.num_columns - j * k.panel);
       part.row_begin = begin;
       part.depth = std::min(slice, product.depth - begin);
-      part.accumulate = begin > 0;
+      part.accumulate = product.accumulate || begin > 0;
       part.c = product.c + j * product.num_rows * k.panel;
       // Each panel prefetches its share of the rows of the next slice.
       const bool is_last = begin + slice >= product.depth;

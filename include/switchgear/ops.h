@@ -21,6 +21,7 @@
 #pragma once
 #include <cstdint>
 
+#include "switchgear/adapter.h"
 #include "switchgear/tensor.h"
 #include "switchgear/weight.h"
 
@@ -294,9 +295,11 @@ struct ExpertWeights {
   Weight down_proj;         // [E,H,I]; integers if gate_up_proj is, of 8 or 4 bits
   TensorView gate_up_bias;  // [E,N] float, optional
   TensorView down_bias;     // [E,H] float, optional
+  Adapter gate_up_adapter;  // optional; on the CPU
+  Adapter down_adapter;     // optional; on the CPU
 };
 
-// y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu) · W_dᵀ + b_d), experts ascending
+// y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu) · W_dᵀ + b_d), experts ascending; an adapter acts as a part of W
 struct MoeForwardArgs {
   TensorView x;  // [T,H] float
   ExpertWeights weights;
@@ -308,7 +311,7 @@ struct MoeForwardArgs {
 };
 void moe_forward(const MoeForwardArgs& args, Execution exec = {});
 
-// Gradients, for plain weights. An output that is not defined is not computed.
+// Gradients. An output that is not defined is not computed. Those of projections need plain weights.
 struct MoeBackwardArgs {
   TensorView grad_y;  // [T,H] float
   TensorView x;       // [T,H] float
@@ -323,6 +326,10 @@ struct MoeBackwardArgs {
   TensorView grad_gate_up_bias;  // out [E,N]
   TensorView grad_down_bias;     // out [E,H]
   TensorView grad_topk_weights;  // out [T,K] float32
+  TensorView grad_gate_up_a;     // out, as a and b of the adapters; zero past an expert's rank
+  TensorView grad_gate_up_b;
+  TensorView grad_down_a;
+  TensorView grad_down_b;
 };
 void moe_backward(const MoeBackwardArgs& args, Execution exec = {});
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -429,6 +429,81 @@ class Moe(torch.autograd.Function):
 
         *grad_inputs, grad_weights = once(grads, grad_y, *ctx.saved_tensors)
         return *grad_inputs, None, grad_weights, *[None] * 5
+
+
+class Parts(NamedTuple):
+    """What the tensors of MoeOfParts are."""
+
+    forms: tuple[tuple[int, ...], tuple[int, ...]]  # of both projections
+    counts: tuple[int, ...]  # of tensors: of the projections, of their adapters, and of the seed of dropout
+    options: tuple[Any, ...]
+    dropout: tuple[float, ...]
+
+    def split(self, tensors: Sequence[Any]) -> list[list[Any]]:
+        """The tensors, group by group."""
+        rest = iter(tensors)
+        return [[next(rest) for _ in range(count)] for count in self.counts]
+
+
+class MoeOfParts(torch.autograd.Function):
+    """Moe with stored projections, which are frozen, and with adapters. The gradient ignores the rounding of x and a
+    for integer weights (straight-through estimator).
+
+    Inputs: x, the biases, topk_ids, topk_weights; parts; then the tensors that they describe.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        parts: Parts,
+        *tensors: Tensor,
+    ) -> Any:
+        first, second, *adapters, seed = parts.split(tensors)
+        layer = (first, parts.forms[0], second, parts.forms[1], gate_up_bias, down_bias, topk_ids, topk_weights)
+        drops = (seed[0] if seed else None, parts.dropout)
+        return ops.moe_forward(x, *layer, *parts.options, True, *adapters, *drops)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.parts = inputs[:6]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, output[1], *inputs[6:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, _: None) -> Any:
+        if grad_y is None:
+            return (None,) * len(ctx.needs_input_grad)
+        parts: Parts = ctx.parts
+        need_x, need_gate_up_bias, need_down_bias, _, need_weights, _, *rest = ctx.needs_input_grad
+        need_first, need_second, *need_adapters, _ = parts.split(rest)
+        needs = [need_x, need_first[0], need_second[0], need_gate_up_bias, need_down_bias, need_weights]
+        for need in need_adapters:
+            needs += need[:2] or (False, False)
+
+        def grads(grad_y: Tensor, x: Tensor, *saved: Any) -> Any:
+            gate_up_bias, down_bias, topk_ids, topk_weights, h, *tensors = saved
+            first, second, *adapters, seed = parts.split(tensors)
+            layer = (first, parts.forms[0], second, parts.forms[1], gate_up_bias, down_bias, topk_ids, topk_weights)
+            drops = (seed[0] if seed else None, parts.dropout)
+            outputs = ops.moe_backward(grad_y, x, h, *layer, *parts.options, needs, *adapters, *drops)
+            return tuple(output if need else None for output, need in zip(outputs, needs, strict=True))
+
+        grad_x, grad_first, grad_second, *grad_biases, grad_weights, first_a, first_b, second_a, second_b = once(
+            grads, grad_y, *ctx.saved_tensors
+        )
+        of_groups = ([grad_first], [grad_second], [first_a, first_b], [second_a, second_b], [None])
+        of_tensors = (
+            (*grads_of, None, None, None, None)[:count]
+            for grads_of, count in zip(of_groups, parts.counts, strict=True)
+        )  # fmt: skip
+        return grad_x, *grad_biases, None, grad_weights, None, *(grad for group in of_tensors for grad in group)
 
 
 class StoredMoe(torch.autograd.Function):

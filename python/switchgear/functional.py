@@ -395,11 +395,36 @@ def _stored_grouped_gemm(
 
 
 def _adapted_grouped_gemm(
-    x: Tensor, adapted: AdaptedWeight, expert_offsets: Tensor, bias: Tensor | None, token_indices: Tensor | None
+    x: Tensor,
+    adapted: AdaptedWeight,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    token_indices: Tensor | None,
+    projection: int = 0,
+    seed: Tensor | None = None,
 ) -> Tensor:
+    """The product with the weight, plus that with the adapter, by stages; seed and projection: those of dropout."""
     out = grouped_gemm(x, adapted.weight, expert_offsets, bias=bias, token_indices=token_indices)
-    low = grouped_gemm(x, adapted.a, expert_offsets, token_indices=token_indices)
-    return out + adapted.scale * grouped_gemm(low, adapted.b, expert_offsets)
+    a, b, scales, *ranks = adapted.adapter()
+    if in_autocast(x.device.type):
+        x, a, b = in_autocast_dtype(x.device.type, x, a, b)
+    if ranks:
+        unused = torch.arange(a.shape[1], device=a.device) >= ranks[0][:, None]
+        a, b = a.masked_fill(unused[:, :, None], 0), b.masked_fill(unused[:, None, :], 0)
+    if adapted.dropout > 0:
+        rows = x if token_indices is None else x[token_indices.clamp(min=0).long()]
+        seed = _dropout_seed(x.device) if seed is None else seed
+        kept = reference.keeps(seed, projection, *rows.shape, adapted.dropout)
+        x, token_indices, scales = torch.where(kept, rows, 0), None, scales / (1 - adapted.dropout)
+    low = grouped_gemm(x, a, expert_offsets, token_indices=token_indices)
+    experts = torch.bucketize(torch.arange(len(low), device=x.device), expert_offsets[1:], right=True)
+    scaled = low * scales[experts.clamp(max=len(scales) - 1), None]
+    return out + grouped_gemm(scaled.to(low.dtype), b, expert_offsets)
+
+
+def _dropout_seed(device: torch.device) -> Tensor:
+    """A new seed for the masks of dropout, from torch's generator."""
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
 
 
 # ---- glu -------------------------------------------------------------------------------------------------------------
@@ -518,37 +543,76 @@ def _moe_of_weights(
     shape, columns = x.shape, weights[0].shape[2]
     if x.shape[-1] != columns:  # stored bytes do not show H, so no op checks it
         raise ValueError(f"x: expected shape [..., {columns}], got {list(shape)}")
-    gate_up_bias, down_bias = biases
-    if in_autocast(x.device.type):
-        x, gate_up_bias, down_bias = in_autocast_dtype(x.device.type, x, gate_up_bias, down_bias)
     x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
-    first, second = weights
-    if isinstance(first, AdaptedWeight) or isinstance(second, AdaptedWeight):
-        biases = (gate_up_bias, down_bias)
+    has_adapters = isinstance(weights[0], AdaptedWeight) or isinstance(weights[1], AdaptedWeight)
+    if has_adapters:
         return _moe_in_stages(x, weights, biases, topk_ids, topk_weights, options).reshape(shape)
+    call = _Layer.of(x, weights, biases)
+    x, first, second, (gate_up_bias, down_bias) = call.x, call.first, call.second, call.biases
     trained = [weight for weight in (first, second) if isinstance(weight, Tensor)]
+    trained += [tensor for adapter in call.adapters for tensor in adapter[:2]]
     wants_gradients = needs_autograd(x, gate_up_bias, down_bias, topk_weights, *trained)
     first, second = (_taken(weight, x.dtype, wants_gradients) for weight in (first, second))
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and not has_adapters:
         named = {"gate_up_bias": gate_up_bias, "down_bias": down_bias, **options.keywords()}
         return moe(x, first, second, topk_ids, topk_weights, **named).reshape(shape)
     gate_up_bias, down_bias = (None if bias is None else bias.to(x.dtype) for bias in (gate_up_bias, down_bias))
     others = (gate_up_bias, down_bias, topk_ids, topk_weights)
     (tensors, form), (down_tensors, down_form) = _parts_of(first), _parts_of(second)
-    if wants_gradients:
+    seed = _dropout_seed(x.device) if any(call.dropout) else None
+    if wants_gradients and not has_adapters:
         if any(weight.requires_grad for weight in trained):
             raise ValueError("gate_up_proj, down_proj: expected no gradient of one beside a stored other")
         rest = ((form, down_form), len(tensors), tuple(options), *tensors, *down_tensors)
-        y: Tensor = apply(autograd.StoredMoe, x, *others, *rest)[0]
+        return apply(autograd.StoredMoe, x, *others, *rest)[0].reshape(shape)
+    if wants_gradients:
+        groups = (tensors, down_tensors, *call.adapters, () if seed is None else (seed,))
+        parts = autograd.Parts((form, down_form), tuple(map(len, groups)), tuple(options), call.dropout)
+        flat = [tensor for group in groups for tensor in group]
+        y: Tensor = apply(autograd.MoeOfParts, x, *others, parts, *flat)[0]
         return y.reshape(shape)
     layer = (tensors, form, down_tensors, down_form, *others)
+    adapters = (*call.adapters, seed)
     stored = [weight for weight in (first, second) if isinstance(weight, Weight)]
-    are_on_host = len(stored) == 2 and stored[0].needs_no_dispatch and stored[1].needs_no_dispatch
-    if are_on_host and ops.needs_no_dispatch(x, *others):
-        y = ops.moe_forward_on_host(x, *layer, *options)
+    plain = [weight for weight in (first, second) if isinstance(weight, Tensor)]
+    if (
+        all(weight.needs_no_dispatch for weight in stored)
+        and ops.needs_no_dispatch(x, *others, *plain)
+        and (not has_adapters or ops.needs_no_dispatch(x, *call.adapters[0], *call.adapters[1]))
+    ):
+        y = ops.moe_forward_on_host(x, *layer, *options, adapters, call.dropout)
     else:
-        y = ops.moe_forward(x, *layer, *options, False)[0]
+        y = ops.moe_forward(x, *layer, *options, False, *adapters, call.dropout)[0]
     return y if len(shape) == 2 else y.reshape(shape)
+
+
+class _Layer(NamedTuple):
+    """The float tensors of a call of moe, in autocast's dtype."""
+
+    x: Tensor
+    first: Tensor | Weight
+    second: Tensor | Weight
+    biases: tuple[Tensor | None, Tensor | None]
+    adapters: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # empty: none
+    dropout: tuple[float, ...]  # empty: none
+
+    @staticmethod
+    def of(x: Tensor, weights: tuple[AnyWeight, AnyWeight], biases: tuple[Tensor | None, Tensor | None]) -> _Layer:
+        adapters, dropout = ((), ()), (0.0, 0.0)
+        if isinstance(weights[0], AdaptedWeight) or isinstance(weights[1], AdaptedWeight):
+            adapted = [weight if isinstance(weight, AdaptedWeight) else None for weight in weights]
+            adapters = tuple(() if weight is None else weight.adapter() for weight in adapted)
+            dropout = tuple(0.0 if weight is None else weight.dropout for weight in adapted)
+        first, second = (weight.weight if isinstance(weight, AdaptedWeight) else weight for weight in weights)
+        if in_autocast(kind := x.device.type):
+            x, *both = in_autocast_dtype(kind, x, *biases)
+            biases = (both[0], both[1])
+            adapters = tuple((*in_autocast_dtype(kind, *adapter[:2]), *adapter[2:]) for adapter in adapters)
+            first, second = (
+                in_autocast_dtype(kind, weight)[0] if isinstance(weight, Tensor) else weight
+                for weight in (first, second)
+            )
+        return _Layer(x, first, second, biases, adapters, dropout if any(dropout) else ())
 
 
 def _taken(weight: Tensor | Weight, dtype: torch.dtype, wants_gradients: bool) -> Tensor | Weight:
@@ -573,8 +637,16 @@ def _moe_in_stages(
     topk_weights: Tensor,
     options: GluOptions,
 ) -> Tensor:
-    """moe with adapters, stage by stage, because adapters apply to each projection."""
+    """moe with adapters on a device whose ops do not take them: stage by stage."""
     slots = plan(topk_ids, weights[0].shape[0])
-    h = grouped_gemm(x, weights[0], slots.expert_offsets, bias=biases[0], token_indices=slots.token_indices)
-    permuted_y = grouped_gemm(glu(h, **options.keywords()), weights[1], slots.expert_offsets, bias=biases[1])
-    return combine(permuted_y, slots, topk_weights)
+    seed = _dropout_seed(x.device)
+
+    def times(rows: Tensor, projection: int, token_indices: Tensor | None) -> Tensor:
+        weight, bias = weights[projection], biases[projection]
+        if isinstance(weight, AdaptedWeight):
+            offsets = slots.expert_offsets
+            return _adapted_grouped_gemm(rows, weight, offsets, bias, token_indices, projection, seed)
+        return grouped_gemm(rows, weight, slots.expert_offsets, bias=bias, token_indices=token_indices)
+
+    h = times(x, 0, slots.token_indices)
+    return combine(times(glu(h, **options.keywords()), 1, None), slots, topk_weights)

@@ -10,6 +10,8 @@
 // 1. x [T,H] is rounded to int8, each token once.
 // 2. Tiles (expert, columns of a, rows): gate and up products, bias, glu; a [S,I] rounded to the dtype of x.
 // 3. a is rounded to int8.
+//    An adapter is multiplied by x and a themselves, in the float kernels: u = s·(x·Aᵀ) and v = s·(a·Aᵀ), rounded to the dtype of
+//    x, whose products with Bᵀ are added to the sums.
 // 4. Tasks (columns of y, tokens) walk the experts in order and add the weighted products, as token_sum does.
 // A thread has a contiguous share of the tasks. They are 64 columns wide if experts have many rows, and each product
 // prefetches the weights of the thread's next one. With few rows they are as wide as 1 MB of weights, or a thread's share of
@@ -18,6 +20,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/adapter.h"
 #include "cpu/gate_columns.h"
 #include "cpu/integers/experts.h"
 #include "cpu/ops.h"
@@ -54,6 +57,7 @@ struct FirstProjection {
   TensorView a;  // [S,I]
   const Kernels& k;
   const IntegerKernels& q;
+  const ForwardAdapter& adapter;
 
   int64_t first_column(const Tile& tile) const {  // first column of the products
     return args.options.gated && args.options.interleaved ? 2 * tile.column : tile.column;
@@ -62,7 +66,8 @@ struct FirstProjection {
     return IntegerMatrix(args.weights.gate_up_proj, tile.expert).from(first_column(tile)).values;
   }
 
-  // `columns` of a from tile.column on; `next`: the weights multiplied afterwards; c: 2 · kTile floats.
+  // `columns` of a from tile.column on; `next`: the weights multiplied afterwards; c: 2 · kTile floats, and then a
+  // ProductScratch if there is an adapter.
   void run(const Tile& tile, int64_t columns, const uint8_t* next, float* c) const {
     columns = std::min(columns, a.shape[1] - tile.column);
     const int64_t step = tile.num_rows <= kFewRows ? columns : kPanel;
@@ -99,6 +104,10 @@ struct FirstProjection {
     } else {
       multiply_columns(q, product, matrix, column, width, next);
     }
+    if (adapter.products() != nullptr) {
+      add_term(tile, column, width, c, stride, c + 2 * kTile);
+      if (apart) add_term(tile, a.shape[1] + column, width, c + kTile, stride, c + 2 * kTile);
+    }
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       for (int64_t j = 0; j < columns; j += kPanel) {
         float* const row = c + m * stride + (apart ? j : j * (width / columns));
@@ -106,6 +115,12 @@ struct FirstProjection {
                apart ? row + kTile : row + kPanel);
       }
     }
+  }
+
+  void add_term(const Tile& tile, int64_t column, int64_t columns, float* c, int64_t stride, float* scratch) const {
+    const AdapterProducts::Term term{tile.expert, tile.first_row, tile.num_rows,
+                                     column,      columns,        adapter.rows() + tile.first_row};
+    adapter.products()->add_to_rows(c, stride, term, ProductScratch(scratch), k);
   }
 
   // Up to 64 columns of one row; part0 and part1 are its products.
@@ -134,6 +149,7 @@ struct SecondProjection {
   const Slots& slots;
   const Kernels& k;
   const IntegerKernels& q;
+  const ForwardAdapter& adapter;
 
   // Columns [column, column + columns) of the tokens [first_token, last_token).
   struct Block {
@@ -160,7 +176,8 @@ struct SecondProjection {
     return e;
   }
 
-  // `sums` has a row of in_panels(columns) for each token; c has kTile floats.
+  // `sums` has a row of in_panels(columns) for each token; c has 2 · kTile floats, and then a ProductScratch if there is an
+  // adapter.
   void run(const Block& block, float* sums, float* c) const {
     const int64_t num_experts = args.weights.down_proj.num_experts(), stride = in_panels(block.columns);
     std::fill(sums, sums + (block.last_token - block.first_token) * stride, 0.0f);
@@ -201,6 +218,10 @@ struct SecondProjection {
                 .c = c,
                 .c_stride = stride,
                 .next = next});
+    if (adapter.products() != nullptr) {
+      const AdapterProducts::Term term{e, range.first, rows, block.column + column, columns, adapter.rows() + range.first};
+      adapter.products()->add_to_rows(c, stride, term, ProductScratch(c + 2 * kTile), k);
+    }
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t slot = range.first + m;
       float* const row = c + m * stride;
@@ -259,7 +280,9 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
   const int64_t used_slots = slots.expert_offsets[num_experts];
   const Cut sizes = cut(args, slots.expert_offsets, num_threads);
 
-  const int64_t thread_floats = 2 * kTile + sizes.tokens * sizes.second_columns;
+  const bool has_adapters = args.weights.gate_up_adapter.defined() || args.weights.down_adapter.defined();
+  const int64_t product_floats = 2 * kTile + (has_adapters ? ProductScratch::kBytes / 4 : 0);
+  const int64_t thread_floats = product_floats + sizes.tokens * sizes.second_columns;
   Workspace workspace(integer_bytes(num_tokens, args.weights.gate_up_proj) + Workspace::padded(num_slots * row_bytes) +
                       integer_bytes(num_slots, args.weights.down_proj) +
                       Workspace::padded(num_threads * thread_floats * 4));
@@ -273,7 +296,10 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
 
   const std::vector<Tile> tiles =
       make_tiles(slots.expert_offsets, num_experts, intermediate_size, sizes.first_columns, kIntegerRows);
-  const FirstProjection first{args, x, slots.token_indices, view(a, args.x.dtype, num_slots, intermediate_size), k, q};
+  ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, args.x.dtype);
+  u.multiply(args.x, slots.token_indices, context);
+  const FirstProjection first{args, x, slots.token_indices, view(a, args.x.dtype, num_slots, intermediate_size),
+                              k,    q, u};
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
     const auto at = static_cast<size_t>(i);
     const uint8_t* const next = at + 1 < tiles.size() ? first.start(tiles[at + 1]) : nullptr;
@@ -284,14 +310,16 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
 
   const IntegerRows integer_a =
       quantize_rows(workspace, a, row_bytes, args.x.dtype, used_slots, args.weights.down_proj, context);
-  const SecondProjection second{args, integer_a, slots, k, q};
+  ForwardAdapter v(args.weights.down_adapter, 1, slots, args.x.dtype);
+  v.multiply(view(a, args.x.dtype, num_slots, intermediate_size), nullptr, context);
+  const SecondProjection second{args, integer_a, slots, k, q, v};
   const int64_t column_blocks = ceil_div(hidden_size, sizes.second_columns);
   parallel_for_shares(num_threads, ceil_div(num_tokens, sizes.tokens) * column_blocks, [&](int64_t task, int thread) {
     const int64_t column = task % column_blocks * sizes.second_columns;
     const int64_t token = task / column_blocks * sizes.tokens;
     second.run({column, std::min(sizes.second_columns, hidden_size - column), token,
                 std::min(num_tokens, token + sizes.tokens)},
-               own(thread) + 2 * kTile, own(thread));
+               own(thread) + product_floats, own(thread));
   });
 }
 

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from switchgear import backends
 from switchgear.ops.native import Kernels, host
-from switchgear.ops.registration import matrix, register, rows
+from switchgear.ops.registration import matrix, register, rows, usable
 
 _LAYER = (
     "Tensor[] gate_up_proj, int[] gate_up_form, Tensor[] down_proj, int[] down_form, Tensor? gate_up_bias, "
     "Tensor? down_bias, Tensor topk_ids, Tensor topk_weights, "
     "str activation, bool gated, bool interleaved, float alpha, float limit"
 )
+_ADAPTERS = "Tensor[]? gate_up_adapter=None, Tensor[]? down_adapter=None, Tensor? dropout_seed=None, float[] dropout=[]"
+_SAVE_H, _NEEDS = 14, 16  # places among the arguments of moe_forward and moe_backward
 
 
 # ---- moe_forward -----------------------------------------------------------------------------------------------------
@@ -26,7 +28,7 @@ _LAYER = (
 def _allocate_moe_forward(
     x: Tensor, gate_up_proj: Sequence[Tensor], gate_up_form: Sequence[int], *others: Any
 ) -> tuple[Tensor, Tensor]:
-    topk_ids, save_h = others[4], others[-1]
+    topk_ids, save_h = others[4], others[_SAVE_H - 3]
     y = torch.empty_like(matrix("x", x), memory_format=torch.contiguous_format)
     width = gate_up_form[1] if gate_up_form else matrix("gate_up_proj", gate_up_proj[0], 3).shape[1]
     return y, x.new_empty(matrix("topk_ids", topk_ids).numel() if save_h else 0, width)
@@ -34,12 +36,12 @@ def _allocate_moe_forward(
 
 def _moe_forward_writes(kernels: Kernels, *args: Any) -> tuple[Any, Any]:
     y, h = _allocate_moe_forward(*args)
-    return (y, h), (y, h if args[-1] else None)
+    return (y, h), (y, h if args[_SAVE_H] else None)
 
 
 moe_forward: Callable[..., tuple[Tensor, Tensor]] = register(
-    f"moe_forward(Tensor x, {_LAYER}, bool save_h) -> (Tensor y, Tensor h)",
-    "rwfwfrrddooooo-",
+    f"moe_forward(Tensor x, {_LAYER}, bool save_h, {_ADAPTERS}) -> (Tensor y, Tensor h)",
+    "rwfwfrrddooooo-aado",
     _allocate_moe_forward,
     written=_moe_forward_writes,
 )
@@ -80,13 +82,16 @@ def moe_forward_on_host(
     interleaved: bool,
     alpha: float,
     limit: float,
+    adapters: tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None] = ((), (), None),
+    dropout: Sequence[float] = (),
 ) -> Tensor:
-    """y of moe_forward, for tensors that need no dispatch. A plain projection can be passed as a tensor."""
+    """y of moe_forward, for tensors that need no dispatch. A plain projection can be passed as a tensor. adapters: of
+    both projections, and the seed of dropout."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     host.module.moe_forward(
         rows(x), gate_up_proj, gate_up_form, down_proj, down_form, rows(gate_up_bias), rows(down_bias),
-        topk_ids.contiguous(), topk_weights.contiguous(), y, None, activation, gated, interleaved, alpha, limit,
-        host.execution(),
+        topk_ids.contiguous(), topk_weights.contiguous(), usable(adapters[0]), usable(adapters[1]), adapters[2],
+        y, None, activation, gated, interleaved, alpha, limit, dropout, host.execution(),
     )  # fmt: skip
     return y
 
@@ -97,7 +102,13 @@ def moe_forward_on_host(
 def _trained(args: Sequence[Any]) -> tuple[Tensor | None, ...]:
     """The arguments for which moe_backward computes gradients."""
     _, x, _, gate_up_proj, _, down_proj, _, gate_up_bias, down_bias, _, topk_weights = args[:11]
-    return x, gate_up_proj[0], down_proj[0], gate_up_bias, down_bias, topk_weights
+    adapters = (tensor for adapter in args[_NEEDS + 1 : _NEEDS + 3] for tensor in (*(adapter or ()), None, None)[:2])
+    return x, gate_up_proj[0], down_proj[0], gate_up_bias, down_bias, topk_weights, *adapters
+
+
+def _needs(args: Sequence[Any]) -> tuple[bool, ...]:
+    needs = args[_NEEDS]
+    return (*needs, *[False] * (10 - len(needs)))
 
 
 def _allocate_moe_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -106,33 +117,33 @@ def _allocate_moe_backward(*args: Any) -> tuple[Tensor, ...]:
 
 def _gradients(empty_weight: Callable[[Tensor], Tensor], args: Sequence[Any]) -> tuple[Tensor, ...]:
     """Gradients of weights have the strides of the weights, so that an optimizer sees one layout."""
-    x, *_, needs = args[1:]
+    x = args[1]
 
     def gradient(index: int, tensor: Tensor | None, need: bool) -> Tensor:
         if tensor is None or not need:
             absent: Tensor = x.new_empty(0, dtype=x.dtype if tensor is None else tensor.dtype)
             return absent
-        if index in (1, 2):
+        if index in (1, 2) or index > 5:
             grad = empty_weight(tensor)
             if grad.stride(-1) == 1 or grad.stride(-2) == 1:
                 return grad  # otherwise the weight overlaps itself, so its strides are not usable
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
     trained = _trained(args)
-    return tuple(gradient(index, *pair) for index, pair in enumerate(zip(trained, needs, strict=True)))
+    return tuple(gradient(index, *pair) for index, pair in enumerate(zip(trained, _needs(args), strict=True)))
 
 
 def _moe_backward_writes(kernels: Kernels, *args: Any) -> tuple[Any, Any]:
     grads = _gradients(kernels.empty_weight, args)
-    pairs = zip(grads, args[-1], _trained(args), strict=True)
+    pairs = zip(grads, _needs(args), _trained(args), strict=True)
     return grads, tuple(grad if need and tensor is not None else None for grad, need, tensor in pairs)
 
 
 moe_backward: Callable[..., tuple[Tensor, ...]] = register(
-    f"moe_backward(Tensor grad_y, Tensor x, Tensor h, {_LAYER}, bool[] needs) -> (Tensor grad_x, "
+    f"moe_backward(Tensor grad_y, Tensor x, Tensor h, {_LAYER}, bool[] needs, {_ADAPTERS}) -> (Tensor grad_x, "
     "Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_gate_up_bias, Tensor grad_down_bias, "
-    "Tensor grad_topk_weights)",
-    "rrrwfwfrrddooooo-",
+    "Tensor grad_topk_weights, Tensor grad_gate_up_a, Tensor grad_gate_up_b, Tensor grad_down_a, Tensor grad_down_b)",
+    "rrrwfwfrrddooooo-aado",
     _allocate_moe_backward,
     written=_moe_backward_writes,
 )

@@ -49,6 +49,9 @@ class Native(Protocol):
         down_bias: Tensor | None,
         topk_ids: Tensor,
         topk_weights: Tensor,
+        gate_up_adapter: Sequence[Tensor],
+        down_adapter: Sequence[Tensor],
+        dropout_seed: Tensor | None,
         y: Tensor,
         h: Tensor | None,
         activation: str,
@@ -56,6 +59,7 @@ class Native(Protocol):
         interleaved: bool,
         alpha: float,
         limit: float,
+        dropout: Sequence[float],
         execution: Any,
         /,
     ) -> None: ...

@@ -7,6 +7,7 @@ the execution argument.
 
     r  a tensor whose rows are contiguous, or None       d  a contiguous tensor, or None
     w  the tensors of a weight                           f  the form of a weight
+    a  the tensors of an adapter
     o  an option                                         -  not passed on: only the outputs depend on it
 """
 
@@ -57,7 +58,16 @@ def matrix(name: str, tensor: Tensor, dims: int = 2) -> Tensor:
     return tensor
 
 
-_INPUTS = {"r": "rows({})", "d": "dense({})", "w": "alike({})", "f": "{}"}
+def usable(tensors: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    """The tensors of an adapter. The kernels take matrices whose rows or columns are contiguous."""
+    if not tensors:
+        return ()
+    if all(1 in tensor.stride()[-2:] for tensor in tensors):
+        return tensors
+    return [tensor if 1 in tensor.stride()[-2:] else tensor.contiguous() for tensor in tensors]
+
+
+_INPUTS = {"r": "rows({})", "d": "dense({})", "w": "alike({})", "f": "{}", "a": "usable({})"}
 
 
 def _passed_on(letters: str) -> Callable[..., tuple[Any, ...]]:

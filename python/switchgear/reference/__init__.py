@@ -8,7 +8,7 @@ the kernels implement.
 
 routing.py    the router's product and the choice of experts; policies.py: the ops of routing policies
 stages.py     plan, permute, combine; products.py: grouped_gemm; activations.py: the activation between the projections
-layer.py      the whole layer: moe_forward, moe_backward
+layer.py      the whole layer: moe_forward, moe_backward; adapters.py: low-rank adapters of its projections
 formats.py    the tensors of a weight, by format: panels.py, compact.py, integers.py, minifloat.py
 checks.py, rows.py  helpers of the others
 
@@ -17,6 +17,7 @@ Errors: ValueError, or TypeError for a dtype, with the argument, what was expect
 """
 
 from switchgear.reference.activations import ACTIVATIONS, activate, glu, glu_backward, halves
+from switchgear.reference.adapters import keeps
 from switchgear.reference.checks import (
     check_choice,
     check_finite,
@@ -79,6 +80,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "halves",
+    "keeps",
     "logits_dtype",
     "moe_backward",
     "moe_forward",

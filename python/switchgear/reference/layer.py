@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from switchgear.reference.activations import check_options, glu_backward_of, glu_of, intermediate_size_of
+from switchgear.reference.adapters import adapter_of, gradients
 from switchgear.reference.checks import check, weight_dtype, wide
-from switchgear.reference.formats import check_weight, format_of
+from switchgear.reference.formats import check_weight, decode, format_of
 from switchgear.reference.products import gemm, multiply, sum_rows, wgrad_of
 from switchgear.reference.rows import gather_rows, rows_of, segments, to_slots
 from switchgear.reference.stages import combine, plan
@@ -33,10 +34,9 @@ def check_layer(
     check("topk_weights", topk_weights, topk_ids.shape, weight_dtype(x.dtype))
 
 
-def _plain(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Tensor:
-    if form:
-        raise ValueError(f"{name}: expected plain weights for gradients, got {format_of(form)}")
-    return tensors[0]
+def _check_trained(name: str, form: Sequence[int], need: bool) -> None:
+    if form and need:
+        raise ValueError(f"{name}: expected plain weights for their gradients, got {format_of(form)}")
 
 
 def moe_forward(
@@ -55,11 +55,16 @@ def moe_forward(
     alpha: float,
     limit: float,
     save_h: bool,
+    gate_up_adapter: Sequence[Tensor] | None = None,
+    down_adapter: Sequence[Tensor] | None = None,
+    dropout_seed: Tensor | None = None,
+    dropout: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
     """y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu) · W_dᵀ + b_d), and h [S,N] = x·W_guᵀ + b_gu in slot order.
 
-    h is [0,N] unless save_h. Each projection has a form (formats.py). Integer weights are multiplied by activations
-    rounded to int8: x, and a = glu(h) after rounding to the dtype of x.
+    h is [0,N] unless save_h. Each projection has a form (formats.py) and may have an adapter (adapters.py), which acts
+    as a part of W. Integer weights are multiplied by activations rounded to int8: x, and a = glu(h) after rounding to
+    the dtype of x. Adapters are multiplied by x and a themselves.
     """
     check_options(activation, gated, alpha, limit)
     check("x", x, (None, None))
@@ -68,10 +73,19 @@ def moe_forward(
     intermediate_size = intermediate_size_of("gate_up_proj", width, gated)
     check_weight("down_proj", down_proj, down_form, (num_experts, hidden_size, intermediate_size), x.dtype)
     check_layer(x, sizes, gate_up_bias, down_bias, topk_ids, topk_weights)
+    down_sizes, drops = (num_experts, hidden_size, intermediate_size), (dropout_seed, dropout)
+    num_slots = topk_ids.numel()
+    first = adapter_of("gate_up_adapter", gate_up_adapter, sizes, x.dtype, drops, 0, num_slots)
+    second = adapter_of("down_adapter", down_adapter, down_sizes, x.dtype, drops, 1, num_slots)
     expert_offsets, token_indices, slot_indices = plan(topk_ids, num_experts)
-    h = multiply(rows_of(x, token_indices), x.dtype, gate_up_proj, gate_up_form, gate_up_bias, expert_offsets)
+    rows = rows_of(x, token_indices)
+    h = multiply(rows, x.dtype, gate_up_proj, gate_up_form, gate_up_bias, expert_offsets)
+    if first is not None:
+        h += first.term(rows, expert_offsets)
     a = glu_of(h, activation, gated, interleaved, alpha, limit)
     permuted_y = multiply(a, x.dtype, down_proj, down_form, down_bias, expert_offsets)
+    if second is not None:
+        permuted_y += second.term(a, expert_offsets)
     y = combine(permuted_y, expert_offsets, token_indices, slot_indices, topk_weights)
     return y.to(x.dtype), h.to(x.dtype) if save_h else x.new_empty(0, width)
 
@@ -94,52 +108,88 @@ def moe_backward(
     alpha: float,
     limit: float,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of moe_forward from x and h; `a` is recomputed. Projections are plain. Outputs that `needs` does not
-    request are empty. With dy the rows of grad_y in slot order and w their weights:
+    gate_up_adapter: Sequence[Tensor] | None = None,
+    down_adapter: Sequence[Tensor] | None = None,
+    dropout_seed: Tensor | None = None,
+    dropout: Sequence[float] = (),
+) -> tuple[Tensor, ...]:
+    """Gradients of moe_forward from x and h; `a` is recomputed. Outputs that `needs` does not request (it may be
+    shorter) are empty. With dy the rows of grad_y in slot order and w their weights:
 
         da' = dy · W_d                    dh = glu'(h, w · da')
         x             Σ_k dh · W_gu       gate_up_proj  dhᵀ · x          gate_up_bias  Σ dh
         topk_weights  <da', a> + <dy,b_d> down_proj     (w · dy)ᵀ · a    down_bias     Σ w · dy
+
+    Then those of a and b of both adapters. With m the mask of dropout, u = s · (x ⊙ m) · A_guᵀ and
+    v = s · (w · a ⊙ m) · A_dᵀ:
+
+        dv = s · dy · B_d                 da' has m ⊙ (dv · A_d), too
+        du = s · dh · B_gu                the gradient of x has m ⊙ (du · A_gu), too
+        A_gu  duᵀ · (x ⊙ m)    B_gu  dhᵀ · u    A_d  dvᵀ · (w · a ⊙ m)    B_d  dyᵀ · v
+
+    Stored projections are decoded to the dtype of x, and have no gradient.
     """
     check_options(activation, gated, alpha, limit)
     sizes = check_weight("gate_up_proj", gate_up_proj, gate_up_form, (None, None, None), x.dtype)
     num_experts, width, hidden_size = sizes
     down_sizes = (num_experts, hidden_size, intermediate_size_of("gate_up_proj", width, gated))
     check_weight("down_proj", down_proj, down_form, down_sizes, x.dtype)
-    gate_up, down = _plain("gate_up_proj", gate_up_proj, gate_up_form), _plain("down_proj", down_proj, down_form)
+    needs = (*needs, *[False] * (10 - len(needs)))
+    need_x, need_gate_up, need_down, need_gate_up_bias, need_down_bias, need_weights, *need_adapters = needs
+    _check_trained("gate_up_proj", gate_up_form, need_gate_up)
+    _check_trained("down_proj", down_form, need_down)
     check_layer(x, sizes, gate_up_bias, down_bias, topk_ids, topk_weights)
     check("grad_y", grad_y, x.shape, x.dtype)
     check("h", h, (topk_ids.numel(), width), x.dtype)
-    need_x, need_gate_up, need_down, need_gate_up_bias, need_down_bias, need_weights = needs
+    drops, num_slots = (dropout_seed, dropout), topk_ids.numel()
+    first = adapter_of("gate_up_adapter", gate_up_adapter, sizes, x.dtype, drops, 0, num_slots)
+    second = adapter_of("down_adapter", down_adapter, down_sizes, x.dtype, drops, 1, num_slots)
+    gate_up, down = decode(gate_up_proj, gate_up_form, x.dtype), decode(down_proj, down_form, x.dtype)
     options = (activation, gated, interleaved, alpha, limit)
     expert_offsets, token_indices, slot_indices = plan(topk_ids, num_experts)
     absent = x.new_empty(0)
     grad_x = grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = absent
     grad_weights = topk_weights.new_empty(0)
 
+    grads_adapters = [absent] * 4
+
     rows_h = wide(h)
     grad_rows = rows_of(grad_y, token_indices)  # dy
-    weighted = grad_rows * to_slots(topk_weights, slot_indices)[:, None]  # w · dy
+    slot_weights = to_slots(topk_weights, slot_indices)[:, None]
     a = glu_of(rows_h, *options)
     if need_down:
-        grad_down = wgrad_of(weighted, a, expert_offsets, torch.empty_like(down))
+        grad_down = wgrad_of(grad_rows * slot_weights, a, expert_offsets, torch.empty_like(down))
     if need_down_bias and down_bias is not None:
-        grad_down_bias = sum_rows(weighted, expert_offsets, down_bias)
+        grad_down_bias = sum_rows(grad_rows * slot_weights, expert_offsets, down_bias)
+    grad_a = gemm(grad_rows, down.mT, None, expert_offsets)  # da'
+    if second is not None:
+        grad_v = second.low_gradient(grad_rows, expert_offsets)
+        grad_a += second.input_gradient(grad_v, expert_offsets)
+        if any(need_adapters[2:]):
+            weighted_a = a * slot_weights
+            grads_adapters[2:] = gradients(second, down_adapter, weighted_a, (grad_v, grad_rows), expert_offsets)
     if need_weights:
-        grad_a = gemm(grad_rows, down.mT, None, expert_offsets)  # da'
         grad_slot = (grad_a * a).sum(-1)
         if down_bias is not None:
             for expert, slots in segments(expert_offsets):
                 grad_slot[slots] += grad_rows[slots] @ wide(down_bias[expert])
         grad_weights = gather_rows(grad_slot, slot_indices)
-    if need_x or need_gate_up or need_gate_up_bias:
-        grad_h = glu_backward_of(gemm(weighted, down.mT, None, expert_offsets), rows_h, *options)
+    if need_x or need_gate_up or need_gate_up_bias or any(need_adapters[:2]):
+        grad_h = glu_backward_of(grad_a * slot_weights, rows_h, *options)
+        grad_u = None
+        if first is not None:
+            grad_u = first.low_gradient(grad_h, expert_offsets)
+            if any(need_adapters[:2]):
+                rows = rows_of(x, token_indices)
+                grads_adapters[:2] = gradients(first, gate_up_adapter, rows, (grad_u, grad_h), expert_offsets)
         if need_x:
             grad_slots = gemm(grad_h, gate_up.mT, None, expert_offsets)
+            if first is not None and grad_u is not None:
+                grad_slots += first.input_gradient(grad_u, expert_offsets)
             grad_x = combine(grad_slots, expert_offsets, token_indices, slot_indices, None).to(x.dtype)
         if need_gate_up:
             grad_gate_up = wgrad_of(grad_h, rows_of(x, token_indices), expert_offsets, torch.empty_like(gate_up))
         if need_gate_up_bias and gate_up_bias is not None:
             grad_gate_up_bias = sum_rows(grad_h, expert_offsets, gate_up_bias)
-    return grad_x, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias, grad_weights
+    grads_adapters = [grad if need else absent for grad, need in zip(grads_adapters, need_adapters, strict=True)]
+    return grad_x, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias, grad_weights, *grads_adapters

@@ -139,12 +139,17 @@ _ARGUMENTS = (
 
 
 class AdaptedWeight(NamedTuple):
-    """A frozen weight plus a low-rank one: W + scale · B·A for each expert (LoRA, arXiv:2106.09685)."""
+    """A weight plus a low-rank one (LoRA, arXiv:2106.09685): W + scale_e · B_e[:, :r_e] · A_e[:r_e] for expert e.
+
+    The weight may be frozen or trained. scale and ranks have no gradient; elements past an expert's rank get zeros.
+    """
 
     weight: Tensor | Weight
-    a: Tensor  # [E,r,C]
+    a: Tensor  # [E,r,C], in the dtype of activations
     b: Tensor  # [E,N,r]
-    scale: float
+    scale: float | Tensor  # of all experts, or [E] float32
+    ranks: Tensor | None = None  # [E] int32: r_e in [0, r]; None: r
+    dropout: float = 0.0  # for training: probability of each column of each slot's row to be zero as input of A
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -153,6 +158,13 @@ class AdaptedWeight(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
+
+    def adapter(self) -> tuple[Tensor, ...]:
+        """The adapter as an argument of the ops (reference/adapters.py)."""
+        scales = self.scale
+        if not isinstance(scales, Tensor):
+            scales = torch.full((self.shape[0],), scales, dtype=torch.float32, device=self.a.device)
+        return (self.a, self.b, scales) if self.ranks is None else (self.a, self.b, scales, self.ranks)
 
 
 def _is_on_cpu(weight: Weight) -> bool:

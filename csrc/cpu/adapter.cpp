@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Products with a low-rank adapter.
+//
+//   work 2·S·r·(C + N) flop; traffic: a and b of the touched experts once per 240 rows of an expert
+//   A product has at most one panel of columns (small rows) or a depth of r (terms), so packing b costs as much as
+//   multiplying a few rows.
+// Accumulates in float32; small rows are rounded once to the dtype of x. Each sum has one order: deterministic, and a row's
+// result does not depend on the other rows.
+#include "adapter.h"
+
+#include <cstring>
+
+#include "threads.h"
+#include "wide_product.h"
+
+namespace switchgear::cpu {
+
+AdapterProducts::AdapterProducts(const Adapter& adapter, uint32_t projection, const int32_t* expert_offsets,
+                                 int64_t num_slots, DType dtype)
+    : adapter_(adapter),
+      a_{.data = adapter.a},
+      b_{.data = adapter.b},
+      mask_(adapter, projection),
+      expert_offsets_(expert_offsets),
+      num_slots_(num_slots),
+      dtype_(dtype) {}
+
+const void* const* AdapterProducts::masked(const void* const* rows, int64_t width, std::optional<SlotRows>& copies,
+                                           const Context& context) const {
+  if (!drops()) return rows;
+  copies.emplace(num_slots_, width, dtype_);
+  const int64_t used_slots = expert_offsets_[a_.num_experts()];
+  parallel_for_ranges(context.num_threads, used_slots, 16, [&](int64_t begin, int64_t end, int) {
+    for (int64_t s = begin; s < end; ++s) {
+      char* const row = copies->row(s);
+      std::memcpy(row, rows[s], static_cast<size_t>(width * size_of(dtype_)));
+      if (dtype_ == DType::kFloat32) {
+        mask_.apply(reinterpret_cast<float*>(row), s, 0, width);
+      } else {
+        mask_.apply(reinterpret_cast<uint16_t*>(row), s, 0, width);
+      }
+    }
+  });
+  return copies->pointers();
+}
+
+void AdapterProducts::multiply(SlotRows& out, const void* const* rows, AdapterSide side,
+                               const Context& context) const {
+  const Kernels& k = context.kernels;
+  const int num_threads = context.num_threads;
+  const int64_t rank = adapter_.rank(), panel = k.panel, element = size_of(dtype_);
+  const int64_t depth = side == AdapterSide::kA ? adapter_.a.shape[2] : adapter_.b.shape[1];
+  const std::vector<Tile> tiles = make_tiles(expert_offsets_, a_.num_experts(), rank, panel, k.most_rows);
+  Workspace workspace(num_threads * ProductScratch::kBytes);
+  char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * ProductScratch::kBytes));
+
+  parallel_for(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
+    const Tile& tile = tiles[static_cast<size_t>(task)];
+    const ProductScratch scratch(memory + thread * ProductScratch::kBytes);
+    const int64_t columns = std::clamp<int64_t>(rank_of(tile.expert) - tile.column, 0, panel);
+    const int64_t stored = std::min(panel, rank - tile.column);
+    if (columns > 0) {
+      const ExpertMatrix matrix(side == AdapterSide::kA ? a_ : b_, tile.expert, dtype_);
+      const Product product{
+          .rows = rows + tile.first_row,
+          .num_rows = tile.num_rows,
+          .b = side == AdapterSide::kA ? matrix.rows_from(tile.column) : matrix.columns_from(tile.column),
+          .num_columns = columns,
+          .depth = depth,
+          .c = scratch.c,
+          .scratch = scratch.packing};
+      side == AdapterSide::kA ? k.dot_products(product) : k.multiply(product);
+    }
+    const auto scale =
+        static_cast<float>(adapter_.scales.as<const float>()[tile.expert] / (1.0 - adapter_.dropout));
+    for (int64_t m = 0; m < tile.num_rows; ++m) {
+      float* const c = scratch.c + m * panel;
+      char* const row = out.row(tile.first_row + m) + tile.column * element;
+      for (int64_t j = 0; j < columns; ++j) c[j] *= scale;
+      k.store_row(row, dtype_, c, columns);
+      std::memset(row + columns * element, 0, static_cast<size_t>((stored - columns) * element));
+    }
+  });
+}
+
+Product AdapterProducts::product(const Term& term, AdapterSide side, const ProductScratch& scratch) const {
+  const ExpertMatrix matrix(side == AdapterSide::kA ? b_ : a_, term.expert, dtype_);
+  return {.rows = term.rows,
+          .num_rows = term.num_rows,
+          .b = side == AdapterSide::kA ? matrix.rows_from(term.column) : matrix.columns_from(term.column),
+          .num_columns = term.num_columns,
+          .depth = rank_of(term.expert),
+          .c = nullptr,
+          .scratch = scratch.packing};
+}
+
+void AdapterProducts::add(float* c, const Term& term, AdapterSide side, const ProductScratch& scratch,
+                          const Kernels& k) const {
+  if (rank_of(term.expert) == 0) return;
+  if (side == AdapterSide::kA || !drops()) {
+    Product whole = product(term, side, scratch);
+    whole.c = c;
+    whole.accumulate = true;
+    multiply_wide(k, whole);
+    return;
+  }
+  for (int64_t j = 0; j < term.num_columns; j += k.panel) {  // the mask applies to the term alone
+    Term panel = term;
+    panel.column += j;
+    panel.num_columns = std::min<int64_t>(k.panel, term.num_columns - j);
+    Product part = product(panel, side, scratch);
+    part.c = scratch.c;
+    k.multiply(part);
+    for (int64_t m = 0; m < term.num_rows; ++m) {
+      float* const row = scratch.c + m * k.panel;
+      mask_.apply(row, term.first_slot + m, panel.column, panel.num_columns);
+      k.add_scaled_row(c + j * term.num_rows + m * k.panel, row, DType::kFloat32, 1.0f, panel.num_columns);
+    }
+  }
+}
+
+void AdapterProducts::add_to_rows(float* c, int64_t stride, const Term& term, const ProductScratch& scratch,
+                                  const Kernels& k) const {
+  if (rank_of(term.expert) == 0) return;
+  for (int64_t j = 0; j < term.num_columns; j += k.panel) {
+    Term panel = term;
+    panel.column += j;
+    panel.num_columns = std::min<int64_t>(k.panel, term.num_columns - j);
+    Product part = product(panel, AdapterSide::kA, scratch);
+    part.c = scratch.c;
+    k.multiply(part);
+    for (int64_t m = 0; m < term.num_rows; ++m) {
+      k.add_scaled_row(c + m * stride + j, scratch.c + m * k.panel, DType::kFloat32, 1.0f, panel.num_columns);
+    }
+  }
+}
+
+ForwardAdapter::ForwardAdapter(const Adapter& adapter, uint32_t projection, const Slots& slots, DType dtype)
+    : slots_(slots) {
+  if (!adapter.defined()) return;
+  products_.emplace(adapter, projection, slots.expert_offsets, slots.count, dtype);
+  rows_.emplace(slots.count, adapter.rank(), dtype);
+}
+
+void ForwardAdapter::multiply(const void* const* rows, int64_t width, const Context& context) {
+  if (!products_) return;
+  std::optional<SlotRows> copies;
+  products_->multiply(*rows_, products_->masked(rows, width, copies, context), AdapterSide::kA, context);
+}
+
+void ForwardAdapter::multiply(const TensorView& x, const int32_t* indices, const Context& context) {
+  if (!products_) return;
+  Workspace workspace(Workspace::padded(slots_.count * static_cast<int64_t>(sizeof(void*))));
+  const void** const pointers = workspace.take<const void*>(slots_.count);
+  fill_row_pointers(pointers, x, indices, slots_.expert_offsets[products_->num_experts()]);
+  multiply(pointers, x.shape[1], context);
+}
+
+void AdapterProducts::clear_past_ranks(const TensorView& gradient, AdapterSide side) const {
+  if (!adapter_.ranks.defined()) return;
+  const int64_t element = size_of(gradient.dtype);
+  for (int64_t e = 0; e < gradient.shape[0]; ++e) {
+    const int64_t rank = rank_of(e);
+    const int64_t first_row = side == AdapterSide::kA ? rank : 0, first_column = side == AdapterSide::kA ? 0 : rank;
+    for (int64_t i = first_row; i < gradient.shape[1]; ++i) {
+      char* const row = offset(gradient, e * gradient.stride[0] + i * gradient.stride[1]);
+      for (int64_t j = first_column; j < gradient.shape[2]; ++j) {
+        std::memset(row + j * gradient.stride[2] * element, 0, static_cast<size_t>(element));
+      }
+    }
+  }
+}
+
+}  // namespace switchgear::cpu

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Products with a low-rank adapter (switchgear/adapter.h), for moe_forward and moe_backward.
+//
+//   small rows [S,r]   u = s_e·(x·Aᵀ) and q = s_e·(g·B), computed once and rounded to the dtype of x
+//   terms              u·Bᵀ and q·A, of depth r, added to a tile of the projection's own product while it is in L1/L2
+//   masks              of dropout: rows that A reads, and the terms of their gradient
+#pragma once
+#include <optional>
+
+#include "context.h"
+#include "experts.h"
+#include "slot_rows.h"
+#include "slots.h"
+#include "switchgear/adapter.h"
+
+namespace switchgear::cpu {
+
+// The mask of dropout of one projection: python/switchgear/reference/adapters.py specifies it.
+class DropoutMask {
+ public:
+  DropoutMask(const Adapter& adapter, uint32_t projection)
+      : start_(mix(mix(static_cast<uint32_t>(adapter.seed)) + static_cast<uint32_t>(adapter.seed >> 32)) + projection),
+        threshold_(static_cast<uint32_t>(adapter.dropout * 4294967296.0)) {}
+
+  // Sets elements that are dropped to zero: columns [column, column + count) of a slot's row.
+  template <typename T>
+  void apply(T* row, int64_t slot, int64_t column, int64_t count) const {
+    const uint32_t first = mix(start_ + 2 * static_cast<uint32_t>(slot)) + static_cast<uint32_t>(column) * kColumn;
+    for (int64_t j = 0; j < count; ++j) {
+      row[j] = mix(first + static_cast<uint32_t>(j) * kColumn) >= threshold_ ? row[j] : T{};
+    }
+  }
+
+ private:
+  static constexpr uint32_t kColumn = 0x9E3779B9u;
+  static uint32_t mix(uint32_t n) {
+    n += 0x6A09E667u;
+    n = (n ^ (n >> 16)) * 0x85EBCA6Bu;
+    n = (n ^ (n >> 13)) * 0xC2B2AE35u;
+    return n ^ (n >> 16);
+  }
+
+  uint32_t start_, threshold_;
+};
+
+// Which rows an adapter's small rows are made of: those that A reads, or gradients of the projection's result.
+enum class AdapterSide : uint8_t { kA, kB };
+
+// The adapter of a projection in one call.
+class AdapterProducts {
+ public:
+  AdapterProducts(const Adapter& adapter, uint32_t projection, const int32_t* expert_offsets, int64_t num_slots,
+                  DType dtype);
+
+  int64_t rank_of(int64_t expert) const { return adapter_.rank_of(expert); }
+  int64_t num_experts() const { return a_.num_experts(); }
+  bool drops() const { return adapter_.dropout > 0; }
+
+  // The rows that A reads: `rows` [S] of `width` elements, or masked copies in `copies`.
+  const void* const* masked(const void* const* rows, int64_t width, std::optional<SlotRows>& copies,
+                            const Context& context) const;
+  // out[s] = s_e · rows[s]·A_eᵀ, or s_e · rows[s]·B_e; zeros from the expert's rank on.
+  void multiply(SlotRows& out, const void* const* rows, AdapterSide side, const Context& context) const;
+
+  // Adds small rows times B_eᵀ (of side kA), or times A_e and masked (of side kB), to the columns from `column` on of a
+  // product: panels as multiply_wide leaves them. Undefined scratch.c, but for kA without dropout it is not used.
+  struct Term {
+    int64_t expert, first_slot, num_rows, column, num_columns;
+    const void* const* rows;  // of first_slot …
+  };
+  void add(float* c, const Term& term, AdapterSide side, const ProductScratch& scratch, const Kernels& k) const;
+  // The same for side kA and a product whose rows are `stride` apart.
+  void add_to_rows(float* c, int64_t stride, const Term& term, const ProductScratch& scratch, const Kernels& k) const;
+
+  // Zeros in the gradient of a, or b, past each expert's rank, whatever x holds.
+  void clear_past_ranks(const TensorView& gradient, AdapterSide side) const;
+
+ private:
+  Product product(const Term& term, AdapterSide side, const ProductScratch& scratch) const;
+
+  const Adapter& adapter_;
+  Weight a_, b_;
+  DropoutMask mask_;
+  const int32_t* expert_offsets_;
+  int64_t num_slots_;
+  DType dtype_;
+};
+
+// The small rows of one projection in moe_forward; without an adapter, nothing.
+class ForwardAdapter {
+ public:
+  ForwardAdapter(const Adapter& adapter, uint32_t projection, const Slots& slots, DType dtype);
+
+  const AdapterProducts* products() const { return products_ ? &*products_ : nullptr; }
+  const void* const* rows() const { return rows_ ? rows_->pointers() : nullptr; }
+  // Computes them from rows [S] of `width` elements, or from rows of x: x[indices[s]], or x[s] without indices.
+  void multiply(const void* const* rows, int64_t width, const Context& context);
+  void multiply(const TensorView& x, const int32_t* indices, const Context& context);
+
+ private:
+  const Slots& slots_;
+  std::optional<AdapterProducts> products_;
+  std::optional<SlotRows> rows_;
+};
+
+}  // namespace switchgear::cpu

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "decoded_columns.h"
+
+#include "integers/experts.h"
+
+namespace switchgear::cpu {
+namespace {
+
+constexpr int64_t kPanel = kDecodedColumns;
+
+// panel[n, j] = W[n, column + j] in `dtype`, for all rows of an expert.
+void decode_integers(const Context& context, void* panel, DType dtype, const Weight& weight, int64_t expert,
+                     int64_t column, int64_t columns) {
+  const IntegerMatrix matrix(weight, expert);
+  const int64_t part_rows = matrix.part_rows(), row_bytes = kPanel * size_of(dtype);
+  float block[kBlockRows * kPanel];
+  for (int64_t part = 0; part < weight.parts; ++part) {
+    const IntegerPanel blocks = matrix.from(part * part_rows);
+    for (int64_t row = 0; row < part_rows; row += kBlockRows) {
+      context.integers.dequantize(block, kPanel, blocks, row, column, columns);
+      for (int64_t i = 0; i < std::min(kBlockRows, part_rows - row); ++i) {
+        char* const out = static_cast<char*>(panel) + (part * part_rows + row + i) * row_bytes;
+        context.kernels.store_row(out, dtype, block + i * kPanel, columns);
+      }
+    }
+  }
+}
+
+void decode(const Context& context, void* panel, DType dtype, const Weight& weight, int64_t expert, int64_t column,
+            int64_t columns) {
+  if (is_integer(weight.format)) return decode_integers(context, panel, dtype, weight, expert, column, columns);
+  const ExpertMatrix matrix(weight, expert, dtype);
+  const int64_t part_rows = weight.rows / weight.parts, row_bytes = kPanel * size_of(dtype);
+  for (int64_t row = 0; row < weight.rows; row += part_rows) {
+    context.kernels.expand_minifloats(static_cast<char*>(panel) + row * row_bytes, kPanel, dtype, matrix.rows_from(row),
+                                      part_rows, column, columns);
+  }
+}
+
+}  // namespace
+
+Matrix DecodedColumns::of(int64_t expert, int64_t column, int64_t columns, const Context& context) {
+  if (weight_.format == Format::kPlain) return ExpertMatrix(weight_, expert, dtype_).columns_from(column);
+  if (expert != expert_ || column != column_) {
+    decode(context, memory_, dtype_, weight_, expert, column, columns);
+    expert_ = expert;
+    column_ = column;
+  }
+  return {.data = memory_, .dtype = dtype_, .n_stride = 1, .k_stride = kPanel};
+}
+
+}  // namespace switchgear::cpu
