@@ -149,8 +149,8 @@ void bias_shapes(Call& call, const ExpertWeights& weights, Dim& E, Dim& H, Dim& 
 // moe_backward decodes columns of a weight for gradients of other tensors; only a plain weight has a gradient itself.
 void check_decodable(const char* name, const Weight& weight, const TensorView& gradient) {
   const bool is_plain = weight.format == Format::kPlain;
-  SWITCHGEAR_CHECK(ValueError, is_plain || !gradient.defined(), name, ": expected plain weights for their gradients, got ",
-                   name_of(weight.format));
+  SWITCHGEAR_CHECK(ValueError, is_plain || !gradient.defined(), name,
+                   ": expected plain weights for their gradients, got ", name_of(weight.format));
   SWITCHGEAR_CHECK(ValueError, is_plain || multiplies_transposed(weight.format), name,
                    ": expected plain, int8, int4, fp8 or mxfp4 weights for gradients, got ", name_of(weight.format));
 }
@@ -167,6 +167,10 @@ void adapter_input(Call& call, const AdapterNames& names, const Adapter& adapter
   if (adapter.ranks.defined()) call.input(names.ranks, adapter.ranks, kInt32, {&E});
   SWITCHGEAR_CHECK(ValueError, adapter.dropout >= 0 && adapter.dropout < 1,
                    "dropout: expected two probabilities in [0, 1), got ", adapter.dropout);
+  const TensorView& seed = adapter.device_seed;
+  const bool is_near = seed.device.type == adapter.a.device.type && seed.device.index == adapter.a.device.index;
+  SWITCHGEAR_CHECK(ValueError, !seed.defined() || is_near, "dropout_seed: expected it on the CPU or beside ", names.a,
+                   ", got ", describe(seed));
 }
 
 void adapter_inputs(Call& call, const ExpertWeights& weights, Dim& E, Dim& H, Dim& I, Dim& N) {
@@ -174,9 +178,9 @@ void adapter_inputs(Call& call, const ExpertWeights& weights, Dim& E, Dim& H, Di
   adapter_input(call, kDownAdapter, weights.down_adapter, E, H, I);
 }
 
-// The contents. Ranks are indices, so they are replaced by a copy.
+// The contents, if they are in host memory. Ranks are indices, so they are replaced by a copy.
 void check_adapter(Call& call, const AdapterNames& names, Adapter& adapter) {
-  if (!adapter.defined()) return;
+  if (!adapter.defined() || !readable(adapter.scales)) return;
   for (int64_t e = 0; e < adapter.scales.shape[0]; ++e) {
     const float scale = adapter.scales.as<const float>()[e];
     SWITCHGEAR_CHECK(ValueError, std::isfinite(scale), names.scales, ": expected finite numbers, got ", scale,

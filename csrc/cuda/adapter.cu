@@ -20,7 +20,10 @@ ProjectionAdapter::ProjectionAdapter(Workspace& memory, const Adapter& adapter, 
                                      const Weight& weight, bool forward)
     : adapter_(adapter), forward_(forward) {
   if (!defined()) return;
-  if (adapter.dropout > 0) mask_ = dropout_mask(adapter.seed, projection, adapter.dropout);
+  mask_ = {.seed = adapter.seed,
+           .device_seed = adapter.device_seed.as<const int64_t>(),
+           .projection = projection,
+           .threshold = dropout_threshold(adapter.dropout)};
   along_rank_ = operand_of(weight, forward, nullptr).k_contiguous();
   given_[0] = matrix_of(adapter.a, Side::kA);
   given_[1] = matrix_of(adapter.b, Side::kB);

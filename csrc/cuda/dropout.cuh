@@ -21,8 +21,11 @@ __host__ __device__ constexpr uint32_t mix_bits(uint32_t number) {
 // The mask of one slot's row.
 class DropoutRow {
  public:
-  __device__ DropoutRow(const DropoutMask& mask, int32_t slot)
-      : hash_(mix_bits(mask.start + 2 * static_cast<uint32_t>(slot) + mask.projection)), threshold_(mask.threshold) {}
+  __device__ DropoutRow(const DropoutMask& mask, int32_t slot) : threshold_(mask.threshold) {
+    const uint64_t seed = mask.device_seed != nullptr ? static_cast<uint64_t>(*mask.device_seed) : mask.seed;
+    const uint32_t start = mix_bits(mix_bits(static_cast<uint32_t>(seed)) + static_cast<uint32_t>(seed >> 32));
+    hash_ = mix_bits(start + 2 * static_cast<uint32_t>(slot) + mask.projection);
+  }
   __device__ bool keeps(int32_t column) const {
     return mix_bits(hash_ + static_cast<uint32_t>(column) * 0x9E3779B9u) >= threshold_;
   }
@@ -31,10 +34,6 @@ class DropoutRow {
   uint32_t hash_, threshold_;
 };
 
-// The mask of projection 0 or 1 with probability p in [0, 1).
-inline DropoutMask dropout_mask(uint64_t seed, uint32_t projection, double p) {
-  const uint32_t start = mix_bits(mix_bits(static_cast<uint32_t>(seed)) + static_cast<uint32_t>(seed >> 32));
-  return {.start = start, .projection = projection, .threshold = static_cast<uint32_t>(p * 4294967296.0)};
-}
+constexpr uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(p * 4294967296.0); }  // p in [0, 1)
 
 }  // namespace switchgear::cuda

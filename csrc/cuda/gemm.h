@@ -61,7 +61,8 @@ enum class Epilogue : uint8_t {
 
 // The mask of dropout of one projection; dropout.cuh has its definition.
 struct DropoutMask {
-  uint32_t start = 0;  // of the hash, from the seed
+  uint64_t seed = 0;
+  const int64_t* device_seed = nullptr;  // instead of seed, on the device
   uint32_t projection = 0;
   uint32_t threshold = 0;  // hashes below it are dropped; 0: none
 

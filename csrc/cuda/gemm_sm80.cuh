@@ -11,8 +11,9 @@
 // the tiles; their inner dimension is the slots of an expert. An adapter (g.low) is more stages of the same ring: it takes
 // no pass of its own over out, and S·N·r flop, padded to a stage of 64 depths (float32: 16).
 //
-// Numeric contract: one float32 accumulator per element, the products of g.low first; k ascends, 16 terms (tf32: 8) per instruction. Every tile of kTiles,
-// both layouts of b and gemm_decode.cuh do the same: the bits of a row depend neither on the other rows nor on their number.
+// Numeric contract: one float32 accumulator per element, the products of g.low first; k ascends, 16 terms (tf32: 8) per
+// instruction. Every tile of kTiles, both layouts of b and gemm_decode.cuh do the same: the bits of a row depend neither on the
+// other rows nor on their number.
 // tf32 first rounds both factors to nearest. No atomics.
 //
 // Floors (bf16, Mixtral 8x7B's layer, 4096 tokens, 2.9 TFLOP of first and second projection): 9.2 ms at the 312 TFLOP/s of an

@@ -26,11 +26,12 @@
 // wgrad would sum them, so cp.async copies an expert's last stage, with zeros after its rows. The unassigned rows, past
 // expert_offsets[E], are the tiles of one more expert, without an inner dimension.
 //
-// An adapter (g.low) is the first stages of a tile, from maps of its own, in slot order: TMA loads them whole even if the rows of
-// a are gathered. Its rank is zero-filled to a multiple of 64. A mask of dropout leaves the product to sm_80's kernels.
+// An adapter (g.low) is the first stages of a tile, from maps of its own, in slot order: TMA loads them whole even if the rows
+// of a are gathered. Its rank is zero-filled to a multiple of 64. A mask of dropout leaves the product to sm_80's kernels.
 //
 // Numeric contract: products accumulate in float32, those of g.low first, k ascending in steps of 16 through one accumulator
-// per element, the same in all configs; k past C adds zeros. Results are rounded once, when stored. No atomics; nothing depends on the grid.
+// per element, the same in all configs; k past C adds zeros. Results are rounded once, when stored. No atomics; nothing depends
+// on the grid.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   gemm_sm90_kernel: 168 registers, 8 of local memory
@@ -265,12 +266,12 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
       uint64_t* const full = ring.full + ring.index(position);
       unsigned char* const to_weights = C::kShape == Shape::kFewRows ? ring.p(position) : ring.q(position);
       unsigned char* const to_slots = C::kShape == Shape::kFewRows ? ring.q(position) : ring.p(position);
-      ptx::mbar_wait(ring.empty + ring.index(position), ring.parity(position) ^ 1);
       const bool low = stage < low_stages, copies = gather && !low;
-      const int k = (low ? stage : stage - low_stages) * kDepth;
+      const int k = (low ? stage : stage - low_stages) * kDepth, bytes = kWeightBytes + (copies ? 0 : kSlotBytes);
+      ptx::mbar_wait(ring.empty + ring.index(position), ring.parity(position) ^ 1);
       if (threadIdx.x == 0) {
         const GemmParams::Maps& maps = low ? params.low : params.maps;
-        ptx::mbar_expect_tx(full, kWeightBytes + (copies ? 0 : kSlotBytes));
+        ptx::mbar_expect_tx(full, bytes);
         load_weights<C>(to_weights, &maps.weights, g, full, tile, k);
         if (!copies) ptx::tma_load_3d(to_slots, &maps.slots, full, k, tile.first_row, 0);
       }

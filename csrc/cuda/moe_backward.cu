@@ -16,10 +16,11 @@
 //
 // 2. grad_W_d, grad_W_gu: products over the slots of an expert. grad_x: a grouped GEMM, then combine with weights of 1.
 // Undefined outputs, and intermediates that only they need, are not computed. Temporary memory: the plan, grad_h [S,N], and
-// one region for w·a [S,I], then x ⊙ m and grad_x by slot [S,H]; two regions of small rows [S,r]; weights and parts of their gradients, S·(I/32 + 1) floats.
+// one region for w·a [S,I], then x ⊙ m and grad_x by slot [S,H]; two regions of small rows [S,r]; weights and parts of their
+// gradients, S·(I/32 + 1) floats.
 //
-// Numeric contract: products accumulate in float32; grad_h, w·a, small rows and the slots' grad_x are rounded to the dtype of x, outputs
-// once more. Deterministic: no atomics, and each sum has a fixed order.
+// Numeric contract: products accumulate in float32; grad_h, w·a, small rows and the slots' grad_x are rounded to the dtype of
+// x, outputs once more. Deterministic: no atomics, and each sum has a fixed order.
 #include <algorithm>
 #include <utility>
 

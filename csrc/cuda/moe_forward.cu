@@ -10,12 +10,13 @@
 // So no permuted x reaches memory and, without h, no pre-activation. combine reads the rows of a token in a fixed order.
 // Temporary memory: the plan, a [S,I] and permuted_y [S,H].
 //
-// With an adapter a projection multiplies by W + s·B·A: first a small GEMM, u [S,r] = s·(rows·Aᵀ), then u·Bᵀ is the first part of
-// the inner dimension of the projection's own GEMM. 2·S·r·(C + N) flop more, and per touched expert r·(C + N) elements. Dropout
-// masks a copy of the rows that A reads, in the memory of permuted_y. See adapter.h.
+// With an adapter a projection multiplies by W + s·B·A: first a small GEMM, u [S,r] = s·(rows·Aᵀ), then u·Bᵀ is the first part
+// of the inner dimension of the projection's own GEMM. 2·S·r·(C + N) flop more, and r·(C + N) elements per touched expert.
+// Dropout masks a copy of the rows that A reads, in the memory of permuted_y. See adapter.h.
 //
-// Numeric contract: products accumulate in float32; h (if stored), a and permuted_y are rounded to the dtype of x, y once
-// more; a is computed from the unrounded h, and u from the rounded a. u is rounded to the dtype of x. Deterministic, and batch-invariant within each of the kernels of gemm.h.
+// Numeric contract: products accumulate in float32; h (if stored), a, u and permuted_y are rounded to the dtype of x, y once
+// more; a is computed from the unrounded h, the second projection's u from the rounded a. Deterministic, and batch-invariant
+// within each of the kernels of gemm.h.
 #include <algorithm>
 
 #include "adapter.h"

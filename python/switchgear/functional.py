@@ -545,7 +545,7 @@ def _moe_of_weights(
         raise ValueError(f"x: expected shape [..., {columns}], got {list(shape)}")
     x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
     has_adapters = isinstance(weights[0], AdaptedWeight) or isinstance(weights[1], AdaptedWeight)
-    if has_adapters:
+    if has_adapters and x.device.type == "cuda":
         return _moe_in_stages(x, weights, biases, topk_ids, topk_weights, options).reshape(shape)
     call = _Layer.of(x, weights, biases)
     x, first, second, (gate_up_bias, down_bias) = call.x, call.first, call.second, call.biases

@@ -252,7 +252,10 @@ void check_mask(const Problem& p) {
   g.a = rows_of(a);
   g.b = b.operand();
   g.c = C;
-  g.low = {.a = rows_of(low_a), .b = low_b.operand(), .rank = r, .mask = cuda::dropout_mask(7, 1, 0.375)};
+  g.low = {.a = rows_of(low_a),
+           .b = low_b.operand(),
+           .rank = r,
+           .mask = {.seed = 7, .projection = 1, .threshold = cuda::dropout_threshold(0.375)}};
   g.scales = scales.view().as<const float>();
   g.scale_divisor = 0.625f;
   cuda::gemm(g, nullptr);
@@ -293,12 +296,16 @@ TEST(low_rank_is_masked_and_scaled) {
 
 // Reference: keeps in python/switchgear/reference/adapters.py.
 TEST(dropout_mask_is_the_one_of_the_reference) {
-  const cuda::DropoutMask mask = cuda::dropout_mask(0x123456789abcdef0, 1, 0.5);
-  const cuda::DropoutRow row(mask, 3);
-  std::string bits;
-  for (int32_t column = 0; column < 32; ++column) bits += row.keeps(column) ? '1' : '0';
-  CHECK(bits == "00011000111001100110011101000110", bits);
-  CHECK(!cuda::dropout_mask(1, 0, 0.0).drops());
+  const int64_t seed = 0x123456789abcdef0;
+  cuda::DropoutMask mask{.seed = seed, .projection = 1, .threshold = cuda::dropout_threshold(0.5)};
+  for (const bool on_device : {false, true}) {
+    if (on_device) mask.seed = 0, mask.device_seed = &seed;
+    const cuda::DropoutRow row(mask, 3);
+    std::string bits;
+    for (int32_t column = 0; column < 32; ++column) bits += row.keeps(column) ? '1' : '0';
+    CHECK(bits == "00011000111001100110011101000110", bits);
+  }
+  CHECK(cuda::dropout_threshold(0.0) == 0);
 }
 
 }  // namespace
