@@ -40,10 +40,9 @@ bool takes_weights(const Gemm& g, const ExpertOperand& b) {
          (g.num_experts == 1 || (eights(b.expert_stride) && b.expert_stride > 0));
 }
 
-// The sums are masked after their first stages, for which there are no registers here.
 bool takes_low(const Gemm& g) {
-  return g.low.rank == 0 || (!g.low.mask.drops() && eights(g.low.rank) && g.low.a.indices == nullptr &&
-                             takes_rows(g.low.a, g.low.rank) && takes_weights(g, g.low.b));
+  return g.low.rank == 0 || (eights(g.low.rank) && g.low.a.indices == nullptr && takes_rows(g.low.a, g.low.rank) &&
+                             takes_weights(g, g.low.b));
 }
 
 bool takes_epilogue(const Gemm& g) {

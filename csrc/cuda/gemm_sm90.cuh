@@ -27,7 +27,8 @@
 // expert_offsets[E], are the tiles of one more expert, without an inner dimension.
 //
 // An adapter (g.low) is the first stages of a tile, from maps of its own, in slot order: TMA loads them whole even if the rows
-// of a are gathered. Its rank is zero-filled to a multiple of 64. A mask of dropout leaves the product to sm_80's kernels.
+// of a are gathered. Its rank is zero-filled to a multiple of 64. A mask of dropout is applied to the accumulators after these
+// stages, when their products are done: a wait of one stage per tile.
 //
 // Numeric contract: products accumulate in float32, those of g.low first, k ascending in steps of 16 through one accumulator
 // per element, the same in all configs; k past C adds zeros. Results are rounded once, when stored. No atomics; nothing depends
@@ -39,6 +40,7 @@
 // setmaxnreg changes them to 40 for producers and 232 for consumers. The local memory is read once per row of a tile of 192
 // columns with a gate, never between the products.
 #pragma once
+#include "dropout.cuh"
 #include "gemm_schedule.cuh"
 #include "gemm_sm90_epilogue.cuh"
 #include "hopper.cuh"
@@ -301,10 +303,40 @@ __device__ inline uint64_t operand(uint32_t start, int sixteen) {
   }
 }
 
+// The mask of dropout in a gemm: applied to the sums of the stages below `stage`.
+template <typename C>
+struct LowMask {
+  static constexpr bool kMasks = true;
+  const Gemm& g;
+  const GemmTiles<C>& tiles;
+  int32_t tile;
+  int stage;  // -1: no mask
+
+  __device__ void apply(Accumulators<C::kN>& acc) const {
+    const RowTile at = tiles[ptx::opaque(tile)];  // found again instead of kept
+    const int lane = this_thread() % 32, column = at.column * C::kColumns;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int p = row_of_thread(i);
+      DropoutRow row(g.low.mask, at.first_row + p);
+#pragma unroll
+      for (int j = 0; j < C::kN / 4; ++j) {
+        const int q = j / 2 * 8 + lane % 4 * 2 + j % 2;
+        float& sum = acc[i / 2][j / 2 * 4 + i % 2 * 2 + j % 2];
+        if constexpr (C::kShape == Shape::kFewRows) row = DropoutRow(g.low.mask, at.first_row + q);
+        sum = row.keeps(column + (C::kShape == Shape::kFewRows ? p : q)) ? sum : 0.0f;
+      }
+    }
+  }
+};
+struct NoMask {
+  static constexpr bool kMasks = false;
+};
+
 // acc = P·Qᵀ over the stages from `position` on; then passes the turn on. `copied(stage)`: whether cp.async wrote the stage.
-template <typename T, typename C, typename Copied>
+template <typename T, typename C, typename Copied, typename Mask>
 __device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, uint32_t position, int num_stages,
-                                const Copied& copied) {
+                                const Copied& copied, const Mask& mask) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -316,6 +348,14 @@ __device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, u
   for (int stage = 0; stage < num_stages; ++stage, ++position) {
     ptx::mbar_wait(ring.full + ring.index(position), ring.parity(position));
     if (copied(stage)) ptx::fence_proxy_async();
+    if constexpr (Mask::kMasks) {
+      if (stage == mask.stage) {
+        ptx::wgmma_wait<0>();  // the products before are done
+        ptx::wgmma_registers(acc[0]);
+        ptx::wgmma_registers(acc[1]);
+        mask.apply(acc);
+      }
+    }
     const uint32_t p = ptx::smem_u32(ring.p(position)), q = ptx::smem_u32(ring.q(position));
     ptx::wgmma_fence();
 #pragma unroll
@@ -394,7 +434,14 @@ __device__ inline void consume(const GemmParams& params, const Ring<C>& ring, co
     const int num_stages = num_stages_of<C>(g, tiles[t]);
     Accumulators<C::kN> acc;
     wait_for_turn(ring, this_consumer(), count / kConsumers);
-    multiply<T>(acc, ring, count * static_cast<uint32_t>(num_stages), num_stages, [&](int) { return gather; });
+    const auto position = count * static_cast<uint32_t>(num_stages);
+    const auto copied = [&](int) { return gather; };
+    if constexpr (kEpilogue == Epilogue::kGlu) {
+      multiply<T>(acc, ring, position, num_stages, copied, NoMask{});
+    } else {
+      const LowMask<C> mask{g, tiles, t, g.low.mask.drops() ? num_low_stages(g) : -1};
+      multiply<T>(acc, ring, position, num_stages, copied, mask);
+    }
     finish<T, kEpilogue>(g, tiles[ptx::opaque(t)], acc, ring, this_consumer());  // found again instead of kept
   }
 }
@@ -517,7 +564,8 @@ __device__ inline void consume(const WgradParams& params, const Ring<C>& ring, c
     if (count % kConsumers == static_cast<uint32_t>(consumer)) {
       Accumulators<C::kN> acc;
       wait_for_turn(ring, consumer, count / kConsumers);
-      multiply<T>(acc, ring, position, tile.num_stages(), [&](int stage) { return gather || tile.has_tail(stage); });
+      multiply<T>(
+          acc, ring, position, tile.num_stages(), [&](int stage) { return gather || tile.has_tail(stage); }, NoMask{});
       finish<T, C>(g, tiles[ptx::opaque(t)], acc);
     }
     position += static_cast<uint32_t>(tile.num_stages());
