@@ -560,11 +560,6 @@ def _moe_of_weights(
     others = (gate_up_bias, down_bias, topk_ids, topk_weights)
     (tensors, form), (down_tensors, down_form) = _parts_of(first), _parts_of(second)
     seed = _dropout_seed(x.device) if any(call.dropout) else None
-    if wants_gradients and not has_adapters:
-        if any(weight.requires_grad for weight in trained):
-            raise ValueError("gate_up_proj, down_proj: expected no gradient of one beside a stored other")
-        rest = ((form, down_form), len(tensors), tuple(options), *tensors, *down_tensors)
-        return apply(autograd.StoredMoe, x, *others, *rest)[0].reshape(shape)
     if wants_gradients:
         groups = (tensors, down_tensors, *call.adapters, () if seed is None else (seed,))
         parts = autograd.Parts((form, down_form), tuple(map(len, groups)), tuple(options), call.dropout)
