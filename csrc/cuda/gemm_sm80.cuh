@@ -8,8 +8,8 @@
 // a on the way. ldmatrix (.trans if an operand is not contiguous along the inner dimension) feeds mma. Then the float32 sums
 // go through the ring's memory to the epilogue, which reads and writes whole vectors. Two blocks per SM: while one is in its
 // epilogue or waits for its first stage, the other multiplies. Weight gradients have one block per tile, since the host knows
-// the tiles; their inner dimension is the slots of an expert. An adapter (g.low) is more stages of the same ring: it takes
-// no pass of its own over out, and S·N·r flop, padded to a stage of 64 depths (float32: 16).
+// the tiles; their inner dimension is the slots of an expert. An adapter (g.low) adds its
+// products to the same sums before: no pass of its own over out, S·N·r flop more, r padded to a stage of 64 depths (float32: 16).
 //
 // Numeric contract: one float32 accumulator per element, the products of g.low first; k ascends, 16 terms (tf32: 8) per
 // instruction. Every tile of kTiles, both layouts of b and gemm_decode.cuh do the same: the bits of a row depend neither on the
@@ -149,11 +149,8 @@ struct MmaProduct {
 
 // ---- one tile ------------------------------------------------------------------------------------------------------------
 
-// sums = Σ over stages [0, num_stages) of the products of what load(memory, stage) copies. before(sums, stage) runs before the
-// products of a stage, and before(sums, num_stages) after the last ones.
-template <typename Product, typename Tile, bool kADepthMajor, bool kBDepthMajor, typename Load, typename Before>
-__device__ inline void multiply_tile(Sums<Tile>& sums, Load& load, const Before& before, int32_t num_stages,
-                                     std::byte* shared, const WarpPlace<Tile>& at) {
+template <typename Tile>
+__device__ inline void clear_sums(Sums<Tile>& sums) {
 #pragma unroll
   for (int i = 0; i < Tile::kMmaRows; ++i) {
 #pragma unroll
@@ -162,24 +159,32 @@ __device__ inline void multiply_tile(Sums<Tile>& sums, Load& load, const Before&
       for (int v = 0; v < 4; ++v) sums.v[i][j][v] = 0.0f;
     }
   }
-  int32_t next = 0;
-  const auto load_next = [&](int place) {
-    if (next < num_stages) load(shared + place * Tile::kStageBytes, next);
-    ++next;
+}
+
+// sums += Σ over depths [begin, end) of the products of what the loaders copy.
+template <typename Product, typename Tile, bool kADepthMajor, bool kBDepthMajor, typename LoadA, typename LoadB>
+__device__ inline void multiply_tile(Sums<Tile>& sums, LoadA& load_a, LoadB& load_b, int32_t begin, int32_t end,
+                                     std::byte* shared, const WarpPlace<Tile>& at) {
+  constexpr int kDepth = Tile::kDepthBytes / static_cast<int>(sizeof(typename Product::Element));
+  int32_t next = begin;
+  const auto load_next = [&](int stage) {
+    if (next < end) {
+      load_a.load(shared + stage * Tile::kStageBytes, next, end);
+      load_b.load(shared + stage * Tile::kStageBytes + Tile::kABytes, next, end);
+    }
+    next += kDepth;
     ptx::cp_async_commit();  // an empty group at the end keeps the count of groups right
   };
-#pragma unroll 1
-  for (int place = 0; place < Tile::kStages - 1; ++place) load_next(place);
-  int place = 0;
-  for (int32_t stage = 0;; ++stage) {
-    before(sums, stage);
-    if (stage >= num_stages) break;
+#pragma unroll
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) load_next(stage);
+  int stage = 0;
+  for (int32_t depth = begin; depth < end; depth += kDepth) {
     ptx::cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // the stage has arrived for all threads, and all have read the stage refilled next
-    load_next(place == 0 ? Tile::kStages - 1 : place - 1);
-    const std::byte* const a = shared + place * Tile::kStageBytes;
+    load_next(stage == 0 ? Tile::kStages - 1 : stage - 1);
+    const std::byte* const a = shared + stage * Tile::kStageBytes;
     Product::template multiply_stage<Tile, kADepthMajor, kBDepthMajor>(sums, a, a + Tile::kABytes, at);
-    place = place + 1 == Tile::kStages ? 0 : place + 1;
+    stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
   }
 }
 
@@ -268,14 +273,13 @@ __device__ inline auto columns_loader(const ExpertOperand& b, const ExpertMatrix
   }
 }
 
-// A tile's stages are first those of g.low, then those of g. At the boundary the loaders are set up again, so the second pair
-// of operands takes no registers, and the mask is applied to the sums.
+// A tile multiplies the operands of g.low, then those of g. The ring runs empty in between, about 3 % of a tile with C = 2048;
+// one loop over both would need registers that 128 x 128 sums leave to nothing.
 template <typename Product, TileKind kKind, bool kBDepthMajor>
 __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.blocks)
     gemm_kernel(const __grid_constant__ Gemm g, const Alignment aligned) {
   using T = typename Product::Element;
   using Tile = Tile<kKind>;
-  constexpr int32_t kDepth = Tile::kDepthBytes / static_cast<int>(sizeof(T));
   SHARED_DYN(std::byte, shared);
   const int thread = static_cast<int>(threadIdx.x);
   const int out_width = out_tile_columns(g, Tile::kColumns);
@@ -283,56 +287,33 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
   RowTile tile;
   for (int64_t index = blockIdx.x; walker.find(index, tile); index += gridDim.x) {
     const bool nobody = tile.expert == g.num_experts;
-    const int32_t expert = nobody ? 0 : tile.expert;
-    const TileColumns columns = tile_columns(g, tile.column, Tile::kColumns);
-    const auto load_rows_of = [&](const Rows& rows, bool rows_aligned) {
+    Sums<Tile> sums;
+    clear_sums(sums);
+#pragma unroll 1
+    for (int pair = g.low.rank > 0 ? 0 : 1; pair < 2; ++pair) {
+      const bool low = pair == 0;
+      const Rows& rows = low ? g.low.a : g.a;
+      const ExpertOperand& b = low ? g.low.b : g.b;
+      const ExpertMatrix<T> matrix(b, g.n, low ? g.low.rank : g.c, nobody ? 0 : tile.expert);
+      const TileColumns columns = tile_columns(g, tile.column, Tile::kColumns);
+      const WarpPlace<Tile> at(thread);
       const auto row_at = [&](int i) -> int32_t {
         const bool used = i < tile.rows && !nobody;
         if (!used) return -1;
         const int32_t slot = tile.first_row + i, row = rows.indices != nullptr ? rows.indices[slot] : slot;
         return row < rows.count ? row : -1;
       };
-      return DepthMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads>(
-          static_cast<const T*>(rows.data), rows.stride, row_at, thread, rows_aligned);
-    };
-    const auto matrix_of = [&](bool low) {
-      return low ? ExpertMatrix<T>(g.low.b, g.n, g.low.rank, expert) : ExpertMatrix<T>(g.b, g.n, g.c, expert);
-    };
-    const auto load_columns_of = [&](const ExpertMatrix<T>& matrix, bool low) {
-      return columns_loader<T, Tile, kBDepthMajor>(low ? g.low.b : g.b, matrix, columns, thread,
-                                                   low ? aligned.low_b : aligned.b);
-    };
-    const auto stages_of = [&](const ExpertMatrix<T>& matrix) {
-      return nobody ? 0 : (matrix.k_end + kDepth - 1) / kDepth;
-    };
-    const int32_t low_stages = g.low.rank > 0 ? stages_of(matrix_of(true)) : 0;
-    bool low = low_stages > 0;
-    const int32_t num_stages = low_stages + stages_of(matrix_of(false));
-    ExpertMatrix<T> matrix = matrix_of(low);
-    auto load_a = load_rows_of(low ? g.low.a : g.a, low ? aligned.low_a : aligned.a);
-    auto load_b = load_columns_of(matrix, low);
-    const auto load = [&](std::byte* stage_memory, int32_t stage) {
-      if (low && stage == low_stages) {
-        low = false;
-        matrix = matrix_of(false);
-        load_a = load_rows_of(g.a, aligned.a);
-        load_b = load_columns_of(matrix, false);
-      }
-      const int32_t depth = (low ? stage : stage - low_stages) * kDepth;
-      load_a.load(stage_memory, depth, matrix.k_end);
-      load_b.load(stage_memory + Tile::kABytes, depth, matrix.k_end);
-    };
-    const WarpPlace<Tile> at(thread);
-    const auto before = [&](Sums<Tile>& sums, int32_t stage) {
-      if (g.low.mask.drops() && stage == low_stages) {
-        mask_sums(sums, g.low.mask, tile.first_row, columns.first, at);
-      }
-    };
-    Sums<Tile> sums;
-    multiply_tile<Product, Tile, true, kBDepthMajor>(sums, load, before, num_stages, shared, at);
+      DepthMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(
+          static_cast<const T*>(rows.data), rows.stride, row_at, thread, low ? aligned.low_a : aligned.a);
+      auto load_b = columns_loader<T, Tile, kBDepthMajor>(b, matrix, columns, thread, low ? aligned.low_b : aligned.b);
+      multiply_tile<Product, Tile, true, kBDepthMajor>(sums, load_a, load_b, 0, nobody ? 0 : matrix.k_end, shared, at);
+      if (!low) break;
+      if (g.low.mask.drops()) mask_sums(sums, g.low.mask, tile.first_row, columns.first, at);
+      __syncthreads();  // the adapter's last stage has been read
+    }
     const StagedSums staged = stage_sums<Tile>(sums, shared, thread);
-    run_epilogue<T>(g, aligned, tile, matrix_of(false).n_end, staged, Tile::kRows, Tile::kColumns, thread,
-                    Tile::kThreads);
+    const int32_t n_end = ExpertMatrix<T>(g.b, g.n, g.c, nobody ? 0 : tile.expert).n_end;
+    run_epilogue<T>(g, aligned, tile, n_end, staged, Tile::kRows, Tile::kColumns, thread, Tile::kThreads);
     __syncthreads();  // the ring is free again
   }
 }
@@ -359,15 +340,9 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
   LoadA load_a(g.a, row, static_cast<int32_t>(g.m) - row, thread, aligned.a, slots.begin, slots.end);
   LoadB load_b(g.b, column, static_cast<int32_t>(g.n) - column, thread, aligned.b, slots.begin, slots.end);
   Sums<Tile> sums;
-  constexpr int32_t kDepth = Tile::kDepthBytes / static_cast<int>(sizeof(T));
-  const auto load = [&](std::byte* stage_memory, int32_t stage) {
-    const int32_t depth = slots.begin + stage * kDepth;
-    load_a.load(stage_memory, depth, slots.end);
-    load_b.load(stage_memory + Tile::kABytes, depth, slots.end);
-  };
-  const int32_t num_stages = (slots.end - slots.begin + kDepth - 1) / kDepth;
-  multiply_tile<Product, Tile, false, false>(
-      sums, load, [](Sums<Tile>&, int32_t) {}, num_stages, shared, WarpPlace<Tile>(thread));
+  clear_sums(sums);
+  multiply_tile<Product, Tile, false, false>(sums, load_a, load_b, slots.begin, slots.end, shared,
+                                             WarpPlace<Tile>(thread));
   const StagedSums staged = stage_sums<Tile>(sums, shared, thread);
   T* const out = static_cast<T*>(g.out) + expert * g.out_expert_stride;
   constexpr int kBlocks = Tile::kColumns / kBlock;

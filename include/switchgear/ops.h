@@ -295,7 +295,7 @@ struct ExpertWeights {
   Weight down_proj;         // [E,H,I]; integers if gate_up_proj is, of 8 or 4 bits
   TensorView gate_up_bias;  // [E,N] float, optional
   TensorView down_bias;     // [E,H] float, optional
-  Adapter gate_up_adapter;  // optional; on the CPU
+  Adapter gate_up_adapter;  // optional
   Adapter down_adapter;     // optional; on the CPU
 };
 

@@ -545,8 +545,6 @@ def _moe_of_weights(
         raise ValueError(f"x: expected shape [..., {columns}], got {list(shape)}")
     x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
     has_adapters = isinstance(weights[0], AdaptedWeight) or isinstance(weights[1], AdaptedWeight)
-    if has_adapters and x.device.type == "cuda":
-        return _moe_in_stages(x, weights, biases, topk_ids, topk_weights, options).reshape(shape)
     call = _Layer.of(x, weights, biases)
     x, first, second, (gate_up_bias, down_bias) = call.x, call.first, call.second, call.biases
     trained = [weight for weight in (first, second) if isinstance(weight, Tensor)]
@@ -622,26 +620,3 @@ def _taken(weight: Tensor | Weight, dtype: torch.dtype, wants_gradients: bool) -
 
 def _parts_of(weight: Tensor | Weight) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     return ((weight,), ()) if isinstance(weight, Tensor) else (weight.tensors, weight.form)
-
-
-def _moe_in_stages(
-    x: Tensor,
-    weights: Sequence[AnyWeight],
-    biases: Sequence[Tensor | None],
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    options: GluOptions,
-) -> Tensor:
-    """moe with adapters on a device whose ops do not take them: stage by stage."""
-    slots = plan(topk_ids, weights[0].shape[0])
-    seed = _dropout_seed(x.device)
-
-    def times(rows: Tensor, projection: int, token_indices: Tensor | None) -> Tensor:
-        weight, bias = weights[projection], biases[projection]
-        if isinstance(weight, AdaptedWeight):
-            offsets = slots.expert_offsets
-            return _adapted_grouped_gemm(rows, weight, offsets, bias, token_indices, projection, seed)
-        return grouped_gemm(rows, weight, slots.expert_offsets, bias=bias, token_indices=token_indices)
-
-    h = times(x, 0, slots.token_indices)
-    return combine(times(glu(h, **options.keywords()), 1, None), slots, topk_weights)
