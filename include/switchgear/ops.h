@@ -296,7 +296,7 @@ struct ExpertWeights {
   TensorView gate_up_bias;  // [E,N] float, optional
   TensorView down_bias;     // [E,H] float, optional
   Adapter gate_up_adapter;  // optional
-  Adapter down_adapter;     // optional; on the CPU
+  Adapter down_adapter;     // optional
 };
 
 // y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu) · W_dᵀ + b_d), experts ascending; an adapter acts as a part of W
