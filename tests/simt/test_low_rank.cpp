@@ -174,16 +174,16 @@ void check_concatenation(const Problem& p) {
 
 constexpr int64_t kRanks[] = {1, 8, 16, 64, 72};
 constexpr Case kLowCases[] = {
-    {"one row", 1, 40, 24, 1, 1},
-    {"up to 16 rows", 25, 72, 136, 3, 1},
+    {"one row", 1, 40, 32, 1, 1},
+    {"up to 16 rows", 25, 72, 144, 3, 1},
     {"decoding", 9, 136, 64, 8, 2},
-    {"up to 64 rows", 70, 200, 136, 2, 1, Ids::kDuplicates},
-    {"more rows", 129, 80, 136, 1, 1},
-    {"some empty", 220, 24, 40, 3, 1, Ids::kLastExpert},
-    {"holes", 120, 64, 72, 2, 3, Ids::kEmptySlots},
+    {"up to 64 rows", 70, 200, 144, 2, 1, Ids::kDuplicates},
+    {"more rows", 129, 80, 144, 1, 1},
+    {"some empty", 220, 24, 48, 3, 1, Ids::kLastExpert},
+    {"holes", 120, 64, 80, 2, 3, Ids::kEmptySlots},
     {"a ring that wraps", 90, 456, 32, 2, 1},
-    {"nothing chosen", 11, 16, 24, 3, 2, Ids::kNone},
-    {"no tokens", 0, 16, 8, 4, 2},
+    {"nothing chosen", 11, 16, 32, 3, 2, Ids::kNone},
+    {"no tokens", 0, 16, 16, 4, 2},
 };
 constexpr std::pair<Epilogue, Gate> kEpilogues[] = {
     {Epilogue::kStore, Gate::kNone},         {Epilogue::kGlu, Gate::kHalves},
@@ -194,11 +194,13 @@ constexpr std::pair<Epilogue, Gate> kEpilogues[] = {
 template <typename Check>
 void for_each_problem(bool hopper, Check&& check) {
   int variant = 0;
-  for (const Case& c : kLowCases) {
+  for (Case c : kLowCases) {
+    const int64_t columns = c.I;
     for (const int64_t rank : kRanks) {
       for (const auto& [epilogue, gate] : kEpilogues) {
         const int v = variant++;
-        if (hopper && rank == 1) continue;  // left to sm_80's kernels
+        c.I = !hopper && v % 3 == 0 ? columns - 2 : columns;  // not whole vectors
+        if (hopper && rank == 1) continue;                    // left to sm_80's kernels
         const Problem p{c,
                         rank,
                         kPrecisions[hopper ? 2 + v % 2 : v % 4],
