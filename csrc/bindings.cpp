@@ -289,9 +289,10 @@ ExpertWeights weights_in(Arrays& arrays, WeightArgument gate_up_proj, WeightArgu
                         .down_proj = arrays.weight("down_proj", down_proj.tensors, down_proj.form),
                         .gate_up_bias = arrays.in_or_none("gate_up_bias", gate_up_bias),
                         .down_bias = arrays.in_or_none("down_bias", down_bias)};
-  if (py::len(adapters.gate_up) > 0) weights.gate_up_adapter = arrays.adapter(kGateUpAdapter, adapters.gate_up);
-  if (py::len(adapters.down) > 0) weights.down_adapter = arrays.adapter(kDownAdapter, adapters.down);
-  if (py::len(adapters.dropout) > 0) {
+  const auto has = [](handle list) { return !list.is_none() && py::len(list) > 0; };
+  if (has(adapters.gate_up)) weights.gate_up_adapter = arrays.adapter(kGateUpAdapter, adapters.gate_up);
+  if (has(adapters.down)) weights.down_adapter = arrays.adapter(kDownAdapter, adapters.down);
+  if (has(adapters.dropout)) {
     const std::array both{&weights.gate_up_adapter, &weights.down_adapter};
     arrays.dropout(both, adapters.seed, adapters.dropout);
   }
@@ -299,10 +300,10 @@ ExpertWeights weights_in(Arrays& arrays, WeightArgument gate_up_proj, WeightArgu
 }
 
 void py_moe_forward(handle x, handle gate_up_proj, handle gate_up_form, handle down_proj, handle down_form,
-                    handle gate_up_bias, handle down_bias, handle topk_ids, handle topk_weights, handle gate_up_adapter,
-                    handle down_adapter, handle dropout_seed, handle y, handle h, std::string_view activation,
-                    bool gated, bool interleaved, float alpha, float limit, handle dropout,
-                    ExecutionArgument execution) {
+                    handle gate_up_bias, handle down_bias, handle topk_ids, handle topk_weights, handle y, handle h,
+                    std::string_view activation, bool gated, bool interleaved, float alpha, float limit,
+                    ExecutionArgument execution, handle gate_up_adapter, handle down_adapter, handle dropout_seed,
+                    handle dropout) {
   Arrays arrays = arrays_of(execution);
   const MoeForwardArgs args{
       .x = arrays.in("x", x),
@@ -318,11 +319,11 @@ void py_moe_forward(handle x, handle gate_up_proj, handle gate_up_form, handle d
 
 void py_moe_backward(handle grad_y, handle x, handle h, handle gate_up_proj, handle gate_up_form, handle down_proj,
                      handle down_form, handle gate_up_bias, handle down_bias, handle topk_ids, handle topk_weights,
-                     handle gate_up_adapter, handle down_adapter, handle dropout_seed, handle grad_x,
-                     handle grad_gate_up_proj, handle grad_down_proj, handle grad_gate_up_bias, handle grad_down_bias,
-                     handle grad_topk_weights, handle grad_gate_up_a, handle grad_gate_up_b, handle grad_down_a,
-                     handle grad_down_b, std::string_view activation, bool gated, bool interleaved, float alpha,
-                     float limit, handle dropout, ExecutionArgument execution) {
+                     handle grad_x, handle grad_gate_up_proj, handle grad_down_proj, handle grad_gate_up_bias,
+                     handle grad_down_bias, handle grad_topk_weights, std::string_view activation, bool gated,
+                     bool interleaved, float alpha, float limit, ExecutionArgument execution, handle gate_up_adapter,
+                     handle down_adapter, handle dropout_seed, handle dropout, handle grad_gate_up_a,
+                     handle grad_gate_up_b, handle grad_down_a, handle grad_down_b) {
   Arrays arrays = arrays_of(execution);
   const MoeBackwardArgs args{
       .grad_y = arrays.in("grad_y", grad_y),
@@ -424,14 +425,17 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
   m.def("glu_backward", &py_glu_backward, "Writes the gradient of h in glu.",  //
         "grad_a"_a, "h"_a, "grad_h"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a,
         py::arg(kExecutionArgument));
+  const py::none none;
   m.def("moe_forward", &py_moe_forward, "Writes the output of the whole expert layer, and h if given.",  //
         "x"_a, "gate_up_proj"_a, "gate_up_form"_a, "down_proj"_a, "down_form"_a, "gate_up_bias"_a, "down_bias"_a,
-        "topk_ids"_a, "topk_weights"_a, "gate_up_adapter"_a, "down_adapter"_a, "dropout_seed"_a, "y"_a, "h"_a,
-        "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a, "dropout"_a, py::arg(kExecutionArgument));
+        "topk_ids"_a, "topk_weights"_a, "y"_a, "h"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a,
+        py::arg(kExecutionArgument), "gate_up_adapter"_a = none, "down_adapter"_a = none, "dropout_seed"_a = none,
+        "dropout"_a = none);
   m.def("moe_backward", &py_moe_backward, "Writes the gradients of moe_forward whose outputs are given.",  //
         "grad_y"_a, "x"_a, "h"_a, "gate_up_proj"_a, "gate_up_form"_a, "down_proj"_a, "down_form"_a, "gate_up_bias"_a,
-        "down_bias"_a, "topk_ids"_a, "topk_weights"_a, "gate_up_adapter"_a, "down_adapter"_a, "dropout_seed"_a,
-        "grad_x"_a, "grad_gate_up_proj"_a, "grad_down_proj"_a, "grad_gate_up_bias"_a, "grad_down_bias"_a,
-        "grad_topk_weights"_a, "grad_gate_up_a"_a, "grad_gate_up_b"_a, "grad_down_a"_a, "grad_down_b"_a,
-        "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a, "dropout"_a, py::arg(kExecutionArgument));
+        "down_bias"_a, "topk_ids"_a, "topk_weights"_a, "grad_x"_a, "grad_gate_up_proj"_a, "grad_down_proj"_a,
+        "grad_gate_up_bias"_a, "grad_down_bias"_a, "grad_topk_weights"_a, "activation"_a, "gated"_a, "interleaved"_a,
+        "alpha"_a, "limit"_a, py::arg(kExecutionArgument), "gate_up_adapter"_a = none, "down_adapter"_a = none,
+        "dropout_seed"_a = none, "dropout"_a = none, "grad_gate_up_a"_a = none, "grad_gate_up_b"_a = none,
+        "grad_down_a"_a = none, "grad_down_b"_a = none);
 }

@@ -142,6 +142,7 @@ def distance(got: Tensor, wanted: Tensor) -> float:
     """The largest difference in units of the largest number."""
     if not got.numel():
         return 0.0
+    got, wanted = got.detach(), wanted.detach()
     return float((got.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-6))
 
 
@@ -215,3 +216,198 @@ def test_elements_past_a_rank_are_not_read(backend: str) -> None:
     unused = torch.arange(6) >= ranks[:, None]
     assert not grads[4][unused].any()
     assert not grads[5].mT[unused].any()
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_dropout(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward drop the elements that the specification's mask does; each call draws a seed."""
+    seed = torch.tensor([0x0123456789ABCDEF])
+    adapted = make(SMALL, dtype, 4, dropout=0.3)
+    first, second = call(adapted), call(adapted)
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    first = call(adapted)
+    torch.manual_seed(1)
+    assert torch.equal(first, call(adapted))
+    monkeypatch.setattr(switchgear.functional, "_dropout_seed", lambda device: seed)
+    check(adapted, fixed_seed=seed)
+    check(make(SMALL, dtype, 4, dropout=0.9, ragged=True), fixed_seed=seed)
+
+
+def test_masks() -> None:
+    """Half of the bits of many masks, and no two rows, projections or seeds alike."""
+    p, shape = 0.25, (400, 300)
+    one, other = (reference.keeps(torch.tensor([seed]), 0, *shape, p) for seed in (7, 7 + 2**32))
+    masks = [one, other, reference.keeps(torch.tensor([7]), 1, *shape, p), one[:, 1:], one[1:]]
+    sigma = math.sqrt(p * (1 - p) / one.numel())
+    for mask in masks:
+        assert abs(float(mask.double().mean()) - (1 - p)) < 5 * sigma
+    agreement = 1 - 2 * p * (1 - p)
+    sigma = math.sqrt(agreement * (1 - agreement) / one.numel())
+    for left, right in ((one, other), (one, masks[2]), (one[:, :-1], one[:, 1:]), (one[:-1], one[1:])):
+        assert abs(float((left == right).double().mean()) - agreement) < 5 * sigma
+    assert bool(reference.keeps(torch.tensor([7]), 0, *shape, 1e-12).all())
+
+
+# ---- contracts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_does_not_depend_on_others(isa: str, dtype: torch.dtype) -> None:
+    adapted = make(CASES[1], dtype, 9, ragged=True)
+    whole = call(adapted)
+    for rows in (slice(0, 1), slice(3, 11), slice(39, 40)):
+        names = ("x", "topk_ids", "topk_weights")
+        layer = adapted.layer._replace(**{name: getattr(adapted.layer, name)[rows] for name in names})
+        assert torch.equal(call(adapted._replace(layer=layer)), whole[rows])
+
+
+def gradients(adapted: Adapted) -> list[Tensor]:
+    leaves = [leaf.detach().requires_grad_() for leaf in adapted.leaves()]
+    x, weights, gate_up_bias, down_bias, *rest = leaves
+    layer = adapted.layer._replace(x=x, topk_weights=weights, gate_up_bias=gate_up_bias, down_bias=down_bias)
+    pairs = zip(adapted.adapters, rest[::2], rest[1::2], strict=True)
+    first, second = (weight._replace(a=a, b=b) for weight, a, b in pairs)
+    torch.manual_seed(3)
+    y = call(Adapted(layer, (first, second)))
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+
+def test_any_number_of_threads(isa: str) -> None:
+    adapted = make(CASES[1], torch.bfloat16, 9, ragged=True, dropout=0.2)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(gradients(adapted))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(other, results[0], strict=True))
+
+
+def test_strides(backend: str) -> None:
+    """Transposed adapters and weights, rows apart: the same bits as contiguous ones."""
+    adapted = make(SMALL, torch.float32, 5)
+    wanted = gradients(adapted)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.mT.contiguous().mT
+
+    def spread(tensor: Tensor) -> Tensor:
+        return tensor.repeat(1, 1, 2)[..., : tensor.shape[-1]]
+
+    for change in (moved, spread):
+        first, second = (weight._replace(a=change(weight.a), b=change(weight.b)) for weight in adapted.adapters)
+        for got, want in zip(gradients(adapted._replace(adapters=(first, second))), wanted, strict=True):
+            assert distance(got, want) < 1e-5
+
+
+def test_one_projection_alone(backend: str) -> None:
+    adapted = make(SMALL, torch.float32, 3)
+    layer, (first, second) = adapted
+    for weights in ((first, layer.down_proj), (layer.gate_up_proj, second)):
+        whole = [
+            weight.weight + 0.75 * weight.b @ weight.a if isinstance(weight, AdaptedWeight) else weight
+            for weight in weights
+        ]
+        biases = {"gate_up_bias": layer.gate_up_bias, "down_bias": layer.down_bias}
+        got, wanted = (
+            switchgear.moe(layer.x, *projections, layer.topk_ids, layer.topk_weights, **biases)
+            for projections in (weights, whole)
+        )
+        assert distance(got, wanted) < 1e-5
+
+
+def test_trained_weights_with_adapters(backend: str) -> None:
+    """The weights' own gradients are those of a layer without adapters that has the same h and grad_h: B is zero."""
+    layer, adapters = make(SMALL, torch.float32, 3)
+    proj = [layer.gate_up_proj.requires_grad_(), layer.down_proj.requires_grad_()]
+    adapted = [
+        weight._replace(weight=own, b=torch.zeros_like(weight.b)) for weight, own in zip(adapters, proj, strict=True)
+    ]
+    call_of = (layer.topk_ids, layer.topk_weights)
+    got = torch.autograd.grad(switchgear.moe(layer.x, *adapted, *call_of).square().sum(), proj)
+    wanted = torch.autograd.grad(switchgear.moe(layer.x, *proj, *call_of).square().sum(), proj)
+    assert all(distance(*pair) < 1e-5 for pair in zip(got, wanted, strict=True))
+
+
+def test_grouped_gemm(backend: str) -> None:
+    layer, (first, _) = make(SMALL, torch.float32, 4, ragged=True)
+    plan = switchgear.plan(layer.topk_ids, 5)
+    assert first.ranks is not None
+    used = torch.arange(4) < first.ranks[:, None]
+    assert isinstance(first.scale, Tensor)
+    low_rank = first.scale[:, None, None] * (first.b * used[:, None]) @ first.a
+    whole = layer.gate_up_proj + low_rank
+    rest = {"bias": layer.gate_up_bias, "token_indices": plan.token_indices}
+    got, wanted = (switchgear.grouped_gemm(layer.x, w, plan.expert_offsets, **rest) for w in (first, whole))
+    used_slots = int(plan.expert_offsets[-1])
+    assert distance(got[:used_slots], wanted[:used_slots]) < 1e-5
+
+
+def test_opcheck() -> None:
+    layer, adapters = make(SMALL, torch.float32, 4, ragged=True)
+    seed = torch.tensor([3])
+    lists = [weight.adapter() for weight in adapters]
+    for drops in ((None, ()), (seed, (0.5, 0.0))):
+        args = (*layer.arguments(), *DEFAULT, True, *lists, *drops)
+        torch.library.opcheck(torch.ops.switchgear.moe_forward.default, args)
+        h = ops.moe_forward(*args)[1]
+        for needs in ([True] * 10, [False] * 7 + [True, False, True], [True] * 6):
+            back = (layer.x, layer.x, h, *layer.arguments()[1:], *DEFAULT, needs, *lists, *drops)
+            torch.library.opcheck(torch.ops.switchgear.moe_backward.default, back)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.checks_values
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"a": torch.zeros(5, 3, 19)}, ValueError, "gate_up_adapter_a: expected shape"),
+        ({"a": torch.zeros(4, 3, 20)}, ValueError, "gate_up_adapter_a: expected shape"),
+        ({"a": torch.zeros(5, 0, 20), "b": torch.zeros(5, 24, 0)}, ValueError, "gate_up_adapter_a: expected"),
+        ({"a": torch.zeros(5, 3, 20).half()}, TypeError, "gate_up_adapter_a: expected"),
+        ({"b": torch.zeros(5, 24, 4)}, ValueError, "gate_up_adapter_b: expected shape"),
+        ({"b": torch.zeros(5, 23, 3)}, ValueError, "gate_up_adapter_b: expected shape"),
+        ({"scale": torch.zeros(4)}, ValueError, "gate_up_adapter_scales: expected shape"),
+        ({"scale": torch.zeros(5).double()}, TypeError, "gate_up_adapter_scales: expected"),
+        ({"scale": torch.tensor([1, 1, math.nan, 1, 1])}, ValueError, "gate_up_adapter_scales: expected finite"),
+        ({"scale": math.inf}, ValueError, "gate_up_adapter_scales: expected finite numbers"),
+        ({"ranks": torch.tensor([0, 1, 2, 3, 4]).int()}, ValueError, "gate_up_adapter_ranks: expected"),
+        ({"ranks": torch.tensor([0, 1, 2, 3, -1]).int()}, ValueError, "gate_up_adapter_ranks: expected"),
+        ({"ranks": torch.tensor([0, 1, 2, 3])}, TypeError, "gate_up_adapter_ranks: expected"),
+        ({"ranks": torch.tensor([0, 1, 2, 3]).int()}, ValueError, "gate_up_adapter_ranks: expected shape"),
+        ({"dropout": 1.0}, ValueError, "dropout: expected two probabilities"),
+        ({"dropout": -0.1}, ValueError, "dropout: expected two probabilities"),
+        ({"dropout": math.nan}, ValueError, "dropout: expected two probabilities"),
+    ],
+)  # fmt: skip
+def test_bad_input(backend: str, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    layer, (first, second) = make(SMALL, torch.float32, 3)
+    first = first._replace(**changes)
+    with pytest.raises(error, match=message):
+        call(Adapted(layer, (first, second)))
+    with pytest.raises(error, match=message):
+        call(Adapted(layer, (first._replace(b=first.b.requires_grad_()), second)))
+
+
+def test_a_seed_is_needed(backend: str) -> None:
+    layer, adapters = make(SMALL, torch.float32, 3)
+    lists = [weight.adapter() for weight in adapters]
+    args = (*layer.arguments(), *DEFAULT, True, *lists)
+    for seed, error, message in (
+        (None, ValueError, "dropout_seed: expected a tensor"),
+        (torch.zeros(1), TypeError, "dropout_seed: expected"),
+        (torch.zeros(2, dtype=torch.int64), ValueError, "dropout_seed: expected"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.moe_forward(*args, seed, (0.5, 0.0))
+    with pytest.raises(ValueError, match="dropout: expected two probabilities"):
+        ops.moe_forward(*args, torch.zeros(1, dtype=torch.int64), (0.5,))
+    with pytest.raises(ValueError, match="gate_up_adapter: expected a, b, scales and possibly ranks, got 2"):
+        ops.moe_forward(*layer.arguments(), *DEFAULT, True, lists[0][:2], None)

@@ -79,7 +79,7 @@ def check(layer: Layer, grad_y: Tensor, h: Tensor, y_bound: Bounded, h_bound: Bo
     assert_close(computed_y, y_bound, "y")
     assert torch.equal(computed_y, call(layer, options)), "y depends on whether h is kept"
 
-    grads = ops.moe_backward(grad_y, layer.x, h, *layer.arguments()[1:], *options, [True] * 6)
+    grads = ops.moe_backward(grad_y, layer.x, h, *layer.arguments()[1:], *options, [True] * 6)[:6]
     idle = torch.bincount(layer.topk_ids[layer.topk_ids >= 0], minlength=layer.gate_up_proj.shape[0]) == 0
     for name, tensor, grad, bound in zip(GRADS, differentiable(layer), grads, grad_bounds, strict=True):
         if tensor is None:

@@ -425,7 +425,7 @@ class Moe(torch.autograd.Function):
             gate_up_proj, down_proj, *others, h = saved
             layer = ([gate_up_proj], (), [down_proj], (), *others)
             outputs = ops.moe_backward(grad_y, x, h, *layer, *options, needs)
-            return tuple(output if need else None for output, need in zip(outputs, needs, strict=True))
+            return tuple(output if need else None for output, need in zip(outputs, needs, strict=False))
 
         *grad_inputs, grad_weights = once(grads, grad_y, *ctx.saved_tensors)
         return *grad_inputs, None, grad_weights, *[None] * 5

@@ -82,6 +82,8 @@ def _tensors(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, value
     elif hasattr(value, "tensors"):  # a Weight
         yield from ((name, tensor) for tensor in value.tensors)
+    elif hasattr(value, "adapter"):  # an AdaptedWeight, whose tensors the ops name
+        yield from ((name, tensor) for tensor in (value.weight, *value[1:]) if isinstance(tensor, Tensor))
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             yield f"{name}[{index}]", item

@@ -573,7 +573,8 @@ def _moe_of_weights(
         and ops.needs_no_dispatch(x, *others, *plain)
         and (not has_adapters or ops.needs_no_dispatch(x, *call.adapters[0], *call.adapters[1]))
     ):
-        y = ops.moe_forward_on_host(x, *layer, *options, adapters, call.dropout)
+        late = (*adapters, call.dropout) if has_adapters else ()
+        y = ops.moe_forward_on_host(x, *layer, *options, *late)
     else:
         y = ops.moe_forward(x, *layer, *options, False, *adapters, call.dropout)[0]
     return y if len(shape) == 2 else y.reshape(shape)

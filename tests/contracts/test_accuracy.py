@@ -268,7 +268,7 @@ def test_gradients_within_bound(backend: str, count: int) -> None:
         layer, options, h, grad_y, expected = backward_problems(seed)
         needs = [name in expected for name in GRADIENTS]
         grads = ops.moe_backward(grad_y, layer.x, h, *layer.arguments()[1:], *options, needs)
-        for name, grad in zip(GRADIENTS, grads, strict=True):
+        for name, grad in zip(GRADIENTS, grads[: len(GRADIENTS)], strict=True):
             if name not in expected:
                 continue
             exact, bound = expected[name]

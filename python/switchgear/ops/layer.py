@@ -41,7 +41,7 @@ def _moe_forward_writes(kernels: Kernels, *args: Any) -> tuple[Any, Any]:
 
 moe_forward: Callable[..., tuple[Tensor, Tensor]] = register(
     f"moe_forward(Tensor x, {_LAYER}, bool save_h, {_ADAPTERS}) -> (Tensor y, Tensor h)",
-    "rwfwfrrddooooo-aado",
+    "rwfwfrrddooooo-aann",
     _allocate_moe_forward,
     written=_moe_forward_writes,
 )
@@ -82,16 +82,17 @@ def moe_forward_on_host(
     interleaved: bool,
     alpha: float,
     limit: float,
-    adapters: tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None] = ((), (), None),
-    dropout: Sequence[float] = (),
+    *adapters: Any,
 ) -> Tensor:
-    """y of moe_forward, for tensors that need no dispatch. A plain projection can be passed as a tensor. adapters: of
-    both projections, and the seed of dropout."""
+    """y of moe_forward, for tensors that need no dispatch. A plain projection can be passed as a tensor. adapters: the
+    op's last arguments, if there are any."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if adapters:
+        adapters = (usable(adapters[0]), usable(adapters[1]), *adapters[2:])
     host.module.moe_forward(
         rows(x), gate_up_proj, gate_up_form, down_proj, down_form, rows(gate_up_bias), rows(down_bias),
-        topk_ids.contiguous(), topk_weights.contiguous(), usable(adapters[0]), usable(adapters[1]), adapters[2],
-        y, None, activation, gated, interleaved, alpha, limit, dropout, host.execution(),
+        topk_ids.contiguous(), topk_weights.contiguous(), y, None, activation, gated, interleaved, alpha, limit,
+        host.execution(), *adapters,
     )  # fmt: skip
     return y
 
@@ -143,7 +144,8 @@ moe_backward: Callable[..., tuple[Tensor, ...]] = register(
     f"moe_backward(Tensor grad_y, Tensor x, Tensor h, {_LAYER}, bool[] needs, {_ADAPTERS}) -> (Tensor grad_x, "
     "Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_gate_up_bias, Tensor grad_down_bias, "
     "Tensor grad_topk_weights, Tensor grad_gate_up_a, Tensor grad_gate_up_b, Tensor grad_down_a, Tensor grad_down_b)",
-    "rrrwfwfrrddooooo-aado",
+    "rrrwfwfrrddooooo-aann",
     _allocate_moe_backward,
     written=_moe_backward_writes,
+    early=6,
 )

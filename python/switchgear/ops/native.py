@@ -49,9 +49,6 @@ class Native(Protocol):
         down_bias: Tensor | None,
         topk_ids: Tensor,
         topk_weights: Tensor,
-        gate_up_adapter: Sequence[Tensor],
-        down_adapter: Sequence[Tensor],
-        dropout_seed: Tensor | None,
         y: Tensor,
         h: Tensor | None,
         activation: str,
@@ -59,9 +56,9 @@ class Native(Protocol):
         interleaved: bool,
         alpha: float,
         limit: float,
-        dropout: Sequence[float],
         execution: Any,
         /,
+        *adapters: Any,
     ) -> None: ...
 
 

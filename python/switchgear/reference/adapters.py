@@ -96,7 +96,7 @@ def adapter_of(
         return Adapter(a, b, scales, None)
     assert seed is not None
     kept = keeps(seed, projection, num_slots, columns, p)
-    return Adapter(a, b, (scales.double() / (1 - p)).float(), kept)
+    return Adapter(a, b, scales.double() / (1 - p), kept)
 
 
 def check_dropout(seed: Tensor | None, probabilities: Sequence[float]) -> tuple[float, float]:
