@@ -273,8 +273,8 @@ __device__ inline auto columns_loader(const ExpertOperand& b, const ExpertMatrix
   }
 }
 
-// A tile multiplies the operands of g.low, then those of g. The ring runs empty in between, about 3 % of a tile with C = 2048;
-// one loop over both would need registers that 128 x 128 sums leave to nothing.
+// A tile multiplies the operands of g.low, then those of g. The ring runs empty in between, about 3 % of a tile with C = 2048:
+// one loop over both spills registers of the largest tile.
 template <typename Product, TileKind kKind, bool kBDepthMajor>
 __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.blocks)
     gemm_kernel(const __grid_constant__ Gemm g, const Alignment aligned) {
@@ -289,28 +289,31 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
     const bool nobody = tile.expert == g.num_experts;
     Sums<Tile> sums;
     clear_sums(sums);
-#pragma unroll 1
-    for (int pair = g.low.rank > 0 ? 0 : 1; pair < 2; ++pair) {
-      const bool low = pair == 0;
-      const Rows& rows = low ? g.low.a : g.a;
-      const ExpertOperand& b = low ? g.low.b : g.b;
-      const ExpertMatrix<T> matrix(b, g.n, low ? g.low.rank : g.c, nobody ? 0 : tile.expert);
+    // Compiled for each pair of operands, so that strides and bases are constants, not registers.
+    const auto multiply = [&](const Rows& rows, const ExpertOperand& b, int64_t depth, bool a_aligned, bool b_aligned) {
+      const ExpertMatrix<T> matrix(b, g.n, depth, nobody ? 0 : tile.expert);
       const TileColumns columns = tile_columns(g, tile.column, Tile::kColumns);
-      const WarpPlace<Tile> at(thread);
       const auto row_at = [&](int i) -> int32_t {
         const bool used = i < tile.rows && !nobody;
         if (!used) return -1;
         const int32_t slot = tile.first_row + i, row = rows.indices != nullptr ? rows.indices[slot] : slot;
         return row < rows.count ? row : -1;
       };
-      DepthMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(
-          static_cast<const T*>(rows.data), rows.stride, row_at, thread, low ? aligned.low_a : aligned.a);
-      auto load_b = columns_loader<T, Tile, kBDepthMajor>(b, matrix, columns, thread, low ? aligned.low_b : aligned.b);
-      multiply_tile<Product, Tile, true, kBDepthMajor>(sums, load_a, load_b, 0, nobody ? 0 : matrix.k_end, shared, at);
-      if (!low) break;
-      if (g.low.mask.drops()) mask_sums(sums, g.low.mask, tile.first_row, columns.first, at);
+      DepthMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(static_cast<const T*>(rows.data),
+                                                                               rows.stride, row_at, thread, a_aligned);
+      auto load_b = columns_loader<T, Tile, kBDepthMajor>(b, matrix, columns, thread, b_aligned);
+      multiply_tile<Product, Tile, true, kBDepthMajor>(sums, load_a, load_b, 0, nobody ? 0 : matrix.k_end, shared,
+                                                       WarpPlace<Tile>(thread));
+    };
+    if (g.low.rank > 0) {
+      multiply(g.low.a, g.low.b, g.low.rank, aligned.low_a, aligned.low_b);
+      if (g.low.mask.drops()) {
+        const int32_t column = tile_columns(g, tile.column, Tile::kColumns).first;
+        mask_sums(sums, g.low.mask, tile.first_row, column, WarpPlace<Tile>(thread));
+      }
       __syncthreads();  // the adapter's last stage has been read
     }
+    multiply(g.a, g.b, g.c, aligned.a, aligned.b);
     const StagedSums staged = stage_sums<Tile>(sums, shared, thread);
     const int32_t n_end = ExpertMatrix<T>(g.b, g.n, g.c, nobody ? 0 : tile.expert).n_end;
     run_epilogue<T>(g, aligned, tile, n_end, staged, Tile::kRows, Tile::kColumns, thread, Tile::kThreads);

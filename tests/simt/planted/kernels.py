@@ -307,11 +307,11 @@ MISTAKES = (
         RACE,
     ),
     _of_low_rank(
-        "mask of the next tile's columns",
+        "mask of other columns",
         "gemm_bf16",
         "low_rank_is_masked",
-        "tile.first_row, columns.first, at);",
-        "tile.first_row, columns.first + Tile::kColumns, at);",
+        "tile.first_row, column, WarpPlace",
+        "tile.first_row, column + 8, WarpPlace",
         "gemm_sm80.cuh",
     ),
     _of_low_rank(
