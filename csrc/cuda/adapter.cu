@@ -48,9 +48,9 @@ bool ProjectionAdapter::fits(const Matrix& m) const {
 }
 
 bool ProjectionAdapter::tma_takes(const Matrix& m) const {
-  const bool is_vectors = along_rank_ == (m.rank_stride == 1) && (m.rank_stride == 1) != (m.stride == 1);
+  const bool has_one_unit = (m.rank_stride == 1) != (m.stride == 1);
   const int64_t wide = m.rank_stride == 1 ? m.stride : m.rank_stride;
-  return !adapter_.ranks.defined() && adapter_.rank() % 8 == 0 && is_vectors && starts_vectors(m.data) &&
+  return !adapter_.ranks.defined() && adapter_.rank() % 8 == 0 && has_one_unit && starts_vectors(m.data) &&
          wide % 8 == 0 && m.expert_stride % 8 == 0 && m.expert_stride > 0;
 }
 
