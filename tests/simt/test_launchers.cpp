@@ -187,7 +187,7 @@ TEST(ops_are_queued_where_and_as_their_caller_says) {
     const Array a[] = {ones(DType::kBFloat16, {l.c.E, r, l.c.H}), ones(DType::kBFloat16, {l.c.E, r, l.c.I})};
     const Array b[] = {ones(DType::kBFloat16, {l.c.E, l.N, r}), ones(DType::kBFloat16, {l.c.E, l.c.H, r})};
     const Array scales = ones(DType::kFloat32, {l.c.E});
-    Array seed(DType::kInt32, {2});
+    Array seed(DType::kInt32, {2}, 0, 0);
     seed.fill([](int64_t i) { return 7 * i; });
     TensorView device_seed = on_device(seed);
     device_seed.dtype = DType::kInt64;
