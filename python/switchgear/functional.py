@@ -400,10 +400,8 @@ def _adapted_grouped_gemm(
     expert_offsets: Tensor,
     bias: Tensor | None,
     token_indices: Tensor | None,
-    projection: int = 0,
-    seed: Tensor | None = None,
 ) -> Tensor:
-    """The product with the weight, plus that with the adapter, by stages; seed and projection: those of dropout."""
+    """The product with the weight, plus that with the adapter, by stages."""
     out = grouped_gemm(x, adapted.weight, expert_offsets, bias=bias, token_indices=token_indices)
     a, b, scales, *ranks = adapted.adapter()
     if in_autocast(x.device.type):
@@ -413,8 +411,7 @@ def _adapted_grouped_gemm(
         a, b = a.masked_fill(unused[:, :, None], 0), b.masked_fill(unused[:, None, :], 0)
     if adapted.dropout > 0:
         rows = x if token_indices is None else x[token_indices.clamp(min=0).long()]
-        seed = _dropout_seed(x.device) if seed is None else seed
-        kept = reference.keeps(seed, projection, *rows.shape, adapted.dropout)
+        kept = reference.keeps(_dropout_seed(x.device), 0, *rows.shape, adapted.dropout)
         x, token_indices, scales = torch.where(kept, rows, 0), None, scales / (1 - adapted.dropout)
     low = grouped_gemm(x, a, expert_offsets, token_indices=token_indices)
     experts = torch.bucketize(torch.arange(len(low), device=x.device), expert_offsets[1:], right=True)
