@@ -130,7 +130,7 @@ void check_concatenation(const Problem& p) {
   const Array a = random_rows(p.rows, random, dtype, p.gather ? c.T : S, C);
   const Array low_a = random_rows(Rows::kAligned, random, dtype, S, r);
   Array ends(DType::kInt32, {c.E});
-  ends.fill([&](int64_t e) { return e % 3 == 0 ? r : e % 3 == 1 ? random.below(r + 1) : r + 1000; });
+  ends.fill([&](int64_t e) { return e % 3 == 0 ? random.below(r) : e % 3 == 1 ? r : r + 1000; });
   if (c.E > 4) ends.set_id(-3, 4);  // as none: the values are not checked
   const auto rank_of = [&](int64_t e) { return p.ragged ? std::clamp<int64_t>(ends.id(e), 0, r) : r; };
   const auto any = [&](int64_t, int64_t, int64_t) { return random.normal(); };
