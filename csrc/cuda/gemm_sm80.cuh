@@ -274,7 +274,7 @@ __device__ inline auto columns_loader(const ExpertOperand& b, const ExpertMatrix
   }
 }
 
-// A tile multiplies the operands of g.low, then those of g. The ring runs empty in between, about 3 % of a tile with C = 2048:
+// A tile multiplies the operands of g.low, then those of g. The ring runs empty in between, an estimated 3 % of a tile at C = 2048:
 // one loop over both spills registers of the largest tile.
 template <typename Product, TileKind kKind, bool kBDepthMajor>
 __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.blocks)
