@@ -335,9 +335,12 @@ void Arrays::dropout(const std::array<Adapter*, 2>& adapters, py::handle seed, p
     SWITCHGEAR_CHECK(ValueError, !seed.is_none(), "dropout_seed: expected a tensor beside dropout, got none");
     const TensorView view = in("dropout_seed", seed);
     SWITCHGEAR_CHECK(TypeError, view.dtype == DType::kInt64, "dropout_seed: expected int64, got ", describe(view));
-    SWITCHGEAR_CHECK(ValueError, view.numel() == 1 && view.device.type == DeviceType::kCPU,
-                     "dropout_seed: expected one number in CPU memory, got ", describe(view));
-    adapters[i]->seed = static_cast<uint64_t>(*view.as<const int64_t>());
+    SWITCHGEAR_CHECK(ValueError, view.numel() == 1, "dropout_seed: expected one number, got ", describe(view));
+    if (view.device.type == DeviceType::kCPU) {
+      adapters[i]->seed = static_cast<uint64_t>(*view.as<const int64_t>());
+    } else {
+      adapters[i]->device_seed = view;
+    }
   }
 }
 

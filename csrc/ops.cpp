@@ -179,6 +179,10 @@ void adapter_input(Call& call, const AdapterNames& names, const Adapter& adapter
   if (adapter.ranks.defined()) call.input(names.ranks, adapter.ranks, kInt32, {&E});
   SWITCHGEAR_CHECK(ValueError, adapter.dropout >= 0 && adapter.dropout < 1,
                    "dropout: expected two probabilities in [0, 1), got ", adapter.dropout);
+  const TensorView& seed = adapter.device_seed;
+  const bool is_near = seed.device.type == adapter.a.device.type && seed.device.index == adapter.a.device.index;
+  SWITCHGEAR_CHECK(ValueError, !seed.defined() || is_near, "dropout_seed: expected it on the CPU or beside ", names.a,
+                   ", got ", describe(seed));
 }
 
 void adapter_inputs(Call& call, const ExpertWeights& weights, Dim& E, Dim& H, Dim& I, Dim& N) {
@@ -186,9 +190,9 @@ void adapter_inputs(Call& call, const ExpertWeights& weights, Dim& E, Dim& H, Di
   adapter_input(call, kDownAdapter, weights.down_adapter, E, H, I);
 }
 
-// The contents. Ranks are indices, so they are replaced by a copy.
+// The contents, if they are in host memory. Ranks are indices, so they are replaced by a copy.
 void check_adapter(Call& call, const AdapterNames& names, Adapter& adapter) {
-  if (!adapter.defined()) return;
+  if (!adapter.defined() || !readable(adapter.scales)) return;
   for (int64_t e = 0; e < adapter.scales.shape[0]; ++e) {
     const float scale = adapter.scales.as<const float>()[e];
     SWITCHGEAR_CHECK(ValueError, std::isfinite(scale), names.scales, ": expected finite numbers, got ", scale,

@@ -84,7 +84,8 @@ const Backend& cuda_backend() {
       .route_dynamic = on_its_device<RouteDynamicArgs, cuda::route_dynamic>,
       .column_topk = on_its_device<ColumnTopkArgs, cuda::column_topk>,
       .fit_capacity = on_its_device<FitCapacityArgs, cuda::fit_capacity>,
-      .assign_balanced = on_its_device<AssignBalancedArgs, cuda::assign_balanced>};
+      .assign_balanced = on_its_device<AssignBalancedArgs, cuda::assign_balanced>,
+      .takes_adapters = true};
   return kBackend;
 }
 

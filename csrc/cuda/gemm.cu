@@ -21,11 +21,18 @@ void check_sizes(std::initializer_list<int64_t> sizes) {
   }
 }
 
+// The tiles read both matrices in one layout. A matrix of one row or column has both.
+bool layouts_match(const Gemm& g) {
+  if (g.b.k_contiguous()) return g.low.b.k_stride == 1 || g.low.rank == 1;
+  return g.low.b.n_stride == 1 || g.n == 1;
+}
+
 }  // namespace
 
 void gemm(const Gemm& g, void* stream) {
   if (g.num_slots == 0) return;
-  check_sizes({g.n, g.c});
+  check_sizes({g.n, g.c, g.low.rank});
+  if (g.low.rank > 0 && !layouts_match(g)) throw std::logic_error("gemm: the matrices have different layouts");
   if (sm90_takes(g)) return gemm_sm90(g, stream);
   switch (g.dtype) {
     case DType::kBFloat16: return gemm_bf16(g, stream);

@@ -4,6 +4,9 @@
 //   Gemm    out[s,n] = Σ_k a[s,k] · b[e(s)][n,k] (+ bias[e(s),n])      rows grouped by expert: forward, input gradient
 //   Wgrad   out[e][m,n] = Σ_{s of e} a[s,m] · b[s,n]                   inner dimension grouped by expert: weight gradient
 //
+// The inner dimension of a Gemm may be extended by a second pair of operands (LowRank), an adapter's: its products go into the
+// same accumulators, before those of a and b.
+//
 // `gemm` and `wgrad` pick the kernel: gemm_sm90 if sm90_takes allows it, else the decode kernel, else the tiles of the table
 // below. Everything is plain data; pick_tile is a pure function, tested without a GPU.
 //
@@ -39,7 +42,8 @@ struct ExpertOperand {
   const void* data = nullptr;  // expert e at data + e * expert_stride …
   int64_t expert_stride = 0;
   const SeparateMatrix* separate = nullptr;  // … or, if given, at separate[e].data; [E] on the device
-  bool rows_are_n = true;                    // separate[e].rows bounds n; else k
+  const int32_t* ends = nullptr;  // [E] on the device, optional: rows from here on are zeros and are not read
+  bool rows_are_n = true;         // separate[e].rows and ends[e] bound n; else k
   int64_t n_stride = 0, k_stride = 1;
   bool aligned = false;  // bases and all strides that are not 1 (including expert_stride) are multiples of 16 bytes
 
@@ -55,13 +59,34 @@ enum class Epilogue : uint8_t {
                  // weighted_a [S,I] = w·glu(h) and weight_parts [S, weight_parts_of(I)] = parts of <g, glu(h)>
 };
 
+// The mask of dropout of one projection; dropout.cuh has its definition.
+struct DropoutMask {
+  uint64_t seed = 0;
+  const int64_t* device_seed = nullptr;  // instead of seed, on the device
+  uint32_t projection = 0;
+  uint32_t threshold = 0;  // hashes below it are dropped; 0: none
+
+  __host__ __device__ constexpr bool drops() const { return threshold > 0; }
+};
+
+// The product becomes a·bᵀ + mask ⊙ (low.a · low.bᵀ).
+struct LowRank {
+  Rows a;            // [S,r] in slot order
+  ExpertOperand b;   // [E][N,r]; k is contiguous if it is in the other b
+  int64_t rank = 0;  // r; 0: none
+  DropoutMask mask;  // of out's elements; not with kGlu
+};
+
 struct Gemm {
   DType dtype = DType::kFloat32;
   bool allow_tf32 = false;
   Rows a;           // [S,C], gathered or in slot order
   ExpertOperand b;  // [E][N,C]
+  LowRank low;
   const void* bias = nullptr;
   int64_t bias_stride = 0;                  // [E,N]
+  const float* scales = nullptr;            // kStore, without bias: [E], factors of the product; optional
+  float scale_divisor = 1.0f;               // … divided by this
   const int32_t* expert_offsets = nullptr;  // [E+1] on the device
   int64_t num_experts = 0;
   int64_t num_slots =
@@ -151,6 +176,7 @@ constexpr TileKind pick_tile(int64_t rows_per_expert) {
 void gemm(const Gemm& g, void* stream);
 void wgrad(const Wgrad& g, void* stream);
 
+bool on_hopper();                // the current device
 bool sm90_takes(const Gemm& g);  // on the current device
 void gemm_sm90(const Gemm& g, void* stream);
 bool sm90_takes(const Wgrad& g);

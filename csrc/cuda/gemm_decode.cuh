@@ -126,6 +126,19 @@ __device__ inline void multiply_rows(float (&sums)[2][4], const T* const (&rows)
   }
 }
 
+// Applies the mask of dropout to a lane's sums: slots slot, slot + 8 and columns c, c + 1 of both fragments.
+__device__ inline void mask_decoded(float (&sums)[2][4], const DropoutMask& mask, int32_t slot, const int32_t (&c)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const DropoutRow row(mask, slot + 8 * i);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int v = 0; v < 2; ++v) sums[j][2 * i + v] = row.keeps(c[j] + v) ? sums[j][2 * i + v] : 0.0f;
+    }
+  }
+}
+
 // A lane's part of a row: columns first, first + 1 of each of the two fragments.
 struct DecodeRow {
   float v[2][2];
@@ -133,7 +146,7 @@ struct DecodeRow {
 
 // For kGlu, gate and up are v[0][i] and v[1][i] (two halves), or v[j][0] and v[j][1] (interleaved).
 template <typename T>
-__device__ inline void store_decoded(const Gemm& g, const T* bias, int32_t bias_end, int64_t slot,
+__device__ inline void store_decoded(const Gemm& g, float scale, const T* bias, int32_t bias_end, int64_t slot,
                                      const int32_t (&columns)[2], const int32_t (&ends)[2], DecodeRow row) {
   const bool glu = g.epilogue == Epilogue::kGlu;
   T* const raw = static_cast<T*>(glu ? g.h : g.out);
@@ -145,6 +158,7 @@ __device__ inline void store_decoded(const Gemm& g, const T* bias, int32_t bias_
       const int32_t column = columns[j] + i;
       if (column >= ends[j]) continue;
       if (bias != nullptr && column < bias_end) row.v[j][i] += to_float(bias[column]);
+      row.v[j][i] *= scale;
       if (raw != nullptr) raw[slot * raw_stride + column] = from_float<T>(row.v[j][i]);
     }
   }
@@ -173,35 +187,42 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, 4) decode_kernel(const __gr
   SlotRange slots = slots_of(g.expert_offsets, num_experts, num_experts, static_cast<int32_t>(g.num_slots));
   const int32_t expert = nobody ? 0 : nonempty_expert(g, static_cast<int32_t>(blockIdx.y), slots);
   if (expert < 0) return;
-  const ExpertMatrix<T> matrix(g, expert);
   const T* const bias = nobody || g.bias == nullptr ? nullptr : static_cast<const T*>(g.bias) + expert * g.bias_stride;
-  const auto bias_end = static_cast<int32_t>(g.epilogue == Epilogue::kStore ? matrix.n_end : static_cast<int32_t>(g.n));
+  const int32_t n_end = ExpertMatrix<T>(g.b, g.n, g.c, expert).n_end;
+  const auto bias_end = g.epilogue == Epilogue::kStore ? n_end : static_cast<int32_t>(g.n);
   // Lane 4 i + q loads column i of both fragments and holds the sums of columns 2 q and 2 q + 1.
-  const T* columns[2];
   int32_t own[2], ends[2];
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    const int32_t column = tile.column(8 * j + lane / 4), end = tile.end(8 * j);
-    columns[j] = column < end && column < matrix.n_end ? matrix.data + column * g.b.n_stride : nullptr;
     own[j] = tile.column(8 * j + lane % 4 * 2);
-    ends[j] = end;
+    ends[j] = tile.end(8 * j);
   }
   for (int32_t first = slots.begin; first < slots.end; first += kDecodeRows) {
-    const T* rows[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int32_t slot = first + lane / 4 + 8 * i;
-      const bool used = slot < slots.end && !nobody;
-      const int32_t row = !used ? -1 : g.a.indices != nullptr ? g.a.indices[slot] : slot;
-      rows[i] = row >= 0 && row < g.a.count ? static_cast<const T*>(g.a.data) + row * g.a.stride : nullptr;
-    }
     float sums[2][4] = {};
-    multiply_rows(sums, rows, columns, nobody ? 0 : matrix.k_end);
+#pragma unroll 1
+    for (int pair = g.low.rank > 0 ? 0 : 1; pair < 2; ++pair) {  // the operands of g.low, then those of g
+      const bool low = pair == 0;
+      const Rows& a = low ? g.low.a : g.a;
+      const ExpertOperand& b = low ? g.low.b : g.b;
+      const ExpertMatrix<T> matrix(b, g.n, low ? g.low.rank : g.c, expert);
+      const T *rows[2], *columns[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int32_t slot = first + lane / 4 + 8 * i;
+        const bool used = slot < slots.end && !nobody;
+        const int32_t row = !used ? -1 : a.indices != nullptr ? a.indices[slot] : slot;
+        rows[i] = row >= 0 && row < a.count ? static_cast<const T*>(a.data) + row * a.stride : nullptr;
+        const int32_t column = tile.column(8 * i + lane / 4);
+        columns[i] = column < ends[i] && column < matrix.n_end ? matrix.data + column * b.n_stride : nullptr;
+      }
+      multiply_rows(sums, rows, columns, nobody ? 0 : matrix.k_end);
+      if (low && g.low.mask.drops()) mask_decoded(sums, g.low.mask, first + lane / 4, own);
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int32_t slot = first + lane / 4 + 8 * i;
       if (slot >= slots.end) continue;
-      store_decoded<T>(g, bias, bias_end, slot, own, ends,
+      store_decoded<T>(g, nobody ? 1.0f : scale_of(g, expert), bias, bias_end, slot, own, ends,
                        {{{sums[0][2 * i], sums[0][2 * i + 1]}, {sums[1][2 * i], sums[1][2 * i + 1]}}});
     }
   }

@@ -2,7 +2,7 @@
 // The epilogue of a tile of sums: bias, gate, rounding, storing. The accumulators are in shared memory as float32, for every
 // kernel. A thread handles blocks of eight columns of a row, so that memory is read and written in vectors.
 //
-//   kStore          out = sums + bias
+//   kStore          out = sums + bias, or scale · sums
 //   kGlu            h = sums + bias (stored if requested), out = a = glu(h). The tile's columns are the gates and ups of the
 //                   same columns of a: gates first and then ups, or interleaved like h itself
 //   kGluBackward    g = sums: out = grad_h and, if requested, weighted_a and parts of <g, a> (weight_parts_of in gemm.h)
@@ -131,8 +131,13 @@ class StagedSums {
 
 // Whether the rows of each tensor, and the ups in them, start at multiples of 16 bytes.
 struct Alignment {
-  bool a = false, b = false, out = false, h = false, weighted_a = false;
+  bool a = false, b = false, low_a = false, low_b = false, out = false, h = false, weighted_a = false;
 };
+
+// The factor of an expert's sums (kStore).
+__device__ inline float scale_of(const Gemm& g, int32_t expert) {
+  return g.scales == nullptr || expert >= g.num_experts ? 1.0f : g.scales[expert] / g.scale_divisor;
+}
 
 // The columns of b that a tile multiplies: column(j) for j below the tile's width, if below end(j). If gates and ups are I
 // columns apart in b, they are the two halves of a tile.
@@ -170,6 +175,11 @@ __device__ inline void store_sums(const Gemm& g, const Alignment& aligned, const
     load_block(bias, static_cast<const T*>(g.bias) + tile.expert * g.bias_stride + column, used, false);
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) values[i] += bias[i];
+  }
+  if (g.scales != nullptr) {
+    const float factor = scale_of(g, tile.expert);
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) values[i] *= factor;
   }
   store_block(static_cast<T*>(g.out) + (tile.first_row + row) * g.out_stride + column, values, count, aligned.out);
 }

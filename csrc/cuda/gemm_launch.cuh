@@ -23,6 +23,8 @@ inline Alignment alignment_of(const Gemm& g) {
   const bool out_halves = g.epilogue == Epilogue::kGluBackward;
   return {.a = rows_aligned(g.a.data, g.a.stride, g.dtype),
           .b = g.b.aligned && (!b_halves || ups_aligned),
+          .low_a = rows_aligned(g.low.a.data, g.low.a.stride, g.dtype),
+          .low_b = g.low.b.aligned && (!b_halves || ups_aligned),
           .out = rows_aligned(g.out, g.out_stride, g.dtype) && (!out_halves || ups_aligned),
           .h = rows_aligned(g.h, g.h_stride, g.dtype) && ups_aligned,
           .weighted_a = rows_aligned(g.weighted_a, g.weighted_a_stride, g.dtype)};
@@ -61,7 +63,8 @@ inline bool decode_takes(const Gemm& g) {
   constexpr int64_t kMaxSlots = 128;
   const Alignment aligned = alignment_of(g);
   return size_of(g.dtype) == 2 && g.epilogue != Epilogue::kGluBackward && g.num_slots <= kMaxSlots &&
-         pick_tile(g.num_slots / g.num_experts) == TileKind::k16 && g.b.k_contiguous() && aligned.a && aligned.b;
+         pick_tile(g.num_slots / g.num_experts) == TileKind::k16 && g.b.k_contiguous() && aligned.a && aligned.b &&
+         aligned.low_a && (aligned.low_b || g.low.rank < 8);  // fewer than 8 depths are read one by one
 }
 
 template <typename T>

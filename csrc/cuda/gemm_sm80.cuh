@@ -8,19 +8,25 @@
 // a on the way. ldmatrix (.trans if an operand is not contiguous along the inner dimension) feeds mma. Then the float32 sums
 // go through the ring's memory to the epilogue, which reads and writes whole vectors. Two blocks per SM: while one is in its
 // epilogue or waits for its first stage, the other multiplies. Weight gradients have one block per tile, since the host knows
-// the tiles; their inner dimension is the slots of an expert.
+// the tiles; their inner dimension is the slots of an expert. An adapter (g.low) adds its
+// products to the same sums before: no pass of its own over out, S·N·r flop more, r padded to a stage of 64 depths (float32: 16).
 //
-// Numeric contract: one float32 accumulator per element; k ascends, 16 terms (tf32: 8) per instruction. Every tile of kTiles,
-// both layouts of b and gemm_decode.cuh do the same: the bits of a row depend neither on the other rows nor on their number.
+// Numeric contract: one float32 accumulator per element, the products of g.low first; k ascends, 16 terms (tf32: 8) per
+// instruction. Every tile of kTiles, both layouts of b and gemm_decode.cuh do the same: the bits of a row depend neither on the
+// other rows nor on their number.
 // tf32 first rounds both factors to nearest. No atomics.
 //
 // Floors (bf16, Mixtral 8x7B's layer, 4096 tokens, 2.9 TFLOP of first and second projection): 9.2 ms at the 312 TFLOP/s of an
 // A100; 2.9 ms at the 989 of an H100 (which takes gemm_sm90).
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
-//   gemm_kernel: 255 registers
+//   gemm_kernel: 255 registers, 160 of local memory
 //   wgrad_kernel: 232 registers
+// The local memory is that of 128 x 128 tiles, read a few times per tile, never between the products.
 #pragma once
+#include <type_traits>
+
+#include "dropout.cuh"
 #include "gemm_epilogue.cuh"
 #include "gemm_load.cuh"
 
@@ -144,12 +150,8 @@ struct MmaProduct {
 
 // ---- one tile ------------------------------------------------------------------------------------------------------------
 
-// sums = Σ over depths [begin, end) of the products of what the loaders copy.
-template <typename Product, typename Tile, bool kADepthMajor, bool kBDepthMajor, typename LoadA, typename LoadB>
-__device__ inline void multiply_tile(Sums<Tile>& sums, LoadA& load_a, LoadB& load_b, int32_t begin, int32_t end,
-                                     std::byte* shared, int thread) {
-  constexpr int kDepth = Tile::kDepthBytes / static_cast<int>(sizeof(typename Product::Element));
-  const WarpPlace<Tile> at(thread);
+template <typename Tile>
+__device__ inline void clear_sums(Sums<Tile>& sums) {
 #pragma unroll
   for (int i = 0; i < Tile::kMmaRows; ++i) {
 #pragma unroll
@@ -158,6 +160,13 @@ __device__ inline void multiply_tile(Sums<Tile>& sums, LoadA& load_a, LoadB& loa
       for (int v = 0; v < 4; ++v) sums.v[i][j][v] = 0.0f;
     }
   }
+}
+
+// sums += Σ over depths [begin, end) of the products of what the loaders copy.
+template <typename Product, typename Tile, bool kADepthMajor, bool kBDepthMajor, typename LoadA, typename LoadB>
+__device__ inline void multiply_tile(Sums<Tile>& sums, LoadA& load_a, LoadB& load_b, int32_t begin, int32_t end,
+                                     std::byte* shared, const WarpPlace<Tile>& at) {
+  constexpr int kDepth = Tile::kDepthBytes / static_cast<int>(sizeof(typename Product::Element));
   int32_t next = begin;
   const auto load_next = [&](int stage) {
     if (next < end) {
@@ -177,6 +186,24 @@ __device__ inline void multiply_tile(Sums<Tile>& sums, LoadA& load_a, LoadB& loa
     const std::byte* const a = shared + stage * Tile::kStageBytes;
     Product::template multiply_stage<Tile, kADepthMajor, kBDepthMajor>(sums, a, a + Tile::kABytes, at);
     stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
+  }
+}
+
+// Applies the mask of dropout to the sums of a tile that begins at (slot, column).
+template <typename Tile>
+__device__ inline void mask_sums(Sums<Tile>& sums, const DropoutMask& mask, int32_t slot, int32_t column,
+                                 const WarpPlace<Tile>& at) {
+#pragma unroll
+  for (int i = 0; i < 2 * Tile::kMmaRows; ++i) {
+    const DropoutRow row(mask, slot + at.row + 8 * i + at.lane / 4);
+#pragma unroll
+    for (int j = 0; j < Tile::kMmaColumns; ++j) {
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        float& sum = sums.v[i / 2][j][i % 2 * 2 + v];
+        sum = row.keeps(column + at.column + 8 * j + at.lane % 4 * 2 + v) ? sum : 0.0f;
+      }
+    }
   }
 }
 
@@ -208,21 +235,47 @@ struct ExpertMatrix {
   const T* data;
   int32_t n_end, k_end;
 
-  __device__ ExpertMatrix(const Gemm& g, int32_t e)
-      : n_end(static_cast<int32_t>(g.n)), k_end(static_cast<int32_t>(g.c)) {
-    const ExpertOperand& b = g.b;
-    if (b.separate == nullptr) {
-      data = static_cast<const T*>(b.data) + e * b.expert_stride;
-      return;
+  __device__ ExpertMatrix(const ExpertOperand& b, int64_t n, int64_t k, int32_t e)
+      : n_end(static_cast<int32_t>(n)), k_end(static_cast<int32_t>(k)) {
+    data = static_cast<const T*>(b.data) + e * b.expert_stride;
+    if (b.separate != nullptr) {
+      const SeparateMatrix matrix = b.separate[e];
+      data = static_cast<const T*>(matrix.data);
+      bound(b, static_cast<int32_t>(matrix.rows));
     }
-    const SeparateMatrix matrix = b.separate[e];
-    data = static_cast<const T*>(matrix.data);
-    const auto rows = static_cast<int32_t>(matrix.rows);
+    if (b.ends != nullptr) bound(b, b.ends[e]);
+  }
+
+ private:
+  __device__ void bound(const ExpertOperand& b, int32_t rows) {
+    rows = rows > 0 ? rows : 0;
     if (b.rows_are_n) n_end = rows < n_end ? rows : n_end;
     if (!b.rows_are_n) k_end = rows < k_end ? rows : k_end;
   }
 };
 
+// Loader of a tile's columns of an expert's matrix, up to `depth`.
+template <typename T, typename Tile, bool kDepthMajor>
+__device__ inline auto columns_loader(const ExpertOperand& b, const ExpertMatrix<T>& matrix, const TileColumns& columns,
+                                      int thread, bool aligned) {
+  if constexpr (kDepthMajor) {
+    const auto column_at = [&](int j) -> int32_t {
+      const int32_t column = columns.column(j);
+      return column < columns.end(j) && column < matrix.n_end ? column : -1;
+    };
+    return DepthMajorTile<T, Tile::kColumns, Tile::kDepthBytes, Tile::kThreads>(matrix.data, b.n_stride, column_at,
+                                                                                thread, aligned);
+  } else {
+    using Load = RowMajorTile<T, Tile::kColumns, Tile::kDepthBytes, Tile::kThreads>;
+    const int j = Load::chunk_row(thread);
+    const int32_t column = columns.column(j), end = columns.end(j);
+    return Load({.data = matrix.data, .stride = b.k_stride, .count = matrix.k_end}, column,
+                (end < matrix.n_end ? end : matrix.n_end) - column, thread, aligned, 0, matrix.k_end);
+  }
+}
+
+// A tile multiplies the operands of g.low, then those of g. The ring runs empty in between, an estimated 3 % of a tile at C = 2048:
+// one loop over both spills registers of the largest tile.
 template <typename Product, TileKind kKind, bool kBDepthMajor>
 __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.blocks)
     gemm_kernel(const __grid_constant__ Gemm g, const Alignment aligned) {
@@ -235,36 +288,36 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
   RowTile tile;
   for (int64_t index = blockIdx.x; walker.find(index, tile); index += gridDim.x) {
     const bool nobody = tile.expert == g.num_experts;
-    const ExpertMatrix<T> matrix(g, nobody ? 0 : tile.expert);
-    const TileColumns columns = tile_columns(g, tile.column, Tile::kColumns);
-    const int32_t depth = nobody ? 0 : matrix.k_end;
-    const auto row_at = [&](int i) -> int32_t {
-      const bool used = i < tile.rows && !nobody;
-      if (!used) return -1;
-      const int32_t slot = tile.first_row + i, row = g.a.indices != nullptr ? g.a.indices[slot] : slot;
-      return row < g.a.count ? row : -1;
-    };
-    DepthMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(static_cast<const T*>(g.a.data),
-                                                                             g.a.stride, row_at, thread, aligned.a);
     Sums<Tile> sums;
-    if constexpr (kBDepthMajor) {
-      const auto column_at = [&](int j) -> int32_t {
-        const int32_t column = columns.column(j);
-        return column < columns.end(j) && column < matrix.n_end ? column : -1;
+    clear_sums(sums);
+    // Compiled for each pair of operands, so that strides and bases are constants, not registers.
+    const auto multiply = [&](const Rows& rows, const ExpertOperand& b, int64_t depth, bool a_aligned, bool b_aligned) {
+      const ExpertMatrix<T> matrix(b, g.n, depth, nobody ? 0 : tile.expert);
+      const TileColumns columns = tile_columns(g, tile.column, Tile::kColumns);
+      const auto row_at = [&](int i) -> int32_t {
+        const bool used = i < tile.rows && !nobody;
+        if (!used) return -1;
+        const int32_t slot = tile.first_row + i, row = rows.indices != nullptr ? rows.indices[slot] : slot;
+        return row < rows.count ? row : -1;
       };
-      DepthMajorTile<T, Tile::kColumns, Tile::kDepthBytes, Tile::kThreads> load_b(matrix.data, g.b.n_stride, column_at,
-                                                                                  thread, aligned.b);
-      multiply_tile<Product, Tile, true, true>(sums, load_a, load_b, 0, depth, shared, thread);
-    } else {
-      using LoadB = RowMajorTile<T, Tile::kColumns, Tile::kDepthBytes, Tile::kThreads>;
-      const int j = LoadB::chunk_row(thread);
-      const int32_t column = columns.column(j), end = columns.end(j);
-      LoadB load_b({.data = matrix.data, .stride = g.b.k_stride, .count = depth}, column,
-                   (end < matrix.n_end ? end : matrix.n_end) - column, thread, aligned.b, 0, depth);
-      multiply_tile<Product, Tile, true, false>(sums, load_a, load_b, 0, depth, shared, thread);
+      DepthMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(static_cast<const T*>(rows.data),
+                                                                               rows.stride, row_at, thread, a_aligned);
+      auto load_b = columns_loader<T, Tile, kBDepthMajor>(b, matrix, columns, thread, b_aligned);
+      multiply_tile<Product, Tile, true, kBDepthMajor>(sums, load_a, load_b, 0, nobody ? 0 : matrix.k_end, shared,
+                                                       WarpPlace<Tile>(thread));
+    };
+    if (g.low.rank > 0) {
+      multiply(g.low.a, g.low.b, g.low.rank, aligned.low_a, aligned.low_b);
+      if (g.low.mask.drops()) {
+        const int32_t column = tile_columns(g, tile.column, Tile::kColumns).first;
+        mask_sums(sums, g.low.mask, tile.first_row, column, WarpPlace<Tile>(thread));
+      }
+      __syncthreads();  // the adapter's last stage has been read
     }
+    multiply(g.a, g.b, g.c, aligned.a, aligned.b);
     const StagedSums staged = stage_sums<Tile>(sums, shared, thread);
-    run_epilogue<T>(g, aligned, tile, matrix.n_end, staged, Tile::kRows, Tile::kColumns, thread, Tile::kThreads);
+    const int32_t n_end = ExpertMatrix<T>(g.b, g.n, g.c, nobody ? 0 : tile.expert).n_end;
+    run_epilogue<T>(g, aligned, tile, n_end, staged, Tile::kRows, Tile::kColumns, thread, Tile::kThreads);
     __syncthreads();  // the ring is free again
   }
 }
@@ -291,7 +344,9 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
   LoadA load_a(g.a, row, static_cast<int32_t>(g.m) - row, thread, aligned.a, slots.begin, slots.end);
   LoadB load_b(g.b, column, static_cast<int32_t>(g.n) - column, thread, aligned.b, slots.begin, slots.end);
   Sums<Tile> sums;
-  multiply_tile<Product, Tile, false, false>(sums, load_a, load_b, slots.begin, slots.end, shared, thread);
+  clear_sums(sums);
+  multiply_tile<Product, Tile, false, false>(sums, load_a, load_b, slots.begin, slots.end, shared,
+                                             WarpPlace<Tile>(thread));
   const StagedSums staged = stage_sums<Tile>(sums, shared, thread);
   T* const out = static_cast<T*>(g.out) + matrix * g.out_expert_stride;
   constexpr int kBlocks = Tile::kColumns / kBlock;

@@ -20,8 +20,6 @@ int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-bool on_hopper() { return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9; }
-
 // Whether rows consist of vectors of 16 bytes: 8 elements.
 bool eights(int64_t elements) { return elements % 8 == 0; }
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -35,12 +33,16 @@ bool takes_rows(const Rows& rows, int64_t columns) {
          fits_coordinate(rows.count);
 }
 
-bool takes_weights(const Gemm& g) {
-  const ExpertOperand& b = g.b;
-  if (b.separate != nullptr || !aligned(b.data)) return false;
+bool takes_weights(const Gemm& g, const ExpertOperand& b) {
+  if (b.separate != nullptr || b.ends != nullptr || !aligned(b.data)) return false;
   const int64_t unit = std::min(b.n_stride, b.k_stride), other = std::max(b.n_stride, b.k_stride);
   return unit == 1 && eights(other) && other > 0 &&
          (g.num_experts == 1 || (eights(b.expert_stride) && b.expert_stride > 0));
+}
+
+bool takes_low(const Gemm& g) {
+  return g.low.rank == 0 || (eights(g.low.rank) && g.low.a.indices == nullptr && takes_rows(g.low.a, g.low.rank) &&
+                             takes_weights(g, g.low.b));
 }
 
 bool takes_epilogue(const Gemm& g) {
@@ -58,15 +60,15 @@ CUtensorMap map_of_rows(const Rows& rows, DType dtype, int64_t columns, int box_
   return make_tensor_map({rows.data, dtype, {columns, rows.count, 1}, {rows.stride, rows.stride}, box_rows});
 }
 
-// Boxes are 64 depths x `box_rows` columns of b if k is contiguous, else 64 columns x 64 depths.
-CUtensorMap map_of_weights(const Gemm& g, int box_rows) {
-  const ExpertOperand& b = g.b;
-  const int64_t row_stride = b.k_contiguous() ? b.n_stride : b.k_stride;
+// Boxes are 64 depths x `box_rows` columns of b [E][N,depth] if k is contiguous, else 64 columns x 64 depths.
+CUtensorMap map_of_weights(const Gemm& g, const ExpertOperand& b, int64_t depth, int box_rows) {
+  const bool k_contiguous = g.b.k_contiguous();
+  const int64_t row_stride = k_contiguous ? b.n_stride : b.k_stride;
   const int64_t expert_stride = g.num_experts == 1 ? row_stride : b.expert_stride;
-  if (b.k_contiguous()) {
-    return make_tensor_map({b.data, g.dtype, {g.c, g.n, g.num_experts}, {row_stride, expert_stride}, box_rows});
+  if (k_contiguous) {
+    return make_tensor_map({b.data, g.dtype, {depth, g.n, g.num_experts}, {row_stride, expert_stride}, box_rows});
   }
-  return make_tensor_map({b.data, g.dtype, {g.n, g.c, g.num_experts}, {row_stride, expert_stride}, kDepth});
+  return make_tensor_map({b.data, g.dtype, {g.n, depth, g.num_experts}, {row_stride, expert_stride}, kDepth});
 }
 
 // ---- launches ------------------------------------------------------------------------------------------------------------
@@ -78,8 +80,13 @@ unsigned grid_for(int64_t tiles) {
 template <typename T, Epilogue kEpilogue, typename C>
 void launch_gemm(const Gemm& g, void* stream) {
   GemmParams params{};
-  params.weights = map_of_weights(g, gate_halves(g) ? C::kColumns / 2 : C::kColumns);
-  if (g.a.indices == nullptr) params.slots = map_of_rows(g.a, g.dtype, g.c, C::kSlots);
+  const int box = gate_halves(g) ? C::kColumns / 2 : C::kColumns;
+  params.maps.weights = map_of_weights(g, g.b, g.c, box);
+  if (g.a.indices == nullptr) params.maps.slots = map_of_rows(g.a, g.dtype, g.c, C::kSlots);
+  if (g.low.rank > 0) {
+    params.low = {.weights = map_of_weights(g, g.low.b, g.low.rank, box),
+                  .slots = map_of_rows(g.low.a, g.dtype, g.low.rank, C::kSlots)};
+  }
   params.g = g;
   const int64_t tiles = row_tile_bound(g.num_slots, g.num_experts, C::kSlots) * ((g.n + C::kColumns - 1) / C::kColumns);
   launch(gemm_sm90_kernel<T, kEpilogue, C>, dim3(grid_for(tiles)), dim3(kThreads),
@@ -146,10 +153,12 @@ void launch_type(const Wgrad& g, void* stream) {
 
 using namespace sm90;
 
+bool on_hopper() { return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9; }
+
 bool sm90_takes(const Gemm& g) {
   return half_precision(g.dtype) && g.num_experts > 0 && g.num_experts <= kMaxExperts && fits_coordinate(g.num_slots) &&
          eights(g.n) && eights(g.c) && fits_coordinate(g.n) && fits_coordinate(g.c) && takes_rows(g.a, g.c) &&
-         takes_weights(g) && takes_epilogue(g) && on_hopper();
+         takes_weights(g, g.b) && takes_low(g) && takes_epilogue(g) && on_hopper();
 }
 
 void gemm_sm90(const Gemm& g, void* stream) {

@@ -26,8 +26,13 @@
 // wgrad would sum them, so cp.async copies an expert's last stage, with zeros after its rows. The unassigned rows, past
 // expert_offsets[E], are the tiles of one more expert, without an inner dimension.
 //
-// Numeric contract: products accumulate in float32, k ascending in steps of 16 through one accumulator per element, the same
-// in all configs; k past C adds zeros. Results are rounded once, when stored. No atomics; nothing depends on the grid.
+// An adapter (g.low) is the first stages of a tile, from maps of its own, in slot order: TMA loads them whole even if the rows
+// of a are gathered. Its rank is zero-filled to a multiple of 64. A mask of dropout is applied to the accumulators after these
+// stages, when their products are done: a wait of one stage per tile.
+//
+// Numeric contract: products accumulate in float32, those of g.low first, k ascending in steps of 16 through one accumulator
+// per element, the same in all configs; k past C adds zeros. Results are rounded once, when stored. No atomics; nothing depends
+// on the grid.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   gemm_sm90_kernel: 168 registers, 8 of local memory
@@ -35,6 +40,7 @@
 // setmaxnreg changes them to 40 for producers and 232 for consumers. The local memory is read once per row of a tile of 192
 // columns with a gate, never between the products.
 #pragma once
+#include "dropout.cuh"
 #include "gemm_schedule.cuh"
 #include "gemm_sm90_epilogue.cuh"
 #include "hopper.cuh"
@@ -80,9 +86,12 @@ constexpr int shared_bytes(Shape shape, int n, int stages) {
   return 1024 + stages * stage_bytes(n) + scratch_bytes(shape, n) + (2 * stages + kConsumers) * 8 + first_tiles;
 }
 
-// With the tensor maps of the operands that TMA loads.
+// With the tensor maps of the operands that TMA loads. `low`: those of g.low.
 struct GemmParams {
-  CUtensorMap weights, slots;
+  struct Maps {
+    CUtensorMap weights, slots;
+  };
+  Maps maps, low;
   Gemm g;
 };
 struct WgradParams {
@@ -210,26 +219,29 @@ __device__ inline void copy_rows(unsigned char* to, const Rows& from, const int3
 
 // Loads one stage of the weights of a tile.
 template <typename C>
-__device__ inline void load_weights(unsigned char* to, const GemmParams& params, uint64_t* full, const RowTile& tile,
-                                    int k) {
-  const bool pairs = gate_halves(params.g);
+__device__ inline void load_weights(unsigned char* to, const CUtensorMap* map, const Gemm& g, uint64_t* full,
+                                    const RowTile& tile, int k) {
+  const bool pairs = gate_halves(g);
   const int first = tile.column * (pairs ? C::kColumns / 2 : C::kColumns);
-  const int second = static_cast<int>(params.g.n / 2) + first;  // the ups, if `pairs`
+  const int second = static_cast<int>(g.n / 2) + first;  // the ups, if `pairs`
   if constexpr (C::kAlongN) {
 #pragma unroll
     for (int i = 0; i < C::kColumns / 64; ++i) {  // with `pairs`, C::kColumns is 128
       const int n = pairs && i > 0 ? second : first + 64 * i;
-      ptx::tma_load_3d(to + i * kBlockBytes, &params.weights, full, n, k, tile.expert);
+      ptx::tma_load_3d(to + i * kBlockBytes, map, full, n, k, tile.expert);
     }
   } else {
-    ptx::tma_load_3d(to, &params.weights, full, k, first, tile.expert);
-    if (pairs) ptx::tma_load_3d(to + C::kColumns / 2 * kRowBytes, &params.weights, full, k, second, tile.expert);
+    ptx::tma_load_3d(to, map, full, k, first, tile.expert);
+    if (pairs) ptx::tma_load_3d(to + C::kColumns / 2 * kRowBytes, map, full, k, second, tile.expert);
   }
 }
 
+// A tile's stages are first those of g.low, then those of g.
+__device__ inline int num_low_stages(const Gemm& g) { return static_cast<int>((g.low.rank + kDepth - 1) / kDepth); }
+
 template <typename C>
 __device__ inline int num_stages_of(const Gemm& g, const RowTile& tile) {
-  return tile.expert == g.num_experts ? 0 : static_cast<int>((g.c + kDepth - 1) / kDepth);
+  return tile.expert == g.num_experts ? 0 : num_low_stages(g) + static_cast<int>((g.c + kDepth - 1) / kDepth);
 }
 
 template <typename T, typename C>
@@ -238,7 +250,7 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
   const bool gather = g.a.indices != nullptr;
   if (!gather && threadIdx.x != 0) return;
   constexpr int kWeightBytes = C::kColumns * kRowBytes, kSlotBytes = C::kSlots * kRowBytes;
-  const int bytes = kWeightBytes + (gather ? 0 : kSlotBytes);
+  const int low_stages = num_low_stages(g);
   uint32_t position = 0;
   const int32_t num_tiles = tiles.size();
   for (auto t = static_cast<int32_t>(blockIdx.x); t < num_tiles; t += static_cast<int32_t>(gridDim.x)) {
@@ -256,16 +268,17 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
       uint64_t* const full = ring.full + ring.index(position);
       unsigned char* const to_weights = C::kShape == Shape::kFewRows ? ring.p(position) : ring.q(position);
       unsigned char* const to_slots = C::kShape == Shape::kFewRows ? ring.q(position) : ring.p(position);
+      const bool low = stage < low_stages, copies = gather && !low;
+      const int k = (low ? stage : stage - low_stages) * kDepth, bytes = kWeightBytes + (copies ? 0 : kSlotBytes);
       ptx::mbar_wait(ring.empty + ring.index(position), ring.parity(position) ^ 1);
       if (threadIdx.x == 0) {
+        const GemmParams::Maps& maps = low ? params.low : params.maps;
         ptx::mbar_expect_tx(full, bytes);
-        load_weights<C>(to_weights, params, full, tile, stage * kDepth);
-        if (!gather) ptx::tma_load_3d(to_slots, &params.slots, full, stage * kDepth, tile.first_row, 0);
+        load_weights<C>(to_weights, &maps.weights, g, full, tile, k);
+        if (!copies) ptx::tma_load_3d(to_slots, &maps.slots, full, k, tile.first_row, 0);
       }
-      if (gather) {
-        copy_rows<T>(to_slots, g.a, rows, stage * kDepth, static_cast<int>(g.c));
-        ptx::cp_async_mbar_arrive(full);
-      }
+      if (copies) copy_rows<T>(to_slots, g.a, rows, k, static_cast<int>(g.c));
+      if (gather) ptx::cp_async_mbar_arrive(full);
     }
   }
 }
@@ -290,10 +303,40 @@ __device__ inline uint64_t operand(uint32_t start, int sixteen) {
   }
 }
 
+// The mask of dropout in a gemm: applied to the sums of the stages below `stage`.
+template <typename C>
+struct LowMask {
+  static constexpr bool kMasks = true;
+  const Gemm& g;
+  const GemmTiles<C>& tiles;
+  int32_t tile;
+  int stage;  // -1: no mask
+
+  __device__ void apply(Accumulators<C::kN>& acc) const {
+    const RowTile at = tiles[ptx::opaque(tile)];  // found again instead of kept
+    const int lane = this_thread() % 32, column = at.column * C::kColumns;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int p = row_of_thread(i);
+      DropoutRow row(g.low.mask, at.first_row + p);
+#pragma unroll
+      for (int j = 0; j < C::kN / 4; ++j) {
+        const int q = j / 2 * 8 + lane % 4 * 2 + j % 2;
+        float& sum = acc[i / 2][j / 2 * 4 + i % 2 * 2 + j % 2];
+        if constexpr (C::kShape == Shape::kFewRows) row = DropoutRow(g.low.mask, at.first_row + q);
+        sum = row.keeps(column + (C::kShape == Shape::kFewRows ? p : q)) ? sum : 0.0f;
+      }
+    }
+  }
+};
+struct NoMask {
+  static constexpr bool kMasks = false;
+};
+
 // acc = P·Qᵀ over the stages from `position` on; then passes the turn on. `copied(stage)`: whether cp.async wrote the stage.
-template <typename T, typename C, typename Copied>
+template <typename T, typename C, typename Copied, typename Mask>
 __device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, uint32_t position, int num_stages,
-                                const Copied& copied) {
+                                const Copied& copied, const Mask& mask) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -305,6 +348,14 @@ __device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, u
   for (int stage = 0; stage < num_stages; ++stage, ++position) {
     ptx::mbar_wait(ring.full + ring.index(position), ring.parity(position));
     if (copied(stage)) ptx::fence_proxy_async();
+    if constexpr (Mask::kMasks) {
+      if (stage == mask.stage) {
+        ptx::wgmma_wait<0>();  // the products before are done
+        ptx::wgmma_registers(acc[0]);
+        ptx::wgmma_registers(acc[1]);
+        mask.apply(acc);
+      }
+    }
     const uint32_t p = ptx::smem_u32(ring.p(position)), q = ptx::smem_u32(ring.q(position));
     ptx::wgmma_fence();
 #pragma unroll
@@ -383,7 +434,14 @@ __device__ inline void consume(const GemmParams& params, const Ring<C>& ring, co
     const int num_stages = num_stages_of<C>(g, tiles[t]);
     Accumulators<C::kN> acc;
     wait_for_turn(ring, this_consumer(), count / kConsumers);
-    multiply<T>(acc, ring, count * static_cast<uint32_t>(num_stages), num_stages, [&](int) { return gather; });
+    const auto position = count * static_cast<uint32_t>(num_stages);
+    const auto copied = [&](int) { return gather; };
+    if constexpr (kEpilogue == Epilogue::kGlu) {
+      multiply<T>(acc, ring, position, num_stages, copied, NoMask{});
+    } else {
+      const LowMask<C> mask{g, tiles, t, g.low.mask.drops() ? num_low_stages(g) : -1};
+      multiply<T>(acc, ring, position, num_stages, copied, mask);
+    }
     finish<T, kEpilogue>(g, tiles[ptx::opaque(t)], acc, ring, this_consumer());  // found again instead of kept
   }
 }
@@ -507,7 +565,8 @@ __device__ inline void consume(const WgradParams& params, const Ring<C>& ring, c
     if (count % kConsumers == static_cast<uint32_t>(consumer)) {
       Accumulators<C::kN> acc;
       wait_for_turn(ring, consumer, count / kConsumers);
-      multiply<T>(acc, ring, position, tile.num_stages(), [&](int stage) { return gather || tile.has_tail(stage); });
+      multiply<T>(
+          acc, ring, position, tile.num_stages(), [&](int stage) { return gather || tile.has_tail(stage); }, NoMask{});
       finish<T, C>(g, tiles[ptx::opaque(t)], acc);
     }
     position += static_cast<uint32_t>(tile.num_stages());

@@ -131,6 +131,11 @@ __device__ inline void store_row(const Gemm& g, const RowTile& tile, int32_t slo
     const int column = tile.column * (32 * Runs::kRuns) + 32 * r + lane_column();
     if (!stored || column >= static_cast<int>(g.n)) continue;
     add_bias<T>(values, g, tile.expert, column);
+    if (g.scales != nullptr) {
+      const float factor = scale_of(g, tile.expert);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values[i] *= factor;
+    }
     store_run(out + column, values);
   }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What moe_forward and moe_backward share: the plan that an op makes for itself.
+// What moe_forward and moe_backward share: the plan that an op makes for itself, and rows in its memory.
 #pragma once
+#include "gemm.h"
 #include "plan.h"
 #include "workspace.h"
 
@@ -25,6 +26,26 @@ inline TensorView take_rows(Workspace& memory, DType dtype, int64_t rows, int64_
   TensorView result = view(memory.take<std::byte>(rows * stride * size_of(dtype)), dtype, rows, columns);
   result.stride[0] = stride;
   return result;
+}
+
+// Several matrices of [rows, columns] that share the memory of the widest, one after another.
+class SharedRows {
+ public:
+  SharedRows(Workspace& memory, DType dtype, int64_t rows, int64_t widest)
+      : all_(take_rows(memory, dtype, rows, widest)) {}
+
+  TensorView view_of(int64_t columns) const {
+    TensorView part = view(all_.data, all_.dtype, all_.shape[0], columns);
+    part.stride[0] = (columns + 7) / 8 * 8;
+    return part;
+  }
+
+ private:
+  TensorView all_;
+};
+
+inline Rows rows_of(const TensorView& view, const int32_t* indices = nullptr) {
+  return {view.data, view.stride[0], view.shape[0], indices};
 }
 
 }  // namespace switchgear::cuda

@@ -10,8 +10,16 @@
 // So no permuted x reaches memory and, without h, no pre-activation. combine reads the rows of a token in a fixed order.
 // Temporary memory: the plan, a [S,I] and permuted_y [S,H].
 //
-// Numeric contract: products accumulate in float32; h (if stored), a and permuted_y are rounded to the dtype of x, y once
-// more; a is computed from the unrounded h. Deterministic, and batch-invariant within each of the kernels of gemm.h.
+// With an adapter a projection multiplies by W + s·B·A: first a small GEMM, u [S,r] = s·(rows·Aᵀ), then u·Bᵀ is the first part
+// of the inner dimension of the projection's own GEMM. 2·S·r·(C + N) flop more, and r·(C + N) elements per touched expert.
+// Dropout masks a copy of the rows that A reads, in the memory of permuted_y. See adapter.h.
+//
+// Numeric contract: products accumulate in float32; h (if stored), a, u and permuted_y are rounded to the dtype of x, y once
+// more; a is computed from the unrounded h, the second projection's u from the rounded a. Deterministic, and batch-invariant
+// within each of the kernels of gemm.h.
+#include <algorithm>
+
+#include "adapter.h"
 #include "expert_weights.h"
 #include "moe.h"
 #include "ops.h"
@@ -22,15 +30,36 @@ namespace {
 struct ForwardMemory {
   OwnPlan own;
   SeparateMatrix *gate_up, *down;
-  TensorView a, permuted_y;
+  ProjectionAdapter gate_up_adapter, down_adapter;
+  TensorView u, v, a;  // u, v: small rows of the adapters
+  SharedRows shared;   // rows that an adapter masks; then permuted_y
 
   ForwardMemory(Workspace& memory, const MoeForwardArgs& args)
       : own(memory, args.topk_ids, args.weights.gate_up_proj.data.shape[0]),
         gate_up(memory.take<SeparateMatrix>(separate_count(args.weights.gate_up_proj))),
         down(memory.take<SeparateMatrix>(separate_count(args.weights.down_proj))),
+        gate_up_adapter(memory, args.weights.gate_up_adapter, 0, args.weights.gate_up_proj, true),
+        down_adapter(memory, args.weights.down_adapter, 1, args.weights.down_proj, true),
+        u(take_rows(memory, args.x.dtype, args.topk_ids.numel(), gate_up_adapter.width())),
+        v(take_rows(memory, args.x.dtype, args.topk_ids.numel(), down_adapter.width())),
         a(take_rows(memory, args.x.dtype, args.topk_ids.numel(), args.weights.down_proj.data.shape[2])),
-        permuted_y(take_rows(memory, args.x.dtype, args.topk_ids.numel(), args.x.shape[1])) {}
+        shared(memory, args.x.dtype, args.topk_ids.numel(),
+               std::max(args.x.shape[1], down_adapter.drops() ? a.shape[1] : 0)) {}
 };
+
+// Sets the adapter's term of g, whose a are the rows that A reads.
+void add_adapter(Gemm& g, const ProjectionAdapter& adapter, const TensorView& small_rows, const SharedRows& shared,
+                 void* stream) {
+  g.low = {};
+  if (!adapter.defined()) return;
+  Rows rows = g.a;
+  if (adapter.drops()) {
+    const TensorView masked = shared.view_of(g.c);
+    adapter.mask(rows, masked, stream);
+    rows = rows_of(masked);
+  }
+  g.low = adapter.term(adapter.multiply(ProjectionAdapter::Side::kA, rows, small_rows, g, stream));
+}
 
 }  // namespace
 
@@ -46,14 +75,17 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   write_separate("down_proj", weights.down_proj, m.down, exec.stream);
   const Plan& p = m.own.plan;
   plan({.topk_ids = args.topk_ids, .plan = p}, m.own.workspace, exec.stream);
+  const auto* const expert_offsets = p.expert_offsets.as<const int32_t>();
+  m.gate_up_adapter.copy_matrices(expert_offsets, num_slots, exec.stream);
+  m.down_adapter.copy_matrices(expert_offsets, num_slots, exec.stream);
 
   Gemm g{.dtype = args.x.dtype,
          .allow_tf32 = exec.allow_tf32,
-         .a = {args.x.data, args.x.stride[0], args.x.shape[0], p.token_indices.as<const int32_t>()},
+         .a = rows_of(args.x, p.token_indices.as<const int32_t>()),
          .b = operand_of(weights.gate_up_proj, true, m.gate_up),
          .bias = weights.gate_up_bias.data,
          .bias_stride = weights.gate_up_bias.stride[0],
-         .expert_offsets = p.expert_offsets.as<const int32_t>(),
+         .expert_offsets = expert_offsets,
          .num_experts = weights.gate_up_proj.data.shape[0],
          .num_slots = num_slots,
          .n = weights.gate_up_proj.data.shape[1],
@@ -64,20 +96,23 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
          .options = args.options,
          .h = args.h.data,
          .h_stride = args.h.stride[0]};
+  add_adapter(g, m.gate_up_adapter, m.u, m.shared, exec.stream);
   gemm(g, exec.stream);
 
-  g.a = {m.a.data, m.a.stride[0], num_slots, nullptr};
+  const TensorView permuted_y = m.shared.view_of(args.y.shape[1]);
+  g.a = rows_of(m.a);
   g.b = operand_of(weights.down_proj, true, m.down);
   g.bias = weights.down_bias.data;
   g.bias_stride = weights.down_bias.stride[0];
   g.n = args.y.shape[1];
   g.c = m.a.shape[1];
   g.epilogue = Epilogue::kStore;
-  g.out = m.permuted_y.data;
-  g.out_stride = m.permuted_y.stride[0];
+  g.out = permuted_y.data;
+  g.out_stride = permuted_y.stride[0];
   g.h = nullptr;
+  add_adapter(g, m.down_adapter, m.v, m.shared, exec.stream);
   gemm(g, exec.stream);
-  cuda::combine({.permuted_y = m.permuted_y, .plan = p, .topk_weights = args.topk_weights, .y = args.y}, exec);
+  cuda::combine({.permuted_y = permuted_y, .plan = p, .topk_weights = args.topk_weights, .y = args.y}, exec);
 }
 
 }  // namespace switchgear::cuda

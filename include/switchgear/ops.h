@@ -297,8 +297,8 @@ struct ExpertWeights {
   Weight down_proj;         // [E,H,I]; integers if gate_up_proj is, of 8 or 4 bits
   TensorView gate_up_bias;  // [E,N] float, optional
   TensorView down_bias;     // [E,H] float, optional
-  Adapter gate_up_adapter;  // optional; on the CPU
-  Adapter down_adapter;     // optional; on the CPU
+  Adapter gate_up_adapter;  // optional
+  Adapter down_adapter;     // optional
 };
 
 // y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu) · W_dᵀ + b_d), experts ascending; an adapter acts as a part of W

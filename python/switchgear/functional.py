@@ -429,10 +429,8 @@ def _adapted_grouped_gemm(
     expert_offsets: Tensor,
     bias: Tensor | None,
     token_indices: Tensor | None,
-    projection: int = 0,
-    seed: Tensor | None = None,
 ) -> Tensor:
-    """The product with the weight, plus that with the adapter, by stages; seed and projection: those of dropout."""
+    """The product with the weight, plus that with the adapter, by stages."""
     out = grouped_gemm(x, adapted.weight, expert_offsets, bias=bias, token_indices=token_indices)
     a, b, scales, *ranks = adapted.adapter()
     if in_autocast(x.device.type):
@@ -442,9 +440,8 @@ def _adapted_grouped_gemm(
         a, b = a.masked_fill(unused[:, :, None], 0), b.masked_fill(unused[:, None, :], 0)
     if adapted.dropout > 0:
         rows = x if token_indices is None else x[token_indices.clamp(min=0).long()]
-        seed = _dropout_seed(x.device) if seed is None else seed
         num_slots, columns = rows.shape
-        kept = reference.keeps(seed, projection, num_slots, columns, adapted.dropout)
+        kept = reference.keeps(_dropout_seed(x.device), 0, num_slots, columns, adapted.dropout)
         x, token_indices, scales = torch.where(kept, rows, 0), None, scales / (1 - adapted.dropout)
     low = grouped_gemm(x, a, expert_offsets, token_indices=token_indices)
     experts = torch.bucketize(torch.arange(len(low), device=x.device), expert_offsets[1:], right=True)
@@ -578,8 +575,7 @@ def _moe_of_weights(
     if isinstance(first, SelectedWeight) and isinstance(second, SelectedWeight):
         return _selected_moe(x, (first, second), biases, topk_ids, topk_weights, options).reshape(shape)
     has_adapters = isinstance(weights[0], AdaptedWeight) or isinstance(weights[1], AdaptedWeight)
-    has_selected = isinstance(first, SelectedWeight) or isinstance(second, SelectedWeight)
-    if has_selected or (has_adapters and x.device.type == "cuda"):
+    if isinstance(first, SelectedWeight) or isinstance(second, SelectedWeight):
         return _moe_in_stages(x, weights, biases, topk_ids, topk_weights, options).reshape(shape)
     call = _Layer.of(x, weights, biases)
     x, first, second, (gate_up_bias, down_bias) = call.x, call.first, call.second, call.biases
@@ -653,6 +649,21 @@ def _adapter_in_autocast(device_type: str, adapter: tuple[Tensor, ...]) -> tuple
     return (*in_autocast_dtype(device_type, *adapter[:2]), *adapter[2:])
 
 
+def _moe_in_stages(
+    x: Tensor,
+    weights: Sequence[AnyWeight],
+    biases: Sequence[Tensor | None],
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    options: GluOptions,
+) -> Tensor:
+    """moe stage by stage, for what its op does not take: one projection of which some experts are trained alone."""
+    slots = plan(topk_ids, weights[0].shape[0])
+    h = grouped_gemm(x, weights[0], slots.expert_offsets, bias=biases[0], token_indices=slots.token_indices)
+    rows = grouped_gemm(glu(h, **options.keywords()), weights[1], slots.expert_offsets, bias=biases[1])
+    return combine(rows, slots, topk_weights)
+
+
 def _selected_moe(
     x: Tensor,
     weights: tuple[SelectedWeight, SelectedWeight],
@@ -693,26 +704,3 @@ def _taken(weight: Tensor | Weight, dtype: torch.dtype, wants_gradients: bool) -
 
 def _parts_of(weight: Tensor | Weight) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     return ((weight,), ()) if isinstance(weight, Tensor) else (weight.tensors, weight.form)
-
-
-def _moe_in_stages(
-    x: Tensor,
-    weights: Sequence[AnyWeight],
-    biases: Sequence[Tensor | None],
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    options: GluOptions,
-) -> Tensor:
-    """moe with adapters on a device whose ops do not take them: stage by stage."""
-    slots = plan(topk_ids, weights[0].shape[0])
-    seed = _dropout_seed(x.device)
-
-    def times(rows: Tensor, projection: int, token_indices: Tensor | None) -> Tensor:
-        weight, bias = weights[projection], biases[projection]
-        if isinstance(weight, AdaptedWeight):
-            offsets = slots.expert_offsets
-            return _adapted_grouped_gemm(rows, weight, offsets, bias, token_indices, projection, seed)
-        return grouped_gemm(rows, weight, slots.expert_offsets, bias=bias, token_indices=token_indices)
-
-    h = times(x, 0, slots.token_indices)
-    return combine(times(glu(h, **options.keywords()), 1, None), slots, topk_weights)

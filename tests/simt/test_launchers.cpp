@@ -176,6 +176,60 @@ TEST(ops_are_queued_where_and_as_their_caller_says) {
     CHECK(backward.bytes == own_plan + padded(S * 4) + padded(S * ((l.c.I + 31) / 32) * 4) + padded(S * l.N * 2) +
                                 padded(S * std::max(l.c.I, l.c.H) * 2),
           backward.bytes, " bytes");
+
+    // Adapters need small rows, but no copies, if their layout is the weight's and their rank is a multiple of 8.
+    const int64_t r = 8;
+    const auto ones = [](DType dtype, std::vector<int64_t> shape) {
+      Array array(dtype, std::move(shape), 0, 0);
+      array.fill([](int64_t) { return 1.0; });
+      return array;
+    };
+    const Array a[] = {ones(DType::kBFloat16, {l.c.E, r, l.c.H}), ones(DType::kBFloat16, {l.c.E, r, l.c.I})};
+    const Array b[] = {ones(DType::kBFloat16, {l.c.E, l.N, r}), ones(DType::kBFloat16, {l.c.E, l.c.H, r})};
+    const Array scales = ones(DType::kFloat32, {l.c.E});
+    Array seed(DType::kInt32, {2}, 0, 0);
+    seed.fill([](int64_t i) { return 7 * i; });
+    TensorView device_seed = on_device(seed);
+    device_seed.dtype = DType::kInt64;
+    device_seed.shape[0] = 1;
+    ExpertWeights adapted = o.weights();
+    adapted.gate_up_adapter = {.a = on_device(a[0]), .b = on_device(b[0]), .scales = on_device(scales)};
+    adapted.down_adapter = {.a = on_device(a[1]), .b = on_device(b[1]), .scales = on_device(scales)};
+    for (const double dropout : {0.0, 0.25}) {
+      for (Adapter* adapter : {&adapted.gate_up_adapter, &adapted.down_adapter}) {
+        adapter->dropout = dropout;
+        adapter->device_seed = device_seed;
+      }
+      const Seen with_adapters = check_op("moe_forward with adapters", [&](Execution e) {
+        ops.moe_forward({.x = x,
+                         .weights = adapted,
+                         .topk_ids = ids,
+                         .topk_weights = weights,
+                         .options = l.options,
+                         .y = on_device(o.y),
+                         .h = on_device(o.h)},
+                        e);
+      });
+      CHECK(with_adapters.bytes == forward.bytes + 2 * padded(S * r * 2), with_adapters.bytes, " bytes");
+      Array grads[] = {a[0], b[0], a[1], b[1]};
+      const Seen trained = check_op("moe_backward with adapters", [&](Execution e) {
+        ops.moe_backward({.grad_y = on_device(l.grad_y),
+                          .x = x,
+                          .h = on_device(o.h),
+                          .weights = adapted,
+                          .topk_ids = ids,
+                          .topk_weights = weights,
+                          .options = l.options,
+                          .grad_x = on_device(o.gradients.x),
+                          .grad_topk_weights = on_device(new_weights),
+                          .grad_gate_up_a = on_device(grads[0]),
+                          .grad_gate_up_b = on_device(grads[1]),
+                          .grad_down_a = on_device(grads[2]),
+                          .grad_down_b = on_device(grads[3])},
+                         e);
+      });
+      CHECK(trained.bytes == backward.bytes + 2 * padded(S * r * 2), trained.bytes, " bytes");
+    }
   }
   simt::device() = simt::sm_90();
 }

@@ -23,9 +23,9 @@ void multiply(Product p, bool gather) {
   using C = Config<kShape, kN, kRing, false>;
   const Gemm g = p.gemm(gather);
   GemmParams params{};
-  params.weights =
+  params.maps.weights =
       make_tensor_map({g.b.data, g.dtype, {g.c, g.n, g.num_experts}, {g.b.n_stride, g.b.expert_stride}, C::kColumns});
-  if (!gather) params.slots = map_of(g.a, g.c, C::kSlots);
+  if (!gather) params.maps.slots = map_of(g.a, g.c, C::kSlots);
   params.g = g;
   launch(gemm_sm90_kernel<Bf16, Epilogue::kStore, C>, 1, kThreads, shared_bytes(kShape, kN, kRing), nullptr, params);
   p.check(gather);

@@ -51,6 +51,13 @@ def _of_sm90(name: str, builds: tuple[str, ...], before: str, after: str, header
     return Mistake(f"sm_90: {name}", builds, header, before, after, "tests/simt/planted/gemm_sm90.cpp", program)
 
 
+def _of_low_rank(
+    name: str, source: str, test: str, before: str, after: str, header: str, builds: tuple[str, ...] = BOTH
+) -> Mistake:
+    program = "simt_test_low_rank"
+    return Mistake(f"adapter: {name}", builds, header, before, after, f"csrc/cuda/{source}.cu", program, (test,))
+
+
 def _of_exchange(name: str, before: str, after: str, builds: tuple[str, ...] = RACE) -> Mistake:
     program = "simt_test_exchange"
     return Mistake(f"exchange: {name}", builds, "exchange.cuh", before, after, "tests/simt/test_exchange.cpp", program)
@@ -227,7 +234,7 @@ MISTAKES = (
         "producer skips the empty wait",
         BOTH,
         "mbar_wait(ring.empty + ring.index(position), ring.parity(position) ^ 1);\n      if (threadIdx.x == 0) {",
-        "prefetch_tensor_map(&params.weights);\n      if (threadIdx.x == 0) {",
+        "prefetch_tensor_map(&params.maps.weights);\n      if (threadIdx.x == 0) {",
     ),
     _of_sm90("half of the bytes expected", BOTH, "mbar_expect_tx(full, bytes);", "mbar_expect_tx(full, bytes / 2);"),
     _of_sm90("no bytes expected", BOTH, "mbar_expect_tx(full, bytes);", "mbar_arrive(full);"),
@@ -250,7 +257,9 @@ MISTAKES = (
         "if (num_stages > 0) release(ring.empty + ring.index(position - 1));",
         "for (int i = 0; i < 2 && num_stages > 0; ++i) release(ring.empty + ring.index(position - 1));",
     ),
-    _of_sm90("accumulators used before the wait", BOTH, "  ptx::wgmma_wait<0>();", "  ptx::wgmma_wait<1>();"),
+    _of_sm90(
+        "accumulators used before the wait", BOTH, "  ptx::wgmma_wait<0>();\n  if", "  ptx::wgmma_wait<1>();\n  if"
+    ),
     _of_sm90("no wgmma.fence", BOTH, "    ptx::wgmma_fence();\n", ""),
     _of_sm90("no fence after mbarrier.init", BOTH, "    ptx::fence_barrier_init();\n", ""),
     _of_sm90(
@@ -297,7 +306,56 @@ MISTAKES = (
     _of_sm90(
         "weights of the next column",
         BOTH,
-        "params.weights, full, k, first, tile.expert);",
-        "params.weights, full, k, first + 1, tile.expert);",
+        "map, full, k, first, tile.expert);",
+        "map, full, k, first + 1, tile.expert);",
+    ),
+    _of_low_rank(
+        "elements past a rank are read",
+        "gemm_bf16",
+        "low_rank_is_more",
+        "    if (b.ends != nullptr) bound(b, b.ends[e]);\n",
+        "",
+        "gemm_sm80.cuh",
+    ),
+    _of_low_rank(
+        "no barrier before the weights' stages",
+        "gemm_bf16",
+        "low_rank_is_more",
+        "      __syncthreads();  // the adapter's last stage has been read\n",
+        "",
+        "gemm_sm80.cuh",
+        RACE,
+    ),
+    _of_low_rank(
+        "mask of other columns",
+        "gemm_bf16",
+        "low_rank_is_masked",
+        "tile.first_row, column, WarpPlace",
+        "tile.first_row, column + 8, WarpPlace",
+        "gemm_sm80.cuh",
+    ),
+    _of_low_rank(
+        "sm_90 reads the weights' map",
+        "gemm_sm90",
+        "sm90_low_rank",
+        "low ? params.low : params.maps;",
+        "params.maps;",
+        "gemm_sm90.cuh",
+    ),
+    _of_low_rank(
+        "sm_90 expects the bytes of copied rows",
+        "gemm_sm90",
+        "sm90_low_rank",
+        "copies = gather && !low;",
+        "copies = gather;",
+        "gemm_sm90.cuh",
+    ),
+    _of_low_rank(
+        "sm_90 masks sums that are not done",
+        "gemm_sm90",
+        "sm90_low_rank_is_masked",
+        "        ptx::wgmma_wait<0>();  // the products before are done\n",
+        "",
+        "gemm_sm90.cuh",
     ),
 )
