@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
+from switchgear.adapters import wrappers
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, path_of, restore
 
@@ -252,6 +253,10 @@ def test_weights_of_another_format_are_left_to_peft() -> None:
             warnings.simplefilter("ignore")
             model(**inputs)
     assert set(seen) == {"down_proj", "gate_up_proj"}
+    wrapper = next(m for m in model.modules() if getattr(m, "base_layer", None) is not None and m.base_layer is experts)
+    while wrapper.parameter_name != "down_proj":
+        wrapper = next(m for m in model.modules() if getattr(m, "base_layer", None) is wrapper)
+    assert wrappers._factors(wrapper, ["default"]) is None
 
 
 def test_gradient_checkpointing() -> None:
