@@ -71,7 +71,6 @@ FILES = {
     "cpu/float_mode.h": Covered("cpu/threads", "threads:float_mode"),
     "cpu/gate.cpp": Covered("cpu/gate", "gate"),
     "cpu/gate_columns.h": Covered("cpu/glu cpu/moe_forward cpu/moe_backward", "glu moe"),
-    "cpu/gathered.h": Covered("cpu/grouped_gemm cpu/moe_forward", "grouped_gemm moe"),
     "cpu/glu.cpp": Covered("cpu/glu", "glu"),
     "cpu/grouped_gemm.cpp": Covered("cpu/grouped_gemm", "grouped_gemm minifloat compact integers"),
     "cpu/grouping.h": Covered("cpu/column_topk cpu/fit_capacity", "policies:column_topk policies:fit_capacity"),

@@ -17,7 +17,7 @@ APART = {
     "cpu/module.cpp", "cpu/pages.cpp", "cpu/pages.h", "cpu/probe.cpp",  # the Python module, huge pages, ceilings
     "cpu/simd_neon.h",
     "cpu/amx.h", "cpu/amx_block.h", "cpu/amx_dot_products.inl", "cpu/amx_multiply.inl", "cpu/amx_tiles.h",
-    "cpu/kernels_amx.cpp", "cpu/integers/kernels_amx.cpp",  # other processors
+    "cpu/gathered.h", "cpu/kernels_amx.cpp", "cpu/integers/kernels_amx.cpp",  # other processors
 }  # fmt: skip
 
 
