@@ -411,7 +411,7 @@ def _adapted_grouped_gemm(
         a, b = a.masked_fill(unused[:, :, None], 0), b.masked_fill(unused[:, None, :], 0)
     if adapted.dropout > 0:
         rows = x if token_indices is None else x[token_indices.clamp(min=0).long()]
-        kept = reference.keeps(_dropout_seed(x.device), 0, *rows.shape, adapted.dropout)
+        kept = reference.keeps(_dropout_seed(x.device), 0, rows.shape[0], rows.shape[1], adapted.dropout)
         x, token_indices, scales = torch.where(kept, rows, 0), None, scales / (1 - adapted.dropout)
     low = grouped_gemm(x, a, expert_offsets, token_indices=token_indices)
     experts = torch.bucketize(torch.arange(len(low), device=x.device), expert_offsets[1:], right=True)
@@ -547,7 +547,7 @@ def _moe_of_weights(
     trained = [weight for weight in (first, second) if isinstance(weight, Tensor)]
     trained += [tensor for adapter in call.adapters for tensor in adapter[:2]]
     wants_gradients = needs_autograd(x, gate_up_bias, down_bias, topk_weights, *trained)
-    first, second = (_taken(weight, x.dtype, wants_gradients) for weight in (first, second))
+    first, second = (_taken(weight, x.dtype) for weight in (first, second))
     if isinstance(first, Tensor) and isinstance(second, Tensor) and not has_adapters:
         named = {"gate_up_bias": gate_up_bias, "down_bias": down_bias, **options.keywords()}
         return moe(x, first, second, topk_ids, topk_weights, **named).reshape(shape)
@@ -589,28 +589,25 @@ class _Layer(NamedTuple):
 
     @staticmethod
     def of(x: Tensor, weights: tuple[AnyWeight, AnyWeight], biases: tuple[Tensor | None, Tensor | None]) -> _Layer:
-        adapters, dropout = ((), ()), (0.0, 0.0)
-        if isinstance(weights[0], AdaptedWeight) or isinstance(weights[1], AdaptedWeight):
-            adapted = [weight if isinstance(weight, AdaptedWeight) else None for weight in weights]
-            adapters = tuple(() if weight is None else weight.adapter() for weight in adapted)
-            dropout = tuple(0.0 if weight is None else weight.dropout for weight in adapted)
         first, second = (weight.weight if isinstance(weight, AdaptedWeight) else weight for weight in weights)
+        one, other = (weight.adapter() if isinstance(weight, AdaptedWeight) else () for weight in weights)
+        dropout = tuple(weight.dropout if isinstance(weight, AdaptedWeight) else 0.0 for weight in weights)
         if in_autocast(kind := x.device.type):
+
+            def cast(weight: Tensor | Weight) -> Tensor | Weight:
+                return in_autocast_dtype(kind, weight)[0] if isinstance(weight, Tensor) else weight
+
             x, *both = in_autocast_dtype(kind, x, *biases)
-            biases = (both[0], both[1])
-            adapters = tuple((*in_autocast_dtype(kind, *adapter[:2]), *adapter[2:]) for adapter in adapters)
-            first, second = (
-                in_autocast_dtype(kind, weight)[0] if isinstance(weight, Tensor) else weight
-                for weight in (first, second)
-            )
-        return _Layer(x, first, second, biases, adapters, dropout if any(dropout) else ())
+            biases, first, second = (both[0], both[1]), cast(first), cast(second)
+            one, other = ((*in_autocast_dtype(kind, *adapter[:2]), *adapter[2:]) for adapter in (one, other))
+        return _Layer(x, first, second, biases, (one, other), dropout if any(dropout) else ())
 
 
-def _taken(weight: Tensor | Weight, dtype: torch.dtype, wants_gradients: bool) -> Tensor | Weight:
-    """The weight that moe uses for an x of `dtype`; lossless weights are expanded if gradients are needed."""
+def _taken(weight: Tensor | Weight, dtype: torch.dtype) -> Tensor | Weight:
+    """The weight that moe uses for an x of `dtype`."""
     if isinstance(weight, Tensor) or not weight.is_lossless:
         return weight
-    taken = weight.plain() if wants_gradients and weight.data.is_cpu else taken_by_moe(weight, dtype)
+    taken = taken_by_moe(weight, dtype)
     if isinstance(taken, Tensor) and in_autocast(taken.device.type):
         return taken.to(dtype)
     return taken
