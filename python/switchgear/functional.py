@@ -400,8 +400,10 @@ def _adapted_grouped_gemm(
     expert_offsets: Tensor,
     bias: Tensor | None,
     token_indices: Tensor | None,
+    projection: int = 0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """The product with the weight, plus that with the adapter, by stages."""
+    """The product with the weight, plus that with the adapter, by stages; seed and projection: those of dropout."""
     out = grouped_gemm(x, adapted.weight, expert_offsets, bias=bias, token_indices=token_indices)
     a, b, scales, *ranks = adapted.adapter()
     if in_autocast(x.device.type):
@@ -411,7 +413,8 @@ def _adapted_grouped_gemm(
         a, b = a.masked_fill(unused[:, :, None], 0), b.masked_fill(unused[:, None, :], 0)
     if adapted.dropout > 0:
         rows = x if token_indices is None else x[token_indices.clamp(min=0).long()]
-        kept = reference.keeps(_dropout_seed(x.device), 0, rows.shape[0], rows.shape[1], adapted.dropout)
+        seed = _dropout_seed(x.device) if seed is None else seed
+        kept = reference.keeps(seed, projection, rows.shape[0], rows.shape[1], adapted.dropout)
         x, token_indices, scales = torch.where(kept, rows, 0), None, scales / (1 - adapted.dropout)
     low = grouped_gemm(x, a, expert_offsets, token_indices=token_indices)
     experts = torch.bucketize(torch.arange(len(low), device=x.device), expert_offsets[1:], right=True)
@@ -615,3 +618,26 @@ def _taken(weight: Tensor | Weight, dtype: torch.dtype) -> Tensor | Weight:
 
 def _parts_of(weight: Tensor | Weight) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     return ((weight,), ()) if isinstance(weight, Tensor) else (weight.tensors, weight.form)
+
+
+def _moe_in_stages(
+    x: Tensor,
+    weights: Sequence[AnyWeight],
+    biases: Sequence[Tensor | None],
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    options: GluOptions,
+) -> Tensor:
+    """moe with adapters on a device whose ops do not take them: stage by stage."""
+    slots = plan(topk_ids, weights[0].shape[0])
+    seed = _dropout_seed(x.device)
+
+    def times(rows: Tensor, projection: int, token_indices: Tensor | None) -> Tensor:
+        weight, bias = weights[projection], biases[projection]
+        if isinstance(weight, AdaptedWeight):
+            offsets = slots.expert_offsets
+            return _adapted_grouped_gemm(rows, weight, offsets, bias, token_indices, projection, seed)
+        return grouped_gemm(rows, weight, slots.expert_offsets, bias=bias, token_indices=token_indices)
+
+    h = times(x, 0, slots.token_indices)
+    return combine(times(glu(h, **options.keywords()), 1, None), slots, topk_weights)
