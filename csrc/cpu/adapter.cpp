@@ -44,8 +44,7 @@ const void* const* AdapterProducts::masked(const void* const* rows, int64_t widt
   return copies->pointers();
 }
 
-void AdapterProducts::multiply(SlotRows& out, const void* const* rows, AdapterSide side,
-                               const Context& context) const {
+void AdapterProducts::multiply(SlotRows& out, const void* const* rows, AdapterSide side, const Context& context) const {
   const Kernels& k = context.kernels;
   const int num_threads = context.num_threads;
   const int64_t rank = adapter_.rank(), panel = k.panel, element = size_of(dtype_);
@@ -54,25 +53,27 @@ void AdapterProducts::multiply(SlotRows& out, const void* const* rows, AdapterSi
   Workspace workspace(num_threads * ProductScratch::kBytes);
   char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * ProductScratch::kBytes));
 
-  parallel_for(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
+  parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
     const Tile& tile = tiles[static_cast<size_t>(task)];
     const ProductScratch scratch(memory + thread * ProductScratch::kBytes);
     const int64_t columns = std::clamp<int64_t>(rank_of(tile.expert) - tile.column, 0, panel);
     const int64_t stored = std::min(panel, rank - tile.column);
     if (columns > 0) {
-      const ExpertMatrix matrix(side == AdapterSide::kA ? a_ : b_, tile.expert, dtype_);
-      const Product product{
-          .rows = rows + tile.first_row,
-          .num_rows = tile.num_rows,
-          .b = side == AdapterSide::kA ? matrix.rows_from(tile.column) : matrix.columns_from(tile.column),
-          .num_columns = columns,
-          .depth = depth,
-          .c = scratch.c,
-          .scratch = scratch.packing};
+      const auto operand = [&](const Tile& of) {
+        const ExpertMatrix matrix(side == AdapterSide::kA ? a_ : b_, of.expert, dtype_);
+        return side == AdapterSide::kA ? matrix.rows_from(of.column) : matrix.columns_from(of.column);
+      };
+      const Product product{.rows = rows + tile.first_row,
+                            .num_rows = tile.num_rows,
+                            .b = operand(tile),
+                            .num_columns = columns,
+                            .depth = depth,
+                            .c = scratch.c,
+                            .next = &tile != &tiles.back() ? operand((&tile)[1]).start() : Start{},
+                            .scratch = scratch.packing};
       side == AdapterSide::kA ? k.dot_products(product) : k.multiply(product);
     }
-    const auto scale =
-        static_cast<float>(adapter_.scales.as<const float>()[tile.expert] / (1.0 - adapter_.dropout));
+    const auto scale = static_cast<float>(adapter_.scales.as<const float>()[tile.expert] / (1.0 - adapter_.dropout));
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       float* const c = scratch.c + m * panel;
       char* const row = out.row(tile.first_row + m) + tile.column * element;
@@ -83,15 +84,36 @@ void AdapterProducts::multiply(SlotRows& out, const void* const* rows, AdapterSi
   });
 }
 
-Product AdapterProducts::product(const Term& term, AdapterSide side, const ProductScratch& scratch) const {
+Matrix AdapterProducts::operand(const Term& term, AdapterSide side) const {
   const ExpertMatrix matrix(side == AdapterSide::kA ? b_ : a_, term.expert, dtype_);
+  return side == AdapterSide::kA ? matrix.rows_from(term.column) : matrix.columns_from(term.column);
+}
+
+Product AdapterProducts::product(const Term& term, AdapterSide side, const ProductScratch& scratch) const {
   return {.rows = term.rows,
           .num_rows = term.num_rows,
-          .b = side == AdapterSide::kA ? matrix.rows_from(term.column) : matrix.columns_from(term.column),
+          .b = operand(term, side),
           .num_columns = term.num_columns,
           .depth = rank_of(term.expert),
           .c = nullptr,
           .scratch = scratch.packing};
+}
+
+void AdapterProducts::prefetch(const Term& term, AdapterSide side) const {
+  constexpr int64_t kLine = 64;
+  const Matrix b = operand(term, side);
+  const bool along_k = b.k_stride == 1;  // else n runs along memory
+  const int64_t depth = rank_of(term.expert), element = size_of(dtype_);
+  const int64_t rows = along_k ? term.num_columns : depth, width = (along_k ? depth : term.num_columns) * element;
+  const int64_t stride = (along_k ? b.n_stride : b.k_stride) * element;
+  const char* row = static_cast<const char*>(b.data);
+  if (stride == width) {
+    for (int64_t i = 0; i < rows * width; i += kLine) __builtin_prefetch(row + i, 0, 2);
+    return;
+  }
+  for (int64_t n = 0; n < rows; ++n, row += stride) {
+    for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(row + i, 0, 2);
+  }
 }
 
 void AdapterProducts::add(float* c, const Term& term, AdapterSide side, const ProductScratch& scratch,
@@ -164,6 +186,10 @@ void AdapterProducts::clear_past_ranks(const TensorView& gradient, AdapterSide s
     const int64_t first_row = side == AdapterSide::kA ? rank : 0, first_column = side == AdapterSide::kA ? 0 : rank;
     for (int64_t i = first_row; i < gradient.shape[1]; ++i) {
       char* const row = offset(gradient, e * gradient.stride[0] + i * gradient.stride[1]);
+      if (gradient.stride[2] == 1) {
+        std::memset(row + first_column * element, 0, static_cast<size_t>((gradient.shape[2] - first_column) * element));
+        continue;
+      }
       for (int64_t j = first_column; j < gradient.shape[2]; ++j) {
         std::memset(row + j * gradient.stride[2] * element, 0, static_cast<size_t>(element));
       }

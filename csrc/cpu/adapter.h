@@ -68,6 +68,8 @@ class AdapterProducts {
     int64_t expert, first_slot, num_rows, column, num_columns;
     const void* const* rows;  // of first_slot …
   };
+  // Prefetches what `add` reads: called before the projection's own product, which takes as long as memory needs.
+  void prefetch(const Term& term, AdapterSide side) const;
   void add(float* c, const Term& term, AdapterSide side, const ProductScratch& scratch, const Kernels& k) const;
   // The same for side kA and a product whose rows are `stride` apart.
   void add_to_rows(float* c, int64_t stride, const Term& term, const ProductScratch& scratch, const Kernels& k) const;
@@ -76,6 +78,7 @@ class AdapterProducts {
   void clear_past_ranks(const TensorView& gradient, AdapterSide side) const;
 
  private:
+  Matrix operand(const Term& term, AdapterSide side) const;
   Product product(const Term& term, AdapterSide side, const ProductScratch& scratch) const;
 
   const Adapter& adapter_;

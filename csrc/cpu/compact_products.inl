@@ -216,6 +216,48 @@ void compact_products(const Product& product) {
   with_record(product.b, [&]<typename Record>() { compact_products_of<Record>(product); });
 }
 
+// out[n·stride + c] = b(n, first + c) in the dtype of b, for n < num_rows and c < count.
+template <typename Record>
+void expand_records(void* out, int64_t stride, const Matrix& b, int64_t depth, int64_t num_rows, int64_t first,
+                    int64_t count) {
+  constexpr int64_t kDepth = Record::Words::kDepth;
+  const int64_t header = compact_header(b.n_stride, depth, Record::kDType), element = size_of(b.dtype);
+  for (int64_t n = 0; n < num_rows; ++n) {
+    const CompactRow row{static_cast<const uint8_t*>(b.data) + n * b.n_stride, header};
+    const Exponents exponents(row.exponents());
+    CompactExceptions exceptions(row);
+    for (int64_t c = 0, length; c < count; c += length) {
+      const int64_t r = (first + c) / kCompactRecord, begin = (first + c) % kCompactRecord;
+      length = kCompactRecord - begin < count - c ? kCompactRecord - begin : count - c;
+      Record record;
+      record.unpack(row.records() + r * Record::kBytes, exponents);
+      exceptions.skip_to(r);
+      exceptions.apply(r, [&](int64_t i, uint16_t bits) { record.set(i, bits); });
+      float words[kCompactRecord / kDepth];
+#pragma GCC unroll 32
+      for (int part = 0; part < Record::kParts; ++part) store(words + part * kLanes, record.words(part));
+      char* const target = static_cast<char*>(out) + (n * stride + c) * element;
+      if constexpr (kDepth == 2) {
+        __builtin_memcpy(target, reinterpret_cast<const char*>(words) + begin * 2, static_cast<size_t>(length * 2));
+      } else if (b.dtype == DType::kFloat32) {
+        __builtin_memcpy(target, words + begin, static_cast<size_t>(length * 4));
+      } else {  // widened bfloat16: its bits are the upper half of a word
+        uint32_t bits[kCompactRecord];
+        __builtin_memcpy(bits, words, sizeof words);
+        for (int64_t i = 0; i < length; ++i) {
+          const auto half = static_cast<uint16_t>(bits[begin + i] >> 16);
+          __builtin_memcpy(target + 2 * i, &half, 2);
+        }
+      }
+    }
+  }
+}
+
+void expand_compact_rows(void* out, int64_t stride, const Matrix& b, int64_t depth, int64_t num_rows, int64_t first,
+                         int64_t count) {
+  with_record(b, [&]<typename Record>() { expand_records<Record>(out, stride, b, depth, num_rows, first, count); });
+}
+
 void unpack_chunk(const Product& product, int64_t k_begin, int64_t depth) {
   with_record(product.b, [&]<typename Record>() { unpack_rows<Record>(product, k_begin, depth); });
 }

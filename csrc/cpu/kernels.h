@@ -121,6 +121,10 @@ struct Kernels {
   // r < num_rows and c < count; first is a multiple of 32. Whole steps are fastest; `count` may end anywhere in the last one.
   void (*expand_minifloats)(void* out, int64_t stride, DType dtype, const Matrix& b, int64_t num_rows, int64_t first,
                             int64_t count);
+  // The same for b compact or in panels, with rows of `depth` elements: in the dtype of b, and num_rows is a multiple of a panel's
+  // rows.
+  void (*expand_rows)(void* out, int64_t stride, const Matrix& b, int64_t depth, int64_t num_rows, int64_t first,
+                      int64_t count);
 
   // panel_vector_bytes: of a vector of b in panels (panels.h). sorted_row_bytes: of a row of A for such b, if not gathered.
   // store_sorted writes its elements [first, first + n), rounded to `dtype`: first is a multiple of the panel, n at most one.

@@ -336,6 +336,12 @@ uint64_t read_bytes(const void* data, int64_t bytes) {
   return result;
 }
 
+void expand_rows(void* out, int64_t stride, const Matrix& b, int64_t depth, int64_t num_rows, int64_t first,
+                 int64_t count) {
+  if (b.format == Format::kCompact) return expand_compact_rows(out, stride, b, depth, num_rows, first, count);
+  expand_panels(out, stride, b, depth, num_rows, first, count);
+}
+
 constexpr Kernels make_table(const char* isa) {
   return {
       .isa = isa,
@@ -347,6 +353,7 @@ constexpr Kernels make_table(const char* isa) {
       .gather_rows = nullptr,
       .pack_chunk = pack_chunk,
       .expand_minifloats = expand_minifloats,
+      .expand_rows = expand_rows,
       .panel_vector_bytes = panel_vector_bytes,
       .sorted_row_bytes = sorted_row_bytes,
       .store_sorted = store_sorted,

@@ -38,6 +38,22 @@ double multiply_rate(DType dtype, int64_t iterations) {
   return static_cast<double>(iterations) * 4 * kTile * kTile * kStep * 2;
 }
 
+// Rows in panels of tiles: [panel][pair of tiles of rows][step of 32 k][tile of the pair][16 rows][32 k].
+void expand_tiles(void* out, int64_t stride, const Matrix& b, int64_t depth, int64_t num_rows, int64_t first,
+                  int64_t count) {
+  if (b.dtype != DType::kBFloat16 || b.format != Format::kPanels) {
+    return kernels_avx512bf16().expand_rows(out, stride, b, depth, num_rows, first, count);
+  }
+  const int64_t steps = depth / kStep;
+  for (int64_t n = 0; n < num_rows; ++n) {
+    for (int64_t c = 0; c < count; c += kStep) {
+      const int64_t tile = (n / (2 * kTile) * steps + (first + c) / kStep) * 2 + n / kTile % 2;
+      __builtin_memcpy(static_cast<char*>(out) + (n * stride + c) * 2,
+                       static_cast<const char*>(b.data) + tile * kTileBytes + n % kTile * kStep * 2, kStep * 2);
+    }
+  }
+}
+
 }  // namespace
 
 const Kernels& kernels_amx() {
@@ -49,6 +65,7 @@ const Kernels& kernels_amx() {
     own.dot_products = dot_products;
     own.gathered_bytes = gathered_bytes;
     own.gather_rows = gather_rows;
+    own.expand_rows = expand_tiles;
     own.transpose = transpose_left;
     own.gradient_panel = gradient_panel;
     own.panel_vector_bytes = [](DType dtype) {

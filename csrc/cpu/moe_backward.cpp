@@ -57,6 +57,9 @@ struct ActivationBackward {
   void run(const Tile& tile, const Start& next, const WideScratch& scratch, void* adapter_scratch,
            DecodedColumns& down_proj) const {
     const int64_t width = std::min(wide, weighted_a.shape[1] - tile.column);
+    const void* const* const small = adapter != nullptr ? small_rows + tile.first_row : nullptr;
+    const AdapterProducts::Term term{tile.expert, tile.first_row, tile.num_rows, tile.column, width, small};
+    if (adapter != nullptr) adapter->prefetch(term, AdapterSide::kB);
     multiply_wide(k, {.rows = grad_y_rows + tile.first_row,
                       .num_rows = tile.num_rows,
                       .b = down_proj.of(tile.expert, tile.column, width, context),
@@ -65,11 +68,7 @@ struct ActivationBackward {
                       .c = scratch.c,
                       .next = next,
                       .scratch = scratch.packing});
-    if (adapter != nullptr) {
-      adapter->add(scratch.c,
-                   {tile.expert, tile.first_row, tile.num_rows, tile.column, width, small_rows + tile.first_row},
-                   AdapterSide::kB, ProductScratch(adapter_scratch), k);
-    }
+    if (adapter != nullptr) adapter->add(scratch.c, term, AdapterSide::kB, ProductScratch(adapter_scratch), k);
     // Row by row, so that rows of h and of the results are read and written in runs.
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       for (int64_t column = 0; column < width; column += k.panel) {

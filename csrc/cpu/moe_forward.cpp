@@ -47,6 +47,11 @@ struct FirstProjection {
     const int64_t count = std::min<int64_t>(k.panel, a.width() - tile.column);
     const GateColumns columns = gate_columns(args.options, a.width(), tile.column, count, k.panel);
     const ExpertMatrix matrix(args.weights.gate_up_proj, tile.expert, args.x.dtype);
+    const auto term = [&](int i) {
+      return AdapterProducts::Term{tile.expert,      tile.first_row,   tile.num_rows,
+                                   columns.begin[i], columns.count[i], small_rows + tile.first_row};
+    };
+    for (int i = 0; i < 2 && adapter != nullptr; ++i) adapter->prefetch(term(i), AdapterSide::kA);
     for (int i = 0; i < 2; ++i) {
       if (columns.count[i] == 0) continue;
       k.dot_products({.rows = rows + tile.first_row,
@@ -58,11 +63,7 @@ struct FirstProjection {
                       .next = i == 0 && columns.count[1] > 0 ? matrix.rows_from(columns.begin[1]).start() : next,
                       .scratch = scratch[i].packing,
                       .gathered = gathered_x});
-      if (adapter == nullptr) continue;
-      adapter->add(scratch[i].c,
-                   {tile.expert, tile.first_row, tile.num_rows, columns.begin[i], columns.count[i],
-                    small_rows + tile.first_row},
-                   AdapterSide::kA, scratch[i], k);
+      if (adapter != nullptr) adapter->add(scratch[i].c, term(i), AdapterSide::kA, scratch[i], k);
     }
     a.store(tile, count, [&](int64_t m, float* activated) {
       float* const part[2] = {scratch[0].c + m * k.panel, scratch[1].c + m * k.panel};

@@ -214,5 +214,33 @@ void panel_products(const Product& product) {
   with_words(product.b.dtype, [&]<typename Words>() { panel_products_of<Words>(product); });
 }
 
+// ---- expanding -----------------------------------------------------------------------------------------------------------
+
+// out[n·stride + c] = b(n, first + c) in the dtype of b, for n < num_rows and c < count; all but stride are even.
+void expand_panels(void* out, int64_t stride, const Matrix& b, int64_t depth, int64_t num_rows, int64_t first,
+                   int64_t count) {
+  int place_of[kLanes];
+  for (int p = 0; p < kLanes; ++p) place_of[kSumOrder[p]] = p;
+  with_words(b.dtype, [&]<typename Words>() {
+    using T = Element<Words>;
+    constexpr int64_t kBytes = sizeof(T) * Words::kDepth, kColumns = kWide * kLanes;  // of a word, of a group
+    const int64_t words = depth / Words::kDepth, begin = first / Words::kDepth, end = (first + count) / Words::kDepth;
+    for (int64_t n = 0; n < num_rows; n += kPanel) {
+      const char* const panel = static_cast<const char*>(b.data) + n * b.n_stride;
+      for (int64_t w = begin; w < end; ++w) {
+        const int64_t chunk = w / kChunkWords * kChunkWords, rest = words - chunk;
+        const int64_t steps = (rest < kChunkWords ? rest : kChunkWords) / kLanes, step = (w - chunk) / kLanes;
+        const int place = place_of[(w - chunk) % kLanes];
+        for (int64_t g = 0; g < kGroups; ++g) {
+          const int64_t at = ((place / kClasses * kGroups + g) * steps + step) * kClasses + place % kClasses;
+          const char* const source = panel + (chunk * kPanel + at * kColumns) * kBytes;
+          T* const target = static_cast<T*>(out) + (n + g * kColumns) * stride + (w - begin) * Words::kDepth;
+          for (int64_t i = 0; i < kColumns; ++i) __builtin_memcpy(target + i * stride, source + i * kBytes, kBytes);
+        }
+      }
+    }
+  });
+}
+
 }  // namespace
 }  // namespace switchgear::cpu

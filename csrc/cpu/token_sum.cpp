@@ -45,9 +45,10 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
   if (num_tokens == 0 || width == 0) return;
   const bool few_rows = has_few_rows(args.expert_offsets, num_experts);
   const bool decodes = args.transposed && args.matrices->format != Format::kPlain;
-  const int64_t wide = decodes           ? kDecodedColumns
-                       : args.transposed ? wide_columns(width, ceil_div(num_tokens, kWideTokenChunk), panel, num_threads)
-                       : few_rows      ? 2 * panel  // longer runs of memory
+  const int64_t wide = decodes ? kDecodedColumns
+                       : args.transposed
+                           ? wide_columns(width, ceil_div(num_tokens, kWideTokenChunk), panel, num_threads)
+                       : few_rows                ? 2 * panel  // longer runs of memory
                        : args.gathered.defined() ? gathered_columns(num_tokens, width, panel, num_threads)
                                                  : panel;
   const int64_t column_blocks = ceil_div(width, wide);
@@ -100,6 +101,7 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
   parallel_for_shares(num_threads, chunks * column_blocks, [&](int64_t task, int thread) {
     char* const own = memory + thread * thread_bytes;
     const WideScratch scratch(own);
+    char* const adapter_scratch = own + WideScratch::kBytes + accumulator_bytes;
     float* const sums = reinterpret_cast<float*>(own + WideScratch::kBytes);
     const Block block = block_of(task);
     const auto [column, columns, first_token, last_token] = block;
@@ -113,7 +115,8 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
         const Block next_block = block_of(task + 1);
         next_start = start(next_block, next_expert(next_block, -1));
       }
-      const Matrix b = decodes ? decoded[static_cast<size_t>(thread)].of(e, column, columns, context) : operand(block, e);
+      const Matrix b =
+          decodes ? decoded[static_cast<size_t>(thread)].of(e, column, columns, context) : operand(block, e);
       const int64_t begin = args.gathered.defined() ? args.gathered.block_begin(e, first) : first;
       for (int64_t s = begin; s < last; s += piece) {
         const int64_t rows = std::min(piece, last - s);
@@ -126,12 +129,12 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
                               .next = s + piece < last ? b.start() : next_start,
                               .scratch = scratch.packing,
                               .gathered = args.gathered.defined() ? args.gathered.block(e, s) : nullptr};
+        const AdapterSide side = args.transposed ? AdapterSide::kB : AdapterSide::kA;
+        const AdapterProducts::Term term{e,      s,       rows,
+                                         column, columns, args.adapter != nullptr ? args.small_rows + s : nullptr};
+        if (args.adapter != nullptr) args.adapter->prefetch(term, side);
         args.transposed ? multiply_wide(k, product) : dot_products_wide(k, product);
-        if (args.adapter != nullptr) {
-          args.adapter->add(scratch.c, {e, s, rows, column, columns, args.small_rows + s},
-                            args.transposed ? AdapterSide::kB : AdapterSide::kA,
-                            ProductScratch(own + WideScratch::kBytes + accumulator_bytes), k);
-        }
+        if (args.adapter != nullptr) args.adapter->add(scratch.c, term, side, ProductScratch(adapter_scratch), k);
         for (int64_t first_column = 0; first_column < columns; first_column += panel) {
           const int64_t count = std::min(panel, columns - first_column);
           for (int64_t m = std::max<int64_t>(first - s, 0); m < rows; ++m) {  // a block may begin before the first

@@ -564,7 +564,7 @@ class MoeOfParts(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         parts: Parts = ctx.parts
         need_x, need_gate_up_bias, need_down_bias, _, need_weights, _, *rest = ctx.needs_input_grad
-        need_first, need_second, *need_adapters, _need_seed = parts.split(rest)
+        need_first, need_second, *need_adapters, _of_seed = parts.split(rest)
         needs = [need_x, need_first[0], need_second[0], need_gate_up_bias, need_down_bias, need_weights]
         for need in need_adapters:
             needs += need[:2] or (False, False)
@@ -580,7 +580,13 @@ class MoeOfParts(torch.autograd.Function):
         grad_x, grad_first, grad_second, *grad_biases, grad_weights, first_a, first_b, second_a, second_b = once(
             grads, grad_y, *ctx.saved_tensors
         )
-        of_groups = ([grad_first], [grad_second], [first_a, first_b], [second_a, second_b], [None])
+        of_groups: tuple[list[Any], ...] = (
+            [grad_first],
+            [grad_second],
+            [first_a, first_b],
+            [second_a, second_b],
+            [None],
+        )
         of_tensors = (
             (*grads_of, None, None, None, None)[:count]
             for grads_of, count in zip(of_groups, parts.counts, strict=True)

@@ -430,7 +430,7 @@ def _adapted_grouped_gemm(
     bias: Tensor | None,
     token_indices: Tensor | None,
 ) -> Tensor:
-    """The product with the weight, plus that with the adapter, by stages."""
+    """The product with the weight, plus that with the adapter."""
     out = grouped_gemm(x, adapted.weight, expert_offsets, bias=bias, token_indices=token_indices)
     a, b, scales, *ranks = adapted.adapter()
     if in_autocast(x.device.type):
@@ -440,8 +440,7 @@ def _adapted_grouped_gemm(
         a, b = a.masked_fill(unused[:, :, None], 0), b.masked_fill(unused[:, None, :], 0)
     if adapted.dropout > 0:
         rows = x if token_indices is None else x[token_indices.clamp(min=0).long()]
-        num_slots, columns = rows.shape
-        kept = reference.keeps(_dropout_seed(x.device), 0, num_slots, columns, adapted.dropout)
+        kept = reference.keeps(_dropout_seed(x.device), 0, rows.shape[0], rows.shape[1], adapted.dropout)
         x, token_indices, scales = torch.where(kept, rows, 0), None, scales / (1 - adapted.dropout)
     low = grouped_gemm(x, a, expert_offsets, token_indices=token_indices)
     experts = torch.bucketize(torch.arange(len(low), device=x.device), expert_offsets[1:], right=True)
@@ -582,7 +581,7 @@ def _moe_of_weights(
     trained = [weight for weight in (first, second) if isinstance(weight, Tensor)]
     trained += [tensor for adapter in call.adapters for tensor in adapter[:2]]
     wants_gradients = needs_autograd(x, gate_up_bias, down_bias, topk_weights, *trained)
-    first, second = (_taken(weight, x.dtype, wants_gradients) for weight in (first, second))
+    first, second = (_taken(weight, x.dtype) for weight in (first, second))
     if isinstance(first, Tensor) and isinstance(second, Tensor) and not has_adapters:
         named = {"gate_up_bias": gate_up_bias, "down_bias": down_bias, **options.keywords()}
         return moe(x, first, second, topk_ids, topk_weights, **named).reshape(shape)
@@ -624,29 +623,20 @@ class _Layer(NamedTuple):
 
     @staticmethod
     def of(x: Tensor, weights: tuple[AnyWeight, AnyWeight], biases: tuple[Tensor | None, Tensor | None]) -> _Layer:
-        first, first_adapter, first_dropout = _without_adapter(weights[0])
-        second, second_adapter, second_dropout = _without_adapter(weights[1])
-        adapters, dropout = (first_adapter, second_adapter), (first_dropout, second_dropout)
+        first: Any
+        second: Any
+        first, second = (weight.weight if isinstance(weight, AdaptedWeight) else weight for weight in weights)
+        one, other = (weight.adapter() if isinstance(weight, AdaptedWeight) else () for weight in weights)
+        dropout = tuple(weight.dropout if isinstance(weight, AdaptedWeight) else 0.0 for weight in weights)
         if in_autocast(kind := x.device.type):
+
+            def cast(weight: Tensor | Weight) -> Tensor | Weight:
+                return in_autocast_dtype(kind, weight)[0] if isinstance(weight, Tensor) else weight
+
             x, *both = in_autocast_dtype(kind, x, *biases)
-            biases = (both[0], both[1])
-            adapters = _adapter_in_autocast(kind, first_adapter), _adapter_in_autocast(kind, second_adapter)
-            first, second = (
-                in_autocast_dtype(kind, weight)[0] if isinstance(weight, Tensor) else weight
-                for weight in (first, second)
-            )
-        return _Layer(x, first, second, biases, adapters, dropout if any(dropout) else ())
-
-
-def _without_adapter(weight: AnyWeight) -> tuple[Any, tuple[Tensor, ...], float]:
-    """The weight, the tensors of its adapter, and its dropout."""
-    if not isinstance(weight, AdaptedWeight):
-        return weight, (), 0.0
-    return weight.weight, weight.adapter(), weight.dropout
-
-
-def _adapter_in_autocast(device_type: str, adapter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (*in_autocast_dtype(device_type, *adapter[:2]), *adapter[2:])
+            biases, first, second = (both[0], both[1]), cast(first), cast(second)
+            one, other = ((*in_autocast_dtype(kind, *adapter[:2]), *adapter[2:]) for adapter in (one, other))
+        return _Layer(x, first, second, biases, (one, other), dropout if any(dropout) else ())
 
 
 def _moe_in_stages(
@@ -692,11 +682,11 @@ def _selected_moe(
     return moe(x, *frozen, topk_ids, topk_weights, **named)
 
 
-def _taken(weight: Tensor | Weight, dtype: torch.dtype, wants_gradients: bool) -> Tensor | Weight:
-    """The weight that moe uses for an x of `dtype`; lossless weights are expanded if gradients are needed."""
+def _taken(weight: Tensor | Weight, dtype: torch.dtype) -> Tensor | Weight:
+    """The weight that moe uses for an x of `dtype`."""
     if isinstance(weight, Tensor) or not weight.is_lossless:
         return weight
-    taken = weight.plain() if wants_gradients and weight.data.is_cpu else taken_by_moe(weight, dtype)
+    taken = taken_by_moe(weight, dtype)
     if isinstance(taken, Tensor) and in_autocast(taken.device.type):
         return taken.to(dtype)
     return taken

@@ -219,7 +219,8 @@ struct SecondProjection {
                 .c_stride = stride,
                 .next = next});
     if (adapter.products() != nullptr) {
-      const AdapterProducts::Term term{e, range.first, rows, block.column + column, columns, adapter.rows() + range.first};
+      const AdapterProducts::Term term{
+          e, range.first, rows, block.column + column, columns, adapter.rows() + range.first};
       adapter.products()->add_to_rows(c, stride, term, ProductScratch(c + 2 * kTile), k);
     }
     for (int64_t m = 0; m < rows; ++m) {
@@ -298,8 +299,8 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
       make_tiles(slots.expert_offsets, num_experts, intermediate_size, sizes.first_columns, kIntegerRows);
   ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, args.x.dtype);
   u.multiply(args.x, slots.token_indices, context);
-  const FirstProjection first{args, x, slots.token_indices, view(a, args.x.dtype, num_slots, intermediate_size),
-                              k,    q, u};
+  const FirstProjection first{args, x, slots.token_indices, view(a, args.x.dtype, num_slots, intermediate_size), k,
+                              q,    u};
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
     const auto at = static_cast<size_t>(i);
     const uint8_t* const next = at + 1 < tiles.size() ? first.start(tiles[at + 1]) : nullptr;

@@ -30,6 +30,7 @@ _MASK = 0xFFFFFFFF
 class Adapter(NamedTuple):
     """An adapter for the rows of one call, in the wide dtype. Ranks are applied: later rows of a are zero."""
 
+    given: Sequence[Tensor]
     a: Tensor  # [E,r,C]
     b: Tensor  # [E,N,r]
     scales: Tensor  # [E], with the factor of dropout
@@ -59,6 +60,12 @@ class Adapter(NamedTuple):
     def input_gradient(self, grad_low: Tensor, expert_offsets: Tensor) -> Tensor:
         """What the adapter adds to the gradient of rows."""
         return self.masked(gemm(grad_low, self.a.mT, None, expert_offsets))
+
+    def gradients(self, rows: Tensor, grad_low: Tensor, grad: Tensor, expert_offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of a and b, from rows [S,C], which A reads, and the gradients of (rows ⊙ mask) · Aᵀ and the product."""
+        a, b = (torch.empty_like(tensor) for tensor in self.given[:2])
+        grad_a = wgrad_of(grad_low, self.masked(rows), expert_offsets, a)
+        return grad_a, wgrad_of(grad, self.low(rows, expert_offsets), expert_offsets, b)
 
 
 def adapter_of(
@@ -93,10 +100,10 @@ def adapter_of(
     seed, probabilities = dropout
     p = check_dropout(seed, probabilities)[projection]
     if p == 0:
-        return Adapter(a, b, scales, None)
+        return Adapter(tensors, a, b, scales, None)
     assert seed is not None
     kept = keeps(seed, projection, num_slots, columns, p)
-    return Adapter(a, b, scales.double() / (1 - p), kept)
+    return Adapter(tensors, a, b, scales.double() / (1 - p), kept)
 
 
 def check_dropout(seed: Tensor | None, probabilities: Sequence[float]) -> tuple[float, float]:
@@ -130,17 +137,3 @@ def _mix(number: Tensor) -> Tensor:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         number = ((number ^ (number >> shift)) * factor) & _MASK
     return number ^ (number >> 16)
-
-
-def gradients(
-    adapter: Adapter,
-    tensors: Sequence[Tensor],
-    rows: Tensor,
-    grads: tuple[Tensor, Tensor],
-    expert_offsets: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of a and b: rows [S,C] that A reads; grads: those of (rows ⊙ mask) · Aᵀ and of the product."""
-    grad_low, grad = grads
-    grad_a = wgrad_of(grad_low, adapter.masked(rows), expert_offsets, torch.empty_like(tensors[0]))
-    grad_b = wgrad_of(grad, adapter.low(rows, expert_offsets), expert_offsets, torch.empty_like(tensors[1]))
-    return grad_a, grad_b

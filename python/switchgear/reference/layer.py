@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from switchgear.reference.activations import check_options, glu_backward_of, glu_of, intermediate_size_of
-from switchgear.reference.adapters import adapter_of, gradients
+from switchgear.reference.adapters import adapter_of
 from switchgear.reference.checks import check, check_experts, weight_dtype, wide
 from switchgear.reference.formats import check_weight, decode, format_of
 from switchgear.reference.products import gemm, multiply, sum_rows, wgrad_of
@@ -176,7 +176,7 @@ def moe_backward(
         grad_a += second.input_gradient(grad_v, expert_offsets)
         if any(need_adapters[2:]):
             weighted_a = a * slot_weights
-            grads_adapters[2:] = gradients(second, down_adapter, weighted_a, (grad_v, grad_rows), expert_offsets)
+            grads_adapters[2:] = second.gradients(weighted_a, grad_v, grad_rows, expert_offsets)
     if need_weights:
         grad_slot = (grad_a * a).sum(-1)
         if down_bias is not None:
@@ -190,7 +190,7 @@ def moe_backward(
             grad_u = first.low_gradient(grad_h, expert_offsets)
             if any(need_adapters[:2]):
                 rows = rows_of(x, token_indices)
-                grads_adapters[:2] = gradients(first, gate_up_adapter, rows, (grad_u, grad_h), expert_offsets)
+                grads_adapters[:2] = first.gradients(rows, grad_u, grad_h, expert_offsets)
         if need_x:
             grad_slots = gemm(grad_h, gate_up.mT, None, expert_offsets)
             if first is not None and grad_u is not None:
