@@ -661,6 +661,8 @@ class _Layer(NamedTuple):
             adapters = tuple(() if weight is None else weight.adapter() for weight in adapted)
             dropout = tuple(0.0 if weight is None else weight.dropout for weight in adapted)
         first, second = (weight.weight if isinstance(weight, AdaptedWeight) else weight for weight in weights)
+        if isinstance(first, SelectedWeight) or isinstance(second, SelectedWeight):
+            raise ValueError("gate_up_proj, down_proj: expected no adapter of a weight with experts that train alone")
         if in_autocast(kind := x.device.type):
             x, *both = in_autocast_dtype(kind, x, *biases)
             biases = (both[0], both[1])
