@@ -626,6 +626,8 @@ class _Layer(NamedTuple):
         first: Any
         second: Any
         first, second = (weight.weight if isinstance(weight, AdaptedWeight) else weight for weight in weights)
+        if isinstance(first, SelectedWeight) or isinstance(second, SelectedWeight):
+            raise ValueError("gate_up_proj, down_proj: expected no adapter of a weight with experts that train alone")
         one, other = (weight.adapter() if isinstance(weight, AdaptedWeight) else () for weight in weights)
         dropout = tuple(weight.dropout if isinstance(weight, AdaptedWeight) else 0.0 for weight in weights)
         if in_autocast(kind := x.device.type):
