@@ -6,6 +6,8 @@
 # make lint                  formatting, lint, types, stubs
 # make format                reformat the sources for lint
 # make sanitize              the C++ tests under the address, undefined-behaviour and thread sanitizers
+# make asan-python           the Python module under the address sanitizer, with pages without access beside every operand
+# make mutants               edit the CPU kernels in hundreds of small ways, and check that the C++ tests detect 90 % (MUTANTS_ARGS=…)
 # make neon                  the C++ tests for 64-bit Arm, under qemu (needs a cross compiler; NEON_TESTS=…)
 # make simt                  the CUDA kernels on the CPU, under sanitizers and a race detector (needs the CUDA headers)
 # make simt-planted          check that bugs planted in them are detected
@@ -34,7 +36,7 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help tools demo test bench bench-cpp lint format sanitize asan tsan neon simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build \
+.PHONY: help tools demo test bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build \
         wheel test-torch clean always
 
 help:
@@ -43,6 +45,7 @@ help:
 space := $(subst ,, )
 build_preset = cmake --preset $(1) && cmake --build --preset $(1)
 run_preset = $(call build_preset,$(1)) && ctest --preset $(1)
+this_python = -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
 # ---- environment ---------------------------------------------------------------------------------------------------------
 
@@ -95,6 +98,15 @@ sanitize: asan tsan
 asan tsan: $(BIN)/cmake $(BIN)/ninja
 	$(call run_preset,$@)
 
+# In the build tree of `make asan`, so not at the same time.
+asan-python: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
+	cmake --preset asan -DSWITCHGEAR_PYTHON=ON $(this_python) && cmake --build --preset asan --target _C
+	$(BIN)/python tests/sanitized.py build/asan -- -q -m "not slow" tests/contracts/test_guard_pages.py $(PYTEST_ARGS)
+
+# Takes half an hour on two cores; MUTANTS_ARGS="cpu/gate.cpp" takes those of one file.
+mutants: $(BIN)/cmake $(BIN)/ninja
+	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
+
 # What `make test` runs on an Arm machine, emulated. NEON_QUICK=1: without the generic kernels, and only on two threads.
 NEON_TESTS ?=
 
@@ -113,18 +125,17 @@ ASAN_ORDERS ?= $(SIMT_ORDERS)
 RACE_ORDERS ?= $(SIMT_ORDERS)
 PLANTED_ORDERS ?= $(SIMT_ORDERS)
 simt_orders = $(if $(filter race,$*),$(RACE_ORDERS),$(ASAN_ORDERS))
-simt_python = -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
 # The C++ tests in every order of threads; then the shared tests on the module _simt, in each order; then, once, the
 # layers of papers and the exchange between processes.
 simt-asan simt-race: simt-%: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
-	cmake --preset simt-$* $(simt_python) && cmake --build --preset simt-$*
+	cmake --preset simt-$* $(this_python) && cmake --build --preset simt-$*
 	ctest --preset simt-$* --tests-regex '_($(subst $(space),|,$(subst :,_,$(strip $(simt_orders)))))$$'
 	SIMT_ORDERS='$(simt_orders)' $(BIN)/python tests/simt/shared.py $* build/simt-$* -- -q $(CORE_TESTS) $(PYTEST_ARGS) -- @tests/simt/papers.txt
 	$(if $(filter race,$*),SIMT_ORDERS=forward $(BIN)/python tests/simt/shared.py race build/simt-race -- -q tests/parallel/test_exchange.py)
 
 simt-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
-	for kind in asan race; do cmake --preset simt-$$kind $(simt_python) && cmake --build --preset simt-$$kind --target simt_plants || exit 1; done
+	for kind in asan race; do cmake --preset simt-$$kind $(this_python) && cmake --build --preset simt-$$kind --target simt_plants || exit 1; done
 	SIMT_ORDERS='$(PLANTED_ORDERS)' $(BIN)/python tests/simt/planted.py asan=build/simt-asan race=build/simt-race
 
 cuda-checks: $(INSTALLED)test

@@ -241,13 +241,14 @@ void py_grouped_gemm(handle x, handle weight, handle form, handle bias, handle e
   run(grouped_gemm, args, execution);
 }
 
-void py_grouped_gemm_wgrad(handle grad_out, handle x, handle expert_offsets, handle token_indices, handle grad_weight,
-                           ExecutionArgument execution) {
+void py_grouped_gemm_wgrad(handle grad_out, handle x, handle expert_offsets, handle token_indices, handle experts,
+                           handle grad_weight, ExecutionArgument execution) {
   Arrays arrays = arrays_of(execution);
   const GroupedGemmWgradArgs args{.grad_out = arrays.in("grad_out", grad_out),
                                   .x = arrays.in("x", x),
                                   .expert_offsets = arrays.in("expert_offsets", expert_offsets),
                                   .token_indices = arrays.in_or_none("token_indices", token_indices),
+                                  .experts = arrays.in_or_none("experts", experts),
                                   .grad_weight = arrays.out("grad_weight", grad_weight)};
   run(grouped_gemm_wgrad, args, execution);
 }
@@ -319,11 +320,12 @@ void py_moe_forward(handle x, handle gate_up_proj, handle gate_up_form, handle d
 
 void py_moe_backward(handle grad_y, handle x, handle h, handle gate_up_proj, handle gate_up_form, handle down_proj,
                      handle down_form, handle gate_up_bias, handle down_bias, handle topk_ids, handle topk_weights,
-                     handle grad_x, handle grad_gate_up_proj, handle grad_down_proj, handle grad_gate_up_bias,
-                     handle grad_down_bias, handle grad_topk_weights, std::string_view activation, bool gated,
-                     bool interleaved, float alpha, float limit, ExecutionArgument execution, handle gate_up_adapter,
-                     handle down_adapter, handle dropout_seed, handle dropout, handle grad_gate_up_a,
-                     handle grad_gate_up_b, handle grad_down_a, handle grad_down_b) {
+                     handle experts, handle grad_x, handle grad_gate_up_proj, handle grad_down_proj,
+                     handle grad_gate_up_bias, handle grad_down_bias, handle grad_topk_weights,
+                     std::string_view activation, bool gated, bool interleaved, float alpha, float limit,
+                     ExecutionArgument execution, handle gate_up_adapter, handle down_adapter, handle dropout_seed,
+                     handle dropout, handle grad_gate_up_a, handle grad_gate_up_b, handle grad_down_a,
+                     handle grad_down_b) {
   Arrays arrays = arrays_of(execution);
   const MoeBackwardArgs args{
       .grad_y = arrays.in("grad_y", grad_y),
@@ -333,6 +335,7 @@ void py_moe_backward(handle grad_y, handle x, handle h, handle gate_up_proj, han
                             {gate_up_adapter, down_adapter, dropout_seed, dropout}),
       .topk_ids = arrays.in("topk_ids", topk_ids),
       .topk_weights = arrays.in("topk_weights", topk_weights),
+      .experts = arrays.in_or_none("experts", experts),
       .options = glu_options(activation, gated, interleaved, alpha, limit),
       .grad_x = arrays.out_or_none("grad_x", grad_x),
       .grad_gate_up_proj = arrays.out_or_none("grad_gate_up_proj", grad_gate_up_proj),
@@ -419,7 +422,8 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
         "x"_a, "weight"_a, "form"_a, "bias"_a, "expert_offsets"_a, "token_indices"_a, "out"_a, "transposed"_a,
         "input_gradient"_a, py::arg(kExecutionArgument));
   m.def("grouped_gemm_wgrad", &py_grouped_gemm_wgrad, "Writes the gradient of grouped_gemm's weight.",  //
-        "grad_out"_a, "x"_a, "expert_offsets"_a, "token_indices"_a, "grad_weight"_a, py::arg(kExecutionArgument));
+        "grad_out"_a, "x"_a, "expert_offsets"_a, "token_indices"_a, "experts"_a, "grad_weight"_a,
+        py::arg(kExecutionArgument));
   m.def("glu", &py_glu, "Writes the activation of h.",  //
         "h"_a, "a"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a, py::arg(kExecutionArgument));
   m.def("glu_backward", &py_glu_backward, "Writes the gradient of h in glu.",  //
@@ -433,9 +437,9 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
         "dropout"_a = none);
   m.def("moe_backward", &py_moe_backward, "Writes the gradients of moe_forward whose outputs are given.",  //
         "grad_y"_a, "x"_a, "h"_a, "gate_up_proj"_a, "gate_up_form"_a, "down_proj"_a, "down_form"_a, "gate_up_bias"_a,
-        "down_bias"_a, "topk_ids"_a, "topk_weights"_a, "grad_x"_a, "grad_gate_up_proj"_a, "grad_down_proj"_a,
-        "grad_gate_up_bias"_a, "grad_down_bias"_a, "grad_topk_weights"_a, "activation"_a, "gated"_a, "interleaved"_a,
-        "alpha"_a, "limit"_a, py::arg(kExecutionArgument), "gate_up_adapter"_a = none, "down_adapter"_a = none,
-        "dropout_seed"_a = none, "dropout"_a = none, "grad_gate_up_a"_a = none, "grad_gate_up_b"_a = none,
-        "grad_down_a"_a = none, "grad_down_b"_a = none);
+        "down_bias"_a, "topk_ids"_a, "topk_weights"_a, "experts"_a, "grad_x"_a, "grad_gate_up_proj"_a,
+        "grad_down_proj"_a, "grad_gate_up_bias"_a, "grad_down_bias"_a, "grad_topk_weights"_a, "activation"_a, "gated"_a,
+        "interleaved"_a, "alpha"_a, "limit"_a, py::arg(kExecutionArgument), "gate_up_adapter"_a = none,
+        "down_adapter"_a = none, "dropout_seed"_a = none, "dropout"_a = none, "grad_gate_up_a"_a = none,
+        "grad_gate_up_b"_a = none, "grad_down_a"_a = none, "grad_down_b"_a = none);
 }

@@ -260,6 +260,16 @@ void check_range(const char* name, const TensorView& indices, int64_t low, int64
       join(name, ": expected values in [", low, ", ", high, "), got ", values[at], " at ", position(indices, at)));
 }
 
+void check_experts(const char* name, const TensorView& experts, int64_t num_experts) {
+  check_range(name, experts, 0, num_experts);
+  if (!readable(experts)) return;
+  const auto* values = experts.as<const int32_t>();
+  for (int64_t i = 1; i < experts.numel(); ++i) {
+    SWITCHGEAR_CHECK(ValueError, values[i - 1] < values[i], name, ": expected ascending values, got ", values[i],
+                     " after ", values[i - 1], " at [", i, ']');
+  }
+}
+
 void check_offsets(const char* name, const TensorView& expert_offsets, int64_t num_slots) {
   if (!readable(expert_offsets)) return;
   const auto* offsets = expert_offsets.as<const int32_t>();

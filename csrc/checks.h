@@ -58,7 +58,7 @@ class Call {
   void check_overlap() const;
 
  private:
-  static constexpr int kMaxTensors = 40;  // moe_backward with integers and adapters has 33
+  static constexpr int kMaxTensors = 40;  // moe_backward with integers and adapters has 34
 
   struct Entry {
     const char* name = nullptr;
@@ -88,6 +88,8 @@ class Call {
 inline bool readable(const TensorView& tensor) { return tensor.device.type == DeviceType::kCPU; }
 void check_pointer(const char* name, const void* data, DType dtype);  // not null, and aligned to elements
 void check_range(const char* name, const TensorView& indices, int64_t low, int64_t high);  // all in [low, high)
+void check_experts(const char* name, const TensorView& experts,
+                   int64_t num_experts);  // ascending, all in [0, num_experts)
 void check_offsets(const char* name, const TensorView& expert_offsets, int64_t num_slots);
 
 }  // namespace switchgear

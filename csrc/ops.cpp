@@ -57,6 +57,13 @@ void check_tokens(Call& call, TensorView& token_indices, const TensorView& exper
   check_range("token_indices", used, 0, num_tokens);
 }
 
+// The experts whose gradients are computed, if given.
+void check_trained(Call& call, TensorView& experts, int64_t num_experts) {
+  if (!experts.defined()) return;
+  call.own(experts);
+  check_experts("experts", experts, num_experts);
+}
+
 void check_offsets(Call& call, TensorView& expert_offsets, int64_t num_slots) {
   call.own(expert_offsets);
   check_offsets("expert_offsets", expert_offsets, num_slots);
@@ -72,6 +79,11 @@ void check_plan(Call& call, Plan& plan, const Dim& T, const Dim& S) {
   check_tokens(call, plan.token_indices, plan.expert_offsets, T.size);
   call.own(plan.slot_indices);
   check_range("slot_indices", plan.slot_indices, -1, S.size);
+}
+
+void check_slots(Call& call, ExpertWeights& weights) {
+  check_slots(call, kGateUpProj, weights.gate_up_proj);
+  check_slots(call, kDownProj, weights.down_proj);
 }
 
 void check_sequence_ids(Call& call, TensorView& sequence_ids, int64_t num_sequences) {
@@ -146,8 +158,8 @@ void bias_shapes(Call& call, const ExpertWeights& weights, Dim& E, Dim& H, Dim& 
   if (weights.down_bias.defined()) call.input("down_bias", weights.down_bias, kFloat, {&E, &H}, kRows);
 }
 
-// moe_backward decodes stored weights for gradients of other tensors; only a plain weight has a gradient itself.
-void check_trained(const char* name, const Weight& weight, const TensorView& gradient) {
+// moe_backward decodes stored weights for gradients of other tensors. Only a plain weight has a gradient itself.
+void check_frozen(const char* name, const Weight& weight, const TensorView& gradient) {
   SWITCHGEAR_CHECK(ValueError, weight.format == Format::kPlain || !gradient.defined(), name,
                    ": expected plain weights for their gradients, got ", name_of(weight.format));
 }
@@ -429,7 +441,8 @@ void grouped_gemm(const GroupedGemmArgs& given, Execution exec) {
   }
   SWITCHGEAR_CHECK(ValueError, args.weight.format != Format::kPanels, "weight: expected no panels in grouped_gemm");
   SWITCHGEAR_CHECK(ValueError, !args.transposed || multiplies_transposed(args.weight.format),
-                   "weight: expected int8, int4, fp8 or mxfp4 to be transposed, got ", name_of(args.weight.format));
+                   "weight: expected int8, int4, fp8, mxfp4 or nf4 to be transposed, got ",
+                   name_of(args.weight.format));
   SWITCHGEAR_CHECK(ValueError, !args.transposed || !args.bias.defined(), "bias: expected none for a transposed weight");
   if (args.bias.defined()) call.input("bias", args.bias, kFloat, {&E, &N}, kRows);
   Dim offsets{"E+1", 2, E.size + 1};
@@ -438,6 +451,7 @@ void grouped_gemm(const GroupedGemmArgs& given, Execution exec) {
   Dim& slots = args.token_indices.defined() ? S : R;
   call.output("out", args.out, kFloat, {&slots, args.transposed ? &C : &N}, kRows);
   call.check_overlap();
+  check_slots(call, kWeight, args.weight);
   check_offsets(call, args.expert_offsets, args.out.shape[0]);
   if (args.token_indices.defined()) check_tokens(call, args.token_indices, args.expert_offsets, R.size);
   call.backend().grouped_gemm(args, exec);
@@ -450,11 +464,15 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs& given, Execution exec) {
   call.input("x", args.x, kFloat, {&R, &C}, kRows);
   if (args.token_indices.defined()) call.input("token_indices", args.token_indices, kInt32, {&S});
   call.input("grad_out", args.grad_out, kFloat, {args.token_indices.defined() ? &S : &R, &N}, kRows);
-  call.output("grad_weight", args.grad_weight, kFloat, {&E, &N, &C}, kMatrices);
-  Dim offsets{"E+1", 2, E.size + 1};
+  Dim n{"n", 0};
+  const bool some = args.experts.defined();
+  if (some) call.input("experts", args.experts, kInt32, {&n});
+  call.output("grad_weight", args.grad_weight, kFloat, {some ? &n : &E, &N, &C}, kMatrices);
+  Dim offsets{"E+1", 2, some ? Dim::kUnknown : E.size + 1};
   call.input("expert_offsets", args.expert_offsets, kInt32, {&offsets});
   call.check_overlap();
   check_offsets(call, args.expert_offsets, args.grad_out.shape[0]);
+  check_trained(call, args.experts, offsets.size - 1);
   if (args.token_indices.defined()) check_tokens(call, args.token_indices, args.expert_offsets, R.size);
   call.backend().grouped_gemm_wgrad(args, exec);
 }
@@ -500,6 +518,7 @@ void moe_forward(const MoeForwardArgs& given, Execution exec) {
   call.output("y", args.y, kFloat, {&T, &H}, kRows);
   if (args.h.defined()) call.output("h", args.h, kFloat, {&S, &N}, kRows);
   call.check_overlap();
+  check_slots(call, args.weights);
   check_ids(call, args.topk_ids, E);
   check_adapters(call, args.weights);
   call.backend().moe_forward(args, exec);
@@ -513,21 +532,24 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   call.input("x", args.x, kFloat, {&T, &H}, kRows);
   call.input("grad_y", args.grad_y, kFloat, {&T, &H}, kRows);
   weight_shapes(call, args.weights, args.options, E, H, I, N);
-  check_trained("gate_up_proj", args.weights.gate_up_proj, args.grad_gate_up_proj);
-  check_trained("down_proj", args.weights.down_proj, args.grad_down_proj);
+  check_frozen("gate_up_proj", args.weights.gate_up_proj, args.grad_gate_up_proj);
+  check_frozen("down_proj", args.weights.down_proj, args.grad_down_proj);
   adapter_inputs(call, args.weights, E, H, I, N);
   call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
   call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
   Dim S = slots(T, K);
   call.input("h", args.h, kFloat, {&S, &N}, kRows);
+  Dim n{"n", 0};
+  if (args.experts.defined()) call.input("experts", args.experts, kInt32, {&n});
+  Dim& trained = args.experts.defined() ? n : E;
   const auto output = [&](const char* name, const TensorView& grad, Kind kind, Call::Shape shape, Layout layout) {
     if (grad.defined()) call.output(name, grad, kind, shape, layout);
   };
   output("grad_x", args.grad_x, kFloat, {&T, &H}, kRows);
-  output("grad_gate_up_proj", args.grad_gate_up_proj, kFloat, {&E, &N, &H}, kMatrices);
-  output("grad_down_proj", args.grad_down_proj, kFloat, {&E, &H, &I}, kMatrices);
-  output("grad_gate_up_bias", args.grad_gate_up_bias, kFloat, {&E, &N}, kRows);
-  output("grad_down_bias", args.grad_down_bias, kFloat, {&E, &H}, kRows);
+  output("grad_gate_up_proj", args.grad_gate_up_proj, kFloat, {&trained, &N, &H}, kMatrices);
+  output("grad_down_proj", args.grad_down_proj, kFloat, {&trained, &H, &I}, kMatrices);
+  output("grad_gate_up_bias", args.grad_gate_up_bias, kFloat, {&trained, &N}, kRows);
+  output("grad_down_bias", args.grad_down_bias, kFloat, {&trained, &H}, kRows);
   output("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K}, kContiguous);
   const auto adapter_outputs = [&](const Adapter& adapter, const char* a, const TensorView& grad_a, const char* b,
                                    const TensorView& grad_b, Dim& rows, Dim& columns) {
@@ -542,7 +564,9 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
                   args.grad_gate_up_b, N, H);
   adapter_outputs(args.weights.down_adapter, "grad_down_a", args.grad_down_a, "grad_down_b", args.grad_down_b, H, I);
   call.check_overlap();
+  check_slots(call, args.weights);
   check_ids(call, args.topk_ids, E);
+  check_trained(call, args.experts, E.size);
   check_adapters(call, args.weights);
   call.backend().moe_backward(args, exec);
 }

@@ -17,6 +17,7 @@ const char* name_of(Format format) {
     case Format::kInt4: return "int4";
     case Format::kFp8: return "fp8";
     case Format::kMxfp4: return "mxfp4";
+    case Format::kNf4: return "nf4";
   }
   return "unknown";
 }
@@ -93,14 +94,16 @@ void integers_input(Call& call, const WeightNames& names, const Weight& w, Dim& 
 }
 
 void minifloat_input(Call& call, const WeightNames& names, const Weight& w, Dim& experts) {
-  const bool is_fp8 = w.format == Format::kFp8;
-  SWITCHGEAR_CHECK(ValueError, is_fp8 ? w.group_size >= 0 && w.group_size % kMinifloatColumns == 0 : w.group_size == 32,
-                   names.data, ": expected a group_size of ", is_fp8 ? "0 (the whole row) or a multiple of 32" : "32",
-                   ", got ", w.group_size);
+  const int64_t group = minifloat_group(w.format);
+  SWITCHGEAR_CHECK(ValueError,
+                   group == 0 ? w.group_size >= 0 && w.group_size % kMinifloatColumns == 0 : w.group_size == group,
+                   names.data, ": expected a group_size of ",
+                   group == 0 ? "0 (the whole row) or a multiple of 32" : join(group), ", got ", w.group_size);
   Dim blocks = blocks_of(names.data, w), groups = groups_of(w), steps{"steps", 1, divide_up(w.cols, kMinifloatColumns)};
   Dim step_bytes{"bytes", 1, minifloat_step_bytes(w.format)}, block_rows{"16", 1, kMinifloatRows};
   call.input(names.data, w.data, kUInt8, {&experts, &blocks, &steps, &step_bytes});
-  call.input(names.scales, w.scales, is_fp8 ? kFloat32 : kUInt8, {&experts, &blocks, &groups, &block_rows});
+  call.input(names.scales, w.scales, w.format == Format::kMxfp4 ? kUInt8 : kFloat32,
+             {&experts, &blocks, &groups, &block_rows});
 }
 
 // E is the size of `slots` if defined; `experts` is that of the data.
@@ -109,7 +112,6 @@ void slots_input(Call& call, const char* name, const Weight& w, Dim& E) {
   SWITCHGEAR_CHECK(ValueError, call.backend().device == DeviceType::kCPU, name, ": expected none on this device, got ",
                    describe(w.slots));
   call.input(name, w.slots, kInt32, {&E});
-  check_range(name, w.slots, 0, w.data.shape[0]);
 }
 
 }  // namespace
@@ -128,10 +130,17 @@ void weight_input(Call& call, const WeightNames& names, const Weight& w, Dim& E,
       case Format::kPanels: panels_input(call, names.data, w, experts); break;
       case Format::kCompact: compact_input(call, names.data, w, experts); break;
       case Format::kFp8:
-      case Format::kMxfp4: minifloat_input(call, names, w, experts); break;
+      case Format::kMxfp4:
+      case Format::kNf4: minifloat_input(call, names, w, experts); break;
       default: integers_input(call, names, w, experts);
     }
   }
+}
+
+void check_slots(Call& call, const WeightNames& names, Weight& w) {
+  if (!w.slots.defined()) return;
+  call.own(w.slots);
+  check_range(names.slots, w.slots, 0, w.data.shape[0]);
 }
 
 void plain_weight_input(Call& call, const WeightNames& names, const Weight& w, const char* what, Dim& E, Dim& N,

@@ -18,7 +18,10 @@ inline constexpr WeightNames kDownProj{"down_proj", "down_proj_scales", "down_pr
 // A weight [E,N,C] of any format that the device takes. Called after a float tensor of the call has been checked.
 void weight_input(Call& call, const WeightNames& names, const Weight& weight, Dim& E, Dim& N, Dim& C);
 
-// The same for a weight that must be plain; `what` names the ops that need it.
+// Copies a weight's slots and checks them. Called after the last tensor of the call, since it reads memory.
+void check_slots(Call& call, const WeightNames& names, Weight& weight);
+
+// The same as weight_input for a weight that must be plain; `what` names the ops that need it.
 void plain_weight_input(Call& call, const WeightNames& names, const Weight& weight, const char* what, Dim& E, Dim& N,
                         Dim& C);
 

@@ -22,10 +22,14 @@ def _moe_forward(*args: Any, **_: Any) -> int:
     return _of_pairs(topk_ids, gate_up_proj, down_proj)
 
 
-def _moe_backward(*args: Any, **_: Any) -> int:
-    """Each product has two gradients, with respect to its input and its weight."""
+def _moe_backward(*args: Any, **named: Any) -> int:
+    """Each product has two gradients: of its input and, if needed, of its weight (of the listed experts)."""
     _, _, _, (gate_up_proj,), _, (down_proj,), _, _, _, topk_ids, *_ = args
-    return 2 * _of_pairs(topk_ids, gate_up_proj, down_proj)
+    needs, experts = args[16], args[21] if len(args) > 21 else named.get("experts")
+    trained = topk_ids if experts is None else torch.where(torch.isin(topk_ids, experts), topk_ids, -1)
+    weights = [weight for weight, need in zip((gate_up_proj, down_proj), needs[1:3], strict=True) if need]
+    of_weights = 2 * int((trained >= 0).sum()) * sum(weight[0].numel() for weight in weights)
+    return _of_pairs(topk_ids, gate_up_proj, down_proj) + of_weights
 
 
 def _gate(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
@@ -38,8 +42,11 @@ def _grouped_gemm(*args: Any, **_: Any) -> int:
     return 2 * int(expert_offsets[-1]) * weight[0].numel()
 
 
-def _grouped_gemm_wgrad(grad_out: Tensor, x: Tensor, expert_offsets: Tensor, *_: Any, **__: Any) -> int:
-    return 2 * int(expert_offsets[-1]) * grad_out.shape[1] * x.shape[1]
+def _grouped_gemm_wgrad(grad_out: Tensor, x: Tensor, expert_offsets: Tensor, *rest: Any, **__: Any) -> int:
+    rows = expert_offsets.diff()
+    if len(rest) > 2 and rest[2] is not None:
+        rows = rows[rest[2].long()]
+    return 2 * int(rows.sum()) * grad_out.shape[1] * x.shape[1]
 
 
 def _embedding_bag(weight: Tensor, indices: Tensor, *_: Any, **__: Any) -> int:

@@ -32,6 +32,7 @@ def op_samples(name: str, case: Case, dtype: torch.dtype) -> list[tuple[Any, ...
     ids = torch.randint(8, (case.num_tokens, 3), dtype=torch.int32)
     clamped = GluOptions("swiglu_oai", True, True, 1.702, 7.0)
     plain_options = GluOptions("relu2", False)
+    some = torch.arange(case.num_experts, dtype=torch.int32)[::2].contiguous()
     samples: dict[str, list[tuple[Any, ...]]] = {
         "route": [
             (logits, None, 3, "softmax", False, 1.0, 1, 1, "max"),
@@ -47,7 +48,11 @@ def op_samples(name: str, case: Case, dtype: torch.dtype) -> list[tuple[Any, ...
             (rows, [gate_up], (), None, offsets, None),
             (rows, [gate_up[e, : e + 1] for e in range(case.num_experts)], (), None, offsets, None),
         ],
-        "grouped_gemm_wgrad": [(h, x, offsets, token_indices, False), (h, rows, offsets, None, True)],
+        "grouped_gemm_wgrad": [
+            (h, x, offsets, token_indices, False),
+            (h, rows, offsets, None, True),
+            (h, rows, offsets, None, True, some),
+        ],
         "glu": [(h, *GluOptions()), (h, *clamped), (h, *plain_options)],
         "glu_backward": [(a, h, *GluOptions()), (a, h, *clamped), (a, plain_h, *plain_options)],
         "moe_forward": [
@@ -58,6 +63,7 @@ def op_samples(name: str, case: Case, dtype: torch.dtype) -> list[tuple[Any, ...
         "moe_backward": [
             (x, x, h, *layer.arguments()[1:], *clamped, [True] * 6),
             (x, x, h, *layer.arguments()[1:], *clamped, [False, True, False, True, False, True]),
+            (x, x, h, *layer.arguments()[1:], *clamped, [True] * 6, None, None, None, [], some),
             (x, x, plain_h, *plain.arguments()[1:], *plain_options, [True] * 6),
         ],
     }

@@ -69,6 +69,58 @@ def test_links_resolve(document: Path) -> None:
     assert not broken
 
 
+_TEXT_AND_LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
+_DEFINITION = {".py": "def {}(", ".cpp": "TEST({})"}
+
+
+@documents
+def test_linked_tests_exist(document: Path) -> None:
+    """[test_name](file): the file defines the test."""
+    missing = []
+    for text, link in _TEXT_AND_LINK.findall(prose(document)):
+        target = document.parent / link
+        if re.fullmatch(r"test_\w+", text) and _DEFINITION[target.suffix].format(text) not in target.read_text():
+            missing.append(f"{text} in {link}")
+    assert not missing
+
+
+# Words that promise something. The other pages are generated, or say why something was decided.
+_PROMISE = re.compile(
+    r"deterministic|determinism|batch.invarian|bit for bit|bit-equal|same bits|all or nothing|no code"
+    r"|within (the timeout|`timeout`|\w+ s\b|\w+ seconds)|lossless|without loss"
+    r"|not depend on its batch|independent of the batch",
+    re.IGNORECASE,
+)
+PROMISING = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in (
+        "architecture", "cuda", "huggingface", "parallel", "reliability", "routing", "security", "training", "weights",
+    )),
+]  # fmt: skip
+
+
+def blocks(text: str) -> list[str]:
+    """The paragraphs, list items and rows of tables, without headings."""
+    starts = re.sub(r"^(?=\s*(?:\||- |\d+\. |#))", "\n", text, flags=re.MULTILINE)
+    return [block for block in re.split(r"\n\s*\n", starts) if not block.lstrip().startswith("#")]
+
+
+def promises_without_a_test(text: str) -> list[str]:
+    return [block for block in blocks(text) if _PROMISE.search(block) and not re.search(r"\]\([^)]*tests/", block)]
+
+
+@pytest.mark.parametrize("document", PROMISING, ids=lambda path: path.name)
+def test_promises_link_to_their_tests(document: Path) -> None:
+    assert not promises_without_a_test(prose(document))
+
+
+def test_a_promise_without_a_test_is_found() -> None:
+    text = (
+        "Sums are deterministic ([test_x](tests/test_x.py)).\n- All or nothing.\n\n# Lossless\n| Lossless | [a](b.md) |"
+    )
+    assert promises_without_a_test(text) == ["- All or nothing.", "| Lossless | [a](b.md) |"]
+
+
 @documents
 def test_names_exist(document: Path) -> None:
     """`switchgear.a.b`, `path/to/file`, `make target` and `SWITCHGEAR_…` in the text."""

@@ -68,8 +68,30 @@ def test_trace_routing_shows_what_the_router_learned() -> None:
     assert after > before + 0.1
 
 
+def test_lora_moe_in_a_tiny_form() -> None:
+    """A few steps: each adapter learns its own domain, and the mixture both."""
+    losses = load("lora_moe")["main"](8, 20)
+    for domain in ("code", "english"):
+        assert losses[f"adapter {domain}"][domain] < losses["base"][domain]
+        assert losses["mixture"][domain] < losses["base"][domain]
+
+
+def test_finetune_experts_leaves_what_the_task_does_not_use() -> None:
+    """Fewer bytes by the fraction of experts, and less of the first task forgotten than by training all."""
+    results = load("finetune_experts")["main"](60)
+    assert results["selected"].kilobytes < 0.5 * results["all"].kilobytes
+    assert results["selected"].python < results["all"].python
+
+
+def test_distill_teaches_a_student() -> None:
+    results = load("distill")["main"](60)
+    assert len(results) == 3
+    assert max(results.values()) < 3.0  # an untrained student is 2.9 nats from the language
+
+
 def test_each_example_is_tested() -> None:
     tested = {
+        "lora_moe",
         "train_parallel",
         "train_layer",
         "numpy_routing",
@@ -77,5 +99,16 @@ def test_each_example_is_tested() -> None:
         "mixtral",
         "cluster_task",
         "trace_routing",
+        "finetune_experts",
+        "distill",
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_lora_trainer_learns_and_the_saved_adapters_too(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    losses = load("lora_trainer")["train"](20, str(tmp_path))
+    assert losses["after"] < losses["before"] - 0.3
+    assert abs(losses["loaded"] - losses["after"]) < 0.1
+    assert abs(losses["merged"] - losses["loaded"]) < 1e-3

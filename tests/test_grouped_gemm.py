@@ -87,6 +87,40 @@ def test_experts_of_different_heights(backend: str, dtype: torch.dtype) -> None:
     assert leaf.grad.shape == x.shape
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("experts", [[], [0], [1, 3], [0, 1, 2, 3, 4]], ids=str)
+def test_gradient_of_some_experts(backend: str, experts: list[int], dtype: torch.dtype) -> None:
+    """The matrices of the listed experts alone, with the bits that they have among all; experts without rows too."""
+    offsets = torch.tensor([0, 3, 3, 8, 9, 12], dtype=torch.int32)
+    listed = torch.tensor(experts, dtype=torch.int32)
+    for transposed in (False, True):
+        for indices in (None, torch.tensor([4, 1, 0, 2, 3, 4, 0, 0, 1, 2, 3, 4, -1], dtype=torch.int32)):
+            grad, x = draw(13, 40, dtype=dtype), draw(13 if indices is None else 5, 23, dtype=dtype)
+            everything = ops.grouped_gemm_wgrad(grad, x, offsets, indices, transposed)
+            some = ops.grouped_gemm_wgrad(grad, x, offsets, indices, transposed, listed)
+            assert some.shape == (len(experts), 40, 23)
+            assert torch.equal(some, everything[experts])
+            assert (some.stride(-2) == 1) == transposed
+
+
+@pytest.mark.parametrize(
+    ("experts", "error"),
+    [
+        (torch.tensor([1, 1], dtype=torch.int32), ValueError),
+        (torch.tensor([2, 1], dtype=torch.int32), ValueError),
+        (torch.tensor([-1], dtype=torch.int32), ValueError),
+        (torch.tensor([5], dtype=torch.int32), ValueError),
+        (torch.tensor([[1]], dtype=torch.int32), ValueError),
+        (torch.tensor([1]), TypeError),
+    ],
+    ids=str,
+)
+def test_wrong_lists_of_experts(backend: str, experts: Tensor, error: type[Exception]) -> None:
+    offsets = torch.tensor([0, 3, 3, 8, 9, 12], dtype=torch.int32)
+    with pytest.raises(error, match="experts"):
+        ops.grouped_gemm_wgrad(torch.zeros(12, 4), torch.zeros(12, 3), offsets, None, False, experts)
+
+
 def test_gradcheck() -> None:
     case = Case("tiny", 5, 2, 4, 3, 2, "holes")
     offsets, token_indices, _ = plan_of(case)
@@ -193,5 +227,5 @@ def test_weight_gradient_past_the_caches(isa: str, columns: int, dtype: torch.dt
         part = ops.grouped_gemm_wgrad(grad, x[:, first : first + 352].contiguous(), offsets, None, False)
         assert torch.equal(whole[:, :, first : first + 352], part)
     shifted = torch.empty(whole.numel() + 1, dtype=dtype)[1:].view(whole.shape)
-    _C.grouped_gemm_wgrad(grad, x, offsets, None, shifted, 1)
+    _C.grouped_gemm_wgrad(grad, x, offsets, None, None, shifted, 1)
     assert torch.equal(shifted, whole)

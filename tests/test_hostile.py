@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -171,6 +171,37 @@ def test_freed_storage(name: str, free: Callable[[Tensor], Tensor], isa: str) ->
         switchgear.moe(**args | {name: free(args[name])})
 
 
+def shrunk(tensor: Tensor) -> Tensor:
+    """A tensor whose storage holds all of it but its last byte."""
+    copy = tensor.clone()
+    copy.untyped_storage().resize_(copy.nbytes - 1)
+    return copy
+
+
+def shrunk_at_an_offset(tensor: Tensor) -> Tensor:
+    """A view of a larger tensor, of which the first half is left."""
+    both = torch.stack((tensor, tensor))
+    second = both[1]
+    both.untyped_storage().resize_(tensor.nbytes)
+    return second
+
+
+@pytest.mark.parametrize("shrink", [shrunk, shrunk_at_an_offset])
+@pytest.mark.parametrize("name", NAMES)
+def test_shrunk_storage(name: str, shrink: Callable[[Tensor], Tensor], isa: str) -> None:
+    args = layer()
+    with pytest.raises(ValueError, match=f"{name}: expected a storage of at least .* bytes, got one of"):
+        switchgear.moe(**args | {name: shrink(args[name])})
+
+
+def test_storage_that_is_larger_than_its_tensor(isa: str) -> None:
+    """A view with gaps, up to the last byte of its storage, is valid."""
+    args = layer()
+    x = torch.stack((args["x"], args["x"]), 1)[:, 1]
+    x.untyped_storage().resize_(x.untyped_storage().nbytes())
+    assert torch.equal(switchgear.moe(**args | {"x": x}), switchgear.moe(**args))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_sparse_tensors(name: str, backend: str) -> None:
     args = layer()
@@ -193,23 +224,48 @@ def test_sparse_tensors_in_stages(backend: str) -> None:
 # ---- memory that another thread changes ------------------------------------------------------------------------------
 
 
-def test_ids_that_change_during_a_call() -> None:
-    """The kernels never see an id that was not checked. Without a copy of the ids this writes out of bounds."""
-    ids = torch.randint(0, 8, (20000, 4), dtype=torch.int32)
-    valid, invalid = ids.clone(), torch.full_like(ids, 2**30)
-    end = time.monotonic() + 0.2
+@contextlib.contextmanager
+def changing(indices: Tensor, seconds: float = 0.2) -> Iterator[Callable[[], bool]]:
+    """Another thread makes indices invalid and valid again; yields whether it still does."""
+    valid, invalid = indices.clone(), torch.full_like(indices, 2**30)
+    end = time.monotonic() + seconds
+
+    def goes_on() -> bool:
+        return time.monotonic() < end
 
     def disturb() -> None:
-        while time.monotonic() < end:
-            ids.copy_(invalid)
-            ids.copy_(valid)
+        while goes_on():
+            indices.copy_(invalid)
+            indices.copy_(valid)
 
     thread = threading.Thread(target=disturb)
     thread.start()
-    while time.monotonic() < end:
-        with contextlib.suppress(ValueError):
-            assert switchgear.plan(ids, 8).expert_offsets[-1] <= ids.numel()
+    yield goes_on
     thread.join()
+
+
+def test_ids_that_change_during_a_call() -> None:
+    """The kernels never see an id that was not checked. Without a copy of the ids this writes out of bounds."""
+    ids = torch.randint(0, 8, (20000, 4), dtype=torch.int32)
+    with changing(ids) as goes_on:
+        while goes_on():
+            with contextlib.suppress(ValueError):
+                assert switchgear.plan(ids, 8).expert_offsets[-1] <= ids.numel()
+
+
+def test_slots_that_change_during_a_call() -> None:
+    """The same for slots, which say where an expert's weights are."""
+    num_experts = 2000
+    slots = torch.zeros(num_experts, dtype=torch.int32)
+    weight = switchgear.Weight("plain", torch.randn(1, 4, 4), 4, 4, torch.float32, slots=slots)
+    ids = torch.arange(num_experts, dtype=torch.int32)[:, None]
+    call = torch.randn(num_experts, 4), weight, weight, ids, torch.ones(num_experts, 1)
+    valid = 0
+    with changing(slots) as goes_on:
+        while goes_on():
+            with contextlib.suppress(ValueError):
+                valid += switchgear.moe(*call, activation="relu", gated=False).isfinite().all()
+    assert valid > 0
 
 
 # ---- sizes and numbers -----------------------------------------------------------------------------------------------

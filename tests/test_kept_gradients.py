@@ -89,6 +89,14 @@ def test_gradients_accumulate_in_place_and_optimizers_step() -> None:
     assert gradient(experts).data_ptr() == place
 
 
+def test_only_a_copy_can_be_resized() -> None:
+    experts = make_experts()
+    step(experts)
+    with pytest.raises(RuntimeError, match="resiz"):
+        gradient(experts).untyped_storage().resize_(0)
+    gradient(experts).clone().untyped_storage().resize_(0)
+
+
 def test_idle_memory_is_bounded() -> None:
     """Idle plus live gradients never exceed the maximum that was live at once, for any sequence of sizes."""
     layers = [make_experts(size) for size in (512, 576, 640, 704, 768)]

@@ -358,7 +358,7 @@ def test_numbers_that_kernels_do_not_have_are_not_stored() -> None:
 
 def test_arguments_are_named() -> None:
     values, scales, _ = minifloat.encode_fp8(torch.randn(2, 16, 64), (8, 32))
-    with pytest.raises(ValueError, match="format: expected 'fp8' or 'mxfp4', got 'int8'"):
+    with pytest.raises(ValueError, match="format: expected 'fp8', 'mxfp4' or 'nf4', got 'int8'"):
         minifloat.to_blocks(values, scales, "int8")
     with pytest.raises(ValueError, match=r"scales: expected shape \[2, 1, 1\], got \[2, 2, 2\]"):
         minifloat.to_blocks(values, scales, "fp8")

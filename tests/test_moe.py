@@ -209,6 +209,24 @@ def test_only_wanted_gradients_are_computed(backend: str, monkeypatch: pytest.Mo
         assert torch.equal(getattr(one, name).grad, everything[index])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("experts", [[], [2], [0, 3]], ids=str)
+def test_gradients_of_some_experts(backend: str, experts: list[int], dtype: torch.dtype) -> None:
+    """The projections' and biases' gradients of the listed experts alone, with the bits that they have among all."""
+    listed = torch.tensor(experts, dtype=torch.int32)
+    for transposed in (False, True):
+        layer, grad_y, h, *_ = problem(SMALL, dtype, DEFAULT, True, transposed)
+        args = (grad_y, layer.x, h, *layer.arguments()[1:], *DEFAULT, [True] * 6)
+        for name, all_of, some in zip(
+            GRADS, ops.moe_backward(*args)[:6], ops.moe_backward(*args, experts=listed)[:6], strict=True
+        ):
+            wanted = all_of if name in ("x", "topk_weights") else all_of[experts]
+            assert torch.equal(some, wanted), name
+            assert some.stride() == torch.empty_like(wanted).stride() or not experts
+    with pytest.raises(ValueError, match="experts"):
+        ops.moe_backward(*args, experts=torch.tensor([4], dtype=torch.int32))
+
+
 def test_backward_keeps_x_h_and_arguments_alone(backend: str) -> None:
     layer = leaves(make_layer(SMALL, torch.float32))
     kept: list[Tensor] = []

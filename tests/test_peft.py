@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from switchgear import backends
+import switchgear
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, path_of, restore
 
@@ -68,39 +68,131 @@ def test_adapters_train_as_without_switchgear(model_type: str, order: str, count
         assert_close(results(model), want)
 
 
-def llama4_experts(model: nn.Module) -> Any:
-    return next(module for module in model.modules() if type(module).__name__ == "Llama4TextMoe")
+def layer_of(model: nn.Module, class_name: str) -> Any:
+    return next(module for module in model.modules() if type(module).__name__ == class_name)
+
+
+@pytest.mark.parametrize(("model_type", "class_name"), [("llama4_text", "Llama4TextMoe"), ("jetmoe", "JetMoeMoE")])
+@pytest.mark.parametrize("order", ORDERS)
+def test_wrapped_parts_run_on_the_kernels(model_type: str, class_name: str, order: str) -> None:
+    """The layer reads the parameters of a part, so it looks into PEFT's wrappers of that part."""
+    base = build(model_type)
+    replacements = accelerate(base) if order == "switchgear first" else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = adapted(base, TARGETS[model_type])
+        replacements = replacements or accelerate(model)
+        assert path_of(layer_of(model, class_name)) == "moe"
+        inputs = example_inputs(base)
+        got = model(**inputs).logits
+        with model.disable_adapter():
+            plain = model(**inputs).logits
+        assert (got - plain).abs().max() > 1e-2
+        merged = model.merge_and_unload()
+    assert path_of(layer_of(merged, class_name)) == "moe"
+    assert (merged(**inputs).logits - got).abs().max() < 1e-4 * got.abs().max()
+    restore(replacements)
+    assert (merged(**inputs).logits - got).abs().max() < 1e-4 * got.abs().max()
+
+
+def materialised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of parameters for which PEFT computes W + B·A from now on."""
+    names: list[str] = []
+    original = nn.utils.parametrize.register_parametrization
+
+    def register(module: nn.Module, name: str, *args: Any, **options: Any) -> nn.Module:
+        names.append(name)
+        return original(module, name, *args, **options)
+
+    monkeypatch.setattr(nn.utils.parametrize, "register_parametrization", register)
+    return names
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_wrapped_experts_run_the_models_own_code_with_a_warning(order: str) -> None:
-    base = build("llama4_text")
-    backends._warned_about.clear()
-    replacements = accelerate(base) if order == "switchgear first" else []
-    model = adapted(base, TARGETS["llama4_text"])
-    replacements = replacements or accelerate(model)
-    reason = "experts is a peft ParamWrapper, not a Llama4TextExperts"
-    assert path_of(llama4_experts(model)) == f"eager: {reason}"
+@pytest.mark.parametrize("model_type", TARGETS)
+def test_no_weight_is_materialised(model_type: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = build(model_type)
+    inputs = example_inputs(base)
+    if order == "switchgear first":
+        accelerate(base)
+    model = adapted(base, TARGETS[model_type])
     if order == "adapters first":
-        assert {replacement.path for replacement in replacements} == {f"eager: {reason}"}
-    with pytest.warns(UserWarning, match=f"Llama4TextMoe keeps its own implementation: {reason}"):
-        results(model)
-    merged = model.merge_and_unload()
-    assert path_of(llama4_experts(merged)) == "moe"
-    inputs = example_inputs(merged)
-    got = merged(**inputs).logits
-    restore(replacements)
-    want = merged(**inputs).logits
-    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+        accelerate(model)
+    else:  # PEFT may have been imported since: the first call notices it
+        model(**inputs)
+    names = materialised(monkeypatch)
+    model(**inputs)
+    assert names == []
 
 
-def test_wrapped_linears_of_jetmoe_run_by_themselves() -> None:
-    """The layer as a whole cannot be fused around adapters, but its linears can run on the kernels."""
-    model = adapted(build("jetmoe"), TARGETS["jetmoe"])
-    paths = {(r.class_name, r.path.partition(":")[0]) for r in accelerate(model)}
-    assert paths == {("JetMoeMoE", "eager"), ("JetMoeParallelExperts", "grouped_gemm")}
-    merged = model.merge_and_unload()
-    assert {path_of(module) for module in merged.modules() if type(module).__name__ == "JetMoeMoE"} == {"moe"}
+def test_peft_that_is_imported_later_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper = peft.tuners.lora.layer.ParamWrapper
+    original = getattr(wrapper._activate_lora, "switchgear_original", wrapper._activate_lora)
+    base = build("mixtral")
+    accelerate(base)
+    model = adapted(base, TARGETS["mixtral"])
+    monkeypatch.setattr(wrapper, "_activate_lora", original)
+    names, inputs = materialised(monkeypatch), example_inputs(base)
+    first = model(**inputs).logits
+    assert names
+    names.clear()
+    assert (model(**inputs).logits - first).abs().max() < 1e-5
+    assert not names
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "llama4_text", "longcat_flash"])
+def test_several_adapters_active_disabled_and_merged(model_type: str) -> None:
+    base, targets = build(model_type), TARGETS[model_type]
+    plain = copy.deepcopy(base)
+    models = [adapted(base, targets), adapted(plain, targets)]
+    accelerate(base)
+    inputs = example_inputs(base)
+    states = {"one": ["default"], "other": ["second"], "both": ["default", "second"]}
+    for model in models:
+        torch.manual_seed(2)
+        second = peft.LoraConfig(
+            r=3, lora_alpha=5, init_lora_weights=False, target_modules=[], target_parameters=list(targets)
+        )
+        model.add_adapter("second", second)
+
+    def logits() -> list[Tensor]:
+        return [model(**inputs).logits for model in models]
+
+    seen = []
+    for active in states.values():
+        for model in models:
+            model.base_model.set_adapter(active)
+        got, want = logits()
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert all((got - other).abs().max() > 1e-3 for other in seen)
+        seen.append(got)
+    for model in models:
+        model.merge_adapter()
+    torch.testing.assert_close(*logits(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits()[0], seen[-1], rtol=1e-3, atol=1e-4)
+    for model in models:
+        model.unmerge_adapter()
+    torch.testing.assert_close(*logits(), rtol=1e-4, atol=1e-5)
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()
+
+
+def test_modules_of_switchgear_under_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also stored ones, whose weights PEFT could not compute with."""
+    torch.manual_seed(0)
+    x = torch.randn(9, 64)
+    for transposed in (False, True):
+        base = nn.Sequential(switchgear.MoE(64, 64, 4, 2, transposed=transposed))
+        model = adapted(base, ("experts.gate_up_proj", "experts.down_proj"))
+        model(x)  # notices PEFT
+        names = materialised(monkeypatch)
+        got = model(x)
+        assert not names
+        got.square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+        switchgear.store(base, "panels")
+        torch.testing.assert_close(model(x), got, rtol=1e-4, atol=1e-5)
+        switchgear.restore(base)
+        torch.testing.assert_close(model(x), got, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", ["llama4_text", "mixtral", "jetmoe", "switch_transformers"])
@@ -124,3 +216,52 @@ def test_saved_adapters(model_type: str, tmp_path: Any) -> None:
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     torch.testing.assert_close(got, loaded(**inputs).logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(disabled, plain(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_on_parameters_is_refused_as_by_peft() -> None:
+    base = build("mixtral")
+    accelerate(base)
+    config = peft.LoraConfig(r=2, lora_dropout=0.1, target_modules=[], target_parameters=list(TARGETS["mixtral"]))
+    with pytest.raises(ValueError, match="does not work with lora_dropout"):
+        peft.get_peft_model(base, config)
+
+
+def test_weights_of_another_format_are_left_to_peft() -> None:
+    """A sharded weight has other experts than the factors: PEFT says what it does with it."""
+    base = build("mixtral")
+    accelerate(base)
+    model = adapted(base, TARGETS["mixtral"])
+    inputs = example_inputs(base)
+    model(**inputs)
+    experts = next(m for m in base.modules() if type(m).__name__ == "MixtralExperts")
+
+    class Sharded(Tensor):
+        pass
+
+    seen: list[str] = []
+    parameter = nn.Parameter(experts.down_proj.detach().as_subclass(Sharded))
+    experts.register_parameter("down_proj", parameter)
+    original = nn.utils.parametrize.register_parametrization
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            nn.utils.parametrize,
+            "register_parametrization",
+            lambda module, name, *args, **options: (seen.append(name), original(module, name, *args, **options))[1],
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model(**inputs)
+    assert set(seen) == {"down_proj", "gate_up_proj"}
+
+
+def test_gradient_checkpointing() -> None:
+    """Backward runs the wrappers again."""
+    results_of = []
+    for checkpoints in (False, True):
+        base = build("mixtral")
+        accelerate(base)
+        if checkpoints:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.train()
+        results_of.append(results(adapted(base, TARGETS["mixtral"])))
+    assert_close(*results_of)

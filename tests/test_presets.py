@@ -57,7 +57,7 @@ def run(entry: Entry, layer: nn.Module | None = None, **common: Any) -> Any:
         "MoE": record, "presets": Presets(record), "torch": torch,
         "x": common.pop("x", torch.randn(2, 12, 64, generator=generator).to(dtype)),
         "token_ids": torch.randint(100, (2, 12), generator=generator),
-        "task": torch.randn(2, 24, generator=generator).to(dtype),
+        "task": torch.randn(2, 24, generator=generator).to(dtype), "kinds": torch.arange(2),
     }  # fmt: skip
     y = eval(entry.example, names)
     y = y[0] if isinstance(y, tuple) else y
@@ -97,6 +97,7 @@ PAPERS = """
     2310.10837 2409.12136 2406.06563 2401.13920 2110.07431 2407.09816 2311.10768 2110.04260 2406.12375 2207.09094
     2406.19905 2503.07639 2501.13074 2310.14188 2502.03608 1312.4314 2410.16077 2411.16205 2305.02176 2412.04139
     2412.14711 2404.02258 2410.07348
+    2312.09979 2311.02684 2404.08985 2312.00968 2402.05859 2406.12034
     2410.01930 2208.02813 2306.04073 2205.12701 2402.01739 2503.05066 2310.09832 2402.05526 2410.22884
 """
 
@@ -240,6 +241,7 @@ def test_nothing_waits_for_the_device(entry: Entry) -> None:
     names = {
         "MoE": record, "presets": Presets(record), "torch": torch, "x": torch.empty(2, 12, 64, device="meta"),
         "token_ids": torch.empty(2, 12, dtype=torch.int64, device="meta"), "task": torch.empty(2, 24, device="meta"),
+        "kinds": torch.empty(2, dtype=torch.int64, device="meta"),
     }  # fmt: skip
     y = eval(short(entry).example, names)
     y = y[0] if isinstance(y, tuple) else y
@@ -265,14 +267,16 @@ class Counting(TorchDispatchMode):
 def test_no_loop_over_experts(entry: Entry) -> None:
     """The number of ops in forward, backward and losses does not depend on the number of experts."""
     sizes = {"monet": ((64, 8, 64**2), (64, 8, 128**2)), "hmoe": ((64, 32, 8), (64, 32, 8)),
-             "moec": ((64, 32, 64), (64, 32, 128))}.get(entry.name, ((64, 32, 32), (64, 32, 64)))  # fmt: skip
+             "moec": ((64, 32, 64), (64, 32, 128)), "loramoe": ((64, 32, 8), (64, 32, 8)),
+             "mor1e": ((64, 32, 8), (64, 32, 8)), "self_moe": ((64, 32, 64), (64, 32, 128)),
+             }.get(entry.name, ((64, 32, 32), (64, 32, 64)))  # fmt: skip
     numbers = []
     for size in sizes:
         layer = presets.build(*size, **options_of(entry))
         call = entry.example.removesuffix("[0]").rpartition(")(")[2].removesuffix(")")
         names = {
             "x": torch.randn(2, 12, 64, requires_grad=True), "token_ids": torch.randint(100, (2, 12)),
-            "task": torch.randn(2, 24),
+            "task": torch.randn(2, 24), "kinds": torch.arange(2),
         }  # fmt: skip
         with Counting() as counting:
             y = eval(f"layer({call})", {"layer": layer, **names})

@@ -309,10 +309,10 @@ def test_layers_that_transformers_leaves_out_are_left_out(published: Callable[[s
         (lambda path: (path / "generation_config.json").write_text("{"), "expected .* got .*/generation_config.json"),
         (lambda path: resize(path, num_hidden_layers=10**9), "expected .*num_hidden_layers is 1000000000, but there"),
         (lambda path: resize(path, vocab_size="x"), "expected .*config.json .*vocab_size"),
-        (lambda path: configure(path, {"quant_method": ["fp8"]}), "expected quant_method mxfp4 or fp8"),
+        (lambda path: configure(path, {"quant_method": ["fp8"]}), "expected quant_method mxfp4, fp8, bitsandbytes"),
         (lambda path: configure(path, CONFIGS["fp8"] | {"weight_block_size": 128}), "expected weight_block_size"),
         (lambda path: configure(path, None), "expected a quantization_config in config.json, got none"),
-        (lambda path: configure(path, {"quant_method": "awq"}), "expected quant_method mxfp4 or fp8 .*, got awq"),
+        (lambda path: configure(path, {"quant_method": "awq"}), "expected quant_method .*bitsandbytes in .*, got awq"),
         (
             lambda path: configure(path, CONFIGS["fp8"] | {"weight_block_size": [64, 64]}),
             r"expected weight_block_size \[128, 128\] in config.json, got \[64, 64\]",

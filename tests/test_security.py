@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import switchgear
 from switchgear import MoE, presets
 from switchgear.routing import BalancedAssignment, Capacity, ExpertChoice
 from switchgear.testing import assert_batch_invariant
@@ -206,3 +207,19 @@ def test_independent_of_ragged_neighbours(policy: str) -> None:
         for sequence in (2, 7, 9):
             alone = moe(x[ids == sequence], sequence_ids=ids[ids == sequence])
             assert torch.equal(together[ids == sequence], alone)
+
+
+def test_the_reference_promises_no_batch_invariance() -> None:
+    """The error says that it is the backend's fault, or does not mention the backend."""
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return x * len(x)
+
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(AssertionError, match=r"expected the bits .* in the batch$"):
+        assert_batch_invariant(layer, x)
+    with pytest.raises(AssertionError, match=r"the reference backend, which runs torch\.float64, sums as torch does"):
+        assert_batch_invariant(layer, x.double())
+    in_use = "the reference backend, which is in use, sums as torch does"
+    with switchgear.use_backend("reference"), pytest.raises(AssertionError, match=in_use):
+        assert_batch_invariant(layer, x)

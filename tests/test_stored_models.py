@@ -74,7 +74,9 @@ def test_adapters_on_stored_weights() -> None:
 
 
 @pytest.mark.parametrize("nested", [1, 2])
-def test_storing_weights_under_adapters_is_refused(nested: int) -> None:
+@pytest.mark.parametrize("form", ["mxfp4", "int8"])
+def test_storing_weights_under_adapters(nested: int, form: str) -> None:
+    """PEFT's wrappers lend their factors, so only switchgear reads the weights, in any form."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     base = build("mixtral")
     accelerate(base)
@@ -82,15 +84,17 @@ def test_storing_weights_under_adapters_is_refused(nested: int) -> None:
     config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=[], target_parameters=targets)
     model = peft.get_peft_model(base, config)
     inputs = example_inputs(base)
-    want, before = model(**inputs).logits, dict(model.named_parameters())
-    for form in ("int8", "auto"):
-        with pytest.raises(
-            ValueError, match=r"without adapters around them, got a ParamWrapper; .*merge_and_unload\(\)"
-        ):
-            switchgear.store(model, form)
-    assert all(before[name] is parameter for name, parameter in model.named_parameters())
-    assert torch.equal(model(**inputs).logits, want)
-    assert switchgear.store(model.merge_and_unload(), "int8").modules == 4
+    assert switchgear.store(model, form).modules == 4
+    got = model(**inputs).logits
+    got.square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    with pytest.raises(AttributeError, match=f"is stored as {form}"):
+        model.merge_adapter()
+    switchgear.restore(model)
+    want = model(**inputs).logits
+    bound = 1e-4 if form == "mxfp4" else 0.5  # int8 rounds activations, so some tokens choose another expert
+    assert (got - want).norm() < bound * want.norm()
+    model.merge_adapter()
 
 
 def test_adapters_beside_stored_experts_train() -> None:
@@ -144,15 +148,6 @@ def test_no_warning_where_experts_are_not_meant_to_train(way_out: str) -> None:
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
-
-
-def test_add_lora_on_other_experts() -> None:
-    model = build("mixtral")
-    keys = list(model.state_dict())
-    for module in (model, model.model.layers[0].mlp.experts):
-        with pytest.raises(TypeError, match=r"experts: expected switchgear.Experts.*got Mixtral.*target_parameters"):
-            add_lora(module, 2)
-    assert list(model.state_dict()) == keys
 
 
 def test_add_lora_changes_nothing_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:

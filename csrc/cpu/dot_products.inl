@@ -196,7 +196,7 @@ struct RowsOfB {
   }
 };
 
-// How a single tile walks over B. A single stream has the highest bandwidth, so one column at a time is best for long rows.
+// How a single tile reads B. A single stream has the highest bandwidth, so one column at a time is best for long rows.
 // Short rows wait at their starts and ends, and narrow vectors for the chain of one column's sums: both take kDotColumns. Up
 // to two rows of A stay in L1; if the processor follows streams, one prefetched line here and there is enough. More rows
 // partly come from L2 and must not wait in L1's miss buffers behind lines from memory, so all of B is prefetched well ahead.

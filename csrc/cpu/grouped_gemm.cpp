@@ -29,8 +29,11 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   const int64_t block_bytes =
       args.input_gradient ? 0 : gathered_block_bytes(k, args.weight.format, args.x.dtype, depth);
   const int64_t gathered_bytes = GatheredRows::bytes(block_bytes, num_slots);
-  const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, width, panel, k.most_rows,
+  // Blocks of minifloats belong to one part of the rows each, so no tile reaches into the next part.
+  const int64_t parts = is_minifloat(args.weight.format) ? args.weight.parts : 1, part_width = width / parts;
+  const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, part_width, panel, k.most_rows,
                                              gathered_bytes > 0 ? TileOrder::kRows : TileOrder::kPanels);
+  const auto num_tiles = static_cast<int64_t>(tiles.size()), num_tasks = num_tiles * parts;
 
   const int64_t pointer_bytes = Workspace::padded(used_slots * static_cast<int64_t>(sizeof(void*)));
   Workspace workspace(pointer_bytes + num_threads * (ProductScratch::kBytes + gathered_bytes));
@@ -41,31 +44,33 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   for (int i = 0; i < num_threads; ++i) gathered.emplace_back(gathered_memory + i * gathered_bytes, block_bytes);
   fill_row_pointers(rows, args.x, args.token_indices.as<int32_t>(), used_slots);
 
-  const auto matrix_of = [&](const Tile& tile) { return ExpertMatrix(args.weight, tile.expert, args.x.dtype); };
-  const auto operand = [&](const Tile& tile) { return matrix_of(tile).rows_from(tile.column); };
-  parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
-    const Tile& tile = tiles[static_cast<size_t>(task)];
+  const auto tile_of = [&](int64_t task) -> const Tile& { return tiles[static_cast<size_t>(task % num_tiles)]; };
+  const auto column_of = [&](int64_t task) { return task / num_tiles * part_width + tile_of(task).column; };
+  const auto matrix_of = [&](int64_t task) { return ExpertMatrix(args.weight, tile_of(task).expert, args.x.dtype); };
+  const auto operand = [&](int64_t task) { return matrix_of(task).rows_from(column_of(task)); };
+  parallel_for_shares(num_threads, num_tasks, [&](int64_t task, int thread) {
+    const Tile& tile = tile_of(task);
+    const int64_t column = column_of(task);
     const ProductScratch scratch(memory + thread * ProductScratch::kBytes);
-    const int64_t stored = std::min(panel, width - tile.column);
+    const int64_t stored = std::min(panel, part_width - tile.column);
     const int64_t columns =
-        std::clamp<int64_t>(matrix_of(tile).rows() - tile.column, 0, panel);  // the rest of `stored` is zero
+        std::clamp<int64_t>(matrix_of(task).rows() - column, 0, stored);  // the rest of `stored` is zero
     const auto multiply = args.input_gradient ? k.multiply : k.dot_products;
     multiply({.rows = rows + tile.first_row,
               .num_rows = tile.num_rows,
-              .b = columns > 0 ? operand(tile) : Matrix{.dtype = args.x.dtype, .n_stride = 1},
+              .b = columns > 0 ? operand(task) : Matrix{.dtype = args.x.dtype, .n_stride = 1},
               .num_columns = columns,
               .depth = columns > 0 ? depth : 0,
               .c = scratch.c,
-              .next = &tile != &tiles.back() ? operand((&tile)[1]).start() : Start{},
+              .next = task + 1 < num_tasks ? operand(task + 1).start() : Start{},
               .scratch = scratch.packing,
               .gathered = gathered_bytes > 0 && columns > 0
                               ? gathered[static_cast<size_t>(thread)].of(tile, k, rows, depth)
                               : nullptr});
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       float* const c = scratch.c + m * panel;
-      if (args.bias.defined())
-        k.add_scaled_row(c, at(args.bias, tile.expert, tile.column), args.bias.dtype, 1.0f, columns);
-      k.store_row(at(args.out, tile.first_row + m, tile.column), args.out.dtype, c, stored);
+      if (args.bias.defined()) k.add_scaled_row(c, at(args.bias, tile.expert, column), args.bias.dtype, 1.0f, columns);
+      k.store_row(at(args.out, tile.first_row + m, column), args.out.dtype, c, stored);
     }
   });
   zero_tail(args.out, used_slots);
@@ -73,7 +78,7 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
 
 void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, const Context& context) {
   const int32_t* const expert_offsets = args.expert_offsets.as<int32_t>();
-  const int64_t used_slots = expert_offsets[args.grad_weight.shape[0]];
+  const int64_t used_slots = expert_offsets[args.expert_offsets.shape[0] - 1];
   const int64_t pointer_bytes = Workspace::padded(used_slots * static_cast<int64_t>(sizeof(void*)));
   Workspace workspace(2 * pointer_bytes);
   const void** const grad_rows = workspace.take<const void*>(used_slots);
@@ -84,6 +89,7 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, const Context& context
                    .right = x_rows,
                    .dtype = args.x.dtype,
                    .expert_offsets = expert_offsets,
+                   .experts = args.experts.as<int32_t>(),
                    .gradient = args.grad_weight},
                   context);
 }

@@ -38,7 +38,8 @@ struct Matrix {
     switch (format) {
       case Format::kPlain: return n_stride * size_of(dtype);
       case Format::kFp8:
-      case Format::kMxfp4: return n_stride / kMinifloatRows;
+      case Format::kMxfp4:
+      case Format::kNf4: return n_stride / kMinifloatRows;
       default: return n_stride;
     }
   }

@@ -6,10 +6,12 @@
 //                                              words: kWords vectors, k ascending, of float32 or of pairs of bfloat16
 //   load_scales<format>(p)                     float32 scales of kLanes rows
 //
-// Every value is exact, also subnormal ones: each e4m3 and e2m1 value is a normal bfloat16. In AVX-512, 64 bytes take
-//   mxfp4, pairs   3 shifts, 4 permutations: 16 bits hold the values of 4 k, 2 apart. vpermw reads the low 5 bits, so a
+// Every value of fp8 and mxfp4 is exact, also a subnormal one: each is a normal bfloat16. Values of nf4 are float32. Pairs of
+// bfloat16 have them rounded to nearest, an error of at most 2^-9, as if the weight were decoded to bfloat16. In AVX-512, 64
+// bytes take
+//   4 bits, pairs  3 shifts, 4 permutations: 16 bits hold the values of 4 k, 2 apart. vpermw reads the low 5 bits, so a
 //                  table that repeats 16 values needs no mask.
-//   mxfp4, float   7 shifts, 8 permutations: vpermps reads the low 4 bits.
+//   4 bits, float  7 shifts, 8 permutations: vpermps reads the low 4 bits.
 //   fp8, pairs     2 vpermi2b, which look up 7 bits in 128 bytes, for the lower and the upper byte of the bfloat16. The
 //                  sign is merged into the upper one. The order in storage makes interleaving both the pairs of 16 rows.
 //   fp8, float     the same and 4 shifts or masks. Without AVX512-VBMI through float16: the 7 bits of a magnitude, put
@@ -44,6 +46,13 @@ constexpr float mxfp4_value(int code) {  // e2m1: 2 bits of exponent, biased by 
   return (code & 8) != 0 ? -value : value;
 }
 
+constexpr float nf4_value(int stored) { return kNf4Values[stored ^ kNf4Zero]; }
+
+template <Format kFormat>
+constexpr float nibble_value(int stored) {
+  return kFormat == Format::kNf4 ? nf4_value(stored) : mxfp4_value(stored);
+}
+
 template <typename T, int kCount>
 struct Table {
   alignas(64) T values[kCount];
@@ -56,7 +65,10 @@ consteval Table<T, kCount> make_table_of(Value value) {
   return table;
 }
 
-constexpr uint32_t bfloat16_bits(float value) { return __builtin_bit_cast(uint32_t, value) >> 16; }
+constexpr uint32_t bfloat16_bits(float value) {  // rounded to nearest, ties to even
+  const auto bits = __builtin_bit_cast(uint32_t, value);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
 
 // ---- decoders ------------------------------------------------------------------------------------------------------------
 
@@ -74,15 +86,26 @@ inline void widen_pairs(Floats& low, Floats& high, __m512i pairs) {
   high = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000))));
 }
 
-template <>
-inline void Decoder<Format::kMxfp4, true>::decode(Floats (&words)[kWords], const uint8_t* p) {
-  static constexpr auto kTable = make_table_of<uint16_t, 32>([](int i) { return bfloat16_bits(mxfp4_value(i % 16)); });
+template <Format kFormat>
+inline void decode_nibble_pairs(Floats (&words)[4], const uint8_t* p) {
+  static constexpr auto kTable =
+      make_table_of<uint16_t, 32>([](int i) { return bfloat16_bits(nibble_value<kFormat>(i % 16)); });
   const __m512i codes = _mm512_loadu_si512(p), table = _mm512_load_si512(kTable.values);
 #pragma GCC unroll 4
-  for (int j = 0; j < kWords; ++j) {
+  for (int j = 0; j < 4; ++j) {
     const __m512i code = j == 0 ? codes : _mm512_srli_epi16(codes, static_cast<unsigned>(4 * j));
     words[j] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(code, table));
   }
+}
+
+template <>
+inline void Decoder<Format::kMxfp4, true>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  decode_nibble_pairs<Format::kMxfp4>(words, p);
+}
+
+template <>
+inline void Decoder<Format::kNf4, true>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  decode_nibble_pairs<Format::kNf4>(words, p);
 }
 
 template <>
@@ -125,17 +148,27 @@ inline void Decoder<Format::kFp8, false>::decode(Floats (&words)[kWords], const 
 #endif
 
 #if defined(__AVX512BW__)
-template <>
-inline void Decoder<Format::kMxfp4, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
-  static constexpr auto kTable = make_table_of<float, 16>(mxfp4_value);
+template <Format kFormat>
+inline void decode_nibbles(Floats (&words)[8], const uint8_t* p) {
+  static constexpr auto kTable = make_table_of<float, 16>(nibble_value<kFormat>);
   const __m512i codes = _mm512_loadu_si512(p);
   const __m512 table = _mm512_load_ps(kTable.values);
 #pragma GCC unroll 8
-  for (int k = 0; k < kWords; ++k) {
+  for (int k = 0; k < 8; ++k) {
     const int bits = 16 * (k % 2) + 4 * (k / 2);
     const __m512i code = bits == 0 ? codes : _mm512_srli_epi32(codes, static_cast<unsigned>(bits));
     words[k] = _mm512_permutexvar_ps(code, table);
   }
+}
+
+template <>
+inline void Decoder<Format::kMxfp4, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  decode_nibbles<Format::kMxfp4>(words, p);
+}
+
+template <>
+inline void Decoder<Format::kNf4, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  decode_nibbles<Format::kNf4>(words, p);
 }
 #elif defined(__AVX2__)
 template <>
@@ -159,6 +192,21 @@ inline void Decoder<Format::kMxfp4, false>::decode(Floats (&words)[kWords], cons
       words[4 * j + 2 * half] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs[j], 16));
       words[4 * j + 2 * half + 1] = _mm256_castsi256_ps(_mm256_and_si256(pairs[j], high));
     }
+  }
+}
+
+template <>
+inline void Decoder<Format::kNf4, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  // vpermps looks up 3 bits in 8 values. The fourth bit, moved to the sign, selects between two of these.
+  static constexpr auto kTable = make_table_of<float, 16>(nf4_value);
+  const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256 first = _mm256_load_ps(kTable.values), second = _mm256_load_ps(kTable.values + 8);
+#pragma GCC unroll 8
+  for (int k = 0; k < kWords; ++k) {
+    const int bits = 16 * (k % 2) + 4 * (k / 2);
+    const __m256i code = bits == 0 ? codes : _mm256_srli_epi32(codes, bits);
+    const __m256 choice = _mm256_castsi256_ps(bits == 28 ? codes : _mm256_slli_epi32(codes, 28 - bits));
+    words[k] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, code), _mm256_permutevar8x32_ps(second, code), choice);
   }
 }
 
@@ -198,6 +246,30 @@ inline void Decoder<Format::kMxfp4, false>::decode(Floats (&words)[kWords], cons
 }
 
 template <>
+inline void Decoder<Format::kNf4, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  // byte i of the float32 values, for the codes in their places
+  static constexpr auto kBytes = make_table_of<uint8_t, 64>(
+      [](int i) { return __builtin_bit_cast(uint32_t, nf4_value(i % 16)) >> 8 * (i / 16) & 0xff; });
+  const uint8x16_t codes = vld1q_u8(p);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const uint8x16_t code = half == 0 ? vandq_u8(codes, vdupq_n_u8(0x0f)) : vshrq_n_u8(codes, 4);
+    uint8x16_t bytes[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) bytes[i] = vqtbl1q_u8(vld1q_u8(kBytes.values + 16 * i), code);
+    const uint16x8_t lower[] = {vreinterpretq_u16_u8(vtrn1q_u8(bytes[0], bytes[1])),
+                                vreinterpretq_u16_u8(vtrn2q_u8(bytes[0], bytes[1]))};
+    const uint16x8_t upper[] = {vreinterpretq_u16_u8(vtrn1q_u8(bytes[2], bytes[3])),
+                                vreinterpretq_u16_u8(vtrn2q_u8(bytes[2], bytes[3]))};
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {  // k = 4·j + 2·half
+      words[4 * j + 2 * half] = vreinterpretq_f32_u16(vtrn1q_u16(lower[j], upper[j]));
+      words[4 * j + 2 * half + 1] = vreinterpretq_f32_u16(vtrn2q_u16(lower[j], upper[j]));
+    }
+  }
+}
+
+template <>
 inline void Decoder<Format::kFp8, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
   const uint16x8_t codes = vreinterpretq_u16_u8(vld1q_u8(p));
 #pragma GCC unroll 2
@@ -209,14 +281,24 @@ inline void Decoder<Format::kFp8, false>::decode(Floats (&words)[kWords], const 
   }
 }
 #else
-template <>
-inline void Decoder<Format::kMxfp4, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
-  static constexpr auto kTable = make_table_of<float, 16>(mxfp4_value);
-  for (int k = 0; k < kWords; ++k) {
+template <Format kFormat>
+inline void decode_nibbles(Floats (&words)[8], const uint8_t* p) {
+  static constexpr auto kTable = make_table_of<float, 16>(nibble_value<kFormat>);
+  for (int k = 0; k < 8; ++k) {
     float lanes[kLanes];
     for (int r = 0; r < kLanes; ++r) lanes[r] = kTable.values[p[4 * r + 2 * (k % 2) + k / 4] >> 4 * (k / 2 % 2) & 15];
     words[k] = load(lanes);
   }
+}
+
+template <>
+inline void Decoder<Format::kMxfp4, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  decode_nibbles<Format::kMxfp4>(words, p);
+}
+
+template <>
+inline void Decoder<Format::kNf4, false>::decode(Floats (&words)[kWords], const uint8_t* p) {
+  decode_nibbles<Format::kNf4>(words, p);
 }
 
 template <>
@@ -234,11 +316,11 @@ inline void Decoder<Format::kFp8, false>::decode(Floats (&words)[kWords], const 
 // ---- scales --------------------------------------------------------------------------------------------------------------
 
 template <Format kFormat>
-constexpr int64_t kScaleBytes = kFormat == Format::kFp8 ? 4 : 1;
+constexpr int64_t kScaleBytes = kFormat == Format::kMxfp4 ? 1 : 4;
 
 template <Format kFormat>
 inline Floats load_scales(const uint8_t* p) {
-  if constexpr (kFormat == Format::kFp8) return load(reinterpret_cast<const float*>(p));
+  if constexpr (kFormat != Format::kMxfp4) return load(reinterpret_cast<const float*>(p));
   Ints exponents;
 #if defined(__AVX512BW__)
   exponents = reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

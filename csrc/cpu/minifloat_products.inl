@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dot_products with B in minifloats (minifloat.h): fp8 and mxfp4 weights, rows of bfloat16, float16 or float32. Included
+// dot_products with B in minifloats (minifloat.h): fp8, mxfp4 and nf4 weights, rows of bfloat16, float16 or float32. Included
 // by kernels.inl after dot_products.inl.
 //
 //   work 2·M·N·K flop; traffic: weights once, 1 or 1/2 byte each and their scales; rows of A from L1 or L2
@@ -31,7 +31,8 @@ struct Minifloats {
 
   // Steps that share a scale.
   static int64_t group_steps(const Matrix& b) {
-    return kFormat == Format::kMxfp4 ? 1 : b.group_size / kMinifloatColumns;
+    constexpr int64_t kGroup = minifloat_group(kFormat);
+    return (kGroup > 0 ? kGroup : b.group_size) / kMinifloatColumns;
   }
   // Vector j of the columns: its lanes in the first step of their block, and their scales of the first group.
   static const uint8_t* data(const Matrix& b, int64_t j) {
@@ -172,8 +173,9 @@ void add_step_tile(float* c, const Rows& a, const StepColumns<kVectors>& b, int6
     return Of::scale(b.scales[v], group);
   };
   int64_t s = first;
-  if constexpr (kFormat == Format::kMxfp4) {
-    const auto scale = [&](int u, int v) { return scale_of(v, s + u); };
+  if constexpr (minifloat_group(kFormat) > 0) {  // of 1 or 2 steps: each step loads its scales
+    constexpr int64_t kGroupSteps = minifloat_group(kFormat) / kMinifloatColumns;
+    const auto scale = [&](int u, int v) { return scale_of(v, (s + u) / kGroupSteps); };
     for (; s + kSteps <= last; s += kSteps) add_steps<kFormat, kPairs, kSteps>(total, rows, b, s, scale);
     for (; kSteps > 1 && s < last; ++s) add_steps<kFormat, kPairs, 1>(total, rows, b, s, scale);
   } else {
@@ -361,7 +363,7 @@ void add_decoded_steps(const Product& product, const Rows& a, int64_t first, int
 
 // Up to so many rows, decoding again for each tile of rows is faster than through the scratch, if decoding is cheap.
 template <Format kFormat>
-constexpr int64_t kDirectRows = kIsBlock && (kHasPairs || kFormat == Format::kMxfp4) ? 36 : kTileRows;
+constexpr int64_t kDirectRows = kIsBlock && (kHasPairs || bits_of(kFormat) == 4) ? 36 : kTileRows;
 
 template <Format kFormat, bool kPairs>
 void minifloat_products_of(const Product& product) {
@@ -410,8 +412,11 @@ void minifloat_products_in(const Product& product) {
 }
 
 void minifloat_products(const Product& product) {
-  if (product.b.format == Format::kFp8) return minifloat_products_in<Format::kFp8>(product);
-  minifloat_products_in<Format::kMxfp4>(product);
+  switch (product.b.format) {
+    case Format::kFp8: return minifloat_products_in<Format::kFp8>(product);
+    case Format::kMxfp4: return minifloat_products_in<Format::kMxfp4>(product);
+    default: minifloat_products_in<Format::kNf4>(product);
+  }
 }
 
 // ---- plain rows ----------------------------------------------------------------------------------------------------------
@@ -443,10 +448,10 @@ void expand_minifloats(void* out, int64_t stride, DType dtype, const Matrix& b, 
     for (int64_t k = 0; k < count; k += kMinifloatColumns) {
       float rows[kLanes][kMinifloatColumns];
       const int64_t j = n / kLanes, step = (first + k) / kMinifloatColumns;
-      if (b.format == Format::kFp8) {
-        expand_step<Format::kFp8>(rows, b, j, step);
-      } else {
-        expand_step<Format::kMxfp4>(rows, b, j, step);
+      switch (b.format) {
+        case Format::kFp8: expand_step<Format::kFp8>(rows, b, j, step); break;
+        case Format::kMxfp4: expand_step<Format::kMxfp4>(rows, b, j, step); break;
+        default: expand_step<Format::kNf4>(rows, b, j, step);
       }
       char* target = static_cast<char*>(out) + (n * stride + k) * element;
       const int64_t columns = count - k < kMinifloatColumns ? count - k : kMinifloatColumns;

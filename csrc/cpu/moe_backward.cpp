@@ -127,17 +127,18 @@ void sum_weight_gradient(const ActivationBackward& stage, int num_threads) {
   });
 }
 
-// grad_bias[e] = Σ_{s of e} weight[s]·rows[s]; all weights are 1 if null
+// grad_bias[e] = Σ_{s of e} weight[s]·rows[s], or grad_bias[i] that of experts[i]; all weights are 1 if null
 void bias_gradient(const TensorView& grad_bias, const void* const* rows, DType dtype, const float* weights,
-                   const int32_t* expert_offsets, const Context& context) {
+                   const int32_t* expert_offsets, const int32_t* experts, const Context& context) {
   const Kernels& k = context.kernels;
   const int64_t width = grad_bias.shape[1];
-  parallel_for(context.num_threads, grad_bias.shape[0], [&](int64_t e, int) {
+  parallel_for(context.num_threads, grad_bias.shape[0], [&](int64_t i, int) {
+    const int64_t e = experts != nullptr ? experts[i] : i;
     std::vector<float> sum(static_cast<size_t>(width), 0.0f);
     for (int32_t s = expert_offsets[e]; s < expert_offsets[e + 1]; ++s) {
       k.add_scaled_row(sum.data(), rows[s], dtype, weights != nullptr ? weights[s] : 1.0f, width);
     }
-    k.store_row(row_of(grad_bias, e), grad_bias.dtype, sum.data(), width);
+    k.store_row(row_of(grad_bias, i), grad_bias.dtype, sum.data(), width);
   });
 }
 
@@ -169,13 +170,13 @@ class BackwardAdapter {
     std::optional<SlotRows> copies;
     const void* const* const rows = products_->masked(input, width, copies, context);
     if (grad_a.defined()) {
-      weight_gradient({small_->pointers(), rows, dtype_, slots_.expert_offsets, grad_a}, context);
+      weight_gradient({small_->pointers(), rows, dtype_, slots_.expert_offsets, nullptr, grad_a}, context);
       products_->clear_past_ranks(grad_a, AdapterSide::kA);
     }
     if (grad_b.defined()) {
       SlotRows low(slots_.count, rank_, dtype_);
       products_->multiply(low, rows, AdapterSide::kA, context);
-      weight_gradient({gradients, low.pointers(), dtype_, slots_.expert_offsets, grad_b}, context);
+      weight_gradient({gradients, low.pointers(), dtype_, slots_.expert_offsets, nullptr, grad_b}, context);
       products_->clear_past_ranks(grad_b, AdapterSide::kB);
     }
   }
@@ -269,19 +270,21 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
                .small_rows = first.small_rows()},
               context);
   }
+  const int32_t* const experts = args.experts.as<int32_t>();
   const auto weight_gradient_of = [&](const TensorView& gradient, const void* const* left, const void* const* right) {
     if (!gradient.defined()) return;
-    weight_gradient({left, right, args.x.dtype, slots.expert_offsets, gradient}, context);
+    weight_gradient({left, right, args.x.dtype, slots.expert_offsets, experts, gradient}, context);
   };
   weight_gradient_of(args.grad_gate_up_proj, grad_h_rows, x_rows);
   weight_gradient_of(args.grad_down_proj, grad_y_rows, a_rows);
   first.write(args.grad_gate_up_a, args.grad_gate_up_b, x_rows, args.x.shape[1], grad_h_rows, context);
   second.write(args.grad_down_a, args.grad_down_b, a_rows, intermediate_size, grad_y_rows, context);
   if (args.grad_gate_up_bias.defined()) {
-    bias_gradient(args.grad_gate_up_bias, grad_h_rows, args.x.dtype, nullptr, slots.expert_offsets, context);
+    bias_gradient(args.grad_gate_up_bias, grad_h_rows, args.x.dtype, nullptr, slots.expert_offsets, experts, context);
   }
   if (args.grad_down_bias.defined()) {
-    bias_gradient(args.grad_down_bias, grad_y_rows, args.x.dtype, slots.weights, slots.expert_offsets, context);
+    bias_gradient(args.grad_down_bias, grad_y_rows, args.x.dtype, slots.weights, slots.expert_offsets, experts,
+                  context);
   }
 }
 

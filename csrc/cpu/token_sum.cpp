@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // token_sum: work 2·S·depth·columns flop; traffic: the touched matrices once per token chunk, rows from L2/L3, out once.
 //
-// A task owns one or more panels of output columns for a chunk of tokens and walks all experts in order. So the sum over a
-// token's slots needs no atomics, no [S, columns] buffer and no barrier, and has one order for any number of threads. Its
+// A task owns one or more panels of output columns for a chunk of tokens and goes through all experts in order. So the sum over
+// a token's slots needs no atomics, no [S, columns] buffer and no barrier, and has one order for any number of threads. Its
 // accumulators (chunk · columns float32: 512 KB for a panel, 1 MB for 512 columns of x·W) stay in L2.
 #include "token_sum.h"
 

@@ -4,8 +4,8 @@
 // reaches 88 to 91 % of the multiplications' floor with 64 slots per expert (OLMoE, 512 tokens, 2 cores of Zen 5, bfloat16
 // and float32) and 84 % with 32 (Qwen3-30B-A3B).
 //
-// A task is a block of rows of one expert's gradient. It transposes its part of `left` once and walks the columns panel by
-// panel, with the slots as inner dimension (weight_gradient.inl). Experts without slots get zeros.
+// A task is a block of rows of one expert's gradient. It transposes its part of `left` once and goes through the columns panel
+// by panel, with the slots as inner dimension (weight_gradient.inl). Experts without slots get zeros.
 #include "weight_gradient.h"
 
 #include <cstring>
@@ -35,7 +35,7 @@ int64_t block_rows(int64_t rows, int64_t slots) {
 void weight_gradient(const WeightGradientArgs& args, const Context& context) {
   const Kernels& k = context.kernels;
   const int num_threads = context.num_threads;
-  const int64_t num_experts = args.gradient.shape[0], panel = k.panel, element = size_of(args.gradient.dtype);
+  const int64_t num_matrices = args.gradient.shape[0], panel = k.panel, element = size_of(args.gradient.dtype);
   int64_t rows = args.gradient.shape[1], columns = args.gradient.shape[2];
   int64_t row_stride = args.gradient.stride[1];
   const void *const *left = args.left, *const *right = args.right;
@@ -44,19 +44,23 @@ void weight_gradient(const WeightGradientArgs& args, const Context& context) {
     std::swap(left, right);
     row_stride = args.gradient.stride[2];
   }
-  if (num_experts == 0 || rows == 0 || columns == 0) return;
+  if (num_matrices == 0 || rows == 0 || columns == 0) return;
 
   const auto is_whole_lines = [](int64_t bytes) { return bytes % 64 == 0; };
-  const bool past_caches = num_experts * rows * columns * element > kCachedBytes &&
+  const bool past_caches = num_matrices * rows * columns * element > kCachedBytes &&
                            is_whole_lines(static_cast<int64_t>(reinterpret_cast<uintptr_t>(args.gradient.data))) &&
                            is_whole_lines(args.gradient.stride[0] * element) && is_whole_lines(row_stride * element);
   std::vector<Tile> tiles;
   int64_t left_bytes = 0, carried_bytes = 0;
-  for (int64_t e = 0; e < num_experts; ++e) {
-    const int64_t slots = args.expert_offsets[e + 1] - args.expert_offsets[e], block = block_rows(rows, slots);
+  const auto slots_of = [&](int64_t i) {  // the first slot of matrix i, and their number
+    const int64_t e = args.experts != nullptr ? args.experts[i] : i, first = args.expert_offsets[e];
+    return std::pair<int64_t, int64_t>(first, args.expert_offsets[e + 1] - first);
+  };
+  for (int64_t i = 0; i < num_matrices; ++i) {
+    const int64_t slots = slots_of(i).second, block = block_rows(rows, slots);
     left_bytes = std::max(left_bytes, Workspace::padded((block + kLeftPadding) * (slots + kLeftPadding) * 4));
     if (slots > kChunkWords) carried_bytes = std::max(carried_bytes, (block + kLeftPadding) * panel * 4);
-    for (int64_t row = 0; row < rows; row += block) tiles.push_back({e, 0, row, std::min(block, rows - row)});
+    for (int64_t row = 0; row < rows; row += block) tiles.push_back({i, 0, row, std::min(block, rows - row)});
   }
   const int64_t thread_bytes = kPackingBytes + left_bytes + carried_bytes;
   Workspace workspace(num_threads * thread_bytes);
@@ -66,7 +70,7 @@ void weight_gradient(const WeightGradientArgs& args, const Context& context) {
     const Tile& tile = tiles[static_cast<size_t>(task)];
     char* const own = memory + thread * thread_bytes;
     float* const transposed = reinterpret_cast<float*>(own + kPackingBytes);
-    const int64_t first = args.expert_offsets[tile.expert], slots = args.expert_offsets[tile.expert + 1] - first;
+    const auto [first, slots] = slots_of(tile.expert);
     char* const out = offset(args.gradient, tile.expert * args.gradient.stride[0] + tile.first_row * row_stride);
     if (slots == 0) {
       const auto bytes = static_cast<size_t>(columns * element);

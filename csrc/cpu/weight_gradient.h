@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// gradient[e][m,n] = Σ_{s of e} left[s][m] · right[s][n]: the weight gradient, a product whose inner dimension is ragged.
+// gradient[e][m,n] = Σ_{s of e} left[s][m] · right[s][n]: the weight gradient, a product whose inner dimension is ragged. With
+// `experts`, gradient[i] is that of expert experts[i].
 #pragma once
 #include "context.h"
 #include "experts.h"
@@ -11,7 +12,8 @@ struct WeightGradientArgs {
   const void* const* right;  // [S] rows of `columns` elements
   DType dtype;
   const int32_t* expert_offsets;
-  TensorView gradient;  // [E, rows, columns], one unit stride
+  const int32_t* experts;  // [n], or null for all
+  TensorView gradient;     // [E or n, rows, columns], one unit stride
 };
 
 void weight_gradient(const WeightGradientArgs& args, const Context& context);

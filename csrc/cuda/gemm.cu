@@ -36,6 +36,7 @@ void gemm(const Gemm& g, void* stream) {
 }
 
 void wgrad(const Wgrad& g, void* stream) {
+  if (g.num_matrices == 0) return;
   check_sizes({g.m, g.n});
   if (sm90_takes(g)) return wgrad_sm90(g, stream);
   switch (g.dtype) {

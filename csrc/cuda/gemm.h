@@ -87,15 +87,16 @@ __host__ __device__ constexpr int64_t weight_parts_of(int64_t intermediate_size)
   return (intermediate_size + kWeightPart - 1) / kWeightPart;
 }
 
-// a and b in slot order or gathered; an s outside [0, S) is never dereferenced. Experts without rows get zeros.
+// a and b in slot order or gathered, of each expert or of a list of them; an s outside [0, S) is never dereferenced. Experts without rows get zeros.
 struct Wgrad {
   DType dtype = DType::kFloat32;
   bool allow_tf32 = false;
   Rows a, b;
   const int32_t* expert_offsets = nullptr;
-  int64_t num_experts = 0, num_slots = 0;
+  const int32_t* experts = nullptr;  // [num_matrices] on the device: the expert of each matrix of out; all if null
+  int64_t num_experts = 0, num_slots = 0, num_matrices = 0;
   int64_t m = 0, n = 0;  // widths of a and b
-  void* out = nullptr;   // [E,m,n], columns contiguous; if the gradient is stored transposed, a and b are swapped
+  void* out = nullptr;   // [num_matrices,m,n], columns contiguous; if stored transposed, a and b are swapped
   int64_t out_expert_stride = 0, out_stride = 0;
 };
 

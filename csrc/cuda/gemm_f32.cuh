@@ -2,7 +2,7 @@
 // Exact float32 products for the tiles of gemm_sm80.cuh: fused multiply-adds on the CUDA cores, if tf32 is not allowed.
 //
 // A thread computes the same elements of a tile as with mma, so all surrounding code is shared. For four depths at a time it
-// keeps its rows of a in registers and walks the columns of b in pairs: 32 x 64 per warp are 256 multiply-adds per thread for
+// keeps its rows of a in registers and reads the columns of b in pairs: 32 x 64 per warp are 256 multiply-adds per thread for
 // 20 loads of 16 bytes, all free of bank conflicts. 64 rows are the largest tile, since twice as many sums would leave no
 // registers for loads in flight. Bound by the cores above about 25 rows per expert on an A100, 40 on an H100.
 //

@@ -102,7 +102,7 @@ void launch_wgrad(const Wgrad& g, void* stream) {
     constexpr TileConfig kTile = kTiles[static_cast<int>(kKind)];
     const int64_t row_tiles = (g.m + kTile.rows - 1) / kTile.rows;
     const int64_t column_tiles = (g.n + kTile.columns - 1) / kTile.columns;
-    launch(wgrad_kernel<Product, kKind>, dim3(static_cast<unsigned>(g.num_experts * row_tiles * column_tiles)),
+    launch(wgrad_kernel<Product, kKind>, dim3(static_cast<unsigned>(g.num_matrices * row_tiles * column_tiles)),
            dim3(kTile.threads()), static_cast<size_t>(kTile.shared_bytes()), stream, g, alignment_of(g));
   };
   if (g.m <= 64) {

@@ -31,6 +31,14 @@ __device__ inline SlotRange slots_of(const int32_t* expert_offsets, int32_t e, i
   return {begin, last < begin ? begin : last < num_slots ? last : num_slots};
 }
 
+// The slots that matrix i of a weight gradient sums; none for an expert out of range.
+__device__ inline SlotRange slots_of_matrix(const int32_t* expert_offsets, const int32_t* experts, int32_t i,
+                                            int32_t num_experts, int32_t num_slots) {
+  const int32_t expert = experts != nullptr ? experts[i] : i;
+  if (expert < 0 || expert >= num_experts) return {};
+  return slots_of(expert_offsets, expert, num_experts, num_slots);
+}
+
 // Position `index` of a grid of row tiles x column tiles, in bands of 8 row tiles.
 struct TilePosition {
   int32_t row, column;
@@ -44,8 +52,8 @@ __device__ inline TilePosition banded(int64_t index, int32_t row_tiles, int32_t 
   return {band * kBand + rest % height, rest / height};
 }
 
-// Each warp walks the experts by itself, 32 at a time, and only forward: a block's tiles ascend. The numbers of slots and of
-// row tiles are below 2^31.
+// Each warp goes through the experts by itself, 32 at a time, and only forward: a block's tiles ascend. The numbers of slots
+// and of row tiles are below 2^31.
 class TileWalker {
  public:
   __device__ TileWalker(const Gemm& g, int tile_rows, int32_t column_tiles)

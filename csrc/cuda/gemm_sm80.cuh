@@ -281,11 +281,11 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
   const auto row_tiles = static_cast<int32_t>((g.m + Tile::kRows - 1) / Tile::kRows);
   const auto column_tiles = static_cast<int32_t>((g.n + Tile::kColumns - 1) / Tile::kColumns);
   const int64_t tiles = static_cast<int64_t>(row_tiles) * column_tiles;
-  const auto expert = static_cast<int32_t>(blockIdx.x / tiles);
+  const auto matrix = static_cast<int32_t>(blockIdx.x / tiles);
   const TilePosition position = banded(blockIdx.x % tiles, row_tiles, column_tiles);
   const int32_t first_row = position.row * Tile::kRows, first_column = position.column * Tile::kColumns;
-  const SlotRange slots =
-      slots_of(g.expert_offsets, expert, static_cast<int32_t>(g.num_experts), static_cast<int32_t>(g.num_slots));
+  const SlotRange slots = slots_of_matrix(g.expert_offsets, g.experts, matrix, static_cast<int32_t>(g.num_experts),
+                                          static_cast<int32_t>(g.num_slots));
 
   const int32_t row = first_row + LoadA::chunk_row(thread), column = first_column + LoadB::chunk_row(thread);
   LoadA load_a(g.a, row, static_cast<int32_t>(g.m) - row, thread, aligned.a, slots.begin, slots.end);
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
   Sums<Tile> sums;
   multiply_tile<Product, Tile, false, false>(sums, load_a, load_b, slots.begin, slots.end, shared, thread);
   const StagedSums staged = stage_sums<Tile>(sums, shared, thread);
-  T* const out = static_cast<T*>(g.out) + expert * g.out_expert_stride;
+  T* const out = static_cast<T*>(g.out) + matrix * g.out_expert_stride;
   constexpr int kBlocks = Tile::kColumns / kBlock;
   for (int i = thread; i < Tile::kRows * kBlocks; i += Tile::kThreads) {
     const int64_t m = first_row + i / kBlocks, n = first_column + i % kBlocks * kBlock;

@@ -130,7 +130,7 @@ void launch_wgrad(const Wgrad& g, void* stream) {
   params.a = map_of_rows(g.a, g.dtype, g.m, kDepth);
   params.b = map_of_rows(g.b, g.dtype, g.n, kDepth);
   params.g = g;
-  const int64_t tiles = g.num_experts * ((g.m + kP - 1) / kP) * ((g.n + C::kN - 1) / C::kN);
+  const int64_t tiles = g.num_matrices * ((g.m + kP - 1) / kP) * ((g.n + C::kN - 1) / C::kN);
   launch(wgrad_sm90_kernel<T, C>, dim3(grid_for(tiles)), dim3(kThreads), shared_bytes(C::kShape, C::kN, C::kStages),
          stream, params);
 }

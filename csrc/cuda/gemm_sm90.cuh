@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_kernel(const __grid_con
 
 // A tile of one expert's gradient and the slots it sums over.
 struct WgradTile {
-  int32_t expert;
+  int32_t matrix;
   TilePosition position;
   SlotRange slots;
 
@@ -425,11 +425,12 @@ struct WgradTiles {
   // Numbers of tiles; rows and columns per expert.
   __device__ int32_t rows() const { return (static_cast<int32_t>(g.m) + kP - 1) / kP; }
   __device__ int32_t columns() const { return (static_cast<int32_t>(g.n) + C::kN - 1) / C::kN; }
-  __device__ int32_t size() const { return static_cast<int32_t>(g.num_experts) * rows() * columns(); }
+  __device__ int32_t size() const { return static_cast<int32_t>(g.num_matrices) * rows() * columns(); }
   __device__ WgradTile operator[](int32_t t) const {
-    const int32_t each = rows() * columns(), expert = t / each;
-    return {expert, banded(t - expert * each, rows(), columns()),
-            slots_of(g.expert_offsets, expert, static_cast<int32_t>(g.num_experts), static_cast<int32_t>(g.num_slots))};
+    const int32_t each = rows() * columns(), matrix = t / each;
+    return {matrix, banded(t - matrix * each, rows(), columns()),
+            slots_of_matrix(g.expert_offsets, g.experts, matrix, static_cast<int32_t>(g.num_experts),
+                            static_cast<int32_t>(g.num_slots))};
   }
 };
 
@@ -483,7 +484,7 @@ __device__ inline void finish(const Wgrad& g, const WgradTile& tile, Accumulator
 #pragma unroll 1
   for (int i = 0; i < 4; ++i) {
     const int64_t m = static_cast<int64_t>(tile.position.row) * kP + row_of_thread(i);
-    T* const out = static_cast<T*>(g.out) + tile.expert * g.out_expert_stride + m * g.out_stride;
+    T* const out = static_cast<T*>(g.out) + tile.matrix * g.out_expert_stride + m * g.out_stride;
     const QuadRuns<C::kN> runs{acc};
 #pragma unroll
     for (int r = 0; r < runs.kRuns; ++r) {

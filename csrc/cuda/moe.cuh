@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kMoeThreads) weight_gradient_kernel(WeightGrad
 template <typename T>
 struct BiasGradientParams {
   Rows rows;
-  const float* slot_weights;  // null: all ones
-  const int32_t* expert_offsets;
+  const float* slot_weights;                // null: all ones
+  const int32_t *expert_offsets, *experts;  // experts: [rows of grad_bias], all if null
   T* grad_bias;
   int64_t grad_stride;
   int32_t num_experts, num_slots, width;
@@ -82,15 +82,15 @@ struct BiasGradientParams {
 
 constexpr int kBiasColumns = 32, kBiasRows = 8;
 
-// A block handles 32 columns of one expert; threadIdx.y is one of eight sums.
+// A block handles 32 columns of one row of grad_bias; threadIdx.y is one of eight sums.
 template <typename T>
 __global__ void __launch_bounds__(kBiasColumns* kBiasRows) bias_gradient_kernel(BiasGradientParams<T> p) {
   SHARED_ARRAY(float, sums, kBiasColumns* kBiasRows);
   const int32_t blocks = (p.width + kBiasColumns - 1) / kBiasColumns;
-  const auto expert = static_cast<int32_t>(blockIdx.x / static_cast<unsigned>(blocks));
+  const auto out_row = static_cast<int32_t>(blockIdx.x / static_cast<unsigned>(blocks));
   const auto x = static_cast<int>(threadIdx.x), y = static_cast<int>(threadIdx.y);
   const int32_t column = static_cast<int32_t>(blockIdx.x % static_cast<unsigned>(blocks)) * kBiasColumns + x;
-  const SlotRange slots = slots_of(p.expert_offsets, expert, p.num_experts, p.num_slots);
+  const SlotRange slots = slots_of_matrix(p.expert_offsets, p.experts, out_row, p.num_experts, p.num_slots);
   float sum = 0.0f;
   for (int32_t slot = slots.begin + y; slot < slots.end && column < p.width; slot += kBiasRows) {
     const int32_t row = p.rows.indices != nullptr ? p.rows.indices[slot] : slot;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kBiasColumns* kBiasRows) bias_gradient_kernel(
   float total = 0.0f;
 #pragma unroll
   for (int i = 0; i < kBiasRows; ++i) total += sums[i * kBiasColumns + x];
-  p.grad_bias[expert * p.grad_stride + column] = from_float<T>(total);
+  p.grad_bias[out_row * p.grad_stride + column] = from_float<T>(total);
 }
 
 }  // namespace switchgear::cuda

@@ -70,15 +70,18 @@ struct BackwardMemory {
 };
 
 // grad_weight[e] = Σ_s left[s] ⊗ right[s]
-void weight_gradient(const TensorView& gradient, const Rows& left, const Rows& right, const Gemm& like, void* stream) {
+void weight_gradient(const TensorView& gradient, const TensorView& experts, const Rows& left, const Rows& right,
+                     const Gemm& like, void* stream) {
   if (!gradient.defined()) return;
   Wgrad g{.dtype = like.dtype,
           .allow_tf32 = like.allow_tf32,
           .a = left,
           .b = right,
           .expert_offsets = like.expert_offsets,
+          .experts = experts.as<const int32_t>(),
           .num_experts = like.num_experts,
           .num_slots = like.num_slots,
+          .num_matrices = gradient.shape[0],
           .m = gradient.shape[1],
           .n = gradient.shape[2],
           .out = gradient.data,
@@ -92,19 +95,20 @@ void weight_gradient(const TensorView& gradient, const Rows& left, const Rows& r
   wgrad(g, stream);
 }
 
-void bias_gradient(const TensorView& grad_bias, const Rows& rows, const float* slot_weights, const Gemm& like,
-                   void* stream) {
-  if (!grad_bias.defined()) return;
+void bias_gradient(const TensorView& grad_bias, const TensorView& experts, const Rows& rows, const float* slot_weights,
+                   const Gemm& like, void* stream) {
+  if (grad_bias.numel() == 0) return;
   with_element_type(like.dtype, [&]<typename T>() {
     const BiasGradientParams<T> params{.rows = rows,
                                        .slot_weights = slot_weights,
                                        .expert_offsets = like.expert_offsets,
+                                       .experts = experts.as<const int32_t>(),
                                        .grad_bias = grad_bias.as<T>(),
                                        .grad_stride = grad_bias.stride[0],
                                        .num_experts = static_cast<int32_t>(like.num_experts),
                                        .num_slots = static_cast<int32_t>(like.num_slots),
                                        .width = static_cast<int32_t>(grad_bias.shape[1])};
-    const unsigned blocks = static_cast<unsigned>(like.num_experts) * blocks_of(params.width, kBiasColumns);
+    const unsigned blocks = static_cast<unsigned>(grad_bias.shape[0]) * blocks_of(params.width, kBiasColumns);
     launch(bias_gradient_kernel<T>, dim3(blocks), dim3(kBiasColumns, kBiasRows), 0, stream, params);
   });
 }
@@ -177,10 +181,10 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
          .weight_parts = needs.parts ? m.parts : nullptr};
   if (needs.product) gemm(g, exec.stream);
   topk_weights_gradient(args, m, exec.stream);
-  weight_gradient(args.grad_down_proj, grad_y, weighted_a, g, exec.stream);
-  bias_gradient(args.grad_down_bias, grad_y, m.slot_weights, g, exec.stream);
-  weight_gradient(args.grad_gate_up_proj, grad_h, x, g, exec.stream);
-  bias_gradient(args.grad_gate_up_bias, grad_h, nullptr, g, exec.stream);
+  weight_gradient(args.grad_down_proj, args.experts, grad_y, weighted_a, g, exec.stream);
+  bias_gradient(args.grad_down_bias, args.experts, grad_y, m.slot_weights, g, exec.stream);
+  weight_gradient(args.grad_gate_up_proj, args.experts, grad_h, x, g, exec.stream);
+  bias_gradient(args.grad_gate_up_bias, args.experts, grad_h, nullptr, g, exec.stream);
   if (!args.grad_x.defined() || num_slots == 0) return;
 
   g.a = grad_h;

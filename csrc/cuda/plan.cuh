@@ -10,7 +10,7 @@
 //   plan_count_kernel   counts each chunk's ids                                   -> counts [E, chunks]
 //   plan_scan_kernel    a warp per expert: exclusive sums over its chunks, in place -> totals [E]
 //   plan_place_kernel   counts again, by segment; the first slot of (expert, chunk, segment) is a sum over smaller experts +
-//                       earlier chunks + earlier segments. A warp then walks its segment 32 pairs at a time: match groups
+//                       earlier chunks + earlier segments. A warp then reads its segment 32 pairs at a time: match groups
 //                       the lanes with the same expert, and a pair's slot is the expert's next slot + the number of lower
 //                       lanes with that expert.
 // Few pairs (decoding): plan_small_kernel, only the last step, in a single block with a single chunk.

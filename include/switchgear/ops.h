@@ -247,13 +247,15 @@ struct GroupedGemmArgs {
 };
 void grouped_gemm(const GroupedGemmArgs& args, Execution exec = {});
 
-// grad_weight[e][n,c] = Σ_{s of e} grad_out[s,n] · x[r(s),c]; zero for experts without rows
+// grad_weight[e][n,c] = Σ_{s of e} grad_out[s,n] · x[r(s),c]; zero for experts without rows. With `experts`, matrix i of
+// grad_weight is that of expert experts[i], and no others are computed. On a CUDA device an expert outside [0,E) has no rows.
 struct GroupedGemmWgradArgs {
   TensorView grad_out;        // [S,N] float
   TensorView x;               // [R,C] float
   TensorView expert_offsets;  // [E+1]
   TensorView token_indices;   // [S], optional
-  TensorView grad_weight;     // out [E,N,C], any strides
+  TensorView experts;         // [n], ascending, optional
+  TensorView grad_weight;     // out [E,N,C], any strides; with experts [n,N,C]
 };
 void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec = {});
 
@@ -311,7 +313,8 @@ struct MoeForwardArgs {
 };
 void moe_forward(const MoeForwardArgs& args, Execution exec = {});
 
-// Gradients. An output that is not defined is not computed. Those of projections need plain weights.
+// Gradients. An output that is not defined is not computed. Those of projections need plain weights. With `experts`, the gradients
+// of projections and biases are those of these experts only, [n,…], as in grouped_gemm_wgrad.
 struct MoeBackwardArgs {
   TensorView grad_y;  // [T,H] float
   TensorView x;       // [T,H] float
@@ -319,6 +322,7 @@ struct MoeBackwardArgs {
   ExpertWeights weights;
   TensorView topk_ids;
   TensorView topk_weights;
+  TensorView experts;  // [n], ascending, optional
   GluOptions options;
   TensorView grad_x;             // out [T,H]
   TensorView grad_gate_up_proj;  // out [E,N,H]

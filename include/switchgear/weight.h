@@ -9,6 +9,7 @@
 //   int4     the same, two per byte                 the same                                        integers.h
 //   fp8      [E,parts·B,C,512] uint8                float32 per group                               minifloat.h
 //   mxfp4    [E,parts·B,C,256] uint8                e8m0 per 32 columns                             minifloat.h
+//   nf4      [E,parts·B,C,256] uint8                float32 per 64 columns                          minifloat.h
 #pragma once
 #include <cstdint>
 
@@ -16,14 +17,15 @@
 
 namespace switchgear {
 
-enum class Format : uint8_t { kPlain, kPanels, kCompact, kInt8, kInt4, kFp8, kMxfp4 };
+enum class Format : uint8_t { kPlain, kPanels, kCompact, kInt8, kInt4, kFp8, kMxfp4, kNf4 };
+inline constexpr Format kLastFormat = Format::kNf4;
 
 const char* name_of(Format format);  // "plain", "panels", …
 
 struct Weight {
   Format format = Format::kPlain;
   TensorView data;                     // with `base`: describes the matrices as [E,most rows,cols]; data unused
-  TensorView scales;                   // int8, int4, fp8, mxfp4
+  TensorView scales;                   // int8, int4, fp8, mxfp4, nf4
   TensorView row_scales;               // int8, int4
   TensorView zeros;                    // int8, int4; optional
   int64_t rows = 0, cols = 0;          // of a matrix; plain weights have those of `data`
@@ -40,7 +42,11 @@ struct Weight {
 };
 
 constexpr bool is_integer(Format format) { return format == Format::kInt8 || format == Format::kInt4; }
-constexpr bool is_minifloat(Format format) { return format == Format::kFp8 || format == Format::kMxfp4; }
-constexpr int64_t bits_of(Format format) { return format == Format::kInt4 || format == Format::kMxfp4 ? 4 : 8; }
+constexpr bool is_minifloat(Format format) {
+  return format == Format::kFp8 || format == Format::kMxfp4 || format == Format::kNf4;
+}
+constexpr int64_t bits_of(Format format) {
+  return format == Format::kInt4 || format == Format::kMxfp4 || format == Format::kNf4 ? 4 : 8;
+}
 
 }  // namespace switchgear

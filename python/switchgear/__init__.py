@@ -8,9 +8,11 @@ Results:    Routing, Plan
 Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) for routers with load balancing
 Models:     accelerate(model) runs a Hugging Face model on the kernels
 Weights:    store(model, form) converts the experts to a faster or smaller form: "auto", "plain", "panels", "compact",
-            "int8", "int4", "fp8", "mxfp4"; restore(model) undoes it. The parts are in switchgear.weights
+            "int8", "int4", "fp8", "mxfp4", "nf4"; restore(model) undoes it. The parts are in switchgear.weights
 Analysis:   RoutingTrace records the choices of routers; override(model, …) changes them temporarily
-Adapters:   adapters.add_lora(experts, rank)
+Adapters:   adapters.add_lora(model, rank), load_peft, save_peft, merge; mixtures of adapters in any model:
+            adapters.mixture, adapters.LoRAExperts
+Training:   finetune trains some experts alone; distill; optim.Muon
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
 """
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from switchgear import adapters, layers, presets, routing, weights
+from switchgear import adapters, distill, finetune, layers, optim, presets, routing, weights
 from switchgear.backends import backend, use_backend
 from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gemm, moe, permute, plan, route
@@ -51,12 +53,15 @@ __all__ = [
     "balance_loss",
     "combine",
     "cpu_isa",
+    "distill",
+    "finetune",
     "gate",
     "glu",
     "grouped_gemm",
     "layers",
     "load_balancing_loss",
     "moe",
+    "optim",
     "override",
     "permute",
     "plan",

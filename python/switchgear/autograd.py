@@ -369,6 +369,50 @@ def _sum_slots(rows: Tensor, bias: Tensor, expert_offsets: Tensor) -> Tensor:
     return ops.grouped_gemm_wgrad(rows, ones, expert_offsets, None, False).squeeze(-1).to(bias.dtype)
 
 
+class SelectedGroupedGemm(torch.autograd.Function):
+    """grouped_gemm with a weight of which some experts are trained alone; see SelectedWeight."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        expert_offsets: Tensor,
+        token_indices: Tensor | None,
+        experts: Tensor,
+        trained: Tensor,
+        trained_bias: Tensor | None,
+    ) -> Any:
+        return ops.grouped_gemm(x, [weight], (), bias, expert_offsets, token_indices, False, False)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)  # the trained tensors too: an in-place change of them raises in backward
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        need_x, *_, need_weight, need_bias = ctx.needs_input_grad
+
+        def grads(grad_out: Tensor, x: Tensor, weight: Tensor, _: Any, *rest: Any) -> Any:
+            expert_offsets, token_indices, experts, trained, _ = rest
+            grad_x = grad_weight = grad_bias = None
+            if need_x:
+                grad_x = ops.grouped_gemm(grad_out, [weight.mT], (), None, expert_offsets, None, False, True)
+                grad_x = _sum_by_row(grad_x, x, token_indices)
+            if need_weight:
+                layout = is_transposed(trained)
+                grad_weight = ops.grouped_gemm_wgrad(grad_out, x, expert_offsets, token_indices, layout, experts)
+            if need_bias:
+                ones = grad_out.new_ones(grad_out.shape[0], 1)
+                grad_bias = ops.grouped_gemm_wgrad(grad_out, ones, expert_offsets, None, False, experts).squeeze(-1)
+            return grad_x, grad_weight, grad_bias
+
+        grad_x, *of_trained = once(grads, grad_out, *ctx.saved_tensors)
+        return grad_x, *[None] * 5, *of_trained
+
+
 # ---- glu -------------------------------------------------------------------------------------------------------------
 
 
@@ -431,6 +475,44 @@ class Moe(torch.autograd.Function):
         return *grad_inputs, None, grad_weights, *[None] * 5
 
 
+class SelectedMoe(torch.autograd.Function):
+    """Moe with projections of which some experts are trained alone; see SelectedWeight.
+
+    Inputs: those of Moe up to topk_weights; experts; the trained projections and biases; the options.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *others: Any) -> Any:
+        return ops.moe_forward(x, [gate_up_proj], (), [down_proj], (), *others[:4], *others[9:], True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, h = output
+        ctx.options = inputs[12:]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(h)
+        ctx.save_for_backward(*inputs[:12], h)  # the trained tensors too: an in-place change of them raises in backward
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, _: None) -> Any:
+        if grad_y is None:
+            return (None,) * 17
+        need_x, *_, need_weights = ctx.needs_input_grad[:7]
+        of_trained = ctx.needs_input_grad[8:12]
+        options, needs = ctx.options, [need_x, *of_trained, need_weights]
+
+        def grads(grad_y: Tensor, x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *saved: Any) -> Any:
+            *others, experts, _, _, _, _, h = saved
+            layer = ([gate_up_proj], (), [down_proj], (), *others)
+            outputs = ops.moe_backward(grad_y, x, h, *layer, *options, needs, experts=experts)
+            return tuple(output if need else None for output, need in zip(outputs, needs, strict=False))
+
+        grad_x, *grad_trained, grad_weights = once(grads, grad_y, *ctx.saved_tensors)
+        return grad_x, *[None] * 5, grad_weights, None, *grad_trained, *[None] * 5
+
+
 class Parts(NamedTuple):
     """What the tensors of MoeOfParts are."""
 
@@ -482,7 +564,7 @@ class MoeOfParts(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         parts: Parts = ctx.parts
         need_x, need_gate_up_bias, need_down_bias, _, need_weights, _, *rest = ctx.needs_input_grad
-        need_first, need_second, *need_adapters, _of_seed = parts.split(rest)
+        need_first, need_second, *need_adapters, _need_seed = parts.split(rest)
         needs = [need_x, need_first[0], need_second[0], need_gate_up_bias, need_down_bias, need_weights]
         for need in need_adapters:
             needs += need[:2] or (False, False)

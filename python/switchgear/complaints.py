@@ -86,7 +86,8 @@ def _tensors(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, tensor) for tensor in (value.weight, *value[1:]) if isinstance(tensor, Tensor))
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield f"{name}[{index}]", item
+            if isinstance(item, Tensor):  # an AdaptedWeight has numbers, too
+                yield f"{name}[{index}]", item
 
 
 def _is_named_tuple(hint: Any) -> bool:

@@ -30,10 +30,11 @@ from switchgear.arrays import accepts_arrays
 from switchgear.autograd import apply, needs_autograd
 from switchgear.backends import in_autocast
 from switchgear.ops import GluOptions
-from switchgear.weights.weight import AdaptedWeight, Weight, taken_by_grouped_gemm, taken_by_moe
+from switchgear.weights.weight import AdaptedWeight, SelectedWeight, Weight, taken_by_grouped_gemm, taken_by_moe
 
 T = TypeVar("T", Tensor, Tensor | None)
-AnyWeight = Tensor | Weight | AdaptedWeight
+AnyWeight = Tensor | Weight | AdaptedWeight | SelectedWeight
+_WEIGHTS = (Weight, AdaptedWeight, SelectedWeight)
 _INT32 = torch.iinfo(torch.int32)
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -338,7 +339,7 @@ def combine(permuted_y: Tensor, plan: Plan, topk_weights: Tensor | None = None) 
 @accepts_arrays
 def grouped_gemm(
     x: Tensor,
-    weight: Tensor | Weight | AdaptedWeight | Sequence[Tensor],
+    weight: AnyWeight | Sequence[Tensor],
     expert_offsets: Tensor,
     *,
     bias: Tensor | None = None,
@@ -350,8 +351,8 @@ def grouped_gemm(
         x: [S,C] in slot order; or [T,C] with token_indices [S] (Plan.token_indices), and then r(s) = token_indices[s].
         weight: [E,N,C], or E matrices [N_e,C] of different heights. Either of the last two dimensions may be
             contiguous: pass transposed weights [E,C,N] as `weight.mT`, without a copy. (Matrices of a list whose
-            strides differ are copied.) A Weight in another format or an AdaptedWeight also works; panels are expanded
-            for the call, because only `moe` can read them.
+            strides differ are copied.) A Weight in another format, an AdaptedWeight or a SelectedWeight also works;
+            panels are expanded for the call, because only `moe` can read them.
         expert_offsets: [E+1] int32 (Plan.expert_offsets).
         bias: [E,N], N being the largest N_e.
 
@@ -363,6 +364,8 @@ def grouped_gemm(
         return _adapted_grouped_gemm(x, weight, expert_offsets, bias, token_indices)
     if isinstance(weight, Weight):
         return _stored_grouped_gemm(x, weight, expert_offsets, bias, token_indices)
+    if isinstance(weight, SelectedWeight):
+        return _selected_grouped_gemm(x, weight, expert_offsets, bias, token_indices)
     matrices = [weight] if isinstance(weight, Tensor) else list(weight)
     if not matrices:
         raise ValueError("weight: expected at least one matrix, got none")
@@ -394,6 +397,32 @@ def _stored_grouped_gemm(
     return ops.grouped_gemm(x, weight.tensors, weight.form, bias, expert_offsets, token_indices, False, False)
 
 
+def _selected_grouped_gemm(
+    x: Tensor, selected: SelectedWeight, expert_offsets: Tensor, bias: Tensor | None, token_indices: Tensor | None
+) -> Tensor:
+    _check_selected("weight", selected, "bias", bias)
+    tensors = (x, selected.weight, bias, selected.trained, selected.trained_bias)
+    if in_autocast(x.device.type):
+        tensors = in_autocast_dtype(x.device.type, *tensors)
+    x, weight, bias, trained, trained_bias = tensors
+    if needs_autograd(x, trained, trained_bias):
+        args = (x, weight, bias, expert_offsets, token_indices, selected.experts, trained, trained_bias)
+        out: Tensor = apply(autograd.SelectedGroupedGemm, *args)
+        return out
+    return ops.grouped_gemm(x, [weight], (), bias, expert_offsets, token_indices, False, False)
+
+
+def _check_selected(name: str, selected: SelectedWeight, bias_name: str, bias: Tensor | None) -> None:
+    """Checks what no kernel sees: the trained experts' shapes, and that the rest is frozen."""
+    for frozen_name, frozen in ((name, selected.weight), (bias_name, bias)):
+        if frozen is not None and frozen.requires_grad:
+            raise ValueError(f"{frozen_name}: expected a frozen one, of which some experts are trained alone")
+    count, (_, rows, columns) = selected.experts.shape[0], selected.weight.shape
+    for trained, shape in ((selected.trained, (count, rows, columns)), (selected.trained_bias, (count, rows))):
+        if trained is not None and trained.shape != shape:
+            raise ValueError(f"{name}: expected trained experts of shape {list(shape)}, got {list(trained.shape)}")
+
+
 def _adapted_grouped_gemm(
     x: Tensor,
     adapted: AdaptedWeight,
@@ -414,7 +443,8 @@ def _adapted_grouped_gemm(
     if adapted.dropout > 0:
         rows = x if token_indices is None else x[token_indices.clamp(min=0).long()]
         seed = _dropout_seed(x.device) if seed is None else seed
-        kept = reference.keeps(seed, projection, rows.shape[0], rows.shape[1], adapted.dropout)
+        num_slots, columns = rows.shape
+        kept = reference.keeps(seed, projection, num_slots, columns, adapted.dropout)
         x, token_indices, scales = torch.where(kept, rows, 0), None, scales / (1 - adapted.dropout)
     low = grouped_gemm(x, a, expert_offsets, token_indices=token_indices)
     experts = torch.bucketize(torch.arange(len(low), device=x.device), expert_offsets[1:], right=True)
@@ -474,8 +504,8 @@ def _rows_of(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor,
 @accepts_arrays
 def moe(
     x: Tensor,
-    gate_up_proj: Tensor | Weight | AdaptedWeight,
-    down_proj: Tensor | Weight | AdaptedWeight,
+    gate_up_proj: AnyWeight,
+    down_proj: AnyWeight,
     topk_ids: Tensor,
     topk_weights: Tensor,
     *,
@@ -495,7 +525,7 @@ def moe(
         x: [..., H] in float32, bfloat16 or float16 (float64: reference only); leading dimensions are flattened to T.
         gate_up_proj: [E,N,H], N = 2I for gated experts (gate and up), else I.
         down_proj: [E,H,I]. Pass transposed storage ([E,H,N], [E,I,H]) as `weight.mT`, without a copy. Either projection
-            can be a Weight in another format, or an AdaptedWeight (switchgear.weights).
+            can be a Weight in another format or an AdaptedWeight, or both a SelectedWeight (switchgear.weights).
         topk_ids: [..., K] int32 or int64 in [0, E); -1 is an empty choice and adds nothing.
         topk_weights: [..., K], any floating dtype; used in float32, of any sign and sum.
         activation, gated, interleaved, alpha, limit: see glu.
@@ -510,7 +540,7 @@ def moe(
         ValueError: a wrong shape, or an id out of range. TypeError: a wrong dtype.
     """
     options = (activation, gated, interleaved, as_number("alpha", alpha), as_limit(limit))
-    if isinstance(gate_up_proj, (Weight, AdaptedWeight)) or isinstance(down_proj, (Weight, AdaptedWeight)):
+    if isinstance(gate_up_proj, _WEIGHTS) or isinstance(down_proj, _WEIGHTS):
         weights = (gate_up_proj, down_proj)
         return _moe_of_weights(x, weights, (gate_up_bias, down_bias), topk_ids, topk_weights, GluOptions(*options))
     first, second, device_type = gate_up_proj, down_proj, x.device.type
@@ -544,8 +574,12 @@ def _moe_of_weights(
     if x.shape[-1] != columns:  # stored bytes do not show H, so no op checks it
         raise ValueError(f"x: expected shape [..., {columns}], got {list(shape)}")
     x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
+    first, second = weights
+    if isinstance(first, SelectedWeight) and isinstance(second, SelectedWeight):
+        return _selected_moe(x, (first, second), biases, topk_ids, topk_weights, options).reshape(shape)
     has_adapters = isinstance(weights[0], AdaptedWeight) or isinstance(weights[1], AdaptedWeight)
-    if has_adapters and x.device.type == "cuda":
+    has_selected = isinstance(first, SelectedWeight) or isinstance(second, SelectedWeight)
+    if has_selected or (has_adapters and x.device.type == "cuda"):
         return _moe_in_stages(x, weights, biases, topk_ids, topk_weights, options).reshape(shape)
     call = _Layer.of(x, weights, biases)
     x, first, second, (gate_up_bias, down_bias) = call.x, call.first, call.second, call.biases
@@ -594,18 +628,57 @@ class _Layer(NamedTuple):
 
     @staticmethod
     def of(x: Tensor, weights: tuple[AnyWeight, AnyWeight], biases: tuple[Tensor | None, Tensor | None]) -> _Layer:
-        first, second = (weight.weight if isinstance(weight, AdaptedWeight) else weight for weight in weights)
-        one, other = (weight.adapter() if isinstance(weight, AdaptedWeight) else () for weight in weights)
-        dropout = tuple(weight.dropout if isinstance(weight, AdaptedWeight) else 0.0 for weight in weights)
+        first, first_adapter, first_dropout = _without_adapter(weights[0])
+        second, second_adapter, second_dropout = _without_adapter(weights[1])
+        adapters, dropout = (first_adapter, second_adapter), (first_dropout, second_dropout)
         if in_autocast(kind := x.device.type):
-
-            def cast(weight: Tensor | Weight) -> Tensor | Weight:
-                return in_autocast_dtype(kind, weight)[0] if isinstance(weight, Tensor) else weight
-
             x, *both = in_autocast_dtype(kind, x, *biases)
-            biases, first, second = (both[0], both[1]), cast(first), cast(second)
-            one, other = ((*in_autocast_dtype(kind, *adapter[:2]), *adapter[2:]) for adapter in (one, other))
-        return _Layer(x, first, second, biases, (one, other), dropout if any(dropout) else ())
+            biases = (both[0], both[1])
+            adapters = _adapter_in_autocast(kind, first_adapter), _adapter_in_autocast(kind, second_adapter)
+            first, second = (
+                in_autocast_dtype(kind, weight)[0] if isinstance(weight, Tensor) else weight
+                for weight in (first, second)
+            )
+        return _Layer(x, first, second, biases, adapters, dropout if any(dropout) else ())
+
+
+def _without_adapter(weight: AnyWeight) -> tuple[Any, tuple[Tensor, ...], float]:
+    """The weight, the tensors of its adapter, and its dropout."""
+    if not isinstance(weight, AdaptedWeight):
+        return weight, (), 0.0
+    return weight.weight, weight.adapter(), weight.dropout
+
+
+def _adapter_in_autocast(device_type: str, adapter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (*in_autocast_dtype(device_type, *adapter[:2]), *adapter[2:])
+
+
+def _selected_moe(
+    x: Tensor,
+    weights: tuple[SelectedWeight, SelectedWeight],
+    biases: tuple[Tensor | None, Tensor | None],
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    options: GluOptions,
+) -> Tensor:
+    """moe of x [T,H] with projections of which the same experts are trained."""
+    first, second = weights
+    _check_selected("gate_up_proj", first, "gate_up_bias", biases[0])
+    _check_selected("down_proj", second, "down_bias", biases[1])
+    if first.experts is not second.experts and not torch.equal(first.experts, second.experts):
+        raise ValueError("down_proj: expected the trained experts of gate_up_proj, got others")
+    frozen = (first.weight, second.weight)
+    trained = (first.trained, second.trained, first.trained_bias, second.trained_bias)
+    if in_autocast(kind := x.device.type):
+        frozen, trained = (in_autocast_dtype(kind, *tensors) for tensors in (frozen, trained))
+        x, *both = in_autocast_dtype(kind, x, *biases)
+        biases = (both[0], both[1])
+    others = (*biases, topk_ids, topk_weights)
+    if needs_autograd(x, topk_weights, *trained):
+        y: Tensor = apply(autograd.SelectedMoe, x, *frozen, *others, first.experts, *trained, *options)[0]
+        return y
+    named = {"gate_up_bias": biases[0], "down_bias": biases[1], **options.keywords()}
+    return moe(x, *frozen, topk_ids, topk_weights, **named)
 
 
 def _taken(weight: Tensor | Weight, dtype: torch.dtype) -> Tensor | Weight:

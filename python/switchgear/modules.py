@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,6 +176,50 @@ class MoE(WithLosses):
         if self.shared_experts is not None:
             y = y + self.shared_experts(hidden_states)
         return (y, routing) if self.return_routing else y
+
+    def expand(
+        self, n_new: int, *, init: str = "copy", sources: Sequence[int] | None = None, freeze_old: bool = True
+    ) -> list[nn.Parameter]:
+        """Appends experts and their rows of the router, and returns the parameters that train (Lifelong-MoE,
+        arXiv:2305.12281).
+
+        Args:
+            n_new: number of new experts. Their ids follow the old ones.
+            init: "copy" copies experts with their rows of the router; ties go to the old ones. "random" initialises new
+                ones.
+            sources: the experts to copy; by default 0, 1, ….
+            freeze_old: old experts and their rows of the router keep every bit in training: the new ones become
+                parameters of their own, gate.weight_selected, experts.gate_up_proj_selected, …. State dicts keep their
+                keys. finetune.unfreeze ends it.
+
+        Parameters change size, so make the optimizer afterwards. Outputs do not change while the logits of new experts
+        are -inf (gate.bias with router_bias); with normalize=True, also while they are disabled (override).
+
+        Raises:
+            ValueError: an option out of range, or a layer that cannot grow: distributed, stored or virtual experts,
+                experts of different widths, adapters, a router that is not linear or has a part for E experts only.
+                Nothing is changed.
+        """
+        from switchgear.layers.expand import expand
+
+        return expand(self, n_new, init, sources, freeze_old)
+
+    def add_expert(
+        self,
+        expert: Mapping[str, Tensor],
+        gate_weight: Tensor,
+        *,
+        gate_bias: float = 0.0,
+        freeze_old: bool = False,
+    ) -> int:
+        """Appends one expert that exists already, such as the FFN of another model, and returns its id.
+
+        expert: its weights by name of the parameters of `experts`, without the first dimension: gate_up_proj [2I,H],
+        down_proj [H,I], …. gate_weight [H], gate_bias: its row of the router. Otherwise as `expand`.
+        """
+        from switchgear.layers.expand import add_expert
+
+        return add_expert(self, expert, gate_weight, gate_bias, freeze_old)
 
 
 def _sizes(intermediate_size: int, num_experts: int, widths: Sequence[int]) -> list[int]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear import reference
+from switchgear import backends, reference
 from switchgear.ops import GluOptions
 
 C = 2  # the constant in front of every float32 bound
@@ -340,7 +340,9 @@ def assert_close(actual: Tensor, wanted: Bounded, name: str = "result") -> None:
 
 def assert_batch_invariant(layer: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """Raises AssertionError unless the output for each sequence of x [B,S,H] has the same bits alone, at another
-    position of the batch, among other sequences, and among copies of itself, which choose the same experts."""
+    position of the batch, among other sequences, and among copies of itself, which choose the same experts.
+
+    The kernels promise this, for dropless routing per token. The reference does not: the error then says so."""
     with torch.no_grad():
         for index, sequence in enumerate(x):
             alone = layer(sequence[None])[0]
@@ -354,5 +356,13 @@ def assert_batch_invariant(layer: Callable[[Tensor], Tensor], x: Tensor) -> None
                     difference = float((together - alone).abs().max())
                     raise AssertionError(
                         f"sequence {index}: expected the bits that it has alone, got a difference of {difference:.3g} "
-                        f"in {name}"
+                        f"in {name}{_no_promise(x.dtype)}"
                     )
+
+
+def _no_promise(dtype: torch.dtype) -> str:
+    """Why the ops promise no batch invariance; empty if they do."""
+    if backends.runs_natively(dtype):
+        return ""
+    cause = "which is in use" if backends.backend() == "reference" else f"which runs {dtype}"
+    return f"; the reference backend, {cause}, sums as torch does, in an order that depends on the number of rows"

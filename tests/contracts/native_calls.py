@@ -143,6 +143,7 @@ OPS = {
             "x": "TH float rows",
             "expert_offsets": "F int32",
             "token_indices": "S int32",
+            "experts": "E int32",
             "grad_weight": "ENH float matrices out",
         },
         {},
@@ -161,6 +162,7 @@ OPS = {
             "h": "SN float rows",
             **WEIGHTS,
             **CHOICES,
+            "experts": "E int32",
             "grad_x": "TH float rows out",
             **{f"grad_{name}": spec + " out" for name, spec in WEIGHTS.items()},
             "grad_topk_weights": "TK float32 out",
@@ -228,9 +230,9 @@ def is_optional(op: str, name: str) -> bool:
         "permute": {"topk_weights"},
         "combine": {"topk_weights"},
         "grouped_gemm": {"token_indices"},
-        "grouped_gemm_wgrad": {"token_indices"},
+        "grouped_gemm_wgrad": {"token_indices", "experts"},
         "moe_forward": {"h"},
-        "moe_backward": set(outputs_of("moe_backward")),
+        "moe_backward": {"experts", *outputs_of("moe_backward")},
     }
     return name.endswith(("bias", "_zeros")) or name in optional.get(function_of(op), set())
 
@@ -250,6 +252,7 @@ def arguments(op: str, sizes: dict[str, int], dtype: torch.dtype = torch.float32
         topk_ids = torch.rand(sizes["T"], sizes["E"]).argsort(-1)[:, : sizes["K"]].int()
     given = dict(zip(PLAN, reference.plan(topk_ids, sizes["E"]), strict=True)) | {"topk_ids": topk_ids}
     given["sequence_ids"] = torch.randint(sizes["B"], (sizes["T"],), dtype=torch.int32)
+    given["experts"] = torch.arange(sizes["E"], dtype=torch.int32)
     given["limits"] = torch.randint(sizes["T"] + 1, (sizes["B"],), dtype=torch.int32)
     dtypes = {"float": dtype, "float32": weight_dtype(dtype), "int32": torch.int32}
     args: dict[str, Any] = {}

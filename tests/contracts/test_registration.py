@@ -50,11 +50,14 @@ def sample(op: str, seed: int) -> tuple[Any, ...]:
             x, weight, form, *rest = tensors
             return x, weight if form or seed % 2 else list(weight[0]), form, *rest, *options
         case "grouped_gemm_wgrad":
-            return *tensors, bool(seed % 2)
+            *tensors, experts = tensors
+            return *tensors, bool(seed % 2), experts
         case "moe_forward":
             return *tensors, *options, bool(seed % 2)
         case "moe_backward":
-            return *tensors, *options, [bool(need) for need in rng.integers(0, 2, 6)]
+            *tensors, experts = tensors
+            needs = [bool(need) for need in rng.integers(0, 2, 6)]
+            return *tensors, *options, needs, None, None, None, [], experts
         case _:
             return *tensors, *options
 

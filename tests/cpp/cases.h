@@ -96,6 +96,28 @@ inline PlanArrays reference_plan(const Array& ids, int64_t num_experts) {
   return result;
 }
 
+// A list of trained experts: every second one, up to the last.
+inline Array every_second(int64_t num_experts) {
+  Array experts(DType::kInt32, {(num_experts + 1) / 2});
+  experts.fill([&](int64_t i) { return (num_experts + 1) % 2 + 2 * i; });
+  return experts;
+}
+
+// The gradients of some experts have the bits of those of all: got [E,…] and some [n,…].
+inline bool same_experts(const Array& got, const Array& some, const Array& experts) {
+  const int64_t columns = got.size(1), depth = got.view().ndim == 3 ? got.size(2) : 0;
+  for (int64_t i = 0; i < experts.size(0); ++i) {
+    const int64_t e = experts.id(i);
+    for (int64_t j = 0; j < columns; ++j) {
+      if (depth == 0 && got(e, j) != some(i, j)) return false;
+      for (int64_t k = 0; k < depth; ++k) {
+        if (got(e, j, k) != some(i, j, k)) return false;
+      }
+    }
+  }
+  return true;
+}
+
 // Calls body(case) for each case, with the case's name in `note`.
 template <typename Body>
 void for_each_case(Body&& body) {

@@ -157,15 +157,15 @@ inline ForwardTables reference_forward(const Layer& l, Slots slots) {
 // ---- backward ------------------------------------------------------------------------------------------------------------
 
 struct Gradients {
-  explicit Gradients(const Layer& l)
+  explicit Gradients(const Layer& l) : Gradients(l, l.c.E) {}
+  // num_experts: the number of trained ones
+  Gradients(const Layer& l, int64_t num_experts)
       : x(l.empty({l.c.T, l.c.H}, 1)),
-        gate_up_proj(l.empty(shape_of(l.gate_up_proj), 0)),
-        down_proj(l.empty(shape_of(l.down_proj), 0)),
-        gate_up_bias(l.empty({l.c.E, l.N}, 0)),
-        down_bias(l.empty({l.c.E, l.c.H}, 3)),
+        gate_up_proj(l.empty({num_experts, l.gate_up_proj.size(1), l.gate_up_proj.size(2)}, 0)),
+        down_proj(l.empty({num_experts, l.down_proj.size(1), l.down_proj.size(2)}, 0)),
+        gate_up_bias(l.empty({num_experts, l.N}, 0)),
+        down_bias(l.empty({num_experts, l.c.H}, 3)),
         topk_weights(DType::kFloat32, {l.c.T, l.c.K}) {}
-
-  static std::vector<int64_t> shape_of(const Array& array) { return {array.size(0), array.size(1), array.size(2)}; }
 
   Array x, gate_up_proj, down_proj, gate_up_bias, down_bias, topk_weights;
 };

@@ -222,7 +222,8 @@ inline bool same_bits(const Array& a, const Array& b) {
 
 // ---- ISAs and threads --------------------------------------------------------------------------------------------------
 
-// SWITCHGEAR_QUICK=1, for emulators: only two threads, and only the ISAs specific to the architecture.
+// SWITCHGEAR_QUICK=1, for emulators: only two threads, and only the ISAs specific to the architecture. SWITCHGEAR_CPU_ISA:
+// only that one.
 inline bool is_quick() { return std::getenv("SWITCHGEAR_QUICK") != nullptr; }
 inline std::vector<int> thread_counts() {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -232,6 +233,7 @@ inline std::vector<int> thread_counts() {
 #endif
 }
 inline std::vector<std::string> isas_to_test() {
+  if (std::getenv("SWITCHGEAR_CPU_ISA") != nullptr) return {cpu_isa()};
   std::vector<std::string> isas = available_cpu_isas();
   if (is_quick() && isas.size() > 1) isas.erase(isas.begin());  // generic
   return isas;

@@ -73,5 +73,20 @@ TEST(ops_run_on_the_backend_of_their_tensors) {
   CHECK(offsets.id(4) == 6 && calls == 1);
 }
 
+TEST(the_environment_chooses_the_isa) {
+  const char* const variable = std::getenv("SWITCHGEAR_CPU_ISA");
+  const std::vector<std::string> isas = available_cpu_isas();
+  const std::string chosen = variable != nullptr && *variable != '\0' ? variable : isas.back();
+  CHECK(cpu_isa() == chosen, cpu_isa());
+  for (const std::string& isa : isas) {
+    set_cpu_isa(isa);
+    CHECK(cpu_isa() == isa, cpu_isa());
+  }
+  const std::string unknown = complaint([] { set_cpu_isa("sse"); });
+  CHECK(unknown.find("isa: expected one of generic") == 0 && unknown.ends_with(", got sse"), unknown);
+  CHECK(cpu_isa() == isas.back(), "an error changed it");
+  set_cpu_isa(chosen);
+}
+
 }  // namespace
 }  // namespace switchgear::test

@@ -130,5 +130,44 @@ TEST(any_bytes_stay_within_their_rows) {
   }
 }
 
+TEST(other_shapes_are_errors) {
+  const auto complaint = [](const TensorView& weight, const TensorView& compact) {
+    try {
+      pack_compact(weight, compact);
+    } catch (const ValueError& error) {
+      return std::string(error.what());
+    }
+    return std::string("none");
+  };
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
+    for (const int64_t cols : {kMaxCompactColumns, kMaxCompactColumns + 1}) {
+      const Array weight(dtype, {1, 1, cols}), rows(DType::kUInt8, {1, 1, compact_row_bytes(cols, 0, dtype)});
+      const bool fits = cols == kMaxCompactColumns;
+      CHECK(complaint(weight, rows).find(fits ? "none" : "weight: expected at most 32768 columns") == 0);
+    }
+    const int64_t bytes = compact_row_bytes(5, 0, dtype);
+    const Array weight(dtype, {2, 3, 5}), rows(DType::kUInt8, {2, 3, bytes + 64}, 0, 0);
+    const auto refused = [&](const char* by, auto&& change) {
+      TensorView w = weight, c = rows;
+      change(w, c);
+      CHECK(complaint(w, c).find(by) == 0, complaint(w, c));
+    };
+    refused("none", [](TensorView&, TensorView&) {});
+    refused("none", [&](TensorView&, TensorView& c) { c = view(c.data, DType::kUInt8, 2, 3, bytes); });
+    const char* const by_rows = "compact: expected contiguous uint8 rows for weight";
+    for (const int64_t wrong : {bytes - 64, bytes - 1, bytes + 1, bytes + 63}) {
+      refused(by_rows, [&](TensorView&, TensorView& c) { c = view(c.data, DType::kUInt8, 2, 3, wrong); });
+    }
+    refused(by_rows, [](TensorView&, TensorView& c) { --c.shape[0]; });
+    refused(by_rows, [](TensorView& w, TensorView&) { --w.shape[0]; });
+    refused(by_rows, [](TensorView&, TensorView& c) { c = view(c.data, DType::kUInt8, 2, 2, c.shape[2]); });
+    refused(by_rows, [](TensorView&, TensorView& c) { c.dtype = DType::kInt8; });
+    refused(by_rows, [](TensorView&, TensorView& c) { c = view(c.data, DType::kUInt8, 6, c.shape[2]); });
+    refused("weight: expected contiguous", [](TensorView& w, TensorView&) { w.dtype = DType::kFloat16; });
+    refused("weight: expected contiguous", [](TensorView& w, TensorView&) { ++w.stride[1]; });
+    refused("weight: expected contiguous", [](TensorView& w, TensorView&) { w.ndim = 2; });
+  }
+}
+
 }  // namespace
 }  // namespace switchgear::test

@@ -9,8 +9,10 @@ struct Sizes {
 };
 
 // One token, a single tile of rows, pieces of rows (48 and 144) and of columns; panels, and chunks of 1024 words of depth.
-constexpr Sizes kSizes[] = {{0, 3, 8},    {1, 1, 1},    {1, 70, 33},   {6, 9, 2100},
-                            {7, 64, 130}, {49, 5, 300}, {150, 67, 16}, {290, 8, 40}};
+// Then products for 5 threads, which share the rows (T = 301) or the columns (E = 301), and more depth than is widened
+// to float32 at once (8192).
+constexpr Sizes kSizes[] = {{0, 3, 8},     {1, 1, 1},    {1, 70, 33},   {6, 9, 2100},  {7, 64, 130}, {49, 5, 300},
+                            {150, 67, 16}, {290, 8, 40}, {301, 67, 33}, {5, 301, 450}, {3, 2, 8300}};
 
 struct Problem {
   Problem(const Sizes& s, DType dtype, DType weight_dtype, DType logits_dtype)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Products with fp8 and mxfp4 weights on every ISA: every code is exact, sums are those of float64 within bounds, and the
+// Products with fp8, mxfp4 and nf4 weights on every ISA: every code is exact, sums are those of float64 within bounds, and the
 // bits of a row depend neither on its neighbours nor on how many columns are requested.
 #include <memory>
 
@@ -11,9 +11,10 @@
 namespace switchgear::test {
 namespace {
 
-constexpr Format kFormats[] = {Format::kFp8, Format::kMxfp4};
+constexpr Format kFormats[] = {Format::kFp8, Format::kMxfp4, Format::kNf4};
 
 float value_of(Format format, int code) {
+  if (format == Format::kNf4) return kNf4Values[code];
   if (format == Format::kMxfp4) {
     constexpr float kValues[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
     return code & 8 ? -kValues[code & 7] : kValues[code & 7];
@@ -23,6 +24,17 @@ float value_of(Format format, int code) {
       std::ldexp(static_cast<float>(exponent > 0 ? 8 + fraction : fraction), std::max(exponent, 1) - 10);
   return code & 0x80 ? -magnitude : magnitude;
 }
+
+int codes_of(Format format) { return format == Format::kFp8 ? 256 : 16; }
+
+// Whether the ISA in use multiplies rows of `dtype` by rounded values: pairs of bfloat16 do not hold those of nf4.
+bool rounds_values(Format format, DType dtype) {
+  const std::string isa = cpu_isa();
+  return format == Format::kNf4 && dtype == DType::kBFloat16 && (isa == "avx512bf16" || isa == "amx");
+}
+
+// Columns that share a scale, if it is `group` for fp8.
+int64_t group_of(Format format, int64_t group) { return format == Format::kFp8 ? group : minifloat_group(format); }
 
 int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -42,7 +54,7 @@ struct Minifloats {
         group(group > 0 ? group : ceil_of(cols, kMinifloatColumns) * kMinifloatColumns),
         steps(ceil_of(cols, kMinifloatColumns)),
         groups(ceil_of(cols, this->group)),
-        scale_bytes(format == Format::kFp8 ? 4 : 1),
+        scale_bytes(format == Format::kMxfp4 ? 1 : 4),
         data(blocks() * steps * minifloat_step_bytes(format)),
         scales(blocks() * groups * kMinifloatRows * scale_bytes) {}
 
@@ -57,6 +69,7 @@ struct Minifloats {
       step[k / 4 * 64 + 16 * (i / 4) + 8 * (j / 2) + 2 * (i % 4) + j % 2] = static_cast<uint8_t>(code);
       return;
     }
+    if (format == Format::kNf4) code ^= kNf4Zero;
     for (int64_t b = 0; b < 4; ++b) {
       const int64_t first = 4 * (b % 2) + b / 2;
       uint8_t& byte = step[k / 8 * 64 + 4 * i + b];
@@ -67,7 +80,7 @@ struct Minifloats {
   void set_scale(int64_t r, int64_t g, float scale) {
     uint8_t* const p =
         scales.data() + ((r / kMinifloatRows * groups + g) * kMinifloatRows + r % kMinifloatRows) * scale_bytes;
-    if (format == Format::kFp8) {
+    if (format != Format::kMxfp4) {
       std::memcpy(p, &scale, 4);
     } else {
       *p = static_cast<uint8_t>(std::ilogb(scale) + 127);
@@ -128,16 +141,16 @@ void on_each_isa(Body&& body) {
 }
 
 std::string describe(Format format, DType dtype, const Minifloats& w, int64_t num_rows) {
-  return join(format == Format::kFp8 ? "fp8 [" : "mxfp4 [", w.rows, ", ", w.cols, "], group ", w.group, ", ", num_rows,
-              " rows of ", name_of(dtype));
+  return join(name_of(format), " [", w.rows, ", ", w.cols, "], group ", w.group, ", ", num_rows, " rows of ",
+              name_of(dtype));
 }
 
 // Rows of x with a single 1 select one weight each. Scales are powers of two, extremes included, so products are exact.
 TEST(every_code_is_exact) {
   for (const Format format : kFormats) {
-    const int codes = format == Format::kFp8 ? 256 : 16;
+    const int codes = codes_of(format);
     for (const DType dtype : kFloatTypes) {
-      Minifloats w(format, 64, 32, 32);
+      Minifloats w(format, 64, 32, group_of(format, 32));
       const auto code_at = [&](int64_t r, int64_t c) {
         const int64_t code = (r % kMinifloatRows * 32 + c + 37 * (r / kMinifloatRows)) % codes;
         return static_cast<int>(format == Format::kFp8 && (code & 0x7f) == 0x7f ? code - 1 : code);
@@ -159,7 +172,8 @@ TEST(every_code_is_exact) {
           for (int64_t k = 0; k < 32; ++k) {
             const std::vector<float> one = multiply(w.matrix(dtype, first), x, k, 1, panel);
             for (int64_t n = 0; n < panel; ++n) {
-              const float want = value_of(format, code_at(first + n, k)) * scale_of(first + n);
+              const float value = value_of(format, code_at(first + n, k));
+              const float want = (rounds_values(format, dtype) ? round_to(value, dtype) : value) * scale_of(first + n);
               const float got = all[static_cast<size_t>(k * panel + n)];
               CHECK(got == want, "row ", first + n, ", column ", k, ": got ", got, ", expected ", want);
               CHECK(one[static_cast<size_t>(n)] == want, "alone: row ", first + n, ", column ", k);
@@ -206,55 +220,60 @@ TEST(products_are_those_of_float64) {
   for (const Shape& shape : kShapes) {
     for (const Format format : kFormats) {
       for (const DType dtype : kFloatTypes) {
-        Minifloats w(format, shape.columns, shape.depth, format == Format::kFp8 ? shape.group : 32);
-        std::vector<double> weight(static_cast<size_t>(w.rows * w.cols));
+        Minifloats w(format, shape.columns, shape.depth, group_of(format, shape.group));
+        std::vector<int> codes(static_cast<size_t>(w.rows * w.cols));
+        std::vector<float> scales(static_cast<size_t>(w.rows * w.groups));
         for (int64_t r = 0; r < w.rows; ++r) {
-          std::vector<float> scales;
           for (int64_t g = 0; g < w.groups; ++g) {
             const auto exponent = static_cast<int>(random.below(9)) - 8;
-            scales.push_back(
-                std::ldexp(format == Format::kFp8 ? 1.0f + static_cast<float>(random.unit()) : 1.0f, exponent));
-            w.set_scale(r, g, scales.back());
+            float& scale = scales[static_cast<size_t>(r * w.groups + g)];
+            scale = std::ldexp(format == Format::kMxfp4 ? 1.0f : 1.0f + static_cast<float>(random.unit()), exponent);
+            w.set_scale(r, g, scale);
           }
           for (int64_t c = 0; c < w.cols; ++c) {
-            int code = static_cast<int>(random.below(format == Format::kFp8 ? 256 : 16));
+            int& code = codes[static_cast<size_t>(r * w.cols + c)];
+            code = static_cast<int>(random.below(codes_of(format)));
             if (format == Format::kFp8 && (code & 0x7f) == 0x7f) code ^= 1;
             w.set(r, c, code);
-            weight[static_cast<size_t>(r * w.cols + c)] =
-                static_cast<double>(value_of(format, code)) * scales[static_cast<size_t>(c / w.group)];
           }
         }
         const Array x = random_array(random, dtype, {shape.rows, shape.depth}, 1.0, 1);
-        std::vector<Bounded> want;
-        for (int64_t m = 0; m < shape.rows; ++m) {
-          std::vector<float> row;
-          for (int64_t k = 0; k < shape.depth; ++k) row.push_back(x(m, k));
-          for (int64_t n = 0; n < w.rows; ++n) {
-            Sum sum;
-            for (int64_t k = 0; k < shape.depth; ++k) {
-              sum.add({row[static_cast<size_t>(k)]}, {weight[static_cast<size_t>(n * w.cols + k)]});
+        for (const bool rounds : {false, true}) {  // rounded values have sums of their own
+          if (rounds && (format != Format::kNf4 || dtype != DType::kBFloat16)) continue;
+          std::vector<Bounded> want;
+          for (int64_t m = 0; m < shape.rows; ++m) {
+            std::vector<float> row;
+            for (int64_t k = 0; k < shape.depth; ++k) row.push_back(x(m, k));
+            for (int64_t n = 0; n < w.rows; ++n) {
+              Sum sum;
+              for (int64_t k = 0; k < shape.depth; ++k) {
+                const float value = value_of(format, codes[static_cast<size_t>(n * w.cols + k)]);
+                const double scale = scales[static_cast<size_t>(n * w.groups + k / w.group)];
+                sum.add({row[static_cast<size_t>(k)]}, {scale * (rounds ? round_to(value, dtype) : value)});
+              }
+              want.push_back(sum.result());
             }
-            want.push_back(sum.result());
           }
-        }
-        note = describe(format, dtype, w, shape.rows);
-        on_each_isa([&] {
-          const int64_t panel = cpu::kernels().panel;
-          for (int64_t first = 0; first < w.rows; first += panel) {
-            const int64_t columns = std::min(panel, w.rows - first);
-            const cpu::Matrix b = w.matrix(dtype, first);
-            for (int64_t begin = 0, count; begin < shape.rows; begin += count) {
-              count = std::min(shape.rows - begin, cpu::kernels().most_rows);
-              const std::vector<float> got =
-                  multiply(b, x, begin, count, columns, begin > 0 ? b.start() : cpu::Start{});
-              for (int64_t i = 0; i < count * panel; ++i) {
-                const int64_t m = begin + i / panel, n = i % panel;
-                const Bounded expected = n < columns ? want[static_cast<size_t>(m * w.rows + first + n)] : Bounded{};
-                CHECK_CLOSE(got[static_cast<size_t>(i)], expected, "; row ", m, ", column ", first + n);
+          note = describe(format, dtype, w, shape.rows);
+          on_each_isa([&] {
+            if (rounds_values(format, dtype) != rounds) return;
+            const int64_t panel = cpu::kernels().panel;
+            for (int64_t first = 0; first < w.rows; first += panel) {
+              const int64_t columns = std::min(panel, w.rows - first);
+              const cpu::Matrix b = w.matrix(dtype, first);
+              for (int64_t begin = 0, count; begin < shape.rows; begin += count) {
+                count = std::min(shape.rows - begin, cpu::kernels().most_rows);
+                const std::vector<float> got =
+                    multiply(b, x, begin, count, columns, begin > 0 ? b.start() : cpu::Start{});
+                for (int64_t i = 0; i < count * panel; ++i) {
+                  const int64_t m = begin + i / panel, n = i % panel;
+                  const Bounded expected = n < columns ? want[static_cast<size_t>(m * w.rows + first + n)] : Bounded{};
+                  CHECK_CLOSE(got[static_cast<size_t>(i)], expected, "; row ", m, ", column ", first + n);
+                }
               }
             }
-          }
-        });
+          });
+        }
       }
     }
   }
@@ -265,7 +284,7 @@ TEST(rows_do_not_depend_on_their_neighbours) {
   for (const Format format : kFormats) {
     for (const DType dtype : kFloatTypes) {
       for (const int64_t depth : {71, 2880}) {
-        Minifloats w(format, 64, depth, format == Format::kFp8 ? 128 : 32);
+        Minifloats w(format, 64, depth, group_of(format, 128));
         for (int64_t r = 0; r < w.rows; ++r) {
           for (int64_t g = 0; g < w.groups; ++g)
             w.set_scale(r, g, std::ldexp(1.0f, static_cast<int>(random.below(9)) - 8));

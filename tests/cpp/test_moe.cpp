@@ -98,6 +98,22 @@ TEST(moe_backward_matches_reference) {
               CHECK(same_bits(alone.gate_up_proj, got.gate_up_proj));
               CHECK(same_bits(alone.down_bias, got.down_bias));
               CHECK(same_bits(alone.topk_weights, got.topk_weights));
+
+              // So have those of some experts.
+              const Array experts = every_second(c.E);
+              Gradients some(l, experts.size(0));
+              MoeBackwardArgs few = args;
+              few.experts = experts;
+              few.grad_x = few.grad_topk_weights = {};
+              few.grad_gate_up_proj = l.matrices_of(some.gate_up_proj);
+              few.grad_down_proj = l.matrices_of(some.down_proj);
+              few.grad_gate_up_bias = some.gate_up_bias;
+              few.grad_down_bias = some.down_bias;
+              moe_backward(few, {2});
+              CHECK(same_experts(got.gate_up_proj, some.gate_up_proj, experts));
+              CHECK(same_experts(got.down_proj, some.down_proj, experts));
+              CHECK(same_experts(got.gate_up_bias, some.gate_up_bias, experts));
+              CHECK(same_experts(got.down_bias, some.down_bias, experts));
             });
       }
     }

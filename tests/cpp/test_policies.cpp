@@ -54,6 +54,11 @@ void for_each_size(Body&& body) {
   note.clear();
 }
 
+// One sequence needs no ids.
+TensorView optional(const Array& sequence_ids, int64_t num_sequences) {
+  return num_sequences == 1 ? TensorView{} : sequence_ids.view();
+}
+
 std::vector<int64_t> tokens_of(const Array& sequence_ids, int64_t b) {
   std::vector<int64_t> tokens;
   for (int64_t t = 0; t < sequence_ids.size(0); ++t) {
@@ -81,7 +86,8 @@ TEST(column_topk_matches_full_sorts) {
     }
     Array got(DType::kInt32, {s.T, s.E});
     const auto call = [&](Execution exec) {
-      column_topk({.values = values, .sequence_ids = sequence_ids, .limits = limits, .topk_ids = got}, exec);
+      column_topk({.values = values, .sequence_ids = optional(sequence_ids, s.B), .limits = limits, .topk_ids = got},
+                  exec);
     };
     for_each_isa({&got}, call, [&] {
       for (int64_t t = 0; t < s.T; ++t) {
@@ -96,32 +102,54 @@ TEST(column_topk_matches_full_sorts) {
 
 // ---- route_dynamic -----------------------------------------------------------------------------------------------------
 
-// The prefix of route's choice that reaches the mass, or the scores.
+// The prefix of route's choice that reaches the mass, or the scores. With a bias scores do not descend, so experts below the
+// threshold are left out instead.
 TEST(route_dynamic_is_a_prefix_of_route) {
   for_each_size([](const Sizes& s, int64_t kind, Random& random) {
-    const Array logits = wild_array(random, {s.T, s.E}, kind);
-    for (const ScoreFunction function : {ScoreFunction::kSoftmax, ScoreFunction::kSigmoid}) {
+    const Array logits = wild_array(random, {s.T, s.E}, kind), bias = wild_array(random, {s.E}, 0);
+    for (int variant = 0; variant < 8; ++variant) {
+      const bool biased = variant % 2 == 1;
+      const auto function = variant / 2 % 2 == 0 ? ScoreFunction::kSoftmax : ScoreFunction::kSigmoid;
+      const TensorView selection_bias = biased ? bias.view() : TensorView{};
       const RouteDynamicOptions o{.score_function = function,
                                   .min_experts = random.below(s.E),
                                   .top_p = random.unit(),
-                                  .threshold = static_cast<float>(random.unit() / 4)};
+                                  .threshold = static_cast<float>(random.unit() / 4),
+                                  .normalize = variant >= 4,
+                                  .scale = variant >= 4 ? 1.5f : 1.0f};
       Array ids(DType::kInt32, {s.T, s.E}), weights(DType::kFloat32, {s.T, s.E});
       Array all_ids = ids, all_weights = weights;
       route({.router_logits = logits,
+             .selection_bias = selection_bias,
              .options = {.top_k = s.E, .score_function = function},
              .topk_ids = all_ids,
              .topk_weights = all_weights});
       const auto call = [&](Execution exec) {
-        route_dynamic({.router_logits = logits, .options = o, .topk_ids = ids, .topk_weights = weights}, exec);
+        route_dynamic({.router_logits = logits,
+                       .selection_bias = selection_bias,
+                       .options = o,
+                       .topk_ids = ids,
+                       .topk_weights = weights},
+                      exec);
       };
       for_each_isa({&ids, &weights}, call, [&] {
         for (int64_t t = 0; t < s.T; ++t) {
-          double mass = 0.0;
-          for (int64_t k = 0; k < s.E; ++k) {
-            const bool kept = k < o.min_experts || (mass < o.top_p && all_weights(t, k) >= o.threshold);
+          std::vector<int64_t> chosen;
+          double mass = 0.0, sum = 0.0;
+          for (int64_t k = 0; k < s.E && (k < o.min_experts || mass < o.top_p); ++k) {
             mass += all_weights(t, k);
-            CHECK(ids.id(t, k) == (kept ? all_ids.id(t, k) : -1), "rank ", k);
-            CHECK(weights(t, k) == (kept ? all_weights(t, k) : 0.0f), "rank ", k);
+            if (k >= o.min_experts && !(all_weights(t, k) >= o.threshold)) continue;
+            chosen.push_back(k);
+            sum += all_weights(t, k);
+          }
+          for (int64_t i = 0; i < s.E; ++i) {
+            const bool is_chosen = i < std::ssize(chosen);
+            const int64_t k = is_chosen ? chosen[static_cast<size_t>(i)] : 0;
+            CHECK(ids.id(t, i) == (is_chosen ? all_ids.id(t, k) : -1), "variant ", variant, " choice ", i);
+            double want = is_chosen ? static_cast<double>(all_weights(t, k)) : 0.0;
+            if (o.normalize) want = want / (sum + 1e-20) * 1.5;
+            const double roundings = o.normalize ? static_cast<double>(std::ssize(chosen) + 3) : 0.0;
+            CHECK_CLOSE(weights(t, i), (Bounded{want, roundings * (kUnit * want + 0x1p-126)}), "variant ", variant);
           }
         }
       });
@@ -215,7 +243,7 @@ TEST(fit_capacity_matches_one_offer_after_the_other) {
           fit_capacity({.topk_ids = ids,
                         .priorities = priorities,
                         .scores = reroute ? scores.view() : TensorView{},
-                        .sequence_ids = sequence_ids,
+                        .sequence_ids = optional(sequence_ids, s.B),
                         .limits = limits,
                         .options = options,
                         .kept_ids = got},
@@ -236,7 +264,7 @@ TEST(assign_balanced_fills_every_place) {
       Array got(DType::kInt32, {s.T});
       const auto call = [&](Execution exec) {
         assign_balanced({.values = values,
-                         .sequence_ids = sequence_ids,
+                         .sequence_ids = optional(sequence_ids, s.B),
                          .num_sequences = s.B,
                          .max_iterations = iterations,
                          .expert_ids = got},
@@ -270,6 +298,23 @@ TEST(assign_balanced_is_stable) {
       CHECK(values(i, b) + values(j, a) <= values(i, a) + values(j, b) + 2 * eps + 1e-5);
     }
   }
+}
+
+// Two tokens and two experts. +Inf counts as more than all finite values of the sequence, NaN and -Inf as less, also where no
+// value is finite.
+TEST(assign_balanced_ranks_what_is_not_finite) {
+  const auto experts = [](std::array<float, 4> values) {
+    Array tokens(DType::kFloat32, {2, 2}), got(DType::kInt32, {2});
+    tokens.fill([&](int64_t i) { return values[static_cast<size_t>(i)]; });
+    assign_balanced({.values = tokens, .expert_ids = got}, {1});
+    return std::pair(got.id(0), got.id(1));
+  };
+  CHECK(experts({5, 0, INFINITY, 100}) == std::pair(1, 0));
+  CHECK(experts({0, 5, 100, INFINITY}) == std::pair(0, 1));
+  CHECK(experts({-5, 0, -INFINITY, -100}) == std::pair(0, 1));
+  CHECK(experts({0, -5, -100, NAN}) == std::pair(1, 0));
+  CHECK(experts({INFINITY, NAN, -INFINITY, INFINITY}) == std::pair(0, 1));
+  CHECK(experts({NAN, INFINITY, INFINITY, -INFINITY}) == std::pair(1, 0));
 }
 
 // ---- assign_capped -----------------------------------------------------------------------------------------------------
@@ -349,7 +394,7 @@ TEST(assign_capped_matches_full_sorts) {
       Array got(DType::kFloat32, {s.T, s.E}), first;
       const auto call = [&](Execution exec) {
         assign_capped({.values = values,
-                       .sequence_ids = sequence_ids,
+                       .sequence_ids = optional(sequence_ids, s.B),
                        .limits = limits,
                        .cap = cap,
                        .entropy = entropy,
@@ -388,7 +433,7 @@ TEST(assign_capped_of_any_values_is_finite) {
     Array got(DType::kFloat32, {s.T, s.E});
     const auto call = [&](Execution exec) {
       assign_capped({.values = values,
-                     .sequence_ids = sequence_ids,
+                     .sequence_ids = optional(sequence_ids, s.B),
                      .limits = limits,
                      .iterations = Capped::kRounds,
                      .assignment = got},

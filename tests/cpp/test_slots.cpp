@@ -29,7 +29,8 @@ struct Stored {
 };
 
 Stored make(Random& random, Format format, DType dtype, int64_t E, int64_t rows, int64_t cols, int64_t parts) {
-  const int64_t blocks = parts * ((rows / parts + 15) / 16), group = 32, groups = (cols + group - 1) / group;
+  const int64_t blocks = parts * ((rows / parts + 15) / 16), group = format == Format::kNf4 ? 64 : 32,
+                groups = (cols + group - 1) / group;
   Stored s{.weight = {.format = format, .rows = rows, .cols = cols, .parts = 1}};
   Weight& w = s.weight;
   const auto in_blocks = [&](int64_t steps, int64_t step_bytes, DType scales) {
@@ -59,6 +60,7 @@ Stored make(Random& random, Format format, DType dtype, int64_t E, int64_t rows,
       break;
     case Format::kFp8: in_blocks((cols + 31) / 32, minifloat_step_bytes(format), DType::kFloat32); break;
     case Format::kMxfp4: in_blocks((cols + 31) / 32, minifloat_step_bytes(format), DType::kUInt8); break;
+    case Format::kNf4: in_blocks((cols + 31) / 32, minifloat_step_bytes(format), DType::kFloat32); break;
   }
   return s;
 }
@@ -92,7 +94,7 @@ Array reversed_slots(int64_t E) {
 }
 
 constexpr Format kFormats[] = {Format::kPlain, Format::kPanels, Format::kCompact, Format::kInt8,
-                               Format::kInt4,  Format::kFp8,    Format::kMxfp4};
+                               Format::kInt4,  Format::kFp8,    Format::kMxfp4,   Format::kNf4};
 
 TEST(experts_anywhere_have_the_bits_of_experts_in_order) {
   const Case c{"slots", 40, 128, 64, 5, 2};

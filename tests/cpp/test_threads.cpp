@@ -83,6 +83,26 @@ std::vector<uint8_t> run_all_ops(uint64_t seed, Execution exec) {
   return bytes;
 }
 
+TEST(number_of_threads) {
+  CHECK(cpu::resolve_threads(0) >= 1);
+  for (const int count : {1, 2, 7}) CHECK(cpu::resolve_threads(count) == count);
+  for (const int threads : {1, 2, 5}) {
+    std::atomic<int> most{0}, started{0};
+    const auto task = [&](int64_t, int thread) {
+      if (thread + 1 > most) most = thread + 1;
+      ++started;
+    };
+    for (const int64_t count : {0, 1, 3, 100}) {
+      started = 0;
+      cpu::parallel_for(threads, count, task);
+      CHECK(started == count && most <= threads, threads, " threads ran ", started.load(), " of ", count);
+      started = 0;
+      cpu::parallel_for_shares(threads, count, task);
+      CHECK(started == count && most <= threads, threads, " threads shared ", started.load(), " of ", count);
+    }
+  }
+}
+
 TEST(concurrent_callers_get_the_serial_bits) {
   constexpr int kCallers = 8, kShapes = 24;
   const int64_t calls = count_from("SWITCHGEAR_CALLS", 40);

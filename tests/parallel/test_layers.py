@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from parallel_pool import Pool
-from torch import Tensor
+from torch import Tensor, nn
 
 import switchgear
-from switchgear.adapters import add_lora
+from switchgear.adapters import add_lora, save_peft
 from switchgear.layers import HeterogeneousExperts
 from switchgear.parallel import ExpertParallel, Placement, checkpoint
 from switchgear.routing import SparsityAware
@@ -147,30 +146,74 @@ def test_virtual_experts(pool: Pool) -> None:
 # ---- weights that are not plain --------------------------------------------------------------------------------------
 
 
-def stored(rank: int, how: str) -> None:
-    """Inference as in one process; if gradients are recorded, all ranks raise that there are none."""
-    with ExpertParallel(timeout=20, invariant=True) as parallel:
-        moe, whole = both(parallel, {})
+def global_tokens(parallel: ExpertParallel, rank: int) -> tuple[Tensor, Tensor, slice]:
+    """This rank's tokens and those of all ranks, as leaves, and where the first are among the second."""
+    xs = [tokens(r) for r in range(parallel.size)]
+    begin = sum(map(len, xs[:rank]))
+    return xs[rank].requires_grad_(), torch.cat(xs).detach().requires_grad_(), slice(begin, begin + len(xs[rank]))
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4 * max([1e-3, *want.abs().flatten().tolist()]))
+
+
+def run_by_a_module(rank: int, how: str, options: dict[str, Any], invariant: bool, ranks: Any) -> None:
+    """Stored experts, and those with adapters: values and gradients of one process."""
+    placement = None if ranks is None else Placement(6, ranks)
+    given: dict[str, Any] = {"invariant": invariant, "average_gradients": False, "placement": placement}
+    with ExpertParallel(timeout=20, num_chunks=None if invariant else 2, **given) as parallel:
+        moe, whole = both(parallel, options)
+        adapters = []
         for layer in (moe, whole):
-            switchgear.store(layer, how)
-        x = tokens(rank)
+            if how != "adapters":
+                layer.requires_grad_(False)
+                switchgear.store(layer, how.removesuffix(" and adapters"))
+            if "adapters" in how:
+                torch.manual_seed(5)
+                adapters.append(add_lora(layer.experts, 3, alpha=6))
+        mine = list(moe.experts.placement.experts_of_rank[rank])
+        for ours, theirs in zip(*adapters, strict=True) if adapters else ():
+            assert torch.equal(ours, theirs[mine])  # the same numbers on any rank
+            with torch.no_grad():
+                theirs.copy_(torch.randn(theirs.shape, generator=torch.Generator().manual_seed(len(theirs))) * 0.2)
+                ours.copy_(theirs[mine])
+        x, all_x, part = global_tokens(parallel, rank)
+        routing = whole.gate(all_x.detach())
+        ids, weights = routing.topk_ids, routing.topk_weights.detach()
+        own, everyone = weights[part].clone().requires_grad_(), weights.clone().requires_grad_()
+        y, want = moe.experts(x, ids[part], own), whole.experts(all_x, ids, everyone)
+        close(y, want[part])
+        y.square().sum().backward()
+        want.square().sum().backward()
+        close(x.grad, all_x.grad[part])
+        # Rounded weights: <dy, y> with `invariant`, else <dy·W, a>, in which only W is rounded.
+        assert (own.grad - everyone.grad[part]).norm() < (1e-4 if how == "adapters" else 0.03) * own.grad.norm()
+        for ours, theirs in zip(*adapters, strict=True) if adapters else ():
+            close(ours.grad, theirs.grad[mine])
         with torch.no_grad():
-            assert torch.equal(moe(x), whole(x))
-        dist.barrier()  # otherwise a fast rank's failure would reach a slow one in the previous exchange
-        with pytest.raises((ValueError, switchgear.parallel.ExpertParallelError)) as error:
-            moe(x)
-        assert "hidden_states: expected no gradients to be recorded with" in str(error.value)
+            close(moe.experts(x, ids[part], own), want[part])
 
 
-@pytest.mark.parametrize("how", ["int8", "int4"])
-def test_experts_that_are_not_plain(pool: Pool, how: str) -> None:
-    pool.run(stored, how)
+COPIES = ((0, 2), (1, 2), (3, 4), (0, 5))
 
 
-def test_what_cannot_be_distributed_says_so() -> None:
+@pytest.mark.parametrize("how", ["int8", "adapters", "int4 and adapters"])
+@pytest.mark.parametrize("invariant", [True, False])
+def test_experts_that_a_module_runs(pool: Pool, how: str, invariant: bool) -> None:
+    pool.run(run_by_a_module, how, {}, invariant, None)
+
+
+@pytest.mark.parametrize("options", [{"transposed": True, "bias": True}, {"gated": False, "activation": "relu"}])
+@pytest.mark.parametrize("ranks", [PLACED, COPIES], ids=["a rank without experts", "copies"])
+def test_adapters_of_other_layouts_and_placements(pool: Pool, options: dict[str, Any], ranks: Any) -> None:
+    pool.run(run_by_a_module, "adapters", options, False, ranks)
+
+
+def test_what_cannot_be_distributed_says_so(tmp_path: Any) -> None:
     with ExpertParallel() as parallel:
         moe = switchgear.MoE(HIDDEN, 8, 4, 1, parallel=parallel)
-        with pytest.raises(ValueError, match="experts: expected all of them in this process, got those of ExpertPara"):
-            add_lora(moe.experts, 2)
+        add_lora(moe.experts, 2)
+        with pytest.raises(ValueError, match="model: expected experts of one process, got those of ExpertParallel"):
+            save_peft(nn.Sequential(moe), str(tmp_path))
         with pytest.raises(ValueError, match="parallel: expected None beside a score of the experts' own weights"):
             switchgear.MoE(HIDDEN, 8, 4, 1, parallel=parallel, score=SparsityAware(HIDDEN, 4))

@@ -155,6 +155,27 @@ inline void check_wgrad(const GemmProblem& p) {
                               .grad_weight = gradient},
                              exec);
   });
+  // The gradients of some experts have the same bits.
+  const Array experts = every_second(c.E);
+  const int64_t count = experts.size(0);
+  Array part = make_rows(p.rows, dtype, count * height, transposed ? N : C);
+  TensorView some = gradient;
+  some.data = part.view().data;
+  some.shape[0] = count;
+  OpMemory memory(0xff);
+  Execution exec = memory.execution();
+  exec.allow_tf32 = p.precision.tf32;
+  cuda::grouped_gemm_wgrad({.grad_out = grad,
+                            .x = x,
+                            .expert_offsets = plan.expert_offsets,
+                            .token_indices = p.gather ? plan.token_indices.view() : TensorView{},
+                            .experts = experts,
+                            .grad_weight = some},
+                           exec);
+  for (int64_t i = 0; i < count * height; ++i) {
+    const int64_t row = experts.id(i / height) * height + i % height;
+    for (int64_t k = 0; k < (transposed ? N : C); ++k) CHECK(part(i, k) == got(row, k), "row ", i, " of some experts");
+  }
   for (int64_t e = 0; e < c.E; ++e) {
     for (int64_t n = 0; n < N; ++n) {
       for (int64_t k = 0; k < C; ++k) {

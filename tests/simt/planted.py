@@ -64,9 +64,19 @@ def link_command(build: Path, program: str) -> tuple[str, ...]:
 
 
 @cache
-def compilations(build: Path) -> dict[str, dict[str, str]]:
+def compilations(build: Path) -> list[tuple[str, list[str]]]:
+    """The sources and commands of tests/simt. A source may belong to the library of kernels and to a program too."""
     entries = json.loads((build / "compile_commands.json").read_text())
-    return {str(Path(entry["file"]).relative_to(ROOT)): entry for entry in entries if "tests/simt" in entry["output"]}
+    ours = [entry for entry in entries if "tests/simt" in entry["output"]]
+    return [(str(Path(entry["file"]).relative_to(ROOT)), shlex.split(entry["command"])) for entry in ours]
+
+
+def compilation(build: Path, source: str, link: list[str]) -> tuple[list[str], str]:
+    """The command that compiles the source, for that program if it does, and the object that it makes."""
+    commands = [list(command) for file, command in compilations(build) if file == source]
+    objects = [command[command.index("-o") + 1] for command in commands]
+    i = next((i for i, made in enumerate(objects) if made in link), 0)
+    return commands[i], objects[i]
 
 
 def build_mistake(build: Path, mistake: Mistake) -> list[str]:
@@ -82,10 +92,9 @@ def build_mistake(build: Path, mistake: Mistake) -> list[str]:
     (kernels / mistake.header).write_text(text.replace(mistake.before, mistake.after))
     source = kernels / Path(mistake.source).name if mistake.source.startswith("csrc") else ROOT / mistake.source
 
-    entry = compilations(build)[mistake.source]
+    link = list(link_command(build, mistake.program))
     result, program = home / "mistake.o", home / mistake.program
-    command = shlex.split(entry["command"])
-    clean = command[command.index("-o") + 1]
+    command, clean = compilation(build, mistake.source, link)
     command[command.index("-o") + 1] = str(result)
     command[command.index("-c") + 1] = str(source)
     without = {"-MD"}
@@ -95,7 +104,6 @@ def build_mistake(build: Path, mistake: Mistake) -> list[str]:
     command[first:first] = [f"-I{kernels}", f"-I{home / 'csrc'}"]
     subprocess.run([*command, "-w"], cwd=build, check=True)
 
-    link = list(link_command(build, mistake.program))
     link[link.index("-o") + 1] = str(program)
     if clean in link:
         link[link.index(clean)] = str(result)

@@ -120,6 +120,16 @@ TEST(grouped_gemm_survives_any_plan) {
         {.grad_out = grad, .x = x, .expert_offsets = offsets, .token_indices = indices, .grad_weight = gradient},
         memory.execution());
     for (int64_t i = 0; i < E * N * C; ++i) CHECK(std::isfinite(gradient(i / (N * C), i / C % N, i % C)));
+    Array experts(DType::kInt32, {E});
+    experts.fill([&](int64_t) { return wild(E); });
+    cuda::grouped_gemm_wgrad({.grad_out = grad,
+                              .x = x,
+                              .expert_offsets = offsets,
+                              .token_indices = indices,
+                              .experts = experts,
+                              .grad_weight = gradient},
+                             memory.execution());
+    for (int64_t i = 0; i < E * N * C; ++i) CHECK(std::isfinite(gradient(i / (N * C), i / C % N, i % C)));
   }
 }
 

@@ -140,6 +140,23 @@ void check_backward(const Layer& l) {
   CHECK(same_bits(alone.gate_up_bias, got.gate_up_bias));
   CHECK(same_bits(alone.down_bias, got.down_bias));
   CHECK(same_bits(alone.topk_weights, got.topk_weights));
+
+  // So have those of some experts.
+  const Array experts = every_second(l.c.E);
+  Gradients some(l, experts.size(0));
+  MoeBackwardArgs few = args;
+  few.experts = experts;
+  few.grad_x = few.grad_topk_weights = {};
+  few.grad_gate_up_proj = l.matrices_of(some.gate_up_proj);
+  few.grad_down_proj = l.matrices_of(some.down_proj);
+  few.grad_gate_up_bias = some.gate_up_bias;
+  few.grad_down_bias = some.down_bias;
+  OpMemory memory(0xff);
+  cuda::moe_backward(few, memory.execution());
+  CHECK(same_experts(got.gate_up_proj, some.gate_up_proj, experts));
+  CHECK(same_experts(got.down_proj, some.down_proj, experts));
+  CHECK(same_experts(got.gate_up_bias, some.gate_up_bias, experts));
+  CHECK(same_experts(got.down_bias, some.down_bias, experts));
 }
 TEST(moe_backward_matches_reference) { for_each_layer(2, check_backward); }
 TEST(moe_backward_on_sm90_matches_reference) { for_each_hopper_layer(check_backward); }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
-from switchgear.weights import Compact, Form, Fp8, Int4, Int8, Mxfp4, Panels
+from switchgear.weights import Compact, Form, Fp8, Int4, Int8, Mxfp4, Nf4, Panels
 
 E, K = 5, 2
 LOW, FULL = torch.bfloat16, torch.float32
@@ -66,6 +66,7 @@ FORM_CASES = (
     FormCase(Fp8(), ALL, 0.08),
     FormCase(Fp8(block="row"), ALL, 0.08),
     FormCase(Mxfp4(), ALL, 0.35),
+    FormCase(Nf4(), ALL, 0.3),
 )
 forms = pytest.mark.parametrize("case", FORM_CASES, ids=str)
 exact_forms = pytest.mark.parametrize("case", [case for case in FORM_CASES if case.is_exact], ids=str)

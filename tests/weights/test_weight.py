@@ -14,7 +14,7 @@ from torch import Tensor
 import switchgear
 from switchgear import ops, reference
 from switchgear.reference import formats
-from switchgear.weights import AdaptedWeight, Weight, encode
+from switchgear.weights import AdaptedWeight, Form, Fp8, Int4, Int8, Mxfp4, Weight, encode
 
 E = 5
 
@@ -118,6 +118,17 @@ def test_ops_agree_with_the_reference(isa: str, case: FormCase) -> None:
             grad = torch.randn(len(indices), first.rows).to(dtype)
             call = grad, first.tensors, first.form, None, offsets, None, True, False
             assert distance(ops.grouped_gemm(*call), reference.grouped_gemm(*call)) < bound
+
+
+@pytest.mark.parametrize("form", [Int8(), Int4(group_size=16, symmetric=False), Fp8(), Mxfp4()], ids=str)
+def test_parts_that_fill_no_block(isa: str, form: Form) -> None:
+    """A part of 31 rows ends within a block of 16, and within a panel of columns."""
+    for part_rows in (8, 17, 31, 33, 70):
+        weight = encode(torch.randn(E, 2 * part_rows, 40) / 8, form, parts=2)
+        offsets, tokens, _ = ops.plan(torch.randint(-1, E, (50, 2), dtype=torch.int32), E)
+        call = torch.randn(50, 40), weight.tensors, weight.form, torch.randn(E, 2 * part_rows), offsets, tokens
+        got, wanted = (module.grouped_gemm(*call, False, False) for module in (ops, reference))
+        assert distance(got, wanted) < (4e-2 if form.name.startswith("int") else 1e-5)
 
 
 @forms

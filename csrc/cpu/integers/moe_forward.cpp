@@ -12,7 +12,7 @@
 // 3. a is rounded to int8.
 //    An adapter is multiplied by x and a themselves, in the float kernels: u = s·(x·Aᵀ) and v = s·(a·Aᵀ), rounded to the dtype of
 //    x, whose products with Bᵀ are added to the sums.
-// 4. Tasks (columns of y, tokens) walk the experts in order and add the weighted products, as token_sum does.
+// 4. Tasks (columns of y, tokens) go through the experts in order and add the weighted products, as token_sum does.
 // A thread has a contiguous share of the tasks. They are 64 columns wide if experts have many rows, and each product
 // prefetches the weights of the thread's next one. With few rows they are as wide as 1 MB of weights, or a thread's share of
 // y: bandwidth drops where one stream of loads ends and another begins (by a fifth with 128 KB each).

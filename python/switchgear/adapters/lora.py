@@ -3,82 +3,166 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.experts import Experts
-from switchgear.weights import AdaptedWeight, Weight, stored_of
+from switchgear.adapters.sites import TARGETS, Site, empty, local_experts, sites_of
+from switchgear.functional import as_number
+from switchgear.reference import check_size
+from switchgear.weights.adapted import Lora, adapters_of
+from switchgear.weights.module import freeze_stored
+from switchgear.weights.selected import selection_of
 
 
-class Lora(NamedTuple):
-    """The adapters that `add_lora` added to a module."""
+class ExpertAdapter(NamedTuple):
+    """The adapter of a projection, as `lora_of` returns it."""
 
-    names: tuple[str, str]  # of the projections; the adapters are <name>_lora_A and <name>_lora_B
-    scale: float
-
-    def around(self, module: nn.Module, *weights: Tensor | Weight) -> tuple[AdaptedWeight, ...]:
-        """The projections of `module` with their adapters."""
-
-        def adapter(name: str, letter: str) -> Any:
-            return getattr(module, f"{name}_lora_{letter}")
-
-        return tuple(
-            AdaptedWeight(weight, adapter(name, "A"), adapter(name, "B"), self.scale)
-            for name, weight in zip(self.names, weights, strict=True)
-        )
+    a: nn.Parameter  # [E,r,in]
+    b: nn.Parameter  # [E,out,r]
+    options: Lora
 
 
 def add_lora(
-    experts: Experts, rank: int, *, alpha: float | None = None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    targets: Iterable[str] = TARGETS,
+    dtype: torch.dtype | None = None,
 ) -> list[nn.Parameter]:
-    """Adds adapters to both projections of every expert, and freezes the projections, whatever their form.
+    """Adds an adapter to projections of every expert, and freezes all other parameters of `model`; on failure nothing.
+
+        adapters = add_lora(model, rank=16, alpha=32, dropout=0.05)
+        optimizer = torch.optim.AdamW(adapters)
 
     Args:
-        experts: a module `Experts` that is not distributed over processes.
-        rank: r of the adapters A [E,r,in] (Kaiming-uniform) and B [E,out,r] (zeros, so that outputs do not change yet).
-        alpha: the adapters are scaled by alpha / rank; by default alpha is rank.
-        dtype: dtype of the adapters, equal to that of activations; by default that of the weights.
+        model: `Experts`, or any model that has some, stored in any form or distributed over ranks (each rank adapts its
+            own experts); or a Hugging Face model after `switchgear.accelerate(model)`. To train other parameters too,
+            pass only the experts, or call requires_grad_ on those parameters afterwards.
+        rank: r of the adapters A [E,r,in] (uniform within ±1/√in) and B [E,out,r] (zeros, so outputs do not change).
+        alpha: adapters are scaled by alpha / rank; by default alpha is rank.
+        dropout: probability with which a feature of A's input is dropped, in train() only.
+        targets: "gate_up_proj", the first projection of each layer, "down_proj", the second, or names of parameters.
+        dtype: of the adapters; by default that of the weights. Plain weights cast the adapters to their own at each
+            call; with stored weights it must be the dtype of activations.
 
-    Returns the adapters, for an optimizer. Their keys in the state dict are gate_up_proj_lora_A, ….
+    Returns the adapters, for an optimizer. The projection <name> has them as <name>_lora_A and <name>_lora_B, in its
+    module and in state dicts.
 
     Raises:
-        TypeError: another module than `Experts`.
-        ValueError: a rank below 1, or experts that already have adapters, or are distributed over processes.
+        TypeError: model is not a module. ValueError: an option out of range, an unknown target, no experts, or a
+            projection that has an adapter. Nothing is changed then.
     """
-    if not isinstance(experts, Experts):
-        raise TypeError(
-            f"experts: expected switchgear.Experts (the attribute experts of a MoE), got {type(experts).__name__}; "
-            "experts of Hugging Face models take adapters of peft, with LoraConfig(target_parameters=[…])"
+    check_size("rank", rank)
+    alpha = float(rank) if alpha is None else as_number("alpha", alpha)
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha: expected a finite number, got {alpha}")
+    dropout = as_number("dropout", dropout)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+    sites = chosen(sites_of(model), targets)
+    return attach(model, [(site, *_initial(site, rank, dtype), Lora(rank, alpha, dropout)) for site in sites])
+
+
+def chosen(sites: Sequence[Site], targets: Iterable[str]) -> list[Site]:
+    """The sites that `targets` name. Raises ValueError for an unknown one."""
+    if not isinstance(targets, Iterable):
+        raise TypeError(f"targets: expected names, got {type(targets).__name__}")
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    known = {*TARGETS, *(site.name for site in sites)}
+    for target in wanted:
+        if target not in known:
+            raise ValueError(f"targets: expected some of {', '.join(sorted(known))}, got {target!r}")
+    found = [site for site in sites if site.target in wanted or site.name in wanted]
+    if not found:
+        raise ValueError(f"targets: expected some of {', '.join(sorted(known))}, got {wanted}, none of this model")
+    return found
+
+
+def attach(model: nn.Module, made: Sequence[tuple[Site, Tensor, Tensor, Lora]]) -> list[nn.Parameter]:
+    """Registers adapters and freezes the rest of the model. Raises ValueError before anything changes."""
+    for site, *_ in made:
+        if site.name in adapters_of(site.module):
+            raise ValueError(
+                f"model: expected no adapters yet, got those of {site.where}; call remove_lora(model) first"
+            )
+        if selection_of(site.module) is not None:
+            raise ValueError(
+                f"model: expected no experts that train alone, got those of {site.where}; "
+                "call finetune.unfreeze(model) first"
+            )
+    adapters = [(site, nn.Parameter(a), nn.Parameter(b), lora) for site, a, b, lora in made]
+    kept = {id(parameter) for adapter in lora_of(model).values() for parameter in adapter[:2]}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+    for module in model.modules():
+        freeze_stored(module)
+    for site, a, b, lora in adapters:
+        site.module.register_parameter(f"{site.name}_lora_A", a)
+        site.module.register_parameter(f"{site.name}_lora_B", b)
+        site.module._switchgear_adapters = {**adapters_of(site.module), site.name: lora}  # type: ignore[assignment]
+        if site.guarded is not None and site.guard is not None and "_switchgear_guard" not in vars(site.guarded):
+            vars(site.guarded)["_switchgear_guard"] = site.guarded.register_forward_pre_hook(site.guard)
+    return [parameter for _, a, b, _ in adapters for parameter in (a, b)]
+
+
+def _initial(site: Site, rank: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """All ranks draw the numbers of all experts and keep their own, so that an expert has the same on any rank."""
+    count, rows, cols = site.shape
+    a = empty(site, count, rank, cols, dtype=dtype)
+    other = empty(site, rank, cols, dtype=dtype)
+    total, mine = local_experts(site.module, count)
+    number_of = {expert: number for number, expert in enumerate(mine)}
+    for expert in range(total):
+        nn.init.uniform_(a[number_of[expert]] if expert in number_of else other, -(cols**-0.5), cols**-0.5)
+    b = torch.zeros(count, rows, rank, dtype=a.dtype, device=a.device)
+    return a, b
+
+
+def remove_lora(model: nn.Module) -> int:
+    """Removes the adapters of `add_lora` and `load_peft`; the other parameters stay frozen. Returns their number.
+
+    Raises ValueError if adapters are merged (`unmerge` first, or keep the merged weights with `merge(model,
+    keep_adapters=False)`).
+    """
+    modules = [module for module in model.modules() if adapters_of(module)]
+    for module in modules:
+        if any(lora.merged is not None for lora in adapters_of(module).values()):
+            raise ValueError(
+                "model: expected adapters that are not merged; call unmerge(model) first, or "
+                "merge(model, keep_adapters=False) instead"
+            )
+    return detach(model)
+
+
+def detach(model: nn.Module) -> int:
+    """Removes all adapters of a model, without a look at its weights. Returns their number."""
+    count = 0
+    for module in model.modules():
+        for name in adapters_of(module):
+            count += 1
+            for letter in "AB":
+                del module._parameters[f"{name}_lora_{letter}"]
+        vars(module).pop("_switchgear_adapters", None)
+        if (guard := vars(module).pop("_switchgear_guard", None)) is not None:
+            guard.remove()
+    return count
+
+
+def lora_of(model: nn.Module) -> dict[str, ExpertAdapter]:
+    """The adapters of a module or model, by the path of their projections; see `add_lora`, `load_peft`."""
+    return {
+        f"{path}.{name}" if path else name: ExpertAdapter(
+            module.get_parameter(f"{name}_lora_A"), module.get_parameter(f"{name}_lora_B"), lora
         )
-    if rank < 1:
-        raise ValueError(f"rank: expected at least 1, got {rank}")
-    if (parallel := getattr(experts, "parallel", None)) is not None:
-        raise ValueError(f"experts: expected all of them in this process, got those of {parallel}")
-    if lora_of(experts) is not None:
-        raise ValueError("experts: expected none with adapters already")
-    stored = stored_of(experts)
-    names = (experts._first, "down_proj")
-    width = experts.intermediate_size * (2 if experts.gated else 1)
-    sizes = ((experts.hidden_size, width), (experts.intermediate_size, experts.hidden_size))
-    made: dict[str, nn.Parameter] = {}
-    for name, (size_in, size_out) in zip(names, sizes, strict=True):
-        weight = stored.weights(experts)[names.index(name)] if stored is not None else getattr(experts, name)
-        kind = dtype or weight.dtype
-        a = torch.empty(experts.num_experts, rank, size_in, dtype=kind, device=weight.device)
-        nn.init.uniform_(a, -(size_in**-0.5), size_in**-0.5)
-        b = torch.zeros(experts.num_experts, size_out, rank, dtype=kind, device=weight.device)
-        made |= {f"{name}_lora_A": nn.Parameter(a), f"{name}_lora_B": nn.Parameter(b)}
-    for name, adapter in made.items():
-        experts.register_parameter(name, adapter)
-    for name in names:
-        if stored is None:
-            getattr(experts, name).requires_grad_(False)
-    experts._switchgear_adapters = Lora(names, (rank if alpha is None else alpha) / rank)  # type: ignore[assignment]
-    return list(made.values())
-
-
-def lora_of(module: nn.Module) -> Lora | None:
-    """The adapters of a module, or None."""
-    return vars(module).get("_switchgear_adapters")
+        for path, module in model.named_modules()
+        for name, lora in adapters_of(module).items()
+    }

@@ -19,7 +19,7 @@ import torch
 import switchgear
 
 from ..common import choose, console, listed, machine, optional, positive, positives, require
-from . import cuda, model, parallel, routers, tables
+from . import adapters, cuda, model, parallel, routers, tables
 from .case import FORMATS
 from .ceilings import measure
 from .competitors import COMPETITORS
@@ -68,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parallel", type=positive, metavar="N", help="experts distributed over N processes; see docs/parallel.md")
     add("--bandwidth", type=float, metavar="MB/s", help="of their links (default: that of the experts; 0: no limit)")
     add("--routers", action="store_true", help="what routing policies cost, by the layer and by plain torch, and stop")
+    add("--adapters", action="store_true",
+        help="what LoRA on every expert costs, beside the frozen base, PEFT and formulas of torch, and stop")
+    add("--ranks", metavar="LIST", type=positives, help="of the adapters (default: 8,16,64)")
     add("--list", action="store_true", help="list shapes and competitors, and stop")
     add("--from", dest="source", metavar="FILE", help="measure nothing: tables and pictures of the results in it")
     add("--json", metavar="FILE", help="write medians, with machine and ceilings, beside those that the file has")
@@ -87,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
         return parallel.run(args)
     if args.routers:
         return routers.run(args, describe_machine(args.threads))
+    if args.adapters:
+        return adapters.run(args, describe_machine(args.threads))
     if args.device == "cuda":
         return cuda.run(args)
     require("rich")

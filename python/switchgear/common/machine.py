@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,19 @@ def peak_memory_bytes() -> int | None:
         return None
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_of(function: Callable[[], object]) -> int | None:
+    """Bytes by which this process grows at most while `function` runs; None if the system does not count it."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process keeps would hide allocations
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    except (OSError, AttributeError):
+        return None
+    before = peak_memory_bytes()
+    function()
+    after = peak_memory_bytes()
+    return None if before is None or after is None else after - before
 
 
 def _first(pattern: str, text: str | None) -> str | None:

@@ -12,15 +12,15 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 import switchgear
 from switchgear.ops import GluOptions
-from switchgear.weights import Weight
+from switchgear.weights import AdaptedWeight, SelectedWeight, Weight
 
 
 class ExpertWeights(NamedTuple):
     """Views of a model's parameters, never copies, or stored weights (switchgear.store). N is 2I for gated experts,
     I for plain ones."""
 
-    gate_up_proj: Tensor | Weight  # [E, N, H]
-    down_proj: Tensor | Weight  # [E, H, I]
+    gate_up_proj: Tensor | Weight | AdaptedWeight | SelectedWeight  # [E, N, H]
+    down_proj: Tensor | Weight | AdaptedWeight | SelectedWeight  # [E, H, I]
     gate_up_bias: Tensor | None = None  # [E, N]
     down_bias: Tensor | None = None  # [E, H]
 
@@ -76,20 +76,35 @@ def run_experts(
 
 def project(
     x: Tensor,
-    weight: Tensor | Weight | Sequence[Tensor],
+    weight: Tensor | Weight | AdaptedWeight | SelectedWeight | Sequence[Tensor],
     expert_offsets: Tensor,
     bias: Tensor | None = None,
     token_indices: Tensor | None = None,
 ) -> Tensor:
     """`switchgear.grouped_gemm` with x cast to the dtype of the weights: models may keep weights in a wider dtype."""
-    dtype = (weight if isinstance(weight, (Tensor, Weight)) else weight[0]).dtype
+    dtype = (weight if isinstance(weight, (Tensor, Weight, AdaptedWeight, SelectedWeight)) else weight[0]).dtype
     return switchgear.grouped_gemm(x.to(dtype), weight, expert_offsets, bias=bias, token_indices=token_indices)
+
+
+def tensors_of(weights: Iterable[Any]) -> list[Any]:
+    """All that the kernels read of some weights: nested sequences, with adapters, or None for an absent bias."""
+    found: list[Any] = []
+    for weight in weights:
+        if isinstance(weight, AdaptedWeight):
+            found += tensors_of((weight.weight, weight.a, weight.b))
+        elif isinstance(weight, SelectedWeight):
+            found += tensors_of(weight[:2])
+        elif isinstance(weight, (tuple, list)):
+            found += tensors_of(weight)
+        elif weight is not None:
+            found.append(weight)
+    return found
 
 
 def not_plain(weights: Iterable[Any]) -> str | None:
     """Why the kernels cannot read some weight, or None. Tensor subclasses (torchao, DTensor) have their own format."""
-    for weight in weights:
-        plain = type(weight) in (Tensor, nn.Parameter, Weight, type(None))  # None is an absent bias
+    for weight in tensors_of(weights):
+        plain = type(weight) in (Tensor, nn.Parameter, Weight)
         if not plain and not isinstance(weight, (FakeTensor, FunctionalTensor)):  # tracing: both stand for plain ones
             return f"a weight is a {type(weight).__name__}, not a plain tensor"
     return None

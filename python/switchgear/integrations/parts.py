@@ -8,9 +8,12 @@ one must be called. A parametrisation is no obstacle: reading the attribute comp
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
+
+from switchgear.adapters.wrappers import is_wrapper, unwrapped
+from switchgear.weights.adapted import Lent
 
 
 class PartClass(NamedTuple):
@@ -44,12 +47,45 @@ def part_of(module: nn.Module, name: str, expected: PartClass) -> nn.Module:
     more than the forward of the class."""
     part = module._modules[name]  # three times faster than the attribute; that pays for the checks
     assert part is not None
+    _check(part, name, expected)
+    return part
+
+
+def _check(part: nn.Module, name: str, expected: PartClass) -> None:
     if not expected.matches(type(part)):
         raise Bypassed(f"{name} is a {_full_name(type(part))}, not a {expected.name}")
+    _check_call(part, name)
+
+
+def _check_call(part: nn.Module, name: str) -> None:
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         raise Bypassed(f"{name} has hooks")
     if (forward := part.__dict__.get("forward")) is not None and not is_swap(forward):
         raise Bypassed(f"the forward of {name} was replaced")
+
+
+def wrapped_part_of(module: nn.Module, name: str, expected: PartClass) -> tuple[nn.Module, Lent]:
+    """The same for a part that PEFT may have wrapped, and the factors that its wrappers would apply now."""
+    part = module._modules[name]
+    assert part is not None
+    if not is_wrapper(part):
+        return part_of(module, name, expected), {}
+    wrapper: nn.Module | None = part
+    while wrapper is not None and is_wrapper(wrapper):
+        _check_call(wrapper, name)
+        wrapper = wrapper._modules["base_layer"]
+    assert wrapper is not None
+    _check(wrapper, name, expected)
+    try:
+        return unwrapped(part)
+    except ValueError as error:
+        raise Bypassed(f"{name} {error}") from None
+
+
+def inner(part: Any) -> Any:
+    """The module in wrappers of PEFT, if there are any."""
+    while is_wrapper(part):
+        part = part.base_layer
     return part
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Loads published checkpoints with mxfp4 experts (gpt-oss) or fp8 experts in blocks of 128 x 128 (DeepSeek-V3,
-Qwen3-MoE). Weights are not rounded again, and no plain copy of the model is made in memory.
+"""Loads published checkpoints with mxfp4 experts (gpt-oss), fp8 experts in blocks of 128 x 128 (DeepSeek-V3,
+Qwen3-MoE) or nf4 experts (bitsandbytes, one matrix per expert). Weights are not rounded again, and no plain copy of the
+model is made in memory.
 
     model = load_published("/models/gpt-oss-20b")
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from switchgear.integrations import published_nf4
 from switchgear.integrations.checkpoint_files import CONFIG, CheckpointFiles, Reader
 from switchgear.integrations.published_keys import (
     BLOCKS,
@@ -31,11 +33,12 @@ from switchgear.integrations.published_keys import (
     pieces_of,
 )
 from switchgear.integrations.transformers import accelerate, restore
-from switchgear.reference import minifloat
-from switchgear.weights import Form, Fp8, Layout, Mxfp4, Weight, advise_huge_pages, layout_of
+from switchgear.reference import minifloat, nf4
+from switchgear.weights import Form, Fp8, Layout, Mxfp4, Nf4, Weight, advise_huge_pages, layout_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, put
 
-FORMS: dict[str, Form] = {"mxfp4": Mxfp4(), "fp8": Fp8()}  # by format, also the name of the quant_method
+FORMS: dict[str, Form] = {"mxfp4": Mxfp4(), "fp8": Fp8(), "nf4": Nf4()}  # by format
+METHODS = ("mxfp4", "fp8", "bitsandbytes")  # of quantisation
 Read = Callable[[Reader, torch.device], Tensor | Weight]
 
 
@@ -49,7 +52,7 @@ def load_published(
     """Loads a causal language model of transformers on switchgear, in eval mode, with its experts as published.
 
     Files are read one expert at a time, directly into place. Peak memory is the stored model plus one tensor or 64 MiB.
-    fp8 linears outside of experts are decoded. Everything else is cast to the dtype of its parameter, as in
+    fp8 and nf4 linears outside of experts are decoded. Everything else is cast to the dtype of its parameter, as in
     `from_pretrained`. `switchgear.restore` converts the experts to plain weights.
 
     Args:
@@ -116,8 +119,11 @@ def _take_quantization(config: Any) -> None:
         raise ValueError("path: expected a quantization_config in config.json, got none")
     options = found if isinstance(found, dict) else getattr(found, "to_dict", dict)()
     method, block = options.get("quant_method"), options.get("weight_block_size")
-    if method not in tuple(FORMS):  # it may be no string
-        raise ValueError(f"path: expected quant_method {' or '.join(FORMS)} in config.json, got {method}")
+    if method not in METHODS:  # it may be no string
+        raise ValueError(f"path: expected quant_method {', '.join(METHODS)} in config.json, got {method}")
+    if method == "bitsandbytes" and options.get("bnb_4bit_quant_type") != "nf4":
+        got = options.get("bnb_4bit_quant_type")
+        raise ValueError(f"path: expected bnb_4bit_quant_type nf4 in config.json, got {got}")
     if method == "fp8" and block not in (minifloat.BLOCK, list(minifloat.BLOCK)):
         raise ValueError(f"path: expected weight_block_size {list(minifloat.BLOCK)} in config.json, got {block}")
     del config.quantization_config
@@ -187,8 +193,11 @@ def _scales_of(rows: int, columns: int) -> tuple[int, int]:
 
 
 def _plan_tensor(target: str, like: Tensor, pieces: Pieces, checks: Checks) -> Read:
-    """Reads it as it is, or decodes it from fp8."""
+    """Reads it as it is, or decodes it from fp8 or nf4."""
     shape, dtype = tuple(like.shape), like.dtype
+    if published_nf4.is_nf4(pieces) and len(shape) == 2:
+        published_nf4.check(target, pieces, Piece(), shape, checks)
+        return lambda reader, device: _decode_nf4(target, shape, pieces, reader, device).to(dtype)
     is_fp8 = Piece(SCALE) in pieces and len(shape) == 2
     if not checks.expect_all(target, pieces, [Piece(), Piece(SCALE)] if is_fp8 else [Piece()]):
         return _nothing
@@ -206,13 +215,19 @@ def _plan_tensor(target: str, like: Tensor, pieces: Pieces, checks: Checks) -> R
     return read
 
 
+def _decode_nf4(target: str, shape: tuple[int, ...], pieces: Pieces, reader: Reader, device: torch.device) -> Tensor:
+    with _naming(target):
+        codes, absmax = published_nf4.read(reader, pieces, Piece(), (shape[0], shape[1]))
+        return nf4.decode_nf4(codes[None].to(device), absmax[None].to(device))[0]
+
+
 def _nothing(reader: Reader, device: torch.device) -> Tensor:
     """A placeholder for a tensor that fails the checks."""
     raise AssertionError("a tensor that failed the checks is never read")
 
 
 def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks) -> Read:
-    """Reads it as published: mxfp4 of all experts, or fp8 or plain numbers of each."""
+    """Reads it as published: mxfp4 of all experts, or fp8, nf4 or plain numbers of each."""
     suffixes = {piece.suffix for piece in pieces}
     experts, rows, columns, *_ = wanted
     if suffixes & {BLOCKS, SCALES}:
@@ -224,6 +239,16 @@ def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks
         checks.problems.append(f"{target}: expected {experts} experts, got {len(pieces)} tensors")
         return _nothing
     shape = rows // wanted.parts, columns  # gates and ups are separate
+    if wanted.transposed:
+        checks.problems.append(f"{target}: expected weights of all experts in one tensor, since they are transposed")
+    if published_nf4.is_nf4(pieces):
+        matrices = {Piece("", expert, source) for expert in range(experts) for source in range(wanted.parts)}
+        checks.problems += [
+            f"unexpected {key}" for piece, key in pieces.items() if piece._replace(suffix="") not in matrices
+        ]
+        for piece in sorted(matrices):
+            published_nf4.check(target, pieces, piece, shape, checks)
+        return lambda reader, device: _read_nf4(target, wanted, pieces, reader, device)
     for suffix in sorted(suffixes):
         expected = [Piece(suffix, expert, source) for expert in range(experts) for source in range(wanted.parts)]
         these = {piece: key for piece, key in pieces.items() if piece.suffix == suffix}
@@ -231,8 +256,6 @@ def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks
             dtypes = FLOATS if suffix or SCALE not in suffixes else ("F8_E4M3",)
             for key in these.values():
                 checks.expect(key, _scales_of(*shape) if suffix else shape, dtypes)
-    if wanted.transposed:
-        checks.problems.append(f"{target}: expected weights of all experts in one tensor, since they are transposed")
     read = _read_fp8 if SCALE in suffixes else _read_plain
     return lambda reader, device: read(target, wanted, pieces, reader, device)
 
@@ -264,6 +287,19 @@ def _read_fp8(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, devic
     return _weight("fp8", data, scales, wanted)
 
 
+def _read_nf4(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device) -> Weight:
+    """Gates and ups are published separately, and are stored so."""
+    data, scales = _empty("nf4", wanted, wanted.columns // minifloat.NF4_BLOCK, torch.float32, device)
+    blocks, shape = data.shape[1] // wanted.parts, (wanted.rows // wanted.parts, wanted.columns)
+    for piece in (piece for piece in pieces if not piece.suffix):
+        share = slice(piece.source * blocks, (piece.source + 1) * blocks)
+        out = data[piece.expert, None, share], scales[piece.expert, None, share]
+        with _naming(target, piece.expert):
+            codes, absmax = published_nf4.read(reader, pieces, piece, shape)
+            minifloat.to_blocks(codes[None].to(device), absmax[None].to(device), "nf4", out=out)
+    return _weight("nf4", data, scales, wanted)
+
+
 def _read_plain(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device) -> Tensor:
     weight = torch.empty(wanted.experts, wanted.rows, wanted.columns, dtype=wanted.dtype, device=device)
     advise_huge_pages(weight)
@@ -282,17 +318,18 @@ def _empty(format: str, wanted: Wanted, groups: int, dtype: torch.dtype, device:
 
 
 def _weight(format: str, data: Tensor, scales: Tensor, wanted: Wanted) -> Weight:
-    size = minifloat.COLUMNS if format == "mxfp4" else minifloat.BLOCK[1]
+    size = {"mxfp4": minifloat.COLUMNS, "fp8": minifloat.BLOCK[1], "nf4": minifloat.NF4_BLOCK}[format]
     rows, columns, dtype, parts = wanted.rows, wanted.columns, wanted.dtype, wanted.parts
     return Weight(format, data, rows, columns, dtype, scales, parts=parts, group_size=size, is_exact=True)
 
 
 @contextmanager
-def _naming(target: str, expert: int | None) -> Iterator[None]:
+def _naming(target: str, expert: int | None = None) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{target}, expert {expert}: {error}") from None
+        of = target if expert is None else f"{target}, expert {expert}"
+        raise ValueError(f"{of}: {error}") from None
 
 
 # ---- into the model --------------------------------------------------------------------------------------------------

@@ -17,13 +17,16 @@ from switchgear.integrations.checkpoint_files import Header
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of dtypes
 SCALE, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"  # suffixes of a weight's name
+ABSMAX, NF4_MAP, NF4_STATE = ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4"
+NESTED_ABSMAX, NESTED_MAP = ".nested_absmax", ".nested_quant_map"
+SUFFIXES = (SCALE, BLOCKS, SCALES, ABSMAX, NF4_MAP, NF4_STATE, NESTED_ABSMAX, NESTED_MAP)
 SHOWN = 8  # complaints listed at a time
 
 
 class Piece(NamedTuple):
     """Which part of a model's tensor a tensor of a checkpoint is."""
 
-    suffix: str = ""  # SCALE, BLOCKS or SCALES; empty for the weight itself
+    suffix: str = ""  # one of SUFFIXES; empty for the weight itself
     expert: int | None = None  # None: all experts
     source: int = 0  # of tensors that are joined: 0 for gates, 1 for ups
 
@@ -43,7 +46,7 @@ def pieces_of(model: Any, keys: Iterable[str], state: dict[str, Tensor]) -> dict
 
     found: dict[str, Pieces] = defaultdict(dict)
     for key in keys:
-        suffix = next((suffix for suffix in (SCALE, BLOCKS, SCALES) if key.endswith(suffix)), "")
+        suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), "")
         target, pattern = target_of(key.removesuffix(suffix))
         if suffix and target not in state:  # a name that only happens to end so
             suffix, (target, pattern) = "", target_of(key)

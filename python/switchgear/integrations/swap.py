@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from switchgear.backends import warn_once
-from switchgear.integrations.experts import not_plain
+from switchgear.integrations.bypass import refuse_bypass
+from switchgear.integrations.experts import not_plain, tensors_of
 from switchgear.integrations.parts import Bypassed, is_swap
 from switchgear.integrations.undecorated import Patch, patch_of
 
@@ -55,13 +55,14 @@ def _read(module: nn.Module, patch: Patch) -> tuple[Any, str | None]:
         return None, str(error)
     except NotImplementedError as error:  # a format of another library, without the views that are needed
         return None, f"its weights cannot be read ({error})"
-    return weights, not_plain(tree_leaves(weights))
+    return weights, not_plain(weights)
 
 
 def _forward_of(patch: Patch) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         weights, reason = _read(self, patch)
         if reason is not None:
+            refuse_bypass(self, reason)
             warn_once(f"{type(self).__name__} keeps its own implementation: {reason}")
             return type(self).forward(self, *args, **kwargs)
         return patch.forward(self, weights, *args, **kwargs)
@@ -74,7 +75,7 @@ def _forward_of(patch: Patch) -> Callable[..., Any]:
 def _trial(module: nn.Module, patch: Patch) -> str | None:
     """Runs the class's forward and the patch on the same random rows, without dropout. Returns how they differ."""
     weights, reason = _read(module, patch)
-    leaves = [leaf for leaf in tree_leaves(weights) if leaf is not None]
+    leaves = tensors_of(weights)
     if reason is not None or any(leaf.is_meta for leaf in leaves):
         return None  # nothing to compare yet
     training = {part: part.training for part in module.modules()}

@@ -22,8 +22,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ExpertsInterface
 
+from switchgear.adapters import wrappers
+from switchgear.adapters.sites import FINDERS as SITE_FINDERS
+from switchgear.adapters.sites import TARGETS, Site, refuse_wrapped
 from switchgear.backends import warn_once
 from switchgear.integrations import saving
+from switchgear.integrations.bypass import refuse_bypass
 from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, obstacle, swap_forward
@@ -38,7 +42,7 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     """The function that transformers calls in place of an experts module's forward.
 
     Args:
-        module: an experts module whose class carries `use_experts_implementation`.
+        module: an experts module whose class has the decorator `use_experts_implementation`.
         hidden_states: [T, H].
         top_k_index: [T, K] int64. Ids >= `module.num_experts` mark empty slots (expert parallelism's sentinels).
         top_k_weights: [T, K] of any float dtype; they need not sum to 1.
@@ -50,6 +54,7 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     ids = torch.where(top_k_index < module.num_experts, top_k_index, -1).int()
     weights = _weights(module)
     if (reason := not_plain(weights)) is not None:
+        refuse_bypass(module, reason)
         warn_once(f"{type(module).__name__} keeps its own implementation: {reason}")
         return _decorated_forward(module)(module, hidden_states, top_k_index, top_k_weights)
     return run_experts(
@@ -95,6 +100,7 @@ def register() -> None:
     """Makes "switchgear" a valid `experts_implementation`, and `save_pretrained` save stored experts. Importing this
     module calls it."""
     saving.register()
+    wrappers.register()
     ExpertsInterface.register(NAME, experts)
     try:
         from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
@@ -130,6 +136,7 @@ def accelerate(model: nn.Module) -> list[Replacement]:
         ValueError: the model has no experts module that switchgear supports.
     """
     replacements: list[Replacement] = []
+    wrappers.register()
     try:
         _replace(model, replacements)
     except BaseException:
@@ -207,8 +214,70 @@ FINDERS.append(_layout_of)
 HINTS.append(_hint_of)
 
 
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def _sites_of(path: str, module: Any) -> list[Site] | None:
+    """For `add_lora`: the projections of a module that runs on switchgear, or None."""
+    patch = patch_of(module)
+    if (patch is None and not is_decorated(module)) or (patch is not None and not is_swapped(module)):
+        return None
+    refuse_wrapped(path, module)
+    if (how := path_of(module)) not in ("moe", "grouped_gemm"):
+        raise ValueError(f"{f'model.{path}' if path else 'model'}: expected experts that run on switchgear, got {how}")
+    if patch is None:
+        layout = Layout((_first(module), "down_proj"), module.is_transposed, False)
+        stored = stored_of(module)
+        weights: Any = stored.weights(module) if stored is not None else _plain_views(module, layout)
+        return [
+            Site(path, module, name, target, weight, module.is_transposed, (), module, _guard)
+            for name, target, weight in zip(layout.names, TARGETS, weights, strict=True)
+        ]
+    names = {id(part): name for name, part in module.named_modules(prefix=path)}
+    sites = []
+    for part in patch.sites(module):
+        refuse_wrapped(names[id(part.module)], part.module)
+        sites.append(Site(names[id(part.module)], *part, guarded=module, guard=_guard))
+    return sites
+
+
+def _plain_views(module: Any, layout: Layout) -> list[Tensor]:
+    weights = [getattr(module, name) for name in layout.names]
+    if (reason := not_plain(weights)) is not None:  # a DTensor, between forwards
+        raise ValueError(f"model: expected experts with plain weights, got others: {reason}")
+    return [weight.mT if layout.transposed else weight for weight in weights]
+
+
+def _guard(module: Any, *_: Any) -> None:
+    """A forward pre-hook of modules with adapters."""
+    if patch_of(module) is not None:
+        if not is_swapped(module):
+            refuse_bypass(module, path_of(module))
+    elif module.config._experts_implementation != NAME:
+        refuse_bypass(module, path_of(module))
+
+
+def _reads_lent(module: Any, name: str) -> bool:
+    """Whether a call of the module on switchgear reads what a wrapper lends for its parameter `name`."""
+    if patch_of(module) is not None:
+        own = _READ_BY_THEMSELVES.get(type(module).__name__, ())
+        return name in own and is_swapped(module) and not path_of(module).startswith("eager")
+    return is_decorated(module) and name in (_first(module), "down_proj") and path_of(module) in ("moe", "grouped_gemm")
+
+
+# Classes with a patch that PEFT can wrap as a whole.
+_READ_BY_THEMSELVES = {
+    "JetMoeParallelExperts": ("weight",),
+    "LongcatFlashExperts": TARGETS,
+    "Step3p7Experts": TARGETS,
+}
+
+SITE_FINDERS.append(_sites_of)
+wrappers.READERS.append(_reads_lent)
+
+
 def is_decorated(module: nn.Module) -> bool:
-    """Whether the module's class carries transformers' `use_experts_implementation`."""
+    """Whether the module's class has transformers' decorator `use_experts_implementation`."""
     return all(hasattr(module, mark) for mark in MARKS)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Experts of transformers models that carry no decorator: a table of forwards, swapped in one instance at a time.
+"""Experts of transformers models without the decorator: a table of forwards, swapped in one instance at a time.
 
 Each entry computes what the class computes, from the class's own parameters. The class's routers stay, and so do their
 hooks and losses. A swap is kept only if it agrees with the class on a few random rows: only the class's source defines
@@ -14,12 +14,27 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import switchgear
+from switchgear.adapters.sites import TARGETS
 from switchgear.integrations import samples
 from switchgear.integrations.experts import ExpertWeights, chosen, project, run_experts
 from switchgear.integrations.gates import gate_of, own_gate
-from switchgear.integrations.parts import LINEAR, PartClass, of_model, part_of
+from switchgear.integrations.parts import LINEAR, PartClass, inner, of_model, part_of, wrapped_part_of
+from switchgear.weights import AdaptedWeight
+from switchgear.weights.adapted import Lent, adapted
+
+
+class Part(NamedTuple):
+    """A projection that can have adapters: fields of adapters.Site."""
+
+    module: Any
+    name: str
+    target: str
+    weight: Tensor | Sequence[Tensor]  # [E,N,C], or E matrices
+    transposed: bool = False
+    linears: tuple[str, ...] = ()
 
 
 class Patch(NamedTuple):
@@ -30,10 +45,11 @@ class Patch(NamedTuple):
     sample: Callable[[Any, torch.Generator], tuple[Any, ...]]  # arguments for a trial
     has_choice: bool = True  # whether forward passes its routing through `chosen`
     gate: str | None = None  # the submodule ("" is the module itself) whose gate may be fused
+    sites: Callable[[Any], list[Part]] = lambda _: []  # the projections that can have adapters
 
     def path(self, module: nn.Module) -> str:
         """ "moe" or "grouped_gemm", as `switchgear.integrations.transformers.path_of`."""
-        fused = self.gate is not None and gate_of(module.get_submodule(self.gate)) is not None
+        fused = self.gate is not None and gate_of(inner(module.get_submodule(self.gate))) is not None
         return "moe" if fused else "grouped_gemm"
 
 
@@ -60,7 +76,8 @@ def _llama4(module: Any, weights: ExpertWeights, hidden_states: Tensor) -> tuple
     # The score scales the expert's input, so each choice becomes its own row.
     rows = (x[:, None] * topk_weights[..., None]).flatten(0, 1)
     ones = torch.ones_like(rows[:, :1])
-    y = run_experts(rows, topk_ids.reshape(-1, 1), ones, weights, gate_of(module.experts), own_gate(module.experts))
+    experts = inner(module.experts)
+    y = run_experts(rows, topk_ids.reshape(-1, 1), ones, weights, gate_of(experts), own_gate(experts))
     return module.shared_expert(x) + y.view(-1, module.top_k, module.hidden_dim).sum(dim=1), router_logits
 
 
@@ -83,14 +100,15 @@ def _jetmoe_linear(module: Any, weights: Sequence[Tensor], inputs: Tensor, exper
     return project(inputs, weights[0], offsets)
 
 
-def _dbrx(module: Any, weights: Sequence[Tensor], hidden_states: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
+def _dbrx(module: Any, weights: Sequence[Any], hidden_states: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
     x = hidden_states.reshape(-1, module.hidden_size)
-    w1, v1, w2 = (weight.view(module.num_experts, module.ffn_hidden_size, module.hidden_size) for weight in weights)
+    w1, v1, w2 = weights
+    activation_fn = inner(module.mlp).activation_fn
     ids, topk_weights = chosen(ids, topk_weights, module.num_experts)
     plan = switchgear.plan(ids, module.num_experts)
     gate = project(x, w1, plan.expert_offsets, token_indices=plan.token_indices)
     up = project(x, v1, plan.expert_offsets, token_indices=plan.token_indices)
-    permuted_y = project(module.mlp.activation_fn(gate) * up, w2.mT, plan.expert_offsets)
+    permuted_y = project(activation_fn(gate) * up, w2, plan.expert_offsets)
     y = switchgear.combine(permuted_y, plan, topk_weights).to(x.dtype)
     return y.view(hidden_states.shape[0], -1, x.shape[1])
 
@@ -103,27 +121,49 @@ class _Linears(NamedTuple):
 
     weight: list[Any]
     bias: list[Any]
+    adapter: AdaptedWeight | None  # of `weight`
 
     def project(self, x: Tensor, plan: switchgear.Plan, token_indices: Tensor | None = None) -> Tensor:
         bias = torch.stack(self.bias) if self.bias else None
-        return project(x, self.weight, plan.expert_offsets, bias, token_indices)
+        y = project(x, self.weight, plan.expert_offsets, bias, token_indices)
+        if self.adapter is None:
+            return y
+        a, b, scale = self.adapter.a, self.adapter.b, self.adapter.scale
+        if self.adapter.dropout:
+            x = x if token_indices is None else x[token_indices.clamp(min=0).long()]
+            x, token_indices = F.dropout(x, self.adapter.dropout), None
+        return y + scale * project(project(x, a, plan.expert_offsets, None, token_indices), b, plan.expert_offsets)
 
 
-def _linears(owner: nn.Module, names: Sequence[str]) -> _Linears:
-    layers: list[Any] = [part_of(owner, name, LINEAR) for name in names]
-    return _joined(layers)
+def _linears(owner: nn.Module, names: Sequence[str], adapter: str) -> _Linears:
+    return _joined(owner, [part_of(owner, name, LINEAR) for name in names], adapter)
 
 
-def _joined(layers: Sequence[Any]) -> _Linears:
-    return _Linears([layer.weight for layer in layers], [layer.bias for layer in layers if layer.bias is not None])
+def _joined(owner: nn.Module, layers: Sequence[Any], adapter: str) -> _Linears:
+    weight = [layer.weight for layer in layers]
+    both = adapted(owner, adapter, weight)
+    bias = [layer.bias for layer in layers if layer.bias is not None]
+    return _Linears(weight, bias, both if isinstance(both, AdaptedWeight) else None)
 
 
-def _dense_experts(expert_class: PartClass, first: str, second: str) -> Callable[[Any], Sequence[_Linears]]:
+def _dense_experts(expert_class: PartClass, *names: str) -> Callable[[Any], Sequence[_Linears]]:
     def weights(module: Any) -> Sequence[_Linears]:
         experts = [part_of(module, f"expert_{e}", expert_class) for e in range(module.num_experts)]
-        return [_joined([part_of(expert, layer, LINEAR) for expert in experts]) for layer in (first, second)]
+        return [_joined(module, [part_of(expert, name, LINEAR) for expert in experts], name) for name in names]
 
     return weights
+
+
+def _dense_sites(*names: str) -> Callable[[Any], list[Part]]:
+    def sites(module: Any) -> list[Part]:
+        found = []
+        for name, target in zip(names, TARGETS, strict=True):
+            linears = tuple(f"expert_{e}.{name}" for e in range(module.num_experts))
+            weight = [module.get_submodule(linear).weight for linear in linears]
+            found.append(Part(module, name, target, weight, linears=linears))
+        return found
+
+    return sites
 
 
 def _run_dense(module: Any, weights: Sequence[_Linears], x: Tensor, plan: switchgear.Plan) -> Tensor:
@@ -169,7 +209,22 @@ def _vitpose(module: Any, weights: Sequence[_Linears], hidden_state: Tensor, ind
 
 
 def _stacked(module: Any) -> ExpertWeights:
-    return ExpertWeights(module.gate_up_proj, module.down_proj)
+    return ExpertWeights(*_read(_stacked_sites(module)))
+
+
+def _stacked_sites(module: Any) -> list[Part]:
+    return [Part(module, name, name, getattr(module, name)) for name in TARGETS]
+
+
+def _read(parts: list[Part], lent: Lent | None = None) -> list[Any]:
+    """The weights with their adapters."""
+    return [adapted(p.module, p.name, p.weight, transposed=p.transposed, lent=lent) for p in parts]
+
+
+def _longcat_sites(module: Any) -> list[Part]:
+    first, second = _stacked_sites(module)
+    # gate_up_proj also has rows for the zero experts; nothing reads them.
+    return [first._replace(weight=module.gate_up_proj[: module.num_routed_experts]), second]
 
 
 _DBRX_MLP = of_model("dbrx", "DbrxExpertGLU")
@@ -180,40 +235,67 @@ _SWITCH_EXPERT = of_model("switch_transformers", "SwitchTransformersDenseActDens
 
 
 def _jetmoe_weights(module: Any) -> ExpertWeights:
-    first: Any = part_of(module, "input_linear", _JETMOE_LINEAR)
-    second: Any = part_of(module, "output_linear", _JETMOE_LINEAR)
-    return ExpertWeights(first.weight, second.weight)
+    lents = [wrapped_part_of(module, name, _JETMOE_LINEAR)[1] for name in ("input_linear", "output_linear")]
+    parts = zip(_jetmoe_sites(module), lents, strict=True)
+    return ExpertWeights(*(_read([part], lent)[0] for part, lent in parts))
+
+
+def _jetmoe_sites(module: Any) -> list[Part]:
+    linears = (inner(module.input_linear), inner(module.output_linear))
+    return [Part(linear, "weight", target, linear.weight) for linear, target in zip(linears, TARGETS, strict=True)]
+
+
+def _jetmoe_linear_weights(module: Any) -> Sequence[Any]:
+    return (adapted(module, "weight", module.weight),)
 
 
 def _llama4_weights(module: Any) -> ExpertWeights:
-    experts: Any = part_of(module, "experts", _LLAMA4_EXPERTS)
-    return ExpertWeights(experts.gate_up_proj.mT, experts.down_proj.mT)
+    _, lent = wrapped_part_of(module, "experts", _LLAMA4_EXPERTS)
+    return ExpertWeights(*_read(_llama4_sites(module), lent))
 
 
-def _dbrx_weights(module: Any) -> Sequence[Tensor]:
-    mlp: Any = part_of(module, "mlp", _DBRX_MLP)
-    return mlp.w1, mlp.v1, mlp.w2
+def _llama4_sites(module: Any) -> list[Part]:
+    experts = inner(module.experts)
+    return [Part(experts, name, name, getattr(experts, name).mT, True) for name in TARGETS]
+
+
+def _dbrx_weights(module: Any) -> Sequence[Any]:
+    _, lent = wrapped_part_of(module, "mlp", _DBRX_MLP)
+    return _read(_dbrx_sites(module), lent)
+
+
+def _dbrx_sites(module: Any) -> list[Part]:
+    mlp, sizes = inner(module.mlp), (module.num_experts, module.ffn_hidden_size, module.hidden_size)
+    first = [Part(mlp, name, TARGETS[0], getattr(mlp, name).view(sizes)) for name in ("w1", "v1")]
+    return [*first, Part(mlp, "w2", TARGETS[1], mlp.w2.view(sizes).mT, True)]
+
+
+def _vitpose_sites(module: Any) -> list[Part]:
+    linears = tuple(module._modules)
+    return [Part(module, "weight", TARGETS[0], [module[int(e)].weight for e in linears], linears=linears)]
 
 
 # model folder and class in transformers -> how to run it
 PATCHES: dict[str, Patch] = {
-    "dbrx.DbrxExperts": Patch(_dbrx_weights, _dbrx, samples.dbrx),
-    "jetmoe.JetMoeMoE": Patch(_jetmoe_weights, _jetmoe, samples.jetmoe, gate=""),
+    "dbrx.DbrxExperts": Patch(_dbrx_weights, _dbrx, samples.dbrx, sites=_dbrx_sites),
+    "jetmoe.JetMoeMoE": Patch(_jetmoe_weights, _jetmoe, samples.jetmoe, gate="", sites=_jetmoe_sites),
     "jetmoe.JetMoeParallelExperts": Patch(
-        lambda m: (m.weight,), _jetmoe_linear, samples.jetmoe_linear, has_choice=False
+        _jetmoe_linear_weights, _jetmoe_linear, samples.jetmoe_linear, has_choice=False
     ),
-    "llama4.Llama4TextMoe": Patch(_llama4_weights, _llama4, samples.llama4, gate="experts"),
+    "llama4.Llama4TextMoe": Patch(_llama4_weights, _llama4, samples.llama4, gate="experts", sites=_llama4_sites),
     "longcat_flash.LongcatFlashExperts": Patch(
-        # gate_up_proj also has rows for the zero experts; nothing reads them.
-        lambda m: ExpertWeights(m.gate_up_proj[: m.num_routed_experts], m.down_proj), _longcat, samples.longcat, gate=""
+        lambda m: ExpertWeights(*_read(_longcat_sites(m))), _longcat, samples.longcat, gate="", sites=_longcat_sites
     ),
-    "nllb_moe.NllbMoeExperts": Patch(_dense_experts(_NLLB_EXPERT, "fc1", "fc2"), _nllb, samples.nllb),
-    "step3p7.Step3p7Experts": Patch(_stacked, _step3p7, samples.topk, gate=""),
+    "nllb_moe.NllbMoeExperts": Patch(
+        _dense_experts(_NLLB_EXPERT, "fc1", "fc2"), _nllb, samples.nllb, sites=_dense_sites("fc1", "fc2")
+    ),
+    "step3p7.Step3p7Experts": Patch(_stacked, _step3p7, samples.topk, gate="", sites=_stacked_sites),
     "switch_transformers.SwitchTransformersExperts": Patch(
-        _dense_experts(_SWITCH_EXPERT, "wi", "wo"), _switch, samples.switch
+        _dense_experts(_SWITCH_EXPERT, "wi", "wo"), _switch, samples.switch, sites=_dense_sites("wi", "wo")
     ),
     "vitpose_backbone.VitPoseNaiveMoe": Patch(
-        lambda m: (_linears(m, list(m._modules)),), _vitpose, samples.vitpose, has_choice=False
+        lambda m: (_linears(m, list(m._modules), "weight"),), _vitpose, samples.vitpose, has_choice=False,
+        sites=_vitpose_sites,
     ),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from switchgear.experts import Experts
 from switchgear.functional import Routing, combine, glu, grouped_gemm, moe, plan
 from switchgear.layers.common import WithLosses
 from switchgear.reference import check_choice, weight_dtype
+from switchgear.weights.adapted import has_adapters
 
 
 class MergedExperts(WithLosses):
@@ -134,6 +135,8 @@ class MergedExperts(WithLosses):
 
     def _merged(self, name: str, routing: Routing) -> tuple[Tensor, Tensor | None]:
         """The merged weights [B,out,in] and bias [B,out] of a projection."""
+        if has_adapters(self.experts):
+            raise ValueError("experts: expected none with adapters, whose weights cannot be averaged; merge them first")
         ids, weights = routing.topk_ids, routing.topk_weights
         bias = getattr(self.experts, f"{name}_bias")
         merged = self.merge(getattr(self.experts, name), ids, weights)

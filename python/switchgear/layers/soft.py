@@ -27,7 +27,7 @@ class SoftMoE(nn.Module):
 
     Args:
         experts: a module with the interface of Experts, hidden_size and num_experts. Each expert processes exactly
-            `slots` rows per sequence, in one grouped GEMM.
+            `slots` rows per sequence, in one grouped GEMM. Its outputs may have another width than its inputs.
         slots: rows per expert and sequence.
         normalize: logits = (x / |x|) · (scale · φ / |φ|) with a learned scale, instead of x · φ.
 
@@ -86,5 +86,5 @@ class SoftMoE(nn.Module):
         ids = torch.arange(self.num_experts, dtype=torch.int32, device=slots.device).repeat_interleave(self.slots)
         ids = ids.expand(slots.shape[:-1]).reshape(-1, 1)
         y: Tensor = self.experts(slots.reshape(-1, self.hidden_size), ids, torch.ones_like(ids, dtype=torch.float32))
-        y = combine.to(y.dtype) @ y.view(slots.shape)
+        y = combine.to(y.dtype) @ y.view(*slots.shape[:-1], -1)
         return y if mask is None else y * mask

@@ -117,13 +117,17 @@ def _allocate_moe_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _gradients(empty_weight: Callable[[Tensor], Tensor], args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Gradients of weights have the strides of the weights, so that an optimizer sees one layout."""
-    x = args[1]
+    """Gradients of weights have the strides of the weights, so that an optimizer sees one layout. With a list of
+    experts they are those of these experts only."""
+    x, experts = args[1], args[_NEEDS + 5]
+    count = None if experts is None else matrix("experts", experts, 1).shape[0]  # at most E
 
     def gradient(index: int, tensor: Tensor | None, need: bool) -> Tensor:
         if tensor is None or not need:
             absent: Tensor = x.new_empty(0, dtype=x.dtype if tensor is None else tensor.dtype)
             return absent
+        if count is not None and 0 < index < 5:
+            tensor = tensor[:count]
         if index in (1, 2) or index > 5:
             grad = empty_weight(tensor)
             if grad.stride(-1) == 1 or grad.stride(-2) == 1:
@@ -141,10 +145,11 @@ def _moe_backward_writes(kernels: Kernels, *args: Any) -> tuple[Any, Any]:
 
 
 moe_backward: Callable[..., tuple[Tensor, ...]] = register(
-    f"moe_backward(Tensor grad_y, Tensor x, Tensor h, {_LAYER}, bool[] needs, {_ADAPTERS}) -> (Tensor grad_x, "
-    "Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_gate_up_bias, Tensor grad_down_bias, "
-    "Tensor grad_topk_weights, Tensor grad_gate_up_a, Tensor grad_gate_up_b, Tensor grad_down_a, Tensor grad_down_b)",
-    "rrrwfwfrrddooooo-aann",
+    f"moe_backward(Tensor grad_y, Tensor x, Tensor h, {_LAYER}, bool[] needs, {_ADAPTERS}, Tensor? experts=None) "
+    "-> (Tensor grad_x, Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_gate_up_bias, "
+    "Tensor grad_down_bias, Tensor grad_topk_weights, Tensor grad_gate_up_a, Tensor grad_gate_up_b, "
+    "Tensor grad_down_a, Tensor grad_down_b)",
+    "rrrwfwfrrddooooo-aannd",
     _allocate_moe_backward,
     written=_moe_backward_writes,
     early=6,

@@ -111,16 +111,22 @@ grouped_gemm: Callable[..., Tensor] = register(
 
 
 def _allocate_grouped_gemm_wgrad(
-    grad_out: Tensor, x: Tensor, expert_offsets: Tensor, token_indices: Tensor | None, transposed: bool
+    grad_out: Tensor,
+    x: Tensor,
+    expert_offsets: Tensor,
+    token_indices: Tensor | None,
+    transposed: bool,
+    experts: Tensor | None,
 ) -> Tensor:
     rows, columns = matrix("grad_out", grad_out).shape[1], matrix("x", x).shape[1]
-    return reference.empty_weight(grad_out, expert_offsets.shape[0] - 1, rows, columns, transposed)
+    count = expert_offsets.shape[0] - 1 if experts is None else matrix("experts", experts, 1).shape[0]
+    return reference.empty_weight(grad_out, count, rows, columns, transposed)
 
 
 grouped_gemm_wgrad: Callable[..., Tensor] = register(
-    "grouped_gemm_wgrad(Tensor grad_out, Tensor x, Tensor expert_offsets, Tensor? token_indices, bool transposed) "
-    "-> Tensor",
-    "rrdd-",
+    "grouped_gemm_wgrad(Tensor grad_out, Tensor x, Tensor expert_offsets, Tensor? token_indices, bool transposed, "
+    "Tensor? experts=None) -> Tensor",
+    "rrdd-d",
     _allocate_grouped_gemm_wgrad,
 )
 

@@ -122,7 +122,7 @@ def accept(server: socket.socket, mesh: Mesh, wanted: set[int], secret: str, dea
                     if peer in wanted and peer not in mesh.sockets:
                         mesh.sockets[peer] = connection
                     else:
-                        connection.close()  # from a stranger
+                        connection.close()  # not from a rank
         finally:
             for connection in greetings:
                 connection.close()
@@ -135,7 +135,7 @@ def _receive(connection: socket.socket, count: int) -> bytes:
 
 
 def _rank_of(greeting: bytes, secret: str) -> int:
-    """-1 for a stranger."""
+    """-1 if the sender is no rank."""
     if len(greeting) < _GREETING.size:
         return -1
     rank, given = _GREETING.unpack(greeting)

@@ -16,7 +16,7 @@ instead of one per token, so that each token's sum runs over its experts in orde
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from switchgear import ops
 from switchgear.ops import GluOptions
-from switchgear.parallel import header, layout, local
+from switchgear.parallel import header, layout, local, recorded
 from switchgear.parallel.cost import choose_chunks
 from switchgear.parallel.record import Event
 from switchgear.parallel.transport import Work, _Done
@@ -109,6 +109,7 @@ class Saved(NamedTuple):
     num_tokens: int  # of this rank's part
     top_k: int
     tensors: tuple[Tensor, ...]  # x [R,H] all arrived rows, weights [P] of the pairs, and h of each chunk
+    runs: tuple[recorded.Run | None, ...] = ()  # of each chunk, if a module has run the experts
 
 
 def _terms(
@@ -149,11 +150,12 @@ def _agree(
 
 def forward(
     layer: Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gradients: int,
-    weights: local.Weights | None, module: Callable[[Tensor, Tensor, Tensor], Tensor],
+    weights: local.Weights | None, module: recorded.Module, records: bool = False,
 ) -> tuple[Tensor, Saved | None]:  # fmt: skip
     """y [T,H] of x [T,H], topk_ids [T,K] int32 and topk_weights [T,K] float32.
 
-    weights: of the local experts; what backward needs is saved. None: `module(x, ids, weights)` runs the experts.
+    weights: of the local experts; what backward needs is saved. None: `module(x, ids, weights)` runs the experts, with
+    a graph for backward if it `records`.
     """
     parallel = layer.parallel
     peers, record = parallel.peers, parallel.record
@@ -193,6 +195,7 @@ def forward(
     )
     results = _result_buffer(x, sending, each)
     place, hs = 0, []
+    runs: list[recorded.Run | None] = []
     back: list[Work] = []
     for c in range(num_chunks):
         link.wait(works[c])
@@ -206,8 +209,11 @@ def forward(
                 hs.append(h)
             elif not len(rows):
                 returned = rows
+                runs.append(None)
             else:
-                returned = _through_module(module, rows, chunk, receiving, pairs, pair_weights, each)
+                run = recorded.run(module, rows, chunk, pairs, pair_weights, each, records)
+                returned = run.y.detach()
+                runs.append(run if records else None)
         count = sum(returned_rows[c])
         target = results[place : place + count]
         place += count
@@ -218,16 +224,18 @@ def forward(
     with record.event("experts", "sum"):
         y = _sum_results(results, sending, topk_weights.detach(), each)
     y = _join_parts(link, y, all_tokens)
-    saved = None
-    if weights is not None:
-        saved = Saved(sending, receiving, all_tokens, num_tokens, top_k, (buffer, pair_weights, *hs))
+    if weights is None and not records:
+        return y, None
+    saved = Saved(sending, receiving, all_tokens, num_tokens, top_k, (buffer, pair_weights, *hs), tuple(runs))
     return y, saved
 
 
 def backward(
-    layer: Layer, grad_y: Tensor, saved: Saved, weights: local.Weights, gradients: int, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, topk_weights and the four Weights; `needs` is in this order."""
+    layer: Layer, grad_y: Tensor, saved: Saved, weights: local.Weights | Sequence[Tensor], gradients: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x, topk_weights and `weights`; `needs` is in this order. weights: the four Weights, or the
+    parameters of a module that has run the experts."""
     parallel = layer.parallel
     peers, record = parallel.peers, parallel.record
     link = _Link(parallel, grad_y.device)
@@ -243,11 +251,12 @@ def backward(
     rows_out = grad_y[_part(parallel, saved.all_tokens)][sending.row_tokens]
     buffer = torch.empty_like(x)
     works = _start_chunks(link, "dispatch", buffer, rows_out, receiving.rows, sending.rows)
-    num_pairs = len(receiving.slot_pairs)
-    intermediate = weights.down_proj.shape[2]
-    grad_h = buffer.new_empty(num_pairs, weights.gate_up_proj.shape[1])
-    weighted_a = buffer.new_empty(num_pairs, intermediate)
-    grad_pairs = pair_weights.new_empty(num_pairs)
+    experts: local.Backward | recorded.Backward
+    if isinstance(weights, local.Weights):
+        experts = local.Backward(x, hs, buffer, receiving, pair_weights, weights, layer.options, each)
+    else:
+        experts = recorded.Backward(saved.runs, buffer, receiving, pair_weights, weights, each)
+    grad_pairs = pair_weights.new_empty(len(receiving.slot_pairs))
     returning_rows, returned_rows = (
         (receiving.pairs_of_chunk, sending.pairs_of_chunk) if each else (receiving.rows, sending.rows)
     )
@@ -260,11 +269,8 @@ def backward(
             peers.enter("backward experts")
         chunk = local.chunk_of(receiving, c)
         with record.event("experts", f"backward {c}"):
-            returned, grad_slots, dh, wa = local.backward(
-                buffer[chunk.rows], hs[c], chunk, pair_weights, weights, layer.options, each
-            )
-            grad_pairs[chunk.slot_pairs] = grad_slots.to(grad_pairs.dtype)
-            grad_h[chunk.all_slots], weighted_a[chunk.all_slots] = dh, wa
+            returned, pairs, grad_slots = experts.chunk(c, chunk)
+            grad_pairs[pairs] = grad_slots.to(grad_pairs.dtype)
         if needs[0]:
             count = sum(returned_rows[c])
             target = results[place : place + count]
@@ -274,7 +280,7 @@ def backward(
     if needs[1]:
         back.append(link.start("weights", grad_choices[:, None], grad_pairs[:, None], sending.pairs, receiving.pairs))
     with record.event("experts", "weight gradients"):
-        grads = list(local.wgrad(x, buffer, grad_h, weighted_a, receiving, pair_weights, weights, tuple(needs[2:])))
+        grads = experts.gradients(needs[2:])
     grads = _sum_copies(link, layer, grads)
     if parallel.average_gradients and parallel.size > 1:
         for grad in grads:
@@ -358,20 +364,6 @@ def _sum_results(results: Tensor, sending: layout.Sending, weights: Tensor | Non
     offsets = torch.zeros(2, dtype=torch.int32, device=table.device)
     indices = torch.full((table.numel(),), -1, dtype=torch.int32, device=table.device)
     return ops.combine(results, offsets, indices, table.contiguous(), weights)
-
-
-def _through_module(
-    module: Callable[[Tensor, Tensor, Tensor], Tensor], rows: Tensor, chunk: local.Chunk,
-    receiving: layout.Receiving, pairs: Tensor, pair_weights: Tensor, each: bool,
-) -> Tensor:  # fmt: skip
-    """Runs the experts' module on a chunk. each: one token per pair, with weight 1."""
-    experts = (pairs[:, 0] % layout._FIRST).int()
-    if not each:
-        ids = torch.where(chunk.row_table >= 0, experts[chunk.row_pairs], -1)
-        return module(rows, ids.int(), pair_weights[chunk.row_pairs])
-    slots = chunk.returned_slots[:, 0].long()
-    ids = experts[chunk.slot_pairs[slots]][:, None]
-    return module(rows[chunk.slot_rows[slots].long()], ids, torch.ones_like(ids, dtype=pair_weights.dtype))
 
 
 def _sum_copies(link: _Link, layer: Layer, grads: list[Tensor | None]) -> list[Tensor | None]:

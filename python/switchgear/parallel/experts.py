@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from switchgear.parallel.group import ExpertParallel
 from switchgear.parallel.local import Weights
 from switchgear.parallel.placement import Placement
 from switchgear.weights import stored_of, weights_of
+from switchgear.weights.adapted import has_adapters, read_by
 
 
 class _Exchange(torch.autograd.Function):
@@ -49,6 +51,37 @@ class _Exchange(torch.autograd.Function):
                 ctx.layer, grad_y.contiguous(), saved, weights, ctx.gradients, ctx.needs_input_grad[:6]
             )
         return *grads, None, None
+
+
+class _ModuleExchange(torch.autograd.Function):
+    """The same for experts that a module runs; inputs: x, topk_weights, topk_ids, the layer, the module, and the
+    parameters that it reads."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer: exchange.Layer, module: Any, *rest: Tensor
+    ) -> Tensor:
+        ctx.layer = layer
+        ctx.gradients = sum(int(need) << i for i, need in enumerate(ctx.needs_input_grad[:2])) + 64
+        with layer.parallel.peers.exchange():
+            y, saved = exchange.forward(layer, x, topk_ids, topk_weights, ctx.gradients, None, module, True)
+        assert saved is not None
+        ctx.save_for_backward(*rest, *saved.tensors)
+        ctx.saved = saved._replace(tensors=())
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        need_x, need_weights, _, _, _, *needs = ctx.needs_input_grad
+        tensors, count = ctx.saved_tensors, len(needs)
+        saved = ctx.saved._replace(tensors=tensors[count:])
+        with ctx.layer.parallel.peers.exchange():
+            grad_x, grad_weights, *grads = exchange.backward(
+                ctx.layer, grad_y.contiguous(), saved, list(tensors[:count]), ctx.gradients,
+                (need_x, need_weights, *needs),
+            )  # fmt: skip
+        return grad_x, grad_weights, None, None, None, *grads
 
 
 def _absent(*_: Tensor) -> Tensor:
@@ -81,10 +114,12 @@ def make_layer(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def exchange_moe(
-    layer: exchange.Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: Weights | None, module: Any
-) -> Tensor:
+    layer: exchange.Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: Weights | None, module: Any,
+    parameters: Sequence[Tensor] = (),
+) -> Tensor:  # fmt: skip
     """Like switchgear.moe, with global topk_ids and the weights of the local experts. Without gradients,
-    `module`(x, local ids, weights) -> y runs the experts unless it is None. If weights is None, it must run them.
+    `module`(x, local ids, weights) -> y runs the experts unless it is None. If weights is None, it always runs them;
+    `parameters` are those that it reads and that may need gradients.
 
     Inside torch.autocast all tensors are cast to its dtype.
     """
@@ -100,12 +135,11 @@ def exchange_moe(
         raise ValueError(f"topk_ids: expected {len(x)} rows as x has, got {len(topk_ids)}")
     if weights is not None and needs_autograd(x, topk_weights, *weights):
         y: Tensor = apply(_Exchange, x, topk_weights, *weights, topk_ids, layer)
+    elif weights is None and needs_autograd(x, topk_weights, *parameters):
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        y = apply(_ModuleExchange, x, topk_weights, topk_ids, layer, module, *trained)
     else:
-        wanted = weights is None and needs_autograd(x, topk_weights)
         with torch.no_grad(), layer.parallel.peers.exchange():
-            if wanted:
-                what = "stored experts that are distributed"
-                raise ValueError(f"hidden_states: expected no gradients to be recorded with {what}")
             given = None if module is not None else weights
             y, _ = exchange.forward(layer, x, topk_ids, topk_weights, -1, given, module)
     return y if len(shape) == 2 else y.reshape(shape)
@@ -116,7 +150,7 @@ class ParallelExperts(Experts):
 
     MoE(..., parallel=…) creates it. The parameters are those of the local experts; `placement` lists them. With equal
     seeds, an expert has the same initial weights for any number of ranks. Every parameter gets a gradient at every
-    step, on every rank. Stored experts (switchgear.store) support inference only.
+    step, on every rank. Stored experts (switchgear.store) and those with adapters run as one module per chunk.
     """
 
     def __init__(
@@ -148,11 +182,16 @@ class ParallelExperts(Experts):
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden_states [..., H], topk_ids [..., K] (global ids, -1 for none), topk_weights [..., K] -> [..., H]."""
-        weights = None
-        if stored_of(self) is None:
+        weights: Weights | None = None
+        parameters: list[Tensor] = []
+        if stored_of(self) is not None or has_adapters(self):
+            parameters = read_by(self)
+        else:
             first, second = weights_of(self, self._layout)
             weights = Weights(first, second, getattr(self, f"{self._first}_bias"), self.down_proj_bias)
-        y: Tensor = exchange_moe(self._layer, hidden_states, topk_ids, topk_weights, weights, super().forward)
+        y: Tensor = exchange_moe(
+            self._layer, hidden_states, topk_ids, topk_weights, weights, super().forward, parameters
+        )
         return y
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ order of the tokens of all ranks, for any number of chunks: one process with all
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,14 +90,42 @@ def backward(
         return grad_y, pair_weights[:0], h, grad_y.new_empty(0, weights.down_proj.shape[2])
     a = ops.glu(h, *options)
     g = ops.grouped_gemm(grad_y, [weights.down_proj.mT], (), None, chunk.offsets, chunk.slot_rows, False, True)
-    grad_weights = _dot_rows(g, a)
+    grad_weights = dot_rows(g, a)
     if weights.down_bias is not None:
         expert = torch.repeat_interleave(chunk.offsets.diff())
-        grad_weights += _dot_rows(grad_y[chunk.slot_rows.long()], weights.down_bias[expert])
+        grad_weights += dot_rows(grad_y[chunk.slot_rows.long()], weights.down_bias[expert])
     w = pair_weights[chunk.slot_pairs][:, None]
     grad_h = ops.glu_backward((g * w).to(g.dtype), h, *options)
     grad_x = ops.grouped_gemm(grad_h, [weights.gate_up_proj.mT], (), None, chunk.offsets, None, False, True)
     return _returned(grad_x, chunk, None, each), grad_weights, grad_h, (a * w).to(a.dtype)
+
+
+class Backward:
+    """The backward pass of all chunks. grad_y: the rows of all chunks, which arrive chunk by chunk."""
+
+    def __init__(
+        self, x: Tensor, hs: Sequence[Tensor], grad_y: Tensor, receiving: Receiving, pair_weights: Tensor,
+        weights: Weights, options: GluOptions, each: bool,
+    ) -> None:  # fmt: skip
+        self._x, self._hs, self._grad_y, self._receiving, self._each = x, hs, grad_y, receiving, each
+        self._pair_weights, self._weights, self._options = pair_weights, weights, options
+        num_pairs = len(receiving.slot_pairs)
+        self._grad_h = grad_y.new_empty(num_pairs, weights.gate_up_proj.shape[1])
+        self._weighted_a = grad_y.new_empty(num_pairs, weights.down_proj.shape[2])
+
+    def chunk(self, c: int, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of grad_x to return; pairs, and the gradients of their topk_weights."""
+        returned, grad_slots, grad_h, weighted_a = backward(
+            self._grad_y[chunk.rows], self._hs[c], chunk, self._pair_weights, self._weights, self._options, self._each
+        )
+        self._grad_h[chunk.all_slots], self._weighted_a[chunk.all_slots] = grad_h, weighted_a
+        return returned, chunk.slot_pairs, grad_slots
+
+    def gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
+        """Of the Weights."""
+        weights, needed = self._weights, tuple(needs)
+        rows = (self._x, self._grad_y, self._grad_h, self._weighted_a)
+        return list(wgrad(*rows, self._receiving, self._pair_weights, weights, needed))
 
 
 def wgrad(
@@ -131,7 +160,7 @@ def _returned(rows: Tensor, chunk: Chunk, weights: Tensor | None, each: bool) ->
     return sum_rows(rows, chunk.row_table, weights)
 
 
-def _dot_rows(a: Tensor, b: Tensor) -> Tensor:
+def dot_rows(a: Tensor, b: Tensor) -> Tensor:
     """[P] ⟨a[p], b[p]⟩ in float32 (float64 for float64): combine_weight_backward with one slot per token."""
     count = len(a)
     index = torch.arange(count, dtype=torch.int32, device=a.device)

@@ -122,7 +122,7 @@ class PeerMemoryTransport:
         self._stop.fill_(1)
 
     def close(self) -> None:
-        """Waits until the others have read what was sent, so that nobody writes here any more; for a short time only,
+        """Waits until the others have read what was sent, so that no rank writes here any more; for a short time only,
         and not after a failure."""
         end = time.monotonic() + _DRAIN_SECONDS
         while time.monotonic() < end and not all(ended() for ended in self._under_way):

@@ -28,6 +28,7 @@ from switchgear.parallel.experts import exchange_moe, make_layer
 from switchgear.parallel.group import ExpertParallel
 from switchgear.parallel.local import Weights
 from switchgear.parallel.placement import Placement
+from switchgear.weights.adapted import read_by
 
 NAME = "switchgear"
 _groups: weakref.WeakValueDictionary[tuple[Any, ...], ExpertParallel] = weakref.WeakValueDictionary()
@@ -71,13 +72,14 @@ class SwitchgearEP(EPImplementation):
             self._layer = make_layer(self.parallel, placement, gate, self._number, weights.down_proj.shape[1:])
         first, second, *biases = weights
         plain = None
-        if isinstance(first, Tensor) and isinstance(second, Tensor):  # else stored, for inference
+        if isinstance(first, Tensor) and isinstance(second, Tensor):  # else stored, or with adapters
             plain = Weights(first, second, *biases)
-        y: Tensor = exchange_moe(self._layer, hidden_states, top_k_index, top_k_weights, plain, self._run_module)
+        choice, run = (top_k_index, top_k_weights), self._run_module
+        y: Tensor = exchange_moe(self._layer, hidden_states, *choice, plain, run, read_by(module))
         return y
 
     def _run_module(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Without gradients: local ids, with transformers' sentinel for empty choices."""
+        """Local ids, with transformers' sentinel for empty choices."""
         ids = torch.where(ids < 0, self._num_local, ids).long()
         y: Tensor = self.experts_forward(x, ids, weights.to(x.dtype))
         return y

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from switchgear.modules import MoE
+from switchgear.presets.adapters import loramoe, mor1e, octavius, phatgoose, self_moe, smola
 from switchgear.presets.balance import (
     deepseek_moe,
     global_balance,
@@ -88,6 +89,7 @@ __all__ = [
     "isolated_expert_choice",
     "llama4",
     "locmoe",
+    "loramoe",
     "loss_free",
     "maskmoe",
     "merged",
@@ -97,15 +99,20 @@ __all__ = [
     "moe_x",
     "moec",
     "monet",
+    "mor1e",
     "multi_head",
+    "octavius",
     "openmoe",
+    "phatgoose",
     "phimoe",
     "pmoe",
     "qwen3",
     "remoe",
     "sam",
+    "self_moe",
     "sigma_moe",
     "skywork",
+    "smola",
     "soft_moe",
     "stratified",
     "switch",

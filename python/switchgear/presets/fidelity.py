@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-GROUPS = ("score", "selection", "capacity", "balance", "structure", "model")
+GROUPS = ("score", "selection", "capacity", "balance", "structure", "adapter", "model")
 
 PAPER = "formula of the paper"
 CODE = "formula of its code"
@@ -61,6 +61,7 @@ FIDELITY = {
         f"score: {PAPER}; the loss is its divergence reversed, as the printed one is infinite: {OURS}",
         "top_k, locality, the unit of min_capacity",
     ),
+    "loramoe": Fidelity("adapter", 64, f"{PAPER}; its code divides the loss by mean² instead", "delta, balance"),
     "loss_free": Fidelity("balance", 4, PAPER, "sigmoid scores"),
     "maskmoe": Fidelity("selection", 16, PAPER, "frequent_from, top_k, balance"),
     "merged": Fidelity("structure", 49, f"{PAPER}; pooling, per_linear, bottleneck: after its code, form {OURS}"),
@@ -77,20 +78,27 @@ FIDELITY = {
         "clusters, dropout, interval",
     ),
     "monet": Fidelity("structure", 30, PAPER),
+    "mor1e": Fidelity("adapter", 66, f"rank-1 experts: {PAPER}; form of the prior: {OURS}", "top_k, weight, tau"),
     "multi_head": Fidelity("structure", 28, PAPER, "heads, top_k, balance"),
+    "octavius": Fidelity(
+        "adapter", 65, f"{PAPER}; the mean of a sequence without dim: {OURS}", "rank, top_k; the weights"
+    ),
     "openmoe": Fidelity(
         "balance",
         35,
         f"{PAPER}; z, evaluation_factor, min_capacity: of training code consistent with it",
         "capacity_factor, balance",
     ),
+    "phatgoose": Fidelity("adapter", 68, f"{PAPER}; learning rate of train_gate: {OURS}"),
     "phimoe": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
     "pmoe": Fidelity("selection", 33, PAPER),
     "qwen3": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
     "remoe": Fidelity("selection", None, f"{PAPER}; a coefficient for each layer instead of one for all: {OURS}"),
     "sam": Fidelity("selection", 15, f"{PAPER}; the form of alignment: {OURS}", "balance, alignment"),
+    "self_moe": Fidelity("adapter", 69, f"{PAPER}; a router for each width of input: {OURS}", "rank, top_k"),
     "sigma_moe": Fidelity("score", 11, f"{PAPER}, with its initial values"),
     "skywork": Fidelity("score", 13, PAPER, "top_k, capacity_factor, initial coefficient"),
+    "smola": Fidelity("adapter", 67, f"{PAPER}, with one set of experts for all modalities", "rank, slots"),
     "soft_moe": Fidelity("structure", 31, PAPER),
     "stratified": Fidelity("structure", 29, PAPER, "strata"),
     "switch": Fidelity("selection", 1, PAPER, "evaluation_factor, jitter"),

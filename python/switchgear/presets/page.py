@@ -26,9 +26,12 @@ A paper is a dict of options. What each preset sets, and what to call:
 
 - `switchgear.MoE(2048, 1024, 64, **switchgear.presets.expert_choice())` works for most of them;
 - `switchgear.presets.build(2048, 1024, 64, **switchgear.presets.multi_head())` works for all, including compositions of
-layers.
+layers;
+- those of *adapters as experts* are options of `switchgear.adapters.add_lora_experts(model, …)` and `mixture(model, …)`
+([adapter_experts.md](adapter_experts.md)); `build` makes one such layer, a Linear of hidden_size to intermediate_size.
 
-In the examples, x is [2,12,64], `token_ids` [2,12] are vocabulary ids and `task` [2,24] has one embedding per sequence.
+In the examples, x is [2,12,64], `token_ids` [2,12] are vocabulary ids, `task` [2,24] has one embedding per sequence,
+and `kinds` [2] are integers.
 The trainer adds the losses of `balance`: `loss + switchgear.balance_loss(model)`. Presets with a controller or an
 interval need `switchgear.after_step(model)` after each optimizer step. [routing.md](routing.md) describes the parts and
 how to write your own.
@@ -53,6 +56,7 @@ TITLES = {
     "capacity": "Capacity",
     "balance": "Balance",
     "structure": "Structure",
+    "adapter": "Adapters as experts",
     "model": "Models",
 }
 

@@ -38,6 +38,16 @@ def check_range(name: str, indices: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name}: expected {low} to {high - 1}, got {int(smallest)} to {int(largest)}")
 
 
+def check_experts(experts: Tensor | None, num_experts: int) -> None:
+    """Checks a list of experts: int32 [n], ascending. None passes."""
+    check("experts", experts, (None,), torch.int32)
+    if experts is None:
+        return
+    check_range("experts", experts, 0, num_experts)
+    if bool((experts[1:] <= experts[:-1]).any()):
+        raise ValueError(f"experts: expected ascending values, got {experts.tolist()}")
+
+
 MAX_EXPERTS = 1 << 24  # of a plan, whose memory grows with them; far more than the millions of any model
 
 

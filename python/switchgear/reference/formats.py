@@ -19,13 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.reference import compact, integers, minifloat, panels
+from switchgear.reference import compact, integers, minifloat, nf4, panels
 from switchgear.reference.checks import check, check_range
 
-FORMATS = ("plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4")
+FORMATS = ("plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4")
 FIELDS = ("scales", "row_scales", "zeros", "slots")
 BITS = {"int8": 8, "int4": 4}
-MINIFLOATS = ("fp8", "mxfp4")
+MINIFLOATS = ("fp8", "mxfp4", "nf4")
 _NEEDED = {
     "plain": (),
     "panels": (),
@@ -34,6 +34,7 @@ _NEEDED = {
     "int4": ("scales", "row_scales"),
     "fp8": ("scales",),
     "mxfp4": ("scales",),
+    "nf4": ("scales",),
 }
 
 
@@ -143,15 +144,16 @@ def _check_storage(name: str, stored: Stored, dtype: torch.dtype) -> None:
 
 def _check_minifloat(name: str, stored: Stored) -> None:
     is_fp8, size = stored.format == "fp8", stored.group_size
-    if size < 0 or size % minifloat.COLUMNS or not (is_fp8 or size == minifloat.COLUMNS):
-        allowed = "0 (the whole row) or a multiple of 32" if is_fp8 else "32"
+    wanted = minifloat.NF4_BLOCK if stored.format == "nf4" else minifloat.COLUMNS
+    if size < 0 or size % minifloat.COLUMNS or not (is_fp8 or size == wanted):
+        allowed = "0 (the whole row) or a multiple of 32" if is_fp8 else wanted
         raise ValueError(f"{name}: expected a group_size of {allowed}, got {size}")
     blocks = stored.parts * _divide_up(stored.rows // stored.parts, minifloat.ROWS)
     steps, groups = _divide_up(stored.cols, minifloat.COLUMNS), _divide_up(stored.cols, size or stored.cols)
     step_bytes = minifloat.ROWS * minifloat.COLUMNS * (8 if is_fp8 else 4) // 8
     experts = stored.data.shape[0]
     check(name, stored.data, (None, blocks, steps, step_bytes), torch.uint8)
-    dtype = torch.float32 if is_fp8 else torch.uint8
+    dtype = torch.uint8 if stored.format == "mxfp4" else torch.float32
     check(f"{name}_scales", stored.scales, (experts, blocks, groups, minifloat.ROWS), dtype)
 
 
@@ -198,6 +200,8 @@ def _decode_minifloat(stored: Stored) -> Tensor:
     )
     if stored.format == "mxfp4":
         return minifloat.decode_mxfp4(values, scales, stored.cols)
+    if stored.format == "nf4":
+        return nf4.decode_nf4(values, scales, stored.cols)
     return minifloat.decode_fp8(values, scales, group, stored.parts)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from switchgear.reference.activations import check_options, glu_backward_of, glu_of, intermediate_size_of
 from switchgear.reference.adapters import adapter_of
-from switchgear.reference.checks import check, weight_dtype, wide
+from switchgear.reference.checks import check, check_experts, weight_dtype, wide
 from switchgear.reference.formats import check_weight, decode, format_of
 from switchgear.reference.products import gemm, multiply, sum_rows, wgrad_of
 from switchgear.reference.rows import gather_rows, rows_of, segments, to_slots
@@ -37,6 +37,11 @@ def check_layer(
 def _check_trained(name: str, form: Sequence[int], need: bool) -> None:
     if form and need:
         raise ValueError(f"{name}: expected plain weights for their gradients, got {format_of(form)}")
+
+
+def empty_gradient(weight: Tensor, experts: Tensor | None) -> Tensor:
+    """The gradient of a weight [E,…], or of its `experts`, uninitialised, in the memory order of the weight."""
+    return torch.empty_like(weight if experts is None else weight[: experts.shape[0]])
 
 
 def moe_forward(
@@ -112,6 +117,7 @@ def moe_backward(
     down_adapter: Sequence[Tensor] | None = None,
     dropout_seed: Tensor | None = None,
     dropout: Sequence[float] = (),
+    experts: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of moe_forward from x and h; `a` is recomputed. Outputs that `needs` does not request (it may be
     shorter) are empty. With dy the rows of grad_y in slot order and w their weights:
@@ -119,6 +125,8 @@ def moe_backward(
         da' = dy · W_d                    dh = glu'(h, w · da')
         x             Σ_k dh · W_gu       gate_up_proj  dhᵀ · x          gate_up_bias  Σ dh
         topk_weights  <da', a> + <dy,b_d> down_proj     (w · dy)ᵀ · a    down_bias     Σ w · dy
+
+    experts: [n], ascending; the gradients of projections and biases are then those of these experts, [n,…].
 
     Then those of a and b of both adapters. With m the mask of dropout, u = s · (x ⊙ m) · A_guᵀ and
     v = s · (w · a ⊙ m) · A_dᵀ:
@@ -141,6 +149,7 @@ def moe_backward(
     check_layer(x, sizes, gate_up_bias, down_bias, topk_ids, topk_weights)
     check("grad_y", grad_y, x.shape, x.dtype)
     check("h", h, (topk_ids.numel(), width), x.dtype)
+    check_experts(experts, num_experts)
     drops, num_slots = (dropout_seed, dropout), topk_ids.numel()
     first = adapter_of("gate_up_adapter", gate_up_adapter, sizes, x.dtype, drops, 0, num_slots)
     second = adapter_of("down_adapter", down_adapter, down_sizes, x.dtype, drops, 1, num_slots)
@@ -158,11 +167,11 @@ def moe_backward(
     slot_weights = to_slots(topk_weights, slot_indices)[:, None]
     a = glu_of(rows_h, *options)
     if need_down:
-        grad_down = wgrad_of(grad_rows * slot_weights, a, expert_offsets, torch.empty_like(down))
+        grad_down = wgrad_of(grad_rows * slot_weights, a, expert_offsets, empty_gradient(down, experts), experts)
     if need_down_bias and down_bias is not None:
-        grad_down_bias = sum_rows(grad_rows * slot_weights, expert_offsets, down_bias)
+        grad_down_bias = sum_rows(grad_rows * slot_weights, expert_offsets, down_bias, experts)
     grad_a = gemm(grad_rows, down.mT, None, expert_offsets)  # da'
-    if second is not None:
+    if second is not None and down_adapter is not None:
         grad_v = second.low_gradient(grad_rows, expert_offsets)
         grad_a += second.input_gradient(grad_v, expert_offsets)
         if any(need_adapters[2:]):
@@ -177,7 +186,7 @@ def moe_backward(
     if need_x or need_gate_up or need_gate_up_bias or any(need_adapters[:2]):
         grad_h = glu_backward_of(grad_a * slot_weights, rows_h, *options)
         grad_u = None
-        if first is not None:
+        if first is not None and gate_up_adapter is not None:
             grad_u = first.low_gradient(grad_h, expert_offsets)
             if any(need_adapters[:2]):
                 rows = rows_of(x, token_indices)
@@ -188,8 +197,9 @@ def moe_backward(
                 grad_slots += first.input_gradient(grad_u, expert_offsets)
             grad_x = combine(grad_slots, expert_offsets, token_indices, slot_indices, None).to(x.dtype)
         if need_gate_up:
-            grad_gate_up = wgrad_of(grad_h, rows_of(x, token_indices), expert_offsets, torch.empty_like(gate_up))
+            rows_x, empty = rows_of(x, token_indices), empty_gradient(gate_up, experts)
+            grad_gate_up = wgrad_of(grad_h, rows_x, expert_offsets, empty, experts)
         if need_gate_up_bias and gate_up_bias is not None:
-            grad_gate_up_bias = sum_rows(grad_h, expert_offsets, gate_up_bias)
+            grad_gate_up_bias = sum_rows(grad_h, expert_offsets, gate_up_bias, experts)
     grads_adapters = [grad if need else absent for grad, need in zip(grads_adapters, need_adapters, strict=True)]
     return grad_x, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias, grad_weights, *grads_adapters

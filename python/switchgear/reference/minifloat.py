@@ -5,7 +5,8 @@
 
 fp8: values are e4m3fn. There is one float32 scale per group of rows and columns, as DeepSeek-V3 and Qwen3 publish it
 (`weight_scale_inv`, 128 x 128), or per row. mxfp4 (OCP Microscaling v1.0): values are e2m1. There is one scale
-2^(s - 127) per 32 columns of a row, as gpt-oss publishes it (`_blocks` and `_scales`).
+2^(s - 127) per 32 columns of a row, as gpt-oss publishes it (`_blocks` and `_scales`). nf4: nf4.py has its numbers, and
+its layouts are here.
 
 There are two layouts. The published one is in order of rows and columns. include/switchgear/minifloat.h defines the
 stored one, which the kernels read. to_blocks and from_blocks convert between them without changing a bit.
@@ -26,15 +27,19 @@ ROW = (1, 0)  # 0: all columns
 
 FP8_MAX = 448.0
 SMALLEST_SCALE = 2.0**-126  # of fp8: the smallest normal float32; below, amax / 448 loses bits, or is zero
+NF4_BLOCK = 64  # columns that share a scale of nf4
 MXFP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0..7; bit 3 is the sign
 NAN_SCALE = 255  # of e8m0
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Encoded(NamedTuple):
     """A weight [E,N,C] in the published layout."""
 
-    values: Tensor  # uint8. fp8: [E,N,C] codes; mxfp4: [E,N,⌈C/32⌉,16], column 2i in the lower half of byte i
-    scales: Tensor  # fp8: float32 [E, parts · ⌈N/parts/group[0]⌉, ⌈C/group[1]⌉]; mxfp4: uint8 [E,N,⌈C/32⌉]
+    # fp8: [E,N,C] codes; mxfp4: [E,N,⌈C/32⌉,16], column 2i in the lower half of byte i; nf4: [E,N,⌈C/2⌉], in the upper
+    values: Tensor  # uint8
+    # fp8: float32 [E, parts · ⌈N/parts/group[0]⌉, ⌈C/group[1]⌉]; mxfp4: uint8 [E,N,⌈C/32⌉]; nf4: float32 [E,N,⌈C/64⌉]
+    scales: Tensor
     lossless: bool  # whether decoding to the dtype of the weight gives the weight, bit for bit
 
 
@@ -42,12 +47,12 @@ def _divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _slices(rows: Tensor, count: int = 64) -> list[Tensor]:
+def row_slices(rows: Tensor, count: int = 64) -> list[Tensor]:
     """Splits rows into slices whose intermediate results fit in a cache and reuse memory."""
     return [rows[first : first + count] for first in range(0, max(len(rows), 1), count)]
 
 
-def _pad(tensor: Tensor, columns: int = 0, rows: int = 0) -> Tensor:
+def pad_zeros(tensor: Tensor, columns: int = 0, rows: int = 0) -> Tensor:
     """Pads with zeros to the right and below. Returns the tensor itself, without a copy, if no padding is needed."""
     return pad(tensor, (0, columns, 0, rows)) if columns or rows else tensor
 
@@ -103,10 +108,10 @@ def check_group(group: tuple[int, int]) -> None:
 def _split_parts(matrix: Tensor, parts: int, multiple: int) -> Tensor:
     """[N,C] -> [parts, N/parts, C]; pads each part with rows of zeros to a multiple."""
     shares = matrix.view(parts, matrix.shape[0] // parts, matrix.shape[1])
-    return _pad(shares, rows=-shares.shape[1] % multiple)
+    return pad_zeros(shares, rows=-shares.shape[1] % multiple)
 
 
-def _finite_experts(weight: Tensor, name: str) -> Iterator[Tensor]:
+def finite_experts(weight: Tensor, name: str) -> Iterator[Tensor]:
     """The matrices [N,C] of a weight in float32, one at a time, since encoding needs several times their memory."""
     if weight.dim() != 3 or not weight.is_floating_point() or not len(weight):
         raise ValueError(f"{name}: expected floating-point numbers [E,N,C], got {weight.dtype} {list(weight.shape)}")
@@ -117,13 +122,18 @@ def _finite_experts(weight: Tensor, name: str) -> Iterator[Tensor]:
         yield w
 
 
-def _encoded(weight: Tensor, matrices: list[tuple[Tensor, Tensor]], decode: Callable[..., Tensor]) -> Encoded:
+def encoded(weight: Tensor, matrices: list[tuple[Tensor, Tensor]], decode: Callable[..., Tensor]) -> Encoded:
     values, scales = (torch.stack(tensors) for tensors in zip(*matrices, strict=True))
     lossless = all(
-        torch.equal(decode(v[None], s[None])[0].to(weight.dtype), plain)
+        torch.equal(_bits(decode(v[None], s[None])[0].to(weight.dtype)), _bits(plain))
         for v, s, plain in zip(values, scales, weight, strict=True)
     )
     return Encoded(values, scales, lossless)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Integers, which distinguish the zeros."""
+    return tensor.view(_INTEGERS[tensor.itemsize])
 
 
 def encode_fp8(weight: Tensor, group: tuple[int, int] = BLOCK, parts: int = 1, name: str = "weight") -> Encoded:
@@ -144,15 +154,15 @@ def encode_fp8(weight: Tensor, group: tuple[int, int] = BLOCK, parts: int = 1, n
     def encode(w: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = w.shape
         size = group[1] or max(columns, 1)
-        padded = _pad(_split_parts(w, parts, group[0]), -columns % size)
+        padded = pad_zeros(_split_parts(w, parts, group[0]), -columns % size)
         tiles = padded.view(parts, padded.shape[1] // group[0], group[0], padded.shape[2] // size, size)
         amax = tiles.abs().amax((2, 4), keepdim=True)
         scale = torch.where(amax == 0, 1.0, (amax / FP8_MAX).clamp_(min=SMALLEST_SCALE))
         codes = e4m3_codes(tiles / scale).view(padded.shape)[:, : rows // parts, :columns]
         return codes.reshape(rows, columns), scale[:, :, 0, :, 0].flatten(0, 1)
 
-    matrices = [encode(w) for w in _finite_experts(weight, name)]
-    return _encoded(weight, matrices, lambda values, scales: decode_fp8(values, scales, group, parts))
+    matrices = [encode(w) for w in finite_experts(weight, name)]
+    return encoded(weight, matrices, lambda values, scales: decode_fp8(values, scales, group, parts))
 
 
 def encode_mxfp4(weight: Tensor, name: str = "weight") -> Encoded:
@@ -172,7 +182,7 @@ def encode_mxfp4(weight: Tensor, name: str = "weight") -> Encoded:
     """
 
     def encode(w: Tensor) -> tuple[Tensor, Tensor]:
-        tiles = _pad(w, -w.shape[1] % COLUMNS).view(len(w), _divide_up(w.shape[1], COLUMNS), COLUMNS)
+        tiles = pad_zeros(w, -w.shape[1] % COLUMNS).view(len(w), _divide_up(w.shape[1], COLUMNS), COLUMNS)
         exponent = tiles.abs().amax(-1).view(torch.int32) >> 23  # biased by 127, like scale codes
         scale = (exponent - 2).clamp_(min=0)
         codes = e2m1_codes(tiles * e8m0_scales(254 - scale)[..., None])  # exact, except for what rounds to zero anyway
@@ -183,11 +193,11 @@ def encode_mxfp4(weight: Tensor, name: str = "weight") -> Encoded:
         return codes[..., ::2] | codes[..., 1::2] << 4, (scale + halve).to(torch.uint8)
 
     def encode_in_slices(w: Tensor) -> tuple[Tensor, Tensor]:
-        blocks, scales = zip(*map(encode, _slices(w)), strict=True)
+        blocks, scales = zip(*map(encode, row_slices(w)), strict=True)
         return torch.cat(blocks), torch.cat(scales)
 
-    matrices = [encode_in_slices(w) for w in _finite_experts(weight, name)]
-    return _encoded(weight, matrices, lambda blocks, scales: decode_mxfp4(blocks, scales, weight.shape[2]))
+    matrices = [encode_in_slices(w) for w in finite_experts(weight, name)]
+    return encoded(weight, matrices, lambda blocks, scales: decode_mxfp4(blocks, scales, weight.shape[2]))
 
 
 # ---- decode ----------------------------------------------------------------------------------------------------------
@@ -204,7 +214,7 @@ def decode_fp8(
     out = torch.empty(values.shape, dtype=dtype, device=values.device)
     columns = values.shape[2]
     tensors = out, values.view(torch.float8_e4m3fn), rows_of_scales(scales, values.shape[1], group, parts)
-    slices = (_slices(tensor.flatten(0, 1)) for tensor in tensors)
+    slices = (row_slices(tensor.flatten(0, 1)) for tensor in tensors)
     for some, codes, scale in zip(*slices, strict=True):
         by_column = scale.repeat_interleave(group[1] or max(columns, 1), 1)[:, :columns]
         some.copy_(codes.float().mul_(by_column))
@@ -220,7 +230,7 @@ def decode_mxfp4(
     out = torch.empty(*blocks.shape[:2], columns, dtype=dtype, device=blocks.device)
     values = _e2m1_values(blocks.device)
     pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), -1)  # the two values of each byte
-    slices = (_slices(tensor.flatten(0, 1)) for tensor in (out, blocks, scales))
+    slices = (row_slices(tensor.flatten(0, 1)) for tensor in (out, blocks, scales))
     for some, block, scale in zip(*slices, strict=True):
         decoded = pairs[block.int()].flatten(2).mul_(e8m0_scales(scale)[..., None])
         some.copy_(decoded.flatten(1)[:, :columns])
@@ -254,7 +264,7 @@ def _unpack_fp8(data: Tensor) -> Tensor:
 def _pack_mxfp4(rows: Tensor, data: Tensor) -> None:
     """[B,16,16·C] -> [B,C,256]. Of each four bytes (eight columns), the first new byte holds the lower halves of the
     first two, the second those of the last two; the third and fourth hold the upper halves likewise."""
-    for block, out in zip(_slices(rows, 4), _slices(data, 4), strict=True):
+    for block, out in zip(row_slices(rows, 4), row_slices(data, 4), strict=True):
         count, steps, _ = out.shape
         words = block.view(count, ROWS, steps, 4, 2, 2).permute(0, 2, 3, 1, 4, 5)
         even, odd = words[..., 0], words[..., 1]
@@ -271,6 +281,12 @@ def _unpack_mxfp4(data: Tensor) -> Tensor:
     return bytes_of.permute(0, 3, 1, 2, 4, 5).reshape(count, ROWS, 16 * steps)
 
 
+def _swap_nf4(bytes_: Tensor) -> Tensor:
+    """Converts published bytes of nf4 to those that _pack_mxfp4 takes, and back: halves swapped, codes XOR 7, so that
+    padding with zeros is padding with the value 0."""
+    return (bytes_ << 4 | bytes_ >> 4) ^ 0x77
+
+
 def _to_rows_of_blocks(matrix: Tensor, parts: int) -> Tensor:
     """[N,D] -> [parts·B, 16, D]; pads each part with rows of zeros."""
     return _split_parts(matrix, parts, ROWS).view(-1, ROWS, matrix.shape[1])
@@ -279,6 +295,10 @@ def _to_rows_of_blocks(matrix: Tensor, parts: int) -> Tensor:
 def _from_rows_of_blocks(blocks: Tensor, rows: int, parts: int) -> Tensor:
     shares = blocks.reshape(parts, blocks.shape[0] // parts * ROWS, blocks.shape[2])
     return shares[:, : rows // parts].reshape(rows, blocks.shape[2])
+
+
+_SHAPES = {"fp8": "[E,N,C]", "mxfp4": "[E,N,C/32,16]", "nf4": "[E,N,C/2]"}  # of published values
+_WIDTHS = {"fp8": 1, "mxfp4": COLUMNS, "nf4": 2}  # columns of an index of their third dimension
 
 
 def blocks_shape(rows: int, columns: int, format: str, parts: int = 1) -> tuple[int, int, int]:
@@ -304,7 +324,7 @@ def to_blocks(
     is_fp8, (num_experts, rows) = format == "fp8", values.shape[:2]
     if is_fp8:
         scales = rows_of_scales(scales, rows, group, parts)
-    shape = blocks_shape(rows, values.shape[2] * (1 if is_fp8 else COLUMNS), format, parts)
+    shape = blocks_shape(rows, values.shape[2] * _WIDTHS[format], format, parts)
     data, stored = out or (
         torch.empty(num_experts, *shape, dtype=torch.uint8, device=values.device),
         scales.new_empty(num_experts, shape[0], scales.shape[2], ROWS),
@@ -312,7 +332,8 @@ def to_blocks(
     pack, width = (_pack_fp8 if is_fp8 else _pack_mxfp4), shape[1] * shape[2] // ROWS
     for expert in range(num_experts):
         matrix = values[expert].contiguous().view(torch.uint8).flatten(1)
-        pack(_to_rows_of_blocks(_pad(matrix, width - matrix.shape[1]), parts), data[expert])
+        matrix = _swap_nf4(matrix) if format == "nf4" else matrix
+        pack(_to_rows_of_blocks(pad_zeros(matrix, width - matrix.shape[1]), parts), data[expert])
         stored[expert] = _to_rows_of_blocks(scales[expert], parts).mT
     return data, stored
 
@@ -328,26 +349,29 @@ def from_blocks(
 ) -> tuple[Tensor, Tensor]:
     """The inverse of to_blocks: (values, scales) in the published layout."""
     num_experts, _, steps, _ = data.shape
-    values = data.new_empty(num_experts, rows, columns if format == "fp8" else 16 * steps)
+    width = 16 * steps if format == "mxfp4" else _divide_up(columns, _WIDTHS[format])
+    values = data.new_empty(num_experts, rows, width)
     by_row = scales.new_empty(num_experts, rows, scales.shape[2])
     unpack = _unpack_fp8 if format == "fp8" else _unpack_mxfp4
     for expert in range(num_experts):
         matrix = _from_rows_of_blocks(unpack(data[expert]), rows, parts)
-        values[expert] = matrix[:, : values.shape[2]]
+        values[expert] = _swap_nf4(matrix[:, :width]) if format == "nf4" else matrix[:, :width]
         by_row[expert] = _from_rows_of_blocks(scales[expert].mT, rows, parts)
     if format == "mxfp4":
         return values.view(num_experts, rows, steps, 16), by_row
+    if format == "nf4":
+        return values, by_row
     shares = by_row.view(num_experts, parts, rows // parts, scales.shape[2])
     return values, shares[:, :, :: group[0]].flatten(1, 2)
 
 
 def check_published(values: Tensor, scales: Tensor, format: str, parts: int, group: tuple[int, int] = BLOCK) -> None:
     """Raises ValueError or TypeError with the argument's name unless this is a finite weight in published layout."""
-    if format not in ("fp8", "mxfp4"):
-        raise ValueError(f"format: expected 'fp8' or 'mxfp4', got {format!r}")
-    is_fp8 = format == "fp8"
-    if values.dim() != (3 if is_fp8 else 4):
-        raise ValueError(f"values: expected {'[E,N,C]' if is_fp8 else '[E,N,C/32,16]'}, got {list(values.shape)}")
+    if format not in _SHAPES:
+        raise ValueError(f"format: expected 'fp8', 'mxfp4' or 'nf4', got {format!r}")
+    is_fp8, shape = format == "fp8", _SHAPES[format]
+    if values.dim() != shape.count(",") + 1:
+        raise ValueError(f"values: expected {shape}, got {list(values.shape)}")
     num_experts, rows, columns = values.shape[:3]
     check_parts(rows, parts)
     if is_fp8:
@@ -355,13 +379,16 @@ def check_published(values: Tensor, scales: Tensor, format: str, parts: int, gro
         groups = _divide_up(columns, group[1] or max(columns, 1))
         _check("values", values, tuple(values.shape), (torch.uint8, torch.float8_e4m3fn))
         _check("scales", scales, (num_experts, parts * _divide_up(rows // parts, group[0]), groups), (torch.float32,))
-    else:
+    elif format == "mxfp4":
         _check("values", values, (num_experts, rows, columns, 16), (torch.uint8,))
         _check("scales", scales, (num_experts, rows, columns), (torch.uint8,))
+    else:
+        _check("values", values, tuple(values.shape), (torch.uint8,))
+        _check("scales", scales, (num_experts, rows, _divide_up(2 * columns, NF4_BLOCK)), (torch.float32,))
     for expert in range(num_experts):
-        if is_fp8 and any(map(_has_nan, _slices(values[expert].view(torch.uint8)))):
+        if is_fp8 and any(map(_has_nan, row_slices(values[expert].view(torch.uint8)))):
             raise ValueError(f"values: expected numbers, expert {expert} has NaN")
-        finite = scales[expert].isfinite() if is_fp8 else scales[expert] != NAN_SCALE
+        finite = scales[expert] != NAN_SCALE if format == "mxfp4" else scales[expert].isfinite()
         if not bool(finite.all()):
             raise ValueError(f"scales: expected finite numbers, expert {expert} has others")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from switchgear.reference import formats
-from switchgear.reference.checks import check, wide
+from switchgear.reference.checks import check, check_experts, wide
 from switchgear.reference.rows import check_offsets, rows_of, segments
 
 
@@ -25,18 +25,22 @@ def gemm(rows: Tensor, matrices: Tensor | Sequence[Tensor], bias: Tensor | None,
     return out
 
 
-def wgrad_of(grad_rows: Tensor, rows: Tensor, expert_offsets: Tensor, grad_weight: Tensor) -> Tensor:
-    """Fills grad_weight [E,N,C] with Σ_s grad_rows[s] ⊗ rows[s] of each expert."""
+def wgrad_of(
+    grad_rows: Tensor, rows: Tensor, expert_offsets: Tensor, grad_weight: Tensor, experts: Tensor | None = None
+) -> Tensor:
+    """Fills grad_weight with Σ_s grad_rows[s] ⊗ rows[s] of each expert, or of each of `experts`."""
     grad_weight.zero_()
+    index_of = {e: i for i, e in enumerate(range(len(grad_weight)) if experts is None else experts.tolist())}
     for expert, slots in segments(expert_offsets):
-        grad_weight[expert] = grad_rows[slots].mT @ rows[slots]
+        if expert in index_of:
+            grad_weight[index_of[expert]] = grad_rows[slots].mT @ rows[slots]
     return grad_weight
 
 
-def sum_rows(rows: Tensor, expert_offsets: Tensor, like: Tensor) -> Tensor:
-    """The sum of each expert's rows, as [E,N] in the dtype of `like`."""
-    ones = rows.new_ones(rows.shape[0], 1)
-    return wgrad_of(rows, ones, expert_offsets, like.new_empty(*like.shape, 1)).squeeze(-1)
+def sum_rows(rows: Tensor, expert_offsets: Tensor, like: Tensor, experts: Tensor | None = None) -> Tensor:
+    """The sum of each expert's rows, or of those of `experts`, as [E,N] or [n,N] in the dtype of `like`."""
+    ones, count = rows.new_ones(rows.shape[0], 1), like.shape[0] if experts is None else experts.shape[0]
+    return wgrad_of(rows, ones, expert_offsets, like.new_empty(count, *like.shape[1:], 1), experts).squeeze(-1)
 
 
 def grouped_gemm(
@@ -119,14 +123,25 @@ def multiply(
 
 
 def grouped_gemm_wgrad(
-    grad_out: Tensor, x: Tensor, expert_offsets: Tensor, token_indices: Tensor | None, transposed: bool
+    grad_out: Tensor,
+    x: Tensor,
+    expert_offsets: Tensor,
+    token_indices: Tensor | None,
+    transposed: bool,
+    experts: Tensor | None = None,
 ) -> Tensor:
-    """grad_weight[e][n,c] = Σ_{s of e} grad_out[s,n] · x[r(s),c] as [E,N,C], stored as [E,C,N] if transposed."""
+    """grad_weight[e][n,c] = Σ_{s of e} grad_out[s,n] · x[r(s),c] as [E,N,C], stored as [E,C,N] if transposed.
+
+    experts: [n], ascending; grad_weight [n,N,C] then has their matrices only.
+    """
     check("grad_out", grad_out, (x.shape[0] if token_indices is None else token_indices.shape[0], None))
     check("x", x, (None, None), grad_out.dtype)
     check_offsets(expert_offsets, len(grad_out), token_indices, len(x))
-    grad_weight = empty_weight(x, expert_offsets.shape[0] - 1, grad_out.shape[1], x.shape[1], transposed)
-    return wgrad_of(wide(grad_out), rows_of(x, token_indices), expert_offsets, grad_weight)
+    num_experts = expert_offsets.shape[0] - 1
+    check_experts(experts, num_experts)
+    count = num_experts if experts is None else experts.shape[0]
+    grad_weight = empty_weight(x, count, grad_out.shape[1], x.shape[1], transposed)
+    return wgrad_of(wide(grad_out), rows_of(x, token_indices), expert_offsets, grad_weight, experts)
 
 
 def empty_weight(like: Tensor, num_experts: int, rows: int, columns: int, transposed: bool) -> Tensor:

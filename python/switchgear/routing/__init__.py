@@ -12,11 +12,12 @@ Losses:      SwitchLoss, NullAwareSwitchLoss, ZLoss, ImportanceLoad, EntropyLoss
              DeviceBalance, AlignmentLoss, LocalityLoss, ClusterVariance, LocalizedBalance, ChoiceLoss
 Controllers: LossFreeBias, AdaptiveCoefficient, AdaptiveSparsity
 Temporary:   override(model, …), Router.intervene
-For a trainer: GradientConflict, consistency_loss, load_balancing_loss, z_loss, max_violation
+For a trainer: GradientConflict, anchor_loss, consistency_loss, output_regularization, load_balancing_loss, z_loss,
+             max_violation
 """
 
 from switchgear.routing.assignment import BalancedAssignment
-from switchgear.routing.auxiliary import GradientConflict, consistency_loss
+from switchgear.routing.auxiliary import GradientConflict, anchor_loss, consistency_loss, output_regularization
 from switchgear.routing.balance import load_balancing_loss, max_violation, z_loss
 from switchgear.routing.capacity import Capacity, CapacityByKind, Dropless, min_capacity
 from switchgear.routing.context import Balance, Context, Limit, Score, Select
@@ -113,11 +114,13 @@ __all__ = [
     "TopP",
     "Uniform",
     "ZLoss",
+    "anchor_loss",
     "consistency_loss",
     "from_pairs",
     "load_balancing_loss",
     "max_violation",
     "min_capacity",
+    "output_regularization",
     "override",
     "z_loss",
 ]

@@ -27,6 +27,41 @@ def consistency_loss(first_logits: Tensor, second_logits: Tensor, mask: Tensor |
     return (divergence * mask).sum() / mask.sum().clamp(min=1)
 
 
+def output_regularization(
+    old_logits: Tensor, new_logits: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0
+) -> Tensor:
+    """temperature² · KL(p_old || p_new), averaged over tokens: keeps a model's outputs near those that it had before it
+    got new experts (Lifelong-MoE, arXiv:2305.12281; Learning without Forgetting, arXiv:1606.09282).
+
+    old_logits, new_logits: [..., V]; p = softmax(logits / temperature). The old ones get no gradient. mask [...]: False
+    for padding. 0 for equal outputs.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    log_p = (old_logits.detach().float() / temperature).log_softmax(-1)
+    log_q = (new_logits.float() / temperature).log_softmax(-1)
+    divergence = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+    if mask is None:
+        return divergence.sum() / max(divergence.numel(), 1)
+    mask = mask.to(divergence.dtype)
+    return (divergence * mask).sum() / mask.sum().clamp(min=1)
+
+
+def anchor_loss(router_probabilities: Tensor, expert: int) -> Tensor:
+    """mean_t ‖g_t - onehot(expert)‖²: keeps the expert that unlearns selected (SEUF, arXiv:2411.18797).
+
+    router_probabilities: g [T,E], as of routing.balance.router_probabilities. 0 if all tokens go to the expert alone.
+    """
+    num_experts = router_probabilities.shape[-1]
+    if not 0 <= expert < num_experts:
+        raise ValueError(f"expert: expected 0 to {num_experts - 1}, got {expert}")
+    g = router_probabilities.float()
+    target = torch.zeros(num_experts, device=g.device)
+    target[expert] = 1
+    distance = (g - target).square().sum(-1)
+    return distance.sum() / max(distance.numel(), 1)
+
+
 def gradient_conflicts(grad_y: Tensor, routing: Routing, tau: float = 0.0) -> Tensor:
     """Whether each choice's gradient conflicts with the mean gradient of its expert's tokens, [T,K] bool.
 

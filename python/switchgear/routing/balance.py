@@ -259,8 +259,8 @@ def localized_balance_loss(
     cells = sequence_ids.long()[:, None] * (num_experts + 1) + topk_ids.long() + 1
     weight = topk_weights.new_zeros(num_sequences * (num_experts + 1))
     weight = weight.scatter_add(0, cells.flatten(), topk_weights.flatten()).view(num_sequences, -1)[:, 1:]
-    agrees = sequence_types[:, None] == expert_types
-    z = weight * torch.where(agrees, 1 + delta, 1 - delta)
+    agrees = (sequence_types[:, None] == expert_types).to(weight.dtype)
+    z = weight * (1 + delta * (2 * agrees - 1))
     return z.var(correction=0) / z.mean().clamp(min=_TINY)
 
 

@@ -22,6 +22,7 @@ from switchgear.routing.interventions import intervene
 from switchgear.routing.ranking import scores_of
 from switchgear.routing.scores import Uniform
 from switchgear.routing.selection import TopK
+from switchgear.weights.selected import selection_of
 
 
 class RouterOptions(TypedDict, total=False):
@@ -170,8 +171,15 @@ class Router(nn.Module):
         if self.score is not None:
             logits: Tensor = self.score(hidden_states, context)
             return logits
+        weight, bias = self._linear()
+        return gate(hidden_states, weight, bias, float32=self.float32)
+
+    def _linear(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias; if rows of them are trained alone, differentiable in these."""
         assert self.weight is not None
-        return gate(hidden_states, self.weight, self.bias, float32=self.float32)
+        if (selection := selection_of(self)) is None:
+            return self.weight, self.bias
+        return selection.whole(self, "weight"), None if self.bias is None else selection.whole(self, "bias")
 
     def selection(self) -> Select:
         """The selection in use: `select` or the options of `route`, wrapped by the `overrides`, the last one
@@ -213,8 +221,9 @@ class Router(nn.Module):
             if rows.dim() != 2:
                 rows = hidden_states.reshape(-1, hidden_states.shape[-1])
             if self.weight is not None and self._is_plain() and not (self.jitter and self.training):
-                logits = {"bias": self.bias, "float32": self.float32}
-                return gate_route(rows, self.weight, self.top_k, **logits, **self._options())  # type: ignore[arg-type]
+                weight, bias = self._linear()
+                logits = {"bias": bias, "float32": self.float32}
+                return gate_route(rows, weight, self.top_k, **logits, **self._options())  # type: ignore[arg-type]
             context = self.complete(context, hidden_states)
             router_logits = self.logits(rows, context)
         except Exception:

@@ -2,11 +2,12 @@
 """How the weights of experts are stored.
 
 store(model, form) converts a model, restore(model) undoes it, encode(weight, form) converts one weight. `moe` accepts a
-Weight in place of a tensor. Forms: Plain, Panels, Compact (lossless); Int8, Int4, Fp8, Mxfp4. See docs/weights.md.
+Weight in place of a tensor. Forms: Plain, Panels, Compact (lossless); Int8, Int4, Fp8, Mxfp4, Nf4. See docs/weights.md.
 
-weight.py   Weight, and AdaptedWeight, which adds an adapter
+weight.py   Weight; AdaptedWeight, which adds an adapter; SelectedWeight, of which some experts train
 form.py     the base class Form; plain.py, panels.py, compact.py, integers.py, minifloat.py: its subclasses
 module.py   stored projections of a module, and its state dict; layout.py: layout of its parameters
+selected.py parameters of which some experts are trained alone
 store.py    all experts of a model; auto.py: the choice of a form; pages.py: huge pages
 """
 
@@ -14,13 +15,13 @@ from switchgear.weights.compact import Compact
 from switchgear.weights.form import Form
 from switchgear.weights.integers import Int4, Int8
 from switchgear.weights.layout import FINDERS, HINTS, Layout, layout_of
-from switchgear.weights.minifloat import Fp8, Mxfp4
+from switchgear.weights.minifloat import Fp8, Mxfp4, Nf4
 from switchgear.weights.module import stored_of, weights_of
 from switchgear.weights.pages import advise_huge_pages, use_huge_pages
 from switchgear.weights.panels import Panels
 from switchgear.weights.plain import Plain
 from switchgear.weights.store import Stored, encode, restore, store
-from switchgear.weights.weight import AdaptedWeight, Weight
+from switchgear.weights.weight import AdaptedWeight, SelectedWeight, Weight
 
 __all__ = [
     "FINDERS",
@@ -33,8 +34,10 @@ __all__ = [
     "Int8",
     "Layout",
     "Mxfp4",
+    "Nf4",
     "Panels",
     "Plain",
+    "SelectedWeight",
     "Stored",
     "Weight",
     "advise_huge_pages",

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Fp8 and Mxfp4: floating-point numbers of 8 or 4 bits with scales, as DeepSeek-V3, Qwen3 and gpt-oss publish them; see
-reference/minifloat.py.
+"""Fp8, Mxfp4 and Nf4: numbers of 8 or 4 bits with scales, as DeepSeek-V3, Qwen3 and gpt-oss publish them, and as
+QLoRA and bitsandbytes store them; see reference/minifloat.py and reference/nf4.py.
 
 State dicts have the published layout, for saving and loading: fp8 as <name> float8_e4m3fn [E,N,C] and
-<name>_scale_inv, mxfp4 as <name>_blocks [E,N,C/32,16] and <name>_scales. Weights are decoded exactly and multiplied
-in floating point. Gradients reach x, topk_weights and biases.
+<name>_scale_inv, mxfp4 as <name>_blocks [E,N,C/32,16] and <name>_scales, nf4 as <name>_codes [E,N,C/2] and
+<name>_absmax. Weights are decoded and multiplied in floating point. Gradients reach x, topk_weights and biases.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from switchgear.reference import minifloat
+from switchgear.reference import minifloat, nf4
 from switchgear.weights.form import KeyedForm, check_loaded, on_huge_pages
 from switchgear.weights.weight import Weight
 
 BLOCKS = {"128x128": minifloat.BLOCK, "row": minifloat.ROW}
 
 
-def _stored(format: str, published: tuple[Tensor, Tensor], parts: int, group: tuple[int, int]) -> dict[str, Tensor]:
+def _stored(
+    format: str, published: tuple[Tensor, Tensor], parts: int, group: tuple[int, int] = minifloat.BLOCK
+) -> dict[str, Tensor]:
     """Converts the published layout to the tensors of a Weight."""
     data, scales = minifloat.to_blocks(*published, format, parts, group)
     return {"data": on_huge_pages(data), "scales": on_huge_pages(scales)}
@@ -90,7 +92,7 @@ class Mxfp4(KeyedForm):
     def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
         blocks, scales, is_exact = minifloat.encode_mxfp4(weight.detach(), name)
         _, rows, cols = weight.shape
-        tensors = _stored("mxfp4", (blocks, scales), parts, minifloat.BLOCK)
+        tensors = _stored("mxfp4", (blocks, scales), parts)
         return Weight(
             "mxfp4", tensors["data"], rows, cols, weight.dtype, tensors["scales"], parts=parts,
             group_size=minifloat.COLUMNS, is_exact=is_exact,
@@ -112,3 +114,41 @@ class Mxfp4(KeyedForm):
         )
         published = (tensors["_blocks"].to(now.device), tensors["_scales"].to(now.device))
         return now.with_tensors(_stored("mxfp4", published, now.parts, minifloat.BLOCK))
+
+
+@dataclass(frozen=True)
+class Nf4(KeyedForm):
+    """16 quantiles of the normal distribution, with one float32 scale per 64 columns of a row (QLoRA)."""
+
+    name: ClassVar[str] = "nf4"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return ("_codes", "_absmax")
+
+    def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
+        codes, absmax, is_exact = nf4.encode_nf4(weight.detach(), name)
+        _, rows, cols = weight.shape
+        tensors = _stored("nf4", (codes, absmax), parts)
+        return Weight(
+            "nf4", tensors["data"], rows, cols, weight.dtype, tensors["scales"], parts=parts,
+            group_size=minifloat.NF4_BLOCK, is_exact=is_exact,
+        )  # fmt: skip
+
+    def save(self, weight: Weight) -> dict[str, Tensor]:
+        assert weight.scales is not None
+        codes, absmax = minifloat.from_blocks(weight.data, weight.scales, "nf4", weight.rows, weight.cols, weight.parts)
+        return {"_codes": codes, "_absmax": absmax}
+
+    def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
+        experts, rows, cols = now.shape
+        groups = -(-cols // minifloat.NF4_BLOCK)
+        check_loaded(
+            tensors,
+            {
+                "_codes": ((experts, rows, -(-cols // 2)), torch.uint8),
+                "_absmax": ((experts, rows, groups), torch.float32),
+            },
+        )
+        published = (tensors["_codes"].to(now.device), tensors["_absmax"].to(now.device))
+        return now.with_tensors(_stored("nf4", published, now.parts))

@@ -9,7 +9,7 @@ them or plain weights, which they encode. Floating-point scales are kept as int3
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from switchgear.backends import warn_once
 from switchgear.reference.formats import FIELDS
 from switchgear.weights.absent import Absent
+from switchgear.weights.adapted import adapted, notice_wrapper
 from switchgear.weights.form import Form, KeyedForm
 from switchgear.weights.layout import Layout
 from switchgear.weights.weight import Weight
@@ -131,7 +132,7 @@ class StoredProjections:
 
 
 def _is_float(format: str, field: str) -> bool:
-    return field == "row_scales" or (field == "scales" and format == "fp8")
+    return field == "row_scales" or (field == "scales" and format in ("fp8", "nf4"))
 
 
 def stored_of(module: nn.Module) -> StoredProjections | None:
@@ -139,22 +140,42 @@ def stored_of(module: nn.Module) -> StoredProjections | None:
     return vars(module).get("_switchgear_stored")
 
 
+def freeze_stored(module: nn.Module) -> None:
+    """Lets `restore` return frozen parameters."""
+    if (stored := stored_of(module)) is not None:
+        first, second = (replace(projection, trained=False) for projection in stored.projections)
+        module._switchgear_stored = StoredProjections(  # type: ignore[assignment]
+            stored.form, stored.layout, (first, second)
+        )
+
+
 def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
     """The two projections [E,out,in] for `moe`: tensors if they are parameters, else Weights; with their adapters, if
     any. `layout` is that of the module's parameters."""
-    stored = vars(module).get("_switchgear_stored")
-    adapters = vars(module).get("_switchgear_adapters")
+    attributes = vars(module)
+    stored = attributes.get("_switchgear_stored")
+    adapters = attributes.get("_switchgear_adapters") or attributes.get("_switchgear_lent")
+    selection = attributes.get("_switchgear_selection")
     first: Any
     second: Any
     if stored is not None:
         first, second = stored.weights(module)
-        if module.training and stored.was_trained and adapters is None and torch.is_grad_enabled():
+        if module.training and stored.was_trained and not adapters and torch.is_grad_enabled():
             _warn_of_training(module, stored)
     else:  # each attribute is read once: under a parametrization every access recomputes the weight
         first, second = getattr(module, layout.names[0]), getattr(module, layout.names[1])
         if layout.transposed:
             first, second = _transposed(first), _transposed(second)
-    return (first, second) if adapters is None else adapters.around(module, first, second)
+        if selection is not None:
+            first, second = selection.around(module, layout, first, second)
+    if not adapters:
+        notice_wrapper(module)
+        return first, second
+    names, transposed = layout.names, layout.transposed
+    return (
+        adapted(module, names[0], first, transposed=transposed),
+        adapted(module, names[1], second, transposed=transposed),
+    )
 
 
 def _transposed(weight: Tensor) -> Tensor:

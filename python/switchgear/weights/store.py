@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from switchgear.weights.adapted import lends
 from switchgear.weights.auto import Candidate, candidates
 from switchgear.weights.change import (
     PlainChange,
@@ -23,7 +24,7 @@ from switchgear.weights.compact import Compact
 from switchgear.weights.form import Form
 from switchgear.weights.integers import Int4, Int8
 from switchgear.weights.layout import Layout, hint_for, layout_of
-from switchgear.weights.minifloat import Fp8, Mxfp4
+from switchgear.weights.minifloat import Fp8, Mxfp4, Nf4
 from switchgear.weights.module import StoredProjections, Tie, stored_of, take_back
 from switchgear.weights.pages import use_huge_pages
 from switchgear.weights.panels import Panels
@@ -31,7 +32,7 @@ from switchgear.weights.plain import Copies, Plain, Relaid
 from switchgear.weights.weight import Weight
 
 FORMS: dict[str, type[Form]] = {
-    form.name: form for form in (Plain, Panels, Compact, Int8, Int4, Fp8, Mxfp4)
+    form.name: form for form in (Plain, Panels, Compact, Int8, Int4, Fp8, Mxfp4, Nf4)
 }  # fmt: skip
 
 
@@ -90,8 +91,8 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
     Args:
         model: has `Experts`, or experts of transformers that run on the fused kernel (`accelerate`).
         form: "plain" (rows along the inner dimension; parameters stay, and all weights of the model move onto huge
-            pages), "panels", "compact", "int8", "int4", "fp8", "mxfp4", or an object with options, Int4(group_size=64);
-            "auto" chooses one for the machine and the use.
+            pages), "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4", or an object with options,
+            Int4(group_size=64); "auto" chooses one for the machine and the use.
         options: those of the form. For "auto": tokens_per_step, the number of tokens per forward (1: decoding one
             text), and lossless, whether weights must keep every bit.
         low_memory: store one layer after the other and free its parameters at once. By default all layers are stored
@@ -194,13 +195,19 @@ def _targets(model: nn.Module, form: Form) -> tuple[list[Target], list[nn.Module
 
 
 def _wrapper_of(model: nn.Module, name: str) -> str | None:
-    """The class of an adapter of peft around the module, or None. It reads the parameters at each call."""
+    """The class of a wrapper of peft around the module that reads its parameters at each call, or None. One that lends
+    its factors to switchgear does not."""
     outer, _, last = name.rpartition(".")
-    return type(model.get_submodule(outer)).__name__ if last == "base_layer" else None
+    if last != "base_layer":
+        return None
+    wrapper = model.get_submodule(outer)
+    return None if lends(wrapper) else type(wrapper).__name__
 
 
 def _obstacle(module: nn.Module, layout: Layout, form: Form) -> str | None:
     """Why the projections of a module cannot be stored; None if they can."""
+    if vars(module).get("_switchgear_selection") is not None:
+        return "some of them are trained alone: call switchgear.finetune.unfreeze(model) first"
     if isinstance(form, Plain) and not layout.transposed:
         return None  # nothing to do
     dtypes = []

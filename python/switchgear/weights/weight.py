@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Weight: the matrices of all experts of a projection in a named format; AdaptedWeight adds an adapter.
+"""Weight: the matrices of all experts of a projection in a named format; AdaptedWeight adds an adapter, SelectedWeight
+says which experts train.
 
 Every product accepts a Weight in place of a tensor [E,N,C]. It is immutable, has no gradient, and does not depend on
 modules; the forms do (plain.py, panels.py, …).
@@ -165,6 +166,24 @@ class AdaptedWeight(NamedTuple):
         if not isinstance(scales, Tensor):
             scales = torch.full((self.shape[0],), scales, dtype=torch.float32, device=self.a.device)
         return (self.a, self.b, scales) if self.ranks is None else (self.a, self.b, scales, self.ranks)
+
+
+class SelectedWeight(NamedTuple):
+    """A frozen weight of which some experts are trained alone. `weight` has their values too, so products read it as it
+    is; their gradient reaches `trained`, and none is computed for the others (moe_backward's list of experts)."""
+
+    weight: Tensor  # [E,N,C]
+    trained: Tensor  # [n,N,C], equal to weight[experts]
+    experts: Tensor  # [n] int32, ascending
+    trained_bias: Tensor | None = None  # [n,N], equal to bias[experts] of the product's bias
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
 
 
 def _is_on_cpu(weight: Weight) -> bool:

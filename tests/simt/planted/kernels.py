@@ -32,6 +32,10 @@ def _of_route(name: str, header: str, before: str, after: str, test: str) -> Mis
     return Mistake(f"route: {name}", RACE, header, before, after, "csrc/cuda/route.cu", "simt_test_route", (test,))
 
 
+def _of_gate(name: str, before: str, after: str, builds: tuple[str, ...] = BOTH) -> Mistake:
+    return Mistake(f"gate: {name}", builds, "gate.cuh", before, after, "csrc/cuda/gate.cu", "simt_test_gate")
+
+
 def _of_policies(name: str, builds: tuple[str, ...], header: str, before: str, after: str, op: str) -> Mistake:
     program = "simt_test_policies"
     return Mistake(f"{op}: {name}", builds, header, before, after, f"csrc/cuda/{op}.cu", program, (op,))
@@ -103,6 +107,22 @@ MISTAKES = (
         "tests/simt/test_route.cpp",
         "simt_test_route",
         ("sums_are_those",),
+    ),
+    _of_gate("whole vectors at the end of a row", "aligned && count - i >= kVector", "aligned"),
+    _of_gate("half of the lanes added", "int step = 16; step > 0;", "int step = 8; step > 0;"),
+    _of_gate("no predicate for experts", " || expert >= p.num_experts) return;", ") return;"),
+    _of_gate(
+        "rows past the last",
+        "first_token + t < p.num_tokens ? first_token + t : p.num_tokens - 1",
+        "first_token + t",
+        ASAN,
+    ),
+    _of_gate("bias of the tile's expert", "p.bias_dtype, expert)", "p.bias_dtype, expert - first_expert)"),
+    _of_gate(
+        "sums in another order in a tile",
+        "sums[t][e] = fmaf(rows[t][i], column[i], sums[t][e]);",
+        "{\n          const int k = kTokens > 1 ? kGateRun - 1 - i : i;\n"
+        "          sums[t][e] = fmaf(rows[t][k], column[k], sums[t][e]);\n        }",
     ),
     _of_policies(
         "no barrier before the next digit is counted",

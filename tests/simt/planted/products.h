@@ -115,7 +115,7 @@ struct Gradient {
   Wgrad wgrad(bool gather) {
     Wgrad g{.dtype = DType::kBFloat16, .a = a.rows(nullptr), .b = b.rows(gather ? indices.data() : nullptr)};
     g.expert_offsets = offsets.data();
-    g.num_experts = 2;
+    g.num_experts = g.num_matrices = 2;
     g.num_slots = slots;
     g.m = m;
     g.n = n;

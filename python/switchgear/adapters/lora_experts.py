@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""LoRAExperts: a frozen module plus a routed mixture of low-rank experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.adapters.lora_files import LowRank, as_low_rank
+from switchgear.adapters.low_rank import LowRankExperts
+from switchgear.functional import Routing
+from switchgear.layers.common import WithLosses
+from switchgear.layers.soft import SoftMoE
+from switchgear.routing.context import context_of
+from switchgear.routing.router import Router, RouterOptions
+from switchgear.routing.scores_of_experts import PosthocGate
+from switchgear.routing.selection import Dense, TopK
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class LoRAExperts(WithLosses):
+    """y = base(x) + Σ_k w_k · alpha_e / r_e · B_e A_e x, where e is the k-th expert that a router chooses for x.
+
+        layer = LoRAExperts(linear, num_experts=8, rank=4, alpha=32)                      # all experts: LoRAMoE
+        layer = LoRAExperts(linear, 64, 16, top_k=2, normalize=True)                      # two for each token
+        layer = LoRAExperts.from_adapters(linear, [(A, B, 16), (A2, B2, 32)], top_k=1)    # trained adapters
+
+    Args:
+        base: a module x [..., in] -> y [..., out], for example nn.Linear. Its parameters are frozen.
+        num_experts: E.
+        rank: r, or the rank of each expert.
+        alpha, dropout: see LowRankExperts.
+        slots: no router: each expert gets that many mixtures of the tokens of a sequence, and each token a mixture of
+            their outputs (SoftMoE; Omni-SMoLA, arXiv:2312.00968).
+        router: a module (x, Context) -> Routing, instead of the options of a Router.
+        features: (in, out), for a base without attributes in_features and out_features.
+        device, dtype: of adapters and router; by default those of the base's weight.
+        router_options: options of Router. Without top_k and select, all experts are used (Dense).
+
+    Routing can depend on a sequence or task; forward takes the attributes of Context as keyword arguments, as MoE does.
+    In a model that calls layer(x), `Mixture.context` sets them.
+
+    Submodules: base; gate (Router); experts (LowRankExperts; with slots, SoftMoE around it). The weights of a mixture
+    differ for each token, so it can't be merged into the base.
+    """
+
+    gate: nn.Module | None
+
+    def __init__(
+        self,
+        base: nn.Module,
+        num_experts: int,
+        rank: int | Sequence[int],
+        *,
+        alpha: float | Sequence[float] | None = None,
+        dropout: float = 0.0,
+        slots: int | None = None,
+        router: nn.Module | None = None,
+        top_k: int | None = None,
+        features: tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **router_options: Unpack[RouterOptions],
+    ) -> None:
+        super().__init__()
+        if unknown := sorted(set(router_options) - set(RouterOptions.__annotations__)):
+            raise TypeError(f"{unknown[0]}: expected an option of LoRAExperts or of its Router, got one of neither")
+        if isinstance(base, LoRAExperts):
+            raise ValueError("base: expected a module without LoRAExperts, got LoRAExperts")
+        given = [*router_options, *(["top_k"] if top_k is not None else [])]
+        for name, value in {"slots": slots, "router": router}.items():
+            others = [*given, *(["router"] if name == "slots" and router is not None else [])]
+            if value is not None and others:
+                raise ValueError(f"{name}: expected None beside options of a router, got {', '.join(others)}")
+        self.in_features, self.out_features = features_of(base) if features is None else features
+        made = place_of(base, device, dtype)
+        low_rank = LowRankExperts(
+            self.in_features, self.out_features, num_experts, rank, alpha=alpha, dropout=dropout, **made
+        )
+        if slots is None and router is None:
+            router = router_of(self.in_features, num_experts, top_k, **router_options, **made)
+        seen = getattr(router, "num_experts", num_experts)
+        if seen != num_experts:
+            raise ValueError(f"router: expected one of {num_experts} experts, got {seen}")
+        self.experts: nn.Module = low_rank if slots is None else SoftMoE(low_rank, slots=slots, **made)
+        self._gate: tuple[nn.Module, ...] = ()
+        self.gate = None
+        if router is not None and getattr(router, "is_shared", False):
+            self._gate = (router,)  # a submodule of one layer only
+        elif router is not None:
+            self.gate = router
+        self.known: dict[str, Any] = {}  # set by Mixture.context
+        self.base = base
+        self._was_trained = [name for name, p in base.named_parameters() if p.requires_grad]
+        base.requires_grad_(False)  # last, so that an error leaves it as it was
+
+    @classmethod
+    def from_adapters(
+        cls,
+        base: nn.Module,
+        adapters: Sequence[LowRank | tuple[Tensor, Tensor, float]],
+        *,
+        gates: Sequence[Tensor] | None = None,
+        **options: Any,
+    ) -> LoRAExperts:
+        """Trained adapters as experts, with their own ranks.
+
+        Args:
+            adapters: one or more (A [r,in], B [out,r], alpha), as in PEFT; `read_lora` reads a checkpoint.
+            gates: a vector [in] for each adapter, from train_gate (PHATGOOSE, arXiv:2402.05859). Without other options
+                of the router, it is then PosthocGate with the two best experts.
+            options: those of LoRAExperts but rank and alpha.
+
+        Raises:
+            ValueError: no adapters, shapes that do not fit the base, or numbers that are not finite.
+        """
+        features = options.get("features") or features_of(base)
+        pairs = [as_low_rank(f"adapters[{i}]", adapter, features) for i, adapter in enumerate(adapters)]
+        if not pairs:
+            raise ValueError("adapters: expected at least one, got none")
+        if gates is not None:
+            _check_gates(gates, len(pairs), features[0])
+            if not set(options) & (set(RouterOptions.__annotations__) | {"router", "slots", "top_k"}):
+                options |= {"score": PosthocGate, "select": TopK(min(2, len(pairs)), normalize=True)}
+        layer = cls(base, len(pairs), [p.rank for p in pairs], alpha=[p.alpha for p in pairs], **options)
+        try:
+            if gates is not None:
+                _set_gates(layer, gates)
+            layer.low_rank.load(pairs)
+        except BaseException:
+            layer.release()
+            raise
+        return layer
+
+    @property
+    def low_rank(self) -> LowRankExperts:
+        """The experts, also inside SoftMoE."""
+        inside = self.experts.experts if isinstance(self.experts, SoftMoE) else self.experts
+        assert isinstance(inside, LowRankExperts)
+        return inside
+
+    @property
+    def router(self) -> nn.Module | None:
+        """gate, or the router that is shared with other layers."""
+        return self._gate[0] if self._gate else self.gate
+
+    def own_router(self) -> None:
+        """Makes a shared router a submodule of this layer; one layer of a model does."""
+        self.gate, self._gate = self.router, ()
+
+    @property
+    def weight(self) -> Any:
+        """That of the base, for code that reads the weight of a Linear."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base.bias
+
+    def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
+        """hidden_states [..., in] -> [..., out]. Keyword arguments are attributes of Context."""
+        if hidden_states.shape[-1] != self.in_features:
+            raise ValueError(
+                f"hidden_states: expected shape [..., {self.in_features}], got {list(hidden_states.shape)}"
+            )
+        y: Tensor = self.base(hidden_states)
+        router, known = self.router, {**self.known, **context}
+        if router is None:
+            low = self.experts(hidden_states, known.get("mask"))
+        else:
+            routing: Routing = router(hidden_states, context_of(**known)) if known else router(hidden_states)
+            if routing.losses or self.losses:
+                self.losses = routing.losses
+            rows = hidden_states.reshape(-1, self.in_features)
+            low = self.experts(rows, routing.topk_ids, routing.topk_weights)
+        y = y + low.view(y.shape).to(y.dtype)
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "known": {}}
+
+    def release(self) -> nn.Module:
+        """The base, with gradients as before."""
+        for name, parameter in self.base.named_parameters():
+            if name in self._was_trained:
+                parameter.requires_grad_(True)
+        return self.base
+
+    def merge(self) -> NoReturn:
+        """Raises ValueError: there is no one weight to merge into the base."""
+        raise ValueError(
+            "merge: a routed mixture weighs its adapters differently for each token, so no weight of the base equals it"
+        )
+
+
+def features_of(base: nn.Module) -> tuple[int, int]:
+    """The sizes (in, out) of a Linear, or of a Conv1D of transformers."""
+    for names in (("in_features", "out_features"), ("nx", "nf")):
+        sizes = [getattr(base, name, None) for name in names]
+        if all(isinstance(size, int) for size in sizes):
+            return sizes[0], sizes[1]  # type: ignore[return-value]
+    raise ValueError(f"features: expected (in, out) beside {type(base).__name__}, which has no in_features, got None")
+
+
+def place_of(base: nn.Module, device: Any, dtype: torch.dtype | None) -> dict[str, Any]:
+    """device and dtype, by default those of the base's first parameter if it is not quantised."""
+    weight = next(base.parameters(), None)
+    if weight is None:
+        return {"device": device, "dtype": dtype}
+    own = weight.dtype if weight.is_floating_point() else None
+    return {"device": weight.device if device is None else device, "dtype": dtype or own}
+
+
+def router_of(in_features: int, num_experts: int, top_k: int | None, **options: Any) -> Router:
+    """A Router; of all experts if neither top_k nor select is given, and Dense takes over the options that it knows."""
+    if top_k is None and options.get("select") is None:
+        names = ("score_function", "normalize", "scale")
+        options["select"] = Dense(**{name: options.pop(name) for name in names if name in options})
+    return Router(in_features, num_experts, top_k, **options)
+
+
+def _check_gates(gates: Sequence[Tensor], num_experts: int, in_features: int) -> None:
+    if len(gates) != num_experts:
+        raise ValueError(f"gates: expected {num_experts}, one for each adapter, got {len(gates)}")
+    for number, vector in enumerate(gates):
+        if vector.numel() != in_features:
+            raise ValueError(f"gates[{number}]: expected shape [{in_features}], got {list(vector.shape)}")
+        if not bool(vector.isfinite().all()):
+            raise ValueError(f"gates[{number}]: expected finite numbers, got NaN or infinity")
+
+
+def _set_gates(layer: LoRAExperts, gates: Sequence[Tensor]) -> None:
+    score = getattr(layer.gate, "score", None)
+    if not isinstance(score, PosthocGate):
+        raise ValueError(f"gates: expected a router with score=PosthocGate for them, got {type(score).__name__}")
+    with torch.no_grad():
+        score.gates.copy_(torch.stack([vector.detach().flatten() for vector in gates]))

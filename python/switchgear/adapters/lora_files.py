@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""LoRA adapters of Linear layers, from PEFT's files, from its state dicts, or from tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from switchgear.reference import check_finite
+
+
+class LowRank(NamedTuple):
+    """One adapter of one Linear: alpha / r · B A is added to its weight."""
+
+    a: Tensor  # [r,in]
+    b: Tensor  # [out,r]
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter of a model: a LowRank for each of its Linear layers, by the layer's name.
+
+    gates: the vector [in] of a trained gate for each layer (see train_gate), or none.
+    """
+
+    layers: Mapping[str, LowRank]
+    gates: Mapping[str, Tensor] | None = None
+
+
+Source = Adapter | Mapping[str, Any] | str | os.PathLike[str] | tuple[Mapping[str, Tensor], Any]
+
+_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<letter>[AB])(?:\.[^.]+)?\.weight$")
+# Options of LoraConfig that change what is computed or the base (PiSSA, …), and their values that do not.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA", None), "use_dora": (False, None), "bias": ("none", None), "lora_bias": (False, None),
+    "modules_to_save": (None, []), "target_parameters": (None, []), "layer_replication": (None, []),
+    "trainable_token_indices": (None, []), "alora_invocation_tokens": (None, []), "use_qalora": (False, None),
+    "arrow_config": (None,), "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}  # fmt: skip
+
+
+def read_lora(source: Source, name: str = "adapter") -> Adapter:
+    """A LoRA adapter of PEFT.
+
+    Args:
+        source: a folder with adapter_config.json and adapter_model.safetensors (or adapter_model.bin); or a tuple of
+            a state dict and its LoraConfig (or a dict with r, lora_alpha, …). Ranks and scales may differ between
+            layers (rank_pattern, alpha_pattern, use_rslora).
+        name: what error messages call it.
+
+    Raises:
+        ValueError: an adapter that is more than low-rank matrices of Linear layers (DoRA, biases, other trained
+            modules, parameters of experts), a missing or wrong file, or numbers that are not finite.
+    """
+    if isinstance(source, Adapter):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        tensors, config = _from_folder(Path(source), name)
+    elif isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Mapping):
+        tensors, config = source[0], _as_dict(source[1])
+    elif isinstance(source, Mapping):
+        raise ValueError(f"{name}: expected (state dict, config), as alpha is in the config, got a state dict alone")
+    else:
+        raise TypeError(f"{name}: expected a folder, an Adapter or (state dict, config), got {type(source).__name__}")
+    for option, plain in _PLAIN.items():
+        if (found := config.get(option)) not in plain:
+            hint = "; switchgear.adapters.load_peft reads those" if option == "target_parameters" else ""
+            raise ValueError(f"{name}: expected low-rank matrices of Linear layers only, got {option}={found!r}{hint}")
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.match(key)
+        if match is None:
+            raise ValueError(f"{name}: expected keys <layer>.lora_A.weight and <layer>.lora_B.weight, got {key}")
+        pairs.setdefault(match["layer"], {})[match["letter"]] = tensor
+    if not pairs:
+        raise ValueError(f"{name}: expected adapters of at least one layer, got none")
+    layers = {}
+    for layer, pair in pairs.items():
+        if set(pair) != {"A", "B"}:
+            raise ValueError(f"{name}: expected lora_A and lora_B of {layer}, got lora_{next(iter(pair))} alone")
+        layers[layer] = as_low_rank(
+            f"{name}, {layer}", LowRank(pair["A"], pair["B"], _alpha(name, config, layer, pair["A"]))
+        )
+    return Adapter(layers)
+
+
+def as_low_rank(name: str, adapter: Any, features: tuple[int, int] | None = None) -> LowRank:
+    """A checked LowRank. features: (in, out) of the layer that it is for."""
+    if not isinstance(adapter, tuple) or len(adapter) != 3:
+        raise TypeError(f"{name}: expected (A, B, alpha), got {type(adapter).__name__}")
+    a, b, alpha = adapter
+    for letter, tensor in (("A", a), ("B", b)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: expected {letter} to be a floating tensor, got {kind}")
+        if tensor.dim() != 2 or 0 in tensor.shape:
+            raise ValueError(f"{name}: expected {letter} to be a matrix, got shape {list(tensor.shape)}")
+    (rank, size_in), (size_out, rank_of_b) = a.shape, b.shape
+    if rank != rank_of_b:
+        raise ValueError(
+            f"{name}: expected B of shape [out, {rank}], for A of shape {[rank, size_in]}, got {list(b.shape)}"
+        )
+    if features is not None and (size_in, size_out) != tuple(features):
+        raise ValueError(
+            f"{name}: expected A [r, {features[0]}] and B [{features[1]}, r], got {list(a.shape)} and {list(b.shape)}"
+        )
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        raise TypeError(f"{name}: expected alpha to be a number, got {type(alpha).__name__}")
+    check_finite(f"{name}, alpha", float(alpha))
+    for letter, tensor in (("A", a), ("B", b)):
+        if not tensor.is_meta and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name}: expected finite numbers in {letter}, got NaN or infinity")
+    return LowRank(a, b, float(alpha))
+
+
+def _alpha(name: str, config: Mapping[str, Any], layer: str, a: Tensor) -> float:
+    """The alpha whose quotient by the rank is PEFT's scale."""
+    alpha = _of_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"])
+    rank = a.shape[0]
+    wanted = _of_pattern(config.get("rank_pattern"), layer, config.get("r", rank))
+    if rank != wanted:
+        raise ValueError(f"{name}, {layer}: expected rank {wanted}, that of its config, got A of shape {list(a.shape)}")
+    return float(alpha) * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
+
+
+def _of_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of the layer's name, as in PEFT."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return default
+
+
+def _as_dict(config: Any) -> Mapping[str, Any]:
+    found = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(found, Mapping) or "lora_alpha" not in found:
+        raise ValueError(f"config: expected a LoraConfig or a dict with lora_alpha, got {type(config).__name__}")
+    plain = {name: getattr(value, "value", value) for name, value in found.items()}  # peft_type is an enum
+    return plain
+
+
+def _from_folder(path: Path, name: str) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    config = path / "adapter_config.json"
+    if not config.is_file():
+        raise ValueError(f"{name}: expected a folder with adapter_config.json, got {path}")
+    try:
+        options = json.loads(config.read_text())
+    except ValueError as error:
+        raise ValueError(f"{name}: expected JSON in adapter_config.json, got {error}") from None
+    weights = path / "adapter_model.safetensors"
+    if weights.is_file():
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(weights), _as_dict(options)
+        except SafetensorError as error:
+            raise ValueError(f"{name}: expected adapter_model.safetensors to be readable, got {error}") from None
+    if (weights := path / "adapter_model.bin").is_file():
+        return torch.load(weights, map_location="cpu", weights_only=True), _as_dict(options)
+    raise ValueError(f"{name}: expected adapter_model.safetensors or adapter_model.bin in {path}, got neither")
+
+
+def layers_in_all(adapters: Sequence[Adapter]) -> list[str]:
+    """The layers of the adapters. ValueError if they differ."""
+    first = set(adapters[0].layers)
+    for number, adapter in enumerate(adapters):
+        if different := sorted(first ^ set(adapter.layers)):
+            where = "lacks" if different[0] in first else "adds"
+            raise ValueError(
+                f"adapters[{number}]: expected the layers of adapters[0]; it {where} {different[0]}"
+                + (f" and {len(different) - 1} more differ" if len(different) > 1 else "")
+            )
+    return list(adapters[0].layers)

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""merge and unmerge: W + scale · B·A in place of W, expert by expert, and the original bits of W again.
+
+W' = round(W + D) loses bits of W, so unmerging keeps what W'' = round(W' − D) lacks: the difference of the bits of W
+and W'', as int8, and W itself where the difference does not fit. That is a byte per weight, or none for an expert where
+W'' = W. D is computed anew, by a product whose bits depend on nothing but its operands and the ISA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from switchgear import ops
+from switchgear.adapters.lora import detach
+from switchgear.adapters.sites import Site, sites_of
+from switchgear.backends import backend, without_autocast
+from switchgear.functional import grouped_gemm
+from switchgear.weights import Weight, stored_of
+from switchgear.weights.adapted import Lora, adapters_of
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_INT8 = torch.iinfo(torch.int8)
+
+
+class Lost(NamedTuple):
+    """What W'' lacks of an expert's W."""
+
+    difference: Tensor | None  # [N,C] int8 of the bits; None: all zero
+    places: Tensor  # of weights whose difference does not fit
+    weights: Tensor  # the weights there
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What unmerging a projection needs."""
+
+    a: Tensor  # as they were merged
+    b: Tensor
+    lost: list[Lost]
+    sum_of_bits: Tensor  # of W', to notice other changes
+    arithmetic: tuple[str, str]
+
+
+def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
+    """Adds the adapters of `add_lora` and `load_peft` to the weights, in place, expert by expert; on failure to none.
+    Forward then runs as without adapters. Returns the number of merged projections.
+
+    keep_adapters: `unmerge` restores the original weights bit for bit. It keeps up to a byte per weight for that.
+        Otherwise the adapters are removed, and merging needs no memory beyond one expert.
+
+    While merged, adapters are not trained, and a state dict has both the merged weights and the adapters: `unmerge`
+    before saving it. `save_peft` can be called at any time.
+
+    Raises:
+        ValueError: no adapters; weights that are stored in another form (`switchgear.restore` first), shared by several
+            projections or computed; a sum that is not finite.
+    """
+    sites = [site for site in _adapted_sites(model) if _options(site).merged is None]
+    _check(sites)
+    for site in sites:
+        for e in range(site.shape[0]):
+            if not torch.isfinite(_sum(site, e, *site.adapter())).all():
+                raise ValueError(
+                    f"model: expected finite sums of weights and adapters, got others in {site.where}[{e}]"
+                )
+    done: list[tuple[Site, list[Lost]]] = []
+    try:
+        for site in sites:
+            lost: list[Lost] = []
+            done.append((site, lost))
+            for e in range(site.shape[0]):
+                merged = _sum(site, e, *site.adapter())
+                if keep_adapters:
+                    lost.append(_lost(site, e, merged))
+                _write(site, e, merged)
+    except BaseException:
+        for site, lost in reversed(done):
+            for e in range(len(lost)):
+                _write(site, e, _original(site, e, *site.adapter(), lost[e]))
+        raise
+    if not keep_adapters:
+        detach(model)
+        return len(sites)
+    for site, lost in done:
+        a, b = (parameter.detach().clone() for parameter in site.adapter())
+        _set(site, Merged(a, b, lost, _sum_of_bits(site), _arithmetic()))
+    return len(sites)
+
+
+def unmerge(model: nn.Module) -> int:
+    """Undoes `merge`: the weights have their original bits, and the adapters act again. Returns the number of
+    projections.
+
+    Raises:
+        ValueError: no merged adapters; weights that have changed since, or were stored in another form; another ISA or
+            backend than at the merge. Nothing is changed then.
+    """
+    found = [(site, merged) for site in _adapted_sites(model) if (merged := _options(site).merged) is not None]
+    if not found:
+        raise ValueError("model: expected merged adapters, got none that are merged")
+    for site, merged in found:
+        _check([site])
+        if merged.arithmetic != _arithmetic():
+            raise ValueError(
+                f"model: expected the backend and the ISA of the merge, {', '.join(merged.arithmetic)}, got "
+                f"{', '.join(_arithmetic())}"
+            )
+        if not torch.equal(merged.sum_of_bits, _sum_of_bits(site)):
+            raise ValueError(f"model: expected weights as they were merged, got others in {site.where}")
+    for site, merged in found:
+        for e in range(site.shape[0]):
+            _write(site, e, _original(site, e, merged.a, merged.b, merged.lost[e]))
+        _set(site, None)
+    return len(found)
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _adapted_sites(model: nn.Module) -> list[Site]:
+    sites = [site for site in sites_of(model) if site.name in adapters_of(site.module)]
+    if not sites:
+        raise ValueError("model: expected adapters (add_lora, load_peft), got none")
+    return sites
+
+
+def _check(sites: Sequence[Site]) -> None:
+    seen: set[int] = set()
+    for site in sites:
+        if isinstance(site.weight, Weight):
+            stored = stored_of(site.module)
+            form = site.weight.format if stored is None else stored.form
+            raise ValueError(
+                f"model: expected plain weights to merge into, got {site.where} stored as {form}; call "
+                "switchgear.restore(model) first"
+            )
+        if not site.linears and type(site.module._parameters.get(site.name)) is not nn.Parameter:
+            raise ValueError(f"model: expected a parameter to merge into, got a computed {site.where}")
+        if (first := site.like.data_ptr()) in seen:  # type: ignore[union-attr]
+            raise ValueError(f"model: expected weights of one projection each, got {site.where} shared with another")
+        seen.add(first)
+
+
+def _options(site: Site) -> Lora:
+    return adapters_of(site.module)[site.name]
+
+
+def _set(site: Site, merged: Merged | None) -> None:
+    options = dataclasses.replace(_options(site), merged=merged)
+    site.module._switchgear_adapters = {**adapters_of(site.module), site.name: options}  # type: ignore[assignment]
+
+
+def _arithmetic() -> tuple[str, str]:
+    return backend(), ops.cpu_isa()
+
+
+# ---- one expert ------------------------------------------------------------------------------------------------------
+
+
+def _matrix(site: Site, e: int) -> Tensor:
+    weight = site.weight
+    assert not isinstance(weight, Weight)
+    return weight[e].detach()
+
+
+@torch.no_grad()
+def _delta(site: Site, e: int, a: Tensor, b: Tensor) -> Tensor:
+    """D = scale · B·A [N,C] in float32, or float64 for float64 weights."""
+    dtype = torch.float64 if site.like.dtype is torch.float64 else torch.float32
+    rows, columns = b[e].to(dtype).contiguous(), a[e].to(dtype).contiguous()
+    offsets = torch.tensor([0, len(rows)], dtype=torch.int32, device=rows.device)
+    with without_autocast(rows.device.type):
+        return grouped_gemm(rows, columns.mT[None], offsets) * _options(site).scale
+
+
+def _sum(site: Site, e: int, a: Tensor, b: Tensor) -> Tensor:
+    weight, delta = _matrix(site, e), _delta(site, e, a, b)
+    return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+
+def _write(site: Site, e: int, weight: Tensor) -> None:
+    with torch.no_grad():
+        _matrix(site, e).copy_(weight)
+
+
+def _bits(weight: Tensor) -> Tensor:
+    return weight.contiguous().view(_INTEGERS[weight.element_size()])
+
+
+def _lost(site: Site, e: int, merged: Tensor) -> Lost:
+    weight = _matrix(site, e)
+    difference = _bits(weight) - _bits(_without(site, e, merged, *site.adapter()))  # wraps around
+    fits = (difference >= _INT8.min) & (difference <= _INT8.max)
+    places = (~fits).flatten().nonzero().squeeze(1)
+    small = torch.where(fits, difference, 0).to(torch.int8)
+    return Lost(small if small.any() else None, places, weight.flatten()[places])
+
+
+def _without(site: Site, e: int, merged: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    delta = _delta(site, e, a, b)
+    return (merged.to(delta.dtype) - delta).to(merged.dtype)
+
+
+def _original(site: Site, e: int, a: Tensor, b: Tensor, lost: Lost) -> Tensor:
+    near = _bits(_without(site, e, _matrix(site, e), a, b))
+    if lost.difference is not None:
+        near = near + lost.difference.to(near.dtype)
+    weight = near.view(site.like.dtype).flatten()
+    weight[lost.places] = lost.weights
+    return weight.view(site.shape[1:])
+
+
+def _sum_of_bits(site: Site) -> Tensor:
+    """[E]"""
+    return torch.stack([_bits(_matrix(site, e)).sum(dtype=torch.int64) for e in range(site.shape[0])])

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""load_peft and save_peft: adapters of experts in PEFT's own format.
+
+A directory has adapter_config.json and adapter_model.safetensors. The adapter of a parameter with [E,out,in] (or of one
+with [E,in,out] in a module with is_transposed) is
+
+    base_model.model.<module>.lora_A.weight   [E·r,in]    the experts one below the other
+    base_model.model.<module>.lora_B.weight   [out,r·E]   the expert is the fastest index
+
+PEFT nests one wrapper per parameter around a module, in the order of its parameters, so all but the last have
+`.base_layer` after <module>, once per wrapper outside theirs. Experts that are linear layers of their own have A [r,in]
+and B [out,r] each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.adapters.lora import attach
+from switchgear.adapters.sites import Site, local_experts, sites_of
+from switchgear.weights.adapted import Lora, adapters_of
+
+CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+# Options that change what an adapter computes, and their values here.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "use_dora": (False, None), "lora_bias": (False, None), "bias": ("none", None),
+    "fan_in_fan_out": (False, None), "modules_to_save": (None, []), "layers_to_transform": (None, []),
+    "trainable_token_indices": (None, []), "alora_invocation_tokens": (None, []), "layer_replication": (None, []),
+    "use_qalora": (False, None), "megatron_config": (None,),
+}  # fmt: skip
+
+
+class _Keys(NamedTuple):
+    """A site's tensors in a file."""
+
+    site: Site
+    modules: tuple[str, ...]  # paths of PEFT's wrappers: one, or one per expert
+
+
+def save_peft(model: nn.Module, path: str | Path) -> None:
+    """Writes the adapters of a model for PEFT, and for whatever reads its files.
+
+        save_peft(model, "adapters")
+        peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "adapters")
+
+    dropout is written as 0 unless experts are linear layers, since PEFT has none on parameters.
+
+    Raises:
+        ValueError: no adapters; a layout that PEFT cannot express: experts in one matrix (DBRX), one expert in a
+            transposed module, experts that are distributed over ranks, or `Experts` without a module around it.
+        ImportError: safetensors is not installed.
+    """
+    save_file = _safetensors().save_file
+    sites = [site for site in sites_of(model) if site.name in adapters_of(site.module)]
+    if not sites:
+        raise ValueError("model: expected adapters (add_lora, load_peft), got none")
+    tensors: dict[str, Tensor] = {}
+    for keys in _keys_of(sites):
+        for module, (a, b) in zip(keys.modules, _to_file(keys.site), strict=True):
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = a.detach().cpu().contiguous()
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = b.detach().cpu().contiguous()
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt", "switchgear": "1"})
+    (folder / CONFIG).write_text(json.dumps(_config(model, sites), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_peft(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None) -> list[nn.Parameter]:
+    """Adds the adapters of PEFT's file to a model, and freezes its other parameters; on failure nothing.
+
+    Args:
+        model: as for `add_lora`. Ranks with distributed experts read their own.
+        path: a directory that PEFT or `save_peft` has written, with adapters of experts only. (Adapters of other
+            modules, too, are for PEFT: PeftModel.from_pretrained(model, path). The experts still run on the kernels.)
+        dtype: of the adapters; by default that of the weights.
+
+    Returns the adapters.
+
+    Raises:
+        ValueError: another kind of adapter; adapters of another model (names, shapes, number of experts); missing or
+            unknown tensors; numbers that are not finite; experts that have adapters. The message names the tensor.
+        ImportError: safetensors is not installed.
+    """
+    folder = Path(path)
+    _safetensors()
+    config, (tensors, is_ours) = _read_config(folder / CONFIG), _read(folder / TENSORS)
+    sites = sites_of(model)
+    targeted = [site for site in sites if _is_targeted(site, config, tensors)]
+    made, used = [], set()
+    for keys in _keys_of(targeted):
+        rank = _pattern(config.get("rank_pattern"), keys.site, config["r"])
+        alpha = _pattern(config.get("alpha_pattern"), keys.site, config["lora_alpha"])
+        pairs = []
+        for module in keys.modules:
+            names = [f"{PREFIX}{module}.lora_{letter}.weight" for letter in "AB"]
+            used.update(names)
+            pairs.append(_tensors(tensors, names))
+        a, b = _from_file(keys, pairs, rank, not is_ours and _is_old(config))
+        device, kind = keys.site.like.device, dtype or keys.site.like.dtype
+        scaled = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha  # alpha / sqrt(r), as alpha / r
+        options = Lora(rank, float(scaled), float(config["lora_dropout"]))
+        made.append((keys.site, a.to(device, kind), b.to(device, kind), options))
+    if others := sorted(set(tensors) - used):
+        raise ValueError(
+            f"path: expected adapters of the experts of {type(model).__name__}, got {others[0]}, which is none of "
+            "theirs; load adapters of other modules with PEFT"
+        )
+    if not made:
+        raise ValueError(f"path: expected adapters of experts, got none for {type(model).__name__} in {folder}")
+    return attach(model, made)
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def _keys_of(sites: Iterable[Site]) -> Iterator[_Keys]:
+    """The paths of PEFT's wrappers around the module of each site."""
+    for _, group in groupby(sites, key=lambda site: site.path):
+        of_module = list(group)
+        if of_module[0].linears:
+            yield from (_Keys(s, tuple(f"{s.path}.{linear}" for linear in s.linears)) for s in of_module)
+            continue
+        order = list(of_module[0].module._parameters)
+        of_module.sort(key=lambda site: order.index(site.name))
+        for outside, site in zip(reversed(range(len(of_module))), of_module, strict=True):
+            if not site.path:
+                raise ValueError("model: expected a module around the experts, which PEFT needs, got the experts")
+            yield _Keys(site, (site.path + ".base_layer" * outside,))
+
+
+def _is_targeted(site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+    if site.linears:  # any of them, so that a missing one is noticed
+        return any(f"{PREFIX}{site.path}.{linear}.lora_A.weight" in tensors for linear in site.linears)
+    return any(site.where == name or site.where.endswith(f".{name}") for name in config["target_parameters"])
+
+
+def _pattern(patterns: dict[str, Any] | None, site: Site, default: Any) -> Any:
+    names = [f"{site.path}.{linear}" for linear in site.linears] or [site.where]
+    for pattern, value in (patterns or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", names[0]):
+                return value
+        except re.error as error:
+            raise ValueError(f"rank_pattern, alpha_pattern: expected names, got {pattern!r}: {error}") from None
+    return default
+
+
+# ---- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def _is_crossed(site: Site) -> bool:
+    """Whether PEFT's A is our B: it takes a parameter [E,in,out] for [E,out,in] unless the module is_transposed."""
+    return site.transposed and not getattr(site.module, "is_transposed", False)
+
+
+def _count(site: Site) -> int:
+    """The number of experts in PEFT's tensors: those of all ranks, and those of the parameter that no token reaches."""
+    count, _ = local_experts(site.module, site.shape[0])
+    parameter = site.module._parameters.get(site.name)
+    if parameter is not None and parameter.dim() == 2:
+        raise ValueError(f"model: expected a matrix per expert, as PEFT adapts, got one of all experts, {site.where}")
+    if parameter is not None and not hasattr(site.module, "placement"):
+        count = parameter.shape[0]
+    if count == 1 and site.transposed and not _is_crossed(site):
+        raise ValueError(
+            f"model: expected several experts, as PEFT needs in a transposed module, got one, {site.where}"
+        )
+    return count
+
+
+def _to_file(site: Site) -> list[tuple[Tensor, Tensor]]:
+    a, b = site.adapter()
+    if site.linears:
+        return list(zip(a, b, strict=True))
+    if hasattr(site.module, "placement"):
+        raise ValueError(f"model: expected experts of one process, got those of {site.module.parallel} in {site.where}")
+    missing = _count(site) - len(a)
+    first, second = (b.mT, a.mT) if _is_crossed(site) else (a, b)
+    first, second = (torch.cat((t, t.new_zeros(missing, *t.shape[1:]))) if missing else t for t in (first, second))
+    return [(first.flatten(0, 1), second.permute(1, 2, 0).flatten(1))]
+
+
+def _from_file(keys: _Keys, pairs: Sequence[tuple[Tensor, Tensor]], rank: int, is_old: bool) -> tuple[Tensor, Tensor]:
+    """A [E,r,in] and B [E,out,r]. is_old: written by PEFT before 0.19, which took every parameter for [E,in,out]."""
+    site = keys.site
+    experts, rows, cols = site.shape
+    if site.linears:
+        for module, (a, b) in zip(keys.modules, pairs, strict=True):
+            _check_shapes(module, (a, b), [((rank, cols), (rows, rank))])
+        return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
+    count, crossed = _count(site), _is_crossed(site)
+    if is_old and (crossed or not site.transposed):
+        crossed = not crossed
+    direct, other = ((count * rank, cols), (rows, rank * count)), ((count * rank, rows), (cols, rank * count))
+    _check_shapes(keys.modules[0], pairs[0], [direct, other])
+    first, second = pairs[0]
+    if rows != cols:  # the shapes say more than the version
+        crossed = tuple(first.shape) == other[0]
+    first = first.view(count, rank, first.shape[1])
+    second = second.view(second.shape[0], rank, count).permute(2, 0, 1)
+    mine = local_experts(site.module, experts)[1]
+    first, second = (t[mine] if hasattr(site.module, "placement") else t[:experts] for t in (first, second))
+    a, b = (second.mT, first.mT) if crossed else (first, second)
+    return a.contiguous(), b.contiguous()
+
+
+def _check_shapes(
+    module: str, pair: tuple[Tensor, Tensor], wanted: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> None:
+    got = tuple(pair[0].shape), tuple(pair[1].shape)
+    if got not in wanted:
+        (a, b), *_ = wanted
+        raise ValueError(
+            f"{PREFIX}{module}: expected lora_A {list(a)} and lora_B {list(b)} of this model and rank, got "
+            f"{list(got[0])} and {list(got[1])}"
+        )
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("PEFT's format needs safetensors: pip install safetensors") from error
+    return safetensors.torch
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors, and whether `save_peft` wrote them."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise ValueError(f"path: expected a directory with {TENSORS}, got {file.parent}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  (not a mapping)
+            return tensors, "switchgear" in (opened.metadata() or {})
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"path: expected a safetensors file, got {file}: {error}") from error
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"path: expected PEFT's {CONFIG}, got {file}: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"path: expected PEFT's {CONFIG} with an object, got {type(config).__name__} in {file}")
+    for option, values in _PLAIN.items():
+        if (got := config.get(option, values[-1])) not in values:
+            raise ValueError(f"{option}: expected {values[0]!r} in {file}, got {got!r}")
+    config["target_parameters"] = _names(config, "target_parameters")
+    for option, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        patterns = config.get(option) or {}
+        if not isinstance(patterns, dict) or not all(_is_size(value, kind) for value in patterns.values()):
+            raise ValueError(f"{option}: expected positive numbers by name in {file}, got {patterns!r}")
+    for option, kind in (("r", int), ("lora_alpha", (int, float))):
+        if not _is_size(config.get(option), kind):
+            raise ValueError(f"{option}: expected a positive number in {file}, got {config.get(option)!r}")
+    dropout = config.setdefault("lora_dropout", 0.0)
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"lora_dropout: expected at least 0 and less than 1 in {file}, got {dropout!r}")
+    return config
+
+
+def _is_size(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def _names(config: dict[str, Any], option: str) -> list[str]:
+    names = config.get(option) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{option}: expected a list of names, got {names!r}")
+    return names
+
+
+def _is_old(config: dict[str, Any]) -> bool:
+    """Whether PEFT before 0.19 wrote the file. 0.17 wrote no version."""
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or ""))
+    return version is None or (int(version[1]), int(version[2])) < (0, 19)
+
+
+def _tensors(tensors: dict[str, Tensor], names: list[str]) -> tuple[Tensor, Tensor]:
+    for name in names:
+        if name not in tensors:
+            raise ValueError(f"path: expected {name} in {TENSORS}, which the configuration targets, got none")
+        if not tensors[name].is_floating_point() or tensors[name].dim() != 2:
+            raise ValueError(f"{name}: expected a matrix of a floating dtype, got {list(tensors[name].shape)}")
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    return tensors[names[0]], tensors[names[1]]
+
+
+def _config(model: Any, sites: Sequence[Site]) -> dict[str, Any]:
+    options = [adapters_of(site.module)[site.name] for site in sites]
+    rank, alpha = options[0].rank, options[0].alpha
+    of_sites = list(zip(sites, options, strict=True))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": options[0].dropout if sites[0].linears else 0.0,
+        "bias": "none",
+        "target_modules": _target_modules(sites),
+        "target_parameters": [site.where for site in sites if not site.linears] or None,
+        "rank_pattern": {name: o.rank for s, o in of_sites if o.rank != rank for name in _pattern_names(s)},
+        "alpha_pattern": {name: o.alpha for s, o in of_sites if o.alpha != alpha for name in _pattern_names(s)},
+    }
+
+
+def _target_modules(sites: Sequence[Site]) -> str | list[str]:
+    """A regular expression for linear layers: a list of suffixes could match others in the model."""
+    modules = [
+        re.escape(f"{site.path}.") + re.sub(r"(?<![a-zA-Z])\d+", r"\\d+", re.escape(site.linears[0]))
+        for site in sites
+        if site.linears
+    ]
+    return "|".join(modules) or []
+
+
+def _pattern_names(site: Site) -> list[str]:
+    return [f"{site.path}.{linear}" for linear in site.linears] or [site.where]

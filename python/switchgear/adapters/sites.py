@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Site: a projection that can have an adapter. Integrations register finders for modules of other libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.experts import Experts
+from switchgear.weights import Weight, stored_of
+from switchgear.weights.layout import hint_for
+
+TARGETS = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A projection of all experts. It describes the module as it is now, so it is made anew for each use."""
+
+    path: str  # of the module, as in model.named_modules()
+    module: nn.Module  # holds the parameter `name`, and its adapters
+    name: str
+    target: str  # of TARGETS: the layer's first or second product
+    weight: Tensor | Weight | Sequence[Tensor]  # [E,N,C], or E matrices [N,C]: views of the parameters, or stored
+    transposed: bool = False  # the parameter has [E,in,out], or [E·in,out]
+    linears: tuple[str, ...] = ()  # paths of E linear layers below the module, if the weight is a list
+    guarded: nn.Module | None = None  # the module that gets `guard`
+    guard: Callable[..., None] | None = None  # a forward pre-hook that refuses a call that would miss adapters
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+    @property
+    def like(self) -> Tensor | Weight:
+        """What has the dtype and the device of the weight."""
+        return self.weight if isinstance(self.weight, (Tensor, Weight)) else self.weight[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, N, C)"""
+        if isinstance(self.weight, (Tensor, Weight)):
+            experts, rows, cols = self.weight.shape
+            return experts, rows, cols
+        return len(self.weight), self.weight[0].shape[0], self.weight[0].shape[1]
+
+    def adapter(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B."""
+        return self.module.get_parameter(f"{self.name}_lora_A"), self.module.get_parameter(f"{self.name}_lora_B")
+
+
+# Each finds the sites of one kind of module, or None: (path, module) -> sites. It raises ValueError if the module has
+# projections that cannot have adapters as it is now.
+FINDERS: list[Callable[[str, nn.Module], list[Site] | None]] = []
+
+
+def sites_of(model: nn.Module) -> list[Site]:
+    """The projections of a model that can have adapters, in the order of its modules."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected torch.nn.Module, got {type(model).__name__}")
+    sites: list[Site] = []
+    for path, module in model.named_modules():
+        sites += next((found for find in FINDERS if (found := find(path, module)) is not None), [])
+    if not sites:
+        hint = hint_for(model) or "for a Hugging Face model, call switchgear.accelerate(model) first"
+        raise ValueError(f"model: expected routed experts, {type(model).__name__} has none ({hint})")
+    return sites
+
+
+def refuse_wrapped(path: str, model: nn.Module) -> None:
+    """Raises ValueError for a module that another library has wrapped."""
+    if path.rpartition(".")[2] == "base_layer":
+        raise ValueError(
+            f"{path}: expected experts without adapters of another library, got {type(model).__name__} in its wrapper"
+        )
+
+
+def _of_experts(path: str, module: nn.Module) -> list[Site] | None:
+    if not isinstance(module, Experts):
+        return None
+    refuse_wrapped(path, module)
+    stored = stored_of(module)
+    weights: Sequence[Any]
+    if stored is not None:
+        weights = stored.weights(module)
+    else:
+        weights = [getattr(module, name) for name in module._layout.names]
+        weights = [weight.mT if module.transposed else weight for weight in weights]
+    return [
+        Site(path, module, name, target, weight, module.transposed)
+        for name, target, weight in zip(module._layout.names, TARGETS, weights, strict=True)
+    ]
+
+
+FINDERS.append(_of_experts)
+
+
+def local_experts(module: nn.Module, count: int) -> tuple[int, list[int]]:
+    """The number of experts on all ranks, and those of this rank; count: of this rank, if experts are not
+    distributed."""
+    placement: Any = getattr(module, "placement", None)
+    if placement is None:
+        return count, list(range(count))
+    return placement.num_experts, list(module._mine)  # type: ignore[arg-type]
+
+
+def empty(site: Site, *shape: int, dtype: torch.dtype | None) -> Tensor:
+    return torch.empty(*shape, dtype=dtype or site.like.dtype, device=site.like.device)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Wrappers of PEFT around experts (LoraConfig(target_parameters=[…])): their factors go to the kernels.
+
+PEFT's ParamWrapper computes W + scale · B·A for each call and puts it in place of the parameter. A module that runs on
+switchgear gets A and B instead, as views, through the attribute _switchgear_lent. So nothing of the size of W is
+allocated, and W may be stored in any form. All else stays with PEFT: which adapters are active, disabled or merged, its
+state dict, its errors.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from switchgear.experts import Experts
+from switchgear.weights import stored_of
+from switchgear.weights.adapted import ON_WRAPPER, Factors, Lent
+
+_PLAIN = (Tensor, nn.Parameter)
+
+# Each says of one kind of module whether it would read the factors of its parameter `name` in a call.
+READERS: list[Callable[[nn.Module, str], bool]] = []
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether a module is a ParamWrapper of PEFT. PEFT is not imported for it."""
+    return type(module).__name__ == "ParamWrapper" and type(module).__module__.startswith("peft.")
+
+
+def register() -> None:
+    """Lets the wrappers lend their factors, from now on, if PEFT is imported. Idempotent."""
+    layer = sys.modules.get("peft.tuners.lora.layer")
+    wrapper: Any = getattr(layer, "ParamWrapper", None)
+    original: Any = getattr(wrapper, "_activate_lora", None)
+    if original is None or hasattr(original, "switchgear_original"):
+        return
+
+    @contextmanager
+    def activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
+        base = self.get_base_layer()
+        factors = _factors(self, active_adapters)
+        if not factors or not any(reads(base, self.parameter_name) for reads in READERS):
+            with original(self, active_adapters):
+                yield
+            return
+        lent = vars(base).setdefault("_switchgear_lent", {})
+        lent[self.parameter_name] = factors
+        try:
+            yield
+        finally:
+            del lent[self.parameter_name]
+            if not lent:
+                vars(base).pop("_switchgear_lent", None)
+
+    activate_lora.switchgear_original = original  # type: ignore[attr-defined]
+    wrapper._activate_lora = activate_lora
+
+
+def unwrapped(module: nn.Module) -> tuple[nn.Module, Lent]:
+    """The module in nested wrappers, and what they would apply in a call now. Like ParamWrapper.forward, it undoes a
+    merge of disabled adapters. Raises ValueError with the reason for a wrapper whose call does more."""
+    lent: dict[str, Sequence[Factors]] = {}
+    while is_wrapper(module):
+        wrapper: Any = module
+        if wrapper.disable_adapters:
+            if wrapper.merged:
+                wrapper.unmerge()
+        elif not wrapper.merged:
+            factors = _factors(wrapper, wrapper.active_adapters)
+            if factors is None:
+                raise ValueError("has adapters whose factors cannot be read")
+            if factors:
+                lent[wrapper.parameter_name] = factors
+        module = wrapper.base_layer
+    return module, lent
+
+
+def _factors(wrapper: Any, active_adapters: Sequence[str]) -> list[Factors] | None:
+    """The factors of the active adapters, or None if the kernels cannot read some."""
+    base, dims = wrapper.get_base_layer(), 3
+    if stored_of(base) is None:
+        parameter = getattr(base, wrapper.parameter_name)
+        if type(parameter) not in _PLAIN:  # a DTensor has fewer experts here than the factors
+            return None
+        dims = parameter.dim()
+    found = []
+    for adapter in active_adapters:
+        if adapter not in wrapper.lora_A:
+            continue
+        a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+        if type(a) not in _PLAIN or type(b) not in _PLAIN:
+            return None
+        left_right = factors_in_layout(a, b, wrapper.num_experts, dims, _is_swapped(wrapper))
+        if left_right is None:
+            return None
+        found.append(Factors(*left_right, wrapper.scaling[adapter]))
+    return found
+
+
+def _is_swapped(wrapper: Any) -> bool:
+    """Whether PEFT takes the parameter for [E,out,in]; before 0.19 it always took it for [E,in,out]."""
+    return bool(getattr(wrapper, "_did_swap_in_out_features", False))
+
+
+def factors_in_layout(a: Tensor, b: Tensor, num_experts: int, dims: int, swapped: bool) -> tuple[Tensor, Tensor] | None:
+    """Factors (left, right) of the parameter, as views, from PEFT's A [E·r,in] (experts one below the other) and
+    B [out,r·E] (the expert fastest). None for a combination that PEFT cannot compute itself.
+
+    swapped: the parameter has [E,out,in]; otherwise [E,in,out]. dims: 2 for a parameter without experts, [out,in].
+    """
+    if dims == 2:
+        return b, a
+    if num_experts == 1 and not swapped:
+        return None
+    a = a.view(num_experts, -1, a.shape[1])
+    b = b.view(b.shape[0], -1, num_experts).permute(2, 0, 1)
+    return (b, a) if swapped else (a.mT, b.mT)
+
+
+def _of_experts(module: nn.Module, name: str) -> bool:
+    return isinstance(module, Experts) and name in module._layout.names
+
+
+READERS.append(_of_experts)
+ON_WRAPPER.append(register)  # PEFT may be imported later than switchgear

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Distillation from a Mixture-of-Experts teacher that uses all of its experts (arXiv:2502.12947).
+
+knowledge_augment    several teacher passes with sampled experts, all but one each
+student_aware_router trains the teacher's router on the student's outputs, and returns those of all experts
+reverse_kl           the loss of both
+
+The teacher's routers are switchgear's. A student learns from text that it wrote itself (on-policy): pass such text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.functional import Routing
+from switchgear.reference import check_size
+from switchgear.routing.balance import load_balancing_loss
+from switchgear.routing.context import Select
+from switchgear.routing.interventions import override
+from switchgear.routing.ranking import choose
+from switchgear.routing.router import Router
+from switchgear.routing.selection import Dense
+from switchgear.routing.stochastic import SampledTopK
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """KL(student || teacher) of the softmax over the last dimension, averaged over tokens; mask [...]: False for
+    padding. Differentiable in both; 0 for equal outputs."""
+    log_q, log_p = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
+    divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
+    if mask is None:
+        return divergence.sum() / max(divergence.numel(), 1)
+    mask = mask.to(divergence.dtype)
+    return (divergence * mask).sum() / mask.sum().clamp(min=1)
+
+
+@contextmanager
+def all_experts(teacher: nn.Module) -> Iterator[None]:
+    """Inside the block every token goes to all experts, weighted by their scores."""
+    with _selecting(teacher, lambda _, options: Dense(**options)):
+        yield
+
+
+def knowledge_augment(
+    teacher: nn.Module, *inputs: Any, samples: int = 2, p_sample: float = 0.05, **keywords: Any
+) -> list[Tensor]:
+    """The teacher's logits in `samples` passes, each with all experts of a layer but one (knowledge augmentation).
+
+    With probability p_sample a token's experts are drawn from the router's probabilities without replacement; otherwise
+    they are the best ones. So with p_sample = 0 all passes are equal. The loss is the mean of reverse_kl over the
+    passes. No gradients.
+
+    Args:
+        teacher: called as teacher(*inputs, **keywords); returns logits, or an object with the attribute logits.
+
+    Raises ValueError for an option out of range, or a teacher without routers.
+    """
+    check_size("samples", samples)
+    if not 0 <= p_sample <= 1:
+        raise ValueError(f"p_sample: expected a number in [0, 1], got {p_sample}")
+
+    def sampled(router: Router, options: dict[str, Any]) -> Select:
+        return SampledTopK(max(router.num_experts - 1, 1), p_sample, **options)
+
+    with torch.no_grad(), _selecting(teacher, sampled):
+        return [_logits(teacher(*inputs, **keywords)) for _ in range(samples)]
+
+
+def student_aware_router(
+    teacher: nn.Module,
+    student_logits: Tensor,
+    optimizer: torch.optim.Optimizer,
+    *inputs: Any,
+    beta: float = 0.01,
+    mask: Tensor | None = None,
+    **keywords: Any,
+) -> Tensor:
+    """One step of the teacher's routers on reverse_kl(student, teacher) + beta · load_balancing_loss, then the
+    teacher's logits with all experts under the new routers, without gradients (student-aware router).
+
+    Args:
+        teacher: called as in knowledge_augment. Its other parameters get no gradients.
+        student_logits: the student's output for these inputs; its gradient is not needed.
+        optimizer: over router_parameters(teacher).
+        beta: the paper's weight of the balance loss, averaged over layers, for the router's own number of experts.
+    """
+    parameters = router_parameters(teacher)
+    flags = {parameter: parameter.requires_grad for parameter in teacher.parameters()}
+    seen: list[tuple[Router, Routing]] = []
+    with ExitStack() as stack:
+        for parameter in flags:  # so that no gradients of other weights are computed
+            stack.callback(parameter.requires_grad_, flags[parameter])
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for router in _routers(teacher).values():
+            stack.callback(router.register_forward_hook(lambda r, _, routing: seen.append((r, routing))).remove)
+        stack.enter_context(all_experts(teacher))
+        with torch.enable_grad():
+            loss = reverse_kl(student_logits.detach(), _logits(teacher(*inputs, **keywords)), mask)
+            if beta:
+                loss = loss + beta * torch.stack([_balance(*pair) for pair in seen]).mean()
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        with torch.no_grad():
+            return _logits(teacher(*inputs, **keywords))
+
+
+def router_parameters(teacher: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model's routers."""
+    found = [parameter for router in _routers(teacher).values() for parameter in router.parameters()]
+    return list(dict.fromkeys(found))
+
+
+def _routers(teacher: nn.Module) -> dict[str, Router]:
+    routers = {name: module for name, module in teacher.named_modules() if isinstance(module, Router)}
+    if not routers:
+        raise ValueError("teacher: expected one with switchgear's routers, got none")
+    return routers
+
+
+@contextmanager
+def _selecting(teacher: nn.Module, select: Callable[[Router, dict[str, Any]], Select]) -> Iterator[None]:
+    """Inside the block each router selects with select(router, options); the options are those of its scores."""
+    with ExitStack() as stack:
+        for name, router in _routers(teacher).items():
+            now: Any = router.selection()
+            options = {key: getattr(now, key) for key in ("score_function", "normalize", "scale") if hasattr(now, key)}
+            stack.enter_context(override(teacher, select=select(router, options), layers=[name]))
+        yield
+
+
+def _balance(router: Router, routing: Routing) -> Tensor:
+    """load_balancing_loss of the experts that the router itself would choose."""
+    logits = routing.router_logits
+    return load_balancing_loss(logits, choose(logits.detach().float(), router.top_k or 1))
+
+
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Training some experts of a model alone (expert-specialized fine-tuning, ESFT, arXiv:2407.01906).
+
+    with switchgear.RoutingTrace(model) as trace:
+        for batch in sample:
+            model(batch)
+    selection = finetune.select_experts(trace, mass=0.2)
+    optimizer = torch.optim.AdamW(finetune.freeze_except(model, selection))
+    …                                              # train as usual
+    finetune.save_selected(model, "experts.pt")    # these experts only
+    finetune.unfreeze(model)
+
+scores.py  which experts a task uses;  freeze.py  training them alone;  files.py  saving them
+"""
+
+from __future__ import annotations
+
+from switchgear.finetune.files import load_selected, save_selected
+from switchgear.finetune.freeze import freeze_except, selected_experts, unfreeze
+from switchgear.finetune.scores import Selected, select_experts
+
+__all__ = [
+    "Selected",
+    "freeze_except",
+    "load_selected",
+    "save_selected",
+    "select_experts",
+    "selected_experts",
+    "unfreeze",
+]

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Files that hold the trained experts alone: as large as these experts."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.weights.selected import SUFFIX, selection_of
+
+_FORMAT = 1  # version of the file format
+
+
+def save_selected(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Writes the experts that freeze_except lets train, and the parameters that train beside them, with torch.save.
+
+    Raises ValueError if no experts are trained alone.
+    """
+    experts: dict[str, dict[str, Tensor]] = {}
+    inside: set[str] = set()
+    for name, module in model.named_modules():
+        if (selection := selection_of(module)) is None:
+            continue
+        rows = {key: selection.trained(module, key).detach().cpu().contiguous() for key in selection.names}
+        experts[name] = {"experts": selection.experts(module).cpu(), **rows}
+        inside |= {f"{name}.{key}{SUFFIX}" if name else key + SUFFIX for key in selection.names}
+    if not experts:
+        raise ValueError("model: expected experts that are trained alone (freeze_except), got none")
+    others = {
+        name: parameter.detach().cpu()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name not in inside
+    }
+    torch.save({"format": _FORMAT, "experts": experts, "others": others}, path)
+
+
+def load_selected(model: nn.Module, path: str | PathLike[str]) -> dict[str, list[int]]:
+    """Writes the experts of a file of save_selected into a model, whether or not it is frozen. Other experts keep their
+    values. Returns the experts by name of their module.
+
+    Raises ValueError for any other file, or one of a model of another shape; nothing is changed.
+    """
+    data = _read(path)
+    targets: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []  # parameter, rows or None for all, values
+    for name, rows in data["experts"].items():
+        module, ids = _module(model, name), rows["experts"]
+        for key, values in rows.items():
+            if key != "experts":
+                targets.append((_fitting(module, name, key, ids, values), ids.long(), values))
+    parameters = dict(model.named_parameters())
+    for name, values in data["others"].items():
+        if name not in parameters or parameters[name].shape != values.shape:
+            raise ValueError(f"path: expected parameters of this model, got {name} {list(values.shape)}")
+        targets.append((parameters[name], None, values))
+    chosen = [(module, selection) for module in model.modules() if (selection := selection_of(module)) is not None]
+    for module, selection in chosen:
+        selection.update(module)
+    with torch.no_grad():
+        for parameter, index, values in targets:
+            values = values.to(parameter.device, parameter.dtype)
+            if index is None:
+                parameter.copy_(values)
+            else:
+                parameter[index.to(parameter.device)] = values
+    for module, selection in chosen:
+        selection.reload(module)
+    return {name: rows["experts"].tolist() for name, rows in data["experts"].items()}
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"path: expected experts of this model, got those of {name}") from None
+
+
+def _fitting(module: nn.Module, name: str, key: str, ids: Tensor, values: Tensor) -> nn.Parameter:
+    """The module's parameter `key`, if it has these rows."""
+    parameter = module._parameters.get(key)
+    if parameter is None:
+        raise ValueError(f"path: expected parameters of this model, got {name}.{key}")
+    if values.shape != (len(ids), *parameter.shape[1:]) or (len(ids) and int(ids.max()) >= parameter.shape[0]):
+        shape, got = list(parameter.shape), list(values.shape)
+        raise ValueError(f"path: expected experts of {name}.{key} {shape}, got {got} for experts {ids.tolist()}")
+    return parameter
+
+
+def _read(path: str | PathLike[str]) -> Any:
+    with open(path, "rb") as file:
+        try:
+            data = torch.load(file, weights_only=True)
+            if data["format"] != _FORMAT:
+                raise ValueError("another format")
+            for rows in data["experts"].values():
+                ids = rows["experts"]
+                if ids.dtype != torch.int32 or ids.dim() != 1 or (len(ids) and int(ids.min()) < 0):
+                    raise ValueError("experts that are not ids")
+                if not all(values.is_floating_point() for values in rows.values() if values is not ids):
+                    raise ValueError("rows that are no weights")
+            if not all(values.is_floating_point() for values in data["others"].values()):
+                raise ValueError("parameters that are no weights")
+            return data
+        except Exception as error:  # torch.load raises many kinds for files of others
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise ValueError(f"path: expected a file of save_selected, got {path} ({reason})") from error

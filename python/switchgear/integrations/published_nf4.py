@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Matrices [N,C] in nf4 as bitsandbytes serialises them (Linear4bit), beside their names the suffixes
+
+    (none)      uint8 [N·C/2, 1]    .absmax                           float32 [N·C/64]
+    .quant_map  float32 [16]        .quant_state.bitsandbytes__nf4    JSON in uint8
+
+With double quantisation .absmax is uint8, an index into .nested_quant_map [256], and
+
+    absmax = nested_quant_map[.absmax] · nested_absmax + nested_offset
+
+with a .nested_absmax for 256 of them and the offset in the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switchgear.integrations.checkpoint_files import Reader
+from switchgear.integrations.published_keys import (
+    ABSMAX,
+    NESTED_ABSMAX,
+    NESTED_MAP,
+    NF4_MAP,
+    NF4_STATE,
+    Checks,
+    Piece,
+    Pieces,
+)
+from switchgear.reference import nf4
+from switchgear.reference.minifloat import NF4_BLOCK
+
+NESTED_BLOCK = 256
+LONGEST_STATE = 4096  # bytes of JSON, about 170 in practice
+
+
+def is_nf4(pieces: Pieces) -> bool:
+    """Whether some of the tensors are of nf4."""
+    return any(piece.suffix == NF4_STATE for piece in pieces)
+
+
+def check(target: str, pieces: Pieces, of: Piece, shape: tuple[int, int], checks: Checks) -> None:
+    """Checks names, shapes and dtypes of one matrix; `of` is the piece of its values."""
+    own = {piece: key for piece, key in pieces.items() if piece._replace(suffix="") == of}
+    is_nested = of._replace(suffix=NESTED_ABSMAX) in own
+    blocks = math.prod(shape) // NF4_BLOCK
+    expected: dict[str, tuple[tuple[int, ...], str]] = {
+        "": ((math.prod(shape) // 2, 1), "U8"),
+        ABSMAX: ((blocks,), "U8" if is_nested else "F32"),
+        NF4_MAP: ((len(nf4.VALUES),), "F32"),
+    }
+    if is_nested:
+        expected |= {NESTED_ABSMAX: ((-(-blocks // NESTED_BLOCK),), "F32"), NESTED_MAP: ((256,), "F32")}
+    if shape[1] % NF4_BLOCK:
+        checks.problems.append(f"{target}: expected a multiple of {NF4_BLOCK} columns in nf4, got {shape[1]}")
+    if checks.expect_all(target, own, [of._replace(suffix=suffix) for suffix in (*expected, NF4_STATE)]):
+        for suffix, (wanted, dtype) in expected.items():
+            checks.expect(own[of._replace(suffix=suffix)], wanted, (dtype,))
+        key = own[of._replace(suffix=NF4_STATE)]
+        size = checks.headers[key].shape[:1]
+        checks.expect(key, size if size and size[0] <= LONGEST_STATE else (LONGEST_STATE,), ("U8",))
+
+
+def read(reader: Reader, pieces: Pieces, of: Piece, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The codes [N,C/2] and absmax [N,C/64], float32. ValueError unless the numbers beside them are those of nf4."""
+
+    def tensor(suffix: str) -> Tensor:
+        return reader.tensor(pieces[of._replace(suffix=suffix)])
+
+    is_nested = of._replace(suffix=NESTED_ABSMAX) in pieces
+    state = _state_of(bytes(tensor(NF4_STATE).tolist()))
+    expected: dict[str, Any] = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "shape": list(shape)}
+    if is_nested:
+        expected["nested_blocksize"] = NESTED_BLOCK
+    for name, wanted in expected.items():
+        if state.get(name) != wanted:
+            raise ValueError(f"{NF4_STATE}: expected {name} {wanted}, got {state.get(name)}")
+    if tensor(NF4_MAP).tolist() != torch.tensor(nf4.VALUES).tolist():
+        raise ValueError(f"{NF4_MAP}: expected the values of nf4, got {tensor(NF4_MAP).tolist()}")
+    absmax = tensor(ABSMAX)
+    if is_nested:
+        offset = state.get("nested_offset")
+        if not isinstance(offset, float) or not math.isfinite(offset):
+            raise ValueError(f"{NF4_STATE}: expected nested_offset to be a finite number, got {offset}")
+        scales = tensor(NESTED_ABSMAX).repeat_interleave(NESTED_BLOCK)[: len(absmax)]
+        absmax = tensor(NESTED_MAP)[absmax.int()] * scales + offset
+    return tensor("").view(shape[0], -1), absmax.view(shape[0], -1)
+
+
+def _state_of(text: bytes) -> dict[str, Any]:
+    try:
+        state = json.loads(text)
+    except (ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise ValueError(f"{NF4_STATE}: expected a JSON object, got {text[:80]!r}")
+    return state

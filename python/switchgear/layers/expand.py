@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""More experts for a trained MoE layer, beside frozen old ones (Lifelong-MoE, arXiv:2305.12281)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.experts import Experts
+from switchgear.reference import check_choice, check_size
+from switchgear.routing.context import modules_in
+from switchgear.routing.router import Router
+from switchgear.weights import advise_huge_pages, stored_of
+from switchgear.weights.selected import select, selection_of
+
+_OWN = {"weight", "bias", "e_score_correction_bias", "tokens_per_expert"}  # tensors of a linear router
+
+
+class Grown(NamedTuple):
+    """The tensors of a layer with more experts, by module and name."""
+
+    module: nn.Module
+    tensors: dict[str, Tensor]
+
+
+def expand(
+    moe: nn.Module, count: int, init: str, sources: Sequence[int] | None, freeze_old: bool
+) -> list[nn.Parameter]:
+    """See MoE.expand."""
+    check_size("n_new", count)
+    check_choice("init", init, ("copy", "random"))
+    experts, gate = _parts(moe, count)
+    chosen = _sources(sources, init, count, experts.num_experts)
+
+    def rows(module: Experts | Router) -> dict[str, Tensor]:
+        if init == "copy":
+            return {name: tensor.detach()[chosen] for name, tensor in _tensors(module).items()}
+        return {name: tensor.detach() for name, tensor in _tensors(_fresh(module, count)).items()}
+
+    return _grow(experts, gate, rows(experts), rows(gate), freeze_old)
+
+
+def add_expert(
+    moe: nn.Module, expert: Mapping[str, Tensor], gate_weight: Tensor, gate_bias: float, freeze_old: bool
+) -> int:
+    """See MoE.add_expert."""
+    experts, gate = _parts(moe, 1)
+    wanted = _tensors(experts)
+    if set(expert) != set(wanted):
+        raise ValueError(f"expert: expected the keys {', '.join(wanted)}, got {', '.join(expert) or 'none'}")
+    given = {**expert, "gate_weight": gate_weight}
+    shapes = {name: tensor.shape[1:] for name, tensor in wanted.items()} | {"gate_weight": (gate.hidden_size,)}
+    for name, tensor in given.items():
+        if tensor.shape != shapes[name]:
+            raise ValueError(f"{name}: expected shape {list(shapes[name])}, got {list(tensor.shape)}")
+    rows = {name: tensor.detach()[None] for name, tensor in expert.items()}
+    of_gate = {name: torch.zeros_like(tensor[:1]) for name, tensor in _tensors(gate).items()}
+    of_gate["weight"] = gate_weight.detach()[None]
+    if gate.bias is not None:
+        of_gate["bias"] = torch.full_like(gate.bias.detach()[:1], gate_bias)
+    _grow(experts, gate, rows, of_gate, freeze_old)
+    return experts.num_experts - 1
+
+
+def _parts(moe: Any, count: int) -> tuple[Experts, Router]:
+    """The experts and the router of a layer that can grow. Raises ValueError for others."""
+    experts, gate = moe.experts, moe.gate
+    if type(experts) is not Experts:
+        raise ValueError(f"experts: expected switchgear.Experts, all in this process, got {type(experts).__name__}")
+    if (stored := stored_of(experts)) is not None:
+        raise ValueError(f"experts: expected plain weights, got {stored.form}; restore(model) first")
+    if vars(experts).get("_switchgear_adapters") is not None:
+        raise ValueError("experts: expected none with adapters")
+    if selection_of(experts) is not None or selection_of(gate) is not None:
+        raise ValueError("experts: expected none that train alone already; call finetune.unfreeze(model) first")
+    if gate.weight is None:
+        raise ValueError(f"gate: expected a linear router, got one with score={type(gate.score).__name__}")
+    for part in (gate.select, gate.capacity, *gate.balance):
+        if getattr(part, "num_experts", None) is not None or any(
+            tensor.dim() and tensor.shape[0] == gate.num_experts
+            for module in modules_in(part)
+            for tensor in (*module.parameters(), *module.buffers())
+        ):
+            raise ValueError(f"gate: expected no part for {gate.num_experts} experts only, got {type(part).__name__}")
+    if (experts.num_experts + count) % gate.num_groups:
+        total = experts.num_experts + count
+        raise ValueError(f"n_new: expected a multiple of {gate.num_groups} groups of experts in all, got {total}")
+    return experts, gate
+
+
+def _sources(sources: Sequence[int] | None, init: str, count: int, num_experts: int) -> list[int]:
+    if sources is None:
+        return [index % num_experts for index in range(count)]
+    if init != "copy":
+        raise ValueError(f"sources: expected none beside init={init!r}")
+    if len(sources) != count or not all(0 <= expert < num_experts for expert in sources):
+        raise ValueError(f"sources: expected {count} experts in 0 to {num_experts - 1}, got {list(sources)}")
+    return list(sources)
+
+
+def _tensors(module: Experts | Router) -> dict[str, Tensor]:
+    """The tensors [E,…] of the experts or the router."""
+    if isinstance(module, Experts):
+        return dict(module.named_parameters(recurse=False))
+    own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    return {name: tensor for name, tensor in own.items() if name in _OWN}
+
+
+def _fresh(module: Experts | Router, count: int) -> Experts | Router:
+    """A module of `count` experts, initialised like `module`."""
+    like: Tensor = next(module.parameters())
+    if isinstance(module, Router):
+        made: Experts | Router = Router(
+            module.hidden_size, count, 1, bias=module.bias is not None,
+            selection_bias=module.e_score_correction_bias is not None, device=like.device, dtype=like.dtype,
+        )  # fmt: skip
+        if module.tokens_per_expert is not None:
+            counts = torch.zeros(count, dtype=torch.int64, device=like.device)
+            made.register_buffer("tokens_per_expert", counts, persistent=False)
+        return made
+    return Experts(
+        module.hidden_size, module.intermediate_size, count, activation=module.activation, gated=module.gated,
+        bias=module.down_proj_bias is not None, interleaved=module.interleaved, transposed=module.transposed,
+        device=like.device, dtype=like.dtype,
+    )  # fmt: skip
+
+
+def _grow(
+    experts: Experts, gate: Router, rows: Mapping[str, Tensor], of_gate: Mapping[str, Tensor], freeze_old: bool
+) -> list[nn.Parameter]:
+    """Appends the rows to the tensors of both modules. Returns their parameters that train."""
+    old = experts.num_experts
+    grown = [Grown(module, {name: _appended(tensor, new[name]) for name, tensor in _tensors(module).items()})
+             for module, new in ((experts, rows), (gate, of_gate))]  # fmt: skip
+    for module, tensors in grown:  # everything is allocated
+        for name, tensor in tensors.items():
+            if name in module._parameters:
+                flag = getattr(module, name).requires_grad
+                module._parameters[name] = nn.Parameter(tensor, requires_grad=flag or freeze_old)
+            else:
+                module._buffers[name] = tensor
+    experts.num_experts = gate.num_experts = len(next(experts.parameters()))
+    if not freeze_old:
+        return [parameter for module, _ in grown for parameter in module._parameters.values() if parameter is not None]
+    new_experts = torch.arange(old, experts.num_experts, dtype=torch.int32)
+    return [
+        parameter
+        for module, tensors in grown
+        for parameter in select(module, [name for name in tensors if name in module._parameters], new_experts)
+    ]
+
+
+def _appended(old: Tensor, new: Tensor) -> Tensor:
+    data = torch.empty(len(old) + len(new), *old.shape[1:], dtype=old.dtype, device=old.device)
+    advise_huge_pages(data)
+    data[: len(old)], data[len(old) :] = old.detach(), new
+    return data

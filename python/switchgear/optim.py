@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Muon for stacked experts: each matrix of a parameter [E,N,C] is orthogonalised by itself, all in one batch.
+
+    matrices, rest = optim.muon_groups(model)
+    optimizers = optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=3e-4)
+
+torch.optim.Muon takes matrices only; a stack of experts would have to be split into E parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.reference import check_choice
+from switchgear.routing.router import Router
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al., 2024)
+_CACHED = 1 << 19  # elements of a batch on a CPU
+_RATES = ("original", "match_rms_adamw")
+
+
+def orthogonalized(
+    matrices: Tensor, steps: int = 5, coefficients: tuple[float, float, float] = COEFFICIENTS, eps: float = 1e-7
+) -> Tensor:
+    """About U·Vᵀ of each matrix U·S·Vᵀ in matrices [..., N, C], in bfloat16, by Newton–Schulz iteration. Singular
+    values come out between 0.7 and 1.2. Zero matrices stay zero.
+
+    The iteration multiplies on the shorter side, in batched products: of all matrices on a GPU, of a megabyte of them
+    on a CPU, where larger ones are as fast one by one.
+    """
+    matrix = matrices.shape[-2:]
+    stack = matrices.reshape(-1, *matrix)
+    count = max(len(stack), 1) if stack.is_cuda else max(1, _CACHED // max(matrix.numel(), 1))
+    parts = [_orthogonalized(part, steps, coefficients, eps) for part in torch.split(stack, count)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(matrices.shape)
+
+
+def _orthogonalized(matrices: Tensor, steps: int, coefficients: tuple[float, float, float], eps: float) -> Tensor:
+    a, b, c = coefficients
+    x, is_tall = matrices.bfloat16(), matrices.shape[1] > matrices.shape[2]
+    if is_tall:
+        x = x.mT.contiguous()
+    x = x / x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (arXiv:2502.16982) for matrices and stacks of matrices: the update of torch.optim.Muon, whose options and
+    defaults it has, for each matrix of a parameter [..., N, C].
+
+    Args:
+        params: parameters of 2 or more dimensions, or groups of them (muon_groups).
+        lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps: as in torch.optim.Muon.
+        adjust_lr_fn: None or "original" multiplies lr by √max(1, N/C), "match_rms_adamw" by 0.2·√max(N, C).
+
+    Raises ValueError for an option out of range, or a parameter of fewer dimensions.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+    ) -> None:
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}.items():
+            if not value >= 0:
+                raise ValueError(f"{name}: expected a number of at least 0, got {value}")
+        if not 0 <= ns_steps < 100:
+            raise ValueError(f"ns_steps: expected 0 to 99, got {ns_steps}")
+        if adjust_lr_fn is not None:
+            check_choice("adjust_lr_fn", adjust_lr_fn, _RATES)
+        super().__init__(
+            params,
+            {
+                "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
+                "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
+            },
+        )  # fmt: skip
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.dim() < 2:
+                    shape = list(parameter.shape)
+                    raise ValueError(f"params: expected parameters of at least 2 dimensions, got shape {shape}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. Parameters without a gradient stay."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state, momentum, lr = self.state[parameter], group["momentum"], group["lr"]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        buffer: Tensor = state["momentum_buffer"]
+        buffer.lerp_(grad, 1 - momentum)
+        update = grad.lerp(buffer, momentum) if group["nesterov"] else buffer
+        update = orthogonalized(update, group["ns_steps"], group["ns_coefficients"], group["eps"])
+        parameter.mul_(1 - lr * group["weight_decay"])
+        parameter.add_(update, alpha=-lr * _ratio(group["adjust_lr_fn"], *parameter.shape[-2:]))
+
+
+def _ratio(adjust: str | None, rows: int, columns: int) -> float:
+    if adjust == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1, rows / columns))
+
+
+def muon_groups(model: nn.Module, *, others: Collection[str] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Splits the parameters that require gradients: matrices of hidden layers for Muon, the rest for AdamW.
+
+    The rest: vectors and scalars, biases of stacked experts, embeddings, routers, and the parameters of the modules or
+    the names in `others`, to which the output layer belongs ("lm_head"). Each parameter is in one list, once.
+
+    Raises ValueError for a name in `others` that the model does not have.
+    """
+    names = dict(model.named_parameters(remove_duplicate=False))
+    for prefix in others:
+        if not any(name == prefix or name.startswith(f"{prefix}.") for name in names):
+            raise ValueError(f"others: expected names of modules or parameters, got {prefix!r}")
+    excluded = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag, Router))
+        for parameter in module.parameters()
+    } | {
+        id(parameter)
+        for name, parameter in names.items()
+        if parameter.dim() < 2
+        or "bias" in name.rpartition(".")[2]
+        or any(name == prefix or name.startswith(f"{prefix}.") for prefix in others)
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [p for p in trained if id(p) not in excluded], [p for p in trained if id(p) in excluded]

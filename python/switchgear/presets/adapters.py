@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Mixtures of low-rank adapters beside frozen layers: options of adapters.LoRAExperts, add_lora_experts and mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from switchgear.adapters import LoRAExperts
+from switchgear.routing import (
+    ClusterPrior,
+    Dense,
+    FromEmbedding,
+    Linear,
+    LocalizedBalance,
+    PerSequence,
+    PosthocGate,
+    Sum,
+    TopK,
+)
+
+Options = dict[str, Any]
+
+
+def adapted_linear(
+    hidden_size: int, intermediate_size: int, num_experts: int, *, rank: int | Sequence[int], **options: Any
+) -> LoRAExperts:
+    """LoRAExperts of a new Linear with hidden_size inputs and intermediate_size outputs."""
+    place = {name: options[name] for name in ("device", "dtype") if name in options}
+    linear = nn.Linear(hidden_size, intermediate_size, **place)
+    return LoRAExperts(linear, num_experts, rank, **options)
+
+
+def loramoe(
+    *,
+    expert_types: Sequence[int] | Tensor | None = None,
+    rank: int = 4,
+    alpha: float = 32,
+    dropout: float = 0.05,
+    delta: float = 0.1,
+    balance: float = 0.1,
+) -> Options:
+    """All adapters, weighted by a softmax; a loss balances each type of sequence over the experts of its type.
+
+    Paper: LoRAMoE: Revolutionizing Mixture of Experts for Maintaining World Knowledge in Language Model Alignment, arXiv:2312.09979
+    Example: presets.build(64, 64, 8, **presets.loramoe(expert_types=[0, 0, 0, 0, 1, 1, 1, 1]))(x, embedding=kinds)
+
+    expert_types [E]: the type of each expert; Context.embedding [B] is that of each sequence. Without it there is no
+    loss, as in the authors' scripts. delta and balance are unverified.
+    """  # noqa: E501
+    losses = [] if expert_types is None else [partial(LocalizedBalance, expert_types, delta, balance)]
+    return {
+        "layer": adapted_linear,
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "select": Dense(),
+        "balance": losses,
+    }
+
+
+def _of_sequence(hidden_size: int, num_experts: int, **place: Any) -> PerSequence:
+    return PerSequence(Linear(hidden_size, num_experts, **place))
+
+
+def octavius(*, dim: int | None = None, rank: int = 32, top_k: int = 2) -> Options:
+    """The two best adapters of a sample, from its instruction; all of its tokens use them.
+
+    Paper: Octavius: Mitigating Task Interference in MLLMs via LoRA-MoE, arXiv:2311.02684
+    Example: presets.build(64, 64, 8, **presets.octavius(dim=24))(x, embedding=task)
+
+    dim: the width of Context.embedding, one instruction per sequence; if None, the mean of the layer's inputs over the
+    sequence stands for it (a choice of ours, which sees later tokens too). rank, top_k and that the weights are a
+    softmax over the chosen logits are unverified; the paper has 4 to 6 experts.
+    """
+    score: Any = partial(_of_sequence) if dim is None else partial(FromEmbedding, dim=dim)
+    return {"layer": adapted_linear, "rank": rank, "score": score, "select": TopK(top_k, normalize=True)}
+
+
+def _with_prior(
+    hidden_size: int, num_experts: int, *, centroids: Tensor, weight: float, tau: float, **place: Any
+) -> Sum:
+    near = centroids.to(device=place.get("device"), dtype=place.get("dtype"))
+    return Sum(Linear(hidden_size, num_experts, **place), ClusterPrior(near.clone(), weight=weight, tau=tau))
+
+
+def mor1e(centroids: Tensor, *, top_k: int = 2, weight: float = 1.0, tau: float = 1.0) -> Options:
+    """Experts of rank 1; the closeness of an instance to clusters of the corpus is added to the router's logits.
+
+    Paper: Intuition-aware Mixture-of-Rank-1-Experts for Parameter Efficient Finetuning, arXiv:2404.08985
+    Example: presets.build(64, 64, 8, **presets.mor1e(torch.ones(8, 24).cumsum(0)))(x, embedding=task)
+
+    centroids [E,D]: of a k-means of instances' embeddings, one cluster per expert; Context.embedding [B,D]. top_k,
+    weight, tau and the form of the prior are unverified.
+    """
+    score = partial(_with_prior, centroids=centroids, weight=weight, tau=tau)
+    return {"layer": adapted_linear, "rank": 1, "score": score, "select": TopK(top_k)}
+
+
+def smola(*, rank: int = 4, slots: int = 1) -> Options:
+    """A soft mixture of low-rank experts, added to a frozen module: nothing is discrete.
+
+    Paper: Omni-SMoLA: Boosting Generalist Multimodal Models with Soft Mixture of Low-rank Experts, arXiv:2312.00968
+    Example: presets.build(64, 64, 8, **presets.smola())(x)
+
+    Every token of a sequence affects every other, so not for causal models. rank and slots are unverified. One set of
+    experts for all modalities.
+    """
+    return {"layer": adapted_linear, "rank": rank, "slots": slots}
+
+
+def phatgoose(*, rank: int = 16, top_k: int = 2) -> Options:
+    """Adapters trained apart, each with a gate of its own: standardised gates and inputs make them comparable.
+
+    Paper: Learning to Route Among Specialized Experts for Zero-Shot Generalization, arXiv:2402.05859
+    Example: presets.build(64, 64, 8, **presets.phatgoose())(x)
+
+    adapters.train_gate trains a gate, and adapters.mixture(model, adapters) is the paper's model. rank is that of new
+    adapters.
+    """
+    select = TopK(top_k, normalize=True)
+    return {"layer": adapted_linear, "rank": rank, "score": PosthocGate, "select": select}
+
+
+def self_moe(*, rank: int = 8, top_k: int = 1) -> Options:
+    """Adapters specialised on synthetic data, and a router that all layers share, trained last.
+
+    Paper: Self-MoE: Towards Compositional Large Language Models with Self-Specialized Experts, arXiv:2406.12034
+    Example: presets.build(64, 64, 8, **presets.self_moe())(x)
+
+    In a model: adapters.mixture(model, adapters, shared_router=True, **presets.self_moe()). rank and top_k are
+    unverified.
+    """
+    return {"layer": adapted_linear, "rank": rank, "select": TopK(top_k)}

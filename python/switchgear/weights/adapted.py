@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Low-rank adapters of a module's projections: where their state is, and how the projections are read with them.
+
+Own adapters, of `switchgear.adapters`, are the parameters <name>_lora_A [E,r,in] and <name>_lora_B [E,out,r] of the
+module that holds the parameter <name>; their options are in the attribute _switchgear_adapters. Lent adapters belong to
+another library's wrapper of the module, which lends their factors for the duration of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.weights.weight import AdaptedWeight, Weight
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Options of a projection's own adapter: W + alpha/rank · B·A."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    merged: Any = None  # what unmerging needs, while the adapter is merged into W
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class Factors(NamedTuple):
+    """An adapter of a parameter, in the parameter's own layout: parameter + scale · left·right for each expert."""
+
+    left: Tensor  # [E,D1,r], or [E·D1,r] for a parameter [E·D1,D2]
+    right: Tensor  # [E,r,D2], or [r,D2]
+    scale: float
+
+
+Lent = Mapping[str, Sequence[Factors]]  # by name of the parameter
+
+# Called when a wrapper may be around a module. Makes wrappers that can lend their factors do so from then on.
+ON_WRAPPER: list[Callable[[], None]] = []
+
+
+def notice_wrapper(module: nn.Module) -> None:
+    """Notices a wrapper that computes the module's parameters, since it does not know yet that it could lend."""
+    if "parametrizations" in module._modules:
+        for function in ON_WRAPPER:
+            function()
+
+
+def lends(wrapper: nn.Module) -> bool:
+    """Whether a wrapper lends its factors to modules that run on switchgear."""
+    for function in ON_WRAPPER:
+        function()
+    return hasattr(getattr(type(wrapper), "_activate_lora", None), "switchgear_original")
+
+
+def adapters_of(module: nn.Module) -> dict[str, Lora]:
+    """A module's own adapters by projection."""
+    found: dict[str, Lora] = vars(module).get("_switchgear_adapters") or {}
+    return found
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Whether a module has adapters, own or lent, that reading its parameters would miss."""
+    attributes = vars(module)
+    if attributes.get("_switchgear_lent"):
+        return True
+    return any(lora.merged is None for lora in adapters_of(module).values())
+
+
+def read_by(module: nn.Module) -> list[Tensor]:
+    """The tensors with gradients that a call of the module may read: its parameters, and lent factors."""
+    lent: Lent = vars(module).get("_switchgear_lent") or {}
+    factors = [tensor for all_of_name in lent.values() for factor in all_of_name for tensor in factor[:2]]
+    return [*module.parameters(), *factors]
+
+
+def adapted(module: nn.Module, name: str, weight: Any, *, transposed: bool = False, lent: Lent | None = None) -> Any:
+    """`weight`, the projection [E,N,C] read from the module's parameter `name`, with its adapters, if any.
+
+    transposed: `weight` is the parameter's last dimensions swapped. lent: factors that a caller found itself.
+    """
+    attributes = vars(module)
+    own = attributes.get("_switchgear_adapters")
+    lent = attributes.get("_switchgear_lent") if lent is None else lent
+    if not own and not lent:
+        notice_wrapper(module)
+        return weight
+    lora = own.get(name) if own else None
+    factors = lent.get(name, ()) if lent else ()
+    if lora is not None and lora.merged is None:
+        if factors:
+            raise ValueError(
+                f"{name}: expected adapters of one library, got some of switchgear.adapters.add_lora and of a wrapper"
+            )
+        return _with_own(module, name, weight, lora)
+    return _with_lent(weight, factors, transposed) if factors else weight
+
+
+def _with_own(module: nn.Module, name: str, weight: Any, lora: Lora) -> AdaptedWeight:
+    parameters = module._parameters
+    a, b = parameters[f"{name}_lora_A"], parameters[f"{name}_lora_B"]
+    assert a is not None
+    assert b is not None
+    plain = weight[0] if isinstance(weight, list) else weight
+    if isinstance(plain, Tensor) and a.dtype is not plain.dtype:
+        a, b = a.to(plain.dtype), b.to(plain.dtype)  # type: ignore[assignment]
+    return AdaptedWeight(weight, a, b, lora.scale, dropout=lora.dropout if module.training else 0.0)
+
+
+def _with_lent(weight: Tensor | Weight, factors: Sequence[Factors], transposed: bool) -> AdaptedWeight:
+    """Several adapters are one of the sum of their ranks."""
+    pairs = [_pair(weight, factor, transposed) for factor in factors]
+    scales = [factor.scale for factor in factors]
+    a, b = pairs[0] if len(pairs) == 1 else (torch.cat([a for a, _ in pairs], 1), None)
+    if b is None and len(set(scales)) == 1:
+        b = torch.cat([b for _, b in pairs], 2)
+    if b is None:
+        b = torch.cat([b * scale for (_, b), scale in zip(pairs, scales, strict=True)], 2)
+        return AdaptedWeight(weight, a, b, 1.0)
+    return AdaptedWeight(weight, a, b, scales[0])
+
+
+def _pair(weight: Tensor | Weight, factors: Factors, transposed: bool) -> tuple[Tensor, Tensor]:
+    """a [E,r,C] and b [E,N,r] in the dtype of the weight: views, unless neither rows nor columns are contiguous."""
+    count = weight.shape[0]
+    left, right = factors.left, factors.right
+    if left.dim() == 2:  # one factor of a parameter that holds the experts one below the other
+        left, right = left.view(count, -1, left.shape[1]), right.expand(count, *right.shape)
+    left, right = left[:count].to(weight.dtype), right[:count].to(weight.dtype)
+    left, right = (t if 1 in t.stride()[-2:] else t.contiguous() for t in (left, right))
+    return (left.mT, right.mT) if transposed else (right, left)

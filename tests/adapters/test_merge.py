@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""merge and unmerge: values, bits, memory and refusals."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import switchgear
+from switchgear.adapters import add_lora, lora_of, merge, remove_lora, unmerge
+from switchgear.weights.adapted import adapters_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def layer(dtype: torch.dtype = torch.float32, std: float = 0.3, **options: Any) -> switchgear.Experts:
+    torch.manual_seed(0)
+    experts = switchgear.Experts(48, 32, 3, dtype=dtype, **options)
+    for parameter in add_lora(experts, 5, alpha=7):
+        nn.init.normal_(parameter, std=std)
+    return experts
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("std", [0.01, 0.3, 20.0])  # an adapter far below, near and above the weights
+@pytest.mark.parametrize("transposed", [False, True])
+def test_values_and_bits(dtype: torch.dtype, std: float, transposed: bool) -> None:
+    experts = layer(dtype, std, transposed=transposed)
+    with torch.no_grad():  # values whose bits are easily lost
+        experts.down_proj[0, 0, :4] = torch.tensor([0.0, -0.0, 1e-7, -1e-7])
+    before = {name: bits(p) for name, p in experts.named_parameters()}
+    wanted = {}
+    for name, (a, b, options) in lora_of(experts).items():
+        weight = getattr(experts, name).detach().double()
+        delta = options.scale * b.detach().double() @ a.detach().double()
+        wanted[name] = weight + (delta.mT if transposed else delta)
+    assert merge(experts) == 2
+    for name, want in wanted.items():
+        got = getattr(experts, name).detach().double()
+        half_ulp = torch.finfo(dtype).eps / 2 if dtype is not torch.float64 else 2.0**-50
+        single = 0.0 if dtype is torch.float64 else 2.0**-24  # of sums of r products in float32
+        bound = half_ulp * want.abs() + 8 * single * want.abs().max() + 2.0**-24
+        assert ((got - want).abs() <= bound).all()
+    assert merge(experts) == 0  # all are merged
+    assert unmerge(experts) == 2
+    assert all(torch.equal(bits(p), before[name]) for name, p in experts.named_parameters())
+
+
+def test_merged_adapters_do_not_act_and_do_not_train() -> None:
+    experts = layer()
+    x, ids, weights = torch.randn(7, 48), torch.randint(3, (7, 1)), torch.rand(7, 1)
+    y = experts(x, ids, weights)
+    merge(experts)
+    torch.testing.assert_close(experts(x, ids, weights), y, rtol=1e-4, atol=1e-5)
+    for a, *_ in lora_of(experts).values():
+        a.detach().zero_()  # changed after the merge: unmerging uses what was merged
+    unmerge(experts)
+    assert not torch.equal(experts(x, ids, weights), y)
+
+
+def test_memory_of_a_merge() -> None:
+    experts = layer(torch.float32, 0.01)
+    merge(experts)
+    for lora in adapters_of(experts).values():
+        kept = sum(tensor.nbytes for lost in lora.merged.lost for tensor in lost if tensor is not None)
+        weights = experts.gate_up_proj.numel() + experts.down_proj.numel()
+        assert kept <= 1.1 * weights  # a byte per weight, a quarter of float32
+
+
+def test_without_keeping_the_adapters() -> None:
+    experts = layer()
+    x, ids, weights = torch.randn(7, 48), torch.randint(3, (7, 1)), torch.rand(7, 1)
+    y = experts(x, ids, weights)
+    assert merge(experts, keep_adapters=False) == 2
+    assert lora_of(experts) == {}
+    assert set(dict(experts.named_parameters())) == {"gate_up_proj", "down_proj"}
+    torch.testing.assert_close(experts(x, ids, weights), y, rtol=1e-4, atol=1e-5)
+    experts = layer()
+    merge(experts)
+    assert merge(experts, keep_adapters=False) == 0
+    assert lora_of(experts) == {}
+
+
+def unchanged(experts: nn.Module, error: type[Exception], match: str, call: Any = merge) -> None:
+    before = {name: bits(p) for name, p in experts.named_parameters()}
+    with pytest.raises(error, match=match):
+        call(experts)
+    assert all(torch.equal(bits(p), before[name]) for name, p in experts.named_parameters())
+
+
+def test_what_is_refused() -> None:
+    plain = switchgear.Experts(48, 32, 3)
+    unchanged(plain, ValueError, "model: expected adapters .*, got none")
+    unchanged(layer(), ValueError, "model: expected merged adapters, got none that are merged", unmerge)
+    experts = layer()
+    with torch.no_grad():
+        experts.down_proj_lora_A[2, 0, 0] = float("nan")
+    unchanged(experts, ValueError, r"expected finite sums .* got others in down_proj\[2\]")
+    experts = layer(torch.float16)
+    with torch.no_grad():
+        experts.down_proj_lora_A[1] = 6e4
+        experts.down_proj_lora_B[1] = 6e4
+    unchanged(experts, ValueError, r"expected finite sums .* got others in down_proj\[1\]")
+    both = nn.ModuleList([layer(), layer()])
+    both[1].down_proj = both[0].down_proj
+    unchanged(both, ValueError, r"expected weights of one projection each, got 1.down_proj shared with another")
+    experts = layer()
+    merge(experts)
+    with torch.no_grad():
+        experts.down_proj[0, 0, 0] += 1
+    unchanged(experts, ValueError, "expected weights as they were merged, got others in down_proj", unmerge)
+    experts = layer()
+    merge(experts)
+    with switchgear.use_backend("reference"):
+        unchanged(experts, ValueError, "expected the backend and the ISA of the merge, native", unmerge)
+    with pytest.raises(ValueError, match="call unmerge"):
+        remove_lora(experts)
+
+
+def test_a_failure_halfway_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    module = importlib.import_module("switchgear.adapters.merge")
+    original, calls = module._lost, []
+
+    def run_out(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 5:
+            raise MemoryError
+        return original(*args)
+
+    monkeypatch.setattr(module, "_lost", run_out)
+    unchanged(layer(), MemoryError, "")

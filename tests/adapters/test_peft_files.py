@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""load_peft and save_peft: files that PEFT wrote, both layouts of PEFT's history, and files that are refused.
+
+Round trips of every model type are in test_lora_models.py.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import switchgear
+from switchgear.adapters import add_lora, load_peft, lora_of, save_peft
+from switchgear.integrations.tiny_models import build, example_inputs
+from switchgear.integrations.transformers import accelerate
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+WRITTEN = {
+    "mixtral": BOTH,
+    "gpt_oss": BOTH,
+    "nemotron_h": ["experts.up_proj", "experts.down_proj"],
+    "llama4_text": BOTH,
+    "longcat_flash": BOTH,
+    "step3p7": ["experts.down_proj"],
+    "jetmoe": ["mlp.input_linear.weight", "mlp.output_linear.weight"],
+}
+
+
+def written_by_peft(model: nn.Module, path: Path, **options: Any) -> Tensor:
+    """Saves random adapters; returns the logits of PEFT's model, without switchgear."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(**({"init_lora_weights": False, "target_modules": []} | options))
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+    wrapped.save_pretrained(path)
+    logits: Tensor = next(iter(wrapped(**example_inputs(model)).values()))
+    return logits.detach()
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    logits: Tensor = next(iter(model(**example_inputs(model)).values()))
+    return logits.detach()
+
+
+@pytest.mark.parametrize("model_type", WRITTEN)
+@pytest.mark.parametrize("options", [{"r": 2, "lora_alpha": 6}, {"r": 3, "use_rslora": True}], ids=["plain", "rslora"])
+def test_files_of_peft(model_type: str, options: dict[str, Any], tmp_path: Path) -> None:
+    base = build(model_type)
+    want = written_by_peft(base, tmp_path / "theirs", target_parameters=WRITTEN[model_type], **options)
+    accelerate(base)
+    load_peft(base, tmp_path / "theirs")
+    assert (logits_of(base) - want).abs().max() < 1e-4 * want.abs().max()
+    save_peft(base, tmp_path / "ours")
+    ours, theirs = (safetensors.load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    if model_type != "longcat_flash":  # PEFT also adapts rows that no expert uses
+        assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
+
+
+def test_ranks_and_alphas_of_single_parameters(tmp_path: Path) -> None:
+    base = build("mixtral")
+    patterns = {
+        "rank_pattern": {"experts.down_proj": 5}, "alpha_pattern": {r"layers\.1\.mlp\.experts\.gate_up_proj": 9},
+    }  # fmt: skip
+    want = written_by_peft(base, tmp_path / "theirs", r=2, lora_alpha=4, target_parameters=BOTH, **patterns)
+    accelerate(base)
+    load_peft(base, tmp_path / "theirs")
+    assert (logits_of(base) - want).abs().max() < 1e-4 * want.abs().max()
+    assert {(a.options.rank, a.options.alpha) for a in lora_of(base).values()} == {(2, 4.0), (5, 4.0), (2, 9.0)}
+    save_peft(base, tmp_path / "ours")
+    wrapped = peft.PeftModel.from_pretrained(build("mixtral"), tmp_path / "ours")
+    assert (logits_of(wrapped.get_base_model()) - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_linear_layers_of_single_experts(tmp_path: Path) -> None:
+    base = build("switch_transformers")
+    modules = r".*\.experts\.expert_\d+\.(wi|wo)"
+    want = written_by_peft(base, tmp_path, r=2, target_modules=modules)
+    accelerate(base)
+    load_peft(base, tmp_path)
+    assert (logits_of(base) - want).abs().max() < 1e-4 * want.abs().max()
+
+
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_layouts_of_earlier_versions(square: bool, transposed: bool, tmp_path: Path) -> None:
+    """PEFT before 0.19 took [E,d1,d2] for [E,in,out], so that W + Aᵀ·Bᵀ. Only the version tells if d1 = d2."""
+    torch.manual_seed(0)
+    hidden, inner, rank = 64, 64 if square else 32, 3
+    net = nn.Sequential(switchgear.MoE(hidden, inner, 4, 2, gated=False, transposed=transposed))
+    parameter = net[0].experts.down_proj
+    count, d1, d2 = parameter.shape
+    a, b = torch.randn(count * rank, d1), torch.randn(d2, rank * count)
+    config = {
+        "peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_parameters": ["experts.down_proj"],
+        "target_modules": [], "peft_version": "0.18.1",
+    }  # fmt: skip
+    name = "base_model.model.0.experts.lora_{}.weight"
+    safetensors.save_file({name.format("A"): a, name.format("B"): b}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    want = copy.deepcopy(net)
+    with torch.no_grad():
+        delta = torch.einsum("ore,eri->eio", b.view(d2, rank, count), a.view(count, rank, d1))
+        want[0].experts.down_proj += delta
+    load_peft(net, tmp_path)
+    x = torch.randn(7, hidden)
+    torch.testing.assert_close(net(x), want(x), rtol=1e-4, atol=1e-4)
+
+
+def ours(path: Path) -> nn.Module:
+    net = build("mixtral")
+    accelerate(net)
+    torch.manual_seed(2)
+    for parameter in add_lora(net, 2):
+        nn.init.normal_(parameter)
+    save_peft(net, path)
+    return net
+
+
+def test_bfloat16_and_a_chosen_dtype(tmp_path: Path) -> None:
+    net = build("mixtral").bfloat16()
+    accelerate(net)
+    for parameter in add_lora(net, 2):
+        nn.init.normal_(parameter)
+    save_peft(net, tmp_path)
+    other = build("mixtral").bfloat16()
+    accelerate(other)
+    load_peft(other, tmp_path, dtype=torch.float32)
+    for got, want in zip(lora_of(other).values(), lora_of(net).values(), strict=True):
+        assert got.a.dtype is torch.float32
+        assert torch.equal(got.a, want.a.float())
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_tensors(path: Path, change: Any) -> None:
+    file = path / "adapter_model.safetensors"
+    tensors = safetensors.load_file(file)
+    change(tensors)
+    safetensors.save_file(tensors, file)
+
+
+FIRST = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"
+
+
+def rename(tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] = tensors[FIRST].clone()
+
+
+def with_nan(tensors: dict[str, Tensor]) -> None:
+    tensors[FIRST][0, 0] = float("nan")
+
+
+def fewer_experts(tensors: dict[str, Tensor]) -> None:
+    tensors[FIRST] = tensors[FIRST][2:].clone()
+
+
+def as_integers(tensors: dict[str, Tensor]) -> None:
+    tensors[FIRST] = tensors[FIRST].int()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda path: edit_tensors(path, rename), r"got base_model\..*q_proj.lora_A.weight, which is none of theirs"),
+        (lambda path: edit_tensors(path, with_nan), "layer.lora_A.weight: expected finite numbers"),
+        (lambda path: edit_tensors(path, fewer_experts), r"expected lora_A \[16, 64\] and lora_B .* got \[14, 64\]"),
+        (lambda path: edit_tensors(path, as_integers), "expected a matrix of a floating dtype"),
+        (lambda path: edit_tensors(path, lambda t: t.pop(FIRST)), f"expected {FIRST} in adapter_model.safetensors"),
+        (lambda path: edit_config(path, r=3), "of this model and rank"),
+        (lambda path: edit_config(path, r=0), "r: expected a positive number in .*, got 0"),
+        (lambda path: edit_config(path, lora_dropout=1.5), "lora_dropout: expected at least 0 .*, got 1.5"),
+        (lambda path: edit_config(path, rank_pattern={"(": 2}), "rank_pattern, alpha_pattern: expected names"),
+        (lambda path: edit_config(path, use_dora=True), "use_dora: expected False in .*, got True"),
+        (lambda path: edit_config(path, peft_type="IA3"), "peft_type: expected 'LORA' in .*, got 'IA3'"),
+        (lambda path: edit_config(path, target_parameters="experts"), "target_parameters: expected a list of names"),
+        (lambda path: edit_config(path, target_parameters=[]), "which is none of theirs"),
+        (lambda path: edit_config(path, rank_pattern={"down_proj": "2"}), "rank_pattern: expected positive numbers"),
+        (lambda path: (path / "adapter_config.json").write_text("{"), "expected PEFT's adapter_config.json, got"),
+        (lambda path: (path / "adapter_config.json").unlink(), "expected PEFT's adapter_config.json, got"),
+        (lambda path: (path / "adapter_model.safetensors").unlink(), "directory with adapter_model.safetensors"),
+        (lambda path: (path / "adapter_model.safetensors").write_bytes(b"x" * 99), "expected a safetensors file"),
+    ],
+)  # fmt: skip
+def test_refused_files(spoil: Any, match: str, tmp_path: Path) -> None:
+    ours(tmp_path)
+    spoil(tmp_path)
+    net = build("mixtral")
+    accelerate(net)
+    before = [(name, id(p), p.requires_grad) for name, p in net.named_parameters()]
+    with pytest.raises(ValueError, match=match):
+        load_peft(net, tmp_path)
+    assert [(name, id(p), p.requires_grad) for name, p in net.named_parameters()] == before
+    assert lora_of(net) == {}
+
+
+def test_refused_models(tmp_path: Path) -> None:
+    net = ours(tmp_path)
+    with pytest.raises(ValueError, match="expected no adapters yet"):
+        load_peft(net, tmp_path)
+    other = build("nemotron_h")
+    accelerate(other)
+    with pytest.raises(ValueError, match=r"which is none of theirs"):
+        load_peft(other, tmp_path)
+    assert lora_of(other) == {}
+    with pytest.raises(ValueError, match=r"model: expected adapters .*, got none"):
+        save_peft(other, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    experts = switchgear.Experts(64, 32, 4)
+    add_lora(experts, 2)
+    with pytest.raises(ValueError, match="model: expected a module around the experts"):
+        save_peft(experts, tmp_path / "other")

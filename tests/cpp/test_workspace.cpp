@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Memory that is kept: which blocks are reused, and how many bytes stay.
+#include "check.h"
+#include "cpu/workspace.h"
+
+namespace switchgear::test {
+namespace {
+
+using cpu::Buffer;
+using cpu::kept_bytes;
+using cpu::Workspace;
+
+TEST(workspaces_give_aligned_parts_in_order) {
+  cpu::release_workspaces();
+  CHECK(Workspace::padded(0) == 0 && Workspace::padded(1) == 64 && Workspace::padded(64) == 64);
+  CHECK(Workspace::padded(65) == 128);
+  const void* first = nullptr;
+  {
+    Workspace workspace(3 * 64 + 200);
+    first = workspace.take_bytes(1);
+    const char* const start = static_cast<const char*>(first);
+    CHECK(reinterpret_cast<uintptr_t>(first) % 64 == 0);
+    CHECK(reinterpret_cast<const char*>(workspace.take<int32_t>(17)) == start + 64);
+    CHECK(reinterpret_cast<const char*>(workspace.take<double>(8)) == start + 192);
+    Workspace other(64);
+    CHECK(other.take_bytes(64) != first, "in use");
+  }
+  {
+    Workspace larger(1 << 20), same(3 * 64 + 200), smaller(64);
+    CHECK(same.take_bytes(0) == first, "the smallest that fits");
+    CHECK(larger.take_bytes(0) != first && smaller.take_bytes(0) != first);
+  }
+  CHECK(kept_bytes() == 0, "of buffers alone");
+  cpu::release_workspaces();
+}
+
+TEST(buffers_are_reused_by_size) {
+  cpu::release_workspaces();
+  const void *a = nullptr, *b = nullptr;
+  {
+    const Buffer first(1000), second(2000);
+    a = first.data(), b = second.data();
+    CHECK(first.size() == 1000 && reinterpret_cast<uintptr_t>(a) % 64 == 0 && a != b && kept_bytes() == 0);
+  }
+  CHECK(kept_bytes() == 3000);
+  {
+    const Buffer second(2000);
+    CHECK(second.data() == b && kept_bytes() == 1000);
+    const Buffer first(1000);
+    CHECK(first.data() == a && kept_bytes() == 0);
+  }
+  CHECK(kept_bytes() == 3000);
+  {
+    const Buffer other(999);  // with both idle ones more than was ever live: the oldest goes
+    CHECK(kept_bytes() == 2000, kept_bytes());
+  }
+  CHECK(kept_bytes() == 2999, kept_bytes());
+  {
+    const Buffer large(4000);
+    CHECK(kept_bytes() == 0, kept_bytes());
+    const Buffer small(10);
+    CHECK(kept_bytes() == 0);
+  }
+  CHECK(kept_bytes() == 4010);
+  {
+    const Buffer live(5);  // 4015 bytes would be more than 4010: the oldest goes
+    cpu::release_workspaces();
+    CHECK(kept_bytes() == 0);
+  }
+  CHECK(kept_bytes() == 5, "most_live_bytes is that of the live one");
+  cpu::release_workspaces();
+  CHECK(kept_bytes() == 0);
+}
+
+}  // namespace
+}  // namespace switchgear::test

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Runs tests of Python with the module _C of a build under the address sanitizer.
+
+    sanitized.py build/asan -- -q tests/contracts/test_guard_pages.py …
+
+Arguments after -- go to pytest. The rest of the package is the installed one.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+OPTIONS = (
+    "detect_leaks=0",  # of Python itself
+    "alloc_dealloc_mismatch=0",  # torch allocates in one library and frees in another
+    "detect_stack_use_after_return=0",  # gcc before 14 does not align its frames for vectors of 64 bytes
+    "malloc_context_size=8",
+)
+
+
+def compilers_library(name: str) -> str:
+    command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def environment() -> dict[str, str]:
+    """Python is not instrumented, so the runtime comes first by LD_PRELOAD."""
+    libraries = " ".join(compilers_library(name) for name in ("libasan.so", "libstdc++.so"))
+    return {**os.environ, "LD_PRELOAD": libraries, "ASAN_OPTIONS": ":".join(OPTIONS)}
+
+
+def load(module: Path) -> None:
+    """Makes `module` the package's _C, before anything imports another one."""
+    spec = importlib.util.spec_from_file_location("switchgear._C", module)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{module}: expected a Python module")
+    import torch  # noqa: F401  # the OpenMP pool is torch's
+
+    native = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native)
+    sys.modules[spec.name] = native
+    import switchgear
+
+    switchgear._C = native
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) < 2 or arguments[1] not in ("--", "--child"):
+        raise SystemExit(__doc__)
+    build, role, *tests = arguments
+    if role == "--":
+        command = [sys.executable, __file__, build, "--child", *tests]
+        return subprocess.run(command, env=environment(), check=False).returncode
+    modules = sorted(Path(build).glob("_C*.so"))
+    if len(modules) != 1:
+        raise SystemExit(f"{build}: expected one module _C, found {len(modules)}")
+    load(modules[0].resolve())
+    import pytest
+
+    return pytest.main(["--capture=sys", *tests])  # reports bypass Python
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Distillation from all experts of a teacher (row 51)."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import switchgear
+from switchgear import distill
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def make_teacher() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = (switchgear.MoE(8, 6, 4, 2, normalize=True), switchgear.MoE(8, 6, 3, 1, score_function="sigmoid"))
+    return nn.Sequential(*layers, nn.Linear(8, 5))
+
+
+def test_row51_without_sampling_all_but_the_worst_expert() -> None:
+    teacher, x = make_teacher(), torch.randn(20, 8)
+    first, second = distill.knowledge_augment(teacher, x, p_sample=0.0)
+    assert torch.equal(first, second)
+    assert not first.requires_grad
+    best = copy.deepcopy(teacher)
+    best[0].gate.top_k, best[1].gate.top_k = 3, 2
+    torch.testing.assert_close(first, best(x).detach())
+    assert len(distill.knowledge_augment(teacher, x, samples=3)) == 3
+
+
+def test_row51_samples_follow_the_gate_probabilities() -> None:
+    """Chi-square of the first draw of 20000 tokens with the same logits; 16.3 is the 0.1 % quantile for 3 degrees."""
+    teacher = make_teacher()
+    drawn: list[Tensor] = []
+    teacher[0].gate.register_forward_hook(lambda _, __, routing: drawn.append(routing.topk_ids))
+    x = torch.randn(1, 8).expand(20000, 8)
+    torch.manual_seed(1)
+    distill.knowledge_augment(teacher, x, samples=1, p_sample=1.0)
+    (ids,) = drawn
+    assert ids.shape == (20000, 3)
+    assert all(len(set(row)) == 3 for row in ids[:50].tolist())
+    expected = 20000 * teacher[0].gate(x[:1]).router_logits[0].detach().softmax(-1)
+    counts = torch.bincount(ids[:, 0].long(), minlength=4)
+    assert float(((counts - expected).square() / expected).sum()) < 16.3
+
+
+def test_row51_all_experts_are_the_dense_mixture() -> None:
+    teacher, x = make_teacher(), torch.randn(7, 8)
+    moe = teacher[0]
+    with distill.all_experts(teacher):
+        y = moe(x)
+    weights = moe.gate(x).router_logits.softmax(-1)
+    ids = torch.arange(4).expand(7, 4)
+    torch.testing.assert_close(y, moe.experts(x, ids, weights))
+    assert torch.equal(moe(x), make_teacher()[0](x))
+
+
+def test_row51_a_step_changes_the_router_only() -> None:
+    teacher, x = make_teacher(), torch.randn(64, 8)
+    teacher[2].requires_grad_(False)
+    before = copy.deepcopy(teacher.state_dict())
+    flags = [parameter.requires_grad for parameter in teacher.parameters()]
+    student = torch.randn(64, 5)
+    optimizer = torch.optim.SGD(distill.router_parameters(teacher), 0.5)
+    divergences = []
+    for _ in range(20):
+        logits = distill.student_aware_router(teacher, student, optimizer, x, beta=0.0)
+        divergences.append(float(distill.reverse_kl(student, logits)))
+    with distill.all_experts(teacher), torch.no_grad():
+        assert torch.equal(logits, teacher(x))
+    assert divergences[-1] < divergences[0]
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (".gate." not in name), name
+    assert [parameter.requires_grad for parameter in teacher.parameters()] == flags
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_row51_balance_of_the_routers() -> None:
+    """With a large beta alone, the load of the router becomes more even."""
+    teacher = make_teacher()
+    x = torch.randn(256, 8) + 1
+    with torch.no_grad():
+        teacher[0].gate.weight[0] += 1
+    optimizer = torch.optim.Adam(distill.router_parameters(teacher), 0.02)
+    loads = []
+    for _ in range(30):
+        with distill.all_experts(teacher), torch.no_grad():
+            student = teacher(x)
+        distill.student_aware_router(teacher, student, optimizer, x, beta=1.0)
+        loads.append(torch.bincount(teacher[0].gate(x).topk_ids.flatten().long(), minlength=4))
+    assert loads[-1].max() < loads[0].max()
+
+
+def test_reverse_kl() -> None:
+    student, teacher = torch.randn(3, 4, 6, requires_grad=True), torch.randn(3, 4, 6)
+    q, p = student.softmax(-1), teacher.softmax(-1)
+    wanted = (q * (q / p).log()).sum(-1)
+    torch.testing.assert_close(distill.reverse_kl(student, teacher), wanted.mean())
+    mask = torch.arange(4).expand(3, 4) < 2
+    torch.testing.assert_close(distill.reverse_kl(student, teacher, mask), wanted[:, :2].mean())
+    assert abs(float(distill.reverse_kl(teacher, teacher))) < 1e-6
+
+
+def test_errors() -> None:
+    x = torch.randn(2, 8)
+    with pytest.raises(ValueError, match="teacher"):
+        distill.knowledge_augment(nn.Linear(8, 8), x)
+    with pytest.raises(ValueError, match="samples"):
+        distill.knowledge_augment(make_teacher(), x, samples=0)
+    with pytest.raises(ValueError, match="p_sample"):
+        distill.knowledge_augment(make_teacher(), x, p_sample=2.0)

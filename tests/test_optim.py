@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Muon on stacked experts against torch.optim.Muon on separate matrices."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import switchgear
+from switchgear import finetune, optim
+
+SHAPES = ((5, 24, 40), (3, 40, 24), (4, 16, 16))
+BF16 = torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"nesterov": False, "momentum": 0.8}, {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.0}]
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_update_of_torch(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    """The same steps as torch.optim.Muon on each expert's matrix. Both iterate in bfloat16, in batches or one by one,
+    so an orthogonalised element, of size 1, differs by a few of its roundings: 5 steps of 3 products."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    torch.manual_seed(0)
+    stack = nn.Parameter(torch.randn(shape))
+    separate = [nn.Parameter(matrix.detach().clone()) for matrix in stack]
+    lr, steps = 0.02, 4
+    ours, theirs = optim.Muon([stack], lr, **options), torch.optim.Muon(separate, lr, **options)
+    for _ in range(steps):
+        grad = torch.randn(shape)
+        stack.grad = grad
+        for matrix, part in zip(separate, grad, strict=True):
+            matrix.grad = part.clone()
+        ours.step()
+        theirs.step()
+    for matrix, part, mine in zip(separate, stack, ours.state[stack]["momentum_buffer"], strict=True):
+        assert torch.equal(theirs.state[matrix]["momentum_buffer"], mine)
+        ratio = 0.2 * max(shape[1:]) ** 0.5 if "adjust_lr_fn" in options else max(1, shape[1] / shape[2]) ** 0.5
+        assert (matrix - part).abs().max() <= steps * lr * ratio * 15 * BF16
+        assert (matrix - part).norm() <= 0.05 * steps * lr * ratio * matrix.numel() ** 0.5
+
+
+def test_a_matrix_does_not_depend_on_the_others() -> None:
+    """Experts without gradients are zero, others have about orthogonal rows."""
+    torch.manual_seed(0)
+    stack = torch.randn(4, 12, 30)
+    stack[1] = 0
+    result = optim.orthogonalized(stack)
+    assert not result[1].any()
+    values = torch.linalg.svdvals(result[[0, 2, 3]].float())
+    assert 0.6 < values.min() <= values.max() < 1.3
+    alone = optim.orthogonalized(stack[2:3])
+    assert (alone[0] - result[2]).abs().max() <= 15 * BF16
+    assert optim.orthogonalized(stack.mT).shape == (4, 30, 12)
+    assert (optim.orthogonalized(stack.mT).mT - result).abs().max() <= 15 * BF16
+
+
+def test_state_and_missing_gradients() -> None:
+    torch.manual_seed(0)
+    first, second = nn.Parameter(torch.randn(2, 4, 6)), nn.Parameter(torch.randn(4, 6))
+    optimizer = optim.Muon([{"params": [first], "lr": 0.1}, {"params": [second]}])
+    before = second.detach().clone()
+    first.grad = torch.randn(2, 4, 6)
+    assert optimizer.step(lambda: 3) == 3
+    assert torch.equal(second, before)
+    other = optim.Muon([{"params": [copy.deepcopy(first)], "lr": 0.1}, {"params": [copy.deepcopy(second)]}])
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    twin = other.param_groups[0]["params"][0]
+    twin.grad = first.grad.clone()
+    optimizer.step()
+    other.step()
+    assert torch.equal(first, twin)
+
+
+def test_groups_of_a_model() -> None:
+    model = nn.Sequential()
+    model.add_module("embedding", nn.Embedding(10, 8))
+    model.add_module("moe", switchgear.MoE(8, 6, 4, 2, bias=True, num_shared_experts=1))
+    model.add_module("norm", nn.LayerNorm(8))
+    model.add_module("head", nn.Linear(8, 10))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def named(parameters: list[nn.Parameter]) -> set[str]:
+        return {names[id(parameter)] for parameter in parameters}
+
+    matrices, rest = optim.muon_groups(model, others=["head"])
+    assert len(matrices) + len(rest) == len(list(model.parameters()))
+    shared = {name for name in names.values() if name.startswith("moe.shared") and name.endswith("weight")}
+    assert named(matrices) == {"moe.experts.gate_up_proj", "moe.experts.down_proj"} | shared
+    with pytest.raises(ValueError, match="others"):
+        optim.muon_groups(model, others=["lm_head"])
+    finetune.freeze_except(model, {"moe": [1, 2]})
+    matrices, rest = optim.muon_groups(model)
+    assert [list(parameter.shape) for parameter in matrices] == [[2, 12, 8], [2, 8, 6]]
+    assert [list(parameter.shape) for parameter in rest] == [[2, 12], [2, 8]]
+
+
+def test_it_trains() -> None:
+    torch.manual_seed(0)
+    moe = switchgear.MoE(16, 16, 4, 2)
+    matrices, rest = optim.muon_groups(moe)
+    optimizers = optim.Muon(matrices, 0.02), torch.optim.AdamW(rest, 1e-2)
+    losses = []
+    for step in range(40):
+        x = torch.randn(128, 16, generator=torch.Generator().manual_seed(step))
+        loss = (moe(x) - x.roll(1, -1)).square().mean()
+        moe.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="params"):
+        optim.Muon([nn.Parameter(torch.zeros(3))])
+    for name, value in {"lr": -1.0, "momentum": -0.1, "ns_steps": 100, "adjust_lr_fn": "none"}.items():
+        with pytest.raises(ValueError, match=name):
+            optim.Muon([nn.Parameter(torch.zeros(3, 3))], **{name: value})
