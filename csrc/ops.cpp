@@ -159,7 +159,7 @@ void bias_shapes(Call& call, const ExpertWeights& weights, Dim& E, Dim& H, Dim& 
 }
 
 // moe_backward decodes stored weights for gradients of other tensors; only a plain weight has a gradient itself.
-void check_has_gradient(const char* name, const Weight& weight, const TensorView& gradient) {
+void check_frozen(const char* name, const Weight& weight, const TensorView& gradient) {
   SWITCHGEAR_CHECK(ValueError, weight.format == Format::kPlain || !gradient.defined(), name,
                    ": expected plain weights for their gradients, got ", name_of(weight.format));
 }
@@ -536,8 +536,8 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   call.input("x", args.x, kFloat, {&T, &H}, kRows);
   call.input("grad_y", args.grad_y, kFloat, {&T, &H}, kRows);
   weight_shapes(call, args.weights, args.options, E, H, I, N);
-  check_has_gradient("gate_up_proj", args.weights.gate_up_proj, args.grad_gate_up_proj);
-  check_has_gradient("down_proj", args.weights.down_proj, args.grad_down_proj);
+  check_frozen("gate_up_proj", args.weights.gate_up_proj, args.grad_gate_up_proj);
+  check_frozen("down_proj", args.weights.down_proj, args.grad_down_proj);
   adapter_inputs(call, args.weights, E, H, I, N);
   call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
   call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
