@@ -293,6 +293,7 @@ def test_wrong_adapters_leave_the_model_untouched() -> None:
     nan = torch.full((2, H), float("nan"))
     for match, adapters, options in (
         ("adapters: expected at least one", [], {}),
+        (r"adapters\[0\]: expected adapters of at least one layer, got none", [Adapter({})], {}),
         (r"adapters\[1\]: expected the layers of adapters\[0\]; it lacks", [good, fewer], {}),
         (f"{last}.*expected A ", [good, changed(good, last, a=torch.randn(2, H + 1))], {}),
         (f"{last}.*expected B of shape", [good, changed(good, last, b=torch.randn(I, 3))], {}),
@@ -315,6 +316,7 @@ def test_wrong_adapters_leave_the_model_untouched() -> None:
         assert_untouched(model, before)
     for match, adapters, options in (
         ("adapters", "one", {}),
+        (r"adapters\[0\]: expected layers to be a dict", [Adapter([])], {}),
         (r"adapters\[0\]", [3], {}),
         ("color", [good], {"color": 1}),
         ("alpha", [changed(good, last, alpha="1")], {}),
@@ -377,6 +379,13 @@ def test_wrong_arguments_are_named() -> None:
     for match, wrong_type in {
         "rank": lambda: LoRAExperts(linear, E, 2.5),
         "bits": lambda: LoRAExperts(linear, E, 2, bits=4),
+        "^base: expected torch.nn.Module, got int": lambda: LoRAExperts(5, E, 2),
+        "^model: expected torch.nn.Module, got int": lambda: add_lora_experts(5, E, 2, targets=["up"]),
+        "^model: expected torch.nn.Module, got str": lambda: mixture("model", [adapter_of(2)]),
+        "^targets: expected names, got int$": lambda: add_lora_experts(model, E, 2, targets=5),
+        "^targets: expected names, got int in a list": lambda: add_lora_experts(model, E, 2, targets=[5]),
+        "^loss: expected a function": lambda: train_gate(model, adapter_of(2), 0.5),
+        "^loss: expected it to return a tensor, got None": lambda: train_gate(model, adapter_of(2), lambda model: None),
         r"adapters\[0\]": lambda: LoRAExperts.from_adapters(linear, [torch.ones(2)]),
     }.items():
         with pytest.raises(TypeError, match=match):

@@ -76,6 +76,8 @@ def test_row71_selection_errors() -> None:
     trace = switchgear.RoutingTrace()
     with pytest.raises(ValueError, match="trace"):
         finetune.select_experts(trace)
+    with pytest.raises(TypeError, match="trace: expected RoutingTrace, got dict"):
+        finetune.select_experts({})
     trace.layers["a"] = LayerTrace(4)
     with pytest.raises(ValueError, match="in a"):
         finetune.select_experts(trace)
@@ -328,6 +330,7 @@ def stored() -> nn.Module:
         (make_model, {"0": [-1]}, ValueError, "0 to 5"),
         (make_model, {"0": [1, 1]}, ValueError, "once"),
         (make_model, {"0": [1.5]}, TypeError, "integers"),
+        (make_model, ["0"], TypeError, "selection: expected a dict of experts by layer, got list"),
         (make_model, {"0": [1], "0.gate": [2]}, ValueError, "once"),
         (shared_experts, {"2": [1]}, ValueError, "sharing"),
         (stored, {"2": [1]}, ValueError, "restore"),
@@ -355,6 +358,9 @@ def test_frozen_models_are_not_frozen_again_or_stored() -> None:
             switchgear.store(model, form)
     with pytest.raises(ValueError, match="unfreeze"):
         switchgear.adapters.add_lora(model[0].experts, 2)
+    for call in (lambda m: finetune.freeze_except(m, SELECTION), finetune.unfreeze, finetune.selected_experts):
+        with pytest.raises(TypeError, match=r"model: expected torch\.nn\.Module, got str"):
+            call("model")
     adapted = make_model()
     switchgear.adapters.add_lora(adapted[0].experts, 2)
     with pytest.raises(ValueError, match="adapters"):

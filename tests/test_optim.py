@@ -94,6 +94,8 @@ def test_groups_of_a_model() -> None:
     assert named(matrices) == {"moe.experts.gate_up_proj", "moe.experts.down_proj"} | shared
     with pytest.raises(ValueError, match="others"):
         optim.muon_groups(model, others=["lm_head"])
+    with pytest.raises(TypeError, match=r"model: expected torch\.nn\.Module, got list"):
+        optim.muon_groups([])
     finetune.freeze_except(model, {"moe": [1, 2]})
     matrices, rest = optim.muon_groups(model)
     assert [list(parameter.shape) for parameter in matrices] == [[2, 12, 8], [2, 8, 6]]

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Finds the invalid argument of a public function after the call has failed, so valid calls cost nothing."""
+"""Checks of the types of arguments. `complain` finds the invalid argument after a call has failed, so valid calls cost
+nothing."""
 
 from __future__ import annotations
 
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def complain(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -47,6 +48,29 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got a nested one")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor (torch.strided), got {tensor.layout}")
+
+
+def check_module(name: str, module: Any) -> None:
+    """Raises TypeError for what is no module."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name}: expected torch.nn.Module, got {type(module).__name__}")
+
+
+def check_float_dtype(name: str, dtype: Any) -> None:
+    """Raises TypeError for what is no floating dtype. None passes."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{name}: expected a floating dtype, got {dtype!r}")
+
+
+def list_of_names(name: str, names: str | Iterable[str]) -> list[str]:
+    """One name or several, as a list. Raises TypeError for anything else."""
+    if not isinstance(names, Iterable):
+        raise TypeError(f"{name}: expected names, got {type(names).__name__}")
+    found = [names] if isinstance(names, str) else list(names)
+    for one in found:
+        if not isinstance(one, str):
+            raise TypeError(f"{name}: expected names, got {type(one).__name__} in a list")
+    return found
 
 
 def complain_about_rows(name: str, rows: Any, hidden_size: int, like: Tensor | None) -> None:

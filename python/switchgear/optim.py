@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import check_module
 from switchgear.reference import check_choice
 from switchgear.routing.router import Router
 
@@ -135,6 +136,7 @@ def muon_groups(model: nn.Module, *, others: Collection[str] = ()) -> tuple[list
 
     Raises ValueError for a name in `others` that the model does not have.
     """
+    check_module("model", model)
     names = dict(model.named_parameters(remove_duplicate=False))
     for prefix in others:
         if not any(name == prefix or name.startswith(f"{prefix}.") for name in names):

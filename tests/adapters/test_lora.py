@@ -155,7 +155,9 @@ def test_another_dtype_of_adapters() -> None:
         ({"rank": 2, "targets": ["q_proj"]}, ValueError, "targets: expected some of down_proj, gate_up_proj.*'q_proj'"),
         ({"rank": 2, "targets": []}, ValueError, r"targets: .*got \[\], none of this model"),
         ({"rank": 2, "targets": 3}, TypeError, "targets: expected names, got int"),
+        ({"rank": 2, "targets": [3]}, TypeError, "targets: expected names, got int in a list"),
         ({"rank": 2, "dtype": torch.int8}, TypeError, "dtype: expected a floating dtype, got torch.int8"),
+        ({"rank": 2, "dtype": "float32"}, TypeError, "dtype: expected a floating dtype, got 'float32'"),
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], match: str) -> None:
@@ -167,8 +169,9 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], match: str
 
 
 def test_bad_models() -> None:
-    with pytest.raises(TypeError, match=r"model: expected torch\.nn\.Module, got dict"):
-        add_lora({}, 2)  # type: ignore[arg-type]
+    for call in (lambda m: add_lora(m, 2), remove_lora, lora_of, merge):
+        with pytest.raises(TypeError, match=r"model: expected torch\.nn\.Module, got dict"):
+            call({})
     with pytest.raises(ValueError, match="model: expected routed experts, Linear has none"):
         add_lora(nn.Linear(2, 2), 2)
     half = model()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
-from switchgear.adapters import add_lora, lora_of, merge, remove_lora, unmerge
+from switchgear.adapters import LoRAExperts, add_lora, add_lora_experts, lora_of, merge, remove_lora, unmerge
 from switchgear.weights.adapted import adapters_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -91,6 +91,15 @@ def unchanged(experts: nn.Module, error: type[Exception], match: str, call: Any 
     with pytest.raises(error, match=match):
         call(experts)
     assert all(torch.equal(bits(p), before[name]) for name, p in experts.named_parameters())
+
+
+def test_a_routed_mixture_is_not_merged() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    add_lora_experts(net, 2, 1, targets=["1"])
+    unchanged(net, ValueError, "model: expected adapters .*, got 1, a routed mixture")
+    beside = nn.Sequential(net, layer())
+    assert merge(beside) == 2  # those of add_lora; the mixture stays
+    assert isinstance(net[1], LoRAExperts)
 
 
 def test_what_is_refused() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.sites import TARGETS, Site, empty, local_experts, sites_of
+from switchgear.complaints import check_float_dtype, check_module, list_of_names
 from switchgear.functional import as_number
 from switchgear.reference import check_size
 from switchgear.weights.adapted import Lora, adapters_of
@@ -55,8 +56,8 @@ def add_lora(
     module and in state dicts.
 
     Raises:
-        TypeError: model is not a module. ValueError: an option out of range, an unknown target, no experts, or a
-            projection that has an adapter. Nothing is changed then.
+        TypeError: an argument of another type.
+        ValueError: an option out of range, an unknown target, no experts, or a projection that has an adapter.
     """
     check_size("rank", rank)
     alpha = float(rank) if alpha is None else as_number("alpha", alpha)
@@ -65,17 +66,14 @@ def add_lora(
     dropout = as_number("dropout", dropout)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+    check_float_dtype("dtype", dtype)
     sites = chosen(sites_of(model), targets)
     return attach(model, [(site, *_initial(site, rank, dtype), Lora(rank, alpha, dropout)) for site in sites])
 
 
 def chosen(sites: Sequence[Site], targets: Iterable[str]) -> list[Site]:
     """The sites that `targets` name. Raises ValueError for an unknown one."""
-    if not isinstance(targets, Iterable):
-        raise TypeError(f"targets: expected names, got {type(targets).__name__}")
-    wanted = [targets] if isinstance(targets, str) else list(targets)
+    wanted = list_of_names("targets", targets)
     known = {*TARGETS, *(site.name for site in sites)}
     for target in wanted:
         if target not in known:
@@ -133,6 +131,7 @@ def remove_lora(model: nn.Module) -> int:
     Raises ValueError if adapters are merged (`unmerge` first, or keep the merged weights with `merge(model,
     keep_adapters=False)`).
     """
+    check_module("model", model)
     modules = [module for module in model.modules() if adapters_of(module)]
     for module in modules:
         if any(lora.merged is not None for lora in adapters_of(module).values()):
@@ -159,6 +158,7 @@ def detach(model: nn.Module) -> int:
 
 def lora_of(model: nn.Module) -> dict[str, ExpertAdapter]:
     """The adapters of a module or model, by the path of their projections; see `add_lora`, `load_peft`."""
+    check_module("model", model)
     return {
         f"{path}.{name}" if path else name: ExpertAdapter(
             module.get_parameter(f"{name}_lora_A"), module.get_parameter(f"{name}_lora_B"), lora

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from switchgear.adapters.lora_files import LowRank, as_low_rank
 from switchgear.adapters.low_rank import LowRankExperts
+from switchgear.complaints import check_module
 from switchgear.functional import Routing
 from switchgear.layers.common import WithLosses
 from switchgear.layers.soft import SoftMoE
@@ -68,6 +69,7 @@ class LoRAExperts(WithLosses):
         **router_options: Unpack[RouterOptions],
     ) -> None:
         super().__init__()
+        check_module("base", base)
         if unknown := sorted(set(router_options) - set(RouterOptions.__annotations__)):
             raise TypeError(f"{unknown[0]}: expected an option of LoRAExperts or of its Router, got one of neither")
         if isinstance(base, LoRAExperts):
@@ -191,10 +193,11 @@ class LoRAExperts(WithLosses):
                 parameter.requires_grad_(True)
         return self.base
 
-    def merge(self) -> NoReturn:
+    def merge(self, name: str = "the layer") -> NoReturn:
         """Raises ValueError: there is no one weight to merge into the base."""
         raise ValueError(
-            "merge: a routed mixture weighs its adapters differently for each token, so no weight of the base equals it"
+            f"model: expected adapters that act on all tokens alike, got {name}, a routed mixture, which weighs its "
+            "adapters for each token"
         )
 
 

@@ -67,6 +67,10 @@ def read_lora(source: Source, name: str = "adapter") -> Adapter:
             modules, parameters of experts), a missing or wrong file, or numbers that are not finite.
     """
     if isinstance(source, Adapter):
+        if not isinstance(source.layers, Mapping):
+            raise TypeError(f"{name}: expected layers to be a dict, got {type(source.layers).__name__}")
+        if not source.layers:
+            raise ValueError(f"{name}: expected adapters of at least one layer, got none")
         return source
     if isinstance(source, (str, os.PathLike)):
         tensors, config = _from_folder(Path(source), name)

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from switchgear import ops
-from switchgear.adapters.lora import detach
+from switchgear.adapters.lora import detach, lora_of
+from switchgear.adapters.lora_experts import LoRAExperts
 from switchgear.adapters.sites import Site, sites_of
 from switchgear.backends import backend, without_autocast
+from switchgear.complaints import check_module
 from switchgear.functional import grouped_gemm
 from switchgear.weights import Weight, stored_of
 from switchgear.weights.adapted import Lora, adapters_of
@@ -58,8 +60,9 @@ def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
     before saving it. `save_peft` can be called at any time.
 
     Raises:
-        ValueError: no adapters; weights that are stored in another form (`switchgear.restore` first), shared by several
-            projections or computed; a sum that is not finite.
+        ValueError: no adapters, or only a routed mixture of some (`LoRAExperts.merge`); weights that are stored in
+            another form (`switchgear.restore` first), shared by several projections or computed; a sum that is not
+            finite.
     """
     sites = [site for site in _adapted_sites(model) if _options(site).merged is None]
     _check(sites)
@@ -124,6 +127,11 @@ def unmerge(model: nn.Module) -> int:
 
 
 def _adapted_sites(model: nn.Module) -> list[Site]:
+    check_module("model", model)
+    mixtures = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRAExperts)]
+    if mixtures and not lora_of(model):
+        name, mixture = mixtures[0]
+        mixture.merge(name)
     sites = [site for site in sites_of(model) if site.name in adapters_of(site.module)]
     if not sites:
         raise ValueError("model: expected adapters (add_lora, load_peft), got none")

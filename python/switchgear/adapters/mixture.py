@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from switchgear.adapters.lora_experts import LoRAExperts, features_of, place_of, router_of
 from switchgear.adapters.lora_files import Adapter, Source, layers_in_all, read_lora
+from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import Routing
 from switchgear.routing.context import NOTHING_KNOWN, Context, context_of
 from switchgear.routing.router import RouterOptions
@@ -138,6 +139,7 @@ def mixture(model: nn.Module, adapters: Sequence[Source], *, shared_router: bool
         ValueError: no adapters, different layers, wrong shapes, numbers that are not finite, layers that the model does
             not have, or that have LoRAExperts already. The model is then as before.
     """
+    check_module("model", model)
     if isinstance(adapters, (str, Mapping)) or not isinstance(adapters, Sequence):
         raise TypeError(f"adapters: expected a list of adapters, got {type(adapters).__name__}")
     read = [read_lora(source, f"adapters[{number}]") for number, source in enumerate(adapters)]
@@ -182,8 +184,9 @@ def add_lora_experts(
     Raises:
         ValueError: a target that no Linear of the model matches, or a wrong option. The model is then as before.
     """
+    check_module("model", model)
     options.pop("layer", None)
-    names = _matching(model, [targets] if isinstance(targets, str) else list(targets))
+    names = _matching(model, list_of_names("targets", targets))
 
     def make(name: str, base: nn.Module, options: dict[str, Any]) -> LoRAExperts:
         return LoRAExperts(base, num_experts, rank, **options)

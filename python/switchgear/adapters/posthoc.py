@@ -38,6 +38,8 @@ def train_gate(
         ValueError: an adapter that does not fit the model, or a loss that makes the gates NaN or infinite.
     """
     check_size("steps", steps, 0)
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function of the model, got {type(loss).__name__}")
     adapter = read_lora(adapter)
     trained = [p for p in model.parameters() if p.requires_grad]
     mix = mixture(model, [replace(adapter, gates=None)], top_k=1, score_function="sigmoid")
@@ -55,7 +57,10 @@ def train_gate(
         with torch.enable_grad():
             for _ in range(steps):
                 optimizer.zero_grad()
-                loss(model).backward()  # type: ignore[no-untyped-call]
+                value = loss(model)
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"loss: expected it to return a tensor, got {value!r}")
+                value.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
         gates = {name: vector.detach()[0].clone() for name, vector in vectors.items()}
     finally:

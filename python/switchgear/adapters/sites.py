@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import check_module
 from switchgear.experts import Experts
 from switchgear.weights import Weight, stored_of
 from switchgear.weights.layout import hint_for
@@ -60,8 +61,7 @@ FINDERS: list[Callable[[str, nn.Module], list[Site] | None]] = []
 
 def sites_of(model: nn.Module) -> list[Site]:
     """The projections of a model that can have adapters, in the order of its modules."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     sites: list[Site] = []
     for path, module in model.named_modules():
         sites += next((found for find in FINDERS if (found := find(path, module)) is not None), [])

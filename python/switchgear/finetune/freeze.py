@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import check_module
 from switchgear.finetune.scores import Selected
 from switchgear.routing.router import Router
 from switchgear.weights import layout_of, stored_of
@@ -48,6 +49,9 @@ def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str
             distributed over processes, or shared by two modules; a model with selected experts already. The message
             names the layer, and nothing is changed.
     """
+    check_module("model", model)
+    if not isinstance(selection, Mapping):
+        raise TypeError(f"selection: expected a dict of experts by layer, got {type(selection).__name__}")
     if any(selection_of(module) is not None for module in model.modules()):
         raise ValueError("model: expected no experts that are trained alone already; call unfreeze(model) first")
     parts = [_part(model, name, experts) for name, experts in selection.items()]
@@ -79,6 +83,7 @@ def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str
 def unfreeze(model: nn.Module) -> None:
     """Undoes freeze_except: the parameters keep the trained values, and require gradients as before. The optimizer's
     state of the selected experts belongs to parameters that are gone. Does nothing if nothing is frozen."""
+    check_module("model", model)
     for module in model.modules():
         if selection_of(module) is not None:
             unselect(module)
@@ -90,6 +95,7 @@ def unfreeze(model: nn.Module) -> None:
 
 def selected_experts(model: nn.Module) -> dict[str, list[int]]:
     """The experts that train alone, by name of their module."""
+    check_module("model", model)
     found = {name: (module, selection_of(module)) for name, module in model.named_modules()}
     return {name: s.experts(module).tolist() for name, (module, s) in found.items() if s is not None}
 

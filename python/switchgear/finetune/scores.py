@@ -36,6 +36,8 @@ def select_experts(trace: RoutingTrace, mass: float | None = None, by: str = "to
     mass = MASS[by] if mass is None else as_number("mass", mass)
     if not 0 < mass <= 1:
         raise ValueError(f"mass: expected a number in (0, 1], got {mass}")
+    if not isinstance(trace, RoutingTrace):
+        raise TypeError(f"trace: expected RoutingTrace, got {type(trace).__name__}")
     if not trace.layers:
         raise ValueError("trace: expected one that has recorded something, got an empty one")
     return {name: _smallest(name, shares(layer, by), mass) for name, layer in trace.layers.items()}
