@@ -423,7 +423,10 @@ def test_row70_reads_what_peft_writes_and_nothing_else(tmp_path: Path) -> None:
     for match, source in {
         "adapter_config.json": tmp_path,
         "expected .state dict, config.": state,
-        "config: expected": (state, {"r": 2}),
+        "lora_alpha: expected a number in the config of adapter, got None": (state, {"r": 2}),
+        "^config: expected a LoraConfig or a dict": (state, 3),
+        "^r: expected a positive integer": (state, {**config, "r": "2"}),
+        "^rank_pattern: expected names": (state, {**config, "rank_pattern": {"(": 2}}),
         "use_dora": (state, {**config, "use_dora": True}),
         "init_lora_weights": (state, {**config, "init_lora_weights": "pissa"}),
         "target_parameters.*load_peft": (state, {**config, "target_parameters": ["experts.down_proj"]}),
@@ -437,14 +440,20 @@ def test_row70_reads_what_peft_writes_and_nothing_else(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=match):
             read_lora(source)
     (broken / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(ValueError, match=r"expected PEFT's adapter_config\.json, got"):
         read_lora(broken)
     (broken / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="neither"):
         read_lora(broken)
     (broken / "adapter_model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="readable"):
+    with pytest.raises(ValueError, match="expected a safetensors file"):
         read_lora(broken)
+    (broken / "adapter_model.safetensors").unlink()
+    (broken / "adapter_model.bin").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"expected a file of torch\.save"):
+        read_lora(broken)
+    torch.save(state, broken / "adapter_model.bin")
+    assert torch.equal(read_lora(broken).layers["up"].a, a)
     with pytest.raises(TypeError, match="expected a folder"):
         read_lora(3)
 

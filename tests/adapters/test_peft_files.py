@@ -137,6 +137,22 @@ def test_bfloat16_and_a_chosen_dtype(tmp_path: Path) -> None:
         assert torch.equal(got.a, want.a.float())
 
 
+def test_files_of_torch_save_and_negative_alphas(tmp_path: Path) -> None:
+    net = switchgear.MoE(24, 8, 3, 2)  # not square: the file of torch.save does not say who wrote it
+    add_lora(net, 2, alpha=-3.0)
+    for parameter in (p for name, p in net.named_parameters() if name.endswith("lora_B")):
+        nn.init.normal_(parameter)
+    save_peft(net, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    torch.save(safetensors.load_file(file), tmp_path / "adapter_model.bin")
+    file.unlink()
+    other = switchgear.MoE(24, 8, 3, 2)
+    load_peft(other, tmp_path)
+    for name, adapter in lora_of(net).items():
+        assert lora_of(other)[name].options == adapter.options
+        assert torch.equal(lora_of(other)[name].b, adapter.b)
+
+
 def edit_config(path: Path, **changes: Any) -> None:
     file = path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -177,14 +193,17 @@ def as_integers(tensors: dict[str, Tensor]) -> None:
         (lambda path: edit_tensors(path, as_integers), "expected a matrix of a floating dtype"),
         (lambda path: edit_tensors(path, lambda t: t.pop(FIRST)), f"expected {FIRST} in adapter_model.safetensors"),
         (lambda path: edit_config(path, r=3), "of this model and rank"),
-        (lambda path: edit_config(path, r=0), "r: expected a positive number in .*, got 0"),
+        (lambda path: edit_config(path, r=0), "r: expected a positive integer in .*, got 0"),
         (lambda path: edit_config(path, lora_dropout=1.5), "lora_dropout: expected at least 0 .*, got 1.5"),
-        (lambda path: edit_config(path, rank_pattern={"(": 2}), "rank_pattern, alpha_pattern: expected names"),
+        (lambda path: edit_config(path, rank_pattern={"(": 2}), "rank_pattern: expected names"),
+        (lambda path: edit_config(path, r=None), "r: expected a positive integer in .*, got None"),
+        (lambda path: edit_config(path, lora_alpha="2"), "lora_alpha: expected a number in .*, got '2'"),
+        (lambda path: edit_config(path, init_lora_weights="pissa"), "init_lora_weights: expected True in .*'pissa'"),
         (lambda path: edit_config(path, use_dora=True), "use_dora: expected False in .*, got True"),
         (lambda path: edit_config(path, peft_type="IA3"), "peft_type: expected 'LORA' in .*, got 'IA3'"),
         (lambda path: edit_config(path, target_parameters="experts"), "target_parameters: expected a list of names"),
         (lambda path: edit_config(path, target_parameters=[]), "which is none of theirs"),
-        (lambda path: edit_config(path, rank_pattern={"down_proj": "2"}), "rank_pattern: expected positive numbers"),
+        (lambda path: edit_config(path, rank_pattern={"down_proj": "2"}), "rank_pattern: expected positive integers"),
         (lambda path: (path / "adapter_config.json").write_text("{"), "expected PEFT's adapter_config.json, got"),
         (lambda path: (path / "adapter_config.json").unlink(), "expected PEFT's adapter_config.json, got"),
         (lambda path: (path / "adapter_model.safetensors").unlink(), "directory with adapter_model.safetensors"),

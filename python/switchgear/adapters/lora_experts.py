@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from switchgear.adapters.lora_files import LowRank, as_low_rank
+from switchgear.adapters.linear_adapters import LowRank, as_low_rank
 from switchgear.adapters.low_rank import LowRankExperts
 from switchgear.complaints import check_module
 from switchgear.functional import Routing

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.adapters.lora_files import LowRank
+from switchgear.adapters.linear_adapters import LowRank
 from switchgear.backends import in_autocast
 from switchgear.functional import as_number, combine, grouped_gemm, plan
 from switchgear.reference import check_finite, check_range, check_size, weight_dtype

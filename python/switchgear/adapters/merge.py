@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from switchgear import ops
 from switchgear.adapters.lora import detach, lora_of
 from switchgear.adapters.lora_experts import LoRAExperts
-from switchgear.adapters.sites import Site, sites_of
+from switchgear.adapters.sites import Site, adapted_sites
 from switchgear.backends import backend, without_autocast
-from switchgear.complaints import check_module
 from switchgear.functional import grouped_gemm
 from switchgear.weights import Weight, stored_of
 from switchgear.weights.adapted import Lora, adapters_of
@@ -64,7 +63,7 @@ def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
             another form (`switchgear.restore` first), shared by several projections or computed; a sum that is not
             finite.
     """
-    sites = [site for site in _adapted_sites(model) if _options(site).merged is None]
+    sites = [site for site in _sites(model) if _options(site).merged is None]
     _check(sites)
     for site in sites:
         for e in range(site.shape[0]):
@@ -104,7 +103,7 @@ def unmerge(model: nn.Module) -> int:
         ValueError: no merged adapters; weights that have changed since, or were stored in another form; another ISA or
             backend than at the merge. Nothing is changed then.
     """
-    found = [(site, merged) for site in _adapted_sites(model) if (merged := _options(site).merged) is not None]
+    found = [(site, merged) for site in _sites(model) if (merged := _options(site).merged) is not None]
     if not found:
         raise ValueError("model: expected merged adapters, got none that are merged")
     for site, merged in found:
@@ -126,16 +125,12 @@ def unmerge(model: nn.Module) -> int:
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _adapted_sites(model: nn.Module) -> list[Site]:
-    check_module("model", model)
-    mixtures = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRAExperts)]
-    if mixtures and not lora_of(model):
-        name, mixture = mixtures[0]
-        mixture.merge(name)
-    sites = [site for site in sites_of(model) if site.name in adapters_of(site.module)]
-    if not sites:
-        raise ValueError("model: expected adapters (add_lora, load_peft), got none")
-    return sites
+def _sites(model: nn.Module) -> list[Site]:
+    if not lora_of(model):
+        for name, module in model.named_modules():
+            if isinstance(module, LoRAExperts):
+                module.merge(name)
+    return adapted_sites(model)
 
 
 def _check(sites: Sequence[Site]) -> None:

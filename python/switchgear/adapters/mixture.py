@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.adapters.linear_adapters import Adapter, Source, layers_in_all, read_lora
 from switchgear.adapters.lora_experts import LoRAExperts, features_of, place_of, router_of
-from switchgear.adapters.lora_files import Adapter, Source, layers_in_all, read_lora
 from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import Routing
 from switchgear.routing.context import NOTHING_KNOWN, Context, context_of

@@ -15,9 +15,8 @@ and B [out,r] each.
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,17 +25,23 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.lora import attach
-from switchgear.adapters.sites import Site, local_experts, sites_of
+from switchgear.adapters.peft_format import (
+    CONFIG,
+    OURS,
+    PREFIX,
+    TENSORS,
+    PeftConfig,
+    peft_config,
+    read_config,
+    read_tensors,
+    safetensors,
+)
+from switchgear.adapters.sites import Site, adapted_sites, local_experts, sites_of
+from switchgear.complaints import check_float_dtype
 from switchgear.weights.adapted import Lora, adapters_of
 
-CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-# Options that change what an adapter computes, and their values here.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "use_dora": (False, None), "lora_bias": (False, None), "bias": ("none", None),
-    "fan_in_fan_out": (False, None), "modules_to_save": (None, []), "layers_to_transform": (None, []),
-    "trainable_token_indices": (None, []), "alora_invocation_tokens": (None, []), "layer_replication": (None, []),
-    "use_qalora": (False, None), "megatron_config": (None,),
-}  # fmt: skip
+# Options of LoraConfig that change which tensors are meant or how they lie, and their values that do not.
+_PLAIN: dict[str, tuple[Any, ...]] = {"fan_in_fan_out": (False,), "layers_to_transform": ([],), "megatron_config": ()}
 
 
 class _Keys(NamedTuple):
@@ -59,10 +64,8 @@ def save_peft(model: nn.Module, path: str | Path) -> None:
             transposed module, experts that are distributed over ranks, or `Experts` without a module around it.
         ImportError: safetensors is not installed.
     """
-    save_file = _safetensors().save_file
-    sites = [site for site in sites_of(model) if site.name in adapters_of(site.module)]
-    if not sites:
-        raise ValueError("model: expected adapters (add_lora, load_peft), got none")
+    save_file = safetensors().save_file
+    sites = adapted_sites(model)
     tensors: dict[str, Tensor] = {}
     for keys in _keys_of(sites):
         for module, (a, b) in zip(keys.modules, _to_file(keys.site), strict=True):
@@ -70,7 +73,7 @@ def save_peft(model: nn.Module, path: str | Path) -> None:
             tensors[f"{PREFIX}{module}.lora_B.weight"] = b.detach().cpu().contiguous()
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt", "switchgear": "1"})
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt", OURS: "1"})
     (folder / CONFIG).write_text(json.dumps(_config(model, sites), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -90,15 +93,18 @@ def load_peft(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None =
             unknown tensors; numbers that are not finite; experts that have adapters. The message names the tensor.
         ImportError: safetensors is not installed.
     """
+    check_float_dtype("dtype", dtype)
     folder = Path(path)
-    _safetensors()
-    config, (tensors, is_ours) = _read_config(folder / CONFIG), _read(folder / TENSORS)
+    config = peft_config(read_config(folder, "path"), str(folder / CONFIG), _PLAIN)
+    tensors, is_ours = read_tensors(folder, "path")
     sites = sites_of(model)
     targeted = [site for site in sites if _is_targeted(site, config, tensors)]
     made, used = [], set()
     for keys in _keys_of(targeted):
-        rank = _pattern(config.get("rank_pattern"), keys.site, config["r"])
-        alpha = _pattern(config.get("alpha_pattern"), keys.site, config["lora_alpha"])
+        layer = _names_in_patterns(keys.site)[0]
+        rank = config.rank_of(layer)
+        if rank is None:
+            raise ValueError(f"r: expected a positive integer in {folder / CONFIG}, got None")
         pairs = []
         for module in keys.modules:
             names = [f"{PREFIX}{module}.lora_{letter}.weight" for letter in "AB"]
@@ -106,8 +112,7 @@ def load_peft(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None =
             pairs.append(_tensors(tensors, names))
         a, b = _from_file(keys, pairs, rank, not is_ours and _is_old(config))
         device, kind = keys.site.like.device, dtype or keys.site.like.dtype
-        scaled = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha  # alpha / sqrt(r), as alpha / r
-        options = Lora(rank, float(scaled), float(config["lora_dropout"]))
+        options = Lora(rank, config.alpha_of(layer, rank), config.dropout)
         made.append((keys.site, a.to(device, kind), b.to(device, kind), options))
     if others := sorted(set(tensors) - used):
         raise ValueError(
@@ -137,21 +142,10 @@ def _keys_of(sites: Iterable[Site]) -> Iterator[_Keys]:
             yield _Keys(site, (site.path + ".base_layer" * outside,))
 
 
-def _is_targeted(site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+def _is_targeted(site: Site, config: PeftConfig, tensors: Mapping[str, Tensor]) -> bool:
     if site.linears:  # any of them, so that a missing one is noticed
         return any(f"{PREFIX}{site.path}.{linear}.lora_A.weight" in tensors for linear in site.linears)
-    return any(site.where == name or site.where.endswith(f".{name}") for name in config["target_parameters"])
-
-
-def _pattern(patterns: dict[str, Any] | None, site: Site, default: Any) -> Any:
-    names = [f"{site.path}.{linear}" for linear in site.linears] or [site.where]
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", names[0]):
-                return value
-        except re.error as error:
-            raise ValueError(f"rank_pattern, alpha_pattern: expected names, got {pattern!r}: {error}") from None
-    return default
+    return any(site.where == name or site.where.endswith(f".{name}") for name in config.target_parameters)
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
@@ -228,70 +222,13 @@ def _check_shapes(
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("PEFT's format needs safetensors: pip install safetensors") from error
-    return safetensors.torch
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], bool]:
-    """The tensors, and whether `save_peft` wrote them."""
-    from safetensors import SafetensorError, safe_open
-
-    if not file.is_file():
-        raise ValueError(f"path: expected a directory with {TENSORS}, got {file.parent}")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  (not a mapping)
-            return tensors, "switchgear" in (opened.metadata() or {})
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"path: expected a safetensors file, got {file}: {error}") from error
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"path: expected PEFT's {CONFIG}, got {file}: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"path: expected PEFT's {CONFIG} with an object, got {type(config).__name__} in {file}")
-    for option, values in _PLAIN.items():
-        if (got := config.get(option, values[-1])) not in values:
-            raise ValueError(f"{option}: expected {values[0]!r} in {file}, got {got!r}")
-    config["target_parameters"] = _names(config, "target_parameters")
-    for option, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
-        patterns = config.get(option) or {}
-        if not isinstance(patterns, dict) or not all(_is_size(value, kind) for value in patterns.values()):
-            raise ValueError(f"{option}: expected positive numbers by name in {file}, got {patterns!r}")
-    for option, kind in (("r", int), ("lora_alpha", (int, float))):
-        if not _is_size(config.get(option), kind):
-            raise ValueError(f"{option}: expected a positive number in {file}, got {config.get(option)!r}")
-    dropout = config.setdefault("lora_dropout", 0.0)
-    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"lora_dropout: expected at least 0 and less than 1 in {file}, got {dropout!r}")
-    return config
-
-
-def _is_size(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < 2**31
-
-
-def _names(config: dict[str, Any], option: str) -> list[str]:
-    names = config.get(option) or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{option}: expected a list of names, got {names!r}")
-    return names
-
-
-def _is_old(config: dict[str, Any]) -> bool:
-    """Whether PEFT before 0.19 wrote the file. 0.17 wrote no version."""
-    version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or ""))
+def _is_old(config: PeftConfig) -> bool:
+    """Whether PEFT before 0.19 wrote the file."""
+    version = re.match(r"(\d+)\.(\d+)", config.version)
     return version is None or (int(version[1]), int(version[2])) < (0, 19)
 
 
-def _tensors(tensors: dict[str, Tensor], names: list[str]) -> tuple[Tensor, Tensor]:
+def _tensors(tensors: Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, Tensor]:
     for name in names:
         if name not in tensors:
             raise ValueError(f"path: expected {name} in {TENSORS}, which the configuration targets, got none")
@@ -317,8 +254,8 @@ def _config(model: Any, sites: Sequence[Site]) -> dict[str, Any]:
         "bias": "none",
         "target_modules": _target_modules(sites),
         "target_parameters": [site.where for site in sites if not site.linears] or None,
-        "rank_pattern": {name: o.rank for s, o in of_sites if o.rank != rank for name in _pattern_names(s)},
-        "alpha_pattern": {name: o.alpha for s, o in of_sites if o.alpha != alpha for name in _pattern_names(s)},
+        "rank_pattern": {name: o.rank for s, o in of_sites if o.rank != rank for name in _names_in_patterns(s)},
+        "alpha_pattern": {name: o.alpha for s, o in of_sites if o.alpha != alpha for name in _names_in_patterns(s)},
     }
 
 
@@ -332,5 +269,5 @@ def _target_modules(sites: Sequence[Site]) -> str | list[str]:
     return "|".join(modules) or []
 
 
-def _pattern_names(site: Site) -> list[str]:
+def _names_in_patterns(site: Site) -> list[str]:
     return [f"{site.path}.{linear}" for linear in site.linears] or [site.where]

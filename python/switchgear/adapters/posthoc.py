@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from switchgear.adapters.lora_files import Adapter, Source, read_lora
+from switchgear.adapters.linear_adapters import Adapter, Source, read_lora
 from switchgear.adapters.mixture import mixture
 from switchgear.reference import check_size
 from switchgear.routing.router import Router

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module
 from switchgear.experts import Experts
 from switchgear.weights import Weight, stored_of
+from switchgear.weights.adapted import adapters_of
 from switchgear.weights.layout import hint_for
 
 TARGETS = ("gate_up_proj", "down_proj")
@@ -68,6 +69,14 @@ def sites_of(model: nn.Module) -> list[Site]:
     if not sites:
         hint = hint_for(model) or "for a Hugging Face model, call switchgear.accelerate(model) first"
         raise ValueError(f"model: expected routed experts, {type(model).__name__} has none ({hint})")
+    return sites
+
+
+def adapted_sites(model: nn.Module) -> list[Site]:
+    """The projections of a model that have adapters, at least one."""
+    sites = [site for site in sites_of(model) if site.name in adapters_of(site.module)]
+    if not sites:
+        raise ValueError("model: expected adapters (add_lora, load_peft), got none")
     return sites
 
 

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""LoRA adapters of Linear layers, from PEFT's files, from its state dicts, or from tensors."""
+"""read_lora: adapters of Linear layers, from PEFT's files, from its state dicts, or from tensors."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from switchgear.adapters.peft_format import PeftConfig, peft_config, read_config, read_tensors
 from switchgear.reference import check_finite
 
 
@@ -44,13 +42,6 @@ class Adapter:
 Source = Adapter | Mapping[str, Any] | str | os.PathLike[str] | tuple[Mapping[str, Tensor], Any]
 
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<letter>[AB])(?:\.[^.]+)?\.weight$")
-# Options of LoraConfig that change what is computed or the base (PiSSA, …), and their values that do not.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA", None), "use_dora": (False, None), "bias": ("none", None), "lora_bias": (False, None),
-    "modules_to_save": (None, []), "target_parameters": (None, []), "layer_replication": (None, []),
-    "trainable_token_indices": (None, []), "alora_invocation_tokens": (None, []), "use_qalora": (False, None),
-    "arrow_config": (None,), "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}  # fmt: skip
 
 
 def read_lora(source: Source, name: str = "adapter") -> Adapter:
@@ -73,17 +64,16 @@ def read_lora(source: Source, name: str = "adapter") -> Adapter:
             raise ValueError(f"{name}: expected adapters of at least one layer, got none")
         return source
     if isinstance(source, (str, os.PathLike)):
-        tensors, config = _from_folder(Path(source), name)
+        options = read_config(Path(source), name)
+        tensors: Mapping[str, Tensor] = read_tensors(Path(source), name)[0]
     elif isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Mapping):
-        tensors, config = source[0], _as_dict(source[1])
+        tensors, options = source
     elif isinstance(source, Mapping):
         raise ValueError(f"{name}: expected (state dict, config), as alpha is in the config, got a state dict alone")
     else:
         raise TypeError(f"{name}: expected a folder, an Adapter or (state dict, config), got {type(source).__name__}")
-    for option, plain in _PLAIN.items():
-        if (found := config.get(option)) not in plain:
-            hint = "; switchgear.adapters.load_peft reads those" if option == "target_parameters" else ""
-            raise ValueError(f"{name}: expected low-rank matrices of Linear layers only, got {option}={found!r}{hint}")
+    hint = "; switchgear.adapters.load_peft reads those"
+    config = peft_config(options, f"the config of {name}", {"target_parameters": ([],)}, hint)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key)
@@ -131,52 +121,11 @@ def as_low_rank(name: str, adapter: Any, features: tuple[int, int] | None = None
     return LowRank(a, b, float(alpha))
 
 
-def _alpha(name: str, config: Mapping[str, Any], layer: str, a: Tensor) -> float:
-    """The alpha whose quotient by the rank is PEFT's scale."""
-    alpha = _of_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"])
-    rank = a.shape[0]
-    wanted = _of_pattern(config.get("rank_pattern"), layer, config.get("r", rank))
-    if rank != wanted:
+def _alpha(name: str, config: PeftConfig, layer: str, a: Any) -> float:
+    rank = a.shape[0] if isinstance(a, Tensor) and a.dim() else 0
+    if rank and (wanted := config.rank_of(layer)) not in (None, rank):
         raise ValueError(f"{name}, {layer}: expected rank {wanted}, that of its config, got A of shape {list(a.shape)}")
-    return float(alpha) * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
-
-
-def _of_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of the layer's name, as in PEFT."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return value
-    return default
-
-
-def _as_dict(config: Any) -> Mapping[str, Any]:
-    found = config.to_dict() if hasattr(config, "to_dict") else config
-    if not isinstance(found, Mapping) or "lora_alpha" not in found:
-        raise ValueError(f"config: expected a LoraConfig or a dict with lora_alpha, got {type(config).__name__}")
-    plain = {name: getattr(value, "value", value) for name, value in found.items()}  # peft_type is an enum
-    return plain
-
-
-def _from_folder(path: Path, name: str) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-    config = path / "adapter_config.json"
-    if not config.is_file():
-        raise ValueError(f"{name}: expected a folder with adapter_config.json, got {path}")
-    try:
-        options = json.loads(config.read_text())
-    except ValueError as error:
-        raise ValueError(f"{name}: expected JSON in adapter_config.json, got {error}") from None
-    weights = path / "adapter_model.safetensors"
-    if weights.is_file():
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(weights), _as_dict(options)
-        except SafetensorError as error:
-            raise ValueError(f"{name}: expected adapter_model.safetensors to be readable, got {error}") from None
-    if (weights := path / "adapter_model.bin").is_file():
-        return torch.load(weights, map_location="cpu", weights_only=True), _as_dict(options)
-    raise ValueError(f"{name}: expected adapter_model.safetensors or adapter_model.bin in {path}, got neither")
+    return config.alpha_of(layer, rank)
 
 
 def layers_in_all(adapters: Sequence[Adapter]) -> list[str]:
