@@ -94,7 +94,8 @@ _PROMISE = re.compile(
 PROMISING = [
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in (
-        "architecture", "cuda", "huggingface", "parallel", "reliability", "routing", "security", "training", "weights",
+        "adapter_experts", "adapters", "architecture", "cuda", "finetuning", "huggingface", "parallel", "reliability",
+        "routing", "security", "training", "weights",
     )),
 ]  # fmt: skip
 

@@ -358,7 +358,10 @@ def test_frozen_models_are_not_frozen_again_or_stored() -> None:
             switchgear.store(model, form)
     with pytest.raises(ValueError, match="unfreeze"):
         switchgear.adapters.add_lora(model[0].experts, 2)
-    for call in (lambda m: finetune.freeze_except(m, SELECTION), finetune.unfreeze, finetune.selected_experts):
+    for call in (
+        lambda m: finetune.freeze_except(m, SELECTION), finetune.unfreeze, finetune.selected_experts,
+        lambda m: finetune.save_selected(m, "none"), lambda m: finetune.load_selected(m, "none"),
+    ):  # fmt: skip
         with pytest.raises(TypeError, match=r"model: expected torch\.nn\.Module, got str"):
             call("model")
     adapted = make_model()

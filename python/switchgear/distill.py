@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Distillation from a Mixture-of-Experts teacher that uses all of its experts (arXiv:2502.12947).
 
-knowledge_augment    several teacher passes with sampled experts, all but one each
-student_aware_router trains the teacher's router on the student's outputs, and returns those of all experts
-reverse_kl           the loss of both
+knowledge_augment     logits of several teacher passes, each with all experts but one, some of them sampled
+student_aware_router  trains the teacher's routers on the student's logits; then the logits of all experts
+reverse_kl            the loss of both
 
 The teacher's routers are switchgear's. A student learns from text that it wrote itself (on-policy): pass such text.
 """
@@ -29,8 +29,8 @@ from switchgear.routing.stochastic import SampledTopK
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """KL(student || teacher) of the softmax over the last dimension, averaged over tokens; mask [...]: False for
-    padding. Differentiable in both; 0 for equal outputs."""
+    """KL(student || teacher) of the softmax over the last dimension of logits [..., V], averaged over tokens, in nats:
+    a float32 scalar, 0 for equal logits. mask [...]: False for padding. Differentiable in both."""
     log_q, log_p = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
     if mask is None:
@@ -49,7 +49,8 @@ def all_experts(teacher: nn.Module) -> Iterator[None]:
 def knowledge_augment(
     teacher: nn.Module, *inputs: Any, samples: int = 2, p_sample: float = 0.05, **keywords: Any
 ) -> list[Tensor]:
-    """The teacher's logits in `samples` passes, each with all experts of a layer but one (knowledge augmentation).
+    """The teacher's logits [..., V] in each of `samples` passes, with all experts of a layer but one (knowledge
+    augmentation).
 
     With probability p_sample a token's experts are drawn from the router's probabilities without replacement; otherwise
     they are the best ones. So with p_sample = 0 all passes are equal. The loss is the mean of reverse_kl over the
@@ -85,9 +86,11 @@ def student_aware_router(
 
     Args:
         teacher: called as in knowledge_augment. Its other parameters get no gradients.
-        student_logits: the student's output for these inputs; its gradient is not needed.
+        student_logits: [..., V], the student's for these inputs; their gradient is not needed.
         optimizer: over router_parameters(teacher).
         beta: the paper's weight of the balance loss, averaged over layers, for the router's own number of experts.
+
+    Raises ValueError for a teacher without routers.
     """
     parameters = router_parameters(teacher)
     flags = {parameter: parameter.requires_grad for parameter in teacher.parameters()}

@@ -194,7 +194,7 @@ def as_integers(tensors: dict[str, Tensor]) -> None:
         (lambda path: edit_tensors(path, lambda t: t.pop(FIRST)), f"expected {FIRST} in adapter_model.safetensors"),
         (lambda path: edit_config(path, r=3), "of this model and rank"),
         (lambda path: edit_config(path, r=0), "r: expected a positive integer in .*, got 0"),
-        (lambda path: edit_config(path, lora_dropout=1.5), "lora_dropout: expected at least 0 .*, got 1.5"),
+        (lambda path: edit_config(path, lora_dropout=1.5), "lora_dropout: expected a number .*, got 1.5"),
         (lambda path: edit_config(path, rank_pattern={"(": 2}), "rank_pattern: expected names"),
         (lambda path: edit_config(path, r=None), "r: expected a positive integer in .*, got None"),
         (lambda path: edit_config(path, lora_alpha="2"), "lora_alpha: expected a number in .*, got '2'"),
@@ -220,6 +220,11 @@ def test_refused_files(spoil: Any, match: str, tmp_path: Path) -> None:
         load_peft(net, tmp_path)
     assert [(name, id(p), p.requires_grad) for name, p in net.named_parameters()] == before
     assert lora_of(net) == {}
+
+
+def test_a_path_of_another_type() -> None:
+    with pytest.raises(TypeError, match="path: expected a path, got int"):
+        load_peft(switchgear.MoE(8, 8, 2, 1), 5)  # type: ignore[arg-type]
 
 
 def test_refused_models(tmp_path: Path) -> None:

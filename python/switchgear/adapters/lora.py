@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -13,14 +12,14 @@ from torch import Tensor, nn
 from switchgear.adapters.sites import TARGETS, Site, empty, local_experts, sites_of
 from switchgear.complaints import check_float_dtype, check_module, list_of_names
 from switchgear.functional import as_number
-from switchgear.reference import check_size
+from switchgear.reference import check_finite, check_fraction, check_size
 from switchgear.weights.adapted import Lora, adapters_of
 from switchgear.weights.module import freeze_stored
 from switchgear.weights.selected import selection_of
 
 
 class ExpertAdapter(NamedTuple):
-    """The adapter of a projection, as `lora_of` returns it."""
+    """The adapters of all experts of a projection, as `lora_of` returns them. (`LowRank` is one of a Linear.)"""
 
     a: nn.Parameter  # [E,r,in]
     b: nn.Parameter  # [E,out,r]
@@ -61,11 +60,9 @@ def add_lora(
     """
     check_size("rank", rank)
     alpha = float(rank) if alpha is None else as_number("alpha", alpha)
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha: expected a finite number, got {alpha}")
+    check_finite("alpha", alpha)
     dropout = as_number("dropout", dropout)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+    check_fraction("dropout", dropout)
     check_float_dtype("dtype", dtype)
     sites = chosen(sites_of(model), targets)
     return attach(model, [(site, *_initial(site, rank, dtype), Lora(rank, alpha, dropout)) for site in sites])

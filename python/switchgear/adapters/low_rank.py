@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from switchgear.adapters.linear_adapters import LowRank
 from switchgear.backends import in_autocast
 from switchgear.functional import as_number, combine, grouped_gemm, plan
-from switchgear.reference import check_finite, check_range, check_size, weight_dtype
+from switchgear.reference import check_finite, check_fraction, check_range, check_size, weight_dtype
 from switchgear.routing.context import can_be_read
 
 # The columns of A per choice, E·r / K, up to which the product with all experts takes less time than that with chosen
@@ -70,8 +70,7 @@ class LowRankExperts(nn.Module):
         self.alphas = tuple(as_number("alpha", one) for one in alphas)
         for one in self.alphas:
             check_finite("alpha", one)
-        if not 0 <= as_number("dropout", dropout) < 1:
-            raise ValueError(f"dropout: expected a number in [0, 1), got {dropout}")
+        check_fraction("dropout", as_number("dropout", dropout))
         self.dropout = dropout
         largest = max(self.ranks)
         self.lora_A = nn.Parameter(torch.empty(num_experts, largest, in_features, device=device, dtype=dtype))

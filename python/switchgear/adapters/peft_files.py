@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class _Keys(NamedTuple):
 
 
 def save_peft(model: nn.Module, path: str | Path) -> None:
-    """Writes the adapters of a model for PEFT, and for whatever reads its files.
+    """Writes the adapters of a model for PEFT and other readers of its files.
 
         save_peft(model, "adapters")
         peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "adapters")
@@ -94,6 +95,8 @@ def load_peft(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None =
         ImportError: safetensors is not installed.
     """
     check_float_dtype("dtype", dtype)
+    if not isinstance(path, (str, PathLike)):
+        raise TypeError(f"path: expected a path, got {type(path).__name__}")
     folder = Path(path)
     config = peft_config(read_config(folder, "path"), str(folder / CONFIG), _PLAIN)
     tensors, is_ours = read_tensors(folder, "path")

@@ -78,7 +78,7 @@ def peft_config(options: Any, where: str, plain: Mapping[str, tuple[Any, ...]], 
         raise ValueError(f"lora_alpha: expected a number in {where}, got {alpha!r}")
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"lora_dropout: expected at least 0 and less than 1 in {where}, got {dropout!r}")
+        raise ValueError(f"lora_dropout: expected a number in [0, 1) in {where}, got {dropout!r}")
     names = config.get("target_parameters") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"target_parameters: expected a list of names in {where}, got {names!r}")

@@ -31,10 +31,12 @@ def train_gate(
 
     Args:
         adapter: see read_lora.
-        loss: a function of the model, called once per step, each time with the next batch of the adapter's task.
+        loss: a function of the model that returns a scalar. It is called once per step, for the next batch of the
+            adapter's task.
         steps: of Adam from v = 0. The learning rate is a choice of ours.
 
     Raises:
+        TypeError: a loss that is no function, or does not return a tensor.
         ValueError: an adapter that does not fit the model, or a loss that makes the gates NaN or infinite.
     """
     check_size("steps", steps, 0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import check_module
 from switchgear.weights.selected import SUFFIX, selection_of
 
 _FORMAT = 1  # version of the file format
@@ -19,6 +20,7 @@ def save_selected(model: nn.Module, path: str | PathLike[str]) -> None:
 
     Raises ValueError if no experts are trained alone.
     """
+    check_module("model", model)
     experts: dict[str, dict[str, Tensor]] = {}
     inside: set[str] = set()
     for name, module in model.named_modules():
@@ -41,8 +43,9 @@ def load_selected(model: nn.Module, path: str | PathLike[str]) -> dict[str, list
     """Writes the experts of a file of save_selected into a model, whether or not it is frozen. Other experts keep their
     values. Returns the experts by name of their module.
 
-    Raises ValueError for any other file, or one of a model of another shape; nothing is changed.
+    Raises ValueError for any other file, or one of a model of another shape, and OSError for none; nothing is changed.
     """
+    check_module("model", model)
     data = _read(path)
     targets: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []  # parameter, rows or None for all, values
     for name, rows in data["experts"].items():

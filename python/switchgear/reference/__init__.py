@@ -21,6 +21,7 @@ from switchgear.reference.adapters import keeps
 from switchgear.reference.checks import (
     check_choice,
     check_finite,
+    check_fraction,
     check_num_experts,
     check_range,
     check_size,
@@ -63,6 +64,7 @@ __all__ = [
     "assign_capped",
     "check_choice",
     "check_finite",
+    "check_fraction",
     "check_num_experts",
     "check_range",
     "check_size",

@@ -69,6 +69,12 @@ def check_finite(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
+def check_fraction(name: str, value: float) -> None:
+    """Checks a probability or a share that 1 would make meaningless."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+
+
 def weight_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of topk_weights, and of every sum, for tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.functional import Routing
-from switchgear.reference import check_choice
+from switchgear.reference import check_choice, check_fraction
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, groups_of, made
 from switchgear.routing.ranking import keep_choices, scores_of, uniform, wide
 
@@ -142,8 +142,7 @@ class ClusterDropout(nn.Module):
         num_experts: int | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= rate < 1:
-            raise ValueError(f"rate: expected a number in [0, 1), got {rate}")
+        check_fraction("rate", rate)
         if interval < 1:
             raise ValueError(f"interval: expected at least 1, got {interval}")
         self.rate, self.interval = rate, interval

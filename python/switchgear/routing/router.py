@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from switchgear.complaints import complain_about_rows
 from switchgear.functional import Routing, as_number, gate, gate_route, route
-from switchgear.reference import check_choice, check_finite, check_size
+from switchgear.reference import check_choice, check_finite, check_fraction, check_size
 from switchgear.routing.balance import count_tokens
 from switchgear.routing.change import Change, PerExpert
 from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select, made, modules_in
@@ -120,8 +120,7 @@ class Router(nn.Module):
             raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
         if score is not None:
             _exclude("score", float32=float32, bias=bias)
-        if not 0 <= as_number("jitter", jitter) < 1:
-            raise ValueError(f"jitter: expected a number in [0, 1), got {jitter}")
+        check_fraction("jitter", as_number("jitter", jitter))
         check_choice("isolation", isolation, SCOPES)
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.score_function, self.normalize, self.scale = score_function, normalize, scale

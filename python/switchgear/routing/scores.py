@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
 from switchgear.functional import gate
-from switchgear.reference import check_choice
+from switchgear.reference import check_choice, check_fraction
 from switchgear.routing.context import Context
 from switchgear.routing.ranking import wide
 
@@ -84,8 +84,7 @@ class Linear(nn.Module):
             check_choice("normalize", normalize, ("zscore",))
         if isinstance(input_transform, str):
             check_choice("input_transform", input_transform, tuple(INPUT_TRANSFORMS))
-        if not 0 <= jitter < 1:
-            raise ValueError(f"jitter: expected a number in [0, 1), got {jitter}")
+        check_fraction("jitter", jitter)
         self.hidden_size, self.num_experts = hidden_size, num_experts
         self.float32, self.jitter, self.normalize, self.lam = float32, jitter, normalize, lam
         self.input_transform, self.equal_rows = input_transform, equal_rows
