@@ -94,8 +94,10 @@ void* Workspace::take_bytes(int64_t bytes) {
 
 Buffer::Buffer(int64_t bytes) : size_(bytes) {
   Pool& p = pool();
+  int64_t most_before = 0;
   {
     const std::lock_guard lock(p.mutex);
+    most_before = p.most_live_bytes;
     p.live_bytes += bytes;
     p.most_live_bytes = std::max(p.most_live_bytes, p.live_bytes);
     auto& idle = p.idle_buffers;
@@ -117,6 +119,7 @@ Buffer::Buffer(int64_t bytes) : size_(bytes) {
   } catch (...) {
     const std::lock_guard lock(p.mutex);
     p.live_bytes -= bytes;
+    p.most_live_bytes = std::max(most_before, p.live_bytes);  // otherwise idle buffers would never be freed again
     throw;
   }
 }

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Memory that is kept: which blocks are reused, and how many bytes stay.
+#include <new>
+
 #include "check.h"
 #include "cpu/workspace.h"
 
@@ -68,6 +70,16 @@ TEST(buffers_are_reused_by_size) {
     CHECK(kept_bytes() == 0);
   }
   CHECK(kept_bytes() == 5, "most_live_bytes is that of the live one");
+  bool failed = false;
+  try {
+    const Buffer impossible(int64_t{1} << 60);
+  } catch (const std::bad_alloc&) {
+    failed = true;
+  }
+  {
+    const Buffer other(6);
+    CHECK(failed && kept_bytes() == 0, "what could not be allocated was never live");
+  }
   cpu::release_workspaces();
   CHECK(kept_bytes() == 0);
 }
