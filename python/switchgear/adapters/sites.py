@@ -67,7 +67,7 @@ def sites_of(model: nn.Module) -> list[Site]:
     for path, module in model.named_modules():
         sites += next((found for find in FINDERS if (found := find(path, module)) is not None), [])
     if not sites:
-        hint = hint_for(model) or "for a Hugging Face model, call switchgear.accelerate(model) first"
+        hint = hint_for(model)
         raise ValueError(f"model: expected routed experts, {type(model).__name__} has none ({hint})")
     return sites
 

@@ -147,7 +147,7 @@ def _experts_named(model: nn.Module, name: str) -> tuple[str, nn.Module]:
         module, where = inner, f"{where}.experts" if where else "experts"
     if layout_of(module) is not None:
         return where, module
-    hint = hint_for(model) or "for a Hugging Face model, call switchgear.accelerate(model) first"
+    hint = hint_for(model)
     raise ValueError(f"selection: expected layers whose experts run on the fused kernel, got {name!r} ({hint})")
 
 

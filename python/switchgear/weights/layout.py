@@ -32,7 +32,7 @@ def layout_of(module: nn.Module) -> Layout | None:
     return next((layout for find in FINDERS if (layout := find(module)) is not None), None)
 
 
-def hint_for(model: nn.Module) -> str | None:
-    """Why a model has no module with a layout, from the first module that an integration knows."""
+def hint_for(model: nn.Module) -> str:
+    """Why a model has no module with a layout, from the first module that an integration knows, or what to do."""
     hints = (f"{name}: {hint}" for name, m in model.named_modules() for find in HINTS if (hint := find(m)) is not None)
-    return next(hints, None)
+    return next(hints, "for a Hugging Face model, call switchgear.accelerate(model) first")

@@ -186,7 +186,7 @@ def _targets(model: nn.Module, form: Form) -> tuple[list[Target], list[nn.Module
                 raise ValueError(f"{where}: expected experts that can be stored as {form}; {obstacle}")
             targets.append(Target(where, module, layout))
     if not targets and not present:
-        hint = hint_for(model) or "for a Hugging Face model, call switchgear.accelerate(model) first"
+        hint = hint_for(model)
         raise ValueError(
             f"model: expected experts that can be stored as {form}; {type(model).__name__} has none that run on the "
             f"fused kernel ({hint})"
