@@ -49,8 +49,8 @@ class Merged:
 
 
 def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
-    """Adds the adapters of `add_lora` and `load_peft` to the weights, in place, expert by expert; on failure to none.
-    Forward then runs as without adapters. Returns the number of merged projections.
+    """Adds the adapters of `add_lora` and `load_peft` to the weights, in place, expert by expert. A failure changes
+    nothing. Forward then runs as without adapters. Returns the number of merged projections.
 
     keep_adapters: `unmerge` restores the original weights bit for bit. It keeps up to a byte per weight for that.
         Otherwise the adapters are removed, and merging needs no memory beyond one expert.

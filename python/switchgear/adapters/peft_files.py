@@ -79,7 +79,7 @@ def save_peft(model: nn.Module, path: str | Path) -> None:
 
 
 def load_peft(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None) -> list[nn.Parameter]:
-    """Adds the adapters of PEFT's file to a model, and freezes its other parameters; on failure nothing.
+    """Adds the adapters of PEFT's file to a model, and freezes its other parameters. A failure changes nothing.
 
     Args:
         model: as for `add_lora`. Ranks with distributed experts read their own.
