@@ -432,6 +432,8 @@ def test_row70_reads_what_peft_writes_and_nothing_else(tmp_path: Path) -> None:
         "target_parameters.*load_peft": (state, {**config, "target_parameters": ["experts.down_proj"]}),
         "expected rank 3": (state, {**config, "r": 3}),
         "at least one layer": ({}, config),
+        "one adapter, got two lora_A of up": ({**state, "up.lora_A.other.weight": a}, config),
+        "expected floating tensors, got up.lora_A.weight": ({"up.lora_A.weight": a.int()}, config),
         "lora_A alone": ({"up.lora_A.weight": a}, config),
         "got up.lora_magnitude_vector": ({**state, "up.lora_magnitude_vector": a}, config),
         "B of shape": ({**state, "base_model.model.up.lora_B.weight": torch.randn(24, 3)}, config),

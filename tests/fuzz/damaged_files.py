@@ -6,7 +6,7 @@
 Each case draws a damage: of bytes, or of what is in the file. The reader must raise its documented error, or give the
 same tensors as a plain reader of the same bytes. It must not crash or hang. Case number i depends on the seed and i
 alone, so `--first i --count 1` repeats it. Cases run in child processes; a new one continues after a crash. 3,000
-cases are more than 200 for each format.
+cases are more than 150 for each format.
 """
 
 from __future__ import annotations

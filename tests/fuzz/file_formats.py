@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import switchgear
+from switchgear import adapters, finetune
 from switchgear.bench import plan_parallel
 from switchgear.common import CommandError
 from switchgear.parallel import checkpoint
@@ -451,6 +452,152 @@ def is_of_the_program(error: BaseException) -> bool:
     return type(error) is CommandError and "--trace" in str(error)
 
 
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+LAYERS = {"up": (16, 4), "down": (4, 16)}  # of read_lora: in, out
+PROJECTIONS = {"base_layer.": ("gate_up_proj", 8, 16), "": ("down_proj", 16, 4)}  # of load_peft: out, in
+
+
+def adapted_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(switchgear.MoE(16, 4, 3, 2))
+
+
+def write_peft(folder: Path) -> None:
+    model = adapted_model()
+    for parameter in adapters.add_lora(model, 2, alpha=3):
+        nn.init.normal_(parameter)
+    adapters.save_peft(model, folder)
+
+
+def read_peft(folder: Path) -> Tensors:
+    model = adapted_model()
+    adapters.load_peft(model, folder)
+    found: Tensors = {}
+    for name, (a, b, lora) in adapters.lora_of(model).items():
+        found |= {f"{name}.A": a, f"{name}.B": b, f"{name}.scale": torch.tensor(lora.scale, dtype=torch.float64)}
+    return found
+
+
+def plain_peft(folder: Path) -> Tensors:
+    tensors, found = plain_safetensors(folder / "adapter_model.safetensors"), {}
+    for inner, (name, rows, cols) in PROJECTIONS.items():
+        a, b = (tensors[f"base_model.model.0.experts.{inner}lora_{letter}.weight"].float() for letter in "AB")
+        found[f"0.experts.{name}.A"] = a.view(3, 2, cols)
+        found[f"0.experts.{name}.B"] = b.view(rows, 2, 3).permute(2, 0, 1)
+        found[f"0.experts.{name}.scale"] = _scale(folder)
+    return found
+
+
+def write_linear_peft(folder: Path) -> None:
+    torch.manual_seed(0)
+    tensors: Tensors = {}
+    for name, (size_in, size_out) in LAYERS.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, size_in)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(size_out, 2)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": False, "target_parameters": None}))
+
+
+def read_linear_peft(folder: Path) -> Tensors:
+    found: Tensors = {}
+    for name, (a, b, alpha) in adapters.read_lora(folder).layers.items():
+        found |= {f"{name}.A": a, f"{name}.B": b, f"{name}.scale": torch.tensor(alpha / len(a), dtype=torch.float64)}
+    return found
+
+
+def plain_linear_peft(folder: Path) -> Tensors:
+    found: Tensors = {}
+    for key, tensor in plain_safetensors(folder / "adapter_model.safetensors").items():
+        layer, _, rest = key.removeprefix("base_model.model.").rpartition(".lora_")
+        found[f"{layer}.{rest[0]}"] = tensor
+        if rest[0] == "A":
+            found[f"{layer}.scale"] = _scale(folder, len(tensor))
+    return found
+
+
+def _scale(folder: Path, rank: int = 2) -> Tensor:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    alpha = float(config["lora_alpha"])
+    alpha = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+    return torch.tensor(alpha / rank, dtype=torch.float64)
+
+
+def change_peft(folder: Path, rng: random.Random) -> str:
+    """Of a tensor, or of an entry of the config."""
+    if rng.random() < 0.4:
+        file = folder / "adapter_model.safetensors"
+        tensors = load_file(file)
+        kind = change_tensors(tensors, rng)
+        save_file(tensors, file)
+        return kind
+    return change_entry(folder / "adapter_config.json", rng)
+
+
+def change_entry(file: Path, rng: random.Random) -> str:
+    entries = json.loads(file.read_text())
+    key = rng.choice(sorted(entries))
+    entries[key] = rng.choice([None, [], {}, "", "x", ["x"], {"x": 1}, {"(": 2}, True, 1.5, 1e300, [[1]], *NUMBERS])
+    if rng.random() < 0.2:
+        del entries[key]
+    file.write_text(json.dumps(entries))
+    return f"{key} in {file.name}"
+
+
+# ---- selected experts ------------------------------------------------------------------------------------------------
+
+
+def write_selected(folder: Path) -> None:
+    model = adapted_model()
+    finetune.freeze_except(model, {"0": [0, 2]}, also=["0.gate"])
+    finetune.save_selected(model, folder / "experts")
+
+
+def read_selected(folder: Path) -> Tensors:
+    model = adapted_model()
+    nn.init.zeros_(model[0].experts.down_proj)
+    finetune.load_selected(model, folder / "experts")
+    return model.state_dict()
+
+
+def plain_selected(folder: Path) -> Tensors:
+    data, model = torch.load(folder / "experts", weights_only=True), adapted_model()
+    nn.init.zeros_(model[0].experts.down_proj)
+    tensors = model.state_dict()
+    for module, rows in data["experts"].items():
+        ids = rows.pop("experts")
+        for name, values in rows.items():
+            for expert, value in zip(ids.tolist(), values, strict=True):
+                tensors[f"{module}.{name}"][expert] = value
+    for name, values in data["others"].items():
+        tensors[name].copy_(values)
+    return tensors
+
+
+def change_selected(folder: Path, rng: random.Random) -> str:
+    """Of a tensor, a name or a number of an expert."""
+    file = folder / "experts"
+    data = torch.load(file, weights_only=True)
+    (module, rows), kind = next(iter(data["experts"].items())), "number of an expert"
+    if rng.random() < 0.5:
+        kind = change_tensors(rng.choice([rows, data["others"]]), rng)
+    elif rng.random() < 0.5:
+        rows["experts"][rng.randrange(2)] = rng.choice([n for n in NUMBERS if n < 2**31])
+    else:
+        kind = rng.choice(["module", "value", "format", "rows"])
+        data["experts"] = {rng.choice(["", "1.experts", "0", "0.gate"]): rows} if kind == "module" else data["experts"]
+        value = rng.choice([None, [], {}, "x", 3, [0, 2]])
+        if kind == "value":
+            data[rng.choice(sorted(data))] = value
+        elif kind == "format":
+            data["format"] = rng.choice(NUMBERS)
+        elif kind == "rows":
+            data["experts"][module] = value
+    torch.save(data, file)
+    return kind
+
+
 FORMATS: dict[str, Format] = {
     **{
         f"stored {form}": Format(
@@ -467,6 +614,9 @@ FORMATS: dict[str, Format] = {
     },
     "parallel": Format(write_parallel, read_parallel, plain_parallel, change_parallel, is_named),
     "parallel, whole": Format(write_parallel, read_whole, plain_whole, change_parallel, is_named),
+    "peft, experts": Format(write_peft, read_peft, plain_peft, change_peft, is_named),
+    "peft, linear": Format(write_linear_peft, read_linear_peft, plain_linear_peft, change_peft, is_named),
+    "selected experts": Format(write_selected, read_selected, plain_selected, change_selected, is_named),
     "trace": Format(write_trace, read_trace, plain_trace, change_trace, is_named),
     "routing": Format(write_routing, read_routing, plain_routing, change_routing, is_of_the_program),
 }  # fmt: skip

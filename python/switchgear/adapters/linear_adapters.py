@@ -79,7 +79,12 @@ def read_lora(source: Source, name: str = "adapter") -> Adapter:
         match = _KEY.match(key)
         if match is None:
             raise ValueError(f"{name}: expected keys <layer>.lora_A.weight and <layer>.lora_B.weight, got {key}")
-        pairs.setdefault(match["layer"], {})[match["letter"]] = tensor
+        layer, letter = match["layer"], match["letter"]
+        if letter in pairs.setdefault(layer, {}):
+            raise ValueError(f"{name}: expected one adapter, got two lora_{letter} of {layer}")
+        if isinstance(tensor, Tensor) and not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected floating tensors, got {key} in {tensor.dtype}")
+        pairs[layer][letter] = tensor
     if not pairs:
         raise ValueError(f"{name}: expected adapters of at least one layer, got none")
     layers = {}

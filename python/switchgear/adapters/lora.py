@@ -35,7 +35,8 @@ def add_lora(
     targets: Iterable[str] = TARGETS,
     dtype: torch.dtype | None = None,
 ) -> list[nn.Parameter]:
-    """Adds an adapter to projections of every expert, and freezes all other parameters of `model`. A failure changes nothing.
+    """Adds an adapter to projections of every expert, and freezes all other parameters of `model`. A failure
+    changes nothing.
 
         adapters = add_lora(model, rank=16, alpha=32, dropout=0.05)
         optimizer = torch.optim.AdamW(adapters)
