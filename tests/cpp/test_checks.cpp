@@ -280,7 +280,11 @@ Op grouped_gemm_wgrad_op(GroupedGemmWgradArgs& a) {
           [&] { grouped_gemm_wgrad(a, {1}); }};
 }
 GroupedGemmWgradArgs grouped_gemm_wgrad_args() {
-  return {floats({S, N}), floats({T, H}), ints({E + 1}), ints({S}), floats({E, N, H})};
+  return {.grad_out = floats({S, N}),
+          .x = floats({T, H}),
+          .expert_offsets = ints({E + 1}),
+          .token_indices = ints({S}),
+          .grad_weight = floats({E, N, H})};
 }
 
 Op glu_op(GluArgs& a) {
@@ -668,16 +672,16 @@ TEST(layers_refuse_options_past_their_limits) {
   odd.refuses("h: expected an even N (gates and ups) for gated experts, got N=13", [](GluArgs& a) { --a.h.shape[1]; });
   forward.refuses("down_proj: expected its rows in 1 part, got 2",
                   [](MoeForwardArgs& a) { a.weights.down_proj.parts = 2; });
-  backward.refuses("gate_up_proj: expected plain weights for gradients, got int8",
+  backward.refuses("gate_up_proj: expected matrices [N, 4], got [0, 0] in int8",
                    [](MoeBackwardArgs& a) { a.weights.gate_up_proj.format = Format::kInt8; });
-  backward.refuses("down_proj: expected plain weights for gradients, got mxfp4",
+  backward.refuses("down_proj: expected matrices [4, 7], got [0, 0] in mxfp4",
                    [](MoeBackwardArgs& a) { a.weights.down_proj.format = Format::kMxfp4; });
 
   using Gemm = GroupedGemmArgs;
   auto gemm = limits_of(grouped_gemm_args(), grouped_gemm_op);
   gemm.refuses("weight: expected plain weights for input_gradient, got panels",
                [](Gemm& a) { a.input_gradient = true, a.weight.format = Format::kPanels; });
-  gemm.refuses("weight: expected int8, int4, fp8 or mxfp4 to be transposed, got plain", [](Gemm& a) {
+  gemm.refuses("weight: expected int8, int4, fp8, mxfp4 or nf4 to be transposed, got plain", [](Gemm& a) {
     std::swap(a.weight.data.shape[1], a.weight.data.shape[2]),
         std::swap(a.weight.data.stride[1], a.weight.data.stride[2]), a.transposed = true;
   });
