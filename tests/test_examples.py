@@ -92,6 +92,7 @@ def test_distill_teaches_a_student() -> None:
 def test_each_example_is_tested() -> None:
     tested = {
         "lora_moe",
+        "lora_trainer",
         "train_parallel",
         "train_layer",
         "numpy_routing",

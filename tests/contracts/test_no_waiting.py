@@ -24,10 +24,12 @@ PACKAGE = ROOT / "python/switchgear"
 # ---- Python ----------------------------------------------------------------------------------------------------------
 
 # What a layer runs on a device. The rest of the reference, for float64 and devices without kernels, waits.
-FOLDERS = ("ops", "routing", "layers", "adapters")
+FOLDERS = ("ops", "routing", "layers")
 FILES = (
     "functional.py", "autograd.py", "modules.py", "experts.py", "reference/policies.py", "weights/weight.py",
-    "weights/module.py", "integrations/experts.py", "integrations/choices.py",
+    "weights/module.py", "weights/adapted.py", "weights/selected.py",
+    "integrations/experts.py", "integrations/choices.py",
+    "adapters/lora_experts.py", "adapters/low_rank.py", "adapters/posthoc.py",
 )  # fmt: skip
 HOT = [PACKAGE / file for file in FILES] + sorted(path for name in FOLDERS for path in (PACKAGE / name).rglob("*.py"))
 
@@ -41,6 +43,9 @@ REDUCTIONS = {"all", "any", "argmax", "argmin", "count_nonzero", "equal", "isfin
 
 # "file function": why it may wait.
 ALLOWED = {
+    "functional.py _selected_moe": "two lists of experts that are not the same tensor",
+    "adapters/lora_experts.py _check_gates": "once, when a layer is built",
+    "adapters/posthoc.py train_gate": "once, after training",
     "layers/monet.py MonetExperts.disable": "called between steps",
     "reference/policies.py assign_balanced": "ends early on the CPU only",
     "reference/policies.py assign_capped": "ends early on the CPU only; layers pass longest and largest",
