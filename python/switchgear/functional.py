@@ -570,44 +570,54 @@ def _moe_of_weights(
     if x.shape[-1] != columns:  # stored bytes do not show H, so no op checks it
         raise ValueError(f"x: expected shape [..., {columns}], got {list(shape)}")
     x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
+    first: Any
+    second: Any
     first, second = weights
     if isinstance(first, SelectedWeight) and isinstance(second, SelectedWeight):
         return _selected_moe(x, (first, second), biases, topk_ids, topk_weights, options).reshape(shape)
     has_adapters = isinstance(weights[0], AdaptedWeight) or isinstance(weights[1], AdaptedWeight)
     if isinstance(first, SelectedWeight) or isinstance(second, SelectedWeight):
         return _moe_in_stages(x, weights, biases, topk_ids, topk_weights, options).reshape(shape)
-    call = _Layer.of(x, weights, biases)
-    x, first, second, (gate_up_bias, down_bias) = call.x, call.first, call.second, call.biases
+    adapters: tuple[tuple[Tensor, ...], ...] = ((), ())
+    dropout: tuple[float, ...] = ()
+    gate_up_bias, down_bias = biases
+    if has_adapters or in_autocast(
+        x.device.type
+    ):  # otherwise nothing changes, and this takes as long as a small kernel
+        x, first, second, (gate_up_bias, down_bias), adapters, dropout = _Layer.of(x, weights, biases)
     trained = [weight for weight in (first, second) if isinstance(weight, Tensor)]
-    trained += [tensor for adapter in call.adapters for tensor in adapter[:2]]
+    if has_adapters:
+        trained += [tensor for adapter in adapters for tensor in adapter[:2]]
     wants_gradients = needs_autograd(x, gate_up_bias, down_bias, topk_weights, *trained)
-    first, second = (_taken(weight, x.dtype) for weight in (first, second))
+    first, second = _taken(first, x.dtype), _taken(second, x.dtype)
     if isinstance(first, Tensor) and isinstance(second, Tensor) and not has_adapters:
         named = {"gate_up_bias": gate_up_bias, "down_bias": down_bias, **options.keywords()}
         return moe(x, first, second, topk_ids, topk_weights, **named).reshape(shape)
-    gate_up_bias, down_bias = (None if bias is None else bias.to(x.dtype) for bias in (gate_up_bias, down_bias))
+    if gate_up_bias is not None:
+        gate_up_bias = gate_up_bias.to(x.dtype)
+    if down_bias is not None:
+        down_bias = down_bias.to(x.dtype)
     others = (gate_up_bias, down_bias, topk_ids, topk_weights)
     (tensors, form), (down_tensors, down_form) = _parts_of(first), _parts_of(second)
-    seed = _dropout_seed(x.device) if any(call.dropout) else None
+    seed = _dropout_seed(x.device) if any(dropout) else None
     if wants_gradients:
-        groups = (tensors, down_tensors, *call.adapters, () if seed is None else (seed,))
-        parts = autograd.Parts((form, down_form), tuple(map(len, groups)), tuple(options), call.dropout)
+        groups = (tensors, down_tensors, *adapters, () if seed is None else (seed,))
+        parts = autograd.Parts((form, down_form), tuple(map(len, groups)), tuple(options), dropout)
         flat = [tensor for group in groups for tensor in group]
         y: Tensor = apply(autograd.MoeOfParts, x, *others, parts, *flat)[0]
         return y.reshape(shape)
     layer = (tensors, form, down_tensors, down_form, *others)
-    adapters = (*call.adapters, seed)
     stored = [weight for weight in (first, second) if isinstance(weight, Weight)]
     plain = [weight for weight in (first, second) if isinstance(weight, Tensor)]
     if (
         all(weight.needs_no_dispatch for weight in stored)
         and ops.needs_no_dispatch(x, *others, *plain)
-        and (not has_adapters or ops.needs_no_dispatch(x, *call.adapters[0], *call.adapters[1]))
+        and (not has_adapters or ops.needs_no_dispatch(x, *adapters[0], *adapters[1]))
     ):
-        late = (*adapters, call.dropout) if has_adapters else ()
+        late = (*adapters, seed, dropout) if has_adapters else ()
         y = ops.moe_forward_on_host(x, *layer, *options, *late)
     else:
-        y = ops.moe_forward(x, *layer, *options, False, *adapters, call.dropout)[0]
+        y = ops.moe_forward(x, *layer, *options, False, *adapters, seed, dropout)[0]
     return y if len(shape) == 2 else y.reshape(shape)
 
 
