@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -235,13 +236,20 @@ def test_no_format_is_missing() -> None:
 
 
 def ends_the_process(function: Callable[[], object]) -> bool:
-    child = os.fork()
-    if child == 0:
-        faulthandler.disable()
-        os.close(2)  # where a sanitizer would report
-        function()
-        os._exit(0)
-    return os.waitpid(child, 0)[1] != 0
+    """A child of a process with threads may wait forever for a lock that one of them held, so it is tried again."""
+    for _ in range(5):
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)
+            faulthandler.disable()
+            os.close(2)  # where a sanitizer would report
+            function()
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM):
+            return status != 0
+    raise AssertionError("expected the child to end, it was stopped five times after 10 s")
 
 
 @on_every_isa
