@@ -183,11 +183,12 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, 4) decode_kernel(const __gr
   const auto group = static_cast<int32_t>(blockIdx.x * kDecodeWarps) + warp;
   const TileColumns tile = tile_columns(g, group, kDecodeColumns);
   const auto num_experts = static_cast<int32_t>(g.num_experts);
-  const bool nobody = blockIdx.y + 1 == gridDim.y;  // unassigned rows, past expert_offsets[E], are zeroed
+  const bool unassigned = blockIdx.y + 1 == gridDim.y;  // unassigned rows, past expert_offsets[E], are zeroed
   SlotRange slots = slots_of(g.expert_offsets, num_experts, num_experts, static_cast<int32_t>(g.num_slots));
-  const int32_t expert = nobody ? 0 : nonempty_expert(g, static_cast<int32_t>(blockIdx.y), slots);
+  const int32_t expert = unassigned ? 0 : nonempty_expert(g, static_cast<int32_t>(blockIdx.y), slots);
   if (expert < 0) return;
-  const T* const bias = nobody || g.bias == nullptr ? nullptr : static_cast<const T*>(g.bias) + expert * g.bias_stride;
+  const T* const bias =
+      unassigned || g.bias == nullptr ? nullptr : static_cast<const T*>(g.bias) + expert * g.bias_stride;
   const int32_t n_end = ExpertMatrix<T>(g.b, g.n, g.c, expert).n_end;
   const auto bias_end = g.epilogue == Epilogue::kStore ? n_end : static_cast<int32_t>(g.n);
   // Lane 4 i + q loads column i of both fragments and holds the sums of columns 2 q and 2 q + 1.
@@ -209,20 +210,20 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, 4) decode_kernel(const __gr
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int32_t slot = first + lane / 4 + 8 * i;
-        const bool used = slot < slots.end && !nobody;
+        const bool used = slot < slots.end && !unassigned;
         const int32_t row = !used ? -1 : a.indices != nullptr ? a.indices[slot] : slot;
         rows[i] = row >= 0 && row < a.count ? static_cast<const T*>(a.data) + row * a.stride : nullptr;
         const int32_t column = tile.column(8 * i + lane / 4);
         columns[i] = column < ends[i] && column < matrix.n_end ? matrix.data + column * b.n_stride : nullptr;
       }
-      multiply_rows(sums, rows, columns, nobody ? 0 : matrix.k_end);
+      multiply_rows(sums, rows, columns, unassigned ? 0 : matrix.k_end);
       if (low && g.low.mask.drops()) mask_decoded(sums, g.low.mask, first + lane / 4, own);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int32_t slot = first + lane / 4 + 8 * i;
       if (slot >= slots.end) continue;
-      store_decoded<T>(g, nobody ? 1.0f : scale_of(g, expert), bias, bias_end, slot, own, ends,
+      store_decoded<T>(g, unassigned ? 1.0f : scale_of(g, expert), bias, bias_end, slot, own, ends,
                        {{{sums[0][2 * i], sums[0][2 * i + 1]}, {sums[1][2 * i], sums[1][2 * i + 1]}}});
     }
   }

@@ -263,8 +263,8 @@ __device__ inline void run_epilogue(const Gemm& g, const Alignment& aligned, con
                                     const StagedSums& sums, int tile_rows, int tile_columns, int thread, int threads) {
   const int width = out_tile_columns(g, tile_columns), blocks = width / kBlock;
   const int64_t first_column = tile.column * width, columns = out_columns(g);
-  const bool nobody = tile.expert == g.num_experts;
-  if (nobody && g.epilogue == Epilogue::kGluBackward) return;
+  const bool unassigned = tile.expert == g.num_experts;
+  if (unassigned && g.epilogue == Epilogue::kGluBackward) return;
   for (int i = thread; i < tile_rows * blocks; i += threads) {
     const int row = i / blocks, block = i % blocks;
     const int64_t column = first_column + block * kBlock, left = columns - column;

@@ -213,7 +213,7 @@ __device__ inline StagedSums stage_sums(const Sums<Tile>& sums, std::byte* share
   const StagedSums staged(reinterpret_cast<float*>(shared), Tile::kColumns);
   const WarpPlace<Tile> at(thread);
   ptx::cp_async_wait<0>();
-  __syncthreads();  // nobody reads the last stage any more
+  __syncthreads();  // no warp reads the last stage any more
 #pragma unroll
   for (int i = 0; i < Tile::kMmaRows; ++i) {
 #pragma unroll
@@ -287,15 +287,15 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
   TileWalker walker(g, Tile::kRows, static_cast<int32_t>((out_columns(g) + out_width - 1) / out_width));
   RowTile tile;
   for (int64_t index = blockIdx.x; walker.find(index, tile); index += gridDim.x) {
-    const bool nobody = tile.expert == g.num_experts;
+    const bool unassigned = tile.expert == g.num_experts;
     Sums<Tile> sums;
     clear_sums(sums);
     // Compiled for each pair of operands, so that strides and bases are constants, not registers.
     const auto multiply = [&](const Rows& rows, const ExpertOperand& b, int64_t depth, bool a_aligned, bool b_aligned) {
-      const ExpertMatrix<T> matrix(b, g.n, depth, nobody ? 0 : tile.expert);
+      const ExpertMatrix<T> matrix(b, g.n, depth, unassigned ? 0 : tile.expert);
       const TileColumns columns = tile_columns(g, tile.column, Tile::kColumns);
       const auto row_at = [&](int i) -> int32_t {
-        const bool used = i < tile.rows && !nobody;
+        const bool used = i < tile.rows && !unassigned;
         if (!used) return -1;
         const int32_t slot = tile.first_row + i, row = rows.indices != nullptr ? rows.indices[slot] : slot;
         return row < rows.count ? row : -1;
@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
       DepthMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(static_cast<const T*>(rows.data),
                                                                                rows.stride, row_at, thread, a_aligned);
       auto load_b = columns_loader<T, Tile, kBDepthMajor>(b, matrix, columns, thread, b_aligned);
-      multiply_tile<Product, Tile, true, kBDepthMajor>(sums, load_a, load_b, 0, nobody ? 0 : matrix.k_end, shared,
+      multiply_tile<Product, Tile, true, kBDepthMajor>(sums, load_a, load_b, 0, unassigned ? 0 : matrix.k_end, shared,
                                                        WarpPlace<Tile>(thread));
     };
     if (g.low.rank > 0) {
@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
     }
     multiply(g.a, g.b, g.c, aligned.a, aligned.b);
     const StagedSums staged = stage_sums<Tile>(sums, shared, thread);
-    const int32_t n_end = ExpertMatrix<T>(g.b, g.n, g.c, nobody ? 0 : tile.expert).n_end;
+    const int32_t n_end = ExpertMatrix<T>(g.b, g.n, g.c, unassigned ? 0 : tile.expert).n_end;
     run_epilogue<T>(g, aligned, tile, n_end, staged, Tile::kRows, Tile::kColumns, thread, Tile::kThreads);
     __syncthreads();  // the ring is free again
   }

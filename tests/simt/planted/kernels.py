@@ -159,7 +159,7 @@ MISTAKES = (
         "assign_balanced",
     ),
     Mistake(
-        "permute: no barrier before slots of nobody",
+        "permute: no barrier before unassigned slots",
         RACE,
         "permute.cuh",
         ": kClaimed;\n  __syncthreads();",
@@ -208,13 +208,13 @@ MISTAKES = (
         "no barrier before the ring is used again",
         RACE,
         "gemm_sm80.cuh",
-        "  __syncthreads();  // nobody reads the last stage",
-        "  // nobody reads the last stage",
+        "  __syncthreads();  // no warp reads the last stage",
+        "  // no warp reads the last stage",
     ),
     _of_sm80(
         "no barrier before the next tile", RACE, "gemm_sm80.cuh", "    __syncthreads();  // the ring is free again", ""
     ),
-    _of_sm80("no predicate for rows", ASAN, "gemm_sm80.cuh", "i < tile.rows && !nobody;", "true;"),
+    _of_sm80("no predicate for rows", ASAN, "gemm_sm80.cuh", "i < tile.rows && !unassigned;", "true;"),
     _of_sm80(
         "no zeros behind the last column",
         BOTH,
