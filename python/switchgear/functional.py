@@ -581,9 +581,8 @@ def _moe_of_weights(
     adapters: tuple[tuple[Tensor, ...], ...] = ((), ())
     dropout: tuple[float, ...] = ()
     gate_up_bias, down_bias = biases
-    if has_adapters or in_autocast(
-        x.device.type
-    ):  # otherwise nothing changes, and this takes as long as a small kernel
+    # Without these nothing changes, and finding that out takes as long as a small kernel.
+    if has_adapters or in_autocast(x.device.type):
         x, first, second, (gate_up_bias, down_bias), adapters, dropout = _Layer.of(x, weights, biases)
     trained = [weight for weight in (first, second) if isinstance(weight, Tensor)]
     if has_adapters:
