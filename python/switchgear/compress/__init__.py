@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Compression of MoE models: calibrate, then prune, merge, sparsify or quantize their experts. See docs/compression.md."""
+
+from switchgear.compress.bits import BitAllocation, ExpertErrors, allocate_bits, packed_bytes
+
+__all__ = ["BitAllocation", "ExpertErrors", "allocate_bits", "packed_bytes"]
