@@ -110,8 +110,8 @@ class ExpertLayer:
         return hidden, outputs
 
     def every_expert(self, x: Tensor) -> Tensor:
-        """[T,E,H] float32: what each expert returns for each token. A single expert's rows are in memory at once, beside
-        the result."""
+        """[T,E,H] float32: what each expert returns for each token. Beside the result, one expert's rows are in
+        memory at a time."""
         count, dtype = self.num_experts, self.projection(0).dtype
         result = x.new_empty(len(x), count, self.hidden_size, dtype=torch.float32)
         for expert in range(count):
