@@ -4,6 +4,7 @@
 from switchgear.compress.bits import BitAllocation, ExpertErrors, allocate_bits, packed_bytes
 from switchgear.compress.calibration import Calibration, calibrate
 from switchgear.compress.gptq import gptq
+from switchgear.compress.merge import Merged, MergedLayer, merge_experts
 from switchgear.compress.prune import Pruned, PrunedLayer, prune_experts
 from switchgear.compress.quantize import Quantized, QuantizedLayer, bits_of, expert_errors, quantize
 from switchgear.compress.sparsify import Sparsified, SparsifiedLayer, prune_weights
@@ -12,6 +13,8 @@ __all__ = [
     "BitAllocation",
     "Calibration",
     "ExpertErrors",
+    "Merged",
+    "MergedLayer",
     "Pruned",
     "PrunedLayer",
     "Quantized",
@@ -23,6 +26,7 @@ __all__ = [
     "calibrate",
     "expert_errors",
     "gptq",
+    "merge_experts",
     "packed_bytes",
     "prune_experts",
     "prune_weights",

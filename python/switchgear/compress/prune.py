@@ -173,14 +173,14 @@ def _choose(
 ) -> dict[str, PrunedLayer]:
     if isinstance(keep, Mapping):
         return {name: _given(layer, keep[name]) for name, layer in layers.items()}
-    counts = {name: _count(layer, keep) for name, layer in layers.items()}
+    counts = {name: count_of(layer, keep) for name, layer in layers.items()}
     if criterion == "reconstruction":
         if scope == "global":
             raise ValueError("scope: expected layer for criterion='reconstruction', which compares subsets, got global")
         assert calibration is not None
         found = {}
         for name, layer in layers.items():
-            known, per_group = calibration.layers[name], _per_group(layer, counts[name])
+            known, per_group = calibration.layers[name], per_group_of(layer, counts[name])
             subset = best_subset(layer, known.sample(domains), counts[name], per_group, exact_subsets)
             found[name] = PrunedLayer(name, *_split(layer, subset.kept), None, subset.search, subset.error)
         return found
@@ -225,7 +225,7 @@ def _given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
         raise ValueError(
             f"keep: expected different experts of 0 to {layer.num_experts - 1} for {layer.name}, got {ids}"
         )
-    per_group = _per_group(layer, _count(layer, len(ids)))
+    per_group = per_group_of(layer, count_of(layer, len(ids)))
     if per_group is not None:
         size = layer.num_experts // (len(ids) // per_group)
         if any(sum(expert // size == group for expert in ids) != per_group for group in range(len(ids) // per_group)):
@@ -233,7 +233,7 @@ def _given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
     return PrunedLayer(layer.name, *_split(layer, ids))
 
 
-def _count(layer: ExpertLayer, keep: int | float) -> int:
+def count_of(layer: ExpertLayer, keep: int | float) -> int:
     """The number of experts to keep. Raises ValueError if it is too small or too large."""
     count = keep
     if isinstance(keep, float):
@@ -245,11 +245,11 @@ def _count(layer: ExpertLayer, keep: int | float) -> int:
     least = layer.block.top_k or 1
     if not least <= count <= layer.num_experts:
         raise ValueError(f"keep: expected {least} (top_k) to {layer.num_experts} experts in {layer.name}, got {count}")
-    _per_group(layer, count)
+    per_group_of(layer, count)
     return count
 
 
-def _per_group(layer: ExpertLayer, count: int) -> int | None:
+def per_group_of(layer: ExpertLayer, count: int) -> int | None:
     """Experts to keep of each group of a grouped router; None for other routers."""
     groups = layer.block.groups()
     if groups is None:
@@ -266,7 +266,7 @@ def _per_group(layer: ExpertLayer, count: int) -> int | None:
 
 def _top(layer: ExpertLayer, scores: Tensor, count: int) -> list[int]:
     """The best experts, of each group if there are groups; the lowest ids win ties."""
-    per_group = _per_group(layer, count)
+    per_group = per_group_of(layer, count)
     if per_group is None:
         best: list[int] = scores.argsort(descending=True, stable=True)[:count].tolist()
         return best
