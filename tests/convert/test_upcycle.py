@@ -153,3 +153,9 @@ def test_a_module_of_another_function_is_refused() -> None:
 
     with pytest.raises(ValueError, match="computes something else"):
         convert.upcycle(Scaled(), 4, 2)
+
+
+def test_noise_of_a_tensor_depends_on_seed_and_name() -> None:
+    draws = [convert.plans.noise_of(seed, key, (4,)) for seed in (0, 1) for key in ("a", "b")]
+    assert len({float(draw[0]) for draw in draws}) == 4
+    assert torch.equal(draws[0], convert.plans.noise_of(0, "a", (4,)))

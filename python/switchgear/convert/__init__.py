@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Conversions between dense and Mixture-of-Experts models; docs/conversion.md explains them.
 
-To experts:    upcycle, split_dense
-Parts:         FeedForward, feed_forward; Partition, partition, neuron_importance; EqualTopK, prior_approximate
+To experts:    upcycle, split_dense, distill_layers, from_dense_experts; attention_to_moe, attention_from_experts
+To one model:  to_dense, merge_models
+Modules:       MixtureOfAttention, ParallelBlock; Projected, ModuleExperts; SequenceLogits; EqualTopK
+Parts:         FeedForward, feed_forward; Partition, partition, balanced_kmeans, neuron_importance; add_domain_expert,
+               sequence_perplexities, threshold_for, prior_approximate
 """
 
+from switchgear.convert.attention import MixtureOfAttention, ParallelBlock, attention_from_experts, attention_to_moe
+from switchgear.convert.average import merge_models
+from switchgear.convert.dense import to_dense
+from switchgear.convert.experts import ModuleExperts, Projected, add_domain_expert, from_dense_experts
 from switchgear.convert.ffn import FeedForward, feed_forward
 from switchgear.convert.gates import EqualTopK, prior_approximate
+from switchgear.convert.layers import Distillation, Distilled, distill_layers, threshold_for
 from switchgear.convert.partitions import Partition, balanced_kmeans, neuron_importance, partition
+from switchgear.convert.perplexity import SequenceLogits, sequence_perplexities
 from switchgear.convert.result import Conversion, Converted
 from switchgear.convert.split import split_dense
 from switchgear.convert.upcycle import upcycle
@@ -15,14 +24,30 @@ from switchgear.convert.upcycle import upcycle
 __all__ = [
     "Conversion",
     "Converted",
+    "Distillation",
+    "Distilled",
     "EqualTopK",
     "FeedForward",
+    "MixtureOfAttention",
+    "ModuleExperts",
+    "ParallelBlock",
     "Partition",
+    "Projected",
+    "SequenceLogits",
+    "add_domain_expert",
+    "attention_from_experts",
+    "attention_to_moe",
     "balanced_kmeans",
+    "distill_layers",
     "feed_forward",
+    "from_dense_experts",
+    "merge_models",
     "neuron_importance",
     "partition",
     "prior_approximate",
+    "sequence_perplexities",
     "split_dense",
+    "threshold_for",
+    "to_dense",
     "upcycle",
 ]

@@ -41,6 +41,11 @@ class Family:
     def shared_gate(self, layer: int) -> str:
         return f"{self._block(layer)}shared_expert_gate.weight"
 
+    @property
+    def fused_block(self) -> str:
+        """The block's name in a model of transformers, whose experts are fused."""
+        return "mlp"
+
     def _block(self, layer: int) -> str:
         return f"model.layers.{layer}.{self.block}."
 
@@ -148,3 +153,45 @@ def moe_config(config: Mapping[str, Any], family: Family, size: Size) -> dict[st
 
 def layers_of(config: Mapping[str, Any], layers: str | Sequence[int]) -> tuple[int, ...]:
     return tuple(chosen_layers(layers, int(config["num_hidden_layers"])))
+
+
+def num_experts_of(config: Mapping[str, Any], family: Family) -> int:
+    """Published configs of Qwen3-MoE say num_experts, those of newer versions of transformers num_local_experts."""
+    for name in (family.num_experts, "num_experts", "num_local_experts"):
+        if isinstance(config.get(name), int):
+            return int(config[name])
+    raise ValueError(f"model: expected {family.num_experts} in its config, got none")
+
+
+def dense_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """The config of the dense family of an MoE one, and its layers with experts."""
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        raise ValueError(f"model: expected an MoE model of type {', '.join(FAMILIES)}, got {model_type}")
+    if config.get("quantization_config"):
+        raise ValueError("model: expected plain weights, got a quantization_config in its config")
+    family, count = FAMILIES[model_type], int(config["num_hidden_layers"])
+    sparse = [layer for layer in range(count) if layer not in set(config.get("mlp_only_layers") or ())]
+    sparse = [layer for layer in sparse if (layer + 1) % int(config.get("decoder_sparse_step") or 1) == 0]
+    if len(sparse) < count and config[family.width] != config["intermediate_size"]:
+        raise ValueError(
+            f"model: expected experts as wide as its dense layers ({config['intermediate_size']}), since a dense "
+            f"family has one width, got {config[family.width]}"
+        )
+    if family.has_shared:
+        raise ValueError(
+            f"model: expected no shared experts with gates, which no dense network contains, got {model_type}"
+        )
+    target = {"mixtral": "mistral", "qwen3_moe": "qwen3"}[model_type]
+    dropped = {family.num_experts, "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
+               "moe_intermediate_size", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
+               "num_experts", "num_local_experts"}  # fmt: skip
+    made = {key: value for key, value in config.items() if key not in dropped}
+    names = config.get("architectures") or [f"{family.prefix}ForCausalLM"]
+    made |= {
+        "model_type": target, "intermediate_size": config[family.width],
+        "architectures": [name.replace(family.prefix, DENSE[target], 1) for name in names],
+    }  # fmt: skip
+    if target == "qwen3":
+        made["max_window_layers"] = 0 if config.get("use_sliding_window") else count
+    return made, sparse

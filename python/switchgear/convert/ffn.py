@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,10 @@ NAMES = (
 )
 FUSED = ("gate_up_proj", "down_proj")  # gates first, then ups
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "hidden_act")
+TANH = functools.partial(F.gelu, approximate="tanh")
+STRINGS: dict[str, Any] = {
+    "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "gelu_new": TANH, "gelu_pytorch_tanh": TANH,
+}  # fmt: skip
 KNOWN = tuple(name for name in activations.ACTIVATIONS if name != "swiglu_oai")
 
 
@@ -161,7 +166,7 @@ def is_feed_forward(module: nn.Module) -> bool:
 
 
 def _readings(module: nn.Module) -> Iterator[FeedForward]:
-    activation = _activation(module)
+    activation = activation_of(module)
     if activation is None:
         return
     for gate, up, down in NAMES:
@@ -195,7 +200,7 @@ def _tensors(linear: Any) -> tuple[Tensor, Tensor | None]:
     return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
 
 
-def _activation(module: nn.Module) -> str | None:
+def activation_of(module: Any) -> str | None:
     """The name of the module's activation, found by its values."""
     if isinstance(module, SharedExperts):
         plain = module.activation in KNOWN and module.limit is None
@@ -203,7 +208,7 @@ def _activation(module: nn.Module) -> str | None:
     for name in ACTIVATION_NAMES:
         function = getattr(module, name, None)
         if isinstance(function, str):
-            function = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}.get(function)
+            function = STRINGS.get(function)
         if callable(function):
             return _named(function)
     return None

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 
+from switchgear.convert.average import Merging
+from switchgear.convert.families import layers_of
 from switchgear.convert.plans import Plan, StateDict
-from switchgear.convert.recipes import split_plan, upcycle_plan
+from switchgear.convert.recipes import dense_plan, experts_plan, split_plan, upcycle_plan
 from switchgear.convert.result import Conversion, Converted
 
 
@@ -69,3 +73,78 @@ def _fitting(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     if tuple(tensor.shape) != shape:
         raise AssertionError(f"a tensor of shape {list(shape)} was planned, {list(tensor.shape)} was made")
     return tensor.contiguous()
+
+
+def collect_models(
+    models: Sequence[Any], *, top_k: int, router: str | Tensor, router_init: float, prompts: Sequence[Tensor] | None,
+    base: Any, layers: str | Sequence[int], family: str | None, merge: str, weights: Sequence[float] | None,
+    density: float, seed: int,
+) -> Conversion:  # fmt: skip
+    """See from_dense_experts."""
+    first = models[0] if base is None else base
+    chosen = layers_of(config_of(first), layers)
+    rows = router_rows(first, len(models), chosen, router, prompts)
+    merging = Merging(merge, None if weights is None else tuple(map(float, weights)), density, 1.0, seed)
+    plan = experts_plan(
+        [(config_of(model), tensors_of(model)) for model in models],
+        None if base is None else (config_of(base), tensors_of(base)),
+        top_k=top_k, layers=layers, family=family, router=rows, router_init=0.0 if router == "zeros" else router_init,
+        merging=merging, seed=seed,
+    )  # fmt: skip
+    return built(first, plan)
+
+
+def router_rows(
+    model: Any, num_experts: int, layers: Sequence[int], router: str | Tensor, prompts: Sequence[Tensor] | None
+) -> dict[int, Tensor] | None:
+    """The rows [E,H] of each layer's router, or None for random ones."""
+    hidden = int(model.config.hidden_size)
+    if isinstance(router, Tensor):
+        shape = (len(layers), num_experts, hidden)
+        if router.dim() == 2:
+            router = router[None].expand(len(layers), -1, -1)
+        if router.shape != shape:
+            raise ValueError(f"router: expected {list(shape)} or {list(shape[1:])}, got {list(router.shape)}")
+        return dict(zip(layers, router, strict=True))
+    if router not in ("hidden", "embedding"):
+        return None
+    if prompts is None or len(prompts) != num_experts:
+        got = "None" if prompts is None else f"{len(prompts)}"
+        raise ValueError(
+            f"prompts: expected input_ids of each of {num_experts} experts for router={router!r}, got {got}"
+        )
+    rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for ids in prompts:
+        means = _mean_inputs(model, ids, layers) if router == "hidden" else _mean_embedding(model, ids, layers)
+        for layer, mean in means.items():
+            rows[layer].append(mean / mean.norm().clamp(min=1e-8))
+    return {layer: torch.stack(found) for layer, found in rows.items()}
+
+
+@torch.no_grad()
+def _mean_inputs(model: Any, input_ids: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    """The mean input [H] float32 of each feed-forward layer, which is what the layer's router will see."""
+    found: dict[int, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+
+            def keep(_: Any, inputs: tuple[Tensor, ...], layer: int = layer) -> None:
+                found[layer] = inputs[0].float().flatten(0, -2).mean(0)
+
+            stack.callback(model.model.layers[layer].mlp.register_forward_pre_hook(keep).remove)
+        model(input_ids)
+    return found
+
+
+@torch.no_grad()
+def _mean_embedding(model: Any, input_ids: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    mean: Tensor = model.get_input_embeddings()(input_ids).float().flatten(0, -2).mean(0)
+    return dict.fromkeys(layers, mean)
+
+
+def dense_model(
+    model: Any, method: str, *, weights: Sequence[float] | None = None, rank: int | None = None
+) -> Conversion:
+    """See to_dense."""
+    plan = dense_plan(config_of(model), tensors_of(model), method, weights=weights, rank=rank)
+    return built(model, plan)

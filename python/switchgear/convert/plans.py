@@ -7,7 +7,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from switchgear.convert.families import PARTS, Family, Size, dense_key
 from switchgear.convert.ffn import FeedForward
 from switchgear.convert.partitions import Partition, partition
 from switchgear.reference import check_size
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -69,7 +71,7 @@ class Plan:
 def noise_of(seed: int, key: str, shape: Sequence[int]) -> Tensor:
     """Standard normal numbers that depend on the seed and the tensor's name alone, so that a sharded conversion draws
     the same."""
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(key.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))  # 32 bits count
     return torch.randn(tuple(shape), generator=generator)
 
 
@@ -168,7 +170,7 @@ def split(source: Source, family: Family, size: Size, how: Split, *, scale: floa
     for layer in size.layers:
         dtype, hidden = source.dtype(dense_key(layer, "gate_proj")), source.shape(dense_key(layer, "gate_proj"))[1]
         items.append(router_item(family, layer, size.num_experts, hidden, router_init, how.seed, dtype))
-        parts = _Once(lambda layer=layer: how.partition(source, layer))  # type: ignore[misc]
+        parts = Once(lambda layer=layer: how.partition(source, layer))  # type: ignore[misc]
         for expert in range(size.num_experts):
             for part in PARTS:
                 key = family.expert(layer, expert, part)
@@ -183,20 +185,34 @@ def split(source: Source, family: Family, size: Size, how: Split, *, scale: floa
     return items
 
 
-class _Once:
-    """Computes a partition when it is first needed."""
+class Once(Generic[T]):
+    """Computes a value when it is first needed, and keeps it until the next one of the same kind is computed: plans go
+    layer by layer, so one layer's value is in memory."""
 
-    def __init__(self, make: Callable[[], Partition]) -> None:
-        self._make, self._made = make, None  # type: tuple[Callable[[], Partition], Partition | None]
+    _last: ClassVar[list[Once[Any]]] = []
 
-    def __call__(self) -> Partition:
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._made: T | None = None
+
+    def __call__(self) -> T:
         if self._made is None:
+            while Once._last:
+                Once._last.pop()._made = None
             self._made = self._make()
+            Once._last.append(self)
         return self._made
 
 
 def _slice(
-    source: Source, layer: int, part: str, key: str, width: int, scale: float, parts: _Once, expert: int | None
+    source: Source,
+    layer: int,
+    part: str,
+    key: str,
+    width: int,
+    scale: float,
+    parts: Once[Partition],
+    expert: int | None,
 ) -> Item:
     dense = dense_key(layer, part)
     is_down, dtype = part == "down_proj", source.dtype(dense_key(layer, part))
