@@ -63,6 +63,7 @@ def built(model: Any, plan: Plan) -> Conversion:
     state = {item.key: _fitting(item.make(), item.shape) for item in plan.items}
     made = made_class.from_pretrained(None, config=config, state_dict=state, dtype=like.dtype)
     made = made.to(like.device).train(model.training)
+    made.config._name_or_path = model.config._name_or_path
     if getattr(model, "generation_config", None) is not None:
         made.generation_config = copy.deepcopy(model.generation_config)
     layers = tuple(Converted(*layer) for layer in plan.layers)
