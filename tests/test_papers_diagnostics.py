@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from switchgear import MoE, RoutingTrace, diagnostics, route
 from switchgear.diagnostics import LayerChoices
 
-E, H, I, T = 6, 10, 5, 40
+E, H, WIDTH, T = 6, 10, 5, 40
 
 
 def choices(seed: int, num_tokens: int = T, top_k: int = 2, **fields: Any) -> LayerChoices:
@@ -37,7 +37,7 @@ def cosine(a: list[float], b: list[float]) -> float:
 
 
 def test_row73_similarity_of_matrices_and_of_mean_neurons() -> None:
-    weights = torch.randn(E, I, H, dtype=torch.float64)
+    weights = torch.randn(E, WIDTH, H, dtype=torch.float64)
     for how, vectors in (("matrices", weights.flatten(1)), ("neurons", weights.mean(1))):
         found = diagnostics.expert_similarity(weights, how)
         wanted = [[cosine(a.tolist(), b.tolist()) for b in vectors] for a in vectors]
@@ -46,18 +46,18 @@ def test_row73_similarity_of_matrices_and_of_mean_neurons() -> None:
 
 def test_row73_identical_experts_are_similar_and_permuted_neurons_after_reordering() -> None:
     pytest.importorskip("scipy", reason="scipy is not installed")
-    gate_up, down = torch.randn(1, 2 * I, H), torch.randn(1, H, I)
+    gate_up, down = torch.randn(1, 2 * WIDTH, H), torch.randn(1, H, WIDTH)
     same = diagnostics.neurons(gate_up.expand(3, -1, -1), down.expand(3, -1, -1))
     for how in ("matrices", "neurons", "reordered"):
         torch.testing.assert_close(diagnostics.expert_similarity(same, how), torch.ones(3, 3, dtype=torch.float64))
 
     order = torch.tensor([3, 0, 4, 1, 2])
-    moved_gate_up = torch.cat([gate_up, torch.cat([half[:, order] for half in gate_up.split(I, 1)], 1)])
+    moved_gate_up = torch.cat([gate_up, torch.cat([half[:, order] for half in gate_up.split(WIDTH, 1)], 1)])
     moved = diagnostics.neurons(moved_gate_up, torch.cat([down, down[:, :, order]]))
     assert diagnostics.expert_similarity(moved)[0, 1] < 0.9
     for how in ("neurons", "reordered"):
         assert diagnostics.expert_similarity(moved, how)[0, 1] == pytest.approx(1)
-    assert torch.equal(order[diagnostics.neuron_order(moved[0], moved[1])], torch.arange(I))
+    assert torch.equal(order[diagnostics.neuron_order(moved[0], moved[1])], torch.arange(WIDTH))
 
 
 def test_row73_reordering_finds_the_best_assignment() -> None:
@@ -72,11 +72,11 @@ def test_row73_reordering_finds_the_best_assignment() -> None:
 
 
 def test_row73_similarity_of_outputs() -> None:
-    moe = MoE(H, I, E, 2).double()
+    moe = MoE(H, WIDTH, E, 2).double()
     x = torch.randn(7, H, dtype=torch.float64)
     outputs = diagnostics.expert_outputs(moe.experts, x)
     for expert in range(E):  # each expert alone, in plain torch
-        gate, up = (x @ moe.experts.gate_up_proj[expert].T).split(I, 1)
+        gate, up = (x @ moe.experts.gate_up_proj[expert].T).split(WIDTH, 1)
         torch.testing.assert_close(outputs[expert], nn.functional.silu(gate) * up @ moe.experts.down_proj[expert].T)
     found = diagnostics.output_similarity(outputs)
     for i in range(E):
@@ -116,7 +116,7 @@ def test_row73_rank_of_norms_by_score() -> None:
 
 
 def test_row73_gate_embeddings_and_weights_correlate() -> None:
-    weights = torch.randn(E, I, H, dtype=torch.float64)
+    weights = torch.randn(E, WIDTH, H, dtype=torch.float64)
     assert diagnostics.gate_embedding_correlation(3 * weights.mean(1), weights) == pytest.approx(1)
     gate = torch.randn(E, H, dtype=torch.float64)
     means = weights.mean(1)
@@ -150,7 +150,7 @@ def test_row74_usage_and_entropy_of_known_choices() -> None:
 
 
 def test_row74_of_a_trace_as_of_the_choices() -> None:
-    moe = MoE(H, I, E, 2)
+    moe = MoE(H, WIDTH, E, 2)
     with RoutingTrace(moe) as trace:
         routing = moe.gate(torch.randn(T, H))
     kept = {"gate": LayerChoices(routing.topk_ids, routing.topk_weights, E, routing.router_logits)}
@@ -209,7 +209,7 @@ def planted(model: nn.Sequential, expert: int) -> tuple[Tensor, Tensor]:
 
 
 def test_row76_the_found_experts_are_disabled_end_to_end() -> None:
-    model = nn.Sequential(MoE(H, I, E, 2), MoE(H, I, E, 2))
+    model = nn.Sequential(MoE(H, WIDTH, E, 2), MoE(H, WIDTH, E, 2))
     shown, neutral = planted(model, 4)
     traces = []
     for prompts in (shown, neutral):
@@ -249,7 +249,7 @@ def test_row77_contrastive_activation_is_the_difference_of_frequencies() -> None
 
 
 def test_row77_a_planted_core_expert_is_found_boosted_and_predicts() -> None:
-    model = nn.Sequential(MoE(H, I, E, 2), MoE(H, I, E, 2))
+    model = nn.Sequential(MoE(H, WIDTH, E, 2), MoE(H, WIDTH, E, 2))
     shown, neutral = planted(model, 3)
     with RoutingTrace(model) as positive:
         model(shown)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Diagnostics of routing and experts: pure functions of a trace, of choices, of outputs or of weights. docs/diagnostics.md lists
-them by question. `collect` keeps the choices that those per token need."""
+"""Diagnostics of routing and experts: pure functions of a trace, of choices, of outputs or of weights.
+
+docs/diagnostics.md lists them by question. `collect` keeps the choices that those per token need."""
 
 from __future__ import annotations
 

@@ -45,16 +45,13 @@ class LayerChoices:
         """float64 scalar: the sum over tokens of the entropy of softmax(router_logits), NaN without logits."""
         if self.router_logits is None:
             return torch.tensor(torch.nan, dtype=torch.float64)
-        return torch.special.entr(self.router_logits.detach().double().softmax(-1)).sum()
-
-
-Trace = "RoutingTrace | Mapping[str, LayerTrace | LayerChoices]"
+        entropy: Tensor = torch.special.entr(self.router_logits.detach().double().softmax(-1)).sum()
+        return entropy
 
 
 def layers_of(trace: RoutingTrace | Mapping[str, Any]) -> Mapping[str, LayerTrace | LayerChoices]:
     """The layers of a RoutingTrace, or of what `collect` yields, by name."""
-    layers: Mapping[str, Any] = getattr(trace, "layers", trace)
-    return layers
+    return trace if isinstance(trace, Mapping) else trace.layers
 
 
 def _scattered(choices: LayerChoices, values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def coactivation(topk_ids: Tensor, num_experts: int, *, conditional: bool = Fals
     conditional: divide each row by its diagonal, so that [i,j] is the fraction of the tokens of i that choose j too.
     """
     result = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=topk_ids.device)
-    for ids in topk_ids.split(max(_CHUNK // max(num_experts, 1), 1)):
+    for ids in torch.split(topk_ids, max(_CHUNK // max(num_experts, 1), 1)):
         chosen = one_hot(ids, num_experts).float()  # sums of ones are exact below 2^24 tokens
         result += chosen.T @ chosen
     return result / result.diagonal()[:, None].clamp(min=1) if conditional else result

@@ -38,7 +38,7 @@ def expert_similarity(weights: Tensor, how: str = "matrices") -> Tensor:
 def neuron_order(first: Tensor, second: Tensor) -> Tensor:
     """The order of the neurons of `second` [I,D] that matches `first` best, [I] int64: the one-to-one assignment with
     the largest sum of cosines. Needs scipy."""
-    from scipy.optimize import linear_sum_assignment
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped, unused-ignore]
 
     cosines = _unit(first.double()) @ _unit(second.double()).T
     return torch.from_numpy(linear_sum_assignment(cosines.cpu().numpy(), maximize=True)[1])
@@ -51,7 +51,7 @@ def neurons(gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
     if gate_up_proj.dim() != 3 or gate_up_proj.shape[1] not in (width, 2 * width):
         raise ValueError(f"gate_up_proj: expected [{num_experts}, {width} or {2 * width}, {hidden_size}], "
                          f"got {list(gate_up_proj.shape)}")  # fmt: skip
-    return torch.cat([*gate_up_proj.split(width, 1), down_proj.transpose(1, 2)], -1)
+    return torch.cat([*torch.split(gate_up_proj, width, 1), down_proj.transpose(1, 2)], -1)
 
 
 @torch.no_grad()
