@@ -177,6 +177,98 @@ def test_row74_outcome_by_expert() -> None:
         diagnostics.outcome_by_expert({"gate": choices(1)}, correct)
 
 
+# ---- 75: MoEE --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def olmoe() -> Any:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    config = transformers.OlmoeConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
+        num_experts=E, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.OlmoeForCausalLM(config).eval()
+
+
+def test_row75_embedding_is_the_routing_of_the_last_token(olmoe: Any) -> None:
+    """Each text alone, its gates' softmax read by hooks; then padded on either side in one batch."""
+    texts = [torch.randint(1, 50, (n,)) for n in (5, 8, 3)]
+    logits: list[Tensor] = []
+    hooks = [layer.mlp.gate.register_forward_hook(lambda *a: logits.append(a[2][0])) for layer in olmoe.model.layers]
+    routing, hidden = [], []
+    for text in texts:
+        logits.clear()
+        with torch.no_grad():
+            states = olmoe(text[None], output_hidden_states=True).hidden_states[-1]
+        routing.append(torch.cat([rows.reshape(-1, E)[-1].softmax(-1) for rows in logits]))
+        hidden.append(states[0, -1])
+    for hook in hooks:
+        hook.remove()
+    for side in ("right", "left"):
+        ids, mask = torch.zeros(3, 8, dtype=torch.int64), torch.zeros(3, 8, dtype=torch.int64)
+        for row, text in enumerate(texts):
+            at = slice(0, len(text)) if side == "right" else slice(8 - len(text), 8)
+            ids[row, at], mask[row, at] = text, 1
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        found = diagnostics.routing_embedding(olmoe, inputs)
+        assert found.routing.shape == (3, 3 * E)  # the sum over layers of E
+        torch.testing.assert_close(found.routing, torch.stack(routing), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.hidden, torch.stack(hidden), atol=1e-5, rtol=1e-4)
+        assert torch.equal(found.routing, diagnostics.routing_embedding(olmoe, inputs).routing)
+
+
+def test_row75_similarity_is_the_weighted_sum(olmoe: Any) -> None:
+    a, b = (diagnostics.routing_embedding(olmoe, {"input_ids": torch.randint(50, (n, 6))}) for n in (3, 2))
+    for alpha in (1.0, 0.5):
+        found = a.similarity(b, alpha)
+        for i in range(3):
+            for j in range(2):
+                hs = cosine(a.hidden[i].tolist(), b.hidden[j].tolist())
+                rw = cosine(a.routing[i].tolist(), b.routing[j].tolist())
+                assert float(found[i, j]) == pytest.approx(hs + alpha * rw, abs=1e-5)
+    torch.testing.assert_close(a.concatenated @ b.concatenated.T, a.similarity(b))
+
+
+def test_row75_similarities_rank_texts_as_their_topics_do(olmoe: Any) -> None:
+    """Spearman's correlation with "same topic", for texts whose words come from one of three ranges."""
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    topics = torch.arange(12) % 3
+    ids = 16 * topics[:, None] + torch.randint(1, 4, (12, 10))
+    found = diagnostics.routing_embedding(olmoe, {"input_ids": ids}, token="mean")
+    pairs = torch.ones(12, 12).tril(-1).bool()
+    same = (topics[:, None] == topics)[pairs].double()
+    for similarity in (found.similarity(found), diagnostics.RoutingEmbedding(found.routing, None).similarity(found)):
+        assert stats.spearmanr(similarity[pairs].numpy(), same.numpy()).statistic > 0.6
+
+
+def test_row75_of_our_own_layers_and_under_generate(olmoe: Any) -> None:
+    model = nn.Sequential(MoE(H, WIDTH, E, 2), MoE(H, WIDTH, 4, 1))
+    x = torch.randn(2, 7, H)
+    found = diagnostics.routing_embedding(model, x)
+    logits = model[0].gate.logits(x[:, -1]), model[1].gate.logits(model[0](x)[:, -1])
+    torch.testing.assert_close(found.routing, torch.cat([rows.softmax(-1) for rows in logits], -1))
+    torch.testing.assert_close(found.hidden, model(x)[:, -1])
+    with pytest.raises(ValueError, match="token: expected last or mean"):
+        diagnostics.routing_embedding(model, x, "first")
+    with diagnostics.collect(olmoe) as kept:
+        olmoe.generate(torch.randint(1, 50, (2, 4)), max_new_tokens=3, do_sample=False)
+    assert [layer.num_tokens for layer in kept.values()] == [2 * 4 + 2 * 2] * 3
+    assert all(layer.router_logits.shape == (12, E) for layer in kept.values())
+
+
+def test_collect_leaves_padding_out_and_numbers_the_examples(olmoe: Any) -> None:
+    ids, mask = torch.randint(1, 50, (2, 5)), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    with diagnostics.collect(olmoe) as kept, RoutingTrace(olmoe) as trace:
+        olmoe(ids, attention_mask=mask)
+        olmoe(ids[:1], attention_mask=mask[:1])
+    assert list(kept) == list(trace.layers)
+    for layer in kept.values():
+        assert layer.examples.tolist() == [0] * 3 + [1] * 5 + [2] * 3
+        assert layer.topk_ids.shape == (11, 2)
+    assert set(diagnostics.activation_by_example(kept)) == set(kept)
+
+
 # ---- 76: Mixture of tunable experts ----------------------------------------------------------------------------------
 
 

@@ -110,11 +110,12 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
                 model(**batch)
         choices["layers.0.mlp.gate"].topk_ids
 
-    Memory grows with the tokens, by 8·K bytes per token and layer, and 4·E more for logits; RoutingTrace keeps sums.
+    Layers have the names of a RoutingTrace. Memory grows with the tokens, by 8·K bytes per token and layer, and 4·E more
+    for logits; RoutingTrace keeps sums.
 
     Args:
         logits: keep router_logits too, where the router has them.
-        layers: names of layers, as in `trace.observe`; all if None.
+        layers: names of layers; all if None.
     """
     from switchgear.trace import observe
 
@@ -138,7 +139,10 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
             ids, weights = ids[mask], weights[mask]
             kept = None if kept is None else kept[mask]
             examples = None if examples is None else examples[mask]
-        choices.add(name, LayerChoices(ids, weights, seen.num_experts, kept, examples))
+        choices.add(
+            name if seen.block is None else seen.block.layer,
+            LayerChoices(ids, weights, seen.num_experts, kept, examples),
+        )
 
     handle = model.register_forward_pre_hook(enter, with_kwargs=True)
     try:
