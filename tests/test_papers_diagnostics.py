@@ -327,6 +327,24 @@ def test_row76_the_found_experts_are_disabled_end_to_end() -> None:
     assert torch.equal(model(shown), plain)
 
 
+def test_row76_on_a_hugging_face_model(olmoe: Any) -> None:
+    traces = []
+    for low in (1, 26):
+        with RoutingTrace(olmoe) as trace:
+            for _ in range(3):
+                olmoe(torch.randint(low, low + 24, (1, 9)))
+        traces.append(trace)
+    experts = diagnostics.ftri(*traces).top(4)
+    assert sum(map(len, experts.values())) == 4
+    ids = torch.randint(1, 25, (1, 9))
+    plain = olmoe(ids).logits
+    with diagnostics.steered(olmoe, experts, disable=True), diagnostics.collect(olmoe) as kept:
+        assert not torch.allclose(olmoe(ids).logits, plain)
+    for name, disabled in experts.items():
+        assert not set(disabled) & set(kept[name].topk_ids.flatten().tolist())
+    assert torch.equal(olmoe(ids).logits, plain)
+
+
 # ---- 77: Core experts in retrieval-augmented models ------------------------------------------------------------------
 
 

@@ -110,8 +110,8 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
                 model(**batch)
         choices["layers.0.mlp.gate"].topk_ids
 
-    Layers have the names of a RoutingTrace. Memory grows with the tokens, by 8·K bytes per token and layer, and 4·E more
-    for logits; RoutingTrace keeps sums.
+    Layers have the names of a RoutingTrace, which keeps sums only. Here memory grows with the tokens: 8·K bytes per
+    token and layer, and 4·E more for logits.
 
     Args:
         logits: keep router_logits too, where the router has them.
@@ -139,10 +139,8 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
             ids, weights = ids[mask], weights[mask]
             kept = None if kept is None else kept[mask]
             examples = None if examples is None else examples[mask]
-        choices.add(
-            name if seen.block is None else seen.block.layer,
-            LayerChoices(ids, weights, seen.num_experts, kept, examples),
-        )
+        layer = name if seen.block is None else seen.block.layer
+        choices.add(layer, LayerChoices(ids, weights, seen.num_experts, kept, examples))
 
     handle = model.register_forward_pre_hook(enter, with_kwargs=True)
     try:
