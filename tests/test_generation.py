@@ -164,6 +164,23 @@ def test_row78_generate_equals_the_loop(mixtral: Any, cache: str | None) -> None
         assert torch.equal(mixtral.generate(ids, max_new_tokens=8, do_sample=False), plain)
 
 
+@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen2_moe", "deepseek_v3", "llama4_text", "jetmoe", "deepseek_v4"])
+def test_row78_a_pass_equals_two_on_other_families(model_type: str) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from switchgear.integrations.tiny_models import build, example_inputs
+
+    model: Any = build(model_type)
+    inputs, contrast = example_inputs(model), SelfContrast(weak=RankK((1,)), alpha=0)
+    with torch.no_grad():
+        strong = model(**inputs).logits
+        with switchgear.override(model, select=RankK((1,))):
+            weak = model(**inputs).logits
+        with contrast.applied(model):
+            found = model(**inputs).logits
+    assert not torch.allclose(strong, weak)
+    torch.testing.assert_close(found, contrast(strong, weak), atol=1e-4, rtol=1e-4)
+
+
 def test_row78_padding_sampling_and_beams(mixtral: Any) -> None:
     """Each row of a padded batch as alone; a beam's score is the sum of its tokens' log-probabilities."""
     short = torch.randint(1, V, (1, 3))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,8 +37,8 @@ class SelfContrast:
             model.generate(**inputs, max_new_tokens=100)
 
     Args:
-        weak: the selection of the weak pass. Its options should be those of the model's own weights (normalize, scale,
-            score_function). RankK((2,)) is the third expert alone.
+        weak: the selection of the weak pass; RankK((2,)) is the third expert alone. Layers of ours use its weights;
+            those of Hugging Face weigh its choice as they weigh their own.
         strong: the selection of the strong pass; the model's own if None.
         beta: 0 for the strong logits alone.
         alpha: 0 to exclude nothing.
@@ -74,8 +74,8 @@ class SelfContrast:
             have the rows of both passes.
 
         Raises:
-            ValueError: an encoder-decoder model, one without MoE layers, or a router with a capacity (the passes would
-                compete for it).
+            ValueError: an encoder-decoder model, one without MoE layers, a router with a capacity (the passes would
+                compete for it), or one of Hugging Face that `override` cannot select for.
         """
         config = getattr(model, "config", None)
         if getattr(config, "is_encoder_decoder", False):
@@ -87,14 +87,12 @@ class SelfContrast:
         blocks = {} if routers else moe_blocks(model)
         if not routers and not blocks:
             raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
+        manners = _manners(blocks)
         with ExitStack() as stack:
             for router in routers.values():
                 stack.enter_context(_overridden(router, lambda own: Halves(self.strong or own, self.weak)))
-            if blocks:
-                from switchgear.integrations.choices import edited
-
-                for block in blocks.values():
-                    stack.enter_context(edited(block, _edit(block, self.strong, self.weak)))
+            for block, manner in manners:
+                stack.enter_context(_overridden_block(block, manner, self))
             doubled = _Doubled(self)
             stack.callback(doubled.forget)
             stack.callback(model.register_forward_pre_hook(doubled.enter, with_kwargs=True).remove)
@@ -104,19 +102,26 @@ class SelfContrast:
 
 @dataclass(frozen=True)
 class Halves:
-    """One selection for the first half of the tokens, another for the second."""
+    """One selection for the first half of the tokens, another for the second.
+
+    whole: the first selects for all tokens, as one that looks up each token must; its second half is not used."""
 
     first: Select
     second: Select
+    whole: bool = False
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         rows = router_logits.reshape(-1, router_logits.shape[-1])
         middle = _middle(rows.shape[0])
-        sides = [
+        halves = [
             select(rows[at], _sliced(context, at, rows.shape[0]), bias)
-            for select, at in ((self.first, slice(0, middle)), (self.second, slice(middle, None)))
+            for select, at in (
+                (self.first, slice(None) if self.whole else slice(middle)),
+                (self.second, slice(middle, None)),
+            )
         ]
-        ids, weights = _joined([side.topk_ids for side in sides], [side.topk_weights for side in sides])
+        sides = [half.topk_ids[:middle] for half in halves], [half.topk_weights[:middle] for half in halves]
+        ids, weights = _joined(*sides)
         return Routing(ids, weights, rows, rows.shape[1])
 
 
@@ -153,23 +158,39 @@ def _overridden(router: Router, wrapper: Callable[[Select], Select]) -> Iterator
         router.overrides.remove(wrapper)
 
 
-def _edit(block: MoeBlock, strong: Select | None, weak: Select) -> Callable[[Any], Any]:
-    def edit(choice: Any) -> Any:
-        if choice.router_logits is None:
-            raise ValueError(f"model: expected routers whose logits can be seen, got {block.name}")
-        logits, bias, middle = choice.router_logits, block.selection_bias(), _middle(choice.topk_ids.shape[0])
-        second = weak(logits[middle:], NOTHING_KNOWN, bias)
-        first_ids, first_weights = choice.topk_ids[:middle], choice.topk_weights[:middle]
-        if strong is not None:
-            first = strong(logits[:middle], NOTHING_KNOWN, bias)
-            first_ids, first_weights = first.topk_ids, first.topk_weights
-        dtype = choice.topk_weights.dtype
-        ids, weights = _joined(
-            [first_ids.long(), second.topk_ids.long()], [first_weights.to(dtype), second.topk_weights.to(dtype)]
-        )
-        return choice._replace(topk_ids=ids, topk_weights=weights)
+def _manners(blocks: Mapping[str, MoeBlock]) -> list[tuple[MoeBlock, Any]]:
+    """How the routers of Hugging Face select. Raises ValueError for one that is not known."""
+    if not blocks:
+        return []
+    from switchgear.integrations.routers import manner_of
 
-    return edit
+    return [(block, manner_of(block)) for block in blocks.values()]
+
+
+def _overridden_block(block: MoeBlock, manner: Any, contrast: SelfContrast) -> AbstractContextManager[None]:
+    from switchgear.integrations.choices import overridden
+    from switchgear.integrations.routers import InManner
+
+    assert block.top_k is not None  # manner_of has checked it
+    strong, weak = (
+        None if select is None else InManner(manner, block.top_k, select, block.selection_bias())
+        for select in (contrast.strong, contrast.weak)
+    )
+    return overridden(block, manner, lambda own: _Filled(Halves(strong or own, weak or own, whole=not strong)))
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """A selection whose empty slots name the token's first expert again, with the weight 0: transformers' grouped_mm
+    leaves rows of empty slots uninitialised."""
+
+    select: Select
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        routing = self.select(router_logits, context, bias)
+        empty = routing.topk_ids < 0
+        ids = torch.where(empty, routing.topk_ids[:, :1], routing.topk_ids)
+        return routing._replace(topk_ids=ids, topk_weights=routing.topk_weights.masked_fill(empty, 0))
 
 
 class _Doubled:

@@ -87,9 +87,8 @@ class MoEScalingLaw:
         starts = []
         for power, share in product((0.2, 0.4), (0.3, 0.9)):
             sides = [middle * float(values.median()) ** power for values in (n, e, d)]
-            positive = [*sides, floor * share, power, power, power]
-            ends = [math.log(value) for value in [*positive]] + [0.0]
-            starts.append(torch.tensor(ends + [float(given[at - 7]) for at in free]))
+            constants = [math.log(value) for value in (*sides, floor * share, power, power, power)]
+            starts.append(torch.tensor([*constants, 0.0, *(float(given[at - 7]) for at in free)]))
         positive, slope = unpacked(least_squares(residuals, starts))
         big_a, big_b, big_c, f, a, b, c, first, last = positive.tolist()
         return cls(big_a, a, big_b, b, big_c, c, f, float(slope), first, last)
@@ -231,7 +230,8 @@ def _moe_log_loss(positive: Tensor, slope: Tensor, size: Tensor, experts: Tensor
     big_a, big_b, big_c, f, a, b, c, start, most = positive
     effective = _effective(experts, start, most)
     total = big_a / size**a + big_b / effective**b + big_c / tokens**c + f
-    return total.log() + slope * size.log() * effective.log()
+    log_loss: Tensor = total.log() + slope * size.log() * effective.log()
+    return log_loss
 
 
 def _float64(values: Numbers) -> Tensor:
