@@ -12,7 +12,7 @@ from switchgear.monitoring.sinks import write_of
 from switchgear.trace import RoutingTrace
 
 
-class ExpertLoadCallback(TrainerCallback):  # type: ignore[misc]
+class ExpertLoadCallback(TrainerCallback):
     """Records the routing of training steps, and adds its statistics (see LoadMeter) to each log of the training loss.
 
         trainer = Trainer(model, args, …)

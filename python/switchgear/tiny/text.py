@@ -69,7 +69,9 @@ def _headers_of_torch() -> Iterator[bytes]:
 
 
 def _perl() -> Iterator[bytes]:
-    folders = [folder for pattern in ("share/perl/*.*", "lib/*/perl/*.*") for folder in sorted(Path("/usr").glob(pattern))]
+    folders = [
+        folder for pattern in ("share/perl/*.*", "lib/*/perl/*.*") for folder in sorted(Path("/usr").glob(pattern))
+    ]
     return _files(folders, ["*.pm", "*.pod", "*/*.pm", "*/*.pod"])
 
 
