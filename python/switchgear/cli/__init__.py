@@ -14,6 +14,7 @@ from ..common import CommandError
 COMMANDS = {
     "info": "versions, backends, threads and OpenMP runtimes of this installation",
     "demo": "train a small Hugging Face MoE model with every experts implementation and compare them",
+    "train-tiny": "train a small MoE model on real text, to try compression on",
     "bench": "time MoE layers at the shapes of real models, against other implementations",
     "plan-parallel": "predict bytes, waiting and memory of experts distributed over many ranks",
 }
@@ -21,7 +22,7 @@ MODULES = {"bench": "bench.run", "plan-parallel": "bench.plan_parallel"}  # in t
 
 
 def _command(name: str) -> ModuleType:
-    return importlib.import_module(f"switchgear.{MODULES.get(name, f'cli.{name}')}")
+    return importlib.import_module(f"switchgear.{MODULES.get(name, f'cli.{name}').replace('-', '_')}")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -52,7 +52,8 @@ def _python() -> Iterator[bytes]:
 
 def _topics() -> Iterator[bytes]:
     topics = importlib.import_module("pydoc_data.topics").topics
-    text = b"\n".join(topics[name].encode() for name in sorted(topics))  # in slices: a few topics are most of the text
+    paragraphs = dict.fromkeys(text for name in sorted(topics) for text in topics[name].split("\n\n"))  # topics overlap
+    text = "\n\n".join(paragraphs).encode()  # in slices, since a few topics are most of it
     return (text[i : i + SLICE] for i in range(0, len(text), SLICE))
 
 
