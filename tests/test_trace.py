@@ -169,7 +169,7 @@ def test_hugging_face(olmoe: Any, how: str) -> None:  # noqa: F811
     for layer, chosen in zip(trace.layers.values(), seen, strict=True):
         assert torch.equal(layer.tokens_per_expert, torch.bincount(chosen.flatten(), minlength=E))
         assert set(layer.tokens_by_id()) == set(ids.flatten().tolist())
-    assert math.isnan(trace.summary()[0].router_entropy)
+    assert 0.9 < trace.summary()[0].router_entropy <= 1
 
 
 def test_modules_with_a_forward_of_their_own() -> None:

@@ -105,9 +105,24 @@ def override(
             f"{given}: expected none for a Hugging Face model, whose routers choose before switchgear does"
         )
     if foreign:
-        from switchgear.integrations.choices import edited
+        from switchgear.integrations.choices import Choice, edited
 
-        with edited(found, change):
+        for name, block in foreign.items():
+            try:
+                change.check(block.num_experts)
+            except ValueError as error:
+                raise ValueError(f"{error} ({name})") from None
+
+        def edit(block: Any) -> Any:
+            def apply(choice: Choice) -> Choice:
+                ids, weights = change.edit(choice.topk_ids, choice.topk_weights, block.num_experts)
+                return choice._replace(topk_ids=ids, topk_weights=weights)
+
+            return apply
+
+        with ExitStack() as stack:
+            for block in found.values():
+                stack.enter_context(edited(block, edit(block)))
             yield list(found)
         return
     for router in found.values():
@@ -120,9 +135,7 @@ def override(
         yield list(found)
 
 
-def _hugging_face_experts(model: nn.Module) -> dict[str, nn.Module]:
-    try:
-        from switchgear.integrations.choices import experts_of
-    except ImportError:  # transformers is not installed
-        return {}
-    return experts_of(model)
+def _hugging_face_experts(model: nn.Module) -> dict[str, Any]:
+    from switchgear.integrations.moe_blocks import moe_blocks
+
+    return {block.layer: block for block in moe_blocks(model).values()}
