@@ -300,10 +300,10 @@ Weight Arrays::weight(const char* name, py::handle tensors, py::handle form) {
                    ": expected a format from 0 to ", static_cast<int>(kLastFormat), ", got ", format);
   Weight weight{
       .format = static_cast<Format>(format), .rows = rows, .cols = cols, .parts = parts, .group_size = group_size};
-  const std::array places{&weight.scales, &weight.row_scales, &weight.zeros, &weight.slots};
-  constexpr std::array kSuffixes{"scales", "row_scales", "zeros", "slots"};
+  const std::array places{&weight.scales, &weight.row_scales, &weight.zeros, &weight.records, &weight.slots};
+  constexpr std::array kSuffixes{"scales", "row_scales", "zeros", "records", "slots"};
   const auto expected = static_cast<size_t>(1 + std::popcount(static_cast<uint64_t>(fields)));
-  SWITCHGEAR_CHECK(ValueError, fields >= 0 && fields < 16 && items.size() == expected, name, ": expected ", expected,
+  SWITCHGEAR_CHECK(ValueError, fields >= 0 && fields < 32 && items.size() == expected, name, ": expected ", expected,
                    " tensors for the fields ", fields, ", got ", items.size());
   weight.data = in(name, items[0]);
   for (size_t i = 0, item = 1; i < places.size(); ++i) {

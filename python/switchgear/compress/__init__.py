@@ -3,7 +3,9 @@
 
 from switchgear.compress.bits import BitAllocation, ExpertErrors, allocate_bits, packed_bytes
 from switchgear.compress.calibration import Calibration, calibrate
+from switchgear.compress.gptq import gptq
 from switchgear.compress.prune import Pruned, PrunedLayer, prune_experts
+from switchgear.compress.quantize import Quantized, QuantizedLayer, bits_of, expert_errors, quantize
 
 __all__ = [
     "BitAllocation",
@@ -11,8 +13,14 @@ __all__ = [
     "ExpertErrors",
     "Pruned",
     "PrunedLayer",
+    "Quantized",
+    "QuantizedLayer",
     "allocate_bits",
+    "bits_of",
     "calibrate",
+    "expert_errors",
+    "gptq",
     "packed_bytes",
     "prune_experts",
+    "quantize",
 ]

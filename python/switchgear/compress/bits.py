@@ -242,8 +242,8 @@ def _total(cost: Tensor, columns: Sequence[int]) -> float:
 
 def packed_bytes(rows: int, columns: int, bits: int, group_size: int = 128, zeros: bool = False) -> int:
     """Bytes of a matrix [rows, columns] in groups: bits · rows · columns / 8, and a float16 scale per group, with a
-    zero point of `bits` bits if asked. 16 bits: a plain matrix, without scales."""
+    zero point of a byte if asked. 16 bits: a plain matrix, without scales."""
     if bits == 16:
         return 2 * rows * columns
     groups = rows * -(-columns // group_size)
-    return -(-bits * rows * columns // 8) + 2 * groups + (-(-bits * groups // 8) if zeros else 0)
+    return -(-bits * rows * columns // 8) + (3 if zeros else 2) * groups

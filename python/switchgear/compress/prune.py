@@ -21,6 +21,7 @@ from switchgear.compress.surgery import (
     Change,
     check_config,
     check_cuttable,
+    check_unshared,
     choice_of,
     commit,
     kept_experts,
@@ -110,8 +111,8 @@ def prune_experts(
         domains: the domains of the calibration to use; all by default.
 
     Raises:
-        ValueError: an option out of range, a calibration of another model, or a layer that cannot be pruned; the message
-            names it.
+        ValueError: an option out of range, a calibration of another model, or a layer that cannot be
+            pruned, which the message names.
     """
     check_module("model", model)
     check_choice("criterion", criterion, CRITERIA)
@@ -120,6 +121,7 @@ def prune_experts(
     layers = {name: expert_layer(block) for name, block in _blocks_of(model, keep).items()}
     for layer in layers.values():
         check_cuttable(layer)
+    check_unshared(model, layers.values())
     needs = criterion != "random" and not isinstance(keep, Mapping)
     if (needs or replace == "constant") and calibration is None:
         raise ValueError(f"calibration: expected one for {criterion if needs else 'replace=constant'}, got None")
@@ -137,7 +139,7 @@ def prune_experts(
             _put_constants(layer, found[name], means[name])
     else:
         counts = [len(layer.kept) + layer.padding for layer in found.values()]
-        check_config([layer.block for layer in layers.values()], counts)
+        check_config(model, [layer.block for layer in layers.values()], counts)
         commit(model, [_without(layer, found[name]) for name, layer in layers.items()])
     after = sum(parameter.numel() for parameter in model.parameters())
     return Pruned("the caller" if isinstance(keep, Mapping) else criterion, found, before, after)

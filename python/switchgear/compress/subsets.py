@@ -31,9 +31,7 @@ class Reconstruction:
         if sample is None or not len(sample.x):
             raise ValueError(f"calibration: expected a sample of tokens of {layer.name}, got none (samples=0)")
         if layer.scales_input:
-            raise ValueError(
-                f"criterion: expected another than reconstruction for {layer.name}, which scales its input"
-            )
+            raise ValueError(f"criterion: expected none of outputs for {layer.name}, which scales its input")
         self.layer = layer
         weight = layer.block.gate_weight()
         assert weight is not None

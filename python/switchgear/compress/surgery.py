@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -33,8 +33,9 @@ class Place(NamedTuple):
     @property
     def tensor(self) -> Tensor:
         found: Any = self.module._parameters.get(self.name)
-        tensor: Tensor = found if found is not None else self.module._buffers[self.name]
-        return tensor.detach()
+        tensor: Any = found if found is not None else self.module._buffers[self.name]
+        result: Tensor = tensor.detach()
+        return result
 
     def put(self, tensor: Tensor) -> None:
         old = self.module._parameters.get(self.name)
@@ -109,6 +110,20 @@ def expert_places(layer: ExpertLayer) -> list[Place]:
         for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
         if tensor.dim() >= 2 and tensor.shape[0] == layer.num_experts
     ]
+
+
+def check_unshared(model: nn.Module, layers: Iterable[ExpertLayer]) -> None:
+    """Raises ValueError for parameters that several blocks share: they may lose different experts."""
+    owners = {
+        id(place.module._parameters.get(place.name)): layer.name
+        for layer in layers
+        for place in (*gate_places(layer.block), *expert_places(layer))
+    }
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in owners and id(parameter) in seen:
+            raise ValueError(f"model: expected parameters of one block, got {name} shared with {owners[id(parameter)]}")
+        seen.add(id(parameter))
 
 
 def check_cuttable(layer: ExpertLayer) -> None:
@@ -186,7 +201,7 @@ def commit(model: nn.Module, changes: Sequence[Change]) -> None:
                 setattr(module, name, count)
 
 
-def check_config(blocks: Sequence[MoeBlock], counts: Sequence[int]) -> None:
+def check_config(model: nn.Module, blocks: Sequence[MoeBlock], counts: Sequence[int]) -> None:
     """Raises ValueError unless the config of Hugging Face blocks can say `counts`: one number for all layers."""
     if blocks[0].is_ours:
         return
@@ -196,6 +211,11 @@ def check_config(blocks: Sequence[MoeBlock], counts: Sequence[int]) -> None:
             f"keep: expected equal numbers of experts, since one number in the config holds for all layers of "
             f"{type(blocks[0].block).__name__}, got {sorted(set(counts))}"
         )
+    old, inside = blocks[0].num_experts, {module for block in blocks for module in block.block.modules()}
+    for name, module in model.named_modules():
+        has_experts = any(p.dim() > 1 and p.shape[0] == old for p in module.parameters(recurse=False))
+        if module not in inside and has_experts and any(vars(module).get(count) == old for count in _COUNTS):
+            raise ValueError(f"model: expected experts in MoE blocks alone, got some in {name}, of the same config")
 
 
 def _config_fields(blocks: Sequence[MoeBlock]) -> list[tuple[Any, str]]:
