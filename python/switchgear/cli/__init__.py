@@ -15,6 +15,7 @@ COMMANDS = {
     "info": "versions, backends, threads and OpenMP runtimes of this installation",
     "demo": "train a small Hugging Face MoE model with every experts implementation and compare them",
     "train-tiny": "train a small MoE model on real text, to try compression on",
+    "inspect": "report how a model's routers use its experts: load, entropy, similarity, domains, caches",
     "bench": "time MoE layers at the shapes of real models, against other implementations",
     "plan-parallel": "predict bytes, waiting and memory of experts distributed over many ranks",
 }
