@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line: `switchgear info | demo | bench | plan-parallel`, each a module with `add_arguments` and `run`."""
+"""The command line: `switchgear info | demo | train-tiny | inspect | …`, each a module with `add_arguments` and `run`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ COMMANDS = {
     "demo": "train a small Hugging Face MoE model with every experts implementation and compare them",
     "train-tiny": "train a small MoE model on real text, to try compression on",
     "inspect": "report how a model's routers use its experts: load, entropy, similarity, domains, caches",
+    "compress": "prune, merge and quantize the experts of a checkpoint by a recipe",
+    "convert": "convert checkpoints: dense to MoE and back, merges, layouts of experts",
     "bench": "time MoE layers at the shapes of real models, against other implementations",
     "plan-parallel": "predict bytes, waiting and memory of experts distributed over many ranks",
 }
