@@ -6,6 +6,7 @@ from switchgear.compress.calibration import Calibration, calibrate
 from switchgear.compress.gptq import gptq
 from switchgear.compress.prune import Pruned, PrunedLayer, prune_experts
 from switchgear.compress.quantize import Quantized, QuantizedLayer, bits_of, expert_errors, quantize
+from switchgear.compress.sparsify import Sparsified, SparsifiedLayer, prune_weights
 
 __all__ = [
     "BitAllocation",
@@ -15,6 +16,8 @@ __all__ = [
     "PrunedLayer",
     "Quantized",
     "QuantizedLayer",
+    "Sparsified",
+    "SparsifiedLayer",
     "allocate_bits",
     "bits_of",
     "calibrate",
@@ -22,5 +25,6 @@ __all__ = [
     "gptq",
     "packed_bytes",
     "prune_experts",
+    "prune_weights",
     "quantize",
 ]

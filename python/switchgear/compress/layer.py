@@ -48,7 +48,7 @@ class ExpertLayer:
 
     @property
     def num_experts(self) -> int:
-        return len(self.projection(0))
+        return len(self.projection(1))
 
     @property
     def hidden_size(self) -> int:
@@ -61,6 +61,8 @@ class ExpertLayer:
     def projection(self, index: int) -> Tensor:
         """[E,N,H], or [E,H,I] for index 1: a view of the parameter."""
         weight: Tensor = self.owner(index)._parameters[self.key(index)].detach()
+        if index == 0:  # LongCat's has rows of zero experts, which nothing reads
+            weight = weight[: len(self.owner(1)._parameters[self.key(1)])]
         return weight.mT if self.transposed else weight
 
     def bias(self, index: int) -> Tensor | None:
