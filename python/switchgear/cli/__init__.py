@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line: `switchgear info | demo | train-tiny | inspect | …`, each a module with `add_arguments` and `run`."""
+"""The command line: `switchgear info | demo | inspect | …`, each command a module with `add_arguments` and `run`."""
 
 from __future__ import annotations
 

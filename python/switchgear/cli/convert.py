@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("sources", metavar="SOURCE", nargs="*", help="folder of a checkpoint; several for experts and merge")
     add("--recipe", metavar="FILE", help='JSON: {"operation": …, "num_experts": …}')
     add("--operation", metavar="NAME", help="instead of a recipe: upcycle, split, experts, merge, dense or layout")
-    add("--set", metavar="NAME=VALUE", action="append", default=[], help="an option of the operation, the value as JSON")
+    add("--set", metavar="NAME=VALUE", action="append", default=[], help="an option of it, the value as JSON")
     add("--out", metavar="DIR", help="folder of the result; it must not exist")
     add("--fresh", action="store_true", help="discard what an interrupted conversion has written, instead of going on")
     add("--list", action="store_true", help="list the operations with their options, and stop")

@@ -78,7 +78,9 @@ def parse(data: Any, folder: Path) -> Recipe:
         raise CommandError(f"recipe: calibration.text: expected a list of files, got {how['text']!r}")
     for name, least in (("tokens", 1), ("length", 2)):
         if not isinstance(how[name], int) or how[name] < least:
-            raise CommandError(f"recipe: calibration.{name}: expected an integer of at least {least}, got {how[name]!r}")
+            raise CommandError(
+                f"recipe: calibration.{name}: expected an integer of at least {least}, got {how[name]!r}"
+            )
     steps = data.get("steps")
     if not isinstance(steps, list) or not steps:
         raise CommandError(f"recipe: steps: expected a list of at least one, got {steps!r}")
