@@ -93,6 +93,7 @@ FILES = {
     "cpu/simd_avx512.h": Covered("cpu/kernels_avx512bf16", "permute glu grouped_gemm", "avx512bf16"),
     "cpu/simd_generic.h": Covered(KERNELS, "permute glu grouped_gemm"),
     "cpu/slots.h": Covered("cpu/moe_forward cpu/moe_backward cpu/integers/moe_forward", "slots"),
+    "cpu/stored_columns.inl": Covered(KERNELS, "integers minifloat"),
     "cpu/threads.cpp": Covered("cpu/threads", "threads:number threads permute"),
     "cpu/threads.h": Covered("cpu/permute cpu/plan cpu/grouped_gemm", "permute plan grouped_gemm"),
     "cpu/token_sum.cpp": Covered("cpu/token_sum", "moe slots"),
