@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""moe_backward with stored weights has the bits of the same weights in the plain format: equal values and order of sums."""
+"""moe_backward with stored weights has the bits of the same weights in plain: equal values and order of sums."""
 
 from __future__ import annotations
 
