@@ -14,7 +14,8 @@
 // 3. Adapters (adapter.h), with m the mask of dropout: v' = s·(grad_y·B_d) before 1, whose tiles add m ⊙ (v'·A_d) to g;
 //    u' = s·(grad_h·B_gu) before grad_x, whose tiles add m ⊙ (u'·A_gu); then grad_A_gu = Σ u'ᵀ(x ⊙ m), grad_B_gu = Σ grad_hᵀu,
 //    grad_A_d = Σ v'ᵀ(w·a ⊙ m), grad_B_d = Σ grad_yᵀv with u = s·((x ⊙ m)·A_guᵀ) and v = s·((w·a ⊙ m)·A_dᵀ) recomputed.
-// Stored projections are decoded to the dtype of x, 64 columns at a time, in 1 and for grad_x (decoded_columns.h).
+// Stored projections are decoded to the dtype of x in 1 and for grad_x: in the product itself (stored_columns.inl), or 64
+// columns at a time (decoded_columns.h).
 // grad_h, w·a, u, v, u' and v' are rounded once to the dtype of x; everything else is float32. Deterministic.
 #include <cstring>
 #include <optional>
@@ -50,8 +51,10 @@ struct ActivationBackward {
 
   // The start of the next tile's columns, for a prefetch.
   Start start(const Tile& tile) const {
-    if (args.weights.down_proj.format != Format::kPlain) return {};
-    return ExpertMatrix(args.weights.down_proj, tile.expert, args.grad_y.dtype).columns_from(tile.column).start();
+    const Weight& down_proj = args.weights.down_proj;
+    const DType dtype = args.grad_y.dtype;
+    return in_place(down_proj, dtype, k) ? columns_in_place(down_proj, tile.expert, tile.column, dtype).start()
+                                         : Start{};
   }
 
   void run(const Tile& tile, const Start& next, const WideScratch& scratch, void* adapter_scratch,
@@ -202,7 +205,7 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
   const int64_t element = size_of(args.x.dtype);
   const auto pointers = num_slots * static_cast<int64_t>(sizeof(void*));
   const int64_t adapter_bytes = args.weights.down_adapter.defined() ? ProductScratch::kBytes : 0;
-  const int64_t thread_bytes = WideScratch::kBytes + adapter_bytes + DecodedColumns::bytes(down_proj, args.x.dtype);
+  const int64_t thread_bytes = WideScratch::kBytes + adapter_bytes + DecodedColumns::bytes(down_proj, args.x.dtype, k);
 
   Workspace workspace(Slots::bytes(num_slots, num_experts) + 4 * Workspace::padded(pointers) +
                       Workspace::padded(num_slots * width * element) +
@@ -227,7 +230,7 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
   BackwardAdapter second(args.weights.down_adapter, 1, slots, args.x.dtype);
   second.multiply(grad_y_rows, context);
 
-  const int64_t wide = down_proj.format == Format::kPlain
+  const int64_t wide = in_place(down_proj, args.x.dtype, k)
                            ? wide_columns(intermediate_size, num_experts, k.panel, num_threads)
                            : kDecodedColumns;
   const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, wide, k.most_rows);

@@ -366,9 +366,5 @@ void multiply_words(const Product& product) {
   }
 }
 
-void multiply(const Product& product) {
-  with_words(product.b.dtype, [&]<typename Words>() { multiply_words<Words>(product); });
-}
-
 }  // namespace
 }  // namespace switchgear::cpu
