@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -50,3 +52,20 @@ def test_bits_of_plain_weights(isa: str, case: Case, form: Form) -> None:
         got = ops.moe_backward(grad_y, layer.x, h.to(dtype), *stored, *rest)
         for name, place in (("x", 0), ("topk_weights", 5)):
             assert torch.equal(got[place], wanted[place]), f"gradient of {name}, {dtype}"
+
+
+def test_padding_may_be_nan(isa: str) -> None:
+    """Rows past the last one share a pair of bfloat16 with it."""
+    layer = make_layer(Case("odd", 5, 2, 3, 33, 24), torch.bfloat16)
+    down_proj = encode(layer.down_proj, Fp8(block="row"), parts=1)
+    assert isinstance(down_proj, Weight)
+    plain = down_proj.plain().to(torch.bfloat16)
+    down_proj.scales[:, -1, :, 33 % 16 :] = math.nan  # type: ignore[index]
+    grad_y = torch.randn(layer.x.shape).to(torch.bfloat16)
+    h = torch.randn(layer.topk_ids.numel(), 48).to(torch.bfloat16)
+    rest = (None, None, layer.topk_ids, layer.topk_weights, *GluOptions(), [True, False, False, False, False, True])
+    wanted = ops.moe_backward(grad_y, layer.x, h, [layer.gate_up_proj], (), [plain], (), *rest)
+    tensors, form = down_proj.tensors, down_proj.form
+    got = ops.moe_backward(grad_y, layer.x, h, [layer.gate_up_proj], (), tensors, form, *rest)
+    assert torch.equal(got[0], wanted[0])
+    assert torch.equal(got[5], wanted[5])
