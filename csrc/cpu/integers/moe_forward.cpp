@@ -84,6 +84,11 @@ struct FirstProjection {
     const int64_t width = args.options.gated && !apart ? 2 * columns : columns, stride = in_panels(width);
     const int64_t column = first_column(tile);
     const IntegerMatrix matrix(args.weights.gate_up_proj, tile.expert);
+    const bool has_adapter = adapter.products() != nullptr;
+    if (has_adapter) {
+      adapter.products()->prefetch(term_of(tile, column, width), AdapterSide::kA);
+      if (apart) adapter.products()->prefetch(term_of(tile, a.shape[1] + column, width), AdapterSide::kA);
+    }
     IntegerProduct product{.rows = x,
                            .indices = token_indices + tile.first_row,
                            .num_rows = tile.num_rows,
@@ -104,7 +109,7 @@ struct FirstProjection {
     } else {
       multiply_columns(q, product, matrix, column, width, next);
     }
-    if (adapter.products() != nullptr) {
+    if (has_adapter) {
       add_term(tile, column, width, c, stride, c + 2 * kTile);
       if (apart) add_term(tile, a.shape[1] + column, width, c + kTile, stride, c + 2 * kTile);
     }
@@ -117,10 +122,11 @@ struct FirstProjection {
     }
   }
 
+  AdapterProducts::Term term_of(const Tile& tile, int64_t column, int64_t columns) const {
+    return {tile.expert, tile.first_row, tile.num_rows, column, columns, adapter.rows() + tile.first_row};
+  }
   void add_term(const Tile& tile, int64_t column, int64_t columns, float* c, int64_t stride, float* scratch) const {
-    const AdapterProducts::Term term{tile.expert, tile.first_row, tile.num_rows,
-                                     column,      columns,        adapter.rows() + tile.first_row};
-    adapter.products()->add_to_rows(c, stride, term, ProductScratch(scratch), k);
+    adapter.products()->add_to_rows(c, stride, term_of(tile, column, columns), ProductScratch(scratch), k);
   }
 
   // Up to 64 columns of one row; part0 and part1 are its products.
@@ -210,6 +216,9 @@ struct SecondProjection {
   void add(const Block& block, int64_t e, Range range, int64_t column, int64_t columns, const uint8_t* next,
            float* sums, float* c) const {
     const int64_t rows = range.last - range.first, stride = in_panels(columns), sums_stride = in_panels(block.columns);
+    const AdapterProducts::Term term{
+        e, range.first, rows, block.column + column, columns, adapter.rows() + range.first};
+    if (adapter.products() != nullptr) adapter.products()->prefetch(term, AdapterSide::kA);
     q.multiply({.rows = a.from(range.first),
                 .indices = nullptr,
                 .num_rows = rows,
@@ -219,8 +228,6 @@ struct SecondProjection {
                 .c_stride = stride,
                 .next = next});
     if (adapter.products() != nullptr) {
-      const AdapterProducts::Term term{
-          e, range.first, rows, block.column + column, columns, adapter.rows() + range.first};
       adapter.products()->add_to_rows(c, stride, term, ProductScratch(c + 2 * kTile), k);
     }
     for (int64_t m = 0; m < rows; ++m) {
@@ -286,6 +293,8 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
   const int64_t thread_floats = product_floats + sizes.tokens * sizes.second_columns;
   Workspace workspace(integer_bytes(num_tokens, args.weights.gate_up_proj) + Workspace::padded(num_slots * row_bytes) +
                       integer_bytes(num_slots, args.weights.down_proj) +
+                      ForwardAdapter::bytes(args.weights.gate_up_adapter, num_slots, args.x.dtype) +
+                      ForwardAdapter::bytes(args.weights.down_adapter, num_slots, args.x.dtype) +
                       Workspace::padded(num_threads * thread_floats * 4));
   const Kernels& k = context.kernels;
   const IntegerKernels& q = context.integers;
@@ -297,8 +306,9 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
 
   const std::vector<Tile> tiles =
       make_tiles(slots.expert_offsets, num_experts, intermediate_size, sizes.first_columns, kIntegerRows);
-  ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, args.x.dtype);
-  u.multiply(args.x, slots.token_indices, context);
+  const ThreadMemory adapter_memory{reinterpret_cast<char*>(memory + 2 * kTile), thread_floats * 4};
+  ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, args.x.dtype, workspace);
+  u.multiply(args.x, slots.token_indices, adapter_memory, context);
   const FirstProjection first{args, x, slots.token_indices, view(a, args.x.dtype, num_slots, intermediate_size), k,
                               q,    u};
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
@@ -311,8 +321,8 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
 
   const IntegerRows integer_a =
       quantize_rows(workspace, a, row_bytes, args.x.dtype, used_slots, args.weights.down_proj, context);
-  ForwardAdapter v(args.weights.down_adapter, 1, slots, args.x.dtype);
-  v.multiply(view(a, args.x.dtype, num_slots, intermediate_size), nullptr, context);
+  ForwardAdapter v(args.weights.down_adapter, 1, slots, args.x.dtype, workspace);
+  v.multiply(view(a, args.x.dtype, num_slots, intermediate_size), nullptr, adapter_memory, context);
   const SecondProjection second{args, integer_a, slots, k, q, v};
   const int64_t column_blocks = ceil_div(hidden_size, sizes.second_columns);
   parallel_for_shares(num_threads, ceil_div(num_tokens, sizes.tokens) * column_blocks, [&](int64_t task, int thread) {
