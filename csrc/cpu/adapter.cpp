@@ -161,24 +161,74 @@ void AdapterProducts::add_to_rows(float* c, int64_t stride, const Term& term, co
   }
 }
 
-int64_t ForwardAdapter::bytes(const Adapter& adapter, int64_t num_slots, DType dtype) {
+void AdapterProducts::multiply_terms(float* out, const SlotRows& small_rows, const ThreadMemory& memory,
+                                     const Context& context) const {
+  constexpr int64_t kColumns = 512;  // of a task: 8 KB of B at rank 8
+  const Kernels& k = context.kernels;
+  const int64_t width = adapter_.b.shape[1], panel = k.panel;
+  const std::vector<Tile> tiles = make_tiles(expert_offsets_, num_experts(), width, kColumns, k.most_rows);
+  parallel_for_shares(context.num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
+    const Tile& tile = tiles[static_cast<size_t>(i)];
+    if (rank_of(tile.expert) == 0) return;
+    const ProductScratch scratch = memory.of(thread);
+    const int64_t end = std::min(width, tile.column + kColumns);
+    for (int64_t column = tile.column; column < end; column += panel) {
+      Term term{tile.expert,
+                tile.first_row,
+                tile.num_rows,
+                column,
+                std::min(panel, end - column),
+                small_rows.pointers() + tile.first_row};
+      Product part = product(term, AdapterSide::kA, scratch);
+      part.c = scratch.c;
+      term.column += panel;
+      if (term.column < width) part.next = operand(term, AdapterSide::kA).start();
+      k.multiply(part);
+      for (int64_t m = 0; m < tile.num_rows; ++m) {
+        std::memcpy(out + (tile.first_row + m) * width + column, scratch.c + m * panel,
+                    static_cast<size_t>(part.num_columns) * 4);
+      }
+    }
+  });
+}
+
+int64_t ForwardAdapter::bytes(const Adapter& adapter, int64_t num_slots, DType dtype, bool ahead) {
   if (!adapter.defined()) return 0;
-  return SlotRows::bytes(num_slots, adapter.rank(), dtype) + AdapterProducts::masked_bytes(adapter, num_slots, dtype) +
+  const int64_t term_bytes = ahead ? Workspace::padded(num_slots * adapter.b.shape[1] * 4) : 0;
+  return term_bytes + SlotRows::bytes(num_slots, adapter.rank(), dtype) +
+         AdapterProducts::masked_bytes(adapter, num_slots, dtype) +
          Workspace::padded(num_slots * static_cast<int64_t>(sizeof(void*)));
 }
 
 ForwardAdapter::ForwardAdapter(const Adapter& adapter, uint32_t projection, const Slots& slots, DType dtype,
-                               Workspace& workspace)
+                               Workspace& workspace, bool ahead)
     : slots_(slots), workspace_(workspace) {
   if (!adapter.defined()) return;
   products_.emplace(adapter, projection, slots.expert_offsets, slots.count, dtype);
   rows_.emplace(workspace, slots.count, adapter.rank(), dtype);
   pointers_ = workspace.take<const void*>(slots.count);
+  width_ = adapter.b.shape[1];
+  if (ahead) terms_ = workspace.take<float>(slots.count * width_);
 }
 
 void ForwardAdapter::multiply(const void* const* rows, const ThreadMemory& memory, const Context& context) {
   if (!products_) return;
   products_->multiply(*rows_, products_->masked(rows, workspace_, context), AdapterSide::kA, memory, context);
+  if (terms_ != nullptr) products_->multiply_terms(terms_, *rows_, memory, context);
+}
+
+void ForwardAdapter::add_to_rows(float* c, int64_t stride, const Columns& columns, const ProductScratch& scratch,
+                                 const Kernels& k) const {
+  const auto [expert, first_slot, num_rows, column, num_columns] = columns;
+  if (terms_ == nullptr) {
+    products_->add_to_rows(c, stride, {expert, first_slot, num_rows, column, num_columns, rows() + first_slot}, scratch,
+                           k);
+    return;
+  }
+  if (products_->rank_of(expert) == 0) return;
+  for (int64_t m = 0; m < num_rows; ++m) {
+    k.add_scaled_row(c + m * stride, terms_ + (first_slot + m) * width_ + column, DType::kFloat32, 1.0f, num_columns);
+  }
 }
 
 void ForwardAdapter::multiply(const TensorView& x, const int32_t* indices, const ThreadMemory& memory,

@@ -84,11 +84,6 @@ struct FirstProjection {
     const int64_t width = args.options.gated && !apart ? 2 * columns : columns, stride = in_panels(width);
     const int64_t column = first_column(tile);
     const IntegerMatrix matrix(args.weights.gate_up_proj, tile.expert);
-    const bool has_adapter = adapter.products() != nullptr;
-    if (has_adapter) {
-      adapter.products()->prefetch(term_of(tile, column, width), AdapterSide::kA);
-      if (apart) adapter.products()->prefetch(term_of(tile, a.shape[1] + column, width), AdapterSide::kA);
-    }
     IntegerProduct product{.rows = x,
                            .indices = token_indices + tile.first_row,
                            .num_rows = tile.num_rows,
@@ -109,7 +104,7 @@ struct FirstProjection {
     } else {
       multiply_columns(q, product, matrix, column, width, next);
     }
-    if (has_adapter) {
+    if (adapter.products() != nullptr) {
       add_term(tile, column, width, c, stride, c + 2 * kTile);
       if (apart) add_term(tile, a.shape[1] + column, width, c + kTile, stride, c + 2 * kTile);
     }
@@ -122,11 +117,9 @@ struct FirstProjection {
     }
   }
 
-  AdapterProducts::Term term_of(const Tile& tile, int64_t column, int64_t columns) const {
-    return {tile.expert, tile.first_row, tile.num_rows, column, columns, adapter.rows() + tile.first_row};
-  }
   void add_term(const Tile& tile, int64_t column, int64_t columns, float* c, int64_t stride, float* scratch) const {
-    adapter.products()->add_to_rows(c, stride, term_of(tile, column, columns), ProductScratch(scratch), k);
+    adapter.add_to_rows(c, stride, {tile.expert, tile.first_row, tile.num_rows, column, columns},
+                        ProductScratch(scratch), k);
   }
 
   // Up to 64 columns of one row; part0 and part1 are its products.
@@ -216,9 +209,6 @@ struct SecondProjection {
   void add(const Block& block, int64_t e, Range range, int64_t column, int64_t columns, const uint8_t* next,
            float* sums, float* c) const {
     const int64_t rows = range.last - range.first, stride = in_panels(columns), sums_stride = in_panels(block.columns);
-    const AdapterProducts::Term term{
-        e, range.first, rows, block.column + column, columns, adapter.rows() + range.first};
-    if (adapter.products() != nullptr) adapter.products()->prefetch(term, AdapterSide::kA);
     q.multiply({.rows = a.from(range.first),
                 .indices = nullptr,
                 .num_rows = rows,
@@ -228,7 +218,8 @@ struct SecondProjection {
                 .c_stride = stride,
                 .next = next});
     if (adapter.products() != nullptr) {
-      adapter.products()->add_to_rows(c, stride, term, ProductScratch(c + 2 * kTile), k);
+      adapter.add_to_rows(c, stride, {e, range.first, rows, block.column + column, columns},
+                          ProductScratch(c + 2 * kTile), k);
     }
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t slot = range.first + m;
@@ -246,6 +237,7 @@ struct SecondProjection {
 // How the projections are cut into tasks: columns of each, and tokens of the second.
 struct Cut {
   int64_t first_columns, second_columns, tokens;
+  bool few_rows = false;
 };
 
 Cut cut(const MoeForwardArgs& args, const int32_t* expert_offsets, int num_threads) {
@@ -263,7 +255,7 @@ Cut cut(const MoeForwardArgs& args, const int32_t* expert_offsets, int num_threa
         args.weights.gate_up_proj.rows * args.weights.gate_up_proj.cols * bits_of(args.weights.gate_up_proj.format) / 8;
     const int64_t pieces = std::max(ceil_div(bytes, kRunBytes), ceil_div(4 * num_threads, active));
     return {columns(intermediate_size, pieces, kLongest),
-            columns(hidden_size, num_threads, std::min(kLongest, kSumsBytes / 4 / num_tokens)), num_tokens};
+            columns(hidden_size, num_threads, std::min(kLongest, kSumsBytes / 4 / num_tokens)), num_tokens, true};
   }
   // 64 columns for about 2048 tokens, fewer tokens if columns alone do not occupy the threads
   const int64_t chunks = std::max<int64_t>(
@@ -293,8 +285,8 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
   const int64_t thread_floats = product_floats + sizes.tokens * sizes.second_columns;
   Workspace workspace(integer_bytes(num_tokens, args.weights.gate_up_proj) + Workspace::padded(num_slots * row_bytes) +
                       integer_bytes(num_slots, args.weights.down_proj) +
-                      ForwardAdapter::bytes(args.weights.gate_up_adapter, num_slots, args.x.dtype) +
-                      ForwardAdapter::bytes(args.weights.down_adapter, num_slots, args.x.dtype) +
+                      ForwardAdapter::bytes(args.weights.gate_up_adapter, num_slots, args.x.dtype, sizes.few_rows) +
+                      ForwardAdapter::bytes(args.weights.down_adapter, num_slots, args.x.dtype, sizes.few_rows) +
                       Workspace::padded(num_threads * thread_floats * 4));
   const Kernels& k = context.kernels;
   const IntegerKernels& q = context.integers;
@@ -307,7 +299,7 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
   const std::vector<Tile> tiles =
       make_tiles(slots.expert_offsets, num_experts, intermediate_size, sizes.first_columns, kIntegerRows);
   const ThreadMemory adapter_memory{reinterpret_cast<char*>(memory + 2 * kTile), thread_floats * 4};
-  ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, args.x.dtype, workspace);
+  ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, args.x.dtype, workspace, sizes.few_rows);
   u.multiply(args.x, slots.token_indices, adapter_memory, context);
   const FirstProjection first{args, x, slots.token_indices, view(a, args.x.dtype, num_slots, intermediate_size), k,
                               q,    u};
@@ -321,7 +313,7 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
 
   const IntegerRows integer_a =
       quantize_rows(workspace, a, row_bytes, args.x.dtype, used_slots, args.weights.down_proj, context);
-  ForwardAdapter v(args.weights.down_adapter, 1, slots, args.x.dtype, workspace);
+  ForwardAdapter v(args.weights.down_adapter, 1, slots, args.x.dtype, workspace, sizes.few_rows);
   v.multiply(view(a, args.x.dtype, num_slots, intermediate_size), nullptr, adapter_memory, context);
   const SecondProjection second{args, integer_a, slots, k, q, v};
   const int64_t column_blocks = ceil_div(hidden_size, sizes.second_columns);
