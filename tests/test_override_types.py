@@ -210,3 +210,30 @@ def test_gradients_reach_the_router(model_type: str) -> None:
     for want, got in zip(*gradients, strict=True):
         assert want.abs().max() > 0
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "qwen3_moe"])
+def test_in_bfloat16(model_type: str) -> None:
+    """Scores may be equal there, and then either expert is right: the weights are those of the model."""
+    model = prepared(model_type).bfloat16()
+    inputs = example_inputs(model)
+    _, before = run(model, inputs)
+    with switchgear.override(model, bias=[0.0] * 8):
+        _, after = run(model, inputs)
+    one, two = first(before), first(after)
+    assert two.topk_weights.dtype is one.topk_weights.dtype
+    same = (dense(one) - dense(two)).abs().amax(1) <= 2 * torch.finfo(torch.bfloat16).eps
+    assert same.float().mean() >= 0.9
+    with switchgear.override(model, disable=[0]):
+        _, seen = run(model, inputs)
+    assert not any((o.topk_ids == 0).any() for calls in seen.values() for o in calls)
+
+
+def test_a_router_that_cannot_run_is_named() -> None:
+    """Its own code multiplies float32 by bfloat16, if all weights are cast."""
+    model = build("inkling2_text").bfloat16()
+    with (
+        pytest.raises(ValueError, match="router that can be probed, got Inkling2TopKRouter"),
+        switchgear.override(model, disable=[0]),
+    ):
+        pass
