@@ -63,6 +63,17 @@ def test_train_parallel_has_the_losses_of_one_process(tmp_path: Path) -> None:
     assert {name: tensor.shape for name, tensor in four.items()} == {name: tensor.shape for name, tensor in one.items()}
 
 
+def test_replay_removes_the_difference_of_two_networks(tmp_path: Path) -> None:
+    """Two processes: a policy in bfloat16 generates, one in float32 learns from its answers with its choices."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(EXAMPLES / "replay.py"), "--steps", "30", "--results", str(tmp_path / "results")]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    rows = [[float(value) for value in line.split()] for line in (tmp_path / "results").read_text().splitlines()]
+    rewards, free, replayed = zip(*rows, strict=True)
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
+    assert max(free[:5]) > 3 * max(replayed[:5])
+
+
 def test_trace_routing_shows_what_the_router_learned() -> None:
     before, after = load("trace_routing")["main"]()
     assert after > before + 0.1
@@ -100,6 +111,7 @@ def test_each_example_is_tested() -> None:
         "mixtral",
         "cluster_task",
         "trace_routing",
+        "replay",
         "finetune_experts",
         "distill",
     }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
+from model_types import sampled
 from switchgear import MoE
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.trace import Observation, observe
@@ -34,7 +35,7 @@ def observations(model: nn.Module, inputs: dict[str, Any]) -> dict[str, list[Obs
     return seen
 
 
-@pytest.mark.parametrize("model_type", WITH_BLOCKS)
+@pytest.mark.parametrize("model_type", sampled(WITH_BLOCKS))
 def test_blocks_of_every_type(model_type: str) -> None:
     model = build(model_type)
     blocks = moe_blocks(model)
@@ -70,7 +71,7 @@ def same_without_empty(ids: Tensor, weights: Tensor, num_experts: int) -> Tensor
     return torch.zeros(len(ids), num_experts, dtype=torch.float64).scatter_add(1, ids.clamp(min=0).long(), kept)
 
 
-@pytest.mark.parametrize("model_type", [t for t in WITH_BLOCKS if t not in NO_GATE])
+@pytest.mark.parametrize("model_type", sampled(t for t in WITH_BLOCKS if t not in NO_GATE))
 def test_observations_of_every_type(model_type: str) -> None:
     """In transformers and on switchgear, the same logits, ids and weights are seen, and the output does not change."""
     model, plain = build(model_type), build(model_type)

@@ -270,3 +270,15 @@ def test_gradient_checkpointing() -> None:
             base.train()
         results_of.append(results(adapted(base, TARGETS["mixtral"])))
     assert_close(*results_of)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "llama4_text", "jetmoe"])
+def test_routers_beside_adapters_are_seen_and_overridden(model_type: str) -> None:
+    model = adapted(build(model_type), TARGETS[model_type])
+    inputs = example_inputs(model.get_base_model())
+    with torch.no_grad(), switchgear.override(model, disable=[0]), switchgear.RoutingTrace(model) as trace:
+        model(**inputs)
+    assert trace.layers
+    for row in trace.summary():
+        assert 0 < row.router_entropy <= 1
+        assert int(trace.layers[row.name].tokens_per_expert[0]) == 0

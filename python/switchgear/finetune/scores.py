@@ -45,7 +45,10 @@ def select_experts(trace: RoutingTrace, mass: float | None = None, by: str = "to
 
 def shares(layer: LayerTrace, by: str) -> Tensor:
     """Each expert's share of the layer's choices or weights, [E] float64."""
-    scores = (layer.tokens_per_expert if by == "token" else layer.weight_per_expert).cpu().double()
+    recorded = layer.tokens_per_expert if by == "token" else layer.weight_per_expert
+    if recorded is None:
+        raise ValueError('trace: expected one that records "weights", got one without')
+    scores = recorded.cpu().double()
     total: Tensor = scores.sum()
     return scores / total if total > 0 else torch.zeros_like(scores)
 

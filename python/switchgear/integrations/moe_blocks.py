@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from switchgear.adapters.wrappers import is_wrapper
 from switchgear.routing.router import Router
 
 _GATES = ("gate", "router")  # transformers has no third name
@@ -159,6 +160,8 @@ def _hugging_face(model: nn.Module) -> Iterator[MoeBlock]:
             block_name, experts = name, getattr(module, "experts", module)
         else:
             block_name = name.rpartition(".")[0]
+            while block_name and is_wrapper(model.get_submodule(block_name)):  # of PEFT, around the experts
+                block_name = block_name.rpartition(".")[0]
             block, experts = (model.get_submodule(block_name) if name else module), module
         gate = _child(block, _GATES)
         num_experts = _num_experts(experts, gate)

@@ -103,7 +103,7 @@ class Top:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.scaled:
             weights = weights * _scale(self.block.gate)
-        return weights / ids.shape[1] if self.by_top_k else weights
+        return weights / (self.block.top_k or 1) if self.by_top_k else weights
 
 
 @dataclass(frozen=True)
@@ -300,8 +300,12 @@ def _answer(block: MoeBlock) -> _Seen:
             extra[parameter] = torch.randint(len(gate.tid2eid), (_TOKENS,), generator=generator).to(like.device)
     try:
         output = gate.forward(x.clone(), **extra)  # hooks belong to the model's own calls
-    except (ValueError, RuntimeError, IndexError):  # it wants sequences
-        output = gate.forward(x[None].clone(), **extra)
+    except (ValueError, RuntimeError, IndexError):
+        try:
+            output = gate.forward(x[None].clone(), **extra)  # it wants sequences
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            kind = type(gate).__name__
+            raise ValueError(f"{name}: expected a router that can be probed, got {kind} ({error})") from error
     choice = routed(block, x, output)
     if choice is None or choice.router_logits is None:
         raise ValueError(f"{name}: expected a router that returns its logits and choice, got {type(gate).__name__}")

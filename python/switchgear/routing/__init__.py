@@ -11,7 +11,7 @@ Capacity:    Dropless, Capacity, CapacityByKind
 Losses:      SwitchLoss, NullAwareSwitchLoss, ZLoss, ImportanceLoad, EntropyLoss, BatchEntropy, ParamPenalty,
              DeviceBalance, AlignmentLoss, LocalityLoss, ClusterVariance, LocalizedBalance, ChoiceLoss
 Controllers: LossFreeBias, AdaptiveCoefficient, AdaptiveSparsity
-Temporary:   override(model, …), Router.intervene
+Temporary:   override(model, …), Router.intervene; record(model) and replay(model, record) of choices
 For a trainer: GradientConflict, anchor_loss, consistency_loss, output_regularization, load_balancing_loss, z_loss,
              max_violation
 """
@@ -41,6 +41,8 @@ from switchgear.routing.losses import (
 )
 from switchgear.routing.masks import ClusterDropout, ExpertDropout, Lookup, Masked, Temperature, TokenIdMask
 from switchgear.routing.pairs import from_pairs
+from switchgear.routing.records import RoutingRecord
+from switchgear.routing.replaying import record, replay
 from switchgear.routing.router import Router
 from switchgear.routing.scores import Cosine, GatingResidual, GroupedAvgPool, Linear, Sum, SwitchMixture, Uniform
 from switchgear.routing.scores_of_context import ClusterPrior, FromEmbedding, PerSequence
@@ -97,6 +99,7 @@ __all__ = [
     "Random",
     "RankK",
     "Router",
+    "RoutingRecord",
     "RunningCap",
     "SampledTopK",
     "Score",
@@ -122,5 +125,7 @@ __all__ = [
     "min_capacity",
     "output_regularization",
     "override",
+    "record",
+    "replay",
     "z_loss",
 ]

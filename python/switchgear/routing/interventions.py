@@ -58,6 +58,9 @@ def _overridden(router: Router, wrapper: Callable[[Select], Select]) -> Iterator
         del router.overrides[at]
 
 
+overridden_router = contextmanager(_overridden)
+
+
 def _constant(select: Select) -> Callable[[Select], Select]:
     return lambda _: select
 

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""RoutingRecord: the choices of a model's routers for a number of sequences, packed.
+
+A choice takes ceil(log2 C) bits, C being the router's classes, and one class more if choices are empty somewhere: 7
+bits for 128 experts. The rank of a token's choice among all combinations would take fewer (41 instead of 56 for 8 of
+128), but it loses the order, which tells the slots of the weights, and costs a search per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FORMAT = 1  # version of the file format
+_ROWS = 1 << 16  # choices that are packed at a time
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """The choices of one layer for N tokens.
+
+    Attributes:
+        num_classes: C, the classes of its router: its experts, and in some models others.
+        top_k: K.
+        bits: of a choice.
+        data: [ceil(N·K·bits / 8)] uint8; choices in order of tokens and slots, the lowest bit first.
+    """
+
+    num_classes: int
+    top_k: int
+    bits: int
+    data: Tensor
+    num_tokens: int
+
+    @classmethod
+    def of(cls, topk_ids: Tensor, num_classes: int) -> LayerRecord:
+        """Packs topk_ids [N,K], -1 for none."""
+        ids = topk_ids.to("cpu", torch.int64)
+        if ids.dim() != 2 or (ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < num_classes):
+            raise ValueError(f"topk_ids: expected [N,K] from -1 to {num_classes - 1}, got {list(ids.shape)}")
+        empty = bool((ids < 0).any())
+        bits = max(1, (num_classes + empty - 1).bit_length())
+        codes = torch.where(ids < 0, num_classes, ids).flatten()
+        # A multiple of 8 choices at a time fills whole bytes.
+        parts = [_packed(part, bits) for part in torch.split(codes, _ROWS)] if len(codes) else []
+        data = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8)
+        return cls(num_classes, ids.shape[1], bits, data, len(ids))
+
+    def topk_ids(self) -> Tensor:
+        """[N,K] int32, -1 for none."""
+        count = self.num_tokens * self.top_k
+        whole = _ROWS * self.bits // 8
+        parts = [_unpacked(part, self.bits) for part in torch.split(self.data, whole)] if count else []
+        codes = torch.cat(parts)[:count] if parts else torch.zeros(0, dtype=torch.int32)
+        return torch.where(codes == self.num_classes, -1, codes).view(self.num_tokens, self.top_k)
+
+    def check(self, num_tokens: int) -> None:
+        """Raises ValueError for anything but what `of` makes of N tokens."""
+        if not 1 <= self.num_classes <= 1 << 24 or not 0 <= self.top_k <= self.num_classes or not 1 <= self.bits <= 25:
+            raise ValueError("expected sizes of a layer")
+        size = -(-num_tokens * self.top_k * self.bits // 8)
+        if self.num_tokens != num_tokens or self.data.dtype is not torch.uint8 or self.data.shape != (size,):
+            raise ValueError("expected the choices of all tokens")
+        ids = self.topk_ids()
+        if ids.numel() and int(ids.max()) >= self.num_classes:
+            raise ValueError("expected choices in range")
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    flat = ((codes[:, None] >> torch.arange(bits)) & 1).flatten()
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (flat << torch.arange(8)).sum(1).to(torch.uint8)
+
+
+def _unpacked(data: Tensor, bits: int) -> Tensor:
+    flat = ((data[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten().int()
+    flat = flat[: len(flat) // bits * bits].view(-1, bits)
+    return (flat << torch.arange(bits, dtype=torch.int32)).sum(1, dtype=torch.int32)
+
+
+class RoutingRecord:
+    """Choices by layer, sequence and position; padding is left out.
+
+    Attributes:
+        layers: LayerRecord by name of the router (ours) or of the experts (Hugging Face), as in a RoutingTrace; "#1"
+            follows for the second call of the same layer in a forward, and so on.
+        lengths: [n] int64, tokens of each sequence. Layers hold the tokens of the first sequence, then the next.
+        token_ids: [N] int32, or None if the model got none. Replay compares them.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[str, LayerRecord] = {}
+        self.lengths = torch.zeros(0, dtype=torch.int64)
+        self.token_ids: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        topk_ids: Mapping[str, Tensor],
+        lengths: Sequence[int] | Tensor,
+        num_classes: int | Mapping[str, int],
+        token_ids: Tensor | None = None,
+    ) -> RoutingRecord:
+        """A record of choices from elsewhere, such as those that an inference engine returns: topk_ids [N,K] by layer
+        for sequences of these lengths, one after the other. num_classes: E, or by layer."""
+        record = cls()
+        record.lengths = torch.as_tensor(lengths, dtype=torch.int64).cpu()
+        total = int(record.lengths.sum())
+        for name, ids in topk_ids.items():
+            if len(ids) != total:
+                raise ValueError(f"topk_ids: expected {total} tokens in {name}, got {len(ids)}")
+            classes = num_classes if isinstance(num_classes, int) else num_classes[name]
+            record.layers[name] = LayerRecord.of(ids, classes)
+        if token_ids is not None:
+            if token_ids.numel() != total:
+                raise ValueError(f"token_ids: expected {total}, got {token_ids.numel()}")
+            record.token_ids = token_ids.reshape(-1).to("cpu", torch.int32)
+        return record
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all packed choices."""
+        return sum(layer.data.numel() for layer in self.layers.values())
+
+    @staticmethod
+    def join(records: Sequence[RoutingRecord]) -> RoutingRecord:
+        """The sequences of several records of one model, one after the other."""
+        if not records:
+            raise ValueError("records: expected at least one, got none")
+        first = records[0]
+        for record in records:
+            if list(record.layers) != list(first.layers) or (record.token_ids is None) != (first.token_ids is None):
+                raise ValueError("records: expected those of one model, got different layers")
+        ids = {name: _stacked([record.layers[name].topk_ids() for record in records]) for name in first.layers}
+        classes = {name: max(record.layers[name].num_classes for record in records) for name in first.layers}
+        tokens = (
+            None if first.token_ids is None else torch.cat([r.token_ids for r in records if r.token_ids is not None])
+        )
+        return RoutingRecord.of(ids, torch.cat([record.lengths for record in records]), classes, tokens)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the record with torch.save."""
+        torch.save(self._state(), path)
+
+    def _state(self) -> dict[str, Any]:
+        layers = {name: [r.num_classes, r.top_k, r.bits, r.data, r.num_tokens] for name, r in self.layers.items()}
+        return {"format": _FORMAT, "layers": layers, "lengths": self.lengths, "token_ids": self.token_ids}
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> RoutingRecord:
+        """Loads a saved record. Raises ValueError for any other file."""
+        with open(path, "rb") as file:
+            try:
+                return cls._of_state(torch.load(file, weights_only=True))
+            except Exception as error:  # torch.load raises many kinds for files of others
+                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                raise ValueError(f"path: expected a file of RoutingRecord.save, got {path} ({reason})") from error
+
+    @classmethod
+    def _of_state(cls, state: Any) -> RoutingRecord:
+        if not isinstance(state, dict) or state["format"] != _FORMAT:
+            raise ValueError("another format")
+        record = cls()
+        record.lengths, record.token_ids = state["lengths"], state["token_ids"]
+        if record.lengths.dtype is not torch.int64 or record.lengths.dim() != 1 or bool((record.lengths < 0).any()):
+            raise ValueError("expected lengths of sequences")
+        total = int(record.lengths.sum())
+        if (ids := record.token_ids) is not None and (ids.dtype is not torch.int32 or ids.shape != (total,)):
+            raise ValueError("expected a token id for each token")
+        for name, (classes, top_k, bits, data, num_tokens) in state["layers"].items():
+            layer = LayerRecord(int(classes), int(top_k), int(bits), data, int(num_tokens))
+            layer.check(total)
+            record.layers[str(name)] = layer
+        return record
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Choices [n,K], with -1 up to the largest K."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in parts])

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Choices of one run are forced in another: bit-equal, through padding, packing, generation and checkpointing."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import switchgear
+from switchgear import MoE
+from switchgear.routing import Capacity, ExpertChoice, GumbelSoftmax, RoutingRecord, TopP, record, replay
+from switchgear.routing.records import LayerRecord
+from switchgear.trace import observe
+
+E, H, K = 8, 16, 2
+
+
+class Model(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, H)
+        self.layers = nn.ModuleList(MoE(H, 12, E, **{"top_k": K, **options}) for _ in range(2))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **context: Any) -> Tensor:
+        x: Tensor = self.embedding(input_ids)
+        for layer in self.layers:
+            x = x + layer(x, **context)
+        return x
+
+
+def move(model: nn.Module) -> None:
+    """As large a step as an optimizer never takes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3 * parameter.abs().mean())
+
+
+def seen(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """The choices and weights of a forward by layer."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad(), observe(model, lambda name, o: found.__setitem__(name, (o.topk_ids, o.topk_weights))):
+        model(*args, **kwargs)
+    return found
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 3, 8, 60, 64, 128, 256, 257])
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 70_000])
+def test_packing(num_classes: int, empty: bool, tokens: int) -> None:
+    top_k = min(3, num_classes)
+    ids = torch.randint(-1 if empty else 0, num_classes, (tokens, top_k))
+    packed = LayerRecord.of(ids, num_classes)
+    assert torch.equal(packed.topk_ids().long(), ids)
+    states = num_classes + bool((ids < 0).any())
+    assert packed.bits == max(1, math.ceil(math.log2(states)))
+    assert len(packed.data) == math.ceil(tokens * top_k * packed.bits / 8)
+    packed.check(tokens)
+
+
+# ---- our layers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalize": True, "scale": 2.5},
+        {"score_function": "sigmoid", "normalize": True, "num_groups": 4, "topk_groups": 2, "selection_bias": True},
+        {"top_k": None, "select": TopP(0.6)},
+        {"top_k": None, "select": ExpertChoice(2.0)},
+        {"jitter": 0.1},
+    ],
+    ids=["top_k", "normalized", "groups", "top_p", "expert_choice", "jitter"],
+)
+def test_choices_are_bit_equal_after_the_weights_moved(options: dict[str, Any]) -> None:
+    model = Model(**options)
+    ids = torch.randint(50, (3, 7))
+    with record(model) as choices:
+        model(ids)
+        model(ids[:2])
+    assert choices.lengths.tolist() == [7] * 5
+    assert list(choices.layers) == ["layers.0.gate", "layers.1.gate"]
+    model.eval()
+    with record(model) as choices:
+        model(ids)
+    want = seen(model, ids)
+    with replay(model, choices):
+        same = seen(model, ids)
+    for name in want:
+        assert torch.equal(want[name][0], same[name][0])
+        assert torch.equal(want[name][1], same[name][1])  # weights too, while they have not moved
+    move(model)
+    moved = seen(model, ids)
+    assert any(not torch.equal(moved[name][0], want[name][0]) for name in want)
+    with replay(model, choices):
+        got = seen(model, ids)
+        again = seen(model, ids)  # the record begins anew
+    for name in want:
+        assert torch.equal(got[name][0], want[name][0])
+        assert torch.equal(again[name][0], want[name][0])
+        assert not torch.equal(got[name][1], want[name][1])
+    assert all(torch.equal(a, b) for a, b in zip(seen(model, ids)["layers.0"], moved["layers.0"], strict=True))
+
+
+def test_weights_and_gradients_are_those_of_the_current_logits() -> None:
+    moe = MoE(H, 12, E, K, normalize=True, scale=1.5).double()
+    x = torch.randn(1, 20, H, dtype=torch.float64)
+    with record(moe) as choices:
+        moe(x)
+    ids = choices.layers["gate"].topk_ids().long()
+    move(moe)
+    want_weights = moe.gate.logits(x[0]).softmax(-1).gather(1, ids)
+    want_weights = 1.5 * want_weights / want_weights.sum(-1, keepdim=True)
+    want = moe.experts(x[0], ids.int(), want_weights)
+    direction = torch.randn_like(want)
+    (want * direction).sum().backward()
+    wanted = moe.gate.weight.grad.clone()
+    moe.zero_grad()
+    with replay(moe, choices):
+        got = moe(x)[0]
+        (got * direction).sum().backward()
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(moe.gate.weight.grad, wanted)
+    assert wanted.abs().max() > 0
+
+
+def test_packed_sequences_and_an_order() -> None:
+    model = Model()
+    parts = [torch.randint(50, (n,)) for n in (5, 3, 6)]
+    packed = torch.cat(parts)[None]
+    sequence_ids = torch.repeat_interleave(torch.tensor([9, 4, 7]), torch.tensor([5, 3, 6]))
+    with record(model) as choices:
+        model(packed, sequence_ids=sequence_ids)
+    assert choices.lengths.tolist() == [5, 3, 6]
+    want = choices.layers["layers.1.gate"].topk_ids()
+    move(model)
+    with replay(model, choices, sequences=[2, 0, 1]):
+        third = seen(model, parts[2][None])["layers.1"][0]
+        first = seen(model, parts[0][None])["layers.1"][0]
+        second = seen(model, parts[1][None])["layers.1"][0]
+    assert torch.equal(torch.cat([first, second, third]), want)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_repeats_the_choices(use_reentrant: bool) -> None:
+    """Two forwards, then one backward: each layer's repetition finds the choices of its own forward."""
+    model = Model()
+    batches = [torch.randint(50, (2, 6)) for _ in range(2)]
+    with record(model) as choices:
+        for ids in batches:
+            model(ids)
+    move(model)
+
+    def gradient() -> Tensor:
+        model.zero_grad()
+        with replay(model, choices):
+            total = sum(model(ids).square().sum() for ids in batches)
+            total.backward()  # type: ignore[union-attr]
+        grad: Tensor = model.layers[0].gate.weight.grad
+        return grad.clone()
+
+    want = gradient()
+    model.forward = lambda ids: checkpointed_forward(model, ids, use_reentrant)  # type: ignore[method-assign]
+    torch.testing.assert_close(gradient(), want)
+    assert want.abs().max() > 0
+
+
+def checkpointed_forward(model: Model, ids: Tensor, use_reentrant: bool) -> Tensor:
+    x: Tensor = model.embedding(ids)
+    for layer in model.layers:
+        x = x + checkpoint(layer, x, use_reentrant=use_reentrant)
+    return x
+
+
+def test_a_record_of_other_choices(tmp_path: Path) -> None:
+    model = Model()
+    ids = torch.randint(E, (2, 12, K))
+    ids[..., 1] = (ids[..., 0] + 1) % E
+    tokens = torch.randint(50, (2, 6))
+    choices = RoutingRecord.of({f"layers.{i}.gate": ids[i] for i in range(2)}, [6, 6], E, tokens)
+    choices.save(tmp_path / "choices.pt")
+    loaded = RoutingRecord.load(tmp_path / "choices.pt")
+    assert loaded.num_bytes == choices.num_bytes == 2 * math.ceil(12 * K * 3 / 8)
+    joined = RoutingRecord.join([loaded, choices])
+    assert joined.num_sequences == 4
+    with replay(model, joined):
+        for _ in range(2):
+            got = seen(model, tokens)
+            assert all(torch.equal(got[f"layers.{i}"][0].long(), ids[i]) for i in range(2))
+
+
+def test_files_of_others(tmp_path: Path) -> None:
+    with record(model := Model()) as choices:
+        model(torch.randint(50, (2, 6)))
+    choices.save(tmp_path / "good")
+    good = torch.load(tmp_path / "good", weights_only=True)
+
+    def spoiled(index: int, value: Any) -> dict[str, Any]:
+        layers = {n: [value if i == index else v for i, v in enumerate(r)] for n, r in good["layers"].items()}
+        return {**good, "layers": layers}
+
+    states: list[Any] = [
+        {}, [], 3, {**good, "format": 9}, {**good, "lengths": [3]}, {**good, "lengths": torch.tensor([7, 6])},
+        {**good, "lengths": torch.tensor([-1, 13])}, {**good, "token_ids": torch.zeros(3, dtype=torch.int32)},
+        spoiled(0, 5), spoiled(0, 1 << 40), spoiled(1, 3), spoiled(2, 4), spoiled(3, torch.zeros(9)), spoiled(4, 11),
+    ]  # fmt: skip
+    for state in states:
+        torch.save(state, tmp_path / "bad")
+        with pytest.raises(ValueError, match="path: expected a file of RoutingRecord"):
+            RoutingRecord.load(tmp_path / "bad")
+    (tmp_path / "bad").write_bytes((tmp_path / "good").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="path: expected a file of RoutingRecord"):
+        RoutingRecord.load(tmp_path / "bad")
+
+
+def test_errors() -> None:
+    model, ids = Model(), torch.randint(50, (2, 6))
+    with record(model) as choices:
+        model(ids)
+    before = [list(layer.gate.overrides) for layer in model.layers]
+    with pytest.raises(ValueError, match="input_ids: expected those of the record"), replay(model, choices):
+        model((ids + 1) % 50)
+    with pytest.raises(ValueError, match="at most 2 more sequences"), replay(model, choices):
+        model(torch.cat([ids, ids]))
+    with pytest.raises(ValueError, match="sequences: expected numbers from 0 to 1"):
+        replay(model, choices, sequences=[2]).__enter__()
+    with pytest.raises(ValueError, match=r"choices: expected layers of the model, gate; got layers\.0\.gate"):
+        replay(MoE(H, 12, E, K), choices).__enter__()
+    with pytest.raises(TypeError, match="choices: expected RoutingRecord"):
+        replay(model, {}).__enter__()  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"layers\.0\.gate: expected a router without a capacity limit"):
+        record(Model(capacity=Capacity(1.0))).__enter__()
+    with pytest.raises(ValueError, match="expected a selection whose weights are scores of the choice, got Gumbel"):
+        replay(Model(top_k=None, select=GumbelSoftmax()), choices).__enter__()
+    small = nn.ModuleDict({"layers": nn.ModuleList(MoE(H, 12, 4, 1) for _ in range(2))})
+    with pytest.raises(ValueError, match="expected 4 classes"):
+        replay(small, choices).__enter__()
+    with pytest.raises(ValueError, match="got one of a part of it"), record(model):
+        model.layers[0](torch.randn(1, 3, H))
+    assert [list(layer.gate.overrides) for layer in model.layers] == before
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_some_layers() -> None:
+    model, ids = Model(), torch.randint(50, (2, 6))
+    with record(model, layers=["layers.1.gate"]) as choices:
+        model(ids)
+    assert list(choices.layers) == ["layers.1.gate"]
+    want = seen(model, ids)
+    move(model)
+    free = seen(model, ids)
+    with replay(model, choices):
+        got = seen(model, ids)
+    assert torch.equal(got["layers.1"][0], want["layers.1"][0])
+    assert torch.equal(got["layers.0"][0], free["layers.0"][0])
+
+
+# ---- Hugging Face models ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixtral() -> Any:
+    tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    return tiny.build("mixtral")
+
+
+def tokens_of(record: RoutingRecord, sequence: int, layer: str) -> Tensor:
+    start = int(record.lengths[:sequence].sum())
+    return record.layers[layer].topk_ids()[start : start + int(record.lengths[sequence])]
+
+
+def test_generation_is_replayed_in_training(mixtral: Any) -> None:
+    """Rollout with left padding and a cache; the trainer pads right, packs, or takes one sequence at a time."""
+    prompts = torch.randint(3, 250, (2, 6))
+    mask = torch.ones_like(prompts)
+    mask[0, :4] = 0
+    with record(mixtral) as choices:
+        out = mixtral.generate(prompts, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert choices.lengths.tolist() == [2 + 4, 6 + 4]  # the last token was never an input
+    layer = "model.layers.3.mlp.experts"
+    move(mixtral)
+    full = [out[0, 4:], out[1]]
+    length = max(map(len, full))
+    right = torch.stack([torch.nn.functional.pad(ids, (0, length - len(ids))) for ids in full])
+    right_mask = torch.stack([(torch.arange(length) < len(ids)).long() for ids in full])
+    with replay(mixtral, choices):
+        padded = seen(mixtral, input_ids=right, attention_mask=right_mask)["model.layers.3.mlp"][0].view(2, length, -1)
+    packed = torch.cat(full)[None]
+    positions = torch.cat([torch.arange(len(ids)) for ids in full])[None]
+    with replay(mixtral, choices):
+        one_row = seen(mixtral, input_ids=packed, position_ids=positions)["model.layers.3.mlp"][0]
+    with replay(mixtral, choices, sequences=[1, 0]):
+        singles = [seen(mixtral, input_ids=full[i][None])["model.layers.3.mlp"][0] for i in (1, 0)][::-1]
+    at = 0
+    for i, ids in enumerate(full):
+        want = tokens_of(choices, i, layer).long()
+        assert torch.equal(padded[i, : len(want)], want)
+        assert torch.equal(one_row[at : at + len(want)], want)
+        assert torch.equal(singles[i][: len(want)], want)
+        at += len(ids)
+    with replay(mixtral, choices):  # the same generation, from the moved weights
+        again = mixtral.generate(prompts, attention_mask=mask, max_new_tokens=1)
+    assert again.shape[1] == 7
+
+
+@pytest.mark.parametrize("how", ["eager", "switchgear"])
+def test_training_step_with_checkpointing(mixtral: Any, how: str) -> None:
+    ids = torch.randint(3, 250, (2, 9))
+    with record(mixtral) as choices, torch.no_grad():
+        mixtral(input_ids=ids)
+    move(mixtral)
+    mixtral.config._experts_implementation = how
+    mixtral.train()
+
+    def gradient() -> Tensor:
+        mixtral.zero_grad()
+        with replay(mixtral, choices):
+            mixtral(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        grad: Tensor = mixtral.model.layers[1].mlp.gate.weight.grad
+        return grad.clone()
+
+    want = gradient()
+    getattr(mixtral, "activation_checkpointing_enable", mixtral.gradient_checkpointing_enable)()
+    got = gradient()
+    assert want.abs().max() > 0
+    torch.testing.assert_close(got, want)
+    with replay(mixtral, choices):
+        ids_seen = seen(mixtral, input_ids=ids)["model.layers.1.mlp"][0]
+    assert torch.equal(ids_seen, choices.layers["model.layers.1.mlp.experts"].topk_ids().long())
+
+
+def test_recorded_on_switchgear_and_replayed_in_transformers(mixtral: Any) -> None:
+    ids = torch.randint(3, 250, (2, 9))
+    mixtral.config._experts_implementation = "switchgear"
+    with record(mixtral) as choices, torch.no_grad():
+        mixtral(input_ids=ids)
+    mixtral.config._experts_implementation = "eager"
+    move(mixtral)
+    with replay(mixtral, choices):
+        got = seen(mixtral, input_ids=ids)
+    for name, (topk_ids, _) in got.items():
+        assert torch.equal(topk_ids, choices.layers[f"{name}.experts"].topk_ids().long())
+
+
+def test_an_encoder_is_refused() -> None:
+    tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    with pytest.raises(ValueError, match="model: expected a decoder alone"):
+        record(tiny.build("switch_transformers")).__enter__()
+    assert switchgear.routing.record is record
