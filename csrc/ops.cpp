@@ -445,7 +445,7 @@ void grouped_gemm(const GroupedGemmArgs& given, Execution exec) {
   }
   SWITCHGEAR_CHECK(ValueError, args.weight.format != Format::kPanels, "weight: expected no panels in grouped_gemm");
   SWITCHGEAR_CHECK(ValueError, !args.transposed || multiplies_transposed(args.weight.format),
-                   "weight: expected int8, int4, fp8, mxfp4 or nf4 to be transposed, got ",
+                   "weight: expected int8, int4, fp8, mxfp4, nf4 or groups to be transposed, got ",
                    name_of(args.weight.format));
   SWITCHGEAR_CHECK(ValueError, !args.transposed || !args.bias.defined(), "bias: expected none for a transposed weight");
   if (args.bias.defined()) call.input("bias", args.bias, kFloat, {&E, &N}, kRows);

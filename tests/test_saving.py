@@ -16,7 +16,7 @@ import switchgear
 from switchgear import backends
 from switchgear.integrations.tiny_models import build, example_inputs
 
-FORMS = ["int8", "int4", "fp8", "mxfp4", "nf4"]  # test_forms.py saves the lossless ones
+FORMS = ["int8", "int4", "fp8", "mxfp4", "nf4", "groups"]  # test_forms.py saves the lossless ones
 
 
 @pytest.fixture(autouse=True)

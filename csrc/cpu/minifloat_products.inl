@@ -66,14 +66,15 @@ struct Minifloats {
 int64_t num_vectors(const Product& product) { return (product.num_columns + kLanes - 1) / kLanes; }
 int64_t num_steps(const Product& product) { return (product.depth + kMinifloatColumns - 1) / kMinifloatColumns; }
 
-// Rows of A from the first k of a step on, and with zeros the sums of each step: those of row m from sums + m·stride on.
+// Rows of A from the first k of a step on, and with zeros the sum of each row in each step.
 struct StepRows {
   const void* const* rows;
   int64_t offset;
-  const float* sums = nullptr;
-  int64_t stride = 0;
+  const float* sums = nullptr;  // [rows, stride], of steps from `first` on
+  int64_t stride = 0, first = 0;
 
-  StepRows from(int64_t m) const { return {rows + m, offset, sums + m * stride, stride}; }
+  StepRows from(int64_t m) const { return {rows + m, offset, sums + m * stride, stride, first}; }
+  float sum(int64_t m, int64_t step) const { return sums[m * stride + step - first]; }
 };
 
 // In the scratch, behind a decoded chunk. A pass over the depth has as many steps as fit.
@@ -91,8 +92,9 @@ void sum_steps(float* sums, const Rows& a, int64_t num_rows, bool pairs, int64_t
         v[i] = broadcast(0.0f);
         if (s + i >= steps) continue;
         if (pairs) {
-          for (int k = 0; k < kMinifloatColumns; k += kLanes)
+          for (int k = 0; k < kMinifloatColumns; k += kLanes) {
             v[i] = v[i] + load(reinterpret_cast<const BFloat16*>(p) + k);
+          }
         } else {
           for (int k = 0; k < kMinifloatColumns; k += kLanes) v[i] = v[i] + load(reinterpret_cast<const float*>(p) + k);
         }
@@ -154,9 +156,11 @@ constexpr int vectors_at_once(int rows) {
   return rows == 1 ? 1 : rows == 3 || rows == 4 ? 4 : 2;
 }
 
-// Steps that are summed side by side, where one has few chains: those of float32 are twice as long as those of pairs.
-template <bool kPairs>
+// Steps that are summed side by side, where one has few chains: those of float32 are twice as long as those of pairs. Groups
+// of few bits come from memory faster than a chain of 16 multiply-adds ends.
+template <Format kFormat, bool kPairs>
 constexpr int steps_at_once(int chains) {
+  if (has_bits(kFormat)) return chains > 4 ? 1 : kPairs && chains == 1 ? 4 : 2;
   return kPairs || chains > 4 ? 1 : chains > 2 ? 2 : 4;
 }
 
@@ -177,34 +181,49 @@ inline void add_steps(Floats (&total)[kRows][kVectors], const char* const (&rows
       for (int v = 0; v < kVectors; ++v) sum[u][i][v] = broadcast(0.0f);
     }
   }
+  const auto load_pieces = [&](typename Of::Values::Piece(&pieces)[kVectors], int64_t byte) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      if (v % kBlockVectors<kVectors> == 0) {
+#pragma GCC unroll 3
+        for (int line = 0; line < Of::Values::kBytes; line += kLine) {
+          __builtin_prefetch(b.data_ahead[v] + byte + line, 0, 2);
+        }
+      }
+      pieces[v] = Of::Values::piece_at(b.data[v] + byte);
+    }
+  };
+  const auto multiply_word = [&](Floats(&sums)[kRows][kVectors], const typename Of::Values::Piece(&pieces)[kVectors],
+                                 int w, int64_t k) {
+    Floats words[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) words[v] = Of::Values::word(pieces[v], w);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const auto word = broadcast_word(rows[i] + 4 * k);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sums[i][v] = step<kPairs>(word, words[v], sums[i][v]);
+    }
+  };
 #pragma GCC unroll 2
   for (int64_t q = 0; q < Of::kStepPieces; ++q) {
+    typename Of::Values::Piece pieces[kSteps][kVectors];
+    const auto byte = [&](int u) { return (s + u) * Of::kStepBytes + q * Of::Values::kBytes; };
+    const auto word = [&](int u) { return (s + u) * Of::kStepWords + q * kWords; };
+    if constexpr (has_bits(kFormat)) {  // words are decoded where they are multiplied: steps in turns
 #pragma GCC unroll 4
-    for (int u = 0; u < kSteps; ++u) {
-      const int64_t byte = (s + u) * Of::kStepBytes + q * Of::Values::kBytes,
-                    first = (s + u) * Of::kStepWords + q * kWords;
-      typename Of::Values::Piece pieces[kVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        if (v % kBlockVectors<kVectors> == 0) {
-#pragma GCC unroll 3
-          for (int line = 0; line < Of::Values::kBytes; line += kLine) {
-            __builtin_prefetch(b.data_ahead[v] + byte + line, 0, 2);
-          }
-        }
-        pieces[v] = Of::Values::piece_at(b.data[v] + byte);
-      }
+      for (int u = 0; u < kSteps; ++u) load_pieces(pieces[u], byte(u));
 #pragma GCC unroll 32
       for (int w = 0; w < kWords; ++w) {
-        Floats words[kVectors];
+#pragma GCC unroll 4
+        for (int u = 0; u < kSteps; ++u) multiply_word(sum[u], pieces[u], w, word(u) + w);
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int u = 0; u < kSteps; ++u) {
+        load_pieces(pieces[u], byte(u));
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) words[v] = Of::Values::word(pieces[v], w);
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-          const auto word = broadcast_word(rows[i] + 4 * (first + w));
-#pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) sum[u][i][v] = step<kPairs>(word, words[v], sum[u][i][v]);
-        }
+        for (int w = 0; w < kWords; ++w) multiply_word(sum[u], pieces[u], w, word(u) + w);
       }
     }
   }
@@ -214,7 +233,7 @@ inline void add_steps(Floats (&total)[kRows][kVectors], const char* const (&rows
       for (int u = 0; u < kSteps; ++u) {
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
-          const Floats sums = broadcast(a.sums[i * a.stride + s + u]);
+          const Floats sums = broadcast(a.sum(i, s + u));
 #pragma GCC unroll 8
           for (int v = 0; v < kVectors; ++v) sum[u][i][v] = multiply_add(sums, missing[v], sum[u][i][v]);
         }
@@ -272,6 +291,9 @@ void add_step_tile(float* c, const StepRows& a, const StepColumns<kVectors>& b, 
       }
       const auto scale = [&](int, int v) { return scales[v]; };
       for (; s + kSteps <= end; s += kSteps) add_steps<kFormat, kPairs, kSteps>(total, rows, b, s, scale, a, missing);
+      if constexpr (kSteps > 2) {
+        for (; s + 2 <= end; s += 2) add_steps<kFormat, kPairs, 2>(total, rows, b, s, scale, a, missing);
+      }
       for (; kSteps > 1 && s < end; ++s) add_steps<kFormat, kPairs, 1>(total, rows, b, s, scale, a, missing);
     }
   }
@@ -299,8 +321,8 @@ void add_few_vectors(const Product& product, const StepRows& a, int64_t j, int64
       with_constant<kMostRows>(count, [&]<int kRows>() {
         StepRows rows = a.from(m);  // of step 0
         rows.offset -= first * Of::kStepWords * 4;
-        rows.sums -= first;
-        add_step_tile<kFormat, kPairs, steps_at_once<kPairs>(kRows * kVectors), kRows>(
+        rows.first = first;
+        add_step_tile<kFormat, kPairs, steps_at_once<kFormat, kPairs>(kRows * kVectors), kRows>(
             product.c + m * kPanel + j * kLanes, rows, columns, group_steps, begin, end);
       });
     }
@@ -408,7 +430,7 @@ void add_decoded_tile(float* c, const StepRows& a, const DecodedChunk& chunk, in
     if (chunk.missing != nullptr) {
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const Floats sums = broadcast(a.sums[i * a.stride + s]);
+        const Floats sums = broadcast(a.sum(i, s));
 #pragma GCC unroll 8
         for (int v = 0; v < kPanelVectors; ++v) {
           sum[i][v] = multiply_add(sums, load(chunk.missing + s * kPanel + v * kLanes), sum[i][v]);
@@ -513,7 +535,7 @@ void minifloat_products_of(const Product& product) {
       const int64_t steps = last - s < Of::kChunkSteps ? last - s : Of::kChunkSteps;
       add_decoded_steps<kFormat, kPairs>(product, a, s, steps);
       a.offset += steps * Of::kStepWords * 4;
-      if (has_zeros) a.sums += steps;
+      a.first -= steps;
     }
   }
   // Columns past the last one are padding, or belong to another product.

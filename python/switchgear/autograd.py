@@ -357,7 +357,7 @@ class StoredGroupedGemm(torch.autograd.Function):
 
 def _times(rows: Tensor, weight: Sequence[Tensor], form: tuple[int, ...], expert_offsets: Tensor) -> Tensor:
     """Multiplies rows [S,N] by each expert's matrix of a stored or plain weight, [S,C]."""
-    if formats.format_of(form) in (*formats.BITS, *formats.MINIFLOATS):
+    if formats.format_of(form) in (*formats.BITS, *formats.DECODED):
         return ops.grouped_gemm(rows, weight, form, None, expert_offsets, None, True, False)
     plain = formats.decode(weight, form, rows.dtype)
     return ops.grouped_gemm(rows, [plain.mT], (), None, expert_offsets, None, False, True)

@@ -681,7 +681,7 @@ TEST(layers_refuse_options_past_their_limits) {
   auto gemm = limits_of(grouped_gemm_args(), grouped_gemm_op);
   gemm.refuses("weight: expected plain weights for input_gradient, got panels",
                [](Gemm& a) { a.input_gradient = true, a.weight.format = Format::kPanels; });
-  gemm.refuses("weight: expected int8, int4, fp8, mxfp4 or nf4 to be transposed, got plain", [](Gemm& a) {
+  gemm.refuses("weight: expected int8, int4, fp8, mxfp4, nf4 or groups to be transposed, got plain", [](Gemm& a) {
     std::swap(a.weight.data.shape[1], a.weight.data.shape[2]),
         std::swap(a.weight.data.stride[1], a.weight.data.stride[2]), a.transposed = true;
   });
@@ -957,6 +957,37 @@ TEST(minifloats_of_other_shapes_are_errors) {
   for (const int64_t other : {0, 16, 64}) {
     s.refuses("weight: expected a group_size of 32, got ", [&](Weight& w) { w.group_size = other; });
   }
+}
+
+TEST(groups_of_other_shapes_are_errors) {
+  Array records(DType::kInt32, {2, 2});
+  const auto set = [&](int32_t first, int32_t bits) {
+    auto* const p = records.view().as<int32_t>();
+    p[0] = 0, p[1] = 3, p[2] = first, p[3] = bits;
+  };
+  set(3, 1);
+  Stored s({.format = Format::kGroups,
+            .data = bytes(DType::kUInt8, {4, 2, 3, 64}),
+            .scales = bytes(DType::kFloat16, {2, 2, 3, 16}),
+            .zeros = bytes(DType::kUInt8, {2, 2, 3, 16}),
+            .group_size = 32});
+  s.weight.records = records;
+  s.accepts("3 bits and 1 bit", [](Weight&) {});
+  s.accepts("no zeros", [](Weight& w) { w.zeros = {}; });
+  for (const int64_t other : {-32, 16, 33}) {
+    s.refuses("weight: expected a group_size of 0 (the whole row) or a multiple of 32, got ",
+              [&](Weight& w) { w.group_size = other; });
+  }
+  s.refuses("weight_scales: expected shape", [](Weight& w) { w.scales.shape[2] = 2; });
+  s.refuses("TypeError: weight_scales: expected float16", [](Weight& w) { w.scales.dtype = DType::kBFloat16; });
+  s.refuses("weight_zeros: expected shape", [](Weight& w) { w.zeros.shape[2] = 2; });
+  s.refuses("weight_records: expected a tensor", [](Weight& w) { w.records = {}; });
+  s.refuses("weight_records: expected shape", [](Weight& w) { w.records.shape[1] = 1; });
+  for (const auto& [first, bits] : {std::pair{3, 0}, {0, 5}, {-1, 1}, {2, 3}, {4, 1}, {INT32_MAX, 4}}) {
+    set(first, bits);
+    s.refuses("weight_records: expected ", [](Weight&) {});
+  }
+  s.refuses("weight: expected plain weights on this device, got bits3", [](Weight& w) { w.format = Format::kBits3; });
 }
 
 TEST(compact_weights_of_other_shapes_are_errors) {

@@ -112,7 +112,7 @@ def change_safetensors(folder: Path, rng: random.Random) -> str:
 
 # ---- stored experts --------------------------------------------------------------------------------------------------
 
-FORMS = ("plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4")
+FORMS = ("plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4", "groups")
 HIDDEN, INTERMEDIATE, EXPERTS = 256, 256, 2  # compact does not store narrower ones
 
 

@@ -16,7 +16,7 @@ from switchgear.testing import Case, make_layer
 
 FLOATS = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 GLU = {"activation": "silu", "gated": True, "interleaved": False, "alpha": 1.702, "limit": None}
-FORMS = (None, "panels", "int8", "int4", "fp8", "mxfp4", "nf4")
+FORMS = (None, "panels", "int8", "int4", "fp8", "mxfp4", "nf4", "groups")
 H = I = 64  # of modules, whose weights can be stored in every form  # noqa: E741
 E, K = 4, 2
 OTHERS = ("x", "router_logits", "gate_up_proj", "down_proj")

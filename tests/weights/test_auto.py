@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import switchgear
-from switchgear.weights import Int4, stored_of
+from switchgear.weights import Groups, Int4, stored_of
 from switchgear.weights.auto import candidates, rows_per_expert
 
 
@@ -46,6 +46,16 @@ def test_by_use(tokens: int, lossless: bool, form: str) -> None:
     if form == "int4":
         assert stored_of(model.experts).form == Int4(symmetric=False)  # type: ignore[union-attr]
     assert switchgear.restore(model) == 1
+
+
+def test_bits_are_asked_for() -> None:
+    model = moe_of()
+    name, reason = picked(model, lossless=False, bits=3)
+    assert name == "groups"
+    assert "bits as asked for" in reason
+    assert stored_of(model.experts).form == Groups(bits=3, symmetric=False)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="bits: expected none of a lossless form, got 3"):
+        switchgear.store(moe_of(), "auto", bits=3)
 
 
 def test_what_does_not_fit_is_said() -> None:

@@ -34,6 +34,7 @@ FORMATS = {
     "int4": Format(torch.bfloat16, 0.5, "int8", ("forward",)),
     "fp8": Format(torch.bfloat16, 1.0 + 4 / 128**2, "bfloat16", ("forward",)),
     "mxfp4": Format(torch.bfloat16, 17 / 32, "bfloat16", ("forward",)),
+    **{f"groups{b}": Format(torch.bfloat16, b / 8 + 2 / 128, "bfloat16", ("forward",)) for b in (4, 3, 2, 1)},
 }
 DECODE_TOKENS = 16  # up to here weights dominate; they must come from memory, as in a model of many layers
 ROUTINGS = 4  # used in turn, so that the experts of a call are not in the cache
@@ -53,12 +54,12 @@ class Case(NamedTuple):
     dtype_name: str
     tokens: int
     mode: str  # "forward" or "train"
-    gate_up_proj: torch.nn.Parameter  # [E,2I,H], gate rows first; for fp8 and mxfp4 the decoded weights
+    gate_up_proj: torch.nn.Parameter  # [E,2I,H], gate rows first; for fp8, mxfp4 and groups the decoded weights
     down_proj: torch.nn.Parameter  # [E,H,I]
     inputs: list[Inputs]
     grad_y: Tensor  # [T,H]
     pages: str = "huge"  # or "default"
-    stored: tuple[Weight, Weight] | None = None  # both projections in fp8 or mxfp4
+    stored: tuple[Weight, Weight] | None = None  # both projections in fp8, mxfp4 or groups
 
     @property
     def format(self) -> Format:

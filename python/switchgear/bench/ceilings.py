@@ -65,7 +65,10 @@ def read_probe(case: Case) -> Callable[[int], object]:
     """Reads the weights of the experts that a routing touches, once: the minimum for any layer."""
     weights = case.weights
     if case.stored is not None:
-        weights = [tensor for weight in case.stored for tensor in weight.tensors]  # with their scales
+        stored = [tensor for weight in case.stored for tensor in (weight.data, weight.scales) if tensor is not None]
+        weights = [
+            tensor.view(case.shape.num_experts, -1) for tensor in stored
+        ]  # in groups an expert has several planes
     elif case.format.weight_bytes != case.dtype.itemsize:
         weights = [quantised_stand_in(case, weight) for weight in weights]
     parts = [[weight[expert] for expert in experts for weight in weights] for experts in case.touched]

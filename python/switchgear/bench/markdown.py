@@ -14,9 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from switchgear.reference.formats import MINIFLOATS
-
 from ..common import CommandError, markdown_table, threads
+from .minifloats import STORED
 from .results import Row, cases_of, extras, is_undisturbed, undisturbed
 from .targets import is_ours, judge, ours_in
 
@@ -97,13 +96,13 @@ def case_table(results: dict[str, Any]) -> str:
 
 
 def decoded_table(results: dict[str, Any]) -> str:
-    """A row per case of fp8 and mxfp4: multiplied as stored, beside the same weights decoded to bfloat16 by switchgear
-    and by transformers, and the best of all others."""
+    """A row per case of fp8, mxfp4 and groups: multiplied as stored, beside the same weights decoded to bfloat16 by
+    switchgear and by transformers, and the best of all others."""
     header = ["shape", "tokens", "weights", "mode", "as stored, ms", "of floor"]
     header += ["decoded, ms", "decoded, transformers, ms", "best other, ms"]
     lines = []
     for rows in cases_of(results):
-        if rows[0]["dtype"] in MINIFLOATS:
+        if rows[0]["dtype"] in STORED:
             timed = _timed(rows)
             ours = timed.get(f"switchgear_{rows[0]['dtype']}")
             against = [_against(timed.get("switchgear"), ours, ""), _against_transformers(timed, ours)]

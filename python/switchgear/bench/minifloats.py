@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The weights of a case in fp8 or mxfp4: bytes in a checkpoint's format, and the values that they encode.
+"""The weights of a case in fp8, mxfp4 or groups of 1 to 4 bits: stored bytes, and the values that they encode.
 
 Some competitors read these bytes; others multiply the decoded weights in bfloat16. Both compute the same layer, so one
 result, from the decoded weights, verifies both.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from switchgear.reference import formats, minifloat
+from switchgear.reference import formats, groups, minifloat
 from switchgear.weights import Weight, advise_huge_pages, use_huge_pages
 
 from .shapes import Shape
@@ -18,6 +18,9 @@ from .shapes import Shape
 SIGMAS = {"fp8": 4.0, "mxfp4": 2.0}  # the largest of the 16384, or 32, weights that share a scale, in sigmas
 LARGEST = {"fp8": minifloat.FP8_MAX, "mxfp4": 4.0}  # its encoded value; for mxfp4 it is 4 or 6
 STANDARD_DEVIATION = 0.02  # of the decoded weights, about
+GROUPS = {f"groups{bits}": bits for bits in (4, 3, 2, 1)}  # bits by format
+STORED = ("fp8", "mxfp4", *GROUPS)  # dtypes of cases that are made here
+GROUP_SIZE = 128
 APART = 1021  # bytes between the windows of two experts: odd, so that no two experts have the same bytes
 
 
@@ -43,7 +46,7 @@ def decoded(weight: Weight, expert: int) -> Tensor:
 
 
 def in_bfloat16(weight: Weight, huge_pages: bool) -> torch.nn.Parameter:
-    """For libraries without kernels for the format: mxfp4 exactly, for fp8 the rounded value times scale."""
+    """For libraries without kernels for the format: mxfp4 exactly, otherwise the rounded value times scale."""
     plain = torch.empty(weight.shape, dtype=torch.bfloat16)
     if huge_pages:
         advise_huge_pages(plain)
@@ -53,12 +56,14 @@ def in_bfloat16(weight: Weight, huge_pages: bool) -> torch.nn.Parameter:
 
 
 def _bytes(format: str, weights: int) -> int:
-    return weights if format == "fp8" else weights // 2
+    return weights * GROUPS[format] // 8 if format in GROUPS else weights if format == "fp8" else weights // 2
 
 
 def _codes(format: str, weights: int, more: int) -> Tensor:
-    """Quantised Gaussian weights as bytes, plus `more` bytes."""
+    """Quantised Gaussian weights, or any codes of groups, as bytes, plus `more` bytes."""
     generator = torch.Generator().manual_seed(0)
+    if format in GROUPS:
+        return torch.randint(256, (_bytes(format, weights) + more,), dtype=torch.uint8, generator=generator)
     sigma = LARGEST[format] / SIGMAS[format]
     if format == "fp8":
         return minifloat.e4m3_codes(sigma * torch.randn(weights + more, generator=generator))
@@ -72,6 +77,12 @@ def _weight(format: str, pool: Tensor, num_experts: int, rows: int, cols: int, p
     data = torch.empty(num_experts, size, dtype=torch.uint8)
     for expert, matrix in enumerate(data):
         matrix.copy_(pool[APART * expert :][:size])
+    if (bits := GROUPS.get(format)) is not None:
+        return Weight(
+            "groups", data.view(num_experts * bits, blocks, steps, groups.PLANE), rows, cols, torch.bfloat16,
+            _group_scales(bits, num_experts, blocks, cols), records=groups.records_of((bits,) * num_experts),
+            parts=parts, group_size=GROUP_SIZE,
+        )  # fmt: skip
     scales = (_fp8_scales if format == "fp8" else _mxfp4_scales)(num_experts, blocks, cols, parts)
     return Weight(
         format, data.view(num_experts, blocks, steps, -1), rows, cols, torch.bfloat16, scales,
@@ -96,3 +107,11 @@ def _mxfp4_scales(num_experts: int, blocks: int, cols: int, parts: int) -> Tenso
     """2^-7 and 2^-6, for values with a standard deviation of 2."""
     shape = (num_experts, blocks, cols // minifloat.COLUMNS, minifloat.ROWS)
     return torch.randint(120, 122, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(blocks))
+
+
+def _group_scales(bits: int, num_experts: int, blocks: int, cols: int) -> Tensor:
+    """Scales within a factor of 2, for codes of which each is as frequent."""
+    values = torch.tensor([-1.0, 1.0]) if bits == 1 else torch.arange(2.0**bits) - 2 ** (bits - 1)
+    shape = (num_experts, blocks, -(-cols // GROUP_SIZE), minifloat.ROWS)
+    scales = torch.rand(shape, generator=torch.Generator().manual_seed(blocks))
+    return ((0.7 + 0.7 * scales) * (STANDARD_DEVIATION / values.square().mean().sqrt())).half()

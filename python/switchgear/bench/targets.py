@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 OURS = (
     "switchgear", "switchgear_panels", "switchgear_compact", "switchgear_int8", "switchgear_int4", "switchgear_fp8",
-    "switchgear_mxfp4",
+    "switchgear_mxfp4", "switchgear_groups4", "switchgear_groups3", "switchgear_groups2", "switchgear_groups1",
 )  # fmt: skip
 
 

@@ -19,14 +19,12 @@ from unittest import mock
 
 import torch
 
-from switchgear.reference.formats import MINIFLOATS
-
 from ..common import machine
 from ..common.processes import Child
 from .case import FORMATS, Case, Layer, call_of, make_case, make_weights
 from .ceilings import multiply_rate, read_probe
 from .competitors import COMPETITORS, Skip, look_in_folder
-from .minifloats import in_bfloat16, make_stored
+from .minifloats import STORED, in_bfloat16, make_stored
 from .results import CASE, completed, extras
 from .shapes import SHAPES
 from .timing import Timed, interleave
@@ -125,7 +123,7 @@ def measure(task: Task, say: Callable[[str], None]) -> Measured:
 def make(task: Task) -> Case:
     """The case of a task; if its weights are bytes of a format, they are decoded too."""
     shape, huge_pages, stored = SHAPES[task.shape], task.pages == "huge", None
-    if task.dtype in MINIFLOATS:
+    if task.dtype in STORED:
         stored = make_stored(task.dtype, shape, huge_pages)
         weights = in_bfloat16(stored[0], huge_pages), in_bfloat16(stored[1], huge_pages)
     else:

@@ -27,6 +27,7 @@ FORMATS = ("plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4", 
 FIELDS = ("scales", "row_scales", "zeros", "records", "slots")
 BITS = {"int8": 8, "int4": 4}
 MINIFLOATS = ("fp8", "mxfp4", "nf4")
+DECODED = (*MINIFLOATS, "groups")  # multiplied in floating point, by exact values
 _NEEDED = {
     "plain": (),
     "panels": (),

@@ -109,7 +109,7 @@ def multiply(
     """Multiplies rows [S,C] of activations of `dtype` by each expert's matrix and adds the bias: [S,N], wide dtype.
 
     Integer weights are multiplied by activations rounded to int8. All other products are in the wide dtype: plain,
-    panels and compact weights keep their bits, and minifloats are decoded exactly.
+    panels and compact weights keep their bits, and minifloats and groups are decoded exactly.
     """
     format = formats.format_of(form)
     if format in formats.BITS:
@@ -118,7 +118,7 @@ def multiply(
             if bias is not None:
                 out[slots] += wide(bias[expert])
         return out
-    matrices = formats.decode(weight, form, rows.dtype if format in formats.MINIFLOATS else dtype)
+    matrices = formats.decode(weight, form, rows.dtype if format in formats.DECODED else dtype)
     return gemm(rows, matrices, bias, expert_offsets)
 
 

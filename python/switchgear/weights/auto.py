@@ -7,6 +7,7 @@ so the form with the fewest bytes is fastest. With more rows it is bound by comp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,12 @@ class Candidate(NamedTuple):
     is_last: bool = False  # no other form follows
 
 
-def candidates(model: nn.Module, tokens_per_step: int, lossless: bool) -> list[Candidate]:
-    """The forms to try, in order. Raises ValueError if tokens_per_step is below 1."""
+def candidates(
+    model: nn.Module, tokens_per_step: int, lossless: bool, bits: int | Sequence[int] | None = None
+) -> list[Candidate]:
+    """The forms to try, in order. Raises ValueError if tokens_per_step is below 1, or for bits of lossless forms."""
+    if bits is not None and lossless:
+        raise ValueError(f"bits: expected none of a lossless form, got {bits}; pass lossless=False")
     if tokens_per_step < 1:
         raise ValueError(f"tokens_per_step: expected at least 1, got {tokens_per_step}")
     devices = {
@@ -45,6 +50,9 @@ def candidates(model: nn.Module, tokens_per_step: int, lossless: bool) -> list[C
     text = f"about {rows:.3g} tokens for an expert on {ops.cpu_isa()}"
     plain = Candidate("plain", f"{text}: plain weights on huge pages", {}, True)
     panels = Candidate("panels", f"{text}: the order of the kernels", {})
+    if bits is not None:
+        reason = f"{text}: as few bits as asked for"
+        return [Candidate("groups", reason, {"bits": bits, "symmetric": False}, True)]
     if not lossless:
         if rows <= FEW_ROWS:
             return [Candidate("int4", f"{text}: memory is the limit, so the fewest bits", {"symmetric": False}), plain]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +96,7 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
             pages), "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4", "groups" (1 to 4 bits, also of each
             expert), or an object with options, Int4(group_size=64); "auto" chooses one for the machine and the use.
         options: those of the form. For "auto": tokens_per_step, the number of tokens per forward (1: decoding one
-            text), and lossless, whether weights must keep every bit.
+            text), lossless, whether weights must keep every bit, and if not, bits: 1 to 4, or a list of each expert's.
         low_memory: store one layer after the other and free its parameters at once. By default all layers are stored
             before any parameter is freed, so both are in memory for a while. If this mode fails halfway, a lossless
             form is undone from the stored weights; with another form the error names the modules that stay stored.
@@ -248,10 +249,16 @@ def _report(form: Form, modules: list[nn.Module], done: list[StoredChange | Plai
 # ---- auto ------------------------------------------------------------------------------------------------------------
 
 
-def _store_best(model: nn.Module, low_memory: bool, tokens_per_step: int = 1, lossless: bool = True) -> Stored:
+def _store_best(
+    model: nn.Module,
+    low_memory: bool,
+    tokens_per_step: int = 1,
+    lossless: bool = True,
+    bits: int | Sequence[int] | None = None,
+) -> Stored:
     refused = []
     candidate: Candidate
-    for candidate in candidates(model, tokens_per_step, lossless):
+    for candidate in candidates(model, tokens_per_step, lossless, bits):
         try:
             done = _store(model, FORMS[candidate.form](**candidate.options), low_memory)
         except ValueError as error:

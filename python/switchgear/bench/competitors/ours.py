@@ -56,7 +56,7 @@ def switchgear_int4(case: Case) -> Layer:
     return _stored(case, "int4", symmetric=False)
 
 
-def _minifloats(case: Case) -> Layer:
+def _as_stored(case: Case) -> Layer:
     from switchgear import moe
 
     assert case.stored is not None
@@ -64,13 +64,37 @@ def _minifloats(case: Case) -> Layer:
     return lambda inputs: moe(inputs.x, gate_up, down, inputs.topk_ids, inputs.topk_weights, activation="silu")
 
 
+@competitor("switchgear_groups4", dtypes=("groups4",), modes=("forward",))
+def switchgear_groups4(case: Case) -> Layer:
+    """weights stored as "groups" of 4 bits, a scale for 128 columns."""
+    return _as_stored(case)
+
+
+@competitor("switchgear_groups3", dtypes=("groups3",), modes=("forward",))
+def switchgear_groups3(case: Case) -> Layer:
+    """weights stored as "groups" of 3 bits, a scale for 128 columns."""
+    return _as_stored(case)
+
+
+@competitor("switchgear_groups2", dtypes=("groups2",), modes=("forward",))
+def switchgear_groups2(case: Case) -> Layer:
+    """weights stored as "groups" of 2 bits, a scale for 128 columns."""
+    return _as_stored(case)
+
+
+@competitor("switchgear_groups1", dtypes=("groups1",), modes=("forward",))
+def switchgear_groups1(case: Case) -> Layer:
+    """weights stored as "groups" of 1 bit, a scale for 128 columns."""
+    return _as_stored(case)
+
+
 @competitor("switchgear_fp8", dtypes=("fp8",), modes=("forward",))
 def switchgear_fp8(case: Case) -> Layer:
     """weights stored as "fp8", a scale for 128 x 128."""
-    return _minifloats(case)
+    return _as_stored(case)
 
 
 @competitor("switchgear_mxfp4", dtypes=("mxfp4",), modes=("forward",))
 def switchgear_mxfp4(case: Case) -> Layer:
     """weights stored as "mxfp4", a scale for 32 columns."""
-    return _minifloats(case)
+    return _as_stored(case)

@@ -13,7 +13,8 @@ from ..case import Case, Layer
 
 BOTH = ("forward", "train")
 FLOATS = ("bf16", "fp32")
-DECODED = (*FLOATS, "fp8", "mxfp4")  # for competitors that multiply decoded fp8 and mxfp4 weights in bfloat16
+GROUPS = ("groups4", "groups3", "groups2", "groups1")
+DECODED = (*FLOATS, "fp8", "mxfp4", *GROUPS)  # for competitors that multiply decoded weights in bfloat16
 FOLDER = "SWITCHGEAR_COMPETITORS"  # environment variable: a folder with one folder per package
 
 
