@@ -90,6 +90,17 @@ def test_row53_upcycled_checkpoint_has_the_logits(tmp_path: Path) -> None:
     assert logits(found).sub(logits(model)).abs().max() < 1e-5
 
 
+def test_row53_a_config_as_older_versions_wrote_it(tmp_path: Path) -> None:
+    model = saved(tmp_path / "dense", rope_parameters={"rope_type": "default", "rope_theta": 7e3})
+    file = tmp_path / "dense" / "config.json"
+    config = json.loads(file.read_text())
+    config |= {"rope_theta": 7e3, "rope_scaling": None, "torch_dtype": config.pop("dtype")}
+    del config["rope_parameters"], config["attention_bias"], config["mlp_bias"], config["hidden_act"]
+    file.write_text(json.dumps(config))
+    convert.run({"operation": "upcycle"}, tmp_path / "dense", tmp_path / "moe")
+    assert logits(loaded(tmp_path / "moe")).sub(logits(model)).abs().max() < 1e-5
+
+
 def test_row54_split_checkpoint(tmp_path: Path) -> None:
     model = saved(tmp_path / "dense")
     importance = {layer: torch.rand(48) for layer in range(3)}

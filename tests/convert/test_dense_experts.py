@@ -260,6 +260,23 @@ class TestModels:
         with torch.no_grad():
             assert done.model(ids).logits.sub(base(ids).logits).abs().max() < 1e-5
 
+    @pytest.mark.parametrize("attention", ["experts", "shared_kv"])
+    def test_row58_attention_experts_in_a_model(self, models: list[Any], attention: str) -> None:
+        base, ids = models[0], torch.randint(3, 96, (2, 9))
+        done = convert.from_dense_experts([base, base, base], 2, attention=attention)
+        with torch.no_grad():
+            assert done.model(ids).logits.sub(base(ids).logits).abs().max() < 1e-5
+            done = convert.from_dense_experts(models[1:], 2, attention=attention)
+            assert done.model(ids).logits.sub(base(ids).logits).abs().max() > 1e-3
+        assert isinstance(done.model.model.layers[1].self_attn, convert.MixtureOfAttention)
+        assert any("only switchgear" in note for note in done.notes)
+
+    def test_row58_base_as_in_mergekit(self, models: list[Any]) -> None:
+        base, *models = models
+        made = convert.from_dense_experts(models, 2, merge="base", base=base).model
+        name = "model.layers.0.self_attn.q_proj.weight"
+        assert torch.equal(made.get_parameter(name), base.get_parameter(name))
+
     @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
     @pytest.mark.parametrize("method", ["mean", "sum", "topk", "svd"])
     def test_row50_whole_models(self, model_type: str, method: str, tmp_path: Path) -> None:

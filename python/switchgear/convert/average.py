@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module
 from switchgear.reference import check_choice
 
-METHODS = ("average", "ties", "dare")
+METHODS = ("average", "ties", "dare", "base")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Merging:
     def __call__(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """One tensor from those of the models. The trimming and the dropping are per tensor."""
         first = tensors[0] if base is None else base
-        if not first.is_floating_point():
+        if not first.is_floating_point() or self.method == "base":
             return first
         wide = torch.float64 if first.dtype is torch.float64 else torch.float32
         shares = self.weights or (1.0,) * len(tensors)
@@ -111,7 +111,7 @@ def merge_models(
     "average": Σ w θ. "ties": of each task vector θ - base the `density` largest elements of every tensor stay; the sign
     of their weighted sum is elected, and those that agree are averaged. "dare": each element of a task vector is
     dropped with probability 1 - density, and the rest divided by density; then the weighted sum. The result of both
-    is base + scale · that.
+    is base + scale · that. "base": the base's tensors, as mergekit-moe does outside of experts.
 
     Args:
         models: modules, or state dicts.
