@@ -1,74 +1,317 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Observes or edits what the routers of a Hugging Face model pass to experts on switchgear, layer by layer."""
+"""Where the choices of a Hugging Face model's routers pass by: they can be seen and changed there, whatever runs the
+experts.
+
+The gate's output has the logits. The experts' arguments have the choice, after all that a block does to it. So most
+models are tapped at both. In a few, only the router's output says who is chosen.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
-from switchgear.integrations import experts as running
-from switchgear.integrations.swap import is_swapped
-from switchgear.integrations.transformers import NAME, is_decorated
-from switchgear.integrations.undecorated import patch_of
-from switchgear.routing.change import Change
-
-OnChoice = Callable[[str, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+from switchgear.integrations.moe_blocks import MoeBlock
+from switchgear.integrations.routers import Given, InManner, Manner, is_looked_up
+from switchgear.routing.context import Context, Select
 
 
-def experts_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model whose experts run on switchgear, by name."""
+class Choice(NamedTuple):
+    """What the experts of a block get."""
 
-    def runs_here(module: nn.Module) -> bool:
-        if is_decorated(module):
-            config: Any = module.config
-            return bool(config._experts_implementation == NAME)
-        patch = patch_of(module)
-        return is_swapped(module) and patch is not None and patch.has_choice
+    x: Tensor  # [T,H]
+    topk_ids: Tensor  # [T,K], -1 for an empty slot; ids from num_experts on are classes without weights
+    topk_weights: Tensor  # [T,K]
+    router_logits: Tensor | None  # [T, classes of the router]
 
-    return {name: module for name, module in model.named_modules() if runs_here(module)}
+
+Wrapper = Callable[[Select], Select]
+Watch = Callable[[Choice], None]
 
 
 @contextmanager
-def on_choice(modules: Mapping[str, nn.Module], function: OnChoice) -> Iterator[None]:
-    """Inside the block, function(name, topk_ids [T,K], topk_weights [T,K], num_experts) is called before the experts
-    of each of `modules`. It returns the ids and weights that they use. An id of -1 is an empty slot."""
-    current: list[str] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        return lambda *_: current.append(name)
-
-    def leave(*_: object) -> None:
-        current.pop()
-
-    def choice(ids: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-        return function(current[-1], ids, weights, num_experts) if current else (ids, weights)
-
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            stack.callback(module.register_forward_pre_hook(enter(name)).remove)
-            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        running.on_choice.append(choice)
-        stack.callback(running.on_choice.remove, choice)
-        yield
-
-
-@contextmanager
-def edited(modules: Mapping[str, nn.Module], change: Change) -> Iterator[None]:
-    """Inside the block, `change.edit` is applied to the routing that the experts receive; see Change."""
-    for name, module in modules.items():
-        count = getattr(module, "num_experts", None)
+def overridden(block: MoeBlock, manner: Manner, wrapper: Wrapper) -> Iterator[None]:
+    """Inside the `with` block, `wrapper` of the router's selection selects, and the experts get that. As in
+    Router.overrides, the last wrapper is the outermost."""
+    with _tapped(block) as tap:
+        tap.manner = manner
+        tap.overrides.append(wrapper)
         try:
-            if isinstance(count, int):
-                change.check(count)
-        except ValueError as error:
-            raise ValueError(f"{error} ({name})") from None
+            yield
+        finally:
+            _remove(tap.overrides, wrapper)
 
-    def function(_: str, ids: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-        change.check(num_experts)
-        return change.edit(ids, weights, num_experts)
 
-    with on_choice(modules, function):
-        yield
+@contextmanager
+def watched(block: MoeBlock, watch: Watch) -> Iterator[None]:
+    """Inside the `with` block, `watch` sees each choice after all overrides."""
+    with _tapped(block) as tap:
+        tap.watches.append(watch)
+        try:
+            yield
+        finally:
+            _remove(tap.watches, watch)
+
+
+class _Tap:
+    """The hooks of a block, as long as somebody overrides or watches."""
+
+    def __init__(self, block: MoeBlock) -> None:
+        self.block, self.users = block, 0
+        self.manner: Manner | None = None
+        self.overrides: list[Wrapper] = []
+        self.watches: list[Watch] = []
+        self.logits: Tensor | None = None
+        self.place = place_of(block)
+        self.handles = self.place.attach(block, self)
+
+    def pass_by(self, choice: Choice) -> Choice:
+        if self.overrides:
+            choice = self._anew(choice)
+        for watch in self.watches:
+            watch(choice)
+        return choice
+
+    def _anew(self, choice: Choice) -> Choice:
+        logits = choice.router_logits
+        assert self.manner is not None
+        manner: Manner = self.manner
+        if logits is None:
+            raise ValueError(f"{self.block.name or 'model'}: expected a router that ran before the experts, got none")
+        if is_looked_up(self.block):
+            manner = Given(manner, choice.topk_ids)
+        select: Select = InManner(manner, choice.topk_ids.shape[1])
+        for wrapper in self.overrides:
+            select = wrapper(select)
+        routing = select(logits, Context(training=self.block.block.training), None)
+        weights = routing.topk_weights.to(choice.topk_weights.dtype)
+        return choice._replace(topk_ids=routing.topk_ids.long(), topk_weights=weights)
+
+
+_taps: WeakKeyDictionary[nn.Module, _Tap] = WeakKeyDictionary()  # by module of experts
+
+
+@contextmanager
+def _tapped(block: MoeBlock) -> Iterator[_Tap]:
+    tap = _taps.get(block.experts)
+    if tap is None:
+        tap = _taps[block.experts] = _Tap(block)
+    tap.users += 1
+    try:
+        yield tap
+    finally:
+        tap.users -= 1
+        if not tap.users:
+            for handle in tap.handles:
+                handle.remove()
+            del _taps[block.experts]
+
+
+def _remove(items: list[Any], item: Any) -> None:
+    at = next(i for i in reversed(range(len(items))) if items[i] is item)
+    del items[at]
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------
+
+
+class AtExperts:
+    """Experts called with (hidden_states, ids [T,K], weights [T,K])."""
+
+    def read(self, block: MoeBlock, x: Tensor, ids: Tensor, weights: Tensor, logits: Tensor | None) -> Choice:
+        ids = ids.reshape(-1, ids.shape[-1])
+        classes = block.num_experts
+        if logits is not None and not _is_decorated(block):
+            classes = max(classes, logits.shape[-1])  # LongCat: identities
+        ids = torch.where((ids < 0) | (ids >= classes), -1, ids)  # sentinels of expert parallelism
+        return Choice(x.reshape(-1, x.shape[-1]), ids, weights.reshape(ids.shape), logits)
+
+    def write(self, block: MoeBlock, choice: Choice) -> tuple[Tensor, Tensor]:
+        """ids and weights as transformers' own loops take them: they skip the id E if they have the decorator, and know
+        no empty slot otherwise."""
+        empty = choice.topk_ids < 0
+        if _is_decorated(block):
+            empty = empty | (choice.topk_ids >= block.num_experts)  # Zaya: the class of skipped tokens
+        ids = torch.where(empty, block.num_experts if _is_decorated(block) else 0, choice.topk_ids)
+        return ids.long(), choice.topk_weights.masked_fill(empty, 0)
+
+    def attach(self, block: MoeBlock, tap: _Tap) -> list[Any]:
+        def keep_logits(gate: nn.Module, args: Any, output: Any) -> None:
+            tap.logits = logits_of(block, output)
+
+        def before(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            names = ("hidden_states", "top_k_index", "top_k_weights")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            logits, tap.logits = tap.logits, None
+            seen = self.read(block, given[names[0]], given[names[1]], given[names[2]], logits)
+            choice = tap.pass_by(seen)
+            if choice is seen:
+                return None
+            ids, weights = self.write(block, choice)
+            x = choice.x.reshape(given["hidden_states"].shape)
+            return (x, ids, weights), {name: value for name, value in kwargs.items() if name not in names}
+
+        handles = [block.experts.register_forward_pre_hook(before, with_kwargs=True)]
+        if block.gate is not None:
+            handles.append(block.gate.register_forward_hook(keep_logits))
+        return handles
+
+
+def _is_decorated(block: MoeBlock) -> bool:
+    return hasattr(block.experts, "_apply_gate")
+
+
+class _Zaya(AtExperts):
+    """Tokens that skip the experts come as expert 0 with the weight 0."""
+
+    def read(self, block: MoeBlock, x: Tensor, ids: Tensor, weights: Tensor, logits: Tensor | None) -> Choice:
+        choice = super().read(block, x, ids, weights, logits)
+        return choice._replace(topk_ids=choice.topk_ids.masked_fill(choice.topk_weights == 0, -1))
+
+
+class _Nllb(AtExperts):
+    """(hidden_states, router_mask [T,C], router_probs [T,C]): the mask's values are used as ids of experts; see
+    undecorated.py. They are seen as they run, and cannot be overridden."""
+
+    def attach(self, block: MoeBlock, tap: _Tap) -> list[Any]:
+        def keep_logits(gate: nn.Module, args: Any, output: Any) -> None:
+            tap.logits = logits_of(block, output)
+
+        def before(experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
+            x, mask, probs = args
+            by_expert = probs.new_zeros(len(probs), block.num_experts).scatter_add(1, mask, probs)
+            weights, ids = by_expert.topk(min(2, block.num_experts), dim=-1)
+            logits, tap.logits = tap.logits, None
+            tap.pass_by(Choice(x, ids, weights, logits))
+
+        assert block.gate is not None
+        return [block.experts.register_forward_pre_hook(before), block.gate.register_forward_hook(keep_logits)]
+
+
+class AtRouter:
+    """The router's output says all; `read` and `write` translate it."""
+
+    def read(self, block: MoeBlock, x: Tensor, output: Any) -> Choice:
+        raise NotImplementedError
+
+    def write(self, block: MoeBlock, choice: Choice, output: Any) -> Any:
+        raise NotImplementedError
+
+    def attach(self, block: MoeBlock, tap: _Tap) -> list[Any]:
+        def after(gate: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            seen = self.read(block, args[0], output)
+            choice = tap.pass_by(seen)
+            return None if choice is seen else self.write(block, choice, output)
+
+        assert block.gate is not None
+        return [block.gate.register_forward_hook(after)]
+
+
+class _Llama4(AtRouter):
+    """(scores [T,E], 0 for all others; logits). The scores multiply the experts' input."""
+
+    def read(self, block: MoeBlock, x: Tensor, output: Any) -> Choice:
+        scores, logits = output
+        weights, ids = scores.topk(block.top_k, dim=-1)
+        return Choice(x.reshape(-1, x.shape[-1]), ids, weights, logits)
+
+    def write(self, block: MoeBlock, choice: Choice, output: Any) -> Any:
+        scores, logits = output
+        empty = choice.topk_ids < 0
+        weights = choice.topk_weights.masked_fill(empty, 0).to(scores.dtype)
+        return torch.zeros_like(scores).scatter_add(1, choice.topk_ids.clamp(min=0).long(), weights), logits
+
+
+class _JetMoe(AtRouter):
+    """(order of the choices by expert, their tokens, their weights, counts of the experts, logits)."""
+
+    def read(self, block: MoeBlock, x: Tensor, output: Any) -> Choice:
+        order, _, gates, sizes, logits = output
+        counts = torch.tensor(sizes, device=order.device)
+        by_expert = torch.repeat_interleave(torch.arange(len(sizes), device=order.device), counts)
+        shape = (logits.shape[0], -1)
+        ids = torch.empty_like(by_expert).scatter(0, order, by_expert).view(shape)
+        weights = torch.zeros_like(gates).scatter(0, order, gates).view(shape)
+        return Choice(x.reshape(-1, x.shape[-1]), ids, weights, logits)
+
+    def write(self, block: MoeBlock, choice: Choice, output: Any) -> Any:
+        empty = choice.topk_ids < 0
+        experts, order = choice.topk_ids.clamp(min=0).long().flatten().sort(stable=True, dim=0)
+        gates = choice.topk_weights.masked_fill(empty, 0).to(output[2].dtype).flatten()[order]
+        tokens = order.div(choice.topk_ids.shape[1], rounding_mode="trunc")
+        return order, tokens, gates, torch.bincount(experts, minlength=block.num_experts).tolist(), output[4]
+
+
+class _Switch(AtRouter):
+    """(mask [..., E], all zeros for a token past its expert's capacity; weight [..., 1]; logits [..., E])."""
+
+    def read(self, block: MoeBlock, x: Tensor, output: Any) -> Choice:
+        mask, weights, logits = output
+        taken, ids = mask.reshape(-1, mask.shape[-1]).max(dim=-1, keepdim=True)
+        ids = torch.where(taken > 0, ids, -1)
+        return Choice(x.reshape(-1, x.shape[-1]), ids, weights.reshape(ids.shape), logits.flatten(0, -2))
+
+    def write(self, block: MoeBlock, choice: Choice, output: Any) -> Any:
+        mask, weights, logits = output
+        ids = choice.topk_ids.long()
+        if ids.shape[1] != 1:
+            raise ValueError(f"{block.name}: expected a selection of one expert per token, got {ids.shape[1]}")
+        changed = torch.zeros_like(mask.reshape(-1, mask.shape[-1]))
+        changed = changed.scatter(1, ids.clamp(min=0), (ids >= 0).to(mask.dtype)).view_as(mask)
+        gate: Any = block.gate
+        changed = changed * (changed.cumsum(-2) <= gate.expert_capacity)  # as the router does
+        return changed, choice.topk_weights.reshape(weights.shape).to(weights.dtype), logits
+
+
+# Routers that return probabilities in place of logits.
+_PROBABILITIES = ("DiffusionGemmaTextRouter", "Gemma4TextRouter")
+
+Place = AtExperts | AtRouter
+_PLACES: dict[str, Place] = {
+    "JetMoeMoE": _JetMoe(),
+    "Llama4TextMoe": _Llama4(),
+    "NllbMoeSparseMLP": _Nllb(),
+    "SwitchTransformersSparseMLP": _Switch(),
+    "ZayaSparseMoeBlock": _Zaya(),
+}
+
+
+def place_of(block: MoeBlock) -> Place:
+    return _PLACES.get(type(block.block).__name__, AtExperts())
+
+
+def routed(block: MoeBlock, x: Tensor, output: Any) -> Choice | None:
+    """The choice in the output of the router for x [T,H]; None if the output does not say."""
+    place = place_of(block)
+    if isinstance(place, _Nllb):
+        return None
+    if isinstance(place, AtRouter):
+        return place.read(block, x, output)
+    logits = logits_of(block, output)
+    anew = getattr(block.block, "route_tokens_to_experts", None)
+    if isinstance(output, Tensor) and anew is not None:  # DBRX: the block chooses
+        weights, ids = anew(logits)
+    elif isinstance(output, (tuple, list)) and len(output) >= 3:
+        weights, ids = output[1], output[2]
+    else:
+        return None
+    return place.read(block, x, ids, weights, logits)
+
+
+def logits_of(block: MoeBlock, output: Any) -> Tensor | None:
+    """router_logits [T,E] in the output of the gate: the tensor itself, or the item that transformers records."""
+    if isinstance(output, Tensor):
+        return output.reshape(-1, output.shape[-1])
+    index = 2 if isinstance(place_of(block), _Nllb) else 0
+    logits = output[index] if isinstance(output, (tuple, list)) and len(output) > index else None
+    if not isinstance(logits, Tensor):
+        return None
+    logits = logits.reshape(-1, logits.shape[-1])
+    if type(block.gate).__name__ in _PROBABILITIES:
+        return logits.clamp(min=torch.finfo(logits.dtype).tiny).log()  # logits up to a constant per token
+    return logits

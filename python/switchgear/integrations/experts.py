@@ -25,17 +25,6 @@ class ExpertWeights(NamedTuple):
     down_bias: Tensor | None = None  # [E, H]
 
 
-# Callbacks that see, and may change, the routing of each layer: (topk_ids, topk_weights, num_experts) -> ids, weights.
-on_choice: list[Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = []
-
-
-def chosen(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The routing that the experts use, after the callbacks; see choices.py."""
-    for function in on_choice:
-        topk_ids, topk_weights = function(topk_ids, topk_weights, num_experts)
-    return topk_ids, topk_weights
-
-
 def run_experts(
     x: Tensor,
     topk_ids: Tensor,
@@ -52,7 +41,6 @@ def run_experts(
         gate: the family to fuse, or None to call `own_gate` between two grouped GEMMs.
         post_norm: applied to each expert's output before it is weighted. The fused kernel cannot run it.
     """
-    topk_ids, topk_weights = chosen(topk_ids, topk_weights, weights.gate_up_proj.shape[0])
     if gate is not None and post_norm is None:
         y = switchgear.moe(
             x,

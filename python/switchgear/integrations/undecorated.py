@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import switchgear
 from switchgear.adapters.sites import TARGETS
 from switchgear.integrations import samples
-from switchgear.integrations.experts import ExpertWeights, chosen, project, run_experts
+from switchgear.integrations.experts import ExpertWeights, project, run_experts
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.parts import LINEAR, PartClass, inner, of_model, part_of, wrapped_part_of
 from switchgear.weights import AdaptedWeight
@@ -43,7 +43,7 @@ class Patch(NamedTuple):
     weights: Callable[[Any], Sequence[Any]]  # read once per forward; raises Bypassed for a wrapped submodule
     forward: Callable[..., Any]  # (module, weights, *arguments of the class's forward)
     sample: Callable[[Any, torch.Generator], tuple[Any, ...]]  # arguments for a trial
-    has_choice: bool = True  # whether forward passes its routing through `chosen`
+    has_choice: bool = True  # whether it belongs to an MoE block with a choice per token
     gate: str | None = None  # the submodule ("" is the module itself) whose gate may be fused
     sites: Callable[[Any], list[Part]] = lambda _: []  # the projections that can have adapters
 
@@ -104,7 +104,6 @@ def _dbrx(module: Any, weights: Sequence[Any], hidden_states: Tensor, ids: Tenso
     x = hidden_states.reshape(-1, module.hidden_size)
     w1, v1, w2 = weights
     activation_fn = inner(module.mlp).activation_fn
-    ids, topk_weights = chosen(ids, topk_weights, module.num_experts)
     plan = switchgear.plan(ids, module.num_experts)
     gate = project(x, w1, plan.expert_offsets, token_indices=plan.token_indices)
     up = project(x, v1, plan.expert_offsets, token_indices=plan.token_indices)
@@ -176,8 +175,7 @@ def _switch(
     module: Any, weights: Sequence[_Linears], hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor
 ) -> Tensor:
     taken, ids = selected_experts.max(dim=-1)  # one-hot [T, 1, E]; all zeros for a token past its expert's capacity
-    ids, routing_weights = chosen(torch.where(taken > 0, ids, -1), routing_weights, module.num_experts)
-    plan = switchgear.plan(ids, module.num_experts)
+    plan = switchgear.plan(torch.where(taken > 0, ids, -1), module.num_experts)
     permuted_y = _run_dense(module, weights, hidden_states, plan)
     return switchgear.combine(permuted_y, plan, routing_weights).to(hidden_states.dtype)
 
@@ -190,7 +188,6 @@ def _nllb(
     # we return the same. Ids repeat within a token; summing their weights leaves two distinct ones.
     by_expert = router_probs.new_zeros(len(router_probs), module.num_experts).scatter_add(1, router_mask, router_probs)
     topk_weights, topk_ids = by_expert.topk(min(2, module.num_experts), dim=-1)
-    topk_ids, topk_weights = chosen(topk_ids, topk_weights, module.num_experts)
     plan = switchgear.plan(topk_ids, module.num_experts)
     permuted_y = _run_dense(module, weights, hidden_states, plan)
     kept = 1 - module.moe_token_dropout
