@@ -49,6 +49,23 @@ def test_row61_ties_trims_elects_and_averages_what_agrees(weights: list[float] |
     assert float(found["w"].sub(base).eq(0).double().mean()) > 0  # some element was trimmed from all
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_row61_ties_keeps_the_largest_and_the_first_of_equal_ones(dtype: torch.dtype) -> None:
+    base = torch.zeros(9, dtype=dtype)
+    model = {"w": torch.tensor([1, -3, 2, -2, 2, 0, 5, -2, 1e-30], dtype=dtype)}
+    for density, kept in (
+        (0.05, [6]),
+        (0.3, [1, 6]),
+        (0.45, [1, 2, 3, 6]),
+        (0.9, [0, 1, 2, 3, 4, 6, 7, 8]),
+        (1, range(9)),
+    ):
+        found = convert.merge_models([model], "ties", base={"w": base}, density=density)["w"]
+        expected = torch.zeros(9, dtype=dtype)
+        expected[list(kept)] = model["w"][list(kept)]
+        assert torch.equal(found, expected)
+
+
 def test_row61_dare_drops_rescales_and_keeps_the_mean() -> None:
     base, delta = torch.randn(40_000, dtype=torch.float64), torch.randn(40_000, dtype=torch.float64)
     model = {"w": base + delta}

@@ -172,6 +172,26 @@ def test_row53_other_families_in_place(model_type: str) -> None:
     assert logits(other).sub(expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "olmoe", "qwen3_moe", "gpt_oss", "qwen2_moe", "granitemoe"])
+def test_row50_blocks_of_other_types(model_type: str) -> None:
+    """One dense network of identical experts and the shared ones, or a reason."""
+    from switchgear.integrations import moe_blocks, tiny_models
+
+    block = next(iter(moe_blocks.moe_blocks(tiny_models.build(model_type)).values()))
+    if model_type in ("gpt_oss", "qwen2_moe"):
+        with pytest.raises(ValueError, match="moe: expected"):
+            convert.to_dense(block.block)
+        return
+    for parameter in block.experts.parameters():
+        parameter.data[1:] = parameter.data[:1].clone()
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        expected = block.experts(x, torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1))
+        if block.shared is not None:
+            expected = expected + block.shared(x)
+        assert convert.to_dense(block.block)(x).sub(expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+
+
 def test_a_module_of_transformers_and_shared_experts_stay() -> None:
     model = dense("llama")
     mlp, x = model.model.layers[0].mlp, torch.randn(2, 5, 32)
@@ -181,3 +201,18 @@ def test_a_module_of_transformers_and_shared_experts_stay() -> None:
     again = convert.upcycle(done, 3, 1, family="switchgear")  # layer 0 has experts, and a shared one, already
     assert [layer.name for layer in again.layers] == ["model.layers.1.mlp", "model.layers.2.mlp"]
     assert logits(done).sub(expected).abs().max() < 1e-5
+
+
+def test_row50_models_with_dense_layers_and_refused_ones() -> None:
+    options = {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "mlp_only_layers": [1]}
+    model = dense("qwen3_moe", moe_intermediate_size=48, **options)
+    done = convert.to_dense(model, "topk")
+    assert [layer.name for layer in done.layers] == ["model.layers.0.mlp", "model.layers.2.mlp"]
+    kept = done.model.model.layers[1].mlp.up_proj.weight
+    assert torch.equal(kept, model.model.layers[1].mlp.up_proj.weight)
+    with pytest.raises(ValueError, match="as wide as its dense layers"):
+        convert.to_dense(dense("qwen3_moe", moe_intermediate_size=24, **options))
+    with pytest.raises(ValueError, match="shared experts"):
+        convert.to_dense(dense("qwen2_moe", moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2))
+    with pytest.raises(ValueError, match="MoE model of type"):
+        convert.to_dense(dense("llama"))

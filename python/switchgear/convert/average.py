@@ -89,11 +89,23 @@ class Merging:
 
 
 def _largest(delta: Tensor, density: float) -> Tensor:
-    """The density · n elements of largest magnitude, at least one; the others are zero."""
+    """The density · n elements of largest magnitude, at least one, ties to the lowest index; the others are zero.
+
+    The bits of a magnitude are an integer in the same order, so the smallest one that stays is found by halving: no
+    sorted copy of a large tensor, and no indices.
+    """
     flat = delta.flatten()
     count = max(int(density * flat.numel()), min(flat.numel(), 1))
-    kept = flat.abs().argsort(descending=True, stable=True)[:count]
-    return torch.zeros_like(flat).index_put((kept,), flat[kept]).view_as(delta)
+    if count >= flat.numel():
+        return delta
+    bits = flat.abs().view(torch.int64 if flat.dtype is torch.float64 else torch.int32)
+    low, high = 0, int(bits.max())
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if int((bits >= middle).sum()) >= count else (low, middle - 1)
+    kept = bits > low
+    kept[(bits == low).nonzero().flatten()[: count - int(kept.sum())]] = True
+    return torch.where(kept, flat, torch.zeros_like(flat)).view_as(delta)
 
 
 def merge_models(

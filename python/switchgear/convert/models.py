@@ -63,7 +63,12 @@ def built(model: Any, plan: Plan) -> Conversion:
     made_class = getattr(transformers, plan.config["architectures"][0])
     like: Tensor = next(model.parameters())
     state = {item.key: _fitting(item.make(), item.shape) for item in plan.items}
-    made = made_class.from_pretrained(None, config=config, state_dict=state, dtype=like.dtype)
+    made, info = made_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=like.dtype, output_loading_info=True
+    )
+    tied = set(getattr(made, "all_tied_weights_keys", None) or ())
+    if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]} - tied):
+        raise ValueError(f"model: expected the tensors of {type(made).__name__}, got a difference in {wrong[0]}")
     made = made.to(like.device).train(model.training)
     made.config._name_or_path = model.config._name_or_path
     if getattr(model, "generation_config", None) is not None:
