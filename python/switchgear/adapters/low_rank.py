@@ -18,9 +18,8 @@ from switchgear.reference import check_finite, check_fraction, check_range, chec
 from switchgear.routing.context import can_be_read
 
 # The columns of A per choice, E·r / K, up to which the product with all experts takes less time than that with chosen
-# ones; and the same if the rows of h have less than a vector (64 bytes), which kernels multiply slowly. Measured with
-# 512 tokens, H = 2048, bfloat16 and float32, two cores: 50 to 110, and 190 to 390.
-FEW_COLUMNS, FEW_SHORT_COLUMNS = 64, 256
+# ones. Measured with 512 tokens, H = 2048, ranks of 4 to 32, bfloat16 and float32, two cores: 50 to 120.
+FEW_COLUMNS = 64
 
 
 class LowRankExperts(nn.Module):
@@ -129,8 +128,7 @@ class LowRankExperts(nn.Module):
     def _is_dense(self, top_k: int) -> bool:
         """Whether the product with all experts is at most twice the work, or takes less time."""
         rank = self.lora_A.shape[1]
-        few = FEW_COLUMNS if rank * self.lora_A.element_size() >= 64 else FEW_SHORT_COLUMNS
-        return 2 * top_k >= self.num_experts or self.num_experts * rank <= few * top_k
+        return 2 * top_k >= self.num_experts or self.num_experts * rank <= FEW_COLUMNS * top_k
 
     def _all(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         if can_be_read(topk_ids):
