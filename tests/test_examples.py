@@ -125,3 +125,9 @@ def test_lora_trainer_learns_and_the_saved_adapters_too(tmp_path: Path) -> None:
     assert losses["after"] < losses["before"] - 0.3
     assert abs(losses["loaded"] - losses["after"]) < 0.1
     assert abs(losses["merged"] - losses["loaded"]) < 1e-3
+
+
+def test_upcycle_starts_at_the_loss_of_the_dense_model() -> None:
+    losses = load("upcycle")["main"](30)
+    assert losses["upcycled"] <= losses["dense"] + 1e-5  # a float32 loss of about 3
+    assert losses["upcycled, trained on"] < losses["upcycled"]

@@ -13,6 +13,7 @@ Weights:    store(model, form) converts the experts to a faster or smaller form:
 Analysis:   RoutingTrace records the choices of routers; override(model, …) changes them temporarily
 Adapters:   adapters.add_lora(model, rank), load_peft, save_peft, merge; mixtures of adapters in any model:
             adapters.mixture, adapters.LoRAExperts
+Conversion: convert.upcycle, split_dense, from_dense_experts, merge_models, to_dense, …; convert.run for checkpoints
 Training:   finetune trains some experts alone; distill; optim.Muon
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from switchgear import adapters, distill, finetune, layers, optim, presets, routing, weights
+from switchgear import adapters, convert, distill, finetune, layers, optim, presets, routing, weights
 from switchgear.backends import backend, use_backend
 from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gemm, moe, permute, plan, route
@@ -53,6 +54,7 @@ __all__ = [
     "backend",
     "balance_loss",
     "combine",
+    "convert",
     "cpu_isa",
     "distill",
     "finetune",

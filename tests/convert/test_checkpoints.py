@@ -90,6 +90,17 @@ def test_row53_upcycled_checkpoint_has_the_logits(tmp_path: Path) -> None:
     assert logits(found).sub(logits(model)).abs().max() < 1e-5
 
 
+def test_row53_a_config_as_older_versions_wrote_it(tmp_path: Path) -> None:
+    model = saved(tmp_path / "dense", rope_parameters={"rope_type": "default", "rope_theta": 7e3})
+    file = tmp_path / "dense" / "config.json"
+    config = json.loads(file.read_text())
+    config |= {"rope_theta": 7e3, "rope_scaling": None, "torch_dtype": config.pop("dtype")}
+    del config["rope_parameters"], config["attention_bias"], config["mlp_bias"], config["hidden_act"]
+    file.write_text(json.dumps(config))
+    convert.run({"operation": "upcycle"}, tmp_path / "dense", tmp_path / "moe")
+    assert logits(loaded(tmp_path / "moe")).sub(logits(model)).abs().max() < 1e-5
+
+
 def test_row54_split_checkpoint(tmp_path: Path) -> None:
     model = saved(tmp_path / "dense")
     importance = {layer: torch.rand(48) for layer in range(3)}
@@ -215,6 +226,18 @@ def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
         convert.run(other, tmp_path / "dense", tmp_path / "moe")
 
 
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    saved(tmp_path / "dense")
+
+    def progress(done: int, total: int, _: str) -> None:
+        if done == total:
+            with pytest.raises(convert.ConversionError, match="another process"):
+                convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe")
+
+    convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe", progress)
+    assert not (tmp_path / "moe" / "lock").exists()
+
+
 def test_a_full_disk_is_named_and_the_conversion_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "dense")
     written: list[int] = []
@@ -313,7 +336,7 @@ print(peak() - start, report.num_bytes)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says what the peak was")
 def test_memory_is_that_of_a_tensor(tmp_path: Path) -> None:
     """The source of 31 MB is mapped, and counts where it is read; the result has 190 MB. Beside it there are the tensor
     that is made (3.5 MB), its noise, and their sum."""

@@ -49,6 +49,23 @@ def test_row61_ties_trims_elects_and_averages_what_agrees(weights: list[float] |
     assert float(found["w"].sub(base).eq(0).double().mean()) > 0  # some element was trimmed from all
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_row61_ties_keeps_the_largest_and_the_first_of_equal_ones(dtype: torch.dtype) -> None:
+    base = torch.zeros(9, dtype=dtype)
+    model = {"w": torch.tensor([1, -3, 2, -2, 2, 0, 5, -2, 1e-30], dtype=dtype)}
+    for density, kept in (
+        (0.05, [6]),
+        (0.3, [1, 6]),
+        (0.45, [1, 2, 3, 6]),
+        (0.9, [0, 1, 2, 3, 4, 6, 7, 8]),
+        (1, range(9)),
+    ):
+        found = convert.merge_models([model], "ties", base={"w": base}, density=density)["w"]
+        expected = torch.zeros(9, dtype=dtype)
+        expected[list(kept)] = model["w"][list(kept)]
+        assert torch.equal(found, expected)
+
+
 def test_row61_dare_drops_rescales_and_keeps_the_mean() -> None:
     base, delta = torch.randn(40_000, dtype=torch.float64), torch.randn(40_000, dtype=torch.float64)
     model = {"w": base + delta}
@@ -259,6 +276,23 @@ class TestModels:
         done = convert.from_dense_experts([base, base, base], 2, router_init=1.0)
         with torch.no_grad():
             assert done.model(ids).logits.sub(base(ids).logits).abs().max() < 1e-5
+
+    @pytest.mark.parametrize("attention", ["experts", "shared_kv"])
+    def test_row58_attention_experts_in_a_model(self, models: list[Any], attention: str) -> None:
+        base, ids = models[0], torch.randint(3, 96, (2, 9))
+        done = convert.from_dense_experts([base, base, base], 2, attention=attention)
+        with torch.no_grad():
+            assert done.model(ids).logits.sub(base(ids).logits).abs().max() < 1e-5
+            done = convert.from_dense_experts(models[1:], 2, attention=attention)
+            assert done.model(ids).logits.sub(base(ids).logits).abs().max() > 1e-3
+        assert isinstance(done.model.model.layers[1].self_attn, convert.MixtureOfAttention)
+        assert any("only switchgear" in note for note in done.notes)
+
+    def test_row58_base_as_in_mergekit(self, models: list[Any]) -> None:
+        base, *models = models
+        made = convert.from_dense_experts(models, 2, merge="base", base=base).model
+        name = "model.layers.0.self_attn.q_proj.weight"
+        assert torch.equal(made.get_parameter(name), base.get_parameter(name))
 
     @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
     @pytest.mark.parametrize("method", ["mean", "sum", "topk", "svd"])

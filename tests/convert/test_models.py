@@ -45,9 +45,13 @@ def reloaded(model: Any, path: Path) -> Any:
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 ROPE = {"rope_type": "default", "rope_theta": 7e3}
+LONG = {"rope_type": "llama3", "rope_theta": 7e3, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16}  # fmt: skip
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("llama", {}, {}, "mixtral"),
     ("llama", {"tie_word_embeddings": True, "rope_parameters": ROPE}, {}, "mixtral"),
+    ("llama", {"rope_parameters": LONG}, {}, "mixtral"),
+    ("llama", {"rope_parameters": LONG}, {"layers": [1]}, "qwen2_moe"),
     ("llama", {"head_dim": 16}, {"layers": [0, -1]}, "qwen2_moe"),
     ("mistral", {"sliding_window": 5}, {}, "mixtral"),
     ("mistral", {"sliding_window": 5}, {"layers": [1]}, "qwen2_moe"),
@@ -152,3 +156,63 @@ def test_row53_in_two_bytes(dtype: torch.dtype) -> None:
     assert done.model.dtype is dtype
     expected = logits(model).float()
     assert logits(done.model).float().sub(expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "phi3"])
+def test_row53_other_families_in_place(model_type: str) -> None:
+    """Layers of ours take the place of modules that no MoE family has."""
+    model = dense(model_type, head_dim=8)
+    expected = logits(model)
+    done = convert.upcycle(model, 4, 2, family="switchgear")
+    assert done.model is model
+    assert len(done.layers) == 3
+    assert logits(model).sub(expected).abs().max() < 1e-5
+    other = dense(model_type, head_dim=8)
+    convert.split_dense(other, 4, family="switchgear", layers=[1])
+    assert logits(other).sub(expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "olmoe", "qwen3_moe", "gpt_oss", "qwen2_moe", "granitemoe"])
+def test_row50_blocks_of_other_types(model_type: str) -> None:
+    """One dense network of identical experts and the shared ones, or a reason."""
+    from switchgear.integrations import moe_blocks, tiny_models
+
+    block = next(iter(moe_blocks.moe_blocks(tiny_models.build(model_type)).values()))
+    if model_type in ("gpt_oss", "qwen2_moe"):
+        with pytest.raises(ValueError, match="moe: expected"):
+            convert.to_dense(block.block)
+        return
+    for parameter in block.experts.parameters():
+        parameter.data[1:] = parameter.data[:1].clone()
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        expected = block.experts(x, torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1))
+        if block.shared is not None:
+            expected = expected + block.shared(x)
+        assert convert.to_dense(block.block)(x).sub(expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+
+
+def test_a_module_of_transformers_and_shared_experts_stay() -> None:
+    model = dense("llama")
+    mlp, x = model.model.layers[0].mlp, torch.randn(2, 5, 32)
+    assert convert.upcycle(mlp, 4, 2)(x).sub(mlp(x)).abs().max() < 1e-5
+    expected = logits(model)
+    done = convert.upcycle(model, 4, 2, layers=[0], family="qwen2_moe").model
+    again = convert.upcycle(done, 3, 1, family="switchgear")  # layer 0 has experts, and a shared one, already
+    assert [layer.name for layer in again.layers] == ["model.layers.1.mlp", "model.layers.2.mlp"]
+    assert logits(done).sub(expected).abs().max() < 1e-5
+
+
+def test_row50_models_with_dense_layers_and_refused_ones() -> None:
+    options = {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "mlp_only_layers": [1]}
+    model = dense("qwen3_moe", moe_intermediate_size=48, **options)
+    done = convert.to_dense(model, "topk")
+    assert [layer.name for layer in done.layers] == ["model.layers.0.mlp", "model.layers.2.mlp"]
+    kept = done.model.model.layers[1].mlp.up_proj.weight
+    assert torch.equal(kept, model.model.layers[1].mlp.up_proj.weight)
+    with pytest.raises(ValueError, match="as wide as its dense layers"):
+        convert.to_dense(dense("qwen3_moe", moe_intermediate_size=24, **options))
+    with pytest.raises(ValueError, match="shared experts"):
+        convert.to_dense(dense("qwen2_moe", moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2))
+    with pytest.raises(ValueError, match="MoE model of type"):
+        convert.to_dense(dense("llama"))

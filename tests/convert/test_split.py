@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -156,6 +158,49 @@ def test_row55_importance_is_monotone_under_zeroing() -> None:
         change = ((masked(mlp, x, keep) - mlp(x)) * target).mean().abs()
         assert abs(float(full[neuron]) - float(change.detach())) < 1e-6
     assert mlp.up_proj.weight.grad is None
+
+
+class Blocks(nn.Module):
+    """Returns an object with a loss, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([SharedExperts(H, WIDTH) for _ in range(3)])
+
+    def forward(self, x: Tensor, labels: Tensor) -> SimpleNamespace:
+        for layer in self.layers:
+            x = x + layer(x)
+        return SimpleNamespace(loss=(x * labels).mean())
+
+
+def test_row55_importance_of_all_layers_in_one_pass() -> None:
+    model = Blocks().requires_grad_(False)
+    batches = [{"x": torch.randn(9, H), "labels": torch.randn(9, H)} for _ in range(2)]
+    found = convert.layer_importance(model, batches, layers=[0, -1])
+    assert list(found) == [0, 2]
+    for layer, scores in found.items():
+        one = convert.neuron_importance(model, batches, lambda output: output.loss, mlp=model.layers[layer])
+        assert scores.sub(one).abs().max() < 1e-7
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    moved = convert.split_dense(model, 8, 2, method="gradient", importance=found, layers=[0, 2], shared=8)
+    assert [layer.name for layer in moved.layers] == ["layers.0", "layers.2"]
+
+
+def test_row44_activity_of_neurons() -> None:
+    model, x = Blocks(), torch.randn(9, H)
+    batch = {"x": x, "labels": torch.zeros(9, H)}
+    found = convert.layer_importance(model, [batch, batch], by="activation")[0]
+    gate, up = (part.weight.detach().double() for part in (model.layers[0].gate_proj, model.layers[0].up_proj))
+    expected = (F.silu(x.double() @ gate.T) * (x.double() @ up.T)).abs().mean(0)
+    assert found.sub(expected).abs().max() < 1e-6
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    for options in ({"by": "size"}, {"layers": [3]}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            convert.layer_importance(model, [batch], **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batches"):
+        convert.layer_importance(model, [], by="activation")
+    with pytest.raises(ValueError, match="loss"):
+        convert.layer_importance(nn.Sequential(SharedExperts(H, WIDTH)), [x])
 
 
 def test_row56_contiguous_slices_and_straight_through_gates() -> None:

@@ -5,8 +5,8 @@ To experts:    upcycle, split_dense, distill_layers, from_dense_experts; attenti
 To one model:  to_dense, merge_models
 Checkpoints:   run(recipe, source, target), Recipe, Report; ConversionError, RecipeError, DamagedCheckpoint, DiskFull
 Modules:       MixtureOfAttention, ParallelBlock; Projected, ModuleExperts; SequenceLogits; EqualTopK
-Parts:         FeedForward, feed_forward; Partition, partition, balanced_kmeans, neuron_importance; add_domain_expert,
-               sequence_perplexities, threshold_for, prior_approximate
+Parts:         FeedForward, feed_forward; Partition, partition, balanced_kmeans, neuron_importance, layer_importance;
+               add_domain_expert, sequence_perplexities, threshold_for, prior_approximate
 """
 
 from switchgear.convert.attention import MixtureOfAttention, ParallelBlock, attention_from_experts, attention_to_moe
@@ -17,8 +17,9 @@ from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFu
 from switchgear.convert.experts import ModuleExperts, Projected, add_domain_expert, from_dense_experts
 from switchgear.convert.ffn import FeedForward, feed_forward
 from switchgear.convert.gates import EqualTopK, prior_approximate
+from switchgear.convert.importance import layer_importance, neuron_importance
 from switchgear.convert.layers import Distillation, Distilled, distill_layers, threshold_for
-from switchgear.convert.partitions import Partition, balanced_kmeans, neuron_importance, partition
+from switchgear.convert.partitions import Partition, balanced_kmeans, partition
 from switchgear.convert.perplexity import SequenceLogits, sequence_perplexities
 from switchgear.convert.result import Conversion, Converted
 from switchgear.convert.split import split_dense
@@ -50,6 +51,7 @@ __all__ = [
     "distill_layers",
     "feed_forward",
     "from_dense_experts",
+    "layer_importance",
     "merge_models",
     "neuron_importance",
     "partition",

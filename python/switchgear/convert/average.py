@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module
 from switchgear.reference import check_choice
 
-METHODS = ("average", "ties", "dare")
+METHODS = ("average", "ties", "dare", "base")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Merging:
     def __call__(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """One tensor from those of the models. The trimming and the dropping are per tensor."""
         first = tensors[0] if base is None else base
-        if not first.is_floating_point():
+        if not first.is_floating_point() or self.method == "base":
             return first
         wide = torch.float64 if first.dtype is torch.float64 else torch.float32
         shares = self.weights or (1.0,) * len(tensors)
@@ -89,11 +89,23 @@ class Merging:
 
 
 def _largest(delta: Tensor, density: float) -> Tensor:
-    """The density · n elements of largest magnitude, at least one; the others are zero."""
+    """The density · n elements of largest magnitude, at least one, ties to the lowest index; the others are zero.
+
+    The bits of a magnitude are an integer in the same order, so the smallest one that stays is found by halving: no
+    sorted copy of a large tensor, and no indices.
+    """
     flat = delta.flatten()
     count = max(int(density * flat.numel()), min(flat.numel(), 1))
-    kept = flat.abs().argsort(descending=True, stable=True)[:count]
-    return torch.zeros_like(flat).index_put((kept,), flat[kept]).view_as(delta)
+    if count >= flat.numel():
+        return delta
+    bits = flat.abs().view(torch.int64 if flat.dtype is torch.float64 else torch.int32)
+    low, high = 0, int(bits.max())
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if int((bits >= middle).sum()) >= count else (low, middle - 1)
+    kept = bits > low
+    kept[(bits == low).nonzero().flatten()[: count - int(kept.sum())]] = True
+    return torch.where(kept, flat, torch.zeros_like(flat)).view_as(delta)
 
 
 def merge_models(
@@ -111,7 +123,7 @@ def merge_models(
     "average": Σ w θ. "ties": of each task vector θ - base the `density` largest elements of every tensor stay; the sign
     of their weighted sum is elected, and those that agree are averaged. "dare": each element of a task vector is
     dropped with probability 1 - density, and the rest divided by density; then the weighted sum. The result of both
-    is base + scale · that.
+    is base + scale · that. "base": the base's tensors, as mergekit-moe does outside of experts.
 
     Args:
         models: modules, or state dicts.

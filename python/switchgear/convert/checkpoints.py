@@ -6,6 +6,7 @@ run({"operation": "upcycle", "num_experts": 8, "top_k": 2}, "llama/", "mixtral/"
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,9 +22,19 @@ from torch import Tensor
 from switchgear.convert.average import Merging
 from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFull, RecipeError
 from switchgear.convert.layouts import layout_plan
-from switchgear.convert.plans import Plan
+from switchgear.convert.plans import Item, Plan
 from switchgear.convert.recipes import dense_plan, experts_plan, merge_plan, split_plan, upcycle_plan
-from switchgear.convert.writer import NAMES, Journal, Progress, shards_of, size_of, write_shard, write_text
+from switchgear.convert.writer import (
+    JOURNAL,
+    NAMES,
+    Journal,
+    Progress,
+    named_errors,
+    shards_of,
+    size_of,
+    write_shard,
+    write_text,
+)
 
 Path_ = str | os.PathLike[str]
 CONFIG, INDEX, REPORT = "config.json", "model.safetensors.index.json", "conversion.json"
@@ -212,35 +223,38 @@ def run(
         json.dumps([recipe.as_dict(), [s.identity() for s in sources], torch.__version__], sort_keys=True).encode()
     ).hexdigest()
     shards = shards_of(plan.items, recipe.shard_bytes())
-    total = sum(size_of(item) for item in plan.items)
     journal = Journal.opened(target, identity, resume)
-    done, resumed = 0, []
-    for name in shards:
-        if journal.has(name):
-            resumed.append(name)
-    missing = sum(size_of(item) for name, items in shards.items() if name not in resumed for item in items)
+    try:
+        resumed = tuple(name for name in shards if journal.has(name))
+        _write(journal, shards, resumed, progress or (lambda *_: None))
+        return _finish(journal, recipe, paths[0], target, plan, shards, resumed)
+    finally:
+        journal.close()
+
+
+def _write(journal: Journal, shards: Mapping[str, list[Item]], resumed: Sequence[str], progress: Progress) -> None:
+    """Writes the shards that are not finished."""
+    sizes = {name: sum(map(size_of, items)) for name, items in shards.items()}
+    total, done = sum(sizes.values()), 0
+    missing = total - sum(sizes[name] for name in resumed)
     if (free := shutil.disk_usage(journal.folder).free) < missing:
-        raise DiskFull(28, f"no room for {target}: {missing} bytes are needed, {free} are free")
+        raise DiskFull(errno.ENOSPC, f"no room for {journal.folder}: {missing} bytes are needed, {free} are free")
+
+    def count(size: int, key: str) -> None:
+        nonlocal done
+        done += size
+        progress(done, total, key)
+
     for name, items in shards.items():
         if name in resumed:
-            done += sum(map(size_of, items))
-            if progress is not None:
-                progress(done, total, name)
+            count(sizes[name], name)
             continue
-
-        def count(size: int, key: str) -> None:
-            nonlocal done
-            done += size
-            if progress is not None:
-                progress(done, total, key)
-
         try:
             journal.add(name, write_shard(journal.folder / name, items, count))
-        except ConversionError:
-            raise
-        except (RuntimeError, ValueError) as error:  # safetensors and torch, for files that changed meanwhile
+        except (RuntimeError, ValueError) as error:  # of safetensors and torch, for files that changed meanwhile
+            if isinstance(error, ConversionError):
+                raise
             raise DamagedCheckpoint(f"{name}: {error}") from error
-    return _finish(journal, recipe, paths[0], target, plan, shards, total, tuple(resumed))
 
 
 def plan_of(recipe: Recipe, sources: Sequence[Directory]) -> Plan:
@@ -341,18 +355,20 @@ def _by_layer(name: str, path: Any) -> dict[int, Tensor]:
 
 
 def _finish(
-    journal: Journal, recipe: Recipe, source: Path, target: Path, plan: Plan, shards: Mapping[str, Any], total: int,
+    journal: Journal, recipe: Recipe, source: Path, target: Path, plan: Plan, shards: Mapping[str, list[Item]],
     resumed: tuple[str, ...],
 ) -> Report:  # fmt: skip
     """Writes what is beside the shards, and gives the directory its name."""
     folder = journal.folder
+    total = sum(map(size_of, plan.items))
     for file in folder.iterdir():  # of an earlier run that ended here
-        if file.name not in journal.shards and file.name != "journal.json":
+        if file.name not in journal.shards and file.name != JOURNAL:
             file.unlink()
     for pattern in COPIED:
         for file in source.glob(pattern):
             if file.is_file():
-                shutil.copy2(file, folder / file.name)
+                with named_errors(file):
+                    shutil.copy2(file, folder / file.name)
     if len(shards) > 1:
         weight_map = {item.key: name for name, items in shards.items() for item in items}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -363,6 +379,6 @@ def _finish(
     }  # fmt: skip
     write_text(folder / REPORT, json.dumps(report, indent=2))
     write_text(folder / CONFIG, json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
-    (folder / "journal.json").unlink()
     os.rename(folder, target)
+    (target / JOURNAL).unlink()
     return Report(target, plan.layers, plan.notes, total, report["shards"], resumed)  # type: ignore[arg-type]

@@ -14,11 +14,12 @@ from switchgear.convert.ffn import FeedForward, activation_of, feed_forward
 from switchgear.convert.modules import is_transformers
 from switchgear.experts import Experts
 from switchgear.layers.heterogeneous import HeterogeneousExperts
-from switchgear.layers.shared import SharedExperts
+from switchgear.layers.shared import GatedSharedExperts
 from switchgear.reference import check_choice, check_size
 from switchgear.weights import stored_of
 
 METHODS = ("sum", "mean", "topk", "svd")
+SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 
 
 def to_dense(moe: Any, method: str = "mean", *, weights: Sequence[float] | None = None, rank: int | None = None) -> Any:
@@ -78,10 +79,8 @@ class PlainExperts(NamedTuple):
 def experts_of(moe: Any) -> tuple[list[FeedForward], FeedForward | None]:
     """The networks of the experts of a layer, and of its shared experts. The tensors are those of the layer."""
     experts = getattr(moe, "experts", moe)
-    shared_module = getattr(moe, "shared_experts", None)
-    if any(getattr(moe, name, None) is not None for name in ("shared_expert", "shared_expert_gate", "shared_mlp")) or (
-        shared_module is not None and not isinstance(shared_module, SharedExperts)
-    ):
+    shared_module = next((found for name in SHARED if (found := getattr(moe, name, None)) is not None), None)
+    if isinstance(shared_module, GatedSharedExperts) or getattr(moe, "shared_expert_gate", None) is not None:
         raise ValueError("moe: expected plain shared experts or none, got gated ones, which no dense network contains")
     shared = None if shared_module is None else feed_forward(shared_module, "shared_experts")
     if isinstance(experts, HeterogeneousExperts):
@@ -100,8 +99,30 @@ def experts_of(moe: Any) -> tuple[list[FeedForward], FeedForward | None]:
         if getattr(experts, "is_transposed", False):
             gate_up, down = gate_up.mT, down.mT
         if gate_up.shape[1] == 2 * down.shape[2]:
-            return [_network(gate_up[e], down[e], activation=named) for e in range(len(gate_up))], shared
+            networks = [_network(gate_up[e], down[e], activation=named) for e in range(len(gate_up))]
+            _check_same(experts, networks)
+            return networks, shared
     raise ValueError(f"moe: expected MoE, or a block with experts gate_up_proj and down_proj, got {type(moe).__name__}")
+
+
+@torch.no_grad()
+def _check_same(experts: Any, networks: list[FeedForward]) -> None:
+    """Compares the last network with the module on random rows: layouts and activations differ between models."""
+    last = len(networks) - 1
+    x = torch.randn(4, networks[last].hidden_size, generator=torch.Generator().manual_seed(0)).to(networks[last].up)
+    if not isinstance(experts, nn.Module) or x.is_meta:
+        return
+    ids = torch.full((4, 1), last, device=x.device)
+    try:
+        y: Any = experts(x, ids, torch.ones(4, 1, dtype=x.dtype, device=x.device))
+    except Exception as error:  # another interface
+        raise ValueError(f"moe: expected experts(x, ids, weights), got {type(experts).__name__} ({error})") from error
+    expected = networks[last](x)
+    tolerance = (1e-4 if x.dtype in (torch.float32, torch.float64) else 5e-2) * float(expected.abs().max()) + 1e-30
+    if not isinstance(y, Tensor) or y.shape != expected.shape or float((y - expected).abs().max()) > tolerance:
+        raise ValueError(
+            f"moe: expected experts down(act(gate(x)) · up(x)), got {type(experts).__name__}, which computes another"
+        )
 
 
 def _of_ours(experts: Experts, expert: int) -> FeedForward:

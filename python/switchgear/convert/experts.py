@@ -17,7 +17,7 @@ from switchgear.convert.split import fill, initialize_router
 from switchgear.experts import Experts
 from switchgear.layers.expand import _appended
 from switchgear.modules import MoE
-from switchgear.reference import check_size
+from switchgear.reference import check_choice, check_size
 from switchgear.routing.scores_of_experts import Domain
 from switchgear.weights import stored_of
 
@@ -34,6 +34,7 @@ def from_dense_experts(
     prompts: Sequence[Tensor] | None = None,
     embeddings: Tensor | None = None,
     merge: str = "average",
+    attention: str = "merged",
     base: nn.Module | None = None,
     weights: Sequence[float] | None = None,
     density: float = 0.2,
@@ -56,6 +57,8 @@ def from_dense_experts(
         prompts: input_ids [B,S] of each expert.
         embeddings: [E,D]: a Domain router over these embeddings instead (Nexus; feed-forward modules only).
         merge, base, weights, density, seed: how all other tensors are merged; see merge_models.
+        attention: "merged" like all others; "experts" or "shared_kv": a soft MixtureOfAttention of the models'
+            attention layers (BAM), which only switchgear loads.
         layers, family: see upcycle. options: of MoE, for feed-forward modules.
 
     Raises:
@@ -74,14 +77,15 @@ def from_dense_experts(
         return _layer(models, top_k, shared, router, router_init, embeddings, seed, options)
     if not all(is_transformers(model) for model in models):
         raise TypeError("models: expected Hugging Face models, or feed-forward modules")
+    check_choice("attention", attention, ("merged", "experts", "shared_kv"))
     if shared is not None or embeddings is not None or options:
         name = next(iter(options), "shared" if shared is not None else "embeddings")
         raise ValueError(f"{name}: expected none for Hugging Face models, no family of which expresses it")
     from switchgear.convert.models import collect_models  # imports transformers
 
     return collect_models(
-        models, top_k=top_k, router=router, router_init=router_init, prompts=prompts, base=base, layers=layers,
-        family=family, merge=merge, weights=weights, density=density, seed=seed,
+        models, attention=attention, top_k=top_k, router=router, router_init=router_init, prompts=prompts, base=base,
+        layers=layers, family=family, merge=merge, weights=weights, density=density, seed=seed,
     )  # fmt: skip
 
 

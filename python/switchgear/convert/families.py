@@ -79,7 +79,10 @@ def check_dense(config: Mapping[str, Any]) -> str:
     """The model type of a dense config that can be converted."""
     model_type = config.get("model_type")
     if model_type not in DENSE:
-        raise ValueError(f"model: expected a dense model of type {', '.join(DENSE)}, got {model_type}")
+        raise ValueError(
+            f"model: expected a dense model of type {', '.join(DENSE)}, got {model_type}; family='switchgear' replaces "
+            "the layers of any model in place"
+        )
     if config.get("quantization_config"):
         raise ValueError("model: expected plain weights, got a quantization_config in its config")
     if config.get("mlp_bias"):

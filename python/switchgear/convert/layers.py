@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.convert.ffn import is_feed_forward
-from switchgear.convert.modules import chosen_layers
+from switchgear.convert.modules import chosen_layers, dense_layers
 from switchgear.convert.split import split_dense
 from switchgear.modules import MoE
 from switchgear.reference import check_size
@@ -74,9 +74,7 @@ def distill_layers(
     if is_feed_forward(model):
         chosen = [("", model)]
     else:
-        found = [(name, module) for name, module in model.named_modules() if name and is_feed_forward(module)]
-        if not found:
-            raise ValueError(f"model: expected dense feed-forward modules in {type(model).__name__}, found none")
+        found = dense_layers(model)
         chosen = [found[index] for index in chosen_layers(layers, len(found))]
     inputs = _inputs(model, dict(chosen), batches, tokens)
     made: list[tuple[str, MoE]] = []

@@ -6,12 +6,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
+from switchgear.convert.attention import attention_from_experts
 from switchgear.convert.average import Merging
 from switchgear.convert.families import layers_of
 from switchgear.convert.plans import Plan, StateDict
@@ -61,7 +63,12 @@ def built(model: Any, plan: Plan) -> Conversion:
     made_class = getattr(transformers, plan.config["architectures"][0])
     like: Tensor = next(model.parameters())
     state = {item.key: _fitting(item.make(), item.shape) for item in plan.items}
-    made = made_class.from_pretrained(None, config=config, state_dict=state, dtype=like.dtype)
+    made, info = made_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=like.dtype, output_loading_info=True
+    )
+    tied = set(getattr(made, "all_tied_weights_keys", None) or ())
+    if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]} - tied):
+        raise ValueError(f"model: expected the tensors of {type(made).__name__}, got a difference in {wrong[0]}")
     made = made.to(like.device).train(model.training)
     made.config._name_or_path = model.config._name_or_path
     if getattr(model, "generation_config", None) is not None:
@@ -79,7 +86,7 @@ def _fitting(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 def collect_models(
     models: Sequence[Any], *, top_k: int, router: str | Tensor, router_init: float, prompts: Sequence[Tensor] | None,
     base: Any, layers: str | Sequence[int], family: str | None, merge: str, weights: Sequence[float] | None,
-    density: float, seed: int,
+    density: float, seed: int, attention: str = "merged",
 ) -> Conversion:  # fmt: skip
     """See from_dense_experts."""
     first = models[0] if base is None else base
@@ -92,7 +99,18 @@ def collect_models(
         top_k=top_k, layers=layers, family=family, router=rows, router_init=0.0 if router == "zeros" else router_init,
         merging=merging, seed=seed,
     )  # fmt: skip
-    return built(first, plan)
+    done = built(first, plan)
+    if attention == "merged":
+        return done
+    mixtures = [
+        attention_from_experts([model.model.layers[layer].self_attn for model in models],
+                               shared_kv=attention == "shared_kv", router_init=router_init, seed=seed + layer)
+        for layer in range(len(first.model.layers))
+    ]  # fmt: skip
+    for layer, mixture in zip(done.model.model.layers, mixtures, strict=True):  # type: ignore[union-attr, arg-type]
+        layer.self_attn = mixture.train(done.model.training)
+    note = f"attention: a mixture of {len(models)} layers ({attention}), which only switchgear loads"
+    return replace(done, notes=(*done.notes, note))
 
 
 def router_rows(

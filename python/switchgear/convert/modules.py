@@ -11,22 +11,35 @@ from torch import nn
 from switchgear.convert.ffn import feed_forward, is_feed_forward
 from switchgear.convert.result import Conversion, Converted
 
+OURS = "switchgear"  # the family of models with layers of ours
+
 
 def replaced(model: nn.Module, layers: str | Sequence[int], make: Any) -> Conversion:
     """The model with its dense feed-forward modules `layers` replaced by make(weights, index): all or none."""
-    found = [(name, module) for name, module in model.named_modules() if name and is_feed_forward(module)]
-    if not found:
-        raise ValueError(f"model: expected dense feed-forward modules in {type(model).__name__}, found none")
+    found = dense_layers(model)
     chosen = chosen_layers(layers, len(found))
     done, modules = [], []
     for index in chosen:
         name, module = found[index]
         made = make(feed_forward(module, name), index)
         modules.append((name, made.train(module.training)))
-        done.append(Converted(name, type(module).__name__, made.experts.num_experts, made.extra_repr() or "MoE"))
+        done.append(Converted(name, type(module).__name__, made.experts.num_experts, made.gate.extra_repr()))
     for name, made in modules:  # all are made
         model.set_submodule(name, made)
     return Conversion(model, tuple(done))
+
+
+def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The dense feed-forward modules inside a model, without the shared experts of its MoE layers."""
+    found, inside = [], set()
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "experts", None), nn.Module):  # an MoE layer, ours or of transformers
+            inside |= set(module.modules())
+        if name and module not in inside and is_feed_forward(module):
+            found.append((name, module))
+    if not found:
+        raise ValueError(f"model: expected dense feed-forward modules in {type(model).__name__}, found none")
+    return found
 
 
 def chosen_layers(layers: str | Sequence[int], count: int) -> list[int]:

@@ -5,12 +5,10 @@ of down; the network is the sum of its neurons, so any partition is exact."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from switchgear import ops
 from switchgear.convert.ffn import FeedForward
@@ -107,45 +105,6 @@ def balanced_kmeans(rows: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
         sums = torch.zeros_like(centers).index_add_(0, ids, rows)
         centers = sums / torch.bincount(ids, minlength=num_clusters)[:, None]
     return best_ids
-
-
-def neuron_importance(
-    module: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], *, mlp: nn.Module | None = None
-) -> Tensor:
-    """[I] float32: the first-order change of the loss if a neuron is removed, |Σ w · ∂loss/∂w| over its column of the
-    down projection, summed over batches (LLaMA-MoE v2, arXiv:2411.15708).
-
-    Args:
-        module: computes the loss: loss(module(batch)); a mapping is passed as keywords.
-        mlp: the feed-forward module inside it; by default `module` itself.
-
-    Gradients of other parameters are left as they are.
-    """
-    down = _down(module if mlp is None else mlp)
-    total: Tensor | None = None
-    was = down.requires_grad
-    down.requires_grad_(True)
-    try:
-        for batch in batches:
-            with torch.enable_grad():
-                value = loss(module(**batch) if isinstance(batch, dict) else module(batch))
-                (grad,) = torch.autograd.grad(value, [down])
-            change = (down.detach().float() * grad.float()).sum(0).abs()
-            total = change if total is None else total + change
-    finally:
-        down.requires_grad_(was)
-    if total is None:
-        raise ValueError("batches: expected at least one, got none")
-    return total
-
-
-def _down(mlp: nn.Module) -> nn.Parameter:
-    for name in ("down_proj", "w2", "fc2", "c_proj", "fc_out", "dense_4h_to_h"):
-        linear = getattr(mlp, name, None)
-        if isinstance(linear, nn.Linear):
-            weight: nn.Parameter = linear.weight  # type: ignore[assignment]
-            return weight
-    raise ValueError(f"mlp: expected a dense feed-forward module, got {type(mlp).__name__}")
 
 
 def _num_shared(shared: int | float, num_experts: int, width: int) -> int:

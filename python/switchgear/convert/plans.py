@@ -196,12 +196,13 @@ class Once(Generic[T]):
         self._made: T | None = None
 
     def __call__(self) -> T:
-        if self._made is None:
+        made = self._made
+        if made is None:
             while Once._last:
                 Once._last.pop()._made = None
-            self._made = self._make()
+            self._made = made = self._make()
             Once._last.append(self)
-        return self._made
+        return made
 
 
 def _slice(

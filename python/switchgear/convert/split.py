@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
 from switchgear.convert.gates import EqualTopK
-from switchgear.convert.modules import is_transformers, replaced
+from switchgear.convert.modules import OURS, is_transformers, replaced
 from switchgear.convert.partitions import Partition, partition
 from switchgear.experts import Experts
 from switchgear.layers.heterogeneous import HeterogeneousExperts
@@ -80,11 +80,11 @@ def split_dense(
     check_choice("weights", weights, ("equal", "softmax"))
     how: dict[str, Any] = {"shared": shared, "keep": keep, "rescale": rescale, "router_init": router_init, "seed": seed}
     if isinstance(mlp, nn.Module) and not is_feed_forward(mlp):
-        if is_transformers(mlp):
+        if is_transformers(mlp) and family != OURS:
             return _split_transformers(
                 mlp, num_experts, top_k, method, layers, family, importance, weights, how, options
             )
-        if family is not None:
+        if family not in (None, OURS):
             raise ValueError(f"family: expected None for a {type(mlp).__name__}, which is no model of transformers")
         found = importance if isinstance(importance, Mapping) else {}
 

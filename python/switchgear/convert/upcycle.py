@@ -11,7 +11,7 @@ from torch import nn
 
 from switchgear.complaints import check_module
 from switchgear.convert.ffn import FeedForward, feed_forward, is_feed_forward
-from switchgear.convert.modules import is_transformers, replaced
+from switchgear.convert.modules import OURS, is_transformers, replaced
 from switchgear.convert.split import fill, initialize_router
 from switchgear.modules import MoE
 from switchgear.reference import check_finite, check_size
@@ -48,7 +48,8 @@ def upcycle(
         noise: standard deviation of normal noise on each expert's weights; 0 for exact copies.
         seed: of the router and of the noise.
         family: model type of a Hugging Face result: "mixtral", "qwen2_moe" or "qwen3_moe". By default Mixtral for Llama
-            and Mistral, Qwen2-MoE for Qwen2 (and for chosen layers of Llama), Qwen3-MoE for Qwen3.
+            and Mistral, Qwen2-MoE for Qwen2 (and for chosen layers of Llama), Qwen3-MoE for Qwen3. "switchgear"
+            replaces the feed-forward modules of any model in place, by layers that only switchgear loads.
         options: of MoE, such as balance=[SwitchLoss(1e-2)] or capacity; none for Hugging Face models.
 
     Raises:
@@ -75,7 +76,7 @@ def upcycle(
     check_module("mlp", mlp)
     if is_feed_forward(mlp):
         return _layer(feed_forward(mlp), normalize=normalize, **made, **options)
-    if is_transformers(mlp):
+    if is_transformers(mlp) and family != OURS:
         from switchgear.convert.models import upcycle_model  # imports transformers
 
         if options or not normalize:
@@ -83,7 +84,7 @@ def upcycle(
                 f"{next(iter(options), 'normalize')}: expected none for a Hugging Face model, whose family decides it"
             )
         return upcycle_model(mlp, layers=layers, family=family, **made)
-    if family is not None:
+    if family not in (None, OURS):
         raise ValueError(f"family: expected None for a {type(mlp).__name__}, which is no model of transformers")
     return replaced(mlp, layers, lambda dense, index: _layer(
         dense, normalize=normalize, **{**made, "seed": seed + index}, **options

@@ -17,6 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where directories are not locked
+    fcntl = None  # type: ignore[assignment]
+
 from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFull
 from switchgear.convert.plans import Item
 
@@ -26,7 +31,7 @@ DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 NAMES = {name: dtype for dtype, name in DTYPES.items()}
-JOURNAL, SUFFIX = "journal.json", ".partial"
+JOURNAL, LOCK, SUFFIX = "journal.json", "lock", ".partial"
 Progress = Callable[[int, int, str], None]
 
 
@@ -79,8 +84,21 @@ class Journal:
         elif folder.exists() and any(folder.iterdir()):
             raise ConversionError(f"target: expected no {folder}, got a directory that is no unfinished conversion")
         folder.mkdir(parents=True, exist_ok=True)
+        journal._lock()
         journal._save()
         return journal
+
+    def _lock(self) -> None:
+        """Until this object is gone, no other process writes here."""
+        self._locked = open(self.folder / LOCK, "w")  # noqa: SIM115
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConversionError(f"target: another process is writing {self.folder}") from error
+
+    def close(self) -> None:
+        self._locked.close()
 
     def has(self, name: str) -> bool:
         """Whether a shard is finished, and its file has the bytes that were written."""
@@ -106,7 +124,7 @@ def write_shard(path: Path, items: Sequence[Item], progress: Callable[[int, str]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, unfinished = hashlib.sha256(), path.with_name(path.name + ".unfinished")
-    with _named_errors(path), open(unfinished, "wb") as file:
+    with named_errors(path), open(unfinished, "wb") as file:
         try:
             for part in (len(text).to_bytes(8, "little"), text):
                 file.write(part)
@@ -142,7 +160,7 @@ def _bytes(item: Item) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
-    with _named_errors(path):
+    with named_errors(path):
         with open(unfinished, "w") as file:
             file.write(text)
             file.flush()
@@ -159,7 +177,7 @@ def checksum(path: Path) -> str:
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

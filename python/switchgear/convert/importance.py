@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How much each neuron of a dense feed-forward network matters, for splits and domain masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.complaints import check_module
+from switchgear.convert.ffn import is_feed_forward
+from switchgear.convert.modules import chosen_layers, dense_layers
+from switchgear.reference import check_choice
+
+DOWN = ("down_proj", "w2", "fc2", "c_proj", "fc_out", "dense_4h_to_h")
+
+
+def neuron_importance(
+    module: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], *, mlp: nn.Module | None = None
+) -> Tensor:
+    """[I] float32: the first-order change of the loss if a neuron is removed, |Σ w · ∂loss/∂w| over its column of the
+    down projection, summed over batches (LLaMA-MoE v2, arXiv:2411.15708).
+
+    Args:
+        module: computes the loss: loss(module(batch)); a mapping is passed as keywords.
+        mlp: the feed-forward module inside it; by default `module` itself.
+
+    Gradients of parameters are left as they are.
+    """
+    (total,) = _gradients(module, batches, loss, [_down(module if mlp is None else mlp)])
+    return total
+
+
+def layer_importance(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[Any], Tensor] | None = None,
+    *,
+    by: str = "gradient",
+    layers: str | Sequence[int] = "all",
+) -> dict[int, Tensor]:
+    """The importance [I] float32 of the neurons of each dense feed-forward layer of a model, in one pass over batches:
+    split_dense(model, 8, 2, method="gradient", importance=…). For domain masks, stack those of each domain.
+
+        scores = [layer_importance(llama, texts, by="activation") for texts in domains]
+        masks = {layer: torch.stack([score[layer] for score in scores]) for layer in scores[0]}
+
+    Args:
+        batches: passed to the model; a mapping as keywords.
+        loss: of the model's output; by default its attribute `loss`. Not used for activations.
+        by: "gradient", see neuron_importance; "activation": the mean |activation| of the neuron.
+        layers: indices of feed-forward layers; the keys of the result.
+
+    Raises:
+        ValueError: the model has no dense feed-forward layers, or there are no batches.
+    """
+    check_module("model", model)
+    check_choice("by", by, ("gradient", "activation"))
+    found = dense_layers(model)
+    chosen = chosen_layers(layers, len(found))
+    downs = [_down(found[layer][1]) for layer in chosen]
+    if by == "activation":
+        totals = _activations(model, batches, downs)
+    else:
+        totals = _gradients(model, batches, _loss_of if loss is None else loss, downs)
+    return dict(zip(chosen, totals, strict=True))
+
+
+def _gradients(
+    module: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], downs: list[nn.Linear]
+) -> list[Tensor]:
+    weights = [down.weight for down in downs]
+    totals: list[Tensor] | None = None
+    with ExitStack() as stack:
+        for weight in weights:
+            stack.callback(weight.requires_grad_, weight.requires_grad)
+            weight.requires_grad_(True)
+        for batch in batches:
+            with torch.enable_grad():
+                grads = torch.autograd.grad(loss(_called(module, batch)), weights)
+            changes = [(w.detach().float() * g.float()).sum(0).abs() for w, g in zip(weights, grads, strict=True)]
+            totals = changes if totals is None else [a + b for a, b in zip(totals, changes, strict=True)]
+    return _some(totals)
+
+
+@torch.no_grad()
+def _activations(model: nn.Module, batches: Iterable[Any], downs: list[nn.Linear]) -> list[Tensor]:
+    sums = [torch.zeros(down.in_features, device=down.weight.device) for down in downs]
+    counts = [0] * len(downs)
+    with ExitStack() as stack:
+        for index, down in enumerate(downs):
+
+            def add(_: Any, inputs: tuple[Tensor, ...], index: int = index) -> None:
+                rows = inputs[0].detach().flatten(0, -2)
+                sums[index] += rows.float().abs().sum(0)
+                counts[index] += len(rows)
+
+            stack.callback(down.register_forward_pre_hook(add).remove)
+        for batch in batches:
+            _called(model, batch)
+    return _some([total / count for total, count in zip(sums, counts, strict=True)] if all(counts) else None)
+
+
+def _some(totals: list[Tensor] | None) -> list[Tensor]:
+    if totals is None:
+        raise ValueError("batches: expected at least one, got none")
+    return totals
+
+
+def _called(module: nn.Module, batch: Any) -> Any:
+    return module(**batch) if isinstance(batch, dict) else module(batch)
+
+
+def _loss_of(output: Any) -> Tensor:
+    found = getattr(output, "loss", None)
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            "loss: expected a function, or batches with labels, for which the model returns a loss; got none"
+        )
+    return found
+
+
+def _down(mlp: nn.Module) -> nn.Linear:
+    linear = next((part for name in DOWN if isinstance(part := getattr(mlp, name, None), nn.Linear)), None)
+    if linear is None or not is_feed_forward(mlp):
+        raise ValueError(f"mlp: expected a dense feed-forward module, got {type(mlp).__name__}")
+    return linear
