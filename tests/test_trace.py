@@ -242,3 +242,142 @@ def test_files_of_others(tmp_path: Path) -> None:
             RoutingTrace.load(tmp_path / "bad")
     with pytest.raises(FileNotFoundError):
         RoutingTrace.load(tmp_path / "none")
+
+
+# ---- what else a trace records ---------------------------------------------------------------------------------------
+
+ALL = ("counts", "weights", "entropy", "probabilities", "norms", "inputs", "coactivation")
+
+
+def check_everything(layer: Any, x: Tensor, logits: Tensor, ids: Tensor, weights: Tensor, outputs: Tensor) -> None:
+    """All sums of a layer against loops over tokens x [T,H], without padding; outputs [T,K,H] of their experts."""
+    num_experts = layer.num_experts
+    together = torch.zeros(num_experts, num_experts, dtype=torch.int64)
+    norms, mass = torch.zeros(num_experts, dtype=torch.float64), torch.zeros(num_experts, dtype=torch.float64)
+    for row, row_weights, row_outputs in zip(ids.tolist(), weights.tolist(), outputs, strict=True):
+        for a, weight, output in zip(row, row_weights, row_outputs, strict=True):
+            mass[a] += weight
+            norms[a] += float(output.double().square().sum().sqrt())
+            for b in row:
+                together[a, b] += 1
+    assert torch.equal(layer.coactivation, together)
+    assert torch.equal(layer.tokens_per_expert, together.diagonal())
+    torch.testing.assert_close(layer.weight_per_expert, mass)
+    torch.testing.assert_close(layer.norm_per_expert, norms, rtol=1e-5, atol=0)
+    p = logits.double().softmax(-1)
+    torch.testing.assert_close(layer.probability_per_expert, p.sum(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(float(layer.entropy), float(torch.special.entr(p).sum()), rtol=1e-5, atol=0)
+    assert (layer.num_tokens, len(layer.sample.inputs)) == (len(x), min(len(x), layer.sample.size))
+    for kept, kept_ids in zip(layer.sample.inputs, layer.sample.topk_ids, strict=True):
+        (same,) = (x == kept).all(1).nonzero().flatten().tolist()
+        assert torch.equal(kept_ids.long(), ids[same].long())
+
+
+def loop_outputs(experts: Any, x: Tensor, ids: Tensor) -> Tensor:
+    """[T,K,H]: experts with silu gates, from their weights."""
+    rows = []
+    for token, row in zip(x, ids.tolist(), strict=True):
+        h = [experts.gate_up_proj[e] @ token for e in row]
+        rows.append(torch.stack([
+            experts.down_proj[e] @ (nn.functional.silu(one.chunk(2)[0]) * one.chunk(2)[1])
+            for e, one in zip(row, h, strict=True)
+        ]))  # fmt: skip
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def test_everything_of_our_layer() -> None:
+    moe, seen = MoE(H, 12, E, K), []
+    moe.gate.register_forward_hook(lambda module, args, routing: seen.append(routing))
+    calls = [torch.randn(40, H) for _ in range(3)]
+    with RoutingTrace(moe, record=ALL, tokens=25) as trace:
+        for x in calls:
+            moe(x)
+    logits, ids, weights = (
+        torch.cat([getattr(r, name) for r in seen]) for name in ("router_logits", "topk_ids", "topk_weights")
+    )
+    x = torch.cat(calls)
+    check_everything(trace.layers["gate"], x, logits, ids, weights, loop_outputs(moe.experts, x, ids))
+
+
+@pytest.mark.parametrize("how", ["eager", "switchgear"])
+@torch.no_grad()
+def test_everything_of_a_hugging_face_layer(how: str) -> None:
+    tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    model = tiny.build("mixtral")
+    model.config._experts_implementation = how
+    gate, experts = model.model.layers[1].mlp.gate, model.model.layers[1].mlp.experts
+    seen: list[tuple[Any, ...]] = []
+    gate.register_forward_hook(lambda module, args, output: seen.append((args[0].reshape(-1, 64), *output)))
+    ids = torch.randint(3, 250, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[2, :1] = 0, 0
+    with RoutingTrace(model, record=ALL, tokens=100) as trace:
+        for _ in range(2):
+            model(input_ids=ids.roll(len(seen), 1), attention_mask=mask)
+    rows = mask.flatten().bool()
+    x, logits, weights, chosen = (torch.cat([call[i][rows] for call in seen[:2]]) for i in range(4))
+    outputs = loop_outputs(experts, x, chosen)
+    check_everything(trace.layers["model.layers.1.mlp.experts"], x, logits, chosen, weights, outputs)
+
+
+def test_all_that_is_recorded_is_saved(tmp_path: Path) -> None:
+    model = Model()
+    with RoutingTrace(model, record=ALL) as trace:
+        model(batches()[0])
+    trace.save(tmp_path / "trace.pt")
+    loaded = RoutingTrace.load(tmp_path / "trace.pt")
+    for name, layer in trace.layers.items():
+        again = loaded.layers[name]
+        assert again.record == layer.record
+        for attribute in ("probability_per_expert", "norm_per_expert", "coactivation", "entropy"):
+            assert torch.equal(getattr(again, attribute), getattr(layer, attribute))
+        assert torch.equal(again.sample.inputs, layer.sample.inputs)
+    with RoutingTrace(model, record=("counts",)) as trace:
+        model(batches()[0])
+    assert trace.layers["first.gate"].weight_per_expert is None
+    assert math.isnan(trace.summary()[0].router_entropy)
+    trace.save(tmp_path / "trace.pt")
+    assert RoutingTrace.load(tmp_path / "trace.pt").layers["first.gate"].record == ("counts",)
+
+
+def test_files_of_earlier_versions_load(tmp_path: Path) -> None:
+    layer = {
+        "tokens_per_expert": torch.tensor([3, 1]), "weight_per_expert": torch.tensor([1.5, 0.5]).double(),
+        "entropy": torch.tensor(0.25).double(), "max_violation": torch.tensor(0.5).double(),
+        "num_dropped": torch.tensor(0), "pairs": torch.tensor([1]), "counts": torch.tensor([4]), "sizes": [4, 1],
+    }  # fmt: skip
+    torch.save({"format": 1, "by_token_id": True, "layers": {"gate": layer}}, tmp_path / "old.pt")
+    loaded = RoutingTrace.load(tmp_path / "old.pt").layers["gate"]
+    assert (loaded.num_tokens, loaded.num_calls, float(loaded.entropy)) == (4, 1, 0.25)
+    assert loaded.tokens_by_id()[0].tolist() == [0, 4]
+
+
+def test_memory_is_bounded() -> None:
+    layer = switchgear.trace.LayerTrace(E, record=ALL, tokens=50)
+    for _ in range(200):
+        layer.add(torch.randint(E, (30, K)), torch.rand(30, K), x=torch.randn(30, H), outputs=torch.randn(30, K, H))
+    assert len(layer.loads._waiting) < 64
+    assert layer.sample is not None
+    assert layer.sample.inputs.shape == (50, H)
+    assert int(layer.tokens_per_expert.sum()) == 200 * 30 * K
+
+
+def test_a_sample_is_uniform() -> None:
+    """Each of 40 tokens stays with probability 1/4: in 400 recordings 100 times, with a spread of 8.7."""
+    counts = torch.zeros(40)
+    for seed in range(400):
+        sample = switchgear.trace.sample.TokenSample(10)
+        sample._generator.manual_seed(seed)
+        for part in torch.arange(40.0)[:, None].split(7):
+            sample.add(part, torch.zeros(len(part), 1, dtype=torch.int32), torch.ones(len(part), 1))
+        counts[sample.inputs.flatten().long()] += 1
+    assert counts.sum() == 4000
+    assert (counts - 100).abs().max() < 5 * 8.7
+
+
+def test_what_cannot_be_recorded() -> None:
+    with pytest.raises(ValueError, match=r"record: expected some of counts, .*got colours"):
+        RoutingTrace(Model(), record=("colours",))
+    with pytest.raises(ValueError, match="norms, got none for"):
+        RoutingTrace(switchgear.Router(H, E, K), record=("norms",))

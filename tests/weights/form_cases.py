@@ -69,7 +69,7 @@ FORM_CASES = (
     FormCase(Nf4(), ALL, 0.3),
     FormCase(Groups(bits=4, group_size=32), ALL, 0.2),
     FormCase(Groups(bits=3, group_size=64, symmetric=False), ALL, 0.45),
-    FormCase(Groups(bits=(1, 2, 3, 4, 3), group_size=32), ALL, 1.2),
+    FormCase(Groups(bits=1, group_size=32), ALL, 1.2),
 )
 forms = pytest.mark.parametrize("case", FORM_CASES, ids=str)
 exact_forms = pytest.mark.parametrize("case", [case for case in FORM_CASES if case.is_exact], ids=str)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.integrations.moe_blocks import MoeBlock
+from switchgear.integrations.routers import Given, InManner, Manner, is_looked_up
+from switchgear.routing.context import Context, Select
 
 
 class Choice(NamedTuple):
@@ -28,24 +30,26 @@ class Choice(NamedTuple):
     router_logits: Tensor | None  # [T, classes of the router]
 
 
-Edit = Callable[[Choice], Choice]
+Wrapper = Callable[[Select], Select]
 Watch = Callable[[Choice], None]
 
 
 @contextmanager
-def edited(block: MoeBlock, edit: Edit) -> Iterator[None]:
-    """Inside the `with` block, the experts get `edit(choice)`. Later edits see the result of earlier ones."""
+def overridden(block: MoeBlock, manner: Manner, wrapper: Wrapper) -> Iterator[None]:
+    """Inside the `with` block, `wrapper` of the router's selection selects, and the experts get that. As in
+    Router.overrides, the last wrapper is the outermost."""
     with _tapped(block) as tap:
-        tap.edits.append(edit)
+        tap.manner = manner
+        tap.overrides.append(wrapper)
         try:
             yield
         finally:
-            _remove(tap.edits, edit)
+            _remove(tap.overrides, wrapper)
 
 
 @contextmanager
 def watched(block: MoeBlock, watch: Watch) -> Iterator[None]:
-    """Inside the `with` block, `watch` sees each choice after all edits."""
+    """Inside the `with` block, `watch` sees each choice after all overrides."""
     with _tapped(block) as tap:
         tap.watches.append(watch)
         try:
@@ -55,22 +59,38 @@ def watched(block: MoeBlock, watch: Watch) -> Iterator[None]:
 
 
 class _Tap:
-    """The hooks of a block, as long as somebody edits or watches."""
+    """The hooks of a block, as long as somebody overrides or watches."""
 
     def __init__(self, block: MoeBlock) -> None:
-        self.users = 0
-        self.edits: list[Edit] = []
+        self.block, self.users = block, 0
+        self.manner: Manner | None = None
+        self.overrides: list[Wrapper] = []
         self.watches: list[Watch] = []
         self.logits: Tensor | None = None
         self.place = place_of(block)
         self.handles = self.place.attach(block, self)
 
     def pass_by(self, choice: Choice) -> Choice:
-        for edit in self.edits:
-            choice = edit(choice)
+        if self.overrides:
+            choice = self._anew(choice)
         for watch in self.watches:
             watch(choice)
         return choice
+
+    def _anew(self, choice: Choice) -> Choice:
+        logits = choice.router_logits
+        assert self.manner is not None
+        manner: Manner = self.manner
+        if logits is None:
+            raise ValueError(f"{self.block.name or 'model'}: expected a router that ran before the experts, got none")
+        if is_looked_up(self.block):
+            manner = Given(manner, choice.topk_ids)
+        select: Select = InManner(manner, choice.topk_ids.shape[1])
+        for wrapper in self.overrides:
+            select = wrapper(select)
+        routing = select(logits, Context(training=self.block.block.training), None)
+        weights = routing.topk_weights.to(choice.topk_weights.dtype)
+        return choice._replace(topk_ids=routing.topk_ids.long(), topk_weights=weights)
 
 
 _taps: WeakKeyDictionary[nn.Module, _Tap] = WeakKeyDictionary()  # by module of experts
@@ -105,7 +125,9 @@ class AtExperts:
 
     def read(self, block: MoeBlock, x: Tensor, ids: Tensor, weights: Tensor, logits: Tensor | None) -> Choice:
         ids = ids.reshape(-1, ids.shape[-1])
-        classes = block.num_experts if logits is None else max(block.num_experts, logits.shape[-1])
+        classes = block.num_experts
+        if logits is not None and not _is_decorated(block):
+            classes = max(classes, logits.shape[-1])  # LongCat: identities
         ids = torch.where((ids < 0) | (ids >= classes), -1, ids)  # sentinels of expert parallelism
         return Choice(x.reshape(-1, x.shape[-1]), ids, weights.reshape(ids.shape), logits)
 
@@ -113,8 +135,9 @@ class AtExperts:
         """ids and weights as transformers' own loops take them: they skip the id E if they have the decorator, and know
         no empty slot otherwise."""
         empty = choice.topk_ids < 0
-        decorated = hasattr(block.experts, "_apply_gate")
-        ids = torch.where(empty, block.num_experts if decorated else 0, choice.topk_ids)
+        if _is_decorated(block):
+            empty = empty | (choice.topk_ids >= block.num_experts)  # Zaya: the class of skipped tokens
+        ids = torch.where(empty, block.num_experts if _is_decorated(block) else 0, choice.topk_ids)
         return ids.long(), choice.topk_weights.masked_fill(empty, 0)
 
     def attach(self, block: MoeBlock, tap: _Tap) -> list[Any]:
@@ -125,7 +148,7 @@ class AtExperts:
             names = ("hidden_states", "top_k_index", "top_k_weights")
             given = dict(zip(names, args, strict=False)) | kwargs
             logits, tap.logits = tap.logits, None
-            seen = self.read(block, *(given[name] for name in names), logits)
+            seen = self.read(block, given[names[0]], given[names[1]], given[names[2]], logits)
             choice = tap.pass_by(seen)
             if choice is seen:
                 return None
@@ -139,6 +162,10 @@ class AtExperts:
         return handles
 
 
+def _is_decorated(block: MoeBlock) -> bool:
+    return hasattr(block.experts, "_apply_gate")
+
+
 class _Zaya(AtExperts):
     """Tokens that skip the experts come as expert 0 with the weight 0."""
 
@@ -149,9 +176,7 @@ class _Zaya(AtExperts):
 
 class _Nllb(AtExperts):
     """(hidden_states, router_mask [T,C], router_probs [T,C]): the mask's values are used as ids of experts; see
-    undecorated.py. They are seen as they run, and cannot be changed."""
-
-    can_edit = False
+    undecorated.py. They are seen as they run, and cannot be overridden."""
 
     def attach(self, block: MoeBlock, tap: _Tap) -> list[Any]:
         def keep_logits(gate: nn.Module, args: Any, output: Any) -> None:
@@ -216,7 +241,7 @@ class _JetMoe(AtRouter):
 
     def write(self, block: MoeBlock, choice: Choice, output: Any) -> Any:
         empty = choice.topk_ids < 0
-        experts, order = choice.topk_ids.clamp(min=0).long().flatten().sort(0, stable=True)
+        experts, order = choice.topk_ids.clamp(min=0).long().flatten().sort(stable=True, dim=0)
         gates = choice.topk_weights.masked_fill(empty, 0).to(output[2].dtype).flatten()[order]
         tokens = order.div(choice.topk_ids.shape[1], rounding_mode="trunc")
         return order, tokens, gates, torch.bincount(experts, minlength=block.num_experts).tolist(), output[4]
@@ -234,10 +259,17 @@ class _Switch(AtRouter):
     def write(self, block: MoeBlock, choice: Choice, output: Any) -> Any:
         mask, weights, logits = output
         ids = choice.topk_ids.long()
+        if ids.shape[1] != 1:
+            raise ValueError(f"{block.name}: expected a selection of one expert per token, got {ids.shape[1]}")
         changed = torch.zeros_like(mask.reshape(-1, mask.shape[-1]))
-        changed = changed.scatter(1, ids.clamp(min=0), (ids >= 0).to(mask.dtype))
-        return changed.view_as(mask), choice.topk_weights.reshape(weights.shape).to(weights.dtype), logits
+        changed = changed.scatter(1, ids.clamp(min=0), (ids >= 0).to(mask.dtype)).view_as(mask)
+        gate: Any = block.gate
+        changed = changed * (changed.cumsum(-2) <= gate.expert_capacity)  # as the router does
+        return changed, choice.topk_weights.reshape(weights.shape).to(weights.dtype), logits
 
+
+# Routers that return probabilities in place of logits.
+_PROBABILITIES = ("DiffusionGemmaTextRouter", "Gemma4TextRouter")
 
 Place = AtExperts | AtRouter
 _PLACES: dict[str, Place] = {
@@ -253,9 +285,22 @@ def place_of(block: MoeBlock) -> Place:
     return _PLACES.get(type(block.block).__name__, AtExperts())
 
 
-def can_edit(block: MoeBlock) -> bool:
-    """Whether the block's choices can be changed."""
-    return getattr(place_of(block), "can_edit", True)
+def routed(block: MoeBlock, x: Tensor, output: Any) -> Choice | None:
+    """The choice in the output of the router for x [T,H]; None if the output does not say."""
+    place = place_of(block)
+    if isinstance(place, _Nllb):
+        return None
+    if isinstance(place, AtRouter):
+        return place.read(block, x, output)
+    logits = logits_of(block, output)
+    anew = getattr(block.block, "route_tokens_to_experts", None)
+    if isinstance(output, Tensor) and anew is not None:  # DBRX: the block chooses
+        weights, ids = anew(logits)
+    elif isinstance(output, (tuple, list)) and len(output) >= 3:
+        weights, ids = output[1], output[2]
+    else:
+        return None
+    return place.read(block, x, ids, weights, logits)
 
 
 def logits_of(block: MoeBlock, output: Any) -> Tensor | None:
@@ -264,4 +309,9 @@ def logits_of(block: MoeBlock, output: Any) -> Tensor | None:
         return output.reshape(-1, output.shape[-1])
     index = 2 if isinstance(place_of(block), _Nllb) else 0
     logits = output[index] if isinstance(output, (tuple, list)) and len(output) > index else None
-    return logits.reshape(-1, logits.shape[-1]) if isinstance(logits, Tensor) else None
+    if not isinstance(logits, Tensor):
+        return None
+    logits = logits.reshape(-1, logits.shape[-1])
+    if type(block.gate).__name__ in _PROBABILITIES:
+        return logits.clamp(min=torch.finfo(logits.dtype).tiny).log()  # logits up to a constant per token
+    return logits

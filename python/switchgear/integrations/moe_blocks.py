@@ -74,15 +74,16 @@ class MoeBlock:
                 return weight
         return None
 
-    def selection_bias(self) -> Tensor | None:
-        """What is added to the scores for the choice only, a value per class, such as e_score_correction_bias."""
+    def selection_bias(self, flat: bool = True) -> Tensor | None:
+        """What is added to the scores for the choice only, a value per class, such as e_score_correction_bias. [C], or
+        the tensor of the module itself if not flat."""
         for owner in (self.gate, self.block):
             for name in _BIASES:
                 bias: Any = owner
                 for part in name.split("."):
                     bias = getattr(bias, part, None)
                 if isinstance(bias, Tensor):
-                    return bias if bias.dim() == 1 else bias.reshape(-1)
+                    return bias.reshape(-1) if flat and bias.dim() > 1 else bias
         return None
 
     def groups(self) -> tuple[int, int] | None:

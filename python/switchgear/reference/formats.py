@@ -8,14 +8,14 @@ A weight [E,N,C] is passed to the ops as tensors and a form, a few integers:
                   the index of the format in FORMATS; N and C; equal parts of the rows that are stored separately;
                   columns that share a scale (0: all); and the tensors after the data, one bit each in order of FIELDS
 
-`slots` [E] int32 locates the experts: expert e is at index slots[e] of the first dimension of all other tensors. In groups,
-`records` has this dimension instead of the data.
+`slots` [E] int32 locates the experts: expert e is at index slots[e] of the first dimension of all other tensors. In
+groups, `records` has this dimension instead of the data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class Stored(NamedTuple):
     slots: Tensor | None
 
     @property
-    def count(self) -> int:
+    def num_stored(self) -> int:
         """The number of stored experts."""
         return len(self.data if self.records is None else self.records)
 
@@ -128,7 +128,7 @@ def check_weight(
         wanted = ", ".join("any" if size is None else str(size) for size in sizes[1:])
         raise ValueError(f"{name}: expected matrices [{wanted}], got [{stored.rows}, {stored.cols}] in {stored.format}")
     _check_storage(name, stored, dtype)
-    count = stored.count
+    count = stored.num_stored
     if stored.slots is not None:
         check(f"{name}_slots", stored.slots, (experts,), torch.int32)
         check_range(f"{name}_slots", stored.slots, 0, count)
@@ -179,7 +179,7 @@ def _in_order(stored: Stored) -> Stored:
         return stored
     at = stored.slots.long()
     fields = ("scales", "row_scales", "zeros", "records") if stored.format == "groups" else _INDEXED
-    moved = {name: None if (tensor := getattr(stored, name)) is None else tensor[at] for name in fields}
+    moved: dict[str, Any] = {name: None if (t := getattr(stored, name)) is None else t[at] for name in fields}
     return stored._replace(**moved, slots=None)
 
 

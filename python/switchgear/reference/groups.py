@@ -3,9 +3,9 @@
 
     w = scale · (q - zero)          0 <= q < 2^bits
 
-Each group of `group_size` columns of a row has a scale (float16) and a zero (uint8). Without zeros a zero is 2^(bits-1). One
-bit has no zero and means w = ±scale. group_size 0 means the whole row. Each expert has its own number of bits. GPTQ, AWQ and
-compressed-tensors publish weights in these numbers.
+Each group of `group_size` columns of a row has a scale (float16) and a zero (uint8). Without zeros a zero is
+2^(bits-1). One bit has no zero and means w = ±scale. group_size 0 means the whole row. Each expert has its own number
+of bits. GPTQ, AWQ and compressed-tensors publish weights in these numbers.
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ def fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor,
     """Scales (float16) and zeros (uint8) [...,G] of groups w [...,G,g] float32; `present` [G,g] is false for padding,
     which is zero.
 
-    One bit: the mean magnitude, which has the smallest squared error. More bits: for some fractions of the range, the scale is fitted
-    to the resulting levels (least squares) and rounded; each group uses that with the smallest squared error.
+    One bit: the mean magnitude, which has the smallest squared error. More bits: for some fractions of the range, the
+    scale is fitted to the resulting levels (least squares) and rounded; each group uses that with the smallest squared
+    error.
     """
     weights = present.to(w.dtype)
     middle, top = 2 ** (bits - 1), 2**bits - 1
@@ -107,7 +108,7 @@ def fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor,
         return (w.abs().sum(-1) / weights.sum(-1)).half(), zero
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
     extreme = torch.where(high > -low, high, low)  # symmetric: maps to the lower end, the farther one
-    best = torch.zeros_like(low, dtype=torch.float16), zero
+    best = torch.full_like(low, torch.inf, dtype=torch.float16), zero  # stays where float16 holds no scale
     best_error = torch.full_like(low, torch.inf)
     for low_share, high_share in zip(_SHARES, _SHARES, strict=True) if symmetric else _SHARES_OF_ENDS:
         if symmetric:
@@ -236,8 +237,8 @@ def from_blocks(weight: Blocks, rows: int, columns: int, parts: int = 1) -> Leve
 
 
 def check_storage(name: str, weight: Blocks, rows: int, columns: int, parts: int, group_size: int) -> None:
-    """Checks that the tensors of a weight [E,rows,columns] have the shapes and dtypes of the format, and its records the
-    planes of `data`."""
+    """Checks that the tensors of a weight [E,rows,columns] have the shapes and dtypes of the format, and that its
+    records are within the planes of `data`."""
     if group_size < 0 or group_size % COLUMNS:
         raise ValueError(
             f"{name}: expected a group_size of 0 (the whole row) or a multiple of {COLUMNS}, got {group_size}"

@@ -77,7 +77,7 @@ class Change:
             topk_ids, topk_weights = topk_ids.masked_fill(out, -1), topk_weights.masked_fill(out, 0)
         if self.gain is not None:
             gain = per_expert(self.gain, 1.0, num_experts, topk_weights.device).to(topk_weights.dtype)
-            topk_weights = topk_weights * gain[index]
+            topk_weights = torch.where(real, topk_weights * gain[index], topk_weights)
         return topk_ids, topk_weights
 
 

@@ -7,16 +7,18 @@ Mixture of Tunable Experts (arXiv:2502.11096) disables or forces a few experts o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from switchgear.functional import Routing
 from switchgear.routing.change import Change, PerExpert
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
+from switchgear.routing.ranking import SCORE_FUNCTIONS
 
 if TYPE_CHECKING:
     from switchgear.routing.router import Router
@@ -24,15 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Changed:
-    """A selection under a Change."""
+    """A selection under a Change. num_experts is E, if the logits have more classes."""
 
     select: Select
     change: Change = field(default_factory=Change)
+    num_experts: int | None = None
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        num_experts = router_logits.shape[-1]
+        classes = router_logits.shape[-1]
+        num_experts = self.num_experts or classes
         extra = self.change.choice_bias(num_experts, router_logits.device)
         if extra is not None:
+            extra = pad(extra, (0, classes - num_experts))
             bias = extra if bias is None else bias + extra
         routing = self.select(router_logits, context, bias)
         ids, weights = self.change.edit(routing.topk_ids, routing.topk_weights, num_experts)
@@ -76,53 +81,32 @@ def override(
             y = model(x)
 
     Args:
-        model: its switchgear Routers are overridden. For a Hugging Face model whose experts run on switchgear, the
-            output of its own routers is changed: only `disable` and `gain` are possible, since the choice is made.
-        select: the selection instead of the routers' own; see `switchgear.routing`.
+        model: its switchgear Routers are overridden, or the routers of a Hugging Face model, whatever runs it. There
+            the choice is made anew from the router's logits, and weighted as the model does.
+        select: the selection instead of the routers' own; see `switchgear.routing`. In a Hugging Face model it has the
+            model's score function, unless another than softmax is given.
         disable, force, bias, gain: see `Change`; they apply to `select` too.
         layers: names of modules, as in model.named_modules(); all if None.
 
     Raises:
-        ValueError: an expert that a layer does not have, a layer that the model does not have, or an option that is
-            impossible there; nothing is changed in that case.
+        ValueError: an expert that a layer does not have, a layer that the model does not have, or a router of Hugging
+            Face whose selection is not reproduced exactly from its logits; nothing is changed in that case.
     """
     from switchgear.routing.router import Router
 
     change = Change(disable, force, bias, gain)
     routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
-    foreign = {} if routers else _hugging_face_experts(model)
+    foreign = {} if routers else _hugging_face_blocks(model)
     found: dict[str, Any] = routers or foreign
     if not found:
-        raise ValueError("model: expected one with routers, or with experts that run on switchgear, got none")
+        raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
     if layers is not None:
         missing = sorted(set(layers) - set(found))
         if missing:
             raise ValueError(f"layers: expected some of {', '.join(found)}; got {missing[0]}")
         found = {name: module for name, module in found.items() if name in set(layers)}
-    if foreign and (select is not None or force or bias is not None):
-        given = "select" if select is not None else "force" if force else "bias"
-        raise ValueError(
-            f"{given}: expected none for a Hugging Face model, whose routers choose before switchgear does"
-        )
     if foreign:
-        from switchgear.integrations.choices import Choice, edited
-
-        for name, block in foreign.items():
-            try:
-                change.check(block.num_experts)
-            except ValueError as error:
-                raise ValueError(f"{error} ({name})") from None
-
-        def edit(block: Any) -> Any:
-            def apply(choice: Choice) -> Choice:
-                ids, weights = change.edit(choice.topk_ids, choice.topk_weights, block.num_experts)
-                return choice._replace(topk_ids=ids, topk_weights=weights)
-
-            return apply
-
-        with ExitStack() as stack:
-            for block in found.values():
-                stack.enter_context(edited(block, edit(block)))
+        with _hugging_face(found, select, change):
             yield list(found)
         return
     for router in found.values():
@@ -135,7 +119,46 @@ def override(
         yield list(found)
 
 
-def _hugging_face_experts(model: nn.Module) -> dict[str, Any]:
+def _hugging_face_blocks(model: nn.Module) -> dict[str, Any]:
     from switchgear.integrations.moe_blocks import moe_blocks
 
     return {block.layer: block for block in moe_blocks(model).values()}
+
+
+@contextmanager
+def _hugging_face(blocks: Mapping[str, Any], select: Select | None, change: Change) -> Iterator[None]:
+    from switchgear.integrations.choices import overridden
+    from switchgear.integrations.routers import InManner, is_looked_up, manner_of
+
+    for name, block in blocks.items():
+        try:
+            change.check(block.num_experts, block.top_k if select is None else None)
+        except ValueError as error:
+            raise ValueError(f"{error} ({name})") from None
+        if is_looked_up(block) and change.bias is not None and select is None:
+            raise ValueError(f"bias: expected none for {name}, whose experts are looked up by token id")
+    manners = {name: manner_of(block) for name, block in blocks.items()}  # raises before anything changes
+
+    def wrapper(block: Any, manner: Any) -> Callable[[Select], Select]:
+        def wrap(own: Select) -> Select:
+            chosen = own
+            if select is not None:
+                chosen = InManner(
+                    manner, block.top_k, _scored_like(select, manner.score_function), block.selection_bias()
+                )
+            return Changed(chosen, change, block.num_experts)
+
+        return wrap
+
+    with ExitStack() as stack:
+        for name, block in blocks.items():
+            stack.enter_context(overridden(block, manners[name], wrapper(block, manners[name])))
+        yield
+
+
+def _scored_like(select: Any, score_function: str) -> Any:
+    """A selection with an option score_function at its default, which is softmax, scores as the model does."""
+    names = {f.name for f in fields(select)} if is_dataclass(select) else set()
+    if score_function not in SCORE_FUNCTIONS or getattr(select, "score_function", None) != "softmax":
+        return select
+    return replace(select, score_function=score_function) if "score_function" in names else select

@@ -3,36 +3,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from switchgear.complaints import list_of_names
+from switchgear.trace.counts import LoadCounts, PairCounts
+from switchgear.trace.sample import TokenSample
+
+KINDS = ("counts", "weights", "entropy", "probabilities", "norms", "inputs", "coactivation")
+DEFAULT = ("counts", "weights", "entropy")
+
+
+def kinds_of(record: Collection[str]) -> tuple[str, ...]:
+    """Raises ValueError for what cannot be recorded. Counts always are."""
+    names = list_of_names("record", record)
+    if unknown := sorted(set(names) - set(KINDS)):
+        raise ValueError(f"record: expected some of {', '.join(KINDS)}; got {unknown[0]}")
+    return tuple(kind for kind in KINDS if kind == "counts" or kind in names)
+
 
 class LayerTrace:
-    """Sums over the tokens of a layer with E experts.
+    """Sums over the tokens of a layer with E experts, padding left out. What is not recorded is None.
 
     Attributes:
         tokens_per_expert: [E] int64, choices that each expert served.
         weight_per_expert: [E] float64, the sum of their weights.
-        entropy: float64 scalar, the sum over tokens of the entropy in nats of the router's softmax; NaN if its logits
-            are not available (Hugging Face models).
+        entropy: float64 scalar, the sum over tokens of the entropy in nats of the softmax of the router's logits; NaN
+            if there are no logits.
+        probability_per_expert: [E] float64, the sum over tokens of that softmax.
+        norm_per_expert: [E] float64, the sum over served choices of the norm of the expert's output, unweighted.
+        coactivation: [E,E] int64, tokens that have both experts; the diagonal is tokens_per_expert.
+        sample: a TokenSample, inputs with their choices.
         max_violation: float64 scalar, the sum over calls of max load / mean load - 1 (arXiv:2408.15664).
         num_dropped: int64 scalar, choices dropped by a capacity limit.
         num_tokens, num_calls: counts of tokens and calls.
     """
 
-    def __init__(self, num_experts: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        device: torch.device | str = "cpu",
+        record: Collection[str] = DEFAULT,
+        tokens: int = 1024,
+    ) -> None:
         self.num_experts = num_experts
-        self.num_tokens = self.num_calls = 0
-        self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        self.weight_per_expert = torch.zeros(num_experts, dtype=torch.float64, device=device)
-        self.entropy = torch.zeros((), dtype=torch.float64, device=device)
-        self.max_violation = torch.zeros((), dtype=torch.float64, device=device)
-        self.num_dropped = torch.zeros((), dtype=torch.int64, device=device)
-        self.pairs = _Counts()
+        self.record = kinds = kinds_of(record)
+        self.loads = LoadCounts(num_experts, device)
+        self.pairs = PairCounts()
 
+        def sums(kind: str, *shape: int, dtype: torch.dtype = torch.float64) -> Any:
+            return torch.zeros(shape, dtype=dtype, device=device) if kind in kinds else None
+
+        self.weight_per_expert = sums("weights", num_experts)
+        self.entropy = sums("entropy")
+        self.probability_per_expert = sums("probabilities", num_experts)
+        self.norm_per_expert = sums("norms", num_experts)
+        self.coactivation = sums("coactivation", num_experts, num_experts, dtype=torch.int64)
+        self.sample = TokenSample(tokens) if "inputs" in kinds else None
+
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        return self.loads.total()
+
+    @property
+    def max_violation(self) -> Tensor:
+        self.loads.total()
+        return self.loads.max_violation
+
+    @property
+    def num_dropped(self) -> Tensor:
+        return self.loads.num_dropped
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.loads.num_tokens)
+
+    @property
+    def num_calls(self) -> int:
+        return self.loads.num_calls
+
+    @torch.no_grad()
     def add(
         self,
         topk_ids: Tensor,
@@ -40,28 +93,58 @@ class LayerTrace:
         router_logits: Tensor | None = None,
         num_dropped: Tensor | None = None,
         token_ids: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        x: Tensor | None = None,
+        outputs: Tensor | None = None,
     ) -> None:
-        """Adds one call: topk_ids and topk_weights [T,K], -1 for none; router_logits [T,E]; token_ids [T]."""
-        experts = torch.where(topk_ids < 0, self.num_experts, topk_ids).long().flatten()
-        counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=topk_ids.device)
-        counts = counts.scatter_add(0, experts, torch.ones_like(experts))[:-1]
-        weights = torch.zeros(self.num_experts + 1, dtype=torch.float64, device=topk_ids.device)
-        weights = weights.scatter_add(0, experts, topk_weights.detach().double().flatten())[:-1]
-        self.tokens_per_expert = self.tokens_per_expert + counts
-        self.weight_per_expert = self.weight_per_expert + weights
-        mean = counts.double().mean()
-        self.max_violation = self.max_violation + torch.where(mean > 0, counts.max() / mean - 1, 0)
-        if router_logits is None:
-            self.entropy = self.entropy + torch.nan
-        else:
-            self.entropy = self.entropy + _entropy(router_logits.detach())
-        if num_dropped is not None:
-            self.num_dropped = self.num_dropped + num_dropped
-        self.num_tokens += topk_ids.shape[0]
-        self.num_calls += 1
+        """Adds one call: topk_ids and topk_weights [T,K], -1 for none; router_logits [T,E]; token_ids [T]; token_mask
+        [T], False for padding; x [T,H]; outputs [T,K,H] of the experts."""
+        if token_mask is not None:
+            topk_ids = topk_ids.masked_fill(~token_mask[:, None], -1)
+        slots = torch.where(topk_ids < 0, self.num_experts, topk_ids).long()
+        self.loads.add(slots, topk_ids.shape[0] if token_mask is None else token_mask.sum(), num_dropped)
+        if self.weight_per_expert is not None:
+            self.weight_per_expert = self.weight_per_expert + self._by_expert(slots, topk_weights)
+        if self.norm_per_expert is not None and outputs is not None:
+            norms = outputs.float().norm(dim=-1)
+            self.norm_per_expert = self.norm_per_expert + self._by_expert(slots, norms)
+        if self.coactivation is not None:
+            self.coactivation = self.coactivation + self._together(slots)
+        self._add_logits(router_logits, token_mask)
+        if self.sample is not None and x is not None:
+            rows = [x, topk_ids, topk_weights]
+            self.sample.add(*(row if token_mask is None else row[token_mask] for row in rows))
         if token_ids is not None:
             keys = token_ids[:, None].long() * self.num_experts + topk_ids
             self.pairs.add(keys[topk_ids >= 0])
+
+    def _by_expert(self, slots: Tensor, values: Tensor) -> Tensor:
+        """[E] float64: sums of values [T,K] by expert."""
+        sums = torch.zeros(self.num_experts + 1, dtype=torch.float64, device=slots.device)
+        return sums.scatter_add_(0, slots.flatten(), values.double().flatten())[:-1]
+
+    def _together(self, slots: Tensor) -> Tensor:
+        wide = self.num_experts + 1
+        pairs = (slots[:, :, None] * wide + slots[:, None, :]).flatten()
+        counts = torch.zeros(wide * wide, dtype=torch.int64, device=slots.device)
+        return counts.scatter_add_(0, pairs, torch.ones_like(pairs)).view(wide, wide)[:-1, :-1]
+
+    def _add_logits(self, router_logits: Tensor | None, token_mask: Tensor | None) -> None:
+        if router_logits is None or (self.entropy is None and self.probability_per_expert is None):
+            if self.entropy is not None:
+                self.entropy = self.entropy + torch.nan
+            if self.probability_per_expert is not None:
+                self.probability_per_expert = self.probability_per_expert + torch.nan
+            return
+        log_p = router_logits.float().log_softmax(-1)
+        p = log_p.exp()
+        kept = 1 if token_mask is None else token_mask[:, None]
+        if self.entropy is not None:
+            entropy: Tensor = torch.special.entr(p) * kept
+            self.entropy = self.entropy + entropy.nan_to_num().sum(dtype=torch.float64)  # rows without finite logits: 0
+        if self.probability_per_expert is not None:
+            p = (p * kept).nan_to_num()[:, : self.num_experts]
+            self.probability_per_expert = self.probability_per_expert + p.sum(0, dtype=torch.float64)
 
     def tokens_by_id(self) -> dict[int, Tensor]:
         """For each token id, how often each expert served it, [E] int64. Empty without recorded token ids."""
@@ -72,57 +155,46 @@ class LayerTrace:
             row[key % self.num_experts] = count
         return result
 
+    # ---- files -------------------------------------------------------------------------------------------------------
+
     def state(self) -> dict[str, Any]:
         keys, counts = self.pairs.total()
-        tensors = {name: getattr(self, name).cpu() for name in _SUMS}
-        return {**tensors, "pairs": keys.cpu(), "counts": counts.cpu(), "sizes": [self.num_tokens, self.num_calls]}
+        names = ["tokens_per_expert", "max_violation", "num_dropped"]
+        names += [name for name in _SUMS if getattr(self, name) is not None]
+        state: dict[str, Any] = {name: getattr(self, name).cpu() for name in names}
+        if self.sample is not None:
+            state["sample"] = self.sample.state()
+        return {**state, "pairs": keys.cpu(), "counts": counts.cpu(), "sizes": [self.num_tokens, self.num_calls]}
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> LayerTrace:
         """Raises KeyError, TypeError or ValueError for anything but a `state`."""
-        layer = cls(len(state["tokens_per_expert"]))
+        kinds = [kind for name, kind in {**_SUMS, "sample": "inputs"}.items() if name in state]
+        layer = cls(len(state["tokens_per_expert"]), record=kinds)
         for name in _SUMS:
-            _check_like(name, state[name], getattr(layer, name))
-            setattr(layer, name, state[name])
+            if name in state:
+                _check_like(name, state[name], getattr(layer, name))
+                setattr(layer, name, state[name])
+        layer.loads = LoadCounts.of_state(layer.num_experts, state, _check_like)
+        if "sample" in state:
+            layer.sample = TokenSample.of_state(state["sample"])
         keys, counts = state["pairs"], state["counts"]
         for name, tensor in (("pairs", keys), ("counts", counts)):
             _check_like(name, tensor, torch.empty(len(counts), dtype=torch.int64))
-        layer.num_tokens, layer.num_calls = (int(size) for size in state["sizes"])
         layer.pairs.parts = [(keys, counts)]
         return layer
 
 
-_SUMS = ("tokens_per_expert", "weight_per_expert", "entropy", "max_violation", "num_dropped")
+_SUMS = {  # attribute -> what records it
+    "weight_per_expert": "weights",
+    "entropy": "entropy",
+    "probability_per_expert": "probabilities",
+    "norm_per_expert": "norms",
+    "coactivation": "coactivation",
+}
 
 
 def _check_like(name: str, tensor: Any, like: Tensor) -> None:
     if not isinstance(tensor, Tensor) or tensor.shape != like.shape or tensor.dtype is not like.dtype:
         got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name}: expected {like.dtype} {list(like.shape)}, got {got}")
-
-
-class _Counts:
-    """How often each key occurred. Parts are merged as they grow, so memory grows with the distinct keys only."""
-
-    def __init__(self) -> None:
-        self.parts: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, keys: Tensor) -> None:
-        self.parts.append(torch.unique(keys, return_counts=True))
-        if len(self.parts) > 16:
-            self.total()
-
-    def total(self) -> tuple[Tensor, Tensor]:
-        if not self.parts:
-            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-        keys, index = torch.unique(torch.cat([keys for keys, _ in self.parts]), return_inverse=True)
-        counts = torch.zeros_like(keys).scatter_add(0, index, torch.cat([counts for _, counts in self.parts]))
-        self.parts = [(keys, counts)]
-        return keys, counts
-
-
-def _entropy(router_logits: Tensor) -> Tensor:
-    """The sum over tokens; rows without finite logits count as 0."""
-    log_p = router_logits.float().log_softmax(-1)
-    entropy: Tensor = torch.special.entr(log_p.exp())
-    return entropy.nan_to_num().sum(dtype=torch.float64)

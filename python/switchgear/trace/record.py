@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from switchgear.trace.layer import LayerTrace
+from switchgear.reference import check_size
+from switchgear.trace.layer import DEFAULT, LayerTrace, kinds_of
 from switchgear.trace.observe import Observation, pick, traceable, watch
+from switchgear.trace.outputs import check_outputs, expert_outputs
 from switchgear.trace.summary import LayerSummary, summary_of
 
 _FORMAT = 1  # version of the file format
@@ -37,22 +39,39 @@ class RoutingTrace:
 
     Args:
         model: any module with such layers. None for a loaded trace.
+        record: what to keep, some of "counts", "weights", "entropy", "probabilities", "norms", "inputs",
+            "coactivation"; see LayerTrace. Counts are always kept. "norms" runs the experts a second time.
         by_token_id: also count which experts serve which token id. The ids are the model's argument input_ids or
             token_ids, or else its first integer tensor; they are ignored for layers with another number of tokens.
         layers: names of the modules to record; all if None.
+        tokens: how many inputs a layer keeps with "inputs", as a uniform sample of all.
+
+    Padding does not count: tokens for which the model's argument attention_mask [B,S] is 0.
 
     Raises:
-        ValueError: if the model has no such layer.
+        ValueError: if the model has no such layer, or a layer cannot record this.
     """
 
     def __init__(
-        self, model: nn.Module | None = None, *, by_token_id: bool = False, layers: Collection[str] | None = None
+        self,
+        model: nn.Module | None = None,
+        *,
+        record: Collection[str] = DEFAULT,
+        by_token_id: bool = False,
+        layers: Collection[str] | None = None,
+        tokens: int = 1024,
     ) -> None:
+        check_size("tokens", tokens)
         self.layers: dict[str, LayerTrace] = {}
-        self.by_token_id = by_token_id
+        self.by_token_id, self.record, self.tokens = by_token_id, kinds_of(record), tokens
         self._model = model
         self._sources = {} if model is None else pick(traceable(model), layers)
         self._hooks = ExitStack()
+        if "norms" in self.record:
+            for name, source in self._sources.items():
+                if source.block is None:
+                    raise ValueError(f"record: expected experts beside each router for norms, got none for {name}")
+                check_outputs(source.block)
 
     # ---- recording ---------------------------------------------------------------------------------------------------
 
@@ -74,11 +93,16 @@ class RoutingTrace:
     def _see(self, name: str, seen: Observation) -> None:
         layer = self.layers.get(name)
         if layer is None:
-            layer = self.layers[name] = LayerTrace(seen.num_experts, seen.topk_ids.device)
-        ids = seen.token_ids if self.by_token_id else None
+            layer = LayerTrace(seen.num_experts, seen.topk_ids.device, self.record, self.tokens)
+            self.layers[name] = layer
+        device = seen.topk_ids.device
+        outputs = None
+        if "norms" in self.record and seen.block is not None:
+            outputs = expert_outputs(seen.block, seen.x, seen.topk_ids)
         layer.add(
             seen.topk_ids, seen.topk_weights, seen.router_logits, seen.num_dropped,
-            None if ids is None else ids.to(seen.topk_ids.device),
+            seen.token_ids.to(device) if self.by_token_id and seen.token_ids is not None else None,
+            None if seen.token_mask is None else seen.token_mask.to(device), seen.x, outputs,
         )  # fmt: skip
 
     # ---- inspection --------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Groups: integers of 1 to 4 bits with a float16 scale per group of columns, as GPTQ, AWQ and compressed-tensors publish
-them; see reference/groups.py. Each expert may have its own number of bits.
+"""Groups: integers of 1 to 4 bits with a float16 scale per group of columns, as GPTQ, AWQ and compressed-tensors
+publish them; see reference/groups.py. Each expert may have its own number of bits.
 
 Weights are decoded and multiplied in floating point. Gradients reach x, topk_weights and biases.
 """
@@ -62,7 +62,7 @@ class Groups(KeyedForm):
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        return ("_values", "_scales", "_bits") if self.symmetric else ("_values", "_scales", "_zeros", "_bits")
+        return ("_values", "_bits", "_scales", *(() if self.symmetric else ("_zeros",)))
 
     def bits_of(self, num_experts: int) -> tuple[int, ...]:
         """Of each expert. Raises ValueError for another number of experts than that of `bits`."""

@@ -157,6 +157,12 @@ def freeze_stored(module: nn.Module) -> None:
         )
 
 
+def attribute(module: nn.Module, name: str) -> Any:
+    """getattr(module, name). Finds a parameter at once, where nn.Module searches for a third of a microsecond."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
     """The two projections [E,out,in] for `moe`: tensors if they are parameters, else Weights; with their adapters, if
     any. `layout` is that of the module's parameters."""
@@ -171,7 +177,7 @@ def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
         if module.training and stored.was_trained and not adapters and torch.is_grad_enabled():
             _warn_of_training(module, stored)
     else:  # each attribute is read once: under a parametrization every access recomputes the weight
-        first, second = getattr(module, layout.names[0]), getattr(module, layout.names[1])
+        first, second = attribute(module, layout.names[0]), attribute(module, layout.names[1])
         if layout.transposed:
             first, second = _transposed(first), _transposed(second)
         if selection is not None:

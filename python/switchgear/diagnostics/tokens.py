@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Routing metrics: pure functions of counts and choices that return a number or a curve."""
+"""What decides the choice: the token id, the position in the sequence, or the cluster. Functions of counts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from switchgear.trace import RoutingTrace
 
 TokensById = Mapping[int, Tensor]
 """For each token id, how often each expert served it, [E]: `LayerTrace.tokens_by_id()`."""
@@ -62,14 +58,6 @@ def dispatch_entropy(counts: Tensor) -> float:
     counts = counts.double()
     inside = counts / counts.sum(1, keepdim=True).clamp(min=1)
     return float((torch.special.entr(inside).sum(1) * counts.sum(1)).sum() / counts.sum().clamp(min=1))
-
-
-def affinity(trace: RoutingTrace) -> dict[str, Tensor]:
-    """Each expert's mean weight over all tokens, [E] float64, by layer: how much the traced text depends on it.
-
-    Unlearning trains the expert with the largest one alone (SEUF, arXiv:2411.18797): finetune.freeze_except, with
-    routing.anchor_loss."""
-    return {name: layer.weight_per_expert.cpu() / max(layer.num_tokens, 1) for name, layer in trace.layers.items()}
 
 
 def _table(tokens_by_id: TokensById) -> Tensor:

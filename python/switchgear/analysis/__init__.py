@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a model costs, from its config, and the scaling laws of MoE models, fitted to runs."""
+
+from __future__ import annotations
+
+from switchgear.analysis.attention import AttentionLayer, attention_layers
+from switchgear.analysis.cost import Cost, cost
+from switchgear.analysis.laws import MoEScalingLaw, Optimum, PowerLaw, UpcyclingLaw, moe_parameters
+
+__all__ = [
+    "AttentionLayer",
+    "Cost",
+    "MoEScalingLaw",
+    "Optimum",
+    "PowerLaw",
+    "UpcyclingLaw",
+    "attention_layers",
+    "cost",
+    "moe_parameters",
+]

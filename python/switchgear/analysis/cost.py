@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a model costs: parameters, flops, bytes per decoded token, keys and values. Nothing is allocated."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from switchgear.analysis.attention import AttentionLayer, attention_layers
+from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a model of L MoE layers. Numbers of parameters are counted, the rest follows from them.
+
+    Attributes:
+        parameters: all, tied ones once.
+        embedding: those that are looked up, not multiplied: tables that are no output layer too.
+        experts: those of routed experts.
+        active: those that a token uses: all without its experts' siblings.
+        moe_layers: (num_experts, top_k, parameters of all its routed experts) for each.
+        attention: the layers that keep keys and values; None if they are not known for this model.
+    """
+
+    parameters: int
+    embedding: int
+    experts: int
+    active: int
+    moe_layers: tuple[tuple[int, int, int], ...]
+    attention: tuple[AttentionLayer, ...] | None
+
+    def flops(self, context: int = 0) -> int:
+        """Of a token's forward pass: 2 per parameter that it is multiplied with, and of attention to `context`
+        tokens. A training step takes three times as many."""
+        pairs = sum(2 * layer.width * layer.seen(context) for layer in self._attention()) if context else 0
+        return 2 * (self.active - self.embedding) + pairs
+
+    def weight_bytes(self, bits: float = 16, expert_bits: float | None = None) -> int:
+        """All weights, those of routed experts with expert_bits each (as `bits` if None)."""
+        expert_bits = bits if expert_bits is None else expert_bits
+        return round(((self.parameters - self.experts) * bits + self.experts * expert_bits) / 8)
+
+    def kv_bytes(self, context: int, bits: float = 16) -> int:
+        """Keys and values of a sequence of `context` tokens; sliding windows keep no more than they see."""
+        return round(sum(layer.kept * layer.seen(context) for layer in self._attention()) * bits / 8)
+
+    def experts_read(self, batch: int = 1) -> float:
+        """The expected fraction of the routed experts' parameters that a step of `batch` tokens reads, if tokens choose
+        evenly and independently: 1 - (1 - K/E)^batch per layer."""
+        read = sum(size * (1 - (1 - k / e) ** batch) for e, k, size in self.moe_layers)
+        return read / max(self.experts, 1)
+
+    def decode_bytes(
+        self, context: int = 0, batch: int = 1, bits: float = 16, expert_bits: float | None = None, kv_bits: float = 16
+    ) -> float:
+        """Bytes read from memory per decoded token: the weights of a step of `batch` sequences, divided by them, and
+        the keys and values of its own sequence. Divided by a bandwidth, the least time of a token."""
+        expert_bits = bits if expert_bits is None else expert_bits
+        dense = (self.parameters - self.experts - self.embedding) * bits
+        weights = (dense + self.experts * self.experts_read(batch) * expert_bits) / 8
+        return weights / batch + (self.kv_bytes(context, kv_bits) if context else 0)
+
+    def _attention(self) -> tuple[AttentionLayer, ...]:
+        if self.attention is None:
+            raise ValueError("context: expected 0, since this model's attention is not known, got more")
+        return self.attention
+
+    def __str__(self) -> str:
+        parts = [f"{_short(self.parameters)} parameters, {_short(self.active)} active"]
+        parts += [f"{_short(self.experts)} in {len(self.moe_layers)} layers of routed experts"]
+        if self.attention is not None:
+            parts += [f"{self.kv_bytes(1) / 1024:.1f} KiB of keys and values per token"]
+        return ", ".join([*parts, f"{_short(self.flops())} flops per token without attention"])
+
+
+def cost(model: nn.Module | Any) -> Cost:
+    """The cost of a model, or of the model that a config describes, which is built on the meta device.
+
+        cost(AutoConfig.from_pretrained(path)).decode_bytes(context=4096, expert_bits=4.5)
+        cost(json.load(open("config.json")))
+
+    Args:
+        model: an nn.Module on any device, ours or Hugging Face's; a Hugging Face config, or its dict. Vision and audio
+            towers count too.
+
+    Raises:
+        ValueError: a dict without a known model_type, or a layer whose number of experts per token varies.
+    """
+    model = model if isinstance(model, nn.Module) else on_meta(model)
+    blocks = list(moe_blocks(model).values())
+    layers, routed = [], set()
+    for block in blocks:
+        own = [parameter for parameter in _routed(block) if id(parameter) not in routed]
+        routed |= {id(parameter) for parameter in own}
+        if block.top_k is None:
+            raise ValueError(
+                f"model: expected a fixed number of experts per token, got one that varies in {block.name}"
+            )
+        layers.append((block.num_experts, block.top_k, sum(parameter.numel() for parameter in own)))
+    every = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    parameters, experts = sum(every.values()), sum(size for _, _, size in layers)
+    active = parameters - experts + sum(round(size * k / e) for e, k, size in layers)
+    attention = attention_layers(model)
+    return Cost(parameters, _embedding(model), experts, active, tuple(layers), tuple(attention) or None)
+
+
+def on_meta(config: Any) -> nn.Module:
+    """The model of a Hugging Face config, or of its dict, without memory for its weights."""
+    transformers = importlib.import_module("transformers")
+    if isinstance(config, Mapping):
+        fields = dict(config)
+        kind = fields.pop("model_type", None)
+        if kind not in transformers.CONFIG_MAPPING:
+            raise ValueError(f"model_type: expected a type that transformers knows, got {kind}")
+        config = transformers.AutoConfig.for_model(kind, **fields)
+    for task in ("ForCausalLM", "ForImageTextToText", "ForSeq2SeqLM", "ForTokenClassification", ""):
+        auto_class = getattr(transformers, f"AutoModel{task}")
+        if type(config) in auto_class._model_mapping:
+            with torch.device("meta"):
+                built: nn.Module = auto_class.from_config(config)
+            return built
+    raise ValueError(f"model: expected a module or a Hugging Face config, got {type(config).__name__}")
+
+
+def _routed(block: MoeBlock) -> Iterator[nn.Parameter]:
+    """The parameters of which a token uses K of E: stacked ones, or those of a module per expert."""
+    others = {id(p) for part in (block.gate, block.shared) if part is not None for p in part.parameters()}
+    for name, parameter in block.experts.named_parameters():
+        alone = any(part.removeprefix("expert_").isdigit() for part in name.split("."))
+        stacked = parameter.dim() > 0 and parameter.shape[0] % block.num_experts == 0 and parameter.dim() > 1
+        if id(parameter) not in others and (alone or stacked):
+            yield parameter
+
+
+def _embedding(model: nn.Module) -> int:
+    """Parameters of lookup tables that no other module multiplies with."""
+    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    multiplied = {
+        id(parameter)
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+        for parameter in module._parameters.values()
+    }
+    return sum(size for key, size in tables.items() if key not in multiplied)
+
+
+def _short(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A text embedding from the router's weights (MoEE, arXiv:2410.10814): no training, next to the hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RoutingEmbedding:
+    """The embeddings of N texts."""
+
+    routing: Tensor  # [N, Σ E]: the softmax over all experts, layer after layer
+    hidden: Tensor | None  # [N,H]: the last hidden state of the same token, if the model returns it
+
+    def similarity(self, other: RoutingEmbedding, alpha: float = 1.0) -> Tensor:
+        """cos(hidden, hidden') + alpha · cos(routing, routing') of all pairs, [N,N'], MoEE's weighted sum; only the
+        second term if a side has no hidden state."""
+        result = _cosines(self.routing, other.routing)
+        if self.hidden is None or other.hidden is None:
+            return result
+        return _cosines(self.hidden, other.hidden) + alpha * result
+
+    @property
+    def concatenated(self) -> Tensor:
+        """Both parts as unit vectors side by side, [N, H + Σ E]: MoEE's other form, for an index of vectors. The dot
+        product of two is the weighted sum with alpha 1."""
+        parts = [self.routing] if self.hidden is None else [self.hidden, self.routing]
+        return torch.cat([nn.functional.normalize(part.float(), dim=-1) for part in parts], -1)
+
+
+def prompt_eol(text: str) -> str:
+    """PromptEOL (arXiv:2307.16645), the prompt whose last token is embedded: MoEE finds it better than the bare
+    text."""
+    return f'This sentence: "{text}" means in one word: "'
+
+
+@torch.no_grad()
+def routing_embedding(model: nn.Module, inputs: Tensor | Mapping[str, Any], token: str = "last") -> RoutingEmbedding:
+    """Embeds a batch of N texts.
+
+        batch = tokenizer([prompt_eol(text) for text in texts], padding=True, return_tensors="pt")
+        similarity = routing_embedding(model, batch).similarity(routing_embedding(model, queries))
+
+    Args:
+        model: with routers whose logits can be seen; see `trace.observe`.
+        inputs: its keyword arguments, or its one tensor [N,S,…]. attention_mask [N,S] marks padding, on either side.
+        token: "last", of the text, or "mean" of its tokens.
+
+    Raises:
+        ValueError: a layer hides its logits, or does not see one row per token.
+    """
+    from switchgear.trace import observe
+
+    if token not in ("last", "mean"):
+        raise ValueError(f"token: expected last or mean, got {token}")
+    arguments = {} if isinstance(inputs, Tensor) else dict(inputs)
+    first = inputs if isinstance(inputs, Tensor) else next(iter(arguments.values()))
+    mask = arguments.get("attention_mask")
+    weights = _token_weights(first, mask, token)
+    layers: list[Tensor] = []
+
+    def see(name: str, seen: Any) -> None:
+        logits = seen.router_logits
+        if logits is None:
+            raise ValueError(f"model: expected routers whose logits can be seen, got {name}")
+        if logits.shape[0] != weights.numel():
+            raise ValueError(f"inputs: expected {weights.numel()} tokens in {name}, got {logits.shape[0]}")
+        layers.append(_weighed(logits.float().softmax(-1).view(*weights.shape, -1), weights))
+
+    wants_hidden = "config" in vars(model) and isinstance(getattr(model.config, "model_type", None), str)
+    extra = {"output_hidden_states": True} if wants_hidden else {}
+    with observe(model, see):
+        output = model(inputs) if isinstance(inputs, Tensor) else model(**{**arguments, **extra})
+    hidden = _hidden_of(output)
+    if hidden is not None:
+        hidden = None if hidden.shape[:2] != weights.shape else _weighed(hidden.float(), weights)
+    return RoutingEmbedding(torch.cat(layers, -1), hidden)
+
+
+def _token_weights(first: Tensor, mask: Any, token: str) -> Tensor:
+    """[N,S] float32: how much of each token is in the embedding."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        kept = mask.bool()
+    else:
+        kept = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
+    if token == "mean":
+        return kept.float() / kept.sum(1, keepdim=True).clamp(min=1)
+    places = torch.arange(1, kept.shape[1] + 1, device=kept.device) * kept
+    return nn.functional.one_hot(places.argmax(1), kept.shape[1]).float()
+
+
+def _weighed(rows: Tensor, weights: Tensor) -> Tensor:
+    """[N,D] of rows [N,S,D]. Rows of weight 0 do not count, even if they are NaN (attention of padding may be)."""
+    weights = weights.to(rows.device)[..., None]
+    return (torch.where(weights > 0, rows, 0) * weights).sum(1)
+
+
+def _hidden_of(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output if output.dim() == 3 else None
+    states = getattr(output, "hidden_states", None)
+    last = states[-1] if states else getattr(output, "last_hidden_state", None)
+    return last if isinstance(last, Tensor) and last.dim() == 3 else None
+
+
+def _cosines(first: Tensor, second: Tensor) -> Tensor:
+    units = (nn.functional.normalize(side.float(), dim=-1) for side in (first, second))
+    a, b = units
+    return a @ b.T

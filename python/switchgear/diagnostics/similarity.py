@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How alike the experts of a layer are, by their weights and by their outputs (arXiv:2406.18219). Matrices [E,E]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def expert_similarity(weights: Tensor, how: str = "matrices") -> Tensor:
+    """Cosine similarity of the experts of weights [E,I,D] with a row per neuron (see `neurons`), [E,E] float64.
+
+    how:
+        "matrices": of the whole matrices. Neurons have no order, so experts that compute the same may differ here.
+        "neurons": of the mean neuron of each expert, which no order changes.
+        "reordered": of the matrices after the best one-to-one assignment of their neurons (by the sum of cosines; the
+            Hungarian algorithm). Needs scipy. Takes E²/2 assignments of I neurons.
+    """
+    weights = weights.detach().double()
+    if how == "matrices":
+        return _cosines(weights.flatten(1))
+    if weights.dim() != 3:
+        raise ValueError(f"weights: expected [E,I,D] for {how}, got {list(weights.shape)}")
+    if how == "neurons":
+        return _cosines(weights.mean(1))
+    if how != "reordered":
+        raise ValueError(f"how: expected matrices, neurons or reordered, got {how}")
+    result = torch.eye(weights.shape[0], dtype=torch.float64)
+    for i in range(weights.shape[0]):
+        for j in range(i):
+            moved = weights[j][neuron_order(weights[i], weights[j]).to(weights.device)]
+            result[i, j] = result[j, i] = nn.functional.cosine_similarity(weights[i].flatten(), moved.flatten(), dim=0)
+    return result
+
+
+def neuron_order(first: Tensor, second: Tensor) -> Tensor:
+    """The order of the neurons of `second` [I,D] that matches `first` best, [I] int64: the one-to-one assignment with
+    the largest sum of cosines. Needs scipy."""
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped, unused-ignore]
+
+    cosines = _unit(first.double()) @ _unit(second.double()).T
+    return torch.from_numpy(linear_sum_assignment(cosines.cpu().numpy(), maximize=True)[1])
+
+
+def neurons(gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """All weights of each neuron, [E,I,D], of gate_up_proj [E,2I,H] or up_proj [E,I,H] and down_proj [E,H,I]: its rows
+    of the gate and of the up projection, and its column of the down projection. D is 3H or 2H."""
+    num_experts, hidden_size, width = down_proj.shape
+    if gate_up_proj.dim() != 3 or gate_up_proj.shape[1] not in (width, 2 * width):
+        raise ValueError(f"gate_up_proj: expected [{num_experts}, {width} or {2 * width}, {hidden_size}], "
+                         f"got {list(gate_up_proj.shape)}")  # fmt: skip
+    return torch.cat([*torch.split(gate_up_proj, width, 1), down_proj.transpose(1, 2)], -1)
+
+
+@torch.no_grad()
+def expert_outputs(experts: nn.Module, x: Tensor, num_experts: int | None = None) -> Tensor:
+    """The output of every expert for every token of x [T,H], [E,T,H]. For a small batch: it runs all experts.
+
+    experts: called as (x, topk_ids, topk_weights), as switchgear's Experts and Hugging Face's are.
+    """
+    count: Any = getattr(experts, "num_experts", None) if num_experts is None else num_experts
+    if not isinstance(count, int):
+        raise ValueError("num_experts: expected a number, as the module has none, got None")
+    ids = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
+    ones = torch.ones(x.shape[0], 1, device=x.device, dtype=x.dtype)
+    return torch.stack([experts(x, ids + expert, ones) for expert in range(count)])
+
+
+def output_similarity(outputs: Tensor, how: str = "cosine") -> Tensor:
+    """How alike the outputs [E,T,H] of the experts are, [E,E] float64: "cosine", the mean over tokens of the cosine
+    similarity; "cka", linear centred kernel alignment (arXiv:1905.00414), which ignores rotations."""
+    outputs = outputs.detach().double()
+    if how == "cosine":
+        units = _unit(outputs)
+        return torch.einsum("ith,jth->ij", units, units) / max(outputs.shape[1], 1)
+    if how != "cka":
+        raise ValueError(f"how: expected cosine or cka, got {how}")
+    centred = outputs - outputs.mean(1, keepdim=True)
+    number = outputs.shape[0]
+    products = torch.zeros(number, number, dtype=torch.float64, device=outputs.device)
+    for i in range(number):
+        products[i] = (centred[i].T @ centred).square().sum((1, 2))
+    norms = products.diagonal().sqrt()
+    return products / (norms[:, None] * norms).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def norm_vs_score_rank(outputs: Tensor, scores: Tensor) -> Tensor:
+    """How the size of an expert's output goes with its score: [i,j] counts the tokens for which the expert with the
+    i-th largest score [T,E] has the j-th largest output norm, [E,E] int64. Rows and columns sum to T. Counts near the
+    diagonal mean that routers choose experts with large outputs."""
+    norms = outputs.detach().double().norm(dim=-1).T  # [T,E]
+    if norms.shape != scores.shape:
+        raise ValueError(f"scores: expected {list(norms.shape)}, got {list(scores.shape)}")
+    by_score = scores.argsort(dim=-1, descending=True, stable=True)
+    order = norms.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(norms.shape[1], device=norms.device).expand_as(order)
+    rank = torch.empty_like(order).scatter(1, order, places).gather(1, by_score)  # [T,i]: the place by norm
+    return nn.functional.one_hot(rank, norms.shape[1]).sum(0)
+
+
+def gate_embedding_correlation(gate_weight: Tensor, weights: Tensor) -> float:
+    """The squared Pearson correlation between two similarities of the experts, over all pairs: of their rows in the
+    router's weight [E,H], and of the mean neurons of their weights [E,I,D] (arXiv:2406.18219 finds it high for the
+    gate projection). From 0 to 1; NaN if either is constant."""
+    number = gate_weight.shape[0]
+    if weights.shape[0] != number or number < 3:
+        raise ValueError(f"weights: expected {max(number, 3)} experts, got {weights.shape[0]}")
+    pairs = torch.ones(number, number).tril(-1).bool()
+    sides = (_cosines(gate_weight.detach().double()), expert_similarity(weights, "neurons"))
+    first, second = (side[pairs.to(side.device)] for side in sides)
+    return float(torch.corrcoef(torch.stack([first, second.to(first.device)]))[0, 1] ** 2)
+
+
+def principal_components(rows: Tensor, count: int = 2) -> tuple[Tensor, Tensor]:
+    """The coordinates of rows [N,D] along their principal components, [N,count] float64, and the fraction of the
+    variance along each, [count]."""
+    rows = rows.detach().double().flatten(1)
+    if not 1 <= count <= min(rows.shape):
+        raise ValueError(f"count: expected 1 to {min(rows.shape)}, got {count}")
+    u, s, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    return (u * s)[:, :count], (s.square() / s.square().sum())[:count]
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return nn.functional.normalize(rows, dim=-1, eps=torch.finfo(torch.float64).tiny)
+
+
+def _cosines(rows: Tensor) -> Tensor:
+    units = _unit(rows)
+    return units @ units.T

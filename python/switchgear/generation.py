@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Decoding with the experts that a router leaves out: self-contrast (arXiv:2405.14507).
+
+One pass does the work of two. The batch is doubled; routers choose by the strong selection in its first half and by the
+weak one in the second. So weights are read once per token, and one cache holds the keys of both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.functional import Routing
+from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.routing.context import NOTHING_KNOWN, Context, Select
+from switchgear.routing.router import Router
+from switchgear.routing.selection import RankK
+
+_MEDIA = ("pixel_", "image_", "video_", "input_features", "feature_")  # inputs with a row per image or clip
+_CACHES = ("cache", "past_key_values")  # transformers renamed it in 5.24
+_SHARED = (*_CACHES, "cache_position", "logits_to_keep")  # inputs of both halves alike
+THIRD = RankK((2,), normalize=True)  # the third expert alone, with the weight 1
+
+
+@dataclass(frozen=True)
+class SelfContrast:
+    """Scores tokens by (1 + beta) · strong - beta · weak, the logits of a strong and a weak routing of one model.
+    Tokens that the strong routing finds unlikely, with a probability below alpha times its best, are excluded.
+
+        with SelfContrast(weak=RankK((2,), normalize=True)).applied(model):
+            model.generate(**inputs, max_new_tokens=100)
+
+    Args:
+        weak: the selection of the weak pass; RankK((2,)) is the third expert alone. Layers of ours use its weights;
+            those of Hugging Face weigh its choice as they weigh their own.
+        strong: the selection of the strong pass; the model's own if None.
+        beta: 0 for the strong logits alone.
+        alpha: 0 to exclude nothing.
+    """
+
+    weak: Select = THIRD
+    strong: Select | None = None
+    beta: float = 0.5
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta: expected a number of at least 0, got {self.beta}")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha: expected a number in [0, 1], got {self.alpha}")
+
+    def __call__(self, strong_logits: Tensor, weak_logits: Tensor) -> Tensor:
+        """The scores of two passes' logits [..., V], in float32 (float64 stays); -Inf for excluded tokens."""
+        dtype = torch.promote_types(strong_logits.dtype, torch.float32)
+        strong, weak = strong_logits.to(dtype), weak_logits.to(dtype)
+        scores = (1 + self.beta) * strong - self.beta * weak
+        if self.alpha == 0:
+            return scores
+        least = strong.amax(-1, keepdim=True) + math.log(self.alpha)
+        return scores.masked_fill(strong < least, -math.inf)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Inside the block, the model's logits are the scores, in `generate` with any of its strategies, or in a loop
+        of your own with a cache or without. A cache begun outside has one half only and cannot be continued.
+
+        model: its MoE layers are ours or Hugging Face's; it returns logits [B,S,V], alone or as `logits`. Other outputs
+            have the rows of both passes.
+
+        Raises:
+            ValueError: an encoder-decoder model, one without MoE layers, a router with a capacity (the passes would
+                compete for it), or one of Hugging Face that `override` cannot select for.
+        """
+        config = getattr(model, "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError("model: expected a decoder, got an encoder-decoder model")
+        routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+        limited = [name for name, router in routers.items() if router.capacity is not None]
+        if limited:
+            raise ValueError(f"model: expected routers without a capacity, got one in {limited[0]}")
+        blocks = {} if routers else moe_blocks(model)
+        if not routers and not blocks:
+            raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
+        manners = _manners(blocks)
+        with ExitStack() as stack:
+            for router in routers.values():
+                stack.enter_context(_overridden(router, lambda own: Halves(self.strong or own, self.weak)))
+            for block, manner in manners:
+                stack.enter_context(_overridden_block(block, manner, self))
+            doubled = _Doubled(self)
+            stack.callback(doubled.forget)
+            stack.callback(model.register_forward_pre_hook(doubled.enter, with_kwargs=True).remove)
+            stack.callback(model.register_forward_hook(doubled.leave).remove)
+            yield
+
+
+@dataclass(frozen=True)
+class Halves:
+    """One selection for the first half of the tokens, another for the second.
+
+    whole: the first selects for all tokens, as one that looks up each token must; its second half is not used."""
+
+    first: Select
+    second: Select
+    whole: bool = False
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        rows = router_logits.reshape(-1, router_logits.shape[-1])
+        middle = _middle(rows.shape[0])
+        halves = [
+            select(rows[at], _sliced(context, at, rows.shape[0]), bias)
+            for select, at in (
+                (self.first, slice(None) if self.whole else slice(middle)),
+                (self.second, slice(middle, None)),
+            )
+        ]
+        sides = [half.topk_ids[:middle] for half in halves], [half.topk_weights[:middle] for half in halves]
+        ids, weights = _joined(*sides)
+        return Routing(ids, weights, rows, rows.shape[1])
+
+
+def _middle(num_tokens: int) -> int:
+    if num_tokens % 2:
+        raise ValueError(f"model: expected layers that see all tokens of both halves, got one with {num_tokens}")
+    return num_tokens // 2
+
+
+def _sliced(context: Context, at: slice, num_tokens: int) -> Context:
+    """The context of some of the tokens."""
+    names = ("token_ids", "sequence_ids", "importance", "embedding")
+    values = {name: getattr(context, name) for name in names}
+    rows = {name: value for name, value in values.items() if value is not None and value.shape[0] == num_tokens}
+    return replace(context, **{name: value[at] for name, value in rows.items()}) if rows else context
+
+
+def _joined(ids: list[Tensor], weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The rows of both, with empty slots up to the larger K."""
+    width = max(side.shape[1] for side in ids)
+    pad = nn.functional.pad
+    return (
+        torch.cat([pad(side, (0, width - side.shape[1]), value=-1) for side in ids]),
+        torch.cat([pad(side, (0, width - side.shape[1])) for side in weights]),
+    )
+
+
+@contextmanager
+def _overridden(router: Router, wrapper: Callable[[Select], Select]) -> Iterator[None]:
+    router.overrides.append(wrapper)
+    try:
+        yield
+    finally:
+        router.overrides.remove(wrapper)
+
+
+def _manners(blocks: Mapping[str, MoeBlock]) -> list[tuple[MoeBlock, Any]]:
+    """How the routers of Hugging Face select. Raises ValueError for one that is not known."""
+    if not blocks:
+        return []
+    from switchgear.integrations.routers import manner_of
+
+    return [(block, manner_of(block)) for block in blocks.values()]
+
+
+def _overridden_block(block: MoeBlock, manner: Any, contrast: SelfContrast) -> AbstractContextManager[None]:
+    from switchgear.integrations.choices import overridden
+    from switchgear.integrations.routers import InManner
+
+    assert block.top_k is not None  # manner_of has checked it
+    strong, weak = (
+        None if select is None else InManner(manner, block.top_k, select, block.selection_bias())
+        for select in (contrast.strong, contrast.weak)
+    )
+    return overridden(block, manner, lambda own: _Filled(Halves(strong or own, weak or own, whole=not strong)))
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """A selection whose empty slots name the token's first expert again, with the weight 0: transformers' grouped_mm
+    leaves rows of empty slots uninitialised."""
+
+    select: Select
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        routing = self.select(router_logits, context, bias)
+        empty = routing.topk_ids < 0
+        ids = torch.where(empty, routing.topk_ids[:, :1], routing.topk_ids)
+        return routing._replace(topk_ids=ids, topk_weights=routing.topk_weights.masked_fill(empty, 0))
+
+
+class _Doubled:
+    """Hooks of a model: its inputs twice, and the scores for its logits."""
+
+    def __init__(self, contrast: SelfContrast) -> None:
+        self.contrast = contrast
+        self.caches: list[Any] = []
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("labels") is not None:
+            raise ValueError("labels: expected None under SelfContrast, got labels")
+        named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+        batch = next((value.shape[0] for value in named if isinstance(value, Tensor)), 0)
+        for name in _CACHES:
+            self._reorder_both(kwargs.get(name))
+        return (
+            tuple(_twice("", value, batch) for value in args),
+            {name: value if name in _SHARED else _twice(name, value, batch) for name, value in kwargs.items()},
+        )
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return self.contrast(*output.chunk(2))
+        if isinstance(output, tuple):
+            return (self.contrast(*output[0].chunk(2)), *output[1:])
+        for name in _CACHES:
+            self._reorder_both(getattr(output, name, None))
+        output.logits = self.contrast(*output.logits.chunk(2))
+        return output
+
+    def _reorder_both(self, cache: Any) -> None:
+        """Beam search moves the rows of the cache, and knows those of one half."""
+        if not hasattr(cache, "reorder_cache") or any(cache is known for known in self.caches):
+            return
+        reorder = cache.reorder_cache
+        cache.reorder_cache = lambda rows: reorder(torch.cat([rows, rows + rows.shape[0]]))
+        self.caches.append(cache)
+
+    def forget(self) -> None:
+        for cache in self.caches:
+            del cache.reorder_cache
+        self.caches.clear()
+
+
+def _twice(name: str, value: Any, batch: int) -> Any:
+    """A value with the batch doubled: rows of tensors, of tensors in mappings, and the second dimension of position ids
+    [3,B,S]."""
+    if isinstance(value, Mapping):
+        return {key: _twice(name, item, batch) for key, item in value.items()}
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return value
+    if name == "position_ids" and value.dim() == 3 and value.shape[1] == batch:
+        return torch.cat([value, value], 1)
+    return torch.cat([value, value]) if value.shape[0] == batch or name.startswith(_MEDIA) else value

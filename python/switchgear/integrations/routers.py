@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Selection anew from the logits of a Hugging Face router, in its own manner.
+
+transformers has some seventy router classes, and few ways to select: a score, groups or none, a bias for the choice,
+and weights that are normalised or scaled. `manner_of` tries them on the router with random tokens. The one that
+reproduces its choice and its weights is its manner; if none does, the router cannot be overridden.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from switchgear.functional import Routing
+from switchgear.integrations.moe_blocks import MoeBlock
+from switchgear.routing.context import NOTHING_KNOWN, Context
+
+_SCALES = ("routed_scaling_factor", "route_scale", "router_scaling_factor")
+_TOKENS = 64  # of the probe
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.float().softmax(-1),
+    "sigmoid": lambda logits: logits.float().sigmoid(),
+    "sqrt_softplus": lambda logits: F.softplus(logits.float()).sqrt(),
+    "logits": lambda logits: logits.float(),
+}
+
+
+class Manner(Protocol):
+    """How a router selects and weighs."""
+
+    @property
+    def score_function(self) -> str:
+        """A name of SCORES: what the choice is made of."""
+
+    def rank(self, router_logits: Tensor, bias: Tensor | None) -> Tensor:
+        """[T,C], whose best are chosen. bias [C] is added to the scores; -inf excludes a class."""
+
+    def weigh(self, router_logits: Tensor, ids: Tensor) -> Tensor:
+        """Weights [T,K] float32 of any ids, differentiable; 0 for -1."""
+
+
+@dataclass(frozen=True)
+class Top:
+    """The top_k best scores, weighted by them.
+
+    Attributes:
+        block: its gate has the constants, which are read at each call.
+        score_function: of SCORES, for the choice.
+        weight: of SCORES; "logits" for a softmax over the chosen logits alone.
+        normalize: divide by the sum.
+        scaled: by the product of the gate's scaling factors; by_top_k: divided by top_k.
+        group_score: "" without groups, else "max" or "top2" ranks them. fill: the score of experts in other groups.
+    """
+
+    block: MoeBlock
+    score_function: str
+    weight: str
+    normalize: bool
+    scaled: bool
+    by_top_k: bool = False
+    group_score: str = ""
+    fill: float = -math.inf
+
+    def rank(self, router_logits: Tensor, bias: Tensor | None) -> Tensor:
+        scores = SCORES[self.score_function](router_logits.detach())
+        own = self.block.selection_bias()
+        if own is not None and own.shape[0] == scores.shape[1]:
+            scores = scores + own.float()
+        if bias is not None:
+            scores = scores + bias
+        if self.group_score:
+            scores = self._within_groups(scores, bias)
+        return scores
+
+    def _within_groups(self, scores: Tensor, bias: Tensor | None) -> Tensor:
+        groups = self.block.groups()
+        assert groups is not None
+        by_group = scores.view(len(scores), groups[0], -1)
+        best = by_group.topk(min(1 if self.group_score == "max" else 2, by_group.shape[-1]), dim=-1).values.sum(-1)
+        chosen = torch.zeros_like(best).scatter(1, best.topk(groups[1], dim=-1).indices, 1).bool()
+        kept = chosen[..., None].expand_as(by_group).reshape_as(scores)
+        scores = scores.masked_fill(~kept, self.fill)
+        return scores if bias is None else scores.masked_fill(bias == -math.inf, -math.inf)
+
+    def weigh(self, router_logits: Tensor, ids: Tensor) -> Tensor:
+        index, empty = ids.clamp(min=0), ids < 0
+        weights = SCORES[self.weight](router_logits).gather(1, index)
+        if self.weight == "logits":
+            # An all-empty row would be softmax of -inf alone: NaN, also in its gradient.
+            weights = weights.masked_fill(empty, -math.inf).masked_fill(empty.all(1, keepdim=True), 0).softmax(-1)
+        weights = weights.masked_fill(empty, 0)
+        if self.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if self.scaled:
+            weights = weights * _scale(self.block.gate)
+        return weights / ids.shape[1] if self.by_top_k else weights
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Another manner, and a learned factor per expert (Gemma 4)."""
+
+    inner: Manner
+    gate: Any
+
+    @property
+    def score_function(self) -> str:
+        return self.inner.score_function
+
+    def rank(self, router_logits: Tensor, bias: Tensor | None) -> Tensor:
+        return self.inner.rank(router_logits, bias)
+
+    def weigh(self, router_logits: Tensor, ids: Tensor) -> Tensor:
+        scale: Tensor = self.gate.per_expert_scale.float()[ids.clamp(min=0)]
+        return self.inner.weigh(router_logits, ids) * scale
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """SparseMixer of Phi-3.5 as in evaluation: one expert after the other, each weighted by a softmax over those near
+    the best of the rest."""
+
+    gate: Any
+    score_function: str = "logits"
+
+    def rank(self, router_logits: Tensor, bias: Tensor | None) -> Tensor:
+        scores = router_logits.detach().float()
+        return scores if bias is None else scores + bias
+
+    def weigh(self, router_logits: Tensor, ids: Tensor) -> Tensor:
+        logits, weights = router_logits.float(), []
+        taken = torch.zeros_like(logits, dtype=torch.bool)
+        for slot in ids.T:
+            picked = slot.clamp(min=0)[:, None]
+            rest = logits.detach().masked_fill(taken, -math.inf)
+            best = rest.max(-1, keepdim=True).values
+            far = (best - logits.detach()) / logits.detach().abs().clamp(min=best) > 2 * self.gate.router_jitter_noise
+            hidden = (taken | far).scatter(1, picked, False)  # the softmax is over the picked one at least
+            weight = logits.masked_fill(hidden, -math.inf).softmax(-1).gather(1, picked)[:, 0]
+            weights.append(weight.masked_fill(slot < 0, 0))
+            taken = taken.scatter(1, picked, (slot >= 0)[:, None])
+        return torch.stack(weights, 1)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A choice that the model looks up (DeepSeek V4 by token id). What it chose comes first, then the best scores."""
+
+    inner: Manner
+    topk_ids: Tensor
+
+    @property
+    def score_function(self) -> str:
+        return self.inner.score_function
+
+    def rank(self, router_logits: Tensor, bias: Tensor | None) -> Tensor:
+        scores = SCORES[self.score_function](router_logits.detach())
+        top_k = self.topk_ids.shape[1]
+        order = torch.arange(top_k, 0, -1, device=scores.device, dtype=scores.dtype)
+        first = scores.max() + 1 + order.expand_as(self.topk_ids)  # above all scores, in the order of the table
+        scores = scores.scatter(1, self.topk_ids.clamp(min=0), first)
+        return scores if bias is None else scores + bias
+
+    def weigh(self, router_logits: Tensor, ids: Tensor) -> Tensor:
+        return self.inner.weigh(router_logits, ids)
+
+
+@dataclass(frozen=True)
+class InManner:
+    """A Select: the choice of `select`, or the manner's own if None, with the weights of the manner."""
+
+    manner: Manner
+    top_k: int
+    select: Any = None
+    selection_bias: Tensor | None = None
+
+    @property
+    def score_function(self) -> str:
+        return self.manner.score_function
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        if self.select is None:
+            scores, ids = self.manner.rank(router_logits, bias).topk(self.top_k, dim=-1)
+            ids = ids.masked_fill(scores == -math.inf, -1)
+        else:
+            seen, total = router_logits.detach(), bias
+            if (own := self.selection_bias) is not None and self.score_function == "logits":
+                seen = seen + own.float()
+            elif own is not None:
+                total = own.float() if bias is None else own.float() + bias
+            ids = self.select(seen, context, total).topk_ids.long()
+        weights = self.manner.weigh(router_logits, ids)
+        return Routing(ids, weights, router_logits, router_logits.shape[1])
+
+
+# ---- the manner of a router ------------------------------------------------------------------------------------------
+
+
+def manner_of(block: MoeBlock) -> Manner:
+    """How the block's router selects, verified on random tokens.
+
+    Raises:
+        ValueError: it has none, or selects in no way known here; the message names the block and the class.
+    """
+    name = block.name or "model"
+    if block.gate is None or not block.top_k:
+        raise ValueError(f"{name}: expected a router to select anew, got none")
+    seen, manners = _probe(block)
+    for manner, matches in manners:
+        if matches:
+            return manner
+    raise ValueError(
+        f"{name}: expected a router whose selection is known, got {type(block.gate).__name__}, which no known score, "
+        f"groups and normalisation reproduce on {len(seen.ids)} random tokens"
+    )
+
+
+class _Seen(NamedTuple):
+    """The router's own answer to random tokens."""
+
+    logits: Tensor
+    ids: Tensor
+    weights: Tensor
+    tolerance: float  # relative
+
+
+@torch.no_grad()
+def _probe(block: MoeBlock) -> tuple[_Seen, list[tuple[Manner, bool]]]:
+    """What the router does with random tokens, and which manners do the same; the first that does ends the list.
+
+    Its weights and its bias are random during the probe, since those of a new model tell little: zeros make ties, and
+    hide how a bias is used.
+    """
+    gate: Any = block.gate
+    training = {module: module.training for module in gate.modules()}
+    devices = {p.device for p in gate.parameters() if p.is_cuda}
+    with _randomized(block), torch.random.fork_rng(list(devices)):
+        try:
+            gate.eval()  # jitter and sampling are not the manner
+            seen = _answer(block)
+        finally:
+            for module, was in training.items():
+                module.training = was
+        found = []
+        for manner in _candidates(block):
+            found.append((manner, _reproduces(manner, seen, block)))
+            if found[-1][1]:
+                break
+    return seen, found
+
+
+@contextmanager
+def _randomized(block: MoeBlock) -> Iterator[None]:
+    """Random matrices of the gate, and a random selection bias; afterwards the same tensors as before."""
+    generator = torch.Generator().manual_seed(0)
+    assert block.gate is not None
+    scales: dict[Tensor, float] = {p: 2 * p.shape[1] ** -0.5 for p in block.gate.parameters() if p.dim() == 2}
+    if (bias := block.selection_bias(flat=False)) is not None:
+        scales[bias] = 0.05
+    plain = [t for t in scales if type(t.data) is Tensor and not t.is_meta and t.is_floating_point()]
+    before = [(tensor, tensor.data) for tensor in plain]
+    try:
+        for tensor, data in before:
+            random = torch.randn(data.shape, generator=generator) * scales[tensor]
+            tensor.data = random.to(data.device, data.dtype)  # not in place: graphs of earlier forwards stay valid
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+
+
+def _answer(block: MoeBlock) -> _Seen:
+    from switchgear.integrations.choices import routed
+
+    gate: Any = block.gate
+    name = block.name or "model"
+    like = block.gate_weight()
+    if like is None:
+        like = next((p for p in gate.parameters() if p.dim() == 2), None)
+    if like is None or like.is_meta:
+        raise ValueError(f"{name}: expected a router with weights to probe it, got none")
+    generator = torch.Generator().manual_seed(1)
+    dtype = _input_dtype(block, like)
+    x = torch.randn(_TOKENS, like.shape[1], generator=generator).to(like.device, dtype)
+    extra: dict[str, Any] = {}
+    for parameter in inspect.signature(gate.forward).parameters:
+        if parameter in ("e_score_correction_bias", "expert_bias"):
+            extra[parameter] = block.selection_bias()
+        elif parameter == "input_ids":
+            extra[parameter] = torch.randint(len(gate.tid2eid), (_TOKENS,), generator=generator).to(like.device)
+    try:
+        output = gate.forward(x.clone(), **extra)  # hooks belong to the model's own calls
+    except (ValueError, RuntimeError, IndexError):  # it wants sequences
+        output = gate.forward(x[None].clone(), **extra)
+    choice = routed(block, x, output)
+    if choice is None or choice.router_logits is None:
+        raise ValueError(f"{name}: expected a router that returns its logits and choice, got {type(gate).__name__}")
+    # Weights pass through a handful of roundings of float32 and a few to the dtype of the logits or of the model.
+    eps = max(torch.finfo(t).eps for t in (choice.router_logits.dtype, choice.topk_weights.dtype, torch.float32))
+    return _Seen(choice.router_logits.float(), choice.topk_ids, choice.topk_weights.float(), 16 * eps)
+
+
+def _input_dtype(block: MoeBlock, like: Tensor) -> torch.dtype:
+    """The dtype of hidden states: routers in float32 convert them."""
+    floating = (p.dtype for p in block.experts.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1)
+    return next(floating, like.dtype)
+
+
+def _candidates(block: MoeBlock) -> Iterator[Manner]:
+    gate: Any = block.gate
+    if type(gate).__name__ == "PhimoeTopKRouter":
+        yield Mixer(gate)
+        return
+    groups: list[tuple[str, float]] = [("", -math.inf)]
+    if block.groups() is not None:
+        groups = [*itertools.product(("top2", "max"), (-math.inf, 0.0)), *groups]
+    scales = [(True, False)] if _scale(gate) != 1 else [(False, False)]
+    scales.append((False, True))
+    # the score of the choice, that of the weight
+    pairs = [("softmax", "softmax"), ("sigmoid", "sigmoid"), ("sqrt_softplus", "sqrt_softplus")]
+    pairs += [("logits", "logits"), ("logits", "sigmoid")]
+    for pair, group, scale, normalize in itertools.product(pairs, groups, scales, (False, True)):
+        top = Top(block, *pair, normalize, *scale, *group)
+        yield Scaled(top, gate) if isinstance(getattr(gate, "per_expert_scale", None), nn.Parameter) else top
+
+
+def _reproduces(manner: Manner, seen: _Seen, block: MoeBlock) -> bool:
+    """Whether the manner gives the weights that were seen, and ranks what was chosen above the rest."""
+    weights = manner.weigh(seen.logits, seen.ids)
+    error = (weights - seen.weights.masked_fill(seen.ids < 0, 0)).abs().amax(-1)
+    if bool((error > seen.tolerance * seen.weights.abs().amax(-1)).any()):
+        return False
+    if is_looked_up(block):
+        return True
+    scores = manner.rank(seen.logits, None)
+    index = seen.ids.clamp(min=0)
+    least = scores.gather(1, index).amin(-1)
+    rest = scores.scatter(1, index, -math.inf).amax(-1)
+    right = (least >= rest - seen.tolerance * least.abs()) | (seen.ids < 0).any(-1)
+    # Equal scores are common in 16 bits, and then two groups may be equally good.
+    return float(right.float().mean()) >= (1.0 if seen.tolerance < 1e-4 else 0.9)
+
+
+def is_looked_up(block: MoeBlock) -> bool:
+    return hasattr(block.gate, "tid2eid")
+
+
+def _scale(gate: Any) -> Any:
+    return math.prod(getattr(gate, name, 1.0) for name in _SCALES)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""expert_outputs: what the chosen experts of a block return for each token, before it is weighted and summed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switchgear.integrations.moe_blocks import MoeBlock
+
+_ROWS = 8192  # of experts' outputs at a time
+# Their experts take other arguments than (x, ids, weights).
+_OTHERS = ("JetMoeMoE", "Llama4TextMoe", "NllbMoeSparseMLP", "SwitchTransformersSparseMLP")
+
+
+def check_outputs(block: MoeBlock) -> None:
+    """Raises ValueError for a block whose experts' outputs cannot be had one by one."""
+    if type(block.block).__name__ in _OTHERS:
+        raise ValueError(
+            f"{block.name}: expected experts called with ids and weights, got {type(block.block).__name__}"
+        )
+
+
+@torch.no_grad()
+def expert_outputs(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
+    """[T,K,H] in the dtype of x: expert topk_ids[t,k] of x[t], with weight 1; zeros for empty choices (-1).
+
+    The experts run a second time for it, as modules (hooks aside). x [T,H] as in an Observation.
+    """
+    check_outputs(block)
+    num_tokens, top_k = topk_ids.shape
+    at_once = max(1, _ROWS // max(top_k, 1))
+    if getattr(block.experts, "parallel", None) is not None:  # all ranks must call their experts equally often
+        at_once = max(num_tokens, 1)
+    parts = [_outputs(block, x[i : i + at_once], topk_ids[i : i + at_once]) for i in range(0, num_tokens, at_once)]
+    if not parts:
+        return x.new_zeros(0, top_k, x.shape[1])
+    return torch.cat(parts)
+
+
+def _outputs(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
+    empty = topk_ids < 0
+    rows = x.detach().repeat_interleave(topk_ids.shape[1], 0)
+    ids = topk_ids.clamp(min=0).reshape(-1, 1)
+    ones = torch.ones_like(ids, dtype=torch.float32 if block.is_ours else x.dtype)
+    forward: Any = block.experts.forward  # not the module's call: hooks belong to the model's own calls
+    y: Tensor = forward(rows, ids if block.is_ours else ids.long(), ones)
+    return y.reshape(*topk_ids.shape, -1).masked_fill(empty[..., None], 0)
