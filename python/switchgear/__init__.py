@@ -14,6 +14,7 @@ Analysis:   RoutingTrace records the choices of routers; override(model, …) ch
 Adapters:   adapters.add_lora(model, rank), load_peft, save_peft, merge; mixtures of adapters in any model:
             adapters.mixture, adapters.LoRAExperts
 Conversion: convert.upcycle, split_dense, from_dense_experts, merge_models, to_dense, …; convert.run for checkpoints
+Compression: compress calibrates, then prunes, merges, sparsifies or quantizes experts, with bits per expert
 Training:   finetune trains some experts alone; distill; optim.Muon
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from switchgear import adapters, convert, distill, finetune, layers, optim, presets, routing, weights
+from switchgear import adapters, compress, convert, distill, finetune, layers, optim, presets, routing, weights
 from switchgear.backends import backend, use_backend
 from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gemm, moe, permute, plan, route
@@ -54,6 +55,7 @@ __all__ = [
     "backend",
     "balance_loss",
     "combine",
+    "compress",
     "convert",
     "cpu_isa",
     "distill",

@@ -5,8 +5,10 @@ from switchgear.compress.bits import BitAllocation, ExpertErrors, allocate_bits,
 from switchgear.compress.calibration import Calibration, calibrate
 from switchgear.compress.gptq import gptq
 from switchgear.compress.merge import Merged, MergedLayer, merge_experts
+from switchgear.compress.progressive import ProgressivePruner
 from switchgear.compress.prune import Pruned, PrunedLayer, prune_experts
 from switchgear.compress.quantize import Quantized, QuantizedLayer, bits_of, expert_errors, quantize
+from switchgear.compress.skip import Skipped, skip_experts
 from switchgear.compress.sparsify import Sparsified, SparsifiedLayer, prune_weights
 
 __all__ = [
@@ -15,10 +17,12 @@ __all__ = [
     "ExpertErrors",
     "Merged",
     "MergedLayer",
+    "ProgressivePruner",
     "Pruned",
     "PrunedLayer",
     "Quantized",
     "QuantizedLayer",
+    "Skipped",
     "Sparsified",
     "SparsifiedLayer",
     "allocate_bits",
@@ -31,4 +35,5 @@ __all__ = [
     "prune_experts",
     "prune_weights",
     "quantize",
+    "skip_experts",
 ]

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""skip_experts: tokens skip experts whose weight is small beside that of their first, by a calibrated ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from switchgear.complaints import check_module
+from switchgear.compress.calibration import Calibration
+from switchgear.compress.sums import Domains
+from switchgear.functional import Routing, as_number
+from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.routing.context import NOTHING_KNOWN, Context, Select
+from switchgear.routing.router import Router
+from switchgear.routing.selection import SkipBelow
+
+Importance = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Skipped:
+    """What `skip_experts` has done so far. ratios: beta by layer."""
+
+    ratios: dict[str, float]
+    choices: int = 0  # of Hugging Face's layers
+    skipped: int = 0
+
+    @property
+    def share(self) -> float:
+        """The share of choices that were skipped."""
+        return self.skipped / max(self.choices, 1)
+
+
+@contextmanager
+def skip_experts(
+    model: nn.Module,
+    calibration: Calibration,
+    *,
+    protect: float = 0.0,
+    importance: Importance | None = None,
+    domains: Domains = None,
+) -> Iterator[Skipped]:
+    """Inside the block, a token skips the experts whose weight is below beta times that of its first, and the other
+    weights are scaled up to the same sum. beta is the median of second / first weight in each layer of the calibration
+    (NAEE, arXiv:2402.14800; `Skipped.ratios`).
+
+        with compress.skip_experts(model, calibration, protect=0.02) as skipped:
+            model.generate(**inputs)
+        print(skipped.share)
+
+    Args:
+        model: has switchgear's MoE layers, whose selections become SkipBelow, or those of Hugging Face.
+        protect: the share of the tokens of a call that skip nothing (MC-MoE, arXiv:2410.06270: 0.02), by importance.
+        importance: x [T,H] -> [T], for Hugging Face; by default ‖x‖₁. (The paper multiplies it by the attention that a
+            token receives, which a layer of experts does not see.) switchgear's layers take it from their context,
+            moe(x, importance=…).
+
+    Raises ValueError for a calibration of another model, one without second choices, a router of Hugging Face whose
+    selection is not known (override), or an option out of range.
+    """
+    check_module("model", model)
+    if not 0 <= as_number("protect", protect) <= 1:
+        raise ValueError(f"protect: expected a share of the tokens in [0, 1], got {protect}")
+    calibration.check(model)
+    blocks = moe_blocks(model)
+    ratios = {name: calibration.layers[name].ratio_median(domains) for name in blocks}
+    if empty := [name for name, ratio in ratios.items() if ratio != ratio]:
+        raise ValueError(f"calibration: expected tokens with two experts, got none in {empty[0]}")
+    done = Skipped(ratios)
+    manners = _manners(blocks)  # raises before anything changes
+    with ExitStack() as stack:
+        for name, block in blocks.items():
+            if isinstance(block.gate, Router):
+                wrapper = _wrapper(ratios[name], protect)
+                block.gate.overrides.append(wrapper)
+                stack.callback(block.gate.overrides.remove, wrapper)
+            else:
+                options = (manners[name], ratios[name], protect, importance or _norm, done)
+                _on_hugging_face(stack, block, *options)
+        yield done
+
+
+def _manners(blocks: Mapping[str, MoeBlock]) -> dict[str, Any]:
+    """How routers of Hugging Face weigh their choices; none for ours."""
+    foreign = {name: block for name, block in blocks.items() if not block.is_ours}
+    if not foreign:
+        return {}
+    from switchgear.integrations.routers import manner_of
+
+    return {name: manner_of(block) for name, block in foreign.items()}
+
+
+def _wrapper(ratio: float, protect: float) -> Callable[[Select], Select]:
+    return lambda select: SkipBelow(select, ratio, protect)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.detach().float().abs().sum(-1)
+
+
+class _Skip:
+    """A selection of Hugging Face's router without the choices of little weight; the number of places stays."""
+
+    def __init__(self, select: Select, ratio: float, protect: float, done: Skipped, seen: _Seen) -> None:
+        self.select, self.ratio, self.protect, self.done, self.seen = select, ratio, protect, done, seen
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        routing = self.select(router_logits, context, bias)
+        present, weights = routing.topk_ids >= 0, routing.topk_weights.masked_fill(routing.topk_ids < 0, 0)
+        kept = weights.detach() >= self.ratio * weights.detach().amax(-1, keepdim=True)
+        if self.protect and self.seen.importance is not None:
+            best = self.seen.importance.topk(round(self.protect * len(kept))).indices
+            kept[best] = True
+        self.done.choices += int(present.sum())
+        self.done.skipped += int((present & ~kept).sum())
+        left = weights.masked_fill(~kept, 0)
+        scale = weights.sum(-1, keepdim=True) / (left.sum(-1, keepdim=True) + 1e-20)
+        return routing._replace(topk_ids=routing.topk_ids.masked_fill(~kept, -1), topk_weights=left * scale)
+
+
+@dataclass
+class _Seen:
+    """The importance of the tokens that the router sees now."""
+
+    importance: Tensor | None = None
+
+
+def _on_hugging_face(
+    stack: ExitStack, block: MoeBlock, manner: Any, ratio: float, protect: float, importance: Importance, done: Skipped
+) -> None:
+    from switchgear.integrations.choices import overridden
+
+    seen = _Seen()
+
+    def keep(gate: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.importance = importance(args[0].reshape(-1, args[0].shape[-1]))
+
+    assert block.gate is not None
+    if protect:
+        stack.callback(block.gate.register_forward_pre_hook(keep).remove)
+    wrapper: Callable[[Select], Select] = lambda select: _Skip(select, ratio, protect, done, seen)  # noqa: E731
+    stack.enter_context(overridden(block, manner, wrapper))
