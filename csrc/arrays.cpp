@@ -28,23 +28,31 @@ const DLPackExchangeAPI* find_exchange_api(PyTypeObject* type) {
   return api->version.major == 1 ? api : nullptr;
 }
 
-// The exchange API of a type, or null if it has none. Caches the first types seen and keeps them alive.
-const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
-  struct Entry {
-    PyTypeObject* type;
-    const DLPackExchangeAPI* api;
-  };
-  static std::array<Entry, 8> cache{};
+// A type of arrays: its exchange API, and torch's method that returns the storage of a tensor. Null for what it lacks.
+struct ArrayType {
+  PyTypeObject* type;
+  const DLPackExchangeAPI* api;
+  PyObject* untyped_storage;
+};
+
+ArrayType find_array_type(PyTypeObject* type) {
+  const DLPackExchangeAPI* api = find_exchange_api(type);
+  PyObject* storage = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "untyped_storage");
+  PyErr_Clear();
+  return {type, api, storage};
+}
+
+// Caches the first types seen and keeps them alive.
+ArrayType array_type(PyTypeObject* type) {
+  static std::array<ArrayType, 16> cache{};
   for (auto& entry : cache) {
-    if (entry.type == type) return entry.api;
+    if (entry.type == type) return entry;
     if (entry.type == nullptr) {
-      const DLPackExchangeAPI* api = find_exchange_api(type);
       Py_INCREF(type);
-      entry = {type, api};
-      return api;
+      return entry = find_array_type(type);
     }
   }
-  return find_exchange_api(type);
+  return find_array_type(type);
 }
 
 // Raises TypeError for a dtype or array that its own library cannot export. The first line of the library's error says why.
@@ -184,30 +192,34 @@ uint64_t extent_of(const DLTensor& tensor) {
   return (last + 1) * tensor.dtype.bits / 8;
 }
 
-// The number that a method without arguments returns; none if it returns anything else.
-std::optional<uint64_t> number_from(PyObject* object, PyObject* method) {
-  const auto result = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, method));
-  if (!result) return std::nullopt;
-  const unsigned long long number = PyLong_AsUnsignedLongLong(result.ptr());
+// Address of a torch storage's first byte; none with a Python error set.
+std::optional<uint64_t> address_of(PyObject* storage) {
+  static PyObject* const type = py::object(py::module_::import("torch").attr("UntypedStorage")).release().ptr();
+  static PyObject* const method = PyObject_GetAttrString(type, "data_ptr");
+  if (reinterpret_cast<PyObject*>(Py_TYPE(storage)) != type) return std::nullopt;
+  const auto address = py::reinterpret_steal<py::object>(PyObject_Vectorcall(method, &storage, 1, nullptr));
+  if (!address) return std::nullopt;
+  const unsigned long long number = PyLong_AsUnsignedLongLong(address.ptr());
   return PyErr_Occurred() == nullptr ? std::optional<uint64_t>(number) : std::nullopt;
 }
 
 // torch's tensors do not notice that their storage was freed, as FSDP does with parameters, or made smaller: they then describe
-// memory past its end. Costs 0.1 µs. Arrays without torch's storages are not checked.
+// memory past its end. Arrays without torch's storages are not checked. Two calls of methods and len() cost 60 ns; the same
+// methods looked up by name and nbytes() cost 120.
 void check_storage(const char* name, py::handle array, const DLTensor& tensor) {
-  static PyObject* const untyped_storage = PyUnicode_InternFromString("untyped_storage");
-  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
-  static PyObject* const nbytes = PyUnicode_InternFromString("nbytes");
+  PyObject* const method = array_type(Py_TYPE(array.ptr())).untyped_storage;
+  if (method == nullptr || tensor.data == nullptr || tensor.device.device_type != kDLCPU) return;
   const uint64_t extent = extent_of(tensor);
-  if (tensor.data == nullptr || extent == 0 || tensor.device.device_type != kDLCPU) return;
-  const auto storage = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(array.ptr(), untyped_storage));
-  const auto begin = storage ? number_from(storage.ptr(), data_ptr) : std::nullopt;
-  const auto size = begin ? number_from(storage.ptr(), nbytes) : std::nullopt;
-  if (!size) return PyErr_Clear();
+  if (extent == 0) return;
+  PyObject* const self = array.ptr();
+  const auto storage = py::reinterpret_steal<py::object>(PyObject_Vectorcall(method, &self, 1, nullptr));
+  const auto begin = storage ? address_of(storage.ptr()) : std::nullopt;
+  const Py_ssize_t size = begin ? PyObject_Size(storage.ptr()) : -1;
+  if (size < 0) return PyErr_Clear();
   SWITCHGEAR_CHECK(ValueError, *begin != 0, name, ": expected data, got a tensor whose storage was freed");
   const uint64_t first = reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset - *begin;
-  SWITCHGEAR_CHECK(ValueError, first + extent <= *size, name, ": expected a storage of at least ", first + extent,
-                   " bytes, got one of ", *size, ", made smaller than its tensor");
+  SWITCHGEAR_CHECK(ValueError, first + extent <= static_cast<uint64_t>(size), name, ": expected a storage of at least ",
+                   first + extent, " bytes, got one of ", size, ", made smaller than its tensor");
 }
 
 const DLTensor& tensor_in(const char* name, py::handle capsule, bool& read_only) {
@@ -239,14 +251,14 @@ struct Arrays::Borrowed {
   bool read_only = false;
 };
 
-Arrays::Borrowed Arrays::borrow(const char* name, py::handle array) {
-  if (const DLPackExchangeAPI* api = exchange_api(Py_TYPE(array.ptr()))) {
+Arrays::Borrowed Arrays::borrow(const char* name, py::handle array, bool allocated_by_op) {
+  if (const DLPackExchangeAPI* api = array_type(Py_TYPE(array.ptr())).api) {
     Borrowed borrowed;
     if (api->dltensor_from_py_object_no_sync(array.ptr(), &borrowed.tensor) != 0) {
       py::error_already_set error;
       refuse(name, error);
     }
-    check_storage(name, array, borrowed.tensor);
+    if (!allocated_by_op) check_storage(name, array, borrowed.tensor);
     return borrowed;
   }
   // The capsule's destructor frees the memory, since we do not rename the capsule.
@@ -258,8 +270,8 @@ Arrays::Borrowed Arrays::borrow(const char* name, py::handle array) {
   return borrowed;
 }
 
-Arrays::Loaded Arrays::load(const char* name, py::handle array) {
-  const Borrowed borrowed = borrow(name, array);
+Arrays::Loaded Arrays::load(const char* name, py::handle array, bool allocated_by_op) {
+  const Borrowed borrowed = borrow(name, array, allocated_by_op);
   return {view_of(name, borrowed.tensor), borrowed.read_only};
 }
 
@@ -273,7 +285,7 @@ void* Arrays::memory(const char* name, py::handle array, int64_t bytes) {
 }
 
 TensorView Arrays::out(const char* name, py::handle array) {
-  const Loaded loaded = load(name, array);
+  const Loaded loaded = load(name, array, true);
   SWITCHGEAR_CHECK(ValueError, !loaded.read_only, name, ": expected a writable array, got a read-only ",
                    describe(loaded.view));
   return loaded.view;
@@ -300,10 +312,10 @@ Weight Arrays::weight(const char* name, py::handle tensors, py::handle form) {
                    ": expected a format from 0 to ", static_cast<int>(kLastFormat), ", got ", format);
   Weight weight{
       .format = static_cast<Format>(format), .rows = rows, .cols = cols, .parts = parts, .group_size = group_size};
-  const std::array places{&weight.scales, &weight.row_scales, &weight.zeros, &weight.slots};
-  constexpr std::array kSuffixes{"scales", "row_scales", "zeros", "slots"};
+  const std::array places{&weight.scales, &weight.row_scales, &weight.zeros, &weight.records, &weight.slots};
+  constexpr std::array kSuffixes{"scales", "row_scales", "zeros", "records", "slots"};
   const auto expected = static_cast<size_t>(1 + std::popcount(static_cast<uint64_t>(fields)));
-  SWITCHGEAR_CHECK(ValueError, fields >= 0 && fields < 16 && items.size() == expected, name, ": expected ", expected,
+  SWITCHGEAR_CHECK(ValueError, fields >= 0 && fields < 32 && items.size() == expected, name, ": expected ", expected,
                    " tensors for the fields ", fields, ", got ", items.size());
   weight.data = in(name, items[0]);
   for (size_t i = 0, item = 1; i < places.size(); ++i) {

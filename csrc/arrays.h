@@ -30,7 +30,8 @@ class Arrays {
   TensorView in_or_none(const char* name, pybind11::handle array) {
     return array.is_none() ? TensorView{} : in(name, array);
   }
-  TensorView out(const char* name, pybind11::handle array);  // ValueError for a read-only array
+  // An output, which the ops allocate themselves: its storage is not checked. ValueError for a read-only array.
+  TensorView out(const char* name, pybind11::handle array);
   TensorView out_or_none(const char* name, pybind11::handle array) {
     return array.is_none() ? TensorView{} : out(name, array);
   }
@@ -54,8 +55,8 @@ class Arrays {
     TensorView view;
     bool read_only = false;
   };
-  Borrowed borrow(const char* name, pybind11::handle array);
-  Loaded load(const char* name, pybind11::handle array);
+  Borrowed borrow(const char* name, pybind11::handle array, bool allocated_by_op = false);
+  Loaded load(const char* name, pybind11::handle array, bool allocated_by_op = false);
   Weight separate(const char* name, pybind11::sequence weights);
 
   struct Separate {  // matrices stored separately

@@ -151,6 +151,9 @@ void Call::check_type(const char* name, const TensorView& tensor, Kind kind, Sha
     case Kind::kUInt8:
       SWITCHGEAR_CHECK(TypeError, tensor.dtype == DType::kUInt8, name, ": expected uint8, got ", describe(tensor));
       break;
+    case Kind::kFloat16:
+      SWITCHGEAR_CHECK(TypeError, tensor.dtype == DType::kFloat16, name, ": expected float16, got ", describe(tensor));
+      break;
     case Kind::kInt8:
       SWITCHGEAR_CHECK(TypeError, tensor.dtype == DType::kInt8, name, ": expected int8, got ", describe(tensor));
       break;

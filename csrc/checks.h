@@ -22,6 +22,7 @@ struct Dim {
 enum class Kind : uint8_t {
   kFloat,
   kFloat32,
+  kFloat16,
   kInt32,
   kInt8,
   kUInt8

@@ -143,7 +143,7 @@ void gate_shapes(Call& call, const GateArgs& args, Dim& T, Dim& E) {
   call.output("router_logits", router_logits, float32_or_shared(router_logits), {&T, &E}, kRows);
 }
 
-bool multiplies_transposed(Format format) { return is_integer(format) || is_minifloat(format); }
+bool multiplies_transposed(Format format) { return is_integer(format) || is_decoded(format); }
 
 // I = N/2 for gated experts, N for plain ones
 Dim intermediate(const char* name, const GluOptions& options, const Dim& N) {
@@ -212,7 +212,7 @@ void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& o
   weight_input(call, kGateUpProj, gate_up, E, N, H);
   I = intermediate("gate_up_proj", options, N);
   const bool has_halves = options.gated && !options.interleaved;
-  if (is_integer(gate_up.format) || is_minifloat(gate_up.format)) {
+  if (is_integer(gate_up.format) || is_decoded(gate_up.format)) {
     const int64_t parts = has_halves ? 2 : 1;
     SWITCHGEAR_CHECK(ValueError, gate_up.parts == parts, "gate_up_proj: expected its rows in parts of ", parts,
                      ", got ", gate_up.parts);

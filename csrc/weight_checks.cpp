@@ -3,7 +3,7 @@
 
 #include "switchgear/check.h"
 #include "switchgear/compact.h"
-#include "switchgear/minifloat.h"
+#include "switchgear/groups.h"
 #include "switchgear/panels.h"
 
 namespace switchgear {
@@ -18,6 +18,11 @@ const char* name_of(Format format) {
     case Format::kFp8: return "fp8";
     case Format::kMxfp4: return "mxfp4";
     case Format::kNf4: return "nf4";
+    case Format::kGroups: return "groups";
+    case Format::kBits1: return "bits1";
+    case Format::kBits2: return "bits2";
+    case Format::kBits3: return "bits3";
+    case Format::kBits4: return "bits4";
   }
   return "unknown";
 }
@@ -106,6 +111,21 @@ void minifloat_input(Call& call, const WeightNames& names, const Weight& w, Dim&
              {&experts, &blocks, &groups, &block_rows});
 }
 
+void groups_input(Call& call, const WeightNames& names, const Weight& w, Dim& experts) {
+  SWITCHGEAR_CHECK(ValueError, w.group_size >= 0 && w.group_size % kMinifloatColumns == 0, names.data,
+                   ": expected a group_size of 0 (the whole row) or a multiple of 32, got ", w.group_size);
+  Dim planes{"planes"}, blocks = blocks_of(names.data, w), groups = groups_of(w);
+  Dim steps{"steps", 1, divide_up(w.cols, kMinifloatColumns)}, bytes{"64", 1, kPlaneBytes};
+  Dim block_rows{"16", 1, kMinifloatRows}, two{"2", 1, 2};
+  call.input(names.data, w.data, kUInt8, {&planes, &blocks, &steps, &bytes});
+  SWITCHGEAR_CHECK(ValueError, w.records.defined(), names.records, ": expected a tensor, got none");
+  SWITCHGEAR_CHECK(ValueError, call.backend().device == DeviceType::kCPU, names.records,
+                   ": expected none on this device, got ", describe(w.records));
+  call.input(names.records, w.records, kInt32, {&experts, &two});
+  call.input(names.scales, w.scales, kFloat16, {&experts, &blocks, &groups, &block_rows});
+  if (w.zeros.defined()) call.input(names.zeros, w.zeros, kUInt8, {&experts, &blocks, &groups, &block_rows});
+}
+
 // E is the size of `slots` if defined; `experts` is that of the data.
 void slots_input(Call& call, const char* name, const Weight& w, Dim& E) {
   SWITCHGEAR_CHECK(ValueError, w.base == nullptr, name, ": expected none beside matrices of their own");
@@ -123,7 +143,7 @@ void weight_input(Call& call, const WeightNames& names, const Weight& w, Dim& E,
   if (w.format == Format::kPlain) {
     call.input(names.data, w, {&experts, &N, &C});
   } else {
-    SWITCHGEAR_CHECK(ValueError, call.backend().takes(w.format), names.data,
+    SWITCHGEAR_CHECK(ValueError, w.format <= kLastFormat && call.backend().takes(w.format), names.data,
                      ": expected plain weights on this device, got ", name_of(w.format), ": ", describe(w.data));
     check_sizes(names.data, w, N, C);
     switch (w.format) {
@@ -132,15 +152,37 @@ void weight_input(Call& call, const WeightNames& names, const Weight& w, Dim& E,
       case Format::kFp8:
       case Format::kMxfp4:
       case Format::kNf4: minifloat_input(call, names, w, experts); break;
+      case Format::kGroups: groups_input(call, names, w, experts); break;
       default: integers_input(call, names, w, experts);
     }
   }
 }
 
+namespace {
+
+// Each record is a range of 1 to 4 planes.
+void check_records(const char* name, const Weight& w) {
+  const auto* records = w.records.as<const int32_t>();
+  const int64_t planes = w.data.shape[0];
+  for (int64_t i = 0; i < w.records.shape[0]; ++i) {
+    const int64_t first = records[2 * i], bits = records[2 * i + 1];
+    SWITCHGEAR_CHECK(ValueError, bits >= 1 && bits <= kMostBits, name, ": expected 1 to ", kMostBits, " bits, got ",
+                     bits, " at [", i, ']');
+    SWITCHGEAR_CHECK(ValueError, first >= 0 && first + bits <= planes, name, ": expected ", bits, " of ", planes,
+                     " planes, got those from ", first, " on at [", i, ']');
+  }
+}
+
+}  // namespace
+
 void check_slots(Call& call, const WeightNames& names, Weight& w) {
+  if (w.format == Format::kGroups) {
+    call.own(w.records);
+    check_records(names.records, w);
+  }
   if (!w.slots.defined()) return;
   call.own(w.slots);
-  check_range(names.slots, w.slots, 0, w.data.shape[0]);
+  check_range(names.slots, w.slots, 0, w.num_stored());
 }
 
 void plain_weight_input(Call& call, const WeightNames& names, const Weight& w, const char* what, Dim& E, Dim& N,

@@ -7,18 +7,19 @@ namespace switchgear {
 
 // The names of a weight's tensors in errors.
 struct WeightNames {
-  const char *data, *scales, *row_scales, *zeros, *slots;
+  const char *data, *scales, *row_scales, *zeros, *records, *slots;
 };
-inline constexpr WeightNames kWeight{"weight", "weight_scales", "weight_row_scales", "weight_zeros", "weight_slots"};
-inline constexpr WeightNames kGateUpProj{"gate_up_proj", "gate_up_proj_scales", "gate_up_proj_row_scales",
-                                         "gate_up_proj_zeros", "gate_up_proj_slots"};
-inline constexpr WeightNames kDownProj{"down_proj", "down_proj_scales", "down_proj_row_scales", "down_proj_zeros",
-                                       "down_proj_slots"};
+inline constexpr WeightNames kWeight{"weight",       "weight_scales",  "weight_row_scales",
+                                     "weight_zeros", "weight_records", "weight_slots"};
+inline constexpr WeightNames kGateUpProj{"gate_up_proj",       "gate_up_proj_scales",  "gate_up_proj_row_scales",
+                                         "gate_up_proj_zeros", "gate_up_proj_records", "gate_up_proj_slots"};
+inline constexpr WeightNames kDownProj{"down_proj",       "down_proj_scales",  "down_proj_row_scales",
+                                       "down_proj_zeros", "down_proj_records", "down_proj_slots"};
 
 // A weight [E,N,C] of any format that the device takes. Called after a float tensor of the call has been checked.
 void weight_input(Call& call, const WeightNames& names, const Weight& weight, Dim& E, Dim& N, Dim& C);
 
-// Copies a weight's slots and checks them. Called after the last tensor of the call, since it reads memory.
+// Copies a weight's slots and records and checks them. Called after the last tensor of the call, since it reads memory.
 void check_slots(Call& call, const WeightNames& names, Weight& weight);
 
 // The same as weight_input for a weight that must be plain; `what` names the ops that need it.

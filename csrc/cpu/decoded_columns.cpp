@@ -30,7 +30,7 @@ void decode(const Context& context, void* panel, DType dtype, const Weight& weig
             int64_t columns) {
   if (is_integer(weight.format)) return decode_integers(context, panel, dtype, weight, expert, column, columns);
   const ExpertMatrix matrix(weight, expert, dtype);
-  if (!is_minifloat(weight.format)) {
+  if (!is_decoded(weight.format)) {
     return context.kernels.expand_rows(panel, kPanel, matrix.rows_from(0), weight.cols, weight.rows, column, columns);
   }
   const int64_t part_rows = weight.rows / weight.parts, row_bytes = kPanel * size_of(dtype);

@@ -37,11 +37,19 @@ class ExpertMatrix {
         whole_.n_stride = w.data.shape[2];
         whole_.compact_bytes = static_cast<int>(compact_element_bytes(w));
         break;
-      default: {  // minifloats
+      default: {  // minifloats and groups
         const int64_t blocks = w.data.shape[1], groups = w.scales.shape[2];
         part_blocks_ = blocks / w.parts;
         whole_.n_stride = w.data.shape[2] * w.data.shape[3];
-        whole_.data = w.data.as<const char>() + slot * blocks * whole_.n_stride;
+        int64_t plane = slot;
+        if (w.format == Format::kGroups) {
+          const int32_t* const record = w.records.as<const int32_t>() + 2 * slot;
+          plane = record[0];
+          whole_.format = format_of_bits(record[1]);
+          if (w.zeros.defined()) whole_.zeros = w.zeros.as<const char>() + slot * blocks * groups * kMinifloatRows;
+        }
+        whole_.data = w.data.as<const char>() + plane * blocks * whole_.n_stride;
+        if (w.format == Format::kGroups) whole_.n_stride *= bits_of(whole_.format);
         whole_.scale_stride = groups * kMinifloatRows * size_of(w.scales.dtype);
         whole_.scales = w.scales.as<const char>() + slot * blocks * whole_.scale_stride;
         whole_.group_size = w.group_size > 0 ? w.group_size : w.data.shape[2] * kMinifloatColumns;
@@ -56,7 +64,7 @@ class ExpertMatrix {
 
   // B[n,k] = W[first + n, k]: x·Wᵀ
   Matrix rows_from(int64_t first) const {
-    if (!is_minifloat(whole_.format)) return whole_.from(first);
+    if (!is_decoded(whole_.format)) return whole_.from(first);
     return whole_.from(first / part_rows_ * part_blocks_ * kMinifloatRows + first % part_rows_);
   }
   // B[n,k] = W[k, first + n]: x·W, for plain weights

@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#include "switchgear/minifloat.h"
+#include "switchgear/groups.h"
 #include "switchgear/ops.h"
 
 namespace switchgear::cpu {
@@ -18,8 +18,8 @@ struct Start {
 };
 
 // One operand of a matrix product. Plain: element (n, k) is data[n·n_stride + k·k_stride]; strides are in elements and one
-// is 1. Panels and compact: n_stride is the bytes of a row, which has as many elements as the product's depth. Minifloats:
-// n_stride is the bytes of a block of 16 rows.
+// is 1. Panels and compact: n_stride is the bytes of a row, which has as many elements as the product's depth. Minifloats and
+// groups: n_stride is the bytes of a block of 16 rows.
 struct Matrix {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;  // of the rows it is multiplied by
@@ -27,30 +27,27 @@ struct Matrix {
   int64_t k_stride = 0;
   Format format = Format::kPlain;
   int compact_bytes = 0;         // of an element of compact rows, 2 or 4
-  const void* scales = nullptr;  // of minifloats, of the first block
+  const void* scales = nullptr;  // of minifloats and groups, of the first block
   int64_t scale_stride = 0;      // bytes from one block's scales to the next
   int64_t group_size = 0;        // columns that share a scale, a multiple of 32; more than the depth: all of them
   int first_row = 0;             // of the first block, where n = 0; a multiple of the lanes of a vector
+  const void* zeros = nullptr;   // of groups, half the bytes of their scales; may be null
 
   Start start() const { return {data, scales}; }
 
   int64_t row_bytes() const {  // from n to n + 1
-    switch (format) {
-      case Format::kPlain: return n_stride * size_of(dtype);
-      case Format::kFp8:
-      case Format::kMxfp4:
-      case Format::kNf4: return n_stride / kMinifloatRows;
-      default: return n_stride;
-    }
+    if (format == Format::kPlain) return n_stride * size_of(dtype);
+    return is_decoded(format) ? n_stride / kMinifloatRows : n_stride;
   }
 
-  // Its columns from n on; n is a multiple of 8 for minifloats.
+  // Its columns from n on; n is a multiple of 8 for minifloats and groups.
   Matrix from(int64_t n) const {
     Matrix rest = *this;
-    if (is_minifloat(format)) {
+    if (is_decoded(format)) {
       const int64_t row = first_row + n, block = row / kMinifloatRows;
       rest.data = static_cast<const char*>(data) + block * n_stride;
       rest.scales = static_cast<const char*>(scales) + block * scale_stride;
+      if (zeros != nullptr) rest.zeros = static_cast<const char*>(zeros) + block * scale_stride / 2;
       rest.first_row = static_cast<int>(row % kMinifloatRows);
     } else {
       rest.data = static_cast<const char*>(data) + n * row_bytes();
@@ -117,7 +114,7 @@ struct Kernels {
   // Writes rows of b for k in [k_begin, k_begin + depth), at most kChunkWords words, into the scratch: kScratchRow words
   // apart, zeros up to a whole vector. For compact b, k_begin starts a record. Serves an ISA that only reads rows along k.
   void (*pack_chunk)(const Product&, int64_t k_begin, int64_t depth);
-  // Minifloats as plain rows of `dtype`: out[r·stride + c] = b(r, first + c), value · scale in float32 and then rounded, for
+  // Minifloats and groups as plain rows of `dtype`: out[r·stride + c] = b(r, first + c), value · scale in float32 and then rounded, for
   // r < num_rows and c < count; first is a multiple of 32. Whole steps are fastest; `count` may end anywhere in the last one.
   void (*expand_minifloats)(void* out, int64_t stride, DType dtype, const Matrix& b, int64_t num_rows, int64_t first,
                             int64_t count);

@@ -138,6 +138,7 @@ float dot_rows(const void* a, const void* b, DType dtype, int64_t n) {
 // these use all of the above
 #include "compact_products.inl"
 #include "minifloat_decoders.h"
+#include "group_decoders.h"
 #include "minifloat_products.inl"
 #include "panel_products.inl"
 
@@ -147,7 +148,7 @@ namespace {
 void dot_products(const Product& product) {
   if (product.b.format == Format::kCompact) return compact_products(product);
   if (product.b.format == Format::kPanels) return panel_products(product);
-  if (is_minifloat(product.b.format)) return minifloat_products(product);
+  if (is_decoded(product.b.format)) return minifloat_products(product);
   with_words(product.b.dtype, [&]<typename Words>() { dot_products_of<Words>(product); });
 }
 

@@ -2,9 +2,9 @@
 // Minifloats (minifloat.h) as the words that kernels multiply: a word of depth for kLanes rows of the weight is one vector.
 // Included by kernels.inl.
 //
-//   Decoder<format, pairs>::decode(words, p)   p: the bytes of kLanes rows in a vector of the storage, 4 per row;
-//                                              words: kWords vectors, k ascending, of float32 or of pairs of bfloat16
-//   load_scales<format>(p)                     float32 scales of kLanes rows
+//   Decoder<format, pairs>   ::piece_at(p): a piece, of kBytes in storage; p: the bytes of kLanes rows in a vector of it, 4 per row
+//                            ::word(piece, w): word w of kWords, k ascending, of float32 or of pairs of bfloat16
+//   load_scales<format>(p)   float32 scales of kLanes rows
 //
 // Every value of fp8 and mxfp4 is exact, also a subnormal one: each is a normal bfloat16. Values of nf4 are float32. Pairs of
 // bfloat16 have them rounded to nearest, an error of at most 2^-9, as if the weight were decoded to bfloat16. In AVX-512, 64
@@ -76,6 +76,17 @@ template <Format kFormat, bool kPairs>
 struct Decoder {
   static constexpr int kColumns = kFormat == Format::kFp8 ? 4 : 8;  // of a vector in storage
   static constexpr int kWords = kPairs ? kColumns / 2 : kColumns;
+  static constexpr int kBytes = kLine;
+
+  struct Piece {
+    Floats words[kWords];
+  };
+  static Piece piece_at(const uint8_t* p) {
+    Piece piece;
+    decode(piece.words, p);
+    return piece;
+  }
+  static Floats word(const Piece& piece, int w) { return piece.words[w]; }
   static void decode(Floats (&words)[kWords], const uint8_t* p);
 };
 
@@ -316,22 +327,29 @@ inline void Decoder<Format::kFp8, false>::decode(Floats (&words)[kWords], const 
 // ---- scales --------------------------------------------------------------------------------------------------------------
 
 template <Format kFormat>
-constexpr int64_t kScaleBytes = kFormat == Format::kMxfp4 ? 1 : 4;
+constexpr int64_t kScaleBytes = kFormat == Format::kMxfp4 ? 1
+                                : has_bits(kFormat)       ? 2
+                                                          : 4;
+
+inline Ints load_bytes(const uint8_t* p) {
+#if defined(__AVX512BW__)
+  return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  Ints bytes;
+  int32_t lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = p[i];
+  __builtin_memcpy(&bytes, lanes, sizeof bytes);
+  return bytes;
+#endif
+}
 
 template <Format kFormat>
 inline Floats load_scales(const uint8_t* p) {
+  if constexpr (has_bits(kFormat)) return load(reinterpret_cast<const Float16*>(p));
   if constexpr (kFormat != Format::kMxfp4) return load(reinterpret_cast<const float*>(p));
-  Ints exponents;
-#if defined(__AVX512BW__)
-  exponents = reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__AVX2__)
-  exponents = reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#else
-  int32_t lanes[kLanes];
-  for (int i = 0; i < kLanes; ++i) lanes[i] = p[i];
-  __builtin_memcpy(&exponents, lanes, sizeof exponents);
-#endif
-  const Ints bits = exponents << 23, smallest = Ints{} + 0x00400000;  // 2^-127 is subnormal
+  const Ints bits = load_bytes(p) << 23, smallest = Ints{} + 0x00400000;  // 2^-127 is subnormal
   const Floats scales = from_bits(bits > smallest ? bits : smallest);
   return multiply_add(scales, broadcast(0.0f), scales);  // code 255, infinity so far, becomes NaN
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dot_products with B in minifloats (minifloat.h): fp8, mxfp4 and nf4 weights, rows of bfloat16, float16 or float32. Included
-// by kernels.inl after dot_products.inl.
+// dot_products with B in minifloats (minifloat.h: fp8, mxfp4, nf4) or integers of 1 to 4 bits (groups.h); rows of bfloat16,
+// float16 or float32. Included by kernels.inl after dot_products.inl.
 //
-//   work 2·M·N·K flop; traffic: weights once, 1 or 1/2 byte each and their scales; rows of A from L1 or L2
+//   work 2·M·N·K flop; traffic: weights once, 1/8 byte for each bit, and their scales; rows of A from L1 or L2
 //   The lanes of a vector are neighbours in n: one broadcast word of A multiplies 16 rows of the weight.
 //   Few rows: a step of 32 columns is decoded into registers. With AVX-512 a tile of 1 to 6 rows multiplies 1, 2 or 4
 //   blocks of 16 weights at a time; each is a stream of data and one of scales, prefetched 8 KB ahead.
@@ -16,7 +16,8 @@
 // Order of each sum: steps of 32 columns ascend. A step is summed in float32 from zero, k ascending: pairs of bfloat16 by
 // vdpbf16ps if rows are bfloat16 and the ISA has it, otherwise float32 multiply-adds. One multiply-add adds the sum, times
 // its scale, to the total. The order depends on the depth alone, so a row's result does not depend on its neighbours. If
-// the last step is shorter, A is padded with zeros, as the weights are.
+// the last step is shorter, A is padded with zeros, as the weights are. Zeros of groups: values are those of symmetric weights,
+// and one more multiply-add adds (2^(bits-1) - zero) · (the sum of A in the step) to the sum of a step.
 #pragma once
 
 namespace switchgear::cpu {
@@ -25,7 +26,7 @@ namespace {
 template <Format kFormat, bool kPairs>
 struct Minifloats {
   using Values = Decoder<kFormat, kPairs>;
-  static constexpr int64_t kStepBytes = minifloat_step_bytes(kFormat), kStepVectors = kStepBytes / kLine;
+  static constexpr int64_t kStepBytes = minifloat_step_bytes(kFormat), kStepPieces = kStepBytes / Values::kBytes;
   static constexpr int64_t kStepWords = kMinifloatColumns / (kPairs ? 2 : 1);
   static constexpr int64_t kChunkSteps = 32768 / (4 * kPanel * kStepWords);  // of a decoded chunk
 
@@ -48,10 +49,61 @@ struct Minifloats {
   static Floats scale(const uint8_t* scales, int64_t group) {
     return load_scales<kFormat>(scales + group * kGroupBytes);
   }
+
+  // The same for zeros, if there are any; 2^(bits-1) - zero is what is missing in the values.
+  static constexpr bool kHasZeros = has_bits(kFormat) && kFormat != Format::kBits1;
+  static const uint8_t* zeros(const Matrix& b, int64_t j) {
+    if (!kHasZeros || b.zeros == nullptr) return nullptr;
+    const int64_t row = b.first_row + j * kLanes;
+    return static_cast<const uint8_t*>(b.zeros) + row / kMinifloatRows * b.scale_stride / 2 + row % kMinifloatRows;
+  }
+  static Floats missing(const uint8_t* zeros, int64_t group) {
+    constexpr int kMiddle = 1 << (bits_of(kFormat) - 1);
+    return __builtin_convertvector(kMiddle - load_bytes(zeros + group * kMinifloatRows), Floats);
+  }
 };
 
 int64_t num_vectors(const Product& product) { return (product.num_columns + kLanes - 1) / kLanes; }
 int64_t num_steps(const Product& product) { return (product.depth + kMinifloatColumns - 1) / kMinifloatColumns; }
+
+// Rows of A from the first k of a step on, and with zeros the sums of each step: those of row m from sums + m·stride on.
+struct StepRows {
+  const void* const* rows;
+  int64_t offset;
+  const float* sums = nullptr;
+  int64_t stride = 0;
+
+  StepRows from(int64_t m) const { return {rows + m, offset, sums + m * stride, stride}; }
+};
+
+// In the scratch, behind a decoded chunk. A pass over the depth has as many steps as fit.
+constexpr int64_t kSumsBegin = 10240, kMostSums = kScratchRow * kMaxPanel - kSumsBegin;  // floats
+
+// The sums of A in each of `steps` steps.
+void sum_steps(float* sums, const Rows& a, int64_t num_rows, bool pairs, int64_t steps) {
+  const int64_t step_bytes = kMinifloatColumns * (pairs ? 2 : 4);
+  for (int64_t m = 0; m < num_rows; ++m) {
+    const char* const row = static_cast<const char*>(a.rows[m]) + a.offset;
+    for (int64_t s = 0; s < steps; s += kLanes) {
+      Floats v[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const char* const p = row + (s + i) * step_bytes;
+        v[i] = broadcast(0.0f);
+        if (s + i >= steps) continue;
+        if (pairs) {
+          for (int k = 0; k < kMinifloatColumns; k += kLanes)
+            v[i] = v[i] + load(reinterpret_cast<const BFloat16*>(p) + k);
+        } else {
+          for (int k = 0; k < kMinifloatColumns; k += kLanes) v[i] = v[i] + load(reinterpret_cast<const float*>(p) + k);
+        }
+      }
+      transpose(v);
+      for (int64_t i = 1; i < kLanes; ++i) v[0] = v[0] + v[i];
+      store_some(sums + s, v[0], steps - s < kLanes ? steps - s : kLanes);
+    }
+    sums += steps;
+  }
+}
 
 // Rows of A for `depth` k from k on: in place, widened to float32, or padded with zeros to a whole step.
 Rows step_rows(const Product& product, bool pairs, int64_t k, int64_t depth, const void* (&made)[kMaxRows]) {
@@ -84,6 +136,7 @@ struct StepColumns {
   const uint8_t* scales[kVectors];
   const uint8_t* data_ahead[kVectors];
   const uint8_t* scales_ahead[kVectors];
+  const uint8_t* zeros[kVectors];  // null if there are none
 };
 
 // Vectors of columns that share a block, so that one of them prefetches for all.
@@ -108,9 +161,11 @@ constexpr int steps_at_once(int chains) {
 }
 
 // kRows rows and kVectors vectors of C += the products of kSteps steps from step s on, with scales scale(step, vector).
+// With zeros, missing[v] times the sum of A in the step is part of them.
 template <Format kFormat, bool kPairs, int kSteps, int kRows, int kVectors, typename Scale>
 inline void add_steps(Floats (&total)[kRows][kVectors], const char* const (&rows)[kRows],
-                      const StepColumns<kVectors>& b, int64_t s, Scale&& scale) {
+                      const StepColumns<kVectors>& b, int64_t s, Scale&& scale, const StepRows& a,
+                      const Floats* missing) {
   using Of = Minifloats<kFormat, kPairs>;
   constexpr int kWords = Of::Values::kWords;
   Floats sum[kSteps][kRows][kVectors];
@@ -123,23 +178,45 @@ inline void add_steps(Floats (&total)[kRows][kVectors], const char* const (&rows
     }
   }
 #pragma GCC unroll 2
-  for (int64_t q = 0; q < Of::kStepVectors; ++q) {
+  for (int64_t q = 0; q < Of::kStepPieces; ++q) {
 #pragma GCC unroll 4
     for (int u = 0; u < kSteps; ++u) {
-      const int64_t byte = (s + u) * Of::kStepBytes + q * kLine, word = (s + u) * Of::kStepWords + q * kWords;
-      Floats words[kVectors][kWords];
+      const int64_t byte = (s + u) * Of::kStepBytes + q * Of::Values::kBytes,
+                    first = (s + u) * Of::kStepWords + q * kWords;
+      typename Of::Values::Piece pieces[kVectors];
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        if (v % kBlockVectors<kVectors> == 0) __builtin_prefetch(b.data_ahead[v] + byte, 0, 2);
-        Of::Values::decode(words[v], b.data[v] + byte);
+        if (v % kBlockVectors<kVectors> == 0) {
+#pragma GCC unroll 3
+          for (int line = 0; line < Of::Values::kBytes; line += kLine) {
+            __builtin_prefetch(b.data_ahead[v] + byte + line, 0, 2);
+          }
+        }
+        pieces[v] = Of::Values::piece_at(b.data[v] + byte);
       }
-#pragma GCC unroll 8
+#pragma GCC unroll 32
       for (int w = 0; w < kWords; ++w) {
+        Floats words[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) words[v] = Of::Values::word(pieces[v], w);
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
-          const auto a = broadcast_word(rows[i] + 4 * (word + w));
+          const auto word = broadcast_word(rows[i] + 4 * (first + w));
 #pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) sum[u][i][v] = step<kPairs>(a, words[v][w], sum[u][i][v]);
+          for (int v = 0; v < kVectors; ++v) sum[u][i][v] = step<kPairs>(word, words[v], sum[u][i][v]);
+        }
+      }
+    }
+  }
+  if constexpr (Of::kHasZeros) {
+    if (missing != nullptr) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kSteps; ++u) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+          const Floats sums = broadcast(a.sums[i * a.stride + s + u]);
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) sum[u][i][v] = multiply_add(sums, missing[v], sum[u][i][v]);
         }
       }
     }
@@ -157,7 +234,7 @@ inline void add_steps(Floats (&total)[kRows][kVectors], const char* const (&rows
 
 // kRows rows and kVectors vectors of C += the products of steps [first, last).
 template <Format kFormat, bool kPairs, int kSteps, int kRows, int kVectors>
-void add_step_tile(float* c, const Rows& a, const StepColumns<kVectors>& b, int64_t group_steps, int64_t first,
+void add_step_tile(float* c, const StepRows& a, const StepColumns<kVectors>& b, int64_t group_steps, int64_t first,
                    int64_t last) {
   using Of = Minifloats<kFormat, kPairs>;
   const char* rows[kRows];
@@ -176,17 +253,26 @@ void add_step_tile(float* c, const Rows& a, const StepColumns<kVectors>& b, int6
   if constexpr (minifloat_group(kFormat) > 0) {  // of 1 or 2 steps: each step loads its scales
     constexpr int64_t kGroupSteps = minifloat_group(kFormat) / kMinifloatColumns;
     const auto scale = [&](int u, int v) { return scale_of(v, (s + u) / kGroupSteps); };
-    for (; s + kSteps <= last; s += kSteps) add_steps<kFormat, kPairs, kSteps>(total, rows, b, s, scale);
-    for (; kSteps > 1 && s < last; ++s) add_steps<kFormat, kPairs, 1>(total, rows, b, s, scale);
+    constexpr const Floats* missing = nullptr;
+    for (; s + kSteps <= last; s += kSteps) add_steps<kFormat, kPairs, kSteps>(total, rows, b, s, scale, a, missing);
+    for (; kSteps > 1 && s < last; ++s) add_steps<kFormat, kPairs, 1>(total, rows, b, s, scale, a, missing);
   } else {
     while (s < last) {
       const int64_t group = s / group_steps, next = (group + 1) * group_steps, end = next < last ? next : last;
-      Floats scales[kVectors];
+      Floats scales[kVectors], offsets[kVectors];
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) scales[v] = scale_of(v, group);
+      const Floats* missing = nullptr;
+      if constexpr (Of::kHasZeros) {
+        if (b.zeros[0] != nullptr) {
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) offsets[v] = Of::missing(b.zeros[v], group);
+          missing = offsets;
+        }
+      }
       const auto scale = [&](int, int v) { return scales[v]; };
-      for (; s + kSteps <= end; s += kSteps) add_steps<kFormat, kPairs, kSteps>(total, rows, b, s, scale);
-      for (; kSteps > 1 && s < end; ++s) add_steps<kFormat, kPairs, 1>(total, rows, b, s, scale);
+      for (; s + kSteps <= end; s += kSteps) add_steps<kFormat, kPairs, kSteps>(total, rows, b, s, scale, a, missing);
+      for (; kSteps > 1 && s < end; ++s) add_steps<kFormat, kPairs, 1>(total, rows, b, s, scale, a, missing);
     }
   }
 #pragma GCC unroll 8
@@ -198,7 +284,7 @@ void add_step_tile(float* c, const Rows& a, const StepColumns<kVectors>& b, int6
 
 // Steps [first, last) of kVectors vectors of columns from vector j on; rows of A start with the first of these steps.
 template <Format kFormat, bool kPairs, int kVectors>
-void add_few_vectors(const Product& product, const Rows& a, int64_t j, int64_t first, int64_t last) {
+void add_few_vectors(const Product& product, const StepRows& a, int64_t j, int64_t first, int64_t last) {
   using Of = Minifloats<kFormat, kPairs>;
   constexpr int64_t kLead = 8192;  // bytes of a block
   constexpr int kMostRows = kIsBlock && kVectors > 2 ? 4 : kTileRows;
@@ -211,15 +297,18 @@ void add_few_vectors(const Product& product, const Rows& a, int64_t j, int64_t f
     for (int64_t t = 0, m = 0, count; t < tiles && begin < end; ++t, m += count) {
       count = (product.num_rows - m) / (tiles - t);
       with_constant<kMostRows>(count, [&]<int kRows>() {
+        StepRows rows = a.from(m);  // of step 0
+        rows.offset -= first * Of::kStepWords * 4;
+        rows.sums -= first;
         add_step_tile<kFormat, kPairs, steps_at_once<kPairs>(kRows * kVectors), kRows>(
-            product.c + m * kPanel + j * kLanes, {a.rows + m, a.offset - first * Of::kStepWords * 4}, columns,
-            group_steps, begin, end);
+            product.c + m * kPanel + j * kLanes, rows, columns, group_steps, begin, end);
       });
     }
   };
   for (int v = 0; v < kVectors; ++v) {
     columns.data[v] = Of::data(b, j + v);
     columns.scales[v] = Of::scales(b, j + v);
+    columns.zeros[v] = Of::zeros(b, j + v);
     columns.data_ahead[v] = columns.data[v] + lead * Of::kStepBytes;
     columns.scales_ahead[v] = columns.scales[v] + (lead + group_steps - 1) / group_steps * Of::kGroupBytes;
   }
@@ -240,7 +329,7 @@ void add_few_vectors(const Product& product, const Rows& a, int64_t j, int64_t f
 }
 
 template <Format kFormat, bool kPairs>
-void add_few_steps(const Product& product, const Rows& a, int64_t first, int64_t last) {
+void add_few_steps(const Product& product, const StepRows& a, int64_t first, int64_t last) {
   const int64_t vectors = num_vectors(product), tiles = num_row_tiles(product.num_rows);
   int64_t j = 0;
   with_constant<kTileRows>((product.num_rows + tiles - 1) / tiles, [&]<int kRows>() {  // of the highest tile
@@ -254,30 +343,36 @@ void add_few_steps(const Product& product, const Rows& a, int64_t first, int64_t
 
 // ---- many rows -----------------------------------------------------------------------------------------------------------
 
-// A decoded chunk: words [step][word][column] and scales [step][column].
+// A decoded chunk: words [step][word][column], scales [step][column] and, with zeros, what is missing in its values.
 struct DecodedChunk {
   const float* words;
   const float* scales;
+  const float* missing;
   int64_t steps;
 };
 
 template <Format kFormat, bool kPairs>
-void decode_chunk(float* words, float* scales, const Product& product, int64_t first, int64_t steps) {
+void decode_chunk(float* words, float* scales, float* missing, const Product& product, int64_t first, int64_t steps) {
   using Of = Minifloats<kFormat, kPairs>;
   constexpr int kWords = Of::Values::kWords;
   const int64_t vectors = num_vectors(product), group_steps = Of::group_steps(product.b);
   for (int64_t j = 0; j < vectors; ++j) {
     const uint8_t* p = Of::data(product.b, j) + first * Of::kStepBytes;
     const uint8_t* const own_scales = Of::scales(product.b, j);
+    const uint8_t* const own_zeros = Of::zeros(product.b, j);
     float* out = words + j * kLanes;
     for (int64_t s = 0; s < steps; ++s) {
       store(scales + s * kPanel + j * kLanes, Of::scale(own_scales, (first + s) / group_steps));
+      if constexpr (Of::kHasZeros) {
+        if (missing != nullptr) {
+          store(missing + s * kPanel + j * kLanes, Of::missing(own_zeros, (first + s) / group_steps));
+        }
+      }
 #pragma GCC unroll 2
-      for (int64_t q = 0; q < Of::kStepVectors; ++q, p += kLine, out += kWords * kPanel) {
-        Floats decoded[kWords];
-        Of::Values::decode(decoded, p);
-#pragma GCC unroll 8
-        for (int w = 0; w < kWords; ++w) store(out + w * kPanel, decoded[w]);
+      for (int64_t q = 0; q < Of::kStepPieces; ++q, p += Of::Values::kBytes, out += kWords * kPanel) {
+        const auto piece = Of::Values::piece_at(p);
+#pragma GCC unroll 32
+        for (int w = 0; w < kWords; ++w) store(out + w * kPanel, Of::Values::word(piece, w));
       }
     }
   }
@@ -285,7 +380,7 @@ void decode_chunk(float* words, float* scales, const Product& product, int64_t f
 
 // kRows rows of C += the products of a chunk. Prefetches `lines` lines a step.
 template <int kRows, bool kPairs>
-void add_decoded_tile(float* c, const Rows& a, const DecodedChunk& chunk, int64_t lines, Ahead& ahead) {
+void add_decoded_tile(float* c, const StepRows& a, const DecodedChunk& chunk, int64_t lines, Ahead& ahead) {
   constexpr int64_t kStepWords = kMinifloatColumns / (kPairs ? 2 : 1);
   const char* rows[kRows];
 #pragma GCC unroll 8
@@ -310,6 +405,16 @@ void add_decoded_tile(float* c, const Rows& a, const DecodedChunk& chunk, int64_
         for (int v = 0; v < kPanelVectors; ++v) sum[i][v] = step<kPairs>(word, b[v], sum[i][v]);
       }
     }
+    if (chunk.missing != nullptr) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const Floats sums = broadcast(a.sums[i * a.stride + s]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kPanelVectors; ++v) {
+          sum[i][v] = multiply_add(sums, load(chunk.missing + s * kPanel + v * kLanes), sum[i][v]);
+        }
+      }
+    }
 #pragma GCC unroll 8
     for (int v = 0; v < kPanelVectors; ++v) {
       const Floats scale = load(chunk.scales + s * kPanel + v * kLanes);
@@ -324,13 +429,14 @@ void add_decoded_tile(float* c, const Rows& a, const DecodedChunk& chunk, int64_
 
 // Steps [first, first + steps), at most a chunk; rows of A start with the first of them.
 template <Format kFormat, bool kPairs>
-void add_decoded_steps(const Product& product, const Rows& a, int64_t first, int64_t steps) {
+void add_decoded_steps(const Product& product, const StepRows& a, int64_t first, int64_t steps) {
   using Of = Minifloats<kFormat, kPairs>;
   const Matrix& b = product.b;
   float* const words = static_cast<float*>(product.scratch);
   float* const scales = words + Of::kChunkSteps * Of::kStepWords * kPanel;
-  static_assert(Of::kChunkSteps >= 1 && Of::kChunkSteps * (Of::kStepWords + 1) * kPanel <= kScratchRow * kMaxPanel);
-  decode_chunk<kFormat, kPairs>(words, scales, product, first, steps);
+  static_assert(Of::kChunkSteps >= 1 && Of::kChunkSteps * (Of::kStepWords + 2) * kPanel <= kSumsBegin);
+  float* const missing = a.sums != nullptr ? scales + Of::kChunkSteps * kPanel : nullptr;
+  decode_chunk<kFormat, kPairs>(words, scales, missing, product, first, steps);
 
   // While it is multiplied, the next chunk is prefetched, or the first one of the next product.
   const int64_t all = num_steps(product), last = first + steps, tiles = num_row_tiles(product.num_rows);
@@ -350,11 +456,11 @@ void add_decoded_steps(const Product& product, const Rows& a, int64_t first, int
       __builtin_prefetch(line + g * Of::kGroupBytes, 0, 2);
     }
   }
-  const DecodedChunk chunk{words, scales, steps};
+  const DecodedChunk chunk{words, scales, missing, steps};
   for (int64_t t = 0, m = 0, rows; t < tiles; ++t, m += rows) {
     rows = (product.num_rows - m) / (tiles - t);
     with_constant<kTileRows>(rows, [&]<int kRows>() {
-      add_decoded_tile<kRows, kPairs>(product.c + m * kPanel, {a.rows + m, a.offset}, chunk, lines, ahead);
+      add_decoded_tile<kRows, kPairs>(product.c + m * kPanel, a.from(m), chunk, lines, ahead);
     });
   }
 }
@@ -363,7 +469,7 @@ void add_decoded_steps(const Product& product, const Rows& a, int64_t first, int
 
 // Up to so many rows, decoding again for each tile of rows is faster than through the scratch, if decoding is cheap.
 template <Format kFormat>
-constexpr int64_t kDirectRows = kIsBlock && (kHasPairs || bits_of(kFormat) == 4) ? 36 : kTileRows;
+constexpr int64_t kDirectRows = kIsBlock && (kHasPairs || bits_of(kFormat) <= 4) ? 36 : kTileRows;
 
 template <Format kFormat, bool kPairs>
 void minifloat_products_of(const Product& product) {
@@ -380,20 +486,34 @@ void minifloat_products_of(const Product& product) {
     most = room / kMinifloatColumns * kMinifloatColumns;
   }
   if (!is_direct && num_vectors(product) < kPanelVectors) {  // the other vectors of a chunk stay zero
-    __builtin_memset(product.scratch, 0, static_cast<size_t>(Of::kChunkSteps * (Of::kStepWords + 1) * kPanel * 4));
+    __builtin_memset(product.scratch, 0, static_cast<size_t>(Of::kChunkSteps * (Of::kStepWords + 2) * kPanel * 4));
   }
+  const bool has_zeros = Of::kHasZeros && product.b.zeros != nullptr;
+  if (has_zeros) {
+    const int64_t room = kMostSums / num_rows * kMinifloatColumns;
+    most = most < room ? most : room;
+  }
+  float* const sums = static_cast<float*>(product.scratch) + kSumsBegin;
   const int64_t whole = depth / kMinifloatColumns * kMinifloatColumns;  // a shorter last step has rows of its own
   for (int64_t k = 0, count; k < depth; k += count) {
     count = k == whole ? depth - whole : whole - k < most ? whole - k : most;
     const auto [rows, offset] = step_rows(product, kPairs, k, count, made);
     const int64_t first = k / kMinifloatColumns, last = first + (count + kMinifloatColumns - 1) / kMinifloatColumns;
+    StepRows a{rows, offset};
+    if (has_zeros) {
+      sum_steps(sums, {rows, offset}, num_rows, kPairs, last - first);
+      a.sums = sums;
+      a.stride = last - first;
+    }
     if (is_direct) {
-      add_few_steps<kFormat, kPairs>(product, {rows, offset}, first, last);
+      add_few_steps<kFormat, kPairs>(product, a, first, last);
       continue;
     }
     for (int64_t s = first; s < last; s += Of::kChunkSteps) {
       const int64_t steps = last - s < Of::kChunkSteps ? last - s : Of::kChunkSteps;
-      add_decoded_steps<kFormat, kPairs>(product, {rows, offset + (s - first) * Of::kStepWords * 4}, s, steps);
+      add_decoded_steps<kFormat, kPairs>(product, a, s, steps);
+      a.offset += steps * Of::kStepWords * 4;
+      if (has_zeros) a.sums += steps;
     }
   }
   // Columns past the last one are padding, or belong to another product.
@@ -415,6 +535,10 @@ void minifloat_products(const Product& product) {
   switch (product.b.format) {
     case Format::kFp8: return minifloat_products_in<Format::kFp8>(product);
     case Format::kMxfp4: return minifloat_products_in<Format::kMxfp4>(product);
+    case Format::kBits1: return minifloat_products_in<Format::kBits1>(product);
+    case Format::kBits2: return minifloat_products_in<Format::kBits2>(product);
+    case Format::kBits3: return minifloat_products_in<Format::kBits3>(product);
+    case Format::kBits4: return minifloat_products_in<Format::kBits4>(product);
     default: minifloat_products_in<Format::kNf4>(product);
   }
 }
@@ -427,14 +551,26 @@ void expand_step(float (&out)[kLanes][kMinifloatColumns], const Matrix& b, int64
   using Of = Minifloats<kFormat, false>;
   constexpr int kWords = Of::Values::kWords;
   const uint8_t* p = Of::data(b, j) + step * Of::kStepBytes;
-  const Floats scale = Of::scale(Of::scales(b, j), step / Of::group_steps(b));
-  Floats words[kMinifloatColumns / kWords][kWords];
-  for (int q = 0; q < kMinifloatColumns / kWords; ++q) Of::Values::decode(words[q], p + q * kLine);
+  const int64_t group = step / Of::group_steps(b);
+  const Floats scale = Of::scale(Of::scales(b, j), group);
+  Floats words[kMinifloatColumns];
+#pragma GCC unroll 4
+  for (int q = 0; q < kMinifloatColumns / kWords; ++q) {
+    const auto piece = Of::Values::piece_at(p + q * Of::Values::kBytes);
+#pragma GCC unroll 32
+    for (int w = 0; w < kWords; ++w) words[q * kWords + w] = Of::Values::word(piece, w);
+  }
+  if constexpr (Of::kHasZeros) {
+    if (b.zeros != nullptr) {
+      const Floats missing = Of::missing(Of::zeros(b, j), group);
+      for (Floats& word : words) word = word + missing;
+    }
+  }
 #pragma GCC unroll 8
   for (int k = 0; k < kMinifloatColumns; k += kLanes) {
     Floats block[kLanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) block[i] = words[(k + i) / kWords][(k + i) % kWords] * scale;
+    for (int i = 0; i < kLanes; ++i) block[i] = words[k + i] * scale;
     transpose(block);
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) store(out[i] + k, block[i]);
@@ -451,6 +587,10 @@ void expand_minifloats(void* out, int64_t stride, DType dtype, const Matrix& b, 
       switch (b.format) {
         case Format::kFp8: expand_step<Format::kFp8>(rows, b, j, step); break;
         case Format::kMxfp4: expand_step<Format::kMxfp4>(rows, b, j, step); break;
+        case Format::kBits1: expand_step<Format::kBits1>(rows, b, j, step); break;
+        case Format::kBits2: expand_step<Format::kBits2>(rows, b, j, step); break;
+        case Format::kBits3: expand_step<Format::kBits3>(rows, b, j, step); break;
+        case Format::kBits4: expand_step<Format::kBits4>(rows, b, j, step); break;
         default: expand_step<Format::kNf4>(rows, b, j, step);
       }
       char* target = static_cast<char*>(out) + (n * stride + k) * element;

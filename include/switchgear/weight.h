@@ -10,6 +10,7 @@
 //   fp8      [E,parts·B,C,512] uint8                float32 per group                               minifloat.h
 //   mxfp4    [E,parts·B,C,256] uint8                e8m0 per 32 columns                             minifloat.h
 //   nf4      [E,parts·B,C,256] uint8                float32 per 64 columns                          minifloat.h
+//   groups   [P,parts·B,C,64] uint8                 float16 per group, uint8 zeros                  groups.h
 #pragma once
 #include <cstdint>
 
@@ -17,25 +18,42 @@
 
 namespace switchgear {
 
-enum class Format : uint8_t { kPlain, kPanels, kCompact, kInt8, kInt4, kFp8, kMxfp4, kNf4 };
-inline constexpr Format kLastFormat = Format::kNf4;
+// kBits1 to kBits4 are formats of one expert's matrix in a weight whose format is kGroups.
+enum class Format : uint8_t {
+  kPlain,
+  kPanels,
+  kCompact,
+  kInt8,
+  kInt4,
+  kFp8,
+  kMxfp4,
+  kNf4,
+  kGroups,
+  kBits1,
+  kBits2,
+  kBits3,
+  kBits4
+};
+inline constexpr Format kLastFormat = Format::kGroups;  // of a weight
 
 const char* name_of(Format format);  // "plain", "panels", …
 
 struct Weight {
   Format format = Format::kPlain;
   TensorView data;                     // with `base`: describes the matrices as [E,most rows,cols]; data unused
-  TensorView scales;                   // int8, int4, fp8, mxfp4, nf4
+  TensorView scales;                   // int8, int4, fp8, mxfp4, nf4, groups
   TensorView row_scales;               // int8, int4
-  TensorView zeros;                    // int8, int4; optional
+  TensorView zeros;                    // int8, int4, groups; optional
+  TensorView records;                  // groups: [S,2] int32 on the host, where experts are in `data`
   int64_t rows = 0, cols = 0;          // of a matrix; plain weights have those of `data`
   int64_t parts = 1;                   // equal shares of the rows, stored separately: 2 if all gates precede all ups
   int64_t group_size = 0;              // columns that share a scale; 0: the whole row
   const void* const* base = nullptr;   // [E] plain matrices, each with its own base pointer and number of rows
   const int64_t* row_count = nullptr;  // [E], each <= data.shape[1]
-  TensorView slots;  // [E] int32 on the host, optional: the data of expert e is at slots[e] in [0, data.shape[0])
+  TensorView slots;  // [E] int32 on the host, optional: the data of expert e is at slots[e] in [0, num_stored())
 
-  int64_t num_experts() const { return slots.defined() ? slots.shape[0] : data.shape[0]; }
+  int64_t num_stored() const { return records.defined() ? records.shape[0] : data.shape[0]; }
+  int64_t num_experts() const { return slots.defined() ? slots.shape[0] : num_stored(); }
   int64_t num_rows() const { return format == Format::kPlain ? data.shape[1] : rows; }
   int64_t num_cols() const { return format == Format::kPlain ? data.shape[2] : cols; }
   int64_t slot_of(int64_t expert) const { return slots.defined() ? slots.as<const int32_t>()[expert] : expert; }
@@ -45,7 +63,14 @@ constexpr bool is_integer(Format format) { return format == Format::kInt8 || for
 constexpr bool is_minifloat(Format format) {
   return format == Format::kFp8 || format == Format::kMxfp4 || format == Format::kNf4;
 }
+// Formats that products decode to floating point, from blocks of 16 rows and steps of 32 columns.
+constexpr bool is_decoded(Format format) { return is_minifloat(format) || format >= Format::kGroups; }
+constexpr Format format_of_bits(int64_t bits) {
+  return static_cast<Format>(static_cast<int64_t>(Format::kBits1) + bits - 1);
+}
+constexpr bool has_bits(Format format) { return format >= Format::kBits1; }
 constexpr int64_t bits_of(Format format) {
+  if (has_bits(format)) return static_cast<int64_t>(format) - static_cast<int64_t>(Format::kBits1) + 1;
   return format == Format::kInt4 || format == Format::kMxfp4 || format == Format::kNf4 ? 4 : 8;
 }
 

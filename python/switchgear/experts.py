@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from switchgear.functional import as_limit, as_number, moe
 from switchgear.reference import ACTIVATIONS, check_choice, check_finite, check_size
 from switchgear.weights import FINDERS, Layout, advise_huge_pages, stored_of, weights_of
+from switchgear.weights.module import attribute
 
 
 class Experts(nn.Module):
@@ -66,6 +67,7 @@ class Experts(nn.Module):
         self.activation, self.gated, self.alpha, self.limit = activation, gated, alpha, limit
         self.interleaved, self.transposed = interleaved, transposed
         self._first = "gate_up_proj" if gated else "up_proj"
+        self._first_bias = f"{self._first}_bias"
         self._layout = Layout((self._first, "down_proj"), transposed, gated and not interleaved)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -79,7 +81,7 @@ class Experts(nn.Module):
         width = 2 * intermediate_size if gated else intermediate_size
         self.register_parameter(self._first, projection(hidden_size, width))
         self.register_parameter("down_proj", projection(intermediate_size, hidden_size))
-        self.register_parameter(f"{self._first}_bias", parameter(width) if bias else None)
+        self.register_parameter(self._first_bias, parameter(width) if bias else None)
         self.register_parameter("down_proj_bias", parameter(hidden_size) if bias else None)
         self.reset_parameters()
 
@@ -102,8 +104,8 @@ class Experts(nn.Module):
             activation=self.activation,
             gated=self.gated,
             interleaved=self.interleaved,
-            gate_up_bias=getattr(self, f"{self._first}_bias"),
-            down_bias=self.down_proj_bias,
+            gate_up_bias=attribute(self, self._first_bias),
+            down_bias=attribute(self, "down_proj_bias"),
             alpha=self.alpha,
             limit=self.limit,
         )

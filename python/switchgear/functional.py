@@ -573,6 +573,12 @@ def _moe_of_weights(
     first: Any
     second: Any
     first, second = weights
+    if type(first) is Weight and type(second) is Weight and not in_autocast(x.device.type):
+        # What follows finds this out too, in the time of a small kernel.
+        routing = topk_ids, topk_weights
+        if not first.is_lossless and not second.is_lossless and not needs_autograd(x, *biases, *routing):
+            y: Tensor = _moe_of_stored(x, first, second, biases, routing, options)
+            return y if len(shape) == 2 else y.reshape(shape)
     if isinstance(first, SelectedWeight) and isinstance(second, SelectedWeight):
         return _selected_moe(x, (first, second), biases, topk_ids, topk_weights, options).reshape(shape)
     has_adapters = isinstance(weights[0], AdaptedWeight) or isinstance(weights[1], AdaptedWeight)
@@ -603,7 +609,7 @@ def _moe_of_weights(
         groups = (tensors, down_tensors, *adapters, () if seed is None else (seed,))
         parts = autograd.Parts((form, down_form), tuple(map(len, groups)), tuple(options), dropout)
         flat = [tensor for group in groups for tensor in group]
-        y: Tensor = apply(autograd.MoeOfParts, x, *others, parts, *flat)[0]
+        y = apply(autograd.MoeOfParts, x, *others, parts, *flat)[0]
         return y.reshape(shape)
     layer = (tensors, form, down_tensors, down_form, *others)
     stored = [weight for weight in (first, second) if isinstance(weight, Weight)]
@@ -618,6 +624,24 @@ def _moe_of_weights(
     else:
         y = ops.moe_forward(x, *layer, *options, False, *adapters, seed, dropout)[0]
     return y if len(shape) == 2 else y.reshape(shape)
+
+
+def _moe_of_stored(
+    x: Tensor,
+    first: Weight,
+    second: Weight,
+    biases: tuple[Tensor | None, Tensor | None],
+    routing: tuple[Tensor, Tensor],
+    options: GluOptions,
+) -> Tensor:
+    """moe of x [T,H] with lossy weights alone, without gradients."""
+    one, other = biases
+    if one is not None or other is not None:
+        biases = (None if one is None else one.to(x.dtype), None if other is None else other.to(x.dtype))
+    layer = (first.tensors, first.form, second.tensors, second.form, *biases, *routing, *options)
+    if first.needs_no_dispatch and second.needs_no_dispatch and ops.needs_no_dispatch(x, *biases, *routing):
+        return ops.moe_forward_on_host(x, *layer)
+    return ops.moe_forward(x, *layer, False)[0]
 
 
 class _Layer(NamedTuple):

@@ -4,7 +4,7 @@
 
 #include "layer.h"
 #include "switchgear/compact.h"
-#include "switchgear/minifloat.h"
+#include "switchgear/groups.h"
 #include "switchgear/panels.h"
 
 namespace switchgear::test {
@@ -61,6 +61,20 @@ Stored make(Random& random, Format format, DType dtype, int64_t E, int64_t rows,
     case Format::kFp8: in_blocks((cols + 31) / 32, minifloat_step_bytes(format), DType::kFloat32); break;
     case Format::kMxfp4: in_blocks((cols + 31) / 32, minifloat_step_bytes(format), DType::kUInt8); break;
     case Format::kNf4: in_blocks((cols + 31) / 32, minifloat_step_bytes(format), DType::kFloat32); break;
+    default: {  // groups of 1, 2, 3, 4, 1, … bits
+      in_blocks((cols + 31) / 32, kPlaneBytes, DType::kFloat16);
+      w.zeros = s.add(bytes(random, DType::kUInt8, {E, blocks, groups, 16}));
+      Array records(DType::kInt32, {E, 2});
+      int64_t planes = 0;
+      for (int64_t e = 0; e < E; ++e) {
+        const int64_t bits = e % kMostBits + 1;
+        records.view().as<int32_t>()[2 * e] = static_cast<int32_t>(planes);
+        records.view().as<int32_t>()[2 * e + 1] = static_cast<int32_t>(bits);
+        planes += bits;
+      }
+      w.records = s.add(std::move(records));
+      w.data = s.add(bytes(random, DType::kUInt8, {planes, blocks, (cols + 31) / 32, kPlaneBytes}));
+    }
   }
   return s;
 }
@@ -74,14 +88,19 @@ Stored moved(const Weight& w, const Array& slots, int64_t num_slots) {
     const int64_t expert_bytes = field.numel() / shape[0] * size_of(field.dtype);
     shape[0] = num_slots;
     Array array(field.dtype, shape, 0, 0);
-    array.poison(0xff);
+    if (&field == &s.weight.records) {  // checked even where no expert uses them
+      array.fill([](int64_t) { return 1; });
+    } else {
+      array.poison(0xff);
+    }
     for (int64_t e = 0; e < slots.size(0); ++e) {
       std::memcpy(array.view().as<char>() + slots.id(e) * expert_bytes, field.as<char>() + e * expert_bytes,
                   static_cast<size_t>(expert_bytes));
     }
     field = s.add(std::move(array));
   };
-  for (TensorView* field : {&s.weight.data, &s.weight.scales, &s.weight.row_scales, &s.weight.zeros}) move(*field);
+  for (TensorView* field : {&s.weight.scales, &s.weight.row_scales, &s.weight.zeros, &s.weight.records}) move(*field);
+  if (!w.records.defined()) move(s.weight.data);
   s.weight.slots = slots;
   if (w.format == Format::kPlain) s.weight.rows = s.weight.cols = 0;
   return s;
@@ -93,8 +112,8 @@ Array reversed_slots(int64_t E) {
   return slots;
 }
 
-constexpr Format kFormats[] = {Format::kPlain, Format::kPanels, Format::kCompact, Format::kInt8,
-                               Format::kInt4,  Format::kFp8,    Format::kMxfp4,   Format::kNf4};
+constexpr Format kFormats[] = {Format::kPlain, Format::kPanels, Format::kCompact, Format::kInt8,  Format::kInt4,
+                               Format::kFp8,   Format::kMxfp4,  Format::kNf4,     Format::kGroups};
 
 TEST(experts_anywhere_have_the_bits_of_experts_in_order) {
   const Case c{"slots", 40, 128, 64, 5, 2};

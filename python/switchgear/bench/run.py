@@ -70,6 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--routers", action="store_true", help="what routing policies cost, by the layer and by plain torch, and stop")
     add("--adapters", action="store_true",
         help="what LoRA on every expert costs, beside the frozen base, PEFT and formulas of torch, and stop")
+    add("--compress", action="store_true",
+        help="loss, bytes and time of a trained model (switchgear train-tiny), compressed in each way, and stop")
+    add("--checkpoint", metavar="DIR", help="folder of train-tiny for --compress (default: the one in the cache)")
     add("--ranks", metavar="LIST", type=positives, help="of the adapters (default: 8,16,64)")
     add("--list", action="store_true", help="list shapes and competitors, and stop")
     add("--from", dest="source", metavar="FILE", help="measure nothing: tables and pictures of the results in it")
@@ -92,6 +95,11 @@ def run(args: argparse.Namespace) -> int:
         return routers.run(args, describe_machine(args.threads))
     if args.adapters:
         return adapters.run(args, describe_machine(args.threads))
+    if args.compress:
+        from . import compress  # needs transformers
+
+        open_outputs(args)  # before minutes of work
+        return compress.run(args, describe_machine(args.threads))
     if args.device == "cuda":
         return cuda.run(args)
     require("rich")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line: `switchgear info | demo | bench | plan-parallel`, each a module with `add_arguments` and `run`."""
+"""The command line: `switchgear info | demo | inspect | …`, each command a module with `add_arguments` and `run`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from ..common import CommandError
 COMMANDS = {
     "info": "versions, backends, threads and OpenMP runtimes of this installation",
     "demo": "train a small Hugging Face MoE model with every experts implementation and compare them",
+    "train-tiny": "train a small MoE model on real text, to try compression on",
+    "inspect": "report how a model's routers use its experts: load, entropy, similarity, domains, caches",
+    "compress": "prune, merge and quantize the experts of a checkpoint by a recipe",
+    "convert": "convert checkpoints: dense to MoE and back, merges, layouts of experts",
     "bench": "time MoE layers at the shapes of real models, against other implementations",
     "plan-parallel": "predict bytes, waiting and memory of experts distributed over many ranks",
 }
@@ -21,7 +25,7 @@ MODULES = {"bench": "bench.run", "plan-parallel": "bench.plan_parallel"}  # in t
 
 
 def _command(name: str) -> ModuleType:
-    return importlib.import_module(f"switchgear.{MODULES.get(name, f'cli.{name}')}")
+    return importlib.import_module(f"switchgear.{MODULES.get(name, f'cli.{name}').replace('-', '_')}")
 
 
 def build_parser() -> argparse.ArgumentParser:

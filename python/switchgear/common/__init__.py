@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +32,16 @@ def optional(module: str) -> tuple[ModuleType | None, str]:
         return importlib.import_module(module), ""
     except Exception as error:  # a broken installation can raise anything; only the reason matters here
         return None, f"{type(error).__name__}: {error}"
+
+
+def check_writable(folder: Path) -> None:
+    """Creates the folder. CommandError if no file can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CommandError(f"--out: cannot write to {folder}: {error.strerror}") from None
 
 
 # ---- tables and words ------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Loads published checkpoints with mxfp4 experts (gpt-oss), fp8 experts in blocks of 128 x 128 (DeepSeek-V3,
-Qwen3-MoE) or nf4 experts (bitsandbytes, one matrix per expert). Weights are not rounded again, and no plain copy of the
-model is made in memory.
+Qwen3-MoE), nf4 experts (bitsandbytes, one matrix per expert) or experts of 2 to 4 bits (GPTQ, AWQ, compressed-tensors).
+Weights are not rounded again, and no plain copy of the model is made in memory.
 
     model = load_published("/models/gpt-oss-20b")
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from switchgear.integrations import published_nf4
+from switchgear.integrations import published_groups, published_nf4
 from switchgear.integrations.checkpoint_files import CONFIG, CheckpointFiles, Reader
+from switchgear.integrations.published_groups import Packing
 from switchgear.integrations.published_keys import (
     BLOCKS,
     FLOATS,
@@ -33,12 +35,12 @@ from switchgear.integrations.published_keys import (
     pieces_of,
 )
 from switchgear.integrations.transformers import accelerate, restore
-from switchgear.reference import minifloat, nf4
-from switchgear.weights import Form, Fp8, Layout, Mxfp4, Nf4, Weight, advise_huge_pages, layout_of
+from switchgear.reference import groups, minifloat, nf4
+from switchgear.weights import Form, Fp8, Groups, Layout, Mxfp4, Nf4, Weight, advise_huge_pages, layout_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, put
 
 FORMS: dict[str, Form] = {"mxfp4": Mxfp4(), "fp8": Fp8(), "nf4": Nf4()}  # by format
-METHODS = ("mxfp4", "fp8", "bitsandbytes")  # of quantisation
+METHODS = ("mxfp4", "fp8", "bitsandbytes", *published_groups.METHODS)  # of quantisation
 Read = Callable[[Reader, torch.device], Tensor | Weight]
 
 
@@ -52,8 +54,8 @@ def load_published(
     """Loads a causal language model of transformers on switchgear, in eval mode, with its experts as published.
 
     Files are read one expert at a time, directly into place. Peak memory is the stored model plus one tensor or 64 MiB.
-    fp8 and nf4 linears outside of experts are decoded. Everything else is cast to the dtype of its parameter, as in
-    `from_pretrained`. `switchgear.restore` converts the experts to plain weights.
+    fp8, nf4 and packed linears outside of experts are decoded. Everything else is cast to the dtype of its parameter,
+    as in `from_pretrained`. `switchgear.restore` converts the experts to plain weights.
 
     Args:
         path: a directory with config.json and safetensors files.
@@ -69,11 +71,11 @@ def load_published(
     device = torch.device(device)
     files = CheckpointFiles(Path(path))
     config = _config(files)
-    _take_quantization(config)
+    packing = _take_quantization(config)
     made: Any = _made(Path(path), config, dtype) if model is None else model
     replacements = accelerate(made)
     try:
-        plan = _plan(made, files)
+        plan = _plan(made, files, packing)
         _compute_buffers(made, device)
         reader = Reader(files.headers)
         loaded = {target: read(reader, device) for target, read in plan.items()}
@@ -112,7 +114,7 @@ def _naming_file(file: Path) -> Iterator[None]:
         raise ValueError(f"path: expected one of a model of transformers, got {file} ({reason})") from error
 
 
-def _take_quantization(config: Any) -> None:
+def _take_quantization(config: Any) -> Packing | None:
     """Removes the quantisation from the config, since it is read here; ValueError for an unsupported one."""
     found = getattr(config, "quantization_config", None)
     if found is None:
@@ -126,7 +128,9 @@ def _take_quantization(config: Any) -> None:
         raise ValueError(f"path: expected bnb_4bit_quant_type nf4 in config.json, got {got}")
     if method == "fp8" and block not in (minifloat.BLOCK, list(minifloat.BLOCK)):
         raise ValueError(f"path: expected weight_block_size {list(minifloat.BLOCK)} in config.json, got {block}")
+    packing = published_groups.packing_of(options) if method in published_groups.METHODS else None
     del config.quantization_config
+    return packing
 
 
 def _made(path: Path, config: Any, dtype: torch.dtype) -> Any:
@@ -152,16 +156,16 @@ class Wanted(NamedTuple):
     dtype: torch.dtype
 
 
-def _plan(model: Any, files: CheckpointFiles) -> dict[str, Read]:
+def _plan(model: Any, files: CheckpointFiles, packing: Packing | None) -> dict[str, Read]:
     """How to read each tensor of the model, by its name in the state dict."""
     state, projections, checks = model.state_dict(), _projections(model), Checks(files.headers)
     plan: dict[str, Read] = {}
     found = pieces_of(model, files.headers, state)
     for target, pieces in found.items():
         if target in projections and set(pieces) != {Piece()}:
-            plan[target] = _plan_projection(target, projections[target], pieces, checks)
+            plan[target] = _plan_projection(target, projections[target], pieces, checks, packing)
         elif target in state:
-            plan[target] = _plan_tensor(target, state[target], pieces, checks)
+            plan[target] = _plan_tensor(target, state[target], pieces, checks, packing)
         elif not matches(model._keys_to_ignore_on_load_unexpected, target):
             checks.problems += [f"unexpected {key}" for key in pieces.values()]
     for first, second in zip(list(projections)[::2], list(projections)[1::2], strict=True):
@@ -192,12 +196,15 @@ def _scales_of(rows: int, columns: int) -> tuple[int, int]:
     return -(-rows // minifloat.BLOCK[0]), -(-columns // minifloat.BLOCK[1])
 
 
-def _plan_tensor(target: str, like: Tensor, pieces: Pieces, checks: Checks) -> Read:
-    """Reads it as it is, or decodes it from fp8 or nf4."""
+def _plan_tensor(target: str, like: Tensor, pieces: Pieces, checks: Checks, packing: Packing | None) -> Read:
+    """Reads it as it is, or decodes it from fp8, nf4 or groups."""
     shape, dtype = tuple(like.shape), like.dtype
     if published_nf4.is_nf4(pieces) and len(shape) == 2:
         published_nf4.check(target, pieces, Piece(), shape, checks)
         return lambda reader, device: _decode_nf4(target, shape, pieces, reader, device).to(dtype)
+    if packing is not None and published_groups.is_packed(pieces) and len(shape) == 2:
+        published_groups.check(target, pieces, Piece(), shape, packing, checks)
+        return lambda reader, device: _decode_packed(target, shape, pieces, reader, packing).to(device, dtype)
     is_fp8 = Piece(SCALE) in pieces and len(shape) == 2
     if not checks.expect_all(target, pieces, [Piece(), Piece(SCALE)] if is_fp8 else [Piece()]):
         return _nothing
@@ -221,13 +228,19 @@ def _decode_nf4(target: str, shape: tuple[int, ...], pieces: Pieces, reader: Rea
         return nf4.decode_nf4(codes[None].to(device), absmax[None].to(device))[0]
 
 
+def _decode_packed(target: str, shape: tuple[int, ...], pieces: Pieces, reader: Reader, packing: Packing) -> Tensor:
+    with _naming(target):
+        matrix = published_groups.read(reader, pieces, Piece(), (shape[0], shape[1]), packing)
+        return published_groups.decode(matrix, packing)
+
+
 def _nothing(reader: Reader, device: torch.device) -> Tensor:
     """A placeholder for a tensor that fails the checks."""
     raise AssertionError("a tensor that failed the checks is never read")
 
 
-def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks) -> Read:
-    """Reads it as published: mxfp4 of all experts, or fp8, nf4 or plain numbers of each."""
+def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks, packing: Packing | None) -> Read:
+    """Reads it as published: mxfp4 of all experts, or fp8, nf4, groups or plain numbers of each."""
     suffixes = {piece.suffix for piece in pieces}
     experts, rows, columns, *_ = wanted
     if suffixes & {BLOCKS, SCALES}:
@@ -241,13 +254,19 @@ def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks
     shape = rows // wanted.parts, columns  # gates and ups are separate
     if wanted.transposed:
         checks.problems.append(f"{target}: expected weights of all experts in one tensor, since they are transposed")
-    if published_nf4.is_nf4(pieces):
+    is_packed = packing is not None and published_groups.is_packed(pieces)
+    if is_packed or published_nf4.is_nf4(pieces):
         matrices = {Piece("", expert, source) for expert in range(experts) for source in range(wanted.parts)}
         checks.problems += [
             f"unexpected {key}" for piece, key in pieces.items() if piece._replace(suffix="") not in matrices
         ]
         for piece in sorted(matrices):
-            published_nf4.check(target, pieces, piece, shape, checks)
+            if packing is not None:
+                published_groups.check(target, pieces, piece, shape, packing, checks)
+            else:
+                published_nf4.check(target, pieces, piece, shape, checks)
+        if packing is not None:
+            return lambda reader, device: _read_packed(target, wanted, pieces, reader, device, packing)
         return lambda reader, device: _read_nf4(target, wanted, pieces, reader, device)
     for suffix in sorted(suffixes):
         expected = [Piece(suffix, expert, source) for expert in range(experts) for source in range(wanted.parts)]
@@ -298,6 +317,35 @@ def _read_nf4(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, devic
             codes, absmax = published_nf4.read(reader, pieces, piece, shape)
             minifloat.to_blocks(codes[None].to(device), absmax[None].to(device), "nf4", out=out)
     return _weight("nf4", data, scales, wanted)
+
+
+def _read_packed(
+    target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device, packing: Packing
+) -> Weight:
+    """Gates and ups are published separately, and are stored so."""
+    bits, parts, columns = packing.bits, wanted.parts, wanted.columns
+    shape = wanted.rows // parts, columns
+    blocks, steps = -(-shape[0] // minifloat.ROWS), -(-columns // minifloat.COLUMNS)
+    data = torch.empty(wanted.experts * bits, parts * blocks, steps, groups.PLANE, dtype=torch.uint8, device=device)
+    advise_huge_pages(data)
+    sizes = wanted.experts, parts * blocks, published_groups.num_groups(columns, packing), minifloat.ROWS
+    scales = torch.empty(sizes, dtype=torch.float16, device=device)
+    zeros = None if packing.symmetric else torch.empty(sizes, dtype=torch.uint8, device=device)
+    records = data.view(wanted.experts, parts * blocks, steps, bits * groups.PLANE)
+    for expert, source in itertools.product(range(wanted.experts), range(parts)):
+        with _naming(target, expert):
+            matrix = published_groups.read(reader, pieces, Piece("", expert, source), shape, packing)
+        own = None if matrix.zeros is None else matrix.zeros[None]
+        stored = groups.to_blocks(groups.Levels(matrix.q[None], matrix.scales[None], own, (bits,)))
+        share = slice(source * blocks, (source + 1) * blocks)
+        records[expert, share] = stored.data.view(blocks, steps, bits * groups.PLANE)
+        scales[expert, share] = stored.scales[0]
+        if zeros is not None and stored.zeros is not None:
+            zeros[expert, share] = stored.zeros[0]
+    return Weight(
+        "groups", data, wanted.rows, columns, wanted.dtype, scales, zeros=zeros,
+        records=groups.records_of((bits,) * wanted.experts), parts=parts, group_size=packing.group_size, is_exact=True,
+    )  # fmt: skip
 
 
 def _read_plain(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device) -> Tensor:
@@ -380,4 +428,10 @@ def _commit(model: Any, loaded: dict[str, Tensor | Weight]) -> None:
 def _put(module: nn.Module, layout: Layout, weights: tuple[Weight, Weight]) -> None:
     trained = (getattr(module, name).requires_grad for name in layout.names)
     first, second = (Projection(Kind.of(weight), t, Tie()) for weight, t in zip(weights, trained, strict=True))
-    put(module, StoredProjections(FORMS[weights[0].format], layout, (first, second)), weights)
+    put(module, StoredProjections(_form_of(weights[0]), layout, (first, second)), weights)
+
+
+def _form_of(weight: Weight) -> Form:
+    if weight.records is None:
+        return FORMS[weight.format]
+    return Groups(int(weight.records[0, 1]), weight.group_size, weight.zeros is None)

@@ -19,7 +19,11 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of dtypes
 SCALE, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"  # suffixes of a weight's name
 ABSMAX, NF4_MAP, NF4_STATE = ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4"
 NESTED_ABSMAX, NESTED_MAP = ".nested_absmax", ".nested_quant_map"
-SUFFIXES = (SCALE, BLOCKS, SCALES, ABSMAX, NF4_MAP, NF4_STATE, NESTED_ABSMAX, NESTED_MAP)
+QWEIGHT, QZEROS, QSCALES, GROUPS_OF = ".qweight", ".qzeros", ".scales", ".g_idx"  # instead of .weight
+CT_PACKED, CT_ZEROS, CT_SCALE = ".weight_packed", ".weight_zero_point", ".weight_scale"
+CT_SHAPE, CT_GROUPS = ".weight_shape", ".weight_g_idx"
+OF_GROUPS = (QWEIGHT, QZEROS, QSCALES, GROUPS_OF, CT_PACKED, CT_ZEROS, CT_SCALE, CT_SHAPE, CT_GROUPS)
+SUFFIXES = (SCALE, BLOCKS, SCALES, ABSMAX, NF4_MAP, NF4_STATE, NESTED_ABSMAX, NESTED_MAP, *OF_GROUPS)
 SHOWN = 8  # complaints listed at a time
 
 
@@ -47,7 +51,8 @@ def pieces_of(model: Any, keys: Iterable[str], state: dict[str, Tensor]) -> dict
     found: dict[str, Pieces] = defaultdict(dict)
     for key in keys:
         suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), "")
-        target, pattern = target_of(key.removesuffix(suffix))
+        name = key.removesuffix(suffix) + (".weight" if suffix in OF_GROUPS else "")
+        target, pattern = target_of(name)
         if suffix and target not in state:  # a name that only happens to end so
             suffix, (target, pattern) = "", target_of(key)
         expert = re.search(r"\bexperts\.(\d+)\.", key) if pattern is not None else None

@@ -89,7 +89,7 @@ class GlooTransport:
     """gloo, for CPU tensors. Uses its own process group, so that no other collectives interleave.
 
     Gloo cannot cancel: a wait for a stopped peer keeps the process alive until its timeout. So `abort` shuts down the
-    underlying connections, which ends all waits at once.
+    reading end of the underlying connections. Gloo sees them end, and ends all waits at once.
     """
 
     def __init__(self, rank: int, size: int, store: Any, timeout: float, is_over: Callable[[], bool]) -> None:
@@ -108,14 +108,14 @@ class GlooTransport:
         return _TorchWork(work, output, input)
 
     def abort(self) -> None:
+        # Not the writing end: a send that begins before gloo notices would fail there, and gloo never ends it.
         for connection in self._connections:
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RD)
 
     def close(self) -> None:
         self.abort()
-        # The group's destructor waits for its transfers, and gloo never ends a send that began between the abort and
-        # its noticing: that one keeps a thread until its timeout, but not this one.
+        # The group's destructor waits for its transfers. Should one not end, it keeps that thread, but not this one.
         group = [self._group]
         self._group = None
         destroying = threading.Thread(target=group.clear, name="switchgear-close", daemon=True)

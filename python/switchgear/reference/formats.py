@@ -8,22 +8,23 @@ A weight [E,N,C] is passed to the ops as tensors and a form, a few integers:
                   the index of the format in FORMATS; N and C; equal parts of the rows that are stored separately;
                   columns that share a scale (0: all); and the tensors after the data, one bit each in order of FIELDS
 
-`slots` [E] int32 locates the experts: expert e is at index slots[e] of the first dimension of all other tensors.
+`slots` [E] int32 locates the experts: expert e is at index slots[e] of the first dimension of all other tensors. In
+groups, `records` has this dimension instead of the data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from switchgear.reference import compact, integers, minifloat, nf4, panels
+from switchgear.reference import compact, groups, integers, minifloat, nf4, panels
 from switchgear.reference.checks import check, check_range
 
-FORMATS = ("plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4")
-FIELDS = ("scales", "row_scales", "zeros", "slots")
+FORMATS = ("plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4", "groups")
+FIELDS = ("scales", "row_scales", "zeros", "records", "slots")
 BITS = {"int8": 8, "int4": 4}
 MINIFLOATS = ("fp8", "mxfp4", "nf4")
 _NEEDED = {
@@ -35,6 +36,7 @@ _NEEDED = {
     "fp8": ("scales",),
     "mxfp4": ("scales",),
     "nf4": ("scales",),
+    "groups": ("scales", "records"),
 }
 
 
@@ -50,7 +52,13 @@ class Stored(NamedTuple):
     scales: Tensor | None
     row_scales: Tensor | None
     zeros: Tensor | None
+    records: Tensor | None
     slots: Tensor | None
+
+    @property
+    def num_stored(self) -> int:
+        """The number of stored experts."""
+        return len(self.data if self.records is None else self.records)
 
 
 def _divide_up(a: int, b: int) -> int:
@@ -71,7 +79,10 @@ def fields_of(form: Sequence[int]) -> tuple[str, ...]:
 def num_experts_of(tensors: Sequence[Tensor], form: Sequence[int]) -> int:
     """E of a weight."""
     has_slots = bool(form) and form[5] >> FIELDS.index("slots") & 1
-    return tensors[-1 if has_slots else 0].shape[0]
+    if has_slots:
+        return tensors[-1].shape[0]
+    has_records = bool(form) and form[5] >> FIELDS.index("records") & 1
+    return tensors[-1 if has_records else 0].shape[0]
 
 
 def take_apart(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Stored:
@@ -80,7 +91,7 @@ def take_apart(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Sto
         if len(tensors) != 1 or tensors[0].dim() != 3:
             raise ValueError(f"{name}: expected one tensor [E,N,C], got {[list(tensor.shape) for tensor in tensors]}")
         _, rows, cols = tensors[0].shape
-        return Stored("plain", rows, cols, 1, 0, tensors[0], None, None, None, None)
+        return Stored("plain", rows, cols, 1, 0, tensors[0], None, None, None, None, None)
     if len(form) != 6:
         raise ValueError(f"{name}: expected a form of 6 numbers, got {len(form)}")
     number, rows, cols, parts, group_size, fields = form
@@ -117,7 +128,7 @@ def check_weight(
         wanted = ", ".join("any" if size is None else str(size) for size in sizes[1:])
         raise ValueError(f"{name}: expected matrices [{wanted}], got [{stored.rows}, {stored.cols}] in {stored.format}")
     _check_storage(name, stored, dtype)
-    count = stored.data.shape[0]
+    count = stored.num_stored
     if stored.slots is not None:
         check(f"{name}_slots", stored.slots, (experts,), torch.int32)
         check_range(f"{name}_slots", stored.slots, 0, count)
@@ -138,6 +149,8 @@ def _check_storage(name: str, stored: Stored, dtype: torch.dtype) -> None:
     elif stored.format in BITS:
         sizes = (rows, cols, BITS[stored.format], stored.parts, stored.group_size)
         integers.check_storage(name, _quantized(stored), *sizes)
+    elif stored.format == "groups":
+        groups.check_storage(name, _in_groups(stored), rows, cols, stored.parts, stored.group_size)
     else:
         _check_minifloat(name, stored)
 
@@ -157,13 +170,23 @@ def _check_minifloat(name: str, stored: Stored) -> None:
     check(f"{name}_scales", stored.scales, (experts, blocks, groups, minifloat.ROWS), dtype)
 
 
+_INDEXED = ("data", "scales", "row_scales", "zeros")  # by slots
+
+
 def _in_order(stored: Stored) -> Stored:
     """The weight without slots: the data of expert e is at index e."""
     if stored.slots is None:
         return stored
     at = stored.slots.long()
-    scales, row_scales, zeros = (None if t is None else t[at] for t in (stored.scales, stored.row_scales, stored.zeros))
-    return stored._replace(data=stored.data[at], scales=scales, row_scales=row_scales, zeros=zeros, slots=None)
+    fields = ("scales", "row_scales", "zeros", "records") if stored.format == "groups" else _INDEXED
+    moved: dict[str, Any] = {name: None if (t := getattr(stored, name)) is None else t[at] for name in fields}
+    return stored._replace(**moved, slots=None)
+
+
+def _in_groups(stored: Stored) -> groups.Blocks:
+    assert stored.scales is not None
+    assert stored.records is not None
+    return groups.Blocks(stored.data, stored.scales, stored.zeros, stored.records)
 
 
 def _quantized(stored: Stored) -> integers.Quantized:
@@ -188,6 +211,9 @@ def decode(tensors: Sequence[Tensor], form: Sequence[int], dtype: torch.dtype) -
         return compact.plain(stored.data, stored.cols, dtype)
     if stored.format in BITS:
         return integers.dequantize(_levels(stored), BITS[stored.format], stored.group_size).to(dtype)
+    if stored.format == "groups":
+        levels = groups.from_blocks(_in_groups(stored), stored.rows, stored.cols, stored.parts)
+        return groups.dequantize(levels, stored.group_size).to(dtype)
     return _decode_minifloat(stored).to(dtype)
 
 

@@ -2,10 +2,12 @@
 """How the weights of experts are stored.
 
 store(model, form) converts a model, restore(model) undoes it, encode(weight, form) converts one weight. `moe` accepts a
-Weight in place of a tensor. Forms: Plain, Panels, Compact (lossless); Int8, Int4, Fp8, Mxfp4, Nf4. See docs/weights.md.
+Weight in place of a tensor. Forms: Plain, Panels, Compact (lossless); Int8, Int4, Fp8, Mxfp4, Nf4, Groups. See
+docs/weights.md.
 
 weight.py   Weight; AdaptedWeight, which adds an adapter; SelectedWeight, of which some experts train
-form.py     the base class Form; plain.py, panels.py, compact.py, integers.py, minifloat.py: its subclasses
+form.py     the base class Form; plain.py, panels.py, compact.py, integers.py, minifloat.py, groups.py: its
+            subclasses
 module.py   stored projections of a module, and its state dict; layout.py: layout of its parameters
 selected.py parameters of which some experts are trained alone
 store.py    all experts of a model; auto.py: the choice of a form; pages.py: huge pages
@@ -13,6 +15,7 @@ store.py    all experts of a model; auto.py: the choice of a form; pages.py: hug
 
 from switchgear.weights.compact import Compact
 from switchgear.weights.form import Form
+from switchgear.weights.groups import Groups
 from switchgear.weights.integers import Int4, Int8
 from switchgear.weights.layout import FINDERS, HINTS, Layout, layout_of
 from switchgear.weights.minifloat import Fp8, Mxfp4, Nf4
@@ -30,6 +33,7 @@ __all__ = [
     "Compact",
     "Form",
     "Fp8",
+    "Groups",
     "Int4",
     "Int8",
     "Layout",

@@ -22,6 +22,7 @@ from switchgear.weights.change import (
 )
 from switchgear.weights.compact import Compact
 from switchgear.weights.form import Form
+from switchgear.weights.groups import Groups
 from switchgear.weights.integers import Int4, Int8
 from switchgear.weights.layout import Layout, hint_for, layout_of
 from switchgear.weights.minifloat import Fp8, Mxfp4, Nf4
@@ -32,7 +33,7 @@ from switchgear.weights.plain import Copies, Plain, Relaid
 from switchgear.weights.weight import Weight
 
 FORMS: dict[str, type[Form]] = {
-    form.name: form for form in (Plain, Panels, Compact, Int8, Int4, Fp8, Mxfp4, Nf4)
+    form.name: form for form in (Plain, Panels, Compact, Int8, Int4, Fp8, Mxfp4, Nf4, Groups)
 }  # fmt: skip
 
 
@@ -91,8 +92,8 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
     Args:
         model: has `Experts`, or experts of transformers that run on the fused kernel (`accelerate`).
         form: "plain" (rows along the inner dimension; parameters stay, and all weights of the model move onto huge
-            pages), "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4", or an object with options,
-            Int4(group_size=64); "auto" chooses one for the machine and the use.
+            pages), "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4", "groups" (1 to 4 bits, also of each
+            expert), or an object with options, Int4(group_size=64); "auto" chooses one for the machine and the use.
         options: those of the form. For "auto": tokens_per_step, the number of tokens per forward (1: decoding one
             text), and lossless, whether weights must keep every bit.
         low_memory: store one layer after the other and free its parameters at once. By default all layers are stored

@@ -37,6 +37,7 @@ class Weight:
     row_scales: Tensor | None = None
     zeros: Tensor | None = None
     slots: Tensor | None = None  # [E] int32: each expert's index in the first dimension of the other tensors
+    records: Tensor | None = None  # of groups, [S,2] int32: where each stored expert is in `data`
     parts: int = 1  # equal parts of the rows that are stored separately
     group_size: int = 0  # columns that share a scale; 0: all
     elements: torch.dtype | None = None  # of compact rows: bfloat16 for float32 whose lower halves are zero
@@ -65,7 +66,8 @@ class Weight:
     @property
     def shape(self) -> tuple[int, int, int]:
         """[E,N,C]."""
-        return len(self.data if self.slots is None else self.slots), self.rows, self.cols
+        stored = self.data if self.records is None else self.records
+        return len(stored if self.slots is None else self.slots), self.rows, self.cols
 
     @property
     def device(self) -> torch.device:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...common import CommandError, machine, require
+from ...common import CommandError, check_writable, machine, require
 from . import report
 from .agreement import Check, check_gradients, check_logits, check_losses, loss_bounds
 from .corpus import batches, load_corpus
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         )
         for name in (*names, TWIN)
     }  # fmt: skip
-    report.check_writable(Path(args.out))  # before minutes of work
+    check_writable(Path(args.out))  # before minutes of work
     results = compare(settings, names, reference, args.new_tokens)
     results["text"] = text.source
     report.write(results, Path(args.out))

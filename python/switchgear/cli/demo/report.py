@@ -4,26 +4,14 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ...common import CommandError
 from . import plots
 from .text import report, sample
 
 WARM_UP = 2  # first steps, excluded from the medians: they fault in the memory of gradients and optimizer states
-
-
-def check_writable(folder: Path) -> None:
-    """Creates the folder. CommandError if no file can be written in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise CommandError(f"--out: cannot write to {folder}: {error.strerror}") from None
 
 
 def summarise(results: dict[str, Any], name: str) -> dict[str, float]:

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Checkpoints on disk and texts for them, for the commands that read both. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common import CommandError, require
+from ..tiny import cache
+
+TINY = "tiny"  # names the model of train-tiny that is in the cache
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a checkpoint. CommandError if it is none."""
+    if name == TINY:
+        return cache.newest().folder
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        raise CommandError(
+            f"expected a folder with a checkpoint of transformers (config.json), or {TINY!r}; got {name}"
+        )
+    return folder
+
+
+def load_model(folder: Path, dtype: str = "auto") -> Any:
+    """The model, in eval mode, with its experts on switchgear if they can run there. CommandError if it cannot be
+    loaded, with the reason: a truncated shard, a missing file, an unknown type."""
+    import switchgear
+
+    transformers = require("transformers")
+    transformers.logging.set_verbosity_error()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    except Exception as error:  # transformers and safetensors raise many kinds
+        reason = str(error).strip().partition("\n")[0]
+        raise CommandError(f"cannot load {folder}: {type(error).__name__}: {reason}") from None
+    with suppress(ValueError):  # a class that switchgear does not run: the model's own code does
+        switchgear.accelerate(model)
+    return model
+
+
+def read_texts(files: Sequence[str], folder: Path, option: str = "--text") -> dict[str, bytes]:
+    """The texts by domain, the name of a file without its ending. Without files, those of a model of train-tiny."""
+    if not files:
+        if not (folder / "tiny.json").exists():
+            raise CommandError(f"{option}: expected files, since {folder} has no text of its own")
+        return {domain.name: bytes(domain.held_out.tolist()) for domain in cache.load(folder).domains}
+    texts: dict[str, bytes] = {}
+    for file in map(Path, files):
+        if file.exists() and not file.is_file():
+            raise CommandError(f"{option}: expected a regular file, got {file}")
+        try:
+            text = file.read_bytes()
+        except OSError as error:
+            raise CommandError(f"{option}: cannot read {file}: {error.strerror}") from None
+        if file.stem in texts:
+            raise CommandError(f"{option}: expected files of different names, got {file.stem} twice")
+        texts[file.stem] = text
+    return texts
+
+
+def batches_of(
+    text: bytes, model: Any, folder: Path, *, tokens: int, length: int, rows: int = 8, name: str = ""
+) -> list[Tensor]:
+    """The first `tokens` tokens of a text in windows: batches [<= rows, length] int64. A model of 256 tokens without a
+    tokenizer reads bytes. CommandError for a text shorter than a window."""
+    ids = _ids(text[: 16 * tokens], model, folder)[:tokens]  # a token has a few bytes
+    count = ids.numel() // length
+    if not count:
+        raise CommandError(f"{name or 'the text'} is too short: {ids.numel()} tokens, a window has {length}")
+    return list(torch.split(ids[: count * length].view(count, length), rows))
+
+
+def _ids(text: bytes, model: Any, folder: Path) -> Tensor:
+    has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
+    if model.config.get_text_config().vocab_size == 256 and not has_tokenizer:
+        return (
+            torch.frombuffer(bytearray(text), dtype=torch.uint8).long() if text else torch.zeros(0, dtype=torch.int64)
+        )
+    if not has_tokenizer:
+        raise CommandError(f"{folder} has no tokenizer: expected one of {', '.join(TOKENIZERS)}")
+    transformers = require("transformers")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CommandError(f"{folder} has no tokenizer that can be loaded: {reason}") from None
+    return torch.tensor(tokenizer(text.decode("utf-8", "replace"))["input_ids"], dtype=torch.int64)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Runs a recipe. The result appears at once or not at all, and an interrupted run goes on after its last finished step.
+
+All is written into OUT.partial: the calibration and the model after each step, and then the result, which is renamed to
+OUT. journal.json there says which recipe and which checkpoint the folder is of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from switchgear import compress as functions
+from switchgear.compress import Calibration, calibrate
+
+from ...common import CommandError
+from ...common.progress import progress
+from ..checkpoint import batches_of, load_model, read_texts
+from .recipe import Recipe, Step
+
+# Besides weights and config, which save_pretrained writes.
+COPIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
+    "*.jinja", "LICENSE*",
+)  # fmt: skip
+
+
+def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fresh: bool = False) -> Iterator[str]:
+    """Yields a line per step. CommandError for whatever the user can mend; then OUT does not exist."""
+    texts = read_texts(recipe.text, source, "recipe: calibration.text") if _needs_text(recipe) else {}
+    partial = Partial(out, identity(source, recipe, texts, dtype), fresh)
+    try:
+        done = partial.steps()
+        if done:
+            yield f"going on after step {len(done)} of {len(recipe.steps)}"
+        model = load_model(partial.model() if done else source, dtype)
+        for i, step in enumerate(recipe.steps[len(done) :], len(done)):
+            calibration = partial.calibration(i)
+            if calibration is None and step.needs_calibration:
+                calibration = _calibrate(model, source, recipe, texts, step.needs_hessians)
+                partial.save_calibration(i, calibration)
+            result = apply(step, model, calibration, f"recipe: steps[{i}]")
+            done.append({"do": step.do, "result": result.as_dict()})
+            partial.save_model(model, i, done)
+            yield f"{step.do}: {result}"
+        partial.finish(source, {"recipe": recipe.as_dict(), "model": source.name, "steps": done})
+    except OSError as error:  # a full disk, for one; safetensors' errors, too, have this base or the next
+        raise CommandError(f"cannot write {error.filename or partial.folder}: {error.strerror or error}") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise CommandError(f"cannot write {partial.folder}: {error}") from None
+    yield f"{out}: {sum(file.stat().st_size for file in out.glob('*.safetensors')) / 1e6:,.1f} MB"
+
+
+def apply(step: Step, model: Any, calibration: Calibration | None, place: str) -> Any:
+    """The result of one step. CommandError where the function refuses, with its reason."""
+    options = dict(step.options)
+    if step.needs_calibration:
+        options["calibration"] = calibration
+    try:
+        bits = options.get("bits")
+        if isinstance(bits, dict) and "average" in bits:
+            assert calibration is not None
+            how = {name: value for name, value in bits.items() if name != "of"}
+            sizes = {name: options[name] for name in ("group_size", "symmetric") if name in options}
+            errors = functions.expert_errors(model, calibration, tuple(bits.get("of", (1, 2, 3))), **sizes)
+            options["bits"] = functions.allocate_bits(errors, **how)
+            if not step.needs_hessians:
+                options.pop("calibration")
+        return step.function(model, **options)
+    except (ValueError, TypeError) as error:
+        raise CommandError(f"{place}: {step.do}: {error}") from None
+
+
+def _needs_text(recipe: Recipe) -> bool:
+    return any(step.needs_calibration for step in recipe.steps)
+
+
+def _calibrate(model: Any, source: Path, recipe: Recipe, texts: dict[str, bytes], hessians: bool) -> Calibration:
+    batches = [
+        {"input_ids": rows, "domain": name, "use_cache": False}
+        for name, text in texts.items()
+        for rows in batches_of(text, model, source, tokens=recipe.tokens, length=recipe.length, name=name)
+    ]
+
+    def counted() -> Iterator[dict[str, Any]]:
+        for i, batch in enumerate(batches):
+            yield batch
+            advance(i + 1, len(batches), batch["domain"])
+
+    with progress("calibrating") as advance:
+        try:
+            return calibrate(model, counted(), hessians=hessians)
+        except ValueError as error:
+            raise CommandError(f"cannot calibrate: {error}") from None
+
+
+def identity(source: Path, recipe: Recipe, texts: dict[str, bytes], dtype: str) -> str:
+    """Changes with the recipe, the texts and the files of the checkpoint."""
+    files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(source.iterdir()) if f.is_file()]
+    digest = hashlib.sha256(json.dumps([recipe.as_dict(), files, dtype]).encode())
+    for name, text in texts.items():
+        digest.update(name.encode() + b"\0" + hashlib.sha256(text).digest())
+    return digest.hexdigest()
+
+
+class Partial:
+    """OUT.partial and its journal, which is written last: what it names is complete."""
+
+    def __init__(self, out: Path, identity: str, fresh: bool) -> None:
+        self.out, self.folder = out, out.with_name(f"{out.name}.partial")
+        self._journal: dict[str, Any] = {"identity": identity, "steps": [], "calibrations": []}
+        try:
+            found = None if fresh else self._read()
+            if found is None or found.get("identity") != identity:  # of another recipe: it cannot go on
+                if self.folder.exists() and not (self.folder / "journal.json").exists() and any(self.folder.iterdir()):
+                    raise CommandError(f"{self.folder} exists and is not of this command; it was left as it is")
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir(parents=True)
+                self._write()
+            else:
+                self._journal = found
+        except OSError as error:
+            raise CommandError(f"--out: cannot write to {self.folder}: {error.strerror}") from None
+
+    def steps(self) -> list[dict[str, Any]]:
+        return list(self._journal["steps"])
+
+    def model(self) -> Path:
+        return self.folder / f"step-{len(self._journal['steps'])}"
+
+    def calibration(self, step: int) -> Calibration | None:
+        return Calibration.load(self._calibration(step)) if step in self._journal["calibrations"] else None
+
+    def save_calibration(self, step: int, calibration: Calibration) -> None:
+        calibration.save(self._calibration(step))
+        self._journal["calibrations"] = [step]
+        self._write()
+
+    def save_model(self, model: Any, step: int, done: list[dict[str, Any]]) -> None:
+        """The model after a step; then the one before it and its calibration are removed."""
+        before = self.model()
+        model.save_pretrained(self.folder / f"step-{step + 1}")
+        self._journal.update(steps=list(done), calibrations=[])
+        self._write()
+        shutil.rmtree(before, ignore_errors=True)
+        self._calibration(step).unlink(missing_ok=True)
+
+    def finish(self, source: Path, about: dict[str, Any]) -> None:
+        result = self.model()
+        for pattern in COPIED:
+            for file in source.glob(pattern):
+                if file.is_file() and not (result / file.name).exists():
+                    shutil.copyfile(file, result / file.name)
+        (result / "compression.json").write_text(json.dumps(about, indent=1) + "\n")
+        result.rename(self.out)
+        shutil.rmtree(self.folder)
+
+    def _calibration(self, step: int) -> Path:
+        return self.folder / f"calibration-{step}.safetensors"
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            found = json.loads((self.folder / "journal.json").read_text())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def _write(self) -> None:
+        beside = self.folder / "journal.json.new"
+        beside.write_text(json.dumps(self._journal))
+        os.replace(beside, self.folder / "journal.json")

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Compression of MoE models: calibrate, then prune, merge, sparsify or quantize experts. See docs/compression.md."""
+
+from switchgear.compress.bits import BitAllocation, ExpertErrors, allocate_bits, packed_bytes
+from switchgear.compress.calibration import Calibration, calibrate
+from switchgear.compress.gptq import gptq
+from switchgear.compress.merge import Merged, MergedLayer, merge_experts
+from switchgear.compress.prune import Pruned, PrunedLayer, prune_experts
+from switchgear.compress.quantize import Quantized, QuantizedLayer, bits_of, expert_errors, quantize
+from switchgear.compress.sparsify import Sparsified, SparsifiedLayer, prune_weights
+
+__all__ = [
+    "BitAllocation",
+    "Calibration",
+    "ExpertErrors",
+    "Merged",
+    "MergedLayer",
+    "Pruned",
+    "PrunedLayer",
+    "Quantized",
+    "QuantizedLayer",
+    "Sparsified",
+    "SparsifiedLayer",
+    "allocate_bits",
+    "bits_of",
+    "calibrate",
+    "expert_errors",
+    "gptq",
+    "merge_experts",
+    "packed_bytes",
+    "prune_experts",
+    "prune_weights",
+    "quantize",
+]

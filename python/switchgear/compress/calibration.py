@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""calibrate: one pass over batches, from which all compression of a model is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.complaints import check_module
+from switchgear.compress.layer import ExpertLayer, expert_layer
+from switchgear.compress.sums import ExpertSums, Hessians, LayerCalibration, Samples, hessians_of, sums_of
+from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.reference import check_size
+from switchgear.trace import Observation, observe
+
+_FORMAT = "switchgear calibration 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Statistics of a model's MoE layers on some data. `+` joins those of parts of the data, as of several processes.
+
+    Attributes: layers, by name of the block (moe_blocks). Each has `domains`, `sums(domain)`, `sample(domain)`,
+    `hessians` and `ratio_median(domain)`.
+    """
+
+    layers: dict[str, LayerCalibration] = field(default_factory=dict)
+
+    @property
+    def domains(self) -> list[str]:
+        return sorted({name for layer in self.layers.values() for name in layer.domains})
+
+    def __add__(self, other: Calibration) -> Calibration:
+        """Raises ValueError for a calibration of another model."""
+        if not isinstance(other, Calibration):
+            return NotImplemented
+        self._check(other.layers)
+        return Calibration({name: layer + other.layers[name] for name, layer in self.layers.items()})
+
+    def check(self, model: nn.Module, names: Collection[str] | None = None) -> None:
+        """Raises ValueError unless the layers (of these names) are those of the model."""
+        blocks = moe_blocks(model)
+        wanted = blocks if names is None else {name: blocks[name] for name in names}
+        self._check({name: _layer_of(expert_layer(block)) for name, block in wanted.items()})
+
+    def _check(self, layers: Mapping[str, LayerCalibration]) -> None:
+        if missing := sorted(set(layers) - set(self.layers)):
+            raise ValueError(f"calibration: expected one of this model, got none of its layer {missing[0]!r}")
+        for name, layer in layers.items():
+            mine = self.layers[name]
+            if mine.shape != layer.shape:
+                of = ("num_experts", "top_k", "hidden_size", "intermediate_size", "the router's weight")
+                what, old, new = next(d for d in zip(of, mine.shape, layer.shape, strict=True) if d[1] != d[2])
+                raise ValueError(f"calibration: expected one of this model, got another {what} in {name}: {old}, {new}")
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes a safetensors file; its metadata is JSON. Needs the package safetensors."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        layers = []
+        for index, (name, layer) in enumerate(self.layers.items()):
+            for part, values in (("sums", layer.domains), ("samples", layer.samples)):
+                for number, domain in enumerate(values):
+                    for key, tensor in values[domain].tensors().items():
+                        tensors[f"{index}.{part}.{number}.{key}"] = tensor.contiguous()
+            if layer.hessians is not None:
+                tensors |= {f"{index}.hessians.{key}": tensor for key, tensor in vars(layer.hessians).items()}
+            layers.append({
+                "name": name, "shape": layer.shape, "domains": list(layer.domains),
+                "samples": {domain: sample.limit for domain, sample in layer.samples.items()},
+                "hessians": layer.hessians is not None,
+            })  # fmt: skip
+        save_file(tensors, path, {"format": _FORMAT, "layers": json.dumps(layers)})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Calibration:
+        """Reads a file of `save`. Raises ValueError for any other file."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError("another format")
+                layers = json.loads(metadata["layers"])
+                return cls({layer["name"]: _loaded(file, index, layer) for index, layer in enumerate(layers)})
+        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise ValueError(f"path: expected a file of Calibration.save, got {path} ({error})") from error
+
+
+def _loaded(file: Any, index: int, layer: Mapping[str, Any]) -> LayerCalibration:
+    def tensors(*keys: str, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: file.get_tensor(".".join([str(index), *keys, name])) for name in names}
+
+    num_experts, top_k, hidden_size, intermediate_size, gate = layer["shape"]
+    sizes = (num_experts, hidden_size, intermediate_size)
+    of_sums = ExpertSums.zeros(*sizes).tensors()
+    domains = {}
+    for number, domain in enumerate(layer["domains"]):
+        domains[domain] = ExpertSums(**tensors("sums", str(number), names=of_sums))
+        for name, tensor in domains[domain].tensors().items():
+            if tensor.shape != of_sums[name].shape:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(of_sums[name].shape)}")
+    samples = {}
+    for number, (domain, limit) in enumerate(layer["samples"].items()):
+        found = tensors("samples", str(number), names=("keys", "x", "topk_ids", "topk_weights"))
+        samples[domain] = Samples(int(limit), **found)
+    hessians = Hessians(**tensors("hessians", names=("inputs", "hidden"))) if layer["hessians"] else None
+    return LayerCalibration(num_experts, top_k, hidden_size, intermediate_size, gate, domains, samples, hessians)
+
+
+# ---- the pass --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    hessians: bool = False,
+    samples: int = 512,
+    layers: Collection[str] | None = None,
+    seed: int = 0,
+) -> Calibration:
+    """Runs the model on batches and keeps statistics of each MoE layer and domain.
+
+        calibration = calibrate(model, ({**tokenizer(text), "domain": "code"} for text in texts), hessians=True)
+        calibration.save("calibration.safetensors")
+
+    Batches stream: memory does not grow with their number. Padding (attention_mask 0) is left out. Statistics are
+    computed from what the experts get, so the weights are renormalised if the model does that.
+
+    Args:
+        model: has switchgear's MoE layers or those of Hugging Face; see moe_blocks.
+        batches: dicts of the forward's arguments, tuples of them, or single tensors. A dict may have the key "domain",
+            a name. The model runs in eval mode.
+        hessians: also keep Xᵀ X of both projections of each expert, which GPTQ needs: E · (H² + I²) · 4 bytes a layer.
+        samples: tokens to keep of each layer and domain: for criterion="reconstruction", merging by outputs and
+            `expert_errors`. They are a uniform sample.
+        layers: names of blocks; all by default.
+        seed: of the sample. Give processes that calibrate on parts of the data different seeds.
+
+    Raises:
+        ValueError: no MoE layers, experts that are stored in another form or distributed over processes, no batches, or
+            only padding.
+    """
+    check_module("model", model)
+    check_size("samples", samples, 0)
+    blocks = moe_blocks(model)
+    if layers is not None:
+        if missing := sorted(set(layers) - set(blocks)):
+            raise ValueError(f"layers: expected some of {', '.join(blocks) or 'none'}; got {missing[0]}")
+        blocks = {name: blocks[name] for name in blocks if name in set(layers)}
+    parts = {name: expert_layer(block) for name, block in blocks.items()}
+    collector = _Collector(parts, hessians, samples, seed)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with observe(model, collector.see, layers=list(parts)):
+            for batch in batches:
+                collector.domain, arguments, named = _arguments(batch)
+                model(*arguments, **named)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not any(layer.domains for layer in collector.layers.values()):
+        raise ValueError("batches: expected tokens that are not padding, got none")
+    return Calibration(collector.layers)
+
+
+def _arguments(batch: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Tensor):
+        return "", (batch,), {}
+    if isinstance(batch, (tuple, list)):
+        return "", tuple(batch), {}
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batches: expected dicts, tuples or tensors, got {type(batch).__name__}")
+    named = dict(batch)
+    domain = named.pop("domain", "")
+    if not isinstance(domain, str):
+        raise TypeError(f"domain: expected a name, got {type(domain).__name__}")
+    return domain, (), named
+
+
+class _Collector:
+    """Adds up what the layers do."""
+
+    def __init__(self, parts: Mapping[str, ExpertLayer], hessians: bool, samples: int, seed: int) -> None:
+        self.parts, self.hessians, self.samples = parts, hessians, samples
+        self.domain = ""
+        self.layers = {name: _layer_of(part) for name, part in parts.items()}
+        # One generator per layer: all layers keep the same tokens.
+        self.keys = {name: torch.Generator().manual_seed(seed) for name in parts}
+
+    def see(self, name: str, seen: Observation) -> None:
+        part = self.parts[name]
+        x, ids, weights, logits = seen.x, seen.topk_ids, seen.topk_weights, seen.router_logits
+        if seen.token_mask is not None:
+            kept = seen.token_mask.to(x.device)
+            x, ids, weights = x[kept], ids[kept], weights[kept]
+            logits = logits[kept] if logits is not None else None
+        if not len(x):
+            return
+        ids = torch.where((ids < 0) | (ids >= part.num_experts), -1, ids)
+        weights = weights.masked_fill(ids < 0, 0)
+        rows = part.rows(x, ids, weights)
+        sums = sums_of(rows, weights, logits, part.intermediate_size)
+        keys = torch.randint(2**62, (len(x),), generator=self.keys[name])
+        sample = Samples.of(self.samples, keys, x, ids, weights)
+        layer = self.layers[name]
+        self.layers[name] = layer + replace(
+            layer, domains={self.domain: sums}, samples={self.domain: sample} if self.samples else {},
+            hessians=hessians_of(rows) if self.hessians else None,
+        )  # fmt: skip
+
+
+def _layer_of(part: ExpertLayer) -> LayerCalibration:
+    return LayerCalibration(
+        part.num_experts, part.block.top_k, part.hidden_size, part.intermediate_size, gate_hash(part.block)
+    )
+
+
+def gate_hash(block: MoeBlock) -> str:
+    """Identifies the weight of a router."""
+    weight = block.gate_weight()
+    if weight is None or weight.is_meta:
+        return ""
+    data = weight.detach().cpu().contiguous().view(torch.uint8)
+    return hashlib.sha256(data.numpy().tobytes() if _has_numpy() else bytes(data.flatten().tolist())).hexdigest()[:16]
+
+
+def _has_numpy() -> bool:
+    try:
+        import numpy  # noqa: F401  (Tensor.numpy needs it)
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Groups of similar experts, and the order of neurons in which two experts are most alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from switchgear import ops
+
+
+def hierarchical(distances: Tensor, count: int) -> list[list[int]]:
+    """Agglomerative clustering of distances [E,E] with average linkage: the two closest clusters are joined until
+    `count` are left (HC-SMoE, arXiv:2410.08589). Ascending lists, by their first item."""
+    mean = distances.double().clone()
+    mean.fill_diagonal_(torch.inf)
+    clusters = {index: [index] for index in range(len(mean))}
+    while len(clusters) > count:
+        one, other = divmod(int(mean.argmin()), len(mean))
+        one, other = min(one, other), max(one, other)
+        a, b = len(clusters[one]), len(clusters[other])
+        row = (a * mean[one] + b * mean[other]) / (a + b)  # inf for clusters that are gone, and for both
+        mean[one], mean[:, one] = row, row
+        mean[one, one] = torch.inf
+        mean[other], mean[:, other] = torch.inf, torch.inf
+        clusters[one] = sorted(clusters[one] + clusters.pop(other))
+    return sorted(clusters.values())
+
+
+def around_dominant(similarity: Tensor, frequency: Tensor, count: int) -> list[list[int]]:
+    """The `count` most frequent experts, each with the others that are most similar to it (M-SMoE, arXiv:2310.01334).
+    Ascending lists, by their first item."""
+    dominant = frequency.argsort(descending=True, stable=True)[:count].tolist()
+    groups = {expert: [expert] for expert in dominant}
+    for expert in range(len(frequency)):
+        if expert not in groups:
+            nearest = dominant[int(similarity[expert, dominant].argmax())]
+            groups[nearest].append(expert)
+    return sorted(sorted(group) for group in groups.values())
+
+
+def cosine(products: Tensor) -> Tensor:
+    """[E,E] of the products x_i · x_j; 0 for vectors of zeros."""
+    norms = products.diagonal().clamp(min=0).sqrt()
+    return products / (norms[:, None] * norms).clamp(min=1e-30)
+
+
+def matching(similarity: Tensor) -> list[int]:
+    """For each row of [I,I] a different column, such that the sum of similarities is maximal. scipy's Hungarian method,
+    or, without scipy, an auction that comes within I · 1e-6 of the range."""
+    try:
+        from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+    except ImportError:
+        values = similarity.float()
+        step = max(float(values.max() - values.min()) * 1e-6, 1e-30)
+        ids = ops.assign_balanced(values, torch.zeros(len(values), dtype=torch.int32), 1, step, 10**6)
+        found: list[int] = ids.tolist()
+        return found
+    _, columns = linear_sum_assignment(similarity.numpy(), maximize=True)
+    result: list[int] = columns.tolist()
+    return result
+
+
+def neurons(first: Tensor, second: Tensor, parts: int, interleaved: bool) -> Tensor:
+    """[I, …]: the weights of each neuron of an expert: its rows of first [parts·I,H], its column of second [H,I]."""
+    inner = second.shape[1]
+    rows = first.view(inner, parts, -1) if interleaved else first.view(parts, inner, -1).transpose(0, 1)
+    return torch.cat([rows.flatten(1), second.mT], 1).float()
+
+
+def rows_in_order(order: Sequence[int], parts: int, interleaved: bool) -> Tensor:
+    """The rows of the first projection for neurons in `order`."""
+    index = torch.tensor(order)
+    if interleaved:
+        return (index[:, None] * parts + torch.arange(parts)).flatten()
+    return (torch.arange(parts)[:, None] * len(index) + index).flatten()

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""GPTQ (arXiv:2210.17323): columns are quantized one after the other, and each one's error is compensated by those
+that follow, such that the output on the calibration data changes least. All experts are processed together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from switchgear.reference import groups
+
+BLOCK = 128  # columns whose updates of the rest are applied together
+
+
+class Quantized(NamedTuple):
+    """Levels of matrices [n,N,C] with one number of bits; see reference/groups.py."""
+
+    q: Tensor  # [n,N,C] uint8
+    scales: Tensor  # [n,N,G] float16
+    zeros: Tensor  # [n,N,G] uint8
+
+
+def rounded(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Quantized:
+    """Round to nearest, with the scales of `groups.fit`."""
+    levels = groups.quantize(weight, (bits,) * len(weight), group_size, symmetric)
+    zeros = levels.zeros if levels.zeros is not None else torch.full_like(levels.scales, 0, dtype=torch.uint8)
+    if symmetric or bits == 1:
+        zeros = torch.full_like(zeros, 2 ** (bits - 1))
+    return Quantized(levels.q, levels.scales, zeros)
+
+
+def decoded(quantized: Quantized, bits: int, group_size: int) -> Tensor:
+    """[n,N,C] float32."""
+    columns = quantized.q.shape[2]
+    size = group_size or columns
+    scale = quantized.scales.float().repeat_interleave(size, -1)[..., :columns]
+    q = quantized.q.float()
+    if bits == 1:
+        return (2 * q - 1) * scale
+    return (q - quantized.zeros.float().repeat_interleave(size, -1)[..., :columns]) * scale
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    symmetric: bool = True,
+    damping: float = 0.01,
+    act_order: bool = False,
+) -> Quantized:
+    """Quantizes weight [n,N,C] for Hessians Xᵀ X [n,C,C].
+
+    damping: this share of the mean of a Hessian's diagonal is added to it. act_order: columns with the largest diagonal
+    first; groups and their scales are then those of the weight before.
+
+    A row is independent of the others, and gets the plain rounding if that has the smaller error: GPTQ is greedy.
+    """
+    plain = rounded(weight, bits, group_size, symmetric)
+    target = weight.float()
+    hessian = hessian.float()
+    order = _order(hessian, act_order)
+    factor = _factor(hessian, order, damping)
+    found = _compensated(
+        _in_order(target, order), factor, bits, group_size, symmetric, plain if act_order else None, order
+    )
+    if act_order:
+        back = order.argsort(1)
+        found = found._replace(q=found.q.gather(2, back[:, None].expand_as(found.q)))
+    better = row_errors(target - decoded(found, bits, group_size), hessian) < row_errors(
+        target - decoded(plain, bits, group_size), hessian
+    )
+    return Quantized(*(torch.where(better[..., None], new, old) for new, old in zip(found, plain, strict=True)))
+
+
+def row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
+    """‖X dᵀ‖² of each row d of [n,N,C], [n,N]."""
+    errors: Tensor = torch.einsum("enc,enc->en", difference @ hessian.to(difference.dtype), difference)
+    return errors
+
+
+def _order(hessian: Tensor, act_order: bool) -> Tensor:
+    """[n,C]: the columns in the order in which they are quantized."""
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    if act_order:
+        return diagonal.argsort(dim=1, descending=True, stable=True)
+    return torch.arange(hessian.shape[1], device=hessian.device).expand(len(hessian), -1)
+
+
+def _in_order(matrix: Tensor, order: Tensor) -> Tensor:
+    """A copy with the columns in order."""
+    return matrix.gather(2, order[:, None].expand(-1, matrix.shape[1], -1))
+
+
+def _factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the inverse of each damped Hessian, in order of the columns. A Hessian that is not
+    positive definite in float32 is damped more. Raises ValueError if that does not help."""
+    hessian = _in_order(hessian, order).transpose(1, 2)
+    hessian = _in_order(hessian, order)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    diagonal[diagonal == 0] = 1  # an input that is always zero; its column is independent of all others
+    mean = diagonal.mean(1, keepdim=True)
+    result = torch.empty_like(hessian)
+    for expert, matrix in enumerate(hessian):
+        for share in (damping, 10 * damping, 100 * damping, 1.0):
+            damped = matrix + torch.diag(share * mean[expert].expand(len(matrix)))
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                inverse = torch.cholesky_inverse(lower)
+                upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                result[expert] = upper
+                break
+        else:
+            raise ValueError("hessians: expected finite ones, got others")
+    return result
+
+
+def _compensated(
+    weight: Tensor,
+    factor: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    static: Quantized | None,
+    order: Tensor,
+) -> Quantized:
+    """weight [n,N,C], which is overwritten, in the order of the columns. static: scales of the columns before that."""
+    count, rows, columns = weight.shape
+    size = group_size or columns
+    q = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    blocks = -(-columns // size)
+    scales = weight.new_empty(count, rows, blocks, dtype=torch.float16)
+    zeros = weight.new_full((count, rows, blocks), 2 ** (bits - 1), dtype=torch.uint8)
+    if static is not None:
+        scales, zeros = static.scales, static.zeros
+    for begin in range(0, columns, BLOCK):
+        end = min(begin + BLOCK, columns)
+        errors = weight.new_empty(count, rows, end - begin)
+        for column in range(begin, end):
+            if static is None and column % size == 0:
+                # The rest of the group has no update of this block yet: apply it first.
+                last = min(column + size, columns)
+                group = weight[:, :, column:last].clone()
+                if last > end and column > begin:
+                    group[:, :, end - column :] -= torch.bmm(
+                        errors[:, :, : column - begin], factor[:, begin:column, end:last]
+                    )
+                scale, zero = _fit(group, bits, symmetric)
+                scales[..., column // size], zeros[..., column // size] = scale, zero
+            if static is None:
+                scale, zero = scales[..., column // size], zeros[..., column // size]
+            else:
+                at = (order[:, column] // size)[:, None, None].expand(-1, rows, 1)
+                scale, zero = scales.gather(2, at)[..., 0], zeros.gather(2, at)[..., 0]
+            values = weight[:, :, column]
+            level = groups.round_to_levels(values[..., None], scale, zero, bits)[..., 0]
+            q[:, :, column] = level
+            value = (2 * level.float() - 1 if bits == 1 else level.float() - zero.float()) * scale.float()
+            error = (values - value) / factor[:, column, column, None]
+            weight[:, :, column:end] -= error[..., None] * factor[:, column, None, column:end]
+            errors[:, :, column - begin] = error
+        if end < columns:
+            weight[:, :, end:] -= torch.bmm(errors, factor[:, begin:end, end:])
+    return Quantized(q, scales, zeros)
+
+
+def _fit(group: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [n,N] of a group [n,N,g]."""
+    present = torch.ones(1, group.shape[2], dtype=torch.bool, device=group.device)
+    scale, zero = groups.fit(group[:, :, None], present, bits, symmetric)
+    return scale[..., 0], zero[..., 0]

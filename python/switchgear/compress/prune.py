@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""prune_experts: removes experts of a model's MoE layers, or replaces them by constants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.complaints import check_module
+from switchgear.compress.calibration import Calibration
+from switchgear.compress.layer import ExpertLayer, expert_layer
+from switchgear.compress.subsets import best_subset
+from switchgear.compress.sums import Domains, LayerCalibration
+from switchgear.compress.surgery import (
+    NO_EXPERT,
+    Change,
+    check_config,
+    check_cuttable,
+    check_unshared,
+    choice_of,
+    commit,
+    kept_experts,
+    kept_gate,
+    with_gate,
+)
+from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.layers.virtual import VirtualExperts
+from switchgear.reference import check_choice
+
+CRITERIA = ("reap", "reconstruction", "frequency", "random")
+Keep = int | float | Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """What was done to a layer. Ids are those before."""
+
+    name: str
+    kept: list[int]
+    removed: list[int]
+    scores: list[float] | None = None  # of all experts by the criterion; None for "reconstruction" and given experts
+    search: str = ""  # "exact", "greedy" or "swaps", for "reconstruction"
+    error: float | None = None  # ‖F(x) − F_kept(x)‖ / ‖F(x)‖ on the sample, for "reconstruction"
+    padding: int = 0  # empty places, which no token gets
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The result of `prune_experts`."""
+
+    criterion: str
+    layers: dict[str, PrunedLayer]
+    parameters_before: int
+    parameters_after: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        kept = [len(layer.kept) for layer in self.layers.values()]
+        every = [len(layer.kept) + len(layer.removed) for layer in self.layers.values()]
+        share = 1 - self.parameters_after / self.parameters_before
+        many = f"{min(kept)}" if min(kept) == max(kept) else f"{min(kept)} to {max(kept)}"
+        return (
+            f"{len(kept)} layers: {many} of {max(every)} experts kept by {self.criterion}, {share:.1%} fewer parameters"
+        )
+
+
+@torch.no_grad()
+def prune_experts(
+    model: nn.Module,
+    keep: Keep,
+    criterion: str = "reap",
+    *,
+    calibration: Calibration | None = None,
+    scope: str = "layer",
+    replace: str = "none",
+    domains: Domains = None,
+    seed: int = 0,
+    exact_subsets: int = 4096,
+) -> Pruned:
+    """Removes experts in place: their weights, their rows of the router and of its biases, and their number in the
+    config. A pruned Hugging Face model can be saved, and loads in transformers. On failure nothing is changed.
+
+        calibration = compress.calibrate(model, batches)
+        print(compress.prune_experts(model, 0.5, "reap", calibration=calibration))
+        model.save_pretrained(path)
+
+    Args:
+        model: has switchgear's MoE layers or those of Hugging Face.
+        keep: experts per layer: a number, a fraction in (0, 1) of each layer, or the ids to keep by layer. At least
+            top_k. Grouped routers keep equally many of each group.
+        criterion: which experts to keep.
+            "reap": the largest mean of weight · ‖output‖ over the expert's tokens (arXiv:2510.13999).
+            "reconstruction": the subset that changes the layer's output least on the sample (NAEE, arXiv:2402.14800).
+                All subsets are tried if there are at most `exact_subsets`; else experts are removed one by one
+                (of grouped routers: swapped).
+            "frequency": the most tokens. "random": by `seed`.
+        calibration: of this model, for all but "random".
+        scope: "layer", or "global": keep so many on average, with the best scores of all layers. A Hugging Face config
+            holds one number for all layers, so the others are padded with places that no token gets, if the router has
+            a bias, and refused if not.
+        replace: "none"; or "constant": the removed experts return their mean output, at no cost (MoNE,
+            arXiv:2507.00390). For switchgear's layers; no class of transformers can express it.
+        domains: the domains of the calibration to use; all by default.
+
+    Raises:
+        ValueError: an option out of range, a calibration of another model, or a layer that cannot be
+            pruned, which the message names.
+    """
+    check_module("model", model)
+    check_choice("criterion", criterion, CRITERIA)
+    check_choice("scope", scope, ("layer", "global"))
+    check_choice("replace", replace, ("none", "constant"))
+    layers = {name: expert_layer(block) for name, block in _blocks_of(model, keep).items()}
+    for layer in layers.values():
+        check_cuttable(layer)
+    check_unshared(model, layers.values())
+    needs = criterion != "random" and not isinstance(keep, Mapping)
+    if (needs or replace == "constant") and calibration is None:
+        raise ValueError(f"calibration: expected one for {criterion if needs else 'replace=constant'}, got None")
+    if calibration is not None:
+        calibration.check(model, layers)
+    found = _choose(layers, keep, criterion, calibration, scope, domains, seed, exact_subsets)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    if replace == "constant":
+        assert calibration is not None
+        _check_constant(layers)
+        changes = [_with_constants(layer, found[name].kept) for name, layer in layers.items()]
+        means = {name: _mean_outputs(calibration.layers[name], domains) for name in layers}
+        commit(model, changes)
+        for name, layer in layers.items():
+            _put_constants(layer, found[name], means[name])
+    else:
+        counts = [len(layer.kept) + layer.padding for layer in found.values()]
+        check_config(model, [layer.block for layer in layers.values()], counts)
+        commit(model, [_without(layer, found[name]) for name, layer in layers.items()])
+    after = sum(parameter.numel() for parameter in model.parameters())
+    return Pruned("the caller" if isinstance(keep, Mapping) else criterion, found, before, after)
+
+
+def _blocks_of(model: nn.Module, keep: Keep) -> dict[str, MoeBlock]:
+    blocks = moe_blocks(model)
+    if not blocks:
+        raise ValueError("model: expected MoE layers of switchgear or Hugging Face, got none")
+    if isinstance(keep, Mapping):
+        if missing := sorted(set(keep) - set(blocks)):
+            raise ValueError(f"keep: expected layers of {', '.join(blocks)}; got {missing[0]}")
+        if not next(iter(blocks.values())).is_ours and (rest := sorted(set(blocks) - set(keep))):
+            raise ValueError(f"keep: expected all layers of a Hugging Face model, got none for {rest[0]}")
+        return {name: blocks[name] for name in keep}
+    return blocks
+
+
+# ---- which experts ---------------------------------------------------------------------------------------------------
+
+
+def _choose(
+    layers: Mapping[str, ExpertLayer],
+    keep: Keep,
+    criterion: str,
+    calibration: Calibration | None,
+    scope: str,
+    domains: Domains,
+    seed: int,
+    exact_subsets: int,
+) -> dict[str, PrunedLayer]:
+    if isinstance(keep, Mapping):
+        return {name: _given(layer, keep[name]) for name, layer in layers.items()}
+    counts = {name: count_of(layer, keep) for name, layer in layers.items()}
+    if criterion == "reconstruction":
+        if scope == "global":
+            raise ValueError("scope: expected layer for criterion='reconstruction', which compares subsets, got global")
+        assert calibration is not None
+        found = {}
+        for name, layer in layers.items():
+            known, per_group = calibration.layers[name], per_group_of(layer, counts[name])
+            subset = best_subset(layer, known.sample(domains), counts[name], per_group, exact_subsets)
+            found[name] = PrunedLayer(name, *_split(layer, subset.kept), None, subset.search, subset.error)
+        return found
+    generator = torch.Generator().manual_seed(seed)
+    scores = {}
+    for name, layer in layers.items():
+        if criterion == "random":
+            scores[name] = torch.rand(layer.num_experts, generator=generator, dtype=torch.float64)
+        else:
+            assert calibration is not None
+            scores[name] = scores_of(calibration.layers[name], criterion, domains)
+    if scope == "layer":
+        kept = {name: _top(layers[name], score, counts[name]) for name, score in scores.items()}
+        padding = dict.fromkeys(kept, 0)
+    else:
+        kept = _top_of_all(layers, scores, sum(counts.values()))
+        most = max(map(len, kept.values()))
+        ours = next(iter(layers.values())).block.is_ours
+        padding = {name: 0 if ours else most - len(experts) for name, experts in kept.items()}
+    return {
+        name: PrunedLayer(name, *_split(layers[name], experts), scores[name].tolist(), padding=padding[name])
+        for name, experts in kept.items()
+    }
+
+
+def scores_of(layer: LayerCalibration, criterion: str, domains: Domains = None) -> Tensor:
+    """[E] float64: what each expert is worth. Experts without tokens are worth nothing."""
+    sums = layer.sums(domains)
+    counts = sums.counts.double()
+    if criterion == "frequency":
+        return counts
+    return torch.where(counts > 0, sums.saliency / counts.clamp(min=1), 0)
+
+
+def _split(layer: ExpertLayer, kept: Sequence[int]) -> tuple[list[int], list[int]]:
+    return sorted(kept), [expert for expert in range(layer.num_experts) if expert not in set(kept)]
+
+
+def _given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
+    ids = [int(expert) for expert in experts]
+    if len(set(ids)) != len(ids) or not all(0 <= expert < layer.num_experts for expert in ids):
+        raise ValueError(
+            f"keep: expected different experts of 0 to {layer.num_experts - 1} for {layer.name}, got {ids}"
+        )
+    per_group = per_group_of(layer, count_of(layer, len(ids)))
+    if per_group is not None:
+        size = layer.num_experts // (len(ids) // per_group)
+        if any(sum(expert // size == group for expert in ids) != per_group for group in range(len(ids) // per_group)):
+            raise ValueError(f"keep: expected {per_group} experts of each group of {layer.name}, got {sorted(ids)}")
+    return PrunedLayer(layer.name, *_split(layer, ids))
+
+
+def count_of(layer: ExpertLayer, keep: int | float) -> int:
+    """The number of experts to keep. Raises ValueError if it is too small or too large."""
+    count = keep
+    if isinstance(keep, float):
+        if not 0 < keep < 1:
+            raise ValueError(f"keep: expected a fraction in (0, 1), or a number of experts, got {keep}")
+        count = max(round(keep * layer.num_experts), 1)
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"keep: expected int, float or a dict of lists, got {type(keep).__name__}")
+    least = layer.block.top_k or 1
+    if not least <= count <= layer.num_experts:
+        raise ValueError(f"keep: expected {least} (top_k) to {layer.num_experts} experts in {layer.name}, got {count}")
+    per_group_of(layer, count)
+    return count
+
+
+def per_group_of(layer: ExpertLayer, count: int) -> int | None:
+    """Experts to keep of each group of a grouped router; None for other routers."""
+    groups = layer.block.groups()
+    if groups is None:
+        return None
+    total, chosen = groups
+    size = layer.num_experts // total
+    # A group is ranked by its two best experts, and top_k experts come from the chosen groups.
+    least = max(min(2, size), math.ceil((layer.block.top_k or 1) / chosen))
+    if count % total or count // total < least:
+        wanted = f"a multiple of {total} groups, with at least {least} experts of each"
+        raise ValueError(f"keep: expected {wanted}, for {layer.name}, got {count}")
+    return count // total
+
+
+def _top(layer: ExpertLayer, scores: Tensor, count: int) -> list[int]:
+    """The best experts, of each group if there are groups; the lowest ids win ties."""
+    per_group = per_group_of(layer, count)
+    if per_group is None:
+        best: list[int] = scores.argsort(descending=True, stable=True)[:count].tolist()
+        return best
+    size = layer.num_experts * per_group // count
+    grouped = scores.view(-1, size).argsort(dim=1, descending=True, stable=True)[:, :per_group]
+    return sorted((grouped + torch.arange(len(grouped))[:, None] * size).flatten().tolist())
+
+
+def _top_of_all(layers: Mapping[str, ExpertLayer], scores: Mapping[str, Tensor], total: int) -> dict[str, list[int]]:
+    """The best experts of all layers, but at least top_k of each."""
+    for layer in layers.values():
+        if layer.block.groups() is not None:
+            raise ValueError(f"scope: expected layer for the grouped router of {layer.name}, got global")
+    kept = {name: _top(layers[name], score, layers[name].block.top_k or 1) for name, score in scores.items()}
+    rest = sorted(
+        (-float(score), index, expert, name)
+        for index, (name, layer_scores) in enumerate(scores.items())
+        for expert, score in enumerate(layer_scores)
+        if expert not in kept[name]
+    )
+    for _, _, expert, name in rest[: total - sum(map(len, kept.values()))]:
+        kept[name].append(expert)
+    return kept
+
+
+# ---- the changes -----------------------------------------------------------------------------------------------------
+
+
+def _without(layer: ExpertLayer, pruned: PrunedLayer) -> Change:
+    keep = [*pruned.kept, *[NO_EXPERT] * pruned.padding]
+    gate = kept_gate(layer.block, keep)
+    if pruned.padding:
+        _check_padding(layer, pruned, gate)
+    return Change(layer, len(keep), gate, kept_experts(layer, keep))
+
+
+def _check_padding(layer: ExpertLayer, pruned: PrunedLayer, gate: Any) -> None:
+    """Raises ValueError unless the router chooses and weights as if the empty places did not exist."""
+    generator = torch.Generator().manual_seed(0)
+    weight = layer.block.gate_weight()
+    assert weight is not None
+    x = torch.randn(64, layer.hidden_size, generator=generator).to(weight.device, layer.projection(0).dtype)
+    results = []
+    for tensors, count in ((kept_gate(layer.block, pruned.kept), len(pruned.kept)), (gate, gate[0][1].shape[0])):
+        with with_gate(layer.block, tensors, count) as block:
+            results.append(choice_of(block, x))
+    (ids, weights), (padded_ids, padded_weights) = results
+    if not torch.equal(ids, padded_ids) or not torch.allclose(weights, padded_weights, rtol=1e-5, atol=1e-7):
+        raise ValueError(
+            f"{layer.name}: expected equal numbers of experts in all layers, since empty places change the weights of "
+            f"{type(layer.block.gate).__name__}; use scope='layer'"
+        )
+
+
+def _check_constant(layers: Mapping[str, ExpertLayer]) -> None:
+    for layer in layers.values():
+        if not layer.block.is_ours:
+            kind = type(layer.block.block).__name__
+            raise ValueError(f"replace: expected none for {layer.name}, since {kind} has no constant experts")
+        if layer.block.groups() is not None or layer.scales_input:
+            raise ValueError(f"replace: expected none for {layer.name}, whose router is grouped or scales its input")
+
+
+def _with_constants(layer: ExpertLayer, kept: Sequence[int]) -> Change:
+    """The router's rows of the experts kept, then of the others."""
+    kept, removed = _split(layer, kept)
+    return Change(layer, len(kept), kept_gate(layer.block, [*kept, *removed]), kept_experts(layer, kept))
+
+
+def _mean_outputs(layer: LayerCalibration, domains: Domains) -> Tensor:
+    sums = layer.sums(domains)
+    return sums.outputs / sums.counts.clamp(min=1)[:, None]
+
+
+def _put_constants(layer: ExpertLayer, pruned: PrunedLayer, means: Tensor) -> None:
+    block: Any = layer.block.block
+    virtual = VirtualExperts(block.experts, constant=len(pruned.removed))
+    assert virtual.constants is not None or not pruned.removed
+    if virtual.constants is not None:
+        virtual.constants.copy_(means[pruned.removed])
+        block.experts = virtual.train(block.training)
+    block.gate.num_experts = layer.block.num_experts

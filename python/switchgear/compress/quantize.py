@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""quantize: experts of 1 to 4 bits, each with its own number, by rounding or GPTQ; expert_errors: what each loses."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.complaints import check_module
+from switchgear.compress.bits import BitAllocation, ExpertErrors, packed_bytes
+from switchgear.compress.calibration import Calibration
+from switchgear.compress.gptq import Quantized as Levels
+from switchgear.compress.gptq import decoded, gptq, rounded, row_errors
+from switchgear.compress.layer import ExpertLayer, expert_layer
+from switchgear.compress.sums import Domains, Hessians
+from switchgear.integrations.moe_blocks import moe_blocks
+from switchgear.reference import check_choice, check_size, groups
+from switchgear.weights.change import StoredChange, Target
+from switchgear.weights.groups import Groups, weight_of
+from switchgear.weights.layout import hint_for, layout_of
+from switchgear.weights.module import Kind, Projection, StoredProjections, Tie
+
+METHODS = ("rtn", "gptq")
+Bits = int | Mapping[str, int | Sequence[int]]
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """What was done to a layer."""
+
+    name: str
+    bits: list[int]  # of each expert
+    rounded: list[int]  # experts that method="gptq" rounded to nearest, since they got too few tokens
+    errors: list[float]  # ‖W − Q‖ / ‖W‖ of each expert
+    output_errors: list[float] | None  # ‖X (W − Q)ᵀ‖ / ‖X Wᵀ‖ of each, if there are Hessians
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The result of `quantize`."""
+
+    method: str
+    layers: dict[str, QuantizedLayer]
+    stored: bool  # in the form "groups"; else the parameters have the rounded values
+    bytes_before: int  # of the projections
+    bytes_after: int  # with scales, as packed
+
+    @property
+    def average_bits(self) -> float:
+        """Without scales."""
+        widths = [bits for layer in self.layers.values() for bits in layer.bits]
+        return sum(widths) / len(widths)
+
+    @property
+    def starved(self) -> dict[str, list[int]]:
+        """Experts by layer that GPTQ could not calibrate."""
+        return {name: layer.rounded for name, layer in self.layers.items() if layer.rounded}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        starved = sum(map(len, self.starved.values()))
+        note = f"; {starved} experts got too few tokens and were rounded to nearest" if starved else ""
+        sizes = f"{self.bytes_before / 1e6:,.1f} -> {self.bytes_after / 1e6:,.1f} MB"
+        return f"{len(self.layers)} layers at {self.average_bits:.2f} bits by {self.method}: {sizes}{note}"
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    bits: Bits = 4,
+    *,
+    group_size: int = 128,
+    method: str = "rtn",
+    calibration: Calibration | None = None,
+    symmetric: bool = True,
+    store: bool = True,
+    damping: float = 0.01,
+    act_order: bool = False,
+    min_tokens: int = 32,
+) -> Quantized:
+    """Quantizes the experts of a model to few bits, in place; on failure nothing is changed.
+
+        calibration = compress.calibrate(model, batches, hessians=True)
+        switchgear.accelerate(model)
+        print(compress.quantize(model, 3, method="gptq", calibration=calibration))
+
+    Args:
+        model: has switchgear's MoE layers or those of Hugging Face.
+        bits: 1 to 4, of all experts or by layer; or a list by layer, a number per expert (allocate_bits). Layers that
+            are not named stay as they are.
+        group_size: columns that share a float16 scale: a multiple of 32, or 0 for the whole row.
+        method: "rtn" rounds to nearest. "gptq" rounds such that the outputs on the calibration data change least
+            (arXiv:2210.17323); an expert's error there is never larger than that of "rtn".
+        calibration: of this model, with hessians=True, for "gptq".
+        symmetric: levels around zero; otherwise each group has a zero point, too.
+        store: store the experts in the form "groups", which the kernels read; switchgear.restore(model) decodes them.
+            False: write the rounded values into the parameters, for a checkpoint as large as before. Up to 8 bits.
+        damping, act_order: of GPTQ; see `gptq`.
+        min_tokens: an expert with fewer tokens in the calibration is rounded to nearest; `starved` says which.
+
+    Raises:
+        ValueError: an option out of range, a calibration of another model or without Hessians, experts that cannot be
+            stored; the message names the layer.
+    """
+    check_module("model", model)
+    check_choice("method", method, METHODS)
+    check_size("min_tokens", min_tokens, 0)
+    layers = _layers_of(model, bits if isinstance(bits, Mapping) else None)
+    widths = {name: _bits_of(layer, bits, 4 if store else 8) for name, layer in layers.items()}
+    form = Groups(4, group_size, symmetric)  # checks the options
+    hessians = _hessians(model, layers, method, calibration)
+    targets = _targets(model, layers) if store else {}
+    done: dict[str, QuantizedLayer] = {}
+    changes: list[StoredChange] = []
+    values: list[tuple[Tensor, list[tuple[int, Levels]]]] = []
+    before = after = 0
+    for name, layer in layers.items():
+        few = _starved(layer, calibration, min_tokens) if method == "gptq" else []
+        found = [
+            _projection(layer, index, widths[name], form, hessians.get(name), method, few, damping, act_order)
+            for index in (0, 1)
+        ]
+        done[name] = _report(layer, widths[name], few, found, hessians.get(name), form)
+        before += sum(layer.projection(index).nbytes for index in (0, 1))
+        if store:
+            changes.append(_stored(targets[name], layer, widths[name], form, found))
+            after += sum(changes[-1].bytes_after.values())
+        else:
+            after += sum(_packed(layer, index, widths[name], form) for index in (0, 1))
+            values += [(layer.projection(index), found[index]) for index in (0, 1)]
+    _commit(changes)
+    for weight, experts in values:
+        for expert, (width, levels) in enumerate(experts):
+            weight[expert] = decoded(levels, width, group_size)[0].to(weight.dtype)
+    return Quantized(method, done, store, before, after)
+
+
+@torch.no_grad()
+def expert_errors(
+    model: nn.Module,
+    calibration: Calibration,
+    bits: Sequence[int] = (1, 2, 3),
+    *,
+    group_size: int = 128,
+    method: str = "rtn",
+    symmetric: bool = True,
+    domains: Domains = None,
+    layers: Collection[str] | None = None,
+) -> ExpertErrors:
+    """What each layer's output loses if one expert alone is quantized: ‖F(x) − F'(x)‖ over the calibration's sample,
+    for each expert and width (MC-MoE, arXiv:2410.06270, eq. 3). For `allocate_bits`.
+
+    Raises ValueError for a calibration of another model, or without a sample (or Hessians, for method="gptq").
+    """
+    check_module("model", model)
+    check_choice("method", method, METHODS)
+    form = Groups(4, group_size, symmetric)
+    parts = _layers_of(model, layers)
+    hessians = _hessians(model, parts, method, calibration)
+    calibration.check(model, parts)
+    result = ExpertErrors(tuple(bits), {}, {}, {})
+    for name, layer in parts.items():
+        for width in bits:
+            _bits_of(layer, width, 8)
+        known = calibration.layers[name]
+        sample, sums = known.sample(domains), known.sums(domains)
+        if sample is None:
+            raise ValueError(f"calibration: expected a sample of tokens of {name}, got none (samples=0)")
+        device = layer.projection(0).device
+        rows = layer.rows(sample.x.to(device), sample.topk_ids.to(device), sample.topk_weights.to(device))
+        columns = []
+        for width in bits:
+            widths = [width] * layer.num_experts
+            few = _starved(layer, calibration, 1) if method == "gptq" else []
+            first, second = (
+                _plain(layer, index, _projection(layer, index, widths, form, hessians.get(name), method, few), form)
+                for index in (0, 1)
+            )
+            _, outputs = layer.apply(rows.inputs, rows.offsets, first, second)
+            change = ((outputs.double() - rows.outputs.double()) * rows.weights[:, None]).square().sum(1)
+            total = change.new_zeros(layer.num_experts).index_add_(0, rows.experts, change)
+            columns.append(total.sqrt().cpu())
+        tokens = sums.tokens.clamp(min=1).double()
+        result.errors[name] = torch.stack(columns, 1)
+        result.frequencies[name] = sums.counts.double() / tokens
+        result.weights[name] = sums.weights / tokens
+    return result
+
+
+# ---- what is quantized -----------------------------------------------------------------------------------------------
+
+
+def _layers_of(model: nn.Module, names: Collection[str] | None) -> dict[str, ExpertLayer]:
+    blocks = moe_blocks(model)
+    if not blocks:
+        raise ValueError("model: expected MoE layers of switchgear or Hugging Face, got none")
+    if names is not None and (missing := sorted(set(names) - set(blocks))):
+        raise ValueError(f"bits: expected layers of {', '.join(blocks)}; got {missing[0]}")
+    return {name: expert_layer(block) for name, block in blocks.items() if names is None or name in names}
+
+
+def _bits_of(layer: ExpertLayer, bits: Bits, most: int) -> list[int]:
+    given = bits[layer.name] if isinstance(bits, Mapping) else bits
+    widths = [given] * layer.num_experts if isinstance(given, int) else list(given)
+    if len(widths) != layer.num_experts:
+        raise ValueError(f"bits: expected {layer.num_experts} numbers for {layer.name}, got {len(widths)}")
+    for width in widths:
+        check_size("bits", width)
+        if width > most:
+            more = "; up to 8 with store=False, or switchgear.store(model, 'int8')" if most == 4 else ""
+            raise ValueError(f"bits: expected 1 to {most}, got {width}{more}")
+    return widths
+
+
+def _hessians(
+    model: nn.Module, layers: Mapping[str, ExpertLayer], method: str, calibration: Calibration | None
+) -> dict[str, Hessians]:
+    if calibration is None:
+        if method == "gptq":
+            raise ValueError("calibration: expected one with hessians=True for method='gptq', got None")
+        return {}
+    calibration.check(model, layers)
+    found = {}
+    for name in layers:
+        hessians = calibration.layers[name].hessians
+        if hessians is not None:
+            found[name] = hessians
+        elif method == "gptq":
+            raise ValueError(f"calibration: expected one with hessians=True, got none of {name}")
+    return found
+
+
+def _starved(layer: ExpertLayer, calibration: Calibration | None, min_tokens: int) -> list[int]:
+    assert calibration is not None
+    counts = calibration.layers[layer.name].sums().counts
+    return (counts < max(min_tokens, 1)).nonzero().flatten().tolist()
+
+
+def _targets(model: nn.Module, layers: Mapping[str, ExpertLayer]) -> dict[str, Target]:
+    targets = {}
+    for name, layer in layers.items():
+        layout = layout_of(layer.experts)
+        if layout is None:
+            raise ValueError(
+                f"store: expected False for {name}, whose experts do not run on the fused kernel ({hint_for(model)})"
+            )
+        targets[name] = Target(f"model.{name}", layer.experts, layout)
+    return targets
+
+
+# ---- a layer ---------------------------------------------------------------------------------------------------------
+
+
+def _projection(
+    layer: ExpertLayer,
+    index: int,
+    widths: Sequence[int],
+    form: Groups,
+    hessians: Hessians | None,
+    method: str,
+    few: Collection[int],
+    damping: float = 0.01,
+    act_order: bool = False,
+) -> list[tuple[int, Levels]]:
+    """(bits, levels [1,N,C]) of each expert. Experts of one width are quantized together, a few at a time."""
+    weight = layer.projection(index)
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"{layer.name}: expected finite weights, got NaN or infinities")
+    found: dict[int, tuple[int, Levels]] = {}
+    for width in sorted(set(widths)):
+        mine = [expert for expert, bits in enumerate(widths) if bits == width]
+        for expert in mine if method == "rtn" else [e for e in mine if e in few]:
+            one = weight[expert : expert + 1].contiguous()
+            found[expert] = width, rounded(one, width, form.group_size, form.symmetric)
+        rest = [expert for expert in mine if expert not in found]
+        for some in (rest[at : at + _TOGETHER] for at in range(0, len(rest), _TOGETHER)):
+            assert hessians is not None
+            matrices = (hessians.inputs, hessians.hidden)[index][some].to(weight.device)
+            levels = gptq(
+                weight[some], matrices, width, form.group_size,
+                symmetric=form.symmetric, damping=damping, act_order=act_order,
+            )  # fmt: skip
+            for at, expert in enumerate(some):
+                found[expert] = width, Levels(*(tensor[at : at + 1] for tensor in levels))
+    return [found[expert] for expert in range(len(widths))]
+
+
+_TOGETHER = 8  # experts: bounds the memory of float32 copies and factors
+
+
+def _plain(layer: ExpertLayer, index: int, found: Sequence[tuple[int, Levels]], form: Groups) -> Tensor:
+    values = [decoded(levels, width, form.group_size) for width, levels in found]
+    return torch.cat(values).to(layer.projection(index).dtype)
+
+
+def _report(
+    layer: ExpertLayer,
+    widths: list[int],
+    few: list[int],
+    found: Sequence[Sequence[tuple[int, Levels]]],
+    hessians: Hessians | None,
+    form: Groups,
+) -> QuantizedLayer:
+    errors, outputs = [], []
+    for expert in range(layer.num_experts):
+        lost = whole = lost_output = whole_output = 0.0
+        for index in (0, 1):
+            weight = layer.projection(index)[expert].float()
+            width, levels = found[index][expert]
+            difference = weight - decoded(levels, width, form.group_size)[0]
+            lost, whole = lost + float(difference.square().sum()), whole + float(weight.square().sum())
+            if hessians is not None:
+                hessian = (hessians.inputs, hessians.hidden)[index][expert].to(weight.device)
+                lost_output += float(row_errors(difference[None], hessian[None]).sum())
+                whole_output += float(row_errors(weight[None], hessian[None]).sum())
+        errors.append((lost / max(whole, 1e-30)) ** 0.5)
+        outputs.append((max(lost_output, 0.0) / max(whole_output, 1e-30)) ** 0.5)
+    return QuantizedLayer(layer.name, widths, few, errors, outputs if hessians is not None else None)
+
+
+def _packed(layer: ExpertLayer, index: int, widths: Sequence[int], form: Groups) -> int:
+    _, rows, columns = layer.projection(index).shape
+    size = form.group_size or columns
+    return sum(packed_bytes(rows, columns, width, size, not form.symmetric) for width in widths)
+
+
+def _stored(
+    target: Target,
+    layer: ExpertLayer,
+    widths: Sequence[int],
+    form: Groups,
+    found: Sequence[Sequence[tuple[int, Levels]]],
+) -> StoredChange:
+    weights, projections = [], []
+    for index in (0, 1):
+        parts = [levels for _, levels in found[index]]
+        q, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        levels = groups.Levels(q, scales, None if form.symmetric else zeros, tuple(widths))
+        dtype = layer.projection(index).dtype
+        weights.append(weight_of(levels, dtype, form.group_size, parts=target.layout.parts(index)))
+        parameter = layer.owner(index)._parameters[layer.key(index)]
+        projections.append(Projection(Kind.of(weights[-1]), parameter.requires_grad, Tie()))
+    bits = widths[0] if len(set(widths)) == 1 else tuple(widths)
+    own = Groups(bits, form.group_size, form.symmetric)
+    stored = StoredProjections(own, target.layout, (projections[0], projections[1]))
+    return StoredChange(target, stored, (weights[0], weights[1]))
+
+
+def _commit(changes: Sequence[StoredChange]) -> None:
+    done = []
+    try:
+        for change in changes:
+            done.append(change)
+            change.commit()
+    except BaseException:
+        for change in done:
+            change.undo()
+        raise
+
+
+def bits_of(model: nn.Module) -> BitAllocation:
+    """The bits of a model's experts that are stored as groups, by layer."""
+    found = {}
+    for name, block in moe_blocks(model).items():
+        stored: Any = vars(block.experts).get("_switchgear_stored")
+        if stored is not None and isinstance(stored.form, Groups):
+            found[name] = list(stored.form.bits_of(block.num_experts))
+    return BitAllocation(found)

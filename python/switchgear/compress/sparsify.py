@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""prune_weights: zeros in the weights of experts, chosen by their inputs and by the router (MoE-Pruner, Wanda)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.complaints import check_module
+from switchgear.compress.calibration import Calibration
+from switchgear.compress.layer import expert_layer
+from switchgear.compress.sums import Domains, ExpertSums
+from switchgear.integrations.moe_blocks import moe_blocks
+from switchgear.reference import check_choice
+
+METRICS = ("router_wanda", "wanda", "magnitude")
+_ROWS = 1024  # scored at once
+
+
+@dataclass(frozen=True)
+class SparsifiedLayer:
+    """What was done to a layer."""
+
+    name: str
+    zeros: float  # their share of the weights
+    starved: list[int]  # experts without tokens in the calibration: by magnitude
+
+
+@dataclass(frozen=True)
+class Sparsified:
+    """The result of `prune_weights`."""
+
+    metric: str
+    layers: dict[str, SparsifiedLayer]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        share = sum(layer.zeros for layer in self.layers.values()) / len(self.layers)
+        starved = sum(len(layer.starved) for layer in self.layers.values())
+        note = f"; {starved} experts without tokens by magnitude" if starved else ""
+        return f"{len(self.layers)} layers: {share:.1%} of the experts' weights are zero, by {self.metric}{note}"
+
+
+@torch.no_grad()
+def prune_weights(
+    model: nn.Module,
+    sparsity: float | str = 0.5,
+    metric: str = "router_wanda",
+    *,
+    calibration: Calibration | None = None,
+    domains: Domains = None,
+) -> Sparsified:
+    """Sets the least important weights of each row of each expert to zero, in place. Both projections.
+
+    Args:
+        model: has switchgear's MoE layers or those of Hugging Face.
+        sparsity: the share of zeros in each row, in (0, 1); or "2:4": two of each four consecutive columns.
+        metric: the importance of a weight w_ij. "magnitude": |w_ij|. "wanda": |w_ij| · ‖x_j‖ over the expert's tokens
+            (arXiv:2306.11695). "router_wanda": |w_ij| · ‖g x_j‖ with the router's weights g (MoE-Pruner,
+            arXiv:2410.12013). For an expert without tokens: |w_ij|.
+        calibration: of this model, for all but "magnitude".
+        domains: the domains of the calibration to use; all by default.
+
+    The zeros make no product faster: there is no kernel for them. Of equal weights those of the first columns go.
+
+    Raises ValueError for an option out of range, a calibration of another model, or experts that are not plain. Nothing
+    is changed then.
+    """
+    check_module("model", model)
+    check_choice("metric", metric, METRICS)
+    layers = {name: expert_layer(block) for name, block in moe_blocks(model).items()}
+    if not layers:
+        raise ValueError("model: expected MoE layers of switchgear or Hugging Face, got none")
+    for layer in layers.values():
+        for index in (0, 1):
+            zeros_per_row(sparsity, layer.projection(index).shape[2])  # checks
+    if calibration is None and metric != "magnitude":
+        raise ValueError(f"calibration: expected one for {metric}, got None")
+    if calibration is not None:
+        calibration.check(model)
+    done = {}
+    for name, layer in layers.items():
+        sums = calibration.layers[name].sums(domains) if calibration is not None else None
+        starved = (sums.counts == 0).nonzero().flatten().tolist() if sums and metric != "magnitude" else []
+        zeros = total = 0
+        for index in (0, 1):
+            for expert, weight in enumerate(layer.projection(index)):
+                norms = None if expert in starved else _norms(sums, metric, index, expert)
+                for rows in weight.split(_ROWS):
+                    rows.masked_fill_(mask_of(rows, norms, sparsity), 0)
+                zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
+        done[name] = SparsifiedLayer(name, zeros / total, starved)
+    return Sparsified(metric, done)
+
+
+def zeros_per_row(sparsity: float | str, columns: int) -> tuple[int, int]:
+    """(zeros, of how many columns). Raises ValueError for a sparsity that such rows cannot have."""
+    if sparsity == "2:4":
+        if columns % 4:
+            raise ValueError(f"sparsity: expected a share for rows of {columns} columns, no multiple of 4, got 2:4")
+        return 2, 4
+    if isinstance(sparsity, (str, bool)) or not 0 < sparsity < 1:
+        raise ValueError(f"sparsity: expected a number in (0, 1) or '2:4', got {sparsity!r}")
+    return round(sparsity * columns), columns
+
+
+def mask_of(weight: Tensor, norms: Tensor | None, sparsity: float | str) -> Tensor:
+    """Which weights of rows [N,C] become zero: those with the smallest |w| · norms [C]."""
+    zeros, of = zeros_per_row(sparsity, weight.shape[1])
+    score = weight.abs().float()
+    if norms is not None:
+        score = score * norms.to(score.device, score.dtype)
+    groups = score.reshape(len(score), -1, of)
+    order = groups.argsort(dim=-1, stable=True)[..., :zeros]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).flatten(1)
+
+
+def _norms(sums: ExpertSums | None, metric: str, index: int, expert: int) -> Tensor | None:
+    """‖x_j‖ of the inputs of a projection of an expert, [C]."""
+    if sums is None or metric == "magnitude":
+        return None
+    names = {"wanda": ("inputs", "hidden"), "router_wanda": ("gated_inputs", "gated_hidden")}[metric]
+    squares: Tensor = getattr(sums, names[index])[expert]
+    return squares.sqrt()

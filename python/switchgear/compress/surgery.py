@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Changes the number of experts of a model's blocks: their weights, the router, attributes and the config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.compress.layer import ExpertLayer
+from switchgear.experts import Experts
+from switchgear.integrations.moe_blocks import MoeBlock
+from switchgear.routing.context import modules_in
+from switchgear.routing.router import Router
+from switchgear.weights import advise_huge_pages
+from switchgear.weights.selected import selection_of
+
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+NO_EXPERT = -1  # among the experts to keep: a place that no token gets
+
+
+class Place(NamedTuple):
+    """A tensor of a module, and its dimension of experts."""
+
+    module: nn.Module
+    name: str
+    dim: int
+
+    @property
+    def tensor(self) -> Tensor:
+        found: Any = self.module._parameters.get(self.name)
+        tensor: Any = found if found is not None else self.module._buffers[self.name]
+        result: Tensor = tensor.detach()
+        return result
+
+    def put(self, tensor: Tensor) -> None:
+        old = self.module._parameters.get(self.name)
+        if old is not None:
+            self.module._parameters[self.name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        else:
+            self.module._buffers[self.name] = tensor
+
+
+@dataclass(frozen=True)
+class Change:
+    """New tensors of a block with `count` experts. Nothing of the model is changed before `commit`."""
+
+    layer: ExpertLayer
+    count: int
+    gate: list[tuple[Place, Tensor]]
+    experts: list[tuple[Place, Tensor]] = field(default_factory=list)
+
+
+# ---- what a block has per expert -------------------------------------------------------------------------------------
+
+
+def gate_places(block: MoeBlock) -> list[Place]:
+    """The tensors of a router that have a dimension of experts. Raises ValueError for routers that cannot be cut."""
+    where = block.name or "model"
+    weight = block.gate_weight()
+    if weight is None or block.gate is None:
+        raise ValueError(f"{where}: expected a linear router, got {type(block.gate).__name__}")
+    classes, hidden_size = weight.shape
+    if classes != block.num_experts:
+        raise ValueError(f"{where}: expected a router of {block.num_experts} classes, as experts, got {classes}")
+    if isinstance(block.gate, Router):
+        _check_router(where, block.gate)
+    found = []
+    beside = [m for m in block.block.children() if m not in (block.gate, block.experts, block.shared)]
+    owners = [*block.gate.modules(), block.block, *(m for m in beside if not list(m.children()))]
+    for owner in dict.fromkeys(owners):
+        inside = owner in set(block.gate.modules())
+        for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+            if tensor is weight:
+                found.append(Place(owner, name, 0))
+                continue
+            is_named = "bias" in name or "expert" in name
+            if tensor.numel() == classes and classes in (tensor.shape[0], tensor.shape[-1]) and tensor.dim() <= 2:
+                if is_named or (inside and classes != hidden_size):
+                    found.append(Place(owner, name, 0 if tensor.shape[0] == classes else tensor.dim() - 1))
+            elif inside and not tensor.is_floating_point():
+                raise ValueError(f"{where}: expected a router without tables, got {name} of {type(owner).__name__}")
+    return found
+
+
+def _check_router(where: str, gate: Router) -> None:
+    if selection_of(gate) is not None:
+        raise ValueError(f"{where}: expected no experts that train alone; call finetune.unfreeze(model) first")
+    for part in (gate.select, gate.capacity, *gate.balance):
+        if getattr(part, "num_experts", None) is not None or any(
+            tensor.dim() and tensor.shape[0] == gate.num_experts
+            for module in modules_in(part)
+            for tensor in (*module.parameters(), *module.buffers())
+        ):
+            raise ValueError(
+                f"{where}: expected no part for {gate.num_experts} experts only, got {type(part).__name__}"
+            )
+
+
+def expert_places(layer: ExpertLayer) -> list[Place]:
+    """The tensors [E,…] of the experts: projections, biases, and what else there is per expert."""
+    owners = dict.fromkeys([layer.owner(0), layer.owner(1)])
+    return [
+        Place(owner, name, 0)
+        for owner in owners
+        for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
+        if tensor.dim() >= 2 and tensor.shape[0] == layer.num_experts
+    ]
+
+
+def check_unshared(model: nn.Module, layers: Iterable[ExpertLayer]) -> None:
+    """Raises ValueError for parameters that several blocks share: they may lose different experts."""
+    owners = {
+        id(place.module._parameters.get(place.name)): layer.name
+        for layer in layers
+        for place in (*gate_places(layer.block), *expert_places(layer))
+    }
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in owners and id(parameter) in seen:
+            raise ValueError(f"model: expected parameters of one block, got {name} shared with {owners[id(parameter)]}")
+        seen.add(id(parameter))
+
+
+def check_cuttable(layer: ExpertLayer) -> None:
+    """Raises ValueError, which names the block, for experts or routers whose number cannot change."""
+    gate_places(layer.block)
+    if layer.block.is_ours and type(layer.block.experts) is not Experts:
+        raise ValueError(f"{layer.name}: expected switchgear.Experts, got {type(layer.block.experts).__name__}")
+
+
+# ---- changes ---------------------------------------------------------------------------------------------------------
+
+
+def taken(tensor: Tensor, dim: int, keep: Sequence[int], fill: float = 0.0) -> Tensor:
+    """The entries `keep` of a dimension, with `fill` for NO_EXPERT."""
+    index = torch.tensor([max(expert, 0) for expert in keep], device=tensor.device)
+    result = tensor.index_select(dim, index)
+    missing = torch.tensor([expert == NO_EXPERT for expert in keep], device=tensor.device)
+    if bool(missing.any()):
+        shape = [1] * tensor.dim()
+        shape[dim] = len(keep)
+        result = result.masked_fill(missing.view(shape), fill)
+    return result
+
+
+def kept_gate(block: MoeBlock, keep: Sequence[int]) -> list[tuple[Place, Tensor]]:
+    """The router's tensors for the experts `keep`."""
+    places = gate_places(block)
+    if NO_EXPERT not in keep:
+        return [(place, taken(place.tensor, place.dim, keep)) for place in places]
+    biases = [place for place in places if place.name == "bias" or place.name.endswith(("_bias", "_biases"))]
+    if not biases:
+        raise ValueError(
+            f"{block.name or 'model'}: expected equal numbers of experts in all layers, since a "
+            f"{type(block.gate).__name__} without a bias cannot leave places empty; use scope='layer'"
+        )
+    return [
+        (place, taken(place.tensor, place.dim, keep, _never(place.tensor) if place in biases else 0.0))
+        for place in places
+    ]
+
+
+def _never(bias: Tensor) -> float:
+    """So low that no score outweighs it, and finite, in the dtype of the bias."""
+    return -3e4 if bias.dtype is torch.float16 else -1e30
+
+
+def kept_experts(layer: ExpertLayer, keep: Sequence[int]) -> list[tuple[Place, Tensor]]:
+    def rows(tensor: Tensor) -> Tensor:
+        result = tensor.new_empty(len(keep), *tensor.shape[1:])
+        advise_huge_pages(result)
+        for index, expert in enumerate(keep):
+            result[index] = 0 if expert == NO_EXPERT else tensor[expert]
+        return result
+
+    return [(place, rows(place.tensor)) for place in expert_places(layer)]
+
+
+def commit(model: nn.Module, changes: Sequence[Change]) -> None:
+    """Applies the changes to a model; they have all been computed. Configs of Hugging Face follow."""
+    old = changes[0].layer.block.num_experts
+    fields = [] if changes[0].layer.block.is_ours else _config_fields([change.layer.block for change in changes])
+    for change in changes:
+        for place, tensor in (*change.gate, *change.experts):
+            place.put(tensor)
+        _set_counts(change.layer.block, change.count)
+    if not fields:
+        return
+    count = changes[0].count
+    for config, name in fields:
+        value = getattr(config, name)
+        setattr(config, name, [count] * len(value) if isinstance(value, (list, tuple)) else count)
+    for module in model.modules():  # such as the number in a balance loss of the whole model
+        for name in _COUNTS:
+            if vars(module).get(name) == old:
+                setattr(module, name, count)
+
+
+def check_config(model: nn.Module, blocks: Sequence[MoeBlock], counts: Sequence[int]) -> None:
+    """Raises ValueError unless the config of Hugging Face blocks can say `counts`: one number for all layers."""
+    if blocks[0].is_ours:
+        return
+    _config_fields(blocks)
+    if len(set(counts)) > 1 or len({block.num_experts for block in blocks}) > 1:
+        raise ValueError(
+            f"keep: expected equal numbers of experts, since one number in the config holds for all layers of "
+            f"{type(blocks[0].block).__name__}, got {sorted(set(counts))}"
+        )
+    old, inside = blocks[0].num_experts, {module for block in blocks for module in block.block.modules()}
+    for name, module in model.named_modules():
+        has_experts = any(p.dim() > 1 and p.shape[0] == old for p in module.parameters(recurse=False))
+        if module not in inside and has_experts and any(vars(module).get(count) == old for count in _COUNTS):
+            raise ValueError(f"model: expected experts in MoE blocks alone, got some in {name}, of the same config")
+
+
+def _config_fields(blocks: Sequence[MoeBlock]) -> list[tuple[Any, str]]:
+    """(config, field) of all fields that say the number of experts."""
+    found: dict[tuple[int, str], tuple[Any, str]] = {}
+    for block in blocks:
+        config = block.config_fields().config
+        for name in _COUNTS:
+            value = vars(config).get(name)
+            values = set(value) if isinstance(value, (list, tuple)) else {value}
+            if block.num_experts not in values:
+                continue
+            if len(values) > 1:
+                raise ValueError(f"{block.name}: expected one number of experts in the config, got {name}={value}")
+            found[id(config), name] = (config, name)
+    return list(found.values())
+
+
+def _set_counts(block: MoeBlock, count: int) -> None:
+    old = block.num_experts
+    parts = [] if block.gate is None else list(block.gate.modules())
+    for module in parts:
+        if isinstance(module, nn.Linear) and module.out_features == old:
+            module.out_features = count
+    if block.experts is not block.block:
+        parts += list(block.experts.modules())
+    else:
+        parts += [module for module in block.block.modules() if module not in parts]
+    for module in (*parts, block.block):
+        for name in _COUNTS:
+            if vars(module).get(name) == old:
+                setattr(module, name, count)
+
+
+# ---- what a router chooses -------------------------------------------------------------------------------------------
+
+
+class _Chosen(Exception):
+    pass
+
+
+@torch.no_grad()
+def choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(topk_ids [T,K] int64, topk_weights [T,K] float64) that the experts of a block get for its input x [T,H], in eval
+    mode. Raises ValueError for a block that needs more than x."""
+    modes = {module: module.training for module in block.block.modules()}
+    block.block.eval()
+    try:
+        if isinstance(block.gate, Router):
+            routing = block.gate(x)
+            return routing.topk_ids.long(), routing.topk_weights.double()
+        return _choice_of(block, x)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
+    from switchgear.integrations.choices import Choice, watched
+
+    found: list[Choice] = []
+
+    def stop(choice: Choice) -> None:
+        found.append(choice)
+        raise _Chosen
+
+    try:
+        with watched(block, stop):
+            block.block(x[None])
+    except _Chosen:
+        pass
+    except (TypeError, RuntimeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{block.name}: expected a block that routes by its input alone, got {type(block.block).__name__} ({error})"
+        ) from error
+    if not found:
+        raise ValueError(f"{block.name}: expected a block that calls its experts, got {type(block.block).__name__}")
+    ids = found[0].topk_ids.long()
+    ids = torch.where((ids < 0) | (ids >= block.num_experts), -1, ids)
+    return ids, found[0].topk_weights.double().masked_fill(ids < 0, 0)
+
+
+@contextmanager
+def with_gate(block: MoeBlock, gate: Sequence[tuple[Place, Tensor]], count: int) -> Iterator[MoeBlock]:
+    """Inside the `with` block, the router has other tensors, for `count` experts."""
+    old = [
+        (place, place.module._parameters.get(place.name), place.module._buffers.get(place.name)) for place, _ in gate
+    ]
+    names = {module: {name: vars(module)[name] for name in (*_COUNTS, "out_features") if name in vars(module)}
+             for module in block.block.modules()}  # fmt: skip
+    try:
+        for place, tensor in gate:
+            place.put(tensor)
+        _set_counts(block, count)
+        yield replace(block, num_experts=count)
+    finally:
+        for place, parameter, buffer in old:
+            if parameter is not None:
+                place.module._parameters[place.name] = parameter
+            else:
+                place.module._buffers[place.name] = buffer
+        for module, values in names.items():
+            for name, value in values.items():
+                setattr(module, name, value)
+
+
+def kept_choice(block: MoeBlock, keep: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `choice_of` returns if only the experts `keep` are left; ids are those of the whole block."""
+    with with_gate(block, kept_gate(block, keep), len(keep)) as cut:
+        ids, weights = choice_of(cut, x)
+    table = torch.tensor([*keep, -1], device=ids.device)
+    return table[ids], weights

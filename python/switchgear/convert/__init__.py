@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Conversions between dense and Mixture-of-Experts models; docs/conversion.md explains them.
+
+To experts:    upcycle, split_dense, distill_layers, from_dense_experts; attention_to_moe, attention_from_experts
+To one model:  to_dense, merge_models
+Checkpoints:   run(recipe, source, target), Recipe, Report; ConversionError, RecipeError, DamagedCheckpoint, DiskFull
+Modules:       MixtureOfAttention, ParallelBlock; Projected, ModuleExperts; SequenceLogits; EqualTopK
+Parts:         FeedForward, feed_forward; Partition, partition, balanced_kmeans, neuron_importance; add_domain_expert,
+               sequence_perplexities, threshold_for, prior_approximate
+"""
+
+from switchgear.convert.attention import MixtureOfAttention, ParallelBlock, attention_from_experts, attention_to_moe
+from switchgear.convert.average import merge_models
+from switchgear.convert.checkpoints import Recipe, Report, run
+from switchgear.convert.dense import to_dense
+from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFull, RecipeError
+from switchgear.convert.experts import ModuleExperts, Projected, add_domain_expert, from_dense_experts
+from switchgear.convert.ffn import FeedForward, feed_forward
+from switchgear.convert.gates import EqualTopK, prior_approximate
+from switchgear.convert.layers import Distillation, Distilled, distill_layers, threshold_for
+from switchgear.convert.partitions import Partition, balanced_kmeans, neuron_importance, partition
+from switchgear.convert.perplexity import SequenceLogits, sequence_perplexities
+from switchgear.convert.result import Conversion, Converted
+from switchgear.convert.split import split_dense
+from switchgear.convert.upcycle import upcycle
+
+__all__ = [
+    "Conversion",
+    "ConversionError",
+    "Converted",
+    "DamagedCheckpoint",
+    "DiskFull",
+    "Distillation",
+    "Distilled",
+    "EqualTopK",
+    "FeedForward",
+    "MixtureOfAttention",
+    "ModuleExperts",
+    "ParallelBlock",
+    "Partition",
+    "Projected",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "SequenceLogits",
+    "add_domain_expert",
+    "attention_from_experts",
+    "attention_to_moe",
+    "balanced_kmeans",
+    "distill_layers",
+    "feed_forward",
+    "from_dense_experts",
+    "merge_models",
+    "neuron_importance",
+    "partition",
+    "prior_approximate",
+    "run",
+    "sequence_perplexities",
+    "split_dense",
+    "threshold_for",
+    "to_dense",
+    "upcycle",
+]

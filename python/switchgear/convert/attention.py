@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Mixtures of attention: experts are whole attention layers (BAM, arXiv:2408.08274), or the head groups of one layer
+(LLaMA-MoE v2, arXiv:2411.15708)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from switchgear.complaints import check_module
+from switchgear.convert.gates import EqualTopK
+from switchgear.reference import check_size
+from switchgear.routing.context import Context
+from switchgear.routing.router import Router
+from switchgear.routing.selection import Dense
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class MixtureOfAttention(nn.Module):
+    """y = Σ_e w_e(x) · attention_e(x), with grouped queries, rotary embeddings and a cache.
+
+    It has the interface of attention layers of transformers, so it can take the place of one.
+
+    Args:
+        num_experts, num_heads, num_kv_heads, head_dim: E; the others are per expert.
+        shared_kv: all experts attend to the keys and values of one projection, so the cache is as large as that of one
+            attention layer (BAM's KV variant).
+        select: which experts a token uses and their weights; by default all, by softmax (BAM). All are computed.
+        bias, o_bias: of the projections q, k, v, and of o.
+        qk_norm: RMSNorm of queries and keys per head (Qwen3), with this epsilon.
+        scaling: of the scores; default 1/√head_dim.
+
+    Parameters: q_proj [E,heads·dim,H], k_proj and v_proj [E,kv_heads·dim,H] (E = 1 with shared_kv), o_proj
+    [E,H,heads·dim]; q_bias, k_bias, v_bias, o_bias; q_norm, k_norm [E,dim]; those of gate.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        head_dim: int | None = None,
+        shared_kv: bool = False,
+        select: Any = None,
+        bias: bool = False,
+        o_bias: bool = False,
+        qk_norm: float | None = None,
+        scaling: float | None = None,
+        causal: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        for name, size in {"hidden_size": hidden_size, "num_experts": num_experts, "num_heads": num_heads,
+                           "num_kv_heads": num_kv_heads, "head_dim": head_dim}.items():  # fmt: skip
+            check_size(name, size)
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of {num_heads} heads, got {num_kv_heads}")
+        self.hidden_size, self.num_experts, self.head_dim = hidden_size, num_experts, head_dim
+        self.num_heads, self.num_kv_heads, self.shared_kv = num_heads, num_kv_heads, shared_kv
+        self.scaling = head_dim**-0.5 if scaling is None else scaling
+        self.qk_norm, self.causal, self.layer_idx = qk_norm, causal, layer_idx
+        self.is_causal = causal  # transformers reads it
+        of_kv = 1 if shared_kv else num_experts
+
+        def parameter(*shape: int, fan_in: int | None = None) -> nn.Parameter:
+            data = torch.empty(shape, device=device, dtype=dtype)
+            return nn.Parameter(
+                nn.init.ones_(data) if fan_in is None else nn.init.uniform_(data, -(fan_in**-0.5), fan_in**-0.5)
+            )
+
+        q, kv = num_heads * head_dim, num_kv_heads * head_dim
+        self.q_proj = parameter(num_experts, q, hidden_size, fan_in=hidden_size)
+        self.k_proj, self.v_proj = (parameter(of_kv, kv, hidden_size, fan_in=hidden_size) for _ in range(2))
+        self.o_proj = parameter(num_experts, hidden_size, q, fan_in=q)
+        self.q_bias = parameter(num_experts, q, fan_in=hidden_size) if bias else None
+        self.k_bias, self.v_bias = (parameter(of_kv, kv, fan_in=hidden_size) if bias else None for _ in range(2))
+        self.o_bias = parameter(num_experts, hidden_size, fan_in=q) if o_bias else None
+        self.q_norm = parameter(num_experts, head_dim) if qk_norm is not None else None
+        self.k_norm = parameter(of_kv, head_dim) if qk_norm is not None else None
+        self.gate = Router(
+            hidden_size, num_experts, select=Dense() if select is None else select, device=device, dtype=dtype
+        )
+
+    @property
+    def cached_heads(self) -> int:
+        """The heads of keys, and of values, that a cache keeps for each token."""
+        return self.num_kv_heads * (1 if self.shared_kv else self.num_experts)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states [B,S,H] -> ([B,S,H], None).
+
+        position_embeddings: (cos, sin) [B,S,dim]. attention_mask: [B,1,S,N], boolean (True: attend) or added to the
+        scores; without it, causal. cache: a Cache of transformers, called past_key_values before its version 5.20.
+        """
+        batch, length, _h = hidden_states.shape
+        q = self._heads(hidden_states, self.q_proj, self.q_bias, self.q_norm)
+        k = self._heads(hidden_states, self.k_proj, self.k_bias, self.k_norm)
+        v = self._heads(hidden_states, self.v_proj, self.v_bias, None)
+        if position_embeddings is not None:
+            cos, sin = (part.unsqueeze(1) for part in position_embeddings)
+            q, k = (part * cos + _rotated(part) * sin for part in (q, k))
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        k, v = (self._per_query(part) for part in (k, v))
+        mask = attention_mask
+        if mask is not None and mask.dtype is not torch.bool:
+            mask = mask.to(q.dtype)
+        is_causal = self.causal and mask is None and length > 1 and k.shape[2] == length
+        if self.causal and mask is None and length > 1 and not is_causal:  # after a cache
+            mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - length)
+        a = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=self.scaling)
+        a = a.transpose(1, 2).reshape(batch, length, self.num_experts, -1)
+        weights = self._weights(hidden_states).to(a.dtype)
+        y = torch.einsum("bsed,ehd->bsh", a * weights[..., None], self.o_proj)
+        if self.o_bias is not None:
+            y = y + weights @ self.o_bias
+        return y, None
+
+    def _weights(self, x: Tensor) -> Tensor:
+        """[B,S,E]: the weight of each expert, 0 for one that was not chosen."""
+        routing = self.gate(x, Context())
+        ids, given = routing.topk_ids, routing.topk_weights
+        weights = given.new_zeros(len(ids), self.num_experts + 1).scatter_add(1, ids.long() + 1, given)
+        chosen: Tensor = weights[:, 1:].view(*x.shape[:2], -1)
+        return chosen
+
+    def _heads(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None) -> Tensor:
+        """[B,E·heads,S,dim]"""
+        rows = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+        heads = rows.view(*x.shape[:2], weight.shape[0], -1, self.head_dim)
+        if norm is not None:
+            assert self.qk_norm is not None
+            wide = heads.float() if heads.dtype is not torch.float64 else heads
+            scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.qk_norm)
+            heads = scaled.to(heads.dtype) * norm[:, None]
+        return heads.flatten(2, 3).transpose(1, 2)
+
+    def _per_query(self, heads: Tensor) -> Tensor:
+        """Keys or values [B,kv,N,dim], repeated for each head of queries."""
+        heads = heads.repeat_interleave(self.num_heads // self.num_kv_heads, 1)
+        return heads.repeat(1, self.num_experts, 1, 1) if self.shared_kv else heads
+
+    def extra_repr(self) -> str:
+        shared = ", shared_kv" if self.shared_kv else ""
+        return f"{self.hidden_size}, num_experts={self.num_experts}, heads={self.num_heads}/{self.num_kv_heads}{shared}"
+
+
+class ParallelBlock(nn.Module):
+    """x + moe(norm(x)) + attention(norm(x)): attention and feed-forward experts beside each other (BAM)."""
+
+    def __init__(self, norm: nn.Module, moe: nn.Module, attention: MixtureOfAttention) -> None:
+        super().__init__()
+        self.norm, self.moe, self.attention = norm, moe, attention
+
+    def forward(self, x: Tensor, **attention: Any) -> Tensor:
+        """x [B,S,H] -> [B,S,H]; keywords of MixtureOfAttention.forward."""
+        rows = self.norm(x)
+        y: Tensor = x + self.moe(rows) + self.attention(rows, **attention)[0]
+        return y
+
+
+def attention_from_experts(
+    layers: Sequence[nn.Module],
+    *,
+    shared_kv: bool = False,
+    select: Any = None,
+    router_init: float = 0.02,
+    seed: int = 0,
+) -> MixtureOfAttention:
+    """A soft mixture of attention layers that were trained apart (BAM). With shared_kv, keys and values are those of
+    the average of the layers.
+
+    layers: attention of transformers: Linear layers q_proj, k_proj, v_proj, o_proj, and head_dim.
+    """
+    if not layers:
+        raise ValueError("layers: expected at least one, got none")
+    first = _read(layers[0], "layers[0]")
+    found = [_read(layer, f"layers[{index}]") for index, layer in enumerate(layers)]
+    for index, other in enumerate(found):
+        shapes, wanted = ({name: t.shape for name, t in part["tensors"].items()} for part in (other, first))
+        differs = {key for key, value in other["options"].items() if value != first["options"][key]} - {"layer_idx"}
+        if shapes != wanted or differs:
+            raise ValueError(f"layers[{index}]: expected attention of the size of the first, got another")
+    options = {**first["options"], "shared_kv": shared_kv, "select": select}
+    made = MixtureOfAttention(first["hidden_size"], len(layers), first["heads"], first["kv_heads"], **options)
+    with torch.no_grad():
+        for name in first["tensors"]:
+            stacked = torch.stack([part["tensors"][name] for part in found])
+            if shared_kv and name[0] in "kv":
+                stacked = stacked.float().mean(0, keepdim=True).to(stacked.dtype)
+            made.get_parameter(name).copy_(stacked)
+    _initialize(made, router_init, seed)
+    return made
+
+
+def attention_to_moe(
+    attention: nn.Module, num_experts: int, top_k: int | None = None, *, select: Any = None, router_init: float = 0.02,
+    seed: int = 0,
+) -> MixtureOfAttention:  # fmt: skip
+    """Head groups of an attention layer as experts (LLaMA-MoE v2): each has its keys and values with their queries, and
+    its columns of the output projection. With all groups (top_k = E, the default) it is the layer; with fewer, the sum
+    of the chosen ones times E / K, which all have equal weights (EqualTopK) unless `select` says otherwise.
+
+    All groups are computed: keys and values are needed for later tokens in any case.
+
+    Raises ValueError if num_experts does not divide the heads of keys and values.
+    """
+    found = _read(attention, "attention")
+    check_size("num_experts", num_experts)
+    if found["kv_heads"] % num_experts:
+        raise ValueError(f"num_experts: expected a divisor of {found['kv_heads']} heads of keys, got {num_experts}")
+    top_k = num_experts if top_k is None else top_k
+    check_size("top_k", top_k)
+    if top_k > num_experts:
+        raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
+    chosen = EqualTopK(top_k, num_experts / top_k) if select is None else select
+    made = MixtureOfAttention(
+        found["hidden_size"], num_experts, found["heads"] // num_experts, found["kv_heads"] // num_experts,
+        select=chosen, **found["options"],
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, tensor in found["tensors"].items():
+            if name == "o_proj":
+                parts = torch.stack(tensor.chunk(num_experts, 1))
+            elif name == "o_bias":
+                parts = (tensor / num_experts).expand(num_experts, -1)
+            elif name.endswith("norm"):
+                parts = tensor.expand(num_experts, -1)
+            else:
+                parts = torch.stack(tensor.chunk(num_experts, 0))
+            made.get_parameter(name).copy_(parts)
+    _initialize(made, router_init, seed)
+    return made
+
+
+def _initialize(made: MixtureOfAttention, std: float, seed: int) -> None:
+    assert made.gate.weight is not None
+    values = torch.randn(made.gate.weight.shape, generator=torch.Generator().manual_seed(seed)) * std
+    with torch.no_grad():
+        made.gate.weight.copy_(values)
+
+
+def _read(attention: Any, name: str) -> dict[str, Any]:
+    """The tensors and options of an attention layer."""
+    check_module(name, attention)
+    linears: dict[str, Any] = {part: getattr(attention, part, None) for part in PROJECTIONS}
+    head_dim = getattr(attention, "head_dim", None)
+    if not all(isinstance(linear, nn.Linear) for linear in linears.values()) or not isinstance(head_dim, int):
+        raise ValueError(
+            f"{name}: expected attention with Linear layers {', '.join(PROJECTIONS)} and head_dim, "
+            f"got {type(attention).__name__}"
+        )
+    if getattr(attention, "sliding_window", None):
+        raise ValueError(f"{name}: expected full attention, got a sliding window")
+    q, k, o = linears["q_proj"], linears["k_proj"], linears["o_proj"]
+    tensors: dict[str, Tensor] = {part: linear.weight.detach() for part, linear in linears.items()}
+    tensors |= {f"{part[0]}_bias": linear.bias.detach() for part, linear in linears.items() if linear.bias is not None}
+    norms: dict[str, Any] = {part: getattr(attention, part, None) for part in ("q_norm", "k_norm")}
+    norms = {part: norm for part, norm in norms.items() if norm is not None}
+    for part, norm in norms.items():
+        if tuple(norm.weight.shape) != (head_dim,) or not hasattr(norm, "variance_epsilon"):
+            raise ValueError(f"{name}: expected {part} to be an RMSNorm per head, got {type(norm).__name__}")
+        tensors[part] = norm.weight.detach()
+    options = {
+        "head_dim": head_dim, "bias": q.bias is not None, "o_bias": o.bias is not None,
+        "qk_norm": norms["q_norm"].variance_epsilon if norms else None, "scaling": getattr(attention, "scaling", None),
+        "causal": getattr(attention, "is_causal", True), "layer_idx": getattr(attention, "layer_idx", None),
+        "device": q.weight.device, "dtype": q.weight.dtype,
+    }  # fmt: skip
+    return {
+        "hidden_size": q.in_features, "heads": q.out_features // head_dim, "kv_heads": k.out_features // head_dim,
+        "tensors": tensors, "options": options,
+    }  # fmt: skip
+
+
+def _rotated(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Merging models of one architecture: average, TIES (arXiv:2306.01708) and DARE (arXiv:2311.03099) of task vectors."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.complaints import check_module
+from switchgear.reference import check_choice
+
+METHODS = ("average", "ties", "dare")
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How tensors of the same name become one; see merge_models."""
+
+    method: str = "average"
+    weights: tuple[float, ...] | None = None
+    density: float = 0.2
+    scale: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density: expected a fraction in (0, 1], got {self.density}")
+        if self.weights is not None and not sum(self.weights) > 0:
+            raise ValueError(f"weights: expected numbers with a positive sum, got {list(self.weights)}")
+
+    def check(self, count: int, has_base: bool) -> None:
+        if self.weights is not None and len(self.weights) != count:
+            raise ValueError(f"weights: expected {count}, one per model, got {len(self.weights)}")
+        if self.method != "average" and not has_base:
+            raise ValueError(
+                f"base: expected the model from which all were trained for method={self.method!r}, got None"
+            )
+
+    def __call__(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        """One tensor from those of the models. The trimming and the dropping are per tensor."""
+        first = tensors[0] if base is None else base
+        if not first.is_floating_point():
+            return first
+        wide = torch.float64 if first.dtype is torch.float64 else torch.float32
+        shares = self.weights or (1.0,) * len(tensors)
+        weights = [share / sum(shares) for share in shares]
+        if self.method == "average":
+            total = torch.zeros_like(first, dtype=wide)
+            for weight, tensor in zip(weights, tensors, strict=True):
+                total += weight * tensor.to(wide)
+            return total.to(first.dtype)
+        assert base is not None
+        origin = base.to(wide)
+        deltas = [tensor.to(wide) - origin for tensor in tensors]
+        if self.method == "dare":
+            merged = torch.zeros_like(origin)
+            for index, (weight, delta) in enumerate(zip(weights, deltas, strict=True)):
+                merged += weight * self._dropped(key, index, delta)
+        else:
+            merged = self._ties(deltas, weights)
+        return (origin + self.scale * merged).to(base.dtype)
+
+    def _dropped(self, key: str, index: int, delta: Tensor) -> Tensor:
+        """Each element is kept with probability `density`, and divided by it."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {index} {key}".encode()))
+        kept = torch.rand(delta.shape, generator=generator).to(delta.device) < self.density
+        return torch.where(kept, delta / self.density, torch.zeros_like(delta))
+
+    def _ties(self, deltas: list[Tensor], weights: list[float]) -> Tensor:
+        """Trim, elect the sign, and average what agrees with it."""
+        total, trimmed = torch.zeros_like(deltas[0]), []
+        for weight, delta in zip(weights, deltas, strict=True):
+            trimmed.append(_largest(delta, self.density))
+            total += weight * trimmed[-1]
+        elected = torch.where(total >= 0, 1.0, -1.0).to(total.dtype)
+        merged, count = torch.zeros_like(total), torch.zeros_like(total)
+        for weight, delta in zip(weights, trimmed, strict=True):
+            agrees = (delta.sign() == elected).to(total.dtype)
+            merged += weight * delta * agrees
+            count += weight * agrees
+        return torch.where(count > 0, merged / count.clamp(min=1e-30), torch.zeros_like(merged))
+
+
+def _largest(delta: Tensor, density: float) -> Tensor:
+    """The density · n elements of largest magnitude, at least one; the others are zero."""
+    flat = delta.flatten()
+    count = max(int(density * flat.numel()), min(flat.numel(), 1))
+    kept = flat.abs().argsort(descending=True, stable=True)[:count]
+    return torch.zeros_like(flat).index_put((kept,), flat[kept]).view_as(delta)
+
+
+def merge_models(
+    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    method: str = "average",
+    *,
+    base: nn.Module | Mapping[str, Tensor] | None = None,
+    weights: Sequence[float] | None = None,
+    density: float = 0.2,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> Any:
+    """One model from several of the same architecture.
+
+    "average": Σ w θ. "ties": of each task vector θ - base the `density` largest elements of every tensor stay; the sign
+    of their weighted sum is elected, and those that agree are averaged. "dare": each element of a task vector is
+    dropped with probability 1 - density, and the rest divided by density; then the weighted sum. The result of both
+    is base + scale · that.
+
+    Args:
+        models: modules, or state dicts.
+        base: the model they were trained from; ties and dare need it.
+        weights: one per model, divided by their sum; equal by default.
+        density: the share of a task vector that stays; 0.2 in TIES, 0.1 and less in DARE.
+        scale: λ.
+        seed: of the dropping.
+
+    Returns a copy of the first module with the merged tensors, or a state dict. Integer tensors are those of the base,
+    or of the first model.
+
+    Raises:
+        TypeError, ValueError: an option out of range, or models whose tensors differ in name or shape.
+    """
+    if not models:
+        raise ValueError("models: expected at least one, got none")
+    merging = Merging(method, None if weights is None else tuple(map(float, weights)), density, scale, seed)
+    merging.check(len(models), base is not None)
+    states = [_state(model, f"models[{index}]") for index, model in enumerate(models)]
+    origin = None if base is None else _state(base, "base")
+    for name, state in [*((f"models[{i}]", s) for i, s in enumerate(states)), *([("base", origin)] if origin else [])]:
+        check_same(
+            name, {k: tuple(v.shape) for k, v in state.items()}, {k: tuple(v.shape) for k, v in states[0].items()}
+        )
+    merged = {
+        key: merging(key, [state[key].detach() for state in states], None if origin is None else origin[key].detach())
+        for key in states[0]
+    }
+    if isinstance(models[0], Mapping):
+        return merged
+    made = copy.deepcopy(models[0])
+    made.load_state_dict(merged)
+    return made
+
+
+def check_same(name: str, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError if tensors differ in name or shape."""
+    if different := sorted(set(found) ^ set(wanted)):
+        raise ValueError(f"{name}: expected the tensors of the first model, got a difference in {different[0]}")
+    for key, shape in wanted.items():
+        if found[key] != shape:
+            raise ValueError(f"{name}: expected {key} of shape {list(shape)}, got {list(found[key])}")
+
+
+def _state(model: Any, name: str) -> Mapping[str, Tensor]:
+    if isinstance(model, Mapping):
+        return model
+    check_module(name, model)
+    return model.state_dict()  # type: ignore[no-any-return]

@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Conversions of checkpoint directories (safetensors), tensor by tensor: memory for one tensor, not for a model.
+
+run({"operation": "upcycle", "num_experts": 8, "top_k": 2}, "llama/", "mixtral/")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switchgear.convert.average import Merging
+from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFull, RecipeError
+from switchgear.convert.layouts import layout_plan
+from switchgear.convert.plans import Plan
+from switchgear.convert.recipes import dense_plan, experts_plan, merge_plan, split_plan, upcycle_plan
+from switchgear.convert.writer import NAMES, Journal, Progress, shards_of, size_of, write_shard, write_text
+
+Path_ = str | os.PathLike[str]
+CONFIG, INDEX, REPORT = "config.json", "model.safetensors.index.json", "conversion.json"
+COPIED = (
+    "tokenizer*", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "chat_template*", "*.jinja", "preprocessor_config.json", "processor_config.json", "LICENSE*",
+)  # fmt: skip
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "upcycle": ("num_experts", "top_k", "layers", "router_init", "noise", "seed", "family"),
+    "split": ("num_experts", "top_k", "layers", "method", "shared", "importance", "keep", "rescale", "router_init",
+              "seed", "family"),
+    "experts": ("top_k", "layers", "family", "router", "router_init", "merge", "weights", "density", "scale", "seed",
+                "noise", "base"),
+    "merge": ("method", "weights", "density", "scale", "seed", "base"),
+    "dense": ("method", "weights", "rank"),
+    "layout": ("to",),
+}  # fmt: skip
+REQUIRED = {"split": ("num_experts", "top_k"), "layout": ("to",)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do with a checkpoint; plain JSON.
+
+    operation: "upcycle" and "split" (one dense model), "experts" and "merge" (several), "dense" (an MoE model),
+        "layout" (an MoE model; to: per_expert, fused, megatron, megatron_te, megatron_grouped).
+    options: of upcycle, split_dense, from_dense_experts, merge_models and to_dense. importance and router are paths of
+        safetensors files with a tensor "0", "1", … per layer; base is a checkpoint directory.
+    max_shard_size: bytes of a file, or "5GB".
+    """
+
+    operation: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    max_shard_size: int | str = "5GB"
+
+    def __post_init__(self) -> None:
+        if self.operation not in OPTIONS:
+            raise RecipeError(f"operation: expected {', '.join(OPTIONS)}, got {self.operation!r}")
+        allowed = OPTIONS[self.operation]
+        if unknown := sorted(set(self.options) - set(allowed)):
+            raise RecipeError(f"{unknown[0]}: expected an option of {self.operation} ({', '.join(allowed)}), got none")
+        if missing := [name for name in REQUIRED.get(self.operation, ()) if name not in self.options]:
+            raise RecipeError(f"{missing[0]}: expected it for {self.operation}, got none")
+        self.shard_bytes()
+        try:
+            json.dumps(dict(self.options))
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"options: expected plain JSON, got {error}") from None
+
+    @classmethod
+    def of(cls, given: Recipe | Mapping[str, Any] | Path_) -> Recipe:
+        """From a dict {"operation": …, "num_experts": …}, or a JSON file with one."""
+        if isinstance(given, Recipe):
+            return given
+        if not isinstance(given, Mapping):
+            try:
+                given = json.loads(Path(given).read_text())
+            except (OSError, ValueError, TypeError) as error:
+                raise RecipeError(f"recipe: expected a dict or a JSON file, got {given} ({error})") from error
+            if not isinstance(given, Mapping):
+                raise RecipeError(f"recipe: expected a JSON object, got {type(given).__name__}")
+        if "operation" not in given:
+            raise RecipeError(f"operation: expected one of {', '.join(OPTIONS)} in the recipe, got none")
+        options = {key: value for key, value in given.items() if key not in ("operation", "max_shard_size")}
+        if not all(isinstance(key, str) for key in options):
+            raise RecipeError("recipe: expected names of options, got other keys")
+        return cls(given["operation"], options, given.get("max_shard_size", "5GB"))
+
+    def shard_bytes(self) -> int:
+        units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+        text = str(self.max_shard_size).strip().upper()
+        number, unit = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
+        try:
+            size = int(float(number) * unit)
+        except ValueError:
+            size = 0
+        if size < 1:
+            raise RecipeError(f"max_shard_size: expected bytes or a size such as 5GB, got {self.max_shard_size!r}")
+        return size
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"operation": self.operation, **self.options, "max_shard_size": self.max_shard_size}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written; the same as conversion.json in the target."""
+
+    target: Path
+    layers: tuple[tuple[str, str, int, str], ...]
+    notes: tuple[str, ...]
+    num_bytes: int
+    shards: Mapping[str, str]  # sha256 by file
+    resumed: tuple[str, ...]  # shards that an earlier run had finished
+
+
+class Directory:
+    """A Source of a checkpoint directory: its tensors stay in their files until they are read."""
+
+    def __init__(self, path: Path_) -> None:
+        from switchgear.integrations.checkpoint_files import CheckpointFiles, Reader  # import safetensors
+
+        self.path = Path(path)
+        try:
+            self._files = CheckpointFiles(self.path)
+        except ValueError as error:
+            raise DamagedCheckpoint(str(error)) from error
+        self._reader = Reader(self._files.headers)
+        for key, header in self._files.headers.items():
+            if header.dtype not in NAMES:
+                raise DamagedCheckpoint(f"{key}: expected a dtype of torch, got {header.dtype}")
+
+    def keys(self) -> Iterable[str]:
+        return self._files.headers.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        shape: tuple[int, ...] = self._header(key).shape
+        return shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        return NAMES[self._header(key).dtype]
+
+    def read(self, key: str) -> Tensor:
+        self._header(key)
+        return self._reader.tensor(key)
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def config(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.path / CONFIG).read_text())
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpoint(f"path: expected JSON in {self.path / CONFIG}, got {error}") from error
+        if not isinstance(found, dict):
+            raise DamagedCheckpoint(f"path: expected a JSON object in {self.path / CONFIG}")
+        return found
+
+    def identity(self) -> list[Any]:
+        """Changes when a file of the checkpoint does."""
+        files = sorted({header.file for header in self._files.headers.values()} | {self.path / CONFIG})
+        return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+    def _header(self, key: str) -> Any:
+        if key not in self._files.headers:
+            raise DamagedCheckpoint(f"path: expected {key} in {self.path}, got none")
+        return self._files.headers[key]
+
+
+def run(
+    recipe: Recipe | Mapping[str, Any] | Path_,
+    source: Path_ | Sequence[Path_],
+    target: Path_,
+    progress: Progress | None = None,
+    *,
+    resume: bool = True,
+) -> Report:
+    """Converts a checkpoint directory. Memory is that of one tensor of the result, and 64 MiB of mapped files.
+
+    The result is written into a directory `target`.partial, which is renamed when all is done: there is never half a
+    checkpoint at `target`. A conversion that was interrupted goes on with the same call: finished shards are checked by
+    their sha256 and kept.
+
+    Args:
+        recipe: a Recipe, a dict such as {"operation": "upcycle", "num_experts": 8}, or a JSON file.
+        source: a directory with config.json and safetensors files; several for "experts" and "merge".
+        target: a directory that does not exist.
+        progress: called as progress(bytes written, bytes in all, name of the tensor).
+        resume: False discards what an interrupted conversion has written.
+
+    Raises:
+        RecipeError: a recipe that is wrong, or that the source or its family cannot satisfy. Nothing is written.
+        DamagedCheckpoint: a source with missing or truncated files.
+        DiskFull: the result does not fit; checked before, and while writing.
+        ConversionError: other reasons, such as a target that exists.
+    """
+    recipe, target = Recipe.of(recipe), Path(target)
+    paths = [Path(source)] if isinstance(source, (str, os.PathLike)) else [Path(path) for path in source]
+    if target.exists():
+        raise ConversionError(f"target: expected a directory that does not exist, got {target}")
+    if not paths or (len(paths) > 1 and recipe.operation not in ("experts", "merge")):
+        raise RecipeError(f"source: expected one directory for {recipe.operation}, got {len(paths)}")
+    sources = [Directory(path) for path in paths]
+    plan = plan_of(recipe, sources)
+    identity = hashlib.sha256(
+        json.dumps([recipe.as_dict(), [s.identity() for s in sources], torch.__version__], sort_keys=True).encode()
+    ).hexdigest()
+    shards = shards_of(plan.items, recipe.shard_bytes())
+    total = sum(size_of(item) for item in plan.items)
+    journal = Journal.opened(target, identity, resume)
+    done, resumed = 0, []
+    for name in shards:
+        if journal.has(name):
+            resumed.append(name)
+    missing = sum(size_of(item) for name, items in shards.items() if name not in resumed for item in items)
+    if (free := shutil.disk_usage(journal.folder).free) < missing:
+        raise DiskFull(28, f"no room for {target}: {missing} bytes are needed, {free} are free")
+    for name, items in shards.items():
+        if name in resumed:
+            done += sum(map(size_of, items))
+            if progress is not None:
+                progress(done, total, name)
+            continue
+
+        def count(size: int, key: str) -> None:
+            nonlocal done
+            done += size
+            if progress is not None:
+                progress(done, total, key)
+
+        try:
+            journal.add(name, write_shard(journal.folder / name, items, count))
+        except ConversionError:
+            raise
+        except (RuntimeError, ValueError) as error:  # safetensors and torch, for files that changed meanwhile
+            raise DamagedCheckpoint(f"{name}: {error}") from error
+    return _finish(journal, recipe, paths[0], target, plan, shards, total, tuple(resumed))
+
+
+def plan_of(recipe: Recipe, sources: Sequence[Directory]) -> Plan:
+    """The plan of a recipe: all checks of shapes and of the family, and no data. RecipeError for what is impossible."""
+    options = dict(recipe.options)
+    try:
+        return PLANS[recipe.operation](sources, options)
+    except ConversionError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise RecipeError(str(error)) from error
+
+
+def _full_config(source: Directory) -> dict[str, Any]:
+    """The config with the defaults of its family."""
+    from transformers import CONFIG_MAPPING
+
+    found = source.config()
+    model_type = str(found.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"source: expected a model_type of transformers in {source.path / CONFIG}, got {model_type}")
+    try:
+        made = CONFIG_MAPPING[model_type].from_dict(found)
+    except Exception as error:  # transformers raises many kinds for files of others
+        raise DamagedCheckpoint(
+            f"path: expected a config of transformers in {source.path / CONFIG}, got {error}"
+        ) from error
+    full: dict[str, Any] = made.to_dict()
+    return {**full, "architectures": found.get("architectures")}
+
+
+def _upcycle(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
+    return upcycle_plan(_full_config(sources[0]), sources[0], **options)
+
+
+def _split(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
+    if isinstance(path := options.get("importance"), str):
+        options["importance"] = _by_layer("importance", path)
+    return split_plan(_full_config(sources[0]), sources[0], **options)
+
+
+def _experts(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
+    base, router, merging = options.pop("base", None), options.pop("router", "random"), _merging(options, "merge")
+    origin = None if base is None else Directory(base)
+    rows = None if router in ("random", "zeros") else _by_layer("router", router)
+    if router == "zeros":
+        options["router_init"] = 0.0
+    options.setdefault("top_k", min(2, len(sources)))
+    return experts_plan(
+        [(_full_config(source), source) for source in sources],
+        None if origin is None else (_full_config(origin), origin), router=rows, merging=merging,
+        seed=merging.seed, **options,
+    )  # fmt: skip
+
+
+def _merge(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
+    base, merging = options.pop("base", None), _merging(options, "method")
+    origin = None if base is None else Directory(base)
+    return merge_plan(
+        [(source.config(), source) for source in sources],
+        None if origin is None else (origin.config(), origin),
+        merging,
+    )
+
+
+def _merging(options: dict[str, Any], method: str) -> Merging:
+    weights = options.pop("weights", None)
+    return Merging(
+        options.pop(method, "average"), None if weights is None else tuple(map(float, weights)),
+        options.pop("density", 0.2), options.pop("scale", 1.0), options.pop("seed", 0),
+    )  # fmt: skip
+
+
+def _dense(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
+    return dense_plan(_full_config(sources[0]), sources[0], **options)
+
+
+def _layout(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
+    return layout_plan(sources[0].config(), sources[0], options["to"])
+
+
+PLANS: dict[str, Callable[[Sequence[Directory], dict[str, Any]], Plan]] = {
+    "upcycle": _upcycle, "split": _split, "experts": _experts, "merge": _merge, "dense": _dense, "layout": _layout,
+}  # fmt: skip
+
+
+def _by_layer(name: str, path: Any) -> dict[int, Tensor]:
+    """The tensors "0", "1", … of a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return {int(key): tensor for key, tensor in load_file(path).items()}
+    except (OSError, TypeError, ValueError, SafetensorError) as error:
+        raise RecipeError(
+            f"{name}: expected a safetensors file with a tensor per layer, got {path} ({error})"
+        ) from error
+
+
+def _finish(
+    journal: Journal, recipe: Recipe, source: Path, target: Path, plan: Plan, shards: Mapping[str, Any], total: int,
+    resumed: tuple[str, ...],
+) -> Report:  # fmt: skip
+    """Writes what is beside the shards, and gives the directory its name."""
+    folder = journal.folder
+    for file in folder.iterdir():  # of an earlier run that ended here
+        if file.name not in journal.shards and file.name != "journal.json":
+            file.unlink()
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copy2(file, folder / file.name)
+    if len(shards) > 1:
+        weight_map = {item.key: name for name, items in shards.items() for item in items}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(folder / INDEX, json.dumps(index, indent=2))
+    report = {
+        "recipe": recipe.as_dict(), "layers": [list(layer) for layer in plan.layers], "notes": list(plan.notes),
+        "shards": {name: journal.shards[name]["sha256"] for name in shards},
+    }  # fmt: skip
+    write_text(folder / REPORT, json.dumps(report, indent=2))
+    write_text(folder / CONFIG, json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
+    (folder / "journal.json").unlink()
+    os.rename(folder, target)
+    return Report(target, plan.layers, plan.notes, total, report["shards"], resumed)  # type: ignore[arg-type]

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Experts from dense models that were trained apart: Branch-Train-MiX (arXiv:2403.07816), Nexus (arXiv:2408.15901),
+MergeME (arXiv:2502.00997)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
+from switchgear.convert.modules import is_transformers
+from switchgear.convert.split import fill, initialize_router
+from switchgear.experts import Experts
+from switchgear.layers.expand import _appended
+from switchgear.modules import MoE
+from switchgear.reference import check_size
+from switchgear.routing.scores_of_experts import Domain
+from switchgear.weights import stored_of
+
+ROUTERS = ("random", "hidden", "embedding", "zeros")
+
+
+def from_dense_experts(
+    models: Sequence[nn.Module],
+    top_k: int = 2,
+    *,
+    shared: nn.Module | None = None,
+    router: str | Tensor = "random",
+    router_init: float = 0.02,
+    prompts: Sequence[Tensor] | None = None,
+    embeddings: Tensor | None = None,
+    merge: str = "average",
+    base: nn.Module | None = None,
+    weights: Sequence[float] | None = None,
+    density: float = 0.2,
+    seed: int = 0,
+    layers: str | Sequence[int] = "all",
+    family: str | None = None,
+    **options: Any,
+) -> Any:
+    """An MoE whose expert e is the feed-forward network of model e. Everything else is merged.
+
+        done = from_dense_experts([math, code, law], top_k=2, router="hidden", prompts=[m, c, l])     # a Mixtral
+
+    Args:
+        models: Hugging Face models of one dense family and size (returns a Conversion with a new model), or
+            feed-forward modules (returns an MoE).
+        shared: feed-forward modules only: the network of the shared expert, such as the seed model's (Nexus).
+        router: "random" with standard deviation router_init; "zeros"; "hidden": row e is the direction of the mean
+            input of the feed-forward layer over prompts[e], in the base model (or the first one); "embedding": the same
+            of the embedded prompts, equal in all layers; a tensor [E,H] ([L,E,H] for models).
+        prompts: input_ids [B,S] of each expert.
+        embeddings: [E,D]: a Domain router over these embeddings instead (Nexus; feed-forward modules only).
+        merge, base, weights, density, seed: how all other tensors are merged; see merge_models.
+        layers, family: see upcycle. options: of MoE, for feed-forward modules.
+
+    Raises:
+        TypeError, ValueError: models that differ in type, size or activation, or an option out of range.
+    """
+    if not models:
+        raise ValueError("models: expected at least one, got none")
+    check_size("top_k", top_k)
+    if top_k > len(models):
+        raise ValueError(f"top_k: expected 1 to {len(models)} (models), got {top_k}")
+    if isinstance(router, str) and router not in ROUTERS:
+        raise ValueError(f"router: expected {', '.join(ROUTERS)} or a tensor, got {router!r}")
+    if all(isinstance(model, FeedForward) or is_feed_forward(model) for model in models):
+        if isinstance(router, str) and router in ("hidden", "embedding"):
+            raise ValueError(f"router: expected random, zeros or a tensor for feed-forward modules, got {router!r}")
+        return _layer(models, top_k, shared, router, router_init, embeddings, seed, options)
+    if not all(is_transformers(model) for model in models):
+        raise TypeError("models: expected Hugging Face models, or feed-forward modules")
+    if shared is not None or embeddings is not None or options:
+        name = next(iter(options), "shared" if shared is not None else "embeddings")
+        raise ValueError(f"{name}: expected none for Hugging Face models, no family of which expresses it")
+    from switchgear.convert.models import collect_models  # imports transformers
+
+    return collect_models(
+        models, top_k=top_k, router=router, router_init=router_init, prompts=prompts, base=base, layers=layers,
+        family=family, merge=merge, weights=weights, density=density, seed=seed,
+    )  # fmt: skip
+
+
+def _layer(
+    models: Sequence[nn.Module], top_k: int, shared: nn.Module | None, router: str | Tensor, router_init: float,
+    embeddings: Tensor | None, seed: int, options: dict[str, Any],
+) -> MoE:  # fmt: skip
+    networks = [feed_forward(model, f"models[{index}]") for index, model in enumerate(models)]
+    first = networks[0]
+    for index, network in enumerate(networks):
+        for name in ("hidden_size", "intermediate_size", "activation", "gated", "has_bias"):
+            if getattr(network, name) != getattr(first, name):
+                wanted, got = getattr(first, name), getattr(network, name)
+                raise ValueError(f"models[{index}]: expected {name} {wanted} like the first, got {got}")
+    of_shared = None if shared is None else feed_forward(shared, "shared")
+    width = 0 if of_shared is None else of_shared.intermediate_size
+    if embeddings is not None:
+        options["score"] = partial(Domain, domain_embeddings=embeddings)
+    elif "score" not in options and "select" not in options:
+        options.setdefault("normalize", True)
+    if "select" not in options:
+        options["top_k"] = top_k
+    moe = MoE(
+        first.hidden_size, first.intermediate_size, len(networks), shared_intermediate_size=width,
+        **first.options(), **options,
+    )  # fmt: skip
+    fill(moe.experts, networks)
+    if of_shared is not None:
+        fill_shared(moe.shared_experts, of_shared)  # type: ignore[arg-type]
+    if isinstance(router, Tensor):
+        if moe.gate.weight is None or moe.gate.weight.shape != router.shape:
+            raise ValueError(f"router: expected [{len(networks)}, {first.hidden_size}], got {list(router.shape)}")
+        with torch.no_grad():
+            moe.gate.weight.copy_(router)
+    else:
+        initialize_router(moe, 0.0 if router == "zeros" else router_init, seed)
+    return moe
+
+
+def add_domain_expert(moe: MoE, mlp: nn.Module | Mapping[str, Tensor], embedding: Tensor) -> int:
+    """Appends an expert to a layer with a Domain router, and returns its id (Nexus): its feed-forward network, and the
+    embedding of its domain, from which the router computes its row. The logits of old experts do not change.
+
+    Merge the other tensors with merge_models([old, new], weights=[n, 1]).
+    """
+    experts: Any = moe.experts
+    score = moe.gate.score
+    if not isinstance(score, Domain):
+        raise ValueError(
+            f"moe: expected a Domain router, got {type(score).__name__}; see MoE.add_expert for linear ones"
+        )
+    if type(experts) is not Experts or stored_of(experts) is not None:
+        raise ValueError("moe: expected plain Experts in this process")
+    given = mlp if isinstance(mlp, Mapping) else feed_forward(mlp).expert()
+    wanted = dict(experts.named_parameters(recurse=False))
+    rows = {name: tensor.mT if experts.transposed and tensor.dim() == 2 else tensor for name, tensor in given.items()}
+    if {name: row.shape for name, row in rows.items()} != {name: p.shape[1:] for name, p in wanted.items()}:
+        shapes = {name: list(parameter.shape[1:]) for name, parameter in wanted.items()}
+        raise ValueError(f"mlp: expected {shapes}, got { {name: list(row.shape) for name, row in rows.items()} }")
+    if embedding.numel() != score.domain_embeddings.shape[1]:
+        raise ValueError(f"embedding: expected [{score.domain_embeddings.shape[1]}], got {list(embedding.shape)}")
+    grown = {name: _appended(parameter.detach(), rows[name].detach()[None]) for name, parameter in wanted.items()}
+    for name, tensor in grown.items():
+        experts._parameters[name] = nn.Parameter(tensor, requires_grad=wanted[name].requires_grad)
+    score.add_expert(embedding)
+    experts.num_experts = moe.gate.num_experts = experts.num_experts + 1
+    return int(experts.num_experts) - 1
+
+
+class Projected(nn.Module):
+    """An expert of another hidden size: out_proj(expert(in_proj(x))), with random projections that are to be trained
+    (MergeME). Both are two Linear layers with a GELU between them.
+
+    expert: a module of rows [T,inner_size].
+    """
+
+    def __init__(
+        self, expert: nn.Module, hidden_size: int, inner_size: int, *, width: int | None = None, device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_size("hidden_size", hidden_size)
+        check_size("inner_size", inner_size)
+        width = max(hidden_size, inner_size) if width is None else width
+
+        def projection(size_in: int, size_out: int) -> nn.Sequential:
+            first = nn.Linear(size_in, width, device=device, dtype=dtype)
+            return nn.Sequential(first, nn.GELU(), nn.Linear(width, size_out, device=device, dtype=dtype))
+
+        self.in_proj, self.expert, self.out_proj = (
+            projection(hidden_size, inner_size), expert, projection(inner_size, hidden_size),
+        )  # fmt: skip
+        self.hidden_size = hidden_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out_proj(self.expert(self.in_proj(x)))
+        return y
+
+
+class ModuleExperts(nn.Module):
+    """Experts that are any modules of rows [T,H], such as Projected ones of other architectures, with the interface of
+    Experts. They run one after another.
+
+        moe.experts = ModuleExperts([mlp, Projected(other, 64, 96)], hidden_size=64)
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], hidden_size: int) -> None:
+        super().__init__()
+        if not modules:
+            raise ValueError("modules: expected at least one, got none")
+        self.members = nn.ModuleList(modules)
+        self.hidden_size, self.num_experts = hidden_size, len(modules)
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """hidden_states [..., H], topk_ids and topk_weights [..., K] -> [..., H]."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        ids, weights = topk_ids.reshape(len(x), -1), topk_weights.reshape(len(x), -1)
+        y = torch.zeros_like(x)
+        for expert, module in enumerate(self.members):
+            tokens, slots = (ids == expert).nonzero(as_tuple=True)
+            if len(tokens):
+                y = y.index_add(0, tokens, module(x[tokens]) * weights[tokens, slots, None].to(x.dtype))
+        return y.view_as(hidden_states)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Layer-wise distillation: each feed-forward layer is replaced by experts trained to give its output (LaDiMo,
+arXiv:2408.04278)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.complaints import check_module
+from switchgear.convert.ffn import is_feed_forward
+from switchgear.convert.modules import chosen_layers
+from switchgear.convert.split import split_dense
+from switchgear.modules import MoE
+from switchgear.reference import check_size
+from switchgear.routing.selection import Threshold, TopK
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A layer's mean squared error, before and after training, relative to the mean square of the dense output."""
+
+    name: str
+    before: float
+    after: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Distillation:
+    model: nn.Module
+    layers: tuple[Distilled, ...]
+
+
+def distill_layers(
+    model: nn.Module,
+    num_experts: int,
+    batches: Iterable[Any],
+    top_k: int = 2,
+    *,
+    layers: str | Sequence[int] = "all",
+    tokens: int = 100_000,
+    steps: int = 200,
+    batch_size: int = 1024,
+    lr: float = 1e-3,
+    method: str = "random",
+    seed: int = 0,
+    **options: Any,
+) -> Distillation:
+    """Replaces the dense feed-forward modules of a model, in place, by MoE layers that were trained on their inputs and
+    outputs. All or none are replaced.
+
+    Args:
+        model: called with each batch (a mapping is passed as keywords); for one feed-forward module, batches of rows,
+            and the result's `model` is the MoE.
+        num_experts, top_k, method, options: of split_dense, which makes the initial experts. Weights are
+            E · softmax over the chosen experts.
+        tokens: how many inputs of each layer are kept; 100,000 in the paper (unverified).
+        steps, batch_size, lr, seed: of Adam. Experts and router train.
+
+    Raises:
+        ValueError: the model has no dense feed-forward modules, or batches has no tokens. Nothing is changed.
+    """
+    check_module("model", model)
+    for name, size in {"tokens": tokens, "batch_size": batch_size, "top_k": top_k}.items():
+        check_size(name, size)
+    check_size("steps", steps, 0)
+    options = {"weights": "softmax", "seed": seed, **options}
+    if is_feed_forward(model):
+        chosen = [("", model)]
+    else:
+        found = [(name, module) for name, module in model.named_modules() if name and is_feed_forward(module)]
+        if not found:
+            raise ValueError(f"model: expected dense feed-forward modules in {type(model).__name__}, found none")
+        chosen = [found[index] for index in chosen_layers(layers, len(found))]
+    inputs = _inputs(model, dict(chosen), batches, tokens)
+    made: list[tuple[str, MoE]] = []
+    done: list[Distilled] = []
+    for name, module in chosen:
+        x = inputs.pop(name)
+        with torch.no_grad():
+            y = torch.cat([module(part) for part in torch.split(x, batch_size)])
+        moe = split_dense(module, num_experts, top_k, method=method, **options)
+        before = relative_error(moe, x, y)
+        _train(moe, x, y, steps, batch_size, lr, seed)
+        made.append((name, moe.train(module.training)))
+        done.append(Distilled(name, before, relative_error(moe, x, y), len(x)))
+    if made[0][0] == "":
+        return Distillation(made[0][1], tuple(done))
+    for name, moe in made:
+        model.set_submodule(name, moe)
+    return Distillation(model, tuple(done))
+
+
+@torch.no_grad()
+def relative_error(layer: nn.Module, x: Tensor, y: Tensor) -> float:
+    """mean (layer(x) - y)² / mean y²."""
+    error = 0.0
+    for rows, wanted in zip(torch.split(x, 4096), torch.split(y, 4096), strict=True):
+        error += float((layer(rows) - wanted).float().square().sum())
+    return error / max(float(y.float().square().sum()), 1e-30)
+
+
+def threshold_for(moe: MoE, x: Tensor, experts_per_token: float) -> float:
+    """Lets a layer choose as many experts as their scores call for, experts_per_token on average over x [T,H]
+    (Threshold); returns the threshold. The weights are scaled as before: their sum stays that of top-k."""
+    select: Any = moe.gate.select
+    if not isinstance(select, TopK) or select.score_function != "softmax" or moe.gate.weight is None:
+        raise ValueError(f"moe: expected a linear router with TopK by softmax, got {type(select).__name__}")
+    with torch.no_grad():
+        logits = moe.gate(x).router_logits
+    threshold = Threshold.calibrate(logits, experts_per_token)
+    moe.gate.select = Threshold(threshold, normalize=select.normalize, scale=select.scale)
+    return threshold
+
+
+def _inputs(model: nn.Module, modules: dict[str, nn.Module], batches: Iterable[Any], tokens: int) -> dict[str, Tensor]:
+    """The first `tokens` inputs of each module."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in modules}
+    if "" in modules:
+        rows[""] = [batch.reshape(-1, batch.shape[-1]) for batch in batches]
+    else:
+        with ExitStack() as stack, torch.no_grad():
+            for name, module in modules.items():
+
+                def keep(_: Any, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                    rows[name].append(inputs[0].detach().flatten(0, -2))
+
+                stack.callback(module.register_forward_pre_hook(keep).remove)
+            for batch in batches:
+                model(**batch) if isinstance(batch, dict) else model(batch)
+                if all(sum(map(len, kept)) >= tokens for kept in rows.values()):
+                    break
+    found = {name: torch.cat(kept)[:tokens] if kept else torch.empty(0) for name, kept in rows.items()}
+    if empty := [name for name, x in found.items() if not len(x)]:
+        raise ValueError(f"batches: expected tokens for each layer, got none for {empty[0] or 'the module'}")
+    return found
+
+
+def _train(moe: MoE, x: Tensor, y: Tensor, steps: int, batch_size: int, lr: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(moe.parameters(), lr)
+    scale = y.float().square().mean().clamp(min=1e-30)
+    moe.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:  # linear decay
+            group["lr"] = lr * (1 - step / steps)
+        index = torch.randint(len(x), (min(batch_size, len(x)),), generator=generator).to(x.device)
+        optimizer.zero_grad()
+        loss = (moe(x[index]) - y[index]).float().square().mean() / scale
+        loss.backward()
+        optimizer.step()

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Layouts of experts in checkpoints: one tensor per expert and projection, fused tensors, and Megatron-Core's three."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switchgear.convert.families import FAMILIES, PARTS, Family
+from switchgear.convert.plans import Item, Plan, Source, copied
+from switchgear.reference import check_choice
+
+LAYOUTS = ("per_expert", "fused", "megatron", "megatron_te", "megatron_grouped")
+MEGATRON = r"decoder\.layers\.(\d+)\.mlp\.experts\."
+
+
+@dataclass(frozen=True)
+class Found:
+    """The experts of a checkpoint: the layout, their number in each layer, and the keys that hold them."""
+
+    layout: str
+    experts: Mapping[int, int]
+    keys: frozenset[str]
+
+
+def layout_plan(config: Mapping[str, Any], source: Source, to: str) -> Plan:
+    """Rearranges the experts of an MoE checkpoint, and renames routers; all values stay.
+
+    per_expert        model.layers.0.mlp.experts.3.gate_proj.weight [I,H], …   (as published; Mixtral: w1, w3, w2)
+    fused             model.layers.0.mlp.experts.gate_up_proj [E,2I,H], down_proj [E,H,I]   (as in transformers)
+    megatron          decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight [2I,H], linear_fc2.weight [H,I]
+    megatron_te       decoder.layers.0.mlp.experts.linear_fc1.weight3 [2I,H], linear_fc2.weight3 [H,I]
+    megatron_grouped  decoder.layers.0.mlp.experts.weight1 [H,E·2I], weight2 [E·I,H]
+
+    Megatron's routers are decoder.layers.0.mlp.router.weight. Other tensors keep their names.
+    """
+    check_choice("to", to, LAYOUTS)
+    family = _family(config)
+    found = find(source, family)
+    read = _Reader(source, family, found)
+    items: list[Item] = []
+    for key in source.keys():  # noqa: SIM118  (not a mapping)
+        if key not in found.keys:
+            item = copied(source, key)
+            items.append(Item(_renamed(key, family, to), item.shape, item.dtype, item.make))
+    for layer, count in sorted(found.experts.items()):
+        hidden, width, dtype = read.sizes(layer)
+        items += _written(to, family, layer, count, hidden, width, dtype, read)
+    done = tuple((f"model.layers.{layer}", found.layout, count, to) for layer, count in sorted(found.experts.items()))
+    return Plan(dict(config), tuple(items), done)
+
+
+def find(source: Source, family: Family) -> Found:
+    """Finds the experts. Raises ValueError if there are none, or in more than one layout."""
+    keys = list(source.keys())
+    names = "|".join(family.names)
+    patterns = {
+        "per_expert": rf"model\.layers\.(\d+)\.{family.block}\.experts\.(\d+)\.(?:{names})\.weight",
+        "fused": r"model\.layers\.(\d+)\.mlp\.experts\.(?:gate_up_proj|down_proj)",
+        "megatron": MEGATRON + r"local_experts\.(\d+)\.linear_fc[12]\.weight",
+        "megatron_te": MEGATRON + r"linear_fc[12]\.weight(\d+)",
+        "megatron_grouped": MEGATRON + r"weight[12]",
+    }
+    by_layout: dict[str, dict[str, re.Match[str]]] = {}
+    for layout, pattern in patterns.items():
+        matches = {key: match for key in keys if (match := re.fullmatch(pattern, key))}
+        if matches:
+            by_layout[layout] = matches
+    if len(by_layout) != 1:
+        got = ", ".join(by_layout) or "none"
+        raise ValueError(f"source: expected experts in one layout ({', '.join(LAYOUTS)}), got {got}")
+    ((layout, matches),) = by_layout.items()
+    experts: dict[int, set[int]] = {}
+    for match in matches.values():
+        layer = int(match.group(1))
+        numbers = {int(match.group(2))} if match.re.groups == 2 else set()
+        experts.setdefault(layer, set()).update(numbers)
+    counts = {layer: max(numbers) + 1 if numbers else 0 for layer, numbers in experts.items()}
+    for layer in counts:
+        if layout == "fused":
+            counts[layer] = source.shape(f"model.layers.{layer}.mlp.experts.down_proj")[0]
+        elif layout == "megatron_grouped":
+            first, second = (source.shape(f"decoder.layers.{layer}.mlp.experts.weight{i}") for i in (1, 2))
+            hidden = source.shape(f"decoder.layers.{layer}.mlp.router.weight")
+            counts[layer] = hidden[0]
+            if first[0] != hidden[1] or second[1] != hidden[1] or first[1] != 2 * second[0]:
+                raise ValueError(f"source: expected gated experts [H,E·2I] and [E·I,H], got {first} and {second}")
+        elif len(experts[layer]) != counts[layer]:
+            raise ValueError(f"source: expected experts 0 to {counts[layer] - 1} of layer {layer}, some are missing")
+    return Found(layout, counts, frozenset(matches))
+
+
+class _Reader:
+    """Reads the projection `part` of an expert from any layout, as [out,in]."""
+
+    def __init__(self, source: Source, family: Family, found: Found) -> None:
+        self._source, self._family, self._found = source, family, found
+
+    def sizes(self, layer: int) -> tuple[int, int, torch.dtype]:
+        """H, I and the dtype."""
+        if self._found.layout == "megatron_grouped":
+            key = f"decoder.layers.{layer}.mlp.experts.weight2"
+            rows, hidden = self._source.shape(key)
+            return hidden, rows // self._found.experts[layer], self._source.dtype(key)
+        key = self._key(layer, 0, "down_proj")
+        hidden, width = self._source.shape(key)[-2:]
+        return hidden, width, self._source.dtype(key)
+
+    def __call__(self, layer: int, expert: int, part: str) -> Tensor:
+        layout = self._found.layout
+        if layout == "per_expert":
+            return self._source.read(self._family.expert(layer, expert, part))
+        hidden, width, _ = self.sizes(layer)
+        if layout == "megatron_grouped":
+            prefix = f"decoder.layers.{layer}.mlp.experts."
+            if part == "down_proj":
+                return self._source.read(prefix + "weight2")[expert * width : (expert + 1) * width].T
+            # [H, E·2I] is the memory of [E,H,2I], as Megatron views it
+            rows = self._source.read(prefix + "weight1").reshape(-1, hidden, 2 * width)[expert].T
+            return _half(rows, part)
+        weight = self._source.read(self._key(layer, expert, part))
+        weight = weight[expert] if layout == "fused" else weight
+        return weight if part == "down_proj" else _half(weight, part)
+
+    def _key(self, layer: int, expert: int, part: str) -> str:
+        layout, number = self._found.layout, 2 if part == "down_proj" else 1
+        if layout == "per_expert":
+            return self._family.expert(layer, expert, part)
+        if layout == "fused":
+            return f"model.layers.{layer}.mlp.experts.{'down_proj' if number == 2 else 'gate_up_proj'}"
+        return _megatron_key(layout, layer, expert, number)
+
+
+def _half(rows: Tensor, part: str) -> Tensor:
+    gate, up = rows.chunk(2)
+    return gate if part == "gate_proj" else up
+
+
+def _megatron_key(layout: str, layer: int, expert: int, number: int) -> str:
+    prefix = f"decoder.layers.{layer}.mlp.experts."
+    if layout == "megatron":
+        return f"{prefix}local_experts.{expert}.linear_fc{number}.weight"
+    return f"{prefix}linear_fc{number}.weight{expert}"
+
+
+def _written(
+    to: str, family: Family, layer: int, count: int, hidden: int, width: int, dtype: torch.dtype,
+    read: Callable[[int, int, str], Tensor],
+) -> list[Item]:  # fmt: skip
+    """The tensors of a layer's experts in the layout `to`."""
+
+    def first(expert: int) -> Tensor:
+        return torch.cat([read(layer, expert, part) for part in PARTS[:2]])
+
+    def second(expert: int) -> Tensor:
+        return read(layer, expert, "down_proj")
+
+    def item(key: str, make: Callable[[], Tensor], *shape: int) -> Item:
+        return Item(key, shape, dtype, make)
+
+    if to == "per_expert":
+        shapes = [(width, hidden), (width, hidden), (hidden, width)]
+        return [
+            item(family.expert(layer, expert, part), partial(read, layer, expert, part), *shape)
+            for expert in range(count)
+            for part, shape in zip(PARTS, shapes, strict=True)
+        ]
+    if to == "fused":
+        prefix = f"model.layers.{layer}.mlp.experts."
+        return [
+            item(prefix + "gate_up_proj", lambda: _stacked(count, first), count, 2 * width, hidden),
+            item(prefix + "down_proj", lambda: _stacked(count, second), count, hidden, width),
+        ]
+    if to == "megatron_grouped":
+        prefix = f"decoder.layers.{layer}.mlp.experts."
+
+        def transposed(make: Callable[[int], Tensor], *shape: int) -> Callable[[], Tensor]:
+            return lambda: _stacked(count, lambda expert: make(expert).T).reshape(*shape)
+
+        sizes = (hidden, count * 2 * width), (count * width, hidden)
+        return [
+            item(f"{prefix}weight{number}", transposed(make, *size), *size)
+            for number, make, size in zip((1, 2), (first, second), sizes, strict=True)
+        ]
+    return [
+        item(_megatron_key(to, layer, expert, number), partial(make, expert), *shape)
+        for expert in range(count)
+        for number, make, shape in ((1, first, (2 * width, hidden)), (2, second, (hidden, width)))
+    ]
+
+
+def _stacked(count: int, make: Callable[[int], Tensor]) -> Tensor:
+    """[E,…], one expert at a time."""
+    first = make(0)
+    made = torch.empty(count, *first.shape, dtype=first.dtype)
+    made[0] = first
+    for expert in range(1, count):
+        made[expert] = make(expert)
+    return made
+
+
+def _family(config: Mapping[str, Any]) -> Family:
+    """The names of the model type; most publish mlp.experts.0.gate_proj.weight."""
+    model_type = str(config.get("model_type"))
+    return FAMILIES.get(model_type, Family(model_type, "", "mlp", PARTS, "num_experts", "moe_intermediate_size"))
+
+
+def _renamed(key: str, family: Family, to: str) -> str:
+    """The name of a router in the new layout; other keys stay."""
+    match = re.fullmatch(r"(?:model|decoder)\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router)\.(\w+)", key)
+    if match is None:
+        return key
+    layer, name = match.groups()
+    if to.startswith("megatron"):
+        return f"decoder.layers.{layer}.mlp.router.{name}"
+    return f"model.layers.{layer}.{family.block if to == 'per_expert' else 'mlp'}.gate.{name}"

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Conversions of whole Hugging Face models in memory. The result is a model of an unmodified family of transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from switchgear.convert.average import Merging
+from switchgear.convert.families import layers_of
+from switchgear.convert.plans import Plan, StateDict
+from switchgear.convert.recipes import dense_plan, experts_plan, split_plan, upcycle_plan
+from switchgear.convert.result import Conversion, Converted
+
+
+def upcycle_model(
+    model: Any, *, num_experts: int, top_k: int, layers: str | Sequence[int], router_init: float, noise: float,
+    seed: int, family: str | None,
+) -> Conversion:  # fmt: skip
+    """See upcycle."""
+    plan = upcycle_plan(
+        config_of(model), tensors_of(model), num_experts=num_experts, top_k=top_k, layers=layers,
+        router_init=router_init, noise=noise, seed=seed, family=family,
+    )  # fmt: skip
+    return built(model, plan)
+
+
+def split_model(
+    model: Any, *, num_experts: int, top_k: int, layers: str | Sequence[int] = "all", family: str | None = None,
+    **options: Any,
+) -> Conversion:  # fmt: skip
+    """See split_dense."""
+    plan = split_plan(
+        config_of(model), tensors_of(model), num_experts=num_experts, top_k=top_k, layers=layers, family=family,
+        **options,
+    )  # fmt: skip
+    return built(model, plan)
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """All fields of the config, with the architecture of the model."""
+    config: dict[str, Any] = model.config.to_dict()
+    return {**config, "architectures": [type(model).__name__]}
+
+
+def tensors_of(model: Any) -> StateDict:
+    """The tensors of the state dict, tied ones once."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return StateDict({key: tensor for key, tensor in model.state_dict().items() if key not in tied})
+
+
+def built(model: Any, plan: Plan) -> Conversion:
+    """A new model of the plan's config with its tensors, in the mode, dtype and on the device of the old one."""
+    config = transformers.AutoConfig.for_model(**plan.config)
+    made_class = getattr(transformers, plan.config["architectures"][0])
+    like: Tensor = next(model.parameters())
+    state = {item.key: _fitting(item.make(), item.shape) for item in plan.items}
+    made = made_class.from_pretrained(None, config=config, state_dict=state, dtype=like.dtype)
+    made = made.to(like.device).train(model.training)
+    made.config._name_or_path = model.config._name_or_path
+    if getattr(model, "generation_config", None) is not None:
+        made.generation_config = copy.deepcopy(model.generation_config)
+    layers = tuple(Converted(*layer) for layer in plan.layers)
+    return Conversion(made, layers, plan.notes)
+
+
+def _fitting(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise AssertionError(f"a tensor of shape {list(shape)} was planned, {list(tensor.shape)} was made")
+    return tensor.contiguous()
+
+
+def collect_models(
+    models: Sequence[Any], *, top_k: int, router: str | Tensor, router_init: float, prompts: Sequence[Tensor] | None,
+    base: Any, layers: str | Sequence[int], family: str | None, merge: str, weights: Sequence[float] | None,
+    density: float, seed: int,
+) -> Conversion:  # fmt: skip
+    """See from_dense_experts."""
+    first = models[0] if base is None else base
+    chosen = layers_of(config_of(first), layers)
+    rows = router_rows(first, len(models), chosen, router, prompts)
+    merging = Merging(merge, None if weights is None else tuple(map(float, weights)), density, 1.0, seed)
+    plan = experts_plan(
+        [(config_of(model), tensors_of(model)) for model in models],
+        None if base is None else (config_of(base), tensors_of(base)),
+        top_k=top_k, layers=layers, family=family, router=rows, router_init=0.0 if router == "zeros" else router_init,
+        merging=merging, seed=seed,
+    )  # fmt: skip
+    return built(first, plan)
+
+
+def router_rows(
+    model: Any, num_experts: int, layers: Sequence[int], router: str | Tensor, prompts: Sequence[Tensor] | None
+) -> dict[int, Tensor] | None:
+    """The rows [E,H] of each layer's router, or None for random ones."""
+    hidden = int(model.config.hidden_size)
+    if isinstance(router, Tensor):
+        shape = (len(layers), num_experts, hidden)
+        if router.dim() == 2:
+            router = router[None].expand(len(layers), -1, -1)
+        if router.shape != shape:
+            raise ValueError(f"router: expected {list(shape)} or {list(shape[1:])}, got {list(router.shape)}")
+        return dict(zip(layers, router, strict=True))
+    if router not in ("hidden", "embedding"):
+        return None
+    if prompts is None or len(prompts) != num_experts:
+        got = "None" if prompts is None else f"{len(prompts)}"
+        raise ValueError(
+            f"prompts: expected input_ids of each of {num_experts} experts for router={router!r}, got {got}"
+        )
+    rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for ids in prompts:
+        means = _mean_inputs(model, ids, layers) if router == "hidden" else _mean_embedding(model, ids, layers)
+        for layer, mean in means.items():
+            rows[layer].append(mean / mean.norm().clamp(min=1e-8))
+    return {layer: torch.stack(found) for layer, found in rows.items()}
+
+
+@torch.no_grad()
+def _mean_inputs(model: Any, input_ids: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    """The mean input [H] float32 of each feed-forward layer, which is what the layer's router will see."""
+    found: dict[int, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+
+            def keep(_: Any, inputs: tuple[Tensor, ...], layer: int = layer) -> None:
+                found[layer] = inputs[0].float().flatten(0, -2).mean(0)
+
+            stack.callback(model.model.layers[layer].mlp.register_forward_pre_hook(keep).remove)
+        model(input_ids)
+    return found
+
+
+@torch.no_grad()
+def _mean_embedding(model: Any, input_ids: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    mean: Tensor = model.get_input_embeddings()(input_ids).float().flatten(0, -2).mean(0)
+    return dict.fromkeys(layers, mean)
+
+
+def dense_model(
+    model: Any, method: str, *, weights: Sequence[float] | None = None, rank: int | None = None
+) -> Conversion:
+    """See to_dense."""
+    plan = dense_plan(config_of(model), tensors_of(model), method, weights=weights, rank=rank)
+    return built(model, plan)

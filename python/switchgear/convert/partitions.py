@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Partitions of the neurons of a dense feed-forward network into experts. Neuron n is row n of gate and up and column n
+of down; the network is the sum of its neurons, so any partition is exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear import ops
+from switchgear.convert.ffn import FeedForward
+from switchgear.reference import check_choice, check_size
+
+METHODS = ("random", "contiguous", "interleave", "cluster", "gradient", "domain_masks")
+LLOYD_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The neurons of each expert and of the shared expert, as ascending int64 indices.
+
+    is_split: each neuron is in exactly one of them, so that all of them together are the dense network. Otherwise
+    neurons are in several experts (interleave with shared ones, domain masks), or in none.
+    """
+
+    experts: tuple[Tensor, ...]
+    shared: Tensor
+    is_split: bool = True
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(len(index) for index in self.experts)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts)
+
+
+def partition(
+    weights: FeedForward,
+    num_experts: int,
+    method: str = "random",
+    *,
+    shared: int | float = 0,
+    importance: Tensor | None = None,
+    keep: float = 0.5,
+    seed: int = 0,
+) -> Partition:
+    """Divides the neurons of a network; see split_dense for the methods.
+
+    Raises:
+        ValueError: an unknown method, a width that does not divide, or importance missing or of another shape.
+    """
+    check_size("num_experts", num_experts)
+    check_choice("method", method, METHODS)
+    width = weights.intermediate_size
+    if method == "domain_masks":
+        return _domain_masks(_importance(importance, width, method), num_experts, keep, shared)
+    num_shared = _num_shared(shared, num_experts, width)
+    rest = width - num_shared
+    if rest % num_experts or rest < num_experts:
+        raise ValueError(
+            f"num_experts: expected a divisor of the {rest} neurons that are not shared ({width} in all), "
+            f"got {num_experts}"
+        )
+    if method == "gradient":
+        return _gradient(_importance(importance, width, method), num_experts, num_shared)
+    if importance is None:
+        first, order = torch.arange(num_shared), torch.arange(num_shared, width)
+    else:  # the most important neurons are shared
+        ranked = _importance(importance, width, method).mean(0).argsort(descending=True, stable=True)
+        first, order = ranked[:num_shared].sort().values, ranked[num_shared:].sort().values
+    if method == "interleave":
+        experts = tuple(torch.cat((first, order[e::num_experts])).sort().values for e in range(num_experts))
+        return Partition(experts, first[:0], not num_shared or num_experts == 1)
+    if method == "random":
+        generator = torch.Generator().manual_seed(seed)
+        order = order[torch.randperm(rest, generator=generator)]
+    elif method == "cluster":
+        rows = weights.up if weights.gate is None else weights.gate
+        ids = balanced_kmeans(rows[order.to(rows.device)].detach().float().cpu(), num_experts, seed)
+        order = order[ids.argsort(stable=True)]
+    return Partition(tuple(part.sort().values for part in order.chunk(num_experts)), first)
+
+
+def balanced_kmeans(rows: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
+    """[N] int64: a cluster for each of rows [N,D] float32, all of N / C rows, by Lloyd's steps with the balanced
+    assignment of the native op. The result with the least squared distance is returned."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = rows[torch.randperm(len(rows), generator=generator)[:num_clusters]]
+    best, best_ids = math.inf, torch.zeros(len(rows), dtype=torch.int64)
+    ids: Tensor | None = None
+    for _ in range(LLOYD_STEPS):
+        distances = torch.cdist(rows, centers).square()
+        new = ops.assign_balanced(-distances, None, 1, -1.0, 200).long()
+        total = float(distances.gather(1, new[:, None]).sum())
+        if total < best:
+            best, best_ids = total, new
+        if ids is not None and torch.equal(new, ids):
+            break
+        ids = new
+        sums = torch.zeros_like(centers).index_add_(0, ids, rows)
+        centers = sums / torch.bincount(ids, minlength=num_clusters)[:, None]
+    return best_ids
+
+
+def neuron_importance(
+    module: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], *, mlp: nn.Module | None = None
+) -> Tensor:
+    """[I] float32: the first-order change of the loss if a neuron is removed, |Σ w · ∂loss/∂w| over its column of the
+    down projection, summed over batches (LLaMA-MoE v2, arXiv:2411.15708).
+
+    Args:
+        module: computes the loss: loss(module(batch)); a mapping is passed as keywords.
+        mlp: the feed-forward module inside it; by default `module` itself.
+
+    Gradients of other parameters are left as they are.
+    """
+    down = _down(module if mlp is None else mlp)
+    total: Tensor | None = None
+    was = down.requires_grad
+    down.requires_grad_(True)
+    try:
+        for batch in batches:
+            with torch.enable_grad():
+                value = loss(module(**batch) if isinstance(batch, dict) else module(batch))
+                (grad,) = torch.autograd.grad(value, [down])
+            change = (down.detach().float() * grad.float()).sum(0).abs()
+            total = change if total is None else total + change
+    finally:
+        down.requires_grad_(was)
+    if total is None:
+        raise ValueError("batches: expected at least one, got none")
+    return total
+
+
+def _down(mlp: nn.Module) -> nn.Parameter:
+    for name in ("down_proj", "w2", "fc2", "c_proj", "fc_out", "dense_4h_to_h"):
+        linear = getattr(mlp, name, None)
+        if isinstance(linear, nn.Linear):
+            weight: nn.Parameter = linear.weight  # type: ignore[assignment]
+            return weight
+    raise ValueError(f"mlp: expected a dense feed-forward module, got {type(mlp).__name__}")
+
+
+def _num_shared(shared: int | float, num_experts: int, width: int) -> int:
+    """A whole number counts shared experts as wide as the others; a fraction is one of the neurons."""
+    if isinstance(shared, bool) or not isinstance(shared, (int, float)):
+        raise TypeError(f"shared: expected a number of experts or a fraction, got {type(shared).__name__}")
+    if not shared:
+        return 0
+    if isinstance(shared, int):
+        if shared < 0 or width % (num_experts + shared):
+            raise ValueError(
+                f"shared: expected a number such that {num_experts} + shared divides {width}, got {shared}"
+            )
+        return width // (num_experts + shared) * shared
+    if not 0 <= shared < 1:
+        raise ValueError(f"shared: expected a fraction in [0, 1) or a whole number, got {shared}")
+    return width - (width - round(shared * width)) // num_experts * num_experts  # the rest divides
+
+
+def _importance(importance: Tensor | None, width: int, method: str) -> Tensor:
+    """[G,I] float32 on the CPU."""
+    if importance is None:
+        raise ValueError(f"importance: expected a tensor [I] or [G,I] for method={method!r}, got None")
+    rows = importance.detach().float().cpu()
+    rows = rows[None] if rows.dim() == 1 else rows
+    if rows.dim() != 2 or rows.shape[1] != width:
+        raise ValueError(f"importance: expected shape [{width}] or [G, {width}], got {list(importance.shape)}")
+    if not rows.isfinite().all():
+        raise ValueError("importance: expected finite numbers")
+    return rows
+
+
+def _gradient(importance: Tensor, num_experts: int, num_shared: int) -> Partition:
+    """The most important neurons are shared. The others: with a row of importance per expert, such that the sum of the
+    importance of each expert's neurons to it is near its maximum; with one row, dealt out in order of importance."""
+    groups = importance.shape[0]
+    if groups not in (1, num_experts):
+        raise ValueError(f"importance: expected 1 or {num_experts} rows, one per expert, got {groups}")
+    ranked = importance.mean(0).argsort(descending=True, stable=True)
+    shared, rest = ranked[:num_shared].sort().values, ranked[num_shared:]
+    if groups == 1:
+        turns = rest.view(-1, num_experts)
+        turns = torch.where((torch.arange(len(turns)) % 2 == 1)[:, None], turns.flip(1), turns)  # boustrophedon
+        return Partition(tuple(turns[:, e].sort().values for e in range(num_experts)), shared)
+    values = importance[:, rest].T.contiguous()
+    ids = ops.assign_balanced(values / values.abs().max().clamp(min=1e-30), None, 1, -1.0, 1000).long()
+    return Partition(tuple(rest[ids == e].sort().values for e in range(num_experts)), shared)
+
+
+def _domain_masks(importance: Tensor, num_experts: int, keep: float, shared: int | float) -> Partition:
+    """Read-ME: each domain keeps its top share of neurons; the intersection of all is shared, the rest of a mask is
+    the domain's expert."""
+    if importance.shape[0] != num_experts:
+        raise ValueError(f"importance: expected {num_experts} rows, one per domain, got {importance.shape[0]}")
+    if shared:
+        raise ValueError("shared: expected 0 for domain masks, whose intersection is shared")
+    width = importance.shape[1]
+    count = round(keep * width)
+    if not 0 < keep <= 1 or not count:
+        raise ValueError(f"keep: expected a fraction in (0, 1] that keeps a neuron, got {keep}")
+    best = importance.argsort(dim=1, descending=True, stable=True)[:, :count]
+    masks = torch.zeros(importance.shape, dtype=torch.bool).scatter_(1, best, True)
+    residual = masks.all(0)
+    experts = tuple((mask & ~residual).nonzero().flatten() for mask in masks)
+    return Partition(experts, residual.nonzero().flatten(), False)

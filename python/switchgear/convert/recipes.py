@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Plans of whole models from their configs and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switchgear.convert.average import Merging, check_same
+from switchgear.convert.dense import PlainExperts, to_dense
+from switchgear.convert.families import (
+    FAMILIES,
+    PARTS,
+    Size,
+    check_dense,
+    dense_config,
+    dense_key,
+    family_for,
+    layers_of,
+    moe_config,
+    num_experts_of,
+)
+from switchgear.convert.ffn import FeedForward, feed_forward
+from switchgear.convert.plans import Item, Once, Plan, Source, Split, check_moe, collected, copied, split, upcycled
+
+PADDED = 8  # neurons; transformers' grouped_mm reads rows of multiples of 16 bytes
+
+
+def upcycle_plan(
+    config: Mapping[str, Any], source: Source, *, num_experts: int = 8, top_k: int = 2,
+    layers: str | Sequence[int] = "all", router_init: float = 0.02, noise: float = 0.0, seed: int = 0,
+    family: str | None = None,
+) -> Plan:  # fmt: skip
+    """See upcycle."""
+    check_dense(config)
+    check_moe(num_experts, top_k)
+    size = Size(num_experts, top_k, int(config["intermediate_size"]), layers_of(config, layers))
+    found = family_for(config, size, family)
+    items = upcycled(source, found, size, router_init=router_init, noise=noise, seed=seed)
+    how = f"{found.model_type}, copies" + (f" with noise {noise}" if noise else "")
+    done = tuple((f"model.layers.{layer}.mlp", "dense", num_experts, how) for layer in size.layers)
+    return Plan(moe_config(config, found, size), tuple(items), done)
+
+
+def split_plan(
+    config: Mapping[str, Any], source: Source, *, num_experts: int, top_k: int, layers: str | Sequence[int] = "all",
+    method: str = "random", shared: int | float = 0, importance: Mapping[int, Tensor] | None = None, keep: float = 0.5,
+    rescale: bool = True, router_init: float = 0.02, seed: int = 0, family: str | None = None,
+) -> Plan:  # fmt: skip
+    """See split_dense. Each expert is E times its neurons (K times without rescale), since weights sum to 1."""
+    check_dense(config)
+    check_moe(num_experts, top_k)
+    chosen = layers_of(config, layers)
+    how = Split(num_experts, method, shared, importance, keep, seed)
+    for layer in chosen:
+        if dense_key(layer, "gate_proj") not in set(source.keys()):
+            raise ValueError(f"model: expected {dense_key(layer, 'gate_proj')} among its tensors, got none")
+    widths = [how.widths(source, layer) for layer in chosen]
+    width, shared_width = (-(-max(sizes) // PADDED) * PADDED for sizes in zip(*widths, strict=True))
+    size = Size(num_experts, top_k, width, chosen, shared_width)
+    found = family_for(config, size, family)
+    if method == "interleave" and shared:
+        scale = 1.0  # whole networks, not parts of a sum
+    elif method == "domain_masks":
+        scale = float(top_k)
+    else:
+        scale = float(num_experts if rescale else top_k)
+    items = split(source, found, size, how, scale=scale, router_init=router_init)
+    notes = [f"down projections of experts are multiplied by {scale:g}, since {found.model_type}'s weights sum to 1"]
+    if size.shared_width:
+        notes.append("the shared expert is doubled, since its gate starts at sigmoid(0) = 1/2")
+    if set(widths) != {(width, shared_width)} or method == "domain_masks":
+        notes.append(f"experts are padded with zeros to {size.width} neurons, the shared one to {size.shared_width}")
+    text = f"{found.model_type}, split by {method}, {size.width} neurons each"
+    done = tuple((f"model.layers.{layer}.mlp", "dense", num_experts, text) for layer in chosen)
+    return Plan(moe_config(config, found, size), tuple(items), done, tuple(notes))
+
+
+def experts_plan(
+    models: Sequence[tuple[Mapping[str, Any], Source]], base: tuple[Mapping[str, Any], Source] | None, *, top_k: int,
+    layers: str | Sequence[int] = "all", family: str | None = None, router: Mapping[int, Tensor] | None = None,
+    router_init: float = 0.02, merging: Merging, seed: int = 0, noise: float = 0.0,
+) -> Plan:  # fmt: skip
+    """See from_dense_experts."""
+    check_moe(len(models), top_k)
+    config, origin = models[0] if base is None else base
+    merge = merged_items([source for _, source in models], None if base is None else base[1], merging)
+    for index, (other, _) in enumerate(models):
+        check_dense(other)
+        for name in ("model_type", "hidden_act", "intermediate_size", "rms_norm_eps", "num_attention_heads"):
+            if other.get(name) != config.get(name):
+                raise ValueError(f"models[{index}]: expected {name} {config.get(name)}, got {other.get(name)}")
+    size = Size(len(models), top_k, int(config["intermediate_size"]), layers_of(config, layers))
+    found = family_for(config, size, family)
+    items = collected(
+        origin, [source for _, source in models], found, size, router=router, router_init=router_init, seed=seed,
+        merge=merge, noise=noise,
+    )  # fmt: skip
+    how = f"{found.model_type}, one per model; other tensors by {merging.method}"
+    done = tuple((f"model.layers.{layer}.mlp", "dense", size.num_experts, how) for layer in size.layers)
+    return Plan(moe_config(config, found, size), tuple(items), done)
+
+
+def merge_plan(
+    models: Sequence[tuple[Mapping[str, Any], Source]], base: tuple[Mapping[str, Any], Source] | None, merging: Merging
+) -> Plan:
+    """See merge_models."""
+    sources = [source for _, source in models]
+    make = merged_items(sources, None if base is None else base[1], merging)
+    config = dict(models[0][0] if base is None else base[0])
+    return Plan(config, tuple(make(key) for key in sources[0].keys()))  # noqa: SIM118  (not a mapping)
+
+
+def merged_items(sources: Sequence[Source], base: Source | None, merging: Merging) -> Callable[[str], Item]:
+    """Makes the item of a key of all models. Raises ValueError if their tensors differ in name or shape."""
+    merging.check(len(sources), base is not None)
+    wanted = {key: sources[0].shape(key) for key in sources[0].keys()}  # noqa: SIM118
+    named = [(f"models[{index}]", source) for index, source in enumerate(sources)]
+    for name, source in [*named, *([("base", base)] if base is not None else [])]:
+        check_same(name, {key: source.shape(key) for key in source.keys()}, wanted)  # noqa: SIM118
+
+    def item(key: str) -> Item:
+        first = sources[0] if base is None else base
+
+        def make() -> Tensor:
+            return merging(key, [source.read(key) for source in sources], None if base is None else base.read(key))
+
+        return Item(key, first.shape(key), first.dtype(key), make)
+
+    return item
+
+
+def dense_plan(
+    config: Mapping[str, Any], source: Source, method: str = "mean", *, weights: Sequence[float] | None = None,
+    rank: int | None = None,
+) -> Plan:  # fmt: skip
+    """A dense model of an MoE one: mixtral -> mistral, qwen2_moe -> qwen2, qwen3_moe -> qwen3; see to_dense."""
+    made, layers = dense_config(config)
+    family = FAMILIES[str(config["model_type"])]
+    count = num_experts_of(config, family)
+    fused = f"model.layers.{{}}.{family.fused_block}.experts."
+    width, hidden = int(made["intermediate_size"]), int(made["hidden_size"])
+    items, replaced = [], []
+    for layer in layers:
+        prefix = fused.format(layer)
+        keys = [prefix + "gate_up_proj", prefix + "down_proj"]
+        is_fused = keys[0] in set(source.keys())
+        published = [family.expert(layer, e, part) for e in range(count) for part in PARTS]
+        replaced += [*(keys if is_fused else published), family.router(layer), f"{fused.format(layer)[:-8]}gate.weight"]
+
+        def network(layer: int = layer, keys: list[str] = keys, is_fused: bool = is_fused) -> FeedForward:
+            if is_fused:
+                gate_up, down = (source.read(key) for key in keys)
+            else:
+                read = {p: [source.read(family.expert(layer, e, p)) for e in range(count)] for p in PARTS}
+                gate_up = torch.cat((torch.stack(read["gate_proj"]), torch.stack(read["up_proj"])), 1)
+                down = torch.stack(read["down_proj"])
+            experts = PlainExperts(gate_up, down, str(config.get("hidden_act", "silu")))
+            return feed_forward(to_dense(experts, method, weights=weights, rank=rank))
+
+        once = Once(network)
+        for part, shape in (
+            ("gate_proj", (width, hidden)),
+            ("up_proj", (width, hidden)),
+            ("down_proj", (hidden, width)),
+        ):
+            dtype = source.dtype(keys[0] if is_fused else published[0])
+
+            def make(part: str = part, once: Once[FeedForward] = once) -> Tensor:
+                weight: Tensor = getattr(once(), part.removesuffix("_proj"))
+                return weight
+
+            items.append(Item(dense_key(layer, part), shape, dtype, make))
+    kept = [key for key in source.keys() if key not in set(replaced)]  # noqa: SIM118
+    done = tuple((f"model.layers.{layer}.mlp", f"{count} experts", 1, f"dense by {method}") for layer in layers)
+    return Plan(made, (*(copied(source, key) for key in kept), *items), done)

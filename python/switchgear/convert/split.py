@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A dense feed-forward network, split into the experts of an MoE layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
+from switchgear.convert.gates import EqualTopK
+from switchgear.convert.modules import is_transformers, replaced
+from switchgear.convert.partitions import Partition, partition
+from switchgear.experts import Experts
+from switchgear.layers.heterogeneous import HeterogeneousExperts
+from switchgear.modules import MoE
+from switchgear.reference import check_choice, check_size
+from switchgear.routing.selection import TopK
+
+UNIT = 16  # neurons; experts of different widths are padded with zeros to multiples, which the kernels' slices like
+
+
+def split_dense(
+    mlp: nn.Module | FeedForward,
+    num_experts: int,
+    top_k: int | None = None,
+    *,
+    layers: str | Sequence[int] = "all",
+    family: str | None = None,
+    method: str | Partition = "random",
+    shared: int | float = 0,
+    importance: Tensor | Mapping[int, Tensor] | None = None,
+    keep: float = 0.5,
+    weights: str = "equal",
+    rescale: bool = True,
+    router_init: float = 0.02,
+    seed: int = 0,
+    **options: Any,
+) -> Any:
+    """An MoE layer whose experts are the neurons of a dense feed-forward network. With all experts (top_k = E) and
+    equal weights it is that network; with fewer, the routed part is multiplied by E / K.
+
+        moe = split_dense(layer.mlp, 8, 2, method="gradient", importance=scores, shared=1)
+
+    Args:
+        mlp: a LLaMA-like module, switchgear's SharedExperts, a plain network of two Linear layers, or a FeedForward;
+            the result is an MoE. For a Hugging Face model of a dense family it is a Conversion with a new model whose
+            experts are scaled to the family's weights, which sum to 1 (importance is then a dict by layer, and weights
+            and options stay unset). In another model, feed-forward modules are replaced in place.
+        num_experts, top_k: E and K; all experts by default.
+        method: how neurons are divided, or a Partition.
+            "random": LLaMA-MoE (arXiv:2406.16554). "contiguous": FactorLLM (arXiv:2408.11855).
+            "cluster": balanced k-means of the rows of the gate (LLaMA-MoE).
+            "interleave": every E-th neuron, and the shared ones in each expert (MiniMoE, arXiv:2305.12129); one expert
+            is meant to run (top_k = 1, the default then), weighted by its softmax.
+            "gradient": the most important neurons are shared; with importance [E,I] the others go to the expert to
+            which they matter, with [I] each expert gets an equal share (LLaMA-MoE v2, arXiv:2411.15708).
+            "domain_masks": importance [E,I] of E domains. Each keeps its best `keep · I` neurons; those in all masks
+            are the shared expert (Read-ME, arXiv:2410.19123). Neurons in no mask are dropped, widths differ, and
+            nothing is rescaled: the shared expert and expert e are the dense network under mask e. top_k is 1 by
+            default.
+        shared: the shared expert, which all tokens use with weight 1: a whole number of experts
+            (I = (E + shared) · width), or a fraction of the neurons. The most important ones if there is `importance`,
+            else the first ones.
+        importance: see neuron_importance.
+        weights: "equal": each chosen expert has the same weight, with the gradient of its softmax (EqualTopK);
+            "softmax": E · softmax over the chosen ones, the same on average. `select` of `options` replaces both.
+        rescale: multiply by E / K. False leaves the sum of the chosen experts as it is.
+        router_init: standard deviation of the router.
+        seed: of the random partition, of k-means, and of the router.
+        layers, family: of a model; see upcycle.
+        options: of MoE, such as balance=[ImportanceLoad(1e-2)].
+
+    Raises:
+        TypeError, ValueError: the module is no dense feed-forward network, or an option is out of range.
+    """
+    check_choice("weights", weights, ("equal", "softmax"))
+    how: dict[str, Any] = {"shared": shared, "keep": keep, "rescale": rescale, "router_init": router_init, "seed": seed}
+    if isinstance(mlp, nn.Module) and not is_feed_forward(mlp):
+        if is_transformers(mlp):
+            return _split_transformers(
+                mlp, num_experts, top_k, method, layers, family, importance, weights, how, options
+            )
+        if family is not None:
+            raise ValueError(f"family: expected None for a {type(mlp).__name__}, which is no model of transformers")
+        found = importance if isinstance(importance, Mapping) else {}
+
+        def layer_of(dense: FeedForward, index: int) -> MoE:
+            given = found.get(index) if found else importance
+            seeded = {**how, "seed": seed + index}
+            made: MoE = split_dense(
+                dense, num_experts, top_k, method=method, importance=given, weights=weights, **seeded, **options
+            )
+            return made
+
+        return replaced(mlp, layers, layer_of)
+    dense = feed_forward(mlp)
+    if isinstance(importance, Mapping):
+        raise TypeError("importance: expected a tensor for one feed-forward module, got a mapping by layer")
+    given = isinstance(method, Partition)
+    parts = method if isinstance(method, Partition) else partition(
+        dense, num_experts, method, shared=shared, importance=importance, keep=keep, seed=seed
+    )  # fmt: skip
+    if given:
+        _check_partition(parts, num_experts, dense.intermediate_size)
+    if top_k is None:
+        top_k = 1 if not parts.is_split else num_experts
+    check_size("top_k", top_k)
+    if top_k > num_experts:
+        raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
+    if "select" not in options:
+        options["select"] = _selection(parts, num_experts, top_k, weights, rescale)
+    return _built(dense, parts, router_init, seed, options)
+
+
+def _split_transformers(
+    model: nn.Module, num_experts: int, top_k: int | None, method: Any, layers: Any, family: str | None,
+    importance: Any, weights: str, how: dict[str, Any], options: dict[str, Any],
+) -> Any:  # fmt: skip
+    from switchgear.convert.models import split_model  # imports transformers
+
+    if options or weights != "equal":
+        name = next(iter(options), "weights")
+        raise ValueError(f"{name}: expected none for a Hugging Face model, whose family decides it")
+    if not isinstance(method, str):
+        raise ValueError("method: expected a name for a Hugging Face model, got a Partition")
+    if importance is not None and not isinstance(importance, Mapping):
+        raise TypeError("importance: expected a mapping from layers to tensors for a Hugging Face model")
+    top_k = (1 if method in ("domain_masks", "interleave") else num_experts) if top_k is None else top_k
+    return split_model(
+        model, num_experts=num_experts, top_k=top_k, layers=layers, family=family, method=method,
+        importance=importance, **how,
+    )  # fmt: skip
+
+
+def _selection(parts: Partition, num_experts: int, top_k: int, weights: str, rescale: bool) -> Any:
+    if not parts.is_split and not len(parts.shared):  # MiniMoE: whole networks, not parts of a sum
+        return TopK(top_k, "softmax", normalize=top_k > 1)
+    scale = num_experts / top_k if rescale and parts.is_split else 1.0
+    if weights == "equal":
+        return EqualTopK(top_k, scale)
+    return TopK(top_k, "softmax", normalize=True, scale=scale * top_k)
+
+
+def _check_partition(parts: Partition, num_experts: int, width: int) -> None:
+    if parts.num_experts != num_experts:
+        raise ValueError(f"method: expected a Partition into {num_experts} experts, got {parts.num_experts}")
+    for index in (*parts.experts, parts.shared):
+        if len(index) and (int(index.min()) < 0 or int(index.max()) >= width):
+            raise ValueError(f"method: expected a Partition of {width} neurons, got index {int(index.max())}")
+    together = torch.cat((*parts.experts, parts.shared)).sort().values
+    if parts.is_split and not torch.equal(together.cpu(), torch.arange(width)):
+        raise ValueError(f"method: expected a Partition with each of {width} neurons once (is_split)")
+
+
+def _built(dense: FeedForward, parts: Partition, router_init: float, seed: int, options: dict[str, Any]) -> MoE:
+    networks, shared = pieces(dense, parts)
+    widths = [network.intermediate_size for network in networks]
+    is_ragged = len(set(widths)) > 1
+    if is_ragged and dense.has_bias:
+        raise ValueError("mlp: expected no biases for experts of different widths, got some")
+    layout, width = dense.options(), 0 if shared is None else shared.intermediate_size
+    size = UNIT if is_ragged else widths[0]
+    moe = MoE(dense.hidden_size, size, len(networks), shared_intermediate_size=width, **layout, **options)
+    if is_ragged:
+        layout.pop("bias")
+        moe.experts = HeterogeneousExperts(dense.hidden_size, widths, **layout)
+        fill_ragged(moe.experts, networks)
+    else:
+        fill(moe.experts, networks)
+    if shared is not None:
+        assert moe.shared_experts is not None
+        fill_shared(moe.shared_experts, shared)  # type: ignore[arg-type]
+    initialize_router(moe, router_init, seed)
+    return moe
+
+
+def pieces(dense: FeedForward, parts: Partition) -> tuple[list[FeedForward], FeedForward | None]:
+    """The networks of the experts and of the shared expert. Their biases of the down projection add up to the dense
+    network's: it is the shared expert's, or each of E experts has a share of 1 / E."""
+    index = [part.to(dense.up.device) for part in parts.experts]
+    networks = [dense.neurons(part) for part in index]
+    if len(set(parts.widths)) > 1:
+        networks = [network.padded(max(-(-network.intermediate_size // UNIT), 1) * UNIT) for network in networks]
+    shared = dense.neurons(parts.shared.to(dense.up.device)) if len(parts.shared) else None
+    if dense.down_bias is not None:
+        share = 0.0 if shared is not None else 1 / len(networks) if parts.is_split else 1.0
+        networks = [replace(network, down_bias=dense.down_bias * share) for network in networks]
+    return networks, shared
+
+
+@torch.no_grad()
+def fill(experts: Any, networks: list[FeedForward]) -> None:
+    """Copies networks of one width into Experts."""
+    assert isinstance(experts, Experts)
+    for expert, network in enumerate(networks):
+        for name, tensor in network.expert().items():
+            parameter = experts.get_parameter(name)
+            parameter[expert] = tensor.mT if experts.transposed and tensor.dim() == 2 else tensor
+
+
+@torch.no_grad()
+def fill_ragged(experts: HeterogeneousExperts, networks: list[FeedForward]) -> None:
+    """Copies networks of the widths of the experts into their slices."""
+    unit, slices = experts.unit, experts.slices
+    for expert, network in enumerate(networks):
+        first = int(experts.first_slice[expert])
+        for place in range(network.intermediate_size // unit):
+            index = torch.arange(place * unit, (place + 1) * unit, device=network.up.device)
+            for name, tensor in network.neurons(index).expert().items():
+                slices.get_parameter(name)[first + place] = tensor
+
+
+@torch.no_grad()
+def initialize_router(moe: MoE, std: float, seed: int) -> None:
+    """Normal weights of the router, drawn on the CPU: the same on every device."""
+    if moe.gate.weight is not None:
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(moe.gate.weight.shape, generator=generator) * std
+        moe.gate.weight.copy_(values)
+        if moe.gate.bias is not None:
+            moe.gate.bias.zero_()

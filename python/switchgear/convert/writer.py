@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Writes safetensors files one tensor at a time, atomically and resumably."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFull
+from switchgear.convert.plans import Item
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+NAMES = {name: dtype for dtype, name in DTYPES.items()}
+JOURNAL, SUFFIX = "journal.json", ".partial"
+Progress = Callable[[int, int, str], None]
+
+
+def size_of(item: Item) -> int:
+    return int(torch.Size(item.shape).numel()) * item.dtype.itemsize
+
+
+def shards_of(items: Sequence[Item], most: int) -> dict[str, list[Item]]:
+    """The tensors of each file, in order. A tensor larger than `most` has a file of its own."""
+    groups: list[list[Item]] = [[]]
+    total = 0
+    for item in items:
+        if groups[-1] and total + size_of(item) > most:
+            groups.append([])
+            total = 0
+        groups[-1].append(item)
+        total += size_of(item)
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+class Journal:
+    """The finished shards of an unfinished conversion, in the directory where it is written."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.folder, self._identity = folder, identity
+        self.shards: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def opened(cls, target: Path, identity: str, resume: bool) -> Journal:
+        """Creates the directory beside the target, or goes on with it. ConversionError for that of another one."""
+        folder = target.with_name(target.name + SUFFIX)
+        journal = cls(folder, identity)
+        file = folder / JOURNAL
+        if folder.exists() and not resume:
+            shutil.rmtree(folder)
+        if file.is_file():
+            try:
+                found = json.loads(file.read_text())
+                is_same = found["identity"] == identity
+            except (ValueError, KeyError, TypeError):
+                is_same = False
+            if not is_same:
+                raise ConversionError(
+                    f"target: {folder} holds an unfinished conversion of another recipe or source; "
+                    "remove it, or pass resume=False"
+                )
+            journal.shards = found["shards"]
+        elif folder.exists() and any(folder.iterdir()):
+            raise ConversionError(f"target: expected no {folder}, got a directory that is no unfinished conversion")
+        folder.mkdir(parents=True, exist_ok=True)
+        journal._save()
+        return journal
+
+    def has(self, name: str) -> bool:
+        """Whether a shard is finished, and its file has the bytes that were written."""
+        entry, file = self.shards.get(name), self.folder / name
+        return entry is not None and file.is_file() and checksum(file) == entry["sha256"]
+
+    def add(self, name: str, sha256: str) -> None:
+        self.shards[name] = {"sha256": sha256, "bytes": (self.folder / name).stat().st_size}
+        self._save()
+
+    def _save(self) -> None:
+        write_text(self.folder / JOURNAL, json.dumps({"identity": self._identity, "shards": self.shards}, indent=1))
+
+
+def write_shard(path: Path, items: Sequence[Item], progress: Callable[[int, str], None]) -> str:
+    """Writes a safetensors file, and returns its sha256. Until it is complete it has another name. Holds one tensor."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for item in items:
+        end = start + size_of(item)
+        header[item.key] = {"dtype": DTYPES[item.dtype], "shape": list(item.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest, unfinished = hashlib.sha256(), path.with_name(path.name + ".unfinished")
+    with _named_errors(path), open(unfinished, "wb") as file:
+        try:
+            for part in (len(text).to_bytes(8, "little"), text):
+                file.write(part)
+                digest.update(part)
+            for item in items:
+                data = _bytes(item)
+                file.write(data)
+                digest.update(data)
+                progress(len(data), item.key)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            file.close()
+            unfinished.unlink(missing_ok=True)
+            raise
+        os.replace(unfinished, path)
+    return digest.hexdigest()
+
+
+def _bytes(item: Item) -> Any:
+    tensor: Tensor = item.make()
+    if tuple(tensor.shape) != item.shape or tensor.dtype is not item.dtype:
+        raise DamagedCheckpoint(
+            f"{item.key}: expected {list(item.shape)} {item.dtype}, got {list(tensor.shape)} {tensor.dtype}"
+        )
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    if not flat.numel():
+        return b""
+    array = (ctypes.c_char * flat.nbytes).from_address(flat.data_ptr())
+    array.tensor = flat  # type: ignore[attr-defined]  # keeps the memory
+    return memoryview(array)
+
+
+def write_text(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".unfinished")
+    with _named_errors(path):
+        with open(unfinished, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+
+
+def checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, ConversionError):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                error.errno, f"no room for {path.name}; free some and run the same conversion again"
+            ) from error
+        raise ConversionError(f"{path.name}: {error}") from error

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The load of a trace's experts since the last reading, as few named numbers.
+
+A model of 61 layers with 256 experts has 15,616 loads. Each reading is instead five statistics: their mean and worst
+value over the layers, and the values of some layers at equal distances. The keys stay the same from reading to reading.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from switchgear.trace import LayerTrace, RoutingTrace
+
+# The worst value over the layers is the largest or the smallest one.
+STATISTICS = {"max_violation": max, "load_entropy": min, "router_entropy": min, "unused": max, "dropped": max}
+
+
+class LoadMeter:
+    """Readings of a trace.
+
+    Args:
+        trace: a RoutingTrace; it may be recording.
+        layers: at most so many layers have keys of their own; 0 for the statistics over all layers alone.
+        prefix: of the keys.
+
+    A reading has at most 5 · (2 + layers) keys, such as "moe/max_violation/mean", "moe/max_violation/worst" and
+    "moe/max_violation/model.layers.3.mlp":
+        max_violation: max load / mean load - 1; 0 is balanced.
+        load_entropy: of the load, divided by log E; 1 is balanced.
+        router_entropy: mean entropy of the router's softmax, divided by log E. Absent where no logits are seen.
+        unused: experts without a token, as a fraction.
+        dropped: choices dropped by a capacity limit, as a fraction.
+    """
+
+    def __init__(self, trace: RoutingTrace, *, layers: int = 8, prefix: str = "moe") -> None:
+        if layers < 0:
+            raise ValueError(f"layers: expected an integer >= 0, got {layers}")
+        self.trace, self.layers, self.prefix = trace, layers, prefix
+        self._before: dict[str, tuple[LayerTrace, Tensor]] = {}
+        self._named: list[str] = []
+
+    def read(self) -> dict[str, float]:
+        """The statistics of what was recorded since the last reading; empty if nothing was."""
+        rows: dict[str, dict[str, float]] = {}
+        for name, layer in self.trace.layers.items():
+            sums = _sums(layer)
+            earlier, before = self._before.get(name, (None, sums))
+            self._before[name] = (layer, sums)
+            if earlier is not layer:  # a new layer, or the trace was reset
+                before = torch.zeros_like(sums)
+            if (row := _statistics(sums - before)) is not None:
+                rows[name] = row
+        if not rows:
+            return {}
+        result: dict[str, float] = {}
+        for statistic, worst in STATISTICS.items():
+            values = [row[statistic] for row in rows.values() if not math.isnan(row[statistic])]
+            if values:
+                result[f"{self.prefix}/{statistic}/mean"] = sum(values) / len(values)
+                result[f"{self.prefix}/{statistic}/worst"] = worst(values)
+        for name in self._with_keys(list(rows)):
+            for statistic, value in rows.get(name, {}).items():
+                if not math.isnan(value):
+                    result[f"{self.prefix}/{statistic}/{name}"] = value
+        return result
+
+    def _with_keys(self, names: list[str]) -> list[str]:
+        """The layers that have keys of their own, chosen once: the first, the last and those between."""
+        if not self._named and self.layers:
+            last, count = len(names) - 1, min(self.layers, len(names))
+            self._named = [names[round(i * last / max(count - 1, 1))] for i in range(count)]
+        return self._named
+
+
+def _sums(layer: LayerTrace) -> Tensor:
+    """[3 + E] float64 on the CPU: tokens, entropy, dropped choices, load. One copy per layer."""
+    heads = torch.stack([layer.entropy.double(), layer.num_dropped.double()])
+    read = torch.cat([heads, layer.tokens_per_expert.double()]).cpu()
+    return torch.cat([torch.tensor([float(layer.num_tokens)], dtype=torch.float64), read])
+
+
+def _statistics(sums: Tensor) -> dict[str, float] | None:
+    tokens, entropy, dropped = sums[:3].tolist()
+    load = sums[3:]
+    total = float(load.sum())
+    if not total:
+        return None
+    log_experts = math.log(max(len(load), 2))
+    return {
+        "max_violation": float(load.max() / load.mean()) - 1,
+        "load_entropy": float(torch.special.entr(load / total).sum()) / log_experts,
+        "router_entropy": entropy / max(tokens, 1.0) / log_experts,
+        "unused": float((load == 0).double().mean()),
+        "dropped": dropped / (total + dropped),
+    }

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""calibrate: against loops over experts and tokens in float64; streaming, domains, padding, files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import FAMILIES, expert, hugging_face, our_model, row_batches, token_batches
+from torch import Tensor
+
+import switchgear
+from switchgear.compress import Calibration, calibrate
+from switchgear.integrations.moe_blocks import moe_blocks
+from switchgear.trace import Observation, observe
+
+
+def seen_by(model: Any, batches: list[dict[str, Any]]) -> dict[str, list[tuple[str, Observation]]]:
+    """All observations by layer, with their domain."""
+    found: dict[str, list[tuple[str, Observation]]] = {name: [] for name in moe_blocks(model)}
+    with torch.no_grad():
+        for batch in batches:
+            named = dict(batch)
+            domain = named.pop("domain")
+            with observe(model, lambda name, seen, domain=domain: found[name].append((domain, seen))):
+                model(**named)
+    return found
+
+
+def loop(model: Any, name: str, seen: list[tuple[str, Observation]], domain: str | None) -> dict[str, Tensor]:
+    """The statistics of a layer, token by token."""
+    block = moe_blocks(model)[name]
+    count, sums = block.num_experts, {}
+    shapes = {"inputs": "x", "gated_inputs": "x", "hidden": "a", "gated_hidden": "a", "outputs": "y"}
+
+    def add(key: str, index: int, value: Tensor) -> None:
+        if key not in sums:
+            sums[key] = torch.zeros(count, *value.shape, dtype=torch.float64)
+        sums[key][index] += value
+
+    for label, one in seen:
+        if domain not in (None, label):
+            continue
+        for t in range(len(one.x)):
+            if one.token_mask is not None and not one.token_mask[t]:
+                continue
+            for e, g in zip(one.topk_ids[t].tolist(), one.topk_weights[t].double(), strict=True):
+                x = one.x[t : t + 1].double()
+                a, y = expert(block, e, x)
+                add("counts", e, torch.tensor(1.0))
+                add("weights", e, g)
+                add("norms", e, y.norm())
+                add("saliency", e, g * y.norm())
+                values = {"x": x[0], "a": a[0], "y": y[0]}
+                for key, of in shapes.items():
+                    if key == "outputs":
+                        add(key, e, values[of])
+                    else:
+                        add(key, e, (values[of] * (g if "gated" in key else 1)).square())
+                add("hessian_inputs", e, x.mT @ x)
+                add("hessian_hidden", e, a.mT @ a)
+    return sums
+
+
+def compare(model: Any, batches: list[dict[str, Any]], calibration: Calibration, domain: str | None = None) -> None:
+    for name, seen in seen_by(model, batches).items():
+        want, layer = loop(model, name, seen, domain), calibration.layers[name]
+        got = layer.sums(domain)
+        for key, value in want.items():
+            if key.startswith("hessian"):
+                if layer.hessians is None or domain is not None:
+                    continue
+                found = getattr(layer.hessians, key[8:]).double()
+            else:
+                found = getattr(got, key).double()
+            # float32 products of up to 64 terms: sums of roundings of 2^-24 relative to the largest value
+            torch.testing.assert_close(found, value, rtol=1e-4, atol=float(value.abs().max()) * 1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_row45_statistics_of_hugging_face(model_type: str) -> None:
+    """Padding is left out; weights are those that the experts get."""
+    model, batches = hugging_face(model_type), token_batches()
+    calibration = calibrate(model, batches, hessians=True)
+    compare(model, batches, calibration)
+    compare(model, batches, calibration, "b")
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert all(int(layer.sums().tokens) == tokens for layer in calibration.layers.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"interleaved": True, "transposed": True}])
+def test_row47_statistics_of_ours(options: dict[str, Any]) -> None:
+    model, batches = our_model(**options), row_batches()
+    calibration = calibrate(model, batches, hessians=True)
+    if not options.get("interleaved"):
+        compare(model, batches, calibration)
+    else:  # the same experts, stored in another layout
+        plain = our_model()
+        plain.load_state_dict({
+            key: (value.mT.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) if "gate_up" in key else value.mT)
+            if value.dim() == 3 else value
+            for key, value in model.state_dict().items()
+        })  # fmt: skip
+        compare(plain, batches, calibration)
+
+
+def test_row47_streaming_equals_the_full_batch() -> None:
+    model, batches = our_model(dtype=torch.float64), row_batches(4, dtype=torch.float64)
+    whole = [{"x": torch.cat([batch["x"] for batch in batches]), "domain": "a"}]
+    streamed, full = calibrate(model, batches, hessians=True), calibrate(model, whole, hessians=True)
+    for name, layer in streamed.layers.items():
+        for key, value in full.layers[name].sums().tensors().items():
+            torch.testing.assert_close(layer.sums().tensors()[key], value, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(layer.hessians.inputs, full.layers[name].hessians.inputs, rtol=1e-5, atol=1e-5)
+
+
+def test_row48_median_of_the_ratio() -> None:
+    model, batches = our_model(), row_batches()
+    calibration = calibrate(model, batches)
+    for name, seen in seen_by(model, batches).items():
+        weights = torch.cat([one.topk_weights for _, one in seen]).sort(-1, descending=True).values
+        want = float((weights[:, 1] / weights[:, 0]).median())
+        assert calibration.layers[name].ratio_median() == pytest.approx(want, abs=1 / 4096)
+
+
+def test_parts_add_up_and_files(tmp_path: Path) -> None:
+    model, batches = hugging_face("mixtral"), token_batches(4)
+    whole = calibrate(model, batches, hessians=True, samples=20)
+    parts = [calibrate(model, batches[index::2], hessians=True, samples=20, seed=index) for index in range(2)]
+    parts[0].save(tmp_path / "a.safetensors")
+    joined = Calibration.load(tmp_path / "a.safetensors") + parts[1]
+    for name, layer in joined.layers.items():
+        for key, value in whole.layers[name].sums().tensors().items():
+            torch.testing.assert_close(layer.sums().tensors()[key], value)
+        assert layer.shape == whole.layers[name].shape
+        assert layer.domains.keys() == {"a", "b"}
+        torch.testing.assert_close(layer.hessians.hidden, whole.layers[name].hessians.hidden)
+        sample = layer.sample("a")
+        assert len(sample.x) == 20
+        assert sample.keys.tolist() == sorted(sample.keys.tolist())
+    joined.check(model)
+
+
+def test_samples_are_tokens_of_the_data() -> None:
+    """Each is a token of its domain with its own choice; all layers keep the same ones."""
+    model, batches = our_model(), row_batches()
+    calibration = calibrate(model, batches, samples=7)
+    first = calibration.layers["layers.0"]
+    data = {domain: torch.cat([b["x"] for b in batches if b["domain"] == domain]) for domain in "ab"}
+    for domain in "ab":
+        sample = first.sample(domain)
+        at = [int((data[domain] == row).all(1).nonzero()[0]) for row in sample.x]
+        assert len(set(at)) == 7
+        routing = model.layers[0].gate(sample.x)
+        assert torch.equal(sample.topk_ids, routing.topk_ids)
+    assert len(first.sample().x) == 14
+    everything = calibrate(model, batches, samples=1000).layers["layers.0"].sample("a")
+    assert sorted(everything.x.sum(1).tolist()) == sorted(data["a"].sum(1).tolist())
+
+
+def test_another_model_is_refused() -> None:
+    calibration = calibrate(our_model(), row_batches())
+    for other, reason in (
+        (our_model(seed=1), "router's weight"), (our_model(num_experts=4), "num_experts"), (our_model(top_k=1), "top_k")
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"calibration: expected one of this model, got another .*{reason}"):
+            calibration.check(other)
+        with pytest.raises(ValueError, match="calibration: expected"):
+            calibration + calibrate(other, row_batches())
+    calibration.check(our_model())
+
+
+def test_wrong_arguments(tmp_path: Path) -> None:
+    model = our_model().train()
+    with pytest.raises(ValueError, match="batches: expected tokens"):
+        calibrate(model, [])
+    with pytest.raises(ValueError, match=r"layers: expected some of layers.0, layers.1; got other"):
+        calibrate(model, row_batches(), layers=["other"])
+    with pytest.raises(TypeError, match="domain: expected a name"):
+        calibrate(model, [{"x": torch.zeros(2, 16), "domain": 3}])
+    assert model.training
+    switchgear.store(model, "int8")
+    with pytest.raises(ValueError, match=r"layers.0: expected plain weights, got int8; restore\(model\) first"):
+        calibrate(model, row_batches())
+    (tmp_path / "x").write_bytes(b"no calibration")
+    with pytest.raises(ValueError, match=r"path: expected a file of Calibration.save"):
+        Calibration.load(tmp_path / "x")

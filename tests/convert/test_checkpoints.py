@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Conversions of checkpoint directories: the same as in memory, in bounded memory, resumable, and never half done."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from switchgear import convert  # noqa: E402
+from switchgear.convert import writer  # noqa: E402
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8,
+}  # fmt: skip
+IDS = torch.arange(3, 27).view(2, 12)
+UPCYCLE = {"operation": "upcycle", "num_experts": 4, "top_k": 2, "noise": 0.01, "max_shard_size": "40KB"}
+
+
+def saved(path: Path, model_type: str = "llama", seed: int = 0, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **options})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if "experts" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(path, max_shard_size="100KB")
+    (path / "tokenizer.json").write_text("{}")
+    return model
+
+
+def loaded(path: Path) -> Any:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return model.eval()
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    return {key: tensor for file in sorted(path.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = model(IDS).logits
+        return y
+
+
+# ---- the same as in memory -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_row53_sharded_is_unsharded(model_type: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "dense", model_type)
+    seen: list[tuple[int, int, str]] = []
+    report = convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe", lambda *args: seen.append(args))
+    found = loaded(tmp_path / "moe")
+    expected = convert.upcycle(model, 4, 2, noise=0.01)
+    assert same(dict(found.state_dict()), dict(expected.model.state_dict()))
+    unlike = {"dtype": None, "_name_or_path": None}
+    assert found.config.to_dict() | unlike == expected.model.config.to_dict() | unlike
+    assert len(list((tmp_path / "moe").glob("*.safetensors"))) > 3
+    assert seen[-1][0] == seen[-1][1] == report.num_bytes
+    assert [layer[0] for layer in report.layers] == [layer.name for layer in expected.layers]
+    assert (tmp_path / "moe" / "tokenizer.json").read_text() == "{}"
+    assert json.loads((tmp_path / "moe" / "conversion.json").read_text())["recipe"]["num_experts"] == 4
+    assert not (tmp_path / "moe.partial").exists()
+
+
+def test_row53_upcycled_checkpoint_has_the_logits(tmp_path: Path) -> None:
+    model = saved(tmp_path / "dense", tie_word_embeddings=True)
+    convert.run({"operation": "upcycle", "layers": [0, 2], "router_init": 1.0}, tmp_path / "dense", tmp_path / "moe")
+    found = loaded(tmp_path / "moe")
+    assert found.config.mlp_only_layers == [1]
+    assert logits(found).sub(logits(model)).abs().max() < 1e-5
+
+
+def test_row54_split_checkpoint(tmp_path: Path) -> None:
+    model = saved(tmp_path / "dense")
+    importance = {layer: torch.rand(48) for layer in range(3)}
+    save_file({str(layer): rows for layer, rows in importance.items()}, tmp_path / "importance.safetensors")
+    recipe = {"operation": "split", "num_experts": 4, "top_k": 4, "method": "gradient", "shared": 2, "router_init": 0.0,
+              "importance": str(tmp_path / "importance.safetensors")}  # fmt: skip
+    convert.run(recipe, tmp_path / "dense", tmp_path / "moe")
+    found = loaded(tmp_path / "moe")
+    expected = convert.split_dense(model, 4, method="gradient", shared=2, router_init=0.0, importance=importance)
+    assert same(dict(found.state_dict()), dict(expected.model.state_dict()))
+    assert logits(found).sub(logits(model)).abs().max() < 1e-5
+
+
+def test_rows58_and_61_experts_and_merging_of_checkpoints(tmp_path: Path) -> None:
+    models = [saved(tmp_path / f"{i}", seed=i) for i in range(3)]
+    base = saved(tmp_path / "base", seed=9)
+    paths = [tmp_path / f"{i}" for i in range(3)]
+    recipe = {
+        "operation": "merge",
+        "method": "ties",
+        "density": 0.5,
+        "base": str(tmp_path / "base"),
+        "weights": [1, 2, 1],
+    }
+    convert.run(recipe, paths, tmp_path / "merged")
+    expected = convert.merge_models(models, "ties", base=base, density=0.5, weights=[1, 2, 1])
+    assert same(dict(loaded(tmp_path / "merged").state_dict()), dict(expected.state_dict()))
+    recipe = {"operation": "experts", "top_k": 1, "merge": "dare", "base": str(tmp_path / "base"), "seed": 3}
+    convert.run(recipe, paths, tmp_path / "moe")
+    made = convert.from_dense_experts(models, 1, merge="dare", base=base, seed=3)
+    assert same(dict(loaded(tmp_path / "moe").state_dict()), dict(made.model.state_dict()))
+
+
+def test_row50_dense_checkpoint(tmp_path: Path) -> None:
+    model = saved(tmp_path / "moe", "mixtral", num_local_experts=4)
+    convert.run({"operation": "dense", "method": "topk"}, tmp_path / "moe", tmp_path / "dense")
+    expected = convert.to_dense(model, "topk").model
+    assert same(dict(loaded(tmp_path / "dense").state_dict()), dict(expected.state_dict()))
+
+
+# ---- layouts ---------------------------------------------------------------------------------------------------------
+
+FOUR = {"num_experts": 4, "num_experts_per_tok": 2}
+MOE = [("mixtral", {"num_local_experts": 4}), ("qwen3_moe", {**FOUR, "moe_intermediate_size": 24}),
+       ("olmoe", FOUR)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "options"), MOE)
+@pytest.mark.parametrize("layout", ["fused", "megatron", "megatron_te", "megatron_grouped"])
+def test_layouts_and_back(layout: str, model_type: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = saved(tmp_path / "a", model_type, **options)
+    convert.run({"operation": "layout", "to": layout, "max_shard_size": "50KB"}, tmp_path / "a", tmp_path / "b")
+    convert.run({"operation": "layout", "to": "per_expert"}, tmp_path / "b", tmp_path / "c")
+    assert same(tensors(tmp_path / "a"), tensors(tmp_path / "c"))
+    experts = model.model.layers[1].mlp.experts
+    found, count = tensors(tmp_path / "b"), 4
+    gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
+    prefix = "decoder.layers.1.mlp."
+    if layout == "fused":
+        assert logits(loaded(tmp_path / "b")).equal(logits(model))
+        assert torch.equal(found["model.layers.1.mlp.experts.gate_up_proj"], gate_up)
+        return
+    assert torch.equal(found[prefix + "router.weight"], model.model.layers[1].mlp.gate.weight)
+    for expert in range(count):
+        if layout == "megatron_grouped":  # GroupedMLP: weight1.view(E, H, 2I), weight2.view(E, I, H), used as x @ w
+            first = found[prefix + "experts.weight1"].view(count, 32, -1)[expert].T
+            second = found[prefix + "experts.weight2"].view(count, -1, 32)[expert].T
+        elif layout == "megatron_te":
+            first, second = (found[f"{prefix}experts.linear_fc{i}.weight{expert}"] for i in (1, 2))
+        else:
+            first, second = (found[f"{prefix}experts.local_experts.{expert}.linear_fc{i}.weight"] for i in (1, 2))
+        assert torch.equal(first, gate_up[expert])
+        assert torch.equal(second, down[expert])
+
+
+# ---- interruptions and errors ----------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    pass
+
+
+def interrupted(recipe: dict[str, Any], source: Path, target: Path, share: float) -> None:
+    def progress(done: int, total: int, _: str) -> None:
+        if done > share * total:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        convert.run(recipe, source, target, progress)
+
+
+def test_an_interrupted_conversion_resumes(tmp_path: Path) -> None:
+    saved(tmp_path / "dense")
+    convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "whole")
+    interrupted(UPCYCLE, tmp_path / "dense", tmp_path / "moe", 0.5)
+    assert not (tmp_path / "moe").exists()
+    assert not (tmp_path / "moe.partial" / "config.json").exists()  # no half checkpoint that could be loaded
+    finished = sorted(tmp_path.glob("moe.partial/*.safetensors"))
+    assert len(finished) >= 3
+    finished[1].write_bytes(finished[1].read_bytes()[:-1] + b"?")  # damaged meanwhile
+    times = {file.name: file.stat().st_mtime_ns for file in finished}
+    report = convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe")
+    assert set(report.resumed) == {file.name for file in finished} - {finished[1].name}
+    assert all((tmp_path / "moe" / name).stat().st_mtime_ns == times[name] for name in report.resumed)
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "moe" / file.name).read_bytes() == file.read_bytes()
+    assert {file.name for file in (tmp_path / "moe").iterdir()} == {
+        file.name for file in (tmp_path / "whole").iterdir()
+    }
+
+
+def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
+    saved(tmp_path / "dense")
+    interrupted(UPCYCLE, tmp_path / "dense", tmp_path / "moe", 0.5)
+    other = {**UPCYCLE, "seed": 1}
+    with pytest.raises(convert.ConversionError, match="another recipe or source"):
+        convert.run(other, tmp_path / "dense", tmp_path / "moe")
+    saved(tmp_path / "dense", seed=5)  # another source
+    with pytest.raises(convert.ConversionError, match="another recipe or source"):
+        convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe")
+    assert not convert.run(other, tmp_path / "dense", tmp_path / "moe", resume=False).resumed
+    with pytest.raises(convert.ConversionError, match="does not exist"):
+        convert.run(other, tmp_path / "dense", tmp_path / "moe")
+
+
+def test_a_full_disk_is_named_and_the_conversion_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "dense")
+    written: list[int] = []
+    real = writer.os.fsync
+
+    def fsync(descriptor: int) -> None:
+        written.append(descriptor)
+        if len(written) == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.os, "fsync", fsync)
+        with pytest.raises(convert.DiskFull, match="no room for"):
+            convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+    assert not list(tmp_path.glob("moe.partial/*.unfinished"))
+    assert convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe").resumed
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+        with pytest.raises(convert.DiskFull, match="1000 are free"):
+            convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_truncated_or_missing_shard_is_named(tmp_path: Path) -> None:
+    saved(tmp_path / "dense")
+    files = sorted((tmp_path / "dense").glob("*.safetensors"))
+    whole = files[1].read_bytes()
+    for data in (whole[:-10], whole[:20], b""):
+        files[1].write_bytes(data)
+        with pytest.raises(convert.DamagedCheckpoint, match=files[1].name):
+            convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe")
+    files[1].unlink()
+    with pytest.raises(convert.DamagedCheckpoint, match=files[1].name):
+        convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe")
+    with pytest.raises(convert.DamagedCheckpoint, match=r"config\.json"):
+        convert.run(UPCYCLE, tmp_path / "nothing", tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+    assert not (tmp_path / "moe.partial").exists()
+
+
+WRONG: list[tuple[Any, str]] = [
+    ({}, "operation"),
+    ({"operation": "quantize"}, "operation"),
+    ({"operation": "upcycle", "experts": 3}, "experts"),
+    ({"operation": "upcycle", "num_experts": 0}, "num_experts"),
+    ({"operation": "upcycle", "num_experts": 2, "top_k": 3}, "top_k"),
+    ({"operation": "upcycle", "layers": [7]}, "layers"),
+    ({"operation": "upcycle", "layers": [0], "family": "mixtral"}, "all of its layers"),
+    ({"operation": "upcycle", "max_shard_size": "big"}, "max_shard_size"),
+    ({"operation": "upcycle", "num_experts": "many"}, "num_experts"),
+    ({"operation": "split", "num_experts": 4}, "top_k"),
+    ({"operation": "split", "num_experts": 7, "top_k": 1}, "num_experts"),
+    ({"operation": "split", "num_experts": 4, "top_k": 1, "method": "gradient"}, "importance"),
+    ({"operation": "split", "num_experts": 4, "top_k": 1, "importance": "nowhere.safetensors"}, "importance"),
+    ({"operation": "merge", "method": "ties"}, "base"),
+    ({"operation": "dense"}, "MoE model"),
+    ({"operation": "layout", "to": "fused"}, "one layout"),
+    ({"operation": "layout", "to": "gguf"}, "to"),
+    ("recipe.json", "recipe"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "name"), WRONG)
+def test_a_wrong_recipe_is_named_and_nothing_is_written(recipe: Any, name: str, tmp_path: Path) -> None:
+    saved(tmp_path / "dense")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(convert.RecipeError, match=name):
+        convert.run(recipe, tmp_path / "dense", tmp_path / "moe")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_recipe_from_a_file(tmp_path: Path) -> None:
+    saved(tmp_path / "dense")
+    (tmp_path / "recipe.json").write_text(json.dumps(UPCYCLE))
+    convert.run(tmp_path / "recipe.json", tmp_path / "dense", tmp_path / "moe")
+    assert loaded(tmp_path / "moe").config.num_local_experts == 4
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from switchgear import convert
+from switchgear.convert import checkpoints
+import transformers
+transformers.CONFIG_MAPPING["llama"], transformers.CONFIG_MAPPING["mixtral"]  # imported before it is measured
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+convert.run({"operation": "upcycle", "num_experts": 1, "top_k": 1, "layers": [0]}, sys.argv[1], sys.argv[2] + "-first")
+Path("/proc/self/clear_refs").write_text("5")
+start = peak()
+report = convert.run({"operation": "upcycle", "num_experts": 6, "noise": 0.01}, sys.argv[1], sys.argv[2])
+print(peak() - start, report.num_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_that_of_a_tensor(tmp_path: Path) -> None:
+    """The source of 31 MB is mapped, and counts where it is read; the result has 190 MB. Beside it there are the tensor
+    that is made (3.5 MB), its noise, and their sum."""
+    config = {**SIZES, "hidden_size": 256, "intermediate_size": 3400, "head_dim": 64}
+    saved(tmp_path / "dense", **config)
+    source = sum(file.stat().st_size for file in (tmp_path / "dense").glob("*.safetensors"))
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "dense"), str(tmp_path / "moe")]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    grown, total = map(int, output.split()[-2:])
+    assert total > 5 * source
+    assert grown < source + 8 * 4 * 256 * 3400

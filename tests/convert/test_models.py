@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Whole Hugging Face models: the results are models of unmodified families, and load from their checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from switchgear import convert  # noqa: E402
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+IDS = torch.arange(3, 27).view(2, 12)
+
+
+def dense(model_type: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **options})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def reloaded(model: Any, path: Path) -> Any:
+    model.save_pretrained(path)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return loaded.eval()
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+ROPE = {"rope_type": "default", "rope_theta": 7e3}
+CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("llama", {}, {}, "mixtral"),
+    ("llama", {"tie_word_embeddings": True, "rope_parameters": ROPE}, {}, "mixtral"),
+    ("llama", {"head_dim": 16}, {"layers": [0, -1]}, "qwen2_moe"),
+    ("mistral", {"sliding_window": 5}, {}, "mixtral"),
+    ("mistral", {"sliding_window": 5}, {"layers": [1]}, "qwen2_moe"),
+    ("qwen2", {}, {}, "qwen2_moe"),
+    ("qwen2", {**WINDOW, "max_window_layers": 1}, {"layers": [1, 2]}, "qwen2_moe"),
+    ("qwen3", {"head_dim": 8}, {}, "qwen3_moe"),
+    ("qwen3", {"head_dim": 16, "attention_bias": True}, {"layers": [2]}, "qwen3_moe"),
+    ("qwen3", {"head_dim": 8, **WINDOW, "max_window_layers": 0}, {}, "qwen3_moe"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "config", "options", "family"), CASES)
+def test_row53_upcycled_model_has_the_logits_of_the_dense_one(
+    model_type: str, config: dict[str, Any], options: dict[str, Any], family: str, tmp_path: Path
+) -> None:
+    model = dense(model_type, **config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = logits(model)
+    done = convert.upcycle(model, 4, 2, router_init=1.0, **options)
+    assert done.model.config.model_type == family
+    assert len(done.layers) == len(options.get("layers", range(3)))
+    assert logits(done.model).sub(expected).abs().max() < 1e-5
+    assert logits(reloaded(done.model, tmp_path)).sub(expected).abs().max() < 1e-5
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+SPLITS: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"method": "random"}, "mixtral"),
+    ("llama", {"method": "cluster", "layers": [1]}, "qwen2_moe"),
+    ("llama", {"method": "contiguous", "shared": 0.5}, "qwen2_moe"),
+    ("qwen2", {"method": "gradient", "importance": {i: torch.rand(48) for i in range(3)}, "shared": 2}, "qwen2_moe"),
+    ("qwen3", {"method": "contiguous"}, "qwen3_moe"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "options", "family"), SPLITS)
+def test_row54_split_model_with_all_experts_has_the_logits_of_the_dense_one(
+    model_type: str, options: dict[str, Any], family: str, tmp_path: Path
+) -> None:
+    model = dense(model_type)
+    expected = logits(model)
+    done = convert.split_dense(model, 4, router_init=0.0, **options)
+    assert done.model.config.model_type == family
+    assert done.notes
+    assert logits(reloaded(done.model, tmp_path)).sub(expected).abs().max() < 1e-5
+    split_again = convert.split_dense(model, 4, 2, router_init=1.0, **options)
+    assert logits(split_again.model).sub(expected).abs().max() > 1e-4  # half of the experts
+
+
+def test_row44_domain_masks_in_a_model_are_padded(tmp_path: Path) -> None:
+    model = dense("llama")
+    importance = {layer: torch.rand(2, 48) for layer in range(3)}
+    done = convert.split_dense(model, 2, method="domain_masks", importance=importance)
+    domain = 1
+    for layer, block in enumerate(model.model.layers):
+        mask = torch.zeros(48).index_fill_(0, importance[layer][domain].topk(24).indices, 1)
+        block.mlp.down_proj.weight.data *= mask
+        gate = done.model.model.layers[layer].mlp.gate
+        gate.weight.data.zero_()
+        # every hidden state goes to the domain's expert: a bias, since zero logits would go to expert 0
+        gate.register_forward_hook(lambda *args: forced(args[2], domain))
+    assert logits(done.model).sub(logits(model)).abs().max() < 1e-5
+    assert any("padded" in note for note in done.notes)
+
+
+def forced(output: Any, expert: int) -> Any:
+    scores, weights, ids = output
+    return scores, torch.ones_like(weights), torch.full_like(ids, expert)
+
+
+REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("llama", {"mlp_bias": True}, {}, "mlp_bias"),
+    ("llama", {"attention_bias": True}, {}, "bias of the output projection"),
+    ("llama", {}, {"layers": [0], "family": "mixtral"}, "all of its layers"),
+    ("llama", {}, {"family": "qwen3_moe"}, "normalise queries"),
+    ("qwen2", {}, {"family": "mixtral"}, "attention has no biases"),
+    ("qwen3", {"head_dim": 8}, {"family": "mixtral"}, "normalise queries"),
+    ("qwen3", {"head_dim": 8, **WINDOW, "max_window_layers": 1}, {}, "one kind"),
+    ("llama", {}, {"family": "gpt"}, "family"),
+    ("llama", {}, {"layers": [3]}, "layers"),
+    ("llama", {}, {"normalize": False}, "normalize"),
+    ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, {}, "dense model of type"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "config", "options", "reason"), REFUSED)
+def test_what_a_family_cannot_express_is_refused(
+    model_type: str, config: dict[str, Any], options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        convert.upcycle(dense(model_type, **config), 4, 2, **options)
+    if reason == "normalise queries" and model_type == "qwen3":
+        with pytest.raises(ValueError, match="no shared expert"):
+            convert.split_dense(dense(model_type, **config), 4, shared=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_row53_in_two_bytes(dtype: torch.dtype) -> None:
+    """An element of the sum of experts rounds twice more: to within 2 · 2^-8 of it for bfloat16."""
+    model = dense("llama").to(dtype)
+    done = convert.upcycle(model, 4, 2)
+    assert done.model.dtype is dtype
+    expected = logits(model).float()
+    assert logits(done.model).float().sub(expected).abs().max() < 0.05 * expected.abs().max()

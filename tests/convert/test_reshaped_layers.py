@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""MoE to dense, distillation of layers, and mixtures of attention."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import switchgear
+from switchgear import convert
+from switchgear.layers.heterogeneous import HeterogeneousExperts
+from switchgear.layers.shared import SharedExperts
+
+H, WIDTH, E = 24, 32, 4
+
+
+# ---- row 50 ----------------------------------------------------------------------------------------------------------
+
+
+def expert_weights(moe: switchgear.MoE) -> list[tuple[Tensor, Tensor, Tensor]]:
+    gate, up = moe.experts.gate_up_proj.detach().double().chunk(2, 1)
+    return list(zip(gate, up, moe.experts.down_proj.detach().double(), strict=True))
+
+
+def test_row50_mean_of_identical_experts_is_that_expert() -> None:
+    mlp, x = SharedExperts(H, WIDTH), torch.randn(9, H)
+    moe = convert.upcycle(mlp, E, 2)
+    dense = convert.to_dense(moe, "mean")
+    plain = SharedExperts(H, WIDTH)
+    plain.load_state_dict(dense.state_dict())  # loads into a plain network
+    assert plain(x).sub(mlp(x)).abs().max() < 1e-5
+
+
+def test_row50_sum_and_weighted_mean() -> None:
+    moe = switchgear.MoE(H, WIDTH, E, 2)
+    weights = expert_weights(moe)
+    for dense, shares in (
+        (convert.to_dense(moe, "sum"), [1.0] * E),
+        (convert.to_dense(moe, "mean", weights=[1, 2, 3, 4]), [0.1, 0.2, 0.3, 0.4]),
+    ):
+        for index, linear in enumerate((dense.gate_proj, dense.up_proj, dense.down_proj)):
+            expected = sum(share * expert[index] for share, expert in zip(shares, weights, strict=True))
+            assert linear.weight.sub(expected).abs().max() < 1e-6
+
+
+def test_row50_topk_keeps_the_width_and_the_strongest_neurons() -> None:
+    moe = switchgear.MoE(H, WIDTH, E, 2)
+    dense, x = convert.to_dense(moe, "topk"), torch.randn(9, H)
+    assert dense.up_proj.weight.shape == (WIDTH, H)
+    expected = torch.zeros(9, H, dtype=torch.float64)
+    for gate, up, down in expert_weights(moe):
+        strength = [float(gate[n].norm() * up[n].norm() * down[:, n].norm()) for n in range(WIDTH)]
+        for n in sorted(range(WIDTH), key=lambda n: -strength[n])[: WIDTH // E]:
+            expected += (F.silu(x.double() @ gate[n]) * (x.double() @ up[n]))[:, None] * down[:, n]
+    assert dense(x).sub(expected).abs().max() < 1e-5
+
+
+def test_row50_svd_of_full_rank_is_the_sum_and_low_rank_is_the_best_one() -> None:
+    moe = switchgear.MoE(H, WIDTH, E, 2)
+    full, total = convert.to_dense(moe, "svd", rank=H), convert.to_dense(moe, "sum")
+    for one, other in zip(full.parameters(), total.parameters(), strict=True):
+        assert one.sub(other).abs().max() < 1e-5
+    low = convert.to_dense(moe, "svd", rank=3)
+    expected = 0
+    for gate, _, _ in expert_weights(moe):
+        u, s, v = torch.linalg.svd(gate)
+        expected = expected + u[:, :3] @ s[:3].diag() @ v[:3]
+    assert low.gate_proj.weight.sub(expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("options", [
+    {"transposed": True}, {"interleaved": True}, {"bias": True}, {"gated": False}, {"activation": "gelu"},
+    {"interleaved": True, "bias": True, "transposed": True},
+])  # fmt: skip
+def test_row50_layouts(options: dict[str, Any]) -> None:
+    moe, x = switchgear.MoE(H, WIDTH, 1, 1, normalize=True, num_shared_experts=1, **options), torch.randn(9, H)
+    for method in ("mean", "topk", "svd"):
+        dense = convert.to_dense(moe, method)  # one expert and the shared one, side by side
+        assert dense(x).sub(moe(x)).abs().max() < 1e-5
+
+
+def test_row50_refused() -> None:
+    moe = switchgear.MoE(H, WIDTH, E, 2)
+    for name, options in (("method", {"method": "max"}), ("rank", {"rank": 3}), ("rank", {"method": "svd", "rank": 0}),
+                          ("weights", {"weights": [1.0]})):  # fmt: skip
+        with pytest.raises(ValueError, match=name):
+            convert.to_dense(moe, **options)
+    with pytest.raises(ValueError, match="gated"):
+        convert.to_dense(switchgear.MoE(H, WIDTH, E, 2, num_shared_experts=1, shared_gate=True))
+    ragged = switchgear.MoE(H, WIDTH, 2, 2, widths=[1, 3])
+    assert isinstance(ragged.experts, HeterogeneousExperts)
+    with pytest.raises(ValueError, match="width"):
+        convert.to_dense(ragged)
+    assert convert.to_dense(ragged, "topk").up_proj.weight.shape == (16 + 24, H)
+    switchgear.store(moe, "int8")
+    with pytest.raises(ValueError, match="restore"):
+        convert.to_dense(moe)
+
+
+# ---- row 57 ----------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = SharedExperts(H, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+def test_row57_distilled_layers_come_closer_than_a_split() -> None:
+    model = nn.Sequential(Block(), Block())
+    for block in model:  # weights that matter
+        block.mlp.down_proj.weight.data *= 4
+    x = torch.randn(600, H)
+    dense = [copy.deepcopy(block.mlp) for block in model]
+    result = convert.distill_layers(model, 4, [x[:300], x[300:]], 2, tokens=500, steps=120, batch_size=128, lr=3e-3)
+    assert [layer.name for layer in result.layers] == ["0.mlp", "1.mlp"]
+    assert all(layer.num_tokens == 500 for layer in result.layers)
+    fresh = torch.randn(400, H)
+    for layer, block, mlp in zip(result.layers, model, dense, strict=True):
+        assert layer.after < 0.7 * layer.before
+        found = convert.layers.relative_error(block.mlp, fresh, mlp(fresh).detach())
+        for seed in range(3):
+            split = convert.split_dense(mlp, 4, 2, weights="softmax", seed=seed)
+            assert found < convert.layers.relative_error(split, fresh, mlp(fresh).detach())
+
+
+def test_row57_threshold_meets_the_average_number_of_experts() -> None:
+    mlp, x = SharedExperts(H, 64), torch.randn(2000, H)
+    result = convert.distill_layers(mlp, 8, [x], 2, steps=5, router_init=0.5)
+    moe = result.model
+    for wanted in (1.3, 2.0, 3.7):
+        moe_copy = copy.deepcopy(moe)
+        convert.threshold_for(moe_copy, x, wanted)
+        used = float((moe_copy.gate(x).topk_ids >= 0).float().sum(1).mean())
+        assert abs(used / wanted - 1) < 0.01
+    with pytest.raises(ValueError, match="moe"):
+        convert.threshold_for(moe_copy, x, 2.0)
+
+
+def test_row57_nothing_is_replaced_on_failure() -> None:
+    model = nn.Sequential(Block(), Block())
+    for batches, options in (([], {}), ([torch.randn(9, H)], {"num_experts": 7})):
+        with pytest.raises(ValueError, match=r"^(batches|num_experts): expected"):
+            convert.distill_layers(model, **{"num_experts": 4, "batches": batches, **options})  # type: ignore[arg-type]
+    assert all(isinstance(block.mlp, SharedExperts) for block in model)
+    assert not any(block.mlp._forward_pre_hooks for block in model)
+
+
+# ---- rows 55 and 58: attention ---------------------------------------------------------------------------------------
+
+
+def llama(**options: Any) -> Any:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model_type = options.pop("model_type", "llama")
+    config = transformers.AutoConfig.for_model(
+        model_type, vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=4, max_position_embeddings=64, **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if "self_attn" in name:
+            nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3)
+    return model
+
+
+def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = model(ids, **options).logits
+        return y
+
+
+IDS = torch.arange(3, 21).view(2, 9)
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_bias": True}, {"model_type": "qwen3"}, {"model_type": "qwen2"}])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_row55_all_head_groups_are_the_attention(options: dict[str, Any], groups: int) -> None:
+    model = llama(**options)
+    expected, padded = logits(model, IDS), logits(model, IDS, attention_mask=MASK)
+    for layer in model.model.layers:
+        layer.self_attn = convert.attention_to_moe(layer.self_attn, groups, router_init=1.0)
+    assert logits(model, IDS).sub(expected).abs().max() < 1e-5
+    assert logits(model, IDS, attention_mask=MASK).sub(padded)[MASK.bool()].abs().max() < 1e-5
+    step = model.generate(IDS, max_new_tokens=4, do_sample=False)  # with a cache
+    whole = logits(model, step[:, :-1])
+    assert torch.equal(step[:, 9:], whole[:, 8:].argmax(-1))
+
+
+def test_row55_chosen_head_groups_are_rescaled() -> None:
+    """The paper's sum over chosen groups in float64, times E / K."""
+    attention = llama().model.layers[0].self_attn
+    moe = convert.attention_to_moe(attention, 4, 2, router_init=1.0)
+    x = torch.randn(2, 7, 32)
+    y, _ = moe(x)
+    ids = moe.gate(x).topk_ids
+    q, k, v = (
+        linear(x).double().view(2, 7, -1, 4) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    output = attention.o_proj.weight.double()
+    for b in range(2):
+        for t in range(7):
+            expected = torch.zeros(32, dtype=torch.float64)
+            for group in ids.view(2, 7, 2)[b, t].tolist():
+                for head in (2 * group, 2 * group + 1):
+                    scores = (k[b, : t + 1, group] @ q[b, t, head] / 2).softmax(0)
+                    expected += 4 / 2 * output[:, 4 * head : 4 * head + 4] @ (scores @ v[b, : t + 1, group])
+            assert y[b, t].sub(expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shared_kv", [False, True])
+@pytest.mark.parametrize("options", [{"attention_bias": True}, {"model_type": "qwen3"}])
+def test_row58_identical_attention_experts_are_the_attention(options: dict[str, Any], shared_kv: bool) -> None:
+    model = llama(**options)
+    expected = logits(model, IDS)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        layer.self_attn = convert.attention_from_experts([attention] * 3, shared_kv=shared_kv, router_init=1.0)
+    assert logits(model, IDS).sub(expected).abs().max() < 1e-5
+    output = model(IDS, use_cache=True)
+    cache = output.cache if hasattr(output, "cache") else output.past_key_values
+    keys = cache.layers[0].keys
+    assert keys.shape[1] == (4 if shared_kv else 12) == model.model.layers[0].self_attn.cached_heads
+
+
+def test_row58_soft_mixture_and_parallel_block() -> None:
+    """y = x + MoE(LN x) + Σ_e softmax(gate)_e · attention_e(LN x), with every expert computed apart."""
+    attentions = [llama(attention_bias=True).model.layers[i].self_attn for i in (0, 1)]
+    for attention in attentions:
+        for parameter in attention.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    mixture = convert.attention_from_experts(attentions, router_init=1.0)
+    singles = [convert.attention_from_experts([attention]) for attention in attentions]
+    block = convert.ParallelBlock(nn.LayerNorm(32), switchgear.MoE(32, 16, 4, 2), mixture)
+    x = torch.randn(2, 7, 32)
+    rows = block.norm(x)
+    scores = (rows.double() @ mixture.gate.weight.double().T).softmax(-1)
+    expected = x + block.moe(rows) + sum(scores[..., e, None].float() * singles[e](rows)[0] for e in range(2))
+    assert block(x).sub(expected).abs().max() < 1e-5
+    block(x).sum().backward()
+    assert mixture.gate.weight.grad.abs().max() > 0
+
+
+def test_attention_bad_input() -> None:
+    attention = llama().model.layers[0].self_attn
+    for name, groups, top_k in (("num_experts", 3, None), ("num_experts", 0, None), ("top_k", 2, 3)):
+        with pytest.raises(ValueError, match=name):
+            convert.attention_to_moe(attention, groups, top_k)
+    with pytest.raises(ValueError, match="attention"):
+        convert.attention_to_moe(nn.Linear(3, 3), 1)
+    with pytest.raises(ValueError, match=r"layers\[1\]"):
+        convert.attention_from_experts([attention, llama(attention_bias=True).model.layers[0].self_attn])

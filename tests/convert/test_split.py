@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Splits of dense networks into experts, each against a plain loop in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from switchgear import convert
+from switchgear.layers.shared import SharedExperts
+from switchgear.routing import ImportanceLoad, NoisyTopK
+
+H, WIDTH = 24, 64
+
+
+def masked(mlp: SharedExperts, x: Tensor, mask: Tensor) -> Tensor:
+    """The dense network with the neurons of `mask` [I] alone, float64."""
+    gate, up, down = (part.weight.detach().double() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    x = x.double()
+    return (F.silu(x @ gate.T) * (x @ up.T) * mask.double()) @ down.T
+
+
+def mask_of(index: Tensor) -> Tensor:
+    return torch.zeros(WIDTH, dtype=torch.bool).index_fill_(0, index, True)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """64 products of float32: their rounding errors add up to less than 64 · 6e-8 of the sum of magnitudes, about 1."""
+    return bool((a.double() - b.double()).abs().max() < 1e-5)
+
+
+CASES = [("random", 0), ("random", 0.25), ("contiguous", 0), ("cluster", 0), ("cluster", 8), ("gradient", 0),
+         ("gradient", 8), ("interleave", 0)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "shared"), CASES)
+def test_row54_all_experts_are_the_dense_network(method: str, shared: float) -> None:
+    mlp, x = SharedExperts(H, WIDTH), torch.randn(11, H)
+    importance = torch.rand(WIDTH) if method == "gradient" else None
+    moe = convert.split_dense(mlp, 8, method=method, shared=shared, importance=importance, router_init=1.0)
+    assert close(moe(x), masked(mlp, x, torch.ones(WIDTH)))
+    assert close(moe(x), mlp(x))
+    parts = convert.partition(convert.feed_forward(mlp), 8, method, shared=shared, importance=importance)
+    together = torch.cat((*parts.experts, parts.shared))
+    assert sorted(together.tolist()) == list(range(WIDTH))  # disjoint and complete
+    assert len(set(parts.widths)) == 1  # balanced
+
+
+@pytest.mark.parametrize("weights", ["equal", "softmax"])
+def test_row54_chosen_experts_are_rescaled_by_e_over_k(weights: str) -> None:
+    mlp, x = SharedExperts(H, WIDTH), torch.randn(11, H)
+    moe = convert.split_dense(mlp, 8, 2, method="random", weights=weights, shared=8, seed=1)
+    parts = convert.partition(convert.feed_forward(mlp), 8, "random", shared=8, seed=1)
+    logits = x.double() @ moe.gate.weight.detach().double().T
+    expected = masked(mlp, x, mask_of(parts.shared))
+    for token, row in enumerate(logits):
+        best = row.topk(2)
+        share = best.values.softmax(0) * 2 if weights == "softmax" else torch.ones(2, dtype=torch.float64)
+        for weight, expert in zip(share, best.indices.tolist(), strict=True):
+            expected[token] += 8 / 2 * weight * masked(mlp, x[token], mask_of(parts.experts[expert]))
+    assert close(moe(x), expected)
+    unscaled = convert.split_dense(mlp, 8, 2, weights=weights, shared=8, seed=1, rescale=False)
+    routed = expected - masked(mlp, x, mask_of(parts.shared))
+    assert close(unscaled(x), expected - 0.75 * routed)
+
+
+def test_row54_biases_are_counted_once() -> None:
+    mlp, x = SharedExperts(H, WIDTH, bias=True), torch.randn(11, H)
+    for shared in (0, 8):
+        assert close(convert.split_dense(mlp, 8, shared=shared)(x), mlp(x))
+
+
+def test_row54_clusters_are_balanced_and_close() -> None:
+    centers = torch.randn(4, H) * 5
+    order = torch.randperm(WIDTH)
+    rows = centers.repeat_interleave(16, 0)[order] + 0.1 * torch.randn(WIDTH, H)
+    mlp = SharedExperts(H, WIDTH)
+    mlp.gate_proj.weight.data.copy_(rows)
+    parts = convert.partition(convert.feed_forward(mlp), 4, "cluster", seed=2)
+    spread = sum(float((rows[p] - rows[p].mean(0)).square().sum()) for p in parts.experts)
+    scattered = convert.partition(convert.feed_forward(mlp), 4, "random")
+    assert spread < 0.9 * sum(float((rows[p] - rows[p].mean(0)).square().sum()) for p in scattered.experts)
+    assert parts.widths == (16,) * 4
+
+
+def test_row54_load_balance_and_noise_are_options() -> None:
+    mlp, x = SharedExperts(H, WIDTH), torch.randn(40, H)
+    moe = convert.split_dense(mlp, 8, 2, select=NoisyTopK(2, normalize=True, scale=8.0), balance=[ImportanceLoad(1e-2)])
+    moe.train()(x).sum().backward()
+    assert moe.losses
+    assert moe.gate.weight.grad is not None
+
+
+def test_row52_interleaved_experts_contain_the_shared_block() -> None:
+    """MiniMoE: each expert has 2/3 shared neurons and every E-th of the others; the best one is weighted by its
+    softmax."""
+    mlp, x = SharedExperts(H, 48), torch.randn(11, H)
+    moe = convert.split_dense(mlp, 4, method="interleave", shared=2 / 3, router_init=1.0)
+    assert moe.experts.intermediate_size == 32 + 16 // 4  # the parameter count
+    assert moe.experts.gate_up_proj.numel() + moe.experts.down_proj.numel() == 4 * 3 * H * 36
+    gate, up, down = (part.weight.detach().double() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    for token in x:
+        scores = (moe.gate.weight.detach().double() @ token.double()).softmax(0)
+        expert = int(scores.argmax())
+        neurons = list(range(32)) + list(range(32 + expert, 48, 4))
+        h = F.silu(gate[neurons] @ token.double()) * (up[neurons] @ token.double())
+        assert close(moe(token[None])[0], scores[expert] * (down[:, neurons] @ h))
+
+
+def test_row52_one_expert_is_the_identity() -> None:
+    mlp, x = SharedExperts(H, 48), torch.randn(11, H)
+    assert close(convert.split_dense(mlp, 1, method="interleave", shared=2 / 3)(x), mlp(x))
+
+
+def test_row55_important_neurons_are_shared_and_the_rest_is_dealt_out() -> None:
+    mlp, x = SharedExperts(H, WIDTH), torch.randn(11, H)
+    importance = torch.rand(WIDTH)
+    parts = convert.partition(convert.feed_forward(mlp), 7, "gradient", shared=1 / 8, importance=importance)
+    assert set(parts.shared.tolist()) == set(importance.topk(8).indices.tolist())
+    sums = torch.tensor([float(importance[p].sum()) for p in parts.experts])
+    assert sums.max() / sums.min() < 1.1
+    moe = convert.split_dense(mlp, 7, method="gradient", shared=1 / 8, importance=importance)
+    assert close(moe(x), mlp(x))  # residual and experts of weight 1
+
+
+def test_row55_each_expert_gets_the_neurons_that_matter_to_it() -> None:
+    importance = torch.rand(4, WIDTH) * 0.01
+    order = torch.randperm(WIDTH)
+    for expert in range(4):
+        importance[expert, order[16 * expert : 16 * expert + 16]] += 1
+    parts = convert.partition(convert.feed_forward(SharedExperts(H, WIDTH)), 4, "gradient", importance=importance)
+    for expert, index in enumerate(parts.experts):
+        assert set(index.tolist()) == set(order[16 * expert : 16 * expert + 16].tolist())
+
+
+def test_row55_importance_is_monotone_under_zeroing() -> None:
+    """A neuron whose column of the down projection shrinks matters less, in proportion; a zeroed one not at all."""
+    torch.manual_seed(0)
+    mlp, x, target = SharedExperts(H, WIDTH).double(), torch.randn(50, H).double(), torch.randn(50, H).double()
+
+    def importance(scale: float) -> Tensor:
+        with torch.no_grad():
+            mlp.down_proj.weight[:, 5] = column * scale
+        return convert.neuron_importance(mlp, [x], lambda y: (y * target).mean())
+
+    column = mlp.down_proj.weight[:, 5].detach().clone()
+    values = [float(importance(scale)[5]) for scale in (0.0, 0.5, 1.0)]
+    assert values[0] == 0
+    assert values[0] < values[1] < values[2]
+    full = importance(1.0)
+    for neuron in (5, 17):  # this loss is linear in the output, so its first-order change is the change
+        keep = torch.ones(WIDTH, dtype=torch.float64)
+        keep[neuron] = 0
+        change = ((masked(mlp, x, keep) - mlp(x)) * target).mean().abs()
+        assert abs(float(full[neuron]) - float(change.detach())) < 1e-6
+    assert mlp.up_proj.weight.grad is None
+
+
+def test_row56_contiguous_slices_and_straight_through_gates() -> None:
+    mlp, x = SharedExperts(H, WIDTH), torch.randn(11, H)
+    moe = convert.split_dense(mlp, 4, 2, method="contiguous")
+    parts = convert.partition(convert.feed_forward(mlp), 4, "contiguous")
+    assert [p.tolist() for p in parts.experts] == [list(range(16 * e, 16 * e + 16)) for e in range(4)]
+    routing = moe.gate(x)
+    assert (routing.topk_weights == 4 / 2).all()
+    moe(x).square().sum().backward()
+    assert float(moe.gate.weight.grad.abs().max()) > 0  # straight through
+    assert (convert.split_dense(mlp, 4, 4, method="contiguous").gate(x).topk_weights == 1).all()  # K = E: scale 1
+
+
+def test_row56_a_perfect_router_minimises_the_prior_loss() -> None:
+    tokens, experts, top_k = 9, 4, 2
+    outputs = torch.randn(tokens, experts, H)
+    dense = outputs.sum(1)
+    best = torch.zeros(tokens, experts)
+    for token in range(tokens):
+        errors = [float((outputs[token, e].double() - dense[token].double() / (experts / top_k)).square().mean())
+                  for e in range(experts)]  # fmt: skip
+        for expert in sorted(range(experts), key=lambda e: errors[e])[:top_k]:
+            best[token, expert] = 1
+    logits = best.clone().requires_grad_(True)
+    loss = convert.prior_approximate(logits, outputs, dense, top_k)
+    loss.backward()
+    assert abs(float(loss.detach())) < 1e-6
+    assert float(logits.grad.abs().max()) < 1e-6
+    for _ in range(20):
+        assert convert.prior_approximate(best + torch.randn(tokens, experts), outputs, dense, top_k) > loss
+    p, q = best.double().softmax(-1), torch.zeros(tokens, experts, dtype=torch.float64).softmax(-1)
+    expected = (p * (p / q).log()).sum(-1).mean()
+    found = convert.prior_approximate(torch.zeros(tokens, experts), outputs, dense, top_k)
+    assert abs(float(found) - float(expected)) < 1e-6
+
+
+def test_row44_domain_masks() -> None:
+    """Read-ME: the union of expert and residual is the domain's mask, and computes the masked dense network."""
+    mlp, x = SharedExperts(H, WIDTH), torch.randn(11, H)
+    importance = torch.rand(3, WIDTH)
+    importance[:, :10] += 1  # what every domain needs
+    parts = convert.partition(convert.feed_forward(mlp), 3, "domain_masks", importance=importance, keep=0.5)
+    masks = [mask_of(row.topk(WIDTH // 2).indices) for row in importance]
+    residual = mask_of(parts.shared)
+    assert torch.equal(residual, masks[0] & masks[1] & masks[2])
+    for mask, expert in zip(masks, parts.experts, strict=True):
+        assert torch.equal(mask_of(expert) | residual, mask)
+        assert not (mask_of(expert) & residual).any()
+    moe = convert.split_dense(mlp, 3, method="domain_masks", importance=importance)
+    for domain, mask in enumerate(masks):
+        with moe.gate.intervene(force=[domain]):
+            assert close(moe(x), masked(mlp, x, mask))
+
+
+def test_row44_experts_of_different_widths_and_an_empty_one() -> None:
+    mlp, x = SharedExperts(H, WIDTH), torch.randn(11, H)
+    ragged = convert.Partition(
+        (torch.arange(5), torch.arange(5, 40), torch.arange(0)), torch.arange(40, WIDTH), is_split=True
+    )
+    moe = convert.split_dense(mlp, 3, method=ragged)
+    assert close(moe(x), mlp(x))
+    assert moe.experts.intermediate_sizes == (16, 48, 16)  # padded to what the kernels like
+
+
+def test_bad_input_is_named() -> None:
+    mlp = SharedExperts(H, WIDTH)
+    cases: list[tuple[str, dict[str, object]]] = [
+        ("method", {"method": "kmeans"}), ("num_experts", {"num_experts": 7}), ("top_k", {"top_k": 9}),
+        ("importance", {"method": "gradient"}),
+        ("importance", {"method": "domain_masks", "importance": torch.rand(2, 64)}),
+        ("importance", {"method": "gradient", "importance": torch.rand(63)}), ("weights", {"weights": "hard"}),
+        ("shared", {"shared": 3}), ("shared", {"shared": 1.5}),
+        ("keep", {"method": "domain_masks", "importance": torch.rand(8, 64), "keep": 0.0}),
+        ("method", {"method": convert.Partition((torch.arange(64),), torch.arange(0))}),
+    ]  # fmt: skip
+    for name, options in cases:
+        with pytest.raises(ValueError, match=name):
+            convert.split_dense(mlp, **{"num_experts": 8, **options})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model"):
+        convert.split_dense(nn.Linear(3, 3), 2)

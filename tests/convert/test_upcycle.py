@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Upcycling of modules: the MoE layer computes what the dense network computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import switchgear
+from switchgear import convert
+from switchgear.layers.shared import SharedExperts
+
+
+class Llama(nn.Module):
+    def __init__(self, hidden: int = 32, width: int = 48, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(hidden, width, bias=bias) for _ in range(2))
+        self.down_proj = nn.Linear(width, hidden, bias=bias)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Mixtral(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w3, self.w2 = nn.Linear(32, 48, bias=False), nn.Linear(32, 48, bias=False), nn.Linear(48, 32)
+        self.act_fn = nn.GELU(approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.act_fn(self.w1(x)) * self.w3(x))
+
+
+class Phi3(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Linear(32, 96, bias=False), nn.Linear(48, 32, bias=False)
+        self.activation_fn = F.silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(up * self.activation_fn(gate))
+
+
+class Gpt(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.act = nn.Linear(32, 48), nn.Linear(48, 32), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+MODULES = {
+    "llama": Llama,
+    "llama with biases": lambda: Llama(bias=True),
+    "mixtral": Mixtral,
+    "phi3": Phi3,
+    "gpt": Gpt,
+    "ours": lambda: SharedExperts(32, 48),
+    "ours, plain": lambda: SharedExperts(32, 48, activation="relu2", gated=False),
+}
+
+
+def loop(mlp: nn.Module, moe: switchgear.MoE, x: Tensor, top_k: int, after: bool = True) -> Tensor:
+    """The paper's layer in float64: TopK of the logits, then softmax (or before), each expert the dense network."""
+    logits = x.double() @ moe.gate.weight.detach().double().T
+    y = torch.zeros(len(x), x.shape[1], dtype=torch.float64)
+    dense = mlp.double()(x.double()).detach()
+    for token, row in enumerate(logits):
+        best = row.topk(top_k)
+        weights = best.values.softmax(0) if after else row.softmax(0)[best.indices]
+        for weight in weights:
+            y[token] += weight * dense[token]
+    mlp.float()
+    return y
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+@pytest.mark.parametrize("name", MODULES)
+def test_row53_upcycled_layer_is_the_dense_network(name: str, top_k: int) -> None:
+    mlp = MODULES[name]()
+    moe = convert.upcycle(mlp, 5, top_k, router_init=3.0)  # any router
+    x = torch.randn(17, 32)
+    expected = mlp(x)
+    assert moe(x).sub(expected).abs().max() < 1e-5
+    assert moe(x).double().sub(loop(mlp, moe, x, top_k)).abs().max() < 1e-5
+
+
+def test_row53_softmax_before_topk_is_no_identity() -> None:
+    mlp = Llama()
+    moe = convert.upcycle(mlp, 8, 2, normalize=False, router_init=1.0)
+    x = torch.randn(17, 32)
+    assert moe(x).sub(mlp(x)).abs().max() > 1e-3
+    assert moe(x).double().sub(loop(mlp, moe, x, 2, after=False)).abs().max() < 1e-5
+
+
+def test_row53_noise_is_of_the_stated_size_and_seeded() -> None:
+    mlp = Llama()
+    moe, same = (convert.upcycle(mlp, 4, 2, noise=0.1, seed=3) for _ in range(2))
+    other = convert.upcycle(mlp, 4, 2, noise=0.1, seed=4)
+    difference = (moe.experts.down_proj - mlp.down_proj.weight).detach()
+    # 4 · 48 · 32 samples: the estimate of a standard deviation is within 1 / √(2n) = 0.9 %, six of them here
+    assert abs(float(difference.std()) / 0.1 - 1) < 0.054
+    assert torch.equal(moe.experts.down_proj, same.experts.down_proj)
+    assert not torch.equal(moe.experts.down_proj, other.experts.down_proj)
+    assert not torch.equal(moe.experts.down_proj[0], moe.experts.down_proj[1])
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Llama()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+def test_row53_model_of_ones_own_in_place_chosen_layers() -> None:
+    model = nn.Sequential(Block(), Block(), Block()).eval()
+    x = torch.randn(2, 5, 32)
+    expected = model(x).detach()
+    done = convert.upcycle(model, 4, 2, layers=[0, -1])
+    assert done.model is model
+    assert [layer.name for layer in done.layers] == ["0.mlp", "2.mlp"]
+    assert isinstance(model[0].mlp, switchgear.MoE)
+    assert isinstance(model[1].mlp, Llama)
+    assert model(x).sub(expected).abs().max() < 1e-5
+    routers = [model[0].mlp.gate.weight, model[2].mlp.gate.weight]
+    assert not torch.equal(*routers)
+
+
+def test_bad_input_changes_nothing() -> None:
+    model = nn.Sequential(Block(), Block())
+    for options in ({"top_k": 5}, {"top_k": 0}, {"num_experts": 0}, {"layers": [2]}, {"layers": []}, {"layers": "last"},
+                    {"noise": -1.0}, {"family": "mixtral"}):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(options))):
+            convert.upcycle(model, **{"num_experts": 4, "top_k": 2, **options})  # type: ignore[arg-type]
+    assert all(isinstance(block.mlp, Llama) for block in model)
+    with pytest.raises(ValueError, match="model: expected dense"):
+        convert.upcycle(nn.Linear(4, 4), 2, 1)
+    with pytest.raises(TypeError, match="mlp"):
+        convert.upcycle("llama", 2, 1)  # type: ignore[arg-type]
+
+
+def test_a_module_of_another_function_is_refused() -> None:
+    class Scaled(Llama):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match="computes something else"):
+        convert.upcycle(Scaled(), 4, 2)
+
+
+def test_noise_of_a_tensor_depends_on_seed_and_name() -> None:
+    draws = [convert.plans.noise_of(seed, key, (4,)) for seed in (0, 1) for key in ("a", "b")]
+    assert len({float(draw[0]) for draw in draws}) == 4
+    assert torch.equal(draws[0], convert.plans.noise_of(0, "a", (4,)))

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`switchgear compress`: its results load in transformers, it goes on after an interruption, it names mistakes."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import switchgear
+from switchgear.cli import main
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    made = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_experts=6, num_experts_per_tok=2, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    ))  # fmt: skip
+    made.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "LICENSE").write_text("free")
+    (tmp_path / "code.txt").write_bytes(b"for i in range(10): print(i)\n" * 40)
+    (tmp_path / "prose.txt").write_bytes(b"It was the best of times, it was the worst of times. " * 20)
+    return tmp_path / "model"
+
+
+def write(model: Path, *steps: dict[str, Any], **calibration: Any) -> str:
+    path = model.parent / "recipe.json"
+    how = {"text": ["code.txt", "prose.txt"], "tokens": 512, "length": 64} | calibration
+    path.write_text(json.dumps({"calibration": how, "steps": steps}))
+    return str(path)
+
+
+def run(model: Path, recipe: str, *arguments: str) -> int:
+    return main(["compress", str(model), "--recipe", recipe, "--out", str(model.parent / "small"), *arguments])
+
+
+PRUNE = {"do": "prune_experts", "keep": 4, "criterion": "reap"}
+QUANTIZE = {"do": "quantize", "bits": 4, "method": "gptq", "group_size": 32, "min_tokens": 1}
+
+
+def test_a_recipe_gives_a_checkpoint_that_transformers_loads(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, write(model, PRUNE, QUANTIZE)) == 0
+    printed = capsys.readouterr().out
+    assert "4 of 6 experts kept by reap" in printed
+    assert "bits by gptq" in printed
+    small = model.parent / "small"
+    assert not (model.parent / "small.partial").exists()
+    assert (small / "LICENSE").read_text() == "free"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(small).eval()
+    assert loaded.config.num_experts == 4
+    for layer in loaded.model.layers:
+        rows = layer.mlp.experts.down_proj.detach()[0]
+        assert all(row[:32].unique().numel() <= 16 for row in rows)  # 4 bits
+    x = torch.randint(256, (1, 20))
+    with torch.no_grad():
+        want = loaded(x).logits
+        switchgear.accelerate(loaded)
+        assert torch.allclose(loaded(x).logits, want, atol=1e-5)
+    about = json.loads((small / "compression.json").read_text())
+    assert [step["do"] for step in about["steps"]] == ["prune_experts", "quantize"]
+    kept = about["steps"][0]["result"]["layers"]["model.layers.0.mlp"]["kept"]
+    original = transformers.AutoModelForCausalLM.from_pretrained(model)
+    gate = original.model.layers[0].mlp.gate.weight[kept]
+    assert torch.equal(loaded.model.layers[0].mlp.gate.weight, gate)
+    assert str(model.parent) not in (small / "compression.json").read_text()
+
+
+def test_bits_by_expert_keep_their_average(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = {"do": "quantize", "bits": {"of": [1, 2, 3], "average": 2}, "group_size": 32}
+    assert run(model, write(model, mixed)) == 0
+    assert "at 2.00 bits" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_goes_on(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from switchgear import compress
+    from switchgear.cli.compress import work
+
+    recipe = write(model, PRUNE, QUANTIZE)
+    assert run(model, recipe) == 0
+    small = model.parent / "small"
+    want = {file.name: file.read_bytes() for file in small.iterdir()}
+    small.rename(model.parent / "before")
+
+    @functools.wraps(compress.quantize)
+    def stopped(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compress, "quantize", stopped)
+        assert run(model, recipe) == 130
+    assert not small.exists()
+    calls = []
+    monkeypatch.setattr(work, "calibrate", lambda *args, **options: calls.append(args))
+    assert run(model, recipe) == 0  # neither prunes nor calibrates again
+    assert "going on after step 1 of 2" in capsys.readouterr().out
+    assert not calls
+    assert {file.name: file.read_bytes() for file in small.iterdir()} == want
+
+
+def test_another_recipe_begins_anew(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from switchgear.cli.compress import work
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work.Partial, "finish", full)
+        assert run(model, write(model, PRUNE)) == 2
+    assert (model.parent / "small.partial").exists()
+    other = {"do": "prune_experts", "keep": 3, "criterion": "frequency"}
+    assert run(model, write(model, other)) == 0
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model.parent / "small")
+    assert loaded.config.num_experts == 3
+
+
+def test_a_full_disk_leaves_no_checkpoint(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: Any, folder: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    assert run(model, write(model, PRUNE)) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (model.parent / "small").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    partial = model.parent / "small.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("years of work")
+    assert run(model, write(model, PRUNE)) == 2
+    assert "left as it is" in capsys.readouterr().err
+    assert (partial / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "recipe: expected an object"),
+        ('{"step": []}', "recipe: expected calibration, steps, got 'step'"),
+        ('{"steps": []}', "recipe: steps: expected a list of at least one"),
+        ('{"steps": [{"do": "shrink"}]}', "recipe: steps[0]: do: expected one of prune_experts"),
+        ('{"steps": [{"do": "prune_experts", "kep": 4}]}', "recipe: steps[0]: expected options of prune_experts (keep"),
+        ('{"steps": [{"do": "prune_experts"}]}', "missing a required argument: 'keep'"),
+        (
+            '{"steps": [{"do": "prune_experts", "keep": 99, "criterion": "random"}]}',
+            "recipe: steps[0]: prune_experts: keep",
+        ),
+        ('{"steps": [{"do": "prune_experts", "keep": 4}]}', "calibration.text: expected files"),
+        ('{"calibration": {"length": 1}, "steps": [{"do": "quantize"}]}', "calibration.length: expected an integer"),
+        ('{"calibration": {"text": "a"}, "steps": [{"do": "quantize"}]}', "calibration.text: expected a list"),
+        ('{"steps": [{"do": "quantize", "bits": {"average": 2, "width": 3}}]}', "bits: expected of, average"),
+    ],
+)
+def test_a_wrong_recipe_is_named(recipe: str, message: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = model.parent / "recipe.json"
+    path.write_text(recipe)
+    assert run(model, str(path)) == 2
+    assert message in capsys.readouterr().err
+    assert not (model.parent / "small").exists()
+
+
+def test_a_truncated_shard_is_named(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert run(model, write(model, PRUNE)) == 2
+    assert "cannot load" in capsys.readouterr().err
+    assert not (model.parent / "small").exists()
