@@ -9,7 +9,8 @@ Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(mode
 Models:     accelerate(model) runs a Hugging Face model on the kernels
 Weights:    store(model, form) converts the experts to a faster or smaller form: "auto", "plain", "panels", "compact",
             "int8", "int4", "fp8", "mxfp4", "nf4"; restore(model) undoes it. The parts are in switchgear.weights
-Analysis:   RoutingTrace records the choices of routers; override(model, …) changes them temporarily
+Analysis:   RoutingTrace records the choices of routers; override(model, …) changes them temporarily; diagnostics reads
+            traces, choices and weights; analysis has costs and scaling laws; generation.SelfContrast decodes
 Adapters:   adapters.add_lora(model, rank), load_peft, save_peft, merge; mixtures of adapters in any model:
             adapters.mixture, adapters.LoRAExperts
 Training:   finetune trains some experts alone; distill; optim.Muon
