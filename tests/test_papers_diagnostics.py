@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from switchgear import MoE, RoutingTrace, diagnostics, route
 from switchgear.diagnostics import LayerChoices
+from switchgear.routing import Cosine
 
 E, H, WIDTH, T = 6, 10, 5, 40
 
@@ -411,6 +413,49 @@ def test_row37_margin_saturation_and_change() -> None:
     assert diagnostics.routing_change(flipped, late.topk_ids, E) == 0
     with pytest.raises(ValueError, match="top_k: expected 1 to 5"):
         diagnostics.router_margin(late.router_logits, E)
+
+
+class Hyper(nn.Module):
+    """HyperRouter (arXiv:2312.07035): the router's weight comes from a fixed network and a learned embedding."""
+
+    def __init__(self, hidden_size: int, num_experts: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(4, dtype=dtype))
+        self.register_buffer("fixed", torch.randn(num_experts * hidden_size, 4, dtype=dtype))
+
+    def forward(self, x: Tensor, context: Any) -> Tensor:
+        return x @ (self.fixed @ self.embedding).relu().view(-1, x.shape[-1]).T
+
+
+ROUTERS: dict[str, dict[str, Any]] = {
+    "smoe": {"top_k": 2},
+    "sigma_moe": {"top_k": 2, "score_function": "sigmoid"},
+    "xmoe": {"top_k": 2, "score": Cosine},
+    "perturbed cosine": {"top_k": 2, "score": functools.partial(Cosine, perturb=0.1)},
+    "hyper router": {"top_k": 2, "score": Hyper},
+}
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_row37_a_router_swap_changes_nothing_else(router: str) -> None:
+    """LibMoE's five routers on a common layer: the same experts, run as a plain loop over the router's choice runs
+    them, and gradients to both."""
+    torch.manual_seed(0)
+    common = MoE(H, WIDTH, E, 2).double().experts.state_dict()
+    layer = MoE(H, WIDTH, E, **ROUTERS[router]).double()
+    layer.experts.load_state_dict(common)
+    x = torch.randn(9, H, dtype=torch.float64)
+    routing, y = layer.gate(x), layer(x)
+    for token in range(9):
+        wanted = torch.zeros(H, dtype=torch.float64)
+        for expert, weight in zip(routing.topk_ids[token].tolist(), routing.topk_weights[token], strict=True):
+            gate, up = (x[token] @ common["gate_up_proj"][expert].T).split(WIDTH)
+            wanted = wanted + weight.double() * (nn.functional.silu(gate) * up @ common["down_proj"][expert].T)
+        torch.testing.assert_close(y[token], wanted, atol=1e-6, rtol=1e-5)
+    y.square().sum().backward()
+    trained = dict(layer.named_parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in trained.values())
+    assert {name for name in trained if name.startswith("experts.")} == {f"experts.{name}" for name in common}
 
 
 # ---- coactivation and cacheability -----------------------------------------------------------------------------------
