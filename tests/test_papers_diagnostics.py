@@ -62,6 +62,18 @@ def test_row73_identical_experts_are_similar_and_permuted_neurons_after_reorderi
     assert torch.equal(order[diagnostics.neuron_order(moved[0], moved[1])], torch.arange(WIDTH))
 
 
+def test_row73_neurons_in_other_layouts() -> None:
+    gate_up, down = torch.randn(3, 2 * WIDTH, H), torch.randn(3, H, WIDTH)
+    wanted = diagnostics.neurons(gate_up, down)
+    assert torch.equal(wanted[1, 2], torch.cat([gate_up[1, 2], gate_up[1, WIDTH + 2], down[1, :, 2]]))
+    turned = diagnostics.neurons(gate_up.transpose(1, 2), down.transpose(1, 2), transposed=True)
+    assert torch.equal(turned, wanted)
+    alternating = torch.stack(gate_up.split(WIDTH, 1), 2).flatten(1, 2)
+    assert torch.equal(diagnostics.neurons(alternating, down, interleaved=True), wanted)
+    with pytest.raises(ValueError, match="gate_up_proj: expected"):
+        diagnostics.neurons(gate_up[:, 1:], down)
+
+
 def test_row73_reordering_finds_the_best_assignment() -> None:
     """Against all permutations of four neurons."""
     pytest.importorskip("scipy", reason="scipy is not installed")
@@ -384,6 +396,25 @@ def test_row77_a_planted_core_expert_is_found_boosted_and_predicts() -> None:
         hits = [e for row in rows_of(layer)[8 * n : 8 * n + 8] for e, _ in row]
         assert float(scores[n]) == pytest.approx(hits.count(3) / len(hits))
     assert diagnostics.auc(scores, torch.arange(8) < 4) == 1
+
+
+def test_row77_boosted_on_a_hugging_face_model(olmoe: Any) -> None:
+    ids = torch.randint(1, 50, (3, 9))
+    with RoutingTrace(olmoe) as trace:
+        olmoe(ids)
+    layers = list(trace.layers)
+    core = {name: [2] for name in layers[:2]}
+
+    def used() -> list[int]:
+        with diagnostics.collect(olmoe) as kept:
+            olmoe(ids)
+        return [int((kept[name].topk_ids == 2).sum()) for name in core]
+
+    before = used()
+    with diagnostics.steered(olmoe, core, bias=2.0):
+        assert used() == [27, 27]  # a bias above all differences of a softmax
+    assert used() == before
+    assert max(before) < 27
 
 
 def test_row77_auc_is_the_fraction_of_ordered_pairs() -> None:
