@@ -232,7 +232,7 @@ def test_dropout(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     first = call(adapted)
     torch.manual_seed(1)
     assert torch.equal(first, call(adapted))
-    monkeypatch.setattr(switchgear.functional, "_dropout_seed", lambda device: seed)
+    monkeypatch.setattr(switchgear.functional.layer, "dropout_seed", lambda device: seed)
     check(adapted, fixed_seed=seed)
     check(make(SMALL, dtype, 4, dropout=0.9, ragged=True), fixed_seed=seed)
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""override on the routers of every Hugging Face model type: choices anew from the logits, weighted as the model does."""
+"""override on the routers of every Hugging Face model type: choices anew from the logits, weighted as the model does
+it."""
 
 from __future__ import annotations
 

@@ -25,14 +25,19 @@ AdapterProducts::AdapterProducts(const Adapter& adapter, uint32_t projection, co
       num_slots_(num_slots),
       dtype_(dtype) {}
 
-const void* const* AdapterProducts::masked(const void* const* rows, int64_t width, std::optional<SlotRows>& copies,
+int64_t AdapterProducts::masked_bytes(const Adapter& adapter, int64_t num_slots, DType dtype) {
+  return adapter.defined() && adapter.dropout > 0 ? SlotRows::bytes(num_slots, adapter.a.shape[2], dtype) : 0;
+}
+
+const void* const* AdapterProducts::masked(const void* const* rows, Workspace& workspace,
                                            const Context& context) const {
   if (!drops()) return rows;
-  copies.emplace(num_slots_, width, dtype_);
+  const int64_t width = adapter_.a.shape[2];
+  const SlotRows copies(workspace, num_slots_, width, dtype_);
   const int64_t used_slots = expert_offsets_[a_.num_experts()];
   parallel_for_ranges(context.num_threads, used_slots, 16, [&](int64_t begin, int64_t end, int) {
     for (int64_t s = begin; s < end; ++s) {
-      char* const row = copies->row(s);
+      char* const row = copies.row(s);
       std::memcpy(row, rows[s], static_cast<size_t>(width * size_of(dtype_)));
       if (dtype_ == DType::kFloat32) {
         mask_.apply(reinterpret_cast<float*>(row), s, 0, width);
@@ -41,21 +46,20 @@ const void* const* AdapterProducts::masked(const void* const* rows, int64_t widt
       }
     }
   });
-  return copies->pointers();
+  return copies.pointers();
 }
 
-void AdapterProducts::multiply(SlotRows& out, const void* const* rows, AdapterSide side, const Context& context) const {
+void AdapterProducts::multiply(const SlotRows& out, const void* const* rows, AdapterSide side,
+                               const ThreadMemory& memory, const Context& context) const {
   const Kernels& k = context.kernels;
   const int num_threads = context.num_threads;
   const int64_t rank = adapter_.rank(), panel = k.panel, element = size_of(dtype_);
   const int64_t depth = side == AdapterSide::kA ? adapter_.a.shape[2] : adapter_.b.shape[1];
   const std::vector<Tile> tiles = make_tiles(expert_offsets_, a_.num_experts(), rank, panel, k.most_rows);
-  Workspace workspace(num_threads * ProductScratch::kBytes);
-  char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * ProductScratch::kBytes));
 
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
     const Tile& tile = tiles[static_cast<size_t>(task)];
-    const ProductScratch scratch(memory + thread * ProductScratch::kBytes);
+    const ProductScratch scratch = memory.of(thread);
     const int64_t columns = std::clamp<int64_t>(rank_of(tile.expert) - tile.column, 0, panel);
     const int64_t stored = std::min(panel, rank - tile.column);
     if (columns > 0) {
@@ -157,25 +161,81 @@ void AdapterProducts::add_to_rows(float* c, int64_t stride, const Term& term, co
   }
 }
 
-ForwardAdapter::ForwardAdapter(const Adapter& adapter, uint32_t projection, const Slots& slots, DType dtype)
-    : slots_(slots) {
+void AdapterProducts::multiply_terms(float* out, const SlotRows& small_rows, const ThreadMemory& memory,
+                                     const Context& context) const {
+  constexpr int64_t kColumns = 512;  // of a task: 8 KB of B at rank 8
+  const Kernels& k = context.kernels;
+  const int64_t width = adapter_.b.shape[1], panel = k.panel;
+  const std::vector<Tile> tiles = make_tiles(expert_offsets_, num_experts(), width, kColumns, k.most_rows);
+  parallel_for_shares(context.num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
+    const Tile& tile = tiles[static_cast<size_t>(i)];
+    if (rank_of(tile.expert) == 0) return;
+    const ProductScratch scratch = memory.of(thread);
+    const int64_t end = std::min(width, tile.column + kColumns);
+    for (int64_t column = tile.column; column < end; column += panel) {
+      Term term{tile.expert,
+                tile.first_row,
+                tile.num_rows,
+                column,
+                std::min(panel, end - column),
+                small_rows.pointers() + tile.first_row};
+      Product part = product(term, AdapterSide::kA, scratch);
+      part.c = scratch.c;
+      term.column += panel;
+      if (term.column < width) part.next = operand(term, AdapterSide::kA).start();
+      k.multiply(part);
+      for (int64_t m = 0; m < tile.num_rows; ++m) {
+        std::memcpy(out + (tile.first_row + m) * width + column, scratch.c + m * panel,
+                    static_cast<size_t>(part.num_columns) * 4);
+      }
+    }
+  });
+}
+
+int64_t ForwardAdapter::bytes(const Adapter& adapter, int64_t num_slots, DType dtype, bool ahead) {
+  if (!adapter.defined()) return 0;
+  const int64_t term_bytes = ahead ? Workspace::padded(num_slots * adapter.b.shape[1] * 4) : 0;
+  return term_bytes + SlotRows::bytes(num_slots, adapter.rank(), dtype) +
+         AdapterProducts::masked_bytes(adapter, num_slots, dtype) +
+         Workspace::padded(num_slots * static_cast<int64_t>(sizeof(void*)));
+}
+
+ForwardAdapter::ForwardAdapter(const Adapter& adapter, uint32_t projection, const Slots& slots, DType dtype,
+                               Workspace& workspace, bool ahead)
+    : slots_(slots), workspace_(workspace) {
   if (!adapter.defined()) return;
   products_.emplace(adapter, projection, slots.expert_offsets, slots.count, dtype);
-  rows_.emplace(slots.count, adapter.rank(), dtype);
+  rows_.emplace(workspace, slots.count, adapter.rank(), dtype);
+  pointers_ = workspace.take<const void*>(slots.count);
+  width_ = adapter.b.shape[1];
+  if (ahead) terms_ = workspace.take<float>(slots.count * width_);
 }
 
-void ForwardAdapter::multiply(const void* const* rows, int64_t width, const Context& context) {
+void ForwardAdapter::multiply(const void* const* rows, const ThreadMemory& memory, const Context& context) {
   if (!products_) return;
-  std::optional<SlotRows> copies;
-  products_->multiply(*rows_, products_->masked(rows, width, copies, context), AdapterSide::kA, context);
+  products_->multiply(*rows_, products_->masked(rows, workspace_, context), AdapterSide::kA, memory, context);
+  if (terms_ != nullptr) products_->multiply_terms(terms_, *rows_, memory, context);
 }
 
-void ForwardAdapter::multiply(const TensorView& x, const int32_t* indices, const Context& context) {
+void ForwardAdapter::add_to_rows(float* c, int64_t stride, const Columns& columns, const ProductScratch& scratch,
+                                 const Kernels& k) const {
+  const auto [expert, first_slot, num_rows, column, num_columns] = columns;
+  if (terms_ == nullptr) {
+    products_->add_to_rows(c, stride, {expert, first_slot, num_rows, column, num_columns, rows() + first_slot}, scratch,
+                           k);
+    return;
+  }
+  if (products_->rank_of(expert) == 0) return;
+  for (int64_t m = 0; m < num_rows; ++m) {
+    k.add_scaled_row(c + m * stride, terms_ + (first_slot + m) * width_ + column, DType::kFloat32, 1.0f, num_columns);
+  }
+}
+
+void ForwardAdapter::multiply(const TensorView& x, const int32_t* indices, const ThreadMemory& memory,
+                              const Context& context) {
   if (!products_) return;
-  Workspace workspace(Workspace::padded(slots_.count * static_cast<int64_t>(sizeof(void*))));
-  const void** const pointers = workspace.take<const void*>(slots_.count);
-  fill_row_pointers(pointers, x, indices, slots_.expert_offsets[products_->num_experts()]);
-  multiply(pointers, x.shape[1], context);
+  fill_row_pointers(pointers_, x, indices, slots_.expert_offsets[products_->num_experts()]);
+  multiply(pointers_, memory, context);
 }
 
 void AdapterProducts::clear_past_ranks(const TensorView& gradient, AdapterSide side) const {

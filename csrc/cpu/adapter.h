@@ -46,6 +46,14 @@ class DropoutMask {
 // Which rows an adapter's small rows are made of: those that A reads, or gradients of the projection's result.
 enum class AdapterSide : uint8_t { kA, kB };
 
+// Memory of the threads of a call: that of a thread starts with ProductScratch::kBytes.
+struct ThreadMemory {
+  char* data;
+  int64_t stride;  // bytes
+
+  ProductScratch of(int thread) const { return ProductScratch(data + thread * stride); }
+};
+
 // The adapter of a projection in one call.
 class AdapterProducts {
  public:
@@ -56,11 +64,12 @@ class AdapterProducts {
   int64_t num_experts() const { return a_.num_experts(); }
   bool drops() const { return adapter_.dropout > 0; }
 
-  // The rows that A reads: `rows` [S] of `width` elements, or masked copies in `copies`.
-  const void* const* masked(const void* const* rows, int64_t width, std::optional<SlotRows>& copies,
-                            const Context& context) const;
+  // The rows that A reads: `rows` [S], or masked copies, which take masked_bytes of the workspace.
+  const void* const* masked(const void* const* rows, Workspace& workspace, const Context& context) const;
+  static int64_t masked_bytes(const Adapter& adapter, int64_t num_slots, DType dtype);
   // out[s] = s_e · rows[s]·A_eᵀ, or s_e · rows[s]·B_e; zeros from the expert's rank on.
-  void multiply(SlotRows& out, const void* const* rows, AdapterSide side, const Context& context) const;
+  void multiply(const SlotRows& out, const void* const* rows, AdapterSide side, const ThreadMemory& memory,
+                const Context& context) const;
 
   // Adds small rows times B_eᵀ (of side kA), or times A_e and masked (of side kB), to the columns from `column` on of a
   // product: panels as multiply_wide leaves them. Undefined scratch.c, but for kA without dropout it is not used.
@@ -71,6 +80,8 @@ class AdapterProducts {
   // Prefetches what `add` reads: called before the projection's own product, which takes as long as memory needs.
   void prefetch(const Term& term, AdapterSide side) const;
   void add(float* c, const Term& term, AdapterSide side, const ProductScratch& scratch, const Kernels& k) const;
+  // Small rows times B_eᵀ, all columns: out[s] has as many floats as B_e has rows. Of an expert of rank 0 it is undefined.
+  void multiply_terms(float* out, const SlotRows& small_rows, const ThreadMemory& memory, const Context& context) const;
   // The same for side kA and a product whose rows are `stride` apart.
   void add_to_rows(float* c, int64_t stride, const Term& term, const ProductScratch& scratch, const Kernels& k) const;
 
@@ -89,19 +100,33 @@ class AdapterProducts {
   DType dtype_;
 };
 
-// The small rows of one projection in moe_forward; without an adapter, nothing.
+// The small rows of one projection in moe_forward; without an adapter, nothing. They take `bytes` of the call's workspace:
+// with blocks of their own, calls would use more than are kept (workspace.h). `ahead`: terms are computed before the
+// projection, for all columns. With few rows, B is then read as one stream instead of in pieces between those of the weights.
 class ForwardAdapter {
  public:
-  ForwardAdapter(const Adapter& adapter, uint32_t projection, const Slots& slots, DType dtype);
+  static int64_t bytes(const Adapter& adapter, int64_t num_slots, DType dtype, bool ahead = false);
+  ForwardAdapter(const Adapter& adapter, uint32_t projection, const Slots& slots, DType dtype, Workspace& workspace,
+                 bool ahead = false);
 
   const AdapterProducts* products() const { return products_ ? &*products_ : nullptr; }
   const void* const* rows() const { return rows_ ? rows_->pointers() : nullptr; }
-  // Computes them from rows [S] of `width` elements, or from rows of x: x[indices[s]], or x[s] without indices.
-  void multiply(const void* const* rows, int64_t width, const Context& context);
-  void multiply(const TensorView& x, const int32_t* indices, const Context& context);
+  // Computes them from rows [S], or from rows of x: x[indices[s]], or x[s] without indices. Once.
+  void multiply(const void* const* rows, const ThreadMemory& memory, const Context& context);
+  void multiply(const TensorView& x, const int32_t* indices, const ThreadMemory& memory, const Context& context);
+  // Adds the terms of rows from first_slot on to a product, whose rows are `stride` apart.
+  struct Columns {
+    int64_t expert, first_slot, num_rows, column, num_columns;
+  };
+  void add_to_rows(float* c, int64_t stride, const Columns& columns, const ProductScratch& scratch,
+                   const Kernels& k) const;
 
  private:
   const Slots& slots_;
+  Workspace& workspace_;
+  const void** pointers_ = nullptr;
+  float* terms_ = nullptr;
+  int64_t width_ = 0;  // of terms
   std::optional<AdapterProducts> products_;
   std::optional<SlotRows> rows_;
 };

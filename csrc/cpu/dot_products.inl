@@ -113,9 +113,9 @@ void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stri
       for (int j = 0; j < kColumns; ++j) column[j] = Words::load_along_k(b + j * stride, end - k);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        float words[kLanes] = {};
-        __builtin_memcpy(words, rows[i] + k * (4 / Words::kDepth), static_cast<size_t>(end - k) * 4 / Words::kDepth);
-        const Floats row = load(words);
+        using Packed = typename Words::Packed;
+        const auto* const words = reinterpret_cast<const Element<Packed>*>(rows[i] + k * (4 / Words::kDepth));
+        const Floats row = Packed::load_along_k(words, end - k);
 #pragma GCC unroll 8
         for (int j = 0; j < kColumns; ++j) acc[i][j] = step<Words::kDepth == 2>(row, column[j], acc[i][j]);
       }

@@ -19,19 +19,22 @@ struct Start {
 
 // One operand of a matrix product. Plain: element (n, k) is data[n·n_stride + k·k_stride]; strides are in elements and one
 // is 1. Panels and compact: n_stride is the bytes of a row, which has as many elements as the product's depth. Minifloats and
-// groups: n_stride is the bytes of a block of 16 rows.
+// groups: n_stride is the bytes of a block of 16 rows. `multiply` also takes columns of integers or minifloats: element (n, k)
+// is W[k, first_column + n], data and scales are those of first_column, and k starts a block.
 struct Matrix {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;  // of the rows it is multiplied by
   int64_t n_stride = 0;
   int64_t k_stride = 0;
   Format format = Format::kPlain;
-  int compact_bytes = 0;         // of an element of compact rows, 2 or 4
-  const void* scales = nullptr;  // of minifloats and groups, of the first block
-  int64_t scale_stride = 0;      // bytes from one block's scales to the next
-  int64_t group_size = 0;        // columns that share a scale, a multiple of 32; more than the depth: all of them
-  int first_row = 0;             // of the first block, where n = 0; a multiple of the lanes of a vector
-  const void* zeros = nullptr;   // of groups, half the bytes of their scales; may be null
+  int compact_bytes = 0;              // of an element of compact rows, 2 or 4
+  const void* scales = nullptr;       // of minifloats and groups, of the first block
+  int64_t scale_stride = 0;           // bytes from one block's scales to the next
+  int64_t group_size = 0;             // columns that share a scale, a multiple of 32; more than the depth: all of them
+  int first_row = 0;                  // of the first block, where n = 0; a multiple of the lanes of a vector
+  int64_t first_column = 0;           // of columns of integers or minifloats
+  const float* row_scales = nullptr;  // of integers
+  const void* zeros = nullptr;        // of integers, like scales; of groups, half the bytes of their scales; may be null
 
   Start start() const { return {data, scales}; }
 
@@ -55,6 +58,26 @@ struct Matrix {
     return rest;
   }
 };
+
+// The columns of a product's b from n and k on, as `multiply` takes them; n is a multiple of 8 and k of 16 unless b is plain.
+inline Matrix columns_at(const Matrix& b, int64_t n, int64_t k) {
+  Matrix rest = b;
+  const auto moved = [](const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; };
+  if (b.format == Format::kPlain) {
+    rest.data = moved(b.data, (k * b.k_stride + n * b.n_stride) * size_of(b.dtype));
+    return rest;
+  }
+  const int64_t block = k / kMinifloatRows, column = b.first_column + n;
+  const int64_t groups = column / b.group_size - b.first_column / b.group_size;
+  const int64_t scale_bytes = is_minifloat(b.format) && b.format != Format::kMxfp4 ? 4 : 1;
+  const int64_t offset = block * b.scale_stride + groups * kMinifloatRows * scale_bytes;
+  rest.data = moved(b.data, block * b.n_stride + n * kMinifloatRows * bits_of(b.format) / 8);
+  rest.scales = moved(b.scales, offset);
+  rest.first_column = column;
+  if (b.row_scales != nullptr) rest.row_scales = b.row_scales + k;
+  if (b.zeros != nullptr) rest.zeros = moved(b.zeros, offset);
+  return rest;
+}
 
 constexpr int kMaxPanel = 64;          // columns of the widest panel of any ISA
 constexpr int kTileRows = 6;           // rows of a tile of any ISA
@@ -104,7 +127,8 @@ struct Kernels {
   int panel;          // columns per product
   int64_t most_rows;  // of a product, <= kMaxRows
 
-  void (*multiply)(const Product&);      // k ascends in one accumulator; not with compact b
+  void (*multiply)(const Product&);      // k ascends in one accumulator; not with compact b or panels
+  bool (*multiplies_stored)(DType);      // whether `multiply` takes columns of integers and minifloats
   void (*dot_products)(const Product&);  // lanes along k; without row_begin, accumulate, next_width
   // For rows that many dot_products share, in blocks of kGatheredRows. gathered_bytes: bytes per block, 0 if rows are read in
   // place. gather_rows: elements [first, first + count) of up to a block of rows; rows[m] points to element `first`, a

@@ -2,6 +2,7 @@
 // The functions of the Kernels table, once for all ISAs. Included by kernels_<isa>.cpp after its simd_<isa>.h. Everything is
 // in an anonymous namespace and calls no library, so no symbol compiled for one ISA can be merged into another.
 #pragma once
+#include "cpu/widen.h"
 
 namespace switchgear::cpu {
 namespace {
@@ -141,6 +142,7 @@ float dot_rows(const void* a, const void* b, DType dtype, int64_t n) {
 #include "group_decoders.h"
 #include "minifloat_products.inl"
 #include "panel_products.inl"
+#include "stored_columns.inl"
 
 namespace switchgear::cpu {
 namespace {
@@ -349,6 +351,7 @@ constexpr Kernels make_table(const char* isa) {
       .panel = kPanel,
       .most_rows = 40 * kTileRows,  // so that C (60 KB) and a chunk of A stay in L2
       .multiply = multiply,
+      .multiplies_stored = [](DType) { return true; },
       .dot_products = dot_products,
       .gathered_bytes = [](DType, int64_t) -> int64_t { return 0; },
       .gather_rows = nullptr,

@@ -62,6 +62,7 @@ const Kernels& kernels_amx() {
     own.isa = "amx";
     own.most_rows = kMaxRows;
     own.multiply = multiply;
+    own.multiplies_stored = [](DType dtype) { return dtype != DType::kBFloat16; };
     own.dot_products = dot_products;
     own.gathered_bytes = gathered_bytes;
     own.gather_rows = gather_rows;

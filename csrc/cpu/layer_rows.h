@@ -95,19 +95,17 @@ class ActivationRows {
         a_(view(nullptr, dtype, num_slots, width)) {}
 
   // Rows one after the other, besides those of another layout: for products with an adapter.
-  void keep_plain() {
-    if (plan_.layout == RowLayout::kSorted || plan_.layout == RowLayout::kGathered) {
-      plain_.emplace(a_.shape[0], a_.shape[1], a_.dtype);
-    }
-  }
+  void keep_plain() { keeps_plain_ = plan_.layout == RowLayout::kSorted || plan_.layout == RowLayout::kGathered; }
   const void* const* plain(const void* const* rows) const { return plain_ ? plain_->pointers() : rows; }
 
   int64_t bytes() const {
-    return gathers() ? Workspace::padded(num_experts_ * 4) + block_bytes() : a_.shape[0] * plan_.row_bytes;
+    const int64_t plain_bytes = keeps_plain_ ? SlotRows::bytes(a_.shape[0], width(), a_.dtype) : 0;
+    return plain_bytes + (gathers() ? Workspace::padded(num_experts_ * 4) + block_bytes() : row_bytes());
   }
   void take(Workspace& workspace, const int32_t* expert_offsets) {
+    if (keeps_plain_) plain_.emplace(workspace, a_.shape[0], width(), a_.dtype);
     if (!gathers()) {
-      a_.data = workspace.take_bytes(bytes());
+      a_.data = workspace.take_bytes(row_bytes());
       a_.stride[0] = plan_.row_bytes / size_of(a_.dtype);
       return;
     }
@@ -151,6 +149,7 @@ class ActivationRows {
 
  private:
   bool gathers() const { return plan_.layout == RowLayout::kGathered; }
+  int64_t row_bytes() const { return a_.shape[0] * plan_.row_bytes; }
   int64_t block_bytes() const { return GatheredSlots::most_blocks(a_.shape[0], num_experts_) * plan_.block_bytes; }
 
   const Kernels& k_;
@@ -158,6 +157,7 @@ class ActivationRows {
   int64_t num_experts_;
   TensorView a_;
   GatheredSlots gathered_;
+  bool keeps_plain_ = false;
   std::optional<SlotRows> plain_;
 };
 

@@ -14,7 +14,8 @@
 // 3. Adapters (adapter.h), with m the mask of dropout: v' = s·(grad_y·B_d) before 1, whose tiles add m ⊙ (v'·A_d) to g;
 //    u' = s·(grad_h·B_gu) before grad_x, whose tiles add m ⊙ (u'·A_gu); then grad_A_gu = Σ u'ᵀ(x ⊙ m), grad_B_gu = Σ grad_hᵀu,
 //    grad_A_d = Σ v'ᵀ(w·a ⊙ m), grad_B_d = Σ grad_yᵀv with u = s·((x ⊙ m)·A_guᵀ) and v = s·((w·a ⊙ m)·A_dᵀ) recomputed.
-// Stored projections are decoded to the dtype of x, 64 columns at a time, in 1 and for grad_x (decoded_columns.h).
+// Stored projections are decoded to the dtype of x in 1 and for grad_x: in the product itself (stored_columns.inl), or 64
+// columns at a time (decoded_columns.h).
 // grad_h, w·a, u, v, u' and v' are rounded once to the dtype of x; everything else is float32. Deterministic.
 #include <cstring>
 #include <optional>
@@ -50,8 +51,10 @@ struct ActivationBackward {
 
   // The start of the next tile's columns, for a prefetch.
   Start start(const Tile& tile) const {
-    if (args.weights.down_proj.format != Format::kPlain) return {};
-    return ExpertMatrix(args.weights.down_proj, tile.expert, args.grad_y.dtype).columns_from(tile.column).start();
+    const Weight& down_proj = args.weights.down_proj;
+    const DType dtype = args.grad_y.dtype;
+    return in_place(down_proj, dtype, k) ? columns_in_place(down_proj, tile.expert, tile.column, dtype).start()
+                                         : Start{};
   }
 
   void run(const Tile& tile, const Start& next, const WideScratch& scratch, void* adapter_scratch,
@@ -145,12 +148,14 @@ void bias_gradient(const TensorView& grad_bias, const void* const* rows, DType d
 // One adapter in moe_backward: its products, and the small rows of gradients, u' or v'.
 class BackwardAdapter {
  public:
-  BackwardAdapter(const Adapter& adapter, uint32_t projection, const Slots& slots, DType dtype) : slots_(slots) {
+  static int64_t bytes(const Adapter& adapter, int64_t num_slots, DType dtype) {
+    return adapter.defined() ? SlotRows::bytes(num_slots, adapter.rank(), dtype) : 0;
+  }
+  BackwardAdapter(const Adapter& adapter, uint32_t projection, const Slots& slots, DType dtype, Workspace& workspace)
+      : adapter_(adapter), slots_(slots), dtype_(dtype) {
     if (!adapter.defined()) return;
     products_.emplace(adapter, projection, slots.expert_offsets, slots.count, dtype);
-    small_.emplace(slots.count, adapter.rank(), dtype);
-    rank_ = adapter.rank();
-    dtype_ = dtype;
+    small_.emplace(workspace, slots.count, adapter.rank(), dtype);
   }
 
   bool defined() const { return products_.has_value(); }
@@ -158,35 +163,37 @@ class BackwardAdapter {
   const void* const* small_rows() const { return small_ ? small_->pointers() : nullptr; }
 
   // From gradients [S] of the projection's result.
-  void multiply(const void* const* gradients, const Context& context) {
-    if (products_) products_->multiply(*small_, gradients, AdapterSide::kB, context);
+  void multiply(const void* const* gradients, const ThreadMemory& memory, const Context& context) {
+    if (products_) products_->multiply(*small_, gradients, AdapterSide::kB, memory, context);
   }
 
-  // The gradients of a and b, if defined. input: the rows [S] of `width` elements that A reads, before the mask; gradients:
-  // those of the projection's result. A weight of the slot may be in one of them.
-  void write(const TensorView& grad_a, const TensorView& grad_b, const void* const* input, int64_t width,
-             const void* const* gradients, const Context& context) const {
+  // The gradients of a and b, if defined. input: the rows [S] that A reads, before the mask; gradients: those of the
+  // projection's result. A weight of the slot may be in one of them.
+  void write(const TensorView& grad_a, const TensorView& grad_b, const void* const* input, const void* const* gradients,
+             const ThreadMemory& memory, const Context& context) const {
     if (!grad_a.defined() && !grad_b.defined()) return;
-    std::optional<SlotRows> copies;
-    const void* const* const rows = products_->masked(input, width, copies, context);
+    const int64_t rank = adapter_.rank();
+    Workspace workspace(AdapterProducts::masked_bytes(adapter_, slots_.count, dtype_) +
+                        SlotRows::bytes(slots_.count, rank, dtype_));
+    const void* const* const rows = products_->masked(input, workspace, context);
     if (grad_a.defined()) {
       weight_gradient({small_->pointers(), rows, dtype_, slots_.expert_offsets, nullptr, grad_a}, context);
       products_->clear_past_ranks(grad_a, AdapterSide::kA);
     }
     if (grad_b.defined()) {
-      SlotRows low(slots_.count, rank_, dtype_);
-      products_->multiply(low, rows, AdapterSide::kA, context);
+      const SlotRows low(workspace, slots_.count, rank, dtype_);
+      products_->multiply(low, rows, AdapterSide::kA, memory, context);
       weight_gradient({gradients, low.pointers(), dtype_, slots_.expert_offsets, nullptr, grad_b}, context);
       products_->clear_past_ranks(grad_b, AdapterSide::kB);
     }
   }
 
  private:
+  const Adapter& adapter_;
   const Slots& slots_;
+  DType dtype_;
   std::optional<AdapterProducts> products_;
   std::optional<SlotRows> small_;
-  int64_t rank_ = 0;
-  DType dtype_ = DType::kFloat32;
 };
 
 }  // namespace
@@ -202,12 +209,14 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
   const int64_t element = size_of(args.x.dtype);
   const auto pointers = num_slots * static_cast<int64_t>(sizeof(void*));
   const int64_t adapter_bytes = args.weights.down_adapter.defined() ? ProductScratch::kBytes : 0;
-  const int64_t thread_bytes = WideScratch::kBytes + adapter_bytes + DecodedColumns::bytes(down_proj, args.x.dtype);
+  const int64_t thread_bytes = WideScratch::kBytes + adapter_bytes + DecodedColumns::bytes(down_proj, args.x.dtype, k);
 
-  Workspace workspace(Slots::bytes(num_slots, num_experts) + 4 * Workspace::padded(pointers) +
-                      Workspace::padded(num_slots * width * element) +
-                      Workspace::padded(num_slots * intermediate_size * element) +
-                      Workspace::padded(num_slots * num_panels * 4) + num_threads * thread_bytes);
+  Workspace workspace(
+      Slots::bytes(num_slots, num_experts) + 4 * Workspace::padded(pointers) +
+      Workspace::padded(num_slots * width * element) + Workspace::padded(num_slots * intermediate_size * element) +
+      Workspace::padded(num_slots * num_panels * 4) +
+      BackwardAdapter::bytes(args.weights.gate_up_adapter, num_slots, args.x.dtype) +
+      BackwardAdapter::bytes(args.weights.down_adapter, num_slots, args.x.dtype) + num_threads * thread_bytes);
   const Slots slots = make_slots(workspace, args.topk_ids, args.topk_weights, num_experts, context);
   const int64_t used_slots = slots.expert_offsets[num_experts];
   const void** const x_rows = workspace.take<const void*>(num_slots);
@@ -223,11 +232,13 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
   fill_row_pointers(grad_h_rows, grad_h, width * element, used_slots);
   fill_row_pointers(a_rows, weighted_a, intermediate_size * element, used_slots);
 
-  BackwardAdapter first(args.weights.gate_up_adapter, 0, slots, args.x.dtype);
-  BackwardAdapter second(args.weights.down_adapter, 1, slots, args.x.dtype);
-  second.multiply(grad_y_rows, context);
+  static_assert(WideScratch::kBytes >= ProductScratch::kBytes);
+  const ThreadMemory thread_memory{memory, thread_bytes};
+  BackwardAdapter first(args.weights.gate_up_adapter, 0, slots, args.x.dtype, workspace);
+  BackwardAdapter second(args.weights.down_adapter, 1, slots, args.x.dtype, workspace);
+  second.multiply(grad_y_rows, thread_memory, context);
 
-  const int64_t wide = down_proj.format == Format::kPlain
+  const int64_t wide = in_place(down_proj, args.x.dtype, k)
                            ? wide_columns(intermediate_size, num_experts, k.panel, num_threads)
                            : kDecodedColumns;
   const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, wide, k.most_rows);
@@ -255,7 +266,7 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
   });
 
   if (args.grad_topk_weights.defined()) sum_weight_gradient(stage, num_threads);
-  if (args.grad_x.defined() || args.grad_gate_up_a.defined()) first.multiply(grad_h_rows, context);
+  if (args.grad_x.defined() || args.grad_gate_up_a.defined()) first.multiply(grad_h_rows, thread_memory, context);
   if (args.grad_x.defined()) {
     token_sum({.rows = grad_h_rows,
                .depth = width,
@@ -277,8 +288,8 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
   };
   weight_gradient_of(args.grad_gate_up_proj, grad_h_rows, x_rows);
   weight_gradient_of(args.grad_down_proj, grad_y_rows, a_rows);
-  first.write(args.grad_gate_up_a, args.grad_gate_up_b, x_rows, args.x.shape[1], grad_h_rows, context);
-  second.write(args.grad_down_a, args.grad_down_b, a_rows, intermediate_size, grad_y_rows, context);
+  first.write(args.grad_gate_up_a, args.grad_gate_up_b, x_rows, grad_h_rows, thread_memory, context);
+  second.write(args.grad_down_a, args.grad_down_b, a_rows, grad_y_rows, thread_memory, context);
   if (args.grad_gate_up_bias.defined()) {
     bias_gradient(args.grad_gate_up_bias, grad_h_rows, args.x.dtype, nullptr, slots.expert_offsets, experts, context);
   }

@@ -105,6 +105,8 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   const auto pointers = num_slots * static_cast<int64_t>(sizeof(void*));
 
   Workspace workspace(Slots::bytes(num_slots, num_experts) + 2 * Workspace::padded(pointers) + a.bytes() + x.bytes() +
+                      ForwardAdapter::bytes(args.weights.gate_up_adapter, num_slots, dtype) +
+                      ForwardAdapter::bytes(args.weights.down_adapter, num_slots, dtype) +
                       num_threads * (2 * ProductScratch::kBytes + gathered_x_bytes));
   const Slots slots = make_slots(workspace, args.topk_ids, args.topk_weights, num_experts, context);
   const int64_t used_slots = slots.expert_offsets[num_experts];
@@ -121,8 +123,9 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
 
   const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, k.panel, k.most_rows,
                                              x.block_bytes() > 0 ? TileOrder::kRows : TileOrder::kPanels);
-  ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, dtype);
-  u.multiply(args.x, slots.token_indices, context);
+  const ThreadMemory thread_memory{memory, 2 * ProductScratch::kBytes};
+  ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, dtype, workspace);
+  u.multiply(args.x, slots.token_indices, thread_memory, context);
   const FirstProjection first{args, x_rows, a, k, u.products(), u.rows()};
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
     char* const own = memory + 2 * thread * ProductScratch::kBytes;
@@ -133,8 +136,8 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   });
   if (args.h.defined()) zero_tail(args.h, used_slots);
 
-  ForwardAdapter v(args.weights.down_adapter, 1, slots, dtype);
-  v.multiply(a.plain(a_rows), intermediate_size, context);
+  ForwardAdapter v(args.weights.down_adapter, 1, slots, dtype, workspace);
+  v.multiply(a.plain(a_rows), thread_memory, context);
   token_sum({.rows = a_rows,
              .gathered = a.gathered(),
              .depth = intermediate_size,

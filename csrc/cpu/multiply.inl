@@ -76,10 +76,7 @@ struct PairWords {
   static constexpr int kDepth = 2;
   static Floats load_whole(const BFloat16* p) { return _mm512_loadu_ps(p); }
   static Floats load_along_k(const BFloat16* p, int64_t count) {  // `count` elements of k, two per lane
-    if (count == 2 * kLanes) return load_whole(p);
-    BFloat16 lanes[2 * kLanes] = {};
-    __builtin_memcpy(lanes, p, static_cast<size_t>(count) * 2);
-    return _mm512_loadu_ps(lanes);
+    return count == 2 * kLanes ? load_whole(p) : load_neighbours(p, count);
   }
   static Floats load_along_n(const BFloat16* low, const BFloat16* high,
                              int64_t count) {  // null: zeros (an odd end of k)
@@ -364,10 +361,6 @@ void multiply_words(const Product& product) {
                       .accumulate = product.accumulate || k > 0};
     multiply_rows<kPairs>(chunk, product, asking, ahead);
   }
-}
-
-void multiply(const Product& product) {
-  with_words(product.b.dtype, [&]<typename Words>() { multiply_words<Words>(product); });
 }
 
 }  // namespace

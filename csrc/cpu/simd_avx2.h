@@ -36,6 +36,12 @@ inline Floats broadcast_word(const void* p) {
 }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
+// The first n lanes, n <= kLanes; the others are 0, and their memory is not read.
+inline Floats load(const float* p, int64_t n) {
+  static constexpr int32_t kMasks[2 * kLanes] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_maskload_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMasks + kLanes - n)));
+}
+
 inline __m128i load_bits16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 inline Floats load(const BFloat16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_bits16(p)), 16));

@@ -40,6 +40,13 @@ inline Floats load(const BFloat16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_bits16(p)), 16));
 }
 inline Floats load(const Float16* p) { return _mm512_cvtph_ps(load_bits16(p)); }
+// The first n lanes, n <= kLanes; the others are 0, and their memory is not read.
+inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline Floats load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+inline Floats load(const BFloat16* p, int64_t n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)), 16));
+}
+inline Floats load(const Float16* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 inline void store_bits16(BFloat16* p, Ints v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(v)));
 }
@@ -62,6 +69,11 @@ constexpr bool kHasPairs = true;
 // Adds a.low·b.low and a.high·b.high of each pair of bfloat16 to a float32 lane.
 inline Floats multiply_add_pairs(Floats a, Floats b, Floats c) {
   return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+// The first n of 2 · kLanes numbers, two per lane; the others are 0, and their memory is not read.
+inline Floats load_neighbours(const BFloat16* p, int64_t n) {
+  const auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p));
 }
 // Lane i holds the pair (low[i], high[i]).
 inline Floats load_pairs(const BFloat16* low, const BFloat16* high) {

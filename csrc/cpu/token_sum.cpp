@@ -44,28 +44,32 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
   const int64_t num_experts = args.matrices->num_experts();
   if (num_tokens == 0 || width == 0) return;
   const bool few_rows = has_few_rows(args.expert_offsets, num_experts);
-  const bool decodes = args.transposed && args.matrices->format != Format::kPlain;
-  const int64_t wide = decodes ? kDecodedColumns
+  const DType dtype = args.out.dtype;
+  const bool decodes = args.transposed && !in_place(*args.matrices, dtype, k);
+  // Columns that each product decodes again pay for few products: those of many tokens are as narrow as decoded ones.
+  const bool is_narrow =
+      decodes || (args.transposed && args.matrices->format != Format::kPlain && num_tokens > kWideTokenChunk);
+  const int64_t wide = is_narrow ? kDecodedColumns
                        : args.transposed
                            ? wide_columns(width, ceil_div(num_tokens, kWideTokenChunk), panel, num_threads)
                        : few_rows                ? 2 * panel  // longer runs of memory
                        : args.gathered.defined() ? gathered_columns(num_tokens, width, panel, num_threads)
                                                  : panel;
   const int64_t column_blocks = ceil_div(width, wide);
-  const int64_t most_tokens = args.transposed && !decodes ? kWideTokenChunk : kTokenChunk;
+  const int64_t most_tokens = args.transposed && !is_narrow ? kWideTokenChunk : kTokenChunk;
   const int64_t chunk = tokens_per_task(num_tokens, most_tokens, column_blocks, num_threads);
   const int64_t chunks = ceil_div(num_tokens, chunk);
 
   const int64_t accumulator_bytes = Workspace::padded(chunk * wide * 4);
   const int64_t adapter_bytes = args.adapter != nullptr ? ProductScratch::kBytes : 0;
-  const int64_t decoded_bytes = decodes ? DecodedColumns::bytes(*args.matrices, args.out.dtype) : 0;
+  const int64_t decoded_bytes = decodes ? DecodedColumns::bytes(*args.matrices, dtype, k) : 0;
   const int64_t thread_bytes = WideScratch::kBytes + accumulator_bytes + adapter_bytes + decoded_bytes;
   Workspace workspace(num_threads * thread_bytes);
   char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * thread_bytes));
 
   std::vector<DecodedColumns> decoded;
   for (int i = 0; i < num_threads && decodes; ++i) {
-    decoded.emplace_back(*args.matrices, args.out.dtype, memory + (i + 1) * thread_bytes - decoded_bytes);
+    decoded.emplace_back(*args.matrices, dtype, memory + (i + 1) * thread_bytes - decoded_bytes);
   }
 
   struct Block {
@@ -91,8 +95,8 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
     return e;
   };
   const auto operand = [&](const Block& block, int64_t e) {
-    const ExpertMatrix matrix(*args.matrices, e, args.out.dtype);
-    return args.transposed ? matrix.columns_from(block.column) : matrix.rows_from(block.column);
+    if (args.transposed) return columns_in_place(*args.matrices, e, block.column, dtype);
+    return ExpertMatrix(*args.matrices, e, dtype).rows_from(block.column);
   };
   const auto start = [&](const Block& block, int64_t e) {
     return e < num_experts && !decodes ? operand(block, e).start() : Start{};

@@ -2,7 +2,7 @@
 // grouped_gemm of x·W with integer or minifloat weights: out[s] = x[r(s)]·W_e(s), as gradients of x need it.
 //
 //   work 2·S·C·N; traffic: touched weights once per 240 rows, x from L2/L3, out once
-//   64 columns of W at a time, all rows, are decoded (decoded_columns.h) and multiplied like plain weights.
+//   64 columns of W at a time are multiplied as they are stored, or decoded before (decoded_columns.h).
 #include <vector>
 
 #include "decoded_columns.h"
@@ -20,7 +20,7 @@ void transposed_grouped_gemm(const GroupedGemmArgs& args, const Context& context
   const int64_t used_slots = expert_offsets[num_experts];
 
   const int64_t pointer_bytes = Workspace::padded(used_slots * static_cast<int64_t>(sizeof(void*)));
-  const int64_t panel_bytes = DecodedColumns::bytes(args.weight, dtype);
+  const int64_t panel_bytes = DecodedColumns::bytes(args.weight, dtype, k);
   const int64_t thread_bytes = ProductScratch::kBytes + panel_bytes;
   Workspace workspace(pointer_bytes + num_threads * thread_bytes);
   const void** const rows = workspace.take<const void*>(used_slots);
@@ -44,7 +44,7 @@ void transposed_grouped_gemm(const GroupedGemmArgs& args, const Context& context
       const int64_t count = std::min<int64_t>(k.panel, columns - column);
       k.multiply({.rows = rows + tile.first_row,
                   .num_rows = tile.num_rows,
-                  .b = b.from(column),
+                  .b = columns_at(b, column, 0),
                   .num_columns = count,
                   .depth = depth,
                   .c = scratch.c,

@@ -36,13 +36,18 @@ inline int64_t wide_columns(int64_t width, int64_t num_products, int64_t panel, 
 
 // multiply of up to kWideColumns columns.
 inline void multiply_wide(const Kernels& k, const Product& product) {
-  const int64_t panels = ceil_div(product.num_columns, k.panel), element = size_of(product.b.dtype);
-  const int64_t slice = product.b.n_stride == 1 ? kSliceDepth : std::max<int64_t>(product.depth, 1);
-  const char* const data = static_cast<const char*>(product.b.data);
+  const Matrix& b = product.b;
+  const int64_t panels = ceil_div(product.num_columns, k.panel), element = size_of(b.dtype);
+  const bool is_plain = b.format == Format::kPlain;
+  const int64_t slice = b.n_stride == 1 || !is_plain ? kSliceDepth : std::max<int64_t>(product.depth, 1);
+  const auto shifted = [](const void* next, const void* from, const void* to) -> const void* {
+    if (next == nullptr) return nullptr;
+    return static_cast<const char*>(next) + (static_cast<const char*>(to) - static_cast<const char*>(from));
+  };
   for (int64_t begin = 0; begin < product.depth || begin == 0; begin += slice) {
     for (int64_t j = 0; j < panels; ++j) {
       Product part = product;
-      part.b.data = data + (begin * product.b.k_stride + j * k.panel * product.b.n_stride) * element;
+      part.b = columns_at(b, j * k.panel, begin);
       part.num_columns = std::min<int64_t>(k.panel, product.num_columns - j * k.panel);
       part.row_begin = begin;
       part.depth = std::min(slice, product.depth - begin);
@@ -50,10 +55,15 @@ inline void multiply_wide(const Kernels& k, const Product& product) {
       part.c = product.c + j * product.num_rows * k.panel;
       // Each panel prefetches its share of the rows of the next slice.
       const bool is_last = begin + slice >= product.depth;
-      const char* const next =
-          is_last ? static_cast<const char*>(product.next.data) : data + (begin + slice) * product.b.k_stride * element;
-      part.next.data = next != nullptr ? next + j * slice / panels * product.b.k_stride * element : nullptr;
-      part.next_width = product.num_columns * element;
+      part.next = is_last ? product.next : columns_at(b, 0, begin + slice).start();
+      if (is_plain) {
+        const Matrix share = columns_at(b, 0, j * slice / panels);
+        part.next.data = shifted(part.next.data, b.data, share.data);
+        part.next_width = product.num_columns * element;
+      } else {  // a stored panel prefetches itself
+        const Matrix panel = columns_at(b, j * k.panel, 0);
+        part.next = {shifted(part.next.data, b.data, panel.data), shifted(part.next.scales, b.scales, panel.scales)};
+      }
       k.multiply(part);
     }
   }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Derivatives: the autograd.Functions around the ops, used only if a gradient or a forward-mode tangent is needed.
 
-Ops have no autograd formula; callers such as functional.py apply these functions. Gradients can be taken once, those of
+Ops have no autograd formula; callers such as functional/ apply these functions. Gradients can be taken once, those of
 gate any number of times; forward mode raises. A stored Weight has no gradient: gradients reach activations, biases and
 topk_weights.
 """

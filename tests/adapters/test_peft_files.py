@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
-from switchgear.adapters import add_lora, load_peft, lora_of, save_peft
+from switchgear.adapters import add_lora, add_lora_experts, load_peft, lora_of, save_peft
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate
 
@@ -239,6 +239,10 @@ def test_refused_models(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model: expected adapters .*, got none"):
         save_peft(other, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+    mixed = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    add_lora_experts(mixed, 2, 1, targets=["1"])
+    with pytest.raises(ValueError, match=r"model: .*, got 1, a routed mixture, .*; save torch\.save\(Mixture\("):
+        save_peft(mixed, tmp_path / "other")
     experts = switchgear.Experts(64, 32, 4)
     add_lora(experts, 2)
     with pytest.raises(ValueError, match="model: expected a module around the experts"):

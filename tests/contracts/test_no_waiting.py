@@ -24,9 +24,9 @@ PACKAGE = ROOT / "python/switchgear"
 # ---- Python ----------------------------------------------------------------------------------------------------------
 
 # What a layer runs on a device. The rest of the reference, for float64 and devices without kernels, waits.
-FOLDERS = ("ops", "routing", "layers")
+FOLDERS = ("functional", "ops", "routing", "layers")
 FILES = (
-    "functional.py", "autograd.py", "modules.py", "experts.py", "reference/policies.py", "weights/weight.py",
+    "autograd.py", "modules.py", "experts.py", "reference/policies.py", "weights/weight.py",
     "weights/module.py", "weights/adapted.py", "weights/selected.py",
     "integrations/experts.py", "integrations/choices.py",
     "adapters/lora_experts.py", "adapters/low_rank.py", "adapters/posthoc.py",
@@ -43,7 +43,7 @@ REDUCTIONS = {"all", "any", "argmax", "argmin", "count_nonzero", "equal", "isfin
 
 # "file function": why it may wait.
 ALLOWED = {
-    "functional.py _selected_moe": "two lists of experts that are not the same tensor",
+    "functional/layer.py _selected_moe": "two lists of experts that are not the same tensor",
     "adapters/lora_experts.py _check_gates": "once, when a layer is built",
     "adapters/posthoc.py train_gate": "once, after training",
     "layers/monet.py MonetExperts.disable": "called between steps",

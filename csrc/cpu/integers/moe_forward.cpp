@@ -118,9 +118,8 @@ struct FirstProjection {
   }
 
   void add_term(const Tile& tile, int64_t column, int64_t columns, float* c, int64_t stride, float* scratch) const {
-    const AdapterProducts::Term term{tile.expert, tile.first_row, tile.num_rows,
-                                     column,      columns,        adapter.rows() + tile.first_row};
-    adapter.products()->add_to_rows(c, stride, term, ProductScratch(scratch), k);
+    adapter.add_to_rows(c, stride, {tile.expert, tile.first_row, tile.num_rows, column, columns},
+                        ProductScratch(scratch), k);
   }
 
   // Up to 64 columns of one row; part0 and part1 are its products.
@@ -219,9 +218,8 @@ struct SecondProjection {
                 .c_stride = stride,
                 .next = next});
     if (adapter.products() != nullptr) {
-      const AdapterProducts::Term term{
-          e, range.first, rows, block.column + column, columns, adapter.rows() + range.first};
-      adapter.products()->add_to_rows(c, stride, term, ProductScratch(c + 2 * kTile), k);
+      adapter.add_to_rows(c, stride, {e, range.first, rows, block.column + column, columns},
+                          ProductScratch(c + 2 * kTile), k);
     }
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t slot = range.first + m;
@@ -239,6 +237,7 @@ struct SecondProjection {
 // How the projections are cut into tasks: columns of each, and tokens of the second.
 struct Cut {
   int64_t first_columns, second_columns, tokens;
+  bool few_rows = false;
 };
 
 Cut cut(const MoeForwardArgs& args, const int32_t* expert_offsets, int num_threads) {
@@ -256,7 +255,7 @@ Cut cut(const MoeForwardArgs& args, const int32_t* expert_offsets, int num_threa
         args.weights.gate_up_proj.rows * args.weights.gate_up_proj.cols * bits_of(args.weights.gate_up_proj.format) / 8;
     const int64_t pieces = std::max(ceil_div(bytes, kRunBytes), ceil_div(4 * num_threads, active));
     return {columns(intermediate_size, pieces, kLongest),
-            columns(hidden_size, num_threads, std::min(kLongest, kSumsBytes / 4 / num_tokens)), num_tokens};
+            columns(hidden_size, num_threads, std::min(kLongest, kSumsBytes / 4 / num_tokens)), num_tokens, true};
   }
   // 64 columns for about 2048 tokens, fewer tokens if columns alone do not occupy the threads
   const int64_t chunks = std::max<int64_t>(
@@ -286,6 +285,8 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
   const int64_t thread_floats = product_floats + sizes.tokens * sizes.second_columns;
   Workspace workspace(integer_bytes(num_tokens, args.weights.gate_up_proj) + Workspace::padded(num_slots * row_bytes) +
                       integer_bytes(num_slots, args.weights.down_proj) +
+                      ForwardAdapter::bytes(args.weights.gate_up_adapter, num_slots, args.x.dtype, sizes.few_rows) +
+                      ForwardAdapter::bytes(args.weights.down_adapter, num_slots, args.x.dtype, sizes.few_rows) +
                       Workspace::padded(num_threads * thread_floats * 4));
   const Kernels& k = context.kernels;
   const IntegerKernels& q = context.integers;
@@ -297,8 +298,9 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
 
   const std::vector<Tile> tiles =
       make_tiles(slots.expert_offsets, num_experts, intermediate_size, sizes.first_columns, kIntegerRows);
-  ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, args.x.dtype);
-  u.multiply(args.x, slots.token_indices, context);
+  const ThreadMemory adapter_memory{reinterpret_cast<char*>(memory + 2 * kTile), thread_floats * 4};
+  ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, args.x.dtype, workspace, sizes.few_rows);
+  u.multiply(args.x, slots.token_indices, adapter_memory, context);
   const FirstProjection first{args, x, slots.token_indices, view(a, args.x.dtype, num_slots, intermediate_size), k,
                               q,    u};
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
@@ -311,8 +313,8 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
 
   const IntegerRows integer_a =
       quantize_rows(workspace, a, row_bytes, args.x.dtype, used_slots, args.weights.down_proj, context);
-  ForwardAdapter v(args.weights.down_adapter, 1, slots, args.x.dtype);
-  v.multiply(view(a, args.x.dtype, num_slots, intermediate_size), nullptr, context);
+  ForwardAdapter v(args.weights.down_adapter, 1, slots, args.x.dtype, workspace, sizes.few_rows);
+  v.multiply(view(a, args.x.dtype, num_slots, intermediate_size), nullptr, adapter_memory, context);
   const SecondProjection second{args, integer_a, slots, k, q, v};
   const int64_t column_blocks = ceil_div(hidden_size, sizes.second_columns);
   parallel_for_shares(num_threads, ceil_div(num_tokens, sizes.tokens) * column_blocks, [&](int64_t task, int thread) {

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.adapters.lora import attach
+from switchgear.adapters.lora import attach, lora_of
+from switchgear.adapters.lora_experts import LoRAExperts
 from switchgear.adapters.peft_format import (
     CONFIG,
     OURS,
@@ -61,11 +62,13 @@ def save_peft(model: nn.Module, path: str | Path) -> None:
     dropout is written as 0 unless experts are linear layers, since PEFT has none on parameters.
 
     Raises:
-        ValueError: no adapters; a layout that PEFT cannot express: experts in one matrix (DBRX), one expert in a
-            transposed module, experts that are distributed over ranks, or `Experts` without a module around it.
+        ValueError: no adapters, or only a routed mixture of some, which is saved with `Mixture(model).state_dict()`; a
+            layout that PEFT cannot express: experts in one matrix (DBRX), one expert in a transposed module, experts
+            that are distributed over ranks, or `Experts` without a module around it.
         ImportError: safetensors is not installed.
     """
     save_file = safetensors().save_file
+    _refuse_mixture(model)
     sites = adapted_sites(model)
     tensors: dict[str, Tensor] = {}
     for keys in _keys_of(sites):
@@ -76,6 +79,18 @@ def save_peft(model: nn.Module, path: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt", OURS: "1"})
     (folder / CONFIG).write_text(json.dumps(_config(model, sites), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _refuse_mixture(model: nn.Module) -> None:
+    """Raises ValueError if a model has no adapters but those of a routed mixture."""
+    if lora_of(model):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, LoRAExperts):
+            raise ValueError(
+                f"model: expected adapters of experts (add_lora, load_peft), got {name or 'LoRAExperts'}, a routed "
+                "mixture, for which PEFT has no format; save torch.save(Mixture(model).state_dict(), path)"
+            )
 
 
 def load_peft(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None) -> list[nn.Parameter]:

@@ -2,7 +2,7 @@
 """The torch ops of switchgear: schema, fake implementation, and the call of the native module or of the reference.
 
 Only this package calls the ops of `_C` and `_cuda`. It is private: ops have no autograd formula, so use the public
-functions of functional.py. Shapes and formats are those of include/switchgear/ops.h.
+functions of functional/. Shapes and formats are those of include/switchgear/ops.h.
 
 An op is a schema, letters that say how its arguments are passed on, and a function that allocates its outputs. It runs
 on `_C` for tensors on the CPU, on `_cuda` for those on a CUDA device.

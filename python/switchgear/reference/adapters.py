@@ -27,7 +27,7 @@ from switchgear.reference.rows import segments
 _MASK = 0xFFFFFFFF
 
 
-class Adapter(NamedTuple):
+class AppliedAdapter(NamedTuple):
     """An adapter for the rows of one call, in the wide dtype. Ranks are applied: later rows of a are zero."""
 
     given: Sequence[Tensor]
@@ -76,7 +76,7 @@ def adapter_of(
     dropout: tuple[Tensor | None, Sequence[float]],
     projection: int,
     num_slots: int,
-) -> Adapter | None:
+) -> AppliedAdapter | None:
     """Checks an adapter of a weight [E,N,C] and prepares it for num_slots slots; None if `tensors` is empty. dropout:
     the seed, and the probabilities of both projections."""
     if not tensors:
@@ -100,10 +100,10 @@ def adapter_of(
     seed, probabilities = dropout
     p = check_dropout(seed, probabilities)[projection]
     if p == 0:
-        return Adapter(tensors, a, b, scales, None)
+        return AppliedAdapter(tensors, a, b, scales, None)
     assert seed is not None
     kept = keeps(seed, projection, num_slots, columns, p)
-    return Adapter(tensors, a, b, scales.double() / (1 - p), kept)
+    return AppliedAdapter(tensors, a, b, scales.double() / (1 - p), kept)
 
 
 def check_dropout(seed: Tensor | None, probabilities: Sequence[float]) -> tuple[float, float]:

@@ -16,18 +16,55 @@ import torch
 from torch import Tensor
 
 from switchgear.reference import minifloat, nf4
-from switchgear.weights.form import KeyedForm, check_loaded, on_huge_pages
+from switchgear.weights.form import Form, KeyedForm, check_loaded, on_huge_pages
 from switchgear.weights.weight import Weight
 
 BLOCKS = {"128x128": minifloat.BLOCK, "row": minifloat.ROW}
 
 
-def _stored(
-    format: str, published: tuple[Tensor, Tensor], parts: int, group: tuple[int, int] = minifloat.BLOCK
-) -> dict[str, Tensor]:
+def _stored(format: str, published: tuple[Tensor, Tensor], parts: int, block: tuple[int, int]) -> dict[str, Tensor]:
     """Converts the published layout to the tensors of a Weight."""
-    data, scales = minifloat.to_blocks(*published, format, parts, group)
+    data, scales = minifloat.to_blocks(*published, format, parts, block)
     return {"data": on_huge_pages(data), "scales": on_huge_pages(scales)}
+
+
+def _encoded(
+    form: Form,
+    weight: Tensor,
+    parts: int,
+    encoded: tuple[Tensor, Tensor, bool],
+    group_size: int,
+    block: tuple[int, int] = minifloat.BLOCK,
+) -> Weight:
+    """The Weight of `weight` [E,N,C]. encoded: values and scales in the published layout, and if they are exact."""
+    *published, is_exact = encoded
+    _, rows, cols = weight.shape
+    tensors = _stored(form.name, (published[0], published[1]), parts, block)
+    return Weight(
+        form.name, tensors["data"], rows, cols, weight.dtype, tensors["scales"], parts=parts, group_size=group_size,
+        is_exact=is_exact,
+    )  # fmt: skip
+
+
+def _saved(form: Form, weight: Weight, block: tuple[int, int] = minifloat.BLOCK) -> dict[str, Tensor]:
+    """The published layout of a weight, by suffix."""
+    assert weight.scales is not None
+    sizes = (weight.rows, weight.cols, weight.parts)
+    published = minifloat.from_blocks(weight.data, weight.scales, form.name, *sizes, block)
+    return dict(zip(form.suffixes, published, strict=True))
+
+
+def _loaded(
+    form: Form,
+    tensors: dict[str, Tensor],
+    now: Weight,
+    expected: tuple[tuple[tuple[int, ...], torch.dtype], ...],
+    block: tuple[int, int] = minifloat.BLOCK,
+) -> Weight:
+    """The weight of published tensors. expected: the shape and dtype of each suffix's tensor."""
+    check_loaded(tensors, dict(zip(form.suffixes, expected, strict=True)))
+    values, scales = (tensors[suffix].to(now.device) for suffix in form.suffixes)
+    return now.with_tensors(_stored(form.name, (values, scales), now.parts, block))
 
 
 @dataclass(frozen=True)
@@ -50,33 +87,18 @@ class Fp8(KeyedForm):
         return BLOCKS[self.block]
 
     def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
-        values, scales, is_exact = minifloat.encode_fp8(weight.detach(), self._group, parts, name)
-        _, rows, cols = weight.shape
-        tensors = _stored("fp8", (values, scales), parts, self._group)
-        return Weight(
-            "fp8", tensors["data"], rows, cols, weight.dtype, tensors["scales"], parts=parts,
-            group_size=self._group[1], is_exact=is_exact,
-        )  # fmt: skip
+        encoded = minifloat.encode_fp8(weight.detach(), self._group, parts, name)
+        return _encoded(self, weight, parts, encoded, self._group[1], self._group)
 
     def save(self, weight: Weight) -> dict[str, Tensor]:
-        assert weight.scales is not None
-        values, scales = minifloat.from_blocks(
-            weight.data, weight.scales, "fp8", weight.rows, weight.cols, weight.parts, self._group
-        )
+        values, scales = _saved(self, weight, self._group).values()
         return {"": values.view(torch.float8_e4m3fn), "_scale_inv": scales.contiguous()}
 
     def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
         rows, cols, (height, width) = now.rows, now.cols, self._group
         groups = (now.parts * -(-(rows // now.parts) // height), -(-cols // (width or cols)))
-        check_loaded(
-            tensors,
-            {
-                "": (now.shape, torch.float8_e4m3fn),
-                "_scale_inv": ((now.shape[0], *groups), torch.float32),
-            },
-        )
-        published = (tensors[""].to(now.device), tensors["_scale_inv"].to(now.device))
-        return now.with_tensors(_stored("fp8", published, now.parts, self._group))
+        expected = ((now.shape, torch.float8_e4m3fn), ((now.shape[0], *groups), torch.float32))
+        return _loaded(self, tensors, now, expected, self._group)
 
 
 @dataclass(frozen=True)
@@ -90,30 +112,16 @@ class Mxfp4(KeyedForm):
         return ("_blocks", "_scales")
 
     def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
-        blocks, scales, is_exact = minifloat.encode_mxfp4(weight.detach(), name)
-        _, rows, cols = weight.shape
-        tensors = _stored("mxfp4", (blocks, scales), parts)
-        return Weight(
-            "mxfp4", tensors["data"], rows, cols, weight.dtype, tensors["scales"], parts=parts,
-            group_size=minifloat.COLUMNS, is_exact=is_exact,
-        )  # fmt: skip
+        return _encoded(self, weight, parts, minifloat.encode_mxfp4(weight.detach(), name), minifloat.COLUMNS)
 
     def save(self, weight: Weight) -> dict[str, Tensor]:
-        assert weight.scales is not None
-        blocks, scales = minifloat.from_blocks(
-            weight.data, weight.scales, "mxfp4", weight.rows, weight.cols, weight.parts
-        )
-        return {"_blocks": blocks, "_scales": scales}
+        return _saved(self, weight)
 
     def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
         experts, rows, cols = now.shape
         groups = -(-cols // minifloat.COLUMNS)
-        check_loaded(
-            tensors,
-            {"_blocks": ((experts, rows, groups, 16), torch.uint8), "_scales": ((experts, rows, groups), torch.uint8)},
-        )
-        published = (tensors["_blocks"].to(now.device), tensors["_scales"].to(now.device))
-        return now.with_tensors(_stored("mxfp4", published, now.parts, minifloat.BLOCK))
+        expected = (((experts, rows, groups, 16), torch.uint8), ((experts, rows, groups), torch.uint8))
+        return _loaded(self, tensors, now, expected)
 
 
 @dataclass(frozen=True)
@@ -127,28 +135,13 @@ class Nf4(KeyedForm):
         return ("_codes", "_absmax")
 
     def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
-        codes, absmax, is_exact = nf4.encode_nf4(weight.detach(), name)
-        _, rows, cols = weight.shape
-        tensors = _stored("nf4", (codes, absmax), parts)
-        return Weight(
-            "nf4", tensors["data"], rows, cols, weight.dtype, tensors["scales"], parts=parts,
-            group_size=minifloat.NF4_BLOCK, is_exact=is_exact,
-        )  # fmt: skip
+        return _encoded(self, weight, parts, nf4.encode_nf4(weight.detach(), name), minifloat.NF4_BLOCK)
 
     def save(self, weight: Weight) -> dict[str, Tensor]:
-        assert weight.scales is not None
-        codes, absmax = minifloat.from_blocks(weight.data, weight.scales, "nf4", weight.rows, weight.cols, weight.parts)
-        return {"_codes": codes, "_absmax": absmax}
+        return _saved(self, weight)
 
     def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
         experts, rows, cols = now.shape
         groups = -(-cols // minifloat.NF4_BLOCK)
-        check_loaded(
-            tensors,
-            {
-                "_codes": ((experts, rows, -(-cols // 2)), torch.uint8),
-                "_absmax": ((experts, rows, groups), torch.float32),
-            },
-        )
-        published = (tensors["_codes"].to(now.device), tensors["_absmax"].to(now.device))
-        return now.with_tensors(_stored("nf4", published, now.parts))
+        expected = (((experts, rows, -(-cols // 2)), torch.uint8), ((experts, rows, groups), torch.float32))
+        return _loaded(self, tensors, now, expected)

@@ -83,7 +83,7 @@ def _needs_text(recipe: Recipe) -> bool:
 
 
 def _calibrate(model: Any, source: Path, recipe: Recipe, texts: dict[str, bytes], hessians: bool) -> Calibration:
-    batches = [
+    batches: list[dict[str, Any]] = [
         {"input_ids": rows, "domain": name, "use_cache": False}
         for name, text in texts.items()
         for rows in batches_of(text, model, source, tokens=recipe.tokens, length=recipe.length, name=name)

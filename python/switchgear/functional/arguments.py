@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Conversions of arguments that the functions share."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from switchgear import reference
+
+T = TypeVar("T", Tensor, Tensor | None)
+_INT32 = torch.iinfo(torch.int32)
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def as_ids(name: str, ids: Tensor) -> Tensor:
+    if ids.dtype is torch.int32:
+        return ids
+    if ids.dtype is not torch.int64:
+        raise TypeError(f"{name}: expected int32 or int64, got {ids.dtype}")
+    return ids.clamp(_INT32.min, _INT32.max).int()  # saturates: an invalid id must not wrap around to a valid one
+
+
+def as_weights(name: str, weights: T, dtype: torch.dtype) -> T:
+    """Converts token weights to float32 (float64 if `dtype` is float64), differentiably."""
+    wanted = reference.weight_dtype(dtype)
+    if weights is None or weights.dtype is wanted:
+        return weights
+    if not weights.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {weights.dtype}")
+    return weights.to(wanted)
+
+
+def in_autocast_dtype(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Casts the tensors to autocast's dtype, except uint8 and float64 (as torch does)."""
+    dtype = torch.get_autocast_dtype(device_type)
+    stay = (torch.float64, torch.uint8)
+    return tuple(tensor if tensor is None or tensor.dtype in stay else tensor.to(dtype) for tensor in tensors)
+
+
+def flat(name: str, tensor: Tensor) -> Tensor:
+    """[..., N] -> [T,N]"""
+    if tensor.dim() > 0 and tensor.shape[-1] == 0:
+        raise ValueError(f"{name}: expected a last dimension of at least 1, got shape {list(tensor.shape)}")
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def as_number(name: str, value: float) -> float:
+    return value if isinstance(value, float) else _converted(name, value)
+
+
+def _converted(name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, (str, bytes)):  # float() would parse these
+            return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        pass
+    raise TypeError(f"{name}: expected float, got {type(value).__name__}")
+
+
+def as_limit(limit: float | None) -> float:
+    if limit is None:
+        return 0.0
+    limit = as_number("limit", limit)
+    if not 2.0**-150 < limit <= _LARGEST:  # smaller numbers are 0 in float32, which means no limit
+        raise ValueError(f"limit: expected a positive number of float32 (1.4e-45 to 3.4e38) or None, got {limit}")
+    return limit
+
+
+def dropout_seed(device: torch.device) -> Tensor:
+    """A new seed for the masks of dropout, from torch's generator."""
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
