@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from switchgear import MoE, RoutingTrace, diagnostics, route
 from switchgear.diagnostics import LayerChoices
+from switchgear.routing import Cosine
 
 E, H, WIDTH, T = 6, 10, 5, 40
 
@@ -58,6 +60,18 @@ def test_row73_identical_experts_are_similar_and_permuted_neurons_after_reorderi
     for how in ("neurons", "reordered"):
         assert diagnostics.expert_similarity(moved, how)[0, 1] == pytest.approx(1)
     assert torch.equal(order[diagnostics.neuron_order(moved[0], moved[1])], torch.arange(WIDTH))
+
+
+def test_row73_neurons_in_other_layouts() -> None:
+    gate_up, down = torch.randn(3, 2 * WIDTH, H), torch.randn(3, H, WIDTH)
+    wanted = diagnostics.neurons(gate_up, down)
+    assert torch.equal(wanted[1, 2], torch.cat([gate_up[1, 2], gate_up[1, WIDTH + 2], down[1, :, 2]]))
+    turned = diagnostics.neurons(gate_up.transpose(1, 2), down.transpose(1, 2), transposed=True)
+    assert torch.equal(turned, wanted)
+    alternating = torch.stack(gate_up.split(WIDTH, 1), 2).flatten(1, 2)
+    assert torch.equal(diagnostics.neurons(alternating, down, interleaved=True), wanted)
+    with pytest.raises(ValueError, match="gate_up_proj: expected"):
+        diagnostics.neurons(gate_up[:, 1:], down)
 
 
 def test_row73_reordering_finds_the_best_assignment() -> None:
@@ -384,6 +398,25 @@ def test_row77_a_planted_core_expert_is_found_boosted_and_predicts() -> None:
     assert diagnostics.auc(scores, torch.arange(8) < 4) == 1
 
 
+def test_row77_boosted_on_a_hugging_face_model(olmoe: Any) -> None:
+    ids = torch.randint(1, 50, (3, 9))
+    with RoutingTrace(olmoe) as trace:
+        olmoe(ids)
+    layers = list(trace.layers)
+    core = {name: [2] for name in layers[:2]}
+
+    def used() -> list[int]:
+        with diagnostics.collect(olmoe) as kept:
+            olmoe(ids)
+        return [int((kept[name].topk_ids == 2).sum()) for name in core]
+
+    before = used()
+    with diagnostics.steered(olmoe, core, bias=2.0):
+        assert used() == [27, 27]  # a bias above all differences of a softmax
+    assert used() == before
+    assert max(before) < 27
+
+
 def test_row77_auc_is_the_fraction_of_ordered_pairs() -> None:
     scores, labels = torch.randint(5, (30,)).double(), torch.arange(30) % 3 == 0
     pairs = [(float(p), float(n)) for p in scores[labels] for n in scores[~labels]]
@@ -411,6 +444,49 @@ def test_row37_margin_saturation_and_change() -> None:
     assert diagnostics.routing_change(flipped, late.topk_ids, E) == 0
     with pytest.raises(ValueError, match="top_k: expected 1 to 5"):
         diagnostics.router_margin(late.router_logits, E)
+
+
+class Hyper(nn.Module):
+    """HyperRouter (arXiv:2312.07035): the router's weight comes from a fixed network and a learned embedding."""
+
+    def __init__(self, hidden_size: int, num_experts: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(4, dtype=dtype))
+        self.register_buffer("fixed", torch.randn(num_experts * hidden_size, 4, dtype=dtype))
+
+    def forward(self, x: Tensor, context: Any) -> Tensor:
+        return x @ (self.fixed @ self.embedding).relu().view(-1, x.shape[-1]).T
+
+
+ROUTERS: dict[str, dict[str, Any]] = {
+    "smoe": {"top_k": 2},
+    "sigma_moe": {"top_k": 2, "score_function": "sigmoid"},
+    "xmoe": {"top_k": 2, "score": Cosine},
+    "perturbed cosine": {"top_k": 2, "score": functools.partial(Cosine, perturb=0.1)},
+    "hyper router": {"top_k": 2, "score": Hyper},
+}
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_row37_a_router_swap_changes_nothing_else(router: str) -> None:
+    """LibMoE's five routers on a common layer: the same experts, run as a plain loop over the router's choice runs
+    them, and gradients to both."""
+    torch.manual_seed(0)
+    common = MoE(H, WIDTH, E, 2).double().experts.state_dict()
+    layer = MoE(H, WIDTH, E, **ROUTERS[router]).double()
+    layer.experts.load_state_dict(common)
+    x = torch.randn(9, H, dtype=torch.float64)
+    routing, y = layer.gate(x), layer(x)
+    for token in range(9):
+        wanted = torch.zeros(H, dtype=torch.float64)
+        for expert, weight in zip(routing.topk_ids[token].tolist(), routing.topk_weights[token], strict=True):
+            gate, up = (x[token] @ common["gate_up_proj"][expert].T).split(WIDTH)
+            wanted = wanted + weight.double() * (nn.functional.silu(gate) * up @ common["down_proj"][expert].T)
+        torch.testing.assert_close(y[token], wanted, atol=1e-6, rtol=1e-5)
+    y.square().sum().backward()
+    trained = dict(layer.named_parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in trained.values())
+    assert {name for name in trained if name.startswith("experts.")} == {f"experts.{name}" for name in common}
 
 
 # ---- coactivation and cacheability -----------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ Models:     accelerate(model) runs a Hugging Face model on the kernels
 Weights:    store(model, form) converts the experts to a faster or smaller form: "auto", "plain", "panels", "compact",
             "int8", "int4", "fp8", "mxfp4", "nf4", "groups" (1 to 4 bits); restore(model) undoes it. The parts are in
             switchgear.weights
-Analysis:   RoutingTrace records the choices of routers; override(model, …) changes them temporarily
+Analysis:   RoutingTrace records the choices of routers; override(model, …) changes them temporarily; diagnostics reads
+            traces, choices and weights; analysis has costs and scaling laws; generation.SelfContrast decodes
 Adapters:   adapters.add_lora(model, rank), load_peft, save_peft, merge; mixtures of adapters in any model:
             adapters.mixture, adapters.LoRAExperts
 Conversion: convert.upcycle, split_dense, from_dense_experts, merge_models, to_dense, …; convert.run for checkpoints

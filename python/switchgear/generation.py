@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
+from switchgear.routing.interventions import _scored_like
 from switchgear.routing.router import Router
 from switchgear.routing.selection import RankK
 
@@ -173,7 +174,9 @@ def _overridden_block(block: MoeBlock, manner: Any, contrast: SelfContrast) -> A
 
     assert block.top_k is not None  # manner_of has checked it
     strong, weak = (
-        None if select is None else InManner(manner, block.top_k, select, block.selection_bias())
+        None
+        if select is None
+        else InManner(manner, block.top_k, _scored_like(select, manner.score_function), block.selection_bias())
         for select in (contrast.strong, contrast.weak)
     )
     return overridden(block, manner, lambda own: _Filled(Halves(strong or own, weak or own, whole=not strong)))

@@ -86,8 +86,8 @@ def cost(model: nn.Module | Any) -> Cost:
         cost(json.load(open("config.json")))
 
     Args:
-        model: an nn.Module on any device, ours or Hugging Face's; a Hugging Face config, or its dict. Vision and audio
-            towers count too.
+        model: an nn.Module on any device with plain weights (not stored, nor packed), ours or Hugging Face's; a Hugging
+            Face config, or its dict. Vision and audio towers count too.
 
     Raises:
         ValueError: a dict without a known model_type, or a layer whose number of experts per token varies.

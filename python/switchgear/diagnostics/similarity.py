@@ -44,14 +44,19 @@ def neuron_order(first: Tensor, second: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(cosines.cpu().numpy(), maximize=True)[1])
 
 
-def neurons(gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def neurons(gate_up_proj: Tensor, down_proj: Tensor, *, transposed: bool = False, interleaved: bool = False) -> Tensor:
     """All weights of each neuron, [E,I,D], of gate_up_proj [E,2I,H] or up_proj [E,I,H] and down_proj [E,H,I]: its rows
-    of the gate and of the up projection, and its column of the down projection. D is 3H or 2H."""
-    num_experts, hidden_size, width = down_proj.shape
-    if gate_up_proj.dim() != 3 or gate_up_proj.shape[1] not in (width, 2 * width):
+    of the gate and of the up projection, and its column of the down projection. D is 3H or 2H.
+
+    transposed: they are [E,H,2I] and [E,I,H]. interleaved: gates and ups alternate, as in gpt-oss.
+    """
+    first, down = (side.transpose(1, 2) if transposed else side for side in (gate_up_proj, down_proj))
+    num_experts, hidden_size, width = down.shape
+    if first.dim() != 3 or first.shape[1] not in (width, 2 * width):
         raise ValueError(f"gate_up_proj: expected [{num_experts}, {width} or {2 * width}, {hidden_size}], "
-                         f"got {list(gate_up_proj.shape)}")  # fmt: skip
-    return torch.cat([*torch.split(gate_up_proj, width, 1), down_proj.transpose(1, 2)], -1)
+                         f"got {list(first.shape)}")  # fmt: skip
+    parts = (first[:, ::2], first[:, 1::2]) if interleaved else torch.split(first, width, 1)
+    return torch.cat([*parts, down.transpose(1, 2)], -1)
 
 
 @torch.no_grad()
