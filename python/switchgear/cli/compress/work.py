@@ -67,8 +67,8 @@ def apply(step: Step, model: Any, calibration: Calibration | None, place: str) -
         bits = options.get("bits")
         if isinstance(bits, dict) and "average" in bits:
             assert calibration is not None
-            how = {name: value for name, value in bits.items() if name != "of"}
-            sizes = {name: options[name] for name in ("group_size", "symmetric") if name in options}
+            how: Any = {name: value for name, value in bits.items() if name != "of"}
+            sizes: Any = {name: options[name] for name in ("group_size", "symmetric") if name in options}
             errors = functions.expert_errors(model, calibration, tuple(bits.get("of", (1, 2, 3))), **sizes)
             options["bits"] = functions.allocate_bits(errors, **how)
             if not step.needs_hessians:

@@ -69,8 +69,8 @@ Experts that are alike are candidates for merging (`switchgear compress`, docs/c
 
 {_caches(found)}
 The share of choices that hit a cache of so many experts, filled for each {SEGMENT} consecutive tokens with those that
-they use most: a bound for a cache that is refilled as often (SCH of arXiv:2505.16056). *Locality* (SRP) is the best F1 of
-one set of experts per {SEGMENT} tokens: 1 if they choose alike.
+they use most: a bound for a cache that is refilled as often (SCH of arXiv:2505.16056). *Locality* (SRP) is the best F1
+of one set of experts per {SEGMENT} tokens: 1 if they choose alike.
 
 ![cacheability](cacheability.png)
 """
