@@ -40,12 +40,13 @@ class HyperRouter(nn.Module):
     first: Tensor
     second: Tensor
 
-    def __init__(self, hidden_size: int, num_experts: int, dim: int = 32) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, dim: int = 32, **place: Any) -> None:
         super().__init__()
         self.shape = (num_experts, hidden_size)
-        self.vector = nn.Parameter(torch.randn(dim))
-        self.register_buffer("first", torch.randn(dim, dim) / dim**0.5)
-        self.register_buffer("second", torch.randn(num_experts * hidden_size, dim) / (dim * hidden_size) ** 0.5)
+        self.vector = nn.Parameter(torch.randn(dim, **place))
+        self.register_buffer("first", torch.randn(dim, dim, **place) / dim**0.5)
+        second = torch.randn(num_experts * hidden_size, dim, **place)
+        self.register_buffer("second", second / (dim * hidden_size) ** 0.5)
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         weight: Tensor = self.second @ torch.relu(self.first @ self.vector)

@@ -20,7 +20,7 @@ from switchgear.compress import Calibration, calibrate
 
 from ...common import CommandError
 from ...common.progress import progress
-from ..checkpoint import batches_of, load_model, read_texts
+from ..checkpoint import batches_of, length_for, load_model, read_texts
 from .recipe import Recipe, Step
 
 # Besides weights and config, which save_pretrained writes.
@@ -83,16 +83,17 @@ def _needs_text(recipe: Recipe) -> bool:
 
 
 def _calibrate(model: Any, source: Path, recipe: Recipe, texts: dict[str, bytes], hessians: bool) -> Calibration:
+    length = length_for(model, recipe.length)
     batches = [
         {"input_ids": rows, "domain": name, "use_cache": False}
         for name, text in texts.items()
-        for rows in batches_of(text, model, source, tokens=recipe.tokens, length=recipe.length, name=name)
+        for rows in batches_of(text, model, source, tokens=recipe.tokens, length=length, name=name)
     ]
 
     def counted() -> Iterator[dict[str, Any]]:
         for i, batch in enumerate(batches):
             yield batch
-            advance(i + 1, len(batches), batch["domain"])
+            advance(i + 1, len(batches), str(batch["domain"]))
 
     with progress("calibrating") as advance:
         try:
