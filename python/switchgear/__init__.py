@@ -12,6 +12,7 @@ Weights:    store(model, form) converts the experts to a faster or smaller form:
 Analysis:   RoutingTrace records the choices of routers; override(model, …) changes them temporarily
 Adapters:   adapters.add_lora(model, rank), load_peft, save_peft, merge; mixtures of adapters in any model:
             adapters.mixture, adapters.LoRAExperts
+Compression: compress calibrates, then prunes, merges, sparsifies or quantizes experts, with bits per expert
 Training:   finetune trains some experts alone; distill; optim.Muon
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from switchgear import adapters, distill, finetune, layers, optim, presets, routing, weights
+from switchgear import adapters, compress, distill, finetune, layers, optim, presets, routing, weights
 from switchgear.backends import backend, use_backend
 from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gemm, moe, permute, plan, route
@@ -52,6 +53,7 @@ __all__ = [
     "backend",
     "balance_loss",
     "combine",
+    "compress",
     "cpu_isa",
     "distill",
     "finetune",

@@ -109,12 +109,16 @@ def plot(results: dict[str, Any], folder: Path) -> None:
     for kind in kinds:
         points = sorted((row["bytes"] / base, growth(results, row), spread(row)) for row in rows if _kind(row) == kind)
         share, grown, error = zip(*points, strict=True)
-        axis.errorbar(share, grown, yerr=error, color=palette[kind], label=kind, marker="o", linewidth=1.5, capsize=3)
+        marker = "o" if kind.startswith(("pruned", "merged")) else "s"  # squares: fewer bits
+        axis.errorbar(
+            share, grown, yerr=error, color=palette[kind], label=kind, marker=marker, linewidth=1.5, capsize=3
+        )
     axis.axhline(0, color=FAINT, linewidth=0.8)
     axis.set_xscale("log", base=2)
     axis.set_xticks([1, 0.75, 0.5, 0.25, 0.125], ["100 %", "75 %", "50 %", "25 %", "12.5 %"])
     axis.minorticks_off()
     axis.set_yscale("symlog", linthresh=0.01)
+    axis.set_ylim(bottom=-0.002)
     axis.set_xlabel(f"bytes of the experts, of those in {results['dtype']}")
     axis.set_ylabel("growth of the loss, nats per byte")
     axis.set_title("Held-out loss over the bytes of the experts")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module
 from switchgear.compress.calibration import Calibration
 from switchgear.compress.sums import Domains
-from switchgear.functional import as_number
+from switchgear.functional import Routing, as_number
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.routing.context import Select
+from switchgear.routing.context import NOTHING_KNOWN, Context, Select
 from switchgear.routing.router import Router
 from switchgear.routing.selection import SkipBelow
 
@@ -60,7 +60,8 @@ def skip_experts(
             token receives, which a layer of experts does not see.) switchgear's layers take it from their context,
             moe(x, importance=…).
 
-    Raises ValueError for a calibration of another model, one without second choices, or an option out of range.
+    Raises ValueError for a calibration of another model, one without second choices, a router of Hugging Face whose
+    selection is not known (override), or an option out of range.
     """
     check_module("model", model)
     if not 0 <= as_number("protect", protect) <= 1:
@@ -71,6 +72,7 @@ def skip_experts(
     if empty := [name for name, ratio in ratios.items() if ratio != ratio]:
         raise ValueError(f"calibration: expected tokens with two experts, got none in {empty[0]}")
     done = Skipped(ratios)
+    manners = _manners(blocks)  # raises before anything changes
     with ExitStack() as stack:
         for name, block in blocks.items():
             if isinstance(block.gate, Router):
@@ -78,8 +80,19 @@ def skip_experts(
                 block.gate.overrides.append(wrapper)
                 stack.callback(block.gate.overrides.remove, wrapper)
             else:
-                stack.enter_context(_edited(block, ratios[name], protect, importance or _norm, done))
+                options = (manners[name], ratios[name], protect, importance or _norm, done)
+                _on_hugging_face(stack, block, *options)
         yield done
+
+
+def _manners(blocks: Mapping[str, MoeBlock]) -> dict[str, Any]:
+    """How routers of Hugging Face weigh their choices; none for ours."""
+    foreign = {name: block for name, block in blocks.items() if not block.is_ours}
+    if not foreign:
+        return {}
+    from switchgear.integrations.routers import manner_of
+
+    return {name: manner_of(block) for name, block in foreign.items()}
 
 
 def _wrapper(ratio: float, protect: float) -> Callable[[Select], Select]:
@@ -90,26 +103,45 @@ def _norm(x: Tensor) -> Tensor:
     return x.detach().float().abs().sum(-1)
 
 
-def _edited(block: MoeBlock, ratio: float, protect: float, importance: Importance, done: Skipped) -> Any:
-    from switchgear.integrations.choices import Choice, edited
+class _Skip:
+    """A selection of Hugging Face's router without the choices of little weight; the number of places stays."""
 
-    def edit(choice: Choice) -> Choice:
-        kept = kept_choices(choice.topk_weights.masked_fill(choice.topk_ids < 0, 0), ratio)
-        if protect:
-            count = round(protect * len(choice.x))
-            kept[importance(choice.x).topk(count).indices] = True
-        weights = choice.topk_weights.masked_fill(~kept, 0)
-        scale = choice.topk_weights.sum(-1, keepdim=True) / (weights.sum(-1, keepdim=True) + 1e-20)
-        present = choice.topk_ids >= 0
-        done.choices += int(present.sum())
-        done.skipped += int((present & ~kept).sum())
-        return choice._replace(topk_ids=choice.topk_ids.masked_fill(~kept, -1), topk_weights=weights * scale)
+    def __init__(self, select: Select, ratio: float, protect: float, done: Skipped, seen: _Seen) -> None:
+        self.select, self.ratio, self.protect, self.done, self.seen = select, ratio, protect, done, seen
 
-    return edited(block, edit)
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        routing = self.select(router_logits, context, bias)
+        present, weights = routing.topk_ids >= 0, routing.topk_weights.masked_fill(routing.topk_ids < 0, 0)
+        kept = weights.detach() >= self.ratio * weights.detach().amax(-1, keepdim=True)
+        if self.protect and self.seen.importance is not None:
+            best = self.seen.importance.topk(round(self.protect * len(kept))).indices
+            kept[best] = True
+        self.done.choices += int(present.sum())
+        self.done.skipped += int((present & ~kept).sum())
+        left = weights.masked_fill(~kept, 0)
+        scale = weights.sum(-1, keepdim=True) / (left.sum(-1, keepdim=True) + 1e-20)
+        return routing._replace(topk_ids=routing.topk_ids.masked_fill(~kept, -1), topk_weights=left * scale)
 
 
-def kept_choices(topk_weights: Tensor, ratio: float) -> Tensor:
-    """[T,K] bool: whether a choice has at least `ratio` times the largest weight of its token."""
-    detached = topk_weights.detach()
-    kept: Tensor = detached >= ratio * detached.amax(-1, keepdim=True)
-    return kept
+@dataclass
+class _Seen:
+    """The importance of the tokens that the router sees now."""
+
+    importance: Tensor | None = None
+
+
+def _on_hugging_face(
+    stack: ExitStack, block: MoeBlock, manner: Any, ratio: float, protect: float, importance: Importance, done: Skipped
+) -> None:
+    from switchgear.integrations.choices import overridden
+
+    seen = _Seen()
+
+    def keep(gate: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.importance = importance(args[0].reshape(-1, args[0].shape[-1]))
+
+    assert block.gate is not None
+    if protect:
+        stack.callback(block.gate.register_forward_pre_hook(keep).remove)
+    wrapper: Callable[[Select], Select] = lambda select: _Skip(select, ratio, protect, done, seen)  # noqa: E731
+    stack.enter_context(overridden(block, manner, wrapper))

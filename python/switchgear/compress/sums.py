@@ -59,26 +59,33 @@ def sums_of(rows: ExpertRows, topk_weights: Tensor, router_logits: Tensor | None
     """The sums of one call with T tokens."""
     num_experts, hidden_size = len(rows.offsets) - 1, rows.inputs.shape[1]
     total = ExpertSums.zeros(num_experts, hidden_size, intermediate)
-    experts, weights = rows.experts, rows.weights
-    norms = rows.outputs.double().norm(dim=1)
     counts = rows.offsets.long().diff().cpu()
     logits, logit_sums = total.logits, total.logit_sums
     if router_logits is not None and router_logits.shape[-1] >= num_experts:
         z = router_logits[:, :num_experts].double().nan_to_num(0.0, 0.0, 0.0)
         logits, logit_sums = (z.mT @ z).cpu(), z.sum(0).cpu()
+    wide = torch.promote_types(rows.outputs.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(rows.outputs, dim=1, dtype=wide).double()
 
     def by_expert(values: Tensor) -> Tensor:
-        result = values.new_zeros(num_experts, *values.shape[1:], dtype=torch.float64)
-        return result.index_add_(0, experts, values.double()).cpu()
+        result = torch.zeros(num_experts, dtype=torch.float64, device=values.device)
+        return result.index_add_(0, rows.experts, values).cpu()
 
-    squares, gates = rows.weights.square()[:, None], {}
+    # Sums of rows are products with a row of ones, of squares with one of g² beside it: the kernels' weight gradients.
+    factors = torch.stack([torch.ones_like(rows.weights), rows.weights.square()], 1).to(wide)
+
+    def of_rows(values: Tensor, columns: int) -> Tensor:
+        some = factors[:, :columns].contiguous()
+        return ops.grouped_gemm_wgrad(some, values, rows.offsets, None, False).double().cpu()
+
+    squares = {}
     for name, values in (("inputs", rows.inputs), ("hidden", rows.hidden)):
-        square = values.double().square()
-        gates[name], gates[f"gated_{name}"] = by_expert(square), by_expert(square * squares)
+        squares[name], squares[f"gated_{name}"] = of_rows(values.to(wide).square(), 2).unbind(1)
     return replace(
-        total, tokens=torch.tensor(len(topk_weights)), counts=counts, weights=by_expert(weights),
-        saliency=by_expert(weights * norms), norms=by_expert(norms), outputs=by_expert(rows.outputs),
-        ratios=ratios_of(topk_weights), logits=logits, logit_sums=logit_sums, **gates,
+        total, tokens=torch.tensor(len(topk_weights)), counts=counts, weights=by_expert(rows.weights),
+        saliency=by_expert(rows.weights * norms), norms=by_expert(norms),
+        outputs=of_rows(rows.outputs.to(wide), 1).squeeze(1), ratios=ratios_of(topk_weights), logits=logits,
+        logit_sums=logit_sums, **squares,
     )  # fmt: skip
 
 
