@@ -62,3 +62,14 @@ def test_row37_tables_follow_from_the_losses(
     )
     rows[1]["losses"] = [1.6, 1.7, 1.8]
     assert "beyond" in quality.verdict({"results": rows})
+
+
+def test_row37_the_document_has_the_table_of_the_results() -> None:
+    from switchgear.bench.markdown import fill_blocks
+    from switchgear.bench.results import read_json
+
+    root = Path(__file__).parent.parent
+    results = read_json(str(root / "bench" / "results" / "quality-avx512bf16.json"), "--from", quality.SCHEMA)
+    text = (root / "docs" / "benchmarks.md").read_text()
+    assert "| X-MoE |" in text
+    assert fill_blocks(text, {"quality": lambda: quality.markdown(results)}) == text

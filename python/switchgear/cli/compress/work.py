@@ -55,6 +55,8 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
         if type(error).__name__ != "SafetensorError":
             raise
         raise CommandError(f"cannot write {partial.folder}: {error}") from None
+    if any(step.do == "quantize" and not step.options["store"] for step in recipe.steps):
+        yield "rounded weights are saved as plain ones, which transformers loads; docs/cli.md says how to store them"
     yield f"{out}: {sum(file.stat().st_size for file in out.glob('*.safetensors')) / 1e6:,.1f} MB"
 
 
