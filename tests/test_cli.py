@@ -131,8 +131,11 @@ def test_info_needs_torch_alone() -> None:
     """So do the other commands, up to the point where they need more."""
     extras = ["numpy", "rich", "matplotlib", "transformers", "PIL"]
     hidden = f"import sys; sys.modules.update(dict.fromkeys({extras}))"
-    for command, status, words in (("info", 0, "native CPU"), ("demo", 2, "needs"), ("bench", 2, "needs rich")):
-        code = f"{hidden}; from switchgear.cli import main; sys.exit(main([{command!r}]))"
+    for command, status, words in (
+        ("info", 0, "native CPU"), ("demo", 2, "needs"), ("bench", 2, "needs rich"), ("train-tiny", 2, "needs transf"),
+        ("inspect tiny", 2, "needs transf"), ("compress tiny --recipe r --out o", 2, "needs transf"),
+    ):  # fmt: skip
+        code = f"{hidden}; from switchgear.cli import main; sys.exit(main({command.split()!r}))"
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
         assert done.returncode == status, done.stderr
         assert words in done.stdout + done.stderr

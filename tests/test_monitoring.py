@@ -114,7 +114,7 @@ def test_every_kind_of_writer_gets_the_same() -> None:
     model = Layers(2)
     board, run, called = FakeTensorBoard(), FakeRun(), []
     with RoutingTrace(model) as trace:
-        logs = [log_to(trace, writer) for writer in (board, run, lambda metrics, step: called.append((metrics, step)))]
+        logs = [trace.log_to(writer) for writer in (board, run, lambda metrics, step: called.append((metrics, step)))]
         model(torch.randn(9, 16))
         got = [log(7) for log in logs]
     assert got[0] == got[1] == got[2]
@@ -122,6 +122,15 @@ def test_every_kind_of_writer_gets_the_same() -> None:
     assert {step for _, _, step in board.scalars} == {7}
     assert run.rows == [(got[0], 7)]
     assert called == [(got[0], 7)]
+
+
+def test_what_is_not_recorded_has_no_key() -> None:
+    model = Layers(1)
+    with RoutingTrace(model, record=("counts",)) as trace:
+        model(torch.randn(9, 16))
+    read = LoadMeter(trace).read()
+    assert "moe/max_violation/mean" in read
+    assert not [key for key in read if "router_entropy" in key]
 
 
 def test_it_writes_every_nth_step() -> None:

@@ -149,9 +149,9 @@ def test_pruned_experts_are_those_that_nobody_chooses() -> None:
     ("changes", "condition"),
     [
         ({"all_busiest": 0.09}, 0),
-        ({"by_frequency": 0.5}, 1),  # 0.05 from the mean of the random ones, whose spread is 0.1
+        ({"by_frequency": 0.51}, 1),  # 0.04 from the mean of the random ones, whose deviation is 0.05
         ({"at_random": [0.25, 0.25, 0.25], "by_frequency": 0.25}, 1),
-        ({"within_domains": 0.3}, 2),
+        ({"within_domains": 0.2}, 2),
     ],
 )
 def test_each_condition_can_fail(changes: dict[str, Any], condition: int) -> None:

@@ -23,14 +23,15 @@ from ..common.progress import progress
 from ..tiny import cache
 from ..tiny.sensitivity import held_out_losses
 from ..tiny.text import evenly
+from ..tiny.train import FULL
 from . import compress_tables as tables
 from .compress_variants import BASE, VARIANTS, Variant
 from .markdown import write_blocks
 from .results import Row, read_json, rounded, write_json
 from .timing import interleave
 
-LENGTH = 256  # bytes of a window
-CALIBRATION_WINDOWS, HELD_OUT_WINDOWS = 32, 48  # of each domain
+LENGTH = FULL.length  # bytes of a window: the model has not learned longer ones
+CALIBRATION_WINDOWS, HELD_OUT_WINDOWS = 64, 96  # of each domain
 QUICK_WINDOWS = 4
 SECONDS, QUICK_SECONDS = 1.0, 0.01  # of timing for each variant
 STEPS = {"decode": 1, "prefill": 256}  # tokens of the timed calls

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from ..common import markdown_table, threads
@@ -13,7 +14,7 @@ from .compress_variants import BASE
 from .markdown import Blocks
 from .results import Row
 
-FAR = 3.0  # spreads of the random prunings by which a criterion must beat their mean
+FAR = 3.0  # standard deviations of the random prunings by which a criterion must beat their mean
 INFORMED = ("reap", "reconstruction")
 
 
@@ -56,7 +57,7 @@ def table(results: dict[str, Any]) -> str:
     for row in results["results"]:
         grown = "" if row["variant"] == BASE else f"{growth(results, row):+.3f}"
         if len(row["seeds"]) > 1:
-            grown += f" (±{spread(row) / 2:.3f})"
+            grown += f" (±{spread(row):.3f})"
         lines.append([
             row["variant"], *(f"{row['losses'][name]:.3f}" for name in domains), grown, f"{row['bytes'] / 1e6:.2f} MB",
             f"{row['bytes'] / base:.0%}", f"{row['decode_ms']:.2f}", f"{row['prefill_ms']:.2f}",
@@ -65,7 +66,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def verdicts(results: dict[str, Any]) -> list[str]:
-    """For each pruning: by how many spreads of the random ones the informed criteria beat their mean."""
+    """For each pruning: by how many standard deviations of the random ones the informed criteria beat their mean."""
     lines = []
     for group in dict.fromkeys(row["group"] for row in results["results"]):
         rows = {row["method"]: row for row in results["results"] if row["group"] == group}
@@ -75,15 +76,17 @@ def verdicts(results: dict[str, Any]) -> list[str]:
         for method in INFORMED:
             if method in rows:
                 better = (random - growth(results, rows[method])) / max(width, 1e-9)
+                seeds = len(rows["random"]["seeds"])
                 lines.append(
-                    f"{group}: {method} is {better:.1f} spreads of {len(rows['random']['seeds'])} seeds better than "
-                    f"random ({FAR:.0f} are needed: {'yes' if better > FAR else 'no'})"
+                    f"{group}: {method} is {better:.1f} standard deviations of {seeds} seeds better than random "
+                    f"({FAR:.0f} are needed: {'yes' if better > FAR else 'no'})"
                 )
     return lines
 
 
 def spread(row: Row) -> float:
-    return float(max(row["seeds"]) - min(row["seeds"]))
+    """Standard deviation of the seeds."""
+    return stdev(row["seeds"]) if len(row["seeds"]) > 1 else 0.0
 
 
 def _mean(row: Row) -> float:
@@ -104,16 +107,18 @@ def plot(results: dict[str, Any], folder: Path) -> None:
     base = _base(results)["bytes"]
     figure, axis = plt.subplots(figsize=(8, 4.6))
     for kind in kinds:
-        points = sorted(
-            (row["bytes"] / base, growth(results, row), spread(row) / 2) for row in rows if _kind(row) == kind
-        )
+        points = sorted((row["bytes"] / base, growth(results, row), spread(row)) for row in rows if _kind(row) == kind)
         share, grown, error = zip(*points, strict=True)
-        axis.errorbar(share, grown, yerr=error, color=palette[kind], label=kind, marker="o", linewidth=1.5, capsize=3)
+        marker = "o" if kind.startswith(("pruned", "merged")) else "s"  # squares: fewer bits
+        axis.errorbar(
+            share, grown, yerr=error, color=palette[kind], label=kind, marker=marker, linewidth=1.5, capsize=3
+        )
     axis.axhline(0, color=FAINT, linewidth=0.8)
     axis.set_xscale("log", base=2)
     axis.set_xticks([1, 0.75, 0.5, 0.25, 0.125], ["100 %", "75 %", "50 %", "25 %", "12.5 %"])
     axis.minorticks_off()
     axis.set_yscale("symlog", linthresh=0.01)
+    axis.set_ylim(bottom=-0.002)
     axis.set_xlabel(f"bytes of the experts, of those in {results['dtype']}")
     axis.set_ylabel("growth of the loss, nats per byte")
     axis.set_title("Held-out loss over the bytes of the experts")

@@ -58,7 +58,7 @@ def mixed(model: Any, calibration: Calibration, seed: int, *, average: float) ->
 
 def _pruned(percent: int) -> list[Variant]:
     keep = 1 - percent / 100
-    criteria = {"random": 3, "frequency": 1, "reap": 1, "reconstruction": 1}
+    criteria = {"random": 5, "frequency": 1, "reap": 1, "reconstruction": 1}
     return [
         Variant(f"{percent} % pruned", name, partial(prune, keep=keep, criterion=name), seeds)
         for name, seeds in criteria.items()

@@ -72,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what LoRA on every expert costs, beside the frozen base, PEFT and formulas of torch, and stop")
     add("--compress", action="store_true",
         help="loss, bytes and time of a trained model (switchgear train-tiny), compressed in each way, and stop")
+    add("--quality", action="store_true",
+        help="losses of five routers in the same small language model (LibMoE's question), and stop")
     add("--checkpoint", metavar="DIR", help="folder of train-tiny for --compress (default: the one in the cache)")
     add("--ranks", metavar="LIST", type=positives, help="of the adapters (default: 8,16,64)")
     add("--list", action="store_true", help="list shapes and competitors, and stop")
@@ -95,6 +97,11 @@ def run(args: argparse.Namespace) -> int:
         return routers.run(args, describe_machine(args.threads))
     if args.adapters:
         return adapters.run(args, describe_machine(args.threads))
+    if args.quality:
+        from . import quality
+
+        open_outputs(args)
+        return quality.run(args, describe_machine(args.threads))
     if args.compress:
         from . import compress  # needs transformers
 

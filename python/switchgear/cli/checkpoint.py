@@ -16,6 +16,7 @@ from ..tiny import cache
 
 TINY = "tiny"  # names the model of train-tiny that is in the cache
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+LENGTH = 256
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -66,6 +67,11 @@ def read_texts(files: Sequence[str], folder: Path, option: str = "--text") -> di
             raise CommandError(f"{option}: expected files of different names, got {file.stem} twice")
         texts[file.stem] = text
     return texts
+
+
+def length_for(model: Any, wanted: int | None) -> int:
+    """Tokens of a sequence: by default LENGTH, or fewer if the model has fewer positions."""
+    return wanted or min(LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", LENGTH))
 
 
 def batches_of(

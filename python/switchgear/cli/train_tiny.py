@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{domain.name}: {domain.train.numel() / 2**20:.1f} MiB of {domain.source}")
     with progress("training") as advance:
         model = train(recipe, domains, advance)
-    sensitivity = measure(model, domains)
+    sensitivity = measure(model, domains, length=recipe.length)
     return show(save(model, recipe, domains, sensitivity, folder), "trained")
 
 

@@ -32,7 +32,7 @@ class LoadMeter:
     "moe/max_violation/model.layers.3.mlp":
         max_violation: max load / mean load - 1; 0 is balanced.
         load_entropy: of the load, divided by log E; 1 is balanced.
-        router_entropy: mean entropy of the router's softmax, divided by log E. Absent where no logits are seen.
+        router_entropy: mean entropy of the router's softmax, divided by log E. Absent where it is not recorded.
         unused: experts without a token, as a fraction.
         dropped: choices dropped by a capacity limit, as a fraction.
     """
@@ -79,7 +79,9 @@ class LoadMeter:
 
 def _sums(layer: LayerTrace) -> Tensor:
     """[3 + E] float64 on the CPU: tokens, entropy, dropped choices, load. One copy per layer."""
-    heads = torch.stack([layer.entropy.double(), layer.num_dropped.double()])
+    dropped = layer.num_dropped.double()
+    entropy = torch.full_like(dropped, torch.nan) if layer.entropy is None else layer.entropy.double()
+    heads = torch.stack([entropy, dropped])
     read = torch.cat([heads, layer.tokens_per_expert.double()]).cpu()
     return torch.cat([torch.tensor([float(layer.num_tokens)], dtype=torch.float64), read])
 

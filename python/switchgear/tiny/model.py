@@ -10,11 +10,12 @@ import torch
 from ..common import require
 
 # Sizes are multiples of 128, the usual group of quantised weights. With renormalised top-k weights the experts count
-# from the first step on; those of a softmax over 16 experts would start at an eighth.
+# from the first step on; those of a softmax over 16 experts would start at an eighth. The positions are those that it
+# was trained on (train.py); beyond, its loss grows.
 CONFIG: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 4, "num_experts": 16, "num_experts_per_tok": 2, "norm_topk_prob": True,
-    "max_position_embeddings": 1024, "tie_word_embeddings": True, "pad_token_id": None, "bos_token_id": None,
+    "max_position_embeddings": 128, "tie_word_embeddings": True, "pad_token_id": None, "bos_token_id": None,
     "eos_token_id": None,
 }  # fmt: skip
 

@@ -3,8 +3,8 @@
 
 Three conditions, on text that was held out from training:
     1. without the busiest expert of each layer, the loss grows by at least 0.1 nat per byte;
-    2. half of the experts pruned by frequency and at random differ by more than three random prunings among themselves;
-    3. the experts of two domains differ more than those of two halves of one domain.
+    2. half of the experts pruned by frequency and at random differ by more than the standard deviation of three seeds;
+    3. the loads of two domains differ at least twice as much as those of two halves of one domain.
 A pruned expert's tokens go to their next best expert, as in a model without it.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from statistics import stdev
 from typing import Any
 
 import torch
@@ -34,12 +35,13 @@ class Sensitivity:
     all_busiest: float  # without all of them
     by_frequency: float  # growth of the mean loss with half of the experts, the most frequent ones
     at_random: list[float]  # with random halves
-    between_domains: float  # the least total variation between the loads of two domains, mean over the layers
-    within_domains: float  # the largest between two halves of one domain
+    between_domains: float  # total variation of the loads of two domains, mean over their pairs and the layers
+    within_domains: float  # of two halves of one domain, mean over domains and layers
 
     @property
     def spread(self) -> float:
-        return max(self.at_random) - min(self.at_random)
+        """Standard deviation of the random prunings."""
+        return stdev(self.at_random)
 
     @property
     def mean_at_random(self) -> float:
@@ -50,14 +52,14 @@ class Sensitivity:
         busiest = f"without each layer's busiest expert the loss grows by {self.all_busiest:.3f} nat"
         single = ", ".join(f"{cost:.3f}" for cost in self.busiest)
         halves = f"half of the experts by frequency: +{self.by_frequency:.3f} nat, at random +{self.mean_at_random:.3f}"
-        routes = f"loads of two domains differ by {self.between_domains:.0%} of the choices or more"
+        routes = f"loads of two domains differ by {self.between_domains:.1%} of the choices"
         return {
             f"{busiest} (at least {LEAST_COST}; one layer alone: {single})": self.all_busiest >= LEAST_COST,
-            f"{halves} (spread of {len(self.at_random)} seeds {self.spread:.3f})": (
+            f"{halves} (standard deviation of {len(self.at_random)} seeds {self.spread:.3f})": (
                 abs(self.mean_at_random - self.by_frequency) > self.spread
             ),
-            f"{routes}, of two halves of a domain by {self.within_domains:.0%} at most": (
-                self.between_domains > self.within_domains
+            f"{routes}, of two halves of a domain by {self.within_domains:.1%} (at least twice as much)": (
+                self.between_domains >= 2 * self.within_domains
             ),
         }
 
@@ -70,8 +72,8 @@ class Sensitivity:
 
 
 @torch.no_grad()
-def measure(model: Any, domains: Sequence[Domain], *, count: int = 24, length: int = 256, seed: int = 0) -> Sensitivity:
-    """Reads `count` windows of `length` bytes of each domain's held-out text."""
+def measure(model: Any, domains: Sequence[Domain], *, count: int = 48, length: int = 128, seed: int = 0) -> Sensitivity:
+    """Reads `count` windows of `length` bytes, as long as in training, of each domain's held-out text."""
     batches = {domain.name: evenly(domain.held_out, count, length) for domain in domains}
     base = held_out_losses(model, batches)
     loads = {name: _loads(model, batch) for name, batch in batches.items()}
@@ -98,8 +100,8 @@ def measure(model: Any, domains: Sequence[Domain], *, count: int = 24, length: i
         all_busiest=cost(busiest),
         by_frequency=cost({layer: mean[layer].argsort()[:half] for layer in layers}),
         at_random=[cost(pruned) for pruned in random],
-        between_domains=min(variation, default=0.0),
-        within_domains=max(halves),
+        between_domains=sum(variation) / max(len(variation), 1),
+        within_domains=sum(halves) / len(halves),
     )
 
 

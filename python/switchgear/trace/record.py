@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from switchgear.monitoring.sinks import Log, log_to
 from switchgear.reference import check_size
 from switchgear.trace.layer import DEFAULT, LayerTrace, kinds_of
 from switchgear.trace.observe import Observation, pick, traceable, watch
@@ -89,6 +90,11 @@ class RoutingTrace:
     def reset(self) -> None:
         """Clears the recording."""
         self.layers.clear()
+
+    def log_to(self, writer: Any, *, every: int = 1, layers: int = 8, prefix: str = "moe") -> Log:
+        """Returns a function to call after each step, which writes the load since it last wrote to TensorBoard, wandb
+        or a function; see switchgear.monitoring."""
+        return log_to(self, writer, every=every, layers=layers, prefix=prefix)
 
     def _see(self, name: str, seen: Observation) -> None:
         layer = self.layers.get(name)

@@ -17,7 +17,7 @@ from ...common import CommandError
 STEPS = ("prune_experts", "merge_experts", "prune_weights", "quantize")  # of switchgear.compress
 GIVEN = ("model", "calibration")  # arguments that the command passes itself
 MIXED = ("of", "average", "alpha", "beta", "gamma", "tolerance")  # options of bits by expert
-CALIBRATION = {"text": [], "tokens": 65536, "length": 256}
+CALIBRATION = {"text": [], "tokens": 65536, "length": None}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Recipe:
     steps: tuple[Step, ...]
     text: tuple[str, ...]  # files, each a domain
     tokens: int  # of each
-    length: int  # of a sequence
+    length: int | None  # of a sequence; see checkpoint.length_for
 
     def as_dict(self) -> dict[str, Any]:
         steps = [{"do": step.do, **step.options} for step in self.steps]
@@ -77,7 +77,7 @@ def parse(data: Any, folder: Path) -> Recipe:
     if files is None or not all(isinstance(file, str) for file in files):
         raise CommandError(f"recipe: calibration.text: expected a list of files, got {how['text']!r}")
     for name, least in (("tokens", 1), ("length", 2)):
-        if not isinstance(how[name], int) or how[name] < least:
+        if name in data.get("calibration", {}) and (not isinstance(how[name], int) or how[name] < least):
             raise CommandError(
                 f"recipe: calibration.{name}: expected an integer of at least {least}, got {how[name]!r}"
             )

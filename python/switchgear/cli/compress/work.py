@@ -20,7 +20,7 @@ from switchgear.compress import Calibration, calibrate
 
 from ...common import CommandError
 from ...common.progress import progress
-from ..checkpoint import batches_of, load_model, read_texts
+from ..checkpoint import batches_of, length_for, load_model, read_texts
 from .recipe import Recipe, Step
 
 # Besides weights and config, which save_pretrained writes.
@@ -55,6 +55,8 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
         if type(error).__name__ != "SafetensorError":
             raise
         raise CommandError(f"cannot write {partial.folder}: {error}") from None
+    if any(step.do == "quantize" and not step.options["store"] for step in recipe.steps):
+        yield "rounded weights are saved as plain ones, which transformers loads; docs/cli.md says how to store them"
     yield f"{out}: {sum(file.stat().st_size for file in out.glob('*.safetensors')) / 1e6:,.1f} MB"
 
 
@@ -67,8 +69,8 @@ def apply(step: Step, model: Any, calibration: Calibration | None, place: str) -
         bits = options.get("bits")
         if isinstance(bits, dict) and "average" in bits:
             assert calibration is not None
-            how = {name: value for name, value in bits.items() if name != "of"}
-            sizes = {name: options[name] for name in ("group_size", "symmetric") if name in options}
+            how: Any = {name: value for name, value in bits.items() if name != "of"}
+            sizes: Any = {name: options[name] for name in ("group_size", "symmetric") if name in options}
             errors = functions.expert_errors(model, calibration, tuple(bits.get("of", (1, 2, 3))), **sizes)
             options["bits"] = functions.allocate_bits(errors, **how)
             if not step.needs_hessians:
@@ -83,16 +85,17 @@ def _needs_text(recipe: Recipe) -> bool:
 
 
 def _calibrate(model: Any, source: Path, recipe: Recipe, texts: dict[str, bytes], hessians: bool) -> Calibration:
+    length = length_for(model, recipe.length)
     batches: list[dict[str, Any]] = [
         {"input_ids": rows, "domain": name, "use_cache": False}
         for name, text in texts.items()
-        for rows in batches_of(text, model, source, tokens=recipe.tokens, length=recipe.length, name=name)
+        for rows in batches_of(text, model, source, tokens=recipe.tokens, length=length, name=name)
     ]
 
     def counted() -> Iterator[dict[str, Any]]:
         for i, batch in enumerate(batches):
             yield batch
-            advance(i + 1, len(batches), batch["domain"])
+            advance(i + 1, len(batches), str(batch["domain"]))
 
     with progress("calibrating") as advance:
         try:

@@ -16,15 +16,13 @@ COMMON = {
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "pad_token_id": None, "bos_token_id": None,
     "eos_token_id": None, "tie_word_embeddings": False,
 }  # fmt: skip
-# The balancing loss keeps more experts of such a small model in use; DeepSeek-V3 balances with a bias instead.
-BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.05}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"intermediate_size": 896, "num_local_experts": 8, "num_experts_per_tok": 2} | BALANCED,
-    "olmoe": {"intermediate_size": 256, "num_experts": 32, "num_experts_per_tok": 4} | BALANCED,
+    "mixtral": {"intermediate_size": 896, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "olmoe": {"intermediate_size": 256, "num_experts": 32, "num_experts_per_tok": 4},
     "qwen3_moe": {
         "moe_intermediate_size": 256, "intermediate_size": 512, "head_dim": 64, "num_experts": 32,
         "num_experts_per_tok": 4, "norm_topk_prob": True,
-    } | BALANCED,
+    },
     "deepseek_v3": {
         "moe_intermediate_size": 256, "intermediate_size": 512, "n_routed_experts": 32, "num_experts_per_tok": 4,
         "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": 96,
@@ -33,7 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         "intermediate_size": 256, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4,
         "sliding_window": 128,
-    } | BALANCED,
+    },
 }  # fmt: skip
 
 # transformers marks every experts class that its interface can redirect with these attributes.

@@ -16,10 +16,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from switchgear.routing import load_balancing_loss
+from switchgear.trace import Observation, observe
+
 from ...common import CommandError, machine, require
 from .clock import ExpertsClock
 from .corpus import batches, load_corpus
 from .models import build_model, describe, experts_modules
+
+# Coefficient of the balance loss. Each layer has its own: transformers' loss concatenates the layers, so that one may
+# neglect the experts that another prefers, and DeepSeek-V3 has none. Without, a layer uses a few experts only.
+BALANCE = 0.05
 
 
 class Settings(NamedTuple):
@@ -87,13 +94,16 @@ class Worker:
         return describe(self.model) | {"memory_before_training": machine.peak_memory_bytes()}
 
     def _loss(self, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """(the minimised loss, the cross entropy without the balancing loss)"""
-        output = self.model(input_ids=batch, labels=batch, use_cache=False)
-        balancing = getattr(output, "aux_loss", None)
-        if balancing is None:
-            return output.loss, float(output.loss.detach())
-        coefficient = self.model.config.router_aux_loss_coef
-        return output.loss, float(output.loss.detach() - coefficient * balancing.detach())
+        """(the minimised loss, the cross entropy without the balance loss)"""
+        layers: list[torch.Tensor] = []
+
+        def see(name: str, seen: Observation) -> None:
+            assert seen.router_logits is not None
+            layers.append(load_balancing_loss(seen.router_logits, seen.topk_ids))
+
+        with observe(self.model, see):
+            output = self.model(input_ids=batch, labels=batch, use_cache=False)
+        return output.loss + BALANCE * torch.stack(layers).mean(), float(output.loss.detach())
 
     def probe(self) -> list[float]:
         """Gradient norms of the experts' parameters, layer by layer, for the first batch at the current weights."""

@@ -11,7 +11,7 @@ import torch
 
 from ...common import CommandError, at_least, check_writable, positive, require
 from ...common.progress import progress
-from ..checkpoint import DTYPES, TINY, batches_of, folder_of, load_model, read_texts
+from ..checkpoint import DTYPES, LENGTH, TINY, batches_of, folder_of, length_for, load_model, read_texts
 
 
 # fmt: off
@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="texts, each a domain (default: those of a model of train-tiny)")
     add("--out", metavar="DIR", default="switchgear-inspect", help="folder of the report")
     add("--tokens", type=positive, default=16384, metavar="N", help="tokens to read of each text")
-    add("--length", type=at_least(2), default=256, metavar="N", help="tokens of a sequence")
+    add("--length", type=at_least(2), metavar="N",
+        help=f"tokens of a sequence (default: {LENGTH}, or fewer if the model has fewer positions)")
     add("--dtype", choices=DTYPES, default="auto", help="of weights and activations; auto: that of the checkpoint")
     add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
 # fmt: on
@@ -40,13 +41,14 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     check_writable(out)  # before minutes of work
     model = load_model(folder, args.dtype)
+    length = length_for(model, args.length)
     batches = {
-        name: batches_of(text, model, folder, tokens=args.tokens, length=args.length, name=name)
+        name: batches_of(text, model, folder, tokens=args.tokens, length=length, name=name)
         for name, text in texts.items()
     }
     with progress("reading") as advance:
         try:
-            found = inspect(model, batches, args.length, advance)
+            found = inspect(model, batches, length, advance)
         except ValueError as error:  # no MoE layers, or none that can be observed
             raise CommandError(str(error)) from None
     found.about["model"] = folder.name
