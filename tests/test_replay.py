@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -307,9 +308,16 @@ def test_generation_is_replayed_in_training(mixtral: Any) -> None:
         assert torch.equal(one_row[at : at + len(want)], want)
         assert torch.equal(singles[i][: len(want)], want)
         at += len(ids)
-    with replay(mixtral, choices):  # the same generation, from the moved weights
-        again = mixtral.generate(prompts, attention_mask=mask, max_new_tokens=1)
-    assert again.shape[1] == 7
+    steps: list[Tensor] = []
+    see = observe(mixtral, lambda name, o: steps.append(o.topk_ids), layers=["model.layers.3.mlp"])
+    with replay(mixtral, choices), torch.no_grad(), see:  # with a cache, from left padding
+        past = mixtral(input_ids=prompts, attention_mask=mask, use_cache=True).past_key_values
+        for at in range(6, 10):
+            longer = torch.nn.functional.pad(mask, (0, at - 5), value=1)
+            mixtral(input_ids=out[:, at : at + 1], attention_mask=longer, past_key_values=past, use_cache=True)
+    for i, first in enumerate((4, 0)):
+        got = torch.cat([steps[0].view(2, 6, -1)[i, first:], *(step[i : i + 1] for step in steps[1:])])
+        assert torch.equal(got, tokens_of(choices, i, layer).long())
 
 
 @pytest.mark.parametrize("how", ["eager", "switchgear"])
@@ -336,6 +344,22 @@ def test_training_step_with_checkpointing(mixtral: Any, how: str) -> None:
     with replay(mixtral, choices):
         ids_seen = seen(mixtral, input_ids=ids)["model.layers.1.mlp"][0]
     assert torch.equal(ids_seen, choices.layers["model.layers.1.mlp.experts"].topk_ids().long())
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_without_a_mask_continues_sequences(mixtral: Any, name: str) -> None:
+    """transformers renames the argument; older versions have only the second."""
+    if name not in inspect.signature(mixtral.forward).parameters and name == "cache":
+        pytest.skip("this transformers has no argument cache")
+    ids = torch.randint(3, 250, (2, 9))
+    with record(mixtral) as choices, torch.no_grad():
+        output = mixtral(input_ids=ids[:, :5], use_cache=True)
+        past = getattr(output, "cache", None) or output.past_key_values
+        mixtral(input_ids=ids[:, 5:], use_cache=True, **{name: past})
+    assert choices.lengths.tolist() == [9, 9]
+    with replay(mixtral, choices):
+        got = seen(mixtral, input_ids=ids)["model.layers.3.mlp"][0]
+    assert torch.equal(got, choices.layers["model.layers.3.mlp.experts"].topk_ids().long())
 
 
 def test_recorded_on_switchgear_and_replayed_in_transformers(mixtral: Any) -> None:

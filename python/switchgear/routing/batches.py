@@ -57,7 +57,7 @@ def batch_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     mask = named.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < length:
         mask = None
-    cached = mask.shape[1] - length if mask is not None else _cached(named.get("past_key_values"))
+    cached = mask.shape[1] - length if mask is not None else _cached(named)
     real = torch.ones(rows, length, dtype=torch.bool, device=device) if mask is None else mask[:, -length:].bool()
     real = real.to(device)
     row = torch.arange(rows, device=device)[:, None].expand(rows, length)
@@ -97,7 +97,9 @@ def _shape(tokens: Tensor, is_ids: bool) -> tuple[int, int]:
     return (tokens.numel() if is_ids else tokens[..., 0].numel()) // max(length, 1), length
 
 
-def _cached(past: Any) -> int:
+def _cached(named: dict[str, Any]) -> int:
+    """Tokens in the cache, by either name that transformers has for it."""
+    past: Any = named.get("past_key_values") if named.get("cache") is None else named["cache"]
     try:
         return int(past.get_seq_length())
     except (AttributeError, TypeError):
