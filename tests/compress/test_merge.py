@@ -32,12 +32,12 @@ TWINS = [[0, 4], [1, 5], [2, 6], [3, 7]]
 # ---- groups ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 3, 4, 6, 9])
 def test_hierarchical_equals_a_loop(count: int) -> None:
     """Average linkage: the mean of all distances between the members of two clusters."""
-    points = torch.randn(9, 3, dtype=torch.float64)
+    points = torch.randn(20, 2, dtype=torch.float64)
     distances = torch.cdist(points, points)
-    clusters = [[index] for index in range(9)]
+    clusters = [[index] for index in range(20)]
     while len(clusters) > count:
         a, b = min(
             itertools.combinations(range(len(clusters)), 2),

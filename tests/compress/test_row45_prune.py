@@ -108,6 +108,10 @@ def test_row45_grouped_routers_keep_equally_many_of_each_group() -> None:
         result = prune_experts(pruned, 4, criterion, calibration=calibration)
         kept = {name: layer.kept for name, layer in result.layers.items()}
         assert all(sum(e < 4 for e in experts) == 2 for experts in kept.values())
+        for layer in result.layers.values() if criterion != "reconstruction" else ():
+            scores = layer.scores
+            best = [sorted(range(g, g + 4), key=lambda e, scores=scores: (-scores[e], e))[:2] for g in (0, 4)]
+            assert layer.kept == sorted(best[0] + best[1])
         check_against_masked(model, pruned, token_batches(1)[0], kept)
     for keep in (5, 2):
         with pytest.raises(ValueError, match="keep: expected a multiple of 2 groups"):

@@ -61,6 +61,24 @@ def test_row46_scores_are_those_of_a_loop() -> None:
             assert pruner.survivors["layers.0"] == [e for e in range(8) if scores[e] >= 0.5 * mean]
 
 
+def test_row46_each_window_counts_anew() -> None:
+    """What an expert did in window 1 does not save it at the end of window 2."""
+    model = our_model(top_k=1).train()
+    gate = model.layers[0].gate
+    with ProgressivePruner(model, 6, windows=3, beta=1.0) as pruner:
+        for favourite, tokens in ((0, 1000), (1, 10)):
+            with torch.no_grad():
+                gate.weight.zero_()
+                gate.weight[favourite] = 1
+            gate(torch.ones(tokens, 16))
+            if favourite == 0:
+                with torch.no_grad():
+                    gate.weight[0], gate.weight[1] = 0, 1
+                gate(torch.ones(900, 16))
+            pruner.step()
+        assert pruner.survivors["layers.0"] == [1]
+
+
 def test_row46_dropped_experts_get_no_traffic_and_no_gradient() -> None:
     model = our_model(normalize=True).train()
     with ProgressivePruner(model, 8, windows=2) as pruner:
@@ -77,6 +95,13 @@ def test_row46_dropped_experts_get_no_traffic_and_no_gradient() -> None:
             gone = [e for e in range(8) if e not in alive[name]]
             assert not layer.experts.down_proj.grad[gone].any()
             assert layer.experts.down_proj.grad[alive[name]].any()
+        pruner.step()
+        train(model, pruner, 1)
+        seen.clear()
+        with observe(model, lambda name, one: seen.append((name, set(one.topk_ids.flatten().tolist()) - {-1}))):
+            model(torch.randn(20, 16))
+        assert dict(seen) == {name: set(experts) for name, experts in pruner.survivors.items()}
+        assert all(len(experts) == 1 for _, experts in seen)
     assert not model.layers[0].gate.overrides
 
 
