@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --compress` on a model of two steps: it runs, tables follow from numbers, refusals are listed."""
+"""`switchgear bench --compress` on an untrained model: it runs, tables follow from numbers, refusals are listed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ pytest.importorskip("transformers")
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from switchgear.tiny import model, text
+    from switchgear.tiny.cache import save
+    from switchgear.tiny.sensitivity import Sensitivity
+    from switchgear.tiny.train import QUICK
 
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(256, (4, 2, 4096), generator=generator, dtype=torch.uint8)
     domains = [text.Domain(name, "of the test", *rows) for name, rows in zip("abcd", texts, strict=True)]
     sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     monkeypatch.setattr(model, "CONFIG", model.CONFIG | sizes | {"num_key_value_heads": 2, "num_experts": 8})
-    monkeypatch.setattr(text, "load_domains", lambda: domains)
-    main(["train-tiny", "--steps", "2", "--out", str(tmp_path / "tiny")])
-    return tmp_path / "tiny"
+    measured = Sensitivity({}, [], 0.0, 0.0, [0.0, 0.0], 0.0, 0.0)
+    return save(model.build(0), QUICK, domains, measured, tmp_path / "tiny").folder
 
 
 def test_it_compares_all_ways(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
