@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from switchgear import MoE
-from switchgear.analysis import MoEScalingLaw, PowerLaw, UpcyclingLaw, cost, moe_parameters
+from switchgear.analysis import MoEScalingLaw, PowerLaw, UpcyclingLaw, attention_layers, cost, moe_parameters
 
 LAW = MoEScalingLaw(A=120.0, a=0.31, B=0.9, b=0.45, C=410.0, c=0.28, F=1.6, d=0.0015, e_start=1.2, e_max=80.0)
 
@@ -110,6 +110,17 @@ def test_row62_counts_and_caches_of_tiny_models(model_type: str) -> None:
         if tensor is not None and tensor.dim() == 4
     )
     assert found.kv_bytes(1) == 2 * kept
+
+
+def test_row62_keys_and_values_of_different_widths() -> None:
+    class OwnAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads, self.head_dim = 4, 8
+            self.q_proj, self.k_proj, self.v_proj = nn.Linear(16, 32), nn.Linear(16, 16), nn.Linear(16, 6)
+
+    (found,) = attention_layers(nn.Sequential(OwnAttention()))
+    assert (found.kept, found.width, found.window) == (16 + 6, 2 * 4 * 8, None)
 
 
 def test_row62_a_sliding_window_bounds_the_cache() -> None:
