@@ -276,8 +276,8 @@ void add_step_tile(float* c, const StepRows& a, const StepColumns<kVectors>& b, 
     for (; s + kSteps <= last; s += kSteps) add_steps<kFormat, kPairs, kSteps>(total, rows, b, s, scale, a, missing);
     for (; kSteps > 1 && s < last; ++s) add_steps<kFormat, kPairs, 1>(total, rows, b, s, scale, a, missing);
   } else {
-    while (s < last) {
-      const int64_t group = s / group_steps, next = (group + 1) * group_steps, end = next < last ? next : last;
+    for (int64_t group = s / group_steps; s < last; ++group) {
+      const int64_t next = (group + 1) * group_steps, end = next < last ? next : last;
       Floats scales[kVectors], offsets[kVectors];
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) scales[v] = scale_of(v, group);

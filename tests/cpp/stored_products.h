@@ -11,10 +11,11 @@ namespace switchgear::test {
 
 inline int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Memory that ends where its last byte ends, at an odd address.
+// Memory that ends where its last byte ends, at an odd address or an `offset` from an even one.
 struct Bytes {
-  explicit Bytes(int64_t size) : all(static_cast<size_t>(size + 1)) {}
-  uint8_t* data() { return all.data() + 1; }
+  explicit Bytes(int64_t size, int64_t offset = 1) : offset(offset), all(static_cast<size_t>(size + offset)) {}
+  uint8_t* data() { return all.data() + offset; }
+  int64_t offset;
   std::vector<uint8_t> all;
 };
 

@@ -25,7 +25,7 @@ struct Groups {
         groups(ceil_of(cols, this->group)),
         has_zeros(has_zeros),
         data(blocks() * steps * kPlaneBytes * bits),
-        scales(blocks() * groups * kMinifloatRows * 2),
+        scales(blocks() * groups * kMinifloatRows * 2, 2),
         zeros(has_zeros ? blocks() * groups * kMinifloatRows : 0) {}
 
   int64_t blocks() const { return ceil_of(rows, kMinifloatRows); }
