@@ -114,6 +114,7 @@ def test_each_example_is_tested() -> None:
         "replay",
         "finetune_experts",
         "distill",
+        "upcycle",
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 

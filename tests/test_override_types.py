@@ -237,3 +237,22 @@ def test_a_router_that_cannot_run_is_named() -> None:
         switchgear.override(model, disable=[0]),
     ):
         pass
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_empty_slots_on_other_implementations(implementation: str) -> None:
+    """Not an id that transformers' grouped_mm leaves undefined: the second choice of half of the tokens is empty."""
+
+    def select(router_logits: Tensor, context: Any = None, bias: Any = None) -> switchgear.Routing:
+        routing = switchgear.route(router_logits.float(), 2)
+        ids = routing.topk_ids.clone()
+        ids[::2, 1] = -1
+        return routing._replace(topk_ids=ids, topk_weights=routing.topk_weights.masked_fill(ids < 0, 0))
+
+    outputs = []
+    for name in ("eager", implementation):
+        model = prepared("mixtral")
+        model.set_experts_implementation(name)  # type: ignore[operator]
+        with switchgear.override(model, select=select):
+            outputs.append(run(model, example_inputs(model))[0])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)

@@ -132,12 +132,12 @@ class AtExperts:
         return Choice(x.reshape(-1, x.shape[-1]), ids, weights.reshape(ids.shape), logits)
 
     def write(self, block: MoeBlock, choice: Choice) -> tuple[Tensor, Tensor]:
-        """ids and weights as transformers' own loops take them: they skip the id E if they have the decorator, and know
-        no empty slot otherwise."""
+        """ids and weights as the experts take them. An empty slot has the id E if they skip it, else 0 with the weight
+        0: transformers' grouped_mm would leave the rows of id E undefined."""
         empty = choice.topk_ids < 0
         if _is_decorated(block):
             empty = empty | (choice.topk_ids >= block.num_experts)  # Zaya: the class of skipped tokens
-        ids = torch.where(empty, block.num_experts if _is_decorated(block) else 0, choice.topk_ids)
+        ids = torch.where(empty, block.num_experts if _skips_the_last_id(block) else 0, choice.topk_ids)
         return ids.long(), choice.topk_weights.masked_fill(empty, 0)
 
     def attach(self, block: MoeBlock, tap: _Tap) -> list[Any]:
@@ -164,6 +164,11 @@ class AtExperts:
 
 def _is_decorated(block: MoeBlock) -> bool:
     return hasattr(block.experts, "_apply_gate")
+
+
+def _skips_the_last_id(block: MoeBlock) -> bool:
+    config = getattr(block.experts, "config", None)
+    return _is_decorated(block) and getattr(config, "_experts_implementation", None) in ("eager", "switchgear")
 
 
 class _Zaya(AtExperts):
