@@ -34,7 +34,7 @@ struct Matrix {
   int first_row = 0;                  // of the first block, where n = 0; a multiple of the lanes of a vector
   int64_t first_column = 0;           // of columns of integers or minifloats
   const float* row_scales = nullptr;  // of integers
-  const void* zeros = nullptr;        // of integers, like scales; of groups, half the bytes of their scales; may be null
+  const void* zeros = nullptr;  // of integers, like scales; of groups, half the bytes of their scales; may be null
 
   Start start() const { return {data, scales}; }
 
