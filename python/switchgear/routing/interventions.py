@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from torch.nn.functional import pad
 from switchgear.functional import Routing
 from switchgear.routing.change import Change, PerExpert
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
-from switchgear.routing.ranking import SCORE_FUNCTIONS
 
 if TYPE_CHECKING:
     from switchgear.routing.router import Router
@@ -46,19 +45,19 @@ class Changed:
 
 def intervene(router: Router, change: Change) -> Iterator[None]:
     change.check(router.num_experts, router.top_k)
-    yield from _overridden(router, lambda select: Changed(select, change))
+    with overridden_router(router, lambda select: Changed(select, change)):
+        yield
 
 
-def _overridden(router: Router, wrapper: Callable[[Select], Select]) -> Iterator[None]:
+@contextmanager
+def overridden_router(router: Router, wrapper: Callable[[Select], Select]) -> Iterator[None]:
+    """Inside the block, `wrapper` of the router's selection selects. The last wrapper is the outermost."""
     router.overrides.append(wrapper)
     try:
         yield
     finally:
         at = next(i for i in reversed(range(len(router.overrides))) if router.overrides[i] is wrapper)
         del router.overrides[at]
-
-
-overridden_router = contextmanager(_overridden)
 
 
 def _constant(select: Select) -> Callable[[Select], Select]:
@@ -117,7 +116,7 @@ def override(
     with ExitStack() as stack:
         for router in found.values():
             if select is not None:
-                stack.enter_context(contextmanager(_overridden)(router, _constant(select)))
+                stack.enter_context(overridden_router(router, _constant(select)))
             stack.enter_context(contextmanager(intervene)(router, change))
         yield list(found)
 
@@ -146,9 +145,7 @@ def _hugging_face(blocks: Mapping[str, Any], select: Select | None, change: Chan
         def wrap(own: Select) -> Select:
             chosen = own
             if select is not None:
-                chosen = InManner(
-                    manner, block.top_k, _scored_like(select, manner.score_function), block.selection_bias()
-                )
+                chosen = InManner.of(block, manner, select)
             return Changed(chosen, change, block.num_experts)
 
         return wrap
@@ -157,11 +154,3 @@ def _hugging_face(blocks: Mapping[str, Any], select: Select | None, change: Chan
         for name, block in blocks.items():
             stack.enter_context(overridden(block, manners[name], wrapper(block, manners[name])))
         yield
-
-
-def _scored_like(select: Any, score_function: str) -> Any:
-    """A selection with an option score_function at its default, which is softmax, scores as the model does."""
-    names = {f.name for f in fields(select)} if is_dataclass(select) else set()
-    if score_function not in SCORE_FUNCTIONS or getattr(select, "score_function", None) != "softmax":
-        return select
-    return replace(select, score_function=score_function) if "score_function" in names else select
