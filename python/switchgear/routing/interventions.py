@@ -43,6 +43,7 @@ class Changed:
         return routing._replace(topk_ids=ids, topk_weights=weights)
 
 
+@contextmanager
 def intervene(router: Router, change: Change) -> Iterator[None]:
     change.check(router.num_experts, router.top_k)
     with overridden_router(router, lambda select: Changed(select, change)):
@@ -94,37 +95,24 @@ def override(
         ValueError: an expert that a layer does not have, a layer that the model does not have, or a router of Hugging
             Face whose selection is not reproduced exactly from its logits; nothing is changed in that case.
     """
-    from switchgear.routing.router import Router
+    from switchgear.trace.observe import pick, traceable
 
     change = Change(disable, force, bias, gain)
-    routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
-    foreign = {} if routers else _hugging_face_blocks(model)
-    found: dict[str, Any] = routers or foreign
-    if not found:
-        raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
-    if layers is not None:
-        missing = sorted(set(layers) - set(found))
-        if missing:
-            raise ValueError(f"layers: expected some of {', '.join(found)}; got {missing[0]}")
-        found = {name: module for name, module in found.items() if name in set(layers)}
-    if foreign:
-        with _hugging_face(found, select, change):
+    found = pick(traceable(model), layers)
+    blocks = {name: source.block for name, source in found.items() if source.router is None}
+    if blocks:
+        with _hugging_face(blocks, select, change):
             yield list(found)
         return
-    for router in found.values():
+    routers = [source.router for source in found.values() if source.router is not None]
+    for router in routers:
         change.check(router.num_experts, router.top_k if select is None else None)
     with ExitStack() as stack:
-        for router in found.values():
+        for router in routers:
             if select is not None:
                 stack.enter_context(overridden_router(router, _constant(select)))
-            stack.enter_context(contextmanager(intervene)(router, change))
+            stack.enter_context(intervene(router, change))
         yield list(found)
-
-
-def _hugging_face_blocks(model: nn.Module) -> dict[str, Any]:
-    from switchgear.integrations.moe_blocks import moe_blocks
-
-    return {block.layer: block for block in moe_blocks(model).values()}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.routing.router import Router
@@ -75,8 +75,9 @@ def observe(model: nn.Module, function: Observer, layers: Collection[str] | None
     """
     check_module("model", model)
     sources = {block.name: Source(block, _router(block)) for block in moe_blocks(model).values()}
-    with watch(model, pick(sources, layers), function):
-        yield list(pick(sources, layers))
+    picked = pick(sources, layers)
+    with watch(model, picked, function):
+        yield list(picked)
 
 
 def traceable(model: nn.Module) -> dict[str, Source]:
@@ -96,7 +97,7 @@ def pick(sources: Mapping[str, Source], layers: Collection[str] | None) -> dict[
         raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
     if layers is None:
         return dict(sources)
-    wanted = {layers} if isinstance(layers, str) else set(layers)
+    wanted = set(list_of_names("layers", layers))
     names = {name: {name} | ({s.block.name} if s.block is not None else set()) for name, s in sources.items()}
     missing = sorted(wanted - set().union(*names.values()))
     if missing:
