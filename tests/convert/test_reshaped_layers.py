@@ -42,6 +42,7 @@ def test_row50_sum_and_weighted_mean() -> None:
     for dense, shares in (
         (convert.to_dense(moe, "sum"), [1.0] * E),
         (convert.to_dense(moe, "mean", weights=[1, 2, 3, 4]), [0.1, 0.2, 0.3, 0.4]),
+        (convert.to_dense(moe, "mean", weights=torch.tensor([1, 2, 3, 4])), [0.1, 0.2, 0.3, 0.4]),  # as of a trace
     ):
         for index, linear in enumerate((dense.gate_proj, dense.up_proj, dense.down_proj)):
             expected = sum(share * expert[index] for share, expert in zip(shares, weights, strict=True))

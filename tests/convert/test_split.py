@@ -275,6 +275,8 @@ def test_bad_input_is_named() -> None:
         ("importance", {"method": "gradient", "importance": torch.rand(63)}), ("weights", {"weights": "hard"}),
         ("shared", {"shared": 3}), ("shared", {"shared": 1.5}),
         ("keep", {"method": "domain_masks", "importance": torch.rand(8, 64), "keep": 0.0}),
+        ("importance", {"method": "domain_masks", "importance": torch.rand(8, 64), "keep": 1.0}),
+        ("router_init", {"router_init": -1.0}),
         ("method", {"method": convert.Partition((torch.arange(64),), torch.arange(0))}),
     ]  # fmt: skip
     for name, options in cases:

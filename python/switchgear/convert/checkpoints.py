@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from switchgear.convert.average import Merging
+from switchgear.convert.checks import finite_numbers
 from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFull, RecipeError
 from switchgear.convert.layouts import layout_plan
 from switchgear.convert.plans import Item, Plan
@@ -291,14 +292,14 @@ def _upcycle(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
 
 
 def _split(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
-    if isinstance(path := options.get("importance"), str):
+    if (path := options.get("importance")) is not None:
         options["importance"] = _by_layer("importance", path)
     return split_plan(_full_config(sources[0]), sources[0], **options)
 
 
 def _experts(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
     base, router, merging = options.pop("base", None), options.pop("router", "random"), _merging(options, "merge")
-    origin = None if base is None else Directory(base)
+    origin = _base(base)
     rows = None if router in ("random", "zeros") else _by_layer("router", router)
     if router == "zeros":
         options["router_init"] = 0.0
@@ -312,7 +313,7 @@ def _experts(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
 
 def _merge(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
     base, merging = options.pop("base", None), _merging(options, "method")
-    origin = None if base is None else Directory(base)
+    origin = _base(base)
     return merge_plan(
         [(source.config(), source) for source in sources],
         None if origin is None else (origin.config(), origin),
@@ -320,10 +321,15 @@ def _merge(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
     )
 
 
+def _base(path: Any) -> Directory | None:
+    if path is not None and not isinstance(path, str):
+        raise TypeError(f"base: expected a directory, got {type(path).__name__}")
+    return None if path is None else Directory(path)
+
+
 def _merging(options: dict[str, Any], method: str) -> Merging:
-    weights = options.pop("weights", None)
     return Merging(
-        options.pop(method, "average"), None if weights is None else tuple(map(float, weights)),
+        options.pop(method, "average"), finite_numbers("weights", options.pop("weights", None)),
         options.pop("density", 0.2), options.pop("scale", 1.0), options.pop("seed", 0),
     )  # fmt: skip
 

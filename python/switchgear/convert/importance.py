@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
-from switchgear.convert.ffn import is_feed_forward
+from switchgear.convert.ffn import NAMES, is_feed_forward
 from switchgear.convert.modules import chosen_layers, dense_layers
 from switchgear.reference import check_choice
 
-DOWN = ("down_proj", "w2", "fc2", "c_proj", "fc_out", "dense_4h_to_h")
+DOWN = tuple(dict.fromkeys(down for _, _, down in NAMES))
 
 
 def neuron_importance(

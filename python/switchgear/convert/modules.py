@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -48,6 +48,8 @@ def chosen_layers(layers: str | Sequence[int], count: int) -> list[int]:
         if layers != "all":
             raise ValueError(f"layers: expected 'all' or indices, got {layers!r}")
         return list(range(count))
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers: expected 'all' or indices, got {type(layers).__name__}")
     wanted = list(layers)
     if not wanted or not all(isinstance(index, int) and -count <= index < count for index in wanted):
         raise ValueError(f"layers: expected indices of {count} feed-forward layers, got {wanted}")
