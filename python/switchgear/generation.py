@@ -23,6 +23,7 @@ from switchgear.routing.context import NOTHING_KNOWN, Context, Select
 from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
 from switchgear.routing.selection import RankK
+from switchgear.routing.widths import stacked
 
 _MEDIA = ("pixel_", "image_", "video_", "input_features", "feature_")  # inputs with a row per image or clip
 _CACHES = ("cache", "past_key_values")  # transformers renamed it in 5.24
@@ -123,8 +124,8 @@ class Halves:
                 (self.second, slice(middle, None)),
             )
         ]
-        sides = [half.topk_ids[:middle] for half in halves], [half.topk_weights[:middle] for half in halves]
-        ids, weights = _joined(*sides)
+        ids = stacked([half.topk_ids[:middle] for half in halves])
+        weights = stacked([half.topk_weights[:middle] for half in halves], 0)
         return Routing(ids, weights, rows, rows.shape[1])
 
 
@@ -140,16 +141,6 @@ def _sliced(context: Context, at: slice, num_tokens: int) -> Context:
     values = {name: getattr(context, name) for name in names}
     rows = {name: value for name, value in values.items() if value is not None and value.shape[0] == num_tokens}
     return replace(context, **{name: value[at] for name, value in rows.items()}) if rows else context
-
-
-def _joined(ids: list[Tensor], weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The rows of both, with empty slots up to the larger K."""
-    width = max(side.shape[1] for side in ids)
-    pad = nn.functional.pad
-    return (
-        torch.cat([pad(side, (0, width - side.shape[1]), value=-1) for side in ids]),
-        torch.cat([pad(side, (0, width - side.shape[1])) for side in weights]),
-    )
 
 
 def _manners(blocks: Mapping[str, MoeBlock]) -> list[tuple[MoeBlock, Any]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.routing.routed_layers import is_recomputing
 from switchgear.routing.router import Router
 
 
@@ -122,11 +123,6 @@ def watch(model: nn.Module, sources: Mapping[str, Source], function: Observer) -
                 assert source.block is not None
                 stack.enter_context(watched(source.block, _choice_hook(name, source.block, inputs, function)))
         yield
-
-
-def is_recomputing() -> bool:
-    """Whether this call runs inside backward, where checkpointing repeats a forward that was recorded already."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _router(block: MoeBlock) -> Router | None:
