@@ -48,9 +48,6 @@ class Directory:
         self._header(key)
         return self._reader.tensor(key)
 
-    def close(self) -> None:
-        self._reader.close()
-
     def config(self) -> dict[str, Any]:
         try:
             found = json.loads((self.path / CONFIG).read_text())

@@ -69,7 +69,7 @@ def observe(model: nn.Module, function: Observer, layers: Collection[str] | None
     them, or what runs its experts. Calls that gradient checkpointing repeats in backward are left out.
 
     Args:
-        layers: names of blocks (moe_blocks); all if None.
+        layers: names of blocks (moe_blocks), or of layers in a RoutingTrace; all if None.
 
     Raises:
         ValueError: the model has no MoE layer, or none of a given name.
@@ -93,13 +93,17 @@ def traceable(model: nn.Module) -> dict[str, Source]:
 
 
 def pick(sources: Mapping[str, Source], layers: Collection[str] | None) -> dict[str, Source]:
-    """The sources of these names, or of blocks with these names. Raises ValueError for an unknown name."""
+    """The sources of these names: those of blocks, or of layers in a RoutingTrace. Raises ValueError for an unknown
+    name."""
     if not sources:
         raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
     if layers is None:
         return dict(sources)
     wanted = set(list_of_names("layers", layers))
-    names = {name: {name} | ({s.block.name} if s.block is not None else set()) for name, s in sources.items()}
+    names = {
+        name: {name} | ({source.block.name, source.block.layer} if source.block is not None else set())
+        for name, source in sources.items()
+    }
     missing = sorted(wanted - set().union(*names.values()))
     if missing:
         raise ValueError(f"layers: expected some of {', '.join(sources)}; got {missing[0]}")
