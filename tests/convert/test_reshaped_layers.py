@@ -197,6 +197,17 @@ def test_row55_all_head_groups_are_the_attention(options: dict[str, Any], groups
     assert torch.equal(step[:, 9:], whole[:, 8:].argmax(-1))
 
 
+@pytest.mark.parametrize("without", ["q_proj", "k_proj", "v_proj"])
+def test_row55_projections_with_and_without_bias(without: str) -> None:
+    model = llama(attention_bias=True)
+    for layer in model.model.layers:
+        layer.self_attn.get_submodule(without).register_parameter("bias", None)
+    expected = logits(model, IDS)
+    for layer in model.model.layers:
+        layer.self_attn = convert.attention_to_moe(layer.self_attn, 2, router_init=1.0)
+    assert logits(model, IDS).sub(expected).abs().max() < 1e-5
+
+
 def test_row55_chosen_head_groups_are_rescaled() -> None:
     """The paper's sum over chosen groups in float64, times E / K."""
     attention = llama().model.layers[0].self_attn

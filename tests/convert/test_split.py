@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from types import SimpleNamespace
 
 import pytest
@@ -189,7 +190,7 @@ def test_row55_importance_of_all_layers_in_one_pass() -> None:
 def test_row44_activity_of_neurons() -> None:
     model, x = Blocks(), torch.randn(9, H)
     batch = {"x": x, "labels": torch.zeros(9, H)}
-    found = convert.layer_importance(model, [batch, batch], by="activation")[0]
+    found = convert.layer_importance(model, [batch, UserDict(batch)], by="activation")[0]  # as a tokenizer's
     gate, up = (part.weight.detach().double() for part in (model.layers[0].gate_proj, model.layers[0].up_proj))
     expected = (F.silu(x.double() @ gate.T) * (x.double() @ up.T)).abs().mean(0)
     assert found.sub(expected).abs().max() < 1e-6

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -27,6 +27,11 @@ def replaced(model: nn.Module, layers: str | Sequence[int], make: Any) -> Conver
     for name, made in modules:  # all are made
         model.set_submodule(name, made)
     return Conversion(model, tuple(done))
+
+
+def called(module: nn.Module, batch: Any) -> Any:
+    """The module's output for a batch; a mapping, such as what a tokenizer returns, is passed as keywords."""
+    return module(**batch) if isinstance(batch, Mapping) else module(batch)
 
 
 def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
