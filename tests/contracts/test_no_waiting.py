@@ -48,7 +48,7 @@ ALLOWED = {
     "functional/layer.py _selected_moe": "two lists of experts that are not the same tensor",
     "adapters/lora_experts.py _check_gates": "once, when a layer is built",
     "adapters/posthoc.py train_gate": "once, after training",
-    "integrations/choices.py _JetMoe.write": "its layers take the numbers of tokens as a list, which they read back too",
+    "integrations/choices.py _JetMoe.write": "its layers take the numbers of tokens as a list",
     "layers/monet.py MonetExperts.disable": "called between steps",
     "reference/policies.py assign_balanced": "ends early on the CPU only",
     "reference/policies.py assign_capped": "ends early on the CPU only; layers pass longest and largest",
