@@ -138,8 +138,9 @@ float dot_rows(const void* a, const void* b, DType dtype, int64_t n) {
 #include "dot_products.inl"
 // these use all of the above
 #include "compact_products.inl"
-#include "group_decoders.h"
 #include "minifloat_decoders.h"
+// group_decoders.h uses minifloat_decoders.h
+#include "group_decoders.h"
 #include "minifloat_products.inl"
 #include "panel_products.inl"
 #include "stored_columns.inl"
