@@ -66,8 +66,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def verdicts(results: dict[str, Any]) -> list[str]:
-    """For each pruning: by how many standard deviations of the random ones the informed criteria beat their mean, and by
-    how many of their ranges, which are wider."""
+    """For each pruning: by how many standard deviations of the random ones the informed criteria beat their mean, and
+    by how many of their ranges, which are wider."""
     lines = []
     for group in dict.fromkeys(row["group"] for row in results["results"]):
         rows = {row["method"]: row for row in results["results"] if row["group"] == group}
@@ -81,7 +81,8 @@ def verdicts(results: dict[str, Any]) -> list[str]:
                 factor = better / max(spread(rows["random"]), 1e-9)
                 lines.append(
                     f"{group}: {method} is {factor:.1f} standard deviations of {len(seeds)} seeds better than random "
-                    f"({FAR:.0f} are needed: {'yes' if factor > FAR else 'no'}), and {better / width:.1f} of their ranges"
+                    f"({FAR:.0f} are needed: {'yes' if factor > FAR else 'no'}), "
+                    f"and {better / width:.1f} of their ranges"
                 )
     return lines
 
