@@ -27,7 +27,7 @@ REFUSED = {
     "nllb-moe": "experts stacked in two parameters",
     "qwen3_omni_moe_talker_text": "a linear router",
     "switch_transformers": "experts stacked in two parameters",
-    "vitpose_backbone": "Hugging Face's MoE layers",
+    "vitpose_backbone": "MoE layers of switchgear or Hugging Face",
     "zaya": "a linear router",
 }
 UNREADABLE = ("inkling2_text", "inkling2_loop_text")  # transformers cannot load its own checkpoints of this size

@@ -79,6 +79,17 @@ def test_row45_our_layers_select_by_skip_below() -> None:
         model(x)
 
 
+def test_the_score_function_of_the_wrapped_selection_is_found() -> None:
+    """Routers look for the score function of the selection that is wrapped."""
+    model = our_model(score_function="sigmoid", normalize=True)
+    calibration = calibrate(model, row_batches())
+    with skip_experts(model, calibration):
+        select: Any = model.layers[0].gate.selection()
+        while not hasattr(select, "score_function"):
+            select = select.select
+        assert select.score_function == "sigmoid"
+
+
 def test_wrong_arguments() -> None:
     model = our_model(top_k=1)
     calibration = calibrate(model, row_batches())

@@ -96,26 +96,32 @@ def _manners(blocks: Mapping[str, MoeBlock]) -> dict[str, Any]:
 
 
 def _wrapper(ratio: float, protect: float, done: Skipped) -> Callable[[Select], Select]:
-    return lambda select: _counted(select, ratio, protect, done)
+    return lambda select: _Skipping(select, ratio, protect, done)
 
 
-def _counted(select: Select, ratio: float, protect: float, done: Skipped) -> Select:
-    """SkipBelow, with its choices counted."""
+class _Choices:
+    """A selection whose choices are counted."""
 
-    def chosen(router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        routing = select(router_logits, context, bias)
-        done.choices += int((routing.topk_ids >= 0).sum())
+    def __init__(self, select: Select, done: Skipped) -> None:
+        self.select, self.done = select, done
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        routing = self.select(router_logits, context, bias)
+        self.done.choices += int((routing.topk_ids >= 0).sum())
         return routing
 
-    skip = SkipBelow(chosen, ratio, protect)
 
-    def left(router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        before = done.choices
-        routing = skip(router_logits, context, bias)
-        done.skipped += done.choices - before - int((routing.topk_ids >= 0).sum())
+class _Skipping:
+    """SkipBelow, counted. `select` leads to the selection that it wraps: routers look for its score function there."""
+
+    def __init__(self, select: Select, ratio: float, protect: float, done: Skipped) -> None:
+        self.select, self.done = SkipBelow(_Choices(select, done), ratio, protect), done
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        before = self.done.choices
+        routing = self.select(router_logits, context, bias)
+        self.done.skipped += self.done.choices - before - int((routing.topk_ids >= 0).sum())
         return routing
-
-    return left
 
 
 def _norm(x: Tensor) -> Tensor:
