@@ -76,7 +76,7 @@ struct PairWords {
   static constexpr int kDepth = 2;
   static Floats load_whole(const BFloat16* p) { return _mm512_loadu_ps(p); }
   static Floats load_along_k(const BFloat16* p, int64_t count) {  // `count` elements of k, two per lane
-    return count == 2 * kLanes ? load_whole(p) : load_neighbours(p, count);
+    return count == 2 * kLanes ? load_whole(p) : load_neighbours(seen(p, count), count);
   }
   static Floats load_along_n(const BFloat16* low, const BFloat16* high,
                              int64_t count) {  // null: zeros (an odd end of k)
