@@ -73,7 +73,7 @@ def test_it_predicts_and_recommends(
     assert f"{sum(plain.hits) / (sum(plain.hits) + sum(plain.misses)):.1%}" == row[2]  # after the name and 2 slots
     rate = float(re.search(r"([\d.]+) KiB loaded per token, ([\d.]+) tokens/s", out)[2])  # type: ignore[index]
     loaded = float(re.search(r"([\d.]+) KiB loaded per token", out)[1])  # type: ignore[index]
-    assert rate == pytest.approx(1024 / loaded, rel=0.01)
+    assert rate == pytest.approx(1024 / loaded, rel=0.03)
 
 
 def test_a_model_that_fits_needs_no_cache(checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,12 +96,13 @@ def budget_of(config: Any, args: argparse.Namespace) -> Budget:
     try:
         found = cost(config)
         context = min(args.context, getattr(config.get_text_config(), "max_position_embeddings", args.context))
-        cached = found.kv_bytes(context) if found.attention is not None else 0
+        plain = dtype_bits(config)
+        cached = found.kv_bytes(context, plain) if found.attention is not None else 0
     except ValueError as error:
         raise CommandError(str(error)) from None
     if not found.moe_layers or not found.experts:
         raise CommandError("expected a model with MoE layers, got one without")
-    bits = args.bits or 8 * (getattr(config.get_text_config(), "dtype", None) or torch.bfloat16).itemsize
+    bits = args.bits or plain
     expert_bits = args.expert_bits or bits
     record = max(-(-parameters // experts) for experts, _, parameters in found.moe_layers)
     whole = found.weight_bytes(bits, expert_bits)
@@ -118,6 +119,14 @@ def budget_of(config: Any, args: argparse.Namespace) -> Budget:
     return result
 
 
+def dtype_bits(config: Any) -> int:
+    """Of an element of the checkpoint; 16 if it does not say."""
+    names = (getattr(of, "dtype", None) for of in (config, config.get_text_config()))
+    dtype = next((name for name in names if name is not None), torch.bfloat16)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return 8 * int(dtype.itemsize)
+
+
 def run(args: argparse.Namespace) -> int:
     transformers = require("transformers")
     require("rich")
@@ -128,7 +137,12 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     folder = folder_of(args.model)
     texts = read_texts(args.text, folder)
-    budget = budget_of(transformers.AutoConfig.from_pretrained(folder, local_files_only=True), args)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CommandError(f"cannot load the config of {folder}: {reason}") from None
+    budget = budget_of(config, args)
     model = load_model(folder, args.dtype)
     length = length_for(model, args.length)
     batches = [

@@ -2,10 +2,10 @@
 """Policies of a cache of experts: which one makes room for another.
 
 A policy has two pure functions. `touch` says where an expert stands from a use until its next one: a group, and a value
-in it. `score` compares groups at the moment of an eviction. The victim is the expert with the lowest score, of equals the
-least recently used; in a group, the one with the lowest value, of equals the least recently used, so that an eviction
-looks at one expert per group. Most policies have one group. Of the experts of a layer and step, those that were resident
-are used before those that were loaded, each in the order of their numbers.
+in it. `score` compares groups at the moment of an eviction. The victim is the expert with the lowest score, of equals
+the least recently used; in a group, the one with the lowest value, of equals the least recently used, so that an
+eviction looks at one expert per group. Most policies have one group. Of the experts of a layer and step,
+those that were resident are used first, then those that were loaded, each in the order of their numbers.
 """
 
 from __future__ import annotations
