@@ -185,6 +185,13 @@ def test_a_record_and_collected_choices_give_the_same_steps() -> None:
         assert (found.num_tokens, found.num_experts) == (15, (6, 6))
 
 
+def test_classes_without_weights_are_left_out() -> None:
+    record = routing.RoutingRecord.of({"a": torch.tensor([[0, 3], [2, 1]])}, [2], 4)
+    assert Accesses.of(record).steps == (((0, 3),), ((1, 2),))
+    found = Accesses.of(record, num_experts=3)
+    assert (found.steps, found.num_experts) == ((((0,),), ((1, 2),)), (3,))
+
+
 def test_parts_of_a_run() -> None:
     accesses = TRACES["0"]
     assert Accesses.join(accesses.split(7)) == accesses

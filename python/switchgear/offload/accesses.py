@@ -79,7 +79,8 @@ class Accesses:
             prompt: tokens at the start of each sequence that run in one step; the others run token by token, as in
                 decoding. None: a step for each whole sequence. Sequences are those of the record, or the rows of each
                 batch that `collect` saw. For a list, leave it out.
-            num_experts: of each layer of a list; 1 + the largest id of the list if None.
+            num_experts: of each layer of a list, 1 + its largest id if None. For a record, experts with weights, if the
+                router has other classes too (null experts): those are left out.
 
         Raises:
             ValueError: a layer with another number of tokens than the first (one that runs twice in a pass, or that
@@ -91,7 +92,7 @@ class Accesses:
             ids = {name: layer.topk_ids() for name, layer in source.layers.items()}
             experts = {name: layer.num_classes for name, layer in source.layers.items()}
             _run_once(ids)
-            return _of_ids(ids, experts, source.lengths.tolist(), prompt)
+            return _of_ids(ids, experts, source.lengths.tolist(), prompt, num_experts)
         if isinstance(source, Mapping):
             choices = {name: source[name] for name in source}
             for name, layer in choices.items():
@@ -99,7 +100,7 @@ class Accesses:
                     raise TypeError(f"source: expected LayerChoices in {name}, got {type(layer).__name__}")
             ids = {name: layer.topk_ids for name, layer in choices.items()}
             experts = {name: layer.num_experts for name, layer in choices.items()}
-            return _of_ids(ids, experts, _lengths(choices), prompt)
+            return _of_ids(ids, experts, _lengths(choices), prompt, num_experts)
         if prompt != 0:
             raise ValueError(f"prompt: expected 0 for a list, whose steps are given, got {prompt}")
         return _of_list(source, num_experts)
@@ -123,20 +124,27 @@ def _lengths(choices: Mapping[str, LayerChoices]) -> list[int]:
 
 
 def _of_ids(
-    ids: Mapping[str, Tensor], num_experts: Mapping[str, int], lengths: Sequence[int], prompt: int | None
+    ids: Mapping[str, Tensor],
+    classes: Mapping[str, int],
+    lengths: Sequence[int],
+    prompt: int | None,
+    num_experts: int | None,
 ) -> Accesses:
     """From topk_ids [T,K] by layer, for sequences of these lengths."""
+    widths = {name: number if num_experts is None else min(num_experts, number) for name, number in classes.items()}
     total = sum(lengths)
     bounds = _bounds(lengths, prompt)
     columns = []
     for name, layer in ids.items():
         if len(layer) != total:
             raise ValueError(f"source: expected {total} tokens in {name}, got {len(layer)}")
+        if num_experts is not None:
+            layer = torch.where(layer < num_experts, layer, -1)
         rows = layer.tolist()
         sets = [{expert for row in rows[begin:end] for expert in row} for begin, end in bounds]
-        columns.append([_checked(experts, num_experts[name], name) for experts in sets])
+        columns.append([_checked(experts, widths[name], name) for experts in sets])
     steps = tuple(tuple(column[i] for column in columns) for i in range(len(bounds)))
-    return Accesses(tuple(ids), tuple(num_experts.values()), steps, tuple(end - begin for begin, end in bounds))
+    return Accesses(tuple(ids), tuple(widths.values()), steps, tuple(end - begin for begin, end in bounds))
 
 
 def _bounds(lengths: Sequence[int], prompt: int | None) -> list[tuple[int, int]]:
