@@ -236,6 +236,11 @@ def test_bad_input() -> None:
     choices = {name: diagnostics.LayerChoices(one[:n], one[:n].float(), 2) for name, n in (("a", 4), ("b", 3))}
     with pytest.raises(ValueError, match="source: expected 4 tokens in b, got 3"):
         Accesses.of(choices)
+    for policy, got in (("lru", "'lru'"), (LRU, "LRU")):
+        with pytest.raises(TypeError, match=f"policy: expected a policy such as LRU.., got {got}"):
+            offload.simulate(accesses, policy, slots=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="slots: expected an integer, got 1.5"):
+        offload.simulate(accesses, LRU(), slots=1.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="accesses: expected Accesses, got list"):
         offload.simulate([], LRU(), slots=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="source: expected LayerChoices in a, got Tensor"):

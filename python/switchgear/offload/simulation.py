@@ -87,6 +87,12 @@ def simulate(
     """
     if not isinstance(accesses, Accesses):
         raise TypeError(f"accesses: expected Accesses, got {type(accesses).__name__}; Accesses.of makes them")
+    if isinstance(policy, type) or not hasattr(policy, "touch"):
+        shown = policy.__name__ if isinstance(policy, type) else repr(policy)
+        raise TypeError(f"policy: expected a policy such as LRU(), got {shown}")
+    for name, count in (("slots", slots), ("bytes", bytes), ("record_bytes", record_bytes)):
+        if count is not None and not isinstance(count, int):
+            raise TypeError(f"{name}: expected an integer, got {count!r}")
     for name, number in (("record_bytes", record_bytes), ("bandwidth", bandwidth)):
         if number is not None and not (number > 0 and isfinite(number)):
             raise ValueError(f"{name}: expected more than 0, got {number}")
@@ -170,7 +176,7 @@ class _Cache:
         if self.entries > 4 * len(self.last) + 64:
             self._compact()
 
-    def evict(self, now: Now) -> int:
+    def evict(self, now: Now) -> None:
         best = None
         for group in list(self.heaps):
             heap = self.heaps[group]
@@ -185,7 +191,6 @@ class _Cache:
             best = rank if best is None or rank < best else best
         assert best is not None
         del self.last[best[2]]
-        return best[2]
 
     def _compact(self) -> None:
         for group, heap in list(self.heaps.items()):
