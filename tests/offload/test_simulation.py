@@ -239,7 +239,7 @@ def test_bad_input() -> None:
     for policy, got in (("lru", "'lru'"), (LRU, "LRU")):
         with pytest.raises(TypeError, match=f"policy: expected a policy such as LRU.., got {got}"):
             offload.simulate(accesses, policy, slots=1)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="slots: expected an integer, got 1.5"):
+    with pytest.raises(TypeError, match=r"slots: expected an integer, got 1\.5"):
         offload.simulate(accesses, LRU(), slots=1.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="accesses: expected Accesses, got list"):
         offload.simulate([], LRU(), slots=1)  # type: ignore[arg-type]
