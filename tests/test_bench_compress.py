@@ -87,9 +87,9 @@ def test_verdicts_follow_from_the_deviation_of_random_prunings() -> None:
     results = {"results": rows, "skipped": []}
     lines = verdicts(results)
     assert "reap is 4.0 standard deviations" in lines[0]
-    assert lines[0].endswith("yes)")
+    assert lines[0].endswith("yes), and 2.0 of their ranges")
     assert "reconstruction is 2.0 standard deviations" in lines[1]
-    assert lines[1].endswith("no)")
+    assert lines[1].endswith("no), and 1.0 of their ranges")
     assert "| 50 % pruned, random | 1.500 | 2.500 | +1.000 (±0.100) | 0.00 MB | 50% |" in table(results)
 
 

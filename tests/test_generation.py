@@ -84,7 +84,21 @@ def test_row78_identities() -> None:
         torch.testing.assert_close(found, model(ids), atol=1e-5, rtol=1e-4)
 
 
+def test_row78_inputs_of_any_name() -> None:
+    class Named(Model):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(tokens)
+
+    model, ids = Named().double(), torch.randint(V, (2, 5))
+    with SelfContrast().applied(model):
+        torch.testing.assert_close(model(tokens=ids), model(ids))
+        with pytest.raises(ValueError, match="model: expected an input"):
+            model(ids[0])
+
+
 def test_row78_errors_change_nothing() -> None:
+    with pytest.raises(TypeError, match="model: expected torch"), SelfContrast().applied("model"):  # type: ignore[arg-type]
+        pass
     for options in ({"beta": -1.0}, {"beta": math.nan}, {"alpha": 2.0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))}: expected a number"):
             SelfContrast(**options)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,9 @@ def test_mistakes_are_named(
     assert "letters is too short: 320 tokens, a window has 400" in complaint(
         model, "--text", texts[0], "--length", "400"
     )
+    assert "tokens: expected at least a window of 400, got 100" in complaint(
+        model, "--text", texts[0], "--length", "400", "--tokens", "100"
+    )
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])  # a truncated shard
     assert "cannot load" in complaint(model, "--text", *texts)
@@ -125,3 +129,18 @@ def test_mistakes_are_named(
     other = tmp_path / "other"
     olmoe(300).save_pretrained(other)
     assert "has no tokenizer" in complaint(str(other), "--text", *texts)
+
+
+def test_a_layer_of_one_expert_is_drawn_without_warnings(tmp_path: Path) -> None:
+    from switchgear.cli.inspect.measure import Inspection, Layer
+    from switchgear.cli.inspect.plots import PLOTS
+    from switchgear.cli.inspect.report import report
+
+    one = torch.ones(1, 1, dtype=torch.float64)
+    layer = Layer("mlp", 1, 1, {"a": [1.0]}, 0.0, one, one, {1: 1.0}, 1.0, 1.0)
+    found = Inspection([layer], {"a": 10}, {"a": 1.0}, {"class": "Model", "parameters": 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, draw in PLOTS.items():
+            draw(found, tmp_path / name)
+    assert "| mlp | 1 | 1 |" in report(found)

@@ -155,6 +155,30 @@ def test_errors(options: dict[str, Any], message: str) -> None:
     assert moe.gate.overrides == []
 
 
+@pytest.mark.parametrize("name", ["disable", "force"])
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        (torch.tensor([1]), "Tensor"),
+        (torch.arange(8), "Tensor"),
+        (3, "int"),
+        ("3", "str"),
+        ([1.0], "float"),
+        (["1"], "str"),
+    ],
+)
+def test_experts_are_numbers(name: str, given: Any, got: str) -> None:
+    moe, message = layer(top_k=2), f"{name}: expected numbers of experts, got {got}"
+    with pytest.raises(TypeError, match=message), switchgear.override(moe, **{name: given}):
+        pass
+    assert moe.gate.overrides == []
+    with (
+        pytest.raises(TypeError, match="gain: expected numbers of experts, got str"),
+        moe.gate.intervene(gain={"1": 2.0}),
+    ):
+        pass
+
+
 # ---- override --------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +203,16 @@ def test_override_errors() -> None:
         pass
     with pytest.raises(ValueError, match="layers: expected some of gate"):
         switchgear.override(layer(top_k=2), disable=[0], layers=["router"]).__enter__()
+    with pytest.raises(ValueError, match="layers: expected some of gate; got router"):
+        switchgear.override(layer(top_k=2), disable=[0], layers="router").__enter__()
+    with pytest.raises(TypeError, match="layers: expected names, got int"):
+        switchgear.override(layer(top_k=2), disable=[0], layers=3).__enter__()  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model: expected torch"):
+        switchgear.override("model", disable=[0]).__enter__()  # type: ignore[arg-type]
+    model = nn.Sequential(layer(top_k=2))
+    for name in ("0.gate", "0"):  # a router, or its block, as in a RoutingTrace
+        with switchgear.override(model, disable=[0], layers=name) as names:
+            assert names == ["0.gate"]
 
 
 # ---- Hugging Face models ---------------------------------------------------------------------------------------------

@@ -256,3 +256,16 @@ def test_empty_slots_on_other_implementations(implementation: str) -> None:
         with switchgear.override(model, select=select):
             outputs.append(run(model, example_inputs(model))[0])
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+
+
+def test_no_tokens() -> None:
+    """Routers that choose groups first, and choices that are looked up, take an empty batch."""
+    from switchgear.integrations.routers import Given, InManner, Top
+
+    block = next(iter(moe_blocks(build("deepseek_v3")).values()))
+    block.gate.num_group, block.gate.topk_group = 2, 1  # type: ignore[union-attr, assignment]
+    top = Top(block, "sigmoid", "sigmoid", normalize=True, scaled=False, group_score="top2")
+    logits = torch.zeros(0, block.num_experts)
+    for manner in (top, Given(top, torch.zeros(0, 2, dtype=torch.int64))):
+        routing = InManner(manner, 2)(logits)
+        assert routing.topk_ids.shape == routing.topk_weights.shape == (0, 2)

@@ -423,6 +423,30 @@ def test_row77_auc_is_the_fraction_of_ordered_pairs() -> None:
     wanted = sum(1.0 if p > n else 0.5 if p == n else 0.0 for p, n in pairs) / len(pairs)
     assert diagnostics.auc(scores, labels) == pytest.approx(wanted)
     assert math.isnan(diagnostics.auc(scores, labels & False))
+    with pytest.raises(ValueError, match=r"labels: expected \[30\] like scores, got \[29\]"):
+        diagnostics.auc(scores, labels[1:])
+
+
+def test_layers_are_collected_by_their_names_in_a_trace() -> None:
+    model, x = nn.Sequential(MoE(H, 16, E, 2), MoE(H, 16, E, 2)), torch.randn(5, H)
+    for name in ("1.gate", "1"):
+        with diagnostics.collect(model, layers=name) as kept:
+            model(x)
+        assert list(kept) == ["1.gate"]
+    with (
+        pytest.raises(ValueError, match="layers: expected some of 0, 1; got 2"),
+        diagnostics.collect(model, layers="2"),
+    ):
+        pass
+
+
+def test_row77_core_experts_are_checked() -> None:
+    layer = LayerChoices(torch.tensor([[0, 1]]), torch.ones(1, 2), 3, examples=torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"core: expected layers of choices \(a\), got b"):
+        diagnostics.core_activation({"a": layer}, {"b": [1]})
+    for expert in (-1, 3):
+        with pytest.raises(ValueError, match=f"core: expected experts from 0 to 2 of a, got {expert}"):
+            diagnostics.core_activation({"a": layer}, {"a": [expert]})
 
 
 # ---- 37: LibMoE's measures of routers --------------------------------------------------------------------------------

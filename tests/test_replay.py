@@ -199,6 +199,20 @@ def test_a_record_of_other_choices(tmp_path: Path) -> None:
             assert all(torch.equal(got[f"layers.{i}"][0].long(), ids[i]) for i in range(2))
 
 
+def test_other_choices_are_checked() -> None:
+    ids = torch.tensor([[0, 1], [2, 3]])
+    wrong: list[tuple[tuple[Any, ...], type[Exception], str]] = [
+        (({"a": ids + 1}, [2], 4), ValueError, "topk_ids: expected ids from -1 to 3, got 4"),
+        (({"a": ids[0]}, [2], 4), ValueError, r"topk_ids: expected \[N,K\], got \[2\]"),
+        (({"a": ids.float()}, [2], 4), TypeError, "topk_ids: expected integers, got torch.float32"),
+        (({"a": ids}, [3, -1], 4), ValueError, "lengths: expected tokens of each sequence"),
+        (({"a": ids}, [2], {"b": 4}), ValueError, "num_classes: expected a number for a, got those of b"),
+    ]
+    for arguments, error, message in wrong:
+        with pytest.raises(error, match=message):
+            RoutingRecord.of(*arguments)
+
+
 def test_files_of_others(tmp_path: Path) -> None:
     with record(model := Model()) as choices:
         model(torch.randint(50, (2, 6)))

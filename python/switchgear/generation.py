@@ -8,7 +8,7 @@ weak one in the second. So weights are read once per token, and one cache holds 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import check_module
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
-from switchgear.routing.interventions import _scored_like
+from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
 from switchgear.routing.selection import RankK
+from switchgear.routing.widths import stacked
 
 _MEDIA = ("pixel_", "image_", "video_", "input_features", "feature_")  # inputs with a row per image or clip
 _CACHES = ("cache", "past_key_values")  # transformers renamed it in 5.24
@@ -78,6 +80,7 @@ class SelfContrast:
             ValueError: an encoder-decoder model, one without MoE layers, a router with a capacity (the passes would
                 compete for it), or one of Hugging Face that `override` cannot select for.
         """
+        check_module("model", model)
         config = getattr(model, "config", None)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("model: expected a decoder, got an encoder-decoder model")
@@ -91,7 +94,7 @@ class SelfContrast:
         manners = _manners(blocks)
         with ExitStack() as stack:
             for router in routers.values():
-                stack.enter_context(_overridden(router, lambda own: Halves(self.strong or own, self.weak)))
+                stack.enter_context(overridden_router(router, lambda own: Halves(self.strong or own, self.weak)))
             for block, manner in manners:
                 stack.enter_context(_overridden_block(block, manner, self))
             doubled = _Doubled(self)
@@ -121,8 +124,8 @@ class Halves:
                 (self.second, slice(middle, None)),
             )
         ]
-        sides = [half.topk_ids[:middle] for half in halves], [half.topk_weights[:middle] for half in halves]
-        ids, weights = _joined(*sides)
+        ids = stacked([half.topk_ids[:middle] for half in halves])
+        weights = stacked([half.topk_weights[:middle] for half in halves], 0)
         return Routing(ids, weights, rows, rows.shape[1])
 
 
@@ -140,25 +143,6 @@ def _sliced(context: Context, at: slice, num_tokens: int) -> Context:
     return replace(context, **{name: value[at] for name, value in rows.items()}) if rows else context
 
 
-def _joined(ids: list[Tensor], weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The rows of both, with empty slots up to the larger K."""
-    width = max(side.shape[1] for side in ids)
-    pad = nn.functional.pad
-    return (
-        torch.cat([pad(side, (0, width - side.shape[1]), value=-1) for side in ids]),
-        torch.cat([pad(side, (0, width - side.shape[1])) for side in weights]),
-    )
-
-
-@contextmanager
-def _overridden(router: Router, wrapper: Callable[[Select], Select]) -> Iterator[None]:
-    router.overrides.append(wrapper)
-    try:
-        yield
-    finally:
-        router.overrides.remove(wrapper)
-
-
 def _manners(blocks: Mapping[str, MoeBlock]) -> list[tuple[MoeBlock, Any]]:
     """How the routers of Hugging Face select. Raises ValueError for one that is not known."""
     if not blocks:
@@ -172,28 +156,10 @@ def _overridden_block(block: MoeBlock, manner: Any, contrast: SelfContrast) -> A
     from switchgear.integrations.choices import overridden
     from switchgear.integrations.routers import InManner
 
-    assert block.top_k is not None  # manner_of has checked it
     strong, weak = (
-        None
-        if select is None
-        else InManner(manner, block.top_k, _scored_like(select, manner.score_function), block.selection_bias())
-        for select in (contrast.strong, contrast.weak)
+        None if select is None else InManner.of(block, manner, select) for select in (contrast.strong, contrast.weak)
     )
-    return overridden(block, manner, lambda own: _Filled(Halves(strong or own, weak or own, whole=not strong)))
-
-
-@dataclass(frozen=True)
-class _Filled:
-    """A selection whose empty slots name the token's first expert again, with the weight 0: transformers' grouped_mm
-    leaves rows of empty slots uninitialised."""
-
-    select: Select
-
-    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        routing = self.select(router_logits, context, bias)
-        empty = routing.topk_ids < 0
-        ids = torch.where(empty, routing.topk_ids[:, :1], routing.topk_ids)
-        return routing._replace(topk_ids=ids, topk_weights=routing.topk_weights.masked_fill(empty, 0))
+    return overridden(block, manner, lambda own: Halves(strong or own, weak or own, whole=not strong))
 
 
 class _Doubled:
@@ -206,8 +172,7 @@ class _Doubled:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("labels") is not None:
             raise ValueError("labels: expected None under SelfContrast, got labels")
-        named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
-        batch = next((value.shape[0] for value in named if isinstance(value, Tensor)), 0)
+        batch = _batch_of(args, kwargs)
         for name in _CACHES:
             self._reorder_both(kwargs.get(name))
         return (
@@ -237,6 +202,15 @@ class _Doubled:
         for cache in self.caches:
             del cache.reorder_cache
         self.caches.clear()
+
+
+def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """B of the model's first input [B,…]."""
+    rest = [value for name, value in kwargs.items() if name not in _SHARED and not name.startswith(_MEDIA)]
+    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *rest):
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return value.shape[0]
+    raise ValueError("model: expected an input [B,S] or [B,S,H] under SelfContrast, got none with two dimensions")
 
 
 def _twice(name: str, value: Any, batch: int) -> Any:

@@ -125,6 +125,12 @@ def test_row42_bytes_are_bits_times_parameters() -> None:
     total = sum(packed_bytes(64, 256, bits, 128) for bits in widths)
     scales = len(widths) * 64 * 2 * 2
     assert total == sum(widths) * 64 * 256 // 8 + scales
+    assert packed_bytes(64, 256, 2, 0) == packed_bytes(64, 256, 2, 256)
+
+
+def test_a_budget_above_all_widths_gives_the_widest() -> None:
+    cost = {"layer": torch.tensor([[2.0, 1.0], [4.0, 3.0]])}
+    assert allocate_bits(cost, (4, 8), average=math.inf)["layer"] == [8, 8]
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     model = our_model().train()
     with pytest.raises(ValueError, match="batches: expected tokens"):
         calibrate(model, [])
-    with pytest.raises(ValueError, match=r"layers: expected some of layers.0, layers.1; got other"):
+    with pytest.raises(ValueError, match=r"layers: expected layers of layers.0, layers.1; got other"):
         calibrate(model, row_batches(), layers=["other"])
     with pytest.raises(TypeError, match="domain: expected a name"):
         calibrate(model, [{"x": torch.zeros(2, 16), "domain": 3}])

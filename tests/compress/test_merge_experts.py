@@ -220,6 +220,7 @@ def test_mean_outputs_are_over_all_tokens() -> None:
         ({"similarity": "names"}, "similarity: expected"),
         ({"cluster": "kmeans"}, "cluster: expected"),
         ({"router": "sum"}, "router: expected"),
+        ({"domains": "other"}, "domains: expected some of 'a', 'b', got 'other'"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str) -> None:

@@ -339,6 +339,7 @@ def test_pruned_experts_still_run_on_switchgear_and_train() -> None:
         ({"layers.2": [0, 1]}, {}, "keep: expected layers of layers.0, layers.1; got layers.2"),
         ({"layers.0": [0, 0]}, {}, "keep: expected different experts"),
         ({"layers.0": [0, 8]}, {}, "keep: expected different experts of 0 to 7"),
+        ({}, {}, "keep: expected at least one layer of layers.0, layers.1, got none"),
     ],
 )
 def test_wrong_arguments(keep: Any, options: dict[str, Any], message: str) -> None:
@@ -349,7 +350,28 @@ def test_wrong_arguments(keep: Any, options: dict[str, Any], message: str) -> No
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("domains", "got"), [("c", "'c'"), (["a", "c"], "'c'"), ([], r"\[\]")])
+def test_unknown_domains_are_refused(domains: Any, got: str) -> None:
+    """Their sums would be zero, and the first experts kept."""
+    model = our_model()
+    calibration = calibrate(model, row_batches())
+    for criterion in ("reap", "reconstruction", "frequency"):
+        with pytest.raises(ValueError, match=f"domains: expected some of 'a', 'b', got {got}$"):
+            prune_experts(model, 4, criterion, calibration=calibration, domains=domains)
+
+
+def test_experts_whose_outputs_are_not_finite_are_refused() -> None:
+    model = our_model()
+    with torch.no_grad():
+        model.layers[0].experts.down_proj[3] = torch.nan
+    calibration = calibrate(model, row_batches())
+    with pytest.raises(ValueError, match=r"calibration: expected finite outputs of the experts of layers.0"):
+        prune_experts(model, 4, "reap", calibration=calibration)
+
+
 def test_refused_layers() -> None:
+    with pytest.raises(TypeError, match=r"keep: expected a list of experts for layers.0, got int"):
+        prune_experts(our_model(), {"layers.0": 3}, "random")  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="calibration: expected one of this model"):
         prune_experts(our_model(), 4, "reap", calibration=calibrate(our_model(seed=1), row_batches()))
     with pytest.raises(ValueError, match=r"layers.0: expected switchgear.Experts, got VirtualExperts"):

@@ -125,6 +125,7 @@ def test_ties_go_to_the_first_columns() -> None:
         ((0.0,), "sparsity: expected a number in"),
         ((1.0,), "sparsity: expected a number in"),
         (("4:8",), "sparsity: expected a number in"),
+        ((None,), "sparsity: expected a number in"),
         ((0.5, "obd"), "metric: expected"),
         ((0.5, "wanda"), "calibration: expected one for wanda, got None"),
     ],

@@ -241,6 +241,8 @@ def test_sizes_of_a_stored_model() -> None:
         (3, {"group_size": 20}, "group_size: expected"),
         (3, {"method": "awq"}, "method: expected"),
         (3, {"method": "gptq"}, "calibration: expected one with hessians=True"),
+        ({}, {}, "bits: expected at least one layer of layers.0, layers.1, got none"),
+        (3, {"damping": -1.0}, "damping: expected a number from 0 on, got -1.0"),
     ],
 )
 def test_wrong_arguments(bits: Any, options: dict[str, Any], message: str) -> None:
@@ -265,3 +267,10 @@ def test_refused_models() -> None:
     with pytest.raises(ValueError, match=r"layers.1: expected finite weights"):
         quantize(model, 3)
     assert compress.bits_of(model).layers == {}
+    assert str(compress.bits_of(model)) == "no experts"
+    with pytest.raises(TypeError, match="bits: expected int, or a list of them, got float"):
+        quantize(our_model(), 2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"layers: expected layers of layers.0, layers.1; got other"):
+        compress.expert_errors(our_model(), calibration, layers=["other"])
+    with pytest.raises(ValueError, match="domains: expected some of"):
+        compress.expert_errors(our_model(), calibration, group_size=32, domains="other")

@@ -73,6 +73,7 @@ def test_row45_our_layers_select_by_skip_below() -> None:
     weights = plain.topk_weights.sort(-1, descending=True).values
     alone = weights[:, 1] < skipped.ratios["layers.0"] * weights[:, 0]
     assert torch.equal((routing.topk_ids < 0).any(1), alone)
+    assert (skipped.choices, skipped.skipped) == (2 * len(x), int(alone.sum()))
     assert torch.equal(model(x), before)
     with skip_experts(model, calibration, protect=0.5), pytest.raises(ValueError, match="importance: SkipBelow"):
         model(x)
@@ -84,6 +85,11 @@ def test_wrong_arguments() -> None:
     with (
         pytest.raises(ValueError, match="calibration: expected tokens with two experts"),
         skip_experts(model, calibration),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="model: expected MoE layers"),
+        skip_experts(torch.nn.Linear(2, 2), calibration),
     ):
         pass
     with pytest.raises(ValueError, match="protect: expected"), skip_experts(model, calibration, protect=2.0):

@@ -31,7 +31,9 @@ FILES = (
     "integrations/experts.py", "integrations/choices.py",
     "adapters/lora_experts.py", "adapters/low_rank.py", "adapters/posthoc.py",
 )  # fmt: skip
-HOT = [PACKAGE / file for file in FILES] + sorted(path for name in FOLDERS for path in (PACKAGE / name).rglob("*.py"))
+RECORDS = ("batches.py", "recording.py", "records.py", "replaying.py")  # of routing/; kept on the host
+IN_FOLDERS = sorted(path for name in FOLDERS for path in (PACKAGE / name).rglob("*.py") if path.name not in RECORDS)
+HOT = [PACKAGE / file for file in FILES] + IN_FOLDERS
 
 # Methods and functions of torch that wait for a device, or whose result has a size that depends on data.
 WAITING = {
@@ -46,6 +48,7 @@ ALLOWED = {
     "functional/layer.py _selected_moe": "two lists of experts that are not the same tensor",
     "adapters/lora_experts.py _check_gates": "once, when a layer is built",
     "adapters/posthoc.py train_gate": "once, after training",
+    "integrations/choices.py _JetMoe.write": "its layers take the numbers of tokens as a list",
     "layers/monet.py MonetExperts.disable": "called between steps",
     "reference/policies.py assign_balanced": "ends early on the CPU only",
     "reference/policies.py assign_capped": "ends early on the CPU only; layers pass longest and largest",

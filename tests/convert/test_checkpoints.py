@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -226,13 +227,27 @@ def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
         convert.run(other, tmp_path / "dense", tmp_path / "moe")
 
 
+def test_only_a_conversion_is_discarded(tmp_path: Path) -> None:
+    saved(tmp_path / "dense")
+    other = tmp_path / "moe.partial" / "thesis.txt"
+    other.parent.mkdir()
+    other.write_text("all of it")
+    for resume in (True, False):
+        with pytest.raises(convert.ConversionError, match="no unfinished conversion"):
+            convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe", resume=resume)
+    assert other.read_text() == "all of it"
+    with pytest.raises(convert.ConversionError, match="thesis"):
+        convert.run(UPCYCLE, tmp_path / "dense", other / "moe")  # its parent is a file
+
+
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     saved(tmp_path / "dense")
 
     def progress(done: int, total: int, _: str) -> None:
         if done == total:
-            with pytest.raises(convert.ConversionError, match="another process"):
-                convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe")
+            for resume in (True, False):
+                with pytest.raises(convert.ConversionError, match="another process"):
+                    convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe", resume=resume)
 
     convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe", progress)
     assert not (tmp_path / "moe" / "lock").exists()
@@ -299,6 +314,30 @@ WRONG: list[tuple[Any, str]] = [
     ({"operation": "layout", "to": "fused"}, "one layout"),
     ({"operation": "layout", "to": "gguf"}, "to"),
     ("recipe.json", "recipe"),
+    ({"operation": "upcycle", "noise": "big"}, "noise: expected a number, got str"),
+    ({"operation": "upcycle", "noise": -1}, "noise: expected a standard deviation"),
+    ({"operation": "upcycle", "router_init": math.nan}, "router_init: expected a finite number"),
+    ({"operation": "upcycle", "seed": "x"}, "seed: expected int, got str"),
+    ({"operation": "upcycle", "layers": 3}, "layers: expected 'all' or indices, got int"),
+    ({"operation": "split", "num_experts": 4, "top_k": 2, "seed": 1.5}, "seed: expected int"),
+    (
+        {"operation": "split", "num_experts": 4, "top_k": 2, "importance": [1]},
+        "importance: expected a safetensors file",
+    ),
+    ({"operation": "merge", "weights": ["a"]}, "weights: expected a number, got str"),
+    ({"operation": "merge", "weights": 3}, "weights: expected numbers, got int"),
+    ({"operation": "merge", "scale": "x"}, "scale: expected a number"),
+    ({"operation": "merge", "method": "ties", "base": 3}, "base: expected a directory, got int"),
+    ({"operation": "experts", "top_k": 1, "noise": "x"}, "noise: expected a number"),
+]
+WRONG_DENSE = [
+    ({"method": "best"}, "method: expected one of"),
+    ({"method": "svd", "rank": 1.5}, "rank: expected int"),
+    ({"method": "svd", "rank": 0}, "rank: expected 1"),
+    ({"rank": 2}, "rank: expected None"),
+    ({"weights": [1]}, "weights: expected 4, one per expert, got 1"),
+    ({"weights": [0] * 4}, "weights: expected numbers with a positive sum"),
+    ({"method": "topk", "weights": [1] * 4}, "weights: expected None"),
 ]
 
 
@@ -308,6 +347,15 @@ def test_a_wrong_recipe_is_named_and_nothing_is_written(recipe: Any, name: str, 
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(convert.RecipeError, match=name):
         convert.run(recipe, tmp_path / "dense", tmp_path / "moe")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_wrong_options_of_dense_are_named_and_nothing_is_written(tmp_path: Path) -> None:
+    saved(tmp_path / "moe", "mixtral", num_local_experts=4)
+    before = sorted(tmp_path.rglob("*"))
+    for options, message in WRONG_DENSE:
+        with pytest.raises(convert.RecipeError, match=message):
+            convert.run({"operation": "dense", **options}, tmp_path / "moe", tmp_path / "dense")
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -42,6 +42,7 @@ def test_row50_sum_and_weighted_mean() -> None:
     for dense, shares in (
         (convert.to_dense(moe, "sum"), [1.0] * E),
         (convert.to_dense(moe, "mean", weights=[1, 2, 3, 4]), [0.1, 0.2, 0.3, 0.4]),
+        (convert.to_dense(moe, "mean", weights=torch.tensor([1, 2, 3, 4])), [0.1, 0.2, 0.3, 0.4]),  # as of a trace
     ):
         for index, linear in enumerate((dense.gate_proj, dense.up_proj, dense.down_proj)):
             expected = sum(share * expert[index] for share, expert in zip(shares, weights, strict=True))
@@ -194,6 +195,17 @@ def test_row55_all_head_groups_are_the_attention(options: dict[str, Any], groups
     step = model.generate(IDS, max_new_tokens=4, do_sample=False)  # with a cache
     whole = logits(model, step[:, :-1])
     assert torch.equal(step[:, 9:], whole[:, 8:].argmax(-1))
+
+
+@pytest.mark.parametrize("without", ["q_proj", "k_proj", "v_proj"])
+def test_row55_projections_with_and_without_bias(without: str) -> None:
+    model = llama(attention_bias=True)
+    for layer in model.model.layers:
+        layer.self_attn.get_submodule(without).register_parameter("bias", None)
+    expected = logits(model, IDS)
+    for layer in model.model.layers:
+        layer.self_attn = convert.attention_to_moe(layer.self_attn, 2, router_init=1.0)
+    assert logits(model, IDS).sub(expected).abs().max() < 1e-5
 
 
 def test_row55_chosen_head_groups_are_rescaled() -> None:

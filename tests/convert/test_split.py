@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from types import SimpleNamespace
 
 import pytest
@@ -189,7 +190,7 @@ def test_row55_importance_of_all_layers_in_one_pass() -> None:
 def test_row44_activity_of_neurons() -> None:
     model, x = Blocks(), torch.randn(9, H)
     batch = {"x": x, "labels": torch.zeros(9, H)}
-    found = convert.layer_importance(model, [batch, batch], by="activation")[0]
+    found = convert.layer_importance(model, [batch, UserDict(batch)], by="activation")[0]  # as a tokenizer's
     gate, up = (part.weight.detach().double() for part in (model.layers[0].gate_proj, model.layers[0].up_proj))
     expected = (F.silu(x.double() @ gate.T) * (x.double() @ up.T)).abs().mean(0)
     assert found.sub(expected).abs().max() < 1e-6
@@ -275,6 +276,8 @@ def test_bad_input_is_named() -> None:
         ("importance", {"method": "gradient", "importance": torch.rand(63)}), ("weights", {"weights": "hard"}),
         ("shared", {"shared": 3}), ("shared", {"shared": 1.5}),
         ("keep", {"method": "domain_masks", "importance": torch.rand(8, 64), "keep": 0.0}),
+        ("importance", {"method": "domain_masks", "importance": torch.rand(8, 64), "keep": 1.0}),
+        ("router_init", {"router_init": -1.0}),
         ("method", {"method": convert.Partition((torch.arange(64),), torch.arange(0))}),
     ]  # fmt: skip
     for name, options in cases:

@@ -66,20 +66,23 @@ def table(results: dict[str, Any]) -> str:
 
 
 def verdicts(results: dict[str, Any]) -> list[str]:
-    """For each pruning: by how many standard deviations of the random ones the informed criteria beat their mean."""
+    """For each pruning: by how many standard deviations of the random ones the informed criteria beat their mean, and
+    by how many of their ranges, which are wider."""
     lines = []
     for group in dict.fromkeys(row["group"] for row in results["results"]):
         rows = {row["method"]: row for row in results["results"] if row["group"] == group}
         if "random" not in rows:
             continue
-        random, width = growth(results, rows["random"]), spread(rows["random"])
+        seeds = rows["random"]["seeds"]
+        width = max(max(seeds) - min(seeds), 1e-9)
         for method in INFORMED:
             if method in rows:
-                better = (random - growth(results, rows[method])) / max(width, 1e-9)
-                seeds = len(rows["random"]["seeds"])
+                better = growth(results, rows["random"]) - growth(results, rows[method])
+                factor = better / max(spread(rows["random"]), 1e-9)
                 lines.append(
-                    f"{group}: {method} is {better:.1f} standard deviations of {seeds} seeds better than random "
-                    f"({FAR:.0f} are needed: {'yes' if better > FAR else 'no'})"
+                    f"{group}: {method} is {factor:.1f} standard deviations of {len(seeds)} seeds better than random "
+                    f"({FAR:.0f} are needed: {'yes' if factor > FAR else 'no'}), "
+                    f"and {better / width:.1f} of their ranges"
                 )
     return lines
 

@@ -71,7 +71,7 @@ def read_texts(files: Sequence[str], folder: Path, option: str = "--text") -> di
 
 def length_for(model: Any, wanted: int | None) -> int:
     """Tokens of a sequence: by default LENGTH, or fewer if the model has fewer positions."""
-    return wanted or min(LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", LENGTH))
+    return wanted or min(LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH)
 
 
 def batches_of(
@@ -81,6 +81,8 @@ def batches_of(
     tokenizer reads bytes. CommandError for a text shorter than a window."""
     ids = _ids(text[: 16 * tokens], model, folder)[:tokens]  # a token has a few bytes
     count = ids.numel() // length
+    if tokens < length:
+        raise CommandError(f"tokens: expected at least a window of {length}, got {tokens}")
     if not count:
         raise CommandError(f"{name or 'the text'} is too short: {ids.numel()} tokens, a window has {length}")
     return list(torch.split(ids[: count * length].view(count, length), rows))

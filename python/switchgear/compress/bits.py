@@ -43,12 +43,14 @@ class BitAllocation(Mapping[str, "list[int]"]):
 
     @property
     def average(self) -> float:
-        """Bits per weight over all experts, if they have the same size."""
+        """Bits per weight over all experts, if they have the same size; NaN without any."""
         widths = [bits for layer in self.layers.values() for bits in layer]
-        return sum(widths) / len(widths)
+        return sum(widths) / len(widths) if widths else math.nan
 
     def __str__(self) -> str:
         widths = [bits for layer in self.layers.values() for bits in layer]
+        if not widths:
+            return "no experts"
         counts = ", ".join(f"{widths.count(bits)} at {bits}" for bits in sorted(set(widths)))
         return f"{len(widths)} experts at {self.average:.3f} bits on average ({counts})"
 
@@ -96,7 +98,7 @@ def allocate_bits(
             raise ValueError(f"average: expected at least {widths[0]}, the smallest of bits, got {average}")
         found = {}
         for name, cost in costs.items():
-            budget = math.floor(average * len(cost) + 1e-9)
+            budget = math.floor(min(average, widths[-1]) * len(cost) + 1e-9)
             needed = _needed(widths, len(cost), budget, at_least)
             found[name] = cheapest(cost, widths, budget, needed)
     layers = {name: [widths[column] for column in columns] for name, columns in found.items()}
@@ -242,8 +244,8 @@ def _total(cost: Tensor, columns: Sequence[int]) -> float:
 
 def packed_bytes(rows: int, columns: int, bits: int, group_size: int = 128, zeros: bool = False) -> int:
     """Bytes of a matrix [rows, columns] in groups: bits · rows · columns / 8, and a float16 scale per group, with a
-    zero point of a byte if asked. 16 bits: a plain matrix, without scales."""
+    zero point of a byte if asked. group_size 0: a row is a group. 16 bits: a plain matrix, without scales."""
     if bits == 16:
         return 2 * rows * columns
-    groups = rows * -(-columns // group_size)
+    groups = rows * -(-columns // (group_size or columns))
     return -(-bits * rows * columns // 8) + (3 if zeros else 2) * groups

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
-from switchgear.compress.layer import ExpertLayer, expert_layer
-from switchgear.compress.sums import ExpertSums, Hessians, LayerCalibration, Samples, hessians_of, sums_of
-from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.compress.layer import ExpertLayer, expert_layers
+from switchgear.compress.sums import Domains, ExpertSums, Hessians, LayerCalibration, Samples, hessians_of, sums_of
+from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.reference import check_size
 from switchgear.trace import Observation, observe
 
@@ -44,11 +44,16 @@ class Calibration:
         self._check(other.layers)
         return Calibration({name: layer + other.layers[name] for name, layer in self.layers.items()})
 
-    def check(self, model: nn.Module, names: Collection[str] | None = None) -> None:
-        """Raises ValueError unless the layers (of these names) are those of the model."""
-        blocks = moe_blocks(model)
-        wanted = blocks if names is None else {name: blocks[name] for name in names}
-        self._check({name: _layer_of(expert_layer(block)) for name, block in wanted.items()})
+    def check(self, model: nn.Module, names: Collection[str] | None = None, domains: Domains = None) -> None:
+        """Raises ValueError unless the layers (of these names) are those of the model, and the domains are known."""
+        self._check({name: _layer_of(layer) for name, layer in expert_layers(model, names).items()})
+        if domains is None:
+            return
+        wanted = [domains] if isinstance(domains, str) else list(domains)
+        unknown = [name for name in wanted if name not in self.domains]
+        if unknown or not wanted:
+            known = ", ".join(map(repr, self.domains))
+            raise ValueError(f"domains: expected some of {known}, got {unknown[0] if wanted else wanted!r}")
 
     def _check(self, layers: Mapping[str, LayerCalibration]) -> None:
         if missing := sorted(set(layers) - set(self.layers)):
@@ -158,12 +163,7 @@ def calibrate(
     """
     check_module("model", model)
     check_size("samples", samples, 0)
-    blocks = moe_blocks(model)
-    if layers is not None:
-        if missing := sorted(set(layers) - set(blocks)):
-            raise ValueError(f"layers: expected some of {', '.join(blocks) or 'none'}; got {missing[0]}")
-        blocks = {name: blocks[name] for name in blocks if name in set(layers)}
-    parts = {name: expert_layer(block) for name, block in blocks.items()}
+    parts = expert_layers(model, layers)
     collector = _Collector(parts, hessians, samples, seed)
     modes = {module: module.training for module in model.modules()}
     model.eval()

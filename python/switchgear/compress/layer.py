@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from switchgear.experts import Experts
 from switchgear.functional import Plan, glu, grouped_gemm, plan
 from switchgear.integrations.gates import own_gate
-from switchgear.integrations.moe_blocks import MoeBlock
+from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.layers.virtual import VirtualExperts
 from switchgear.weights import stored_of
 from switchgear.weights.adapted import adapters_of
@@ -129,6 +129,22 @@ def _by_slot(weights: Tensor, table: Plan, count: int) -> Tensor:
     result = weights.new_zeros(count)
     result[slots[assigned]] = weights[assigned]
     return result
+
+
+def expert_layers(
+    model: nn.Module, names: Collection[str] | None = None, argument: str = "layers"
+) -> dict[str, ExpertLayer]:
+    """The MoE layers of a model by the names of their blocks, all or some. Raises ValueError if there are none, and for
+    unknown names, which came from `argument`."""
+    blocks = moe_blocks(model)
+    if not blocks:
+        raise ValueError("model: expected MoE layers of switchgear or Hugging Face, got none")
+    if names is not None:
+        if missing := [name for name in names if name not in blocks]:
+            raise ValueError(f"{argument}: expected layers of {', '.join(blocks)}; got {missing[0]}")
+        if not names:
+            raise ValueError(f"{argument}: expected at least one layer of {', '.join(blocks)}, got none")
+    return {name: expert_layer(block) for name, block in blocks.items() if names is None or name in names}
 
 
 def expert_layer(block: MoeBlock) -> ExpertLayer:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module
 from switchgear.compress.calibration import Calibration
 from switchgear.compress.clusters import around_dominant, cosine, hierarchical, matching, neurons, rows_in_order
-from switchgear.compress.layer import ExpertLayer, expert_layer
+from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.prune import count_of, per_group_of
 from switchgear.compress.sums import Domains, LayerCalibration
 from switchgear.compress.surgery import (
@@ -28,7 +28,6 @@ from switchgear.compress.surgery import (
 )
 from switchgear.experts import Experts
 from switchgear.integrations.gates import gate_of
-from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import check_choice
 
 SIMILARITIES = ("outputs", "logits", "weights")
@@ -108,13 +107,11 @@ def merge_experts(
     check_choice("similarity", similarity, SIMILARITIES)
     check_choice("cluster", cluster, CLUSTERS)
     check_choice("router", router, ROUTERS)
-    layers = {name: expert_layer(block) for name, block in moe_blocks(model).items()}
-    if not layers:
-        raise ValueError("model: expected MoE layers of switchgear or Hugging Face, got none")
+    layers = expert_layers(model)
     for layer in layers.values():
         check_cuttable(layer)
     check_unshared(model, layers.values())
-    calibration.check(model)
+    calibration.check(model, domains=domains)
     counts = {name: count_of(layer, keep) for name, layer in layers.items()}
     if router != "keep":
         check_config(model, [layer.block for layer in layers.values()], list(counts.values()))
@@ -146,6 +143,8 @@ def _groups(
 ) -> list[list[int]]:
     """Of each group of a grouped router by itself."""
     distances = _distances(layer, known, similarity, domains)
+    if not bool(distances.isfinite().all()):
+        raise ValueError(f"{layer.name}: expected finite {similarity}, got NaN or infinities")
     per_group = per_group_of(layer, count)
     parts = 1 if per_group is None else count // per_group
     size = layer.num_experts // parts

@@ -19,8 +19,8 @@ from switchgear.modules import MoE
 from switchgear.reference import check_choice, check_size
 from switchgear.routing.change import Change
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
+from switchgear.routing.routed_layers import is_recomputing
 from switchgear.routing.router import Router
-from switchgear.trace.observe import is_recomputing
 
 CRITERIA = ("alpha", "hit_rate")
 

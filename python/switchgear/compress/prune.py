@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.compress.calibration import Calibration
-from switchgear.compress.layer import ExpertLayer, expert_layer
+from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.subsets import best_subset
 from switchgear.compress.sums import Domains, LayerCalibration
 from switchgear.compress.surgery import (
@@ -28,7 +28,7 @@ from switchgear.compress.surgery import (
     kept_gate,
     with_gate,
 )
-from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.layers.virtual import VirtualExperts
 from switchgear.reference import check_choice
 
@@ -118,7 +118,7 @@ def prune_experts(
     check_choice("criterion", criterion, CRITERIA)
     check_choice("scope", scope, ("layer", "global"))
     check_choice("replace", replace, ("none", "constant"))
-    layers = {name: expert_layer(block) for name, block in _blocks_of(model, keep).items()}
+    layers = _layers_of(model, keep)
     for layer in layers.values():
         check_cuttable(layer)
     check_unshared(model, layers.values())
@@ -126,7 +126,7 @@ def prune_experts(
     if (needs or replace == "constant") and calibration is None:
         raise ValueError(f"calibration: expected one for {criterion if needs else 'replace=constant'}, got None")
     if calibration is not None:
-        calibration.check(model, layers)
+        calibration.check(model, layers, domains)
     found = _choose(layers, keep, criterion, calibration, scope, domains, seed, exact_subsets)
     before = sum(parameter.numel() for parameter in model.parameters())
     if replace == "constant":
@@ -145,17 +145,14 @@ def prune_experts(
     return Pruned("the caller" if isinstance(keep, Mapping) else criterion, found, before, after)
 
 
-def _blocks_of(model: nn.Module, keep: Keep) -> dict[str, MoeBlock]:
-    blocks = moe_blocks(model)
-    if not blocks:
-        raise ValueError("model: expected MoE layers of switchgear or Hugging Face, got none")
-    if isinstance(keep, Mapping):
-        if missing := sorted(set(keep) - set(blocks)):
-            raise ValueError(f"keep: expected layers of {', '.join(blocks)}; got {missing[0]}")
-        if not next(iter(blocks.values())).is_ours and (rest := sorted(set(blocks) - set(keep))):
-            raise ValueError(f"keep: expected all layers of a Hugging Face model, got none for {rest[0]}")
-        return {name: blocks[name] for name in keep}
-    return blocks
+def _layers_of(model: nn.Module, keep: Keep) -> dict[str, ExpertLayer]:
+    if not isinstance(keep, Mapping):
+        return expert_layers(model)
+    layers = expert_layers(model, keep, "keep")
+    rest = [name for name, block in moe_blocks(model).items() if name not in keep and not block.is_ours]
+    if rest:
+        raise ValueError(f"keep: expected all layers of a Hugging Face model, got none for {rest[0]}")
+    return layers
 
 
 # ---- which experts ---------------------------------------------------------------------------------------------------
@@ -192,6 +189,8 @@ def _choose(
         else:
             assert calibration is not None
             scores[name] = scores_of(calibration.layers[name], criterion, domains)
+            if not bool(scores[name].isfinite().all()):
+                raise ValueError(f"calibration: expected finite outputs of the experts of {name}, got others")
     if scope == "layer":
         kept = {name: _top(layers[name], score, counts[name]) for name, score in scores.items()}
         padding = dict.fromkeys(kept, 0)
@@ -220,6 +219,8 @@ def _split(layer: ExpertLayer, kept: Sequence[int]) -> tuple[list[int], list[int
 
 
 def _given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
+    if isinstance(experts, (str, int, float)):
+        raise TypeError(f"keep: expected a list of experts for {layer.name}, got {type(experts).__name__}")
     ids = [int(expert) for expert in experts]
     if len(set(ids)) != len(ids) or not all(0 <= expert < layer.num_experts for expert in ids):
         raise ValueError(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,8 +16,9 @@ from switchgear.compress.bits import BitAllocation, ExpertErrors, packed_bytes
 from switchgear.compress.calibration import Calibration
 from switchgear.compress.gptq import Quantized as Levels
 from switchgear.compress.gptq import decoded, gptq, rounded, row_errors
-from switchgear.compress.layer import ExpertLayer, expert_layer
+from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.sums import Domains, Hessians
+from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import check_choice, check_size, groups
 from switchgear.weights.change import StoredChange, Target
@@ -112,7 +114,9 @@ def quantize(
     check_module("model", model)
     check_choice("method", method, METHODS)
     check_size("min_tokens", min_tokens, 0)
-    layers = _layers_of(model, bits if isinstance(bits, Mapping) else None)
+    if not 0 <= as_number("damping", damping) < math.inf:
+        raise ValueError(f"damping: expected a number from 0 on, got {damping}")
+    layers = expert_layers(model, bits if isinstance(bits, Mapping) else None, "bits")
     widths = {name: _bits_of(layer, bits, 4 if store else 8) for name, layer in layers.items()}
     form = Groups(4, group_size, symmetric)  # checks the options
     hessians = _hessians(model, layers, method, calibration)
@@ -162,9 +166,9 @@ def expert_errors(
     check_module("model", model)
     check_choice("method", method, METHODS)
     form = Groups(4, group_size, symmetric)
-    parts = _layers_of(model, layers)
+    parts = expert_layers(model, layers)
     hessians = _hessians(model, parts, method, calibration)
-    calibration.check(model, parts)
+    calibration.check(model, parts, domains)
     result = ExpertErrors(tuple(bits), {}, {}, {})
     for name, layer in parts.items():
         for width in bits:
@@ -197,17 +201,10 @@ def expert_errors(
 # ---- what is quantized -----------------------------------------------------------------------------------------------
 
 
-def _layers_of(model: nn.Module, names: Collection[str] | None) -> dict[str, ExpertLayer]:
-    blocks = moe_blocks(model)
-    if not blocks:
-        raise ValueError("model: expected MoE layers of switchgear or Hugging Face, got none")
-    if names is not None and (missing := sorted(set(names) - set(blocks))):
-        raise ValueError(f"bits: expected layers of {', '.join(blocks)}; got {missing[0]}")
-    return {name: expert_layer(block) for name, block in blocks.items() if names is None or name in names}
-
-
 def _bits_of(layer: ExpertLayer, bits: Bits, most: int) -> list[int]:
     given = bits[layer.name] if isinstance(bits, Mapping) else bits
+    if isinstance(given, (str, float)):
+        raise TypeError(f"bits: expected int, or a list of them, got {type(given).__name__}")
     widths = [given] * layer.num_experts if isinstance(given, int) else list(given)
     if len(widths) != layer.num_experts:
         raise ValueError(f"bits: expected {layer.num_experts} numbers for {layer.name}, got {len(widths)}")
@@ -327,8 +324,7 @@ def _report(
 
 def _packed(layer: ExpertLayer, index: int, widths: Sequence[int], form: Groups) -> int:
     _, rows, columns = layer.projection(index).shape
-    size = form.group_size or columns
-    return sum(packed_bytes(rows, columns, width, size, not form.symmetric) for width in widths)
+    return sum(packed_bytes(rows, columns, width, form.group_size, not form.symmetric) for width in widths)
 
 
 def _stored(

@@ -27,7 +27,7 @@ class Skipped:
     """What `skip_experts` has done so far. ratios: beta by layer."""
 
     ratios: dict[str, float]
-    choices: int = 0  # of Hugging Face's layers
+    choices: int = 0
     skipped: int = 0
 
     @property
@@ -66,7 +66,7 @@ def skip_experts(
     check_module("model", model)
     if not 0 <= as_number("protect", protect) <= 1:
         raise ValueError(f"protect: expected a share of the tokens in [0, 1], got {protect}")
-    calibration.check(model)
+    calibration.check(model, domains=domains)
     blocks = moe_blocks(model)
     ratios = {name: calibration.layers[name].ratio_median(domains) for name in blocks}
     if empty := [name for name, ratio in ratios.items() if ratio != ratio]:
@@ -76,7 +76,7 @@ def skip_experts(
     with ExitStack() as stack:
         for name, block in blocks.items():
             if isinstance(block.gate, Router):
-                wrapper = _wrapper(ratios[name], protect)
+                wrapper = _wrapper(ratios[name], protect, done)
                 block.gate.overrides.append(wrapper)
                 stack.callback(block.gate.overrides.remove, wrapper)
             else:
@@ -95,8 +95,27 @@ def _manners(blocks: Mapping[str, MoeBlock]) -> dict[str, Any]:
     return {name: manner_of(block) for name, block in foreign.items()}
 
 
-def _wrapper(ratio: float, protect: float) -> Callable[[Select], Select]:
-    return lambda select: SkipBelow(select, ratio, protect)
+def _wrapper(ratio: float, protect: float, done: Skipped) -> Callable[[Select], Select]:
+    return lambda select: _counted(select, ratio, protect, done)
+
+
+def _counted(select: Select, ratio: float, protect: float, done: Skipped) -> Select:
+    """SkipBelow, with its choices counted."""
+
+    def chosen(router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        routing = select(router_logits, context, bias)
+        done.choices += int((routing.topk_ids >= 0).sum())
+        return routing
+
+    skip = SkipBelow(chosen, ratio, protect)
+
+    def left(router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        before = done.choices
+        routing = skip(router_logits, context, bias)
+        done.skipped += done.choices - before - int((routing.topk_ids >= 0).sum())
+        return routing
+
+    return left
 
 
 def _norm(x: Tensor) -> Tensor:

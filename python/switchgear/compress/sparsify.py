@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.compress.calibration import Calibration
-from switchgear.compress.layer import expert_layer
+from switchgear.compress.layer import expert_layers
 from switchgear.compress.sums import Domains, ExpertSums
-from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import check_choice
 
 METRICS = ("router_wanda", "wanda", "magnitude")
@@ -74,16 +73,14 @@ def prune_weights(
     """
     check_module("model", model)
     check_choice("metric", metric, METRICS)
-    layers = {name: expert_layer(block) for name, block in moe_blocks(model).items()}
-    if not layers:
-        raise ValueError("model: expected MoE layers of switchgear or Hugging Face, got none")
+    layers = expert_layers(model)
     for layer in layers.values():
         for index in (0, 1):
             zeros_per_row(sparsity, layer.projection(index).shape[2])  # checks
     if calibration is None and metric != "magnitude":
         raise ValueError(f"calibration: expected one for {metric}, got None")
     if calibration is not None:
-        calibration.check(model)
+        calibration.check(model, domains=domains)
     done = {}
     for name, layer in layers.items():
         sums = calibration.layers[name].sums(domains) if calibration is not None else None
@@ -105,7 +102,7 @@ def zeros_per_row(sparsity: float | str, columns: int) -> tuple[int, int]:
         if columns % 4:
             raise ValueError(f"sparsity: expected a share for rows of {columns} columns, no multiple of 4, got 2:4")
         return 2, 4
-    if isinstance(sparsity, (str, bool)) or not 0 < sparsity < 1:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 < sparsity < 1:
         raise ValueError(f"sparsity: expected a number in (0, 1) or '2:4', got {sparsity!r}")
     return round(sparsity * columns), columns
 

@@ -275,6 +275,9 @@ def _read(attention: Any, name: str) -> dict[str, Any]:
     q, k, o = linears["q_proj"], linears["k_proj"], linears["o_proj"]
     tensors: dict[str, Tensor] = {part: linear.weight.detach() for part, linear in linears.items()}
     tensors |= {f"{part[0]}_bias": linear.bias.detach() for part, linear in linears.items() if linear.bias is not None}
+    if any(f"{part}_bias" in tensors for part in "qkv"):  # some layers have none for keys
+        for part in PROJECTIONS[:3]:
+            tensors.setdefault(f"{part[0]}_bias", torch.zeros_like(tensors[part][:, 0]))
     norms: dict[str, Any] = {part: getattr(attention, part, None) for part in ("q_norm", "k_norm")}
     norms = {part: norm for part, norm in norms.items() if norm is not None}
     for part, norm in norms.items():
@@ -282,7 +285,7 @@ def _read(attention: Any, name: str) -> dict[str, Any]:
             raise ValueError(f"{name}: expected {part} to be an RMSNorm per head, got {type(norm).__name__}")
         tensors[part] = norm.weight.detach()
     options = {
-        "head_dim": head_dim, "bias": q.bias is not None, "o_bias": o.bias is not None,
+        "head_dim": head_dim, "bias": "q_bias" in tensors, "o_bias": o.bias is not None,
         "qk_norm": norms["q_norm"].variance_epsilon if norms else None, "scaling": getattr(attention, "scaling", None),
         "causal": getattr(attention, "is_causal", True), "layer_idx": getattr(attention, "layer_idx", None),
         "device": q.weight.device, "dtype": q.weight.dtype,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
+from switchgear.convert.checks import check_number, check_seed, finite_numbers
 from switchgear.reference import check_choice
 
 METHODS = ("average", "ties", "dare", "base")
@@ -30,6 +31,9 @@ class Merging:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
+        check_number("density", self.density)
+        check_number("scale", self.scale)
+        check_seed(self.seed)
         if not 0 < self.density <= 1:
             raise ValueError(f"density: expected a fraction in (0, 1], got {self.density}")
         if self.weights is not None and not sum(self.weights) > 0:
@@ -141,7 +145,7 @@ def merge_models(
     """
     if not models:
         raise ValueError("models: expected at least one, got none")
-    merging = Merging(method, None if weights is None else tuple(map(float, weights)), density, scale, seed)
+    merging = Merging(method, finite_numbers("weights", weights), density, scale, seed)
     merging.check(len(models), base is not None)
     states = [_state(model, f"models[{index}]") for index, model in enumerate(models)]
     origin = None if base is None else _state(base, "base")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from switchgear.convert.average import Merging
+from switchgear.convert.checks import finite_numbers
+from switchgear.convert.directory import CONFIG, Directory, full_config
 from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFull, RecipeError
 from switchgear.convert.layouts import layout_plan
 from switchgear.convert.plans import Item, Plan
 from switchgear.convert.recipes import dense_plan, experts_plan, merge_plan, split_plan, upcycle_plan
 from switchgear.convert.writer import (
     JOURNAL,
-    NAMES,
     Journal,
     Progress,
     named_errors,
@@ -37,7 +38,7 @@ from switchgear.convert.writer import (
 )
 
 Path_ = str | os.PathLike[str]
-CONFIG, INDEX, REPORT = "config.json", "model.safetensors.index.json", "conversion.json"
+INDEX, REPORT = "model.safetensors.index.json", "conversion.json"
 COPIED = (
     "tokenizer*", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.model", "chat_template*", "*.jinja", "preprocessor_config.json", "processor_config.json", "LICENSE*",
@@ -131,59 +132,6 @@ class Report:
     resumed: tuple[str, ...]  # shards that an earlier run had finished
 
 
-class Directory:
-    """A Source of a checkpoint directory: its tensors stay in their files until they are read."""
-
-    def __init__(self, path: Path_) -> None:
-        from switchgear.integrations.checkpoint_files import CheckpointFiles, Reader  # import safetensors
-
-        self.path = Path(path)
-        try:
-            self._files = CheckpointFiles(self.path)
-        except ValueError as error:
-            raise DamagedCheckpoint(str(error)) from error
-        self._reader = Reader(self._files.headers)
-        for key, header in self._files.headers.items():
-            if header.dtype not in NAMES:
-                raise DamagedCheckpoint(f"{key}: expected a dtype of torch, got {header.dtype}")
-
-    def keys(self) -> Iterable[str]:
-        return self._files.headers.keys()
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        shape: tuple[int, ...] = self._header(key).shape
-        return shape
-
-    def dtype(self, key: str) -> torch.dtype:
-        return NAMES[self._header(key).dtype]
-
-    def read(self, key: str) -> Tensor:
-        self._header(key)
-        return self._reader.tensor(key)
-
-    def close(self) -> None:
-        self._reader.close()
-
-    def config(self) -> dict[str, Any]:
-        try:
-            found = json.loads((self.path / CONFIG).read_text())
-        except (OSError, ValueError) as error:
-            raise DamagedCheckpoint(f"path: expected JSON in {self.path / CONFIG}, got {error}") from error
-        if not isinstance(found, dict):
-            raise DamagedCheckpoint(f"path: expected a JSON object in {self.path / CONFIG}")
-        return found
-
-    def identity(self) -> list[Any]:
-        """Changes when a file of the checkpoint does."""
-        files = sorted({header.file for header in self._files.headers.values()} | {self.path / CONFIG})
-        return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-    def _header(self, key: str) -> Any:
-        if key not in self._files.headers:
-            raise DamagedCheckpoint(f"path: expected {key} in {self.path}, got none")
-        return self._files.headers[key]
-
-
 def run(
     recipe: Recipe | Mapping[str, Any] | Path_,
     source: Path_ | Sequence[Path_],
@@ -268,51 +216,33 @@ def plan_of(recipe: Recipe, sources: Sequence[Directory]) -> Plan:
         raise RecipeError(str(error)) from error
 
 
-def _full_config(source: Directory) -> dict[str, Any]:
-    """The config with the defaults of its family."""
-    from transformers import CONFIG_MAPPING
-
-    found = source.config()
-    model_type = str(found.get("model_type"))
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"source: expected a model_type of transformers in {source.path / CONFIG}, got {model_type}")
-    try:
-        made = CONFIG_MAPPING[model_type].from_dict(found)
-    except Exception as error:  # transformers raises many kinds for files of others
-        raise DamagedCheckpoint(
-            f"path: expected a config of transformers in {source.path / CONFIG}, got {error}"
-        ) from error
-    full: dict[str, Any] = made.to_dict()
-    return {**full, "architectures": found.get("architectures")}
-
-
 def _upcycle(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
-    return upcycle_plan(_full_config(sources[0]), sources[0], **options)
+    return upcycle_plan(full_config(sources[0]), sources[0], **options)
 
 
 def _split(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
-    if isinstance(path := options.get("importance"), str):
+    if (path := options.get("importance")) is not None:
         options["importance"] = _by_layer("importance", path)
-    return split_plan(_full_config(sources[0]), sources[0], **options)
+    return split_plan(full_config(sources[0]), sources[0], **options)
 
 
 def _experts(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
     base, router, merging = options.pop("base", None), options.pop("router", "random"), _merging(options, "merge")
-    origin = None if base is None else Directory(base)
+    origin = _base(base)
     rows = None if router in ("random", "zeros") else _by_layer("router", router)
     if router == "zeros":
         options["router_init"] = 0.0
     options.setdefault("top_k", min(2, len(sources)))
     return experts_plan(
-        [(_full_config(source), source) for source in sources],
-        None if origin is None else (_full_config(origin), origin), router=rows, merging=merging,
+        [(full_config(source), source) for source in sources],
+        None if origin is None else (full_config(origin), origin), router=rows, merging=merging,
         seed=merging.seed, **options,
     )  # fmt: skip
 
 
 def _merge(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
     base, merging = options.pop("base", None), _merging(options, "method")
-    origin = None if base is None else Directory(base)
+    origin = _base(base)
     return merge_plan(
         [(source.config(), source) for source in sources],
         None if origin is None else (origin.config(), origin),
@@ -320,16 +250,21 @@ def _merge(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
     )
 
 
+def _base(path: Any) -> Directory | None:
+    if path is not None and not isinstance(path, str):
+        raise TypeError(f"base: expected a directory, got {type(path).__name__}")
+    return None if path is None else Directory(path)
+
+
 def _merging(options: dict[str, Any], method: str) -> Merging:
-    weights = options.pop("weights", None)
     return Merging(
-        options.pop(method, "average"), None if weights is None else tuple(map(float, weights)),
+        options.pop(method, "average"), finite_numbers("weights", options.pop("weights", None)),
         options.pop("density", 0.2), options.pop("scale", 1.0), options.pop("seed", 0),
     )  # fmt: skip
 
 
 def _dense(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
-    return dense_plan(_full_config(sources[0]), sources[0], **options)
+    return dense_plan(full_config(sources[0]), sources[0], **options)
 
 
 def _layout(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchgear.convert.checks import finite_numbers
 from switchgear.convert.ffn import FeedForward, activation_of, feed_forward
 from switchgear.convert.modules import is_transformers
 from switchgear.experts import Experts
@@ -22,7 +23,9 @@ METHODS = ("sum", "mean", "topk", "svd")
 SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 
 
-def to_dense(moe: Any, method: str = "mean", *, weights: Sequence[float] | None = None, rank: int | None = None) -> Any:
+def to_dense(
+    moe: Any, method: str = "mean", *, weights: Sequence[float] | Tensor | None = None, rank: int | None = None
+) -> Any:
     """A dense network that gathers the knowledge of all experts of a layer.
 
     "sum", "mean": of each matrix. "topk": the I / E neurons of each expert with the largest ‖gate‖ · ‖up‖ · ‖down‖ (the
@@ -41,20 +44,16 @@ def to_dense(moe: Any, method: str = "mean", *, weights: Sequence[float] | None 
         ValueError: an unknown method or option, experts of different widths except for "topk", or stored weights.
     """
     check_choice("method", method, METHODS)
+    shares = finite_numbers("weights", weights)
     if isinstance(moe, nn.Module) and is_transformers(moe):
         from switchgear.convert.models import dense_model  # imports transformers
 
-        return dense_model(moe, method, weights=weights, rank=rank)
+        return dense_model(moe, method, weights=shares, rank=rank)
     networks, shared = experts_of(moe)
     widths = {network.intermediate_size for network in networks}
     if method != "topk" and len(widths) > 1:
         raise ValueError(f"moe: expected experts of one width for method={method!r}, got {sorted(widths)}")
-    if weights is not None and (method not in ("sum", "mean") or len(weights) != len(networks)):
-        raise ValueError(f"weights: expected {len(networks)} numbers for sum or mean, got {len(weights)} for {method}")
-    if rank is not None:
-        check_size("rank", rank)
-        if method != "svd":
-            raise ValueError(f"rank: expected None for method={method!r}, got {rank}")
+    check_options(method, shares, rank, len(networks))
     if method == "topk":
         made = _best_neurons(networks)
     elif method == "svd":
@@ -62,10 +61,27 @@ def to_dense(moe: Any, method: str = "mean", *, weights: Sequence[float] | None 
         kept = -(-smaller // len(networks)) if rank is None else rank
         made = _combined([_low_rank(network, kept) for network in networks], [1.0] * len(networks))
     else:
-        shares = list(map(float, weights or [1.0] * len(networks)))
-        total = sum(shares) if method == "mean" else 1.0
-        made = _combined(networks, [share / total for share in shares])
+        each = shares or (1.0,) * len(networks)
+        total = sum(each) if method == "mean" else 1.0
+        made = _combined(networks, [share / total for share in each])
     return side_by_side([made, *([shared] if shared is not None else [])]).module()
+
+
+def check_options(method: str, weights: Any, rank: Any, num_experts: int) -> None:
+    """Raises TypeError or ValueError for an option of to_dense that is wrong, or not used by the method."""
+    check_choice("method", method, METHODS)
+    shares = finite_numbers("weights", weights)
+    if shares is not None:
+        if method not in ("sum", "mean"):
+            raise ValueError(f"weights: expected None for method={method!r}, got {len(shares)} numbers")
+        if len(shares) != num_experts:
+            raise ValueError(f"weights: expected {num_experts}, one per expert, got {len(shares)}")
+        if method == "mean" and not sum(shares) > 0:
+            raise ValueError(f"weights: expected numbers with a positive sum, got {list(shares)}")
+    if rank is not None:
+        check_size("rank", rank)
+        if method != "svd":
+            raise ValueError(f"rank: expected None for method={method!r}, got {rank}")
 
 
 class PlainExperts(NamedTuple):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
-from switchgear.convert.ffn import is_feed_forward
-from switchgear.convert.modules import chosen_layers, dense_layers
+from switchgear.convert.ffn import NAMES, is_feed_forward
+from switchgear.convert.modules import called, chosen_layers, dense_layers
 from switchgear.reference import check_choice
 
-DOWN = ("down_proj", "w2", "fc2", "c_proj", "fc_out", "dense_4h_to_h")
+DOWN = tuple(dict.fromkeys(down for _, _, down in NAMES))
 
 
 def neuron_importance(
@@ -80,7 +80,7 @@ def _gradients(
             weight.requires_grad_(True)
         for batch in batches:
             with torch.enable_grad():
-                grads = torch.autograd.grad(loss(_called(module, batch)), weights)
+                grads = torch.autograd.grad(loss(called(module, batch)), weights)
             changes = [(w.detach().float() * g.float()).sum(0).abs() for w, g in zip(weights, grads, strict=True)]
             totals = changes if totals is None else [a + b for a, b in zip(totals, changes, strict=True)]
     return _some(totals)
@@ -100,7 +100,7 @@ def _activations(model: nn.Module, batches: Iterable[Any], downs: list[nn.Linear
 
             stack.callback(down.register_forward_pre_hook(add).remove)
         for batch in batches:
-            _called(model, batch)
+            called(model, batch)
     return _some([total / count for total, count in zip(sums, counts, strict=True)] if all(counts) else None)
 
 
@@ -108,10 +108,6 @@ def _some(totals: list[Tensor] | None) -> list[Tensor]:
     if totals is None:
         raise ValueError("batches: expected at least one, got none")
     return totals
-
-
-def _called(module: nn.Module, batch: Any) -> Any:
-    return module(**batch) if isinstance(batch, dict) else module(batch)
 
 
 def _loss_of(output: Any) -> Tensor:

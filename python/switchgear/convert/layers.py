@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.convert.ffn import is_feed_forward
-from switchgear.convert.modules import chosen_layers, dense_layers
+from switchgear.convert.modules import called, chosen_layers, dense_layers
 from switchgear.convert.split import split_dense
 from switchgear.modules import MoE
 from switchgear.reference import check_size
@@ -131,7 +131,7 @@ def _inputs(model: nn.Module, modules: dict[str, nn.Module], batches: Iterable[A
 
                 stack.callback(module.register_forward_pre_hook(keep).remove)
             for batch in batches:
-                model(**batch) if isinstance(batch, dict) else model(batch)
+                called(model, batch)
                 if all(sum(map(len, kept)) >= tokens for kept in rows.values()):
                     break
     found = {name: torch.cat(kept)[:tokens] if kept else torch.empty(0) for name, kept in rows.items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from switchgear.convert.attention import attention_from_experts
 from switchgear.convert.average import Merging
+from switchgear.convert.checks import finite_numbers
 from switchgear.convert.families import layers_of
 from switchgear.convert.plans import Plan, StateDict
 from switchgear.convert.recipes import dense_plan, experts_plan, split_plan, upcycle_plan
@@ -92,7 +93,7 @@ def collect_models(
     first = models[0] if base is None else base
     chosen = layers_of(config_of(first), layers)
     rows = router_rows(first, len(models), chosen, router, prompts)
-    merging = Merging(merge, None if weights is None else tuple(map(float, weights)), density, 1.0, seed)
+    merging = Merging(merge, finite_numbers("weights", weights), density, 1.0, seed)
     plan = experts_plan(
         [(config_of(model), tensors_of(model)) for model in models],
         None if base is None else (config_of(base), tensors_of(base)),

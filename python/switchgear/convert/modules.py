@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -29,6 +29,11 @@ def replaced(model: nn.Module, layers: str | Sequence[int], make: Any) -> Conver
     return Conversion(model, tuple(done))
 
 
+def called(module: nn.Module, batch: Any) -> Any:
+    """The module's output for a batch; a mapping, such as what a tokenizer returns, is passed as keywords."""
+    return module(**batch) if isinstance(batch, Mapping) else module(batch)
+
+
 def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The dense feed-forward modules inside a model, without the shared experts of its MoE layers."""
     found, inside = [], set()
@@ -48,6 +53,8 @@ def chosen_layers(layers: str | Sequence[int], count: int) -> list[int]:
         if layers != "all":
             raise ValueError(f"layers: expected 'all' or indices, got {layers!r}")
         return list(range(count))
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers: expected 'all' or indices, got {type(layers).__name__}")
     wanted = list(layers)
     if not wanted or not all(isinstance(index, int) and -count <= index < count for index in wanted):
         raise ValueError(f"layers: expected indices of {count} feed-forward layers, got {wanted}")

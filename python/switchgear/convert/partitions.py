@@ -168,5 +168,7 @@ def _domain_masks(importance: Tensor, num_experts: int, keep: float, shared: int
     best = importance.argsort(dim=1, descending=True, stable=True)[:, :count]
     masks = torch.zeros(importance.shape, dtype=torch.bool).scatter_(1, best, True)
     residual = masks.all(0)
+    if torch.equal(masks.any(0), residual):
+        raise ValueError(f"importance: expected domains that keep different neurons, got the same {count} for all")
     experts = tuple((mask & ~residual).nonzero().flatten() for mask in masks)
     return Partition(experts, residual.nonzero().flatten(), False)

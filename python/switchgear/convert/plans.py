@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from switchgear.convert.checks import check_number
 from switchgear.convert.families import PARTS, Family, Size, dense_key
 from switchgear.convert.ffn import FeedForward
 from switchgear.convert.partitions import Partition, partition
-from switchgear.reference import check_size
 
 T = TypeVar("T")
 
@@ -144,6 +144,11 @@ class Split:
     keep: float = 0.5
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_number("keep", self.keep)
+        if self.importance is not None and not isinstance(self.importance, Mapping):
+            raise TypeError(f"importance: expected a mapping by layer, got {type(self.importance).__name__}")
+
     def widths(self, source: Source, layer: int) -> tuple[int, int]:
         """Of an expert and of the shared one. Domain masks need their importance, the others sizes alone."""
         parts = self.partition(source, layer, shapes_only=True)
@@ -252,10 +257,3 @@ def collected(
                 items.append(_noisy(source, dense_key(layer, part), family.expert(layer, expert, part), noise, seed))
         items += no_shared(family, layer, hidden, dtype)
     return items
-
-
-def check_moe(num_experts: int, top_k: int) -> None:
-    check_size("num_experts", num_experts)
-    check_size("top_k", top_k)
-    if top_k > num_experts:
-        raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")

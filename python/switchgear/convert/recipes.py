@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from switchgear.convert.average import Merging, check_same
-from switchgear.convert.dense import PlainExperts, to_dense
+from switchgear.convert.checks import check_moe, check_random
+from switchgear.convert.dense import PlainExperts, check_options, to_dense
 from switchgear.convert.families import (
     FAMILIES,
     PARTS,
@@ -24,7 +25,7 @@ from switchgear.convert.families import (
     num_experts_of,
 )
 from switchgear.convert.ffn import FeedForward, feed_forward
-from switchgear.convert.plans import Item, Once, Plan, Source, Split, check_moe, collected, copied, split, upcycled
+from switchgear.convert.plans import Item, Once, Plan, Source, Split, collected, copied, split, upcycled
 
 PADDED = 8  # neurons; transformers' grouped_mm reads rows of multiples of 16 bytes
 
@@ -37,6 +38,7 @@ def upcycle_plan(
     """See upcycle."""
     check_dense(config)
     check_moe(num_experts, top_k)
+    check_random(seed, router_init=router_init, noise=noise)
     size = Size(num_experts, top_k, int(config["intermediate_size"]), layers_of(config, layers))
     found = family_for(config, size, family)
     items = upcycled(source, found, size, router_init=router_init, noise=noise, seed=seed)
@@ -53,6 +55,7 @@ def split_plan(
     """See split_dense. Each expert is E times its neurons (K times without rescale), since weights sum to 1."""
     check_dense(config)
     check_moe(num_experts, top_k)
+    check_random(seed, router_init=router_init)
     chosen = layers_of(config, layers)
     how = Split(num_experts, method, shared, importance, keep, seed)
     for layer in chosen:
@@ -86,6 +89,7 @@ def experts_plan(
 ) -> Plan:  # fmt: skip
     """See from_dense_experts."""
     check_moe(len(models), top_k)
+    check_random(seed, router_init=router_init, noise=noise)
     config, origin = models[0] if base is None else base
     merge = merged_items([source for _, source in models], None if base is None else base[1], merging)
     for index, (other, _) in enumerate(models):
@@ -137,10 +141,11 @@ def dense_plan(
     config: Mapping[str, Any], source: Source, method: str = "mean", *, weights: Sequence[float] | None = None,
     rank: int | None = None,
 ) -> Plan:  # fmt: skip
-    """A dense model of an MoE one: mixtral -> mistral, qwen2_moe -> qwen2, qwen3_moe -> qwen3; see to_dense."""
+    """A dense model of an MoE one: mixtral -> mistral, qwen3_moe -> qwen3; see to_dense."""
     made, layers = dense_config(config)
     family = FAMILIES[str(config["model_type"])]
     count = num_experts_of(config, family)
+    check_options(method, weights, rank, count)
     fused = f"model.layers.{{}}.{family.fused_block}.experts."
     width, hidden = int(made["intermediate_size"]), int(made["hidden_size"])
     items, replaced = [], []

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.convert.checks import check_moe, check_random
 from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
 from switchgear.convert.gates import EqualTopK
 from switchgear.convert.modules import OURS, is_transformers, replaced
@@ -17,7 +18,7 @@ from switchgear.convert.partitions import Partition, partition
 from switchgear.experts import Experts
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.modules import MoE
-from switchgear.reference import check_choice, check_size
+from switchgear.reference import check_choice
 from switchgear.routing.selection import TopK
 
 UNIT = 16  # neurons; experts of different widths are padded with zeros to multiples, which the kernels' slices like
@@ -78,6 +79,7 @@ def split_dense(
         TypeError, ValueError: the module is no dense feed-forward network, or an option is out of range.
     """
     check_choice("weights", weights, ("equal", "softmax"))
+    check_random(seed, router_init=router_init)
     how: dict[str, Any] = {"shared": shared, "keep": keep, "rescale": rescale, "router_init": router_init, "seed": seed}
     if isinstance(mlp, nn.Module) and not is_feed_forward(mlp):
         if is_transformers(mlp) and family != OURS:
@@ -108,9 +110,7 @@ def split_dense(
         _check_partition(parts, num_experts, dense.intermediate_size)
     if top_k is None:
         top_k = 1 if not parts.is_split else num_experts
-    check_size("top_k", top_k)
-    if top_k > num_experts:
-        raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
+    check_moe(num_experts, top_k)
     if "select" not in options:
         options["select"] = _selection(parts, num_experts, top_k, weights, rescale)
     return _built(dense, parts, router_init, seed, options)

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from switchgear.complaints import check_module
+from switchgear.convert.checks import check_moe, check_random
 from switchgear.convert.ffn import FeedForward, feed_forward, is_feed_forward
 from switchgear.convert.modules import OURS, is_transformers, replaced
 from switchgear.convert.split import fill, initialize_router
 from switchgear.modules import MoE
-from switchgear.reference import check_finite, check_size
 
 
 def upcycle(
@@ -56,14 +56,8 @@ def upcycle(
         TypeError, ValueError: no feed-forward network is found, an option is out of range, or the family cannot express
             the result. Nothing is changed.
     """
-    check_size("num_experts", num_experts)
-    check_size("top_k", top_k)
-    check_finite("noise", noise)
-    check_finite("router_init", router_init)
-    if top_k > num_experts:
-        raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
-    if noise < 0 or router_init < 0:
-        raise ValueError(f"noise, router_init: expected at least 0, got {noise}, {router_init}")
+    check_moe(num_experts, top_k)
+    check_random(seed, router_init=router_init, noise=noise)
     made: dict[str, Any] = {
         "num_experts": num_experts,
         "top_k": top_k,

@@ -8,7 +8,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,30 +62,48 @@ class Journal:
 
     @classmethod
     def opened(cls, target: Path, identity: str, resume: bool) -> Journal:
-        """Creates the directory beside the target, or goes on with it. ConversionError for that of another one."""
+        """Creates the directory beside the target, or goes on with it; without `resume`, empties it. ConversionError
+        for that of another conversion, and for a directory of something else."""
         folder = target.with_name(target.name + SUFFIX)
         journal = cls(folder, identity)
-        file = folder / JOURNAL
-        if folder.exists() and not resume:
-            shutil.rmtree(folder)
-        if file.is_file():
-            try:
-                found = json.loads(file.read_text())
-                is_same = found["identity"] == identity
-            except (ValueError, KeyError, TypeError):
-                is_same = False
-            if not is_same:
-                raise ConversionError(
-                    f"target: {folder} holds an unfinished conversion of another recipe or source; "
-                    "remove it, or pass resume=False"
-                )
-            journal.shards = found["shards"]
-        elif folder.exists() and any(folder.iterdir()):
+        is_ours = (folder / JOURNAL).is_file() or not folder.exists()
+        if not is_ours and any(file.name != LOCK for file in folder.iterdir()):
             raise ConversionError(f"target: expected no {folder}, got a directory that is no unfinished conversion")
-        folder.mkdir(parents=True, exist_ok=True)
+        with named_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         journal._lock()
-        journal._save()
+        try:
+            if resume:
+                journal._read()
+            else:
+                journal._discard()
+            journal._save()
+        except BaseException:
+            journal.close()
+            raise
         return journal
+
+    def _read(self) -> None:
+        """Takes over what an earlier run has finished."""
+        file = self.folder / JOURNAL
+        if not file.is_file():
+            return
+        try:
+            found = json.loads(file.read_text())
+            is_same = found["identity"] == self._identity
+        except (ValueError, KeyError, TypeError):
+            is_same = False
+        if not is_same:
+            raise ConversionError(
+                f"target: {self.folder} holds an unfinished conversion of another recipe or source; "
+                "remove it, or pass resume=False"
+            )
+        self.shards = found["shards"]
+
+    def _discard(self) -> None:
+        for file in self.folder.iterdir():
+            if file.name != LOCK and file.is_file():
+                file.unlink()
 
     def _lock(self) -> None:
         """Until this object is gone, no other process writes here."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.routing.widths import stacked
+
 if TYPE_CHECKING:
     from switchgear.trace import LayerTrace, RoutingTrace
 
@@ -85,17 +87,12 @@ class Choices(Mapping[str, LayerChoices]):
 
 
 def _joined(calls: list[LayerChoices]) -> LayerChoices:
-    width = max(call.topk_ids.shape[1] for call in calls)
-
     def cat(of: Callable[[LayerChoices], Tensor | None]) -> Tensor | None:
         parts = [part for part in map(of, calls) if part is not None]
         return torch.cat(parts) if len(parts) == len(calls) else None
 
-    def padded(tensor: Tensor, value: float) -> Tensor:
-        return nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
-
-    ids = torch.cat([padded(call.topk_ids, -1) for call in calls])
-    weights = torch.cat([padded(call.topk_weights, 0.0) for call in calls])
+    ids = stacked([call.topk_ids for call in calls])
+    weights = stacked([call.topk_weights for call in calls], 0)
     return LayerChoices(
         ids, weights, calls[0].num_experts, cat(lambda call: call.router_logits), cat(lambda call: call.examples)
     )

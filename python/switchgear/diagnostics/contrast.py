@@ -119,6 +119,12 @@ def core_activation(
     well."""
     if not core:
         raise ValueError("core: expected experts of a layer, got none")
+    for name, chosen in core.items():
+        if name not in choices:
+            raise ValueError(f"core: expected layers of choices ({', '.join(choices)}), got {name}")
+        if wrong := [expert for expert in chosen if not 0 <= expert < choices[name].num_experts]:
+            last = choices[name].num_experts - 1
+            raise ValueError(f"core: expected experts from 0 to {last} of {name}, got {wrong[0]}")
     sums = activation_by_example({name: choices[name] for name in core}, examples)
     number = max(rows.shape[0] for rows in sums.values())
     hits, total = torch.zeros(number, dtype=torch.float64), torch.zeros(number, dtype=torch.float64)
@@ -131,6 +137,8 @@ def core_activation(
 def auc(scores: Tensor, labels: Tensor) -> float:
     """The area under the ROC curve: how often an example with label 1 has a higher score than one with 0; ties are
     half. 0.5 is chance. NaN if a label does not occur."""
+    if scores.shape != labels.shape:
+        raise ValueError(f"labels: expected {list(scores.shape)} like scores, got {list(labels.shape)}")
     positive, negative = scores[labels.bool()].double(), scores[~labels.bool()].double()
     if not positive.numel() or not negative.numel():
         return float("nan")

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.routing.context import NOTHING_KNOWN, Context
+from switchgear.routing.ranking import SCORE_FUNCTIONS
 
 _SCALES = ("routed_scaling_factor", "route_scale", "router_scaling_factor")
 _TOKENS = 64  # of the probe
@@ -85,7 +86,7 @@ class Top:
     def _within_groups(self, scores: Tensor, bias: Tensor | None) -> Tensor:
         groups = self.block.groups()
         assert groups is not None
-        by_group = scores.view(len(scores), groups[0], -1)
+        by_group = scores.view(len(scores), groups[0], scores.shape[1] // groups[0])  # no -1: there may be no tokens
         best = by_group.topk(min(1 if self.group_score == "max" else 2, by_group.shape[-1]), dim=-1).values.sum(-1)
         chosen = torch.zeros_like(best).scatter(1, best.topk(groups[1], dim=-1).indices, 1).bool()
         kept = chosen[..., None].expand_as(by_group).reshape_as(scores)
@@ -167,7 +168,8 @@ class Given:
         scores = SCORES[self.score_function](router_logits.detach())
         top_k = self.topk_ids.shape[1]
         order = torch.arange(top_k, 0, -1, device=scores.device, dtype=scores.dtype)
-        first = scores.max() + 1 + order.expand_as(self.topk_ids)  # above all scores, in the order of the table
+        best = scores.max() if len(scores) else 0
+        first = best + 1 + order.expand_as(self.topk_ids)  # above all scores, in the order of the table
         scores = scores.scatter(1, self.topk_ids.clamp(min=0), first)
         return scores if bias is None else scores + bias
 
@@ -183,6 +185,12 @@ class InManner:
     top_k: int
     select: Any = None
     selection_bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, block: MoeBlock, manner: Manner, select: Any) -> InManner:
+        """Another selection for the router of `block`, which scores and weighs as the model does."""
+        assert block.top_k is not None  # manner_of has checked it
+        return cls(manner, block.top_k, scored_like(select, manner.score_function), block.selection_bias())
 
     @property
     def score_function(self) -> str:
@@ -201,6 +209,15 @@ class InManner:
             ids = self.select(seen, context, total).topk_ids.long()
         weights = self.manner.weigh(router_logits, ids)
         return Routing(ids, weights, router_logits, router_logits.shape[1])
+
+
+def scored_like(select: Any, score_function: str) -> Any:
+    """A selection whose option score_function has its default, softmax, with the model's in its place; others as they
+    are."""
+    names = {f.name for f in fields(select)} if is_dataclass(select) else set()
+    if score_function not in SCORE_FUNCTIONS or getattr(select, "score_function", None) != "softmax":
+        return select
+    return replace(select, score_function=score_function) if "score_function" in names else select
 
 
 # ---- the manner of a router ------------------------------------------------------------------------------------------

@@ -41,8 +41,9 @@ from switchgear.routing.losses import (
 )
 from switchgear.routing.masks import ClusterDropout, ExpertDropout, Lookup, Masked, Temperature, TokenIdMask
 from switchgear.routing.pairs import from_pairs
+from switchgear.routing.recording import record
 from switchgear.routing.records import RoutingRecord
-from switchgear.routing.replaying import record, replay
+from switchgear.routing.replaying import replay
 from switchgear.routing.router import Router
 from switchgear.routing.scores import Cosine, GatingResidual, GroupedAvgPool, Linear, Sum, SwitchMixture, Uniform
 from switchgear.routing.scores_of_context import ClusterPrior, FromEmbedding, PerSequence

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,22 +34,16 @@ class Change:
     gain: PerExpert | None = None
 
     def check(self, num_experts: int, top_k: int | None = None) -> None:
-        """Raises ValueError for an expert that does not exist, or for contradictory options."""
-        for name in ("disable", "force", "bias", "gain"):
+        """Raises TypeError for what is no number of an expert, and ValueError for an expert that does not exist or for
+        contradictory options."""
+        for name in ("disable", "force"):
+            _check_ids(name, getattr(self, name), num_experts)
+        for name in ("bias", "gain"):
             given = getattr(self, name)
-            if (
-                given is None
-                or isinstance(given, Tensor)
-                or (name in ("bias", "gain") and not isinstance(given, Mapping))
-            ):
-                if given is not None and tuple(torch.as_tensor(given).shape) != (num_experts,):
-                    raise ValueError(
-                        f"{name}: expected {num_experts} numbers, got {list(torch.as_tensor(given).shape)}"
-                    )
-                continue
-            wrong = [expert for expert in given if not 0 <= expert < num_experts]
-            if wrong:
-                raise ValueError(f"{name}: expected experts from 0 to {num_experts - 1}, got {wrong[0]}")
+            if isinstance(given, Mapping):
+                _check_ids(name, given, num_experts)
+            elif given is not None and tuple(shape := torch.as_tensor(given).shape) != (num_experts,):
+                raise ValueError(f"{name}: expected {num_experts} numbers, got {list(shape)}")
         both = set(self.disable) & set(self.force)
         if both:
             raise ValueError(f"force: expected experts that are not disabled, got {min(both)}")
@@ -79,6 +74,16 @@ class Change:
             gain = per_expert(self.gain, 1.0, num_experts, topk_weights.device).to(topk_weights.dtype)
             topk_weights = torch.where(real, topk_weights * gain[index], topk_weights)
         return topk_ids, topk_weights
+
+
+def _check_ids(name: str, experts: Any, num_experts: int) -> None:
+    if not isinstance(experts, Collection) or isinstance(experts, (str, Tensor)):
+        raise TypeError(f"{name}: expected numbers of experts, got {type(experts).__name__}")
+    for expert in experts:
+        if not hasattr(expert, "__index__"):
+            raise TypeError(f"{name}: expected numbers of experts, got {type(expert).__name__}")
+        if not 0 <= expert < num_experts:
+            raise ValueError(f"{name}: expected experts from 0 to {num_experts - 1}, got {expert}")
 
 
 def per_expert(values: PerExpert | None, default: float, num_experts: int, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from torch.nn.functional import pad
 from switchgear.functional import Routing
 from switchgear.routing.change import Change, PerExpert
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
-from switchgear.routing.ranking import SCORE_FUNCTIONS
 
 if TYPE_CHECKING:
     from switchgear.routing.router import Router
@@ -44,21 +43,22 @@ class Changed:
         return routing._replace(topk_ids=ids, topk_weights=weights)
 
 
+@contextmanager
 def intervene(router: Router, change: Change) -> Iterator[None]:
     change.check(router.num_experts, router.top_k)
-    yield from _overridden(router, lambda select: Changed(select, change))
+    with overridden_router(router, lambda select: Changed(select, change)):
+        yield
 
 
-def _overridden(router: Router, wrapper: Callable[[Select], Select]) -> Iterator[None]:
+@contextmanager
+def overridden_router(router: Router, wrapper: Callable[[Select], Select]) -> Iterator[None]:
+    """Inside the block, `wrapper` of the router's selection selects. The last wrapper is the outermost."""
     router.overrides.append(wrapper)
     try:
         yield
     finally:
         at = next(i for i in reversed(range(len(router.overrides))) if router.overrides[i] is wrapper)
         del router.overrides[at]
-
-
-overridden_router = contextmanager(_overridden)
 
 
 def _constant(select: Select) -> Callable[[Select], Select]:
@@ -95,37 +95,24 @@ def override(
         ValueError: an expert that a layer does not have, a layer that the model does not have, or a router of Hugging
             Face whose selection is not reproduced exactly from its logits; nothing is changed in that case.
     """
-    from switchgear.routing.router import Router
+    from switchgear.trace.observe import pick, traceable
 
     change = Change(disable, force, bias, gain)
-    routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
-    foreign = {} if routers else _hugging_face_blocks(model)
-    found: dict[str, Any] = routers or foreign
-    if not found:
-        raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
-    if layers is not None:
-        missing = sorted(set(layers) - set(found))
-        if missing:
-            raise ValueError(f"layers: expected some of {', '.join(found)}; got {missing[0]}")
-        found = {name: module for name, module in found.items() if name in set(layers)}
-    if foreign:
-        with _hugging_face(found, select, change):
+    found = pick(traceable(model), layers)
+    blocks = {name: source.block for name, source in found.items() if source.router is None}
+    if blocks:
+        with _hugging_face(blocks, select, change):
             yield list(found)
         return
-    for router in found.values():
+    routers = [source.router for source in found.values() if source.router is not None]
+    for router in routers:
         change.check(router.num_experts, router.top_k if select is None else None)
     with ExitStack() as stack:
-        for router in found.values():
+        for router in routers:
             if select is not None:
-                stack.enter_context(contextmanager(_overridden)(router, _constant(select)))
-            stack.enter_context(contextmanager(intervene)(router, change))
+                stack.enter_context(overridden_router(router, _constant(select)))
+            stack.enter_context(intervene(router, change))
         yield list(found)
-
-
-def _hugging_face_blocks(model: nn.Module) -> dict[str, Any]:
-    from switchgear.integrations.moe_blocks import moe_blocks
-
-    return {block.layer: block for block in moe_blocks(model).values()}
 
 
 @contextmanager
@@ -146,9 +133,7 @@ def _hugging_face(blocks: Mapping[str, Any], select: Select | None, change: Chan
         def wrap(own: Select) -> Select:
             chosen = own
             if select is not None:
-                chosen = InManner(
-                    manner, block.top_k, _scored_like(select, manner.score_function), block.selection_bias()
-                )
+                chosen = InManner.of(block, manner, select)
             return Changed(chosen, change, block.num_experts)
 
         return wrap
@@ -157,11 +142,3 @@ def _hugging_face(blocks: Mapping[str, Any], select: Select | None, change: Chan
         for name, block in blocks.items():
             stack.enter_context(overridden(block, manners[name], wrapper(block, manners[name])))
         yield
-
-
-def _scored_like(select: Any, score_function: str) -> Any:
-    """A selection with an option score_function at its default, which is softmax, scores as the model does."""
-    names = {f.name for f in fields(select)} if is_dataclass(select) else set()
-    if score_function not in SCORE_FUNCTIONS or getattr(select, "score_function", None) != "softmax":
-        return select
-    return replace(select, score_function=score_function) if "score_function" in names else select

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switchgear.routing.widths import stacked
+
 _FORMAT = 1  # version of the file format
 _ROWS = 1 << 16  # choices that are packed at a time
 
@@ -40,9 +42,13 @@ class LayerRecord:
     @classmethod
     def of(cls, topk_ids: Tensor, num_classes: int) -> LayerRecord:
         """Packs topk_ids [N,K], -1 for none."""
+        if topk_ids.dtype.is_floating_point:
+            raise TypeError(f"topk_ids: expected integers, got {topk_ids.dtype}")
+        if topk_ids.dim() != 2:
+            raise ValueError(f"topk_ids: expected [N,K], got {list(topk_ids.shape)}")
         ids = topk_ids.to("cpu", torch.int64)
-        if ids.dim() != 2 or (ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < num_classes):
-            raise ValueError(f"topk_ids: expected [N,K] from -1 to {num_classes - 1}, got {list(ids.shape)}")
+        if wrong := ids[(ids < -1) | (ids >= num_classes)].tolist():
+            raise ValueError(f"topk_ids: expected ids from -1 to {num_classes - 1}, got {wrong[0]}")
         empty = bool((ids < 0).any())
         bits = max(1, (num_classes + empty - 1).bit_length())
         codes = torch.where(ids < 0, num_classes, ids).flatten()
@@ -110,10 +116,14 @@ class RoutingRecord:
         for sequences of these lengths, one after the other. num_classes: E, or by layer."""
         record = cls()
         record.lengths = torch.as_tensor(lengths, dtype=torch.int64).cpu()
+        if record.lengths.dim() != 1 or bool((record.lengths < 0).any()):
+            raise ValueError(f"lengths: expected tokens of each sequence, got {record.lengths.tolist()}")
         total = int(record.lengths.sum())
         for name, ids in topk_ids.items():
             if len(ids) != total:
                 raise ValueError(f"topk_ids: expected {total} tokens in {name}, got {len(ids)}")
+            if not isinstance(num_classes, int) and name not in num_classes:
+                raise ValueError(f"num_classes: expected a number for {name}, got those of {', '.join(num_classes)}")
             classes = num_classes if isinstance(num_classes, int) else num_classes[name]
             record.layers[name] = LayerRecord.of(ids, classes)
         if token_ids is not None:
@@ -140,7 +150,7 @@ class RoutingRecord:
         for record in records:
             if list(record.layers) != list(first.layers) or (record.token_ids is None) != (first.token_ids is None):
                 raise ValueError("records: expected those of one model, got different layers")
-        ids = {name: _stacked([record.layers[name].topk_ids() for record in records]) for name in first.layers}
+        ids = {name: stacked([record.layers[name].topk_ids() for record in records]) for name in first.layers}
         classes = {name: max(record.layers[name].num_classes for record in records) for name in first.layers}
         tokens = (
             None if first.token_ids is None else torch.cat([r.token_ids for r in records if r.token_ids is not None])
@@ -181,9 +191,3 @@ class RoutingRecord:
             layer.check(total)
             record.layers[str(name)] = layer
         return record
-
-
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Choices [n,K], with -1 up to the largest K."""
-    width = max(part.shape[1] for part in parts)
-    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in parts])

@@ -204,7 +204,8 @@ class Router(nn.Module):
 
         Raises ValueError for an expert that does not exist, or for contradictory options.
         """
-        yield from intervene(self, Change(disable, force, bias, gain))
+        with intervene(self, Change(disable, force, bias, gain)):
+            yield
 
     def _top_k(self) -> TopK:
         assert self.top_k is not None

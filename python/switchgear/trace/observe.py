@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.routing.routed_layers import is_recomputing
 from switchgear.routing.router import Router
 
 
@@ -68,15 +69,16 @@ def observe(model: nn.Module, function: Observer, layers: Collection[str] | None
     them, or what runs its experts. Calls that gradient checkpointing repeats in backward are left out.
 
     Args:
-        layers: names of blocks (moe_blocks); all if None.
+        layers: names of blocks (moe_blocks), or of layers in a RoutingTrace; all if None.
 
     Raises:
         ValueError: the model has no MoE layer, or none of a given name.
     """
     check_module("model", model)
     sources = {block.name: Source(block, _router(block)) for block in moe_blocks(model).values()}
-    with watch(model, pick(sources, layers), function):
-        yield list(pick(sources, layers))
+    picked = pick(sources, layers)
+    with watch(model, picked, function):
+        yield list(picked)
 
 
 def traceable(model: nn.Module) -> dict[str, Source]:
@@ -91,13 +93,17 @@ def traceable(model: nn.Module) -> dict[str, Source]:
 
 
 def pick(sources: Mapping[str, Source], layers: Collection[str] | None) -> dict[str, Source]:
-    """The sources of these names, or of blocks with these names. Raises ValueError for an unknown name."""
+    """The sources of these names: those of blocks, or of layers in a RoutingTrace. Raises ValueError for an unknown
+    name."""
     if not sources:
         raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
     if layers is None:
         return dict(sources)
-    wanted = {layers} if isinstance(layers, str) else set(layers)
-    names = {name: {name} | ({s.block.name} if s.block is not None else set()) for name, s in sources.items()}
+    wanted = set(list_of_names("layers", layers))
+    names = {
+        name: {name} | ({source.block.name, source.block.layer} if source.block is not None else set())
+        for name, source in sources.items()
+    }
     missing = sorted(wanted - set().union(*names.values()))
     if missing:
         raise ValueError(f"layers: expected some of {', '.join(sources)}; got {missing[0]}")
@@ -121,11 +127,6 @@ def watch(model: nn.Module, sources: Mapping[str, Source], function: Observer) -
                 assert source.block is not None
                 stack.enter_context(watched(source.block, _choice_hook(name, source.block, inputs, function)))
         yield
-
-
-def is_recomputing() -> bool:
-    """Whether this call runs inside backward, where checkpointing repeats a forward that was recorded already."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _router(block: MoeBlock) -> Router | None:

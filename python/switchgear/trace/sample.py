@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from switchgear.routing.widths import stacked
+
 
 class TokenSample:
     """At most `size` tokens, each with the same probability: every token draws a key, and the largest keys stay.
@@ -35,7 +37,7 @@ class TokenSample:
         at = index.to(x.device)
         new = [keys[index], x.detach()[at].clone(), topk_ids[at].int(), topk_weights.detach()[at].float()]
         old = [self._keys, self.inputs, self.topk_ids, self.topk_weights]
-        merged = [b if not len(a) else torch.cat(_same_width(a, b)) for a, b in zip(old, new, strict=True)]
+        merged = [_after(a, b) for a, b in zip(old, new, strict=True)]
         if len(merged[0]) > self.size:
             kept = merged[0].topk(self.size).indices
             merged = [merged[0][kept], *(tensor[kept.to(tensor.device)] for tensor in merged[1:])]
@@ -57,11 +59,9 @@ class TokenSample:
         return sample
 
 
-def _same_width(a: Tensor, b: Tensor) -> list[Tensor]:
-    """Selections may choose different numbers of experts per call: -1 and 0 fill the rest."""
-    if a.dim() == 1 or a.shape[1] == b.shape[1]:
-        return [a.to(b.device), b]
-    width = max(a.shape[1], b.shape[1])
-    fill = -1 if a.dtype is torch.int32 else 0
-    pads = [torch.nn.functional.pad(t, (0, width - t.shape[1]), value=fill) for t in (a.to(b.device), b)]
-    return pads
+def _after(old: Tensor, new: Tensor) -> Tensor:
+    """The rows of both on the device of the new ones."""
+    if not len(old):
+        return new
+    rows = [old.to(new.device), new]
+    return torch.cat(rows) if new.dim() == 1 else stacked(rows, -1 if new.dtype is torch.int32 else 0)

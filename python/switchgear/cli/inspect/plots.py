@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...common.plots import colors, pyplot, save
-from .measure import Inspection, Layer
+from .measure import SEGMENT, Inspection, Layer
 
 MOST_MATRICES = 6  # layers whose matrices are shown: the first, the last and those between
 MOST_TICKS = 24
@@ -74,7 +74,7 @@ def cacheability(found: Inspection, path: Path) -> None:
     _numbered(axis, found.layers)
     axis.set_ylim(0, 1.05)
     axis.set_ylabel("best hit rate")
-    axis.set_title("A cache of experts that is refilled every 16 tokens")
+    axis.set_title(f"A cache of experts that is refilled every {SEGMENT} tokens")
     axis.legend()
     save(figure, path)
 
@@ -114,7 +114,7 @@ def _matrices(pairs: Sequence[tuple[Layer, Any]], title: str, label: str, path: 
         axis.axis("on")
         matrix = matrix.copy()
         np.fill_diagonal(matrix, np.nan)
-        _image(figure, axis, matrix, label, vmin=min(0.0, float(np.nanmin(matrix))), vmax=highest)
+        _image(figure, axis, matrix, label, vmin=min(0.0, float(_off_diagonal(matrix).min())), vmax=highest)
         axis.set_title(layer.name, fontsize=8)
     figure.suptitle(title if shown else f"{title}: not available", x=0.01, ha="left", fontsize=10)
     save(figure, path)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The layers whose choices can be recorded and replayed: routers of ours, or blocks of Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.complaints import check_module
+from switchgear.functional import Routing
+from switchgear.routing.context import Context, Select
+from switchgear.routing.interventions import overridden_router
+from switchgear.routing.ranking import normalized, scores_of
+from switchgear.routing.router import Router
+
+
+@dataclass(frozen=True)
+class RoutedLayer:
+    """A router of ours, or a block of Hugging Face."""
+
+    name: str
+    router: Router | None
+    block: Any
+
+    @property
+    def num_classes(self) -> int | None:
+        """None if only the logits tell."""
+        return None if self.router is None else self.router.num_experts
+
+    def manner(self) -> Any:
+        """What weighs any choice as the router does. Raises ValueError if there is none."""
+        if self.router is not None:
+            return _RouterManner.of(self.name, self.router)
+        from switchgear.integrations.routers import manner_of
+
+        return manner_of(self.block)
+
+    @contextmanager
+    def overridden(self, wrapper: Callable[[Select], Select], manner: Any) -> Iterator[None]:
+        if self.router is None:
+            from switchgear.integrations.choices import overridden
+
+            with overridden(self.block, manner, wrapper):
+                yield
+            return
+        with overridden_router(self.router, wrapper):
+            yield
+
+
+@dataclass(frozen=True)
+class _RouterManner:
+    """The weights of our selections that follow from scores: score_function, normalize, scale."""
+
+    score_function: str
+    normalize: bool
+    scale: float
+
+    def weigh(self, router_logits: Tensor, ids: Tensor) -> Tensor:
+        weights = scores_of(router_logits, self.score_function).gather(1, ids.clamp(min=0)).masked_fill(ids < 0, 0)
+        return (normalized(weights) if self.normalize else weights) * self.scale
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, name: str, router: Router) -> _RouterManner:
+        """Verified on random logits, with the router's own selection."""
+        select: Any = router.selection()
+        while not hasattr(select, "score_function") and hasattr(select, "select"):
+            select = select.select
+        manner = cls(
+            str(getattr(select, "score_function", "softmax")), bool(getattr(select, "normalize", False)),
+            float(getattr(select, "scale", 1.0)),
+        )  # fmt: skip
+        device = next((p.device for p in router.parameters()), torch.device("cpu"))
+        logits = torch.randn(64, router.num_experts, generator=torch.Generator().manual_seed(0)).to(device)
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                routing = router.selection()(logits, Context(training=router.training), router.e_score_correction_bias)
+            weights = manner.weigh(routing.router_logits, routing.topk_ids.long())
+            # Both are sums and quotients of a few float32 numbers.
+            right = torch.allclose(weights, routing.topk_weights.float(), rtol=1e-5, atol=1e-7)
+            right = right and torch.equal(routing.router_logits, logits)
+        except (ValueError, RuntimeError):  # it needs a context
+            right = False
+        if not right:
+            raise ValueError(
+                f"{name}: expected a selection whose weights are scores of the choice, got {type(select).__name__}"
+            )
+        return manner
+
+
+def layers_of(model: nn.Module, layers: Collection[str] | None) -> dict[str, RoutedLayer]:
+    """The layers by name, as in a RoutingTrace. Raises ValueError for a model or a layer that cannot be replayed."""
+    from switchgear.trace.observe import pick, traceable
+
+    check_module("model", model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"model: expected a decoder alone, got {type(model).__name__}")
+    found = {name: RoutedLayer(name, s.router, s.block) for name, s in pick(traceable(model), layers).items()}
+    for name, layer in found.items():
+        if layer.router is not None and layer.router.capacity is not None:
+            raise ValueError(f"{name}: expected a router without a capacity limit, got {layer.router.capacity}")
+    return found
+
+
+@contextmanager
+def heard(layer: RoutedLayer, function: Callable[[Tensor, int], None]) -> Iterator[None]:
+    """Inside the block, function(topk_ids [T,K], num_classes) is called at each choice that is not repeated."""
+    if layer.router is not None:
+
+        def hook(router: nn.Module, args: Any, routing: Routing) -> None:
+            if not is_recomputing():
+                function(routing.topk_ids, routing.num_experts)
+
+        handle = layer.router.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    from switchgear.integrations.choices import Choice, watched
+
+    def see(choice: Choice) -> None:
+        if not is_recomputing():
+            classes = layer.block.num_experts
+            if choice.router_logits is not None:
+                classes = max(classes, choice.router_logits.shape[1])
+            function(choice.topk_ids, classes)
+
+    with watched(layer.block, see):
+        yield
+
+
+def key_of(name: str, repeat: int) -> str:
+    """The name in a record of a layer's call number `repeat` in a forward."""
+    return name if not repeat else f"{name}#{repeat}"
+
+
+def is_recomputing() -> bool:
+    """Whether this call runs inside backward, where checkpointing repeats a forward that was recorded already."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
