@@ -16,6 +16,7 @@ Adapters:   adapters.add_lora(model, rank), load_peft, save_peft, merge; mixture
             adapters.mixture, adapters.LoRAExperts
 Conversion: convert.upcycle, split_dense, from_dense_experts, merge_models, to_dense, …; convert.run for checkpoints
 Compression: compress calibrates, then prunes, merges, sparsifies or quantizes experts, with bits per expert
+Offload:    offload.simulate replays a recorded run through the policies of a cache of experts
 Training:   finetune trains some experts alone; distill; optim.Muon
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
 """
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from switchgear import adapters, compress, convert, distill, finetune, layers, optim, presets, routing, weights
+from switchgear import adapters, compress, convert, distill, finetune, layers, offload, optim, presets, routing, weights
 from switchgear.backends import backend, use_backend
 from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gemm, moe, permute, plan, route
@@ -67,6 +68,7 @@ __all__ = [
     "layers",
     "load_balancing_loss",
     "moe",
+    "offload",
     "optim",
     "override",
     "permute",

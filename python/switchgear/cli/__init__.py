@@ -17,6 +17,7 @@ COMMANDS = {
     "train-tiny": "train a small MoE model on real text, to try compression on",
     "inspect": "report how a model's routers use its experts: load, entropy, similarity, domains, caches",
     "compress": "prune, merge and quantize the experts of a checkpoint by a recipe",
+    "offload-plan": "predict the hits of a cache of experts, by policy and size, on your text",
     "convert": "convert checkpoints: dense to MoE and back, merges, layouts of experts",
     "bench": "time MoE layers at the shapes of real models, against other implementations",
     "plan-parallel": "predict bytes, waiting and memory of experts distributed over many ranks",

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which experts a cache would hold: a recorded run replayed through every cache policy, before memory is bought.
+
+`Accesses.of` takes what `diagnostics.collect` or `routing.record` recorded; `simulate` and `simulate_all` count hits,
+misses and bytes. docs/offload.md."""
+
+from __future__ import annotations
+
+from switchgear.offload.accesses import Accesses
+from switchgear.offload.policies import (
+    LFRU,
+    LFU,
+    LIFO,
+    LRU,
+    POLICIES,
+    Belady,
+    FrequencyDistance,
+    LeastStale,
+    Now,
+    Policy,
+    StaticFrequency,
+    Use,
+)
+from switchgear.offload.simulation import LayerHits, Simulation, simulate, simulate_all
+
+__all__ = [
+    "LFRU",
+    "LFU",
+    "LIFO",
+    "LRU",
+    "POLICIES",
+    "Accesses",
+    "Belady",
+    "FrequencyDistance",
+    "LayerHits",
+    "LeastStale",
+    "Now",
+    "Policy",
+    "Simulation",
+    "StaticFrequency",
+    "Use",
+    "simulate",
+    "simulate_all",
+]

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The experts that a model uses, in the order in which it runs: what a cache of experts sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from switchgear.diagnostics.choices import LayerChoices
+from switchgear.routing.records import RoutingRecord
+
+Source = Mapping[str, LayerChoices] | RoutingRecord | Sequence[Sequence[Iterable[int]]]
+
+
+@dataclass(frozen=True)
+class Accesses:
+    """The sets of experts of a run of S steps through L layers. A step is a forward pass: a token that is decoded, or
+    the tokens of a prompt.
+
+    Attributes:
+        layers: L names, in the order in which layers run.
+        num_experts: of each layer.
+        steps: [S][L]: the distinct experts of each step and layer, ascending.
+        tokens: of each step.
+    """
+
+    layers: tuple[str, ...]
+    num_experts: tuple[int, ...]
+    steps: tuple[tuple[tuple[int, ...], ...], ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.tokens)
+
+    @property
+    def num_uses(self) -> int:
+        """Experts of all sets: the hits and misses of any cache."""
+        return sum(len(experts) for step in self.steps for experts in step)
+
+    def counts(self) -> dict[tuple[int, int], int]:
+        """How many sets have the expert, by (layer, expert)."""
+        result: dict[tuple[int, int], int] = {}
+        for step in self.steps:
+            for layer, experts in enumerate(step):
+                for expert in experts:
+                    result[layer, expert] = result.get((layer, expert), 0) + 1
+        return result
+
+    def split(self, steps: int) -> tuple[Accesses, Accesses]:
+        """The first steps and the others: to calibrate on one part, and to replay the other."""
+        if not 0 <= steps <= len(self.steps):
+            raise ValueError(f"steps: expected 0 to {len(self.steps)}, got {steps}")
+        first = Accesses(self.layers, self.num_experts, self.steps[:steps], self.tokens[:steps])
+        return first, Accesses(self.layers, self.num_experts, self.steps[steps:], self.tokens[steps:])
+
+    @staticmethod
+    def join(parts: Sequence[Accesses]) -> Accesses:
+        """Several runs of one model, one after the other."""
+        if not parts:
+            raise ValueError("parts: expected at least one run, got none")
+        first = parts[0]
+        for part in parts:
+            if (part.layers, part.num_experts) != (first.layers, first.num_experts):
+                raise ValueError("parts: expected runs of one model, got different layers")
+        steps = tuple(step for part in parts for step in part.steps)
+        return Accesses(first.layers, first.num_experts, steps, tuple(n for part in parts for n in part.tokens))
+
+    @staticmethod
+    def of(source: Source, *, prompt: int | None = 0, num_experts: int | None = None) -> Accesses:
+        """The accesses of a recorded run.
+
+        Args:
+            source: what `diagnostics.collect` or `routing.record` yields, or a list: the experts of each step and
+                layer, `source[step][layer]`, in any order, -1 for none. A step of a list counts as one token.
+            prompt: tokens at the start of each sequence that run in one step; the others run token by token, as in
+                decoding. None: a step for each whole sequence. Sequences are those of the record, or the rows of each
+                batch that `collect` saw. For a list, leave it out.
+            num_experts: of each layer of a list, 1 + its largest id if None. For a record, experts with weights, if the
+                router has other classes too (null experts): those are left out.
+
+        Raises:
+            ValueError: a layer with another number of tokens than the first (one that runs twice in a pass, or that
+                drops tokens); an expert out of range; rows of different lengths.
+        """
+        if prompt is not None and prompt < 0:
+            raise ValueError(f"prompt: expected None or a number of tokens, got {prompt}")
+        if isinstance(source, RoutingRecord):
+            ids = {name: layer.topk_ids() for name, layer in source.layers.items()}
+            experts = {name: layer.num_classes for name, layer in source.layers.items()}
+            _run_once(ids)
+            return _of_ids(ids, experts, source.lengths.tolist(), prompt, num_experts)
+        if isinstance(source, Mapping):
+            choices = {name: source[name] for name in source}
+            for name, layer in choices.items():
+                if not isinstance(layer, LayerChoices):
+                    raise TypeError(f"source: expected LayerChoices in {name}, got {type(layer).__name__}")
+            ids = {name: layer.topk_ids for name, layer in choices.items()}
+            experts = {name: layer.num_experts for name, layer in choices.items()}
+            return _of_ids(ids, experts, _lengths(choices), prompt, num_experts)
+        if prompt != 0:
+            raise ValueError(f"prompt: expected 0 for a list, whose steps are given, got {prompt}")
+        return _of_list(source, num_experts)
+
+
+def _run_once(names: Iterable[str]) -> None:
+    for name in names:
+        if "#" in name:
+            raise ValueError(f"source: expected layers that run once in a pass, got {name}")
+
+
+def _lengths(choices: Mapping[str, LayerChoices]) -> list[int]:
+    """Tokens of each sequence: runs of one example."""
+    first = next(iter(choices.values()), None)
+    if first is None:
+        return []
+    if first.examples is None:
+        return [first.num_tokens]
+    counts: list[int] = torch.unique_consecutive(first.examples, return_counts=True)[1].tolist()
+    return counts
+
+
+def _of_ids(
+    ids: Mapping[str, Tensor],
+    classes: Mapping[str, int],
+    lengths: Sequence[int],
+    prompt: int | None,
+    num_experts: int | None,
+) -> Accesses:
+    """From topk_ids [T,K] by layer, for sequences of these lengths."""
+    widths = {name: number if num_experts is None else min(num_experts, number) for name, number in classes.items()}
+    total = sum(lengths)
+    bounds = _bounds(lengths, prompt)
+    columns = []
+    for name, layer in ids.items():
+        if len(layer) != total:
+            raise ValueError(f"source: expected {total} tokens in {name}, got {len(layer)}")
+        if num_experts is not None:
+            layer = torch.where(layer < num_experts, layer, -1)
+        rows = layer.tolist()
+        sets = [{expert for row in rows[begin:end] for expert in row} for begin, end in bounds]
+        columns.append([_checked(experts, widths[name], name) for experts in sets])
+    steps = tuple(tuple(column[i] for column in columns) for i in range(len(bounds)))
+    return Accesses(tuple(ids), tuple(widths.values()), steps, tuple(end - begin for begin, end in bounds))
+
+
+def _bounds(lengths: Sequence[int], prompt: int | None) -> list[tuple[int, int]]:
+    """First and last token of each step."""
+    result = []
+    begin = 0
+    for length in lengths:
+        end = begin + length
+        first = end if prompt is None else min(begin + prompt, end)
+        result += [(begin, first)] * (first > begin)
+        result += [(token, token + 1) for token in range(first, end)]
+        begin = end
+    return result
+
+
+def _of_list(source: Sequence[Sequence[Iterable[int]]], num_experts: int | None) -> Accesses:
+    steps = [[set(experts) for experts in step] for step in source]
+    num_layers = len(steps[0]) if steps else 0
+    for step in steps:
+        if len(step) != num_layers:
+            raise ValueError(f"source: expected {num_layers} layers in each step, got {len(step)}")
+    largest = max((expert for step in steps for experts in step for expert in experts), default=-1)
+    width = largest + 1 if num_experts is None else num_experts
+    names = tuple(map(str, range(num_layers)))
+    checked = tuple(tuple(_checked(step[i], width, names[i]) for i in range(num_layers)) for step in steps)
+    return Accesses(names, (width,) * num_layers, checked, (1,) * len(checked))
+
+
+def _checked(experts: set[int], num_experts: int, name: str) -> tuple[int, ...]:
+    result = tuple(sorted(experts - {-1}))
+    if result and not 0 <= result[0] <= result[-1] < num_experts:
+        wrong = result[0] if result[0] < 0 else result[-1]
+        raise ValueError(f"source: expected experts from -1 to {num_experts - 1} in layer {name}, got {wrong}")
+    return result

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The hits and misses of a cache of experts on a recorded run.
+
+An expert's weights are one record, loaded when it is needed and absent. A step's experts of a layer run together:
+
+- those that are resident are hits, whatever the order of the others;
+- all of them stay until the layer has run, if the cache has so many slots;
+- if it has fewer, they run in waves: first the resident ones, then the others through one slot more. Afterwards the
+  cache keeps those that the policy would evict last.
+
+Misses then depend on the policy alone, and Belady's are the fewest of any policy that loads on demand: a miss is saved
+for each interval between two uses of an expert in which it stays, the experts that stay at a moment are bounded, and
+dropping the interval that ends last keeps the most intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from itertools import accumulate
+from math import inf, isfinite
+
+from switchgear.offload.accesses import Accesses
+from switchgear.offload.policies import POLICIES, Now, Policy, Use
+
+
+@dataclass(frozen=True)
+class LayerHits:
+    name: str
+    hits: int
+    misses: int
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(self.hits + self.misses, 1)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a cache of `slots` experts does in a run.
+
+    Attributes:
+        policy: its name.
+        shared: one cache for all layers, or one of slots / L for each.
+        slots: of all layers.
+        bytes: loaded, misses × record_bytes; None without record_bytes.
+        tokens_per_second: None without a bandwidth.
+        layers: hits and misses of each.
+    """
+
+    policy: str
+    shared: bool
+    slots: int
+    hits: int
+    misses: int
+    bytes: int | None
+    tokens_per_second: float | None
+    layers: tuple[LayerHits, ...]
+
+    @property
+    def hit_rate(self) -> float:
+        """Of the uses of experts; 0 if there are none."""
+        return self.hits / max(self.hits + self.misses, 1)
+
+
+def simulate(
+    accesses: Accesses,
+    policy: Policy,
+    *,
+    slots: int | None = None,
+    bytes: int | None = None,
+    shared: bool = False,
+    record_bytes: int | None = None,
+    bandwidth: float | None = None,
+    compute_seconds: float = 0.0,
+) -> Simulation:
+    """Replays a run through an empty cache.
+
+    Args:
+        slots: experts per layer that the cache holds; if shared, L times as many for all layers together.
+        bytes: of the whole cache, instead of slots; record_bytes says what an expert takes.
+        shared: one cache for all layers instead of one for each.
+        record_bytes: of an expert.
+        bandwidth: bytes per second at which experts are loaded.
+        compute_seconds: of a step whose experts are resident. Loads add to it: nothing overlaps.
+    """
+    if not isinstance(accesses, Accesses):
+        raise TypeError(f"accesses: expected Accesses, got {type(accesses).__name__}; Accesses.of makes them")
+    if isinstance(policy, type) or not hasattr(policy, "touch"):
+        shown = policy.__name__ if isinstance(policy, type) else repr(policy)
+        raise TypeError(f"policy: expected a policy such as LRU(), got {shown}")
+    for name, count in (("slots", slots), ("bytes", bytes), ("record_bytes", record_bytes)):
+        if count is not None and not isinstance(count, int):
+            raise TypeError(f"{name}: expected an integer, got {count!r}")
+    for name, number in (("record_bytes", record_bytes), ("bandwidth", bandwidth)):
+        if number is not None and not (number > 0 and isfinite(number)):
+            raise ValueError(f"{name}: expected more than 0, got {number}")
+    if not (compute_seconds >= 0 and isfinite(compute_seconds)):
+        raise ValueError(f"compute_seconds: expected at least 0, got {compute_seconds}")
+    if bandwidth is not None and record_bytes is None:
+        raise ValueError("record_bytes: expected a number beside a bandwidth, got None")
+    num_layers = len(accesses.layers)
+    capacities = _capacities(num_layers, slots, bytes, shared, record_bytes)
+    hits, misses = _replay(accesses, policy, capacities)
+    loaded = None if record_bytes is None else sum(misses) * record_bytes
+    rate = None
+    if bandwidth is not None and loaded is not None:
+        seconds = loaded / bandwidth + compute_seconds * len(accesses.steps)
+        rate = accesses.num_tokens / seconds if seconds else (inf if accesses.num_tokens else 0.0)
+    layers = tuple(LayerHits(*layer) for layer in zip(accesses.layers, hits, misses, strict=True))
+    return Simulation(policy.name, shared, sum(capacities), sum(hits), sum(misses), loaded, rate, layers)
+
+
+def simulate_all(
+    accesses: Accesses,
+    policies: Sequence[Policy] = POLICIES,
+    *,
+    slots: int | None = None,
+    bytes: int | None = None,
+    shared: bool = False,
+    record_bytes: int | None = None,
+    bandwidth: float | None = None,
+    compute_seconds: float = 0.0,
+) -> dict[str, Simulation]:
+    """`simulate` for each policy, by its name. Add StaticFrequency.of(another run) to POLICIES to see a hot list."""
+    names = [policy.name for policy in policies]
+    if len(set(names)) < len(names):
+        raise ValueError(f"policies: expected different names, got {', '.join(names)}")
+    return {
+        policy.name: simulate(
+            accesses, policy, slots=slots, bytes=bytes, shared=shared, record_bytes=record_bytes, bandwidth=bandwidth,
+            compute_seconds=compute_seconds,
+        )
+        for policy in policies
+    }  # fmt: skip
+
+
+def _capacities(
+    num_layers: int, slots: int | None, size: int | None, shared: bool, record_bytes: int | None
+) -> list[int]:
+    """Slots of each cache: one for all layers, or one per layer."""
+    if (slots is None) == (size is None):
+        raise ValueError(f"slots: expected slots or bytes, got {'neither' if slots is None else 'both'}")
+    if slots is not None:
+        if slots < 1:
+            raise ValueError(f"slots: expected at least 1, got {slots}")
+        each = slots * num_layers if shared else slots
+    else:
+        assert size is not None
+        if record_bytes is None:
+            raise ValueError("record_bytes: expected a number beside bytes, got None")
+        each = size // (record_bytes if shared else record_bytes * max(num_layers, 1))
+        if each < 1:
+            least = record_bytes * (1 if shared else num_layers)
+            raise ValueError(f"bytes: expected at least {least}, a slot for {'one' if shared else 'each'}, got {size}")
+    return [each] * min(num_layers, 1) if shared else [each] * num_layers
+
+
+class _Cache:
+    """Resident experts by number, and a heap per group. An entry of a heap is outdated once its expert was used again
+    or evicted; it is dropped when it comes up."""
+
+    def __init__(self, policy: Policy, capacity: int) -> None:
+        self.policy, self.capacity = policy, capacity
+        self.last: dict[int, int] = {}  # number of the last use of experts that may be evicted
+        self.heaps: dict[int, list[tuple[float, int, int, int]]] = {}  # (value, number of the use, moment, expert)
+        self.num_uses = self.entries = 0
+
+    def put(self, expert: int, use: Use) -> None:
+        group, value = self.policy.touch(use)
+        self.last[expert] = self.num_uses
+        heappush(self.heaps.setdefault(group, []), (value, self.num_uses, use.moment, expert))
+        self.num_uses += 1
+        self.entries += 1
+        if self.entries > 4 * len(self.last) + 64:
+            self._compact()
+
+    def evict(self, now: Now) -> None:
+        best = None
+        for group in list(self.heaps):
+            heap = self.heaps[group]
+            while heap and self.last.get(heap[0][3]) != heap[0][1]:
+                heappop(heap)
+                self.entries -= 1
+            if not heap:
+                del self.heaps[group]
+                continue
+            value, number, moment, expert = heap[0]
+            rank = (self.policy.score(group, value, moment, now), number, expert)
+            best = rank if best is None or rank < best else best
+        assert best is not None
+        del self.last[best[2]]
+
+    def _compact(self) -> None:
+        for group, heap in list(self.heaps.items()):
+            heap[:] = [entry for entry in heap if self.last.get(entry[3]) == entry[1]]
+            heapify(heap)
+            if not heap:
+                del self.heaps[group]
+        self.entries = sum(map(len, self.heaps.values()))
+
+
+def _replay(accesses: Accesses, policy: Policy, capacities: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Hits and misses by layer. Experts are numbered through all layers, in their order."""
+    num_layers = len(accesses.layers)
+    firsts = [0, *accumulate(accesses.num_experts)]
+    caches = [_Cache(policy, capacity) for capacity in capacities]
+    future = _next_uses(accesses) if policy.looks_ahead else None
+    hits, misses = [0] * num_layers, [0] * num_layers
+    counts: dict[int, int] = {}
+    loaded: dict[int, int] = {}
+    moment = 0
+    for step in accesses.steps:
+        for layer, experts in enumerate(step):
+            cache, now, first = caches[layer % len(caches)], Now(layer, num_layers, moment), firsts[layer]
+            resident: dict[int, Use] = {}
+            absent: dict[int, Use] = {}
+            for place, expert in enumerate(experts):
+                key = first + expert
+                counts[key] = counts.get(key, 0) + 1
+                into = resident if key in cache.last else absent
+                if into is absent:
+                    loaded[key] = moment
+                following = inf if future is None else future[moment][place]
+                into[key] = Use(layer, expert, counts[key], loaded[key], moment, following)
+            hits[layer] += len(resident)
+            misses[layer] += len(absent)
+            _run(cache, {**resident, **absent}, now)
+            moment += 1
+    return hits, misses
+
+
+def _run(cache: _Cache, uses: dict[int, Use], now: Now) -> None:
+    together = len(uses) <= cache.capacity
+    if together:  # nothing may evict them: they take their slots first
+        for key in uses:
+            cache.last.pop(key, None)
+        for _ in range(len(cache.last) + len(uses) - cache.capacity):
+            cache.evict(now)
+    for key, use in uses.items():
+        cache.put(key, use)
+    if not together:
+        for _ in range(len(cache.last) - cache.capacity):
+            cache.evict(now)
+
+
+def _next_uses(accesses: Accesses) -> list[list[float]]:
+    """By moment, for each of its experts: the moment of its next use, inf for none."""
+    num_layers = len(accesses.layers)
+    following: list[dict[int, float]] = [{} for _ in range(num_layers)]
+    result: list[list[float]] = []
+    moment = len(accesses.steps) * num_layers
+    for step in reversed(accesses.steps):
+        for layer in reversed(range(num_layers)):
+            moment -= 1
+            known = following[layer]
+            result.append([known.get(expert, inf) for expert in step[layer]])
+            known.update(dict.fromkeys(step[layer], float(moment)))
+    result.reverse()
+    return result

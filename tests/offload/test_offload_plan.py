@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`switchgear offload-plan`: bytes from the config, hits from the text, and its complaints."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from replayed import Replay, as_sets
+
+from switchgear import diagnostics, offload
+from switchgear.cli import main, offload_plan
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("rich")
+
+EXPERT = 3 * 32 * 16 * 4  # bytes: gate, up and down in float32
+
+
+def olmoe() -> Any:
+    torch.manual_seed(0)
+    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_experts=6, num_experts_per_tok=2, max_position_embeddings=64, pad_token_id=None, bos_token_id=None,
+        eos_token_id=None,
+    )).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("olmoe")
+    olmoe().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "letters.txt"
+    file.write_bytes(bytes(range(40, 104)) * 2)
+    return file
+
+
+def dense_bytes() -> int:
+    return sum(p.numel() * 4 for name, p in olmoe().named_parameters() if ".experts." not in name)
+
+
+def test_it_predicts_and_recommends(
+    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    cached = 64 * 2 * 2 * 32 * 4  # tokens, layers, keys and values: float32 like the weights
+    memory = dense_bytes() + cached + 3 * 2 * EXPERT + 100  # room for 3 experts per layer
+    file = tmp_path / "hits.png"
+    arguments = ["offload-plan", str(checkpoint), "--memory", str(memory), "--text", str(text), "--length", "32"]
+    assert main([*arguments, "--bandwidth", "1M", "--plot", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "3 of 6 per layer" in out
+    assert "6.0 KiB each" in out
+    assert "64 tokens decoded one by one, 4.0 experts each" in out
+    assert file.stat().st_size > 1000
+
+    ids = torch.tensor(list(text.read_bytes())).view(4, 32)
+    model = olmoe()
+    with torch.no_grad(), diagnostics.collect(model) as choices:
+        model(input_ids=ids, use_cache=False)
+    steps = as_sets(offload.Accesses.of(choices).split(64)[1])
+    plain = Replay("lru", steps, 3, shared=False)
+    row = next(line.split() for line in out.splitlines() if re.match(r"\s*lru +\d", line))
+    assert f"{sum(plain.hits) / (sum(plain.hits) + sum(plain.misses)):.1%}" == row[2]  # after the name and 2 slots
+    rate = float(re.search(r"([\d.]+) KiB loaded per token, ([\d.]+) tokens/s", out)[2])  # type: ignore[index]
+    loaded = float(re.search(r"([\d.]+) KiB loaded per token", out)[1])  # type: ignore[index]
+    assert rate == pytest.approx(1024 / loaded, rel=0.03)
+
+
+def test_a_model_that_fits_needs_no_cache(checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["offload-plan", str(checkpoint), "--text", str(text), "--length", "32", "--tokens", "64"]
+    assert main([*arguments, "--memory", "1G"]) == 0
+    assert "recommended: no cache, since all experts fit" in capsys.readouterr().out
+
+
+def test_mistakes_are_named(checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def complaint(*arguments: str) -> str:
+        assert main(["offload-plan", str(checkpoint), "--text", str(text), *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "--memory: expected at least" in complaint("--memory", "20K")
+    assert "--plot: expected a file in a folder that exists" in complaint("--memory", "1G", "--plot", "/nowhere/a.png")
+    assert "is too short" in complaint("--memory", "1G", "--length", "1000")
+
+
+def test_sizes() -> None:
+    assert [offload_plan.size(text) for text in ("8G", "1.5M", "3KiB", "7", "1TB")] == [
+        8 << 30, 3 << 19, 3072, 7, 1 << 40,
+    ]  # fmt: skip
+    for text in ("", "8X", "-1G", "0", "G"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a size like 8G"):
+            offload_plan.size(text)
