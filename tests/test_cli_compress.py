@@ -80,6 +80,18 @@ def test_bits_by_expert_keep_their_average(model: Path, capsys: pytest.CaptureFi
     assert "at 2.00 bits" in capsys.readouterr().out
 
 
+def test_bits_by_expert_within_a_tolerance(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = {"do": "quantize", "bits": {"of": [1, 2, 4], "tolerance": 1e9}, "group_size": 32}
+    assert run(model, write(model, mixed)) == 0
+    assert "at 1.00 bits" in capsys.readouterr().out
+
+
+def test_bits_by_layer_need_no_text(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    by_layer = {"do": "quantize", "bits": {"model.layers.0.mlp": 2, "model.layers.1.mlp": 4}, "group_size": 32}
+    assert run(model, write(model, by_layer, text=[])) == 0
+    assert "at 3.00 bits" in capsys.readouterr().out
+
+
 def test_an_interrupted_run_goes_on(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +175,7 @@ def test_a_folder_of_something_else_is_left_alone(model: Path, capsys: pytest.Ca
         ('{"calibration": {"length": 1}, "steps": [{"do": "quantize"}]}', "calibration.length: expected an integer"),
         ('{"calibration": {"text": "a"}, "steps": [{"do": "quantize"}]}', "calibration.text: expected a list"),
         ('{"steps": [{"do": "quantize", "bits": {"average": 2, "width": 3}}]}', "bits: expected of, average"),
+        ('{"steps": [{"do": "quantize", "bits": {"of": [1, 2], "avrage": 2}}]}', "bits: expected of, average"),
     ],
 )
 def test_a_wrong_recipe_is_named(recipe: str, message: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

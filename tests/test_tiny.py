@@ -183,6 +183,19 @@ def test_a_full_disk_leaves_what_was_there(
 
 
 @pytest.mark.usefixtures("small")
+def test_calibration_does_not_read_the_held_out_text(domains: list[Domain], tmp_path: Path) -> None:
+    from switchgear.cli.checkpoint import read_texts
+    from switchgear.tiny.model import build
+    from switchgear.tiny.train import QUICK
+
+    folder = save(build(0), QUICK, domains, FEW, tmp_path / "model").folder
+    held_out = {domain.name: bytes(domain.held_out.tolist()) for domain in domains}
+    trained_on = {domain.name: bytes(domain.train.tolist()) for domain in domains}
+    assert read_texts([], folder) == held_out
+    assert read_texts([], folder, to_calibrate=True) == trained_on
+
+
+@pytest.mark.usefixtures("small")
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -193,6 +206,7 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "cannot write to" in capsys.readouterr().err
     with pytest.raises(CommandError, match="run `switchgear train-tiny` first"):
         newest()
-    (other / "tiny.json").write_text(json.dumps({"domains": 3}))
-    with pytest.raises(CommandError, match="expected a model of `switchgear train-tiny`"):
-        load(other)
+    for about in ({"domains": 3}, {"domains": {}, "sensitivity": {"losses": {}}}):
+        (other / "tiny.json").write_text(json.dumps(about))
+        with pytest.raises(CommandError, match="expected a model of `switchgear train-tiny`"):
+            load(other)

@@ -49,12 +49,16 @@ def load_model(folder: Path, dtype: str = "auto") -> Any:
     return model
 
 
-def read_texts(files: Sequence[str], folder: Path, option: str = "--text") -> dict[str, bytes]:
-    """The texts by domain, the name of a file without its ending. Without files, those of a model of train-tiny."""
+def read_texts(
+    files: Sequence[str], folder: Path, option: str = "--text", *, to_calibrate: bool = False
+) -> dict[str, bytes]:
+    """The texts by domain, the name of a file without its ending. Without files, those of a model of train-tiny: the
+    held-out ones, or, to calibrate, some of those that it was trained on, since the others judge the result."""
     if not files:
         if not (folder / "tiny.json").exists():
             raise CommandError(f"{option}: expected files, since {folder} has no text of its own")
-        return {domain.name: bytes(domain.held_out.tolist()) for domain in cache.load(folder).domains}
+        domains = cache.load(folder).domains
+        return {domain.name: bytes((domain.train if to_calibrate else domain.held_out).tolist()) for domain in domains}
     texts: dict[str, bytes] = {}
     for file in map(Path, files):
         if file.exists() and not file.is_file():

@@ -106,6 +106,7 @@ def load(folder: str | Path) -> Tiny:
             Domain(name, source, *(_read(folder / "text" / f"{name}.{part}") for part in ("calibration", "held_out")))
             for name, source in about["domains"].items()
         ]
+        Sensitivity(**{key: value for key, value in about["sensitivity"].items() if key != "accepted"})
         return Tiny(folder, about, domains)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CommandError(f"{folder}: expected a model of `switchgear train-tiny` ({error})") from None

@@ -41,7 +41,13 @@ class Step:
             return self.options.get("criterion") != "random"
         if self.do == "prune_weights":
             return self.options.get("metric") != "magnitude"
-        return self.do != "quantize" or self.needs_hessians or isinstance(self.options.get("bits"), Mapping)
+        return self.do != "quantize" or self.needs_hessians or self.distributes_bits
+
+    @property
+    def distributes_bits(self) -> bool:
+        """Whether `bits` says what allocate_bits distributes, not how many bits layers get."""
+        bits = self.options.get("bits")
+        return isinstance(bits, Mapping) and any(name in bits for name in MIXED)
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def _step(place: str, data: Any) -> Step:
             raise CommandError(f"{place}: expected options of {data['do']} ({', '.join(known)}), got {name!r}")
     if data["do"] == "quantize":
         options.setdefault("store", False)  # from_pretrained does not know the stored form
-        if isinstance(options.get("bits"), dict) and "average" in options["bits"]:
+        if Step(data["do"], options).distributes_bits:
             _check_keys(f"{place}: bits", options["bits"], MIXED)
     try:
         signature.bind(None, **options)

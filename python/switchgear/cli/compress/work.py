@@ -32,7 +32,8 @@ COPIED = (
 
 def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fresh: bool = False) -> Iterator[str]:
     """Yields a line per step. CommandError for whatever the user can mend; then OUT does not exist."""
-    texts = read_texts(recipe.text, source, "recipe: calibration.text") if _needs_text(recipe) else {}
+    place = "recipe: calibration.text"
+    texts = read_texts(recipe.text, source, place, to_calibrate=True) if _needs_text(recipe) else {}
     partial = Partial(out, identity(source, recipe, texts, dtype), fresh)
     try:
         done = partial.steps()
@@ -66,9 +67,9 @@ def apply(step: Step, model: Any, calibration: Calibration | None, place: str) -
     if step.needs_calibration:
         options["calibration"] = calibration
     try:
-        bits = options.get("bits")
-        if isinstance(bits, dict) and "average" in bits:
+        if step.distributes_bits:
             assert calibration is not None
+            bits = options["bits"]
             how: Any = {name: value for name, value in bits.items() if name != "of"}
             sizes: Any = {name: options[name] for name in ("group_size", "symmetric") if name in options}
             errors = functions.expert_errors(model, calibration, tuple(bits.get("of", (1, 2, 3))), **sizes)
