@@ -312,7 +312,10 @@ def test_layers_that_transformers_leaves_out_are_left_out(published: Callable[[s
         (lambda path: configure(path, {"quant_method": ["fp8"]}), "expected quant_method mxfp4, fp8, bitsandbytes"),
         (lambda path: configure(path, CONFIGS["fp8"] | {"weight_block_size": 128}), "expected weight_block_size"),
         (lambda path: configure(path, None), "expected a quantization_config in config.json, got none"),
-        (lambda path: configure(path, {"quant_method": "hqq"}), "expected quant_method .*bitsandbytes.* in .*, got hqq"),
+        (
+            lambda path: configure(path, {"quant_method": "hqq"}),
+            "expected quant_method .*bitsandbytes.* in .*, got hqq",
+        ),
         (
             lambda path: configure(path, CONFIGS["fp8"] | {"weight_block_size": [64, 64]}),
             r"expected weight_block_size \[128, 128\] in config.json, got \[64, 64\]",
