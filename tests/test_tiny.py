@@ -123,7 +123,7 @@ def test_a_command_trains_once_and_writes_a_checkpoint(
 
 
 @pytest.mark.usefixtures("small")
-def test_pruned_experts_are_those_that_nobody_chooses() -> None:
+def test_pruned_experts_are_those_that_no_token_chooses() -> None:
     from switchgear.tiny.model import build, gates_of
     from switchgear.tiny.sensitivity import without
 

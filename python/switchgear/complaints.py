@@ -14,6 +14,11 @@ import torch
 from torch import Tensor, nn
 
 
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error, for the message of another one."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def complain(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Raises TypeError for an argument whose type differs from the declared one or a tensor that is not dense, and
     ValueError for integers beyond 64 bits and for tensors without dimensions or on different devices. Returns if all

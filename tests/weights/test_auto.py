@@ -52,7 +52,7 @@ def test_bits_are_asked_for() -> None:
     model = moe_of()
     name, reason = picked(model, lossless=False, bits=3)
     assert name == "groups"
-    assert "bits as asked for" in reason
+    assert "requested number of bits" in reason
     assert stored_of(model.experts).form == Groups(bits=3, symmetric=False)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="bits: expected none of a lossless form, got 3"):
         switchgear.store(moe_of(), "auto", bits=3)

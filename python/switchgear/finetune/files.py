@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.complaints import check_module, first_line
 from switchgear.weights.selected import SUFFIX, selection_of
 
 _FORMAT = 1  # version of the file format
@@ -107,5 +107,5 @@ def _read(path: str | PathLike[str]) -> Any:
                 raise ValueError("parameters that are no weights")
             return data
         except Exception as error:  # torch.load raises many kinds for files of others
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            reason = first_line(error)
             raise ValueError(f"path: expected a file of save_selected, got {path} ({reason})") from error

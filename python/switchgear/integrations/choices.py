@@ -8,6 +8,7 @@ models are tapped at both. In a few, only the router's output says who is chosen
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -198,14 +199,14 @@ class _Nllb(AtExperts):
         return [block.experts.register_forward_pre_hook(before), block.gate.register_forward_hook(keep_logits)]
 
 
-class AtRouter:
+class AtRouter(ABC):
     """The router's output says all; `read` and `write` translate it."""
 
-    def read(self, block: MoeBlock, x: Tensor, output: Any) -> Choice:
-        raise NotImplementedError
+    @abstractmethod
+    def read(self, block: MoeBlock, x: Tensor, output: Any) -> Choice: ...
 
-    def write(self, block: MoeBlock, choice: Choice, output: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def write(self, block: MoeBlock, choice: Choice, output: Any) -> Any: ...
 
     def attach(self, block: MoeBlock, tap: _Tap) -> list[Any]:
         def after(gate: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.tensor import DTensor
 
+from switchgear.complaints import first_line
 from switchgear.experts import Experts
 from switchgear.parallel.checkpoint_metadata import Reader, read_metadata
 from switchgear.parallel.experts import ParallelExperts
@@ -170,7 +171,7 @@ def _naming(path: str | Path) -> Iterator[None]:
         yield
     except CheckpointException as failure:
         rank, (error, _) = next(iter(failure.failures.items()))
-        reason = f"rank {rank}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason = f"rank {rank}: {first_line(error)}"
         raise ValueError(f"path: expected tensors that can be read in {path}, got {reason}") from failure
 
 

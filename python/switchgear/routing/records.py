@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switchgear.complaints import first_line
 from switchgear.routing.widths import stacked
 
 _FORMAT = 1  # version of the file format
@@ -172,7 +173,7 @@ class RoutingRecord:
             try:
                 return cls._of_state(torch.load(file, weights_only=True))
             except Exception as error:  # torch.load raises many kinds for files of others
-                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                reason = first_line(error)
                 raise ValueError(f"path: expected a file of RoutingRecord.save, got {path} ({reason})") from error
 
     @classmethod

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from switchgear.complaints import first_line
 from switchgear.monitoring.sinks import Log, log_to
 from switchgear.reference import check_size
 from switchgear.trace.layer import DEFAULT, LayerTrace, kinds_of
@@ -163,7 +164,7 @@ class RoutingTrace:
             try:
                 return cls._of_data(torch.load(file, weights_only=True))
             except Exception as error:  # torch.load raises many kinds for files of others
-                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                reason = first_line(error)
                 raise ValueError(f"path: expected a file of RoutingTrace.save, got {path} ({reason})") from error
 
     @classmethod

@@ -51,7 +51,7 @@ def candidates(
     plain = Candidate("plain", f"{text}: plain weights on huge pages", {}, True)
     panels = Candidate("panels", f"{text}: the order of the kernels", {})
     if bits is not None:
-        reason = f"{text}: as few bits as asked for"
+        reason = f"{text}: the requested number of bits"
         return [Candidate("groups", reason, {"bits": bits, "symmetric": False}, True)]
     if not lossless:
         if rows <= FEW_ROWS:
