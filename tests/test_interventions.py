@@ -249,3 +249,14 @@ def test_experts_of_a_hugging_face_model_are_disabled_and_amplified(olmoe: Any) 
     assert all(int(layer.tokens_per_expert.sum()) == 0 for layer in trace.layers.values())
     with pytest.raises(ValueError, match="disable: expected experts from 0"), switchgear.override(olmoe, disable=[E]):
         pass
+
+
+@pytest.mark.parametrize("change", [{"force": [1]}, {"bias": {1: 1.0}}])
+def test_a_selection_without_logits_takes_no_force_and_no_bias(change: dict[str, Any]) -> None:
+    moe = switchgear.MoE(8, 8, 4, 2)
+    with (
+        pytest.raises(ValueError, match=f"{next(iter(change))}: expected none for Random"),
+        switchgear.override(moe, select=switchgear.routing.Random(2), **change),
+    ):
+        pass
+    assert not moe.gate.overrides

@@ -14,13 +14,13 @@ from switchgear.convert.checks import finite_numbers
 from switchgear.convert.ffn import FeedForward, activation_of, feed_forward
 from switchgear.convert.modules import is_transformers
 from switchgear.experts import Experts
+from switchgear.integrations.moe_blocks import SHARED
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import GatedSharedExperts
 from switchgear.reference import check_choice, check_size
 from switchgear.weights import stored_of
 
 METHODS = ("sum", "mean", "topk", "svd")
-SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 
 
 def to_dense(

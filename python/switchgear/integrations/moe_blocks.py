@@ -13,7 +13,7 @@ from switchgear.adapters.wrappers import is_wrapper
 from switchgear.routing.router import Router
 
 _GATES = ("gate", "router")  # transformers has no third name
-_SHARED = ("shared_experts", "shared_expert", "shared_mlp")
+SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 _BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases", "moe_statics.e_score_correction_bias")
 _LINEARS = ("gate", "layer", "classifier", "wg", "proj")  # where a router holds its weight, if not itself
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -165,7 +165,7 @@ def _hugging_face(model: nn.Module) -> Iterator[MoeBlock]:
             block, experts = (model.get_submodule(block_name) if name else module), module
         gate = _child(block, _GATES)
         num_experts = _num_experts(experts, gate)
-        shared = _child(block, _SHARED)
+        shared = _child(block, SHARED)
         top_k = _top_k(gate, block, experts)
         yield MoeBlock(block_name, block, gate, experts, num_experts, top_k, shared, name, config)
 

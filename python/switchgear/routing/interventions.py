@@ -107,6 +107,10 @@ def override(
     routers = [source.router for source in found.values() if source.router is not None]
     for router in routers:
         change.check(router.num_experts, router.top_k if select is None else None)
+        own = router.select if select is None else select
+        if (force or bias is not None) and not getattr(own, "uses_logits", True):
+            name = "force" if force else "bias"
+            raise ValueError(f"{name}: expected none for {type(own).__name__}, which does not choose by logits")
     with ExitStack() as stack:
         for router in routers:
             if select is not None:
