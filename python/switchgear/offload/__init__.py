@@ -7,6 +7,8 @@ misses and bytes. docs/offload.md."""
 from __future__ import annotations
 
 from switchgear.offload.accesses import Accesses
+from switchgear.offload.errors import StoreError
+from switchgear.offload.load_model import load_model
 from switchgear.offload.policies import (
     LFRU,
     LFU,
@@ -22,6 +24,8 @@ from switchgear.offload.policies import (
     Use,
 )
 from switchgear.offload.simulation import LayerHits, Simulation, simulate, simulate_all
+from switchgear.offload.store import Store, write_store
+from switchgear.offload.store_records import Part, Records
 
 __all__ = [
     "LFRU",
@@ -35,10 +39,16 @@ __all__ = [
     "LayerHits",
     "LeastStale",
     "Now",
+    "Part",
     "Policy",
+    "Records",
     "Simulation",
     "StaticFrequency",
+    "Store",
+    "StoreError",
     "Use",
+    "load_model",
     "simulate",
     "simulate_all",
+    "write_store",
 ]
