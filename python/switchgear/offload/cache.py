@@ -286,7 +286,10 @@ class CachedLayer:
         size, urgent = [self.record_bytes] * len(keys), [is_urgent] * len(keys)
         # One call of C, which no signal interrupts: a read that began is always in `into`.
         tickets = map(self.cache.reader.submit, files, offsets, size, addresses, checksums, urgent)
-        into.update(zip(keys, zip(rows, tickets, strict=False), strict=False))
+        try:
+            into.update(zip(keys, zip(rows, tickets, strict=False), strict=False))
+        except OSError as error:  # a closed reader, too many tickets
+            raise StoreError(f"{self.name}: {error}") from error
 
     def _row_by_force(self) -> int | None:
         """A row for an expert without which the layer cannot go on."""
