@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
     def view(self, records: Tensor) -> Tensor:
         """[S, *shape] of records [S, record_bytes]."""
-        return records[:, self.offset : self.offset + self.nbytes].view(self.dtype).unflatten(1, self.shape)
+        return records[:, self.offset : self.offset + self.nbytes].view(self.dtype).view(-1, *self.shape)
 
 
 @dataclass(frozen=True)
