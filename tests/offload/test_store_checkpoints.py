@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import switchgear
 from switchgear import offload
+from switchgear.cli import main
 from switchgear.integrations.published import load_published
 from switchgear.integrations.tiny_configs import tiny_config
 from switchgear.offload import Store, write_store
@@ -137,3 +138,21 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, form: str) -> None:
     assert peaks[1] < 4 * layer + (
         64 << 20
     )  # the plain layer, its encoding and temporaries, and 64 MiB of mapped files
+
+
+def test_the_command_writes_a_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = saved(tmp_path / "c", "mixtral"), str(tmp_path / "s")
+    assert main(["offload-store", str(path), "--out", out, "--form", "int4", "--set", "group_size=32", "--verify"]) == 0
+    store = Store.open(out)
+    assert store.form == "int4(group_size=32)"
+    assert f"{out}: 16 experts of 4 layers as int4(group_size=32), " in capsys.readouterr().out
+    for arguments, message in (
+        ([str(path), "--out", out], "does not exist"),
+        ([str(path), "--out", out + "2", "--form", "zip"], "form: expected"),
+        ([str(path), "--out", out + "2", "--set", "form=int4"], "--set: expected"),
+        ([str(path), "--out", out + "2", "--set", "bits=3"], "bits"),
+        ([str(tmp_path), "--out", out + "2"], "config.json"),
+    ):
+        assert main(["offload-store", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["c", "s"]
