@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import switchgear
 from switchgear import Experts, MoE, offload
 from switchgear.offload import Records, Store, StoreError, store_index, store_writer, write_store
-from switchgear.weights import Weight, stored_of, weights_of
+from switchgear.weights import stored_of, weights_of
 from switchgear.weights.layout import layout_of
 from switchgear.weights.store import FORMS
 
@@ -54,28 +54,6 @@ def arena_of(store: Store, records: Records, order: list[int]) -> Tensor:
     return arena
 
 
-def contiguous(weight: Weight, bits: int) -> Weight:
-    """A copy without the strides of records."""
-    tensors = {
-        name: t.contiguous()
-        for name in ("data", "scales", "row_scales", "zeros")
-        if (t := getattr(weight, name)) is not None
-    }
-    if weight.records is not None:
-        data, first = weight.data, weight.records[:, 0].tolist()
-        planes = [
-            data.as_strided(
-                (bits, *data.shape[1:]),
-                (data[0].numel(), *data.stride()[1:]),
-                data.storage_offset() + row * data.stride(0),
-            )
-            for row in first
-        ]
-        records = torch.tensor([[bits * row, bits] for row in range(len(first))], dtype=torch.int32)
-        tensors |= {"data": torch.cat(planes), "records": records}
-    return weight.with_tensors(tensors)
-
-
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_records_have_the_bits_of_stored_experts(tmp_path: Path, form: str) -> None:
     model = small(sizes=(64, 64)) if form != "compact" else small(sizes=(1024, 512), experts=2)
@@ -97,18 +75,22 @@ def test_records_have_the_bits_of_stored_experts(tmp_path: Path, form: str) -> N
             assert weight.data.untyped_storage().data_ptr() == arena.untyped_storage().data_ptr()
             assert all(t.data_ptr() % 64 == 0 for t in weight.tensors if t.dtype is not torch.int32)
             same = want if isinstance(want, Tensor) else want.plain()
-            assert torch.equal(contiguous(weight, options.get("bits", 4)).plain(), same)
+            assert torch.equal(weight.plain(), same)
     assert {path.name for path in tmp_path.iterdir()} == {"s"}
 
 
-def test_plain_records_multiply_where_they_lie(tmp_path: Path) -> None:
-    model = small(1)
-    store = write_store(model, tmp_path / "s")
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_kernels_multiply_records_where_they_lie(tmp_path: Path, form: str) -> None:
+    model = small(1, sizes=(64, 64)) if form != "compact" else small(1, sizes=(1024, 512))
+    options = OPTIONS.get(form, {})
+    store = write_store(model, tmp_path / "s", form, **options)
+    if form != "plain":
+        switchgear.store(model, form, **options)
     records = store.layers["0.experts"]
     first, second = records.weights(
         arena_of(store, records, [4, 2, 0, 1, 3]), torch.tensor([2, 3, 1, 4, 0], dtype=torch.int32)
     )
-    experts, x = model[0].experts, torch.randn(7, 64).bfloat16()
+    experts, x = model[0].experts, torch.randn(7, model[0].experts.hidden_size).bfloat16()
     ids = torch.stack([torch.randperm(5)[:2] for _ in range(7)]).int()
     weights = torch.rand(7, 2)
     got = switchgear.functional.moe(x, first, second, ids, weights)
@@ -426,8 +408,8 @@ def test_fuzzed_indexes(tmp_path: Path, form: str) -> None:
         opened += 1
         for records in store.layers.values():
             memory = torch.zeros(records.num_experts, records.record_bytes, dtype=torch.uint8)
-            for weight, bits in zip(records.weights(memory), (4, 4), strict=True):
-                contiguous(weight, bits).plain()
+            for weight in records.weights(memory):
+                weight.plain()
     assert opened < 60
     assert [message for message in messages if "expected" not in message] == []
 
