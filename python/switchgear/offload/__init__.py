@@ -2,11 +2,17 @@
 """Which experts a cache would hold: a recorded run replayed through every cache policy, before memory is bought.
 
 `Accesses.of` takes what `diagnostics.collect` or `routing.record` recorded; `simulate` and `simulate_all` count hits,
-misses and bytes. docs/offload.md."""
+misses and bytes. Predictors (`NextGate`, `Follows`, `FromPreGate`, `FromPreRouter`) say what the next layers need;
+`recall` and `watch` count how often they are right, and `timeline` what prefetch hides. docs/offload.md."""
 
 from __future__ import annotations
 
 from switchgear.offload.accesses import Accesses
+from switchgear.offload.batches import expert_batches
+from switchgear.offload.follows import Follows
+from switchgear.offload.from_pre_router import FromPreRouter
+from switchgear.offload.hot_cold import HotColdSplit, SplitCost
+from switchgear.offload.next_gate import FromPreGate, NextGate
 from switchgear.offload.policies import (
     LFRU,
     LFU,
@@ -21,7 +27,10 @@ from switchgear.offload.policies import (
     StaticFrequency,
     Use,
 )
+from switchgear.offload.predictors import Predictor
+from switchgear.offload.recall import LayerRecall, Recall, recall, watch
 from switchgear.offload.simulation import LayerHits, Simulation, simulate, simulate_all
+from switchgear.offload.timeline import Interval, Timeline, pregated, timeline
 
 __all__ = [
     "LFRU",
@@ -31,14 +40,30 @@ __all__ = [
     "POLICIES",
     "Accesses",
     "Belady",
+    "Follows",
     "FrequencyDistance",
+    "FromPreGate",
+    "FromPreRouter",
+    "HotColdSplit",
+    "Interval",
     "LayerHits",
+    "LayerRecall",
     "LeastStale",
+    "NextGate",
     "Now",
     "Policy",
+    "Predictor",
+    "Recall",
     "Simulation",
+    "SplitCost",
     "StaticFrequency",
+    "Timeline",
     "Use",
+    "expert_batches",
+    "pregated",
+    "recall",
     "simulate",
     "simulate_all",
+    "timeline",
+    "watch",
 ]
