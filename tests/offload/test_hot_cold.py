@@ -50,6 +50,8 @@ def test_row43_the_output_does_not_depend_on_the_split(options: dict[str, Any]) 
                 y = split(x, ids, weights)
             # A sum of K products in two parts: one rounding more.
             torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert split(x, ids, weights).dtype == experts(x, ids, weights).dtype
     empty = split(x[:0], ids[:0], weights[:0])
     assert empty.shape == (0, H)
 

@@ -68,7 +68,7 @@ def test_row44_distilled_from_recorded_choices() -> None:
         for t in range(len(own))
         for e in chosen[t]
     )
-    assert float(pre.loss(embeddings, topk_ids)) == pytest.approx(wanted, rel=1e-5)
+    assert pre.loss(embeddings, topk_ids).item() == pytest.approx(wanted, rel=1e-5)
 
     def recall() -> float:
         found = pre.choose(embeddings, K)

@@ -115,7 +115,8 @@ def singles(seed: int, num_layers: int = 3, length: int = 60) -> Any:
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("order", [1, 2])
-def test_row42_argmax_of_the_empirical_conditional(order: int, num_layers: int) -> None:
+@pytest.mark.parametrize("observed_first", [False, True])
+def test_row42_argmax_of_the_empirical_conditional(order: int, num_layers: int, observed_first: bool) -> None:
     for seed in range(4):
         steps = singles(seed, num_layers)
         chain = [next(iter(experts)) for step in steps for experts in step]  # by moment
@@ -123,8 +124,11 @@ def test_row42_argmax_of_the_empirical_conditional(order: int, num_layers: int) 
         for moment, expert in enumerate(chain):
             layer = moment % num_layers
             ids = torch.tensor([[expert]])
+            if observed_first:
+                predictor.observe(layer, ids)
             predicted = predictor.predict(layer, torch.empty(1, 0), ids)
-            predictor.observe(layer, ids)
+            if not observed_first:
+                predictor.observe(layer, ids)
             if moment + 1 < order:
                 continue
             context = chain[moment + 1 - order : moment + 1]

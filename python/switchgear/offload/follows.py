@@ -23,7 +23,7 @@ class Follows:
     For one expert per layer it is the argmax of the empirical conditional P(j | i) = n(i, j) / n(i): of the steps that
     had i, those that had j next; of order 2, P(j | h, i). A layer with several experts averages over them, or their
     pairs, and several tokens add up. After the last layer comes the first one of the next step. A context that was
-    never seen has the frequencies P(j) of the layer. Ties go to the lowest id.
+    never seen has the P of one layer less, at last the frequencies P(j). Ties go to the lowest id.
 
     Attributes:
         tables: [order][layer]: P of the layer's experts, [E,…,E] with a dimension for each layer before; the last
@@ -48,7 +48,7 @@ class Follows:
         Args:
             order: layers that a prediction looks back on, 1 or 2. A table has E^(order+1) float32 per layer.
             experts: see the class.
-            smoothing: steps s added to each context, with the layer's frequencies: P(j | i) = (n(i, j) + s·P(j)) /
+            smoothing: steps s added to each context, with the P of one layer less: P(j | i) = (n(i, j) + s·P(j)) /
                 (n(i) + s). 0: none.
         """
         if order not in (1, 2):
@@ -62,9 +62,8 @@ class Follows:
         frequencies = [member.mean(0) if len(member) else member.sum(0) for member in used]
         tables = [frequencies]
         for length in range(1, order + 1):
-            tables.append(
-                [_conditional(used, layer, length, frequencies[layer], smoothing) for layer in range(len(used))]
-            )
+            fewer = tables[-1]
+            tables.append([_conditional(used, layer, length, fewer[layer], smoothing) for layer in range(len(used))])
         return cls(tables, experts)
 
     @torch.no_grad()
@@ -83,24 +82,25 @@ class Follows:
 
     def _before(self, layer: int, topk_ids: Tensor) -> list[Tensor]:
         """The choices of the layers before `layer`, as far as they are known and of the same tokens."""
-        seen = [(at, ids) for at, ids in self._seen if ids is not topk_ids]
+        num_layers, seen = len(self.tables[0]), self._seen
+        if seen and seen[-1][0] == layer and (num_layers > 1 or seen[-1][1] is topk_ids):
+            seen = seen[:-1]  # this choice, observed already
         result: list[Tensor] = []
         for back in range(1, min(self.order, len(seen) + 1)):
             at, ids = seen[-back]
-            if at != (layer - back) % len(self.tables[0]) or len(ids) != len(topk_ids):
+            if at != (layer - back) % num_layers or len(ids) != len(topk_ids):
                 break
             result.insert(0, ids)
         return result
 
     def _scores(self, ahead: int, contexts: list[Tensor]) -> Tensor:
         """[T,E]: the mean of P over the combinations of the choices [T,K] of each layer."""
-        table = self.tables[len(contexts)][ahead].to(contexts[0].device)
-        frequencies = self.tables[0][ahead].to(table.device)
+        table, frequencies = self.tables[len(contexts)][ahead], self.tables[0][ahead]
         num_tokens = len(contexts[0])
         rows = table[None]
         known = torch.ones(num_tokens, 1, dtype=torch.bool, device=table.device)
         for ids in contexts:  # contracted from the first layer on, with equal weights of its experts, none of -1
-            size = rows.shape[1]
+            size, ids = rows.shape[1], ids.to(table.device)
             index = torch.where((ids >= 0) & (ids < size), ids, size).long()
             weights = table.new_zeros(num_tokens, size + 1).scatter(1, index, 1.0)[:, :size]
             total = weights.sum(1, keepdim=True)
@@ -118,9 +118,9 @@ def _memberships(run: Accesses, layer: int) -> Tensor:
     return result
 
 
-def _conditional(used: list[Tensor], layer: int, length: int, frequencies: Tensor, smoothing: float) -> Tensor:
-    """P [E,…,E] of the experts of `layer`, given those of the `length` layers before. Counts are exact in float32 up to
-    2^24 steps."""
+def _conditional(used: list[Tensor], layer: int, length: int, fewer: Tensor, smoothing: float) -> Tensor:
+    """P [E,…,E] of the experts of `layer`, given those of the `length` layers before. fewer: the P of one layer less.
+    Counts are exact in float32 up to 2^24 steps."""
     num_layers, num_steps = len(used), len(used[layer])
     # The moment of layer l in step s is s·L + l; the context of its moment m are those from m - length to m - 1.
     moments = [layer - back for back in range(length, 0, -1)]
@@ -136,4 +136,4 @@ def _conditional(used: list[Tensor], layer: int, length: int, frequencies: Tenso
         contexts += torch.einsum(f"{named}->{letters}", *parts)
         pairs += torch.einsum(f"{named},sz->{letters}z", *parts, target[begin : begin + _STEPS])
     seen = contexts[..., None] + smoothing
-    return torch.where(seen > 0, (pairs + smoothing * frequencies) / seen.clamp(min=1e-30), frequencies)
+    return torch.where(seen > 0, (pairs + smoothing * fewer) / seen.clamp(min=1e-30), fewer)

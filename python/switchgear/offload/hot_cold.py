@@ -118,21 +118,27 @@ class HotColdSplit(nn.Module):
         if not hot:
             cold = self._to_cold(hidden_states, topk_ids, topk_weights)
             part = self.experts(*cold.inputs).to(hidden_states.device)
-            return torch.zeros_like(hidden_states).index_copy(0, cold.rows, part)
+            return torch.zeros_like(hidden_states, dtype=part.dtype).index_copy(0, cold.rows, part)
         if not bool(((local < 0) & (topk_ids >= 0)).any()):
             return self._hot(hot, hidden_states, local, topk_weights)
         cold = self._to_cold(hidden_states, topk_ids.masked_fill(local >= 0, -1), topk_weights)
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()  # a thread has its own
+        kind = self.experts.down_proj.device.type
+        casts, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
         def compute() -> Tensor:
-            with torch.inference_mode(modes[1]), torch.set_grad_enabled(modes[0]):
+            with (
+                torch.inference_mode(modes[1]),
+                torch.set_grad_enabled(modes[0]),
+                torch.autocast(kind, dtype, enabled=casts),
+            ):
                 part: Tensor = self.experts(*cold.inputs)
                 return part
 
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(compute)
             y = self._hot(hot, hidden_states, local, topk_weights)
-            return y.index_add(0, cold.rows, running.result().to(y.device))
+            return y.index_add(0, cold.rows, running.result().to(y))
 
     def _to_cold(self, x: Tensor, ids: Tensor, weights: Tensor) -> _Cold:
         """The rows with a cold expert, on its device: before the hot part is launched, behind which they would wait."""

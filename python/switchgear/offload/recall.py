@@ -54,7 +54,7 @@ class Recall:
             self._pending[layer].add(expert)
 
     def used(self, layer: int, topk_ids: Tensor) -> None:
-        used = set(topk_ids.unique().tolist()) - {-1}
+        used = {expert for row in topk_ids.tolist() for expert in row} - {-1}
         counts, pending = self._counts[layer], self._pending[layer]
         for i, number in enumerate((len(used), len(pending), len(used & pending))):
             counts[i] += number

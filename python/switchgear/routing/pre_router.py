@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +53,10 @@ class PreRouter(nn.Module):
         if hidden_size % heads:
             raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")
         self.num_experts, self.window = tuple(num_experts), window
-        kwargs = {"device": device, "dtype": dtype}
+        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.layers = nn.ModuleList(_Layer(hidden_size, heads, **kwargs) for _ in range(layers))
-        self.norm = nn.LayerNorm(hidden_size, **kwargs)  # type: ignore[arg-type]
-        self.head = nn.Linear(hidden_size, sum(num_experts), **kwargs)  # type: ignore[arg-type]
+        self.norm = nn.LayerNorm(hidden_size, **kwargs)
+        self.head = nn.Linear(hidden_size, sum(num_experts), **kwargs)
 
     @property
     def reach(self) -> int:
@@ -74,7 +75,7 @@ class PreRouter(nn.Module):
         for layer in self.layers:
             x = layer(x, mask)
         logits: Tensor = self.head(self.norm(x)).flatten(0, 1)
-        return logits.split(self.num_experts, dim=1)
+        return torch.split(logits, list(self.num_experts), dim=1)
 
     @torch.no_grad()
     def choose(self, embeddings: Tensor, top_k: int) -> list[Tensor]:
@@ -105,13 +106,13 @@ class _Layer(nn.Module):
         self, hidden_size: int, heads: int, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         super().__init__()
-        kwargs = {"device": device, "dtype": dtype}
+        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size, **kwargs) for _ in range(2))  # type: ignore[arg-type]
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False, **kwargs)  # type: ignore[arg-type]
-        self.out = nn.Linear(hidden_size, hidden_size, bias=False, **kwargs)  # type: ignore[arg-type]
-        self.up = nn.Linear(hidden_size, 4 * hidden_size, **kwargs)  # type: ignore[arg-type]
-        self.down = nn.Linear(4 * hidden_size, hidden_size, **kwargs)  # type: ignore[arg-type]
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size, **kwargs) for _ in range(2))
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False, **kwargs)
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False, **kwargs)
+        self.up = nn.Linear(hidden_size, 4 * hidden_size, **kwargs)
+        self.down = nn.Linear(4 * hidden_size, hidden_size, **kwargs)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         batch, length, size = x.shape
