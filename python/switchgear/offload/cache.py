@@ -15,30 +15,21 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from ctypes import c_int32
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from switchgear.offload.errors import StoreError
 from switchgear.offload.pool import Pool
+from switchgear.offload.predictors import Predictor
 from switchgear.offload.residency import Residency
 from switchgear.offload.statistics import LayerStatistics
 from switchgear.weights.offloaded import Wave
 
 _FEW = 256  # ids, up to which a set of Python is faster than torch.unique
-
-
-class Predictor(Protocol):
-    """Says which experts will be needed. Layers are counted in the order of the model."""
-
-    def predict(self, layer: int, hidden_states: Tensor, topk_ids: Tensor) -> Iterable[tuple[int, int]]:
-        """(layer, expert), the most likely first. Called when `layer` has routed hidden_states [T,H]."""
-
-    def observe(self, layer: int, topk_ids: Tensor) -> None:
-        """The choice [T,K] that a layer made."""
 
 
 class Cache:
