@@ -28,10 +28,10 @@ FIELDS = ("scales", "row_scales", "zeros", "slots")
 
 def integers(name: str, blocks: str, words: str, groups: str) -> dict[str, str]:
     return {
-        name: f"E{blocks}{words}Q uint8",
-        f"{name}_scales": f"E{blocks}{groups}R int8",
-        f"{name}_row_scales": f"E{blocks}R float32",
-        f"{name}_zeros": f"E{blocks}{groups}R uint8",
+        name: f"E{blocks}{words}Q uint8 experts",
+        f"{name}_scales": f"E{blocks}{groups}R int8 experts",
+        f"{name}_row_scales": f"E{blocks}R float32 experts",
+        f"{name}_zeros": f"E{blocks}{groups}R uint8 experts",
     }
 
 
@@ -43,9 +43,10 @@ PLAIN: dict[str, tuple[str, ...]] = {"gate_up_proj": (), "down_proj": ()}
 
 class Op(NamedTuple):
     """tensors: name -> sizes, dtype ("float" is one dtype for all), and layout: "rows" need contiguous rows, "matrices"
-    contiguous rows or columns, others are contiguous; "out" is an output. Options follow the tensors; an option that is
-    the letter of a size takes its value. weights: the tensors that are the data of a weight, with the letters of its
-    rows and columns if it is stored in integers, () if it is plain. parts and group_size are those of its form."""
+    contiguous rows or columns, "experts" contiguous parts a multiple of 64 bytes apart, others are contiguous; "out" is
+    an output. Options follow the tensors; an option that is the letter of a size takes its value. weights: the tensors
+    that are the data of a weight, with the letters of its rows and columns if it is stored in integers, () if it is
+    plain. parts and group_size are those of its form."""
 
     tensors: dict[str, str]
     options: dict[str, Any]
@@ -155,6 +156,11 @@ OPS = {
         GLU,
         PLAIN,
     ),
+    "moe_accumulate": Op(
+        {"x": "TH float rows", **WEIGHTS, **CHOICES, "sums": "TH float32 rows out"},
+        GLU,
+        PLAIN,
+    ),
     "moe_backward": Op(
         {
             "grad_y": "TH float rows",
@@ -192,6 +198,19 @@ OPS = {
             **CHOICES,
             "y": "TH float rows out",
             "h": "SN float rows out",
+        },
+        {"parts": 2, "group_size": 16, **GLU},
+        {"gate_up_proj": ("N", "H"), "down_proj": ("H", "I")},
+    ),
+    "moe_accumulate in int4": Op(
+        {
+            "x": "TH float rows",
+            **integers("gate_up_proj", "A", "W", "G"),
+            **integers("down_proj", "D", "V", "J"),
+            "gate_up_bias": "EN float rows",
+            "down_bias": "EH float rows",
+            **CHOICES,
+            "sums": "TH float32 rows out",
         },
         {"parts": 2, "group_size": 16, **GLU},
         {"gate_up_proj": ("N", "H"), "down_proj": ("H", "I")},

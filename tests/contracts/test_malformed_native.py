@@ -60,6 +60,13 @@ def longer(dim: int) -> Callable[[Tensor], Tensor]:
     return lambda tensor: torch.cat((tensor, tensor.narrow(dim, 0, 1)), dim).contiguous()
 
 
+def apart(tensor: Tensor, num_bytes: int) -> Tensor:
+    """A copy whose parts are so far apart that 64 bytes do not divide it."""
+    stride = (tensor[0].nbytes // 64 * 64 + 64 + num_bytes) // tensor.element_size()
+    out = tensor.new_zeros(stride * len(tensor)).as_strided(tensor.shape, (stride, *tensor.stride()[1:]))
+    return out.copy_(tensor)
+
+
 def retyped(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.to(dtype)
 
@@ -95,6 +102,12 @@ def defects(op: str, name: str) -> Iterator[Defect]:
         yield "no contiguous dimension", lambda t: every_second(every_second(t, 1), 2)
     if spec.layout == "contiguous" and last:
         yield "rows apart", lambda t: every_second(t, 0)
+    if spec.layout == "experts":
+        yield (
+            "blocks apart",
+            lambda t: every_second(t, next(dim for dim, size in enumerate(t.shape) if dim and size > 1)),
+        )
+        yield "experts apart", lambda t: apart(t, 4)
     if spec.out:
         yield "read only", read_only
         yield "expanded", lambda t: t[:1].expand(t.shape)
@@ -137,6 +150,8 @@ def names_to_blame(op: str, name: str) -> set[str]:
 def check_refused(op: str, args: dict[str, Any], spoiled: dict[str, Any], blamed: set[str]) -> None:
     """The call with some arguments replaced raises, writes nothing, and does not break later valid calls."""
     outputs = outputs_of(op)
+    for output in outputs:  # some ops add to one
+        poison(args[output])
     call(op, args)
     wanted = {output: memory(args[output]).clone() for output in outputs}
     for output in outputs:

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A model whose experts are offloaded: the bits of the resident one, the hits of an independent simulator."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from memory_store import MemoryStore
+from offload_cases import check, make_model, outputs_of, same_bits, steps_of
+from replayed import Replay, as_sets
+
+from switchgear import diagnostics, offload
+from switchgear.offload import LFRU, LFU, LIFO, LRU, Accesses, FrequencyDistance, LeastStale
+
+POLICIES = (LRU(), LFU(), LFRU(), LIFO(), LeastStale(), FrequencyDistance())
+
+
+@torch.no_grad()
+def test_row41_hits_are_those_of_an_independent_lru() -> None:
+    """On a recorded run; the output has the bits of the resident model, and bytes are misses × record."""
+    steps = steps_of()
+    for slots, shared, policy in itertools.product((1, 2, 3, 5), (False, True), POLICIES):
+        model = make_model()
+        wanted = outputs_of(model, steps)
+        runs = []
+        for x in steps:
+            with diagnostics.collect(model) as choices:
+                model(x)
+            runs.append(Accesses.of(choices, prompt=None))
+        accesses = Accesses.join(runs)
+        store = MemoryStore(model)
+        cache = offload.offload(model, store, slots=slots, shared=shared, policy=policy)  # type: ignore[arg-type]
+        got = outputs_of(model, steps)
+        assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True)), (slots, shared, policy)
+        replay = Replay(policy.name, as_sets(accesses), slots, shared)
+        found = cache.statistics
+        assert [layer.hits for layer in found.layers] == replay.hits, (slots, shared, policy)
+        assert [layer.misses for layer in found.layers] == replay.misses
+        simulated = offload.simulate(accesses, policy, slots=slots, shared=shared)
+        assert (found.hits, found.misses) == (simulated.hits, simulated.misses)
+        record = store.layers["0.experts"].record_bytes
+        assert found.bytes == found.misses * record == store.reader.bytes - record  # one more was read at the start
+        check(cache)
