@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.compress.calibration import Calibration
+from switchgear.compress.choose import count_of, per_group_of
 from switchgear.compress.clusters import around_dominant, cosine, hierarchical, matching, neurons, rows_in_order
 from switchgear.compress.layer import ExpertLayer, expert_layers
-from switchgear.compress.prune import count_of, per_group_of
 from switchgear.compress.sums import Domains, LayerCalibration
 from switchgear.compress.surgery import (
     Change,
