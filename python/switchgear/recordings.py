@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Files of what was recorded about a model's routers: dicts written with torch.save, with the number of their format."""
+"""Files of recordings of routers: dicts written with torch.save, with the number of their format."""
 
 from __future__ import annotations
 
