@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import switchgear
 from switchgear import ops, reference
 from switchgear.ops import GluOptions
 from switchgear.testing import Case, Layer, make_layer
-from switchgear.weights import AdaptedWeight
+from switchgear.weights import AdaptedWeight, Groups, Weight, encode
 
 DEFAULT = GluOptions()
 OPTIONS = (
@@ -197,6 +198,27 @@ def test_options(backend: str, options: GluOptions) -> None:
 def test_float64() -> None:
     check(make(SMALL, torch.float64, 5, ragged=True))
     check(make(CASES[4], torch.float64, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
+def test_beside_weights_of_mixed_bits(backend: str, case: Case, symmetric: bool, dtype: torch.dtype) -> None:
+    """Decoded in float64, the weights are exact: 11 bits times 5. So the bounds are those of plain weights."""
+    plain, adapters = make(case, dtype, 3, ragged=True)
+    bits = [1 + expert % 4 for expert in range(len(plain.gate_up_proj))]
+    form = Groups(bits, 32, symmetric)
+    stored = [encode(weight, form, parts=parts) for weight, parts in ((plain.gate_up_proj, 2), (plain.down_proj, 1))]
+    decoded = [decode(weight) for weight in stored]
+    layer = plain._replace(gate_up_proj=decoded[0], down_proj=decoded[1])
+    pair = [adapter._replace(weight=weight) for adapter, weight in zip(adapters, stored, strict=True)]
+    check(Adapted(layer, (pair[0], pair[1])))
+
+
+def decode(weight: Tensor | Weight) -> Tensor:
+    """In float64."""
+    assert isinstance(weight, Weight)
+    return dataclasses.replace(weight, dtype=torch.float32).plain().double()
 
 
 def test_elements_past_a_rank_are_not_read(backend: str) -> None:

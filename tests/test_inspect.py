@@ -88,6 +88,15 @@ def test_its_numbers_are_those_of_a_loop() -> None:
         assert layer.alike(1)[0][2] == pytest.approx(max(others))
 
 
+def test_short_sequences_are_one_segment(checkpoint: Path, texts: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    assert main(["inspect", str(checkpoint), "--text", *texts, "--out", str(out), "--length", "5"]) == 0
+    report = (out / "report.md").read_text()
+    assert "experts in 5" in report
+    assert "filled for each 5 consecutive tokens" in report
+    assert json.loads((out / "results.json").read_text())["segment"] == 5
+
+
 def test_a_domain_has_experts_of_its_own() -> None:
     from switchgear.cli.inspect.measure import Layer
     from switchgear.cli.inspect.report import favourites
@@ -138,7 +147,7 @@ def test_a_layer_of_one_expert_is_drawn_without_warnings(tmp_path: Path) -> None
 
     one = torch.ones(1, 1, dtype=torch.float64)
     layer = Layer("mlp", 1, 1, {"a": [1.0]}, 0.0, one, one, {1: 1.0}, 1.0, 1.0)
-    found = Inspection([layer], {"a": 10}, {"a": 1.0}, {"class": "Model", "parameters": 1})
+    found = Inspection([layer], {"a": 10}, {"a": 1.0}, 16, {"class": "Model", "parameters": 1})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name, draw in PLOTS.items():

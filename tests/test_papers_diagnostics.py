@@ -283,6 +283,15 @@ def test_collect_leaves_padding_out_and_numbers_the_examples(olmoe: Any) -> None
     assert set(diagnostics.activation_by_example(kept)) == set(kept)
 
 
+def test_collect_counts_decoded_tokens_to_their_examples(olmoe: Any) -> None:
+    prompts = torch.randint(1, 50, (2, 4))
+    with diagnostics.collect(olmoe) as kept:
+        for _ in range(2):
+            olmoe.generate(prompts, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    for layer in kept.values():
+        assert layer.examples.tolist() == ([0] * 4 + [1] * 4 + [0, 1] * 2) + ([2] * 4 + [3] * 4 + [2, 3] * 2)
+
+
 # ---- 76: Mixture of tunable experts ----------------------------------------------------------------------------------
 
 

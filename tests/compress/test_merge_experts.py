@@ -13,7 +13,8 @@ from small_models import FAMILIES, clone, expert, hugging_face, our_model, row_b
 
 import switchgear
 from switchgear.compress import calibrate, merge_experts
-from switchgear.compress.clusters import around_dominant, hierarchical, matching
+from switchgear.compress.clusters import around_dominant, hierarchical
+from switchgear.diagnostics.similarity import matching
 from switchgear.integrations.moe_blocks import moe_blocks
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from small_models import clone, our_model
-from torch import nn
+from torch import Tensor, nn
 
 import switchgear
 from switchgear.compress import ProgressivePruner
+from switchgear.compress.progressive import wire_device
 from switchgear.trace import observe
 
 
@@ -128,6 +129,27 @@ def test_the_eager_variant_drops_at_once() -> None:
     with ProgressivePruner(model, 10, windows=1) as pruner:
         history = train(model, pruner, 5)
     assert [len(one["layers.0"]) for one in history] == [8, 8, 8, 8, 1]
+
+
+def test_row46_processes_add_their_proficiency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process's counts decide; they travel on the device that the group's backend takes."""
+    asked: list[Any] = []
+
+    def all_reduce(scores: Tensor, group: Any) -> None:
+        asked.append((scores.device.type, group))
+        scores[5] += 1000  # the other process sent all of its tokens to expert 5
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "gloo")
+    model = our_model().train()
+    with ProgressivePruner(model, 4, windows=1, group="all") as pruner:
+        train(model, pruner, 2)
+    assert pruner.survivors == {"layers.0": [5], "layers.1": [5]}
+    assert asked == [("cpu", "all")] * 2
+    router = our_model().layers[0].gate
+    assert wire_device(router, "all").type == "cpu"
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
+    assert wire_device(router.to("meta"), "all").type == "meta"
 
 
 def test_nothing_is_dropped_before_its_time_and_all_is_undone() -> None:

@@ -3,11 +3,13 @@
 
 from switchgear.compress.bits import BitAllocation, ExpertErrors, allocate_bits, packed_bytes
 from switchgear.compress.calibration import Calibration, calibrate
+from switchgear.compress.choose import PrunedLayer
+from switchgear.compress.errors import expert_errors
 from switchgear.compress.gptq import gptq
 from switchgear.compress.merge import Merged, MergedLayer, merge_experts
 from switchgear.compress.progressive import ProgressivePruner
-from switchgear.compress.prune import Pruned, PrunedLayer, prune_experts
-from switchgear.compress.quantize import Quantized, QuantizedLayer, bits_of, expert_errors, quantize
+from switchgear.compress.prune import Pruned, prune_experts
+from switchgear.compress.quantize import Quantized, QuantizedLayer, bits_of, quantize
 from switchgear.compress.skip import Skipped, skip_experts
 from switchgear.compress.sparsify import Sparsified, SparsifiedLayer, prune_weights
 

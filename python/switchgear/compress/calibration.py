@@ -116,14 +116,28 @@ def _loaded(file: Any, index: int, layer: Mapping[str, Any]) -> LayerCalibration
     for number, domain in enumerate(layer["domains"]):
         domains[domain] = ExpertSums(**tensors("sums", str(number), names=of_sums))
         for name, tensor in domains[domain].tensors().items():
-            if tensor.shape != of_sums[name].shape:
-                raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(of_sums[name].shape)}")
+            _check_shape(name, tensor, tuple(of_sums[name].shape))
     samples = {}
     for number, (domain, limit) in enumerate(layer["samples"].items()):
         found = tensors("samples", str(number), names=("keys", "x", "topk_ids", "topk_weights"))
+        rows = len(found["keys"].reshape(-1))
+        choices = found["topk_ids"].shape[-1] if found["topk_ids"].dim() else 0
+        shapes = {"keys": (), "x": (hidden_size,), "topk_ids": (choices,), "topk_weights": (choices,)}
+        for name, shape in shapes.items():
+            _check_shape(name, found[name], (rows, *shape))
         samples[domain] = Samples(int(limit), **found)
-    hessians = Hessians(**tensors("hessians", names=("inputs", "hidden"))) if layer["hessians"] else None
+    hessians = None
+    if layer["hessians"]:
+        found = tensors("hessians", names=("inputs", "hidden"))
+        for name, size in (("inputs", hidden_size), ("hidden", intermediate_size)):
+            _check_shape(f"hessians.{name}", found[name], (num_experts, size, size))
+        hessians = Hessians(**found)
     return LayerCalibration(num_experts, top_k, hidden_size, intermediate_size, gate, domains, samples, hessians)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(shape)}")
 
 
 # ---- the pass --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Groups of similar experts, and the order of neurons in which two experts are most alike."""
+"""Groups of similar experts, and the rows of neurons in another order."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from switchgear import ops
 
 
 def hierarchical(distances: Tensor, count: int) -> list[list[int]]:
@@ -39,35 +37,6 @@ def around_dominant(similarity: Tensor, frequency: Tensor, count: int) -> list[l
             nearest = dominant[int(similarity[expert, dominant].argmax())]
             groups[nearest].append(expert)
     return sorted(sorted(group) for group in groups.values())
-
-
-def cosine(products: Tensor) -> Tensor:
-    """[E,E] of the products x_i · x_j; 0 for vectors of zeros."""
-    norms = products.diagonal().clamp(min=0).sqrt()
-    return products / (norms[:, None] * norms).clamp(min=1e-30)
-
-
-def matching(similarity: Tensor) -> list[int]:
-    """For each row of [I,I] a different column, such that the sum of similarities is maximal. scipy's Hungarian method,
-    or, without scipy, an auction that comes within I · 1e-6 of the range."""
-    try:
-        from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
-    except ImportError:
-        values = similarity.float()
-        step = max(float(values.max() - values.min()) * 1e-6, 1e-30)
-        ids = ops.assign_balanced(values, torch.zeros(len(values), dtype=torch.int32), 1, step, 10**6)
-        found: list[int] = ids.tolist()
-        return found
-    _, columns = linear_sum_assignment(similarity.numpy(), maximize=True)
-    result: list[int] = columns.tolist()
-    return result
-
-
-def neurons(first: Tensor, second: Tensor, parts: int, interleaved: bool) -> Tensor:
-    """[I, …]: the weights of each neuron of an expert: its rows of first [parts·I,H], its column of second [H,I]."""
-    inner = second.shape[1]
-    rows = first.view(inner, parts, -1) if interleaved else first.view(parts, inner, -1).transpose(0, 1)
-    return torch.cat([rows.flatten(1), second.mT], 1).float()
 
 
 def rows_in_order(order: Sequence[int], parts: int, interleaved: bool) -> Tensor:

@@ -14,7 +14,7 @@ from switchgear.reference import groups
 BLOCK = 128  # columns whose updates of the rest are applied together
 
 
-class Quantized(NamedTuple):
+class Levels(NamedTuple):
     """Levels of matrices [n,N,C] with one number of bits; see reference/groups.py."""
 
     q: Tensor  # [n,N,C] uint8
@@ -22,16 +22,16 @@ class Quantized(NamedTuple):
     zeros: Tensor  # [n,N,G] uint8
 
 
-def rounded(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Quantized:
+def rounded(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Levels:
     """Round to nearest, with the scales of `groups.fit`."""
     levels = groups.quantize(weight, (bits,) * len(weight), group_size, symmetric)
     zeros = levels.zeros if levels.zeros is not None else torch.full_like(levels.scales, 0, dtype=torch.uint8)
     if symmetric or bits == 1:
         zeros = torch.full_like(zeros, 2 ** (bits - 1))
-    return Quantized(levels.q, levels.scales, zeros)
+    return Levels(levels.q, levels.scales, zeros)
 
 
-def decoded(quantized: Quantized, bits: int, group_size: int) -> Tensor:
+def decoded(quantized: Levels, bits: int, group_size: int) -> Tensor:
     """[n,N,C] float32."""
     columns = quantized.q.shape[2]
     size = group_size or columns
@@ -51,7 +51,7 @@ def gptq(
     symmetric: bool = True,
     damping: float = 0.01,
     act_order: bool = False,
-) -> Quantized:
+) -> Levels:
     """Quantizes weight [n,N,C] for Hessians Xᵀ X [n,C,C].
 
     damping: this share of the mean of a Hessian's diagonal is added to it. act_order: columns with the largest diagonal
@@ -73,7 +73,7 @@ def gptq(
     better = row_errors(target - decoded(found, bits, group_size), hessian) < row_errors(
         target - decoded(plain, bits, group_size), hessian
     )
-    return Quantized(*(torch.where(better[..., None], new, old) for new, old in zip(found, plain, strict=True)))
+    return Levels(*(torch.where(better[..., None], new, old) for new, old in zip(found, plain, strict=True)))
 
 
 def row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
@@ -125,9 +125,9 @@ def _compensated(
     bits: int,
     group_size: int,
     symmetric: bool,
-    static: Quantized | None,
+    static: Levels | None,
     order: Tensor,
-) -> Quantized:
+) -> Levels:
     """weight [n,N,C], which is overwritten, in the order of the columns. static: scales of the columns before that."""
     count, rows, columns = weight.shape
     size = group_size or columns
@@ -165,7 +165,7 @@ def _compensated(
             errors[:, :, column - begin] = error
         if end < columns:
             weight[:, :, end:] -= torch.bmm(errors, factor[:, begin:end, end:])
-    return Quantized(q, scales, zeros)
+    return Levels(q, scales, zeros)
 
 
 def _fit(group: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:

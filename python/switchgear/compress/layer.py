@@ -59,15 +59,18 @@ class ExpertLayer:
         return int(self.projection(1).shape[2])
 
     def projection(self, index: int) -> Tensor:
-        """[E,N,H], or [E,H,I] for index 1: a view of the parameter."""
-        weight: Tensor = self.owner(index)._parameters[self.key(index)].detach()
+        """[E,N,H], or [E,H,I] for index 1: a view of the parameter, without its gradient."""
+        return self._projection(index).detach()
+
+    def _projection(self, index: int) -> Tensor:
+        weight: Tensor = self.owner(index)._parameters[self.key(index)]
         if index == 0:  # LongCat's has rows of zero experts, which nothing reads
             weight = weight[: len(self.owner(1)._parameters[self.key(1)])]
         return weight.mT if self.transposed else weight
 
-    def bias(self, index: int) -> Tensor | None:
-        bias = self.owner(index)._parameters.get(f"{self.key(index)}_bias")
-        return None if bias is None else bias.detach()
+    def _bias(self, index: int) -> Tensor | None:
+        bias: Tensor | None = self.owner(index)._parameters.get(f"{self.key(index)}_bias")
+        return bias
 
     def owner(self, index: int) -> Any:
         """The module that holds a projection."""
@@ -101,12 +104,12 @@ class ExpertLayer:
         )  # fmt: skip
 
     def apply(self, inputs: Tensor, offsets: Tensor, first: Tensor | None = None, second: Tensor | None = None) -> Any:
-        """(hidden, outputs) of rows that are grouped by expert, with other weights [E,out,in] if given."""
-        first = self.projection(0) if first is None else first
-        second = self.projection(1) if second is None else second
-        h = grouped_gemm(inputs, first, offsets, bias=self.bias(0))
+        """(hidden, outputs) of rows grouped by expert, with other weights [E,out,in] if given. Differentiable."""
+        first = self._projection(0) if first is None else first
+        second = self._projection(1) if second is None else second
+        h = grouped_gemm(inputs, first, offsets, bias=self._bias(0))
         hidden = self.activate(h)
-        outputs = grouped_gemm(hidden, second, offsets, bias=self.bias(1))
+        outputs = grouped_gemm(hidden, second, offsets, bias=self._bias(1))
         if getattr(self.experts, "has_post_expert_norm", False):
             outputs = self.experts.post_expert_norm(outputs)
         return hidden, outputs

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.compress.calibration import Calibration
-from switchgear.compress.clusters import around_dominant, cosine, hierarchical, matching, neurons, rows_in_order
+from switchgear.compress.choose import count_of, per_group_of
+from switchgear.compress.clusters import around_dominant, hierarchical, rows_in_order
 from switchgear.compress.layer import ExpertLayer, expert_layers
-from switchgear.compress.prune import count_of, per_group_of
 from switchgear.compress.sums import Domains, LayerCalibration
 from switchgear.compress.surgery import (
     Change,
@@ -26,6 +26,7 @@ from switchgear.compress.surgery import (
     expert_places,
     gate_places,
 )
+from switchgear.diagnostics.similarity import cosines_of_products, matching, neurons
 from switchgear.experts import Experts
 from switchgear.integrations.gates import gate_of
 from switchgear.reference import check_choice
@@ -165,7 +166,7 @@ def _distances(layer: ExpertLayer, known: LayerCalibration, similarity: str, dom
         products = known.sums(domains).logits
         if not bool(products.any()):
             raise ValueError(f"similarity: expected another than logits for {layer.name}, whose router shows none")
-        return 1 - cosine(products)
+        return 1 - cosines_of_products(products)
     if similarity == "weights":
         first, second = layer.projection(0), layer.projection(1)
         count = layer.num_experts
@@ -173,7 +174,7 @@ def _distances(layer: ExpertLayer, known: LayerCalibration, similarity: str, dom
         for weight in (first, second):
             rows = weight.reshape(count, -1).float()
             products += (rows @ rows.mT).double().cpu()
-        return 1 - cosine(products)
+        return 1 - cosines_of_products(products)
     sample = known.sample(domains)
     if sample is None:
         raise ValueError(f"calibration: expected a sample of tokens of {layer.name}, got none (samples=0)")
@@ -251,17 +252,21 @@ def _layout(layer: ExpertLayer) -> tuple[int, bool]:
 
 def _orders(layer: ExpertLayer, groups: Sequence[Sequence[int]], weights: Sequence[Tensor]) -> dict[int, list[int]]:
     """For each expert, its neurons in the order of those of the most frequent expert of its group."""
-    parts, interleaved = _layout(layer)
+    _, interleaved = _layout(layer)
     first, second = layer.projection(0), layer.projection(1)
     orders = {}
     for group, share in zip(groups, weights, strict=True):
         best = group[int(share.argmax())]
-        wanted = neurons(first[best], second[best], parts, interleaved)
+        wanted = _neurons(first[best], second[best], interleaved)
         for expert in group:
             if expert != best:
-                mine = neurons(first[expert], second[expert], parts, interleaved)
-                orders[expert] = matching((wanted @ mine.mT).cpu())
+                orders[expert] = matching(wanted @ _neurons(first[expert], second[expert], interleaved).mT)
     return orders
+
+
+def _neurons(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
+    """[I,D] float32, of one expert."""
+    return neurons(first[None], second[None], interleaved=interleaved)[0].float()
 
 
 def _reordered(layer: ExpertLayer, place: Place, tensor: Tensor, order: list[int] | None) -> Tensor:

@@ -155,7 +155,9 @@ class ProgressivePruner:
     def _prune(self, layer: _Layer, window: int) -> None:
         scores = layer.scores.clone()
         if self.group is not None:
+            scores = scores.to(wire_device(layer.router, self.group))
             torch.distributed.all_reduce(scores, group=self.group)
+            scores = scores.cpu()
         scores = scores.masked_fill(~layer.alive, -1)
         best = int(scores.argmax())
         if window == self.windows:
@@ -177,6 +179,13 @@ class ProgressivePruner:
                 raise ValueError(f"{name}: expected one expert left, got {experts}; it is after step {self._forced}")
             found[name] = dense_expert(name, self._blocks[name].experts, experts[0])
         return found
+
+
+def wire_device(router: Router, group: Any) -> torch.device:
+    """Where a group's backend takes tensors: NCCL on the router's device alone, gloo anywhere."""
+    if torch.distributed.get_backend(group) != "nccl":
+        return torch.device("cpu")
+    return next((parameter.device for parameter in router.parameters()), torch.device("cuda"))
 
 
 def _wrapper(layer: _Layer, criterion: str) -> Callable[[Select], Select]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""quantize: experts of 1 to 4 bits, each with its own number, by rounding or GPTQ; expert_errors: what each loses."""
+"""quantize: experts of 1 to 4 bits, each with its own number, by rounding or GPTQ."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
-from switchgear.compress.bits import BitAllocation, ExpertErrors, packed_bytes
+from switchgear.compress.bits import BitAllocation, packed_bytes
 from switchgear.compress.calibration import Calibration
-from switchgear.compress.gptq import Quantized as Levels
-from switchgear.compress.gptq import decoded, gptq, rounded, row_errors
+from switchgear.compress.gptq import Levels, decoded, row_errors
 from switchgear.compress.layer import ExpertLayer, expert_layers
-from switchgear.compress.sums import Domains, Hessians
+from switchgear.compress.levels import METHODS, Bits, hessians_of, quantized_projection, starved_experts, widths_of
+from switchgear.compress.sums import Hessians
 from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import check_choice, check_size, groups
@@ -25,9 +25,6 @@ from switchgear.weights.change import StoredChange, Target
 from switchgear.weights.groups import Groups, weight_of
 from switchgear.weights.layout import hint_for, layout_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie
-
-METHODS = ("rtn", "gptq")
-Bits = int | Mapping[str, int | Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -117,18 +114,18 @@ def quantize(
     if not 0 <= as_number("damping", damping) < math.inf:
         raise ValueError(f"damping: expected a number from 0 on, got {damping}")
     layers = expert_layers(model, bits if isinstance(bits, Mapping) else None, "bits")
-    widths = {name: _bits_of(layer, bits, 4 if store else 8) for name, layer in layers.items()}
+    widths = {name: widths_of(layer, bits, 4 if store else 8) for name, layer in layers.items()}
     form = Groups(4, group_size, symmetric)  # checks the options
-    hessians = _hessians(model, layers, method, calibration)
+    hessians = hessians_of(model, layers, method, calibration)
     targets = _targets(model, layers) if store else {}
     done: dict[str, QuantizedLayer] = {}
     changes: list[StoredChange] = []
     values: list[tuple[Tensor, list[tuple[int, Levels]]]] = []
     before = after = 0
     for name, layer in layers.items():
-        few = _starved(layer, calibration, min_tokens) if method == "gptq" else []
+        few = starved_experts(layer, calibration, min_tokens) if method == "gptq" else []
         found = [
-            _projection(layer, index, widths[name], form, hessians.get(name), method, few, damping, act_order)
+            quantized_projection(layer, index, widths[name], form, hessians.get(name), method, few, damping, act_order)
             for index in (0, 1)
         ]
         done[name] = _report(layer, widths[name], few, found, hessians.get(name), form)
@@ -146,98 +143,7 @@ def quantize(
     return Quantized(method, done, store, before, after)
 
 
-@torch.no_grad()
-def expert_errors(
-    model: nn.Module,
-    calibration: Calibration,
-    bits: Sequence[int] = (1, 2, 3),
-    *,
-    group_size: int = 128,
-    method: str = "rtn",
-    symmetric: bool = True,
-    domains: Domains = None,
-    layers: Collection[str] | None = None,
-) -> ExpertErrors:
-    """What each layer's output loses if one expert alone is quantized: ‖F(x) − F'(x)‖ over the calibration's sample,
-    for each expert and width (MC-MoE, arXiv:2410.06270, eq. 3). For `allocate_bits`.
-
-    Raises ValueError for a calibration of another model, or without a sample (or Hessians, for method="gptq").
-    """
-    check_module("model", model)
-    check_choice("method", method, METHODS)
-    form = Groups(4, group_size, symmetric)
-    parts = expert_layers(model, layers)
-    hessians = _hessians(model, parts, method, calibration)
-    calibration.check(model, parts, domains)
-    result = ExpertErrors(tuple(bits), {}, {}, {})
-    for name, layer in parts.items():
-        for width in bits:
-            _bits_of(layer, width, 8)
-        known = calibration.layers[name]
-        sample, sums = known.sample(domains), known.sums(domains)
-        if sample is None:
-            raise ValueError(f"calibration: expected a sample of tokens of {name}, got none (samples=0)")
-        device = layer.projection(0).device
-        rows = layer.rows(sample.x.to(device), sample.topk_ids.to(device), sample.topk_weights.to(device))
-        columns = []
-        for width in bits:
-            widths = [width] * layer.num_experts
-            few = _starved(layer, calibration, 1) if method == "gptq" else []
-            first, second = (
-                _plain(layer, index, _projection(layer, index, widths, form, hessians.get(name), method, few), form)
-                for index in (0, 1)
-            )
-            _, outputs = layer.apply(rows.inputs, rows.offsets, first, second)
-            change = ((outputs.double() - rows.outputs.double()) * rows.weights[:, None]).square().sum(1)
-            total = change.new_zeros(layer.num_experts).index_add_(0, rows.experts, change)
-            columns.append(total.sqrt().cpu())
-        tokens = sums.tokens.clamp(min=1).double()
-        result.errors[name] = torch.stack(columns, 1)
-        result.frequencies[name] = sums.counts.double() / tokens
-        result.weights[name] = sums.weights / tokens
-    return result
-
-
 # ---- what is quantized -----------------------------------------------------------------------------------------------
-
-
-def _bits_of(layer: ExpertLayer, bits: Bits, most: int) -> list[int]:
-    given = bits[layer.name] if isinstance(bits, Mapping) else bits
-    if isinstance(given, (str, float)):
-        raise TypeError(f"bits: expected int, or a list of them, got {type(given).__name__}")
-    widths = [given] * layer.num_experts if isinstance(given, int) else list(given)
-    if len(widths) != layer.num_experts:
-        raise ValueError(f"bits: expected {layer.num_experts} numbers for {layer.name}, got {len(widths)}")
-    for width in widths:
-        check_size("bits", width)
-        if width > most:
-            more = "; up to 8 with store=False, or switchgear.store(model, 'int8')" if most == 4 else ""
-            raise ValueError(f"bits: expected 1 to {most}, got {width}{more}")
-    return widths
-
-
-def _hessians(
-    model: nn.Module, layers: Mapping[str, ExpertLayer], method: str, calibration: Calibration | None
-) -> dict[str, Hessians]:
-    if calibration is None:
-        if method == "gptq":
-            raise ValueError("calibration: expected one with hessians=True for method='gptq', got None")
-        return {}
-    calibration.check(model, layers)
-    found = {}
-    for name in layers:
-        hessians = calibration.layers[name].hessians
-        if hessians is not None:
-            found[name] = hessians
-        elif method == "gptq":
-            raise ValueError(f"calibration: expected one with hessians=True, got none of {name}")
-    return found
-
-
-def _starved(layer: ExpertLayer, calibration: Calibration | None, min_tokens: int) -> list[int]:
-    assert calibration is not None
-    counts = calibration.layers[layer.name].sums().counts
-    return (counts < max(min_tokens, 1)).nonzero().flatten().tolist()
 
 
 def _targets(model: nn.Module, layers: Mapping[str, ExpertLayer]) -> dict[str, Target]:
@@ -253,48 +159,6 @@ def _targets(model: nn.Module, layers: Mapping[str, ExpertLayer]) -> dict[str, T
 
 
 # ---- a layer ---------------------------------------------------------------------------------------------------------
-
-
-def _projection(
-    layer: ExpertLayer,
-    index: int,
-    widths: Sequence[int],
-    form: Groups,
-    hessians: Hessians | None,
-    method: str,
-    few: Collection[int],
-    damping: float = 0.01,
-    act_order: bool = False,
-) -> list[tuple[int, Levels]]:
-    """(bits, levels [1,N,C]) of each expert. Experts of one width are quantized together, a few at a time."""
-    weight = layer.projection(index)
-    if not bool(weight.isfinite().all()):
-        raise ValueError(f"{layer.name}: expected finite weights, got NaN or infinities")
-    found: dict[int, tuple[int, Levels]] = {}
-    for width in sorted(set(widths)):
-        mine = [expert for expert, bits in enumerate(widths) if bits == width]
-        for expert in mine if method == "rtn" else [e for e in mine if e in few]:
-            one = weight[expert : expert + 1].contiguous()
-            found[expert] = width, rounded(one, width, form.group_size, form.symmetric)
-        rest = [expert for expert in mine if expert not in found]
-        for some in (rest[at : at + _TOGETHER] for at in range(0, len(rest), _TOGETHER)):
-            assert hessians is not None
-            matrices = (hessians.inputs, hessians.hidden)[index][some].to(weight.device)
-            levels = gptq(
-                weight[some], matrices, width, form.group_size,
-                symmetric=form.symmetric, damping=damping, act_order=act_order,
-            )  # fmt: skip
-            for at, expert in enumerate(some):
-                found[expert] = width, Levels(*(tensor[at : at + 1] for tensor in levels))
-    return [found[expert] for expert in range(len(widths))]
-
-
-_TOGETHER = 8  # experts: bounds the memory of float32 copies and factors
-
-
-def _plain(layer: ExpertLayer, index: int, found: Sequence[tuple[int, Levels]], form: Groups) -> Tensor:
-    values = [decoded(levels, width, form.group_size) for width, levels in found]
-    return torch.cat(values).to(layer.projection(index).dtype)
 
 
 def _report(

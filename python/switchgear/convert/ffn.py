@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.complaints import check_module
+from switchgear.integrations.gates import ACTIVATION_NAMES, ACTIVATIONS, name_of
 from switchgear.layers.shared import SharedExperts
 from switchgear.reference import activations
 
@@ -27,12 +28,10 @@ NAMES = (
     (None, "dense_h_to_4h", "dense_4h_to_h"),
 )
 FUSED = ("gate_up_proj", "down_proj")  # gates first, then ups
-ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "hidden_act")
 TANH = functools.partial(F.gelu, approximate="tanh")
 STRINGS: dict[str, Any] = {
     "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "gelu_new": TANH, "gelu_pytorch_tanh": TANH,
 }  # fmt: skip
-KNOWN = tuple(name for name in activations.ACTIVATIONS if name != "swiglu_oai")
 
 
 @dataclass(frozen=True)
@@ -203,28 +202,15 @@ def _tensors(linear: Any) -> tuple[Tensor, Tensor | None]:
 def activation_of(module: Any) -> str | None:
     """The name of the module's activation, found by its values."""
     if isinstance(module, SharedExperts):
-        plain = module.activation in KNOWN and module.limit is None
+        plain = module.activation in ACTIVATIONS and module.limit is None
         return module.activation if plain else None
-    for name in ACTIVATION_NAMES:
+    for name in (*ACTIVATION_NAMES, "hidden_act"):
         function = getattr(module, name, None)
         if isinstance(function, str):
             function = STRINGS.get(function)
         if callable(function):
-            return _named(function)
+            return name_of(function)
     return None
-
-
-def _named(function: Any) -> str | None:
-    x = torch.linspace(-5, 5, 41, dtype=torch.float32)
-    try:
-        with torch.no_grad():
-            y = function(x)
-    except Exception:  # a function of something else
-        return None
-    if not isinstance(y, Tensor) or y.shape != x.shape:
-        return None
-    same = (name for name in KNOWN if float((y - activations.activate(x, name, 1.0)[0]).abs().max()) < 2e-6)
-    return next(same, None)
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from switchgear.diagnostics.embedding import RoutingEmbedding, prompt_eol, routi
 from switchgear.diagnostics.locality import Cacheability, cacheability, coactivation
 from switchgear.diagnostics.routers import router_margin, router_saturation, routing_change
 from switchgear.diagnostics.similarity import (
-    expert_outputs,
     expert_similarity,
     gate_embedding_correlation,
     neuron_order,
@@ -43,6 +42,7 @@ from switchgear.diagnostics.usage import (
     outcome_by_expert,
     usage,
 )
+from switchgear.trace.outputs import expert_outputs
 
 __all__ = [
     "Cacheability",

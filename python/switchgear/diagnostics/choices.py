@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.routing.batches import cached_tokens
 from switchgear.routing.widths import stacked
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class LayerChoices:
     topk_weights: Tensor  # [T,K]
     num_experts: int
     router_logits: Tensor | None = None  # [T,E]
-    examples: Tensor | None = None  # [T] int64: the row of the model's input that the token belongs to, counted on
+    examples: Tensor | None = None  # [T] int64: the row of the model's input that the token is of, counted on
 
     @property
     def num_tokens(self) -> int:
@@ -110,6 +111,9 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
     Layers have the names of a RoutingTrace, which keeps sums only. Here memory grows with the tokens: 8·K bytes per
     token and layer, and 4·E more for logits.
 
+    Each row of a call is an example. A call with tokens in its cache, as the steps of `generate`, continues the
+    examples of the call before.
+
     Args:
         logits: keep router_logits too, where the router has them.
         layers: names of layers; all if None.
@@ -123,6 +127,8 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal count
         rows = next((v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1), 0)
+        if shape and rows == shape[0][1] and cached_tokens(module, args, kwargs):
+            return  # the rows of the call before go on
         shape[:] = [(count, rows)]
         count += rows
 

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+
+from switchgear import ops
 
 
 def expert_similarity(weights: Tensor, how: str = "matrices") -> Tensor:
@@ -16,7 +16,7 @@ def expert_similarity(weights: Tensor, how: str = "matrices") -> Tensor:
         "matrices": of the whole matrices. Neurons have no order, so experts that compute the same may differ here.
         "neurons": of the mean neuron of each expert, which no order changes.
         "reordered": of the matrices after the best one-to-one assignment of their neurons (by the sum of cosines; the
-            Hungarian algorithm). Needs scipy. Takes E²/2 assignments of I neurons.
+            Hungarian algorithm). Takes E²/2 assignments of I neurons.
     """
     weights = weights.detach().double()
     if how == "matrices":
@@ -37,11 +37,24 @@ def expert_similarity(weights: Tensor, how: str = "matrices") -> Tensor:
 
 def neuron_order(first: Tensor, second: Tensor) -> Tensor:
     """The order of the neurons of `second` [I,D] that matches `first` best, [I] int64: the one-to-one assignment with
-    the largest sum of cosines. Needs scipy."""
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped, unused-ignore]
+    the largest sum of cosines."""
+    return torch.tensor(matching(_unit(first.double()) @ _unit(second.double()).T))
 
-    cosines = _unit(first.double()) @ _unit(second.double()).T
-    return torch.from_numpy(linear_sum_assignment(cosines.cpu().numpy(), maximize=True)[1])
+
+def matching(similarity: Tensor) -> list[int]:
+    """For each row of [I,I] a different column, such that the sum of similarities is maximal. scipy's Hungarian method,
+    or, without scipy, an auction that comes within I · 1e-6 of the range."""
+    try:
+        from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped, unused-ignore]
+    except ImportError:
+        values = similarity.cpu().float()
+        step = max(float(values.max() - values.min()) * 1e-6, 1e-30)
+        ids = ops.assign_balanced(values, torch.zeros(len(values), dtype=torch.int32), 1, step, 10**6)
+        found: list[int] = ids.tolist()
+        return found
+    _, columns = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
+    result: list[int] = columns.tolist()
+    return result
 
 
 def neurons(gate_up_proj: Tensor, down_proj: Tensor, *, transposed: bool = False, interleaved: bool = False) -> Tensor:
@@ -57,20 +70,6 @@ def neurons(gate_up_proj: Tensor, down_proj: Tensor, *, transposed: bool = False
                          f"got {list(first.shape)}")  # fmt: skip
     parts = (first[:, ::2], first[:, 1::2]) if interleaved else torch.split(first, width, 1)
     return torch.cat([*parts, down.transpose(1, 2)], -1)
-
-
-@torch.no_grad()
-def expert_outputs(experts: nn.Module, x: Tensor, num_experts: int | None = None) -> Tensor:
-    """The output of every expert for every token of x [T,H], [E,T,H]. For a small batch: it runs all experts.
-
-    experts: called as (x, topk_ids, topk_weights), as switchgear's Experts and Hugging Face's are.
-    """
-    count: Any = getattr(experts, "num_experts", None) if num_experts is None else num_experts
-    if not isinstance(count, int):
-        raise ValueError("num_experts: expected a number, as the module has none, got None")
-    ids = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
-    ones = torch.ones(x.shape[0], 1, device=x.device, dtype=x.dtype)
-    return torch.stack([experts(x, ids + expert, ones) for expert in range(count)])
 
 
 def output_similarity(outputs: Tensor, how: str = "cosine") -> Tensor:
@@ -126,6 +125,12 @@ def principal_components(rows: Tensor, count: int = 2) -> tuple[Tensor, Tensor]:
         raise ValueError(f"count: expected 1 to {min(rows.shape)}, got {count}")
     u, s, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
     return (u * s)[:, :count], (s.square() / s.square().sum())[:count]
+
+
+def cosines_of_products(products: Tensor) -> Tensor:
+    """[E,E], of the products x_i · x_j; 0 for vectors of zeros."""
+    norms = products.diagonal().clamp(min=0).sqrt()
+    return products / (norms[:, None] * norms).clamp(min=1e-300)
 
 
 def _unit(rows: Tensor) -> Tensor:

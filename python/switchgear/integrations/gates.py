@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from switchgear.ops import GluOptions
 
+ACTIVATION_NAMES = ("act_fn", "activation", "activation_fn", "act")  # of attributes of modules
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -68,7 +69,7 @@ _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], GluOptions |
 
 
 def _activation(module: nn.Module) -> Any:
-    for name in ("act_fn", "activation", "activation_fn", "act"):
+    for name in ACTIVATION_NAMES:
         if (activation := getattr(module, name, None)) is not None:
             return activation
     return None
@@ -111,6 +112,15 @@ def recognise(
         if got.shape == want.shape and bool(((got - want).abs() <= 2.0**-20 * scale).all()):
             return family
     return None
+
+
+def name_of(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """The name of an activation in ACTIVATIONS, found by its values."""
+    try:
+        family = recognise(activation, gated=False)
+    except Exception:  # a function of something else
+        return None
+    return None if family is None else family.activation
 
 
 def _probe() -> Tensor:

@@ -97,6 +97,11 @@ def _shape(tokens: Tensor, is_ids: bool) -> tuple[int, int]:
     return (tokens.numel() if is_ids else tokens[..., 0].numel()) // max(length, 1), length
 
 
+def cached_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens of each sequence that a call of a model has in its cache: 0 unless it continues sequences."""
+    return _cached(_by_name(module, args, kwargs))
+
+
 def _cached(named: dict[str, Any]) -> int:
     """Tokens in the cache, by either name that transformers has for it."""
     past: Any = named.get("past_key_values") if named.get("cache") is None else named["cache"]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.complaints import first_line
+from switchgear.recordings import load_recording
 from switchgear.routing.widths import stacked
 
 _FORMAT = 1  # version of the file format
@@ -169,17 +169,10 @@ class RoutingRecord:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RoutingRecord:
         """Loads a saved record. Raises ValueError for any other file."""
-        with open(path, "rb") as file:
-            try:
-                return cls._of_state(torch.load(file, weights_only=True))
-            except Exception as error:  # torch.load raises many kinds for files of others
-                reason = first_line(error)
-                raise ValueError(f"path: expected a file of RoutingRecord.save, got {path} ({reason})") from error
+        return load_recording(path, "RoutingRecord", _FORMAT, cls._of_state)
 
     @classmethod
-    def _of_state(cls, state: Any) -> RoutingRecord:
-        if not isinstance(state, dict) or state["format"] != _FORMAT:
-            raise ValueError("another format")
+    def _of_state(cls, state: dict[str, Any]) -> RoutingRecord:
         record = cls()
         record.lengths, record.token_ids = state["lengths"], state["token_ids"]
         if record.lengths.dtype is not torch.int64 or record.lengths.dim() != 1 or bool((record.lengths < 0).any()):

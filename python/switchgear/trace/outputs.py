@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""expert_outputs: what the chosen experts of a block return for each token, before it is weighted and summed."""
+"""What experts return for each token, before it is weighted and summed: those chosen, or all."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchgear.integrations.moe_blocks import MoeBlock
 
@@ -24,7 +24,7 @@ def check_outputs(block: MoeBlock) -> None:
 
 
 @torch.no_grad()
-def expert_outputs(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
+def chosen_outputs(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
     """[T,K,H] in the dtype of x: expert topk_ids[t,k] of x[t], with weight 1; zeros for empty choices (-1).
 
     The experts run a second time for it, as modules (hooks aside). x [T,H] as in an Observation.
@@ -48,3 +48,17 @@ def _outputs(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
     forward: Any = block.experts.forward  # not the module's call: hooks belong to the model's own calls
     y: Tensor = forward(rows, ids if block.is_ours else ids.long(), ones)
     return y.reshape(*topk_ids.shape, -1).masked_fill(empty[..., None], 0)
+
+
+@torch.no_grad()
+def expert_outputs(experts: nn.Module, x: Tensor, num_experts: int | None = None) -> Tensor:
+    """The output of every expert for every token of x [T,H], [E,T,H]. For a small batch: it runs all experts.
+
+    experts: called as (x, topk_ids, topk_weights), as switchgear's Experts and Hugging Face's are.
+    """
+    count: Any = getattr(experts, "num_experts", None) if num_experts is None else num_experts
+    if not isinstance(count, int):
+        raise ValueError("num_experts: expected a number, as the module has none, got None")
+    ids = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
+    ones = torch.ones(x.shape[0], 1, device=x.device, dtype=x.dtype)
+    return torch.stack([experts(x, ids + expert, ones) for expert in range(count)])

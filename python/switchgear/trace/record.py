@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from switchgear.complaints import first_line
 from switchgear.monitoring.sinks import Log, log_to
+from switchgear.recordings import load_recording
 from switchgear.reference import check_size
 from switchgear.trace.layer import DEFAULT, LayerTrace, kinds_of
 from switchgear.trace.observe import Observation, pick, traceable, watch
-from switchgear.trace.outputs import check_outputs, expert_outputs
+from switchgear.trace.outputs import check_outputs, chosen_outputs
 from switchgear.trace.summary import LayerSummary, summary_of
 
 _FORMAT = 1  # version of the file format
@@ -105,7 +105,7 @@ class RoutingTrace:
         device = seen.topk_ids.device
         outputs = None
         if "norms" in self.record and seen.block is not None:
-            outputs = expert_outputs(seen.block, seen.x, seen.topk_ids)
+            outputs = chosen_outputs(seen.block, seen.x, seen.topk_ids)
         layer.add(
             seen.topk_ids, seen.topk_weights, seen.router_logits, seen.num_dropped,
             seen.token_ids.to(device) if self.by_token_id and seen.token_ids is not None else None,
@@ -160,17 +160,10 @@ class RoutingTrace:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RoutingTrace:
         """Loads a saved trace for inspection. Raises ValueError for any other file."""
-        with open(path, "rb") as file:
-            try:
-                return cls._of_data(torch.load(file, weights_only=True))
-            except Exception as error:  # torch.load raises many kinds for files of others
-                reason = first_line(error)
-                raise ValueError(f"path: expected a file of RoutingTrace.save, got {path} ({reason})") from error
+        return load_recording(path, "RoutingTrace", _FORMAT, cls._of_data)
 
     @classmethod
-    def _of_data(cls, data: Any) -> RoutingTrace:
-        if not isinstance(data, dict) or data["format"] != _FORMAT:
-            raise ValueError("another format")
+    def _of_data(cls, data: dict[str, Any]) -> RoutingTrace:
         trace = cls(by_token_id=bool(data["by_token_id"]))
         trace.layers = {str(name): LayerTrace.of_state(state) for name, state in data["layers"].items()}
         return trace

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from switchgear.diagnostics import LayerChoices, cacheability, coactivation, collect, gate_entropy, usage
+from switchgear.diagnostics.similarity import cosines_of_products
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 
-SEGMENT = 16  # consecutive tokens that share a cache
+SEGMENT = 16  # consecutive tokens that share a cache, or all of a shorter sequence
 COLUMNS = 1 << 22  # elements of a slice of weights
 
 
@@ -29,7 +30,7 @@ class Layer:
     router_entropy: float  # divided by log E; NaN without logits
     coactivation: Tensor  # [i,j]: the fraction of the tokens of i that choose j too
     similarity: Tensor | None  # cosine of all weights; None if they are not stacked in two parameters
-    hits: dict[int, float]  # by slots: the best hit rate of a cache that is refilled every SEGMENT tokens
+    hits: dict[int, float]  # by slots: the best hit rate of a cache that is refilled every Inspection.segment tokens
     locality: float  # SRP, 0 to 1
     experts_per_segment: float
 
@@ -77,11 +78,14 @@ class Inspection:
     layers: list[Layer]
     domains: dict[str, int]  # tokens that were read
     losses: dict[str, float]  # nats per token
+    segment: int  # consecutive tokens that share a cache
     about: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         layers = [layer.as_dict() for layer in self.layers]
-        return {**self.about, "domains": self.domains, "losses": self.losses, "layers": layers}
+        return {
+            **self.about, "domains": self.domains, "losses": self.losses, "segment": self.segment, "layers": layers,
+        }  # fmt: skip
 
 
 @torch.no_grad()
@@ -107,16 +111,18 @@ def inspect(
         losses[domain] = summed / sum(ids[:, 1:].numel() for ids in rows)
     blocks = {block.layer: block for block in moe_blocks(model).values()}
     first = next(iter(choices.values()))
-    layers = [_layer(blocks[name], {domain: of[name] for domain, of in choices.items()}, length) for name in first]
+    segment = min(SEGMENT, length)
+    layers = [
+        _layer(blocks[name], {domain: of[name] for domain, of in choices.items()}, length, segment) for name in first
+    ]
     tokens = {domain: sum(ids.numel() for ids in rows) for domain, rows in batches.items()}
     about = {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
-    return Inspection(layers, tokens, losses, about)
+    return Inspection(layers, tokens, losses, segment, about)
 
 
-def _layer(block: MoeBlock, choices: Mapping[str, LayerChoices], length: int) -> Layer:
+def _layer(block: MoeBlock, choices: Mapping[str, LayerChoices], length: int, segment: int) -> Layer:
     ids = torch.cat([of.topk_ids for of in choices.values()])
     num_experts, top_k = block.num_experts, ids.shape[1]
-    segment = min(SEGMENT, length)
     slots = sorted({min(many * top_k, num_experts) for many in (1, 2, 4)})
     caches = [cacheability(ids, num_experts, segment=segment, slots=n, sequence_length=length) for n in slots]
     entropy = [value * of.num_tokens for of in choices.values() for value in gate_entropy({"": of}).values()]
@@ -141,8 +147,7 @@ def similarity_of(block: MoeBlock) -> Tensor | None:
         for part in torch.split(weight.detach().flatten(1), max(COLUMNS // block.num_experts, 1), dim=1):
             rows = part.cpu().double()
             products += rows @ rows.T
-    norms = products.diagonal().clamp(min=1e-300).sqrt()
-    return products / norms / norms[:, None]
+    return cosines_of_products(products)
 
 
 def _pairs(matrix: Tensor) -> Tensor:

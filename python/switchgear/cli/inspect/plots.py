@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...common.plots import colors, pyplot, save
-from .measure import SEGMENT, Inspection, Layer
+from .measure import Inspection, Layer
 
 MOST_MATRICES = 6  # layers whose matrices are shown: the first, the last and those between
 MOST_TICKS = 24
@@ -74,7 +74,7 @@ def cacheability(found: Inspection, path: Path) -> None:
     _numbered(axis, found.layers)
     axis.set_ylim(0, 1.05)
     axis.set_ylabel("best hit rate")
-    axis.set_title(f"A cache of experts that is refilled every {SEGMENT} tokens")
+    axis.set_title(f"A cache of experts that is refilled every {found.segment} tokens")
     axis.legend()
     save(figure, path)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 from ...common import markdown_table
-from .measure import SEGMENT, Inspection, Layer
+from .measure import Inspection, Layer
 
 FAVOURITE = 1.5  # an expert is a domain's own from this factor over the mean of all domains on
 
@@ -42,8 +42,8 @@ def report(found: Inspection) -> str:
 {_layers(found)}
 *Busiest* and *unused*: of all text together, each domain counted alike. *Load entropy* and *router entropy* are divided
 by log E, 1 is uniform; a low load entropy with a low router entropy is a collapsed layer, a high one with a low one is
-a router that is sure and balanced. *Alike*: mean cosine of the weights of two experts. *Experts in {SEGMENT}*: distinct
-experts that {SEGMENT} consecutive tokens use.
+a router that is sure and balanced. *Alike*: mean cosine of the weights of two experts. *Experts in {found.segment}*:
+distinct experts that {found.segment} consecutive tokens use.
 
 ![load](load.png)
 
@@ -68,9 +68,9 @@ Experts that are alike are candidates for merging (`switchgear compress`, docs/c
 ## Does it suit a cache of experts?
 
 {_caches(found)}
-The share of choices that hit a cache of so many experts, filled for each {SEGMENT} consecutive tokens with those that
-they use most: a bound for a cache that is refilled as often (SCH of arXiv:2505.16056). *Locality* (SRP) is the best F1
-of one set of experts per {SEGMENT} tokens: 1 if they choose alike.
+The share of choices that hit a cache of so many experts, filled for each {found.segment} consecutive tokens with
+those that they use most: a bound for a cache that is refilled as often (SCH of arXiv:2505.16056). *Locality* (SRP) is
+the best F1 of one set of experts per {found.segment} tokens: 1 if they choose alike.
 
 ![cacheability](cacheability.png)
 """
@@ -78,7 +78,7 @@ of one set of experts per {SEGMENT} tokens: 1 if they choose alike.
 
 def _layers(found: Inspection) -> str:
     header = ["layer", "experts", "per token", "busiest, of mean", "unused", "load entropy", "router entropy", "alike",
-              f"experts in {SEGMENT}"]  # fmt: skip
+              f"experts in {found.segment}"]  # fmt: skip
     rows = [
         [layer.name, str(layer.num_experts), str(layer.top_k), f"{layer.max_violation + 1:.2f}", str(layer.unused),
          f"{layer.load_entropy:.3f}", _known(layer.router_entropy), _known(layer.mean_similarity),

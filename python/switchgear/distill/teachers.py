@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Distillation from a Mixture-of-Experts teacher that uses all of its experts (arXiv:2502.12947).
 
-knowledge_augment     logits of several teacher passes, each with all experts but one, some of them sampled
-student_aware_router  trains the teacher's routers on the student's logits; then the logits of all experts
-reverse_kl            the loss of both
-
 The teacher's routers are switchgear's. A student learns from text that it wrote itself (on-policy): pass such text.
 """
 

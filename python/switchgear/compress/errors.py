@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""expert_errors: what each layer's output loses if one expert alone is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import nn
+
+from switchgear.complaints import check_module
+from switchgear.compress.bits import ExpertErrors
+from switchgear.compress.calibration import Calibration
+from switchgear.compress.layer import expert_layers
+from switchgear.compress.levels import (
+    METHODS,
+    hessians_of,
+    plain_projection,
+    quantized_projection,
+    starved_experts,
+    widths_of,
+)
+from switchgear.compress.sums import Domains
+from switchgear.reference import check_choice
+from switchgear.weights.groups import Groups
+
+
+@torch.no_grad()
+def expert_errors(
+    model: nn.Module,
+    calibration: Calibration,
+    bits: Sequence[int] = (1, 2, 3),
+    *,
+    group_size: int = 128,
+    method: str = "rtn",
+    symmetric: bool = True,
+    domains: Domains = None,
+    layers: Collection[str] | None = None,
+) -> ExpertErrors:
+    """What each layer's output loses if one expert alone is quantized: ‖F(x) − F'(x)‖ over the calibration's sample,
+    for each expert and width (MC-MoE, arXiv:2410.06270, eq. 3). For `allocate_bits`.
+
+    Raises ValueError for a calibration of another model, or without a sample (or Hessians, for method="gptq").
+    """
+    check_module("model", model)
+    check_choice("method", method, METHODS)
+    form = Groups(4, group_size, symmetric)
+    parts = expert_layers(model, layers)
+    hessians = hessians_of(model, parts, method, calibration)
+    calibration.check(model, parts, domains)
+    result = ExpertErrors(tuple(bits), {}, {}, {})
+    for name, layer in parts.items():
+        for width in bits:
+            widths_of(layer, width, 8)
+        known = calibration.layers[name]
+        sample, sums = known.sample(domains), known.sums(domains)
+        if sample is None:
+            raise ValueError(f"calibration: expected a sample of tokens of {name}, got none (samples=0)")
+        device = layer.projection(0).device
+        rows = layer.rows(sample.x.to(device), sample.topk_ids.to(device), sample.topk_weights.to(device))
+        columns = []
+        for width in bits:
+            widths = [width] * layer.num_experts
+            few = starved_experts(layer, calibration, 1) if method == "gptq" else []
+            first, second = (
+                plain_projection(
+                    layer,
+                    index,
+                    quantized_projection(layer, index, widths, form, hessians.get(name), method, few),
+                    form,
+                )
+                for index in (0, 1)
+            )
+            _, outputs = layer.apply(rows.inputs, rows.offsets, first, second)
+            change = ((outputs.double() - rows.outputs.double()) * rows.weights[:, None]).square().sum(1)
+            total = change.new_zeros(layer.num_experts).index_add_(0, rows.experts, change)
+            columns.append(total.sqrt().cpu())
+        tokens = sums.tokens.clamp(min=1).double()
+        result.errors[name] = torch.stack(columns, 1)
+        result.frequencies[name] = sums.counts.double() / tokens
+        result.weights[name] = sums.weights / tokens
+    return result
