@@ -167,6 +167,7 @@ def test_row44_the_fullest_queue_goes_first() -> None:
     assert expert_batches([{5}, {7}, {5}, {7}, {7}, {1}], 4) == [[1, 3, 4, 0], [2, 5]]
     assert expert_batches([{0}, {0}, {1}], 4, tokens=[1, 2, 9]) == [[2], [0, 1]]  # too long: alone
     assert expert_batches([{0}, {0}, {1}], 3, tokens=[2, 2, 1]) == [[0, 2], [1]]
+    assert expert_batches([{0, 1}, {2, 3}, {0, 4}], 2) == [[0, 2], [1]]  # one new expert before two
     assert expert_batches([], 4) == []
     assert expert_batches([(), ()], 4) == [[0, 1]]
 

@@ -121,13 +121,17 @@ def test_row40_slower_copies_expose_the_difference() -> None:
 
 def test_row40_wrong_guesses_and_missed_ones() -> None:
     """By hand. Layer 0 needs {0}: copied 0–1. Its guesses for layer 1 are 5 (wrong, 1–2), 1 (right, 2–3), 6 (wrong, has
-    not begun at 2.5, dropped). Layer 0 computes 1–2.5. Layer 1 needs {1, 2}: 1 arrives at 3, 2 at 4: it waits 1.5."""
-    run = Accesses.of([[{0}, {1, 2}]])
-    found = offload.timeline(run, [[(), (5, 1, 6)]], copy_seconds=1.0, compute_seconds=1.5)
-    assert found.waits == ((1.0, 1.5),)
-    assert (found.copied, found.wasted, found.seconds, found.exposed) == (4, 1, 5.5, 2.5)
-    assert found.peak == 3
-    with pytest.raises(ValueError, match="guesses: expected those of 2 layers, got 1"):
+    not begun at 2.5, dropped). Layer 0 computes 1–2.5. Layer 1 needs {1, 2}: 1 arrives at 3, 2 at 4: it waits 1.5.
+    Then 3 is copied, 4–5, while layer 1 computes, 4–5.5, with 5, 1, 2 in memory."""
+    run = Accesses.of([[{0}, {1, 2}, {3}]])
+    found = offload.timeline(run, [[(), (5, 1, 6), (3,)]], copy_seconds=1.0, compute_seconds=1.5)
+    assert found.waits == ((1.0, 1.5, 0.0),)
+    assert (found.copied, found.wasted, found.seconds, found.exposed) == (5, 1, 7.0, 2.5)
+    assert [(i.expert, i.begin) for i in found.intervals if i.expert is not None] == [
+        (0, 0.0), (5, 1.0), (1, 2.0), (2, 3.0), (3, 4.0),
+    ]  # fmt: skip
+    assert found.peak == 4
+    with pytest.raises(ValueError, match="guesses: expected those of 3 layers, got 1"):
         offload.timeline(run, [[()]], copy_seconds=1, compute_seconds=1)
     with pytest.raises(ValueError, match="copy_seconds: expected at least 0, got -1"):
         offload.timeline(run, copy_seconds=-1, compute_seconds=1)

@@ -2,9 +2,9 @@
 """When copies of experts and the layers' computation run, by a clock of its own: what prefetch hides.
 
 One lane copies a record at a time, the other computes a layer at a time. A layer's guesses are submitted when the layer
-before has routed; then what it needs and nobody guessed comes first, and guesses that turn out wrong and have not begun
-are dropped. A record in flight is not interrupted. Experts leave when their layer has run: memory holds what one layer
-needs and what is on its way for the next.
+before has routed. When it routes itself, those that turn out wrong and have not begun are dropped, and what nobody
+guessed is submitted, before the next layer's guesses. A record in flight is not interrupted. Experts leave when their
+layer has run: memory holds what one layer needs and what is on its way for the next.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def timeline(
     for moment, experts in enumerate(needed):
         lane.run_until(routed)
         lane.keep(moment, experts)
-        lane.submit(moment, [e for e in experts if (moment, e) not in lane.known], routed, first=True)
+        lane.submit(moment, [e for e in experts if (moment, e) not in lane.known], routed)
         if moment + 1 < len(needed):
             following = list(dict.fromkeys(guessed[moment + 1]))
             lane.submit(moment + 1, following, routed)
@@ -112,10 +112,10 @@ class _Lane:
         self.done: dict[Expert, float] = {}
         self.changes: list[tuple[float, int]] = []  # of the records in memory
 
-    def submit(self, moment: int, experts: Sequence[int], now: float, first: bool = False) -> None:
+    def submit(self, moment: int, experts: Sequence[int], now: float) -> None:
         new = [((moment, expert), now) for expert in experts]
         self.known.update(key for key, _ in new)
-        self.waiting = new + self.waiting if first else self.waiting + new
+        self.waiting += new
 
     def keep(self, moment: int, experts: Collection[int]) -> None:
         """Drops what waits for this moment and is not needed, as wrong guesses in memory are."""
