@@ -41,6 +41,11 @@ void check_strides(const char* name, const TensorView& tensor, Layout layout) {
     case Layout::kContiguous:
       SWITCHGEAR_CHECK(ValueError, tensor.contiguous(), name, ": expected a contiguous tensor, got ", describe(tensor));
       break;
+    case Layout::kExperts:
+      SWITCHGEAR_CHECK(ValueError, tensor.contiguous() || tensor.contiguous_apart(), name,
+                       ": expected contiguous experts, adjacent or a multiple of 64 bytes apart, got ",
+                       describe(tensor));
+      break;
     case Layout::kRows:
       SWITCHGEAR_CHECK(ValueError, unit_stride(tensor, last), name, ": expected contiguous rows, got ",
                        describe(tensor));

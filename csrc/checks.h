@@ -30,6 +30,7 @@ enum class Kind : uint8_t {
 
 enum class Layout : uint8_t {
   kContiguous,
+  kExperts,   // contiguous, or the parts of the first dimension are and lie any multiple of 64 bytes apart
   kRows,      // the last dimension is contiguous, the others have any stride
   kMatrices,  // [experts, rows, columns]: any strides, but the rows or the columns are contiguous
 };

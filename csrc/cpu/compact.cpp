@@ -120,8 +120,8 @@ void expand_row(Bits* out, const CompactRow& row, int64_t cols) {
   }
 }
 
-// weight [E,N,C] bfloat16 or float32, compact [E,N,B] uint8, both contiguous
-void check_shapes(const TensorView& weight, const TensorView& compact) {
+// weight [E,N,C] bfloat16 or float32, contiguous; compact [E,N,B] uint8, its experts contiguous
+void check_shapes(const TensorView& weight, const TensorView& compact, bool is_contiguous) {
   SWITCHGEAR_CHECK(
       ValueError,
       (weight.dtype == DType::kBFloat16 || weight.dtype == DType::kFloat32) && weight.ndim == 3 && weight.contiguous(),
@@ -129,12 +129,11 @@ void check_shapes(const TensorView& weight, const TensorView& compact) {
   const int64_t cols = weight.shape[2], header = compact_header(compact.shape[2], cols, weight.dtype);
   SWITCHGEAR_CHECK(ValueError, cols <= kMaxCompactColumns, "weight: expected at most ", kMaxCompactColumns,
                    " columns, got ", describe(weight));
-  SWITCHGEAR_CHECK(ValueError,
-                   compact.dtype == DType::kUInt8 && compact.ndim == 3 && compact.contiguous() &&
-                       compact.shape[0] == weight.shape[0] && compact.shape[1] == weight.shape[1] &&
-                       header >= kCompactHeader && header % kCompactHeader == 0,
-                   "compact: expected contiguous uint8 rows for weight ", describe(weight), ", got ",
-                   describe(compact));
+  SWITCHGEAR_CHECK(
+      ValueError,
+      compact.dtype == DType::kUInt8 && compact.ndim == 3 && is_contiguous && compact.shape[0] == weight.shape[0] &&
+          compact.shape[1] == weight.shape[1] && header >= kCompactHeader && header % kCompactHeader == 0,
+      "compact: expected contiguous uint8 rows for weight ", describe(weight), ", got ", describe(compact));
 }
 
 // Calls function(tag); the tag's type holds the bits of an element.
@@ -151,7 +150,7 @@ int64_t compact_row_bytes(int64_t cols, int64_t exceptions, DType dtype) {
 }
 
 int64_t pack_compact(const TensorView& weight, const TensorView& compact, Execution exec) {
-  check_shapes(weight, compact);
+  check_shapes(weight, compact, compact.contiguous());
   const int64_t num_experts = weight.shape[0], rows = weight.shape[1], cols = weight.shape[2];
   const int64_t row_bytes = compact.shape[2], header = compact_header(row_bytes, cols, weight.dtype);
   std::vector<int64_t> most(static_cast<size_t>(num_experts), 0);  // most exceptions in a row, by expert
@@ -170,16 +169,17 @@ int64_t pack_compact(const TensorView& weight, const TensorView& compact, Execut
 }
 
 void expand_compact(const TensorView& compact, const TensorView& weight, Execution exec) {
-  check_shapes(weight, compact);
+  check_shapes(weight, compact, compact.contiguous() || (compact.ndim == 3 && compact.contiguous_apart()));
   SWITCHGEAR_CHECK(TypeError,
                    compact.numel() == 0 || compact.as<uint8_t>()[kCompactElementBytes] == size_of(weight.dtype),
                    "compact: expected compact ", name_of(weight.dtype), " like weight, got compact elements of ",
                    int{compact.as<uint8_t>()[kCompactElementBytes]}, " bytes");
-  const int64_t rows = weight.shape[0] * weight.shape[1], cols = weight.shape[2], row_bytes = compact.shape[2];
+  const int64_t rows = weight.shape[1], cols = weight.shape[2], row_bytes = compact.shape[2];
   const int64_t header = compact_header(row_bytes, cols, weight.dtype);
   with_bits(weight.dtype, [&]<typename Bits>(Bits) {
-    parallel_for_shares(resolve_threads(exec.num_threads), rows, [&](int64_t n, int) {
-      expand_row(weight.as<Bits>() + n * cols, {compact.as<uint8_t>() + n * row_bytes, header}, cols);
+    parallel_for_shares(resolve_threads(exec.num_threads), weight.shape[0] * rows, [&](int64_t i, int) {
+      const uint8_t* const row = compact.as<uint8_t>() + i / rows * compact.stride[0] + i % rows * row_bytes;
+      expand_row(weight.as<Bits>() + i * cols, {row, header}, cols);
     });
   });
 }

@@ -44,15 +44,15 @@ void decode(const Context& context, void* panel, DType dtype, const Weight& weig
 
 Matrix columns_in_place(const Weight& weight, int64_t expert, int64_t column, DType dtype) {
   if (weight.format == Format::kPlain) return ExpertMatrix(weight, expert, dtype).columns_from(column);
-  const int64_t blocks = weight.data.shape[1], first = weight.slot_of(expert) * blocks, groups = weight.scales.shape[2];
+  const int64_t slot = weight.slot_of(expert), groups = weight.scales.shape[2];
   Matrix whole{.dtype = dtype, .n_stride = weight.data.shape[2] * weight.data.shape[3], .format = weight.format};
   whole.scale_stride = groups * kMinifloatRows * size_of(weight.scales.dtype);
   whole.group_size = weight.group_size > 0 ? weight.group_size : std::max<int64_t>(weight.cols, 1);
-  whole.data = weight.data.as<const char>() + first * whole.n_stride;
-  whole.scales = weight.scales.as<const char>() + first * whole.scale_stride;
+  whole.data = row_of(weight.data, slot);
+  whole.scales = row_of(weight.scales, slot);
   if (is_integer(weight.format)) {
-    whole.row_scales = weight.row_scales.as<const float>() + first * kMinifloatRows;
-    if (weight.zeros.defined()) whole.zeros = weight.zeros.as<const char>() + first * whole.scale_stride;
+    whole.row_scales = weight.row_scales.as<const float>() + slot * weight.row_scales.stride[0];
+    if (weight.zeros.defined()) whole.zeros = row_of(weight.zeros, slot);
   }
   return columns_at(whole, column, 0);
 }

@@ -28,7 +28,7 @@ class ExpertMatrix {
     whole_ = {.dtype = dtype, .format = w.format};
     switch (w.format) {
       case Format::kPlain:
-        whole_.data = w.base != nullptr ? w.base[e] : offset(w.data, slot * w.data.stride[0]);
+        whole_.data = w.base != nullptr ? w.base[e] : row_of(w.data, slot);
         whole_.n_stride = w.data.stride[1];
         whole_.k_stride = w.data.stride[2];
         return;
@@ -46,18 +46,18 @@ class ExpertMatrix {
           const int32_t* const record = w.records.as<const int32_t>() + 2 * slot;
           plane = record[0];
           whole_.format = format_of_bits(record[1]);
-          if (w.zeros.defined()) whole_.zeros = w.zeros.as<const char>() + slot * blocks * groups * kMinifloatRows;
+          if (w.zeros.defined()) whole_.zeros = row_of(w.zeros, slot);
         }
-        whole_.data = w.data.as<const char>() + plane * blocks * whole_.n_stride;
+        whole_.data = row_of(w.data, plane);
         if (w.format == Format::kGroups) whole_.n_stride *= bits_of(whole_.format);
         whole_.scale_stride = groups * kMinifloatRows * size_of(w.scales.dtype);
-        whole_.scales = w.scales.as<const char>() + slot * blocks * whole_.scale_stride;
+        whole_.scales = row_of(w.scales, slot);
         whole_.group_size = w.group_size > 0 ? w.group_size : w.data.shape[2] * kMinifloatColumns;
         return;
       }
     }
     whole_.k_stride = 1;
-    whole_.data = w.data.as<const char>() + slot * w.rows * whole_.n_stride;
+    whole_.data = row_of(w.data, slot);
   }
 
   int64_t rows() const { return rows_; }

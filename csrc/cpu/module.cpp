@@ -6,6 +6,7 @@
 
 #include "names.h"
 #include "pages.h"
+#include "reader_binding.h"
 #include "switchgear/backend.h"
 #include "switchgear/compact.h"
 #include "switchgear/panels.h"
@@ -97,7 +98,7 @@ void define_module(py::module_& m) {
         const py::gil_scoped_release release;
         expand_compact(from, to, {.num_threads = num_threads});
       },
-      "Writes compact weights as plain ones, both contiguous.", "compact"_a, "weight"_a, "num_threads"_a = 0);
+      "Writes compact weights, whose experts may be apart, as plain ones.", "compact"_a, "weight"_a, "num_threads"_a = 0);
   m.def(
       "panel_layout",
       [](std::string_view dtype) {
@@ -116,6 +117,7 @@ void define_module(py::module_& m) {
   m.def("cpu_isa", &cpu_isa, "The ISA in use.");
   m.def("set_cpu_isa", &set_cpu_isa, "Sets the ISA to use; ValueError for one that is not available.", "isa"_a);
   m.def("build_info", &build_info, "How the module was built: compiler, flags, isas, openmp, cuda.");
+  define_reader(m);
   m.attr("version") = SWITCHGEAR_VERSION;
 }
 

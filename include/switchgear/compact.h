@@ -42,7 +42,7 @@ int64_t compact_row_bytes(int64_t cols, int64_t exceptions, DType dtype);
 // exceptions in a row: `compact` is complete only if its headers have space for that many.
 int64_t pack_compact(const TensorView& weight, const TensorView& compact, Execution exec = {});
 
-// The inverse.
+// The inverse. Experts of `compact` may be any multiple of 64 bytes apart.
 void expand_compact(const TensorView& compact, const TensorView& weight, Execution exec = {});
 
 }  // namespace switchgear

@@ -9,7 +9,8 @@
 //
 // Storage, in the blocks and steps of minifloat.h: 16 rows x 32 columns, 64 bytes for each bit. The code of a weight is q - 2^(bits-1) in
 // two's complement, or for one bit its sign, so that padding with zeros is padding with a value.
-//   data     [P,parts·B,C,64] uint8, P planes: an expert of b bits is [parts·B, C, b·64] in b planes
+//   data     [P,parts·B,C,64] uint8, P planes: an expert of b bits is [parts·B, C, b·64] in b planes, which
+//            are consecutive even if the data has strides: then `first` counts strides, and the last byte is within the data
 //   records  [S,2] int32: the first plane of each stored expert, and its bits
 //   scales   [S,parts·B,G,16] float16
 //   zeros    [S,parts·B,G,16] uint8, optional

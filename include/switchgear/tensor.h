@@ -61,6 +61,15 @@ struct TensorView {
     }
     return true;
   }
+  // Whether tensor[i] is contiguous for each i, any multiple of 64 bytes after tensor[i - 1].
+  bool contiguous_apart() const {
+    int64_t expected = 1;
+    for (int i = ndim - 1; i > 0; --i) {
+      if (shape[i] != 1 && stride[i] != expected) return false;
+      expected *= shape[i];
+    }
+    return stride[0] >= 0 && stride[0] * size_of(dtype) % 64 == 0;
+  }
   template <typename T>
   T* as() const {
     return static_cast<T*>(data);

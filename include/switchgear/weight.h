@@ -11,6 +11,9 @@
 //   mxfp4    [E,parts·B,C,256] uint8                e8m0 per 32 columns                             minifloat.h
 //   nf4      [E,parts·B,C,256] uint8                float32 per 64 columns                          minifloat.h
 //   groups   [P,parts·B,C,64] uint8                 float16 per group, uint8 zeros                  groups.h
+//
+// Each tensor is contiguous, or on the CPU each tensor[i] is, any multiple of 64 bytes after tensor[i - 1]: so all tensors of an
+// expert can be parts of one record. `plain` has any strides.
 #pragma once
 #include <cstdint>
 

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from switchgear import ops, reference
 from switchgear.reference import formats
 from switchgear.reference.checks import wide
+from switchgear.weights.offloaded import Source
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
@@ -520,6 +521,7 @@ class Parts(NamedTuple):
     counts: tuple[int, ...]  # of tensors: of the projections, of their adapters, and of the seed of dropout
     options: tuple[Any, ...]
     dropout: tuple[float, ...]
+    source: Source | None = None  # of offloaded experts, which backward needs again
 
     def split(self, tensors: Sequence[Any]) -> list[list[Any]]:
         """The tensors, group by group."""
@@ -574,7 +576,11 @@ class MoeOfParts(torch.autograd.Function):
             first, second, *adapters, seed = parts.split(tensors)
             layer = (first, parts.forms[0], second, parts.forms[1], gate_up_bias, down_bias, topk_ids, topk_weights)
             drops = (seed[0] if seed else None, parts.dropout)
-            outputs = ops.moe_backward(grad_y, x, h, *layer, *parts.options, needs, *adapters, *drops)
+
+            def compute(*_: Any) -> Any:
+                return ops.moe_backward(grad_y, x, h, *layer, *parts.options, needs, *adapters, *drops)
+
+            outputs = compute() if parts.source is None else parts.source.run(x, topk_ids, compute, together=True)
             return tuple(output if need else None for output, need in zip(outputs, needs, strict=True))
 
         grad_x, grad_first, grad_second, *grad_biases, grad_weights, first_a, first_b, second_a, second_b = once(

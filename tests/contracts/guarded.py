@@ -89,8 +89,12 @@ def _runs(tensor: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def strides_of(shape: Iterable[int], layout: str, gap: int) -> tuple[int, ...]:
-    """Of a contiguous tensor, of contiguous "rows" or "columns" with gaps between them."""
+    """Of a contiguous tensor, of contiguous "rows" or "columns" with gaps between them, or of contiguous "experts", a
+    multiple of 64 elements apart."""
     sizes = list(shape)
+    if layout == "experts":
+        inner = strides_of(sizes, "contiguous", 0)
+        return (inner[0] if gap == 0 else -(-inner[0] // 64) * 64 + 64 * (gap - 1), *inner[1:])
     if layout == "columns":
         sizes[-1], sizes[-2] = sizes[-2], sizes[-1]
     strides = [1] * len(sizes)

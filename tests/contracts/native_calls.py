@@ -28,10 +28,10 @@ FIELDS = ("scales", "row_scales", "zeros", "slots")
 
 def integers(name: str, blocks: str, words: str, groups: str) -> dict[str, str]:
     return {
-        name: f"E{blocks}{words}Q uint8",
-        f"{name}_scales": f"E{blocks}{groups}R int8",
-        f"{name}_row_scales": f"E{blocks}R float32",
-        f"{name}_zeros": f"E{blocks}{groups}R uint8",
+        name: f"E{blocks}{words}Q uint8 experts",
+        f"{name}_scales": f"E{blocks}{groups}R int8 experts",
+        f"{name}_row_scales": f"E{blocks}R float32 experts",
+        f"{name}_zeros": f"E{blocks}{groups}R uint8 experts",
     }
 
 
@@ -43,9 +43,10 @@ PLAIN: dict[str, tuple[str, ...]] = {"gate_up_proj": (), "down_proj": ()}
 
 class Op(NamedTuple):
     """tensors: name -> sizes, dtype ("float" is one dtype for all), and layout: "rows" need contiguous rows, "matrices"
-    contiguous rows or columns, others are contiguous; "out" is an output. Options follow the tensors; an option that is
-    the letter of a size takes its value. weights: the tensors that are the data of a weight, with the letters of its
-    rows and columns if it is stored in integers, () if it is plain. parts and group_size are those of its form."""
+    contiguous rows or columns, "experts" contiguous parts a multiple of 64 bytes apart, others are contiguous; "out" is
+    an output. Options follow the tensors; an option that is the letter of a size takes its value. weights: the tensors
+    that are the data of a weight, with the letters of its rows and columns if it is stored in integers, () if it is
+    plain. parts and group_size are those of its form."""
 
     tensors: dict[str, str]
     options: dict[str, Any]

@@ -153,7 +153,11 @@ def form_calls(form: str, rng: np.random.Generator, dtype: torch.dtype) -> Itera
         N = 2 * I
     with_slots, num_threads = bool(rng.integers(2)), int(rng.integers(1, 3))
     first, second = stored(form, (E, N, H), dtype, 2, with_slots), stored(form, (E, H, I), dtype, 1, with_slots)
-    layouts = {} if form != "plain" else {id(w.data): "matrices" for w in (first, second)}
+    layouts = {id(w.data): "matrices" if form == "plain" else "experts" for w in (first, second)}
+    for w in (first, second):
+        layouts |= {id(field): "experts" for field in (w.scales, w.row_scales, w.zeros) if field is not None}
+        if "groups" in form:  # planes of an expert are consecutive
+            del layouts[id(w.data)]
 
     def rows(count: int, width: int, out: bool = False) -> Tensor:
         tensor = torch.randn(count, width).to(dtype)

@@ -60,6 +60,13 @@ def longer(dim: int) -> Callable[[Tensor], Tensor]:
     return lambda tensor: torch.cat((tensor, tensor.narrow(dim, 0, 1)), dim).contiguous()
 
 
+def apart(tensor: Tensor, num_bytes: int) -> Tensor:
+    """A copy whose parts are so far apart that 64 bytes do not divide it."""
+    stride = (tensor[0].nbytes // 64 * 64 + 64 + num_bytes) // tensor.element_size()
+    out = tensor.new_zeros(stride * len(tensor)).as_strided(tensor.shape, (stride, *tensor.stride()[1:]))
+    return out.copy_(tensor)
+
+
 def retyped(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.to(dtype)
 
@@ -95,6 +102,12 @@ def defects(op: str, name: str) -> Iterator[Defect]:
         yield "no contiguous dimension", lambda t: every_second(every_second(t, 1), 2)
     if spec.layout == "contiguous" and last:
         yield "rows apart", lambda t: every_second(t, 0)
+    if spec.layout == "experts":
+        yield (
+            "blocks apart",
+            lambda t: every_second(t, next(dim for dim, size in enumerate(t.shape) if dim and size > 1)),
+        )
+        yield "experts apart", lambda t: apart(t, 4)
     if spec.out:
         yield "read only", read_only
         yield "expanded", lambda t: t[:1].expand(t.shape)

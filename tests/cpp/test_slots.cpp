@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Slots: experts at any position, some shared, give the bits of experts in order, in every format.
+// Slots: experts at any position and distance, some shared, give the bits of experts in order, in every format.
+#include <array>
 #include <deque>
+#include <utility>
 
 #include "layer.h"
 #include "switchgear/compact.h"
@@ -112,6 +114,53 @@ Array reversed_slots(int64_t E) {
   return slots;
 }
 
+int64_t padded(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+// The same experts as records of one arena: all tensors of expert e are in record slots[e], each at a multiple of 64 bytes, and
+// the last record ends with the arena. All other bytes are 0xff.
+Stored in_records(const Weight& w, const Array& slots, int64_t num_slots) {
+  const bool is_plain = w.format == Format::kPlain, has_planes = w.format == Format::kGroups;
+  Stored s{.weight = w};
+  const std::array fields{&s.weight.data, &s.weight.scales, &s.weight.row_scales, &s.weight.zeros};
+  const auto plane_bytes = [](const TensorView& t) { return t.numel() / t.shape[0] * size_of(t.dtype); };
+  std::array<int64_t, 4> begin{};
+  int64_t record = 0;
+  for (size_t i = 0; i < fields.size(); ++i) {
+    if (!fields[i]->defined()) continue;
+    begin[i] = record;
+    const int64_t bytes = plane_bytes(*fields[i]) * (has_planes && i == 0 ? kMostBits : 1);
+    record += padded(bytes, 64);
+  }
+  record += 64;  // not a power of two
+  const TensorView arena = s.add(Array(DType::kUInt8, {num_slots, record}, 0, 0));
+  if (has_planes) {  // checked even where no expert uses them
+    s.weight.records = s.add(Array(DType::kInt32, {num_slots, 2}));
+    for (int64_t i = 0; i < num_slots; ++i) {
+      s.weight.records.as<int32_t>()[2 * i] = static_cast<int32_t>(i * record / 64);
+      s.weight.records.as<int32_t>()[2 * i + 1] = 1;
+    }
+  }
+  for (size_t i = 0; i < fields.size(); ++i) {
+    TensorView& field = *fields[i];
+    if (!field.defined()) continue;
+    const TensorView from = field;
+    const bool is_planes = has_planes && i == 0;
+    field.data = arena.as<char>() + begin[i];
+    field.stride[0] = (is_planes ? 64 : record) / size_of(field.dtype);
+    field.shape[0] = is_planes ? (num_slots * record - begin[i] - plane_bytes(from)) / 64 + 1 : num_slots;
+    for (int64_t e = 0; e < slots.size(0); ++e) {
+      const auto* const known = w.records.as<const int32_t>() + 2 * e;
+      if (is_planes) s.weight.records.as<int32_t>()[2 * slots.id(e) + 1] = known[1];
+      std::memcpy(field.as<char>() + slots.id(e) * record,
+                  from.as<char>() + (is_planes ? known[0] : e) * plane_bytes(from),
+                  static_cast<size_t>(plane_bytes(from) * (is_planes ? known[1] : 1)));
+    }
+  }
+  s.weight.slots = slots;
+  if (is_plain) s.weight.rows = s.weight.cols = 0;
+  return s;
+}
+
 constexpr Format kFormats[] = {Format::kPlain, Format::kPanels, Format::kCompact, Format::kInt8,  Format::kInt4,
                                Format::kFp8,   Format::kMxfp4,  Format::kNf4,     Format::kGroups};
 
@@ -144,6 +193,119 @@ TEST(experts_anywhere_have_the_bits_of_experts_in_order) {
             CHECK(same_bits(y, wanted), "slots change y");
           },
           is_integer(format) ? Isas::kAll : Isas::kFloat);
+    }
+  }
+}
+
+// All that reads a weight: moe_forward, moe_backward, grouped_gemm and its transpose.
+TEST(experts_in_records_have_the_bits_of_contiguous_experts) {
+  const Case c{"records", 40, 128, 64, 5, 2};
+  for (const Format format : kFormats) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      note = join(name_of(format), " ", name_of(dtype));
+      const Layer l(c, dtype, {}, true, false, 12);
+      const Array slots = reversed_slots(c.E);
+      const int64_t S = c.T * c.K;
+      Array y(dtype, {c.T, c.H}), h(dtype, {S, l.N}), grad_x(dtype, {c.T, c.H}),
+          grad_weights(DType::kFloat32, {c.T, c.K});
+      Array product(dtype, {S, l.N}), transposed(dtype, {S, c.H});
+      const auto run = [&](const Weight& first, const Weight& second, Execution exec) {
+        ExpertWeights weights = l.weights();
+        weights.gate_up_proj = first, weights.down_proj = second;
+        moe_forward({.x = l.x, .weights = weights, .topk_ids = l.ids, .topk_weights = l.topk_weights, .y = y, .h = h},
+                    exec);
+        moe_backward({.grad_y = l.grad_y,
+                      .x = l.x,
+                      .h = h,
+                      .weights = weights,
+                      .topk_ids = l.ids,
+                      .topk_weights = l.topk_weights,
+                      .grad_x = grad_x,
+                      .grad_topk_weights = grad_weights},
+                     exec);
+        if (format == Format::kPanels) return product.poison(0), transposed.poison(0);
+        GroupedGemmArgs gemm{.x = l.x,
+                             .weight = first,
+                             .expert_offsets = l.plan.expert_offsets,
+                             .token_indices = l.plan.token_indices,
+                             .out = product};
+        grouped_gemm(gemm, exec);
+        if (format == Format::kPlain || format == Format::kCompact) return transposed.poison(0);
+        gemm.x = h, gemm.token_indices = {}, gemm.out = transposed, gemm.transposed = true;
+        grouped_gemm(gemm, exec);
+      };
+      Stored first, second;
+      for_each_isa(
+          {&y, &h, &grad_x, &grad_weights, &product, &transposed},
+          [&](Execution exec) {  // panels are made for the ISA in use
+            Random random(7);
+            first = make(random, format, dtype, c.E, l.N, c.H, 2),
+            second = make(random, format, dtype, c.E, c.H, c.I, 1);
+            run(in_records(first.weight, slots, c.E + kSpare).weight,
+                in_records(second.weight, slots, c.E + kSpare).weight, exec);
+          },
+          [&] {
+            const std::array got{y, h, grad_x, grad_weights, product, transposed};
+            run(first.weight, second.weight, {2});
+            const std::array wanted{&y, &h, &grad_x, &grad_weights, &product, &transposed};
+            for (size_t i = 0; i < got.size(); ++i) CHECK(same_bits(got[i], *wanted[i]), "records change output ", i);
+          },
+          is_integer(format) ? Isas::kAll : Isas::kFloat);
+    }
+  }
+}
+
+// Strides that no kernel follows are errors that name the tensor, and so are planes past the memory of the data.
+TEST(strides_that_are_errors) {
+  const Case c{"strides", 3, 32, 32, 2, 1};
+  const Layer l(c, DType::kFloat32, {}, false, false, 3);
+  const Array slots = reversed_slots(c.E);
+  for (const Format format : kFormats) {
+    if (format == Format::kPlain || format == Format::kPanels) continue;  // any stride; the same check as compact
+    note = name_of(format);
+    Random random(9);
+    const Stored first = make(random, format, l.dtype, c.E, l.N, c.H, 2),
+                 second = make(random, format, l.dtype, c.E, c.H, c.I, 1);
+    const Stored whole = in_records(first.weight, slots, c.E + kSpare);
+    const auto message = [&](auto&& change) -> std::string {
+      Weight changed = whole.weight;
+      change(changed);
+      Array y(l.dtype, {c.T, c.H});
+      ExpertWeights weights = l.weights();
+      weights.gate_up_proj = changed, weights.down_proj = second.weight;
+      try {
+        moe_forward({.x = l.x, .weights = weights, .topk_ids = l.ids, .topk_weights = l.topk_weights, .y = y});
+      } catch (const ValueError& error) {
+        return error.what();
+      }
+      return "";
+    };
+    CHECK(message([](Weight&) {}).empty(), "an error without a defect");
+    const std::pair<TensorView Weight::*, std::string> fields[] = {{&Weight::data, "gate_up_proj"},
+                                                                   {&Weight::scales, "gate_up_proj_scales"},
+                                                                   {&Weight::row_scales, "gate_up_proj_row_scales"},
+                                                                   {&Weight::zeros, "gate_up_proj_zeros"}};
+    for (const auto& [field, name] : fields) {
+      if (!(whole.weight.*field).defined()) continue;
+      const std::string wanted = name + ": expected contiguous experts, adjacent or a multiple of 64 bytes apart, got ";
+      for (const int64_t by : {-1, 1}) {
+        const std::string got = message([&](Weight& w) { (w.*field).stride[0] += by; });
+        CHECK(got.find(wanted) == 0, got);
+      }
+      const std::string inner = message([&](Weight& w) { (w.*field).stride[1] += 64; });
+      CHECK(inner.find(wanted) == 0, inner);
+    }
+    if (format != Format::kGroups) continue;
+    auto* const records = whole.weight.records.as<int32_t>();
+    const int64_t last = c.E + kSpare - 1;
+    for (const int32_t more : {0, 1}) {  // the last record's slack is one unit of 64 bytes
+      Weight w = whole.weight;
+      const int32_t before = records[2 * last + 1];
+      const auto plane = static_cast<int32_t>(w.data.shape[1] * w.data.shape[2]);
+      records[2 * last] = static_cast<int32_t>(w.data.shape[0]) - 1 - 2 * plane + more, records[2 * last + 1] = 3;
+      const std::string got = message([](Weight&) {});
+      CHECK(more == 0 ? got.empty() : got.find("gate_up_proj_records: expected 3 of ") == 0, got);
+      records[2 * last] = 0, records[2 * last + 1] = before;
     }
   }
 }

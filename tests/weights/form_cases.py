@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
-from switchgear.weights import Compact, Form, Fp8, Groups, Int4, Int8, Mxfp4, Nf4, Panels
+from switchgear.weights import Compact, Form, Fp8, Groups, Int4, Int8, Mxfp4, Nf4, Panels, Weight
 
 E, K = 5, 2
 LOW, FULL = torch.bfloat16, torch.float32
@@ -77,6 +77,43 @@ forms_and_dtypes = pytest.mark.parametrize(
     ("case", "dtype"),
     [pytest.param(c, d, id=f"{c}-{str(d).removeprefix('torch.')}") for c in FORM_CASES for d in c.dtypes],
 )
+
+
+def in_records(weight: Weight, slots: list[int]) -> Weight:
+    """The same experts in one arena: record slots[e] has all tensors of expert e, at multiples of 64 bytes; the other
+    bytes are 0xff."""
+    parts: dict[str, list[Tensor]] = {}  # by field, of each expert
+    for name in ("data", "scales", "row_scales", "zeros"):
+        if (tensor := getattr(weight, name)) is not None:
+            parts[name] = list(tensor)
+    bits = [1] * len(slots)
+    if weight.records is not None:
+        bits = [count for _, count in weight.records.tolist()]
+        parts["data"] = [weight.data[first : first + count] for first, count in weight.records.tolist()]
+    begins, record = {}, 0
+    for name, tensors in parts.items():
+        begins[name] = record
+        record += -(-max(tensor.nbytes for tensor in tensors) // 64) * 64
+    record += 64
+    count = max(slots) + 2
+    arena = torch.full((count * record,), 0xFF, dtype=torch.uint8)
+    fields: dict[str, Tensor | None] = {"slots": torch.tensor(slots, dtype=torch.int32)}
+    if weight.records is not None:
+        places = [[index * record // 64, 1] for index in range(count)]
+        for slot, number in zip(slots, bits, strict=True):
+            places[slot][1] = number
+        fields["records"] = torch.tensor(places, dtype=torch.int32)
+    for name, tensors in parts.items():
+        inner, dtype = getattr(weight, name)[0], tensors[0].dtype
+        unit = 64 if name == "data" and weight.records is not None else record
+        shape = ((arena.numel() - begins[name] - inner.nbytes) // unit + 1, *inner.shape)
+        strides = (unit // inner.itemsize, *inner.stride())
+        memory = arena[begins[name] :].view(dtype)
+        for slot, tensor in zip(slots, tensors, strict=True):
+            at = slot * record // inner.itemsize
+            memory[at : at + tensor.numel()] = tensor.flatten()
+        fields[name] = memory.as_strided(shape, strides)
+    return weight.with_tensors(fields)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

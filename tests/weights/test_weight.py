@@ -8,7 +8,7 @@ import dataclasses
 
 import pytest
 import torch
-from form_cases import FORM_CASES, FormCase, distance, forms
+from form_cases import FORM_CASES, FormCase, distance, forms, in_records
 from torch import Tensor
 
 import switchgear
@@ -88,6 +88,48 @@ def test_experts_in_other_places(backend: str, case: FormCase, ids: list[int]) -
         for leaf, pair, ids in zip(leaves, (slotted, (first, second)), (topk_ids, stored_ids), strict=True)
     ]
     assert distance(*grads) < 1e-5
+
+
+@pytest.mark.parametrize("case", [*FORM_CASES, PLAIN], ids=str)
+def test_experts_in_records(backend: str, case: FormCase) -> None:
+    """All tensors of an expert in one record of an arena: the bits of contiguous experts, wherever a weight is read."""
+    if backend.startswith(("simt", "cuda")):
+        pytest.skip(f"{case} is for the CPU")
+    first, second, (x, topk_ids, weights) = layer_of(case)
+    slots = [4, 0, 6, 1, 3]
+    apart = in_records(first, slots), in_records(second, slots)
+    assert not apart[0].data.is_contiguous()
+    assert torch.equal(apart[0].plain(), first.plain())
+    if case.form.name != "groups":  # its data counts records in another unit
+        in_order = apart[0].with_slots(None)
+        assert torch.equal(in_order.plain()[slots], first.plain())
+
+    def results(one: Weight, other: Weight) -> list[Tensor]:
+        leaves = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        y = switchgear.moe(leaves[0], one, other, topk_ids, leaves[1])
+        offsets = switchgear.plan(topk_ids, E).expert_offsets
+        rows = x.repeat_interleave(2, 0)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves), switchgear.grouped_gemm(rows, one, offsets)]
+
+    for got, wanted in zip(results(*apart), results(first, second), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@forms
+def test_strides_that_kernels_do_not_follow(backend: str, case: FormCase) -> None:
+    if backend.startswith(("simt", "cuda")):
+        pytest.skip(f"{case} is for the CPU")
+    first, second, (x, topk_ids, weights) = layer_of(case)
+    apart = in_records(first, list(range(E)))
+    for name in ("data", "scales", "row_scales", "zeros"):
+        tensor = getattr(apart, name)
+        if tensor is None:
+            continue
+        stride = tensor.stride(0) - 1
+        bad = tensor.as_strided(tensor.shape, (stride, *tensor.stride()[1:]))
+        argument = "gate_up_proj" if name == "data" else f"gate_up_proj_{name}"
+        with pytest.raises(ValueError, match=rf"^{argument}: expected contiguous experts, adjacent or a multiple"):
+            switchgear.moe(x, apart.with_tensors({name: bad}), second, topk_ids, weights)
 
 
 @pytest.mark.parametrize("slots", [[0, 5], [-1, 0]], ids=str)

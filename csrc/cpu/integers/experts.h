@@ -20,19 +20,19 @@ inline int64_t block_columns(const Weight& m) {
 // The matrix of expert e.
 class IntegerMatrix {
  public:
-  IntegerMatrix(const Weight& m, int64_t e) : m_(m), first_block_(m.slot_of(e) * m.data.shape[1]) {}
+  IntegerMatrix(const Weight& m, int64_t e) : m_(m), slot_(m.slot_of(e)) {}
 
   int64_t part_rows() const { return m_.rows / m_.parts; }
 
   // The blocks from row `row` on, which starts a block: `row % part_rows() % 16 == 0`.
   IntegerPanel from(int64_t row) const {
     const int64_t part = row / part_rows(), blocks = m_.data.shape[1] / m_.parts;
-    const int64_t block = first_block_ + part * blocks + row % part_rows() / kBlockRows;
+    const int64_t block = part * blocks + row % part_rows() / kBlockRows;
     const int64_t words = m_.data.shape[2] * 8 / bits_of(m_.format), groups = m_.scales.shape[2];
-    return {.values = m_.data.as<const uint8_t>() + block * m_.data.shape[2] * m_.data.shape[3],
-            .scales = m_.scales.as<const int8_t>() + block * groups * kBlockRows,
-            .row_scales = m_.row_scales.as<const float>() + block * kBlockRows,
-            .zeros = m_.zeros.defined() ? m_.zeros.as<const uint8_t>() + block * groups * kBlockRows : nullptr,
+    return {.values = of<uint8_t>(m_.data) + block * m_.data.shape[2] * m_.data.shape[3],
+            .scales = of<int8_t>(m_.scales) + block * groups * kBlockRows,
+            .row_scales = of<float>(m_.row_scales) + block * kBlockRows,
+            .zeros = m_.zeros.defined() ? of<uint8_t>(m_.zeros) + block * groups * kBlockRows : nullptr,
             .words = words,
             .group_words = groups == 1 ? words : m_.group_size / 4,
             .groups = groups,
@@ -41,8 +41,13 @@ class IntegerMatrix {
   }
 
  private:
+  template <typename T>
+  const T* of(const TensorView& field) const {  // the expert's part
+    return field.as<const T>() + slot_ * field.stride[0];
+  }
+
   const Weight& m_;
-  int64_t first_block_;
+  int64_t slot_;
 };
 
 // Row stride and bytes, in the workspace, of rows in int8 for products with `weight`.

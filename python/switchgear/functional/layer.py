@@ -22,13 +22,15 @@ from switchgear.functional.arguments import (
     flat,
     in_autocast_dtype,
 )
+from switchgear.functional.offloaded import moe_of_offloaded, source_of
 from switchgear.functional.products import AnyWeight, check_selected, grouped_gemm
 from switchgear.functional.routes import plan
 from switchgear.functional.rows import combine, glu
 from switchgear.ops import GluOptions
+from switchgear.weights.offloaded import OffloadedWeight, Source
 from switchgear.weights.weight import AdaptedWeight, SelectedWeight, Weight, taken_by_moe
 
-_WEIGHTS = (Weight, AdaptedWeight, SelectedWeight)
+_WEIGHTS = (Weight, AdaptedWeight, SelectedWeight, OffloadedWeight)
 
 
 def _rows_of(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,8 +111,10 @@ def _moe_of_weights(
     topk_ids: Tensor,
     topk_weights: Tensor,
     options: GluOptions,
+    *,
+    source: Source | None = None,
 ) -> Tensor:
-    """moe if a projection is not a tensor."""
+    """moe if a projection is not a tensor. source: of the weights, if they are offloaded and in memory now."""
     shape, columns = x.shape, weights[0].shape[2]
     if x.shape[-1] != columns:  # stored bytes do not show H, so no op checks it
         raise ValueError(f"x: expected shape [..., {columns}], got {list(shape)}")
@@ -124,6 +128,12 @@ def _moe_of_weights(
         if not first.is_lossless and not second.is_lossless and not needs_autograd(x, *biases, *routing):
             y: Tensor = _moe_of_stored(x, first, second, biases, routing, options)
             return y if len(shape) == 2 else y.reshape(shape)
+    if (loads := source_of(first)) is not None:
+        if in_autocast(kind := x.device.type):
+            x, *both = in_autocast_dtype(kind, x, *biases)
+            biases = (both[0], both[1])
+        layer = (x, weights, biases, topk_ids, topk_weights, options)
+        return moe_of_offloaded(loads, _moe_of_weights, _accumulate, *layer).reshape(shape)
     if isinstance(first, SelectedWeight) and isinstance(second, SelectedWeight):
         return _selected_moe(x, (first, second), biases, topk_ids, topk_weights, options).reshape(shape)
     has_adapters = isinstance(weights[0], AdaptedWeight) or isinstance(weights[1], AdaptedWeight)
@@ -152,7 +162,7 @@ def _moe_of_weights(
     seed = dropout_seed(x.device) if any(dropout) else None
     if wants_gradients:
         groups = (tensors, down_tensors, *adapters, () if seed is None else (seed,))
-        parts = autograd.Parts((form, down_form), tuple(map(len, groups)), tuple(options), dropout)
+        parts = autograd.Parts((form, down_form), tuple(map(len, groups)), tuple(options), dropout, source)
         flat = [tensor for group in groups for tensor in group]
         y = apply(autograd.MoeOfParts, x, *others, parts, *flat)[0]
         return y.reshape(shape)
@@ -169,6 +179,20 @@ def _moe_of_weights(
     else:
         y = ops.moe_forward(x, *layer, *options, False, *adapters, seed, dropout)[0]
     return y if len(shape) == 2 else y.reshape(shape)
+
+
+def _accumulate(
+    sums: Tensor,
+    x: Tensor,
+    weights: tuple[AnyWeight, AnyWeight],
+    biases: tuple[Tensor | None, Tensor | None],
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    options: GluOptions,
+    seed: Tensor | None,
+) -> None:
+    """Adds moe of weights in memory to sums [T,H] float32."""
+    sums += _moe_of_weights(x, weights, biases, topk_ids, topk_weights, options).float()
 
 
 def _moe_of_stored(

@@ -13,9 +13,10 @@ from switchgear.arrays import accepts_arrays
 from switchgear.autograd import apply, needs_autograd
 from switchgear.backends import in_autocast
 from switchgear.functional.arguments import dropout_seed, in_autocast_dtype
+from switchgear.weights.offloaded import OffloadedWeight
 from switchgear.weights.weight import AdaptedWeight, SelectedWeight, Weight, taken_by_grouped_gemm
 
-AnyWeight = Tensor | Weight | AdaptedWeight | SelectedWeight
+AnyWeight = Tensor | Weight | AdaptedWeight | SelectedWeight | OffloadedWeight
 
 
 @accepts_arrays
@@ -48,6 +49,8 @@ def grouped_gemm(
         return _stored_grouped_gemm(x, weight, expert_offsets, bias, token_indices)
     if isinstance(weight, SelectedWeight):
         return _selected_grouped_gemm(x, weight, expert_offsets, bias, token_indices)
+    if isinstance(weight, OffloadedWeight):
+        raise ValueError("weight: expected one in memory, got offloaded experts, which only moe loads")
     matrices = [weight] if isinstance(weight, Tensor) else list(weight)
     if not matrices:
         raise ValueError("weight: expected at least one matrix, got none")

@@ -13,14 +13,15 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 import switchgear
 from switchgear.ops import GluOptions
 from switchgear.weights import AdaptedWeight, SelectedWeight, Weight
+from switchgear.weights.offloaded import OffloadedWeight
 
 
 class ExpertWeights(NamedTuple):
     """Views of a model's parameters, never copies, or stored weights (switchgear.store). N is 2I for gated experts,
     I for plain ones."""
 
-    gate_up_proj: Tensor | Weight | AdaptedWeight | SelectedWeight  # [E, N, H]
-    down_proj: Tensor | Weight | AdaptedWeight | SelectedWeight  # [E, H, I]
+    gate_up_proj: Tensor | Weight | AdaptedWeight | SelectedWeight | OffloadedWeight  # [E, N, H]
+    down_proj: Tensor | Weight | AdaptedWeight | SelectedWeight | OffloadedWeight  # [E, H, I]
     gate_up_bias: Tensor | None = None  # [E, N]
     down_bias: Tensor | None = None  # [E, H]
 
@@ -92,7 +93,7 @@ def tensors_of(weights: Iterable[Any]) -> list[Any]:
 def not_plain(weights: Iterable[Any]) -> str | None:
     """Why the kernels cannot read some weight, or None. Tensor subclasses (torchao, DTensor) have their own format."""
     for weight in tensors_of(weights):
-        plain = type(weight) in (Tensor, nn.Parameter, Weight)
+        plain = type(weight) in (Tensor, nn.Parameter, Weight, OffloadedWeight)
         if not plain and not isinstance(weight, (FakeTensor, FunctionalTensor)):  # tracing: both stand for plain ones
             return f"a weight is a {type(weight).__name__}, not a plain tensor"
     return None

@@ -7,6 +7,8 @@ misses and bytes. docs/offload.md."""
 from __future__ import annotations
 
 from switchgear.offload.accesses import Accesses
+from switchgear.offload.attach import Offloaded, offload
+from switchgear.offload.errors import StoreError
 from switchgear.offload.policies import (
     LFRU,
     LFU,
@@ -22,6 +24,7 @@ from switchgear.offload.policies import (
     Use,
 )
 from switchgear.offload.simulation import LayerHits, Simulation, simulate, simulate_all
+from switchgear.offload.statistics import LayerStatistics, Statistics
 
 __all__ = [
     "LFRU",
@@ -33,12 +36,17 @@ __all__ = [
     "Belady",
     "FrequencyDistance",
     "LayerHits",
+    "LayerStatistics",
     "LeastStale",
     "Now",
+    "Offloaded",
     "Policy",
     "Simulation",
     "StaticFrequency",
+    "Statistics",
+    "StoreError",
     "Use",
+    "offload",
     "simulate",
     "simulate_all",
 ]

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
-from itertools import accumulate
 from math import inf, isfinite
 
 from switchgear.offload.accesses import Accesses
-from switchgear.offload.policies import POLICIES, Now, Policy, Use
+from switchgear.offload.policies import POLICIES, Policy
+from switchgear.offload.residency import Residency
 
 
 @dataclass(frozen=True)
@@ -157,92 +156,22 @@ def _capacities(
     return [each] * min(num_layers, 1) if shared else [each] * num_layers
 
 
-class _Cache:
-    """Resident experts by number, and a heap per group. An entry of a heap is outdated once its expert was used again
-    or evicted; it is dropped when it comes up."""
-
-    def __init__(self, policy: Policy, capacity: int) -> None:
-        self.policy, self.capacity = policy, capacity
-        self.last: dict[int, int] = {}  # number of the last use of experts that may be evicted
-        self.heaps: dict[int, list[tuple[float, int, int, int]]] = {}  # (value, number of the use, moment, expert)
-        self.num_uses = self.entries = 0
-
-    def put(self, expert: int, use: Use) -> None:
-        group, value = self.policy.touch(use)
-        self.last[expert] = self.num_uses
-        heappush(self.heaps.setdefault(group, []), (value, self.num_uses, use.moment, expert))
-        self.num_uses += 1
-        self.entries += 1
-        if self.entries > 4 * len(self.last) + 64:
-            self._compact()
-
-    def evict(self, now: Now) -> None:
-        best = None
-        for group in list(self.heaps):
-            heap = self.heaps[group]
-            while heap and self.last.get(heap[0][3]) != heap[0][1]:
-                heappop(heap)
-                self.entries -= 1
-            if not heap:
-                del self.heaps[group]
-                continue
-            value, number, moment, expert = heap[0]
-            rank = (self.policy.score(group, value, moment, now), number, expert)
-            best = rank if best is None or rank < best else best
-        assert best is not None
-        del self.last[best[2]]
-
-    def _compact(self) -> None:
-        for group, heap in list(self.heaps.items()):
-            heap[:] = [entry for entry in heap if self.last.get(entry[3]) == entry[1]]
-            heapify(heap)
-            if not heap:
-                del self.heaps[group]
-        self.entries = sum(map(len, self.heaps.values()))
-
-
 def _replay(accesses: Accesses, policy: Policy, capacities: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Hits and misses by layer. Experts are numbered through all layers, in their order."""
+    """Hits and misses by layer."""
     num_layers = len(accesses.layers)
-    firsts = [0, *accumulate(accesses.num_experts)]
-    caches = [_Cache(policy, capacity) for capacity in capacities]
+    width = max(accesses.num_experts, default=0)
+    caches = [Residency(policy, capacity, num_layers, width) for capacity in capacities]
     future = _next_uses(accesses) if policy.looks_ahead else None
     hits, misses = [0] * num_layers, [0] * num_layers
-    counts: dict[int, int] = {}
-    loaded: dict[int, int] = {}
     moment = 0
     for step in accesses.steps:
         for layer, experts in enumerate(step):
-            cache, now, first = caches[layer % len(caches)], Now(layer, num_layers, moment), firsts[layer]
-            resident: dict[int, Use] = {}
-            absent: dict[int, Use] = {}
-            for place, expert in enumerate(experts):
-                key = first + expert
-                counts[key] = counts.get(key, 0) + 1
-                into = resident if key in cache.last else absent
-                if into is absent:
-                    loaded[key] = moment
-                following = inf if future is None else future[moment][place]
-                into[key] = Use(layer, expert, counts[key], loaded[key], moment, following)
-            hits[layer] += len(resident)
-            misses[layer] += len(absent)
-            _run(cache, {**resident, **absent}, now)
+            following = None if future is None else future[moment]
+            turn = caches[layer % len(caches)].run(layer, experts, moment, following)
+            hits[layer] += len(turn.hits)
+            misses[layer] += len(turn.misses)
             moment += 1
     return hits, misses
-
-
-def _run(cache: _Cache, uses: dict[int, Use], now: Now) -> None:
-    together = len(uses) <= cache.capacity
-    if together:  # nothing may evict them: they take their slots first
-        for key in uses:
-            cache.last.pop(key, None)
-        for _ in range(len(cache.last) + len(uses) - cache.capacity):
-            cache.evict(now)
-    for key, use in uses.items():
-        cache.put(key, use)
-    if not together:
-        for _ in range(len(cache.last) - cache.capacity):
-            cache.evict(now)
 
 
 def _next_uses(accesses: Accesses) -> list[list[float]]:

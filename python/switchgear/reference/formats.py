@@ -10,6 +10,10 @@ A weight [E,N,C] is passed to the ops as tensors and a form, a few integers:
 
 `slots` [E] int32 locates the experts: expert e is at index slots[e] of the first dimension of all other tensors. In
 groups, `records` has this dimension instead of the data.
+
+The tensors of a stored format are contiguous, or each tensor[i] is, any multiple of 64 bytes after tensor[i - 1]. So
+all tensors of an expert can be views of one record. In groups, records[e] = (first, bits): the `bits` planes of an
+expert are consecutive in memory from data[first] on, and end within the memory of the data.
 """
 
 from __future__ import annotations
@@ -129,6 +133,9 @@ def check_weight(
         wanted = ", ".join("any" if size is None else str(size) for size in sizes[1:])
         raise ValueError(f"{name}: expected matrices [{wanted}], got [{stored.rows}, {stored.cols}] in {stored.format}")
     _check_storage(name, stored, dtype)
+    if stored.format != "plain":
+        for field in _INDEXED:
+            _check_strides(name if field == "data" else f"{name}_{field}", getattr(stored, field))
     count = stored.num_stored
     if stored.slots is not None:
         check(f"{name}_slots", stored.slots, (experts,), torch.int32)
@@ -154,6 +161,16 @@ def _check_storage(name: str, stored: Stored, dtype: torch.dtype) -> None:
         groups.check_storage(name, _in_groups(stored), rows, cols, stored.parts, stored.group_size)
     else:
         _check_minifloat(name, stored)
+
+
+def _check_strides(name: str, tensor: Tensor | None) -> None:
+    if tensor is None or tensor.is_contiguous():
+        return
+    if not tensor[0].is_contiguous() or tensor.stride(0) * tensor.itemsize % 64:
+        raise ValueError(
+            f"{name}: expected contiguous experts, adjacent or a multiple of 64 bytes apart, got strides "
+            f"{list(tensor.stride())} of {list(tensor.shape)}"
+        )
 
 
 def _check_minifloat(name: str, stored: Stored) -> None:

@@ -41,7 +41,7 @@ class Levels(NamedTuple):
 class Blocks(NamedTuple):
     """The same as kernels read it: include/switchgear/groups.h."""
 
-    data: Tensor  # [P, parts·B, C, 64] uint8
+    data: Tensor  # [P, parts·B, C, 64] uint8; the planes of an expert are consecutive in memory
     scales: Tensor  # [E, parts·B, G, 16] float16
     zeros: Tensor | None  # [E, parts·B, G, 16] uint8
     records: Tensor  # [E, 2] int32: first plane and bits of each expert
@@ -228,7 +228,7 @@ def from_blocks(weight: Blocks, rows: int, columns: int, parts: int = 1) -> Leve
         return torch.stack([_from_blocks(one.mT, rows, parts) for one in tensor])
 
     for expert, (first, bits) in enumerate(records):
-        record = weight.data[first : first + bits].reshape(blocks, steps, bits * PLANE)
+        record = weight.data[first].as_strided((blocks, steps, bits * PLANE), (steps * bits * PLANE, bits * PLANE, 1))
         unpacked = torch.cat([_unpack(some, bits) for some in row_slices(record, 4)])
         q[expert] = _from_blocks(unpacked, rows, parts)[:, :columns]
     return Levels(
@@ -250,9 +250,10 @@ def check_storage(name: str, weight: Blocks, rows: int, columns: int, parts: int
     check(f"{name}_scales", weight.scales, (num_experts, blocks, groups, ROWS), torch.float16)
     if weight.zeros is not None:
         check(f"{name}_zeros", weight.zeros, (num_experts, blocks, groups, ROWS), torch.uint8)
-    planes = len(weight.data)
+    planes, plane, stride = len(weight.data), blocks * _divide_up(columns, COLUMNS) * PLANE, weight.data.stride(0)
+    end = (planes - 1) * stride + plane
     for i, (first, bits) in enumerate(weight.records.tolist()):
         if not 1 <= bits <= MOST_BITS:
             raise ValueError(f"{name}_records: expected 1 to {MOST_BITS} bits, got {bits} at [{i}]")
-        if first < 0 or first + bits > planes:
+        if not 0 <= first < planes or first * stride + bits * plane > end:
             raise ValueError(f"{name}_records: expected {bits} of {planes} planes, got those from {first} on at [{i}]")

@@ -132,6 +132,25 @@ class StoredProjections:
                 module._buffers.pop(name, None)
                 module._non_persistent_buffers_set.discard(name)
 
+    def check_restore(self) -> None:
+        """Raises ValueError if `restore` cannot undo this."""
+
+    def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, missing: list[str]) -> None:
+        """Takes the weights out of a state dict, whose keys of this module start with `prefix`."""
+        now = self.weights(module)
+        loaded = []  # both, before anything changes
+        for index, name in enumerate(self.layout.names):
+            weight = _loaded(self, index, now[index], state_dict, f"{prefix}{name}", missing)
+            loaded.append(now[index] if weight is None else weight)
+        projections = [
+            Projection(Kind.of(weight), projection.trained, projection.tie)
+            for weight, projection in zip(loaded, self.projections, strict=True)
+        ]
+        changed = StoredProjections(self.form, self.layout, (projections[0], projections[1]))
+        self.take_out_of(module)
+        changed.put_into(module, (loaded[0], loaded[1]))
+        module._switchgear_stored = changed  # type: ignore[assignment]
+
 
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16}
 
@@ -272,21 +291,8 @@ def plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> No
 def _load(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any, strict: bool, missing: list[str], *__: Any
 ) -> None:
-    if (stored := stored_of(module)) is None:
-        return
-    now = stored.weights(module)
-    loaded = []  # both, before anything changes
-    for index, name in enumerate(stored.layout.names):
-        weight = _loaded(stored, index, now[index], state_dict, f"{prefix}{name}", missing if strict else [])
-        loaded.append(now[index] if weight is None else weight)
-    projections = [
-        Projection(Kind.of(weight), projection.trained, projection.tie)
-        for weight, projection in zip(loaded, stored.projections, strict=True)
-    ]
-    changed = StoredProjections(stored.form, stored.layout, (projections[0], projections[1]))
-    stored.take_out_of(module)
-    changed.put_into(module, (loaded[0], loaded[1]))
-    module._switchgear_stored = changed  # type: ignore[assignment]
+    if (stored := stored_of(module)) is not None:
+        stored.load(module, state_dict, prefix, missing if strict else [])
 
 
 def _loaded(

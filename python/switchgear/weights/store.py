@@ -122,6 +122,7 @@ def restore(model: nn.Module) -> int:
     relaid: list[tuple[nn.Module, Relaid]] = []
     for module in model.modules():
         if (stored := stored_of(module)) is not None:
+            stored.check_restore()
             decoded.append((module, stored, plain_parameters(module, parameters, plain)))
         elif (names := vars(module).get("_switchgear_packed")) is not None:
             relaid.append((module, Relaid(parameters_of(module, names), False, copies)))
@@ -176,10 +177,11 @@ def _targets(model: nn.Module, form: Form) -> tuple[list[Target], list[nn.Module
         where = f"model.{name}" if name else "model"
         if (stored := stored_of(module)) is not None:
             if stored.form != form:
+                stored.check_restore()
                 raise ValueError(f"{where}: expected plain weights, got {stored.form}; restore(model) first")
             present.append(module)
         elif (layout := layout_of(module)) is not None:
-            if (wrapper := _wrapper_of(model, name)) is not None:
+            if (wrapper := wrapper_of(model, name)) is not None:
                 raise ValueError(
                     f"{where}: expected experts without adapters around them, got a {wrapper}; merge and unload the "
                     "adapters first, model.merge_and_unload()"
@@ -196,7 +198,7 @@ def _targets(model: nn.Module, form: Form) -> tuple[list[Target], list[nn.Module
     return targets, present
 
 
-def _wrapper_of(model: nn.Module, name: str) -> str | None:
+def wrapper_of(model: nn.Module, name: str) -> str | None:
     """The class of a wrapper of peft around the module that reads its parameters at each call, or None. One that lends
     its factors to switchgear does not."""
     outer, _, last = name.rpartition(".")

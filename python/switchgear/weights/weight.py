@@ -26,7 +26,8 @@ _FIELDS = ("data", *formats.FIELDS)
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A weight [E,N,C] as the kernels read it: include/switchgear/weight.h, reference/formats.py."""
+    """A weight [E,N,C] as the kernels read it: include/switchgear/weight.h, reference/formats.py, which also say what
+    strides its tensors may have. All tensors of an expert can be views of one record."""
 
     format: str  # of formats.FORMATS
     data: Tensor
@@ -96,7 +97,7 @@ class Weight:
     def _expanded(self) -> Tensor:
         weight = torch.empty(self.shape, dtype=self.elements)
         advise_huge_pages(weight)
-        ops.expand_compact(self.data.contiguous(), weight, torch.get_num_threads())
+        ops.expand_compact(self.data, weight, torch.get_num_threads())
         return weight.to(self.dtype)
 
     def multiplies(self, dtype: torch.dtype) -> bool:

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""offload: runs a model whose experts are in a store and not in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from switchgear.complaints import check_module
+from switchgear.offload.cache import Cache, CachedLayer, Predictor
+from switchgear.offload.change import Change, Read, end_read, read_all
+from switchgear.offload.errors import StoreError
+from switchgear.offload.policies import LRU, Policy
+from switchgear.offload.pool import Pool
+from switchgear.offload.residency import Residency
+from switchgear.offload.sizes import Plan, groups_of, plans_of
+from switchgear.offload.statistics import LayerStatistics, Statistics
+from switchgear.offload.store import Store
+from switchgear.offload.targets import Target, matched
+from switchgear.weights.module import Tie
+from switchgear.weights.offloaded import OffloadedForm, OffloadedWeight
+from switchgear.weights.weight import Weight
+
+
+def offload(
+    model: nn.Module,
+    store: Store | str | Path,
+    *,
+    slots: int | None = None,
+    bytes: int | None = None,
+    policy: Policy | None = None,
+    shared: bool = False,
+    prefetch: Predictor | None = None,
+    prefetch_slots: int = 16,
+    threads: int = 4,
+    verify: bool = True,
+    timeout: float = 60.0,
+) -> Offloaded:
+    """Runs a model with its experts on disk: those in use are in a cache, in place of the parameters, which are freed.
+
+        store = offload.write_store(model, "experts/", "int4")
+        with offload.offload(model, store, bytes=8 << 30) as cache:
+            model.generate(…)
+            print(cache)  # hits, misses, bytes and waits, by layer
+
+    Results have the bits of the model whose experts are in memory in the store's form. A step that needs more experts
+    than there are slots runs in waves. If all experts fit, they are loaded at once, and calls cost nothing more.
+
+    Gradients reach x, topk_weights, biases and adapters, if the experts of a step fit into the slots. Not supported:
+    CUDA, expert parallelism, and experts of Hugging Face models that do not run on the fused kernel.
+
+    Args:
+        model: has Experts, or experts of transformers that run on the fused kernel (`accelerate`), also on meta
+            (`load_model`).
+        store: of this model (`write_store`), or its path.
+        slots: experts of each layer in memory. Beside them, the cache has some rows for the experts of large steps.
+        bytes: of memory, for all of that, instead of slots.
+        policy: which expert makes room; LRU() by default. `simulate` tells which one suits.
+        shared: one cache for all layers whose records have one size, instead of one for each.
+        prefetch: predicts experts, which are read while others compute, into prefetch_slots more rows of memory.
+        threads: that read.
+        verify: compares each record with its checksum.
+        timeout: seconds for a read, after which a call raises StoreError.
+
+    Raises:
+        ValueError: the store is of another model, or an argument is wrong. StoreError: a file cannot be read. The
+            model is unchanged.
+    """
+    check_module("model", model)
+    policy = LRU() if policy is None else policy
+    _check_policy(policy)
+    if not timeout > 0:
+        raise ValueError(f"timeout: expected more than 0 seconds, got {timeout}")
+    if isinstance(prefetch_slots, bool) or not isinstance(prefetch_slots, int) or prefetch_slots < 1:
+        raise ValueError(f"prefetch_slots: expected at least 1, got {prefetch_slots!r}")
+    store = Store.open(store) if isinstance(store, (str, Path)) else store
+    targets = matched(model, store)
+    records = [target.records for target in targets]
+    groups = groups_of([r.record_bytes for r in records], [r.num_experts for r in records])
+    plans = plans_of(groups, slots, bytes, shared, prefetch_slots if prefetch is not None else 0)
+    reader = open_reader(store, threads)
+    try:
+        attached = _attach(store, targets, plans, reader, policy, prefetch, verify, timeout)
+    except BaseException:
+        reader.close()
+        raise
+    return attached
+
+
+def open_reader(store: Store, threads: int) -> Any:
+    """Reads the files of a store."""
+    return store.open_reader(threads)
+
+
+def _check_policy(policy: Policy) -> None:
+    if isinstance(policy, type) or not hasattr(policy, "touch"):
+        shown = policy.__name__ if isinstance(policy, type) else repr(policy)
+        raise TypeError(f"policy: expected a policy such as LRU(), got {shown}")
+    if policy.looks_ahead:
+        raise ValueError(f"policy: expected one that does not need the future, got {policy.name}; simulate plays it")
+
+
+class Offloaded:
+    """A model whose experts are offloaded. Its str is a table of the statistics.
+
+    Attributes:
+        is_inert: whether all experts are in memory. Then nothing is counted.
+        slots: experts that the cache holds, of all layers. nbytes: its memory, with the other rows.
+    """
+
+    def __init__(self, cache: Cache, changes: Sequence[Change], plans: Sequence[Plan], path: str) -> None:
+        self._cache, self._changes, self._path = cache, list(changes), path
+        self.is_inert = not cache.layers
+        self.slots = sum(sum(plan.capacities) for plan in plans)
+        self.nbytes = sum(plan.nbytes for plan in plans)
+
+    @property
+    def statistics(self) -> Statistics:
+        """The counts so far."""
+        return Statistics(tuple(LayerStatistics(**vars(layer.counts)) for layer in self._cache.layers))
+
+    def __str__(self) -> str:
+        if self.is_inert:
+            return f"all experts of {self._path} are in memory"
+        return str(self.statistics)
+
+    def __enter__(self) -> Offloaded:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except StoreError:
+            self.close(restore=False)  # the error of the block is the one to see
+
+    def close(self, restore: bool | None = None) -> None:
+        """Ends the cache and frees its memory. A second call does nothing.
+
+        restore: whether the parameters return, read from the store: the original bits if its form is lossless, else
+            what it represents. By default they do if the model had them (not on meta). Without them, a call of the
+            experts raises an error.
+
+        Raises:
+            StoreError: the store cannot be read; the model stays offloaded.
+        """
+        with self._cache.lock:
+            if self._cache.is_closed:
+                return
+            loaded: list[tuple[Weight, Weight] | None] = []
+            for change in self._changes:
+                wanted = change.had_weights if restore is None else restore
+                reads = (self._cache.reader, change.target, change.reads, self._cache.timeout)
+                loaded.append(read_all(*reads) if wanted else None)
+            self._cache.is_closed = True
+            ties: dict[Tie, nn.Parameter] = {}
+            for change, weights in zip(self._changes, loaded, strict=True):
+                change.end(weights, ties)
+            self._changes.clear()
+            self._cache.reader.close()
+
+
+# ---- all modules -----------------------------------------------------------------------------------------------------
+
+
+def _attach(
+    store: Store,
+    targets: Sequence[Target],
+    plans: Sequence[Plan],
+    reader: Any,
+    policy: Policy,
+    predictor: Predictor | None,
+    is_checked: bool,
+    timeout: float,
+) -> Offloaded:
+    cache = Cache(reader, max(target.records.num_experts for target in targets), predictor, timeout)
+    files = [store.reads(target.records, is_checked) for target in targets]
+    weights: Sequence[tuple[Any, Any]]
+    if all(plan.fits for plan in plans):
+        weights = [read_all(reader, target, file, timeout) for target, file in zip(targets, files, strict=True)]
+    else:
+        weights = _cached(cache, targets, files, plans, reader, policy)
+    ties: dict[int, Tie] = {}
+    form = OffloadedForm(str(store.path))
+    changes = [
+        Change.of(target, form, own, file, ties) for target, own, file in zip(targets, weights, files, strict=True)
+    ]
+    done: list[Change] = []
+    try:
+        for change in changes:
+            done.append(change)
+            change.commit()
+    except BaseException:
+        for change in done:
+            change.undo()
+        raise
+    for change in changes:
+        change.forget()
+    return Offloaded(cache, changes, plans, str(store.path))
+
+
+def _cached(
+    cache: Cache,
+    targets: Sequence[Target],
+    files: Sequence[Sequence[Read]],
+    plans: Sequence[Plan],
+    reader: Any,
+    policy: Policy,
+) -> list[tuple[OffloadedWeight, OffloadedWeight]]:
+    """The layers of the cache, in the order of the model."""
+    of_layer: dict[int, tuple[Pool, Residency]] = {}
+    for plan in plans:
+        pool = Pool(reader, plan.rows, plan.group.record_bytes, plan.guess_rows)
+        first = plan.group.layers[0]
+        _warm(reader, pool, files[first][0], targets[first].name, cache.timeout)
+        shared = Residency(policy, plan.capacities[0], len(targets), cache.width)
+        for place, layer in enumerate(plan.group.layers):
+            own = shared
+            if len(plan.capacities) == len(plan.group.layers):
+                own = Residency(policy, plan.capacities[place], len(targets), cache.width)
+            of_layer[layer] = pool, own
+    weights = []
+    for index, target in enumerate(targets):
+        pool, residency = of_layer[index]
+        slots = torch.zeros(target.records.num_experts, dtype=torch.int32)
+        first_weight, second_weight = target.records.weights(pool.arena, slots)
+        layer = CachedLayer(cache, target.name, pool, residency, files[index], slots)
+        weights.append((OffloadedWeight(first_weight, layer), OffloadedWeight(second_weight, layer)))
+    return weights
+
+
+def _warm(reader: Any, pool: Pool, read: Read, name: str, timeout: float) -> None:
+    """Reads one record into the row to which all slots point at first: the kernels look at the header of compact rows,
+    and a store that cannot be read is an error now."""
+    ticket = reader.submit(read[0], read[1], pool.record_bytes, pool.address, read[2], True)
+    try:
+        reader.wait(ticket, timeout)
+    except OSError as error:
+        end_read(reader, ticket)
+        raise StoreError(f"{name}, expert 0: {error}") from error

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The cache of a running model: loads the experts of a layer's call, and keeps them as its policy says.
+
+An expert is a key, layer · width + number, as in residency.py, which alone decides what is resident. The dictionaries
+here say where experts are: `rows` (in memory, or being read), `pending` (being read: row and ticket), `guesses` (read
+for a prediction; resident only once they are used).
+
+Any exception, a KeyboardInterrupt too, can leave these behind what residency.py says. Such a call leaves the cache
+marked as disturbed, and the next one repairs it. A row is never reused while a read may write into it: each read is in
+`pending`, `guesses` or the pool's `draining` from its submission until it is over.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from ctypes import c_int32
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from switchgear.offload.errors import StoreError
+from switchgear.offload.pool import Pool
+from switchgear.offload.residency import Residency
+from switchgear.offload.statistics import LayerStatistics
+from switchgear.weights.offloaded import Wave
+
+_FEW = 256  # ids, up to which a set of Python is faster than torch.unique
+
+
+class Predictor(Protocol):
+    """Says which experts will be needed."""
+
+    def predict(self, layer: int, hidden_states: Tensor, topk_ids: Tensor) -> Iterator[tuple[int, int]]:
+        """(layer, expert), the most likely first. Called once `layer` has routed hidden_states [T,H]."""
+
+    def observe(self, layer: int, topk_ids: Tensor) -> None:
+        """Sees what a layer uses."""
+
+
+class Cache:
+    """What the layers of a model share."""
+
+    def __init__(self, reader: Any, width: int, predictor: Predictor | None, timeout: float) -> None:
+        self.reader, self.width, self.predictor, self.timeout = reader, width, predictor, timeout
+        self.layers: list[CachedLayer] = []
+        self.rows: dict[int, int] = {}
+        self.pending: dict[int, tuple[int, int]] = {}  # (row, ticket)
+        self.guesses: dict[int, tuple[int, int]] = {}
+        self.lock = threading.Lock()  # held while a layer runs, so that its experts stay
+        self.process = os.getpid()
+        self.moment = 0
+        self.is_disturbed = self.is_closed = False
+
+    def layer_of(self, key: int) -> CachedLayer:
+        return self.layers[key // self.width]
+
+    def release(self, key: int) -> None:
+        """Frees the row of an expert that is not resident any more."""
+        row, pool = self.rows[key], self.layer_of(key).pool
+        if (read := self.pending.get(key)) is None:
+            del self.rows[key]
+            pool.free.append(row)
+        else:
+            pool.draining[row] = read[1]
+            del self.pending[key], self.rows[key]
+            pool.give_up(row, read[1])
+
+    def drop_guess(self, key: int) -> None:
+        layer = self.layer_of(key)
+        row, ticket = self.guesses[key]
+        layer.pool.draining[row] = ticket
+        del self.guesses[key]
+        if not layer.pool.give_up(row, ticket):
+            layer.counts.wasted_bytes += layer.record_bytes
+
+    def repair(self) -> None:
+        """After a call that was interrupted anywhere."""
+        for key, (row, ticket) in list(self.pending.items()):
+            pool = self.layer_of(key).pool
+            self.guesses.pop(key, None)
+            if row in pool.draining or key not in self.rows:
+                self.rows.pop(key, None)
+                pool.draining[row] = ticket
+                del self.pending[key]
+            elif not _knows(self.reader, ticket):  # it was waited for, and the outcome is lost
+                del self.pending[key], self.rows[key]
+        for key, (row, ticket) in list(self.guesses.items()):
+            if row in self.layer_of(key).pool.draining or not _knows(self.reader, ticket):
+                del self.guesses[key]
+        for key in list(self.rows):
+            if key not in self.layer_of(key).residency:
+                self.release(key)
+        for layer in self.layers:
+            for key in list(layer.residency.last):
+                if key not in self.rows:
+                    layer.residency.forget(key)
+        for pool in {id(layer.pool): layer.pool for layer in self.layers}.values():
+            mine = [key for key in self.rows if self.layer_of(key).pool is pool]
+            guessed = [row for key, (row, _) in self.guesses.items() if self.layer_of(key).pool is pool]
+            pool.rebuild({*(self.rows[key] for key in mine), *guessed})
+
+    def guess(self, layer: int, x: Tensor, topk_ids: Tensor) -> None:
+        """Begins reads of experts that are predicted to be needed next."""
+        assert self.predictor is not None
+        self.predictor.observe(layer, topk_ids)
+        for number, expert in self.predictor.predict(layer, x, topk_ids):
+            target = self.layers[number]
+            target.predictions.add(expert)
+            key, pool = target.first + expert, target.pool
+            if key in self.rows or key in self.guesses:
+                continue
+            if not self._has_room_for_guess(pool):
+                continue
+            if (row := pool.take()) is not None:
+                target.read((key,), (row,), self.guesses, is_urgent=False)
+
+    def _has_room_for_guess(self, pool: Pool) -> bool:
+        pool.drain()
+        guessed = sum(self.layer_of(key).pool is pool for key in self.guesses)
+        return guessed + len(pool.draining) < pool.guess_rows
+
+
+def _knows(reader: Any, ticket: int) -> bool:
+    try:
+        reader.is_done(ticket)
+    except ValueError:
+        return False
+    return True
+
+
+class CachedLayer:
+    """The experts of one layer: the Source of its two weights.
+
+    reads: (file, offset, checksum) of each expert's record.
+    slots: [E] int32 of the weights, shared with the kernels.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        name: str,
+        pool: Pool,
+        residency: Residency,
+        reads: Sequence[tuple[int, int, int | None]],
+        slots: Tensor,
+    ) -> None:
+        self.cache, self.name, self.pool, self.residency, self.reads = cache, name, pool, residency, reads
+        self.index, self.num_experts, self.record_bytes = len(cache.layers), len(reads), pool.record_bytes
+        self.first = self.index * cache.width
+        self.slots = slots
+        self._row_of = (c_int32 * len(slots)).from_address(slots.data_ptr())  # torch takes µs to write an element
+        self.counts = LayerStatistics(name)
+        self.predictions: set[int] = set()
+        cache.layers.append(self)
+
+    # ---- a call ------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        compute: Callable[[Iterator[Wave] | None], Any],
+        *,
+        together: bool = False,
+    ) -> Any:
+        cache = self.cache
+        if os.getpid() != cache.process:  # before the lock, which another thread may have held at the fork
+            raise StoreError(f"{self.name}: the cache belongs to process {cache.process}; offload in this one")
+        experts = _distinct(topk_ids, self.num_experts)
+        with cache.lock:
+            if cache.is_closed:
+                raise RuntimeError(f"{self.name}: the cache is closed")
+            if together and len(experts) > self.residency.capacity:
+                raise ValueError(
+                    f"{self.name}: expected at most {self.residency.capacity} experts in a step with gradients, the "
+                    f"slots of the cache, got {len(experts)}; pass more slots, or fewer tokens"
+                )
+            if cache.is_disturbed:
+                cache.repair()
+            cache.is_disturbed = True
+            result = self._run(experts, x, topk_ids, compute, together)
+            cache.is_disturbed = False
+            return result
+
+    def _run(
+        self,
+        experts: list[int],
+        x: Tensor,
+        topk_ids: Tensor,
+        compute: Callable[[Iterator[Wave] | None], Any],
+        together: bool,
+    ) -> Any:
+        cache, counts = self.cache, self.counts
+        turn = self.residency.run(self.index, experts, cache.moment)
+        cache.moment += 1
+        counts.hits += len(turn.hits)
+        counts.misses += len(turn.misses)
+        counts.bytes += len(turn.misses) * self.record_bytes
+        begins_guesses = cache.predictor is not None and not together
+        if not turn.misses and not cache.pending and not cache.guesses and not begins_guesses:
+            return compute(None)
+        needed = {self.first + expert for expert in experts}
+        passing = set()  # they leave after they ran: there are more experts than slots
+        for key in turn.evicted:
+            if key in needed:
+                passing.add(key)
+            else:
+                cache.release(key)
+        if cache.predictor is not None:
+            self._judge_predictions(experts, needed)
+        begun = self._begin(turn.misses)
+        if begins_guesses:
+            cache.guess(self.index, x, topk_ids)
+        if together:
+            for expert in experts:
+                self._arrive(self.first + expert)
+            return compute(None)
+        if not turn.misses and not any(key in cache.pending for key in needed):
+            return compute(None)
+        result = compute(self._waves(experts, turn.misses[begun:], passing))
+        for key in passing:
+            if key in cache.rows:
+                cache.release(key)
+        return result
+
+    def _waves(self, experts: list[int], misses: list[int], passing: Collection[int]) -> Iterator[Wave]:
+        """Ranges of experts in memory, ascending. misses: not begun yet."""
+        rows, first, at = self.cache.rows, self.first, 0
+        while at < len(experts):
+            while first + experts[at] not in rows:
+                misses = misses[self._begin(misses, needs_one=True) :]
+            self._arrive(first + experts[at])
+            end = at + 1
+            while end < len(experts) and self._has_arrived(first + experts[end]):
+                end += 1
+            yield Wave(experts[at], experts[end - 1], at == 0 and end == len(experts))
+            for expert in experts[at:end]:
+                if first + expert in passing:
+                    self.cache.release(first + expert)
+            if misses:
+                misses = misses[self._begin(misses) :]
+            at = end
+
+    # ---- reads -------------------------------------------------------------------------------------------------------
+
+    def _begin(self, keys: Sequence[int], needs_one: bool = False) -> int:
+        """Begins the reads of the first of these experts, as far as there are rows. Returns how many."""
+        cache, pool = self.cache, self.pool
+        fresh: list[int] = []
+        rows: list[int] = []
+        count = 0
+        for key in keys:
+            if (guess := cache.guesses.get(key)) is not None:
+                cache.pending[key], cache.rows[key] = guess, guess[0]
+                del cache.guesses[key]
+                if not pool.is_over(guess[1]):
+                    cache.reader.promote(guess[1])
+                self._row_of[key - self.first] = guess[0]
+                self.counts.prefetched += 1
+            else:
+                row = pool.take()
+                if row is None and needs_one and count == 0:
+                    row = self._row_by_force()
+                if row is None:
+                    break
+                fresh.append(key)
+                rows.append(row)
+            count += 1
+        if fresh:
+            self.read(fresh, rows, cache.pending, is_urgent=True)
+            cache.rows.update(zip(fresh, rows, strict=True))
+        return count
+
+    def read(
+        self, keys: Sequence[int], rows: Sequence[int], into: dict[int, tuple[int, int]], *, is_urgent: bool
+    ) -> None:
+        """Submits reads of experts into rows; `into` gets (row, ticket) of each."""
+        files, offsets, checksums = zip(*(self.reads[key - self.first] for key in keys), strict=True)
+        for key, row in zip(keys, rows, strict=True):
+            self._row_of[key - self.first] = row
+        addresses = [self.pool.address + row * self.record_bytes for row in rows]
+        size, urgent = [self.record_bytes] * len(keys), [is_urgent] * len(keys)
+        # One call of C, which no signal interrupts: a read that began is always in `into`.
+        tickets = map(self.cache.reader.submit, files, offsets, size, addresses, checksums, urgent)
+        into.update(zip(keys, zip(rows, tickets, strict=False), strict=False))
+
+    def _row_by_force(self) -> int | None:
+        """A row for an expert without which the layer cannot go on."""
+        while (row := self.pool.take()) is None:
+            if self.pool.draining:
+                if not self.pool.drain(self.cache.timeout):
+                    raise StoreError(f"{self.name}: expected a read to end in {self.cache.timeout} s, none did")
+            else:
+                key = next(key for key in self.cache.guesses if self.cache.layer_of(key).pool is self.pool)
+                self.cache.drop_guess(key)
+        return row
+
+    def _has_arrived(self, key: int) -> bool:
+        cache = self.cache
+        if (read := cache.pending.get(key)) is None:
+            return key in cache.rows
+        if not cache.reader.is_done(read[1]):
+            return False
+        self._arrive(key)
+        return True
+
+    def _arrive(self, key: int) -> None:
+        """Waits for an expert. Raises StoreError if it cannot be read; then its slot is empty."""
+        cache = self.cache
+        if (read := cache.pending.get(key)) is None:
+            return
+        row, ticket = read
+        begin = time.perf_counter()
+        try:
+            cache.reader.wait(ticket, cache.timeout)
+        except TimeoutError as error:
+            raise StoreError(
+                f"{self.name}: expected expert {key - self.first} to be read in {cache.timeout} s; it goes on"
+            ) from error
+        except OSError as error:
+            del cache.pending[key], cache.rows[key]
+            self.pool.free.append(row)
+            self.residency.forget(key)
+            raise StoreError(f"{self.name}, expert {key - self.first}: {error}") from error
+        finally:
+            self.counts.wait_seconds += time.perf_counter() - begin
+        del cache.pending[key]
+
+    def _judge_predictions(self, experts: list[int], needed: Collection[int]) -> None:
+        """Counts what was predicted for this call, and drops reads that it does not need."""
+        if self.predictions:
+            self.counts.predicted += sum(expert in self.predictions for expert in experts)
+            self.counts.used += len(experts)
+            self.predictions.clear()
+        for key in [key for key in self.cache.guesses if self.cache.layer_of(key) is self and key not in needed]:
+            self.cache.drop_guess(key)
+
+
+def _distinct(topk_ids: Tensor, num_experts: int) -> list[int]:
+    """The experts of topk_ids, ascending, without -1."""
+    flat = topk_ids.flatten()
+    found = set((flat if flat.numel() <= _FEW else torch.unique(flat)).tolist())
+    found.discard(-1)
+    experts = sorted(found)
+    if experts and not 0 <= experts[0] <= experts[-1] < num_experts:
+        wrong = experts[0] if experts[0] < 0 else experts[-1]
+        raise ValueError(f"topk_ids: expected ids from -1 to {num_experts - 1}, got {wrong}")
+    return experts

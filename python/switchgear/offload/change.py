@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The change of one module: its parameters, or stored weights, make room for those of a cache, and come back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from switchgear.offload.errors import StoreError
+from switchgear.offload.pool import arena
+from switchgear.offload.targets import Target
+from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, in_layout, put
+from switchgear.weights.offloaded import OffloadedForm, OffloadedProjections
+from switchgear.weights.weight import Weight
+
+Read = tuple[int, int, int | None]  # file, offset and checksum of a record
+
+
+@dataclass
+class Change:
+    """reads: of each expert. original: how the module stored its experts; None: as parameters. had_weights: whether
+    it had their numbers. held: its parameters or stored weights, until all modules are changed."""
+
+    target: Target
+    reads: Sequence[Read]
+    stored: OffloadedProjections
+    original: StoredProjections | None
+    had_weights: bool
+    held: Sequence[Any]
+
+    @staticmethod
+    def of(
+        target: Target, form: OffloadedForm, weights: tuple[Any, Any], reads: Sequence[Read], ties: dict[int, Tie]
+    ) -> Change:
+        module, layout, original = target.module, target.layout, target.stored
+        held: Sequence[Any] = ()
+        if isinstance(original, OffloadedProjections):  # closed
+            had_weights, original = False, None
+        elif original is not None:
+            had_weights, held = True, original.weights(module)
+        else:
+            held = [module._parameters[name] for name in layout.names]
+            had_weights = not any(parameter.is_meta for parameter in held)
+        projections = []
+        for index, kind in enumerate(target.records.kinds):
+            if target.stored is not None:
+                before = target.stored.projections[index]
+                projections.append(Projection(kind, before.trained, before.tie))
+            else:
+                tie = ties.setdefault(id(held[index]), Tie())
+                projections.append(Projection(kind, held[index].requires_grad, tie))
+        stored = OffloadedProjections(form, layout, (projections[0], projections[1]), weights)
+        return Change(target, reads, stored, original, had_weights, held)
+
+    def commit(self) -> None:
+        if self.original is not None:
+            self.original.take_out_of(self.target.module)
+        put(self.target.module, self.stored, ())  # type: ignore[arg-type]
+
+    def undo(self) -> None:
+        module, names = self.target.module, self.target.layout.names
+        if self.original is not None:
+            self.original.put_into(module, (self.held[0], self.held[1]))
+        elif self.target.stored is None:
+            for name, parameter in zip(names, self.held, strict=True):
+                vars(module).pop(name, None)
+                module.register_parameter(name, parameter)
+        if "_switchgear_stored" in vars(module):
+            module._switchgear_stored = self.target.stored  # type: ignore[assignment]
+
+    def forget(self) -> None:
+        """Frees what the module had."""
+        self.held = ()
+
+    def end(self, weights: tuple[Weight, Weight] | None, ties: dict[Tie, nn.Parameter]) -> None:
+        """Restores `weights`; None: a call of the module raises an error from now on."""
+        module, layout = self.target.module, self.target.layout
+        self.stored.close()
+        if weights is None:
+            return
+        stored: StoredProjections | None = None
+        if self.original is not None:
+            own = (_contiguous(weights[0]), _contiguous(weights[1]))
+            first, second = (
+                Projection(Kind.of(weight), projection.trained, projection.tie)
+                for weight, projection in zip(own, self.original.projections, strict=True)
+            )
+            stored = StoredProjections(self.original.form, layout, (first, second))
+            stored.put_into(module, own)
+        else:
+            for name, weight, projection in zip(layout.names, weights, self.stored.projections, strict=True):
+                if projection.tie not in ties:
+                    plain = in_layout(weight.plain(), layout)
+                    if plain.untyped_storage().nbytes() > plain.nbytes or not plain.is_contiguous():
+                        plain = plain.clone()  # not a view of records
+                    ties[projection.tie] = nn.Parameter(plain, requires_grad=projection.trained)
+                vars(module).pop(name, None)
+                module.register_parameter(name, ties[projection.tie])
+        module._switchgear_stored = stored  # type: ignore[assignment]
+
+
+def _contiguous(weight: Weight) -> Weight:
+    """Without the rest of the records."""
+    fields = ("data", "scales", "row_scales", "zeros")
+    found = {field: getattr(weight, field) for field in fields}
+    made: dict[str, Any] = {field: tensor.contiguous() for field, tensor in found.items() if tensor is not None}
+    if weight.records is not None:  # the planes of an expert are consecutive, and may be more than one
+        data, planes, ranges, count = weight.data, [], [], 0
+        for first, bits in weight.records.tolist():
+            size = data[0].numel()
+            strides = (size, *data.stride()[1:])
+            begin = data.storage_offset() + first * data.stride(0)
+            planes.append(data.as_strided((bits, *data.shape[1:]), strides, begin))
+            ranges.append((count, bits))
+            count += bits
+        made |= {"data": torch.cat(planes), "records": torch.tensor(ranges, dtype=torch.int32)}
+    return weight.with_tensors(made)
+
+
+def read_all(reader: Any, target: Target, reads: Sequence[Read], timeout: float) -> tuple[Weight, Weight]:
+    """The two weights of a layer with all experts, in memory of their own."""
+    records = target.records
+    memory = arena(records.num_experts, records.record_bytes)
+    begin = memory.data_ptr()
+    tickets: list[int] = []
+    try:
+        for expert, (file, offset, checksum) in enumerate(reads):
+            address = begin + expert * records.record_bytes
+            tickets.append(reader.submit(file, offset, records.record_bytes, address, checksum, True))
+        for expert, ticket in enumerate(tickets):
+            try:
+                reader.wait(ticket, timeout)
+            except OSError as error:
+                raise StoreError(f"{target.name}, expert {expert}: {error}") from error
+    except BaseException:
+        for ticket in tickets:
+            end_read(reader, ticket)
+        raise
+    first, second = records.weights(memory, None)
+    return first, second
+
+
+def end_read(reader: Any, ticket: int) -> None:
+    """Nothing writes into the memory of this read any more."""
+    try:
+        if not reader.cancel(ticket):
+            reader.wait(ticket, 1e9)
+    except (OSError, ValueError):
+        pass

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The modules of a model that a store has the experts of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from switchgear.offload.store import Records, Store
+from switchgear.weights.layout import Layout, hint_for, layout_of
+from switchgear.weights.module import Kind, StoredProjections, stored_of
+from switchgear.weights.offloaded import OffloadedProjections
+from switchgear.weights.store import wrapper_of
+
+
+@dataclass(frozen=True)
+class Target:
+    name: str
+    module: nn.Module
+    layout: Layout
+    records: Records
+    stored: StoredProjections | None  # how the module stores its experts now
+
+
+def matched(model: nn.Module, store: Store) -> list[Target]:
+    """In the order of the model. Raises ValueError, which names the module, if the store is not of this model."""
+    found: list[Target] = []
+    for name, module in model.named_modules():
+        where = f"model.{name}" if name else "model"
+        layout = layout_of(module)
+        if layout is None:
+            if name in store.layers:
+                raise ValueError(
+                    f"{where}: expected experts on the fused kernel, which the store has, got "
+                    f"{type(module).__name__} ({hint_for(module)})"
+                )
+            continue
+        if getattr(module, "parallel", None) is not None:
+            raise ValueError(f"{where}: expected all experts in this process, got those of {module.parallel}")
+        if name not in store.layers:
+            raise ValueError(f"{where}: expected a store with its experts, got one of {_some(store)} in {store.path}")
+        if (wrapper := wrapper_of(model, name)) is not None:
+            raise ValueError(f"{where}: expected experts without adapters around them, got a {wrapper}")
+        records = store.layers[name]
+        _check(where, module, layout, records)
+        found.append(Target(name, module, layout, records, stored_of(module)))
+    if not found:
+        raise ValueError(
+            f"model: expected experts on the fused kernel; {type(model).__name__} has none ({hint_for(model)})"
+        )
+    if missing := sorted(set(store.layers) - {target.name for target in found}):
+        raise ValueError(f"model: expected the experts of {missing[0]}, which the store {store.path} has, got none")
+    return found
+
+
+def _some(store: Store) -> str:
+    names = list(store.layers)
+    return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
+
+
+def _check(where: str, module: nn.Module, layout: Layout, records: Records) -> None:
+    if vars(module).get("_switchgear_selection") is not None:
+        raise ValueError(f"{where}: expected no experts that train alone: call switchgear.finetune.unfreeze(model)")
+    for parameter in module.parameters():
+        if parameter.device.type not in ("cpu", "meta"):
+            raise ValueError(f"{where}: expected experts on the CPU, got {parameter.device}")
+    stored = stored_of(module)
+    if isinstance(stored, OffloadedProjections):
+        if not stored.is_closed:
+            raise ValueError(f"{where}: expected experts in memory, got some {stored.form}; close() that cache first")
+        kinds = [projection.kind for projection in stored.projections]
+    elif stored is not None:
+        kinds = [Kind.of(weight) for weight in stored.weights(module)]
+    else:
+        kinds = []
+    for index, kind in enumerate(records.kinds):
+        name = layout.names[index]
+        if kinds:
+            if kinds[index]._replace(fields=(), is_exact=False) != kind._replace(fields=(), is_exact=False):
+                raise ValueError(
+                    f"{where}.{name}: expected a store in its form, {kinds[index].format} [{kinds[index].rows}, "
+                    f"{kinds[index].cols}], got {kind.format} [{kind.rows}, {kind.cols}]"
+                )
+            continue
+        parameter = module._parameters.get(name)
+        if type(parameter) is not nn.Parameter:
+            what = "computed" if parameter is None else type(parameter).__name__
+            raise ValueError(f"{where}.{name}: expected a plain parameter, got one that is {what}")
+        shape = list(parameter.mT.shape if layout.transposed else parameter.shape)
+        wanted = [records.num_experts, kind.rows, kind.cols]
+        if shape != wanted or parameter.dtype is not kind.dtype:
+            raise ValueError(
+                f"{where}.{name}: expected {kind.dtype} {wanted} as in the store, got {parameter.dtype} {shape}"
+            )
+        if kind.parts not in (1, layout.parts(index)):
+            raise ValueError(f"{where}.{name}: expected gates and ups as in the store, got another order")

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A store and a reader of tests: records in memory, reads that are late or fail as a test says."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.weights import layout_of
+from switchgear.weights.module import Kind
+from switchgear.weights.weight import Weight
+
+
+class MemoryReader:
+    """Reads are done once they are waited for, or at once. Counts what is in flight.
+
+    late: reads wait for `wait`. on_wait: called with the ticket; may raise.
+    """
+
+    def __init__(self, files: list[Tensor], late: bool = True) -> None:
+        self.files, self.late = files, late
+        self.tickets: dict[int, tuple[Any, ...]] = {}
+        self.begun: list[tuple[int, int, bool]] = []  # file, offset, urgent
+        self.cancelled = 0
+        self.bytes = 0
+        self.number = 0
+        self.closed = False
+        self.on_wait: Callable[[int], None] = lambda ticket: None
+        self.lock = threading.Lock()
+
+    def submit(self, file: int, offset: int, nbytes: int, address: int, checksum: int | None, urgent: bool) -> int:
+        with self.lock:
+            self.number += 1
+            assert address % 4096 == 0
+            self.tickets[self.number] = (file, offset, nbytes, address)
+            self.begun.append((file, offset, urgent))
+            if not self.late:
+                self._copy(self.number)
+            return self.number
+
+    def _copy(self, ticket: int) -> None:
+        file, offset, nbytes, address = self.tickets[ticket]
+        ctypes.memmove(address, self.files[file].data_ptr() + offset, nbytes)
+
+    def _known(self, ticket: int) -> None:
+        if ticket not in self.tickets:
+            raise ValueError(f"ticket: expected one in use, got {ticket}")
+
+    def wait(self, ticket: int, timeout: float) -> None:
+        self._known(ticket)
+        self.on_wait(ticket)
+        with self.lock:
+            self._copy(ticket)
+            self.bytes += self.tickets.pop(ticket)[2]
+
+    def fail(self, ticket: int, error: BaseException, *, ends: bool) -> None:
+        """For on_wait: the read failed, or (not `ends`) goes on."""
+        if ends:
+            *_, nbytes, address = self.tickets.pop(ticket)
+            ctypes.memset(address, 0xAA, nbytes // 2)
+        raise error
+
+    def is_done(self, ticket: int) -> bool:
+        self._known(ticket)
+        return not self.late
+
+    def promote(self, ticket: int) -> None:
+        self._known(ticket)
+
+    def cancel(self, ticket: int) -> bool:
+        self._known(ticket)
+        if not self.late:
+            return False
+        self.cancelled += 1
+        del self.tickets[ticket]
+        return True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class MemoryRecords:
+    """Records of a module: both projections, one after the other."""
+
+    def __init__(self, weights: tuple[Weight, Weight], file: int) -> None:
+        self.file, self.num_experts = file, weights[0].shape[0]
+        self.kinds = tuple(Kind.of(weight) for weight in weights)
+        self._parts, offset = [], 0
+        for index, weight in enumerate(weights):
+            for field in ("data", "scales", "row_scales", "zeros"):
+                if (tensor := getattr(weight, field)) is not None:
+                    assert tensor.is_contiguous()
+                    self._parts.append((index, field, offset, tensor))
+                    offset += -(-tensor[0].nbytes // 64) * 64
+        self.record_bytes = -(-offset // 4096) * 4096
+        self.data = torch.zeros(self.num_experts, self.record_bytes, dtype=torch.uint8)
+        for _, _, at, tensor in self._parts:
+            size = tensor[0].nbytes
+            self.data[:, at : at + size] = tensor.reshape(self.num_experts, -1).view(torch.uint8)
+
+    def weights(self, arena: Tensor, slots: Tensor | None) -> tuple[Weight, Weight]:
+        found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        for index, field, at, tensor in self._parts:
+            size = tensor.element_size()
+            flat = arena.view(-1).view(tensor.dtype)
+            strides = (self.record_bytes // size, *tensor.stride()[1:])
+            shape = (len(arena), *tensor.shape[1:])
+            begin = arena.storage_offset() // size + at // size
+            found[index][field] = flat.as_strided(shape, strides, begin)
+        first, second = (
+            kind._replace(fields=()).weight({**tensors, **({} if slots is None else {"slots": slots})})
+            for kind, tensors in zip(self.kinds, found, strict=True)
+        )
+        return first, second
+
+
+class MemoryStore:
+    """The experts of a model, plain or stored."""
+
+    path = Path("memory")
+
+    def __init__(self, model: nn.Module, late: bool = True) -> None:
+        self.layers: dict[str, MemoryRecords] = {}
+        self.late = late
+        self.readers: list[MemoryReader] = []
+        for name, module in model.named_modules():
+            if (layout := layout_of(module)) is None:
+                continue
+            stored = vars(module).get("_switchgear_stored")
+            if stored is not None:
+                weights = stored.weights(module)
+            else:
+                plain = [getattr(module, n).detach() for n in layout.names]
+                plain = [(p.mT if layout.transposed else p).contiguous() for p in plain]
+                weights = tuple(
+                    Weight("plain", p, p.shape[1], p.shape[2], p.dtype, is_exact=True) for p in plain
+                )
+            self.layers[name] = MemoryRecords(weights, len(self.layers))
+
+    @property
+    def reader(self) -> MemoryReader:
+        return self.readers[-1]
+
+    def open_reader(self, threads: int) -> MemoryReader:
+        self.readers.append(MemoryReader([records.data for records in self.layers.values()], self.late))
+        return self.readers[-1]
+
+    def reads(self, records: MemoryRecords, is_checked: bool) -> list[tuple[int, int, int | None]]:
+        return [(records.file, e * records.record_bytes, None) for e in range(records.num_experts)]
+
+
+def seconds(function: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
