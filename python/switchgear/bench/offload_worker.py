@@ -179,7 +179,7 @@ def _offloaded(task: Task) -> tuple[Any, Any]:
 
     folder = Path(task.folder)
     store = offload.Store.open(folder / STORE)
-    model = offload.load_model(folder / CHECKPOINT, store, dtype=torch.bfloat16, experts_implementation="switchgear")
+    model = offload.load_model(folder / CHECKPOINT, store)
     size = {"slots": task.slots}
     if task.slots is None:
         assert task.group is not None
@@ -190,7 +190,12 @@ def _offloaded(task: Task) -> tuple[Any, Any]:
 
 
 def _counters(handle: Any) -> dict[str, Any]:
-    return {}
+    found = handle.statistics
+    reads, seconds = handle.reader_statistics
+    return {
+        "hits": found.hits, "misses": found.misses, "loaded_bytes": found.bytes, "wasted_bytes": found.wasted_bytes,
+        "waited_seconds": found.wait_seconds,
+    }  # fmt: skip
 
 
 RUNNERS: dict[str, Callable[[Task], Decoder]] = {

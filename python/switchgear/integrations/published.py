@@ -69,24 +69,63 @@ def load_published(
             is checked before any data is read. On failure nothing is loaded.
     """
     device = torch.device(device)
-    files = CheckpointFiles(Path(path))
-    config = _config(files)
-    packing = _take_quantization(config)
-    made: Any = _made(Path(path), config, dtype) if model is None else model
+    plan = planned(Path(path), dtype, model, is_quantized=True)
+    try:
+        compute_buffers(plan.model, device)
+        reader = Reader(plan.files.headers)
+        loaded = {target: read(reader, device) for target, read in plan.reads.items()}
+    except BaseException:
+        undo(plan)
+        raise
+    commit(plan.model, loaded)
+    return plan.model.eval()  # type: ignore[no-any-return]
+
+
+class Planned(NamedTuple):
+    """A model on meta, and how to read its tensors."""
+
+    model: Any
+    files: CheckpointFiles
+    replacements: Any
+    reads: dict[str, Read]  # by name in the state dict
+
+    def experts(self) -> list[tuple[str, Layout, tuple[int, ...]]]:
+        """Name, layout, and E, N, C, N, C of the projections, of each module of experts."""
+        found = []
+        for name, module in self.model.named_modules():
+            if (layout := layout_of(module)) is not None:
+                first, second = (getattr(module, projection) for projection in layout.names)
+                shapes = [tuple((p.mT if layout.transposed else p).shape) for p in (first, second)]
+                found.append((name, layout, (*shapes[0], *shapes[1][1:])))
+        return found
+
+
+def planned(
+    path: Path, dtype: torch.dtype | None, model: nn.Module | None = None, *, is_quantized: bool = False
+) -> Planned:
+    """Checks a checkpoint against a model, by default one made from config.json, whose experts run on the fused kernel
+    then. Nothing is read but headers. dtype None: that of the config. is_quantized: others are refused."""
+    files = CheckpointFiles(path)
+    config = config_of(files)
+    packing = take_quantization(config, is_quantized)
+    if dtype is None:
+        found = getattr(config, "dtype", None)
+        dtype = found if isinstance(found, torch.dtype) else torch.bfloat16
+    made: Any = made_on_meta(path, config, dtype) if model is None else model
     replacements = accelerate(made)
     try:
-        plan = _plan(made, files, packing)
-        _compute_buffers(made, device)
-        reader = Reader(files.headers)
-        loaded = {target: read(reader, device) for target, read in plan.items()}
+        return Planned(made, files, replacements, plan_of(made, files, packing))
     except BaseException:
         restore(replacements)
         raise
-    _commit(made, loaded)
-    return made.eval()  # type: ignore[no-any-return]
 
 
-def _config(files: CheckpointFiles) -> Any:
+def undo(plan: Planned) -> None:
+    """The experts of the model run as before."""
+    restore(plan.replacements)
+
+
+def config_of(files: CheckpointFiles) -> Any:
     """The config of the model. The layers are counted first, since transformers makes any number of them."""
     file = files.path / CONFIG
     with _naming_file(file):
@@ -114,9 +153,11 @@ def _naming_file(file: Path) -> Iterator[None]:
         raise ValueError(f"path: expected one of a model of transformers, got {file} ({reason})") from error
 
 
-def _take_quantization(config: Any) -> Packing | None:
+def take_quantization(config: Any, is_needed: bool) -> Packing | None:
     """Removes the quantisation from the config, since it is read here; ValueError for an unsupported one."""
     found = getattr(config, "quantization_config", None)
+    if found is None and not is_needed:
+        return None
     if found is None:
         raise ValueError("path: expected a quantization_config in config.json, got none")
     options = found if isinstance(found, dict) else getattr(found, "to_dict", dict)()
@@ -133,7 +174,7 @@ def _take_quantization(config: Any) -> Packing | None:
     return packing
 
 
-def _made(path: Path, config: Any, dtype: torch.dtype) -> Any:
+def made_on_meta(path: Path, config: Any, dtype: torch.dtype) -> Any:
     with _naming_file(path / CONFIG), torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     if (file := path / "generation_config.json").is_file():
@@ -156,7 +197,7 @@ class Wanted(NamedTuple):
     dtype: torch.dtype
 
 
-def _plan(model: Any, files: CheckpointFiles, packing: Packing | None) -> dict[str, Read]:
+def plan_of(model: Any, files: CheckpointFiles, packing: Packing | None) -> dict[str, Read]:
     """How to read each tensor of the model, by its name in the state dict."""
     state, projections, checks = model.state_dict(), _projections(model), Checks(files.headers)
     plan: dict[str, Read] = {}
@@ -383,7 +424,7 @@ def _naming(target: str, expert: int | None = None) -> Iterator[None]:
 # ---- into the model --------------------------------------------------------------------------------------------------
 
 
-def _compute_buffers(model: Any, device: torch.device) -> None:
+def compute_buffers(model: Any, device: torch.device) -> None:
     """Computes buffers that no checkpoint has, such as the rotary frequencies; the model has them on the meta device.
 
     When transformers initialises weights, it computes the buffers of each module that is not marked as initialised,
@@ -406,7 +447,7 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
             raise ValueError(f"model: expected {key} to be computed by {type(model).__name__}.initialize_weights")
 
 
-def _commit(model: Any, loaded: dict[str, Tensor | Weight]) -> None:
+def commit(model: Any, loaded: dict[str, Tensor | Weight]) -> None:
     for prefix, module in model.named_modules():
         if (layout := layout_of(module)) is not None:
             first, second = (loaded.get(f"{prefix}.{name}") for name in layout.names)
@@ -428,10 +469,10 @@ def _commit(model: Any, loaded: dict[str, Tensor | Weight]) -> None:
 def _put(module: nn.Module, layout: Layout, weights: tuple[Weight, Weight]) -> None:
     trained = (getattr(module, name).requires_grad for name in layout.names)
     first, second = (Projection(Kind.of(weight), t, Tie()) for weight, t in zip(weights, trained, strict=True))
-    put(module, StoredProjections(_form_of(weights[0]), layout, (first, second)), weights)
+    put(module, StoredProjections(form_of(weights[0]), layout, (first, second)), weights)
 
 
-def _form_of(weight: Weight) -> Form:
+def form_of(weight: Weight) -> Form:
     if weight.records is None:
         return FORMS[weight.format]
     return Groups(int(weight.records[0, 1]), weight.group_size, weight.zeros is None)

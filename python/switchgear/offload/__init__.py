@@ -9,6 +9,7 @@ from __future__ import annotations
 from switchgear.offload.accesses import Accesses
 from switchgear.offload.attach import Offloaded, offload
 from switchgear.offload.errors import StoreError
+from switchgear.offload.load_model import load_model
 from switchgear.offload.policies import (
     LFRU,
     LFU,
@@ -25,6 +26,8 @@ from switchgear.offload.policies import (
 )
 from switchgear.offload.simulation import LayerHits, Simulation, simulate, simulate_all
 from switchgear.offload.statistics import LayerStatistics, Statistics
+from switchgear.offload.store import Store, write_store
+from switchgear.offload.store_records import Part, Records
 
 __all__ = [
     "LFRU",
@@ -40,13 +43,18 @@ __all__ = [
     "LeastStale",
     "Now",
     "Offloaded",
+    "Part",
     "Policy",
+    "Records",
     "Simulation",
     "StaticFrequency",
     "Statistics",
+    "Store",
     "StoreError",
     "Use",
+    "load_model",
     "offload",
     "simulate",
     "simulate_all",
+    "write_store",
 ]

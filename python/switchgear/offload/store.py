@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A store: the experts of a model in a folder, one record each, to be read when they are needed (docs/offload.md).
+
+write_store writes one from a model or a checkpoint, Store.open opens it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from switchgear import _C
+from switchgear.offload import store_index, store_sources, store_writer
+from switchgear.offload.errors import StoreError
+from switchgear.offload.store_records import PAGE, Records
+from switchgear.weights.form import Form
+from switchgear.weights.store import form_named
+
+_TIMEOUT = 600.0  # seconds for one record, in `verify`
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store that was checked: its index, and the sizes of its files.
+
+    Attributes:
+        path: the folder.
+        form: in which experts are stored.
+        config_hash: equal for models whose experts have the same names, numbers and sizes.
+        layers: the records of each experts module, by its name in model.named_modules().
+    """
+
+    path: Path
+    form: str
+    config_hash: str
+    layers: Mapping[str, Records]
+
+    @staticmethod
+    def open(path: str | os.PathLike[str]) -> Store:
+        """Opens a store. Raises StoreError, which names the file, if one is missing, truncated or does not fit the
+        others. Records are checked when they are read."""
+        folder = Path(path)
+        index = store_index.read(folder)
+        return Store(folder, index.form, index.config_hash, MappingProxyType(index.layers))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(records.nbytes for records in self.layers.values())
+
+    def open_reader(self, threads: int = 4, direct: bool = True) -> _C.Reader:
+        """A reader of the files, in the order of `layers`. Raises StoreError."""
+        files = [str(self.path / records.file) for records in self.layers.values()]
+        try:
+            return _C.Reader(files, threads, direct)
+        except _C.ReadError as error:
+            raise StoreError(str(error)) from error
+
+    def reads(self, records: Records, is_checked: bool = True) -> list[tuple[int, int, int | None]]:
+        """For each expert of a layer: file, offset and checksum for `submit` of the reader."""
+        file = list(self.layers).index(records.name)
+        checksums = records.checksums if is_checked else (None,) * records.num_experts
+        return [(file, offset, checksum) for offset, checksum in zip(records.offsets, checksums, strict=True)]
+
+    def verify(self, progress: store_writer.Progress = lambda done, total, name: None) -> None:
+        """Reads all records and compares their checksums. Raises StoreError, which names layer and expert."""
+        reader = self.open_reader()
+        try:
+            for number, records in enumerate(self.layers.values()):
+                _verify(reader, records, self.reads(records))
+                progress(number + 1, len(self.layers), records.name)
+        finally:
+            reader.close()
+
+
+def _verify(reader: _C.Reader, records: Records, reads: list[tuple[int, int, int | None]]) -> None:
+    memory = torch.empty(2 * records.record_bytes + PAGE, dtype=torch.uint8)  # one is read while another is awaited
+    begin = memory.data_ptr() + -memory.data_ptr() % PAGE
+    tickets: list[int] = []
+
+    def wait(expert: int) -> None:
+        try:
+            reader.wait(tickets[expert], _TIMEOUT)
+        except OSError as error:
+            raise StoreError(f"{records.name}, expert {expert}: {error}") from error
+
+    try:
+        for expert, (file, offset, checksum) in enumerate(reads):
+            if expert >= 2:
+                wait(expert - 2)
+            address = begin + expert % 2 * records.record_bytes
+            tickets.append(reader.submit(file, offset, records.record_bytes, address, checksum))
+        for expert in range(max(len(reads) - 2, 0), len(reads)):
+            wait(expert)
+    except BaseException:
+        reader.close()  # before the memory is freed
+        raise
+
+
+def write_store(
+    source: nn.Module | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    form: str | Form = "plain",
+    *,
+    dtype: torch.dtype | None = None,
+    progress: store_writer.Progress = lambda done, total, name: None,
+    resume: bool = True,
+    **options: Any,
+) -> Store:
+    """Writes the experts of a model or a checkpoint into a store, and opens it.
+
+        offload.write_store("olmoe/", "olmoe-experts/", "int4", group_size=64)
+
+    One layer is in memory at a time, beside `source` itself if it is a model. Biases, routers and all else stay in the
+    model. An interrupted call leaves the finished layers in `path` + ".partial"; the same call goes on with them.
+
+    Args:
+        source: a model with Experts, or with experts of transformers on the fused kernel, stored or not; or the folder
+            of a checkpoint of a model of transformers, published in any form that `load_published` reads.
+        path: of the store; it must not exist.
+        form: one of `switchgear.store`, with its options, or "as published": the experts keep their form, and so every
+            bit. Published experts that are in `form` already keep their bits, too.
+        dtype: of plain weights of a checkpoint; by default that of its config.
+        progress: called as (layers done, layers, name) after each.
+        resume: False discards what an interrupted call has written.
+
+    Raises:
+        ValueError: `source` has no experts, or some that cannot be stored so; `path` exists.
+        StoreError: a file cannot be written, for want of room among others; an unfinished store of another form or
+            model is in the way. There is no store then.
+    """
+    wanted = _form(form, options)
+    if isinstance(source, nn.Module):
+        if dtype is not None:
+            raise ValueError(f"dtype: expected none for a model, whose experts have one, got {dtype}")
+        found = store_sources.of_model(source, wanted)
+    else:
+        found = store_sources.of_checkpoint(Path(source), wanted, dtype)
+    text = store_sources.AS_PUBLISHED if wanted is None else str(wanted)
+    try:
+        store_writer.write(found.layers, Path(path), text, progress, resume)
+    finally:
+        found.close()
+    return Store.open(path)
+
+
+def _form(form: str | Form, options: dict[str, Any]) -> Form | None:
+    if form != store_sources.AS_PUBLISHED:
+        return form_named(form, options)
+    if options:
+        raise ValueError(f"{next(iter(options))}: expected no options beside {form}")
+    return None

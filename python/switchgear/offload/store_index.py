@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""index.json of a store, and its checks. The file may come from anyone: every number in it is compared with the others
+and with the sizes of files before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from switchgear.offload.errors import StoreError
+from switchgear.offload.store_records import ALIGNMENT, PAGE, Part, Records, whole_tensors
+from switchgear.reference import formats
+from switchgear.weights.module import Kind
+
+INDEX, NAME, VERSION = "index.json", "switchgear experts", 1
+MOST_BYTES = 1 << 28  # of index.json: a million experts take 20 MB
+_MOST = 1 << 40  # of any number
+_FILE = re.compile(r"layer-\d{5,9}\.records")
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int8, torch.int32)
+}
+_FIELDS = ("data", *(field for field in formats.FIELDS if field != "slots"))
+
+
+class Index(NamedTuple):
+    form: str
+    config_hash: str
+    layers: dict[str, Records]
+
+
+def hash_of(layers: Iterable[Records]) -> str:
+    """Identifies models whose experts fit the same store: names, numbers and sizes of the experts of each layer."""
+    sizes = [[r.name, r.num_experts, *((kind.rows, kind.cols) for kind in r.kinds)] for r in layers]
+    return hashlib.sha256(json.dumps(sizes, separators=(",", ":")).encode()).hexdigest()
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def text_of(index: Index) -> str:
+    entries = {
+        "format": NAME,
+        "version": VERSION,
+        "form": index.form,
+        "config_hash": index.config_hash,
+        "layers": [entry_of(records) for records in index.layers.values()],
+    }
+    return json.dumps({**entries, "digest": _digest(entries)}, indent=1)
+
+
+def entry_of(records: Records) -> dict[str, Any]:
+    return {
+        "name": records.name,
+        "file": records.file,
+        "num_experts": records.num_experts,
+        "record_bytes": records.record_bytes,
+        "projections": [
+            {**kind._asdict(), "dtype": _name(kind.dtype), "elements": _name(kind.elements)} for kind in records.kinds
+        ],
+        "parts": [{**part._asdict(), "dtype": _name(part.dtype)} for part in records.parts],
+        "checksums": [f"{checksum:016x}" for checksum in records.checksums],
+    }
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _digest(entries: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Wrong(Exception):
+    """What is wrong with an entry."""
+
+
+def read(folder: Path) -> Index:
+    """The index of a store. Raises StoreError, which names the file and what is wrong."""
+    file = folder / INDEX
+    try:
+        if not file.is_file():
+            raise StoreError(f"path: expected a store with {INDEX}, got {folder}")
+        if file.stat().st_size > MOST_BYTES:
+            raise StoreError(f"{file}: expected at most {MOST_BYTES} bytes")
+        found = json.loads(file.read_bytes(), parse_constant=_no_constant)
+    except StoreError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"{file}: expected JSON, got {str(error).partition(chr(10))[0][:200]}") from error
+    try:
+        return _index(found, folder)
+    except Wrong as error:
+        raise StoreError(f"{file}: {error}") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def _index(found: Any, folder: Path) -> Index:
+    if _get(found, "format", str) != NAME:
+        raise Wrong(f"format: expected {NAME!r}")
+    if (version := _get(found, "version", int)) != VERSION:
+        raise Wrong(f"version: expected {VERSION}, got {version}; write the store again")
+    rest = {key: value for key, value in found.items() if key != "digest"}
+    if _get(found, "digest", str) != _digest(rest):
+        raise Wrong("expected the text that its digest is of, got a changed one")
+    layers: dict[str, Records] = {}
+    for entry in _get(found, "layers", list):
+        records = records_from(entry)
+        if records.name in layers or any(records.file == other.file for other in layers.values()):
+            raise Wrong(f"layers: expected each name and file once, got {records.name}, {records.file}")
+        check_file(folder, records)
+        layers[records.name] = records
+    if not layers:
+        raise Wrong("layers: expected at least one")
+    config_hash = _get(found, "config_hash", str)
+    if config_hash != hash_of(layers.values()):
+        raise Wrong("config_hash: expected that of the layers, got another")
+    return Index(_get(found, "form", str), config_hash, layers)
+
+
+def records_from(entry: Any) -> Records:
+    """The inverse of entry_of."""
+    name, file = _get(entry, "name", str), _get(entry, "file", str)
+    if not _FILE.fullmatch(file):
+        raise Wrong(f"file: expected a name like layer-00000.records, got {file[:80]!r}")
+    num_experts = _number(entry, "num_experts", 1, 1 << 24)
+    record_bytes = _number(entry, "record_bytes", PAGE, _MOST)
+    if record_bytes % PAGE:
+        raise Wrong(f"record_bytes: expected a multiple of {PAGE}, got {record_bytes}")
+    projections = _get(entry, "projections", list)
+    if len(projections) != 2:
+        raise Wrong(f"projections: expected 2, got {len(projections)}")
+    kinds = _kind(projections[0]), _kind(projections[1])
+    parts = tuple(_part(part) for part in _get(entry, "parts", list))
+    checksums = _get(entry, "checksums", list)
+    if len(checksums) != num_experts:
+        raise Wrong(f"checksums: expected {num_experts}, got {len(checksums)}")
+    for checksum in checksums:
+        if not isinstance(checksum, str) or not re.fullmatch(r"[0-9a-f]{16}", checksum):
+            raise Wrong("checksums: expected 16 hexadecimal digits each")
+    numbers = tuple(int(checksum, 16) for checksum in checksums)
+    records = Records(name, file, num_experts, record_bytes, kinds, parts, numbers)
+    _check_parts(records)
+    return records
+
+
+def _kind(entry: Any) -> Kind:
+    fields = _get(entry, "fields", list)
+    if any(field not in _FIELDS for field in fields) or len(set(map(str, fields))) != len(fields):
+        raise Wrong(f"fields: expected some of {', '.join(_FIELDS)}, once each")
+    is_exact = _get(entry, "is_exact", bool)
+    elements = None if _get(entry, "elements", (str, type(None))) is None else _dtype(entry, "elements")
+    format = _get(entry, "format", str)
+    if format not in formats.FORMATS:
+        raise Wrong(f"format: expected one of {', '.join(formats.FORMATS)}")
+    rows, cols = (_number(entry, key, 1, 1 << 31) for key in ("rows", "cols"))
+    parts, group_size = _number(entry, "parts", 1, 2), _number(entry, "group_size", 0, 1 << 31)
+    dtype = _dtype(entry, "dtype")
+    if not dtype.is_floating_point or (elements is not None and not elements.is_floating_point):
+        raise Wrong("dtype: expected a floating one")
+    if (format == "compact") != (elements is not None):
+        raise Wrong("elements: expected a dtype for compact alone")
+    return Kind(format, rows, cols, dtype, parts, group_size, elements, is_exact, tuple(fields))
+
+
+def _part(entry: Any) -> Part:
+    shape = _get(entry, "shape", list)
+    if not 1 <= len(shape) <= 8:
+        raise Wrong("shape: expected 1 to 8 sizes")
+    size = 1
+    for index in range(len(shape)):
+        size *= _number(shape, index, 1, _MOST)
+    if size > _MOST:
+        raise Wrong(f"shape: expected at most {_MOST} elements, got {size}")
+    field = _get(entry, "field", str)
+    return Part(
+        _number(entry, "projection", 0, 1), field, _number(entry, "offset", 0, _MOST), tuple(shape),
+        _dtype(entry, "dtype"),
+    )  # fmt: skip
+
+
+def _check_parts(records: Records) -> None:
+    """Parts are the tensors of both projections, aligned, one after the other in the record, as their formats need."""
+    end = 0
+    for part in records.parts:
+        if part.offset % ALIGNMENT or part.offset < end:
+            raise Wrong(f"offset: expected a multiple of {ALIGNMENT} from {end} on, got {part.offset}")
+        end = part.offset + part.nbytes
+    if end > records.record_bytes:
+        raise Wrong(f"record_bytes: expected at least {end}, got {records.record_bytes}")
+    for index, kind in enumerate(records.kinds):
+        expected = [field for field in kind.fields if field != "records"]
+        got = [part.field for part in records.parts if part.projection == index]
+        if got != expected or ("records" in kind.fields) != (kind.format == "groups"):
+            raise Wrong(f"parts: expected {', '.join(expected)} of projection {index}, got {', '.join(got)[:80]}")
+    try:
+        for kind, tensors in whole_tensors(
+            records, torch.empty(1, records.record_bytes, dtype=torch.uint8, device="meta")
+        ):
+            weight = kind.weight(tensors)
+            dtype = weight.elements or weight.dtype  # compact rows are of either
+            formats.check_weight("record", weight.tensors, weight.form, (None, kind.rows, kind.cols), dtype)
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise Wrong(f"parts: {str(error).partition(chr(10))[0][:200]}") from None
+
+
+def check_file(folder: Path, records: Records) -> None:
+    """Raises StoreError unless the file of a layer is there with the bytes of all records."""
+    file = folder / records.file
+    if file.is_symlink() or not file.is_file():
+        raise StoreError(f"{file}: expected a regular file with the experts of {records.name}, got none")
+    if (size := file.stat().st_size) != records.nbytes:
+        raise StoreError(f"{file}: expected {records.nbytes} bytes, {records.num_experts} records, got {size}")
+
+
+# ---- entries ---------------------------------------------------------------------------------------------------------
+
+
+def _get(entry: Any, key: Any, kind: Any) -> Any:
+    if not isinstance(entry, list if isinstance(key, int) else dict):
+        raise Wrong(f"{key}: expected an entry of an object, got {type(entry).__name__}")
+    value = entry[key] if isinstance(key, int) else entry.get(key)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise Wrong(f"{key}: expected {getattr(kind, '__name__', 'str or null')}, got {str(value)[:80]}")
+    return value
+
+
+def _number(entry: Any, key: Any, low: int, high: int) -> int:
+    value = _get(entry, key, int)
+    if not low <= value <= high:
+        raise Wrong(f"{key}: expected {low} to {high}, got {str(value)[:40]}")
+    return int(value)
+
+
+def _dtype(entry: Any, key: str) -> torch.dtype:
+    name = _get(entry, key, str)
+    if name not in _DTYPES:
+        raise Wrong(f"{key}: expected one of {', '.join(_DTYPES)}, got {name[:40]!r}")
+    return _DTYPES[name]

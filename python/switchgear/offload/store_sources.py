@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a store is written from: the experts of a model in memory, or of a checkpoint, one layer at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from switchgear import _C
+from switchgear.weights.form import Form
+from switchgear.weights.layout import Layout, hint_for, layout_of
+from switchgear.weights.module import stored_of
+from switchgear.weights.weight import Weight
+
+AS_PUBLISHED = "as published"
+
+
+class Layer(NamedTuple):
+    """The experts of a module.
+
+    weights: reads and encodes them. fingerprint: changes when the numbers that they are made from do.
+    """
+
+    name: str
+    sizes: tuple[int, ...]  # E, and rows and columns of both projections
+    weights: Callable[[], tuple[Weight, Weight]]
+    fingerprint: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Source:
+    layers: list[Layer]
+    close: Callable[[], None]
+
+
+# ---- a model in memory -----------------------------------------------------------------------------------------------
+
+
+def of_model(model: nn.Module, form: Form | None) -> Source:
+    """The experts of a model. form: None keeps that in which they are. Raises ValueError for a module whose experts
+    cannot be stored, before anything is read."""
+    layers = []
+    for name, module in model.named_modules():
+        where = f"source.{name}" if name else "source"
+        _refuse(module, where)
+        stored, layout = stored_of(module), layout_of(module)
+        if stored is not None:
+            if form is not None and stored.form != form:
+                raise ValueError(
+                    f"{where}: expected plain weights, got {stored.form}; pass form={AS_PUBLISHED!r} or call "
+                    "switchgear.restore(source) first"
+                )
+            first, second = stored.weights(module)
+            layers.append(Layer(name, _sizes(first, second), _held(module), _sum_of(module)))
+        elif layout is not None:
+            _check_plain(module, layout, where)
+            shapes = [_rows_first(getattr(module, key), layout).shape for key in layout.names]
+            sizes = (*shapes[0], *shapes[1][1:])
+            layers.append(Layer(name, sizes, _encoding(module, layout, form, where), _sum_of(module)))
+    if not layers:
+        raise ValueError(
+            f"source: expected a model with experts on the fused kernel, {type(model).__name__} has none "
+            f"({hint_for(model)})"
+        )
+    return Source(layers, lambda: None)
+
+
+def _refuse(module: nn.Module, where: str) -> None:
+    """Experts of which this process has a part."""
+    from switchgear.parallel.experts import ParallelExperts  # imports torch.distributed
+
+    if isinstance(module, ParallelExperts):
+        raise ValueError(
+            f"{where}: expected all experts of a layer in this process, got ParallelExperts; write the store from the "
+            "checkpoint or from a model without parallel="
+        )
+
+
+def _check_plain(module: nn.Module, layout: Layout, where: str) -> None:
+    if vars(module).get("_switchgear_selection") is not None:
+        raise ValueError(f"{where}: expected no experts that train alone: call switchgear.finetune.unfreeze(source)")
+    for name in layout.names:
+        parameter = module._parameters.get(name)
+        if type(parameter) is not nn.Parameter:
+            got = "computed" if parameter is None else f"a {type(parameter).__name__}"
+            raise ValueError(f"{where}.{name}: expected a plain parameter, got one that is {got}")
+        if parameter.is_meta:
+            raise ValueError(f"{where}.{name}: expected numbers, got a parameter on meta; write from the checkpoint")
+
+
+def _sizes(first: Weight, second: Weight) -> tuple[int, ...]:
+    return (*first.shape, *second.shape[1:])
+
+
+def _rows_first(weight: Tensor, layout: Layout) -> Tensor:
+    return weight.mT if layout.transposed else weight
+
+
+def _held(module: nn.Module) -> Callable[[], tuple[Weight, Weight]]:
+    def weights() -> tuple[Weight, Weight]:
+        stored = stored_of(module)
+        assert stored is not None
+        return stored.weights(module)
+
+    return weights
+
+
+def _encoding(module: nn.Module, layout: Layout, form: Form | None, where: str) -> Callable[[], tuple[Weight, Weight]]:
+    def weights() -> tuple[Weight, Weight]:
+        first, second = (_rows_first(getattr(module, name).detach(), layout).cpu() for name in layout.names)
+        return (
+            encoded(f"{where}.{layout.names[0]}", first, layout.parts(0), form),
+            encoded(f"{where}.{layout.names[1]}", second, layout.parts(1), form),
+        )
+
+    return weights
+
+
+def encoded(name: str, weight: Tensor, parts: int, form: Form | None) -> Weight:
+    """A weight [E,N,C] in a form; None: as it is."""
+    if form is None:
+        _, rows, cols = weight.shape
+        return Weight("plain", weight, rows, cols, weight.dtype, is_exact=True)
+    made = form.encode(name, weight, parts)
+    if isinstance(made, str):
+        raise ValueError(f"source: expected experts that can be stored as {form}; {made}")
+    return made
+
+
+def _sum_of(module: nn.Module) -> Callable[[], str]:
+    """Of the projections: numbers that changed since an interrupted run are written again."""
+
+    def fingerprint() -> str:
+        stored, layout = stored_of(module), layout_of(module)
+        tensors: list[Tensor] = []
+        if stored is not None:
+            tensors = [tensor for weight in stored.weights(module) for tensor in weight.tensors]
+        elif layout is not None:
+            tensors = [getattr(module, name).detach() for name in layout.names]
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            flat = tensor.cpu().contiguous()
+            digest.update(_C.checksum(flat.data_ptr(), flat.nbytes).to_bytes(8, "little"))
+            digest.update(str((flat.shape, flat.dtype)).encode())
+        return digest.hexdigest()
+
+    return fingerprint
+
+
+# ---- a checkpoint ----------------------------------------------------------------------------------------------------
+
+
+def of_checkpoint(path: Path, form: Form | None, dtype: torch.dtype | None) -> Source:
+    """The experts of a checkpoint of a model of transformers. The model is made on meta, to map keys; layers are read
+    one at a time. form: None keeps what is published, quantized or not."""
+    from switchgear.integrations.checkpoint_files import Reader  # imports transformers
+    from switchgear.integrations.published import form_of, planned
+
+    plan = planned(path, dtype)
+    reader = Reader(plan.files.headers)
+    files = sorted({header.file for header in plan.files.headers.values()})
+    identity = str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    device = torch.device("cpu")
+
+    def weights_of(name: str, layout: Layout) -> tuple[Weight, Weight]:
+        made = []
+        for index, projection in enumerate(layout.names):
+            target = f"{name}.{projection}"
+            found: Any = plan.reads[target](reader, device)
+            if isinstance(found, Weight):
+                if form is None or form_of(found) == form:
+                    made.append(found)
+                    continue
+                found = found.plain()
+            else:
+                found = _rows_first(found, layout)
+            made.append(encoded(target, found, layout.parts(index), form))
+        return made[0], made[1]
+
+    def layers() -> Iterator[Layer]:
+        for name, layout, sizes in plan.experts():
+
+            def weights(name: str = name, layout: Layout = layout) -> tuple[Weight, Weight]:
+                return weights_of(name, layout)
+
+            yield Layer(name, sizes, weights, lambda: identity)
+
+    found = list(layers())
+    if not found:
+        raise ValueError(f"source: expected a checkpoint with experts on the fused kernel, {path} has none")
+    return Source(found, reader.close)
