@@ -191,10 +191,9 @@ def _offloaded(task: Task) -> tuple[Any, Any]:
 
 def _counters(handle: Any) -> dict[str, Any]:
     found = handle.statistics
-    reads, seconds = handle.reader_statistics
     return {
         "hits": found.hits, "misses": found.misses, "loaded_bytes": found.bytes, "wasted_bytes": found.wasted_bytes,
-        "waited_seconds": found.wait_seconds,
+        "waited_seconds": found.wait_seconds, "busy_seconds": handle._cache.reader.statistics()[2],
     }  # fmt: skip
 
 
