@@ -139,9 +139,7 @@ class MemoryStore:
             else:
                 plain = [getattr(module, n).detach() for n in layout.names]
                 plain = [(p.mT if layout.transposed else p).contiguous() for p in plain]
-                weights = tuple(
-                    Weight("plain", p, p.shape[1], p.shape[2], p.dtype, is_exact=True) for p in plain
-                )
+                weights = tuple(Weight("plain", p, p.shape[1], p.shape[2], p.dtype, is_exact=True) for p in plain)
             self.layers[name] = MemoryRecords(weights, len(self.layers))
 
     @property

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from ctypes import c_int32
 from typing import Any, Protocol
 
@@ -32,13 +32,13 @@ _FEW = 256  # ids, up to which a set of Python is faster than torch.unique
 
 
 class Predictor(Protocol):
-    """Says which experts will be needed."""
+    """Says which experts will be needed. Layers are counted in the order of the model."""
 
-    def predict(self, layer: int, hidden_states: Tensor, topk_ids: Tensor) -> Iterator[tuple[int, int]]:
-        """(layer, expert), the most likely first. Called once `layer` has routed hidden_states [T,H]."""
+    def predict(self, layer: int, hidden_states: Tensor, topk_ids: Tensor) -> Iterable[tuple[int, int]]:
+        """(layer, expert), the most likely first. Called when `layer` has routed hidden_states [T,H]."""
 
     def observe(self, layer: int, topk_ids: Tensor) -> None:
-        """Sees what a layer uses."""
+        """The choice [T,K] that a layer made."""
 
 
 class Cache:
@@ -106,7 +106,6 @@ class Cache:
     def guess(self, layer: int, x: Tensor, topk_ids: Tensor) -> None:
         """Begins reads of experts that are predicted to be needed next."""
         assert self.predictor is not None
-        self.predictor.observe(layer, topk_ids)
         for number, expert in self.predictor.predict(layer, x, topk_ids):
             target = self.layers[number]
             target.predictions.add(expert)
@@ -117,6 +116,7 @@ class Cache:
                 continue
             if (row := pool.take()) is not None:
                 target.read((key,), (row,), self.guesses, is_urgent=False)
+        self.predictor.observe(layer, topk_ids)
 
     def _has_room_for_guess(self, pool: Pool) -> bool:
         pool.drain()
@@ -332,10 +332,9 @@ class CachedLayer:
 
     def _judge_predictions(self, experts: list[int], needed: Collection[int]) -> None:
         """Counts what was predicted for this call, and drops reads that it does not need."""
-        if self.predictions:
-            self.counts.predicted += sum(expert in self.predictions for expert in experts)
-            self.counts.used += len(experts)
-            self.predictions.clear()
+        self.counts.predicted += sum(expert in self.predictions for expert in experts)
+        self.counts.used += len(experts)
+        self.predictions.clear()
         for key in [key for key in self.cache.guesses if self.cache.layer_of(key) is self and key not in needed]:
             self.cache.drop_guess(key)
 

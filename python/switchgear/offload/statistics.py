@@ -16,7 +16,7 @@ class LayerStatistics:
         misses: the other uses.
         bytes: read for misses: misses × record.
         wait_seconds: in which the layer waited for reads.
-        predicted, used: experts used in steps with a prediction for the layer: those predicted, and all.
+        predicted, used: of the experts that ran with prefetch, those that were predicted, and all.
         prefetched: misses whose reads a prediction had begun.
         wasted_bytes: read for predictions that were wrong.
     """

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Reads that fail or hang, and interrupts anywhere: a named error, and the model works afterwards with the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import types
+from typing import Any
+
+import pytest
+from memory_store import MemoryReader, MemoryStore
+from offload_cases import check, make_model, outputs_of, same_bits, steps_of
+
+from switchgear import offload
+from switchgear.offload import StoreError
+
+
+class Guesses:
+    """Predicts any experts."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def predict(self, layer: int, hidden_states: Any, topk_ids: Any) -> list[tuple[int, int]]:
+        return [(self.random.randrange(2), self.random.randrange(6)) for _ in range(3)]
+
+    def observe(self, layer: int, topk_ids: Any) -> None:
+        pass
+
+
+def offloaded(seed: int, slots: int = 2) -> Any:
+    model, steps = make_model(), steps_of()
+    wanted = outputs_of(model, steps)
+    store = MemoryStore(model)
+    shared, prefetch = bool(seed % 2), Guesses(seed) if seed % 3 else None
+    cache = offload.offload(
+        model,
+        store,  # type: ignore[arg-type]
+        slots=slots,
+        shared=shared,
+        prefetch=prefetch,
+        prefetch_slots=3,
+    )
+    return model, steps, wanted, cache, store.reader
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_read_that_fails_empties_its_slot(seed: int) -> None:
+    """Errors at random reads; some reads go on."""
+    model, steps, wanted, cache, reader = offloaded(seed, 1 + seed % 3)
+    chance = random.Random(seed)
+    failures = 0
+
+    def fail(ticket: int) -> None:
+        if chance.random() < 0.2:
+            if chance.random() < 0.5:
+                reader.fail(ticket, OSError(5, "Input/output error"), ends=True)
+            reader.fail(ticket, TimeoutError("late"), ends=False)
+
+    for _ in range(4):
+        reader.on_wait = fail
+        for x, y in zip(steps, wanted, strict=True):
+            try:
+                assert same_bits(outputs_of(model, [x])[0], y)
+            except StoreError as error:
+                failures += 1
+                assert re.search(
+                    r"\d\.experts(, expert \d: .*Input/output error|: expected expert \d to be read)", str(error)
+                )
+        reader.on_wait = lambda ticket: None
+        assert all(map(same_bits, outputs_of(model, steps), wanted))
+        check(cache)
+    assert failures > 5
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_an_interrupt_at_any_line(seed: int) -> None:
+    """A KeyboardInterrupt is raised at a random line of the cache's files, as a signal would."""
+    model, steps, wanted, cache, reader = offloaded(seed, 1 + seed % 3)
+    chance = random.Random(seed)
+    left = 0
+
+    def trace(frame: types.FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        name = os.path.basename(frame.f_code.co_filename)
+        if event == "call":
+            return (
+                trace
+                if name in ("cache.py", "pool.py", "residency.py") and "repair" not in frame.f_code.co_name
+                else None
+            )
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    interrupts = 0
+    for _ in range(60):
+        x = chance.randrange(len(steps))
+        left = chance.randrange(1, 150)
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            got = outputs_of(model, [steps[x]])[0]
+        except KeyboardInterrupt:
+            interrupts += 1
+        else:
+            assert same_bits(got, wanted[x])
+        finally:
+            sys.settrace(before)
+        if chance.random() < 0.3:
+            assert all(map(same_bits, outputs_of(model, steps), wanted))
+            check(cache)
+            assert not cache._cache.lock.locked()
+    assert interrupts > 20
+    outputs_of(model, steps)
+    known = {ticket for _, ticket in [*cache._cache.pending.values(), *cache._cache.guesses.values()]}
+    known |= {ticket for layer in cache._cache.layers for ticket in layer.pool.draining.values()}
+    assert set(reader.tickets) == known  # no read is lost
+
+
+def test_a_reader_without_tickets() -> None:
+    """`submit` fails: too many reads, a closed reader."""
+    model, steps, wanted, cache, reader = offloaded(0)
+    original, calls = reader.submit, 0
+
+    def submit(*args: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 0:
+            raise OSError("too many tickets")
+        return original(*args)
+
+    reader.submit = submit
+    failures = 0
+    for x, y in zip(steps * 3, wanted * 3, strict=True):
+        try:
+            assert same_bits(outputs_of(model, [x])[0], y)
+        except StoreError as error:
+            assert "too many tickets" in str(error)
+            failures += 1
+    assert failures > 2
+    reader.submit = original
+    assert all(map(same_bits, outputs_of(model, steps), wanted))
+    check(cache)
+
+
+def test_a_signal_during_a_wait() -> None:
+    model, steps, wanted, cache, reader = offloaded(0)
+
+    def interrupt(_: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    reader.on_wait = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        outputs_of(model, steps)
+    reader.on_wait = lambda ticket: None
+    assert all(map(same_bits, outputs_of(model, steps), wanted))
+    check(cache)
+
+
+def test_a_store_that_cannot_be_read_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for slots in (2, 6):
+        model, steps = make_model(), steps_of()
+        wanted = outputs_of(model, steps)
+        store = MemoryStore(model)
+
+        def wait(self: MemoryReader, ticket: int, timeout: float) -> None:
+            raise OSError(5, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryReader, "wait", wait)
+            with pytest.raises(StoreError, match=r"0.experts, expert 0: .*Input/output error"):
+                offload.offload(model, store, slots=slots)  # type: ignore[arg-type]
+        assert store.reader.closed
+        assert all(map(same_bits, outputs_of(model, steps), wanted))
+        cache = offload.offload(model, store, slots=slots)  # type: ignore[arg-type]
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryReader, "wait", wait)
+            with pytest.raises(StoreError, match="Input/output error"):
+                cache.close()
+        assert all(map(same_bits, outputs_of(model, steps), wanted))
+        cache.close()
+        assert all(map(same_bits, outputs_of(model, steps), wanted))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child() -> None:
+    """Even if another thread ran the model at the fork."""
+    model, steps, wanted, cache, _ = offloaded(0)
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with cache._cache.lock:
+            taken.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait()
+    if (child := os.fork()) == 0:
+        try:
+            outputs_of(model, steps[:1])
+        except StoreError as error:
+            os._exit(0 if "the cache belongs to process" in str(error) else 2)
+        os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    done.set()
+    thread.join()
+    assert all(map(same_bits, outputs_of(model, steps), wanted))
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_leak_nothing() -> None:
+    model, steps, wanted, cache, reader = offloaded(1)
+
+    def footprint() -> tuple[int, int, int]:
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[1])
+        return pages, len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    for i in range(10_000 // len(steps)):
+        assert all(map(same_bits, outputs_of(model, steps), wanted))
+        if i == 100:
+            before = footprint()
+        reader.begun.clear()
+    after = footprint()
+    assert after[0] < before[0] + 500  # 2 MB
+    assert after[1:] == before[1:]
+    check(cache)

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What users do with an offloaded model: it works with the resident model's bits, or the message says what to call."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from memory_store import MemoryStore
+from offload_cases import check, make_model, outputs_of, same_bits, steps_of
+from torch import Tensor, nn
+
+import switchgear
+from switchgear import MoE, offload, routing
+from switchgear.adapters import add_lora
+from switchgear.integrations.tiny_models import build
+from switchgear.integrations.transformers import accelerate
+from switchgear.offload import Belady
+from switchgear.trace import RoutingTrace
+
+FORMS = ("plain", "compact", "int8", "int4", "fp8", "mxfp4", "nf4")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_bits_of_the_resident_model(form: str, isa: str) -> None:
+    model = make_model()
+    if form != "plain":
+        switchgear.store(model, form)
+    steps = steps_of()
+    wanted = outputs_of(model, steps)
+    cache = offload.offload(model, MemoryStore(model), slots=3)  # type: ignore[arg-type]
+    assert all(map(same_bits, outputs_of(model, steps), wanted))
+    assert cache.statistics.misses > 0
+    check(cache)
+    cache.close()
+    assert all(map(same_bits, outputs_of(model, steps), wanted))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "olmoe"])
+def test_generate(model_type: str) -> None:
+    """Of Hugging Face models, also with experts on meta."""
+    model: Any = build(model_type).eval()
+    accelerate(model)
+    prompt = torch.arange(1, 9)[None]
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad(), routing.record(model) as wanted_choices:
+        wanted = model.generate(prompt, **options)
+    store = MemoryStore(model)
+    for name in store.layers:
+        experts = model.get_submodule(name)
+        for key in ("gate_up_proj", "down_proj"):
+            parameter = getattr(experts, key)
+            setattr(experts, key, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
+    with offload.offload(model, store, slots=2) as cache:  # type: ignore[arg-type]
+        with torch.no_grad(), routing.record(model) as choices, RoutingTrace(model) as trace:
+            got = model.generate(prompt, **options)
+        assert torch.equal(got.sequences, wanted.sequences)
+        assert all(map(same_bits, got.logits, wanted.logits))
+        for name, layer in choices.layers.items():
+            assert torch.equal(layer.topk_ids(), wanted_choices.layers[name].topk_ids())
+        assert trace.summary()
+        assert cache.statistics.misses > 0
+        check(cache)
+    with pytest.raises(RuntimeError, match="the cache is closed; call offload"):
+        model(prompt)
+    with offload.offload(model, store, slots=2):  # type: ignore[arg-type]
+        assert torch.equal(model.generate(prompt, **options).sequences, wanted.sequences)
+
+
+def test_overrides() -> None:
+    model, steps = make_model(), steps_of()
+    with routing.override(model, disable=[0, 1]):
+        wanted = outputs_of(model, steps)
+        offload.offload(model, MemoryStore(model), slots=2)  # type: ignore[arg-type]
+        assert all(map(same_bits, outputs_of(model, steps), wanted))
+
+
+def test_all_in_memory_is_the_stored_model() -> None:
+    """No Python runs beside that of stored weights; gradients and state of the cache are none of its business."""
+    model, steps = make_model(), steps_of()
+    wanted = outputs_of(model, steps)
+    for options in ({"slots": 6}, {"slots": 99}, {"bytes": 1 << 30}, {"slots": 6, "shared": True}):
+        store = MemoryStore(model)
+        cache = offload.offload(model, store, **options)  # type: ignore[arg-type]
+        assert cache.is_inert
+        assert type(model[0].experts._switchgear_stored.weights(model[0].experts)[0]) is switchgear.Weight  # type: ignore
+        begun = len(store.reader.begun)
+        assert begun == 12
+        assert all(map(same_bits, outputs_of(model, steps), wanted))
+        assert len(store.reader.begun) == begun
+        assert cache.statistics.misses == 0
+        assert "in memory" in str(cache)
+        cache.close()
+        assert all(map(same_bits, outputs_of(model, steps), wanted))
+
+
+def test_bytes_bound_the_memory() -> None:
+    model, steps = make_model(), steps_of()
+    wanted = outputs_of(model, steps)
+    store = MemoryStore(model)
+    record = store.layers["0.experts"].record_bytes
+    for rows in range(4, 14):
+        for shared in (False, True):
+            with offload.offload(model, store, bytes=rows * record + 7, shared=shared) as cache:  # type: ignore[arg-type]
+                assert 0 < cache.nbytes <= rows * record + 7
+                assert all(map(same_bits, outputs_of(model, steps), wanted))
+                assert cache.is_inert == (rows >= 12)
+    with pytest.raises(ValueError, match=r"bytes: expected at least \d+ for one slot in each layer, got 100"):
+        offload.offload(model, store, bytes=100)  # type: ignore[arg-type]
+
+
+# ---- other users of the weights --------------------------------------------------------------------------------------
+
+
+def test_adapters_in_waves() -> None:
+    model, steps = make_model(), steps_of()
+    add_lora(model, rank=2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    wanted = outputs_of(model, steps)
+    cache = offload.offload(model, MemoryStore(model), slots=1)  # type: ignore[arg-type]
+    assert all(map(same_bits, outputs_of(model, steps), wanted))
+    cache.close()
+    assert all(map(same_bits, outputs_of(model, steps), wanted))
+
+
+def test_gradients_of_x_and_adapters() -> None:
+    """Equal those of the stored model, though other layers' experts took the slots before backward."""
+    model = make_model()
+    switchgear.store(model, "int8")
+    add_lora(model, rank=2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    x = steps_of(count=2)[1]
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        inputs = x.clone().requires_grad_()
+        model(inputs).float().square().sum().backward()
+        assert inputs.grad is not None
+        return [inputs.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    wanted = gradients()
+    assert len(wanted) > 4
+    cache = offload.offload(model, MemoryStore(model), slots=1, shared=True)  # type: ignore[arg-type]
+    got = gradients()
+    assert len(got) == len(wanted)
+    assert all(map(same_bits, got, wanted))
+    check(cache)
+    with pytest.raises(ValueError, match="expected at most 2 experts in a step with gradients, the slots of the cache"):
+        model(steps_of()[0].requires_grad_())
+    assert all(map(same_bits, gradients(), wanted))
+
+
+def test_torch_compile_runs_the_layer_itself() -> None:
+    model, steps = make_model(), steps_of(count=4)
+    wanted = outputs_of(model, steps)
+    offload.offload(model, MemoryStore(model), slots=2)  # type: ignore[arg-type]
+    assert all(map(same_bits, outputs_of(torch.compile(model, backend="eager"), steps), wanted))
+
+
+def test_autocast_and_other_dtypes() -> None:
+    model, steps = make_model(dtype=torch.bfloat16), steps_of(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = outputs_of(model, steps)
+        offload.offload(model, MemoryStore(model), slots=2)  # type: ignore[arg-type]
+        assert all(map(same_bits, outputs_of(model, steps), wanted))
+    ids, weights = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
+    with pytest.raises(TypeError, match=r"x: expected torch.bfloat16 like the offloaded weights, got torch.float32"):
+        model[0].experts(torch.ones(1, 32), ids, weights)  # type: ignore[operator]
+
+
+def test_threads_take_turns() -> None:
+    model, steps = make_model(), steps_of()
+    wanted = outputs_of(model, steps)
+    cache = offload.offload(model, MemoryStore(model), slots=2)  # type: ignore[arg-type]
+    failures: list[object] = []
+
+    def run() -> None:
+        for _ in range(5):
+            if not all(map(same_bits, outputs_of(model, steps), wanted)):
+                failures.append(1)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    check(cache)
+
+
+# ---- what it refuses -------------------------------------------------------------------------------------------------
+
+
+def test_state_dicts_copies_and_conversions_name_the_cache() -> None:
+    model, steps = make_model(), steps_of()
+    before = model.state_dict()
+    wanted = outputs_of(model, steps)
+    cache = offload.offload(model, MemoryStore(model), slots=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="its experts are offloaded, so their plain weights and state dict"):
+        model.state_dict()
+    with pytest.raises(ValueError, match=r"0.experts.gate_up_proj: expected none for experts offloaded to memory"):
+        model.load_state_dict(before)
+    rest = {name: tensor for name, tensor in before.items() if "_proj" not in name}
+    model.load_state_dict(rest)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a cache cannot be copied or pickled"):
+            copied(model)
+    for change in (switchgear.restore, lambda m: switchgear.store(m, "int8")):
+        with pytest.raises(ValueError, match=r"offloaded to memory; call close\(\)"):
+            change(model)
+    with pytest.raises(ValueError, match=r"offloaded to memory; close\(\) that cache first"):
+        offload.offload(model, MemoryStore(make_model()), slots=2)  # type: ignore[arg-type]
+    with pytest.raises(AttributeError, match="gate_up_proj is stored as offloaded to memory"):
+        len(model[0].experts.gate_up_proj)  # type: ignore
+    weight = model[0].experts._switchgear_stored.weights(model[0].experts)[0]  # type: ignore
+    with pytest.raises(ValueError, match="expected one in memory, got offloaded experts"):
+        switchgear.grouped_gemm(steps[1][0], weight, torch.tensor([0] + [1] * 6, dtype=torch.int32))
+    ids, weights = torch.tensor([[6]], dtype=torch.int32), torch.ones(1, 1)
+    with pytest.raises(ValueError, match="topk_ids: expected ids from -1 to 5, got 6"):
+        model[0].experts(steps[1][0], ids, weights)  # type: ignore[operator]
+    assert all(map(same_bits, outputs_of(model, steps), wanted))
+    check(cache)
+    cache.close()
+    cache.close()
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def other(name: str) -> MemoryStore:
+    model = make_model()
+    if name == "stored":
+        switchgear.store(model, "int8")
+    return MemoryStore(model)
+
+
+@pytest.mark.parametrize(
+    ("store", "options", "error", "message"),
+    [
+        (lambda: MemoryStore(make_model(3)), {}, ValueError, "expected the experts of 2.experts, which the store"),
+        (lambda: MemoryStore(make_model(1)), {}, ValueError, r"model.1.experts: expected a store with its experts"),
+        (lambda: MemoryStore(make_model(num_experts=4)), {}, ValueError, r"expected torch.float32 \[4, 64, 32\] as in"),
+        (lambda: MemoryStore(make_model(dtype=torch.float16)), {}, ValueError, r"expected torch.float16 \[6, 64, 32\]"),
+        (lambda: MemoryStore(make_model()), {"slots": 0}, ValueError, "slots: expected at least 1, got 0"),
+        (lambda: MemoryStore(make_model()), {"slots": 2.0}, TypeError, "slots: expected an integer, got 2.0"),
+        (lambda: MemoryStore(make_model()), {"slots": None}, ValueError, "expected slots or bytes, got neither"),
+        (lambda: MemoryStore(make_model()), {"bytes": 9}, ValueError, "expected slots or bytes, got both"),
+        (
+            lambda: MemoryStore(make_model()),
+            {"policy": Belady()},
+            ValueError,
+            "policy: expected one that does not",
+        ),
+        (
+            lambda: MemoryStore(make_model()),
+            {"policy": Belady},
+            TypeError,
+            "policy: expected a policy such as LRU",
+        ),
+        (lambda: MemoryStore(make_model()), {"timeout": 0}, ValueError, "timeout: expected more than 0 seconds"),
+        (lambda: MemoryStore(make_model()), {"prefetch_slots": 0}, ValueError, "prefetch_slots: expected at least 1"),
+    ],
+)
+def test_a_wrong_store_or_option_changes_nothing(store: Any, options: Any, error: Any, message: str) -> None:
+    model, steps = make_model(), steps_of()
+    wanted, before = outputs_of(model, steps), dict(model.named_parameters())
+    with pytest.raises(error, match=message):
+        offload.offload(model, store(), **{"slots": 2, **options})
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in before.items()}
+    assert all(map(same_bits, outputs_of(model, steps), wanted))
+
+
+def test_models_that_it_does_not_run() -> None:
+    with pytest.raises(ValueError, match="model: expected experts on the fused kernel; Linear has none"):
+        offload.offload(nn.Linear(2, 2), MemoryStore(make_model()), slots=1)  # type: ignore[arg-type]
+    model: Any = build("mixtral")
+    accelerate(model)
+    store = MemoryStore(model)
+    model.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match=r"expected experts on the fused kernel, .* call switchgear.accelerate"):
+        offload.offload(model, store, slots=1)  # type: ignore[arg-type]
+    stored = make_model()
+    switchgear.store(stored, "int4")
+    with pytest.raises(ValueError, match=r"expected a store in its form, int4 \[64, 32\], got plain"):
+        offload.offload(stored, MemoryStore(make_model()), slots=1)  # type: ignore[arg-type]
+
+
+def test_a_change_that_fails_halfway_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, steps = make_model(), steps_of()
+    wanted = outputs_of(model, steps)
+    from switchgear.offload import change
+
+    calls = []
+
+    def put(*args: Any) -> None:
+        calls.append(args)
+        original(*args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    original = change.put
+    monkeypatch.setattr(change, "put", put)
+    store = MemoryStore(model)
+    with pytest.raises(KeyboardInterrupt):
+        offload.offload(model, store, slots=2)  # type: ignore[arg-type]
+    assert store.reader.closed
+    assert all(map(same_bits, outputs_of(model, steps), wanted))
+    assert len(model.state_dict()) == 6
+
+
+def test_experts_that_are_all_ours_but_in_other_processes() -> None:
+    model = make_model()
+    model[0].experts.parallel = "ExpertParallel(2)"  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="expected all experts in this process, got those of ExpertParallel"):
+        offload.offload(model, MemoryStore(make_model()), slots=2)  # type: ignore[arg-type]
+
+
+def test_moe_without_tokens() -> None:
+    model = make_model()
+    cache = offload.offload(model, MemoryStore(model), slots=2)  # type: ignore[arg-type]
+    assert outputs_of(model, [torch.empty(1, 0, 32)])[0].shape == (1, 0, 32)
+    assert (cache.statistics.hits, cache.statistics.misses) == (0, 0)
+    assert isinstance(model[0], MoE)

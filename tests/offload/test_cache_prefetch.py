@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A predictor's reads: they begin early, change neither results nor hits, and are counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from memory_store import MemoryStore
+from offload_cases import check, make_model, outputs_of, same_bits, steps_of
+from torch import Tensor
+
+from switchgear import diagnostics, offload
+
+
+class Script:
+    """Predicts for the next layer what a list says."""
+
+    def __init__(self, choices: list[set[int]]) -> None:
+        self.choices, self.at, self.observed = choices, 0, 0
+
+    def predict(self, layer: int, hidden_states: Tensor, topk_ids: Tensor) -> Any:
+        assert hidden_states.shape == (topk_ids.shape[0], 32)
+        self.at += 1
+        if self.at == len(self.choices):
+            return
+        for expert in sorted(self.choices[self.at]):
+            yield (layer + 1) % 2, expert
+
+    def observe(self, layer: int, topk_ids: Tensor) -> None:
+        self.observed += 1
+
+
+@torch.no_grad()
+def recorded(model: torch.nn.Module, steps: list[Tensor]) -> list[set[int]]:
+    """The experts of each layer's call, in order."""
+    found = []
+    for x in steps:
+        with diagnostics.collect(model) as choices:
+            model(x)
+        found += [set(layer.topk_ids.flatten().tolist()) for layer in choices.values()]
+    return found
+
+
+def test_row41_an_oracle_has_a_recall_of_one_and_wastes_nothing() -> None:
+    model, steps = make_model(), steps_of()
+    wanted = outputs_of(model, steps)
+    choices = recorded(model, steps)
+    store = MemoryStore(model)
+    with offload.offload(model, store, slots=2) as cache:  # type: ignore[arg-type]
+        outputs_of(model, steps)
+        plain = cache.statistics
+    script = Script(choices)
+    with offload.offload(model, store, slots=2, prefetch=script) as cache:  # type: ignore[arg-type]
+        assert all(map(same_bits, outputs_of(model, steps), wanted))
+        found = cache.statistics
+        assert [(a.hits, a.misses, a.bytes) for a in found.layers] == [
+            (a.hits, a.misses, a.bytes) for a in plain.layers
+        ]
+        first = len(choices[0])
+        assert found.layers[1].recall == 1
+        assert found.layers[0].predicted == found.layers[0].used - first
+        assert found.wasted_bytes == 0
+        assert sum(layer.prefetched for layer in found.layers) == found.misses - first
+        assert script.observed == 2 * len(steps)
+        assert store.reader.bytes == found.bytes + store.layers["0.experts"].record_bytes
+        check(cache)
+
+
+def test_row41_wrong_predictions_are_wasted_bytes() -> None:
+    """Those whose reads began; a read that did not begin is cancelled."""
+    model, steps = make_model(), steps_of()
+    wanted = outputs_of(model, steps)
+    choices = [set(range(6)) - experts for experts in recorded(model, steps)]
+    for late in (False, True):
+        store = MemoryStore(model, late)
+        with offload.offload(model, store, slots=2, prefetch=Script(choices), prefetch_slots=4) as cache:  # type: ignore[arg-type]
+            assert all(map(same_bits, outputs_of(model, steps), wanted))
+            found, reader = cache.statistics, store.reader
+            assert found.recall == 0
+            assert sum(layer.prefetched for layer in found.layers) == 0
+            guessed = sum(not urgent for _, _, urgent in reader.begun)
+            still = len(cache._cache.guesses)
+            wasted = found.wasted_bytes // store.layers["0.experts"].record_bytes
+            assert guessed > 20
+            assert (wasted, reader.cancelled) == ((0, guessed - still) if late else (guessed - still, 0))
+            check(cache)
+
+
+def test_predictions_take_no_more_rows_than_they_may() -> None:
+    model, steps = make_model(), steps_of()
+    wanted = outputs_of(model, steps)
+    everything = [set(range(6))] * (2 * len(steps))
+    for rows in (1, 2, 5):
+        for shared in (False, True):
+            store = MemoryStore(model, late=rows == 2)
+            options: dict[str, Any] = {"slots": 1, "shared": shared, "prefetch_slots": rows}
+            with offload.offload(model, store, prefetch=Script(everything), **options) as cache:  # type: ignore[arg-type]
+                for x, y in zip(steps, wanted, strict=True):
+                    assert same_bits(outputs_of(model, [x])[0], y)
+                    assert len(cache._cache.guesses) <= rows
+                    check(cache)
+            assert cache.statistics.recall is not None
+
+
+def test_the_table() -> None:
+    model, steps = make_model(), steps_of()
+    with offload.offload(model, MemoryStore(model), slots=2, prefetch=Script([set()] * 99)) as cache:  # type: ignore[arg-type]
+        outputs_of(model, steps)
+        lines = str(cache).splitlines()
+    assert lines[0].split() == [
+        "layer",
+        "hits",
+        "misses",
+        "hit",
+        "rate",
+        "MB",
+        "read",
+        "s",
+        "waited",
+        "recall",
+        "MB",
+        "wasted",
+    ]
+    assert [line.split()[0] for line in lines[1:]] == ["0.experts", "1.experts", "all"]
+    assert len({len(line) for line in lines}) == 1
+    assert int(lines[3].split()[1]) == cache.statistics.hits
