@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchgear.parallel import Placement, place_experts
+from switchgear.routing import Router
 
 
 def test_contiguous() -> None:
@@ -65,3 +66,72 @@ def test_a_trace_is_balanced_better_than_by_number() -> None:
 def test_place_experts_refuses_more_copies_than_ranks() -> None:
     with pytest.raises(ValueError, match="num_replicas: expected 0 to 2"):
         place_experts([1, 2], 2, num_replicas=3)
+
+
+def loads_by_batch(num_experts: int = 8, seed: int = 0) -> torch.Tensor:
+    """[E, batches]: experts of two kinds, busy in turns, with skewed sizes; of each size there is one of each kind."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = 100.0 / torch.arange(1, num_experts // 2 + 1).repeat_interleave(2)
+    kind = torch.arange(num_experts) % 2
+    busy = torch.rand(200, generator=generator) < 0.5
+    noise = torch.rand(num_experts, 200, generator=generator)
+    return sizes[:, None] * torch.where(kind[:, None] == busy, 1.0, 0.05) * (1 + 0.1 * noise)
+
+
+def test_row38_anticorrelated_experts_are_together() -> None:
+    """The busiest rank of each batch, averaged: apart, experts that are busy together share the work."""
+    for seed in range(5):
+        batches = loads_by_batch(seed=seed)
+        load, correlation = batches.mean(1), torch.corrcoef(batches)
+
+        def busiest(placement: Placement, batches: torch.Tensor = batches) -> float:
+            ranks = torch.stack([batches[list(experts)].sum(0) for experts in placement.experts_of_rank])
+            return float(ranks.amax(0).mean() / ranks.mean(0).mean())
+
+        greedy = place_experts(load, 2)
+        apart = place_experts(load, 2, correlation=correlation, method="anticorrelation")
+        assert busiest(apart) <= busiest(greedy)
+        assert busiest(apart) < busiest(Placement.contiguous(8, 2))
+
+
+def test_row38_the_factor_by_hand() -> None:
+    """Loads 4, 4, 2, 2 on two ranks: 0 and 1 are apart. Greedy gives 2 the first rank. 2 goes with 0 (its load counts
+    8) and alternates with 1 (0): the second rank."""
+    correlation = torch.eye(4)
+    for (i, j), value in {(0, 2): 1.0, (1, 2): -1.0, (0, 3): -1.0, (1, 3): 1.0}.items():
+        correlation[i, j] = correlation[j, i] = value
+    assert place_experts([4, 4, 2, 2], 2).experts_of_rank == ((0, 2), (1, 3))
+    apart = place_experts([4, 4, 2, 2], 2, correlation=correlation, method="anticorrelation")
+    assert apart.experts_of_rank == ((0, 3), (1, 2))
+    none = place_experts([4, 4, 2, 2], 2, correlation=torch.zeros(4, 4), method="anticorrelation")
+    assert none == place_experts([4, 4, 2, 2], 2)
+
+
+@pytest.mark.parametrize("method", ["greedy", "anticorrelation"])
+def test_row38_no_rank_has_more_than_round_robin(method: str) -> None:
+    """On recorded traces: tokens of a router whose experts are unequally popular."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        gate = Router(16, 16, 2, bias=True)
+        with torch.no_grad():
+            gate.bias.copy_(torch.randn(16).mul(0.3).sort().values)
+            ids = gate(torch.randn(512, 16)).topk_ids
+        load = torch.bincount(ids.flatten(), minlength=16)
+        by_batch = torch.stack([torch.bincount(part.flatten(), minlength=16) for part in ids.split(32)], 1)
+        options = {} if method == "greedy" else {"correlation": torch.corrcoef(by_batch.double()), "method": method}
+        for num_ranks in (2, 4):
+            turns = Placement(16, tuple(tuple(range(rank, 16, num_ranks)) for rank in range(num_ranks)))
+            found = place_experts(load, num_ranks, **options)  # type: ignore[arg-type]
+            assert max(found.load_of_rank(load)) <= max(turns.load_of_rank(load))
+
+
+def test_row38_a_method_without_what_it_needs() -> None:
+    for words, options in {
+        "correlation: expected .E,E. for anticorrelation, got None": {"method": "anticorrelation"},
+        "correlation: expected None for greedy": {"correlation": torch.eye(2)},
+        r"correlation: expected \[2,2\], got \[3, 3\]": {"correlation": torch.eye(3), "method": "anticorrelation"},
+        "correlation: expected numbers from -1 to 1": {"correlation": 2 * torch.eye(2), "method": "anticorrelation"},
+        "method: ": {"method": "best"},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            place_experts([1, 2], 2, **options)  # type: ignore[arg-type]

@@ -310,25 +310,31 @@ def _answer(block: MoeBlock) -> _Seen:
     dtype = _input_dtype(block, like)
     x = torch.randn(_TOKENS, like.shape[1], generator=generator).to(like.device, dtype)
     extra: dict[str, Any] = {}
-    for parameter in inspect.signature(gate.forward).parameters:
-        if parameter in ("e_score_correction_bias", "expert_bias"):
-            extra[parameter] = block.selection_bias()
-        elif parameter == "input_ids":
-            extra[parameter] = torch.randint(len(gate.tid2eid), (_TOKENS,), generator=generator).to(like.device)
+    if "input_ids" in inspect.signature(gate.forward).parameters:
+        extra["input_ids"] = torch.randint(len(gate.tid2eid), (_TOKENS,), generator=generator).to(like.device)
     try:
-        output = gate.forward(x.clone(), **extra)  # hooks belong to the model's own calls
-    except (ValueError, RuntimeError, IndexError):
-        try:
-            output = gate.forward(x[None].clone(), **extra)  # it wants sequences
-        except (ValueError, RuntimeError, IndexError, TypeError) as error:
-            kind = type(gate).__name__
-            raise ValueError(f"{name}: expected a router that can be probed, got {kind} ({error})") from error
+        output = call_gate(block, x, **extra)
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        kind = type(gate).__name__
+        raise ValueError(f"{name}: expected a router that can be probed, got {kind} ({error})") from error
     choice = routed(block, x, output)
     if choice is None or choice.router_logits is None:
         raise ValueError(f"{name}: expected a router that returns its logits and choice, got {type(gate).__name__}")
     # Weights pass through a handful of roundings of float32 and a few to the dtype of the logits or of the model.
     eps = max(torch.finfo(t).eps for t in (choice.router_logits.dtype, choice.topk_weights.dtype, torch.float32))
     return _Seen(choice.router_logits.float(), choice.topk_ids, choice.topk_weights.float(), 16 * eps)
+
+
+def call_gate(block: MoeBlock, x: Tensor, **extra: Any) -> Any:
+    """The output of the gate for x [T,H], without its hooks, which belong to the model's own calls."""
+    gate: Any = block.gate
+    for parameter in inspect.signature(gate.forward).parameters:
+        if parameter in ("e_score_correction_bias", "expert_bias"):
+            extra[parameter] = block.selection_bias()
+    try:
+        return gate.forward(x.clone(), **extra)  # some add jitter in place
+    except (ValueError, RuntimeError, IndexError):
+        return gate.forward(x[None].clone(), **extra)  # it wants sequences
 
 
 def _input_dtype(block: MoeBlock, like: Tensor) -> torch.dtype:

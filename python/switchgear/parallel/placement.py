@@ -12,6 +12,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from switchgear.reference import check_choice
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -87,26 +89,45 @@ class Placement:
         return [sum(values[e] / len(self.owners[e]) for e in experts) for experts in self.experts_of_rank]
 
 
-def place_experts(load: Sequence[float] | Tensor, num_ranks: int, *, num_replicas: int = 0) -> Placement:
+def place_experts(
+    load: Sequence[float] | Tensor,
+    num_ranks: int,
+    *,
+    num_replicas: int = 0,
+    correlation: Tensor | None = None,
+    method: str = "greedy",
+) -> Placement:
     """A placement that balances the load, with at most ⌈(E + num_replicas) / num_ranks⌉ experts on a rank.
 
     Greedy (arXiv:2303.06182): num_replicas times, the expert with the largest load per copy gets another copy. Then
     copies, by descending load, go to the rank with the least load that has space. Deterministic; ties go to the lowest
     number.
 
+    "anticorrelation" keeps experts apart that are busy at the same time, so that ranks are even in each batch and not
+    only on average: the load of an expert j on a rank counts (1 + correlation[e,j]) times when e seeks its rank. So it
+    counts double beside an expert that goes with it, and not at all beside one that alternates with it. (The paper
+    names the method; the factor is ours.)
+
     Args:
         load: [E] tokens of each expert, or a trace of topk_ids [T,K] to count them from (then ids range from 0 to the
             largest one seen).
         num_replicas: copies beyond one per expert.
+        correlation: [E,E] from -1 to 1, such as torch.corrcoef of the loads [E, batches]; for "anticorrelation".
+        method: "greedy" or "anticorrelation".
 
     Raises:
-        ValueError: more copies than distinct ranks can hold, or a negative load.
+        ValueError: more copies than distinct ranks can hold, or a negative load; a method without what it needs.
     """
+    check_choice("method", method, ("greedy", "anticorrelation"))
+    if (correlation is None) == (method == "anticorrelation"):
+        wanted = "[E,E] for anticorrelation" if correlation is None else "None for greedy"
+        raise ValueError(f"correlation: expected {wanted}, got {'None' if correlation is None else 'a tensor'}")
     counts = load if isinstance(load, Tensor) else torch.tensor(list(load), dtype=torch.float64)
     if counts.dim() == 2:
         counts = torch.bincount(counts[counts >= 0].flatten().long())
     loads = [float(value) for value in counts]
     num_experts = len(loads)
+    together = _correlations(correlation, num_experts)
     if min(loads, default=0.0) < 0:
         raise ValueError(f"load: expected numbers of tokens, got {min(loads)}")
     if not 0 <= num_replicas <= num_experts * (num_ranks - 1):
@@ -125,10 +146,26 @@ def place_experts(load: Sequence[float] | Tensor, num_ranks: int, *, num_replica
             free = [r for r in range(num_ranks) if len(ranks[r]) < room and expert not in ranks[r]]
             if not free:  # all ranks with space have it: another rank moves an expert away
                 free = [_make_room(ranks, totals, loads, copies, expert, room)]
-            best = min(free, key=lambda r: (totals[r], r))
+            beside = (
+                [sum(together[expert][e] * loads[e] / copies[e] for e in held) for held in ranks] if together else []
+            )
+            best = min(free, key=lambda r: (totals[r] + (beside[r] if beside else 0.0), r))
             ranks[best].add(expert)
             totals[best] += loads[expert] / copies[expert]
     return Placement(num_experts, tuple(tuple(sorted(experts)) for experts in ranks))
+
+
+def _correlations(correlation: Tensor | None, num_experts: int) -> list[list[float]]:
+    """Rows by expert; NaN, that of an expert whose load is constant, is none."""
+    if correlation is None:
+        return []
+    if tuple(correlation.shape) != (num_experts, num_experts):
+        raise ValueError(f"correlation: expected [{num_experts},{num_experts}], got {list(correlation.shape)}")
+    values = correlation.double().nan_to_num(0.0)
+    if bool((values.abs() > 1 + 1e-6).any()):  # corrcoef rounds
+        raise ValueError(f"correlation: expected numbers from -1 to 1, got {float(values.abs().max())}")
+    rows: list[list[float]] = values.tolist()
+    return rows
 
 
 def _make_room(

@@ -11,6 +11,7 @@ Capacity:    Dropless, Capacity, CapacityByKind
 Losses:      SwitchLoss, NullAwareSwitchLoss, ZLoss, ImportanceLoad, EntropyLoss, BatchEntropy, ParamPenalty,
              DeviceBalance, AlignmentLoss, LocalityLoss, ClusterVariance, LocalizedBalance, ChoiceLoss
 Controllers: LossFreeBias, AdaptiveCoefficient, AdaptiveSparsity
+Known early: pregate(model), PreRouter, decouple(model, pre_router, …)
 Temporary:   override(model, …), Router.intervene; record(model) and replay(model, record) of choices
 For a trainer: GradientConflict, anchor_loss, consistency_loss, output_regularization, load_balancing_loss, z_loss,
              max_violation
@@ -22,6 +23,7 @@ from switchgear.routing.balance import load_balancing_loss, max_violation, z_los
 from switchgear.routing.capacity import Capacity, CapacityByKind, Dropless, min_capacity
 from switchgear.routing.context import Balance, Context, Limit, Score, Select
 from switchgear.routing.controllers import AdaptiveCoefficient, AdaptiveSparsity, LossFreeBias, RunningCap
+from switchgear.routing.decoupled import decouple
 from switchgear.routing.expert_choice import DepthChoice, ExpertChoice
 from switchgear.routing.interventions import override
 from switchgear.routing.losses import (
@@ -41,6 +43,8 @@ from switchgear.routing.losses import (
 )
 from switchgear.routing.masks import ClusterDropout, ExpertDropout, Lookup, Masked, Temperature, TokenIdMask
 from switchgear.routing.pairs import from_pairs
+from switchgear.routing.pre_router import PreRouter
+from switchgear.routing.pregate import pregate
 from switchgear.routing.recording import record
 from switchgear.routing.records import RoutingRecord
 from switchgear.routing.replaying import replay
@@ -97,6 +101,7 @@ __all__ = [
     "PerSequence",
     "Positive",
     "PosthocGate",
+    "PreRouter",
     "Random",
     "RankK",
     "Router",
@@ -120,12 +125,14 @@ __all__ = [
     "ZLoss",
     "anchor_loss",
     "consistency_loss",
+    "decouple",
     "from_pairs",
     "load_balancing_loss",
     "max_violation",
     "min_capacity",
     "output_regularization",
     "override",
+    "pregate",
     "record",
     "replay",
     "z_loss",

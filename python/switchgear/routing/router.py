@@ -18,6 +18,7 @@ from switchgear.reference import check_choice, check_finite, check_fraction, che
 from switchgear.routing.balance import count_tokens
 from switchgear.routing.change import Change, PerExpert
 from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select, made, modules_in
+from switchgear.routing.handover import Handover
 from switchgear.routing.interventions import intervene
 from switchgear.routing.ranking import scores_of
 from switchgear.routing.scores import Uniform
@@ -81,6 +82,8 @@ class Router(nn.Module):
     bias: nn.Parameter | None
     e_score_correction_bias: Tensor | None
     tokens_per_expert: Tensor | None
+    takes: Handover | None = None  # hidden states of the block before, to choose by: a pre-gate (see pregate)
+    hands_on: Handover | None = None  # those of this block, for the next one
 
     def __init__(
         self,
@@ -216,6 +219,8 @@ class Router(nn.Module):
 
     def forward(self, hidden_states: Tensor, context: Context = NOTHING_KNOWN) -> Routing:
         """Routing of hidden_states [..., H]; leading dimensions are flattened to T."""
+        if self.takes is not None or self.hands_on is not None:
+            hidden_states = self._handed_over(hidden_states)
         try:
             rows = hidden_states
             if rows.dim() != 2:
@@ -230,6 +235,13 @@ class Router(nn.Module):
             complain_about_rows("hidden_states", hidden_states, self.hidden_size, self.weight)
             raise
         return self.decide(router_logits, context)
+
+    def _handed_over(self, hidden_states: Tensor) -> Tensor:
+        """What a pre-gate chooses by; leaves its block's own for the next one."""
+        taken = hidden_states if self.takes is None else self.takes.take(hidden_states)
+        if self.hands_on is not None:
+            self.hands_on.hidden_states = hidden_states
+        return taken
 
     def _is_plain(self) -> bool:
         """Whether routing is just `route` on the logits."""

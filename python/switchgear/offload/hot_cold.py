@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""HotColdSplit: experts with many tokens move to the fast device, those with few are computed where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import isfinite
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.experts import Experts
+from switchgear.weights import stored_of
+
+
+@dataclass(frozen=True)
+class SplitCost:
+    """Seconds of both devices, for the threshold "auto".
+
+    Attributes:
+        bandwidth: bytes per second between the devices.
+        hot_flops, cold_flops: floating-point operations per second of an expert's products.
+    The defaults are a GPU on PCIe 4.0 beside a CPU with AVX-512; measure your own.
+    """
+
+    bandwidth: float = 25e9
+    hot_flops: float = 100e12
+    cold_flops: float = 1e12
+
+    def __post_init__(self) -> None:
+        for name in ("bandwidth", "hot_flops", "cold_flops"):
+            if not (getattr(self, name) > 0 and isfinite(getattr(self, name))):
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+
+    def seconds(self, hot: Sequence[int], cold: Sequence[int], params: int, hidden_size: int, item: int) -> float:
+        """The slower device's time. hot, cold: tokens of each expert there; params: of an expert; item: bytes of an
+        element. Hot experts are copied and then multiplied; rows of cold ones go there and back."""
+        fast = len(hot) * params * item / self.bandwidth + 2 * sum(hot) * params / self.hot_flops
+        slow = sum(cold) * (2 * hidden_size * item / self.bandwidth + 2 * params / self.cold_flops)
+        return max(fast, slow)
+
+
+class _Cold(NamedTuple):
+    rows: Tensor  # of hidden_states
+    inputs: tuple[Tensor, Tensor, Tensor]  # theirs, and their ids and weights, on the experts' device
+
+
+class HotColdSplit(nn.Module):
+    """Experts split by their tokens n_e at each call (MoNDE, arXiv:2405.18832): y is the sum of two parts.
+
+        moe.experts = offload.HotColdSplit(moe.experts, hot="cuda")     # experts in host memory, x on the GPU
+
+    The hot part's weights are copied to `hot` and multiplied there. The cold part's rows go to the experts' device,
+    whose product overlaps with the hot part: it runs in a thread. The two parts are rounded before they are added, so
+    the result has not the bits of one call.
+
+    Args:
+        experts: with plain weights; they stay on their device.
+        hot: the fast device, that of x.
+        threshold: experts with at least this many tokens are hot. "bytes": where the rows of an expert, there and back,
+            n_e·2·H·b, are not fewer bytes than its parameters. "auto": the number of hot experts, by descending n_e,
+            at which the slower device takes least by `cost`.
+        cost: for "auto".
+    """
+
+    def __init__(
+        self,
+        experts: Experts,
+        hot: torch.device | str = "cuda",
+        threshold: int | str = "auto",
+        cost: SplitCost | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(experts, Experts):
+            raise TypeError(f"experts: expected Experts, got {type(experts).__name__}")
+        if (stored := stored_of(experts)) is not None:
+            raise ValueError(f"experts: expected plain weights, got {stored.form}")
+        if isinstance(threshold, str) and threshold not in ("auto", "bytes"):
+            raise ValueError(f"threshold: expected auto, bytes or a number of tokens, got {threshold!r}")
+        if not isinstance(threshold, str) and threshold < 0:
+            raise ValueError(f"threshold: expected at least 0 tokens, got {threshold}")
+        self.experts, self.hot, self.threshold = experts, torch.device(hot), threshold
+        self.cost = SplitCost() if cost is None else cost
+        self.num_experts = experts.num_experts
+
+    @property
+    def params(self) -> int:
+        """Parameters of an expert, biases included."""
+        return sum(p[0].numel() for p in self.experts.parameters())
+
+    def hot_experts(self, topk_ids: Tensor) -> list[int]:
+        """The experts of this choice [T,K] that move, ascending. Experts without tokens are in neither part."""
+        ids = topk_ids[(topk_ids >= 0) & (topk_ids < self.num_experts)].flatten().long()
+        counts = torch.bincount(ids, minlength=self.num_experts).tolist()
+        used = sorted((e for e, count in enumerate(counts) if count), key=lambda e: (-counts[e], e))
+        hidden_size, item = self.experts.hidden_size, self.experts.down_proj.element_size()
+        if self.threshold == "auto":
+            tokens = [counts[e] for e in used]
+            number = min(
+                range(len(used) + 1),
+                key=lambda n: self.cost.seconds(tokens[:n], tokens[n:], self.params, hidden_size, item),
+            )
+            return sorted(used[:number])
+        if self.threshold == "bytes":
+            return sorted(e for e in used if counts[e] * 2 * hidden_size >= self.params)
+        return sorted(e for e in used if counts[e] >= int(self.threshold))
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """As Experts; hidden_states [T,H]."""
+        hot = self.hot_experts(topk_ids)
+        number = torch.full((self.num_experts + 1,), -1, dtype=torch.int32)  # the last one is that of -1
+        number[hot] = torch.arange(len(hot), dtype=torch.int32)
+        number = number.to(topk_ids.device)
+        local = number[torch.where(topk_ids < 0, self.num_experts, topk_ids).long()]
+        if not hot:
+            cold = self._to_cold(hidden_states, topk_ids, topk_weights)
+            part = self.experts(*cold.inputs).to(hidden_states.device)
+            return torch.zeros_like(hidden_states, dtype=part.dtype).index_copy(0, cold.rows, part)
+        if not bool(((local < 0) & (topk_ids >= 0)).any()):
+            return self._hot(hot, hidden_states, local, topk_weights)
+        cold = self._to_cold(hidden_states, topk_ids.masked_fill(local >= 0, -1), topk_weights)
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()  # a thread has its own
+        kind = self.experts.down_proj.device.type
+        casts, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+        def compute() -> Tensor:
+            with (
+                torch.inference_mode(modes[1]),
+                torch.set_grad_enabled(modes[0]),
+                torch.autocast(kind, dtype, enabled=casts),
+            ):
+                part: Tensor = self.experts(*cold.inputs)
+                return part
+
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(compute)
+            y = self._hot(hot, hidden_states, local, topk_weights)
+            return y.index_add(0, cold.rows, running.result().to(y))
+
+    def _to_cold(self, x: Tensor, ids: Tensor, weights: Tensor) -> _Cold:
+        """The rows with a cold expert, on its device: before the hot part is launched, behind which they would wait."""
+        at = self.experts.down_proj.device
+        rows = (ids >= 0).any(-1).nonzero()[:, 0]
+        return _Cold(rows, (x[rows].to(at), ids[rows].to(at), weights[rows].to(at)))
+
+    def _hot(self, hot: list[int], x: Tensor, local: Tensor, weights: Tensor) -> Tensor:
+        own = self.experts
+        moved = Experts(
+            own.hidden_size, own.intermediate_size, len(hot), activation=own.activation, gated=own.gated,
+            bias=own.down_proj_bias is not None, interleaved=own.interleaved, transposed=own.transposed,
+            alpha=own.alpha, limit=own.limit, device="meta", dtype=own.down_proj.dtype,
+        )  # fmt: skip
+        values = {name: p[hot].to(self.hot) for name, p in own.named_parameters()}
+        y: Tensor = torch.func.functional_call(
+            moved, values, (x.to(self.hot), local.to(self.hot), weights.to(self.hot))
+        )
+        return y.to(x.device)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Recall of a predictor by layer: how many of the experts that ran it predicted, and how many of its did not run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.offload.accesses import Accesses
+from switchgear.offload.predictors import Expert, Predictor
+
+
+@dataclass(frozen=True)
+class LayerRecall:
+    """Experts of a layer, summed over steps.
+
+    Attributes:
+        used: that ran.
+        predicted: before the layer ran.
+        right: both.
+    """
+
+    name: str
+    used: int
+    predicted: int
+    right: int
+
+    @property
+    def recall(self) -> float:
+        """Of the experts that ran, the share that was predicted; 0 if none ran."""
+        return self.right / max(self.used, 1)
+
+    @property
+    def precision(self) -> float:
+        """Of the predicted experts, the share that ran: what is read in vain is the rest."""
+        return self.right / max(self.predicted, 1)
+
+
+class Recall:
+    """Counts predictions. `predicted` may be called several times before the layer runs; `used` closes its step."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._pending: list[set[int]] = [set() for _ in self.names]
+        self._counts = [[0, 0, 0] for _ in self.names]
+
+    def predicted(self, experts: Iterable[Expert]) -> None:
+        for layer, expert in experts:
+            self._pending[layer].add(expert)
+
+    def used(self, layer: int, topk_ids: Tensor) -> None:
+        used = {expert for row in topk_ids.tolist() for expert in row} - {-1}
+        counts, pending = self._counts[layer], self._pending[layer]
+        for i, number in enumerate((len(used), len(pending), len(used & pending))):
+            counts[i] += number
+        pending.clear()
+
+    @property
+    def layers(self) -> tuple[LayerRecall, ...]:
+        return tuple(LayerRecall(name, *counts) for name, counts in zip(self.names, self._counts, strict=True))
+
+
+def recall(predictor: Predictor, run: Accesses) -> tuple[LayerRecall, ...]:
+    """Replays a recorded run through a predictor that needs no hidden states, such as `Follows`; it gets the experts of
+    a step as those of one token. `watch` counts any predictor while a model runs."""
+    found = Recall(run.layers)
+    nothing = torch.empty(1, 0)
+    for step in run.steps:
+        for layer, experts in enumerate(step):
+            ids = torch.tensor([experts], dtype=torch.int32)
+            found.used(layer, ids)
+            found.predicted(predictor.predict(layer, nothing, ids))
+            predictor.observe(layer, ids)
+    return found.layers
+
+
+@contextmanager
+def watch(model: nn.Module, predictor: Predictor) -> Iterator[Recall]:
+    """Inside the block, the predictor predicts while the model runs, and nothing is fetched. Each call of the model is
+    a step, so let it decode: a whole text in one call uses nearly all experts.
+
+        with offload.watch(model, offload.NextGate(model)) as found:
+            model.generate(prompt, max_new_tokens=100)
+        print([layer.recall for layer in found.layers])
+    """
+    from switchgear.integrations.moe_blocks import moe_blocks
+    from switchgear.trace import observe
+
+    layers = {name: layer for layer, name in enumerate(moe_blocks(model))}
+    found = Recall(tuple(layers))
+
+    def see(name: str, seen: Any) -> None:
+        layer = layers[name]
+        found.used(layer, seen.topk_ids)
+        found.predicted(predictor.predict(layer, seen.x.detach(), seen.topk_ids.detach()))
+        predictor.observe(layer, seen.topk_ids.detach())
+
+    with observe(model, see):
+        yield found

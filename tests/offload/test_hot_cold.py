@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""HotColdSplit: the output of any split, bytes, and the automatic threshold against every other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from switchgear import MoE
+from switchgear.experts import Experts
+from switchgear.offload import HotColdSplit, SplitCost
+
+E, K, H, I = 8, 2, 16, 8  # noqa: E741
+
+
+def skewed(num_tokens: int = 40, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    odds = 1 / torch.arange(1, E + 1).float() ** 2
+    ids = torch.multinomial(odds.expand(num_tokens, -1), K, generator=generator).int()
+    ids[0, 1] = -1
+    return torch.randn(num_tokens, H, generator=generator), ids, torch.rand(num_tokens, K, generator=generator)
+
+
+def experts_of(**options: Any) -> Experts:
+    torch.manual_seed(0)
+    return Experts(H, I, E, **options)
+
+
+def counts_of(ids: Tensor) -> list[int]:
+    return [int((ids == e).sum()) for e in range(E)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": True}, {"gated": False}, {"transposed": True}, {"interleaved": True, "limit": 2.0}],
+    ids=str,
+)
+def test_row43_the_output_does_not_depend_on_the_split(options: dict[str, Any]) -> None:
+    experts = experts_of(**options)
+    x, ids, weights = skewed()
+    wanted = experts(x, ids, weights)
+    # 0: all are hot; 1000: none is.
+    for threshold in (0, 1, 3, 10, 1000, "auto", "bytes"):
+        split = HotColdSplit(experts, "cpu", threshold, SplitCost(1e6, 1e9, 1e9))
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                y = split(x, ids, weights)
+            # A sum of K products in two parts: one rounding more.
+            torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert split(x, ids, weights).dtype == experts(x, ids, weights).dtype
+    empty = split(x[:0], ids[:0], weights[:0])
+    assert empty.shape == (0, H)
+
+
+def test_row43_gradients_and_the_layer() -> None:
+    torch.manual_seed(0)
+    moe = MoE(H, I, E, K)
+    x = torch.randn(30, H, requires_grad=True)
+    inputs = [x, *moe.parameters()]
+    wanted = torch.autograd.grad(moe(x).square().sum(), inputs)
+    moe.experts = HotColdSplit(moe.experts, "cpu", 8)
+    for got, expected in zip(torch.autograd.grad(moe(x).square().sum(), inputs), wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row43_cold_are_exactly_those_whose_rows_are_fewer_bytes(dtype: torch.dtype) -> None:
+    """n_e·2·H·b < params·b, on counts around the boundary: params = 3·H·I, so n_e < 1.5·I = 12."""
+    experts = experts_of(dtype=dtype)
+    split = HotColdSplit(experts, "cpu", "bytes")
+    counts = [0, 1, 11, 12, 13, 40, 11, 12]
+    ids = torch.tensor([e for e, count in enumerate(counts) for _ in range(count)])[:, None].int()
+    item = experts.down_proj.element_size()
+    hot = split.hot_experts(ids)
+    for e, count in enumerate(counts):
+        activations = count * 2 * H * item
+        parameters = (experts.gate_up_proj[e].numel() + experts.down_proj[e].numel()) * item
+        assert (e in hot) == (count > 0 and activations >= parameters)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_row43_the_threshold_takes_least_of_all(seed: int) -> None:
+    """The paper's choice, by search: each number of tokens as a threshold, and each number of hot experts."""
+    generator = torch.Generator().manual_seed(seed)
+    cost = SplitCost(*(10 ** (6 + 3 * torch.rand(3, generator=generator))).tolist())
+    experts = experts_of()
+    split = HotColdSplit(experts, "cpu", "auto", cost)
+    params = 3 * H * I
+    for num_tokens in (1, 4, 40, 400):
+        _, ids, _ = skewed(num_tokens, seed)
+        counts = counts_of(ids)
+
+        def seconds(hot: list[int], counts: list[int] = counts) -> float:
+            fast = sum(params * 4 / cost.bandwidth + 2 * counts[e] * params / cost.hot_flops for e in hot)
+            cold = [e for e in range(E) if e not in hot]
+            slow = sum(counts[e] * (2 * H * 4 / cost.bandwidth + 2 * params / cost.cold_flops) for e in cold)
+            return max(fast, slow)
+
+        found = seconds(split.hot_experts(ids))
+        order = sorted((e for e in range(E) if counts[e]), key=lambda e: -counts[e])
+        by_number = [seconds(order[:number]) for number in range(len(order) + 1)]
+        by_tokens = [seconds([e for e in order if counts[e] >= least]) for least in range(max(counts) + 2)]
+        assert found == pytest.approx(min(by_number + by_tokens), rel=1e-9)
+
+
+def test_bad_input() -> None:
+    experts = experts_of()
+    for words, call in {
+        "threshold: expected auto, bytes or a number.*, got 'best'": lambda: HotColdSplit(experts, "cpu", "best"),
+        "threshold: expected at least 0 tokens, got -1": lambda: HotColdSplit(experts, "cpu", -1),
+        "bandwidth: expected more than 0, got 0": lambda: SplitCost(bandwidth=0),
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            call()
+    with pytest.raises(TypeError, match="experts: expected Experts, got MoE"):
+        HotColdSplit(MoE(H, I, E, K), "cpu")  # type: ignore[arg-type]
