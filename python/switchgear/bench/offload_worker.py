@@ -185,8 +185,12 @@ def _offloaded(task: Task) -> tuple[Any, Any]:
         assert task.group is not None
         assert task.limit is not None
         size = {"bytes": task.limit - MemoryGroup(Path(task.group), task.limit).own_bytes() - RESERVE}
-    options = {"prefetch": offload.NextGate(model)} if task.runner == "offload, prefetch" else {}
-    return model, offload.offload(model, store, policy=offload.LRU(), **size, **options)
+    options = (
+        {"prefetch": offload.NextGate(model), "prefetch_slots": task.spec["top_k"]}
+        if task.runner == "offload, prefetch"
+        else {}
+    )
+    return model, offload.offload(model, store, policy=offload.LRU(), shared=True, **size, **options)
 
 
 def _counters(handle: Any) -> dict[str, Any]:
