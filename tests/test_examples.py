@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from switchgear.parallel.checkpoint import load_whole
 
