@@ -284,8 +284,12 @@ void* Arrays::memory(const char* name, py::handle array, int64_t bytes) {
   return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
 
-TensorView Arrays::out(const char* name, py::handle array) {
-  const Loaded loaded = load(name, array, true);
+TensorView Arrays::out(const char* name, py::handle array) { return writable(name, array, true); }
+
+TensorView Arrays::in_out(const char* name, py::handle array) { return writable(name, array, false); }
+
+TensorView Arrays::writable(const char* name, py::handle array, bool allocated_by_op) {
+  const Loaded loaded = load(name, array, allocated_by_op);
   SWITCHGEAR_CHECK(ValueError, !loaded.read_only, name, ": expected a writable array, got a read-only ",
                    describe(loaded.view));
   return loaded.view;

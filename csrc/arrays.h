@@ -32,6 +32,7 @@ class Arrays {
   }
   // An output, which the ops allocate themselves: its storage is not checked. ValueError for a read-only array.
   TensorView out(const char* name, pybind11::handle array);
+  TensorView in_out(const char* name, pybind11::handle array);  // the same of the caller's, whose storage is checked
   TensorView out_or_none(const char* name, pybind11::handle array) {
     return array.is_none() ? TensorView{} : out(name, array);
   }
@@ -57,6 +58,7 @@ class Arrays {
   };
   Borrowed borrow(const char* name, pybind11::handle array, bool allocated_by_op = false);
   Loaded load(const char* name, pybind11::handle array, bool allocated_by_op = false);
+  TensorView writable(const char* name, pybind11::handle array, bool allocated_by_op);
   Weight separate(const char* name, pybind11::sequence weights);
 
   struct Separate {  // matrices stored separately

@@ -318,6 +318,22 @@ void py_moe_forward(handle x, handle gate_up_proj, handle gate_up_form, handle d
   run(moe_forward, args, execution);
 }
 
+void py_moe_accumulate(handle x, handle gate_up_proj, handle gate_up_form, handle down_proj, handle down_form,
+                       handle gate_up_bias, handle down_bias, handle topk_ids, handle topk_weights, handle sums,
+                       std::string_view activation, bool gated, bool interleaved, float alpha, float limit,
+                       ExecutionArgument execution, handle gate_up_adapter, handle down_adapter) {
+  const py::none none;
+  Arrays arrays = arrays_of(execution);
+  const MoeForwardArgs args{.x = arrays.in("x", x),
+                            .weights = weights_in(arrays, {gate_up_proj, gate_up_form}, {down_proj, down_form},
+                                                  gate_up_bias, down_bias, {gate_up_adapter, down_adapter, none, none}),
+                            .topk_ids = arrays.in("topk_ids", topk_ids),
+                            .topk_weights = arrays.in("topk_weights", topk_weights),
+                            .options = glu_options(activation, gated, interleaved, alpha, limit),
+                            .sums = arrays.in_out("sums", sums)};
+  run(moe_forward, args, execution);
+}
+
 void py_moe_backward(handle grad_y, handle x, handle h, handle gate_up_proj, handle gate_up_form, handle down_proj,
                      handle down_form, handle gate_up_bias, handle down_bias, handle topk_ids, handle topk_weights,
                      handle experts, handle grad_x, handle grad_gate_up_proj, handle grad_down_proj,
@@ -435,6 +451,10 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
         "topk_ids"_a, "topk_weights"_a, "y"_a, "h"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a,
         py::arg(kExecutionArgument), "gate_up_adapter"_a = none, "down_adapter"_a = none, "dropout_seed"_a = none,
         "dropout"_a = none);
+  m.def("moe_accumulate", &py_moe_accumulate, "Adds the output of the expert layer to float32 sums, expert by expert.",
+        "x"_a, "gate_up_proj"_a, "gate_up_form"_a, "down_proj"_a, "down_form"_a, "gate_up_bias"_a, "down_bias"_a,
+        "topk_ids"_a, "topk_weights"_a, "sums"_a, "activation"_a, "gated"_a, "interleaved"_a, "alpha"_a, "limit"_a,
+        py::arg(kExecutionArgument), "gate_up_adapter"_a = none, "down_adapter"_a = none);
   m.def("moe_backward", &py_moe_backward, "Writes the gradients of moe_forward whose outputs are given.",  //
         "grad_y"_a, "x"_a, "h"_a, "gate_up_proj"_a, "gate_up_form"_a, "down_proj"_a, "down_form"_a, "gate_up_bias"_a,
         "down_bias"_a, "topk_ids"_a, "topk_weights"_a, "experts"_a, "grad_x"_a, "grad_gate_up_proj"_a,

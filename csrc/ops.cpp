@@ -205,6 +205,17 @@ void check_adapters(Call& call, ExpertWeights& weights) {
   check_adapter(call, kDownAdapter, weights.down_adapter);
 }
 
+// Masks of dropout depend on slots, which differ if a call has some of the experts.
+void check_sums(const Call& call, const MoeForwardArgs& args) {
+  SWITCHGEAR_CHECK(ValueError, call.backend().device == DeviceType::kCPU, "sums: expected none on this device, got ",
+                   describe(args.sums));
+  SWITCHGEAR_CHECK(ValueError, !args.y.defined(), "y: expected none beside sums, got ", describe(args.y));
+  for (const Adapter* adapter : {&args.weights.gate_up_adapter, &args.weights.down_adapter}) {
+    SWITCHGEAR_CHECK(ValueError, !adapter->defined() || adapter->dropout == 0,
+                     "dropout: expected none beside sums, got ", adapter->dropout);
+  }
+}
+
 // gate_up_proj [E,N,H] and down_proj [E,H,I] in any formats that one layer can combine
 void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& options, Dim& E, Dim& H, Dim& I,
                    Dim& N) {
@@ -519,7 +530,12 @@ void moe_forward(const MoeForwardArgs& given, Execution exec) {
   call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
   call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
   Dim S = slots(T, K);
-  call.output("y", args.y, kFloat, {&T, &H}, kRows);
+  if (args.sums.defined()) {
+    check_sums(call, args);
+    call.output("sums", args.sums, kFloat32, {&T, &H}, kRows);
+  } else {
+    call.output("y", args.y, kFloat, {&T, &H}, kRows);
+  }
   if (args.h.defined()) call.output("h", args.h, kFloat, {&S, &N}, kRows);
   call.check_overlap();
   check_slots(call, args.weights);

@@ -59,7 +59,7 @@ struct ReadRequest {
 struct ReaderOptions {
   int threads = 4;
   bool direct = true;
-  int64_t chunk = int64_t{2} << 20;                        // bytes, a multiple of 4096
+  int64_t chunk = int64_t{1} << 20;                        // bytes, a multiple of 4096
   ssize_t (*pread)(int, void*, size_t, off_t) = &::pread;  // for tests
 };
 

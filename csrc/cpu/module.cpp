@@ -98,7 +98,8 @@ void define_module(py::module_& m) {
         const py::gil_scoped_release release;
         expand_compact(from, to, {.num_threads = num_threads});
       },
-      "Writes compact weights, whose experts may be apart, as plain ones.", "compact"_a, "weight"_a, "num_threads"_a = 0);
+      "Writes compact weights, whose experts may be apart, as plain ones.", "compact"_a, "weight"_a,
+      "num_threads"_a = 0);
   m.def(
       "panel_layout",
       [](std::string_view dtype) {

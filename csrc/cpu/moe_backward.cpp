@@ -276,7 +276,9 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
                .slot_weights = nullptr,
                .expert_offsets = slots.expert_offsets,
                .token_indices = slots.token_indices,
+               .dtype = args.x.dtype,
                .out = args.grad_x,
+               .accumulate = false,
                .adapter = first.products(),
                .small_rows = first.small_rows()},
               context);

@@ -12,7 +12,8 @@
 // that gathers rows (gathered.h) has its own layout for both: each thread gathers an expert's rows of x.
 // 1. Tiles (expert, panel of `a`, rows): gate and up products of rows of x (pointers, no permuted copy in memory), then bias,
 //    glu and rounding while the tile is in L1/L2. Only a [S,I] reaches memory, and h if it is saved.
-// 2. token_sum: the second projection, weighted and summed per token as it is computed.
+// 2. token_sum: the second projection, weighted and summed per token as it is computed. With `sums` it starts from them, and
+//    stores its accumulators there in float32: an expert after the other, as in one call with all of them.
 // An adapter (adapter.h) takes one more pass before each projection, u = s·(x·Aᵀ) and v = s·(a·Aᵀ), rounded to the dtype of x;
 // tiles then add u·Bᵀ and v·Bᵀ to their own product, before the bias.
 // Accumulates in float32; a, h and y are rounded once to the dtype of x. Deterministic, and a token's result does not depend
@@ -147,7 +148,9 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
              .slot_weights = slots.weights,
              .expert_offsets = slots.expert_offsets,
              .token_indices = slots.token_indices,
-             .out = args.y,
+             .dtype = dtype,
+             .out = args.out(),
+             .accumulate = args.sums.defined(),
              .adapter = v.products(),
              .small_rows = v.rows()},
             context);

@@ -44,7 +44,7 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
   const int64_t num_experts = args.matrices->num_experts();
   if (num_tokens == 0 || width == 0) return;
   const bool few_rows = has_few_rows(args.expert_offsets, num_experts);
-  const DType dtype = args.out.dtype;
+  const DType dtype = args.dtype;
   const bool decodes = args.transposed && !in_place(*args.matrices, dtype, k);
   // Columns that each product decodes again pay for few products: those of many tokens are as narrow as decoded ones.
   const bool is_narrow =
@@ -109,7 +109,14 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
     float* const sums = reinterpret_cast<float*>(own + WideScratch::kBytes);
     const Block block = block_of(task);
     const auto [column, columns, first_token, last_token] = block;
-    std::fill(sums, sums + (last_token - first_token) * wide, 0.0f);
+    for (int64_t t = first_token; t < last_token; ++t) {
+      float* const sum = sums + (t - first_token) * wide;
+      if (args.accumulate) {
+        std::copy_n(reinterpret_cast<const float*>(at(args.out, t, column)), columns, sum);
+      } else {
+        std::fill_n(sum, wide, 0.0f);
+      }
+    }
     for (int64_t e = next_expert(block, -1), next; e < num_experts; e = next) {
       next = next_expert(block, e);
       const int64_t first = first_slot(e, first_token), last = first_slot(e, last_token),

@@ -18,7 +18,9 @@ struct TokenSumArgs {
   const float* slot_weights;  // [S] or null
   const int32_t* expert_offsets;
   const int32_t* token_indices;
-  TensorView out;  // [T, columns]
+  DType dtype;      // of the rows
+  TensorView out;   // [T, columns]
+  bool accumulate;  // adds to `out`, which is float32
   const AdapterProducts* adapter = nullptr;
   const void* const* small_rows = nullptr;  // [S] of the adapter
 };

@@ -29,10 +29,16 @@ constexpr int64_t compact_records_bytes(int64_t cols, DType dtype) {
   return (cols + kCompactRecord - 1) / kCompactRecord * compact_record_bytes(dtype);
 }
 
-// Bytes of an element, 2 or 4: the same for all experts of a weight, so read from the first.
+// Bytes of an element, 2 or 4: the same for all experts of a weight, so read from the first stored one that says so. A slot
+// that no token's expert has may contain anything.
 inline int64_t compact_element_bytes(const Weight& weight) {
-  const int64_t slot = weight.slot_of(0);
-  return weight.data.as<uint8_t>()[slot * weight.data.stride[0] + kCompactElementBytes];
+  const auto bytes_of = [&](int64_t slot) {
+    return weight.data.as<uint8_t>()[slot * weight.data.stride[0] + kCompactElementBytes];
+  };
+  for (int64_t slot = 0; slot < weight.data.shape[0]; ++slot) {
+    if (const int64_t bytes = bytes_of(slot); bytes == 2 || bytes == 4) return bytes;
+  }
+  return bytes_of(0);
 }
 
 // Bytes of a row whose header has space for `exceptions` elements with other exponents.

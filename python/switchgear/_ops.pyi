@@ -211,6 +211,27 @@ def moe_forward(
     dropout: Sequence[float] | None = None,
     /,
 ) -> None: ...
+def moe_accumulate(
+    x: _Array,
+    gate_up_proj: _Array | Sequence[_Array],
+    gate_up_form: Sequence[int],
+    down_proj: _Array | Sequence[_Array],
+    down_form: Sequence[int],
+    gate_up_bias: _Array | None,
+    down_bias: _Array | None,
+    topk_ids: _Array,
+    topk_weights: _Array,
+    sums: _Array,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    execution: Any,
+    gate_up_adapter: Sequence[_Array] | None = None,
+    down_adapter: Sequence[_Array] | None = None,
+    /,
+) -> None: ...
 def moe_backward(
     grad_y: _Array,
     x: _Array,

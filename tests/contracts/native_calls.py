@@ -156,6 +156,11 @@ OPS = {
         GLU,
         PLAIN,
     ),
+    "moe_accumulate": Op(
+        {"x": "TH float rows", **WEIGHTS, **CHOICES, "sums": "TH float32 rows out"},
+        GLU,
+        PLAIN,
+    ),
     "moe_backward": Op(
         {
             "grad_y": "TH float rows",
@@ -193,6 +198,19 @@ OPS = {
             **CHOICES,
             "y": "TH float rows out",
             "h": "SN float rows out",
+        },
+        {"parts": 2, "group_size": 16, **GLU},
+        {"gate_up_proj": ("N", "H"), "down_proj": ("H", "I")},
+    ),
+    "moe_accumulate in int4": Op(
+        {
+            "x": "TH float rows",
+            **integers("gate_up_proj", "A", "W", "G"),
+            **integers("down_proj", "D", "V", "J"),
+            "gate_up_bias": "EN float rows",
+            "down_bias": "EH float rows",
+            **CHOICES,
+            "sums": "TH float32 rows out",
         },
         {"parts": 2, "group_size": 16, **GLU},
         {"gate_up_proj": ("N", "H"), "down_proj": ("H", "I")},

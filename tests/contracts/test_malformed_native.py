@@ -150,6 +150,8 @@ def names_to_blame(op: str, name: str) -> set[str]:
 def check_refused(op: str, args: dict[str, Any], spoiled: dict[str, Any], blamed: set[str]) -> None:
     """The call with some arguments replaced raises, writes nothing, and does not break later valid calls."""
     outputs = outputs_of(op)
+    for output in outputs:  # some ops add to one
+        poison(args[output])
     call(op, args)
     wanted = {output: memory(args[output]).clone() for output in outputs}
     for output in outputs:

@@ -54,6 +54,8 @@ def sample(op: str, seed: int) -> tuple[Any, ...]:
             return *tensors, bool(seed % 2), experts
         case "moe_forward":
             return *tensors, *options, bool(seed % 2)
+        case "moe_accumulate":
+            return *tensors, *options, torch.randn(args["x"].shape)
         case "moe_backward":
             *tensors, experts = tensors
             needs = [bool(need) for need in rng.integers(0, 2, 6)]

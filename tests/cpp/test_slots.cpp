@@ -255,6 +255,101 @@ TEST(experts_in_records_have_the_bits_of_contiguous_experts) {
   }
 }
 
+// Waves: ascending ranges of experts, [begin, end), each a call that adds to the same sums. Empty ones and those without rows too.
+std::vector<std::pair<int64_t, int64_t>> random_waves(Random& random, int64_t E) {
+  std::vector<std::pair<int64_t, int64_t>> waves;
+  const int64_t most = 1 + random.below(E);  // 1: one expert each
+  for (int64_t begin = 0; begin < E;) {
+    const int64_t end = std::min(E, begin + random.below(most + 1));
+    waves.emplace_back(begin, end);
+    begin = end;
+  }
+  return waves;
+}
+
+Array masked(const Array& ids, int64_t begin, int64_t end) {
+  Array some = ids;
+  some.fill([&](int64_t i) {
+    const int32_t id = ids.view().as<const int32_t>()[i];
+    return begin <= id && id < end ? id : -1;
+  });
+  return some;
+}
+
+TEST(sums_of_waves_round_to_the_bits_of_one_call) {
+  for (const Case& c : {Case{"many rows", 70, 128, 64, 6, 3}, Case{"few rows", 3, 128, 64, 6, 2, Ids::kEmptySlots},
+                        Case{"one expert", 20, 128, 64, 1, 1}, Case{"no tokens", 0, 128, 64, 3, 2}}) {
+    for (const Format format : kFormats) {
+      for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+        if (format == Format::kCompact && dtype == DType::kFloat16) continue;
+        note = join(c.name, " ", name_of(format), " ", name_of(dtype));
+        const Layer l(c, dtype, {}, true, false, 13);
+        Random random(static_cast<uint64_t>(format) + 17);
+        const Array scales = random_array(random, DType::kFloat32, {c.E});
+        const Array a = random_array(random, dtype, {c.E, 3, c.I}), b = random_array(random, dtype, {c.E, c.H, 3});
+        const auto waves = random_waves(random, c.E);
+        Array sums(DType::kFloat32, {c.T, c.H}, 5), y(dtype, {c.T, c.H}), rounded(dtype, {c.T, c.H});
+        Stored first, second;
+        MoeForwardArgs args{
+            .x = l.x, .weights = l.weights(), .topk_ids = l.ids, .topk_weights = l.topk_weights, .y = y};
+        if (random.below(2) == 0) args.weights.down_adapter = {.a = a, .b = b, .scales = scales};
+        for_each_isa(
+            {&sums},
+            [&](Execution exec) {  // panels are made for the ISA in use
+              Random bytes(7);
+              first = make(bytes, format, dtype, c.E, l.N, c.H, 2);
+              second = make(bytes, format, dtype, c.E, c.H, c.I, 1);
+              args.weights.gate_up_proj = first.weight, args.weights.down_proj = second.weight;
+              sums.fill([](int64_t) { return 0; });
+              for (const auto& [begin, end] : waves) {
+                const Array ids = masked(l.ids, begin, end);
+                MoeForwardArgs wave = args;
+                wave.topk_ids = ids, wave.y = {}, wave.sums = sums;
+                moe_forward(wave, exec);
+              }
+            },
+            [&] {
+              moe_forward(args, {2});
+              rounded.fill([&](int64_t i) { return sums(i / c.H, i % c.H); });
+              CHECK(same_bits(y, rounded), waves.size(), " waves change y");
+            },
+            is_integer(format) ? Isas::kAll : Isas::kFloat);
+      }
+    }
+  }
+}
+
+TEST(sums_that_are_errors) {
+  const Case c{"sums", 3, 16, 8, 2, 1};
+  const Layer l(c, DType::kBFloat16, {}, false, false, 3);
+  Array y(DType::kBFloat16, {c.T, c.H}), sums(DType::kFloat32, {c.T, c.H}), low(DType::kBFloat16, {c.T, c.H});
+  const Array a(DType::kBFloat16, {c.E, 1, c.I}), b(DType::kBFloat16, {c.E, c.H, 1}), scales(DType::kFloat32, {c.E});
+  const auto message = [&](auto&& change) -> std::string {
+    MoeForwardArgs args{
+        .x = l.x, .weights = l.weights(), .topk_ids = l.ids, .topk_weights = l.topk_weights, .sums = sums};
+    change(args);
+    try {
+      moe_forward(args);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "";
+  };
+  sums.fill([](int64_t) { return 0; });
+  CHECK(message([](MoeForwardArgs&) {}).empty(), "an error without a defect");
+  const auto refused = [&](const char* wanted, auto&& change) {
+    const std::string got = message(change);
+    CHECK(got.find(wanted) == 0, got);
+  };
+  refused("sums: expected float32, got bfloat16", [&](MoeForwardArgs& args) { args.sums = low; });
+  refused("sums: expected shape [T=3, H=16], got", [](MoeForwardArgs& args) { --args.sums.shape[0]; });
+  refused("sums: expected memory of its own", [&](MoeForwardArgs& args) { args.sums.data = args.topk_weights.data; });
+  refused("y: expected none beside sums", [&](MoeForwardArgs& args) { args.y = y; });
+  refused("dropout: expected none beside sums, got 0.5", [&](MoeForwardArgs& args) {
+    args.weights.down_adapter = {.a = a, .b = b, .scales = scales, .dropout = 0.5};
+  });
+}
+
 // Strides that no kernel follows are errors that name the tensor, and so are planes past the memory of the data.
 TEST(strides_that_are_errors) {
   const Case c{"strides", 3, 32, 32, 2, 1};

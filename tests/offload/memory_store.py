@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.offload import Records
+from switchgear.offload.store_records import fill, records_for
 from switchgear.weights import layout_of
-from switchgear.weights.module import Kind
 from switchgear.weights.weight import Weight
 
 
@@ -86,48 +86,14 @@ class MemoryReader:
         self.closed = True
 
 
-class MemoryRecords:
-    """Records of a module: both projections, one after the other."""
-
-    def __init__(self, weights: tuple[Weight, Weight], file: int) -> None:
-        self.file, self.num_experts = file, weights[0].shape[0]
-        self.kinds = tuple(Kind.of(weight) for weight in weights)
-        self._parts, offset = [], 0
-        for index, weight in enumerate(weights):
-            for field in ("data", "scales", "row_scales", "zeros"):
-                if (tensor := getattr(weight, field)) is not None:
-                    assert tensor.is_contiguous()
-                    self._parts.append((index, field, offset, tensor))
-                    offset += -(-tensor[0].nbytes // 64) * 64
-        self.record_bytes = -(-offset // 4096) * 4096
-        self.data = torch.zeros(self.num_experts, self.record_bytes, dtype=torch.uint8)
-        for _, _, at, tensor in self._parts:
-            size = tensor[0].nbytes
-            self.data[:, at : at + size] = tensor.reshape(self.num_experts, -1).view(torch.uint8)
-
-    def weights(self, arena: Tensor, slots: Tensor | None) -> tuple[Weight, Weight]:
-        found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        for index, field, at, tensor in self._parts:
-            size = tensor.element_size()
-            flat = arena.view(-1).view(tensor.dtype)
-            strides = (self.record_bytes // size, *tensor.stride()[1:])
-            shape = (len(arena), *tensor.shape[1:])
-            begin = arena.storage_offset() // size + at // size
-            found[index][field] = flat.as_strided(shape, strides, begin)
-        first, second = (
-            kind._replace(fields=()).weight({**tensors, **({} if slots is None else {"slots": slots})})
-            for kind, tensors in zip(self.kinds, found, strict=True)
-        )
-        return first, second
-
-
 class MemoryStore:
     """The experts of a model, plain or stored."""
 
     path = Path("memory")
 
     def __init__(self, model: nn.Module, late: bool = True) -> None:
-        self.layers: dict[str, MemoryRecords] = {}
+        self.layers: dict[str, Records] = {}
+        self.files: list[Tensor] = []
         self.late = late
         self.readers: list[MemoryReader] = []
         for name, module in model.named_modules():
@@ -140,21 +106,21 @@ class MemoryStore:
                 plain = [getattr(module, n).detach() for n in layout.names]
                 plain = [(p.mT if layout.transposed else p).contiguous() for p in plain]
                 weights = tuple(Weight("plain", p, p.shape[1], p.shape[2], p.dtype, is_exact=True) for p in plain)
-            self.layers[name] = MemoryRecords(weights, len(self.layers))
+            records = records_for(name, "", (weights[0], weights[1]))
+            data = torch.zeros(records.num_experts, records.record_bytes, dtype=torch.uint8)
+            for expert in range(records.num_experts):
+                fill(data[expert : expert + 1], records, weights, expert)
+            self.layers[name] = records
+            self.files.append(data)
 
     @property
     def reader(self) -> MemoryReader:
         return self.readers[-1]
 
     def open_reader(self, threads: int) -> MemoryReader:
-        self.readers.append(MemoryReader([records.data for records in self.layers.values()], self.late))
+        self.readers.append(MemoryReader(self.files, self.late))
         return self.readers[-1]
 
-    def reads(self, records: MemoryRecords, is_checked: bool) -> list[tuple[int, int, int | None]]:
-        return [(records.file, e * records.record_bytes, None) for e in range(records.num_experts)]
-
-
-def seconds(function: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
+    def reads(self, records: Records, is_checked: bool) -> list[tuple[int, int, int | None]]:
+        file = list(self.layers).index(records.name)
+        return [(file, offset, None) for offset in records.offsets]

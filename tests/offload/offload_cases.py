@@ -12,21 +12,21 @@ from switchgear import MoE
 from switchgear.offload import Offloaded
 
 
-def make_model(num_layers: int = 2, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+def make_model(num_layers: int = 2, dtype: torch.dtype = torch.bfloat16, size: int = 32, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"num_experts": 6, "top_k": 2, **options}
-    layers = [MoE(32, 32, **sizes) for _ in range(num_layers)]
+    layers = [MoE(size, size, **sizes) for _ in range(num_layers)]
     return nn.Sequential(*layers).to(dtype).eval()
 
 
-def steps_of(dtype: torch.dtype = torch.float32, count: int = 16) -> list[Tensor]:
+def steps_of(dtype: torch.dtype = torch.bfloat16, count: int = 16, size: int = 32) -> list[Tensor]:
     """A prompt now and then, else one token."""
     torch.manual_seed(1)
-    return [torch.randn(1, 5 if i % 6 == 0 else 1, 32).to(dtype) for i in range(count)]
+    return [torch.randn(1, 5 if i % 6 == 0 else 1, size).to(dtype) for i in range(count)]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, atol=1e-6)
+    return a.dtype is b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 @torch.no_grad()

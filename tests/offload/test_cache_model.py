@@ -22,15 +22,15 @@ from switchgear.integrations.transformers import accelerate
 from switchgear.offload import Belady
 from switchgear.trace import RoutingTrace
 
-FORMS = ("plain", "compact", "int8", "int4", "fp8", "mxfp4", "nf4")
+FORMS = ("plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4", "groups")
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_bits_of_the_resident_model(form: str, isa: str) -> None:
-    model = make_model()
+    size = 512 if form in ("panels", "compact") else 32  # whole panels; rows that are smaller than plain ones
+    model, steps = make_model(size=size), steps_of(count=8, size=size)
     if form != "plain":
         switchgear.store(model, form)
-    steps = steps_of()
     wanted = outputs_of(model, steps)
     cache = offload.offload(model, MemoryStore(model), slots=3)  # type: ignore[arg-type]
     assert all(map(same_bits, outputs_of(model, steps), wanted))
@@ -246,7 +246,12 @@ def other(name: str) -> MemoryStore:
     [
         (lambda: MemoryStore(make_model(3)), {}, ValueError, "expected the experts of 2.experts, which the store"),
         (lambda: MemoryStore(make_model(1)), {}, ValueError, r"model.1.experts: expected a store with its experts"),
-        (lambda: MemoryStore(make_model(num_experts=4)), {}, ValueError, r"expected torch.float32 \[4, 64, 32\] as in"),
+        (
+            lambda: MemoryStore(make_model(num_experts=4)),
+            {},
+            ValueError,
+            r"bfloat16 \[4, 64, 32\] as in",
+        ),
         (lambda: MemoryStore(make_model(dtype=torch.float16)), {}, ValueError, r"expected torch.float16 \[6, 64, 32\]"),
         (lambda: MemoryStore(make_model()), {"slots": 0}, ValueError, "slots: expected at least 1, got 0"),
         (lambda: MemoryStore(make_model()), {"slots": 2.0}, TypeError, "slots: expected an integer, got 2.0"),
@@ -325,6 +330,6 @@ def test_experts_that_are_all_ours_but_in_other_processes() -> None:
 def test_moe_without_tokens() -> None:
     model = make_model()
     cache = offload.offload(model, MemoryStore(model), slots=2)  # type: ignore[arg-type]
-    assert outputs_of(model, [torch.empty(1, 0, 32)])[0].shape == (1, 0, 32)
+    assert outputs_of(model, [torch.empty(1, 0, 32, dtype=torch.bfloat16)])[0].shape == (1, 0, 32)
     assert (cache.statistics.hits, cache.statistics.misses) == (0, 0)
     assert isinstance(model[0], MoE)

@@ -79,9 +79,14 @@ forms_and_dtypes = pytest.mark.parametrize(
 )
 
 
-def in_records(weight: Weight, slots: list[int]) -> Weight:
+def in_records(weight: Weight, slots: list[int], count: int | None = None, seen: Tensor | None = None) -> Weight:
     """The same experts in one arena: record slots[e] has all tensors of expert e, at multiples of 64 bytes; the other
-    bytes are 0xff."""
+    bytes are 0xff. count: records; seen: the slots that the weight then has."""
+    if weight.slots is not None:
+        at = weight.slots.long()
+        names = ("scales", "row_scales", "zeros", "records" if weight.records is not None else "data")
+        moved = {name: None if (tensor := getattr(weight, name)) is None else tensor[at] for name in names}
+        weight = weight.with_tensors({**moved, "slots": None})
     parts: dict[str, list[Tensor]] = {}  # by field, of each expert
     for name in ("data", "scales", "row_scales", "zeros"):
         if (tensor := getattr(weight, name)) is not None:
@@ -95,9 +100,9 @@ def in_records(weight: Weight, slots: list[int]) -> Weight:
         begins[name] = record
         record += -(-max(tensor.nbytes for tensor in tensors) // 64) * 64
     record += 64
-    count = max(slots) + 2
+    count = count or max(slots) + 2
     arena = torch.full((count * record,), 0xFF, dtype=torch.uint8)
-    fields: dict[str, Tensor | None] = {"slots": torch.tensor(slots, dtype=torch.int32)}
+    fields: dict[str, Tensor | None] = {"slots": torch.tensor(slots, dtype=torch.int32) if seen is None else seen}
     if weight.records is not None:
         places = [[index * record // 64, 1] for index in range(count)]
         for slot, number in zip(slots, bits, strict=True):

@@ -179,7 +179,14 @@ struct SecondProjection {
   // adapter.
   void run(const Block& block, float* sums, float* c) const {
     const int64_t num_experts = args.weights.down_proj.num_experts(), stride = in_panels(block.columns);
-    std::fill(sums, sums + (block.last_token - block.first_token) * stride, 0.0f);
+    for (int64_t t = block.first_token; t < block.last_token; ++t) {
+      float* const sum = sums + (t - block.first_token) * stride;
+      if (args.sums.defined()) {
+        std::copy_n(reinterpret_cast<const float*>(at(args.sums, t, block.column)), block.columns, sum);
+      } else {
+        std::fill_n(sum, stride, 0.0f);
+      }
+    }
     for (int64_t e = next_expert(block, -1), after; e < num_experts; e = after) {
       after = next_expert(block, e);
       const auto [first, last] = slots_of(block, e);
@@ -201,7 +208,7 @@ struct SecondProjection {
     }
     for (int64_t t = block.first_token; t < block.last_token; ++t) {
       const float* const row = sums + (t - block.first_token) * stride;
-      k.store_row(at(args.y, t, block.column), args.y.dtype, row, block.columns);
+      k.store_row(at(args.out(), t, block.column), args.out().dtype, row, block.columns);
     }
   }
 

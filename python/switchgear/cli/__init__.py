@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": "report how a model's routers use its experts: load, entropy, similarity, domains, caches",
     "compress": "prune, merge and quantize the experts of a checkpoint by a recipe",
     "offload-plan": "predict the hits of a cache of experts, by policy and size, on your text",
+    "offload-store": "write the experts of a checkpoint into a store, to run a model bigger than memory",
     "convert": "convert checkpoints: dense to MoE and back, merges, layouts of experts",
     "bench": "time MoE layers at the shapes of real models, against other implementations",
     "plan-parallel": "predict bytes, waiting and memory of experts distributed over many ranks",

@@ -10,12 +10,13 @@
 
 `gate` computes router_logits from x and the router's weight. `moe` computes everything after route with one op forward
 and one backward. It saves x and h for backward, and no other tensor of that size. The stages can also be called
-separately.
+separately. `moe_accumulate` is the forward of a layer whose experts come into memory one after the other.
 
 Arguments are torch tensors or arrays of other libraries (see arrays.py). A projection can also be a Weight in another
 format (weights/). Derivatives are in autograd.py.
 """
 
+from switchgear.functional.accumulate import moe_accumulate
 from switchgear.functional.arguments import as_ids, as_limit, as_number, as_weights, in_autocast_dtype
 from switchgear.functional.layer import moe
 from switchgear.functional.products import AnyWeight, grouped_gemm
@@ -37,6 +38,7 @@ __all__ = [
     "grouped_gemm",
     "in_autocast_dtype",
     "moe",
+    "moe_accumulate",
     "permute",
     "plan",
     "route",

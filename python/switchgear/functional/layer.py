@@ -189,10 +189,17 @@ def _accumulate(
     topk_ids: Tensor,
     topk_weights: Tensor,
     options: GluOptions,
-    seed: Tensor | None,
 ) -> None:
-    """Adds moe of weights in memory to sums [T,H] float32."""
-    sums += _moe_of_weights(x, weights, biases, topk_ids, topk_weights, options).float()
+    """Adds moe of some experts to sums [T,H], without gradients and dropout. x is in the dtype of the weights."""
+    first: Any
+    second: Any
+    first, second = weights
+    adapters: tuple[tuple[Tensor, ...], ...] = ((), ())
+    if isinstance(first, AdaptedWeight) or isinstance(second, AdaptedWeight):
+        x, first, second, biases, adapters, _ = _Layer.of(x, weights, biases)
+    one, other = (None if bias is None else bias.to(x.dtype) for bias in biases)
+    layer = (*_parts_of(first), *_parts_of(second), one, other, topk_ids, topk_weights)
+    ops.moe_accumulate(x, *layer, *options, sums, *adapters)
 
 
 def _moe_of_stored(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from switchgear.autograd import needs_autograd
-from switchgear.functional.arguments import dropout_seed
 from switchgear.ops import GluOptions
+from switchgear.reference import weight_dtype
 from switchgear.weights.offloaded import OffloadedWeight, Source, Wave
 from switchgear.weights.weight import AdaptedWeight
 
@@ -54,6 +54,8 @@ def moe_of_offloaded(
     for weight in (first, second):
         base = weight.weight if type(weight) is AdaptedWeight else weight
         if not base.multiplies(x.dtype):  # all experts would be expanded, with those that are not in memory
+            if x.dtype is base.dtype:
+                raise ValueError(f"x: expected {base.format} of the instruction set in use, got those of another")
             raise TypeError(f"x: expected {base.dtype} like the offloaded weights, got {x.dtype}")
     if len(topk_ids) != len(x):
         raise ValueError(f"topk_ids: expected {len(x)} rows like x, got shape {list(topk_ids.shape)}")
@@ -67,20 +69,19 @@ def moe_of_offloaded(
 
     def compute(waves: Iterator[Wave] | None) -> Tensor:
         sums: Tensor | None = None
-        seed: Tensor | None = None
         for wave in waves or ():
             if wave.is_whole:
                 break
             if sums is None:
-                sums = torch.zeros(x.shape, dtype=torch.float32)
-                seed = dropout_seed(x.device) if _drops(first) or _drops(second) else None
+                sums = torch.zeros(x.shape, dtype=weight_dtype(x.dtype))
             ids = torch.where((topk_ids >= wave.low) & (topk_ids <= wave.high), topk_ids, -1)
-            accumulate(sums, x, (first, second), biases, ids, topk_weights, options, seed)
+            accumulate(sums, x, (first, second), biases, ids, topk_weights, options)
         if sums is None:
             return moe_of_weights(x, (first, second), biases, topk_ids, topk_weights, options)
         return sums.to(x.dtype)
 
-    return source.run(x, topk_ids, compute)
+    # The masks of dropout are those of one call.
+    return source.run(x, topk_ids, compute, together=_drops(first) or _drops(second))
 
 
 def _adapters_of(weight: Any) -> tuple[Tensor, ...]:

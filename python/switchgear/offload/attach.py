@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from switchgear.complaints import check_module
-from switchgear.offload.cache import Cache, CachedLayer, Predictor
+from switchgear.offload.cache import Cache, CachedLayer
 from switchgear.offload.change import Change, Read, end_read, read_all
 from switchgear.offload.errors import StoreError
 from switchgear.offload.policies import LRU, Policy
 from switchgear.offload.pool import Pool
+from switchgear.offload.predictors import Predictor
 from switchgear.offload.residency import Residency
 from switchgear.offload.sizes import Plan, groups_of, plans_of
 from switchgear.offload.statistics import LayerStatistics, Statistics
@@ -83,18 +84,13 @@ def offload(
     records = [target.records for target in targets]
     groups = groups_of([r.record_bytes for r in records], [r.num_experts for r in records])
     plans = plans_of(groups, slots, bytes, shared, prefetch_slots if prefetch is not None else 0)
-    reader = open_reader(store, threads)
+    reader = store.open_reader(threads)
     try:
         attached = _attach(store, targets, plans, reader, policy, prefetch, verify, timeout)
     except BaseException:
         reader.close()
         raise
     return attached
-
-
-def open_reader(store: Store, threads: int) -> Any:
-    """Reads the files of a store."""
-    return store.open_reader(threads)
 
 
 def _check_policy(policy: Policy) -> None:

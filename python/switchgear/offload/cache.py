@@ -15,30 +15,21 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from ctypes import c_int32
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from switchgear.offload.errors import StoreError
 from switchgear.offload.pool import Pool
+from switchgear.offload.predictors import Predictor
 from switchgear.offload.residency import Residency
 from switchgear.offload.statistics import LayerStatistics
 from switchgear.weights.offloaded import Wave
 
 _FEW = 256  # ids, up to which a set of Python is faster than torch.unique
-
-
-class Predictor(Protocol):
-    """Says which experts will be needed. Layers are counted in the order of the model."""
-
-    def predict(self, layer: int, hidden_states: Tensor, topk_ids: Tensor) -> Iterable[tuple[int, int]]:
-        """(layer, expert), the most likely first. Called when `layer` has routed hidden_states [T,H]."""
-
-    def observe(self, layer: int, topk_ids: Tensor) -> None:
-        """The choice [T,K] that a layer made."""
 
 
 class Cache:
@@ -286,7 +277,10 @@ class CachedLayer:
         size, urgent = [self.record_bytes] * len(keys), [is_urgent] * len(keys)
         # One call of C, which no signal interrupts: a read that began is always in `into`.
         tickets = map(self.cache.reader.submit, files, offsets, size, addresses, checksums, urgent)
-        into.update(zip(keys, zip(rows, tickets, strict=False), strict=False))
+        try:
+            into.update(zip(keys, zip(rows, tickets, strict=False), strict=False))
+        except OSError as error:  # a closed reader, too many tickets
+            raise StoreError(f"{self.name}: {error}") from error
 
     def _row_by_force(self) -> int | None:
         """A row for an expert without which the layer cannot go on."""

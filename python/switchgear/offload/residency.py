@@ -64,12 +64,13 @@ class Residency:
         for key in keys:
             count = counts[key] = counts.get(key, 0) + 1
             group, value = touch(Use(layer, key - first, count, loaded[key], moment, upcoming.get(key, inf)))
-            last[key] = number = self._num_uses
+            number = self._num_uses
+            self._num_uses = number + 1
             heap = self._heaps.get(group)
             if heap is None:
                 heap = self._heaps[group] = []
             heappush(heap, (value, number, moment, key))
-            self._num_uses = number + 1
+            last[key] = number  # after the entry: an interrupt must not leave an expert that cannot be evicted
         self._entries += len(keys)
         if not together:
             evicted = [self._evict(now) for _ in range(len(last) - self.capacity)]
@@ -100,8 +101,10 @@ class Residency:
 
     def _compact(self) -> None:
         for group, heap in list(self._heaps.items()):
-            heap[:] = [entry for entry in heap if self.last.get(entry[3]) == entry[1]]
-            heapify(heap)
-            if not heap:
+            kept = [entry for entry in heap if self.last.get(entry[3]) == entry[1]]
+            heapify(kept)
+            if kept:
+                self._heaps[group] = kept
+            else:
                 del self._heaps[group]
         self._entries = sum(map(len, self._heaps.values()))

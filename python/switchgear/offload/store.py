@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ class Store:
         others. Records are checked when they are read."""
         folder = Path(path)
         index = store_index.read(folder)
-        return Store(folder, index.form, index.config_hash, MappingProxyType(index.layers))
+        return Store(folder, index.form, index.config_hash, index.layers)
 
     @property
     def nbytes(self) -> int:

@@ -180,8 +180,8 @@ def _part(entry: Any) -> Part:
     if not 1 <= len(shape) <= 8:
         raise Wrong("shape: expected 1 to 8 sizes")
     size = 1
-    for index in range(len(shape)):
-        size *= _number(shape, index, 1, _MOST)
+    for value in shape:
+        size *= _number({"shape": value}, "shape", 1, _MOST)
     if size > _MOST:
         raise Wrong(f"shape: expected at most {_MOST} elements, got {size}")
     field = _get(entry, "field", str)
@@ -228,16 +228,16 @@ def check_file(folder: Path, records: Records) -> None:
 # ---- entries ---------------------------------------------------------------------------------------------------------
 
 
-def _get(entry: Any, key: Any, kind: Any) -> Any:
-    if not isinstance(entry, list if isinstance(key, int) else dict):
+def _get(entry: Any, key: str, kind: Any) -> Any:
+    if not isinstance(entry, dict):
         raise Wrong(f"{key}: expected an entry of an object, got {type(entry).__name__}")
-    value = entry[key] if isinstance(key, int) else entry.get(key)
+    value = entry.get(key)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise Wrong(f"{key}: expected {getattr(kind, '__name__', 'str or null')}, got {str(value)[:80]}")
     return value
 
 
-def _number(entry: Any, key: Any, low: int, high: int) -> int:
+def _number(entry: Any, key: str, low: int, high: int) -> int:
     value = _get(entry, key, int)
     if not low <= value <= high:
         raise Wrong(f"{key}: expected {low} to {high}, got {str(value)[:40]}")

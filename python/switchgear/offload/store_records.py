@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
     def view(self, records: Tensor) -> Tensor:
         """[S, *shape] of records [S, record_bytes]."""
-        return records[:, self.offset : self.offset + self.nbytes].view(self.dtype).unflatten(1, self.shape)
+        return records[:, self.offset : self.offset + self.nbytes].view(self.dtype).view(-1, *self.shape)
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class Records:
         if arena.dtype is not torch.uint8 or arena.dim() != 2 or arena.shape[1] != self.record_bytes:
             got = f"{arena.dtype} {list(arena.shape)}"
             raise ValueError(f"arena: expected torch.uint8 [S, {self.record_bytes}], got {got}")
+        if arena.stride(1) != 1 or arena.stride(0) % ALIGNMENT or arena.stride(0) < self.record_bytes:
+            raise ValueError(f"arena: expected contiguous records, got strides {list(arena.stride())}")
         if slots is None and len(arena) != self.num_experts:
             raise ValueError(f"arena: expected {self.num_experts} records without slots, got {len(arena)}")
         if slots is not None and (slots.dtype is not torch.int32 or tuple(slots.shape) != (self.num_experts,)):
@@ -87,15 +89,29 @@ class Records:
             raise ValueError(f"slots: expected torch.int32 [{self.num_experts}], got {got}")
         found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for part in self.parts:
-            tensor, tensors = part.view(arena), found[part.projection]
+            tensors = found[part.projection]
             if self.kinds[part.projection].format == "groups" and part.field == "data":
-                rows = torch.arange(len(arena), dtype=torch.int32)
-                tensors["records"] = torch.stack([rows, torch.full_like(rows, part.shape[0])], 1).to(arena.device)
-                tensor = tensor[:, 0]  # the other planes follow in memory
-            tensors[part.field] = tensor
+                tensors["data"], tensors["records"] = _planes(arena, part)
+            else:
+                tensors[part.field] = part.view(arena)
         if slots is not None:
             found[0]["slots"] = found[1]["slots"] = slots
         return self.kinds[0].weight(found[0]), self.kinds[1].weight(found[1])
+
+
+def _planes(arena: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    """The data of groups, and where each record's planes are. Records have several planes, so the data has a stride of
+    64 bytes, in which records begin: with that of records, the last one would end outside."""
+    bits, *plane = part.shape
+    step = arena.stride(0) // ALIGNMENT
+    last = (len(arena) - 1) * step if len(arena) else 0
+    if last >= 1 << 31:
+        raise ValueError(f"arena: expected at most {ALIGNMENT << 31} bytes of groups, got {arena.nbytes}")
+    spare = (bits - 1) * (part.nbytes // bits) // ALIGNMENT  # planes are multiples of 64 bytes
+    inner = part.view(arena)[:, 0].stride()[1:]
+    data = arena.as_strided((last + spare + 1, *plane), (ALIGNMENT, *inner), arena.storage_offset() + part.offset)
+    first = torch.arange(len(arena), dtype=torch.int32) * step
+    return data, torch.stack([first, torch.full_like(first, bits)], 1).to(arena.device)
 
 
 def records_for(name: str, file: str, weights: tuple[Weight, Weight]) -> Records:

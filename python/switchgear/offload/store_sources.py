@@ -57,6 +57,8 @@ def of_model(model: nn.Module, form: Form | None) -> Source:
                     "switchgear.restore(source) first"
                 )
             first, second = stored.weights(module)
+            if type(first) is not Weight or type(second) is not Weight:
+                raise ValueError(f"{where}: expected experts in memory, got {stored.form}")
             layers.append(Layer(name, _sizes(first, second), _held(module), _sum_of(module)))
         elif layout is not None:
             _check_plain(module, layout, where)

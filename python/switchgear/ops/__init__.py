@@ -11,11 +11,11 @@ native.py        the native modules
 registration.py  how an op is defined
 routing.py       the choice of experts: gate, route and the ops of routing policies
 stages.py        the stages of a layer: plan, permute, grouped_gemm, glu, combine
-layer.py         the whole layer in one op: moe_forward, moe_backward
+layer.py         the whole layer in one op: moe_forward, moe_accumulate, moe_backward
 options.py       the options of the activation between the projections
 """
 
-from switchgear.ops.layer import moe_backward, moe_forward, moe_forward_on_host, needs_no_dispatch
+from switchgear.ops.layer import moe_accumulate, moe_backward, moe_forward, moe_forward_on_host, needs_no_dispatch
 from switchgear.ops.native import (
     Kernels,
     advise_huge_pages,
@@ -77,6 +77,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "host",
+    "moe_accumulate",
     "moe_backward",
     "moe_forward",
     "moe_forward_on_host",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The whole layer in one op: moe_forward, moe_backward, and a call that bypasses torch's dispatcher."""
+"""The whole layer in one op: moe_forward, moe_accumulate, moe_backward, and a call that bypasses torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LAYER = (
     "str activation, bool gated, bool interleaved, float alpha, float limit"
 )
 _ADAPTERS = "Tensor[]? gate_up_adapter=None, Tensor[]? down_adapter=None, Tensor? dropout_seed=None, float[] dropout=[]"
-_SAVE_H, _NEEDS = 14, 16  # places among the arguments of moe_forward and moe_backward
+_SAVE_H, _SUMS, _NEEDS = 14, 14, 16  # places among the arguments of moe_forward, moe_accumulate and moe_backward
 
 
 # ---- moe_forward -----------------------------------------------------------------------------------------------------
@@ -95,6 +95,26 @@ def moe_forward_on_host(
         host.execution(), *adapters,
     )  # fmt: skip
     return y
+
+
+# ---- moe_accumulate --------------------------------------------------------------------------------------------------
+
+
+def _nothing(*args: Any) -> None:
+    """Without outputs: moe_accumulate changes `sums`."""
+
+
+def _moe_accumulate_writes(kernels: Kernels, *args: Any) -> tuple[None, tuple[Tensor]]:
+    return None, (args[_SUMS],)
+
+
+moe_accumulate: Callable[..., None] = register(
+    f"moe_accumulate(Tensor x, {_LAYER}, Tensor(a!) sums, Tensor[]? gate_up_adapter=None, Tensor[]? down_adapter=None) "
+    "-> ()",
+    "rwfwfrrddooooo-aa",
+    _nothing,
+    written=_moe_accumulate_writes,
+)
 
 
 # ---- moe_backward ----------------------------------------------------------------------------------------------------

@@ -192,6 +192,8 @@ def _loop_over_batch(op: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
         pairs = list(zip(args, in_dims, strict=True))
         results = [op(*(element(arg, dim, index) for arg, dim in pairs)) for index in range(info.batch_size)]
+        if results[0] is None:  # it changed its arguments
+            return None, None
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
         return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0,) * len(results[0])

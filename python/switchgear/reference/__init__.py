@@ -8,7 +8,7 @@ the kernels implement.
 
 routing.py    the router's product and the choice of experts; policies.py: the ops of routing policies
 stages.py     plan, permute, combine; products.py: grouped_gemm; activations.py: the activation between the projections
-layer.py      the whole layer: moe_forward, moe_backward; adapters.py: low-rank adapters of its projections
+layer.py      the whole layer: moe_forward, moe_accumulate, moe_backward; adapters.py: low-rank adapters of projections
 formats.py    the tensors of a weight, by format: panels.py, compact.py, integers.py, minifloat.py
 checks.py, rows.py  helpers of the others
 
@@ -27,7 +27,7 @@ from switchgear.reference.checks import (
     check_size,
     weight_dtype,
 )
-from switchgear.reference.layer import moe_backward, moe_forward
+from switchgear.reference.layer import moe_accumulate, moe_backward, moe_forward
 from switchgear.reference.policies import (
     DROPS,
     assign_balanced,
@@ -84,6 +84,7 @@ __all__ = [
     "halves",
     "keeps",
     "logits_dtype",
+    "moe_accumulate",
     "moe_backward",
     "moe_forward",
     "permute",

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The whole layer of experts in plain torch: moe_forward and moe_backward. The specification."""
+"""The whole layer of experts in plain torch: moe_forward, moe_accumulate and moe_backward. The specification."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,52 @@ def empty_gradient(weight: Tensor, experts: Tensor | None) -> Tensor:
     return torch.empty_like(weight if experts is None else weight[: experts.shape[0]])
 
 
+class _Rows(NamedTuple):
+    """What moe_forward and moe_accumulate sum."""
+
+    h: Tensor  # [S,N], wide
+    permuted_y: Tensor  # [S,H], wide
+    plan: tuple[Tensor, Tensor, Tensor]
+
+
+def _rows(
+    x: Tensor,
+    projections: tuple[Sequence[Tensor], Sequence[int], Sequence[Tensor], Sequence[int]],
+    biases: tuple[Tensor | None, Tensor | None],
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    options: tuple[str, bool, bool, float, float],
+    adapters: tuple[Sequence[Tensor] | None, Sequence[Tensor] | None],
+    drops: tuple[Tensor | None, Sequence[float]] = (None, ()),
+) -> _Rows:
+    """The layer up to the sum over a token's experts."""
+    gate_up_proj, gate_up_form, down_proj, down_form = projections
+    activation, gated, interleaved, alpha, limit = options
+    gate_up_bias, down_bias = biases
+    check_options(activation, gated, alpha, limit)
+    check("x", x, (None, None))
+    sizes = check_weight("gate_up_proj", gate_up_proj, gate_up_form, (None, None, x.shape[1]), x.dtype)
+    num_experts, width, hidden_size = sizes
+    intermediate_size = intermediate_size_of("gate_up_proj", width, gated)
+    check_weight("down_proj", down_proj, down_form, (num_experts, hidden_size, intermediate_size), x.dtype)
+    check_layer(x, sizes, gate_up_bias, down_bias, topk_ids, topk_weights)
+    down_sizes = (num_experts, hidden_size, intermediate_size)
+    num_slots = topk_ids.numel()
+    first = adapter_of("gate_up_adapter", adapters[0], sizes, x.dtype, drops, 0, num_slots)
+    second = adapter_of("down_adapter", adapters[1], down_sizes, x.dtype, drops, 1, num_slots)
+    slots = plan(topk_ids, num_experts)
+    expert_offsets, token_indices, _ = slots
+    rows = rows_of(x, token_indices)
+    h = multiply(rows, x.dtype, gate_up_proj, gate_up_form, gate_up_bias, expert_offsets)
+    if first is not None:
+        h += first.term(rows, expert_offsets)
+    a = glu_of(h, activation, gated, interleaved, alpha, limit)
+    permuted_y = multiply(a, x.dtype, down_proj, down_form, down_bias, expert_offsets)
+    if second is not None:
+        permuted_y += second.term(a, expert_offsets)
+    return _Rows(h, permuted_y, slots)
+
+
 def moe_forward(
     x: Tensor,
     gate_up_proj: Sequence[Tensor],
@@ -71,28 +118,48 @@ def moe_forward(
     as a part of W. Integer weights are multiplied by activations rounded to int8: x, and a = glu(h) after rounding to
     the dtype of x. Adapters are multiplied by x and a themselves.
     """
-    check_options(activation, gated, alpha, limit)
-    check("x", x, (None, None))
-    sizes = check_weight("gate_up_proj", gate_up_proj, gate_up_form, (None, None, x.shape[1]), x.dtype)
-    num_experts, width, hidden_size = sizes
-    intermediate_size = intermediate_size_of("gate_up_proj", width, gated)
-    check_weight("down_proj", down_proj, down_form, (num_experts, hidden_size, intermediate_size), x.dtype)
-    check_layer(x, sizes, gate_up_bias, down_bias, topk_ids, topk_weights)
-    down_sizes, drops = (num_experts, hidden_size, intermediate_size), (dropout_seed, dropout)
-    num_slots = topk_ids.numel()
-    first = adapter_of("gate_up_adapter", gate_up_adapter, sizes, x.dtype, drops, 0, num_slots)
-    second = adapter_of("down_adapter", down_adapter, down_sizes, x.dtype, drops, 1, num_slots)
-    expert_offsets, token_indices, slot_indices = plan(topk_ids, num_experts)
-    rows = rows_of(x, token_indices)
-    h = multiply(rows, x.dtype, gate_up_proj, gate_up_form, gate_up_bias, expert_offsets)
-    if first is not None:
-        h += first.term(rows, expert_offsets)
-    a = glu_of(h, activation, gated, interleaved, alpha, limit)
-    permuted_y = multiply(a, x.dtype, down_proj, down_form, down_bias, expert_offsets)
-    if second is not None:
-        permuted_y += second.term(a, expert_offsets)
-    y = combine(permuted_y, expert_offsets, token_indices, slot_indices, topk_weights)
-    return y.to(x.dtype), h.to(x.dtype) if save_h else x.new_empty(0, width)
+    projections = (gate_up_proj, gate_up_form, down_proj, down_form)
+    options, adapters = (activation, gated, interleaved, alpha, limit), (gate_up_adapter, down_adapter)
+    biases, drops = (gate_up_bias, down_bias), (dropout_seed, dropout)
+    h, permuted_y, slots = _rows(x, projections, biases, topk_ids, topk_weights, options, adapters, drops)
+    y = combine(permuted_y, *slots, topk_weights)
+    return y.to(x.dtype), h.to(x.dtype) if save_h else x.new_empty(0, h.shape[1])
+
+
+def moe_accumulate(
+    x: Tensor,
+    gate_up_proj: Sequence[Tensor],
+    gate_up_form: Sequence[int],
+    down_proj: Sequence[Tensor],
+    down_form: Sequence[int],
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    sums: Tensor,
+    gate_up_adapter: Sequence[Tensor] | None = None,
+    down_adapter: Sequence[Tensor] | None = None,
+) -> None:
+    """Adds what moe_forward rounds to y to sums [T,H], float32 (float64 for float64), one expert after the other.
+
+    A token's experts are added in ascending order, equal ones in the order of its choices, each to the rounded sum of
+    those before. So calls whose topk_ids are -1 but for disjoint ranges of experts, ascending from call to call, add as
+    one call with all of them does.
+    """
+    check("sums", sums, x.shape, weight_dtype(x.dtype))
+    projections = (gate_up_proj, gate_up_form, down_proj, down_form)
+    options, adapters = (activation, gated, interleaved, alpha, limit), (gate_up_adapter, down_adapter)
+    rows = _rows(x, projections, (gate_up_bias, down_bias), topk_ids, topk_weights, options, adapters)
+    order = topk_ids.argsort(dim=-1, stable=True)
+    slot_indices, weights = rows.plan[2].gather(1, order), topk_weights.gather(1, order)
+    for slots, weight in zip(slot_indices.unbind(1), weights.unbind(1), strict=True):
+        term = weight[:, None] * gather_rows(rows.permuted_y, slots)
+        sums += term.masked_fill(slots[:, None] < 0, 0)
 
 
 def moe_backward(

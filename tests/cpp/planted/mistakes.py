@@ -15,6 +15,8 @@ class Mistake:
 
 
 MISTAKES = (
+    Mistake("token_sum.cpp", "sums restart in each wave", "if (args.accumulate) {", "if (false) {"),
+    Mistake("integers/moe_forward.cpp", "sums restart in each wave", "if (args.sums.defined()) {", "if (false) {"),
     Mistake("route_dynamic.cpp", "min_experts counts for nothing",
             "rank >= options.min_experts && !(mass < options.top_p)", "!(mass < options.top_p)"),
     Mistake("route_dynamic.cpp", "the mass is that of the next expert",

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`switchgear offload-store CHECKPOINT --out PATH --form int4`: writes the experts of a checkpoint into a store."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+from ..common import CommandError, require
+from ..common.progress import progress
+from .checkpoint import DTYPES, folder_of
+
+_OF_CONFIG = DTYPES[0]  # auto
+
+
+# fmt: off
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint of a Hugging Face model")
+    add("--out", required=True, metavar="PATH", help="folder of the store; it must not exist")
+    add("--form", default="plain", metavar="NAME",
+        help="plain, int8, int4, fp8, mxfp4, nf4, groups, … (docs/weights.md); 'as published' keeps every bit")
+    add("--set", metavar="NAME=VALUE", action="append", default=[], help="an option of the form: group_size=64")
+    add("--dtype", choices=DTYPES, default=_OF_CONFIG, help="of plain weights; auto: that of the checkpoint")
+    add("--fresh", action="store_true", help="discard what an interrupted run has written, instead of going on")
+    add("--verify", action="store_true", help="read the store and compare all checksums at the end")
+# fmt: on
+
+
+def run(args: argparse.Namespace) -> int:
+    require("transformers")
+    require("safetensors")
+    from ..offload import StoreError, write_store
+
+    folder = folder_of(args.checkpoint)
+    dtype = None if args.dtype == _OF_CONFIG else getattr(torch, args.dtype)
+    options = dict(_option(text) for text in args.set)
+    try:
+        with progress("writing") as advance:
+            store = write_store(
+                folder, args.out, args.form, dtype=dtype, progress=advance, resume=not args.fresh, **options
+            )
+        if args.verify:
+            with progress("verifying") as advance:
+                store.verify(advance)
+    except (StoreError, ValueError, TypeError) as error:
+        raise CommandError(str(error)) from None
+    records = list(store.layers.values())
+    experts = sum(one.num_experts for one in records)
+    largest = max(one.record_bytes for one in records)
+    print(
+        f"{store.path}: {experts} experts of {len(records)} layers as {store.form}, {store.nbytes / 1e6:,.1f} MB, "
+        f"at most {largest / 1e6:,.2f} MB each"
+    )
+    return 0
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier() or name in ("source", "path", "form", "dtype", "progress", "resume"):
+        raise CommandError(f"--set: expected NAME=VALUE, an option of the form, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value  # a word
