@@ -34,7 +34,8 @@ SCHEMA = "switchgear-bench-offload/1"
 LIMIT = 512 << 20
 FULL = Spec()
 QUICK = Spec(64, 32, 2, 8, 2, 128, 2, 1)
-TOKENS, QUICK_TOKENS, ACCELERATES_TOKENS = 64, 8, 12  # accelerate needs seconds for each
+TOKENS, QUICK_TOKENS = 64, 8
+SLOW = {"accelerate": 16, "mmap": 24, "llama.cpp": 32}  # tokens of those that may need a second for each
 PROMPT, WARM = 16, 8
 READ_THREADS, READ_BYTES = 4, 768 << 20  # of the disk's rate
 LONGEST = 300.0  # seconds of a run
@@ -121,7 +122,7 @@ def measure(spec: Spec, folder: Path, names: list[str], threads: int, *, quick: 
 
 
 def task_of(name: str, spec: Spec, folder: Path, threads: int, quick: bool) -> Task:
-    tokens = QUICK_TOKENS if quick else ACCELERATES_TOKENS if name == "accelerate" else TOKENS
+    tokens = QUICK_TOKENS if quick else SLOW.get(name, TOKENS)
     warm = min(WARM, tokens // 3)
     slots = spec.num_experts if name == FITS else max(spec.top_k, spec.num_experts // 4) if quick else None
     return Task(
