@@ -25,6 +25,7 @@ from switchgear.bench.offload_disk import read_rate
 from switchgear.bench.offload_files import (
     CHECKPOINT,
     SHARED,
+    STORE,
     TOPIC,
     TOPICS,
     Spec,
@@ -65,6 +66,29 @@ def test_text_follows_itself_and_a_wrong_run_is_found(folder: Path) -> None:
     assert not offload._row("llama.cpp", same, base)["wrong"]  # rounds in another order
     same["tokens"][-1] += 1
     assert offload._row("llama.cpp", same, base)["wrong"]
+
+
+@pytest.mark.parametrize("runner", ["offload", "offload, prefetch"])
+def test_a_cache_of_a_quarter_has_the_bits_of_the_resident_model(folder: Path, runner: str) -> None:
+    if not (folder / STORE).exists():
+        ours.write_store(folder / CHECKPOINT, folder / STORE)
+    base, found = decoded("resident", folder), decoded(runner, folder)
+    assert (found["tokens"], found["logits"]) == (base["tokens"], base["logits"])
+    counts = found["statistics"]
+    assert counts["hits"] > 0
+    assert counts["misses"] > 0
+    assert counts["loaded_bytes"] == counts["misses"] * TOY.record_bytes
+
+
+@pytest.mark.slow
+def test_the_command_at_a_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    path.touch()
+    names = "offload,mmap,all fits"
+    assert main(["bench", "--offload", "--quick", "--competitors", names, "--json", str(path)]) == 0
+    results = json.loads(path.read_text())
+    assert [row["runner"] for row in results["results"]] == ["resident", "offload", "mmap", "all fits"]
+    assert "with a slot for each expert" in capsys.readouterr().out
 
 
 def test_accelerate_reads_the_checkpoint_from_the_disk(folder: Path) -> None:

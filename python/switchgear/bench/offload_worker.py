@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..common import require
 from ..common.cgroup import MemoryGroup
 from .offload_files import CHECKPOINT, GGUF, STORE, Spec, mapped_experts
 
@@ -67,8 +68,7 @@ def _transformers(model: Any) -> Callable[[list[int]], Tensor]:
 
 def _loaded(task: Task, **options: Any) -> Any:
     """The whole model of the checkpoint."""
-    import transformers
-
+    transformers = require("transformers")
     transformers.logging.set_verbosity_error()
     path = Path(task.folder) / CHECKPOINT
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **options).eval()
@@ -100,11 +100,11 @@ def mapped(task: Task) -> Decoder:
 
 def _without_experts(task: Task) -> Any:
     """A model whose experts are on meta, and the rest in memory."""
-    import transformers
     from safetensors import safe_open
 
     import switchgear.integrations.transformers  # noqa: F401 - registers the implementation
 
+    transformers = require("transformers")
     path = Path(task.folder) / CHECKPOINT
     config = transformers.AutoConfig.from_pretrained(path)
     with torch.device("meta"):
@@ -180,16 +180,14 @@ def _offloaded(task: Task) -> tuple[Any, Any]:
     folder = Path(task.folder)
     store = offload.Store.open(folder / STORE)
     model = offload.load_model(folder / CHECKPOINT, store)
-    size = {"slots": task.slots}
+    size: dict[str, Any] = {"slots": task.slots}
     if task.slots is None:
         assert task.group is not None
         assert task.limit is not None
         size = {"bytes": task.limit - MemoryGroup(Path(task.group), task.limit).own_bytes() - RESERVE}
-    options = (
-        {"prefetch": offload.NextGate(model), "prefetch_slots": task.spec["top_k"]}
-        if task.runner == "offload, prefetch"
-        else {}
-    )
+    options: dict[str, Any] = {}
+    if task.runner == "offload, prefetch":  # a layer's experts are predicted, and as many rows hold them
+        options = {"prefetch": offload.NextGate(model), "prefetch_slots": task.spec["top_k"]}
     return model, offload.offload(model, store, policy=offload.LRU(), shared=True, **size, **options)
 
 
