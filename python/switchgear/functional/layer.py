@@ -132,8 +132,9 @@ def _moe_of_weights(
         if in_autocast(kind := x.device.type):
             x, *both = in_autocast_dtype(kind, x, *biases)
             biases = (both[0], both[1])
-        layer = (x, weights, biases, topk_ids, topk_weights, options)
-        return moe_of_offloaded(loads, _moe_of_weights, _accumulate, *layer).reshape(shape)
+        call = (biases, topk_ids, topk_weights, options)
+        y = moe_of_offloaded(loads, _moe_of_weights, _accumulate, x, weights, *call)
+        return y if len(shape) == 2 else y.reshape(shape)
     if isinstance(first, SelectedWeight) and isinstance(second, SelectedWeight):
         return _selected_moe(x, (first, second), biases, topk_ids, topk_weights, options).reshape(shape)
     has_adapters = isinstance(weights[0], AdaptedWeight) or isinstance(weights[1], AdaptedWeight)

@@ -24,15 +24,15 @@ MoeOfWeights = Callable[..., Tensor]
 
 def source_of(weight: Any) -> Source | None:
     """Where the experts of a projection come from; None if they are in memory."""
-    inner = weight.weight if type(weight) is AdaptedWeight else weight
+    inner: Any = weight.weight if type(weight) is AdaptedWeight else weight
     return inner.source if type(inner) is OffloadedWeight else None
 
 
 def _in_memory(weight: Any) -> Any:
     if type(weight) is OffloadedWeight:
         return weight.weight
-    if type(weight) is AdaptedWeight and type(weight.weight) is OffloadedWeight:
-        return weight._replace(weight=weight.weight.weight)
+    if type(weight) is AdaptedWeight:
+        return weight._replace(weight=_in_memory(weight.weight))
     return weight
 
 
@@ -52,7 +52,7 @@ def moe_of_offloaded(
     """moe of x [T,H] without autocast. moe_of_weights and accumulate compute with weights in memory."""
     first, second = _in_memory(weights[0]), _in_memory(weights[1])
     for weight in (first, second):
-        base = weight.weight if type(weight) is AdaptedWeight else weight
+        base: Any = weight.weight if type(weight) is AdaptedWeight else weight
         if not base.multiplies(x.dtype):  # all experts would be expanded, with those that are not in memory
             if x.dtype is base.dtype:
                 raise ValueError(f"x: expected {base.format} of the instruction set in use, got those of another")

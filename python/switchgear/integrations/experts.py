@@ -65,13 +65,15 @@ def run_experts(
 
 def project(
     x: Tensor,
-    weight: Tensor | Weight | AdaptedWeight | SelectedWeight | Sequence[Tensor],
+    weight: Tensor | Weight | AdaptedWeight | SelectedWeight | OffloadedWeight | Sequence[Tensor],
     expert_offsets: Tensor,
     bias: Tensor | None = None,
     token_indices: Tensor | None = None,
 ) -> Tensor:
     """`switchgear.grouped_gemm` with x cast to the dtype of the weights: models may keep weights in a wider dtype."""
-    dtype = (weight if isinstance(weight, (Tensor, Weight, AdaptedWeight, SelectedWeight)) else weight[0]).dtype
+    dtype = (
+        weight if isinstance(weight, (Tensor, Weight, AdaptedWeight, SelectedWeight, OffloadedWeight)) else weight[0]
+    ).dtype
     return switchgear.grouped_gemm(x.to(dtype), weight, expert_offsets, bias=bias, token_indices=token_indices)
 
 

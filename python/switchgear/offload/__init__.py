@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which experts a cache would hold: a recorded run replayed through every cache policy, before memory is bought.
+"""Experts on disk: a model bigger than memory, and what a cache of experts would do before memory is bought.
 
-`Accesses.of` takes what `diagnostics.collect` or `routing.record` recorded; `simulate` and `simulate_all` count hits,
-misses and bytes. Predictors (`NextGate`, `Follows`, `FromPreGate`, `FromPreRouter`) say what the next layers need;
-`recall` and `watch` count how often they are right, and `timeline` what prefetch hides. docs/offload.md."""
+`offload` runs a model whose experts are in a store (`write_store`, `load_model`). `Accesses.of` takes what
+`diagnostics.collect` or `routing.record` recorded; `simulate` and `simulate_all` count hits, misses and bytes.
+Predictors (`NextGate`, `Follows`, `FromPreGate`, `FromPreRouter`) say what the next layers need; `recall` and `watch`
+count how often they are right, and `timeline` what prefetch hides. docs/offload.md."""
 
 from __future__ import annotations
 

@@ -227,8 +227,8 @@ def _cached(
         pool, residency = of_layer[index]
         slots = torch.zeros(target.records.num_experts, dtype=torch.int32)
         first_weight, second_weight = target.records.weights(pool.arena, slots)
-        layer = CachedLayer(cache, target.name, pool, residency, files[index], slots)
-        weights.append((OffloadedWeight(first_weight, layer), OffloadedWeight(second_weight, layer)))
+        source = CachedLayer(cache, target.name, pool, residency, files[index], slots)
+        weights.append((OffloadedWeight(first_weight, source), OffloadedWeight(second_weight, source)))
     return weights
 
 

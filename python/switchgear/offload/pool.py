@@ -49,7 +49,7 @@ class Pool:
         """Ends a read into a row. Returns whether it had not begun."""
         self.draining[row] = ticket
         try:
-            is_cancelled = self.reader.cancel(ticket)
+            is_cancelled = bool(self.reader.cancel(ticket))
         except ValueError:
             is_cancelled = True
         if is_cancelled:

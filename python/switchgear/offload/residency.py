@@ -44,7 +44,8 @@ class Residency:
         """The experts (ascending) of a layer run together. following: moments of their next uses, if they are known."""
         last, counts, loaded, touch = self.last, self._counts, self._loaded, self.policy.touch
         first = layer * self.width
-        hits, misses = [], []
+        hits: list[int] = []
+        misses: list[int] = []
         for expert in experts:
             key = first + expert
             (hits if key in last else misses).append(key)

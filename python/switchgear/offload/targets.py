@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from switchgear.offload.store import Records, Store
+from switchgear.offload.store import Store
+from switchgear.offload.store_records import Records
 from switchgear.weights.layout import Layout, hint_for, layout_of
 from switchgear.weights.module import Kind, StoredProjections, stored_of
 from switchgear.weights.offloaded import OffloadedProjections
@@ -83,15 +84,15 @@ def _check(where: str, module: nn.Module, layout: Layout, records: Records) -> N
                     f"{kinds[index].cols}], got {kind.format} [{kind.rows}, {kind.cols}]"
                 )
             continue
-        parameter = module._parameters.get(name)
-        if type(parameter) is not nn.Parameter:
-            what = "computed" if parameter is None else type(parameter).__name__
+        held = module._parameters.get(name)
+        if type(held) is not nn.Parameter:
+            what = "computed" if held is None else type(held).__name__
             raise ValueError(f"{where}.{name}: expected a plain parameter, got one that is {what}")
-        shape = list(parameter.mT.shape if layout.transposed else parameter.shape)
+        shape = list(held.mT.shape if layout.transposed else held.shape)
         wanted = [records.num_experts, kind.rows, kind.cols]
-        if shape != wanted or parameter.dtype is not kind.dtype:
+        if shape != wanted or held.dtype is not kind.dtype:
             raise ValueError(
-                f"{where}.{name}: expected {kind.dtype} {wanted} as in the store, got {parameter.dtype} {shape}"
+                f"{where}.{name}: expected {kind.dtype} {wanted} as in the store, got {held.dtype} {shape}"
             )
         if kind.parts not in (1, layout.parts(index)):
             raise ValueError(f"{where}.{name}: expected gates and ups as in the store, got another order")
