@@ -139,10 +139,10 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, form: str) -> None:
 
 def test_the_command_writes_a_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = saved(tmp_path / "c", "mixtral"), str(tmp_path / "s")
-    assert main(["offload-store", str(path), "--out", out, "--form", "int4", "--set", "group_size=32", "--verify"]) == 0
+    assert main(["offload-store", str(path), "--out", out, "--form", "int4", "--set", "group_size=16", "--verify"]) == 0
     store = Store.open(out)
-    assert store.form == "int4(group_size=32)"
-    assert f"{out}: 16 experts of 4 layers as int4(group_size=32), " in capsys.readouterr().out
+    assert store.form == "int4(group_size=16)"
+    assert f"{out}: 32 experts of 4 layers as int4(group_size=16), " in capsys.readouterr().out
     for arguments, message in (
         ([str(path), "--out", out], "does not exist"),
         ([str(path), "--out", out + "2", "--form", "zip"], "form: expected"),
