@@ -149,7 +149,7 @@ def test_bigger_than_memory_writes_the_text_of_the_whole_model(tmp_path: Path) -
     measured = Sensitivity({}, [], 0.0, 0.0, [0.0, 0.0], 0.0, 0.0)
     folder = save(model.build(0), QUICK, domains, measured, tmp_path / "tiny").folder
     found = load("bigger_than_memory")["main"](str(folder))
-    assert len(found) == 7
+    assert len(found) == 6  # all but Belady
     for name, each in found.items():
         assert each.is_equal, name
         assert each.hits == each.simulated, name
