@@ -86,6 +86,7 @@ def resident(task: Task) -> Decoder:
 
     model = _ours(task)
     store(model, "plain")
+    decode(Decoder(_transformers(model)), task)  # experts that are used for the first time take longer
     return Decoder(_transformers(model))
 
 
@@ -188,7 +189,7 @@ def _offloaded(task: Task) -> tuple[Any, Any]:
     options: dict[str, Any] = {}
     if task.runner == "offload, prefetch":  # a layer's experts are predicted, and as many rows hold them
         options = {"prefetch": offload.NextGate(model), "prefetch_slots": task.spec["top_k"]}
-    return model, offload.offload(model, store, policy=offload.LRU(), shared=True, **size, **options)
+    return model, offload.offload(model, store, policy=offload.LRU(), **size, **options)
 
 
 def _counters(handle: Any) -> dict[str, Any]:
