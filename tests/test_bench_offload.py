@@ -68,7 +68,7 @@ def test_text_follows_itself_and_a_wrong_run_is_found(folder: Path) -> None:
     assert offload._row("llama.cpp", same, base)["wrong"]
 
 
-@pytest.mark.parametrize("runner", ["offload", "offload, prefetch"])
+@pytest.mark.parametrize("runner", ["offload", "prefetch"])
 def test_a_cache_of_a_quarter_has_the_bits_of_the_resident_model(folder: Path, runner: str) -> None:
     if not (folder / STORE).exists():
         ours.write_store(folder / CHECKPOINT, folder / STORE)

@@ -11,7 +11,7 @@ from ..common import markdown_table, threads
 from .markdown import Blocks
 from .results import Row
 
-OFFLOAD, PREFETCH, FITS = "offload", "offload, prefetch", "all fits"
+OFFLOAD, PREFETCH, FITS = "offload", "prefetch", "all fits"
 ORDER = ("resident", OFFLOAD, PREFETCH, "mmap", "accelerate", "llama.cpp")
 WORDS = {
     "resident": "resident, no limit",

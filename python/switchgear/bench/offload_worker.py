@@ -187,7 +187,7 @@ def _offloaded(task: Task) -> tuple[Any, Any]:
         assert task.limit is not None
         size = {"bytes": task.limit - MemoryGroup(Path(task.group), task.limit).own_bytes() - RESERVE}
     options: dict[str, Any] = {}
-    if task.runner == "offload, prefetch":  # a layer's experts are predicted, and as many rows hold them
+    if task.runner == "prefetch":  # a layer's experts are predicted, and as many rows hold them
         options = {"prefetch": offload.NextGate(model), "prefetch_slots": task.spec["top_k"]}
     return model, offload.offload(model, store, policy=offload.LRU(), **size, **options)
 
@@ -203,7 +203,7 @@ def _counters(handle: Any) -> dict[str, Any]:
 RUNNERS: dict[str, Callable[[Task], Decoder]] = {
     "resident": resident,
     "offload": offloaded,
-    "offload, prefetch": offloaded,
+    "prefetch": offloaded,
     "mmap": mapped,
     "accelerate": accelerate,
     "llama.cpp": llama,
