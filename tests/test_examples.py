@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from switchgear.parallel.checkpoint import load_whole
 
@@ -115,6 +116,7 @@ def test_each_example_is_tested() -> None:
         "finetune_experts",
         "distill",
         "upcycle",
+        "bigger_than_memory",
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
@@ -132,3 +134,23 @@ def test_upcycle_starts_at_the_loss_of_the_dense_model() -> None:
     losses = load("upcycle")["main"](30)
     assert losses["upcycled"] <= losses["dense"] + 1e-5  # a float32 loss of about 3
     assert losses["upcycled, trained on"] < losses["upcycled"]
+
+
+def test_bigger_than_memory_writes_the_text_of_the_whole_model(tmp_path: Path) -> None:
+    """The hits are those of the simulator, with each policy. The model is untrained, which changes no claim."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from switchgear.tiny import model, text
+    from switchgear.tiny.cache import save
+    from switchgear.tiny.sensitivity import Sensitivity
+    from switchgear.tiny.train import QUICK
+
+    bytes_of = torch.randint(256, (4096,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    domains = [text.Domain("random", "a generator", bytes_of, bytes_of)]
+    measured = Sensitivity({}, [], 0.0, 0.0, [0.0, 0.0], 0.0, 0.0)
+    folder = save(model.build(0), QUICK, domains, measured, tmp_path / "tiny").folder
+    found = load("bigger_than_memory")["main"](str(folder))
+    assert len(found) == 6  # all but Belady
+    for name, each in found.items():
+        assert each.is_equal, name
+        assert each.hits == each.simulated, name
+        assert each.misses > 0, name

@@ -74,7 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="loss, bytes and time of a trained model (switchgear train-tiny), compressed in each way, and stop")
     add("--quality", action="store_true",
         help="losses of five routers in the same small language model (LibMoE's question), and stop")
-    add("--checkpoint", metavar="DIR", help="folder of train-tiny for --compress (default: the one in the cache)")
+    add("--offload", action="store_true",
+        help="decode with experts on the disk in 512 MiB of memory, beside other implementations, and stop")
+    add("--checkpoint", metavar="DIR", help="folder of train-tiny for --compress (default: the one in the cache); "
+        "where --offload keeps its model, 7 GB (default: a temporary folder)")
     add("--ranks", metavar="LIST", type=positives, help="of the adapters (default: 8,16,64)")
     add("--list", action="store_true", help="list shapes and competitors, and stop")
     add("--from", dest="source", metavar="FILE", help="measure nothing: tables and pictures of the results in it")
@@ -102,6 +105,11 @@ def run(args: argparse.Namespace) -> int:
 
         open_outputs(args)
         return quality.run(args, describe_machine(args.threads))
+    if args.offload:
+        from . import offload  # needs transformers
+
+        open_outputs(args)
+        return offload.run(args, describe_machine(args.threads))
     if args.compress:
         from . import compress  # needs transformers
 
