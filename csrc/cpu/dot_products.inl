@@ -52,12 +52,31 @@ inline void add_lanes(float* c, const Floats (&acc)[kRows][kColumns]) {
 enum class Asks { kNothing, kOneRow, kTwoRows, kEveryLine, kSomeLines };
 constexpr int64_t kAskedBytes = 256;
 
+// A depth below one step: a single step under a mask. Not in add_dot_tile, whose loops then compile to slower code.
+template <int kRows, int kColumns, typename Words>
+[[gnu::noinline]] void add_short_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stride,
+                                          int64_t depth) {
+  using Packed = typename Words::Packed;
+  Floats column[kColumns], acc[kRows][kColumns];
+#pragma GCC unroll 8
+  for (int j = 0; j < kColumns; ++j) column[j] = Words::load_along_k(b + j * stride, depth);
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    const char* const words = static_cast<const char*>(a.rows[i]) + a.offset;
+    const Floats row = Packed::load_along_k(reinterpret_cast<const Element<Packed>*>(words), depth);
+#pragma GCC unroll 8
+    for (int j = 0; j < kColumns; ++j) acc[i][j] = step<Words::kDepth == 2>(row, column[j], broadcast(0.0f));
+  }
+  add_lanes(c, acc);
+}
+
 // Rows [0, kRows) and columns [0, kColumns) of C += the products over `depth`, chunk by chunk. Prefetches `ahead`.
 template <int kRows, int kColumns, Asks kAsks, typename Words>
 void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stride, int64_t depth,
                   const char* const (&ahead)[2]) {
   constexpr int64_t kStep = kLanes * Words::kDepth, kBytes = kStep * sizeof(Element<Words>);
   constexpr int64_t kChunk = kChunkWords * Words::kDepth;
+  if (depth > 0 && depth < kStep) return add_short_dot_tile<kRows, kColumns, Words>(c, a, b, stride, depth);
   const char *first = ahead[0], *second = ahead[1];
   const char* rows[kRows];
 #pragma GCC unroll 8
@@ -113,9 +132,9 @@ void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stri
       for (int j = 0; j < kColumns; ++j) column[j] = Words::load_along_k(b + j * stride, end - k);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        using Packed = typename Words::Packed;
-        const auto* const words = reinterpret_cast<const Element<Packed>*>(rows[i] + k * (4 / Words::kDepth));
-        const Floats row = Packed::load_along_k(words, end - k);
+        float words[kLanes] = {};
+        __builtin_memcpy(words, rows[i] + k * (4 / Words::kDepth), static_cast<size_t>(end - k) * 4 / Words::kDepth);
+        const Floats row = load(words);
 #pragma GCC unroll 8
         for (int j = 0; j < kColumns; ++j) acc[i][j] = step<Words::kDepth == 2>(row, column[j], acc[i][j]);
       }
