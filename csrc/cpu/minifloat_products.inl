@@ -153,7 +153,8 @@ constexpr int vectors_at_once(int rows) {
   if (!kIsBlock) return kPanelVectors;
   if (!kPairs) return 2;
   if (kFormat == Format::kFp8) return rows <= 2 ? 1 : 2;
-  return rows == 1 ? 1 : rows == 3 || rows == 4 ? 4 : 2;
+  if (rows == 1) return has_bits(kFormat) && kFormat != Format::kBits4 ? 2 : 1;
+  return rows == 3 || rows == 4 ? 4 : 2;
 }
 
 // Steps that are summed side by side, where one has few chains: those of float32 are twice as long as those of pairs. Groups
@@ -187,7 +188,7 @@ inline void add_steps(Floats (&total)[kRows][kVectors], const char* const (&rows
       if (v % kBlockVectors<kVectors> == 0) {
 #pragma GCC unroll 3
         for (int line = 0; line < Of::Values::kBytes; line += kLine) {
-          __builtin_prefetch(b.data_ahead[v] + byte + line, 0, 2);
+          __builtin_prefetch(b.data_ahead[v] + byte + line, 0, 3);
         }
       }
       pieces[v] = Of::Values::piece_at(b.data[v] + byte);
@@ -265,7 +266,7 @@ void add_step_tile(float* c, const StepRows& a, const StepColumns<kVectors>& b, 
     for (int v = 0; v < kVectors; ++v) total[i][v] = load(c + i * kPanel + v * kLanes);
   }
   const auto scale_of = [&](int v, int64_t group) {
-    if (v % kBlockVectors<kVectors> == 0) __builtin_prefetch(b.scales_ahead[v] + group * Of::kGroupBytes, 0, 2);
+    if (v % kBlockVectors<kVectors> == 0) __builtin_prefetch(b.scales_ahead[v] + group * Of::kGroupBytes, 0, 3);
     return Of::scale(b.scales[v], group);
   };
   int64_t s = first;
