@@ -16,7 +16,7 @@ Adapters:   adapters.add_lora(model, rank), load_peft, save_peft, merge; mixture
             adapters.mixture, adapters.LoRAExperts
 Conversion: convert.upcycle, split_dense, from_dense_experts, merge_models, to_dense, …; convert.run for checkpoints
 Compression: compress calibrates, then prunes, merges, sparsifies or quantizes experts, with bits per expert
-Offload:    offload.simulate replays a recorded run through the policies of a cache of experts
+Offload:    offload.write_store, offload.offload: experts on disk, cached and prefetched; simulate predicts the hits
 Training:   finetune trains some experts alone; distill; optim.Muon
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
 """

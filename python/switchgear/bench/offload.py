@@ -25,7 +25,7 @@ from ..common import CommandError, choose, optional, require
 from ..common.cgroup import MemoryGroup, memory_limit
 from . import offload_tables as tables
 from .markdown import write_blocks
-from .offload_disk import read_rate
+from .offload_disk import read_ahead, read_rate
 from .offload_files import CHECKPOINT, GGUF, STORE, Spec, drop_pages, write_checkpoint, write_gguf
 from .offload_worker import Task
 from .results import Row, check_same_machine, read_json, rounded, write_json
@@ -86,7 +86,7 @@ def _folder(given: str | None) -> Iterator[Path]:
 
 
 def measure(spec: Spec, folder: Path, names: list[str], threads: int, *, quick: bool = False) -> dict[str, Any]:
-    """One run of each: {"model", "limit", "group", "disk_rates", "results", "skipped"}."""
+    """One run of each: {"model", "limit", "disk_rates", "read_ahead", "results", "skipped"}."""
     skipped: list[dict[str, str]] = []
     _write_files(spec, folder, names, skipped)
     _disk_rate(spec, folder)  # discarded: caches below the disk then hold what they hold for the runs
@@ -115,7 +115,7 @@ def measure(spec: Spec, folder: Path, names: list[str], threads: int, *, quick: 
     rates.append(_disk_rate(spec, folder))
     return {
         "model": spec._asdict() | {"expert_bytes": spec.expert_bytes}, "limit": LIMIT if limited else None,
-        "disk_rates": rates, "results": rows, "skipped": skipped,
+        "disk_rates": rates, "read_ahead": read_ahead(folder), "results": rows, "skipped": skipped,
     }  # fmt: skip
 
 

@@ -51,13 +51,15 @@ def note(results: dict[str, Any]) -> str:
     about, model = results["machine"], results["model"]
     limit = results["limit"]
     memory = f"a control group of {limit >> 20} MiB" if limit else "no limit: none could be set here"
+    ahead = results.get("read_ahead")
+    mapped = f" Linux reads {ahead >> 10:,} KiB ahead on it, for mapped files." if ahead else ""
     rates = ", ".join(f"{rate / 1e9:.2f}" for rate in (min(results["disk_rates"]), max(results["disk_rates"])))
     return (
         f"{model['num_layers']} layers of {model['num_experts']} experts, top {model['top_k']}, hidden size "
         f"{model['hidden_size']}, intermediate size {model['intermediate_size']}, bfloat16: "
         f"{model['expert_bytes'] / 2**30:.2f} GiB of experts, {_record(model) / 2**20:.0f} MiB each, in {memory}. "
         f"Routing is as local as in the model of `train-tiny`. The disk gives {rates} GB/s (lowest, highest) of such "
-        f"records with O_DIRECT. {about['model']}, {threads(about['threads'])}, {about['isa']}; torch "
+        f"records with O_DIRECT.{mapped} {about['model']}, {threads(about['threads'])}, {about['isa']}; torch "
         f"{about['torch']}, transformers {about['transformers']}, switchgear {about['switchgear']}.\n"
     )
 

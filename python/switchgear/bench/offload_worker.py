@@ -7,12 +7,15 @@ offload_files.py; each runner is a function from a Task to a Decoder.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
 import importlib
 import json
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -185,6 +188,9 @@ def _offloaded(task: Task) -> tuple[Any, Any]:
     if task.slots is None:
         assert task.group is not None
         assert task.limit is not None
+        gc.collect()
+        with suppress(AttributeError, OSError):  # glibc keeps what loading has freed
+            ctypes.CDLL(None).malloc_trim(0)
         size = {"bytes": task.limit - MemoryGroup(Path(task.group), task.limit).own_bytes() - RESERVE}
     options: dict[str, Any] = {}
     if task.runner == "prefetch":  # a layer's experts are predicted, and as many rows hold them
@@ -196,7 +202,7 @@ def _counters(handle: Any) -> dict[str, Any]:
     found = handle.statistics
     return {
         "hits": found.hits, "misses": found.misses, "loaded_bytes": found.bytes, "wasted_bytes": found.wasted_bytes,
-        "waited_seconds": found.wait_seconds, "busy_seconds": handle._cache.reader.statistics()[2],
+        "waited_seconds": found.wait_seconds, "busy_seconds": handle.busy_seconds,
     }  # fmt: skip
 
 

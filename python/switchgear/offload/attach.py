@@ -120,6 +120,11 @@ class Offloaded:
         """The counts so far."""
         return Statistics(tuple(LayerStatistics(**vars(layer.counts)) for layer in self._cache.layers))
 
+    @property
+    def busy_seconds(self) -> float:
+        """In which at least one thread was reading."""
+        return float(self._cache.reader.statistics()[2])
+
     def __str__(self) -> str:
         if self.is_inert:
             return f"all experts of {self._path} are in memory"
