@@ -138,7 +138,7 @@ TEST(panels_of_another_shape_are_errors) {
   }
   TensorView strided = down, shifted = down;
   ++strided.stride[1];
-  refused(gate_up, strided, "down_proj: expected a contiguous tensor");
+  refused(gate_up, strided, "down_proj: expected contiguous experts");
   shifted.data = shifted.as<char>() + 1;
   refused(gate_up, shifted, "down_proj: expected data aligned to its elements (float32)");
 }
