@@ -236,6 +236,9 @@ def spec_of(op: str, name: str) -> Spec:
     return Spec(sizes, dtype, layout, "out" in flags)
 
 
+ACCUMULATING = frozenset({"moe_accumulate", "moe_accumulate in int4"})  # add to what their outputs hold
+
+
 def outputs_of(op: str) -> list[str]:
     return [name for name in OPS[op].tensors if spec_of(op, name).out]
 

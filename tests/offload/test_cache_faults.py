@@ -150,6 +150,7 @@ def test_a_reader_without_tickets() -> None:
     check(cache)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_during_a_wait() -> None:
     model, steps, wanted, cache, reader = offloaded(0)
 

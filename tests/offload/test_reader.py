@@ -190,6 +190,7 @@ def test_cancel_and_promote(tmp_path: Path) -> None:
     del reader  # ends its threads
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_interrupts_a_wait(tmp_path: Path) -> None:
     reader, _memory, last = busy_reader(tmp_path / "sparse")
     timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
