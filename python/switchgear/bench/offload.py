@@ -72,7 +72,9 @@ def _measured(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]
         results["results"] = earlier["results"] + results["results"]
         results["disk_rates"] = earlier["disk_rates"] + results["disk_rates"]
         skipped = results["skipped"]
-        results["skipped"] = [*(entry for entry in earlier["skipped"] if entry not in skipped), *skipped]
+        ran = {row["runner"] for row in measured["results"]}
+        kept = [entry for entry in earlier["skipped"] if entry not in skipped and entry["runner"] not in ran]
+        results["skipped"] = [*kept, *skipped]
     return results
 
 

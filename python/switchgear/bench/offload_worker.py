@@ -29,7 +29,7 @@ from ..common import require
 from ..common.cgroup import MemoryGroup
 from .offload_files import CHECKPOINT, GGUF, STORE, Spec, mapped_experts
 
-RESERVE = 40 << 20  # bytes of the limit left for activations, keys and values, and the allocator
+RESERVE = 28 << 20  # bytes of the limit left for activations, keys and values, and the allocator
 CONTEXT = 1024  # tokens of llama.cpp's keys and values
 
 
