@@ -21,7 +21,7 @@ def check(name: str, tensor: Tensor | None, shape: Sequence[int | None], dtype: 
     be 0. None passes."""
     if tensor is None:
         return
-    if tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point():
+    if tensor.dtype != dtype if dtype is not None else not (tensor.is_floating_point() and tensor.itemsize > 1):
         raise TypeError(f"{name}: expected {dtype or 'a floating dtype'}, got {tensor.dtype}")
     wanted = [got if want is None else want for want, got in zip(shape, tensor.shape, strict=False)]
     if tensor.dim() != len(shape) or wanted != list(tensor.shape):
