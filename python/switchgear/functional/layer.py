@@ -94,14 +94,23 @@ def moe(
     x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
     tensors = (x, first, second, gate_up_bias, down_bias, topk_ids, topk_weights)
     if needs_autograd(*tensors):
+        _check_stacked(first, second)
         y: Tensor = apply(autograd.Moe, *tensors, *options)[0]
     elif ops.needs_no_dispatch(*tensors):
         others = (gate_up_bias, down_bias, topk_ids, topk_weights, *options)
         y = ops.moe_forward_on_host(x, first, (), second, (), *others)
     else:
+        _check_stacked(first, second)
         others = (gate_up_bias, down_bias, topk_ids, topk_weights, *options)
         y = ops.moe_forward(x, (first,), (), (second,), (), *others, False)[0]
     return y if len(shape) == 2 else y.reshape(shape)
+
+
+def _check_stacked(gate_up_proj: Tensor, down_proj: Tensor) -> None:
+    """The ops also take a list of matrices, of which a matrix alone would be one."""
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if weight.dim() != 3:
+            raise ValueError(f"{name}: expected shape [E, N, C], got {list(weight.shape)}")
 
 
 def _moe_of_weights(
