@@ -280,6 +280,15 @@ def test_float64_runs_on_the_reference() -> None:
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 
+def test_a_matrix_is_no_stack_of_experts(backend: str) -> None:
+    """Where gradients are needed, too. The op takes lists of matrices, of which a matrix alone would be one."""
+    x, ids, weights = torch.randn(3, 20), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
+    gate_up_proj, down_proj = torch.randn(1, 2, 20), torch.randn(20, 1)
+    for trained in (False, True):
+        with pytest.raises(ValueError, match="down_proj: expected shape"):
+            switchgear.moe(x.clone().requires_grad_(trained), gate_up_proj, down_proj, ids, weights)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -81,6 +81,19 @@ class ExpertMatrix {
   int64_t part_blocks_ = 0;
 };
 
+// The accumulators of tokens [first, last), `stride` apart, before the first expert: columns of float32 `from` if it is
+// defined, else zeros.
+inline void start_sums(float* sums, int64_t stride, const TensorView& from, int64_t first, int64_t last, int64_t column,
+                       int64_t columns) {
+  if (!from.defined()) {
+    std::fill_n(sums, (last - first) * stride, 0.0f);
+    return;
+  }
+  for (int64_t t = first; t < last; ++t, sums += stride) {
+    std::copy_n(reinterpret_cast<const float*>(at(from, t, column)), columns, sums);
+  }
+}
+
 // Rows past the last used slot are zero.
 inline void zero_tail(const TensorView& out, int64_t used_slots) {
   for (int64_t s = used_slots; s < out.shape[0]; ++s) {

@@ -109,14 +109,7 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
     float* const sums = reinterpret_cast<float*>(own + WideScratch::kBytes);
     const Block block = block_of(task);
     const auto [column, columns, first_token, last_token] = block;
-    for (int64_t t = first_token; t < last_token; ++t) {
-      float* const sum = sums + (t - first_token) * wide;
-      if (args.accumulate) {
-        std::copy_n(reinterpret_cast<const float*>(at(args.out, t, column)), columns, sum);
-      } else {
-        std::fill_n(sum, wide, 0.0f);
-      }
-    }
+    start_sums(sums, wide, args.accumulate ? args.out : TensorView{}, first_token, last_token, column, columns);
     for (int64_t e = next_expert(block, -1), next; e < num_experts; e = next) {
       next = next_expert(block, e);
       const int64_t first = first_slot(e, first_token), last = first_slot(e, last_token),

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <thread>
 #include <vector>
 
@@ -29,9 +30,8 @@ struct TemporaryFile {
   std::vector<char> bytes;
 
   explicit TemporaryFile(int64_t size) : bytes(static_cast<size_t>(size)) {
-    char name[] = "/tmp/switchgear_reader_XXXXXX";
-    const int file = mkstemp(name);
-    path = name;
+    path = std::filesystem::temp_directory_path() / "switchgear_reader_XXXXXX";
+    const int file = mkstemp(path.data());
     uint64_t state = 1;
     for (char& byte : bytes)
       byte = static_cast<char>((state = state * 6364136223846793005u + 1442695040888963407u) >> 56);
@@ -180,7 +180,7 @@ TEST(files_that_are_replaced_or_truncated_are_named) {
   CHECK(truncate(file.path.c_str(), kChunk) == 0);
   CHECK(status_of(reader, reader.submit({0, 0, 4 * kChunk, memory.data, std::nullopt, true})) == ReadStatus::kReplaced);
   CHECK(throws<UnreadableFile>([&] { Reader({"/tmp"}, {}); }), "a directory");
-  CHECK(throws<UnreadableFile>([&] { Reader({other.path, "/tmp/switchgear/none"}, {}); }), "no file");
+  CHECK(throws<UnreadableFile>([&] { Reader({other.path, other.path + ".none"}, {}); }), "no file");
 }
 
 TEST(urgent_reads_overtake_guessed_ones) {

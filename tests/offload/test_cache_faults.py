@@ -13,10 +13,11 @@ import types
 from typing import Any
 
 import pytest
+import torch
 from memory_store import MemoryReader, MemoryStore
 from offload_cases import check, make_model, outputs_of, same_bits, steps_of
 
-from switchgear import offload
+from switchgear import Experts, offload
 from switchgear.offload import StoreError
 
 
@@ -163,6 +164,23 @@ def test_a_signal_during_a_wait() -> None:
     reader.on_wait = lambda ticket: None
     assert all(map(same_bits, outputs_of(model, steps), wanted))
     check(cache)
+
+
+def test_ids_that_change_during_a_call() -> None:
+    """The experts that were loaded are those that are used: topk_ids are read once."""
+    experts = Experts(32, 16, 6).requires_grad_(False)
+    x, ids, weights = torch.randn(5, 32), torch.arange(5, dtype=torch.int32)[:, None], torch.ones(5, 1)
+    wanted, kept = experts(x, ids, weights), ids.clone()
+    store = MemoryStore(experts)
+    cache = offload.offload(experts, store, slots=2)  # type: ignore[arg-type]
+
+    def change(_: int) -> None:
+        ids.fill_(5)
+
+    store.reader.on_wait = change
+    assert same_bits(experts(x, ids, weights), wanted)
+    assert not torch.equal(ids, kept)
+    cache.close()
 
 
 def test_a_store_that_cannot_be_read_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,7 @@ def test_sources_that_cannot_be_stored_leave_nothing(tmp_path: Path) -> None:
         (small(1).to("meta"), "s", {}, "on meta"),
         (model, "there", {}, "does not exist"),
         (model, "s", {"form": "zip"}, "form: expected"),
+        (model, "s", {"form": "auto"}, "got 'auto'"),
         (model, "s", {"form": "int8", "bits": 3}, "bits"),
         (model, "s", {"form": "as published", "bits": 3}, "bits"),
         (model, "s", {"dtype": torch.float32}, "dtype"),

@@ -137,6 +137,8 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="expected no tensor that needs a gradient"):
         moe_accumulate(zeros, x.clone().requires_grad_(), *call)
     plain, trained = first.plain(), torch.tensor([1], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"gate_up_proj: expected shape \[E, N, C\], got \["):
+        moe_accumulate(zeros, x, plain[0], second, ids, weights)
     with pytest.raises(ValueError, match="expected no weights with experts that train alone"):
         moe_accumulate(zeros, x, SelectedWeight(plain, plain[1:2], trained), second, ids, weights)
     assert not zeros.any()

@@ -179,14 +179,7 @@ struct SecondProjection {
   // adapter.
   void run(const Block& block, float* sums, float* c) const {
     const int64_t num_experts = args.weights.down_proj.num_experts(), stride = in_panels(block.columns);
-    for (int64_t t = block.first_token; t < block.last_token; ++t) {
-      float* const sum = sums + (t - block.first_token) * stride;
-      if (args.sums.defined()) {
-        std::copy_n(reinterpret_cast<const float*>(at(args.sums, t, block.column)), block.columns, sum);
-      } else {
-        std::fill_n(sum, stride, 0.0f);
-      }
-    }
+    start_sums(sums, stride, args.sums, block.first_token, block.last_token, block.column, block.columns);
     for (int64_t e = next_expert(block, -1), after; e < num_experts; e = after) {
       after = next_expert(block, e);
       const auto [first, last] = slots_of(block, e);

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import json
@@ -23,6 +22,7 @@ except ImportError:  # not on Windows, where directories are not locked
 
 from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFull
 from switchgear.convert.plans import Item
+from switchgear.files import bytes_of, unfinished_of, write_whole
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -140,7 +140,7 @@ def write_shard(path: Path, items: Sequence[Item], progress: Callable[[int, str]
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest, unfinished = hashlib.sha256(), path.with_name(path.name + ".unfinished")
+    digest, unfinished = hashlib.sha256(), unfinished_of(path)
     with named_errors(path), open(unfinished, "wb") as file:
         try:
             for part in (len(text).to_bytes(8, "little"), text):
@@ -170,19 +170,12 @@ def _bytes(item: Item) -> Any:
     flat = tensor.detach().cpu().contiguous().view(-1)
     if not flat.numel():
         return b""
-    array = (ctypes.c_char * flat.nbytes).from_address(flat.data_ptr())
-    array.tensor = flat  # type: ignore[attr-defined]  # keeps the memory
-    return memoryview(array)
+    return bytes_of(flat)
 
 
 def write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
     with named_errors(path):
-        with open(unfinished, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        write_whole(path, text)
 
 
 def checksum(path: Path) -> str:

@@ -3,19 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from switchgear import ops
-from switchgear.autograd import needs_autograd
-from switchgear.backends import in_autocast
 from switchgear.functional.arguments import as_limit, as_number
-from switchgear.functional.layer import _Layer, _parts_of, _rows_of, _taken
+from switchgear.functional.layer import accumulate, check_stacked, rows_of
 from switchgear.functional.products import AnyWeight
 from switchgear.ops import GluOptions
-from switchgear.reference import weight_dtype
-from switchgear.weights.weight import AdaptedWeight, SelectedWeight
+from switchgear.weights.weight import SelectedWeight
 
 
 def moe_accumulate(
@@ -53,29 +47,14 @@ def moe_accumulate(
     """
     if isinstance(gate_up_proj, SelectedWeight) or isinstance(down_proj, SelectedWeight):
         raise ValueError("gate_up_proj, down_proj: expected no weights with experts that train alone")
+    check_stacked(gate_up_proj, down_proj)
     options = GluOptions(activation, gated, interleaved, as_number("alpha", alpha), as_limit(limit))
     columns = gate_up_proj.shape[2]
     if sums.shape != x.shape or x.shape[-1] != columns:
         raise ValueError(f"sums, x: expected shape [..., {columns}], got {list(sums.shape)} and {list(x.shape)}")
-    biases: tuple[Tensor | None, Tensor | None] = (gate_up_bias, down_bias)
-    first: Any = gate_up_proj
-    second: Any = down_proj
-    x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
-    adapters: tuple[tuple[Tensor, ...], ...] = ((), ())
-    if isinstance(first, AdaptedWeight) or isinstance(second, AdaptedWeight) or in_autocast(x.device.type):
-        x, first, second, biases, adapters, dropout = _Layer.of(x, (first, second), biases)
-        if dropout:
-            raise ValueError(f"dropout: expected none in moe_accumulate, got {dropout}")
-    if sums.dtype is not weight_dtype(x.dtype):
-        raise TypeError(f"sums: expected {weight_dtype(x.dtype)} beside x in {x.dtype}, got {sums.dtype}")
-    trained = [weight for weight in (first, second) if isinstance(weight, Tensor)]
-    trained += [tensor for adapter in adapters for tensor in adapter[:2]]
-    if needs_autograd(sums, x, *biases, topk_weights, *trained):
-        raise ValueError("moe_accumulate: expected no tensor that needs a gradient, or torch.no_grad()")
-    one, other = (None if bias is None else bias.to(x.dtype) for bias in biases)
-    layer = (*_parts_of(_taken(first, x.dtype)), *_parts_of(_taken(second, x.dtype)))
     if sums.dim() != 2 and not sums.is_contiguous():
         raise ValueError(f"sums: expected a contiguous tensor or two dimensions, got strides {list(sums.stride())}")
-    rows = sums if sums.dim() == 2 else sums.view(x.shape)
-    ops.moe_accumulate(x, *layer, one, other, topk_ids, topk_weights, *options, rows, *adapters)
+    x, topk_ids, topk_weights = rows_of(x, topk_ids, topk_weights)
+    weights, biases = (gate_up_proj, down_proj), (gate_up_bias, down_bias)
+    accumulate(sums if sums.dim() == 2 else sums.view(x.shape), x, weights, biases, topk_ids, topk_weights, options)
     return sums

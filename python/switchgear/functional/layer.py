@@ -27,13 +27,14 @@ from switchgear.functional.products import AnyWeight, check_selected, grouped_ge
 from switchgear.functional.routes import plan
 from switchgear.functional.rows import combine, glu
 from switchgear.ops import GluOptions
+from switchgear.reference import weight_dtype
 from switchgear.weights.offloaded import OffloadedWeight, Source
 from switchgear.weights.weight import AdaptedWeight, SelectedWeight, Weight, taken_by_moe
 
 _WEIGHTS = (Weight, AdaptedWeight, SelectedWeight, OffloadedWeight)
 
 
-def _rows_of(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def rows_of(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Flattens leading dimensions to x [T,H], topk_ids and topk_weights [T,K], in the dtypes of the kernels."""
     if x.dim() != 2:  # a reshape that changes nothing would cost a microsecond
         x = flat("x", x)
@@ -91,25 +92,25 @@ def moe(
         tensors = in_autocast_dtype(device_type, x, first, second, gate_up_bias, down_bias)
         x, first, second, gate_up_bias, down_bias = tensors
     shape = x.shape
-    x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
+    x, topk_ids, topk_weights = rows_of(x, topk_ids, topk_weights)
     tensors = (x, first, second, gate_up_bias, down_bias, topk_ids, topk_weights)
     if needs_autograd(*tensors):
-        _check_stacked(first, second)
+        check_stacked(first, second)
         y: Tensor = apply(autograd.Moe, *tensors, *options)[0]
     elif ops.needs_no_dispatch(*tensors):
         others = (gate_up_bias, down_bias, topk_ids, topk_weights, *options)
         y = ops.moe_forward_on_host(x, first, (), second, (), *others)
     else:
-        _check_stacked(first, second)
+        check_stacked(first, second)
         others = (gate_up_bias, down_bias, topk_ids, topk_weights, *options)
         y = ops.moe_forward(x, (first,), (), (second,), (), *others, False)[0]
     return y if len(shape) == 2 else y.reshape(shape)
 
 
-def _check_stacked(gate_up_proj: Tensor, down_proj: Tensor) -> None:
+def check_stacked(gate_up_proj: AnyWeight, down_proj: AnyWeight) -> None:
     """The ops also take a list of matrices, of which a matrix alone would be one."""
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        if weight.dim() != 3:
+        if len(weight.shape) != 3:
             raise ValueError(f"{name}: expected shape [E, N, C], got {list(weight.shape)}")
 
 
@@ -127,7 +128,7 @@ def _moe_of_weights(
     shape, columns = x.shape, weights[0].shape[2]
     if x.shape[-1] != columns:  # stored bytes do not show H, so no op checks it
         raise ValueError(f"x: expected shape [..., {columns}], got {list(shape)}")
-    x, topk_ids, topk_weights = _rows_of(x, topk_ids, topk_weights)
+    x, topk_ids, topk_weights = rows_of(x, topk_ids, topk_weights)
     first: Any
     second: Any
     first, second = weights
@@ -142,7 +143,7 @@ def _moe_of_weights(
             x, *both = in_autocast_dtype(kind, x, *biases)
             biases = (both[0], both[1])
         call = (biases, topk_ids, topk_weights, options)
-        y = moe_of_offloaded(loads, _moe_of_weights, _accumulate, x, weights, *call)
+        y = moe_of_offloaded(loads, _moe_of_weights, accumulate, x, weights, *call)
         return y if len(shape) == 2 else y.reshape(shape)
     if isinstance(first, SelectedWeight) and isinstance(second, SelectedWeight):
         return _selected_moe(x, (first, second), biases, topk_ids, topk_weights, options).reshape(shape)
@@ -191,7 +192,7 @@ def _moe_of_weights(
     return y if len(shape) == 2 else y.reshape(shape)
 
 
-def _accumulate(
+def accumulate(
     sums: Tensor,
     x: Tensor,
     weights: tuple[AnyWeight, AnyWeight],
@@ -200,16 +201,21 @@ def _accumulate(
     topk_weights: Tensor,
     options: GluOptions,
 ) -> None:
-    """Adds moe of some experts to sums [T,H], without gradients and dropout. x is in the dtype of the weights."""
+    """moe_accumulate of x [T,H] to sums [T,H]."""
     first: Any
     second: Any
-    first, second = weights
-    adapters: tuple[tuple[Tensor, ...], ...] = ((), ())
-    if isinstance(first, AdaptedWeight) or isinstance(second, AdaptedWeight):
-        x, first, second, biases, adapters, _ = _Layer.of(x, weights, biases)
+    x, first, second, biases, adapters, dropout = _Layer.of(x, weights, biases)
+    if dropout:
+        raise ValueError(f"dropout: expected none in moe_accumulate, got {dropout}")
+    if sums.dtype is not weight_dtype(x.dtype):
+        raise TypeError(f"sums: expected {weight_dtype(x.dtype)} beside x in {x.dtype}, got {sums.dtype}")
+    trained = [weight for weight in (first, second) if isinstance(weight, Tensor)]
+    trained += [tensor for adapter in adapters for tensor in adapter[:2]]
+    if needs_autograd(sums, x, *biases, topk_weights, *trained):
+        raise ValueError("moe_accumulate: expected no tensor that needs a gradient, or torch.no_grad()")
     one, other = (None if bias is None else bias.to(x.dtype) for bias in biases)
-    layer = (*_parts_of(first), *_parts_of(second), one, other, topk_ids, topk_weights)
-    ops.moe_accumulate(x, *layer, *options, sums, *adapters)
+    layer = (*_parts_of(_taken(first, x.dtype)), *_parts_of(_taken(second, x.dtype)))
+    ops.moe_accumulate(x, *layer, one, other, topk_ids, topk_weights, *options, sums, *adapters)
 
 
 def _moe_of_stored(

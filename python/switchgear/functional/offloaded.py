@@ -57,6 +57,7 @@ def moe_of_offloaded(
             if x.dtype is base.dtype:
                 raise ValueError(f"x: expected {base.format} of the instruction set in use, got those of another")
             raise TypeError(f"x: expected {base.dtype} like the offloaded weights, got {x.dtype}")
+    topk_ids = topk_ids.clone()  # read for each wave, and another thread may change the caller's
     if len(topk_ids) != len(x):
         raise ValueError(f"topk_ids: expected {len(x)} rows like x, got shape {list(topk_ids.shape)}")
     if needs_autograd(x, *biases, topk_weights, *_adapters_of(first), *_adapters_of(second)):

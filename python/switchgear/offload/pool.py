@@ -66,7 +66,7 @@ class Pool:
                     self.reader.wait(ticket, timeout)
                 except TimeoutError:
                     continue
-                except (OSError, ValueError):  # nobody needs this record
+                except (OSError, ValueError):  # the record is not needed
                     pass
                 del self.draining[row]
                 self.free.append(row)

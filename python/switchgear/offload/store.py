@@ -150,6 +150,8 @@ def write_store(
 
 
 def _form(form: str | Form, options: dict[str, Any]) -> Form | None:
+    if form == "auto":
+        raise ValueError(f"form: expected a form's name or {store_sources.AS_PUBLISHED!r}, got 'auto'")
     if form != store_sources.AS_PUBLISHED:
         return form_named(form, options)
     if options:

@@ -4,7 +4,6 @@ when the rest is interrupted; a journal lists them."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
@@ -22,6 +21,7 @@ except ImportError:  # not on Windows, where folders are not locked
     fcntl = None  # type: ignore[assignment]
 
 from switchgear import _C
+from switchgear.files import bytes_of, unfinished_of, write_whole
 from switchgear.offload import store_index
 from switchgear.offload.errors import StoreError
 from switchgear.offload.store_records import PAGE, Records, fill, records_for
@@ -58,9 +58,9 @@ def write_layer(file: Path, name: str, weights: tuple[Weight, Weight]) -> Record
     """Writes the records of a layer; until they are all there the file has another name."""
     records = records_for(name, file.name, weights)
     record = _aligned(records.record_bytes)
-    memory = _bytes_of(record)
+    memory = bytes_of(record)
     checksums = []
-    unfinished = file.with_name(f"{file.name}.unfinished")
+    unfinished = unfinished_of(file)
     with _naming(file):
         try:
             with open(unfinished, "wb", buffering=0) as opened:
@@ -100,12 +100,6 @@ def _aligned(nbytes: int) -> Tensor:
     whole = torch.zeros(nbytes + PAGE, dtype=torch.uint8)
     begin = -whole.data_ptr() % PAGE
     return whole[begin : begin + nbytes]
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    array.tensor = tensor  # type: ignore[attr-defined]  # keeps the memory
-    return memoryview(array).cast("B")
 
 
 @contextmanager
@@ -218,13 +212,8 @@ class _Unfinished:
 
 
 def _write_text(file: Path, text: str) -> None:
-    unfinished = file.with_name(f"{file.name}.unfinished")
     with _naming(file):
-        with open(unfinished, "w") as opened:
-            opened.write(text)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(unfinished, file)
+        write_whole(file, text)
 
 
 def _sync(folder: Path) -> None:

@@ -37,7 +37,7 @@ class Source(Protocol):
         together: bool = False,
     ) -> Tensor:
         """compute(waves), while the experts of topk_ids [T,K] int32 are loaded: None if all are in memory, else
-        ascending ranges of experts, each of which stays until the next one is asked for. together: all experts at once,
+        ascending ranges of experts, each resident until the next one is requested. together: all experts at once,
         or a ValueError."""
 
 
