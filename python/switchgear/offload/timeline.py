@@ -3,8 +3,8 @@
 
 One lane copies a record at a time, the other computes a layer at a time. A layer's guesses are submitted when the layer
 before has routed. When it routes itself, those that turn out wrong and have not begun are dropped, and experts that
-were not guessed are submitted, before the next layer's guesses. A record in flight is not interrupted. Experts leave when their
-layer has run: memory holds what one layer needs and what is on its way for the next.
+were not guessed are submitted, before the next layer's guesses. A record in flight is not interrupted. Experts leave
+when their layer has run: memory holds what one layer needs and what is on its way for the next.
 """
 
 from __future__ import annotations
