@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 import switchgear
+from switchgear.functional.products import AnyWeight
 from switchgear.ops import GluOptions
 from switchgear.weights import AdaptedWeight, SelectedWeight, Weight
 from switchgear.weights.offloaded import OffloadedWeight
@@ -20,8 +21,8 @@ class ExpertWeights(NamedTuple):
     """Views of a model's parameters, never copies, or stored weights (switchgear.store). N is 2I for gated experts,
     I for plain ones."""
 
-    gate_up_proj: Tensor | Weight | AdaptedWeight | SelectedWeight | OffloadedWeight  # [E, N, H]
-    down_proj: Tensor | Weight | AdaptedWeight | SelectedWeight | OffloadedWeight  # [E, H, I]
+    gate_up_proj: AnyWeight  # [E, N, H]
+    down_proj: AnyWeight  # [E, H, I]
     gate_up_bias: Tensor | None = None  # [E, N]
     down_bias: Tensor | None = None  # [E, H]
 
@@ -65,15 +66,14 @@ def run_experts(
 
 def project(
     x: Tensor,
-    weight: Tensor | Weight | AdaptedWeight | SelectedWeight | OffloadedWeight | Sequence[Tensor],
+    weight: AnyWeight | Sequence[Tensor],
     expert_offsets: Tensor,
     bias: Tensor | None = None,
     token_indices: Tensor | None = None,
 ) -> Tensor:
     """`switchgear.grouped_gemm` with x cast to the dtype of the weights: models may keep weights in a wider dtype."""
-    dtype = (
-        weight if isinstance(weight, (Tensor, Weight, AdaptedWeight, SelectedWeight, OffloadedWeight)) else weight[0]
-    ).dtype
+    first: Any = weight[0] if type(weight) in (list, tuple) else weight  # an AdaptedWeight is a NamedTuple
+    dtype = first.dtype
     return switchgear.grouped_gemm(x.to(dtype), weight, expert_offsets, bias=bias, token_indices=token_indices)
 
 
