@@ -72,9 +72,10 @@ def project(
     token_indices: Tensor | None = None,
 ) -> Tensor:
     """`switchgear.grouped_gemm` with x cast to the dtype of the weights: models may keep weights in a wider dtype."""
-    first: Any = weight[0] if type(weight) in (list, tuple) else weight  # an AdaptedWeight is a NamedTuple
-    dtype = first.dtype
-    return switchgear.grouped_gemm(x.to(dtype), weight, expert_offsets, bias=bias, token_indices=token_indices)
+    first: Any = weight
+    if type(first) in (list, tuple):  # an AdaptedWeight is a NamedTuple, and no list of matrices
+        first = first[0]
+    return switchgear.grouped_gemm(x.to(first.dtype), weight, expert_offsets, bias=bias, token_indices=token_indices)
 
 
 def tensors_of(weights: Iterable[Any]) -> list[Any]:
