@@ -148,6 +148,7 @@ class Bounded(NamedTuple):
     error: Tensor
 
     def rounded(self, dtype: torch.dtype) -> Bounded:
+        """The value rounded to `dtype`: the error grows by eps of its size, and by the smallest denormal."""
         limits = torch.finfo(dtype)
         size = self.value.abs() + self.error
         return Bounded(self.value, self.error + limits.eps * size + limits.tiny * limits.eps)
@@ -257,6 +258,7 @@ def _parts(h: Bounded, options: GluOptions) -> tuple[Bounded, Bounded]:
 
 
 def glu(h: Bounded, options: GluOptions) -> Bounded:
+    """The activation of bounded h [S,N], with the error that passes through it."""
     gate, up = _parts(h, options)
     value, error, _, _ = _sensitivity(gate.value, gate.error, options)
     return times(Bounded(value, error), up)

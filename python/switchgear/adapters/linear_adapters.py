@@ -25,6 +25,7 @@ class LowRank(NamedTuple):
 
     @property
     def rank(self) -> int:
+        """r of A [r,C] and B [N,r]."""
         return int(self.a.shape[0])
 
 

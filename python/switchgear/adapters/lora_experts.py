@@ -162,6 +162,7 @@ class LoRAExperts(WithLosses):
 
     @property
     def bias(self) -> Any:
+        """The bias of the base layer, or None."""
         return self.base.bias
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:

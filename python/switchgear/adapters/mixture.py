@@ -59,6 +59,7 @@ class Mixture:
         return {name: module for name, module in self.model.named_modules() if isinstance(module, LoRAExperts)}
 
     def expert_parameters(self) -> list[nn.Parameter]:
+        """The parameters of all adapters, without those of routers."""
         return [p for layer in self.layers.values() for p in layer.low_rank.parameters()]
 
     def router_parameters(self) -> list[nn.Parameter]:

@@ -27,6 +27,7 @@ class AttentionLayer:
     window: int | None
 
     def seen(self, context: int) -> int:
+        """Tokens that a token attends to, of `context`."""
         return context if self.window is None else min(context, self.window)
 
 

@@ -144,10 +144,12 @@ class PowerLaw:
     E: float
 
     def loss(self, tokens: Numbers) -> Tensor:
+        """L for D tokens, float64."""
         return self.A * _float64(tokens) ** -self.a + self.E
 
     @classmethod
     def fit(cls, tokens: Numbers, losses: Numbers) -> PowerLaw:
+        """Fits the constants to runs by least squares of log L. Raises ValueError for fewer than 3 runs."""
         d, target = (_float64(values).flatten() for values in (tokens, losses))
         _check_runs(3, d, target)
 

@@ -35,6 +35,7 @@ class Calibration:
 
     @property
     def domains(self) -> list[str]:
+        """The labels of all batches, sorted."""
         return sorted({name for layer in self.layers.values() for name in layer.domains})
 
     def __add__(self, other: Calibration) -> Calibration:

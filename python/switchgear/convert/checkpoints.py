@@ -105,6 +105,7 @@ class Recipe:
         return cls(given["operation"], options, given.get("max_shard_size", "5GB"))
 
     def shard_bytes(self) -> int:
+        """`max_shard_size` in bytes. Raises ValueError for another unit than KB, MB, GB."""
         units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
         text = str(self.max_shard_size).strip().upper()
         number, unit = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
@@ -117,6 +118,7 @@ class Recipe:
         return size
 
     def as_dict(self) -> dict[str, Any]:
+        """The recipe as a file would hold it."""
         return {"operation": self.operation, **self.options, "max_shard_size": self.max_shard_size}
 
 

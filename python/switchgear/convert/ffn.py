@@ -51,18 +51,22 @@ class FeedForward:
 
     @property
     def hidden_size(self) -> int:
+        """H."""
         return int(self.up.shape[1])
 
     @property
     def intermediate_size(self) -> int:
+        """I."""
         return int(self.up.shape[0])
 
     @property
     def gated(self) -> bool:
+        """Whether there is a gate projection."""
         return self.gate is not None
 
     @property
     def has_bias(self) -> bool:
+        """Whether the projections have biases."""
         return self.down_bias is not None
 
     def __call__(self, x: Tensor) -> Tensor:

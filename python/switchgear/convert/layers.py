@@ -33,6 +33,8 @@ class Distilled:
 
 @dataclass(frozen=True)
 class Distillation:
+    """What `distill_layers` returns: the model, and of each layer the errors before and after training."""
+
     model: nn.Module
     layers: tuple[Distilled, ...]
 

@@ -32,10 +32,12 @@ class Partition:
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """Neurons of each expert."""
         return tuple(len(index) for index in self.experts)
 
     @property
     def num_experts(self) -> int:
+        """E, without the shared expert."""
         return len(self.experts)
 
 

@@ -31,6 +31,7 @@ class LayerChoices:
 
     @property
     def num_tokens(self) -> int:
+        """T."""
         return self.topk_ids.shape[0]
 
     @property
@@ -72,6 +73,7 @@ class Choices(Mapping[str, LayerChoices]):
         self._calls: dict[str, list[LayerChoices]] = {}
 
     def add(self, name: str, choices: LayerChoices) -> None:
+        """Appends the choices of one call of the layer `name`."""
         self._calls.setdefault(name, []).append(choices)
 
     def __getitem__(self, name: str) -> LayerChoices:

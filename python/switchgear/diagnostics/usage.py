@@ -87,6 +87,7 @@ class Outcome:
 
     @property
     def difference(self) -> Tensor:
+        """with_expert - without_expert, per token."""
         return self.with_expert - self.without_expert
 
 

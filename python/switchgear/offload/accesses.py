@@ -23,7 +23,7 @@ class Accesses:
     Attributes:
         layers: L names, in the order in which layers run.
         num_experts: of each layer.
-        steps: [S][L]: the distinct experts of each step and layer, ascending.
+        steps: `[S][L]`: the distinct experts of each step and layer, ascending.
         tokens: of each step.
     """
 
@@ -34,6 +34,7 @@ class Accesses:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all steps."""
         return sum(self.tokens)
 
     @property

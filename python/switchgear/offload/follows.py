@@ -26,7 +26,7 @@ class Follows:
     never seen has the P of one layer less, at last the frequencies P(j). Ties go to the lowest id.
 
     Attributes:
-        tables: [order][layer]: P of the layer's experts, [E,…,E] with a dimension for each layer before; the last
+        tables: `[order][layer]`: P of the layer's experts, [E,…,E] with a dimension for each layer before; the last
             dimension is the layer's own. tables[0] has the frequencies.
         experts: predicted per token; as many as it has choices if None.
     """
@@ -37,6 +37,7 @@ class Follows:
 
     @property
     def order(self) -> int:
+        """The number of layers before the last one that it looks at."""
         return len(self.tables) - 1
 
     @classmethod

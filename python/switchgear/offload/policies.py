@@ -40,12 +40,14 @@ class Now(NamedTuple):
         return (layer - self.layer - 1) % self.num_layers + 1
 
     def in_this_pass(self, moment: int) -> bool:
+        """Whether a moment is in the current pass through the layers."""
         return moment >= self.moment - self.layer
 
 
 class Policy(Protocol):
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """For tables."""
 
     @property
     def looks_ahead(self) -> bool:

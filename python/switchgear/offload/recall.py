@@ -50,10 +50,12 @@ class Recall:
         self._counts = [[0, 0, 0] for _ in self.names]
 
     def predicted(self, experts: Iterable[Expert]) -> None:
+        """Counts a prediction."""
         for layer, expert in experts:
             self._pending[layer].add(expert)
 
     def used(self, layer: int, topk_ids: Tensor) -> None:
+        """Counts what layer `layer` chose, against what was predicted for it."""
         used = {expert for row in topk_ids.tolist() for expert in row} - {-1}
         counts, pending = self._counts[layer], self._pending[layer]
         for i, number in enumerate((len(used), len(pending), len(used & pending))):
@@ -62,6 +64,7 @@ class Recall:
 
     @property
     def layers(self) -> tuple[LayerRecall, ...]:
+        """The counts of each layer."""
         return tuple(LayerRecall(name, *counts) for name, counts in zip(self.names, self._counts, strict=True))
 
 

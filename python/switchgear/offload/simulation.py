@@ -26,12 +26,15 @@ from switchgear.offload.residency import Residency
 
 @dataclass(frozen=True)
 class LayerHits:
+    """Uses of experts of one layer that a cache would have served (hits) and read (misses)."""
+
     name: str
     hits: int
     misses: int
 
     @property
     def hit_rate(self) -> float:
+        """Of the uses of experts; 0 if there are none."""
         return self.hits / max(self.hits + self.misses, 1)
 
 

@@ -33,6 +33,7 @@ class LayerStatistics:
 
     @property
     def hit_rate(self) -> float:
+        """Of the uses of experts; 0 if there are none."""
         return self.hits / max(self.hits + self.misses, 1)
 
     @property
@@ -49,31 +50,38 @@ class Statistics:
 
     @property
     def hits(self) -> int:
+        """Uses of experts that were in memory."""
         return sum(layer.hits for layer in self.layers)
 
     @property
     def misses(self) -> int:
+        """Uses of experts that had to be read."""
         return sum(layer.misses for layer in self.layers)
 
     @property
     def hit_rate(self) -> float:
+        """Of the uses of experts; 0 if there are none."""
         return self.hits / max(self.hits + self.misses, 1)
 
     @property
     def bytes(self) -> int:
+        """Bytes read, those of prefetches included."""
         return sum(layer.bytes for layer in self.layers)
 
     @property
     def wait_seconds(self) -> float:
+        """Seconds that layers waited for experts."""
         return sum(layer.wait_seconds for layer in self.layers)
 
     @property
     def recall(self) -> float | None:
+        """Of the experts that were used, the share that was predicted; None without predictions."""
         used = sum(layer.used for layer in self.layers)
         return sum(layer.predicted for layer in self.layers) / used if used else None
 
     @property
     def wasted_bytes(self) -> int:
+        """Bytes read for predictions that were wrong."""
         return sum(layer.wasted_bytes for layer in self.layers)
 
     def __str__(self) -> str:

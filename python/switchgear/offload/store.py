@@ -51,6 +51,7 @@ class Store:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all records."""
         return sum(records.nbytes for records in self.layers.values())
 
     def open_reader(self, threads: int = 4, direct: bool = True) -> _C.Reader:

@@ -33,6 +33,7 @@ class Part(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of one expert's tensor."""
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
     def view(self, records: Tensor) -> Tensor:
@@ -67,6 +68,7 @@ class Records:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the layer's records, padding included."""
         return self.num_experts * self.record_bytes
 
     def weights(self, arena: Tensor, slots: Tensor | None = None) -> tuple[Weight, Weight]:

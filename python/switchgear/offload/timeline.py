@@ -19,6 +19,8 @@ from switchgear.offload.predictors import Expert
 
 
 class Interval(NamedTuple):
+    """A copy of an expert, or the computation of a layer, in seconds since the start."""
+
     moment: int  # step · L + layer
     expert: int | None  # copied; None: the layer computes
     begin: float
@@ -30,7 +32,7 @@ class Timeline:
     """
     Attributes:
         seconds: of the whole run.
-        waits: [S][L]: seconds that each layer waits for experts, the exposed part of the copies.
+        waits: `[S][L]`: seconds that each layer waits for experts, the exposed part of the copies.
         copied, wasted: records copied, and of them not used.
         peak: the most records in memory at once, those in flight included.
         intervals: of both lanes, by their begin.
@@ -45,6 +47,7 @@ class Timeline:
 
     @property
     def exposed(self) -> float:
+        """Seconds of waiting, all layers and steps."""
         return sum(map(sum, self.waits))
 
 
@@ -63,7 +66,7 @@ def timeline(
     """The two lanes for a run whose experts all come from outside, with memory for two layers.
 
     Args:
-        guesses: [S][L] experts, the most likely first, that are guessed for a layer when the one before has routed.
+        guesses: `[S][L]` experts, the most likely first, that are guessed for a layer when the one before has routed.
             None: none, so that each layer waits for its own.
         copy_seconds: of a record.
         compute_seconds: of a layer.

@@ -23,13 +23,16 @@ except ImportError as error:
 
 advise_huge_pages = _C.advise_huge_pages
 available_cpu_isas = _C.available_cpu_isas
+"""() -> list[str]: the instruction sets that were built and that this machine runs, best last."""
 check_capsule = _C.check_capsule
 collapse_into_huge_pages = _C.collapse_into_huge_pages
 cpu_isa = _C.cpu_isa
+"""() -> str: the instruction set in use."""
 expand_compact = _C.expand_compact
 pack_compact = _C.pack_compact
 panel_layout = _C.panel_layout
 set_cpu_isa = _C.set_cpu_isa
+"""(isa: str) -> None: sets the instruction set to use, in all threads. ValueError for one that is not available."""
 version: str = _C.version
 
 

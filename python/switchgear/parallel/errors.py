@@ -31,6 +31,7 @@ class Failure:
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:

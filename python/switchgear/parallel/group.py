@@ -151,6 +151,7 @@ class ExpertParallel:
         return self._num_layers - 1
 
     def transport_for(self, device: torch.device) -> transports.Transport:
+        """What moves rows between ranks for tensors on `device`, connected at the first call."""
         if device.type not in self._transports:
             if self._device_transport == "peer_memory":
                 self._check_one_machine("device_transport", "group")

@@ -45,6 +45,7 @@ class Placement:
 
     @property
     def num_ranks(self) -> int:
+        """Ranks that hold experts."""
         return len(self.experts_of_rank)
 
     @cached_property

@@ -78,7 +78,10 @@ class Capacity:
     renormalize: bool = False
     prefill_only: bool = False
 
-    needs_scores = property(lambda self: self.overflow != "drop")
+    @property
+    def needs_scores(self) -> bool:
+        """Whether full experts send tokens on to others, which takes the scores of all experts."""
+        return self.overflow != "drop"
 
     def __post_init__(self) -> None:
         check_choice("drop", self.drop, DROPS)

@@ -83,6 +83,7 @@ class Temperature(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Resets τ."""
         nn.init.constant_(self.log_tau, math.log(self.tau))
 
     def forward(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:

@@ -135,6 +135,7 @@ class RoutingRecord:
 
     @property
     def num_sequences(self) -> int:
+        """Sequences that the record holds."""
         return len(self.lengths)
 
     @property

@@ -172,6 +172,7 @@ class Cosine(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initialises the projection like torch.nn.Linear and draws the embeddings."""
         init_uniform(self.projection, self.hidden_size)
         nn.init.normal_(self.embeddings, std=self.dim**-0.5)
         nn.init.constant_(self.log_tau, math.log(self.tau))
@@ -272,6 +273,7 @@ class GatingResidual(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initialises the weight like torch.nn.Linear; the residual starts at zero."""
         init_uniform(self.weight, self.hidden_size)
         nn.init.zeros_(self.residual)
 

@@ -39,6 +39,7 @@ class ActivationNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initialises the projection like torch.nn.Linear."""
         init_uniform(self.down, self.hidden_size)
 
     def activations(self, x: Tensor) -> Tensor:
@@ -134,6 +135,7 @@ class Gaussian(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draws the means and sets the standard deviations to 1."""
         nn.init.normal_(self.mean)
         nn.init.zeros_(self.log_std)
         if self.lower is not None:

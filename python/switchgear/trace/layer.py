@@ -66,23 +66,28 @@ class LayerTrace:
 
     @property
     def tokens_per_expert(self) -> Tensor:
+        """[E] int64: choices of each expert since the start."""
         return self.loads.total()
 
     @property
     def max_violation(self) -> Tensor:
+        """float64 scalar: max load / mean load - 1, summed over calls."""
         self.loads.total()
         return self.loads.max_violation
 
     @property
     def num_dropped(self) -> Tensor:
+        """Choices that a capacity dropped."""
         return self.loads.num_dropped
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that were routed."""
         return int(self.loads.num_tokens)
 
     @property
     def num_calls(self) -> int:
+        """Calls of the layer."""
         return self.loads.num_calls
 
     @torch.no_grad()
@@ -158,6 +163,7 @@ class LayerTrace:
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
+        """All that was recorded, as tensors and numbers, for RoutingTrace.save."""
         keys, counts = self.pairs.total()
         names = ["tokens_per_expert", "max_violation", "num_dropped"]
         names += [name for name in _SUMS if getattr(self, name) is not None]

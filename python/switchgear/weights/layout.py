@@ -22,9 +22,10 @@ class Layout(NamedTuple):
         return 2 if index == 0 and self.split_gates else 1
 
 
-# Each says of modules of one kind why they have no layout now, or None for other modules.
 HINTS: list[Callable[[nn.Module], str | None]] = []
-FINDERS: list[Callable[[nn.Module], Layout | None]] = []  # each recognizes one kind of module
+"""Each says of modules of one kind why they have no layout now, or None for other modules."""
+FINDERS: list[Callable[[nn.Module], Layout | None]] = []
+"""Each recognizes one kind of module. Append one of your own to store experts of other modules."""
 
 
 def layout_of(module: nn.Module) -> Layout | None:

@@ -72,10 +72,12 @@ class Weight:
 
     @property
     def device(self) -> torch.device:
+        """The device of the data."""
         return self.data.device
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors, those of experts without a slot included."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
@@ -157,10 +159,12 @@ class AdaptedWeight(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """[E,N,C], of the weight below the adapter."""
         return tuple(self.weight.shape)
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the activations, as for the weight below the adapter."""
         return self.weight.dtype
 
     def adapter(self) -> tuple[Tensor, ...]:
@@ -182,10 +186,12 @@ class SelectedWeight(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """[E,N,C], of all experts."""
         return tuple(self.weight.shape)
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the weight."""
         return self.weight.dtype
 
 
