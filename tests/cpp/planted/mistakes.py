@@ -16,7 +16,8 @@ class Mistake:
 
 MISTAKES = (
     Mistake("token_sum.cpp", "sums restart in each wave", "args.accumulate ? args.out : TensorView{}", "TensorView{}"),
-    Mistake("integers/moe_forward.cpp", "sums restart in each wave", "stride, args.sums, block", "stride, TensorView{}, block"),
+    Mistake("integers/moe_forward.cpp", "sums restart in each wave",
+            "stride, args.sums, block", "stride, TensorView{}, block"),
     Mistake("route_dynamic.cpp", "min_experts counts for nothing",
             "rank >= options.min_experts && !(mass < options.top_p)", "!(mass < options.top_p)"),
     Mistake("route_dynamic.cpp", "the mass is that of the next expert",
