@@ -15,6 +15,7 @@
 # make gpu                   on a machine with a GPU: conformance, tests, compute-sanitizer, benchmark (GPU_ARGS=--dry-run)
 # make tools                 install what the other targets need (before `make -j`)
 # make nvcc                  install the CUDA compiler from NVIDIA's wheels, into the environment
+# make site                  the documentation as a site, in build/site: no warning, no dead link, every public name
 # make build                 editable install, for development
 # make wheel                 dist/*.whl
 # make test-torch TORCH=2.8  the core tests on that wheel with another release of torch
@@ -36,7 +37,7 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help tools demo test bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build \
+.PHONY: help tools demo test bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build site \
         wheel test-torch clean always
 
 help:
@@ -172,6 +173,10 @@ lint: $(INSTALLED)test $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy
 	$(BIN)/mypy
 	$(BIN)/stubtest --allowlist .ci/stubtest-allowlist --ignore-unused-allowlist switchgear._C \
 	  $$($(BIN)/python -c 'import importlib.util as u; print("switchgear._cuda" if u.find_spec("switchgear._cuda") else "")')
+
+site: $(INSTALLED)docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python docs/site/check.py build/site
 
 format: $(BIN)/ruff $(BIN)/clang-format
 	$(BIN)/ruff check --fix

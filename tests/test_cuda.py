@@ -106,6 +106,14 @@ def test_require_with_a_module_that_does_not_load(forget: None, monkeypatch: pyt
         cuda.require()
 
 
+def test_rocm_is_not_cuda(forget: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_load", lambda: (SimpleNamespace(built_archs=lambda: ["sm_90"]), None))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))  # as torch says of a gfx90a
+    assert "built for ROCm" in (cuda.reason_against(0) or "")
+
+
+
 @pytest.mark.parametrize(
     ("torch_cuda", "driver", "message"),
     [

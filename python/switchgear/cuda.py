@@ -58,6 +58,8 @@ def reason_against(index: int) -> str | None:
     loaded, reason = _load()
     if loaded is None:
         return reason
+    if torch.version.hip is not None:  # torch calls these devices "cuda" too, with numbers that look like capabilities
+        return f"torch {torch.__version__} is built for ROCm"
     capability = torch.cuda.get_device_capability(index)
     name = f"cuda:{index} ({torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]})"
     if capability < OLDEST:

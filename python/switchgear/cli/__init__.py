@@ -13,6 +13,7 @@ from ..common import CommandError
 
 COMMANDS = {
     "info": "versions, backends, threads and OpenMP runtimes of this installation",
+    "doctor": "check each backend against float64, and say what is slow or missing here",
     "demo": "train a small Hugging Face MoE model with every experts implementation and compare them",
     "train-tiny": "train a small MoE model on real text, to try compression on",
     "inspect": "report how a model's routers use its experts: load, entropy, similarity, domains, caches",

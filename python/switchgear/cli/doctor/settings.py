@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Settings of the machine and of this process that cost speed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ...common import machine, optional
+from .finding import Finding
+
+ALLOCATOR = "MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 THP_MEM_ALLOC_ENABLE=1"
+
+
+def check_settings() -> Iterator[Finding]:
+    """One finding per setting."""
+    yield _huge_pages(machine.transparent_huge_pages())
+    yield _threads(torch.get_num_threads(), machine.cpu()["cores"], cpu_quota())
+    yield _openmp(machine.openmp_runtimes())
+    yield _allocator(os.environ)
+    yield _transformers()
+
+
+def _huge_pages(setting: str | None) -> Finding:
+    if setting == "never":
+        remedy = "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled; store() then moves weights there"
+        text = "turned off: reading weights misses the TLB at each page of 4 KB"
+        return Finding("huge pages", "slow", text, remedy)
+    if setting is None:
+        return Finding("huge pages", "absent", "this system does not say whether it has them")
+    how = "for memory that asks: that of store() and of our layers" if setting == "madvise" else "for all memory"
+    return Finding("huge pages", "ok", f"{setting}: {how}")
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Processors that the control group grants, or None without a limit (cgroup v2, v1)."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        except OSError:
+            return None
+    return None if quota in ("max", "-1") else int(quota) / int(period)
+
+
+def _threads(threads: int, cores: int, quota: float | None) -> Finding:
+    granted = cores if quota is None else min(cores, quota)
+    limit = f" of which the control group grants {quota:g}" if quota is not None and quota < cores else ""
+    text = f"torch uses {threads}; the process may run on {cores} cores{limit}"
+    if threads > granted:
+        remedy = f"torch.set_num_threads({max(int(granted), 1)}) or OMP_NUM_THREADS: more threads wait for each other"
+        return Finding("threads", "slow", text, remedy)
+    if threads < granted:
+        return Finding("threads", "slow", text, f"torch.set_num_threads({int(granted)}) if the rest is free")
+    return Finding("threads", "ok", text)
+
+
+def _openmp(runtimes: list[str]) -> Finding:
+    if len(runtimes) > 1:
+        text = f"{len(runtimes)} are loaded: {', '.join(runtimes)}. Their threads compete for the same cores"
+        return Finding("OpenMP runtimes", "slow", text, "import torch first, or remove the package that brings its own")
+    return Finding("OpenMP runtimes", "ok", runtimes[0] if runtimes else "none found in this process")
+
+
+def _allocator(environment: os._Environ[str] | dict[str, str]) -> Finding:
+    preloaded = environment.get("LD_PRELOAD", "")
+    if any(name in preloaded for name in ("jemalloc", "tcmalloc", "mimalloc")):
+        return Finding("allocator", "ok", preloaded)
+    if "MALLOC_TRIM_THRESHOLD_" in environment:
+        return Finding("allocator", "ok", "glibc keeps the memory of large tensors")
+    text = "glibc returns large tensors to the system, so torch's own faults pages anew at each training step"
+    return Finding("allocator", "slow", text, f"only for training: start Python with {ALLOCATOR}")
+
+
+def _transformers() -> Finding:
+    found, reason = optional("transformers")
+    if found is None:
+        return Finding("transformers", "absent", reason, "pip install 'switchgear[transformers]' to run its models")
+    module, reason = optional("switchgear.integrations.transformers")
+    if module is None:
+        return Finding("transformers", "broken", f"{found.__version__}: {reason}", "install transformers 5.0 or newer")
+    return Finding("transformers", "ok", f'{found.__version__}: experts_implementation="switchgear" is registered')

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`switchgear doctor` finds what is wrong, and says nothing is where nothing is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import switchgear
+from switchgear import ops
+from switchgear.cli import main
+from switchgear.cli.doctor import kernels, settings
+from switchgear.common import machine
+
+
+def test_every_instruction_set_is_ok() -> None:
+    before = switchgear.cpu_isa()
+    found = [finding for finding in kernels.check_cpu() if finding.subject.startswith("CPU")]
+    assert [finding.subject for finding in found] == [f"CPU, {isa}" for isa in switchgear.available_cpu_isas()]
+    assert {finding.verdict for finding in found} == {"ok"}
+    assert switchgear.cpu_isa() == before
+
+
+def test_wrong_results_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.moe_forward
+
+    def wrong(*args: Any) -> Any:
+        y, h = right(*args)
+        return y * 1.1, h
+
+    monkeypatch.setattr(ops, "moe_forward", wrong)
+    finding = kernels._compare("CPU", "cpu", "")
+    assert finding.verdict == "broken"
+    assert "y: " in finding.text
+    assert "switchgear info" in finding.remedy
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = kernels.Finding("speed", "slow", "not timed here", "wait")
+    monkeypatch.setattr("switchgear.cli.doctor.check_speed", lambda: speed)
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"CUDA", "huge pages", "threads", "OpenMP runtimes", "allocator"} <= {row["subject"] for row in found}
+    assert main(["doctor"]) == 0
+    assert "-> wait" in capsys.readouterr().out
+    monkeypatch.setattr("switchgear.cli.doctor.check_speed", lambda: kernels.Finding("speed", "broken", ""))
+    assert main(["doctor"]) == 1
+
+
+def test_huge_pages() -> None:
+    assert settings._huge_pages("never").verdict == "slow"
+    assert {settings._huge_pages(how).verdict for how in ("madvise", "always")} == {"ok"}
+    assert settings._huge_pages(None).verdict == "absent"
+
+
+def test_threads() -> None:
+    assert settings._threads(8, 8, None).verdict == "ok"
+    assert "set_num_threads(4)" in settings._threads(8, 8, 4.0).remedy
+    assert "set_num_threads(8)" in settings._threads(1, 8, None).remedy
+    assert "set_num_threads(1)" in settings._threads(2, 8, 0.5).remedy
+
+
+def test_quota_of_the_control_group(tmp_path: Path) -> None:
+    assert settings.cpu_quota(tmp_path) is None
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("150000\n")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert settings.cpu_quota(tmp_path) == 1.5
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert settings.cpu_quota(tmp_path) is None
+    (tmp_path / "cpu.max").write_text("200000 100000\n")
+    assert settings.cpu_quota(tmp_path) == 2
+
+
+def test_a_second_openmp_runtime() -> None:
+    assert settings._openmp(machine.openmp_runtimes("")).verdict == "ok"
+    assert settings._openmp(["/a/libgomp.so.1", "/b/libomp.so"]).verdict == "slow"
+
+
+def test_allocator() -> None:
+    assert settings._allocator({}).verdict == "slow"
+    assert settings._allocator({"LD_PRELOAD": "/usr/lib/libjemalloc.so.2"}).verdict == "ok"
+    assert settings._allocator({"MALLOC_TRIM_THRESHOLD_": "1"}).verdict == "ok"
