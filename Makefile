@@ -18,6 +18,8 @@
 # make site                  the documentation as a site, in build/site: no warning, no dead link, every public name
 # make build                 editable install, for development
 # make wheel                 dist/*.whl
+# make wheels                two clean builds of the wheel: equal byte by byte, checked, and tried in a clean environment
+# make sdist sbom            dist/*.tar.gz, and what an installation consists of (CycloneDX)
 # make test-torch TORCH=2.8  the core tests on that wheel with another release of torch
 # make clean                 remove what the targets above create, .venv included
 #
@@ -38,7 +40,7 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help tools demo test bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build site \
-        wheel test-torch clean always
+        wheel wheels sdist sbom test-torch clean always
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -154,6 +156,28 @@ nvcc: | $(BIN)/python
 wheel: | $(BIN)/python
 	rm -rf dist
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+
+# SOURCE_DATE_EPOCH dates the files in the archive.
+wheels: | $(BIN)/python
+	rm -rf dist build/wheels && mkdir -p build/wheels
+	for copy in first second; do \
+	  git archive --prefix=$$copy/ HEAD | tar -x -C build/wheels && \
+	  SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir build/wheels/$$copy-dist build/wheels/$$copy || exit 1; \
+	done
+	cmp build/wheels/first-dist/*.whl build/wheels/second-dist/*.whl
+	mkdir -p dist && cp build/wheels/first-dist/*.whl dist
+	$(BIN)/python tests/release/check_wheel.py dist/*.whl
+	$(BIN)/python tests/release/clean_environment.py dist
+
+sdist: | $(BIN)/python
+	$(PIP) build
+	$(BIN)/python -m build --sdist --outdir dist .
+
+sbom: wheel
+	$(PIP) cyclonedx-bom
+	$(PYTHON) -m venv --clear build/sbom
+	build/sbom/bin/python -m pip install --disable-pip-version-check dist/*.whl
+	$(BIN)/cyclonedx-py environment build/sbom --pyproject pyproject.toml --output-reproducible --output-file dist/switchgear.cdx.json
 
 test-torch: wheel
 	$(PYTHON) -m venv --clear $(TORCH_VENV)

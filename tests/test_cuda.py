@@ -113,7 +113,6 @@ def test_rocm_is_not_cuda(forget: None, monkeypatch: pytest.MonkeyPatch) -> None
     assert "built for ROCm" in (cuda.reason_against(0) or "")
 
 
-
 @pytest.mark.parametrize(
     ("torch_cuda", "driver", "message"),
     [

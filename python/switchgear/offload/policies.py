@@ -185,5 +185,5 @@ class FrequencyDistance:
         return value / now.distance(group)
 
 
-# All that need no calibration.
 POLICIES: tuple[Policy, ...] = (LRU(), LFU(), LFRU(), LIFO(), LeastStale(), FrequencyDistance(), Belady())
+"""All that need no calibration."""
