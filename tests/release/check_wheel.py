@@ -3,7 +3,7 @@
 
     python tests/release/check_wheel.py dist/*.whl [--glibc 2.28]
 
-Needs readelf. --glibc makes a newer symbol an error: a wheel that was built on a newer system runs on such systems alone.
+Needs readelf. --glibc makes a newer symbol an error: a wheel from a newer system runs on such systems alone.
 """
 
 from __future__ import annotations
