@@ -160,9 +160,10 @@ wheel: | $(BIN)/python
 # SOURCE_DATE_EPOCH dates the files in the archive.
 wheels: | $(BIN)/python
 	rm -rf dist build/wheels && mkdir -p build/wheels
+	commit=$$(git rev-parse HEAD); export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct $$commit); \
 	for copy in first second; do \
-	  git archive --prefix=$$copy/ HEAD | tar -x -C build/wheels && \
-	  SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir build/wheels/$$copy-dist build/wheels/$$copy || exit 1; \
+	  git archive --prefix=$$copy/ $$commit | tar -x -C build/wheels && \
+	  $(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir build/wheels/$$copy-dist build/wheels/$$copy || exit 1; \
 	done
 	cmp build/wheels/first-dist/*.whl build/wheels/second-dist/*.whl
 	mkdir -p dist && cp build/wheels/first-dist/*.whl dist

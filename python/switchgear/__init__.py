@@ -19,10 +19,12 @@ Compression: compress calibrates, then prunes, merges, sparsifies or quantizes e
 Offload:    offload.write_store, offload.offload: experts on disk, cached and prefetched; simulate predicts the hits
 Training:   finetune trains some experts alone; distill; optim.Muon
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
+Logging:    the logger "switchgear" says at level INFO what of a model was changed, and at ERROR which rank failed
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from switchgear import adapters, compress, convert, distill, finetune, layers, offload, optim, presets, routing, weights
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from switchgear.integrations.transformers import accelerate
 
 __version__ = version
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # the program decides what it shows
 
 __all__ = [
     "Context",

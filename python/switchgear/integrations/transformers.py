@@ -13,6 +13,7 @@ some wrappers. `accelerate(model)` handles those too, and returns what it replac
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -35,6 +36,7 @@ from switchgear.integrations.undecorated import PATCHES, patch_of
 from switchgear.weights import FINDERS, HINTS, Layout, stored_of, weights_of
 
 NAME = "switchgear"
+_logger = logging.getLogger(__name__)
 MARKS = ("config", "is_transposed", "has_bias", "_apply_gate")  # of use_experts_implementation, since transformers 5.0
 
 
@@ -144,6 +146,8 @@ def accelerate(model: nn.Module) -> list[Replacement]:
         raise
     if not replacements:
         raise ValueError(_nothing_found(model))
+    for replacement in replacements:
+        _logger.info("%s (%s): %s", replacement.name, replacement.class_name, replacement.path)
     return replacements
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import mmap
 import os
 import selectors
@@ -43,6 +44,7 @@ _ENTRY = struct.Struct("<qq")  # of the board: step and phase number
 _LONGEST_REASON = 1000  # characters; a message must fit into the buffer of a socket
 _LONGEST_MESSAGE = 1 << 16
 T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 
 
 class Waitable(Protocol):
@@ -274,6 +276,7 @@ class Peers:
             if self.failure is not None:
                 return
             self.failure = failure
+        _logger.error("%s", failure)
         for action in self.on_failure:
             with contextlib.suppress(Exception):
                 action()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ from switchgear.weights.pages import use_huge_pages
 from switchgear.weights.panels import Panels
 from switchgear.weights.plain import Copies, Plain, Relaid
 from switchgear.weights.weight import Weight
+
+_logger = logging.getLogger(__name__)
 
 FORMS: dict[str, type[Form]] = {
     form.name: form for form in (Plain, Panels, Compact, Int8, Int4, Fp8, Mxfp4, Nf4, Groups)
@@ -107,8 +110,11 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
             The message names the module, and no module is changed.
     """
     if form == "auto":
-        return _store_best(model, low_memory, **options)
-    return _store(model, form_named(form, options), low_memory)
+        done = _store_best(model, low_memory, **options)
+    else:
+        done = _store(model, form_named(form, options), low_memory)
+    _logger.info("stored %s", done)
+    return done
 
 
 def restore(model: nn.Module) -> int:
@@ -137,7 +143,9 @@ def restore(model: nn.Module) -> int:
         del vars(module)["_switchgear_packed"]
     for module, stored, found in decoded:
         take_back(module, stored, found)
-    return len(decoded) + sum(change.changes for _, change in relaid)
+    changed = len(decoded) + sum(change.changes for _, change in relaid)
+    _logger.info("restored modules of experts: %d", changed)
+    return changed
 
 
 # ---- one form --------------------------------------------------------------------------------------------------------
