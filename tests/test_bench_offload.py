@@ -68,7 +68,7 @@ def test_text_follows_itself_and_a_wrong_run_is_found(folder: Path) -> None:
     assert offload._row("llama.cpp", same, base)["wrong"]
 
 
-@pytest.mark.parametrize("runner", ["offload", "prefetch"])
+@pytest.mark.parametrize("runner", ["offload", "prefetch", "replay"])
 def test_a_cache_of_a_quarter_has_the_bits_of_the_resident_model(folder: Path, runner: str) -> None:
     if not (folder / STORE).exists():
         ours.write_store(folder / CHECKPOINT, folder / STORE)
@@ -78,6 +78,37 @@ def test_a_cache_of_a_quarter_has_the_bits_of_the_resident_model(folder: Path, r
     assert counts["hits"] > 0
     assert counts["misses"] > 0
     assert counts["loaded_bytes"] == counts["misses"] * TOY.record_bytes
+    assert counts.get("replayed_bytes", counts["loaded_bytes"]) == counts["loaded_bytes"]
+
+
+def test_a_replay_makes_the_same_reads_in_the_same_order(tmp_path: Path) -> None:
+    """Rows are read over while others are read: memory holds what the recorded reads left there."""
+    from switchgear import _C
+    from switchgear.bench.offload_replay import PIECE, Recorder, Replay
+
+    path, record = tmp_path / "records", 2 * PIECE + 4096
+    path.write_bytes(torch.arange(4 * record // 4, dtype=torch.int32).numpy().tobytes())
+    memory = torch.zeros(2 * record + 4096, dtype=torch.uint8)
+    begin = memory.data_ptr() + -memory.data_ptr() % 4096
+    reader = Recorder(_C.Reader([str(path)]))
+    tickets = [reader.submit(0, i * record, record, begin + i * record, None, True) for i in (0, 1)]
+    for i in (2, 3):
+        reader.wait(tickets[i - 2], 10)
+        tickets.append(reader.submit(0, i * record, record, begin + i % 2 * record, None, True))
+    for ticket in tickets[2:]:
+        reader.wait(ticket, 10)
+    reader.close()
+    wanted = memory.clone()
+    memory.zero_()
+    replay = Replay([path])
+    nbytes, seconds = replay(reader.events)
+    assert torch.equal(memory, wanted)
+    assert (nbytes, seconds > 0) == (4 * record, True)
+    with path.open("r+b") as opened:
+        opened.truncate(record)
+    with pytest.raises(OSError, match="expected"):
+        replay(reader.events)
+    replay.close()
 
 
 @pytest.mark.slow
@@ -170,6 +201,7 @@ def test_tables_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     rows = [row("offload", seconds, **counted) for seconds in (2.0, 4.0, 2.0)]
     rows += [row("resident", 1.0), row("mmap", 2.2), row("accelerate", 12.0)]
     results = results_of(*rows, row("all fits", 1.0, offloaded_ms=10.2, resident_ms=10.0))
+    results["results"].append(row("replay", 2.0, **counted, replayed_bytes=2 * 10**9, replayed_seconds=1.0))
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results))
     assert main(["bench", "--offload", "--from", str(path)]) == 0
@@ -178,7 +210,8 @@ def test_tables_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "6.0x accelerate, disk offload (at least 5x: yes)" in text
     assert "1.1x switchgear's kernels on mapped files (at least 1.2x: **no**)" in text
     assert "+2.0 % time of the resident model (at most 3 %: yes)" in text
-    assert "93 % of the disk's rate while it reads (at least 85 %: yes)" in text
+    assert "the cache reads 1.40 GB/s, 70 % of what a plain loop reads" in text
+    assert "(at least 85 %: **no**)" in text
     assert "llama.cpp: not installed" in text
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- bench:offload -->\n<!-- /bench:offload -->\nafter\n")
