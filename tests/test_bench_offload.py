@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from switchgear.cli import main
+from switchgear.common import cgroup
 from switchgear.common.cgroup import memory_limit
 
 pytest.importorskip("rich", reason="rich is not installed")
@@ -170,6 +171,88 @@ def test_a_group_kills_what_exceeds_its_limit() -> None:
         assert done[1].returncode == -9
         assert (group.peak_bytes() or 64 << 20) <= 64 << 20
     assert not group.folder.exists()
+
+
+class FakeGroups:
+    """A folder like /sys/fs/cgroup of version 2: files of the kernel appear with their folder."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, own: str) -> None:
+        self.root, self.made = root, []
+        root.mkdir()
+        monkeypatch.setattr(cgroup, "ROOT", root)
+        read, make, remove = Path.read_text, Path.mkdir, Path.rmdir
+
+        def read_text(path: Path, *args: Any, **kwargs: Any) -> str:
+            return f"0::{own}\n" if path == Path("/proc/self/cgroup") else read(path, *args, **kwargs)
+
+        def mkdir(path: Path, *args: Any, **kwargs: Any) -> None:
+            make(path, *args, **kwargs)
+            if path.name.startswith("switchgear-"):
+                self.made.append(path)
+                for name in ("cgroup.procs", "memory.max", "memory.peak", "memory.stat"):
+                    (path / name).touch()
+
+        def rmdir(path: Path) -> None:
+            if path in self.made:
+                for file in path.iterdir():
+                    file.unlink()
+            remove(path)
+
+        monkeypatch.setattr(Path, "read_text", read_text)
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        monkeypatch.setattr(Path, "rmdir", rmdir)
+
+    def add(self, path: str, controllers: str) -> None:
+        folder = self.root / path
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cgroup.subtree_control").write_text(controllers)
+
+
+def test_groups_of_version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our group has processes, so its parent, which controls the memory of its children, gets another child."""
+    fake = FakeGroups(tmp_path / "cgroup", monkeypatch, "/user.slice/session")
+    fake.add("", "cpu memory pids\n")
+    fake.add("user.slice", "memory pids\n")
+    fake.add("user.slice/session", "\n")
+    with memory_limit(64 << 20) as group:
+        assert isinstance(group, cgroup.MemoryGroup), group
+        assert group.folder.parent == fake.root / "user.slice"
+        assert (group.folder / "memory.max").read_text() == str(64 << 20)
+        (group.folder / "memory.stat").write_text("file 7\nanon 4096\nanon_thp 8192\n")
+        (group.folder / "memory.peak").write_text("8192\n")
+        assert (group.own_bytes(), group.peak_bytes()) == (4096, 8192)
+        done = subprocess.run(group.command(["sh", "-c", "echo $$"]), capture_output=True, text=True, check=True)
+        assert (group.folder / "cgroup.procs").read_text() == done.stdout, "the command is in the group from the start"
+    assert not group.folder.exists()
+    assert [path.parent for path in fake.made] == [fake.root / "user.slice"]
+
+
+def test_groups_of_version_2_that_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next group up is tried, and the one that was made for nothing is removed; without any, a reason."""
+    fake = FakeGroups(tmp_path / "cgroup", monkeypatch, "/a/b")
+    fake.add("", "memory")
+    fake.add("a", "memory")
+    fake.add("a/b", "cpu")
+    write = Path.write_text
+
+    def write_text(path: Path, text: str, *args: Any, **kwargs: Any) -> int:
+        if path.name == "memory.max" and path.parent.parent.name == "a":
+            raise PermissionError(13, "Permission denied")
+        return write(path, text, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with memory_limit(1 << 20) as group:
+        assert isinstance(group, cgroup.MemoryGroup), group
+        assert group.folder.parent == fake.root
+    fake.add("", "cpu")
+    with memory_limit(1 << 20) as group:
+        assert isinstance(group, str)
+        assert "memory.max: Permission denied" in group
+    fake.add("a", "cpu")
+    with memory_limit(1 << 20) as group:
+        assert group == "this system has no control groups for memory"
+    assert not any(path.exists() for path in fake.made)
+    assert len(fake.made) == 3
 
 
 def test_the_rate_of_the_disk_counts_whole_records(folder: Path) -> None:

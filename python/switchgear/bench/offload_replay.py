@@ -109,4 +109,3 @@ class Replay:
             (read.ticket, self._handles[read.file], read.offset + at, memory[at : at + PIECE])
             for at in range(0, read.nbytes, PIECE)
         ]
-
