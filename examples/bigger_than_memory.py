@@ -2,15 +2,16 @@
 """Write text with a model whose experts do not fit in memory: they are in a store on the disk, and a cache holds a
 quarter of them. The text is that of the whole model, and each policy hits as often as the simulator said.
 
-    python examples/bigger_than_memory.py [--checkpoint FOLDER]
+    python examples/bigger_than_memory.py [--quick | --checkpoint FOLDER]
 
-The model is that of `switchgear train-tiny`; without one, this trains it for 90 seconds.
+The model is that of `switchgear train-tiny`. Without one, and with --quick, this trains it for 90 seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from switchgear import cli, offload, routing
 from switchgear.common import CommandError
 from switchgear.tiny import cache
 from switchgear.tiny.cache import Tiny
+from switchgear.tiny.text import load_domains
+from switchgear.tiny.train import QUICK
 
 PROMPT, ANSWER = 56, 72  # bytes; the model has learned 128
 POLICIES = [policy for policy in offload.POLICIES if not policy.looks_ahead]
@@ -35,14 +38,14 @@ class Found(NamedTuple):
     is_equal: bool  # to the text of the whole model
 
 
-def load(checkpoint: str | None) -> Tiny:
+def load(checkpoint: str | None, quick: bool) -> Tiny:
     if checkpoint:
         return cache.load(checkpoint)
-    try:
-        return cache.newest()
-    except CommandError:
-        cli.main(["train-tiny", "--quick"])
-        return cache.newest()
+    if not quick:
+        with suppress(CommandError):
+            return cache.newest()
+    cli.main(["train-tiny", "--quick"])
+    return cache.load(cache.folder_of(QUICK, load_domains()))
 
 
 def generate(model: Any, prompt: Tensor) -> Tensor:
@@ -53,8 +56,8 @@ def generate(model: Any, prompt: Tensor) -> Tensor:
     return answer[0, PROMPT:]
 
 
-def main(checkpoint: str | None = None) -> dict[str, Found]:
-    tiny = load(checkpoint)
+def main(checkpoint: str | None = None, quick: bool = False) -> dict[str, Found]:
+    tiny = load(checkpoint, quick)
     model = tiny.model()
     prompt = tiny.domains[0].held_out[:PROMPT].long()[None]
     with routing.record(model) as record:
@@ -85,4 +88,6 @@ def main(checkpoint: str | None = None) -> dict[str, Found]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--checkpoint", metavar="FOLDER", help="of train-tiny (default: the one in the cache)")
-    main(parser.parse_args().checkpoint)
+    parser.add_argument("--quick", action="store_true", help="the model that is trained for 90 seconds")
+    args = parser.parse_args()
+    main(args.checkpoint, args.quick)
