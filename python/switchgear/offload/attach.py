@@ -232,8 +232,8 @@ def _cached(
         pool, residency = of_layer[index]
         slots = torch.zeros(target.records.num_experts, dtype=torch.int32)
         first_weight, second_weight = target.records.weights(pool.arena, slots)
-        place = target.records.placing((first_weight, second_weight))
-        source = CachedLayer(cache, target.name, pool, residency, files[index], slots, place)
+        placing = target.records.placing((first_weight, second_weight))
+        source = CachedLayer(cache, target.name, pool, residency, files[index], slots, placing)
         weights.append((OffloadedWeight(first_weight, source), OffloadedWeight(second_weight, source)))
     return weights
 

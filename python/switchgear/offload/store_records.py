@@ -167,7 +167,9 @@ class Records:
         count = (end - plane_bytes) // ALIGNMENT + 1 if rows else 0
         inner = part.view(arena)[:, 0].stride()[1:]
         data = arena.as_strided((count, *plane), (ALIGNMENT, *inner), arena.storage_offset())
-        held = [self._planes_of(part.projection, row if is_in_order else 0) for row in range(rows)]
+        held = [self._planes_of(part.projection, 0)] * rows
+        if self.bits and is_in_order:
+            held = [self._planes_of(part.projection, expert) for expert in range(rows)]
         found = torch.tensor(held, dtype=torch.int32).view(rows, 2)
         found[:, 0] += torch.arange(rows, dtype=torch.int32) * step
         return data, found.to(arena.device)
