@@ -114,7 +114,8 @@ def take_apart(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Sto
     if parts < 1 or rows % parts:
         raise ValueError(f"{name}: expected parts that divide N={rows}, got {parts}")
     data, others = found["data"], (found.get(field) for field in FIELDS)
-    return Stored(FORMATS[number], rows, cols, parts, group_size, data, *others, element_bytes)
+    stored = Stored(FORMATS[number], rows, cols, parts, group_size, data, *others)
+    return stored._replace(element_bytes=element_bytes)
 
 
 def check_weight(
