@@ -4,14 +4,13 @@ quarter of them. The text is that of the whole model, and each policy hits as of
 
     python examples/bigger_than_memory.py [--quick | --checkpoint FOLDER]
 
-The model is that of `switchgear train-tiny`. Without one, and with --quick, this trains it for 90 seconds.
+The model is that of `switchgear train-tiny`; --quick trains another one for 90 seconds, which is not kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +21,6 @@ from switchgear import cli, offload, routing
 from switchgear.common import CommandError
 from switchgear.tiny import cache
 from switchgear.tiny.cache import Tiny
-from switchgear.tiny.text import load_domains
-from switchgear.tiny.train import QUICK
 
 PROMPT, ANSWER = 56, 72  # bytes; the model has learned 128
 POLICIES = [policy for policy in offload.POLICIES if not policy.looks_ahead]
@@ -38,14 +35,18 @@ class Found(NamedTuple):
     is_equal: bool  # to the text of the whole model
 
 
-def load(checkpoint: str | None, quick: bool) -> Tiny:
+def load(checkpoint: str | None, trained: Path | None) -> Tiny:
+    """trained: the folder of a model that is trained now; None: one in the cache, if there is one."""
     if checkpoint:
         return cache.load(checkpoint)
-    if not quick:
-        with suppress(CommandError):
-            return cache.newest()
-    cli.main(["train-tiny", "--quick"])
-    return cache.load(cache.folder_of(QUICK, load_domains()))
+    if trained:
+        cli.main(["train-tiny", "--quick", "--out", str(trained)])
+        return cache.load(trained)
+    try:
+        return cache.newest()
+    except CommandError:
+        cli.main(["train-tiny", "--quick"])
+        return cache.newest()
 
 
 def generate(model: Any, prompt: Tensor) -> Tensor:
@@ -57,31 +58,35 @@ def generate(model: Any, prompt: Tensor) -> Tensor:
 
 
 def main(checkpoint: str | None = None, quick: bool = False) -> dict[str, Found]:
-    tiny = load(checkpoint, quick)
+    with tempfile.TemporaryDirectory() as folder:
+        return run(load(checkpoint, Path(folder) / "tiny" if quick else None), Path(folder) / "experts")
+
+
+def run(tiny: Tiny, path: Path) -> dict[str, Found]:
+    """path: of the store."""
     model = tiny.model()
     prompt = tiny.domains[0].held_out[:PROMPT].long()[None]
     with routing.record(model) as record:
         text = generate(model, prompt)
     print(bytes(prompt[0].tolist() + text.tolist()).decode(errors="replace"), "\n")
-    run = offload.Accesses.of(record, prompt=PROMPT)
+    accesses = offload.Accesses.of(record, prompt=PROMPT)
     slots = model.config.num_experts // 4
 
     found = {}
     print(f"{slots} of {model.config.num_experts} experts of each layer in memory")
     print("policy              hits  misses  simulated hits  MB read  text")
-    with tempfile.TemporaryDirectory() as folder:
-        store = offload.write_store(tiny.folder, Path(folder) / "experts")
-        for policy in POLICIES:
-            small = offload.load_model(tiny.folder, store)  # without its experts
-            with offload.offload(small, store, slots=slots, policy=policy) as handle:
-                is_equal = torch.equal(generate(small, prompt), text)
-                counts = handle.statistics
-            simulated = offload.simulate(run, policy, slots=slots).hits
-            found[policy.name] = Found(counts.hits, counts.misses, simulated, is_equal)
-            print(
-                f"{policy.name:18} {counts.hits:5} {counts.misses:7} {simulated:15} {counts.bytes / 1e6:8.1f}  "
-                f"{'equal' if is_equal else 'DIFFERS'}"
-            )
+    store = offload.write_store(tiny.folder, path)
+    for policy in POLICIES:
+        small = offload.load_model(tiny.folder, store)  # without its experts
+        with offload.offload(small, store, slots=slots, policy=policy) as handle:
+            is_equal = torch.equal(generate(small, prompt), text)
+            counts = handle.statistics
+        simulated = offload.simulate(accesses, policy, slots=slots).hits
+        found[policy.name] = Found(counts.hits, counts.misses, simulated, is_equal)
+        print(
+            f"{policy.name:18} {counts.hits:5} {counts.misses:7} {simulated:15} {counts.bytes / 1e6:8.1f}  "
+            f"{'equal' if is_equal else 'DIFFERS'}"
+        )
     return found
 
 
