@@ -90,7 +90,11 @@ class Compact {
     return view(const_cast<uint8_t*>(bytes_.data()), DType::kUInt8, weight_.shape[0], weight_.shape[1], row_bytes());
   }
   Weight weight() const {
-    return {.format = Format::kCompact, .data = rows(), .rows = weight_.shape[1], .cols = weight_.shape[2]};
+    return {.format = Format::kCompact,
+            .data = rows(),
+            .rows = weight_.shape[1],
+            .cols = weight_.shape[2],
+            .element_bytes = size_of(weight_.dtype)};
   }
   int64_t row_bytes() const { return static_cast<int64_t>(bytes_.size()) / (weight_.shape[0] * weight_.shape[1]); }
   double size() const { return static_cast<double>(bytes_.size()); }

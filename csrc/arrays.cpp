@@ -306,16 +306,20 @@ Weight Arrays::weight(const char* name, py::handle tensors, py::handle form) {
     return only.ndim == 2 ? separate(name, items) : Weight{.data = only};
   }
 
-  constexpr size_t kNumbers = 6;
+  constexpr size_t kNumbers = 7;
   SWITCHGEAR_CHECK(ValueError, py::len(form) == kNumbers, name, ": expected a form of ", kNumbers, " numbers, got ",
                    py::len(form));
   std::array<int64_t, kNumbers> numbers;
   for (size_t i = 0; i < kNumbers; ++i) numbers[i] = py::cast<int64_t>(form[py::int_(i)]);
-  const auto [format, rows, cols, parts, group_size, fields] = numbers;
+  const auto [format, rows, cols, parts, group_size, fields, element_bytes] = numbers;
   SWITCHGEAR_CHECK(ValueError, format >= 0 && format <= static_cast<int64_t>(kLastFormat), name,
                    ": expected a format from 0 to ", static_cast<int>(kLastFormat), ", got ", format);
-  Weight weight{
-      .format = static_cast<Format>(format), .rows = rows, .cols = cols, .parts = parts, .group_size = group_size};
+  Weight weight{.format = static_cast<Format>(format),
+                .rows = rows,
+                .cols = cols,
+                .parts = parts,
+                .group_size = group_size,
+                .element_bytes = element_bytes};
   const std::array places{&weight.scales, &weight.row_scales, &weight.zeros, &weight.records, &weight.slots};
   constexpr std::array kSuffixes{"scales", "row_scales", "zeros", "records", "slots"};
   const auto expected = static_cast<size_t>(1 + std::popcount(static_cast<uint64_t>(fields)));

@@ -70,7 +70,7 @@ void compact_input(Call& call, const char* name, const Weight& w, Dim& experts) 
                    name_of(dtype), " like ", call.float_name(), ", got compact weights: ", describe(w.data));
   SWITCHGEAR_CHECK(ValueError, w.cols <= kMaxCompactColumns, name, ": expected at most ", kMaxCompactColumns,
                    " columns of compact weights, got ", w.cols);
-  const int64_t element = w.data.numel() > 0 ? compact_element_bytes(w) : 2;
+  const int64_t element = w.element_bytes;
   SWITCHGEAR_CHECK(TypeError, element == 2 || element == size_of(dtype), name, ": expected compact ", name_of(dtype),
                    " like ", call.float_name(), ", got compact elements of ", element, " bytes: ", describe(w.data));
   const int64_t records = compact_records_bytes(w.cols, element == 4 ? DType::kFloat32 : DType::kBFloat16);

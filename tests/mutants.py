@@ -55,6 +55,7 @@ KERNELS, INTEGERS = "cpu/kernels_generic", "cpu/integers/kernels_generic"
 FILES = {
     "checks.cpp": Covered("checks", "checks slots"),
     "ops.cpp": Covered("ops", "checks gate permute glu slots grouped_gemm"),
+    "reader.cpp": Covered("reader", "reader"),
     "weight_checks.cpp": Covered("weight_checks", "checks panels slots minifloat groups integers"),
     "cpu/adapter.cpp": Covered("cpu/adapter", "adapters"),
     "cpu/adapter.h": Covered("cpu/adapter cpu/moe_forward cpu/moe_backward cpu/token_sum", "adapters"),
@@ -295,7 +296,7 @@ def clean_programs_pass(chosen: list[Mutation]) -> set[str]:
 
 
 def planted(mistake: Mistake, texts: dict[str, str]) -> Mutation:
-    file = f"cpu/{mistake.file}"
+    file = mistake.file if mistake.file in texts else f"cpu/{mistake.file}"
     source = texts[file]
     if source.count(mistake.before) != 1:
         raise SystemExit(f"{mistake.name}: expected its text once in {file}, got {source.count(mistake.before)}")

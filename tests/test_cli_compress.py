@@ -74,6 +74,13 @@ def test_a_recipe_gives_a_checkpoint_that_transformers_loads(model: Path, capsys
     assert str(model.parent) not in (small / "compression.json").read_text()
 
 
+def test_merging_by_a_recipe(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, write(model, {"do": "merge_experts", "keep": 4})) == 0
+    assert "merge_experts: " in capsys.readouterr().out
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model.parent / "small")
+    assert loaded.config.num_experts == 4
+
+
 def test_bits_by_expert_keep_their_average(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mixed = {"do": "quantize", "bits": {"of": [1, 2, 3], "average": 2}, "group_size": 32}
     assert run(model, write(model, mixed)) == 0
@@ -191,4 +198,39 @@ def test_a_truncated_shard_is_named(model: Path, capsys: pytest.CaptureFixture[s
     weights.write_bytes(weights.read_bytes()[:-100])
     assert run(model, write(model, PRUNE)) == 2
     assert "cannot load" in capsys.readouterr().err
-    assert not (model.parent / "small").exists()
+    assert sorted(path.name for path in model.parent.iterdir()) == ["code.txt", "model", "prose.txt", "recipe.json"]
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"do": "prune_experts", "keep": 0}, "prune_experts: keep: expected a number of experts, a share in (0, 1)"),
+        ({"do": "prune_experts", "keep": 1.5}, "keep: expected"),
+        ({"do": "prune_experts", "keep": True}, "keep: expected"),
+        ({"do": "prune_experts", "keep": {"model.layers.0.mlp": [-1]}}, "keep: expected"),
+        ({"do": "prune_experts", "keep": 4, "criterion": "reep"}, "criterion: expected one of reap, reconstruction"),
+        ({"do": "prune_experts", "keep": 4, "scope": "all"}, "scope: expected one of layer, global, got 'all'"),
+        ({"do": "prune_experts", "keep": 4, "seed": "a"}, "seed: expected an integer"),
+        ({"do": "merge_experts", "keep": 4, "router": ["keep"]}, "router: expected one of average"),
+        ({"do": "merge_experts", "keep": 4, "align": "yes"}, "align: expected true or false, got 'yes'"),
+        ({"do": "prune_weights", "sparsity": 1.0}, "sparsity: expected a share in (0, 1) or '2:4', got 1.0"),
+        ({"do": "prune_weights", "metric": None}, "metric: expected one of router_wanda"),
+        ({"do": "quantize", "bits": 9}, "bits: expected 1 to 8"),
+        ({"do": "quantize", "bits": 8, "store": True}, "bits: expected 1 to 4"),
+        ({"do": "quantize", "bits": {"model.layers.0.mlp": [3, 0]}}, "bits: expected 1 to 8"),
+        ({"do": "quantize", "bits": {"average": "two"}}, "average: expected a number of bits, got 'two'"),
+        ({"do": "quantize", "bits": {"of": [3, 1], "average": 2}}, "of: expected bits from 1 on, ascending"),
+        ({"do": "quantize", "bits": 3, "group_size": 33}, "group_size: expected 0 or a multiple of 32, got 33"),
+        ({"do": "quantize", "bits": 3, "method": "gtpq"}, "method: expected one of"),
+        ({"do": "quantize", "bits": 3, "damping": -1}, "damping: expected a number of at least 0, got -1"),
+    ],
+)
+def test_a_wrong_value_is_named_before_the_model_is_loaded(
+    step: dict[str, Any], message: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in model.glob("*.safetensors"):
+        file.unlink()
+    assert run(model, write(model, PRUNE, step)) == 2
+    assert f"recipe: steps[1]: {step['do']}: " in (found := capsys.readouterr().err)
+    assert message in found
+    assert not (model.parent / "small.partial").exists()

@@ -57,6 +57,10 @@ def test_mistakes_are_named(dense: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "expected --recipe or --operation" in complaint()
     assert "operation: expected upcycle" in complaint("--operation", "downcycle")
     assert "experts: expected an option of upcycle" in complaint("--operation", "upcycle", "--set", "experts=4")
+    for wrong in ("num_experts=0", "num_experts=two", "top_k=99", "top_k=0"):
+        found = complaint("--operation", "upcycle", "--set", wrong)
+        assert wrong.partition("=")[0] in found, (wrong, found)
+        assert "expected" in found, (wrong, found)
     assert "--set: expected NAME=VALUE" in complaint("--operation", "upcycle", "--set", "experts")
     assert "expected either --recipe" in complaint("--recipe", "r.json", "--operation", "upcycle")
     assert "recipe: expected a dict or a JSON file" in complaint("--recipe", "/nowhere/r.json")

@@ -35,7 +35,7 @@ class ExpertMatrix {
       case Format::kPanels: whole_.n_stride = w.cols * size_of(dtype); break;
       case Format::kCompact:
         whole_.n_stride = w.data.shape[2];
-        whole_.compact_bytes = static_cast<int>(compact_element_bytes(w));
+        whole_.compact_bytes = static_cast<int>(w.element_bytes);
         break;
       default: {  // minifloats and groups
         const int64_t blocks = w.data.shape[1], groups = w.scales.shape[2];

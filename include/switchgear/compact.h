@@ -29,18 +29,6 @@ constexpr int64_t compact_records_bytes(int64_t cols, DType dtype) {
   return (cols + kCompactRecord - 1) / kCompactRecord * compact_record_bytes(dtype);
 }
 
-// Bytes of an element, 2 or 4: the same for all experts of a weight, so read from the first; with slots, which may contain
-// anything where no token's expert is, from the first that says so.
-inline int64_t compact_element_bytes(const Weight& weight) {
-  const auto bytes_of = [&](int64_t slot) {
-    return weight.data.as<uint8_t>()[slot * weight.data.stride[0] + kCompactElementBytes];
-  };
-  for (int64_t slot = 0; weight.slots.defined() && slot < weight.data.shape[0]; ++slot) {
-    if (const int64_t bytes = bytes_of(slot); bytes == 2 || bytes == 4) return bytes;
-  }
-  return bytes_of(0);
-}
-
 // Bytes of a row whose header has space for `exceptions` elements with other exponents.
 int64_t compact_row_bytes(int64_t cols, int64_t exceptions, DType dtype);
 

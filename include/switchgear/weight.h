@@ -51,6 +51,7 @@ struct Weight {
   int64_t rows = 0, cols = 0;          // of a matrix; plain weights have those of `data`
   int64_t parts = 1;                   // equal shares of the rows, stored separately: 2 if all gates precede all ups
   int64_t group_size = 0;              // columns that share a scale; 0: the whole row
+  int64_t element_bytes = 0;           // compact: 2 or 4, in all rows. No row says so: slots may hold anything
   const void* const* base = nullptr;   // [E] plain matrices, each with its own base pointer and number of rows
   const int64_t* row_count = nullptr;  // [E], each <= data.shape[1]
   TensorView slots;  // [E] int32 on the host, optional: the data of expert e is at slots[e] in [0, num_stored())

@@ -311,7 +311,7 @@ def weight_of(op: str, args: dict[str, Any], name: str) -> tuple[Any, tuple[int,
     fields = sum(1 << bit for bit, tensor in present if tensor is not None)
     parts = 1 if name == "down_proj" else args["parts"]
     tensors = [args[name], *(tensor for _, tensor in present if tensor is not None)]
-    return tensors, (*form, parts, args["group_size"], fields)
+    return tensors, (*form, parts, args["group_size"], fields, 0)
 
 
 def handed_on(op: str, args: dict[str, Any], outputs: bool) -> list[Any]:

@@ -187,10 +187,8 @@ TEST(groups_of_other_shapes_are_errors) {
 TEST(compact_weights_of_other_shapes_are_errors) {
   for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
     Stored s({.format = Format::kCompact,
-              .data = bytes(DType::kUInt8, {2, Stored::kRows, compact_row_bytes(Stored::kCols, 0, dtype)})});
-    auto* const p = s.weight.data.as<uint8_t>();
-    for (int64_t row = 0; row < 2 * Stored::kRows; ++row)
-      p[row * s.weight.data.shape[2] + kCompactElementBytes] = static_cast<uint8_t>(size_of(dtype));
+              .data = bytes(DType::kUInt8, {2, Stored::kRows, compact_row_bytes(Stored::kCols, 0, dtype)}),
+              .element_bytes = size_of(dtype)});
     s.refuses_shapes();
     s.accepts("a row more in x", [](Weight&) {}, dtype);
     if (dtype == DType::kFloat32)
@@ -199,8 +197,8 @@ TEST(compact_weights_of_other_shapes_are_errors) {
           DType::kBFloat16);
     s.refuses("TypeError: weight: expected float16 like x, got compact weights", [](Weight&) {}, DType::kFloat16);
     for (const int bad : {0, 1, 3, 8}) {
-      p[kCompactElementBytes] = static_cast<uint8_t>(bad);
-      s.refuses("TypeError: weight: expected compact float32 like x, got compact elements of ", [](Weight&) {});
+      s.refuses("TypeError: weight: expected compact float32 like x, got compact elements of ",
+                [bad](Weight& w) { w.element_bytes = bad; });
     }
   }
 }

@@ -6,8 +6,8 @@
 namespace switchgear::test {
 namespace {
 
-Weight rows_of(const Array& data, int64_t rows, int64_t cols) {
-  return {.format = Format::kCompact, .data = data, .rows = rows, .cols = cols};
+Weight rows_of(const Array& data, int64_t rows, int64_t cols, DType elements) {
+  return {.format = Format::kCompact, .data = data, .rows = rows, .cols = cols, .element_bytes = size_of(elements)};
 }
 
 Array packed(const Array& weight) {
@@ -85,8 +85,8 @@ TEST(compact_weights_give_the_bits_of_plain_ones) {
         .x = l.x, .weights = l.weights(), .topk_ids = l.ids, .topk_weights = l.topk_weights, .options = o, .y = plain};
     MoeForwardArgs compact = args;
     compact.y = y;
-    compact.weights.gate_up_proj = rows_of(gate_up, l.N, c.H);
-    compact.weights.down_proj = rows_of(down, c.H, c.I);
+    compact.weights.gate_up_proj = rows_of(gate_up, l.N, c.H, kind.stored);
+    compact.weights.down_proj = rows_of(down, c.H, c.I, kind.stored);
     for_each_isa(
         {&y}, [&](Execution exec) { moe_forward(compact, exec); },
         [&] {
@@ -112,7 +112,7 @@ TEST(any_bytes_stay_within_their_rows) {
       Array array(DType::kUInt8, {c.E, rows, compact_row_bytes(cols, 0, stored)});
       uint8_t* const data = array.view().as<uint8_t>();
       for (int64_t i = 0; i < array.numel(); ++i) data[i] = static_cast<uint8_t>(random.bits());
-      data[kCompactElementBytes] = static_cast<uint8_t>(size_of(stored));  // the only byte that is checked
+      data[kCompactElementBytes] = static_cast<uint8_t>(size_of(stored));  // which expand_compact checks
       return array;
     };
     const Array gate_up = bytes(l.N, c.H), down = bytes(c.H, c.I);
@@ -121,7 +121,7 @@ TEST(any_bytes_stay_within_their_rows) {
     x.shape[0] = ids.shape[0] = topk_weights.shape[0] = y.size(0);
     const MoeForwardArgs args{
         .x = x,
-        .weights = {.gate_up_proj = rows_of(gate_up, l.N, c.H), .down_proj = rows_of(down, c.H, c.I)},
+        .weights = {.gate_up_proj = rows_of(gate_up, l.N, c.H, stored), .down_proj = rows_of(down, c.H, c.I, stored)},
         .topk_ids = ids,
         .topk_weights = topk_weights,
         .y = y};

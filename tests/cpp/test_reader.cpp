@@ -171,6 +171,7 @@ TEST(a_read_that_fails_does_not_stop_others) {
   CHECK(status_of(reader, changed) == ReadStatus::kChecksum);
   const auto end = reader.wait_for(beyond, seconds(60));
   CHECK(end && end->status == ReadStatus::kShort && end->at == 8 * kChunk);
+  CHECK(reader.statistics().reads == 4, "those that failed, too");
 }
 
 TEST(files_that_are_replaced_or_truncated_are_named) {

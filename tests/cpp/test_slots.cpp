@@ -53,6 +53,7 @@ Stored make(Random& random, Format format, DType dtype, int64_t E, int64_t rows,
       const Array plain = random_array(random, dtype, {E, rows, cols});
       w.data = s.add(Array(DType::kUInt8, {E, rows, compact_row_bytes(cols, cols, dtype)}, 0, 0));
       pack_compact(plain, w.data);
+      w.element_bytes = size_of(dtype);
       break;
     }
     case Format::kInt8:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import io
 import json
 import math
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import switchgear
-from switchgear import adapters, finetune
+from switchgear import adapters, finetune, offload
 from switchgear.bench import plan_parallel
 from switchgear.common import CommandError
 from switchgear.parallel import checkpoint
@@ -598,7 +599,90 @@ def change_selected(folder: Path, rng: random.Random) -> str:
     return kind
 
 
+# ---- stores of experts -----------------------------------------------------------------------------------------------
+
+STORES: dict[str, dict[str, Any]] = {
+    "plain": {"form": "plain"},
+    "int4": {"form": "int4", "group_size": 32},
+    "bits": {"form": "groups", "bits": [1, 3, 2], "group_size": 32},
+}
+INDEX = "index.json"
+OTHERS = (None, True, 1.5, "", "data", "int8", "float16", "../x", [], {}, [[]], *NUMBERS)
+
+
+def write_experts(form: str, folder: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(switchgear.MoE(64, 32, 3, 2) for _ in range(2))).bfloat16()
+    offload.write_store(model, folder / "store", **STORES[form])
+    for file in (folder / "store").iterdir():
+        file.rename(folder / file.name)
+    (folder / "store").rmdir()
+
+
+def read_experts(folder: Path) -> Tensors:
+    """The tensors of all records, of a store whose checksums hold and whose weights can be decoded."""
+    store = offload.Store.open(folder)
+    store.verify()
+    tensors = {}
+    for layer, records in store.layers.items():
+        data = (folder / records.file).read_bytes()
+        memory = torch.zeros(records.num_experts, records.record_bytes, dtype=torch.uint8)
+        for expert, (begin, size) in enumerate(zip(records.offsets, records.sizes, strict=True)):
+            memory[expert, :size] = torch.frombuffer(bytearray(data[begin : begin + size]), dtype=torch.uint8)
+            for part in records.parts_of(expert):
+                tensors[f"{layer} {expert} {part.projection} {part.field}"] = part.view(memory[expert : expert + 1])[0]
+        for weight in records.weights(memory):
+            weight.plain()
+    return tensors
+
+
+def plain_experts(folder: Path) -> Tensors:
+    tensors = {}
+    for layer in json.loads((folder / INDEX).read_text())["layers"]:
+        data, at = (folder / layer["file"]).read_bytes(), 0
+        for expert in range(layer["num_experts"]):
+            missing = 0  # bytes of planes that this expert has fewer than the most
+            for part in layer["parts"]:
+                shape, begin, dtype = list(part["shape"]), at + part["offset"] - missing, getattr(torch, part["dtype"])
+                if layer.get("bits") and part["field"] == "data":
+                    shape[0] = layer["bits"][expert][part["projection"]]
+                    missing += (part["shape"][0] - shape[0]) * math.prod(shape[1:])
+                end = begin + math.prod(shape) * dtype.itemsize
+                tensor = torch.frombuffer(bytearray(data[begin:end]), dtype=dtype).view(shape)
+                tensors[f"{layer['name']} {expert} {part['projection']} {part['field']}"] = tensor
+            at += -(-(end - at) // 4096) * 4096 if layer.get("bits") else layer["record_bytes"]
+    return tensors
+
+
+def change_experts(folder: Path, rng: random.Random) -> str:
+    """Of a value in the index, whose digest is then right."""
+    file = folder / INDEX
+    entries = json.loads(file.read_text())
+    where, at = [], entries
+    while isinstance(at, (dict, list)) and at and (not where or rng.random() < 0.95):
+        where.append(rng.choice(sorted(at) if isinstance(at, dict) else range(len(at))))
+        parent, at = at, at[where[-1]]
+    if rng.random() < 0.2:
+        del parent[where[-1]]
+    else:
+        parent[where[-1]] = rng.choice((*OTHERS, at + 64 if type(at) is int else at))
+    rest = {key: value for key, value in entries.items() if key != "digest"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps({**rest, "digest": digest}))
+    return f"change of {'.'.join(map(str, where))}"
+
+
+def is_of_a_store(error: BaseException) -> bool:
+    return type(error) is offload.StoreError and "expected" in str(error)
+
+
 FORMATS: dict[str, Format] = {
+    **{
+        f"store {form}": Format(
+            functools.partial(write_experts, form), read_experts, plain_experts, change_experts, is_of_a_store
+        )
+        for form in STORES
+    },
     **{
         f"stored {form}": Format(
             functools.partial(write_stored, form), functools.partial(read_stored, form),

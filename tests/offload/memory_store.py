@@ -107,9 +107,9 @@ class MemoryStore:
                 plain = [(p.mT if layout.transposed else p).contiguous() for p in plain]
                 weights = tuple(Weight("plain", p, p.shape[1], p.shape[2], p.dtype, is_exact=True) for p in plain)
             records = records_for(name, "", (weights[0], weights[1]))
-            data = torch.zeros(records.num_experts, records.record_bytes, dtype=torch.uint8)
-            for expert in range(records.num_experts):
-                fill(data[expert : expert + 1], records, weights, expert)
+            data = torch.zeros(records.nbytes, dtype=torch.uint8)
+            for expert, (begin, size) in enumerate(zip(records.offsets, records.sizes, strict=True)):
+                fill(data[None, begin : begin + size], records, weights, expert)
             self.layers[name] = records
             self.files.append(data)
 
@@ -121,6 +121,6 @@ class MemoryStore:
         self.readers.append(MemoryReader(self.files, self.late))
         return self.readers[-1]
 
-    def reads(self, records: Records, is_checked: bool) -> list[tuple[int, int, int | None]]:
+    def reads(self, records: Records, is_checked: bool) -> list[tuple[int, int, int, int | None]]:
         file = list(self.layers).index(records.name)
-        return [(file, offset, None) for offset in records.offsets]
+        return [(file, *read, None) for read in zip(records.offsets, records.sizes, strict=True)]

@@ -10,6 +10,7 @@ from memory_store import MemoryStore
 from offload_cases import check, make_model, outputs_of, same_bits, steps_of
 from replayed import Replay, as_sets
 
+import switchgear
 from switchgear import diagnostics, offload
 from switchgear.offload import LFRU, LFU, LIFO, LRU, Accesses, FrequencyDistance, LeastStale
 
@@ -42,3 +43,32 @@ def test_row41_hits_are_those_of_an_independent_lru() -> None:
         record = store.layers["0.experts"].record_bytes
         assert found.bytes == found.misses * record == store.reader.bytes - record  # one more was read at the start
         check(cache)
+
+
+@torch.no_grad()
+def test_experts_of_different_bits() -> None:
+    """Only the bytes of an expert's own record are read; the simulator counts them, too."""
+    steps, bits = steps_of(size=128), [1, 4, 2, 3, 4, 2]
+    for slots, shared, policy in itertools.product((1, 2, 3), (False, True), POLICIES):
+        model = make_model(size=128)
+        switchgear.store(model, "groups", bits=bits, group_size=32)
+        wanted = outputs_of(model, steps)
+        runs = []
+        for x in steps:
+            with diagnostics.collect(model) as choices:
+                model(x)
+            runs.append(Accesses.of(choices, prompt=None))
+        accesses = Accesses.join(runs)
+        store = MemoryStore(model)
+        sizes = [records.sizes for records in store.layers.values()]
+        assert len(set(sizes[0])) > 2
+        cache = offload.offload(model, store, slots=slots, shared=shared, policy=policy)  # type: ignore[arg-type]
+        got = outputs_of(model, steps)
+        assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True)), (slots, shared, policy)
+        found = cache.statistics
+        simulated = offload.simulate(accesses, policy, slots=slots, shared=shared, record_bytes=sizes)
+        assert (found.hits, found.misses) == (simulated.hits, simulated.misses)
+        assert found.bytes == simulated.bytes == store.reader.bytes - sizes[0][0]  # one more was read at the start
+        check(cache)
+        cache.close()
+        assert all(same_bits(a, b) for a, b in zip(outputs_of(model, steps), wanted, strict=True))

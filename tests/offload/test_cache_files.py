@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,15 @@ import switchgear
 from switchgear import offload
 from switchgear.offload import NextGate, StoreError
 
+FORMS: dict[str, dict[str, Any]] = {"plain": {}, "int4": {}, "groups": {}, "mixed": {"bits": [4, 1, 3, 2, 2, 4]}}
 
-@pytest.mark.parametrize("form", ["plain", "int4", "groups"])
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_store_on_disk(form: str, tmp_path: Path) -> None:
-    model, steps = make_model(), steps_of()
+    size = 128 if form == "mixed" else 32
+    model, steps = make_model(size=size), steps_of(size=size)
     if form != "plain":
-        switchgear.store(model, form)
+        switchgear.store(model, "groups" if form == "mixed" else form, **FORMS[form])
     wanted = outputs_of(model, steps)
     store = offload.write_store(model, tmp_path / "experts", "as published" if form != "plain" else form)
     for options in ({}, {"shared": True}, {"prefetch": NextGate(model)}, {"verify": False, "threads": 1}, {"slots": 6}):
@@ -26,7 +30,8 @@ def test_a_store_on_disk(form: str, tmp_path: Path) -> None:
             for _ in range(5):
                 assert all(map(same_bits, outputs_of(model, steps), wanted))
             found = cache.statistics
-            assert found.bytes == found.misses * store.layers["0.experts"].record_bytes
+            most = found.misses * store.layers["0.experts"].record_bytes
+            assert found.bytes < most if form == "mixed" and not cache.is_inert else found.bytes == most
             if not cache.is_inert:
                 check(cache)
                 assert found.misses > 0

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import threading
 from typing import Any
@@ -204,8 +205,24 @@ def test_state_dicts_copies_and_conversions_name_the_cache() -> None:
     before = model.state_dict()
     wanted = outputs_of(model, steps)
     cache = offload.offload(model, MemoryStore(model), slots=2)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="its experts are offloaded, so their plain weights and state dict"):
-        model.state_dict()
+    state = model.state_dict()  # has shapes, and no numbers that anything could take for those of experts
+    assert list(state) == list(before)
+    assert all(state[name].shape == tensor.shape for name, tensor in before.items())
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items() if "_proj" not in name)
+    experts = state["1.experts.down_proj"]
+    for use in (
+        lambda: torch.save(state, io.BytesIO()),
+        lambda: pickle.dumps(state),
+        lambda: copy.deepcopy(state),
+        lambda: experts + 1,
+        lambda: experts.float(),
+        lambda: experts.numpy(),
+        lambda: torch.zeros(6, 32, 32).copy_(experts),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=r"in the store memory and not in memory|numpy"):
+            use()
+    with pytest.raises(RuntimeError, match="in the store memory and not in memory"):
+        make_model().load_state_dict(state)
     with pytest.raises(ValueError, match=r"0.experts.gate_up_proj: expected none for experts offloaded to memory"):
         model.load_state_dict(before)
     rest = {name: tensor for name, tensor in before.items() if "_proj" not in name}

@@ -150,6 +150,18 @@ def test_speed_and_bytes() -> None:
     assert offload.simulate(accesses, LRU(), slots=1).tokens_per_second is None
 
 
+def test_records_of_different_sizes() -> None:
+    """Misses count their own bytes; a slot has room for the largest."""
+    accesses = Accesses.of([[{0}, {1}], [{1}, {1}], [{0}, {0}]])
+    sizes = [[10, 30], [20, 5]]
+    found = offload.simulate(accesses, LRU(), slots=1, record_bytes=sizes, bandwidth=1.0)
+    assert (found.misses, found.bytes) == (5, 10 + 30 + 10 + 5 + 20)
+    assert found.tokens_per_second == pytest.approx(3 / 75)
+    assert offload.simulate(accesses, LRU(), bytes=99, record_bytes=sizes).slots == 2
+    assert offload.simulate(accesses, LRU(), bytes=100, record_bytes=sizes).slots == 4
+    assert offload.simulate(accesses, LRU(), bytes=100, record_bytes=sizes, shared=True).slots == 3
+
+
 def test_an_empty_trace() -> None:
     empty = (Accesses.of([]), Accesses.of(TRACES["0"].steps[:0]), TRACES["recorded"].split(0)[0])
     for accesses, shared in itertools.product(empty, (False, True)):
@@ -210,6 +222,9 @@ def test_bad_input() -> None:
         "record_bytes: expected a number beside bytes": lambda: offload.simulate(accesses, LRU(), bytes=9),
         "bytes: expected at least 30": lambda: offload.simulate(accesses, LRU(), bytes=29, record_bytes=10),
         "record_bytes: expected more than 0, got 0": lambda: offload.simulate(accesses, LRU(), slots=1, record_bytes=0),
+        r"record_bytes: expected \[.*\] numbers by layer": lambda: offload.simulate(
+            accesses, LRU(), slots=1, record_bytes=[[1]]
+        ),
         "record_bytes: expected a number beside a band": lambda: offload.simulate(
             accesses, LRU(), slots=1, bandwidth=1
         ),

@@ -47,8 +47,8 @@ def arena_of(store: Store, records: Records, order: list[int]) -> Tensor:
     arena = whole[begin : begin + len(order) * records.record_bytes].view(len(order), -1)
     reader, reads = store.open_reader(threads=2), store.reads(records)
     for row, expert in enumerate(order):
-        file, offset, checksum = reads[expert]
-        ticket = reader.submit(file, offset, records.record_bytes, arena[row].data_ptr(), checksum)
+        file, offset, nbytes, checksum = reads[expert]
+        ticket = reader.submit(file, offset, nbytes, arena[row].data_ptr(), checksum)
         reader.wait(ticket, 30)
     reader.close()
     return arena
@@ -97,6 +97,70 @@ def test_kernels_multiply_records_where_they_lie(tmp_path: Path, form: str) -> N
     assert torch.equal(got, experts(x, ids, weights))
 
 
+MIXED = {"bits": [1, 4, 2, 3, 4], "group_size": 32, "symmetric": False}
+
+
+def test_experts_of_different_bits(tmp_path: Path) -> None:
+    """A record has the bits of its expert alone. In memory any row has room for any expert."""
+    model = small(1, sizes=(128, 128))
+    store = write_store(model, tmp_path / "s", "groups", **MIXED)
+    store.verify()
+    records = store.layers["0.experts"]
+    assert [bits for bits, _ in records.bits] == MIXED["bits"]
+    assert records.sizes[1] == records.sizes[4] == records.record_bytes
+    bit = 3 * 128 * 128 // 8
+    for expert, bits in enumerate(MIXED["bits"]):
+        assert abs(records.record_bytes - records.sizes[expert] - (4 - bits) * bit) < 4096
+    assert store.nbytes == sum(records.sizes) == (tmp_path / "s" / records.file).stat().st_size
+    switchgear.store(model, "groups", **MIXED)
+    experts = model[0].experts
+    wanted = stored_of(experts).weights(experts)
+    for got, want in zip(records.weights(arena_of(store, records, list(range(5)))), wanted, strict=True):
+        assert torch.equal(got.plain(), want.plain())
+    order = [4, 2, 0, 1, 3]
+    arena, slots = arena_of(store, records, order), torch.tensor([2, 3, 1, 4, 0], dtype=torch.int32)
+    first, second = records.weights(arena, slots)
+    place = records.placing((first, second))
+    assert place is not None
+    for row, expert in enumerate(order):
+        place(expert, row)
+    for got, want in zip((first, second), wanted, strict=True):
+        assert got.data.untyped_storage().data_ptr() == arena.untyped_storage().data_ptr()
+        assert torch.equal(got.plain(), want.plain())
+    x, ids, weights = torch.randn(7, 128).bfloat16(), torch.randint(5, (7, 1)).int(), torch.rand(7, 1)
+    assert torch.equal(switchgear.functional.moe(x, first, second, ids, weights), experts(x, ids, weights))
+
+
+def test_bits_of_experts_in_an_index_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    write_store(small(1), path, "groups", **MIXED)
+    index = path / "index.json"
+    clean = json.loads(index.read_text())
+    hostile: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+        ("bits: expected 5 pairs", lambda e: e["bits"].pop()),
+        ("bits: expected 5 pairs", lambda e: e["bits"].__setitem__(0, [1])),
+        ("bits: expected 0 to 8", lambda e: e["bits"].__setitem__(0, [-1, 1])),
+        ("bits: expected int", lambda e: e["bits"].__setitem__(0, [True, 1])),
+        ("bits: expected at most", lambda e: e["bits"].__setitem__(0, [5, 1])),
+        ("bits: expected at most", lambda e: e["bits"].__setitem__(0, [0, 1])),
+        ("expected .* bytes", lambda e: e["bits"].__setitem__(0, [4, 4])),
+        ("expected .* bytes", lambda e: e.pop("bits")),
+        ("planes of bits to be the last", lambda e: e["parts"].insert(0, e["parts"].pop())),
+    ]
+    for message, change in hostile:
+        entries = copy.deepcopy(clean)
+        change(entries["layers"][0])
+        if "last" in message:
+            at = 0
+            for part in entries["layers"][0]["parts"]:
+                part["offset"] = at
+                at += 64 * 1024
+            entries["layers"][0]["record_bytes"] = at
+        index.write_text(with_digest(entries))
+        with pytest.raises(StoreError, match=message):
+            Store.open(path)
+
+
 def test_a_model_that_is_stored_keeps_its_bits(tmp_path: Path) -> None:
     model = small()
     switchgear.store(model, "int8")
@@ -135,7 +199,6 @@ def test_sources_that_cannot_be_stored_leave_nothing(tmp_path: Path) -> None:
         (model, "s", {"form": "as published", "bits": 3}, "bits"),
         (model, "s", {"dtype": torch.float32}, "dtype"),
         (model, "s", {"form": "compact"}, "of its bytes"),
-        (small(1), "s", {"form": "groups", "bits": [1, 2, 3, 4, 4]}, "one number of bits"),
         (tmp_path / "there", "s", {}, "config.json"),
     ]
     for source, name, options, message in cases:
@@ -389,11 +452,12 @@ def damaged(entries: dict[str, Any], rng: random.Random) -> None:
         return
 
 
-@pytest.mark.parametrize("form", ["plain", "int4", "groups", "fp8"])
+@pytest.mark.parametrize("form", ["plain", "int4", "groups", "fp8", "mixed"])
 def test_fuzzed_indexes(tmp_path: Path, form: str) -> None:
     """Of each form 150 damages, whose digests are right: a StoreError, or a store whose weights kernels can read."""
     path = tmp_path / "s"
-    write_store(small(2, sizes=(64, 64), experts=2), path, form)
+    options = {"form": "groups", "bits": [4, 1]} if form == "mixed" else {"form": form}
+    write_store(small(2, sizes=(64, 64), experts=2), path, **options)
     index, rng = path / "index.json", random.Random(form)
     text = index.read_text()
     opened, messages = 0, []

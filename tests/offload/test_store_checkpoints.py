@@ -26,6 +26,8 @@ from switchgear.weights import stored_of
 from switchgear.weights.layout import layout_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import test_published_groups
+import test_published_nf4
 from test_published import MODELS, publish
 
 
@@ -95,6 +97,32 @@ def test_published_experts_keep_their_bits(tmp_path: Path, model_type: str) -> N
         assert same.layers[name].checksums == records.checksums
     loaded = offload.load_model(tmp_path / "c", store)
     assert any(parameter.is_meta for parameter in loaded.parameters())
+
+
+PUBLISHED = {f"{kind.method} {kind.bits} {kind.version}": kind for kind in test_published_groups.KINDS}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*PUBLISHED, "nf4", "nf4 nested"])
+def test_row38_published_integers_in_a_cache(tmp_path: Path, name: str) -> None:
+    """GPTQ, AWQ, compressed-tensors and nf4, experts of which most are on disk: the bits of the resident model."""
+    if name in PUBLISHED:
+        test_published_groups.publish(tmp_path / "c", "qwen3_moe", PUBLISHED[name])
+    else:
+        test_published_nf4.publish(tmp_path / "c", "qwen3_moe", nested="nested" in name)
+    store = write_store(tmp_path / "c", tmp_path / "s", "as published")
+    store.verify()
+    resident, model = load_published(tmp_path / "c"), offload.load_model(tmp_path / "c", store)
+    assert {kind.format for r in store.layers.values() for kind in r.kinds} == {name[:3] if "nf4" in name else "groups"}
+    prompt = torch.arange(1, 9)[None]
+    with offload.offload(model, store, slots=2, policy=offload.LIFO()) as cache:
+        assert torch.equal(model(prompt).logits, resident(prompt).logits)
+        options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "min_new_tokens": 8}
+        assert torch.equal(model.generate(prompt, **options), resident.generate(prompt, **options))
+        found = cache.statistics
+        assert found.hits > 0
+        assert found.misses > 0
+        assert cache.nbytes < store.nbytes
 
 
 def test_a_store_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -94,6 +94,23 @@ def weight_of(rows: Tensor, columns: int, dtype: torch.dtype) -> Weight:
     return Weight("compact", rows, rows.shape[1], columns, dtype, elements=dtype)
 
 
+def test_slots_without_experts_may_hold_anything() -> None:
+    """As after a read that failed: no row is asked how many bytes its elements have."""
+    torch.manual_seed(0)
+    experts = switchgear.Experts(512, 512, 4).eval()
+    stored = stored_weights(compact(experts))
+    x, ids, topk_weights = torch.randn(3, 512), torch.full((3, 1), 2, dtype=torch.int32), torch.rand(3, 1)
+    with torch.no_grad():
+        wanted = experts(x, ids, topk_weights)
+    for garbage in (0, 2, 0xAA):
+        moved = []
+        for weight in stored:
+            data = torch.full_like(weight.data, garbage)
+            data[3] = weight.data[2]
+            moved.append(weight.with_tensors({"data": data, "slots": torch.tensor([0, 1, 3, 2], dtype=torch.int32)}))
+        assert torch.equal(switchgear.functional.moe(x, *moved, ids, topk_weights), wanted)
+
+
 # ---- the format ------------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +122,8 @@ def test_nothing_is_lost(of_kind: Any, make: Any, experts: int, rows: int, colum
     matrix = compacted(weight)
     assert torch.equal(matrix.data, reference_compact.compact(weight))
     assert torch.equal(bits(matrix.plain()), bits(weight))
-    assert torch.equal(bits(reference_compact.plain(matrix.data, columns, weight.dtype)), bits(weight))
+    element_bytes = matrix.elements.itemsize
+    assert torch.equal(bits(reference_compact.plain(matrix.data, columns, weight.dtype, element_bytes)), bits(weight))
 
 
 def test_bytes() -> None:
@@ -249,7 +267,7 @@ def test_errors() -> None:
     with pytest.raises(
         TypeError, match="gate_up_proj: expected compact bfloat16 like x, got compact elements of 4 bytes"
     ):
-        call(x, weight_of(rows, 512, torch.bfloat16), weight_of(rows, 512, torch.bfloat16))
+        call(x, *[Weight("compact", rows, 4, 512, torch.bfloat16, elements=torch.float32)] * 2)
     with pytest.raises(
         TypeError, match="compact: expected compact bfloat16 like weight, got compact elements of 4 bytes"
     ):

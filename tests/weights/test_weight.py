@@ -34,6 +34,7 @@ def test_what_crosses(case: FormCase) -> None:
         formats.FORMATS.index(case.form.name), 2 * case.intermediate_size, case.hidden_size, weight.parts,
         weight.group_size,
     )  # fmt: skip
+    assert weight.form[6] == (weight.elements.itemsize if weight.elements else 0)
     assert [getattr(weight, name) for name in names] == list(weight.tensors)
     assert weight.shape == (E, 2 * case.intermediate_size, case.hidden_size)
     assert weight.nbytes == sum(tensor.nbytes for tensor in weight.tensors)

@@ -24,6 +24,7 @@ from switchgear.backends import backend, without_autocast
 from switchgear.functional import grouped_gemm
 from switchgear.weights import Weight, stored_of
 from switchgear.weights.adapted import Lora, adapters_of
+from switchgear.weights.offloaded import OffloadedWeight
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _INT8 = torch.iinfo(torch.int8)
@@ -136,9 +137,10 @@ def _sites(model: nn.Module) -> list[Site]:
 def _check(sites: Sequence[Site]) -> None:
     seen: set[int] = set()
     for site in sites:
-        if isinstance(site.weight, Weight):
+        if isinstance(site.weight, (Weight, OffloadedWeight)):
             stored = stored_of(site.module)
-            form = site.weight.format if stored is None else stored.form
+            held = site.weight.weight if isinstance(site.weight, OffloadedWeight) else site.weight
+            form = held.format if stored is None else stored.form
             raise ValueError(
                 f"model: expected plain weights to merge into, got {site.where} stored as {form}; call "
                 "switchgear.restore(model) first"
@@ -168,7 +170,7 @@ def _arithmetic() -> tuple[str, str]:
 
 def _matrix(site: Site, e: int) -> Tensor:
     weight = site.weight
-    assert not isinstance(weight, Weight)
+    assert not isinstance(weight, (Weight, OffloadedWeight))
     return weight[e].detach()
 
 

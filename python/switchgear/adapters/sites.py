@@ -15,6 +15,7 @@ from switchgear.experts import Experts
 from switchgear.weights import Weight, stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.layout import hint_for
+from switchgear.weights.offloaded import OffloadedWeight
 
 TARGETS = ("gate_up_proj", "down_proj")
 
@@ -27,7 +28,7 @@ class Site:
     module: nn.Module  # holds the parameter `name`, and its adapters
     name: str
     target: str  # of TARGETS: the layer's first or second product
-    weight: Tensor | Weight | Sequence[Tensor]  # [E,N,C], or E matrices [N,C]: views of the parameters, or stored
+    weight: Tensor | Weight | OffloadedWeight | Sequence[Tensor]  # [E,N,C], or E matrices [N,C]: views, or stored
     transposed: bool = False  # the parameter has [E,in,out], or [E·in,out]
     linears: tuple[str, ...] = ()  # paths of E linear layers below the module, if the weight is a list
     guarded: nn.Module | None = None  # the module that gets `guard`
@@ -38,14 +39,14 @@ class Site:
         return f"{self.path}.{self.name}" if self.path else self.name
 
     @property
-    def like(self) -> Tensor | Weight:
+    def like(self) -> Tensor | Weight | OffloadedWeight:
         """What has the dtype and the device of the weight."""
-        return self.weight if isinstance(self.weight, (Tensor, Weight)) else self.weight[0]
+        return self.weight if isinstance(self.weight, (Tensor, Weight, OffloadedWeight)) else self.weight[0]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(E, N, C)"""
-        if isinstance(self.weight, (Tensor, Weight)):
+        if isinstance(self.weight, (Tensor, Weight, OffloadedWeight)):
             experts, rows, cols = self.weight.shape
             return experts, rows, cols
         return len(self.weight), self.weight[0].shape[0], self.weight[0].shape[1]

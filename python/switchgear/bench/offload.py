@@ -41,7 +41,7 @@ READ_THREADS, READ_BYTES, PIECE = 4, 1 << 30, 1 << 20  # of the disk's rate
 LONGEST = 300.0  # seconds of a run
 BASE = "resident"
 FITS = "all fits"  # our cache with a slot for each expert, beside the resident model
-ALL = (BASE, "offload", "prefetch", "mmap", "accelerate", "llama.cpp", FITS)
+ALL = (BASE, "offload", "prefetch", "replay", "mmap", "accelerate", "llama.cpp", FITS)
 UNLIMITED = (BASE, FITS)
 
 
@@ -152,7 +152,7 @@ def _write_files(spec: Spec, folder: Path, names: list[str], skipped: list[dict[
     else:
         write_checkpoint(spec, folder)
         mark.write_text(json.dumps(spec._asdict()))
-    if {"offload", "prefetch", FITS} & set(names) and not (folder / STORE).exists():
+    if {"offload", "prefetch", "replay", FITS} & set(names) and not (folder / STORE).exists():
         offload.write_store(folder / CHECKPOINT, folder / STORE)
     if "llama.cpp" in names:
         missing = next((reason for package in ("llama_cpp", "gguf") if (reason := optional(package)[1])), "")

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from switchgear.backends import warn_once
 from switchgear.weights import stored_of
 from switchgear.weights.module import plain_keys
+from switchgear.weights.offloaded import OffloadedProjections
 
 
 def register() -> None:
@@ -34,6 +35,13 @@ def _saving_plain(original: Any) -> Any:
         forms = {str(s.form): s.form for module in self.modules() if (s := stored_of(module)) is not None}
         if not forms:
             return original(self, *args, **kwargs)
+        for module in self.modules():
+            stored = stored_of(module)
+            if isinstance(stored, OffloadedProjections) and not stored.is_in_memory and not _saves_adapters(self):
+                raise ValueError(
+                    f"model: its experts are {stored.form}; call switchgear.offload.save_pretrained(model, path), "
+                    "which reads them layer by layer"
+                )
         call = signature.bind(self, *args, **kwargs)
         if call.arguments.get("distributed_checkpoint"):
             raise ValueError(
@@ -52,6 +60,11 @@ def _saving_plain(original: Any) -> Any:
 
     save_pretrained.switchgear_original = original  # type: ignore[attr-defined]
     return save_pretrained
+
+
+def _saves_adapters(model: Any) -> bool:
+    """Whether transformers writes those that it has loaded, and nothing else."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def _plain(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from switchgear.offload.policies import (
 )
 from switchgear.offload.predictors import Predictor
 from switchgear.offload.recall import LayerRecall, Recall, recall, watch
+from switchgear.offload.saving import save_pretrained
 from switchgear.offload.simulation import LayerHits, Simulation, simulate, simulate_all
 from switchgear.offload.statistics import LayerStatistics, Statistics
 from switchgear.offload.store import Store, write_store
@@ -78,6 +79,7 @@ __all__ = [
     "offload",
     "pregated",
     "recall",
+    "save_pretrained",
     "simulate",
     "simulate_all",
     "timeline",

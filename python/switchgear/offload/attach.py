@@ -158,7 +158,7 @@ class Offloaded:
             loaded: list[tuple[Weight, Weight] | None] = []
             for change in self._changes:
                 wanted = change.had_weights if restore is None else restore
-                reads = (self._cache.reader, change.target, change.reads, self._cache.timeout)
+                reads = (self._cache.reader, change.target.records, change.reads, self._cache.timeout)
                 loaded.append(read_all(*reads) if wanted else None)
             self._cache.is_closed = True
             ties: dict[Tie, nn.Parameter] = {}
@@ -185,7 +185,7 @@ def _attach(
     files = [store.reads(target.records, is_checked) for target in targets]
     weights: Sequence[tuple[Any, Any]]
     if all(plan.fits for plan in plans):
-        weights = [read_all(reader, target, file, timeout) for target, file in zip(targets, files, strict=True)]
+        weights = [read_all(reader, target.records, file, timeout) for target, file in zip(targets, files, strict=True)]
     else:
         weights = _cached(cache, targets, files, plans, reader, policy)
     ties: dict[int, Tie] = {}
@@ -232,15 +232,16 @@ def _cached(
         pool, residency = of_layer[index]
         slots = torch.zeros(target.records.num_experts, dtype=torch.int32)
         first_weight, second_weight = target.records.weights(pool.arena, slots)
-        source = CachedLayer(cache, target.name, pool, residency, files[index], slots)
+        placing = target.records.placing((first_weight, second_weight))
+        source = CachedLayer(cache, target.name, pool, residency, files[index], slots, placing)
         weights.append((OffloadedWeight(first_weight, source), OffloadedWeight(second_weight, source)))
     return weights
 
 
 def _warm(reader: Any, pool: Pool, read: Read, name: str, timeout: float) -> None:
-    """Reads one record into the row to which all slots point at first: the kernels look at the header of compact rows,
-    and a store that cannot be read is an error now."""
-    ticket = reader.submit(read[0], read[1], pool.record_bytes, pool.address, read[2], True)
+    """Reads one record into the row to which all slots point at first: a store that cannot be read is an error now."""
+    file, offset, nbytes, checksum = read
+    ticket = reader.submit(file, offset, nbytes, pool.address, checksum, True)
     try:
         reader.wait(ticket, timeout)
     except OSError as error:

@@ -66,7 +66,7 @@ class Cache:
         layer.pool.draining[row] = ticket
         del self.guesses[key]
         if not layer.pool.give_up(row, ticket):
-            layer.counts.wasted_bytes += layer.record_bytes
+            layer.counts.wasted_bytes += layer.reads[key - layer.first][2]
 
     def repair(self) -> None:
         """After a call that was interrupted anywhere."""
@@ -126,8 +126,9 @@ def _knows(reader: Any, ticket: int) -> bool:
 class CachedLayer:
     """The experts of one layer: the Source of its two weights.
 
-    reads: (file, offset, checksum) of each expert's record.
+    reads: (file, offset, bytes, checksum) of each expert's record.
     slots: [E] int32 of the weights, shared with the kernels.
+    place: tells the weights which expert's record is in a row, where they must know.
     """
 
     def __init__(
@@ -136,11 +137,12 @@ class CachedLayer:
         name: str,
         pool: Pool,
         residency: Residency,
-        reads: Sequence[tuple[int, int, int | None]],
+        reads: Sequence[tuple[int, int, int, int | None]],
         slots: Tensor,
+        place: Callable[[int, int], None] | None = None,
     ) -> None:
         self.cache, self.name, self.pool, self.residency, self.reads = cache, name, pool, residency, reads
-        self.index, self.num_experts, self.record_bytes = len(cache.layers), len(reads), pool.record_bytes
+        self.index, self.num_experts, self._place = len(cache.layers), len(reads), place
         self.first = self.index * cache.width
         self.slots = slots
         self._row_of = (c_int32 * len(slots)).from_address(slots.data_ptr())  # torch takes µs to write an element
@@ -190,7 +192,7 @@ class CachedLayer:
         cache.moment += 1
         counts.hits += len(turn.hits)
         counts.misses += len(turn.misses)
-        counts.bytes += len(turn.misses) * self.record_bytes
+        counts.bytes += sum(self.reads[key - self.first][2] for key in turn.misses)
         begins_guesses = cache.predictor is not None and not together
         if not turn.misses and not cache.pending and not cache.guesses and not begins_guesses:
             return compute(None)
@@ -270,13 +272,15 @@ class CachedLayer:
         self, keys: Sequence[int], rows: Sequence[int], into: dict[int, tuple[int, int]], *, is_urgent: bool
     ) -> None:
         """Submits reads of experts into rows; `into` gets (row, ticket) of each."""
-        files, offsets, checksums = zip(*(self.reads[key - self.first] for key in keys), strict=True)
+        files, offsets, sizes, checksums = zip(*(self.reads[key - self.first] for key in keys), strict=True)
         for key, row in zip(keys, rows, strict=True):
             self._row_of[key - self.first] = row
-        addresses = [self.pool.address + row * self.record_bytes for row in rows]
-        size, urgent = [self.record_bytes] * len(keys), [is_urgent] * len(keys)
+            if self._place is not None:
+                self._place(key - self.first, row)
+        addresses = [self.pool.address + row * self.pool.record_bytes for row in rows]
+        urgent = [is_urgent] * len(keys)
         # One call of C, which no signal interrupts: a read that began is always in `into`.
-        tickets = map(self.cache.reader.submit, files, offsets, size, addresses, checksums, urgent)
+        tickets = map(self.cache.reader.submit, files, offsets, sizes, addresses, checksums, urgent)
         try:
             into.update(zip(keys, zip(rows, tickets, strict=False), strict=False))
         except OSError as error:  # a closed reader, too many tickets

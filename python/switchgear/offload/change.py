@@ -12,12 +12,13 @@ from torch import nn
 
 from switchgear.offload.errors import StoreError
 from switchgear.offload.pool import arena
+from switchgear.offload.store_records import Records
 from switchgear.offload.targets import Target
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, in_layout, put
 from switchgear.weights.offloaded import OffloadedForm, OffloadedProjections
 from switchgear.weights.weight import Weight
 
-Read = tuple[int, int, int | None]  # file, offset and checksum of a record
+Read = tuple[int, int, int, int | None]  # file, offset, bytes and checksum of a record
 
 
 @dataclass
@@ -121,21 +122,20 @@ def _contiguous(weight: Weight) -> Weight:
     return weight.with_tensors(made)
 
 
-def read_all(reader: Any, target: Target, reads: Sequence[Read], timeout: float) -> tuple[Weight, Weight]:
+def read_all(reader: Any, records: Records, reads: Sequence[Read], timeout: float) -> tuple[Weight, Weight]:
     """The two weights of a layer with all experts, in memory of their own."""
-    records = target.records
     memory = arena(records.num_experts, records.record_bytes)
     begin = memory.data_ptr()
     tickets: list[int] = []
     try:
-        for expert, (file, offset, checksum) in enumerate(reads):
+        for expert, (file, offset, nbytes, checksum) in enumerate(reads):
             address = begin + expert * records.record_bytes
-            tickets.append(reader.submit(file, offset, records.record_bytes, address, checksum, True))
+            tickets.append(reader.submit(file, offset, nbytes, address, checksum, True))
         for expert, ticket in enumerate(tickets):
             try:
                 reader.wait(ticket, timeout)
             except OSError as error:
-                raise StoreError(f"{target.name}, expert {expert}: {error}") from error
+                raise StoreError(f"{records.name}, expert {expert}: {error}") from error
     except BaseException:
         for ticket in tickets:
             end_read(reader, ticket)

@@ -23,6 +23,8 @@ from switchgear.offload.accesses import Accesses
 from switchgear.offload.policies import POLICIES, Policy
 from switchgear.offload.residency import Residency
 
+RecordBytes = int | Sequence[Sequence[int]]
+
 
 @dataclass(frozen=True)
 class LayerHits:
@@ -46,7 +48,7 @@ class Simulation:
         policy: its name.
         shared: one cache for all layers, or one of slots / L for each.
         slots: of all layers.
-        bytes: loaded, misses × record_bytes; None without record_bytes.
+        bytes: loaded: record_bytes for each miss; None without record_bytes.
         tokens_per_second: None without a bandwidth.
         layers: hits and misses of each.
     """
@@ -73,7 +75,7 @@ def simulate(
     slots: int | None = None,
     bytes: int | None = None,
     shared: bool = False,
-    record_bytes: int | None = None,
+    record_bytes: RecordBytes | None = None,
     bandwidth: float | None = None,
     compute_seconds: float = 0.0,
 ) -> Simulation:
@@ -83,7 +85,8 @@ def simulate(
         slots: experts per layer that the cache holds; if shared, L times as many for all layers together.
         bytes: of the whole cache, instead of slots; record_bytes says what an expert takes.
         shared: one cache for all layers instead of one for each.
-        record_bytes: of an expert.
+        record_bytes: of an expert, or of each expert of each layer, such as [r.sizes for r in store.layers.values()]. A
+            slot has room for the largest one of its cache.
         bandwidth: bytes per second at which experts are loaded.
         compute_seconds: of a step whose experts are resident. Loads add to it: nothing overlaps.
     """
@@ -92,20 +95,20 @@ def simulate(
     if isinstance(policy, type) or not hasattr(policy, "touch"):
         shown = policy.__name__ if isinstance(policy, type) else repr(policy)
         raise TypeError(f"policy: expected a policy such as LRU(), got {shown}")
-    for name, count in (("slots", slots), ("bytes", bytes), ("record_bytes", record_bytes)):
+    for name, count in (("slots", slots), ("bytes", bytes)):
         if count is not None and not isinstance(count, int):
             raise TypeError(f"{name}: expected an integer, got {count!r}")
-    for name, number in (("record_bytes", record_bytes), ("bandwidth", bandwidth)):
-        if number is not None and not (number > 0 and isfinite(number)):
-            raise ValueError(f"{name}: expected more than 0, got {number}")
+    if bandwidth is not None and not (bandwidth > 0 and isfinite(bandwidth)):
+        raise ValueError(f"bandwidth: expected more than 0, got {bandwidth}")
     if not (compute_seconds >= 0 and isfinite(compute_seconds)):
         raise ValueError(f"compute_seconds: expected at least 0, got {compute_seconds}")
     if bandwidth is not None and record_bytes is None:
         raise ValueError("record_bytes: expected a number beside a bandwidth, got None")
-    num_layers = len(accesses.layers)
-    capacities = _capacities(num_layers, slots, bytes, shared, record_bytes)
-    hits, misses = _replay(accesses, policy, capacities)
-    loaded = None if record_bytes is None else sum(misses) * record_bytes
+    sizes = None if record_bytes is None else _sizes(accesses, record_bytes)
+    room = None if sizes is None else [max(own, default=0) for own in sizes]
+    capacities = _capacities(len(accesses.layers), slots, bytes, shared, room)
+    hits, misses, nbytes = _replay(accesses, policy, capacities, sizes)
+    loaded = None if sizes is None else nbytes
     rate = None
     if bandwidth is not None and loaded is not None:
         seconds = loaded / bandwidth + compute_seconds * len(accesses.steps)
@@ -121,7 +124,7 @@ def simulate_all(
     slots: int | None = None,
     bytes: int | None = None,
     shared: bool = False,
-    record_bytes: int | None = None,
+    record_bytes: RecordBytes | None = None,
     bandwidth: float | None = None,
     compute_seconds: float = 0.0,
 ) -> dict[str, Simulation]:
@@ -138,10 +141,30 @@ def simulate_all(
     }  # fmt: skip
 
 
+def _sizes(accesses: Accesses, record_bytes: RecordBytes) -> Sequence[Sequence[int]]:
+    """Of each expert of each layer."""
+    if isinstance(record_bytes, int):
+        record_bytes = [[record_bytes] * count for count in accesses.num_experts]
+    elif not isinstance(record_bytes, Sequence) or isinstance(record_bytes, str):
+        raise TypeError(f"record_bytes: expected an integer, or those of each layer, got {record_bytes!r}")
+    got = [len(own) if isinstance(own, Sequence) else own for own in record_bytes]
+    if len(got) != len(accesses.num_experts) or any(
+        not isinstance(own, Sequence) or len(own) < count
+        for own, count in zip(record_bytes, accesses.num_experts, strict=True)
+    ):
+        raise ValueError(f"record_bytes: expected {list(accesses.num_experts)} numbers by layer, got {got}")
+    for size in (size for own in record_bytes for size in own):
+        if not isinstance(size, int):
+            raise TypeError(f"record_bytes: expected integers, got {size!r}")
+        if size <= 0:
+            raise ValueError(f"record_bytes: expected more than 0, got {size}")
+    return record_bytes
+
+
 def _capacities(
-    num_layers: int, slots: int | None, size: int | None, shared: bool, record_bytes: int | None
+    num_layers: int, slots: int | None, size: int | None, shared: bool, room: Sequence[int] | None
 ) -> list[int]:
-    """Slots of each cache: one for all layers, or one per layer."""
+    """Slots of each cache: one for all layers, or one per layer. room: bytes of a slot of each layer."""
     if (slots is None) == (size is None):
         raise ValueError(f"slots: expected slots or bytes, got {'neither' if slots is None else 'both'}")
     if slots is not None:
@@ -150,31 +173,35 @@ def _capacities(
         each = slots * num_layers if shared else slots
     else:
         assert size is not None
-        if record_bytes is None:
+        if room is None:
             raise ValueError("record_bytes: expected a number beside bytes, got None")
-        each = size // (record_bytes if shared else record_bytes * max(num_layers, 1))
+        least = max(room, default=1) if shared else sum(room)
+        each = size // max(least, 1)
         if each < 1:
-            least = record_bytes * (1 if shared else num_layers)
             raise ValueError(f"bytes: expected at least {least}, a slot for {'one' if shared else 'each'}, got {size}")
     return [each] * min(num_layers, 1) if shared else [each] * num_layers
 
 
-def _replay(accesses: Accesses, policy: Policy, capacities: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Hits and misses by layer."""
+def _replay(
+    accesses: Accesses, policy: Policy, capacities: Sequence[int], sizes: Sequence[Sequence[int]] | None
+) -> tuple[list[int], list[int], int]:
+    """Hits and misses by layer, and bytes of all misses."""
     num_layers = len(accesses.layers)
     width = max(accesses.num_experts, default=0)
     caches = [Residency(policy, capacity, num_layers, width) for capacity in capacities]
     future = _next_uses(accesses) if policy.looks_ahead else None
     hits, misses = [0] * num_layers, [0] * num_layers
-    moment = 0
+    moment = nbytes = 0
     for step in accesses.steps:
         for layer, experts in enumerate(step):
             following = None if future is None else future[moment]
             turn = caches[layer % len(caches)].run(layer, experts, moment, following)
             hits[layer] += len(turn.hits)
             misses[layer] += len(turn.misses)
+            if sizes is not None:
+                nbytes += sum(sizes[layer][key - layer * width] for key in turn.misses)
             moment += 1
-    return hits, misses
+    return hits, misses, nbytes
 
 
 def _next_uses(accesses: Accesses) -> list[list[float]]:

@@ -62,11 +62,11 @@ class Store:
         except _C.ReadError as error:
             raise StoreError(str(error)) from error
 
-    def reads(self, records: Records, is_checked: bool = True) -> list[tuple[int, int, int | None]]:
-        """For each expert of a layer: file, offset and checksum for `submit` of the reader."""
+    def reads(self, records: Records, is_checked: bool = True) -> list[tuple[int, int, int, int | None]]:
+        """For each expert of a layer: file, offset, bytes and checksum for `submit` of the reader."""
         file = list(self.layers).index(records.name)
         checksums = records.checksums if is_checked else (None,) * records.num_experts
-        return [(file, offset, checksum) for offset, checksum in zip(records.offsets, checksums, strict=True)]
+        return [(file, *read) for read in zip(records.offsets, records.sizes, checksums, strict=True)]
 
     def verify(self, progress: store_writer.Progress = lambda done, total, name: None) -> None:
         """Reads all records and compares their checksums. Raises StoreError, which names layer and expert."""
@@ -79,7 +79,7 @@ class Store:
             reader.close()
 
 
-def _verify(reader: _C.Reader, records: Records, reads: list[tuple[int, int, int | None]]) -> None:
+def _verify(reader: _C.Reader, records: Records, reads: list[tuple[int, int, int, int | None]]) -> None:
     memory = torch.empty(2 * records.record_bytes + PAGE, dtype=torch.uint8)  # one is read while another is awaited
     begin = memory.data_ptr() + -memory.data_ptr() % PAGE
     tickets: list[int] = []
@@ -91,11 +91,11 @@ def _verify(reader: _C.Reader, records: Records, reads: list[tuple[int, int, int
             raise StoreError(f"{records.name}, expert {expert}: {error}") from error
 
     try:
-        for expert, (file, offset, checksum) in enumerate(reads):
+        for expert, (file, offset, nbytes, checksum) in enumerate(reads):
             if expert >= 2:
                 wait(expert - 2)
             address = begin + expert % 2 * records.record_bytes
-            tickets.append(reader.submit(file, offset, records.record_bytes, address, checksum))
+            tickets.append(reader.submit(file, offset, nbytes, address, checksum))
         for expert in range(max(len(reads) - 2, 0), len(reads)):
             wait(expert)
     except BaseException:

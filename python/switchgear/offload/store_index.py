@@ -21,6 +21,7 @@ from switchgear.weights.module import Kind
 INDEX, NAME, VERSION = "index.json", "switchgear experts", 1
 MOST_BYTES = 1 << 28  # of index.json: a million experts take 20 MB
 _MOST = 1 << 40  # of any number
+_MOST_BITS = 8
 _FILE = re.compile(r"layer-\d{5,9}\.records")
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -65,6 +66,7 @@ def entry_of(records: Records) -> dict[str, Any]:
             {**kind._asdict(), "dtype": _name(kind.dtype), "elements": _name(kind.elements)} for kind in records.kinds
         ],
         "parts": [{**part._asdict(), "dtype": _name(part.dtype)} for part in records.parts],
+        **({"bits": records.bits} if records.bits else {}),
         "checksums": [f"{checksum:016x}" for checksum in records.checksums],
     }
 
@@ -151,9 +153,18 @@ def records_from(entry: Any) -> Records:
         if not isinstance(checksum, str) or not re.fullmatch(r"[0-9a-f]{16}", checksum):
             raise Wrong("checksums: expected 16 hexadecimal digits each")
     numbers = tuple(int(checksum, 16) for checksum in checksums)
-    records = Records(name, file, num_experts, record_bytes, kinds, parts, numbers)
+    bits = _bits(entry, num_experts) if "bits" in entry else ()
+    records = Records(name, file, num_experts, record_bytes, kinds, parts, numbers, bits)
     _check_parts(records)
     return records
+
+
+def _bits(entry: Any, num_experts: int) -> tuple[tuple[int, int], ...]:
+    found = _get(entry, "bits", list)
+    if len(found) != num_experts or any(not isinstance(pair, list) or len(pair) != 2 for pair in found):
+        raise Wrong(f"bits: expected {num_experts} pairs")
+    first, second = ([_number({"bits": pair[i]}, "bits", 0, _MOST_BITS) for pair in found] for i in (0, 1))
+    return tuple(zip(first, second, strict=True))
 
 
 def _kind(entry: Any) -> Kind:
@@ -203,7 +214,7 @@ def _check_parts(records: Records) -> None:
     for index, kind in enumerate(records.kinds):
         expected = [field for field in kind.fields if field != "records"]
         got = [part.field for part in records.parts if part.projection == index]
-        if got != expected or ("records" in kind.fields) != (kind.format == "groups"):
+        if sorted(got) != sorted(expected) or ("records" in kind.fields) != (kind.format == "groups"):
             raise Wrong(f"parts: expected {', '.join(expected)} of projection {index}, got {', '.join(got)[:80]}")
     try:
         for kind, tensors in whole_tensors(
@@ -214,6 +225,21 @@ def _check_parts(records: Records) -> None:
             formats.check_weight("record", weight.tensors, weight.form, (None, kind.rows, kind.cols), dtype)
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         raise Wrong(f"parts: {str(error).partition(chr(10))[0][:200]}") from None
+    if records.bits:
+        _check_bits(records)
+
+
+def _check_bits(records: Records) -> None:
+    """Planes come last, and an expert has at most as many as there is room for."""
+    planes = [records.has_planes(part) for part in records.parts]
+    if planes != sorted(planes):
+        raise Wrong("parts: expected planes of bits to be the last ones")
+    most = [0, 0]
+    for part in filter(records.has_planes, records.parts):
+        most[part.projection] = part.shape[0]
+    for own in records.bits:
+        if any((bits == 0) != (limit == 0) or bits > limit for bits, limit in zip(own, most, strict=True)):
+            raise Wrong(f"bits: expected at most {most}, and some where there are any, got {list(own)}")
 
 
 def check_file(folder: Path, records: Records) -> None:

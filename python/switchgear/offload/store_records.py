@@ -2,14 +2,20 @@
 """Records: where the tensors of an expert are in its record, and the weights of records in memory.
 
 A record has all tensors of both projections of one expert in their stored form, one after the other at multiples of 64
-bytes. Records have one size in a layer, a multiple of 4096 bytes, so that they can be read past the page cache. Kernels
-read a weight where its records lie: its tensors are views of the records, and nothing is copied.
+bytes. Its size is a multiple of 4096 bytes, so that it can be read past the page cache. Kernels read a weight where its
+records lie: its tensors are views of the records, and nothing is copied.
+
+Records have one size in a layer, unless its experts have different numbers of bits (groups). Then the planes of bits,
+which are the last parts, are as many as the expert has, and without gaps. In memory each record has room for the most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from ctypes import c_int32
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -47,10 +53,12 @@ class Records:
 
     Attributes:
         name: of the module, as in model.named_modules().
-        file: name of the file in the store. Expert e is at byte e · record_bytes.
+        file: name of the file in the store. Its records follow each other.
+        record_bytes: of the largest record: the room of each in memory.
         kinds: of the two projections: format, sizes, dtype.
-        parts: the tensors of a record.
+        parts: the tensors of a record with the most bits.
         checksums: of each record, as the reader compares them; empty while a store is written.
+        bits: of each expert in the two projections, 0 where it is not in groups; empty if all have those of `parts`.
     """
 
     name: str
@@ -60,16 +68,45 @@ class Records:
     kinds: tuple[Kind, Kind]
     parts: tuple[Part, ...]
     checksums: tuple[int, ...] = ()
+    bits: tuple[tuple[int, int], ...] = ()
 
-    @property
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each expert's record."""
+        if not self.bits:
+            return (self.record_bytes,) * self.num_experts
+        return tuple(_end(self.parts_of(expert)) for expert in range(self.num_experts))
+
+    @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Of each expert in the file."""
-        return tuple(expert * self.record_bytes for expert in range(self.num_experts))
+        return tuple(accumulate(self.sizes[:-1], initial=0))
 
     @property
     def nbytes(self) -> int:
+<<<<<<< HEAD
         """Bytes of the layer's records, padding included."""
         return self.num_experts * self.record_bytes
+=======
+        return sum(self.sizes)
+
+    def parts_of(self, expert: int) -> tuple[Part, ...]:
+        """The tensors of an expert's record."""
+        if not self.bits:
+            return self.parts
+        found, spared = [], 0
+        for part in self.parts:
+            own = part._replace(offset=part.offset - spared)
+            if self.has_planes(part):
+                own = own._replace(shape=(self.bits[expert][part.projection], *part.shape[1:]))
+                spared += part.nbytes - own.nbytes
+            found.append(own)
+        return tuple(found)
+
+    def has_planes(self, part: Part) -> bool:
+        """Whether its size depends on the number of bits."""
+        return part.field == "data" and self.kinds[part.projection].format == "groups"
+>>>>>>> O
 
     def weights(self, arena: Tensor, slots: Tensor | None = None) -> tuple[Weight, Weight]:
         """The two projections, as views of records in memory: no copy.
@@ -77,7 +114,7 @@ class Records:
         Args:
             arena: [S, record_bytes] uint8, records in any order.
             slots: [E] int32, the row of each expert in `arena`; None: expert e is in row e. Only the rows of experts
-                that run must hold their records.
+                that run must hold their records; `placing` says so to the weights if they have different bits.
         """
         if arena.dtype is not torch.uint8 or arena.dim() != 2 or arena.shape[1] != self.record_bytes:
             got = f"{arena.dtype} {list(arena.shape)}"
@@ -92,52 +129,86 @@ class Records:
         found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for part in self.parts:
             tensors = found[part.projection]
-            if self.kinds[part.projection].format == "groups" and part.field == "data":
-                tensors["data"], tensors["records"] = _planes(arena, part)
+            if self.has_planes(part):
+                tensors["data"], tensors["records"] = self._planes(arena, part, slots is None)
             else:
                 tensors[part.field] = part.view(arena)
         if slots is not None:
             found[0]["slots"] = found[1]["slots"] = slots
         return self.kinds[0].weight(found[0]), self.kinds[1].weight(found[1])
 
+    def placing(self, weights: tuple[Weight, Weight]) -> Callable[[int, int], None] | None:
+        """A function of (expert, row) that says to `weights` which expert's record is in a row of the arena; None if
+        they need not know, since all have the same bits."""
+        if not self.bits:
+            return None
+        tables = []  # torch takes µs to write an element
+        for part in filter(self.has_planes, self.parts):
+            held = weights[part.projection].records
+            assert held is not None
+            planes = [self._planes_of(part.projection, expert) for expert in range(self.num_experts)]
+            tables.append(((c_int32 * held.numel()).from_address(held.data_ptr()), planes))
 
-def _planes(arena: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-    """The data of groups, and where each record's planes are. Records have several planes, so the data has a stride of
-    64 bytes, in which records begin: with that of records, the last one would end outside."""
-    bits, *plane = part.shape
-    step = arena.stride(0) // ALIGNMENT
-    last = (len(arena) - 1) * step if len(arena) else 0
-    if last >= 1 << 31:
-        raise ValueError(f"arena: expected at most {ALIGNMENT << 31} bytes of groups, got {arena.nbytes}")
-    spare = (bits - 1) * (part.nbytes // bits) // ALIGNMENT  # planes are multiples of 64 bytes
-    inner = part.view(arena)[:, 0].stride()[1:]
-    data = arena.as_strided((last + spare + 1, *plane), (ALIGNMENT, *inner), arena.storage_offset() + part.offset)
-    first = torch.arange(len(arena), dtype=torch.int32) * step
-    return data, torch.stack([first, torch.full_like(first, bits)], 1).to(arena.device)
+        def place(expert: int, row: int) -> None:
+            for table, planes in tables:
+                first, table[2 * row + 1] = planes[expert]
+                table[2 * row] = row * step + first
+
+        step = self.record_bytes // ALIGNMENT
+        return place
+
+    def _planes_of(self, projection: int, expert: int) -> tuple[int, int]:
+        """Where the planes of an expert begin in its record, in units of 64 bytes, and how many there are."""
+        part = next(p for p in self.parts_of(expert) if p.projection == projection and p.field == "data")
+        return part.offset // ALIGNMENT, part.shape[0]
+
+    def _planes(self, arena: Tensor, part: Part, is_in_order: bool) -> tuple[Tensor, Tensor]:
+        """The data of groups, and where the planes of each row are: the first one, counted in strides of the data, and
+        their number. They begin anywhere in a row, so the stride is 64 bytes."""
+        _, *plane = part.shape
+        step, rows, plane_bytes = arena.stride(0) // ALIGNMENT, len(arena), part.nbytes // part.shape[0]
+        if rows * step >= 1 << 31:
+            raise ValueError(f"arena: expected at most {ALIGNMENT << 31} bytes of groups, got {arena.nbytes}")
+        end = (rows - 1) * arena.stride(0) + self.record_bytes if rows else 0
+        count = (end - plane_bytes) // ALIGNMENT + 1 if rows else 0
+        inner = part.view(arena)[:, 0].stride()[1:]
+        data = arena.as_strided((count, *plane), (ALIGNMENT, *inner), arena.storage_offset())
+        held = [self._planes_of(part.projection, 0)] * rows
+        if self.bits and is_in_order:
+            held = [self._planes_of(part.projection, expert) for expert in range(rows)]
+        found = torch.tensor(held, dtype=torch.int32).view(rows, 2)
+        found[:, 0] += torch.arange(rows, dtype=torch.int32) * step
+        return data, found.to(arena.device)
 
 
 def records_for(name: str, file: str, weights: tuple[Weight, Weight]) -> Records:
-    """The layout of records of these weights. Raises ValueError for weights whose experts have records of several
-    sizes."""
-    kinds, parts, at = [], [], 0
+    """The layout of records of these weights: planes of bits, if any, come last."""
+    kinds, tensors = [], []
     for index, weight in enumerate(weights):
         kind = Kind.of(weight)
         kinds.append(kind._replace(fields=tuple(field for field in kind.fields if field != "slots")))
-        for field in kinds[-1].fields:
-            if field != "records":
-                shape = _tensor_of(weight, field, 0).shape
-                parts.append(Part(index, field, at, tuple(shape), getattr(weight, field).dtype))
-                at = _padded(at + parts[-1].nbytes, ALIGNMENT)
-        if weight.records is not None and len(set(bits := weight.records[:, 1].tolist())) > 1:
-            raise ValueError(
-                f"{name}: expected experts of one number of bits in a layer, got {min(bits)} to {max(bits)}"
-            )
-    return Records(name, file, weights[0].shape[0], _padded(at, PAGE), (kinds[0], kinds[1]), tuple(parts))
+        tensors += [(index, field) for field in kinds[-1].fields if field != "records"]
+    tensors.sort(key=lambda entry: entry[1] == "data" and weights[entry[0]].records is not None)
+    num_experts = weights[0].shape[0]
+    bits = tuple((_bits(weights[0], expert), _bits(weights[1], expert)) for expert in range(num_experts))
+    parts: list[Part] = []
+    for index, field in tensors:
+        widest = max(range(num_experts), key=lambda expert: bits[expert][index])
+        shape = _tensor_of(weights[index], field, widest).shape
+        parts.append(Part(index, field, _end(parts, ALIGNMENT), tuple(shape), getattr(weights[index], field).dtype))
+    own = bits if len(set(bits)) > 1 else ()
+    return Records(name, file, num_experts, _end(parts), (kinds[0], kinds[1]), tuple(parts), bits=own)
+
+
+def _bits(weight: Weight, expert: int) -> int:
+    if weight.records is None:
+        return 0
+    return int(weight.records[expert if weight.slots is None else int(weight.slots[expert]), 1])
 
 
 def fill(record: Tensor, records: Records, weights: tuple[Weight, Weight], expert: int) -> None:
     """Writes the tensors of an expert into a record [1, record_bytes]; what is between them stays."""
-    for part in records.parts:
+    for part in records.parts_of(expert):
         part.view(record)[0].copy_(_tensor_of(weights[part.projection], part.field, expert))
 
 
@@ -150,7 +221,9 @@ def _tensor_of(weight: Weight, field: str, expert: int) -> Tensor:
     return tensor[at]
 
 
-def _padded(size: int, unit: int) -> int:
+def _end(parts: Sequence[Part], unit: int = PAGE) -> int:
+    """The first multiple of `unit` after parts."""
+    size = parts[-1].offset + parts[-1].nbytes if parts else 0
     return -(-size // unit) * unit
 
 

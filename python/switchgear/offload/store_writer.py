@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,12 @@ def write_layer(file: Path, name: str, weights: tuple[Weight, Weight]) -> Record
         try:
             with open(unfinished, "wb", buffering=0) as opened:
                 _reserve(opened.fileno(), records.nbytes)
-                for expert in range(records.num_experts):
+                for expert, size in enumerate(records.sizes):
+                    if records.bits:
+                        record.zero_()  # of the last expert, which may be longer
                     fill(record[None], records, weights, expert)
-                    checksums.append(_C.checksum(record.data_ptr(), records.record_bytes))
-                    _write_all(opened, memory)
+                    checksums.append(_C.checksum(record.data_ptr(), size))
+                    _write_all(opened, memory[:size])
                 os.fsync(opened.fileno())
                 if hasattr(os, "posix_fadvise"):  # the page cache would hold what the cache of experts is to hold
                     os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -76,7 +79,7 @@ def write_layer(file: Path, name: str, weights: tuple[Weight, Weight]) -> Record
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
-    return Records(**{**vars(records), "checksums": tuple(checksums)})
+    return replace(records, checksums=tuple(checksums))
 
 
 def _write_all(file: Any, memory: memoryview) -> None:

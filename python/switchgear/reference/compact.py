@@ -144,15 +144,17 @@ def expand(rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.where(bits < 1 << 31, bits, bits - (1 << 32)).to(torch.int32).view(torch.float32)
 
 
-def check_storage(name: str, packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:
-    """Checks that `packed` are compact rows of weights [E,rows,columns] of `dtype`."""
+def check_storage(name: str, packed: Tensor, rows: int, dtype: torch.dtype, element_bytes: int) -> None:
+    """Checks that `packed` are compact rows of `rows` of each expert, whose elements a weight of `dtype` can have."""
     if packed.dtype is not torch.uint8 or dtype not in RECORD_BYTES:
         raise TypeError(f"{name}: expected {dtype}, got compact rows of torch.bfloat16 or torch.float32")
+    if element_bytes not in (torch.bfloat16.itemsize, dtype.itemsize):
+        raise TypeError(f"{name}: expected compact {dtype}, got compact elements of {element_bytes} bytes")
     if packed.dim() != 3 or packed.shape[1] != rows:
         raise ValueError(f"{name}: expected compact rows [E, {rows}, any], got shape {list(packed.shape)}")
 
 
-def plain(weight: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+def plain(weight: Tensor, columns: int, dtype: torch.dtype, element_bytes: int) -> Tensor:
     """Expands compact rows to the weight of `dtype`. The elements of a float32 weight may be bfloat16."""
-    is_low = dtype is torch.float32 and weight.numel() > 0 and weight[0, 0, ELEMENT_BYTES] == torch.bfloat16.itemsize
+    is_low = dtype is torch.float32 and element_bytes == torch.bfloat16.itemsize
     return expand(weight, columns, torch.bfloat16 if is_low else dtype).to(dtype)

@@ -4,9 +4,10 @@
 A weight [E,N,C] is passed to the ops as tensors and a form, a few integers:
 
     form ()       plain: one tensor [E,N,C]
-    form (format, rows, cols, parts, group_size, fields)
+    form (format, rows, cols, parts, group_size, fields, element_bytes)
                   the index of the format in FORMATS; N and C; equal parts of the rows that are stored separately;
-                  columns that share a scale (0: all); and the tensors after the data, one bit each in order of FIELDS
+                  columns that share a scale (0: all); the tensors after the data, one bit each in order of FIELDS; and
+                  bytes of an element of compact rows, 2 or 4 (0 in other formats)
 
 `slots` [E] int32 locates the experts: expert e is at index slots[e] of the first dimension of all other tensors. In
 groups, `records` has this dimension instead of the data.
@@ -59,6 +60,7 @@ class Stored(NamedTuple):
     zeros: Tensor | None
     records: Tensor | None
     slots: Tensor | None
+    element_bytes: int = 0
 
     @property
     def num_stored(self) -> int:
@@ -97,9 +99,9 @@ def take_apart(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Sto
             raise ValueError(f"{name}: expected one tensor [E,N,C], got {[list(tensor.shape) for tensor in tensors]}")
         _, rows, cols = tensors[0].shape
         return Stored("plain", rows, cols, 1, 0, tensors[0], None, None, None, None, None)
-    if len(form) != 6:
-        raise ValueError(f"{name}: expected a form of 6 numbers, got {len(form)}")
-    number, rows, cols, parts, group_size, fields = form
+    if len(form) != 7:
+        raise ValueError(f"{name}: expected a form of 7 numbers, got {len(form)}")
+    number, rows, cols, parts, group_size, fields, element_bytes = form
     if not 0 <= number < len(FORMATS):
         raise ValueError(f"{name}: expected a format from 0 to {len(FORMATS) - 1}, got {number}")
     names = fields_of(form)
@@ -112,7 +114,8 @@ def take_apart(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Sto
     if parts < 1 or rows % parts:
         raise ValueError(f"{name}: expected parts that divide N={rows}, got {parts}")
     data, others = found["data"], (found.get(field) for field in FIELDS)
-    return Stored(FORMATS[number], rows, cols, parts, group_size, data, *others)
+    stored = Stored(FORMATS[number], rows, cols, parts, group_size, data, *others)
+    return stored._replace(element_bytes=element_bytes)
 
 
 def check_weight(
@@ -153,7 +156,7 @@ def _check_storage(name: str, stored: Stored, dtype: torch.dtype) -> None:
     elif stored.format == "panels":
         panels.check_storage(name, stored.data, rows, cols, dtype)
     elif stored.format == "compact":
-        compact.check_storage(name, stored.data, rows, cols, dtype)
+        compact.check_storage(name, stored.data, rows, dtype, stored.element_bytes)
     elif stored.format in BITS:
         sizes = (rows, cols, BITS[stored.format], stored.parts, stored.group_size)
         integers.check_storage(name, _quantized(stored), *sizes)
@@ -226,7 +229,7 @@ def decode(tensors: Sequence[Tensor], form: Sequence[int], dtype: torch.dtype) -
     if stored.format == "panels":
         return panels.plain(stored.data, stored.cols, dtype)
     if stored.format == "compact":
-        return compact.plain(stored.data, stored.cols, dtype)
+        return compact.plain(stored.data, stored.cols, dtype, stored.element_bytes)
     if stored.format in BITS:
         return integers.dequantize(_levels(stored), BITS[stored.format], stored.group_size).to(dtype)
     if stored.format == "groups":

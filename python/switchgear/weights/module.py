@@ -132,8 +132,25 @@ class StoredProjections:
                 module._buffers.pop(name, None)
                 module._non_persistent_buffers_set.discard(name)
 
+    def freeze(self, module: nn.Module) -> None:
+        """Lets `restore` return frozen parameters."""
+        module._switchgear_stored = StoredProjections(self.form, self.layout, self._frozen())  # type: ignore[assignment]
+
+    def _frozen(self) -> tuple[Projection, Projection]:
+        first, second = self.projections
+        return replace(first, trained=False), replace(second, trained=False)
+
     def check_restore(self) -> None:
         """Raises ValueError if `restore` cannot undo this."""
+
+    def saved(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The module's entries of a state dict."""
+        for name, weight in zip(self.layout.names, self.weights(module), strict=True):
+            if isinstance(self.form, KeyedForm):
+                for suffix, tensor in self.form.save(weight).items():
+                    yield f"{name}{suffix}", tensor
+            else:
+                yield name, in_layout(weight.plain(), self.layout)
 
     def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, missing: list[str]) -> None:
         """Takes the weights out of a state dict, whose keys of this module start with `prefix`."""
@@ -170,10 +187,7 @@ def stored_of(module: nn.Module) -> StoredProjections | None:
 def freeze_stored(module: nn.Module) -> None:
     """Lets `restore` return frozen parameters."""
     if (stored := stored_of(module)) is not None:
-        first, second = (replace(projection, trained=False) for projection in stored.projections)
-        module._switchgear_stored = StoredProjections(  # type: ignore[assignment]
-            stored.form, stored.layout, (first, second)
-        )
+        stored.freeze(module)
 
 
 def attribute(module: nn.Module, name: str) -> Any:
@@ -265,14 +279,8 @@ def in_layout(weight: Tensor, layout: Layout) -> Tensor:
 
 
 def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    if (stored := stored_of(module)) is None:
-        return
-    for name, weight in zip(stored.layout.names, stored.weights(module), strict=True):
-        if isinstance(stored.form, KeyedForm):
-            for suffix, tensor in stored.form.save(weight).items():
-                state_dict[f"{prefix}{name}{suffix}"] = tensor
-        else:
-            state_dict[prefix + name] = in_layout(weight.plain(), stored.layout)
+    if (stored := stored_of(module)) is not None:
+        state_dict.update((prefix + name, tensor) for name, tensor in stored.saved(module))
 
 
 def plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from switchgear.weights.form import Form
 from switchgear.weights.layout import Layout
@@ -81,18 +82,54 @@ class OffloadedForm(Form):
         return f"offloaded to {self.path}"
 
 
+class InStore(Tensor):
+    """An entry of a state dict whose numbers are in a store. It has shape and dtype; whatever reads or writes its
+    numbers, copies or pickles it raises a ValueError."""
+
+    path: str
+
+    @staticmethod
+    def of(shape: tuple[int, ...], dtype: torch.dtype, path: str) -> InStore:
+        made: Any = Tensor._make_wrapper_subclass(InStore, shape, dtype=dtype, device=torch.device("meta"))
+        made.path = path
+        return made  # type: ignore[no-any-return]
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise ValueError(
+            f"state dict: the experts {list(self.shape)} are in the store {self.path} and not in memory; leave them "
+            "out, call switchgear.offload.save_pretrained(model, path), or close() of what offload returned first"
+        )
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"InStore({list(self.shape)}, {self.dtype}, {self.path!r})"
+
+    __reduce_ex__ = __deepcopy__ = __copy__ = _refuse
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))._refuse()
+
+
 class OffloadedProjections(StoredProjections):
     """Has no buffers: the weights are views of the cache."""
+
+    form: OffloadedForm
 
     def __init__(
         self, form: OffloadedForm, layout: Layout, projections: tuple[Projection, Projection], weights: tuple[Any, Any]
     ) -> None:
         super().__init__(form, layout, projections)
         self._weights: tuple[Any, Any] | None = weights
+        self._num_experts = weights[0].shape[0]
 
     def close(self) -> None:
         """From now on a call raises an error."""
         self._weights = None
+
+    def freeze(self, module: nn.Module) -> None:
+        self.projections = self._frozen()  # in place: the cache holds this object, too
 
     @property
     def is_closed(self) -> bool:
@@ -105,6 +142,22 @@ class OffloadedProjections(StoredProjections):
                 "again"
             )
         return weights
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether all experts are: a cache that is inert."""
+        return self._weights is not None and isinstance(self._weights[0], Weight)
+
+    def saved(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Entries without numbers, so that adapters and the rest can be saved."""
+        if self.is_in_memory:
+            for name, tensor in super().saved(module):
+                yield name, tensor.contiguous()  # a view of records
+            return
+        for name, projection in zip(self.layout.names, self.projections, strict=True):
+            kind = projection.kind
+            sizes = (kind.cols, kind.rows) if self.layout.transposed else (kind.rows, kind.cols)
+            yield name, InStore.of((self._num_experts, *sizes), kind.dtype, self.form.path)
 
     def put_into(self, module: nn.Module, weights: tuple[Weight, Weight]) -> None:
         pass

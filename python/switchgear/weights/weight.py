@@ -55,7 +55,8 @@ class Weight:
         form: tuple[int, ...] = ()
         if fields or self.format != "plain":
             number = formats.FORMATS.index(self.format)
-            form = (number, self.rows, self.cols, self.parts, self.group_size, fields)
+            element_bytes = 0 if self.elements is None else self.elements.itemsize
+            form = (number, self.rows, self.cols, self.parts, self.group_size, fields, element_bytes)
         tensors = (self.data, *(tensor for tensor in present if tensor is not None))
         is_plain = all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu for tensor in tensors)
         if not torch.compiler.is_compiling():  # which does not trace is_neg

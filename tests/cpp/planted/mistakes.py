@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mistake:
-    file: str  # in csrc/cpu
+    file: str  # in csrc/cpu, or in csrc
     name: str
     before: str  # occurs in the file exactly once
     after: str
@@ -69,4 +69,38 @@ MISTAKES = (
     Mistake("gate.cpp", "the last piece of columns is left",
             "across = ceil_div(num_experts, columns);", "across = std::max<int64_t>(1, num_experts / columns);"),
     Mistake("gate.cpp", "rows without their stride", "row_of(x, first_row + m)", "offset(x, (first_row + m) * depth)"),
+    Mistake("reader.cpp", "words count the same anywhere", "keyed = word + key;", "keyed = word + kStep;"),
+    Mistake("reader.cpp", "any checksum will do",
+            "request.checksum && read->sum + checksum_of_length(request.bytes) != *request.checksum", "false"),
+    Mistake("reader.cpp", "chunks are summed as if they came first",
+            "checksum_part(to, bytes, begin)", "checksum_part(to, bytes, 0)"),
+    Mistake("reader.cpp", "a read that was cut short begins again",
+            "request.offset + begin + result.bytes", "request.offset + begin"),
+    Mistake("reader.cpp", "an interrupt is an error", "errno == EINTR", "errno == EAGAIN"),
+    Mistake("reader.cpp", "guessed reads go first",
+            "!urgent.empty() ? urgent : guessed", "!guessed.empty() ? guessed : urgent"),
+    Mistake("reader.cpp", "promoted reads stay behind",
+            "if (std::erase(state_->guessed, read) != 0) state_->urgent.push_back(read);", ""),
+    Mistake("reader.cpp", "reads that have begun are cancelled",
+            "if (read->is_done || read->has_begun()) return false;", "if (read->is_done) return false;"),
+    Mistake("reader.cpp", "cancelled reads run",
+            "  state_->take_out(*read);\n  state_->tickets.erase(ticket);", "  state_->tickets.erase(ticket);"),
+    Mistake("reader.cpp", "the end of a file is an error of the system",
+            "got == 0 ? ReadStatus::kShort : ReadStatus::kFailed", "ReadStatus::kFailed"),
+    Mistake("reader.cpp", "the place of an error is that of its record",
+            "result.at = at;", "result.at = request.offset;"),
+    Mistake("reader.cpp", "files that were replaced are not noticed", "result.status = ReadStatus::kReplaced;", ""),
+    Mistake("reader.cpp", "a read is done with its first chunk",
+            "if (read->running > 0 || read->next < request.bytes) continue;", "if (read->running > 0) continue;"),
+    Mistake("reader.cpp", "a read is done while a thread is reading",
+            "if (read->running > 0 || read->next < request.bytes) continue;",
+            "if (read->next < request.bytes) continue;"),
+    Mistake("reader.cpp", "close leaves reads unfinished",
+            "if (read->running == 0) read->is_done = true;", "read->is_done = read->running > 0;"),
+    Mistake("reader.cpp", "a forked child goes on",
+            "if (getpid() == state_->process) return;", "if (getpid() > 0) return;"),
+    Mistake("reader.cpp", "one ticket too many", "size() >= kMostTickets", "size() > kMostTickets"),
+    Mistake("reader.cpp", "tickets are waited for twice", "  state_->tickets.erase(read->ticket);\n", ""),
+    Mistake("reader.cpp", "failed reads are not counted",
+            "  statistics.reads += 1;", "  if (!read.has_failed()) statistics.reads += 1;"),
 )  # fmt: skip

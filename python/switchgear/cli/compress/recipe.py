@@ -13,6 +13,7 @@ from typing import Any
 from switchgear import compress
 
 from ...common import CommandError
+from .values import mistake
 
 STEPS = ("prune_experts", "merge_experts", "prune_weights", "quantize")  # of switchgear.compress
 GIVEN = ("model", "calibration")  # arguments that the command passes itself
@@ -109,9 +110,11 @@ def _step(place: str, data: Any) -> Step:
         if Step(data["do"], options).distributes_bits:
             _check_keys(f"{place}: bits", options["bits"], MIXED)
     try:
-        signature.bind(None, **options)
+        signature.bind(None, **options, calibration=None)  # all functions take one, and merge_experts needs it
     except TypeError as error:
         raise CommandError(f"{place}: {data['do']}: {error}") from None
+    if found := mistake(options, distributes_bits=Step(data["do"], options).distributes_bits):
+        raise CommandError(f"{place}: {data['do']}: {found}")
     return Step(data["do"], options)
 
 

@@ -39,7 +39,11 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
         done = partial.steps()
         if done:
             yield f"going on after step {len(done)} of {len(recipe.steps)}"
-        model = load_model(partial.model() if done else source, dtype)
+        try:
+            model = load_model(partial.model() if done else source, dtype)
+        except BaseException:
+            partial.discard_if_empty()
+            raise
         for i, step in enumerate(recipe.steps[len(done) :], len(done)):
             calibration = partial.calibration(i)
             if calibration is None and step.needs_calibration:
@@ -132,6 +136,11 @@ class Partial:
                 self._journal = found
         except OSError as error:
             raise CommandError(f"--out: cannot write to {self.folder}: {error.strerror}") from None
+
+    def discard_if_empty(self) -> None:
+        """Leaves nothing behind if no step is finished."""
+        if not self._journal["steps"] and not self._journal["calibrations"]:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def steps(self) -> list[dict[str, Any]]:
         return list(self._journal["steps"])

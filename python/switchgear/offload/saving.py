@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""save_pretrained: a checkpoint of a model of transformers whose experts are in a store."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.convert.errors import ConversionError
+from switchgear.convert.plans import Item
+from switchgear.convert.writer import shards_of, size_of, write_shard, write_text
+from switchgear.offload.change import read_all
+from switchgear.offload.errors import StoreError
+from switchgear.offload.store import Store
+from switchgear.weights.module import in_layout, stored_of
+from switchgear.weights.offloaded import InStore, OffloadedProjections
+from switchgear.weights.weight import Weight
+
+_SUFFIX, _TIMEOUT = ".partial", 600.0
+
+
+def save_pretrained(model: Any, path: str | os.PathLike[str], *, max_shard_size: int = 5 * 10**9) -> None:
+    """Writes the whole model for `from_pretrained`: config, what is in memory, and the experts from their store, as the
+    plain weights that it represents. One layer is in memory at a time. The folder appears when it is complete.
+
+        cache = offload.offload(model, store, bytes=8 << 30)
+        …                                              # train what is not offloaded
+        offload.save_pretrained(model, "changed/")
+
+    Keys are those of the model in memory; `switchgear convert` writes a layout with keys of each expert.
+
+    Args:
+        model: of transformers, with experts that are offloaded, even if the cache is closed.
+        path: a folder that does not exist.
+        max_shard_size: bytes of a file; a larger tensor has one of its own.
+
+    Raises:
+        ValueError: the model is not offloaded, or `path` exists. StoreError: the store cannot be read, or a file
+            written; there is no folder then.
+    """
+    target = Path(path)
+    if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
+        raise ValueError(f"model: expected one of transformers, got {type(model).__name__}")
+    if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
+        raise ValueError(f"max_shard_size: expected a number of bytes, got {max_shard_size!r}")
+    if target.exists():
+        raise ValueError(f"path: expected a folder that does not exist, got {target}")
+    layers = _offloaded(model)
+    unfinished = target.with_name(target.name + _SUFFIX)
+    if unfinished.exists():
+        raise ValueError(f"path: expected no {unfinished}, which an earlier call may have left; remove it")
+    try:
+        unfinished.mkdir(parents=True)
+        model.config.save_pretrained(unfinished)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(unfinished)
+        with _Experts() as experts:
+            items = list(_items(model, layers, experts))
+            shards = shards_of(items, max_shard_size)
+            for name, own in shards.items():
+                write_shard(unfinished / name, own, lambda *_: None)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(map(size_of, items))},
+                "weight_map": {item.key: name for name, own in shards.items() for item in own},
+            }
+            write_text(unfinished / "model.safetensors.index.json", json.dumps(index, indent=1))
+        unfinished.rename(target)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, ConversionError):
+            raise error.__cause__ if isinstance(error.__cause__, StoreError) else StoreError(str(error)) from error
+        raise
+
+
+def _offloaded(model: nn.Module) -> dict[str, OffloadedProjections]:
+    """By the name of the module."""
+    found = {}
+    for name, module in model.named_modules():
+        stored = stored_of(module)
+        if isinstance(stored, OffloadedProjections) and not stored.is_in_memory:
+            found[name] = stored
+    if not found:
+        raise ValueError("model: expected experts that are offloaded, got none; call model.save_pretrained")
+    return found
+
+
+def _items(model: nn.Module, layers: Mapping[str, OffloadedProjections], experts: _Experts) -> Iterator[Item]:
+    """The entries of the state dict; tensors that share memory once, as from_pretrained ties them again."""
+    seen: set[tuple[int, torch.Size]] = set()
+    for key, tensor in model.state_dict().items():
+        if isinstance(tensor, InStore):
+            name, _, projection = key.rpartition(".")
+            make = partial(experts.plain, name, layers[name], projection)
+        else:
+            place = tensor.data_ptr(), tensor.shape
+            if tensor.numel() and place in seen:
+                continue
+            seen.add(place)
+            make = partial(torch.Tensor.detach, tensor)
+        yield Item(key, tuple(tensor.shape), tensor.dtype, make)
+
+
+class _Experts:
+    """Reads weights from stores, and keeps those of the last layer: both of its projections are read at once."""
+
+    def __init__(self) -> None:
+        self._stores: dict[str, tuple[Store, Any]] = {}
+        self._last: tuple[str, tuple[Weight, Weight]] | None = None
+
+    def __enter__(self) -> _Experts:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for _, reader in self._stores.values():
+            reader.close()
+
+    def plain(self, name: str, stored: OffloadedProjections, projection: str) -> Tensor:
+        if self._last is None or self._last[0] != name:
+            self._last = None  # freed before others are read
+            self._last = name, self._read(name, stored)
+        return in_layout(self._last[1][stored.layout.names.index(projection)].plain(), stored.layout)
+
+    def _read(self, name: str, stored: OffloadedProjections) -> tuple[Weight, Weight]:
+        path = stored.form.path
+        if path not in self._stores:
+            opened = Store.open(path)
+            self._stores[path] = opened, opened.open_reader()
+        store, reader = self._stores[path]
+        records = store.layers.get(name)
+        if records is None or records.kinds != tuple(projection.kind for projection in stored.projections):
+            raise StoreError(f"{path}: expected the experts of {name} that were offloaded, got others")
+        return read_all(reader, records, store.reads(records), _TIMEOUT)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Saving an offloaded model: adapters and the rest as before, and the whole model from its store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from transformers import AutoModelForCausalLM
+
+from switchgear import offload
+from switchgear.adapters import add_lora, load_peft, merge, save_peft
+from switchgear.integrations import saving
+from switchgear.integrations.tiny_models import build
+from switchgear.integrations.transformers import accelerate
+from switchgear.offload import StoreError
+
+
+def model_of(model_type: str) -> Any:
+    torch.manual_seed(0)
+    model: Any = build(model_type).eval()
+    accelerate(model)
+    return model
+
+
+def copied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def check_saved(path: Path, wanted: dict[str, torch.Tensor]) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(path, dtype="auto").state_dict()
+    assert sorted(loaded) == sorted(wanted)
+    for name, tensor in wanted.items():
+        assert loaded[name].dtype is tensor.dtype, name
+        assert torch.equal(loaded[name], tensor), name
+
+
+@pytest.mark.parametrize(("model_type", "form"), [("mixtral", "plain"), ("qwen3_moe", "int8"), ("gpt_oss", "plain")])
+def test_a_checkpoint_from_the_store(tmp_path: Path, model_type: str, form: str) -> None:
+    model = model_of(model_type)
+    store = offload.write_store(model, tmp_path / "s", form)
+    cache = offload.offload(model, store, slots=1)
+    with pytest.raises(ValueError, match=r"call switchgear\.offload\.save_pretrained"):
+        model.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    model.model.norm.weight.data += 1  # what is not offloaded is saved as it is now
+    offload.save_pretrained(model, tmp_path / "out", max_shard_size=50_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    cache.close(restore=False)
+    offload.save_pretrained(model, tmp_path / "closed")
+    assert [file.name for file in (tmp_path / "closed").glob("*.safetensors")] == ["model.safetensors"]
+    again = offload.offload(model, store, slots=1)
+    again.close(restore=True)
+    wanted = copied(model.state_dict())
+    for name in ("out", "closed"):
+        check_saved(tmp_path / name, wanted)
+    with pytest.raises(ValueError, match=r"expected experts that are offloaded, got none; call model\.save_pretrained"):
+        offload.save_pretrained(model, tmp_path / "whole")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["closed", "out", "s"]
+
+
+def test_a_model_that_was_never_whole(tmp_path: Path) -> None:
+    """Loaded without experts: saved and loaded again, it is the checkpoint."""
+    whole = model_of("mixtral")
+    whole.save_pretrained(tmp_path / "c")
+    store = offload.write_store(tmp_path / "c", tmp_path / "s")
+    model = offload.load_model(tmp_path / "c", store)
+    cache = offload.offload(model, store, slots=1)
+    offload.save_pretrained(model, tmp_path / "out")
+    check_saved(tmp_path / "out", whole.state_dict())
+    cache.close()
+
+
+def test_a_store_that_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
+    model = model_of("mixtral")
+    store = offload.write_store(model, tmp_path / "s")
+    cache = offload.offload(model, store, slots=1)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="path: expected a folder that does not exist"):
+        offload.save_pretrained(model, tmp_path / "there")
+    with pytest.raises(ValueError, match="max_shard_size: expected a number of bytes, got '5GB'"):
+        offload.save_pretrained(model, tmp_path / "out", max_shard_size="5GB")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model: expected one of transformers, got Linear"):
+        offload.save_pretrained(torch.nn.Linear(2, 2), tmp_path / "out")
+    file = tmp_path / "s" / next(iter(store.layers.values())).file
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StoreError, match=r"layers\.0\.mlp\.experts, expert 0"):
+        offload.save_pretrained(model, tmp_path / "out")
+    cache.close(restore=False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["s", "there"]
+
+
+def test_adapters_of_experts_are_saved_alone(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    model = model_of("mixtral")
+    again = model_of("mixtral")
+    cache = offload.offload(model, offload.write_store(model, tmp_path / "s"), slots=7)
+    add_lora(model, rank=2)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter)
+    with pytest.raises(ValueError, match=r"expected plain weights to merge into, got .* stored as offloaded to"):
+        merge(model)
+    save_peft(model, tmp_path / "a")
+    load_peft(again, tmp_path / "a")
+    prompt = torch.arange(1, 9)[None]
+    assert torch.equal(model(prompt).logits, again(prompt).logits)
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if "lora" in name}
+    assert wanted
+    found = again.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    cache.close()
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora" not in name)
+
+
+def test_peft_saves_its_adapters_alone(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from safetensors.torch import load_file
+
+    base = model_of("mixtral")
+    cache = offload.offload(base, offload.write_store(base, tmp_path / "s"), slots=7)
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(base, config)
+    prompt = torch.arange(1, 4)[None]  # of at most six experts
+    wanted = model(prompt).logits
+    wanted.sum().backward()
+    model.save_pretrained(tmp_path / "a")
+    assert all("lora" in key for key in load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    again = peft.PeftModel.from_pretrained(model_of("mixtral"), tmp_path / "a")
+    assert torch.equal(again(prompt).logits, wanted)
+    with pytest.raises(ValueError, match="not in memory"):
+        torch.save(model.state_dict(), tmp_path / "state.pt")
+    cache.close()
+
+
+def test_transformers_saves_its_adapters_alone(tmp_path: Path) -> None:
+    """save_pretrained of a model that has loaded adapters: it takes them from the state dict, and writes no others."""
+    seen: dict[str, Any] = {}
+
+    def original(self: Any, save_directory: Any, state_dict: Any = None) -> None:
+        seen.update(state_dict)
+
+    model, save = model_of("mixtral"), saving._saving_plain(original)
+    cache = offload.offload(model, offload.write_store(model, tmp_path / "s"), slots=1)
+    with pytest.raises(ValueError, match=r"call switchgear\.offload\.save_pretrained"):
+        save(model, tmp_path)
+    model._hf_peft_config_loaded = True
+    save(model, tmp_path)
+    assert sorted(seen) == sorted(model.state_dict())
+    cache.close()
+
+
+def test_all_in_memory_is_saved_as_before(tmp_path: Path) -> None:
+    model = model_of("mixtral")
+    wanted = copied(model.state_dict())
+    cache = offload.offload(model, offload.write_store(model, tmp_path / "s"), slots=1000)
+    assert cache.is_inert
+    model.save_pretrained(tmp_path / "out")
+    check_saved(tmp_path / "out", wanted)
+    cache.close()
