@@ -8,6 +8,8 @@ import tempfile
 import small
 from transformers import Trainer, TrainingArguments
 
+import switchgear.integrations.transformers  # noqa: F401  registers experts_implementation="switchgear"
+
 
 def train(experts_implementation: str) -> float:
     """The last loss."""

@@ -84,10 +84,7 @@ class Records:
 
     @property
     def nbytes(self) -> int:
-<<<<<<< HEAD
         """Bytes of the layer's records, padding included."""
-        return self.num_experts * self.record_bytes
-=======
         return sum(self.sizes)
 
     def parts_of(self, expert: int) -> tuple[Part, ...]:
@@ -106,7 +103,6 @@ class Records:
     def has_planes(self, part: Part) -> bool:
         """Whether its size depends on the number of bits."""
         return part.field == "data" and self.kinds[part.projection].format == "groups"
->>>>>>> O
 
     def weights(self, arena: Tensor, slots: Tensor | None = None) -> tuple[Weight, Weight]:
         """The two projections, as views of records in memory: no copy.
