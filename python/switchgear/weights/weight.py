@@ -23,7 +23,7 @@ from switchgear.weights.pages import advise_huge_pages
 LOSSLESS = ("plain", "panels", "compact")
 PANEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _FIELDS = ("data", *formats.FIELDS)
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # type: ignore[attr-defined]
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 @dataclass(frozen=True, eq=False)
