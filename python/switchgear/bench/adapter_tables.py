@@ -50,7 +50,7 @@ def markdown(results: dict[str, Any]) -> str:
             f"{ours['ms']:.3g}", f"{ours['ms'] / base['ms']:.2f}",
             f"{floor(SHAPES[case['shape']], case['dtype'], case['rank'], case['tokens']):.2f}",
             ", ".join(f"{name} {row['ms'] / before[OURS]['ms']:.1f}" for name, row in others.items()),
-            "; ".join([_megabytes(ours), *(_megabytes(row) for row in others.values())]),
+            "; ".join([_megabytes(before[OURS]), *(_megabytes(row) for row in others.values())]),
         ])  # fmt: skip
     about = results["machine"]
     note = f"{about['model']}, {threads(about['threads'])}, {about['isa']}; torch {about['torch']}.\n"
