@@ -34,6 +34,7 @@ CASES = (
     Case("all_sizes_one", 1, 1, 1, 1, 1),
 )
 SMALL = CASES[0]
+MANY = Case("many", 520, 2, 4, 272, 264)  # terms of all columns exceed 1 MB, so tiles multiply their own
 
 
 class Adapted(NamedTuple):
@@ -185,10 +186,14 @@ def test_values_and_gradients(backend: str, case: Case, dtype: torch.dtype) -> N
     check(make(case, dtype, 3))
 
 
-@pytest.mark.parametrize("rank", [1, 8, 16, 65])
+@pytest.mark.parametrize("rank", [1, 2, 4, 8, 16, 32, 33, 65])
 def test_ranks(backend: str, rank: int) -> None:
     check(make(SMALL, torch.float32, rank))
     check(make(SMALL, torch.bfloat16, rank, ragged=True))
+
+
+def test_many_rows(isa: str) -> None:
+    check(make(MANY, torch.bfloat16, 17, ragged=True))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options.activation)
@@ -280,8 +285,9 @@ def test_masks() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_token_does_not_depend_on_others(isa: str, dtype: torch.dtype) -> None:
-    adapted = make(CASES[1], dtype, 9, ragged=True)
+@pytest.mark.parametrize("case", [CASES[1], MANY], ids=str)
+def test_a_token_does_not_depend_on_others(isa: str, case: Case, dtype: torch.dtype) -> None:
+    adapted = make(case, dtype, 9, ragged=True)
     whole = call(adapted)
     for rows in (slice(0, 1), slice(3, 11), slice(39, 40)):
         names = ("x", "topk_ids", "topk_weights")

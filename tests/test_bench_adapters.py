@@ -6,12 +6,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from switchgear.bench import adapters, timing
-from switchgear.bench.adapted_layers import BASE, LAYERS, AdaptedCase
+from switchgear.bench.adapted_layers import BASE, LAYERS, OURS, AdaptedCase
+from switchgear.bench.adapter_floors import floor
 from switchgear.bench.adapters import Task, expected, make, relative_error, tolerance
 from switchgear.bench.competitors import Skip
 from switchgear.bench.shapes import SHAPES, Shape
@@ -72,6 +74,39 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     path.write_text(json.dumps(results | {"cases": [measured | {"shape": "tiny"}]}))
     assert main(["bench", "--adapters", "--from", str(path)]) == 0
     assert "| tiny | bf16 | 8 | 24" in capsys.readouterr().out
+
+
+def test_floors() -> None:
+    """OLMoE at rank 64: 458,752 elements beside 6,291,456 weights of an expert."""
+    ratio = 458752 / 6291456
+    assert floor(SHAPES["olmoe"], "bf16", 64, 512) == pytest.approx(1 + 1.5 * ratio)
+    assert floor(SHAPES["olmoe"], "mxfp4", 64, 1) == pytest.approx(1 + ratio * 2 / (17 / 32))
+    touched = 64 * (1 - (1 - 1 / 8) ** 16)  # 16 tokens; gradients of 64 experts
+    assert floor(SHAPES["olmoe"], "fp32", 64, 16) == pytest.approx(1 + ratio * (2 * touched + 64) / (2 * touched))
+
+
+def test_others_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "TURN_SECONDS", 1e-9)
+    measured = adapters.measure(Task("small", "bf16", 24, 8, 1, 0.01, ("materialised",)))
+    assert [row["layer"] for row in measured["results"]] == [BASE, OURS, "switchgear on W + B·A"]
+    assert main(["bench", "--adapters", "--competitors", "nobody"]) == 2
+
+
+def test_a_case_measured_again_keeps_the_others() -> None:
+    """Beside the time that ours took in their process."""
+
+    def case(**ms: float) -> dict[str, Any]:
+        rows = [{"layer": name, "ms": value, "peak_bytes": 0, "quiet_turns": 9} for name, value in ms.items()]
+        return {"shape": "tiny", "dtype": "bf16", "tokens": 16, "rank": 8, "results": rows}
+
+    cases = [case(**{BASE: 2.0, OURS: 4.0, "split, torch": 12.0})]
+    for _ in range(2):
+        adapters.replace(cases, case(**{BASE: 2.0, OURS: 3.0}))
+    about = {"model": "m", "threads": 1, "isa": "i", "torch": "t"}
+    table = adapters.markdown({"schema": adapters.SCHEMA, "machine": about, "cases": cases})
+    assert len(cases) == 1
+    assert "| 1.50 |" in table
+    assert "split, torch 3.0 |" in table
 
 
 def test_unknown_dtype(capsys: pytest.CaptureFixture[str]) -> None:

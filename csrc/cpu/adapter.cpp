@@ -3,7 +3,7 @@
 //
 //   work 2·S·r·(C + N) flop; traffic: a and b of the touched experts once per 240 rows of an expert
 //   A product has at most one panel of columns (small rows) or a depth of r (terms), so packing b costs as much as
-//   multiplying a few rows.
+//   multiplying a few rows. With one row per expert the bytes of a and b bind, so they are read as one stream each.
 // Accumulates in float32; small rows are rounded once to the dtype of x. Each sum has one order: deterministic, and a row's
 // result does not depend on the other rows.
 #include "adapter.h"
@@ -56,6 +56,11 @@ void AdapterProducts::multiply(const SlotRows& out, const void* const* rows, Ada
   const int64_t rank = adapter_.rank(), panel = k.panel, element = size_of(dtype_);
   const int64_t depth = side == AdapterSide::kA ? adapter_.a.shape[2] : adapter_.b.shape[1];
   const std::vector<Tile> tiles = make_tiles(expert_offsets_, a_.num_experts(), rank, panel, k.most_rows);
+  // Columns of B run across memory. Few of them would leave most lanes of a panel empty, so they are transposed: as much work
+  // as multiplying about 10 rows.
+  const auto along_k = [panel](AdapterSide of, int64_t columns) {
+    return of == AdapterSide::kA || 2 * columns <= panel;
+  };
 
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
     const Tile& tile = tiles[static_cast<size_t>(task)];
@@ -75,7 +80,7 @@ void AdapterProducts::multiply(const SlotRows& out, const void* const* rows, Ada
                             .c = scratch.c,
                             .next = &tile != &tiles.back() ? operand((&tile)[1]).start() : Start{},
                             .scratch = scratch.packing};
-      side == AdapterSide::kA ? k.dot_products(product) : k.multiply(product);
+      along_k(side, columns) ? k.dot_products(product) : k.multiply(product);
     }
     const auto scale = static_cast<float>(adapter_.scales.as<const float>()[tile.expert] / (1.0 - adapter_.dropout));
     for (int64_t m = 0; m < tile.num_rows; ++m) {
@@ -123,14 +128,14 @@ void AdapterProducts::prefetch(const Term& term, AdapterSide side) const {
 void AdapterProducts::add(float* c, const Term& term, AdapterSide side, const ProductScratch& scratch,
                           const Kernels& k) const {
   if (rank_of(term.expert) == 0) return;
-  if (side == AdapterSide::kA || !drops()) {
+  if (side == AdapterSide::kB && !drops()) {
     Product whole = product(term, side, scratch);
     whole.c = c;
     whole.accumulate = true;
     multiply_wide(k, whole);
     return;
   }
-  for (int64_t j = 0; j < term.num_columns; j += k.panel) {  // the mask applies to the term alone
+  for (int64_t j = 0; j < term.num_columns; j += k.panel) {
     Term panel = term;
     panel.column += j;
     panel.num_columns = std::min<int64_t>(k.panel, term.num_columns - j);
@@ -139,7 +144,8 @@ void AdapterProducts::add(float* c, const Term& term, AdapterSide side, const Pr
     k.multiply(part);
     for (int64_t m = 0; m < term.num_rows; ++m) {
       float* const row = scratch.c + m * k.panel;
-      mask_.apply(row, term.first_slot + m, panel.column, panel.num_columns);
+      // the mask applies to the term alone
+      if (side == AdapterSide::kB) mask_.apply(row, term.first_slot + m, panel.column, panel.num_columns);
       k.add_scaled_row(c + j * term.num_rows + m * k.panel, row, DType::kFloat32, 1.0f, panel.num_columns);
     }
   }
@@ -164,25 +170,30 @@ void AdapterProducts::add_to_rows(float* c, int64_t stride, const Term& term, co
 void AdapterProducts::multiply_terms(float* out, const SlotRows& small_rows, const ThreadMemory& memory,
                                      const Context& context) const {
   constexpr int64_t kColumns = 512;  // of a task: 8 KB of B at rank 8
+  // A panel is 1 to 8 KB of B. Prefetching only the next one would wait for memory's latency.
+  constexpr int64_t kLeadBytes = 16 << 10;
   const Kernels& k = context.kernels;
   const int64_t width = adapter_.b.shape[1], panel = k.panel;
+  const int64_t lead = ceil_div(kLeadBytes, adapter_.rank() * size_of(dtype_) * panel) * panel;
   const std::vector<Tile> tiles = make_tiles(expert_offsets_, num_experts(), width, kColumns, k.most_rows);
+  const auto end_of = [&](const Tile& tile) { return std::min(width, tile.column + kColumns); };
+  // B from `column` of tile i on, which may be in one of the next tiles.
+  const auto start_at = [&](size_t i, int64_t column) {
+    for (; i + 1 < tiles.size() && column >= end_of(tiles[i]); ++i) column += tiles[i + 1].column - end_of(tiles[i]);
+    return operand({tiles[i].expert, 0, 0, std::min(column, width - 1), 0, nullptr}, AdapterSide::kA).start();
+  };
   parallel_for_shares(context.num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
-    const Tile& tile = tiles[static_cast<size_t>(i)];
+    const auto index = static_cast<size_t>(i);
+    const Tile& tile = tiles[index];
     if (rank_of(tile.expert) == 0) return;
-    const ProductScratch scratch = memory.of(thread);
-    const int64_t end = std::min(width, tile.column + kColumns);
-    for (int64_t column = tile.column; column < end; column += panel) {
-      Term term{tile.expert,
-                tile.first_row,
-                tile.num_rows,
-                column,
-                std::min(panel, end - column),
-                small_rows.pointers() + tile.first_row};
-      Product part = product(term, AdapterSide::kA, scratch);
+    for (int64_t column = tile.column; column < end_of(tile); column += panel) {
+      const int64_t columns = std::min(panel, end_of(tile) - column);
+      const void* const* const rows = small_rows.pointers() + tile.first_row;
+      const ProductScratch scratch = memory.of(thread);
+      Product part =
+          product({tile.expert, tile.first_row, tile.num_rows, column, columns, rows}, AdapterSide::kA, scratch);
       part.c = scratch.c;
-      term.column += panel;
-      if (term.column < width) part.next = operand(term, AdapterSide::kA).start();
+      part.next = start_at(index, column + lead);
       k.multiply(part);
       for (int64_t m = 0; m < tile.num_rows; ++m) {
         std::memcpy(out + (tile.first_row + m) * width + column, scratch.c + m * panel,
@@ -190,52 +201,6 @@ void AdapterProducts::multiply_terms(float* out, const SlotRows& small_rows, con
       }
     }
   });
-}
-
-int64_t ForwardAdapter::bytes(const Adapter& adapter, int64_t num_slots, DType dtype, bool ahead) {
-  if (!adapter.defined()) return 0;
-  const int64_t term_bytes = ahead ? Workspace::padded(num_slots * adapter.b.shape[1] * 4) : 0;
-  return term_bytes + SlotRows::bytes(num_slots, adapter.rank(), dtype) +
-         AdapterProducts::masked_bytes(adapter, num_slots, dtype) +
-         Workspace::padded(num_slots * static_cast<int64_t>(sizeof(void*)));
-}
-
-ForwardAdapter::ForwardAdapter(const Adapter& adapter, uint32_t projection, const Slots& slots, DType dtype,
-                               Workspace& workspace, bool ahead)
-    : slots_(slots), workspace_(workspace) {
-  if (!adapter.defined()) return;
-  products_.emplace(adapter, projection, slots.expert_offsets, slots.count, dtype);
-  rows_.emplace(workspace, slots.count, adapter.rank(), dtype);
-  pointers_ = workspace.take<const void*>(slots.count);
-  width_ = adapter.b.shape[1];
-  if (ahead) terms_ = workspace.take<float>(slots.count * width_);
-}
-
-void ForwardAdapter::multiply(const void* const* rows, const ThreadMemory& memory, const Context& context) {
-  if (!products_) return;
-  products_->multiply(*rows_, products_->masked(rows, workspace_, context), AdapterSide::kA, memory, context);
-  if (terms_ != nullptr) products_->multiply_terms(terms_, *rows_, memory, context);
-}
-
-void ForwardAdapter::add_to_rows(float* c, int64_t stride, const Columns& columns, const ProductScratch& scratch,
-                                 const Kernels& k) const {
-  const auto [expert, first_slot, num_rows, column, num_columns] = columns;
-  if (terms_ == nullptr) {
-    products_->add_to_rows(c, stride, {expert, first_slot, num_rows, column, num_columns, rows() + first_slot}, scratch,
-                           k);
-    return;
-  }
-  if (products_->rank_of(expert) == 0) return;
-  for (int64_t m = 0; m < num_rows; ++m) {
-    k.add_scaled_row(c + m * stride, terms_ + (first_slot + m) * width_ + column, DType::kFloat32, 1.0f, num_columns);
-  }
-}
-
-void ForwardAdapter::multiply(const TensorView& x, const int32_t* indices, const ThreadMemory& memory,
-                              const Context& context) {
-  if (!products_) return;
-  fill_row_pointers(pointers_, x, indices, slots_.expert_offsets[products_->num_experts()]);
-  multiply(pointers_, memory, context);
 }
 
 void AdapterProducts::clear_past_ranks(const TensorView& gradient, AdapterSide side) const {
@@ -255,6 +220,88 @@ void AdapterProducts::clear_past_ranks(const TensorView& gradient, AdapterSide s
       }
     }
   }
+}
+
+// ---- terms -----------------------------------------------------------------------------------------------------------------
+
+void AdapterTerms::prefetch(const Columns& of) const {
+  if (ahead != nullptr) return;
+  products->prefetch({of.expert, of.first_slot, of.num_rows, of.column, of.num_columns, nullptr}, side);
+}
+
+void AdapterTerms::add(float* c, const Columns& to, const ProductScratch& scratch, const Kernels& k) const {
+  const auto [expert, first_slot, num_rows, column, num_columns] = to;
+  if (ahead == nullptr) {
+    products->add(c, {expert, first_slot, num_rows, column, num_columns, small_rows + first_slot}, side, scratch, k);
+    return;
+  }
+  for (int64_t j = 0; j < num_columns; j += k.panel) {
+    const Columns panel{expert, first_slot, num_rows, column + j, std::min<int64_t>(k.panel, num_columns - j)};
+    add_to_rows(c + j * num_rows, k.panel, panel, scratch, k);
+  }
+}
+
+void AdapterTerms::add_to_rows(float* c, int64_t stride, const Columns& to, const ProductScratch& scratch,
+                               const Kernels& k) const {
+  const auto [expert, first_slot, num_rows, column, num_columns] = to;
+  if (ahead == nullptr) {
+    products->add_to_rows(c, stride, {expert, first_slot, num_rows, column, num_columns, small_rows + first_slot},
+                          scratch, k);
+    return;
+  }
+  if (products->rank_of(expert) == 0) return;
+  for (int64_t m = 0; m < num_rows; ++m) {
+    k.add_scaled_row(c + m * stride, ahead + (first_slot + m) * width + column, DType::kFloat32, 1.0f, num_columns);
+  }
+}
+
+// ---- forward ---------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Whether the terms of all columns are computed ahead: while they stay in L2.
+bool are_ahead(const Adapter& adapter, int64_t num_slots) {
+  constexpr int64_t kMostBytes = 1 << 20;
+  return num_slots * adapter.b.shape[1] * 4 <= kMostBytes;
+}
+
+}  // namespace
+
+int64_t ForwardAdapter::bytes(const Adapter& adapter, int64_t num_slots, DType dtype) {
+  if (!adapter.defined()) return 0;
+  const int64_t term_bytes = are_ahead(adapter, num_slots) ? Workspace::padded(num_slots * adapter.b.shape[1] * 4) : 0;
+  return term_bytes + SlotRows::bytes(num_slots, adapter.rank(), dtype) +
+         AdapterProducts::masked_bytes(adapter, num_slots, dtype) +
+         Workspace::padded(num_slots * static_cast<int64_t>(sizeof(void*)));
+}
+
+ForwardAdapter::ForwardAdapter(const Adapter& adapter, uint32_t projection, const Slots& slots, DType dtype,
+                               Workspace& workspace)
+    : slots_(slots), workspace_(workspace) {
+  if (!adapter.defined()) return;
+  products_.emplace(adapter, projection, slots.expert_offsets, slots.count, dtype);
+  rows_.emplace(workspace, slots.count, adapter.rank(), dtype);
+  pointers_ = workspace.take<const void*>(slots.count);
+  width_ = adapter.b.shape[1];
+  if (are_ahead(adapter, slots.count)) ahead_ = workspace.take<float>(slots.count * width_);
+}
+
+AdapterTerms ForwardAdapter::terms() const {
+  if (!products_) return {};
+  return {&*products_, AdapterSide::kA, rows_->pointers(), ahead_, width_};
+}
+
+void ForwardAdapter::multiply(const void* const* rows, const ThreadMemory& memory, const Context& context) {
+  if (!products_) return;
+  products_->multiply(*rows_, products_->masked(rows, workspace_, context), AdapterSide::kA, memory, context);
+  if (ahead_ != nullptr) products_->multiply_terms(ahead_, *rows_, memory, context);
+}
+
+void ForwardAdapter::multiply(const TensorView& x, const int32_t* indices, const ThreadMemory& memory,
+                              const Context& context) {
+  if (!products_) return;
+  fill_row_pointers(pointers_, x, indices, slots_.expert_offsets[products_->num_experts()]);
+  multiply(pointers_, memory, context);
 }
 
 }  // namespace switchgear::cpu

@@ -72,7 +72,8 @@ class AdapterProducts {
                 const Context& context) const;
 
   // Adds small rows times B_eᵀ (of side kA), or times A_e and masked (of side kB), to the columns from `column` on of a
-  // product: panels as multiply_wide leaves them. Undefined scratch.c, but for kA without dropout it is not used.
+  // product: panels as multiply_wide leaves them. Of side kA it is summed on its own first, in scratch.c, as
+  // multiply_terms does: the same bits for any number of rows.
   struct Term {
     int64_t expert, first_slot, num_rows, column, num_columns;
     const void* const* rows;  // of first_slot …
@@ -100,33 +101,46 @@ class AdapterProducts {
   DType dtype_;
 };
 
-// The small rows of one projection in moe_forward; without an adapter, nothing. They take `bytes` of the call's workspace:
-// with blocks of their own, calls would use more than are kept (workspace.h). `ahead`: terms are computed before the
-// projection, for all columns. With few rows, B is then read as one stream instead of in pieces between those of the weights.
-class ForwardAdapter {
- public:
-  static int64_t bytes(const Adapter& adapter, int64_t num_slots, DType dtype, bool ahead = false);
-  ForwardAdapter(const Adapter& adapter, uint32_t projection, const Slots& slots, DType dtype, Workspace& workspace,
-                 bool ahead = false);
-
-  const AdapterProducts* products() const { return products_ ? &*products_ : nullptr; }
-  const void* const* rows() const { return rows_ ? rows_->pointers() : nullptr; }
-  // Computes them from rows [S], or from rows of x: x[indices[s]], or x[s] without indices. Once.
-  void multiply(const void* const* rows, const ThreadMemory& memory, const Context& context);
-  void multiply(const TensorView& x, const int32_t* indices, const ThreadMemory& memory, const Context& context);
-  // Adds the terms of rows from first_slot on to a product, whose rows are `stride` apart.
+// What the tiles of a projection add to their own products; by default nothing. `ahead`: terms of all columns, computed
+// before, in rows of `width`. Else each tile multiplies the small rows itself.
+struct AdapterTerms {
   struct Columns {
     int64_t expert, first_slot, num_rows, column, num_columns;
   };
+  const AdapterProducts* products = nullptr;
+  AdapterSide side = AdapterSide::kA;
+  const void* const* small_rows = nullptr;  // [S]
+  const float* ahead = nullptr;
+  int64_t width = 0;
+
+  bool defined() const { return products != nullptr; }
+  // Prefetches what `add` reads: called before the projection's own product, which takes as long as memory needs.
+  void prefetch(const Columns& columns) const;
+  // To panels as multiply_wide leaves them, or to rows `stride` apart. scratch.c is not c.
+  void add(float* c, const Columns& columns, const ProductScratch& scratch, const Kernels& k) const;
   void add_to_rows(float* c, int64_t stride, const Columns& columns, const ProductScratch& scratch,
                    const Kernels& k) const;
+};
+
+// The small rows of one projection in moe_forward; without an adapter, nothing. They take `bytes` of the call's workspace:
+// with blocks of their own, calls would use more than are kept (workspace.h). Terms of few rows are computed ahead: B is then
+// read as one stream instead of in pieces between those of the weights.
+class ForwardAdapter {
+ public:
+  static int64_t bytes(const Adapter& adapter, int64_t num_slots, DType dtype);
+  ForwardAdapter(const Adapter& adapter, uint32_t projection, const Slots& slots, DType dtype, Workspace& workspace);
+
+  AdapterTerms terms() const;
+  // Computes them from rows [S], or from rows of x: x[indices[s]], or x[s] without indices. Once.
+  void multiply(const void* const* rows, const ThreadMemory& memory, const Context& context);
+  void multiply(const TensorView& x, const int32_t* indices, const ThreadMemory& memory, const Context& context);
 
  private:
   const Slots& slots_;
   Workspace& workspace_;
   const void** pointers_ = nullptr;
-  float* terms_ = nullptr;
-  int64_t width_ = 0;  // of terms
+  float* ahead_ = nullptr;
+  int64_t width_ = 0;  // of `ahead`
   std::optional<AdapterProducts> products_;
   std::optional<SlotRows> rows_;
 };

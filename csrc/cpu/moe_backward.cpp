@@ -46,8 +46,7 @@ struct ActivationBackward {
   int64_t wide;  // columns of a tile
   const Context& context;
   const Kernels& k;
-  const AdapterProducts* adapter;           // of down_proj
-  const void* const* small_rows = nullptr;  // [S] of the adapter: v'
+  AdapterTerms adapter;  // of down_proj: v'
 
   // The start of the next tile's columns, for a prefetch.
   Start start(const Tile& tile) const {
@@ -60,9 +59,8 @@ struct ActivationBackward {
   void run(const Tile& tile, const Start& next, const WideScratch& scratch, void* adapter_scratch,
            DecodedColumns& down_proj) const {
     const int64_t width = std::min(wide, weighted_a.shape[1] - tile.column);
-    const void* const* const small = adapter != nullptr ? small_rows + tile.first_row : nullptr;
-    const AdapterProducts::Term term{tile.expert, tile.first_row, tile.num_rows, tile.column, width, small};
-    if (adapter != nullptr) adapter->prefetch(term, AdapterSide::kB);
+    const AdapterTerms::Columns term{tile.expert, tile.first_row, tile.num_rows, tile.column, width};
+    if (adapter.defined()) adapter.prefetch(term);
     multiply_wide(k, {.rows = grad_y_rows + tile.first_row,
                       .num_rows = tile.num_rows,
                       .b = down_proj.of(tile.expert, tile.column, width, context),
@@ -71,7 +69,7 @@ struct ActivationBackward {
                       .c = scratch.c,
                       .next = next,
                       .scratch = scratch.packing});
-    if (adapter != nullptr) adapter->add(scratch.c, term, AdapterSide::kB, ProductScratch(adapter_scratch), k);
+    if (adapter.defined()) adapter.add(scratch.c, term, ProductScratch(adapter_scratch), k);
     // Row by row, so that rows of h and of the results are read and written in runs.
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       for (int64_t column = 0; column < width; column += k.panel) {
@@ -158,9 +156,10 @@ class BackwardAdapter {
     small_.emplace(workspace, slots.count, adapter.rank(), dtype);
   }
 
-  bool defined() const { return products_.has_value(); }
-  const AdapterProducts* products() const { return products_ ? &*products_ : nullptr; }
-  const void* const* small_rows() const { return small_ ? small_->pointers() : nullptr; }
+  AdapterTerms terms() const {
+    if (!products_) return {};
+    return {.products = &*products_, .side = AdapterSide::kB, .small_rows = small_->pointers()};
+  }
 
   // From gradients [S] of the projection's result.
   void multiply(const void* const* gradients, const ThreadMemory& memory, const Context& context) {
@@ -252,8 +251,7 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
                                  .wide = wide,
                                  .context = context,
                                  .k = k,
-                                 .adapter = second.products(),
-                                 .small_rows = second.small_rows()};
+                                 .adapter = second.terms()};
   std::vector<DecodedColumns> decoded;
   for (int i = 0; i < num_threads; ++i) {
     decoded.emplace_back(down_proj, args.x.dtype, memory + i * thread_bytes + WideScratch::kBytes + adapter_bytes);
@@ -279,8 +277,7 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
                .dtype = args.x.dtype,
                .out = args.grad_x,
                .accumulate = false,
-               .adapter = first.products(),
-               .small_rows = first.small_rows()},
+               .adapter = first.terms()},
               context);
   }
   const int32_t* const experts = args.experts.as<int32_t>();

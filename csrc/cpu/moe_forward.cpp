@@ -36,23 +36,23 @@ struct FirstProjection {
   const void* const* rows;  // [S] gathered rows of x
   const ActivationRows& a;
   const Kernels& k;
-  const AdapterProducts* adapter = nullptr;
-  const void* const* small_rows = nullptr;  // [S] of the adapter
+  AdapterTerms adapter;
 
   Start start(const Tile& tile) const {
     const GateColumns columns = gate_columns(args.options, a.width(), tile.column, 1, k.panel);
     return ExpertMatrix(args.weights.gate_up_proj, tile.expert, args.x.dtype).rows_from(columns.begin[0]).start();
   }
 
-  void run(const Tile& tile, const Start& next, const ProductScratch (&scratch)[2], const void* gathered_x) const {
+  // adapter_scratch: its c is for terms of the adapter.
+  void run(const Tile& tile, const Start& next, const ProductScratch (&scratch)[2],
+           const ProductScratch& adapter_scratch, const void* gathered_x) const {
     const int64_t count = std::min<int64_t>(k.panel, a.width() - tile.column);
     const GateColumns columns = gate_columns(args.options, a.width(), tile.column, count, k.panel);
     const ExpertMatrix matrix(args.weights.gate_up_proj, tile.expert, args.x.dtype);
     const auto term = [&](int i) {
-      return AdapterProducts::Term{tile.expert,      tile.first_row,   tile.num_rows,
-                                   columns.begin[i], columns.count[i], small_rows + tile.first_row};
+      return AdapterTerms::Columns{tile.expert, tile.first_row, tile.num_rows, columns.begin[i], columns.count[i]};
     };
-    for (int i = 0; i < 2 && adapter != nullptr; ++i) adapter->prefetch(term(i), AdapterSide::kA);
+    for (int i = 0; i < 2 && adapter.defined(); ++i) adapter.prefetch(term(i));
     for (int i = 0; i < 2; ++i) {
       if (columns.count[i] == 0) continue;
       k.dot_products({.rows = rows + tile.first_row,
@@ -64,7 +64,7 @@ struct FirstProjection {
                       .next = i == 0 && columns.count[1] > 0 ? matrix.rows_from(columns.begin[1]).start() : next,
                       .scratch = scratch[i].packing,
                       .gathered = gathered_x});
-      if (adapter != nullptr) adapter->add(scratch[i].c, term(i), AdapterSide::kA, scratch[i], k);
+      if (adapter.defined()) adapter.add(scratch[i].c, term(i), adapter_scratch, k);
     }
     a.store(tile, count, [&](int64_t m, float* activated) {
       float* const part[2] = {scratch[0].c + m * k.panel, scratch[1].c + m * k.panel};
@@ -104,11 +104,14 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   if (args.weights.down_adapter.defined()) a.keep_plain();
   const int64_t gathered_x_bytes = GatheredRows::bytes(x.block_bytes(), num_slots);
   const auto pointers = num_slots * static_cast<int64_t>(sizeof(void*));
+  // Two products, and a term of an adapter, which shares their packing.
+  const int64_t term_bytes = args.weights.gate_up_adapter.defined() ? ProductScratch::kTileBytes : 0;
+  const int64_t thread_bytes = 2 * ProductScratch::kBytes + term_bytes;
 
   Workspace workspace(Slots::bytes(num_slots, num_experts) + 2 * Workspace::padded(pointers) + a.bytes() + x.bytes() +
                       ForwardAdapter::bytes(args.weights.gate_up_adapter, num_slots, dtype) +
                       ForwardAdapter::bytes(args.weights.down_adapter, num_slots, dtype) +
-                      num_threads * (2 * ProductScratch::kBytes + gathered_x_bytes));
+                      num_threads * (thread_bytes + gathered_x_bytes));
   const Slots slots = make_slots(workspace, args.topk_ids, args.topk_weights, num_experts, context);
   const int64_t used_slots = slots.expert_offsets[num_experts];
   const void** const x_rows = workspace.take<const void*>(num_slots);
@@ -116,7 +119,7 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   a.take(workspace, slots.expert_offsets);
   x.fill(x_rows, workspace, slots, used_slots, num_threads);
   a.fill(a_rows, used_slots);
-  char* const memory = static_cast<char*>(workspace.take_bytes(2 * num_threads * ProductScratch::kBytes));
+  char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * thread_bytes));
   char* const gathered_memory = static_cast<char*>(workspace.take_bytes(num_threads * gathered_x_bytes));
   std::vector<GatheredRows> gathered_x;
   for (int i = 0; i < num_threads; ++i)
@@ -124,15 +127,17 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
 
   const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, k.panel, k.most_rows,
                                              x.block_bytes() > 0 ? TileOrder::kRows : TileOrder::kPanels);
-  const ThreadMemory thread_memory{memory, 2 * ProductScratch::kBytes};
+  const ThreadMemory thread_memory{memory, thread_bytes};
   ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, dtype, workspace);
   u.multiply(args.x, slots.token_indices, thread_memory, context);
-  const FirstProjection first{args, x_rows, a, k, u.products(), u.rows()};
+  const FirstProjection first{args, x_rows, a, k, u.terms()};
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
-    char* const own = memory + 2 * thread * ProductScratch::kBytes;
+    char* const own = memory + thread * thread_bytes;
+    const ProductScratch scratch[2] = {ProductScratch(own), ProductScratch(own + ProductScratch::kBytes)};
+    ProductScratch adapter_scratch = scratch[0];
+    if (term_bytes > 0) adapter_scratch.c = reinterpret_cast<float*>(own + 2 * ProductScratch::kBytes);
     const Tile* const tile = &tiles[static_cast<size_t>(i)];
-    first.run(*tile, tile != &tiles.back() ? first.start(tile[1]) : Start{},
-              {ProductScratch(own), ProductScratch(own + ProductScratch::kBytes)},
+    first.run(*tile, tile != &tiles.back() ? first.start(tile[1]) : Start{}, scratch, adapter_scratch,
               gathered_x[static_cast<size_t>(thread)].of(*tile, k, x_rows, hidden_size));
   });
   if (args.h.defined()) zero_tail(args.h, used_slots);
@@ -151,8 +156,7 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
              .dtype = dtype,
              .out = args.out(),
              .accumulate = args.sums.defined(),
-             .adapter = v.products(),
-             .small_rows = v.rows()},
+             .adapter = v.terms()},
             context);
 }
 

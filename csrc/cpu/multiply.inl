@@ -112,12 +112,57 @@ inline void with_words(DType dtype, Function&& function) {
 
 bool runs_along_k(const Matrix& b) { return b.k_stride == 1 && b.n_stride != 1; }
 
+// kParts runs of kLanes / kParts words, `stride` bytes apart.
+template <int kParts>
+inline Floats load_parts(const char* p, int64_t stride) {
+  constexpr int kBytes = kLanes / kParts * 4;
+#ifdef __AVX512F__
+  if constexpr (kParts == 2) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(reinterpret_cast<const float*>(p))),
+                              _mm256_loadu_ps(reinterpret_cast<const float*>(p + stride)), 1);
+  } else if constexpr (kParts == 4) {
+    const auto part = [&](int i) { return _mm_loadu_ps(reinterpret_cast<const float*>(p + i * stride)); };
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_insertf128_ps(_mm256_castps128_ps256(part(0)), part(1), 1)),
+                              _mm256_insertf128_ps(_mm256_castps128_ps256(part(2)), part(3), 1), 1);
+  }
+#endif
+  float lanes[kLanes];
+  for (int i = 0; i < kParts; ++i) {
+    __builtin_memcpy(reinterpret_cast<char*>(lanes) + i * kBytes, p + i * stride, static_cast<size_t>(kBytes));
+  }
+  return load(lanes);
+}
+
+// kParts · kLanes columns of kLanes / kParts words each, as those of a low rank: kParts columns share a vector, so one
+// transposition serves all.
+template <int kParts>
+inline void pack_short_columns(float* panel, const char* column, int64_t stride) {
+  Floats block[kLanes];
+#pragma GCC unroll 16
+  for (int n = 0; n < kLanes; ++n) block[n] = load_parts<kParts>(column + n * stride, kLanes * stride);
+  transpose(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    store(panel + i % (kLanes / kParts) * kPanel + i / (kLanes / kParts) * kLanes, block[i]);
+  }
+}
+
 // panel[p][n] from columns that run along k: blocks of words are transposed in registers. Prefetches `lines` lines per word.
 template <typename Words>
 void pack_along_k(float* panel, const Element<Words>* data, int64_t stride, int64_t num_columns, int64_t depth,
                   int64_t lines, Ahead& ahead) {
   constexpr int64_t kBlock = kLanes * Words::kDepth;
   const int64_t words = (depth + Words::kDepth - 1) / Words::kDepth;
+  if constexpr (sizeof(*data) * Words::kDepth == 4 && kPanelVectors == 4) {
+    if (num_columns == kPanel && (2 * depth == kBlock || 4 * depth == kBlock)) {
+      const auto* const columns = reinterpret_cast<const char*>(data);
+      const int64_t bytes = stride * static_cast<int64_t>(sizeof(*data));
+      for (int64_t i = 0; i < lines * words; ++i) ahead.prefetch_line();
+      if (4 * depth == kBlock) return pack_short_columns<4>(panel, columns, bytes);
+      pack_short_columns<2>(panel, columns, bytes);
+      return pack_short_columns<2>(panel + 2 * kLanes, columns + 2 * kLanes * bytes, bytes);
+    }
+  }
   for (int64_t n0 = 0; n0 < kPanel; n0 += kLanes) {
     const int64_t valid = num_columns - n0 < kLanes ? num_columns - n0 : kLanes;
     for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
@@ -304,7 +349,11 @@ Ahead ahead_of(const Product& product, int64_t begin, int64_t chunk) {
     begin = 0;
   }
   const int64_t depth = product.depth - begin < chunk ? product.depth - begin : chunk;
-  if (runs_along_k(b)) return {data + begin * element, b.n_stride * element, depth * element};
+  if (runs_along_k(b)) {
+    const int64_t width = depth * element;
+    if (b.n_stride != depth) return {data + begin * element, b.n_stride * element, width};
+    return {data, product.num_columns * width, product.num_columns * width};  // short columns share lines
+  }
   const bool is_next = data != b.data;
   const int64_t width = is_next && product.next_width > 0 ? product.next_width : product.num_columns * element;
   return {data + begin * b.k_stride * element, b.k_stride * element, width};

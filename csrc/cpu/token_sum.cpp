@@ -61,7 +61,7 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
   const int64_t chunks = ceil_div(num_tokens, chunk);
 
   const int64_t accumulator_bytes = Workspace::padded(chunk * wide * 4);
-  const int64_t adapter_bytes = args.adapter != nullptr ? ProductScratch::kBytes : 0;
+  const int64_t adapter_bytes = args.adapter.defined() ? ProductScratch::kBytes : 0;
   const int64_t decoded_bytes = decodes ? DecodedColumns::bytes(*args.matrices, dtype, k) : 0;
   const int64_t thread_bytes = WideScratch::kBytes + accumulator_bytes + adapter_bytes + decoded_bytes;
   Workspace workspace(num_threads * thread_bytes);
@@ -133,12 +133,10 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
                               .next = s + piece < last ? b.start() : next_start,
                               .scratch = scratch.packing,
                               .gathered = args.gathered.defined() ? args.gathered.block(e, s) : nullptr};
-        const AdapterSide side = args.transposed ? AdapterSide::kB : AdapterSide::kA;
-        const AdapterProducts::Term term{e,      s,       rows,
-                                         column, columns, args.adapter != nullptr ? args.small_rows + s : nullptr};
-        if (args.adapter != nullptr) args.adapter->prefetch(term, side);
+        const AdapterTerms::Columns term{e, s, rows, column, columns};
+        if (args.adapter.defined()) args.adapter.prefetch(term);
         args.transposed ? multiply_wide(k, product) : dot_products_wide(k, product);
-        if (args.adapter != nullptr) args.adapter->add(scratch.c, term, side, ProductScratch(adapter_scratch), k);
+        if (args.adapter.defined()) args.adapter.add(scratch.c, term, ProductScratch(adapter_scratch), k);
         for (int64_t first_column = 0; first_column < columns; first_column += panel) {
           const int64_t count = std::min(panel, columns - first_column);
           for (int64_t m = std::max<int64_t>(first - s, 0); m < rows; ++m) {  // a block may begin before the first

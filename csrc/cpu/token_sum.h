@@ -21,8 +21,7 @@ struct TokenSumArgs {
   DType dtype;      // of the rows
   TensorView out;   // [T, columns]
   bool accumulate;  // adds to `out`, which is float32
-  const AdapterProducts* adapter = nullptr;
-  const void* const* small_rows = nullptr;  // [S] of the adapter
+  AdapterTerms adapter = {};
 };
 
 void token_sum(const TokenSumArgs& args, const Context& context);

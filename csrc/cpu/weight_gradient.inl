@@ -47,12 +47,12 @@ void transpose_words(float* out, int64_t stride, const void* const* rows, int64_
 
 // Stores a row of a tile, rounded. Whole lines that are not read soon go past the caches: a cached store first fetches the
 // line that it overwrites.
-template <typename T>
-inline void leave(T* p, const Floats (&row)[kPanelVectors], int64_t columns, bool past_caches) {
+template <typename T, int kVectors>
+inline void leave(T* p, const Floats (&row)[kVectors], int64_t columns, bool past_caches) {
   constexpr int kPerLine = kLine / sizeof(T) / kLanes;  // vectors per line
-  if (past_caches && columns == kPanel && kPanelVectors % kPerLine == 0) {
+  if (past_caches && columns == kVectors * kLanes && kVectors % kPerLine == 0) {
 #pragma GCC unroll 4
-    for (int j = 0; j + kPerLine <= kPanelVectors; j += kPerLine) {
+    for (int j = 0; j + kPerLine <= kVectors; j += kPerLine) {
       T* const target = p + j * kLanes;
       if constexpr (sizeof(T) == sizeof(float)) {
 #pragma GCC unroll 4
@@ -75,7 +75,7 @@ inline void leave(T* p, const Floats (&row)[kPanelVectors], int64_t columns, boo
     return;
   }
 #pragma GCC unroll 4
-  for (int j = 0; j < kPanelVectors; ++j) {
+  for (int j = 0; j < kVectors; ++j) {
     const int64_t count = columns - j * kLanes;
     if (count > 0) store_some(p + j * kLanes, row[j], count < kLanes ? count : kLanes);
   }
@@ -92,50 +92,66 @@ struct SlotChunk {
   bool is_first, is_last;
 };
 
-// kRows rows of the panel. Between chunks the sums are kept in `carried`.
-template <int kRows, typename Words>
+// kRows rows of the first kVectors vectors of the panel. Between chunks the sums are kept in `carried`.
+template <int kRows, int kVectors, typename Words>
 void gradient_tile(const SlotChunk& chunk, const GradientPanel& to, int64_t m) {
   using T = Element<Words>;
   const float* a[kRows];
-  Floats acc[kRows][kPanelVectors];
+  Floats acc[kRows][kVectors];
   float* const carried = to.carried + m * kPanel;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
     a[i] = chunk.left + (m + i) * chunk.left_stride;
-#pragma GCC unroll 8
-    for (int j = 0; j < kPanelVectors; ++j) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j) {
       acc[i][j] = chunk.is_first ? broadcast(0.0f) : load(carried + i * kPanel + j * kLanes);
     }
   }
   const float* panel = chunk.panel;
   for (int64_t p = 0; p < chunk.words; ++p, panel += kPanel) {
-    Floats b[kPanelVectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < kPanelVectors; ++j) b[j] = load(panel + j * kLanes);
-#pragma GCC unroll 8
+    Floats b[kVectors];
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j) b[j] = load(panel + j * kLanes);
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const auto word = broadcast_word(a[i] + p);
-#pragma GCC unroll 8
-      for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = step<Words::kDepth == 2>(word, b[j], acc[i][j]);
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = step<Words::kDepth == 2>(word, b[j], acc[i][j]);
     }
   }
   if (!chunk.is_last) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-      for (int j = 0; j < kPanelVectors; ++j) store(carried + i * kPanel + j * kLanes, acc[i][j]);
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) store(carried + i * kPanel + j * kLanes, acc[i][j]);
     }
     return;
   }
   T* const out = static_cast<T*>(to.out) + m * to.out_stride;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) leave(out + i * to.out_stride, acc[i], to.num_columns, to.past_caches);
+}
+
+// All rows of a panel of which kVectors vectors have columns. A tile of half or a quarter of a panel has twice as many rows:
+// 6 rows of one vector are 6 chains of multiply-adds, and the pipes need about 8.
+template <int kVectors, typename Words>
+void gradient_rows(const SlotChunk& chunk, const GradientPanel& product) {
+  constexpr int kRows = 2 * kVectors <= kPanelVectors ? 2 * kTileRows : kTileRows;
+  int64_t m = 0;
+  if constexpr (kRows > kTileRows) {
+    for (; m + kRows <= product.num_rows; m += kRows) gradient_tile<kRows, kVectors, Words>(chunk, product, m);
+  }
+  const int64_t tiles = num_row_tiles(product.num_rows - m);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t rows = (product.num_rows - m) / (tiles - t);
+    with_constant<kTileRows>(rows, [&]<int kFew>() { gradient_tile<kFew, kVectors, Words>(chunk, product, m); });
+    m += rows;
+  }
 }
 
 template <typename Words>
 void gradient_panel_words(const GradientPanel& product) {
-  const int64_t words = (product.num_slots + Words::kDepth - 1) / Words::kDepth,
-                tiles = num_row_tiles(product.num_rows);
+  const int64_t words = (product.num_slots + Words::kDepth - 1) / Words::kDepth;
   for (int64_t w = 0; w < words; w += kChunkWords) {
     const int64_t count = words - w < kChunkWords ? words - w : kChunkWords, slot = w * Words::kDepth;
     const int64_t rest = product.num_slots - slot, depth = count * Words::kDepth < rest ? count * Words::kDepth : rest;
@@ -149,10 +165,12 @@ void gradient_panel_words(const GradientPanel& product) {
                           .words = count,
                           .is_first = w == 0,
                           .is_last = w + count == words};
-    for (int64_t t = 0, m = 0; t < tiles; ++t) {
-      const int64_t rows = (product.num_rows - m) / (tiles - t);
-      with_constant<kTileRows>(rows, [&]<int kRows>() { gradient_tile<kRows, Words>(chunk, product, m); });
-      m += rows;
+    if (4 * product.num_columns <= kPanel) {
+      gradient_rows<kPanelVectors / 4 == 0 ? 1 : kPanelVectors / 4, Words>(chunk, product);
+    } else if (2 * product.num_columns <= kPanel) {
+      gradient_rows<kPanelVectors / 2, Words>(chunk, product);
+    } else {
+      gradient_rows<kPanelVectors, Words>(chunk, product);
     }
   }
 }

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import switchgear
+from switchgear.adapters import add_lora
 from switchgear.weights.pages import HUGE_PAGE, use_huge_pages
 
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -75,6 +76,14 @@ def test_what_is_no_tensor_is_refused() -> None:
 def test_fresh_experts_lie_on_huge_pages() -> None:
     experts = switchgear.Experts(512, 512, 16)
     assert huge_bytes(experts.gate_up_proj) >= experts.gate_up_proj.nbytes - 2 * HUGE_PAGE
+
+
+@pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the system gives no huge pages")
+def test_fresh_adapters_lie_on_huge_pages() -> None:
+    experts = switchgear.Experts(64, 32, 32)
+    adapters = add_lora(experts, 1024)
+    for adapter in adapters[:2]:  # 8 MB each, of one projection
+        assert huge_bytes(adapter) >= adapter.nbytes - 2 * HUGE_PAGE
 
 
 @pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the system gives no huge pages")

@@ -57,7 +57,7 @@ struct FirstProjection {
   TensorView a;  // [S,I]
   const Kernels& k;
   const IntegerKernels& q;
-  const ForwardAdapter& adapter;
+  AdapterTerms adapter;
 
   int64_t first_column(const Tile& tile) const {  // first column of the products
     return args.options.gated && args.options.interleaved ? 2 * tile.column : tile.column;
@@ -104,7 +104,7 @@ struct FirstProjection {
     } else {
       multiply_columns(q, product, matrix, column, width, next);
     }
-    if (adapter.products() != nullptr) {
+    if (adapter.defined()) {
       add_term(tile, column, width, c, stride, c + 2 * kTile);
       if (apart) add_term(tile, a.shape[1] + column, width, c + kTile, stride, c + 2 * kTile);
     }
@@ -148,7 +148,7 @@ struct SecondProjection {
   const Slots& slots;
   const Kernels& k;
   const IntegerKernels& q;
-  const ForwardAdapter& adapter;
+  AdapterTerms adapter;
 
   // Columns [column, column + columns) of the tokens [first_token, last_token).
   struct Block {
@@ -217,7 +217,7 @@ struct SecondProjection {
                 .c = c,
                 .c_stride = stride,
                 .next = next});
-    if (adapter.products() != nullptr) {
+    if (adapter.defined()) {
       adapter.add_to_rows(c, stride, {e, range.first, rows, block.column + column, columns},
                           ProductScratch(c + 2 * kTile), k);
     }
@@ -237,7 +237,6 @@ struct SecondProjection {
 // How the projections are cut into tasks: columns of each, and tokens of the second.
 struct Cut {
   int64_t first_columns, second_columns, tokens;
-  bool few_rows = false;
 };
 
 Cut cut(const MoeForwardArgs& args, const int32_t* expert_offsets, int num_threads) {
@@ -255,7 +254,7 @@ Cut cut(const MoeForwardArgs& args, const int32_t* expert_offsets, int num_threa
         args.weights.gate_up_proj.rows * args.weights.gate_up_proj.cols * bits_of(args.weights.gate_up_proj.format) / 8;
     const int64_t pieces = std::max(ceil_div(bytes, kRunBytes), ceil_div(4 * num_threads, active));
     return {columns(intermediate_size, pieces, kLongest),
-            columns(hidden_size, num_threads, std::min(kLongest, kSumsBytes / 4 / num_tokens)), num_tokens, true};
+            columns(hidden_size, num_threads, std::min(kLongest, kSumsBytes / 4 / num_tokens)), num_tokens};
   }
   // 64 columns for about 2048 tokens, fewer tokens if columns alone do not occupy the threads
   const int64_t chunks = std::max<int64_t>(
@@ -285,8 +284,8 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
   const int64_t thread_floats = product_floats + sizes.tokens * sizes.second_columns;
   Workspace workspace(integer_bytes(num_tokens, args.weights.gate_up_proj) + Workspace::padded(num_slots * row_bytes) +
                       integer_bytes(num_slots, args.weights.down_proj) +
-                      ForwardAdapter::bytes(args.weights.gate_up_adapter, num_slots, args.x.dtype, sizes.few_rows) +
-                      ForwardAdapter::bytes(args.weights.down_adapter, num_slots, args.x.dtype, sizes.few_rows) +
+                      ForwardAdapter::bytes(args.weights.gate_up_adapter, num_slots, args.x.dtype) +
+                      ForwardAdapter::bytes(args.weights.down_adapter, num_slots, args.x.dtype) +
                       Workspace::padded(num_threads * thread_floats * 4));
   const Kernels& k = context.kernels;
   const IntegerKernels& q = context.integers;
@@ -299,10 +298,10 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
   const std::vector<Tile> tiles =
       make_tiles(slots.expert_offsets, num_experts, intermediate_size, sizes.first_columns, kIntegerRows);
   const ThreadMemory adapter_memory{reinterpret_cast<char*>(memory + 2 * kTile), thread_floats * 4};
-  ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, args.x.dtype, workspace, sizes.few_rows);
+  ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, args.x.dtype, workspace);
   u.multiply(args.x, slots.token_indices, adapter_memory, context);
-  const FirstProjection first{args, x, slots.token_indices, view(a, args.x.dtype, num_slots, intermediate_size), k,
-                              q,    u};
+  const FirstProjection first{
+      args, x, slots.token_indices, view(a, args.x.dtype, num_slots, intermediate_size), k, q, u.terms()};
   parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
     const auto at = static_cast<size_t>(i);
     const uint8_t* const next = at + 1 < tiles.size() ? first.start(tiles[at + 1]) : nullptr;
@@ -313,9 +312,9 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
 
   const IntegerRows integer_a =
       quantize_rows(workspace, a, row_bytes, args.x.dtype, used_slots, args.weights.down_proj, context);
-  ForwardAdapter v(args.weights.down_adapter, 1, slots, args.x.dtype, workspace, sizes.few_rows);
+  ForwardAdapter v(args.weights.down_adapter, 1, slots, args.x.dtype, workspace);
   v.multiply(view(a, args.x.dtype, num_slots, intermediate_size), nullptr, adapter_memory, context);
-  const SecondProjection second{args, integer_a, slots, k, q, v};
+  const SecondProjection second{args, integer_a, slots, k, q, v.terms()};
   const int64_t column_blocks = ceil_div(hidden_size, sizes.second_columns);
   parallel_for_shares(num_threads, ceil_div(num_tokens, sizes.tokens) * column_blocks, [&](int64_t task, int thread) {
     const int64_t column = task % column_blocks * sizes.second_columns;

@@ -119,8 +119,7 @@ def _initial(site: Site, rank: int, dtype: torch.dtype | None) -> tuple[Tensor, 
     number_of = {expert: number for number, expert in enumerate(mine)}
     for expert in range(total):
         nn.init.uniform_(a[number_of[expert]] if expert in number_of else other, -(cols**-0.5), cols**-0.5)
-    b = torch.zeros(count, rows, rank, dtype=a.dtype, device=a.device)
-    return a, b
+    return a, empty(site, count, rows, rank, dtype=a.dtype).zero_()
 
 
 def remove_lora(model: nn.Module) -> int:

@@ -41,6 +41,7 @@ from switchgear.adapters.peft_format import (
 from switchgear.adapters.sites import Site, adapted_sites, local_experts, sites_of
 from switchgear.complaints import check_float_dtype
 from switchgear.weights.adapted import Lora, adapters_of
+from switchgear.weights.form import on_huge_pages
 
 # Options of LoraConfig that change which tensors are meant or how they lie, and their values that do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {"fan_in_fan_out": (False,), "layers_to_transform": ([],), "megatron_config": ()}
@@ -131,7 +132,8 @@ def load_peft(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None =
         a, b = _from_file(keys, pairs, rank, not is_ours and _is_old(config))
         device, kind = keys.site.like.device, dtype or keys.site.like.dtype
         options = Lora(rank, config.alpha_of(layer, rank), config.dropout)
-        made.append((keys.site, a.to(device, kind), b.to(device, kind), options))
+        a, b = (on_huge_pages(tensor.to(device, kind)) for tensor in (a, b))
+        made.append((keys.site, a, b, options))
     if others := sorted(set(tensors) - used):
         raise ValueError(
             f"path: expected adapters of the experts of {type(model).__name__}, got {others[0]}, which is none of "

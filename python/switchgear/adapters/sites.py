@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.experts import Experts
-from switchgear.weights import Weight, stored_of
+from switchgear.weights import Weight, advise_huge_pages, stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.layout import hint_for
 from switchgear.weights.offloaded import OffloadedWeight
@@ -119,4 +119,7 @@ def local_experts(module: nn.Module, count: int) -> tuple[int, list[int]]:
 
 
 def empty(site: Site, *shape: int, dtype: torch.dtype | None) -> Tensor:
-    return torch.empty(*shape, dtype=dtype or site.like.dtype, device=site.like.device)
+    """On huge pages: beside weights in 4 bits, the page walks of one token would take as long as reading A and B."""
+    tensor = torch.empty(*shape, dtype=dtype or site.like.dtype, device=site.like.device)
+    advise_huge_pages(tensor)
+    return tensor

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from switchgear import moe
 from switchgear.weights import AdaptedWeight, Weight
+from switchgear.weights.form import on_huge_pages
 
 from .case import Case, Inputs, Layer
 from .competitors import Skip
@@ -78,7 +79,8 @@ def make_adapters(case: Case, rank: int) -> Adapters:
     def pair(rows: int, cols: int) -> tuple[nn.Parameter, nn.Parameter]:
         a = torch.randn(experts, rank, cols, generator=generator) * cols**-0.5
         b = torch.randn(experts, rows, rank, generator=generator) * (0.1 * (cols / rank) ** 0.5 * 0.02)
-        return nn.Parameter(a.to(case.dtype)), nn.Parameter(b.to(case.dtype))
+        # On huge pages, as add_lora makes them.
+        return nn.Parameter(on_huge_pages(a.to(case.dtype))), nn.Parameter(on_huge_pages(b.to(case.dtype)))
 
     return Adapters(pair(2 * inner, hidden), pair(hidden, inner))
 
@@ -205,11 +207,11 @@ def _plain(case: AdaptedCase) -> tuple[Tensor, Tensor]:
     return gate_up, down
 
 
+BASE, OURS = "frozen base", "switchgear"
 LAYERS: dict[str, Callable[[AdaptedCase], Adapted]] = {
-    "frozen base": frozen,
-    "switchgear": switchgear,
+    BASE: frozen,
+    OURS: switchgear,
     "switchgear on W + B·A": materialised,
     "PEFT on grouped_mm": peft_grouped_mm,
     "split, torch": split_torch,
 }
-BASE = "frozen base"

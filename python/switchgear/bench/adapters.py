@@ -23,24 +23,29 @@ from torch import Tensor
 
 from switchgear.weights import Weight, encode, use_huge_pages
 
-from ..common import CommandError, choose, console, machine, markdown_table, require, table, threads
+from ..common import CommandError, choose, machine, require
 from ..common.processes import Child
 from .adapted_kt import kt_kernel
-from .adapted_layers import BASE, LAYERS, Adapted, AdaptedCase, make_adapters
+from .adapted_layers import BASE, LAYERS, OURS, Adapted, AdaptedCase, make_adapters
+from .adapter_tables import DTYPES, markdown, show
 from .case import FORMATS, Case, Inputs, make_case, make_weights
 from .competitors import Skip
 from .markdown import write_blocks
 from .minifloats import in_bfloat16, make_stored
 from .results import Row, check_same_machine, read_json, rounded, write_json
 from .shapes import SHAPES, Shape
-from .timing import FEWEST_QUIET, interleave
+from .timing import interleave
 from .verify import SAMPLED_TOKENS
 
 SCHEMA = "switchgear-bench-adapters/1"
 DEFAULT_SHAPES, DEFAULT_TOKENS, DEFAULT_RANKS = "olmoe,qwen3-30b-a3b,mixtral-half", (1, 16, 512), (8, 16, 64)
-DTYPES = ("bf16", "fp32", "int4", "mxfp4")  # of the base; adapters and activations are bf16, or fp32
 SECONDS = 10.0  # of timing, for each case
-OURS = "switchgear"
+OTHERS = {
+    "materialised": "switchgear on W + B·A",
+    "peft": "PEFT on grouped_mm",
+    "split": "split, torch",
+    "kt": "kt-kernel",
+}
 
 
 class Task(NamedTuple):
@@ -50,6 +55,7 @@ class Task(NamedTuple):
     rank: int
     threads: int
     seconds: float
+    others: tuple[str, ...] = tuple(OTHERS)
 
     @property
     def title(self) -> str:
@@ -71,23 +77,28 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
 def _measure_all(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(args.dtypes or ()) - set(DTYPES)):
         raise CommandError(f"--dtypes: expected some of {', '.join(DTYPES)} with --adapters, got {', '.join(unknown)}")
+    others = (
+        () if args.competitors == "none" else tuple(choose("competitors", args.competitors or ",".join(OTHERS), OTHERS))
+    )
     tasks = [
-        Task(shape, dtype, tokens, rank, args.threads, SECONDS)
+        Task(shape, dtype, tokens, rank, args.threads, SECONDS, others)
         for shape in choose("shapes", args.shapes or DEFAULT_SHAPES, SHAPES)
         for dtype in args.dtypes or DTYPES
         for rank in args.ranks or DEFAULT_RANKS
         for tokens in args.tokens or DEFAULT_TOKENS
     ]
+    if args.budget:
+        tasks = [task._replace(seconds=args.budget / len(tasks)) for task in tasks]
     results: dict[str, Any] = {"schema": SCHEMA, "machine": about, "cases": []}
     if args.json and Path(args.json).exists() and Path(args.json).stat().st_size:
         earlier = read_json(args.json, "--json", SCHEMA)
         check_same_machine(earlier, results, args.json)
-        again = {_key(task._asdict()) for task in tasks}
-        results["cases"] = [case for case in earlier["cases"] if _key(case) not in again]
+        results["cases"] = earlier["cases"]
     for task in tasks:
         with closing(Child(task.title, _serve, task)) as child:
-            results["cases"].append(child.receive())
-        show(results["cases"][-1])
+            case = child.receive()
+        show(case)
+        replace(results["cases"], case)
         if args.json:
             write_json(results, args.json)
     return results
@@ -95,6 +106,16 @@ def _measure_all(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, A
 
 def _key(case: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(case[name] for name in ("shape", "dtype", "tokens", "rank"))
+
+
+def replace(cases: list[Row], case: Row) -> None:
+    """Puts a case in the place of an earlier one, whose results it keeps if they have layers that it leaves out."""
+    for earlier in [other for other in cases if _key(other) == _key(case)]:
+        full = earlier.get("before", earlier["results"])
+        if {row["layer"] for row in full} - {row["layer"] for row in case["results"]}:
+            case["before"] = full
+        cases.remove(earlier)
+    cases.append(case)
 
 
 def _serve(connection: Connection, task: Task) -> None:
@@ -137,7 +158,10 @@ def measure(task: Task) -> Row:
     found: dict[str, Adapted] = {}
     rows: dict[str, Row] = {}
     skipped = []
+    wanted = {BASE, OURS, *(OTHERS[name] for name in task.others)}
     for name, build in (LAYERS | {"kt-kernel": kt_kernel}).items():
+        if name not in wanted:
+            continue
         try:
             adapted = build(case)
             error = 0.0 if name == BASE else relative_error(case, adapted, want)
@@ -152,7 +176,8 @@ def measure(task: Task) -> Row:
     for name, timed in interleave(calls, task.seconds, leaves_memory=task.tokens > 1).items():
         rows[name] |= {"ms": 1e3 * median(timed.seconds), "quiet_turns": timed.quiet_turns}
     measured: Row = rounded(task._asdict() | {"results": list(rows.values()), "skipped": skipped, "limit": limit})
-    del measured["seconds"], measured["threads"]
+    for name in ("seconds", "threads", "others"):
+        del measured[name]
     return measured
 
 
@@ -250,47 +275,3 @@ def relative_error(case: AdaptedCase, adapted: Adapted, want: Expected) -> float
         for value, wanted in zip(got, want.values, strict=True)
     ]
     return max(error if error == error else float("inf") for error in errors)
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-HEADER = ("shape", "base", "rank", "tokens", "frozen base, ms", "switchgear, ms", "of the base", "others / ours",
-          "memory of a step, MB: ours; others")  # fmt: skip
-
-
-def show(case: Row) -> None:
-    shown = table("layer", "ms", "of the base", "error", "peak, MB", "quiet")
-    base = next(row["ms"] for row in case["results"] if row["layer"] == BASE)
-    for row in case["results"]:
-        ms = "wrong" if row["ms"] is None else f"{row['ms']:.3g}"
-        ratio = "" if row["ms"] is None else f"{row['ms'] / base:.2f}"
-        shown.add_row(row["layer"], ms, ratio, f"{row['error']:.1e}", _megabytes(row), str(row["quiet_turns"]))
-    title = f"{case['shape']}, {case['dtype']} base, rank {case['rank']}, T = {case['tokens']}"
-    console().print(title, shown, *(f"{entry['layer']}: {entry['reason']}" for entry in case["skipped"]), sep="\n")
-
-
-def _megabytes(row: Row) -> str:
-    return "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}"
-
-
-def markdown(results: dict[str, Any]) -> str:
-    def place(case: Row) -> tuple[int, int, int, int]:
-        return list(SHAPES).index(case["shape"]), DTYPES.index(case["dtype"]), case["rank"], case["tokens"]
-
-    lines = []
-    for case in sorted(results["cases"], key=place):
-        rows = {row["layer"]: row for row in case["results"] if row["ms"] is not None}
-        base, ours = rows[BASE], rows.get(OURS)
-        if ours is None:
-            continue
-        others = {name: row for name, row in rows.items() if name not in (BASE, OURS)}
-        mark = "" if min(row["quiet_turns"] for row in rows.values()) >= FEWEST_QUIET else " (disturbed)"
-        lines.append([
-            case["shape"], case["dtype"], str(case["rank"]), f"{case['tokens']}{mark}", f"{base['ms']:.3g}",
-            f"{ours['ms']:.3g}", f"{ours['ms'] / base['ms']:.2f}",
-            ", ".join(f"{name} {row['ms'] / ours['ms']:.1f}" for name, row in others.items()),
-            "; ".join([_megabytes(ours), *(_megabytes(row) for row in others.values())]),
-        ])  # fmt: skip
-    about = results["machine"]
-    note = f"{about['model']}, {threads(about['threads'])}, {about['isa']}; torch {about['torch']}.\n"
-    return f"{markdown_table(HEADER, lines, left=(0, 1, 7, 8))}\n{note}"

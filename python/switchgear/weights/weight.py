@@ -8,7 +8,8 @@ modules; the forms do (plain.py, panels.py, …).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from switchgear.weights.pages import advise_huge_pages
 LOSSLESS = ("plain", "panels", "compact")
 PANEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _FIELDS = ("data", *formats.FIELDS)
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,8 +174,21 @@ class AdaptedWeight(NamedTuple):
         """The adapter as an argument of the ops (reference/adapters.py)."""
         scales = self.scale
         if not isinstance(scales, Tensor):
-            scales = torch.full((self.shape[0],), scales, dtype=torch.float32, device=self.a.device)
+            scales = _scales(self.a.shape[0], scales, self.a)
         return (self.a, self.b, scales) if self.ranks is None else (self.a, self.b, scales, self.ranks)
+
+
+def _scales(num_experts: int, scale: float, a: Tensor) -> Tensor:
+    # Making a tensor takes 3 µs, which a forward of one token notices.
+    if a.is_cpu and type(a) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not _dispatch_modes():
+        return _kept_scales(num_experts, scale)
+    return torch.full((num_experts,), scale, dtype=torch.float32, device=a.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_scales(num_experts: int, scale: float) -> Tensor:
+    with torch.inference_mode(False):  # autograd saves it
+        return torch.full((num_experts,), scale, dtype=torch.float32, device="cpu")
 
 
 class SelectedWeight(NamedTuple):
