@@ -196,6 +196,12 @@ MISTAKES = (
         "    if (!block_reaches(own.read + target, piece + 1 - kSlots, p.stop)) return;\n",
         "",
     ),
+    _of_exchange("a batch repeats its first unit", "= batch[j];", "= batch[0];", BOTH),
+    _of_exchange(
+        "the rest after the batches is left out", "for (; i < count; i += step) target", "if (i < 0) target", BOTH
+    ),
+    _of_exchange("a batch past the end", "i + (kBatch - 1) * step < count", "i < count", ASAN),
+    _of_exchange("every poll reads *stop", "polls % kPollsPerStop == 0 && ", "", BOTH),
     _of_sm80("cp.async.wait_group one too lax", RACE, "gemm_sm80.cuh", "kStages - 2>();", "kStages - 1>();"),
     _of_sm80(
         "no barrier in the ring",
