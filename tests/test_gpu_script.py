@@ -188,6 +188,15 @@ def test_a_program_that_fails_before_its_first_case(tmp_path: Path) -> None:
     assert "libcudart.so.13" in rows[0]["detail"]
 
 
+def test_a_program_that_fails_after_its_last_case(tmp_path: Path) -> None:
+    """compute-sanitizer's exit status says that it has found something."""
+    code = "import sys; from gpu.lines import say; say(cases=['a']); say(starts=0); say(ends=0); sys.exit(99)"
+    program = watch.Program([sys.executable, "-c", code], tmp_path / "log", ROOT / "tests")
+    rows = watch.Guide("memcheck", program, lambda row: None, limit=20, silence=5).run()
+    assert [(row["case"], row["verdict"]) for row in rows] == [("memcheck", "failed"), ("a", "passed")]
+    assert rows[0]["detail"].startswith("exit status 99")
+
+
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     program = watch.Program(["no-such-program"], tmp_path / "log", ROOT)
     assert verdicts(watch.Guide("gone", program, lambda row: None, limit=5, silence=1).run()) == ["missing"]

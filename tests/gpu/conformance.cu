@@ -511,8 +511,12 @@ int write_shared_memory(const char* text) {
 }
 
 void share_memory(uint32_t* out) {
+  // Smaller allocations share a block of 2 MB, which a handle describes as a whole.
+  void* shared = nullptr;
   cudaIpcMemHandle_t handle;
-  if (cudaIpcGetMemHandle(&handle, out) != cudaSuccess) throw std::runtime_error("cudaIpcGetMemHandle");
+  if (cudaMalloc(&shared, 2 << 20) != cudaSuccess || cudaIpcGetMemHandle(&handle, shared) != cudaSuccess) {
+    throw std::runtime_error("cudaIpcGetMemHandle");
+  }
   std::string text;
   for (size_t i = 0; i < sizeof handle; ++i) {
     char digits[3];
@@ -523,6 +527,8 @@ void share_memory(uint32_t* out) {
   if (readlink("/proc/self/exe", self, sizeof self - 1) < 0) throw std::runtime_error("readlink");
   const int status = std::system(("'" + std::string(self) + "' --ipc " + text).c_str());
   if (status != 0) throw std::runtime_error("the other process ended with status " + std::to_string(status));
+  cudaMemcpy(out, shared, 4096 * sizeof(uint32_t), cudaMemcpyDeviceToDevice);
+  cudaFree(shared);
 }
 
 // expf and __fdividef have no model with the same bits: at most some units in the last place from float64.

@@ -4,9 +4,9 @@
     rehearse.py [--scale 0.01] [--out DIR] [--fault STEP:KIND …]      KIND: see fake_device.py, or missing
 
 Where `make gpu-prepare` has built the C++ model, it runs the step conformance, in place of the device. Limits, and the
-times that steps are assumed to take, are shortened by `scale`. Without --fault each kind of failure
-is rehearsed once, in a run of its own, and checked: it has a name, and all other results are there. Prints the wall
-time of each stage, and the table of assumed times.
+times that steps are assumed to take, are shortened by `scale`. Without --fault each kind of failure is rehearsed once, in
+a run of its own of the stages that it concerns, and checked: it has a name, and all other results are there. Prints the
+wall time of each stage, and the table of assumed times.
 """
 
 from __future__ import annotations
@@ -92,11 +92,18 @@ def rehearse(out: Path, fault: Fault | None, scale: float, options: list[str]) -
         run.Run.stage = original  # type: ignore[method-assign]
 
 
-def complaints(folder: Folder, fault: Fault | None) -> list[str]:
+def stages_of(fault: Fault | None) -> str:
+    """The stages that a fault can change: a failing build changes all, other steps their own."""
+    if fault is None or fault.step == "build":
+        return "1,2,3"
+    return next(str(step.stage) for step in steps.steps(Path()) if step.name == fault.step)
+
+
+def complaints(folder: Folder, fault: Fault | None, stages: str = "1,2,3") -> list[str]:
     """What is wrong with the results of a rehearsal."""
     found = []
     rows = {step: folder.rows(step) for step in ORDER}
-    names = [step.name for step in steps.steps(folder.path)]
+    names = [step.name for step in steps.steps(folder.path) if str(step.stage) in stages.split(",")]
     missing = [name for name in names if not rows.get(name)]
     found += [f"{name}: no results" for name in missing]
 
@@ -147,7 +154,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scale", type=float, default=0.01)
     parser.add_argument("--out", type=Path, help="keep the results here")
     parser.add_argument("--fault", action="append", metavar="STEP:KIND", help="only these")
-    parser.add_argument("--stage", default="1,2,3")
     args = parser.parse_args(arguments)
     faults: list[Fault | None] = [Fault(*text.split(":")) for text in args.fault or []] or default_faults()
     wrong = 0
@@ -157,8 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
             name = f"{fault.step}:{fault.kind}" if fault else "no fault"
             out = (args.out or Path(scratch)) / f"{number:02}-{name.replace(':', '-').replace(' ', '-')}"
             with contextlib.redirect_stdout(io.StringIO()):
-                status, walls = rehearse(out, fault, args.scale, ["--stage", args.stage])
-            found = complaints(Folder(out), fault) if args.stage == "1,2,3" else []
+                status, walls = rehearse(out, fault, args.scale, ["--stage", stages_of(fault)])
+            found = complaints(Folder(out), fault, stages_of(fault))
             wrong += bool(found)
             seconds = (f"{walls.get(stage, 0):.1f}" for stage in (1, 2, 3))
             rows.append((name, *seconds, status, "; ".join(found) or "as it should be"))

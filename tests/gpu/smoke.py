@@ -100,7 +100,9 @@ def policies(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> lis
             for drop in ("choice", "priority")
         ]
         taken = ops.column_topk(logits, sequence, limits)
-        return [some.topk_ids, some.topk_weights, taken, *kept, ops.assign_balanced(scores, sequence, 2, -1.0, 20)]
+        balanced = ops.assign_balanced(scores, sequence, 2, -1.0, 20)
+        capped = ops.assign_capped(scores, sequence, limits, 2, 0.5, 5)
+        return [some.topk_ids, some.topk_weights, taken, *kept, balanced, capped]
 
 
 def distance(got: list[Tensor], want: list[Tensor]) -> float:

@@ -226,15 +226,13 @@ class Guide:
         if quiet:
             verdict, detail = quiet, "no time was left" if quiet == "time" else f"silent for {self.silence:.0f} s"
         at = self.current
-        if at is None:  # between cases, or before the first
+        if at is None:  # before the first case, between two, or after the last
             done = [number for number in self.rows if number >= begin]
-            if not quiet and (status in (0, 1) and done):
-                return None  # status 1: a case failed, as its row says
-            if not done or verdict == "passed":
-                self._end(-1, "failed" if verdict == "passed" else verdict,
-                          f"{detail or 'no case'}: {last_lines(self.program.log)}")  # fmt: skip
-                return None
-            at = max(done)
+            if not quiet and done and status in (0, 1):
+                return None  # 1: a case failed, as its row says
+            verdict = "failed" if verdict == "passed" else verdict
+            self._end(-1, verdict, f"{detail or 'no case'}: {last_lines(self.program.log)}")
+            at = max(done, default=len(self.cases))
         else:
             self._end(at, verdict if verdict != "passed" else "failed", f"{detail}: {last_lines(self.program.log)}")
         following = at + 1
