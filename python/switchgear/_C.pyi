@@ -57,15 +57,3 @@ class Buffer:
     def __init__(self, size: int) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
-def assign_capped(
-    values: _Array,
-    sequence_ids: _Array | None,
-    limits: _Array,
-    assignment: _Array,
-    cap: int,
-    entropy: float,
-    iterations: int,
-    tolerance: float,
-    execution: Any,
-    /,
-) -> None: ...
