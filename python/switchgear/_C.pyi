@@ -2,7 +2,7 @@
 """The ops on the CPU, and their helpers. num_threads 0 means the OpenMP default."""
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from switchgear._ops import *  # noqa: F403
 from switchgear._ops import _Array
