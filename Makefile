@@ -12,7 +12,13 @@
 # make simt                  the CUDA kernels on the CPU, under sanitizers and a race detector (needs the CUDA headers)
 # make simt-planted          check that bugs planted in them are detected
 # make cuda-checks           check nvcc's output for them: registers, spills, instructions (needs nvcc)
-# make gpu                   on a machine with a GPU: conformance, tests, compute-sanitizer, benchmark (GPU_ARGS=--dry-run)
+# make gpu                   on a machine with a GPU: all of the next three, at most nine minutes each (OUT=results GPU_ARGS=--dry-run)
+# make gpu-1                 build, conformance, smoke, graphs, first benchmarks
+# make gpu-2                 shared tests, profiles
+# make gpu-3                 other benchmarks, compute-sanitizer
+# make gpu-prepare           before that, without a GPU: what it installs, sizes and times (WHEELS=folder downloads the wheels)
+# make gpu-rehearse          run all of it with stand-ins that hang, crash or fail, and check what is left
+# make gpu-report            the tables of a run, whole or cut off (OUT=results)
 # make tools                 install what the other targets need (before `make -j`)
 # make nvcc                  install the CUDA compiler from NVIDIA's wheels, into the environment
 # make site                  the documentation as a site, in build/site: no warning, no dead link, every public name
@@ -39,8 +45,8 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help tools demo test bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build site \
-        wheel wheels sdist sbom test-torch clean always
+.PHONY: help tools demo test bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted cuda-checks gpu gpu-1 gpu-2 gpu-3 \
+        gpu-prepare gpu-rehearse gpu-report nvcc build site wheel wheels sdist sbom test-torch clean always
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -146,8 +152,24 @@ cuda-checks: $(INSTALLED)test
 	$(BIN)/python -m pytest -q tests/test_cuda_build.py tests/test_cuda.py tests/simt/test_ptx.py $(PYTEST_ARGS)
 
 # With the installed Python, which may have a torch for the card already; missing packages go into its environment.
+OUT ?= build/gpu-results
+WHEELS ?=
+gpu_python = $(if $(VIRTUAL_ENV),$(BIN)/python,$(PYTHON))
+
 gpu:
-	$(if $(VIRTUAL_ENV),$(BIN)/python,$(PYTHON)) tests/gpu/run.py $(GPU_ARGS)
+	$(gpu_python) tests/gpu/run.py --out $(OUT) $(GPU_ARGS)
+
+gpu-1 gpu-2 gpu-3: gpu-%:
+	$(gpu_python) tests/gpu/run.py --out $(OUT) --stage $* $(GPU_ARGS)
+
+gpu-prepare:
+	$(gpu_python) tests/gpu/prepare.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_ARGS)
+
+gpu-rehearse:
+	$(gpu_python) tests/gpu/rehearse.py $(GPU_ARGS)
+
+gpu-report:
+	$(gpu_python) tests/gpu/report.py $(OUT) $(GPU_ARGS)
 
 nvcc: | $(BIN)/python
 	$(PIP) nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl

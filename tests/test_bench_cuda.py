@@ -99,7 +99,7 @@ def test_files(results: dict[str, Any], tmp_path: Path) -> None:
     files = {kind: str(tmp_path / f"gpu.{kind}") for kind in ("json", "csv", "markdown")}
     cuda_tables.write(results, files)
     written = json.loads(Path(files["json"]).read_text())
-    assert written["schema"] == "switchgear-bench-cuda/3"
+    assert written["schema"] == "switchgear-bench-cuda/4"
     assert [entry["percent_of_ceiling"] is None for entry in written["results"]] == [False, True]
     with open(files["csv"], newline="") as file:
         rows = list(csv.DictReader(file))
@@ -137,6 +137,7 @@ def test_a_case_is_verified_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) 
     """A case runs through cuda.py on the CPU, with a stand-in for the clock."""
     called: list[str] = []
     monkeypatch.setattr(cuda, "in_turns", lambda calls: {name: [0.5] for name in calls})
+    monkeypatch.setattr(cuda, "captured", lambda call: call)
     monkeypatch.setattr(cuda, "peak_memory", lambda call: called.append(str(call().shape)) or 1 << 20)
     case = make_case("small", SMALL, "bf16", 16, "forward", "balanced", make_weights(SMALL, torch.bfloat16))
     right = COMPETITORS["torch_loop"]
@@ -151,6 +152,48 @@ def test_a_case_is_verified_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(COMPETITORS, "switchgear", right._replace(make=lambda case: undefined))  # noqa: F821
     with pytest.raises(NameError):
         cuda.measure_case(case, ["switchgear"])
+
+
+@pytest.fixture
+def no_device(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """measure_all on the CPU, with stand-ins for the device; the results that were noted so far."""
+    monkeypatch.setattr(cuda, "describe", lambda: {"gpu": "a card"})
+    monkeypatch.setattr(cuda, "ceilings", lambda: {"compute": 500e12, "memory": 3e12})
+    monkeypatch.setattr(cuda, "make_case", lambda name, shape, tokens, mode, routing: (name, mode))
+    return []
+
+
+def test_an_exception_ends_its_case_alone(no_device: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_case(case: tuple[str, str], names: list[str]) -> Any:
+        if case[1] == "forward":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return [row("switchgear", [0.5])], []
+
+    monkeypatch.setattr(cuda, "measure_case", measure_case)
+    note = lambda results: no_device.append(json.loads(json.dumps(results)))  # noqa: E731
+    plan = [("sonic-7b-n256", 8, "forward"), ("sonic-7b-n256", 8, "train")]
+    results = cuda.measure_all(plan, ["switchgear"], False, "balanced", 60.0, note)
+    assert results["failed"] == ["sonic-7b-n256, T=8, forward"]
+    assert "illegal memory access" in results["skipped"][0]["reason"]
+    assert [one["competitor"] for one in results["results"]] == ["switchgear"]
+    assert [len(noted["results"]) for noted in no_device] == [0, 0, 1]  # before, and after each case
+
+
+def test_an_op_that_is_wrong_ends_its_case_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cuda_ops.router(8, 16, 2, "softmax", "cpu")
+    wrong = right._replace(case="wrong", calls={"switchgear": lambda: torch.ones(2), "torch": lambda: torch.zeros(2)})
+
+    def broken() -> cuda_ops.OpCase:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(cuda_ops, "CASES", (lambda: wrong, broken, lambda: right))
+    monkeypatch.setattr(cuda_ops, "in_turns", lambda calls, seconds: {name: [0.5] for name in calls})
+    results: dict[str, Any] = {"ops": [], "skipped": [], "failed": []}
+    noted: list[int] = []
+    cuda_ops.measure(float("inf"), results, lambda results: noted.append(len(results["ops"])))
+    assert results["failed"] == ["route wrong", "op 1"]
+    assert [entry["competitor"] for entry in results["ops"]] == ["switchgear", "torch"]
+    assert noted == [0, 0, 2]
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def forget() -> Any:
 
 
 def fake_module(driver: int = 13000, archs: tuple[str, ...] = ("sm_80", "compute_80", "sm_90a")) -> Any:
-    return SimpleNamespace(driver_version=lambda: driver, built_archs=lambda: list(archs))
+    return SimpleNamespace(driver_version=lambda: driver, built_archs=lambda: list(archs), cuda_kernels=lambda: "sm_80")
 
 
 # ---- imports ---------------------------------------------------------------------------------------------------------
@@ -95,6 +95,20 @@ def test_require_without_a_module(forget: None, monkeypatch: pytest.MonkeyPatch)
     for ask in (cuda.require, cuda.module):
         with pytest.raises(RuntimeError, match="no CUDA module, since no CUDA compiler"):
             ask()
+
+
+def test_kernels_are_selected_in_the_module(forget: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    loaded = SimpleNamespace(cuda_kernels=lambda: "auto", set_cuda_kernels=asked.append)
+    monkeypatch.setattr(cuda.importlib, "import_module", lambda name: loaded)
+    switchgear.set_cuda_kernels("sm_80")
+    assert (switchgear.cuda_kernels(), asked) == ("auto", ["sm_80"])
+
+
+@pytest.mark.skipif(HAS_MODULE, reason="there is a CUDA module here")
+def test_kernels_cannot_be_selected_without_a_module() -> None:
+    with pytest.raises(RuntimeError, match="no CUDA module"):
+        switchgear.set_cuda_kernels("sm_80")
 
 
 def test_require_with_a_module_that_does_not_load(forget: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +266,9 @@ def test_info_with_a_module_and_no_device(
     module.device_count, module.driver_version, module.runtime_version = (lambda: 0), driver_version, (lambda: 13000)
     real = info.optional
     monkeypatch.setattr(info, "optional", lambda name: (module, "") if name == "switchgear._cuda" else real(name))
+    monkeypatch.setenv("SWITCHGEAR_CUDA_KERNELS", "sm_80")
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert f"no: {reason}" in text
+    assert "sm_80 (SWITCHGEAR_CUDA_KERNELS)" in text
     assert "sm_80, compute_80, sm_90a" in text

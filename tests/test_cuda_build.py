@@ -114,6 +114,16 @@ def local_memory_between_products(code: list[Instruction], product: str) -> bool
     return any(opcode(code[i][1]).startswith(("LDL", "STL")) for i in loop)
 
 
+def most_loads_in_flight(code: list[Instruction], load: str = "LDG.E.128", store: str = "STG.E.128") -> int:
+    """The most loads without a store between them: a store waits for the load of its register."""
+    most = count = 0
+    for _, text in code:
+        name = opcode(text)
+        count = count + 1 if name.startswith(load) else 0 if name.startswith(store) else count
+        most = max(most, count)
+    return most
+
+
 class Promise(NamedTuple):
     kernel: str  # a name
     instance: str  # part of the symbol of the instances it applies to
@@ -209,6 +219,23 @@ def test_instructions(arch: str) -> None:
     for symbol, name in names.items():
         floats = [text for _, text in code[symbol] if re.match(r"(ATOM|RED)\w*(\.\w+)*\.F(16|32|64)", opcode(text))]
         assert floats == [], f"{name} adds floats by atomics: sums would depend on the order of threads"
+
+
+@needs_module
+@pytest.mark.parametrize("arch", sorted(MACHINE_CODE))
+def test_the_exchange_loads_batches(arch: str) -> None:
+    """Four 16-byte loads of a thread are in flight; one at a time would reach a fifth of the link's rate."""
+    symbols = [kernel.symbol for kernel in kernels() if kernel.arch == arch and kernel.name == "exchange_kernel"]
+    assert [most_loads_in_flight(instructions(arch)[symbol]) >= 4 for symbol in symbols] == [True]
+
+
+def test_loads_in_flight_are_counted() -> None:
+    def code(*names: str) -> list[Instruction]:
+        return [(16 * i, name) for i, name in enumerate(names)]
+
+    load, store = "LDG.E.128 R4, desc[UR4][R2.64]", "STG.E.128 desc[UR4][R2.64], R4"
+    assert most_loads_in_flight(code(load, "IADD3 R1, R1, 1, RZ", load, store, load, store)) == 2
+    assert most_loads_in_flight(code(load, store, load, store)) == 1
 
 
 @needs_module

@@ -1,68 +1,72 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""tests/gpu: as much of the script for GPU machines as runs without a GPU. Commands are recorded, not run."""
+"""tests/gpu: as much of the scripts for GPU machines as runs without a GPU. Stand-ins work, hang, or crash."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).parent / "gpu"
+from gpu import (
+    conformance,
+    fake_device,
+    machine,
+    prepare,
+    rehearse,
+    replay,
+    report,
+    run,
+    smoke,
+    stand_ins,
+    steps,
+    watch,
+)
+from gpu import sweep as sweeping
+from gpu.folder import Folder, slug
+from gpu.machine import ROOT
 
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"gpu_{name}", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # NamedTuple resolves its annotations there
-    spec.loader.exec_module(module)
-    return module
-
-
-run = load("run")
-conformance = load("conformance")
-STAGES = ["machine", "install", "build", "conformance", "tests", "sanitizer", "bench"]
+FOLDER = ROOT / "tests" / "gpu"
+FAKE = [sys.executable, str(FOLDER / "fake_device.py")]
+STEPS = [
+    *("machine", "build", "conformance", "smoke", "replay", "first-bench"),
+    *("tests", "sweep", "ncu", "bench", "sanitizer"),
+]
 
 
 @pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is installed, and there is no card."""
-    monkeypatch.setattr(run, "answers", lambda *command: None)
-    for name in ("nvcc", "compute_sanitizer"):
-        monkeypatch.setattr(run, name, lambda: None)
+def hopper() -> Iterator[None]:
+    with stand_ins.hopper():
+        yield
 
 
 @pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is installed, on an H100."""
-    replies = {"compute_cap": "9.0", "name": "NVIDIA H100 80GB HBM3", "import ": ""}
-    monkeypatch.setattr(
-        run, "answers",
-        lambda *command: next((reply for word, reply in replies.items() if word in " ".join(command)), None),
-    )  # fmt: skip
-    monkeypatch.setattr(run, "nvcc", lambda: "/usr/local/cuda/bin/nvcc")
-    monkeypatch.setattr(run, "compute_sanitizer", lambda: "/usr/local/cuda/bin/compute-sanitizer")
+def bare() -> Iterator[None]:
+    with stand_ins.bare():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "GRACE", 0.2)
+
+
+# ---- the table of steps ----------------------------------------------------------------------------------------------
 
 
 def test_dry_run_on_a_bare_machine(bare: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert [line.split()[1] for line in text.splitlines() if line.startswith("====")] == STAGES
-    for words in (
-        "torch",
-        "nvidia-cuda-nvcc",
-        "nvidia-cuda-sanitizer-api",
-        "conformance.py",
-        "CMAKE_CUDA_ARCHITECTURES",
-    ):
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("====")] == STEPS
+    for words in ("torch", "nvidia-cuda-nvcc", "nvidia-cuda-sanitizer-api", "CMAKE_CUDA_ARCHITECTURES", "WERROR=OFF"):
         assert words in text
 
 
@@ -73,14 +77,29 @@ def test_dry_run_on_a_machine_that_has_everything(hopper: None, capsys: pytest.C
     assert "CMAKE_CUDA_ARCHITECTURES=90a-real" in text
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
         assert f"--tool {tool}" in text
-    assert "gpu-nvidia-h100-80gb-hbm3.json" in text
+    for words in ("--kernel-name kernel_substring=switchgear", "--clock-control none", "sonic-120b-n1024.json"):
+        assert words in text
+    for group in conformance.groups("9.0"):
+        assert f"--group {group}" in text
 
 
-def test_the_stages_fit_into_ten_minutes_without_downloads(tmp_path: Path) -> None:
-    usual = {"machine": 2, "build": 60, "conformance": 40, "tests": 120, "sanitizer": 90, "bench": 215}
-    assert sum(usual.values()) < 600
-    for stage in run.stages(tmp_path):
-        assert stage.limit >= usual.get(stage.name, 0)
+def test_each_stage_fits_into_nine_minutes(hopper: None, tmp_path: Path) -> None:
+    for stage in (1, 2, 3):
+        of_stage = [step for step in steps.steps(tmp_path) if step.stage == stage]
+        assert 0 < sum(step.assumed for step in of_stage) <= sum(step.limit for step in of_stage) <= steps.STAGE_SECONDS
+        for step in of_stage:
+            assert step.assumed <= step.limit
+            assert step.why
+            jobs = step.jobs()
+            assert len({job.name for job in jobs}) == len(jobs) > 0
+            assert all(0 < job.limit <= step.limit for job in jobs)
+
+
+def test_what_a_lost_card_would_cost_most_comes_first(hopper: None, tmp_path: Path) -> None:
+    names = [step.name for step in steps.steps(tmp_path)]
+    assert names == STEPS
+    assert [step.stage for step in steps.steps(tmp_path)] == sorted(step.stage for step in steps.steps(tmp_path))
+    assert {step.name for step in steps.steps(tmp_path) if step.harmless} == {"sweep", "ncu", "sanitizer"}
 
 
 @pytest.mark.parametrize(
@@ -88,99 +107,412 @@ def test_the_stages_fit_into_ten_minutes_without_downloads(tmp_path: Path) -> No
     [("8.0", "80-real"), ("8.9", "89-real"), ("9.0", "90a-real"), ("10.0", "100a-real"), ("12.0", "120-real")],
 )
 def test_the_build_is_for_the_card(capability: str, architectures: str) -> None:
-    assert run.architectures(capability) == architectures
+    assert machine.architectures(capability) == architectures
 
 
-def commands_that(status: dict[str, int], seen: list[str]) -> Any:
-    def fake(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        text = " ".join(command)
-        seen.append(text)
-        return subprocess.CompletedProcess(command, next((code for word, code in status.items() if word in text), 0))
-
-    return fake
+def test_only_our_kernels_are_sanitized() -> None:
+    """Versions of compute-sanitizer name the option differently."""
+    assert steps.filter_of("  --kernel-name arg  Filter") == ["--kernel-name", "kernel_substring=switchgear"]
+    assert steps.filter_of("  --kernel-regex arg") == ["--kernel-regex", "kernel_substring=switchgear"]
+    assert steps.filter_of("") == []
 
 
-@pytest.mark.parametrize(("options", "ran"), [([], STAGES[:4]), (["--keep-going"], STAGES)])
-def test_the_first_failure_ends_the_run(
-    hopper: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    options: list[str], ran: list[str],
-) -> None:  # fmt: skip
-    seen: list[str] = []
-    monkeypatch.setattr(run.subprocess, "run", commands_that({"conformance.py": 1}, seen))
-    assert run.main(["--out", str(tmp_path), *options]) == 1
-    summary = json.loads((tmp_path / "gpu-run.json").read_text())
-    assert [row["stage"] for row in summary["stages"]] == ran
-    assert summary["stages"][3]["verdict"] == "FAILED: exit status 1"
-    text = capsys.readouterr().out
-    assert ("not run: tests, sanitizer, bench" in text) == (not options)
-
-
-def test_everything_passes(hopper: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: list[str] = []
-    monkeypatch.setattr(run.subprocess, "run", commands_that({"gpu and not slow": 5}, seen))  # 5: no test was selected
-    assert run.main(["--out", str(tmp_path)]) == 0
-    assert any("bench --device cuda" in command for command in seen)
-
-
-def test_a_machine_without_compute_sanitizer(bare: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(run.subprocess, "run", commands_that({}, []))
-    assert run.main(["--out", str(tmp_path), "--only", "sanitizer"]) == 0
-    assert "nothing to do here" in (tmp_path / "gpu-run.json").read_text()
-
-
-def test_a_stage_that_hangs_and_a_program_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = run.Stage("slow", "", 1, lambda: [[sys.executable, "-c", "import time; time.sleep(60)"]])
-    assert run.run_stage(slow) == "FAILED: not done within 1 s"
-    missing = run.Stage("missing", "", 5, lambda: [["no-such-program"]])
-    assert run.run_stage(missing).startswith("FAILED: ")
-
-
-def test_stages_are_named(capsys: pytest.CaptureFixture[str], bare: None) -> None:
+def test_steps_are_named(capsys: pytest.CaptureFixture[str], bare: None) -> None:
     assert run.main(["--dry-run", "--only", "bench,tests"]) == 0
     assert capsys.readouterr().out.count("====") == 2
-    assert run.main(["--dry-run", "--skip", "bench"]) == 0
-    assert capsys.readouterr().out.count("====") == len(STAGES) - 1
-    with pytest.raises(SystemExit, match="--only: expected some of machine, install"):
+    assert run.main(["--dry-run", "--skip", "bench", "--stage", "3"]) == 0
+    assert capsys.readouterr().out.split("==== ")[1].startswith("sanitizer")
+    with pytest.raises(SystemExit, match="--only: expected some of machine, build"):
         run.main(["--only", "benches"])
+    with pytest.raises(SystemExit, match="--stage: expected some of 1,2,3; got 4"):
+        run.main(["--stage", "4"])
 
 
-def test_files_that_the_script_names_exist() -> None:
-    for name in (*run.CORE_TESTS, "tests/gpu/conformance.py", "tests/gpu/conformance.cu", "tests/gpu/nvcc_links.py"):
-        assert (run.ROOT / name).exists()
+def test_files_that_the_scripts_name_exist(hopper: None, tmp_path: Path) -> None:
+    named = {word for step in steps.steps(tmp_path) for job in step.jobs() for word in job.command
+             if word.startswith("tests/")}  # fmt: skip
+    assert {"tests/gpu/smoke.py", "tests/gpu/replay.py", "tests/gpu/one_layer.py", "tests/test_moe.py"} <= named
+    for name in named:
+        assert (ROOT / name).exists(), name
 
 
-def test_few_calls_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    few_calls = load("few_calls")
-    assert few_calls.main(["--device", "cpu"]) == 0
-    assert "all agree with the reference" in capsys.readouterr().out
+# ---- programs that fail ----------------------------------------------------------------------------------------------
+
+
+def guided(tmp_path: Path, *options: str, limit: float = 30.0, silence: float = 1.0) -> list[watch.Row]:
+    program = watch.Program([*FAKE, *options], tmp_path / "log", ROOT)
+    noted: list[watch.Row] = []
+    rows = watch.Guide("fake", program, noted.append, limit=limit, silence=silence).run()
+    started = [row["case"] for row in noted if row["verdict"] == "running"]
+    assert started == [row["case"] for row in rows if row["verdict"] != "left out" and row["case"] != "fake"]
+    return rows
+
+
+def verdicts(rows: list[watch.Row]) -> list[str]:
+    return [row["verdict"] for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["hang", "talk", "slow"])
+def test_a_case_that_does_not_end_is_named_and_the_next_one_runs(tmp_path: Path, kind: str) -> None:
+    rows = guided(tmp_path, "--fault", kind)
+    assert verdicts(rows) == ["passed", "hang", "passed"]
+    assert rows[1]["case"] == "case 1"
+    assert rows[1]["detail"].startswith("silent for 1 s")
+
+
+@pytest.mark.parametrize(
+    ("kind", "verdict", "words"),
+    [
+        ("wrong", "failed", "relative error 2.0e+00"),
+        ("raise", "failed", "RuntimeError: CUDA error: an illegal memory access"),
+        ("fault", "fault", "killed by SIGSEGV"),
+        ("abrupt", "failed", "exit status 3"),
+        ("finding", "finding", "other bits"),
+        ("orphan", "passed", ""),
+    ],
+)
+def test_a_case_that_fails_is_named_and_the_next_one_runs(tmp_path: Path, kind: str, verdict: str, words: str) -> None:
+    rows = guided(tmp_path, "--fault", kind)
+    assert verdicts(rows) == ["passed", verdict, "passed"]
+    assert words in rows[1]["detail"]
+
+
+def test_a_case_that_fails_in_the_last_place(tmp_path: Path) -> None:
+    assert verdicts(guided(tmp_path, "--fault", "hang", "--at", "2")) == ["passed", "passed", "hang"]
+    assert verdicts(guided(tmp_path, "--fault", "fault", "--at", "0")) == ["fault", "passed", "passed"]
+
+
+def test_a_program_that_fails_before_its_first_case(tmp_path: Path) -> None:
+    rows = guided(tmp_path, "--fault", "import")
+    assert verdicts(rows) == ["failed"]
+    assert "libcudart.so.13" in rows[0]["detail"]
+
+
+def test_a_program_that_fails_after_its_last_case(tmp_path: Path) -> None:
+    """compute-sanitizer's exit status says that it has found something."""
+    code = "import sys; from gpu.lines import say; say(cases=['a']); say(starts=0); say(ends=0); sys.exit(99)"
+    program = watch.Program([sys.executable, "-c", code], tmp_path / "log", ROOT / "tests")
+    rows = watch.Guide("memcheck", program, lambda row: None, limit=20, silence=5).run()
+    assert [(row["case"], row["verdict"]) for row in rows] == [("memcheck", "failed"), ("a", "passed")]
+    assert rows[0]["detail"].startswith("exit status 99")
+
+
+def test_a_program_that_is_not_there(tmp_path: Path) -> None:
+    program = watch.Program(["no-such-program"], tmp_path / "log", ROOT)
+    assert verdicts(watch.Guide("gone", program, lambda row: None, limit=5, silence=1).run()) == ["missing"]
+    assert watch.run("gone", program, 5)["verdict"] == "missing"
+
+
+def test_time_that_is_used_up(tmp_path: Path) -> None:
+    rows = guided(tmp_path, "--cases", "4", "--seconds", "0.4", limit=1.2, silence=5)
+    assert verdicts(rows)[0] == "passed"
+    assert "time" in verdicts(rows)
+    assert verdicts(rows)[-1] == "left out"
+    assert rows[-1]["detail"] == "no time was left"
+
+
+def test_a_device_that_always_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "MOST_RESTARTS", 1)
+    code = (
+        "import sys, time; from gpu.lines import say; n = int(sys.argv[-1]) if '--from' in sys.argv else 0;"
+        "say(cases=list('abcd')); say(starts=n); time.sleep(60)"
+    )
+    program = watch.Program([sys.executable, "-c", code], tmp_path / "log", ROOT / "tests")
+    rows = watch.Guide("hangs", program, lambda row: None, limit=20, silence=0.3).run()
+    assert verdicts(rows) == ["hang", "hang", "left out", "left out"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "verdict"), [("hang", "time"), ("fault", "fault"), ("raise", "failed"), (None, "passed")]
+)
+def test_a_plain_program(tmp_path: Path, kind: str | None, verdict: str) -> None:
+    options = ["--plain", *(["--fault", kind] if kind else [])]
+    row = watch.run("plain", watch.Program([*FAKE, *options], tmp_path / "log", ROOT), 2.0)
+    assert row["verdict"] == verdict
+    if kind == "raise":
+        assert "illegal memory access" in row["detail"]  # the last line of its log
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in ("Z", "X")
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_children_of_a_program_end_with_it(tmp_path: Path, waits: bool) -> None:
+    """A child that ignores SIGTERM, of a program that hangs or has ended."""
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]);"
+    code += "open('pid', 'w').write(str(p.pid));" + ("p.wait()" if waits else "")
+    row = watch.run("parent", watch.Program([sys.executable, "-c", code], tmp_path / "log", tmp_path), 1.5)
+    assert row["verdict"] == ("time" if waits else "passed")
+    process = int((tmp_path / "pid").read_text())
+    end = time.monotonic() + 5
+    while is_running(process) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not is_running(process)
+
+
+def test_output_that_is_no_text_is_no_obstacle(tmp_path: Path) -> None:
+    code = (
+        "import os; from gpu.lines import say; os.write(1, b'\\xff\\xfe' * 70000); os.write(1, b'\\n@gpu {no\\n');"
+        "os.write(1, b'@gpu [1]\\n'); say(cases=['a']); say(starts=0); say(ends=0, verdict='passed', value=3)"
+    )
+    program = watch.Program([sys.executable, "-c", code], tmp_path / "log", ROOT / "tests")
+    rows = watch.Guide("noise", program, lambda row: None, limit=20, silence=5).run()
+    assert [(row["case"], row["verdict"], row["value"]) for row in rows] == [("a", "passed", 3)]
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+def rehearsed(tmp_path: Path, fault: rehearse.Fault | None, *options: str) -> tuple[int, Folder]:
+    status, _ = rehearse.rehearse(tmp_path, fault, 0.001, list(options))
+    return status, Folder(tmp_path)
+
+
+def test_a_run_in_which_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, folder = rehearsed(tmp_path, None, "--only", "machine,build,conformance,ncu")
+    assert status == 0
+    assert {row["verdict"] for step in report.steps_of(folder) for row in folder.rows(step)} == {"passed"}
+    assert report.steps_of(folder) == ["machine", "build", "conformance", "ncu"]
+    text = (tmp_path / "report.md").read_text()
+    assert "| conformance |" in text
+    assert "## Failures" not in text
+
+
+def test_a_build_that_fails_leaves_out_what_needs_it(tmp_path: Path) -> None:
+    status, folder = rehearsed(tmp_path, rehearse.Fault("build", "raise"), "--only", "build,conformance,smoke")
+    assert status == 1
+    assert {row["verdict"] for row in folder.rows("conformance")} == {"passed"}  # the program of its own was built
+    assert {(row["verdict"], row["detail"]) for row in folder.rows("smoke")} == {("left out", "build/module: failed")}
+    assert "illegal memory access" in (tmp_path / "report.md").read_text()
+
+
+def test_findings_of_sanitizers_are_not_fatal(tmp_path: Path) -> None:
+    status, folder = rehearsed(tmp_path, rehearse.Fault("sanitizer", "wrong"), "--only", "sanitizer,machine")
+    assert status == 0
+    assert "failed" in {row["verdict"] for row in folder.rows("sanitizer")}
+    assert "## Failures" in (tmp_path / "report.md").read_text()
+
+
+def test_after_a_hang_of_wgmma_the_rest_runs_on_the_kernels_of_sm80(tmp_path: Path) -> None:
+    status, folder = rehearsed(tmp_path, rehearse.Fault("smoke", "hang"), "--only", "smoke")
+    assert status == 1
+    assert run.kernels_in_use(folder) == "sm_80"
+    assert run.environment("sm_80")["SWITCHGEAR_CUDA_KERNELS"] == "sm_80"
+    assert "SWITCHGEAR_CUDA_KERNELS" not in run.environment("auto")
+    for row in folder.rows("smoke"):
+        if row["job"] == "sm_80":
+            folder.note("smoke", "sm_80", row | {"verdict": "hang"})
+    assert run.kernels_in_use(folder) == "auto"  # the older kernels are no better
+
+
+def test_a_run_that_is_killed_leaves_a_readable_report(tmp_path: Path) -> None:
+    """make gpu-report reads what is there: the case that ran is named."""
+    folder = Folder(tmp_path)
+    folder.begin("smoke")
+    folder.note("smoke", "auto-0", {"case": "layer", "verdict": "passed", "seconds": 0.1, "detail": ""})
+    folder.note("smoke", "auto-0", {"case": "policies", "verdict": "running", "seconds": 0.0, "detail": ""})
+    (tmp_path / "smoke" / "half.json").write_text('{"step": "smo')
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "half.json").write_text("{")
+    (tmp_path / "bench" / "decode.json").write_text(json.dumps({
+        "results": [{"shape": "s", "tokens": 1, "mode": "forward", "competitor": "switchgear", "ms": 0.5, "tflops": 3.0,
+                     "percent_of_ceiling": 40.0, "bound": "memory", "wrong": False}],
+        "ops": [], "skipped": [{"case": "s", "competitor": "x", "reason": "not installed"}],
+    }))  # fmt: skip
+    assert report.main([str(tmp_path), "--docs", str(tmp_path / "table.md")]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "| smoke | cut off | 1 passed, 1 running |" in text
+    assert "| smoke | auto-0 | policies | running |  |" in text
+    assert "| s | 1 | forward | switchgear | 0.500 | 3 | 40 | memory |" in text
+    assert "- s, x: not installed" in text
+    assert "| s | 1 | forward |" in (tmp_path / "table.md").read_text()
+    with pytest.raises(SystemExit, match="no such folder"):
+        report.main([str(tmp_path / "nowhere")])
+
+
+def test_an_earlier_run_is_put_aside(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    for _ in range(2):
+        folder.begin("smoke")
+        folder.note("smoke", "job", {"case": "a", "verdict": "passed", "seconds": 0.1, "detail": ""})
+    assert len(folder.rows("smoke")) == 1
+    assert len(list((tmp_path / "earlier").iterdir())) == 1
+
+
+def test_names_of_files_are_distinct() -> None:
+    names = {slug("wgmma bf16 n8 A B"), slug("wgmma bf16 n8 A B^T"), slug("wgmma-bf16-n8-A-B"), slug("x" * 200)}
+    assert len(names) == 4
+    assert all(re.fullmatch(r"[\w.=-]{1,100}", name) for name in names)
+
+
+@pytest.mark.slow
+def test_every_failure_leaves_all_other_results() -> None:
+    """The whole rehearsal: all stages once for each way to fail."""
+    assert rehearse.main(["--scale", "0.001"]) == 0
+
+
+def test_the_rehearsal_sees_what_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: no restart after a case that hangs."""
+    monkeypatch.setattr(watch, "MOST_RESTARTS", 0)
+    fault = rehearse.Fault("conformance", "hang")
+    _, folder = rehearsed(tmp_path, fault, "--only", "conformance")
+    assert any("the case after the one that failed" in text for text in rehearse.complaints(folder, fault))
+
+
+# ---- the programs ----------------------------------------------------------------------------------------------------
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line.removeprefix("@gpu ")) for line in text.splitlines() if line.startswith("@gpu ")]
+
+
+def test_smoke_on_the_cpu(capfd: pytest.CaptureFixture[str]) -> None:
+    assert smoke.main(["--device", "cpu", "--shapes", "0,3"]) == 0
+    said = lines(capfd.readouterr().out)
+    assert len(said[0]["cases"]) == 2 * 3 * 3
+    assert [line["verdict"] for line in said if "ends" in line] == ["passed"] * 18
+    assert smoke.main(["--device", "cpu", "--shapes", "3", "--from", "7"]) == 0
+    assert [line["starts"] for line in lines(capfd.readouterr().out) if "starts" in line] == [7, 8]
+
+
+def test_smoke_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(smoke, "distance", lambda got, want: float("nan"))
+    assert smoke.main(["--device", "cpu", "--shapes", "0"]) == 1
+    assert "expected at most" in next(line for line in lines(capfd.readouterr().out) if "ends" in line)["detail"]
+
+
+def test_replay_on_the_cpu(capfd: pytest.CaptureFixture[str]) -> None:
+    assert replay.main(["--device", "cpu", "--routings", "6"]) == 0
+    assert {line["verdict"] for line in lines(capfd.readouterr().out) if "ends" in line} == {"passed"}
+
+
+def test_replay_sees_a_graph_of_old_inputs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def stale(layer: replay.Layer) -> Any:
+        layer()
+        return lambda: None
+
+    monkeypatch.setattr(replay, "captured", stale)
+    assert replay.main(["--device", "cpu", "--routings", "3"]) == 1
+    ends = {line["ends"]: line["verdict"] for line in lines(capfd.readouterr().out) if "ends" in line}
+    assert ends[0] == "failed"
+
+
+def test_tests_print_lines(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 1 == 2\n"
+        "def test_skipped(): pytest.skip('here')\n"
+        "def test_a_token_does_not_depend_on_its_batch(): assert 3 == 4\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu.one_by_one", "-p", "no:cacheprovider", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+
+    def said(*options: str) -> list[dict[str, Any]]:
+        done = subprocess.run(
+            [*command, *options], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        )
+        return lines(done.stdout)
+
+    first = said()
+    assert len(first[0]["cases"]) == 4
+    ends = [line for line in first if "ends" in line]
+    assert [line["verdict"] for line in ends] == ["passed", "failed", "skipped", "finding"]
+    assert "assert 1 == 2" in ends[1]["detail"]
+    assert [line["starts"] for line in said("--from", "2") if "starts" in line] == [2, 3]
+
+
+def test_sizes_of_wheels(tmp_path: Path) -> None:
+    wheel = tmp_path / "a b.whl"
+    wheel.write_bytes(b"x" * 2_000_000)
+    entry = {"metadata": {"name": "a", "version": "1"}, "download_info": {"url": wheel.as_uri()}}
+    text, total = prepare.wheel_table([entry])
+    assert total == 2_000_000
+    assert "2.0 MB  a 1" in text
+    assert {"torch", "pytest", "nvidia-cuda-nvcc"} <= set(prepare.wanted())
+
+
+def test_the_last_resort_is_a_signal() -> None:
+    assert watch.verdict_of(-signal.SIGKILL) == ("fault", "killed by SIGKILL")
+    assert watch.verdict_of(2) == ("failed", "exit status 2")
+    assert set(rehearse.VERDICT) == {*fake_device.KINDS, "missing"}
+
+
+# ---- tunables --------------------------------------------------------------------------------------------------------
+
+
+def test_variants_follow_the_sources() -> None:
+    """Stages of every row of the table, limits of tiles of few rows, and bands."""
+    found = sweeping.variants()
+    assert found[0] == sweeping.Variant("as-is")
+    assert len({variant.name for variant in found}) == len(found) >= 10
+    for word in ("stages", "most8", "band"):
+        assert any(word in variant.name for variant in found), word
+    for variant in found[1:]:
+        source = (sweeping.SOURCES / variant.file).read_text()
+        assert variant.text() != source
+        assert len(variant.text()) - len(source) == len(variant.after) - len(variant.before)
+    with pytest.raises(ValueError, match=r"gone: expected 'no such text' once in gemm_sm90.h, got 0"):
+        sweeping.Variant("gone", "gemm_sm90.h", "no such text", "").text()
+
+
+def test_a_variant_is_compiled_from_its_copy_and_linked_before_the_library(tmp_path: Path) -> None:
+    variant = sweeping.variants()[1]
+    command = sweeping.compile_command(variant, tmp_path)
+    assert command.index(f"-I{tmp_path / 'csrc' / 'cuda'}") < command.index(f"-I{sweeping.SOURCES}")
+    assert command[command.index("-c") + 1] == str(tmp_path / "csrc" / "cuda" / "gemm_sm90.cu")
+    link = sweeping.link_command(tmp_path, tmp_path / "sweep.o", tmp_path, tmp_path / "program")
+    library = next(i for i, word in enumerate(link) if word.endswith("libswitchgear_cuda.a"))
+    assert link.index(str(tmp_path / "gemm_sm90.o")) < library
+
+
+def test_the_report_names_the_best_variants(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.begin("sweep")
+    for job, times in {"as-is": (1.0, 2.0), "band-4": (0.9, 1.8), "band-16": (0.5, 3.0), "stages": (0.99, 2.0)}.items():
+        for case, ms in zip(("a forward", "a backward"), times, strict=True):
+            row = {"case": case, "verdict": "passed", "seconds": 0.1, "detail": "", "ms": ms, "tflops": 100.0}
+            folder.note("sweep", job, row | {"sum": "1" if job != "stages" else "2"})
+    assert report.new_tunables(folder) == ["band-4: 1.111x over 2 cases"]  # band-16 is slower in one case
+    text = report.text_of(folder)
+    assert "| a forward | 1.000 | 100 | band-16: 0.500 (2.00x) | stages |" in text
+    assert "- new row: band-4: 1.111x over 2 cases" in text
 
 
 # ---- conformance -----------------------------------------------------------------------------------------------------
 
 
-def test_differences_between_device_and_model() -> None:
-    model = conformance.parse("a\t1 2 3\nb\t4\nc\t5 6\nhopper\t7\n")
-    assert model == {"a": ["1", "2", "3"], "b": ["4"], "c": ["5", "6"], "hopper": ["7"]}
-    assert conformance.differences(model, {"a": ["1", "2", "3"], "b": ["4"]}) == []
-    wrong = conformance.differences(model, {"a": ["1", "9", "8"], "c": ["5"], "d": ["1"]})
-    assert wrong == [
-        "a: 2 of 3 words differ, first word 1: 0x9, the model has 0x2",
-        "c: 1 words, the model writes 2",
-        "d: the model has no such case",
-    ]
+def test_groups_are_those_of_the_source() -> None:
+    source = (FOLDER / "conformance.cu").read_text()
+    assert re.findall(r'end_group\(cases, "(\w+)"\)', source) == list(conformance.groups("9.0"))
+    assert conformance.groups("8.0") == conformance.EVERYWHERE
+
+
+def test_the_device_program_is_for_the_card(tmp_path: Path) -> None:
+    hopper = [str(part) for part in conformance.device_command(tmp_path, "9.0")]
+    assert {"arch=compute_90a,code=sm_90a", "-DHOPPER"} <= set(hopper)
+    ampere = [str(part) for part in conformance.device_command(tmp_path, "8.6")]
+    assert "arch=compute_86,code=sm_86" in ampere
+    assert "-DHOPPER" not in ampere
 
 
 def test_conformance_has_a_case_for_every_wrapper() -> None:
     """Wrappers are the PTX functions of ptx.cuh and hopper.cuh that contain asm."""
-    folder = FOLDER.parents[1] / "csrc" / "cuda"
-    source = (FOLDER / "conformance.cu").read_text()
+    folder = ROOT / "csrc" / "cuda"
+    source = "".join(path.read_text() for path in sorted(FOLDER.glob("conformance*.cu*")))
     names = set()
     for file in ("ptx.cuh", "hopper.cuh"):
         text = (folder / file).read_text()
         names |= set(re.findall(r"^PTX [\w ]*?\**(\w+)\(", text, re.MULTILINE))
         names |= set(re.findall(r"^PTX_(?:LOAD|STORE|ADD)\((\w+),", text, re.MULTILINE))
     only_compiler = {"opaque", "move"}  # only a hint to the compiler
-    by_tests_of_the_kernels = {"setmaxnreg_dec", "setmaxnreg_inc", "fence_proxy_async_global"}
+    by_tests_of_the_kernels = {"fence_proxy_async_global"}
     assert len(names) > 50
     missing = {name for name in names if f"ptx::{name}" not in source and not re.search(rf"\b\w+\({name}\b", source)}
     assert missing <= only_compiler | by_tests_of_the_kernels

@@ -24,6 +24,7 @@
 #include "experts.h"
 #include "grouping.h"
 #include "kernels.h"
+#include "log.h"
 #include "ops.h"
 #include "ranking.h"
 #include "rows.h"
@@ -66,7 +67,7 @@ float charge_of(const RowKernels& k, const float* values, int64_t n, double tota
   }
   at = k.reaching(values, n, charge);
   for (float last = kUnknown;; last = charge) {
-    charge = static_cast<float>(at.next + std::log(k.sum_of_powers(values, n, at.next)) - std::log(total - at.count));
+    charge = static_cast<float>(at.next + log_f64(k.sum_of_powers(values, n, at.next)) - log_f64(total - at.count));
     // The first step may go up, all others go down. Another step up means that rounding made `last` one of m equal values;
     // then `charge` has m times the error.
     if (charge > last) return last;

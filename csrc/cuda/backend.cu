@@ -43,6 +43,7 @@ const TensorView& tensor_of(const RouteDynamicArgs& args) { return args.router_l
 const TensorView& tensor_of(const ColumnTopkArgs& args) { return args.values; }
 const TensorView& tensor_of(const FitCapacityArgs& args) { return args.topk_ids; }
 const TensorView& tensor_of(const AssignBalancedArgs& args) { return args.values; }
+const TensorView& tensor_of(const AssignCappedArgs& args) { return args.values; }
 const TensorView& tensor_of(const PlanArgs& args) { return args.topk_ids; }
 const TensorView& tensor_of(const PermuteArgs& args) { return args.x; }
 const TensorView& tensor_of(const CombineArgs& args) { return args.y; }
@@ -85,6 +86,7 @@ const Backend& cuda_backend() {
       .column_topk = on_its_device<ColumnTopkArgs, cuda::column_topk>,
       .fit_capacity = on_its_device<FitCapacityArgs, cuda::fit_capacity>,
       .assign_balanced = on_its_device<AssignBalancedArgs, cuda::assign_balanced>,
+      .assign_capped = on_its_device<AssignCappedArgs, cuda::assign_capped>,
       .takes_adapters = true};
   return kBackend;
 }

@@ -5,7 +5,8 @@
 //   rows, received   ordered by rank: bytes send_begin[r] … send_begin[r + 1] go to rank r; bytes from rank r are written to
 //                    receive_begin[r] … receive_begin[r + 1]. Any sizes and alignments.
 //   segment          one per rank, mapped by all: Flags, then a window for each source, of kSlots slots of slot_bytes
-//   traffic          each byte is read and written twice, once over the link; bound by the link
+//   traffic          each byte is read and written twice, once over the link; bound by the link, if enough loads are in flight:
+//                    4 of 16 bytes a thread, 16 KB a block
 //
 // A lane is one (this rank, other rank) pair in one direction. It has kLaneBlocks blocks, which share the bytes of each piece.
 // A transfer is cut into pieces of slot_bytes. Both ranks know the sizes, so both number the pieces alike, from the first
@@ -33,6 +34,9 @@ constexpr int kMaxRanks = 16;  // on one machine
 constexpr int kExchangeThreads = 256;
 constexpr int kLaneBlocks = 2;  // per lane
 constexpr int kSlots = 2;       // per window
+constexpr int kBatch = 4;  // loads of a thread in flight: a load over a link takes longer than all its instructions
+constexpr uint32_t kPollsPerStop =
+    1024;  // a read of *stop crosses PCIe, about 1 us; a poll of a flag stays on the device
 
 struct Flags {                        // all zero initially
   uint32_t arrived[kMaxRanks];        // [s]: pieces sent by rank s; rank s raises it
@@ -61,8 +65,8 @@ struct ExchangeParams {
 
 // Waits until *flag is at least `value`; returns false if *stop is set. Called by one thread.
 __device__ inline bool reaches(const uint32_t* flag, uint32_t value, const uint32_t* stop) {
-  while (static_cast<int32_t>(ptx::ld_acquire_sys(flag) - value) < 0) {
-    if (ptx::ld_relaxed_sys(stop) != 0) return false;
+  for (uint32_t polls = 1; static_cast<int32_t>(ptx::ld_acquire_sys(flag) - value) < 0; ++polls) {
+    if (polls % kPollsPerStop == 0 && ptx::ld_relaxed_sys(stop) != 0) return false;
   }
   return true;
 }
@@ -84,13 +88,22 @@ __device__ inline bool counts_last(uint32_t* counts, uint32_t piece) {
   return ptx::atom_add_acq_rel_gpu(counts + piece % kSlots, 1) + 1 == (piece / kSlots + 1) * kLaneBlocks;
 }
 
+// `to` and `from` may be the same memory for all the compiler knows, so it never moves a load before a store: a batch is loaded
+// first, then stored.
 template <typename Unit>
 __device__ inline int64_t copy_units(unsigned char* to, const unsigned char* from, int64_t bytes, int64_t thread) {
   const int64_t count = bytes / static_cast<int64_t>(sizeof(Unit)), step = int64_t{kLaneBlocks} * blockDim.x;
-#pragma unroll 4
-  for (int64_t i = thread; i < count; i += step) {
-    reinterpret_cast<Unit*>(to)[i] = reinterpret_cast<const Unit*>(from)[i];
+  Unit* const target = reinterpret_cast<Unit*>(to);
+  const Unit* const source = reinterpret_cast<const Unit*>(from);
+  int64_t i = thread;
+  for (; i + (kBatch - 1) * step < count; i += kBatch * step) {
+    Unit batch[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) batch[j] = source[i + j * step];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) target[i + j * step] = batch[j];
   }
+  for (; i < count; i += step) target[i] = source[i];
   return count * static_cast<int64_t>(sizeof(Unit));
 }
 

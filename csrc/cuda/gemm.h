@@ -176,7 +176,7 @@ constexpr TileKind pick_tile(int64_t rows_per_expert) {
 void gemm(const Gemm& g, void* stream);
 void wgrad(const Wgrad& g, void* stream);
 
-bool on_hopper();                // the current device
+bool on_hopper();                // the current device, unless only_sm80() (generation.h)
 bool sm90_takes(const Gemm& g);  // on the current device
 void gemm_sm90(const Gemm& g, void* stream);
 bool sm90_takes(const Wgrad& g);

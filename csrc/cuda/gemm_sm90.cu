@@ -3,6 +3,7 @@
 #include <string>
 
 #include "gemm_sm90.cuh"
+#include "generation.h"
 #include "launch.h"
 #include "tensor_map.h"
 
@@ -153,7 +154,7 @@ void launch_type(const Wgrad& g, void* stream) {
 
 using namespace sm90;
 
-bool on_hopper() { return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9; }
+bool on_hopper() { return !only_sm80() && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9; }
 
 bool sm90_takes(const Gemm& g) {
   return half_precision(g.dtype) && g.num_experts > 0 && g.num_experts <= kMaxExperts && fits_coordinate(g.num_slots) &&

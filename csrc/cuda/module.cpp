@@ -80,6 +80,8 @@ void define_module(py::module_& m) {
   m.def("device_info", &device_info, "A device's properties, and whether a kernel of this build ran on it.", "index"_a);
   m.def("driver_version", &driver_version, "CUDA version of the driver, e.g. 13000; 0 without a driver.");
   m.def("runtime_version", &runtime_version, "CUDA version of the runtime inside this module.");
+  m.def("cuda_kernels", &cuda_kernels, "auto: the kernels of the device's generation; sm_80: those of sm_80.");
+  m.def("set_cuda_kernels", &set_cuda_kernels, "auto or sm_80; ValueError for another name.", "kernels"_a);
   m.def("built_archs", &built_archs, "Architectures with machine code (sm_80) or PTX (compute_80) in this build.");
 }
 

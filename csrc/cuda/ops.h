@@ -15,6 +15,7 @@ void route_dynamic(const RouteDynamicArgs& args, Execution exec);
 void column_topk(const ColumnTopkArgs& args, Execution exec);
 void fit_capacity(const FitCapacityArgs& args, Execution exec);
 void assign_balanced(const AssignBalancedArgs& args, Execution exec);
+void assign_capped(const AssignCappedArgs& args, Execution exec);
 void plan(const PlanArgs& args, Execution exec);
 void permute(const PermuteArgs& args, Execution exec);
 void combine(const CombineArgs& args, Execution exec);

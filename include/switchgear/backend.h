@@ -52,6 +52,11 @@ std::vector<std::string> available_cpu_isas();
 std::string cpu_isa();
 void set_cpu_isa(const std::string& isa);  // ValueError if not available
 
+// In libraries with CUDA kernels. "auto": the kernels of the device's generation; "sm_80": those of sm_80 on every device.
+// SWITCHGEAR_CUDA_KERNELS, read at first use, selects one. Not to be changed while an op is being queued.
+std::string cuda_kernels();
+void set_cuda_kernels(const std::string& kernels);  // ValueError for another name
+
 // The CPU's measured limits, about 50 ms each: register-only multiply-adds in flop/s (with the instruction that a dtype's
 // products use), and memory reads in bytes/s.
 double multiply_rate(DType dtype, Execution exec = {});

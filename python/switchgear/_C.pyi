@@ -2,7 +2,7 @@
 """The ops on the CPU, and their helpers. num_threads 0 means the OpenMP default."""
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from switchgear._ops import *  # noqa: F403
 from switchgear._ops import _Array
@@ -56,16 +56,3 @@ def checksum(address: int, nbytes: int) -> int: ...
 class Buffer:
     def __init__(self, size: int) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
-
-def assign_capped(
-    values: _Array,
-    sequence_ids: _Array | None,
-    limits: _Array,
-    assignment: _Array,
-    cap: int,
-    entropy: float,
-    iterations: int,
-    tolerance: float,
-    execution: Any,
-    /,
-) -> None: ...

@@ -18,7 +18,7 @@ Conversion: convert.upcycle, split_dense, from_dense_experts, merge_models, to_d
 Compression: compress calibrates, then prunes, merges, sparsifies or quantizes experts, with bits per expert
 Offload:    offload.write_store, offload.offload: experts on disk, cached and prefetched; simulate predicts the hits
 Training:   finetune trains some experts alone; distill; optim.Muon
-Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa
+Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa, cuda_kernels, set_cuda_kernels
 Logging:    the logger "switchgear" says at level INFO what of a model was changed, and at ERROR which rank failed
 """
 
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchgear import adapters, compress, convert, distill, finetune, layers, offload, optim, presets, routing, weights
 from switchgear.backends import backend, use_backend
+from switchgear.cuda import cuda_kernels, set_cuda_kernels
 from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gemm, moe, permute, plan, route
 from switchgear.modules import MoE, after_step, balance_loss
@@ -63,6 +64,7 @@ __all__ = [
     "compress",
     "convert",
     "cpu_isa",
+    "cuda_kernels",
     "distill",
     "finetune",
     "gate",
@@ -81,6 +83,7 @@ __all__ = [
     "route",
     "routing",
     "set_cpu_isa",
+    "set_cuda_kernels",
     "store",
     "use_backend",
     "weights",

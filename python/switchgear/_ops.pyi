@@ -103,6 +103,18 @@ def assign_balanced(
     execution: Any,
     /,
 ) -> None: ...
+def assign_capped(
+    values: _Array,
+    sequence_ids: _Array | None,
+    limits: _Array,
+    assignment: _Array,
+    cap: int,
+    entropy: float,
+    iterations: int,
+    tolerance: float,
+    execution: Any,
+    /,
+) -> None: ...
 def plan(
     topk_ids: _Array,
     expert_offsets: _Array,

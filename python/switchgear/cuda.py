@@ -33,6 +33,18 @@ def module() -> Any:
     return loaded
 
 
+def cuda_kernels() -> str:
+    """The kernels of products on CUDA devices: "auto" (those of the device's generation) or "sm_80"."""
+    return str(module().cuda_kernels())
+
+
+def set_cuda_kernels(kernels: str) -> None:
+    """Selects the kernels of later products on CUDA devices, in all threads: "auto", or "sm_80", which every supported
+    device runs, for comparisons. The environment variable SWITCHGEAR_CUDA_KERNELS sets the first choice. Raises
+    ValueError for another name, RuntimeError if this build has no CUDA kernels."""
+    module().set_cuda_kernels(kernels)
+
+
 def has_code(archs: Sequence[str], capability: tuple[int, int]) -> bool:
     """Whether a device can run code for one of `archs`. Machine code "sm_80" runs on the same major version from that
     minor version on. PTX "compute_80" also runs on all later ones. With suffix "a", both need exactly that version."""

@@ -7,6 +7,7 @@
 
 #include "bounded.h"
 #include "cases.h"
+#include "cpu/log.h"
 #include "cpu/ranking.h"
 
 namespace switchgear::test {
@@ -318,6 +319,20 @@ TEST(assign_balanced_ranks_what_is_not_finite) {
 }
 
 // ---- assign_capped -----------------------------------------------------------------------------------------------------
+
+// Three units of the last place, relative 2^-52 each. Random bits have all exponents; others are near 1 and near √½.
+TEST(log_is_accurate) {
+  Random random(3);
+  for (int i = 0; i < 200000; ++i) {
+    const uint64_t bits = static_cast<uint64_t>(random.bits()) << 32 | static_cast<uint32_t>(random.bits());
+    const double unit = std::ldexp(static_cast<double>(bits >> 11), -53), small = std::ldexp(unit, -(i / 3 % 50));
+    const double any = std::bit_cast<double>(bits % 0x7fe0000000000000 + 0x0010000000000000);
+    const double x = i % 3 == 0 ? any : i % 3 == 1 ? 1.0 + small : std::sqrt(0.5) * (1.0 - small / 2);
+    const double want = std::log(x), got = cpu::log_f64(x);
+    CHECK(std::abs(got - want) <= std::abs(want) * 0x3p-52, "log ", x, ": ", want, ", got ", got);
+  }
+  CHECK(cpu::log_f64(1.0) == 0.0);
+}
 
 // The c with Σ min(1, exp(v - c)) = total <= v.size(): the j largest are at 1, for the first j for which no other exceeds 1.
 double charge_by_sorting(std::vector<double> v, double total) {

@@ -1,66 +1,48 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Every wrapper of ptx.cuh, and with -DHOPPER of hopper.cuh, on the same pseudo-random data. Compiled by nvcc it runs on the
-// device; compiled in tests/simt it runs the C++ models. Both print their results word by word, and conformance.py compares.
+// device; compiled in tests/simt it runs the C++ models.
+//
+//   conformance                                         prints a line per case: its name, a tab, its words
+//   conformance --expected FILE [--group G] [--from N]  compares with such a file, and prints lines.py's lines
 //
 // Factors are small integers, whose products and sums are exact in all types, so the order of sums does not matter.
-// Layouts need no second description here: shared memory is filled word by word, and wgmma, ldmatrix, … read it.
+// Layouts need no second description here: shared memory is filled word by word, and wgmma, ldmatrix, … read it. Cases with a
+// check of their own are not in the file: a memory model has no words to compare, nor has the order of sums in an instruction.
+#include "conformance_data.cuh"
+#include "conformance_memory.cuh"
 #include "ptx.cuh"
 #if defined(HOPPER)
+#include "conformance_hopper.cuh"
 #include "hopper.cuh"
 #include "tensor_maps.h"
 #endif
 
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <functional>
+#include <map>
+#include <sstream>
 #include <string>
 #include <vector>
 
 #include "launch.h"
+#if defined(HOPPER)
+#include "tensor_map.h"
+#endif
 
 using namespace switchgear::cuda;
+using namespace switchgear::cuda::conformance;
 
 namespace {
 
 constexpr int kIn = 1 << 14, kOut = 1 << 14;  // words
 constexpr uint32_t kPoison = 0xdeadbeef;      // of output that nothing wrote
-
-// ---- data ----------------------------------------------------------------------------------------------------------------
-
-__host__ __device__ constexpr uint32_t mix(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-
-// -3 … 3 as the bits of a float.
-__host__ __device__ constexpr uint32_t small_float(uint32_t seed) {
-  constexpr uint32_t kBits[7] = {0xc0400000, 0xc0000000, 0xbf800000, 0, 0x3f800000, 0x40000000, 0x40400000};
-  return kBits[mix(seed) % 7];
-}
-// The same in 16 bits: bfloat16 is the upper half of a float.
-__host__ __device__ constexpr uint32_t small_half(uint32_t seed, bool bf16) {
-  constexpr uint32_t kBits[7] = {0xc200, 0xc000, 0xbc00, 0, 0x3c00, 0x4000, 0x4200};
-  return bf16 ? small_float(seed) >> 16 : kBits[mix(seed) % 7];
-}
-__host__ __device__ constexpr uint32_t small_pair(uint32_t seed, bool bf16) {
-  return small_half(2 * seed, bf16) | small_half(2 * seed + 1, bf16) << 16;
-}
-
-__device__ inline int thread() { return static_cast<int>(threadIdx.x); }
-__device__ inline float as_float(uint32_t bits) { return __uint_as_float(bits); }
-__device__ inline uint32_t as_bits(float value) { return __float_as_uint(value); }
-
-template <typename Fill>
-__device__ inline void fill_shared(uint32_t* shared, int words, const Fill& fill) {
-  for (int i = thread(); i < words; i += static_cast<int>(blockDim.x)) shared[i] = fill(static_cast<uint32_t>(i));
-  __syncthreads();
-}
-
-__device__ inline void put(uint32_t* out, const uint32_t* values, int count) {
-  for (int i = 0; i < count; ++i) out[thread() * count + i] = values[i];
-}
 
 // ---- sm_80 ---------------------------------------------------------------------------------------------------------------
 
@@ -163,6 +145,34 @@ KERNEL(bar) {  // the second warp waits for the first, which only arrives
     ptx::bar_sync(1, 64);
     out[thread() - 32] = shared[63 - thread()];
   }
+}
+
+// Groups of lanes, and atomics on shared memory.
+KERNEL(lanes) {
+  SHARED_DYN(uint32_t, shared);
+  fill_shared(shared, 8, [](uint32_t i) { return i == 1 ? 0xffffffffu : 0u; });
+  const uint32_t value = in[thread()], few = value % 5;
+  const unsigned all = 0xffffffffu;
+  uint32_t r[13] = {__match_any_sync(all, few),
+                    __reduce_max_sync(all, value),
+                    __ballot_sync(all, few == 0),
+                    static_cast<uint32_t>(__all_sync(all, few < 5)),
+                    __shfl_sync(all, value, static_cast<int>(few)),
+                    __shfl_sync(all, value, static_cast<int>(few), 8),
+                    __shfl_xor_sync(all, value, 3),
+                    __shfl_up_sync(all, value, 5),
+                    static_cast<uint32_t>(__popc(value)),
+                    static_cast<uint32_t>(__ffs(static_cast<int>(value))),
+                    as_bits(__shfl_xor_sync(all, as_float(small_float(value)), 16)),
+                    __match_any_sync(all, 7u),
+                    __reduce_max_sync(all, few)};
+  put(out, r, 13);
+  atomicAdd(shared, value);
+  atomicMin(shared + 1, value);
+  atomicMax(shared + 2, value);
+  atomicSub(shared + 3, few);
+  __syncthreads();
+  if (thread() < 4) out[64 * 13 + thread()] = shared[thread()];
 }
 
 // ---- sm_90a --------------------------------------------------------------------------------------------------------------
@@ -361,10 +371,23 @@ class Words {
   uint32_t* device_ = nullptr;
 };
 
+using Numbers = std::vector<uint32_t>;
+
 struct Case {
   std::string name;
   std::function<void(uint32_t* in, uint32_t* out)> run;
+  std::function<std::string(const Numbers& words)> check =
+      nullptr;           // instead of a comparison: what is wrong, or nothing
+  bool finding = false;  // what it complains about is no failure
+  std::string group = "";
 };
+
+// Names the group of the cases that were added since the last call.
+void end_group(std::vector<Case>& cases, const char* group) {
+  for (Case& one : cases) {
+    if (one.group.empty()) one.group = group;
+  }
+}
 
 constexpr size_t kShared = 47 << 10;
 
@@ -448,6 +471,207 @@ void add_all_widths(std::vector<Case>& cases) {
 }
 #endif
 
+// ---- cases with checks of their own ---------------------------------------------------------------------------------------
+
+std::string all_equal(const Numbers& words, size_t count, uint32_t want, const char* what) {
+  if (words.size() != count) return std::to_string(words.size()) + " words, expected " + std::to_string(count);
+  size_t wrong = 0;
+  for (const uint32_t word : words) wrong += word != want ? 1 : 0;
+  return wrong == 0 ? "" : std::to_string(wrong) + " of " + std::to_string(count) + " " + what;
+}
+
+// A block with all the shared memory it may have is alone on its multiprocessor.
+size_t most_shared() {
+  int bytes = 0;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) != cudaSuccess) bytes = 99 << 10;
+  return static_cast<size_t>(bytes);
+}
+
+void zero(uint32_t* words, int count) {
+#if defined(__CUDACC__)
+  cudaMemset(words, 0, static_cast<size_t>(count) * sizeof(uint32_t));
+#else
+  std::memset(words, 0, static_cast<size_t>(count) * sizeof(uint32_t));
+#endif
+}
+
+#if defined(__CUDACC__)
+// A process of its own maps the memory of a handle, in hexadecimal, and writes it.
+int write_shared_memory(const char* text) {
+  cudaIpcMemHandle_t handle;
+  for (size_t i = 0; i < sizeof handle; ++i) {
+    unsigned byte = 0;
+    std::sscanf(text + 2 * i, "%2x", &byte);
+    reinterpret_cast<unsigned char*>(&handle)[i] = static_cast<unsigned char>(byte);
+  }
+  void* memory = nullptr;
+  if (cudaIpcOpenMemHandle(&memory, handle, cudaIpcMemLazyEnablePeerAccess) != cudaSuccess) return 3;
+  write_kernel<<<1, 256>>>(static_cast<uint32_t*>(memory), 4096);
+  return cudaDeviceSynchronize() == cudaSuccess && cudaIpcCloseMemHandle(memory) == cudaSuccess ? 0 : 4;
+}
+
+void share_memory(uint32_t* out) {
+  // Smaller allocations share a block of 2 MB, which a handle describes as a whole.
+  void* shared = nullptr;
+  cudaIpcMemHandle_t handle;
+  if (cudaMalloc(&shared, 2 << 20) != cudaSuccess || cudaIpcGetMemHandle(&handle, shared) != cudaSuccess) {
+    throw std::runtime_error("cudaIpcGetMemHandle");
+  }
+  std::string text;
+  for (size_t i = 0; i < sizeof handle; ++i) {
+    char digits[3];
+    std::snprintf(digits, sizeof digits, "%02x", reinterpret_cast<const unsigned char*>(&handle)[i]);
+    text += digits;
+  }
+  char self[4096] = {};
+  if (readlink("/proc/self/exe", self, sizeof self - 1) < 0) throw std::runtime_error("readlink");
+  const int status = std::system(("'" + std::string(self) + "' --ipc " + text).c_str());
+  if (status != 0) throw std::runtime_error("the other process ended with status " + std::to_string(status));
+  cudaMemcpy(out, shared, 4096 * sizeof(uint32_t), cudaMemcpyDeviceToDevice);
+  cudaFree(shared);
+}
+
+// expf and __fdividef have no model with the same bits: at most some units in the last place from float64.
+__global__ void approximate_kernel(const uint32_t* in, uint32_t* out) {
+  for (int i = thread(); i < 1024; i += 32) {
+    const float x = static_cast<float>(in[i] % 160001) / 1000.0f - 80.0f;
+    out[i] = as_bits(expf(x)), out[1024 + i] = as_bits(__fdividef(x, 3.0f + static_cast<float>(i)));
+  }
+}
+
+std::string far_from_exact(const Numbers& words) {
+  const auto ulps = [](float got, double want) { return std::abs(got - want) / std::ldexp(std::abs(want), -23); };
+  double worst = 0.0;
+  for (uint32_t i = 0; i < 1024; ++i) {
+    const float x = static_cast<float>(mix(i + 1000003) % 160001) / 1000.0f - 80.0f;
+    float e, quotient;
+    std::memcpy(&e, &words[i], 4), std::memcpy(&quotient, &words[1024 + i], 4);
+    worst = std::max({worst, ulps(e, std::exp(static_cast<double>(x))),
+                      x == 0.0f ? 0.0 : ulps(quotient, static_cast<double>(x) / (3.0 + i))});
+  }
+  return worst <= 3.0 ? ""
+                      : std::to_string(worst) + " units in the last place, expected at most 3";  // the manual says 2
+}
+#else
+int write_shared_memory(const char*) { return 2; }
+#endif
+
+void add_memory_cases(std::vector<Case>& cases) {
+  cases.push_back({"messages between multiprocessors",
+                   [](uint32_t* in, uint32_t* out) {
+                     zero(in, kPairs * kWordsOfPair);
+                     launch_cooperative(messages_kernel, dim3(2 * kPairs), dim3(32), most_shared(), nullptr, in, out);
+                   },
+                   [](const Numbers& words) { return all_equal(words, 32 * kPairs, 0, "lanes saw wrong words"); }});
+  cases.push_back({"all blocks at once",
+                   [](uint32_t* in, uint32_t* out) {
+                     zero(in, 1);
+                     launch_cooperative(together_kernel, dim3(kTogether), dim3(1), 0, nullptr, in, out);
+                   },
+                   [](const Numbers& words) { return all_equal(words, kTogether, 1, "blocks did not run"); }});
+#if defined(__CUDACC__)
+  cases.push_back({"memory of another process", [](uint32_t*, uint32_t* out) { share_memory(out); },
+                   [](const Numbers& words) {
+                     size_t right = 0;
+                     while (right < words.size() && words[right] == mix(static_cast<uint32_t>(right) + 77)) ++right;
+                     return right == 4096 ? "" : std::to_string(right) + " of 4096 words arrived";
+                   }});
+  cases.push_back(
+      {"expf and fdividef",
+       [](uint32_t* in, uint32_t* out) { launch(approximate_kernel, dim3(1), dim3(32), 0, nullptr, in, out); },
+       far_from_exact, true});
+#endif
+}
+
+#if defined(HOPPER)
+// The boxes of the GEMM's tensor maps, at the edges of a matrix of 72 columns and 220 rows of 2 experts.
+void add_production_maps(std::vector<Case>& cases) {
+  for (const int rows : {16, 64, 96, 128, 192}) {
+    for (const int x : {0, 24}) {
+      cases.push_back(
+          {"tensor map of " + std::to_string(rows) + " rows x=" + std::to_string(x), [=](uint32_t* in, uint32_t* out) {
+             const CUtensorMap map =
+                 make_tensor_map({in, switchgear::DType::kBFloat16, {72, 220, 2}, {72, 72 * 220}, rows});
+             launch(box_kernel, dim3(1), dim3(32), size_t{26} << 10, nullptr, map, out, rows * 128, x, 100, 1);
+           }});
+    }
+  }
+}
+
+template <typename T, int N, bool kTransposeA, bool kTransposeB>
+void add_far_product(std::vector<Case>& cases) {
+  for (const int at : {0, 180 << 10}) {
+    const std::string name = std::string("second block, four steps ") + (std::is_same_v<T, __half> ? "f16" : "bf16") +
+                             " n" + std::to_string(N) + (kTransposeA ? " A^T" : " A") + (kTransposeB ? " B^T" : " B") +
+                             " at " + std::to_string(at >> 10) + " KB";
+    cases.push_back({name, [=](uint32_t*, uint32_t* out) {
+                       launch(far_kernel<T, N, kTransposeA, kTransposeB>, dim3(1), dim3(128), size_t{222} << 10,
+                              nullptr, out, at);
+                     }});
+  }
+}
+
+void add_far_products(std::vector<Case>& cases) {
+  add_far_product<__nv_bfloat16, 16, false, false>(cases);
+  add_far_product<__nv_bfloat16, 64, false, true>(cases);
+  add_far_product<__nv_bfloat16, 128, true, true>(cases);
+  add_far_product<__nv_bfloat16, 192, false, false>(cases);
+  add_far_product<__nv_bfloat16, 192, true, true>(cases);
+  add_far_product<__half, 128, false, false>(cases);
+}
+
+void add_rings(std::vector<Case>& cases) {
+  for (const auto& [name, rows] :
+       {std::pair{"TMA", RowsBy::kTma}, {"cp.async", RowsBy::kCopies}, {"turns", RowsBy::kTurns}}) {
+    for (const int stages : {1, 3, 37}) {
+      cases.push_back(
+          {std::string("ring by ") + name + ", " + std::to_string(stages) + " stages",
+           [=, by = rows](uint32_t* in, uint32_t* out) {
+             launch(small_factors_kernel, dim3(1), dim3(256), 0, nullptr, in, kIn);
+             const RingParams params{
+                 make_tensor_map(
+                     {in, switchgear::DType::kBFloat16, {kRingColumns, 455, 1}, {kRingColumns, kRingColumns}, 128}),
+                 make_tensor_map(
+                     {in, switchgear::DType::kBFloat16, {kRingColumns, 455, 1}, {kRingColumns, kRingColumns}, 64}),
+                 in,
+                 out,
+                 stages,
+                 by};
+             launch(ring_kernel, dim3(1), dim3(kRingThreads), kRingBytes, nullptr, params);
+           }});
+    }
+  }
+}
+
+template <int N, bool kSwapped>
+void run_order(uint32_t* out) {
+  launch(order_kernel<N, kSwapped>, dim3(1), dim3(128), size_t{4} * kBlockBytes, nullptr, out);
+}
+
+// The guarantee that a row's bits do not depend on the tile rests on it.
+Case order_case() {
+  return {"order of sums",
+          [](uint32_t*, uint32_t* out) {
+            run_order<16, false>(out), run_order<64, false>(out + kOrderWords);
+            run_order<128, false>(out + 2 * kOrderWords), run_order<192, false>(out + 3 * kOrderWords);
+            run_order<16, true>(out + 4 * kOrderWords), run_order<64, true>(out + 5 * kOrderWords);
+          },
+          [](const Numbers& words) -> std::string {
+            constexpr const char* kNames[] = {"n16", "n64", "n128", "n192", "swapped n16", "swapped n64"};
+            if (words.size() != 6 * kOrderWords) return std::to_string(words.size()) + " words";
+            std::string text;
+            for (size_t which = 1; which < 6; ++which) {
+              int wrong = 0;
+              for (size_t i = 0; i < kOrderWords; ++i) wrong += words[which * kOrderWords + i] != words[i] ? 1 : 0;
+              if (wrong > 0)
+                text += std::string(text.empty() ? "" : ", ") + kNames[which] + ": " + std::to_string(wrong);
+            }
+            return text.empty() ? "" : "of 256 sums other bits than n16: " + text;
+          },
+          true};
+}
+#endif
+
 std::vector<Case> all_cases() {
 #define SIMPLE(name, threads) simple(#name, name##_kernel, threads)
   std::vector<Case> cases = {SIMPLE(cp_async16, 32),        SIMPLE(cp_async8, 32),
@@ -458,33 +682,143 @@ std::vector<Case> all_cases() {
                              SIMPLE(mma_f16, 32),           SIMPLE(mma_tf32, 32),
                              SIMPLE(cvt_tf32, 32),          SIMPLE(flags, 32),
                              SIMPLE(atom_add, 32),          SIMPLE(bar, 64)};
+  end_group(cases, "basic");
+  cases.push_back(SIMPLE(lanes, 64));
+  end_group(cases, "lanes");
+  add_memory_cases(cases);
+  end_group(cases, "memory");
 #if defined(HOPPER)
   for (Case& one : std::vector<Case>{SIMPLE(mbarrier, 32), SIMPLE(cp_async_mbar_arrive, 32), SIMPLE(bulk_load, 32),
                                      SIMPLE(stmatrix_x4, 32), SIMPLE(stmatrix_x4_trans, 32), SIMPLE(elect_one, 32)}) {
     cases.push_back(one);
   }
+  end_group(cases, "hopper");
   add_tensor_copies(cases);
+  add_production_maps(cases);
+  end_group(cases, "tma");
   add_all_widths<__nv_bfloat16, 8, 16, 24, 64, 96, 128, 192, 256>(cases);
   add_all_widths<__half, 16, 128, 192>(cases);
+  end_group(cases, "wgmma");
+  add_far_products(cases);
+  end_group(cases, "far");
+  add_rings(cases);
+  end_group(cases, "ring");
+  cases.push_back(order_case());
+  end_group(cases, "order");
 #endif
   return cases;
 }
 
+// The words of a case, up to the last one written.
+Numbers words_of(const Case& one, Words& in, Words& out) {
+  in.fill([](uint32_t i) { return mix(i + 1000003); });
+  out.fill([](uint32_t) { return kPoison; });
+  one.run(in.data(), out.data());
+  Numbers words = out.read();
+  while (!words.empty() && words.back() == kPoison) words.pop_back();
+  return words;
+}
+
+void print_words(const Numbers& words) {
+  for (size_t i = 0; i < words.size(); ++i) std::printf("%s%x", i == 0 ? "" : " ", words[i]);
+  std::printf("\n");
+}
+
+// The cases of a file that this program printed.
+std::map<std::string, Numbers> read_words(const char* path) {
+  std::map<std::string, Numbers> cases;
+  std::ifstream file(path);
+  if (!file) {
+    std::fprintf(stderr, "%s: cannot be read\n", path);
+    std::exit(2);
+  }
+  for (std::string line; std::getline(file, line);) {
+    const size_t tab = line.find('\t');
+    std::istringstream numbers(line.substr(tab + 1));
+    Numbers& words = cases[line.substr(0, tab)];
+    for (uint32_t word = 0; numbers >> std::hex >> word;) words.push_back(word);
+  }
+  return cases;
+}
+
+// What is wrong with the words of a case, or nothing.
+std::string complaint(const Case& one, const Numbers& got, const std::map<std::string, Numbers>& expected) {
+  if (one.check) return one.check(got);
+  const auto found = expected.find(one.name);
+  if (found == expected.end()) return "the model has no such case";
+  const Numbers& want = found->second;
+  if (got.size() != want.size()) {
+    return std::to_string(got.size()) + " words, the model writes " + std::to_string(want.size());
+  }
+  size_t wrong = 0, first = 0;
+  for (size_t i = got.size(); i-- > 0;) {
+    if (got[i] != want[i]) first = i, ++wrong;
+  }
+  if (wrong == 0) return "";
+  char text[160];
+  std::snprintf(text, sizeof text, "%zu of %zu words differ, first word %zu: 0x%x, the model has 0x%x", wrong,
+                got.size(), first, got[first], want[first]);
+  return text;
+}
+
+// A line of lines.py. Names and texts have no characters that JSON escapes.
+void say(const std::string& line) {
+  std::printf("@gpu {%s}\n", line.c_str());
+  std::fflush(stdout);
+}
+
+int compare(const std::vector<Case>& cases, const char* path, size_t first) {
+  const std::map<std::string, Numbers> expected = read_words(path);
+  std::string names;
+  for (const Case& one : cases) names += (names.empty() ? "\"" : ", \"") + one.name + "\"";
+  say("\"cases\": [" + names + "]");
+  Words in(kIn), out(kOut);
+  bool failed = false;
+  for (size_t number = first; number < cases.size(); ++number) {
+    say("\"starts\": " + std::to_string(number));
+    std::string wrong;
+    try {
+      wrong = complaint(cases[number], words_of(cases[number], in, out), expected);
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "%s\n", error.what());
+      wrong = "it throws";
+    }
+    failed = failed || (!wrong.empty() && !cases[number].finding);
+    const char* const verdict = wrong.empty() ? "passed" : cases[number].finding ? "finding" : "failed";
+    say("\"ends\": " + std::to_string(number) + ", \"verdict\": \"" + verdict + "\", \"detail\": \"" + wrong + "\"");
+  }
+  return failed ? 1 : 0;
+}
+
 }  // namespace
 
-// Prints a line per case: its name, a tab, and the words up to the last one written.
-int main() {
+int main(int count, char** arguments) {
+  const auto option = [&](const char* name) -> const char* {
+    for (int i = 1; i + 1 < count; ++i) {
+      if (std::strcmp(arguments[i], name) == 0) return arguments[i + 1];
+    }
+    return nullptr;
+  };
+  if (const char* const handle = option("--ipc")) return write_shared_memory(handle);
+  std::vector<Case> cases = all_cases();
+  if (const char* const group = option("--group")) {
+    std::erase_if(cases, [&](const Case& one) { return one.group != group; });
+  }
+  if (const char* const expected = option("--expected")) {
+    const char* const first = option("--from");
+    return compare(cases, expected, first == nullptr ? 0 : std::strtoul(first, nullptr, 10));
+  }
   Words in(kIn), out(kOut);
-  for (const Case& one : all_cases()) {
-    in.fill([](uint32_t i) { return mix(i + 1000003); });
-    out.fill([](uint32_t) { return kPoison; });
-    one.run(in.data(), out.data());
-    const std::vector<uint32_t>& words = out.read();
-    size_t count = words.size();
-    while (count > 0 && words[count - 1] == kPoison) --count;
+  for (const Case& one : cases) {
+    const Numbers words = words_of(one, in, out);
+    if (one.check) {
+      const std::string wrong = one.check(words);
+      if (wrong.empty()) continue;
+      std::fprintf(stderr, "%s: %s\n", one.name.c_str(), wrong.c_str());
+      return 1;
+    }
     std::printf("%s\t", one.name.c_str());
-    for (size_t i = 0; i < count; ++i) std::printf("%s%x", i == 0 ? "" : " ", words[i]);
-    std::printf("\n");
+    print_words(words);
   }
   return 0;
 }

@@ -1,254 +1,175 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: BSD-3-Clause
-"""Everything that needs a GPU, in one run of at most ten minutes on an H100: `make gpu`, or python tests/gpu/run.py.
+"""Everything that needs a GPU: `make gpu`, or python tests/gpu/run.py. Three stages of at most nine minutes on an H100:
 
-    --dry-run       print the stages and their commands, and stop
-    --keep-going    go on after a stage that fails
-    --only, --skip  stages by name, separated by commas
-    --out DIR       where results go (default: bench/results)
+    1  build; conformance; smoke; graphs; first benchmarks      2  tests; profiles      3  other benchmarks; sanitizers
 
-Stages, in order: describe the machine; install what is missing; build the module for this card; compare each PTX
-wrapper with its C++ model; run the shared tests on the device; run compute-sanitizer on a few calls; run the benchmark.
-The first failing stage ends the run. Written for a bare machine: needs python3 (3.10 or newer), a C++20 compiler, a
-checkout and a driver. Uses only Python's standard library.
+    --stage 1,2,3   these stages (default: all)
+    --out DIR       where results go, a file per case as it ends (default: build/gpu-results)
+    --dry-run       print the steps and their commands, and stop
+    --only, --skip  steps by name, separated by commas
+    --seconds N     for a stage (default: 540); steps that do not fit are left out
+
+Nothing that a case does ends the run: it may fail, hang, crash or be missing (watch.py). Written for a bare machine:
+needs python3 (3.10 or newer), a C++20 compiler, a checkout and a driver. What is missing is installed first, outside
+the clock; `make gpu-prepare` does that beforehand. Uses only Python's standard library.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
-BUILD = "build/gpu"  # of conformance; relative to ROOT, like all paths in commands
-OPS = ("route", "policy_ops", "plan", "permute", "grouped_gemm", "glu", "moe")
-CORE_TESTS = [f"tests/test_{op}.py" for op in OPS]
-# compute-sanitizer makes kernels up to 100× slower, so it runs only a few calls of every op.
-TOOLS = {"memcheck": ["--leak-check", "no"], "racecheck": [], "synccheck": [], "initcheck": []}
-NVCC_WHEELS = ["nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl"]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from gpu import machine, report, watch
+from gpu.folder import Folder, Row, write
+from gpu.machine import ROOT
+from gpu.steps import KERNELS, STAGE_SECONDS, Job, Step, steps
 
-class Stage(NamedTuple):
-    name: str
-    about: str
-    limit: int  # seconds; less than ten minutes in total, downloads excluded
-    commands: Callable[[], list[list[str]]]
+Change = Callable[[Step, Job], Job]  # for rehearsals
 
 
-def python(*arguments: str) -> list[str]:
-    return [sys.executable, *arguments]
-
-
-def pip(*arguments: str) -> list[str]:
-    constraints = ["--constraint", "constraints.txt"] if (ROOT / "constraints.txt").exists() else []
-    return python("-m", "pip", "install", "--disable-pip-version-check", *constraints, *arguments)
-
-
-def answers(*command: str) -> str | None:
-    """The output of a command, or None if it fails or does not exist."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def torch_with_cuda() -> bool:
-    return answers(sys.executable, "-c", "import torch; assert torch.version.cuda") is not None
-
-
-def installed(module: str) -> bool:
-    return answers(sys.executable, "-c", f"import {module}") is not None or (
-        module in ("cmake", "ninja") and shutil.which(module) is not None
-    )
-
-
-def nvcc() -> str | None:
-    """The compiler on PATH or in the usual place, or from the wheels once they are installed."""
-    usual = Path("/usr/local/cuda/bin/nvcc")
-    found = shutil.which("nvcc") or (str(usual) if usual.exists() else None)
-    return found or next((str(path) for path in wheel_files("bin/nvcc")), None)
-
-
-def wheel_files(name: str) -> list[Path]:
-    """All copies of a file in this environment's NVIDIA wheels."""
-    folders = answers(sys.executable, "-c", "import nvidia; print(*nvidia.__path__, sep='\\n')") or ""
-    return sorted(file for folder in folders.splitlines() for file in Path(folder).glob(f"cu*/{name}"))
-
-
-def compute_sanitizer() -> str | None:
-    usual = Path("/usr/local/cuda/bin/compute-sanitizer")
-    found = shutil.which("compute-sanitizer") or (str(usual) if usual.exists() else None)
-    return found or next((str(path) for path in wheel_files("compute-sanitizer/compute-sanitizer")), None)
-
-
-def capability() -> str | None:
-    """Compute capability of the first device, e.g. 9.0."""
-    answer = answers("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0")
-    return answer.splitlines()[0].strip() if answer else None
-
-
-def architectures(of: str | None) -> str:
-    """For CMAKE_CUDA_ARCHITECTURES: machine code for only this card, which makes the build 4× faster."""
-    if of is None:
-        return "80;90a-real;100-real;120-real"
-    major, minor = of.split(".")
-    return f"{major}{minor}a-real" if major in ("9", "10") else f"{major}{minor}-real"
-
-
-# ---- stages ----------------------------------------------------------------------------------------------------------
-
-
-def machine() -> list[list[str]]:
-    return [["nvidia-smi"], python("--version")]
-
-
-PACKAGES = {  # imported name: package to install if it is missing
-    "pytest": "pytest", "hypothesis": "hypothesis", "numpy": "numpy>=2.1", "rich": "rich",
-    "transformers": "transformers>=5.0", "scikit_build_core": "scikit-build-core>=0.11", "pybind11": "pybind11>=3.0",
-    "cmake": "cmake>=3.26", "ninja": "ninja",
-}  # fmt: skip
-
-
-def install() -> list[list[str]]:
-    commands = []
-    if not torch_with_cuda():
-        commands.append(pip("--force-reinstall", "torch"))  # on Linux, PyPI's torch has CUDA
-    missing = [package for name, package in PACKAGES.items() if not installed(name)]
-    if missing:
-        commands.append(pip(*missing))
-    if nvcc() is None:
-        commands.append(pip(*NVCC_WHEELS))
-        commands.append(python("tests/gpu/nvcc_links.py"))
-    if compute_sanitizer() is None:
-        commands.append(pip("nvidia-cuda-sanitizer-api"))
-    return commands
-
-
-def build() -> list[list[str]]:
-    define = f"-Ccmake.define.CMAKE_CUDA_ARCHITECTURES={architectures(capability())}"
-    flags = ["--no-build-isolation", "--no-deps", "-Cbuild-dir=build/gpu-module", define]
-    return [pip(*flags, "--editable", "."), python("-m", "switchgear", "info")]
-
-
-def conformance() -> list[list[str]]:
-    return [python("tests/gpu/conformance.py", "--build", BUILD)]
-
-
-def tests() -> list[list[str]]:
-    shared = python("-m", "pytest", "-q", "-k", "cuda", "-m", "not slow", *CORE_TESTS, "tests/test_cuda.py")
-    return [shared, python("-m", "pytest", "-q", "-m", "gpu and not slow", "tests")]
-
-
-def sanitizer() -> list[list[str]]:
-    program = compute_sanitizer()
-    if program is None:
-        return []
-    return [[program, "--tool", tool, "--error-exitcode", "99", "--print-limit", "5", *options,
-             *python("tests/gpu/few_calls.py")] for tool, options in TOOLS.items()]  # fmt: skip
-
-
-def bench(out: Path) -> list[list[str]]:
-    name = "gpu-" + (answers("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0") or "unknown")
-    stem = out / name.splitlines()[0].strip().lower().replace(" ", "-")
-    files = [part for kind, end in (("json", "json"), ("csv", "csv"), ("markdown", "md"))
-             for part in (f"--{kind}", f"{stem}.{end}")]  # fmt: skip
-    return [python("-m", "switchgear", "bench", "--device", "cuda", "--budget", "200", *files)]
-
-
-def stages(out: Path) -> list[Stage]:
-    return [
-        Stage("machine", "the card, its driver, and Python", 20, machine),
-        Stage("install", "torch with CUDA and what else is missing (downloads do not count)", 400, install),
-        Stage("build", "the CUDA module, for this card", 150, build),
-        Stage("conformance", "each PTX wrapper: the device's result and the C++ model's", 60, conformance),
-        Stage("tests", "the shared tests on backend cuda, and those marked gpu", 150, tests),
-        Stage("sanitizer", "memcheck, racecheck, synccheck and initcheck on a few calls of every op", 120, sanitizer),
-        Stage("bench", "layers and ops against torch and all that is installed", 260, lambda: bench(out)),
-    ]
-
-
-# ---- running ---------------------------------------------------------------------------------------------------------
-
-
-def environment() -> dict[str, str]:
-    """Environment of the commands: this Python's programs and nvcc on PATH, and the CUDA module required."""
-    compiler = nvcc()
+def environment(kernels: str) -> dict[str, str]:
+    """Of all commands: this Python's programs and nvcc on PATH, and the CUDA module required."""
+    compiler = machine.nvcc()
     path = [str(Path(sys.executable).parent), *([str(Path(compiler).parent)] if compiler else []), os.environ["PATH"]]
-    return {**os.environ, "PATH": os.pathsep.join(path), "SWITCHGEAR_CUDA": "ON", "SWITCHGEAR_STRICT": "1"}
+    modules = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    chosen = {KERNELS: kernels} if kernels != "auto" else {}
+    return {"PATH": os.pathsep.join(path), "PYTHONPATH": os.pathsep.join(modules), "SWITCHGEAR_CUDA": "ON",
+            "SWITCHGEAR_STRICT": "1", **chosen}  # fmt: skip
 
 
-def run_stage(stage: Stage) -> str:
-    """Runs the commands of a stage; returns "passed", "nothing to do", or the failure."""
-    end = time.monotonic() + stage.limit
-    commands = stage.commands()
-    for command in commands:
+def install() -> None:
+    for command in machine.missing():
         print(f"$ {shlex.join(command)}", flush=True)
+        if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
+            print("that failed; what needs it will be missing", flush=True)
+
+
+def kernels_in_use(folder: Folder) -> str:
+    """ "sm_80" once smoke has shown that a case hangs or crashes on the card's own kernels, but not on those."""
+    rows = folder.rows("smoke")
+    own = [row for row in rows if row["job"] != "sm_80"]
+    old = [row for row in rows if row["job"] == "sm_80"]
+    broken = any(row["verdict"] in ("hang", "fault") for row in own)
+    return "sm_80" if broken and old and all(row["verdict"] in watch.GOOD for row in old) else "auto"
+
+
+class Run:
+    def __init__(self, folder: Folder, change: Change = lambda step, job: job) -> None:
+        self.folder, self.change = folder, change
+
+    def job(self, step: Step, job: Job, seconds: float) -> list[Row]:
+        program = watch.Program(job.command, self.folder.log(step.name, job.name), ROOT,
+                                {**environment(kernels_in_use(self.folder)), **job.environment})  # fmt: skip
+
+        def note(row: Row) -> None:
+            self.folder.note(step.name, job.name, row)
+            if row["verdict"] not in ("running", "passed"):
+                print(f"  {row['verdict']}: {job.name} {row['case']}: {row['detail'][:160]}", flush=True)
+
+        if job.silence:
+            return watch.Guide(job.name, program, note, limit=seconds, silence=job.silence).run()
+        note({"case": job.name, "verdict": "running", "seconds": 0.0, "detail": ""})
+        row = watch.run(job.name, program, seconds)
+        note(row)
+        return [row]
+
+    def _missing(self, step: Step) -> str:
+        """Why the step is pointless, or ''. A job that never ran, as after a restart with --only, is no reason."""
+        name, _, job = step.requires.partition("/")
+        rows = [row for row in self.folder.rows(name) if row["job"] == job] if name else []
+        return next((f"{step.requires}: {row['verdict']}" for row in rows if row["verdict"] not in watch.GOOD), "")
+
+    def step(self, step: Step, end: float) -> None:
+        self.folder.begin(step.name)
+        reason = self._missing(step)
+        end = min(end, time.monotonic() + step.limit)
         try:
-            done = subprocess.run(command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, check=False,
-                                  timeout=max(1.0, end - time.monotonic()))  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return f"FAILED: not done within {stage.limit} s"
-        except OSError as error:
-            return f"FAILED: {error}"
-        # pytest's exit status 5: no test was selected, for example if none is marked
-        if done.returncode not in ((0, 5) if "pytest" in command else (0,)):
-            return f"FAILED: exit status {done.returncode}"
-    return "passed" if commands else "nothing to do here"
+            jobs = [self.change(step, job) for job in step.jobs()]
+        except Exception as error:  # a step that cannot even say what it would do
+            row = {"case": step.name, "verdict": "failed", "seconds": 0.0, "detail": f"{type(error).__name__}: {error}"}
+            self.folder.note(step.name, step.name, row)
+            return
+        if not jobs:
+            row = {"case": step.name, "verdict": "skipped", "seconds": 0.0, "detail": "its program is not installed"}
+            self.folder.note(step.name, step.name, row)
+        for job in jobs:
+            left = end - time.monotonic()
+            if reason or left < 1.0:
+                row = {"case": job.name, "verdict": "left out", "seconds": 0.0, "detail": reason or "no time was left"}
+                self.folder.note(step.name, job.name, row)
+                continue
+            print(f"$ {shlex.join(job.command)}", flush=True)
+            self.job(step, job, min(job.limit, left))
+
+    def stage(self, chosen: Sequence[Step], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        for step in chosen:
+            print(f"\n==== {step.name} (at most {step.limit} s): {step.about}", flush=True)
+            start = time.monotonic()
+            self.step(step, end)
+            write(self.folder.path / "steps" / f"{step.name}.json",
+                  {"step": step.name, "stage": step.stage, "seconds": round(time.monotonic() - start, 1),
+                   "harmless": step.harmless})  # fmt: skip
+            report.write(self.folder)
 
 
-def select(all_stages: list[Stage], only: str | None, skip: str | None) -> list[Stage]:
-    names = [stage.name for stage in all_stages]
+def select(all_steps: list[Step], only: str | None, skip: str | None, stages: str) -> list[Step]:
+    names = [step.name for step in all_steps]
     chosen = []
     for option, text in (("--only", only), ("--skip", skip)):
         unknown = [name for name in (text or "").split(",") if name and name not in names]
         if unknown:
             raise SystemExit(f"{option}: expected some of {', '.join(names)}; got {', '.join(unknown)}")
         chosen.append((text or "").split(","))
-    return [stage for stage in all_stages if (only is None or stage.name in chosen[0]) and stage.name not in chosen[1]]
+    if unknown := [stage for stage in stages.split(",") if stage not in ("1", "2", "3")]:
+        raise SystemExit(f"--stage: expected some of 1,2,3; got {', '.join(unknown)}")
+    return [step for step in all_steps if (only is None or step.name in chosen[0]) and step.name not in chosen[1]
+            and (only is not None or str(step.stage) in stages.split(","))]  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, change: Change | None = None, scale: float = 1.0) -> int:
+    """change, scale: for rehearsals, other programs and shorter limits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="print the stages and their commands, and stop")
-    parser.add_argument("--keep-going", action="store_true", help="go on after a stage that fails")
-    parser.add_argument("--only", metavar="LIST", help="these stages")
-    parser.add_argument("--skip", metavar="LIST", help="all but these stages")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "bench" / "results", help="for results")
+    parser.add_argument("--stage", default="1,2,3", metavar="LIST", help="these stages")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "build" / "gpu-results", help="for results")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps and their commands, and stop")
+    parser.add_argument("--only", metavar="LIST", help="these steps, of whatever stage")
+    parser.add_argument("--skip", metavar="LIST", help="all but these steps")
+    parser.add_argument("--seconds", type=float, default=STAGE_SECONDS, metavar="N", help="for a stage")
     args = parser.parse_args(arguments)
-    out = args.out.resolve()
-    chosen = select(stages(out), args.only, args.skip)
+    folder = Folder(args.out.resolve())
+    chosen = select(steps(folder.path), args.only, args.skip, args.stage)
     if args.dry_run:
-        for stage in chosen:
-            print(f"\n==== {stage.name} (at most {stage.limit} s): {stage.about}")
-            for command in stage.commands():
-                print(f"$ {shlex.join(command)}")
+        for command in machine.missing():
+            print(f"$ {shlex.join(command)}")
+        for step in chosen:
+            print(f"\n==== {step.name} (stage {step.stage}, at most {step.limit} s): {step.about}")
+            for job in step.jobs():
+                print(f"$ {shlex.join(job.command)}")
         return 0
-    out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, object]] = []
-    for stage in chosen:
-        print(f"\n==== {stage.name}: {stage.about}", flush=True)
-        start = time.monotonic()
-        verdict = run_stage(stage)
-        rows.append({"stage": stage.name, "seconds": round(time.monotonic() - start, 1), "verdict": verdict})
-        if verdict.startswith("FAILED") and not args.keep_going:
-            break
-    summary = {"seconds": round(sum(float(str(row["seconds"])) for row in rows), 1), "stages": rows}
-    (out / "gpu-run.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print("\n==== summary")
-    for row in rows:
-        print(f"{row['stage']:<12} {row['seconds']:>6} s  {row['verdict']}")
-    left = [stage.name for stage in chosen[len(rows) :]]
-    print(f"{'all':<12} {summary['seconds']:>6} s" + (f"  not run: {', '.join(left)}" if left else ""))
-    return 1 if any(str(row["verdict"]).startswith("FAILED") for row in rows) else 0
+    for place in (folder.path, folder.path / "bench", folder.path / "ncu"):
+        place.mkdir(parents=True, exist_ok=True)
+    if change is None:
+        install()
+    chosen = [replace(step, limit=step.limit * scale) for step in chosen]
+    run = Run(folder, change or (lambda step, job: job))
+    try:
+        for stage in sorted({step.stage for step in chosen}):
+            run.stage([step for step in chosen if step.stage == stage], args.seconds * scale)
+    finally:
+        report.write(folder)
+    print(f"\n{report.summary(folder)}\n{folder.path / 'report.md'}")
+    return 1 if report.failures(folder) else 0
 
 
 if __name__ == "__main__":

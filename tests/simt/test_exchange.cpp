@@ -180,6 +180,17 @@ TEST(exchange_of_four_ranks) {
   }
 }
 
+// Pieces long enough for batches of loads, with a rest after the batches and one before the vectors end.
+TEST(exchange_of_long_pieces) {
+  const int64_t batch = int64_t{cuda::kBatch} * cuda::kLaneBlocks * kThreads * 16;  // bytes in flight of a lane
+  for (const int unit : {16, 4}) {
+    note = join("unit ", unit);
+    Random random(static_cast<uint64_t>(unit));
+    Machine machine(2, 2 * batch + 16 * 40);
+    exchange_often(machine, random, 3 * batch, unit, unit == 16 ? 0 : unit);
+  }
+}
+
 // The numbers of pieces wrap at 2^32.
 TEST(exchange_after_many_pieces) {
   Machine machine(3, 32, 0xfffffffcu);
@@ -210,6 +221,30 @@ TEST(exchange_with_a_rank_that_is_gone) {
   }
   grids.push_back({1, 1, 0, simt::bind_kernel(stop_later, &machine.stop, 300)});
   simt::run(grids);
+}
+
+__global__ void wait_for(const uint32_t* flag, const uint32_t* stop, bool* reached) {
+  *reached = cuda::reaches(flag, 1, stop);
+}
+
+__global__ void raise_later(uint32_t* flag, int polls) {
+  for (int i = 0; i < polls; ++i) cuda::ptx::ld_relaxed_sys(flag);
+  cuda::ptx::st_release_sys(flag, 1);
+}
+
+// *stop is in host memory, so a short wait does not read it; a long one does.
+TEST(waits_read_stop_rarely) {
+  const uint32_t stop = 1;
+  for (const bool raises : {true, false}) {
+    uint32_t flag = 0;
+    bool reached = !raises;
+    std::vector<simt::Grid> grids{{1, 1, 0, simt::bind_kernel(wait_for, &flag, &stop, &reached)}};
+    if (raises) grids.push_back({1, 1, 0, simt::bind_kernel(raise_later, &flag, 20)});
+    simt::options().other_processes = !raises;  // so that a long wait is no livelock
+    simt::run(grids);
+    simt::options().other_processes = false;
+    CHECK(reached == raises, "raises ", raises);
+  }
 }
 
 // ---- the launcher --------------------------------------------------------------------------------------------------------

@@ -226,5 +226,68 @@ TEST(assign_balanced_has_the_choices_of_the_cpu) {
   });
 }
 
+// Sums of several chunks, and of more than a block has groups of lanes.
+TEST(assign_capped_of_long_rows) {
+  for (const auto& [num_tokens, E] : {std::pair<int64_t, int64_t>{700, 2}, {1100, 3}, {8300, 2}, {3, 700}}) {
+    note = join("T=", num_tokens, " E=", E);
+    Random random(5);
+    const Array values = wild_array(random, {num_tokens, E}, 0);
+    Array limits(DType::kInt32, {1}), want(DType::kFloat32, {num_tokens, E}), got(DType::kFloat32, {num_tokens, E});
+    limits.fill([&](int64_t) { return num_tokens / 3; });
+    const auto args = [&](Array& out) {
+      return AssignCappedArgs{.values = values,
+                              .limits = limits,
+                              .entropy = 0.5,
+                              .iterations = num_tokens > 1000 ? 0 : 1,
+                              .assignment = out};
+    };
+    cpu_backend().assign_capped(args(want), {1});
+    run_op({&got}, [&](Execution exec) { cuda::assign_capped(args(got), exec); });
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      for (int64_t e = 0; e < E; ++e) CHECK(got(t, e) == want(t, e), "token ", t, " expert ", e);
+    }
+  }
+}
+
+TEST(assign_capped_has_the_bits_of_the_cpu) {
+  for_each_size([](const Sizes& s, int64_t kind, Random& random) {
+    const int64_t B = std::max<int64_t>(s.B, 1);
+    const Array values = wild_array(random, {s.T, s.E}, kind), sequence_ids = maybe_sequences(random, s);
+    const Array limits = limits_of(random, B, s.T);
+    const Real real(sequence_ids, s.T, B);
+    if (s.E > 100) return;  // assign_capped_of_long_rows has more
+    const Array real_values = real.rows(values), real_limits = at_least_zero(limits);
+    const int64_t cap = kind % 2 == 0 ? 1 : 3;
+    Array want(DType::kFloat32, {std::ssize(real.tokens), s.E}), got(DType::kFloat32, {s.T, s.E});
+    const auto args = [&](const Array& given, const Array& ids, const Array& most, Array& out) {
+      return AssignCappedArgs{.values = given,
+                              .sequence_ids = ids,
+                              .limits = most,
+                              .cap = cap,
+                              .entropy = kind % 2 == 0 ? 0.05 : 1.0,
+                              .iterations = 3,
+                              .tolerance = cap == 1 ? 0.0 : 0.02,
+                              .assignment = out};
+    };
+    cpu_backend().assign_capped(args(real_values, real.ids, real_limits, want), {1});
+    run_op({&got}, [&](Execution exec) { cuda::assign_capped(args(values, sequence_ids, limits, got), exec); });
+    for (int64_t t = 0; t < s.T; ++t) {
+      if (std::find(real.tokens.begin(), real.tokens.end(), t) == real.tokens.end()) {
+        CHECK(got(t, 0) == -static_cast<float>(std::sqrt(double{FLT_MAX})) &&
+                  got(t, s.E - 1) == -static_cast<float>(std::sqrt(double{FLT_MAX})),
+              "token ", t, " has no sequence");
+      }
+    }
+    for (int64_t i = 0; i < std::ssize(real.tokens); ++i) {
+      for (int64_t e = 0; e < s.E; ++e) {
+        CHECK(
+            std::bit_cast<uint32_t>(got(real.tokens[static_cast<size_t>(i)], e)) == std::bit_cast<uint32_t>(want(i, e)),
+            "token ", real.tokens[static_cast<size_t>(i)], " expert ", e, ": ", want(i, e), " on the CPU, got ",
+            got(real.tokens[static_cast<size_t>(i)], e));
+      }
+    }
+  });
+}
+
 }  // namespace
 }  // namespace switchgear::test

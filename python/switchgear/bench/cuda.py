@@ -2,8 +2,9 @@
 """`switchgear bench --device cuda`: MoE layers and single ops on a GPU, at the shapes of published figures.
 
 Results are compared with float64 before they are timed, as on the CPU. Competitors take turns. Events time each call,
-and the L2 cache is overwritten before it. The limits of the card are measured in the same run. cuda_tables.py makes
-tables and files from the results.
+or the replay of a CUDA graph of it, after reads that displace what L2 holds. The limits of the card are measured in the
+same run. cuda_tables.py makes tables and files from the results. Files are written after each case, and an exception
+ends its case alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import shutil
 import subprocess
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -23,7 +26,7 @@ from ..common import CommandError, choose, console
 from . import cuda_ops, cuda_tables
 from .case import Case, Inputs, Layer, call_of, make_inputs
 from .competitors import COMPETITORS, Skip
-from .cuda_clock import best_seconds, in_turns, peak_memory
+from .cuda_clock import best_seconds, captured, in_turns, peak_memory
 from .results import Row, open_outputs
 from .shapes import GPU_SHAPES, GPU_TOKENS, Shape
 from .verify import verify
@@ -44,9 +47,10 @@ def run(args: argparse.Namespace) -> int:
         cuda.require()
     except RuntimeError as error:
         raise CommandError(f"--device cuda: {error}") from None
-    results = measure_all(plan, names, OPS in shapes, args.routing, args.budget or BUDGET)
-    cuda_tables.write(results, outputs)
-    return 1 if any(row["wrong"] for row in results["results"]) else 0
+    results = measure_all(
+        plan, names, OPS in shapes, args.routing, args.budget or BUDGET, partial(cuda_tables.write, outputs=outputs)
+    )
+    return 1 if results["failed"] or any(row["wrong"] for row in results["results"]) else 0
 
 
 def cases(shapes: list[str], modes: list[str], tokens: tuple[int, ...] | None) -> list[tuple[str, int, str]]:
@@ -58,33 +62,49 @@ def cases(shapes: list[str], modes: list[str], tokens: tuple[int, ...] | None) -
 
 
 def measure_all(
-    plan: list[tuple[str, int, str]], competitors: list[str], ops: bool, routing: str, budget: float
+    plan: list[tuple[str, int, str]],
+    competitors: list[str],
+    ops: bool,
+    routing: str,
+    budget: float,
+    note: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Ceilings, ops, then layers, until the budget is used up. Prints tables as it goes."""
+    """Ceilings, ops, then layers, until the budget is used up. Prints tables as it goes, and calls `note` with all
+    results so far after each case."""
     end = perf_counter() + budget
     results: dict[str, Any] = {
         "schema": cuda_tables.SCHEMA, "machine": describe(), "ceilings": ceilings(), "routing": routing,
-        "ops": [], "results": [], "skipped": [],
+        "ops": [], "results": [], "skipped": [], "failed": [],
     }  # fmt: skip
     out = console()
     cuda_tables.print_machine(out, results)
+    note(results)
     if ops:
-        results["ops"], skipped = cuda_ops.measure(end)
-        results["skipped"] += skipped
+        cuda_ops.measure(end, results, note)
         cuda_tables.print_ops(out, results)
     for name, tokens, mode in plan:
         if perf_counter() > end:
             late = {"case": f"{name}, T={tokens}, {mode}", "competitor": "all", "reason": "--budget"}
             results["skipped"].append(late)
             continue
-        case = make_case(name, GPU_SHAPES[name], tokens, mode, routing)
-        rows, skipped = measure_case(case, competitors)
+        title = f"{name}, T={tokens}, {mode}"
+        try:
+            rows, skipped = measure_case(make_case(name, GPU_SHAPES[name], tokens, mode, routing), competitors)
+        except Exception as error:  # of switchgear itself, or of the device
+            rows, skipped = [], [cuda_tables.failure(title, error)]
+            results["failed"].append(title)
         results["results"] += rows
         results["skipped"] += skipped
         cuda_tables.print_case(out, results, rows, skipped)
-        del case
-        torch.cuda.empty_cache()
+        note(results)
+        release()
     return results
+
+
+def release() -> None:
+    """Returns freed memory to the device, unless an earlier error of the device stays."""
+    with suppress(RuntimeError):
+        torch.cuda.empty_cache()
 
 
 def describe() -> dict[str, Any]:
@@ -148,10 +168,12 @@ def measure_case(case: Case, names: list[str]) -> tuple[list[Row], list[dict[str
     clear()
     calls = {name: partial(call_of(case, layer), 0) for name, layer in found.layers.items()}
     memory = {name: peak_memory(call) for name, call in calls.items()}
-    times = in_turns(calls)
+    timed = {name: captured(call) if case.mode == "forward" else None for name, call in calls.items()}
+    times = in_turns({name: timed[name] or call for name, call in calls.items()})
     clear()
     rows = [
         cuda_tables.row_of(case, name, error, found.limit, times.get(name, []), memory.get(name))
+        | {"timed": "graph" if timed.get(name) else "call"}
         for name, error in found.errors.items()
     ]
     return rows, found.skipped

@@ -7,6 +7,7 @@ Each case's whole result is verified against torch before it is timed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 from switchgear import combine, functional, permute, plan, route
 
 from .cuda_clock import in_turns
+from .cuda_tables import failure
 
 OP_SECONDS = 1.0
 
@@ -118,18 +120,28 @@ def disagreement(results: dict[str, Tensor]) -> float:
     return max(float((other.double() - first).abs().amax() / scale) for other in results.values())
 
 
-def measure(end: float) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """All cases, until the time `end`: (results, what was left out and why). RuntimeError for a wrong result."""
-    rows: list[dict[str, Any]] = []
-    skipped: list[dict[str, str]] = []
-    for make in CASES:
+def measure_one(case: OpCase) -> list[dict[str, Any]]:
+    """RuntimeError for a wrong result."""
+    error = disagreement({competitor: call() for competitor, call in case.calls.items()})
+    if not error <= case.tolerance:
+        raise RuntimeError(f"{error:.1e} from torch, expected at most {case.tolerance:.1e}")
+    return [result(case, competitor, times) for competitor, times in in_turns(case.calls, OP_SECONDS).items()]
+
+
+def measure(end: float, results: dict[str, Any], note: Callable[[dict[str, Any]], None]) -> None:
+    """All cases, until the time `end`, into `results`; an exception ends its case alone."""
+    for number, make in enumerate(CASES):
         if perf_counter() > end:
-            skipped.append({"case": "ops", "competitor": "all", "reason": "--budget"})
-            break
-        case = make()
-        error = disagreement({competitor: call() for competitor, call in case.calls.items()})
-        if not error <= case.tolerance:
-            raise RuntimeError(f"{case.op} {case.case}: {error:.1e} from torch, expected at most {case.tolerance:.1e}")
-        rows += [result(case, competitor, times) for competitor, times in in_turns(case.calls, OP_SECONDS).items()]
-        torch.cuda.empty_cache()
-    return rows, skipped
+            results["skipped"].append({"case": "ops", "competitor": "all", "reason": "--budget"})
+            return
+        title = f"op {number}"
+        try:
+            case = make()
+            title = f"{case.op} {case.case}"
+            results["ops"] += measure_one(case)
+        except Exception as problem:  # of switchgear itself, or of the device
+            results["skipped"].append(failure(title, problem))
+            results["failed"].append(title)
+        note(results)
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()

@@ -13,7 +13,7 @@ from .published import FIGURES, OP_FIGURES
 from .results import Row, write_csv, write_json
 from .shapes import GPU_TOKENS
 
-SCHEMA = "switchgear-bench-cuda/3"
+SCHEMA = "switchgear-bench-cuda/4"
 
 
 def row_of(case: Case, name: str, error: float, limit: float, times: list[float], peak_bytes: float | None) -> Row:
@@ -27,6 +27,11 @@ def row_of(case: Case, name: str, error: float, limit: float, times: list[float]
         "peak_MiB": None if peak_bytes is None else peak_bytes / 2**20,
         "relative_error": error, "error_limit": limit, "wrong": not error <= limit,
     }  # fmt: skip
+
+
+def failure(case: str, error: Exception) -> dict[str, str]:
+    """What is noted of a case that switchgear or the device ended."""
+    return {"case": case, "competitor": "switchgear", "reason": f"failed: {type(error).__name__}: {str(error)[:300]}"}
 
 
 def against_ceilings(ceilings: dict[str, float], row: Row) -> Row:

@@ -38,7 +38,7 @@ def _cuda_backend() -> dict[str, Any]:
         missing = "No module named" in reason or "cannot import name" in reason
         why = "this build has no CUDA module: no CUDA compiler was found when it was built" if missing else reason
         return {"available": False, "module": False, "reason": why}
-    info: dict[str, Any] = {"module": True, "archs": list(module.built_archs())}
+    info: dict[str, Any] = {"module": True, "archs": list(module.built_archs()), "kernels": module.cuda_kernels()}
     try:
         count = module.device_count()
         info |= {"driver": module.driver_version(), "runtime": module.runtime_version()}
@@ -102,6 +102,8 @@ def _rows(info: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     native += [("CUDA", cuda)]
     if cuda_backend["module"]:
         native += [("CUDA archs", ", ".join(cuda_backend["archs"]))]
+        named = info["environment"].get("SWITCHGEAR_CUDA_KERNELS")
+        native += [("CUDA kernels", cuda_backend["kernels"] + (" (SWITCHGEAR_CUDA_KERNELS)" if named else ""))]
     return [
         ("versions", [(name, value or "not installed") for name, value in info["versions"].items()]),
         ("machine", [

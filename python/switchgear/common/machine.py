@@ -16,7 +16,7 @@ import torch
 # libgomp-<hash>.so.1 is the private copy in a wheel, renamed. It is still a second runtime.
 _OPENMP = re.compile(r"/lib(gomp|iomp5|omp)(?:-[0-9a-f]+)?\.so[^/]*$")
 ENVIRONMENT = (
-    "SWITCHGEAR_BACKEND", "SWITCHGEAR_CPU_ISA", "SWITCHGEAR_STRICT",
+    "SWITCHGEAR_BACKEND", "SWITCHGEAR_CPU_ISA", "SWITCHGEAR_CUDA_KERNELS", "SWITCHGEAR_STRICT",
     "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "LD_PRELOAD",
     "THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip

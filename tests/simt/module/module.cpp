@@ -38,6 +38,8 @@ void define_module(py::module_& m) {
         simt::device() = parse("name", kDevices, name)();
       },
       "The device that launchers see.", "name"_a);
+  m.def("cuda_kernels", &cuda_kernels);
+  m.def("set_cuda_kernels", &set_cuda_kernels, "kernels"_a);
   m.def(
       "set_order",
       [kOrders](std::string_view order, uint64_t seed) {

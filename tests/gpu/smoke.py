@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Every op, forward and backward, on a few small shapes that reach all kernels. compute-sanitizer runs this.
+"""Every op, forward and backward, on a few small shapes that reach all kernels: for a first look, and for sanitizers.
 
-    few_calls.py [--device cuda]
+    smoke.py [--device cuda] [--shapes 0,1,2,3] [--from N]
 
-Results are compared with the reference, so that a sanitizer without findings has checked calls that worked.
+Results are compared with the reference. Prints lines.py's lines, so that a hang has a name.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import switchgear
 from switchgear import ops
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from gpu.lines import parser_of, serve
 
 
 class Shape(NamedTuple):
@@ -94,7 +100,9 @@ def policies(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> lis
             for drop in ("choice", "priority")
         ]
         taken = ops.column_topk(logits, sequence, limits)
-        return [some.topk_ids, some.topk_weights, taken, *kept, ops.assign_balanced(scores, sequence, 2, -1.0, 20)]
+        balanced = ops.assign_balanced(scores, sequence, 2, -1.0, 20)
+        capped = ops.assign_capped(scores, sequence, limits, 2, 0.5, 5)
+        return [some.topk_ids, some.topk_weights, taken, *kept, balanced, capped]
 
 
 def distance(got: list[Tensor], want: list[Tensor]) -> float:
@@ -106,25 +114,37 @@ def distance(got: list[Tensor], want: list[Tensor]) -> float:
     return max(one(a, b) for a, b in zip(got, want, strict=True))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    device = parser.parse_args(arguments).device
-    wrong = 0
-    for shape in SHAPES:
+def compare(
+    of: Callable[..., list[Tensor]], shape: Shape, dtype: torch.dtype, device: str, *options: str
+) -> dict[str, Any]:
+    """Runs `of` on the kernels and on the reference; raises if they differ."""
+    got, want = (of(shape, dtype, device, *options, name) for name in ("native", "reference"))
+    error = distance(got, want)
+    if not error <= TOLERANCE[dtype]:
+        raise AssertionError(f"relative error {error:.1e}, expected at most {TOLERANCE[dtype]:.1e}")
+    return {"error": error}
+
+
+def cases(shapes: list[Shape], device: str) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+    found: list[tuple[str, Callable[[], dict[str, Any]]]] = []
+    for shape in shapes:
         for dtype in DTYPES:
             activation = "silu" if dtype is not torch.float16 else "gelu_tanh"
-            pairs = {
-                "layer": [layer(shape, dtype, device, activation, name) for name in ("native", "reference")],
-                "stages": [stages(shape, dtype, device, name) for name in ("native", "reference")],
-                "policies": [policies(shape, dtype, device, name) for name in ("native", "reference")],
-            }
-            for name, (got, want) in pairs.items():
-                error = distance(got, want)
-                wrong += not error <= TOLERANCE[dtype]
-                print(f"{name:<8} {str(dtype).removeprefix('torch.'):<9} {tuple(shape)}: {error:.1e}", flush=True)
-    print("all agree with the reference" if not wrong else f"{wrong} results differ from the reference")
-    return 1 if wrong else 0
+            end = f"{str(dtype).removeprefix('torch.')} {' '.join(map(str, shape))}"
+            found += [
+                (f"stages {end}", partial(compare, stages, shape, dtype, device)),
+                (f"layer {end}", partial(compare, layer, shape, dtype, device, activation)),
+                (f"policies {end}", partial(compare, policies, shape, dtype, device)),
+            ]
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = parser_of(__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shapes", default="0,1,2,3", help="indices of SHAPES, separated by commas")
+    args = parser.parse_args(arguments)
+    return serve(cases([SHAPES[int(index)] for index in args.shapes.split(",")], args.device), args.first)
 
 
 if __name__ == "__main__":
