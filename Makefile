@@ -149,7 +149,7 @@ simt-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
 
 cuda-checks: $(INSTALLED)test
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	$(BIN)/python -m pytest -q tests/test_cuda_build.py tests/test_cuda.py tests/simt/test_ptx.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q tests/test_cuda_build.py tests/test_cuda.py tests/simt/test_ptx.py tests/simt/test_sources.py $(PYTEST_ARGS)
 
 # With the installed Python, which may have a torch for the card already; missing packages go into its environment.
 OUT ?= build/gpu-results

@@ -5,13 +5,12 @@
 #include <bit>
 
 #include "launch.h"
+#include "max_blocks.h"
 #include "members.h"
 #include "ops.h"
 
 namespace switchgear::cuda {
 namespace {
-
-constexpr int64_t kMaxBlocks = 1 << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

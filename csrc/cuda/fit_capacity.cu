@@ -6,14 +6,13 @@
 #include <limits>
 
 #include "launch.h"
+#include "max_blocks.h"
 #include "members.h"
 #include "ops.h"
 #include "warp_rows.h"
 
 namespace switchgear::cuda {
 namespace {
-
-constexpr int64_t kMaxBlocks = 1 << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

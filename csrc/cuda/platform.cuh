@@ -2,7 +2,7 @@
 // The only place that distinguishes the two compilers of the kernels: nvcc includes the real headers, any other C++ compiler
 // includes tests/simt, which implements the CUDA names on the CPU. Kernel files include this first.
 //
-//   SHARED_DYN(T, name)        T* name: the block's dynamic shared memory, aligned to 1024 bytes
+//   SHARED_DYN(T, name)        T* name: the block's dynamic shared memory. It requests an alignment of 1024 bytes; rely on 16
 //   SHARED_ARRAY(T, name, N)   T name[N]: an uninitialised shared array; T is trivial and its name has no commas
 //   SHARED_VALUE(T, name)      T& name: one shared value
 #pragma once

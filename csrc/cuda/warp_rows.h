@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 
+#include "max_blocks.h"
 #include "workspace.h"
 
 namespace switchgear::cuda {
@@ -11,8 +12,8 @@ namespace switchgear::cuda {
 constexpr int64_t kSharedBytes = 98304;  // the limit per block on every architecture since sm_80
 
 struct WarpRows {
-  static constexpr int64_t kMaxBlocks = 1 << 16;
-  static constexpr int64_t kScratchBlocks = 1024;  // rows in flight, if too long for shared memory
+  static constexpr int64_t kScratchBlocks =
+      std::min<int64_t>(1024, kMaxBlocks);  // rows in flight, if too long for shared memory
 
   WarpRows(int64_t num_rows, int64_t words_of_row)
       : bytes(4 * words_of_row), blocks(std::min(num_rows, in_shared() ? kMaxBlocks : kScratchBlocks)) {}

@@ -56,6 +56,8 @@ CASES = (
     Case("empty_experts", 9, 2, 16, 24, 16, "few"),
     Case("all_to_last", 33, 1, 4, 32, 16, "last"),
     Case("holes", 19, 4, 6, 33, 24, "holes"),
+    Case("a_warp_of_experts", 19, 4, 32, 16, 8, "holes"),
+    Case("two_warps_of_experts", 11, 3, 64, 24, 16, "holes"),
     Case("only_holes", 5, 2, 4, 16, 8, "nothing"),
     Case("repeated_ids", 8, 3, 4, 16, 8, "repeated"),
     Case("top_k_is_num_experts", 6, 4, 4, 20, 12),

@@ -31,6 +31,8 @@ constexpr Case kCases[] = {
     {"odd experts empty", 41, 35, 21, 12, 2, Ids::kEvenExperts},
     {"more experts than slots", 3, 23, 13, 131, 2},
     {"empty slots", 45, 27, 30, 6, 4, Ids::kEmptySlots},
+    {"a warp of experts, empty slots", 21, 24, 8, 32, 2, Ids::kEmptySlots},
+    {"two warps of experts, empty slots", 13, 16, 9, 64, 3, Ids::kEmptySlots},
     {"nothing chosen", 11, 14, 10, 3, 2, Ids::kNone},
     {"duplicates", 26, 45, 18, 5, 4, Ids::kDuplicates},
     {"deep sums", 4, 1031, 38, 2, 1},

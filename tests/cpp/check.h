@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // A test program in one header: TEST registers a function, CHECK counts and prints failures, main runs all tests or those
 // whose names contain one of the arguments. `note` is the current case, which CHECK also prints. SWITCHGEAR_FAIL_FAST=1: the
-// first failure ends the program.
+// first failure ends the program (0: it does not).
 #pragma once
 #include <cstdio>
 #include <cstdlib>
@@ -35,7 +35,8 @@ inline void check(bool condition, const char* file, int line, const std::string&
   if (condition) return;
   constexpr int kMaxPrinted = 20;
   if (++failures <= kMaxPrinted) std::printf("%s:%d: %s [%s]\n", file, line, text.c_str(), note.c_str());
-  if (std::getenv("SWITCHGEAR_FAIL_FAST") == nullptr) return;
+  const char* const fail_fast = std::getenv("SWITCHGEAR_FAIL_FAST");
+  if (fail_fast == nullptr || std::strcmp(fail_fast, "0") == 0) return;
   std::fflush(stdout);
   std::_Exit(1);
 }

@@ -95,7 +95,7 @@ class Random {
 
 // Memory that ends with its last element, so that the address sanitizer sees the first byte beyond. It starts one element (or
 // `lead` elements) after an address aligned to 16 bytes, so that no kernel can rely on alignment. All bytes are 0xFF (NaN,
-// -1) at first. `padding` elements follow each row.
+// -1) at first. `padding` elements follow each row but the last.
 class Array {
  public:
   Array() = default;
@@ -109,7 +109,8 @@ class Array {
       view_.stride[i] = stride;
       stride = stride * shape[i] + (i == view_.ndim - 1 && i > 0 ? padding : 0);
     }
-    bytes_.assign(static_cast<size_t>((stride + lead) * size_of(dtype)), 0xff);
+    const int64_t behind = stride > 0 && view_.ndim > 1 ? padding : 0;
+    bytes_.assign(static_cast<size_t>((stride - behind + lead) * size_of(dtype)), 0xff);
     rebase();
   }
   Array(Array&&) = default;
@@ -138,7 +139,7 @@ class Array {
   bool padding_holds(uint8_t byte) const {
     if (padding_ == 0) return true;
     const int64_t item = size_of(view_.dtype), width = view_.shape[view_.ndim - 1] * item, pad = padding_ * item;
-    for (int64_t p = lead_ * item + width; p < static_cast<int64_t>(bytes_.size()); p += width + pad) {
+    for (int64_t p = lead_ * item + width; p + pad <= static_cast<int64_t>(bytes_.size()); p += width + pad) {
       for (int64_t i = 0; i < pad; ++i) {
         if (bytes_[static_cast<size_t>(p + i)] != byte) return false;
       }

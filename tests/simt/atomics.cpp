@@ -29,6 +29,11 @@ void before_atomic(const void* location, size_t size, race::AtomicKind kind, Loc
   race::atomic(fiber.actor, location, kind);
 }
 
+void read_only_load(const void* location, size_t size, Location at) {
+  const RuntimeScope scope;
+  touch(location, size, {.read_only = true}, at);
+}
+
 void fence(Scope scope) {
   const RuntimeScope runtime;
   if (race::enabled) race::fence(running_fiber().actor, scope);

@@ -118,6 +118,7 @@ struct Warp {
   uint32_t finished_time = 0;
   std::map<float*, std::vector<float>> finished_accumulators;  // as the hardware left them, keyed by lane 0's registers
   bool fenced = false;
+  unsigned registers = 0;  // per thread, after setmaxnreg
   size_t num_products = 0;
   race::Agent tensor_core;
 };
@@ -153,6 +154,8 @@ struct Block {
   std::vector<SharedArray> shared;  // [0] is the dynamic shared memory
   std::map<uint32_t, Mbarrier> mbarriers;
   std::deque<std::function<void()>> pending;  // asynchronous operations in flight
+  int free_registers = 0;                     // released by setmaxnreg, per thread of a warp
+  std::vector<Fiber*> waiting_for_registers;
   // Per warpgroup: the operands of each wgmma, which must be the same in all four warps.
   std::vector<std::vector<std::array<uint64_t, 4>>> warpgroup_products;
 };

@@ -2,6 +2,9 @@
 // Layouts of fragments and swizzled tiles from CuTe, CUTLASS's layout algebra, evaluated on the host: an independent reference
 // for the models. Only cute_layouts.cpp includes its headers.
 #pragma once
+#include <cuda.h>
+
+#include <cstdint>
 
 namespace cute_layouts {
 
@@ -25,5 +28,21 @@ Place wgmma_d(int n, int thread, int i);
 // N, both with the 128B swizzle.
 int k_major(int i, int k);
 int mn_major(int i, int k);
+
+// ---- encoders (cute_encoders.cpp) -----------------------------------------------------------------------------------------
+
+// `count` matrices of 16-bit elements; strides in elements.
+struct Matrices {
+  const void* data;
+  int rows, columns, count;
+  int64_t stride, matrix_stride;
+};
+// The tensor map of boxes of 64 columns by box_rows rows, whose tile in shared memory is K-major if rows run along K.
+CUtensorMap map_of(const Matrices& matrices, int box_rows, bool along_rows);
+
+// Descriptors of the k-th 16 depths of a tile at address 0: a K-major tile of 64 rows by 64 depths, and an MN-major one of
+// 128 by 64.
+uint64_t k_major_descriptor(int k);
+uint64_t mn_major_descriptor(int k);
 
 }  // namespace cute_layouts

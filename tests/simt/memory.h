@@ -87,11 +87,14 @@ inline void __threadfence_block() { simt::fence(simt::Scope::kBlock); }
 inline void __threadfence() { simt::fence(simt::Scope::kDevice); }
 inline void __threadfence_system() { simt::fence(simt::Scope::kSystem); }
 
-// Cache hints.
+// Through the read-only cache, which does not see what this kernel writes.
 template <typename T>
-T __ldg(const T* p) {
+SIMT_UNTRACKED T __ldg(const T* p, SIMT_AT) {
+  simt::read_only_load(p, sizeof(T), at);
   return *p;
 }
+
+// Cache hints.
 template <typename T>
 T __ldca(const T* p) {
   return *p;

@@ -38,6 +38,7 @@ bool elect(Location at);
 // ---- atomics, fences, polling (atomics.cpp) ---------------------------------------------------------------------------------
 
 void before_atomic(const void* location, size_t size, race::AtomicKind kind, Location at);
+void read_only_load(const void* location, size_t size, Location at);
 void fence(Scope scope);
 void poll(Location at);  // before a load in a polling loop
 void sleep(Location at);

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Runs all planted bugs in two builds and three orders of threads (or SIMT_ORDERS); prints which builds detect them.
 
-    planted.py asan=build/simt-asan race=build/simt-race
+    planted.py asan=build/simt-asan race=build/simt-race [--only TEXT]
 
-Each argument is a build tree of tests/simt in which the target simt_plants is built. Small programs have mistakes that
-can be switched on (planted/*.cpp). Mistakes in the real kernels (planted/kernels.py) are edits of a copy of csrc/cuda,
-of which one file is compiled again and linked in place of the clean one. The builds that a mistake names must detect it
-in every order (the program fails), and the same program must pass without it.
+Each argument is a build tree of tests/simt in which the target simt_plants is built. --only runs the plants whose names
+contain the text. Small programs have mistakes that can be switched on (planted/*.cpp). Mistakes in the real kernels
+(planted/kernels.py) are edits of a copy of csrc/cuda, of which one file is compiled again and linked in place of the
+clean one. The builds that a mistake names must detect it in every order (the program fails), and the same program must
+pass without it. Mistakes that only the text or the PTX shows are in test_sources.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -162,10 +164,25 @@ def examine(plant: Plant, build: str, clean: Callable[[tuple[str, ...]], list[tu
     return Cell(clean(tuple(plant.clean)), [run(command, order) for order in ORDERS])
 
 
-def main(arguments: list[str]) -> int:
-    builds = {name: Path(path).resolve() for name, _, path in (argument.partition("=") for argument in arguments)}
-    plants = {name: own_plants(path) + kernel_plants(path) for name, path in builds.items()}
+def chosen(name: str, texts: list[str] | None) -> bool:
+    return texts is None or any(text in name for text in texts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("builds", nargs="+", metavar="KIND=TREE")
+    parser.add_argument(
+        "--only", action="append", metavar="TEXT", help="run plants whose names contain this; repeatable"
+    )
+    options = parser.parse_args()
+    builds = {name: Path(path).resolve() for name, _, path in (build.partition("=") for build in options.builds)}
+    plants = {
+        name: [plant for plant in own_plants(path) + kernel_plants(path) if chosen(plant.name, options.only)]
+        for name, path in builds.items()
+    }
     names = [plant.name for plant in next(iter(plants.values()))]
+    if not names:
+        parser.error(f"--only: no plant's name contains any of {options.only}")
     clean = cache(lambda command: [run(list(command), order) for order in ORDERS])
     missed, false_alarms = [], []
     print(f"{'':50}" + "".join(f"{name:>8}" for name in builds) + "   what the first of them says")
@@ -193,4 +210,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The race detector: happens-before by vector clocks, exact to the byte. Two accesses, of which one writes, must be ordered by
-// a synchronisation, or both be atomic at scopes that include each other. Before the asynchronous proxy (TMA, wgmma) accesses
+// a synchronisation, or both be atomic at scopes that include each other. A read through the read-only cache conflicts with
+// every write of the same kernel, ordered or not. Before the asynchronous proxy (TMA, wgmma) accesses
 // what ordinary code wrote, a fence.proxy.async is needed. Works in programs linked with race_hooks.cpp and compiled with
 // -fsanitize=thread; elsewhere `enabled` stays false and nothing here is called.
 #pragma once
@@ -49,7 +50,7 @@ Site site_of(std::source_location at);
 inline Site site_of(const void* code) { return reinterpret_cast<uint64_t>(code); }
 
 struct Access {
-  bool write = false, atomic = false, async = false;
+  bool write = false, atomic = false, async = false, read_only = false;
   Scope scope = Scope::kSystem;  // of atomics
   Space space = Space::kGlobal;
 };

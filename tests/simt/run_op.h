@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Calls an op of the CUDA backend as a caller on a device would. The allocator gives poisoned memory of exactly the requested
-// size, once.
+// size, once. All work must be queued on the given stream.
 #pragma once
 #include <memory>
 
+#include "api.h"
 #include "cuda/ops.h"
 #include "runtime.h"
 #include "support.h"
@@ -13,7 +14,21 @@ namespace switchgear::test {
 class OpMemory {
  public:
   explicit OpMemory(uint8_t poison) : poison_(poison) {}
-  Execution execution() { return {.allocator = {&OpMemory::allocate, this}}; }
+  ~OpMemory() { check_streams(); }
+  OpMemory(const OpMemory&) = delete;
+  // On a stream of its own: see check_streams.
+  Execution execution() {
+    simt::options().any_shared_base = true;
+    simt::forget_streams();
+    latest_ = this;
+    return {.stream = this, .allocator = {&OpMemory::allocate, this}};
+  }
+  // All work since execution() was queued on its stream, and nothing waited.
+  void check_streams() const {
+    if (latest_ != this) return;
+    for (const void* used : simt::used_streams()) CHECK(used == this, "queued on another stream");
+    CHECK(simt::host_waits() == 0, "waits for the device");
+  }
   int calls() const { return calls_; }
 
  private:
@@ -27,6 +42,8 @@ class OpMemory {
   struct Free {
     void operator()(uint8_t* p) const { std::free(p); }
   };
+
+  static inline const OpMemory* latest_ = nullptr;
 
   uint8_t poison_;
   int calls_ = 0;

@@ -45,6 +45,8 @@ struct Options {
   uint64_t seed = 1;
   int resident_blocks = 4;       // limit per grid; cooperative grids and ranks are fully resident
   bool other_processes = false;  // may write what grids poll, so no change here is no livelock
+  double patience = 40.0;        // seconds without any change that count as a hang then
+  bool any_shared_base = false;  // dynamic shared memory is aligned to 16 bytes; otherwise to 1024
 };
 Options& options();
 
@@ -70,8 +72,10 @@ Statistics& statistics();
 struct Grid {
   dim3 grid, block;
   size_t dynamic_shared = 0;
-  std::function<void()> kernel;  // called once by every thread
-  bool cooperative = false;      // all blocks are resident, or the launch fails
+  std::function<void()> kernel;    // called once by every thread
+  bool cooperative = false;        // all blocks are resident, or the launch fails
+  size_t shared_limit = 48 << 10;  // of static and dynamic shared memory together
+  unsigned registers = 0;          // of a thread at the start; 0: not known
 };
 
 // Runs the grids to their end. Several grids are one kernel on as many devices: all blocks are resident, and only system scope

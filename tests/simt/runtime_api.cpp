@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The part of the CUDA runtime that launchers use, on CPU memory. All work is done when a call returns. Streams are only
-// recorded, so that a test can check whether all work went to the right one.
+// The part of the CUDA runtime that launchers use, on CPU memory. All work is done when a call returns, except on a stream that
+// captures: there it is kept for the graph (capture.cpp). Streams are recorded, so that a test can check whether all work went
+// to the right one.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -10,6 +11,8 @@
 #include <string>
 
 #include "api.h"
+#include "attributes.h"
+#include "capture.h"
 #include "tma.h"
 
 namespace simt {
@@ -28,6 +31,14 @@ constexpr int kNumDevices = 2;  // identical
 void write_down(cudaStream_t stream) {
   streams.push_back(stream);
   devices.push_back(current_device);
+}
+
+// Runs the work now, or keeps it for the graph that the stream captures.
+cudaError_t queue(cudaStream_t stream, std::function<void()> work) {
+  write_down(stream);
+  if (const cudaError_t error = capture(stream, work); error != cudaSuccess) return error;
+  if (work) work();
+  return cudaSuccess;
 }
 
 cudaError_t remember(cudaError_t error) {
@@ -67,6 +78,7 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0) return remember(cudaErrorInvalidConfiguration);
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return remember(cudaErrorInvalidConfiguration);
   if (threads > 1024 || block.z > 64) return remember(cudaErrorInvalidConfiguration);
+  if (threads > launch_bound(kernel)) return remember(cudaErrorLaunchOutOfResources);
   const auto raised = dynamic_shared_limits.find(kernel);
   const int limit = raised == dynamic_shared_limits.end() ? kSharedWithoutOptIn : raised->second;
   if (config.dynamicSmemBytes > static_cast<size_t>(limit)) return remember(cudaErrorInvalidValue);
@@ -75,12 +87,19 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
     const int resident = device().multiprocessors * blocks_per_multiprocessor(threads, config.dynamicSmemBytes);
     if (blocks > static_cast<uint64_t>(resident)) return remember(cudaErrorCooperativeLaunchTooLarge);
   }
-  write_down(config.stream);
-  return cudaSuccess;
+  return remember(refuse_capture(config.stream));
 }
 
-Grid grid_of(const cudaLaunchConfig_t& config, std::function<void()> kernel) {
-  return {config.gridDim, config.blockDim, config.dynamicSmemBytes, std::move(kernel), wants_cooperative(config)};
+void queue_launch(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> body) {
+  const bool raised = dynamic_shared_limits.contains(kernel);
+  const Grid grid{.grid = config.gridDim,
+                  .block = config.blockDim,
+                  .dynamic_shared = config.dynamicSmemBytes,
+                  .kernel = std::move(body),
+                  .cooperative = wants_cooperative(config),
+                  .shared_limit = static_cast<size_t>(raised ? device().shared_memory_per_block : kSharedWithoutOptIn),
+                  .registers = registers_per_thread(launch_bound(kernel))};
+  queue(config.stream, [grid] { run({grid}); });
 }
 
 namespace {
@@ -231,16 +250,12 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 }
 
 cudaError_t cudaMemsetAsync(void* start, int value, size_t size, cudaStream_t stream) {
-  write_down(stream);
-  std::memset(start, value, size);
-  return cudaSuccess;
+  return remember(queue(stream, [=] { std::memset(start, value, size); }));
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind, cudaStream_t stream) {
   if (kind != cudaMemcpyDeviceToDevice) return remember(cudaErrorInvalidMemcpyDirection);
-  write_down(stream);
-  std::memcpy(to, from, size);
-  return cudaSuccess;
+  return remember(queue(stream, [=] { std::memcpy(to, from, size); }));
 }
 
 cudaError_t cudaGetLastError() {
@@ -251,11 +266,11 @@ cudaError_t cudaGetLastError() {
 cudaError_t cudaPeekAtLastError() { return last_error; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) {
   ++waits;
-  return cudaSuccess;
+  return remember(refuse_while_capturing());
 }
 cudaError_t cudaDeviceSynchronize() {
   ++waits;
-  return cudaSuccess;
+  return remember(refuse_while_capturing());
 }
 
 const char* cudaGetErrorName(cudaError_t error) {
@@ -265,6 +280,9 @@ const char* cudaGetErrorName(cudaError_t error) {
     case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
     case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
     case cudaErrorInvalidMemcpyDirection: return "cudaErrorInvalidMemcpyDirection";
+    case cudaErrorLaunchOutOfResources: return "cudaErrorLaunchOutOfResources";
+    case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
+    case cudaErrorStreamCaptureImplicit: return "cudaErrorStreamCaptureImplicit";
     case cudaErrorCooperativeLaunchTooLarge: return "cudaErrorCooperativeLaunchTooLarge";
     case cudaErrorNotSupported: return "cudaErrorNotSupported";
     case cudaErrorSymbolNotFound: return "cudaErrorSymbolNotFound";

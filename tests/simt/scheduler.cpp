@@ -7,6 +7,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <chrono>
 #include <map>
 #include <mutex>
 #include <set>
@@ -32,6 +33,8 @@ struct Scheduler {
   std::vector<std::unique_ptr<Block>> blocks;  // resident
   bool aborting = false;
   size_t idle_polls = 0;  // since something changed
+  bool waits_for_others = false;
+  std::chrono::steady_clock::time_point waits_since;
   uint64_t random_state = 1;
 };
 Scheduler scheduler;
@@ -204,6 +207,18 @@ std::string describe_waiting() {
   return text;
 }
 
+void wait_for_other_processes() {
+  const auto now = std::chrono::steady_clock::now();
+  if (!scheduler.waits_for_others) scheduler.waits_since = now;
+  scheduler.waits_for_others = true;
+  if (now - scheduler.waits_since > std::chrono::duration<double>(options().patience)) {
+    throw Error("nothing was changed by another process for " + std::to_string(options().patience) + " s" +
+                describe_waiting());
+  }
+  scheduler.idle_polls = 0;
+  sched_yield();
+}
+
 void step() {
   if (scheduler.ready.empty()) {
     if (carry_out_one()) return;
@@ -213,8 +228,7 @@ void step() {
   }
   if (scheduler.idle_polls > kMaxIdlePolls * num_live_threads()) {
     if (options().other_processes) {
-      note_progress();
-      sched_yield();
+      wait_for_other_processes();
       return;
     }
     throw Error("livelock: every thread waits or polls, and nothing changes" + describe_waiting());
@@ -332,7 +346,10 @@ bool carry_out_early() {
 
 void carry_out_later(Block& block, std::function<void()> operation) { block.pending.push_back(std::move(operation)); }
 
-void note_progress() { scheduler.idle_polls = 0; }
+void note_progress() {
+  scheduler.idle_polls = 0;
+  scheduler.waits_for_others = false;
+}
 
 std::string describe(const Fiber& fiber) {
   const auto triple = [](uint3 index) {
@@ -361,7 +378,7 @@ void run(const std::vector<Grid>& grids) {
   if (scheduler.random_state == 0) scheduler.random_state = 1;
   scheduler.ready.clear();
   scheduler.spinning.clear();
-  scheduler.idle_polls = 0;
+  note_progress();
 
   const std::vector<PendingBlock> blocks = blocks_in_order(grids);
   const bool all_resident = grids.size() > 1 || (!grids.empty() && grids[0].cooperative);

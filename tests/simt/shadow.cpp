@@ -74,7 +74,10 @@ std::string describe(Moment moment) {
 }
 
 std::string describe(const Record& record) {
-  std::string what = record.kind.async ? "asynchronous " : record.kind.atomic ? "atomic " : "";
+  std::string what = record.kind.async       ? "asynchronous "
+                     : record.kind.atomic    ? "atomic "
+                     : record.kind.read_only ? "read-only "
+                                             : "";
   what += record.kind.write ? "write" : "read";
   return what + " by " + describe(record.moment) + " at " + describe_site(record.site);
 }
@@ -105,7 +108,9 @@ bool compare(const Record& earlier, const Record& later, const Actor& actor, uin
   if (earlier.bytes & later.bytes) {
     const bool conflict = earlier.kind.write || later.kind.write;
     const bool both_atomic = earlier.kind.atomic && later.kind.atomic;
-    if (conflict && !ordered && !both_atomic) {
+    if (conflict && (earlier.kind.read_only || later.kind.read_only)) {
+      report("a read through the read-only cache of what this kernel writes", earlier, later, cell);
+    } else if (conflict && !ordered && !both_atomic) {
       report("data race", earlier, later, cell);
     } else if (conflict && !ordered && !scopes_include_each_other(earlier, later)) {
       report("atomics whose scopes do not include each other", earlier, later, cell);
@@ -114,7 +119,8 @@ bool compare(const Record& earlier, const Record& later, const Actor& actor, uin
       report("missing fence.proxy.async between two accesses", earlier, later, cell);
     }
   }
-  return ordered && !(earlier.bytes & ~later.bytes) && (later.kind.write || !earlier.kind.write);
+  const bool stronger = later.kind.write || (!earlier.kind.write && later.kind.read_only >= earlier.kind.read_only);
+  return ordered && !(earlier.bytes & ~later.bytes) && stronger;
 }
 
 bool is_narrow(const Access& kind) { return kind.atomic && kind.scope < widest_needed; }
@@ -124,7 +130,7 @@ void join_crowd(Crowd& crowd, const Record& record) {
   crowd.atomics |= record.kind.atomic;
   crowd.narrow_scopes |= is_narrow(record.kind);
   const uint32_t kind = record.bytes | record.kind.write << 8 | record.kind.atomic << 9 | record.kind.async << 10 |
-                        static_cast<uint32_t>(record.kind.scope) << 11;
+                        record.kind.read_only << 11 | static_cast<uint32_t>(record.kind.scope) << 12;
   crowd.records[{uint64_t{record.moment.block} << 32 | record.moment.slot, kind}] = record;
 }
 
@@ -141,7 +147,7 @@ void add(Cell& cell, const Record& record) {
 }
 
 bool may_conflict(const Crowd& crowd, const Access& kind) {
-  if (!kind.atomic) return kind.write || crowd.atomics;
+  if (!kind.atomic) return kind.write || kind.read_only || crowd.atomics;
   return crowd.reads || crowd.narrow_scopes || is_narrow(kind);
 }
 
@@ -153,8 +159,8 @@ void access_cell(const Actor& actor, const Record& record, uintptr_t address) {
     const Record& old = cell.records[i];
     known |= old.moment.time == record.moment.time && old.moment.slot == record.moment.slot &&
              old.moment.block == record.moment.block && old.kind.write == record.kind.write &&
-             old.kind.atomic == record.kind.atomic && old.kind.scope == record.kind.scope &&
-             !(record.bytes & ~old.bytes);
+             old.kind.atomic == record.kind.atomic && old.kind.read_only == record.kind.read_only &&
+             old.kind.scope == record.kind.scope && !(record.bytes & ~old.bytes);
     if (known || !compare(old, record, actor, address)) {
       if (kept != i) cell.records[kept] = old;
       ++kept;

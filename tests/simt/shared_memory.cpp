@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 
 #include "models.h"
 #include "scheduler.h"
@@ -20,34 +21,40 @@ constexpr size_t kAlignment = 1024;
 constexpr uint32_t kDynamicStart = 1024;     // as on the device, where the system reserves the first bytes
 constexpr uint32_t kStaticStart = 0x100000;  // clear of the dynamic array, whatever its size
 constexpr size_t kMaxStatic = 48 << 10;
+// Only multiples of 16 bytes are documented. With options().any_shared_base blocks in turn have bases at these distances past a
+// multiple of 1024.
+constexpr uint32_t kBaseOffsets[] = {16, 1008, 128, 0};
 
 size_t allocated_size(size_t size) { return (size + kAlignment) / kAlignment * kAlignment + kAlignment; }
 
-// Fills the array with NaN, and poisons the memory before it (one alignment unit) and after it.
-char* create_array(size_t size) {
-  const size_t allocated = allocated_size(size) + kAlignment;
+// Fills the array with NaN, and poisons the memory before it (at least one alignment unit) and after it. It starts `offset`
+// bytes past a multiple of the alignment.
+char* create_array(size_t size, size_t offset) {
+  const size_t allocated = allocated_size(size + offset) + kAlignment;
   char* memory = static_cast<char*>(std::aligned_alloc(kAlignment, allocated));
   if (memory == nullptr) throw std::bad_alloc();
   std::memset(memory, 0xff, allocated);
   if (__asan_poison_memory_region) {
     __asan_poison_memory_region(memory, allocated);
-    __asan_unpoison_memory_region(memory + kAlignment, size);
+    __asan_unpoison_memory_region(memory + kAlignment + offset, size);
   }
-  return memory + kAlignment;
+  return memory + kAlignment + offset;
 }
 
 void free_array(char* array, size_t size) {
   if (race::enabled) race::forget(array, size);
-  if (__asan_unpoison_memory_region)
-    __asan_unpoison_memory_region(array - kAlignment, allocated_size(size) + kAlignment);
-  std::free(array - kAlignment);
+  const size_t offset = reinterpret_cast<uintptr_t>(array) % kAlignment;
+  char* const memory = array - offset - kAlignment;
+  if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(memory, allocated_size(size + offset) + kAlignment);
+  std::free(memory);
 }
 
 }  // namespace
 
 void create_dynamic_shared(Block& block) {
   const size_t size = block.grid->dynamic_shared;
-  block.shared.push_back({nullptr, create_array(size), size, kDynamicStart});
+  const uint32_t offset = options().any_shared_base ? kBaseOffsets[statistics().blocks % std::size(kBaseOffsets)] : 0;
+  block.shared.push_back({nullptr, create_array(size, offset), size, kDynamicStart + offset});
 }
 
 void free_shared(Block& block) {
@@ -116,8 +123,14 @@ void* static_shared(const void* key, size_t size, size_t alignment, Location at)
     total += array.size;
   }
   if (total > kMaxStatic) fail("static shared memory: more than 48 KiB", at);
+  const Grid& grid = *block.grid;
+  if (total + grid.dynamic_shared > grid.shared_limit) {
+    fail("shared memory: " + std::to_string(total) + " bytes of static and " + std::to_string(grid.dynamic_shared) +
+             " of dynamic, expected at most " + std::to_string(grid.shared_limit),
+         at);
+  }
   const uint32_t step = static_cast<uint32_t>(alignment < 16 ? 16 : alignment);
-  block.shared.push_back({key, create_array(size), size, (next + step) / step * step});
+  block.shared.push_back({key, create_array(size, 0), size, (next + step) / step * step});
   return block.shared.back().memory;
 }
 

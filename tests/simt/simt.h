@@ -27,9 +27,17 @@
 #define __host__
 #define __constant__
 #define __forceinline__ inline
-#define __launch_bounds__(...)
+#define __launch_bounds__(...) SIMT_LAUNCH_BOUND(__VA_ARGS__, 1)
 #define __grid_constant__
 #define __maxnreg__(...)
+
+// The first number is recorded as so many bytes of padding before the kernel's code, where launch_bound (attributes.cpp)
+// counts them.
+#if defined(__clang__)
+#define SIMT_LAUNCH_BOUND(threads, ...)
+#else
+#define SIMT_LAUNCH_BOUND(threads, ...) __attribute__((patchable_function_entry((threads), (threads))))
+#endif
 
 inline constexpr const uint3& threadIdx = simt::indices.thread;
 inline constexpr const uint3& blockIdx = simt::indices.block;

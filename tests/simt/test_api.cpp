@@ -40,6 +40,32 @@ TEST(shared_memory_above_48_kb_must_be_asked_for) {
   CHECK(cudaLaunchKernelEx(&config, fill_kernel, out.data()) == cudaSuccess);
 }
 
+__global__ void both_kernel(int* out) {
+  SHARED_DYN(int, tile);
+  SHARED_ARRAY(int, fixed, 64);
+  fixed[threadIdx.x] = tile[threadIdx.x] = 1;
+  out[threadIdx.x] = fixed[threadIdx.x];
+}
+TEST(static_and_dynamic_shared_memory_count_together) {
+  std::vector<int> out(32);
+  launch(both_kernel, 1, 32, (48 << 10) - 256, nullptr, out.data());
+  CHECK_FAILS("256 bytes of static and 49152 of dynamic, expected at most 49152",
+              launch(both_kernel, 1, 32, 48 << 10, nullptr, out.data()));
+}
+
+__global__ void __launch_bounds__(64) bounded_kernel() {}
+template <int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, 2) bounded_template() {}
+TEST(blocks_stay_within_the_launch_bounds) {
+  launch(bounded_kernel, 1, 64, 0, nullptr);
+  launch(bounded_template<3>, 1, 96, 0, nullptr);
+#if !defined(__clang__)
+  CHECK_FAILS("cudaErrorLaunchOutOfResources", launch(bounded_kernel, 1, 65, 0, nullptr));
+  CHECK_FAILS("cudaErrorLaunchOutOfResources", launch(bounded_template<3>, 1, 128, 0, nullptr));
+  cudaGetLastError();
+#endif
+}
+
 TEST(shared_memory_has_the_size_of_the_device) {
   std::vector<int> out(32);
   for (const simt::Device& device : {simt::sm_80(), simt::sm_90()}) {
@@ -67,6 +93,30 @@ TEST(streams_are_remembered) {
   const std::vector<void*> used = simt::used_streams();
   CHECK(used.size() == 2 && used[0] == &a && used[1] == &b);
   CHECK(b == 0x01010101);
+}
+
+TEST(captures_are_run_later_and_refuse_what_waits) {
+  std::vector<int> out(32, -1);
+  int stream = 0;
+  const auto captured = reinterpret_cast<cudaStream_t>(&stream);
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  CHECK(cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal) == cudaErrorStreamCaptureUnsupported);
+  CHECK(cudaStreamBeginCapture(captured, cudaStreamCaptureModeGlobal) == cudaSuccess);
+  launch(fill_kernel, 1, 32, 128, &stream, out.data());
+  CHECK_FAILS("cudaErrorStreamCaptureImplicit", launch(fill_kernel, 1, 32, 128, nullptr, out.data()));
+  CHECK(cudaStreamSynchronize(captured) == cudaErrorStreamCaptureUnsupported);
+  CHECK(cudaDeviceSynchronize() == cudaErrorStreamCaptureUnsupported);
+  CHECK(cudaStreamEndCapture(captured, &graph) == cudaSuccess);
+  CHECK(cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess);
+  CHECK(out[31] == -1);
+  CHECK(cudaGraphLaunch(exec, captured) == cudaSuccess);
+  CHECK(out[31] == 31);
+  void* memory = nullptr;
+  CHECK(cudaMalloc(&memory, 16) == cudaErrorNotSupported);
+  cudaGraphDestroy(graph);
+  cudaGraphExecDestroy(exec);
+  cudaGetLastError();
 }
 
 // A launcher must not wait for host memory.

@@ -8,6 +8,7 @@
 #include "expect.h"
 #include "hopper.cuh"
 #include "launch.h"
+#include "tensor_map.h"
 #include "tensor_maps.h"
 
 using namespace switchgear::cuda;
@@ -166,6 +167,38 @@ __global__ void load_kernel(const __grid_constant__ CUtensorMap map, uint16_t* o
   ptx::mbar_wait(&bar, 0);
   for (unsigned i = threadIdx.x; i < 64 * 64; i += 32) out[i] = tile[i];
 }
+TEST(descriptors_of_tiles) {
+  for (int k = 0; k < 4; ++k) {
+    const auto at = static_cast<uint32_t>(k);
+    CHECK(ptx::desc_k128(32 * at) == cute_layouts::k_major_descriptor(k), "k ", k);
+    CHECK(
+        ptx::descriptor(16 * at * 128, 64 * 128, 8 * 128, ptx::Swizzle::k128B) == cute_layouts::mn_major_descriptor(k),
+        "k ", k);
+  }
+}
+
+// The maps that launchers make, with every box of gemm_sm90.cu.
+TEST(tensor_maps_of_launchers) {
+  alignas(128) static const uint16_t data[64] = {};
+  const cute_layouts::Matrices kCases[] = {{data, 300, 136, 5, 144, 300 * 144},
+                                           {data, 129, 64, 2, 64, 64 * 256},
+                                           {data, 1000, 4096, 128, 4096, 1000 * 4096}};
+  for (const cute_layouts::Matrices& m : kCases) {
+    for (const int box_rows : {16, 64, 96, 128, 192}) {
+      for (const bool along_rows : {true, false}) {
+        if (!along_rows && box_rows != 64) continue;
+        const CUtensorMap ours = make_tensor_map({m.data,
+                                                  switchgear::DType::kBFloat16,
+                                                  {m.columns, m.rows, m.count},
+                                                  {m.stride, m.matrix_stride},
+                                                  box_rows});
+        const CUtensorMap theirs = cute_layouts::map_of(m, box_rows, along_rows);
+        CHECK(std::memcmp(&ours, &theirs, sizeof ours) == 0, "box of ", box_rows, " rows of ", m.rows);
+      }
+    }
+  }
+}
+
 TEST(swizzle_of_tma) {
   std::vector<uint16_t> matrix(64 * 64), out(64 * 64);
   for (size_t i = 0; i < matrix.size(); ++i) matrix[i] = static_cast<uint16_t>(i);

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Ranks that send to each other through memory mapped by all of them. A grid of each rank is resident, and only flags
 // synchronise them. Also tests the launcher, in several processes.
+#include <signal.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -293,6 +295,7 @@ TEST(exchange_between_processes) {
   for (int r = 0; r < W; ++r) {
     const pid_t process = fork();
     if (process == 0) {
+      prctl(PR_SET_PDEATHSIG, SIGKILL);  // a rank does not outlive the test
       int status = 2;
       try {
         status = run_rank(r, W, slot_bytes, segments, stop);
@@ -308,6 +311,35 @@ TEST(exchange_between_processes) {
     waitpid(process, &status, 0);
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "a process ended with status ", status);
   }
+}
+
+// The other rank never starts. The report has the waiting line.
+TEST(exchange_between_processes_reports_a_hang) {
+  const int W = 2;
+  const int64_t slot_bytes = 64;
+  std::vector<unsigned char> memory[2], rows(256);
+  std::vector<uintptr_t> segments;
+  for (auto& segment : memory) {
+    segment.resize(static_cast<size_t>(cuda::exchange_segment_bytes(W, slot_bytes)) + 16);
+    segments.push_back((reinterpret_cast<uintptr_t>(segment.data()) + 15) / 16 * 16);
+  }
+  const uint32_t stop = 0;
+  const simt::Options before = simt::options();
+  simt::options().other_processes = true;
+  simt::options().patience = 0.05;
+  const std::vector<int64_t> bytes = {0, 256};
+  CHECK_FAILS("in a loop that polls at exchange.cuh:", cuda::exchange({.rank = 0,
+                                                                       .rows = rows.data(),
+                                                                       .received = rows.data(),
+                                                                       .send_bytes = bytes,
+                                                                       .receive_bytes = bytes,
+                                                                       .first_sent = {0, 0},
+                                                                       .first_received = {0, 0},
+                                                                       .segments = segments,
+                                                                       .slot_bytes = slot_bytes,
+                                                                       .stop = &stop},
+                                                                      {}));
+  simt::options() = before;
 }
 
 TEST(launcher_names_what_does_not_fit) {

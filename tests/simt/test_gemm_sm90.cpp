@@ -79,6 +79,8 @@ constexpr HopperCase kHopperCases[] = {
     {{"128 columns, holes", 120, 64, 72, 2, 3, Ids::kEmptySlots}},
     {{"192 columns", 80, 136, 200, 1, 1}},
     {{"192 columns, some empty", 220, 8, 384, 3, 1, Ids::kLastExpert}},
+    {{"a warp of experts, empty slots", 24, 40, 64, 32, 2, Ids::kEmptySlots}},
+    {{"two warps of experts, empty slots", 20, 16, 64, 64, 2, Ids::kEmptySlots}},
     {{"nothing chosen", 11, 16, 24, 3, 2, Ids::kNone}, false},
     {{"no tokens", 0, 16, 8, 4, 2}, false},
 };
@@ -101,6 +103,17 @@ void for_each_hopper_problem(Check&& check) {
 
 TEST(sm90_grouped_gemm_matches_reference) { for_each_hopper_problem(check_forward); }
 TEST(sm90_grouped_gemm_wgrad_matches_reference) { for_each_hopper_problem(check_wgrad); }
+
+// The table of tiles is full.
+TEST(sm90_has_tiles_for_1024_experts) {
+  on_hopper({{"1024 experts", 40, 8, 16, 1024, 2, Ids::kEmptySlots},
+             kPrecisions[2],
+             Storage::kPacked,
+             Rows::kAligned,
+             true,
+             false},
+            5, true, check_forward);
+}
 
 // Sizes, strides and addresses that TMA cannot describe, and float32: sm_80's kernels handle these, with the same result.
 TEST(sm90_leaves_the_rest_to_sm80) {

@@ -234,5 +234,69 @@ TEST(ops_are_queued_where_and_as_their_caller_says) {
   simt::device() = simt::sm_90();
 }
 
+// Policies, and the kernels of other ops for many experts and many tokens.
+TEST(other_launches_are_queued_where_their_caller_says) {
+  const Backend& ops = cuda_backend();
+  simt::device() = simt::sm_90();
+  for (const int64_t E : {6, 1100}) {
+    const int64_t T = 9, K = 3, B = 2;
+    Random random(5);
+    const Array logits = random_array(random, DType::kFloat32, {T, E});
+    Array ids(DType::kInt32, {T, K}), weights(DType::kFloat32, {T, K}), columns(DType::kInt32, {T, E});
+    Array sequences(DType::kInt32, {T}), limits(DType::kInt32, {B});
+    ids.fill([&](int64_t i) { return i * 7 % E; });
+    sequences.fill([&](int64_t i) { return i % B; });
+    limits.fill([](int64_t i) { return 1 + i; });
+    check_op("route", [&](Execution e) {
+      ops.route({.router_logits = on_device(logits),
+                 .options = {.top_k = K},
+                 .topk_ids = on_device(ids),
+                 .topk_weights = on_device(weights)},
+                e);
+    });
+    check_op("route_dynamic", [&](Execution e) {
+      ops.route_dynamic({.router_logits = on_device(logits),
+                         .options = {.top_p = 0.5},
+                         .topk_ids = on_device(ids),
+                         .topk_weights = on_device(weights)},
+                        e);
+    });
+    check_op("column_topk", [&](Execution e) {
+      ops.column_topk({.values = on_device(logits),
+                       .sequence_ids = on_device(sequences),
+                       .limits = on_device(limits),
+                       .topk_ids = on_device(columns)},
+                      e);
+    });
+    Array kept = ids, owners(DType::kInt32, {T});
+    check_op("fit_capacity", [&](Execution e) {
+      ops.fit_capacity({.topk_ids = on_device(ids),
+                        .scores = on_device(logits),
+                        .sequence_ids = on_device(sequences),
+                        .limits = on_device(limits),
+                        .options = {.num_experts = E, .candidates = K + 1},
+                        .kept_ids = on_device(kept)},
+                       e);
+    });
+    check_op("assign_balanced", [&](Execution e) {
+      ops.assign_balanced({.values = on_device(logits),
+                           .sequence_ids = on_device(sequences),
+                           .num_sequences = B,
+                           .max_iterations = 3,
+                           .expert_ids = on_device(owners)},
+                          e);
+    });
+  }
+  const int64_t T = 2800, K = 3, E = 4;  // three launches
+  Array ids(DType::kInt32, {T, K});
+  ids.fill([&](int64_t i) { return i % E; });
+  PlanArrays plan(T, K, E);
+  check_op("plan of many pairs", [&](Execution e) {
+    ops.plan({.topk_ids = on_device(ids),
+              .plan = {on_device(plan.expert_offsets), on_device(plan.token_indices), on_device(plan.slot_indices)}},
+             e);
+  });
+}
+
 }  // namespace
 }  // namespace switchgear::test

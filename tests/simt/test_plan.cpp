@@ -73,6 +73,17 @@ TEST(plan_at_the_edges_of_its_pieces) {
   }
 }
 
+// As many experts as counters in 48 KB, and blocks as large as the launch bounds.
+TEST(plan_of_48_kb) {
+  Random random(3);
+  for (const auto& [T, E] : {std::pair<int64_t, int64_t>{3, 12288}, {1024, 8}}) {
+    note = join("T=", T, " E=", E);
+    Array ids(DType::kInt32, {T, 2});
+    ids.fill([&](int64_t i) { return draw_id(random, Spread::kEven, i, E); });
+    check_plan(ids, E);
+  }
+}
+
 TEST(plan_fuzz) {
   const int64_t count = count_from("SWITCHGEAR_FUZZ_COUNT", 150);
   for (int64_t i = 0; i < count; ++i) {

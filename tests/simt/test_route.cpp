@@ -191,9 +191,17 @@ TEST(route_of_thousands_of_experts) {
     for_each_option(random, E, K, {0, 15},
                     [&](const RouteOptions& o, const Array& bias) { check_route(logits, bias, o); });
   }
-  // Too many experts for shared memory. More tokens than rows of global memory would be too slow here.
-  const Array logits = random_array(random, DType::kFloat32, {2, 25'000}, 2.0);
+  // Too many experts for shared memory, and more tokens than rows of global memory.
+  const Array logits = random_array(random, DType::kFloat32, {4, 25'000}, 2.0);
   for_each_option(random, 25'000, 5, {4, 11},
+                  [&](const RouteOptions& o, const Array& bias) { check_route(logits, bias, o); });
+}
+
+// The blocks of route_wide loop over the tokens.
+TEST(route_of_more_tokens_than_blocks) {
+  Random random(10);
+  const Array logits = random_array(random, DType::kFloat32, {8, 600}, 2.0);
+  for_each_option(random, 600, 40, {0, 15},
                   [&](const RouteOptions& o, const Array& bias) { check_route(logits, bias, o); });
 }
 

@@ -296,8 +296,4 @@ void wgmma_wait(unsigned groups_left, Location at) {
   learn(running_warp().tensor_core, running_warp().finished_time);
 }
 
-void set_max_registers(unsigned count, Location at) {
-  if (count < 24 || count > 256 || count % 8 != 0) fail("setmaxnreg: expected a multiple of 8 from 24 to 256", at);
-}
-
 }  // namespace simt

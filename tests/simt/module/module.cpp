@@ -29,6 +29,7 @@ void define_module(py::module_& m) {
   constexpr Names<simt::Order, 3> kOrders{
       {{"forward", simt::Order::kForward}, {"reverse", simt::Order::kReverse}, {"random", simt::Order::kRandom}}};
 
+  simt::options().any_shared_base = true;
   define_execution(m);
   define_exchange(m);
   m.def(

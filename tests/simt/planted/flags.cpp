@@ -43,6 +43,18 @@ PLANT(block_scope_flag_across_blocks, kByRace) { run_send(planted ? Flag::kBlock
 PLANT(flag_not_waited_for, kByRace) { run_send(planted ? Flag::kNoWait : Flag::kReleased); }
 PLANT(flag_never_raised, kByBoth) { run_send(planted ? Flag::kNever : Flag::kReleased); }
 
+// A read through the read-only cache, of what the kernel has written before.
+__global__ void reread_kernel(const float* x, float* buffer, float* y, bool planted) {
+  buffer[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  const float* const next = buffer + (threadIdx.x + 1) % blockDim.x;
+  y[threadIdx.x] = planted ? __ldg(next) : *next + 0.0f * __ldg(x + threadIdx.x);
+}
+PLANT(read_only_cache_of_what_is_written, kByRace) {
+  std::vector<float> x(64, 1.0f), buffer(64), y(64);
+  launch(reread_kernel, 1, 64, 0, nullptr, x.data(), buffer.data(), y.data(), planted);
+}
+
 // The same between two devices, each with its own grid.
 __global__ void exchange_kernel(float* mine, float* theirs, uint32_t* my_flag, uint32_t* their_flag, float* y,
                                 bool planted) {

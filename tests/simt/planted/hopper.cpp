@@ -11,6 +11,18 @@ namespace {
 using Bf16 = __nv_bfloat16;
 constexpr int kTile = 64, kTileBytes = kTile * kTile * 2, kStages = 2, kSteps = 5;
 
+// 168 registers a thread: one warpgroup returns some, two take more.
+__global__ void __launch_bounds__(384) registers_kernel(bool planted) {
+  if (threadIdx.x < 128) {
+    ptx::setmaxnreg_dec<40>();
+  } else if (planted) {
+    ptx::setmaxnreg_inc<240>();
+  } else {
+    ptx::setmaxnreg_inc<232>();
+  }
+}
+PLANT(more_registers_than_a_multiprocessor_has, kByBoth) { launch(registers_kernel, 1, 384, 0, nullptr, planted); }
+
 enum class Mistake {
   kNone,
   kNoEmptyWait,

@@ -4,23 +4,8 @@ that must then fail. The sources do not refer to them; it is an error if an edit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-BOTH = ("asan", "race")
-ASAN = ("asan",)
-RACE = ("race",)
-
-
-@dataclass(frozen=True)
-class Mistake:
-    name: str
-    builds: tuple[str, ...]  # that must detect it
-    header: str  # in csrc/cuda
-    before: str  # occurs in the header exactly once
-    after: str
-    source: str  # that includes the header
-    program: str
-    tests: tuple[str, ...] = ()  # of the program; () means all
+from mistake import ASAN, BOTH, RACE, Mistake
+from unseen import UNSEEN
 
 
 def _of_plan(name: str, builds: tuple[str, ...], before: str, after: str, header: str = "plan.cuh") -> Mistake:
@@ -412,4 +397,5 @@ MISTAKES = (
         "",
         "gemm_sm90.cuh",
     ),
+    *UNSEEN,
 )

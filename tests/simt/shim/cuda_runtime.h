@@ -9,15 +9,16 @@
 #include "runtime.h"
 
 namespace simt {
-// The error that CUDA would return, and the complete launch: shape, dynamic shared memory, attributes.
+// The error that CUDA would return; otherwise the launch is run, or recorded if the stream captures.
 cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel);
-Grid grid_of(const cudaLaunchConfig_t& config, std::function<void()> kernel);
+void queue_launch(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> body);
 }  // namespace simt
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  if (const cudaError_t error = simt::check_launch(*config, reinterpret_cast<const void*>(kernel))) return error;
-  simt::run({simt::grid_of(*config, simt::bind_kernel(kernel, std::forward<Arguments>(arguments)...))});
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  if (const cudaError_t error = simt::check_launch(*config, address)) return error;
+  simt::queue_launch(*config, address, simt::bind_kernel(kernel, std::forward<Arguments>(arguments)...));
   return cudaSuccess;
 }
