@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 
 from switchgear.bench.cost_model import (
+    EPILOGUE,
+    EXPECTED,
     GPUS,
     LAUNCH_SECONDS,
     TILES,
     Gpu,
+    Tile,
+    cycles_of_tile,
     cycles_per_column,
     gemm,
     pick_tile,
@@ -86,6 +90,38 @@ def test_few_rows_are_padded(gpu: Gpu) -> None:
     assert wgrad(gpu, "", [0, 0], 64, 32).bytes == 2 * 2 * 64 * 32
 
 
+def test_l2_binds_tiles_without_multicast() -> None:
+    """128 x 192 do 77 flop per byte that a block loads, 128 x 128 do 64: at 8 TB/s 614 and 512 TFLOP/s."""
+    gpu = GPUS[1]
+    assert gpu.l2_rate == pytest.approx(8e12, rel=1e-3)
+    for columns, epilogue, limit in ((4608, "store", 614e12), (4096, "glu_backward", 512e12)):
+        kernel = gemm(gpu, "", [2048] * 64, columns, 4096, 0, epilogue)
+        assert kernel.bound == "L2"
+        assert kernel.flops / kernel.l2_bytes * gpu.l2_rate == pytest.approx(limit, rel=1e-2)
+    few = gpu._replace(multiprocessors=10)  # 640 bytes a cycle reach ten of them
+    assert few.l2_rate == 640 * gpu.clock
+
+
+def test_an_epilogue_is_hidden_by_the_other_tile_or_not_at_all() -> None:
+    gpu, deep, short = GPUS[1], 4096, 128
+    pingpong, cooperative = Tile(None, 128, 128, 1), Tile(None, 128, 128, 1, 2, True)
+    stored = EPILOGUE["store"] * 128.0  # a warp's accumulators, one per lane and column
+    product, period = cycles_of_tile(gpu, pingpong, deep, "store")
+    assert period == product
+    product, period = cycles_of_tile(gpu, pingpong, short, "store")
+    assert period == (product + stored) / 2 > product
+    product, period = cycles_of_tile(gpu, cooperative, deep, "store")
+    assert period == product + stored / 2  # each consumer has half of the tile
+
+
+def test_launches_and_what_is_expected() -> None:
+    forward = predict(GPUS[1], GPU_SHAPES["sonic-7b-n256"], GPU_TOKENS["sonic-7b-n256"], "forward")
+    assert [kernel.launches for kernel in forward.kernels] == [3, 1, 1, 1]
+    for kernel in forward.kernels:
+        assert kernel.seconds > kernel.launches * LAUNCH_SECONDS
+    assert forward.expected_tflops == EXPECTED * forward.tflops
+
+
 def test_routing_is_the_same_every_time() -> None:
     shape = Shape(8, 8, 16, 3, "of the tests")
     assert routed(shape, 100) == routed(shape, 100)
@@ -108,6 +144,7 @@ def test_bench_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     text = " ".join(capsys.readouterr().out.split())
     assert text.startswith("PREDICTIONS of a model, not measurements")
     assert "predicted for H100" in text
+    assert "expected: 0.87 of it" in text
     assert "published, H100: SonicMoE 366 TFLOP/s" in text
     assert "366 (SonicMoE, H100)" in text
     results = json.loads(file.read_text())

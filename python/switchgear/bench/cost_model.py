@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Predicted time of each CUDA kernel of a layer, from its tiles: PREDICTIONS, never measurements.
 
-A kernel takes the longer of two times, plus a launch:
+A kernel takes the longest of four times, plus its launches:
 
     arithmetic   ⌈tiles / places⌉ · (flop of a tile / rate of a place)     places = multiprocessors · blocks on each
+    epilogue     ⌈tiles / places⌉ · (product and epilogue of a tile), where one does not hide the other
+    L2           bytes that blocks load / rate at which L2 delivers
     memory       bytes / bandwidth
 
-csrc/cuda picks the tiles. They are padded, so small experts cost more than their flop. Bytes count each operand once:
-repeated reads come from L2. How close an inner loop comes to its peak is unknown before it has run. `sustained` is what
-well-tuned dense products of others reach; it is the largest source of error here.
+csrc/cuda picks the tiles. They are padded, so small experts cost more than their flop. Bytes of memory count each
+operand once; repeated reads come from L2, whose bytes count every block's own. How close an inner loop comes to its
+peak is unknown before it has run. `sustained` is what well-tuned dense products of others reach; it is the largest
+source of error here. EXPECTED is the ratio of what such kernels reach to what a model like this predicts for them.
 """
 
 from __future__ import annotations
@@ -31,17 +34,35 @@ class Gpu(NamedTuple):
     sustained: float  # of tensor_rate, in the inner loop
     bandwidth: float  # bytes/s
     sustained_bandwidth: float  # of bandwidth, in copies of long rows
+    clock: float  # cycles/s under load
+    l2_limit: int  # bytes a cycle that all of L2 delivers
     tiles: str  # "sm80" or "sm90": the kernels used
+
+    @property
+    def l2_rate(self) -> float:
+        """Bytes/s: a multiprocessor takes 64 bytes a cycle, L2 delivers no more than its limit."""
+        return min(64 * self.multiprocessors, self.l2_limit) * self.clock
+
+    @property
+    def products_per_cycle(self) -> float:
+        """Flop of a multiprocessor in a cycle under load."""
+        return self.tensor_rate * self.sustained / self.multiprocessors / self.clock
 
 
 # A100 SXM 80 GB: 108 · 2048 flop a cycle · 1.41 GHz; cuBLAS reaches 80 % of it. H100 SXM: 132 · 4096 · 1.83 GHz; with
-# wgmma the power limit leaves 70 % to large dense products. Launch: the gap between two kernels of one stream.
+# wgmma the power limit leaves 70 % to large dense products, a clock near 1.3 GHz. L2: 80 slices of 64 bytes on an A100;
+# measurements of others on an H100 are near 8 TB/s at that clock. Launch: the gap between two kernels of one stream.
 GPUS = (
-    Gpu("A100", 108, 312e12, 0.80, 2.039e12, 0.90, "sm80"),
-    Gpu("H100", 132, 989e12, 0.70, 3.35e12, 0.90, "sm90"),
+    Gpu("A100", 108, 312e12, 0.80, 2.039e12, 0.90, 1.41e9, 5120, "sm80"),
+    Gpu("H100", 132, 989e12, 0.70, 3.35e12, 0.90, 1.3e9, 6154, "sm90"),
 )
 LAUNCH_SECONDS = 2e-6
+COUNT_SECONDS = 0.5e-6  # sm90: a round trip to L2 or memory, while a block counts the tiles of 32 experts
 ITEM = 2  # bytes of bfloat16
+EXPECTED = 0.87  # of the predicted speed, from reviews of kernels of this structure against their measured speed
+
+# Instructions of an epilogue per accumulator, counted in the machine code of sm_90a.
+EPILOGUE = {"store": 14, "glu": 25, "glu_backward": 59, "wgrad": 10}
 
 
 class Tile(NamedTuple):
@@ -49,6 +70,8 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     blocks: int  # resident on a multiprocessor, or tiles multiplied concurrently
+    cluster: int = 1  # blocks that share what they load of the weights
+    cooperative: bool = False  # both consumers on one tile: its epilogue overlaps no product
 
 
 # csrc/cuda/gemm.h (kTiles) and csrc/cuda/gemm_sm90.h (kConfigs; a block multiplies one tile while it stores the
@@ -75,9 +98,13 @@ def widest(columns: int) -> Tile:
     return wide if _columns_cost(columns, wide.columns) < _columns_cost(columns, narrow.columns) else narrow
 
 
-def pick_tile(gpu: Gpu, mean_rows: float, columns: int) -> Tile:
+def pick_tile(gpu: Gpu, mean_rows: float, columns: int, epilogue: str = "store") -> Tile:
     tile = next(tile for tile in TILES[gpu.tiles] if tile.max_rows is None or mean_rows <= tile.max_rows)
-    return widest(columns) if gpu.tiles == "sm90" and tile.max_rows is None else tile
+    if gpu.tiles != "sm90":
+        return tile
+    if epilogue == "glu_backward":  # its registers do not fit beside other accumulators
+        return TILES["sm90"][2]
+    return widest(columns) if tile.max_rows is None else tile
 
 
 class Kernel(NamedTuple):
@@ -86,47 +113,92 @@ class Kernel(NamedTuple):
     waves: float
     flops: float  # useful flop, without padding
     bytes: float
+    l2_bytes: float  # loaded by blocks
+    launches: int
     seconds: float
-    bound: str  # "arithmetic" or "memory"
+    bound: str  # "arithmetic", "epilogue", "L2" or "memory"
 
 
-def _timed(
-    gpu: Gpu, name: str, tiles: int, tile: Tile, depth: float, flops: float, moved: float
-) -> Kernel:  # fmt: skip
-    """`tiles` times the cost of a tile with inner dimension `depth`."""
+class Work(NamedTuple):
+    """A product: `tiles` of inner dimension `depth`, and what they move."""
+
+    tiles: int
+    depth: float
+    flops: float
+    bytes: float
+    l2_bytes: float
+    epilogue: str
+
+
+def cycles_of_tile(gpu: Gpu, tile: Tile, depth: float, epilogue: str) -> tuple[float, float]:
+    """Cycles between two tiles of a place: for the products alone, and with the epilogue."""
+    product = 2.0 * tile.rows * tile.columns * depth / (gpu.products_per_cycle / tile.blocks)
+    if gpu.tiles != "sm90":
+        return product, product  # the other block on the multiprocessor multiplies meanwhile
+    if tile.rows == 128:
+        product *= cycles_per_column(tile.columns)
+    # A consumer's four warps run on four schedulers, each an instruction a cycle, and share the tile's accumulators.
+    consumers = 2 if tile.cooperative else 1
+    stored = EPILOGUE[epilogue] * tile.rows * tile.columns / (128 * consumers)
+    return product, product + stored if tile.cooperative else max(product, (product + stored) / 2)
+
+
+def _timed(gpu: Gpu, name: str, tile: Tile, work: Work) -> Kernel:
     places = gpu.multiprocessors * tile.blocks
-    rate = gpu.tensor_rate * gpu.sustained / places
-    if gpu.tiles == "sm90" and tile.rows == 128:
-        rate /= cycles_per_column(tile.columns)
-    arithmetic = math.ceil(tiles / places) * 2.0 * tile.rows * tile.columns * depth / rate
-    memory = moved / (gpu.bandwidth * gpu.sustained_bandwidth)
-    bound = "arithmetic" if arithmetic > memory else "memory"
-    return Kernel(name, tiles, tiles / places, flops, moved, LAUNCH_SECONDS + max(arithmetic, memory), bound)
+    rounds = math.ceil(work.tiles / places)
+    product, period = cycles_of_tile(gpu, tile, work.depth, work.epilogue)
+    times = {
+        "arithmetic": rounds * product / gpu.clock,
+        "L2": work.l2_bytes / gpu.l2_rate,
+        "memory": work.bytes / (gpu.bandwidth * gpu.sustained_bandwidth),
+        "epilogue": rounds * period / gpu.clock,
+    }
+    if period <= product:
+        del times["epilogue"]
+    bound = max(times, key=lambda name: times[name])
+    seconds = LAUNCH_SECONDS + times[bound]
+    return Kernel(name, work.tiles, work.tiles / places, work.flops, work.bytes, work.l2_bytes, 1, seconds, bound)
 
 
-def gemm(gpu: Gpu, name: str, counts: Sequence[int], columns: int, depth: int, stored: int) -> Kernel:
+def gemm(
+    gpu: Gpu, name: str, counts: Sequence[int], columns: int, depth: int, stored: int, epilogue: str = "store"
+) -> Kernel:
     """Rows of experts times [columns, depth]; `stored` bytes are moved beside the operands."""
     rows, hit = sum(counts), sum(count > 0 for count in counts)
-    tile = pick_tile(gpu, rows / len(counts), columns)
-    tiles = sum(-(-count // tile.rows) for count in counts) * -(-columns // tile.columns)
+    tile = pick_tile(gpu, rows / len(counts), columns, epilogue)
+    groups = sum(-(-count // (tile.rows * tile.cluster)) for count in counts)  # of row tiles that share weights
+    column_tiles = -(-columns // tile.columns)
+    l2_bytes = ITEM * depth * (rows * column_tiles + groups * columns)
     moved = ITEM * (rows * depth + hit * columns * depth) + stored
-    return _timed(gpu, name, tiles, tile, depth, 2.0 * rows * columns * depth, moved)
+    tiles = groups * tile.cluster * column_tiles
+    kernel = _timed(gpu, name, tile, Work(tiles, depth, 2.0 * rows * columns * depth, moved, l2_bytes, epilogue))
+    if gpu.tiles == "sm90":
+        kernel = kernel._replace(seconds=kernel.seconds + -(-(len(counts) + 1) // 32) * COUNT_SECONDS)
+    return kernel
 
 
 def wgrad(gpu: Gpu, name: str, counts: Sequence[int], m: int, n: int) -> Kernel:
     """[m, n] per expert, the sum over its rows. All experts' gradients are written; without rows they are zeros."""
     rows = sum(counts)
     tile = widest(n) if gpu.tiles == "sm90" else TILES[gpu.tiles][-1]
-    tiles = -(-m // tile.rows) * -(-n // tile.columns) * len(counts)
-    moved = ITEM * (rows * (m + n) + len(counts) * m * n)
-    return _timed(gpu, name, tiles, tile, rows / len(counts), 2.0 * rows * m * n, moved)
+    row_tiles, column_tiles = -(-m // tile.rows), -(-n // tile.columns)
+    stored = ITEM * len(counts) * m * n
+    l2_bytes = ITEM * rows * (m * column_tiles + n * row_tiles / tile.cluster)
+    moved = ITEM * rows * (m + n) + stored
+    tiles = row_tiles * column_tiles * len(counts)
+    work = Work(tiles, rows / len(counts), 2.0 * rows * m * n, moved, l2_bytes, "wgrad")
+    return _timed(gpu, name, tile, work)
 
 
-def copy(gpu: Gpu, name: str, moved: float) -> Kernel:
-    """A kernel that only moves rows."""
-    return Kernel(
-        name, 0, 0.0, 0.0, moved, LAUNCH_SECONDS + moved / (gpu.bandwidth * gpu.sustained_bandwidth), "memory"
-    )
+def copy(gpu: Gpu, name: str, moved: float, launches: int = 1) -> Kernel:
+    """Kernels that only move rows."""
+    seconds = launches * LAUNCH_SECONDS + moved / (gpu.bandwidth * gpu.sustained_bandwidth)
+    return Kernel(name, 0, 0.0, 0.0, moved, 0.0, launches, seconds, "memory")
+
+
+def plan(gpu: Gpu, slots: int) -> Kernel:
+    """csrc/cuda/plan.cu: one launch for few slots, three for many."""
+    return copy(gpu, "plan", 4 * 4 * slots, 1 if slots <= 8192 else 3)
 
 
 def forward_kernels(gpu: Gpu, shape: Shape, counts: Sequence[int], save_h: bool = False) -> list[Kernel]:
@@ -137,22 +209,26 @@ def forward_kernels(gpu: Gpu, shape: Shape, counts: Sequence[int], save_h: bool 
     hidden, width = shape.hidden_size, shape.intermediate_size
     h_bytes = ITEM * slots * 2 * width if save_h else 0
     return [
-        copy(gpu, "plan", 4 * 4 * slots),
-        gemm(gpu, "gate_up + glu", counts, 2 * width, hidden, ITEM * slots * width + h_bytes),
+        plan(gpu, slots),
+        gemm(gpu, "gate_up + glu", counts, 2 * width, hidden, ITEM * slots * width + h_bytes, "glu"),
         gemm(gpu, "down", counts, hidden, width, ITEM * slots * hidden),
         copy(gpu, "combine", ITEM * (slots + tokens) * hidden),
     ]
 
 
 def backward_kernels(gpu: Gpu, shape: Shape, counts: Sequence[int]) -> list[Kernel]:
-    """The launches of moe_backward: the gradient of h in the epilogue of grad_y · W_d, the gradient of x in slot order
-    and its sum over each token's rows, and the gradients of both projections."""
+    """The launches of moe_backward: the weights of slots, the gradient of h in the epilogue of grad_y · W_d, the
+    gradient of topk_weights from its parts, the gradients of both projections, the gradient of x in slot order, and its
+    sum over each token's rows."""
     slots = sum(counts)
     tokens = slots // shape.top_k
     hidden, width = shape.hidden_size, shape.intermediate_size
+    h_bytes = ITEM * slots * (2 * width + 2 * width + width)  # h; grad_h and a
     return [
-        copy(gpu, "plan", 4 * 4 * slots),
-        gemm(gpu, "grad_h", counts, width, hidden, ITEM * slots * (2 * width + 2 * width + width)),  # h; grad_h and a
+        plan(gpu, slots),
+        copy(gpu, "weights of slots", 3 * 4 * slots),
+        gemm(gpu, "grad_h", counts, width, hidden, h_bytes, "glu_backward"),
+        copy(gpu, "grad_topk_weights", 4 * slots * (width // 32 + 2)),
         gemm(gpu, "grad_x", counts, hidden, 2 * width, ITEM * slots * hidden),
         copy(gpu, "sum of grad_x", ITEM * (slots + tokens) * hidden),
         wgrad(gpu, "grad_gate_up_proj", counts, 2 * width, hidden),
@@ -173,6 +249,10 @@ class Prediction(NamedTuple):
     kernels: list[Kernel]
     seconds: float
     tflops: float  # of useful flop
+
+    @property
+    def expected_tflops(self) -> float:
+        return EXPECTED * self.tflops
 
 
 def predict(gpu: Gpu, shape: Shape, tokens: int, mode: str, routing: str = "balanced") -> Prediction:
