@@ -15,13 +15,20 @@ from switchgear.bench.cost_model import (
     EXPECTED,
     GPUS,
     LAUNCH_SECONDS,
+    MIN_ROWS_OF_PAIRS,
+    PAIRS128,
+    PAIRS192,
+    PAIRS256,
+    ROWS128,
+    ROWS192,
     TILES,
     Gpu,
     Tile,
+    cost_per_column,
     cycles_of_tile,
-    cycles_per_column,
     gemm,
     pick_tile,
+    pick_wgrad_tile,
     predict,
     routed,
     wgrad,
@@ -47,13 +54,37 @@ def test_tiles_of_sm90_are_those_of_the_kernels() -> None:
     text = (SOURCES / "gemm_sm90.h").read_text()
     table = re.search(r"kConfigs\[\] = \{(.*?)\n\};", text, re.DOTALL)
     assert table is not None
-    rows = [[int(number, 0) for number in row.split(",")[:2]] for row in re.findall(r"\{([^}]+)\}", table[1])]
-    few = [(tile.max_rows, tile.rows) for tile in TILES["sm90"] if tile.max_rows is not None]
-    many = [(0x7FFFFFFF, tile.columns) for tile in TILES["sm90"] if tile.max_rows is None]
-    assert [tuple(row) for row in rows] == [*few, *many]
-    words = re.search(r"// 128: ([\d.]+), 192: ([\d.]+)\.", text)
+    rows = [row.replace(" ", "").split(",") for row in re.findall(r"\{([^}]+)\}", table[1])]
+    stated = [(int(row[0], 0), int(row[1]), int(row[3]), row[4] == "true") for row in rows]
+    assert stated == [
+        (tile.max_rows or 0x7FFFFFFF, tile.rows if tile.max_rows else tile.columns, tile.cluster, tile.cooperative)
+        for tile in TILES["sm90"]
+    ]
+    words = re.search(r"// 128: ([\d.]+), 192: ([\d.]+); in pairs 128: ([\d.]+), 192: ([\d.]+), 256: ([\d.]+)\.", text)
     assert words is not None
-    assert [round(cycles_per_column(width), 2) for width in (128, 192)] == [float(word) for word in words.groups()]
+    assert [round(cost_per_column(tile), 2) for tile in TILES["sm90"][2:]] == [float(word) for word in words.groups()]
+    for name, value in (("kStore", "store"), ("kGlu", "glu"), ("kWgrad", "wgrad")):
+        assert f"{name}Instructions = {EPILOGUE[value]}" in text
+    assert f"kMinRowsOfPairs = {MIN_ROWS_OF_PAIRS};" in text
+
+
+def test_tiles_of_sm90_are_picked_as_by_the_kernels() -> None:
+    """The cases of test_gemm_sm90.cpp."""
+    gpu = GPUS[1]
+    assert pick_tile(gpu, 511, 1536, 64) == ROWS192
+    assert pick_tile(gpu, 512, 1536, 64) == PAIRS192
+    assert pick_tile(gpu, 511, 1536, 64, "glu_backward") == ROWS128
+    assert pick_tile(gpu, 512, 1536, 64, "glu_backward") == PAIRS128
+    for columns, depth, epilogue, tile in (
+        (512, 1536, "glu", PAIRS256), (1536, 256, "store", PAIRS192), (1536, 512, "store", PAIRS256),
+        (2048, 4096, "glu", PAIRS256), (4096, 1024, "store", PAIRS256), (4096, 2048, "store", PAIRS256),
+        (128, 4096, "store", ROWS128),
+    ):  # fmt: skip
+        assert pick_tile(gpu, 10000, columns, depth, epilogue) == tile
+    assert pick_wgrad_tile(gpu, 2048, 4096, 2048, False) == PAIRS256
+    assert pick_wgrad_tile(gpu, 4096, 1024, 2048, True) == PAIRS256
+    assert pick_wgrad_tile(gpu, 128, 1024, 2048, True) != PAIRS256
+    assert pick_wgrad_tile(gpu, 1024, 256, 2048, False) != PAIRS256
 
 
 @gpus
@@ -83,7 +114,7 @@ def test_decoding_is_bound_by_the_weights(gpu: Gpu) -> None:
 @gpus
 def test_few_rows_are_padded(gpu: Gpu) -> None:
     """17 rows need a larger tile than 16. Empty experts cost nothing in a product; their weight gradients are zeros."""
-    assert pick_tile(gpu, 16, 256).rows == 16 < pick_tile(gpu, 17, 256).rows
+    assert pick_tile(gpu, 16, 256, 128).rows == 16 < pick_tile(gpu, 17, 256, 128).rows
     assert gemm(gpu, "", [100, 0, 28], 256, 128, 0).tiles == (2 + 1) * 2  # 64 x 128
     assert gemm(gpu, "", [0, 0], 256, 128, 0).tiles == 0
     assert gemm(gpu, "", [5], 256, 128, 0).flops == 2 * 5 * 256 * 128
@@ -95,7 +126,7 @@ def test_l2_binds_tiles_without_multicast() -> None:
     gpu = GPUS[1]
     assert gpu.l2_rate == pytest.approx(8e12, rel=1e-3)
     for columns, epilogue, limit in ((4608, "store", 614e12), (4096, "glu_backward", 512e12)):
-        kernel = gemm(gpu, "", [2048] * 64, columns, 4096, 0, epilogue)
+        kernel = gemm(gpu, "", [384] * 64, columns, 4096, 0, epilogue)  # too few rows for pairs
         assert kernel.bound == "L2"
         assert kernel.flops / kernel.l2_bytes * gpu.l2_rate == pytest.approx(limit, rel=1e-2)
     few = gpu._replace(multiprocessors=10)  # 640 bytes a cycle reach ten of them

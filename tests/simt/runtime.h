@@ -72,6 +72,7 @@ struct Grid {
   size_t dynamic_shared = 0;
   std::function<void()> kernel;  // called once by every thread
   bool cooperative = false;      // all blocks are resident, or the launch fails
+  unsigned cluster = 1;          // blocks along x that form a cluster: they are resident together
 };
 
 // Runs the grids to their end. Several grids are one kernel on as many devices: all blocks are resident, and only system scope

@@ -42,6 +42,25 @@ bool wants_cooperative(const cudaLaunchConfig_t& config) {
   return false;
 }
 
+unsigned cluster_of(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) return config.attrs[i].val.clusterDim.x;
+  }
+  return 1;
+}
+
+// Clusters along x alone, and no larger than every device of sm_90 allows.
+bool is_cluster_possible(const cudaLaunchConfig_t& config) {
+  constexpr unsigned kMaxCluster = 8;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id != cudaLaunchAttributeClusterDimension) continue;
+    const auto& size = config.attrs[i].val.clusterDim;
+    if (device().major < 9 || size.x == 0 || size.x > kMaxCluster || size.y != 1 || size.z != 1) return false;
+    if (config.gridDim.x % size.x != 0) return false;
+  }
+  return true;
+}
+
 // How many blocks of this size fit on a multiprocessor, by threads and by shared memory.
 int blocks_per_multiprocessor(uint64_t threads, size_t dynamic_shared) {
   constexpr uint64_t kMaxThreads = 2048;
@@ -70,6 +89,7 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   const auto raised = dynamic_shared_limits.find(kernel);
   const int limit = raised == dynamic_shared_limits.end() ? kSharedWithoutOptIn : raised->second;
   if (config.dynamicSmemBytes > static_cast<size_t>(limit)) return remember(cudaErrorInvalidValue);
+  if (!is_cluster_possible(config)) return remember(cudaErrorInvalidClusterSize);
   if (wants_cooperative(config)) {
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
     const int resident = device().multiprocessors * blocks_per_multiprocessor(threads, config.dynamicSmemBytes);
@@ -80,7 +100,8 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
 }
 
 Grid grid_of(const cudaLaunchConfig_t& config, std::function<void()> kernel) {
-  return {config.gridDim, config.blockDim, config.dynamicSmemBytes, std::move(kernel), wants_cooperative(config)};
+  return {config.gridDim,    config.blockDim,           config.dynamicSmemBytes,
+          std::move(kernel), wants_cooperative(config), cluster_of(config)};
 }
 
 namespace {
@@ -266,6 +287,7 @@ const char* cudaGetErrorName(cudaError_t error) {
     case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
     case cudaErrorInvalidMemcpyDirection: return "cudaErrorInvalidMemcpyDirection";
     case cudaErrorCooperativeLaunchTooLarge: return "cudaErrorCooperativeLaunchTooLarge";
+    case cudaErrorInvalidClusterSize: return "cudaErrorInvalidClusterSize";
     case cudaErrorNotSupported: return "cudaErrorNotSupported";
     case cudaErrorSymbolNotFound: return "cudaErrorSymbolNotFound";
     default: return "a CUDA error";

@@ -62,7 +62,7 @@ ITEM = 2  # bytes of bfloat16
 EXPECTED = 0.87  # of the predicted speed, from reviews of kernels of this structure against their measured speed
 
 # Instructions of an epilogue per accumulator, counted in the machine code of sm_90a.
-EPILOGUE = {"store": 14, "glu": 25, "glu_backward": 59, "wgrad": 10}
+EPILOGUE = {"store": 5, "glu": 17, "glu_backward": 59, "wgrad": 4}
 
 
 class Tile(NamedTuple):
@@ -74,12 +74,14 @@ class Tile(NamedTuple):
     cooperative: bool = False  # both consumers on one tile: its epilogue overlaps no product
 
 
-# csrc/cuda/gemm.h (kTiles) and csrc/cuda/gemm_sm90.h (kConfigs; a block multiplies one tile while it stores the
-# other).
+# csrc/cuda/gemm.h (kTiles) and csrc/cuda/gemm_sm90.h (kConfigs).
+ROWS128, ROWS192 = Tile(None, 128, 128, 1), Tile(None, 128, 192, 1)
+PAIRS128, PAIRS192, PAIRS256 = Tile(None, 128, 128, 1, 2), Tile(None, 128, 192, 1, 2), Tile(None, 128, 256, 1, 2, True)
 TILES = {
     "sm80": (Tile(16, 16, 128, 2), Tile(80, 64, 128, 2), Tile(None, 128, 128, 2)),
-    "sm90": (Tile(16, 16, 128, 1), Tile(64, 64, 128, 1), Tile(None, 128, 128, 1), Tile(None, 128, 192, 1)),
+    "sm90": (Tile(16, 16, 128, 1), Tile(64, 64, 128, 1), ROWS128, ROWS192, PAIRS128, PAIRS192, PAIRS256),
 }
+MIN_ROWS_OF_PAIRS = 512
 
 
 def cycles_per_column(width: int) -> float:
@@ -88,23 +90,43 @@ def cycles_per_column(width: int) -> float:
     return max(1.0, 32 * (2 * (64 + width) + 128 + width) / 128 / width)
 
 
-def _columns_cost(columns: int, width: int) -> float:
-    return -(-columns // width) * width * cycles_per_column(width)
+def cost_per_column(tile: Tile) -> float:
+    """cycles_per_column of gemm_sm90.h: of shared memory, or of an H100's L2, 46 bytes a cycle to a multiprocessor."""
+    return max(cycles_per_column(tile.columns), 32 * (128 + tile.columns / tile.cluster) / 46 / tile.columns)
 
 
-def widest(columns: int) -> Tile:
-    """The tile of sm90 for many rows, and for weight gradients: 192 columns if they cost less than 128."""
-    narrow, wide = TILES["sm90"][2:]
-    return wide if _columns_cost(columns, wide.columns) < _columns_cost(columns, narrow.columns) else narrow
+def _columns_cost(tile: Tile, columns: int, depth: float, epilogue: str) -> float:
+    stored = 8 * EPILOGUE[epilogue] / max(depth, 1) if tile.cooperative else 0.0
+    return -(-columns // tile.columns) * tile.columns * (cost_per_column(tile) + stored)
 
 
-def pick_tile(gpu: Gpu, mean_rows: float, columns: int, epilogue: str = "store") -> Tile:
+def pick_tile(gpu: Gpu, mean_rows: float, columns: int, depth: float, epilogue: str = "store") -> Tile:
+    """pick_config of gemm_sm90.h, for weights with a contiguous inner dimension."""
     tile = next(tile for tile in TILES[gpu.tiles] if tile.max_rows is None or mean_rows <= tile.max_rows)
     if gpu.tiles != "sm90":
         return tile
-    if epilogue == "glu_backward":  # its registers do not fit beside other accumulators
-        return TILES["sm90"][2]
-    return widest(columns) if tile.max_rows is None else tile
+    pairs = mean_rows > MIN_ROWS_OF_PAIRS - 1
+    if epilogue == "glu_backward":  # its registers do not fit beside more accumulators
+        return PAIRS128 if pairs else ROWS128
+    if tile.max_rows is not None:
+        return tile
+    candidates = [ROWS128, ROWS192]
+    if pairs:
+        candidates += [PAIRS192] * (epilogue == "store") + [PAIRS256]
+    return min(candidates, key=lambda tile: _columns_cost(tile, columns, depth, epilogue))
+
+
+def pick_wgrad_tile(gpu: Gpu, m: int, n: int, depth: float, shares_b: bool) -> Tile:
+    """The same for weight gradients. A pair shares b, or a."""
+    if gpu.tiles != "sm90":
+        return TILES[gpu.tiles][-1]
+
+    def cost(tile: Tile, m: int, n: int) -> float:
+        return m * _columns_cost(tile, n, depth, "wgrad")
+
+    high, wide = -(-m // 128) * 128, -(-n // 512) * 512
+    paired = cost(PAIRS256, *((-(-m // 256) * 256, n) if shares_b else (high, wide)))
+    return PAIRS256 if paired < cost(ROWS128, high, n) else ROWS128
 
 
 class Kernel(NamedTuple):
@@ -165,7 +187,7 @@ def gemm(
 ) -> Kernel:
     """Rows of experts times [columns, depth]; `stored` bytes are moved beside the operands."""
     rows, hit = sum(counts), sum(count > 0 for count in counts)
-    tile = pick_tile(gpu, rows / len(counts), columns, epilogue)
+    tile = pick_tile(gpu, rows / len(counts), columns, depth, epilogue)
     groups = sum(-(-count // (tile.rows * tile.cluster)) for count in counts)  # of row tiles that share weights
     column_tiles = -(-columns // tile.columns)
     l2_bytes = ITEM * depth * (rows * column_tiles + groups * columns)
@@ -177,13 +199,15 @@ def gemm(
     return kernel
 
 
-def wgrad(gpu: Gpu, name: str, counts: Sequence[int], m: int, n: int) -> Kernel:
-    """[m, n] per expert, the sum over its rows. All experts' gradients are written; without rows they are zeros."""
+def wgrad(gpu: Gpu, name: str, counts: Sequence[int], m: int, n: int, shares_b: bool = True) -> Kernel:
+    """[m, n] per expert, the sum over its rows. All experts' gradients are written; without rows they are zeros. Pairs
+    share columns of b, or else of a."""
     rows = sum(counts)
-    tile = widest(n) if gpu.tiles == "sm90" else TILES[gpu.tiles][-1]
-    row_tiles, column_tiles = -(-m // tile.rows), -(-n // tile.columns)
+    tile = pick_wgrad_tile(gpu, m, n, rows / len(counts), shares_b)
+    down, across = (tile.cluster, 1) if shares_b else (1, tile.cluster)  # tiles of a pair
+    row_tiles, column_tiles = -(-m // (tile.rows * down)) * down, -(-n // (tile.columns * across)) * across
     stored = ITEM * len(counts) * m * n
-    l2_bytes = ITEM * rows * (m * column_tiles + n * row_tiles / tile.cluster)
+    l2_bytes = ITEM * rows * (m * column_tiles / across + n * row_tiles / down)
     moved = ITEM * rows * (m + n) + stored
     tiles = row_tiles * column_tiles * len(counts)
     work = Work(tiles, rows / len(counts), 2.0 * rows * m * n, moved, l2_bytes, "wgrad")
@@ -231,7 +255,7 @@ def backward_kernels(gpu: Gpu, shape: Shape, counts: Sequence[int]) -> list[Kern
         copy(gpu, "grad_topk_weights", 4 * slots * (width // 32 + 2)),
         gemm(gpu, "grad_x", counts, hidden, 2 * width, ITEM * slots * hidden),
         copy(gpu, "sum of grad_x", ITEM * (slots + tokens) * hidden),
-        wgrad(gpu, "grad_gate_up_proj", counts, 2 * width, hidden),
+        wgrad(gpu, "grad_gate_up_proj", counts, 2 * width, hidden, shares_b=False),  # x is gathered
         wgrad(gpu, "grad_down_proj", counts, hidden, width),
     ]
 
