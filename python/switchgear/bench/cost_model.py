@@ -57,7 +57,7 @@ GPUS = (
     Gpu("H100", 132, 989e12, 0.70, 3.35e12, 0.90, 1.3e9, 6154, "sm90"),
 )
 LAUNCH_SECONDS = 2e-6
-COUNT_SECONDS = 0.5e-6  # sm90: a round trip to L2 or memory, while a block counts the tiles of 32 experts
+ROUND_TRIP = 0.5e-6  # to L2 or memory: blocks of sm90 ask for their first tile, in a gemm after reading all offsets
 ITEM = 2  # bytes of bfloat16
 EXPECTED = 0.87  # of the predicted speed, from reviews of kernels of this structure against their measured speed
 
@@ -194,9 +194,7 @@ def gemm(
     moved = ITEM * (rows * depth + hit * columns * depth) + stored
     tiles = groups * tile.cluster * column_tiles
     kernel = _timed(gpu, name, tile, Work(tiles, depth, 2.0 * rows * columns * depth, moved, l2_bytes, epilogue))
-    if gpu.tiles == "sm90":
-        kernel = kernel._replace(seconds=kernel.seconds + -(-(len(counts) + 1) // 32) * COUNT_SECONDS)
-    return kernel
+    return kernel._replace(seconds=kernel.seconds + 2 * ROUND_TRIP) if gpu.tiles == "sm90" else kernel
 
 
 def wgrad(gpu: Gpu, name: str, counts: Sequence[int], m: int, n: int, shares_b: bool = True) -> Kernel:
@@ -211,7 +209,8 @@ def wgrad(gpu: Gpu, name: str, counts: Sequence[int], m: int, n: int, shares_b: 
     moved = ITEM * rows * (m + n) + stored
     tiles = row_tiles * column_tiles * len(counts)
     work = Work(tiles, rows / len(counts), 2.0 * rows * m * n, moved, l2_bytes, "wgrad")
-    return _timed(gpu, name, tile, work)
+    kernel = _timed(gpu, name, tile, work)
+    return kernel._replace(seconds=kernel.seconds + ROUND_TRIP) if gpu.tiles == "sm90" else kernel
 
 
 def copy(gpu: Gpu, name: str, moved: float, launches: int = 1) -> Kernel:
