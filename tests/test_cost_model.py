@@ -134,14 +134,14 @@ def test_l2_binds_tiles_without_multicast() -> None:
 
 
 def test_an_epilogue_is_hidden_by_the_other_tile_or_not_at_all() -> None:
-    gpu, deep, short = GPUS[1], 4096, 128
+    gpu, deep, short = GPUS[1], 4096, 64
     pingpong, cooperative = Tile(None, 128, 128, 1), Tile(None, 128, 128, 1, 2, True)
-    stored = EPILOGUE["store"] * 128.0  # a warp's accumulators, one per lane and column
-    product, period = cycles_of_tile(gpu, pingpong, deep, "store")
+    stored = EPILOGUE["glu_backward"] * 128.0  # a warp's accumulators, one per lane and column
+    product, period = cycles_of_tile(gpu, pingpong, deep, "glu_backward")
     assert period == product
-    product, period = cycles_of_tile(gpu, pingpong, short, "store")
+    product, period = cycles_of_tile(gpu, pingpong, short, "glu_backward")
     assert period == (product + stored) / 2 > product
-    product, period = cycles_of_tile(gpu, cooperative, deep, "store")
+    product, period = cycles_of_tile(gpu, cooperative, deep, "glu_backward")
     assert period == product + stored / 2  # each consumer has half of the tile
 
 

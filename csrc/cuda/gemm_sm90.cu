@@ -3,6 +3,7 @@
 #include <string>
 
 #include "gemm_sm90.cuh"
+#include "gemm_sm90_wgrad.cuh"
 #include "launch.h"
 #include "tensor_map.h"
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "gemm_sm90.cuh"
+#include "gemm_sm90_wgrad.cuh"
 #include "launch.h"
 #include "products.h"
 #include "tensor_map.h"

@@ -373,11 +373,15 @@ MISTAKES = (
         "weight gradient: both blocks load the first slots",
         "                                   first + skipped, 0, kBothBlocks);",
         "                                   first, 0, kBothBlocks);",
+        BOTH,
+        "gemm_sm90_wgrad.cuh",
     ),
     _of_pairs(
         "weight gradient: the gathered operand is paired",
         "int32_t& paired = shares_a() ? position.column : position.row;",
         "int32_t& paired = shares_b() ? position.column : position.row;",
+        BOTH,
+        "gemm_sm90_wgrad.cuh",
     ),
     _of_store(
         "rows are read before their matrices are stored",
@@ -404,9 +408,15 @@ MISTAKES = (
     ),
     _of_store("columns past the last", "if (row != nullptr && column < columns)", "if (row != nullptr)"),
     _of_sm90(
-        "indices of the same stage", BOTH, "next_b.read(g.b, first + kDepth, end);", "next_b.read(g.b, first, end);"
+        "indices of the same stage",
+        BOTH,
+        "next_b.read(g.b, first + kDepth, end);",
+        "next_b.read(g.b, first, end);",
+        "gemm_sm90_wgrad.cuh",
     ),
-    _of_sm90("indices past the expert's last", BOTH, "rows[i] = slot >= end ? -1 :", "rows[i] ="),
+    _of_sm90(
+        "indices past the expert's last", BOTH, "rows[i] = slot >= end ? -1 :", "rows[i] =", "gemm_sm90_wgrad.cuh"
+    ),
     _of_glu("bias of the other half", "(j < 16 ? first : second) + j % 16 * 8;", "first + j % 16 * 8;"),
     _of_glu("pairs are not separated", "  if (interleaved) separate_pairs(acc);\n", ""),
     _of_glu("gates of the other row", "i % 2 * 8 + lane / 4", "(i + 1) % 2 * 8 + lane / 4"),
@@ -455,6 +465,7 @@ MISTAKES = (
         BOTH,
         "const bool tail = tile.has_tail(stage);",
         "const bool tail = false;",
+        "gemm_sm90_wgrad.cuh",
     ),
     Mistake(
         "sm_90: a stale tensor map",
