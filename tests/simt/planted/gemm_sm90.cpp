@@ -53,6 +53,31 @@ TEST(many_rows) {
   multiply<Shape::kRows, 128>(Product(130, 40, 5, 136, 264), true);
   multiply<Shape::kRows, 128>(Product(130, 40, 5, 136, 264), false);
 }
+// The table of tiles, also for multiples of 32 experts.
+using Counted = Config<Shape::kRows, 128, kRing, false>;
+__global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ Gemm g, int32_t* first_tiles) {
+  SHARED_DYN(int32_t, table);
+  const GemmTiles<Counted> tiles(g, table);
+  tiles.count();
+  __syncthreads();
+  for (auto i = static_cast<int64_t>(threadIdx.x); i < g.num_experts + 2; i += kThreads) first_tiles[i] = table[i];
+}
+TEST(many_experts) {
+  for (const int64_t num_experts : {1, 31, 32, 64, 100, 1024}) {
+    std::vector<int32_t> offsets(1), first_tiles(static_cast<size_t>(num_experts) + 2, -1);
+    for (int64_t e = 0; e < num_experts; ++e) offsets.push_back(offsets.back() + static_cast<int32_t>(e * 37 % 300));
+    Gemm g{.expert_offsets = offsets.data(), .num_experts = num_experts, .num_slots = offsets.back() + 130, .n = 200};
+    launch(count_kernel, 1, kThreads, (static_cast<size_t>(num_experts) + 2) * 4, nullptr, g, first_tiles.data());
+    int32_t before = 0;
+    for (int64_t e = 0; e <= num_experts; ++e) {
+      CHECK(first_tiles[static_cast<size_t>(e)] == before, num_experts, " experts, expert ", e);
+      const int64_t rows = e == num_experts ? 130 : e * 37 % 300;
+      before += static_cast<int32_t>((rows + 127) / 128 * 2);
+    }
+    CHECK(first_tiles.back() == before, num_experts, " experts");
+  }
+}
+
 TEST(few_rows) {
   multiply<Shape::kFewRows, 16>(Product(10, 20, 5, 136, 264), true);
   multiply<Shape::kFewRows, 16>(Product(10, 20, 5, 136, 264), false);

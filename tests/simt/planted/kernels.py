@@ -315,6 +315,7 @@ MISTAKES = (
         "a block ends while the other one uses it",
         "  sync_cluster<C::kCluster>();  // no block still uses the other's memory\n",
         "",
+        RACE,
     ),
     _of_pairs(
         "both blocks load the first columns",
@@ -335,9 +336,9 @@ MISTAKES = (
         "position.row * C::kCluster;",
     ),
     _of_pairs(
-        "row tiles are not counted in pairs",
+        "half of the pairs are missing",
         "constexpr int kTogether = C::kSlots * C::kCluster;",
-        "constexpr int kTogether = C::kSlots;",
+        "constexpr int kTogether = 2 * C::kSlots * C::kCluster;",
     ),
     _of_pairs("cooperative consumers multiply the same rows", "C::kCooperative ? this_consumer() : 0;", "0;"),
     _of_pairs(
