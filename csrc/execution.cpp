@@ -15,7 +15,8 @@ constexpr uintptr_t kAlignment = 256;  // promised by ops.h; torch aligns to it 
 Execution TemporaryMemory::execution() {
   return {.stream = reinterpret_cast<void*>(execution_.stream()),
           .allocator = {&TemporaryMemory::allocate, this},
-          .allow_tf32 = execution_.allow_tf32()};
+          .allow_tf32 = execution_.allow_tf32(),
+          .reserved_multiprocessors = execution_.reserved_multiprocessors()};
 }
 
 void* TemporaryMemory::allocate(void* self, int64_t bytes) {
@@ -30,7 +31,8 @@ void* TemporaryMemory::allocate(void* self, int64_t bytes) {
 void define_execution(py::module_& m) {
   using namespace py::literals;
   py::class_<DeviceExecution>(m, "Execution", "How an op runs on a device.")
-      .def(py::init<uintptr_t, py::function, bool>(), "stream"_a, "allocate"_a, "allow_tf32"_a = false);
+      .def(py::init<uintptr_t, py::function, bool, int>(), "stream"_a, "allocate"_a, "allow_tf32"_a = false,
+           "reserved_multiprocessors"_a = 0);
 }
 
 }  // namespace switchgear

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Execution on a device, as passed from Python: Execution(stream, allocate, allow_tf32).
+// Execution on a device, as passed from Python: Execution(stream, allocate, allow_tf32, reserved_multiprocessors).
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -16,17 +16,22 @@ namespace switchgear {
 // `stream`, as with torch's allocator.
 class DeviceExecution {
  public:
-  DeviceExecution(uintptr_t stream, pybind11::function allocate, bool allow_tf32)
-      : stream_(stream), allocate_(std::move(allocate)), allow_tf32_(allow_tf32) {}
+  DeviceExecution(uintptr_t stream, pybind11::function allocate, bool allow_tf32, int reserved_multiprocessors)
+      : stream_(stream),
+        allocate_(std::move(allocate)),
+        allow_tf32_(allow_tf32),
+        reserved_multiprocessors_(reserved_multiprocessors) {}
 
   uintptr_t stream() const { return stream_; }
   bool allow_tf32() const { return allow_tf32_; }
+  int reserved_multiprocessors() const { return reserved_multiprocessors_; }
   const pybind11::function& allocate() const { return allocate_; }
 
  private:
   uintptr_t stream_;
   pybind11::function allocate_;
   bool allow_tf32_;
+  int reserved_multiprocessors_;
 };
 
 // The temporary memory of one call, kept until the call has queued its kernels. Created and destroyed with the GIL held.

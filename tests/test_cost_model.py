@@ -11,13 +11,24 @@ from pathlib import Path
 import pytest
 
 from switchgear.bench.cost_model import (
+    EPILOGUE,
+    EXPECTED,
     GPUS,
     LAUNCH_SECONDS,
+    MIN_ROWS_OF_PAIRS,
+    PAIRS128,
+    PAIRS192,
+    PAIRS256,
+    ROWS128,
+    ROWS192,
     TILES,
     Gpu,
-    cycles_per_column,
+    Tile,
+    cost_per_column,
+    cycles_of_tile,
     gemm,
     pick_tile,
+    pick_wgrad_tile,
     predict,
     routed,
     wgrad,
@@ -43,13 +54,37 @@ def test_tiles_of_sm90_are_those_of_the_kernels() -> None:
     text = (SOURCES / "gemm_sm90.h").read_text()
     table = re.search(r"kConfigs\[\] = \{(.*?)\n\};", text, re.DOTALL)
     assert table is not None
-    rows = [[int(number, 0) for number in row.split(",")[:2]] for row in re.findall(r"\{([^}]+)\}", table[1])]
-    few = [(tile.max_rows, tile.rows) for tile in TILES["sm90"] if tile.max_rows is not None]
-    many = [(0x7FFFFFFF, tile.columns) for tile in TILES["sm90"] if tile.max_rows is None]
-    assert [tuple(row) for row in rows] == [*few, *many]
-    words = re.search(r"// 128: ([\d.]+), 192: ([\d.]+)\.", text)
+    rows = [row.replace(" ", "").split(",") for row in re.findall(r"\{([^}]+)\}", table[1])]
+    stated = [(int(row[0], 0), int(row[1]), int(row[3]), row[4] == "true") for row in rows]
+    assert stated == [
+        (tile.max_rows or 0x7FFFFFFF, tile.rows if tile.max_rows else tile.columns, tile.cluster, tile.cooperative)
+        for tile in TILES["sm90"]
+    ]
+    words = re.search(r"// 128: ([\d.]+), 192: ([\d.]+); in pairs 128: ([\d.]+), 192: ([\d.]+), 256: ([\d.]+)\.", text)
     assert words is not None
-    assert [round(cycles_per_column(width), 2) for width in (128, 192)] == [float(word) for word in words.groups()]
+    assert [round(cost_per_column(tile), 2) for tile in TILES["sm90"][2:]] == [float(word) for word in words.groups()]
+    for name, value in (("kStore", "store"), ("kGlu", "glu"), ("kWgrad", "wgrad")):
+        assert f"{name}Instructions = {EPILOGUE[value]}" in text
+    assert f"kMinRowsOfPairs = {MIN_ROWS_OF_PAIRS};" in text
+
+
+def test_tiles_of_sm90_are_picked_as_by_the_kernels() -> None:
+    """The cases of test_gemm_sm90.cpp."""
+    gpu = GPUS[1]
+    assert pick_tile(gpu, 511, 1536, 64) == ROWS192
+    assert pick_tile(gpu, 512, 1536, 64) == PAIRS192
+    assert pick_tile(gpu, 511, 1536, 64, "glu_backward") == ROWS128
+    assert pick_tile(gpu, 512, 1536, 64, "glu_backward") == PAIRS128
+    for columns, depth, epilogue, tile in (
+        (512, 1536, "glu", PAIRS256), (1536, 256, "store", PAIRS192), (1536, 512, "store", PAIRS256),
+        (2048, 4096, "glu", PAIRS256), (4096, 1024, "store", PAIRS256), (4096, 2048, "store", PAIRS256),
+        (128, 4096, "store", ROWS128),
+    ):  # fmt: skip
+        assert pick_tile(gpu, 10000, columns, depth, epilogue) == tile
+    assert pick_wgrad_tile(gpu, 2048, 4096, 2048, False) == PAIRS256
+    assert pick_wgrad_tile(gpu, 4096, 1024, 2048, True) == PAIRS256
+    assert pick_wgrad_tile(gpu, 128, 1024, 2048, True) != PAIRS256
+    assert pick_wgrad_tile(gpu, 1024, 256, 2048, False) != PAIRS256
 
 
 @gpus
@@ -79,11 +114,43 @@ def test_decoding_is_bound_by_the_weights(gpu: Gpu) -> None:
 @gpus
 def test_few_rows_are_padded(gpu: Gpu) -> None:
     """17 rows need a larger tile than 16. Empty experts cost nothing in a product; their weight gradients are zeros."""
-    assert pick_tile(gpu, 16, 256).rows == 16 < pick_tile(gpu, 17, 256).rows
+    assert pick_tile(gpu, 16, 256, 128).rows == 16 < pick_tile(gpu, 17, 256, 128).rows
     assert gemm(gpu, "", [100, 0, 28], 256, 128, 0).tiles == (2 + 1) * 2  # 64 x 128
     assert gemm(gpu, "", [0, 0], 256, 128, 0).tiles == 0
     assert gemm(gpu, "", [5], 256, 128, 0).flops == 2 * 5 * 256 * 128
     assert wgrad(gpu, "", [0, 0], 64, 32).bytes == 2 * 2 * 64 * 32
+
+
+def test_l2_binds_tiles_without_multicast() -> None:
+    """128 x 192 do 77 flop per byte that a block loads, 128 x 128 do 64: at 8 TB/s 614 and 512 TFLOP/s."""
+    gpu = GPUS[1]
+    assert gpu.l2_rate == pytest.approx(8e12, rel=1e-3)
+    for columns, epilogue, limit in ((4608, "store", 614e12), (4096, "glu_backward", 512e12)):
+        kernel = gemm(gpu, "", [384] * 64, columns, 4096, 0, epilogue)  # too few rows for pairs
+        assert kernel.bound == "L2"
+        assert kernel.flops / kernel.l2_bytes * gpu.l2_rate == pytest.approx(limit, rel=1e-2)
+    few = gpu._replace(multiprocessors=10)  # 640 bytes a cycle reach ten of them
+    assert few.l2_rate == 640 * gpu.clock
+
+
+def test_an_epilogue_is_hidden_by_the_other_tile_or_not_at_all() -> None:
+    gpu, deep, short = GPUS[1], 4096, 64
+    pingpong, cooperative = Tile(None, 128, 128, 1), Tile(None, 128, 128, 1, 2, True)
+    stored = EPILOGUE["glu_backward"] * 128.0  # a warp's accumulators, one per lane and column
+    product, period = cycles_of_tile(gpu, pingpong, deep, "glu_backward")
+    assert period == product
+    product, period = cycles_of_tile(gpu, pingpong, short, "glu_backward")
+    assert period == (product + stored) / 2 > product
+    product, period = cycles_of_tile(gpu, cooperative, deep, "glu_backward")
+    assert period == product + stored / 2  # each consumer has half of the tile
+
+
+def test_launches_and_what_is_expected() -> None:
+    forward = predict(GPUS[1], GPU_SHAPES["sonic-7b-n256"], GPU_TOKENS["sonic-7b-n256"], "forward")
+    assert [kernel.launches for kernel in forward.kernels] == [3, 1, 1, 1]
+    for kernel in forward.kernels:
+        assert kernel.seconds > kernel.launches * LAUNCH_SECONDS
+    assert forward.expected_tflops == EXPECTED * forward.tflops
 
 
 def test_routing_is_the_same_every_time() -> None:
@@ -108,6 +175,7 @@ def test_bench_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     text = " ".join(capsys.readouterr().out.split())
     assert text.startswith("PREDICTIONS of a model, not measurements")
     assert "predicted for H100" in text
+    assert "expected: 0.87 of it" in text
     assert "published, H100: SonicMoE 366 TFLOP/s" in text
     assert "366 (SonicMoE, H100)" in text
     results = json.loads(file.read_text())

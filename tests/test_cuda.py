@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -272,3 +273,27 @@ def test_info_with_a_module_and_no_device(
     assert f"no: {reason}" in text
     assert "sm_80 (SWITCHGEAR_CUDA_KERNELS)" in text
     assert "sm_80, compute_80, sm_90a" in text
+
+
+# ---- multiprocessors left to others ----------------------------------------------------------------------------------
+
+
+def test_multiprocessors_are_reserved_inside_and_also_on_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=0))
+    execution = cuda.Execution(SimpleNamespace(Execution=lambda *arguments: arguments), 0)
+    assert execution()[3] == 0
+    with cuda.reserved_multiprocessors(20):
+        with ThreadPoolExecutor(1) as pool:  # as autograd's
+            assert pool.submit(execution).result()[3] == 20
+        with pytest.raises(KeyError), cuda.reserved_multiprocessors(3):
+            raise KeyError
+        assert execution()[3] == 20
+    assert execution()[3] == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "error"), [(-1, ValueError), (1 << 31, ValueError), (1.5, TypeError), (True, TypeError)]
+)
+def test_reserved_multiprocessors_names_a_bad_count(count: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="count: expected"), cuda.reserved_multiprocessors(count):
+        pass

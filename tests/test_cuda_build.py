@@ -101,17 +101,26 @@ def loops(code: list[Instruction]) -> list[range]:
 
 
 def serialised(code: list[Instruction]) -> bool:
-    """Whether wgmma wait for each other: ptxas then ends a group after each, the source after eight."""
+    """Whether wgmma wait for each other: ptxas then ends a group after each, the source after four or eight."""
     products = [text for _, text in code if opcode(text).startswith("HGMMA")]
-    return sum("gsb0" in text for text in products) * 8 > len(products)
+    return sum("gsb0" in text for text in products) * 4 > len(products)
 
 
-def local_memory_between_products(code: list[Instruction], product: str) -> bool:
-    """Whether the innermost loop around the products accesses local memory more than once per stage."""
+def between_products(code: list[Instruction], product: str) -> list[str]:
+    """Opcodes of the innermost loop around the products, once per stage."""
     around = [i for i, (_, text) in enumerate(code) if opcode(text).startswith(product)]
     loop = min((loop for loop in loops(code) if around[0] in loop and around[-1] in loop), key=len, default=None)
     assert loop is not None, "the products are in no loop"
-    return any(opcode(code[i][1]).startswith(("LDL", "STL")) for i in loop)
+    return [opcode(code[i][1]) for i in loop]
+
+
+def local_memory_between_products(code: list[Instruction], product: str) -> bool:
+    return any(name.startswith(("LDL", "STL")) for name in between_products(code, product))
+
+
+def device_fence_between_products(code: list[Instruction], product: str) -> bool:
+    """A fence of the whole device takes hundreds of cycles. A release to another block of the cluster has one."""
+    return any(re.match(r"MEMBAR\.\w+\.(GPU|SYS)", name) for name in between_products(code, product))
 
 
 def most_loads_in_flight(code: list[Instruction], load: str = "LDG.E.128", store: str = "STG.E.128") -> int:
@@ -150,6 +159,13 @@ PROMISES = [
             ("HGMMA.64x", "UTMALDG.3D", "LDGSTS", "SYNCS", "USETMAXREG"), ("HMMA",)),
     Promise("wgrad_sm90_kernel", "", ("sm_90a",),
             ("HGMMA.64x", "UTMALDG.3D", "LDGSTS", "SYNCS", "USETMAXREG"), ("HMMA",)),
+    # pairs of blocks, and tiles stored by stmatrix; "ELi2ELb": clusters of two
+    Promise("gemm_sm90_kernel", "ELi2ELb", ("sm_90a",), ("UTMALDG.3D.MULTICAST", "UCGABAR_ARV", "UCGABAR_WAIT")),
+    Promise("wgrad_sm90_kernel", "ELi2ELb", ("sm_90a",), ("UTMALDG.3D.MULTICAST", "UCGABAR_ARV", "UCGABAR_WAIT")),
+    Promise("gemm_sm90_kernel", "EpilogueE0ENS1_6ConfigILNS1_5ShapeE0", ("sm_90a",),
+            ("STSM.16.M88.4",), ("SHFL.BFLY",)),
+    Promise("gemm_sm90_kernel", "ELi2ELb1E", ("sm_90a",), ("STSM.16.M88.4",), ("SHFL.BFLY",)),
+    Promise("wgrad_sm90_kernel", "", ("sm_90a",), ("STSM.16.M88.4",), ("SHFL.BFLY",)),
     *(Promise(kernel, "", EVERYWHERE, ("LDG.E.128", "STG.E.128"))
       for kernel in ("permute_kernel", "combine_kernel", "glu_kernel", "glu_backward_kernel")),
     # flags visible to other GPUs, and nothing stale in L1 after an acquire
@@ -246,6 +262,7 @@ def test_wgmma_are_not_serialised_and_nothing_is_spilled_between_them() -> None:
     for kernel in hopper:
         assert not serialised(code[kernel.symbol]), kernel.symbol
         assert not local_memory_between_products(code[kernel.symbol], "HGMMA"), kernel.symbol
+        assert not device_fence_between_products(code[kernel.symbol], "HGMMA"), kernel.symbol
 
 
 # ---- without the module ----------------------------------------------------------------------------------------------
@@ -299,6 +316,7 @@ __global__ void wgmma_kernel(float* out, uint64_t a, uint64_t b, int stages) {
     for (int i = 0; i < 8; ++i) {
       multiply(d, a + i, b + i);
       if (kTouch) d[0] += 1.0f;
+      if (kTouch) __threadfence();
     }
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     wait();
@@ -339,6 +357,7 @@ def test_the_rules_see_what_is_planted(tmp_path: Path) -> None:
         if kernel.name == "wgmma_kernel":
             assert serialised(code[kernel.symbol]) == ("ILb1E" in kernel.symbol)
             assert not local_memory_between_products(code[kernel.symbol], "HGMMA")
+            assert device_fence_between_products(code[kernel.symbol], "HGMMA") == ("ILb1E" in kernel.symbol)
             promise = Promise("wgmma_kernel", "", ("sm_90a",), ("HGMMA.64x8x16",), ("HMMA",))
             assert broken(promise, code[kernel.symbol]) == []
             assert broken(promise._replace(has=("UTMALDG",)), code[kernel.symbol]) == ["UTMALDG"]

@@ -121,6 +121,7 @@ Rows ProjectionAdapter::multiply(Side side, const Rows& rows, const TensorView& 
   g.expert_offsets = like.expert_offsets;
   g.num_experts = like.num_experts;
   g.num_slots = like.num_slots;
+  g.schedule = like.schedule;
   g.n = width_;
   g.c = m.length;
   g.out = out.data;

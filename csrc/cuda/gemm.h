@@ -77,12 +77,25 @@ struct LowRank {
   DropoutMask mask;  // of out's elements; not with kGlu
 };
 
+// Hands out tiles to blocks (tile_queue.cuh). Both are 0 before and after each kernel that uses them.
+struct TileCounter {
+  int32_t taken;  // tiles
+  int32_t done;   // blocks that will take no more
+};
+
+// Which blocks compute a product.
+struct Schedule {
+  TileCounter* counter = nullptr;    // on the device, optional
+  int reserved_multiprocessors = 0;  // left to kernels of other streams
+};
+
 struct Gemm {
   DType dtype = DType::kFloat32;
   bool allow_tf32 = false;
   Rows a;           // [S,C], gathered or in slot order
   ExpertOperand b;  // [E][N,C]
   LowRank low;
+  Schedule schedule;
   const void* bias = nullptr;
   int64_t bias_stride = 0;                  // [E,N]
   const float* scales = nullptr;            // kStore, without bias: [E], factors of the product; optional
@@ -123,6 +136,7 @@ struct Wgrad {
   int64_t m = 0, n = 0;  // widths of a and b
   void* out = nullptr;   // [num_matrices,m,n], columns contiguous; if stored transposed, a and b are swapped
   int64_t out_expert_stride = 0, out_stride = 0;
+  Schedule schedule;
 };
 
 // The width of `a`: I for kGlu, N otherwise.

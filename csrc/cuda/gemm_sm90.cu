@@ -3,6 +3,7 @@
 #include <string>
 
 #include "gemm_sm90.cuh"
+#include "gemm_sm90_wgrad.cuh"
 #include "generation.h"
 #include "launch.h"
 #include "tensor_map.h"
@@ -61,54 +62,65 @@ CUtensorMap map_of_rows(const Rows& rows, DType dtype, int64_t columns, int box_
   return make_tensor_map({rows.data, dtype, {columns, rows.count, 1}, {rows.stride, rows.stride}, box_rows});
 }
 
-// Boxes are 64 depths x `box_rows` columns of b [E][N,depth] if k is contiguous, else 64 columns x 64 depths.
-CUtensorMap map_of_weights(const Gemm& g, const ExpertOperand& b, int64_t depth, int box_rows) {
+// Boxes are 64 depths x `columns` columns of b [E][N,depth] if k is contiguous, else 64 columns x `depths` depths.
+CUtensorMap map_of_weights(const Gemm& g, const ExpertOperand& b, int64_t depth, int columns, int depths) {
   const bool k_contiguous = g.b.k_contiguous();
   const int64_t row_stride = k_contiguous ? b.n_stride : b.k_stride;
   const int64_t expert_stride = g.num_experts == 1 ? row_stride : b.expert_stride;
   if (k_contiguous) {
-    return make_tensor_map({b.data, g.dtype, {depth, g.n, g.num_experts}, {row_stride, expert_stride}, box_rows});
+    return make_tensor_map({b.data, g.dtype, {depth, g.n, g.num_experts}, {row_stride, expert_stride}, columns});
   }
-  return make_tensor_map({b.data, g.dtype, {g.n, depth, g.num_experts}, {row_stride, expert_stride}, kDepth});
+  return make_tensor_map({b.data, g.dtype, {g.n, depth, g.num_experts}, {row_stride, expert_stride}, depths});
 }
 
 // ---- launches ------------------------------------------------------------------------------------------------------------
 
-unsigned grid_for(int64_t tiles) {
-  return static_cast<unsigned>(std::min<int64_t>(tiles, device_attribute(cudaDevAttrMultiProcessorCount)));
+// One block per multiprocessor, in whole clusters, of which each has a tile.
+unsigned grid_for(int64_t tiles, const Schedule& schedule, int cluster) {
+  const int left = device_attribute(cudaDevAttrMultiProcessorCount) - schedule.reserved_multiprocessors;
+  return static_cast<unsigned>(std::min<int64_t>(tiles, std::max(1, left / cluster)) * cluster);
 }
 
 template <typename T, Epilogue kEpilogue, typename C>
 void launch_gemm(const Gemm& g, void* stream) {
   GemmParams params{};
-  const int box = gate_halves(g) ? C::kColumns / 2 : C::kColumns;
-  params.maps.weights = map_of_weights(g, g.b, g.c, box);
+  const int columns = gate_halves(g) || C::kCluster > 1 ? C::kColumns / 2 : C::kColumns, depths = kDepth / C::kCluster;
+  params.maps.weights = map_of_weights(g, g.b, g.c, columns, depths);
   if (g.a.indices == nullptr) params.maps.slots = map_of_rows(g.a, g.dtype, g.c, C::kSlots);
   if (g.low.rank > 0) {
-    params.low = {.weights = map_of_weights(g, g.low.b, g.low.rank, box),
+    params.low = {.weights = map_of_weights(g, g.low.b, g.low.rank, columns, depths),
                   .slots = map_of_rows(g.low.a, g.dtype, g.low.rank, C::kSlots)};
   }
   params.g = g;
-  const int64_t tiles = row_tile_bound(g.num_slots, g.num_experts, C::kSlots) * ((g.n + C::kColumns - 1) / C::kColumns);
-  launch(gemm_sm90_kernel<T, kEpilogue, C>, dim3(grid_for(tiles)), dim3(kThreads),
-         shared_bytes(C::kShape, C::kN, C::kStages), stream, params);
+  const int64_t rows = row_tile_bound(g.num_slots, g.num_experts, C::kSlots * C::kCluster);
+  const int64_t tiles = rows * ((g.n + C::kColumns - 1) / C::kColumns);
+  launch_clusters(C::kCluster, gemm_sm90_kernel<T, kEpilogue, C>, dim3(grid_for(tiles, g.schedule, C::kCluster)),
+                  dim3(kThreads), shared_bytes(C::kShape, C::kN, C::kStages), stream, params);
 }
 
-// The Config of row kIndex of the table.
-template <Shape kShape, int kIndex, bool kAlongN>
-using ConfigOf = Config<kShape, kConfigs[kIndex].n, kConfigs[kIndex].stages, kAlongN>;
+// The Config of a row of the table.
+template <Shape kShape, ConfigKind kKind, bool kAlongN>
+using ConfigOf = Config<kShape, kConfigs[static_cast<int>(kKind)].n, kConfigs[static_cast<int>(kKind)].stages, kAlongN,
+                        kConfigs[static_cast<int>(kKind)].cluster, kConfigs[static_cast<int>(kKind)].cooperative>;
 
 template <typename T, Epilogue kEpilogue, bool kAlongN>
 void launch_shape(const Gemm& g, void* stream) {
-  switch (pick_config(g)) {
-    case ConfigKind::kRows128: return launch_gemm<T, kEpilogue, ConfigOf<Shape::kRows, 2, kAlongN>>(g, stream);
-    default: break;
-  }
-  if constexpr (kEpilogue != Epilogue::kGluBackward) {
-    switch (pick_config(g)) {
-      case ConfigKind::kFewRows16: return launch_gemm<T, kEpilogue, ConfigOf<Shape::kFewRows, 0, kAlongN>>(g, stream);
-      case ConfigKind::kFewRows64: return launch_gemm<T, kEpilogue, ConfigOf<Shape::kFewRows, 1, kAlongN>>(g, stream);
-      default: return launch_gemm<T, kEpilogue, ConfigOf<Shape::kRows, 3, kAlongN>>(g, stream);
+  const auto launch_kind = [&]<Shape kShape, ConfigKind kKind>() {
+    launch_gemm<T, kEpilogue, ConfigOf<kShape, kKind, kAlongN>>(g, stream);
+  };
+  using enum ConfigKind;
+  const ConfigKind kind = pick_config(g);
+  if (kind == kRows128) return launch_kind.template operator()<Shape::kRows, kRows128>();
+  if constexpr (kEpilogue == Epilogue::kGluBackward) {
+    launch_kind.template operator()<Shape::kRows, kPairs128>();
+  } else if (kind == kPairs192) {
+    if constexpr (kEpilogue == Epilogue::kStore) launch_kind.template operator()<Shape::kRows, kPairs192>();
+  } else {
+    switch (kind) {
+      case kFewRows16: return launch_kind.template operator()<Shape::kFewRows, kFewRows16>();
+      case kFewRows64: return launch_kind.template operator()<Shape::kFewRows, kFewRows64>();
+      case kRows192: return launch_kind.template operator()<Shape::kRows, kRows192>();
+      default: return launch_kind.template operator()<Shape::kRows, kPairs256>();
     }
   }
 }
@@ -131,22 +143,27 @@ void launch_type(const Gemm& g, void* stream) {
   }
 }
 
-template <typename T, int kIndex>
+template <typename T, ConfigKind kKind>
 void launch_wgrad(const Wgrad& g, void* stream) {
-  using C = ConfigOf<Shape::kWgrad, kIndex, true>;
+  using C = ConfigOf<Shape::kWgrad, kKind, true>;
+  const bool shares_b = C::kCluster > 1 && g.b.indices == nullptr;
+  const bool shares_a = C::kCluster > 1 && !shares_b && g.a.indices == nullptr;
   WgradParams params{};
-  params.a = map_of_rows(g.a, g.dtype, g.m, kDepth);
-  params.b = map_of_rows(g.b, g.dtype, g.n, kDepth);
+  params.a = map_of_rows(g.a, g.dtype, g.m, shares_a ? kDepth / 2 : kDepth);
+  params.b = map_of_rows(g.b, g.dtype, g.n, shares_b ? kDepth / 2 : kDepth);
   params.g = g;
-  const int64_t tiles = g.num_matrices * ((g.m + kP - 1) / kP) * ((g.n + C::kN - 1) / C::kN);
-  launch(wgrad_sm90_kernel<T, C>, dim3(grid_for(tiles)), dim3(kThreads), shared_bytes(C::kShape, C::kN, C::kStages),
-         stream, params);
+  const int64_t height = shares_a ? kP : kP * C::kCluster, width = shares_a ? C::kN * C::kCluster : C::kN;
+  const int64_t tiles = g.num_matrices * ((g.m + height - 1) / height) * ((g.n + width - 1) / width);
+  launch_clusters(C::kCluster, wgrad_sm90_kernel<T, C>, dim3(grid_for(tiles, g.schedule, C::kCluster)), dim3(kThreads),
+                  shared_bytes(C::kShape, C::kN, C::kStages), stream, params);
 }
 
 template <typename T>
 void launch_type(const Wgrad& g, void* stream) {
-  if (wide_tiles(g.n)) return launch_wgrad<T, 3>(g, stream);
-  launch_wgrad<T, 2>(g, stream);
+  switch (pick_config(g)) {
+    case ConfigKind::kPairs256: return launch_wgrad<T, ConfigKind::kPairs256>(g, stream);
+    default: return launch_wgrad<T, ConfigKind::kRows128>(g, stream);
+  }
 }
 
 }  // namespace

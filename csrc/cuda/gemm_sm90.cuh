@@ -6,25 +6,33 @@
 //   traffic 2(S·C + E_hit·N·C + S·N) bytes, wgrad 2(S·M + S·N + E·M·N); memory-bound on an H100 below ~300 rows per expert
 //
 // Roles. One block per SM, three warpgroups. The first one is the producer: its thread 0 issues TMA; all 128 threads copy
-// gathered rows by cp.async. The other two are consumers in ping-pong: each owns every other tile of the block, and while one
-// stores its tile the other multiplies. Fine-grained experts need this: with C = 256 a tile is four stages, which take no
-// longer than its epilogue. (Both on one tile of 128 x 256 would read less from L2, but the tensor cores would idle meanwhile.)
+// gathered rows by cp.async. The other two are consumers, in one of two ways (gemm_sm90.h picks one):
+//   ping-pong    each owns every other tile of the block, and while one stores its tile the other multiplies. Short inner
+//                dimensions need this: with C = 256 a tile is four stages, which take no longer than its epilogue.
+//   cooperative  each has 64 rows of a tile of 128 x 256, which reads less from L2. The tensor cores idle during the epilogue.
+//
+// Clusters. Blocks compute tiles of one expert and the same columns in pairs, since L2 binds before the tensor cores do: each
+// loads half of the weights, and TMA writes it to the shared memory of both. So a stage is free when the consumers of both
+// blocks have released it. The second tile of a pair may be empty. In wgrad a pair shares the operand that is not gathered.
 //
 // Tiles. A tile is P·Qᵀ: P has 128 rows (two m64 instructions), Q has Config::kN.
-//   kRows     P = 128 slots, Q = 128 or 192 columns of out
+//   kRows     P = 128 slots, Q = 128, 192 or 256 columns of out
 //   kFewRows  P = 128 columns of out, Q = 16 or 64 slots: the operands are swapped, because wgmma's m is at least 64
-//   wgrad     P = 128 columns of a, Q = 128 or 192 columns of b; the inner dimension is the expert's slots
+//   wgrad     P = 128 columns of a, Q = 128 or 256 columns of b; the inner dimension is the expert's slots
 // If gates and ups are separate halves of b, a tile's weights are two boxes, one of each: a thread then holds both of a pair.
 //
 // Ring. A stage is 64 depths: rows of 128 bytes with the 128-byte swizzle. Full barrier: one arrival with the bytes of TMA and,
-// if cp.async is used, one per producer thread when its copies have landed. Empty barrier: one arrival per consumer warp after
-// waiting for its wgmma. cp.async writes through the generic proxy, so a consumer of such a stage first executes
-// fence.proxy.async. A parity cannot distinguish a phase from the one two later. So a consumer may look at the ring only after
-// the other one has seen the last stage of the previous tile; `turn` ensures this.
+// if cp.async is used, one per producer thread when its copies have landed. Empty barrier: one arrival per consumer warp of the
+// cluster after waiting for its wgmma; a warp arrives at its own block's first, so that no block can be two phases ahead.
+// cp.async writes through the generic proxy, so a consumer of such a stage first executes fence.proxy.async. A parity cannot
+// distinguish a phase from the one two later. So a consumer may look at the ring only after the other one has seen the last
+// stage of the previous tile; `turn` ensures this in ping-pong.
 //
 // Tails. TMA returns zeros outside a tensor, cp.async on request. A gemm does not store rows of the next expert in its tile.
 // wgrad would sum them, so cp.async copies an expert's last stage, with zeros after its rows. The unassigned rows, past
 // expert_offsets[E], are the tiles of one more expert, without an inner dimension.
+//
+// Which tiles a block computes is decided while it runs: tile_queue.cuh.
 //
 // An adapter (g.low) is the first stages of a tile, from maps of its own, in slot order: TMA loads them whole even if the rows
 // of a are gathered. Its rank is zero-filled to a multiple of 64. A mask of dropout is applied to the accumulators after these
@@ -35,15 +43,18 @@
 // on the grid.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
-//   gemm_sm90_kernel: 168 registers, 8 of local memory
-//   wgrad_sm90_kernel: 168 registers
-// setmaxnreg changes them to 40 for producers and 232 for consumers. The local memory is read once per row of a tile of 192
-// columns with a gate, never between the products.
+//   gemm_sm90_kernel: 168 registers, 56 of local memory
+// setmaxnreg changes them to 40 for producers and 232 for consumers with 192 accumulators, 72 and 216 with 128, 88 and 208 with
+// fewer. Local memory is used by producers with 40, and by consumers once per tile, never between the products.
 #pragma once
 #include "dropout.cuh"
 #include "gemm_schedule.cuh"
 #include "gemm_sm90_epilogue.cuh"
+#include "gemm_sm90_glu.cuh"
+#include "gemm_sm90_store.cuh"
 #include "hopper.cuh"
+#include "scan.cuh"
+#include "tile_queue.cuh"
 
 namespace switchgear::cuda::sm90 {
 
@@ -52,16 +63,23 @@ namespace switchgear::cuda::sm90 {
 enum class Shape : uint8_t { kRows, kFewRows, kWgrad };
 
 // kAlongN: n of the weights has unit stride, not k. wgmma calls such operands "MN-major".
-template <Shape kShapeOf, int kRowsOfQ, int kRingStages, bool kWeightsAlongN>
+template <Shape kShapeOf, int kRowsOfQ, int kRingStages, bool kWeightsAlongN, int kBlocksOfCluster = 1,
+          bool kConsumersShare = false>
 struct Config {
   static constexpr Shape kShape = kShapeOf;
   static constexpr int kN = kRowsOfQ;
   static constexpr int kStages = kRingStages;
   static constexpr bool kAlongN = kWeightsAlongN;
+  static constexpr int kCluster = kBlocksOfCluster;
+  static constexpr bool kCooperative = kConsumersShare;
+  static constexpr int kBlocks = kCooperative ? 1 : 2;                     // of 64 rows per consumer
+  static constexpr int kReleases = 4 * (kCooperative ? 2 : 1) * kCluster;  // of a stage
+  static_assert(kCluster <= 2 && (kShape != Shape::kFewRows || (kCluster == 1 && !kCooperative)));
   static constexpr int kSlots = kShape == Shape::kFewRows ? kN : 128;    // per tile of a gemm
   static constexpr int kColumns = kShape == Shape::kFewRows ? 128 : kN;  // of b per tile
-  // Registers per thread: 504 for one producer and two consumers.
-  static constexpr int kConsumerRegisters = 232;
+  // Registers per thread: 504 for one producer and two consumers, who need 40 or more beside their accumulators.
+  static constexpr int kAccumulators = kBlocks * kN / 2;
+  static constexpr int kConsumerRegisters = kAccumulators > 128 ? 232 : kAccumulators == 128 ? 216 : 208;
   static constexpr int kProducerRegisters = 504 - 2 * kConsumerRegisters;
   static constexpr bool kPAlongM = kShape == Shape::kWgrad || (kShape == Shape::kFewRows && kAlongN);
   static constexpr bool kQAlongN = kShape == Shape::kWgrad || (kShape == Shape::kRows && kAlongN);
@@ -76,14 +94,15 @@ constexpr int kBlockBytes = kDepth * kRowBytes;  // 64 rows
 constexpr int kScratchPitch = kP + 4;            // floats; the lanes that write a column use different banks
 
 constexpr int stage_bytes(int n) { return (kP + n) * kRowBytes; }
-// Memory in which a tile of kFewRows is transposed, per consumer.
+// Memory of the epilogues: a tile of kFewRows is transposed there, one per consumer; else rows are put together, by each warp.
 constexpr int scratch_bytes(Shape shape, int n) {
-  return shape == Shape::kFewRows ? kConsumers * n * kScratchPitch * 4 : 0;
+  return kConsumers * (shape == Shape::kFewRows ? n * kScratchPitch * 4 : 4 * kStagedBytes);
 }
 // 1024: the stages start at a multiple of the swizzle pattern.
 constexpr int shared_bytes(Shape shape, int n, int stages) {
   const int first_tiles = shape == Shape::kWgrad ? 0 : (kMaxExperts + 2) * 4;
-  return 1024 + stages * stage_bytes(n) + scratch_bytes(shape, n) + (2 * stages + kConsumers) * 8 + first_tiles;
+  const int barriers = (2 * stages + kConsumers) * 8;
+  return 1024 + stages * stage_bytes(n) + scratch_bytes(shape, n) + barriers + kQueueBytes + first_tiles;
 }
 
 // With the tensor maps of the operands that TMA loads. `low`: those of g.low.
@@ -93,10 +112,6 @@ struct GemmParams {
   };
   Maps maps, low;
   Gemm g;
-};
-struct WgradParams {
-  CUtensorMap a, b;
-  Wgrad g;
 };
 
 // ---- the ring ------------------------------------------------------------------------------------------------------------
@@ -122,15 +137,23 @@ struct Ring {
   __device__ void init(bool copies) const {
     for (int s = 0; s < C::kStages; ++s) {
       ptx::mbar_init(full + s, copies ? 1 + kProducers : 1);
-      ptx::mbar_init(empty + s, 4);
+      ptx::mbar_init(empty + s, C::kReleases);
     }
     for (int c = 0; c < kConsumers; ++c) ptx::mbar_init(turn + c, 4);
+    // An entry is read by its consumers, and by all producers or thread 0 alone.
+    queue().init(C::kReleases / C::kCluster + (copies ? kProducers / 32 : 1));
     ptx::fence_barrier_init();
   }
   __device__ float* scratch(int consumer) const {
     return reinterpret_cast<float*>(stages + C::kStages * kStageBytes) + consumer * C::kN * kScratchPitch;
   }
-  __device__ int32_t* first_tiles() const { return reinterpret_cast<int32_t*>(turn + kConsumers); }
+  __device__ unsigned char* staging() const {  // of this consumer warp
+    return stages + C::kStages * kStageBytes + (this_thread() - kProducers) / 32 * kStagedBytes;
+  }
+  __device__ TileQueue<C::kCluster> queue() const { return TileQueue<C::kCluster>(turn + kConsumers); }
+  __device__ int32_t* first_tiles() const {
+    return reinterpret_cast<int32_t*>(reinterpret_cast<unsigned char*>(turn + kConsumers) + kQueueBytes);
+  }
   __device__ static uint32_t index(uint32_t position) { return position % C::kStages; }
   __device__ static uint32_t parity(uint32_t position) { return position / C::kStages & 1; }
   __device__ unsigned char* p(uint32_t position) const { return stages + index(position) * kStageBytes; }
@@ -140,7 +163,7 @@ struct Ring {
 // ---- tiles of a gemm ----------------------------------------------------------------------------------------------------
 
 // The numbering of TileWalker (gemm_schedule.cuh), by bisection in a table in shared memory instead of a stateful walk: a
-// consumer's registers are full of accumulators.
+// consumer's registers are full of accumulators. Clusters count pairs of row tiles.
 template <typename C>
 struct GemmTiles {
   const Gemm& g;
@@ -153,25 +176,34 @@ struct GemmTiles {
   __device__ SlotRange slots(int32_t expert) const {
     return slots_of(g.expert_offsets, expert, static_cast<int32_t>(g.num_experts), static_cast<int32_t>(g.num_slots));
   }
-  __device__ static int32_t rows(SlotRange slots) { return (slots.end - slots.begin + C::kSlots - 1) / C::kSlots; }
+  __device__ static int32_t rows(SlotRange slots) {
+    constexpr int kTogether = C::kSlots * C::kCluster;
+    return (slots.end - slots.begin + kTogether - 1) / kTogether;
+  }
 
-  // Fills the table. Called by one warp, before a barrier of the block.
+  // Fills the table. Called by the block: all offsets are loaded at once, in one round trip to L2 or memory. A warp then
+  // adds up the tiles, each lane those of adjacent experts.
   __device__ void count() const {
-    const auto num_experts = static_cast<int32_t>(g.num_experts);
-    const auto lane = static_cast<int32_t>(threadIdx.x % 32);
-    int32_t before = 0;
-    for (int32_t expert = lane; expert - lane <= num_experts; expert += 32) {
-      const int32_t tiles = expert <= num_experts ? rows(slots(expert)) * columns : 0;
-      int32_t through = tiles;
+    const auto thread = static_cast<int32_t>(threadIdx.x), num_experts = static_cast<int32_t>(g.num_experts);
 #pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int32_t below = __shfl_up_sync(0xffffffffu, through, step);
-        if (lane >= step) through += below;
-      }
-      if (expert <= num_experts) first_tile[expert] = before + through - tiles;
-      before += __shfl_sync(0xffffffffu, through, 31);
+    for (int32_t i = 0; i < (kMaxExperts + kThreads) / kThreads; ++i) {
+      const int32_t expert = thread + i * kThreads;
+      if (expert <= num_experts) first_tile[expert] = rows(slots(expert)) * columns;
     }
-    if (lane == 0) first_tile[num_experts + 1] = before;
+    __syncthreads();
+    if (thread >= 32) return;
+    const int32_t each = (num_experts + 32) / 32, begin = thread * each;
+    const int32_t end = begin + each < num_experts + 1 ? begin + each : num_experts + 1;
+    int32_t own = 0;
+    for (int32_t expert = begin; expert < end; ++expert) own += first_tile[expert];
+    const int32_t through = inclusive_sum(own);
+    int32_t before = through - own;
+    for (int32_t expert = begin; expert < end; ++expert) {
+      const int32_t tiles = first_tile[expert];
+      first_tile[expert] = before;
+      before += tiles;
+    }
+    if (thread == 31) first_tile[num_experts + 1] = through;
   }
 
   __device__ int32_t size() const { return first_tile[g.num_experts + 1]; }
@@ -186,8 +218,9 @@ struct GemmTiles {
     }
     const SlotRange range = slots(expert);
     const TilePosition position = banded(t - first_tile[expert], rows(range), columns);
-    const int32_t first_row = range.begin + position.row * C::kSlots, rest = range.end - first_row;
-    return {expert, first_row, rest < C::kSlots ? rest : C::kSlots, position.column};
+    const int32_t row = position.row * C::kCluster + static_cast<int32_t>(rank_in_cluster<C::kCluster>());
+    const int32_t first_row = range.begin + row * C::kSlots, rest = range.end - first_row;
+    return {expert, first_row, rest < C::kSlots ? rest : C::kSlots, position.column};  // rest < 0: an empty tile
   }
 };
 
@@ -217,7 +250,9 @@ __device__ inline void copy_rows(unsigned char* to, const Rows& from, const int3
   }
 }
 
-// Loads one stage of the weights of a tile.
+constexpr uint16_t kBothBlocks = 3;  // a mask
+
+// Loads one stage of the weights of a tile: a cluster's block loads half, depths if n is contiguous, else columns.
 template <typename C>
 __device__ inline void load_weights(unsigned char* to, const CUtensorMap* map, const Gemm& g, uint64_t* full,
                                     const RowTile& tile, int k) {
@@ -225,11 +260,23 @@ __device__ inline void load_weights(unsigned char* to, const CUtensorMap* map, c
   const int first = tile.column * (pairs ? C::kColumns / 2 : C::kColumns);
   const int second = static_cast<int>(g.n / 2) + first;  // the ups, if `pairs`
   if constexpr (C::kAlongN) {
+    constexpr int kHalf = C::kColumns / 128;  // blocks of the first half
+    constexpr int kDepths = kDepth / C::kCluster;
+    const int skipped = static_cast<int>(rank_in_cluster<C::kCluster>()) * kDepths;
 #pragma unroll
-    for (int i = 0; i < C::kColumns / 64; ++i) {  // with `pairs`, C::kColumns is 128
-      const int n = pairs && i > 0 ? second : first + 64 * i;
-      ptx::tma_load_3d(to + i * kBlockBytes, map, full, n, k, tile.expert);
+    for (int i = 0; i < C::kColumns / 64; ++i) {  // with `pairs`, C::kColumns is a multiple of 128
+      const int n = pairs && i >= kHalf ? second + 64 * (i - kHalf) : first + 64 * i;
+      unsigned char* const block = to + i * kBlockBytes + skipped * kRowBytes;
+      if constexpr (C::kCluster > 1) {
+        ptx::tma_load_3d_multicast(block, map, full, n, k + skipped, tile.expert, kBothBlocks);
+      } else {
+        ptx::tma_load_3d(block, map, full, n, k, tile.expert);
+      }
     }
+  } else if constexpr (C::kCluster > 1) {
+    const int rank = static_cast<int>(rank_in_cluster<C::kCluster>()), half = C::kColumns / 2;
+    const int n = rank == 0 ? first : pairs ? second : first + half;
+    ptx::tma_load_3d_multicast(to + rank * half * kRowBytes, map, full, k, n, tile.expert, kBothBlocks);
   } else {
     ptx::tma_load_3d(to, map, full, k, first, tile.expert);
     if (pairs) ptx::tma_load_3d(to + C::kColumns / 2 * kRowBytes, map, full, k, second, tile.expert);
@@ -251,9 +298,9 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
   if (!gather && threadIdx.x != 0) return;
   constexpr int kWeightBytes = C::kColumns * kRowBytes, kSlotBytes = C::kSlots * kRowBytes;
   const int low_stages = num_low_stages(g);
-  uint32_t position = 0;
-  const int32_t num_tiles = tiles.size();
-  for (auto t = static_cast<int32_t>(blockIdx.x); t < num_tiles; t += static_cast<int32_t>(gridDim.x)) {
+  const TileSource<C::kCluster> source{g.schedule.counter};
+  const auto stages_of = [&](int32_t t) { return num_stages_of<C>(g, tiles[t]); };
+  produce_tiles(source, ring.queue(), tiles.size(), gather, stages_of, [&](int32_t t, uint32_t position) {
     const RowTile tile = tiles[t];
     int32_t rows[C::kSlots / 16] = {};
     if (gather) {
@@ -280,16 +327,19 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
       if (copies) copy_rows<T>(to_slots, g.a, rows, k, static_cast<int>(g.c));
       if (gather) ptx::cp_async_mbar_arrive(full);
     }
-  }
+  });
 }
 
 // ---- consumers -----------------------------------------------------------------------------------------------------------
 
 __device__ inline int this_consumer() { return this_thread() / 128 - 1; }
 
-// Frees a stage. All lanes have waited for the warp's last reads.
+// Frees a stage, for the producers of all blocks. All lanes have waited for the warp's last reads.
+template <int kCluster>
 __device__ inline void release(uint64_t* empty) {
-  if (threadIdx.x % 32 == 0) ptx::mbar_arrive(empty);
+  if (threadIdx.x % 32 != 0) return;
+  ptx::mbar_arrive(empty);
+  if constexpr (kCluster > 1) ptx::mbar_arrive_remote(empty, ptx::cluster_rank() ^ 1);
 }
 
 // Sixteen depths of an operand: 32 bytes of each row, or 16 rows if m or n is contiguous. Blocks of 64 rows are adjacent in
@@ -312,12 +362,12 @@ struct LowMask {
   int32_t tile;
   int stage;  // -1: no mask
 
-  __device__ void apply(Accumulators<C::kN>& acc) const {
+  __device__ void apply(Accumulators<C::kN, C::kBlocks>& acc) const {
     const RowTile at = tiles[ptx::opaque(tile)];  // found again instead of kept
     const int lane = this_thread() % 32, column = at.column * C::kColumns;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int p = row_of_thread(i);
+    for (int i = 0; i < 2 * C::kBlocks; ++i) {
+      const int p = row_of_thread<C::kBlocks>(i);
       DropoutRow row(g.low.mask, at.first_row + p);
 #pragma unroll
       for (int j = 0; j < C::kN / 4; ++j) {
@@ -333,15 +383,23 @@ struct NoMask {
   static constexpr bool kMasks = false;
 };
 
-// acc = P·Qᵀ over the stages from `position` on; then passes the turn on. `copied(stage)`: whether cp.async wrote the stage.
-template <typename T, typename C, typename Copied, typename Mask>
-__device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, uint32_t position, int num_stages,
-                                const Copied& copied, const Mask& mask) {
+template <int kBlocks, int kPerBlock>
+__device__ inline void wait_for_registers(float (&acc)[kBlocks][kPerBlock]) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < kBlocks; ++i) ptx::wgmma_registers(acc[i]);
+}
+
+// acc = P·Qᵀ over the stages from `position` on; then passes the turn on, in ping-pong. `copied(stage)`: whether cp.async
+// wrote the stage.
+template <typename T, typename C, typename Copied, typename Mask>
+__device__ inline void multiply(Accumulators<C::kN, C::kBlocks>& acc, const Ring<C>& ring, uint32_t position,
+                                int num_stages, const Copied& copied, const Mask& mask) {
+#pragma unroll
+  for (int i = 0; i < C::kBlocks; ++i) {
 #pragma unroll
     for (int j = 0; j < C::kN / 2; ++j) acc[i][j] = 0.0f;
   }
+  const int first_block = C::kCooperative ? this_consumer() : 0;
   // All lanes must see this turn before one of them passes it on; otherwise the phase they wait for could end unseen. Products
   // synchronise the lanes too, but an expert without rows has none.
   if (num_stages == 0) __syncwarp();
@@ -351,8 +409,7 @@ __device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, u
     if constexpr (Mask::kMasks) {
       if (stage == mask.stage) {
         ptx::wgmma_wait<0>();  // the products before are done
-        ptx::wgmma_registers(acc[0]);
-        ptx::wgmma_registers(acc[1]);
+        wait_for_registers(acc);
         mask.apply(acc);
       }
     }
@@ -362,31 +419,31 @@ __device__ inline void multiply(Accumulators<C::kN>& acc, const Ring<C>& ring, u
     for (int k = 0; k < kDepth / 16; ++k) {
       const uint64_t q_tile = operand<C::kQAlongN>(q, k);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        ptx::wgmma<T, C::kN, C::kPAlongM, C::kQAlongN>(acc[i], operand<C::kPAlongM>(p + i * kBlockBytes, k), q_tile, 1);
+      for (int i = 0; i < C::kBlocks; ++i) {
+        ptx::wgmma<T, C::kN, C::kPAlongM, C::kQAlongN>(
+            acc[i], operand<C::kPAlongM>(p + (first_block + i) * kBlockBytes, k), q_tile, 1);
       }
     }
     ptx::wgmma_commit();
     if (stage > 0) {  // waits for the previous stage's products; this stage's continue
       ptx::wgmma_wait<1>();
-      release(ring.empty + ring.index(position - 1));
+      release<C::kCluster>(ring.empty + ring.index(position - 1));
     }
   }
-  if (threadIdx.x % 32 == 0) ptx::mbar_arrive(ring.turn + (1 - this_consumer()));
+  if (!C::kCooperative && threadIdx.x % 32 == 0) ptx::mbar_arrive(ring.turn + (1 - this_consumer()));
   ptx::wgmma_wait<0>();
-  if (num_stages > 0) release(ring.empty + ring.index(position - 1));
-  ptx::wgmma_registers(acc[0]);
-  ptx::wgmma_registers(acc[1]);
+  if (num_stages > 0) release<C::kCluster>(ring.empty + ring.index(position - 1));
+  wait_for_registers(acc);
 }
 
 // The accumulators of kFewRows are columns x slots; they are transposed through scratch memory.
 template <typename T, Epilogue kEpilogue, typename C>
-__device__ inline void finish_few_rows(const Gemm& g, const RowTile& tile, const Accumulators<C::kN>& acc,
+__device__ inline void finish_few_rows(const Gemm& g, const RowTile& tile, const Accumulators<C::kN, 2>& acc,
                                        float* scratch, int consumer) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int column = row_of_thread(i);
+    const int column = row_of_thread<2>(i);
 #pragma unroll
     for (int j = 0; j < C::kN / 4; ++j) {
       const int slot = j / 2 * 8 + thread % 4 * 2 + j % 2;
@@ -403,22 +460,32 @@ __device__ inline void finish_few_rows(const Gemm& g, const RowTile& tile, const
 }
 
 template <typename T, Epilogue kEpilogue, typename C>
-__device__ inline void finish(const Gemm& g, const RowTile& tile, Accumulators<C::kN>& acc, const Ring<C>& ring,
-                              int consumer) {
+__device__ inline void finish(const Gemm& g, const RowTile& tile, Accumulators<C::kN, C::kBlocks>& acc,
+                              const Ring<C>& ring, int consumer) {
   if constexpr (C::kShape == Shape::kFewRows) {
     finish_few_rows<T, kEpilogue, C>(g, tile, acc, ring.scratch(consumer), consumer);
+  } else if constexpr (kEpilogue == Epilogue::kStore) {
+    store_tile<T, C::kN, C::kBlocks>(acc, ring.staging(), tile.column * C::kColumns, static_cast<int>(g.n),
+                                     Affine<T>(g, tile.expert), [&](int r) -> T* {
+                                       if (r >= tile.rows) return nullptr;
+                                       return static_cast<T*>(g.out) + int64_t{tile.first_row + r} * g.out_stride;
+                                     });
+  } else if constexpr (kEpilogue == Epilogue::kGlu && C::kCooperative) {
+    glu_tile<T, C::kN>(g, tile, acc, ring.staging());
   } else {
 #pragma unroll 1
-    for (int i = 0; i < ptx::opaque(4); ++i) {  // opaque: else the loop is unrolled anyway
+    for (int i = 0; i < ptx::opaque(2 * C::kBlocks); ++i) {  // opaque: else the loop is unrolled anyway
       const RowTile here{ptx::opaque(tile.expert), tile.first_row, tile.rows, tile.column};  // no pointers kept
-      finish_row<kEpilogue, T>(g, here, row_of_thread(i), QuadRuns<C::kN>{acc});
+      finish_row<kEpilogue, T>(g, here, row_of_thread<C::kBlocks>(i), QuadRuns<C::kN, C::kBlocks>{acc});
     }
   }
 }
 
 // Waits for a consumer's n-th turn, which starts after n arrivals of the other one; consumer 0's first needs none.
+// Cooperative consumers take no turns.
 template <typename C>
 __device__ inline void wait_for_turn(const Ring<C>& ring, int consumer, uint32_t n) {
+  if constexpr (C::kCooperative) return;
   ptx::mbar_wait(ring.turn + consumer, consumer == 0 ? (n & 1) ^ 1 : n & 1);
 }
 
@@ -426,15 +493,15 @@ template <typename T, Epilogue kEpilogue, typename C>
 __device__ inline void consume(const GemmParams& params, const Ring<C>& ring, const GemmTiles<C>& tiles) {
   const Gemm& g = params.g;
   const bool gather = g.a.indices != nullptr;
-  const auto stride = static_cast<int32_t>(gridDim.x);
-  for (auto t = static_cast<int32_t>(blockIdx.x) + this_consumer() * stride; t < tiles.size();
-       t += kConsumers * stride) {
-    // Tiles without an inner dimension come last, so every tile before has num_stages stages.
-    const auto count = static_cast<uint32_t>(t / stride);
+  constexpr uint32_t kStep = C::kCooperative ? 1 : kConsumers;
+  for (auto n = C::kCooperative ? 0 : static_cast<uint32_t>(this_consumer());; n += kStep) {
+    const QueuedTile queued = ring.queue().wait(n);
+    const int32_t t = queued.tile;
+    if (t >= tiles.size()) break;
+    const uint32_t position = queued.position;
     const int num_stages = num_stages_of<C>(g, tiles[t]);
-    Accumulators<C::kN> acc;
-    wait_for_turn(ring, this_consumer(), count / kConsumers);
-    const auto position = count * static_cast<uint32_t>(num_stages);
+    Accumulators<C::kN, C::kBlocks> acc;
+    wait_for_turn(ring, this_consumer(), n / kConsumers);
     const auto copied = [&](int) { return gather; };
     if constexpr (kEpilogue == Epilogue::kGlu) {
       multiply<T>(acc, ring, position, num_stages, copied, NoMask{});
@@ -442,7 +509,9 @@ __device__ inline void consume(const GemmParams& params, const Ring<C>& ring, co
       const LowMask<C> mask{g, tiles, t, g.low.mask.drops() ? num_low_stages(g) : -1};
       multiply<T>(acc, ring, position, num_stages, copied, mask);
     }
-    finish<T, kEpilogue>(g, tiles[ptx::opaque(t)], acc, ring, this_consumer());  // found again instead of kept
+    finish<T, kEpilogue>(g, tiles[ring.queue().load(n).tile], acc, ring,
+                         this_consumer());  // found again instead of kept
+    ring.queue().release(n, true);
   }
 }
 
@@ -452,8 +521,9 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_kernel(const __grid_con
   const Ring<C> ring(memory);
   const GemmTiles<C> tiles(params.g, ring.first_tiles());
   if (threadIdx.x == 0) ring.init(params.g.a.indices != nullptr);
-  if (threadIdx.x < 32) tiles.count();
+  tiles.count();
   __syncthreads();
+  sync_cluster<C::kCluster>();  // the barriers are initialised in both blocks
   if (threadIdx.x < kProducers) {
     ptx::setmaxnreg_dec<C::kProducerRegisters>();
     produce<T>(params, ring, tiles);
@@ -461,132 +531,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_kernel(const __grid_con
     ptx::setmaxnreg_inc<C::kConsumerRegisters>();
     consume<T, kEpilogue>(params, ring, tiles);
   }
-}
-
-// ---- weight gradient -----------------------------------------------------------------------------------------------------
-
-// A tile of one expert's gradient and the slots it sums over.
-struct WgradTile {
-  int32_t matrix;
-  TilePosition position;
-  SlotRange slots;
-
-  __device__ int num_stages() const { return (slots.end - slots.begin + kDepth - 1) / kDepth; }
-  // Whether a stage extends past the expert's slots.
-  __device__ bool has_tail(int stage) const { return slots.begin + (stage + 1) * kDepth > slots.end; }
-};
-
-template <typename C>
-struct WgradTiles {
-  const Wgrad& g;
-
-  // Numbers of tiles; rows and columns per expert.
-  __device__ int32_t rows() const { return (static_cast<int32_t>(g.m) + kP - 1) / kP; }
-  __device__ int32_t columns() const { return (static_cast<int32_t>(g.n) + C::kN - 1) / C::kN; }
-  __device__ int32_t size() const { return static_cast<int32_t>(g.num_matrices) * rows() * columns(); }
-  __device__ WgradTile operator[](int32_t t) const {
-    const int32_t each = rows() * columns(), matrix = t / each;
-    return {matrix, banded(t - matrix * each, rows(), columns()),
-            slots_of_matrix(g.expert_offsets, g.experts, matrix, static_cast<int32_t>(g.num_experts),
-                            static_cast<int32_t>(g.num_slots))};
-  }
-};
-
-// Loads 64 slots of kWidth columns of one operand, in blocks of 64 columns.
-template <typename T, int kWidth>
-__device__ inline void load_slots(unsigned char* to, const CUtensorMap* map, uint64_t* full, const Rows& rows,
-                                  int column, int width, int32_t first, int32_t end, bool by_row) {
-  if (!by_row) {
-    if (threadIdx.x != 0) return;
-#pragma unroll
-    for (int i = 0; i < kWidth / 64; ++i) {
-      ptx::tma_load_3d(to + i * kBlockBytes, map, full, column + 64 * i, first, 0);
-    }
-    return;
-  }
-  int32_t source[kDepth / 16];
-#pragma unroll
-  for (int i = 0; i < kDepth / 16; ++i) {
-    const int32_t slot = first + static_cast<int>(threadIdx.x) / 8 + 16 * i;
-    source[i] = slot < end ? source_row(rows, slot) : -1;
-  }
-#pragma unroll
-  for (int i = 0; i < kWidth / 64; ++i) copy_rows<T>(to + i * kBlockBytes, rows, source, column + 64 * i, width);
-}
-
-template <typename T, typename C>
-__device__ inline void produce(const WgradParams& params, const Ring<C>& ring, const WgradTiles<C>& tiles) {
-  const Wgrad& g = params.g;
-  const bool gather_a = g.a.indices != nullptr, gather_b = g.b.indices != nullptr;
-  uint32_t position = 0;
-  for (auto t = static_cast<int32_t>(blockIdx.x); t < tiles.size(); t += static_cast<int32_t>(gridDim.x)) {
-    const WgradTile tile = tiles[t];
-    for (int stage = 0; stage < tile.num_stages(); ++stage, ++position) {
-      uint64_t* const full = ring.full + ring.index(position);
-      const bool tail = tile.has_tail(stage);
-      const bool copy_a = tail || gather_a, copy_b = tail || gather_b;
-      const int32_t first = tile.slots.begin + stage * kDepth, end = tile.slots.end;
-      ptx::mbar_wait(ring.empty + ring.index(position), ring.parity(position) ^ 1);
-      if (threadIdx.x == 0) ptx::mbar_expect_tx(full, ((copy_a ? 0 : kP) + (copy_b ? 0 : C::kN)) * kRowBytes);
-      load_slots<T, kP>(ring.p(position), &params.a, full, g.a, tile.position.row * kP, static_cast<int>(g.m), first,
-                        end, copy_a);
-      load_slots<T, C::kN>(ring.q(position), &params.b, full, g.b, tile.position.column * C::kN, static_cast<int>(g.n),
-                           first, end, copy_b);
-      ptx::cp_async_mbar_arrive(full);
-    }
-  }
-}
-
-template <typename T, typename C>
-__device__ inline void finish(const Wgrad& g, const WgradTile& tile, Accumulators<C::kN>& acc) {
-#pragma unroll 1
-  for (int i = 0; i < 4; ++i) {
-    const int64_t m = static_cast<int64_t>(tile.position.row) * kP + row_of_thread(i);
-    T* const out = static_cast<T*>(g.out) + tile.matrix * g.out_expert_stride + m * g.out_stride;
-    const QuadRuns<C::kN> runs{acc};
-#pragma unroll
-    for (int r = 0; r < runs.kRuns; ++r) {
-      float values[8];
-      runs.get(r, values);
-      const int64_t column = static_cast<int64_t>(tile.position.column) * C::kN + 32 * r + lane_column();
-      if (m < g.m && column < g.n) store_run(out + column, values);
-    }
-  }
-}
-
-template <typename T, typename C>
-__device__ inline void consume(const WgradParams& params, const Ring<C>& ring, const WgradTiles<C>& tiles) {
-  const Wgrad& g = params.g;
-  const int consumer = static_cast<int>(threadIdx.x) / 128 - 1;
-  const bool gather = g.a.indices != nullptr || g.b.indices != nullptr;
-  uint32_t position = 0, count = 0;
-  for (auto t = static_cast<int32_t>(blockIdx.x); t < tiles.size(); t += static_cast<int32_t>(gridDim.x), ++count) {
-    const WgradTile tile = tiles[t];
-    if (count % kConsumers == static_cast<uint32_t>(consumer)) {
-      Accumulators<C::kN> acc;
-      wait_for_turn(ring, consumer, count / kConsumers);
-      multiply<T>(
-          acc, ring, position, tile.num_stages(), [&](int stage) { return gather || tile.has_tail(stage); }, NoMask{});
-      finish<T, C>(g, tiles[ptx::opaque(t)], acc);
-    }
-    position += static_cast<uint32_t>(tile.num_stages());
-  }
-}
-
-template <typename T, typename C>
-__global__ void __launch_bounds__(kThreads, 1) wgrad_sm90_kernel(const __grid_constant__ WgradParams params) {
-  SHARED_DYN(unsigned char, memory);
-  const Ring<C> ring(memory);
-  if (threadIdx.x == 0) ring.init(true);
-  __syncthreads();
-  const WgradTiles<C> tiles{params.g};
-  if (threadIdx.x < kProducers) {
-    ptx::setmaxnreg_dec<C::kProducerRegisters>();
-    produce<T>(params, ring, tiles);
-  } else {
-    ptx::setmaxnreg_inc<C::kConsumerRegisters>();
-    consume<T>(params, ring, tiles);
-  }
+  sync_cluster<C::kCluster>();  // no block still uses the other's memory
 }
 
 }  // namespace switchgear::cuda::sm90

@@ -2,6 +2,8 @@
 // The epilogues of gemm_sm90.cuh: from the accumulators of a wgmma to rows in memory, for sizes and strides that are
 // multiples of 8 elements. gemm.h defines what they compute, ops.h the formats of h.
 //
+// Tiles without a gate, and cooperative ones, are stored by gemm_sm90_store.cuh and gemm_sm90_glu.cuh instead.
+//
 // A thread handles runs of eight adjacent columns: 16 bytes of a row, 64 bytes per quad. The lanes of a quad hold two columns
 // each of every block of eight; four shuffles per block turn these into runs. About 1 shuffle and 3 selects per element, hidden
 // behind the products of the other consumer; every store fills whole sectors.
@@ -14,17 +16,19 @@
 
 namespace switchgear::cuda::sm90 {
 
-// Rows 64·i + 16·warp + lane/4 (+ 8), columns 8·j + 2·(lane % 4) (+ 1): element [i][4·j (+ 2) (+ 1)].
-template <int kN>
-using Accumulators = float[2][kN / 2];
+// Of kBlocks blocks of 64 rows: rows 64·i + 16·warp + lane/4 (+ 8), columns 8·j + 2·(lane % 4) (+ 1) are element
+// [i][4·j (+ 2) (+ 1)].
+template <int kN, int kBlocks>
+using Accumulators = float[kBlocks][kN / 2];
 
 // threadIdx.x, opaque so that nothing derived from it is kept: with 192 accumulators a thread has 40 other registers.
 __device__ inline int this_thread() { return ptx::opaque(static_cast<int>(threadIdx.x)); }
 
-// Row i of the four rows of this thread in a tile of 128.
+// Row i of the rows of this thread in a tile of 128: four, or two if each consumer has one block of the tile.
+template <int kBlocks>
 __device__ inline int row_of_thread(int i) {
-  const int thread = this_thread() % 128;
-  return 64 * (i / 2) + 16 * (thread / 32) + thread % 32 / 4 + 8 * (i % 2);
+  const int thread = this_thread() % 128, block = kBlocks == 1 ? this_thread() / 128 - 1 : i / 2;
+  return 64 * block + 16 * (thread / 32) + thread % 32 / 4 + 8 * (i % 2);
 }
 
 // First column of this thread's first run.
@@ -37,10 +41,10 @@ __device__ inline int lane_column() { return this_thread() % 4 * 8; }
 //
 // A run is read once: get then moves the accumulators of the thread's next row into its place. Registers cannot be indexed at
 // run time, and an epilogue unrolled over the rows is four times as long.
-template <int kN>
+template <int kN, int kBlocks>
 struct QuadRuns {
   static constexpr int kRuns = kN / 32;
-  Accumulators<kN>& rows;
+  Accumulators<kN, kBlocks>& rows;
 
   __device__ void get(int g, float (&run)[8]) const {
     float (&acc)[kN / 2] = rows[0];
@@ -71,8 +75,10 @@ struct QuadRuns {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         ptx::move(rows[0][j + c], rows[0][j + 2 + c]);
-        ptx::move(rows[0][j + 2 + c], rows[1][j + c]);
-        ptx::move(rows[1][j + c], rows[1][j + 2 + c]);
+        if constexpr (kBlocks == 2) {
+          ptx::move(rows[0][j + 2 + c], rows[1][j + c]);
+          ptx::move(rows[1][j + c], rows[1][j + 2 + c]);
+        }
       }
     }
   }

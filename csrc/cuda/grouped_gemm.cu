@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "expert_weights.h"
 #include "gemm.h"
 #include "ops.h"
+#include "platform.cuh"
 #include "workspace.h"
 
 namespace switchgear::cuda {
@@ -11,6 +14,18 @@ namespace {
 
 Rows rows_of(const TensorView& x, const TensorView& token_indices) {
   return {x.data, x.stride[0], x.shape[0], token_indices.as<const int32_t>()};
+}
+
+// With a counter if the kernel takes one. Queues the kernel that sets it to zero.
+Schedule schedule_of(const Execution& exec, bool counts) {
+  Schedule schedule{.reserved_multiprocessors = exec.reserved_multiprocessors};
+  if (!counts) return schedule;
+  Workspace memory(allocate(exec, sizeof(TileCounter)));
+  schedule.counter = memory.take<TileCounter>(1);
+  const cudaError_t error =
+      cudaMemsetAsync(schedule.counter, 0, sizeof(TileCounter), static_cast<cudaStream_t>(exec.stream));
+  if (error != cudaSuccess) throw std::runtime_error(std::string("cudaMemsetAsync: ") + cudaGetErrorString(error));
+  return schedule;
 }
 
 }  // namespace
@@ -21,20 +36,21 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   Workspace memory(allocate(exec, count * static_cast<int64_t>(sizeof(SeparateMatrix))));
   auto* const separate = memory.take<SeparateMatrix>(count);
   write_separate("weight", args.weight, separate, exec.stream);
-  gemm({.dtype = args.x.dtype,
-        .allow_tf32 = exec.allow_tf32,
-        .a = rows_of(args.x, args.token_indices),
-        .b = operand_of(args.weight, true, separate),
-        .bias = args.bias.data,
-        .bias_stride = args.bias.stride[0],
-        .expert_offsets = args.expert_offsets.as<const int32_t>(),
-        .num_experts = args.weight.data.shape[0],
-        .num_slots = args.out.shape[0],
-        .n = args.out.shape[1],
-        .c = args.x.shape[1],
-        .out = args.out.data,
-        .out_stride = args.out.stride[0]},
-       exec.stream);
+  Gemm g{.dtype = args.x.dtype,
+         .allow_tf32 = exec.allow_tf32,
+         .a = rows_of(args.x, args.token_indices),
+         .b = operand_of(args.weight, true, separate),
+         .bias = args.bias.data,
+         .bias_stride = args.bias.stride[0],
+         .expert_offsets = args.expert_offsets.as<const int32_t>(),
+         .num_experts = args.weight.data.shape[0],
+         .num_slots = args.out.shape[0],
+         .n = args.out.shape[1],
+         .c = args.x.shape[1],
+         .out = args.out.data,
+         .out_stride = args.out.stride[0]};
+  g.schedule = schedule_of(exec, sm90_takes(g));
+  gemm(g, exec.stream);
 }
 
 void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec) {
@@ -58,6 +74,7 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec) {
     std::swap(g.m, g.n);
     g.out_stride = gradient.stride[2];
   }
+  g.schedule = schedule_of(exec, g.num_matrices > 0 && sm90_takes(g));
   wgrad(g, exec.stream);
 }
 

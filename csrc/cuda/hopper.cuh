@@ -88,7 +88,24 @@ PTX void mbar_wait(uint64_t* bar, uint32_t parity PTX_AND_AT) {
       "r"(parity)
       : "memory");
 #else
-  simt::mbarrier_wait(bar, parity, at);
+  simt::mbarrier_wait(bar, parity, false, at);
+#endif
+}
+
+// The same, and what other blocks of the cluster did before their arrivals is visible.
+PTX void mbar_wait_cluster(uint64_t* bar, uint32_t parity PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+      "@!p bra again;\n"
+      "}" ::"r"(smem_u32(bar)),
+      "r"(parity)
+      : "memory");
+#else
+  simt::mbarrier_wait(bar, parity, true, at);
 #endif
 }
 
@@ -119,6 +136,86 @@ PTX void fence_proxy_async_global() {
 #endif
 }
 
+// ---- clusters: blocks that use each other's shared memory ------------------------------------------------------------------
+// No block may end while another one still uses its shared memory, nor be used before it has started: a barrier at both ends.
+
+PTX unsigned cluster_rank() {
+#if defined(__CUDACC__)
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return simt::cluster_rank();
+#endif
+}
+
+// The barrier of all threads of a cluster, in two steps. Accesses before the first come before those after the second.
+PTX void cluster_arrive(PTX_AT) {
+#if defined(__CUDACC__)
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#else
+  simt::cluster_arrive(at);
+#endif
+}
+
+PTX void cluster_wait(PTX_AT) {
+#if defined(__CUDACC__)
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+  simt::cluster_wait(at);
+#endif
+}
+
+// Arrives at the barrier at this address in the block of that rank. Orders what this thread waited for (wgmma) or read before
+// what the other block does after mbar_wait, such as copies to the same memory; not its stores, which need the form below, a
+// fence of the whole device. CUTLASS's rings rely on the same.
+PTX void mbar_arrive_remote(uint64_t* bar, unsigned rank PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(smem_u32(bar)),
+      "r"(rank)
+      : "memory");
+#else
+  simt::mbarrier_arrive_cluster(bar, rank, false, at);
+#endif
+}
+
+// The same, and this thread's stores are visible after mbar_wait_cluster.
+PTX void mbar_arrive_cluster(uint64_t* bar, unsigned rank PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(smem_u32(bar)),
+      "r"(rank)
+      : "memory");
+#else
+  simt::mbarrier_arrive_cluster(bar, rank, true, at);
+#endif
+}
+
+// Stores to this address in the block of that rank.
+PTX void st_cluster(uint64_t* shared, unsigned rank, uint64_t value PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.b64 [there], %2;\n"
+      "}" ::"r"(smem_u32(shared)),
+      "r"(rank), "l"(value)
+      : "memory");
+#else
+  simt::store_cluster(shared, rank, value, at);
+#endif
+}
+
 // ---- TMA: boxes of a tensor, described by its map; one thread issues -------------------------------------------------------
 // The tile in shared memory starts at a multiple of 128 bytes; a swizzled one at a multiple of its pattern, 1024 bytes for
 // 128B. Elements outside the tensor are read as zeros, count as bytes, and are not written.
@@ -146,6 +243,23 @@ PTX void tma_load_3d(void* shared, const CUtensorMap* map, uint64_t* bar, int x,
 #else
   const int coordinates[] = {x, y, z};
   simt::tma_load(shared, map, bar, coordinates, 3, at);
+#endif
+}
+
+// The same box to the same address in all blocks of the cluster whose bit of `blocks` is set. The bytes count at the barrier at
+// the address of `bar` in each of them.
+PTX void tma_load_3d_multicast(void* shared, const CUtensorMap* map, uint64_t* bar, int x, int y, int z,
+                               uint16_t blocks PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%3, "
+      "%4, %5}], [%2], %6;" ::"r"(smem_u32(shared)),
+      "l"(map), "r"(smem_u32(bar)), "r"(x), "r"(y), "r"(z), "h"(blocks)
+      : "memory");
+#else
+  const int coordinates[] = {x, y, z};
+  simt::tma_load_multicast(shared, map, bar, coordinates, 3, blocks, at);
 #endif
 }
 

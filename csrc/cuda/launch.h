@@ -77,6 +77,17 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   launch_with(nullptr, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
 }
 
+// Clusters of `cluster` blocks along x.
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                     void* stream, Arguments&&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  launch_with(cluster == 1 ? nullptr : &attribute, kernel, grid, block, shared_bytes, stream,
+              std::forward<Arguments>(arguments)...);
+}
+
 // All blocks run at the same time, so they may wait for each other. Throws if the device cannot hold them.
 template <typename... Parameters, typename... Arguments>
 void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,

@@ -9,6 +9,7 @@ namespace switchgear::cuda {
 
 struct OwnPlan {
   Plan plan;
+  TileCounter* counter;  // of all products of the op: they run one after another
   std::byte* workspace;
 
   OwnPlan(Workspace& memory, const TensorView& topk_ids, int64_t num_experts) {
@@ -16,8 +17,14 @@ struct OwnPlan {
     plan.expert_offsets = view(memory.take<int32_t>(num_experts + 1), DType::kInt32, num_experts + 1);
     plan.token_indices = view(memory.take<int32_t>(num_slots), DType::kInt32, num_slots);
     plan.slot_indices = view(memory.take<int32_t>(num_slots), DType::kInt32, num_tokens, top_k);
+    counter = memory.take<TileCounter>(1);
     workspace = memory.take<std::byte>(plan_workspace_size(num_slots, num_experts));
   }
+
+  void make(const TensorView& topk_ids, void* stream) const {
+    cuda::plan({.topk_ids = topk_ids, .plan = plan}, workspace, counter, stream);
+  }
+  Schedule schedule(const Execution& exec) const { return {counter, exec.reserved_multiprocessors}; }
 };
 
 // A matrix [rows, columns] whose rows start at multiples of 16 bytes.

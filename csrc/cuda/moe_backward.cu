@@ -96,7 +96,8 @@ void weight_gradient(const TensorView& gradient, const TensorView& experts, cons
           .n = gradient.shape[2],
           .out = gradient.data,
           .out_expert_stride = gradient.stride[0],
-          .out_stride = gradient.stride[1]};
+          .out_stride = gradient.stride[1],
+          .schedule = like.schedule};
   if (gradient.stride[2] != 1) {  // stored transposed: so is the product
     std::swap(g.a, g.b);
     std::swap(g.m, g.n);
@@ -189,7 +190,7 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   write_separate("gate_up_proj", weights.gate_up_proj, m.gate_up, exec.stream);
   write_separate("down_proj", weights.down_proj, m.down, exec.stream);
   const Plan& p = m.own.plan;
-  plan({.topk_ids = args.topk_ids, .plan = p}, m.own.workspace, exec.stream);
+  m.own.make(args.topk_ids, exec.stream);
   const int64_t num_slots = args.topk_ids.numel();
   if (num_slots > 0) {
     launch(slot_weights_kernel, dim3(blocks_of(num_slots, kMoeThreads)), dim3(kMoeThreads), 0, exec.stream,
@@ -206,6 +207,7 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
          .allow_tf32 = exec.allow_tf32,
          .a = grad_y,
          .b = operand_of(weights.down_proj, false, m.down),
+         .schedule = m.own.schedule(exec),
          .expert_offsets = p.expert_offsets.as<const int32_t>(),
          .num_experts = weights.gate_up_proj.data.shape[0],
          .num_slots = num_slots,

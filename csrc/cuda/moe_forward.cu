@@ -74,7 +74,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   write_separate("gate_up_proj", weights.gate_up_proj, m.gate_up, exec.stream);
   write_separate("down_proj", weights.down_proj, m.down, exec.stream);
   const Plan& p = m.own.plan;
-  plan({.topk_ids = args.topk_ids, .plan = p}, m.own.workspace, exec.stream);
+  m.own.make(args.topk_ids, exec.stream);
   const auto* const expert_offsets = p.expert_offsets.as<const int32_t>();
   m.gate_up_adapter.copy_matrices(expert_offsets, num_slots, exec.stream);
   m.down_adapter.copy_matrices(expert_offsets, num_slots, exec.stream);
@@ -83,6 +83,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
          .allow_tf32 = exec.allow_tf32,
          .a = rows_of(args.x, p.token_indices.as<const int32_t>()),
          .b = operand_of(weights.gate_up_proj, true, m.gate_up),
+         .schedule = m.own.schedule(exec),
          .bias = weights.gate_up_bias.data,
          .bias_stride = weights.gate_up_bias.stride[0],
          .expert_offsets = expert_offsets,

@@ -24,6 +24,7 @@
 //   plan_place_kernel: 64 registers, 33792 bytes of shared memory
 //   plan_small_kernel: 48 registers, 1024 bytes of shared memory
 #pragma once
+#include "gemm.h"
 #include "platform.cuh"
 #include "scan.cuh"
 
@@ -42,8 +43,9 @@ struct PlanParams {
   int32_t* expert_offsets;
   int32_t* token_indices;
   int32_t* slot_indices;
-  int32_t* counts;  // [E, num_chunks]
-  int32_t* totals;  // [E]
+  int32_t* counts;       // [E, num_chunks]
+  int32_t* totals;       // [E]
+  TileCounter* counter;  // set to zeros if given
   int64_t num_pairs;
   int64_t chunk_pairs;  // a multiple of 32 · kPlanWarps
   int num_chunks;
@@ -66,6 +68,11 @@ __device__ inline PlanRange segment_of(PlanRange chunk, int segment, int num_seg
 __device__ inline bool in_window(int32_t id, int first, int size, int* index) {
   *index = static_cast<int>(static_cast<uint32_t>(id) - static_cast<uint32_t>(first));
   return id >= 0 && static_cast<uint32_t>(*index) < static_cast<uint32_t>(size);
+}
+
+// Called by one thread of a launch that no other thread of it depends on.
+__device__ inline void reset_counter(const PlanParams& p) {
+  if (p.counter != nullptr) *p.counter = {};
 }
 
 __device__ inline void count_pairs(const PlanParams& p, PlanRange range, int first_thread, int step, int first,
@@ -116,6 +123,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_count_kernel(PlanParams p) 
   SHARED_ARRAY(int32_t, counters, kPlanWindow);
   const int first = static_cast<int>(blockIdx.y) * kPlanWindow;
   const int size = p.num_experts - first < kPlanWindow ? p.num_experts - first : kPlanWindow;
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) reset_counter(p);
   for (int e = static_cast<int>(threadIdx.x); e < size; e += kPlanThreads) counters[e] = 0;
   __syncthreads();
   count_pairs(p, chunk_of(p, static_cast<int>(blockIdx.x)), static_cast<int>(threadIdx.x), kPlanThreads, first, size,
@@ -220,6 +228,7 @@ __global__ void __launch_bounds__(kSmallThreads) plan_small_kernel(PlanParams p,
   SHARED_ARRAY(int32_t, sums, kSmallThreads / 32);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const PlanRange all{0, p.num_pairs};
+  if (thread == 0) reset_counter(p);
   const PlanRange segment = segment_of(all, warp < num_segments ? warp : num_segments, num_segments);
 
   for (int i = thread; i < num_segments * p.num_experts; i += static_cast<int>(blockDim.x)) next[i] = 0;

@@ -39,6 +39,7 @@ struct Execution {
   void* stream = nullptr;   // CUDA: the cudaStream_t that the op is queued on; null is the default stream
   Allocator allocator;      // CUDA: required by ops that need temporary memory
   bool allow_tf32 = false;  // CUDA: float32 products may round their factors to TF32
+  int reserved_multiprocessors = 0;  // CUDA: that grouped GEMMs leave to kernels of other streams
 };
 
 // ---- route -------------------------------------------------------------------------------------------------------------

@@ -37,9 +37,16 @@ class Execution:
     allocate: takes a number of bytes and returns a flat array of that size on the device. Its memory is reused in
         stream order.
     allow_tf32: whether float32 products may round their inputs to TF32.
+    reserved_multiprocessors: that grouped GEMMs leave to kernels of other streams.
     """
 
-    def __init__(self, stream: int, allocate: Callable[[int], _Array], allow_tf32: bool = False) -> None: ...
+    def __init__(
+        self,
+        stream: int,
+        allocate: Callable[[int], _Array],
+        allow_tf32: bool = False,
+        reserved_multiprocessors: int = 0,
+    ) -> None: ...
 
 def exchange_segment_bytes(num_ranks: int, slot_bytes: int) -> int:
     """The bytes of a rank's segment, which all ranks map. It must be zero at first."""

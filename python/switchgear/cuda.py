@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -107,6 +107,26 @@ def allow_tf32() -> bool:
     return bool(matmul.allow_tf32)
 
 
+# Of the process and not of a thread or context: backward runs on threads of autograd.
+_reserved = 0
+
+
+@contextmanager
+def reserved_multiprocessors(count: int) -> Iterator[None]:
+    """Inside, grouped GEMMs leave `count` multiprocessors of a GPU to kernels of other streams, such as an exchange
+    that overlaps them. At least one stays with the GEMM. Applies to the whole process."""
+    global _reserved
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"count: expected an integer, got {type(count).__name__}")
+    if not 0 <= count < 1 << 31:
+        raise ValueError(f"count: expected a number of multiprocessors from 0 to 2^31 - 1, got {count}")
+    before, _reserved = _reserved, count
+    try:
+        yield
+    finally:
+        _reserved = before
+
+
 class Execution:
     """Creates the last argument of `_cuda`'s functions: torch's current stream, and memory from torch's allocator."""
 
@@ -116,4 +136,4 @@ class Execution:
         self._allocate = functools.partial(torch.empty, dtype=torch.uint8, device=torch.device("cuda", index))
 
     def __call__(self) -> Any:
-        return self._new(torch.cuda.current_stream(self._index).cuda_stream, self._allocate, allow_tf32())
+        return self._new(torch.cuda.current_stream(self._index).cuda_stream, self._allocate, allow_tf32(), _reserved)

@@ -56,6 +56,16 @@ struct StoreGroup {
 };
 
 struct Block;
+struct Fiber;
+
+// Blocks that are resident together and may use each other's shared memory; by rank, null once a block has ended.
+struct Cluster {
+  std::vector<Block*> blocks;
+  unsigned arrived = 0;  // at barrier.cluster
+  uint32_t phase = 0;
+  std::vector<Fiber*> waiting;
+  race::View arriving, completed;
+};
 
 struct Fiber {
   Indices indices;
@@ -67,6 +77,8 @@ struct Fiber {
   const char* waits_for = "";
   Location waits_at;
   unsigned atomics_in_a_row = 0;
+  bool arrived_at_cluster = false;  // and has not waited yet
+  uint32_t cluster_phase = 0;       // in which it arrived
 
   Copies open_copies;                // cp.async since the last commit
   Queue<Copies> copy_groups;         // committed, oldest first
@@ -133,6 +145,9 @@ struct Mbarrier {
   std::vector<Fiber*> waiting;
   race::View arriving;
   std::array<race::View, 2> completed;  // by parity
+  // What other blocks of the cluster released; only waits of cluster scope acquire it.
+  race::View arriving_from_others;
+  std::array<race::View, 2> completed_from_others;
   race::Agent copies;
 };
 
@@ -147,6 +162,10 @@ struct Block {
   const Grid* grid = nullptr;
   uint32_t device = 0;
   uint32_t race_block = 0;
+  std::shared_ptr<Cluster> cluster;
+  unsigned cluster_rank = 0;
+  std::map<std::pair<uint32_t, uint32_t>, race::Moment>
+      used_by_others;  // last accesses of other blocks, by block and thread
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   unsigned live = 0;

@@ -16,6 +16,7 @@ void check_thread_exit(const Fiber& fiber) {
   bool stores_left = !fiber.open_stores.empty();
   for (const StoreGroup& group : fiber.store_groups) stores_left |= !group.stores.empty();
   if (stores_left) refuse("with bulk stores whose source nobody waited for");
+  if (fiber.arrived_at_cluster) refuse("between barrier.cluster.arrive and barrier.cluster.wait");
   const Warp& warp = fiber.block->warps[fiber.warp];
   if (!warp.open_products.empty() || !warp.product_groups.empty()) refuse("with wgmma that nobody waited for");
 }
@@ -28,6 +29,11 @@ void check_barriers_after_exit(const Fiber& fiber) {
 }
 
 void check_block_exit(const Block& block) {
+  for (const auto& [address, barrier] : block.mbarriers) {
+    if (barrier.copies_in_flight == 0) continue;
+    throw Error(describe(block.fibers[0]) +
+                ": the block ends while another of its cluster copies to its shared memory");
+  }
   for (size_t group = 0; group < block.warpgroup_products.size(); ++group) {
     for (size_t warp = 4 * group; warp < 4 * group + 4 && warp < block.warps.size(); ++warp) {
       if (block.warps[warp].num_products != block.warpgroup_products[group].size()) {

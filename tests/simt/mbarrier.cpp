@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "cluster.h"
 #include "models.h"
 #include "shared_memory.h"
 #include "touch.h"
@@ -16,8 +17,7 @@ constexpr unsigned kMaxCount = (1u << 20) - 1;
 
 uint64_t mark(uint32_t address) { return 0x6d626172'00000000u | address; }
 
-uint32_t address_of(uint64_t* mbarrier, Location at) {
-  const Block& block = running_block();
+uint32_t address_of(const Block& block, uint64_t* mbarrier, Location at) {
   if (reinterpret_cast<uintptr_t>(mbarrier) % 8 != 0) fail("mbarrier: expected an address that is a multiple of 8", at);
   const uint32_t address = shared_address(block, mbarrier, at);
   shared_pointer(block, address, 8, at);
@@ -25,7 +25,8 @@ uint32_t address_of(uint64_t* mbarrier, Location at) {
 }
 
 void touch_mbarrier(uint64_t* mbarrier, bool initialises, Location at) {
-  touch(mbarrier, 8, {.write = true, .atomic = !initialises, .scope = Scope::kBlock, .space = Space::kShared}, at);
+  const Scope scope = running_block().grid->cluster > 1 ? Scope::kDevice : Scope::kBlock;
+  touch(mbarrier, 8, {.write = true, .atomic = !initialises, .scope = scope, .space = Space::kShared}, at);
 }
 
 // Ends the phase if it is complete.
@@ -39,6 +40,8 @@ void advance(Block& block, uint32_t address, Location at) {
   }
   barrier.completed[barrier.phase % 2] = std::move(barrier.arriving);
   barrier.arriving.clear();
+  barrier.completed_from_others[barrier.phase % 2] = std::move(barrier.arriving_from_others);
+  barrier.arriving_from_others.clear();
   barrier.pending = barrier.expected;
   ++barrier.phase;
   for (Fiber* fiber : barrier.waiting) wake(*fiber);
@@ -47,9 +50,11 @@ void advance(Block& block, uint32_t address, Location at) {
 
 }  // namespace
 
-uint32_t checked_mbarrier(uint64_t* mbarrier, Location at) {
-  const uint32_t address = address_of(mbarrier, at);
-  if (running_block().mbarriers.count(address) == 0) fail("mbarrier: not initialised", at);
+uint32_t checked_mbarrier(uint64_t* mbarrier, Location at) { return checked_mbarrier(running_block(), mbarrier, at); }
+
+uint32_t checked_mbarrier(const Block& block, uint64_t* mbarrier, Location at) {
+  const uint32_t address = address_of(block, mbarrier, at);
+  if (block.mbarriers.count(address) == 0) fail("mbarrier: not initialised", at);
   uint64_t stored;
   std::memcpy(&stored, mbarrier, 8);
   if (stored != mark(address)) fail("mbarrier: something was stored over it", at);
@@ -65,12 +70,12 @@ void arrive_at(Block& block, uint32_t address, int64_t bytes, Location at) {
   advance(block, address, at);
 }
 
-race::Agent start_tracked_copy(uint32_t address, Location at) {
-  Mbarrier& barrier = running_block().mbarriers.at(address);
+race::Agent start_tracked_copy(Block& block, uint32_t address, Location at) {
+  Mbarrier& barrier = block.mbarriers.at(address);
   if (!barrier.visible_to_copies) {
     fail("mbarrier: initialised without fence.mbarrier_init or fence.proxy.async before a copy uses it", at);
   }
-  ensure_slot(barrier.copies, "copy tracked by the mbarrier at shared address " + std::to_string(address));
+  ensure_slot(block, barrier.copies, "copy tracked by the mbarrier at shared address " + std::to_string(address));
   ++barrier.copies_in_flight;
   ++barrier.copies.time;
   return barrier.copies;
@@ -89,7 +94,7 @@ void complete_tracked_copy(Block& block, uint32_t address, uint32_t time, int64_
 void mbarrier_init(uint64_t* mbarrier, unsigned count, Location at) {
   const RuntimeScope scope;
   Block& block = running_block();
-  const uint32_t address = address_of(mbarrier, at);
+  const uint32_t address = address_of(block, mbarrier, at);
   if (count == 0 || count > kMaxCount) fail("mbarrier: expected a count of 1 to 2^20 - 1", at);
   if (block.mbarriers.count(address) != 0) fail("mbarrier: initialised twice without mbarrier.inval", at);
   touch_mbarrier(mbarrier, true, at);
@@ -133,7 +138,21 @@ bool mbarrier_test(uint64_t* mbarrier, unsigned parity, Location at) {
   return true;
 }
 
-void mbarrier_wait(uint64_t* mbarrier, unsigned parity, Location at) {
+void mbarrier_arrive_cluster(uint64_t* mbarrier, unsigned rank, bool cluster, Location at) {
+  const RuntimeScope scope;
+  Fiber& fiber = running_fiber();
+  Block& target = block_of_cluster(rank, at);
+  note_use(target);
+  const uint32_t address = checked_mbarrier(target, reinterpret_cast<uint64_t*>(shared_in(target, mbarrier, at)), at);
+  Mbarrier& barrier = target.mbarriers.at(address);
+  if (race::enabled) {
+    race::release(fiber.actor, &target == fiber.block || !cluster ? barrier.arriving : barrier.arriving_from_others);
+  }
+  arrive_at(target, address, 0, at);
+  maybe_interrupt();
+}
+
+void mbarrier_wait(uint64_t* mbarrier, unsigned parity, bool cluster, Location at) {
   const RuntimeScope scope;
   Fiber& fiber = running_fiber();
   if (parity > 1) fail("mbarrier: expected a parity of 0 or 1", at);
@@ -143,6 +162,7 @@ void mbarrier_wait(uint64_t* mbarrier, unsigned parity, Location at) {
     wait("mbarrier.try_wait", at);
   }
   if (race::enabled) race::acquire(fiber.actor, barrier.completed[parity]);
+  if (race::enabled && cluster) race::acquire(fiber.actor, barrier.completed_from_others[parity]);
 }
 
 void mbarrier_init_fence() {

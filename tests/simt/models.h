@@ -63,12 +63,25 @@ void mbarrier_invalidate(uint64_t* mbarrier, Location at);
 void mbarrier_arrive(uint64_t* mbarrier, unsigned bytes, Location at);  // expects `bytes` first
 void mbarrier_expect(uint64_t* mbarrier, unsigned bytes, Location at);  // without arriving
 bool mbarrier_test(uint64_t* mbarrier, unsigned parity, Location at);
-void mbarrier_wait(uint64_t* mbarrier, unsigned parity, Location at);
+// `cluster`: also acquires what other blocks of the cluster released.
+void mbarrier_wait(uint64_t* mbarrier, unsigned parity, bool cluster, Location at);
+// At the barrier at this address in the block of a rank. `cluster`: a release at cluster scope, for waits of that scope. Else
+// plain waits see it too; that stores are not ordered then is not modelled.
+void mbarrier_arrive_cluster(uint64_t* mbarrier, unsigned rank, bool cluster, Location at);
 void mbarrier_init_fence();
 void proxy_fence(Space space);
 
+// Clusters (cluster.cpp).
+unsigned cluster_rank();
+void cluster_arrive(Location at);  // release
+void cluster_wait(Location at);    // acquire
+void store_cluster(uint64_t* shared, unsigned rank, uint64_t value, Location at);
+
 // Coordinates count elements, the innermost dimension first.
 void tma_load(void* shared, const void* tensor_map, uint64_t* mbarrier, const int* coordinates, int rank, Location at);
+// To the same addresses in all blocks of the cluster whose bit of `blocks` is set, and their mbarriers.
+void tma_load_multicast(void* shared, const void* tensor_map, uint64_t* mbarrier, const int* coordinates, int rank,
+                        unsigned blocks, Location at);
 void tma_store(const void* tensor_map, const void* shared, const int* coordinates, int rank, Location at);
 void bulk_load(void* shared, const void* global, unsigned size, uint64_t* mbarrier, Location at);
 void bulk_commit(Location at);

@@ -105,6 +105,29 @@ KERNEL(mbar_wait, int parity) {
   ptx::mbar_wait(bar, parity);
   ptx::mbar_wait(bar, parity ^ 1);
 }
+KERNEL(mbar_wait_cluster, int parity) {
+  SHARED_DYN(uint64_t, bar);
+  ptx::mbar_wait_cluster(bar, parity);
+  ptx::mbar_wait_cluster(bar, parity ^ 1);
+}
+KERNEL(cluster_rank, uint32_t* out) { *out = ptx::cluster_rank(); }
+KERNEL(cluster_arrive) { ptx::cluster_arrive(); }
+KERNEL(cluster_wait) { ptx::cluster_wait(); }
+KERNEL(mbar_arrive_cluster, int rank) {
+  SHARED_DYN(uint64_t, bar);
+  ptx::mbar_arrive_cluster(bar, rank);
+  ptx::mbar_arrive_cluster(bar, rank ^ 1);
+}
+KERNEL(mbar_arrive_remote, int rank) {
+  SHARED_DYN(uint64_t, bar);
+  ptx::mbar_arrive_remote(bar, rank);
+  ptx::mbar_arrive_remote(bar, rank ^ 1);
+}
+KERNEL(st_cluster, int rank, uint64_t value) {
+  SHARED_DYN(uint64_t, shared);
+  ptx::st_cluster(shared, rank, value);
+  ptx::st_cluster(shared, rank ^ 1, value);
+}
 KERNEL(fence_barrier_init) { ptx::fence_barrier_init(); }
 KERNEL(fence_proxy_async) { ptx::fence_proxy_async(); }
 KERNEL(fence_proxy_async_global) { ptx::fence_proxy_async_global(); }
@@ -116,6 +139,10 @@ KERNEL(tma_load_2d, const __grid_constant__ CUtensorMap map, int x, int y) {
 KERNEL(tma_load_3d, const __grid_constant__ CUtensorMap map, int x, int y, int z) {
   SHARED_DYN(uint64_t, shared);
   ptx::tma_load_3d(shared + 128, &map, shared, x, y, z);
+}
+KERNEL(tma_load_3d_multicast, const __grid_constant__ CUtensorMap map, int x, int y, int z, uint16_t blocks) {
+  SHARED_DYN(uint64_t, shared);
+  ptx::tma_load_3d_multicast(shared + 128, &map, shared, x, y, z, blocks);
 }
 KERNEL(bulk_load, const float* global, int bytes) {
   SHARED_DYN(uint64_t, shared);

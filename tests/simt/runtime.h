@@ -74,6 +74,7 @@ struct Grid {
   size_t dynamic_shared = 0;
   std::function<void()> kernel;    // called once by every thread
   bool cooperative = false;        // all blocks are resident, or the launch fails
+  unsigned cluster = 1;            // blocks along x that form a cluster: they are resident together
   size_t shared_limit = 48 << 10;  // of static and dynamic shared memory together
   unsigned registers = 0;          // of a thread at the start; 0: not known
 };

@@ -53,6 +53,25 @@ bool wants_cooperative(const cudaLaunchConfig_t& config) {
   return false;
 }
 
+unsigned cluster_of(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) return config.attrs[i].val.clusterDim.x;
+  }
+  return 1;
+}
+
+// Clusters along x alone, and no larger than every device of sm_90 allows.
+bool is_cluster_possible(const cudaLaunchConfig_t& config) {
+  constexpr unsigned kMaxCluster = 8;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id != cudaLaunchAttributeClusterDimension) continue;
+    const auto& size = config.attrs[i].val.clusterDim;
+    if (device().major < 9 || size.x == 0 || size.x > kMaxCluster || size.y != 1 || size.z != 1) return false;
+    if (config.gridDim.x % size.x != 0) return false;
+  }
+  return true;
+}
+
 // How many blocks of this size fit on a multiprocessor, by threads and by shared memory.
 int blocks_per_multiprocessor(uint64_t threads, size_t dynamic_shared) {
   constexpr uint64_t kMaxThreads = 2048;
@@ -82,6 +101,7 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   const auto raised = dynamic_shared_limits.find(kernel);
   const int limit = raised == dynamic_shared_limits.end() ? kSharedWithoutOptIn : raised->second;
   if (config.dynamicSmemBytes > static_cast<size_t>(limit)) return remember(cudaErrorInvalidValue);
+  if (!is_cluster_possible(config)) return remember(cudaErrorInvalidClusterSize);
   if (wants_cooperative(config)) {
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
     const int resident = device().multiprocessors * blocks_per_multiprocessor(threads, config.dynamicSmemBytes);
@@ -97,6 +117,7 @@ void queue_launch(const cudaLaunchConfig_t& config, const void* kernel, std::fun
                   .dynamic_shared = config.dynamicSmemBytes,
                   .kernel = std::move(body),
                   .cooperative = wants_cooperative(config),
+                  .cluster = cluster_of(config),
                   .shared_limit = static_cast<size_t>(raised ? device().shared_memory_per_block : kSharedWithoutOptIn),
                   .registers = registers_per_thread(launch_bound(kernel))};
   queue(config.stream, [grid] { run({grid}); });
@@ -284,6 +305,7 @@ const char* cudaGetErrorName(cudaError_t error) {
     case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
     case cudaErrorStreamCaptureImplicit: return "cudaErrorStreamCaptureImplicit";
     case cudaErrorCooperativeLaunchTooLarge: return "cudaErrorCooperativeLaunchTooLarge";
+    case cudaErrorInvalidClusterSize: return "cudaErrorInvalidClusterSize";
     case cudaErrorNotSupported: return "cudaErrorNotSupported";
     case cudaErrorSymbolNotFound: return "cudaErrorSymbolNotFound";
     default: return "a CUDA error";

@@ -8,11 +8,13 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <set>
 
 #include "checks.h"
+#include "cluster.h"
 #include "shared_memory.h"
 
 namespace simt {
@@ -83,11 +85,14 @@ uint64_t volume(dim3 size) { return uint64_t{size.x} * size.y * size.z; }
 struct PendingBlock {
   const Grid* grid;
   uint32_t device;
-  uint64_t index;
+  uint64_t index;  // of the first block of the cluster
 };
 
-void start_block(const PendingBlock& pending) {
+void start_block(const PendingBlock& pending, const std::shared_ptr<Cluster>& cluster) {
   auto block = std::make_unique<Block>();
+  block->cluster = cluster;
+  block->cluster_rank = static_cast<unsigned>(cluster->blocks.size());
+  cluster->blocks.push_back(block.get());
   const Grid& grid = *pending.grid;
   const unsigned num_threads = static_cast<unsigned>(volume(grid.block));
   block->grid = &grid;
@@ -120,6 +125,13 @@ void start_block(const PendingBlock& pending) {
   scheduler.blocks.push_back(std::move(block));
 }
 
+void start_cluster(const PendingBlock& first) {
+  const auto cluster = std::make_shared<Cluster>();
+  for (unsigned rank = 0; rank < first.grid->cluster; ++rank) {
+    start_block({first.grid, first.device, first.index + rank}, cluster);
+  }
+}
+
 void release_block(Block& block) {
   free_shared(block);
   for (Fiber& fiber : block.fibers) give_stack(fiber.context.stack, scheduler.aborting);
@@ -135,6 +147,8 @@ void carry_out(Block& block, size_t index) {
 void end_block(Block& block) {
   while (!block.pending.empty()) carry_out(block, 0);
   check_block_exit(block);
+  check_uses(block);
+  block.cluster->blocks[block.cluster_rank] = nullptr;
   release_block(block);
   std::erase_if(scheduler.blocks, [&](const auto& owned) { return owned.get() == &block; });
 }
@@ -245,6 +259,7 @@ void step() {
   Block& block = *fiber.block;
   --block.live;
   check_barriers_after_exit(fiber);
+  advance_cluster(*block.cluster);
   if (block.live == 0) end_block(block);
 }
 
@@ -264,7 +279,8 @@ std::vector<PendingBlock> blocks_in_order(const std::vector<Grid>& grids) {
   std::vector<PendingBlock> blocks;
   for (size_t device = 0; device < grids.size(); ++device) {
     const uint64_t count = volume(grids[device].grid);
-    for (uint64_t i = 0; i < count; ++i) blocks.push_back({&grids[device], static_cast<uint32_t>(device), i});
+    for (uint64_t i = 0; i < count; i += grids[device].cluster)
+      blocks.push_back({&grids[device], static_cast<uint32_t>(device), i});
   }
   if (options().order == Order::kReverse) std::reverse(blocks.begin(), blocks.end());
   if (options().order == Order::kRandom) {
@@ -276,7 +292,10 @@ std::vector<PendingBlock> blocks_in_order(const std::vector<Grid>& grids) {
 void run_blocks(const std::vector<PendingBlock>& blocks, size_t max_resident) {
   size_t next = 0;
   while (next < blocks.size() || !scheduler.blocks.empty()) {
-    while (scheduler.blocks.size() < max_resident && next < blocks.size()) start_block(blocks[next++]);
+    while (next < blocks.size() &&
+           (scheduler.blocks.empty() || scheduler.blocks.size() + blocks[next].grid->cluster <= max_resident)) {
+      start_cluster(blocks[next++]);
+    }
     step();
   }
 }
@@ -383,7 +402,7 @@ void run(const std::vector<Grid>& grids) {
   const std::vector<PendingBlock> blocks = blocks_in_order(grids);
   const bool all_resident = grids.size() > 1 || (!grids.empty() && grids[0].cooperative);
   const size_t max_resident =
-      all_resident ? blocks.size() : static_cast<size_t>(std::max(1, options().resident_blocks));
+      all_resident ? std::numeric_limits<size_t>::max() : static_cast<size_t>(std::max(1, options().resident_blocks));
   if (race::enabled) race::begin_run();
   std::string error;
   try {

@@ -28,17 +28,55 @@ TEST(sm90_tiles_follow_the_rows_of_an_expert) {
   CHECK(cuda::sm90::pick_config(gemm_of(65, 1, 256)) == ConfigKind::kRows128);
   CHECK(cuda::sm90::pick_config(gemm_of(8 * 64, 8, 256)) == ConfigKind::kFewRows64);
   CHECK(cuda::sm90::pick_config(gemm_of(8 * 64 + 1, 8, 256)) == ConfigKind::kRows128);
-  CHECK(cuda::sm90::pick_config(gemm_of(int64_t{1} << 29, 128, 1536)) == ConfigKind::kRows192);
+  CHECK(cuda::sm90::pick_config(gemm_of(8 * 511, 8, 1536)) == ConfigKind::kRows192);
+  CHECK(cuda::sm90::pick_config(gemm_of(8 * 512, 8, 1536)) == ConfigKind::kPairs192);
+  CHECK(cuda::sm90::pick_config(gemm_of(int64_t{1} << 29, 128, 1536)) == ConfigKind::kPairs192);
   // The backward epilogue has no registers left for other tiles.
-  for (const int64_t slots : {1, 64, 100000}) {
+  for (const int64_t slots : {1, 64, 511}) {
     CHECK(cuda::sm90::pick_config(gemm_of(slots, 1, 1536, Epilogue::kGluBackward)) == ConfigKind::kRows128);
   }
+  CHECK(cuda::sm90::pick_config(gemm_of(512, 1, 1536, Epilogue::kGluBackward)) == ConfigKind::kPairs128);
+}
+
+// Cooperative tiles where the products take much longer than the epilogue.
+TEST(sm90_tiles_follow_the_inner_dimension) {
+  const auto pick = [](int64_t n, int64_t c, Epilogue epilogue) {
+    Gemm g = gemm_of(100000, 10, n, epilogue);
+    g.c = c;
+    return cuda::sm90::pick_config(g);
+  };
+  CHECK(pick(512, 1536, Epilogue::kGlu) == ConfigKind::kPairs256);     // T 24576, H 1536, I 256: gate_up,
+  CHECK(pick(1536, 256, Epilogue::kStore) == ConfigKind::kPairs192);   // down
+  CHECK(pick(1536, 512, Epilogue::kStore) == ConfigKind::kPairs256);   // and grad_x
+  CHECK(pick(2048, 4096, Epilogue::kGlu) == ConfigKind::kPairs256);    // T 32768, H 4096, I 1024: gate_up,
+  CHECK(pick(4096, 1024, Epilogue::kStore) == ConfigKind::kPairs256);  // down
+  CHECK(pick(4096, 2048, Epilogue::kStore) == ConfigKind::kPairs256);  // and grad_x
+  CHECK(pick(128, 4096, Epilogue::kStore) == ConfigKind::kRows128);
+}
+
+TEST(sm90_weight_gradients_share_what_is_not_gathered) {
+  const int32_t index = 0;
+  const auto pick = [&](int64_t m, int64_t n, bool gather_a, bool gather_b) {
+    cuda::Wgrad g{.num_experts = 8, .num_slots = 8 * 2048, .num_matrices = 8, .m = m, .n = n};
+    g.a.indices = gather_a ? &index : nullptr;
+    g.b.indices = gather_b ? &index : nullptr;
+    return cuda::sm90::pick_config(g);
+  };
+  CHECK(pick(2048, 4096, false, true) == ConfigKind::kPairs256);  // grad_gate_up_proj
+  CHECK(pick(4096, 1024, true, false) == ConfigKind::kPairs256);  // grad_down_proj
+  CHECK(pick(4096, 1024, true, true) != ConfigKind::kPairs256);   // nothing to share
+  CHECK(pick(128, 1024, true, false) != ConfigKind::kPairs256);   // half of each pair would be empty
+  CHECK(pick(1024, 256, false, true) != ConfigKind::kPairs256);
 }
 
 TEST(sm90_tiles_are_wide_where_the_last_one_is_not_mostly_empty) {
-  for (const int64_t n : {192, 320, 384, 576, 768, 1536, 2048, 4096}) CHECK(cuda::sm90::wide_tiles(n), "n ", n);
-  for (const int64_t n : {8, 64, 128, 200, 256}) CHECK(!cuda::sm90::wide_tiles(n), "n ", n);
-  Gemm pairs = gemm_of(1000, 1, 1536, Epilogue::kGlu);
+  for (const int64_t n : {192, 320, 384, 576, 768, 1536, 2048, 4096}) {
+    CHECK(cuda::sm90::pick_config(gemm_of(500, 1, n)) == ConfigKind::kRows192, "n ", n);
+  }
+  for (const int64_t n : {8, 64, 128, 200, 256}) {
+    CHECK(cuda::sm90::pick_config(gemm_of(500, 1, n)) == ConfigKind::kRows128, "n ", n);
+  }
+  Gemm pairs = gemm_of(500, 1, 1536, Epilogue::kGlu);
   CHECK(cuda::sm90::pick_config(pairs) == ConfigKind::kRows192);
   std::swap(pairs.b.n_stride, pairs.b.k_stride);  // 96 columns of each are no whole number of blocks
   CHECK(cuda::sm90::pick_config(pairs) == ConfigKind::kRows128);
@@ -113,6 +151,53 @@ TEST(sm90_has_tiles_for_1024_experts) {
              true,
              false},
             5, true, check_forward);
+}
+
+// Enough rows per expert for pairs of blocks: ping-pong, and cooperative with deep inner dimensions.
+TEST(sm90_pairs_match_reference) {
+  const Case wide{"pairs, 192 columns", 1100, 384, 72, 2, 1};
+  const Case deep{"pairs, cooperative", 700, 256, 504, 1, 1};
+  int64_t variant = 0;
+  for (const Storage storage : {Storage::kPacked, Storage::kTransposed}) {
+    for (const bool gather : {false, true}) {
+      if (!takes_variant(variant++)) continue;
+      const Precision precision = kPrecisions[2 + variant % 2];
+      on_hopper({wide, precision, storage, Rows::kAligned, gather, true}, 4, true, check_forward);
+      on_hopper({deep, precision, storage, Rows::kAligned, gather, false}, 4, true, check_forward);
+      on_hopper({deep, precision, storage, Rows::kAligned, gather, false}, 3, true, check_wgrad);
+    }
+  }
+}
+
+// Multiprocessors that are reserved, and however many there are: the same bits.
+TEST(sm90_results_do_not_depend_on_the_grid) {
+  const Case c{"several tiles", 300, 136, 72, 3, 1};
+  Random random(7);
+  const PlanArrays plan = reference_plan(make_ids(random, c), c.E);
+  const Array x = random_rows(Rows::kAligned, random, DType::kBFloat16, c.T, c.H);
+  const Weights weights(random, Rows::kAligned, DType::kBFloat16, c.E, c.I, c.H, Storage::kPacked);
+  Array first;
+  for (const int multiprocessors : {1, 2, 5, 16}) {
+    for (const int reserved : {0, 3, 100}) {
+      simt::device().multiprocessors = multiprocessors;
+      Array got = make_rows(Rows::kAligned, DType::kBFloat16, c.T * c.K, c.I);
+      OpMemory memory(0xff);
+      Execution execution = memory.execution();
+      execution.reserved_multiprocessors = reserved;
+      const uint64_t blocks = simt::statistics().blocks;
+      cuda::grouped_gemm({.x = x,
+                          .weight = weights.matrices(),
+                          .expert_offsets = plan.expert_offsets,
+                          .token_indices = plan.token_indices,
+                          .out = got},
+                         execution);
+      const auto used = static_cast<int>(simt::statistics().blocks - blocks);
+      CHECK(used <= std::max(1, multiprocessors - reserved), used, " blocks, ", reserved, " reserved");
+      if (!first.defined()) first = got;
+      for (int64_t i = 0; i < c.T * c.I; ++i) CHECK(got(i / c.I, i % c.I) == first(i / c.I, i % c.I));
+    }
+  }
+  simt::device() = simt::sm_90();
 }
 
 // Sizes, strides and addresses that TMA cannot describe, and float32: sm_80's kernels handle these, with the same result.

@@ -147,7 +147,7 @@ TEST(ops_are_queued_where_and_as_their_caller_says) {
     // Temporary memory as defined in moe_forward.cu and moe_backward.cu: rows of whole vectors, each array padded to 256 bytes.
     const int64_t S = l.c.T * l.c.K, up = 256;
     const auto padded = [&](int64_t bytes) { return (bytes + up - 1) / up * up; };
-    const int64_t own_plan = padded((l.c.E + 1) * 4) + 2 * padded(S * 4);
+    const int64_t own_plan = padded((l.c.E + 1) * 4) + 2 * padded(S * 4) + padded(8);
     const Seen forward = check_op("moe_forward", [&](Execution e) {
       ops.moe_forward({.x = x,
                        .weights = o.weights(),

@@ -129,6 +129,12 @@ TO_SHARED = (
     "cp.async.bulk.tensor.{}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
     "[shared+1024], [p0, {{{}}}], [shared];"
 )
+WAIT_CLUSTER = WAIT.replace(".parity.shared", ".parity.acquire.cluster.shared")
+THERE = "{{ .reg .b32 there; mapa.shared::cluster.u32 there, shared, {0}; "
+ARRIVE_CLUSTER = THERE + "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }}"
+ARRIVE_REMOTE = ARRIVE_CLUSTER.replace(".release.cluster", "")
+STORE_CLUSTER = THERE + "st.shared::cluster.b64 [there], p1; }}"
+
 HOPPER = {
     "mbar_init": "mbarrier.init.shared::cta.b64 [shared], p0;",
     "mbar_inval": "mbarrier.inval.shared::cta.b64 [shared];",
@@ -138,11 +144,20 @@ HOPPER = {
     "mbar_test_wait": "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [shared], p1; "
     "selp.u32 p0[0], 1, 0, p; }",
     "mbar_wait": WAIT.format("p0") + "\n" + WAIT.format("p0^1"),
+    "mbar_wait_cluster": WAIT_CLUSTER.format("p0") + "\n" + WAIT_CLUSTER.format("p0^1"),
+    "cluster_rank": "mov.u32 p0[0], %cluster_ctarank;",
+    "cluster_arrive": "barrier.cluster.arrive.release;",
+    "cluster_wait": "barrier.cluster.wait.acquire;",
+    "mbar_arrive_cluster": "\n".join(ARRIVE_CLUSTER.format(rank) for rank in ("p0", "p0^1")),
+    "mbar_arrive_remote": "\n".join(ARRIVE_REMOTE.format(rank) for rank in ("p0", "p0^1")),
+    "st_cluster": "\n".join(STORE_CLUSTER.format(rank) for rank in ("p0", "p0^1")),
     "fence_barrier_init": "fence.mbarrier_init.release.cluster;",
     "fence_proxy_async": "fence.proxy.async.shared::cta;",
     "fence_proxy_async_global": "fence.proxy.async.global;",
     "tma_load_2d": TO_SHARED.format(2, "p1, p2"),
     "tma_load_3d": TO_SHARED.format(3, "p1, p2, p3"),
+    "tma_load_3d_multicast": TO_SHARED.format(3, "p1, p2, p3").replace("bytes", "bytes.multicast::cluster")[:-1]
+    + ", p4;",
     "bulk_load": "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [shared+1024], [p0], p1, [shared];",
     "tma_store_2d": FROM_SHARED.format(2, "p1, p2"),
     "tma_store_3d": FROM_SHARED.format(3, "p1, p2, p3"),

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "api.h"
+#include "cluster.h"
 #include "mbarrier.h"
 #include "models.h"
 #include "shared_memory.h"
@@ -129,9 +130,8 @@ uint64_t& tma_bytes() {
 
 namespace {
 
-// Carries the copy out now or later, and completes it on the mbarrier.
-void track(uint32_t mbarrier, uint32_t time, int64_t bytes, std::function<void()> land, Location at) {
-  Block& block = running_block();
+// Carries the copy to `block` out now or later, and completes it on the block's mbarrier.
+void track(Block& block, uint32_t mbarrier, uint32_t time, int64_t bytes, std::function<void()> land, Location at) {
   auto operation = [&block, mbarrier, time, bytes, land = std::move(land), at] {
     land();
     complete_tracked_copy(block, mbarrier, time, bytes, at);
@@ -139,31 +139,41 @@ void track(uint32_t mbarrier, uint32_t time, int64_t bytes, std::function<void()
   if (carry_out_early()) {
     operation();
   } else {
-    carry_out_later(block, std::move(operation));
+    carry_out_later(running_block(), std::move(operation));
   }
 }
 
 }  // namespace
 
-void tma_load(void* shared, const void* tensor_map, uint64_t* mbarrier, const int* coordinates, int rank, Location at) {
+void tma_load_multicast(void* shared, const void* tensor_map, uint64_t* mbarrier, const int* coordinates, int rank,
+                        unsigned blocks, Location at) {
   const RuntimeScope scope;
   check_device(at);
   const TensorMap map = read_map(tensor_map, rank, at);
   const uint32_t address = check_shared_box(map, shared, at);
-  const uint32_t barrier = checked_mbarrier(mbarrier, at);
-  const race::Agent agent = start_tracked_copy(barrier, at);
-  auto rows = rows_of_box(map, coordinates, address);
-  touch_as(agent, shared, box_bytes(map), kAsyncWrite, at);
+  const std::vector<BoxRow> rows = rows_of_box(map, coordinates, address);
   for (const BoxRow& row : rows) {
     tma_bytes() += row.valid;
     check_accessible(row.global, row.valid, "TMA, global memory", at);
-    touch_as(agent, row.global, row.valid, in_global(kAsyncRead), at);
   }
-  std::memset(shared, 0xff, box_bytes(map));
-  Block& block = running_block();
-  track(
-      barrier, agent.time, box_bytes(map),
-      [&block, map, rows = std::move(rows), at] { load_box(block, map, rows, at); }, at);
+  for (unsigned i = 0; i < 32; ++i) {
+    if (!(blocks >> i & 1)) continue;
+    Block& block = block_of_cluster(i, at);
+    const bool own = &block == &running_block();
+    note_use(block);
+    char* const to = own ? static_cast<char*>(shared) : shared_in(block, shared, at);
+    const uint32_t barrier =
+        checked_mbarrier(block, own ? mbarrier : reinterpret_cast<uint64_t*>(shared_in(block, mbarrier, at)), at);
+    const race::Agent agent = start_tracked_copy(block, barrier, at);
+    touch_as(block, agent, to, box_bytes(map), kAsyncWrite, at);
+    for (const BoxRow& row : rows) touch_as(block, agent, row.global, row.valid, in_global(kAsyncRead), at);
+    std::memset(to, 0xff, box_bytes(map));
+    track(block, barrier, agent.time, box_bytes(map), [&block, map, rows, at] { load_box(block, map, rows, at); }, at);
+  }
+}
+
+void tma_load(void* shared, const void* tensor_map, uint64_t* mbarrier, const int* coordinates, int rank, Location at) {
+  tma_load_multicast(shared, tensor_map, mbarrier, coordinates, rank, 1u << cluster_rank(), at);
 }
 
 void bulk_load(void* shared, const void* global, unsigned size, uint64_t* mbarrier, Location at) {
@@ -178,11 +188,11 @@ void bulk_load(void* shared, const void* global, unsigned size, uint64_t* mbarri
   check_accessible(shared, size, "bulk copy, shared memory", at);
   check_accessible(global, size, "bulk copy, global memory", at);
   const uint32_t barrier = checked_mbarrier(mbarrier, at);
-  const race::Agent agent = start_tracked_copy(barrier, at);
+  const race::Agent agent = start_tracked_copy(running_block(), barrier, at);
   touch_as(agent, shared, size, kAsyncWrite, at);
   touch_as(agent, global, size, in_global(kAsyncRead), at);
   std::memset(shared, 0xff, size);
-  track(barrier, agent.time, size, [=] { std::memcpy(shared, global, size); }, at);
+  track(running_block(), barrier, agent.time, size, [=] { std::memcpy(shared, global, size); }, at);
 }
 
 // ---- stores, in groups as with cp.async ---------------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Predicted time of each CUDA kernel of a layer, from its tiles: PREDICTIONS, never measurements.
 
-A kernel takes the longer of two times, plus a launch:
+A kernel takes the longest of four times, plus its launches:
 
     arithmetic   ⌈tiles / places⌉ · (flop of a tile / rate of a place)     places = multiprocessors · blocks on each
+    epilogue     ⌈tiles / places⌉ · (product and epilogue of a tile), where one does not hide the other
+    L2           bytes that blocks load / rate at which L2 delivers
     memory       bytes / bandwidth
 
-csrc/cuda picks the tiles. They are padded, so small experts cost more than their flop. Bytes count each operand once:
-repeated reads come from L2. How close an inner loop comes to its peak is unknown before it has run. `sustained` is what
-well-tuned dense products of others reach; it is the largest source of error here.
+csrc/cuda picks the tiles. They are padded, so small experts cost more than their flop. Bytes of memory count each
+operand once; repeated reads come from L2, whose bytes count every block's own. How close an inner loop comes to its
+peak is unknown before it has run. `sustained` is what well-tuned dense products of others reach; it is the largest
+source of error here. EXPECTED is the ratio of what such kernels reach to what a model like this predicts for them.
 """
 
 from __future__ import annotations
@@ -31,17 +34,35 @@ class Gpu(NamedTuple):
     sustained: float  # of tensor_rate, in the inner loop
     bandwidth: float  # bytes/s
     sustained_bandwidth: float  # of bandwidth, in copies of long rows
+    clock: float  # cycles/s under load
+    l2_limit: int  # bytes a cycle that all of L2 delivers
     tiles: str  # "sm80" or "sm90": the kernels used
+
+    @property
+    def l2_rate(self) -> float:
+        """Bytes/s: a multiprocessor takes 64 bytes a cycle, L2 delivers no more than its limit."""
+        return min(64 * self.multiprocessors, self.l2_limit) * self.clock
+
+    @property
+    def products_per_cycle(self) -> float:
+        """Flop of a multiprocessor in a cycle under load."""
+        return self.tensor_rate * self.sustained / self.multiprocessors / self.clock
 
 
 # A100 SXM 80 GB: 108 · 2048 flop a cycle · 1.41 GHz; cuBLAS reaches 80 % of it. H100 SXM: 132 · 4096 · 1.83 GHz; with
-# wgmma the power limit leaves 70 % to large dense products. Launch: the gap between two kernels of one stream.
+# wgmma the power limit leaves 70 % to large dense products, a clock near 1.3 GHz. L2: 80 slices of 64 bytes on an A100;
+# measurements of others on an H100 are near 8 TB/s at that clock. Launch: the gap between two kernels of one stream.
 GPUS = (
-    Gpu("A100", 108, 312e12, 0.80, 2.039e12, 0.90, "sm80"),
-    Gpu("H100", 132, 989e12, 0.70, 3.35e12, 0.90, "sm90"),
+    Gpu("A100", 108, 312e12, 0.80, 2.039e12, 0.90, 1.41e9, 5120, "sm80"),
+    Gpu("H100", 132, 989e12, 0.70, 3.35e12, 0.90, 1.3e9, 6154, "sm90"),
 )
 LAUNCH_SECONDS = 2e-6
+ROUND_TRIP = 0.5e-6  # to L2 or memory: blocks of sm90 ask for their first tile, in a gemm after reading all offsets
 ITEM = 2  # bytes of bfloat16
+EXPECTED = 0.87  # of the predicted speed, from reviews of kernels of this structure against their measured speed
+
+# Instructions of an epilogue per accumulator, counted in the machine code of sm_90a.
+EPILOGUE = {"store": 5, "glu": 17, "glu_backward": 59, "wgrad": 4}
 
 
 class Tile(NamedTuple):
@@ -49,14 +70,18 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     blocks: int  # resident on a multiprocessor, or tiles multiplied concurrently
+    cluster: int = 1  # blocks that share what they load of the weights
+    cooperative: bool = False  # both consumers on one tile: its epilogue overlaps no product
 
 
-# csrc/cuda/gemm.h (kTiles) and csrc/cuda/gemm_sm90.h (kConfigs; a block multiplies one tile while it stores the
-# other).
+# csrc/cuda/gemm.h (kTiles) and csrc/cuda/gemm_sm90.h (kConfigs).
+ROWS128, ROWS192 = Tile(None, 128, 128, 1), Tile(None, 128, 192, 1)
+PAIRS128, PAIRS192, PAIRS256 = Tile(None, 128, 128, 1, 2), Tile(None, 128, 192, 1, 2), Tile(None, 128, 256, 1, 2, True)
 TILES = {
     "sm80": (Tile(16, 16, 128, 2), Tile(80, 64, 128, 2), Tile(None, 128, 128, 2)),
-    "sm90": (Tile(16, 16, 128, 1), Tile(64, 64, 128, 1), Tile(None, 128, 128, 1), Tile(None, 128, 192, 1)),
+    "sm90": (Tile(16, 16, 128, 1), Tile(64, 64, 128, 1), ROWS128, ROWS192, PAIRS128, PAIRS192, PAIRS256),
 }
+MIN_ROWS_OF_PAIRS = 512
 
 
 def cycles_per_column(width: int) -> float:
@@ -65,19 +90,43 @@ def cycles_per_column(width: int) -> float:
     return max(1.0, 32 * (2 * (64 + width) + 128 + width) / 128 / width)
 
 
-def _columns_cost(columns: int, width: int) -> float:
-    return -(-columns // width) * width * cycles_per_column(width)
+def cost_per_column(tile: Tile) -> float:
+    """cycles_per_column of gemm_sm90.h: of shared memory, or of an H100's L2, 46 bytes a cycle to a multiprocessor."""
+    return max(cycles_per_column(tile.columns), 32 * (128 + tile.columns / tile.cluster) / 46 / tile.columns)
 
 
-def widest(columns: int) -> Tile:
-    """The tile of sm90 for many rows, and for weight gradients: 192 columns if they cost less than 128."""
-    narrow, wide = TILES["sm90"][2:]
-    return wide if _columns_cost(columns, wide.columns) < _columns_cost(columns, narrow.columns) else narrow
+def _columns_cost(tile: Tile, columns: int, depth: float, epilogue: str) -> float:
+    stored = 8 * EPILOGUE[epilogue] / max(depth, 1) if tile.cooperative else 0.0
+    return -(-columns // tile.columns) * tile.columns * (cost_per_column(tile) + stored)
 
 
-def pick_tile(gpu: Gpu, mean_rows: float, columns: int) -> Tile:
+def pick_tile(gpu: Gpu, mean_rows: float, columns: int, depth: float, epilogue: str = "store") -> Tile:
+    """pick_config of gemm_sm90.h, for weights with a contiguous inner dimension."""
     tile = next(tile for tile in TILES[gpu.tiles] if tile.max_rows is None or mean_rows <= tile.max_rows)
-    return widest(columns) if gpu.tiles == "sm90" and tile.max_rows is None else tile
+    if gpu.tiles != "sm90":
+        return tile
+    pairs = mean_rows > MIN_ROWS_OF_PAIRS - 1
+    if epilogue == "glu_backward":  # its registers do not fit beside more accumulators
+        return PAIRS128 if pairs else ROWS128
+    if tile.max_rows is not None:
+        return tile
+    candidates = [ROWS128, ROWS192]
+    if pairs:
+        candidates += [PAIRS192] * (epilogue == "store") + [PAIRS256]
+    return min(candidates, key=lambda tile: _columns_cost(tile, columns, depth, epilogue))
+
+
+def pick_wgrad_tile(gpu: Gpu, m: int, n: int, depth: float, shares_b: bool) -> Tile:
+    """The same for weight gradients. A pair shares b, or a."""
+    if gpu.tiles != "sm90":
+        return TILES[gpu.tiles][-1]
+
+    def cost(tile: Tile, m: int, n: int) -> float:
+        return m * _columns_cost(tile, n, depth, "wgrad")
+
+    high, wide = -(-m // 128) * 128, -(-n // 512) * 512
+    paired = cost(PAIRS256, *((-(-m // 256) * 256, n) if shares_b else (high, wide)))
+    return PAIRS256 if paired < cost(ROWS128, high, n) else ROWS128
 
 
 class Kernel(NamedTuple):
@@ -86,47 +135,93 @@ class Kernel(NamedTuple):
     waves: float
     flops: float  # useful flop, without padding
     bytes: float
+    l2_bytes: float  # loaded by blocks
+    launches: int
     seconds: float
-    bound: str  # "arithmetic" or "memory"
+    bound: str  # "arithmetic", "epilogue", "L2" or "memory"
 
 
-def _timed(
-    gpu: Gpu, name: str, tiles: int, tile: Tile, depth: float, flops: float, moved: float
-) -> Kernel:  # fmt: skip
-    """`tiles` times the cost of a tile with inner dimension `depth`."""
+class Work(NamedTuple):
+    """A product: `tiles` of inner dimension `depth`, and what they move."""
+
+    tiles: int
+    depth: float
+    flops: float
+    bytes: float
+    l2_bytes: float
+    epilogue: str
+
+
+def cycles_of_tile(gpu: Gpu, tile: Tile, depth: float, epilogue: str) -> tuple[float, float]:
+    """Cycles between two tiles of a place: for the products alone, and with the epilogue."""
+    product = 2.0 * tile.rows * tile.columns * depth / (gpu.products_per_cycle / tile.blocks)
+    if gpu.tiles != "sm90":
+        return product, product  # the other block on the multiprocessor multiplies meanwhile
+    if tile.rows == 128:
+        product *= cycles_per_column(tile.columns)
+    # A consumer's four warps run on four schedulers, each an instruction a cycle, and share the tile's accumulators.
+    consumers = 2 if tile.cooperative else 1
+    stored = EPILOGUE[epilogue] * tile.rows * tile.columns / (128 * consumers)
+    return product, product + stored if tile.cooperative else max(product, (product + stored) / 2)
+
+
+def _timed(gpu: Gpu, name: str, tile: Tile, work: Work) -> Kernel:
     places = gpu.multiprocessors * tile.blocks
-    rate = gpu.tensor_rate * gpu.sustained / places
-    if gpu.tiles == "sm90" and tile.rows == 128:
-        rate /= cycles_per_column(tile.columns)
-    arithmetic = math.ceil(tiles / places) * 2.0 * tile.rows * tile.columns * depth / rate
-    memory = moved / (gpu.bandwidth * gpu.sustained_bandwidth)
-    bound = "arithmetic" if arithmetic > memory else "memory"
-    return Kernel(name, tiles, tiles / places, flops, moved, LAUNCH_SECONDS + max(arithmetic, memory), bound)
+    rounds = math.ceil(work.tiles / places)
+    product, period = cycles_of_tile(gpu, tile, work.depth, work.epilogue)
+    times = {
+        "arithmetic": rounds * product / gpu.clock,
+        "L2": work.l2_bytes / gpu.l2_rate,
+        "memory": work.bytes / (gpu.bandwidth * gpu.sustained_bandwidth),
+        "epilogue": rounds * period / gpu.clock,
+    }
+    if period <= product:
+        del times["epilogue"]
+    bound = max(times, key=lambda name: times[name])
+    seconds = LAUNCH_SECONDS + times[bound]
+    return Kernel(name, work.tiles, work.tiles / places, work.flops, work.bytes, work.l2_bytes, 1, seconds, bound)
 
 
-def gemm(gpu: Gpu, name: str, counts: Sequence[int], columns: int, depth: int, stored: int) -> Kernel:
+def gemm(
+    gpu: Gpu, name: str, counts: Sequence[int], columns: int, depth: int, stored: int, epilogue: str = "store"
+) -> Kernel:
     """Rows of experts times [columns, depth]; `stored` bytes are moved beside the operands."""
     rows, hit = sum(counts), sum(count > 0 for count in counts)
-    tile = pick_tile(gpu, rows / len(counts), columns)
-    tiles = sum(-(-count // tile.rows) for count in counts) * -(-columns // tile.columns)
+    tile = pick_tile(gpu, rows / len(counts), columns, depth, epilogue)
+    groups = sum(-(-count // (tile.rows * tile.cluster)) for count in counts)  # of row tiles that share weights
+    column_tiles = -(-columns // tile.columns)
+    l2_bytes = ITEM * depth * (rows * column_tiles + groups * columns)
     moved = ITEM * (rows * depth + hit * columns * depth) + stored
-    return _timed(gpu, name, tiles, tile, depth, 2.0 * rows * columns * depth, moved)
+    tiles = groups * tile.cluster * column_tiles
+    kernel = _timed(gpu, name, tile, Work(tiles, depth, 2.0 * rows * columns * depth, moved, l2_bytes, epilogue))
+    return kernel._replace(seconds=kernel.seconds + 2 * ROUND_TRIP) if gpu.tiles == "sm90" else kernel
 
 
-def wgrad(gpu: Gpu, name: str, counts: Sequence[int], m: int, n: int) -> Kernel:
-    """[m, n] per expert, the sum over its rows. All experts' gradients are written; without rows they are zeros."""
+def wgrad(gpu: Gpu, name: str, counts: Sequence[int], m: int, n: int, shares_b: bool = True) -> Kernel:
+    """[m, n] per expert, the sum over its rows. All experts' gradients are written; without rows they are zeros. Pairs
+    share columns of b, or else of a."""
     rows = sum(counts)
-    tile = widest(n) if gpu.tiles == "sm90" else TILES[gpu.tiles][-1]
-    tiles = -(-m // tile.rows) * -(-n // tile.columns) * len(counts)
-    moved = ITEM * (rows * (m + n) + len(counts) * m * n)
-    return _timed(gpu, name, tiles, tile, rows / len(counts), 2.0 * rows * m * n, moved)
+    tile = pick_wgrad_tile(gpu, m, n, rows / len(counts), shares_b)
+    down, across = (tile.cluster, 1) if shares_b else (1, tile.cluster)  # tiles of a pair
+    row_tiles, column_tiles = -(-m // (tile.rows * down)) * down, -(-n // (tile.columns * across)) * across
+    stored = ITEM * len(counts) * m * n
+    l2_bytes = ITEM * rows * (m * column_tiles / across + n * row_tiles / down)
+    moved = ITEM * rows * (m + n) + stored
+    tiles = row_tiles * column_tiles * len(counts)
+    work = Work(tiles, rows / len(counts), 2.0 * rows * m * n, moved, l2_bytes, "wgrad")
+    kernel = _timed(gpu, name, tile, work)
+    return kernel._replace(seconds=kernel.seconds + ROUND_TRIP) if gpu.tiles == "sm90" else kernel
 
 
-def copy(gpu: Gpu, name: str, moved: float) -> Kernel:
-    """A kernel that only moves rows."""
-    return Kernel(
-        name, 0, 0.0, 0.0, moved, LAUNCH_SECONDS + moved / (gpu.bandwidth * gpu.sustained_bandwidth), "memory"
-    )
+def copy(gpu: Gpu, name: str, moved: float, launches: int = 1) -> Kernel:
+    """Kernels that only move rows."""
+    seconds = launches * LAUNCH_SECONDS + moved / (gpu.bandwidth * gpu.sustained_bandwidth)
+    return Kernel(name, 0, 0.0, 0.0, moved, 0.0, launches, seconds, "memory")
+
+
+def plan(gpu: Gpu, slots: int) -> Kernel:
+    """csrc/cuda/plan.cu: one launch for few slots, three for many."""
+    return copy(gpu, "plan", 4 * 4 * slots, 1 if slots <= 8192 else 3)
 
 
 def forward_kernels(gpu: Gpu, shape: Shape, counts: Sequence[int], save_h: bool = False) -> list[Kernel]:
@@ -137,25 +232,29 @@ def forward_kernels(gpu: Gpu, shape: Shape, counts: Sequence[int], save_h: bool 
     hidden, width = shape.hidden_size, shape.intermediate_size
     h_bytes = ITEM * slots * 2 * width if save_h else 0
     return [
-        copy(gpu, "plan", 4 * 4 * slots),
-        gemm(gpu, "gate_up + glu", counts, 2 * width, hidden, ITEM * slots * width + h_bytes),
+        plan(gpu, slots),
+        gemm(gpu, "gate_up + glu", counts, 2 * width, hidden, ITEM * slots * width + h_bytes, "glu"),
         gemm(gpu, "down", counts, hidden, width, ITEM * slots * hidden),
         copy(gpu, "combine", ITEM * (slots + tokens) * hidden),
     ]
 
 
 def backward_kernels(gpu: Gpu, shape: Shape, counts: Sequence[int]) -> list[Kernel]:
-    """The launches of moe_backward: the gradient of h in the epilogue of grad_y · W_d, the gradient of x in slot order
-    and its sum over each token's rows, and the gradients of both projections."""
+    """The launches of moe_backward: the weights of slots, the gradient of h in the epilogue of grad_y · W_d, the
+    gradient of topk_weights from its parts, the gradients of both projections, the gradient of x in slot order, and its
+    sum over each token's rows."""
     slots = sum(counts)
     tokens = slots // shape.top_k
     hidden, width = shape.hidden_size, shape.intermediate_size
+    h_bytes = ITEM * slots * (2 * width + 2 * width + width)  # h; grad_h and a
     return [
-        copy(gpu, "plan", 4 * 4 * slots),
-        gemm(gpu, "grad_h", counts, width, hidden, ITEM * slots * (2 * width + 2 * width + width)),  # h; grad_h and a
+        plan(gpu, slots),
+        copy(gpu, "weights of slots", 3 * 4 * slots),
+        gemm(gpu, "grad_h", counts, width, hidden, h_bytes, "glu_backward"),
+        copy(gpu, "grad_topk_weights", 4 * slots * (width // 32 + 2)),
         gemm(gpu, "grad_x", counts, hidden, 2 * width, ITEM * slots * hidden),
         copy(gpu, "sum of grad_x", ITEM * (slots + tokens) * hidden),
-        wgrad(gpu, "grad_gate_up_proj", counts, 2 * width, hidden),
+        wgrad(gpu, "grad_gate_up_proj", counts, 2 * width, hidden, shares_b=False),  # x is gathered
         wgrad(gpu, "grad_down_proj", counts, hidden, width),
     ]
 
@@ -173,6 +272,10 @@ class Prediction(NamedTuple):
     kernels: list[Kernel]
     seconds: float
     tflops: float  # of useful flop
+
+    @property
+    def expected_tflops(self) -> float:
+        return EXPECTED * self.tflops
 
 
 def predict(gpu: Gpu, shape: Shape, tokens: int, mode: str, routing: str = "balanced") -> Prediction:

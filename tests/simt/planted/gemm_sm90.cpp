@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Some tiles of gemm_sm90.cuh with a short ring, all computed by one block. kernels.py compiles this with one line of the
-// kernel changed.
+// Some tiles of gemm_sm90.cuh with a short ring, by one block and by two that share a counter. kernels.py compiles this with one
+// line of the kernel changed.
+#include <algorithm>
+
 #include "gemm_sm90.cuh"
+#include "gemm_sm90_wgrad.cuh"
 #include "launch.h"
 #include "products.h"
 #include "tensor_map.h"
@@ -18,38 +21,141 @@ CUtensorMap map_of(const Rows& rows, int64_t columns, int box_rows) {
   return make_tensor_map({rows.data, DType::kBFloat16, {columns, rows.count, 1}, {rows.stride, rows.stride}, box_rows});
 }
 
-template <Shape kShape, int kN>
+// Launches with one block and every tile, then twice with blocks that take tiles from a counter.
+template <typename Launch>
+void with_schedules(const Launch& launch_with) {
+  launch_with(Schedule{}, 1);
+  TileCounter counter{};
+  for (int i = 0; i < 2; ++i) {
+    launch_with(Schedule{.counter = &counter}, 2);
+    CHECK(counter.taken == 0 && counter.done == 0, "the counter is not reset");
+  }
+}
+
+template <Shape kShape, int kN, int kCluster = 1, bool kCooperative = false>
 void multiply(Product p, bool gather) {
-  using C = Config<kShape, kN, kRing, false>;
+  using C = Config<kShape, kN, kRing, false, kCluster, kCooperative>;
   const Gemm g = p.gemm(gather);
   GemmParams params{};
-  params.maps.weights =
-      make_tensor_map({g.b.data, g.dtype, {g.c, g.n, g.num_experts}, {g.b.n_stride, g.b.expert_stride}, C::kColumns});
+  params.maps.weights = make_tensor_map(
+      {g.b.data, g.dtype, {g.c, g.n, g.num_experts}, {g.b.n_stride, g.b.expert_stride}, C::kColumns / kCluster});
   if (!gather) params.maps.slots = map_of(g.a, g.c, C::kSlots);
   params.g = g;
-  launch(gemm_sm90_kernel<Bf16, Epilogue::kStore, C>, 1, kThreads, shared_bytes(kShape, kN, kRing), nullptr, params);
-  p.check(gather);
+  with_schedules([&](const Schedule& schedule, int blocks) {
+    params.g.schedule = schedule;
+    p.out.fill(1);
+    launch_clusters(kCluster, gemm_sm90_kernel<Bf16, Epilogue::kStore, C>, blocks * kCluster, kThreads,
+                    shared_bytes(kShape, kN, kRing), nullptr, params);
+    p.check(gather);
+  });
 }
 TEST(many_rows) {
   multiply<Shape::kRows, 128>(Product(130, 40, 5, 136, 264), true);
   multiply<Shape::kRows, 128>(Product(130, 40, 5, 136, 264), false);
 }
+// The table of tiles, also for multiples of 32 experts.
+using Counted = Config<Shape::kRows, 128, kRing, false>;
+__global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ Gemm g, int32_t* first_tiles) {
+  SHARED_DYN(int32_t, table);
+  const GemmTiles<Counted> tiles(g, table);
+  tiles.count();
+  __syncthreads();
+  for (auto i = static_cast<int64_t>(threadIdx.x); i < g.num_experts + 2; i += kThreads) first_tiles[i] = table[i];
+}
+TEST(many_experts) {
+  for (const int64_t num_experts : {1, 31, 32, 64, 100, 1024}) {
+    std::vector<int32_t> offsets(1), first_tiles(static_cast<size_t>(num_experts) + 2, -1);
+    for (int64_t e = 0; e < num_experts; ++e) offsets.push_back(offsets.back() + static_cast<int32_t>(e * 37 % 300));
+    Gemm g{.expert_offsets = offsets.data(), .num_experts = num_experts, .num_slots = offsets.back() + 130, .n = 200};
+    launch(count_kernel, 1, kThreads, (static_cast<size_t>(num_experts) + 2) * 4, nullptr, g, first_tiles.data());
+    int32_t before = 0;
+    for (int64_t e = 0; e <= num_experts; ++e) {
+      CHECK(first_tiles[static_cast<size_t>(e)] == before, num_experts, " experts, expert ", e);
+      const int64_t rows = e == num_experts ? 130 : e * 37 % 300;
+      before += static_cast<int32_t>((rows + 127) / 128 * 2);
+    }
+    CHECK(first_tiles.back() == before, num_experts, " experts");
+  }
+}
+
 TEST(few_rows) {
   multiply<Shape::kFewRows, 16>(Product(10, 20, 5, 136, 264), true);
   multiply<Shape::kFewRows, 16>(Product(10, 20, 5, 136, 264), false);
 }
 
-TEST(weight_gradient) {
-  using C = Config<Shape::kWgrad, 128, kRing, true>;
+TEST(pairs) {
+  multiply<Shape::kRows, 128, 2>(Product(300, 40, 5, 136, 136), true);
+  multiply<Shape::kRows, 128, 2>(Product(300, 40, 5, 136, 136), false);
+}
+TEST(cooperative_pairs) {
+  multiply<Shape::kRows, 256, 2, true>(Product(300, 40, 5, 264, 136), true);
+  multiply<Shape::kRows, 256, 2, true>(Product(140, 40, 300, 264, 264), false);
+}
+
+// a = relu(gate) · up of small integers: exact. Separate halves, pairs of neighbours, and plain experts; with bias and h.
+void check_glu(bool gated, bool interleaved, int64_t n) {
+  using C = Config<Shape::kRows, 256, kRing, false, 2, true>;
+  Product p(200, 70, 5, n, 72);
+  Matrix bias(2, n), h(p.slots, n), a(p.slots, gated ? n / 2 : n);
+  bias.fill(2);
+  GemmParams params{};
+  Gemm& g = params.g = p.gemm(true);
+  g.epilogue = Epilogue::kGlu;
+  g.options = {.activation = switchgear::Activation::kRelu, .gated = gated, .interleaved = interleaved};
+  g.bias = bias.data();
+  g.bias_stride = stride_of(n);
+  g.out = a.data();
+  g.out_stride = stride_of(gated ? n / 2 : n);
+  g.h = h.data();
+  g.h_stride = stride_of(n);
+  params.maps.weights =
+      make_tensor_map({g.b.data, g.dtype, {g.c, g.n, g.num_experts}, {g.b.n_stride, g.b.expert_stride}, 128});
+  launch_clusters(2, gemm_sm90_kernel<Bf16, Epilogue::kGlu, C>, 2, kThreads, shared_bytes(C::kShape, C::kN, kRing),
+                  nullptr, params);
+  const auto rounded = [](float value) { return __bfloat162float(__float2bfloat16(value)); };
+  const int64_t width = gated ? n / 2 : n, used = p.offsets[2];
+  for (int64_t s = 0; s < used; ++s) {
+    const int64_t expert = s < p.offsets[1] ? 0 : 1;
+    const auto sum = [&](int64_t column) {
+      float total = bias(expert, column);
+      for (int64_t k = 0; k < p.c; ++k)
+        total += p.x(p.indices[static_cast<size_t>(s)], k) * p.weights(expert * n + column, k);
+      return total;
+    };
+    for (int64_t i = 0; i < width; ++i) {
+      const float gate = sum(interleaved ? 2 * i : i), up = !gated ? 1.0f : sum(interleaved ? 2 * i + 1 : width + i);
+      CHECK(a(s, i) == rounded(std::max(gate, 0.0f) * up), "slot ", s, " column ", i);
+    }
+    for (int64_t i = 0; i < n; i += 7) CHECK(h(s, i) == rounded(sum(i)), "h of slot ", s, " column ", i);
+  }
+  CHECK(a.padding_holds() && h.padding_holds(), "wrote behind a row");
+}
+TEST(cooperative_glu) {
+  check_glu(true, false, 304);
+  check_glu(true, true, 304);
+  check_glu(false, false, 264);
+}
+
+// A pair shares b, or a if b is gathered.
+template <int kN, int kCluster = 1, bool kCooperative = false>
+void check_weight_gradient() {
+  using C = Config<Shape::kWgrad, kN, kRing, true, kCluster, kCooperative>;
   for (const bool gather : {false, true}) {
     Gradient gradient(300, 70, 5, 136, 72);
     WgradParams params{};
     params.g = gradient.wgrad(gather);
-    params.a = map_of(params.g.a, params.g.m, kDepth);
-    params.b = map_of(params.g.b, params.g.n, kDepth);
-    launch(wgrad_sm90_kernel<Bf16, C>, 1, kThreads, shared_bytes(C::kShape, C::kN, kRing), nullptr, params);
-    gradient.check(gather);
+    params.a = map_of(params.g.a, params.g.m, kCluster > 1 && gather ? kDepth / 2 : kDepth);
+    params.b = map_of(params.g.b, params.g.n, kCluster > 1 && !gather ? kDepth / 2 : kDepth);
+    with_schedules([&](const Schedule& schedule, int blocks) {
+      params.g.schedule = schedule;
+      gradient.out.fill(1);
+      launch_clusters(kCluster, wgrad_sm90_kernel<Bf16, C>, blocks * kCluster, kThreads,
+                      shared_bytes(C::kShape, C::kN, kRing), nullptr, params);
+      gradient.check(gather);
+    });
   }
 }
+TEST(weight_gradient) { check_weight_gradient<128>(); }
+TEST(cooperative_weight_gradient) { check_weight_gradient<256, 2, true>(); }
 
 }  // namespace

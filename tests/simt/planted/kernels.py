@@ -36,6 +36,26 @@ def _of_sm90(name: str, builds: tuple[str, ...], before: str, after: str, header
     return Mistake(f"sm_90: {name}", builds, header, before, after, "tests/simt/planted/gemm_sm90.cpp", program)
 
 
+def _of_store(
+    name: str, before: str, after: str, builds: tuple[str, ...] = BOTH, header: str = "gemm_sm90_store.cuh"
+) -> Mistake:
+    return _of_sm90(f"store: {name}", builds, before, after, header)
+
+
+def _of_glu(name: str, before: str, after: str) -> Mistake:
+    return _of_sm90(f"glu: {name}", BOTH, before, after, "gemm_sm90_glu.cuh")
+
+
+def _of_pairs(
+    name: str, before: str, after: str, builds: tuple[str, ...] = BOTH, header: str = "gemm_sm90.cuh"
+) -> Mistake:
+    return _of_sm90(f"pairs: {name}", builds, before, after, header)
+
+
+def _of_queue(name: str, before: str, after: str, builds: tuple[str, ...] = BOTH) -> Mistake:
+    return _of_sm90(f"queue: {name}", builds, before, after, "tile_queue.cuh")
+
+
 def _of_low_rank(
     name: str, source: str, test: str, before: str, after: str, header: str, builds: tuple[str, ...] = BOTH
 ) -> Mistake:
@@ -272,8 +292,8 @@ MISTAKES = (
     _of_sm90(
         "producer skips the empty wait",
         BOTH,
-        "mbar_wait(ring.empty + ring.index(position), ring.parity(position) ^ 1);\n      if (threadIdx.x == 0) {",
-        "prefetch_tensor_map(&params.maps.weights);\n      if (threadIdx.x == 0) {",
+        "ptx::mbar_wait(ring.empty + ring.index(position), ring.parity(position) ^ 1);\n      if (threadIdx.x == 0) {",
+        "ptx::prefetch_tensor_map(&params.maps.weights);\n      if (threadIdx.x == 0) {",
     ),
     _of_sm90("half of the bytes expected", BOTH, "mbar_expect_tx(full, bytes);", "mbar_expect_tx(full, bytes / 2);"),
     _of_sm90("no bytes expected", BOTH, "mbar_expect_tx(full, bytes);", "mbar_arrive(full);"),
@@ -283,6 +303,166 @@ MISTAKES = (
         "mbar_wait(ring.full + ring.index(position), ring.parity(position));",
         "mbar_wait(ring.full + ring.index(position), ring.parity(position) ^ 1);",
     ),
+    _of_sm90(
+        "tiles added up before they are counted",
+        RACE,
+        "rows(slots(expert)) * columns;\n    }\n    __syncthreads();",
+        "rows(slots(expert)) * columns;\n    }",
+    ),
+    _of_queue(
+        "entry stored before the last one was read",
+        "    ptx::mbar_wait(empty + i, (n / kQueueEntries & 1) ^ 1);\n",
+        "",
+    ),
+    _of_queue(
+        "entry read before it is stored",
+        "      ptx::mbar_wait(full + i, parity);\n",
+        "",
+    ),
+    _of_queue("entry released by a lane before others read", "    if (whole_warp) __syncwarp();\n", "", RACE),
+    _of_queue("entry never released", "      ptx::mbar_arrive(empty + n % kQueueEntries);\n", ""),
+    _of_queue("no end for one consumer", "  queue.push(n + 1, {num_tiles, 0});\n", ""),
+    _of_queue(
+        "stages of another tile", "queued.position + static_cast<uint32_t>(stages_of(queued.tile))", "queued.position"
+    ),
+    _of_queue("counter not reset", "    atomicExch(&counter->taken, 0);\n", ""),
+    _of_queue(
+        "counter reset by the first block",
+        "!= static_cast<int32_t>(gridDim.x) / kCluster - 1) return;",
+        "!= 0) return;",
+    ),
+    _of_queue("a tile is skipped", "{source.take(n + 1), queued", "{source.take(n + 1) + (n == 1), queued"),
+    _of_pairs(
+        "stage released in the own block only",
+        "  if constexpr (kCluster > 1) ptx::mbar_arrive_remote(empty, ptx::cluster_rank() ^ 1);\n",
+        "",
+    ),
+    _of_pairs(
+        "wait without what the other block did",
+        "      ptx::mbar_wait_cluster(full + i, parity);\n",
+        "      ptx::mbar_wait(full + i, parity);\n",
+        RACE,
+        "tile_queue.cuh",
+    ),
+    _of_pairs(
+        "no barrier before the other block is used",
+        "  sync_cluster<C::kCluster>();  // the barriers are initialised in both blocks\n",
+        "",
+        RACE,
+    ),
+    _of_pairs(
+        "a block ends while the other one uses it",
+        "  sync_cluster<C::kCluster>();  // no block still uses the other's memory\n",
+        "",
+        RACE,
+    ),
+    _of_pairs(
+        "both blocks load the first columns",
+        "const int n = rank == 0 ? first : pairs ? second : first + half;",
+        "const int n = first;",
+    ),
+    _of_pairs(
+        "both blocks store the first half", "to + rank * half * kRowBytes, map, full, k, n,", "to, map, full, k, n,"
+    ),
+    _of_pairs(
+        "weights for the own block only",
+        "constexpr uint16_t kBothBlocks = 3;",
+        "#define kBothBlocks static_cast<uint16_t>(1u << ptx::cluster_rank())\n//",
+    ),
+    _of_pairs(
+        "both blocks have the same rows",
+        "position.row * C::kCluster + static_cast<int32_t>(rank_in_cluster<C::kCluster>());",
+        "position.row * C::kCluster;",
+    ),
+    _of_pairs(
+        "half of the pairs are missing",
+        "constexpr int kTogether = C::kSlots * C::kCluster;",
+        "constexpr int kTogether = 2 * C::kSlots * C::kCluster;",
+    ),
+    _of_pairs("cooperative consumers multiply the same rows", "C::kCooperative ? this_consumer() : 0;", "0;"),
+    _of_pairs(
+        "cooperative consumers store the same rows",
+        "block = kBlocks == 1 ? this_thread() / 128 - 1 : i / 2;",
+        "block = i / 2;",
+        BOTH,
+        "gemm_sm90_epilogue.cuh",
+    ),
+    _of_pairs("cooperative consumers count as one", "4 * (kCooperative ? 2 : 1) * kCluster;", "4 * kCluster;"),
+    _of_pairs(
+        "entry stored in the first block only",
+        "      ptx::st_cluster(entries + i, rank, entry);\n",
+        "",
+        BOTH,
+        "tile_queue.cuh",
+    ),
+    _of_pairs(
+        "other block reads entries before they are stored",
+        "      ptx::st_cluster(entries + i, rank, entry);\n      ptx::mbar_arrive_cluster(full + i, rank);\n",
+        "      ptx::mbar_arrive_cluster(full + i, rank);\n      ptx::st_cluster(entries + i, rank, entry);\n",
+        RACE,
+        "tile_queue.cuh",
+    ),
+    _of_pairs(
+        "entry released in the own block",
+        "      ptx::mbar_arrive_remote(empty + n % kQueueEntries, 0);\n",
+        "      ptx::mbar_arrive(empty + n % kQueueEntries);\n",
+        BOTH,
+        "tile_queue.cuh",
+    ),
+    _of_pairs(
+        "weight gradient: both blocks load the first slots",
+        "                                   first + skipped, 0, kBothBlocks);",
+        "                                   first, 0, kBothBlocks);",
+        BOTH,
+        "gemm_sm90_wgrad.cuh",
+    ),
+    _of_pairs(
+        "weight gradient: the gathered operand is paired",
+        "int32_t& paired = shares_a() ? position.column : position.row;",
+        "int32_t& paired = shares_b() ? position.column : position.row;",
+        BOTH,
+        "gemm_sm90_wgrad.cuh",
+    ),
+    _of_store(
+        "rows are read before their matrices are stored",
+        "  __syncwarp();\n  column += lane % 8 * 8;",
+        "  column += lane % 8 * 8;",
+        RACE,
+    ),
+    _of_store(
+        "matrices are stored before rows are read",
+        "  __syncwarp();  // before the next columns are staged\n",
+        "",
+        RACE,
+    ),
+    _of_store("matrices of other columns", "lane / 16 * 16 + 32 * sixteen", "lane / 8 % 2 * 16 + 32 * sixteen"),
+    _of_store(
+        "warps share their memory", "(this_thread() - kProducers) / 32 * kStagedBytes;", "0;", RACE, "gemm_sm90.cuh"
+    ),
+    _of_store(
+        "rows of the next expert",
+        "if (r >= tile.rows) return nullptr;",
+        "if (tile.first_row + r >= g.num_slots) return nullptr;",
+        RACE,
+        "gemm_sm90.cuh",
+    ),
+    _of_store("columns past the last", "if (row != nullptr && column < columns)", "if (row != nullptr)"),
+    _of_sm90(
+        "indices of the same stage",
+        BOTH,
+        "next_b.read(g.b, first + kDepth, end);",
+        "next_b.read(g.b, first, end);",
+        "gemm_sm90_wgrad.cuh",
+    ),
+    _of_sm90(
+        "indices past the expert's last", BOTH, "rows[i] = slot >= end ? -1 :", "rows[i] =", "gemm_sm90_wgrad.cuh"
+    ),
+    _of_glu("bias of the other half", "(j < 16 ? first : second) + j % 16 * 8;", "first + j % 16 * 8;"),
+    _of_glu("pairs are not separated", "  if (interleaved) separate_pairs(acc);\n", ""),
+    _of_glu("gates of the other row", "i % 2 * 8 + lane / 4", "(i + 1) % 2 * 8 + lane / 4"),
+    _of_glu("h from the first half", "(pass < 2 ? first : second) + pass % 2", "first + pass % 2"),
+    _of_glu("second half of plain gates not moved", "acc[k] = acc[k + 64];", "acc[k] = acc[k];"),
+    _of_glu("columns past the last", "column, pass < 2 ? first_end : n, AsIs{}", "column, 2 * n, AsIs{}"),
     _of_sm90("no proxy fence after cp.async", RACE, "if (copied(stage)) ptx::fence_proxy_async();", ""),
     _of_sm90(
         "stage released before its products are done",
@@ -293,8 +473,8 @@ MISTAKES = (
     _of_sm90(
         "stage released twice",
         BOTH,
-        "if (num_stages > 0) release(ring.empty + ring.index(position - 1));",
-        "for (int i = 0; i < 2 && num_stages > 0; ++i) release(ring.empty + ring.index(position - 1));",
+        "if (num_stages > 0) release<C::kCluster>(ring.empty + ring.index(position - 1));",
+        "for (int i = 0; i < 2 && num_stages > 0; ++i) release<C::kCluster>(ring.empty + ring.index(position - 1));",
     ),
     _of_sm90(
         "accumulators used before the wait", BOTH, "  ptx::wgmma_wait<0>();\n  if", "  ptx::wgmma_wait<1>();\n  if"
@@ -304,8 +484,8 @@ MISTAKES = (
     _of_sm90(
         "no barrier after mbarrier.init",
         BOTH,
-        "if (threadIdx.x < 32) tiles.count();\n  __syncthreads();",
-        "if (threadIdx.x < 32) tiles.count();",
+        "  tiles.count();\n  __syncthreads();",
+        "  tiles.count();",
     ),
     _of_sm90(
         "consumers take no turns",
@@ -325,6 +505,7 @@ MISTAKES = (
         BOTH,
         "const bool tail = tile.has_tail(stage);",
         "const bool tail = false;",
+        "gemm_sm90_wgrad.cuh",
     ),
     Mistake(
         "sm_90: a stale tensor map",
