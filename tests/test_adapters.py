@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import switchgear
-from backends_in_use import ISAS
 from switchgear import ops, reference
 from switchgear.ops import GluOptions
 from switchgear.testing import Case, Layer, make_layer
@@ -204,7 +203,6 @@ def test_float64() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
-@pytest.mark.parametrize("backend", ["reference", *ISAS], indirect=True)  # CUDA takes plain weights
 def test_beside_weights_of_mixed_bits(backend: str, case: Case, symmetric: bool, dtype: torch.dtype) -> None:
     """Decoded in float64, the weights are exact: 11 bits times 5. So the bounds are those of plain weights."""
     plain, adapters = make(case, dtype, 3, ragged=True)

@@ -4,6 +4,7 @@
 #include "expert_weights.h"
 #include "gemm.h"
 #include "ops.h"
+#include "stored.h"
 #include "workspace.h"
 
 namespace switchgear::cuda {
@@ -18,23 +19,32 @@ Rows rows_of(const TensorView& x, const TensorView& token_indices) {
 void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   if (args.out.shape[0] == 0) return;
   const int64_t count = separate_count(args.weight);
-  Workspace memory(allocate(exec, count * static_cast<int64_t>(sizeof(SeparateMatrix))));
-  auto* const separate = memory.take<SeparateMatrix>(count);
+  const auto layout = [&](Workspace& memory) {
+    SeparateMatrix* const separate = memory.take<SeparateMatrix>(count);
+    return std::pair(separate, args.transposed ? QuantizedRows() : QuantizedRows(memory, args.weight, args.x.shape[0]));
+  };
+  Workspace sizes;
+  layout(sizes);
+  Workspace memory(allocate(exec, sizes.size()));
+  const auto [separate, quantized] = layout(memory);
   write_separate("weight", args.weight, separate, exec.stream);
-  gemm({.dtype = args.x.dtype,
-        .allow_tf32 = exec.allow_tf32,
-        .a = rows_of(args.x, args.token_indices),
-        .b = operand_of(args.weight, true, separate),
-        .bias = args.bias.data,
-        .bias_stride = args.bias.stride[0],
-        .expert_offsets = args.expert_offsets.as<const int32_t>(),
-        .num_experts = args.weight.data.shape[0],
-        .num_slots = args.out.shape[0],
-        .n = args.out.shape[1],
-        .c = args.x.shape[1],
-        .out = args.out.data,
-        .out_stride = args.out.stride[0]},
-       exec.stream);
+  Gemm g{.dtype = args.x.dtype,
+         .allow_tf32 = exec.allow_tf32,
+         .a = rows_of(args.x, args.token_indices),
+         .bias = args.bias.data,
+         .bias_stride = args.bias.stride[0],
+         .expert_offsets = args.expert_offsets.as<const int32_t>(),
+         .num_experts = args.expert_offsets.shape[0] - 1,
+         .num_slots = args.out.shape[0],
+         .n = args.out.shape[1],
+         .c = args.x.shape[1],
+         .out = args.out.data,
+         .out_stride = args.out.stride[0]};
+  if (args.transposed) {
+    backward_gemm(g, "weight", args.weight, separate, exec.stream);
+  } else {
+    forward_gemm(g, "weight", args.weight, separate, quantized, exec.stream);
+  }
 }
 
 void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec) {

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent / "planted"))
 
 from kernels import MISTAKES, Mistake  # noqa: E402
+from stored import STORED  # noqa: E402
 
 ORDERS = os.environ.get("SIMT_ORDERS", "").split() or ("forward", "reverse", "random:1")
 SECONDS = 120
@@ -118,7 +119,7 @@ def kernel_plants(build: Path) -> list[Plant]:
         clean = [str(build / "tests/simt" / mistake.program), *mistake.tests]
         return Plant(mistake.name, mistake.builds, clean, lambda: build_mistake(build, mistake))
 
-    return [plant(mistake) for mistake in MISTAKES]
+    return [plant(mistake) for mistake in (*MISTAKES, *STORED)]
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
