@@ -92,7 +92,8 @@ const Backend& cuda_backend() {
       .column_topk = on_its_device<ColumnTopkArgs, cuda::column_topk>,
       .fit_capacity = on_its_device<FitCapacityArgs, cuda::fit_capacity>,
       .assign_balanced = on_its_device<AssignBalancedArgs, cuda::assign_balanced>,
-      .formats = formats({Format::kPlain, Format::kInt8, Format::kInt4, Format::kFp8, Format::kMxfp4, Format::kNf4, Format::kGroups}),
+      .formats = formats(
+          {Format::kPlain, Format::kInt8, Format::kInt4, Format::kFp8, Format::kMxfp4, Format::kNf4, Format::kGroups}),
       .takes_adapters = true};
   return kBackend;
 }

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Grouped GEMM with weights of 1 to 8 bits, decoded into a tile of the dtype of a in shared memory, whose products are those of plain
-// weights: out[s,c] = Σ_n a[s,n] · w[e(s)][n,c] for gradients of frozen weights, and x·Wᵀ of float32.
+// Grouped GEMM with weights of 1 to 8 bits, decoded into a tile of the dtype of a in shared memory, whose products are
+// those of plain weights: out[s,c] = Σ_n a[s,n] · w[e(s)][n,c] for gradients of frozen weights, and x·Wᵀ of float32.
 //
-//   work 2·S·N·C flop; traffic as stored_gemm.cuh, plus a write and reads of the decoded tile in shared memory: 4096 numbers for
+//   work 2·S·N·C flop; traffic as stored_gemm.cuh, plus a write and reads of the decoded tile in shared memory: 4096
+//   numbers for
 //   64·4096 multiply-adds
 //   bound by decoding, some 10 instructions a number, and by the products of gemm_sm80.cuh or gemm_f32.cuh
 //
-// cp.async fills a ring with rows of a and with eight stored steps: 128 columns x 32 depths. All threads decode them, eight numbers of a
-// row at a time; a barrier; then the products of a stage read both tiles. Layouts and products are those of plain weights, so every
-// dtype and both directions share one kernel. Codes decode with the format as an argument: a switch for eight numbers.
+// cp.async fills a ring with rows of a and with eight stored steps: 128 columns x 32 depths. All threads decode them,
+// eight numbers of a row at a time; a barrier; then the products of a stage read both tiles. Layouts and products are
+// those of plain weights, so every dtype and both directions share one kernel. Codes decode with the format as an
+// argument: a switch for eight numbers.
 //
-// Numeric contract: scale · (q - zero) in float32, rounded to the dtype of a as the specification decodes it; products and their order are
-// those of gemm_sm80.cuh and gemm_f32.cuh, an adapter's first.
+// Numeric contract: scale · (q - zero) in float32, rounded to the dtype of a as the specification decodes it; products
+// and their order are those of gemm_sm80.cuh and gemm_f32.cuh, an adapter's first.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   decoded_kernel: 255 registers, 64 bytes of shared memory
@@ -24,7 +26,8 @@ namespace switchgear::cuda {
 
 template <typename T>
 struct DecodedTile {
-  static constexpr TileConfig kConfig{0x7fffffff, 64, 128, 2, 2, kStepColumns * static_cast<int>(sizeof(T)), sizeof(T) == 2 ? 4 : 3, 2};
+  static constexpr TileConfig kConfig{
+      0x7fffffff, 64, 128, 2, 2, kStepColumns * static_cast<int>(sizeof(T)), sizeof(T) == 2 ? 4 : 3, 2};
   static constexpr int kRows = kConfig.rows, kColumns = kConfig.columns, kThreads = kConfig.threads();
   static constexpr int kDepthBytes = kConfig.depth_bytes, kStages = kConfig.stages;
   static constexpr int kWarpRows = kRows / kConfig.warps_m, kWarpColumns = kColumns / kConfig.warps_n;
@@ -35,12 +38,14 @@ struct DecodedTile {
   static_assert(kThreads == kStoredThreads);
 
   static constexpr int shared_bytes(bool adapter) {
-    const int ring = kStages * kStoredBytes + kDecodedBytes, staged = kRows * kColumns * 4, low = adapter ? kStages * kStageBytes : 0;
+    const int ring = kStages * kStoredBytes + kDecodedBytes, staged = kRows * kColumns * 4,
+              low = adapter ? kStages * kStageBytes : 0;
     return ring > staged ? (ring > low ? ring : low) : staged > low ? staged : low;
   }
 };
 
-// Where the eight steps of a stage are: blocks of 16 columns of out (x·Wᵀ), or two blocks of depths and four steps of columns (x·W).
+// Where the eight steps of a stage are: blocks of 16 columns of out (x·Wᵀ), or two blocks of depths and four steps of
+// columns (x·W).
 template <bool kTransposed>
 struct StagePlaces {
   const StoredOperand& w;
@@ -72,7 +77,8 @@ __device__ inline void decode_stage(std::byte* tile, const std::byte* steps, con
   using Place = typename Tile::Place;
   const StoredOperand& w = places.w;
   constexpr int kItems = kStepRows * kStepChunks;  // of a step
-  const int row = static_cast<int>(threadIdx.x) / kStepChunks % kStepRows, chunk = static_cast<int>(threadIdx.x) % kStepChunks;
+  const int row = static_cast<int>(threadIdx.x) / kStepChunks % kStepRows,
+            chunk = static_cast<int>(threadIdx.x) % kStepChunks;
 #pragma unroll
   for (int i = static_cast<int>(threadIdx.x) / kItems; i < kStageSteps; i += kStoredThreads / kItems) {
     const std::byte* const step = steps + i * Place::kAll;
@@ -84,7 +90,8 @@ __device__ inline void decode_stage(std::byte* tile, const std::byte* steps, con
       const int group = w.group_size == 16 ? chunk / 2 * kStepRows : 0;
       float scale = scale_at(w.format, step + Place::kScales + group, row);
       if (of_integers(w.format)) scale *= m.row_scales[static_cast<int64_t>(block) * kStepRows + row];
-      const float shift = zero_shift(w.format, m.bits, m.zeros == nullptr ? nullptr : step + Place::kZeros + group, row);
+      const float shift =
+          zero_shift(w.format, m.bits, m.zeros == nullptr ? nullptr : step + Place::kZeros + group, row);
       decode_chunk(v, w.format, m.bits, step, row, chunk, nf4);
 #pragma unroll
       for (int j = 0; j < 8; ++j) v[j] = (v[j] + shift) * scale;
@@ -95,8 +102,9 @@ __device__ inline void decode_stage(std::byte* tile, const std::byte* steps, con
 #pragma unroll
       for (int j = 0; j < kVectorSize<T>; ++j) part[j] = v[first + j];
       const Words words = pack<T>(part);
-      const int at = chunk * (8 / kVectorSize<T>) + first / kVectorSize<T>;
-      const int offset = kTransposed ? row_major_offset<T, Tile::kColumns>(i / 4 * kStepRows + row, i % 4 * 4 * (8 / kVectorSize<T>) + at)
+      const int at = chunk * (8 / kVectorSize<T>)+first / kVectorSize<T>;
+      const int offset = kTransposed ? row_major_offset<T, Tile::kColumns>(i / 4 * kStepRows + row,
+                                                                           i % 4 * 4 * (8 / kVectorSize<T>)+at)
                                      : depth_major_offset<Tile::kDepthBytes>(i * kStepRows + row, at);
       *reinterpret_cast<uint4*>(tile + offset) = make_uint4(words.w[0], words.w[1], words.w[2], words.w[3]);
     }
@@ -105,8 +113,9 @@ __device__ inline void decode_stage(std::byte* tile, const std::byte* steps, con
 
 // sums += the product of a's columns, from `a_first` on, and the rows or columns of W that `places` has.
 template <typename Product, bool kTransposed, typename Tile, typename LoadA>
-__device__ inline void multiply_decoded(Sums<Tile>& sums, LoadA& load_a, const StagePlaces<kTransposed>& places, const StoredMatrix& m,
-                                        std::byte* shared, const float* nf4, const WarpPlace<Tile>& at) {
+__device__ inline void multiply_decoded(Sums<Tile>& sums, LoadA& load_a, const StagePlaces<kTransposed>& places,
+                                        const StoredMatrix& m, std::byte* shared, const float* nf4,
+                                        const WarpPlace<Tile>& at) {
   using T = typename Product::Element;
   using Place = typename Tile::Place;
   const int own = static_cast<int>(threadIdx.x) / kThreadsPerStep;
@@ -165,16 +174,18 @@ __global__ void __launch_bounds__(kStoredThreads, 2)
     if (g.low.rank > 0) {
       const ExpertMatrix<T> matrix(g.low.b, g.n, g.low.rank, unassigned ? 0 : tile.expert);
       const auto row_at = [&](int i) { return row_of(g.low.a, i); };
-      DepthMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(static_cast<const T*>(g.low.a.data), g.low.a.stride,
-                                                                               row_at, thread, aligned.low_a);
+      DepthMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(
+          static_cast<const T*>(g.low.a.data), g.low.a.stride, row_at, thread, aligned.low_a);
       auto load_b = columns_loader<T, Tile, !kTransposed>(g.low.b, matrix, columns, thread, aligned.low_b);
-      multiply_tile<Product, Tile, true, !kTransposed>(sums, load_a, load_b, 0, unassigned ? 0 : matrix.k_end, shared, at);
+      multiply_tile<Product, Tile, true, !kTransposed>(sums, load_a, load_b, 0, unassigned ? 0 : matrix.k_end, shared,
+                                                       at);
       if (g.low.mask.drops()) mask_sums(sums, g.low.mask, tile.first_row, columns.first, at);
       __syncthreads();  // the adapter's last stage has been read
     }
     const StoredMatrix m(w, tile.expert, !unassigned);
     const int32_t parts = kTransposed ? w.parts : 1;
-    for (int32_t part = 0; part < parts; ++part) {  // blocks do not cross parts, so the depths of each are multiplied by themselves
+    for (int32_t part = 0; part < parts;
+         ++part) {  // blocks do not cross parts, so the depths of each are multiplied by themselves
       const int32_t first = part * w.part_rows;
       const StagePlaces<kTransposed> places{w, columns, first, first + w.part_rows};
       const T* const a = static_cast<const T*>(g.a.data) + (kTransposed ? first : 0);
@@ -195,7 +206,8 @@ void launch_decoded_gemm(const Gemm& g, const StoredOperand& w, void* stream) {
   using Tile = DecodedTile<typename Product::Element>;
   const bool gated = g.epilogue == Epilogue::kGlu && g.options.gated;
   const int64_t width = gated ? Tile::kColumns / 2 : Tile::kColumns;
-  const int64_t tiles = row_tile_bound(g.num_slots, g.num_experts, Tile::kRows) * ((out_columns(g) + width - 1) / width);
+  const int64_t tiles =
+      row_tile_bound(g.num_slots, g.num_experts, Tile::kRows) * ((out_columns(g) + width - 1) / width);
   const int shared = Tile::shared_bytes(g.low.rank > 0);
   launch(decoded_kernel<Product, kTransposed>, dim3(static_cast<unsigned>(std::min(tiles, resident_blocks(shared)))),
          dim3(Tile::kThreads), static_cast<size_t>(shared), stream, g, w, alignment_of(g));

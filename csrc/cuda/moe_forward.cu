@@ -34,7 +34,7 @@ struct ForwardMemory {
   OwnPlan own;
   SeparateMatrix *gate_up, *down;
   ProjectionAdapter gate_up_adapter, down_adapter;
-  TensorView u, v, a;  // u, v: small rows of the adapters
+  TensorView u, v, a;                      // u, v: small rows of the adapters
   QuantizedRows quantized_x, quantized_a;  // for weights of integers
   SharedRows shared;                       // rows that an adapter masks; then permuted_y
 

@@ -4,10 +4,12 @@
 //   x [R,C] float   values [R,C] bfloat16   scales [R,B] float32
 //   traffic: x read once from memory and once from L1, 2 bytes written per element; bound by memory
 //
-// A warp per row and block. Integers up to 127 are exact in bfloat16, which is what mma.sync multiplies by decoded weights.
+// A warp per row and block. Integers up to 127 are exact in bfloat16, which is what mma.sync multiplies by decoded
+// weights.
 //
-// Numeric contract: that of quantize_rows in reference/integers.py, bit for bit: scale = max / 127, v = x · (127 / max) rounded half to
-// even; a block whose largest magnitude is below 2^-100 is zero; an infinity or a NaN makes the scale NaN and the values zero.
+// Numeric contract: that of quantize_rows in reference/integers.py, bit for bit: scale = max / 127, v = x · (127 / max)
+// rounded half to even; a block whose largest magnitude is below 2^-100 is zero; an infinity or a NaN makes the scale
+// NaN and the values zero.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   quantize_rows_kernel: 64 registers
@@ -43,7 +45,8 @@ __device__ inline void load_eight(float (&v)[8], const T* p, int count, bool ali
 }
 
 template <typename T>
-__global__ void __launch_bounds__(32 * kQuantizeWarps) quantize_rows_kernel(const __grid_constant__ QuantizeParams<T> p) {
+__global__ void __launch_bounds__(32 * kQuantizeWarps)
+    quantize_rows_kernel(const __grid_constant__ QuantizeParams<T> p) {
   constexpr float kSmallest = 0x1p-100f;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kQuantizeWarps + threadIdx.x / 32;
   if (item >= p.num_rows * p.num_blocks) return;

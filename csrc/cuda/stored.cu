@@ -52,8 +52,9 @@ void stored_forward(const Gemm& g, const StoredOperand& w, void* stream) {
 }  // namespace
 
 StoredOperand stored_operand(const char* name, const Weight& weight) {
-  SWITCHGEAR_CHECK(ValueError, weight.cols <= kMostColumns && weight.rows <= kMostColumns, name, ": expected at most ", kMostColumns,
-                   " rows and columns in ", name_of(weight.format), " on a CUDA device, got [", weight.rows, ", ", weight.cols, ']');
+  SWITCHGEAR_CHECK(ValueError, weight.cols <= kMostColumns && weight.rows <= kMostColumns, name, ": expected at most ",
+                   kMostColumns, " rows and columns in ", name_of(weight.format), " on a CUDA device, got [",
+                   weight.rows, ", ", weight.cols, ']');
   for (const TensorView* tensor : {&weight.data, &weight.scales, &weight.row_scales, &weight.zeros}) {
     if (tensor->defined()) check_aligned(name, *tensor);
   }
@@ -83,7 +84,8 @@ StoredOperand stored_operand(const char* name, const Weight& weight) {
   w.groups = static_cast<int32_t>(divide_up(weight.cols, size));
   w.group_size = static_cast<int32_t>(size);
   w.group_steps = static_cast<int32_t>(divide_up(size, kStepColumns));
-  // ⌊step · m / 2^31⌋ = ⌊step / g⌋ for m = ⌊2^31 / g⌋ + 1 (or 2^31, for g = 1) and step · g < 2^31: both are at most 2^15.
+  // ⌊step · m / 2^31⌋ = ⌊step / g⌋ for m = ⌊2^31 / g⌋ + 1 (or 2^31, for g = 1) and step · g < 2^31: both are at most
+  // 2^15.
   constexpr uint32_t kOne = 1u << 31;
   if (w.groups > 1) w.group_magic = kOne / static_cast<uint32_t>(w.group_steps) + (w.group_steps > 1 ? 1 : 0);
   return w;
@@ -110,8 +112,8 @@ void stored_gemm(const Gemm& g, const StoredOperand& w, bool transposed, void* s
   }
 }
 
-void forward_gemm(Gemm& g, const char* name, const Weight& weight, const SeparateMatrix* separate, const QuantizedRows& quantized,
-                  void* stream) {
+void forward_gemm(Gemm& g, const char* name, const Weight& weight, const SeparateMatrix* separate,
+                  const QuantizedRows& quantized, void* stream) {
   if (weight.format == Format::kPlain) {
     g.b = operand_of(weight, true, separate);
     return gemm(g, stream);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Products with weights in fewer bits: int8, int4, fp8, mxfp4, nf4 and groups, in the storage of the CPU (minifloat.h, integers.h,
-// groups.h), which is kept since it suits a GPU as it is. A step, 16 rows x 32 columns, is 64 bytes for each bit and contiguous, and so
-// are the steps of a block of 16 rows: a copy of chunks of 16 bytes is coalesced, and a weight moves between devices as it is.
+// Products with weights in fewer bits: int8, int4, fp8, mxfp4, nf4 and groups, in the storage of the CPU (minifloat.h,
+// integers.h, groups.h), which is kept since it suits a GPU as it is. A step, 16 rows x 32 columns, is 64 bytes for
+// each bit and contiguous, and so are the steps of a block of 16 rows: a copy of chunks of 16 bytes is coalesced, and a
+// weight moves between devices as it is.
 //
 // `stored_gemm` picks one of two kernels:
 //   stored_gemm.cuh    x·Wᵀ with x in 16 bits: codes become exact bfloat16 or float16 in registers, and go to mma.sync
@@ -39,8 +40,8 @@ struct StoredOperand {
 // ValueError, naming the argument, for storage that kernels cannot read.
 StoredOperand stored_operand(const char* name, const Weight& weight);
 
-// out = g.a·Wᵀ, or g.a·W if `transposed`, with g's adapter term and epilogue; g.b is not read. Integers: x·Wᵀ takes rows that
-// quantize_rows wrote, in bfloat16 whatever g.dtype is.
+// out = g.a·Wᵀ, or g.a·W if `transposed`, with g's adapter term and epilogue; g.b is not read. Integers: x·Wᵀ takes
+// rows that quantize_rows wrote, in bfloat16 whatever g.dtype is.
 void stored_gemm(const Gemm& g, const StoredOperand& w, bool transposed, void* stream);
 
 // Rows of activations rounded to int8, as integers.h says: values in bfloat16, which holds them, and the scales.
@@ -56,8 +57,8 @@ struct QuantizedRows {
 void quantize_rows(const Rows& x, DType dtype, const Weight& weight, const QuantizedRows& out, void* stream);
 
 // x·Wᵀ with a weight of any format; sets g.b. `separate`: as for operand_of.
-void forward_gemm(Gemm& g, const char* name, const Weight& weight, const SeparateMatrix* separate, const QuantizedRows& quantized,
-                  void* stream);
+void forward_gemm(Gemm& g, const char* name, const Weight& weight, const SeparateMatrix* separate,
+                  const QuantizedRows& quantized, void* stream);
 // The same for x·W.
 void backward_gemm(Gemm& g, const char* name, const Weight& weight, const SeparateMatrix* separate, void* stream);
 

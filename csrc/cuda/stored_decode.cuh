@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // From the bytes of a step, 16 rows x 32 columns, to numbers. A chunk is 8 columns of a row.
 //
-//   Pairs<format, T>   columns 2 c and 2 c + 1 of a chunk as a word of two T, for lane c of a quad: what mma.sync takes. Exact for all
+//   Pairs<format, T>   columns 2 c and 2 c + 1 of a chunk as a word of two T, for lane c of a quad: what mma.sync
+//   takes. Exact for all
 //                      formats but nf4, whose values are rounded to T.
 //   decode_chunk       the eight numbers of a chunk in float32, for any format
 //
-// Numbers come without their scale; those of integers and groups relative to their zero. 16 bits decode as follows, two at a time: the code
-// becomes the bits of a T (of 2^7 + q in bfloat16 and 2^10 + q in float16 for integers, of the value over a power of two for
-// minifloats), then one fused multiply-add gives the value, subnormal ones too. Instructions for a pair: fp8 5, mxfp4 5, int4 3,
-// int8 4, groups 4, nf4 5 and two loads.
+// Numbers come without their scale; those of integers and groups relative to their zero. 16 bits decode as follows, two
+// at a time: the code becomes the bits of a T (of 2^7 + q in bfloat16 and 2^10 + q in float16 for integers, of the
+// value over a power of two for minifloats), then one fused multiply-add gives the value, subnormal ones too.
+// Instructions for a pair: fp8 5, mxfp4 5, int4 3, int8 4, groups 4, nf4 5 and two loads.
 #pragma once
 #include "ptx.cuh"
 #include "stored.h"
@@ -22,10 +23,13 @@ constexpr int kStepRows = 16, kStepColumns = 32, kStepChunks = 4;
 
 // Bytes of a step, at most. kGroups: 64 for each bit.
 constexpr int most_step_bytes(Format format) {
-  return kStepRows * kStepColumns / 8 * (format == Format::kGroups ? static_cast<int>(kMostBits) : static_cast<int>(bits_of(format)));
+  return kStepRows * kStepColumns / 8 *
+         (format == Format::kGroups ? static_cast<int>(kMostBits) : static_cast<int>(bits_of(format)));
 }
 
-__host__ __device__ constexpr bool of_integers(Format format) { return format == Format::kInt8 || format == Format::kInt4; }
+__host__ __device__ constexpr bool of_integers(Format format) {
+  return format == Format::kInt8 || format == Format::kInt4;
+}
 // Bits of a number; groups have those of their expert.
 __host__ __device__ constexpr int code_bits(Format format) {
   return format == Format::kInt4 || format == Format::kMxfp4 || format == Format::kNf4 ? 4 : 8;
@@ -60,20 +64,22 @@ __device__ inline uint32_t pair_of(float v) {
 // The same for a constant, 2^exponent.
 template <typename T>
 __host__ __device__ constexpr uint32_t power_pair(int exponent) {
-  return (std::is_same_v<T, __nv_bfloat16> ? static_cast<uint32_t>(exponent + 127) << 7 : static_cast<uint32_t>(exponent + 15) << 10) *
+  return (std::is_same_v<T, __nv_bfloat16> ? static_cast<uint32_t>(exponent + 127) << 7
+                                           : static_cast<uint32_t>(exponent + 15) << 10) *
          0x10001u;
 }
 
 template <typename T>
-inline constexpr int kIntegerBits = std::is_same_v<T, __nv_bfloat16> ? 7 : 10;  // of a fraction: 2^n + q is q in its lowest bits
+inline constexpr int kIntegerBits =
+    std::is_same_v<T, __nv_bfloat16> ? 7 : 10;  // of a fraction: 2^n + q is q in its lowest bits
 inline constexpr uint32_t kMinusZeros = 0x80008000u;
 
 __device__ inline uint32_t word_at(const std::byte* p) { return *reinterpret_cast<const uint32_t*>(p); }
 __device__ inline uint32_t half_word_at(const std::byte* p) { return *reinterpret_cast<const uint16_t*>(p); }
 
 // ---- pairs -----------------------------------------------------------------------------------------------------------------
-// word(step, row, chunk, shift): `step` points into shared memory; row is 0 or 8, the lane's own row is lane / 4 after it. `shift` is
-// zero_shift twice, in T.
+// word(step, row, chunk, shift): `step` points into shared memory; row is 0 or 8, the lane's own row is lane / 4 after
+// it. `shift` is zero_shift twice, in T.
 
 template <Format kFormat, typename T>
 struct Pairs;
@@ -86,7 +92,8 @@ struct Pairs<Format::kFp8, T> {
   __device__ Pairs(int lane, int) : offset(lane % 4 / 2 * 64 + lane / 16 * 16 + lane % 4 % 2 * 8 + lane / 4 % 4 * 2) {}
   __device__ uint32_t word(const std::byte* step, int row, int chunk, uint32_t) const {
     constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-    const uint32_t w = __byte_perm(half_word_at(step + offset + 128 * chunk + 4 * row), 0, 0x1404);  // s eeee fff, then zeros
+    const uint32_t w =
+        __byte_perm(half_word_at(step + offset + 128 * chunk + 4 * row), 0, 0x1404);  // s eeee fff, then zeros
     const uint32_t bits = (w & 0x80008000u) | (w & 0x7f007f00u) >> (kBf16 ? 4 : 1);
     return fma_pair<T>(bits, power_pair<T>(kBf16 ? 120 : 8), kMinusZeros);  // the exponents' biases are 7 and 127 or 15
   }
@@ -102,7 +109,8 @@ struct Pairs<Format::kMxfp4, T> {
     constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
     const uint32_t w = word_at(step + offset + 64 * chunk + 4 * row) >> turn;  // codes s ee f at bits 0 and 16
     const uint32_t bits = (w & 0x00080008u) << 12 | (w & 0x00070007u) << (kBf16 ? 6 : 9);
-    return fma_pair<T>(bits, power_pair<T>(kBf16 ? 126 : 14), kMinusZeros);  // the exponents' biases are 1 and 127 or 15
+    return fma_pair<T>(bits, power_pair<T>(kBf16 ? 126 : 14),
+                       kMinusZeros);  // the exponents' biases are 1 and 127 or 15
   }
 };
 
@@ -138,7 +146,8 @@ struct Pairs<Format::kInt8, T> {
   __device__ uint32_t word(const std::byte* step, int row, int chunk, uint32_t shift) const {
     static_assert(std::is_same_v<T, __nv_bfloat16>, "rows of int8 come in bfloat16");
     const uint32_t w = __byte_perm(half_word_at(step + offset + 128 * chunk + 4 * row), 0, 0x4140);
-    const uint32_t low = (w & 0x007f007fu) | power_pair<T>(7), high = (w & 0x00800080u) ^ (power_pair<T>(8) | kMinusZeros);
+    const uint32_t low = (w & 0x007f007fu) | power_pair<T>(7),
+                   high = (w & 0x00800080u) ^ (power_pair<T>(8) | kMinusZeros);
     const uint32_t q = fma_pair<T>(low, power_pair<T>(0), high);
     return shift == 0 ? q : fma_pair<T>(q, power_pair<T>(0), shift);
   }
@@ -153,7 +162,8 @@ struct Pairs<Format::kInt4, T> {
   __device__ uint32_t word(const std::byte* step, int row, int chunk, uint32_t shift) const {
     static_assert(std::is_same_v<T, __nv_bfloat16>, "rows of int8 come in bfloat16");
     const uint32_t w = __byte_perm(word_at(step + offset + 64 * chunk + 4 * row) >> turn, 0, 0x4140);
-    const uint32_t q = fma_pair<T>((w & 0x000f000fu) | power_pair<T>(7), power_pair<T>(0), (power_pair<T>(7) + 0x00080008u) | kMinusZeros);
+    const uint32_t q = fma_pair<T>((w & 0x000f000fu) | power_pair<T>(7), power_pair<T>(0),
+                                   (power_pair<T>(7) + 0x00080008u) | kMinusZeros);
     return shift == 0 ? q : fma_pair<T>(q, power_pair<T>(0), shift);
   }
 };
@@ -211,7 +221,8 @@ __device__ inline void decode_fp8(float (&v)[8], const std::byte* step, int row,
   }
 }
 
-__device__ inline void decode_four_bits(float (&v)[8], Format format, const std::byte* step, int row, int chunk, const float* nf4) {
+__device__ inline void decode_four_bits(float (&v)[8], Format format, const std::byte* step, int row, int chunk,
+                                        const float* nf4) {
   const uint32_t w = word_at(step + chunk * 64 + row * 4);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -236,7 +247,8 @@ __device__ inline void decode_group(float (&v)[8], int bits, const std::byte* st
     } else {
       q = word_at(step + 64 * vector + 4 * row) >> (16 * (j % 2) + bits * (code - vector * held)) & ((1u << bits) - 1);
     }
-    v[j] = bits == 1 ? (q == 0 ? 1.0f : -1.0f) : static_cast<float>(static_cast<int>(q ^ 1u << (bits - 1)) - (1 << (bits - 1)));
+    v[j] = bits == 1 ? (q == 0 ? 1.0f : -1.0f)
+                     : static_cast<float>(static_cast<int>(q ^ 1u << (bits - 1)) - (1 << (bits - 1)));
   }
 }
 
@@ -248,7 +260,8 @@ __device__ inline void decode_chunk(float (&v)[8], Format format, int bits, cons
   } else if (format == Format::kGroups) {
     decode_group(v, bits, step, row, chunk);
   } else if (format == Format::kInt8) {
-    const uint32_t words[2] = {word_at(step + 2 * chunk * 64 + row * 4), word_at(step + (2 * chunk + 1) * 64 + row * 4)};
+    const uint32_t words[2] = {word_at(step + 2 * chunk * 64 + row * 4),
+                               word_at(step + (2 * chunk + 1) * 64 + row * 4)};
 #pragma unroll
     for (int j = 0; j < 8; ++j) v[j] = static_cast<float>(words[j / 4] >> 8 * (j % 4) & 255) - 128.0f;
   } else {
@@ -293,7 +306,8 @@ __device__ inline float2 scale_pair(const std::byte* scales, int first) {
     return make_float2(__uint_as_float(max(low, 1u << 22)), __uint_as_float(max(high, 1u << 22)));
   } else {
     const uint32_t w = half_word_at(scales + first);
-    return make_float2(static_cast<float>(static_cast<int8_t>(w & 255)), static_cast<float>(static_cast<int8_t>(w >> 8)));
+    return make_float2(static_cast<float>(static_cast<int8_t>(w & 255)),
+                       static_cast<float>(static_cast<int8_t>(w >> 8)));
   }
 }
 

@@ -1,23 +1,27 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Grouped GEMM with weights of 1 to 8 bits on mma.sync: out[s,n] = Σ_k a[s,k] · w[e(s)][n,k] with an epilogue; a in 16 bits.
+// Grouped GEMM with weights of 1 to 8 bits on mma.sync: out[s,n] = Σ_k a[s,k] · w[e(s)][n,k] with an epilogue; a in 16
+// bits.
 //
-//   work 2·S·N·C flop; traffic (touched experts)·N·C·(bits + those of scales) / 8, weights once per row tile, a once per column tile
-//   from L2. A decoded pair costs 4 to 7 instructions and serves 2·rows multiply-adds of the warp's tile.
+//   work 2·S·N·C flop; traffic (touched experts)·N·C·(bits + those of scales) / 8, weights once per row tile, a once
+//   per column tile from L2
 //   bound by reading weights below about 40 (A100, 4 bits) or 75 (H100) rows per expert, by the tensor cores above;
 //   with 64 rows a warp issues about 200 instructions beside 32 mma of 16 cycles, so decoding hides behind them
 //
-// Blocks take one tile after another, as in gemm_sm80.cuh. cp.async fills a ring with rows of a, gathered, and with the stored bytes of
-// eight steps; the ring keeps 14 to 29 KB of weights of each block in flight and needs no registers for it. Lanes of a warp
-// read the codes of their own columns from shared memory, in the layout of the CPU: a quad shares a word of eight 4-bit codes, of which
-// each lane turns out its pair. So no weight passes through shared memory twice, and none is decoded by a lane that does not multiply it.
+// Blocks take one tile after another, as in gemm_sm80.cuh. cp.async fills a ring with rows of a, gathered, and with the
+// stored bytes of eight steps; the ring keeps 14 to 29 KB of weights of each block in flight and needs no registers for
+// it. Lanes of a warp read the codes of their own columns from shared memory, in the layout of the CPU: a quad shares a
+// word of eight 4-bit codes, of which each lane turns out its pair. So no weight passes through shared memory twice,
+// and none is decoded by a lane that does not multiply it.
 //
-// Numeric contract: codes become exact numbers of 16 bits (nf4: rounded to those of a). mma adds the products of a group of columns in
-// float32, k ascending, 16 per instruction, from zero. That sum times the group's scale is added to the total in float32: one fused
-// multiply-add, so a scale costs no bits of a weight. Both tiles do the same: the bits of a row do not depend on the number of rows.
-// Integers: a holds integers up to 127 (quantize_rows), so the sums of groups are exact below 2^24, which 1040 columns reach at
-// most and 2^16 random ones do not. An adapter's products are added at the end.
+// Numeric contract: codes become exact numbers of 16 bits (nf4: rounded to those of a). mma adds the products of a
+// group of columns in float32, k ascending, 16 per instruction, from zero. That sum times the group's scale is added to
+// the total in float32: one fused multiply-add, so a scale costs no bits of a weight. Both tiles do the same: the bits
+// of a row do not depend on the number of rows. Integers: a holds integers up to 127 (quantize_rows), so the sums of
+// groups are exact below 2^24, which 1040 columns reach at most and 2^16 random ones do not. An adapter's products are
+// added at the end.
 //
-// Floors (Qwen3-30B-A3B's layer, one token, 8 experts, 37.7 M weights): mxfp4 20 MB, 10 us at the 2.0 TB/s of an A100; fp8 38 MB, 19 us.
+// Floors (Qwen3-30B-A3B's layer, one token, 8 experts, 37.7 M weights): mxfp4 20 MB, 10 us at the 2.0 TB/s of an A100;
+// fp8 38 MB, 19 us.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
 //   stored_kernel: 255 registers, 64 bytes of shared memory
@@ -28,12 +32,13 @@
 
 namespace switchgear::cuda {
 
-// A stage is eight steps: 64 columns x 64 depths for few rows, 128 x 32 for many. A warp has all rows of the tile, so no weight is
-// decoded twice.
+// A stage is eight steps: 64 columns x 64 depths for few rows, 128 x 32 for many. A warp has all rows of the tile, so
+// no weight is decoded twice.
 inline constexpr TileConfig kStoredTiles[] = {
     // mean rows     tile    warps depth stages, blocks
     {16, 16, 64, 1, 4, 128, 4, 4},
-    {0x7fffffff, 64, 128, 1, 4, 64, 4, 2}};
+    {0x7fffffff, 64, 128, 1, 4, 64, 4, 2},
+};
 
 template <int kKind, Format kFormat>
 struct StoredTile {
@@ -113,7 +118,8 @@ struct StoredProduct {
     for (int half = 0; half < 2; ++half) {
       uint32_t a[Tile::kMmaRows][4];
 #pragma unroll
-      for (int i = 0; i < Tile::kMmaRows; ++i) load_a<A, Tile, true>(a[i], stage, at.row + 16 * i, 2 * step + half, at.lane);
+      for (int i = 0; i < Tile::kMmaRows; ++i)
+        load_a<A, Tile, true>(a[i], stage, at.row + 16 * i, 2 * step + half, at.lane);
 #pragma unroll
       for (int j = 0; j < Tile::kMmaColumns; ++j) {
         const std::byte* const codes = step_of(stage, j / 2, step);
@@ -122,7 +128,8 @@ struct StoredProduct {
           const std::byte* const zeros = codes + Place::kZeros + (two_groups ? half * kStepRows : 0);
           shift = pair_of<A>(zero_shift(kFormat, m.bits, zeros, j % 2 * 8 + at.lane / 4));
         }
-        const uint32_t b[2] = {pairs.word(codes, j % 2 * 8, 2 * half, shift), pairs.word(codes, j % 2 * 8, 2 * half + 1, shift)};
+        const uint32_t b[2] = {pairs.word(codes, j % 2 * 8, 2 * half, shift),
+                               pairs.word(codes, j % 2 * 8, 2 * half + 1, shift)};
 #pragma unroll
         for (int i = 0; i < Tile::kMmaRows; ++i) MmaProduct<A>::mma(part.v[i][j], a[i], b);
       }
@@ -184,8 +191,8 @@ __device__ inline void multiply_stored(Sums<Tile>& sums, LoadA& load_a, const Ro
 
 // The scales of rows of integers.
 template <typename Tile>
-__device__ inline void scale_rows(Sums<Tile>& sums, const StoredOperand& w, const StoredMatrix& m, const TileColumns& columns,
-                                  const WarpPlace<Tile>& at) {
+__device__ inline void scale_rows(Sums<Tile>& sums, const StoredOperand& w, const StoredMatrix& m,
+                                  const TileColumns& columns, const WarpPlace<Tile>& at) {
 #pragma unroll
   for (int j = 0; j < Tile::kMmaColumns; ++j) {
     const int first = at.column + j / 2 * kStepRows;
@@ -225,8 +232,8 @@ __global__ void __launch_bounds__(kStoredThreads, kStoredTiles[kKind].blocks)
     {
       const StoredMatrix m(w, tile.expert, !unassigned);
       const auto row_at = [&](int i) { return row_of(g.a, i); };
-      DepthMajorTile<A, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(static_cast<const A*>(g.a.data), g.a.stride, row_at,
-                                                                               thread, aligned.a);
+      DepthMajorTile<A, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(static_cast<const A*>(g.a.data),
+                                                                               g.a.stride, row_at, thread, aligned.a);
       multiply_stored<kFormat, A>(sums, load_a, row_at, w, m, columns, shared, at);
       if constexpr (of_integers(kFormat)) scale_rows(sums, w, m, columns, at);
     }
@@ -234,8 +241,8 @@ __global__ void __launch_bounds__(kStoredThreads, kStoredTiles[kKind].blocks)
       __syncthreads();  // the last stage has been read
       const ExpertMatrix<T> matrix(g.low.b, g.n, g.low.rank, unassigned ? 0 : tile.expert);
       const auto row_at = [&](int i) { return row_of(g.low.a, i); };
-      DepthMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(static_cast<const T*>(g.low.a.data), g.low.a.stride,
-                                                                               row_at, thread, aligned.low_a);
+      DepthMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(
+          static_cast<const T*>(g.low.a.data), g.low.a.stride, row_at, thread, aligned.low_a);
       auto load_b = columns_loader<T, Tile, true>(g.low.b, matrix, columns, thread, aligned.low_b);
       multiply_tile<Low, Tile, true, true>(sums, load_a, load_b, 0, unassigned ? 0 : matrix.k_end, shared, at);
     }
@@ -252,10 +259,12 @@ void launch_stored_tiles(const Gemm& g, const StoredOperand& w, const Alignment&
   using Tile = StoredTile<kKind, kFormat>;
   const bool gated = g.epilogue == Epilogue::kGlu && g.options.gated;
   const int64_t width = gated ? Tile::kColumns / 2 : Tile::kColumns;
-  const int64_t tiles = row_tile_bound(g.num_slots, g.num_experts, Tile::kRows) * ((out_columns(g) + width - 1) / width);
+  const int64_t tiles =
+      row_tile_bound(g.num_slots, g.num_experts, Tile::kRows) * ((out_columns(g) + width - 1) / width);
   const int shared = Tile::shared_bytes(g.low.rank > 0);
-  launch(stored_kernel<kFormat, T, A, Low, kKind>, dim3(static_cast<unsigned>(std::min(tiles, resident_blocks(shared)))),
-         dim3(Tile::kThreads), static_cast<size_t>(shared), stream, g, w, aligned);
+  launch(stored_kernel<kFormat, T, A, Low, kKind>,
+         dim3(static_cast<unsigned>(std::min(tiles, resident_blocks(shared)))), dim3(Tile::kThreads),
+         static_cast<size_t>(shared), stream, g, w, aligned);
 }
 
 template <Format kFormat, typename T, typename A, typename Low>
@@ -272,7 +281,8 @@ void launch_stored(const Gemm& g, const StoredOperand& w, void* stream) {
 // Minifloats and groups: rows of a in the dtype of out, in 16 bits.
 template <Format kFormat>
 void launch_decoded(const Gemm& g, const StoredOperand& w, void* stream) {
-  if (g.dtype == DType::kBFloat16) return launch_stored<kFormat, __nv_bfloat16, __nv_bfloat16, MmaProduct<__nv_bfloat16>>(g, w, stream);
+  if (g.dtype == DType::kBFloat16)
+    return launch_stored<kFormat, __nv_bfloat16, __nv_bfloat16, MmaProduct<__nv_bfloat16>>(g, w, stream);
   launch_stored<kFormat, __half, __half, MmaProduct<__half>>(g, w, stream);
 }
 

@@ -3,6 +3,8 @@
 
 namespace switchgear::cuda {
 
-void stored_gemm_groups(const Gemm& g, const StoredOperand& w, void* stream) { launch_decoded<Format::kGroups>(g, w, stream); }
+void stored_gemm_groups(const Gemm& g, const StoredOperand& w, void* stream) {
+  launch_decoded<Format::kGroups>(g, w, stream);
+}
 
 }  // namespace switchgear::cuda

@@ -3,6 +3,8 @@
 
 namespace switchgear::cuda {
 
-void stored_gemm_int4(const Gemm& g, const StoredOperand& w, void* stream) { launch_integers<Format::kInt4>(g, w, stream); }
+void stored_gemm_int4(const Gemm& g, const StoredOperand& w, void* stream) {
+  launch_integers<Format::kInt4>(g, w, stream);
+}
 
 }  // namespace switchgear::cuda

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// From global memory to a stage: the stored bytes of eight steps (16 rows x 32 columns each) with their scales and zeros, by cp.async.
-// 16 of a block's 128 threads copy a step, in chunks of 16 bytes; neighbouring steps of a block of rows are neighbours in memory.
-// Everything past the matrix is zeros: codes of zero, or, in integers, any number times a scale of zero.
+// From global memory to a stage: the stored bytes of eight steps (16 rows x 32 columns each) with their scales and
+// zeros, by cp.async. 16 of a block's 128 threads copy a step, in chunks of 16 bytes; neighbouring steps of a block of
+// rows are neighbours in memory. Everything past the matrix is zeros: codes of zero, or, in integers, any number times
+// a scale of zero.
 //
 //   a step in a stage:  kBytes of data, 64 of scales, 32 of zeros
 #pragma once
@@ -19,8 +20,8 @@ struct StepPlace {
   static constexpr int kScales = kBytes, kZeros = kScales + kMostScaleBytes, kAll = kZeros + kMostZeroBytes;
 };
 
-// The matrix of one expert. `exists` is false for unassigned rows, and for slots and records out of range, which device memory
-// may contain: nothing is read then.
+// The matrix of one expert. `exists` is false for unassigned rows, and for slots and records out of range, which device
+// memory may contain: nothing is read then.
 struct StoredMatrix {
   const std::byte *data = nullptr, *scales = nullptr, *zeros = nullptr;
   const float* row_scales = nullptr;
@@ -36,7 +37,8 @@ struct StoredMatrix {
     if (w.format == Format::kGroups) {
       const int32_t first = exists ? w.records[2 * place] : 0, count = exists ? w.records[2 * place + 1] : 1;
       const int64_t offset = first * w.data_stride;
-      exists = exists && count >= 1 && count <= kMostBits && first >= 0 && offset + count * w.plane_bytes <= w.data_bytes;
+      exists =
+          exists && count >= 1 && count <= kMostBits && first >= 0 && offset + count * w.plane_bytes <= w.data_bytes;
       bits = exists ? count : 1;
       data = w.data + (exists ? offset : 0);
     } else {
@@ -74,7 +76,8 @@ class StepCopy {
     row_bytes_ = is_zero ? kStepRows : scale_bytes(w.format);
     const bool has_one = chunk < row_bytes_ / kChunkBytes * groups && !(is_zero && m.zeros == nullptr);
     place_ = has_one ? (is_zero ? StepPlace<kBytes>::kZeros : StepPlace<kBytes>::kScales) + chunk * kChunkBytes : -1;
-    numbers_ = (is_zero ? m.zeros : m.scales) + static_cast<int64_t>(block) * w.groups * row_bytes_ + chunk * kChunkBytes;
+    numbers_ =
+        (is_zero ? m.zeros : m.scales) + static_cast<int64_t>(block) * w.groups * row_bytes_ + chunk * kChunkBytes;
     groups_ = !used ? 0 : groups == 2 ? w.groups - chunk : w.groups;  // of two groups, a chunk is one
   }
 
@@ -86,7 +89,9 @@ class StepCopy {
       ptx::cp_async16(to + part * kChunkBytes + i, data_ + i, left_ > i);
     }
     if (place_ < 0) return;
-    const int32_t group = w_.group_size == 16 ? 2 * step_ : static_cast<int32_t>(__umulhi(2 * static_cast<unsigned>(step_), w_.group_magic));
+    const int32_t group = w_.group_size == 16
+                              ? 2 * step_
+                              : static_cast<int32_t>(__umulhi(2 * static_cast<unsigned>(step_), w_.group_magic));
     ptx::cp_async16(to + place_, numbers_ + group * row_bytes_, group < groups_);
   }
 

@@ -54,7 +54,7 @@ struct Weight {
   int64_t group_size = 0;              // columns that share a scale; 0: the whole row
   const void* const* base = nullptr;   // [E] plain matrices, each with its own base pointer and number of rows
   const int64_t* row_count = nullptr;  // [E], each <= data.shape[1]
-  TensorView slots;  // [E] int32, optional: the data of expert e is at slots[e] in [0, num_stored())
+  TensorView slots;                    // [E] int32, optional: the data of expert e is at slots[e] in [0, num_stored())
 
   int64_t num_stored() const { return records.defined() ? records.shape[0] : data.shape[0]; }
   int64_t num_experts() const { return slots.defined() ? slots.shape[0] : num_stored(); }

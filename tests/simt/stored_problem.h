@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Random weights in every stored format, written bit by bit as the headers of include/switchgear say, with their values in float64.
+// Random weights in every stored format, written bit by bit as the headers of include/switchgear say, with their values
+// in float64.
 #pragma once
 #include <limits>
 
@@ -35,7 +36,8 @@ class Bytes {
   Array array_;
 };
 
-// [N,C] of E experts. group: columns that share a scale, 0 for all. `permuted`: experts are stored in another order, with one more.
+// [N,C] of E experts. group: columns that share a scale, 0 for all. `permuted`: experts are stored in another order,
+// with one more.
 struct StoredShape {
   Format format;
   int64_t E, N, C, parts = 1, group = 0;
@@ -43,8 +45,8 @@ struct StoredShape {
 };
 
 inline std::string describe(const StoredShape& s) {
-  return join(name_of(s.format), " E", s.E, " [", s.N, ", ", s.C, "] parts ", s.parts, " group ", s.group, s.zeros ? " zeros" : "",
-              s.permuted ? " permuted" : "");
+  return join(name_of(s.format), " E", s.E, " [", s.N, ", ", s.C, "] parts ", s.parts, " group ", s.group,
+              s.zeros ? " zeros" : "", s.permuted ? " permuted" : "");
 }
 
 class StoredWeights {
@@ -90,7 +92,8 @@ class StoredWeights {
       }
       case Format::kFp8: {
         const int exponent = code >> 3 & 15, fraction = code & 7;
-        const float magnitude = std::ldexp(static_cast<float>(exponent > 0 ? 8 + fraction : fraction), std::max(exponent, 1) - 10);
+        const float magnitude =
+            std::ldexp(static_cast<float>(exponent > 0 ? 8 + fraction : fraction), std::max(exponent, 1) - 10);
         return code & 0x80 ? -magnitude : magnitude;
       }
       default: break;
@@ -98,18 +101,24 @@ class StoredWeights {
     if (bits_[static_cast<size_t>(i)] == 1) return code == 0 ? -1.0f : 1.0f;
     return static_cast<float>(code - (s_.zeros ? zero : std::ldexp(1.0, code_bits(i) - 1)));
   }
-  float scale(int64_t e, int64_t n, int64_t g) const { return scale_[static_cast<size_t>((slot(e) * s_.N + n) * groups_ + g)]; }
+  float scale(int64_t e, int64_t n, int64_t g) const {
+    return scale_[static_cast<size_t>((slot(e) * s_.N + n) * groups_ + g)];
+  }
   float row_scale(int64_t e, int64_t n) const {
     return is_integer(s_.format) ? row_scales_.view().as<const float>()[slot(e) * blocks_ * 16 + place(n)] : 1.0f;
   }
   // The weight as the specification decodes it.
-  float decoded(int64_t e, int64_t n, int64_t c) const { return value(e, n, c) * (row_scale(e, n) * scale(e, n, c / size_)); }
+  float decoded(int64_t e, int64_t n, int64_t c) const {
+    return value(e, n, c) * (row_scale(e, n) * scale(e, n, c / size_));
+  }
 
  private:
   int code_bits(int64_t i) const {
     return s_.format == Format::kGroups ? bits_[static_cast<size_t>(i)] : static_cast<int>(bits_of(s_.format));
   }
-  int64_t place(int64_t n) const { return n / part_rows_ * (blocks_ / s_.parts) * 16 + n % part_rows_; }  // row among those of blocks
+  int64_t place(int64_t n) const {
+    return n / part_rows_ * (blocks_ / s_.parts) * 16 + n % part_rows_;
+  }  // row among those of blocks
   int64_t scale_index(int64_t i, int64_t n, int64_t g) const {
     return ((i * blocks_ + place(n) / 16) * groups_ + g) * 16 + place(n) % 16;
   }
@@ -143,8 +152,10 @@ class StoredWeights {
       data_ = Bytes(DType::kUInt8, {stored_, blocks_, steps, step});
       std::memset(data_.data(), 0, static_cast<size_t>(data_.size()));
     }
-    const DType dtype = integers ? DType::kInt8 : s_.format == Format::kMxfp4 ? DType::kUInt8
-                        : s_.format == Format::kGroups ? DType::kFloat16 : DType::kFloat32;
+    const DType dtype = integers                       ? DType::kInt8
+                        : s_.format == Format::kMxfp4  ? DType::kUInt8
+                        : s_.format == Format::kGroups ? DType::kFloat16
+                                                       : DType::kFloat32;
     scales_ = Bytes(dtype, {stored_, blocks_, groups_, 16});
     scales_.fill(random);  // of rows of padding: anything
     if (dtype == DType::kFloat32) std::memset(scales_.data(), 0xff, static_cast<size_t>(scales_.size()));
@@ -154,7 +165,9 @@ class StoredWeights {
       zeros_.fill(random);
     }
   }
-  int64_t code_bits_or(int64_t otherwise) const { return s_.format == Format::kGroups ? otherwise : bits_of(s_.format); }
+  int64_t code_bits_or(int64_t otherwise) const {
+    return s_.format == Format::kGroups ? otherwise : bits_of(s_.format);
+  }
 
   void set_scale(Random& random, int64_t i, int64_t n, int64_t g) {
     const int64_t at = scale_index(i, n, g);
@@ -163,7 +176,8 @@ class StoredWeights {
       auto& stored = scales_.view().as<int8_t>()[at];
       stored = static_cast<int8_t>(random.below(255) - 127);
       scale = stored;
-      if (g == 0) row_scales_.view().as<float>()[i * blocks_ * 16 + place(n)] = static_cast<float>(0.001 * (1 + random.unit()));
+      if (g == 0)
+        row_scales_.view().as<float>()[i * blocks_ * 16 + place(n)] = static_cast<float>(0.001 * (1 + random.unit()));
     } else if (s_.format == Format::kMxfp4) {
       scales_.data()[at] = static_cast<uint8_t>(120 + random.below(9));
       scale = std::ldexp(1.0f, scales_.data()[at] - 127);
@@ -194,7 +208,8 @@ class StoredWeights {
     const int64_t k = c % 32, steps = blocks_of(s_.C, 32);
     if (s_.format == Format::kGroups) {
       const int bits = code_bits(i);
-      uint8_t* const step = data_.data() + (firsts_[static_cast<size_t>(i)] * blocks_ * steps + (block * steps + c / 32) * bits) * 64;
+      uint8_t* const step =
+          data_.data() + (firsts_[static_cast<size_t>(i)] * blocks_ * steps + (block * steps + c / 32) * bits) * 64;
       const int stored = code ^ 1 << (bits - 1);
       const int64_t column = k / 2, half = k % 2;
       const auto put = [&](int64_t vector, int64_t bit, int value, int count) {

@@ -14,7 +14,7 @@ from stored import STORED
 KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
 
 
-@pytest.mark.parametrize("mistake", (*MISTAKES, *STORED), ids=lambda mistake: mistake.name)
+@pytest.mark.parametrize("mistake", [*MISTAKES, *STORED], ids=lambda mistake: mistake.name)
 def test_a_mistake_edits_one_place(mistake: Mistake) -> None:
     assert (KERNELS / mistake.header).read_text().count(mistake.before) == 1
     assert mistake.before != mistake.after

@@ -6,7 +6,8 @@
 namespace switchgear::test {
 namespace {
 
-constexpr Format kStoredFormats[] = {Format::kInt8, Format::kInt4, Format::kFp8, Format::kMxfp4, Format::kNf4, Format::kGroups};
+constexpr Format kStoredFormats[] = {Format::kInt8,  Format::kInt4, Format::kFp8,
+                                     Format::kMxfp4, Format::kNf4,  Format::kGroups};
 
 struct StoredCase {
   Case c;  // I is N, H is C
@@ -14,8 +15,8 @@ struct StoredCase {
   bool zeros;
 };
 
-// Rows below and above a tile's, empty experts, sizes that end inside blocks, steps, chunks and groups, several groups, parts that end
-// inside a block.
+// Rows below and above a tile's, empty experts, sizes that end inside blocks, steps, chunks and groups, several groups,
+// parts that end inside a block.
 constexpr StoredCase kStoredCases[] = {
     {{"one of everything", 1, 1, 1, 1, 1}, 1, 0, false},
     {{"few rows", 19, 200, 72, 3, 2}, 2, 32, true},
@@ -51,9 +52,10 @@ void for_each_stored(Body&& body) {
     for (const Format format : kStoredFormats) {
       for (const Precision& precision : kPrecisions) {
         for (const bool transposed : {false, true}) {
-          const StoredProblem p{c, format, precision, transposed, variant % 2 == 0, variant % 3 != 0 && !transposed, variant % 5 == 1};
-          note = join(c.c.name, " ", name_of(format), " ", precision.name, transposed ? " transposed" : "", p.gather ? " gathered" : "",
-                      p.permuted ? " permuted" : "");
+          const StoredProblem p{
+              c, format, precision, transposed, variant % 2 == 0, variant % 3 != 0 && !transposed, variant % 5 == 1};
+          note = join(c.c.name, " ", name_of(format), " ", precision.name, transposed ? " transposed" : "",
+                      p.gather ? " gathered" : "", p.permuted ? " permuted" : "");
           if (takes_variant(variant++)) body(p);
         }
       }
@@ -86,7 +88,8 @@ void check_stored(const StoredProblem& p) {
   const Array x = random_rows(rows, random, dtype, p.gather ? c.T : S, depth);
   const Array bias = p.biased ? random_rows(rows, random, dtype, c.E, N) : Array();
   const bool has_zeros = p.c.zeros && (is_integer(p.format) || p.format == Format::kGroups);
-  const StoredWeights weights(random, {p.format, c.E, N, C, p.c.parts, group_of(p.format, p.c.group), has_zeros, p.permuted});
+  const StoredWeights weights(random,
+                              {p.format, c.E, N, C, p.c.parts, group_of(p.format, p.c.group), has_zeros, p.permuted});
   Array got = make_rows(rows, dtype, S, width);
   run_op({&got}, [&](Execution exec) {
     exec.allow_tf32 = p.precision.tf32;
@@ -100,7 +103,8 @@ void check_stored(const StoredProblem& p) {
                        exec);
   });
   const bool integers = is_integer(p.format) && !p.transposed;
-  const auto factor = [&](int64_t e, int64_t n, int64_t k) -> Bounded {  // of weights that are multiplied in floating point
+  const auto factor = [&](int64_t e, int64_t n,
+                          int64_t k) -> Bounded {  // of weights that are multiplied in floating point
     if (p.transposed || dtype == DType::kFloat32) return p.precision.factor(nearest(weights.decoded(e, n, k), dtype));
     const double scale = weights.scale(e, n, k / weights.group_size()), value = weights.value(e, n, k);
     const bool rounds = p.format == Format::kNf4;
@@ -144,11 +148,13 @@ TEST(stored_decodes_exactly) {
       x.fill([&](int64_t i) { return i / C % C == i % C ? 1.0 : 0.0; });
       offsets.fill([&](int64_t e) { return e * C; });
       OpMemory memory(0xff);
-      cuda::grouped_gemm({.x = x, .weight = weights.weight(), .expert_offsets = offsets, .out = got}, memory.execution());
+      cuda::grouped_gemm({.x = x, .weight = weights.weight(), .expert_offsets = offsets, .out = got},
+                         memory.execution());
       for (int64_t e = 0; e < 4; ++e) {
         for (int64_t k = 0; k < C; ++k) {
           for (int64_t n = 0; n < N; ++n) {
-            const float value = nearest(weights.value(e, n, k), precision.dtype), scale = weights.scale(e, n, k / weights.group_size());
+            const float value = nearest(weights.value(e, n, k), precision.dtype),
+                        scale = weights.scale(e, n, k / weights.group_size());
             CHECK(got(e * C + k, n) == nearest(value * scale, precision.dtype), "expert ", e, " [", n, ", ", k, ']');
           }
         }
@@ -194,7 +200,8 @@ TEST(stored_reads_rows_without_conflicts) {
   const auto before = simt::statistics().bank_conflicts;
   const auto matrices = simt::statistics().ldmatrix;
   for (const Format format : kStoredFormats) {
-    for (const bool transposed : {false, true}) check_stored({kStoredCases[4], format, kPrecisions[2], transposed, true, false, false});
+    for (const bool transposed : {false, true})
+      check_stored({kStoredCases[4], format, kPrecisions[2], transposed, true, false, false});
   }
   CHECK(simt::statistics().ldmatrix > matrices);
   CHECK(simt::statistics().bank_conflicts == before, simt::statistics().bank_conflicts - before, " extra cycles");
