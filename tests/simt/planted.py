@@ -127,7 +127,7 @@ def kernel_plants(build: Path) -> list[Plant]:
 
 def run(command: list[str], order: str) -> tuple[bool, str]:
     """Whether the program passes, and the line that gives the reason if not."""
-    environment = {**os.environ, "SWITCHGEAR_SIMT_ORDER": order}
+    environment = {**os.environ, "SWITCHGEAR_SIMT_ORDER": order, "SWITCHGEAR_FAIL_FAST": "1"}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:

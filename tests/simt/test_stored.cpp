@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Products with weights of 1 to 8 bits, in both directions, against float64.
+#include <span>
+
 #include "gemm_problem.h"
 #include "stored_problem.h"
 
@@ -29,6 +31,14 @@ constexpr StoredCase kStoredCases[] = {
     {{"several tiles of columns", 33, 100, 300, 2, 1, Ids::kLastExpert}, 2, 64, true},
 };
 
+// The same in small, for planted mistakes: rings that wrap, groups, half groups, blocks of activations, padded parts, both tiles.
+constexpr StoredCase kEdgeCases[] = {
+    {{"deep", 3, 420, 20, 1, 1}, 1, 32, false},
+    {{"padded parts", 6, 100, 24, 2, 2}, 2, 32, true},
+    {{"64 rows", 40, 170, 36, 1, 1, Ids::kEmptySlots}, 2, 64, true},
+    {{"half groups", 20, 50, 18, 1, 1}, 1, 16, true},
+};
+
 // What the format allows of a case's group.
 int64_t group_of(Format format, int64_t group) {
   if (format == Format::kMxfp4 || format == Format::kNf4) return minifloat_group(format);
@@ -43,12 +53,12 @@ struct StoredProblem {
   bool transposed, gather, biased, permuted;
 };
 
-// Each case with every format, precision and direction; the rest alternates.
+// Each case with every format, precision and direction; the rest alternates. `all`: in each order of threads.
 template <typename Body>
-void for_each_stored(Body&& body) {
+void for_each_stored(std::span<const StoredCase> cases, bool all, Body&& body) {
   simt::device() = simt::sm_80();
   int variant = 0;
-  for (const StoredCase& c : kStoredCases) {
+  for (const StoredCase& c : cases) {
     for (const Format format : kStoredFormats) {
       for (const Precision& precision : kPrecisions) {
         for (const bool transposed : {false, true}) {
@@ -56,7 +66,7 @@ void for_each_stored(Body&& body) {
               c, format, precision, transposed, variant % 2 == 0, variant % 3 != 0 && !transposed, variant % 5 == 1};
           note = join(c.c.name, " ", name_of(format), " ", precision.name, transposed ? " transposed" : "",
                       p.gather ? " gathered" : "", p.permuted ? " permuted" : "");
-          if (takes_variant(variant++)) body(p);
+          if (takes_variant(variant++) || all) body(p);
         }
       }
     }
@@ -131,7 +141,8 @@ void check_stored(const StoredProblem& p) {
   }
 }
 
-TEST(stored_matches_float64) { for_each_stored(check_stored); }
+TEST(stored_matches_float64) { for_each_stored(kStoredCases, false, check_stored); }
+TEST(stored_at_the_edges) { for_each_stored(kEdgeCases, true, check_stored); }
 
 // Each code and each scale: products with the identity decode exactly.
 TEST(stored_decodes_exactly) {

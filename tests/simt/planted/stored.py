@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Mistakes in the products with stored weights, as in kernels.py."""
+"""Mistakes in the products with stored weights, as in kernels.py. Wrong results show in both builds; one is enough."""
 
 from __future__ import annotations
 
-from kernels import ASAN, BOTH, RACE, Mistake
+from kernels import ASAN, RACE, Mistake
 
 
 def _of_stored(
@@ -11,9 +11,9 @@ def _of_stored(
     header: str,
     before: str,
     after: str,
-    builds: tuple[str, ...] = BOTH,
+    builds: tuple[str, ...] = ASAN,
     source: str = "stored_gemm_int4",
-    test: str = "stored_matches",
+    test: str = "stored_at_the_edges",
 ) -> Mistake:
     program = "simt_test_stored"
     return Mistake(f"stored: {name}", builds, header, before, after, f"csrc/cuda/{source}.cu", program, (test,))
@@ -75,15 +75,15 @@ STORED = (
     ),
     _of_stored("one scale for two groups", "stored_load.cuh", "groups = w.group_size == 16 ? 2 : 1", "groups = 1"),
     _of_stored(
-        "fp8 of half the size", "stored_decode.cuh", "(kBf16 ? 120 : 8)", "(kBf16 ? 119 : 7)", BOTH, "stored_gemm_fp8"
+        "fp8 of half the size", "stored_decode.cuh", "(kBf16 ? 120 : 8)", "(kBf16 ? 119 : 7)", ASAN, "stored_gemm_fp8"
     ),
-    _of_stored("mxfp4 without signs", "stored_decode.cuh", "(w & 0x00080008u) << 12 | ", "", BOTH, "stored_gemm_mxfp4"),
+    _of_stored("mxfp4 without signs", "stored_decode.cuh", "(w & 0x00080008u) << 12 | ", "", ASAN, "stored_gemm_mxfp4"),
     _of_stored(
         "int8 relative to 127",
         "stored_decode.cuh",
         "^ (power_pair<T>(8) | kMinusZeros)",
         "^ 0xc37fc37fu",
-        BOTH,
+        ASAN,
         "stored_gemm_int8",
     ),
     _of_stored(
@@ -91,7 +91,7 @@ STORED = (
         "stored_decode.cuh",
         "if (bits == 3 && code == 15) {\n      q = 0;\n#pragma",
         "if (false) {\n      q = 0;\n#pragma",
-        BOTH,
+        ASAN,
         "stored_gemm_groups",
     ),
     _of_stored(
@@ -107,7 +107,7 @@ STORED = (
         "decoded_gemm.cuh",
         "used && (!kTransposed || depth + i / 4 * kStepRows + row < places.end_row - places.first_row)",
         "used",
-        BOTH,
+        ASAN,
         "decoded_gemm_f32",
     ),
     _of_stored(
@@ -115,16 +115,16 @@ STORED = (
         "decoded_gemm.cuh",
         "+ (kTransposed ? first : 0);",
         ";",
-        BOTH,
+        ASAN,
         "decoded_gemm_f32",
     ),
-    _of_stored("rounded towards zero", "quantize_rows.cuh", "rintf(", "truncf(", BOTH, "quantize_rows"),
+    _of_stored("rounded towards zero", "quantize_rows.cuh", "rintf(", "truncf(", ASAN, "quantize_rows"),
     _of_stored(
         "scale of magnitudes of one lane",
         "quantize_rows.cuh",
         "  most = __reduce_max_sync(0xffffffffu, most);\n",
         "",
-        BOTH,
+        ASAN,
         "quantize_rows",
     ),
 )
