@@ -24,7 +24,7 @@ ProjectionAdapter::ProjectionAdapter(Workspace& memory, const Adapter& adapter, 
            .device_seed = adapter.device_seed.as<const int64_t>(),
            .projection = projection,
            .threshold = dropout_threshold(adapter.dropout)};
-  along_rank_ = weight.format == Format::kPlain ? operand_of(weight, forward, nullptr).k_contiguous() : forward;
+  along_rank_ = operand_of(weight, forward, nullptr).k_contiguous();
   given_[0] = matrix_of(adapter.a, Side::kA);
   given_[1] = matrix_of(adapter.b, Side::kB);
   const bool hopper = size_of(adapter.a.dtype) == 2 && on_hopper();

@@ -209,7 +209,7 @@ void launch_decoded_gemm(const Gemm& g, const StoredOperand& w, void* stream) {
   const int64_t tiles =
       row_tile_bound(g.num_slots, g.num_experts, Tile::kRows) * ((out_columns(g) + width - 1) / width);
   const int shared = Tile::shared_bytes(g.low.rank > 0);
-  launch(decoded_kernel<Product, kTransposed>, dim3(static_cast<unsigned>(std::min(tiles, resident_blocks(shared)))),
+  launch(decoded_kernel<Product, kTransposed>, dim3(static_cast<unsigned>(std::min(tiles, resident_blocks_of(shared)))),
          dim3(Tile::kThreads), static_cast<size_t>(shared), stream, g, w, alignment_of(g));
 }
 

@@ -37,13 +37,13 @@ inline Alignment alignment_of(const Wgrad& g) {
 }
 
 // Number of blocks that can run at the same time; more would only start with an empty ring.
-inline int64_t resident_blocks(int shared_bytes) {
+inline int64_t resident_blocks(const TileConfig& tile) {
   int device = 0, multiprocessors = 0, shared = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   constexpr int kReserved = 1024;  // of shared memory, per block
-  return std::max<int64_t>(1, static_cast<int64_t>(multiprocessors) * (shared / (shared_bytes + kReserved)));
+  return std::max<int64_t>(1, static_cast<int64_t>(multiprocessors) * (shared / (tile.shared_bytes() + kReserved)));
 }
 
 template <typename Product, TileKind kKind, bool kBDepthMajor>
@@ -53,7 +53,7 @@ void launch_gemm_tiles(const Gemm& g, void* stream) {
   const int64_t width = gated ? kTile.columns / 2 : kTile.columns;
   const int64_t column_tiles = (out_columns(g) + width - 1) / width;
   const int64_t tiles = row_tile_bound(g.num_slots, g.num_experts, kTile.rows) * column_tiles;
-  const auto blocks = static_cast<unsigned>(std::min(tiles, resident_blocks(kTile.shared_bytes())));
+  const auto blocks = static_cast<unsigned>(std::min(tiles, resident_blocks(kTile)));
   launch(gemm_kernel<Product, kKind, kBDepthMajor>, dim3(blocks), dim3(kTile.threads()),
          static_cast<size_t>(kTile.shared_bytes()), stream, g, alignment_of(g));
 }

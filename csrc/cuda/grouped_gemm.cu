@@ -31,6 +31,7 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   Gemm g{.dtype = args.x.dtype,
          .allow_tf32 = exec.allow_tf32,
          .a = rows_of(args.x, args.token_indices),
+         .b = operand_of(args.weight, !args.transposed, separate),
          .bias = args.bias.data,
          .bias_stride = args.bias.stride[0],
          .expert_offsets = args.expert_offsets.as<const int32_t>(),
@@ -41,9 +42,9 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
          .out = args.out.data,
          .out_stride = args.out.stride[0]};
   if (args.transposed) {
-    backward_gemm(g, "weight", args.weight, separate, exec.stream);
+    backward_gemm(g, "weight", args.weight, exec.stream);
   } else {
-    forward_gemm(g, "weight", args.weight, separate, quantized, exec.stream);
+    forward_gemm(g, "weight", args.weight, quantized, exec.stream);
   }
 }
 

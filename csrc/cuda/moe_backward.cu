@@ -206,6 +206,7 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   Gemm g{.dtype = args.x.dtype,
          .allow_tf32 = exec.allow_tf32,
          .a = grad_y,
+         .b = operand_of(weights.down_proj, false, m.down),
          .expert_offsets = p.expert_offsets.as<const int32_t>(),
          .num_experts = weights.gate_up_proj.num_experts(),
          .num_slots = num_slots,
@@ -223,7 +224,7 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
          .weight_parts = needs.parts ? m.parts : nullptr};
   const Rows grad_v = small_gradient(m.down_adapter, grad_y, m.small_grads, g, needs.product, exec.stream);
   g.low = m.down_adapter.term(grad_v);
-  if (needs.product) backward_gemm(g, "down_proj", weights.down_proj, m.down, exec.stream);
+  if (needs.product) backward_gemm(g, "down_proj", weights.down_proj, exec.stream);
   topk_weights_gradient(args, m, exec.stream);
   weight_gradient(args.grad_down_proj, args.experts, grad_y, weighted_a, g, exec.stream);
   bias_gradient(args.grad_down_bias, args.experts, grad_y, m.slot_weights, g, exec.stream);
@@ -238,13 +239,14 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   if (!args.grad_x.defined() || num_slots == 0) return;
 
   g.a = grad_h;
+  g.b = operand_of(weights.gate_up_proj, false, m.gate_up);
   g.n = args.x.shape[1];
   g.c = args.h.shape[1];
   g.low = m.gate_up_adapter.term(grad_u);
   g.epilogue = Epilogue::kStore;
   g.out = m.slots_grad_x.data;
   g.out_stride = m.slots_grad_x.stride[0];
-  backward_gemm(g, "gate_up_proj", weights.gate_up_proj, m.gate_up, exec.stream);
+  backward_gemm(g, "gate_up_proj", weights.gate_up_proj, exec.stream);
   cuda::combine({.permuted_y = m.slots_grad_x, .plan = p, .y = args.grad_x}, exec);
 }
 

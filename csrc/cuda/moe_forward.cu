@@ -88,6 +88,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   Gemm g{.dtype = args.x.dtype,
          .allow_tf32 = exec.allow_tf32,
          .a = rows_of(args.x, p.token_indices.as<const int32_t>()),
+         .b = operand_of(weights.gate_up_proj, true, m.gate_up),
          .bias = weights.gate_up_bias.data,
          .bias_stride = weights.gate_up_bias.stride[0],
          .expert_offsets = expert_offsets,
@@ -102,10 +103,11 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
          .h = args.h.data,
          .h_stride = args.h.stride[0]};
   add_adapter(g, m.gate_up_adapter, m.u, m.shared, exec.stream);
-  forward_gemm(g, "gate_up_proj", weights.gate_up_proj, m.gate_up, m.quantized_x, exec.stream);
+  forward_gemm(g, "gate_up_proj", weights.gate_up_proj, m.quantized_x, exec.stream);
 
   const TensorView permuted_y = m.shared.view_of(args.y.shape[1]);
   g.a = rows_of(m.a);
+  g.b = operand_of(weights.down_proj, true, m.down);
   g.bias = weights.down_bias.data;
   g.bias_stride = weights.down_bias.stride[0];
   g.n = args.y.shape[1];
@@ -115,7 +117,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   g.out_stride = permuted_y.stride[0];
   g.h = nullptr;
   add_adapter(g, m.down_adapter, m.v, m.shared, exec.stream);
-  forward_gemm(g, "down_proj", weights.down_proj, m.down, m.quantized_a, exec.stream);
+  forward_gemm(g, "down_proj", weights.down_proj, m.quantized_a, exec.stream);
   cuda::combine({.permuted_y = permuted_y, .plan = p, .topk_weights = args.topk_weights, .y = args.y}, exec);
 }
 

@@ -3,7 +3,6 @@
 
 #include <bit>
 
-#include "expert_weights.h"
 #include "stored_decode.cuh"
 #include "switchgear/check.h"
 #include "switchgear/integers.h"
@@ -112,12 +111,8 @@ void stored_gemm(const Gemm& g, const StoredOperand& w, bool transposed, void* s
   }
 }
 
-void forward_gemm(Gemm& g, const char* name, const Weight& weight, const SeparateMatrix* separate,
-                  const QuantizedRows& quantized, void* stream) {
-  if (weight.format == Format::kPlain) {
-    g.b = operand_of(weight, true, separate);
-    return gemm(g, stream);
-  }
+void forward_gemm(Gemm& g, const char* name, const Weight& weight, const QuantizedRows& quantized, void* stream) {
+  if (weight.format == Format::kPlain) return gemm(g, stream);
   StoredOperand w = stored_operand(name, weight);
   const Rows rows = g.a;
   if (quantized.defined()) {
@@ -132,12 +127,18 @@ void forward_gemm(Gemm& g, const char* name, const Weight& weight, const Separat
   g.a = rows;
 }
 
-void backward_gemm(Gemm& g, const char* name, const Weight& weight, const SeparateMatrix* separate, void* stream) {
-  if (weight.format == Format::kPlain) {
-    g.b = operand_of(weight, false, separate);
-    return gemm(g, stream);
-  }
+void backward_gemm(const Gemm& g, const char* name, const Weight& weight, void* stream) {
+  if (weight.format == Format::kPlain) return gemm(g, stream);
   stored_gemm(g, stored_operand(name, weight), true, stream);
+}
+
+int64_t resident_blocks_of(int shared_bytes) {
+  int device = 0, multiprocessors = 0, shared = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  constexpr int kReserved = 1024;  // of shared memory, per block
+  return std::max<int64_t>(1, static_cast<int64_t>(multiprocessors) * (shared / (shared_bytes + kReserved)));
 }
 
 }  // namespace switchgear::cuda

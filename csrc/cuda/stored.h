@@ -56,11 +56,13 @@ struct QuantizedRows {
 };
 void quantize_rows(const Rows& x, DType dtype, const Weight& weight, const QuantizedRows& out, void* stream);
 
-// x·Wᵀ with a weight of any format; sets g.b. `separate`: as for operand_of.
-void forward_gemm(Gemm& g, const char* name, const Weight& weight, const SeparateMatrix* separate,
-                  const QuantizedRows& quantized, void* stream);
-// The same for x·W.
-void backward_gemm(Gemm& g, const char* name, const Weight& weight, const SeparateMatrix* separate, void* stream);
+// x·Wᵀ with a weight of any format; g.b is operand_of(weight, true, …).
+void forward_gemm(Gemm& g, const char* name, const Weight& weight, const QuantizedRows& quantized, void* stream);
+// x·W; g.b is operand_of(weight, false, …).
+void backward_gemm(const Gemm& g, const char* name, const Weight& weight, void* stream);
+
+// Number of blocks with so much shared memory that can run at the same time.
+int64_t resident_blocks_of(int shared_bytes);
 
 // ---- launchers, in files of their own so that they compile in parallel ---------------------------------------------------------
 

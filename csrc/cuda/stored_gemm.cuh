@@ -263,7 +263,7 @@ void launch_stored_tiles(const Gemm& g, const StoredOperand& w, const Alignment&
       row_tile_bound(g.num_slots, g.num_experts, Tile::kRows) * ((out_columns(g) + width - 1) / width);
   const int shared = Tile::shared_bytes(g.low.rank > 0);
   launch(stored_kernel<kFormat, T, A, Low, kKind>,
-         dim3(static_cast<unsigned>(std::min(tiles, resident_blocks(shared)))), dim3(Tile::kThreads),
+         dim3(static_cast<unsigned>(std::min(tiles, resident_blocks_of(shared)))), dim3(Tile::kThreads),
          static_cast<size_t>(shared), stream, g, w, aligned);
 }
 
