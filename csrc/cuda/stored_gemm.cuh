@@ -48,9 +48,11 @@ struct StoredTile {
   static constexpr int kWarpRows = kRows / kConfig.warps_m, kWarpColumns = kColumns / kConfig.warps_n;
   static constexpr int kMmaRows = kWarpRows / 16, kMmaColumns = kWarpColumns / 8;
   static constexpr int kABytes = kRows * kDepthBytes, kStageBytes = kConfig.stage_bytes();  // of an adapter's stage
-  static constexpr int kSteps = kDepthBytes / (2 * kStepColumns), kBlocks = kWarpColumns / kStepRows;
+  static constexpr int kSteps = kDepthBytes / (2 * kStepColumns);
   using Place = StepPlace<most_step_bytes(kFormat)>;
-  static constexpr int kStoredBytes = kABytes + kStageSteps * Place::kAll;
+  // A stage: rows of a, steps, and for integers the scales of the rows.
+  static constexpr int kXScales = kABytes + kStageSteps * Place::kAll;
+  static constexpr int kStoredBytes = kXScales + (of_integers(kFormat) ? kRows * 4 : 0);
   static_assert(kThreads == kStoredThreads && kColumns / kStepRows * kSteps == kStageSteps);
 
   static constexpr int shared_bytes(bool adapter) {
@@ -59,7 +61,7 @@ struct StoredTile {
   }
 };
 
-// Multiplies a tile. `rows` are those of a, for the scales of integers: r of row lane / 4 + 8 i, or -1.
+// Multiplies the steps of a tile.
 template <Format kFormat, typename A, typename Tile>
 struct StoredProduct {
   static constexpr bool kIntegers = of_integers(kFormat);
@@ -69,27 +71,21 @@ struct StoredProduct {
   const StoredMatrix& m;
   const WarpPlace<Tile>& at;
   const Pairs<kFormat, A> pairs;
-  int32_t rows[2 * Tile::kMmaRows];
-  float x_scales[2 * Tile::kMmaRows];
-  int32_t x_block = -1;
   Sums<Tile> part;  // of the current group
 
   __device__ const std::byte* step_of(const std::byte* stage, int block, int step) const {
     return stage + Tile::kABytes + ((at.column / kStepRows + block) * Tile::kSteps + step) * Place::kAll;
   }
 
-  __device__ void read_x_scales(int32_t step) {
-    const int32_t block = w.x_blocks == 1 ? 0 : step >> w.x_shift;
-    if (block == x_block) return;
-    x_block = block;
-#pragma unroll
-    for (int i = 0; i < 2 * Tile::kMmaRows; ++i) {
-      x_scales[i] = rows[i] < 0 ? 0.0f : w.x_scales[static_cast<int64_t>(rows[i]) * w.x_blocks + block];
-    }
-  }
-
   // The group's sums, times its scales, join the total.
   __device__ void add_group(Sums<Tile>& sums, const std::byte* stage, int step, int group) {
+    float x_scales[2 * Tile::kMmaRows];
+    if constexpr (kIntegers) {
+#pragma unroll
+      for (int i = 0; i < 2 * Tile::kMmaRows; ++i) {
+        x_scales[i] = reinterpret_cast<const float*>(stage + Tile::kXScales)[at.row + at.lane / 4 + 8 * i];
+      }
+    }
 #pragma unroll
     for (int j = 0; j < Tile::kMmaColumns; ++j) {
       const std::byte* const scales = step_of(stage, j / 2, step) + Place::kScales + group * kStepRows;
@@ -147,10 +143,8 @@ __device__ inline void multiply_stored(Sums<Tile>& sums, LoadA& load_a, const Ro
   using Product = StoredProduct<kFormat, A, Tile>;
   Product product{.w = w, .m = m, .at = at, .pairs = {at.lane, m.bits}};
   clear_sums(product.part);
-  if constexpr (Product::kIntegers) {
-#pragma unroll
-    for (int i = 0; i < 2 * Tile::kMmaRows; ++i) product.rows[i] = row_at(at.row + at.lane / 4 + 8 * i);
-  }
+  const int thread = static_cast<int>(threadIdx.x);
+  const int32_t x_row = Product::kIntegers && thread < Tile::kRows ? row_at(thread) : -1;
   const int own = static_cast<int>(threadIdx.x) / kThreadsPerStep;  // the step that this thread helps to copy
   const int32_t n = columns.column(own / Tile::kSteps * kStepRows);
   const bool used = n < columns.end(own / Tile::kSteps * kStepRows);
@@ -163,6 +157,11 @@ __device__ inline void multiply_stored(Sums<Tile>& sums, LoadA& load_a, const Ro
       load_a.load(to, next * kStepColumns, w.cols);
       codes.copy(to + Tile::kABytes + own * Place::kAll);
       codes.advance(Tile::kSteps);
+      if (Product::kIntegers && thread < Tile::kRows) {  // the steps of a stage have one block of activations
+        const int32_t x_block = w.x_blocks == 1 ? 0 : next >> w.x_shift;
+        const int64_t at_scale = static_cast<int64_t>(x_row < 0 ? 0 : x_row) * w.x_blocks + x_block;
+        ptx::cp_async4(to + Tile::kXScales + 4 * thread, w.x_scales + at_scale, x_row >= 0);
+      }
     }
     next += Tile::kSteps;
     ptx::cp_async_commit();
@@ -180,9 +179,6 @@ __device__ inline void multiply_stored(Sums<Tile>& sums, LoadA& load_a, const Ro
       if (first + s >= steps) continue;
       const bool ends = --left == 0 || first + s + 1 == steps;
       if (ends) left = w.group_steps;
-      if constexpr (Product::kIntegers) {
-        if (ends || w.group_size == 16) product.read_x_scales(first + s);
-      }
       product.multiply(sums, shared + stage * Tile::kStoredBytes, s, ends);
     }
     stage = stage + 1 == Tile::kStages ? 0 : stage + 1;

@@ -49,7 +49,7 @@ STORED = (
         "* kStepRows + at.lane",
     ),
     _of_stored(
-        "scales of the first block of activations", "stored_gemm.cuh", "w.x_blocks == 1 ? 0 : step >> w.x_shift", "0"
+        "scales of the first block of activations", "stored_gemm.cuh", "w.x_blocks == 1 ? 0 : next >> w.x_shift", "0"
     ),
     _of_stored(
         "parts without padding", "stored_load.cuh", "part * w.part_blocks + ", "part * w.part_rows / kStepRows + "
