@@ -16,7 +16,8 @@
 // and their order are those of gemm_sm80.cuh and gemm_f32.cuh, an adapter's first.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
-//   decoded_kernel: 255 registers, 64 bytes of shared memory
+//   decoded_kernel: 255 registers, 72 of local memory
+// The local memory is that of the table of nf4, read once per block.
 #pragma once
 #include "gemm_f32.cuh"
 #include "gemm_launch.cuh"
@@ -40,7 +41,7 @@ struct DecodedTile {
   static constexpr int shared_bytes(bool adapter) {
     const int ring = kStages * kStoredBytes + kDecodedBytes, staged = kRows * kColumns * 4,
               low = adapter ? kStages * kStageBytes : 0;
-    return ring > staged ? (ring > low ? ring : low) : staged > low ? staged : low;
+    return kTableBytes + (ring > staged ? (ring > low ? ring : low) : staged > low ? staged : low);
   }
 };
 
@@ -152,8 +153,9 @@ __global__ void __launch_bounds__(kStoredThreads, 2)
     decoded_kernel(const __grid_constant__ Gemm g, const __grid_constant__ StoredOperand w, const Alignment aligned) {
   using T = typename Product::Element;
   using Tile = DecodedTile<T>;
-  SHARED_DYN(std::byte, shared);
-  SHARED_ARRAY(float, nf4, 16);
+  SHARED_DYN(std::byte, all_shared);
+  std::byte* const shared = all_shared + kTableBytes;
+  float* const nf4 = reinterpret_cast<float*>(all_shared);
   fill_nf4(nf4);
   __syncthreads();
   const int thread = static_cast<int>(threadIdx.x);

@@ -12,7 +12,7 @@
 // NaN and the values zero.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
-//   quantize_rows_kernel: 64 registers
+//   quantize_rows_kernel: 32 registers
 #pragma once
 #include "gemm.h"
 #include "vector.cuh"

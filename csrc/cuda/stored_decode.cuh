@@ -19,6 +19,8 @@
 
 namespace switchgear::cuda {
 
+// A table of nf4 comes first in dynamic shared memory: static memory would count beyond the 48 KB that need no request.
+constexpr int kTableBytes = 128;
 constexpr int kStepRows = 16, kStepColumns = 32, kStepChunks = 4;
 
 // Bytes of a step, at most. kGroups: 64 for each bit.
@@ -89,7 +91,8 @@ struct Pairs<Format::kFp8, T> {
   static constexpr int kBytes = most_step_bytes(Format::kFp8);
   int offset;
 
-  __device__ Pairs(int lane, int) : offset(lane % 4 / 2 * 64 + lane / 16 * 16 + lane % 4 % 2 * 8 + lane / 4 % 4 * 2) {}
+  __device__ Pairs(int lane, int, uint32_t*)
+      : offset(lane % 4 / 2 * 64 + lane / 16 * 16 + lane % 4 % 2 * 8 + lane / 4 % 4 * 2) {}
   __device__ uint32_t word(const std::byte* step, int row, int chunk, uint32_t) const {
     constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
     const uint32_t w =
@@ -104,7 +107,7 @@ struct Pairs<Format::kMxfp4, T> {
   static constexpr int kBytes = most_step_bytes(Format::kMxfp4);
   int offset, turn;
 
-  __device__ Pairs(int lane, int) : offset(lane / 4 * 4), turn(lane % 4 * 4) {}
+  __device__ Pairs(int lane, int, uint32_t*) : offset(lane / 4 * 4), turn(lane % 4 * 4) {}
   __device__ uint32_t word(const std::byte* step, int row, int chunk, uint32_t) const {
     constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
     const uint32_t w = word_at(step + offset + 64 * chunk + 4 * row) >> turn;  // codes s ee f at bits 0 and 16
@@ -120,15 +123,14 @@ struct Pairs<Format::kNf4, T> {
   const uint32_t* table;  // in shared memory: the bits of each code's value
   int offset, turn;
 
-  __device__ Pairs(int lane, int) : offset(lane / 4 * 4), turn(lane % 4 * 4) {
-    SHARED_ARRAY(uint32_t, values, 16);
+  // Fills the table.
+  __device__ Pairs(int lane, int, uint32_t* values) : table(values), offset(lane / 4 * 4), turn(lane % 4 * 4) {
     constexpr Nf4Table kTable = nf4_table();
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       if (static_cast<int>(threadIdx.x) == i) values[i] = bits_of(from_float<T>(kTable.values[i]));
     }
     __syncthreads();
-    table = values;
   }
   __device__ uint32_t word(const std::byte* step, int row, int chunk, uint32_t) const {
     const uint32_t w = word_at(step + offset + 64 * chunk + 4 * row) >> turn;
@@ -141,7 +143,7 @@ struct Pairs<Format::kInt8, T> {
   static constexpr int kBytes = most_step_bytes(Format::kInt8);
   int offset;
 
-  __device__ Pairs(int lane, int) : offset(lane % 4 / 2 * 64 + lane / 4 * 4 + lane % 4 % 2 * 2) {}
+  __device__ Pairs(int lane, int, uint32_t*) : offset(lane % 4 / 2 * 64 + lane / 4 * 4 + lane % 4 % 2 * 2) {}
   // q - 128 is (2^7 + q % 128) - (q < 128 ? 256 : 128): seven bits of fraction hold no more.
   __device__ uint32_t word(const std::byte* step, int row, int chunk, uint32_t shift) const {
     static_assert(std::is_same_v<T, __nv_bfloat16>, "rows of int8 come in bfloat16");
@@ -158,7 +160,7 @@ struct Pairs<Format::kInt4, T> {
   static constexpr int kBytes = most_step_bytes(Format::kInt4);
   int offset, turn;
 
-  __device__ Pairs(int lane, int) : offset(lane / 4 * 4), turn(lane % 2 * 16 + lane % 4 / 2 * 4) {}
+  __device__ Pairs(int lane, int, uint32_t*) : offset(lane / 4 * 4), turn(lane % 2 * 16 + lane % 4 / 2 * 4) {}
   __device__ uint32_t word(const std::byte* step, int row, int chunk, uint32_t shift) const {
     static_assert(std::is_same_v<T, __nv_bfloat16>, "rows of int8 come in bfloat16");
     const uint32_t w = __byte_perm(word_at(step + offset + 64 * chunk + 4 * row) >> turn, 0, 0x4140);
@@ -174,7 +176,7 @@ struct Pairs<Format::kGroups, T> {
   int offset, lane_code, bits;
   uint32_t middle;  // what 2^n + q of the middle q is, negative
 
-  __device__ Pairs(int lane, int bits)
+  __device__ Pairs(int lane, int bits, uint32_t*)
       : offset(lane / 4 * 4),
         lane_code(lane % 4),
         bits(bits),

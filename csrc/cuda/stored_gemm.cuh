@@ -4,14 +4,15 @@
 //
 //   work 2·S·N·C flop; traffic (touched experts)·N·C·(bits + those of scales) / 8, weights once per row tile, a once
 //   per column tile from L2
-//   bound by reading weights below about 40 (A100, 4 bits) or 75 (H100) rows per expert, by the tensor cores above;
-//   with 64 rows a warp issues about 200 instructions beside 32 mma of 16 cycles, so decoding hides behind them
+//   Few rows: with 8 bits bound by memory; with 4 by instructions, about 110 a warp for a step of 256 bytes (SASS): some
+//   70 % of an A100's bandwidth and 60 % of an H100's. 64 rows: about 350 instructions for 32 mma, some 70 % of an A100's
+//   tensor cores. Nothing of this is measured.
 //
 // Blocks take one tile after another, as in gemm_sm80.cuh. cp.async fills a ring with rows of a, gathered, and with the
-// stored bytes of eight steps; the ring keeps 14 to 29 KB of weights of each block in flight and needs no registers for
-// it. Lanes of a warp read the codes of their own columns from shared memory, in the layout of the CPU: a quad shares a
-// word of eight 4-bit codes, of which each lane turns out its pair. So no weight passes through shared memory twice,
-// and none is decoded by a lane that does not multiply it.
+// stored bytes of eight steps; for few rows it keeps 6 (4 bits) to 12 KB of weights of each of four blocks in flight,
+// more than latency times bandwidth, without registers. Lanes of a warp read the codes of their own columns from shared
+// memory, in the layout of the CPU: a quad shares a word of eight 4-bit codes, of which each lane turns out its pair.
+// So no weight passes through shared memory twice, and none is decoded by a lane that does not multiply it.
 //
 // Numeric contract: codes become exact numbers of 16 bits (nf4: rounded to those of a). mma adds the products of a
 // group of columns in float32, k ascending, 16 per instruction, from zero. That sum times the group's scale is added to
@@ -24,7 +25,8 @@
 // fp8 38 MB, 19 us.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
-//   stored_kernel: 255 registers, 64 bytes of shared memory
+//   stored_kernel: 255 registers, 152 of local memory
+// The local memory is read once per tile.
 #pragma once
 #include "gemm_f32.cuh"
 #include "gemm_launch.cuh"
@@ -50,6 +52,7 @@ struct StoredTile {
   static constexpr int kABytes = kRows * kDepthBytes, kStageBytes = kConfig.stage_bytes();  // of an adapter's stage
   static constexpr int kSteps = kDepthBytes / (2 * kStepColumns);
   using Place = StepPlace<most_step_bytes(kFormat)>;
+  static constexpr int kRing = kFormat == Format::kNf4 ? kTableBytes : 0;  // where the ring begins
   // A stage: rows of a, steps, and for integers the scales of the rows.
   static constexpr int kXScales = kABytes + kStageSteps * Place::kAll;
   static constexpr int kStoredBytes = kXScales + (of_integers(kFormat) ? kRows * 4 : 0);
@@ -57,7 +60,7 @@ struct StoredTile {
 
   static constexpr int shared_bytes(bool adapter) {
     const int ring = kStages * kStoredBytes, staged = kRows * kColumns * 4, low = adapter ? kStages * kStageBytes : 0;
-    return ring > staged ? (ring > low ? ring : low) : staged > low ? staged : low;
+    return kRing + (ring > staged ? (ring > low ? ring : low) : staged > low ? staged : low);
   }
 };
 
@@ -138,10 +141,10 @@ struct StoredProduct {
 template <Format kFormat, typename A, typename Tile, typename LoadA, typename RowAt>
 __device__ inline void multiply_stored(Sums<Tile>& sums, LoadA& load_a, const RowAt& row_at, const StoredOperand& w,
                                        const StoredMatrix& m, const TileColumns& columns, std::byte* shared,
-                                       const WarpPlace<Tile>& at) {
+                                       uint32_t* table, const WarpPlace<Tile>& at) {
   using Place = typename Tile::Place;
   using Product = StoredProduct<kFormat, A, Tile>;
-  Product product{.w = w, .m = m, .at = at, .pairs = {at.lane, m.bits}};
+  Product product{.w = w, .m = m, .at = at, .pairs = {at.lane, m.bits, table}};
   clear_sums(product.part);
   const int thread = static_cast<int>(threadIdx.x);
   const int32_t x_row = Product::kIntegers && thread < Tile::kRows ? row_at(thread) : -1;
@@ -209,7 +212,8 @@ template <Format kFormat, typename T, typename A, typename Low, int kKind>
 __global__ void __launch_bounds__(kStoredThreads, kStoredTiles[kKind].blocks)
     stored_kernel(const __grid_constant__ Gemm g, const __grid_constant__ StoredOperand w, const Alignment aligned) {
   using Tile = StoredTile<kKind, kFormat>;
-  SHARED_DYN(std::byte, shared);
+  SHARED_DYN(std::byte, all_shared);
+  std::byte* const shared = all_shared + Tile::kRing;
   const int thread = static_cast<int>(threadIdx.x);
   const int out_width = out_tile_columns(g, Tile::kColumns);
   TileWalker walker(g, Tile::kRows, static_cast<int32_t>((out_columns(g) + out_width - 1) / out_width));
@@ -230,7 +234,8 @@ __global__ void __launch_bounds__(kStoredThreads, kStoredTiles[kKind].blocks)
       const auto row_at = [&](int i) { return row_of(g.a, i); };
       DepthMajorTile<A, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(static_cast<const A*>(g.a.data),
                                                                                g.a.stride, row_at, thread, aligned.a);
-      multiply_stored<kFormat, A>(sums, load_a, row_at, w, m, columns, shared, at);
+      multiply_stored<kFormat, A>(sums, load_a, row_at, w, m, columns, shared, reinterpret_cast<uint32_t*>(all_shared),
+                                  at);
       if constexpr (of_integers(kFormat)) scale_rows(sums, w, m, columns, at);
     }
     if (g.low.rank > 0) {
