@@ -33,11 +33,6 @@ using enum Kind;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Experts may be apart where the kernels find them by their stride.
-Layout layout_of(const Call& call) {
-  return call.backend().device == DeviceType::kCPU ? Layout::kExperts : Layout::kContiguous;
-}
-
 // Rows and columns, which the shape of `data` does not show.
 void check_sizes(const char* name, const Weight& w, Dim& N, Dim& C) {
   const auto fits = [](const Dim& dim, int64_t size) {
@@ -58,14 +53,14 @@ void panels_input(Call& call, const char* name, const Weight& w, Dim& experts) {
   Dim count{"panels", 1, w.rows / rows};
   Dim vectors{"vectors", 1, rows * w.cols * size_of(call.float_dtype()) / vector_bytes},
       bytes{"bytes", 1, vector_bytes};
-  call.input(name, w.data, kUInt8, {&experts, &count, &vectors, &bytes}, layout_of(call));
+  call.input(name, w.data, kUInt8, {&experts, &count, &vectors, &bytes}, Layout::kExperts);
   check_pointer(name, w.data.data, call.float_dtype());
 }
 
 void compact_input(Call& call, const char* name, const Weight& w, Dim& experts) {
   const DType dtype = call.float_dtype();
   Dim rows{"N", 1, w.rows}, bytes{"bytes"};
-  call.input(name, w.data, kUInt8, {&experts, &rows, &bytes}, layout_of(call));
+  call.input(name, w.data, kUInt8, {&experts, &rows, &bytes}, Layout::kExperts);
   SWITCHGEAR_CHECK(TypeError, dtype == DType::kBFloat16 || dtype == DType::kFloat32, name, ": expected ",
                    name_of(dtype), " like ", call.float_name(), ", got compact weights: ", describe(w.data));
   SWITCHGEAR_CHECK(ValueError, w.cols <= kMaxCompactColumns, name, ": expected at most ", kMaxCompactColumns,
@@ -97,11 +92,11 @@ void integers_input(Call& call, const WeightNames& names, const Weight& w, Dim& 
                    w.cols);
   Dim blocks = blocks_of(names.data, w), groups = groups_of(w);
   Dim words{"words", 1, divide_up(w.cols, 8) * bits_of(w.format) / 4}, word_bytes{"64", 1, 64}, block_rows{"16", 1, 16};
-  call.input(names.data, w.data, kUInt8, {&experts, &blocks, &words, &word_bytes}, layout_of(call));
-  call.input(names.scales, w.scales, kInt8, {&experts, &blocks, &groups, &block_rows}, layout_of(call));
-  call.input(names.row_scales, w.row_scales, kFloat32, {&experts, &blocks, &block_rows}, layout_of(call));
+  call.input(names.data, w.data, kUInt8, {&experts, &blocks, &words, &word_bytes}, Layout::kExperts);
+  call.input(names.scales, w.scales, kInt8, {&experts, &blocks, &groups, &block_rows}, Layout::kExperts);
+  call.input(names.row_scales, w.row_scales, kFloat32, {&experts, &blocks, &block_rows}, Layout::kExperts);
   if (w.zeros.defined())
-    call.input(names.zeros, w.zeros, kUInt8, {&experts, &blocks, &groups, &block_rows}, layout_of(call));
+    call.input(names.zeros, w.zeros, kUInt8, {&experts, &blocks, &groups, &block_rows}, Layout::kExperts);
 }
 
 void minifloat_input(Call& call, const WeightNames& names, const Weight& w, Dim& experts) {
@@ -112,9 +107,9 @@ void minifloat_input(Call& call, const WeightNames& names, const Weight& w, Dim&
                    group == 0 ? "0 (the whole row) or a multiple of 32" : join(group), ", got ", w.group_size);
   Dim blocks = blocks_of(names.data, w), groups = groups_of(w), steps{"steps", 1, divide_up(w.cols, kMinifloatColumns)};
   Dim step_bytes{"bytes", 1, minifloat_step_bytes(w.format)}, block_rows{"16", 1, kMinifloatRows};
-  call.input(names.data, w.data, kUInt8, {&experts, &blocks, &steps, &step_bytes}, layout_of(call));
+  call.input(names.data, w.data, kUInt8, {&experts, &blocks, &steps, &step_bytes}, Layout::kExperts);
   call.input(names.scales, w.scales, w.format == Format::kMxfp4 ? kUInt8 : kFloat32,
-             {&experts, &blocks, &groups, &block_rows}, layout_of(call));
+             {&experts, &blocks, &groups, &block_rows}, Layout::kExperts);
 }
 
 void groups_input(Call& call, const WeightNames& names, const Weight& w, Dim& experts) {
@@ -123,21 +118,19 @@ void groups_input(Call& call, const WeightNames& names, const Weight& w, Dim& ex
   Dim planes{"planes"}, blocks = blocks_of(names.data, w), groups = groups_of(w);
   Dim steps{"steps", 1, divide_up(w.cols, kMinifloatColumns)}, bytes{"64", 1, kPlaneBytes};
   Dim block_rows{"16", 1, kMinifloatRows}, two{"2", 1, 2};
-  call.input(names.data, w.data, kUInt8, {&planes, &blocks, &steps, &bytes}, layout_of(call));
+  call.input(names.data, w.data, kUInt8, {&planes, &blocks, &steps, &bytes}, Layout::kExperts);
   SWITCHGEAR_CHECK(ValueError, w.records.defined(), names.records, ": expected a tensor, got none");
-  SWITCHGEAR_CHECK(ValueError, call.backend().device == DeviceType::kCPU, names.records,
-                   ": expected none on this device, got ", describe(w.records));
   call.input(names.records, w.records, kInt32, {&experts, &two});
-  call.input(names.scales, w.scales, kFloat16, {&experts, &blocks, &groups, &block_rows}, layout_of(call));
+  call.input(names.scales, w.scales, kFloat16, {&experts, &blocks, &groups, &block_rows}, Layout::kExperts);
   if (w.zeros.defined())
-    call.input(names.zeros, w.zeros, kUInt8, {&experts, &blocks, &groups, &block_rows}, layout_of(call));
+    call.input(names.zeros, w.zeros, kUInt8, {&experts, &blocks, &groups, &block_rows}, Layout::kExperts);
 }
 
 // E is the size of `slots` if defined; `experts` is that of the data.
 void slots_input(Call& call, const char* name, const Weight& w, Dim& E) {
   SWITCHGEAR_CHECK(ValueError, w.base == nullptr, name, ": expected none beside matrices of their own");
-  SWITCHGEAR_CHECK(ValueError, call.backend().device == DeviceType::kCPU, name, ": expected none on this device, got ",
-                   describe(w.slots));
+  SWITCHGEAR_CHECK(ValueError, call.backend().device == DeviceType::kCPU || w.format != Format::kPlain, name,
+                   ": expected none beside plain weights on this device, got ", describe(w.slots));
   call.input(name, w.slots, kInt32, {&E});
 }
 
@@ -169,6 +162,7 @@ namespace {
 
 // Each record is a range of 1 to 4 planes in the memory of `data`.
 void check_records(const char* name, const Weight& w) {
+  if (!readable(w.records)) return;
   const auto* records = w.records.as<const int32_t>();
   const int64_t planes = w.data.shape[0], plane_bytes = w.data.shape[1] * w.data.shape[2] * w.data.shape[3];
   const int64_t extent = w.data.extent();

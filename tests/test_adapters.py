@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 import switchgear
-from backends_in_use import ISAS
 from switchgear import ops, reference
 from switchgear.ops import GluOptions
 from switchgear.testing import Case, Layer, make_layer
-from switchgear.weights import AdaptedWeight, Groups, Weight, encode
+from switchgear.weights import AdaptedWeight, Form, Fp8, Groups, Mxfp4, Nf4, Weight, encode
 
 DEFAULT = GluOptions()
 OPTIONS = (
@@ -209,17 +208,27 @@ def test_float64() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
-@pytest.mark.parametrize("backend", ["reference", *ISAS], indirect=True)  # CUDA takes plain weights
 def test_beside_weights_of_mixed_bits(backend: str, case: Case, symmetric: bool, dtype: torch.dtype) -> None:
     """Decoded in float64, the weights are exact: 11 bits times 5. So the bounds are those of plain weights."""
-    plain, adapters = make(case, dtype, 3, ragged=True)
-    bits = [1 + expert % 4 for expert in range(len(plain.gate_up_proj))]
-    form = Groups(bits, 32, symmetric)
-    stored = [encode(weight, form, parts=parts) for weight, parts in ((plain.gate_up_proj, 2), (plain.down_proj, 1))]
+    plain = make(case, dtype, 3, ragged=True)
+    bits = [1 + expert % 4 for expert in range(len(plain.layer.gate_up_proj))]
+    check(beside(plain, Groups(bits, 32, symmetric)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [Fp8(block="row"), Mxfp4(), Nf4()], ids=str)
+def test_beside_minifloats(backend: str, form: Form, dtype: torch.dtype) -> None:
+    """nf4 is that of QLoRA. Values and scales have fewer than 64 bits together, or are rounded to float32 once."""
+    check(beside(make(SMALL, dtype, 4), form))
+
+
+def beside(plain: Adapted, form: Form) -> Adapted:
+    """The same adapters on stored weights, and a layer of their values."""
+    layer, adapters = plain
+    stored = [encode(weight, form, parts=parts) for weight, parts in ((layer.gate_up_proj, 2), (layer.down_proj, 1))]
     decoded = [decode(weight) for weight in stored]
-    layer = plain._replace(gate_up_proj=decoded[0], down_proj=decoded[1])
     pair = [adapter._replace(weight=weight) for adapter, weight in zip(adapters, stored, strict=True)]
-    check(Adapted(layer, (pair[0], pair[1])))
+    return Adapted(layer._replace(gate_up_proj=decoded[0], down_proj=decoded[1]), (pair[0], pair[1]))
 
 
 def decode(weight: Tensor | Weight) -> Tensor:

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <initializer_list>
 #include <stdexcept>
 
 #include "ops.h"
@@ -12,6 +13,12 @@
 namespace switchgear {
 namespace cuda {
 namespace {
+
+constexpr uint32_t formats(std::initializer_list<Format> some) {
+  uint32_t bits = 0;
+  for (const Format format : some) bits |= 1u << static_cast<int>(format);
+  return bits;
+}
 
 void check(cudaError_t error, const char* call) {
   if (error != cudaSuccess) throw std::runtime_error(join(call, ": ", cudaGetErrorString(error)));
@@ -87,6 +94,8 @@ const Backend& cuda_backend() {
       .fit_capacity = on_its_device<FitCapacityArgs, cuda::fit_capacity>,
       .assign_balanced = on_its_device<AssignBalancedArgs, cuda::assign_balanced>,
       .assign_capped = on_its_device<AssignCappedArgs, cuda::assign_capped>,
+      .formats = formats(
+          {Format::kPlain, Format::kInt8, Format::kInt4, Format::kFp8, Format::kMxfp4, Format::kNf4, Format::kGroups}),
       .takes_adapters = true};
   return kBackend;
 }

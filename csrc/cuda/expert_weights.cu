@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(kMaxSeparate)
 }  // namespace
 
 ExpertOperand operand_of(const Weight& w, bool transposed, const SeparateMatrix* separate) {
+  if (w.format != Format::kPlain) return {.rows_are_n = transposed, .k_stride = transposed ? 1 : 0};
   const int64_t item = size_of(w.data.dtype);
   const int64_t wide_stride = w.data.stride[2] == 1 ? w.data.stride[1] : w.data.stride[2];
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };

@@ -12,7 +12,8 @@ inline int64_t separate_count(const Weight& w) { return w.base == nullptr ? 0 : 
 // Queues the writing of the list. ValueError, naming the argument, if there are more matrices than kernel parameters can hold.
 void write_separate(const char* name, const Weight& w, SeparateMatrix* separate, void* stream);
 
-// W's element [row, column] is b[row, column] of x·Wᵀ (`transposed`), and b[column, row] of x·W.
+// W's element [row, column] is b[row, column] of x·Wᵀ (`transposed`), and b[column, row] of x·W. Of weights in other formats,
+// which stored.h multiplies, it only has the layout that an adapter's matrix needs beside them.
 ExpertOperand operand_of(const Weight& w, bool transposed, const SeparateMatrix* separate);
 
 }  // namespace switchgear::cuda

@@ -7,6 +7,7 @@
 #include "gemm.h"
 #include "ops.h"
 #include "platform.cuh"
+#include "stored.h"
 #include "workspace.h"
 
 namespace switchgear::cuda {
@@ -33,24 +34,34 @@ Schedule schedule_of(const Execution& exec, bool counts) {
 void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   if (args.out.shape[0] == 0) return;
   const int64_t count = separate_count(args.weight);
-  Workspace memory(allocate(exec, count * static_cast<int64_t>(sizeof(SeparateMatrix))));
-  auto* const separate = memory.take<SeparateMatrix>(count);
+  const auto layout = [&](Workspace& memory) {
+    SeparateMatrix* const separate = memory.take<SeparateMatrix>(count);
+    return std::pair(separate, args.transposed ? QuantizedRows() : QuantizedRows(memory, args.weight, args.x.shape[0]));
+  };
+  Workspace sizes;
+  layout(sizes);
+  Workspace memory(allocate(exec, sizes.size()));
+  const auto [separate, quantized] = layout(memory);
   write_separate("weight", args.weight, separate, exec.stream);
   Gemm g{.dtype = args.x.dtype,
          .allow_tf32 = exec.allow_tf32,
          .a = rows_of(args.x, args.token_indices),
-         .b = operand_of(args.weight, true, separate),
+         .b = operand_of(args.weight, !args.transposed, separate),
          .bias = args.bias.data,
          .bias_stride = args.bias.stride[0],
          .expert_offsets = args.expert_offsets.as<const int32_t>(),
-         .num_experts = args.weight.data.shape[0],
+         .num_experts = args.expert_offsets.shape[0] - 1,
          .num_slots = args.out.shape[0],
          .n = args.out.shape[1],
          .c = args.x.shape[1],
          .out = args.out.data,
          .out_stride = args.out.stride[0]};
-  g.schedule = schedule_of(exec, sm90_takes(g));
-  gemm(g, exec.stream);
+  g.schedule = schedule_of(exec, args.weight.format == Format::kPlain && sm90_takes(g));
+  if (args.transposed) {
+    backward_gemm(g, "weight", args.weight, exec.stream);
+  } else {
+    forward_gemm(g, "weight", args.weight, quantized, exec.stream);
+  }
 }
 
 void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec) {

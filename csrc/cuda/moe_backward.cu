@@ -30,6 +30,7 @@
 #include "moe.cuh"
 #include "moe.h"
 #include "ops.h"
+#include "stored.h"
 
 namespace switchgear::cuda {
 namespace {
@@ -58,14 +59,14 @@ struct BackwardMemory {
   TensorView grad_h, weighted_a, masked_x, slots_grad_x;  // the last three share memory
 
   BackwardMemory(Workspace& memory, const MoeBackwardArgs& args, const Needs& needs)
-      : own(memory, args.topk_ids, args.weights.gate_up_proj.data.shape[0]),
+      : own(memory, args.topk_ids, args.weights.gate_up_proj.num_experts()),
         gate_up(memory.take<SeparateMatrix>(separate_count(args.weights.gate_up_proj))),
         down(memory.take<SeparateMatrix>(separate_count(args.weights.down_proj))),
         gate_up_adapter(memory, args.weights.gate_up_adapter, 0, args.weights.gate_up_proj, false),
         down_adapter(memory, args.weights.down_adapter, 1, args.weights.down_proj, false),
         small_grads(memory, args.x.dtype, args.topk_ids.numel(), widest()),
         small_rows(memory, args.x.dtype, args.topk_ids.numel(), widest()) {
-    const int64_t num_slots = args.topk_ids.numel(), size = args.weights.down_proj.data.shape[2];
+    const int64_t num_slots = args.topk_ids.numel(), size = args.weights.down_proj.num_cols();
     const DType dtype = args.x.dtype;
     slot_weights = memory.take<float>(num_slots);
     parts = memory.take<float>(needs.parts ? num_slots * weight_parts_of(size) : 0);
@@ -137,8 +138,8 @@ void topk_weights_gradient(const MoeBackwardArgs& args, const BackwardMemory& m,
                                          .grad_topk_weights = args.grad_topk_weights.as<float>(),
                                          .num_pairs = args.topk_ids.numel(),
                                          .num_slots = args.topk_ids.numel(),
-                                         .num_parts = weight_parts_of(args.weights.down_proj.data.shape[2]),
-                                         .num_experts = args.weights.gate_up_proj.data.shape[0],
+                                         .num_parts = weight_parts_of(args.weights.down_proj.num_cols()),
+                                         .num_experts = args.weights.gate_up_proj.num_experts(),
                                          .hidden_size = args.grad_y.shape[1],
                                          .top_k = static_cast<int>(args.topk_ids.shape[1])};
     launch(weight_gradient_kernel<T>, dim3(blocks_of(params.num_pairs, kMoeThreads / 32)), dim3(kMoeThreads), 0, stream,
@@ -209,9 +210,9 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
          .b = operand_of(weights.down_proj, false, m.down),
          .schedule = m.own.schedule(exec),
          .expert_offsets = p.expert_offsets.as<const int32_t>(),
-         .num_experts = weights.gate_up_proj.data.shape[0],
+         .num_experts = weights.gate_up_proj.num_experts(),
          .num_slots = num_slots,
-         .n = weights.down_proj.data.shape[2],
+         .n = weights.down_proj.num_cols(),
          .c = args.grad_y.shape[1],
          .epilogue = Epilogue::kGluBackward,
          .out = m.grad_h.data,
@@ -225,7 +226,7 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
          .weight_parts = needs.parts ? m.parts : nullptr};
   const Rows grad_v = small_gradient(m.down_adapter, grad_y, m.small_grads, g, needs.product, exec.stream);
   g.low = m.down_adapter.term(grad_v);
-  if (needs.product) gemm(g, exec.stream);
+  if (needs.product) backward_gemm(g, "down_proj", weights.down_proj, exec.stream);
   topk_weights_gradient(args, m, exec.stream);
   weight_gradient(args.grad_down_proj, args.experts, grad_y, weighted_a, g, exec.stream);
   bias_gradient(args.grad_down_bias, args.experts, grad_y, m.slot_weights, g, exec.stream);
@@ -247,7 +248,7 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   g.epilogue = Epilogue::kStore;
   g.out = m.slots_grad_x.data;
   g.out_stride = m.slots_grad_x.stride[0];
-  gemm(g, exec.stream);
+  backward_gemm(g, "gate_up_proj", weights.gate_up_proj, exec.stream);
   cuda::combine({.permuted_y = m.slots_grad_x, .plan = p, .y = args.grad_x}, exec);
 }
 

@@ -14,6 +14,8 @@
 // of the inner dimension of the projection's own GEMM. 2·S·r·(C + N) flop more, and r·(C + N) elements per touched expert.
 // Dropout masks a copy of the rows that A reads, in the memory of permuted_y. See adapter.h.
 //
+// Weights of other formats than plain: stored.h. Integers multiply rows rounded to int8: x once, then a.
+//
 // Numeric contract: products accumulate in float32; h (if stored), a, u and permuted_y are rounded to the dtype of x, y once
 // more; a is computed from the unrounded h, the second projection's u from the rounded a. Deterministic, and batch-invariant
 // within each of the kernels of gemm.h.
@@ -23,6 +25,7 @@
 #include "expert_weights.h"
 #include "moe.h"
 #include "ops.h"
+#include "stored.h"
 
 namespace switchgear::cuda {
 namespace {
@@ -31,18 +34,21 @@ struct ForwardMemory {
   OwnPlan own;
   SeparateMatrix *gate_up, *down;
   ProjectionAdapter gate_up_adapter, down_adapter;
-  TensorView u, v, a;  // u, v: small rows of the adapters
-  SharedRows shared;   // rows that an adapter masks; then permuted_y
+  TensorView u, v, a;                      // u, v: small rows of the adapters
+  QuantizedRows quantized_x, quantized_a;  // for weights of integers
+  SharedRows shared;                       // rows that an adapter masks; then permuted_y
 
   ForwardMemory(Workspace& memory, const MoeForwardArgs& args)
-      : own(memory, args.topk_ids, args.weights.gate_up_proj.data.shape[0]),
+      : own(memory, args.topk_ids, args.weights.gate_up_proj.num_experts()),
         gate_up(memory.take<SeparateMatrix>(separate_count(args.weights.gate_up_proj))),
         down(memory.take<SeparateMatrix>(separate_count(args.weights.down_proj))),
         gate_up_adapter(memory, args.weights.gate_up_adapter, 0, args.weights.gate_up_proj, true),
         down_adapter(memory, args.weights.down_adapter, 1, args.weights.down_proj, true),
         u(take_rows(memory, args.x.dtype, args.topk_ids.numel(), gate_up_adapter.width())),
         v(take_rows(memory, args.x.dtype, args.topk_ids.numel(), down_adapter.width())),
-        a(take_rows(memory, args.x.dtype, args.topk_ids.numel(), args.weights.down_proj.data.shape[2])),
+        a(take_rows(memory, args.x.dtype, args.topk_ids.numel(), args.weights.down_proj.num_cols())),
+        quantized_x(memory, args.weights.gate_up_proj, args.x.shape[0]),
+        quantized_a(memory, args.weights.down_proj, args.topk_ids.numel()),
         shared(memory, args.x.dtype, args.topk_ids.numel(),
                std::max(args.x.shape[1], down_adapter.drops() ? a.shape[1] : 0)) {}
 };
@@ -87,9 +93,9 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
          .bias = weights.gate_up_bias.data,
          .bias_stride = weights.gate_up_bias.stride[0],
          .expert_offsets = expert_offsets,
-         .num_experts = weights.gate_up_proj.data.shape[0],
+         .num_experts = weights.gate_up_proj.num_experts(),
          .num_slots = num_slots,
-         .n = weights.gate_up_proj.data.shape[1],
+         .n = weights.gate_up_proj.num_rows(),
          .c = args.x.shape[1],
          .epilogue = Epilogue::kGlu,
          .out = m.a.data,
@@ -98,7 +104,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
          .h = args.h.data,
          .h_stride = args.h.stride[0]};
   add_adapter(g, m.gate_up_adapter, m.u, m.shared, exec.stream);
-  gemm(g, exec.stream);
+  forward_gemm(g, "gate_up_proj", weights.gate_up_proj, m.quantized_x, exec.stream);
 
   const TensorView permuted_y = m.shared.view_of(args.y.shape[1]);
   g.a = rows_of(m.a);
@@ -112,7 +118,7 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   g.out_stride = permuted_y.stride[0];
   g.h = nullptr;
   add_adapter(g, m.down_adapter, m.v, m.shared, exec.stream);
-  gemm(g, exec.stream);
+  forward_gemm(g, "down_proj", weights.down_proj, m.quantized_a, exec.stream);
   cuda::combine({.permuted_y = permuted_y, .plan = p, .topk_weights = args.topk_weights, .y = args.y}, exec);
 }
 

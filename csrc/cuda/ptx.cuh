@@ -182,6 +182,28 @@ PTX uint32_t cvt_tf32(float x) {
 #endif
 }
 
+// ---- two numbers of 16 bits: a · b + c in each half, rounded once; subnormal numbers stay --------------------------------------
+
+PTX uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDACC__)
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#else
+  return simt::fma_halves(a, b, c, simt::Element::kBf16);
+#endif
+}
+
+PTX uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDACC__)
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#else
+  return simt::fma_halves(a, b, c, simt::Element::kF16);
+#endif
+}
+
 // ---- flags in global memory -------------------------------------------------------------------------------------------------
 // If an acquire load reads a value that another thread released, everything before that release is visible after the load. The
 // scope of both must include both threads: the block (cta), the device (gpu), all devices and the host (sys). Poll only with

@@ -12,8 +12,9 @@
 //   nf4      [E,parts·B,C,256] uint8                float32 per 64 columns                          minifloat.h
 //   groups   [P,parts·B,C,64] uint8                 float16 per group, uint8 zeros                  groups.h
 //
-// Each tensor is contiguous, or on the CPU each tensor[i] is, any multiple of 64 bytes after tensor[i - 1]: so all tensors of an
-// expert can be parts of one record. `plain` has any strides.
+// Each tensor is contiguous, or each tensor[i] is, any multiple of 64 bytes after tensor[i - 1]: so all tensors of an
+// expert can be parts of one record. `plain` has any strides. All tensors are on one device; only the CPU reads slots and records
+// on the host (slot_of), and only it takes slots of plain weights.
 #pragma once
 #include <cstdint>
 
@@ -47,14 +48,14 @@ struct Weight {
   TensorView scales;                   // int8, int4, fp8, mxfp4, nf4, groups
   TensorView row_scales;               // int8, int4
   TensorView zeros;                    // int8, int4, groups; optional
-  TensorView records;                  // groups: [S,2] int32 on the host, where experts are in `data`
+  TensorView records;                  // groups: [S,2] int32, where experts are in `data`
   int64_t rows = 0, cols = 0;          // of a matrix; plain weights have those of `data`
   int64_t parts = 1;                   // equal shares of the rows, stored separately: 2 if all gates precede all ups
   int64_t group_size = 0;              // columns that share a scale; 0: the whole row
   int64_t element_bytes = 0;           // compact: 2 or 4, in all rows. No row says so: slots may hold anything
   const void* const* base = nullptr;   // [E] plain matrices, each with its own base pointer and number of rows
   const int64_t* row_count = nullptr;  // [E], each <= data.shape[1]
-  TensorView slots;  // [E] int32 on the host, optional: the data of expert e is at slots[e] in [0, num_stored())
+  TensorView slots;                    // [E] int32, optional: the data of expert e is at slots[e] in [0, num_stored())
 
   int64_t num_stored() const { return records.defined() ? records.shape[0] : data.shape[0]; }
   int64_t num_experts() const { return slots.defined() ? slots.shape[0] : num_stored(); }

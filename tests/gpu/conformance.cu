@@ -115,6 +115,17 @@ KERNEL(cvt_tf32) {
   }
 }
 
+// Two codes of few bits times a power of two: subnormal factors, exact results, as the decoders of stored weights have them.
+KERNEL(fma_halves) {
+  for (int i = thread(); i < 1024; i += 32) {
+    const uint32_t few = in[i] & 0x87f087f0u, fraction = in[i + 1024] & 0x000f000fu;
+    out[4 * i] = ptx::fma_bf16x2(few, 0x7b807b80u, 0x80008000u);
+    out[4 * i + 1] = ptx::fma_bf16x2(fraction | 0x43004300u, 0x3f803f80u, 0xc308c308u);
+    out[4 * i + 2] = ptx::fma_f16x2(in[i] & 0xbf80bf80u, 0x5c005c00u, 0x80008000u);
+    out[4 * i + 3] = ptx::fma_f16x2(fraction | 0x64006400u, 0x3c003c00u, 0xe408e408u);
+  }
+}
+
 KERNEL(flags) {
   if (thread() != 0) return;
   uint32_t* p = out;
@@ -680,8 +691,9 @@ std::vector<Case> all_cases() {
                              SIMPLE(ldmatrix_x4_trans, 32), SIMPLE(ldmatrix_x2, 32),
                              SIMPLE(ldmatrix_x2_trans, 32), SIMPLE(mma_bf16, 32),
                              SIMPLE(mma_f16, 32),           SIMPLE(mma_tf32, 32),
-                             SIMPLE(cvt_tf32, 32),          SIMPLE(flags, 32),
-                             SIMPLE(atom_add, 32),          SIMPLE(bar, 64)};
+                             SIMPLE(cvt_tf32, 32),          SIMPLE(fma_halves, 32),
+                             SIMPLE(flags, 32),             SIMPLE(atom_add, 32),
+                             SIMPLE(bar, 64)};
   end_group(cases, "basic");
   cases.push_back(SIMPLE(lanes, 64));
   end_group(cases, "lanes");

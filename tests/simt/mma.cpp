@@ -7,6 +7,8 @@
 // and for tf32, whose registers hold one value each,
 //   A [16,8]   register i: row g + 8 (i & 1), column q + 4 (i >> 1)
 //   B [8,8]    register i: column g, row q + 4 i
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "elements.h"
@@ -166,6 +168,33 @@ void mma(float* d, const uint32_t* a, const uint32_t* b, Element element, Locati
              : element == Element::kF16 ? "mma.f16"
                                         : "mma.tf32",
              0xffffffffu, &operands, multiply, at);
+}
+
+namespace {
+
+// The bits of the number of `fraction` bits and exponents from `lowest` on that is nearest to v, ties to even.
+uint32_t round_to_half(double v, int fraction, int lowest) {
+  const int width = 15 - fraction;
+  const uint32_t sign = std::signbit(v) ? 0x8000 : 0, infinity = ((1u << width) - 1) << fraction;
+  if (std::isnan(v)) return infinity | 1u << (fraction - 1);
+  if (std::isinf(v)) return sign | infinity;
+  const int exponent = v == 0 ? lowest : std::max(std::ilogb(v), lowest);
+  // In units of the last place. Adding an exponent to the integer carries from one binade to the next, or to infinity.
+  const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(std::abs(v), fraction - exponent)));
+  return sign | std::min(units + (static_cast<uint32_t>(exponent - lowest) << fraction), infinity);
+}
+
+}  // namespace
+
+// The product and, of numbers less than 2^30 apart, the sum are exact in double.
+uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c, Element element) {
+  uint32_t result = 0;
+  for (const int shift : {0, 16}) {
+    const double product = double{half_value(a >> shift, element)} * half_value(b >> shift, element);
+    const double v = product + half_value(c >> shift, element);
+    result |= (element == Element::kBf16 ? round_to_half(v, 7, -126) : round_to_half(v, 10, -14)) << shift;
+  }
+  return result;
 }
 
 }  // namespace simt

@@ -55,6 +55,7 @@ void stmatrix(const uint32_t* registers, int matrices, bool transposed, void* ro
 
 enum class Element { kBf16, kF16, kTf32 };
 void mma(float* d, const uint32_t* a, const uint32_t* b, Element element, Location at);  // m16n8k16, m16n8k8 for tf32
+uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c, Element element);  // a · b + c of both halves, rounded once
 
 // ---- Hopper (mbarrier.cpp, tma.cpp, wgmma.cpp) --------------------------------------------------------------------------------
 

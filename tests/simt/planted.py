@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent / "planted"))
 
 from kernels import MISTAKES, Mistake  # noqa: E402
+from stored import STORED  # noqa: E402
 
 ORDERS = os.environ.get("SIMT_ORDERS", "").split() or ("forward", "reverse", "random:1")
 SECONDS = 120
@@ -120,7 +121,7 @@ def kernel_plants(build: Path) -> list[Plant]:
         clean = [str(build / "tests/simt" / mistake.program), *mistake.tests]
         return Plant(mistake.name, mistake.builds, clean, lambda: build_mistake(build, mistake))
 
-    return [plant(mistake) for mistake in MISTAKES]
+    return [plant(mistake) for mistake in (*MISTAKES, *STORED)]
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ def kernel_plants(build: Path) -> list[Plant]:
 
 def run(command: list[str], order: str) -> tuple[bool, str]:
     """Whether the program passes, and the line that gives the reason if not."""
-    environment = {**os.environ, "SWITCHGEAR_SIMT_ORDER": order}
+    environment = {**os.environ, "SWITCHGEAR_SIMT_ORDER": order, "SWITCHGEAR_FAIL_FAST": "1"}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:

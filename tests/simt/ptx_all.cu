@@ -52,6 +52,8 @@ MULTIPLY(mma_bf16)
 MULTIPLY(mma_f16)
 MULTIPLY(mma_tf32)
 KERNEL(cvt_tf32, uint32_t* out, float x) { *out = ptx::cvt_tf32(x); }
+KERNEL(fma_bf16x2, uint32_t* out, uint32_t a, uint32_t b, uint32_t c) { *out = ptx::fma_bf16x2(a, b, c); }
+KERNEL(fma_f16x2, uint32_t* out, uint32_t a, uint32_t b, uint32_t c) { *out = ptx::fma_f16x2(a, b, c); }
 
 #define LOAD(name) \
   KERNEL(name, uint32_t* out, const uint32_t* p) { *out = ptx::name(p); }

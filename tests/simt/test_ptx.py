@@ -111,6 +111,8 @@ AMPERE = {
         for name, shape in {"bf16": "m16n8k16", "f16": "m16n8k16", "tf32": "m16n8k8"}.items()
     },
     "cvt_tf32": "cvt.rna.tf32.f32 p0[0], p1;",
+    "fma_bf16x2": "fma.rn.bf16x2 p0[0], p1, p2, p3;",
+    "fma_f16x2": "fma.rn.f16x2 p0[0], p1, p2, p3;",
     **{f"ld_{kind}": f"ld.{kind.replace('_', '.')}.global.u32 p0[0], [p1];"
        for kind in ("acquire_cta", "acquire_gpu", "acquire_sys", "relaxed_gpu", "relaxed_sys")},
     **{f"st_{kind}": f"st.{kind.replace('_', '.')}.global.u32 [p0], p1;"

@@ -14,7 +14,7 @@ from form_cases import distance, inputs, make_experts
 from torch import Tensor
 
 import switchgear
-from backends_in_use import ISAS, backend_named
+from backends_in_use import ISAS, SIMT_DEVICES, backend_named
 from switchgear.reference import groups
 from switchgear.weights import Groups, Weight, encode
 from switchgear.weights.groups import weight_of
@@ -22,7 +22,7 @@ from switchgear.weights.groups import weight_of
 MIXED = (1, 2, 3, 4, 3)
 
 
-@pytest.fixture(params=["reference", *ISAS])
+@pytest.fixture(params=["reference", *ISAS, *SIMT_DEVICES])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with backend_named(request.param):
         yield request.param

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import switchgear
-from backends_in_use import QUANTIZED_ISAS, backend_named, kernels_of
+from backends_in_use import QUANTIZED_ISAS, SIMT_DEVICES, backend_named, kernels_of
 from switchgear import ops, reference, testing
 from switchgear.reference import integers as rq
 from switchgear.reference.formats import BITS
@@ -38,7 +38,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=["reference", *QUANTIZED_ISAS])
+@pytest.fixture(params=["reference", *QUANTIZED_ISAS, *SIMT_DEVICES])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with backend_named(request.param):
         yield request.param

@@ -98,10 +98,12 @@ def _kept_like(tensor: Tensor) -> Tensor:
     return memory.mT if transposed else memory
 
 
+# The others, panels and compact, have the order of a processor's kernels.
+_CUDA_FORMATS = frozenset({"plain", "int8", "int4", "fp8", "mxfp4", "nf4", "groups"})
 host = Kernels(_C, torch.get_num_threads, _kept_like, frozenset(FORMATS))
 
 
 @functools.cache
 def _on_cuda(index: int) -> Kernels:
     module = cuda.module()
-    return Kernels(module, cuda.Execution(module, index))
+    return Kernels(module, cuda.Execution(module, index), formats=_CUDA_FORMATS)

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "stored_gemm.cuh"
+
+namespace switchgear::cuda {
+
+void stored_gemm_nf4(const Gemm& g, const StoredOperand& w, void* stream) {
+  launch_decoded<Format::kNf4>(g, w, stream);
+}
+
+}  // namespace switchgear::cuda

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Mistakes in the products with stored weights, as in kernels.py. Wrong results show in both builds; one is enough."""
+
+from __future__ import annotations
+
+from kernels import ASAN, RACE, Mistake
+
+
+def _of_stored(
+    name: str,
+    header: str,
+    before: str,
+    after: str,
+    builds: tuple[str, ...] = ASAN,
+    source: str = "stored_gemm_int4",
+    test: str = "stored_at_the_edges",
+) -> Mistake:
+    program = "simt_test_stored"
+    return Mistake(f"stored: {name}", builds, header, before, after, f"csrc/cuda/{source}.cu", program, (test,))
+
+
+STORED = (
+    _of_stored(
+        "no barrier after a stage has arrived",
+        "stored_gemm.cuh",
+        "    __syncthreads();  // the stage has arrived for all threads, and all have read the stage refilled next\n",
+        "",
+        RACE,
+    ),
+    _of_stored(
+        "wait for one stage less",
+        "stored_gemm.cuh",
+        "cp_async_wait<Tile::kStages - 2>",
+        "cp_async_wait<Tile::kStages - 1>",
+    ),
+    _of_stored(
+        "groups stay as short as the first", "stored_gemm.cuh", "if (ends) left = w.group_steps;", "if (ends) left = 1;"
+    ),
+    _of_stored(
+        "scales of the other eight columns", "stored_gemm.cuh", "j % 2 * 8 + at.lane % 4 * 2);", "at.lane % 4 * 2);"
+    ),
+    _of_stored("a group's sums stay", "stored_gemm.cuh", "    clear_sums(part);\n", ""),
+    _of_stored("scale of the first half group", "stored_gemm.cuh", "two_groups ? half : 0);", "0);"),
+    _of_stored("zero of the first half group", "stored_gemm.cuh", "(two_groups ? half * kStepRows : 0)", "0"),
+    _of_stored(
+        "row scales of the other eight columns",
+        "stored_gemm.cuh",
+        "* kStepRows + j % 2 * 8 + at.lane",
+        "* kStepRows + at.lane",
+    ),
+    _of_stored(
+        "scales of the first block of activations", "stored_gemm.cuh", "w.x_blocks == 1 ? 0 : next >> w.x_shift", "0"
+    ),
+    _of_stored(
+        "parts without padding", "stored_load.cuh", "part * w.part_blocks + ", "part * w.part_rows / kStepRows + "
+    ),
+    _of_stored(
+        "codes past the end of a block",
+        "stored_load.cuh",
+        ", left_ > i);",
+        ", true);",
+        ASAN,
+    ),
+    _of_stored(
+        "any slot", "stored_load.cuh", "slot >= 0 && slot < w.num_stored", "slot >= 0", ASAN, test="stored_survives"
+    ),
+    _of_stored(
+        "any record",
+        "stored_load.cuh",
+        " && offset + count * w.plane_bytes <= w.data_bytes",
+        "",
+        ASAN,
+        "stored_gemm_groups",
+        "stored_survives",
+    ),
+    _of_stored("one scale for two groups", "stored_load.cuh", "groups = w.group_size == 16 ? 2 : 1", "groups = 1"),
+    _of_stored(
+        "fp8 of half the size", "stored_decode.cuh", "(kBf16 ? 120 : 8)", "(kBf16 ? 119 : 7)", ASAN, "stored_gemm_fp8"
+    ),
+    _of_stored("mxfp4 without signs", "stored_decode.cuh", "(w & 0x00080008u) << 12 | ", "", ASAN, "stored_gemm_mxfp4"),
+    _of_stored(
+        "int8 relative to 127",
+        "stored_decode.cuh",
+        "^ (power_pair<T>(8) | kMinusZeros)",
+        "^ 0xc37fc37fu",
+        ASAN,
+        "stored_gemm_int8",
+    ),
+    _of_stored(
+        "three bits without the split code",
+        "stored_decode.cuh",
+        "if (bits == 3 && code == 15) {\n      q = 0;\n#pragma",
+        "if (false) {\n      q = 0;\n#pragma",
+        ASAN,
+        "stored_gemm_groups",
+    ),
+    _of_stored(
+        "decoded while it is read",
+        "decoded_gemm.cuh",
+        "    __syncthreads();\n    Product::template",
+        "    Product::template",
+        RACE,
+        "decoded_gemm_bf16",
+    ),
+    _of_stored(
+        "padding of rows is decoded",
+        "decoded_gemm.cuh",
+        "used && (!kTransposed || depth + i / 4 * kStepRows + row < places.end_row - places.first_row)",
+        "used",
+        ASAN,
+        "decoded_gemm_f32",
+    ),
+    _of_stored(
+        "the first part's rows for all parts",
+        "decoded_gemm.cuh",
+        "+ (kTransposed ? first : 0);",
+        ";",
+        ASAN,
+        "decoded_gemm_f32",
+    ),
+    _of_stored("rounded towards zero", "quantize_rows.cuh", "rintf(", "truncf(", ASAN, "quantize_rows"),
+    _of_stored(
+        "scale of magnitudes of one lane",
+        "quantize_rows.cuh",
+        "  most = __reduce_max_sync(0xffffffffu, most);\n",
+        "",
+        ASAN,
+        "quantize_rows",
+    ),
+)

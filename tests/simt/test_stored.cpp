@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Products with weights of 1 to 8 bits, in both directions, against float64.
+#include <span>
+
+#include "gemm_problem.h"
+#include "stored_problem.h"
+
+namespace switchgear::test {
+namespace {
+
+constexpr Format kStoredFormats[] = {Format::kInt8,  Format::kInt4, Format::kFp8,
+                                     Format::kMxfp4, Format::kNf4,  Format::kGroups};
+
+struct StoredCase {
+  Case c;  // I is N, H is C
+  int64_t parts, group;
+  bool zeros;
+};
+
+// Rows below and above a tile's, empty experts, sizes that end inside blocks, steps, chunks and groups, several groups,
+// parts that end inside a block.
+constexpr StoredCase kStoredCases[] = {
+    {{"one of everything", 1, 1, 1, 1, 1}, 1, 0, false},
+    {{"few rows", 19, 200, 72, 3, 2}, 2, 32, true},
+    {{"few rows, deep", 5, 1100, 40, 2, 1}, 1, 0, false},
+    {{"a whole tile", 16, 64, 128, 1, 1}, 1, 64, false},
+    {{"64 rows", 70, 136, 130, 2, 2, Ids::kDuplicates}, 1, 128, true},
+    {{"64 rows, padded parts", 90, 79, 72, 1, 1}, 2, 0, false},
+    {{"half groups", 40, 75, 33, 1, 1, Ids::kEmptySlots}, 1, 16, true},
+    {{"no rows", 3, 40, 24, 4, 2, Ids::kNone}, 1, 32, false},
+    {{"several tiles of columns", 33, 100, 300, 2, 1, Ids::kLastExpert}, 2, 64, true},
+};
+
+// The same in small, for planted mistakes: rings that wrap, groups, half groups, blocks of activations, padded parts, both tiles.
+constexpr StoredCase kEdgeCases[] = {
+    {{"deep", 3, 420, 20, 1, 1}, 1, 32, false},
+    {{"padded parts", 6, 100, 24, 2, 2}, 2, 32, true},
+    {{"64 rows", 40, 170, 36, 1, 1, Ids::kEmptySlots}, 2, 64, true},
+    {{"half groups", 20, 50, 18, 1, 1}, 1, 16, true},
+};
+
+// What the format allows of a case's group.
+int64_t group_of(Format format, int64_t group) {
+  if (format == Format::kMxfp4 || format == Format::kNf4) return minifloat_group(format);
+  if (is_integer(format)) return group == 128 ? 512 : group;  // more columns than a block of activations
+  return group == 16 ? 96 : group;
+}
+
+struct StoredProblem {
+  StoredCase c;
+  Format format;
+  Precision precision;
+  bool transposed, gather, biased, permuted;
+};
+
+// Each case with every format, precision and direction; the rest alternates. `all`: in each order of threads.
+template <typename Body>
+void for_each_stored(std::span<const StoredCase> cases, bool all, Body&& body) {
+  simt::device() = simt::sm_80();
+  int variant = 0;
+  for (const StoredCase& c : cases) {
+    for (const Format format : kStoredFormats) {
+      for (const Precision& precision : kPrecisions) {
+        for (const bool transposed : {false, true}) {
+          const StoredProblem p{
+              c, format, precision, transposed, variant % 2 == 0, variant % 3 != 0 && !transposed, variant % 5 == 1};
+          note = join(c.c.name, " ", name_of(format), " ", precision.name, transposed ? " transposed" : "",
+                      p.gather ? " gathered" : "", p.permuted ? " permuted" : "");
+          if (takes_variant(variant++) || all) body(p);
+        }
+      }
+    }
+    ++variant;  // the next case's variants run in other orders
+  }
+}
+
+// One element of x·Wᵀ with weights of integers: sums of groups are exact.
+void add_integers(Sum& sum, const StoredWeights& weights, const IntegerRow& row, int64_t e, int64_t n) {
+  const auto columns = static_cast<int64_t>(row.values.size());
+  for (int64_t first = 0; first < columns; first += weights.group_size()) {
+    double group = 0.0;
+    for (int64_t c = first; c < std::min(first + weights.group_size(), columns); ++c) {
+      group += row.values[static_cast<size_t>(c)] * double{weights.value(e, n, c)};
+    }
+    const double factor = double{weights.scale(e, n, first / weights.group_size())} * weights.row_scale(e, n);
+    const double term = group * factor * row.scales[static_cast<size_t>(first / row.block)];
+    sum.add({term, 4 * kUnit * std::abs(term)});
+  }
+}
+
+void check_stored(const StoredProblem& p) {
+  const Case& c = p.c.c;
+  const DType dtype = p.precision.dtype;
+  Random random(7);
+  const int64_t S = c.T * c.K, N = c.I, C = c.H, depth = p.transposed ? N : C, width = p.transposed ? C : N;
+  const PlanArrays plan = reference_plan(make_ids(random, c), c.E);
+  const Rows rows = p.gather ? Rows::kAligned : Rows::kAnywhere;
+  const Array x = random_rows(rows, random, dtype, p.gather ? c.T : S, depth);
+  const Array bias = p.biased ? random_rows(rows, random, dtype, c.E, N) : Array();
+  const bool has_zeros = p.c.zeros && (is_integer(p.format) || p.format == Format::kGroups);
+  const StoredWeights weights(random,
+                              {p.format, c.E, N, C, p.c.parts, group_of(p.format, p.c.group), has_zeros, p.permuted});
+  Array got = make_rows(rows, dtype, S, width);
+  run_op({&got}, [&](Execution exec) {
+    exec.allow_tf32 = p.precision.tf32;
+    cuda::grouped_gemm({.x = x,
+                        .weight = weights.weight(),
+                        .bias = bias,
+                        .expert_offsets = plan.expert_offsets,
+                        .token_indices = p.gather ? plan.token_indices.view() : TensorView{},
+                        .out = got,
+                        .transposed = p.transposed},
+                       exec);
+  });
+  const bool integers = is_integer(p.format) && !p.transposed;
+  const auto factor = [&](int64_t e, int64_t n,
+                          int64_t k) -> Bounded {  // of weights that are multiplied in floating point
+    if (p.transposed || dtype == DType::kFloat32) return p.precision.factor(nearest(weights.decoded(e, n, k), dtype));
+    const double scale = weights.scale(e, n, k / weights.group_size()), value = weights.value(e, n, k);
+    const bool rounds = p.format == Format::kNf4;
+    return {value * scale, rounds ? std::abs(value * scale) * std::ldexp(1.0, -mantissa_bits(dtype) - 1) : 0.0};
+  };
+  for (int64_t e = 0; e < c.E; ++e) {
+    for (int64_t s = plan.expert_offsets.id(e); s < plan.expert_offsets.id(e + 1); ++s) {
+      const int64_t row = p.gather ? plan.token_indices.id(s) : s;
+      IntegerRow quantized;
+      if (integers) quantized = integers_of([&](int64_t k) { return x(row, k); }, C, weights.weight().group_size);
+      for (int64_t n = 0; n < width; ++n) {
+        Sum sum;
+        if (integers) add_integers(sum, weights, quantized, e, n);
+        for (int64_t k = 0; k < depth && !integers; ++k) {
+          sum.add(p.precision.factor(x(row, k)), p.transposed ? factor(e, k, n) : factor(e, n, k));
+        }
+        if (p.biased) sum.add({bias(e, n)});
+        CHECK_CLOSE(got(s, n), rounded(sum.result(), dtype), "slot ", s, " column ", n);
+      }
+    }
+  }
+  for (int64_t s = plan.used(); s < S; ++s) {
+    for (int64_t n = 0; n < width; ++n) CHECK(got(s, n) == 0.0f, "slot ", s, " of nobody");
+  }
+}
+
+TEST(stored_matches_float64) { for_each_stored(kStoredCases, false, check_stored); }
+TEST(stored_at_the_edges) { for_each_stored(kEdgeCases, true, check_stored); }
+
+// Each code and each scale: products with the identity decode exactly.
+TEST(stored_decodes_exactly) {
+  simt::device() = simt::sm_80();
+  int variant = 0;
+  for (const Format format : {Format::kFp8, Format::kMxfp4, Format::kNf4, Format::kGroups}) {
+    for (const Precision& precision : kPrecisions) {
+      if (precision.tf32 || !takes_variant(variant++)) continue;
+      note = join(name_of(format), " ", precision.name);
+      Random random(3);
+      const int64_t N = 33, C = 64;
+      const StoredWeights weights(random, {format, 4, N, C, 1, format == Format::kMxfp4 ? 32 : 64, false, false});
+      Array x(precision.dtype, {4 * C, C}), offsets(DType::kInt32, {5}), got(precision.dtype, {4 * C, N});
+      x.fill([&](int64_t i) { return i / C % C == i % C ? 1.0 : 0.0; });
+      offsets.fill([&](int64_t e) { return e * C; });
+      OpMemory memory(0xff);
+      cuda::grouped_gemm({.x = x, .weight = weights.weight(), .expert_offsets = offsets, .out = got},
+                         memory.execution());
+      for (int64_t e = 0; e < 4; ++e) {
+        for (int64_t k = 0; k < C; ++k) {
+          for (int64_t n = 0; n < N; ++n) {
+            const float value = nearest(weights.value(e, n, k), precision.dtype),
+                        scale = weights.scale(e, n, k / weights.group_size());
+            CHECK(got(e * C + k, n) == nearest(value * scale, precision.dtype), "expert ", e, " [", n, ", ", k, ']');
+          }
+        }
+      }
+    }
+  }
+}
+
+// A row's bits depend neither on the neighbouring rows nor on the tile picked for their number.
+TEST(stored_rows_do_not_depend_on_their_number) {
+  simt::device() = simt::sm_80();
+  int variant = 0;
+  for (const Format format : kStoredFormats) {
+    for (const bool transposed : {false, true}) {
+      const Precision& precision = kPrecisions[2 + variant % 2];
+      if (!takes_variant(variant++)) continue;
+      Random random(5);
+      const int64_t N = 136, C = 328, depth = transposed ? N : C, width = transposed ? C : N;
+      const StoredWeights weights(random, {format, 1, N, C, 1, group_of(format, 32), false, false});
+      const Array all = random_rows(Rows::kAligned, random, precision.dtype, 200, depth);
+      Array first;
+      for (const int64_t S : {200, 65, 17, 16, 1}) {
+        note = join(name_of(format), " ", precision.name, transposed ? " transposed " : " ", S, " rows");
+        TensorView x = all;
+        x.shape[0] = S;
+        Array offsets(DType::kInt32, {2}), got = make_rows(Rows::kAligned, precision.dtype, S, width);
+        offsets.fill([&](int64_t i) { return i * S; });
+        OpMemory memory(0xff);
+        cuda::grouped_gemm(
+            {.x = x, .weight = weights.weight(), .expert_offsets = offsets, .out = got, .transposed = transposed},
+            memory.execution());
+        if (!first.defined()) first = got;
+        for (int64_t s = 0; s < S; ++s) {
+          for (int64_t n = 0; n < width; ++n) CHECK(got(s, n) == first(s, n), "row ", s, " column ", n);
+        }
+      }
+    }
+  }
+}
+
+TEST(stored_reads_rows_without_conflicts) {
+  simt::device() = simt::sm_80();
+  const auto before = simt::statistics().bank_conflicts;
+  const auto matrices = simt::statistics().ldmatrix;
+  for (const Format format : kStoredFormats) {
+    for (const bool transposed : {false, true})
+      check_stored({kStoredCases[4], format, kPrecisions[2], transposed, true, false, false});
+  }
+  CHECK(simt::statistics().ldmatrix > matrices);
+  CHECK(simt::statistics().bank_conflicts == before, simt::statistics().bank_conflicts - before, " extra cycles");
+}
+
+// Offsets, indices, slots and records are unchecked values in device memory: for any values, no access is out of range.
+TEST(stored_survives_any_memory) {
+  simt::device() = simt::sm_80();
+  for (int64_t seed = 0; seed < 12; ++seed) {
+    Random random(static_cast<uint64_t>(seed));
+    const Format format = kStoredFormats[seed % 6];
+    note = join("seed ", seed, " ", name_of(format));
+    const int64_t T = 9, S = 20, E = 3, N = 24, C = 40;
+    const auto wild = [&](int64_t n) {
+      return random.below(3) == 0 ? static_cast<int32_t>(random.bits()) : static_cast<int32_t>(random.below(n + 1));
+    };
+    const Array offsets = wild_offsets(E, [&] { return wild(S); });
+    Array indices(DType::kInt32, {S}), slots(DType::kInt32, {E}), records(DType::kInt32, {E + 1, 2});
+    indices.fill([&](int64_t) { return wild(T); });
+    slots.fill([&](int64_t) { return wild(E); });
+    records.fill([&](int64_t) { return wild(4); });
+    const StoredWeights weights(random, {format, E, N, C, 1, group_of(format, 32), false, true});
+    Weight weight = weights.weight();
+    weight.slots = slots;
+    if (format == Format::kGroups) weight.records = records;
+    for (const bool transposed : {false, true}) {
+      const Array x = random_rows(Rows::kAligned, random, DType::kBFloat16, T, transposed ? N : C);
+      Array got = make_rows(Rows::kAligned, DType::kBFloat16, S, transposed ? C : N);
+      OpMemory memory(0xff);
+      cuda::grouped_gemm({.x = x,
+                          .weight = weight,
+                          .expert_offsets = offsets,
+                          .token_indices = indices,
+                          .out = got,
+                          .transposed = transposed},
+                         memory.execution());
+    }
+  }
+}
+
+TEST(stored_at_odd_addresses_is_refused) {
+  simt::device() = simt::sm_80();
+  Random random(1);
+  const StoredWeights weights(random, {Format::kFp8, 1, 16, 32, 1, 32, false, false});
+  Weight weight = weights.weight();
+  weight.scales.data = static_cast<char*>(weight.scales.data) + 4;
+  const Array x = random_rows(Rows::kAligned, random, DType::kBFloat16, 1, 32);
+  Array offsets(DType::kInt32, {2}), got = make_rows(Rows::kAligned, DType::kBFloat16, 1, 16);
+  offsets.fill([](int64_t i) { return i; });
+  OpMemory memory(0xff);
+  std::string message;
+  try {
+    cuda::grouped_gemm({.x = x, .weight = weight, .expert_offsets = offsets, .out = got}, memory.execution());
+  } catch (const ValueError& error) {
+    message = error.what();
+  }
+  CHECK(message.starts_with("weight: expected stored weights at multiples of 16 bytes on a CUDA device, got"), message);
+}
+
+}  // namespace
+}  // namespace switchgear::test
