@@ -11,6 +11,8 @@
 # make neon                  the C++ tests for 64-bit Arm, under qemu (needs a cross compiler; NEON_TESTS=…)
 # make simt                  the CUDA kernels on the CPU, under sanitizers and a race detector (needs the CUDA headers)
 # make simt-planted          check that bugs planted in them are detected
+# make ptx                 the PTX that nvcc makes of the CUDA kernels, interpreted under the address sanitizer (needs nvcc)
+# make ptx-planted         check that mistakes planted in inline asm are detected
 # make cuda-checks           check nvcc's output for them: registers, spills, instructions (needs nvcc)
 # make gpu                   on a machine with a GPU: conformance, tests, compute-sanitizer, benchmark (GPU_ARGS=--dry-run)
 # make tools                 install what the other targets need (before `make -j`)
@@ -36,7 +38,7 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help tools demo test bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted cuda-checks gpu nvcc build \
+.PHONY: help tools demo test bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted cuda-checks gpu nvcc build \
         wheel test-torch clean always
 
 help:
@@ -137,6 +139,20 @@ simt-asan simt-race: simt-%: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/p
 simt-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
 	for kind in asan race; do cmake --preset simt-$$kind $(this_python) && cmake --build --preset simt-$$kind --target simt_plants || exit 1; done
 	SIMT_ORDERS='$(PLANTED_ORDERS)' $(BIN)/python tests/simt/planted.py asan=build/simt-asan race=build/simt-race
+
+PTX_ORDERS ?= $(SIMT_ORDERS)
+
+# In each order of threads a third of the variants of most tests. Then the table of opcodes: all must have been executed.
+ptx: $(BIN)/cmake $(BIN)/ninja $(BIN)/python
+	cmake --preset ptx && cmake --build --preset ptx
+	rm -f build/ptx/opcodes
+	SWITCHGEAR_PTX_TABLE=$(abspath build/ptx/opcodes) ctest --preset ptx -j2 \
+	  --tests-regex '_($(subst $(space),|,$(subst :,_,$(strip $(PTX_ORDERS)))))$$'
+	$(BIN)/python tests/simt/ptx/table.py build/ptx/opcodes
+
+ptx-planted: $(BIN)/cmake $(BIN)/ninja $(BIN)/python
+	cmake --preset ptx && cmake --build --preset ptx
+	$(BIN)/python tests/simt/ptx/planted.py build/ptx
 
 cuda-checks: $(INSTALLED)test
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm

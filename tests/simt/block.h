@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "context.h"
+#include "models.h"
 #include "race.h"
 #include "runtime.h"
 
@@ -100,7 +101,7 @@ struct Collective {
 
 // Accumulators of a warp's wgmma in flight.
 struct Accumulators {
-  std::array<float*, 32> registers{};
+  std::array<AccumulatorRegisters, 32> registers{};
   std::vector<float> values;  // [32 lanes][columns / 2]
   int pending = 0;
 };
@@ -116,7 +117,8 @@ struct Warp {
   Queue<std::vector<WarpProduct>> product_groups;
   Queue<uint32_t> product_group_times;
   uint32_t finished_time = 0;
-  std::map<float*, std::vector<float>> finished_accumulators;  // as the hardware left them, keyed by lane 0's registers
+  std::map<const float*, std::vector<float>>
+      finished_accumulators;  // as the hardware left them, keyed by lane 0's registers
   bool fenced = false;
   size_t num_products = 0;
   race::Agent tensor_core;

@@ -8,7 +8,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <source_location>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -16,9 +15,9 @@
 #include <utility>
 #include <vector>
 
-namespace simt {
+#include "location.h"
 
-using Location = std::source_location;
+namespace simt {
 
 // A kernel's error, with its thread, file and line.
 struct Error : std::runtime_error {
@@ -78,12 +77,24 @@ struct Grid {
 // reaches across devices. Throws the kernels' errors.
 void run(const std::vector<Grid>& grids);
 
+// Another body for a kernel than its own code, or none: ptx/cudart.cpp sets it. arguments[i] points to parameter i.
+using OtherBody = std::function<void()> (*)(const void* kernel, void* const* arguments);
+extern OtherBody other_body;
+
 // Binds the arguments, converted to the kernel's parameters as in a launch.
 template <typename... Parameters, typename... Arguments>
 std::function<void()> bind_kernel(void (*kernel)(Parameters...), Arguments&&... arguments) {
-  return [kernel, values = std::tuple<std::remove_cvref_t<Parameters>...>(std::forward<Arguments>(arguments)...)] {
-    std::apply(kernel, values);
-  };
+  std::tuple<std::remove_cvref_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
+  if (other_body != nullptr) {
+    const auto other = std::apply(
+        [&](auto&... each) {
+          void* const pointers[] = {static_cast<void*>(&each)..., nullptr};
+          return other_body(reinterpret_cast<const void*>(kernel), pointers);
+        },
+        values);
+    if (other) return other;
+  }
+  return [kernel, values = std::move(values)] { std::apply(kernel, values); };
 }
 
 template <typename... Parameters, typename... Arguments>

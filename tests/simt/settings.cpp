@@ -36,6 +36,8 @@ Device device_from_environment() {
 
 }  // namespace
 
+OtherBody other_body = nullptr;
+
 Options& options() {
   static Options options = options_from_environment();
   return options;

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Registers that are read before they are written.
+#pragma once
+#include "thread.h"
+
+namespace simt::ptx {
+
+// A step for instructions with tracked operands: checks what they read, then executes them.
+const Instruction* check_defined(Thread& thread, const Instruction& instruction);
+
+}  // namespace simt::ptx
