@@ -77,19 +77,22 @@ struct Grid {
 // reaches across devices. Throws the kernels' errors.
 void run(const std::vector<Grid>& grids);
 
-// Another body for a kernel than its own code, or none: ptx/cudart.cpp sets it. arguments[i] points to parameter i.
-using OtherBody = std::function<void()> (*)(const void* kernel, void* const* arguments);
-extern OtherBody other_body;
+// Kernels that are not run by their own code. ptx/cudart.cpp sets the functions, which are null otherwise.
+struct OtherKernels {
+  std::function<void()> (*body)(const void* kernel, void* const* arguments);  // null if it is none of them
+  unsigned (*launch_bound)(const void* kernel);  // the most threads of a block; 0: none of them
+};
+extern OtherKernels other_kernels;
 
 // Binds the arguments, converted to the kernel's parameters as in a launch.
 template <typename... Parameters, typename... Arguments>
 std::function<void()> bind_kernel(void (*kernel)(Parameters...), Arguments&&... arguments) {
   std::tuple<std::remove_cvref_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
-  if (other_body != nullptr) {
+  if (other_kernels.body != nullptr) {
     const auto other = std::apply(
         [&](auto&... each) {
           void* const pointers[] = {static_cast<void*>(&each)..., nullptr};
-          return other_body(reinterpret_cast<const void*>(kernel), pointers);
+          return other_kernels.body(reinterpret_cast<const void*>(kernel), pointers);
         },
         values);
     if (other) return other;

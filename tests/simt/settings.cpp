@@ -36,7 +36,7 @@ Device device_from_environment() {
 
 }  // namespace
 
-OtherBody other_body = nullptr;
+OtherKernels other_kernels{};
 
 Options& options() {
   static Options options = options_from_environment();

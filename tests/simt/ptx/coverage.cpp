@@ -32,6 +32,9 @@ struct Table {
       text += opcode;
       text += '\n';
     }
+    for (const std::string& opcode : executed) {
+      if (seen.count(opcode) == 0) text += "tested " + opcode + '\n';
+    }
     std::FILE* const file = std::fopen(path, "a");
     if (file == nullptr) return;
     std::setvbuf(file, nullptr, _IOFBF, text.size() + 1);

@@ -8,8 +8,8 @@ namespace simt::ptx {
 class Module;
 
 void mark_executed(std::string_view opcode);
-// At the end of the program, adds a line "executed|seen opcode" for each opcode of the module to the file that
-// SWITCHGEAR_PTX_TABLE names.
+// At the end of the program, adds a line for each opcode to the file that SWITCHGEAR_PTX_TABLE names: "executed OPCODE" or
+// "seen OPCODE" for those of such modules, "tested OPCODE" for others that were executed.
 void watch_coverage(Module& module);
 
 }  // namespace simt::ptx

@@ -85,7 +85,11 @@ std::function<void()> body_by_name(const void* kernel, void* const* arguments) {
   }
   return found->second == nullptr ? nullptr : bind(code_of(found->second), arguments);
 }
-[[maybe_unused]] const bool is_set = (other_body = body_by_name) != nullptr;
+unsigned launch_bound(const void* kernel) {
+  return functions().count(kernel) == 0 ? 0 : code_of(kernel).kernel->max_threads;
+}
+
+[[maybe_unused]] const bool is_set = (other_kernels = {body_by_name, launch_bound}).body != nullptr;
 
 struct Report {
   ~Report() {

@@ -27,7 +27,7 @@ add_library(simt_ptx STATIC
   ptx/parse.cpp
   ptx/registers.cpp
   ptx/undefined.cpp)
-target_include_directories(simt_ptx PUBLIC ptx)
+target_include_directories(simt_ptx PRIVATE ptx)
 target_compile_options(simt_ptx PRIVATE ${simt_warnings} -O2 -ffp-contract=off -frounding-math -fno-math-errno)
 target_link_libraries(simt_ptx PUBLIC simt_runtime)
 

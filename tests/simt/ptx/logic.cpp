@@ -131,7 +131,8 @@ const Instruction* extract_field(Thread& t, const Instruction& i) {
   if constexpr (std::is_signed_v<T>) {
     const uint32_t last = std::min(start + size - 1, kBits - 1);
     const bool negative = size > 0 && (static_cast<U>(value) >> last & 1) != 0;
-    if (negative && size < kBits) result |= static_cast<U>(~U{0} << size);
+    const uint32_t inside = start >= kBits ? 0 : std::min(size, kBits - start);  // bits above are copies of the sign
+    if (negative && inside < kBits) result |= static_cast<U>(~U{0} << inside);
   }
   set<T>(t, i.slot[0], size == 0 ? T{0} : static_cast<T>(result));
   return next(i);

@@ -64,10 +64,7 @@ class Parser {
   void run(const std::vector<Variable>& module_shared) {
     for (const Variable& variable : module_shared) add_shared(variable);
     parameters();
-    while (scan_.peek() != '{') {  // .maxntid and the like
-      scan_.word();
-      scan_.accept(',');
-    }
+    limits();
     scan_.expect('{');
     while (block_ >= 0) {
       if (scan_.accept('{')) {
@@ -116,6 +113,19 @@ class Parser {
       add_fixed(parameter.name, Fixed::kParameter, parameter.offset);
       kernel_.parameters.push_back(parameter);
       scan_.accept(',');
+    }
+  }
+
+  // .maxntid x, y, z, and others
+  void limits() {
+    while (scan_.peek() != '{') {
+      const bool threads = scan_.word() == ".maxntid";
+      if (threads) kernel_.max_threads = 1;
+      while (std::isdigit(static_cast<unsigned char>(scan_.peek())) != 0) {
+        const auto number = static_cast<unsigned>(scan_.number());
+        if (threads) kernel_.max_threads *= number;
+        scan_.accept(',');
+      }
     }
   }
 
@@ -217,6 +227,8 @@ class Parser {
     scan_.expect(';');
     std::string_view text(start, static_cast<size_t>(scan_.position() - start));
     statement.place.text = text.substr(0, 160);
+    // Threads of a warp execute `.aligned` together: the same instruction, and not only one of the same line.
+    if (statement.opcode.find(".aligned") != std::string_view::npos) statement.place.column = statement.place.ptx_line;
     kernel_.statements.push_back(std::move(statement));
   }
 

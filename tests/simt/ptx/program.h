@@ -74,6 +74,7 @@ struct Kernel {
   size_t parameter_bytes = 0;
   std::vector<Variable> shared;  // static arrays
   size_t local_bytes = 0;
+  unsigned max_threads = 1024;  // of a block
 };
 
 std::string readable(const std::string& symbol);  // without parameters, and without anonymous namespaces

@@ -21,6 +21,7 @@ std::string kernel_text(const std::string& body) {
 .extern .shared .align 16 .b8 dynamic[];
 .visible .entry test_kernel(.param .u64 test_kernel_param_0)
 .maxntid 32, 1, 1
+.minnctapersm 1
 {
   .reg .pred %p<20>;
   .reg .b16 %rs<20>;
@@ -192,6 +193,9 @@ TEST(undefined_registers_may_be_moved_but_not_used) {
   CHECK_FAILS("register %r19 is read before it is written", result_of(words("add.s32 %r10, %r19, 1;")));
   CHECK_FAILS("register %r4 is read before it is written",
               result_of(words("mov.b32 %r4, %r19;\nadd.s32 %r10, %r4, 1;")));
+  const std::string select = "setp.eq.s32 %p1, %r1, 0;\nselp.b32 %r4, %r1, %r19, %p1;\nadd.s32 %r10, %r4, 1;";
+  CHECK(result_of(words(select), 0) == 1);
+  CHECK_FAILS("register %r4 is read before it is written", result_of(words(select), 1));
   const std::string on_one_path = "setp.eq.s32 %p1, %r1, 0;\n@%p1 mov.b32 %r4, 7;\nadd.s32 %r10, %r4, 1;";
   CHECK(result_of(words(on_one_path), 0) == 8);
   CHECK_FAILS("register %r4 is read before it is written", result_of(words(on_one_path), 1));

@@ -33,4 +33,5 @@ foreach(architecture IN ITEMS 80 90a)
 endforeach()
 
 switchgear_simt_test(instructions ptx/test_instructions.cpp)
+target_include_directories(simt_test_instructions PRIVATE ptx)
 target_link_libraries(simt_test_instructions PRIVATE simt_ptx)

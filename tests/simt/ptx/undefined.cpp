@@ -33,4 +33,22 @@ const Instruction* check_defined(Thread& thread, const Instruction& i) {
   return after;
 }
 
+const Instruction* check_selected(Thread& thread, const Instruction& i) {
+  const Detail& detail = *i.detail;
+  const uint16_t predicate = i.slot[3];
+  const auto is_undefined = [&](uint16_t slot) {
+    for (const Checked& read : detail.reads) {
+      if (read.slot == slot && thread.tags[read.tag] == 0) return true;
+    }
+    return false;
+  };
+  if (is_undefined(predicate)) {
+    fail("register " + name_of_slot(detail, predicate) + " is read before it is written", detail.at);
+  }
+  const bool defined = !is_undefined(get<bool>(thread, predicate) ? i.slot[1] : i.slot[2]);
+  const Instruction* const after = detail.after_check(thread, i);
+  for (const Checked& written : detail.writes) thread.tags[written.tag] = defined;
+  return after;
+}
+
 }  // namespace simt::ptx

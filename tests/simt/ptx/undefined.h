@@ -8,4 +8,7 @@ namespace simt::ptx {
 // A step for instructions with tracked operands: checks what they read, then executes them.
 const Instruction* check_defined(Thread& thread, const Instruction& instruction);
 
+// The same for selp, whose result is undefined only if the operand that it selects is.
+const Instruction* check_selected(Thread& thread, const Instruction& instruction);
+
 }  // namespace simt::ptx
