@@ -93,12 +93,9 @@ def run(build: Path, program: Path, fault: Fault, order: str) -> str | None:
         return "does not end"
     if done.returncode == 0:
         return None
-    said = [
-        line
-        for line in (done.stdout + done.stderr).splitlines()
-        if line and not line.startswith(("ok ", "Traceback", "  "))
-    ]
-    return f"status {done.returncode}" if not said else said[0][:150]
+    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if not line.startswith("ok ")]
+    thrown = [line for line in lines if line.startswith("what():")]
+    return [*thrown, *lines, f"status {done.returncode}"][0][:150]
 
 
 def plant(build: Path, fault: Fault) -> tuple[bool, str]:
