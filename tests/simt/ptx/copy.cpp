@@ -76,6 +76,17 @@ const Instruction* load_box(Thread& t, const Instruction& i) {
            i.detail->at);
   return next(i);
 }
+#if __has_include("cluster.h")
+// The same, and a mask of the blocks of the cluster.
+const Instruction* load_box_multicast(Thread& t, const Instruction& i) {
+  const Coordinates at = coordinates_of(t, *i.detail, 1);
+  const auto map = reinterpret_cast<const void*>(address_of(t, i, 1));
+  const auto blocks = get<uint16_t>(t, slot_of(*i.detail, 3));
+  tma_load_multicast(shared_operand(t, i, 0, 1), map, mbarrier_operand(t, i, 2), at.values, static_cast<int>(i.mode),
+                     blocks, i.detail->at);
+  return next(i);
+}
+#endif
 // [map, {x, …}], [shared]
 const Instruction* store_box(Thread& t, const Instruction& i) {
   const Coordinates at = coordinates_of(t, *i.detail, 0);
@@ -109,6 +120,12 @@ Step decode_tensor(const Opcode& opcode, Instruction& instruction) {
       detail.operand_sizes == std::vector<size_t>{1, rank + 1, 1}) {
     return load_box;
   }
+#if __has_include("cluster.h")
+  if (rest == "shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster" &&
+      detail.operand_sizes == std::vector<size_t>{1, rank + 1, 1, 1}) {
+    return load_box_multicast;
+  }
+#endif
   if (rest == "global.shared::cta.tile.bulk_group" && detail.operand_sizes == std::vector<size_t>{rank + 1, 1})
     return store_box;
   unknown();

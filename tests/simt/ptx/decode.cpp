@@ -27,9 +27,9 @@ Type type_named(std::string_view word) {
 
 Step execute_step(const Opcode& opcode, Instruction& instruction) {
   constexpr Step (*kDecoders[])(const Opcode&, Instruction&) = {
-      decode_half,       decode_arithmetic, decode_logic,  decode_comparison, decode_move,
-      decode_conversion, decode_load_store, decode_atomic, decode_control,    decode_lanes,
-      decode_matrix,     decode_copy,       decode_hopper};
+      decode_half,  decode_cluster,    decode_arithmetic, decode_logic,  decode_comparison,
+      decode_move,  decode_conversion, decode_load_store, decode_atomic, decode_control,
+      decode_lanes, decode_matrix,     decode_copy,       decode_hopper};
   for (const auto decoder : kDecoders) {
     if (const Step step = decoder(opcode, instruction)) return step;
   }

@@ -58,6 +58,7 @@ class Opcode {
 
 // Each returns null if the opcode is not of its kind, and may set the instruction's mode and detail.
 Step decode_half(const Opcode& opcode, Instruction& instruction);
+Step decode_cluster(const Opcode& opcode, Instruction& instruction);
 Step decode_arithmetic(const Opcode& opcode, Instruction& instruction);
 Step decode_logic(const Opcode& opcode, Instruction& instruction);
 Step decode_comparison(const Opcode& opcode, Instruction& instruction);

@@ -7,6 +7,7 @@ add_library(simt_ptx STATIC
   ptx/address.cpp
   ptx/arithmetic.cpp
   ptx/atomic.cpp
+  ptx/cluster.cpp
   ptx/comparison.cpp
   ptx/control.cpp
   ptx/conversion.cpp

@@ -10,9 +10,9 @@
 
 namespace simt::ptx {
 
-const std::string_view kSpecialNames[] = {"%tid.x",    "%tid.y",    "%tid.z",   "%ntid.x",  "%ntid.y",
-                                          "%ntid.z",   "%ctaid.x",  "%ctaid.y", "%ctaid.z", "%nctaid.x",
-                                          "%nctaid.y", "%nctaid.z", "%laneid",  "WARP_SZ"};
+const std::string_view kSpecialNames[] = {"%tid.x",    "%tid.y",    "%tid.z",   "%ntid.x",          "%ntid.y",
+                                          "%ntid.z",   "%ctaid.x",  "%ctaid.y", "%ctaid.z",         "%nctaid.x",
+                                          "%nctaid.y", "%nctaid.z", "%laneid",  "%cluster_ctarank", "WARP_SZ"};
 
 std::string readable(const std::string& symbol) {
   int status = 0;

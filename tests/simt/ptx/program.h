@@ -46,6 +46,7 @@ enum class Special : uint8_t {
   kGridY,
   kGridZ,
   kLane,
+  kClusterRank,
   kWarpSize,
   kCount
 };
