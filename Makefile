@@ -142,16 +142,20 @@ simt-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
 
 PTX_ORDERS ?= $(SIMT_ORDERS)
 
+PTX_PYTHON_TESTS ?= tests/test_plan.py tests/test_permute.py tests/test_glu.py tests/test_moe.py
+
 # In each order of threads a third of the variants of most tests. Then the table of opcodes: all must have been executed.
-ptx: $(BIN)/cmake $(BIN)/ninja $(BIN)/python
-	cmake --preset ptx && cmake --build --preset ptx
+# Then shared tests, in one order, on a module _simt with these kernels.
+ptx: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
+	cmake --preset ptx $(this_python) && cmake --build --preset ptx
 	rm -f build/ptx/opcodes
 	SWITCHGEAR_PTX_TABLE=$(abspath build/ptx/opcodes) ctest --preset ptx -j2 \
 	  --tests-regex '_($(subst $(space),|,$(subst :,_,$(strip $(PTX_ORDERS)))))$$'
 	$(BIN)/python tests/simt/ptx/table.py build/ptx/opcodes
+	SIMT_ORDERS='$(firstword $(PTX_ORDERS))' $(BIN)/python tests/simt/shared.py asan build/ptx -- -q $(PTX_PYTHON_TESTS)
 
-ptx-planted: $(BIN)/cmake $(BIN)/ninja $(BIN)/python
-	cmake --preset ptx && cmake --build --preset ptx
+ptx-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
+	cmake --preset ptx $(this_python) && cmake --build --preset ptx
 	$(BIN)/python tests/simt/ptx/planted.py build/ptx
 
 cuda-checks: $(INSTALLED)test

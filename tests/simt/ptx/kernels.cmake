@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # simt_kernels from nvcc's objects: their host code is nvcc's, and their kernels are PTX that simt_ptx executes. Objects are
-# cached by the compiler launcher (ccache), if there is one.
+# cached by the compiler launcher (ccache), if there is one. Programs print how many instructions threads have executed if
+# SWITCHGEAR_PTX_STATISTICS is set.
 find_program(SWITCHGEAR_NVCC nvcc REQUIRED)
 
 add_library(simt_ptx STATIC
