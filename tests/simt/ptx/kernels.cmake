@@ -38,7 +38,7 @@ function(switchgear_nvcc_object source name architecture result)
   set(object ${CMAKE_CURRENT_BINARY_DIR}/nvcc/${name}.o)
   add_custom_command(
     OUTPUT ${object}
-    COMMAND ${CMAKE_CXX_COMPILER_LAUNCHER} ${SWITCHGEAR_NVCC} -std=c++20 -O3 -DNDEBUG -lineinfo --no-compress
+    COMMAND ${CMAKE_CXX_COMPILER_LAUNCHER} ${SWITCHGEAR_NVCC} -std=c++20 -O3 -DNDEBUG -lineinfo --no-compress -Xcompiler=-fPIC
             -gencode=arch=compute_${architecture},code=compute_${architecture} -I${PROJECT_SOURCE_DIR}/include
             -I${PROJECT_SOURCE_DIR}/csrc ${ARGN} -MD -MF ${object}.d -MT ${object} -c -o ${object} ${source}
     DEPENDS ${source} DEPFILE ${object}.d COMMENT "nvcc ${name} for compute_${architecture}" VERBATIM)
