@@ -11,6 +11,8 @@
 # make neon                  the C++ tests for 64-bit Arm, under qemu (needs a cross compiler; NEON_TESTS=…)
 # make simt                  the CUDA kernels on the CPU, under sanitizers and a race detector (needs the CUDA headers)
 # make simt-planted          check that bugs planted in them are detected
+# make ptx                   the PTX that nvcc makes of the CUDA kernels, interpreted under the address sanitizer (needs nvcc)
+# make ptx-planted           check that mistakes planted in inline asm are detected
 # make cuda-checks           check nvcc's output for them: registers, spills, instructions (needs nvcc)
 # make gpu                   on a machine with a GPU: all of the next three, at most nine minutes each (OUT=results GPU_ARGS=--dry-run)
 # make gpu-1                 build, conformance, smoke, graphs, first benchmarks
@@ -45,8 +47,8 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help tools demo test bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted cuda-checks gpu gpu-1 gpu-2 gpu-3 \
-        gpu-prepare gpu-rehearse gpu-report nvcc build site wheel wheels sdist sbom test-torch clean always
+.PHONY: help tools demo test bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
+        cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site wheel wheels sdist sbom test-torch clean always
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -146,6 +148,24 @@ simt-asan simt-race: simt-%: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/p
 simt-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
 	for kind in asan race; do cmake --preset simt-$$kind $(this_python) && cmake --build --preset simt-$$kind --target simt_plants || exit 1; done
 	SIMT_ORDERS='$(PLANTED_ORDERS)' $(BIN)/python tests/simt/planted.py asan=build/simt-asan race=build/simt-race
+
+PTX_ORDERS ?= $(SIMT_ORDERS)
+
+PTX_PYTHON_TESTS ?= tests/test_plan.py tests/test_permute.py tests/test_glu.py tests/test_moe.py
+
+# In each order of threads a third of the variants of most tests. Then the table of opcodes: all must have been executed.
+# Then shared tests, in one order, on a module _simt with these kernels.
+ptx: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
+	cmake --preset ptx $(this_python) && cmake --build --preset ptx
+	rm -f build/ptx/opcodes
+	SWITCHGEAR_PTX_TABLE=$(abspath build/ptx/opcodes) ctest --preset ptx -j2 \
+	  --tests-regex '_($(subst $(space),|,$(subst :,_,$(strip $(PTX_ORDERS)))))$$'
+	$(BIN)/python tests/simt/ptx/table.py build/ptx/opcodes
+	SIMT_ORDERS='$(firstword $(PTX_ORDERS))' $(BIN)/python tests/simt/shared.py asan build/ptx -- -q $(PTX_PYTHON_TESTS)
+
+ptx-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
+	cmake --preset ptx $(this_python) && cmake --build --preset ptx
+	$(BIN)/python tests/simt/ptx/planted.py build/ptx
 
 cuda-checks: $(INSTALLED)test
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm

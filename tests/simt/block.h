@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "context.h"
+#include "models.h"
 #include "race.h"
 #include "runtime.h"
 
@@ -112,7 +113,7 @@ struct Collective {
 
 // Accumulators of a warp's wgmma in flight.
 struct Accumulators {
-  std::array<float*, 32> registers{};
+  std::array<AccumulatorRegisters, 32> registers{};
   std::vector<float> values;  // [32 lanes][columns / 2]
   int pending = 0;
 };
@@ -128,7 +129,8 @@ struct Warp {
   Queue<std::vector<WarpProduct>> product_groups;
   Queue<uint32_t> product_group_times;
   uint32_t finished_time = 0;
-  std::map<float*, std::vector<float>> finished_accumulators;  // as the hardware left them, keyed by lane 0's registers
+  std::map<const float*, std::vector<float>>
+      finished_accumulators;  // as the hardware left them, keyed by lane 0's registers
   bool fenced = false;
   unsigned registers = 0;  // per thread, after setmaxnreg
   size_t num_products = 0;

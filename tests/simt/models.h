@@ -95,8 +95,17 @@ struct WgmmaShape {
   Element element;
   bool a_transposed, b_transposed;
 };
-void wgmma(float* d, const uint32_t* a, uint64_t descriptor_a, uint64_t descriptor_b, bool accumulate, WgmmaShape shape,
-           Location at);
+// Where a thread's accumulators are: first[i], or the halves of 8-byte slots that a list names.
+struct AccumulatorRegisters {
+  float* first = nullptr;
+  const uint16_t* slots = nullptr;
+
+  AccumulatorRegisters() = default;
+  AccumulatorRegisters(float* first, const uint16_t* slots = nullptr) : first(first), slots(slots) {}
+  float& operator[](size_t i) const { return slots == nullptr ? first[i] : first[2 * size_t{slots[i]}]; }
+};
+void wgmma(AccumulatorRegisters d, const uint32_t* a, uint64_t descriptor_a, uint64_t descriptor_b, bool accumulate,
+           WgmmaShape shape, Location at);
 void wgmma_commit(Location at);
 void wgmma_wait(unsigned groups_left, Location at);
 void set_max_registers(unsigned count, Location at);

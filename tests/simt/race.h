@@ -8,11 +8,11 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <source_location>
 #include <string>
 #include <vector>
 
 #include "clock.h"
+#include "location.h"
 
 namespace simt::race {
 
@@ -46,7 +46,7 @@ struct Agent {
 
 // A place in the program: an address of code, or a file and line.
 using Site = uint64_t;
-Site site_of(std::source_location at);
+Site site_of(Location at);
 inline Site site_of(const void* code) { return reinterpret_cast<uint64_t>(code); }
 
 struct Access {

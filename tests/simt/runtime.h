@@ -8,7 +8,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <source_location>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -16,9 +15,9 @@
 #include <utility>
 #include <vector>
 
-namespace simt {
+#include "location.h"
 
-using Location = std::source_location;
+namespace simt {
 
 // A kernel's error, with its thread, file and line.
 struct Error : std::runtime_error {
@@ -83,12 +82,27 @@ struct Grid {
 // reaches across devices. Throws the kernels' errors.
 void run(const std::vector<Grid>& grids);
 
+// Kernels that are not run by their own code. ptx/cudart.cpp sets the functions, which are null otherwise.
+struct OtherKernels {
+  std::function<void()> (*body)(const void* kernel, void* const* arguments);  // null if it is none of them
+  unsigned (*launch_bound)(const void* kernel);  // the most threads of a block; 0: none of them
+};
+extern OtherKernels other_kernels;
+
 // Binds the arguments, converted to the kernel's parameters as in a launch.
 template <typename... Parameters, typename... Arguments>
 std::function<void()> bind_kernel(void (*kernel)(Parameters...), Arguments&&... arguments) {
-  return [kernel, values = std::tuple<std::remove_cvref_t<Parameters>...>(std::forward<Arguments>(arguments)...)] {
-    std::apply(kernel, values);
-  };
+  std::tuple<std::remove_cvref_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
+  if (other_kernels.body != nullptr) {
+    const auto other = std::apply(
+        [&](auto&... each) {
+          void* const pointers[] = {static_cast<void*>(&each)..., nullptr};
+          return other_kernels.body(reinterpret_cast<const void*>(kernel), pointers);
+        },
+        values);
+    if (other) return other;
+  }
+  return [kernel, values = std::move(values)] { std::apply(kernel, values); };
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -381,7 +381,11 @@ std::string describe(const Fiber& fiber) {
 
 std::string describe(Location at) {
   const std::string file = at.file_name();
-  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(at.line());
+  std::string text = file.substr(file.rfind('/') + 1) + ":" + std::to_string(at.line());
+  if (const PtxPlace* ptx = at.ptx()) {
+    text += " (PTX line " + std::to_string(ptx->ptx_line) + " of " + ptx->kernel + ": " + std::string(ptx->text) + ")";
+  }
+  return text;
 }
 
 void fail(const std::string& message, Location at) {

@@ -36,6 +36,8 @@ Device device_from_environment() {
 
 }  // namespace
 
+OtherKernels other_kernels{};
+
 Options& options() {
   static Options options = options_from_environment();
   return options;

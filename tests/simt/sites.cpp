@@ -6,9 +6,10 @@
 #include <cstdio>
 #include <map>
 #include <string>
+#include <tuple>
 
 #include "race.h"
-#include "runtime.h"
+#include "scheduler.h"
 
 namespace simt {
 namespace {
@@ -83,11 +84,11 @@ std::vector<std::string> lines;
 
 }  // namespace
 
-Site site_of(std::source_location at) {
-  static std::map<std::pair<const char*, uint32_t>, Site> known;
-  Site& site = known[{at.file_name(), at.line()}];
+Site site_of(Location at) {
+  static std::map<std::tuple<const char*, uint32_t, const PtxPlace*>, Site> known;
+  Site& site = known[{at.file_name(), at.line(), at.ptx()}];
   if (site == 0) {
-    lines.push_back(without_directories(at.file_name()) + ":" + std::to_string(at.line()));
+    lines.push_back(describe(at));
     site = kNumbered | (lines.size() - 1);
   }
   return site;

@@ -9,6 +9,7 @@
 //              start + (i / 8) SBO + (i % 8) 16 + (k / 8) LBO + 2 (k % 8)  w = 16
 //   MN-major   start + (k / 8) SBO + (k % 8) w + (i / (w/2)) LBO + 2 (i % (w/2))   w > 16
 //              start + (k / 8) LBO + (k % 8) 16 + (i / 8) SBO + 2 (i % 8)          w = 16
+#include <bit>
 #include <cstring>
 
 #include "elements.h"
@@ -119,23 +120,37 @@ void touch_matrix(const race::Agent& agent, const Matrix& matrix, int first, int
 
 size_t num_registers(int columns) { return static_cast<size_t>(columns / 2); }
 
-std::vector<float> read_registers(const std::array<float*, 32>& registers, int columns) {
+using LaneRegisters = std::array<AccumulatorRegisters, 32>;
+
+const float* key_of(const LaneRegisters& registers) { return &registers[0][0]; }
+
+bool same_registers(const AccumulatorRegisters& a, const AccumulatorRegisters& b, size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    if (&a[i] != &b[i]) return false;
+  }
+  return true;
+}
+
+std::vector<float> read_registers(const LaneRegisters& registers, int columns) {
   std::vector<float> values;
-  for (const float* lane : registers) values.insert(values.end(), lane, lane + num_registers(columns));
+  values.reserve(32 * num_registers(columns));
+  for (const AccumulatorRegisters& lane : registers) {
+    for (size_t i = 0; i < num_registers(columns); ++i) values.push_back(lane[i]);
+  }
   return values;
 }
 
 void write_registers(const Accumulators& accumulators) {
   const size_t count = accumulators.values.size() / 32;
   for (size_t lane = 0; lane < 32; ++lane) {
-    std::memcpy(accumulators.registers[lane], &accumulators.values[lane * count], count * sizeof(float));
+    for (size_t i = 0; i < count; ++i) accumulators.registers[lane][i] = accumulators.values[lane * count + i];
   }
 }
 
 std::shared_ptr<Accumulators> find_pending(const Warp& warp, const float* lane0) {
   const auto search = [&](const std::vector<WarpProduct>& products) -> std::shared_ptr<Accumulators> {
     for (const WarpProduct& product : products) {
-      if (product.accumulators->registers[0] == lane0) return product.accumulators;
+      if (key_of(product.accumulators->registers) == lane0) return product.accumulators;
     }
     return nullptr;
   };
@@ -146,23 +161,27 @@ std::shared_ptr<Accumulators> find_pending(const Warp& warp, const float* lane0)
 }
 
 // Takes over the accumulators from the kernel, unless they are already in flight.
-std::shared_ptr<Accumulators> take_accumulators(Warp& warp, const std::array<float*, 32>& registers, int columns,
-                                                Location at) {
-  if (auto pending = find_pending(warp, registers[0])) {
+std::shared_ptr<Accumulators> take_accumulators(Warp& warp, const LaneRegisters& registers, int columns, Location at) {
+  if (auto pending = find_pending(warp, key_of(registers))) {
     if (pending->values.size() != 32 * num_registers(columns))
       fail("wgmma: accumulators in flight with another shape", at);
+    if (!same_registers(pending->registers[0], registers[0], num_registers(columns)))
+      fail("wgmma: accumulators in flight in another order", at);
     return pending;
   }
   auto taken = std::make_shared<Accumulators>();
   taken->registers = registers;
   taken->values = read_registers(registers, columns);
   if (!warp.fenced) {
-    const auto left = warp.finished_accumulators.find(registers[0]);
+    const auto left = warp.finished_accumulators.find(key_of(registers));
     const bool untouched = left != warp.finished_accumulators.end() && left->second.size() == taken->values.size() &&
                            std::memcmp(left->second.data(), taken->values.data(), taken->values.size() * 4) == 0;
     if (!untouched) fail("wgmma: registers were written since the last wgmma.fence", at);
   }
-  for (float* lane : registers) std::memset(lane, 0xff, num_registers(columns) * sizeof(float));
+  const float poison = std::bit_cast<float>(0xffffffffu);
+  for (const AccumulatorRegisters& lane : registers) {
+    for (size_t i = 0; i < num_registers(columns); ++i) lane[i] = poison;
+  }
   return taken;
 }
 
@@ -183,7 +202,7 @@ void carry_out_all(Warp& warp) {
 // ---- the instructions, after the last lane has arrived --------------------------------------------------------------------
 
 struct WgmmaOperands {
-  float* d;
+  AccumulatorRegisters d;
   const uint32_t* a;
   uint64_t descriptor_a, descriptor_b;
   bool accumulate;
@@ -220,7 +239,7 @@ void issue(void* const* all, uint32_t) {
                   static_cast<int>(running_fiber().warp % 4) * kWarpRows,
                   first.shape,
                   first.at};
-  std::array<float*, 32> registers;
+  LaneRegisters registers;
   for (int lane = 0; lane < 32; ++lane) {
     const WgmmaOperands& operands = of(lane);
     if ((first.a == nullptr && operands.descriptor_a != first.descriptor_a) ||
@@ -262,7 +281,7 @@ void finish_groups(void* const* operands, uint32_t) {
       Accumulators& accumulators = *product.accumulators;
       if (--accumulators.pending > 0) continue;
       write_registers(accumulators);
-      warp.finished_accumulators[accumulators.registers[0]] = accumulators.values;
+      warp.finished_accumulators[key_of(accumulators.registers)] = accumulators.values;
     }
     warp.product_groups.pop_front();
     warp.finished_time = warp.product_group_times.front();
@@ -281,8 +300,8 @@ void wgmma_fence(Location at) {
   collective("wgmma.fence", 0xffffffffu, nullptr, [](void* const*, uint32_t) { running_warp().fenced = true; }, at);
 }
 
-void wgmma(float* d, const uint32_t* a, uint64_t descriptor_a, uint64_t descriptor_b, bool accumulate, WgmmaShape shape,
-           Location at) {
+void wgmma(AccumulatorRegisters d, const uint32_t* a, uint64_t descriptor_a, uint64_t descriptor_b, bool accumulate,
+           WgmmaShape shape, Location at) {
   check_warpgroup(at);
   WgmmaOperands operands{d, a, descriptor_a, descriptor_b, accumulate, shape, at};
   collective("wgmma.mma_async", 0xffffffffu, &operands, issue, at);
