@@ -113,9 +113,21 @@ def take_apart(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Sto
             raise ValueError(f"{name}_{field}: expected a tensor, got none")
     if parts < 1 or rows % parts:
         raise ValueError(f"{name}: expected parts that divide N={rows}, got {parts}")
-    data, others = found["data"], (found.get(field) for field in FIELDS)
-    stored = Stored(FORMATS[number], rows, cols, parts, group_size, data, *others)
-    return stored._replace(element_bytes=element_bytes)
+    scales, row_scales, zeros, records, slots = (found.get(field) for field in FIELDS)
+    return Stored(
+        FORMATS[number],
+        rows,
+        cols,
+        parts,
+        group_size,
+        found["data"],
+        scales,
+        row_scales,
+        zeros,
+        records,
+        slots,
+        element_bytes,
+    )
 
 
 def check_weight(

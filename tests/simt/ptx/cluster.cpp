@@ -6,12 +6,6 @@
 
 namespace simt::ptx {
 
-#if !__has_include("cluster.h")  // this tests/simt has no models of clusters
-
-Step decode_cluster(const Opcode&, Instruction&) { return nullptr; }
-
-#else
-
 namespace {
 
 constexpr uint32_t kRankShift = 24;  // a block's own addresses are below
@@ -83,7 +77,5 @@ Step decode_cluster(const Opcode& opcode, Instruction& instruction) {
   if (text == "barrier.cluster.wait.acquire") return wait_for_all;
   return nullptr;
 }
-
-#endif
 
 }  // namespace simt::ptx

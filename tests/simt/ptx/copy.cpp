@@ -76,7 +76,6 @@ const Instruction* load_box(Thread& t, const Instruction& i) {
            i.detail->at);
   return next(i);
 }
-#if __has_include("cluster.h")
 // The same, and a mask of the blocks of the cluster.
 const Instruction* load_box_multicast(Thread& t, const Instruction& i) {
   const Coordinates at = coordinates_of(t, *i.detail, 1);
@@ -86,7 +85,6 @@ const Instruction* load_box_multicast(Thread& t, const Instruction& i) {
                      blocks, i.detail->at);
   return next(i);
 }
-#endif
 // [map, {x, …}], [shared]
 const Instruction* store_box(Thread& t, const Instruction& i) {
   const Coordinates at = coordinates_of(t, *i.detail, 0);
@@ -120,12 +118,10 @@ Step decode_tensor(const Opcode& opcode, Instruction& instruction) {
       detail.operand_sizes == std::vector<size_t>{1, rank + 1, 1}) {
     return load_box;
   }
-#if __has_include("cluster.h")
   if (rest == "shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster" &&
       detail.operand_sizes == std::vector<size_t>{1, rank + 1, 1, 1}) {
     return load_box_multicast;
   }
-#endif
   if (rest == "global.shared::cta.tile.bulk_group" && detail.operand_sizes == std::vector<size_t>{rank + 1, 1})
     return store_box;
   unknown();

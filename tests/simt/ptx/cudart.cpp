@@ -13,11 +13,7 @@
 
 namespace simt {
 cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel);
-#if __has_include("capture.h")
 void queue_launch(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> body);
-#else
-Grid grid_of(const cudaLaunchConfig_t& config, std::function<void()> kernel);
-#endif
 }  // namespace simt
 
 namespace simt::ptx {
@@ -129,11 +125,7 @@ void __cudaRegisterFunction(void** object, const char* kernel, char*, const char
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
   if (const cudaError_t error = check_launch(*config, kernel)) return error;
-#if __has_include("capture.h")
   queue_launch(*config, kernel, ptx::bind(ptx::code_of(kernel), arguments));
-#else
-  run({grid_of(*config, ptx::bind(ptx::code_of(kernel), arguments))});
-#endif
   return cudaSuccess;
 }
 

@@ -35,11 +35,7 @@ uint32_t special_value(Special special) {
     case Special::kGridY: return indices.grid_size.y;
     case Special::kGridZ: return indices.grid_size.z;
     case Special::kLane: return static_cast<uint32_t>(lane_index());
-#if __has_include("cluster.h")
     case Special::kClusterRank: return cluster_rank();
-#else
-    case Special::kClusterRank: return 0;
-#endif
     case Special::kWarpSize: return 32;
     case Special::kCount: break;
   }

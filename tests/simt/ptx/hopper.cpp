@@ -46,11 +46,7 @@ const Instruction* test(Thread& t, const Instruction& i) {
 const Instruction* try_wait(Thread& t, const Instruction& i) {
   if (carry_out_early()) return test(t, i);
   uint64_t* const barrier = mbarrier(t, i, i.slot[1]);
-#if __has_include("cluster.h")
   mbarrier_wait(barrier, get<uint32_t>(t, i.slot[2]), false, i.detail->at);
-#else
-  mbarrier_wait(barrier, get<uint32_t>(t, i.slot[2]), i.detail->at);
-#endif
   set<bool>(t, i.slot[0], true);
   return next(i);
 }
