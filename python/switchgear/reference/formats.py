@@ -54,13 +54,13 @@ class Stored(NamedTuple):
     cols: int  # C
     parts: int
     group_size: int
+    element_bytes: int
     data: Tensor
     scales: Tensor | None
     row_scales: Tensor | None
     zeros: Tensor | None
     records: Tensor | None
     slots: Tensor | None
-    element_bytes: int = 0
 
     @property
     def num_stored(self) -> int:
@@ -98,7 +98,7 @@ def take_apart(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Sto
         if len(tensors) != 1 or tensors[0].dim() != 3:
             raise ValueError(f"{name}: expected one tensor [E,N,C], got {[list(tensor.shape) for tensor in tensors]}")
         _, rows, cols = tensors[0].shape
-        return Stored("plain", rows, cols, 1, 0, tensors[0], None, None, None, None, None)
+        return Stored("plain", rows, cols, 1, 0, 0, tensors[0], None, None, None, None, None)
     if len(form) != 7:
         raise ValueError(f"{name}: expected a form of 7 numbers, got {len(form)}")
     number, rows, cols, parts, group_size, fields, element_bytes = form
@@ -113,21 +113,8 @@ def take_apart(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Sto
             raise ValueError(f"{name}_{field}: expected a tensor, got none")
     if parts < 1 or rows % parts:
         raise ValueError(f"{name}: expected parts that divide N={rows}, got {parts}")
-    scales, row_scales, zeros, records, slots = (found.get(field) for field in FIELDS)
-    return Stored(
-        FORMATS[number],
-        rows,
-        cols,
-        parts,
-        group_size,
-        found["data"],
-        scales,
-        row_scales,
-        zeros,
-        records,
-        slots,
-        element_bytes,
-    )
+    data, others = found["data"], (found.get(field) for field in FIELDS)
+    return Stored(FORMATS[number], rows, cols, parts, group_size, element_bytes, data, *others)
 
 
 def check_weight(
