@@ -111,7 +111,7 @@ def _key(case: dict[str, Any]) -> tuple[Any, ...]:
 def replace(cases: list[Row], case: Row) -> None:
     """Puts a case in the place of an earlier one, whose results it keeps if they have layers that it leaves out."""
     for earlier in [other for other in cases if _key(other) == _key(case)]:
-        full = earlier.get("before", earlier["results"])
+        full = earlier["before"] if "before" in earlier else earlier["results"]
         if {row["layer"] for row in full} - {row["layer"] for row in case["results"]}:
             case["before"] = full
         cases.remove(earlier)
