@@ -161,7 +161,7 @@ constexpr int vectors_at_once(int rows) {
 
 // Steps that are summed side by side, where one has few chains: those of float32 are twice as long as those of pairs. Groups
 // of few bits come from memory faster than a chain of 16 multiply-adds ends. Pairs of fp8 and mxfp4 in turns are up to 1.36x
-// faster from L2, but slower from memory, probably since their loads leave its order.
+// faster from L2, but slower from memory, also where their loads keep its order.
 template <Format kFormat, bool kPairs>
 constexpr int steps_at_once(int chains) {
   if (has_bits(kFormat)) return chains > 4 ? 1 : kPairs && chains == 1 ? 4 : 2;
