@@ -14,10 +14,8 @@
 # make ptx                   the PTX that nvcc makes of the CUDA kernels, interpreted under the address sanitizer (needs nvcc)
 # make ptx-planted           check that mistakes planted in inline asm are detected
 # make cuda-checks           check nvcc's output for them: registers, spills, instructions (needs nvcc)
-# make gpu                   on a machine with a GPU: all of the next three, at most nine minutes each (OUT=results GPU_ARGS=--dry-run)
-# make gpu-1                 build, conformance, smoke, graphs, first benchmarks
-# make gpu-2                 shared tests, profiles
-# make gpu-3                 other benchmarks, compute-sanitizer
+# make gpu                   on a machine with a GPU: conformance, smoke, tests, sweeps, benchmarks, sanitizers; three stages of at
+#                            most nine minutes, also by themselves: make gpu-1, gpu-2, gpu-3 (OUT=results GPU_ARGS=--dry-run)
 # make gpu-prepare           before that, without a GPU: what it installs, sizes and times (WHEELS=folder downloads the wheels)
 # make gpu-rehearse          run all of it with stand-ins that hang, crash or fail, and check what is left
 # make gpu-report            the tables of a run, whole or cut off (OUT=results)
