@@ -32,6 +32,7 @@ STORED = (
         "stored_gemm.cuh",
         "cp_async_wait<Tile::kStages - 2>",
         "cp_async_wait<Tile::kStages - 1>",
+        RACE,
     ),
     _of_stored(
         "groups stay as short as the first", "stored_gemm.cuh", "if (ends) left = w.group_steps;", "if (ends) left = 1;"
