@@ -461,14 +461,22 @@ void add_all_widths(std::vector<Case>& cases) {
 
 std::vector<Case> all_cases() {
 #define SIMPLE(name, threads) simple(#name, name##_kernel, threads)
-  std::vector<Case> cases = {SIMPLE(cp_async16, 32),        SIMPLE(cp_async8, 32),
-                             SIMPLE(cp_async4, 32),         SIMPLE(cp_async16_zeros, 32),
-                             SIMPLE(cp_async_wait, 32),     SIMPLE(ldmatrix_x4, 32),
-                             SIMPLE(ldmatrix_x4_trans, 32), SIMPLE(ldmatrix_x2, 32),
-                             SIMPLE(ldmatrix_x2_trans, 32), SIMPLE(mma_bf16, 32),
-                             SIMPLE(mma_f16, 32),           SIMPLE(mma_tf32, 32),
-                             SIMPLE(cvt_tf32, 32),          SIMPLE(fma_halves, 32),
-                             SIMPLE(flags, 32),             SIMPLE(atom_add, 32),
+  std::vector<Case> cases = {SIMPLE(cp_async16, 32),
+                             SIMPLE(cp_async8, 32),
+                             SIMPLE(cp_async4, 32),
+                             SIMPLE(cp_async16_zeros, 32),
+                             SIMPLE(cp_async_wait, 32),
+                             SIMPLE(ldmatrix_x4, 32),
+                             SIMPLE(ldmatrix_x4_trans, 32),
+                             SIMPLE(ldmatrix_x2, 32),
+                             SIMPLE(ldmatrix_x2_trans, 32),
+                             SIMPLE(mma_bf16, 32),
+                             SIMPLE(mma_f16, 32),
+                             SIMPLE(mma_tf32, 32),
+                             SIMPLE(cvt_tf32, 32),
+                             SIMPLE(fma_halves, 32),
+                             SIMPLE(flags, 32),
+                             SIMPLE(atom_add, 32),
                              SIMPLE(bar, 64)};
 #if defined(HOPPER)
   for (Case& one : std::vector<Case>{SIMPLE(mbarrier, 32), SIMPLE(cp_async_mbar_arrive, 32), SIMPLE(bulk_load, 32),
