@@ -65,15 +65,6 @@ STORED = (
     _of_stored(
         "any slot", "stored_load.cuh", "slot >= 0 && slot < w.num_stored", "slot >= 0", ASAN, test="stored_survives"
     ),
-    _of_stored(
-        "any record",
-        "stored_load.cuh",
-        " && offset + count * w.plane_bytes <= w.data_bytes",
-        "",
-        ASAN,
-        "stored_gemm_groups",
-        "stored_survives",
-    ),
     _of_stored("one scale for two groups", "stored_load.cuh", "groups = w.group_size == 16 ? 2 : 1", "groups = 1"),
     _of_stored(
         "fp8 of half the size", "stored_decode.cuh", "(kBf16 ? 120 : 8)", "(kBf16 ? 119 : 7)", ASAN, "stored_gemm_fp8"
