@@ -32,6 +32,7 @@ STORED = (
         "stored_gemm.cuh",
         "cp_async_wait<Tile::kStages - 2>",
         "cp_async_wait<Tile::kStages - 1>",
+        RACE,
     ),
     _of_stored(
         "groups stay as short as the first", "stored_gemm.cuh", "if (ends) left = w.group_steps;", "if (ends) left = 1;"
@@ -63,15 +64,6 @@ STORED = (
     ),
     _of_stored(
         "any slot", "stored_load.cuh", "slot >= 0 && slot < w.num_stored", "slot >= 0", ASAN, test="stored_survives"
-    ),
-    _of_stored(
-        "any record",
-        "stored_load.cuh",
-        " && offset + count * w.plane_bytes <= w.data_bytes",
-        "",
-        ASAN,
-        "stored_gemm_groups",
-        "stored_survives",
     ),
     _of_stored("one scale for two groups", "stored_load.cuh", "groups = w.group_size == 16 ? 2 : 1", "groups = 1"),
     _of_stored(
