@@ -54,7 +54,7 @@ FAULTS = [
     _sm80("ldmatrix x2: results swapped", "ldmatrix_x2_trans", "{%0, %1}", "{%1, %0}"),
     _sm80("cp.async: all bytes valid", "cp_async16", "16, %2;", "16, 16;"),
     _sm80("cp.async: valid is the size", "cp_async16_zeros", "16, %2;", "16, 16;"),
-    _sm80("cp.async: addresses swapped", "cp_async16", "[%0], [%1]", "[%1], [%0]", GEMM_80),
+    _sm80("cp.async: addresses swapped", "cp_async16", "[%0], [%1]", "[%1], [%0]"),
     _sm80("cp.async: half of the bytes", "cp_async8", "[%1], 8, %2", "[%1], 4, %2"),
     _sm80("cp.async: valid inverted", "cp_async4", "valid ? 4 : 0)\n", "valid ? 0 : 4)\n"),
     _sm80(
