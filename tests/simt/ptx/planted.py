@@ -119,7 +119,7 @@ def plant(build: Path, fault: Fault) -> tuple[bool, str]:
 
 def main() -> int:
     build, names = Path(sys.argv[1]).resolve(), sys.argv[2:]
-    faults = [fault for fault in FAULTS if not names or any(name in fault.name for name in names)]
+    faults = [fault for fault in FAULTS if not names or fault.name in names]
     with ThreadPoolExecutor(int(os.environ.get("PLANTED_JOBS", "2"))) as pool:
         results = pool.map(lambda fault: plant(build, fault), faults)
         missed = 0
