@@ -84,6 +84,7 @@ FILES = {
     "cpu/grouping.h": Covered("cpu/column_topk cpu/fit_capacity", "policies:column_topk policies:fit_capacity"),
     "cpu/kernels.inl": Covered(KERNELS, "permute glu grouped_gemm gate"),
     "cpu/layer_rows.h": Covered("cpu/moe_forward", "moe:forward panels"),
+    "cpu/log.h": Covered("cpu/assign_capped", "policies:assign_capped"),
     "cpu/minifloat_decoders.h": Covered("cpu/kernels_avx512", "minifloat", "avx512"),
     "cpu/minifloat_products.inl": Covered(KERNELS, "minifloat groups"),
     "cpu/moe_backward.cpp": Covered("cpu/moe_backward", "moe:backward slots:gradients"),

@@ -12,6 +12,7 @@
 #include "conformance_memory.cuh"
 #include "ptx.cuh"
 #if defined(HOPPER)
+#include "conformance_cluster.cuh"
 #include "conformance_hopper.cuh"
 #include "hopper.cuh"
 #include "tensor_maps.h"
@@ -609,6 +610,22 @@ void add_production_maps(std::vector<Case>& cases) {
   }
 }
 
+void add_clusters(std::vector<Case>& cases) {
+  for (const int size : {2, 4}) {
+    cases.push_back({"a ring of " + std::to_string(size) + " blocks", [=](uint32_t*, uint32_t* out) {
+                       launch_clusters(size, cluster_ring_kernel, dim3(8), dim3(32), 0, nullptr, out,
+                                       static_cast<unsigned>(size));
+                     }});
+  }
+  for (const unsigned blocks : {0b11u, 0b10u, 0b01u}) {
+    cases.push_back(
+        {"a box for the blocks " + std::to_string(blocks), [=](uint32_t* in, uint32_t* out) {
+           const CUtensorMap map = make_tensor_map({in, switchgear::DType::kBFloat16, {72, 220, 2}, {72, 72 * 220}, 8});
+           launch_clusters(2, multicast_kernel, dim3(4), dim3(32), size_t{4} << 10, nullptr, map, out, blocks);
+         }});
+  }
+}
+
 template <typename T, int N, bool kTransposeA, bool kTransposeB>
 void add_far_product(std::vector<Case>& cases) {
   for (const int at : {0, 180 << 10}) {
@@ -716,6 +733,8 @@ std::vector<Case> all_cases() {
   add_tensor_copies(cases);
   add_production_maps(cases);
   end_group(cases, "tma");
+  add_clusters(cases);
+  end_group(cases, "clusters");
   add_all_widths<__nv_bfloat16, 8, 16, 24, 64, 96, 128, 192, 256>(cases);
   add_all_widths<__half, 16, 128, 192>(cases);
   end_group(cases, "wgmma");

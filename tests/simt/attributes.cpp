@@ -4,9 +4,14 @@
 
 #include <cstdint>
 
+#include "runtime.h"
+
 namespace simt {
 
 unsigned launch_bound(const void* kernel) {
+  if (other_kernels.launch_bound != nullptr) {
+    if (const unsigned bound = other_kernels.launch_bound(kernel); bound != 0) return bound;
+  }
   constexpr uint8_t kPadding = 0x90;  // nop
   constexpr unsigned kMaxThreads = 1024;
   const volatile uint8_t* const code = static_cast<const volatile uint8_t*>(kernel);

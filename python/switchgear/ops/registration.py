@@ -68,7 +68,8 @@ def usable(tensors: Sequence[Tensor] | None) -> Sequence[Tensor]:
     return tensors
 
 
-_INPUTS = {"r": "rows({})", "d": "dense({})", "w": "alike({})", "f": "{}"}
+# An AOTInductor package passes None for an empty list.
+_INPUTS = {"r": "rows({})", "d": "dense({})", "w": "alike({})", "f": "{} or ()"}
 _LATE = {"a": "usable({})", "n": "{}"}
 
 

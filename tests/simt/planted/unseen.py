@@ -24,8 +24,8 @@ UNSEEN = (
     _of_experts(
         "sm_90: no tiles for unassigned rows behind 32 experts",
         "gemm_sm90.cuh",
-        "expert - lane <= num_experts; expert += 32",
-        "expert - lane < num_experts; expert += 32",
+        "const int32_t each = (num_experts + 32) / 32",
+        "const int32_t each = (num_experts + 31) / 32",
     ),
     _of_experts(
         "sm_80: no tiles for unassigned rows behind 32 experts",
