@@ -22,10 +22,12 @@
 # make tools                 install what the other targets need (before `make -j`)
 # make nvcc                  install the CUDA compiler from NVIDIA's wheels, into the environment
 # make site                  the documentation as a site, in build/site: no warning, no dead link, every public name
+# make clients               recipes with other libraries, in an environment of their own (docs/clients.md)
 # make build                 editable install, for development
 # make wheel                 dist/*.whl
 # make wheels                two clean builds of the wheel: equal byte by byte, checked, and tried in a clean environment
-# make sdist sbom            dist/*.tar.gz, and what an installation consists of (CycloneDX)
+# make sdist                 dist/*.tar.gz
+# make sbom                  what an installation consists of, dist/*.cdx.json (CycloneDX)
 # make test-torch TORCH=2.8  the core tests on that wheel with another release of torch
 # make clean                 remove what the targets above create, .venv included
 #
@@ -46,7 +48,7 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help tools demo test bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
-        cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site wheel wheels sdist sbom test-torch clean always
+        cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site clients wheel wheels sdist sbom test-torch clean always
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -242,6 +244,16 @@ lint: $(INSTALLED)test $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy
 site: $(INSTALLED)docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python docs/site/check.py build/site
+
+CLIENTS := trainer trl_sft lightning_module lm_eval_harness torchtitan_experts export_aoti
+CLIENT_PACKAGES := transformers accelerate peft trl datasets lightning lm-eval torchtitan triton
+CLIENTS_VENV := build/clients
+
+clients: wheel
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt dist/*.whl $(CLIENT_PACKAGES)
+	for client in $(CLIENTS); do $(CLIENTS_VENV)/bin/python examples/clients/$$client.py || exit 1; done
+	$(CLIENTS_VENV)/bin/torchrun --nproc-per-node 2 examples/clients/fsdp2.py
 
 format: $(BIN)/ruff $(BIN)/clang-format
 	$(BIN)/ruff check --fix
