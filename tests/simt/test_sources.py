@@ -42,8 +42,9 @@ def test_narrow_offsets_are_seen() -> None:
 
 def test_copied_tensor_maps_are_seen() -> None:
     assert {"GemmParams", "WgradParams"} <= HOLDING
-    for kernel in ("gemm_sm90_kernel(const __grid_constant__", "wgrad_sm90_kernel(const __grid_constant__"):
-        without = edited("gemm_sm90.cuh", kernel, kernel.removesuffix(" __grid_constant__"))
+    for file, kernel in (("gemm_sm90.cuh", "gemm_sm90_kernel"), ("gemm_sm90_wgrad.cuh", "wgrad_sm90_kernel")):
+        held = f"{kernel}(const __grid_constant__"
+        without = edited(file, held, held.removesuffix(" __grid_constant__"))
         assert len(copied_tensor_maps(without, HOLDING)) == 1
 
 
