@@ -60,7 +60,7 @@ Device sm_80();
 Device sm_90();
 
 struct Statistics {
-  uint64_t blocks = 0, threads = 0, switches = 0;
+  uint64_t launches = 0, blocks = 0, threads = 0, switches = 0;
   uint64_t wgmma = 0;                         // issued, by warps
   uint64_t ldmatrix = 0, bank_conflicts = 0;  // matrices read by ldmatrix, and extra cycles for conflicts
 };

@@ -397,6 +397,7 @@ void run(const std::vector<Grid>& grids) {
   static std::mutex one_at_a_time;
   static uint64_t num_runs = 0;
   const std::lock_guard lock(one_at_a_time);
+  ++statistics().launches;
   scheduler.random_state = (options().seed + 1) * 0x9e3779b97f4a7c15u + num_runs++ * 0xd1342543de82ef95u;
   if (scheduler.random_state == 0) scheduler.random_state = 1;
   scheduler.ready.clear();

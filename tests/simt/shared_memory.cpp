@@ -21,8 +21,8 @@ constexpr size_t kAlignment = 1024;
 constexpr uint32_t kDynamicStart = 1024;     // as on the device, where the system reserves the first bytes
 constexpr uint32_t kStaticStart = 0x100000;  // clear of the dynamic array, whatever its size
 constexpr size_t kMaxStatic = 48 << 10;
-// Only multiples of 16 bytes are documented. With options().any_shared_base blocks in turn have bases at these distances past a
-// multiple of 1024.
+// Only multiples of 16 bytes are documented. With options().any_shared_base launches in turn have bases at these distances past a
+// multiple of 1024: the same for all blocks, since those of a cluster find each other's arrays by their own addresses.
 constexpr uint32_t kBaseOffsets[] = {16, 1008, 128, 0};
 
 size_t allocated_size(size_t size) { return (size + kAlignment) / kAlignment * kAlignment + kAlignment; }
@@ -53,7 +53,7 @@ void free_array(char* array, size_t size) {
 
 void create_dynamic_shared(Block& block) {
   const size_t size = block.grid->dynamic_shared;
-  const uint32_t offset = options().any_shared_base ? kBaseOffsets[statistics().blocks % std::size(kBaseOffsets)] : 0;
+  const uint32_t offset = options().any_shared_base ? kBaseOffsets[statistics().launches % std::size(kBaseOffsets)] : 0;
   block.shared.push_back({nullptr, create_array(size, offset), size, kDynamicStart + offset});
 }
 
