@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 ORDERS = ("forward", "random:1")  # thread orders of the model: its results must not depend on them
 EVERYWHERE = ("basic", "lanes", "memory")
-HOPPER = ("hopper", "tma", "wgmma", "far", "ring", "order")
+HOPPER = ("hopper", "tma", "clusters", "wgmma", "far", "ring", "order")
 
 
 def groups(capability: str | None) -> tuple[str, ...]:
