@@ -507,8 +507,8 @@ void zero(uint32_t* words, int count) {
 #endif
 }
 
-#if defined(__CUDACC__)
-// A process of its own maps the memory of a handle, in hexadecimal, and writes it.
+#if defined(__CUDACC__) && !defined(INTERPRETED)
+// A process of its own maps the memory of a handle, in hexadecimal, and writes it. Not where PTX is interpreted (make ptx).
 int write_shared_memory(const char* text) {
   cudaIpcMemHandle_t handle;
   for (size_t i = 0; i < sizeof handle; ++i) {
@@ -581,7 +581,7 @@ void add_memory_cases(std::vector<Case>& cases) {
                      launch_cooperative(together_kernel, dim3(kTogether), dim3(1), 0, nullptr, in, out);
                    },
                    [](const Numbers& words) { return all_equal(words, kTogether, 1, "blocks did not run"); }});
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) && !defined(INTERPRETED)
   cases.push_back({"memory of another process", [](uint32_t*, uint32_t* out) { share_memory(out); },
                    [](const Numbers& words) {
                      size_t right = 0;

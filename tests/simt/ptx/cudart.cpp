@@ -142,6 +142,10 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) 
   std::memcpy(to, from, size);
   return cudaSuccess;
 }
+cudaError_t cudaMemset(void* start, int value, size_t size) {
+  std::memset(start, value, size);
+  return cudaSuccess;
+}
 
 // The body of a kernel's host function, which nothing calls: launchers use cudaLaunchKernelEx.
 cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {

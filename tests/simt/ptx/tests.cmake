@@ -18,7 +18,7 @@ foreach(architecture IN ITEMS 80 90a)
     set(hopper -DHOPPER)
   endif()
   switchgear_nvcc_object(${PROJECT_SOURCE_DIR}/tests/gpu/conformance.cu conformance_${architecture} ${architecture} object
-    -I${PROJECT_SOURCE_DIR}/csrc/cuda -I${CMAKE_CURRENT_SOURCE_DIR} ${hopper})
+    -I${PROJECT_SOURCE_DIR}/csrc/cuda -I${CMAKE_CURRENT_SOURCE_DIR} -DINTERPRETED ${hopper})
   add_executable(ptx_conformance_${architecture} ${object})
   set_target_properties(ptx_conformance_${architecture} PROPERTIES LINKER_LANGUAGE CXX)
   target_link_libraries(ptx_conformance_${architecture} PRIVATE simt_ptx simt)
