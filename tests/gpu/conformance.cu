@@ -342,31 +342,31 @@ __global__ void wgmma_kernel(uint32_t* out) {
 class Words {
  public:
   explicit Words(int count) : host_(static_cast<size_t>(count)) {
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) && !defined(INTERPRETED)
     check(cudaMalloc(&device_, bytes()));
 #endif
   }
   Words(const Words&) = delete;
   ~Words() {
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) && !defined(INTERPRETED)
     cudaFree(device_);
 #endif
   }
   template <typename Fill>
   void fill(const Fill& fill) {
     for (size_t i = 0; i < host_.size(); ++i) host_[i] = fill(static_cast<uint32_t>(i));
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) && !defined(INTERPRETED)
     check(cudaMemcpy(device_, host_.data(), bytes(), cudaMemcpyHostToDevice));
 #endif
   }
   const std::vector<uint32_t>& read() {
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) && !defined(INTERPRETED)
     check(cudaDeviceSynchronize());
     check(cudaMemcpy(host_.data(), device_, bytes(), cudaMemcpyDeviceToHost));
 #endif
     return host_;
   }
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) && !defined(INTERPRETED)
   uint32_t* data() const { return device_; }
 #else
   uint32_t* data() { return host_.data(); }

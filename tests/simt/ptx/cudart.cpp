@@ -129,15 +129,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   return cudaSuccess;
 }
 
-// Memory, for programs that have their own.
-cudaError_t cudaMalloc(void** memory, size_t size) {
-  *memory = std::aligned_alloc(256, (size + 255) / 256 * 256);
-  return cudaSuccess;
-}
-cudaError_t cudaFree(void* memory) {
-  std::free(memory);
-  return cudaSuccess;
-}
+// Copies, for programs with memory of their own.
 cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) {
   std::memcpy(to, from, size);
   return cudaSuccess;

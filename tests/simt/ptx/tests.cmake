@@ -21,7 +21,7 @@ foreach(architecture IN ITEMS 80 90a)
     -I${PROJECT_SOURCE_DIR}/csrc/cuda -I${CMAKE_CURRENT_SOURCE_DIR} -DINTERPRETED ${hopper})
   add_executable(ptx_conformance_${architecture} ${object})
   set_target_properties(ptx_conformance_${architecture} PROPERTIES LINKER_LANGUAGE CXX)
-  target_link_libraries(ptx_conformance_${architecture} PRIVATE simt_ptx simt)
+  target_link_libraries(ptx_conformance_${architecture} PRIVATE simt_kernels simt_ptx simt)
   foreach(order IN LISTS simt_orders)
     string(REPLACE ":" "_" suffix ${order})
     add_test(NAME ptx_conformance_${architecture}_${suffix} COMMAND
