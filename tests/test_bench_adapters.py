@@ -89,7 +89,7 @@ def test_others_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(timing, "TURN_SECONDS", 1e-9)
     measured = adapters.measure(Task("small", "bf16", 24, 8, 1, 0.01, ("materialised",)))
     assert [row["layer"] for row in measured["results"]] == [BASE, OURS, "switchgear on W + B·A"]
-    assert main(["bench", "--adapters", "--competitors", "nobody"]) == 2
+    assert main(["bench", "--adapters", "--competitors", "unknown"]) == 2
 
 
 def test_a_case_measured_again_keeps_the_others() -> None:

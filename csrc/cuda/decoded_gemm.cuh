@@ -167,9 +167,7 @@ __global__ void __launch_bounds__(kStoredThreads, 2)
     const WarpPlace<Tile> at(thread);
     const TileColumns columns = tile_columns(g, tile.column, Tile::kColumns);
     const auto row_of = [&](const Rows& rows, int i) -> int32_t {
-      if (i >= tile.rows || unassigned) return -1;
-      const int32_t slot = tile.first_row + i, row = rows.indices != nullptr ? rows.indices[slot] : slot;
-      return row < rows.count && row >= 0 ? row : -1;
+      return i < tile.rows && !unassigned ? source_row(rows, tile.first_row + i) : -1;
     };
     Sums<Tile> sums;
     clear_sums(sums);
@@ -186,8 +184,8 @@ __global__ void __launch_bounds__(kStoredThreads, 2)
     }
     const StoredMatrix m(w, tile.expert, !unassigned);
     const int32_t parts = kTransposed ? w.parts : 1;
-    for (int32_t part = 0; part < parts;
-         ++part) {  // blocks do not cross parts, so the depths of each are multiplied by themselves
+    // Blocks do not cross parts, so the depths of each are multiplied by themselves.
+    for (int32_t part = 0; part < parts; ++part) {
       const int32_t first = part * w.part_rows;
       const StagePlaces<kTransposed> places{w, columns, first, first + w.part_rows};
       const T* const a = static_cast<const T*>(g.a.data) + (kTransposed ? first : 0);
@@ -206,12 +204,8 @@ __global__ void __launch_bounds__(kStoredThreads, 2)
 template <typename Product, bool kTransposed>
 void launch_decoded_gemm(const Gemm& g, const StoredOperand& w, void* stream) {
   using Tile = DecodedTile<typename Product::Element>;
-  const bool gated = g.epilogue == Epilogue::kGlu && g.options.gated;
-  const int64_t width = gated ? Tile::kColumns / 2 : Tile::kColumns;
-  const int64_t tiles =
-      row_tile_bound(g.num_slots, g.num_experts, Tile::kRows) * ((out_columns(g) + width - 1) / width);
   const int shared = Tile::shared_bytes(g.low.rank > 0);
-  launch(decoded_kernel<Product, kTransposed>, dim3(static_cast<unsigned>(std::min(tiles, resident_blocks_of(shared)))),
+  launch(decoded_kernel<Product, kTransposed>, dim3(num_blocks(g, Tile::kRows, Tile::kColumns, shared)),
          dim3(Tile::kThreads), static_cast<size_t>(shared), stream, g, w, alignment_of(g));
 }
 

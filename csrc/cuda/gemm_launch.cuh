@@ -36,26 +36,29 @@ inline Alignment alignment_of(const Wgrad& g) {
           .out = rows_aligned(g.out, g.out_stride, g.dtype) && g.out_expert_stride * size_of(g.dtype) % 16 == 0};
 }
 
-// Number of blocks that can run at the same time; more would only start with an empty ring.
-inline int64_t resident_blocks(const TileConfig& tile, const Schedule& schedule) {
+// Number of blocks with so much shared memory that can run at the same time; more would only start with an empty ring.
+inline int64_t resident_blocks(int shared_bytes, const Schedule& schedule) {
   int device = 0, multiprocessors = 0, shared = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   constexpr int kReserved = 1024;  // of shared memory, per block
   const int64_t left = std::max(1, multiprocessors - schedule.reserved_multiprocessors);
-  return std::max<int64_t>(1, left * (shared / (tile.shared_bytes() + kReserved)));
+  return std::max<int64_t>(1, left * (shared / (shared_bytes + kReserved)));
+}
+
+// Of a grid whose blocks take one tile of rows x columns after another.
+inline unsigned num_blocks(const Gemm& g, int rows, int columns, int shared_bytes) {
+  const int64_t width = g.epilogue == Epilogue::kGlu && g.options.gated ? columns / 2 : columns;
+  const int64_t tiles = row_tile_bound(g.num_slots, g.num_experts, rows) * ((out_columns(g) + width - 1) / width);
+  return static_cast<unsigned>(std::min(tiles, resident_blocks(shared_bytes, g.schedule)));
 }
 
 template <typename Product, TileKind kKind, bool kBDepthMajor>
 void launch_gemm_tiles(const Gemm& g, void* stream) {
   constexpr TileConfig kTile = kTiles[static_cast<int>(kKind)];
-  const bool gated = g.epilogue == Epilogue::kGlu && g.options.gated;
-  const int64_t width = gated ? kTile.columns / 2 : kTile.columns;
-  const int64_t column_tiles = (out_columns(g) + width - 1) / width;
-  const int64_t tiles = row_tile_bound(g.num_slots, g.num_experts, kTile.rows) * column_tiles;
-  const auto blocks = static_cast<unsigned>(std::min(tiles, resident_blocks(kTile, g.schedule)));
-  launch(gemm_kernel<Product, kKind, kBDepthMajor>, dim3(blocks), dim3(kTile.threads()),
+  launch(gemm_kernel<Product, kKind, kBDepthMajor>,
+         dim3(num_blocks(g, kTile.rows, kTile.columns, kTile.shared_bytes())), dim3(kTile.threads()),
          static_cast<size_t>(kTile.shared_bytes()), stream, g, alignment_of(g));
 }
 

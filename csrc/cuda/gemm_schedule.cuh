@@ -20,6 +20,12 @@ struct RowTile {
   int32_t column;
 };
 
+// Row r(s) of an operand, or -1 for a row out of range.
+__device__ inline int32_t source_row(const Rows& rows, int32_t slot) {
+  const int32_t row = rows.indices != nullptr ? rows.indices[slot] : slot;
+  return row >= 0 && row < rows.count ? row : -1;
+}
+
 // Slots [begin, end) of expert e, clamped to [0, S] for any offsets.
 struct SlotRange {
   int32_t begin, end;

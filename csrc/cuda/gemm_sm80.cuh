@@ -295,10 +295,7 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
       const ExpertMatrix<T> matrix(b, g.n, depth, unassigned ? 0 : tile.expert);
       const TileColumns columns = tile_columns(g, tile.column, Tile::kColumns);
       const auto row_at = [&](int i) -> int32_t {
-        const bool used = i < tile.rows && !unassigned;
-        if (!used) return -1;
-        const int32_t slot = tile.first_row + i, row = rows.indices != nullptr ? rows.indices[slot] : slot;
-        return row < rows.count ? row : -1;
+        return i < tile.rows && !unassigned ? source_row(rows, tile.first_row + i) : -1;
       };
       DepthMajorTile<T, Tile::kRows, Tile::kDepthBytes, Tile::kThreads> load_a(static_cast<const T*>(rows.data),
                                                                                rows.stride, row_at, thread, a_aligned);

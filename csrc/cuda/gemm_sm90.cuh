@@ -226,12 +226,6 @@ struct GemmTiles {
 
 // ---- producer ------------------------------------------------------------------------------------------------------------
 
-// Row r(s) of an operand, or -1 for a row out of range.
-__device__ inline int32_t source_row(const Rows& rows, int32_t slot) {
-  const int32_t row = rows.indices != nullptr ? rows.indices[slot] : slot;
-  return row >= 0 && row < rows.count ? row : -1;
-}
-
 // Copies rows thread/8, thread/8 + 16, … of 64 columns from `column` on, swizzled; a thread copies 16 bytes of each. Zeros for
 // rows of -1 and for columns from `width` on.
 template <typename T, int kCount>

@@ -132,13 +132,4 @@ void backward_gemm(const Gemm& g, const char* name, const Weight& weight, void* 
   stored_gemm(g, stored_operand(name, weight), true, stream);
 }
 
-int64_t resident_blocks_of(int shared_bytes) {
-  int device = 0, multiprocessors = 0, shared = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  constexpr int kReserved = 1024;  // of shared memory, per block
-  return std::max<int64_t>(1, static_cast<int64_t>(multiprocessors) * (shared / (shared_bytes + kReserved)));
-}
-
 }  // namespace switchgear::cuda

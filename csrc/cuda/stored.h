@@ -61,9 +61,6 @@ void forward_gemm(Gemm& g, const char* name, const Weight& weight, const Quantiz
 // x·W; g.b is operand_of(weight, false, …).
 void backward_gemm(const Gemm& g, const char* name, const Weight& weight, void* stream);
 
-// Number of blocks with so much shared memory that can run at the same time.
-int64_t resident_blocks_of(int shared_bytes);
-
 // ---- launchers, in files of their own so that they compile in parallel ---------------------------------------------------------
 
 void stored_gemm_fp8(const Gemm& g, const StoredOperand& w, void* stream);

@@ -223,9 +223,7 @@ __global__ void __launch_bounds__(kStoredThreads, kStoredTiles[kKind].blocks)
     const WarpPlace<Tile> at(thread);
     const TileColumns columns = tile_columns(g, tile.column, Tile::kColumns);
     const auto row_of = [&](const Rows& rows, int i) -> int32_t {
-      if (i >= tile.rows || unassigned) return -1;
-      const int32_t slot = tile.first_row + i, row = rows.indices != nullptr ? rows.indices[slot] : slot;
-      return row < rows.count && row >= 0 ? row : -1;
+      return i < tile.rows && !unassigned ? source_row(rows, tile.first_row + i) : -1;
     };
     Sums<Tile> sums;
     clear_sums(sums);
@@ -258,14 +256,9 @@ __global__ void __launch_bounds__(kStoredThreads, kStoredTiles[kKind].blocks)
 template <Format kFormat, typename T, typename A, typename Low, int kKind>
 void launch_stored_tiles(const Gemm& g, const StoredOperand& w, const Alignment& aligned, void* stream) {
   using Tile = StoredTile<kKind, kFormat>;
-  const bool gated = g.epilogue == Epilogue::kGlu && g.options.gated;
-  const int64_t width = gated ? Tile::kColumns / 2 : Tile::kColumns;
-  const int64_t tiles =
-      row_tile_bound(g.num_slots, g.num_experts, Tile::kRows) * ((out_columns(g) + width - 1) / width);
   const int shared = Tile::shared_bytes(g.low.rank > 0);
-  launch(stored_kernel<kFormat, T, A, Low, kKind>,
-         dim3(static_cast<unsigned>(std::min(tiles, resident_blocks_of(shared)))), dim3(Tile::kThreads),
-         static_cast<size_t>(shared), stream, g, w, aligned);
+  launch(stored_kernel<kFormat, T, A, Low, kKind>, dim3(num_blocks(g, Tile::kRows, Tile::kColumns, shared)),
+         dim3(Tile::kThreads), static_cast<size_t>(shared), stream, g, w, aligned);
 }
 
 template <Format kFormat, typename T, typename A, typename Low>

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The order in which a persistent block of gemm_sm90.cuh takes tiles, and the queue that tells its warps.
 //
-// A counter in device memory hands out tiles in ascending order to the block that asks first. So no tile depends on the grid:
+// Blocks take tiles in ascending order by incrementing a counter in device memory. So no tile depends on the grid:
 // blocks that start late, or never because another kernel holds their multiprocessors, leave their tiles to the others. The
-// producer's thread 0 asks for a tile one tile ahead, which hides the round trip to L2, and stores it in a queue of four
+// producer's thread 0 prefetches the number of the next tile, which hides the round trip to L2, and stores it in a queue of four
 // entries in shared memory. An entry also has the position of the tile's first stage in the ring, since only the producer has
-// counted the stages of all tiles before. A cluster takes one tile for all of its blocks: the first block asks, and stores the
+// counted the stages of all tiles before. A cluster takes one tile for all of its blocks: the first block increments, and stores the
 // entry in the shared memory of all.
 //
 // The queue ends with two entries past the last tile: consumers in ping-pong read every other entry.
@@ -116,8 +116,8 @@ struct TileQueue {
 };
 
 // The producer's loop over tiles. `fill(tile, position)` loads the stages of a tile; `stages_of(tile)` is their number, the
-// same in all blocks of the cluster. Called by all threads, or without `all` by thread 0 alone. The next tile is asked for
-// before this one is loaded: the ring is full meanwhile. Nothing is kept in registers, of which producers have few.
+// same in all blocks of the cluster. Called by all threads, or without `all` by thread 0 alone. The next tile's number is
+// prefetched before this one is loaded: the ring is full meanwhile. Nothing is kept in registers, of which producers have few.
 template <int kCluster, typename StagesOf, typename Fill>
 __device__ inline void produce_tiles(const TileSource<kCluster>& source, const TileQueue<kCluster>& queue,
                                      int32_t num_tiles, bool all, const StagesOf& stages_of, const Fill& fill) {

@@ -51,7 +51,7 @@ def make_model(build: Path) -> int:
 
 
 def device_command(build: Path, capability: str) -> list[str | Path]:
-    """nvcc's command. Without -Werror: a compiler that nobody has tried has warnings that nobody has seen."""
+    """nvcc's command. Without -Werror: a compiler that was not tested may warn of more."""
     hopper = capability == "9.0"
     kind = "90a" if hopper else capability.replace(".", "")
     flags = ["-gencode", f"arch=compute_{kind},code=sm_{kind}", *(["-DHOPPER"] if hopper else [])]

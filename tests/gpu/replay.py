@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +23,7 @@ import switchgear
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu.lines import parser_of, serve
-
-
-class Shape(NamedTuple):
-    tokens: int
-    hidden_size: int
-    intermediate_size: int
-    num_experts: int
-    top_k: int
-
+from gpu.shape import Shape
 
 SHAPES = (
     Shape(1, 256, 128, 32, 4),  # decoding

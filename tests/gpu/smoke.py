@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,18 +23,9 @@ from switchgear import ops
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu.lines import parser_of, serve
+from gpu.shape import Shape
 
-
-class Shape(NamedTuple):
-    """Multiples of 8 use TMA on sm_90; others use the kernels of sm_80."""
-
-    tokens: int
-    hidden_size: int
-    intermediate_size: int
-    num_experts: int
-    top_k: int
-
-
+# Multiples of 8 use TMA on sm_90; others use the kernels of sm_80.
 SHAPES = (
     Shape(1, 128, 64, 8, 2),  # decoding
     Shape(24, 128, 64, 8, 2),  # few rows per expert

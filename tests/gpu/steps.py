@@ -66,7 +66,7 @@ def look() -> list[Job]:
 
 def build() -> list[Job]:
     define = f"-Ccmake.define.CMAKE_CUDA_ARCHITECTURES={machine.architectures(machine.capability())}"
-    # A compiler that nobody has tried has warnings that nobody has seen.
+    # A compiler that was not tested may warn of more.
     flags = ["--no-build-isolation", "--no-deps", "-Cbuild-dir=build/gpu-module", define]
     module = [*machine.pip(*flags, "-Ccmake.define.SWITCHGEAR_WERROR=OFF", "--editable", ".")]
     return [

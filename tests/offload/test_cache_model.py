@@ -131,7 +131,7 @@ def test_adapters_in_waves() -> None:
 
 
 def test_gradients_of_x_and_adapters() -> None:
-    """Equal those of the stored model, even if other layers' experts take the slots before backward."""
+    """Equal those of the stored model, even if experts of other layers replace these in the slots before backward."""
     model = make_model()
     switchgear.store(model, "int8")
     add_lora(model, rank=2)

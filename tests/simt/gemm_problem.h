@@ -128,7 +128,7 @@ inline void check_forward(const GemmProblem& p) {
     }
   }
   for (int64_t s = plan.used(); s < S; ++s) {
-    for (int64_t n = 0; n < N; ++n) CHECK(got(s, n) == 0.0f, "slot ", s, " of nobody");
+    for (int64_t n = 0; n < N; ++n) CHECK(got(s, n) == 0.0f, "unassigned slot ", s);
   }
 }
 

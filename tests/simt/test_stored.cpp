@@ -137,7 +137,7 @@ void check_stored(const StoredProblem& p) {
     }
   }
   for (int64_t s = plan.used(); s < S; ++s) {
-    for (int64_t n = 0; n < width; ++n) CHECK(got(s, n) == 0.0f, "slot ", s, " of nobody");
+    for (int64_t n = 0; n < width; ++n) CHECK(got(s, n) == 0.0f, "unassigned slot ", s);
   }
 }
 

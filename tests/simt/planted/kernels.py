@@ -273,7 +273,7 @@ MISTAKES = (
     _of_sm80(
         "no barrier before the next tile", RACE, "gemm_sm80.cuh", "    __syncthreads();  // the ring is free again", ""
     ),
-    _of_sm80("no predicate for rows", ASAN, "gemm_sm80.cuh", "i < tile.rows && !unassigned;", "true;"),
+    _of_sm80("no predicate for rows", ASAN, "gemm_sm80.cuh", "i < tile.rows && !unassigned ?", "true ?"),
     _of_sm80(
         "no zeros behind the last column",
         BOTH,
