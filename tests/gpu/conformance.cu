@@ -342,31 +342,31 @@ __global__ void wgmma_kernel(uint32_t* out) {
 class Words {
  public:
   explicit Words(int count) : host_(static_cast<size_t>(count)) {
-#if defined(__CUDACC__) && !defined(INTERPRETED)
+#if defined(ON_DEVICE)
     check(cudaMalloc(&device_, bytes()));
 #endif
   }
   Words(const Words&) = delete;
   ~Words() {
-#if defined(__CUDACC__) && !defined(INTERPRETED)
+#if defined(ON_DEVICE)
     cudaFree(device_);
 #endif
   }
   template <typename Fill>
   void fill(const Fill& fill) {
     for (size_t i = 0; i < host_.size(); ++i) host_[i] = fill(static_cast<uint32_t>(i));
-#if defined(__CUDACC__) && !defined(INTERPRETED)
+#if defined(ON_DEVICE)
     check(cudaMemcpy(device_, host_.data(), bytes(), cudaMemcpyHostToDevice));
 #endif
   }
   const std::vector<uint32_t>& read() {
-#if defined(__CUDACC__) && !defined(INTERPRETED)
+#if defined(ON_DEVICE)
     check(cudaDeviceSynchronize());
     check(cudaMemcpy(host_.data(), device_, bytes(), cudaMemcpyDeviceToHost));
 #endif
     return host_;
   }
-#if defined(__CUDACC__) && !defined(INTERPRETED)
+#if defined(ON_DEVICE)
   uint32_t* data() const { return device_; }
 #else
   uint32_t* data() { return host_.data(); }
@@ -500,15 +500,15 @@ size_t most_shared() {
 }
 
 void zero(uint32_t* words, int count) {
-#if defined(__CUDACC__)
+#if defined(ON_DEVICE)
   cudaMemset(words, 0, static_cast<size_t>(count) * sizeof(uint32_t));
 #else
   std::memset(words, 0, static_cast<size_t>(count) * sizeof(uint32_t));
 #endif
 }
 
-#if defined(__CUDACC__) && !defined(INTERPRETED)
-// A process of its own maps the memory of a handle, in hexadecimal, and writes it. Not where PTX is interpreted (make ptx).
+#if defined(ON_DEVICE)
+// A process of its own maps the memory of a handle, in hexadecimal, and writes it.
 int write_shared_memory(const char* text) {
   cudaIpcMemHandle_t handle;
   for (size_t i = 0; i < sizeof handle; ++i) {
@@ -581,7 +581,7 @@ void add_memory_cases(std::vector<Case>& cases) {
                      launch_cooperative(together_kernel, dim3(kTogether), dim3(1), 0, nullptr, in, out);
                    },
                    [](const Numbers& words) { return all_equal(words, kTogether, 1, "blocks did not run"); }});
-#if defined(__CUDACC__) && !defined(INTERPRETED)
+#if defined(ON_DEVICE)
   cases.push_back({"memory of another process", [](uint32_t*, uint32_t* out) { share_memory(out); },
                    [](const Numbers& words) {
                      size_t right = 0;

@@ -3,6 +3,11 @@
 #pragma once
 #include "ptx.cuh"
 
+// Elsewhere the kernels run on the CPU: as C++ models, or as interpreted PTX (make ptx).
+#if defined(__CUDACC__) && !defined(INTERPRETED)
+#define ON_DEVICE
+#endif
+
 namespace switchgear::cuda::conformance {
 
 __host__ __device__ constexpr uint32_t mix(uint32_t x) {

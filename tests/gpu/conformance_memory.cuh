@@ -6,7 +6,7 @@
 
 namespace switchgear::cuda::conformance {
 
-#if defined(__CUDACC__)
+#if defined(ON_DEVICE)
 constexpr uint32_t kRounds = 20000;
 constexpr int kPairs = 4;
 #else

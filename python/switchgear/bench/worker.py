@@ -30,12 +30,6 @@ from .shapes import SHAPES
 from .timing import Timed, interleave
 from .verify import verify
 
-# Makes glibc keep freed memory and torch use huge pages: without them page faults are half of a training step.
-TUNED = {
-    "MALLOC_MMAP_THRESHOLD_": "17179869184",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
 SLOWEST_CALL = 4.0  # seconds; a slower one would take the other cases' time
 SPARE_BYTES = 2 << 30  # left free beside a competitor's own copy of the weights
 READ, MULTIPLY = "(read)", "(multiply)"  # the probes, among the competitors that take turns
@@ -69,7 +63,7 @@ class Measured(NamedTuple):
 
 def run_case(task: Task, say: Callable[[str], None]) -> Measured:
     """Measures a case in a new process; `say` receives progress messages."""
-    with mock.patch.dict(os.environ, TUNED if task.allocator == "tuned" else {}):
+    with mock.patch.dict(os.environ, machine.TUNED_ALLOCATOR if task.allocator == "tuned" else {}):
         child = Child(task.title, _serve, task)  # glibc reads its variables when a process starts
     with closing(child):
         while isinstance(answer := child.receive(), str):

@@ -20,6 +20,12 @@ ENVIRONMENT = (
     "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "LD_PRELOAD",
     "THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
+# Makes glibc keep freed memory and torch use huge pages: without them page faults are half of a training step.
+TUNED_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "17179869184",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 _FLAGS = (
     *("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
     *("asimd", "asimddp", "bf16", "sve"),

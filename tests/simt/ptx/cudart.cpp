@@ -129,16 +129,6 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   return cudaSuccess;
 }
 
-// Copies, for programs with memory of their own.
-cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) {
-  std::memcpy(to, from, size);
-  return cudaSuccess;
-}
-cudaError_t cudaMemset(void* start, int value, size_t size) {
-  std::memset(start, value, size);
-  return cudaSuccess;
-}
-
 // The body of a kernel's host function, which nothing calls: launchers use cudaLaunchKernelEx.
 cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
   *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function));

@@ -54,7 +54,7 @@ def _compare(subject: str, device: str, text: str) -> Finding:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         failures = {str(dtype).removeprefix("torch."): _failure(_check_layer, dtype, device) for dtype in DTYPES}
-    wrong = [f"{name}: {text}" for name, text in failures.items() if text]
+    wrong = [f"{name}: {failure}" for name, failure in failures.items() if failure]
     if wrong:
         return Finding(subject, "broken", "; ".join(wrong), "report it with the output of switchgear info --json")
     return Finding(subject, "ok", f"{text}: forward and backward agree with float64 in {', '.join(failures)}")

@@ -5,20 +5,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
-from ...common import machine, optional
+from ...common import cgroup, machine, optional
 from .finding import Finding
 
-ALLOCATOR = "MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 THP_MEM_ALLOC_ENABLE=1"
+ALLOCATOR = " ".join(f"{name}={value}" for name, value in machine.TUNED_ALLOCATOR.items())
 
 
 def check_settings() -> Iterator[Finding]:
     """One finding per setting."""
     yield _huge_pages(machine.transparent_huge_pages())
-    yield _threads(torch.get_num_threads(), machine.cpu()["cores"], cpu_quota())
+    yield _threads(torch.get_num_threads(), machine.cpu()["cores"], cgroup.cpu_quota())
     yield _openmp(machine.openmp_runtimes())
     yield _allocator(os.environ)
     yield _transformers()
@@ -33,18 +32,6 @@ def _huge_pages(setting: str | None) -> Finding:
         return Finding("huge pages", "absent", "this system does not say whether it has them")
     how = "for memory that asks: that of store() and of our layers" if setting == "madvise" else "for all memory"
     return Finding("huge pages", "ok", f"{setting}: {how}")
-
-
-def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Processors that the control group grants, or None without a limit (cgroup v2, v1)."""
-    try:
-        quota, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        except OSError:
-            return None
-    return None if quota in ("max", "-1") else int(quota) / int(period)
 
 
 def _threads(threads: int, cores: int, quota: float | None) -> Finding:
