@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear import ops, reference
+from switchgear.ops import registration
 from switchgear.testing import Case, GluOptions, Layer, make_layer
 
 CASE = Case("compile", 9, 2, 4, 12, 6, "holes")
@@ -162,6 +163,12 @@ def test_export(strict: bool) -> None:
     for num_tokens in (5, 8):
         x = torch.randn(2, num_tokens, 12)
         assert torch.equal(exported.module()(x), block(x))
+
+
+def test_an_empty_list_may_be_none() -> None:
+    """As in a package of AOTInductor, which has no empty lists."""
+    weights = [torch.randn(2, 3, 4)]
+    assert registration._passed_on("wfo", None)((), 1, weights, None, 3) == (weights, (), 3, 1)
 
 
 def loss_of(layer: Layer) -> Any:

@@ -218,6 +218,34 @@ TEST(stored_reads_rows_without_conflicts) {
   CHECK(simt::statistics().bank_conflicts == before, simt::statistics().bank_conflicts - before, " extra cycles");
 }
 
+TEST(stored_leaves_reserved_multiprocessors) {
+  simt::device() = simt::sm_80();
+  Random random(3);
+  const int64_t S = 300, E = 2, N = 200, C = 64;
+  const auto blocks_of = [&](const Weight& weight, bool transposed, int reserved) {
+    const Array x = random_rows(Rows::kAligned, random, DType::kBFloat16, S, transposed ? N : C);
+    Array offsets(DType::kInt32, {E + 1});
+    offsets.fill([&](int64_t e) { return e * S / E; });
+    Array got = make_rows(Rows::kAligned, DType::kBFloat16, S, transposed ? C : N);
+    OpMemory memory(0xff);
+    Execution execution = memory.execution();
+    execution.reserved_multiprocessors = reserved;
+    const uint64_t before = simt::statistics().blocks;
+    cuda::grouped_gemm({.x = x, .weight = weight, .expert_offsets = offsets, .out = got, .transposed = transposed},
+                       execution);
+    return simt::statistics().blocks - before;
+  };
+  const StoredWeights weights(random, {Format::kMxfp4, E, N, C, 1, group_of(Format::kMxfp4, 32), false, false});
+  for (const bool transposed : {false, true}) {
+    simt::device().multiprocessors = 1;
+    const uint64_t of_one = blocks_of(weights.weight(), transposed, 0);
+    simt::device().multiprocessors = 4;
+    CHECK(blocks_of(weights.weight(), transposed, 0) > of_one);
+    CHECK(blocks_of(weights.weight(), transposed, 3) == of_one);
+  }
+  simt::device() = simt::sm_80();
+}
+
 // Offsets, indices, slots and records are unchecked values in device memory: for any values, no access is out of range.
 TEST(stored_survives_any_memory) {
   simt::device() = simt::sm_80();
