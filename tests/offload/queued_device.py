@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -67,7 +67,7 @@ class QueuedDevice:
         self.copies = QueuedStream(self, "copies")
         self.streams = [self.copies, QueuedStream(self, "main")]
         self.current = self.streams[1]
-        self.is_in_capture = False
+        self.is_in_capture = self.has_pinned = False
         self.most_pinned = 0
 
     # ---- of a Device -------------------------------------------------------------------------------------------------
@@ -93,6 +93,25 @@ class QueuedDevice:
         memory = torch.full((count * nbytes + PAGE,), 0xBB, dtype=torch.uint8)
         begin = -memory.data_ptr() % PAGE
         return memory[begin : begin + count * nbytes].view(count, nbytes)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        made = torch.full(tuple(shape), -77, dtype=dtype)
+        self.current.run(lambda: made.fill_(-88))  # the allocator's last user
+        return made
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return self.has_pinned
+
+    def fetch(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], QueuedEvent]:
+        found = [torch.full_like(tensor, -99) for tensor in tensors]
+        for to, tensor in zip(found, tensors, strict=True):
+            self.current.run(lambda to=to, tensor=tensor: to.copy_(tensor))  # type: ignore[misc]
+        return found, self.current.record_event()
+
+    def send(self, tensor: Tensor) -> Tensor:
+        pinned, to = tensor.clone(), self.empty(tensor.shape, tensor.dtype)
+        self.current.run(lambda: to.copy_(pinned))
+        return to
 
     def copy(self, to: Tensor, source: Tensor) -> None:
         self.copies.run(lambda: to.copy_(source))

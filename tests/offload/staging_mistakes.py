@@ -96,6 +96,20 @@ MISTAKES = (
     Mistake("cache.py", "a call needs what is not there yet",
             "                self._arrive(key)\n            return self._compute(compute)",
             "                pass\n            return self._compute(compute)"),
+    Mistake("moving.py", "kernels do not wait for experts",
+            "        device.compute().wait_event(device.copies.record_event())\n", ""),
+    Mistake("moving.py", "experts are copied to memory that is in use",
+            "        device.copies.wait_event(device.compute().record_event())", "        pass"),
+    Mistake("moving.py", "a buffer is filled before its copy is done", "            event.synchronize()\n",
+            "            pass\n"),
+    Mistake("moving.py", "the event of a buffer is recorded before its copy",
+            """        self.device.copy(to, buffer)
+        self._copying[number] = self.device.copies.record_event()
+""",
+            """        self._copying[number] = self.device.copies.record_event()
+        self.device.copy(to, buffer)
+"""),
+    Mistake("hot_cold.py", "the host reads rows before they are there", "    event.synchronize()\n", ""),
 )  # fmt: skip
 
 
@@ -108,7 +122,9 @@ def planted(mistake: Mistake) -> Iterator[None]:
     wrong = types.ModuleType(module.__name__)
     exec(compile(source.replace(mistake.before, mistake.after), mistake.file, "exec"), wrong.__dict__)
     with pytest.MonkeyPatch.context() as patch:
-        for name, own in vars(module).items():
+        for name, own in list(vars(module).items()):
+            if inspect.isfunction(own) and own.__module__ == module.__name__:
+                patch.setattr(module, name, getattr(wrong, name))
             if inspect.isclass(own) and own.__module__ == module.__name__:
                 for key, value in vars(getattr(wrong, name)).items():
                     if inspect.isfunction(value):

@@ -23,6 +23,7 @@ from switchgear.offload.staging import Staging
 from switchgear.offload.store_records import PAGE
 from switchgear.weights.offloaded import Wave
 
+FILES = ("staging.py", "pool.py", "cache.py")
 E = 6
 
 
@@ -168,7 +169,7 @@ def test_needed_reads_go_before_guesses() -> None:
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+@pytest.mark.parametrize("mistake", [m for m in MISTAKES if m.file in FILES], ids=lambda mistake: mistake.name)
 def test_a_mistake_is_detected(mistake: Mistake) -> None:
     with planted(mistake):
         assert any(map(fails, range(24)))

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from backends_in_use import SIMT_DEVICES, backend_named
 from memory_store import MemoryStore
 from offload_cases import check, make_model, outputs_of, same_bits, steps_of
 from queued_device import QueuedDevice
 from torch import Tensor, nn
 
 import switchgear
+from backends_in_use import SIMT_DEVICES, backend_named
 from switchgear import offload
 from switchgear.adapters import add_lora
 from switchgear.functional import offloaded

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a cache needs of a GPU: memory on both sides, a stream that copies, the stream that computes, and events.
+"""What offloading needs of a GPU: memory on both sides, a stream that copies, the stream that computes, and events.
 
 Streams and events are those of torch.cuda; tests have others, which run late and in any order. A stream does its work
 in order. An event of a stream has passed once the work before it is done.
@@ -7,6 +7,7 @@ in order. An event of a stream has passed once the work before it is done.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +33,7 @@ class Stream(Protocol):
 
 
 class Device(Protocol):
-    """copies: the stream on which records are copied."""
+    """copies: the stream on which experts are copied."""
 
     copies: Stream
 
@@ -50,6 +51,18 @@ class Device(Protocol):
 
     def buffers(self, count: int, nbytes: int) -> Tensor:
         """The same in pinned host memory, aligned for direct reads."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor in device memory."""
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        """Whether its host memory is pinned."""
+
+    def fetch(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
+        """Host tensors, which have the numbers of these on the device once the event has passed."""
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """A host tensor, which may change afterwards, on the device, for later work of the caller's stream."""
 
     def copy(self, to: Tensor, source: Tensor) -> None:
         """Copies pinned memory, which must keep its bytes until the copy is done, on the stream `copies`."""
@@ -82,6 +95,21 @@ class CudaDevice:
         memory = torch.empty(count * nbytes + PAGE, dtype=torch.uint8, pin_memory=True)
         begin = -memory.data_ptr() % PAGE
         return memory[begin : begin + count * nbytes].view(count, nbytes)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.is_pinned()
+
+    def fetch(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
+        found = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+        for to, tensor in zip(found, tensors, strict=True):
+            to.copy_(tensor, non_blocking=True)
+        return found, self.compute().record_event()
+
+    def send(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def copy(self, to: Tensor, source: Tensor) -> None:
         with torch.cuda.stream(self.copies):  # type: ignore[arg-type]
