@@ -251,7 +251,7 @@ def _cached(
     weights = []
     for index, target in enumerate(targets):
         pool, residency = of_layer[index]
-        slots = torch.zeros(target.records.num_experts, dtype=torch.int32)
+        slots = torch.zeros(target.records.num_experts, dtype=torch.int32, device="cpu")
         on_device = slots if cache.device is None else slots.to(pool.arena.device, copy=True)
         first_weight, second_weight = target.records.weights(pool.arena, on_device)
         placed: tuple[Weight, Weight] = (first_weight, second_weight)

@@ -89,10 +89,12 @@ class CudaDevice:
         return bool(torch.cuda.is_current_stream_capturing())
 
     def rows(self, count: int, nbytes: int) -> Tensor:
-        return torch.empty(count, nbytes, dtype=torch.uint8, device=self.device)
+        made = torch.empty(count, nbytes, dtype=torch.uint8, device=self.device)
+        made.record_stream(self.copies)  # type: ignore[arg-type]  # if it is freed while a copy runs
+        return made
 
     def buffers(self, count: int, nbytes: int) -> Tensor:
-        memory = torch.empty(count * nbytes + PAGE, dtype=torch.uint8, pin_memory=True)
+        memory = torch.empty(count * nbytes + PAGE, dtype=torch.uint8, device="cpu", pin_memory=True)
         begin = -memory.data_ptr() % PAGE
         return memory[begin : begin + count * nbytes].view(count, nbytes)
 
@@ -103,7 +105,7 @@ class CudaDevice:
         return tensor.is_pinned()
 
     def fetch(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
-        found = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+        found = [torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True) for tensor in tensors]
         for to, tensor in zip(found, tensors, strict=True):
             to.copy_(tensor, non_blocking=True)
         return found, self.compute().record_event()

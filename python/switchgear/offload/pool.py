@@ -15,7 +15,7 @@ from switchgear.weights.pages import HUGE_PAGE, advise_huge_pages
 
 def arena(rows: int, record_bytes: int) -> Tensor:
     """[rows, record_bytes] uint8, aligned for direct reads and huge pages. Rows take memory once they are written."""
-    memory = torch.empty(rows * record_bytes + HUGE_PAGE, dtype=torch.uint8)
+    memory = torch.empty(rows * record_bytes + HUGE_PAGE, dtype=torch.uint8, device="cpu")
     advise_huge_pages(memory)
     begin = -memory.data_ptr() % HUGE_PAGE
     return memory[begin : begin + rows * record_bytes].view(rows, record_bytes)
