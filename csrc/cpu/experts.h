@@ -135,6 +135,11 @@ struct ProductScratch {
       : packing(memory), c(reinterpret_cast<float*>(static_cast<char*>(memory) + kProductScratch)) {}
 };
 
+// Bytes of `columns` columns of b, for recordings; without scales.
+inline int64_t bytes_of(const Matrix& b, int64_t columns, int64_t depth) {
+  return columns * (b.format == Format::kPlain ? depth * size_of(b.dtype) : b.row_bytes());
+}
+
 // A piece of one expert's product: slots [first_row, first_row + num_rows), columns from `column` on.
 struct Tile {
   int64_t expert, column, first_row, num_rows;

@@ -43,6 +43,14 @@ struct FirstProjection {
     return ExpertMatrix(args.weights.gate_up_proj, tile.expert, args.x.dtype).rows_from(columns.begin[0]).start();
   }
 
+  // Later pieces of an expert's rows find the columns in a cache if they follow at once.
+  TaskWork work(const Tile& tile, bool by_panels, const int32_t* expert_offsets) const {
+    if (by_panels && tile.first_row > expert_offsets[tile.expert]) return {tile.expert, tile.num_rows, 0};
+    const int64_t count = std::min<int64_t>(k.panel, a.width() - tile.column) * (args.options.gated ? 2 : 1);
+    const ExpertMatrix matrix(args.weights.gate_up_proj, tile.expert, args.x.dtype);
+    return {tile.expert, tile.num_rows, bytes_of(matrix.rows_from(0), count, args.x.shape[1])};
+  }
+
   // adapter_scratch: its c is for terms of the adapter.
   void run(const Tile& tile, const Start& next, const ProductScratch (&scratch)[2],
            const ProductScratch& adapter_scratch, const void* gathered_x) const {
@@ -131,7 +139,10 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, dtype, workspace);
   u.multiply(args.x, slots.token_indices, thread_memory, context);
   const FirstProjection first{args, x_rows, a, k, u.terms()};
-  parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
+  const auto work = [&](int64_t i) {
+    return first.work(tiles[static_cast<size_t>(i)], x.block_bytes() == 0, slots.expert_offsets);
+  };
+  const auto run_tile = [&](int64_t i, int thread) {
     char* const own = memory + thread * thread_bytes;
     const ProductScratch scratch[2] = {ProductScratch(own), ProductScratch(own + ProductScratch::kBytes)};
     ProductScratch adapter_scratch = scratch[0];
@@ -139,7 +150,8 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
     const Tile* const tile = &tiles[static_cast<size_t>(i)];
     first.run(*tile, tile != &tiles.back() ? first.start(tile[1]) : Start{}, scratch, adapter_scratch,
               gathered_x[static_cast<size_t>(thread)].of(*tile, k, x_rows, hidden_size));
-  });
+  };
+  parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), run_tile, Loop{"first projection", work});
   if (args.h.defined()) zero_tail(args.h, used_slots);
 
   ForwardAdapter v(args.weights.down_adapter, 1, slots, dtype, workspace);

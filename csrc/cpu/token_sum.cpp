@@ -102,7 +102,16 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
     return e < num_experts && !decodes ? operand(block, e).start() : Start{};
   };
 
-  parallel_for_shares(num_threads, chunks * column_blocks, [&](int64_t task, int thread) {
+  const auto work = [&](int64_t task) {
+    const Block block = block_of(task);
+    TaskWork sum;
+    for (int64_t e = next_expert(block, -1); e < num_experts; e = next_expert(block, e)) {
+      sum.rows += first_slot(e, block.last_token) - first_slot(e, block.first_token);
+      sum.bytes += bytes_of(ExpertMatrix(*args.matrices, e, dtype).rows_from(0), block.columns, args.depth);
+    }
+    return sum;
+  };
+  const auto run_block = [&](int64_t task, int thread) {
     char* const own = memory + thread * thread_bytes;
     const WideScratch scratch(own);
     char* const adapter_scratch = own + WideScratch::kBytes + accumulator_bytes;
@@ -154,7 +163,9 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
     for (int64_t t = first_token; t < last_token; ++t) {
       k.store_row(at(args.out, t, column), args.out.dtype, sums + (t - first_token) * wide, columns);
     }
-  });
+  };
+  parallel_for_shares(num_threads, chunks * column_blocks, run_block,
+                      Loop{args.transposed ? "gradient of x" : "second projection", work});
 }
 
 }  // namespace switchgear::cpu
