@@ -188,14 +188,17 @@ void leave(BFloat16* out, const float* sums, int64_t columns, bool past_caches) 
   __builtin_memcpy(out, line, static_cast<size_t>(at_most(columns, 2 * kLanes)) * 2);
 }
 
-// Adds 32 sums of a row, rounded, to the bfloat16 that are there. These sums may be subnormal.
+// Adds 32 sums of a row, rounded, to the bfloat16 that are there. Their sums may be subnormal.
 void add(BFloat16* out, const float* sums, int64_t columns) {
-  for (int64_t n = 0; n < at_most(columns, 2 * kLanes); n += kLanes) {
-    const int64_t count = at_most(columns - n, kLanes);
-    BFloat16 rounded[kLanes];
-    store(rounded, load(sums + n));
-    store(out + n, multiply_add(load(rounded), broadcast(1.0f), load(out + n, count)), count);
-  }
+  const Kernels& k = kernels_avx512bf16();
+  const int64_t count = at_most(columns, 2 * kLanes);
+  float total[2 * kLanes];
+  BFloat16 rounded[2 * kLanes];
+  store_normals(rounded, load(sums));
+  store_normals(rounded + kLanes, load(sums + kLanes));
+  k.load_row(total, out, DType::kBFloat16, count);
+  k.add_scaled_row(total, rounded, DType::kBFloat16, 1.0f, count);
+  k.store_row(out, DType::kBFloat16, total, count);
 }
 
 void gradient_panel(const GradientPanel& product) {

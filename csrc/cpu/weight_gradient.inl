@@ -62,7 +62,8 @@ inline void add_rounded(Floats (&row)[kVectors], const T* p, int64_t columns) {
 // Stores a row of a tile, rounded. Whole lines that are not read soon go past the caches: a cached store first fetches the
 // line that it overwrites.
 template <typename T, int kVectors>
-inline void leave(T* p, const Floats (&row)[kVectors], int64_t columns, bool past_caches, bool may_be_subnormal) {
+inline void leave(T* p, const Floats (&row)[kVectors], int64_t columns, bool past_caches,
+                  [[maybe_unused]] bool may_be_subnormal) {
   constexpr int kPerLine = kLine / sizeof(T) / kLanes;  // vectors per line
   if (past_caches && columns == kVectors * kLanes && kVectors % kPerLine == 0) {
 #pragma GCC unroll 4
