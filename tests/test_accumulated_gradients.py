@@ -170,6 +170,16 @@ def test_hooks_after_accumulation_run_and_see_the_sum(spy: Spy) -> None:
     assert torch.equal(seen[0], 2 * kept)
 
 
+def test_anomalies_are_looked_for_in_real_gradients(spy: Spy) -> None:
+    experts = make()
+    step(experts, 0)
+    kept = experts.gate_up_proj.grad.clone()
+    with torch.autograd.detect_anomaly(check_nan=True):
+        step(experts, 0)
+    assert spy.calls == 0
+    assert torch.equal(experts.gate_up_proj.grad, 2 * kept)
+
+
 def test_second_derivatives_still_raise() -> None:
     experts = make()
     step(experts, 0)

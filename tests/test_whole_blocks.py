@@ -143,12 +143,15 @@ def test_other_implementations_are_not_bypassed(model: Any, calls: list[Any]) ->
 
 @torch.no_grad()
 def test_stored_weights(model: Any, calls: list[Any]) -> None:
+    model.to(torch.bfloat16)
     accelerate(model, whole_blocks=True)
-    want = output(model)
-    calls.clear()
-    switchgear.store(model, "panels")
-    torch.testing.assert_close(output(model), want, rtol=1e-4, atol=1e-5)
-    assert len(calls) == len(blocks_of(model))
+    switchgear.store(model, "int8")
+    block = blocks_of(model)[0]
+    x = torch.randn(1, 5, block.gate.hidden_dim, generator=torch.Generator().manual_seed(1)).bfloat16()
+    got = block(x)
+    assert len(calls) == 1
+    want = type(block).forward(block, x)
+    assert (got - want).abs().max() <= 2.0**-6 * want.abs().max()
 
 
 @torch.no_grad()

@@ -35,6 +35,12 @@ int64_t gathered_columns(int64_t num_tokens, int64_t width, int64_t panel, int n
   return wide;
 }
 
+// Columns per task of few rows: long runs of memory, but tasks for all threads.
+int64_t few_row_columns(const Weight& matrices, int64_t width, int64_t panel, int num_threads) {
+  const int64_t least = matrices.format == Format::kPanels ? panel : std::min(panel, kFewestColumns);
+  return columns_for(2 * panel, least, num_threads, [&](int64_t columns) { return ceil_div(width, columns); });
+}
+
 }  // namespace
 
 void token_sum(const TokenSumArgs& args, const Context& context) {
@@ -52,7 +58,7 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
   const int64_t wide = is_narrow ? kDecodedColumns
                        : args.transposed
                            ? wide_columns(width, ceil_div(num_tokens, kWideTokenChunk), panel, num_threads)
-                       : few_rows                ? 2 * panel  // longer runs of memory
+                       : few_rows                ? few_row_columns(*args.matrices, width, panel, num_threads)
                        : args.gathered.defined() ? gathered_columns(num_tokens, width, panel, num_threads)
                                                  : panel;
   const int64_t column_blocks = ceil_div(width, wide);

@@ -452,7 +452,7 @@ def _gradients_there(
     weights: Sequence[Tensor], needs: Sequence[bool], others: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """The .grad of both weights, None for one that needs no gradient, if the kernel can add to all that are needed."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not any(needs):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_anomaly_enabled() or not any(needs):
         return None
     for weight, need in zip(weights, needs, strict=True):
         if need and not _can_add(weight):
