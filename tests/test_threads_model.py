@@ -133,7 +133,6 @@ def test_arguments_are_checked(name: str, value: object) -> None:
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich", reason="rich is not installed")
-    monkeypatch.setattr(_C, "read_bandwidth", lambda threads: 1e10)
     monkeypatch.setattr(threads_tables, "MOST_BYTES", 3 * 128 * 192 * 2 * 2)  # of two experts: four share them
     case = evaluate(Task("small", "bf16", 4, "forward", "balanced"), (machine(2), machine(64), machine(64, 4)))
     threads_tables.show(case)

@@ -171,15 +171,25 @@ def predict(recording: Recording, on: Machine, fork: float) -> Prediction:
     )  # fmt: skip
 
 
-def measured(call: Callable[[int], object], threads: int, repeats: int) -> list[float]:
-    """Seconds of real calls."""
-    times = []
+class Measured(NamedTuple):
+    """Medians on all threads of this machine."""
+
+    seconds: float  # of a call
+    read: float  # bytes/s of plain reading
+
+
+def measured(call: Callable[[int], object], read: Callable[[int], int], threads: int, repeats: int) -> Measured:
+    """Real calls and reads in turns, since the speed of a shared memory drifts. read returns the bytes that it read."""
+    seconds, rates = [], []
     with cut_for(threads):
         for number in range(repeats + 1):
             start = perf_counter()
             call(number)
-            times.append(perf_counter() - start)
-    return times[1:]
+            seconds.append(perf_counter() - start)
+            start = perf_counter()
+            count = read(number)
+            rates.append(count / (perf_counter() - start))
+    return Measured(median(seconds[1:]), median(rates[1:]))
 
 
 def fork_seconds(repeats: int = 300) -> float:

@@ -103,16 +103,30 @@ def _serve(connection: Connection, task: Task) -> None:
 
 
 def make_call(task: Task) -> Callable[[int], object]:
-    """A call of the layer. Experts whose weights do not fit share those of others."""
+    """A call of the layer."""
+    return make_calls(task)[0]
+
+
+def make_calls(task: Task) -> tuple[Callable[[int], object], Callable[[int], int]]:
+    """A call of the layer, and one that reads the weights of some experts, other ones each time. Experts whose weights do
+    not fit share those of others."""
     shape, dtype = MODEL_SHAPES[task.shape], FORMATS[task.dtype].dtype
     stored = min(shape.num_experts, MOST_BYTES // _expert_bytes(shape, task.dtype))
     weights = make_weights(shape._replace(num_experts=stored), dtype)
     case = make_case(task.shape, shape, task.dtype, task.tokens, task.mode, task.routing, weights)
+    few = max(min(stored, shape.top_k), 1)
+
+    def read(number: int) -> int:
+        experts = [(number * few + index) % stored for index in range(few)]
+        tensors = [weight[expert].detach() for expert in experts for weight in weights]
+        _C.read(tensors, 2)
+        return sum(tensor.nbytes for tensor in tensors)
+
     if stored == shape.num_experts:
-        return call_of(case, partial(_layer, weights))
+        return call_of(case, partial(_layer, weights)), read
     slots = torch.arange(shape.num_experts, dtype=torch.int32) % stored
     shared = tuple(Weight("plain", w.detach(), *w.shape[1:], dtype, slots=slots) for w in weights)
-    return call_of(case, partial(_layer, shared))
+    return call_of(case, partial(_layer, shared)), read
 
 
 def _layer(weights: tuple[Any, Any], inputs: Inputs) -> torch.Tensor:
@@ -122,20 +136,20 @@ def _layer(weights: tuple[Any, Any], inputs: Inputs) -> torch.Tensor:
 def evaluate(task: Task, machines: Any = MACHINES) -> Row:
     """One row of --json: the call on one core, two threads predicted and measured, and the machines."""
     torch.set_num_threads(2)
-    call = make_call(task)
+    call, read = make_calls(task)
     fork = fork_seconds()
-    repeats = REPEATS if median(measured(call, 2, 1)) < LONG_SECONDS else FEW_REPEATS
-    read = _C.read_bandwidth(2)
-    cuts = {threads: record(call, threads, repeats) for threads in sorted({1, 2, *(m.threads for m in machines)})}
-    here = machine(2)._replace(node_bandwidth=read)
-    real = median(measured(call, 2, 2 * repeats))
-    again = record(call, 2, repeats)  # before and after the measurement: speed drifts
-    two = median(predict(recording, here, fork).seconds for recording in (cuts[2], again))
+    repeats = REPEATS if measured(call, read, 2, 1).seconds < LONG_SECONDS else FEW_REPEATS
+    cuts = {threads: record(call, threads, repeats) for threads in sorted({1, *(m.threads for m in machines)})}
+    before = record(call, 2, repeats)
+    real = measured(call, read, 2, 2 * repeats)
+    here = machine(2)._replace(node_bandwidth=real.read)
+    after = record(call, 2, repeats)  # speed drifts
+    two = median(predict(recording, here, fork).seconds for recording in (before, after))
     one = cuts[1].seconds
     predictions = [predict(cuts[on.threads], on, fork) for on in machines]
     row = task._asdict() | {
-        "one_core_ms": 1e3 * one, "bytes": cuts[1].bytes, "fork_us": 1e6 * fork, "read": read,
-        "two_predicted_ms": 1e3 * two, "two_measured_ms": 1e3 * real,
+        "one_core_ms": 1e3 * one, "bytes": cuts[1].bytes, "fork_us": 1e6 * fork, "read": real.read,
+        "two_predicted_ms": 1e3 * two, "two_measured_ms": 1e3 * real.seconds,
         "loops": [{"name": loop.name, "ms": 1e3 * loop.seconds, "tasks": len(loop.tasks), "bytes": loop.bytes}
                   for loop in cuts[1].loops],
         "machines": [as_row(prediction, one) for prediction in predictions],
