@@ -476,7 +476,7 @@ def _can_add(weight: Tensor) -> bool:
         return False
     node = torch.autograd.graph.get_gradient_edge(weight).node
     try:
-        return bool(torch._C._will_engine_execute_node(node))  # type: ignore[attr-defined]
+        return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # of torch.autograd.grad, which returns gradients and leaves .grad alone
         return False
 

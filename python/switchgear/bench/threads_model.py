@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -121,7 +122,7 @@ def cut_for(threads: int) -> Iterator[None]:
 def record(call: Callable[[int], object], threads: int, repeats: int) -> Recording:
     """The medians of some recordings of calls 0, 1, …, which must have equal loops. One call before them warms up."""
     with cut_for(threads):
-        runs = [_C.record_loops(lambda number=number: call(number)) for number in range(repeats + 1)][1:]
+        runs = [_C.record_loops(partial(call, number)) for number in range(repeats + 1)][1:]
     serial = median(total - sum(end - begin for *_, begin, end, _ in loops) for loops, total in runs)
     loops = []
     for same in zip(*(loops for loops, _ in runs), strict=True):

@@ -108,7 +108,7 @@ def make_call(task: Task) -> Callable[[int], object]:
 
 
 def make_calls(task: Task) -> tuple[Callable[[int], object], Callable[[int], int]]:
-    """A call of the layer, and one that reads the weights of some experts, other ones each time. Experts whose weights do
+    """A call of the layer, and one that reads the weights of some experts, others each time. Experts whose weights do
     not fit share those of others."""
     shape, dtype = MODEL_SHAPES[task.shape], FORMATS[task.dtype].dtype
     stored = min(shape.num_experts, MOST_BYTES // _expert_bytes(shape, task.dtype))
@@ -125,7 +125,8 @@ def make_calls(task: Task) -> tuple[Callable[[int], object], Callable[[int], int
     if stored == shape.num_experts:
         return call_of(case, partial(_layer, weights)), read
     slots = torch.arange(shape.num_experts, dtype=torch.int32) % stored
-    shared = tuple(Weight("plain", w.detach(), *w.shape[1:], dtype, slots=slots) for w in weights)
+    first, second = (Weight("plain", w.detach(), w.shape[1], w.shape[2], dtype, slots=slots) for w in weights)
+    shared = (first, second)
     return call_of(case, partial(_layer, shared)), read
 
 
@@ -154,7 +155,8 @@ def evaluate(task: Task, machines: Any = MACHINES) -> Row:
                   for loop in cuts[1].loops],
         "machines": [as_row(prediction, one) for prediction in predictions],
     }  # fmt: skip
-    return rounded(row)
+    result: Row = rounded(row)
+    return result
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

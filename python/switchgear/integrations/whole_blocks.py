@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from switchgear import ops
 from switchgear.autograd import needs_autograd
@@ -27,6 +26,8 @@ from switchgear.functional import gate_route
 from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.parts import Bypassed, PartClass, of_model, part_of
+
+_has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
 
 
 class BlockClass(NamedTuple):
@@ -40,8 +41,8 @@ class BlockClass(NamedTuple):
 
 
 def _of(folder: str, name: str, always_normalizes: bool, rounds: bool) -> BlockClass:
-    parts = (of_model(folder, name + part) for part in ("SparseMoeBlock", "TopKRouter", "Experts"))
-    return BlockClass(*parts, always_normalizes, rounds)
+    block, router, experts = (of_model(folder, name + part) for part in ("SparseMoeBlock", "TopKRouter", "Experts"))
+    return BlockClass(block, router, experts, always_normalizes, rounds)
 
 
 BLOCKS = (
