@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import switchgear
-import switchgear.bench.threads_model
 from switchgear import _C
 from switchgear.bench import threads_tables
 from switchgear.bench.shapes import Shape
@@ -21,12 +21,14 @@ from switchgear.bench.threads_model import (
     Recording,
     Work,
     as_row,
+    cut_for,
     machine,
     predict,
     record,
 )
 from switchgear.bench.threads_tables import Task, evaluate, make_call
 from switchgear.cli import main
+from switchgear.weights import encode
 
 SMALL = Shape(128, 192, 4, 2, "a small one")
 
@@ -76,7 +78,7 @@ def test_results_have_the_same_bits_while_recording() -> None:
     seen = []
     want = switchgear.moe(x, gate_up, down, ids, weights)
     for threads in (1, 2, 100):
-        with switchgear.bench.threads_model.cut_for(threads):
+        with cut_for(threads):
             loops, seconds = _C.record_loops(lambda: seen.append(switchgear.moe(x, gate_up, down, ids, weights)))
         assert loops
         assert seconds >= loops[-1][4]
@@ -84,6 +86,42 @@ def test_results_have_the_same_bits_while_recording() -> None:
     with pytest.raises(ZeroDivisionError):
         _C.record_loops(lambda: 1 // 0)
     assert _C.record_loops(lambda: None)[0] == []  # a failed recording has ended
+
+
+FORMS = ("plain", "compact", "panels", "int8", "int4", "fp8", "mxfp4", "nf4")
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_few_tokens_have_the_same_bits_in_narrow_tasks(form: str, tokens: int, interleaved: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate_up = (torch.randn(4, 640, 384, generator=generator) / 16).bfloat16()
+    down = (torch.randn(4, 384, 320, generator=generator) / 16).bfloat16()
+    biases = {"gate_up_bias": torch.randn(4, 640).bfloat16(), "down_bias": torch.randn(4, 384).bfloat16()}
+    weights: tuple[Any, Any] = (gate_up, down)
+    if form != "plain":
+        weights = (encode(gate_up, form, parts=1 if interleaved else 2), encode(down, form))
+    x = torch.randn(tokens, 384, generator=generator).bfloat16()
+    ids = torch.arange(2 * tokens, dtype=torch.int32).view(tokens, 2) % 4
+    options: dict[str, Any] = {"interleaved": interleaved, **biases}
+    results: list[torch.Tensor] = []
+
+    def call() -> None:
+        with torch.inference_mode():
+            results.append(switchgear.moe(x, *weights, ids, torch.ones(tokens, 2), **options))
+
+    tasks = []
+    for threads in (1, 2, 16, 64, 1000):
+        with cut_for(threads):
+            loops = _C.record_loops(call)[0]
+        tasks.append([len(loop[-1]) for loop in loops if loop[0]])
+    assert all(torch.equal(one, results[0]) for one in results)
+    if form in ("plain", "compact", "fp8"):  # a panel in four parts
+        assert tasks[0] == tasks[1]
+        assert tasks[-1][1] == 384 // 16
+    if form == "plain" and _C.cpu_isa() != "amx":
+        assert tasks[-1][0] == len(ids.unique()) * 320 // 16
 
 
 def made(*tasks: tuple[float, int], in_shares: bool = True, threads: int = 64) -> Recording:
